@@ -1,0 +1,103 @@
+//! Every cast between stored bytes and `f32` values. Little endian, as safetensors is.
+
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
+pub use safetensors::Dtype;
+
+/// The dtypes that `lrc` computes with. Everything else is passed through as bytes.
+pub fn is_float(dtype: Dtype) -> bool {
+    matches!(dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16)
+}
+
+/// Decodes `bytes` to `f32`; `None` where `dtype` is not one of [`is_float`].
+pub fn decode(dtype: Dtype, bytes: &[u8]) -> Option<Vec<f32>> {
+    match dtype {
+        Dtype::F32 => Some(bytes.chunks_exact(4).map(|c| f32::from_le_bytes([c[0], c[1], c[2], c[3]])).collect()),
+        Dtype::F16 => Some(widen(bytes, f16::from_le_bytes, |from, to| from.convert_to_f32_slice(to))),
+        Dtype::BF16 => Some(widen(bytes, bf16::from_le_bytes, |from, to| from.convert_to_f32_slice(to))),
+        _ => None,
+    }
+}
+
+fn widen<H: Copy>(bytes: &[u8], read: fn([u8; 2]) -> H, convert: fn(&[H], &mut [f32])) -> Vec<f32> {
+    let mut values = vec![0f32; bytes.len() / 2];
+    let mut block = Vec::with_capacity(CAST_BLOCK);
+    for (from, to) in bytes.chunks(2 * CAST_BLOCK).zip(values.chunks_mut(CAST_BLOCK)) {
+        block.clear();
+        block.extend(from.chunks_exact(2).map(|c| read([c[0], c[1]])));
+        convert(&block, to);
+    }
+    values
+}
+
+/// Values converted at a time: small enough for the first-level cache.
+const CAST_BLOCK: usize = 4096;
+
+/// Encodes `values` in `dtype`, rounding to nearest even.
+///
+/// # Errors
+/// The index of the first value that is not finite after rounding (an overflow of `F16`, say).
+///
+/// # Panics
+/// When `dtype` is not one of [`is_float`]; callers choose it from a float tensor.
+pub fn encode(dtype: Dtype, values: &[f32]) -> Result<Vec<u8>, usize> {
+    let finite = match dtype {
+        Dtype::F32 => values.iter().position(|v| !v.is_finite()),
+        Dtype::F16 => values.iter().position(|v| !f16::from_f32(*v).is_finite()),
+        Dtype::BF16 => values.iter().position(|v| !bf16::from_f32(*v).is_finite()),
+        other => unreachable!("invariant: only float dtypes are encoded, got {other:?}"),
+    };
+    if let Some(first) = finite {
+        return Err(first);
+    }
+    Ok(match dtype {
+        Dtype::F32 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+        Dtype::F16 => values.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()).collect(),
+        _ => values.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect(),
+    })
+}
+
+/// Bytes of `n_elements` values of `dtype`, rounded up to whole bytes; `None` on overflow.
+pub fn n_bytes(dtype: Dtype, n_elements: usize) -> Option<u64> {
+    let bits = (n_elements as u128).checked_mul(dtype.bitsize() as u128)?;
+    u64::try_from(bits.div_ceil(8)).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn values_survive_a_round_trip_in_every_float_dtype(bits in proptest::collection::vec(any::<u16>(), 0..5000)) {
+            for dtype in [Dtype::F16, Dtype::BF16] {
+                let bytes: Vec<u8> = bits.iter().flat_map(|b| b.to_le_bytes()).collect();
+                let values = decode(dtype, &bytes).unwrap();
+                prop_assert_eq!(values.len(), bits.len());
+                match encode(dtype, &values) {
+                    Ok(again) => prop_assert_eq!(again, bytes),
+                    Err(first) => prop_assert!(!values[first].is_finite()),
+                }
+            }
+        }
+
+        #[test]
+        fn f32_bytes_are_kept_exactly(values in proptest::collection::vec(-1e30f32..1e30, 0..300)) {
+            let bytes = encode(Dtype::F32, &values).unwrap();
+            prop_assert_eq!(decode(Dtype::F32, &bytes).unwrap(), values);
+        }
+    }
+
+    #[test]
+    fn overflow_of_f16_names_the_element() {
+        assert_eq!(encode(Dtype::F16, &[1.0, 7e4]), Err(1));
+        assert!(encode(Dtype::BF16, &[1.0, 7e4]).is_ok());
+    }
+
+    #[test]
+    fn other_dtypes_are_not_decoded() {
+        assert!(decode(Dtype::I64, &[0; 8]).is_none());
+    }
+}

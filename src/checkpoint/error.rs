@@ -1,0 +1,152 @@
+//! One variant for each rule of a checkpoint that can be broken.
+//!
+//! Every variant names the file, the tensor where there is one, what was expected and what came.
+//! [`CheckpointError::hint`] says what a person can do about it.
+
+use std::path::PathBuf;
+
+use thiserror::Error;
+
+/// Why a checkpoint could not be read or written.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum CheckpointError {
+    #[error("`{}` is not a checkpoint: {reason}", path.display())]
+    NotACheckpoint { path: PathBuf, reason: String },
+
+    #[error("cannot {action} `{}`: {source}", path.display())]
+    Io { action: &'static str, path: PathBuf, source: std::io::Error },
+
+    #[error("`{}` is truncated: its header describes {expected} bytes, the file has {found}", path.display())]
+    Truncated { path: PathBuf, expected: u64, found: u64 },
+
+    #[error("`{}` has {extra} bytes after the last tensor that no tensor owns", path.display())]
+    TrailingBytes { path: PathBuf, extra: u64 },
+
+    #[error("`{}` says that its header has {header} bytes, but the file has {file}", path.display())]
+    HeaderLength { path: PathBuf, header: u64, file: u64 },
+
+    #[error("`{}` has a header that cannot be parsed: {reason}", path.display())]
+    Header { path: PathBuf, reason: String },
+
+    #[error("tensor `{tensor}` in `{}` has data offsets [{begin}, {end}], outside of the {available} bytes of data", path.display())]
+    OffsetsOutOfRange { path: PathBuf, tensor: String, begin: u64, end: u64, available: u64 },
+
+    #[error("tensor `{tensor}` in `{}` begins at data offset {begin}, expected {expected}: tensors overlap or leave a hole", path.display())]
+    OffsetsNotContiguous { path: PathBuf, tensor: String, begin: u64, expected: u64 },
+
+    #[error("tensor `{tensor}` in `{}` has {found} bytes, its shape {shape:?} and dtype {dtype} need {expected}", path.display())]
+    TensorSize { path: PathBuf, tensor: String, shape: Vec<usize>, dtype: String, found: u64, expected: String },
+
+    #[error("tensor `{tensor}` stands in both `{}` and `{}`", first.display(), second.display())]
+    DuplicateTensor { tensor: String, first: PathBuf, second: PathBuf },
+
+    #[error("`{}` cannot be parsed: {reason}", path.display())]
+    Json { path: PathBuf, reason: String },
+
+    #[error("`{}` names shard `{shard}`, which is not in the folder", path.display())]
+    MissingShard { path: PathBuf, shard: String },
+
+    #[error("`{}` names shard `{shard}`, which is not a plain file name", path.display())]
+    ShardOutside { path: PathBuf, shard: String },
+
+    #[error("tensor `{tensor}` is listed in `{}` but absent from `{shard}`", path.display())]
+    TensorAbsentFromShard { path: PathBuf, tensor: String, shard: String },
+
+    #[error("tensor `{tensor}` is in no weight file of `{}`", path.display())]
+    TensorAbsent { path: PathBuf, tensor: String },
+
+    #[error("tensor `{tensor}` in `{}` has shape {found:?}, expected {expected:?}", path.display())]
+    Shape { path: PathBuf, tensor: String, found: Vec<usize>, expected: Vec<usize>, fields: String },
+
+    #[error("tensor `{tensor}` in `{}` has dtype {dtype}, expected F32, F16 or BF16", path.display())]
+    Dtype { path: PathBuf, tensor: String, dtype: String },
+
+    #[error("tensor `{tensor}` in `{}` has {count} NaN or infinite values, the first at element {first}", path.display())]
+    NonFinite { path: PathBuf, tensor: String, count: usize, first: usize },
+
+    #[error("tensor `{tensor}` has a value at element {first} that {dtype} cannot hold")]
+    Overflow { tensor: String, dtype: String, first: usize },
+
+    #[error("output folder `{}` exists", path.display())]
+    OutputExists { path: PathBuf },
+
+    #[error("`{}` is being written by another run", path.display())]
+    OutputBusy { path: PathBuf },
+
+    #[error("`{}` has {available} bytes of free disk space, {needed} are needed", path.display())]
+    NoSpace { path: PathBuf, needed: u64, available: u64 },
+
+    #[error("cannot get `{id}` (revision `{revision}`) from the hub: {reason}")]
+    Hub { id: String, revision: String, reason: String, network: bool },
+
+    #[error("`{id}` is neither a folder nor a hub id, and this `lrc` was built without the `hub` feature")]
+    HubDisabled { id: String },
+}
+
+impl CheckpointError {
+    /// What the user can do about it, when there is something.
+    pub fn hint(&self) -> Option<String> {
+        use CheckpointError::*;
+        Some(match self {
+            NotACheckpoint { .. } => "give a folder that holds `model.safetensors` or `model.safetensors.index.json`, or a hub id such as `org/name`".into(),
+            Truncated { .. } | HeaderLength { .. } | TrailingBytes { .. } => "download the file again; an interrupted copy looks like this".into(),
+            Header { .. } | OffsetsOutOfRange { .. } | OffsetsNotContiguous { .. } | TensorSize { .. } => {
+                "the file is damaged or was not written by a safetensors library; get it again from its source".into()
+            }
+            DuplicateTensor { .. } => "remove the shard that does not belong to this checkpoint".into(),
+            Json { .. } => "the file must be valid JSON; compare it with the one of the original repository".into(),
+            MissingShard { .. } | TensorAbsentFromShard { .. } => {
+                "the download is incomplete: get the missing shard, or download the repository again".into()
+            }
+            ShardOutside { .. } => "an index may only name files beside itself; do not use this checkpoint".into(),
+            TensorAbsent { tensor, .. } if tensor.starts_with("lm_head") => {
+                "if the model shares its embeddings, `config.json` must say `\"tie_word_embeddings\": true`".into()
+            }
+            TensorAbsent { .. } => "check that all shards are there and that `model_type` in `config.json` is right".into(),
+            Shape { fields, .. } => format!("check {fields} in `config.json`"),
+            Dtype { .. } => "quantised checkpoints must be dequantised first; give the original 16- or 32-bit weights".into(),
+            NonFinite { .. } => "the weight is broken at its source; get the file again or repair the checkpoint".into(),
+            Overflow { .. } => "convert the checkpoint to a wider dtype (BF16 or F32) first".into(),
+            OutputExists { .. } => "choose another folder, or give `--force` to replace it".into(),
+            OutputBusy { path } => format!("wait for the other run; if there is none, remove `{}`", path.display()),
+            NoSpace { .. } => "free some space, or write to another disk".into(),
+            Hub { network: true, .. } => {
+                "check the network, `HF_ENDPOINT` and `HF_HUB_OFFLINE`; a finished download is used without a network".into()
+            }
+            Hub { .. } => "check the name and `--revision`; private and gated repositories need `HF_TOKEN`".into(),
+            HubDisabled { .. } => "check the path, or build with `--features hub`".into(),
+            Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => {
+                "free some space, or write to another disk".into()
+            }
+            Io { .. } => return None,
+        })
+    }
+
+    /// True when the machine, not the input, is at fault: disk, memory, network.
+    pub fn is_resource(&self) -> bool {
+        match self {
+            Self::NoSpace { .. } | Self::OutputBusy { .. } | Self::Hub { network: true, .. } => true,
+            Self::Io { source, .. } => source.kind() != std::io::ErrorKind::NotFound,
+            _ => false,
+        }
+    }
+
+    /// True when a number is at fault.
+    pub fn is_numeric(&self) -> bool {
+        matches!(self, Self::NonFinite { .. } | Self::Overflow { .. })
+    }
+
+    /// True when the command itself is at fault.
+    pub fn is_usage(&self) -> bool {
+        matches!(self, Self::OutputExists { .. })
+    }
+}
+
+pub type Result<T, E = CheckpointError> = std::result::Result<T, E>;
+
+/// Adds the action and the path to an [`std::io::Error`].
+pub(crate) fn io(action: &'static str, path: &std::path::Path) -> impl FnOnce(std::io::Error) -> CheckpointError {
+    let path = path.to_path_buf();
+    move |source| CheckpointError::Io { action, path, source }
+}

@@ -1,0 +1,353 @@
+//! Files on disk: tensor names, dtypes, shapes and bytes. This room has no idea of layers.
+//!
+//! [`Checkpoint::open`] reads headers only. Tensors are mapped and cast one at a time, and their pages are given
+//! back, so that memory does not grow with the size of the checkpoint.
+
+pub mod cast;
+mod error;
+pub mod hub;
+mod index;
+mod reader;
+mod writer;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+use sha2::{Digest, Sha256};
+
+pub use cast::Dtype;
+pub(crate) use error::io;
+pub use error::{CheckpointError, Result};
+pub use index::TensorInfo;
+use reader::Shard;
+pub use writer::{OutputFolder, SafetensorsWriter, TensorSpec};
+
+/// Names that Hugging Face gives to the files of a checkpoint.
+pub const SINGLE_FILE: &str = "model.safetensors";
+pub const INDEX_FILE: &str = "model.safetensors.index.json";
+pub const CONFIG_FILE: &str = "config.json";
+
+/// An opened checkpoint: every header read and checked, no weight loaded.
+#[derive(Debug)]
+pub struct Checkpoint {
+    root: PathBuf,
+    config: Option<Map<String, Value>>,
+    shards: Vec<Shard>,
+    tensors: BTreeMap<String, TensorInfo>,
+    /// Tensor names in the order of the files.
+    order: Vec<String>,
+}
+
+/// SHA-256 of the config and of every weight file, by file name.
+pub type Fingerprint = BTreeMap<String, String>;
+
+/// The `weight_map` of `model.safetensors.index.json`.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct ShardIndex {
+    #[serde(default)]
+    pub metadata: Map<String, Value>,
+    pub weight_map: BTreeMap<String, String>,
+}
+
+impl Checkpoint {
+    /// Opens a folder (or one `.safetensors` file) and checks every header.
+    ///
+    /// # Errors
+    /// See [`CheckpointError`]: each rule of the format has its own.
+    pub fn open(path: &Path) -> Result<Self> {
+        let layout = Layout::find(path)?;
+        let config = read_config(&layout.root.join(CONFIG_FILE))?;
+        let shards = layout.files.iter().map(|file| Shard::open(file)).collect::<Result<Vec<_>>>()?;
+
+        let mut tensors = BTreeMap::new();
+        let mut order = Vec::new();
+        for (shard_idx, shard) in shards.iter().enumerate() {
+            for info in index::read_header(shard.path(), shard.bytes(), shard_idx)? {
+                order.push(info.name.clone());
+                if let Some(first) = tensors.insert(info.name.clone(), info) {
+                    let first: TensorInfo = first;
+                    return Err(CheckpointError::DuplicateTensor {
+                        tensor: first.name,
+                        first: shards[first.shard_idx].path().to_path_buf(),
+                        second: shard.path().to_path_buf(),
+                    });
+                }
+            }
+        }
+        if let Some((index_path, index)) = &layout.index {
+            for (tensor, shard) in &index.weight_map {
+                let found = tensors.get(tensor).map(|info| &shards[info.shard_idx]);
+                if found.and_then(|s| s.path().file_name()).is_none_or(|name| name != shard.as_str()) {
+                    return Err(CheckpointError::TensorAbsentFromShard {
+                        path: index_path.clone(),
+                        tensor: tensor.clone(),
+                        shard: shard.clone(),
+                    });
+                }
+            }
+        }
+        if tensors.is_empty() {
+            return Err(CheckpointError::NotACheckpoint { path: layout.root, reason: "it holds no tensor".into() });
+        }
+        Ok(Self { root: layout.root, config, shards, tensors, order })
+    }
+
+    /// The folder of the checkpoint.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// The content of `config.json` in its own order, when there is one.
+    pub fn config(&self) -> Option<&Map<String, Value>> {
+        self.config.as_ref()
+    }
+
+    /// Every tensor, in the order of the files.
+    pub fn tensors(&self) -> impl Iterator<Item = &TensorInfo> {
+        self.order.iter().map(|name| &self.tensors[name])
+    }
+
+    pub fn info(&self, name: &str) -> Option<&TensorInfo> {
+        self.tensors.get(name)
+    }
+
+    /// Like [`Self::info`], but an absent tensor is an error.
+    ///
+    /// # Errors
+    /// [`CheckpointError::TensorAbsent`].
+    pub fn require(&self, name: &str) -> Result<&TensorInfo> {
+        self.info(name)
+            .ok_or_else(|| CheckpointError::TensorAbsent { path: self.root.clone(), tensor: name.to_string() })
+    }
+
+    /// The file that holds a tensor.
+    pub fn file_of(&self, info: &TensorInfo) -> &Path {
+        self.shards[info.shard_idx].path()
+    }
+
+    /// Bytes of all tensors together.
+    pub fn n_bytes(&self) -> u64 {
+        self.tensors.values().map(TensorInfo::n_bytes).sum()
+    }
+
+    /// Number of elements of all tensors together.
+    pub fn n_elements(&self) -> u64 {
+        self.tensors.values().map(TensorInfo::n_elements).sum()
+    }
+
+    /// Calls `f` with the stored bytes of a tensor, then gives its pages back.
+    ///
+    /// # Errors
+    /// [`CheckpointError::TensorAbsent`].
+    pub fn with_bytes<T>(&self, name: &str, f: impl FnOnce(&[u8]) -> T) -> Result<T> {
+        let info = self.require(name)?;
+        let shard = &self.shards[info.shard_idx];
+        let value = f(&shard.bytes()[info.begin..info.end]);
+        shard.release(info.begin, info.end);
+        Ok(value)
+    }
+
+    /// The values of a float tensor, row-major, every one finite.
+    ///
+    /// # Errors
+    /// The tensor is absent, not a float tensor, or holds NaN or infinity.
+    pub fn values(&self, name: &str) -> Result<Vec<f32>> {
+        let info = self.require(name)?;
+        let path = || self.file_of(info).to_path_buf();
+        let values = self.with_bytes(name, |bytes| cast::decode(info.dtype, bytes))?.ok_or_else(|| {
+            CheckpointError::Dtype { path: path(), tensor: name.into(), dtype: format!("{:?}", info.dtype) }
+        })?;
+        let is_broken = |v: &f32| !v.is_finite();
+        if let Some(first) = values.iter().position(is_broken) {
+            let count = values.iter().filter(|v| is_broken(v)).count();
+            return Err(CheckpointError::NonFinite { path: path(), tensor: name.into(), count, first });
+        }
+        Ok(values)
+    }
+
+    /// Checks a tensor's shape; `fields` names the config fields that decide it, for the hint.
+    ///
+    /// # Errors
+    /// The tensor is absent or has another shape.
+    pub fn expect_shape(&self, name: &str, expected: &[usize], fields: &str) -> Result<()> {
+        let info = self.require(name)?;
+        if info.shape == expected {
+            return Ok(());
+        }
+        Err(CheckpointError::Shape {
+            path: self.file_of(info).to_path_buf(),
+            tensor: name.into(),
+            found: info.shape.clone(),
+            expected: expected.to_vec(),
+            fields: fields.into(),
+        })
+    }
+
+    /// Files of the folder that are neither weights nor `config.json`: tokenizer, generation config, licence.
+    ///
+    /// # Errors
+    /// The folder cannot be listed.
+    pub fn side_files(&self) -> Result<Vec<PathBuf>> {
+        let mut files = Vec::new();
+        for entry in std::fs::read_dir(&self.root).map_err(io("list", &self.root))? {
+            let path = entry.map_err(io("list", &self.root))?.path();
+            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            // `metadata` follows links: the hub's cache is made of them.
+            let is_file = path.metadata().is_ok_and(|m| m.is_file());
+            if is_file && name != CONFIG_FILE && !name.starts_with('.') && !is_weight_file(&name) {
+                files.push(path);
+            }
+        }
+        files.sort();
+        Ok(files)
+    }
+
+    /// SHA-256 of the config and of every weight file.
+    ///
+    /// # Errors
+    /// The config cannot be read.
+    pub fn fingerprint(&self) -> Result<Fingerprint> {
+        let mut fingerprint: Fingerprint = self
+            .shards
+            .par_iter()
+            .map(|shard| {
+                let mut hasher = Sha256::new();
+                for (i, chunk) in shard.bytes().chunks(HASH_CHUNK).enumerate() {
+                    hasher.update(chunk);
+                    shard.release(i * HASH_CHUNK, i * HASH_CHUNK + chunk.len());
+                }
+                (file_name(shard.path()), hex(&hasher.finalize()))
+            })
+            .collect();
+        let config = self.root.join(CONFIG_FILE);
+        if self.config.is_some() {
+            fingerprint.insert(CONFIG_FILE.into(), sha256_file(&config)?);
+        }
+        Ok(fingerprint)
+    }
+}
+
+const HASH_CHUNK: usize = 16 << 20;
+
+/// Lower-case hexadecimal digits.
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
+}
+
+/// SHA-256 of a file, read in pieces.
+///
+/// # Errors
+/// The file cannot be read.
+pub fn sha256_file(path: &Path) -> Result<String> {
+    let mut file = std::fs::File::open(path).map_err(io("open", path))?;
+    let mut hasher = Sha256::new();
+    let mut chunk = vec![0; 1 << 20];
+    loop {
+        match std::io::Read::read(&mut file, &mut chunk).map_err(io("read", path))? {
+            0 => return Ok(hex(&hasher.finalize())),
+            n => hasher.update(&chunk[..n]),
+        }
+    }
+}
+
+fn file_name(path: &Path) -> String {
+    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+}
+
+/// Weights in any format, and what describes them.
+fn is_weight_file(name: &str) -> bool {
+    const SUFFIXES: &[&str] = &[
+        ".safetensors",
+        ".safetensors.index.json",
+        ".bin",
+        ".bin.index.json",
+        ".pt",
+        ".pth",
+        ".gguf",
+        ".h5",
+        ".msgpack",
+        ".onnx",
+    ];
+    SUFFIXES.iter().any(|suffix| name.ends_with(suffix))
+}
+
+fn read_config(path: &Path) -> Result<Option<Map<String, Value>>> {
+    match std::fs::read(path) {
+        Ok(bytes) => serde_json::from_slice(&bytes)
+            .map(Some)
+            .map_err(|e| CheckpointError::Json { path: path.into(), reason: e.to_string() }),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(io("read", path)(e)),
+    }
+}
+
+/// Which files of a folder are the checkpoint.
+struct Layout {
+    root: PathBuf,
+    files: Vec<PathBuf>,
+    index: Option<(PathBuf, ShardIndex)>,
+}
+
+impl Layout {
+    fn find(path: &Path) -> Result<Self> {
+        let refuse = |reason: &str| Err(CheckpointError::NotACheckpoint { path: path.into(), reason: reason.into() });
+        if path.is_file() {
+            if path.extension().is_none_or(|e| e != "safetensors") {
+                return refuse("it is a file, and not a `.safetensors` file");
+            }
+            let root = path.parent().unwrap_or(Path::new(".")).to_path_buf();
+            return Ok(Self { root, files: vec![path.into()], index: None });
+        }
+        if !path.is_dir() {
+            return refuse("there is no such folder");
+        }
+        let root = path.to_path_buf();
+        let single = path.join(SINGLE_FILE);
+        if single.exists() {
+            return Ok(Self { root, files: vec![single], index: None });
+        }
+        let index_path = path.join(INDEX_FILE);
+        if index_path.exists() {
+            return Self::sharded(root, index_path);
+        }
+        let names: Vec<PathBuf> = std::fs::read_dir(path)
+            .map_err(io("list", path))?
+            .filter_map(|entry| entry.ok().map(|e| e.path()))
+            .collect();
+        let mut weights: Vec<PathBuf> =
+            names.iter().filter(|p| p.extension().is_some_and(|e| e == "safetensors")).cloned().collect();
+        weights.sort();
+        match weights.len() {
+            1 => Ok(Self { root, files: weights, index: None }),
+            0 if names.iter().any(|p| is_weight_file(&file_name(p))) => {
+                refuse("its weights are not in safetensors form; convert them first")
+            }
+            0 => refuse("it holds no `.safetensors` file"),
+            _ => refuse("it holds several `.safetensors` files and no `model.safetensors.index.json`"),
+        }
+    }
+
+    fn sharded(root: PathBuf, index_path: PathBuf) -> Result<Self> {
+        let bytes = std::fs::read(&index_path).map_err(io("read", &index_path))?;
+        let index: ShardIndex = serde_json::from_slice(&bytes)
+            .map_err(|e| CheckpointError::Json { path: index_path.clone(), reason: e.to_string() })?;
+        let mut names: Vec<&String> = index.weight_map.values().collect();
+        names.sort();
+        names.dedup();
+        let mut files = Vec::new();
+        for shard in names {
+            if Path::new(shard).components().count() != 1 || Path::new(shard).file_name().is_none() {
+                return Err(CheckpointError::ShardOutside { path: index_path, shard: shard.clone() });
+            }
+            let file = root.join(shard);
+            if !file.exists() {
+                return Err(CheckpointError::MissingShard { path: index_path, shard: shard.clone() });
+            }
+            files.push(file);
+        }
+        Ok(Self { root, files, index: Some((index_path, index)) })
+    }
+}

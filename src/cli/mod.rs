@@ -1,0 +1,108 @@
+//! The command line: the only room that prints. stdout is data, stderr is progress and errors.
+
+mod compress;
+mod eval;
+mod inspect;
+mod terminal;
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use anyhow::Result;
+use bytesize::ByteSize;
+use clap::{Args, Parser, Subcommand};
+use serde::Serialize;
+
+use crate::checkpoint::{Checkpoint, hub};
+use crate::error;
+
+/// Low-rank compression of Hugging Face checkpoints
+///
+/// Exit codes: 0 done; 2 usage; 3 a gate did not hold; 4 unsupported or unmatched input; 5 numeric (non-finite, did not
+/// converge); 6 resources (disk, memory, network).
+#[derive(Debug, Parser)]
+#[command(version, max_term_width = 100)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+
+    /// Print nothing but data and errors
+    #[arg(short, long, global = true)]
+    quiet: bool,
+
+    /// Print what is being done (-v), and every detail (-vv)
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    verbose: u8,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Compress(compress::CompressArgs),
+    Eval(eval::EvalArgs),
+    Inspect(inspect::InspectArgs),
+}
+
+/// Which model.
+#[derive(Debug, Args)]
+struct ModelArgs {
+    /// Folder of a checkpoint, a `.safetensors` file, or a hub id (`org/name`)
+    model: String,
+
+    /// Branch, tag or commit of a hub id
+    #[arg(long, default_value = "main", value_name = "REV")]
+    revision: String,
+}
+
+impl ModelArgs {
+    fn open(&self) -> Result<Checkpoint> {
+        let folder = hub::resolve(&self.model, &self.revision)?;
+        Ok(Checkpoint::open(&folder)?)
+    }
+}
+
+/// How much memory may grow with the text.
+#[derive(Debug, Args)]
+struct MemoryArgs {
+    /// Memory for hidden states and activations; past it they go to disk
+    #[arg(long, default_value = "1GiB", value_name = "SIZE")]
+    memory: ByteSize,
+}
+
+/// Runs the command that was parsed.
+///
+/// # Errors
+/// Whatever went wrong, for [`fail`].
+pub fn run(cli: &Cli) -> Result<()> {
+    terminal::start_logging(cli.quiet, cli.verbose);
+    let progress = terminal::Bars::new(cli.quiet);
+    match &cli.command {
+        Command::Compress(args) => compress::run(args, cli.quiet, &progress),
+        Command::Eval(args) => eval::run(args, &progress),
+        Command::Inspect(args) => inspect::run(args, &progress),
+    }
+}
+
+/// Prints an error with its hint, and gives its exit code.
+pub fn fail(error: &anyhow::Error) -> ExitCode {
+    // A reader that has seen enough (`| head`) is no failure.
+    let is_closed_pipe = |e: &std::io::Error| e.kind() == std::io::ErrorKind::BrokenPipe;
+    if error.downcast_ref::<std::io::Error>().is_some_and(is_closed_pipe) {
+        return ExitCode::SUCCESS;
+    }
+    eprintln!("error: {error:#}");
+    if let Some(hint) = error::hint(error) {
+        eprintln!("hint: {hint}");
+    }
+    ExitCode::from(error::exit_class(error) as u8)
+}
+
+/// Prints a record as JSON on stdout.
+fn print_json(record: &impl Serialize) -> Result<()> {
+    print(&(serde_json::to_string_pretty(record)? + "\n"))
+}
+
+fn print(text: &str) -> Result<()> {
+    let mut stdout = std::io::stdout().lock();
+    stdout.write_all(text.as_bytes())?;
+    Ok(stdout.flush()?)
+}

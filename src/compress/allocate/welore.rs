@@ -1,0 +1,74 @@
+//! WeLore's rank selection (Jaiswal et al. 2024, «From GaLore to WeLore», section 3): one threshold k for all linears on
+//! their normalised singular values `(s − s_min) / (s_max − s_min)`; a linear keeps those at or above k.
+//!
+//! The paper fixes k by hand for each model and counts ranks. Here k is the smallest threshold under which the
+//! **parameter** budget holds, and a linear is factored only where that saves parameters. Linears that end factored are
+//! the paper's LRCs (low-rank components), those left dense its N-LRCs. The singular values are those of the metric
+//! in which the truncation is made.
+
+use super::{Allocator, Choice, ErrorCurve, Shape, budget};
+
+pub(super) struct Welore;
+
+impl Allocator for Welore {
+    fn from_shapes(&self, shapes: &[Shape], keep: f64) -> Option<Vec<Choice>> {
+        (keep >= 1.0).then(|| vec![Choice::Dense; shapes.len()])
+    }
+
+    fn from_curves(&self, shapes: &[Shape], curves: &[ErrorCurve], keep: f64) -> Vec<Choice> {
+        if let Some(choices) = self.from_shapes(shapes, keep) {
+            return choices;
+        }
+        let normalised: Vec<Vec<f64>> = curves.iter().map(normalise).collect();
+        let at = |k: f64| -> Vec<Choice> {
+            let rank = |values: &Vec<f64>| values.partition_point(|&s| s >= k).max(1);
+            normalised.iter().zip(shapes).map(|(values, &shape)| Choice::if_it_saves(rank(values), shape)).collect()
+        };
+        let budget = budget(shapes, keep);
+        let spends = |k: f64| at(k).iter().zip(shapes).map(|(c, &s)| c.n_parameters(s)).sum::<u64>();
+
+        // Ranks change only where k passes a singular value: bisect over those.
+        let mut thresholds: Vec<f64> = normalised.concat();
+        thresholds.sort_by(f64::total_cmp);
+        thresholds.dedup();
+        let first = thresholds.partition_point(|&k| spends(k) > budget);
+        at(thresholds.get(first).copied().unwrap_or(f64::INFINITY))
+    }
+}
+
+/// Singular values mapped to [0, 1], descending; all 1 where they are equal.
+fn normalise(curve: &ErrorCurve) -> Vec<f64> {
+    let values: Vec<f64> = curve.singular_values().collect();
+    let (max, min) = (values.first().copied().unwrap_or(0.0), values.last().copied().unwrap_or(0.0));
+    let span = max - min;
+    values.into_iter().map(|s| if span > 0.0 { (s - min) / span } else { 1.0 }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn steep_spectra_give_their_ranks_to_flat_ones() {
+        let steep = ErrorCurve::new((0..40).map(|i| 0.5f64.powi(i)).collect());
+        let flat = ErrorCurve::new((0..40).map(|i| 1.0 - 0.01 * f64::from(i)).collect());
+        let shapes = [(40, 40), (40, 40)];
+        let choices = Welore.from_curves(&shapes, &[steep, flat], 0.7);
+        let Choice::Rank(rank) = choices[0] else { panic!("the steep one is factored") };
+        assert!(rank < 10, "{rank}");
+        assert_eq!(choices[1], Choice::Dense);
+    }
+
+    #[test]
+    fn a_looser_budget_never_takes_a_rank_away() {
+        let curve = |decay: f64| ErrorCurve::new((0..30).map(|i| decay.powi(i)).collect());
+        let (shapes, curves) = ([(30, 60), (60, 30), (30, 30)], [curve(0.9), curve(0.8), curve(0.95)]);
+        let mut last = vec![0; 3];
+        for keep in [0.1, 0.3, 0.5, 0.7, 0.9, 1.0] {
+            let choices = Welore.from_curves(&shapes, &curves, keep);
+            let costs: Vec<u64> = choices.iter().zip(&shapes).map(|(c, &s)| c.n_parameters(s)).collect();
+            assert!(costs.iter().zip(&last).all(|(now, before)| now >= before), "{keep}: {costs:?}");
+            last = costs;
+        }
+    }
+}

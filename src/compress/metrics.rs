@@ -1,0 +1,153 @@
+//! Where the metrics of a block's linears come from: nowhere (plain SVD), or a walk of calibration windows.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use anyhow::{Result, ensure};
+
+use super::metric::Metric;
+use super::presets::InputMetric;
+use crate::calibrate::Observed;
+use crate::checkpoint::Checkpoint;
+use crate::error::Failure;
+use crate::model::inventory::LinearInfo;
+use crate::model::{Decoder, InputSite, Walk, WalkLimits};
+use crate::progress::Progress;
+use crate::recipe::Recipe;
+use crate::report::CalibrationRecord;
+use crate::text::{Bos, Text, Tokenizer};
+
+/// Calibration text cut into windows, ready before a weight is read.
+pub(super) struct CalibrationWindows {
+    pub windows: Vec<Vec<u32>>,
+    pub text_sha256: String,
+    pub n_tokens: usize,
+}
+
+impl CalibrationWindows {
+    /// # Errors
+    /// The text or the tokenizer cannot be read, or the text is too short.
+    pub fn load(checkpoint: &Checkpoint, recipe: &Recipe) -> Result<Option<Self>> {
+        let Some(settings) = &recipe.calibration else { return Ok(None) };
+        let tokenizer = Tokenizer::open(checkpoint.root())?;
+        let text = Text::read(&settings.text)?;
+        let tokens = tokenizer.encode(&text.content, Bos::Auto)?;
+        let windows = tokens.sample(settings.seq_len, settings.samples, settings.seed);
+        if windows.is_empty() {
+            let message = format!(
+                "`{}` has {} tokens, a window needs {}",
+                settings.text.display(),
+                tokens.ids.len(),
+                settings.seq_len
+            );
+            return Err(Failure::unsupported(message).hint("give more text, or a smaller `--seq-len`").into());
+        }
+        if windows.len() < settings.samples {
+            tracing::warn!(
+                "`{}` has {} windows, fewer than `--samples {}`",
+                settings.text.display(),
+                windows.len(),
+                settings.samples
+            );
+        }
+        let n_tokens = windows.len() * settings.seq_len;
+        Ok(Some(Self { windows, text_sha256: text.sha256, n_tokens }))
+    }
+}
+
+impl CalibrationWindows {
+    /// For the report.
+    pub fn record(&self) -> CalibrationRecord {
+        CalibrationRecord { text_sha256: self.text_sha256.clone(), windows: self.windows.len(), tokens: self.n_tokens }
+    }
+}
+
+/// Gives the metrics of one block after another.
+pub(super) enum Metrics<'a> {
+    Identity(Metric),
+    Calibrated(Box<Calibrated<'a>>),
+}
+
+pub(super) struct Calibrated<'a> {
+    decoder: Decoder<'a>,
+    walk: Walk<'a>,
+    next_block: usize,
+    n_tokens: usize,
+    grams: BTreeMap<InputSite, Metric>,
+}
+
+impl<'a> Metrics<'a> {
+    /// # Errors
+    /// The method needs activations and the model cannot be run.
+    pub fn start(
+        checkpoint: &'a Checkpoint,
+        recipe: &Recipe,
+        linears: &[LinearInfo],
+        windows: Option<&'a CalibrationWindows>,
+        memory_bytes: u64,
+        work_folder: &Path,
+    ) -> Result<Self> {
+        let (InputMetric::Gram, Some(windows)) = (recipe.method.input_metric(), windows) else {
+            return Ok(Self::Identity(Metric::Identity));
+        };
+        let decoder = Decoder::open(checkpoint)?;
+        if let Some(outside) = linears.iter().find(|l| l.id.is_none()) {
+            return Err(Failure::unsupported(format!(
+                "`{}` is outside of the blocks, and has no calibration statistics",
+                outside.module
+            ))
+            .hint("compress it with `--method svd`, or leave it out")
+            .into());
+        }
+        let walk = Walk::start(&decoder, &windows.windows, &WalkLimits::new(memory_bytes, work_folder.into()))?;
+        let calibrated =
+            Calibrated { decoder, walk, next_block: 0, n_tokens: windows.n_tokens, grams: BTreeMap::new() };
+        Ok(Self::Calibrated(Box::new(calibrated)))
+    }
+
+    /// Observes what the linears of one block need. Blocks come in ascending order.
+    ///
+    /// # Errors
+    /// An activation is not finite, or the walk fails.
+    pub fn observe(&mut self, linears: &[&LinearInfo], progress: &dyn Progress) -> Result<()> {
+        match self {
+            Self::Identity(_) => Ok(()),
+            Self::Calibrated(calibrated) => calibrated.observe(linears, progress),
+        }
+    }
+
+    /// The metric of a linear of the block observed last.
+    pub fn of(&self, linear: &LinearInfo) -> &Metric {
+        match self {
+            Self::Identity(metric) => metric,
+            Self::Calibrated(calibrated) => {
+                let id = linear.id.expect("invariant: calibrated linears have an id");
+                &calibrated.grams[&id.role.site()]
+            }
+        }
+    }
+}
+
+impl Calibrated<'_> {
+    fn observe(&mut self, linears: &[&LinearInfo], progress: &dyn Progress) -> Result<()> {
+        let ids: Vec<_> = linears.iter().filter_map(|l| l.id).collect();
+        let Some(target_block) = ids.first().map(|id| id.block) else { return Ok(()) };
+        ensure!(ids.iter().all(|id| id.block == target_block), "linears of one block are observed together");
+        while self.next_block <= target_block {
+            let stage = progress.stage(&format!("observe block {}", self.next_block), self.n_tokens as u64, "tokens");
+            let is_target = self.next_block == target_block;
+            let sites = linears.iter().filter(|_| is_target).filter_map(|l| Some((l.id?.role.site(), l.in_features)));
+            let mut observed = Observed::new(sites.clone());
+            let block = self.decoder.block(self.next_block)?;
+            self.walk.advance(&self.decoder, &block, &mut |site, x| observed.observe(site, x), stage.as_ref())?;
+            self.grams.clear();
+            for (site, _) in sites {
+                if !self.grams.contains_key(&site) {
+                    self.grams.insert(site, Metric::full(observed.gram(site)?.mean()?));
+                }
+            }
+            self.next_block += 1;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,125 @@
+//! Factors as they are: a Hugging Face repository with its own small modelling file.
+//!
+//! Module `X` becomes `X.lr_a.weight` (r, in) and `X.lr_b.weight` (out, r), its bias `X.lr_b.bias`. The `model_type` gets
+//! the prefix `lrc_`: with the native one, a user who forgets `trust_remote_code` would get random weights and no error.
+
+use std::collections::BTreeMap;
+
+use serde_json::{Map, Value, json};
+
+use super::{CheckpointError, FactorPair, Layout, LinearInfo, NamedBytes, TensorSpec, encode};
+use crate::model::config::MODEL_TYPE_PREFIX;
+use crate::model::linear::{LR_A, LR_B};
+
+pub(super) struct Factored;
+
+const MODELING_FILE: &str = "modeling_lrc.py";
+const MODELING_TEMPLATE: &str = include_str!("modeling_lrc.py");
+
+/// Version of the `lrc` entry in `config.json`.
+const VERSION: u32 = 1;
+
+/// The transformers class that the output extends, and its own: `LlamaForCausalLM`, `LrcForCausalLM`.
+struct Classes {
+    base: String,
+    own: String,
+}
+
+impl Classes {
+    fn of(source: &Map<String, Value>) -> Option<Self> {
+        let base = source.get("architectures")?.get(0)?.as_str()?.to_string();
+        let is_name = base.chars().all(|c| c.is_ascii_alphanumeric() || c == '_');
+        let head = base.find("For").map_or("", |at| &base[at..]);
+        is_name.then(|| Self { own: format!("Lrc{head}"), base: base.clone() })
+    }
+
+    /// `AutoModelForCausalLM`, for a model with that head.
+    fn auto_class(&self) -> String {
+        self.own.replacen("Lrc", "AutoModel", 1)
+    }
+}
+
+impl Layout for Factored {
+    fn specs(&self, linear: &LinearInfo, rank: usize) -> Vec<TensorSpec> {
+        let spec = |part, shape| TensorSpec { name: name(linear, part), dtype: linear.dtype, shape };
+        vec![spec(LR_A, vec![rank, linear.in_features]), spec(LR_B, vec![linear.out_features, rank])]
+    }
+
+    fn tensors(&self, linear: &LinearInfo, factors: &FactorPair<'_>) -> Result<Vec<NamedBytes>, CheckpointError> {
+        Ok(vec![
+            encode(name(linear, LR_A), linear.dtype, factors.a)?,
+            encode(name(linear, LR_B), linear.dtype, factors.b)?,
+        ])
+    }
+
+    fn bias_name(&self, linear: &LinearInfo) -> String {
+        format!("{}.{LR_B}.bias", linear.module)
+    }
+
+    fn config(&self, source: &Map<String, Value>, ranks: &BTreeMap<String, usize>) -> Map<String, Value> {
+        let mut config = source.clone();
+        if ranks.is_empty() {
+            return config;
+        }
+        let model_type = source.get("model_type").and_then(Value::as_str).unwrap_or("unknown");
+        config.insert("model_type".into(), json!(format!("{MODEL_TYPE_PREFIX}{model_type}")));
+        // Without a class to extend, transformers cannot load the output; lrc can.
+        if let Some(classes) = Classes::of(source) {
+            let mut auto_map = Map::new();
+            auto_map.insert("AutoConfig".into(), json!("modeling_lrc.LrcConfig"));
+            auto_map.insert("AutoModel".into(), json!("modeling_lrc.LrcModel"));
+            if classes.own != "Lrc" {
+                auto_map.insert(classes.auto_class(), json!(format!("modeling_lrc.{}", classes.own)));
+                config.insert("architectures".into(), json!([classes.own]));
+            } else {
+                config.insert("architectures".into(), json!(["LrcModel"]));
+            }
+            config.insert("auto_map".into(), Value::Object(auto_map));
+        }
+        let modules: Map<String, Value> =
+            ranks.iter().map(|(module, rank)| (module.clone(), json!({ "rank": rank }))).collect();
+        config.insert("lrc".into(), json!({"version": VERSION, "modules": modules}));
+        config
+    }
+
+    fn side_files(&self, source: &Map<String, Value>) -> Vec<(&'static str, String)> {
+        let Some(classes) = Classes::of(source) else { return Vec::new() };
+        let own = if classes.own == "Lrc" { "LrcHeadless" } else { &classes.own };
+        vec![(MODELING_FILE, MODELING_TEMPLATE.replace("@BASE@", &classes.base).replace("LrcForCausalLM", own))]
+    }
+}
+
+fn name(linear: &LinearInfo, part: &str) -> String {
+    format!("{}.{part}.weight", linear.module)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn source(class: &str) -> Map<String, Value> {
+        json!({"architectures": [class], "model_type": "llama", "keep": {"b": 1, "a": 2}}).as_object().unwrap().clone()
+    }
+
+    #[test]
+    fn the_config_keeps_every_other_key_and_gets_the_safety_catch() {
+        let ranks = BTreeMap::from([("model.layers.0.mlp.up_proj".to_string(), 3)]);
+        let config = Factored.config(&source("LlamaForCausalLM"), &ranks);
+        assert_eq!(config["model_type"], "lrc_llama");
+        assert_eq!(config["architectures"], json!(["LrcForCausalLM"]));
+        assert_eq!(config["auto_map"]["AutoModelForCausalLM"], "modeling_lrc.LrcForCausalLM");
+        assert_eq!(config["lrc"]["modules"]["model.layers.0.mlp.up_proj"]["rank"], 3);
+        assert_eq!(config["keep"], json!({"b": 1, "a": 2}));
+        // Nothing factored: the source's config loads as it is.
+        assert_eq!(Factored.config(&source("LlamaForCausalLM"), &BTreeMap::new()), source("LlamaForCausalLM"));
+    }
+
+    #[test]
+    fn other_heads_have_their_own_auto_class() {
+        let classes = Classes::of(&source("BertForMaskedLM")).unwrap();
+        assert_eq!((classes.own.as_str(), classes.auto_class().as_str()), ("LrcForMaskedLM", "AutoModelForMaskedLM"));
+        let file = &Factored.side_files(&source("BertForMaskedLM"))[0].1;
+        assert!(file.contains("class LrcForMaskedLM(") && file.contains("\"BertForMaskedLM\""));
+        assert!(Classes::of(&source("x\"); import os")).is_none());
+    }
+}

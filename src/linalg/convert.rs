@@ -1,0 +1,50 @@
+//! Between row-major `f32` weights, as checkpoints hold them, and faer's column-major `f64` matrices.
+
+use faer::{Mat, MatRef};
+
+/// The transpose (n_cols, n_rows) of a row-major matrix (n_rows, n_cols): in column-major order the same bytes,
+/// so the copy is contiguous. Take `.transpose()` of it for the matrix itself.
+///
+/// # Panics
+/// When `values` does not have `n_rows * n_cols` elements.
+pub fn transposed_from_row_major(values: &[f32], n_rows: usize, n_cols: usize) -> Mat<f64> {
+    assert_eq!(values.len(), n_rows * n_cols, "invariant: a matrix has rows x columns values");
+    let mut matrix = Mat::zeros(n_cols, n_rows);
+    for (row, column) in values.chunks_exact(n_cols.max(1)).zip(matrix.col_iter_mut()) {
+        let column = column.try_as_col_major_mut().expect("invariant: an owned matrix is column-major");
+        for (to, from) in column.as_slice_mut().iter_mut().zip(row) {
+            *to = f64::from(*from);
+        }
+    }
+    matrix
+}
+
+/// A matrix (n_rows, n_cols) as row-major `f32`, rounded to nearest.
+pub fn to_row_major(matrix: MatRef<'_, f64>) -> Vec<f32> {
+    let mut values = Vec::with_capacity(matrix.nrows() * matrix.ncols());
+    for row in matrix.row_iter() {
+        values.extend(row.iter().map(|&v| v as f32));
+    }
+    values
+}
+
+/// `B·A`, (m, r) · (r, n), all row-major, multiplied in f64 and rounded once.
+pub fn product_row_major(b: &[f32], a: &[f32], m: usize, r: usize, n: usize) -> Vec<f32> {
+    let b_t = transposed_from_row_major(b, m, r);
+    let a_t = transposed_from_row_major(a, r, n);
+    to_row_major(super::product(b_t.transpose(), a_t.transpose()).as_ref())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_stay_rows() {
+        let values = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0];
+        let transposed = transposed_from_row_major(&values, 2, 3);
+        assert_eq!((transposed.nrows(), transposed.ncols()), (3, 2));
+        assert_eq!(transposed.transpose()[(1, 0)], 4.0);
+        assert_eq!(to_row_major(transposed.transpose()), values);
+    }
+}

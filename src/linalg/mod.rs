@@ -1,0 +1,26 @@
+//! Dense numerical routines: nothing here knows of models, files or tensor names.
+//!
+//! Factorisations and their products run on one thread, with one fixed order of operations: parallelism lies in running
+//! many matrices at once, so that results do not depend on the number of threads, and small problems do not pay for
+//! splitting. Only [`add_gram_f32`], which is called between matrices, uses all threads itself.
+
+mod convert;
+mod eigh;
+mod gram;
+mod qr;
+
+pub use convert::{product_row_major, to_row_major, transposed_from_row_major};
+pub use eigh::{Eigh, eigenvalues, eigh};
+pub use gram::{add_gram_f32, mirror_lower, product, product_symmetric};
+pub use qr::orthonormal_columns;
+
+use thiserror::Error;
+
+/// Why a factorisation has no result.
+#[derive(Debug, Error, Clone, Copy, PartialEq, Eq)]
+pub enum LinalgError {
+    #[error("the {n} x {n} eigenproblem did not converge")]
+    NotConverged { n: usize },
+    #[error("the {n} x {n} eigenproblem holds NaN or infinity")]
+    NonFinite { n: usize },
+}

@@ -1,0 +1,208 @@
+//! Which tensors of a checkpoint are linears: by name and shape, for every family, known or not.
+
+use anyhow::{Result, ensure};
+use candle_core::{Device, Tensor};
+
+use super::architectures::{self, LinearId};
+use super::config;
+use super::linear::{LR_A, LR_B};
+use crate::checkpoint::{Checkpoint, Dtype, cast};
+
+/// A linear layer of a checkpoint.
+#[derive(Debug, Clone)]
+pub struct LinearInfo {
+    /// Its module: `model.layers.3.mlp.down_proj`.
+    pub module: String,
+    pub out_features: usize,
+    pub in_features: usize,
+    /// Of the stored weight or factors.
+    pub dtype: Dtype,
+    pub stored: Stored,
+    /// The block it belongs to, where its name has a number.
+    pub block: Option<usize>,
+    /// Its place in the decoder, where the family is known.
+    pub id: Option<LinearId>,
+    /// Heads, embeddings' twins and routers are linears, but compressed only on request.
+    pub is_default_target: bool,
+}
+
+/// How a checkpoint holds a linear.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stored {
+    /// `X.weight` (out, in).
+    Dense,
+    /// `X.weight` (in, out), as GPT-2's Conv1D has it.
+    DenseTransposed,
+    /// `X.lr_a.weight` (r, in) and `X.lr_b.weight` (out, r).
+    Factors { rank: usize },
+}
+
+/// Parts of a name that tell a table or a vector from a linear.
+const NOT_LINEAR: &[&str] =
+    &["embed", "norm", "wte", "wpe", "ln_", "position", "relative_attention_bias", "rotary", "shared.weight"];
+/// Last parts of a module's name that are linears, but not to be compressed without being asked for.
+const ON_REQUEST: &[&str] =
+    &["lm_head", "embed_out", "output", "classifier", "score", "router", "gate", "head", "proj_out"];
+/// Families that store (in, out), with the modules that do.
+const CONV1D: &[(&str, &[&str])] = &[("gpt2", &["c_attn", "c_proj", "c_fc"])];
+
+impl LinearInfo {
+    pub fn n_parameters(&self) -> u64 {
+        self.out_features as u64 * self.in_features as u64
+    }
+
+    /// The tensor that holds its weight, when it is dense.
+    pub fn weight_name(&self) -> String {
+        format!("{}.weight", self.module)
+    }
+
+    /// Largest rank at which two factors have fewer parameters than the matrix: r (m + n) < m n.
+    pub fn break_even_rank(&self) -> usize {
+        break_even_rank(self.out_features, self.in_features)
+    }
+}
+
+/// Largest r with r (m + n) < m n.
+pub fn break_even_rank(m: usize, n: usize) -> usize {
+    (m * n).saturating_sub(1) / (m + n).max(1)
+}
+
+/// Every linear of a checkpoint, in the order of its files.
+pub fn linears(checkpoint: &Checkpoint) -> Vec<LinearInfo> {
+    let model_type = config::model_type(checkpoint).unwrap_or_default();
+    let architecture = architectures::find(model_type);
+    let conv1d = CONV1D.iter().find(|(t, _)| *t == model_type).map_or(&[][..], |(_, names)| names);
+    let mut linears = Vec::new();
+    for info in checkpoint.tensors() {
+        let &[rows, columns] = info.shape.as_slice() else { continue };
+        let Some(stem) = info.name.strip_suffix(".weight") else { continue };
+        let is_part = stem.ends_with(&format!(".{LR_B}"));
+        if !cast::is_float(info.dtype) || rows < 2 || columns < 2 && !is_part || is_part {
+            continue;
+        }
+        let (module, stored, out_features, in_features) = if let Some(module) = stem.strip_suffix(&format!(".{LR_A}")) {
+            let Some(b) = checkpoint.info(&format!("{module}.{LR_B}.weight")) else { continue };
+            (module, Stored::Factors { rank: rows }, b.shape[0], columns)
+        } else if conv1d.contains(&last_part(stem)) {
+            (stem, Stored::DenseTransposed, columns, rows)
+        } else {
+            (stem, Stored::Dense, rows, columns)
+        };
+        if NOT_LINEAR.iter().any(|part| info.name.contains(part)) {
+            continue;
+        }
+        linears.push(LinearInfo {
+            module: module.to_string(),
+            out_features,
+            in_features,
+            dtype: info.dtype,
+            stored,
+            block: module.split('.').find_map(|part| part.parse().ok()),
+            id: architecture.and_then(|a| a.linear_id(module)),
+            is_default_target: !ON_REQUEST.contains(&last_part(module)),
+        });
+    }
+    linears
+}
+
+fn last_part(module: &str) -> &str {
+    module.rsplit('.').next().unwrap_or(module)
+}
+
+/// The matrix of a linear, (out, in) row-major, multiplied out if need be; every value finite.
+///
+/// # Errors
+/// A tensor is absent or broken.
+pub fn weight(checkpoint: &Checkpoint, linear: &LinearInfo) -> Result<Vec<f32>> {
+    match linear.stored {
+        Stored::Dense => Ok(checkpoint.values(&linear.weight_name())?),
+        Stored::DenseTransposed => {
+            let values = checkpoint.values(&linear.weight_name())?;
+            Ok(transpose(&values, linear.in_features, linear.out_features))
+        }
+        Stored::Factors { rank } => {
+            let tensor = |part: &str, shape: (usize, usize)| -> Result<Tensor> {
+                let values = checkpoint.values(&format!("{}.{part}.weight", linear.module))?;
+                ensure!(values.len() == shape.0 * shape.1, "the factors of `{}` do not fit together", linear.module);
+                Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
+            };
+            let b = tensor(LR_B, (linear.out_features, rank))?;
+            let a = tensor(LR_A, (rank, linear.in_features))?;
+            Ok(b.matmul(&a)?.flatten_all()?.to_vec1()?)
+        }
+    }
+}
+
+/// A row-major matrix (n_rows, n_cols) as (n_cols, n_rows).
+pub fn transpose(values: &[f32], n_rows: usize, n_cols: usize) -> Vec<f32> {
+    (0..n_cols).flat_map(|j| (0..n_rows).map(move |i| values[i * n_cols + j])).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::checkpoint::{SafetensorsWriter, TensorSpec};
+
+    fn checkpoint(config: &str, tensors: &[(&str, Dtype, &[usize])]) -> (tempfile::TempDir, Checkpoint) {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("config.json"), config).unwrap();
+        let specs: Vec<_> = tensors
+            .iter()
+            .map(|&(name, dtype, shape)| TensorSpec { name: name.into(), dtype, shape: shape.into() })
+            .collect();
+        let mut writer = SafetensorsWriter::create(folder.path(), &specs, 1 << 20).unwrap();
+        for spec in &specs {
+            writer.write(&spec.name, &vec![0; spec.n_bytes() as usize]).unwrap();
+        }
+        writer.finish().unwrap();
+        let checkpoint = Checkpoint::open(folder.path()).unwrap();
+        (folder, checkpoint)
+    }
+
+    #[test]
+    fn linears_are_told_from_tables_by_name_and_shape() {
+        let (_folder, checkpoint) = checkpoint(
+            r#"{"model_type": "unheard_of"}"#,
+            &[
+                ("encoder.layer.0.query.weight", Dtype::F16, &[4, 6]),
+                ("encoder.layer.0.query.bias", Dtype::F16, &[4]),
+                ("encoder.layer.0.LayerNorm.weight", Dtype::F16, &[6]),
+                ("embeddings.word_embeddings.weight", Dtype::F16, &[9, 6]),
+                ("moe.gate.weight", Dtype::F32, &[4, 6]),
+                ("codes.weight", Dtype::I64, &[4, 6]),
+                ("conv.weight", Dtype::F32, &[4, 6, 3, 3]),
+                ("lm_head.weight", Dtype::F32, &[9, 6]),
+                ("x.lr_a.weight", Dtype::F32, &[1, 6]),
+                ("x.lr_b.weight", Dtype::F32, &[5, 1]),
+            ],
+        );
+        let found: Vec<_> =
+            linears(&checkpoint).into_iter().map(|l| (l.module, l.is_default_target, l.stored)).collect();
+        let expected = [
+            ("moe.gate", false, Stored::Dense),
+            ("lm_head", false, Stored::Dense),
+            ("encoder.layer.0.query", true, Stored::Dense),
+        ];
+        for (module, is_default, stored) in expected {
+            assert!(found.contains(&(module.into(), is_default, stored)), "{module} in {found:?}");
+        }
+        assert_eq!(found.len(), 3 + 1);
+    }
+
+    #[test]
+    fn conv1d_is_turned() {
+        let (_folder, checkpoint) =
+            checkpoint(r#"{"model_type": "gpt2"}"#, &[("h.0.attn.c_attn.weight", Dtype::F32, &[4, 12])]);
+        let linear = &linears(&checkpoint)[0];
+        assert_eq!((linear.out_features, linear.in_features, linear.block), (12, 4, Some(0)));
+        assert_eq!(transpose(&[1., 2., 3., 4., 5., 6.], 2, 3), [1., 4., 2., 5., 3., 6.]);
+    }
+
+    #[test]
+    fn break_even_saves_at_least_one_parameter() {
+        for (m, n) in [(64, 64), (172, 64), (1, 5), (2048, 5632)] {
+            let r = break_even_rank(m, n);
+            assert!(r * (m + n) < m * n && (r + 1) * (m + n) >= m * n, "{m} {n}");
+        }
+    }
+}

@@ -1,0 +1,23 @@
+//! What the tensors mean: families of models, and a decoder that runs them a block at a time.
+
+pub mod architectures;
+mod attention;
+mod block;
+pub mod config;
+mod decoder;
+pub mod inventory;
+pub mod linear;
+mod mlp;
+mod ops;
+mod walk;
+mod weights;
+
+pub use architectures::{Architecture, InputSite, LinearId, Role};
+pub use attention::Rope;
+pub use block::{Block, Observer};
+pub use config::ModelConfig;
+pub use decoder::{Decoder, Head};
+pub use linear::Linear;
+pub use ops::Kernels;
+pub use walk::{Walk, WalkLimits};
+pub use weights::Weights;

@@ -1,0 +1,41 @@
+//! The few operations whose candle forms differ between evaluation and training.
+//!
+//! candle's fused kernels have no backward pass and stop gradients in silence: they serve evaluation only.
+
+use anyhow::Result;
+use candle_core::{D, Tensor};
+use candle_nn::{ops, rotary_emb};
+
+/// Which kernels a forward pass uses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kernels {
+    /// Fast, no gradients.
+    Fused,
+    /// Gradients flow through every operation.
+    Differentiable,
+}
+
+impl Kernels {
+    /// RMSNorm (Zhang & Sennrich 2019) over the last dimension.
+    pub fn rms_norm(self, x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
+        Ok(match self {
+            Self::Fused => ops::rms_norm(x, weight, eps as f32)?,
+            Self::Differentiable => ops::rms_norm_slow(x, weight, eps as f32)?,
+        })
+    }
+
+    pub fn softmax(self, x: &Tensor) -> Result<Tensor> {
+        Ok(match self {
+            Self::Fused => ops::softmax_last_dim(x)?,
+            Self::Differentiable => ops::softmax(x, D::Minus1)?,
+        })
+    }
+
+    /// Rotates the halves of `x` (batch, heads, n_tokens, head_dim) by `cos` and `sin` (n_tokens, head_dim / 2).
+    pub fn rope(self, x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
+        Ok(match self {
+            Self::Fused => rotary_emb::rope(x, cos, sin)?,
+            Self::Differentiable => rotary_emb::rope_slow(x, cos, sin)?,
+        })
+    }
+}

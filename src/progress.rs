@@ -1,0 +1,32 @@
+//! How far long work has come, told to whoever asked. The command line draws bars; tests listen to nothing.
+
+/// Receives progress.
+pub trait Progress: Sync {
+    /// A stage with `total` units of work; `unit` is their name (`tokens`, `matrices`). Stages nest; one ends when
+    /// its value is dropped.
+    fn stage(&self, name: &str, total: u64, unit: &'static str) -> Box<dyn Stage>;
+}
+
+/// A stage under way.
+pub trait Stage: Sync {
+    /// `n` more units are done.
+    fn advance(&self, n: u64);
+
+    /// What is being worked on now.
+    fn note(&self, what: &str);
+}
+
+/// Tells nobody.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Silent;
+
+impl Progress for Silent {
+    fn stage(&self, _: &str, _: u64, _: &'static str) -> Box<dyn Stage> {
+        Box::new(Self)
+    }
+}
+
+impl Stage for Silent {
+    fn advance(&self, _: u64) {}
+    fn note(&self, _: &str) {}
+}

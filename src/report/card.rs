@@ -1,0 +1,54 @@
+//! The model card: `README.md` of an output folder.
+
+use std::fmt::Write;
+
+use super::CompressReport;
+use crate::formats::Format;
+
+/// Renders the card of a compression.
+pub fn render(report: &CompressReport) -> String {
+    let sizes = &report.sizes;
+    let is_hub_id = !std::path::Path::new(&report.source).exists();
+    let mut card = String::from("---\n");
+    if is_hub_id {
+        let _ = writeln!(card, "base_model: {}", report.source);
+    }
+    card.push_str("library_name: transformers\ntags:\n- lrc\n- low-rank\n---\n\n");
+    let _ = writeln!(card, "# Low-rank compression of {}\n", title(&report.source));
+    let _ = writeln!(
+        card,
+        "Made by lrc {} with the recipe in `lrc-recipe.toml`; every number is in `lrc-report.json`.\n",
+        report.lrc_version
+    );
+    card.push_str("| | before | after |\n|---|---:|---:|\n");
+    let rows = [
+        ("parameters of the targeted linears", sizes.linear_parameters_before, sizes.linear_parameters_after),
+        ("parameters", sizes.parameters_before, sizes.parameters_after),
+        ("bytes", sizes.bytes_before, sizes.bytes_after),
+    ];
+    for (name, before, after) in rows {
+        let _ = writeln!(card, "| {name} | {before} | {after} |");
+    }
+    let _ = writeln!(
+        card,
+        "| bits per weight of the targeted linears | {:.3} | {:.3} |",
+        sizes.bits_per_weight_before, sizes.bits_per_weight_after
+    );
+    card.push_str("\n## Loading\n\n");
+    if report.recipe.format == Some(Format::Factored) {
+        card.push_str(
+            "```python\nfrom transformers import AutoModelForCausalLM\n\
+             model = AutoModelForCausalLM.from_pretrained(\"FOLDER\", trust_remote_code=True)\n```\n\n\
+             The modelling code is `modeling_lrc.py` in this folder. `lrc eval FOLDER --text FILE` runs it without Python.\n",
+        );
+    } else {
+        card.push_str("The factors are multiplied out: it loads wherever the original does.\n");
+    }
+    card.push_str("\n## Reproducing\n\n```sh\nlrc compress MODEL -o OUT --recipe lrc-recipe.toml\n```\n");
+    card
+}
+
+/// The last part of a path or hub id: a card should not tell where its author keeps files.
+fn title(source: &str) -> &str {
+    source.trim_end_matches('/').rsplit('/').next().unwrap_or(source)
+}

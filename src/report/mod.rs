@@ -1,0 +1,269 @@
+//! What the commands found, as records that serialise to JSON. Every number is computed here or below, never in `cli`.
+
+pub mod card;
+
+use std::time::Instant;
+
+use anyhow::Result;
+use serde::{Deserialize, Serialize};
+
+use crate::checkpoint::{Checkpoint, Fingerprint};
+use crate::compress::Job;
+use crate::compress::allocate::Choice;
+use crate::model::inventory::{LinearInfo, Stored};
+use crate::recipe::RecipeOptions;
+
+/// Name of the report in an output folder; also the mark by which `--force` knows a folder of ours.
+pub const REPORT_FILE: &str = "lrc-report.json";
+
+/// Grows when a field changes its meaning or goes away.
+pub const SCHEMA_VERSION: u32 = 1;
+
+/// `lrc-report.json`. Everything but the seconds and the peak memory is the same in every run.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct CompressReport {
+    pub schema_version: u32,
+    pub lrc_version: String,
+    /// The model as it was named.
+    pub source: String,
+    /// SHA-256 of the source's config and weight files.
+    pub source_files: Fingerprint,
+    pub recipe: RecipeOptions,
+    pub calibration: Option<CalibrationRecord>,
+    pub sizes: Sizes,
+    pub linears: Vec<LinearRecord>,
+    /// SHA-256 of every other file of the output.
+    pub output_files: Fingerprint,
+    pub elapsed_seconds: f64,
+    /// Highest resident memory of the process, where the system tells.
+    pub peak_memory_bytes: Option<u64>,
+}
+
+/// What was observed.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct CalibrationRecord {
+    pub text_sha256: String,
+    pub windows: usize,
+    pub tokens: usize,
+}
+
+/// Sizes before and after, in the units that tools disagree about, side by side.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Sizes {
+    /// Parameters of the targeted linears.
+    pub linear_parameters_before: u64,
+    pub linear_parameters_after: u64,
+    /// `linear_parameters_after / linear_parameters_before`: what `--keep` asks for.
+    pub keep: f64,
+    /// Parameters of the whole checkpoint.
+    pub parameters_before: u64,
+    pub parameters_after: u64,
+    /// Bytes of all tensors, as the checkpoint stores them.
+    pub bytes_before: u64,
+    pub bytes_after: u64,
+    /// Stored bits of the targeted linears over their original number of weights.
+    pub bits_per_weight_before: f64,
+    pub bits_per_weight_after: f64,
+}
+
+/// One targeted linear.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct LinearRecord {
+    pub module: String,
+    pub block: Option<usize>,
+    /// (out, in).
+    pub shape: [usize; 2],
+    pub dtype: String,
+    /// Of the factors; none where the linear stays dense. In WeLore's words, a linear with a rank is an LRC, one
+    /// without an N-LRC.
+    pub rank: Option<usize>,
+    pub parameters_before: u64,
+    pub parameters_after: u64,
+    /// Error in the metric of the method over the norm of the weight in it; none in a dry run that did not need it.
+    pub relative_error: Option<f64>,
+    pub seconds: f64,
+}
+
+/// What a compression would do.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct DryRunReport {
+    pub schema_version: u32,
+    pub lrc_version: String,
+    pub source: String,
+    pub recipe: RecipeOptions,
+    pub sizes: Sizes,
+    pub linears: Vec<LinearRecord>,
+    pub expected_memory_bytes: u64,
+}
+
+impl Sizes {
+    /// Of a checkpoint whose `linears` are compressed by `choices` to a whole of `bytes_after`.
+    pub fn of(checkpoint: &Checkpoint, linears: &[LinearInfo], choices: &[Choice], bytes_after: u64) -> Self {
+        let before: u64 = linears.iter().map(LinearInfo::n_parameters).sum();
+        let after: u64 =
+            linears.iter().zip(choices).map(|(l, c)| c.n_parameters((l.out_features, l.in_features))).sum();
+        let stored_before: u64 = linears.iter().map(|l| stored_bytes(l, l.n_parameters())).sum();
+        let (bytes_before, parameters_before) = (checkpoint.n_bytes(), checkpoint.n_elements());
+        let stored_after = stored_before + bytes_after - bytes_before.min(stored_before + bytes_after);
+        Self {
+            linear_parameters_before: before,
+            linear_parameters_after: after,
+            keep: after as f64 / before as f64,
+            parameters_before,
+            parameters_after: parameters_before - before + after,
+            bytes_before,
+            bytes_after,
+            bits_per_weight_before: 8.0 * stored_before as f64 / before as f64,
+            bits_per_weight_after: 8.0 * stored_after as f64 / before as f64,
+        }
+    }
+}
+
+fn stored_bytes(linear: &LinearInfo, n_parameters: u64) -> u64 {
+    debug_assert!(!matches!(linear.stored, Stored::Factors { .. }), "targets are dense");
+    n_parameters * linear.dtype.bitsize() as u64 / 8
+}
+
+impl CompressReport {
+    /// # Errors
+    /// The source cannot be read again for its fingerprint.
+    pub(crate) fn new(
+        job: &Job<'_>,
+        linears: Vec<LinearRecord>,
+        sizes: Sizes,
+        calibration: Option<CalibrationRecord>,
+        started: Instant,
+    ) -> Result<Self> {
+        Ok(Self {
+            schema_version: SCHEMA_VERSION,
+            lrc_version: env!("CARGO_PKG_VERSION").into(),
+            source: job.source.into(),
+            source_files: job.checkpoint.fingerprint()?,
+            recipe: job.recipe.to_options(),
+            calibration,
+            sizes,
+            linears,
+            output_files: Fingerprint::new(),
+            elapsed_seconds: started.elapsed().as_secs_f64(),
+            peak_memory_bytes: peak_memory_bytes(),
+        })
+    }
+}
+
+impl DryRunReport {
+    pub(crate) fn new(job: &Job<'_>, linears: Vec<LinearRecord>, sizes: Sizes, expected_memory_bytes: u64) -> Self {
+        Self {
+            schema_version: SCHEMA_VERSION,
+            lrc_version: env!("CARGO_PKG_VERSION").into(),
+            source: job.source.into(),
+            recipe: job.recipe.to_options(),
+            sizes,
+            linears,
+            expected_memory_bytes,
+        }
+    }
+}
+
+/// Highest resident memory of this process so far; only Linux tells.
+pub fn peak_memory_bytes() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"))?;
+    let kib: u64 = line.trim().strip_suffix(" kB")?.trim().parse().ok()?;
+    Some(kib * 1024)
+}
+
+/// `lrc eval`: one measurement of perplexity, with all that decides whether it can be compared with another.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct PerplexityReport {
+    pub schema_version: u32,
+    pub lrc_version: String,
+    pub model: String,
+    pub convention: String,
+    /// Perplexity: exp of the mean negative log-likelihood.
+    pub ppl: f64,
+    /// Standard error of `ppl`, from the spread over scored tokens.
+    pub ppl_standard_error: f64,
+    /// Σ negative log-likelihood in nats.
+    pub nll_sum: f64,
+    pub bits_per_byte: f64,
+    pub scored_tokens: u64,
+    pub windows: usize,
+    pub seq_len: usize,
+    pub total_tokens: usize,
+    /// The policy asked for: `auto` or `never`.
+    pub bos: String,
+    /// What it meant with this tokenizer: whether a BOS token was there.
+    pub bos_added: bool,
+    pub compute_dtype: String,
+    pub text: String,
+    pub text_sha256: String,
+    pub tokenizer_sha256: String,
+    pub parameters: u64,
+    /// Bytes of all tensors, as stored.
+    pub size_bytes: u64,
+    pub elapsed_seconds: f64,
+    pub tokens_per_second: f64,
+    pub peak_memory_bytes: Option<u64>,
+}
+
+/// `lrc inspect`: the spectra of a checkpoint.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct InspectReport {
+    pub schema_version: u32,
+    pub lrc_version: String,
+    pub model: String,
+    pub parameters: u64,
+    pub size_bytes: u64,
+    pub linears: Vec<SpectrumRecord>,
+    /// Tensors that were not taken for linears.
+    pub other_tensors: Vec<String>,
+}
+
+/// Figures of the spectrum of one linear. Singular values are σ, descending.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct SpectrumRecord {
+    pub module: String,
+    pub block: Option<usize>,
+    /// (out, in).
+    pub shape: [usize; 2],
+    pub dtype: String,
+    /// Rank of the stored factors; none for a dense weight.
+    pub stored_rank: Option<usize>,
+    /// Singular values above numpy's `matrix_rank` tolerance in f32, σ₁ · max(m, n) · 2⁻²³.
+    pub rank: usize,
+    /// σ₁.
+    pub spectral_norm: f64,
+    /// √Σσ².
+    pub frobenius_norm: f64,
+    /// Σσ² / σ₁².
+    pub stable_rank: f64,
+    /// exp of the entropy of p = σ² / Σσ².
+    pub effective_rank: f64,
+    /// exp of the entropy of p = σ / Σσ (Roy & Vetterli 2007).
+    pub effective_rank_sigma: f64,
+    /// Smallest ranks that hold the shares of Σσ² in `ENERGY_SHARES`.
+    pub energy_ranks: Vec<EnergyRank>,
+    /// Largest rank at which two factors have fewer parameters than the matrix.
+    pub break_even_rank: usize,
+    /// √(share of Σσ² behind the break-even rank): the error of plain SVD where it begins to save.
+    pub break_even_error: f64,
+    /// σ at evenly spaced positions, over σ₁: for a sparkline.
+    pub sketch: Vec<f64>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct EnergyRank {
+    pub share: f64,
+    pub rank: usize,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn peak_memory_is_read() {
+        assert!(peak_memory_bytes().unwrap() > 1 << 20);
+    }
+}

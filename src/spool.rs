@@ -1,0 +1,101 @@
+//! Arrays that outgrow memory: kept there up to a cap, in an unnamed file past it.
+
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+
+use crate::checkpoint::cast::{self, Dtype};
+
+/// Keeps arrays of `f32` exactly. The file vanishes with the process, however it ends.
+#[derive(Debug)]
+pub(crate) struct Spool {
+    folder: PathBuf,
+    memory_left: usize,
+    file: Option<File>,
+    file_bytes: u64,
+}
+
+/// An array in a [`Spool`].
+#[derive(Debug)]
+pub(crate) enum Spooled {
+    Memory(Vec<f32>),
+    File { offset: u64, len: usize },
+}
+
+impl Spool {
+    /// Keeps up to `memory_bytes` in memory; the file, if one is needed, is made in `folder`.
+    pub fn new(memory_bytes: usize, folder: PathBuf) -> Self {
+        Self { folder, memory_left: memory_bytes, file: None, file_bytes: 0 }
+    }
+
+    pub fn push(&mut self, values: Vec<f32>) -> Result<Spooled> {
+        let n_bytes = values.len() * 4;
+        if n_bytes <= self.memory_left {
+            self.memory_left -= n_bytes;
+            return Ok(Spooled::Memory(values));
+        }
+        let spooled = Spooled::File { offset: self.file_bytes, len: values.len() };
+        self.file_bytes += n_bytes as u64;
+        self.write(&spooled, &values)?;
+        Ok(spooled)
+    }
+
+    pub fn get(&mut self, spooled: &Spooled) -> Result<Vec<f32>> {
+        match spooled {
+            Spooled::Memory(values) => Ok(values.clone()),
+            Spooled::File { offset, len } => {
+                let file = self.file.as_mut().expect("invariant: spooled arrays have a file");
+                let mut bytes = vec![0; len * 4];
+                file.seek(SeekFrom::Start(*offset))?;
+                file.read_exact(&mut bytes)
+                    .with_context(|| format!("read a work file in `{}`", self.folder.display()))?;
+                Ok(cast::decode(Dtype::F32, &bytes).expect("invariant: f32 is a float dtype"))
+            }
+        }
+    }
+
+    /// Replaces an array by one of the same length.
+    pub fn set(&mut self, spooled: &mut Spooled, values: Vec<f32>) -> Result<()> {
+        match spooled {
+            Spooled::Memory(old) => {
+                *old = values;
+                Ok(())
+            }
+            Spooled::File { .. } => self.write(spooled, &values),
+        }
+    }
+
+    fn write(&mut self, spooled: &Spooled, values: &[f32]) -> Result<()> {
+        let Spooled::File { offset, .. } = spooled else { return Ok(()) };
+        let context = || format!("write a work file in `{}`", self.folder.display());
+        if self.file.is_none() {
+            self.file = Some(tempfile::tempfile_in(&self.folder).with_context(context)?);
+        }
+        let file = self.file.as_mut().expect("invariant: the file was just made");
+        file.seek(SeekFrom::Start(*offset))?;
+        let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        file.write_all(&bytes).with_context(context)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn arrays_past_the_cap_come_back_from_disk() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut spool = Spool::new(24, folder.path().into());
+        let mut arrays: Vec<Spooled> = (0..3).map(|i| spool.push(vec![i as f32; 6]).unwrap()).collect();
+        assert!(matches!(arrays[0], Spooled::Memory(_)) && matches!(arrays[2], Spooled::File { .. }));
+        for (i, array) in arrays.iter_mut().enumerate() {
+            assert_eq!(spool.get(array).unwrap(), [i as f32; 6]);
+            spool.set(array, vec![f32::NAN.copysign(i as f32), 1.0, 2.0, 3.0, 4.0, 10.0 + i as f32]).unwrap();
+        }
+        for (i, array) in arrays.iter().enumerate() {
+            assert_eq!(spool.get(array).unwrap()[5], 10.0 + i as f32);
+        }
+    }
+}

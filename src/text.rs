@@ -1,0 +1,171 @@
+//! Text to tokens: a model's own tokenizer over one file, and windows cut from the stream.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+use clap::ValueEnum;
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{RngCore, SeedableRng};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use crate::checkpoint::{hex, sha256_file};
+use crate::error::{ExitClass, Failure};
+
+/// A text file.
+#[derive(Debug, Clone)]
+pub struct Text {
+    pub path: PathBuf,
+    pub content: String,
+    pub sha256: String,
+}
+
+/// Whether a begin-of-sequence token is put at the start of the stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize, Default)]
+#[serde(rename_all = "lowercase")]
+pub enum Bos {
+    /// Once, at the start of the stream, where the tokenizer adds one.
+    #[default]
+    Auto,
+    /// Never.
+    Never,
+}
+
+/// The tokenizer of a checkpoint.
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+    pub sha256: String,
+    /// What the tokenizer puts in front of a sequence.
+    prefix: Vec<u32>,
+}
+
+/// A token stream.
+#[derive(Debug, Clone)]
+pub struct Tokens {
+    pub ids: Vec<u32>,
+    /// For each token, bytes of the text that it and all before it cover.
+    pub bytes_covered: Vec<usize>,
+}
+
+impl Text {
+    /// Reads a UTF-8 file.
+    ///
+    /// # Errors
+    /// It cannot be read, is not UTF-8, or is empty.
+    pub fn read(path: &Path) -> Result<Self> {
+        let bytes = std::fs::read(path).map_err(|e| {
+            let class = if e.kind() == std::io::ErrorKind::NotFound { ExitClass::Usage } else { ExitClass::Resources };
+            Failure::new(class, format!("cannot read text file `{}`: {e}", path.display()))
+        })?;
+        let sha256 = hex(&Sha256::digest(&bytes));
+        let content = String::from_utf8(bytes).map_err(|e| {
+            Failure::unsupported(format!("`{}` is not UTF-8 (byte {})", path.display(), e.utf8_error().valid_up_to()))
+                .hint("give a plain text file")
+        })?;
+        if content.is_empty() {
+            return Err(Failure::unsupported(format!("text file `{}` is empty", path.display())).into());
+        }
+        Ok(Self { path: path.into(), content, sha256 })
+    }
+}
+
+impl Tokenizer {
+    /// Reads `tokenizer.json` of a model folder.
+    ///
+    /// # Errors
+    /// It is absent or cannot be parsed.
+    pub fn open(model: &Path) -> Result<Self> {
+        let path = model.join("tokenizer.json");
+        if !path.is_file() {
+            return Err(Failure::unsupported(format!("`{}` is missing", path.display()))
+                .hint("text needs the model's fast tokenizer; save it with transformers' `AutoTokenizer(..., use_fast=True)`")
+                .into());
+        }
+        let inner = tokenizers::Tokenizer::from_file(&path)
+            .map_err(|e| Failure::unsupported(format!("`{}` cannot be parsed: {e}", path.display())))?;
+        let sha256 = sha256_file(&path)?;
+        let prefix = added_prefix(&inner)?;
+        Ok(Self { inner, sha256, prefix })
+    }
+
+    /// The token that the tokenizer puts in front of a sequence, if it does.
+    pub fn bos(&self) -> Option<u32> {
+        self.prefix.first().copied()
+    }
+
+    /// Tokenises a whole text as one stream.
+    ///
+    /// # Errors
+    /// The tokenizer refuses.
+    pub fn encode(&self, text: &str, bos: Bos) -> Result<Tokens> {
+        let encoding =
+            self.inner.encode(text, false).map_err(|e| Failure::unsupported(format!("cannot tokenise: {e}")))?;
+        let prefix = if bos == Bos::Auto { self.prefix.as_slice() } else { &[] };
+        let ids = [prefix, encoding.get_ids()].concat();
+        let mut bytes_covered = vec![0; prefix.len()];
+        let mut covered = 0;
+        for &(_, end) in encoding.get_offsets() {
+            covered = end.max(covered);
+            bytes_covered.push(covered);
+        }
+        Ok(Tokens { ids, bytes_covered })
+    }
+}
+
+fn added_prefix(tokenizer: &tokenizers::Tokenizer) -> Result<Vec<u32>> {
+    let ids = |special: bool| -> Result<Vec<u32>> {
+        let encoding =
+            tokenizer.encode("a", special).map_err(|e| Failure::unsupported(format!("the tokenizer fails: {e}")))?;
+        Ok(encoding.get_ids().to_vec())
+    };
+    let (bare, full) = (ids(false)?, ids(true)?);
+    let at = full.windows(bare.len().max(1)).position(|w| w == bare).unwrap_or(0);
+    Ok(full[..at].to_vec())
+}
+
+impl Tokens {
+    /// Disjoint windows from the start; the tail is dropped.
+    pub fn disjoint(&self, seq_len: usize) -> Vec<Vec<u32>> {
+        self.ids.chunks_exact(seq_len).map(<[u32]>::to_vec).collect()
+    }
+
+    /// `n_windows` of the disjoint windows, drawn without replacement by a seeded generator, in text order; all of
+    /// them if there are fewer.
+    pub fn sample(&self, seq_len: usize, n_windows: usize, seed: u64) -> Vec<Vec<u32>> {
+        let windows: Vec<&[u32]> = self.ids.chunks_exact(seq_len).collect();
+        let mut order: Vec<usize> = (0..windows.len()).collect();
+        let mut generator = ChaCha8Rng::seed_from_u64(seed);
+        let n_drawn = n_windows.min(order.len());
+        for i in 0..n_drawn {
+            let rest = (order.len() - i) as u64;
+            order.swap(i, i + (generator.next_u64() % rest) as usize);
+        }
+        order.truncate(n_drawn);
+        order.sort_unstable();
+        order.into_iter().map(|i| windows[i].to_vec()).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tokens(n: u32) -> Tokens {
+        Tokens { ids: (0..n).collect(), bytes_covered: (1..=n as usize).collect() }
+    }
+
+    #[test]
+    fn windows_are_disjoint_and_the_tail_is_dropped() {
+        assert_eq!(tokens(7).disjoint(3), [[0, 1, 2], [3, 4, 5]]);
+    }
+
+    #[test]
+    fn samples_depend_on_the_seed_alone() {
+        let tokens = tokens(1000);
+        let sample = tokens.sample(10, 20, 7);
+        assert_eq!(sample, tokens.sample(10, 20, 7));
+        assert_ne!(sample, tokens.sample(10, 20, 8));
+        assert!(sample.windows(2).all(|w| w[0][0] + 10 <= w[1][0]), "distinct and in order");
+        assert_eq!(tokens.sample(10, 1000, 7).len(), 100);
+    }
+}
