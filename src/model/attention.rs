@@ -1,11 +1,17 @@
 //! Causal grouped-query attention with a rotary embedding.
 
 use anyhow::Result;
-use candle_core::{Device, Tensor};
+use candle_core::{D, Device, Tensor};
+use candle_nn::ops::softmax;
+use faer::linalg::matmul::matmul;
+use faer::{Accum, MatMut, MatRef, Par};
+use pulp::Arch;
+use rayon::prelude::*;
 
 use super::config::ModelConfig;
 use super::linear::Linear;
 use super::ops::Kernels;
+use super::softmax::softmax_in_place;
 
 /// The rotary embedding of every position up to a length.
 #[derive(Debug, Clone)]
@@ -43,8 +49,8 @@ pub struct Attention {
     pub(super) head_dim: usize,
 }
 
-/// Attention scores held at a time, in bytes; whole groups of heads are taken until it is reached.
-const SCORE_BYTES: usize = 64 << 20;
+/// Queries whose scores are held at a time, for each thread.
+const QUERY_BLOCK: usize = 64;
 
 impl Attention {
     /// Mixes the values of `x` (batch, n_tokens, hidden_size): everything before `o_proj`, (batch, n_tokens, queries).
@@ -62,11 +68,35 @@ impl Attention {
         let (cos, sin) = (rope.cos.narrow(0, 0, n_tokens)?, rope.sin.narrow(0, 0, n_tokens)?);
         let q = (kernels.rope(&q, &cos, &sin)? / (self.head_dim as f64).sqrt())?;
         let k = kernels.rope(&k, &cos, &sin)?;
-        let mixed = self.attend(&q, &k, &v, kernels)?; // (batch, heads, n_tokens, head_dim)
+        let mixed = match kernels {
+            Kernels::Fused => self.attend_fused(&q, &k, &v)?,
+            Kernels::Differentiable => self.attend_differentiable(&q, &k, &v)?,
+        }; // (batch, heads, n_tokens, head_dim)
         Ok(mixed.transpose(1, 2)?.reshape((batch, n_tokens, self.n_heads * self.head_dim))?)
     }
 
-    fn attend(&self, q: &Tensor, k: &Tensor, v: &Tensor, kernels: Kernels) -> Result<Tensor> {
+    /// Causal attention a block of queries at a time: scores of the future are never computed, and those of the past
+    /// stay in the cache. Heads are shared out to threads; each is computed in one order.
+    fn attend_fused(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
+        let (_, _, n_tokens, head_dim) = q.dims4()?;
+        let values = |t: &Tensor| t.flatten_all()?.to_vec1::<f32>();
+        let (queries, keys, values) = (values(q)?, values(k)?, values(v)?);
+        let head_len = n_tokens * head_dim;
+        let heads_per_group = self.n_heads / self.n_kv_heads;
+        let arch = Arch::new();
+        let mut mixed = vec![0f32; queries.len()];
+        let buffer = || vec![0f32; QUERY_BLOCK.min(n_tokens) * n_tokens];
+        mixed.par_chunks_exact_mut(head_len).enumerate().for_each_init(buffer, |scores, (head_idx, mixed)| {
+            let group = head_idx / heads_per_group; // counts over batches too: heads and groups are nested in them
+            let q = &queries[head_idx * head_len..][..head_len];
+            let (k, v) = (&keys[group * head_len..][..head_len], &values[group * head_len..][..head_len]);
+            attend_one_head(arch, q, k, v, head_dim, scores, mixed);
+        });
+        Ok(Tensor::from_vec(mixed, q.shape(), &Device::Cpu)?)
+    }
+
+    /// The same in candle's operations, through which gradients flow.
+    fn attend_differentiable(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
         let (batch, _, n_tokens, head_dim) = q.dims4()?;
         let n_groups = batch * self.n_kv_heads;
         let heads_per_group = self.n_heads / self.n_kv_heads;
@@ -74,18 +104,44 @@ impl Attention {
         let q = q.reshape((n_groups, heads_per_group * n_tokens, head_dim))?;
         let k = k.reshape((n_groups, n_tokens, head_dim))?;
         let v = v.reshape((n_groups, n_tokens, head_dim))?;
-        let mask = causal_mask(n_tokens)?; // (n_tokens, n_tokens)
-        let groups_at_once = (SCORE_BYTES / (4 * heads_per_group * n_tokens * n_tokens)).clamp(1, n_groups);
-        let mut mixed = Vec::new();
-        for first in (0..n_groups).step_by(groups_at_once) {
-            let count = groups_at_once.min(n_groups - first);
-            let part = |t: &Tensor| t.narrow(0, first, count);
-            let scores = part(&q)?.matmul(&part(&k)?.transpose(1, 2)?)?; // (count, heads_per_group * n_tokens, n_tokens)
-            let scores = scores.reshape((count * heads_per_group, n_tokens, n_tokens))?.broadcast_add(&mask)?;
-            let weights = kernels.softmax(&scores)?.reshape((count, heads_per_group * n_tokens, n_tokens))?;
-            mixed.push(weights.matmul(&part(&v)?)?);
+        let scores = q.matmul(&k.transpose(1, 2)?)?; // (n_groups, heads_per_group * n_tokens, n_tokens)
+        let scores = scores.reshape((n_groups * heads_per_group, n_tokens, n_tokens))?;
+        let weights = softmax(&scores.broadcast_add(&causal_mask(n_tokens)?)?, D::Minus1)?;
+        let mixed = weights.reshape((n_groups, heads_per_group * n_tokens, n_tokens))?.matmul(&v)?;
+        Ok(mixed.reshape((batch, self.n_heads, n_tokens, head_dim))?)
+    }
+}
+
+/// `mixed = softmax(q kᵀ) v` with a causal mask, all (n_tokens, head_dim) row-major; `scores` is scratch.
+fn attend_one_head(
+    arch: Arch,
+    q: &[f32],
+    k: &[f32],
+    v: &[f32],
+    head_dim: usize,
+    scores: &mut [f32],
+    mixed: &mut [f32],
+) {
+    let rows = |values: &[f32]| values.len() / head_dim;
+    for (block_idx, (q, mixed)) in
+        q.chunks(QUERY_BLOCK * head_dim).zip(mixed.chunks_mut(QUERY_BLOCK * head_dim)).enumerate()
+    {
+        let (first, n_rows) = (block_idx * QUERY_BLOCK, rows(q));
+        let n_keys = first + n_rows;
+        let scores = &mut scores[..n_rows * n_keys]; // (n_rows, n_keys)
+        let (k, v) = (&k[..n_keys * head_dim], &v[..n_keys * head_dim]);
+        let q = MatRef::from_row_major_slice(q, n_rows, head_dim);
+        let k = MatRef::from_row_major_slice(k, n_keys, head_dim);
+        let v = MatRef::from_row_major_slice(v, n_keys, head_dim);
+        let into = MatMut::from_row_major_slice_mut(&mut *scores, n_rows, n_keys);
+        matmul(into, Accum::Replace, q, k.transpose(), 1.0, Par::Seq);
+        for (i, row) in scores.chunks_exact_mut(n_keys).enumerate() {
+            let (past, future) = row.split_at_mut(first + i + 1);
+            softmax_in_place(arch, past);
+            future.fill(0.0);
         }
-        Ok(Tensor::cat(&mixed, 0)?.reshape((batch, self.n_heads, n_tokens, head_dim))?)
+        let weights = MatRef::from_row_major_slice(&*scores, n_rows, n_keys);
+        matmul(MatMut::from_row_major_slice_mut(mixed, n_rows, head_dim), Accum::Replace, weights, v, 1.0, Par::Seq);
     }
 }
 
@@ -94,4 +150,37 @@ fn causal_mask(n_tokens: usize) -> Result<Tensor> {
     let values: Vec<f32> =
         (0..n_tokens).flat_map(|i| (0..n_tokens).map(move |j| if j > i { f32::NEG_INFINITY } else { 0.0 })).collect();
     Ok(Tensor::from_vec(values, (n_tokens, n_tokens), &Device::Cpu)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fused_and_differentiable_attention_agree() {
+        let linear = || Linear::dense(Tensor::zeros((1, 1), candle_core::DType::F32, &Device::Cpu).unwrap(), None);
+        for (batch, n_heads, n_kv_heads, n_tokens, head_dim) in [(2, 6, 3, 150, 8), (1, 4, 1, 64, 16), (3, 2, 2, 1, 4)]
+        {
+            let attention = Attention {
+                q_proj: linear(),
+                k_proj: linear(),
+                v_proj: linear(),
+                o_proj: linear(),
+                n_heads,
+                n_kv_heads,
+                head_dim,
+            };
+            let tensor = |n: usize, seed: usize| {
+                let values: Vec<f32> = (0..batch * n * n_tokens * head_dim)
+                    .map(|i| ((i * 7919 + seed * 104_729) % 10_007) as f32 / 2500.0 - 2.0)
+                    .collect();
+                Tensor::from_vec(values, (batch, n, n_tokens, head_dim), &Device::Cpu).unwrap()
+            };
+            let (q, k, v) = (tensor(n_heads, 1), tensor(n_kv_heads, 2), tensor(n_kv_heads, 3));
+            let fused = attention.attend_fused(&q, &k, &v).unwrap();
+            let slow = attention.attend_differentiable(&q, &k, &v).unwrap();
+            let error = (fused - slow).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+            assert!(error < 2e-6, "{error}");
+        }
+    }
 }

@@ -9,6 +9,7 @@ pub mod inventory;
 pub mod linear;
 mod mlp;
 mod ops;
+mod softmax;
 mod walk;
 mod weights;
 

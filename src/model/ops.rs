@@ -3,7 +3,7 @@
 //! candle's fused kernels have no backward pass and stop gradients in silence: they serve evaluation only.
 
 use anyhow::Result;
-use candle_core::{D, Tensor};
+use candle_core::Tensor;
 use candle_nn::{ops, rotary_emb};
 
 /// Which kernels a forward pass uses.
@@ -21,13 +21,6 @@ impl Kernels {
         Ok(match self {
             Self::Fused => ops::rms_norm(x, weight, eps as f32)?,
             Self::Differentiable => ops::rms_norm_slow(x, weight, eps as f32)?,
-        })
-    }
-
-    pub fn softmax(self, x: &Tensor) -> Result<Tensor> {
-        Ok(match self {
-            Self::Fused => ops::softmax_last_dim(x)?,
-            Self::Differentiable => ops::softmax(x, D::Minus1)?,
         })
     }
 
