@@ -98,18 +98,6 @@ pub fn decompose(target: MatRef<'_, f64>, metric: &Metric, max_rank: usize) -> R
 }
 
 impl Decomposition {
-    /// A decomposition from its stored parts: `basis` (m, max_rank) in row-major order.
-    pub(crate) fn from_parts(curve: ErrorCurve, basis: &[f32], m: usize) -> Self {
-        let max_rank = basis.len() / m;
-        let basis = linalg::transposed_from_row_major(basis, m, max_rank).transpose().to_owned();
-        Self { curve, basis }
-    }
-
-    /// The basis (m, max_rank) in row-major order.
-    pub(crate) fn basis_row_major(&self) -> Vec<f32> {
-        linalg::to_row_major(self.basis.as_ref())
-    }
-
     /// The best pair of `rank`, at most `max_rank`, for the target it was made from: `B = basis[:, ..rank]`,
     /// `A = Bᵀ T`, with the norm of each rank-one term shared evenly between its column and its row.
     ///

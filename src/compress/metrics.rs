@@ -62,6 +62,32 @@ impl CalibrationWindows {
     }
 }
 
+/// Memory of a calibration walk: one block and its Grams, hidden states and activations up to their caps.
+///
+/// # Errors
+/// The model cannot be run.
+pub(super) fn expected_bytes(
+    checkpoint: &Checkpoint,
+    windows: Option<&CalibrationWindows>,
+    memory_bytes: u64,
+) -> Result<u64> {
+    let Some(windows) = windows else { return Ok(0) };
+    let decoder = Decoder::open(checkpoint)?;
+    let config = &decoder.config;
+    let (queries, _) = config.attention_widths();
+    let square = |n: usize| (n * n) as u64;
+    let linears: u64 = decoder
+        .architecture
+        .linears
+        .iter()
+        .map(|(role, _)| role.shape(config).0.iter().product::<usize>() as u64)
+        .sum();
+    let grams = 2 * square(config.hidden_size) + square(queries) + square(config.intermediate_size);
+    let hidden = 4 * (windows.n_tokens * config.hidden_size) as u64;
+    // Grams: the sums and their means in f64, one f32 chunk.
+    Ok(4 * linears + 20 * grams + hidden.min(memory_bytes / 2) + memory_bytes / 4)
+}
+
 /// Gives the metrics of one block after another.
 pub(super) enum Metrics<'a> {
     Identity(Metric),

@@ -13,7 +13,6 @@ pub mod presets;
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::Mutex;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
@@ -26,9 +25,8 @@ use crate::model::inventory::{self, LinearInfo};
 use crate::progress::Progress;
 use crate::recipe::Recipe;
 use crate::report::{CompressReport, DryRunReport, LinearRecord, REPORT_FILE, Sizes};
-use crate::spool::Spool;
 use allocate::Choice;
-use low_rank::{Decomposition, ErrorCurve, LowRank};
+use low_rank::{ErrorCurve, LowRank};
 use metric::Metric;
 use metrics::{CalibrationWindows, Metrics};
 use output::Output;
@@ -45,7 +43,7 @@ pub struct Job<'a> {
     pub memory_bytes: u64,
 }
 
-/// Runs a compression: measure, allocate, factor, write.
+/// Runs a compression: allocate, measure, factor, write.
 ///
 /// # Errors
 /// Anything wrong with the source, the recipe or the disk; the output folder then does not appear.
@@ -57,42 +55,18 @@ pub fn compress(job: &Job<'_>, progress: &dyn Progress) -> Result<CompressReport
     let folder = OutputFolder::create(job.output, job.force, REPORT_FILE)?;
     let mut metrics =
         Metrics::start(checkpoint, recipe, &plan.linears, windows.as_ref(), job.memory_bytes, folder.path())?;
-
-    let allocator = recipe.ranks.allocator();
-    let mut curves: Vec<Option<ErrorCurve>> = vec![None; plan.linears.len()];
-    let mut seconds = vec![0.0; plan.linears.len()];
-    let (choices, bases) = match allocator.from_shapes(&plan.shapes, recipe.keep) {
-        Some(choices) => (choices, None),
-        None => {
-            let bases = decompose_all(
-                checkpoint,
-                &plan,
-                &mut metrics,
-                folder.path(),
-                job.memory_bytes,
-                &mut seconds,
-                progress,
-            )?;
-            let known: Vec<ErrorCurve> = bases.iter().map(|(curve, _)| curve.clone()).collect();
-            (allocator.from_curves(&plan.shapes, &known, recipe.keep), Some(bases))
-        }
-    };
+    let choices = allocate(checkpoint, recipe, &plan, progress)?;
+    let ranks: BTreeMap<usize, usize> =
+        choices.iter().enumerate().filter_map(|(i, choice)| Some((i, choice.rank()?))).collect();
 
     let mut output = Output::create(folder, checkpoint, recipe, &plan, &choices)?;
-    let todo: Vec<(usize, usize)> = choices.iter().enumerate().filter_map(|(i, c)| rank(*c).map(|r| (i, r))).collect();
-    let ranks: BTreeMap<usize, usize> = todo.iter().copied().collect();
+    let mut records: Vec<LinearRecord> = (0..choices.len()).map(|i| record(&plan.linears[i], choices[i])).collect();
+    let indices: Vec<usize> = ranks.keys().copied().collect();
     let factor = |i: usize, target: MatRef<'_, f64>, metric: &Metric| -> Result<(ErrorCurve, LowRank)> {
-        let decomposition = match &bases {
-            None => low_rank::decompose(target, metric, ranks[&i])?,
-            Some(bases) => bases.decomposition(i, plan.linears[i].out_features)?,
-        };
+        let decomposition = low_rank::decompose(target, metric, ranks[&i])?;
         let low_rank = decomposition.truncate(target, ranks[&i]);
         Ok((decomposition.curve, low_rank))
     };
-    if bases.is_some() {
-        metrics = Metrics::Identity(Metric::Identity); // the bases hold all that the metrics had to say
-    }
-    let indices: Vec<usize> = todo.iter().map(|&(i, _)| i).collect();
     for_each_linear(
         checkpoint,
         &plan,
@@ -102,24 +76,21 @@ pub fn compress(job: &Job<'_>, progress: &dyn Progress) -> Result<CompressReport
         progress,
         factor,
         |i, (curve, low_rank), elapsed| {
-            curves[i] = Some(curve);
-            seconds[i] += elapsed;
+            records[i].relative_error = Some(curve.relative_error(low_rank.rank));
+            records[i].seconds = elapsed;
             output.put(&plan, i, &low_rank)
         },
     )?;
 
-    let records =
-        (0..plan.linears.len()).map(|i| record(&plan.linears[i], choices[i], curves[i].as_ref(), seconds[i])).collect();
     let sizes = Sizes::of(checkpoint, &plan.linears, &choices, output.n_bytes());
-    let mut report =
-        CompressReport::new(job, records, sizes, windows.as_ref().map(CalibrationWindows::record), started)?;
-    let modules = todo.iter().map(|&(i, r)| (plan.linears[i].module.clone(), r)).collect();
-    let _stage = progress.stage("write", 1, "folder");
-    output.finish(recipe, &modules, &mut report)?;
+    let calibration = windows.as_ref().map(CalibrationWindows::record);
+    let mut report = CompressReport::new(job, records, sizes, calibration)?;
+    let modules = ranks.iter().map(|(&i, &rank)| (plan.linears[i].module.clone(), rank)).collect();
+    output.finish(recipe, &modules, &mut report, started)?;
     Ok(report)
 }
 
-/// What a compression would do: ranks, parameters, bytes, memory. Decomposes only where the allocator needs curves.
+/// What a compression would do: ranks, parameters, bytes, memory. Reads weights only where the allocator needs spectra.
 ///
 /// # Errors
 /// As [`compress`].
@@ -128,77 +99,29 @@ pub fn dry_run(job: &Job<'_>, progress: &dyn Progress) -> Result<DryRunReport> {
     let plan = Plan::new(checkpoint, recipe)?;
     OutputFolder::check(job.output, job.force, REPORT_FILE)?;
     let windows = CalibrationWindows::load(checkpoint, recipe)?;
-    let work_folder = std::env::temp_dir();
-    let mut metrics =
-        Metrics::start(checkpoint, recipe, &plan.linears, windows.as_ref(), job.memory_bytes, &work_folder)?;
-    let allocator = recipe.ranks.allocator();
-    let mut curves: Vec<Option<ErrorCurve>> = vec![None; plan.linears.len()];
-    let choices = match allocator.from_shapes(&plan.shapes, recipe.keep) {
-        Some(choices) => choices,
-        None => {
-            let all: Vec<usize> = (0..plan.linears.len()).collect();
-            let work = |_, target: MatRef<'_, f64>, metric: &Metric| Ok(low_rank::error_curve(target, metric)?);
-            for_each_linear(checkpoint, &plan, &all, &mut metrics, "measure", progress, work, |i, curve, _| {
-                curves[i] = Some(curve);
-                Ok(())
-            })?;
-            let known: Vec<ErrorCurve> = curves.iter().flatten().cloned().collect();
-            allocator.from_curves(&plan.shapes, &known, recipe.keep)
-        }
-    };
+    let walk_bytes = metrics::expected_bytes(checkpoint, windows.as_ref(), job.memory_bytes)?;
+    let choices = allocate(checkpoint, recipe, &plan, progress)?;
     let outputs = plan.outputs(checkpoint, recipe.format.layout(), &choices);
-    let output_bytes = outputs.iter().map(|t| t.spec.n_bytes()).sum();
-    let records =
-        (0..plan.linears.len()).map(|i| record(&plan.linears[i], choices[i], curves[i].as_ref(), 0.0)).collect();
-    let sizes = Sizes::of(checkpoint, &plan.linears, &choices, output_bytes);
-    let n_jobs = rayon::current_num_threads().min(plan.linears.len()) as u64;
-    let calibration_bytes = if windows.is_some() { job.memory_bytes } else { 0 };
-    Ok(DryRunReport::new(job, records, sizes, n_jobs * plan.decomposition_bytes() + calibration_bytes))
+    let sizes = Sizes::of(checkpoint, &plan.linears, &choices, outputs.iter().map(|t| t.spec.n_bytes()).sum());
+    let records = plan.linears.iter().zip(&choices).map(|(linear, &choice)| record(linear, choice)).collect();
+    Ok(DryRunReport::new(job, records, sizes, plan.decomposition_bytes(rayon::current_num_threads()) + walk_bytes))
 }
 
-/// Decompositions of all linears, kept until the ranks are known.
-struct Bases {
-    entries: Vec<(ErrorCurve, crate::spool::Spooled)>,
-    spool: Mutex<Spool>,
-}
-
-impl Bases {
-    fn iter(&self) -> impl Iterator<Item = &(ErrorCurve, crate::spool::Spooled)> {
-        self.entries.iter()
+/// The choice for every linear; weights are read only where the allocator needs their spectra.
+fn allocate(checkpoint: &Checkpoint, recipe: &Recipe, plan: &Plan, progress: &dyn Progress) -> Result<Vec<Choice>> {
+    let allocator = recipe.ranks.allocator();
+    if let Some(choices) = allocator.from_shapes(&plan.shapes, recipe.keep) {
+        return Ok(choices);
     }
-
-    fn decomposition(&self, linear_idx: usize, m: usize) -> Result<Decomposition> {
-        let (curve, spooled) = &self.entries[linear_idx];
-        let basis = self.spool.lock().expect("invariant: no holder of the spool panics").get(spooled)?;
-        Ok(Decomposition::from_parts(curve.clone(), &basis, m))
-    }
-}
-
-/// Decomposes every linear; the bases (those columns that an allocation may use) go to memory or disk.
-fn decompose_all(
-    checkpoint: &Checkpoint,
-    plan: &Plan,
-    metrics: &mut Metrics<'_>,
-    work_folder: &Path,
-    memory_bytes: u64,
-    seconds: &mut [f64],
-    progress: &dyn Progress,
-) -> Result<Bases> {
-    let mut spool = Spool::new(usize::try_from(memory_bytes / 4).unwrap_or(usize::MAX), work_folder.into());
-    let mut entries = Vec::new();
+    let mut spectra = Vec::with_capacity(plan.linears.len());
     let all: Vec<usize> = (0..plan.linears.len()).collect();
-    let work = |i: usize, target: MatRef<'_, f64>, metric: &Metric| {
-        let (m, n) = plan.shapes[i];
-        let decomposition = low_rank::decompose(target, metric, inventory::break_even_rank(m, n))?;
-        let basis = decomposition.basis_row_major();
-        Ok((decomposition.curve, basis))
-    };
-    for_each_linear(checkpoint, plan, &all, metrics, "decompose", progress, work, |i, (curve, basis), elapsed| {
-        seconds[i] += elapsed;
-        entries.push((curve, spool.push(basis)?));
+    let spectrum = |_, target: MatRef<'_, f64>, metric: &Metric| Ok(low_rank::error_curve(target, metric)?);
+    let mut plain = Metrics::Identity(Metric::Identity);
+    for_each_linear(checkpoint, plan, &all, &mut plain, "measure", progress, spectrum, |_, curve, _| {
+        spectra.push(curve);
         Ok(())
     })?;
-    Ok(Bases { entries, spool: Mutex::new(spool) })
+    Ok(allocator.from_spectra(&plan.shapes, &spectra, recipe.keep))
 }
 
 /// Loads the linears at `indices` block by block, works on those of a block in parallel, and hands the results to
@@ -243,27 +166,17 @@ fn for_each_linear<T: Send>(
 /// Results held at once: a mixture of experts has hundreds of linears in a block.
 const GROUP: usize = 16;
 
-fn rank(choice: Choice) -> Option<usize> {
-    match choice {
-        Choice::Dense => None,
-        Choice::Rank(rank) => Some(rank),
-    }
-}
-
-fn record(linear: &LinearInfo, choice: Choice, curve: Option<&ErrorCurve>, seconds: f64) -> LinearRecord {
+fn record(linear: &LinearInfo, choice: Choice) -> LinearRecord {
     let shape = (linear.out_features, linear.in_features);
     LinearRecord {
         module: linear.module.clone(),
         block: linear.block,
         shape: [shape.0, shape.1],
         dtype: format!("{:?}", linear.dtype),
-        rank: rank(choice),
+        rank: choice.rank(),
         parameters_before: linear.n_parameters(),
         parameters_after: choice.n_parameters(shape),
-        relative_error: match (choice, curve) {
-            (Choice::Dense, _) => Some(0.0),
-            (Choice::Rank(rank), curve) => curve.map(|c| c.relative_error(rank)),
-        },
-        seconds,
+        relative_error: (choice == Choice::Dense).then_some(0.0),
+        seconds: 0.0,
     }
 }

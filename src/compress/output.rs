@@ -1,6 +1,7 @@
 //! The output folder of a compression: weights streamed as they come, then side files, config and report.
 
 use std::collections::BTreeMap;
+use std::time::Instant;
 
 use anyhow::Result;
 use rayon::prelude::*;
@@ -13,7 +14,7 @@ use crate::checkpoint::{
 };
 use crate::formats::{FactorPair, Layout};
 use crate::recipe::Recipe;
-use crate::report::{CompressReport, REPORT_FILE, card};
+use crate::report::{CompressReport, REPORT_FILE, card, peak_memory_bytes};
 
 pub(super) const RECIPE_FILE: &str = "lrc-recipe.toml";
 const CARD_FILE: &str = "README.md";
@@ -70,6 +71,7 @@ impl<'a> Output<'a> {
         recipe: &Recipe,
         ranks: &BTreeMap<String, usize>,
         report: &mut CompressReport,
+        started: Instant,
     ) -> Result<()> {
         for tensor in &self.tensors {
             if let Origin::Source(name) = &tensor.origin {
@@ -99,6 +101,8 @@ impl<'a> Output<'a> {
             self.folder.write(CONFIG_FILE, (config + "\n").as_bytes())?;
         }
         report.output_files = hashes(&self.folder)?;
+        report.elapsed_seconds = started.elapsed().as_secs_f64();
+        report.peak_memory_bytes = peak_memory_bytes();
         self.folder.write(REPORT_FILE, (serde_json::to_string_pretty(report)? + "\n").as_bytes())?;
         Ok(self.folder.finish()?)
     }

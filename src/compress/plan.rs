@@ -107,13 +107,15 @@ impl Plan {
         outputs
     }
 
-    /// Working memory of the largest decomposition: weight in f32 and f64, Gram, eigenvectors with their workspace,
-    /// and the factors.
-    pub fn decomposition_bytes(&self) -> u64 {
+    /// Working memory of the largest decompositions, one a thread: weight in f32 and f64, its image in the metric, Gram,
+    /// eigenvectors with their workspace, and the factors.
+    pub fn decomposition_bytes(&self, n_threads: usize) -> u64 {
         let bytes = |&(m, n): &Shape| {
             let (small, weight) = (m.min(n) as u64, (m * n) as u64);
             4 * weight + 8 * (2 * weight + 4 * small * small) + 8 * small * (m + n) as u64
         };
-        self.shapes.iter().map(bytes).max().unwrap_or(0)
+        let mut sizes: Vec<u64> = self.shapes.iter().map(bytes).collect();
+        sizes.sort_unstable_by(|x, y| y.cmp(x));
+        sizes.iter().take(n_threads).sum()
     }
 }

@@ -2,8 +2,6 @@
 
 pub mod card;
 
-use std::time::Instant;
-
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
@@ -125,6 +123,8 @@ fn stored_bytes(linear: &LinearInfo, n_parameters: u64) -> u64 {
 }
 
 impl CompressReport {
+    /// A report whose output is still to be written: hashes, time and memory are filled in at the end.
+    ///
     /// # Errors
     /// The source cannot be read again for its fingerprint.
     pub(crate) fn new(
@@ -132,7 +132,6 @@ impl CompressReport {
         linears: Vec<LinearRecord>,
         sizes: Sizes,
         calibration: Option<CalibrationRecord>,
-        started: Instant,
     ) -> Result<Self> {
         Ok(Self {
             schema_version: SCHEMA_VERSION,
@@ -144,8 +143,8 @@ impl CompressReport {
             sizes,
             linears,
             output_files: Fingerprint::new(),
-            elapsed_seconds: started.elapsed().as_secs_f64(),
-            peak_memory_bytes: peak_memory_bytes(),
+            elapsed_seconds: 0.0,
+            peak_memory_bytes: None,
         })
     }
 }

@@ -8,14 +8,16 @@ pub(super) struct Fixed {
 
 impl Allocator for Fixed {
     fn from_shapes(&self, shapes: &[Shape], _: f64) -> Option<Vec<Choice>> {
-        Some(shapes.iter().map(|&shape| Choice::Rank(self.max_rank(shape))).collect())
+        Some(self.choices(shapes))
     }
 
-    fn from_curves(&self, shapes: &[Shape], _: &[ErrorCurve], _: f64) -> Vec<Choice> {
-        shapes.iter().map(|&shape| Choice::Rank(self.max_rank(shape))).collect()
+    fn from_spectra(&self, shapes: &[Shape], _: &[ErrorCurve], _: f64) -> Vec<Choice> {
+        self.choices(shapes)
     }
+}
 
-    fn max_rank(&self, (m, n): Shape) -> usize {
-        self.rank.min(m).min(n)
+impl Fixed {
+    fn choices(&self, shapes: &[Shape]) -> Vec<Choice> {
+        shapes.iter().map(|&(m, n)| Choice::Rank(self.rank.min(m).min(n))).collect()
     }
 }

@@ -31,6 +31,14 @@ impl Choice {
         if rank <= break_even_rank(m, n) { Self::Rank(rank) } else { Self::Dense }
     }
 
+    /// Rank of the factors, if it is factored.
+    pub fn rank(self) -> Option<usize> {
+        match self {
+            Self::Dense => None,
+            Self::Rank(rank) => Some(rank),
+        }
+    }
+
     /// Parameters of the linear after the choice.
     pub fn n_parameters(self, (m, n): Shape) -> u64 {
         match self {
@@ -45,13 +53,8 @@ pub trait Allocator {
     /// The choices, where shapes alone decide them: nothing need be decomposed to know the plan.
     fn from_shapes(&self, shapes: &[Shape], keep: f64) -> Option<Vec<Choice>>;
 
-    /// The choices from the error curves in the metric; one a linear, in the order of `shapes`.
-    fn from_curves(&self, shapes: &[Shape], curves: &[ErrorCurve], keep: f64) -> Vec<Choice>;
-
-    /// The largest rank a linear of this shape can get.
-    fn max_rank(&self, shape: Shape) -> usize {
-        break_even_rank(shape.0, shape.1)
-    }
+    /// The choices from the plain spectra of the weights; one a linear, in the order of `shapes`.
+    fn from_spectra(&self, shapes: &[Shape], spectra: &[ErrorCurve], keep: f64) -> Vec<Choice>;
 }
 
 /// The allocators, as a user names them: `uniform`, `welore`, `full`, `fixed:64`.
@@ -154,10 +157,10 @@ mod tests {
     proptest! {
         #[test]
         fn budgets_are_kept_and_ranks_are_possible(linears in proptest::collection::vec(linear(), 1..12), keep in 0.05f64..1.2) {
-            let (shapes, curves): (Vec<_>, Vec<_>) = linears.into_iter().unzip();
+            let (shapes, spectra): (Vec<_>, Vec<_>) = linears.into_iter().unzip();
             for ranks in [Ranks::Uniform, Ranks::Welore] {
                 let allocator = ranks.allocator();
-                let choices = allocator.from_shapes(&shapes, keep).unwrap_or_else(|| allocator.from_curves(&shapes, &curves, keep));
+                let choices = allocator.from_shapes(&shapes, keep).unwrap_or_else(|| allocator.from_spectra(&shapes, &spectra, keep));
                 prop_assert_eq!(choices.len(), shapes.len());
                 let spent: u64 = choices.iter().zip(&shapes).map(|(c, &s)| c.n_parameters(s)).sum();
                 // Every linear keeps rank 1, which very small budgets cannot pay for.
@@ -165,7 +168,7 @@ mod tests {
                 prop_assert!(spent <= budget(&shapes, keep).max(floor), "{} spends {}", ranks, spent);
                 for (choice, &shape) in choices.iter().zip(&shapes) {
                     if let Choice::Rank(r) = choice {
-                        prop_assert!(*r >= 1 && *r <= allocator.max_rank(shape));
+                        prop_assert!(*r >= 1 && *r <= break_even_rank(shape.0, shape.1));
                     }
                     if keep >= 1.0 {
                         prop_assert_eq!(*choice, Choice::Dense);

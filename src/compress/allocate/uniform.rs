@@ -9,7 +9,7 @@ impl Allocator for Uniform {
         Some(shapes.iter().map(|&shape| choice(shape, keep)).collect())
     }
 
-    fn from_curves(&self, shapes: &[Shape], _: &[ErrorCurve], keep: f64) -> Vec<Choice> {
+    fn from_spectra(&self, shapes: &[Shape], _: &[ErrorCurve], keep: f64) -> Vec<Choice> {
         shapes.iter().map(|&shape| choice(shape, keep)).collect()
     }
 }
