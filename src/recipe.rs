@@ -57,7 +57,7 @@ pub struct RecipeOptions {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub samples: Option<usize>,
 
-    /// Tokens in a calibration window [default: 512]
+    /// Tokens in a calibration window [default: 512, at most the model's context]
     #[arg(long, value_name = "N")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub seq_len: Option<usize>,
@@ -97,7 +97,8 @@ pub struct Recipe {
 pub struct Calibration {
     pub text: PathBuf,
     pub samples: usize,
-    pub seq_len: usize,
+    /// By default 512, at most the model's context.
+    pub seq_len: Option<usize>,
     pub seed: u64,
 }
 
@@ -134,7 +135,6 @@ impl Patterns {
 }
 
 const DEFAULT_SAMPLES: usize = 64;
-const DEFAULT_SEQ_LEN: usize = 512;
 const DEFAULT_SHARD_BYTES: u64 = 4_000_000_000;
 
 impl RecipeOptions {
@@ -228,7 +228,7 @@ impl Recipe {
             format: Some(self.format),
             calibration: calibration.map(|c| c.text.clone()),
             samples: calibration.map(|c| c.samples),
-            seq_len: calibration.map(|c| c.seq_len),
+            seq_len: calibration.and_then(|c| c.seq_len),
             seed: calibration.map(|c| c.seed),
             max_shard_size: Some(ByteSize(self.max_shard_bytes)),
         }
@@ -252,10 +252,10 @@ fn calibration(options: &RecipeOptions, method: Method) -> Result<Option<Calibra
     let calibration = Calibration {
         text,
         samples: options.samples.unwrap_or(DEFAULT_SAMPLES),
-        seq_len: options.seq_len.unwrap_or(DEFAULT_SEQ_LEN),
+        seq_len: options.seq_len,
         seed: options.seed.unwrap_or(0),
     };
-    if calibration.samples == 0 || calibration.seq_len == 0 {
+    if calibration.samples == 0 || calibration.seq_len == Some(0) {
         return Err(Failure::usage("`--samples` and `--seq-len` must be at least 1").into());
     }
     Ok(Some(calibration))

@@ -5,17 +5,18 @@
 use std::path::{Path, PathBuf};
 
 use super::error::{CheckpointError, Result};
+use crate::progress::Progress;
 
 /// Turns what the user typed into a folder: a path as it is, `org/name` downloaded from the hub.
 ///
 /// # Errors
 /// The id does not exist, the network fails, or the cache is incomplete while offline.
-pub fn resolve(model: &str, revision: &str) -> Result<PathBuf> {
+pub fn resolve(model: &str, revision: &str, progress: &dyn Progress) -> Result<PathBuf> {
     let path = Path::new(model);
     if path.exists() || !is_hub_id(model) {
         return Ok(path.to_path_buf());
     }
-    download(model, revision)
+    download(model, revision, progress)
 }
 
 /// `org/name` in the characters that the hub allows.
@@ -29,55 +30,130 @@ fn is_hub_id(model: &str) -> bool {
 }
 
 #[cfg(not(feature = "hub"))]
-fn download(id: &str, _revision: &str) -> Result<PathBuf> {
+fn download(id: &str, _revision: &str, _progress: &dyn Progress) -> Result<PathBuf> {
     Err(CheckpointError::HubDisabled { id: id.into() })
 }
 
 #[cfg(feature = "hub")]
-fn download(id: &str, revision: &str) -> Result<PathBuf> {
-    client::download(id, revision)
-}
+use client::download;
 
 #[cfg(feature = "hub")]
 mod client {
+    use std::collections::BTreeMap;
+    use std::sync::{Arc, Mutex};
     use std::time::Duration;
 
+    use hf_hub::progress::{DownloadEvent, ProgressEvent, ProgressHandler};
     use hf_hub::{HFClient, HFError};
 
     use super::*;
 
     /// What a checkpoint needs; other frameworks' weights are not downloaded.
     const WANTED: &[&str] = &["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*", "NOTICE*"];
+    /// Second copies of the weights, in subfolders or in Mistral's own form.
+    const UNWANTED: &[&str] = &["*/*", "consolidated*"];
 
     /// A socket without a byte for this long is dead; a transfer may take as long as it wants.
     const READ_TIMEOUT: Duration = Duration::from_secs(60);
     const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
+    const POLL: Duration = Duration::from_millis(200);
 
-    pub(super) fn download(id: &str, revision: &str) -> Result<PathBuf> {
-        let fail = |error: HFError| CheckpointError::Hub {
+    pub(super) fn download(id: &str, revision: &str, progress: &dyn Progress) -> Result<PathBuf> {
+        let counter = Arc::new(Counter::default());
+        let is_offline = std::env::var("HF_HUB_OFFLINE")
+            .is_ok_and(|v| matches!(v.to_lowercase().as_str(), "1" | "true" | "yes" | "on"));
+        std::thread::scope(|scope| {
+            let transfer = scope.spawn(|| snapshot(id, revision, is_offline, &counter));
+            watch(&counter, progress, || transfer.is_finished());
+            transfer.join().expect("invariant: a download ends in a value or an error")
+        })
+        .or_else(|error| {
+            // What was downloaded before is as good; whether it is whole is seen when it is opened.
+            let is_cut_off = is_network(&error) && !is_offline;
+            match snapshot(id, revision, true, &counter) {
+                Ok(folder) if is_cut_off => {
+                    tracing::warn!("the hub cannot be reached ({}): using the cached `{id}`", reason(&error));
+                    Ok(folder)
+                }
+                _ => Err(error),
+            }
+        })
+        .map_err(|error| CheckpointError::Hub {
             id: id.into(),
             revision: revision.into(),
             network: is_network(&error),
             reason: reason(&error),
-        };
+        })
+    }
+
+    fn snapshot(id: &str, revision: &str, is_offline: bool, counter: &Arc<Counter>) -> Result<PathBuf, HFError> {
         let http = reqwest::Client::builder()
             .connect_timeout(CONNECT_TIMEOUT)
             .read_timeout(READ_TIMEOUT)
             .user_agent(concat!("lrc/", env!("CARGO_PKG_VERSION")))
             .build()
-            .map_err(|source| fail(HFError::Request { source, url: None }))?;
+            .map_err(|source| HFError::Request { source, url: None })?;
         let (org, name) = id.split_once('/').expect("invariant: a hub id has one slash");
-        let client = HFClient::builder().client(http).build_sync().map_err(fail)?;
-        let is_offline = std::env::var("HF_HUB_OFFLINE")
-            .is_ok_and(|v| matches!(v.to_lowercase().as_str(), "1" | "true" | "yes" | "on"));
-        client
+        let patterns = |list: &[&str]| list.iter().map(|p| (*p).to_string()).collect::<Vec<_>>();
+        HFClient::builder()
+            .client(http)
+            .build_sync()?
             .model(org, name)
             .snapshot_download()
             .revision(revision)
-            .allow_patterns(WANTED.iter().map(|p| (*p).to_string()).collect())
+            .allow_patterns(patterns(WANTED))
+            .ignore_patterns(patterns(UNWANTED))
             .local_files_only(is_offline)
+            .progress(Arc::clone(counter))
             .send()
-            .map_err(fail)
+    }
+
+    /// Bytes that have arrived, summed over files.
+    #[derive(Default)]
+    struct Counter(Mutex<Counts>);
+
+    #[derive(Default)]
+    struct Counts {
+        total: u64,
+        files: BTreeMap<String, u64>,
+        /// Of the hub's chunked store, which counts a batch of files together.
+        batch: u64,
+    }
+
+    impl Counter {
+        fn counts(&self) -> std::sync::MutexGuard<'_, Counts> {
+            self.0.lock().expect("invariant: counting does not panic")
+        }
+    }
+
+    impl ProgressHandler for Counter {
+        fn on_progress(&self, event: &ProgressEvent) {
+            let ProgressEvent::Download(event) = event else { return };
+            let mut counts = self.counts();
+            match event {
+                DownloadEvent::Start { total_bytes, .. } => counts.total = counts.total.max(*total_bytes),
+                DownloadEvent::Progress { files } => {
+                    counts.files.extend(files.iter().map(|f| (f.filename.clone(), f.bytes_completed)));
+                }
+                DownloadEvent::AggregateProgress { bytes_completed, .. } => counts.batch = *bytes_completed,
+                DownloadEvent::Complete => {}
+            }
+        }
+    }
+
+    /// Tells `progress` of the bytes that arrive until the transfer `is_finished`.
+    fn watch(counter: &Counter, progress: &dyn Progress, is_finished: impl Fn() -> bool) {
+        let (mut stage, mut told) = (None, 0);
+        while !is_finished() {
+            std::thread::sleep(POLL);
+            let counts = counter.counts();
+            if counts.total > 0 {
+                let stage = stage.get_or_insert_with(|| progress.stage("download", counts.total, "bytes"));
+                let arrived = counts.files.values().sum::<u64>() + counts.batch;
+                stage.advance(arrived.saturating_sub(told));
+                told = told.max(arrived);
+            }
+        }
     }
 
     fn is_network(error: &HFError) -> bool {

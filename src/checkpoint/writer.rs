@@ -24,6 +24,10 @@ pub struct TensorSpec {
 }
 
 impl TensorSpec {
+    pub fn n_elements(&self) -> u64 {
+        self.shape.iter().map(|&d| d as u64).product()
+    }
+
     pub fn n_bytes(&self) -> u64 {
         cast::n_bytes(self.dtype, self.shape.iter().product()).expect("invariant: an output tensor fits in memory")
     }

@@ -54,7 +54,7 @@ pub(super) struct EvalArgs {
 }
 
 pub(super) fn run(args: &EvalArgs, progress: &Bars) -> Result<()> {
-    let checkpoint = args.model.open()?;
+    let checkpoint = args.model.open(progress)?;
     let settings = EvalSettings {
         model: args.model.model.clone(),
         text: args.text.clone(),

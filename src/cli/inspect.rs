@@ -39,7 +39,7 @@ pub(super) struct InspectArgs {
 }
 
 pub(super) fn run(args: &InspectArgs, progress: &Bars) -> Result<()> {
-    let checkpoint = args.model.open()?;
+    let checkpoint = args.model.open(progress)?;
     let report = inspect::inspect(&checkpoint, &args.model.model, progress)?;
     match (args.json, args.csv) {
         (true, _) => print_json(&report),

@@ -15,6 +15,7 @@ use serde::Serialize;
 
 use crate::checkpoint::{Checkpoint, hub};
 use crate::error;
+use crate::progress::Progress;
 
 /// Low-rank compression of Hugging Face checkpoints
 ///
@@ -54,8 +55,8 @@ struct ModelArgs {
 }
 
 impl ModelArgs {
-    fn open(&self) -> Result<Checkpoint> {
-        let folder = hub::resolve(&self.model, &self.revision)?;
+    fn open(&self, progress: &dyn Progress) -> Result<Checkpoint> {
+        let folder = hub::resolve(&self.model, &self.revision, progress)?;
         Ok(Checkpoint::open(&folder)?)
     }
 }

@@ -46,6 +46,7 @@ impl Bars {
 impl Progress for Bars {
     fn stage(&self, name: &str, total: u64, unit: &'static str) -> Box<dyn Stage> {
         let template = match unit {
+            "bytes" => "{prefix:>18} {bar:30} {bytes}/{total_bytes} {bytes_per_sec} eta {eta} {msg}",
             "tokens" => "{prefix:>18} {bar:30} {percent:>3}% {per_sec} eta {eta} {msg}",
             _ => "{prefix:>18} {bar:30} {pos}/{len} {elapsed} eta {eta} {msg}",
         };

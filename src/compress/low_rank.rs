@@ -117,3 +117,148 @@ impl Decomposition {
         LowRank { rank, b: linalg::to_row_major(b.as_ref()), a: linalg::to_row_major(a_t.transpose()) }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde::Deserialize;
+
+    use super::*;
+
+    fn matrix(values: &[f64], m: usize, n: usize) -> Mat<f64> {
+        Mat::from_fn(m, n, |i, j| values[i * n + j])
+    }
+
+    fn gram(inputs: &Mat<f64>) -> Mat<f64> {
+        inputs.transpose() * inputs * faer::Scale(1.0 / inputs.nrows() as f64)
+    }
+
+    fn product(pair: &LowRank, m: usize, n: usize) -> Mat<f64> {
+        let wide = |values: &[f32], m, n| matrix(&values.iter().map(|&v| f64::from(v)).collect::<Vec<_>>(), m, n);
+        wide(&pair.b, m, pair.rank) * wide(&pair.a, pair.rank, n)
+    }
+
+    #[derive(Deserialize)]
+    struct Case {
+        m: usize,
+        n: usize,
+        weight: Vec<f64>,
+        inputs: Vec<f64>,
+        metrics: std::collections::BTreeMap<String, Expected>,
+    }
+
+    #[derive(Deserialize)]
+    struct Expected {
+        singular_values: Vec<f64>,
+        products: Vec<Vec<f64>>,
+    }
+
+    #[test]
+    fn agrees_with_cholesky_whitening_in_numpy() {
+        let cases: Vec<Case> = serde_json::from_str(include_str!("../../tests/oracles/low_rank.json")).unwrap();
+        assert_eq!(cases.len(), 3);
+        for case in cases {
+            let (m, n) = (case.m, case.n);
+            let weight = matrix(&case.weight, m, n);
+            let inputs = matrix(&case.inputs, case.inputs.len() / n, n);
+            for (name, expected) in &case.metrics {
+                let metric = if name == "gram" { Metric::full(gram(&inputs)) } else { Metric::Identity };
+                let decomposition = decompose(weight.as_ref(), &metric, usize::MAX).unwrap();
+                let first = expected.singular_values[0];
+                for (found, expected) in decomposition.curve.singular_values().zip(&expected.singular_values) {
+                    // Squares of singular values are exact to 1e-16 of the largest.
+                    assert!((found - expected).abs() < 1e-7 * first, "{name}: {found} {expected}");
+                }
+                let alone = error_curve(weight.as_ref(), &metric).unwrap();
+                for rank in 1..=m.min(n) {
+                    let best = matrix(&expected.products[rank - 1], m, n);
+                    let found = product(&decomposition.truncate(weight.as_ref(), rank), m, n);
+                    assert!((&found - &best).norm_max() < 2e-5 * weight.norm_max(), "{name} {m} {n} rank {rank}");
+                    assert!((alone.relative_error(rank) - decomposition.curve.relative_error(rank)).abs() < 1e-7);
+                }
+            }
+        }
+    }
+
+    /// A weight, inputs of any rank, and a rank to cut at.
+    fn problem() -> impl Strategy<Value = (Mat<f64>, Mat<f64>, usize)> {
+        (1usize..14, 1usize..14, 1usize..20).prop_flat_map(|(m, n, n_tokens)| {
+            let values = |len| proptest::collection::vec(-3.0f64..3.0, len);
+            (values(m * n), values(n_tokens * n), 0..=m.min(n))
+                .prop_map(move |(w, x, rank)| (matrix(&w, m, n), matrix(&x, n_tokens, n), rank))
+        })
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(300))]
+
+        #[test]
+        fn the_curve_is_the_measured_error((weight, inputs, rank) in problem()) {
+            let (m, n) = (weight.nrows(), weight.ncols());
+            for metric in [Metric::Identity, Metric::full(gram(&inputs))] {
+                let decomposition = decompose(weight.as_ref(), &metric, usize::MAX).unwrap();
+                let error = &weight - product(&decomposition.truncate(weight.as_ref(), rank), m, n);
+                let measured = metric.squared_norm(error.as_ref());
+                let total = decomposition.curve.squared_error(0);
+                prop_assert!((total - metric.squared_norm(weight.as_ref())).abs() <= 1e-9 * total + 1e-12);
+                prop_assert!((measured - decomposition.curve.squared_error(rank)).abs() <= 1e-6 * total + 1e-9,
+                    "measured {measured}, curve {}, total {total}", decomposition.curve.squared_error(rank));
+            }
+        }
+
+        #[test]
+        fn full_rank_reproduces_the_weight_even_in_a_singular_metric((weight, inputs, _) in problem()) {
+            let (m, n) = (weight.nrows(), weight.ncols());
+            for metric in [Metric::Identity, Metric::full(gram(&inputs))] {
+                let decomposition = decompose(weight.as_ref(), &metric, usize::MAX).unwrap();
+                let rebuilt = product(&decomposition.truncate(weight.as_ref(), m.min(n)), m, n);
+                prop_assert!((&rebuilt - &weight).norm_max() <= 1e-5 * weight.norm_max().max(1.0));
+            }
+        }
+
+        #[test]
+        fn no_method_beats_another_in_the_others_metric((weight, inputs, rank) in problem()) {
+            let (m, n) = (weight.nrows(), weight.ncols());
+            let metrics = [Metric::Identity, Metric::full(gram(&inputs))];
+            let cut = |metric: &Metric| {
+                let pair = decompose(weight.as_ref(), metric, rank).unwrap().truncate(weight.as_ref(), rank);
+                &weight - product(&pair, m, n)
+            };
+            let errors = [cut(&metrics[0]), cut(&metrics[1])];
+            for (i, metric) in metrics.iter().enumerate() {
+                let (own, other) = (metric.squared_norm(errors[i].as_ref()), metric.squared_norm(errors[1 - i].as_ref()));
+                prop_assert!(own <= other + 1e-6 * metric.squared_norm(weight.as_ref()) + 1e-9);
+            }
+        }
+
+        #[test]
+        fn error_falls_with_rank_and_norms_are_balanced((weight, inputs, rank) in problem()) {
+            let decomposition = decompose(weight.as_ref(), &Metric::full(gram(&inputs)), usize::MAX).unwrap();
+            let errors: Vec<f64> = (0..=weight.nrows().min(weight.ncols())).map(|r| decomposition.curve.squared_error(r)).collect();
+            prop_assert!(errors.windows(2).all(|e| e[0] >= e[1]));
+            let pair = decomposition.truncate(weight.as_ref(), rank);
+            for i in 0..rank {
+                let column: f32 = pair.b.iter().skip(i).step_by(rank).map(|v| v * v).sum();
+                let row: f32 = pair.a[i * weight.ncols()..][..weight.ncols()].iter().map(|v| v * v).sum();
+                prop_assert!(row < 1e-6 || (column / row - 1.0).abs() < 1e-3, "{column} {row}");
+            }
+        }
+
+        #[test]
+        fn shorter_truncations_are_prefixes_of_longer_ones((weight, inputs, rank) in problem()) {
+            let n = weight.ncols();
+            let decomposition = decompose(weight.as_ref(), &Metric::full(gram(&inputs)), usize::MAX).unwrap();
+            let (short, long) = (decomposition.truncate(weight.as_ref(), rank), decomposition.truncate(weight.as_ref(), weight.nrows().min(n)));
+            prop_assert!(short.a.iter().zip(&long.a).all(|(s, l)| (s - l).abs() <= 1e-6 * l.abs().max(1.0)));
+        }
+    }
+
+    #[test]
+    fn a_weight_of_zeros_stays_zero() {
+        let weight = Mat::zeros(4, 6);
+        let decomposition = decompose(weight.as_ref(), &Metric::Identity, 3).unwrap();
+        let pair = decomposition.truncate(weight.as_ref(), 3);
+        assert!(product(&pair, 4, 6).norm_max() == 0.0 && pair.b.iter().all(|v| v.is_finite()));
+        assert_eq!(decomposition.curve.relative_error(1), 0.0);
+    }
+}

@@ -10,12 +10,16 @@ use super::presets::InputMetric;
 use crate::calibrate::Observed;
 use crate::checkpoint::Checkpoint;
 use crate::error::Failure;
+use crate::model::config;
 use crate::model::inventory::LinearInfo;
 use crate::model::{Decoder, InputSite, Walk, WalkLimits};
 use crate::progress::Progress;
 use crate::recipe::Recipe;
 use crate::report::CalibrationRecord;
 use crate::text::{Bos, Text, Tokenizer};
+
+/// Tokens in a window where the recipe names none; what the field's tools take, capped by the model's context.
+const DEFAULT_SEQ_LEN: usize = 512;
 
 /// Calibration text cut into windows, ready before a weight is read.
 pub(super) struct CalibrationWindows {
@@ -32,14 +36,11 @@ impl CalibrationWindows {
         let tokenizer = Tokenizer::open(checkpoint.root())?;
         let text = Text::read(&settings.text)?;
         let tokens = tokenizer.encode(&text.content, Bos::Auto)?;
-        let windows = tokens.sample(settings.seq_len, settings.samples, settings.seed);
+        let seq_len = settings.seq_len.unwrap_or_else(|| DEFAULT_SEQ_LEN.min(config::context(checkpoint)));
+        let windows = tokens.sample(seq_len, settings.samples, settings.seed);
         if windows.is_empty() {
-            let message = format!(
-                "`{}` has {} tokens, a window needs {}",
-                settings.text.display(),
-                tokens.ids.len(),
-                settings.seq_len
-            );
+            let message =
+                format!("`{}` has {} tokens, a window needs {}", settings.text.display(), tokens.ids.len(), seq_len);
             return Err(Failure::unsupported(message).hint("give more text, or a smaller `--seq-len`").into());
         }
         if windows.len() < settings.samples {
@@ -50,7 +51,7 @@ impl CalibrationWindows {
                 settings.samples
             );
         }
-        let n_tokens = windows.len() * settings.seq_len;
+        let n_tokens = windows.len() * seq_len;
         Ok(Some(Self { windows, text_sha256: text.sha256, n_tokens }))
     }
 }

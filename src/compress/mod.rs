@@ -19,7 +19,7 @@ use anyhow::{Context, Result};
 use faer::MatRef;
 use rayon::prelude::*;
 
-use crate::checkpoint::{Checkpoint, OutputFolder};
+use crate::checkpoint::{Checkpoint, OutputFolder, TensorSpec};
 use crate::linalg;
 use crate::model::inventory::{self, LinearInfo};
 use crate::progress::Progress;
@@ -82,7 +82,7 @@ pub fn compress(job: &Job<'_>, progress: &dyn Progress) -> Result<CompressReport
         },
     )?;
 
-    let sizes = Sizes::of(checkpoint, &plan.linears, &choices, output.n_bytes());
+    let sizes = Sizes::of(checkpoint, &plan.linears, &choices, &output.specs());
     let calibration = windows.as_ref().map(CalibrationWindows::record);
     let mut report = CompressReport::new(job, records, sizes, calibration)?;
     let modules = ranks.iter().map(|(&i, &rank)| (plan.linears[i].module.clone(), rank)).collect();
@@ -102,7 +102,8 @@ pub fn dry_run(job: &Job<'_>, progress: &dyn Progress) -> Result<DryRunReport> {
     let walk_bytes = metrics::expected_bytes(checkpoint, windows.as_ref(), job.memory_bytes)?;
     let choices = allocate(checkpoint, recipe, &plan, progress)?;
     let outputs = plan.outputs(checkpoint, recipe.format.layout(), &choices);
-    let sizes = Sizes::of(checkpoint, &plan.linears, &choices, outputs.iter().map(|t| t.spec.n_bytes()).sum());
+    let specs: Vec<TensorSpec> = outputs.into_iter().map(|t| t.spec).collect();
+    let sizes = Sizes::of(checkpoint, &plan.linears, &choices, &specs);
     let records = plan.linears.iter().zip(&choices).map(|(linear, &choice)| record(linear, choice)).collect();
     Ok(DryRunReport::new(job, records, sizes, plan.decomposition_bytes(rayon::current_num_threads()) + walk_bytes))
 }

@@ -45,9 +45,9 @@ impl<'a> Output<'a> {
         Ok(Self { folder, checkpoint, layout, writer, tensors })
     }
 
-    /// Bytes of all tensors.
-    pub fn n_bytes(&self) -> u64 {
-        self.tensors.iter().map(|t| t.spec.n_bytes()).sum()
+    /// Every tensor of the output.
+    pub fn specs(&self) -> Vec<TensorSpec> {
+        self.tensors.iter().map(|t| t.spec.clone()).collect()
     }
 
     /// Writes the factors of one linear.

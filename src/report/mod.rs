@@ -5,7 +5,7 @@ pub mod card;
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
-use crate::checkpoint::{Checkpoint, Fingerprint};
+use crate::checkpoint::{Checkpoint, Fingerprint, TensorSpec};
 use crate::compress::Job;
 use crate::compress::allocate::Choice;
 use crate::model::inventory::{LinearInfo, Stored};
@@ -48,12 +48,13 @@ pub struct CalibrationRecord {
 /// Sizes before and after, in the units that tools disagree about, side by side.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Sizes {
-    /// Parameters of the targeted linears.
+    /// Parameters of the targeted linears: of the matrices, and of their factors or of what stayed dense. The dense format
+    /// multiplies factors out again; this counts them all the same.
     pub linear_parameters_before: u64,
     pub linear_parameters_after: u64,
     /// `linear_parameters_after / linear_parameters_before`: what `--keep` asks for.
     pub keep: f64,
-    /// Parameters of the whole checkpoint.
+    /// Elements of all tensors, as the checkpoint stores them.
     pub parameters_before: u64,
     pub parameters_after: u64,
     /// Bytes of all tensors, as the checkpoint stores them.
@@ -95,20 +96,21 @@ pub struct DryRunReport {
 }
 
 impl Sizes {
-    /// Of a checkpoint whose `linears` are compressed by `choices` to a whole of `bytes_after`.
-    pub fn of(checkpoint: &Checkpoint, linears: &[LinearInfo], choices: &[Choice], bytes_after: u64) -> Self {
+    /// Of a checkpoint whose `linears` are compressed by `choices` to `outputs`.
+    pub fn of(checkpoint: &Checkpoint, linears: &[LinearInfo], choices: &[Choice], outputs: &[TensorSpec]) -> Self {
         let before: u64 = linears.iter().map(LinearInfo::n_parameters).sum();
         let after: u64 =
             linears.iter().zip(choices).map(|(l, c)| c.n_parameters((l.out_features, l.in_features))).sum();
-        let stored_before: u64 = linears.iter().map(|l| stored_bytes(l, l.n_parameters())).sum();
-        let (bytes_before, parameters_before) = (checkpoint.n_bytes(), checkpoint.n_elements());
-        let stored_after = stored_before + bytes_after - bytes_before.min(stored_before + bytes_after);
+        let stored_before: u64 = linears.iter().map(stored_bytes).sum();
+        let bytes_before = checkpoint.n_bytes();
+        let bytes_after: u64 = outputs.iter().map(TensorSpec::n_bytes).sum();
+        let stored_after = (stored_before + bytes_after).saturating_sub(bytes_before);
         Self {
             linear_parameters_before: before,
             linear_parameters_after: after,
             keep: after as f64 / before as f64,
-            parameters_before,
-            parameters_after: parameters_before - before + after,
+            parameters_before: checkpoint.n_elements(),
+            parameters_after: outputs.iter().map(TensorSpec::n_elements).sum(),
             bytes_before,
             bytes_after,
             bits_per_weight_before: 8.0 * stored_before as f64 / before as f64,
@@ -117,9 +119,9 @@ impl Sizes {
     }
 }
 
-fn stored_bytes(linear: &LinearInfo, n_parameters: u64) -> u64 {
+fn stored_bytes(linear: &LinearInfo) -> u64 {
     debug_assert!(!matches!(linear.stored, Stored::Factors { .. }), "targets are dense");
-    n_parameters * linear.dtype.bitsize() as u64 / 8
+    linear.n_parameters() * linear.dtype.bitsize() as u64 / 8
 }
 
 impl CompressReport {

@@ -1,0 +1,85 @@
+//! Writes a Llama checkpoint of random weights, to measure time and memory at a real size.
+//!
+//! ```sh
+//! cargo run --release --example random_checkpoint -- out/random-tinyllama
+//! ```
+//!
+//! The shapes are TinyLlama-1.1B's (22 blocks, 2.2 GB in bf16); `--blocks N` makes it shallower. Weights are uniform with
+//! a decaying spectrum mixed in, tensor by tensor from one seed.
+
+use std::path::PathBuf;
+
+use anyhow::{Result, anyhow};
+use clap::Parser;
+use lrc::checkpoint::{Dtype, SafetensorsWriter, TensorSpec, cast};
+use lrc::model::{LinearId, ModelConfig, architectures};
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{RngCore, SeedableRng};
+use serde_json::json;
+
+#[derive(Parser)]
+struct Args {
+    /// Folder to make
+    output: PathBuf,
+    #[arg(long, default_value_t = 22)]
+    blocks: usize,
+}
+
+fn main() -> Result<()> {
+    let args = Args::parse();
+    let fields = json!({
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 32000, "hidden_size": 2048,
+        "intermediate_size": 5632, "num_hidden_layers": args.blocks, "num_attention_heads": 32,
+        "num_key_value_heads": 4, "max_position_embeddings": 2048, "hidden_act": "silu", "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0, "tie_word_embeddings": false, "torch_dtype": "bfloat16"
+    });
+    std::fs::create_dir_all(&args.output)?;
+    std::fs::write(args.output.join("config.json"), serde_json::to_string_pretty(&fields)? + "\n")?;
+    let config: ModelConfig = serde_json::from_value(fields)?;
+    let names = architectures::find("llama").ok_or_else(|| anyhow!("llama is a family"))?;
+
+    let embeddings = vec![config.vocab_size, config.hidden_size];
+    let mut shapes = vec![(names.embed_tokens.to_string(), embeddings.clone())];
+    for block in 0..args.blocks {
+        for norm in [names.input_layernorm, names.post_attention_layernorm] {
+            shapes.push((format!("{}.{norm}", names.block(block)), vec![config.hidden_size]));
+        }
+        for &(role, _) in names.linears {
+            shapes.push((names.module(LinearId { block, role }), role.shape(&config).0.to_vec()));
+        }
+    }
+    shapes.extend([(names.norm.to_string(), vec![config.hidden_size]), (names.lm_head.to_string(), embeddings)]);
+
+    let spec = |(module, shape): &(String, Vec<usize>)| TensorSpec {
+        name: format!("{module}.weight"),
+        dtype: Dtype::BF16,
+        shape: shape.clone(),
+    };
+    let specs: Vec<TensorSpec> = shapes.iter().map(spec).collect();
+    let mut writer = SafetensorsWriter::create(&args.output, &specs, 4_000_000_000)?;
+    let mut generator = ChaCha8Rng::seed_from_u64(0);
+    for spec in &specs {
+        let values = match spec.shape.as_slice() {
+            [n] => vec![1.0; *n],
+            _ => random_matrix(spec, &mut generator),
+        };
+        let bytes = cast::encode(spec.dtype, &values).map_err(|i| anyhow!("`{}` overflows at {i}", spec.name))?;
+        writer.write(&spec.name, &bytes)?;
+    }
+    writer.finish()?;
+    Ok(())
+}
+
+/// Uniform values whose columns fade, so that the spectrum is not flat.
+fn random_matrix(spec: &TensorSpec, generator: &mut ChaCha8Rng) -> Vec<f32> {
+    let (rows, columns) = (spec.shape[0], spec.shape[1]);
+    let fades: Vec<f32> = (0..columns).map(|j| 0.05 / (1.0 + 8.0 * j as f32 / columns as f32)).collect();
+    let mut values = Vec::with_capacity(rows * columns);
+    for _ in 0..rows {
+        for fade in &fades {
+            let unit = (generator.next_u32() >> 8) as f32 / (1 << 24) as f32;
+            values.push(fade * (2.0 * unit - 1.0));
+        }
+    }
+    values
+}

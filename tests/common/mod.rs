@@ -1,0 +1,79 @@
+//! What the integration tests share: the binary, the fixture, and the larger models that a developer may have beside.
+
+#![allow(dead_code)] // every test file uses its part
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+pub const FIXTURE: &str = "fixtures/tiny-llama";
+pub const TRAIN: &str = "fixtures/text/train.txt";
+pub const HELD_OUT: &str = "fixtures/text/held-out.txt";
+
+/// What one run of the binary left.
+pub struct Run {
+    pub code: i32,
+    pub stdout: String,
+    pub stderr: String,
+}
+
+impl Run {
+    fn of(output: &Output) -> Self {
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        Self { code: output.status.code().unwrap_or(-1), stdout: text(&output.stdout), stderr: text(&output.stderr) }
+    }
+
+    pub fn json(&self) -> serde_json::Value {
+        serde_json::from_str(&self.stdout).unwrap_or_else(|e| panic!("{e}: {}\n{}", self.stdout, self.stderr))
+    }
+}
+
+/// The binary with arguments, ready to run in the project's folder.
+pub fn command(args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_lrc"));
+    command.args(args).current_dir(env!("CARGO_MANIFEST_DIR"));
+    command
+}
+
+pub fn lrc(args: &[&str]) -> Run {
+    Run::of(&command(args).output().unwrap())
+}
+
+/// Runs and expects success.
+pub fn ok(args: &[&str]) -> Run {
+    let run = lrc(args);
+    assert_eq!(run.code, 0, "lrc {args:?}: {}", run.stderr);
+    run
+}
+
+/// Runs a prepared command.
+pub fn finish(command: &mut Command) -> Run {
+    Run::of(&command.output().unwrap())
+}
+
+pub fn path(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+/// Perplexity of a model on a text, windows of `seq_len`.
+pub fn perplexity(model: &str, text: &str, seq_len: &str) -> f64 {
+    ok(&["eval", model, "--text", text, "--seq-len", seq_len, "--json"]).json()["ppl"].as_f64().unwrap()
+}
+
+/// Something that stands beside the project on a developer's machine; says so when it does not.
+pub fn beside(name: &str) -> Option<PathBuf> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared").join(name);
+    if path.exists() {
+        return Some(path);
+    }
+    eprintln!("skipped: `../shared/{name}` is not there");
+    None
+}
+
+/// Copies a folder of plain files.
+pub fn copy(from: &str, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in std::fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join(from)).unwrap() {
+        let entry = entry.unwrap();
+        std::fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
+    }
+}

@@ -1,0 +1,285 @@
+//! The real binary on the project's own trained model.
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use common::{FIXTURE, HELD_OUT, TRAIN, beside, command, finish, lrc, ok, path, perplexity};
+use lrc::checkpoint::Checkpoint;
+use serde_json::Value;
+
+fn compress(source: &str, out: &Path, extra: &[&str]) {
+    ok(&[&["compress", source, "-o", path(out), "-q"], extra].concat());
+}
+
+fn report(out: &Path) -> Value {
+    serde_json::from_slice(&std::fs::read(out.join("lrc-report.json")).unwrap()).unwrap()
+}
+
+const CALIBRATED: &[&str] = &["--calibration", TRAIN, "--samples", "32", "--seq-len", "128"];
+
+#[test]
+fn keep_is_kept_and_calibration_helps() {
+    let folder = tempfile::tempdir().unwrap();
+    let dense = perplexity(FIXTURE, HELD_OUT, "128");
+    let mut perplexities = BTreeMap::new();
+    for (name, extra) in [("svd", &[][..]), ("svd-llm", CALIBRATED)] {
+        for ranks in ["uniform", "welore"] {
+            let out = folder.path().join(format!("{name}-{ranks}"));
+            compress(FIXTURE, &out, &[&["--keep", "0.8", "--ranks", ranks], extra].concat());
+            let sizes = &report(&out)["sizes"];
+            let keep = sizes["keep"].as_f64().unwrap();
+            assert!(keep <= 0.8 && keep > 0.77, "{name} {ranks} keeps {keep}");
+            // The report's bytes are those of the tensors in the folder.
+            let checkpoint = Checkpoint::open(&out).unwrap();
+            assert_eq!(sizes["bytes_after"], checkpoint.n_bytes());
+            assert_eq!(sizes["parameters_after"], checkpoint.n_elements());
+            perplexities.insert((name, ranks), perplexity(path(&out), HELD_OUT, "128"));
+        }
+    }
+    assert!(perplexities.values().all(|&ppl| ppl > dense), "{dense} {perplexities:?}");
+    assert!(perplexities[&("svd-llm", "uniform")] < perplexities[&("svd", "uniform")], "{perplexities:?}");
+}
+
+#[test]
+fn nothing_removed_changes_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let dense = perplexity(FIXTURE, HELD_OUT, "128");
+    for (name, extra) in [
+        ("keep", &["--keep", "1.0"][..]),
+        ("full", &["--ranks", "full"]),
+        ("full-calibrated", &[&["--ranks", "full"], CALIBRATED].concat()),
+        ("full-dense", &["--ranks", "full", "--format", "dense"]),
+    ] {
+        let out = folder.path().join(name);
+        compress(FIXTURE, &out, extra);
+        let found = perplexity(path(&out), HELD_OUT, "128");
+        assert!((found - dense).abs() < 1e-3, "{name}: {found} {dense}");
+    }
+}
+
+#[test]
+fn factored_and_dense_outputs_are_the_same_model() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut perplexities = Vec::new();
+    for format in ["factored", "dense"] {
+        let out = folder.path().join(format);
+        compress(FIXTURE, &out, &[&["--keep", "0.7", "--format", format], CALIBRATED].concat());
+        perplexities.push(perplexity(path(&out), HELD_OUT, "128"));
+    }
+    assert!((perplexities[0] - perplexities[1]).abs() < 1e-4, "{perplexities:?}");
+}
+
+/// Every file of a folder; of the report only what is not a time or a memory.
+fn content(out: &Path) -> BTreeMap<String, Vec<u8>> {
+    let mut files = BTreeMap::new();
+    for entry in std::fs::read_dir(out).unwrap() {
+        let entry = entry.unwrap();
+        let name = entry.file_name().into_string().unwrap();
+        let mut bytes = std::fs::read(entry.path()).unwrap();
+        if name == "lrc-report.json" {
+            let mut report: Value = serde_json::from_slice(&bytes).unwrap();
+            for linear in report["linears"].as_array_mut().unwrap() {
+                assert!(linear["seconds"].take().is_number());
+            }
+            assert!(report["elapsed_seconds"].take().as_f64().unwrap() > 0.0);
+            report["peak_memory_bytes"].take();
+            bytes = report.to_string().into_bytes();
+        }
+        files.insert(name, bytes);
+    }
+    files
+}
+
+#[test]
+fn the_same_bytes_come_out_at_any_thread_count() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = |name: &str, threads: &str| {
+        let out = folder.path().join(name);
+        let base = [
+            "compress",
+            FIXTURE,
+            "-o",
+            path(&out),
+            "-q",
+            "--keep",
+            "0.8",
+            "--ranks",
+            "welore",
+            "--max-shard-size",
+            "500kB",
+        ];
+        let run = finish(command(&[&base, CALIBRATED].concat()).env("RAYON_NUM_THREADS", threads));
+        assert_eq!(run.code, 0, "{}", run.stderr);
+        content(&out)
+    };
+    let first = run("a", "2");
+    assert!(first.len() > 6, "several shards: {:?}", first.keys());
+    assert_eq!(first, run("b", "2"));
+    assert_eq!(first, run("c", "1"));
+    assert_eq!(first, run("d", "5"));
+}
+
+#[test]
+fn no_tensor_is_dropped_and_the_rest_keeps_its_bytes() {
+    let folder = tempfile::tempdir().unwrap();
+    // A source with tensors that no linear names, of a dtype that is passed through.
+    let source = folder.path().join("source");
+    add_tensors(FIXTURE, &source);
+    let out = folder.path().join("out");
+    compress(
+        path(&source),
+        &out,
+        &["--keep", "0.8", "--targets", "*.mlp.*", "--exclude", "*.0.mlp.*", "--max-shard-size", "300kB"],
+    );
+
+    let (before, after) = (Checkpoint::open(&source).unwrap(), Checkpoint::open(&out).unwrap());
+    let modules = report(&out)["linears"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|l| l["module"].as_str().unwrap().to_string())
+        .collect::<Vec<_>>();
+    assert_eq!(modules.len(), 9);
+    assert!(modules.iter().all(|m| m.contains(".mlp.") && !m.contains("layers.0.")));
+    let mut expected: Vec<String> = Vec::new();
+    for tensor in before.tensors() {
+        let module = tensor.name.strip_suffix(".weight").unwrap_or(&tensor.name);
+        if modules.iter().any(|m| m == module) {
+            expected.extend([format!("{module}.lr_a.weight"), format!("{module}.lr_b.weight")]);
+            continue;
+        }
+        expected.push(tensor.name.clone());
+        let info = after.info(&tensor.name).unwrap();
+        assert_eq!((info.dtype, &info.shape), (tensor.dtype, &tensor.shape));
+        let bytes = |c: &Checkpoint| c.with_bytes(&tensor.name, <[u8]>::to_vec).unwrap();
+        assert_eq!(bytes(&before), bytes(&after), "{}", tensor.name);
+    }
+    let mut found: Vec<String> = after.tensors().map(|t| t.name.clone()).collect();
+    (expected.sort(), found.sort());
+    assert_eq!(found, expected);
+    // Tokenizer and other side files come along.
+    assert!(out.join("tokenizer.json").exists() && out.join("modeling_lrc.py").exists());
+}
+
+/// Copies a model and adds an integer buffer, a scalar and a bias-like vector to it.
+fn add_tensors(source: &str, to: &Path) {
+    use lrc::checkpoint::{Dtype, SafetensorsWriter, TensorSpec};
+    common::copy(source, to);
+    let checkpoint = Checkpoint::open(Path::new(source)).unwrap();
+    let mut specs: Vec<TensorSpec> = checkpoint
+        .tensors()
+        .map(|t| TensorSpec { name: t.name.clone(), dtype: t.dtype, shape: t.shape.clone() })
+        .collect();
+    let extra = [
+        ("model.position_ids", Dtype::I64, vec![1, 7]),
+        ("model.scale", Dtype::F64, vec![]),
+        ("model.mask", Dtype::BOOL, vec![3]),
+    ];
+    specs.extend(extra.iter().map(|(name, dtype, shape)| TensorSpec {
+        name: (*name).into(),
+        dtype: *dtype,
+        shape: shape.clone(),
+    }));
+    let mut writer = SafetensorsWriter::create(to, &specs, u64::MAX).unwrap();
+    for spec in &specs {
+        let bytes = checkpoint
+            .with_bytes(&spec.name, <[u8]>::to_vec)
+            .unwrap_or_else(|_| (0..spec.n_bytes()).map(|i| i as u8 % 2).collect());
+        writer.write(&spec.name, &bytes).unwrap();
+    }
+    writer.finish().unwrap();
+}
+
+#[test]
+fn a_dry_run_foretells_the_sizes_and_writes_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out");
+    for ranks in ["uniform", "welore"] {
+        let args = ["compress", FIXTURE, "-o", path(&out), "--keep", "0.75", "--ranks", ranks, "--json"];
+        let foretold = ok(&[&args[..], &["--dry-run"]].concat()).json();
+        assert!(!out.exists() && std::fs::read_dir(folder.path()).unwrap().count() == 0);
+        assert!(foretold["expected_memory_bytes"].as_u64().unwrap() > 0);
+        let done = ok(&args).json();
+        assert_eq!(foretold["sizes"], done["sizes"]);
+        let ranks = |report: &Value| {
+            report["linears"].as_array().unwrap().iter().map(|l| l["rank"].clone()).collect::<Vec<_>>()
+        };
+        assert_eq!(ranks(&foretold), ranks(&done));
+        std::fs::remove_dir_all(&out).unwrap();
+    }
+}
+
+#[test]
+fn the_written_recipe_compresses_again_to_the_same_bytes() {
+    let folder = tempfile::tempdir().unwrap();
+    let (first, second) = (folder.path().join("a"), folder.path().join("b"));
+    compress(FIXTURE, &first, &[&["--keep", "0.8", "--exclude", "*.k_proj"], CALIBRATED].concat());
+    compress(FIXTURE, &second, &["--recipe", path(&first.join("lrc-recipe.toml"))]);
+    assert_eq!(content(&first), content(&second));
+    // A flag wins over the file.
+    let third = folder.path().join("c");
+    compress(FIXTURE, &third, &["--recipe", path(&first.join("lrc-recipe.toml")), "--keep", "0.5"]);
+    assert!(report(&third)["sizes"]["keep"].as_f64().unwrap() <= 0.5);
+}
+
+#[test]
+fn force_replaces_an_earlier_output_only() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out");
+    compress(FIXTURE, &out, &["--keep", "0.9"]);
+    let before = content(&out);
+    let again = ["compress", FIXTURE, "-o", path(&out), "-q", "--keep", "0.5"];
+    let refused = lrc(&again);
+    assert_eq!(refused.code, 2);
+    assert!(refused.stderr.contains("exists") && refused.stderr.contains("--force"), "{}", refused.stderr);
+    assert_eq!(content(&out), before);
+    ok(&[&again[..], &["--force"]].concat());
+    assert_ne!(content(&out), before);
+    // A folder that lrc did not write is never removed.
+    let foreign = folder.path().join("foreign");
+    std::fs::create_dir(&foreign).unwrap();
+    std::fs::write(foreign.join("thesis.txt"), "all of it").unwrap();
+    let args = ["compress", FIXTURE, "-o", path(&foreign), "--keep", "0.5", "--force"];
+    assert_eq!(lrc(&args).code, 2);
+    assert!(foreign.join("thesis.txt").exists());
+}
+
+#[test]
+fn inspect_describes_every_linear_of_plain_and_compressed_models() {
+    let folder = tempfile::tempdir().unwrap();
+    let plain = ok(&["inspect", FIXTURE, "--json"]).json();
+    let linears = plain["linears"].as_array().unwrap();
+    assert_eq!(linears.len(), 4 * 7);
+    let tensors = Checkpoint::open(Path::new(FIXTURE)).unwrap().tensors().count();
+    assert_eq!(linears.len() + plain["other_tensors"].as_array().unwrap().len(), tensors);
+    let csv = ok(&["inspect", FIXTURE, "--csv"]).stdout;
+    let columns: Vec<usize> = csv.lines().map(|l| l.split(',').count()).collect();
+    assert!(columns.len() == 29 && columns.iter().all(|&c| c == columns[0]), "{csv}");
+    assert!(ok(&["inspect", FIXTURE]).stdout.contains("model.layers.3.mlp.down_proj"));
+
+    let out = folder.path().join("out");
+    compress(FIXTURE, &out, &["--keep", "0.5"]);
+    let compressed = ok(&["inspect", path(&out), "--json"]).json();
+    for linear in compressed["linears"].as_array().unwrap() {
+        // Plain SVD at rank r leaves a matrix of rank r.
+        assert_eq!(linear["rank"], linear["stored_rank"], "{linear}");
+    }
+    assert_eq!(compressed["linears"].as_array().unwrap().len(), 28);
+    assert_eq!(compressed["other_tensors"], plain["other_tensors"]);
+}
+
+#[test]
+fn stored_dtypes_are_kept() {
+    for model in ["f16", "f32-sharded3"] {
+        let Some(source) = beside(&format!("models/stories260K/{model}")) else { return };
+        let folder = tempfile::tempdir().unwrap();
+        let out = folder.path().join("out");
+        compress(path(&source), &out, &["--keep", "0.8"]);
+        let (before, after) = (Checkpoint::open(&source).unwrap(), Checkpoint::open(&out).unwrap());
+        let dtype = before.tensors().next().unwrap().dtype;
+        assert!(after.tensors().all(|t| t.dtype == dtype));
+        assert!(after.info("lm_head.weight").is_none(), "tied stays tied");
+    }
+}

@@ -1,0 +1,322 @@
+//! Bad input: one clear error that names the file and the tensor, the documented exit code, and nothing lost.
+
+mod common;
+
+use std::path::{Path, PathBuf};
+
+use common::{FIXTURE, HELD_OUT, TRAIN, copy, lrc, ok, path};
+use lrc::checkpoint::Checkpoint;
+
+/// A copy of the fixture that a test may break.
+struct Broken {
+    folder: tempfile::TempDir,
+}
+
+impl Broken {
+    fn new() -> Self {
+        let broken = Self { folder: tempfile::tempdir().unwrap() };
+        copy(FIXTURE, &broken.model());
+        broken
+    }
+
+    fn sharded() -> Self {
+        let broken = Self { folder: tempfile::tempdir().unwrap() };
+        let model = broken.model();
+        ok(&["compress", FIXTURE, "-o", path(&model), "-q", "--keep", "1.0", "--max-shard-size", "600kB"]);
+        assert!(model.join("model.safetensors.index.json").exists());
+        broken
+    }
+
+    fn model(&self) -> PathBuf {
+        self.folder.path().join("model")
+    }
+
+    fn weights(&self) -> PathBuf {
+        self.model().join("model.safetensors")
+    }
+
+    fn edit_config(&self, from: &str, to: &str) {
+        let path = self.model().join("config.json");
+        let text = std::fs::read_to_string(&path).unwrap();
+        assert!(text.contains(from), "{text}");
+        std::fs::write(path, text.replace(from, to)).unwrap();
+    }
+
+    /// Changes the bytes of the weight file.
+    fn edit_weights(&self, edit: impl FnOnce(&mut Vec<u8>)) {
+        let mut bytes = std::fs::read(self.weights()).unwrap();
+        edit(&mut bytes);
+        std::fs::write(self.weights(), bytes).unwrap();
+    }
+
+    /// Changes the header text of the weight file, keeping its length.
+    fn edit_header(&self, from: &str, to: &str) {
+        assert_eq!(from.len(), to.len());
+        self.edit_weights(|bytes| {
+            let at = bytes.windows(from.len()).position(|w| w == from.as_bytes()).expect("the header has it");
+            bytes[at..at + to.len()].copy_from_slice(to.as_bytes());
+        });
+    }
+
+    /// Runs all three commands; each must fail with `code`, name `parts` in its error, and write nothing.
+    #[track_caller]
+    fn check(&self, code: i32, parts: &[&str]) {
+        let (model, out) = (self.model(), self.folder.path().join("out"));
+        let commands: [&[&str]; 3] = [
+            &["eval", path(&model), "--text", HELD_OUT, "--max-windows", "1"],
+            &["compress", path(&model), "-o", path(&out), "--keep", "0.8"],
+            &["inspect", path(&model)],
+        ];
+        for args in commands {
+            self.check_one(args, code, parts);
+        }
+    }
+
+    #[track_caller]
+    fn check_one(&self, args: &[&str], code: i32, parts: &[&str]) {
+        let run = lrc(args);
+        assert_eq!(run.code, code, "lrc {args:?}: {}", run.stderr);
+        assert_eq!(run.stderr.matches("error: ").count(), 1, "{}", run.stderr);
+        for part in parts {
+            assert!(run.stderr.contains(part), "`{part}` is not in: {}", run.stderr);
+        }
+        let left: Vec<_> = std::fs::read_dir(self.folder.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+        assert_eq!(left, ["model"], "something was left behind");
+    }
+}
+
+#[test]
+fn a_truncated_file() {
+    let broken = Broken::new();
+    broken.edit_weights(|bytes| bytes.truncate(bytes.len() - 1000));
+    broken.check(4, &["model.safetensors", "truncated", "hint: download"]);
+}
+
+#[test]
+fn a_header_length_beyond_the_file() {
+    let broken = Broken::new();
+    broken.edit_weights(|bytes| bytes[..8].copy_from_slice(&u64::MAX.to_le_bytes()));
+    broken.check(4, &["model.safetensors", "header has 18446744073709551615 bytes", "hint:"]);
+}
+
+#[test]
+fn overlapping_and_out_of_range_offsets() {
+    let broken = Broken::new();
+    let first = 384 * 96 * 4;
+    broken.edit_header(&format!("[{first},"), &format!("[{},", first - 4));
+    broken.check(4, &["model.safetensors", "tensor `", "overlap"]);
+
+    let broken = Broken::new();
+    broken.edit_header(&format!("[{first},"), &format!("[{},", 999_999));
+    broken.check(4, &["tensor `", "hint:"]);
+}
+
+#[test]
+fn a_missing_shard_and_a_tensor_absent_from_every_shard() {
+    let broken = Broken::sharded();
+    std::fs::remove_file(broken.model().join("model-00002-of-00004.safetensors")).unwrap();
+    broken.check(4, &["model-00002-of-00004.safetensors", "hint: the download is incomplete"]);
+
+    let broken = Broken::sharded();
+    let index = broken.model().join("model.safetensors.index.json");
+    let text = std::fs::read_to_string(&index).unwrap();
+    std::fs::write(
+        &index,
+        text.replacen("\"weight_map\": {", "\"weight_map\": {\"ghost\": \"model-00001-of-00004.safetensors\",", 1),
+    )
+    .unwrap();
+    broken.check(4, &["tensor `ghost`", "index.json"]);
+
+    std::fs::write(&index, text.replace("model-00001-of-00004", "../model-00001-of-00004")).unwrap();
+    broken.check(4, &["not a plain file name"]);
+
+    std::fs::write(&index, "{").unwrap();
+    broken.check(4, &["index.json", "cannot be parsed"]);
+}
+
+#[test]
+fn a_tensor_that_the_model_needs_is_absent() {
+    let broken = Broken::new();
+    broken.edit_header("model.layers.1.mlp.up_proj.weight", "model.layers.1.mlp.no_proj.weight");
+    let (model, out) = (broken.model(), broken.folder.path().join("out"));
+    let parts = ["tensor `model.layers.1.mlp.up_proj.weight`", "hint:"];
+    broken.check_one(&["eval", path(&model), "--text", HELD_OUT], 4, &parts);
+    broken.check_one(&["compress", path(&model), "-o", path(&out), "--keep", "0.8", "--calibration", TRAIN], 4, &parts);
+}
+
+#[test]
+fn a_shape_that_contradicts_the_config() {
+    let broken = Broken::new();
+    broken.edit_config("\"intermediate_size\": 256", "\"intermediate_size\": 255");
+    let model = broken.model();
+    let parts = [
+        "model.layers.0.mlp.gate_proj.weight",
+        "[256, 96]",
+        "[255, 96]",
+        "hint: check `hidden_size` and `intermediate_size`",
+    ];
+    broken.check_one(&["eval", path(&model), "--text", HELD_OUT], 4, &parts);
+}
+
+#[test]
+fn a_broken_config() {
+    let broken = Broken::new();
+    broken.edit_config("{", "");
+    broken.check(4, &["config.json", "cannot be parsed"]);
+}
+
+#[test]
+fn an_unknown_model_type_is_compressed_by_name_and_shape_but_not_run() {
+    let broken = Broken::new();
+    broken.edit_config("\"llama\"", "\"unheard_of\"");
+    let (model, out) = (broken.model(), broken.folder.path().join("out"));
+    let parts = ["`unheard_of`", "hint: known families: llama"];
+    broken.check_one(&["eval", path(&model), "--text", HELD_OUT], 4, &parts);
+    broken.check_one(&["compress", path(&model), "-o", path(&out), "--keep", "0.8", "--calibration", TRAIN], 4, &parts);
+    ok(&["inspect", path(&model)]);
+    let report = ok(&["compress", path(&model), "-o", path(&out), "--keep", "0.8", "--json"]).json();
+    assert_eq!(report["linears"].as_array().unwrap().len(), 28);
+}
+
+#[test]
+fn nan_and_infinity_in_a_weight() {
+    for value in [f32::NAN, f32::INFINITY] {
+        let broken = Broken::new();
+        let checkpoint = Checkpoint::open(&broken.model()).unwrap();
+        let at = checkpoint.info("model.layers.2.self_attn.v_proj.weight").unwrap().begin + 40;
+        broken.edit_weights(|bytes| bytes[at..at + 4].copy_from_slice(&value.to_le_bytes()));
+        broken.check(
+            5,
+            &[
+                "model.layers.2.self_attn.v_proj.weight",
+                "model.safetensors",
+                "1 NaN or infinite values, the first at element 10",
+            ],
+        );
+    }
+}
+
+#[test]
+fn things_that_are_not_checkpoints() {
+    let folder = tempfile::tempdir().unwrap();
+    let empty = folder.path().join("model");
+    std::fs::create_dir(&empty).unwrap();
+    let broken = Broken { folder };
+    broken.check(4, &["is not a checkpoint", "hint: give a folder"]);
+    std::fs::write(empty.join("pytorch_model.bin"), "x").unwrap();
+    broken.check(4, &["not in safetensors form"]);
+    std::fs::remove_file(empty.join("pytorch_model.bin")).unwrap();
+    std::fs::write(empty.join("model.safetensors"), "{}").unwrap();
+    broken.check(4, &["truncated"]);
+    let run = lrc(&["inspect", "no/such/folder"]);
+    assert_eq!(run.code, 4);
+    assert!(run.stderr.contains("there is no such folder"), "{}", run.stderr);
+}
+
+#[test]
+fn texts_that_cannot_be_used() {
+    let broken = Broken::new();
+    let model = broken.model();
+    let text = broken.model().join("text.txt");
+    let eval = |broken: &Broken, code, parts: &[&str]| {
+        broken.check_one(&["eval", path(&model), "--text", path(&text)], code, parts)
+    };
+    eval(&broken, 2, &["text.txt"]);
+    std::fs::write(&text, "").unwrap();
+    eval(&broken, 4, &["is empty"]);
+    std::fs::write(&text, [0xff, 0xfe]).unwrap();
+    eval(&broken, 4, &["not UTF-8"]);
+    std::fs::write(&text, "Too short.").unwrap();
+    eval(&broken, 4, &["tokens, a window needs 128", "hint: give more text"]);
+    std::fs::remove_file(model.join("tokenizer.json")).unwrap();
+    eval(&broken, 4, &["tokenizer.json` is missing"]);
+}
+
+#[test]
+fn usage_errors_come_before_any_work() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out");
+    let recipe = folder.path().join("recipe.toml");
+    std::fs::write(&recipe, "kepe = 0.8").unwrap();
+    let compress = ["compress", FIXTURE, "-o", path(&out)];
+    for (extra, expected) in [
+        (&[][..], "`--keep` is missing"),
+        (&["--keep", "1.5"], "outside of (0, 1]"),
+        (&["--keep", "0.8", "--method", "svd-llm"], "needs `--calibration FILE`"),
+        (&["--keep", "0.8", "--ranks", "best"], "welore"),
+        (&["--keep", "0.8", "--targets", "*.qproj"], "matches no linear"),
+        (&["--recipe", path(&recipe)], "kepe"),
+        (&["--keep", "0.8", "--recipe", "no-such-file.toml"], "no-such-file.toml"),
+        (&["--keep", "0.8", "--calibration", "no-such-file.txt"], "no-such-file.txt"),
+    ] {
+        let run = lrc(&[&compress[..], extra].concat());
+        assert_eq!(run.code, 2, "{extra:?}: {}", run.stderr);
+        assert!(run.stderr.contains(expected), "{extra:?}: {}", run.stderr);
+        assert!(!out.exists());
+    }
+    assert_eq!(lrc(&["eval", FIXTURE, "--text", HELD_OUT, "--seq-len", "1"]).code, 2);
+    assert_eq!(lrc(&["compress"]).code, 2);
+    assert_eq!(lrc(&["--help"]).code, 0);
+}
+
+#[test]
+fn a_compressed_model_is_not_compressed_again() {
+    let broken = Broken { folder: tempfile::tempdir().unwrap() };
+    let (model, out) = (broken.model(), broken.folder.path().join("out"));
+    ok(&["compress", FIXTURE, "-o", path(&model), "-q", "--keep", "0.8"]);
+    broken.check_one(
+        &["compress", path(&model), "-o", path(&out), "--keep", "0.5"],
+        4,
+        &["is factored already", "hint:"],
+    );
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn a_full_disk_is_noticed_and_leaves_nothing() {
+    // /dev/full cannot hold a folder; a limit on the size of files stands in for a disk that fills up in the middle.
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out");
+    let script = format!(
+        "ulimit -f 500; trap '' XFSZ; exec {} compress {FIXTURE} -o {} --keep 0.8 -q",
+        env!("CARGO_BIN_EXE_lrc"),
+        path(&out)
+    );
+    let output = std::process::Command::new("bash")
+        .args(["-c", &script])
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .output()
+        .unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(6), "{stderr}");
+    assert!(stderr.contains("error: cannot write") && stderr.contains("model.safetensors"), "{stderr}");
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn logits_that_overflow_are_an_error_and_not_a_number() {
+    let broken = Broken::new();
+    // Finite weights whose products are not: the last norm times 1e38.
+    let checkpoint = Checkpoint::open(&broken.model()).unwrap();
+    let info = checkpoint.info("model.norm.weight").unwrap().clone();
+    broken.edit_weights(|bytes| {
+        for value in bytes[info.begin..info.end].chunks_exact_mut(4) {
+            value.copy_from_slice(&3e38f32.to_le_bytes());
+        }
+    });
+    let model = broken.model();
+    broken.check_one(&["eval", path(&model), "--text", HELD_OUT], 5, &["logits are not finite"]);
+}
+
+#[test]
+fn a_folder_under_construction_is_left_to_its_owner() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out");
+    let owner = lrc::checkpoint::OutputFolder::create(&out, false, "x").unwrap();
+    let run = lrc(&["compress", FIXTURE, "-o", path(&out), "--keep", "0.8"]);
+    assert_eq!(run.code, 6, "{}", run.stderr);
+    assert!(run.stderr.contains("being written by another run"));
+    assert!(Path::new(owner.path()).exists());
+    drop(owner);
+    ok(&["compress", FIXTURE, "-o", path(&out), "--keep", "0.8", "-q"]);
+}
