@@ -4,7 +4,7 @@
 //! eigenvectors of the output Gram `T C Tᵀ` (m, m), `A = Bᵀ T`, and the eigenvalues are the error curve: dropping
 //! the ranks behind r costs `Σ_{i ≥ r} λ_i`. No inverse and no Cholesky factor, so a singular `C` is no special case.
 //! When m > n, the twin problem of size n is solved: with `C = H Hᵀ`, `V` the top eigenvectors of `Hᵀ Tᵀ T H`,
-//! `B = orth(T H V)`.
+//! `B = orth(T H V)`; in the plain metric `A = Vᵀ` and `B = T V` are the same pair without the orthogonalisation.
 //!
 //! With `C = I` this is the truncated SVD; with the Gram of calibration inputs it has the optimum of SVD-LLM (Wang et
 //! al. 2024) and of the output PCA of LoRD (Kaushal et al. 2023), without a whitening matrix to invert.
@@ -57,12 +57,20 @@ pub struct LowRank {
     pub a: Vec<f32>,
 }
 
-/// An orthonormal basis of the best output subspaces of a target, and the error of each.
+/// Orthonormal bases of the best subspaces of a target, and the error of each.
 #[derive(Debug, Clone)]
 pub struct Decomposition {
     pub curve: ErrorCurve,
-    /// `B` (m, max_rank), orthonormal: its first r columns are the best r.
-    basis: Mat<f64>,
+    basis: Basis,
+}
+
+/// Orthonormal columns, of which the first r span the best subspace of dimension r.
+#[derive(Debug, Clone)]
+enum Basis {
+    /// `B` (m, max_rank) of the outputs; `A = Bᵀ T`.
+    Output(Mat<f64>),
+    /// `Aᵀ` (n, max_rank) of the inputs; `B = T Aᵀ`.
+    Input(Mat<f64>),
 }
 
 /// The error curve of `target` (m, n) alone, without bases: about a third of the work.
@@ -87,31 +95,49 @@ pub fn decompose(target: MatRef<'_, f64>, metric: &Metric, max_rank: usize) -> R
     let (m, n) = (target.nrows(), target.ncols());
     let max_rank = max_rank.min(m).min(n);
     if m <= n {
-        let eigh = linalg::eigh(metric.output_gram(target).as_ref())?;
-        let basis = eigh.vectors.subcols(0, max_rank).to_owned();
-        return Ok(Decomposition { curve: ErrorCurve::new(eigh.values), basis });
+        let linalg::Eigh { values, vectors } = linalg::eigh(metric.output_gram(target).as_ref())?;
+        let basis = Basis::Output(vectors.subcols(0, max_rank).to_owned());
+        return Ok(Decomposition { curve: ErrorCurve::new(values), basis });
     }
     let whitened = metric.whiten(target)?; // T H (m, n)
-    let eigh = linalg::eigh(linalg::product_symmetric(whitened.transpose(), whitened.as_ref()).as_ref())?;
-    let images = linalg::product(whitened.as_ref(), eigh.vectors.subcols(0, max_rank)); // T H V (m, max_rank)
-    Ok(Decomposition { curve: ErrorCurve::new(eigh.values), basis: linalg::orthonormal_columns(images) })
+    let gram = linalg::product_symmetric(whitened.transpose(), whitened.as_ref()); // (n, n)
+    let linalg::Eigh { values, vectors } = linalg::eigh(gram.as_ref())?;
+    let vectors = vectors.subcols(0, max_rank);
+    let basis = match metric {
+        Metric::Identity => Basis::Input(vectors.to_owned()),
+        Metric::Full(_) => {
+            let images = linalg::product(whitened.as_ref(), vectors); // T H V (m, max_rank)
+            Basis::Output(linalg::orthonormal_columns(images))
+        }
+    };
+    Ok(Decomposition { curve: ErrorCurve::new(values), basis })
 }
 
 impl Decomposition {
-    /// The best pair of `rank`, at most `max_rank`, for the target it was made from: `B = basis[:, ..rank]`,
-    /// `A = Bᵀ T`, with the norm of each rank-one term shared evenly between its column and its row.
+    /// The best pair of `rank`, at most `max_rank`, for the target it was made from, with the norm of each rank-one
+    /// term shared evenly between its column and its row.
     ///
     /// # Panics
     /// When `rank` exceeds the kept basis.
     pub fn truncate(&self, target: MatRef<'_, f64>, rank: usize) -> LowRank {
-        let mut b = self.basis.subcols(0, rank).to_owned(); // (m, r)
-        let mut a_t = linalg::product(target.transpose(), b.as_ref()); // Aᵀ (n, r)
-        for i in 0..rank {
-            // Columns of B have norm 1, so the term's norm is that of A's row.
-            let scale = a_t.col(i).norm_l2().sqrt();
-            if scale > 0.0 {
-                b.col_mut(i).iter_mut().for_each(|v| *v *= scale);
-                a_t.col_mut(i).iter_mut().for_each(|v| *v /= scale);
+        let (mut b, mut a_t) = match &self.basis {
+            Basis::Output(basis) => {
+                let b = basis.subcols(0, rank).to_owned(); // (m, r)
+                let a_t = linalg::product(target.transpose(), b.as_ref()); // (n, r)
+                (b, a_t)
+            }
+            Basis::Input(basis) => {
+                let a_t = basis.subcols(0, rank).to_owned(); // (n, r)
+                let b = linalg::product(target, a_t.as_ref()); // (m, r)
+                (b, a_t)
+            }
+        };
+        for (column, row) in b.col_iter_mut().zip(a_t.col_iter_mut()) {
+            let (column_norm, row_norm) = (column.norm_l2(), row.norm_l2());
+            if column_norm > 0.0 && row_norm > 0.0 {
+                let scale = (row_norm / column_norm).sqrt();
+                column.iter_mut().for_each(|v| *v *= scale);
+                row.iter_mut().for_each(|v| *v /= scale);
             }
         }
         LowRank { rank, b: linalg::to_row_major(b.as_ref()), a: linalg::to_row_major(a_t.transpose()) }

@@ -132,6 +132,11 @@ impl<'a> Metrics<'a> {
         Ok(Self::Calibrated(Box::new(calibrated)))
     }
 
+    /// Whether [`Self::observe`] has work to do, a block at a time.
+    pub fn are_observed(&self) -> bool {
+        matches!(self, Self::Calibrated(_))
+    }
+
     /// Observes what the linears of one block need. Blocks come in ascending order.
     ///
     /// # Errors

@@ -13,6 +13,7 @@ pub mod presets;
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Mutex;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
@@ -55,7 +56,8 @@ pub fn compress(job: &Job<'_>, progress: &dyn Progress) -> Result<CompressReport
     let folder = OutputFolder::create(job.output, job.force, REPORT_FILE)?;
     let mut metrics =
         Metrics::start(checkpoint, recipe, &plan.linears, windows.as_ref(), job.memory_bytes, folder.path())?;
-    let choices = allocate(checkpoint, recipe, &plan, progress)?;
+    let pass = Pass { checkpoint, plan: &plan, progress };
+    let choices = pass.allocate(recipe)?;
     let ranks: BTreeMap<usize, usize> =
         choices.iter().enumerate().filter_map(|(i, choice)| Some((i, choice.rank()?))).collect();
 
@@ -67,20 +69,11 @@ pub fn compress(job: &Job<'_>, progress: &dyn Progress) -> Result<CompressReport
         let low_rank = decomposition.truncate(target, ranks[&i]);
         Ok((decomposition.curve, low_rank))
     };
-    for_each_linear(
-        checkpoint,
-        &plan,
-        &indices,
-        &mut metrics,
-        "factor",
-        progress,
-        factor,
-        |i, (curve, low_rank), elapsed| {
-            records[i].relative_error = Some(curve.relative_error(low_rank.rank));
-            records[i].seconds = elapsed;
-            output.put(&plan, i, &low_rank)
-        },
-    )?;
+    pass.for_each("factor", &indices, &mut metrics, factor, |i, (curve, low_rank), seconds| {
+        records[i].relative_error = Some(curve.relative_error(low_rank.rank));
+        records[i].seconds = seconds;
+        output.put(&plan, i, &low_rank)
+    })?;
 
     let sizes = Sizes::of(checkpoint, &plan.linears, &choices, &output.specs());
     let calibration = windows.as_ref().map(CalibrationWindows::record);
@@ -100,7 +93,7 @@ pub fn dry_run(job: &Job<'_>, progress: &dyn Progress) -> Result<DryRunReport> {
     OutputFolder::check(job.output, job.force, REPORT_FILE)?;
     let windows = CalibrationWindows::load(checkpoint, recipe)?;
     let walk_bytes = metrics::expected_bytes(checkpoint, windows.as_ref(), job.memory_bytes)?;
-    let choices = allocate(checkpoint, recipe, &plan, progress)?;
+    let choices = Pass { checkpoint, plan: &plan, progress }.allocate(recipe)?;
     let outputs = plan.outputs(checkpoint, recipe.format.layout(), &choices);
     let specs: Vec<TensorSpec> = outputs.into_iter().map(|t| t.spec).collect();
     let sizes = Sizes::of(checkpoint, &plan.linears, &choices, &specs);
@@ -108,64 +101,70 @@ pub fn dry_run(job: &Job<'_>, progress: &dyn Progress) -> Result<DryRunReport> {
     Ok(DryRunReport::new(job, records, sizes, plan.decomposition_bytes(rayon::current_num_threads()) + walk_bytes))
 }
 
-/// The choice for every linear; weights are read only where the allocator needs their spectra.
-fn allocate(checkpoint: &Checkpoint, recipe: &Recipe, plan: &Plan, progress: &dyn Progress) -> Result<Vec<Choice>> {
-    let allocator = recipe.ranks.allocator();
-    if let Some(choices) = allocator.from_shapes(&plan.shapes, recipe.keep) {
-        return Ok(choices);
-    }
-    let mut spectra = Vec::with_capacity(plan.linears.len());
-    let all: Vec<usize> = (0..plan.linears.len()).collect();
-    let spectrum = |_, target: MatRef<'_, f64>, metric: &Metric| Ok(low_rank::error_curve(target, metric)?);
-    let mut plain = Metrics::Identity(Metric::Identity);
-    for_each_linear(checkpoint, plan, &all, &mut plain, "measure", progress, spectrum, |_, curve, _| {
-        spectra.push(curve);
-        Ok(())
-    })?;
-    Ok(allocator.from_spectra(&plan.shapes, &spectra, recipe.keep))
+/// The linears of a checkpoint, for passes over them.
+struct Pass<'a> {
+    checkpoint: &'a Checkpoint,
+    plan: &'a Plan,
+    progress: &'a dyn Progress,
 }
 
-/// Loads the linears at `indices` block by block, works on those of a block in parallel, and hands the results to
-/// `sink` in order with the seconds that each took.
-#[allow(clippy::too_many_arguments)] // two closures and what they work on
-fn for_each_linear<T: Send>(
-    checkpoint: &Checkpoint,
-    plan: &Plan,
-    indices: &[usize],
-    metrics: &mut Metrics<'_>,
-    verb: &str,
-    progress: &dyn Progress,
-    work: impl Fn(usize, MatRef<'_, f64>, &Metric) -> Result<T> + Sync,
-    mut sink: impl FnMut(usize, T, f64) -> Result<()>,
-) -> Result<()> {
-    let stage = progress.stage(verb, indices.len() as u64, "matrices");
-    for group in indices.chunk_by(|&i, &j| plan.linears[i].block == plan.linears[j].block).flat_map(|g| g.chunks(GROUP))
-    {
-        let linears: Vec<&LinearInfo> = group.iter().map(|&i| &plan.linears[i]).collect();
-        metrics.observe(&linears, progress)?;
-        let tasks: Vec<(usize, &LinearInfo, &Metric)> =
-            group.iter().zip(&linears).map(|(&i, linear)| (i, *linear, metrics.of(linear))).collect();
-        let one = |&(i, linear, metric): &(usize, &LinearInfo, &Metric)| -> Result<(T, f64)> {
-            let started = Instant::now();
-            stage.note(&linear.module);
-            let values = inventory::weight(checkpoint, linear)?; // (out, in)
-            let target = linalg::transposed_from_row_major(&values, linear.out_features, linear.in_features);
-            drop(values);
-            let result = work(i, target.transpose(), metric).with_context(|| format!("{verb} `{}`", linear.module))?;
-            stage.advance(1);
-            Ok((result, started.elapsed().as_secs_f64()))
-        };
-        let results: Vec<Result<(T, f64)>> = tasks.par_iter().map(one).collect();
-        for (&i, result) in group.iter().zip(results) {
-            let (value, elapsed) = result?;
-            sink(i, value, elapsed)?;
+impl Pass<'_> {
+    /// The choice for every linear; weights are read only where the allocator needs their spectra.
+    fn allocate(&self, recipe: &Recipe) -> Result<Vec<Choice>> {
+        let (allocator, shapes) = (recipe.ranks.allocator(), &self.plan.shapes);
+        if let Some(choices) = allocator.from_shapes(shapes, recipe.keep) {
+            return Ok(choices);
         }
+        let mut spectra: BTreeMap<usize, ErrorCurve> = BTreeMap::new();
+        let all: Vec<usize> = (0..shapes.len()).collect();
+        let spectrum = |_, target: MatRef<'_, f64>, metric: &Metric| Ok(low_rank::error_curve(target, metric)?);
+        self.for_each("measure", &all, &mut Metrics::Identity(Metric::Identity), spectrum, |i, curve, _| {
+            spectra.insert(i, curve);
+            Ok(())
+        })?;
+        let spectra: Vec<ErrorCurve> = spectra.into_values().collect();
+        Ok(allocator.from_spectra(shapes, &spectra, recipe.keep))
     }
-    Ok(())
-}
 
-/// Results held at once: a mixture of experts has hundreds of linears in a block.
-const GROUP: usize = 16;
+    /// Loads the linears at `indices`, works on them in parallel, each on one thread, and hands every result to `sink`
+    /// with the seconds that it took. Results come in any order and are not kept. Where metrics are observed, one
+    /// block follows another.
+    fn for_each<T>(
+        &self,
+        verb: &str,
+        indices: &[usize],
+        metrics: &mut Metrics<'_>,
+        work: impl Fn(usize, MatRef<'_, f64>, &Metric) -> Result<T> + Sync,
+        sink: impl FnMut(usize, T, f64) -> Result<()> + Send,
+    ) -> Result<()> {
+        let stage = self.progress.stage(verb, indices.len() as u64, "matrices");
+        let sink = Mutex::new(sink);
+        let is_one_group = |i: &usize, j: &usize| {
+            !metrics.are_observed() || self.plan.linears[*i].block == self.plan.linears[*j].block
+        };
+        let groups: Vec<&[usize]> = indices.chunk_by(is_one_group).collect();
+        for group in groups {
+            let linears: Vec<&LinearInfo> = group.iter().map(|&i| &self.plan.linears[i]).collect();
+            metrics.observe(&linears, self.progress)?;
+            let tasks: Vec<(usize, &LinearInfo, &Metric)> =
+                group.iter().zip(&linears).map(|(&i, linear)| (i, *linear, metrics.of(linear))).collect();
+            tasks.par_iter().try_for_each(|&(i, linear, metric)| -> Result<()> {
+                let started = Instant::now();
+                stage.note(&linear.module);
+                let values = inventory::weight(self.checkpoint, linear)?; // (out, in)
+                let target = linalg::transposed_from_row_major(&values, linear.out_features, linear.in_features);
+                drop(values);
+                let result =
+                    work(i, target.transpose(), metric).with_context(|| format!("{verb} `{}`", linear.module))?;
+                drop(target);
+                stage.advance(1);
+                let seconds = started.elapsed().as_secs_f64();
+                sink.lock().expect("invariant: no holder of the sink panics")(i, result, seconds)
+            })?;
+        }
+        Ok(())
+    }
+}
 
 fn record(linear: &LinearInfo, choice: Choice) -> LinearRecord {
     let shape = (linear.out_features, linear.in_features);

@@ -39,7 +39,7 @@ pub struct FactorPair<'a> {
 }
 
 /// How a format stores one factored linear, and what it says in `config.json`.
-pub trait Layout {
+pub trait Layout: Sync {
     /// The tensors that take the place of the weight of `linear`.
     fn specs(&self, linear: &LinearInfo, rank: usize) -> Vec<TensorSpec>;
 
