@@ -7,12 +7,11 @@
 //! | [`text`] | a model's tokenizer, windows of tokens |
 //! | [`calibrate`] | what flows through the linears |
 //! | [`linalg`] | dense numerical routines |
-//! | [`compress`] | the kernel, its metrics, the allocation of ranks |
+//! | [`compress`] | recipe, kernel, metrics, allocation of ranks |
 //! | [`formats`] | how a compressed model is laid down for a runtime |
 //! | [`eval`] | perplexity |
 //! | [`inspect`] | spectra |
 //! | [`report`] | what the commands found, as records |
-//! | [`recipe`] | the settings of a compression |
 //! | [`cli`] | flags, progress bars, tables; the only room that prints |
 //!
 //! The map with its arrows and invariants is `docs/architecture.md`.
@@ -28,7 +27,6 @@ pub mod inspect;
 pub mod linalg;
 pub mod model;
 pub mod progress;
-pub mod recipe;
 pub mod report;
 mod spool;
 pub mod text;

@@ -8,8 +8,8 @@ use clap::Args;
 
 use super::terminal::{Bars, grouped, table};
 use super::{MemoryArgs, ModelArgs, print, print_json};
+use crate::compress::recipe::{Recipe, RecipeOptions};
 use crate::compress::{self, Job};
-use crate::recipe::{Recipe, RecipeOptions};
 use crate::report::{LinearRecord, Sizes};
 
 /// Compress a checkpoint

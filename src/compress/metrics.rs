@@ -7,6 +7,7 @@ use anyhow::{Result, ensure};
 
 use super::metric::Metric;
 use super::presets::InputMetric;
+use super::recipe::Recipe;
 use crate::calibrate::Observed;
 use crate::checkpoint::Checkpoint;
 use crate::error::Failure;
@@ -14,7 +15,6 @@ use crate::model::config;
 use crate::model::inventory::LinearInfo;
 use crate::model::{Decoder, InputSite, Walk, WalkLimits};
 use crate::progress::Progress;
-use crate::recipe::Recipe;
 use crate::report::CalibrationRecord;
 use crate::text::{Bos, Text, Tokenizer};
 

@@ -10,6 +10,8 @@ mod metrics;
 mod output;
 mod plan;
 pub mod presets;
+pub mod recipe;
+mod record;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -24,14 +26,14 @@ use crate::checkpoint::{Checkpoint, OutputFolder, TensorSpec};
 use crate::linalg;
 use crate::model::inventory::{self, LinearInfo};
 use crate::progress::Progress;
-use crate::recipe::Recipe;
-use crate::report::{CompressReport, DryRunReport, LinearRecord, REPORT_FILE, Sizes};
+use crate::report::{CompressReport, DryRunReport, LinearRecord, REPORT_FILE};
 use allocate::Choice;
 use low_rank::{ErrorCurve, LowRank};
 use metric::Metric;
 use metrics::{CalibrationWindows, Metrics};
 use output::Output;
 use plan::Plan;
+use recipe::Recipe;
 
 /// What is compressed, and where to.
 pub struct Job<'a> {
@@ -62,7 +64,8 @@ pub fn compress(job: &Job<'_>, progress: &dyn Progress) -> Result<CompressReport
         choices.iter().enumerate().filter_map(|(i, choice)| Some((i, choice.rank()?))).collect();
 
     let mut output = Output::create(folder, checkpoint, recipe, &plan, &choices)?;
-    let mut records: Vec<LinearRecord> = (0..choices.len()).map(|i| record(&plan.linears[i], choices[i])).collect();
+    let mut records: Vec<LinearRecord> =
+        (0..choices.len()).map(|i| record::linear(&plan.linears[i], choices[i])).collect();
     let indices: Vec<usize> = ranks.keys().copied().collect();
     let factor = |i: usize, target: MatRef<'_, f64>, metric: &Metric| -> Result<(ErrorCurve, LowRank)> {
         let decomposition = low_rank::decompose(target, metric, ranks[&i])?;
@@ -75,9 +78,9 @@ pub fn compress(job: &Job<'_>, progress: &dyn Progress) -> Result<CompressReport
         output.put(&plan, i, &low_rank)
     })?;
 
-    let sizes = Sizes::of(checkpoint, &plan.linears, &choices, &output.specs());
+    let sizes = record::sizes(checkpoint, &plan.linears, &choices, &output.specs());
     let calibration = windows.as_ref().map(CalibrationWindows::record);
-    let mut report = CompressReport::new(job, records, sizes, calibration)?;
+    let mut report = record::report(job, records, sizes, calibration)?;
     let modules = ranks.iter().map(|(&i, &rank)| (plan.linears[i].module.clone(), rank)).collect();
     output.finish(recipe, &modules, &mut report, started)?;
     Ok(report)
@@ -96,9 +99,9 @@ pub fn dry_run(job: &Job<'_>, progress: &dyn Progress) -> Result<DryRunReport> {
     let choices = Pass { checkpoint, plan: &plan, progress }.allocate(recipe)?;
     let outputs = plan.outputs(checkpoint, recipe.format.layout(), &choices);
     let specs: Vec<TensorSpec> = outputs.into_iter().map(|t| t.spec).collect();
-    let sizes = Sizes::of(checkpoint, &plan.linears, &choices, &specs);
-    let records = plan.linears.iter().zip(&choices).map(|(linear, &choice)| record(linear, choice)).collect();
-    Ok(DryRunReport::new(job, records, sizes, plan.decomposition_bytes(rayon::current_num_threads()) + walk_bytes))
+    let sizes = record::sizes(checkpoint, &plan.linears, &choices, &specs);
+    let records = plan.linears.iter().zip(&choices).map(|(linear, &choice)| record::linear(linear, choice)).collect();
+    Ok(record::dry_run(job, records, sizes, plan.decomposition_bytes(rayon::current_num_threads()) + walk_bytes))
 }
 
 /// The linears of a checkpoint, for passes over them.
@@ -163,20 +166,5 @@ impl Pass<'_> {
             })?;
         }
         Ok(())
-    }
-}
-
-fn record(linear: &LinearInfo, choice: Choice) -> LinearRecord {
-    let shape = (linear.out_features, linear.in_features);
-    LinearRecord {
-        module: linear.module.clone(),
-        block: linear.block,
-        shape: [shape.0, shape.1],
-        dtype: format!("{:?}", linear.dtype),
-        rank: choice.rank(),
-        parameters_before: linear.n_parameters(),
-        parameters_after: choice.n_parameters(shape),
-        relative_error: (choice == Choice::Dense).then_some(0.0),
-        seconds: 0.0,
     }
 }

@@ -9,11 +9,11 @@ use rayon::prelude::*;
 use super::allocate::Choice;
 use super::low_rank::LowRank;
 use super::plan::{Origin, OutputTensor, Plan};
+use super::recipe::Recipe;
 use crate::checkpoint::{
     CONFIG_FILE, Checkpoint, Fingerprint, OutputFolder, SafetensorsWriter, TensorSpec, io, sha256_file,
 };
 use crate::formats::{FactorPair, Layout};
-use crate::recipe::Recipe;
 use crate::report::{CompressReport, REPORT_FILE, card, peak_memory_bytes};
 
 pub(super) const RECIPE_FILE: &str = "lrc-recipe.toml";

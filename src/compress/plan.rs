@@ -3,11 +3,11 @@
 use anyhow::Result;
 
 use super::allocate::{Choice, Shape};
+use super::recipe::Recipe;
 use crate::checkpoint::{Checkpoint, TensorSpec};
 use crate::error::Failure;
 use crate::formats::Layout;
 use crate::model::inventory::{self, LinearInfo, Stored};
-use crate::recipe::Recipe;
 
 /// The linears that a recipe compresses, in the order of the checkpoint's blocks.
 pub struct Plan {

@@ -13,7 +13,7 @@ use crate::error::Failure;
 use crate::model::config::context;
 use crate::model::{Decoder, Walk, WalkLimits};
 use crate::progress::Progress;
-use crate::report::{PerplexityReport, SCHEMA_VERSION, peak_memory_bytes};
+use crate::report::{LRC_VERSION, PerplexityReport, SCHEMA_VERSION, peak_memory_bytes};
 use crate::text::{Bos, Text, Tokenizer, Tokens};
 use conventions::Convention;
 
@@ -78,7 +78,7 @@ pub fn perplexity(
     let nll_sum: f64 = nlls.iter().sum();
     Ok(PerplexityReport {
         schema_version: SCHEMA_VERSION,
-        lrc_version: env!("CARGO_PKG_VERSION").into(),
+        lrc_version: LRC_VERSION.into(),
         model: settings.model.clone(),
         convention: rules.name().into(),
         ppl,

@@ -11,7 +11,7 @@ use crate::compress::metric::Metric;
 use crate::linalg;
 use crate::model::inventory::{self, LinearInfo, Stored};
 use crate::progress::Progress;
-use crate::report::{InspectReport, SCHEMA_VERSION, SpectrumRecord};
+use crate::report::{InspectReport, LRC_VERSION, SCHEMA_VERSION, SpectrumRecord};
 
 /// Computes the spectrum of every linear, in parallel over linears; works on any safetensors checkpoint.
 ///
@@ -39,7 +39,7 @@ pub fn inspect(checkpoint: &Checkpoint, model: &str, progress: &dyn Progress) ->
     };
     Ok(InspectReport {
         schema_version: SCHEMA_VERSION,
-        lrc_version: env!("CARGO_PKG_VERSION").into(),
+        lrc_version: LRC_VERSION.into(),
         model: model.into(),
         parameters: checkpoint.n_elements(),
         size_bytes: checkpoint.n_bytes(),

@@ -3,7 +3,6 @@
 use std::fmt::Write;
 
 use super::CompressReport;
-use crate::formats::Format;
 
 /// Renders the card of a compression.
 pub fn render(report: &CompressReport) -> String {
@@ -35,7 +34,7 @@ pub fn render(report: &CompressReport) -> String {
         sizes.bits_per_weight_before, sizes.bits_per_weight_after
     );
     card.push_str("\n## Loading\n\n");
-    if report.recipe.format == Some(Format::Factored) {
+    if report.recipe["format"] == "factored" {
         card.push_str(
             "```python\nfrom transformers import AutoModelForCausalLM\n\
              model = AutoModelForCausalLM.from_pretrained(\"FOLDER\", trust_remote_code=True)\n```\n\n\

@@ -2,20 +2,20 @@
 
 pub mod card;
 
-use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
-use crate::checkpoint::{Checkpoint, Fingerprint, TensorSpec};
-use crate::compress::Job;
-use crate::compress::allocate::Choice;
-use crate::model::inventory::{LinearInfo, Stored};
-use crate::recipe::RecipeOptions;
+use serde_json::Value;
+
+use crate::checkpoint::Fingerprint;
 
 /// Name of the report in an output folder; also the mark by which `--force` knows a folder of ours.
 pub const REPORT_FILE: &str = "lrc-report.json";
 
 /// Grows when a field changes its meaning or goes away.
 pub const SCHEMA_VERSION: u32 = 1;
+
+/// Version of the tool that wrote a record.
+pub const LRC_VERSION: &str = env!("CARGO_PKG_VERSION");
 
 /// `lrc-report.json`. Everything but the seconds and the peak memory is the same in every run.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -26,7 +26,8 @@ pub struct CompressReport {
     pub source: String,
     /// SHA-256 of the source's config and weight files.
     pub source_files: Fingerprint,
-    pub recipe: RecipeOptions,
+    /// The recipe in full, in the words of its file.
+    pub recipe: Value,
     pub calibration: Option<CalibrationRecord>,
     pub sizes: Sizes,
     pub linears: Vec<LinearRecord>,
@@ -89,80 +90,11 @@ pub struct DryRunReport {
     pub schema_version: u32,
     pub lrc_version: String,
     pub source: String,
-    pub recipe: RecipeOptions,
+    /// The recipe in full, in the words of its file.
+    pub recipe: Value,
     pub sizes: Sizes,
     pub linears: Vec<LinearRecord>,
     pub expected_memory_bytes: u64,
-}
-
-impl Sizes {
-    /// Of a checkpoint whose `linears` are compressed by `choices` to `outputs`.
-    pub fn of(checkpoint: &Checkpoint, linears: &[LinearInfo], choices: &[Choice], outputs: &[TensorSpec]) -> Self {
-        let before: u64 = linears.iter().map(LinearInfo::n_parameters).sum();
-        let after: u64 =
-            linears.iter().zip(choices).map(|(l, c)| c.n_parameters((l.out_features, l.in_features))).sum();
-        let stored_before: u64 = linears.iter().map(stored_bytes).sum();
-        let bytes_before = checkpoint.n_bytes();
-        let bytes_after: u64 = outputs.iter().map(TensorSpec::n_bytes).sum();
-        let stored_after = (stored_before + bytes_after).saturating_sub(bytes_before);
-        Self {
-            linear_parameters_before: before,
-            linear_parameters_after: after,
-            keep: after as f64 / before as f64,
-            parameters_before: checkpoint.n_elements(),
-            parameters_after: outputs.iter().map(TensorSpec::n_elements).sum(),
-            bytes_before,
-            bytes_after,
-            bits_per_weight_before: 8.0 * stored_before as f64 / before as f64,
-            bits_per_weight_after: 8.0 * stored_after as f64 / before as f64,
-        }
-    }
-}
-
-fn stored_bytes(linear: &LinearInfo) -> u64 {
-    debug_assert!(!matches!(linear.stored, Stored::Factors { .. }), "targets are dense");
-    linear.n_parameters() * linear.dtype.bitsize() as u64 / 8
-}
-
-impl CompressReport {
-    /// A report whose output is still to be written: hashes, time and memory are filled in at the end.
-    ///
-    /// # Errors
-    /// The source cannot be read again for its fingerprint.
-    pub(crate) fn new(
-        job: &Job<'_>,
-        linears: Vec<LinearRecord>,
-        sizes: Sizes,
-        calibration: Option<CalibrationRecord>,
-    ) -> Result<Self> {
-        Ok(Self {
-            schema_version: SCHEMA_VERSION,
-            lrc_version: env!("CARGO_PKG_VERSION").into(),
-            source: job.source.into(),
-            source_files: job.checkpoint.fingerprint()?,
-            recipe: job.recipe.to_options(),
-            calibration,
-            sizes,
-            linears,
-            output_files: Fingerprint::new(),
-            elapsed_seconds: 0.0,
-            peak_memory_bytes: None,
-        })
-    }
-}
-
-impl DryRunReport {
-    pub(crate) fn new(job: &Job<'_>, linears: Vec<LinearRecord>, sizes: Sizes, expected_memory_bytes: u64) -> Self {
-        Self {
-            schema_version: SCHEMA_VERSION,
-            lrc_version: env!("CARGO_PKG_VERSION").into(),
-            source: job.source.into(),
-            recipe: job.recipe.to_options(),
-            sizes,
-            linears,
-            expected_memory_bytes,
-        }
-    }
 }
 
 /// Highest resident memory of this process so far; only Linux tells.

@@ -8,8 +8,8 @@ use clap::Args;
 use globset::{Glob, GlobSet, GlobSetBuilder};
 use serde::{Deserialize, Serialize, Serializer};
 
-use crate::compress::allocate::Ranks;
-use crate::compress::presets::Method;
+use super::allocate::Ranks;
+use super::presets::Method;
 use crate::error::Failure;
 use crate::formats::Format;
 

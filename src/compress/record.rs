@@ -1,0 +1,101 @@
+//! What a compression tells of itself, as records of `report`.
+
+use anyhow::Result;
+use serde_json::{Value, json};
+
+use super::Job;
+use super::allocate::Choice;
+use super::recipe::Recipe;
+use crate::checkpoint::{Checkpoint, Fingerprint, TensorSpec};
+use crate::model::inventory::LinearInfo;
+use crate::report::{
+    CalibrationRecord, CompressReport, DryRunReport, LRC_VERSION, LinearRecord, SCHEMA_VERSION, Sizes,
+};
+
+/// A linear before it is worked on: no error yet, no seconds.
+pub(super) fn linear(linear: &LinearInfo, choice: Choice) -> LinearRecord {
+    let shape = (linear.out_features, linear.in_features);
+    LinearRecord {
+        module: linear.module.clone(),
+        block: linear.block,
+        shape: [shape.0, shape.1],
+        dtype: format!("{:?}", linear.dtype),
+        rank: choice.rank(),
+        parameters_before: linear.n_parameters(),
+        parameters_after: choice.n_parameters(shape),
+        relative_error: (choice == Choice::Dense).then_some(0.0),
+        seconds: 0.0,
+    }
+}
+
+/// Sizes of a checkpoint whose `linears` are compressed by `choices` to `outputs`.
+pub(super) fn sizes(
+    checkpoint: &Checkpoint,
+    linears: &[LinearInfo],
+    choices: &[Choice],
+    outputs: &[TensorSpec],
+) -> Sizes {
+    let before: u64 = linears.iter().map(LinearInfo::n_parameters).sum();
+    let after: u64 = linears.iter().zip(choices).map(|(l, c)| c.n_parameters((l.out_features, l.in_features))).sum();
+    let stored_before: u64 = linears.iter().map(|l| l.n_parameters() * l.dtype.bitsize() as u64 / 8).sum();
+    let bytes_before = checkpoint.n_bytes();
+    let bytes_after: u64 = outputs.iter().map(TensorSpec::n_bytes).sum();
+    let stored_after = (stored_before + bytes_after).saturating_sub(bytes_before);
+    Sizes {
+        linear_parameters_before: before,
+        linear_parameters_after: after,
+        keep: after as f64 / before as f64,
+        parameters_before: checkpoint.n_elements(),
+        parameters_after: outputs.iter().map(TensorSpec::n_elements).sum(),
+        bytes_before,
+        bytes_after,
+        bits_per_weight_before: 8.0 * stored_before as f64 / before as f64,
+        bits_per_weight_after: 8.0 * stored_after as f64 / before as f64,
+    }
+}
+
+/// A report whose output is still to be written: hashes, time and memory are filled in at the end.
+///
+/// # Errors
+/// The source cannot be read again for its fingerprint.
+pub(super) fn report(
+    job: &Job<'_>,
+    linears: Vec<LinearRecord>,
+    sizes: Sizes,
+    calibration: Option<CalibrationRecord>,
+) -> Result<CompressReport> {
+    Ok(CompressReport {
+        schema_version: SCHEMA_VERSION,
+        lrc_version: LRC_VERSION.into(),
+        source: job.source.into(),
+        source_files: job.checkpoint.fingerprint()?,
+        recipe: recipe(job.recipe),
+        calibration,
+        sizes,
+        linears,
+        output_files: Fingerprint::new(),
+        elapsed_seconds: 0.0,
+        peak_memory_bytes: None,
+    })
+}
+
+pub(super) fn dry_run(
+    job: &Job<'_>,
+    linears: Vec<LinearRecord>,
+    sizes: Sizes,
+    expected_memory_bytes: u64,
+) -> DryRunReport {
+    DryRunReport {
+        schema_version: SCHEMA_VERSION,
+        lrc_version: LRC_VERSION.into(),
+        source: job.source.into(),
+        recipe: recipe(job.recipe),
+        sizes,
+        linears,
+        expected_memory_bytes,
+    }
+}
+
+fn recipe(recipe: &Recipe) -> Value {
+    json!(recipe.to_options())
+}
