@@ -157,7 +157,8 @@ fn no_tensor_is_dropped_and_the_rest_keeps_its_bytes() {
         assert_eq!(bytes(&before), bytes(&after), "{}", tensor.name);
     }
     let mut found: Vec<String> = after.tensors().map(|t| t.name.clone()).collect();
-    (expected.sort(), found.sort());
+    expected.sort();
+    found.sort();
     assert_eq!(found, expected);
     // Tokenizer and other side files come along.
     assert!(out.join("tokenizer.json").exists() && out.join("modeling_lrc.py").exists());

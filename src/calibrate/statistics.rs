@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use candle_core::Tensor;
 use faer::Mat;
 
@@ -73,12 +73,12 @@ impl Observed {
         Ok(())
     }
 
-    /// The Gram of a site.
+    /// The mean second moment at every observed site.
     ///
     /// # Errors
-    /// The site was not observed.
-    pub fn gram(&self, site: InputSite) -> Result<&InputGram> {
-        self.grams.get(&site).with_context(|| format!("inputs at {site:?} were not observed"))
+    /// As [`InputGram::mean`].
+    pub fn means(&self) -> Result<BTreeMap<InputSite, Mat<f64>>> {
+        self.grams.iter().map(|(&site, gram)| Ok((site, gram.mean()?))).collect()
     }
 }
 
@@ -98,7 +98,7 @@ mod tests {
                 observed.observe(InputSite::O, &x.narrow(0, first, count).unwrap()).unwrap();
                 observed.observe(InputSite::Down, &x).unwrap();
             }
-            observed.gram(InputSite::O).unwrap().mean().unwrap()
+            observed.means().unwrap().remove(&InputSite::O).unwrap()
         };
         let mean = observe(&[(0, 4)]);
         assert_eq!(mean, observe(&[(0, 1), (1, 3)]));

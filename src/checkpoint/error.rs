@@ -35,8 +35,8 @@ pub enum CheckpointError {
     #[error("tensor `{tensor}` in `{}` begins at data offset {begin}, expected {expected}: tensors overlap or leave a hole", path.display())]
     OffsetsNotContiguous { path: PathBuf, tensor: String, begin: u64, expected: u64 },
 
-    #[error("tensor `{tensor}` in `{}` has {found} bytes, its shape {shape:?} and dtype {dtype} need {expected}", path.display())]
-    TensorSize { path: PathBuf, tensor: String, shape: Vec<usize>, dtype: String, found: u64, expected: String },
+    #[error("tensor `{tensor}` in `{}` has {found} bytes, {needs}", path.display())]
+    TensorSize { path: PathBuf, tensor: String, found: u64, needs: String },
 
     #[error("tensor `{tensor}` stands in both `{}` and `{}`", first.display(), second.display())]
     DuplicateTensor { tensor: String, first: PathBuf, second: PathBuf },

@@ -17,7 +17,7 @@ pub struct TensorInfo {
     pub name: String,
     pub dtype: Dtype,
     pub shape: Vec<usize>,
-    /// Index of the shard in [`super::Checkpoint::shards`].
+    /// Index of the shard among those of the checkpoint.
     pub shard_idx: usize,
     /// First byte in the shard's file.
     pub begin: usize,
@@ -111,9 +111,9 @@ fn diagnose(path: &Path, file: &[u8], error: &SafeTensorError) -> CheckpointErro
             return CheckpointError::OffsetsNotContiguous { path, tensor, begin, expected: expected_begin };
         }
         if !size_fits(entry, end - begin) {
-            let (shape, dtype) = shape_and_dtype(entry);
-            let expected = needed_bytes(entry).map_or("more than can be addressed".into(), |n| n.to_string());
-            return CheckpointError::TensorSize { path, tensor, shape, dtype, found: end - begin, expected };
+            let n_bytes = needed_bytes(entry).map_or("more than can be addressed".into(), |n| n.to_string());
+            let needs = format!("its shape {} and dtype {} need {n_bytes}", entry["shape"], entry["dtype"]);
+            return CheckpointError::TensorSize { path, tensor, found: end - begin, needs };
         }
         expected_begin = end;
     }
@@ -121,11 +121,6 @@ fn diagnose(path: &Path, file: &[u8], error: &SafeTensorError) -> CheckpointErro
         return CheckpointError::TrailingBytes { path, extra: available - expected_begin };
     }
     unparsable(error.to_string())
-}
-
-fn shape_and_dtype(entry: &Value) -> (Vec<usize>, String) {
-    let shape = serde_json::from_value(entry["shape"].clone()).unwrap_or_default();
-    (shape, entry["dtype"].as_str().unwrap_or("unknown").to_string())
 }
 
 fn needed_bytes(entry: &Value) -> Option<u64> {

@@ -169,15 +169,10 @@ impl Calibrated<'_> {
             let stage = progress.stage(&format!("observe block {}", self.next_block), self.n_tokens as u64, "tokens");
             let is_target = self.next_block == target_block;
             let sites = linears.iter().filter(|_| is_target).filter_map(|l| Some((l.id?.role.site(), l.in_features)));
-            let mut observed = Observed::new(sites.clone());
+            let mut observed = Observed::new(sites);
             let block = self.decoder.block(self.next_block)?;
             self.walk.advance(&self.decoder, &block, &mut |site, x| observed.observe(site, x), stage.as_ref())?;
-            self.grams.clear();
-            for (site, _) in sites {
-                if !self.grams.contains_key(&site) {
-                    self.grams.insert(site, Metric::full(observed.gram(site)?.mean()?));
-                }
-            }
+            self.grams = observed.means()?.into_iter().map(|(site, mean)| (site, Metric::full(mean))).collect();
             self.next_block += 1;
         }
         Ok(())

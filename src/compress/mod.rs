@@ -115,7 +115,7 @@ impl Pass<'_> {
     /// The choice for every linear; weights are read only where the allocator needs their spectra.
     fn allocate(&self, recipe: &Recipe) -> Result<Vec<Choice>> {
         let (allocator, shapes) = (recipe.ranks.allocator(), &self.plan.shapes);
-        if let Some(choices) = allocator.from_shapes(shapes, recipe.keep) {
+        if let Some(choices) = allocator.by_shapes(shapes, recipe.keep) {
             return Ok(choices);
         }
         let mut spectra: BTreeMap<usize, ErrorCurve> = BTreeMap::new();
@@ -126,7 +126,7 @@ impl Pass<'_> {
             Ok(())
         })?;
         let spectra: Vec<ErrorCurve> = spectra.into_values().collect();
-        Ok(allocator.from_spectra(shapes, &spectra, recipe.keep))
+        Ok(allocator.by_spectra(shapes, &spectra, recipe.keep))
     }
 
     /// Loads the linears at `indices`, works on them in parallel, each on one thread, and hands every result to `sink`

@@ -1,4 +1,4 @@
-//! A causal language model: embed, blocks, norm, head. Blocks are loaded one at a time; see [`super::walk`].
+//! A causal language model: embed, blocks, norm, head. Blocks are loaded one at a time; see [`super::Walk`].
 
 use anyhow::Result;
 use candle_core::{Device, Tensor};
@@ -127,7 +127,7 @@ impl<'w> Decoder<'w> {
     }
 
     /// Logits (batch, n_tokens, vocab_size) of token ids (batch, n_tokens), the whole model in memory.
-    /// For training and tests; [`super::walk`] is the way for large models.
+    /// For training and tests; [`super::Walk`] is the way for large models.
     ///
     /// # Errors
     /// A tensor is broken.

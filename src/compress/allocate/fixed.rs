@@ -7,11 +7,11 @@ pub(super) struct Fixed {
 }
 
 impl Allocator for Fixed {
-    fn from_shapes(&self, shapes: &[Shape], _: f64) -> Option<Vec<Choice>> {
+    fn by_shapes(&self, shapes: &[Shape], _: f64) -> Option<Vec<Choice>> {
         Some(self.choices(shapes))
     }
 
-    fn from_spectra(&self, shapes: &[Shape], _: &[ErrorCurve], _: f64) -> Vec<Choice> {
+    fn by_spectra(&self, shapes: &[Shape], _: &[ErrorCurve], _: f64) -> Vec<Choice> {
         self.choices(shapes)
     }
 }

@@ -51,10 +51,10 @@ impl Choice {
 /// A way to share out ranks.
 pub trait Allocator {
     /// The choices, where shapes alone decide them: nothing need be decomposed to know the plan.
-    fn from_shapes(&self, shapes: &[Shape], keep: f64) -> Option<Vec<Choice>>;
+    fn by_shapes(&self, shapes: &[Shape], keep: f64) -> Option<Vec<Choice>>;
 
     /// The choices from the plain spectra of the weights; one a linear, in the order of `shapes`.
-    fn from_spectra(&self, shapes: &[Shape], spectra: &[ErrorCurve], keep: f64) -> Vec<Choice>;
+    fn by_spectra(&self, shapes: &[Shape], spectra: &[ErrorCurve], keep: f64) -> Vec<Choice>;
 }
 
 /// The allocators, as a user names them: `uniform`, `welore`, `full`, `fixed:64`.
@@ -160,7 +160,7 @@ mod tests {
             let (shapes, spectra): (Vec<_>, Vec<_>) = linears.into_iter().unzip();
             for ranks in [Ranks::Uniform, Ranks::Welore] {
                 let allocator = ranks.allocator();
-                let choices = allocator.from_shapes(&shapes, keep).unwrap_or_else(|| allocator.from_spectra(&shapes, &spectra, keep));
+                let choices = allocator.by_shapes(&shapes, keep).unwrap_or_else(|| allocator.by_spectra(&shapes, &spectra, keep));
                 prop_assert_eq!(choices.len(), shapes.len());
                 let spent: u64 = choices.iter().zip(&shapes).map(|(c, &s)| c.n_parameters(s)).sum();
                 // Every linear keeps rank 1, which very small budgets cannot pay for; uniform has a budget a linear.

@@ -5,11 +5,11 @@ use super::{Allocator, Choice, ErrorCurve, Shape};
 pub(super) struct Uniform;
 
 impl Allocator for Uniform {
-    fn from_shapes(&self, shapes: &[Shape], keep: f64) -> Option<Vec<Choice>> {
+    fn by_shapes(&self, shapes: &[Shape], keep: f64) -> Option<Vec<Choice>> {
         Some(shapes.iter().map(|&shape| choice(shape, keep)).collect())
     }
 
-    fn from_spectra(&self, shapes: &[Shape], _: &[ErrorCurve], keep: f64) -> Vec<Choice> {
+    fn by_spectra(&self, shapes: &[Shape], _: &[ErrorCurve], keep: f64) -> Vec<Choice> {
         shapes.iter().map(|&shape| choice(shape, keep)).collect()
     }
 }

@@ -11,12 +11,12 @@ use super::{Allocator, Choice, ErrorCurve, Shape, budget};
 pub(super) struct Welore;
 
 impl Allocator for Welore {
-    fn from_shapes(&self, shapes: &[Shape], keep: f64) -> Option<Vec<Choice>> {
+    fn by_shapes(&self, shapes: &[Shape], keep: f64) -> Option<Vec<Choice>> {
         (keep >= 1.0).then(|| vec![Choice::Dense; shapes.len()])
     }
 
-    fn from_spectra(&self, shapes: &[Shape], spectra: &[ErrorCurve], keep: f64) -> Vec<Choice> {
-        if let Some(choices) = self.from_shapes(shapes, keep) {
+    fn by_spectra(&self, shapes: &[Shape], spectra: &[ErrorCurve], keep: f64) -> Vec<Choice> {
+        if let Some(choices) = self.by_shapes(shapes, keep) {
             return choices;
         }
         let normalised: Vec<Vec<f64>> = spectra.iter().map(normalise).collect();
@@ -53,7 +53,7 @@ mod tests {
         let steep = ErrorCurve::new((0..40).map(|i| 0.5f64.powi(i)).collect());
         let flat = ErrorCurve::new((0..40).map(|i| 1.0 - 0.01 * f64::from(i)).collect());
         let shapes = [(40, 40), (40, 40)];
-        let choices = Welore.from_spectra(&shapes, &[steep, flat], 0.7);
+        let choices = Welore.by_spectra(&shapes, &[steep, flat], 0.7);
         let Choice::Rank(rank) = choices[0] else { panic!("the steep one is factored") };
         assert!(rank < 10, "{rank}");
         assert_eq!(choices[1], Choice::Dense);
@@ -65,7 +65,7 @@ mod tests {
         let (shapes, curves) = ([(30, 60), (60, 30), (30, 30)], [curve(0.9), curve(0.8), curve(0.95)]);
         let mut last = vec![0; 3];
         for keep in [0.1, 0.3, 0.5, 0.7, 0.9, 1.0] {
-            let choices = Welore.from_spectra(&shapes, &curves, keep);
+            let choices = Welore.by_spectra(&shapes, &curves, keep);
             let costs: Vec<u64> = choices.iter().zip(&shapes).map(|(c, &s)| c.n_parameters(s)).collect();
             assert!(costs.iter().zip(&last).all(|(now, before)| now >= before), "{keep}: {costs:?}");
             last = costs;

@@ -1,4 +1,4 @@
-//! Families of models, as data: what their tensors are called. One file a family, one line in [`ALL`].
+//! Families of models, as data: what their tensors are called. One file a family, one line in `ALL`.
 
 mod llama;
 
