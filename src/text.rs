@@ -81,8 +81,10 @@ impl Tokenizer {
                 .hint("text needs the model's fast tokenizer; save it with transformers' `AutoTokenizer(..., use_fast=True)`")
                 .into());
         }
-        let inner = tokenizers::Tokenizer::from_file(&path)
-            .map_err(|e| Failure::unsupported(format!("`{}` cannot be parsed: {e}", path.display())))?;
+        let unusable = |e| Failure::unsupported(format!("`{}` cannot be used: {e}", path.display()));
+        let mut inner = tokenizers::Tokenizer::from_file(&path).map_err(unusable)?;
+        // A stream is cut into windows here, whatever the file says of single inputs.
+        inner.with_padding(None).with_truncation(None).map_err(unusable)?;
         let sha256 = sha256_file(&path)?;
         let prefix = added_prefix(&inner)?;
         Ok(Self { inner, sha256, prefix })

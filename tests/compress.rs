@@ -35,6 +35,9 @@ fn keep_is_kept_and_calibration_helps() {
             let checkpoint = Checkpoint::open(&out).unwrap();
             assert_eq!(sizes["bytes_after"], checkpoint.n_bytes());
             assert_eq!(sizes["parameters_after"], checkpoint.n_elements());
+            for linear in report(&out)["linears"].as_array().unwrap() {
+                assert_eq!(linear["component"], if linear["rank"].is_null() { "N-LRC" } else { "LRC" });
+            }
             perplexities.insert((name, ranks), perplexity(path(&out), HELD_OUT, "128"));
         }
     }
@@ -245,6 +248,22 @@ fn force_replaces_an_earlier_output_only() {
     let args = ["compress", FIXTURE, "-o", path(&foreign), "--keep", "0.5", "--force"];
     assert_eq!(lrc(&args).code, 2);
     assert!(foreign.join("thesis.txt").exists());
+}
+
+/// The first command of README.md, as it stands there, but for the output folder.
+#[test]
+fn the_first_command_of_the_readme_works() {
+    let readme = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md")).unwrap();
+    let prefix = "cargo run --release -- ";
+    let line = readme.lines().find_map(|l| l.strip_prefix(prefix)).expect("README.md shows a command");
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out");
+    let args: Vec<&str> =
+        line.split_whitespace().map(|word| if word == "out/tiny-llama-0.8" { path(&out) } else { word }).collect();
+    assert!(args.contains(&path(&out)), "{line}");
+    let table = ok(&args).stdout;
+    assert!(table.contains("linear parameters") && table.contains("model.layers.3.mlp.down_proj"), "{table}");
+    assert!(perplexity(path(&out), HELD_OUT, "128") < 2.0 * perplexity(FIXTURE, HELD_OUT, "128"));
 }
 
 #[test]

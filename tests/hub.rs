@@ -35,6 +35,8 @@ enum Behaviour {
     Drop,
     /// Wants a token.
     Gated,
+    /// Listens, and never answers.
+    Stall,
 }
 
 impl Hub {
@@ -109,6 +111,9 @@ fn answer(stream: &TcpStream, state: &State) {
         let target = target.split('?').next().unwrap().to_string();
         state.requests.lock().unwrap().push((method.clone(), target.clone(), token.clone()));
         let behaviour = *state.behaviour.lock().unwrap();
+        if behaviour == Behaviour::Stall {
+            std::thread::sleep(std::time::Duration::from_secs(60));
+        }
         let (status, headers, body) = match behaviour {
             Behaviour::Broken => ("503 Service Unavailable", String::new(), Vec::new()),
             Behaviour::Gated if token.as_deref() != Some("secret") => ("401 Unauthorized", String::new(), Vec::new()),
@@ -203,6 +208,15 @@ fn failures_have_their_exit_codes() {
     let mut other = command(&["inspect", "org/tiny", "--revision", "nope"]);
     hub.behave(Behaviour::Serve);
     check(finish(other.env("HF_ENDPOINT", &hub.address).env("HF_HOME", nobody.path())), 4, "nope");
+}
+
+#[test]
+fn a_server_that_never_answers_is_given_up() {
+    let (hub, home) = (Hub::of_folder(FIXTURE), tempfile::tempdir().unwrap());
+    hub.behave(Behaviour::Stall);
+    let run = hub.inspect(home.path(), &[("HF_HUB_DOWNLOAD_TIMEOUT", "1")]);
+    assert_eq!(run.code, 6, "{}", run.stderr);
+    assert!(run.stderr.contains("error: cannot get `org/tiny`"), "{}", run.stderr);
 }
 
 #[test]

@@ -40,8 +40,9 @@ use client::download;
 #[cfg(feature = "hub")]
 mod client {
     use std::collections::BTreeMap;
-    use std::sync::{Arc, Mutex};
-    use std::time::Duration;
+    use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
+    use std::sync::{Arc, Mutex, MutexGuard};
+    use std::time::{Duration, Instant};
 
     use hf_hub::progress::{DownloadEvent, ProgressEvent, ProgressHandler};
     use hf_hub::{HFClient, HFError};
@@ -53,43 +54,55 @@ mod client {
     /// Second copies of the weights, in subfolders or in Mistral's own form.
     const UNWANTED: &[&str] = &["*/*", "consolidated*"];
 
-    /// A socket without a byte for this long is dead; a transfer may take as long as it wants.
+    /// A socket without a byte for this long is dead, unless `HF_HUB_DOWNLOAD_TIMEOUT` says otherwise; a transfer may
+    /// take as long as it wants.
     const READ_TIMEOUT: Duration = Duration::from_secs(60);
-    const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
+    /// Read timeouts without any sign of life until the whole transfer is given up: retries have had their chance.
+    const PATIENCE: u32 = 5;
     const POLL: Duration = Duration::from_millis(200);
 
     pub(super) fn download(id: &str, revision: &str, progress: &dyn Progress) -> Result<PathBuf> {
-        let counter = Arc::new(Counter::default());
+        let fail = |network: bool, reason: String| {
+            Err(CheckpointError::Hub { id: id.into(), revision: revision.into(), network, reason })
+        };
         let is_offline = std::env::var("HF_HUB_OFFLINE")
             .is_ok_and(|v| matches!(v.to_lowercase().as_str(), "1" | "true" | "yes" | "on"));
-        std::thread::scope(|scope| {
-            let transfer = scope.spawn(|| snapshot(id, revision, is_offline, &counter));
-            watch(&counter, progress, || transfer.is_finished());
-            transfer.join().expect("invariant: a download ends in a value or an error")
-        })
-        .or_else(|error| {
+        let seconds = std::env::var("HF_HUB_DOWNLOAD_TIMEOUT").ok().and_then(|v| v.parse().ok());
+        let read_timeout = seconds.map_or(READ_TIMEOUT, Duration::from_secs);
+
+        // On a thread of its own: parts of the transfer have no timeout, and then it is left behind.
+        let counter = Arc::new(Counter::default());
+        let (sender, receiver) = mpsc::channel();
+        let (own_id, own_revision, own_counter) = (id.to_string(), revision.to_string(), Arc::clone(&counter));
+        std::thread::spawn(move || {
+            // The receiver is gone when the transfer was given up.
+            let _ = sender.send(snapshot(&own_id, &own_revision, is_offline, read_timeout, &own_counter));
+        });
+        let (is_cut_off, reason) = match watch(&receiver, &counter, progress, PATIENCE * read_timeout) {
+            Some(Ok(folder)) => return Ok(folder),
+            Some(Err(error)) => (is_network(&error), reason(&error)),
+            None => (true, "the server does not answer".to_string()),
+        };
+        if is_cut_off && !is_offline {
             // What was downloaded before is as good; whether it is whole is seen when it is opened.
-            let is_cut_off = is_network(&error) && !is_offline;
-            match snapshot(id, revision, true, &counter) {
-                Ok(folder) if is_cut_off => {
-                    tracing::warn!("the hub cannot be reached ({}): using the cached `{id}`", reason(&error));
-                    Ok(folder)
-                }
-                _ => Err(error),
+            if let Ok(folder) = snapshot(id, revision, true, read_timeout, &counter) {
+                tracing::warn!("the hub cannot be reached ({reason}): using the cached `{id}`");
+                return Ok(folder);
             }
-        })
-        .map_err(|error| CheckpointError::Hub {
-            id: id.into(),
-            revision: revision.into(),
-            network: is_network(&error),
-            reason: reason(&error),
-        })
+        }
+        fail(is_cut_off, reason)
     }
 
-    fn snapshot(id: &str, revision: &str, is_offline: bool, counter: &Arc<Counter>) -> Result<PathBuf, HFError> {
+    fn snapshot(
+        id: &str,
+        revision: &str,
+        is_offline: bool,
+        read_timeout: Duration,
+        counter: &Arc<Counter>,
+    ) -> Result<PathBuf, HFError> {
         let http = reqwest::Client::builder()
-            .connect_timeout(CONNECT_TIMEOUT)
-            .read_timeout(READ_TIMEOUT)
+            .connect_timeout(read_timeout)
+            .read_timeout(read_timeout)
             .user_agent(concat!("lrc/", env!("CARGO_PKG_VERSION")))
             .build()
             .map_err(|source| HFError::Request { source, url: None })?;
@@ -114,6 +127,7 @@ mod client {
 
     #[derive(Default)]
     struct Counts {
+        n_events: u64,
         total: u64,
         files: BTreeMap<String, u64>,
         /// Of the hub's chunked store, which counts a batch of files together.
@@ -121,7 +135,7 @@ mod client {
     }
 
     impl Counter {
-        fn counts(&self) -> std::sync::MutexGuard<'_, Counts> {
+        fn counts(&self) -> MutexGuard<'_, Counts> {
             self.0.lock().expect("invariant: counting does not panic")
         }
     }
@@ -130,6 +144,7 @@ mod client {
         fn on_progress(&self, event: &ProgressEvent) {
             let ProgressEvent::Download(event) = event else { return };
             let mut counts = self.counts();
+            counts.n_events += 1;
             match event {
                 DownloadEvent::Start { total_bytes, .. } => counts.total = counts.total.max(*total_bytes),
                 DownloadEvent::Progress { files } => {
@@ -141,12 +156,22 @@ mod client {
         }
     }
 
-    /// Tells `progress` of the bytes that arrive until the transfer `is_finished`.
-    fn watch(counter: &Counter, progress: &dyn Progress, is_finished: impl Fn() -> bool) {
+    /// Waits for the transfer and tells `progress` of the bytes that arrive; none when nothing happens for `patience`.
+    fn watch<T>(receiver: &Receiver<T>, counter: &Counter, progress: &dyn Progress, patience: Duration) -> Option<T> {
         let (mut stage, mut told) = (None, 0);
-        while !is_finished() {
-            std::thread::sleep(POLL);
+        let (mut last_event, mut alive) = (0, Instant::now());
+        loop {
+            match receiver.recv_timeout(POLL) {
+                Ok(result) => return Some(result),
+                Err(RecvTimeoutError::Disconnected) => return None,
+                Err(RecvTimeoutError::Timeout) => {}
+            }
             let counts = counter.counts();
+            if counts.n_events > last_event {
+                (last_event, alive) = (counts.n_events, Instant::now());
+            } else if alive.elapsed() > patience {
+                return None;
+            }
             if counts.total > 0 {
                 let stage = stage.get_or_insert_with(|| progress.stage("download", counts.total, "bytes"));
                 let arrived = counts.files.values().sum::<u64>() + counts.batch;

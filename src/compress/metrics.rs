@@ -97,13 +97,17 @@ pub(super) enum Metrics<'a> {
 
 pub(super) struct Calibrated<'a> {
     decoder: Decoder<'a>,
-    walk: Walk<'a>,
+    windows: &'a CalibrationWindows,
+    limits: WalkLimits,
+    /// Begins when the first block is observed: until then, headers are all that was read.
+    walk: Option<Walk<'a>>,
     next_block: usize,
-    n_tokens: usize,
     grams: BTreeMap<InputSite, Metric>,
 }
 
 impl<'a> Metrics<'a> {
+    /// Reads headers only.
+    ///
     /// # Errors
     /// The method needs activations and the model cannot be run.
     pub fn start(
@@ -126,9 +130,8 @@ impl<'a> Metrics<'a> {
             .hint("compress it with `--method svd`, or leave it out")
             .into());
         }
-        let walk = Walk::start(&decoder, &windows.windows, &WalkLimits::new(memory_bytes, work_folder.into()))?;
-        let calibrated =
-            Calibrated { decoder, walk, next_block: 0, n_tokens: windows.n_tokens, grams: BTreeMap::new() };
+        let limits = WalkLimits::new(memory_bytes, work_folder.into());
+        let calibrated = Calibrated { decoder, windows, limits, walk: None, next_block: 0, grams: BTreeMap::new() };
         Ok(Self::Calibrated(Box::new(calibrated)))
     }
 
@@ -165,13 +168,18 @@ impl Calibrated<'_> {
         let ids: Vec<_> = linears.iter().filter_map(|l| l.id).collect();
         let Some(target_block) = ids.first().map(|id| id.block) else { return Ok(()) };
         ensure!(ids.iter().all(|id| id.block == target_block), "linears of one block are observed together");
+        let walk = match &mut self.walk {
+            Some(walk) => walk,
+            none => none.insert(Walk::start(&self.decoder, &self.windows.windows, &self.limits)?),
+        };
         while self.next_block <= target_block {
-            let stage = progress.stage(&format!("observe block {}", self.next_block), self.n_tokens as u64, "tokens");
+            let stage =
+                progress.stage(&format!("observe block {}", self.next_block), self.windows.n_tokens as u64, "tokens");
             let is_target = self.next_block == target_block;
             let sites = linears.iter().filter(|_| is_target).filter_map(|l| Some((l.id?.role.site(), l.in_features)));
             let mut observed = Observed::new(sites);
             let block = self.decoder.block(self.next_block)?;
-            self.walk.advance(&self.decoder, &block, &mut |site, x| observed.observe(site, x), stage.as_ref())?;
+            walk.advance(&self.decoder, &block, &mut |site, x| observed.observe(site, x), stage.as_ref())?;
             self.grams = observed.means()?.into_iter().map(|(site, mean)| (site, Metric::full(mean))).collect();
             self.next_block += 1;
         }

@@ -9,7 +9,7 @@ use super::recipe::Recipe;
 use crate::checkpoint::{Checkpoint, Fingerprint, TensorSpec};
 use crate::model::inventory::LinearInfo;
 use crate::report::{
-    CalibrationRecord, CompressReport, DryRunReport, LRC_VERSION, LinearRecord, SCHEMA_VERSION, Sizes,
+    CalibrationRecord, Component, CompressReport, DryRunReport, LRC_VERSION, LinearRecord, SCHEMA_VERSION, Sizes,
 };
 
 /// A linear before it is worked on: no error yet, no seconds.
@@ -21,6 +21,7 @@ pub(super) fn linear(linear: &LinearInfo, choice: Choice) -> LinearRecord {
         shape: [shape.0, shape.1],
         dtype: format!("{:?}", linear.dtype),
         rank: choice.rank(),
+        component: if choice == Choice::Dense { Component::NotLowRank } else { Component::LowRank },
         parameters_before: linear.n_parameters(),
         parameters_after: choice.n_parameters(shape),
         relative_error: (choice == Choice::Dense).then_some(0.0),

@@ -36,8 +36,9 @@ pub fn render(report: &CompressReport) -> String {
     card.push_str("\n## Loading\n\n");
     if report.recipe["format"] == "factored" {
         card.push_str(
-            "```python\nfrom transformers import AutoModelForCausalLM\n\
-             model = AutoModelForCausalLM.from_pretrained(\"FOLDER\", trust_remote_code=True)\n```\n\n\
+            "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\
+             model = AutoModelForCausalLM.from_pretrained(\"FOLDER\", trust_remote_code=True)\n\
+             tokenizer = AutoTokenizer.from_pretrained(\"FOLDER\", trust_remote_code=True)\n```\n\n\
              The modelling code is `modeling_lrc.py` in this folder. `lrc eval FOLDER --text FILE` runs it without Python.\n",
         );
     } else {

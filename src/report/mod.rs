@@ -74,14 +74,25 @@ pub struct LinearRecord {
     /// (out, in).
     pub shape: [usize; 2],
     pub dtype: String,
-    /// Of the factors; none where the linear stays dense. In WeLore's words, a linear with a rank is an LRC, one
-    /// without an N-LRC.
+    /// Of the factors; none where the linear stays dense.
     pub rank: Option<usize>,
+    pub component: Component,
     pub parameters_before: u64,
     pub parameters_after: u64,
     /// Error in the metric of the method over the norm of the weight in it; none in a dry run that did not need it.
     pub relative_error: Option<f64>,
     pub seconds: f64,
+}
+
+/// WeLore's words for what became of a linear (Jaiswal et al. 2024).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Component {
+    /// Low-rank component: factored.
+    #[serde(rename = "LRC")]
+    LowRank,
+    /// Not a low-rank component: left dense.
+    #[serde(rename = "N-LRC")]
+    NotLowRank,
 }
 
 /// What a compression would do.
