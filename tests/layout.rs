@@ -10,7 +10,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("inspect", &["compress", "model", "report", "linalg", "checkpoint", "progress"]),
     ("calibrate", &["model", "linalg", "error"]),
     ("formats", &["model", "linalg", "checkpoint"]),
-    ("model", &["checkpoint", "error", "progress", "spool"]),
+    ("model", &["linalg", "checkpoint", "error", "progress", "spool"]),
     ("report", &["checkpoint"]),
     ("text", &["checkpoint", "error"]),
     ("checkpoint", &["progress"]),

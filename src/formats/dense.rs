@@ -6,7 +6,7 @@ use serde_json::{Map, Value};
 
 use super::{CheckpointError, FactorPair, Layout, LinearInfo, NamedBytes, TensorSpec, encode};
 use crate::linalg;
-use crate::model::inventory::{Stored, transpose};
+use crate::model::inventory::Stored;
 
 pub(super) struct Dense;
 
@@ -21,7 +21,7 @@ impl Layout for Dense {
         let (m, n) = (linear.out_features, linear.in_features);
         let mut values = linalg::product_row_major(factors.b, factors.a, m, factors.rank, n);
         if linear.stored == Stored::DenseTransposed {
-            values = transpose(&values, m, n);
+            values = linalg::transpose_row_major(&values, m, n);
         }
         Ok(vec![encode(linear.weight_name(), linear.dtype, &values)?])
     }

@@ -28,6 +28,22 @@ pub fn to_row_major(matrix: MatRef<'_, f64>) -> Vec<f32> {
     values
 }
 
+/// A row-major matrix (n_rows, n_cols) as row-major (n_cols, n_rows), in tiles that fit the cache.
+pub fn transpose_row_major(values: &[f32], n_rows: usize, n_cols: usize) -> Vec<f32> {
+    const TILE: usize = 32;
+    let mut transposed = vec![0.0; values.len()];
+    for first_row in (0..n_rows).step_by(TILE) {
+        for first_col in (0..n_cols).step_by(TILE) {
+            for col in first_col..(first_col + TILE).min(n_cols) {
+                for row in first_row..(first_row + TILE).min(n_rows) {
+                    transposed[col * n_rows + row] = values[row * n_cols + col];
+                }
+            }
+        }
+    }
+    transposed
+}
+
 /// `B·A`, (m, r) · (r, n), all row-major, multiplied in f64 and rounded once.
 pub fn product_row_major(b: &[f32], a: &[f32], m: usize, r: usize, n: usize) -> Vec<f32> {
     let b_t = transposed_from_row_major(b, m, r);
@@ -38,6 +54,16 @@ pub fn product_row_major(b: &[f32], a: &[f32], m: usize, r: usize, n: usize) -> 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn transposing_moves_every_element() {
+        for (n_rows, n_cols) in [(1, 1), (3, 70), (65, 33), (64, 32)] {
+            let values: Vec<f32> = (0..n_rows * n_cols).map(|i| i as f32).collect();
+            let transposed = transpose_row_major(&values, n_rows, n_cols);
+            let is_moved = |i: usize| transposed[(i % n_cols) * n_rows + i / n_cols] == values[i];
+            assert!((0..values.len()).all(is_moved), "{n_rows} {n_cols}");
+        }
+    }
 
     #[test]
     fn rows_stay_rows() {
