@@ -107,10 +107,25 @@ pub fn decompose(target: MatRef<'_, f64>, metric: &Metric, max_rank: usize) -> R
         Metric::Identity => Basis::Input(vectors.to_owned()),
         Metric::Full(_) => {
             let images = linalg::product(whitened.as_ref(), vectors); // T H V (m, max_rank)
-            Basis::Output(linalg::orthonormal_columns(images))
+            let smallest = max_rank.checked_sub(1).map_or(0.0, |last| values[last]);
+            let is_well_spread = smallest > ORTHOGONAL_SHARE * values[0];
+            let basis = if is_well_spread { normalised_columns(images) } else { linalg::orthonormal_columns(images) };
+            Basis::Output(basis)
         }
     };
     Ok(Decomposition { curve: ErrorCurve::new(values), basis })
+}
+
+/// Columns of `T H V` with energies `λ_i`, `λ_j` are orthogonal up to `ε λ_1 / √(λ_i λ_j)`: under this share of the largest
+/// energy that is no longer below the rounding of f32, and the columns are orthogonalised.
+const ORTHOGONAL_SHARE: f64 = 1e-8;
+
+fn normalised_columns(mut matrix: Mat<f64>) -> Mat<f64> {
+    for column in matrix.col_iter_mut() {
+        let norm = column.norm_l2();
+        column.iter_mut().for_each(|v| *v /= norm);
+    }
+    matrix
 }
 
 impl Decomposition {

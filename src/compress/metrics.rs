@@ -51,6 +51,12 @@ impl CalibrationWindows {
                 settings.samples
             );
         }
+        if seq_len > config::context(checkpoint) {
+            tracing::warn!(
+                "windows of {seq_len} are longer than the model's context of {}",
+                config::context(checkpoint)
+            );
+        }
         let n_tokens = windows.len() * seq_len;
         Ok(Some(Self { windows, text_sha256: text.sha256, n_tokens }))
     }

@@ -60,6 +60,9 @@ pub fn perplexity(
         return Err(Failure::unsupported(message).hint("give more text, or a smaller `--seq-len`").into());
     }
 
+    if seq_len > context(checkpoint) {
+        tracing::warn!("windows of {seq_len} are longer than the model's context of {}", context(checkpoint));
+    }
     let n_tokens = windows.len() * seq_len;
     let stage = progress.stage("evaluate", (n_tokens * (decoder.n_blocks() + 1)) as u64, "tokens");
     let limits = WalkLimits::new(settings.memory_bytes, std::env::temp_dir());
