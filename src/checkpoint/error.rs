@@ -112,9 +112,9 @@ impl CheckpointError {
             OutputBusy { path } => format!("wait for the other run; if there is none, remove `{}`", path.display()),
             NoSpace { .. } => "free some space, or write to another disk".into(),
             Hub { network: true, .. } => {
-                "check the network, `HF_ENDPOINT` and `HF_HUB_OFFLINE`; a finished download is used without a network".into()
+                "check the network, `HF_ENDPOINT` and `HF_HUB_OFFLINE`; if a folder was meant, there is none of this name".into()
             }
-            Hub { .. } => "check the name and `--revision`; private and gated repositories need `HF_TOKEN`".into(),
+            Hub { .. } => "check the path, or the name and `--revision`; private and gated repositories need `HF_TOKEN`".into(),
             HubDisabled { .. } => "check the path, or build with `--features hub`".into(),
             Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => {
                 "free some space, or write to another disk".into()

@@ -14,8 +14,8 @@ use crate::report::{LinearRecord, Sizes};
 
 /// Compress a checkpoint
 ///
-/// Replaces linears by low-rank factors and writes safetensors with a report. The output folder appears whole or not at
-/// all.
+/// Replaces linears by low-rank factors and writes safetensors with a report.
+/// The output folder appears whole or not at all.
 ///
 /// Examples:
 ///   lrc compress MODEL -o OUT --keep 0.8
