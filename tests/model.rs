@@ -2,31 +2,67 @@
 
 mod common;
 
+use std::path::Path;
+
 use candle_core::{Device, Tensor};
 use common::{FIXTURE, beside, command, finish, lrc};
 use lrc::checkpoint::Checkpoint;
 use lrc::model::Decoder;
 use serde_json::Value;
 
-/// `tests/oracles/logits.py` made the values with transformers.
+/// Token ids, and logits at some positions; `tests/oracles/logits.py` made the values with transformers.
+struct Oracle {
+    ids: Tensor,
+    positions: Tensor,
+    logits: Vec<Vec<f32>>,
+}
+
+impl Oracle {
+    fn new(json: &str) -> Self {
+        let oracle: Value = serde_json::from_str(json).unwrap();
+        let rows: Vec<Vec<u32>> = serde_json::from_value(oracle["ids"].clone()).unwrap();
+        let positions: Vec<u32> = serde_json::from_value(oracle["positions"].clone()).unwrap();
+        Self {
+            ids: Tensor::from_vec(rows.concat(), (rows.len(), rows[0].len()), &Device::Cpu).unwrap(),
+            positions: Tensor::new(positions, &Device::Cpu).unwrap(),
+            logits: serde_json::from_value(oracle["logits"].clone()).unwrap(),
+        }
+    }
+
+    #[track_caller]
+    fn check(&self, model: &Path, tolerance: f32) {
+        let checkpoint = Checkpoint::open(model).unwrap();
+        let logits = Decoder::open(&checkpoint).unwrap().logits(&self.ids).unwrap();
+        let found = logits.index_select(&self.positions, 1).unwrap().flatten(0, 1).unwrap().to_vec2::<f32>().unwrap();
+        assert_eq!(found.len(), self.logits.len());
+        for (found, expected) in found.iter().flatten().zip(self.logits.iter().flatten()) {
+            assert!((found - expected).abs() < tolerance, "{}: {found} {expected}", model.display());
+        }
+    }
+}
+
 #[test]
 fn logits_equal_those_of_transformers() {
-    let oracle: Value = serde_json::from_str(include_str!("oracles/tiny-llama-logits.json")).unwrap();
-    let rows: Vec<Vec<u32>> = serde_json::from_value(oracle["ids"].clone()).unwrap();
-    let positions: Vec<u32> = serde_json::from_value(oracle["positions"].clone()).unwrap();
-    let expected: Vec<Vec<f32>> = serde_json::from_value(oracle["logits"].clone()).unwrap();
+    Oracle::new(include_str!("oracles/tiny-llama-logits.json")).check(Path::new(FIXTURE), 1e-4);
+}
 
-    let checkpoint = Checkpoint::open(std::path::Path::new(FIXTURE)).unwrap();
-    let decoder = Decoder::open(&checkpoint).unwrap();
-    let n_tokens = rows[0].len();
-    let ids = Tensor::from_vec(rows.concat(), (rows.len(), n_tokens), &Device::Cpu).unwrap();
-    let logits = decoder.logits(&ids).unwrap();
-    let positions = Tensor::from_vec(positions.clone(), positions.len(), &Device::Cpu).unwrap();
-    let found = logits.index_select(&positions, 1).unwrap().flatten(0, 1).unwrap().to_vec2::<f32>().unwrap();
-    assert_eq!(found.len(), expected.len());
-    for (found, expected) in found.iter().flatten().zip(expected.iter().flatten()) {
-        assert!((found - expected).abs() < 1e-4, "{found} {expected}");
+/// Biases, `llama3` rope scaling, a head of its own, a config as transformers 5 writes it.
+#[test]
+fn every_option_of_llama_equals_transformers() {
+    let oracle = Oracle::new(include_str!("oracles/pico-llama-logits.json"));
+    let pico = "fixtures/pico-llama";
+    oracle.check(Path::new(pico), 1e-4);
+    // Factored at full rank it is the same model: biases move with their linear, the head may be factored too.
+    let folder = tempfile::tempdir().unwrap();
+    for (name, targets) in [("all", "*_proj"), ("head", "*lm_head")] {
+        let out = folder.path().join(name);
+        common::ok(&["compress", pico, "-o", common::path(&out), "-q", "--ranks", "full", "--targets", targets]);
+        assert!(Checkpoint::open(&out).unwrap().tensors().any(|t| t.name.contains(".lr_b.weight")));
+        oracle.check(&out, 2e-4);
     }
+    let biased = Checkpoint::open(&folder.path().join("all")).unwrap();
+    assert!(biased.info("model.layers.1.mlp.up_proj.lr_b.bias").is_some());
+    assert!(biased.info("model.layers.1.mlp.up_proj.bias").is_none());
 }
 
 fn stories_perplexity(model: &str, bos: &str) -> Option<(f64, u64)> {
