@@ -32,7 +32,7 @@ pub struct RecipeOptions {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ranks: Option<Ranks>,
 
-    /// Modules to compress, as globs on their names (`*.mlp.*`) [default: every linear of every block]
+    /// Modules to compress, as globs on their names (`*.mlp.*`) [default: every linear but heads and routers]
     #[arg(long, value_name = "GLOB", num_args = 1)]
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub targets: Vec<String>,

@@ -29,7 +29,12 @@ impl Classes {
     fn of(source: &Map<String, Value>) -> Option<Self> {
         let base = source.get("architectures")?.get(0)?.as_str()?.to_string();
         let is_name = base.chars().all(|c| c.is_ascii_alphanumeric() || c == '_');
-        let head = base.find("For").map_or("", |at| &base[at..]);
+        // GPT-2 and its age say `GPT2LMHeadModel` where others say `...ForCausalLM`.
+        let head = match base.find("For") {
+            Some(at) => &base[at..],
+            None if base.ends_with("LMHeadModel") => "ForCausalLM",
+            None => "",
+        };
         is_name.then(|| Self { own: format!("Lrc{head}"), base: base.clone() })
     }
 
@@ -120,6 +125,8 @@ mod tests {
         assert_eq!((classes.own.as_str(), classes.auto_class().as_str()), ("LrcForMaskedLM", "AutoModelForMaskedLM"));
         let file = &Factored.side_files(&source("BertForMaskedLM"))[0].1;
         assert!(file.contains("class LrcForMaskedLM(") && file.contains("\"BertForMaskedLM\""));
+        let classes = Classes::of(&source("GPT2LMHeadModel")).unwrap();
+        assert_eq!((classes.base.as_str(), classes.auto_class().as_str()), ("GPT2LMHeadModel", "AutoModelForCausalLM"));
         assert!(Classes::of(&source("x\"); import os")).is_none());
     }
 }

@@ -66,3 +66,18 @@ class LrcForCausalLM(_Base):
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
         _factor(self)
+
+
+def _inherit_renames():
+    """transformers 5 renames the tensors of some families when it loads them, by class and by model type."""
+    try:
+        from transformers import conversion_mapping
+    except ImportError:  # transformers 4 has no such table
+        return
+    names = [(LrcForCausalLM.__name__, _Base.__name__), (LrcModel.__name__, _BaseModel.__name__)]
+    for own, base in [*names, (LrcConfig.model_type, _BaseConfig.model_type)]:
+        renames = conversion_mapping.get_checkpoint_conversion_mapping(base) or []
+        conversion_mapping.register_checkpoint_conversion_mapping(own, renames, overwrite=True)
+
+
+_inherit_renames()
