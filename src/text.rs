@@ -48,6 +48,12 @@ pub struct Tokens {
 }
 
 impl Text {
+    /// The error of a text whose tokens do not fill one window.
+    pub fn too_short(&self, tokens: &Tokens, seq_len: usize) -> Failure {
+        let message = format!("`{}` has {} tokens, a window needs {seq_len}", self.path.display(), tokens.ids.len());
+        Failure::unsupported(message).hint("give more text, or a smaller `--seq-len`")
+    }
+
     /// Reads a UTF-8 file.
     ///
     /// # Errors

@@ -260,6 +260,24 @@ fn usage_errors_come_before_any_work() {
 }
 
 #[test]
+fn a_dry_run_refuses_what_the_run_refuses() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out");
+    // A head has no calibration statistics.
+    let model = folder.path().join("model");
+    copy("fixtures/pico-llama", &model);
+    std::fs::copy(Path::new(FIXTURE).join("tokenizer.json"), model.join("tokenizer.json")).unwrap();
+    let args =
+        ["compress", path(&model), "-o", path(&out), "--keep", "0.8", "--targets", "*lm_head", "--calibration", TRAIN];
+    for extra in [&[][..], &["--dry-run"]] {
+        let run = lrc(&[&args[..], extra].concat());
+        assert_eq!(run.code, 4, "{}", run.stderr);
+        assert!(run.stderr.contains("`lm_head` is outside of the blocks"), "{}", run.stderr);
+        assert!(!out.exists());
+    }
+}
+
+#[test]
 fn a_compressed_model_is_not_compressed_again() {
     let broken = Broken { folder: tempfile::tempdir().unwrap() };
     let (model, out) = (broken.model(), broken.folder.path().join("out"));

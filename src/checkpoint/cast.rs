@@ -41,20 +41,25 @@ const CAST_BLOCK: usize = 4096;
 /// # Panics
 /// When `dtype` is not one of [`is_float`]; callers choose it from a float tensor.
 pub fn encode(dtype: Dtype, values: &[f32]) -> Result<Vec<u8>, usize> {
-    let finite = match dtype {
-        Dtype::F32 => values.iter().position(|v| !v.is_finite()),
-        Dtype::F16 => values.iter().position(|v| !f16::from_f32(*v).is_finite()),
-        Dtype::BF16 => values.iter().position(|v| !bf16::from_f32(*v).is_finite()),
+    match dtype {
+        Dtype::F32 => narrow(values, |v| (v.to_le_bytes(), v.is_finite())),
+        Dtype::F16 => narrow(values, |v| (f16::from_f32(v).to_le_bytes(), f16::from_f32(v).is_finite())),
+        Dtype::BF16 => narrow(values, |v| (bf16::from_f32(v).to_le_bytes(), bf16::from_f32(v).is_finite())),
         other => unreachable!("invariant: only float dtypes are encoded, got {other:?}"),
-    };
-    if let Some(first) = finite {
-        return Err(first);
     }
-    Ok(match dtype {
-        Dtype::F32 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
-        Dtype::F16 => values.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()).collect(),
-        _ => values.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect(),
-    })
+}
+
+/// Converts value by value; the index of the first that is not finite afterwards is the error.
+fn narrow<const N: usize>(values: &[f32], convert: impl Fn(f32) -> ([u8; N], bool)) -> Result<Vec<u8>, usize> {
+    let mut bytes = Vec::with_capacity(values.len() * N);
+    for (i, &value) in values.iter().enumerate() {
+        let (stored, is_finite) = convert(value);
+        if !is_finite {
+            return Err(i);
+        }
+        bytes.extend(stored);
+    }
+    Ok(bytes)
 }
 
 /// Bytes of `n_elements` values of `dtype`, rounded up to whole bytes; `None` on overflow.

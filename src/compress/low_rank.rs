@@ -73,7 +73,7 @@ enum Basis {
     Input(Mat<f64>),
 }
 
-/// The error curve of `target` (m, n) alone, without bases: about a third of the work.
+/// The error curve of `target` (m, n) alone, without bases.
 ///
 /// # Errors
 /// See [`LinalgError`].

@@ -11,7 +11,7 @@ use super::recipe::Recipe;
 use crate::calibrate::Observed;
 use crate::checkpoint::Checkpoint;
 use crate::error::Failure;
-use crate::model::config;
+use crate::model::config::window_length;
 use crate::model::inventory::LinearInfo;
 use crate::model::{Decoder, InputSite, Walk, WalkLimits};
 use crate::progress::Progress;
@@ -36,12 +36,10 @@ impl CalibrationWindows {
         let tokenizer = Tokenizer::open(checkpoint.root())?;
         let text = Text::read(&settings.text)?;
         let tokens = tokenizer.encode(&text.content, Bos::Auto)?;
-        let seq_len = settings.seq_len.unwrap_or_else(|| DEFAULT_SEQ_LEN.min(config::context(checkpoint)));
+        let seq_len = window_length(checkpoint, settings.seq_len, DEFAULT_SEQ_LEN);
         let windows = tokens.sample(seq_len, settings.samples, settings.seed);
         if windows.is_empty() {
-            let message =
-                format!("`{}` has {} tokens, a window needs {}", settings.text.display(), tokens.ids.len(), seq_len);
-            return Err(Failure::unsupported(message).hint("give more text, or a smaller `--seq-len`").into());
+            return Err(text.too_short(&tokens, seq_len).into());
         }
         if windows.len() < settings.samples {
             tracing::warn!(
@@ -51,48 +49,14 @@ impl CalibrationWindows {
                 settings.samples
             );
         }
-        if seq_len > config::context(checkpoint) {
-            tracing::warn!(
-                "windows of {seq_len} are longer than the model's context of {}",
-                config::context(checkpoint)
-            );
-        }
         let n_tokens = windows.len() * seq_len;
         Ok(Some(Self { windows, text_sha256: text.sha256, n_tokens }))
     }
-}
 
-impl CalibrationWindows {
     /// For the report.
     pub fn record(&self) -> CalibrationRecord {
         CalibrationRecord { text_sha256: self.text_sha256.clone(), windows: self.windows.len(), tokens: self.n_tokens }
     }
-}
-
-/// Memory of a calibration walk: one block and its Grams, hidden states and activations up to their caps.
-///
-/// # Errors
-/// The model cannot be run.
-pub(super) fn expected_bytes(
-    checkpoint: &Checkpoint,
-    windows: Option<&CalibrationWindows>,
-    memory_bytes: u64,
-) -> Result<u64> {
-    let Some(windows) = windows else { return Ok(0) };
-    let decoder = Decoder::open(checkpoint)?;
-    let config = &decoder.config;
-    let (queries, _) = config.attention_widths();
-    let square = |n: usize| (n * n) as u64;
-    let linears: u64 = decoder
-        .architecture
-        .linears
-        .iter()
-        .map(|(role, _)| role.shape(config).0.iter().product::<usize>() as u64)
-        .sum();
-    let grams = 2 * square(config.hidden_size) + square(queries) + square(config.intermediate_size);
-    let hidden = 4 * (windows.n_tokens * config.hidden_size) as u64;
-    // Grams: the sums and their means in f64, one f32 chunk.
-    Ok(4 * linears + 20 * grams + hidden.min(memory_bytes / 2) + memory_bytes / 4)
 }
 
 /// Gives the metrics of one block after another.
@@ -124,8 +88,9 @@ impl<'a> Metrics<'a> {
         memory_bytes: u64,
         work_folder: &Path,
     ) -> Result<Self> {
-        let (InputMetric::Gram, Some(windows)) = (recipe.method.input_metric(), windows) else {
-            return Ok(Self::Identity(Metric::Identity));
+        let windows = match (recipe.method.input_metric(), windows) {
+            (InputMetric::Identity, _) => return Ok(Self::Identity(Metric::Identity)),
+            (InputMetric::Gram, windows) => windows.expect("invariant: a recipe that needs a text has one"),
         };
         let decoder = Decoder::open(checkpoint)?;
         if let Some(outside) = linears.iter().find(|l| l.id.is_none()) {
@@ -139,6 +104,14 @@ impl<'a> Metrics<'a> {
         let limits = WalkLimits::new(memory_bytes, work_folder.into());
         let calibrated = Calibrated { decoder, windows, limits, walk: None, next_block: 0, grams: BTreeMap::new() };
         Ok(Self::Calibrated(Box::new(calibrated)))
+    }
+
+    /// Memory that observing will take: one block and its Grams, hidden states and activations up to their caps.
+    pub fn expected_bytes(&self) -> u64 {
+        match self {
+            Self::Identity(_) => 0,
+            Self::Calibrated(calibrated) => calibrated.expected_bytes(),
+        }
     }
 
     /// Whether [`Self::observe`] has work to do, a block at a time.
@@ -170,6 +143,19 @@ impl<'a> Metrics<'a> {
 }
 
 impl Calibrated<'_> {
+    fn expected_bytes(&self) -> u64 {
+        let (config, architecture) = (&self.decoder.config, self.decoder.architecture);
+        let (queries, _) = config.attention_widths();
+        let square = |n: usize| (n * n) as u64;
+        let elements = |shape: [usize; 2]| (shape[0] * shape[1]) as u64;
+        let linears: u64 = architecture.linears.iter().map(|(role, _)| elements(role.shape(config).0)).sum();
+        let grams = 2 * square(config.hidden_size) + square(queries) + square(config.intermediate_size);
+        let hidden = 4 * (self.windows.n_tokens * config.hidden_size) as u64;
+        let (hidden_cap, activations) = (self.limits.hidden_bytes as u64, self.limits.activation_bytes as u64);
+        // Grams: the sums and their means in f64, one f32 chunk.
+        4 * linears + 20 * grams + hidden.min(hidden_cap) + activations
+    }
+
     fn observe(&mut self, linears: &[&LinearInfo], progress: &dyn Progress) -> Result<()> {
         let ids: Vec<_> = linears.iter().filter_map(|l| l.id).collect();
         let Some(target_block) = ids.first().map(|id| id.block) else { return Ok(()) };

@@ -95,13 +95,19 @@ pub fn dry_run(job: &Job<'_>, progress: &dyn Progress) -> Result<DryRunReport> {
     let plan = Plan::new(checkpoint, recipe)?;
     OutputFolder::check(job.output, job.force, REPORT_FILE)?;
     let windows = CalibrationWindows::load(checkpoint, recipe)?;
-    let walk_bytes = metrics::expected_bytes(checkpoint, windows.as_ref(), job.memory_bytes)?;
+    let metrics =
+        Metrics::start(checkpoint, recipe, &plan.linears, windows.as_ref(), job.memory_bytes, &std::env::temp_dir())?;
     let choices = Pass { checkpoint, plan: &plan, progress }.allocate(recipe)?;
     let outputs = plan.outputs(checkpoint, recipe.format.layout(), &choices);
     let specs: Vec<TensorSpec> = outputs.into_iter().map(|t| t.spec).collect();
     let sizes = record::sizes(checkpoint, &plan.linears, &choices, &specs);
     let records = plan.linears.iter().zip(&choices).map(|(linear, &choice)| record::linear(linear, choice)).collect();
-    Ok(record::dry_run(job, records, sizes, plan.decomposition_bytes(rayon::current_num_threads()) + walk_bytes))
+    Ok(record::dry_run(
+        job,
+        records,
+        sizes,
+        plan.decomposition_bytes(rayon::current_num_threads()) + metrics.expected_bytes(),
+    ))
 }
 
 /// The linears of a checkpoint, for passes over them.

@@ -16,7 +16,7 @@ use crate::checkpoint::{
 use crate::formats::{FactorPair, Layout};
 use crate::report::{CompressReport, REPORT_FILE, card, peak_memory_bytes};
 
-pub(super) const RECIPE_FILE: &str = "lrc-recipe.toml";
+const RECIPE_FILE: &str = "lrc-recipe.toml";
 const CARD_FILE: &str = "README.md";
 
 pub(super) struct Output<'a> {
@@ -79,7 +79,7 @@ impl<'a> Output<'a> {
             }
         }
         self.writer.finish()?;
-        let own = [CARD_FILE, REPORT_FILE, RECIPE_FILE, "modeling_lrc.py"];
+        let own = [CARD_FILE, REPORT_FILE, RECIPE_FILE];
         for file in self.checkpoint.side_files()? {
             if !own.iter().any(|name| file.ends_with(name)) {
                 self.folder.copy(&file)?;

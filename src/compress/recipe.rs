@@ -242,6 +242,12 @@ fn calibration(options: &RecipeOptions, method: Method) -> Result<Option<Calibra
                 .hint("its metric is made of activations; `--method svd` needs no text")
                 .into());
         }
+        if options.samples.is_some() || options.seq_len.is_some() || options.seed.is_some() {
+            return Err(Failure::usage(
+                "`--samples`, `--seq-len` and `--seed` are nothing without `--calibration FILE`",
+            )
+            .into());
+        }
         return Ok(None);
     };
     if !method.needs_calibration() {
@@ -278,6 +284,7 @@ mod tests {
         check(keep(f64::NAN), "outside of (0, 1]");
         check(RecipeOptions { ranks: Some(Ranks::Fixed(8)), ..keep(0.5) }, "contradict");
         check(RecipeOptions { method: Some(Method::SvdLlm), ..keep(0.5) }, "needs `--calibration FILE`");
+        check(RecipeOptions { samples: Some(8), ..keep(0.5) }, "nothing without `--calibration FILE`");
         let text = Some(PathBuf::from("t"));
         check(RecipeOptions { method: Some(Method::Svd), calibration: text.clone(), ..keep(0.5) }, "does not use it");
         check(RecipeOptions { samples: Some(0), calibration: text, ..keep(0.5) }, "at least 1");

@@ -10,7 +10,7 @@ use anyhow::Result;
 
 use crate::checkpoint::Checkpoint;
 use crate::error::Failure;
-use crate::model::config::context;
+use crate::model::config::window_length;
 use crate::model::{Decoder, Walk, WalkLimits};
 use crate::progress::Progress;
 use crate::report::{LRC_VERSION, PerplexityReport, SCHEMA_VERSION, peak_memory_bytes};
@@ -47,7 +47,7 @@ pub fn perplexity(
     let tokens = tokenizer.encode(&text.content, settings.bos)?;
 
     let rules = settings.convention.rules();
-    let seq_len = settings.seq_len.unwrap_or(rules.default_seq_len().min(context(checkpoint)));
+    let seq_len = window_length(checkpoint, settings.seq_len, rules.default_seq_len());
     let scored = |n_tokens: usize| rules.scored(n_tokens);
     if scored(seq_len).is_empty() {
         return Err(Failure::usage(format!("`--seq-len {seq_len}` leaves no token to score")).into());
@@ -56,12 +56,7 @@ pub fn perplexity(
     let mut windows = rules.windows(&tokens, seq_len, bos);
     windows.truncate(settings.max_windows.unwrap_or(usize::MAX));
     if windows.is_empty() {
-        let message = format!("`{}` has {} tokens, a window needs {seq_len}", text.path.display(), tokens.ids.len());
-        return Err(Failure::unsupported(message).hint("give more text, or a smaller `--seq-len`").into());
-    }
-
-    if seq_len > context(checkpoint) {
-        tracing::warn!("windows of {seq_len} are longer than the model's context of {}", context(checkpoint));
+        return Err(text.too_short(&tokens, seq_len).into());
     }
     let n_tokens = windows.len() * seq_len;
     let stage = progress.stage("evaluate", (n_tokens * (decoder.n_blocks() + 1)) as u64, "tokens");

@@ -29,7 +29,7 @@ pub fn eigh(matrix: MatRef<'_, f64>) -> Result<Eigh, LinalgError> {
     Ok(Eigh { values, vectors: vectors.reverse_cols().to_owned() })
 }
 
-/// Eigenvalues of a symmetric matrix (n, n), largest first, at about a third of the cost of [`eigh`].
+/// Eigenvalues of a symmetric matrix (n, n), largest first, cheaper than [`eigh`].
 ///
 /// # Errors
 /// As [`eigh`].

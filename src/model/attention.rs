@@ -26,8 +26,8 @@ impl Rope {
     /// The config asks for a kind of scaling that is not supported.
     pub fn new(config: &ModelConfig, n_positions: usize) -> Result<Self> {
         let frequencies = config.rope_inverse_frequencies()?;
-        // Angles in f64: position × frequency loses digits in f32 at long contexts. transformers multiplies in f32;
-        // at position 2048 the two differ by less than 1e-4 in the angle.
+        // Angles in f64: position × frequency loses digits in f32 at long contexts. transformers
+        // multiplies in f32; the two differ by its rounding.
         let angles: Vec<f64> = (0..n_positions).flat_map(|p| frequencies.iter().map(move |f| p as f64 * f)).collect();
         let shape = (n_positions, frequencies.len());
         let tensor = |values: Vec<f32>| Tensor::from_vec(values, shape, &Device::Cpu);

@@ -69,9 +69,18 @@ pub fn model_type(checkpoint: &Checkpoint) -> Option<&str> {
 }
 
 /// Positions that a model was made for; unbounded where its config does not say.
-pub fn context(checkpoint: &Checkpoint) -> usize {
+fn context(checkpoint: &Checkpoint) -> usize {
     let field = checkpoint.config().and_then(|c| c.get("max_position_embeddings")).and_then(Value::as_u64);
     field.map_or(usize::MAX, |n| usize::try_from(n).unwrap_or(usize::MAX))
+}
+
+/// Tokens in a window: as `asked`, else `default`, at most the model's context. Longer windows are run, with a warning.
+pub fn window_length(checkpoint: &Checkpoint, asked: Option<usize>, default: usize) -> usize {
+    let context = context(checkpoint);
+    if let Some(asked) = asked.filter(|&n| n > context) {
+        tracing::warn!("windows of {asked} tokens are longer than the model's context of {context}");
+    }
+    asked.unwrap_or(default.min(context))
 }
 
 impl ModelConfig {

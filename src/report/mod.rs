@@ -3,7 +3,6 @@
 pub mod card;
 
 use serde::{Deserialize, Serialize};
-
 use serde_json::Value;
 
 use crate::checkpoint::Fingerprint;
