@@ -1,5 +1,6 @@
 //! Arrays that outgrow memory: kept there up to a cap, in an unnamed file past it.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::PathBuf;
@@ -15,6 +16,8 @@ pub(crate) struct Spool {
     memory_left: usize,
     file: Option<File>,
     file_bytes: u64,
+    /// Places in the file that were released, by length.
+    holes: BTreeMap<usize, Vec<u64>>,
 }
 
 /// An array in a [`Spool`].
@@ -27,7 +30,7 @@ pub(crate) enum Spooled {
 impl Spool {
     /// Keeps up to `memory_bytes` in memory; the file, if one is needed, is made in `folder`.
     pub fn new(memory_bytes: usize, folder: PathBuf) -> Self {
-        Self { folder, memory_left: memory_bytes, file: None, file_bytes: 0 }
+        Self { folder, memory_left: memory_bytes, file: None, file_bytes: 0, holes: BTreeMap::new() }
     }
 
     pub fn push(&mut self, values: Vec<f32>) -> Result<Spooled> {
@@ -36,8 +39,12 @@ impl Spool {
             self.memory_left -= n_bytes;
             return Ok(Spooled::Memory(values));
         }
-        let spooled = Spooled::File { offset: self.file_bytes, len: values.len() };
-        self.file_bytes += n_bytes as u64;
+        let hole = self.holes.get_mut(&values.len()).and_then(Vec::pop);
+        let offset = hole.unwrap_or(self.file_bytes);
+        if hole.is_none() {
+            self.file_bytes += n_bytes as u64;
+        }
+        let spooled = Spooled::File { offset, len: values.len() };
         self.write(&spooled, &values)?;
         Ok(spooled)
     }
@@ -53,6 +60,14 @@ impl Spool {
                     .with_context(|| format!("read a work file in `{}`", self.folder.display()))?;
                 Ok(cast::decode(Dtype::F32, &bytes).expect("invariant: f32 is a float dtype"))
             }
+        }
+    }
+
+    /// Gives the place of an array back.
+    pub fn release(&mut self, spooled: Spooled) {
+        match spooled {
+            Spooled::Memory(values) => self.memory_left += values.len() * 4,
+            Spooled::File { offset, len } => self.holes.entry(len).or_default().push(offset),
         }
     }
 
@@ -97,5 +112,13 @@ mod tests {
         for (i, array) in arrays.iter().enumerate() {
             assert_eq!(spool.get(array).unwrap()[5], 10.0 + i as f32);
         }
+        // Released places are used again, in memory and on disk.
+        for array in arrays.drain(..).rev() {
+            spool.release(array);
+        }
+        let again: Vec<Spooled> = (0..3).map(|i| spool.push(vec![i as f32; 6]).unwrap()).collect();
+        assert!(matches!(again[0], Spooled::Memory(_)));
+        assert_eq!(spool.file_bytes, 2 * 24);
+        assert!((0..3).all(|i| spool.get(&again[i]).unwrap() == [i as f32; 6]));
     }
 }

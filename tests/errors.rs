@@ -240,7 +240,7 @@ fn usage_errors_come_before_any_work() {
     std::fs::write(&recipe, "kepe = 0.8").unwrap();
     let compress = ["compress", FIXTURE, "-o", path(&out)];
     for (extra, expected) in [
-        (&[][..], "`--keep` is missing"),
+        (&[][..], "`--keep` or `--target-size` is missing"),
         (&["--keep", "1.5"], "outside of (0, 1]"),
         (&["--keep", "0.8", "--method", "svd-llm"], "needs `--calibration FILE`"),
         (&["--keep", "0.8", "--ranks", "best"], "welore"),
@@ -285,7 +285,7 @@ fn a_compressed_model_is_not_compressed_again() {
     broken.check_one(
         &["compress", path(&model), "-o", path(&out), "--keep", "0.5"],
         4,
-        &["is factored already", "hint:"],
+        &["is of low rank already", "hint:"],
     );
 }
 

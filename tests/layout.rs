@@ -4,11 +4,17 @@ use std::path::{Path, PathBuf};
 
 /// What a room may name of the crate, besides itself. `error`, `progress` and `spool` are named by all but the leaves.
 const ARROWS: &[(&str, &[&str])] = &[
-    ("cli", &["checkpoint", "compress", "eval", "inspect", "report", "text", "error", "progress"]),
-    ("compress", &["calibrate", "model", "text", "formats", "report", "linalg", "checkpoint", "error", "progress"]),
+    (
+        "cli",
+        &["calibrate", "checkpoint", "compress", "eval", "inspect", "model", "report", "text", "error", "progress"],
+    ),
+    (
+        "compress",
+        &["calibrate", "eval", "model", "formats", "report", "linalg", "checkpoint", "error", "progress", "spool"],
+    ),
     ("eval", &["model", "text", "report", "checkpoint", "error", "progress"]),
     ("inspect", &["compress", "model", "report", "linalg", "checkpoint", "progress"]),
-    ("calibrate", &["model", "linalg", "error"]),
+    ("calibrate", &["model", "text", "linalg", "checkpoint", "error", "progress", "spool"]),
     ("formats", &["model", "linalg", "checkpoint"]),
     ("model", &["linalg", "checkpoint", "error", "progress", "spool"]),
     ("report", &["checkpoint"]),

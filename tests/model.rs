@@ -54,15 +54,19 @@ fn every_option_of_llama_equals_transformers() {
     oracle.check(Path::new(pico), 1e-4);
     // Factored at full rank it is the same model: biases move with their linear, the head may be factored too.
     let folder = tempfile::tempdir().unwrap();
-    for (name, targets) in [("all", "*_proj"), ("head", "*lm_head")] {
-        let out = folder.path().join(name);
-        common::ok(&["compress", pico, "-o", common::path(&out), "-q", "--ranks", "full", "--targets", targets]);
-        assert!(Checkpoint::open(&out).unwrap().tensors().any(|t| t.name.contains(".lr_b.weight")));
-        oracle.check(&out, 2e-4);
+    for (layout, part, bias) in [("factors", ".lr_b.weight", "lr_b.bias"), ("pivot", ".lr_p.weight", "bias")] {
+        for (name, targets) in [("all", "*_proj"), ("head", "*lm_head")] {
+            let out = folder.path().join(format!("{layout}-{name}"));
+            let args = ["compress", pico, "-o", common::path(&out), "-q", "--ranks", "full", "--targets", targets];
+            common::ok(&[&args[..], &["--layout", layout]].concat());
+            assert!(Checkpoint::open(&out).unwrap().tensors().any(|t| t.name.contains(part)));
+            oracle.check(&out, 2e-4);
+        }
+        let biased = Checkpoint::open(&folder.path().join(format!("{layout}-all"))).unwrap();
+        let biases = biased.tensors().filter(|t| t.name.contains("layers.1.mlp.up_proj") && t.name.ends_with(".bias"));
+        let names: Vec<&str> = biases.map(|t| t.name.as_str()).collect();
+        assert_eq!(names, [format!("model.layers.1.mlp.up_proj.{bias}")]);
     }
-    let biased = Checkpoint::open(&folder.path().join("all")).unwrap();
-    assert!(biased.info("model.layers.1.mlp.up_proj.lr_b.bias").is_some());
-    assert!(biased.info("model.layers.1.mlp.up_proj.bias").is_none());
 }
 
 fn stories_perplexity(model: &str, bos: &str) -> Option<(f64, u64)> {

@@ -1,5 +1,12 @@
 //! What flows through the linears of a model: the statistics that metrics are made of.
 
+mod backward;
+mod observe;
 mod statistics;
+mod store;
+mod windows;
 
-pub use statistics::{InputGram, Observed};
+pub use observe::{Observation, Seconds, observe};
+pub use statistics::{Needs, Sums};
+pub use store::{Header, Part, Statistics, check_output};
+pub use windows::{WindowSettings, Windows};

@@ -5,80 +5,206 @@ use std::collections::BTreeMap;
 use anyhow::{Result, ensure};
 use candle_core::Tensor;
 use faer::Mat;
+use serde::{Deserialize, Serialize};
 
 use crate::error::Failure;
 use crate::linalg;
-use crate::model::InputSite;
+use crate::model::{InputSite, Role};
 
-/// `Σ x xᵀ` over tokens, (n, n), of the inputs `x` of a linear.
-#[derive(Debug, Clone)]
-pub struct InputGram {
-    /// The lower triangle.
-    sum: Mat<f64>,
-    pub n_tokens: usize,
+/// Which statistics are collected.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Needs {
+    /// `Σ x xᵀ` over tokens, (n, n), of the inputs of every linear.
+    pub input_gram: bool,
+    /// `Σ |x|` over tokens, (n).
+    pub input_magnitude: bool,
+    /// `Σ g gᵀ` over tokens, (m, m), of the gradients of the summed loss at the output of every linear.
+    pub output_gram: bool,
+    /// `Σ (∂L/∂W)²` over sequences, L the summed loss of one: its column sums (n) and its row sums (m).
+    pub squared_gradient: bool,
 }
 
-impl InputGram {
-    pub fn new(n: usize) -> Self {
-        Self { sum: Mat::zeros(n, n), n_tokens: 0 }
+impl Needs {
+    pub const ALL: Self = Self { input_gram: true, input_magnitude: true, output_gram: true, squared_gradient: true };
+
+    pub fn inputs(self) -> bool {
+        self.input_gram || self.input_magnitude
     }
 
-    /// Adds the rows of `x`, (n_tokens, n) row-major.
-    pub fn add(&mut self, x: &[f32], n_tokens: usize) {
-        linalg::add_gram_f32(&mut self.sum, x, n_tokens);
-        self.n_tokens += n_tokens;
+    pub fn gradients(self) -> bool {
+        self.output_gram || self.squared_gradient
     }
 
-    /// The mean second moment `C = Σ x xᵀ / n_tokens`, (n, n).
-    ///
-    /// # Errors
-    /// No token was seen, or an activation was not finite.
-    pub fn mean(&self) -> Result<Mat<f64>> {
-        ensure!(self.n_tokens > 0, "no calibration token was seen");
-        let scale = 1.0 / self.n_tokens as f64;
-        let mut mean = Mat::from_fn(self.sum.nrows(), self.sum.ncols(), |i, j| self.sum[(i, j)] * scale);
-        linalg::mirror_lower(&mut mean);
-        if !mean.norm_max().is_finite() {
-            return Err(Failure::numeric("calibration met activations that are not finite")
-                .hint("the checkpoint is broken, or overflows in f32")
-                .into());
+    /// Whether everything that `self` asks for is in `other`.
+    pub fn are_met_by(self, other: Self) -> bool {
+        self.union(other) == other
+    }
+
+    #[must_use]
+    pub fn union(self, other: Self) -> Self {
+        Self {
+            input_gram: self.input_gram || other.input_gram,
+            input_magnitude: self.input_magnitude || other.input_magnitude,
+            output_gram: self.output_gram || other.output_gram,
+            squared_gradient: self.squared_gradient || other.squared_gradient,
         }
-        Ok(mean)
     }
 }
 
-/// The statistics of one block, by the place where its linears read.
+/// One statistic of a block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Key {
+    InputGram(InputSite),
+    InputMagnitude(InputSite),
+    OutputGram(Role),
+    /// Column sums: one value an input feature.
+    SquaredGradientInput(Role),
+    /// Row sums: one value an output feature.
+    SquaredGradientOutput(Role),
+}
+
+impl Key {
+    /// Its name in a file of statistics: `3.gate_up.input_gram`.
+    pub fn name(self, block: usize) -> String {
+        let (place, statistic) = match self {
+            Self::InputGram(site) => (site.name(), "input_gram"),
+            Self::InputMagnitude(site) => (site.name(), "input_magnitude"),
+            Self::OutputGram(role) => (role.name(), "output_gram"),
+            Self::SquaredGradientInput(role) => (role.name(), "squared_gradient_input"),
+            Self::SquaredGradientOutput(role) => (role.name(), "squared_gradient_output"),
+        };
+        format!("{block}.{place}.{statistic}")
+    }
+}
+
+/// Sums over the tokens of one block. Grams are lower triangles in f64; what is added at a time is the product of one
+/// window in f32, so that sums do not depend on how windows travel together.
 #[derive(Debug, Default)]
-pub struct Observed {
-    grams: BTreeMap<InputSite, InputGram>,
+pub struct Sums {
+    grams: BTreeMap<Key, Mat<f64>>,
+    vectors: BTreeMap<Key, Vec<f64>>,
 }
 
-impl Observed {
-    /// Collects at `sites` only.
-    pub fn new(sites: impl IntoIterator<Item = (InputSite, usize)>) -> Self {
-        Self { grams: sites.into_iter().map(|(site, n)| (site, InputGram::new(n))).collect() }
-    }
-
-    /// Adds a batch of inputs (batch, n_tokens, n), one window at a time, so that the sums do not depend on the batch.
+impl Sums {
+    /// Adds the inputs `x` (batch, n_tokens, n) at `site`.
     ///
     /// # Errors
     /// A shape that does not match.
-    pub fn observe(&mut self, site: InputSite, x: &Tensor) -> Result<()> {
-        let Some(gram) = self.grams.get_mut(&site) else { return Ok(()) };
+    pub fn add_inputs(&mut self, site: InputSite, x: &Tensor, needs: Needs) -> Result<()> {
         let (_, n_tokens, n) = x.dims3()?;
+        if !needs.inputs() {
+            return Ok(());
+        }
         let values = x.flatten_all()?.to_vec1::<f32>()?;
         for window in values.chunks_exact(n_tokens * n) {
-            gram.add(window, n_tokens);
+            if needs.input_gram {
+                self.add_gram(Key::InputGram(site), window, n_tokens, n);
+            }
+            if needs.input_magnitude {
+                let sum = self.vectors.entry(Key::InputMagnitude(site)).or_insert_with(|| vec![0.0; n]);
+                for row in window.chunks_exact(n) {
+                    sum.iter_mut().zip(row).for_each(|(s, v)| *s += f64::from(v.abs()));
+                }
+            }
         }
         Ok(())
     }
 
-    /// The mean second moment at every observed site.
+    /// Adds the gradients (n_tokens, m) of one window at the output of `role`; `clip` as in [`clip_tokens`].
     ///
     /// # Errors
-    /// As [`InputGram::mean`].
-    pub fn means(&self) -> Result<BTreeMap<InputSite, Mat<f64>>> {
-        self.grams.iter().map(|(&site, gram)| Ok((site, gram.mean()?))).collect()
+    /// A shape that does not match.
+    pub fn add_output_gradients(&mut self, role: Role, gradient: &Tensor, clip: bool) -> Result<()> {
+        let (n_tokens, m) = gradient.dims2()?;
+        let mut values = gradient.flatten_all()?.to_vec1::<f32>()?;
+        if clip {
+            clip_tokens(&mut values, m);
+        }
+        self.add_gram(Key::OutputGram(role), &values, n_tokens, m);
+        Ok(())
+    }
+
+    /// Adds the squares of one sequence's weight gradient, from its inputs (n_tokens, n) and output gradients (n_tokens, m).
+    ///
+    /// # Errors
+    /// A shape that does not match.
+    pub fn add_squared_gradient(&mut self, role: Role, x: &Tensor, gradient: &Tensor) -> Result<()> {
+        let (m, n) = (gradient.dim(1)?, x.dim(1)?);
+        let weight_gradient = gradient.t()?.contiguous()?.matmul(x)?; // ∂L/∂W (m, n)
+        let values = weight_gradient.flatten_all()?.to_vec1::<f32>()?;
+        let mut columns = vec![0.0; n];
+        let mut rows = Vec::with_capacity(m);
+        for row in values.chunks_exact(n) {
+            let mut sum = 0.0;
+            for (column, &v) in columns.iter_mut().zip(row) {
+                let square = f64::from(v) * f64::from(v);
+                *column += square;
+                sum += square;
+            }
+            rows.push(sum);
+        }
+        for (key, values) in [(Key::SquaredGradientInput(role), columns), (Key::SquaredGradientOutput(role), rows)] {
+            let sum = self.vectors.entry(key).or_insert_with(|| vec![0.0; values.len()]);
+            sum.iter_mut().zip(values).for_each(|(s, v)| *s += v);
+        }
+        Ok(())
+    }
+
+    fn add_gram(&mut self, key: Key, rows: &[f32], n_tokens: usize, n: usize) {
+        let sum = self.grams.entry(key).or_insert_with(|| Mat::zeros(n, n));
+        linalg::add_gram_f32(sum, rows, n_tokens);
+    }
+
+    /// Every sum as it is kept: f32, Grams as their lower triangle, row after row.
+    ///
+    /// # Errors
+    /// A sum is not finite.
+    pub fn pack(self, block: usize) -> Result<Vec<(String, Vec<f32>)>> {
+        let grams = self.grams.into_iter().map(|(key, sum)| {
+            let n = sum.nrows();
+            (key.name(block), (0..n).flat_map(|i| (0..=i).map(move |j| (i, j))).map(|at| sum[at] as f32).collect())
+        });
+        let vectors = self.vectors.into_iter();
+        let vectors = vectors.map(|(key, sum)| (key.name(block), sum.into_iter().map(|v| v as f32).collect()));
+        let packed: Vec<(String, Vec<f32>)> = grams.chain(vectors).collect();
+        if let Some((name, _)) = packed.iter().find(|(_, values)| values.iter().any(|v| !v.is_finite())) {
+            return Err(Failure::numeric(format!("calibration met values that are not finite (statistic `{name}`)"))
+                .hint("the checkpoint is broken, or overflows in f32")
+                .into());
+        }
+        Ok(packed)
+    }
+}
+
+/// A Gram (n, n) from its packed lower triangle, times `scale`.
+///
+/// # Errors
+/// The length belongs to no triangle of size `n`.
+pub fn unpack_gram(packed: &[f32], n: usize, scale: f64) -> Result<Mat<f64>> {
+    ensure!(packed.len() == n * (n + 1) / 2, "a Gram of {n} has {} values, not {}", n * (n + 1) / 2, packed.len());
+    let mut gram = Mat::zeros(n, n);
+    let mut values = packed.iter();
+    for i in 0..n {
+        for (j, &value) in values.by_ref().take(i + 1).enumerate() {
+            gram[(i, j)] = f64::from(value) * scale;
+        }
+    }
+    linalg::mirror_lower(&mut gram);
+    Ok(gram)
+}
+
+/// Scales the rows of `gradients` (n_tokens, m) so that their norms lie between 0.1 and 10 times the mean norm of the
+/// window: a few tokens do not make the metric. Rows of zeros stay.
+fn clip_tokens(gradients: &mut [f32], m: usize) {
+    let norm = |row: &[f32]| row.iter().map(|&v| f64::from(v) * f64::from(v)).sum::<f64>().sqrt();
+    let norms: Vec<f64> = gradients.chunks_exact(m).map(norm).collect();
+    let mean = norms.iter().sum::<f64>() / norms.len().max(1) as f64;
+    for (row, norm) in gradients.chunks_exact_mut(m).zip(norms) {
+        if norm > 0.0 {
+            let scale = (norm.clamp(0.1 * mean, 10.0 * mean) / norm) as f32;
+            row.iter_mut().for_each(|v| *v *= scale);
+        }
     }
 }
 
@@ -89,29 +215,59 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_gram_is_the_mean_of_outer_products_whatever_the_batch() {
+    fn sums_are_those_of_outer_products_whatever_the_batch() {
         let values: Vec<f32> = (0..4 * 3 * 5).map(|i| ((i * 37) % 19) as f32 - 9.0).collect();
         let x = Tensor::from_slice(&values, (4, 3, 5), &Device::Cpu).unwrap();
         let observe = |batches: &[(usize, usize)]| {
-            let mut observed = Observed::new([(InputSite::O, 5)]);
+            let mut sums = Sums::default();
             for &(first, count) in batches {
-                observed.observe(InputSite::O, &x.narrow(0, first, count).unwrap()).unwrap();
-                observed.observe(InputSite::Down, &x).unwrap();
+                sums.add_inputs(InputSite::O, &x.narrow(0, first, count).unwrap(), Needs::ALL).unwrap();
             }
-            observed.means().unwrap().remove(&InputSite::O).unwrap()
+            sums.pack(7).unwrap()
         };
-        let mean = observe(&[(0, 4)]);
-        assert_eq!(mean, observe(&[(0, 1), (1, 3)]));
+        let packed = observe(&[(0, 4)]);
+        assert_eq!(packed, observe(&[(0, 1), (1, 3)]));
+        let names: Vec<&str> = packed.iter().map(|(name, _)| name.as_str()).collect();
+        assert_eq!(names, ["7.o.input_gram", "7.o.input_magnitude"]);
+        let mean = unpack_gram(&packed[0].1, 5, 1.0 / 12.0).unwrap();
         let expected =
             Mat::from_fn(5, 5, |i, j| values.chunks_exact(5).map(|row| f64::from(row[i] * row[j])).sum::<f64>() / 12.0);
-        assert!((&mean - &expected).norm_max() < 1e-12);
+        assert!((&mean - &expected).norm_max() < 1e-5);
+        let magnitude: f32 = values.iter().skip(2).step_by(5).map(|v| v.abs()).sum();
+        assert_eq!(packed[1].1[2], magnitude);
+    }
+
+    #[test]
+    fn squared_gradients_are_summed_per_sequence() {
+        let tensor = |values: &[f32], shape: (usize, usize)| Tensor::from_slice(values, shape, &Device::Cpu).unwrap();
+        let mut sums = Sums::default();
+        // Two sequences whose weight gradients cancel: their squares do not.
+        for sign in [1.0, -1.0] {
+            let (x, g) = (tensor(&[1.0, 2.0, 0.0, 1.0], (2, 2)), tensor(&[3.0 * sign, sign], (2, 1)));
+            sums.add_squared_gradient(Role::OProj, &x, &g).unwrap();
+        }
+        let packed = sums.pack(0).unwrap();
+        // ∂L/∂W = (3, 7).
+        assert_eq!(packed[0].1, [18.0, 98.0]);
+        assert_eq!(packed[1].1, [116.0]);
+    }
+
+    #[test]
+    fn clipping_bounds_the_norms_of_tokens() {
+        let mut gradients = vec![0.0; 100];
+        gradients[0] = 1000.0;
+        gradients[1] = 1e-3;
+        clip_tokens(&mut gradients, 1);
+        let mean = 1000.001 / 100.0;
+        assert!((gradients[0] - 10.0 * mean).abs() < 1e-3 && (gradients[1] - 0.1 * mean).abs() < 1e-5);
+        assert_eq!(gradients[2], 0.0);
     }
 
     #[test]
     fn infinite_activations_are_an_error() {
-        let mut gram = InputGram::new(1);
-        assert!(gram.mean().is_err());
-        gram.add(&[f32::INFINITY], 1);
-        assert!(gram.mean().is_err());
+        let x = Tensor::new(&[[[f32::INFINITY]]], &Device::Cpu).unwrap();
+        let mut sums = Sums::default();
+        sums.add_inputs(InputSite::Qkv, &x, Needs::ALL).unwrap();
+        assert!(sums.pack(0).unwrap_err().to_string().contains("0.qkv.input_gram"));
     }
 }

@@ -243,6 +243,13 @@ impl SafetensorsWriter {
     }
 }
 
+/// Bytes of all files that a [`SafetensorsWriter`] makes of `specs`, headers included; the index of shards is not counted.
+pub fn file_bytes(specs: &[TensorSpec], max_shard_bytes: u64) -> u64 {
+    let bytes =
+        |shard: &Vec<&TensorSpec>| header(shard).0.len() as u64 + shard.iter().map(|t| t.n_bytes()).sum::<u64>();
+    split(specs, max_shard_bytes).iter().map(bytes).sum()
+}
+
 fn shard_name(shard_idx: usize, n_shards: usize) -> String {
     if n_shards == 1 { SINGLE_FILE.into() } else { format!("model-{:05}-of-{n_shards:05}.safetensors", shard_idx + 1) }
 }
@@ -318,6 +325,9 @@ mod tests {
             let folder = tempfile::tempdir().unwrap();
             assert_eq!(write_all(folder.path(), &specs, limit).len(), n_files);
             let checkpoint = Checkpoint::open(folder.path()).unwrap();
+            let weights = fs::read_dir(folder.path()).unwrap().map(|e| e.unwrap().path());
+            let weights = weights.filter(|p| p.extension().is_some_and(|e| e == "safetensors"));
+            assert_eq!(weights.map(|p| p.metadata().unwrap().len()).sum::<u64>(), file_bytes(&specs, limit));
             for (i, spec) in specs.iter().enumerate() {
                 let info = checkpoint.info(&spec.name).unwrap();
                 assert_eq!((info.dtype, &info.shape), (spec.dtype, &spec.shape));

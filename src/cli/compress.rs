@@ -19,7 +19,8 @@ use crate::report::{LinearRecord, Sizes};
 ///
 /// Examples:
 ///   lrc compress MODEL -o OUT --keep 0.8
-///   lrc compress MODEL -o OUT --keep 0.8 --calibration text.txt --ranks welore
+///   lrc compress MODEL -o OUT --keep 0.8 --calibration text.txt
+///   lrc compress MODEL -o OUT --target-size 350MiB --statistics stats.safetensors
 ///   lrc compress MODEL -o OUT --recipe recipe.toml --dry-run
 #[derive(Debug, Args)]
 #[command(verbatim_doc_comment)]

@@ -6,19 +6,20 @@ use anyhow::Result;
 use clap::Args;
 
 use super::terminal::{Bars, grouped, table};
-use super::{MemoryArgs, ModelArgs, print, print_json};
+use super::{MemoryArgs, ModelArgs, open, print, print_json};
 use crate::eval::conventions::Convention;
-use crate::eval::{self, EvalSettings};
-use crate::report::PerplexityReport;
+use crate::eval::{self, EvalSettings, Reference};
+use crate::report::{DivergenceRecord, PerplexityReport};
 use crate::text::Bos;
 
-/// Measure perplexity in a named convention
+/// Measure perplexity in a named convention, and divergence from a reference
 ///
 /// Reads plain checkpoints and everything that `lrc compress` writes, one block at a time.
 ///
 /// Examples:
 ///   lrc eval MODEL --text wiki.test.raw
 ///   lrc eval MODEL --text wiki.test.raw --convention llamacpp --json
+///   lrc eval COMPRESSED --text wiki.test.raw --reference MODEL
 #[derive(Debug, Args)]
 #[command(verbatim_doc_comment)]
 pub(super) struct EvalArgs {
@@ -28,6 +29,10 @@ pub(super) struct EvalArgs {
     /// Text to score (UTF-8)
     #[arg(long, value_name = "FILE")]
     text: PathBuf,
+
+    /// Model to measure the divergence from, usually the original
+    #[arg(long, value_name = "MODEL")]
+    reference: Option<String>,
 
     /// How the text is cut and scored
     #[arg(long, value_enum, default_value_t)]
@@ -64,7 +69,10 @@ pub(super) fn run(args: &EvalArgs, progress: &Bars) -> Result<()> {
         bos: args.bos,
         memory_bytes: args.memory.memory.as_u64(),
     };
-    let report = eval::perplexity(&checkpoint, &settings, progress)?;
+    let reference = args.reference.as_deref().map(|name| open(name, "main", progress)).transpose()?;
+    let named = args.reference.as_deref().unwrap_or_default();
+    let reference = reference.as_ref().map(|checkpoint| Reference { checkpoint, name: named });
+    let report = eval::perplexity(&checkpoint, reference.as_ref(), &settings, progress)?;
     if args.json { print_json(&report) } else { print(&show(&report)) }
 }
 
@@ -74,7 +82,7 @@ fn show(r: &PerplexityReport) -> String {
         ("auto", false) => "auto (the tokenizer adds none)",
         _ => "never",
     };
-    let rows = [
+    let mut rows = vec![
         ("perplexity", format!("{:.5} ± {:.5}", r.ppl, r.ppl_standard_error)),
         ("bits per byte", format!("{:.5}", r.bits_per_byte)),
         ("Σ nll (nats)", format!("{:.4}", r.nll_sum)),
@@ -89,5 +97,25 @@ fn show(r: &PerplexityReport) -> String {
         ("bytes", grouped(r.size_bytes)),
         ("time", format!("{:.2} s, {:.0} tokens/s", r.elapsed_seconds, r.tokens_per_second)),
     ];
+    if let Some(d) = &r.divergence {
+        rows.splice(1..1, divergence_rows(d));
+    }
     table(&["measure", "value"], rows.into_iter().map(|(name, value)| vec![name.to_string(), value]).collect())
+}
+
+fn divergence_rows(d: &DivergenceRecord) -> Vec<(&'static str, String)> {
+    vec![
+        ("reference", format!("{} (perplexity {:.5})", d.reference, d.reference_ppl)),
+        ("ln (ppl / reference)", format!("{:.5} ± {:.5}", d.ln_ppl_ratio, d.ln_ppl_ratio_standard_error)),
+        ("KL (reference ‖ model)", format!("{:.6} ± {:.6}", d.kl.mean, d.kl.standard_error)),
+        ("  median, 99 %, max", format!("{:.6}, {:.4}, {:.4}", d.kl.median, d.kl.p99, d.kl.max)),
+        ("KL (model ‖ reference)", format!("{:.6} ± {:.6}", d.reverse_kl.mean, d.reverse_kl.standard_error)),
+        ("Δp, mean and RMS", format!("{:.3} %, {:.3} %", 100.0 * d.delta_p.mean, 100.0 * d.delta_p_rms)),
+        ("  1 %, median, 99 %", {
+            let [low, median, high] = [d.delta_p.p1, d.delta_p.median, d.delta_p.p99].map(|p| 100.0 * p);
+            format!("{low:.3} %, {median:.3} %, {high:.3} %")
+        }),
+        ("same top 1", format!("{:.3} %", 100.0 * d.same_top_1)),
+        ("top 5 in common", format!("{:.3} %", 100.0 * d.top_5_agreement)),
+    ]
 }

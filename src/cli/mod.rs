@@ -1,8 +1,10 @@
 //! The command line: the only room that prints. stdout is data, stderr is progress and errors.
 
+mod calibrate;
 mod compress;
 mod eval;
 mod inspect;
+mod sweep;
 mod terminal;
 
 use std::io::Write;
@@ -39,6 +41,8 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Compress(compress::CompressArgs),
+    Calibrate(calibrate::CalibrateArgs),
+    Sweep(sweep::SweepArgs),
     Eval(eval::EvalArgs),
     Inspect(inspect::InspectArgs),
 }
@@ -56,9 +60,14 @@ struct ModelArgs {
 
 impl ModelArgs {
     fn open(&self, progress: &dyn Progress) -> Result<Checkpoint> {
-        let folder = hub::resolve(&self.model, &self.revision, progress)?;
-        Ok(Checkpoint::open(&folder)?)
+        open(&self.model, &self.revision, progress)
     }
+}
+
+/// Opens a folder, a file or a hub id.
+fn open(model: &str, revision: &str, progress: &dyn Progress) -> Result<Checkpoint> {
+    let folder = hub::resolve(model, revision, progress)?;
+    Ok(Checkpoint::open(&folder)?)
 }
 
 /// How much memory may grow with the text.
@@ -78,6 +87,8 @@ pub fn run(cli: &Cli) -> Result<()> {
     let progress = terminal::Bars::new(cli.quiet);
     match &cli.command {
         Command::Compress(args) => compress::run(args, cli.quiet, &progress),
+        Command::Calibrate(args) => calibrate::run(args, cli.quiet, &progress),
+        Command::Sweep(args) => sweep::run(args, &progress),
         Command::Eval(args) => eval::run(args, &progress),
         Command::Inspect(args) => inspect::run(args, &progress),
     }

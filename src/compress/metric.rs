@@ -1,7 +1,8 @@
-//! The metric in which the error of an approximation is measured, on the input side.
+//! The metric in which the error of an approximation is measured: one symmetric form on each side of the weight.
 //!
-//! With inputs `x` of mean second moment `C = Σ x xᵀ / n_tokens`, the mean squared error of a linear's output is
-//! `tr((W − B·A) C (W − B·A)ᵀ)`. Plain SVD is `C = I`.
+//! With inputs `x` of mean second moment `C = Σ x xᵀ / n_tokens` and loss gradients `g` at the output of mean second
+//! moment `G = Σ g gᵀ / n_tokens`, the error `E` of a weight is measured as `tr(Gᵀ E C Eᵀ)`: the mean squared change of the
+//! output for `G = I`, the generalised Fisher estimate of the change of the loss for both. Plain SVD is `G = C = I`.
 
 use std::sync::OnceLock;
 
@@ -9,12 +10,14 @@ use faer::{Mat, MatRef};
 
 use crate::linalg::{self, LinalgError};
 
-/// A symmetric positive semidefinite form on the input space (n).
+/// A symmetric positive semidefinite form `M` on one side of a weight.
 #[derive(Debug)]
 pub enum Metric {
-    /// `C = I`: the Frobenius norm.
+    /// `M = I`.
     Identity,
-    /// `C` as given.
+    /// `M = diag(d)`, `d` > 0.
+    Diagonal(Vec<f64>),
+    /// `M` as given.
     Full(FullMetric),
 }
 
@@ -22,7 +25,21 @@ pub enum Metric {
 #[derive(Debug)]
 pub struct FullMetric {
     gram: Mat<f64>,
-    root: OnceLock<Result<Mat<f64>, LinalgError>>,
+    root: OnceLock<Result<Root, LinalgError>>,
+}
+
+/// `M = H Hᵀ` with `H = Q √Λ`.
+#[derive(Debug)]
+struct Root {
+    root: Mat<f64>,
+    eigenvalues: Vec<f64>,
+}
+
+/// The metric of a weight (m, n): `output` is (m, m), `input` (n, n).
+#[derive(Debug, Clone, Copy)]
+pub struct MetricPair<'a> {
+    pub output: &'a Metric,
+    pub input: &'a Metric,
 }
 
 /// Eigenvalues under this share of the largest are raised to it, so that directions which calibration never
@@ -35,53 +52,128 @@ impl Metric {
         Self::Full(FullMetric { gram, root: OnceLock::new() })
     }
 
-    /// `T C`, (m, n).
-    pub(super) fn apply(&self, target: MatRef<'_, f64>) -> Mat<f64> {
+    /// From the diagonal of a form; entries under 1e-12 of the largest are raised to it.
+    pub fn diagonal(mut values: Vec<f64>) -> Self {
+        let max = values.iter().copied().fold(0.0, f64::max);
+        if max == 0.0 {
+            return Self::Identity;
+        }
+        values.iter_mut().for_each(|v| *v = v.max(max * ROOT_FLOOR));
+        Self::Diagonal(values)
+    }
+
+    /// From a Gram (n, n), its eigenvalues drawn towards their mean: `(1 − damping) M + damping · mean(diag M) · I`.
+    pub fn damped(mut gram: Mat<f64>, damping: f64) -> Self {
+        let n = gram.nrows();
+        let mean = (0..n).map(|i| gram[(i, i)]).sum::<f64>() / n.max(1) as f64;
+        gram *= faer::Scale(1.0 - damping);
+        for i in 0..n {
+            gram[(i, i)] += damping * mean;
+        }
+        Self::full(gram)
+    }
+
+    /// `X M`, of `x` (rows, n).
+    pub(super) fn times(&self, x: MatRef<'_, f64>) -> Mat<f64> {
         match self {
-            Self::Identity => target.to_owned(),
-            Self::Full(full) => linalg::product(target, full.gram.as_ref()),
+            Self::Identity => x.to_owned(),
+            Self::Diagonal(d) => scale_columns(x, |j| d[j]),
+            Self::Full(full) => linalg::product(x, full.gram.as_ref()),
         }
     }
 
-    /// `T C Tᵀ`, (m, m): the second moment of the outputs.
-    pub(super) fn output_gram(&self, target: MatRef<'_, f64>) -> Mat<f64> {
-        match self {
-            Self::Identity => linalg::product_symmetric(target, target.transpose()),
-            Self::Full(_) => linalg::product_symmetric(self.apply(target).as_ref(), target.transpose()),
-        }
+    /// `X H`, where `M = H Hᵀ`.
+    pub(super) fn times_root(&self, x: MatRef<'_, f64>) -> Result<Mat<f64>, LinalgError> {
+        Ok(match self {
+            Self::Identity => x.to_owned(),
+            Self::Diagonal(d) => scale_columns(x, |j| d[j].sqrt()),
+            Self::Full(full) => linalg::product(x, full.root()?.root.as_ref()),
+        })
     }
 
-    /// `T H` (m, n), where `C = H Hᵀ`.
-    pub(super) fn whiten(&self, target: MatRef<'_, f64>) -> Result<Mat<f64>, LinalgError> {
-        match self {
-            Self::Identity => Ok(target.to_owned()),
-            Self::Full(full) => Ok(linalg::product(target, full.root()?)),
-        }
+    /// `H V`, of `v` (n, r).
+    pub(super) fn root_times(&self, v: MatRef<'_, f64>) -> Result<Mat<f64>, LinalgError> {
+        Ok(match self {
+            Self::Identity => v.to_owned(),
+            Self::Diagonal(d) => scale_rows(v, |i| d[i].sqrt()),
+            Self::Full(full) => linalg::product(full.root()?.root.as_ref(), v),
+        })
     }
 
-    /// `tr(E C Eᵀ)` of an error `E` (m, n): what [`super::low_rank::ErrorCurve`] foretells.
-    pub fn squared_norm(&self, error: MatRef<'_, f64>) -> f64 {
-        let weighted = self.apply(error);
-        error
-            .col_iter()
-            .zip(weighted.col_iter())
-            .map(|(e, w)| e.iter().zip(w.iter()).map(|(e, w)| e * w).sum::<f64>())
-            .sum()
+    /// `H⁻ᵀ V`, of `v` (n, r): the dual of [`Self::root_times`].
+    pub(super) fn dual_root_times(&self, v: MatRef<'_, f64>) -> Result<Mat<f64>, LinalgError> {
+        Ok(match self {
+            Self::Identity => v.to_owned(),
+            Self::Diagonal(d) => scale_rows(v, |i| 1.0 / d[i].sqrt()),
+            Self::Full(full) => {
+                let Root { root, eigenvalues } = full.root()?;
+                linalg::product(root.as_ref(), scale_rows(v, |i| 1.0 / eigenvalues[i]).as_ref())
+            }
+        })
+    }
+
+    /// `X M⁻¹`, of `x` (rows, n).
+    pub(super) fn times_inverse(&self, x: MatRef<'_, f64>) -> Result<Mat<f64>, LinalgError> {
+        Ok(match self {
+            Self::Identity => x.to_owned(),
+            Self::Diagonal(d) => scale_columns(x, |j| 1.0 / d[j]),
+            Self::Full(full) => {
+                let Root { root, eigenvalues } = full.root()?;
+                let rotated = scale_columns(linalg::product(x, root.as_ref()).as_ref(), |j| eigenvalues[j].powi(-2));
+                linalg::product(rotated.as_ref(), root.transpose())
+            }
+        })
+    }
+
+    /// The diagonal of the form, (n); ones for the identity.
+    pub fn to_diagonal(&self, n: usize) -> Vec<f64> {
+        match self {
+            Self::Identity => vec![1.0; n],
+            Self::Diagonal(d) => d.clone(),
+            Self::Full(full) => (0..n).map(|i| full.gram[(i, i)]).collect(),
+        }
     }
 }
 
+impl MetricPair<'_> {
+    /// Both sides plain.
+    pub const IDENTITY: MetricPair<'static> = MetricPair { output: &Metric::Identity, input: &Metric::Identity };
+
+    /// `tr(G E C Eᵀ)` of an error `E` (m, n): what [`super::low_rank::ErrorCurve`] foretells.
+    pub fn squared_norm(&self, error: MatRef<'_, f64>) -> f64 {
+        let right = self.input.times(error); // E C
+        let left = self.output.times(error.transpose()); // (G E)ᵀ
+        let columns = right.col_iter().zip(left.row_iter());
+        columns.map(|(r, l)| r.iter().zip(l.iter()).map(|(r, l)| r * l).sum::<f64>()).sum()
+    }
+}
+
+fn scale_columns(x: MatRef<'_, f64>, scale: impl Fn(usize) -> f64) -> Mat<f64> {
+    let mut x = x.to_owned();
+    for (j, column) in x.col_iter_mut().enumerate() {
+        let scale = scale(j);
+        column.iter_mut().for_each(|v| *v *= scale);
+    }
+    x
+}
+
+fn scale_rows(x: MatRef<'_, f64>, scale: impl Fn(usize) -> f64) -> Mat<f64> {
+    let mut x = x.to_owned();
+    let scales: Vec<f64> = (0..x.nrows()).map(scale).collect();
+    for column in x.col_iter_mut() {
+        column.iter_mut().zip(&scales).for_each(|(v, s)| *v *= s);
+    }
+    x
+}
+
 impl FullMetric {
-    /// `H = Q √Λ` of `C = Q Λ Qᵀ`.
-    fn root(&self) -> Result<MatRef<'_, f64>, LinalgError> {
+    fn root(&self) -> Result<&Root, LinalgError> {
         let root = self.root.get_or_init(|| {
-            let linalg::Eigh { values, mut vectors } = linalg::eigh(self.gram.as_ref())?;
-            let floor = values.first().copied().unwrap_or(0.0).max(0.0) * ROOT_FLOOR;
-            for (column, value) in vectors.col_iter_mut().zip(&values) {
-                let scale = value.max(floor).sqrt();
-                column.iter_mut().for_each(|v| *v *= scale);
-            }
-            Ok(vectors)
+            let linalg::Eigh { values, vectors } = linalg::eigh(self.gram.as_ref())?;
+            let floor = values.first().copied().unwrap_or(0.0).max(f64::MIN_POSITIVE) * ROOT_FLOOR;
+            let eigenvalues: Vec<f64> = values.into_iter().map(|v| v.max(floor)).collect();
+            Ok(Root { root: scale_columns(vectors.as_ref(), |j| eigenvalues[j].sqrt()), eigenvalues })
         });
-        root.as_ref().map(Mat::as_ref).map_err(|e| *e)
+        root.as_ref().map_err(|e| *e)
     }
 }

@@ -1,65 +1,78 @@
 //! The output folder of a compression: weights streamed as they come, then side files, config and report.
 
 use std::collections::BTreeMap;
+use std::sync::Mutex;
 use std::time::Instant;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use rayon::prelude::*;
 
 use super::allocate::Choice;
-use super::low_rank::LowRank;
+use super::pivot;
 use super::plan::{Origin, OutputTensor, Plan};
 use super::recipe::Recipe;
+use super::study::Study;
 use crate::checkpoint::{
     CONFIG_FILE, Checkpoint, Fingerprint, OutputFolder, SafetensorsWriter, TensorSpec, io, sha256_file,
 };
-use crate::formats::{FactorPair, Layout};
+use crate::formats::{Entry, Exporter};
+use crate::progress::Progress;
 use crate::report::{CompressReport, REPORT_FILE, card, peak_memory_bytes};
 
 const RECIPE_FILE: &str = "lrc-recipe.toml";
 const CARD_FILE: &str = "README.md";
 
 pub(super) struct Output<'a> {
-    folder: OutputFolder,
     checkpoint: &'a Checkpoint,
-    layout: &'static dyn Layout,
+    exporter: &'static dyn Exporter,
     writer: SafetensorsWriter,
     tensors: Vec<OutputTensor>,
+    modules: BTreeMap<String, Entry>,
 }
 
 impl<'a> Output<'a> {
     /// # Errors
     /// The disk is too small or refuses.
     pub fn create(
-        folder: OutputFolder,
+        folder: &OutputFolder,
         checkpoint: &'a Checkpoint,
         recipe: &Recipe,
         plan: &Plan,
         choices: &[Choice],
     ) -> Result<Self> {
-        let layout = recipe.format.layout();
-        let tensors = plan.outputs(checkpoint, layout, choices);
+        let tensors = plan.outputs(checkpoint, recipe, choices);
         let specs: Vec<TensorSpec> = tensors.iter().map(|t| t.spec.clone()).collect();
         folder.require_space(specs.iter().map(TensorSpec::n_bytes).sum())?;
         let writer = SafetensorsWriter::create(folder.path(), &specs, recipe.max_shard_bytes)?;
-        Ok(Self { folder, checkpoint, layout, writer, tensors })
+        let entry = |(i, choice): (usize, &Choice)| {
+            let entry = Entry { rank: choice.rank()?, layout: recipe.layout };
+            Some((plan.linears[i].module.clone(), entry))
+        };
+        let modules = choices.iter().enumerate().filter_map(entry).collect();
+        Ok(Self { checkpoint, exporter: recipe.format.exporter(), writer, tensors, modules })
     }
 
-    /// Every tensor of the output.
-    pub fn specs(&self) -> Vec<TensorSpec> {
-        self.tensors.iter().map(|t| t.spec.clone()).collect()
-    }
-
-    /// Writes the factors of one linear.
+    /// Lays out and writes every linear of low rank, many at once.
     ///
     /// # Errors
-    /// A value does not fit the dtype, or the disk refuses.
-    pub fn put(&mut self, plan: &Plan, linear_idx: usize, low_rank: &LowRank) -> Result<()> {
-        let factors = FactorPair { rank: low_rank.rank, b: &low_rank.b, a: &low_rank.a };
-        for tensor in self.layout.tensors(&plan.linears[linear_idx], &factors)? {
-            self.writer.write(&tensor.name, &tensor.bytes)?;
-        }
-        Ok(())
+    /// A value does not fit the dtype, or a disk refuses.
+    pub fn put_all(&mut self, study: &Study<'_>, choices: &[Choice], progress: &dyn Progress) -> Result<()> {
+        let ranks: Vec<(usize, usize)> =
+            choices.iter().enumerate().filter_map(|(i, choice)| Some((i, choice.rank()?))).collect();
+        let stage = progress.stage("write", ranks.len() as u64, "matrices");
+        let (exporter, writer) = (self.exporter, Mutex::new(&mut self.writer));
+        ranks.par_iter().try_for_each(|&(i, rank)| -> Result<()> {
+            let linear = &study.plan.linears[i];
+            stage.note(&linear.module);
+            let parts = pivot::lay_out(study.recipe.layout, study.bases.pair(i, rank)?, linear.shape());
+            let tensors = exporter.tensors(linear, &parts).with_context(|| format!("write `{}`", linear.module))?;
+            let mut writer = writer.lock().expect("invariant: no holder of the writer panics");
+            for tensor in tensors {
+                writer.write(&tensor.name, &tensor.bytes)?;
+            }
+            stage.advance(1);
+            Ok(())
+        })
     }
 
     /// Copies everything that was not compressed, writes the side files and the report, and renames the folder.
@@ -68,8 +81,8 @@ impl<'a> Output<'a> {
     /// The disk refuses.
     pub fn finish(
         mut self,
+        folder: OutputFolder,
         recipe: &Recipe,
-        ranks: &BTreeMap<String, usize>,
         report: &mut CompressReport,
         started: Instant,
     ) -> Result<()> {
@@ -82,29 +95,29 @@ impl<'a> Output<'a> {
         let own = [CARD_FILE, REPORT_FILE, RECIPE_FILE];
         for file in self.checkpoint.side_files()? {
             if !own.iter().any(|name| file.ends_with(name)) {
-                self.folder.copy(&file)?;
+                folder.copy(&file)?;
             }
         }
         let empty = serde_json::Map::new();
         let source_config = self.checkpoint.config().unwrap_or(&empty);
-        if !ranks.is_empty() {
-            for (name, content) in self.layout.side_files(source_config) {
-                self.folder.write(name, content.as_bytes())?;
+        if !self.modules.is_empty() {
+            for (name, content) in self.exporter.side_files(source_config) {
+                folder.write(name, content.as_bytes())?;
             }
         }
         let recipe = toml::to_string(&recipe.to_options())?;
-        self.folder
+        folder
             .write(RECIPE_FILE, format!("# lrc compress MODEL -o OUT --recipe {RECIPE_FILE}\n{recipe}").as_bytes())?;
-        self.folder.write(CARD_FILE, card::render(report).as_bytes())?;
+        folder.write(CARD_FILE, card::render(report).as_bytes())?;
         if self.checkpoint.config().is_some() {
-            let config = serde_json::to_string_pretty(&self.layout.config(source_config, ranks))?;
-            self.folder.write(CONFIG_FILE, (config + "\n").as_bytes())?;
+            let config = serde_json::to_string_pretty(&self.exporter.config(source_config, &self.modules))?;
+            folder.write(CONFIG_FILE, (config + "\n").as_bytes())?;
         }
-        report.output_files = hashes(&self.folder)?;
+        report.output_files = hashes(&folder)?;
         report.elapsed_seconds = started.elapsed().as_secs_f64();
         report.peak_memory_bytes = peak_memory_bytes();
-        self.folder.write(REPORT_FILE, (serde_json::to_string_pretty(report)? + "\n").as_bytes())?;
-        Ok(self.folder.finish()?)
+        folder.write(REPORT_FILE, (serde_json::to_string_pretty(report)? + "\n").as_bytes())?;
+        Ok(folder.finish()?)
     }
 }
 

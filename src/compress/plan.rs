@@ -2,17 +2,17 @@
 
 use anyhow::Result;
 
-use super::allocate::{Choice, Shape};
+use super::allocate::Choice;
 use super::recipe::Recipe;
 use crate::checkpoint::{Checkpoint, TensorSpec};
 use crate::error::Failure;
-use crate::formats::Layout;
-use crate::model::inventory::{self, LinearInfo, Stored};
+use crate::formats::Entry;
+use crate::model::ModelConfig;
+use crate::model::inventory::{self, LinearInfo};
 
 /// The linears that a recipe compresses, in the order of the checkpoint's blocks.
 pub struct Plan {
     pub linears: Vec<LinearInfo>,
-    pub shapes: Vec<Shape>,
 }
 
 /// A tensor of the output and where it comes from.
@@ -24,8 +24,8 @@ pub(super) struct OutputTensor {
 pub(super) enum Origin {
     /// The bytes of this tensor of the source.
     Source(String),
-    /// The factors of a linear.
-    Factors,
+    /// The low-rank parts of a linear.
+    Parts,
 }
 
 impl Plan {
@@ -55,9 +55,9 @@ impl Plan {
                 .hint("linears are 16- or 32-bit float matrices named `*.weight`; `lrc inspect MODEL` lists them")
                 .into());
         }
-        if let Some(linear) = linears.iter().find(|l| matches!(l.stored, Stored::Factors { .. })) {
-            return Err(Failure::unsupported(format!("`{}` is factored already", linear.module))
-                .hint("compress the original checkpoint, or exclude this module")
+        if let Some(linear) = linears.iter().find(|l| l.is_low_rank()) {
+            return Err(Failure::unsupported(format!("`{}` is of low rank already", linear.module))
+                .hint("compress the original checkpoint, or shorten this one with `lrc truncate`")
                 .into());
         }
         let is_tied = checkpoint.config().and_then(|c| c.get("tie_word_embeddings")).is_some_and(|v| v == true);
@@ -71,17 +71,12 @@ impl Plan {
         }
         // Blocks in order, whatever the order of the files; stable within a block.
         linears.sort_by_key(|l| l.block);
-        let shapes = linears.iter().map(|l| (l.out_features, l.in_features)).collect();
-        Ok(Self { linears, shapes })
+        Ok(Self { linears })
     }
 
     /// Every tensor of the output, in the order of the source. Nothing is dropped: what no factored linear owns is passed through.
-    pub(super) fn outputs(
-        &self,
-        checkpoint: &Checkpoint,
-        layout: &dyn Layout,
-        choices: &[Choice],
-    ) -> Vec<OutputTensor> {
+    pub(super) fn outputs(&self, checkpoint: &Checkpoint, recipe: &Recipe, choices: &[Choice]) -> Vec<OutputTensor> {
+        let (exporter, layout) = (recipe.format.exporter(), recipe.layout);
         let factored = |i: usize| matches!(choices[i], Choice::Rank(_));
         let by_name = |suffix: &str| -> std::collections::BTreeMap<String, usize> {
             (0..self.linears.len())
@@ -96,26 +91,57 @@ impl Plan {
                 let Choice::Rank(rank) = choices[i] else {
                     unreachable!("invariant: only factored linears are listed")
                 };
-                let specs = layout.specs(&self.linears[i], rank);
-                outputs.extend(specs.into_iter().map(|spec| OutputTensor { spec, origin: Origin::Factors }));
+                let specs = exporter.specs(&self.linears[i], Entry { rank, layout });
+                outputs.extend(specs.into_iter().map(|spec| OutputTensor { spec, origin: Origin::Parts }));
                 continue;
             }
-            let name = biases.get(&info.name).map_or(info.name.clone(), |&i| layout.bias_name(&self.linears[i]));
+            let name =
+                biases.get(&info.name).map_or(info.name.clone(), |&i| exporter.bias_name(&self.linears[i], layout));
             let spec = TensorSpec { name, dtype: info.dtype, shape: info.shape.clone() };
             outputs.push(OutputTensor { spec, origin: Origin::Source(info.name.clone()) });
         }
         outputs
     }
 
-    /// Working memory of the largest decompositions, one a thread: weight in f32 and f64, its image in the metric, Gram,
-    /// eigenvectors with their workspace, and the factors.
-    pub fn decomposition_bytes(&self, n_threads: usize) -> u64 {
-        let bytes = |&(m, n): &Shape| {
-            let (small, weight) = (m.min(n) as u64, (m * n) as u64);
-            4 * weight + 8 * (2 * weight + 4 * small * small) + 8 * small * (m + n) as u64
+    /// Bytes that every output has at least: what is not targeted.
+    pub fn least_output_bytes(&self, checkpoint: &Checkpoint) -> u64 {
+        let targeted = self.linears.iter().filter_map(|l| checkpoint.info(&l.weight_name())).map(|t| t.n_bytes());
+        checkpoint.n_bytes() - targeted.sum::<u64>()
+    }
+
+    /// Peak memory of a run: the largest decompositions, one a thread, each with weight, image, Gram, eigenvectors with their
+    /// workspace, the output metric and the factors; the input metrics of a block; one block that is run, with its sums; and
+    /// what grows with the text or is kept, up to `memory_bytes`.
+    pub fn expected_memory(
+        &self,
+        checkpoint: &Checkpoint,
+        recipe: &Recipe,
+        memory_bytes: u64,
+        n_threads: usize,
+    ) -> u64 {
+        let needs = recipe.method.needs();
+        let square = |n: usize| 8 * (n * n) as u64;
+        let decomposition = |linear: &LinearInfo| {
+            let (m, n) = linear.shape();
+            let (small, weight) = (m.min(n), (m * n) as u64);
+            let output = if needs.output_gram { 3 * square(m) } else { 0 };
+            4 * weight + 16 * weight + 4 * square(small) + 8 * (small * (m + n)) as u64 + output
         };
-        let mut sizes: Vec<u64> = self.shapes.iter().map(bytes).collect();
+        let mut sizes: Vec<u64> = self.linears.iter().map(decomposition).collect();
         sizes.sort_unstable_by(|x, y| y.cmp(x));
-        sizes.iter().take(n_threads).sum()
+        let decompositions: u64 = sizes.iter().take(n_threads).sum();
+        let kept = sizes.len() as u64 * 4 * 1024 + memory_bytes / 4;
+        let Some(Ok((config, architecture))) = recipe.calibration.is_some().then(|| ModelConfig::of(checkpoint)) else {
+            return decompositions + kept.min(memory_bytes);
+        };
+        let (queries, _) = config.attention_widths();
+        let block: u64 =
+            architecture.linears.iter().map(|(role, _)| role.shape(&config).0.iter().product::<usize>() as u64).sum();
+        let inputs = 2 * square(config.hidden_size) + square(queries) + square(config.intermediate_size);
+        let outputs: u64 = architecture.linears.iter().map(|(role, _)| square(role.shape(&config).0[0])).sum();
+        let sums = if needs.output_gram { inputs.max(outputs) } else { inputs };
+        let observing = 4 * block + sums + sums / 2;
+        let decomposing = decompositions + 2 * inputs;
+        observing.max(decomposing) + memory_bytes
     }
 }

@@ -9,9 +9,12 @@ use globset::{Glob, GlobSet, GlobSetBuilder};
 use serde::{Deserialize, Serialize, Serializer};
 
 use super::allocate::Ranks;
-use super::presets::Method;
+use super::presets::{Form, Method};
+use super::sensitivity::Sensitivity;
+use crate::calibrate::WindowSettings;
 use crate::error::Failure;
 use crate::formats::Format;
+use crate::model::Layout;
 
 /// What a user may say; everything is optional, and the defaults are in [`Recipe::new`].
 #[derive(Debug, Clone, Default, PartialEq, Args, Serialize, Deserialize)]
@@ -22,15 +25,47 @@ pub struct RecipeOptions {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub keep: Option<f64>,
 
-    /// How a weight is approximated [default: svd-llm with `--calibration`, else svd]
+    /// Bytes of the weight files to reach, instead of a share; met from below (`350MiB`)
+    #[arg(long, value_name = "SIZE", conflicts_with = "keep")]
+    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "bytes_exactly")]
+    pub target_size: Option<ByteSize>,
+
+    /// How a weight is approximated [default: kfac with `--calibration` or `--statistics`, else svd]
     #[arg(long, value_enum)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub method: Option<Method>,
 
-    /// How ranks are chosen: uniform, welore, full or fixed:RANK [default: uniform]
+    /// How ranks are chosen: uniform, welore, energy, energy:SHARE, effective-rank, knapsack, full or fixed:RANK
+    /// [default: knapsack for kfac, else welore]
     #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ranks: Option<Ranks>,
+
+    /// How a matrix of low rank is stored [default: pivot]
+    #[arg(long, value_enum)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub layout: Option<Layout>,
+
+    /// What the knapsack takes a unit of error of a matrix to cost the model
+    /// [default: second-order for kfac, measured with `--calibration`, else energy]
+    #[arg(long, value_enum)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sensitivity: Option<Sensitivity>,
+
+    /// Weight errors of early blocks by 1 + GAMMA Σ 1/(k + 1) over the blocks from theirs on [default: 0]
+    #[arg(long, value_name = "GAMMA")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub depth_weight: Option<f64>,
+
+    /// Share of the uniform rank that every matrix of low rank keeps [default: 0]
+    #[arg(long, value_name = "SHARE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rank_floor: Option<f64>,
+
+    /// Ranks are multiples of this; 8 or 16 may run faster [default: 1]
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rank_multiple: Option<usize>,
 
     /// Modules to compress, as globs on their names (`*.mlp.*`) [default: every linear but heads and routers]
     #[arg(long, value_name = "GLOB", num_args = 1)]
@@ -47,10 +82,40 @@ pub struct RecipeOptions {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub format: Option<Format>,
 
-    /// Text whose activations make the metric (UTF-8)
+    /// Text whose activations and gradients make the metric (UTF-8)
     #[arg(long, value_name = "FILE")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub calibration: Option<PathBuf>,
+
+    /// Statistics of `lrc calibrate`, instead of measuring them
+    #[arg(long, value_name = "FILE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub statistics: Option<PathBuf>,
+
+    /// Share of its mean eigenvalue that an input Gram is damped with [default: 0.01 for kfac, else 0]
+    #[arg(long, value_name = "SHARE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub damping_input: Option<f64>,
+
+    /// The same for the Gram of output gradients [default: 0.01]
+    #[arg(long, value_name = "SHARE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub damping_output: Option<f64>,
+
+    /// Clip gradients of tokens to 0.1 to 10 times their mean norm
+    #[arg(long, num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub clip_gradients: Option<bool>,
+
+    /// Compress block after block, each on the inputs that the compressed ones before it give
+    #[arg(long, num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sequential: Option<bool>,
+
+    /// How far targets of `--sequential` move towards the outputs of the original, 0 to 1 [default: 0.5]
+    #[arg(long, value_name = "MU")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub anchor: Option<f64>,
 
     /// Calibration windows [default: 64]
     #[arg(long, value_name = "N")]
@@ -83,23 +148,34 @@ fn bytes_exactly<S: Serializer>(size: &Option<ByteSize>, serializer: S) -> Resul
 pub struct Recipe {
     pub method: Method,
     pub ranks: Ranks,
-    /// 1 where the ranks are fixed.
-    pub keep: f64,
+    pub layout: Layout,
+    pub budget: Budget,
+    pub sensitivity: Option<Sensitivity>,
+    pub depth_weight: f64,
+    pub rank_floor: f64,
+    pub rank_multiple: usize,
+    pub damping_input: f64,
+    pub damping_output: f64,
+    pub clip_gradients: bool,
+    /// μ, where blocks are compressed one after another.
+    pub anchor: Option<f64>,
     pub targets: Patterns,
     pub exclude: Patterns,
     pub format: Format,
-    pub calibration: Option<Calibration>,
+    pub calibration: Option<WindowSettings>,
+    pub statistics: Option<PathBuf>,
     pub max_shard_bytes: u64,
 }
 
-/// Which text is observed, and how much of it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Calibration {
-    pub text: PathBuf,
-    pub samples: usize,
-    /// By default 512, at most the model's context.
-    pub seq_len: Option<usize>,
-    pub seed: u64,
+/// What may be spent.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Budget {
+    /// A share of the parameters of the targeted linears.
+    Keep(f64),
+    /// Bytes of the weight files.
+    Bytes(u64),
+    /// Ranks are given.
+    None,
 }
 
 /// Globs on module names.
@@ -134,7 +210,7 @@ impl Patterns {
     }
 }
 
-const DEFAULT_SAMPLES: usize = 64;
+pub const DEFAULT_SAMPLES: usize = 64;
 const DEFAULT_SHARD_BYTES: u64 = 4_000_000_000;
 
 impl RecipeOptions {
@@ -156,19 +232,47 @@ impl RecipeOptions {
     #[must_use]
     pub fn or(self, other: Self) -> Self {
         let list = |a: Vec<String>, b: Vec<String>| if a.is_empty() { b } else { a };
+        // A budget is one thing, however it is said.
+        let has_budget = self.keep.is_some() || self.target_size.is_some();
         Self {
-            keep: self.keep.or(other.keep),
+            keep: if has_budget { self.keep } else { other.keep },
+            target_size: if has_budget { self.target_size } else { other.target_size },
             method: self.method.or(other.method),
             ranks: self.ranks.or(other.ranks),
+            layout: self.layout.or(other.layout),
+            sensitivity: self.sensitivity.or(other.sensitivity),
+            depth_weight: self.depth_weight.or(other.depth_weight),
+            rank_floor: self.rank_floor.or(other.rank_floor),
+            rank_multiple: self.rank_multiple.or(other.rank_multiple),
             targets: list(self.targets, other.targets),
             exclude: list(self.exclude, other.exclude),
             format: self.format.or(other.format),
             calibration: self.calibration.or(other.calibration),
+            statistics: self.statistics.or(other.statistics),
+            damping_input: self.damping_input.or(other.damping_input),
+            damping_output: self.damping_output.or(other.damping_output),
+            clip_gradients: self.clip_gradients.or(other.clip_gradients),
+            sequential: self.sequential.or(other.sequential),
+            anchor: self.anchor.or(other.anchor),
             samples: self.samples.or(other.samples),
             seq_len: self.seq_len.or(other.seq_len),
             seed: self.seed.or(other.seed),
             max_shard_size: self.max_shard_size.or(other.max_shard_size),
         }
+    }
+}
+
+fn usage(message: impl Into<String>, hint: &str) -> anyhow::Error {
+    Failure::usage(message).hint(hint).into()
+}
+
+/// `value`, checked to lie in [0, 1].
+fn share(flag: &str, value: Option<f64>, default: f64) -> Result<f64> {
+    match value {
+        Some(value) if !(0.0..=1.0).contains(&value) => {
+            Err(usage(format!("`{flag} {value}` is outside of [0, 1]"), "give a share"))
+        }
+        value => Ok(value.unwrap_or(default)),
     }
 }
 
@@ -178,55 +282,136 @@ impl Recipe {
     /// # Errors
     /// A value is out of range, or two options contradict each other.
     pub fn new(options: &RecipeOptions) -> Result<Self> {
-        let default_method = if options.calibration.is_some() { Method::SvdLlm } else { Method::Svd };
-        let method = options.method.unwrap_or(default_method);
-        let ranks = options.ranks.unwrap_or_default();
-        let keep = match options.keep {
-            Some(_) if !ranks.needs_keep() => {
-                let message = format!("`--keep` and `--ranks {ranks}` contradict each other");
-                return Err(Failure::usage(message)
-                    .hint("fixed ranks decide how much is kept; leave out one of the two")
-                    .into());
+        let has_data = options.calibration.is_some() || options.statistics.is_some();
+        let method = options.method.unwrap_or(if has_data { Method::Kfac } else { Method::Svd });
+        let ranks = options.ranks.unwrap_or(if method == Method::Kfac { Ranks::Knapsack } else { Ranks::Welore });
+        let is_sequential = options.sequential.unwrap_or(false);
+        if options.anchor.is_some() && !is_sequential {
+            return Err(usage("`--anchor` is nothing without `--sequential`", "add `--sequential`"));
+        }
+        let preset = method.preset();
+        for (flag, value, form) in [
+            ("--damping-input", options.damping_input, preset.input),
+            ("--damping-output", options.damping_output, preset.output),
+        ] {
+            if value.is_some() && form != Form::Gram {
+                let message = format!("`{flag}` is given, but this method has no Gram on that side");
+                return Err(usage(message, "svd-llm has one of inputs, kfac of both sides"));
             }
-            Some(keep) if !(keep > 0.0 && keep <= 1.0) => {
-                return Err(Failure::usage(format!("`--keep {keep}` is outside of (0, 1]"))
-                    .hint("`--keep 0.8` keeps 80 % of the parameters of the targeted linears")
-                    .into());
-            }
-            Some(keep) => keep,
-            None if ranks.needs_keep() => {
-                return Err(Failure::usage("`--keep` is missing")
-                    .hint("`--keep 0.8` keeps 80 % of the parameters of the targeted linears")
-                    .into());
-            }
-            None => 1.0,
-        };
-        Ok(Self {
+        }
+        let recipe = Self {
             method,
             ranks,
-            keep,
+            layout: options.layout.unwrap_or_default(),
+            budget: budget(options, ranks)?,
+            sensitivity: sensitivity(options, ranks, method)?,
+            depth_weight: options.depth_weight.unwrap_or(0.0),
+            rank_floor: share("--rank-floor", options.rank_floor, 0.0)?,
+            rank_multiple: options.rank_multiple.unwrap_or(1),
+            damping_input: share("--damping-input", options.damping_input, preset.damping)?,
+            damping_output: share("--damping-output", options.damping_output, preset.damping)?,
+            clip_gradients: options.clip_gradients.unwrap_or(false),
+            anchor: is_sequential.then(|| share("--anchor", options.anchor, 0.5)).transpose()?,
             targets: Patterns::new("`--targets`", &options.targets)?,
             exclude: Patterns::new("`--exclude`", &options.exclude)?,
             format: options.format.unwrap_or_default(),
-            calibration: calibration(options, method)?,
+            calibration: window_settings(options)?,
+            statistics: options.statistics.clone(),
             max_shard_bytes: match options.max_shard_size {
                 Some(size) if size.as_u64() == 0 => return Err(Failure::usage("`--max-shard-size` is 0").into()),
                 size => size.map_or(DEFAULT_SHARD_BYTES, |s| s.as_u64()),
             },
-        })
+        };
+        recipe.check()?;
+        Ok(recipe)
+    }
+
+    /// Whether a text is observed: for the metric, for measured sensitivities, or block after block.
+    fn uses_text(&self) -> bool {
+        self.measures_statistics() || self.sensitivity == Some(Sensitivity::Measured) || self.anchor.is_some()
+    }
+
+    /// Whether the metric's statistics are measured, and not read from a file.
+    pub fn measures_statistics(&self) -> bool {
+        self.method.needs_statistics() && self.statistics.is_none()
+    }
+
+    fn check(&self) -> Result<()> {
+        if self.rank_multiple == 0 {
+            return Err(Failure::usage("`--rank-multiple` must be at least 1").into());
+        }
+        if !(self.depth_weight >= 0.0 && self.depth_weight.is_finite()) {
+            return Err(
+                Failure::usage(format!("`--depth-weight {}` is not a number from 0 on", self.depth_weight)).into()
+            );
+        }
+        if self.depth_weight > 0.0 && self.ranks != Ranks::Knapsack {
+            return Err(usage("`--depth-weight` is nothing without `--ranks knapsack`", "leave out one of the two"));
+        }
+        if !self.ranks.takes_budget() && (self.rank_floor > 0.0 || self.rank_multiple > 1) {
+            let message = format!("`--rank-floor` and `--rank-multiple` are nothing with `--ranks {}`", self.ranks);
+            return Err(usage(message, "leave out one of the two"));
+        }
+        if matches!(self.budget, Budget::Bytes(_)) && self.format != Format::Factored {
+            return Err(usage(
+                "`--target-size` needs `--format factored`",
+                "the dense format is as large as the source",
+            ));
+        }
+        if self.statistics.is_some() && !self.method.needs_statistics() {
+            return Err(usage(
+                "`--statistics` is given, but this method does not use it",
+                "did you mean `--method kfac`?",
+            ));
+        }
+        if self.clip_gradients && !(self.measures_statistics() && self.method.needs().output_gram) {
+            return Err(usage(
+                "`--clip-gradients` is given, but no Gram of gradients is measured",
+                "kfac measures one",
+            ));
+        }
+        match (&self.calibration, self.uses_text()) {
+            (None, true) if self.measures_statistics() => Err(usage(
+                "this method needs `--calibration FILE`",
+                "its metric is made of activations or gradients; `--method svd` needs no text",
+            )),
+            (None, true) => Err(usage(
+                "`--sensitivity measured` and `--sequential` need `--calibration FILE`",
+                "they send a text through the model, beside the statistics",
+            )),
+            (Some(_), false) => Err(usage(
+                "`--calibration` is given, but nothing uses it",
+                "did you mean `--method kfac`? With `--statistics` the text has been observed already",
+            )),
+            _ => Ok(()),
+        }
     }
 
     /// The recipe in full, defaults written out, as options that give it again.
     pub fn to_options(&self) -> RecipeOptions {
         let calibration = self.calibration.as_ref();
+        let preset = self.method.preset();
+        let damping = |form: Form, value: f64| (form == Form::Gram).then_some(value);
         RecipeOptions {
-            keep: self.ranks.needs_keep().then_some(self.keep),
+            keep: if let Budget::Keep(keep) = self.budget { Some(keep) } else { None },
+            target_size: if let Budget::Bytes(bytes) = self.budget { Some(ByteSize(bytes)) } else { None },
             method: Some(self.method),
             ranks: Some(self.ranks),
+            layout: Some(self.layout),
+            sensitivity: self.sensitivity,
+            depth_weight: (self.ranks == Ranks::Knapsack).then_some(self.depth_weight),
+            rank_floor: self.ranks.takes_budget().then_some(self.rank_floor),
+            rank_multiple: self.ranks.takes_budget().then_some(self.rank_multiple),
             targets: self.targets.texts.clone(),
             exclude: self.exclude.texts.clone(),
             format: Some(self.format),
             calibration: calibration.map(|c| c.text.clone()),
+            statistics: self.statistics.clone(),
+            damping_input: damping(preset.input, self.damping_input),
+            damping_output: damping(preset.output, self.damping_output),
+            clip_gradients: self.clip_gradients.then_some(true),
+            sequential: self.anchor.is_some().then_some(true),
+            anchor: self.anchor,
             samples: calibration.map(|c| c.samples),
             seq_len: calibration.and_then(|c| c.seq_len),
             seed: calibration.map(|c| c.seed),
@@ -235,13 +420,45 @@ impl Recipe {
     }
 }
 
-fn calibration(options: &RecipeOptions, method: Method) -> Result<Option<Calibration>> {
-    let Some(text) = options.calibration.clone() else {
-        if method.needs_calibration() {
-            return Err(Failure::usage("this method needs `--calibration FILE`")
-                .hint("its metric is made of activations; `--method svd` needs no text")
-                .into());
+fn budget(options: &RecipeOptions, ranks: Ranks) -> Result<Budget> {
+    const HINT: &str =
+        "`--keep 0.8` keeps 80 % of the parameters of the targeted linears, `--target-size 350MiB` meets a size";
+    match (options.keep, options.target_size) {
+        (Some(_), Some(_)) => {
+            Err(usage("`--keep` and `--target-size` contradict each other", "leave out one of the two"))
         }
+        (Some(_), _) | (_, Some(_)) if !ranks.takes_budget() => Err(usage(
+            format!("a budget (`--keep`, `--target-size`) and `--ranks {ranks}` contradict each other"),
+            "fixed ranks decide how much is kept; leave out one of the two",
+        )),
+        (Some(keep), None) if !(keep > 0.0 && keep <= 1.0) => {
+            Err(usage(format!("`--keep {keep}` is outside of (0, 1]"), HINT))
+        }
+        (Some(keep), None) => Ok(Budget::Keep(keep)),
+        (None, Some(size)) if size.as_u64() == 0 => Err(usage("`--target-size` is 0", HINT)),
+        (None, Some(size)) => Ok(Budget::Bytes(size.as_u64())),
+        (None, None) if ranks.is_budgeted() => Err(usage("`--keep` or `--target-size` is missing", HINT)),
+        (None, None) => Ok(Budget::None),
+    }
+}
+
+fn sensitivity(options: &RecipeOptions, ranks: Ranks, method: Method) -> Result<Option<Sensitivity>> {
+    if ranks == Ranks::Knapsack {
+        let default = match method {
+            Method::Kfac => Sensitivity::SecondOrder,
+            _ if options.calibration.is_some() => Sensitivity::Measured,
+            _ => Sensitivity::Energy,
+        };
+        return Ok(Some(options.sensitivity.unwrap_or(default)));
+    }
+    match options.sensitivity {
+        Some(_) => Err(usage("`--sensitivity` is nothing without `--ranks knapsack`", "leave out one of the two")),
+        None => Ok(None),
+    }
+}
+
+fn window_settings(options: &RecipeOptions) -> Result<Option<WindowSettings>> {
+    let Some(text) = options.calibration.clone() else {
         if options.samples.is_some() || options.seq_len.is_some() || options.seed.is_some() {
             return Err(Failure::usage(
                 "`--samples`, `--seq-len` and `--seed` are nothing without `--calibration FILE`",
@@ -250,21 +467,16 @@ fn calibration(options: &RecipeOptions, method: Method) -> Result<Option<Calibra
         }
         return Ok(None);
     };
-    if !method.needs_calibration() {
-        return Err(Failure::usage("`--calibration` is given, but this method does not use it")
-            .hint("did you mean `--method svd-llm`?")
-            .into());
-    }
-    let calibration = Calibration {
+    let settings = WindowSettings {
         text,
         samples: options.samples.unwrap_or(DEFAULT_SAMPLES),
         seq_len: options.seq_len,
         seed: options.seed.unwrap_or(0),
     };
-    if calibration.samples == 0 || calibration.seq_len == Some(0) {
+    if settings.samples == 0 || settings.seq_len == Some(0) {
         return Err(Failure::usage("`--samples` and `--seq-len` must be at least 1").into());
     }
-    Ok(Some(calibration))
+    Ok(Some(settings))
 }
 
 #[cfg(test)]
@@ -279,14 +491,36 @@ mod tests {
     #[test]
     fn contradictions_are_usage_errors() {
         let keep = |keep: f64| RecipeOptions { keep: Some(keep), ..Default::default() };
-        check(RecipeOptions::default(), "`--keep` is missing");
+        check(RecipeOptions::default(), "is missing");
         check(keep(0.0), "outside of (0, 1]");
         check(keep(f64::NAN), "outside of (0, 1]");
         check(RecipeOptions { ranks: Some(Ranks::Fixed(8)), ..keep(0.5) }, "contradict");
+        check(RecipeOptions { target_size: Some(ByteSize(9)), ..keep(0.5) }, "contradict");
+        check(
+            RecipeOptions { target_size: Some(ByteSize(9)), format: Some(Format::Dense), ..Default::default() },
+            "factored",
+        );
+        check(RecipeOptions { anchor: Some(0.5), ..keep(0.5) }, "nothing without `--sequential`");
+        check(RecipeOptions { sequential: Some(true), ..keep(0.5) }, "need `--calibration FILE`");
+        check(
+            RecipeOptions { sensitivity: Some(Sensitivity::Energy), ..keep(0.5) },
+            "nothing without `--ranks knapsack`",
+        );
+        check(RecipeOptions { depth_weight: Some(1.0), ..keep(0.5) }, "nothing without `--ranks knapsack`");
+        check(RecipeOptions { damping_input: Some(0.1), ..keep(0.5) }, "no Gram on that side");
+        check(RecipeOptions { clip_gradients: Some(true), ..keep(0.5) }, "no Gram of gradients");
+        check(RecipeOptions { rank_multiple: Some(0), ..keep(0.5) }, "at least 1");
+        check(RecipeOptions { rank_floor: Some(1.5), ..keep(0.5) }, "outside of [0, 1]");
+        let statistics = Some(PathBuf::from("s"));
+        check(
+            RecipeOptions { statistics: statistics.clone(), method: Some(Method::Svd), ..keep(0.5) },
+            "does not use it",
+        );
+        check(RecipeOptions { statistics, calibration: Some("t".into()), ..keep(0.5) }, "nothing uses it");
         check(RecipeOptions { method: Some(Method::SvdLlm), ..keep(0.5) }, "needs `--calibration FILE`");
         check(RecipeOptions { samples: Some(8), ..keep(0.5) }, "nothing without `--calibration FILE`");
         let text = Some(PathBuf::from("t"));
-        check(RecipeOptions { method: Some(Method::Svd), calibration: text.clone(), ..keep(0.5) }, "does not use it");
+        check(RecipeOptions { method: Some(Method::Svd), calibration: text.clone(), ..keep(0.5) }, "nothing uses it");
         check(RecipeOptions { samples: Some(0), calibration: text, ..keep(0.5) }, "at least 1");
         check(RecipeOptions { targets: vec!["[".into()], ..keep(0.5) }, "not a glob");
     }
@@ -296,22 +530,28 @@ mod tests {
         let file: RecipeOptions = toml::from_str("keep = 0.5\nranks = \"welore\"\nmax-shard-size = \"1 MiB\"").unwrap();
         let flags = RecipeOptions { keep: Some(0.9), ..Default::default() };
         let recipe = Recipe::new(&flags.or(file)).unwrap();
-        assert_eq!((recipe.keep, recipe.ranks, recipe.max_shard_bytes), (0.9, Ranks::Welore, 1 << 20));
+        let found = (recipe.budget, recipe.ranks, recipe.max_shard_bytes);
+        assert_eq!(found, (Budget::Keep(0.9), Ranks::Welore, 1 << 20));
         assert!(toml::from_str::<RecipeOptions>("kep = 0.5").is_err());
     }
 
     #[test]
     fn a_written_recipe_reads_back_the_same() {
-        let options = RecipeOptions {
-            keep: Some(0.7),
+        let plain = RecipeOptions { keep: Some(0.7), ..Default::default() };
+        let calibrated = RecipeOptions {
+            target_size: Some(ByteSize(1_000_001)),
             calibration: Some("text.txt".into()),
             targets: vec!["*.mlp.*".into()],
             max_shard_size: Some(ByteSize(123_456_789)),
+            sequential: Some(true),
             ..Default::default()
         };
-        let full = Recipe::new(&options).unwrap().to_options();
-        let again: RecipeOptions = toml::from_str(&toml::to_string(&full).unwrap()).unwrap();
-        assert_eq!(again, full);
-        assert_eq!(Recipe::new(&again).unwrap().to_options(), full);
+        let full = RecipeOptions { ranks: Some(Ranks::Fixed(7)), ..Default::default() };
+        for options in [plain, calibrated, full] {
+            let full = Recipe::new(&options).unwrap().to_options();
+            let again: RecipeOptions = toml::from_str(&toml::to_string(&full).unwrap()).unwrap();
+            assert_eq!(again, full);
+            assert_eq!(Recipe::new(&again).unwrap().to_options(), full);
+        }
     }
 }

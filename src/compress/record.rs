@@ -5,16 +5,19 @@ use serde_json::{Value, json};
 
 use super::Job;
 use super::allocate::Choice;
+use super::plan::Plan;
 use super::recipe::Recipe;
-use crate::checkpoint::{Checkpoint, Fingerprint, TensorSpec};
+use super::study::Study;
+use crate::checkpoint::{Checkpoint, Fingerprint, TensorSpec, writer_bytes};
 use crate::model::inventory::LinearInfo;
 use crate::report::{
     CalibrationRecord, Component, CompressReport, DryRunReport, LRC_VERSION, LinearRecord, SCHEMA_VERSION, Sizes,
+    Timings,
 };
 
 /// A linear before it is worked on: no error yet, no seconds.
-pub(super) fn linear(linear: &LinearInfo, choice: Choice) -> LinearRecord {
-    let shape = (linear.out_features, linear.in_features);
+pub(super) fn linear(recipe: &Recipe, linear: &LinearInfo, choice: Choice) -> LinearRecord {
+    let shape = linear.shape();
     LinearRecord {
         module: linear.module.clone(),
         block: linear.block,
@@ -23,21 +26,33 @@ pub(super) fn linear(linear: &LinearInfo, choice: Choice) -> LinearRecord {
         rank: choice.rank(),
         component: if choice == Choice::Dense { Component::NotLowRank } else { Component::LowRank },
         parameters_before: linear.n_parameters(),
-        parameters_after: choice.n_parameters(shape),
+        parameters_after: choice.n_parameters(recipe.layout, shape),
         relative_error: (choice == Choice::Dense).then_some(0.0),
+        sensitivity: None,
         seconds: 0.0,
     }
 }
 
-/// Sizes of a checkpoint whose `linears` are compressed by `choices` to `outputs`.
-pub(super) fn sizes(
-    checkpoint: &Checkpoint,
-    linears: &[LinearInfo],
-    choices: &[Choice],
-    outputs: &[TensorSpec],
-) -> Sizes {
+/// Every linear of a study, with its error.
+pub(super) fn linears(study: &Study<'_>, choices: &[Choice]) -> Vec<LinearRecord> {
+    let record = |i: usize| {
+        let mut record = linear(study.recipe, &study.plan.linears[i], choices[i]);
+        if let Some(basis) = study.bases.get(i) {
+            record.seconds = basis.seconds;
+            record.relative_error = Some(choices[i].rank().map_or(0.0, |rank| basis.curve.relative_error(rank)));
+        }
+        record.sensitivity = study.recipe.sensitivity.map(|_| study.sensitivities[i]);
+        record
+    };
+    (0..choices.len()).map(record).collect()
+}
+
+/// Sizes of a checkpoint whose linears are compressed by `choices`.
+pub(super) fn sizes(checkpoint: &Checkpoint, recipe: &Recipe, plan: &Plan, choices: &[Choice]) -> Sizes {
+    let outputs: Vec<TensorSpec> = plan.outputs(checkpoint, recipe, choices).into_iter().map(|t| t.spec).collect();
+    let linears = &plan.linears;
     let before: u64 = linears.iter().map(LinearInfo::n_parameters).sum();
-    let after: u64 = linears.iter().zip(choices).map(|(l, c)| c.n_parameters((l.out_features, l.in_features))).sum();
+    let after: u64 = linears.iter().zip(choices).map(|(l, c)| c.n_parameters(recipe.layout, l.shape())).sum();
     let stored_before: u64 = linears.iter().map(|l| l.n_parameters() * l.dtype.bitsize() as u64 / 8).sum();
     let bytes_before = checkpoint.n_bytes();
     let bytes_after: u64 = outputs.iter().map(TensorSpec::n_bytes).sum();
@@ -50,6 +65,7 @@ pub(super) fn sizes(
         parameters_after: outputs.iter().map(TensorSpec::n_elements).sum(),
         bytes_before,
         bytes_after,
+        file_bytes_after: writer_bytes(&outputs, recipe.max_shard_bytes),
         bits_per_weight_before: 8.0 * stored_before as f64 / before as f64,
         bits_per_weight_after: 8.0 * stored_after as f64 / before as f64,
     }
@@ -64,6 +80,7 @@ pub(super) fn report(
     linears: Vec<LinearRecord>,
     sizes: Sizes,
     calibration: Option<CalibrationRecord>,
+    timings: Timings,
 ) -> Result<CompressReport> {
     Ok(CompressReport {
         schema_version: SCHEMA_VERSION,
@@ -75,6 +92,7 @@ pub(super) fn report(
         sizes,
         linears,
         output_files: Fingerprint::new(),
+        timings,
         elapsed_seconds: 0.0,
         peak_memory_bytes: None,
     })
@@ -97,6 +115,6 @@ pub(super) fn dry_run(
     }
 }
 
-fn recipe(recipe: &Recipe) -> Value {
+pub(super) fn recipe(recipe: &Recipe) -> Value {
     json!(recipe.to_options())
 }

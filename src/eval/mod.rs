@@ -1,6 +1,7 @@
-//! Perplexity in named conventions.
+//! Perplexity in named conventions, and divergence from a reference.
 
 pub mod conventions;
+pub mod divergence;
 
 use std::ops::Range;
 use std::path::PathBuf;
@@ -15,7 +16,8 @@ use crate::model::{Decoder, Walk, WalkLimits};
 use crate::progress::Progress;
 use crate::report::{LRC_VERSION, PerplexityReport, SCHEMA_VERSION, peak_memory_bytes};
 use crate::text::{Bos, Text, Tokenizer, Tokens};
-use conventions::Convention;
+use conventions::{Convention, Rules};
+use divergence::Divergence;
 
 /// What is measured.
 #[derive(Debug, Clone)]
@@ -31,76 +33,153 @@ pub struct EvalSettings {
     pub memory_bytes: u64,
 }
 
-/// Measures perplexity; weights are read once, a block at a time.
+/// A text cut into windows, by the rules of a convention.
+pub struct Prepared {
+    pub windows: Vec<Vec<u32>>,
+    pub seq_len: usize,
+    pub text: Text,
+    rules: &'static dyn Rules,
+    tokens: Tokens,
+    bos_added: bool,
+    tokenizer_sha256: String,
+}
+
+impl Prepared {
+    /// # Errors
+    /// The text or the tokenizer is broken, or the text is too short.
+    pub fn new(checkpoint: &Checkpoint, settings: &EvalSettings) -> Result<Self> {
+        let tokenizer = Tokenizer::open(checkpoint.root())?;
+        let text = Text::read(&settings.text)?;
+        let tokens = tokenizer.encode(&text.content, settings.bos)?;
+        let rules = settings.convention.rules();
+        let seq_len = window_length(checkpoint, settings.seq_len, rules.default_seq_len());
+        if rules.scored(seq_len).is_empty() {
+            return Err(Failure::usage(format!("`--seq-len {seq_len}` leaves no token to score")).into());
+        }
+        let bos = tokenizer.bos().filter(|_| settings.bos == Bos::Auto);
+        let mut windows = rules.windows(&tokens, seq_len, bos);
+        windows.truncate(settings.max_windows.unwrap_or(usize::MAX));
+        if windows.is_empty() {
+            return Err(text.too_short(&tokens, seq_len).into());
+        }
+        let (bos_added, tokenizer_sha256) = (bos.is_some(), tokenizer.sha256);
+        Ok(Self { windows, seq_len, text, rules, tokens, bos_added, tokenizer_sha256 })
+    }
+
+    /// Positions of a window of `n_tokens` whose tokens are scored.
+    pub fn scored(&self, n_tokens: usize) -> Range<usize> {
+        self.rules.scored(n_tokens)
+    }
+
+    pub fn convention(&self) -> &'static str {
+        self.rules.name()
+    }
+}
+
+/// A model to compare with, and its name.
+pub struct Reference<'a> {
+    pub checkpoint: &'a Checkpoint,
+    pub name: &'a str,
+}
+
+/// Measures perplexity, and divergence where there is a reference; weights are read once, a block at a time, of both models
+/// together.
 ///
 /// # Errors
-/// The model cannot be run, the text is too short, or a logit is not finite.
+/// A model cannot be run, the text is too short, a logit is not finite, or the reference has another tokenizer.
 pub fn perplexity(
     checkpoint: &Checkpoint,
+    reference: Option<&Reference<'_>>,
     settings: &EvalSettings,
     progress: &dyn Progress,
 ) -> Result<PerplexityReport> {
     let started = Instant::now();
     let decoder = Decoder::open(checkpoint)?;
-    let tokenizer = Tokenizer::open(checkpoint.root())?;
-    let text = Text::read(&settings.text)?;
-    let tokens = tokenizer.encode(&text.content, settings.bos)?;
-
-    let rules = settings.convention.rules();
-    let seq_len = window_length(checkpoint, settings.seq_len, rules.default_seq_len());
-    let scored = |n_tokens: usize| rules.scored(n_tokens);
-    if scored(seq_len).is_empty() {
-        return Err(Failure::usage(format!("`--seq-len {seq_len}` leaves no token to score")).into());
+    let reference_decoder = reference.map(|r| Decoder::open(r.checkpoint)).transpose()?;
+    let prepared = Prepared::new(checkpoint, settings)?;
+    if let Some(reference) = reference {
+        expect_same_tokens(reference, &prepared)?;
     }
-    let bos = tokenizer.bos().filter(|_| settings.bos == Bos::Auto);
-    let mut windows = rules.windows(&tokens, seq_len, bos);
-    windows.truncate(settings.max_windows.unwrap_or(usize::MAX));
-    if windows.is_empty() {
-        return Err(text.too_short(&tokens, seq_len).into());
-    }
-    let n_tokens = windows.len() * seq_len;
-    let stage = progress.stage("evaluate", (n_tokens * (decoder.n_blocks() + 1)) as u64, "tokens");
-    let limits = WalkLimits::new(settings.memory_bytes, std::env::temp_dir());
-    let mut walk = Walk::start(&decoder, &windows, &limits)?;
-    for block_idx in 0..decoder.n_blocks() {
-        stage.note(&format!("block {block_idx}"));
-        let block = decoder.block(block_idx)?;
-        walk.advance(&decoder, &block, &mut |_, _| Ok(()), stage.as_ref())?;
+    let windows = &prepared.windows;
+    let n_tokens = windows.len() * prepared.seq_len;
+    let decoders: Vec<&Decoder<'_>> = std::iter::once(&decoder).chain(&reference_decoder).collect();
+    let n_steps: usize = decoders.iter().map(|d| d.n_blocks() + 1).sum();
+    let stage = progress.stage("evaluate", (n_tokens * n_steps) as u64, "tokens");
+    let limits = WalkLimits::new(settings.memory_bytes / decoders.len() as u64, std::env::temp_dir());
+    let mut walks = Vec::new();
+    for decoder in &decoders {
+        let mut walk = Walk::new(decoder, windows, &limits)?;
+        let mut hidden = walk.embed(decoder)?;
+        for block_idx in 0..decoder.n_blocks() {
+            stage.note(&format!("block {block_idx}"));
+            let block = decoder.block(block_idx)?;
+            walk.advance(&mut hidden, decoder, &block, &mut |_, _| Ok(()), stage.as_ref())?;
+        }
+        walks.push((walk, hidden));
     }
     stage.note("head");
-    let nlls: Vec<f64> = walk.finish(&decoder, &scored, stage.as_ref())?.concat();
+    let scored = |n_tokens: usize| prepared.scored(n_tokens);
+    let (mut walk, hidden) = walks.remove(0);
+    let nlls: Vec<f64> = walk.score(&hidden, &decoder, &scored, stage.as_ref())?.concat();
+    let divergence = match (reference, &reference_decoder, walks.pop()) {
+        (Some(reference), Some(reference_decoder), Some((mut reference_walk, reference_hidden))) => {
+            let (head, reference_head) = (decoder.head()?, reference_decoder.head()?);
+            let mut divergence = Divergence::default();
+            for (i, window) in windows.iter().enumerate() {
+                let range = scored(window.len());
+                let x = walk.window(&hidden, i)?.narrow(0, range.start - 1, range.len())?;
+                let reference_x =
+                    reference_walk.window(&reference_hidden, i)?.narrow(0, range.start - 1, range.len())?;
+                divergence.extend(divergence::compare(&reference_head, &reference_x, &head, &x, &window[range])?);
+                stage.advance(window.len() as u64);
+            }
+            Some(divergence.record(reference.name))
+        }
+        _ => None,
+    };
 
     let elapsed_seconds = started.elapsed().as_secs_f64();
     let mean = mean(&nlls);
     let ppl = mean.exp();
     let nll_sum: f64 = nlls.iter().sum();
+    let bytes = bytes_scored(&prepared.tokens, prepared.seq_len, windows.len(), scored(prepared.seq_len));
     Ok(PerplexityReport {
         schema_version: SCHEMA_VERSION,
         lrc_version: LRC_VERSION.into(),
         model: settings.model.clone(),
-        convention: rules.name().into(),
+        convention: prepared.convention().into(),
         ppl,
         ppl_standard_error: ppl * standard_error(&nlls, mean),
         nll_sum,
-        bits_per_byte: nll_sum
-            / std::f64::consts::LN_2
-            / bytes_scored(&tokens, seq_len, windows.len(), scored(seq_len)) as f64,
+        bits_per_byte: nll_sum / std::f64::consts::LN_2 / bytes as f64,
         scored_tokens: nlls.len() as u64,
         windows: windows.len(),
-        seq_len,
-        total_tokens: tokens.ids.len(),
+        seq_len: prepared.seq_len,
+        total_tokens: prepared.tokens.ids.len(),
         bos: if settings.bos == Bos::Auto { "auto" } else { "never" }.into(),
-        bos_added: bos.is_some(),
+        bos_added: prepared.bos_added,
         compute_dtype: "f32".into(),
         text: settings.text.display().to_string(),
-        text_sha256: text.sha256,
-        tokenizer_sha256: tokenizer.sha256,
+        text_sha256: prepared.text.sha256,
+        tokenizer_sha256: prepared.tokenizer_sha256,
         parameters: checkpoint.n_elements(),
         size_bytes: checkpoint.n_bytes(),
+        divergence,
         elapsed_seconds,
         tokens_per_second: n_tokens as f64 / elapsed_seconds,
         peak_memory_bytes: peak_memory_bytes(),
     })
+}
+
+/// Both models must read the text as the same tokens.
+fn expect_same_tokens(reference: &Reference<'_>, prepared: &Prepared) -> Result<()> {
+    let tokens = Tokenizer::open(reference.checkpoint.root())?.encode(&prepared.text.content, Bos::Never)?;
+    let own = &prepared.tokens.ids;
+    if own.ends_with(&tokens.ids) {
+        return Ok(());
+    }
+    let message = format!("`{}` cuts the text into other tokens than the model", reference.name);
+    Err(Failure::unsupported(message).hint("a reference must share its model's tokenizer").into())
 }
 
 fn mean(values: &[f64]) -> f64 {

@@ -1,15 +1,18 @@
-//! Factors as they are: a Hugging Face repository with its own small modelling file.
+//! Low-rank parts as they are: a Hugging Face repository with its own small modelling file.
 //!
-//! Module `X` becomes `X.lr_a.weight` (r, in) and `X.lr_b.weight` (out, r), its bias `X.lr_b.bias`. The `model_type` gets
+//! In the layout of factors, module `X` becomes `X.lr_a.weight` (r, in) and `X.lr_b.weight` (out, r), its bias `X.lr_b.bias`.
+//! In that of pivots it becomes `X.lr_p.weight` (r, in), `X.lr_t.weight` (out − r, r) and `X.lr_order` (out), an i32 for each
+//! output: its place among pivots, then others; its bias stays `X.bias`. The `model_type` gets
 //! the prefix `lrc_`: with the native one, a user who forgets `trust_remote_code` would get random weights and no error.
 
 use std::collections::BTreeMap;
 
 use serde_json::{Map, Value, json};
 
-use super::{CheckpointError, FactorPair, Layout, LinearInfo, NamedBytes, TensorSpec, encode};
+use super::{CheckpointError, Entry, Exporter, Layout, LinearInfo, NamedBytes, Parts, TensorSpec, encode};
+use crate::checkpoint::Dtype;
 use crate::model::config::MODEL_TYPE_PREFIX;
-use crate::model::linear::{LR_A, LR_B};
+use crate::model::linear::{LR_A, LR_B, LR_COEFFICIENTS, LR_ORDER, LR_PIVOT};
 
 pub(super) struct Factored;
 
@@ -44,26 +47,42 @@ impl Classes {
     }
 }
 
-impl Layout for Factored {
-    fn specs(&self, linear: &LinearInfo, rank: usize) -> Vec<TensorSpec> {
+impl Exporter for Factored {
+    fn specs(&self, linear: &LinearInfo, Entry { rank, layout }: Entry) -> Vec<TensorSpec> {
+        let (out, input) = linear.shape();
         let spec = |part, shape| TensorSpec { name: name(linear, part), dtype: linear.dtype, shape };
-        vec![spec(LR_A, vec![rank, linear.in_features]), spec(LR_B, vec![linear.out_features, rank])]
+        match layout {
+            Layout::Factors => vec![spec(LR_A, vec![rank, input]), spec(LR_B, vec![out, rank])],
+            Layout::Pivot => vec![
+                spec(LR_PIVOT, vec![rank, input]),
+                spec(LR_COEFFICIENTS, vec![out - rank, rank]),
+                TensorSpec { name: order_name(linear), dtype: Dtype::I32, shape: vec![out] },
+            ],
+        }
     }
 
-    fn tensors(&self, linear: &LinearInfo, factors: &FactorPair<'_>) -> Result<Vec<NamedBytes>, CheckpointError> {
-        Ok(vec![
-            encode(name(linear, LR_A), linear.dtype, factors.a)?,
-            encode(name(linear, LR_B), linear.dtype, factors.b)?,
-        ])
+    fn tensors(&self, linear: &LinearInfo, parts: &Parts) -> Result<Vec<NamedBytes>, CheckpointError> {
+        let float = |part, values: &[f32]| encode(name(linear, part), linear.dtype, values);
+        Ok(match parts {
+            Parts::Factors { b, a, .. } => vec![float(LR_A, a)?, float(LR_B, b)?],
+            Parts::Pivot { pivots, coefficients, order, .. } => {
+                let bytes = order.iter().flat_map(|place| place.to_le_bytes()).collect();
+                let order = NamedBytes { name: order_name(linear), bytes };
+                vec![float(LR_PIVOT, pivots)?, float(LR_COEFFICIENTS, coefficients)?, order]
+            }
+        })
     }
 
-    fn bias_name(&self, linear: &LinearInfo) -> String {
-        format!("{}.{LR_B}.bias", linear.module)
+    fn bias_name(&self, linear: &LinearInfo, layout: Layout) -> String {
+        match layout {
+            Layout::Factors => format!("{}.{LR_B}.bias", linear.module),
+            Layout::Pivot => format!("{}.bias", linear.module),
+        }
     }
 
-    fn config(&self, source: &Map<String, Value>, ranks: &BTreeMap<String, usize>) -> Map<String, Value> {
+    fn config(&self, source: &Map<String, Value>, modules: &BTreeMap<String, Entry>) -> Map<String, Value> {
         let mut config = source.clone();
-        if ranks.is_empty() {
+        if modules.is_empty() {
             return config;
         }
         let model_type = source.get("model_type").and_then(Value::as_str).unwrap_or("unknown");
@@ -82,7 +101,7 @@ impl Layout for Factored {
             config.insert("auto_map".into(), Value::Object(auto_map));
         }
         let modules: Map<String, Value> =
-            ranks.iter().map(|(module, rank)| (module.clone(), json!({ "rank": rank }))).collect();
+            modules.iter().map(|(module, e)| (module.clone(), json!({"rank": e.rank, "layout": e.layout}))).collect();
         config.insert("lrc".into(), json!({"version": VERSION, "modules": modules}));
         config
     }
@@ -98,6 +117,10 @@ fn name(linear: &LinearInfo, part: &str) -> String {
     format!("{}.{part}.weight", linear.module)
 }
 
+fn order_name(linear: &LinearInfo) -> String {
+    format!("{}.{LR_ORDER}", linear.module)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -108,12 +131,13 @@ mod tests {
 
     #[test]
     fn the_config_keeps_every_other_key_and_gets_the_safety_catch() {
-        let ranks = BTreeMap::from([("model.layers.0.mlp.up_proj".to_string(), 3)]);
-        let config = Factored.config(&source("LlamaForCausalLM"), &ranks);
+        let entry = Entry { rank: 3, layout: Layout::Pivot };
+        let modules = BTreeMap::from([("model.layers.0.mlp.up_proj".to_string(), entry)]);
+        let config = Factored.config(&source("LlamaForCausalLM"), &modules);
         assert_eq!(config["model_type"], "lrc_llama");
         assert_eq!(config["architectures"], json!(["LrcForCausalLM"]));
         assert_eq!(config["auto_map"]["AutoModelForCausalLM"], "modeling_lrc.LrcForCausalLM");
-        assert_eq!(config["lrc"]["modules"]["model.layers.0.mlp.up_proj"]["rank"], 3);
+        assert_eq!(config["lrc"]["modules"]["model.layers.0.mlp.up_proj"], json!({"rank": 3, "layout": "pivot"}));
         assert_eq!(config["keep"], json!({"b": 1, "a": 2}));
         // Nothing factored: the source's config loads as it is.
         assert_eq!(Factored.config(&source("LlamaForCausalLM"), &BTreeMap::new()), source("LlamaForCausalLM"));

@@ -1,4 +1,4 @@
-//! How a compressed model is laid down for a runtime. One format a file, one line in [`Format::layout`].
+//! How a compressed model is laid down for a runtime. One format a file, one line in [`Format::exporter`].
 
 mod dense;
 mod factored;
@@ -12,16 +12,18 @@ use serde_json::{Map, Value};
 
 use crate::checkpoint::cast;
 use crate::checkpoint::{CheckpointError, Dtype, TensorSpec};
+use crate::linalg;
+use crate::model::Layout;
 use crate::model::inventory::LinearInfo;
 
 /// The formats, as a user names them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Format {
-    /// Factors as they are; loads in transformers with `trust_remote_code`, and in lrc
+    /// Low-rank parts as they are; loads in transformers with `trust_remote_code`, and in lrc
     #[default]
     Factored,
-    /// Factors multiplied out: loads everywhere, and is no smaller
+    /// Multiplied out: loads everywhere, and is no smaller
     Dense,
 }
 
@@ -31,37 +33,72 @@ pub struct NamedBytes {
     pub bytes: Vec<u8>,
 }
 
-/// A pair of factors: `B` (out, rank), `A` (rank, in), row-major.
-pub struct FactorPair<'a> {
-    pub rank: usize,
-    pub b: &'a [f32],
-    pub a: &'a [f32],
+/// A matrix (m, n) of low rank in one of its layouts, row-major.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Parts {
+    /// `B` (m, rank) and `A` (rank, n).
+    Factors { rank: usize, b: Vec<f32>, a: Vec<f32> },
+    /// `pivots` (rank, n), `coefficients` (m − rank, rank) of the other rows in them, and `order` (m): where each row of the
+    /// matrix stands among pivots, then others.
+    Pivot { rank: usize, pivots: Vec<f32>, coefficients: Vec<f32>, order: Vec<i32> },
 }
 
-/// How a format stores one factored linear, and what it says in `config.json`.
-pub trait Layout: Sync {
+impl Parts {
+    pub fn rank(&self) -> usize {
+        let (Self::Factors { rank, .. } | Self::Pivot { rank, .. }) = self;
+        *rank
+    }
+
+    /// The matrix (m, n), row-major.
+    pub fn product(&self, m: usize, n: usize) -> Vec<f32> {
+        match self {
+            Self::Factors { rank, b, a } => linalg::product_row_major(b, a, m, *rank, n),
+            Self::Pivot { rank, pivots, coefficients, order } => {
+                let others = linalg::product_row_major(coefficients, pivots, m - rank, *rank, n);
+                let row = |&place: &i32| {
+                    let place = place as usize;
+                    match place.checked_sub(*rank) {
+                        None => &pivots[place * n..][..n],
+                        Some(other) => &others[other * n..][..n],
+                    }
+                };
+                order.iter().flat_map(row).copied().collect()
+            }
+        }
+    }
+}
+
+/// How a compressed linear is described in `config.json`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Entry {
+    pub rank: usize,
+    pub layout: Layout,
+}
+
+/// How a format stores one compressed linear, and what it says in `config.json`.
+pub trait Exporter: Sync {
     /// The tensors that take the place of the weight of `linear`.
-    fn specs(&self, linear: &LinearInfo, rank: usize) -> Vec<TensorSpec>;
+    fn specs(&self, linear: &LinearInfo, entry: Entry) -> Vec<TensorSpec>;
 
     /// Their bytes.
     ///
     /// # Errors
     /// A value does not fit the dtype.
-    fn tensors(&self, linear: &LinearInfo, factors: &FactorPair<'_>) -> Result<Vec<NamedBytes>, CheckpointError>;
+    fn tensors(&self, linear: &LinearInfo, parts: &Parts) -> Result<Vec<NamedBytes>, CheckpointError>;
 
-    /// Where the bias of a factored linear goes.
-    fn bias_name(&self, linear: &LinearInfo) -> String;
+    /// Where the bias of a compressed linear goes.
+    fn bias_name(&self, linear: &LinearInfo, layout: Layout) -> String;
 
-    /// `config.json` of the output; `ranks` by module.
-    fn config(&self, source: &Map<String, Value>, ranks: &BTreeMap<String, usize>) -> Map<String, Value>;
+    /// `config.json` of the output; what became of the linears by module.
+    fn config(&self, source: &Map<String, Value>, modules: &BTreeMap<String, Entry>) -> Map<String, Value>;
 
     /// Files that the runtime needs beside the weights: (name, content).
     fn side_files(&self, source: &Map<String, Value>) -> Vec<(&'static str, String)>;
 }
 
 impl Format {
-    /// The layout behind the name.
-    pub fn layout(self) -> &'static dyn Layout {
+    /// The exporter behind the name.
+    pub fn exporter(self) -> &'static dyn Exporter {
         match self {
             Self::Factored => &factored::Factored,
             Self::Dense => &dense::Dense,

@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 use crate::checkpoint::Checkpoint;
 use crate::compress::low_rank::error_curve;
-use crate::compress::metric::Metric;
+use crate::compress::metric::MetricPair;
 use crate::linalg;
 use crate::model::inventory::{self, LinearInfo, Stored};
 use crate::progress::Progress;
@@ -25,7 +25,7 @@ pub fn inspect(checkpoint: &Checkpoint, model: &str, progress: &dyn Progress) ->
         let values = inventory::weight(checkpoint, linear).with_context(|| format!("load `{}`", linear.module))?;
         let transposed = linalg::transposed_from_row_major(&values, linear.out_features, linear.in_features);
         drop(values);
-        let curve = error_curve(transposed.transpose(), &Metric::Identity)
+        let curve = error_curve(transposed.transpose(), MetricPair::IDENTITY)
             .with_context(|| format!("inspect `{}`", linear.module))?;
         stage.advance(1);
         Ok(spectrum::record(linear, &curve))
@@ -33,7 +33,7 @@ pub fn inspect(checkpoint: &Checkpoint, model: &str, progress: &dyn Progress) ->
     let records = linears.par_iter().map(record).collect::<Result<Vec<_>>>()?;
     let owned = |name: &str| {
         linears.iter().any(|l| match l.stored {
-            Stored::Factors { .. } => name.strip_prefix(&l.module).is_some_and(|rest| rest.starts_with(".lr_")),
+            Stored::LowRank { .. } => name.strip_prefix(&l.module).is_some_and(|rest| rest.starts_with(".lr_")),
             _ => l.weight_name() == name,
         })
     };

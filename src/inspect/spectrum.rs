@@ -22,7 +22,7 @@ pub(super) fn record(linear: &LinearInfo, curve: &ErrorCurve) -> SpectrumRecord 
         shape: [linear.out_features, linear.in_features],
         dtype: format!("{:?}", linear.dtype),
         stored_rank: match linear.stored {
-            Stored::Factors { rank } => Some(rank),
+            Stored::LowRank { rank, .. } => Some(rank),
             Stored::Dense | Stored::DenseTransposed => None,
         },
         rank: sigma.iter().filter(|&&s| s > tolerance).count(),

@@ -1,8 +1,7 @@
 //! Causal grouped-query attention with a rotary embedding.
 
 use anyhow::Result;
-use candle_core::{D, Device, Tensor};
-use candle_nn::ops::softmax;
+use candle_core::{CpuStorage, CustomOp3, Device, Layout, Shape, Tensor, bail};
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
 use pulp::Arch;
@@ -70,7 +69,9 @@ impl Attention {
         let k = kernels.rope(&k, &cos, &sin)?;
         let mixed = match kernels {
             Kernels::Fused => self.attend_fused(&q, &k, &v)?,
-            Kernels::Differentiable => self.attend_differentiable(&q, &k, &v)?,
+            Kernels::Differentiable => {
+                q.apply_op3(&k, &v, CausalAttention { n_heads: self.n_heads, head_dim: self.head_dim })?
+            }
         }; // (batch, heads, n_tokens, head_dim)
         Ok(mixed.transpose(1, 2)?.reshape((batch, n_tokens, self.n_heads * self.head_dim))?)
     }
@@ -80,35 +81,147 @@ impl Attention {
     fn attend_fused(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
         let (_, _, n_tokens, head_dim) = q.dims4()?;
         let values = |t: &Tensor| t.flatten_all()?.to_vec1::<f32>();
-        let (queries, keys, values) = (values(q)?, values(k)?, values(v)?);
-        let head_len = n_tokens * head_dim;
-        let heads_per_group = self.n_heads / self.n_kv_heads;
-        let arch = Arch::new();
-        let mut mixed = vec![0f32; queries.len()];
-        let buffer = || vec![0f32; QUERY_BLOCK.min(n_tokens) * n_tokens];
-        mixed.par_chunks_exact_mut(head_len).enumerate().for_each_init(buffer, |scores, (head_idx, mixed)| {
-            let group = head_idx / heads_per_group; // counts over batches too: heads and groups are nested in them
-            let q = &queries[head_idx * head_len..][..head_len];
-            let (k, v) = (&keys[group * head_len..][..head_len], &values[group * head_len..][..head_len]);
-            attend_one_head(arch, q, k, v, head_dim, scores, mixed);
-        });
+        let mixed = attend_all(&values(q)?, &values(k)?, &values(v)?, n_tokens, head_dim);
         Ok(Tensor::from_vec(mixed, q.shape(), &Device::Cpu)?)
     }
+}
 
-    /// The same in candle's operations, through which gradients flow.
-    fn attend_differentiable(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
-        let (batch, _, n_tokens, head_dim) = q.dims4()?;
-        let n_groups = batch * self.n_kv_heads;
-        let heads_per_group = self.n_heads / self.n_kv_heads;
-        // A group is one key-value head with the query heads that share it.
-        let q = q.reshape((n_groups, heads_per_group * n_tokens, head_dim))?;
-        let k = k.reshape((n_groups, n_tokens, head_dim))?;
-        let v = v.reshape((n_groups, n_tokens, head_dim))?;
-        let scores = q.matmul(&k.transpose(1, 2)?)?; // (n_groups, heads_per_group * n_tokens, n_tokens)
-        let scores = scores.reshape((n_groups * heads_per_group, n_tokens, n_tokens))?;
-        let weights = softmax(&scores.broadcast_add(&causal_mask(n_tokens)?)?, D::Minus1)?;
-        let mixed = weights.reshape((n_groups, heads_per_group * n_tokens, n_tokens))?.matmul(&v)?;
-        Ok(mixed.reshape((batch, self.n_heads, n_tokens, head_dim))?)
+/// Attention of all heads: `q` (batch, heads, n_tokens, head_dim), `k` and `v` (batch, kv_heads, n_tokens, head_dim), to the
+/// shape of `q`. Heads and groups are nested in batches alike, so that they are counted over batches.
+fn attend_all(q: &[f32], k: &[f32], v: &[f32], n_tokens: usize, head_dim: usize) -> Vec<f32> {
+    let head_len = n_tokens * head_dim;
+    let heads_per_group = q.len() / k.len().max(1);
+    let arch = Arch::new();
+    let mut mixed = vec![0f32; q.len()];
+    let buffer = || vec![0f32; QUERY_BLOCK.min(n_tokens) * n_tokens];
+    mixed.par_chunks_exact_mut(head_len).enumerate().for_each_init(buffer, |scores, (head_idx, mixed)| {
+        let group = head_idx / heads_per_group;
+        let (k, v) = (&k[group * head_len..][..head_len], &v[group * head_len..][..head_len]);
+        attend_one_head(arch, &q[head_idx * head_len..][..head_len], k, v, head_dim, scores, mixed);
+    });
+    mixed
+}
+
+/// Causal attention with a backward pass of its own: weights are computed again a block of queries at a time, as in
+/// FlashAttention (Dao et al. 2022), and no score matrix is kept.
+struct CausalAttention {
+    n_heads: usize,
+    head_dim: usize,
+}
+
+impl CustomOp3 for CausalAttention {
+    fn name(&self) -> &'static str {
+        "causal-attention"
+    }
+
+    fn cpu_fwd(
+        &self,
+        q: &CpuStorage,
+        q_layout: &Layout,
+        k: &CpuStorage,
+        k_layout: &Layout,
+        v: &CpuStorage,
+        v_layout: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        let (_, n_heads, n_tokens, head_dim) = q_layout.shape().dims4()?;
+        debug_assert_eq!((n_heads, head_dim), (self.n_heads, self.head_dim));
+        let (q, k, v) = (slice(q, q_layout)?, slice(k, k_layout)?, slice(v, v_layout)?);
+        Ok((CpuStorage::F32(attend_all(q, k, v, n_tokens, head_dim)), q_layout.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        mixed: &Tensor,
+        gradient: &Tensor,
+    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let n_tokens = q.dim(2)?;
+        let head_len = n_tokens * self.head_dim;
+        let heads_per_group = self.n_heads / k.dim(1)?;
+        let values = |t: &Tensor| t.flatten_all()?.to_vec1::<f32>();
+        let (q_values, k_values, v_values) = (values(q)?, values(k)?, values(v)?);
+        let (mixed, gradient) = (values(mixed)?, values(gradient)?);
+        let arch = Arch::new();
+        let (mut dq, mut dk, mut dv) =
+            (vec![0f32; q_values.len()], vec![0f32; k_values.len()], vec![0f32; v_values.len()]);
+        let groups = dq.par_chunks_exact_mut(heads_per_group * head_len);
+        let groups = groups.zip(dk.par_chunks_exact_mut(head_len)).zip(dv.par_chunks_exact_mut(head_len)).enumerate();
+        groups.for_each(|(group, ((dq, dk), dv))| {
+            for (i, dq) in dq.chunks_exact_mut(head_len).enumerate() {
+                let head = |values: &'_ [f32]| -> std::ops::Range<usize> {
+                    let first = (group * heads_per_group + i) * head_len;
+                    debug_assert!(first + head_len <= values.len());
+                    first..first + head_len
+                };
+                let forward = Head {
+                    q: &q_values[head(&q_values)],
+                    k: &k_values[group * head_len..][..head_len],
+                    v: &v_values[group * head_len..][..head_len],
+                    mixed: &mixed[head(&mixed)],
+                };
+                forward.backward(arch, self.head_dim, &gradient[head(&gradient)], dq, dk, dv);
+            }
+        });
+        let tensor = |values: Vec<f32>, like: &Tensor| Tensor::from_vec(values, like.shape(), &Device::Cpu);
+        Ok((Some(tensor(dq, q)?), Some(tensor(dk, k)?), Some(tensor(dv, v)?)))
+    }
+}
+
+fn slice<'a>(storage: &'a CpuStorage, layout: &Layout) -> candle_core::Result<&'a [f32]> {
+    let Some((begin, end)) = layout.contiguous_offsets() else { bail!("attention needs contiguous tensors") };
+    Ok(&storage.as_slice::<f32>()?[begin..end])
+}
+
+/// What the forward pass of one head left, all (n_tokens, head_dim) row-major.
+struct Head<'a> {
+    q: &'a [f32],
+    k: &'a [f32],
+    v: &'a [f32],
+    mixed: &'a [f32],
+}
+
+impl Head<'_> {
+    /// With `P = softmax(q kᵀ)` and `o = P v`: `dv = Pᵀ do`, `dS = P ⊙ (do vᵀ − rowsum(do ⊙ o))`, `dq = dS k`, `dk = dSᵀ q`.
+    /// `dk` and `dv` are added to: query heads share them.
+    fn backward(&self, arch: Arch, head_dim: usize, gradient: &[f32], dq: &mut [f32], dk: &mut [f32], dv: &mut [f32]) {
+        let n_tokens = self.q.len() / head_dim;
+        for first in (0..n_tokens).step_by(QUERY_BLOCK) {
+            let n_rows = QUERY_BLOCK.min(n_tokens - first);
+            let n_keys = first + n_rows;
+            let rows = first * head_dim..n_keys * head_dim;
+            let matrix = |values| MatRef::from_row_major_slice(values, n_rows, head_dim);
+            let keys = |values| MatRef::from_row_major_slice(values, n_keys, head_dim);
+            let (q, k, v) = (matrix(&self.q[rows.clone()]), keys(&self.k[..rows.end]), keys(&self.v[..rows.end]));
+            let d_out = matrix(&gradient[rows.clone()]);
+            let mut weights = vec![0f32; n_rows * n_keys];
+            let into = MatMut::from_row_major_slice_mut(&mut weights, n_rows, n_keys);
+            matmul(into, Accum::Replace, q, k.transpose(), 1.0, Par::Seq);
+            for (i, row) in weights.chunks_exact_mut(n_keys).enumerate() {
+                let (past, future) = row.split_at_mut(first + i + 1);
+                softmax_in_place(arch, past);
+                future.fill(0.0);
+            }
+            let p = MatRef::from_row_major_slice(&*weights, n_rows, n_keys);
+            let into = MatMut::from_row_major_slice_mut(&mut dv[..rows.end], n_keys, head_dim);
+            matmul(into, Accum::Add, p.transpose(), d_out, 1.0, Par::Seq);
+            let mut d_scores = vec![0f32; n_rows * n_keys];
+            let into = MatMut::from_row_major_slice_mut(&mut d_scores, n_rows, n_keys);
+            matmul(into, Accum::Replace, d_out, v.transpose(), 1.0, Par::Seq);
+            let outputs =
+                self.mixed[rows.clone()].chunks_exact(head_dim).zip(gradient[rows.clone()].chunks_exact(head_dim));
+            let score_rows = d_scores.chunks_exact_mut(n_keys).zip(weights.chunks_exact(n_keys));
+            for ((d_row, p_row), (o, d_o)) in score_rows.zip(outputs) {
+                let shift: f32 = o.iter().zip(d_o).map(|(o, d)| o * d).sum();
+                d_row.iter_mut().zip(p_row).for_each(|(d, p)| *d = p * (*d - shift));
+            }
+            let d_scores = MatRef::from_row_major_slice(&*d_scores, n_rows, n_keys);
+            let into = MatMut::from_row_major_slice_mut(&mut dq[rows.clone()], n_rows, head_dim);
+            matmul(into, Accum::Replace, d_scores, k, 1.0, Par::Seq);
+            let into = MatMut::from_row_major_slice_mut(&mut dk[..rows.end], n_keys, head_dim);
+            matmul(into, Accum::Add, d_scores.transpose(), q, 1.0, Par::Seq);
+        }
     }
 }
 
@@ -145,19 +258,33 @@ fn attend_one_head(
     }
 }
 
-/// 0 where a position may look, -∞ where it lies in the future.
-fn causal_mask(n_tokens: usize) -> Result<Tensor> {
-    let values: Vec<f32> =
-        (0..n_tokens).flat_map(|i| (0..n_tokens).map(move |j| if j > i { f32::NEG_INFINITY } else { 0.0 })).collect();
-    Ok(Tensor::from_vec(values, (n_tokens, n_tokens), &Device::Cpu)?)
-}
-
 #[cfg(test)]
 mod tests {
+    use candle_core::D;
+    use candle_nn::ops::softmax;
+
     use super::*;
 
+    /// The same in candle's operations: what the hand-written kernels are held against.
+    fn attend_in_candle(q: &Tensor, k: &Tensor, v: &Tensor) -> Tensor {
+        let ((batch, n_heads, n_tokens, head_dim), n_kv_heads) = (q.dims4().unwrap(), k.dim(1).unwrap());
+        let n_groups = batch * n_kv_heads;
+        let heads_per_group = n_heads / n_kv_heads;
+        let q = q.reshape((n_groups, heads_per_group * n_tokens, head_dim)).unwrap();
+        let [k, v] = [k, v].map(|t| t.reshape((n_groups, n_tokens, head_dim)).unwrap());
+        let scores = q.matmul(&k.transpose(1, 2).unwrap()).unwrap();
+        let scores = scores.reshape((n_groups * heads_per_group, n_tokens, n_tokens)).unwrap();
+        let mask: Vec<f32> = (0..n_tokens * n_tokens)
+            .map(|at| if at % n_tokens > at / n_tokens { f32::NEG_INFINITY } else { 0.0 })
+            .collect();
+        let mask = Tensor::from_vec(mask, (n_tokens, n_tokens), &Device::Cpu).unwrap();
+        let weights = softmax(&scores.broadcast_add(&mask).unwrap(), D::Minus1).unwrap();
+        let weights = weights.reshape((n_groups, heads_per_group * n_tokens, n_tokens)).unwrap();
+        weights.matmul(&v).unwrap().reshape((batch, n_heads, n_tokens, head_dim)).unwrap()
+    }
+
     #[test]
-    fn fused_and_differentiable_attention_agree() {
+    fn attention_and_its_gradients_are_those_of_candle() {
         let linear = || Linear::dense(Tensor::zeros((1, 1), candle_core::DType::F32, &Device::Cpu).unwrap(), None);
         for (batch, n_heads, n_kv_heads, n_tokens, head_dim) in [(2, 6, 3, 150, 8), (1, 4, 1, 64, 16), (3, 2, 2, 1, 4)]
         {
@@ -178,9 +305,22 @@ mod tests {
             };
             let (q, k, v) = (tensor(n_heads, 1), tensor(n_kv_heads, 2), tensor(n_kv_heads, 3));
             let fused = attention.attend_fused(&q, &k, &v).unwrap();
-            let slow = attention.attend_differentiable(&q, &k, &v).unwrap();
-            let error = (fused - slow).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
-            assert!(error < 2e-6, "{error}");
+            let slow = attend_in_candle(&q, &k, &v);
+            let distance =
+                |x: &Tensor, y: &Tensor| (x - y).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+            assert!(distance(&fused, &slow) < 2e-6);
+            let variables = [&q, &k, &v].map(|t| candle_core::Var::from_tensor(t).unwrap());
+            let [q, k, v] = [&variables[0], &variables[1], &variables[2]];
+            let upstream = tensor(n_heads, 4);
+            let gradients = |y: Tensor| (y * &upstream).unwrap().sum_all().unwrap().backward().unwrap();
+            let own = gradients(q.apply_op3(k, v, CausalAttention { n_heads, head_dim }).unwrap());
+            let candle = gradients(attend_in_candle(q, k, v));
+            let max = |x: &Tensor| x.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+            for variable in &variables {
+                let (own, candle) = (own.get(variable).unwrap(), candle.get(variable).unwrap());
+                let error = distance(own, candle) / max(candle).max(1.0);
+                assert!(error < 3e-6, "{n_tokens} tokens: {error}");
+            }
         }
     }
 }

@@ -6,7 +6,7 @@ use candle_core::Tensor;
 use super::architectures::{Architecture, InputSite, LinearId, Role};
 use super::attention::{Attention, Rope};
 use super::config::ModelConfig;
-use super::linear::Linear;
+use super::linear::{GradientTap, Linear};
 use super::mlp::Mlp;
 use super::ops::Kernels;
 use super::weights::Weights;
@@ -56,6 +56,21 @@ impl Block {
             },
             rms_norm_eps: config.rms_norm_eps,
         })
+    }
+
+    /// Taps the gradients at the outputs of all linears.
+    pub fn tap_gradients(&mut self) -> Vec<(Role, GradientTap)> {
+        let (attention, mlp) = (&mut self.attention, &mut self.mlp);
+        let linears = [
+            (Role::QProj, &mut attention.q_proj),
+            (Role::KProj, &mut attention.k_proj),
+            (Role::VProj, &mut attention.v_proj),
+            (Role::OProj, &mut attention.o_proj),
+            (Role::GateProj, &mut mlp.gate_proj),
+            (Role::UpProj, &mut mlp.up_proj),
+            (Role::DownProj, &mut mlp.down_proj),
+        ];
+        linears.into_iter().map(|(role, linear)| (role, linear.tap_gradient())).collect()
     }
 
     /// `x` (batch, n_tokens, hidden_size) to the same shape.

@@ -1,7 +1,7 @@
 //! A causal language model: embed, blocks, norm, head. Blocks are loaded one at a time; see [`super::Walk`].
 
-use anyhow::Result;
-use candle_core::{Device, Tensor};
+use anyhow::{Context, Result};
+use candle_core::{DType, Device, Tensor, Var};
 use pulp::Arch;
 use rayon::prelude::*;
 
@@ -11,7 +11,7 @@ use super::block::Block;
 use super::config::ModelConfig;
 use super::linear::{self, Linear};
 use super::ops::Kernels;
-use super::softmax::log_sum_exp;
+use super::softmax::{log_sum_exp, softmax_in_place};
 use super::weights::Weights;
 use crate::checkpoint::Checkpoint;
 use crate::error::Failure;
@@ -45,6 +45,11 @@ impl<'w> Decoder<'w> {
         let decoder = Self { config, architecture, weights: checkpoint, kernels: Kernels::Fused };
         decoder.check_coverage(checkpoint)?;
         Ok(decoder)
+    }
+
+    /// The same model with other weights: `weights` must hold what [`Self::open`] checked.
+    pub fn with_weights<'v>(&self, weights: &'v dyn Weights) -> Decoder<'v> {
+        Decoder { config: self.config.clone(), architecture: self.architecture, weights, kernels: self.kernels }
     }
 
     /// A model of variables, through which gradients flow.
@@ -167,26 +172,78 @@ impl Head {
         self.lm_head.forward(&self.kernels.rms_norm(x, &self.norm, self.rms_norm_eps)?)
     }
 
+    /// Logits of `x` (n, hidden_size), a chunk of rows at a time: memory is never n × vocabulary. `f` gets the first
+    /// row's index and the chunk, row-major.
+    ///
+    /// # Errors
+    /// That of `f`.
+    pub fn for_each_logits(&self, x: &Tensor, mut f: impl FnMut(usize, Vec<f32>) -> Result<()>) -> Result<()> {
+        let n = x.dim(0)?;
+        let rows_at_once = self.rows_at_once();
+        for first in (0..n).step_by(rows_at_once) {
+            let logits = self.logits(&x.narrow(0, first, rows_at_once.min(n - first))?)?; // (rows, vocab_size)
+            f(first, logits.flatten_all()?.to_vec1::<f32>()?)?;
+        }
+        Ok(())
+    }
+
+    /// Rows whose logits are held at a time.
+    pub fn rows_at_once(&self) -> usize {
+        (LOGIT_BYTES / (4 * self.vocab_size())).max(1)
+    }
+
+    pub fn vocab_size(&self) -> usize {
+        self.lm_head.out_features()
+    }
+
+    /// The gradient (n, hidden_size) with respect to `x` (n, hidden_size) of the summed negative log-likelihood of
+    /// `targets`, one for each of the first rows of `x`; the rows behind them foretell nothing.
+    ///
+    /// # Errors
+    /// A logit is not finite.
+    pub fn loss_gradient(&self, x: &Tensor, targets: &[u32]) -> Result<Tensor> {
+        let (n, hidden_size) = x.dims2()?;
+        let vocab_size = self.vocab_size();
+        let arch = Arch::new();
+        let variable = Var::from_tensor(x)?;
+        let normed = Kernels::Differentiable.rms_norm(&variable, &self.norm, self.rms_norm_eps)?;
+        let mut gradients = Vec::with_capacity(n);
+        self.for_each_logits(&x.narrow(0, 0, targets.len())?, |first, mut logits| {
+            logits.par_chunks_exact_mut(vocab_size).zip(&targets[first..]).for_each(|(row, &target)| {
+                softmax_in_place(arch, row); // ∂nll/∂logits = softmax − one-hot
+                row[target as usize] -= 1.0;
+            });
+            let rows = logits.len() / vocab_size;
+            let logits = Tensor::from_vec(logits, (rows, vocab_size), &Device::Cpu)?;
+            gradients.push(self.lm_head.backward(&logits)?); // (rows, hidden_size)
+            Ok(())
+        })?;
+        gradients.push(Tensor::zeros((n - targets.len(), hidden_size), DType::F32, &Device::Cpu)?);
+        let gradient = Tensor::cat(&gradients, 0)?; // with respect to the normed states
+        let store = (normed * gradient)?.sum_all()?.backward()?;
+        let gradient = store.get(&variable).context("the final norm passes no gradient")?;
+        if !gradient.sqr()?.sum_all()?.to_scalar::<f32>()?.is_finite() {
+            return Err(Failure::numeric("the gradient of the loss is not finite")
+                .hint("the checkpoint is broken, or overflows in f32")
+                .into());
+        }
+        Ok(gradient.clone())
+    }
+
     /// Negative log-likelihoods in nats of `targets` (n), each foretold by its row of `x` (n, hidden_size).
     /// Logits are made a chunk at a time: memory is never n × vocabulary.
     ///
     /// # Errors
     /// A logit is not finite.
     pub fn negative_log_likelihoods(&self, x: &Tensor, targets: &[u32]) -> Result<Vec<f64>> {
-        let vocab_size = self.lm_head.out_features();
-        let rows_at_once = (LOGIT_BYTES / (4 * vocab_size)).max(1);
+        let vocab_size = self.vocab_size();
         let arch = Arch::new();
         let mut nlls = Vec::with_capacity(targets.len());
-        for (chunk_idx, targets) in targets.chunks(rows_at_once).enumerate() {
-            let logits = self.logits(&x.narrow(0, chunk_idx * rows_at_once, targets.len())?)?; // (rows, vocab_size)
-            let logits = logits.flatten_all()?.to_vec1::<f32>()?;
-            nlls.par_extend(
-                logits
-                    .par_chunks_exact(vocab_size)
-                    .zip(targets)
-                    .map(|(row, &t)| log_sum_exp(arch, row) - f64::from(row[t as usize])),
-            );
-        }
+        self.for_each_logits(x, |first, logits| {
+            let rows = logits.par_chunks_exact(vocab_size).zip(&targets[first..]);
+            nlls.par_extend(rows.map(|(row, &t)| log_sum_exp(arch, row) - f64::from(row[t as usize])));
+            Ok(())
+        })?;
         if let Some(position) = nlls.iter().position(|nll| !nll.is_finite()) {
             return Err(Failure::numeric(format!(
                 "the model's logits are not finite (prediction {position} of this window)"

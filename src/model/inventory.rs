@@ -4,8 +4,10 @@ use anyhow::Result;
 
 use super::architectures::{self, LinearId};
 use super::config;
-use super::linear::{LR_A, LR_B};
+use super::layout::{Layout, break_even_rank};
+use super::linear::{LR_A, LR_B, LR_COEFFICIENTS, LR_ORDER, LR_PIVOT};
 use crate::checkpoint::{Checkpoint, Dtype, cast};
+use crate::error::Failure;
 use crate::linalg;
 
 /// A linear layer of a checkpoint.
@@ -33,8 +35,8 @@ pub enum Stored {
     Dense,
     /// `X.weight` (in, out), as GPT-2's Conv1D has it.
     DenseTransposed,
-    /// `X.lr_a.weight` (r, in) and `X.lr_b.weight` (out, r).
-    Factors { rank: usize },
+    /// Low rank, in one of the layouts of `formats::factored`.
+    LowRank { rank: usize, layout: Layout },
 }
 
 /// Parts of a name that tell a table or a vector from a linear.
@@ -56,15 +58,20 @@ impl LinearInfo {
         format!("{}.weight", self.module)
     }
 
+    /// (out, in).
+    pub fn shape(&self) -> (usize, usize) {
+        (self.out_features, self.in_features)
+    }
+
     /// Largest rank at which two factors have fewer parameters than the matrix: r (m + n) < m n.
     pub fn break_even_rank(&self) -> usize {
         break_even_rank(self.out_features, self.in_features)
     }
-}
 
-/// Largest r with r (m + n) < m n.
-pub fn break_even_rank(m: usize, n: usize) -> usize {
-    (m * n).saturating_sub(1) / (m + n).max(1)
+    /// Whether it is stored in low rank.
+    pub fn is_low_rank(&self) -> bool {
+        matches!(self.stored, Stored::LowRank { .. })
+    }
 }
 
 /// Every linear of a checkpoint, in the order of its files.
@@ -76,13 +83,22 @@ pub fn linears(checkpoint: &Checkpoint) -> Vec<LinearInfo> {
     for info in checkpoint.tensors() {
         let &[rows, columns] = info.shape.as_slice() else { continue };
         let Some(stem) = info.name.strip_suffix(".weight") else { continue };
-        if !cast::is_float(info.dtype) || stem.ends_with(&format!(".{LR_B}")) {
+        let is_second_part = [LR_B, LR_COEFFICIENTS].iter().any(|part| stem.ends_with(&format!(".{part}")));
+        if !cast::is_float(info.dtype) || is_second_part {
             continue;
         }
-        let (module, stored, out_features, in_features) = if let Some(module) = stem.strip_suffix(&format!(".{LR_A}")) {
-            let b = checkpoint.info(&format!("{module}.{LR_B}.weight"));
-            let Some(&[out_features, _]) = b.map(|b| b.shape.as_slice()) else { continue };
-            (module, Stored::Factors { rank: rows }, out_features, columns)
+        let low_rank = |part: &str, layout: Layout| {
+            let module = stem.strip_suffix(&format!(".{part}"))?;
+            let rows_of = |name: String| checkpoint.info(&name)?.shape.first().copied();
+            let out_features = match layout {
+                Layout::Factors => rows_of(format!("{module}.{LR_B}.weight"))?,
+                Layout::Pivot => rows_of(format!("{module}.{LR_ORDER}"))?,
+            };
+            Some((module, Stored::LowRank { rank: rows, layout }, out_features, columns))
+        };
+        let found = low_rank(LR_A, Layout::Factors).or_else(|| low_rank(LR_PIVOT, Layout::Pivot));
+        let (module, stored, out_features, in_features) = if let Some(found) = found {
+            found
         } else if conv1d.contains(&last_part(stem)) {
             (stem, Stored::DenseTransposed, columns, rows)
         } else {
@@ -123,17 +139,63 @@ pub fn weight(checkpoint: &Checkpoint, linear: &LinearInfo) -> Result<Vec<f32>> 
             let values = checkpoint.values(&linear.weight_name())?;
             Ok(linalg::transpose_row_major(&values, linear.in_features, linear.out_features))
         }
-        Stored::Factors { rank } => {
-            let factor = |part: &str, shape: [usize; 2]| -> Result<Vec<f32>> {
-                let name = format!("{}.{part}.weight", linear.module);
-                checkpoint.expect_shape(&name, &shape, "the ranks under `lrc`")?;
-                Ok(checkpoint.values(&name)?)
-            };
-            let (m, n) = (linear.out_features, linear.in_features);
-            let (b, a) = (factor(LR_B, [m, rank])?, factor(LR_A, [rank, n])?);
+        Stored::LowRank { .. } => {
+            let (m, n) = linear.shape();
+            let (rank, b, a) = factors(checkpoint, linear)?;
             Ok(linalg::product_row_major(&b, &a, m, rank, n))
         }
     }
+}
+
+/// A linear of low rank as factors, whatever its layout: its rank r, `B` (out, r) and `A` (r, in), row-major. Of a pivot layout
+/// `A` are the pivot rows, and `B` has the rows of a unit matrix at their places.
+///
+/// # Errors
+/// A tensor is absent or broken.
+///
+/// # Panics
+/// When the linear is dense.
+pub fn factors(checkpoint: &Checkpoint, linear: &LinearInfo) -> Result<(usize, Vec<f32>, Vec<f32>)> {
+    let Stored::LowRank { rank, layout } = linear.stored else { panic!("invariant: the linear is of low rank") };
+    let (m, n) = linear.shape();
+    let part = |part: &str, shape: [usize; 2]| -> Result<Vec<f32>> {
+        let name = format!("{}.{part}.weight", linear.module);
+        checkpoint.expect_shape(&name, &shape, "the ranks under `lrc`")?;
+        Ok(checkpoint.values(&name)?)
+    };
+    match layout {
+        Layout::Factors => Ok((rank, part(LR_B, [m, rank])?, part(LR_A, [rank, n])?)),
+        Layout::Pivot => {
+            let pivots = part(LR_PIVOT, [rank, n])?;
+            let coefficients = part(LR_COEFFICIENTS, [m - rank, rank])?;
+            let name = format!("{}.{LR_ORDER}", linear.module);
+            checkpoint.expect_shape(&name, &[m], "the shape of the linear")?;
+            let mut b = vec![0.0; m * rank];
+            for (row, position) in b.chunks_exact_mut(rank.max(1)).zip(order(checkpoint, &name)?) {
+                match position.checked_sub(rank) {
+                    None => row[position] = 1.0,
+                    Some(other) => row.copy_from_slice(&coefficients[other * rank..][..rank]),
+                }
+            }
+            Ok((rank, b, pivots))
+        }
+    }
+}
+
+/// The row order of a linear in pivot layout: where each of its outputs stands in the list of pivots, then others.
+///
+/// # Errors
+/// The tensor is absent, or is no permutation.
+pub fn order(checkpoint: &Checkpoint, name: &str) -> Result<Vec<usize>> {
+    let info = checkpoint.require(name)?;
+    let broken = || Failure::unsupported(format!("tensor `{name}` is no permutation of rows"));
+    let (&[m], Dtype::I32) = (info.shape.as_slice(), info.dtype) else { return Err(broken().into()) };
+    let order: Vec<usize> = checkpoint.with_bytes(name, |bytes| {
+        bytes.as_chunks::<4>().0.iter().map(|&b| usize::try_from(i32::from_le_bytes(b)).unwrap_or(usize::MAX)).collect()
+    })?;
+    let mut seen = vec![false; m];
+    let is_new = |&i: &usize| i < m && !std::mem::replace(&mut seen[i], true);
+    if order.iter().all(is_new) { Ok(order) } else { Err(broken().into()) }
 }
 
 #[cfg(test)]
@@ -172,6 +234,9 @@ mod tests {
                 ("lm_head.weight", Dtype::F32, &[9, 6]),
                 ("x.lr_a.weight", Dtype::F32, &[1, 6]),
                 ("x.lr_b.weight", Dtype::F32, &[5, 1]),
+                ("y.lr_p.weight", Dtype::F32, &[2, 6]),
+                ("y.lr_t.weight", Dtype::F32, &[3, 2]),
+                ("y.lr_order", Dtype::I32, &[5]),
             ],
         );
         let found: Vec<_> =
@@ -180,11 +245,13 @@ mod tests {
             ("moe.gate", false, Stored::Dense),
             ("lm_head", false, Stored::Dense),
             ("encoder.layer.0.query", true, Stored::Dense),
+            ("x", true, Stored::LowRank { rank: 1, layout: Layout::Factors }),
+            ("y", true, Stored::LowRank { rank: 2, layout: Layout::Pivot }),
         ];
-        for (module, is_default, stored) in expected {
+        for &(module, is_default, stored) in &expected {
             assert!(found.contains(&(module.into(), is_default, stored)), "{module} in {found:?}");
         }
-        assert_eq!(found.len(), 3 + 1);
+        assert_eq!(found.len(), expected.len());
     }
 
     #[test]
@@ -194,13 +261,5 @@ mod tests {
         let linear = &linears(&checkpoint)[0];
         assert_eq!((linear.out_features, linear.in_features, linear.block), (12, 4, Some(0)));
         assert_eq!(weight(&checkpoint, linear).unwrap(), vec![0.0; 48]);
-    }
-
-    #[test]
-    fn break_even_saves_at_least_one_parameter() {
-        for (m, n) in [(64, 64), (172, 64), (1, 5), (2048, 5632)] {
-            let r = break_even_rank(m, n);
-            assert!(r * (m + n) < m * n && (r + 1) * (m + n) >= m * n, "{m} {n}");
-        }
     }
 }

@@ -54,6 +54,66 @@ pub(super) fn log_sum_exp(arch: Arch, row: &[f32]) -> f64 {
     )
 }
 
+/// How two rows of logits differ as distributions `p` (of a reference) and `q`.
+#[derive(Debug, Clone, Copy)]
+pub struct RowDivergence {
+    /// Of the reference, of the model.
+    pub log_sum_exp: (f64, f64),
+    /// KL(p ‖ q), in nats.
+    pub kl: f64,
+    /// KL(q ‖ p), in nats.
+    pub reverse_kl: f64,
+    /// Whether both have their largest logit at one place.
+    pub same_top_1: bool,
+    /// Share of the five largest logits that both have in common.
+    pub top_5_agreement: f64,
+}
+
+/// Compares two rows of logits.
+pub fn row_divergence(reference: &[f32], model: &[f32]) -> RowDivergence {
+    let arch = Arch::new();
+    let log_sum_exp = (log_sum_exp(arch, reference), log_sum_exp(arch, model));
+    let shift = log_sum_exp.1 - log_sum_exp.0;
+    // ln p − ln q = (l_p − l_q) + (lse_q − lse_p)
+    let (kl, reverse_kl) = arch.dispatch(
+        #[inline(always)]
+        || {
+            let (mut forward, mut backward) = ([0f64; LANES], [0f64; LANES]);
+            for (p, q) in reference.chunks(LANES).zip(model.chunks(LANES)) {
+                for (i, (&p, &q)) in p.iter().zip(q).enumerate() {
+                    let difference = f64::from(p) - f64::from(q) + shift;
+                    forward[i] += f64::from(exp(p - log_sum_exp.0 as f32)) * difference;
+                    backward[i] -= f64::from(exp(q - log_sum_exp.1 as f32)) * difference;
+                }
+            }
+            (forward.iter().sum::<f64>(), backward.iter().sum::<f64>())
+        },
+    );
+    let (top, other) = (largest(reference), largest(model));
+    let common = top.iter().filter(|i| other.contains(i)).count();
+    RowDivergence {
+        log_sum_exp,
+        kl,
+        reverse_kl,
+        same_top_1: top[0] == other[0],
+        top_5_agreement: common as f64 / top.len() as f64,
+    }
+}
+
+/// Places of the (up to) five largest values, the largest first.
+fn largest(row: &[f32]) -> Vec<usize> {
+    let mut top: Vec<usize> = Vec::with_capacity(6);
+    for (i, &v) in row.iter().enumerate() {
+        if top.len() == 5 && v <= row[top[4]] {
+            continue;
+        }
+        let at = top.partition_point(|&j| row[j] >= v);
+        top.insert(at, i);
+        top.truncate(5);
+    }
+    top
+}
+
 #[inline(always)]
 fn max(row: &[f32]) -> f32 {
     let mut lanes = [f32::NEG_INFINITY; LANES];

@@ -39,59 +39,186 @@ impl WalkLimits {
     }
 }
 
-/// Windows of one length that travel together.
-struct Batch {
-    range: Range<usize>,
-    /// (batch, n_tokens, hidden_size)
-    shape: [usize; 3],
-    hidden: Spooled,
-}
-
-/// Windows of tokens on their way through a model.
+/// Windows of tokens on their way through a model, and the place where their hidden states are kept.
 pub struct Walk<'a> {
     windows: &'a [Vec<u32>],
-    batches: Vec<Batch>,
+    /// Windows of one length that travel together.
+    batches: Vec<Range<usize>>,
     spool: Spool,
     rope: Rope,
 }
 
+/// The hidden states of all windows at one place of the model, a batch (batch, n_tokens, hidden_size) after another.
+#[derive(Debug)]
+pub struct Hidden(Vec<Spooled>);
+
 impl<'a> Walk<'a> {
-    /// Embeds `windows`.
+    /// Prepares for `windows`; [`Self::embed`] sets out.
     ///
     /// # Errors
-    /// A token is outside of the vocabulary, or the work folder refuses.
-    pub fn start(decoder: &Decoder<'_>, windows: &'a [Vec<u32>], limits: &WalkLimits) -> Result<Self> {
+    /// The config asks for a rotary embedding that is not supported.
+    pub fn new(decoder: &Decoder<'_>, windows: &'a [Vec<u32>], limits: &WalkLimits) -> Result<Self> {
         let longest = windows.iter().map(Vec::len).max().unwrap_or(0);
-        let table = decoder.embeddings()?;
-        let mut spool = Spool::new(limits.hidden_bytes, limits.work_folder.clone());
-        let mut batches = Vec::new();
-        for range in split(windows, limits.batch_size(&decoder.config, longest)) {
-            let ids: Vec<&[u32]> = windows[range.clone()].iter().map(Vec::as_slice).collect();
-            let x = embed(&table, &ids)?; // (batch, n_tokens, hidden_size)
-            let (batch, n_tokens, hidden_size) = x.dims3()?;
-            batches.push(Batch { range, shape: [batch, n_tokens, hidden_size], hidden: spool.push(values(&x)?)? });
-        }
+        let spool = Spool::new(limits.hidden_bytes, limits.work_folder.clone());
+        let batches = split(windows, limits.batch_size(&decoder.config, longest));
         Ok(Self { windows, batches, spool, rope: decoder.rope(longest)? })
     }
 
-    /// Sends all windows through `block`; `observe` sees the inputs of its linears, batch after batch in order.
+    pub fn rope(&self) -> &Rope {
+        &self.rope
+    }
+
+    pub fn n_tokens(&self) -> usize {
+        self.windows.iter().map(Vec::len).sum()
+    }
+
+    /// The embedded windows.
+    ///
+    /// # Errors
+    /// A token is outside of the vocabulary, or the work folder refuses.
+    pub fn embed(&mut self, decoder: &Decoder<'_>) -> Result<Hidden> {
+        let table = decoder.embeddings()?;
+        let mut hidden = Vec::new();
+        for range in &self.batches {
+            let ids: Vec<&[u32]> = self.windows[range.clone()].iter().map(Vec::as_slice).collect();
+            hidden.push(self.spool.push(values(&embed(&table, &ids)?)?)?);
+        }
+        Ok(Hidden(hidden))
+    }
+
+    /// Sends all windows through `block`, in place; `observe` sees the inputs of its linears, batch after batch in order.
     ///
     /// # Errors
     /// Shapes that do not match, the observer's error, or the work folder's.
     pub fn advance(
         &mut self,
+        hidden: &mut Hidden,
         decoder: &Decoder<'_>,
         block: &Block,
         observe: &mut Observer<'_>,
         progress: &dyn Stage,
     ) -> Result<()> {
-        for batch in &mut self.batches {
-            let x = batch.tensor(&mut self.spool)?;
-            let y = block.forward(&x, &self.rope, decoder.kernels(), observe)?;
-            self.spool.set(&mut batch.hidden, values(&y)?)?;
-            progress.advance((batch.shape[0] * batch.shape[1]) as u64);
+        for i in 0..self.batches.len() {
+            let y = self.forward(hidden, i, decoder, block, observe, progress)?;
+            self.spool.set(&mut hidden.0[i], values(&y)?)?;
         }
         Ok(())
+    }
+
+    /// As [`Self::advance`], but the states that enter the block are kept beside those that leave it.
+    ///
+    /// # Errors
+    /// As [`Self::advance`].
+    pub fn branch(
+        &mut self,
+        hidden: &Hidden,
+        decoder: &Decoder<'_>,
+        block: &Block,
+        observe: &mut Observer<'_>,
+        progress: &dyn Stage,
+    ) -> Result<Hidden> {
+        let mut after = Vec::new();
+        for i in 0..self.batches.len() {
+            let y = self.forward(hidden, i, decoder, block, observe, progress)?;
+            after.push(self.spool.push(values(&y)?)?);
+        }
+        Ok(Hidden(after))
+    }
+
+    fn forward(
+        &mut self,
+        hidden: &Hidden,
+        batch_idx: usize,
+        decoder: &Decoder<'_>,
+        block: &Block,
+        observe: &mut Observer<'_>,
+        progress: &dyn Stage,
+    ) -> Result<Tensor> {
+        let x = self.batch(hidden, batch_idx)?;
+        let y = block.forward(&x, &self.rope, decoder.kernels(), observe)?;
+        progress.advance((y.dim(0)? * y.dim(1)?) as u64);
+        Ok(y)
+    }
+
+    pub fn n_batches(&self) -> usize {
+        self.batches.len()
+    }
+
+    /// One batch (batch, n_tokens, hidden_size).
+    ///
+    /// # Errors
+    /// The work folder refuses.
+    pub fn batch(&mut self, hidden: &Hidden, batch_idx: usize) -> Result<Tensor> {
+        let range = &self.batches[batch_idx];
+        let shape = (range.len(), self.windows[range.start].len(), ());
+        Ok(Tensor::new(self.spool.get(&hidden.0[batch_idx])?, &Device::Cpu)?.reshape(shape)?)
+    }
+
+    /// The states (n_tokens, hidden_size) of one window.
+    ///
+    /// # Errors
+    /// The work folder refuses.
+    pub fn window(&mut self, hidden: &Hidden, window_idx: usize) -> Result<Tensor> {
+        let batch_idx = self.batches.partition_point(|range| range.end <= window_idx);
+        let first = self.batches[batch_idx].start;
+        Ok(self.batch(hidden, batch_idx)?.get(window_idx - first)?)
+    }
+
+    /// Calls `f` with every window's tokens and the states of all `streams` at it, (n_tokens, hidden_size) each.
+    ///
+    /// # Errors
+    /// That of `f`, or the work folder's.
+    pub fn for_each_window(
+        &mut self,
+        streams: &[&Hidden],
+        mut f: impl FnMut(&[u32], &[Tensor]) -> Result<()>,
+    ) -> Result<()> {
+        for batch_idx in 0..self.batches.len() {
+            let batches = streams.iter().map(|hidden| self.batch(hidden, batch_idx)).collect::<Result<Vec<_>>>()?;
+            for (i, window) in self.windows[self.batches[batch_idx].clone()].iter().enumerate() {
+                let states = batches.iter().map(|batch| Ok(batch.get(i)?)).collect::<Result<Vec<_>>>()?;
+                f(window, &states)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// As [`Self::for_each_window`] over one stream, whose states `f` replaces by others of the same shape.
+    ///
+    /// # Errors
+    /// As [`Self::for_each_window`].
+    pub fn replace_windows(
+        &mut self,
+        hidden: &mut Hidden,
+        kept: &Hidden,
+        mut f: impl FnMut(&[u32], &Tensor, &Tensor) -> Result<Tensor>,
+    ) -> Result<()> {
+        for batch_idx in 0..self.batches.len() {
+            let (states, others) = (self.batch(hidden, batch_idx)?, self.batch(kept, batch_idx)?);
+            let mut replaced = Vec::with_capacity(states.elem_count());
+            for (i, window) in self.windows[self.batches[batch_idx].clone()].iter().enumerate() {
+                replaced.extend(values(&f(window, &states.get(i)?, &others.get(i)?)?)?);
+            }
+            self.spool.set(&mut hidden.0[batch_idx], replaced)?;
+        }
+        Ok(())
+    }
+
+    /// A copy of states.
+    ///
+    /// # Errors
+    /// The work folder refuses.
+    pub fn copy(&mut self, hidden: &Hidden) -> Result<Hidden> {
+        let copies = hidden.0.iter().map(|array| {
+            let values = self.spool.get(array)?;
+            self.spool.push(values)
+        });
+        Ok(Hidden(copies.collect::<Result<_>>()?))
+    }
+
+    /// Gives the place of states back.
+    pub fn release(&mut self, hidden: Hidden) {
+        hidden.0.into_iter().for_each(|array| self.spool.release(array));
     }
 
     /// Negative log-likelihoods of the tokens at `scored` positions of each window, a list a window. Position 0 has
@@ -99,30 +226,23 @@ impl<'a> Walk<'a> {
     ///
     /// # Errors
     /// A logit is not finite.
-    pub fn finish(
-        mut self,
+    pub fn score(
+        &mut self,
+        hidden: &Hidden,
         decoder: &Decoder<'_>,
         scored: &dyn Fn(usize) -> Range<usize>,
         progress: &dyn Stage,
     ) -> Result<Vec<Vec<f64>>> {
         let head = decoder.head()?;
         let mut nlls = Vec::with_capacity(self.windows.len());
-        for batch in &self.batches {
-            let x = batch.tensor(&mut self.spool)?;
-            for (i, window) in self.windows[batch.range.clone()].iter().enumerate() {
-                let range = scored(window.len());
-                let rows = x.get(i)?.narrow(0, range.start - 1, range.len())?; // (n_scored, hidden_size)
-                nlls.push(head.negative_log_likelihoods(&rows, &window[range])?);
-                progress.advance(window.len() as u64);
-            }
-        }
+        self.for_each_window(&[hidden], |window, states| {
+            let range = scored(window.len());
+            let rows = states[0].narrow(0, range.start - 1, range.len())?; // (n_scored, hidden_size)
+            nlls.push(head.negative_log_likelihoods(&rows, &window[range])?);
+            progress.advance(window.len() as u64);
+            Ok(())
+        })?;
         Ok(nlls)
-    }
-}
-
-impl Batch {
-    fn tensor(&self, spool: &mut Spool) -> Result<Tensor> {
-        Ok(Tensor::from_vec(spool.get(&self.hidden)?, self.shape.as_slice(), &Device::Cpu)?)
     }
 }
 

@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use anyhow::{Context, Result};
 use candle_core::{Device, Tensor};
 
+use super::inventory;
 use crate::checkpoint::Checkpoint;
 
 /// A source of f32 tensors by name.
@@ -16,6 +17,18 @@ pub trait Weights {
     /// # Errors
     /// It is absent, not a float tensor, or not finite.
     fn tensor(&self, name: &str) -> Result<Tensor>;
+
+    /// A permutation (n) of 0..n, in u32.
+    ///
+    /// # Errors
+    /// It is absent, or no permutation.
+    fn indices(&self, name: &str) -> Result<Tensor>;
+}
+
+/// A checkpoint with some tensors added; those win over the checkpoint's.
+pub struct Overlay<'a> {
+    pub below: &'a Checkpoint,
+    pub above: HashMap<String, Tensor>,
 }
 
 impl Weights for Checkpoint {
@@ -28,6 +41,26 @@ impl Weights for Checkpoint {
         let shape = self.require(name)?.shape.clone();
         Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
     }
+
+    fn indices(&self, name: &str) -> Result<Tensor> {
+        let order = inventory::order(self, name)?;
+        let values: Vec<u32> = order.into_iter().map(|i| i as u32).collect();
+        Ok(Tensor::new(values, &Device::Cpu)?)
+    }
+}
+
+impl Weights for Overlay<'_> {
+    fn contains(&self, name: &str) -> bool {
+        self.above.contains_key(name) || self.below.contains(name)
+    }
+
+    fn tensor(&self, name: &str) -> Result<Tensor> {
+        self.above.get(name).map_or_else(|| self.below.tensor(name), |tensor| Ok(tensor.clone()))
+    }
+
+    fn indices(&self, name: &str) -> Result<Tensor> {
+        self.above.get(name).map_or_else(|| self.below.indices(name), |tensor| Ok(tensor.clone()))
+    }
 }
 
 impl Weights for HashMap<String, Tensor> {
@@ -37,5 +70,9 @@ impl Weights for HashMap<String, Tensor> {
 
     fn tensor(&self, name: &str) -> Result<Tensor> {
         self.get(name).cloned().with_context(|| format!("tensor `{name}` is absent"))
+    }
+
+    fn indices(&self, name: &str) -> Result<Tensor> {
+        self.tensor(name)
     }
 }

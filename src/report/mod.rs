@@ -2,6 +2,8 @@
 
 pub mod card;
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -32,6 +34,7 @@ pub struct CompressReport {
     pub linears: Vec<LinearRecord>,
     /// SHA-256 of every other file of the output.
     pub output_files: Fingerprint,
+    pub timings: Timings,
     pub elapsed_seconds: f64,
     /// Highest resident memory of the process, where the system tells.
     pub peak_memory_bytes: Option<u64>,
@@ -40,9 +43,21 @@ pub struct CompressReport {
 /// What was observed.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct CalibrationRecord {
-    pub text_sha256: String,
+    /// Of every text.
+    pub text_sha256: Vec<String>,
     pub windows: usize,
     pub tokens: usize,
+}
+
+/// Seconds of the stages of a compression.
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
+pub struct Timings {
+    pub calibrate_forward: f64,
+    pub calibrate_backward: f64,
+    pub decompose: f64,
+    /// Sensitivities and ranks.
+    pub allocate: f64,
+    pub write: f64,
 }
 
 /// Sizes before and after, in the units that tools disagree about, side by side.
@@ -60,6 +75,8 @@ pub struct Sizes {
     /// Bytes of all tensors, as the checkpoint stores them.
     pub bytes_before: u64,
     pub bytes_after: u64,
+    /// Bytes of the weight files, headers included: what `--target-size` asks for.
+    pub file_bytes_after: u64,
     /// Stored bits of the targeted linears over their original number of weights.
     pub bits_per_weight_before: f64,
     pub bits_per_weight_after: f64,
@@ -80,6 +97,10 @@ pub struct LinearRecord {
     pub parameters_after: u64,
     /// Error in the metric of the method over the norm of the weight in it; none in a dry run that did not need it.
     pub relative_error: Option<f64>,
+    /// What the knapsack took a unit of squared error to cost the model.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sensitivity: Option<f64>,
+    /// Of the decomposition.
     pub seconds: f64,
 }
 
@@ -144,9 +165,129 @@ pub struct PerplexityReport {
     pub parameters: u64,
     /// Bytes of all tensors, as stored.
     pub size_bytes: u64,
+    /// With `--reference`.
+    #[serde(flatten, skip_serializing_if = "Option::is_none")]
+    pub divergence: Option<DivergenceRecord>,
     pub elapsed_seconds: f64,
     pub tokens_per_second: f64,
     pub peak_memory_bytes: Option<u64>,
+}
+
+/// How far a model is from a reference, over the scored tokens.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct DivergenceRecord {
+    pub reference: String,
+    pub reference_ppl: f64,
+    /// ln(perplexity of the model / perplexity of the reference); its error knows that both are scored on the same tokens.
+    pub ln_ppl_ratio: f64,
+    pub ln_ppl_ratio_standard_error: f64,
+    pub ppl_ratio: f64,
+    pub ppl_ratio_standard_error: f64,
+    /// KL(reference ‖ model) in nats.
+    pub kl: Distribution,
+    /// KL(model ‖ reference) in nats.
+    pub reverse_kl: Distribution,
+    /// Change of the probability of the right token.
+    pub delta_p: Distribution,
+    pub delta_p_rms: f64,
+    /// Share of tokens where both put the same token first.
+    pub same_top_1: f64,
+    /// Mean share of the five first tokens that both have in common.
+    pub top_5_agreement: f64,
+}
+
+/// A figure over tokens. Percentiles are interpolated between order statistics.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Distribution {
+    pub mean: f64,
+    pub standard_error: f64,
+    pub max: f64,
+    pub p99_9: f64,
+    pub p99: f64,
+    pub p95: f64,
+    pub p90: f64,
+    pub median: f64,
+    pub p10: f64,
+    pub p5: f64,
+    pub p1: f64,
+    pub p0_1: f64,
+    pub min: f64,
+}
+
+impl Distribution {
+    /// Of at least one value.
+    pub fn of(mut values: Vec<f64>) -> Self {
+        let n = values.len() as f64;
+        let mean = values.iter().sum::<f64>() / n;
+        let variance = values.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / n;
+        values.sort_by(f64::total_cmp);
+        let at = |share: f64| {
+            let place = share * (n - 1.0);
+            let (below, above) = (values[place.floor() as usize], values[place.ceil() as usize]);
+            below + (above - below) * place.fract()
+        };
+        Self {
+            mean,
+            standard_error: if n > 1.0 { (variance / (n - 1.0)).sqrt() } else { 0.0 },
+            max: at(1.0),
+            p99_9: at(0.999),
+            p99: at(0.99),
+            p95: at(0.95),
+            p90: at(0.9),
+            median: at(0.5),
+            p10: at(0.1),
+            p5: at(0.05),
+            p1: at(0.01),
+            p0_1: at(0.001),
+            min: at(0.0),
+        }
+    }
+}
+
+/// `lrc calibrate`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct CalibrateReport {
+    pub schema_version: u32,
+    pub lrc_version: String,
+    pub size_bytes: u64,
+    pub windows: usize,
+    pub tokens: usize,
+    pub parts: Vec<String>,
+    pub forward_seconds: f64,
+    pub backward_seconds: f64,
+    pub peak_memory_bytes: Option<u64>,
+}
+
+/// `lrc sweep`: one method at many budgets.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct SweepReport {
+    pub schema_version: u32,
+    pub lrc_version: String,
+    pub model: String,
+    /// The recipe but for its budget.
+    pub recipe: Value,
+    pub convention: String,
+    pub seq_len: usize,
+    pub text_sha256: String,
+    pub dense_ppl: Option<f64>,
+    pub points: Vec<SweepPoint>,
+    pub timings: Timings,
+    pub evaluate_seconds: f64,
+    pub elapsed_seconds: f64,
+    pub peak_memory_bytes: Option<u64>,
+}
+
+/// One budget of a sweep.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct SweepPoint {
+    /// The share that was asked for; `sizes.keep` is what was reached.
+    pub keep: f64,
+    pub ppl: f64,
+    #[serde(flatten)]
+    pub divergence: DivergenceRecord,
+    pub sizes: Sizes,
+    /// By module; none where it stays dense.
+    pub ranks: BTreeMap<String, Option<usize>>,
 }
 
 /// `lrc inspect`: the spectra of a checkpoint.
@@ -203,6 +344,15 @@ pub struct EnergyRank {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn percentiles_are_interpolated() {
+        let distribution = Distribution::of(vec![4.0, 0.0, 3.0, 1.0, 2.0]);
+        assert_eq!((distribution.mean, distribution.median, distribution.min, distribution.max), (2.0, 2.0, 0.0, 4.0));
+        assert!((distribution.p90 - 3.6).abs() < 1e-12 && (distribution.p5 - 0.2).abs() < 1e-12);
+        // Variance 2 over n, standard error √(2 / 4).
+        assert!((distribution.standard_error - 0.5f64.sqrt()).abs() < 1e-15);
+    }
 
     #[test]
     #[cfg(target_os = "linux")]

@@ -1,6 +1,10 @@
-//! Which rank each linear gets, under a budget of parameters. One allocator a file, one line in [`Ranks::allocator`].
+//! Which rank each linear gets, under a budget of parameters or bytes. One allocator a file, one line in
+//! [`Ranks::allocator`].
 
+mod effective_rank;
+mod energy;
 mod fixed;
+mod knapsack;
 mod uniform;
 mod welore;
 
@@ -10,7 +14,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use super::low_rank::ErrorCurve;
-use crate::model::inventory::break_even_rank;
+use crate::model::Layout;
 
 /// What becomes of one linear.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -18,7 +22,7 @@ use crate::model::inventory::break_even_rank;
 pub enum Choice {
     /// Left as it is.
     Dense,
-    /// Two factors of this rank.
+    /// Low rank, in the layout of the recipe.
     Rank(usize),
 }
 
@@ -26,12 +30,7 @@ pub enum Choice {
 pub type Shape = (usize, usize);
 
 impl Choice {
-    /// `rank`, or dense where factors of that rank would save nothing.
-    pub fn if_it_saves(rank: usize, (m, n): Shape) -> Self {
-        if rank <= break_even_rank(m, n) { Self::Rank(rank) } else { Self::Dense }
-    }
-
-    /// Rank of the factors, if it is factored.
+    /// Its rank, if it is of low rank.
     pub fn rank(self) -> Option<usize> {
         match self {
             Self::Dense => None,
@@ -40,29 +39,183 @@ impl Choice {
     }
 
     /// Parameters of the linear after the choice.
-    pub fn n_parameters(self, (m, n): Shape) -> u64 {
+    pub fn n_parameters(self, layout: Layout, shape: Shape) -> u64 {
         match self {
-            Self::Dense => (m * n) as u64,
-            Self::Rank(r) => (r * (m + n)) as u64,
+            Self::Dense => (shape.0 * shape.1) as u64,
+            Self::Rank(r) => layout.n_parameters(r, shape),
         }
     }
 }
 
-/// A way to share out ranks.
-pub trait Allocator {
-    /// The choices, where shapes alone decide them: nothing need be decomposed to know the plan.
-    fn by_shapes(&self, shapes: &[Shape], keep: f64) -> Option<Vec<Choice>>;
-
-    /// The choices from the plain spectra of the weights; one a linear, in the order of `shapes`.
-    fn by_spectra(&self, shapes: &[Shape], spectra: &[ErrorCurve], keep: f64) -> Vec<Choice>;
+/// One linear, as allocators see it.
+#[derive(Debug, Clone, Copy)]
+pub struct Item<'a> {
+    pub shape: Shape,
+    pub layout: Layout,
+    /// The spectrum that the allocator asked for.
+    pub curve: Option<&'a ErrorCurve>,
+    /// What a unit of squared error costs the model: the scale between matrices.
+    pub sensitivity: f64,
+    pub price: Price,
 }
 
-/// The allocators, as a user names them: `uniform`, `welore`, `full`, `fixed:64`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+/// What parameters cost, in the unit of the budget.
+#[derive(Debug, Clone, Copy)]
+pub struct Price {
+    pub parameter: u64,
+    /// On top, for a dense linear and for one of low rank.
+    pub dense: u64,
+    pub low_rank: u64,
+}
+
+impl Price {
+    /// Where the budget counts parameters.
+    pub const PARAMETERS: Self = Self { parameter: 1, dense: 0, low_rank: 0 };
+}
+
+impl Item<'_> {
+    /// What a choice costs.
+    pub fn cost(&self, choice: Choice) -> u64 {
+        let extra = if choice == Choice::Dense { self.price.dense } else { self.price.low_rank };
+        choice.n_parameters(self.layout, self.shape) * self.price.parameter + extra
+    }
+
+    /// `rank`, rounded down to the rules' multiple; dense where low rank would save nothing.
+    fn choice(&self, rank: usize, rules: &Rules) -> Choice {
+        if rank > self.layout.largest_saving_rank(self.shape) {
+            return Choice::Dense;
+        }
+        let rank = rules.round_down(rank).max(self.smallest_rank(rules));
+        if rank > self.layout.largest_saving_rank(self.shape) { Choice::Dense } else { Choice::Rank(rank) }
+    }
+
+    /// The floor: a share of the uniform rank, at least 1 and at least the multiple.
+    fn smallest_rank(&self, rules: &Rules) -> usize {
+        let uniform = uniform::rank(self, rules.keep);
+        rules.round_down((rules.floor * uniform as f64) as usize).max(rules.multiple)
+    }
+
+    fn curve(&self) -> &ErrorCurve {
+        self.curve.expect("invariant: an allocator gets the spectra that it asks for")
+    }
+}
+
+/// What every allocator obeys.
+#[derive(Debug, Clone, Copy)]
+pub struct Rules {
+    /// In the unit of the items' prices.
+    pub budget: u64,
+    /// The budget as a share of what all items cost dense.
+    pub keep: f64,
+    /// Share of the uniform rank that every linear of low rank keeps.
+    pub floor: f64,
+    /// Ranks are multiples of this.
+    pub multiple: usize,
+    /// Whether what is left of the budget is spent rank by rank.
+    pub fill: bool,
+}
+
+impl Rules {
+    /// A budget of `keep` of the parameters of all items: ⌊keep · Σ m n⌋.
+    pub fn of_keep(items: &[Item<'_>], keep: f64) -> Self {
+        let total: u64 = items.iter().map(|item| item.cost(Choice::Dense)).sum();
+        // A hair above, so that 0.7 of 10 is 7 and not 6.
+        let budget = (keep * total as f64 + 1e-6).floor() as u64;
+        Self { budget, keep, floor: 0.0, multiple: 1, fill: false }
+    }
+
+    fn round_down(&self, rank: usize) -> usize {
+        rank / self.multiple * self.multiple
+    }
+}
+
+/// The spectra that an allocator looks at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Spectra {
+    /// None: shapes decide.
+    None,
+    /// Of the plain weights.
+    Plain,
+    /// Of the weights in the metric of the method.
+    Metric,
+}
+
+/// A way to share out ranks.
+pub trait Allocator {
+    fn spectra(&self) -> Spectra;
+
+    /// The choices, one an item.
+    fn choices(&self, items: &[Item<'_>], rules: &Rules) -> Vec<Choice>;
+}
+
+/// The choices of `ranks` under the budget. Where even the smallest ranks cost more, those.
+pub fn allocate(ranks: Ranks, items: &[Item<'_>], rules: &Rules) -> Vec<Choice> {
+    if rules.keep >= 1.0 && ranks.is_budgeted() {
+        return vec![Choice::Dense; items.len()];
+    }
+    let mut choices = ranks.allocator().choices(items, rules);
+    if rules.fill && ranks.is_budgeted() {
+        fill(items, rules, &mut choices);
+    }
+    choices
+}
+
+/// Total cost of choices.
+pub fn cost(items: &[Item<'_>], choices: &[Choice]) -> u64 {
+    items.iter().zip(choices).map(|(item, &choice)| item.cost(choice)).sum()
+}
+
+/// Spends what is left of the budget, a step of rank at a time, where it gains most for its cost.
+fn fill(items: &[Item<'_>], rules: &Rules, choices: &mut [Choice]) {
+    let mut left = rules.budget.saturating_sub(cost(items, choices));
+    loop {
+        let step = |(i, item): (usize, &Item<'_>)| {
+            let rank = choices[i].rank()?;
+            let next = item.choice(rank + rules.multiple, rules);
+            let extra = item.cost(next).checked_sub(item.cost(choices[i]))?;
+            let error = |choice: Choice| match (item.curve, choice) {
+                (_, Choice::Dense) => 0.0,
+                (Some(curve), Choice::Rank(r)) => item.sensitivity * curve.squared_error(r),
+                // Without a spectrum, ranks grow evenly.
+                (None, Choice::Rank(r)) => 1.0 / (r + 1) as f64,
+            };
+            let gain = (error(choices[i]) - error(next)) / extra.max(1) as f64;
+            (extra <= left && next != choices[i]).then_some((gain, i, next, extra))
+        };
+        let best =
+            items.iter().enumerate().filter_map(step).reduce(|best, new| if new.0 > best.0 { new } else { best });
+        let Some((_, i, next, extra)) = best else { return };
+        choices[i] = next;
+        left -= extra;
+    }
+}
+
+/// The choices `at(t)` of the largest t in [0, 1] that the budget pays for, where cost grows with t; else those of 0.
+fn largest_affordable(items: &[Item<'_>], rules: &Rules, at: impl Fn(f64) -> Vec<Choice>) -> Vec<Choice> {
+    let (mut low, mut high) = (0.0, 1.0);
+    let mut best = at(low);
+    for _ in 0..60 {
+        let middle = 0.5 * (low + high);
+        let choices = at(middle);
+        if cost(items, &choices) <= rules.budget {
+            (low, best) = (middle, choices);
+        } else {
+            high = middle;
+        }
+    }
+    best
+}
+
+/// The allocators, as a user names them.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub enum Ranks {
     #[default]
     Uniform,
     Welore,
+    /// Smallest ranks that keep this share of the energy; none: the largest share that the budget pays for.
+    Energy(Option<f64>),
+    EffectiveRank,
+    Knapsack,
     Fixed(usize),
 }
 
@@ -72,12 +225,20 @@ impl Ranks {
         match self {
             Self::Uniform => Box::new(uniform::Uniform),
             Self::Welore => Box::new(welore::Welore),
+            Self::Energy(share) => Box::new(energy::Energy { share }),
+            Self::EffectiveRank => Box::new(effective_rank::EffectiveRank),
+            Self::Knapsack => Box::new(knapsack::Knapsack),
             Self::Fixed(rank) => Box::new(fixed::Fixed { rank }),
         }
     }
 
-    /// Whether the allocator works towards `--keep`.
-    pub fn needs_keep(self) -> bool {
+    /// Whether the allocator spends a budget.
+    pub fn is_budgeted(self) -> bool {
+        !matches!(self, Self::Fixed(_) | Self::Energy(Some(_)))
+    }
+
+    /// Whether a budget may bound it.
+    pub fn takes_budget(self) -> bool {
         !matches!(self, Self::Fixed(_))
     }
 }
@@ -90,6 +251,10 @@ impl fmt::Display for Ranks {
         match self {
             Self::Uniform => f.write_str("uniform"),
             Self::Welore => f.write_str("welore"),
+            Self::Energy(None) => f.write_str("energy"),
+            Self::Energy(Some(share)) => write!(f, "energy:{share}"),
+            Self::EffectiveRank => f.write_str("effective-rank"),
+            Self::Knapsack => f.write_str("knapsack"),
             Self::Fixed(FULL) => f.write_str("full"),
             Self::Fixed(rank) => write!(f, "fixed:{rank}"),
         }
@@ -100,15 +265,23 @@ impl FromStr for Ranks {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        match text {
-            "uniform" => Ok(Self::Uniform),
-            "welore" => Ok(Self::Welore),
-            "full" => Ok(Self::Fixed(FULL)),
-            _ => match text.strip_prefix("fixed:").map(str::parse) {
-                Some(Ok(rank)) if rank > 0 => Ok(Self::Fixed(rank)),
-                _ => Err(format!("`{text}` is not one of uniform, welore, full, fixed:RANK")),
-            },
-        }
+        let (name, value) = text.split_once(':').map_or((text, None), |(name, value)| (name, Some(value)));
+        let share = |value: &str| value.parse().ok().filter(|&share| 0.0 < share && share <= 1.0);
+        let rank = |value: &str| value.parse().ok().filter(|&rank| rank > 0);
+        let ranks = match (name, value) {
+            ("uniform", None) => Some(Self::Uniform),
+            ("welore", None) => Some(Self::Welore),
+            ("energy", None) => Some(Self::Energy(None)),
+            ("energy", Some(value)) => share(value).map(|share| Self::Energy(Some(share))),
+            ("effective-rank", None) => Some(Self::EffectiveRank),
+            ("knapsack", None) => Some(Self::Knapsack),
+            ("full", None) => Some(Self::Fixed(FULL)),
+            ("fixed", Some(value)) => rank(value).map(Self::Fixed),
+            _ => None,
+        };
+        ranks.ok_or_else(|| {
+            format!("`{text}` is not one of uniform, welore, energy, energy:SHARE, effective-rank, knapsack, full, fixed:RANK")
+        })
     }
 }
 
@@ -124,60 +297,100 @@ impl<'de> Deserialize<'de> for Ranks {
     }
 }
 
-/// Parameters that may be spent: ⌊keep · Σ m n⌋.
-fn budget(shapes: &[Shape], keep: f64) -> u64 {
-    let total: u64 = shapes.iter().map(|&shape| Choice::Dense.n_parameters(shape)).sum();
-    // A hair above, so that 0.7 of 10 is 7 and not 6.
-    (keep * total as f64 + 1e-6).floor() as u64
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
 
     use super::*;
 
+    const BUDGETED: [Ranks; 5] =
+        [Ranks::Uniform, Ranks::Welore, Ranks::Energy(None), Ranks::EffectiveRank, Ranks::Knapsack];
+
     #[test]
     fn names_are_read_as_they_are_written() {
-        for ranks in [Ranks::Uniform, Ranks::Welore, Ranks::Fixed(FULL), Ranks::Fixed(8)] {
+        let others = [Ranks::Energy(Some(0.95)), Ranks::Fixed(FULL), Ranks::Fixed(8)];
+        for ranks in BUDGETED.into_iter().chain(others) {
             assert_eq!(ranks.to_string().parse(), Ok(ranks));
         }
-        assert!("fixed:0".parse::<Ranks>().is_err() && "best".parse::<Ranks>().is_err());
+        for wrong in ["fixed:0", "best", "energy:1.5", "energy:", "uniform:3"] {
+            assert!(wrong.parse::<Ranks>().is_err(), "{wrong}");
+        }
     }
 
     prop_compose! {
         fn linear()(m in 2usize..80, n in 2usize..80)
-            (values in proptest::collection::vec(0.0f64..1e6, m.min(n)), m in Just(m), n in Just(n)) -> (Shape, ErrorCurve) {
+            (values in proptest::collection::vec(0.0f64..1e6, m.min(n)), m in Just(m), n in Just(n), s in 0.1f64..10.0)
+            -> (Shape, ErrorCurve, f64) {
             let mut values = values;
             values.sort_by(|x, y| y.total_cmp(x));
-            ((m, n), ErrorCurve::new(values))
+            ((m, n), ErrorCurve::new(values), s)
         }
+    }
+
+    fn items(linears: &[(Shape, ErrorCurve, f64)], layout: Layout, price: Price) -> Vec<Item<'_>> {
+        linears
+            .iter()
+            .map(|(shape, curve, s)| Item { shape: *shape, layout, curve: Some(curve), sensitivity: *s, price })
+            .collect()
     }
 
     proptest! {
         #[test]
-        fn budgets_are_kept_and_ranks_are_possible(linears in proptest::collection::vec(linear(), 1..12), keep in 0.05f64..1.2) {
-            let (shapes, spectra): (Vec<_>, Vec<_>) = linears.into_iter().unzip();
-            for ranks in [Ranks::Uniform, Ranks::Welore] {
-                let allocator = ranks.allocator();
-                let choices = allocator.by_shapes(&shapes, keep).unwrap_or_else(|| allocator.by_spectra(&shapes, &spectra, keep));
-                prop_assert_eq!(choices.len(), shapes.len());
-                let spent: u64 = choices.iter().zip(&shapes).map(|(c, &s)| c.n_parameters(s)).sum();
-                // Every linear keeps rank 1, which very small budgets cannot pay for; uniform has a budget a linear.
-                let floor = |s: Shape| Choice::if_it_saves(1, s).n_parameters(s);
-                let bound = if ranks == Ranks::Uniform {
-                    shapes.iter().map(|&s| budget(&[s], keep).max(floor(s))).sum()
-                } else {
-                    budget(&shapes, keep).max(shapes.iter().map(|&s| floor(s)).sum())
+        fn budgets_are_kept_and_ranks_are_possible(
+            linears in proptest::collection::vec(linear(), 1..12), keep in 0.05f64..1.2,
+            multiple in 1usize..5, floor in 0.0f64..0.6, in_bytes: bool,
+        ) {
+            for layout in [Layout::Factors, Layout::Pivot] {
+                let price = if in_bytes { Price { parameter: 2, dense: 90, low_rank: 200 } } else { Price::PARAMETERS };
+                let items = items(&linears, layout, price);
+                for ranks in BUDGETED {
+                    let rules = Rules { floor, multiple, fill: in_bytes, ..Rules::of_keep(&items, keep) };
+                    let choices = allocate(ranks, &items, &rules);
+                    prop_assert_eq!(choices.len(), items.len());
+                    // Every linear keeps its smallest rank, which very small budgets cannot pay for.
+                    let floor: u64 = items.iter().map(|i| i.cost(i.choice(i.smallest_rank(&rules), &rules))).sum();
+                    let spent = cost(&items, &choices);
+                    prop_assert!(spent <= rules.budget.max(floor), "{} spends {} of {}", ranks, spent, rules.budget);
+                    for (choice, item) in choices.iter().zip(&items) {
+                        if let Choice::Rank(r) = choice {
+                            prop_assert!(*r >= item.smallest_rank(&rules) && *r <= layout.largest_saving_rank(item.shape));
+                            prop_assert_eq!(r % multiple, 0);
+                        }
+                        if keep >= 1.0 {
+                            prop_assert_eq!(*choice, Choice::Dense);
+                        }
+                    }
+                    if rules.fill && spent <= rules.budget {
+                        // No step of rank is left that the budget would pay for.
+                        let left = rules.budget - spent;
+                        for (&choice, item) in choices.iter().zip(&items) {
+                            if let Choice::Rank(r) = choice {
+                                let next = item.choice(r + multiple, &rules);
+                                prop_assert!(item.cost(next) <= item.cost(choice) || item.cost(next) - item.cost(choice) > left);
+                            }
+                        }
+                    }
+                }
+            }
+        }
+
+        #[test]
+        fn no_allocator_beats_the_knapsack(linears in proptest::collection::vec(linear(), 1..12), keep in 0.3f64..1.0) {
+            for layout in [Layout::Factors, Layout::Pivot] {
+                let items = items(&linears, layout, Price::PARAMETERS);
+                let rules = Rules::of_keep(&items, keep);
+                let error = |ranks| -> f64 {
+                    let choices = allocate(ranks, &items, &rules);
+                    let error = |(item, choice): (&Item<'_>, &Choice)| {
+                        choice.rank().map_or(0.0, |r| item.sensitivity * item.curve().squared_error(r))
+                    };
+                    items.iter().zip(&choices).map(error).sum()
                 };
-                prop_assert!(spent <= bound, "{} spends {}, may spend {}", ranks, spent, bound);
-                for (choice, &shape) in choices.iter().zip(&shapes) {
-                    if let Choice::Rank(r) = choice {
-                        prop_assert!(*r >= 1 && *r <= break_even_rank(shape.0, shape.1));
-                    }
-                    if keep >= 1.0 {
-                        prop_assert_eq!(*choice, Choice::Dense);
-                    }
+                let affordable = cost(&items, &allocate(Ranks::Knapsack, &items, &rules)) <= rules.budget;
+                // The knapsack is optimal up to the one step that did not fit.
+                let step = items.iter().map(|i| i.sensitivity * i.curve().squared_error(0)).fold(0.0, f64::max);
+                for other in [Ranks::Uniform, Ranks::Welore, Ranks::Energy(None), Ranks::EffectiveRank] {
+                    prop_assert!(!affordable || error(Ranks::Knapsack) <= error(other) + step, "{}", other);
                 }
             }
         }

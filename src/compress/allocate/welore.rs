@@ -6,32 +6,26 @@
 //! the paper's LRCs (low-rank components), those left dense its N-LRCs. As in the paper the singular values are those of
 //! the plain weight, whatever the metric of the truncation: no text decides the ranks.
 
-use super::{Allocator, Choice, ErrorCurve, Shape, budget};
+use super::{Allocator, Choice, ErrorCurve, Item, Rules, Spectra, cost};
 
 pub(super) struct Welore;
 
 impl Allocator for Welore {
-    fn by_shapes(&self, shapes: &[Shape], keep: f64) -> Option<Vec<Choice>> {
-        (keep >= 1.0).then(|| vec![Choice::Dense; shapes.len()])
+    fn spectra(&self) -> Spectra {
+        Spectra::Plain
     }
 
-    fn by_spectra(&self, shapes: &[Shape], spectra: &[ErrorCurve], keep: f64) -> Vec<Choice> {
-        if let Some(choices) = self.by_shapes(shapes, keep) {
-            return choices;
-        }
-        let normalised: Vec<Vec<f64>> = spectra.iter().map(normalise).collect();
+    fn choices(&self, items: &[Item<'_>], rules: &Rules) -> Vec<Choice> {
+        let normalised: Vec<Vec<f64>> = items.iter().map(|item| normalise(item.curve())).collect();
         let at = |k: f64| -> Vec<Choice> {
             let rank = |values: &Vec<f64>| values.partition_point(|&s| s >= k).max(1);
-            normalised.iter().zip(shapes).map(|(values, &shape)| Choice::if_it_saves(rank(values), shape)).collect()
+            normalised.iter().zip(items).map(|(values, item)| item.choice(rank(values), rules)).collect()
         };
-        let budget = budget(shapes, keep);
-        let spends = |k: f64| at(k).iter().zip(shapes).map(|(c, &s)| c.n_parameters(s)).sum::<u64>();
-
         // Ranks change only where k passes a singular value: bisect over those.
         let mut thresholds: Vec<f64> = normalised.concat();
         thresholds.sort_by(f64::total_cmp);
         thresholds.dedup();
-        let first = thresholds.partition_point(|&k| spends(k) > budget);
+        let first = thresholds.partition_point(|&k| cost(items, &at(k)) > rules.budget);
         at(thresholds.get(first).copied().unwrap_or(f64::INFINITY))
     }
 }
@@ -46,14 +40,28 @@ fn normalise(curve: &ErrorCurve) -> Vec<f64> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::Price;
     use super::*;
+    use crate::model::Layout;
+
+    fn items(linears: &[((usize, usize), ErrorCurve)]) -> Vec<Item<'_>> {
+        let item = |(shape, curve)| Item {
+            shape,
+            layout: Layout::Factors,
+            curve: Some(curve),
+            sensitivity: 1.0,
+            price: Price::PARAMETERS,
+        };
+        linears.iter().map(|(shape, curve)| item((*shape, curve))).collect()
+    }
 
     #[test]
     fn steep_spectra_give_their_ranks_to_flat_ones() {
         let steep = ErrorCurve::new((0..40).map(|i| 0.5f64.powi(i)).collect());
         let flat = ErrorCurve::new((0..40).map(|i| 1.0 - 0.01 * f64::from(i)).collect());
-        let shapes = [(40, 40), (40, 40)];
-        let choices = Welore.by_spectra(&shapes, &[steep, flat], 0.7);
+        let linears = [((40, 40), steep), ((40, 40), flat)];
+        let items = items(&linears);
+        let choices = Welore.choices(&items, &Rules::of_keep(&items, 0.7));
         let Choice::Rank(rank) = choices[0] else { panic!("the steep one is factored") };
         assert!(rank < 10, "{rank}");
         assert_eq!(choices[1], Choice::Dense);
@@ -62,11 +70,12 @@ mod tests {
     #[test]
     fn a_looser_budget_never_takes_a_rank_away() {
         let curve = |decay: f64| ErrorCurve::new((0..30).map(|i| decay.powi(i)).collect());
-        let (shapes, curves) = ([(30, 60), (60, 30), (30, 30)], [curve(0.9), curve(0.8), curve(0.95)]);
+        let linears = [((30, 60), curve(0.9)), ((60, 30), curve(0.8)), ((30, 30), curve(0.95))];
+        let items = items(&linears);
         let mut last = vec![0; 3];
         for keep in [0.1, 0.3, 0.5, 0.7, 0.9, 1.0] {
-            let choices = Welore.by_spectra(&shapes, &curves, keep);
-            let costs: Vec<u64> = choices.iter().zip(&shapes).map(|(c, &s)| c.n_parameters(s)).collect();
+            let choices = Welore.choices(&items, &Rules::of_keep(&items, keep));
+            let costs: Vec<u64> = choices.iter().zip(&items).map(|(&c, item)| item.cost(c)).collect();
             assert!(costs.iter().zip(&last).all(|(now, before)| now >= before), "{keep}: {costs:?}");
             last = costs;
         }

@@ -57,7 +57,32 @@ pub struct LinearId {
     pub role: Role,
 }
 
+impl InputSite {
+    /// Its name in files and messages.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Qkv => "qkv",
+            Self::O => "o",
+            Self::GateUp => "gate_up",
+            Self::Down => "down",
+        }
+    }
+}
+
 impl Role {
+    /// Its name in files and messages.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::QProj => "q_proj",
+            Self::KProj => "k_proj",
+            Self::VProj => "v_proj",
+            Self::OProj => "o_proj",
+            Self::GateProj => "gate_proj",
+            Self::UpProj => "up_proj",
+            Self::DownProj => "down_proj",
+        }
+    }
+
     /// Where its input comes from.
     pub fn site(self) -> InputSite {
         match self {

@@ -1,0 +1,86 @@
+//! The way back: gradients of the summed next-token loss, a block at a time from the last to the first.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context, Result};
+use candle_core::{Tensor, Var};
+
+use super::observe::Observation;
+use super::statistics::Sums;
+use crate::error::Failure;
+use crate::model::{Block, Decoder, Hidden, InputSite, Kernels, Rope, Walk};
+use crate::progress::Progress;
+
+/// Sends gradients back through all blocks. `last` are the states behind the last block, `entered` those that entered
+/// each.
+pub(super) fn run(
+    decoder: &Decoder<'_>,
+    walk: &mut Walk<'_>,
+    last: Hidden,
+    entered: Vec<Hidden>,
+    observation: Observation,
+    progress: &dyn Progress,
+    keep: &mut dyn FnMut(usize, Sums) -> Result<()>,
+) -> Result<()> {
+    let stage = progress.stage("gradients", (walk.n_tokens() * (decoder.n_blocks() + 1)) as u64, "tokens");
+    stage.note("head");
+    let mut gradient = walk.copy(&last)?;
+    let head = decoder.head()?;
+    walk.replace_windows(&mut gradient, &last, |window, _, x| {
+        stage.advance(window.len() as u64);
+        head.loss_gradient(x, &window[1..])
+    })?;
+    drop(head);
+    walk.release(last);
+    for (block_idx, x) in entered.into_iter().enumerate().rev() {
+        stage.note(&format!("block {block_idx}"));
+        let mut block = decoder.block(block_idx)?;
+        let mut sums = Sums::default();
+        let rope = walk.rope().clone();
+        walk.replace_windows(&mut gradient, &x, |window, gradient, x| {
+            stage.advance(window.len() as u64);
+            through_block(&mut block, &rope, x, gradient, observation, &mut sums)
+                .with_context(|| format!("gradients of block {block_idx}"))
+        })?;
+        walk.release(x);
+        keep(block_idx, sums)?;
+    }
+    Ok(())
+}
+
+/// The gradient at the input of a block from that at its output, for one window (n_tokens, hidden_size).
+fn through_block(
+    block: &mut Block,
+    rope: &Rope,
+    x: &Tensor,
+    gradient: &Tensor,
+    observation: Observation,
+    sums: &mut Sums,
+) -> Result<Tensor> {
+    let mut inputs: BTreeMap<InputSite, Tensor> = BTreeMap::new();
+    let taps = block.tap_gradients();
+    let variable = Var::from_tensor(&x.unsqueeze(0)?)?;
+    let y = block.forward(&variable, rope, Kernels::Differentiable, &mut |site, x| {
+        inputs.insert(site, x.squeeze(0)?.detach());
+        Ok(())
+    })?;
+    // The derivative of Σ y ⊙ ∂L/∂y with respect to x is ∂L/∂x.
+    let store = (y * gradient.unsqueeze(0)?)?.sum_all()?.backward()?;
+    for (role, tap) in taps {
+        // candle stops gradients in silence where an operation has no backward pass.
+        let gradient = tap.take().with_context(|| format!("no gradient reached `{}`", role.name()))?;
+        if observation.needs.output_gram {
+            sums.add_output_gradients(role, &gradient, observation.clip_gradients)?;
+        }
+        if observation.needs.squared_gradient {
+            sums.add_squared_gradient(role, &inputs[&role.site()], &gradient)?;
+        }
+    }
+    let gradient = store.get(&variable).context("no gradient reached the input of the block")?.squeeze(0)?;
+    if !gradient.sqr()?.sum_all()?.to_scalar::<f32>()?.is_finite() {
+        return Err(Failure::numeric("a gradient is not finite")
+            .hint("the checkpoint is broken, or overflows in f32")
+            .into());
+    }
+    Ok(gradient)
+}

@@ -1,0 +1,316 @@
+//! Statistics of a whole model: just measured, or read from a file of `lrc calibrate`.
+//!
+//! The file is safetensors: one f32 array a statistic (Grams as packed lower triangles) and `header`, JSON as bytes, with
+//! the fingerprint of the model and the parts of texts that were summed.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Mutex;
+
+use anyhow::{Context, Result};
+use faer::Mat;
+use serde::{Deserialize, Serialize};
+
+use super::observe::Observation;
+use super::statistics::{Key, Needs, Sums, unpack_gram};
+use crate::checkpoint::{self, Checkpoint, Dtype, Fingerprint, SafetensorsWriter, TensorSpec, cast};
+use crate::error::Failure;
+use crate::model::LinearId;
+use crate::spool::{Spool, Spooled};
+
+/// What the sums are of.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Header {
+    pub lrc_statistics_version: u32,
+    /// SHA-256 of the model's config and weight files.
+    pub model: Fingerprint,
+    pub needs: Needs,
+    pub clip_gradients: bool,
+    pub parts: Vec<Part>,
+}
+
+/// Windows of one text.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Part {
+    pub text_sha256: String,
+    /// Windows asked for, of which these are the `part`.
+    pub samples: usize,
+    pub seq_len: usize,
+    pub seed: u64,
+    /// (i, n): the i-th of n parts, from 1.
+    pub part: (usize, usize),
+    pub windows: usize,
+    pub tokens: usize,
+}
+
+impl Header {
+    pub const VERSION: u32 = 1;
+
+    pub fn new(model: Fingerprint, observation: Observation, parts: Vec<Part>) -> Self {
+        let Observation { needs, clip_gradients } = observation;
+        Self { lrc_statistics_version: Self::VERSION, model, needs, clip_gradients, parts }
+    }
+
+    pub fn n_tokens(&self) -> usize {
+        self.parts.iter().map(|p| p.tokens).sum()
+    }
+
+    pub fn n_windows(&self) -> usize {
+        self.parts.iter().map(|p| p.windows).sum()
+    }
+}
+
+/// Sums over all parts, by name.
+pub struct Statistics {
+    pub header: Header,
+    source: Source,
+}
+
+enum Source {
+    Measured { spool: Mutex<Spool>, arrays: BTreeMap<String, Spooled> },
+    File(Checkpoint),
+}
+
+const HEADER: &str = "header";
+
+impl Statistics {
+    /// None yet; they are kept in memory up to `memory_bytes`, in a file in `work_folder` past it.
+    pub fn new(header: Header, memory_bytes: usize, work_folder: &Path) -> Self {
+        let spool = Mutex::new(Spool::new(memory_bytes, work_folder.into()));
+        Self { header, source: Source::Measured { spool, arrays: BTreeMap::new() } }
+    }
+
+    /// Keeps the sums of a block.
+    ///
+    /// # Errors
+    /// A sum is not finite, or the work folder refuses.
+    pub fn keep(&mut self, block: usize, sums: Sums) -> Result<()> {
+        let Source::Measured { spool, arrays } = &mut self.source else {
+            unreachable!("invariant: sums are kept in what was begun by `new`")
+        };
+        let spool = spool.get_mut().expect("invariant: no holder of the spool panics");
+        for (name, values) in sums.pack(block)? {
+            arrays.insert(name, spool.push(values)?);
+        }
+        Ok(())
+    }
+
+    /// Opens a file of [`Self::write`].
+    ///
+    /// # Errors
+    /// It is broken, or holds no statistics.
+    pub fn open(path: &Path) -> Result<Self> {
+        if !path.is_file() {
+            return Err(Failure::usage(format!("there is no file of statistics `{}`", path.display()))
+                .hint("`lrc calibrate MODEL --text FILE -o STATISTICS` makes one")
+                .into());
+        }
+        let file = Checkpoint::open(path)?;
+        let foreign = |reason: &str| {
+            Failure::unsupported(format!("`{}` holds no statistics of this version: {reason}", path.display()))
+                .hint("`lrc calibrate MODEL --text FILE -o STATISTICS` makes them")
+        };
+        if file.info(HEADER).is_none() {
+            return Err(foreign("it has no header").into());
+        }
+        let header = file.with_bytes(HEADER, |bytes| serde_json::from_slice::<Header>(bytes))?;
+        let header = header.map_err(|e| foreign(&e.to_string()))?;
+        if header.lrc_statistics_version != Header::VERSION {
+            return Err(foreign(&format!("version {}", header.lrc_statistics_version)).into());
+        }
+        Ok(Self { header, source: Source::File(file) })
+    }
+
+    /// Refuses statistics of another model.
+    ///
+    /// # Errors
+    /// The fingerprint differs.
+    pub fn expect_model(&self, fingerprint: &Fingerprint, named: &str) -> Result<()> {
+        if self.header.model == *fingerprint {
+            return Ok(());
+        }
+        let files = fingerprint.iter().filter(|&(name, hash)| self.header.model.get(name) != Some(hash));
+        let files: Vec<&str> = files.map(|(name, _)| name.as_str()).collect();
+        Err(Failure::unsupported(format!("`{named}` belongs to another model (differs in: {})", files.join(", ")))
+            .hint("calibrate this model; a changed config or weight file makes another model")
+            .into())
+    }
+
+    /// Refuses statistics that lack what a method asks for.
+    ///
+    /// # Errors
+    /// Something is missing.
+    pub fn expect_needs(&self, needs: Needs, named: &str) -> Result<()> {
+        if needs.are_met_by(self.header.needs) {
+            return Ok(());
+        }
+        Err(Failure::unsupported(format!("`{named}` lacks statistics that this method needs"))
+            .hint("`lrc calibrate` without `--method` collects those of every method")
+            .into())
+    }
+
+    fn names(&self) -> Vec<String> {
+        match &self.source {
+            Source::Measured { arrays, .. } => arrays.keys().cloned().collect(),
+            Source::File(file) => {
+                let mut names: Vec<String> = file.tensors().map(|t| t.name.clone()).filter(|n| n != HEADER).collect();
+                names.sort();
+                names
+            }
+        }
+    }
+
+    fn array(&self, name: &str) -> Result<Vec<f32>> {
+        match &self.source {
+            Source::Measured { spool, arrays } => {
+                let array = arrays.get(name).with_context(|| format!("statistic `{name}` was not measured"))?;
+                spool.lock().expect("invariant: no holder of the spool panics").get(array)
+            }
+            Source::File(file) => Ok(file.values(name)?),
+        }
+    }
+
+    /// `C = Σ x xᵀ / n_tokens`, (n, n), of the inputs of a linear.
+    ///
+    /// # Errors
+    /// It was not measured, or has another size.
+    pub fn input_gram(&self, id: LinearId, n: usize) -> Result<Mat<f64>> {
+        self.gram(&Key::InputGram(id.role.site()).name(id.block), n)
+    }
+
+    /// `G = Σ g gᵀ / n_tokens`, (m, m), of the gradients at the output of a linear.
+    ///
+    /// # Errors
+    /// It was not measured, or has another size.
+    pub fn output_gram(&self, id: LinearId, m: usize) -> Result<Mat<f64>> {
+        self.gram(&Key::OutputGram(id.role).name(id.block), m)
+    }
+
+    fn gram(&self, name: &str, n: usize) -> Result<Mat<f64>> {
+        let scale = 1.0 / self.header.n_tokens().max(1) as f64;
+        unpack_gram(&self.array(name)?, n, scale).with_context(|| format!("statistic `{name}`"))
+    }
+
+    /// `Σ |x| / n_tokens`, (n), of the inputs of a linear.
+    ///
+    /// # Errors
+    /// It was not measured.
+    pub fn input_magnitude(&self, id: LinearId) -> Result<Vec<f64>> {
+        let scale = 1.0 / self.header.n_tokens().max(1) as f64;
+        Ok(self.vector(Key::InputMagnitude(id.role.site()), id.block)?.into_iter().map(|v| v * scale).collect())
+    }
+
+    /// `Σ (∂L/∂W)²` over sequences and outputs: one value an input feature, (n).
+    ///
+    /// # Errors
+    /// It was not measured.
+    pub fn squared_gradient_input(&self, id: LinearId) -> Result<Vec<f64>> {
+        self.vector(Key::SquaredGradientInput(id.role), id.block)
+    }
+
+    /// `Σ (∂L/∂W)²` over sequences and inputs: one value an output feature, (m).
+    ///
+    /// # Errors
+    /// It was not measured.
+    pub fn squared_gradient_output(&self, id: LinearId) -> Result<Vec<f64>> {
+        self.vector(Key::SquaredGradientOutput(id.role), id.block)
+    }
+
+    fn vector(&self, key: Key, block: usize) -> Result<Vec<f64>> {
+        Ok(self.array(&key.name(block))?.into_iter().map(f64::from).collect())
+    }
+
+    /// Writes `path`, whole or not at all.
+    ///
+    /// # Errors
+    /// It exists and `force` is false, or the disk refuses.
+    pub fn write(&self, path: &Path, force: bool) -> Result<()> {
+        let names = self.names();
+        let lengths = names.iter().map(|name| Ok(self.array(name)?.len())).collect::<Result<Vec<_>>>()?;
+        write(path, force, &self.header, &names, &lengths, |name| self.array(name))
+    }
+
+    /// Adds statistics measured apart and writes the sum to `path`.
+    ///
+    /// # Errors
+    /// The files are of different models or kinds, share a part, or the disk refuses.
+    pub fn merge(files: &[(String, Self)], path: &Path, force: bool) -> Result<Header> {
+        let ((first_name, first), rest) = files.split_first().context("nothing to merge")?;
+        let mut header = first.header.clone();
+        for (name, other) in rest {
+            other.expect_model(&first.header.model, name)?;
+            let is_alike = other.header.needs == header.needs && other.header.clip_gradients == header.clip_gradients;
+            if !is_alike || other.names() != first.names() {
+                return Err(Failure::unsupported(format!("`{name}` and `{first_name}` hold different statistics"))
+                    .hint("calibrate both with the same settings")
+                    .into());
+            }
+            header.parts.extend(other.header.parts.iter().cloned());
+        }
+        header.parts.sort();
+        if let Some(twice) = header.parts.windows(2).find(|pair| pair[0] == pair[1]) {
+            let (i, n) = twice[0].part;
+            return Err(Failure::usage(format!("part {i}/{n} of one text would be counted twice"))
+                .hint("give every file once; `lrc calibrate --part I/N` measures parts")
+                .into());
+        }
+        let names = first.names();
+        let lengths = names.iter().map(|name| Ok(first.array(name)?.len())).collect::<Result<Vec<_>>>()?;
+        write(path, force, &header, &names, &lengths, |name| {
+            let mut sum: Vec<f64> = first.array(name)?.into_iter().map(f64::from).collect();
+            for (other_name, other) in rest {
+                let values = other.array(name)?;
+                anyhow::ensure!(values.len() == sum.len(), "statistic `{name}` of `{other_name}` has another size");
+                sum.iter_mut().zip(values).for_each(|(s, v)| *s += f64::from(v));
+            }
+            Ok(sum.into_iter().map(|v| v as f32).collect())
+        })?;
+        Ok(header)
+    }
+}
+
+/// Fails where [`Statistics::write`] would, before any work.
+///
+/// # Errors
+/// The file exists and `force` is false.
+pub fn check_output(path: &Path, force: bool) -> Result<()> {
+    if path.is_dir() || (path.exists() && !force) {
+        return Err(Failure::usage(format!("`{}` exists", path.display()))
+            .hint("choose another name, or replace the file with `--force`")
+            .into());
+    }
+    Ok(())
+}
+
+fn write(
+    path: &Path,
+    force: bool,
+    header: &Header,
+    names: &[String],
+    lengths: &[usize],
+    values: impl Fn(&str) -> Result<Vec<f32>>,
+) -> Result<()> {
+    check_output(path, force)?;
+    let header = serde_json::to_vec(header)?;
+    let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let folder = tempfile::Builder::new()
+        .prefix(".lrc-")
+        .tempdir_in(parent)
+        .map_err(checkpoint::io("create a work folder in", parent))?;
+    let arrays = names.iter().zip(lengths);
+    let mut specs: Vec<TensorSpec> =
+        arrays.map(|(name, &n)| TensorSpec { name: name.clone(), dtype: Dtype::F32, shape: vec![n] }).collect();
+    specs.push(TensorSpec { name: HEADER.into(), dtype: Dtype::U8, shape: vec![header.len()] });
+    let mut writer = SafetensorsWriter::create(folder.path(), &specs, u64::MAX)?;
+    for name in names {
+        let bytes = cast::encode(Dtype::F32, &values(name)?).expect("invariant: f32 holds every f32");
+        writer.write(name, &bytes)?;
+    }
+    writer.write(HEADER, &header)?;
+    writer.finish()?;
+    std::fs::rename(folder.path().join(checkpoint::SINGLE_FILE), path)
+        .map_err(checkpoint::io("rename the statistics to", path))?;
+    Ok(())
+}

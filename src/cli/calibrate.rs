@@ -1,0 +1,165 @@
+//! `lrc calibrate`.
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use bytesize::ByteSize;
+use clap::Args;
+
+use super::terminal::{Bars, grouped, table};
+use super::{MemoryArgs, open, print, print_json};
+use crate::calibrate::{self, Header, Needs, Observation, Statistics, WindowSettings, Windows};
+use crate::compress::presets::Method;
+use crate::compress::recipe::DEFAULT_SAMPLES;
+use crate::error::Failure;
+use crate::model::{Decoder, WalkLimits};
+use crate::report::{CalibrateReport, LRC_VERSION, SCHEMA_VERSION, peak_memory_bytes};
+
+/// Measure the statistics that metrics are made of, once, and keep them
+///
+/// Sums over tokens: parts measured apart, on several machines, add up.
+///
+/// Examples:
+///   lrc calibrate MODEL --text text.txt -o stats.safetensors
+///   lrc calibrate MODEL --text text.txt --part 1/2 -o a.safetensors
+///   lrc calibrate --merge a.safetensors b.safetensors -o stats.safetensors
+#[derive(Debug, Args)]
+#[command(verbatim_doc_comment)]
+pub(super) struct CalibrateArgs {
+    /// Folder of a checkpoint, a `.safetensors` file, or a hub id (`org/name`)
+    #[arg(required_unless_present = "merge")]
+    model: Option<String>,
+
+    /// Branch, tag or commit of a hub id
+    #[arg(long, default_value = "main", value_name = "REV")]
+    revision: String,
+
+    /// Text to observe (UTF-8)
+    #[arg(long, value_name = "FILE", required_unless_present = "merge")]
+    text: Option<PathBuf>,
+
+    /// Output file
+    #[arg(short, long, value_name = "STATISTICS")]
+    output: PathBuf,
+
+    /// Add files of statistics, instead of measuring
+    #[arg(long, value_name = "STATISTICS", num_args = 2.., conflicts_with_all = ["model", "text", "method", "samples", "seq_len", "seed", "part"])]
+    merge: Vec<PathBuf>,
+
+    /// Methods to collect for [default: all]
+    #[arg(long, value_enum, num_args = 1)]
+    method: Vec<Method>,
+
+    /// Windows to draw [default: 64]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    samples: Option<u32>,
+
+    /// Tokens in a window [default: 512, at most the model's context]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(2..))]
+    seq_len: Option<u32>,
+
+    /// Seed of the choice of windows [default: 0]
+    #[arg(long, value_name = "N")]
+    seed: Option<u64>,
+
+    /// Observe the I-th of N equal parts of the windows drawn
+    #[arg(long, value_name = "I/N", value_parser = part)]
+    part: Option<(usize, usize)>,
+
+    /// Clip gradients of tokens to 0.1 to 10 times their mean norm
+    #[arg(long, conflicts_with = "merge")]
+    clip_gradients: bool,
+
+    #[command(flatten)]
+    memory: MemoryArgs,
+
+    /// Replace the output file
+    #[arg(long)]
+    force: bool,
+
+    /// Print the report as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+fn part(text: &str) -> Result<(usize, usize), String> {
+    let parsed = text.split_once('/').and_then(|(i, n)| Some((i.parse().ok()?, n.parse().ok()?)));
+    parsed.filter(|&(i, n)| 1 <= i && i <= n).ok_or_else(|| "write I/N, 1 to N of N parts: `1/4`".into())
+}
+
+pub(super) fn run(args: &CalibrateArgs, quiet: bool, progress: &Bars) -> Result<()> {
+    calibrate::check_output(&args.output, args.force)?;
+    let (header, seconds) = match (&args.model, &args.text) {
+        (Some(model), Some(text)) => measure(args, model, text, progress)?,
+        _ => (merge(args)?, calibrate::Seconds::default()),
+    };
+    let report = CalibrateReport {
+        schema_version: SCHEMA_VERSION,
+        lrc_version: LRC_VERSION.into(),
+        size_bytes: std::fs::metadata(&args.output).map_or(0, |m| m.len()),
+        windows: header.n_windows(),
+        tokens: header.n_tokens(),
+        parts: header.parts.iter().map(|p| format!("{}/{} of {}", p.part.0, p.part.1, &p.text_sha256[..12])).collect(),
+        forward_seconds: seconds.forward,
+        backward_seconds: seconds.backward,
+        peak_memory_bytes: peak_memory_bytes(),
+    };
+    match (args.json, quiet) {
+        (true, _) => print_json(&report),
+        (false, true) => Ok(()),
+        (false, false) => print(&show(args, &report)),
+    }
+}
+
+fn measure(
+    args: &CalibrateArgs,
+    model: &str,
+    text: &std::path::Path,
+    progress: &Bars,
+) -> Result<(Header, calibrate::Seconds)> {
+    let checkpoint = open(model, &args.revision, progress)?;
+    let decoder = Decoder::open(&checkpoint)?;
+    let needs = args.method.iter().map(|m| m.needs()).reduce(Needs::union).unwrap_or(Needs::ALL);
+    if needs == Needs::default() {
+        return Err(Failure::usage("`--method svd` needs no statistics").hint("name another method, or none").into());
+    }
+    let observation = Observation { needs, clip_gradients: args.clip_gradients };
+    let settings = WindowSettings {
+        text: text.into(),
+        samples: args.samples.map_or(DEFAULT_SAMPLES, |n| n as usize),
+        seq_len: args.seq_len.map(|n| n as usize),
+        seed: args.seed.unwrap_or(0),
+    };
+    let windows = Windows::load(&checkpoint, &settings, args.part.unwrap_or((1, 1)))?;
+    let folder = std::env::temp_dir();
+    let limits = WalkLimits::new(args.memory.memory.as_u64(), folder.clone());
+    let header = Header::new(checkpoint.fingerprint()?, observation, vec![windows.part.clone()]);
+    let mut statistics = Statistics::new(header.clone(), limits.activation_bytes, &folder);
+    let seconds =
+        calibrate::observe(&decoder, &windows.windows, observation, &limits, progress, &mut |block, sums| {
+            statistics.keep(block, sums)
+        })?;
+    statistics.write(&args.output, args.force)?;
+    Ok((header, seconds))
+}
+
+fn merge(args: &CalibrateArgs) -> Result<Header> {
+    let open = |path: &PathBuf| Ok((path.display().to_string(), Statistics::open(path)?));
+    let files = args.merge.iter().map(open).collect::<Result<Vec<_>>>()?;
+    Statistics::merge(&files, &args.output, args.force)
+}
+
+fn show(args: &CalibrateArgs, report: &CalibrateReport) -> String {
+    let mut rows = vec![
+        ("windows", report.windows.to_string()),
+        ("tokens", grouped(report.tokens as u64)),
+        ("parts of texts", report.parts.join(", ")),
+        ("size", ByteSize(report.size_bytes).to_string()),
+    ];
+    if args.merge.is_empty() {
+        rows.push(("forward", format!("{:.1} s", report.forward_seconds)));
+        rows.push(("backward", format!("{:.1} s", report.backward_seconds)));
+    }
+    let rows = rows.into_iter().map(|(name, value)| vec![name.to_string(), value]).collect();
+    format!("{}wrote `{}`\n", table(&["measure", "value"], rows), args.output.display())
+}

@@ -1,0 +1,188 @@
+//! `lrc sweep`.
+
+use std::fmt::Write;
+use std::path::PathBuf;
+
+use anyhow::Result;
+use clap::{ArgAction, ArgMatches, Args, FromArgMatches};
+
+use super::terminal::{Bars, grouped, table};
+use super::{MemoryArgs, ModelArgs, print, print_json};
+use crate::compress::recipe::{Recipe, RecipeOptions};
+use crate::compress::{SweepSettings, sweep};
+use crate::error::Failure;
+use crate::eval::EvalSettings;
+use crate::eval::conventions::Convention;
+use crate::report::SweepReport;
+use crate::text::Bos;
+
+/// Evaluate one method at many budgets, from one decomposition
+///
+/// Nothing is written: the table shows what `lrc compress` and `lrc eval --reference` would give.
+///
+/// Examples:
+///   lrc sweep MODEL --text held-out.txt --keep 0.9,0.8,0.6
+///   lrc sweep MODEL --calibration text.txt --text held-out.txt --keep 0.9,0.8 --ranks welore --csv
+#[derive(Debug, Args)]
+#[command(verbatim_doc_comment)]
+pub(super) struct SweepArgs {
+    #[command(flatten)]
+    model: ModelArgs,
+
+    /// Text to score (UTF-8)
+    #[arg(long, value_name = "FILE")]
+    text: PathBuf,
+
+    #[command(flatten)]
+    options: SweptOptions,
+
+    /// TOML file with these settings; flags win
+    #[arg(long, value_name = "FILE")]
+    recipe: Option<PathBuf>,
+
+    /// How the text is cut and scored
+    #[arg(long, value_enum, default_value_t)]
+    convention: Convention,
+
+    /// Tokens in a scored window [default: the convention's, at most the model's context]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(2..))]
+    eval_seq_len: Option<u32>,
+
+    /// Score only the first windows
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    max_windows: Option<u32>,
+
+    #[command(flatten)]
+    memory: MemoryArgs,
+
+    /// Print the report as JSON
+    #[arg(long, conflicts_with = "csv")]
+    json: bool,
+
+    /// Print one line a budget as CSV
+    #[arg(long)]
+    csv: bool,
+}
+
+/// [`RecipeOptions`] whose `--keep` is a list.
+#[derive(Debug)]
+struct SweptOptions {
+    keeps: Vec<f64>,
+    options: RecipeOptions,
+}
+
+impl Args for SweptOptions {
+    fn augment_args(command: clap::Command) -> clap::Command {
+        RecipeOptions::augment_args(command)
+            .mut_arg("keep", |keep| {
+                keep.action(ArgAction::Append)
+                    .value_delimiter(',')
+                    .value_name("SHARES")
+                    .required(true)
+                    .help("Shares of the parameters of the targeted linears to keep, separated by commas")
+            })
+            // What is written is not swept.
+            .mut_args(|arg| {
+                let is_of_output = ["target_size", "format", "max_shard_size"].contains(&arg.get_id().as_str());
+                if is_of_output { arg.hide(true) } else { arg }
+            })
+    }
+
+    fn augment_args_for_update(command: clap::Command) -> clap::Command {
+        Self::augment_args(command)
+    }
+}
+
+impl FromArgMatches for SweptOptions {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
+        let keeps = matches.get_many("keep").into_iter().flatten().copied().collect();
+        Ok(Self { keeps, options: RecipeOptions::from_arg_matches(matches)? })
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        *self = Self::from_arg_matches(matches)?;
+        Ok(())
+    }
+}
+
+pub(super) fn run(args: &SweepArgs, progress: &Bars) -> Result<()> {
+    let file = args.recipe.as_deref().map(RecipeOptions::read).transpose()?.unwrap_or_default();
+    if let Some(keep) = args.options.keeps.iter().find(|&&keep| !(keep > 0.0 && keep <= 1.0)) {
+        return Err(Failure::usage(format!("`--keep {keep}` is outside of (0, 1]")).into());
+    }
+    let mut options = args.options.options.clone().or(file);
+    options.target_size = None;
+    let recipe = Recipe::new(&options)?;
+    let checkpoint = args.model.open(progress)?;
+    let eval = EvalSettings {
+        model: args.model.model.clone(),
+        text: args.text.clone(),
+        convention: args.convention,
+        seq_len: args.eval_seq_len.map(|n| n as usize),
+        max_windows: args.max_windows.map(|n| n as usize),
+        bos: Bos::Auto,
+        memory_bytes: args.memory.memory.as_u64(),
+    };
+    let settings = SweepSettings { checkpoint: &checkpoint, recipe: &recipe, keeps: &args.options.keeps, eval };
+    let report = sweep(&settings, progress)?;
+    match (args.json, args.csv) {
+        (true, _) => print_json(&report),
+        (_, true) => print(&csv(&report)),
+        _ => print(&show(&report)),
+    }
+}
+
+fn csv(report: &SweepReport) -> String {
+    let mut text = String::from(
+        "keep,ppl,ppl_ratio,ppl_ratio_standard_error,kl_mean,same_top_1,linear_keep,parameters,bytes,bits_per_weight\n",
+    );
+    for p in &report.points {
+        let (d, s) = (&p.divergence, &p.sizes);
+        let _ = writeln!(
+            text,
+            "{},{},{},{},{},{},{},{},{},{}",
+            p.keep,
+            p.ppl,
+            d.ppl_ratio,
+            d.ppl_ratio_standard_error,
+            d.kl.mean,
+            d.same_top_1,
+            s.keep,
+            s.parameters_after,
+            s.bytes_after,
+            s.bits_per_weight_after
+        );
+    }
+    text
+}
+
+fn show(report: &SweepReport) -> String {
+    let rows = report.points.iter().map(|p| {
+        let (d, s) = (&p.divergence, &p.sizes);
+        vec![
+            p.keep.to_string(),
+            format!("{:.4}", p.ppl),
+            format!("{:.4} ± {:.4}", d.ppl_ratio, d.ppl_ratio_standard_error),
+            format!("{:.5}", d.kl.mean),
+            format!("{:.2} %", 100.0 * d.same_top_1),
+            format!("{:.4}", s.keep),
+            grouped(s.parameters_after),
+            grouped(s.bytes_after),
+        ]
+    });
+    let header = ["keep", "perplexity", "ratio", "KL", "same top 1", "kept", "parameters", "bytes"];
+    let t = &report.timings;
+    format!(
+        "{}dense perplexity {:.5}, convention {}, windows of {}\n\
+         calibrated in {:.1} + {:.1} s, decomposed in {:.1} s, allocated in {:.1} s, evaluated in {:.1} s\n",
+        table(&header, rows.collect()),
+        report.dense_ppl.unwrap_or(f64::NAN),
+        report.convention,
+        report.seq_len,
+        t.calibrate_forward,
+        t.calibrate_backward,
+        t.decompose,
+        t.allocate,
+        report.evaluate_seconds,
+    )
+}

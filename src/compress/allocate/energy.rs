@@ -1,0 +1,48 @@
+//! The smallest ranks that keep one share τ of the energy `Σ σ²` everywhere (LiteASR, Kamahori et al. 2025, keeps 0.99 of
+//! attention and 0.999 of feed-forward layers). Under a budget τ is the largest share that it pays for.
+
+use super::{Allocator, Choice, Item, Rules, Spectra, cost, largest_affordable};
+use crate::compress::low_rank::ErrorCurve;
+
+pub(super) struct Energy {
+    pub share: Option<f64>,
+}
+
+impl Allocator for Energy {
+    fn spectra(&self) -> Spectra {
+        Spectra::Metric
+    }
+
+    fn choices(&self, items: &[Item<'_>], rules: &Rules) -> Vec<Choice> {
+        let at = |share: f64| -> Vec<Choice> {
+            items.iter().map(|item| item.choice(smallest_rank(item.curve(), share), rules)).collect()
+        };
+        let asked = at(self.share.unwrap_or(1.0));
+        if cost(items, &asked) <= rules.budget { asked } else { largest_affordable(items, rules, at) }
+    }
+}
+
+/// Smallest rank whose energies sum to `share` of all.
+fn smallest_rank(curve: &ErrorCurve, share: f64) -> usize {
+    let allowed = (1.0 - share) * curve.squared_error(0);
+    let mut dropped = 0.0;
+    let kept = curve.energies().iter().rposition(|energy| {
+        dropped += energy;
+        dropped > allowed
+    });
+    kept.map_or(1, |last| last + 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_rank_is_the_first_that_keeps_the_share() {
+        let curve = ErrorCurve::new(vec![8.0, 1.0, 0.75, 0.25]);
+        for (share, expected) in [(0.5, 1), (0.79, 1), (0.85, 2), (0.89, 2), (0.97, 3), (1.0, 4)] {
+            assert_eq!(smallest_rank(&curve, share), expected, "{share}");
+        }
+        assert_eq!(smallest_rank(&ErrorCurve::new(vec![0.0; 3]), 0.9), 1);
+    }
+}

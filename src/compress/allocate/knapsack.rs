@@ -1,0 +1,158 @@
+//! The least total error `Σ sensitivity · curve(rank)` for the budget: a knapsack with one candidate an item.
+//!
+//! Each linear may have any rank that saves, or stay dense. Of its (cost, error) points the lower convex hull is kept; steps
+//! along the hulls are taken in the order of error saved per cost, which is the optimum of the Lagrangian relaxation (Everett
+//! 1963). What then is left of the budget goes to the single changes that save most.
+
+use super::{Allocator, Choice, Item, Rules, Spectra};
+
+pub(super) struct Knapsack;
+
+/// A choice with its cost and its error.
+#[derive(Debug, Clone, Copy)]
+struct Candidate {
+    choice: Choice,
+    cost: u64,
+    error: f64,
+}
+
+impl Allocator for Knapsack {
+    fn spectra(&self) -> Spectra {
+        Spectra::Metric
+    }
+
+    fn choices(&self, items: &[Item<'_>], rules: &Rules) -> Vec<Choice> {
+        let candidates: Vec<Vec<Candidate>> = items.iter().map(|item| candidates(item, rules)).collect();
+        let hulls: Vec<Vec<Candidate>> = candidates.iter().map(|c| lower_hull(c)).collect();
+        let mut chosen: Vec<Candidate> = hulls.iter().map(|hull| hull[0]).collect();
+        let mut left = i128::from(rules.budget) - chosen.iter().map(|c| i128::from(c.cost)).sum::<i128>();
+
+        // (error saved per cost, item, place of the step on its hull); along a hull the savings fall.
+        let mut steps: Vec<(f64, usize, usize)> = Vec::new();
+        for (i, hull) in hulls.iter().enumerate() {
+            let saved = |pair: &[Candidate]| (pair[0].error - pair[1].error) / (pair[1].cost - pair[0].cost) as f64;
+            steps.extend(hull.windows(2).enumerate().map(|(at, pair)| (saved(pair), i, at + 1)));
+        }
+        steps.sort_by(|x, y| y.0.total_cmp(&x.0).then((x.1, x.2).cmp(&(y.1, y.2))));
+        let mut is_stuck = vec![false; items.len()];
+        for (_, i, at) in steps {
+            let next = hulls[i][at];
+            let extra = i128::from(next.cost) - i128::from(chosen[i].cost);
+            is_stuck[i] |= extra > left;
+            if !is_stuck[i] {
+                left -= extra;
+                chosen[i] = next;
+            }
+        }
+        while let Some((i, better)) = best_change(&candidates, &chosen, left) {
+            left -= i128::from(better.cost) - i128::from(chosen[i].cost);
+            chosen[i] = better;
+        }
+        chosen.into_iter().map(|c| c.choice).collect()
+    }
+}
+
+/// Every rank that saves, from the floor up, then dense, in ascending cost.
+fn candidates(item: &Item<'_>, rules: &Rules) -> Vec<Candidate> {
+    let energies = item.curve().energies();
+    // tail[r] = Σ_{i ≥ r} σ_i²
+    let mut tail = vec![0.0; energies.len() + 1];
+    for (i, energy) in energies.iter().enumerate().rev() {
+        tail[i] = tail[i + 1] + energy;
+    }
+    let error = |rank: usize| item.sensitivity * tail[rank.min(energies.len())];
+    let largest = item.layout.largest_saving_rank(item.shape);
+    let dense = Candidate { choice: Choice::Dense, cost: item.cost(Choice::Dense), error: 0.0 };
+    let mut candidates: Vec<Candidate> = (item.smallest_rank(rules)..=largest)
+        .step_by(rules.multiple)
+        .map(|rank| Candidate { choice: Choice::Rank(rank), cost: item.cost(Choice::Rank(rank)), error: error(rank) })
+        .filter(|candidate| candidate.cost < dense.cost)
+        .collect();
+    candidates.push(dense);
+    candidates
+}
+
+/// The points that are best for some price of cost, in ascending cost and falling error.
+fn lower_hull(candidates: &[Candidate]) -> Vec<Candidate> {
+    let mut hull: Vec<Candidate> = Vec::new();
+    for &new in candidates {
+        if hull.last().is_some_and(|last| last.error <= new.error) {
+            continue;
+        }
+        while let [.., first, second] = hull[..] {
+            let slope = |a: Candidate, b: Candidate| (a.error - b.error) / (b.cost - a.cost) as f64;
+            if slope(first, second) > slope(second, new) {
+                break;
+            }
+            hull.pop();
+        }
+        hull.push(new);
+    }
+    hull
+}
+
+/// The one change, within what is left of the budget, that lowers the error most.
+fn best_change(candidates: &[Vec<Candidate>], chosen: &[Candidate], left: i128) -> Option<(usize, Candidate)> {
+    let mut best: Option<(f64, usize, Candidate)> = None;
+    for (i, candidates) in candidates.iter().enumerate() {
+        // Errors fall with cost: the dearest that can be paid is the best.
+        let affordable = i128::from(chosen[i].cost) + left;
+        let Some(&candidate) = candidates.iter().rev().find(|c| i128::from(c.cost) <= affordable) else { continue };
+        let saved = chosen[i].error - candidate.error;
+        if saved > best.map_or(0.0, |(saved, ..)| saved) {
+            best = Some((saved, i, candidate));
+        }
+    }
+    best.map(|(_, i, candidate)| (i, candidate))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::super::{Price, cost};
+    use super::*;
+    use crate::compress::low_rank::ErrorCurve;
+    use crate::model::Layout;
+
+    proptest! {
+        /// Against every combination of choices.
+        #[test]
+        fn it_is_within_one_step_of_the_optimum(
+            linears in proptest::collection::vec((3usize..7, 3usize..7, 0.2f64..0.99, 0.1f64..10.0), 1..4), keep in 0.3f64..1.0,
+        ) {
+            for layout in [Layout::Factors, Layout::Pivot] {
+                let curves: Vec<ErrorCurve> =
+                    linears.iter().map(|&(m, n, decay, _)| ErrorCurve::new((0..m.min(n)).map(|i| decay.powi(i as i32)).collect())).collect();
+                let items: Vec<Item<'_>> = linears.iter().zip(&curves)
+                    .map(|(&(m, n, _, sensitivity), curve)| Item { shape: (m, n), layout, curve: Some(curve), sensitivity, price: Price::PARAMETERS })
+                    .collect();
+                let rules = Rules::of_keep(&items, keep);
+                let all: Vec<Vec<Candidate>> = items.iter().map(|item| candidates(item, &rules)).collect();
+                let mut combinations = vec![(0u64, 0.0f64)];
+                for candidates in &all {
+                    combinations = combinations.iter()
+                        .flat_map(|&(c, e)| candidates.iter().map(move |x| (c + x.cost, e + x.error))).collect();
+                }
+                let best = combinations.iter().filter(|(c, _)| *c <= rules.budget).map(|(_, e)| *e).reduce(f64::min);
+                let choices = Knapsack.choices(&items, &rules);
+                if let Some(best) = best {
+                    prop_assert!(cost(&items, &choices) <= rules.budget);
+                    let found: f64 = items.iter().zip(&choices).map(|(item, c)| {
+                        c.rank().map_or(0.0, |r| item.sensitivity * item.curve().squared_error(r))
+                    }).sum();
+                    let widest = all.iter().flat_map(|c| lower_hull(c).windows(2).map(|p| p[0].error - p[1].error).collect::<Vec<_>>())
+                        .fold(0.0, f64::max);
+                    prop_assert!(found <= best + widest + 1e-12, "{} {} {}", found, best, widest);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn hulls_are_convex() {
+        let point = |cost, error| Candidate { choice: Choice::Dense, cost, error };
+        let hull = lower_hull(&[point(1, 10.0), point(2, 9.0), point(3, 3.0), point(4, 3.5), point(9, 0.0)]);
+        assert_eq!(hull.iter().map(|c| c.cost).collect::<Vec<_>>(), [1, 3, 9]);
+    }
+}
