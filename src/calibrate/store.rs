@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use super::observe::Observation;
 use super::statistics::{Key, Needs, Sums, unpack_gram};
-use crate::checkpoint::{self, Checkpoint, Dtype, Fingerprint, SafetensorsWriter, TensorSpec, cast};
+use crate::checkpoint::{Checkpoint, Dtype, Fingerprint, TensorSpec, cast, write_file};
 use crate::error::Failure;
 use crate::model::LinearId;
 use crate::spool::{Spool, Spooled};
@@ -274,8 +274,13 @@ impl Statistics {
 /// Fails where [`Statistics::write`] would, before any work.
 ///
 /// # Errors
-/// The file exists and `force` is false.
+/// The file exists and `force` is false, or its name does not say what it is.
 pub fn check_output(path: &Path, force: bool) -> Result<()> {
+    if path.extension().is_none_or(|e| e != "safetensors") {
+        return Err(Failure::usage(format!("`{}` is no name for statistics", path.display()))
+            .hint("the file is safetensors: let its name end in `.safetensors`")
+            .into());
+    }
     if path.is_dir() || (path.exists() && !force) {
         return Err(Failure::usage(format!("`{}` exists", path.display()))
             .hint("choose another name, or replace the file with `--force`")
@@ -294,23 +299,12 @@ fn write(
 ) -> Result<()> {
     check_output(path, force)?;
     let header = serde_json::to_vec(header)?;
-    let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let folder = tempfile::Builder::new()
-        .prefix(".lrc-")
-        .tempdir_in(parent)
-        .map_err(checkpoint::io("create a work folder in", parent))?;
     let arrays = names.iter().zip(lengths);
     let mut specs: Vec<TensorSpec> =
         arrays.map(|(name, &n)| TensorSpec { name: name.clone(), dtype: Dtype::F32, shape: vec![n] }).collect();
     specs.push(TensorSpec { name: HEADER.into(), dtype: Dtype::U8, shape: vec![header.len()] });
-    let mut writer = SafetensorsWriter::create(folder.path(), &specs, u64::MAX)?;
-    for name in names {
-        let bytes = cast::encode(Dtype::F32, &values(name)?).expect("invariant: f32 holds every f32");
-        writer.write(name, &bytes)?;
-    }
-    writer.write(HEADER, &header)?;
-    writer.finish()?;
-    std::fs::rename(folder.path().join(checkpoint::SINGLE_FILE), path)
-        .map_err(checkpoint::io("rename the statistics to", path))?;
-    Ok(())
+    write_file(path, &specs, |spec| match spec.name.as_str() {
+        HEADER => Ok(header.clone()),
+        name => Ok(cast::encode(Dtype::F32, &values(name)?).expect("invariant: f32 holds every f32")),
+    })
 }

@@ -12,8 +12,10 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, json};
 
 use super::cast::{self, Dtype};
-use super::error::{CheckpointError, Result, io};
+use super::error::{CheckpointError, io};
 use super::{INDEX_FILE, SINGLE_FILE, ShardIndex};
+
+type Result<T, E = CheckpointError> = std::result::Result<T, E>;
 
 /// A tensor that will be written.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -241,6 +243,27 @@ impl SafetensorsWriter {
         }
         Ok(names)
     }
+}
+
+/// Writes one file of tensors under a name of its own, whole or not at all.
+///
+/// # Errors
+/// The disk refuses, or that of `bytes`.
+pub fn write_file<E: From<CheckpointError>>(
+    path: &Path,
+    specs: &[TensorSpec],
+    bytes: impl Fn(&TensorSpec) -> Result<Vec<u8>, E>,
+) -> Result<(), E> {
+    let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let folder = tempfile::Builder::new().prefix(".lrc-").tempdir_in(parent);
+    let folder = folder.map_err(io("create a work folder in", parent))?;
+    let mut writer = SafetensorsWriter::create(folder.path(), specs, u64::MAX)?;
+    for spec in specs {
+        writer.write(&spec.name, &bytes(spec)?)?;
+    }
+    writer.finish()?;
+    fs::rename(folder.path().join(SINGLE_FILE), path).map_err(io("rename a file to", path))?;
+    Ok(())
 }
 
 /// Bytes of all files that a [`SafetensorsWriter`] makes of `specs`, headers included; the index of shards is not counted.

@@ -1,6 +1,6 @@
 //! `lrc compress`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use bytesize::ByteSize;
@@ -10,7 +10,7 @@ use super::terminal::{Bars, grouped, table};
 use super::{MemoryArgs, ModelArgs, print, print_json};
 use crate::compress::recipe::{Recipe, RecipeOptions};
 use crate::compress::{self, Job};
-use crate::report::{LinearRecord, Sizes};
+use crate::report::{CompressReport, LinearRecord, Sizes};
 
 /// Compress a checkpoint
 ///
@@ -82,16 +82,18 @@ pub(super) fn run(args: &CompressArgs, quiet: bool, progress: &Bars) -> Result<(
     match (args.json, quiet) {
         (true, _) => print_json(&report),
         (false, true) => Ok(()),
-        (false, false) => {
-            let memory = report.peak_memory_bytes.map_or(String::new(), |b| format!(", peak memory {}", ByteSize(b)));
-            print(&format!(
-                "{}wrote `{}` in {:.1} s{memory}\n",
-                tables(&report.linears, &report.sizes),
-                args.output.display(),
-                report.elapsed_seconds
-            ))
-        }
+        (false, false) => print(&show(&report, &args.output)),
     }
+}
+
+pub(super) fn show(report: &CompressReport, output: &Path) -> String {
+    let memory = report.peak_memory_bytes.map_or(String::new(), |b| format!(", peak memory {}", ByteSize(b)));
+    format!(
+        "{}wrote `{}` in {:.1} s{memory}\n",
+        tables(&report.linears, &report.sizes),
+        output.display(),
+        report.elapsed_seconds
+    )
 }
 
 fn tables(linears: &[LinearRecord], sizes: &Sizes) -> String {
@@ -116,7 +118,7 @@ fn tables(linears: &[LinearRecord], sizes: &Sizes) -> String {
         vec![
             row("linear parameters", sizes.linear_parameters_before, sizes.linear_parameters_after),
             row("all parameters", sizes.parameters_before, sizes.parameters_after),
-            row("bytes", sizes.bytes_before, sizes.bytes_after),
+            row("bytes of tensors", sizes.bytes_before, sizes.bytes_after),
             vec![
                 "bits per linear weight".into(),
                 format!("{:.3}", sizes.bits_per_weight_before),

@@ -6,6 +6,7 @@ mod eval;
 mod inspect;
 mod sweep;
 mod terminal;
+mod truncate;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -44,6 +45,7 @@ enum Command {
     Calibrate(calibrate::CalibrateArgs),
     Sweep(sweep::SweepArgs),
     Eval(eval::EvalArgs),
+    Truncate(truncate::TruncateArgs),
     Inspect(inspect::InspectArgs),
 }
 
@@ -90,6 +92,7 @@ pub fn run(cli: &Cli) -> Result<()> {
         Command::Calibrate(args) => calibrate::run(args, cli.quiet, &progress),
         Command::Sweep(args) => sweep::run(args, &progress),
         Command::Eval(args) => eval::run(args, &progress),
+        Command::Truncate(args) => truncate::run(args, cli.quiet, &progress),
         Command::Inspect(args) => inspect::run(args, &progress),
     }
 }

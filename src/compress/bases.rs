@@ -137,6 +137,22 @@ impl Bases {
         Ok(if rank == pair.rank { pair } else { pair.prefix(rank) })
     }
 
+    /// Keeps other values beside the pairs.
+    ///
+    /// # Errors
+    /// The work folder refuses.
+    pub fn keep(&self, values: Vec<f32>) -> Result<Spooled> {
+        self.spool.lock().expect("invariant: no holder of the spool panics").push(values)
+    }
+
+    /// What [`Self::keep`] kept.
+    ///
+    /// # Errors
+    /// The work folder refuses.
+    pub fn kept(&self, values: &Spooled) -> Result<Vec<f32>> {
+        self.spool.lock().expect("invariant: no holder of the spool panics").get(values)
+    }
+
     /// Takes another pair, with its curve, for the `i`-th linear.
     ///
     /// # Errors

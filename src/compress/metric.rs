@@ -63,12 +63,20 @@ impl Metric {
     }
 
     /// From a Gram (n, n), its eigenvalues drawn towards their mean: `(1 − damping) M + damping · mean(diag M) · I`.
-    pub fn damped(mut gram: Mat<f64>, damping: f64) -> Self {
-        let n = gram.nrows();
-        let mean = (0..n).map(|i| gram[(i, i)]).sum::<f64>() / n.max(1) as f64;
-        gram *= faer::Scale(1.0 - damping);
-        for i in 0..n {
-            gram[(i, i)] += damping * mean;
+    pub fn damped(gram: Mat<f64>, damping: f64) -> Self {
+        let mean = mean_diagonal(&gram);
+        Self::shifted(gram * faer::Scale(1.0 - damping), damping * mean)
+    }
+
+    /// From a Gram (n, n) with a share of its mean eigenvalue added to all: `M + share · mean(diag M) · I`.
+    pub fn raised(gram: Mat<f64>, share: f64) -> Self {
+        let mean = mean_diagonal(&gram);
+        Self::shifted(gram, share * mean)
+    }
+
+    fn shifted(mut gram: Mat<f64>, shift: f64) -> Self {
+        for i in 0..gram.nrows() {
+            gram[(i, i)] += shift;
         }
         Self::full(gram)
     }
@@ -146,6 +154,10 @@ impl MetricPair<'_> {
         let columns = right.col_iter().zip(left.row_iter());
         columns.map(|(r, l)| r.iter().zip(l.iter()).map(|(r, l)| r * l).sum::<f64>()).sum()
     }
+}
+
+fn mean_diagonal(gram: &Mat<f64>) -> f64 {
+    (0..gram.nrows()).map(|i| gram[(i, i)]).sum::<f64>() / gram.nrows().max(1) as f64
 }
 
 fn scale_columns(x: MatRef<'_, f64>, scale: impl Fn(usize) -> f64) -> Mat<f64> {

@@ -5,6 +5,7 @@
 
 pub mod allocate;
 mod bases;
+mod elastic;
 pub mod low_rank;
 pub mod metric;
 mod metrics;
@@ -15,6 +16,7 @@ pub mod presets;
 pub mod recipe;
 mod record;
 mod sensitivity;
+mod sequential;
 mod study;
 mod sweep;
 mod variants;
@@ -25,8 +27,10 @@ use std::time::Instant;
 use anyhow::Result;
 
 use crate::checkpoint::{Checkpoint, OutputFolder};
+use crate::formats::Format;
 use crate::progress::Progress;
 use crate::report::{CompressReport, DryRunReport, REPORT_FILE};
+pub use elastic::{TruncateJob, truncate};
 use output::Output;
 use plan::Plan;
 use recipe::Recipe;
@@ -61,10 +65,16 @@ pub fn compress(job: &Job<'_>, progress: &dyn Progress) -> Result<CompressReport
     let work = tempfile::tempdir_in(folder.path())?;
     let mut study = Study::run(checkpoint, recipe, &plan, inputs, job.memory_bytes, work.path(), progress)?;
     let choices = study.allocate(recipe.budget)?;
+    if let Some(mu) = recipe.anchor {
+        sequential::anchor(&mut study, &choices, mu, progress)?;
+    }
 
     let writing = Instant::now();
     let mut output = Output::create(&folder, checkpoint, recipe, &plan, &choices)?;
-    output.put_all(&study, &choices, progress)?;
+    let orders = output.put_all(&study, &choices, progress)?;
+    if recipe.format == Format::Factored {
+        elastic::write_curves(&folder, &study, &choices, &orders)?;
+    }
     study.timings.write = writing.elapsed().as_secs_f64();
     let sizes = record::sizes(checkpoint, recipe, &plan, &choices);
     let mut report = record::report(job, record::linears(&study, &choices), sizes, calibration, study.timings)?;

@@ -18,9 +18,13 @@ use crate::checkpoint::{
 use crate::formats::{Entry, Exporter};
 use crate::progress::Progress;
 use crate::report::{CompressReport, REPORT_FILE, card, peak_memory_bytes};
+use crate::spool::Spooled;
 
 const RECIPE_FILE: &str = "lrc-recipe.toml";
 const CARD_FILE: &str = "README.md";
+
+/// By linear of the plan, for `elastic`.
+pub(super) type Orders = BTreeMap<usize, Spooled>;
 
 pub(super) struct Output<'a> {
     checkpoint: &'a Checkpoint,
@@ -52,27 +56,32 @@ impl<'a> Output<'a> {
         Ok(Self { checkpoint, exporter: recipe.format.exporter(), writer, tensors, modules })
     }
 
-    /// Lays out and writes every linear of low rank, many at once.
+    /// Lays out and writes every linear of low rank, many at once. Gives back the orders of pivots, where the recipe wants them.
     ///
     /// # Errors
     /// A value does not fit the dtype, or a disk refuses.
-    pub fn put_all(&mut self, study: &Study<'_>, choices: &[Choice], progress: &dyn Progress) -> Result<()> {
+    pub fn put_all(&mut self, study: &Study<'_>, choices: &[Choice], progress: &dyn Progress) -> Result<Orders> {
         let ranks: Vec<(usize, usize)> =
             choices.iter().enumerate().filter_map(|(i, choice)| Some((i, choice.rank()?))).collect();
         let stage = progress.stage("write", ranks.len() as u64, "matrices");
         let (exporter, writer) = (self.exporter, Mutex::new(&mut self.writer));
-        ranks.par_iter().try_for_each(|&(i, rank)| -> Result<()> {
+        let put = |&(i, rank): &(usize, usize)| -> Result<(usize, Option<Spooled>)> {
             let linear = &study.plan.linears[i];
             stage.note(&linear.module);
-            let parts = pivot::lay_out(study.recipe.layout, study.bases.pair(i, rank)?, linear.shape());
+            let pair = study.bases.pair(i, rank)?;
+            let b = study.recipe.elastic.then(|| pair.b.clone());
+            let parts = pivot::lay_out(study.recipe.layout, pair, linear.shape());
+            let order = b.and_then(|b| pivot::order_of_ranks(&parts, &b)).map(|o| study.bases.keep(o)).transpose()?;
             let tensors = exporter.tensors(linear, &parts).with_context(|| format!("write `{}`", linear.module))?;
             let mut writer = writer.lock().expect("invariant: no holder of the writer panics");
             for tensor in tensors {
                 writer.write(&tensor.name, &tensor.bytes)?;
             }
             stage.advance(1);
-            Ok(())
-        })
+            Ok((i, order))
+        };
+        let orders: Vec<_> = ranks.par_iter().map(put).collect::<Result<_>>()?;
+        Ok(orders.into_iter().filter_map(|(i, order)| Some((i, order?))).collect())
     }
 
     /// Copies everything that was not compressed, writes the side files and the report, and renames the folder.
@@ -122,7 +131,7 @@ impl<'a> Output<'a> {
 }
 
 /// SHA-256 of every visible file of the folder.
-fn hashes(folder: &OutputFolder) -> Result<Fingerprint> {
+pub(super) fn hashes(folder: &OutputFolder) -> Result<Fingerprint> {
     let entries = std::fs::read_dir(folder.path()).map_err(io("list", folder.path()))?;
     let files: Vec<_> = entries.filter_map(|e| e.ok().map(|e| e.path())).collect();
     let name = |path: &std::path::Path| path.file_name().unwrap_or_default().to_string_lossy().into_owned();

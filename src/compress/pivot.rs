@@ -31,11 +31,36 @@ pub(super) fn lay_out(layout: Layout, pair: LowRank, (m, n): (usize, usize)) -> 
     }
 }
 
+/// The rows of `B` (m, r) that became pivots, (r, r) in the order of the pivots: with them the pair that was laid out, whose
+/// ranks are in order of significance, is found again. None for factors, which keep that order.
+pub(super) fn order_of_ranks(parts: &Parts, b: &[f32]) -> Option<Vec<f32>> {
+    let Parts::Pivot { rank, order, .. } = parts else { return None };
+    let mut rows = vec![0.0; rank * rank];
+    for (row, &place) in b.chunks_exact((*rank).max(1)).zip(order) {
+        if let Some(to) = rows.chunks_exact_mut((*rank).max(1)).nth(place as usize) {
+            to.copy_from_slice(row);
+        }
+    }
+    Some(rows)
+}
+
+/// The pair behind a pivot layout, from the factors `b` (m, r) and `a` (r, n) of its parts (pivot rows, and coefficients with
+/// rows of a unit matrix) and its [`order_of_ranks`]; none where that is singular.
+pub(super) fn reordered(LowRank { rank, b, a }: LowRank, order: &[f32], (m, n): (usize, usize)) -> Option<LowRank> {
+    let order_t = linalg::transposed_from_row_major(order, rank, rank);
+    let a_t = linalg::transposed_from_row_major(&a, rank, n); // (n, r)
+    // B = [I; T] B_pivot, A = B_pivot⁻¹ P
+    let solved = linalg::solve(order_t.transpose(), a_t.transpose())?;
+    let b = linalg::product_row_major(&b, order, m, rank, rank);
+    Some(LowRank { rank, b, a: linalg::to_row_major(solved.as_ref()) })
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::model::layout::expand_pivots;
 
     proptest! {
         #[test]
@@ -55,6 +80,15 @@ mod tests {
                     }
                 };
                 prop_assert_eq!(stored as u64, layout.n_parameters(rank, (m, n)));
+                if let Parts::Pivot { pivots, coefficients, order: places, .. } = &parts {
+                    let places: Vec<usize> = places.iter().map(|&p| p as usize).collect();
+                    let stored = LowRank { rank, b: expand_pivots(&places, coefficients, rank), a: pivots.clone() };
+                    let order = order_of_ranks(&parts, &pair.b).unwrap();
+                    // Rows that all but depend on each other have no stable inverse.
+                    if let Some(again) = reordered(stored, &order, (m, n)) {
+                        prop_assert!(again.b.iter().zip(&pair.b).all(|(x, y)| (x - y).abs() < 1e-4));
+                    }
+                }
                 for (found, expected) in parts.product(m, n).iter().zip(&expected) {
                     prop_assert!((found - expected).abs() < 1e-4, "{} {}", found, expected);
                 }

@@ -102,6 +102,11 @@ pub struct RecipeOptions {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub damping_output: Option<f64>,
 
+    /// Keep the order of ranks beside a pivot layout, r² values a matrix, so that `lrc truncate` is exact
+    #[arg(long, num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub elastic: Option<bool>,
+
     /// Clip gradients of tokens to 0.1 to 10 times their mean norm
     #[arg(long, num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -157,6 +162,7 @@ pub struct Recipe {
     pub damping_input: f64,
     pub damping_output: f64,
     pub clip_gradients: bool,
+    pub elastic: bool,
     /// μ, where blocks are compressed one after another.
     pub anchor: Option<f64>,
     pub targets: Patterns,
@@ -211,7 +217,7 @@ impl Patterns {
 }
 
 pub const DEFAULT_SAMPLES: usize = 64;
-const DEFAULT_SHARD_BYTES: u64 = 4_000_000_000;
+pub const DEFAULT_SHARD_BYTES: u64 = 4_000_000_000;
 
 impl RecipeOptions {
     /// Reads a recipe file.
@@ -252,6 +258,7 @@ impl RecipeOptions {
             damping_input: self.damping_input.or(other.damping_input),
             damping_output: self.damping_output.or(other.damping_output),
             clip_gradients: self.clip_gradients.or(other.clip_gradients),
+            elastic: self.elastic.or(other.elastic),
             sequential: self.sequential.or(other.sequential),
             anchor: self.anchor.or(other.anchor),
             samples: self.samples.or(other.samples),
@@ -311,6 +318,7 @@ impl Recipe {
             damping_input: share("--damping-input", options.damping_input, preset.damping)?,
             damping_output: share("--damping-output", options.damping_output, preset.damping)?,
             clip_gradients: options.clip_gradients.unwrap_or(false),
+            elastic: options.elastic.unwrap_or(false),
             anchor: is_sequential.then(|| share("--anchor", options.anchor, 0.5)).transpose()?,
             targets: Patterns::new("`--targets`", &options.targets)?,
             exclude: Patterns::new("`--exclude`", &options.exclude)?,
@@ -356,6 +364,12 @@ impl Recipe {
             return Err(usage(
                 "`--target-size` needs `--format factored`",
                 "the dense format is as large as the source",
+            ));
+        }
+        if self.elastic && (self.layout, self.format) != (Layout::Pivot, Format::Factored) {
+            return Err(usage(
+                "`--elastic` is nothing here",
+                "factors keep their order as they are; the dense format has no ranks",
             ));
         }
         if self.statistics.is_some() && !self.method.needs_statistics() {
@@ -410,6 +424,7 @@ impl Recipe {
             damping_input: damping(preset.input, self.damping_input),
             damping_output: damping(preset.output, self.damping_output),
             clip_gradients: self.clip_gradients.then_some(true),
+            elastic: self.elastic.then_some(true),
             sequential: self.anchor.is_some().then_some(true),
             anchor: self.anchor,
             samples: calibration.map(|c| c.samples),
@@ -509,6 +524,10 @@ mod tests {
         check(RecipeOptions { depth_weight: Some(1.0), ..keep(0.5) }, "nothing without `--ranks knapsack`");
         check(RecipeOptions { damping_input: Some(0.1), ..keep(0.5) }, "no Gram on that side");
         check(RecipeOptions { clip_gradients: Some(true), ..keep(0.5) }, "no Gram of gradients");
+        check(
+            RecipeOptions { elastic: Some(true), layout: Some(Layout::Factors), ..keep(0.5) },
+            "`--elastic` is nothing",
+        );
         check(RecipeOptions { rank_multiple: Some(0), ..keep(0.5) }, "at least 1");
         check(RecipeOptions { rank_floor: Some(1.5), ..keep(0.5) }, "outside of [0, 1]");
         let statistics = Some(PathBuf::from("s"));

@@ -91,6 +91,7 @@ pub(super) fn report(
         calibration,
         sizes,
         linears,
+        truncated: None,
         output_files: Fingerprint::new(),
         timings,
         elapsed_seconds: 0.0,

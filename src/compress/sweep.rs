@@ -9,6 +9,7 @@ use super::recipe::{Budget, Recipe};
 use super::record;
 use super::study::{Inputs, Study};
 use crate::checkpoint::Checkpoint;
+use crate::error::Failure;
 use crate::eval::{EvalSettings, Prepared};
 use crate::progress::Progress;
 use crate::report::{LRC_VERSION, SCHEMA_VERSION, SweepPoint, SweepReport, peak_memory_bytes};
@@ -29,6 +30,11 @@ pub struct SweepSettings<'a> {
 pub fn sweep(settings: &SweepSettings<'_>, progress: &dyn Progress) -> Result<SweepReport> {
     let started = Instant::now();
     let &SweepSettings { checkpoint, recipe, keeps, .. } = settings;
+    if recipe.anchor.is_some() {
+        return Err(Failure::usage("`--sequential` decomposes anew for every budget, a sweep once for all")
+            .hint("compress and evaluate the budgets one by one")
+            .into());
+    }
     let plan = Plan::new(checkpoint, recipe)?;
     let inputs = Inputs::load(checkpoint, recipe, &plan)?;
     let prepared = Prepared::new(checkpoint, &settings.eval)?;

@@ -78,7 +78,7 @@ impl Study<'_> {
     }
 
     /// The compressed linears of a block with their ranks.
-    fn compressed_in(&self, block_idx: usize, choices: &[Choice]) -> Vec<(usize, usize)> {
+    pub fn compressed_in(&self, block_idx: usize, choices: &[Choice]) -> Vec<(usize, usize)> {
         let is_here = |i: usize| self.plan.linears[i].id.is_some_and(|id| id.block == block_idx);
         let ranks = choices.iter().enumerate().filter_map(|(i, choice)| Some((i, choice.rank()?)));
         ranks.filter(|&(i, _)| is_here(i)).collect()

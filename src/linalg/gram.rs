@@ -75,6 +75,21 @@ pub fn add_gram_f32(sum: &mut Mat<f64>, x: &[f32], n_tokens: usize) {
     }
 }
 
+/// Adds `xᵀ y` to `sum` (n, n), for chunks `x` and `y` (n_tokens, n) in row-major order, summed as by [`add_gram_f32`].
+///
+/// # Panics
+/// When the chunks are not made of rows of `n`.
+pub fn add_product_f32(sum: &mut Mat<f64>, x: &[f32], y: &[f32], n: usize) {
+    let n_tokens = x.len() / n;
+    let (x, y) = (super::transpose_row_major(x, n_tokens, n), super::transpose_row_major(y, n_tokens, n));
+    let matrix = |values| MatRef::from_column_major_slice(values, n_tokens, n);
+    let mut chunk = Mat::<f32>::zeros(n, n);
+    matmul(&mut chunk, Accum::Replace, matrix(&x).transpose(), matrix(&y), 1.0, Par::rayon(0));
+    for (to, from) in sum.col_iter_mut().zip(chunk.col_iter()) {
+        to.iter_mut().zip(from.iter()).for_each(|(to, from)| *to += f64::from(*from));
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -120,6 +135,12 @@ mod tests {
         }
         mirror_lower(&mut sum);
         // Small integers: exact in f32 too.
-        assert_eq!(sum, product(x.transpose(), x.as_ref()));
+        let expected = product(x.transpose(), x.as_ref());
+        assert_eq!(sum, expected);
+        let mut sum = Mat::zeros(12, 12);
+        for chunk in rows.chunks(20 * 12) {
+            add_product_f32(&mut sum, chunk, chunk, 12);
+        }
+        assert_eq!(sum, expected);
     }
 }

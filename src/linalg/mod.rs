@@ -9,12 +9,14 @@ mod eigh;
 mod gram;
 mod qr;
 mod skeleton;
+mod solve;
 
 pub use convert::{product_row_major, to_row_major, transpose_row_major, transposed_from_row_major};
 pub use eigh::{Eigh, eigenvalues, eigh};
-pub use gram::{add_gram_f32, mirror_lower, product, product_symmetric};
+pub use gram::{add_gram_f32, add_product_f32, mirror_lower, product, product_symmetric};
 pub use qr::orthonormal_columns;
 pub use skeleton::{RowSkeleton, row_skeleton};
+pub use solve::solve;
 
 use thiserror::Error;
 

@@ -1,8 +1,6 @@
 //! Rows that span all rows, with small coefficients: the maximum-volume submatrix (Goreinov, Oseledets, Savostyanov,
 //! Tyrtyshnikov & Zamarashkin 2010).
 
-use faer::dyn_stack::{MemBuffer, MemStack};
-use faer::linalg::lu::partial_pivoting::factor::{lu_in_place, lu_in_place_scratch};
 use faer::linalg::triangular_solve::solve_unit_upper_triangular_in_place;
 use faer::{Mat, MatRef, Par};
 
@@ -47,23 +45,13 @@ pub fn row_skeleton(basis: MatRef<'_, f64>) -> RowSkeleton {
     RowSkeleton { pivots, others, coefficients }
 }
 
-/// `P A = L U` in place, and the row order; none where a pivot vanishes.
+/// `P A = L U`, and the row order; none where a pivot vanishes.
 fn lu(mut matrix: Mat<f64>) -> Option<(Mat<f64>, Vec<usize>)> {
-    let (m, r) = (matrix.nrows(), matrix.ncols());
-    let (mut forward, mut inverse) = (vec![0usize; m], vec![0usize; m]);
-    let scratch = lu_in_place_scratch::<usize, f64>(m, r, Par::Seq, Default::default());
-    lu_in_place(
-        matrix.as_mut(),
-        &mut forward,
-        &mut inverse,
-        Par::Seq,
-        MemStack::new(&mut MemBuffer::new(scratch)),
-        Default::default(),
-    );
-    let pivots: Vec<f64> = (0..r).map(|i| matrix[(i, i)].abs()).collect();
+    let order = super::solve::lu(&mut matrix);
+    let pivots: Vec<f64> = (0..matrix.ncols()).map(|i| matrix[(i, i)].abs()).collect();
     let largest = pivots.iter().copied().fold(0.0, f64::max);
     let is_sound = pivots.iter().all(|&p| p > DEPENDENT_SHARE * largest);
-    is_sound.then_some((matrix, forward))
+    is_sound.then_some((matrix, order))
 }
 
 /// The largest entry of a matrix, where it exceeds `bound` in size.

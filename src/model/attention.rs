@@ -203,7 +203,7 @@ impl Head<'_> {
                 softmax_in_place(arch, past);
                 future.fill(0.0);
             }
-            let p = MatRef::from_row_major_slice(&*weights, n_rows, n_keys);
+            let p = MatRef::from_row_major_slice(&weights, n_rows, n_keys);
             let into = MatMut::from_row_major_slice_mut(&mut dv[..rows.end], n_keys, head_dim);
             matmul(into, Accum::Add, p.transpose(), d_out, 1.0, Par::Seq);
             let mut d_scores = vec![0f32; n_rows * n_keys];
@@ -216,7 +216,7 @@ impl Head<'_> {
                 let shift: f32 = o.iter().zip(d_o).map(|(o, d)| o * d).sum();
                 d_row.iter_mut().zip(p_row).for_each(|(d, p)| *d = p * (*d - shift));
             }
-            let d_scores = MatRef::from_row_major_slice(&*d_scores, n_rows, n_keys);
+            let d_scores = MatRef::from_row_major_slice(&d_scores, n_rows, n_keys);
             let into = MatMut::from_row_major_slice_mut(&mut dq[rows.clone()], n_rows, head_dim);
             matmul(into, Accum::Replace, d_scores, k, 1.0, Par::Seq);
             let into = MatMut::from_row_major_slice_mut(&mut dk[..rows.end], n_keys, head_dim);

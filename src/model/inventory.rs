@@ -4,7 +4,7 @@ use anyhow::Result;
 
 use super::architectures::{self, LinearId};
 use super::config;
-use super::layout::{Layout, break_even_rank};
+use super::layout::{Layout, break_even_rank, expand_pivots};
 use super::linear::{LR_A, LR_B, LR_COEFFICIENTS, LR_ORDER, LR_PIVOT};
 use crate::checkpoint::{Checkpoint, Dtype, cast};
 use crate::error::Failure;
@@ -170,14 +170,7 @@ pub fn factors(checkpoint: &Checkpoint, linear: &LinearInfo) -> Result<(usize, V
             let coefficients = part(LR_COEFFICIENTS, [m - rank, rank])?;
             let name = format!("{}.{LR_ORDER}", linear.module);
             checkpoint.expect_shape(&name, &[m], "the shape of the linear")?;
-            let mut b = vec![0.0; m * rank];
-            for (row, position) in b.chunks_exact_mut(rank.max(1)).zip(order(checkpoint, &name)?) {
-                match position.checked_sub(rank) {
-                    None => row[position] = 1.0,
-                    Some(other) => row.copy_from_slice(&coefficients[other * rank..][..rank]),
-                }
-            }
-            Ok((rank, b, pivots))
+            Ok((rank, expand_pivots(&order(checkpoint, &name)?, &coefficients, rank), pivots))
         }
     }
 }

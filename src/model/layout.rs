@@ -33,6 +33,19 @@ impl Layout {
     }
 }
 
+/// The factor `B` (m, rank) of a pivot layout, row-major, whose other factor are the pivot rows: rows of a unit matrix at the
+/// pivots, coefficients elsewhere. `order` (m) holds the place of each row among pivots, then others.
+pub fn expand_pivots(order: &[usize], coefficients: &[f32], rank: usize) -> Vec<f32> {
+    let mut b = vec![0.0; order.len() * rank];
+    for (row, place) in b.chunks_exact_mut(rank.max(1)).zip(order) {
+        match place.checked_sub(rank) {
+            None => row[*place] = 1.0,
+            Some(other) => row.copy_from_slice(&coefficients[other * rank..][..rank]),
+        }
+    }
+    b
+}
+
 /// Largest r with r (m + n) < m n.
 pub fn break_even_rank(m: usize, n: usize) -> usize {
     (m * n).saturating_sub(1) / (m + n).max(1)

@@ -44,7 +44,11 @@ pub fn render(report: &CompressReport) -> String {
     } else {
         card.push_str("The factors are multiplied out: it loads wherever the original does.\n");
     }
-    card.push_str("\n## Reproducing\n\n```sh\nlrc compress MODEL -o OUT --recipe lrc-recipe.toml\n```\n");
+    card.push_str("\n## Reproducing\n\n```sh\nlrc compress MODEL -o OUT --recipe lrc-recipe.toml\n");
+    if let Some(truncated) = &report.truncated {
+        let _ = writeln!(card, "lrc truncate OUT -o SHORTER --keep {}", truncated.keep);
+    }
+    card.push_str("```\n");
     card
 }
 

@@ -32,6 +32,9 @@ pub struct CompressReport {
     pub calibration: Option<CalibrationRecord>,
     pub sizes: Sizes,
     pub linears: Vec<LinearRecord>,
+    /// Where `lrc truncate` shortened an earlier output.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub truncated: Option<TruncationRecord>,
     /// SHA-256 of every other file of the output.
     pub output_files: Fingerprint,
     pub timings: Timings,
@@ -47,6 +50,15 @@ pub struct CalibrationRecord {
     pub text_sha256: Vec<String>,
     pub windows: usize,
     pub tokens: usize,
+}
+
+/// What was shortened.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct TruncationRecord {
+    /// The share that was asked for.
+    pub keep: f64,
+    /// SHA-256 of the config and weight files that were shortened.
+    pub source_files: Fingerprint,
 }
 
 /// Seconds of the stages of a compression.

@@ -1,0 +1,68 @@
+//! `lrc truncate`.
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use bytesize::ByteSize;
+use clap::Args;
+
+use super::compress::show;
+use super::terminal::Bars;
+use super::{ModelArgs, print, print_json};
+use crate::compress::recipe::DEFAULT_SHARD_BYTES;
+use crate::compress::{TruncateJob, truncate};
+use crate::error::Failure;
+
+/// Shorten a compressed checkpoint, without its source
+///
+/// Drops trailing ranks where the stored curves lose least. Exact for the layout of factors; pivots are decomposed
+/// again, in the diagonals of their metric.
+///
+/// Examples:
+///   lrc truncate COMPRESSED -o OUT --keep 0.7
+#[derive(Debug, Args)]
+#[command(verbatim_doc_comment)]
+pub(super) struct TruncateArgs {
+    #[command(flatten)]
+    model: ModelArgs,
+
+    /// Output folder
+    #[arg(short, long, value_name = "OUT")]
+    output: PathBuf,
+
+    /// Share of the parameters of the originally targeted linears to keep
+    #[arg(long, value_name = "SHARE")]
+    keep: f64,
+
+    /// Largest size of an output file (`500MB`, `2GiB`) [default: 4GB]
+    #[arg(long, value_name = "SIZE")]
+    max_shard_size: Option<ByteSize>,
+
+    /// Replace an output folder that an earlier run wrote
+    #[arg(long)]
+    force: bool,
+
+    /// Print the report as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+pub(super) fn run(args: &TruncateArgs, quiet: bool, progress: &Bars) -> Result<()> {
+    if !(args.keep > 0.0 && args.keep < 1.0) {
+        return Err(Failure::usage(format!("`--keep {}` is outside of (0, 1)", args.keep)).into());
+    }
+    let checkpoint = args.model.open(progress)?;
+    let job = TruncateJob {
+        checkpoint: &checkpoint,
+        keep: args.keep,
+        output: &args.output,
+        force: args.force,
+        max_shard_bytes: args.max_shard_size.map_or(DEFAULT_SHARD_BYTES, |s| s.as_u64().max(1)),
+    };
+    let report = truncate(&job, progress)?;
+    match (args.json, quiet) {
+        (true, _) => print_json(&report),
+        (false, true) => Ok(()),
+        (false, false) => print(&show(&report, &args.output)),
+    }
+}

@@ -1,0 +1,353 @@
+//! Elastic outputs: a compressed checkpoint is shortened again without its source.
+//!
+//! Beside the weights every factored output has `lrc-curves.safetensors`: for each linear of low rank its relative energies
+//! `σ_i² / Σ σ²` up to its rank, what all of its energy costs the model, and the diagonals of its metric. Factors are in order
+//! of significance, so a prefix is the optimal smaller pair. Pivot rows have lost that order. With `--elastic` it is kept
+//! beside them (r² values a matrix), and the pair is found again; else the matrix they stand for is decomposed again in
+//! the diagonals of its metric, which is exact for svd, asvd and fwsvd and an approximation for metrics of full Grams.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Mutex;
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use rayon::prelude::*;
+use serde_json::json;
+
+use super::allocate::{self, Choice, Item, Price, Ranks, Rules};
+use super::low_rank::{self, ErrorCurve, LowRank};
+use super::metric::{Metric, MetricPair};
+use super::output::{Orders, hashes};
+use super::pivot;
+use super::study::Study;
+use crate::checkpoint::{
+    CONFIG_FILE, Checkpoint, Dtype, OutputFolder, SafetensorsWriter, TensorSpec, cast, write_file, writer_bytes,
+};
+use crate::error::Failure;
+use crate::formats::{Entry, Format, Parts};
+use crate::linalg;
+use crate::model::Layout;
+use crate::model::inventory::{self, LinearInfo, Stored};
+use crate::progress::Progress;
+use crate::report::{CompressReport, REPORT_FILE, TruncationRecord, card, peak_memory_bytes};
+
+pub(super) const CURVES_FILE: &str = "lrc-curves.safetensors";
+
+/// What is shortened, and where to.
+pub struct TruncateJob<'a> {
+    pub checkpoint: &'a Checkpoint,
+    /// Share of the parameters of the originally targeted linears.
+    pub keep: f64,
+    pub output: &'a Path,
+    pub force: bool,
+    pub max_shard_bytes: u64,
+}
+
+/// What is known of a linear of low rank without its source.
+#[derive(Debug, Clone)]
+struct Elastic {
+    /// `σ_i² / Σ σ²` of the ranks that are there.
+    energies: Vec<f32>,
+    /// What `Σ σ²` costs the model.
+    scale: f32,
+    /// Diagonals of the metric: output (m) and input (n).
+    output: Vec<f32>,
+    input: Vec<f32>,
+    /// Pivot rows in the ranks of the pair, (r, r); empty where they were not kept.
+    order: Vec<f32>,
+}
+
+const PARTS: [&str; 5] = ["energies", "scale", "output_metric", "input_metric", "order"];
+
+impl Elastic {
+    fn arrays(&self) -> [Vec<f32>; 5] {
+        [self.energies.clone(), vec![self.scale], self.output.clone(), self.input.clone(), self.order.clone()]
+    }
+
+    fn read(curves: &Checkpoint, module: &str) -> Result<Self> {
+        let [energies, scale, output, input, order] = PARTS.map(|part| curves.values(&format!("{module}.{part}")));
+        let scale = *scale?.first().with_context(|| format!("`{CURVES_FILE}` has no scale for `{module}`"))?;
+        Ok(Self { energies: energies?, scale, output: output?, input: input?, order: order? })
+    }
+}
+
+/// The curves of a compression.
+pub(super) fn write_curves(
+    folder: &OutputFolder,
+    study: &Study<'_>,
+    choices: &[Choice],
+    orders: &Orders,
+) -> Result<()> {
+    let mut all = BTreeMap::new();
+    for (i, choice) in choices.iter().enumerate() {
+        let (Some(rank), Some(basis)) = (choice.rank(), study.bases.get(i)) else { continue };
+        let total = basis.curve.squared_error(0);
+        let relative = |energy: &f64| if total > 0.0 { (energy / total) as f32 } else { 0.0 };
+        let (output, input) = &basis.diagonals;
+        let elastic = Elastic {
+            energies: basis.curve.energies()[..rank].iter().map(relative).collect(),
+            scale: (total * study.sensitivities[i]) as f32,
+            output: relative_to_mean(output),
+            input: relative_to_mean(input),
+            order: orders.get(&i).map(|order| study.bases.kept(order)).transpose()?.unwrap_or_default(),
+        };
+        all.insert(study.plan.linears[i].module.clone(), elastic);
+    }
+    write(folder, &all)
+}
+
+/// Metrics matter up to a factor: `values` over their mean, which f32 holds whatever the size of gradients.
+fn relative_to_mean(values: &[f64]) -> Vec<f32> {
+    let mean = values.iter().sum::<f64>() / values.len().max(1) as f64;
+    values.iter().map(|v| if mean > 0.0 { (v / mean) as f32 } else { 1.0 }).collect()
+}
+
+fn write(folder: &OutputFolder, all: &BTreeMap<String, Elastic>) -> Result<()> {
+    if all.is_empty() {
+        return Ok(());
+    }
+    let mut arrays = BTreeMap::new();
+    for (module, elastic) in all {
+        for (part, values) in PARTS.iter().zip(elastic.arrays()) {
+            arrays.insert(format!("{module}.{part}"), values);
+        }
+    }
+    let spec = |(name, values): (&String, &Vec<f32>)| TensorSpec {
+        name: name.clone(),
+        dtype: Dtype::F32,
+        shape: vec![values.len()],
+    };
+    let specs: Vec<TensorSpec> = arrays.iter().map(spec).collect();
+    write_file(&folder.path().join(CURVES_FILE), &specs, |spec| {
+        Ok(cast::encode(Dtype::F32, &arrays[&spec.name]).expect("invariant: f32 holds every f32"))
+    })
+}
+
+/// A linear of low rank that may be shortened.
+struct Shortening {
+    linear: LinearInfo,
+    rank: usize,
+    layout: Layout,
+    elastic: Elastic,
+    new_rank: usize,
+}
+
+/// Shortens a compressed checkpoint: ranks are shared out by the knapsack over the stored curves.
+///
+/// # Errors
+/// The checkpoint was not compressed, keeps less already, or cannot become so small; or the disk refuses.
+pub fn truncate(job: &TruncateJob<'_>, progress: &dyn Progress) -> Result<CompressReport> {
+    let started = Instant::now();
+    let checkpoint = job.checkpoint;
+    let root = checkpoint.root();
+    OutputFolder::check(job.output, job.force, REPORT_FILE)?;
+    let mut report = read_report(root)?;
+    let mut shortenings = shortenings(checkpoint)?;
+    share_out(&mut shortenings, &report, job.keep)?;
+
+    let folder = OutputFolder::create(job.output, job.force, REPORT_FILE)?;
+    let exporter = Format::Factored.exporter();
+    let changed: BTreeMap<&str, &Shortening> =
+        shortenings.iter().filter(|s| s.new_rank < s.rank).map(|s| (s.linear.module.as_str(), s)).collect();
+    let of = |name: &str| changed.iter().find(|(module, _)| is_part_of(name, module)).map(|(_, s)| *s);
+    let mut specs: Vec<TensorSpec> = Vec::new();
+    for info in checkpoint.tensors() {
+        match of(&info.name) {
+            None => specs.push(TensorSpec { name: info.name.clone(), dtype: info.dtype, shape: info.shape.clone() }),
+            Some(s) => {
+                let new = exporter.specs(&s.linear, Entry { rank: s.new_rank, layout: s.layout });
+                specs.extend(new.into_iter().filter(|spec| spec.name == info.name));
+            }
+        }
+    }
+    folder.require_space(specs.iter().map(TensorSpec::n_bytes).sum())?;
+    let writer = Mutex::new(SafetensorsWriter::create(folder.path(), &specs, job.max_shard_bytes)?);
+    let orders: Mutex<BTreeMap<String, Vec<f32>>> = Mutex::default();
+    let stage = progress.stage("truncate", changed.len() as u64, "matrices");
+    changed.par_iter().try_for_each(|(module, shortening)| -> Result<()> {
+        stage.note(module);
+        let (parts, order) = shortening.shorten(checkpoint).with_context(|| format!("truncate `{module}`"))?;
+        orders.lock().expect("invariant: no holder of the orders panics").insert((*module).to_string(), order);
+        let tensors = exporter.tensors(&shortening.linear, &parts)?;
+        let mut writer = writer.lock().expect("invariant: no holder of the writer panics");
+        for tensor in tensors {
+            writer.write(&tensor.name, &tensor.bytes)?;
+        }
+        stage.advance(1);
+        Ok(())
+    })?;
+    let mut writer = writer.into_inner().expect("invariant: no holder of the writer panics");
+    for spec in specs.iter().filter(|spec| of(&spec.name).is_none()) {
+        checkpoint.with_bytes(&spec.name, |bytes| writer.write(&spec.name, bytes))??;
+    }
+    writer.finish()?;
+
+    update(&mut report, &shortenings, checkpoint, &specs, job)?;
+    let mut orders = orders.into_inner().expect("invariant: no holder of the orders panics");
+    let mut elastics = BTreeMap::new();
+    for s in &shortenings {
+        let order = orders.remove(&s.linear.module).unwrap_or_else(|| s.elastic.order.clone());
+        let elastic = Elastic { energies: s.elastic.energies[..s.new_rank].to_vec(), order, ..s.elastic.clone() };
+        elastics.insert(s.linear.module.clone(), elastic);
+    }
+    write(&folder, &elastics)?;
+    for file in checkpoint.side_files()? {
+        if !file.ends_with(REPORT_FILE) && !file.ends_with("README.md") {
+            folder.copy(&file)?;
+        }
+    }
+    folder.write("README.md", card::render(&report).as_bytes())?;
+    let mut config = checkpoint.config().context("invariant: a compressed checkpoint has a config")?.clone();
+    for s in &shortenings {
+        config["lrc"]["modules"][&s.linear.module]["rank"] = json!(s.new_rank);
+    }
+    folder.write(CONFIG_FILE, (serde_json::to_string_pretty(&config)? + "\n").as_bytes())?;
+    report.output_files = hashes(&folder)?;
+    report.elapsed_seconds = started.elapsed().as_secs_f64();
+    report.peak_memory_bytes = peak_memory_bytes();
+    folder.write(REPORT_FILE, (serde_json::to_string_pretty(&report)? + "\n").as_bytes())?;
+    folder.finish()?;
+    Ok(report)
+}
+
+/// Whether a tensor is one of the low-rank parts of a module; biases stay.
+fn is_part_of(name: &str, module: &str) -> bool {
+    name.strip_prefix(module).is_some_and(|rest| rest.starts_with(".lr_") && !rest.ends_with(".bias"))
+}
+
+fn read_report(root: &Path) -> Result<CompressReport> {
+    let path = root.join(REPORT_FILE);
+    let unusable = |reason: String| {
+        Failure::unsupported(format!("`{}` cannot be read: {reason}", path.display()))
+            .hint("`lrc truncate` shortens a folder that `lrc compress --format factored` wrote")
+    };
+    let text = std::fs::read_to_string(&path).map_err(|e| unusable(e.to_string()))?;
+    Ok(serde_json::from_str(&text).map_err(|e| unusable(e.to_string()))?)
+}
+
+fn shortenings(checkpoint: &Checkpoint) -> Result<Vec<Shortening>> {
+    let path = checkpoint.root().join(CURVES_FILE);
+    if !path.is_file() {
+        return Err(Failure::unsupported(format!("`{}` is missing", path.display()))
+            .hint("`lrc truncate` shortens a folder that `lrc compress --format factored` wrote")
+            .into());
+    }
+    let curves = Checkpoint::open(&path)?;
+    let mut shortenings = Vec::new();
+    for linear in inventory::linears(checkpoint) {
+        let Stored::LowRank { rank, layout } = linear.stored else { continue };
+        let elastic = Elastic::read(&curves, &linear.module)?;
+        let (m, n) = linear.shape();
+        let is_of = |length: usize, expected: usize| length == 0 || length == expected;
+        let fits = (elastic.energies.len(), elastic.output.len(), elastic.input.len()) == (rank, m, n);
+        if !fits || !is_of(elastic.order.len(), rank * rank) {
+            let message = format!("`{}` does not belong to `{}`", path.display(), linear.module);
+            return Err(Failure::unsupported(message).hint("one of the two files was changed").into());
+        }
+        shortenings.push(Shortening { linear, rank, layout, elastic, new_rank: rank });
+    }
+    Ok(shortenings)
+}
+
+/// Chooses the new ranks.
+fn share_out(shortenings: &mut [Shortening], report: &CompressReport, keep: f64) -> Result<()> {
+    let before = report.sizes.linear_parameters_before;
+    let dense: u64 = report.linears.iter().filter(|l| l.rank.is_none()).map(|l| l.parameters_after).sum();
+    let curve = |s: &Shortening| ErrorCurve::new(s.elastic.energies.iter().map(|&e| f64::from(e)).collect());
+    let curves: Vec<ErrorCurve> = shortenings.iter().map(curve).collect();
+    let items: Vec<Item<'_>> = shortenings
+        .iter()
+        .zip(&curves)
+        .map(|(s, curve)| Item {
+            shape: s.linear.shape(),
+            layout: s.layout,
+            curve: Some(curve),
+            sensitivity: f64::from(s.elastic.scale),
+            price: Price::PARAMETERS,
+        })
+        .collect();
+    let cost = |rank: &dyn Fn(&Shortening) -> usize| -> u64 {
+        dense + shortenings.iter().zip(&items).map(|(s, item)| item.cost(Choice::Rank(rank(s)))).sum::<u64>()
+    };
+    let budget = (keep * before as f64 + 1e-6).floor() as u64;
+    let (now, least) = (cost(&|s| s.rank), cost(&|_| 1));
+    let share = |parameters: u64| parameters as f64 / before as f64;
+    if budget >= now {
+        return Err(Failure::usage(format!(
+            "`--keep {keep}` is not less than the {:.4} that is kept already",
+            share(now)
+        ))
+        .hint("`lrc truncate` only shortens")
+        .into());
+    }
+    if budget < least {
+        let message = format!("`--keep {keep}` cannot be reached: {:.4} is the least", share(least));
+        return Err(Failure::usage(message).hint("what was left dense stays dense; compress the original anew").into());
+    }
+    let rules = Rules { budget: budget - dense, fill: false, ..Rules::of_keep(&items, 0.999) };
+    let choices = allocate::allocate(Ranks::Knapsack, &items, &rules);
+    for (shortening, choice) in shortenings.iter_mut().zip(choices) {
+        shortening.new_rank = choice.rank().unwrap_or(usize::MAX).min(shortening.rank);
+    }
+    Ok(())
+}
+
+impl Shortening {
+    /// The new parts, and the new order of their ranks if the old one was kept.
+    fn shorten(&self, checkpoint: &Checkpoint) -> Result<(Parts, Vec<f32>)> {
+        let (m, n) = self.linear.shape();
+        let (rank, b, a) = inventory::factors(checkpoint, &self.linear)?;
+        let pair = LowRank { rank, b, a };
+        let pair = match self.layout {
+            Layout::Factors => pair.prefix(self.new_rank),
+            Layout::Pivot if !self.elastic.order.is_empty() => {
+                let pair = pivot::reordered(pair, &self.elastic.order, (m, n));
+                pair.context("the order of its ranks is singular")?.prefix(self.new_rank)
+            }
+            Layout::Pivot => {
+                let values = linalg::product_row_major(&pair.b, &pair.a, m, rank, n);
+                let transposed = linalg::transposed_from_row_major(&values, m, n);
+                let diagonal = |values: &[f32]| Metric::diagonal(values.iter().map(|&v| f64::from(v)).collect());
+                let (output, input) = (diagonal(&self.elastic.output), diagonal(&self.elastic.input));
+                let metric = MetricPair { output: &output, input: &input };
+                let decomposition = low_rank::decompose(transposed.transpose(), metric, self.new_rank)?;
+                decomposition.truncate(transposed.transpose(), self.new_rank)
+            }
+        };
+        let b = pair.b.clone();
+        let parts = pivot::lay_out(self.layout, pair, (m, n));
+        let order = if self.elastic.order.is_empty() { None } else { pivot::order_of_ranks(&parts, &b) };
+        Ok((parts, order.unwrap_or_default()))
+    }
+}
+
+/// The report of the shortened checkpoint.
+fn update(
+    report: &mut CompressReport,
+    shortenings: &[Shortening],
+    checkpoint: &Checkpoint,
+    specs: &[TensorSpec],
+    job: &TruncateJob<'_>,
+) -> Result<()> {
+    for s in shortenings.iter().filter(|s| s.new_rank < s.rank) {
+        let Some(record) = report.linears.iter_mut().find(|l| l.module == s.linear.module) else { continue };
+        record.rank = Some(s.new_rank);
+        record.parameters_after = s.layout.n_parameters(s.new_rank, s.linear.shape());
+        let dropped: f64 = s.elastic.energies[s.new_rank..].iter().map(|&e| f64::from(e)).sum();
+        // Pivots were decomposed again in another metric: the curve is a bound no more.
+        let is_prefix = s.layout == Layout::Factors || !s.elastic.order.is_empty();
+        record.relative_error = record.relative_error.filter(|_| is_prefix).map(|e| (e * e + dropped).sqrt());
+    }
+    let sizes = &mut report.sizes;
+    let bytes_after: u64 = specs.iter().map(TensorSpec::n_bytes).sum();
+    let saved_bits = 8.0 * (sizes.bytes_after as f64 - bytes_after as f64);
+    sizes.bits_per_weight_after -= saved_bits / sizes.linear_parameters_before as f64;
+    sizes.linear_parameters_after = report.linears.iter().map(|l| l.parameters_after).sum();
+    sizes.keep = sizes.linear_parameters_after as f64 / sizes.linear_parameters_before as f64;
+    sizes.parameters_after = specs.iter().map(TensorSpec::n_elements).sum();
+    sizes.bytes_after = bytes_after;
+    sizes.file_bytes_after = writer_bytes(specs, job.max_shard_bytes);
+    report.truncated = Some(TruncationRecord { keep: job.keep, source_files: checkpoint.fingerprint()? });
+    Ok(())
+}

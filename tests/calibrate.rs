@@ -1,0 +1,206 @@
+//! Statistics: against torch and finite differences, merged, kept, refused.
+
+mod common;
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+
+use candle_core::{Device, Tensor};
+use common::{FIXTURE, HELD_OUT, TRAIN, command, finish, lrc, ok, path};
+use lrc::calibrate::{Needs, Observation, observe};
+use lrc::checkpoint::Checkpoint;
+use lrc::model::{Decoder, Overlay, WalkLimits};
+use lrc::progress::Silent;
+use serde_json::Value;
+
+const PICO: &str = "fixtures/pico-llama";
+
+/// Every sum over `windows`, by name.
+fn sums(checkpoint: &Checkpoint, windows: &[Vec<u32>]) -> HashMap<String, Vec<f32>> {
+    let decoder = Decoder::open(checkpoint).unwrap();
+    let observation = Observation { needs: Needs::ALL, clip_gradients: false };
+    let limits = WalkLimits::new(1 << 30, std::env::temp_dir());
+    let mut all = HashMap::new();
+    observe(&decoder, windows, observation, &limits, &Silent, &mut |block, sums| {
+        all.extend(sums.pack(block)?);
+        Ok(())
+    })
+    .unwrap();
+    all
+}
+
+/// By role, then by statistic.
+type Expected = BTreeMap<String, BTreeMap<String, Vec<f64>>>;
+
+fn oracle() -> (Vec<Vec<u32>>, Expected) {
+    let json: Value = serde_json::from_str(include_str!("oracles/pico-llama-gradients.json")).unwrap();
+    (serde_json::from_value(json["ids"].clone()).unwrap(), serde_json::from_value(json["block_0"].clone()).unwrap())
+}
+
+#[test]
+fn gradients_are_those_of_torch() {
+    let (windows, expected) = oracle();
+    let checkpoint = Checkpoint::open(Path::new(PICO)).unwrap();
+    let found = sums(&checkpoint, &windows);
+    // Two blocks; four input sites with two statistics, seven linears with three.
+    assert_eq!(found.len(), 2 * (4 * 2 + 7 * 3));
+    assert_eq!(expected.len(), 7);
+    for (role, statistics) in &expected {
+        for (statistic, expected) in statistics {
+            let found = &found[&format!("0.{role}.{statistic}")];
+            assert_eq!(found.len(), expected.len(), "{role} {statistic}");
+            let scale = expected.iter().fold(0.0, |m: f64, v| m.max(v.abs()));
+            for (found, expected) in found.iter().zip(expected) {
+                let error = (f64::from(*found) - expected).abs() / scale;
+                assert!(error < 2e-5, "{role} {statistic}: {found} {expected}");
+            }
+        }
+    }
+}
+
+/// `Σ (∂L/∂w)²` of one sequence, every derivative from two perturbed models.
+#[test]
+fn squared_gradients_are_those_of_finite_differences() {
+    let (windows, _) = oracle();
+    let window = &windows[0];
+    let checkpoint = Checkpoint::open(Path::new(PICO)).unwrap();
+    let decoder = Decoder::open(&checkpoint).unwrap();
+    let name = "model.layers.0.self_attn.v_proj.weight";
+    let weight = checkpoint.values(name).unwrap();
+    let (m, n) = (16, 24);
+    let ids = Tensor::new(window.as_slice(), &Device::Cpu).unwrap().unsqueeze(0).unwrap();
+    let loss = |values: Vec<f32>| -> f64 {
+        let tensor = Tensor::from_vec(values, (m, n), &Device::Cpu).unwrap();
+        let overlay = Overlay { below: &checkpoint, above: HashMap::from([(name.to_string(), tensor)]) };
+        let logits = decoder.with_weights(&overlay).logits(&ids).unwrap().squeeze(0).unwrap().to_vec2::<f32>().unwrap();
+        let nll = |(row, &target): (&Vec<f32>, &u32)| {
+            let sum: f64 = row.iter().map(|&v| f64::from(v).exp()).sum();
+            sum.ln() - f64::from(row[target as usize])
+        };
+        logits.iter().zip(&window[1..]).map(nll).sum()
+    };
+    let step = 0.02;
+    let derivative = |at: usize| {
+        let moved = |by: f32| {
+            let mut values = weight.clone();
+            values[at] += by;
+            loss(values)
+        };
+        (moved(step) - moved(-step)) / (2.0 * f64::from(step))
+    };
+    let found = sums(&checkpoint, std::slice::from_ref(window));
+    let found = &found["0.v_proj.squared_gradient_input"];
+    for column in [0, 7, 23] {
+        let expected: f64 = (0..m).map(|row| derivative(row * n + column).powi(2)).sum();
+        let error = (f64::from(found[column]) / expected - 1.0).abs();
+        assert!(error < 0.02, "column {column}: {} {expected}", found[column]);
+    }
+}
+
+const DRAWN: &[&str] = &["--samples", "12", "--seq-len", "64"];
+
+fn calibrate(out: &Path, extra: &[&str]) {
+    ok(&[&["calibrate", FIXTURE, "--text", TRAIN, "-o", path(out), "-q"], DRAWN, extra].concat());
+}
+
+fn arrays(file: &Path) -> BTreeMap<String, Vec<f32>> {
+    let file = Checkpoint::open(file).unwrap();
+    let names: Vec<String> = file.tensors().map(|t| t.name.clone()).filter(|n| n != "header").collect();
+    names.into_iter().map(|name| (name.clone(), file.values(&name).unwrap())).collect()
+}
+
+#[test]
+fn merged_parts_are_the_whole() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = |name: &str| folder.path().join(format!("{name}.safetensors"));
+    calibrate(&file("whole"), &[]);
+    for part in ["1", "2", "3"] {
+        calibrate(&file(part), &["--part", &format!("{part}/3")]);
+    }
+    let merge = |out: &str, parts: &[&str]| {
+        let files: Vec<_> = parts.iter().map(|p| file(p)).collect();
+        let files: Vec<&str> = files.iter().map(|f| path(f)).collect();
+        lrc(&[&["calibrate", "-o", path(&file(out)), "-q", "--merge"][..], &files].concat())
+    };
+    assert_eq!(merge("merged", &["3", "1", "2"]).code, 0);
+    let (whole, merged) = (arrays(&file("whole")), arrays(&file("merged")));
+    assert_eq!(whole.len(), 4 * (4 * 2 + 7 * 3));
+    for (name, expected) in &whole {
+        let scale = expected.iter().fold(0.0, |m: f32, v| m.max(v.abs()));
+        for (found, expected) in merged[name].iter().zip(expected) {
+            assert!((found - expected).abs() <= 1e-6 * scale, "{name}: {found} {expected}");
+        }
+    }
+    // Nothing is counted twice, and nothing is overwritten.
+    let twice = merge("twice", &["1", "2", "1"]);
+    assert_eq!(twice.code, 2, "{}", twice.stderr);
+    assert!(twice.stderr.contains("part 1/3 of one text would be counted twice"), "{}", twice.stderr);
+    let again = merge("merged", &["1", "2"]);
+    assert!(again.code == 2 && again.stderr.contains("--force"), "{}", again.stderr);
+    assert!(!file("twice").exists() && std::fs::read_dir(folder.path()).unwrap().count() == 5);
+}
+
+#[test]
+fn statistics_do_not_depend_on_threads_or_memory_and_serve_compress() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = |name: &str| folder.path().join(format!("{name}.safetensors"));
+    let run = |name: &str, threads: &str, memory: &str| {
+        let out = file(name);
+        let args =
+            [&["calibrate", FIXTURE, "--text", TRAIN, "-o", path(&out), "-q", "--memory", memory], DRAWN].concat();
+        assert_eq!(finish(command(&args).env("RAYON_NUM_THREADS", threads)).code, 0);
+        std::fs::read(out).unwrap()
+    };
+    let first = run("a", "2", "1GiB");
+    assert!(first == run("b", "1", "1GiB") && first == run("c", "5", "1B"));
+    // Measured on the way or beforehand: the same weights.
+    for method in ["fwsvd", "asvd", "svd-llm", "kfac"] {
+        let compress = |name: &str, extra: &[&str]| {
+            let out = folder.path().join(format!("{method}-{name}"));
+            let args = ["compress", FIXTURE, "-o", path(&out), "-q", "--keep", "0.7", "--method", method];
+            ok(&[&args[..], &["--ranks", "uniform"], extra].concat());
+            std::fs::read(out.join("model.safetensors")).unwrap()
+        };
+        let measured = compress("measured", &[&["--calibration", TRAIN], DRAWN].concat());
+        assert!(measured == compress("kept", &["--statistics", path(&file("a"))]), "{method}");
+    }
+}
+
+#[test]
+fn statistics_that_do_not_belong_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = |name: &str| folder.path().join(format!("{name}.safetensors"));
+    let out = folder.path().join("out");
+    calibrate(&file("llm"), &["--method", "svd-llm"]);
+    let compress = |model: &str, extra: &[&str]| {
+        let statistics = file("llm");
+        let args = ["compress", model, "-o", path(&out), "--keep", "0.8", "--statistics", path(&statistics)];
+        let run = lrc(&[&args[..], extra].concat());
+        assert!(!out.exists());
+        (run.code, run.stderr)
+    };
+    let check = |(code, stderr): (i32, String), expected_code: i32, expected: &str| {
+        assert_eq!(code, expected_code, "{stderr}");
+        assert!(stderr.contains(expected) && stderr.contains("hint:"), "{stderr}");
+    };
+    // Another model, other statistics, another text.
+    let changed = folder.path().join("changed");
+    common::copy(FIXTURE, &changed);
+    let config = std::fs::read_to_string(changed.join("config.json")).unwrap();
+    std::fs::write(changed.join("config.json"), config + "\n").unwrap();
+    check(compress(path(&changed), &["--method", "svd-llm"]), 4, "belongs to another model (differs in: config.json)");
+    check(compress(FIXTURE, &[]), 4, "lacks statistics that this method needs");
+    let knapsack = ["--method", "svd-llm", "--ranks", "knapsack", "--sensitivity", "measured"];
+    let other_text = [&knapsack[..], &["--calibration", HELD_OUT, "--samples", "2"]].concat();
+    check(compress(FIXTURE, &other_text), 4, "was not measured on the text");
+    check(compress(FIXTURE, &knapsack), 2, "need `--calibration FILE`");
+    // Files that are none.
+    let args = |statistics: &str| {
+        let run = lrc(&["compress", FIXTURE, "-o", path(&out), "--keep", "0.8", "--statistics", statistics]);
+        (run.code, run.stderr)
+    };
+    check(args("no-such-file.safetensors"), 2, "there is no file of statistics");
+    check(args("fixtures/pico-llama/model.safetensors"), 4, "it has no header");
+    let run = lrc(&["calibrate", FIXTURE, "--text", TRAIN, "-o", "statistics.bin"]);
+    check((run.code, run.stderr), 2, "let its name end in `.safetensors`");
+}
