@@ -111,7 +111,7 @@ impl Sums {
         Ok(())
     }
 
-    /// Adds the gradients (n_tokens, m) of one window at the output of `role`; `clip` as in [`clip_tokens`].
+    /// Adds the gradients (n_tokens, m) of one window at the output of `role`; with `clip`, norms of tokens are bounded.
     ///
     /// # Errors
     /// A shape that does not match.

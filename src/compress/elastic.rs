@@ -18,7 +18,7 @@ use serde_json::json;
 use super::allocate::{self, Choice, Item, Price, Ranks, Rules};
 use super::low_rank::{self, ErrorCurve, LowRank};
 use super::metric::{Metric, MetricPair};
-use super::output::{Orders, hashes};
+use super::output::{Written, hashes};
 use super::pivot;
 use super::study::Study;
 use crate::checkpoint::{
@@ -77,7 +77,7 @@ pub(super) fn write_curves(
     folder: &OutputFolder,
     study: &Study<'_>,
     choices: &[Choice],
-    orders: &Orders,
+    written: &BTreeMap<usize, Written>,
 ) -> Result<()> {
     let mut all = BTreeMap::new();
     for (i, choice) in choices.iter().enumerate() {
@@ -85,12 +85,13 @@ pub(super) fn write_curves(
         let total = basis.curve.squared_error(0);
         let relative = |energy: &f64| if total > 0.0 { (energy / total) as f32 } else { 0.0 };
         let (output, input) = &basis.diagonals;
+        let order = written.get(&i).and_then(|w| w.order.as_ref());
         let elastic = Elastic {
             energies: basis.curve.energies()[..rank].iter().map(relative).collect(),
             scale: (total * study.sensitivities[i]) as f32,
             output: relative_to_mean(output),
             input: relative_to_mean(input),
-            order: orders.get(&i).map(|order| study.bases.kept(order)).transpose()?.unwrap_or_default(),
+            order: order.map(|order| study.bases.kept(order)).transpose()?.unwrap_or_default(),
         };
         all.insert(study.plan.linears[i].module.clone(), elastic);
     }
@@ -332,7 +333,7 @@ fn update(
 ) -> Result<()> {
     for s in shortenings.iter().filter(|s| s.new_rank < s.rank) {
         let Some(record) = report.linears.iter_mut().find(|l| l.module == s.linear.module) else { continue };
-        record.rank = Some(s.new_rank);
+        (record.rank, record.storage_error) = (Some(s.new_rank), None);
         record.parameters_after = s.layout.n_parameters(s.new_rank, s.linear.shape());
         let dropped: f64 = s.elastic.energies[s.new_rank..].iter().map(|&e| f64::from(e)).sum();
         // Pivots were decomposed again in another metric: the curve is a bound no more.

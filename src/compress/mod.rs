@@ -71,13 +71,14 @@ pub fn compress(job: &Job<'_>, progress: &dyn Progress) -> Result<CompressReport
 
     let writing = Instant::now();
     let mut output = Output::create(&folder, checkpoint, recipe, &plan, &choices)?;
-    let orders = output.put_all(&study, &choices, progress)?;
+    let written = output.put_all(&study, &choices, progress)?;
     if recipe.format == Format::Factored {
-        elastic::write_curves(&folder, &study, &choices, &orders)?;
+        elastic::write_curves(&folder, &study, &choices, &written)?;
     }
     study.timings.write = writing.elapsed().as_secs_f64();
     let sizes = record::sizes(checkpoint, recipe, &plan, &choices);
-    let mut report = record::report(job, record::linears(&study, &choices), sizes, calibration, study.timings)?;
+    let mut report =
+        record::report(job, record::linears(&study, &choices, &written), sizes, calibration, study.timings)?;
     drop(study);
     drop(work);
     output.finish(folder, recipe, &mut report, started)?;

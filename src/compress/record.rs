@@ -1,10 +1,13 @@
 //! What a compression tells of itself, as records of `report`.
 
+use std::collections::BTreeMap;
+
 use anyhow::Result;
 use serde_json::{Value, json};
 
 use super::Job;
 use super::allocate::Choice;
+use super::output::Written;
 use super::plan::Plan;
 use super::recipe::Recipe;
 use super::study::Study;
@@ -28,19 +31,21 @@ pub(super) fn linear(recipe: &Recipe, linear: &LinearInfo, choice: Choice) -> Li
         parameters_before: linear.n_parameters(),
         parameters_after: choice.n_parameters(recipe.layout, shape),
         relative_error: (choice == Choice::Dense).then_some(0.0),
+        storage_error: None,
         sensitivity: None,
         seconds: 0.0,
     }
 }
 
 /// Every linear of a study, with its error.
-pub(super) fn linears(study: &Study<'_>, choices: &[Choice]) -> Vec<LinearRecord> {
+pub(super) fn linears(study: &Study<'_>, choices: &[Choice], written: &BTreeMap<usize, Written>) -> Vec<LinearRecord> {
     let record = |i: usize| {
         let mut record = linear(study.recipe, &study.plan.linears[i], choices[i]);
         if let Some(basis) = study.bases.get(i) {
             record.seconds = basis.seconds;
             record.relative_error = Some(choices[i].rank().map_or(0.0, |rank| basis.curve.relative_error(rank)));
         }
+        record.storage_error = written.get(&i).map(|w| w.storage_error);
         record.sensitivity = study.recipe.sensitivity.map(|_| study.sensitivities[i]);
         record
     };

@@ -68,6 +68,47 @@ impl Parts {
     }
 }
 
+impl Parts {
+    /// `L x` (m) of the matrix `L` (m, n), in f64.
+    ///
+    /// # Panics
+    /// When `x` has not n values.
+    pub fn times(&self, x: &[f64]) -> Vec<f64> {
+        let product = |matrix: &[f32], x: &[f64]| -> Vec<f64> {
+            let row = |row: &[f32]| row.iter().zip(x).map(|(w, x)| f64::from(*w) * x).sum();
+            matrix.chunks_exact(x.len().max(1)).map(row).collect()
+        };
+        match self {
+            Self::Factors { b, a, .. } => product(b, &product(a, x)),
+            Self::Pivot { pivots, coefficients, order, .. } => {
+                let mut y = product(pivots, x);
+                y.extend(product(coefficients, &y));
+                order.iter().map(|&place| y[place as usize]).collect()
+            }
+        }
+    }
+
+    /// The parts as `dtype` stores them.
+    ///
+    /// # Errors
+    /// A value does not fit; the index of the first.
+    pub fn rounded(&self, dtype: Dtype) -> Result<Self, usize> {
+        let round = |values: &[f32]| -> Result<Vec<f32>, usize> {
+            let bytes = cast::encode(dtype, values)?;
+            Ok(cast::decode(dtype, &bytes).expect("invariant: what was encoded is decoded"))
+        };
+        Ok(match self {
+            Self::Factors { rank, b, a } => Self::Factors { rank: *rank, b: round(b)?, a: round(a)? },
+            Self::Pivot { rank, pivots, coefficients, order } => Self::Pivot {
+                rank: *rank,
+                pivots: round(pivots)?,
+                coefficients: round(coefficients)?,
+                order: order.clone(),
+            },
+        })
+    }
+}
+
 /// How a compressed linear is described in `config.json`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Entry {

@@ -13,12 +13,12 @@ pub struct RowSkeleton {
     pub pivots: Vec<usize>,
     /// The other rows, (m − r).
     pub others: Vec<usize>,
-    /// `T` (m − r, r), every entry at most [`COEFFICIENT_BOUND`] in size.
+    /// `T` (m − r, r), every entry at most 2 in size.
     pub coefficients: Mat<f64>,
 }
 
 /// Bound on the coefficients. A swap under way to it doubles the volume of the pivot rows, so few are needed.
-pub const COEFFICIENT_BOUND: f64 = 2.0;
+const COEFFICIENT_BOUND: f64 = 2.0;
 
 /// Under this share of the largest pivot of the LU factorisation, columns are taken for dependent.
 const DEPENDENT_SHARE: f64 = 1e-10;

@@ -109,6 +109,9 @@ pub struct LinearRecord {
     pub parameters_after: u64,
     /// Error in the metric of the method over the norm of the weight in it; none in a dry run that did not need it.
     pub relative_error: Option<f64>,
+    /// Error of rounding to the dtype, over the norm of the low-rank matrix; 0 in f32.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub storage_error: Option<f64>,
     /// What the knapsack took a unit of squared error to cost the model.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sensitivity: Option<f64>,
