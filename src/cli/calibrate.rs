@@ -131,7 +131,9 @@ fn measure(
         seed: args.seed.unwrap_or(0),
     };
     let windows = Windows::load(&checkpoint, &settings, args.part.unwrap_or((1, 1)))?;
-    let folder = std::env::temp_dir();
+    // Statistics of large models fill disks: they are kept where the output goes.
+    let parent = args.output.parent().filter(|p| !p.as_os_str().is_empty());
+    let folder = parent.unwrap_or(std::path::Path::new(".")).to_path_buf();
     let limits = WalkLimits::new(args.memory.memory.as_u64(), folder.clone());
     let header = Header::new(checkpoint.fingerprint()?, observation, vec![windows.part.clone()]);
     let mut statistics = Statistics::new(header.clone(), limits.activation_bytes, &folder);

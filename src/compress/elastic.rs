@@ -20,7 +20,7 @@ use super::low_rank::{self, ErrorCurve, LowRank};
 use super::metric::{Metric, MetricPair};
 use super::output::{Written, hashes};
 use super::pivot;
-use super::study::Study;
+use super::study::{Allocation, Study};
 use crate::checkpoint::{
     CONFIG_FILE, Checkpoint, Dtype, OutputFolder, SafetensorsWriter, TensorSpec, cast, write_file, writer_bytes,
 };
@@ -76,11 +76,11 @@ impl Elastic {
 pub(super) fn write_curves(
     folder: &OutputFolder,
     study: &Study<'_>,
-    choices: &[Choice],
+    allocation: &Allocation,
     written: &BTreeMap<usize, Written>,
 ) -> Result<()> {
     let mut all = BTreeMap::new();
-    for (i, choice) in choices.iter().enumerate() {
+    for (i, choice) in allocation.choices.iter().enumerate() {
         let (Some(rank), Some(basis)) = (choice.rank(), study.bases.get(i)) else { continue };
         let total = basis.curve.squared_error(0);
         let relative = |energy: &f64| if total > 0.0 { (energy / total) as f32 } else { 0.0 };
@@ -88,7 +88,7 @@ pub(super) fn write_curves(
         let order = written.get(&i).and_then(|w| w.order.as_ref());
         let elastic = Elastic {
             energies: basis.curve.energies()[..rank].iter().map(relative).collect(),
-            scale: (total * study.sensitivities[i]) as f32,
+            scale: (total * allocation.sensitivities[i]) as f32,
             output: relative_to_mean(output),
             input: relative_to_mean(input),
             order: order.map(|order| study.bases.kept(order)).transpose()?.unwrap_or_default(),

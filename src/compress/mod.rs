@@ -34,7 +34,7 @@ pub use elastic::{TruncateJob, truncate};
 use output::Output;
 use plan::Plan;
 use recipe::Recipe;
-pub use sensitivity::Sensitivity;
+pub use sensitivity::{DepthWeight, Sensitivity};
 use study::{Inputs, Study, known_choices};
 pub use sweep::{SweepSettings, sweep};
 
@@ -60,25 +60,30 @@ pub fn compress(job: &Job<'_>, progress: &dyn Progress) -> Result<CompressReport
     let inputs = Inputs::load(checkpoint, recipe, &plan)?;
     let calibration = inputs.record(recipe);
     let folder = OutputFolder::create(job.output, job.force, REPORT_FILE)?;
-    // Read-only outputs and full disks show before the work.
-    folder.require_space(plan.least_output_bytes(checkpoint))?;
+    // Full disks show before the work.
+    let n_tokens = inputs.windows.as_ref().map_or(0, |w| w.part.tokens);
+    let kept = plan.kept_bytes(checkpoint, recipe, n_tokens).saturating_sub(job.memory_bytes);
+    folder.require_space(plan.least_output_bytes(checkpoint) + kept)?;
     let work = tempfile::tempdir_in(folder.path())?;
     let mut study = Study::run(checkpoint, recipe, &plan, inputs, job.memory_bytes, work.path(), progress)?;
-    let choices = study.allocate(recipe.budget)?;
+    let allocating = Instant::now();
+    let allocation = study.allocate(recipe.budget, progress)?;
+    study.timings.allocate += allocating.elapsed().as_secs_f64();
+    let choices = &allocation.choices;
     if let Some(mu) = recipe.anchor {
-        sequential::anchor(&mut study, &choices, mu, progress)?;
+        sequential::anchor(&mut study, choices, mu, progress)?;
     }
 
     let writing = Instant::now();
-    let mut output = Output::create(&folder, checkpoint, recipe, &plan, &choices)?;
-    let written = output.put_all(&study, &choices, progress)?;
+    let mut output = Output::create(&folder, checkpoint, recipe, &plan, choices)?;
+    let written = output.put_all(&study, choices, progress)?;
     if recipe.format == Format::Factored {
-        elastic::write_curves(&folder, &study, &choices, &written)?;
+        elastic::write_curves(&folder, &study, &allocation, &written)?;
     }
     study.timings.write = writing.elapsed().as_secs_f64();
-    let sizes = record::sizes(checkpoint, recipe, &plan, &choices);
+    let sizes = record::sizes(checkpoint, recipe, &plan, choices);
     let mut report =
-        record::report(job, record::linears(&study, &choices, &written), sizes, calibration, study.timings)?;
+        record::report(job, record::linears(&study, &allocation, &written), sizes, calibration, study.timings)?;
     drop(study);
     drop(work);
     output.finish(folder, recipe, &mut report, started)?;
@@ -100,7 +105,7 @@ pub fn dry_run(job: &Job<'_>, progress: &dyn Progress) -> Result<DryRunReport> {
         None => {
             let work = tempfile::tempdir()?;
             let study = Study::run(checkpoint, recipe, &plan, inputs, job.memory_bytes, work.path(), progress)?;
-            study.allocate(recipe.budget)?
+            study.allocate(recipe.budget, progress)?.choices
         }
     };
     let records = plan.linears.iter().zip(&choices).map(|(linear, &choice)| record::linear(recipe, linear, choice));

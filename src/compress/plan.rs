@@ -109,6 +109,32 @@ impl Plan {
         checkpoint.n_bytes() - targeted.sum::<u64>()
     }
 
+    /// Bytes of what a run keeps between its stages, in memory or on disk: the pairs of all linears, statistics, and the states
+    /// of `n_tokens` (those that enter each block, where gradients are asked for).
+    pub fn kept_bytes(&self, checkpoint: &Checkpoint, recipe: &Recipe, n_tokens: usize) -> u64 {
+        let needs = recipe.method.needs();
+        let pair = |linear: &LinearInfo| {
+            let (m, n) = linear.shape();
+            4 * (m.min(n) * (m + n)) as u64
+        };
+        let triangle = |n: usize| 2 * (n * (n + 1)) as u64;
+        let sums = |linear: &LinearInfo| {
+            let (m, n) = linear.shape();
+            let input = if needs.input_gram { triangle(n) } else { 0 };
+            input + if needs.output_gram { triangle(m) } else { 0 }
+        };
+        let linears = self.linears.iter();
+        let measured = if recipe.measures_statistics() { linears.clone().map(sums).sum() } else { 0 };
+        let states = match ModelConfig::of(checkpoint) {
+            Ok((config, _)) if n_tokens > 0 => {
+                let copies = if needs.gradients() { config.num_hidden_layers + 2 } else { 1 };
+                4 * (n_tokens * config.hidden_size * copies) as u64
+            }
+            _ => 0,
+        };
+        linears.map(pair).sum::<u64>() + measured + states
+    }
+
     /// Peak memory of a run: the largest decompositions, one a thread, each with weight, image, Gram, eigenvectors with their
     /// workspace, the output metric and the factors; the input metrics of a block; one block that is run, with its sums; and
     /// what grows with the text or is kept, up to `memory_bytes`.

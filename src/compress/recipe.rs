@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize, Serializer};
 
 use super::allocate::Ranks;
 use super::presets::{Form, Method};
-use super::sensitivity::Sensitivity;
+use super::sensitivity::{DepthWeight, Sensitivity};
 use crate::calibrate::WindowSettings;
 use crate::error::Failure;
 use crate::formats::Format;
@@ -52,10 +52,11 @@ pub struct RecipeOptions {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sensitivity: Option<Sensitivity>,
 
-    /// Weight errors of early blocks by 1 + GAMMA Σ 1/(k + 1) over the blocks from theirs on [default: 0]
+    /// Weight errors of early blocks by 1 + GAMMA Σ 1/(k + 1) over the blocks from theirs on; `auto` tries a few on the
+    /// calibration text [default: 0]
     #[arg(long, value_name = "GAMMA")]
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub depth_weight: Option<f64>,
+    pub depth_weight: Option<DepthWeight>,
 
     /// Share of the uniform rank that every matrix of low rank keeps [default: 0]
     #[arg(long, value_name = "SHARE")]
@@ -156,7 +157,7 @@ pub struct Recipe {
     pub layout: Layout,
     pub budget: Budget,
     pub sensitivity: Option<Sensitivity>,
-    pub depth_weight: f64,
+    pub depth_weight: DepthWeight,
     pub rank_floor: f64,
     pub rank_multiple: usize,
     pub damping_input: f64,
@@ -312,7 +313,7 @@ impl Recipe {
             layout: options.layout.unwrap_or_default(),
             budget: budget(options, ranks)?,
             sensitivity: sensitivity(options, ranks, method)?,
-            depth_weight: options.depth_weight.unwrap_or(0.0),
+            depth_weight: options.depth_weight.unwrap_or(DepthWeight::Fixed(0.0)),
             rank_floor: share("--rank-floor", options.rank_floor, 0.0)?,
             rank_multiple: options.rank_multiple.unwrap_or(1),
             damping_input: share("--damping-input", options.damping_input, preset.damping)?,
@@ -336,7 +337,8 @@ impl Recipe {
 
     /// Whether a text is observed: for the metric, for measured sensitivities, or block after block.
     fn uses_text(&self) -> bool {
-        self.measures_statistics() || self.sensitivity == Some(Sensitivity::Measured) || self.anchor.is_some()
+        let probes = self.sensitivity == Some(Sensitivity::Measured) || self.depth_weight == DepthWeight::Auto;
+        self.measures_statistics() || probes || self.anchor.is_some()
     }
 
     /// Whether the metric's statistics are measured, and not read from a file.
@@ -348,12 +350,7 @@ impl Recipe {
         if self.rank_multiple == 0 {
             return Err(Failure::usage("`--rank-multiple` must be at least 1").into());
         }
-        if !(self.depth_weight >= 0.0 && self.depth_weight.is_finite()) {
-            return Err(
-                Failure::usage(format!("`--depth-weight {}` is not a number from 0 on", self.depth_weight)).into()
-            );
-        }
-        if self.depth_weight > 0.0 && self.ranks != Ranks::Knapsack {
+        if self.depth_weight != DepthWeight::Fixed(0.0) && self.ranks != Ranks::Knapsack {
             return Err(usage("`--depth-weight` is nothing without `--ranks knapsack`", "leave out one of the two"));
         }
         if !self.ranks.takes_budget() && (self.rank_floor > 0.0 || self.rank_multiple > 1) {
@@ -390,7 +387,7 @@ impl Recipe {
                 "its metric is made of activations or gradients; `--method svd` needs no text",
             )),
             (None, true) => Err(usage(
-                "`--sensitivity measured` and `--sequential` need `--calibration FILE`",
+                "`--sensitivity measured`, `--depth-weight auto` and `--sequential` need `--calibration FILE`",
                 "they send a text through the model, beside the statistics",
             )),
             (Some(_), false) => Err(usage(
@@ -521,7 +518,10 @@ mod tests {
             RecipeOptions { sensitivity: Some(Sensitivity::Energy), ..keep(0.5) },
             "nothing without `--ranks knapsack`",
         );
-        check(RecipeOptions { depth_weight: Some(1.0), ..keep(0.5) }, "nothing without `--ranks knapsack`");
+        check(
+            RecipeOptions { depth_weight: Some(DepthWeight::Auto), ..keep(0.5) },
+            "nothing without `--ranks knapsack`",
+        );
         check(RecipeOptions { damping_input: Some(0.1), ..keep(0.5) }, "no Gram on that side");
         check(RecipeOptions { clip_gradients: Some(true), ..keep(0.5) }, "no Gram of gradients");
         check(
@@ -563,6 +563,7 @@ mod tests {
             targets: vec!["*.mlp.*".into()],
             max_shard_size: Some(ByteSize(123_456_789)),
             sequential: Some(true),
+            depth_weight: Some(DepthWeight::Auto),
             ..Default::default()
         };
         let full = RecipeOptions { ranks: Some(Ranks::Fixed(7)), ..Default::default() };

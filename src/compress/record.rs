@@ -10,7 +10,7 @@ use super::allocate::Choice;
 use super::output::Written;
 use super::plan::Plan;
 use super::recipe::Recipe;
-use super::study::Study;
+use super::study::{Allocation, Study};
 use crate::checkpoint::{Checkpoint, Fingerprint, TensorSpec, writer_bytes};
 use crate::model::inventory::LinearInfo;
 use crate::report::{
@@ -38,7 +38,12 @@ pub(super) fn linear(recipe: &Recipe, linear: &LinearInfo, choice: Choice) -> Li
 }
 
 /// Every linear of a study, with its error.
-pub(super) fn linears(study: &Study<'_>, choices: &[Choice], written: &BTreeMap<usize, Written>) -> Vec<LinearRecord> {
+pub(super) fn linears(
+    study: &Study<'_>,
+    allocation: &Allocation,
+    written: &BTreeMap<usize, Written>,
+) -> Vec<LinearRecord> {
+    let choices = &allocation.choices;
     let record = |i: usize| {
         let mut record = linear(study.recipe, &study.plan.linears[i], choices[i]);
         if let Some(basis) = study.bases.get(i) {
@@ -46,7 +51,7 @@ pub(super) fn linears(study: &Study<'_>, choices: &[Choice], written: &BTreeMap<
             record.relative_error = Some(choices[i].rank().map_or(0.0, |rank| basis.curve.relative_error(rank)));
         }
         record.storage_error = written.get(&i).map(|w| w.storage_error);
-        record.sensitivity = study.recipe.sensitivity.map(|_| study.sensitivities[i]);
+        record.sensitivity = study.recipe.sensitivity.map(|_| allocation.sensitivities[i]);
         record
     };
     (0..choices.len()).map(record).collect()

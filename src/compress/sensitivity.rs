@@ -1,5 +1,8 @@
 //! What a unit of squared error of a linear costs the model: the scale between matrices, on which the knapsack lives.
 
+use std::fmt;
+use std::str::FromStr;
+
 use anyhow::Result;
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
@@ -20,6 +23,49 @@ pub enum Sensitivity {
     Energy,
 }
 
+/// How much more errors of early blocks count.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum DepthWeight {
+    /// γ.
+    Fixed(f64),
+    /// The γ of [`GAMMAS`] whose ranks diverge least on the calibration text.
+    Auto,
+}
+
+/// What `auto` tries.
+pub(super) const GAMMAS: [f64; 5] = [0.0, 0.25, 0.5, 1.0, 2.0];
+
+impl fmt::Display for DepthWeight {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Fixed(gamma) => write!(f, "{gamma}"),
+            Self::Auto => f.write_str("auto"),
+        }
+    }
+}
+
+impl FromStr for DepthWeight {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let gamma = || text.parse().ok().filter(|gamma: &f64| *gamma >= 0.0 && gamma.is_finite()).map(Self::Fixed);
+        let parsed = if text == "auto" { Some(Self::Auto) } else { gamma() };
+        parsed.ok_or_else(|| format!("`{text}` is neither `auto` nor a number from 0 on"))
+    }
+}
+
+impl Serialize for DepthWeight {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for DepthWeight {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+    }
+}
+
 /// A probe keeps this share of the parameters of its matrix: a tenth of what keeping 80 % everywhere would.
 const PROBE_KEEP: f64 = 0.08;
 
@@ -36,21 +82,21 @@ pub(super) fn of(study: &Study<'_>, progress: &dyn Progress) -> Result<Vec<f64>>
         return Ok(vec![1.0; n]);
     }
     let energy = |i: usize| study.bases.get(i).map_or(1.0, |basis| basis.curve.squared_error(0));
-    let mut scales = match study.recipe.sensitivity {
+    Ok(match study.recipe.sensitivity {
         None | Some(Sensitivity::SecondOrder) => vec![1.0; n],
         Some(Sensitivity::Energy) => (0..n).map(|i| reciprocal(energy(i))).collect(),
         Some(Sensitivity::Measured) => measured(study, progress)?,
-    };
-    for (scale, linear) in scales.iter_mut().zip(&study.plan.linears) {
-        *scale *= depth_weight(study.recipe.depth_weight, linear.block, n_blocks(study));
-    }
-    Ok(scales)
+    })
+}
+
+/// The windows that probes are run on.
+pub(super) fn probe_windows<'a>(study: &'a Study<'_>) -> &'a [Vec<u32>] {
+    let windows = &study.inputs.windows.as_ref().expect("invariant: a recipe that probes has a text").windows;
+    &windows[..(PROBE_TOKENS / windows[0].len().max(1)).clamp(1, windows.len())]
 }
 
 /// Divergence of the probe of each linear over its error.
 fn measured(study: &Study<'_>, progress: &dyn Progress) -> Result<Vec<f64>> {
-    let windows = &study.inputs.windows.as_ref().expect("invariant: measured sensitivities have a text").windows;
-    let n_windows = (PROBE_TOKENS / windows[0].len().max(1)).clamp(1, windows.len());
     let ranks: Vec<usize> = study
         .plan
         .linears
@@ -66,7 +112,8 @@ fn measured(study: &Study<'_>, progress: &dyn Progress) -> Result<Vec<f64>> {
         (0..n).map(|j| if i == j && ranks[i] > 0 { Choice::Rank(ranks[i]) } else { Choice::Dense }).collect()
     };
     let probes: Vec<Vec<Choice>> = (0..n).map(probe).collect();
-    let divergences = study.diverge(&windows[..n_windows], &|len| 1..len, &probes, "probe", progress)?;
+    let divergences =
+        study.diverge(probe_windows(study), &study.limits.one_window(), &|len| 1..len, &probes, "probe", progress)?;
     let scale = |(i, kl): (usize, f64)| {
         let error = study.bases.get(i).map_or(0.0, |basis| basis.curve.squared_error(ranks[i]));
         kl * reciprocal(error)
@@ -78,8 +125,11 @@ fn reciprocal(value: f64) -> f64 {
     if value > 0.0 { 1.0 / value } else { 0.0 }
 }
 
-fn n_blocks(study: &Study<'_>) -> usize {
-    study.plan.linears.iter().filter_map(|l| l.block).max().map_or(0, |last| last + 1)
+/// The depth weight of every linear of the plan.
+pub(super) fn depth_weights(study: &Study<'_>, gamma: f64) -> Vec<f64> {
+    let linears = &study.plan.linears;
+    let n_blocks = linears.iter().filter_map(|l| l.block).max().map_or(0, |last| last + 1);
+    linears.iter().map(|linear| depth_weight(gamma, linear.block, n_blocks)).collect()
 }
 
 /// `1 + γ Σ_{k ≥ block} 1 / (k + 1)`: errors of early blocks travel through more of the model.

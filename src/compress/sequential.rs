@@ -35,7 +35,7 @@ const DAMPING: f64 = 1e-2;
 pub(super) fn anchor(study: &mut Study<'_>, choices: &[Choice], mu: f64, progress: &dyn Progress) -> Result<()> {
     let decoder = Decoder::open(study.checkpoint)?;
     let windows = study.inputs.windows.as_ref().context("invariant: a sequential recipe has a text")?.windows.clone();
-    let mut walk = Walk::new(&decoder, &windows, &study.limits)?;
+    let mut walk = Walk::new(&decoder, &windows, &study.limits.one_window())?;
     let mut original = walk.embed(&decoder)?;
     let mut shifted = walk.copy(&original)?;
     let stage = progress.stage("anchor", (walk.n_tokens() * decoder.n_blocks()) as u64, "tokens");

@@ -10,7 +10,7 @@ use super::bases::{Bases, Decompose};
 use super::metrics::Metrics;
 use super::plan::Plan;
 use super::recipe::{Budget, Recipe};
-use super::sensitivity;
+use super::sensitivity::{self, DepthWeight};
 use crate::calibrate::{self, Header, Observation, Statistics, Windows};
 use crate::checkpoint::{Checkpoint, Fingerprint, writer_bytes};
 use crate::error::Failure;
@@ -72,6 +72,13 @@ impl Inputs {
     }
 }
 
+/// What becomes of every linear of the plan.
+pub(super) struct Allocation {
+    pub choices: Vec<Choice>,
+    /// What a unit of squared error was taken to cost, depth weights included.
+    pub sensitivities: Vec<f64>,
+}
+
 pub(super) struct Study<'a> {
     pub checkpoint: &'a Checkpoint,
     pub recipe: &'a Recipe,
@@ -79,7 +86,7 @@ pub(super) struct Study<'a> {
     pub inputs: Inputs,
     pub limits: WalkLimits,
     pub bases: Bases,
-    /// A linear's cost to the model of a unit of squared error.
+    /// A linear's cost to the model of a unit of squared error, before depth weights.
     pub sensitivities: Vec<f64>,
     pub timings: Timings,
 }
@@ -134,11 +141,35 @@ impl<'a> Study<'a> {
         metrics(self.recipe, self.inputs.statistics.as_ref())
     }
 
-    /// The choices under a budget.
+    /// The choices under a budget; where the recipe leaves the depth weight open, those of the best one.
     ///
     /// # Errors
-    /// A size in bytes that cannot be reached.
-    pub fn allocate(&self, budget: Budget) -> Result<Vec<Choice>> {
+    /// A size in bytes that cannot be reached, or a probe fails.
+    pub fn allocate(&self, budget: Budget, progress: &dyn Progress) -> Result<Allocation> {
+        let gammas = match self.recipe.depth_weight {
+            DepthWeight::Fixed(gamma) => vec![gamma],
+            DepthWeight::Auto => sensitivity::GAMMAS.to_vec(),
+        };
+        let at = |&gamma: &f64| -> Result<Allocation> {
+            let weights = sensitivity::depth_weights(self, gamma);
+            let sensitivities: Vec<f64> = self.sensitivities.iter().zip(weights).map(|(s, w)| s * w).collect();
+            Ok(Allocation { choices: self.share_out(budget, &sensitivities)?, sensitivities })
+        };
+        let mut allocations = gammas.iter().map(at).collect::<Result<Vec<_>>>()?;
+        if allocations.len() == 1 {
+            return Ok(allocations.remove(0));
+        }
+        let variants: Vec<Vec<Choice>> = allocations.iter().map(|a| a.choices.clone()).collect();
+        let windows = sensitivity::probe_windows(self);
+        let divergences =
+            self.diverge(windows, &self.limits.one_window(), &|n| 1..n, &variants, "depth weight", progress)?;
+        let kl: Vec<f64> = divergences.iter().map(|d| d.mean_kl()).collect();
+        let best = (0..kl.len()).reduce(|best, i| if kl[i] < kl[best] { i } else { best }).unwrap_or(0);
+        tracing::info!("depth weight {} diverges least: {:.6}", gammas[best], kl[best]);
+        Ok(allocations.swap_remove(best))
+    }
+
+    fn share_out(&self, budget: Budget, sensitivities: &[f64]) -> Result<Vec<Choice>> {
         let bytes = matches!(budget, Budget::Bytes(_));
         let spectra = self.recipe.ranks.allocator().spectra();
         let items: Vec<Item<'_>> = (0..self.plan.linears.len())
@@ -150,7 +181,7 @@ impl<'a> Study<'a> {
                     Spectra::Metric => basis.map(|b| &b.curve),
                 };
                 let item = item(self.recipe, &self.plan.linears[i], bytes);
-                Item { curve, sensitivity: self.sensitivities[i], ..item }
+                Item { curve, sensitivity: sensitivities[i], ..item }
             })
             .collect();
         match budget {

@@ -42,10 +42,12 @@ pub fn sweep(settings: &SweepSettings<'_>, progress: &dyn Progress) -> Result<Sw
     let memory = settings.eval.memory_bytes;
     let mut study = Study::run(checkpoint, recipe, &plan, inputs, memory, work.path(), progress)?;
     let allocating = Instant::now();
-    let choices = keeps.iter().map(|&keep| study.allocate(Budget::Keep(keep))).collect::<Result<Vec<_>>>()?;
+    let allocate = |&keep: &f64| Ok(study.allocate(Budget::Keep(keep), progress)?.choices);
+    let choices = keeps.iter().map(allocate).collect::<Result<Vec<_>>>()?;
     study.timings.allocate += allocating.elapsed().as_secs_f64();
     let evaluating = Instant::now();
-    let divergences = study.diverge(&prepared.windows, &|n| prepared.scored(n), &choices, "evaluate", progress)?;
+    let divergences =
+        study.diverge(&prepared.windows, &study.limits, &|n| prepared.scored(n), &choices, "evaluate", progress)?;
     let evaluate_seconds = evaluating.elapsed().as_secs_f64();
     let mut points = Vec::new();
     for ((&keep, choices), divergence) in keeps.iter().zip(&choices).zip(&divergences) {

@@ -13,7 +13,7 @@ use super::study::Study;
 use crate::checkpoint::{Dtype, cast};
 use crate::eval::divergence::{self, Divergence};
 use crate::formats::{Entry, Format, NamedBytes};
-use crate::model::{Decoder, Hidden, Overlay, Walk};
+use crate::model::{Decoder, Hidden, Overlay, Walk, WalkLimits};
 use crate::progress::Progress;
 
 impl Study<'_> {
@@ -25,13 +25,14 @@ impl Study<'_> {
     pub fn diverge(
         &self,
         windows: &[Vec<u32>],
+        limits: &WalkLimits,
         scored: &dyn Fn(usize) -> Range<usize>,
         variants: &[Vec<Choice>],
         verb: &str,
         progress: &dyn Progress,
     ) -> Result<Vec<Divergence>> {
         let decoder = Decoder::open(self.checkpoint)?;
-        let mut walk = Walk::new(&decoder, windows, &self.limits)?;
+        let mut walk = Walk::new(&decoder, windows, limits)?;
         let mut original = walk.embed(&decoder)?;
         let mut streams: Vec<Option<Hidden>> = variants.iter().map(|_| None).collect();
         let n_steps = walk.n_tokens() * (decoder.n_blocks() + 1);

@@ -31,6 +31,13 @@ impl WalkLimits {
         Self { hidden_bytes: memory / 2, activation_bytes: memory / 4, work_folder }
     }
 
+    /// One window at a time: products of very small ranks depend on the batch in their last digits, and what decides the
+    /// output must not depend on memory.
+    #[must_use]
+    pub fn one_window(&self) -> Self {
+        Self { activation_bytes: 0, ..self.clone() }
+    }
+
     /// Windows that go through a block at once.
     pub fn batch_size(&self, config: &ModelConfig, n_tokens: usize) -> usize {
         // What lives at the widest point of a block: input, normed, q, k, v, mixed, or gate, up, product.
