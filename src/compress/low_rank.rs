@@ -5,7 +5,8 @@
 //!
 //! - m ≤ n: `U` = top eigenvectors of `S Sᵀ = Kᵀ T C Tᵀ K`, and `B = K⁻ᵀ U`, `A = (K U)ᵀ T`. `C` is not rooted, let alone
 //!   inverted, so a singular one is no special case.
-//! - m > n: `V` = top eigenvectors of `Sᵀ S`. Where `H` is diagonal, `A = (H⁻ᵀ V)ᵀ` and `B = T H V`, without an inverse of `K`; where it is full, `U = orth(S V)` and the pair is as above, so that `C` is not inverted either.
+//! - m > n: `V` = top eigenvectors of `Sᵀ S = Hᵀ Tᵀ G T H`, and `A = (H⁻ᵀ V)ᵀ`, `B = T H V`. `G`, the larger of the two, is not
+//!   rooted. Where `C` is too close to singular for `H⁻ᵀ`, `U = orth(S V)` and the pair is as above.
 //!
 //! Eigenvalues are the error curve: dropping the ranks behind r costs `Σ_{i ≥ r} λ_i`. With `G = C = I` this is the truncated
 //! SVD; with the Gram of calibration inputs it has the optimum of SVD-LLM (Wang et al. 2024) and of the output PCA of LoRD
@@ -103,7 +104,7 @@ pub fn error_curve(target: MatRef<'_, f64>, metric: MetricPair<'_>) -> Result<Er
 
 /// A target in its metric, ready for the smaller eigenproblem.
 struct Whitened {
-    /// `Kᵀ T` (m, n) for m ≤ n, else `S = Kᵀ T H`.
+    /// `Kᵀ T` (m, n) for m ≤ n, else `T H`.
     image: Mat<f64>,
     /// `S Sᵀ` (m, m) for m ≤ n, else `Sᵀ S` (n, n).
     gram: Mat<f64>,
@@ -111,24 +112,33 @@ struct Whitened {
 
 impl Whitened {
     fn new(target: MatRef<'_, f64>, metric: MetricPair<'_>) -> Result<Self, LinalgError> {
-        let left = match metric.output {
-            Metric::Identity => target.to_owned(),
-            output => output.times_root(target.transpose())?.transpose().to_owned(),
-        }; // Kᵀ T (m, n)
+        // The smaller side is rooted, the larger only multiplied with.
         if target.nrows() <= target.ncols() {
+            let image = whiten_rows(target, metric.output)?;
             let gram = match metric.input {
-                Metric::Identity => linalg::product_symmetric(left.as_ref(), left.transpose()),
-                input => linalg::product_symmetric(input.times(left.as_ref()).as_ref(), left.transpose()),
+                Metric::Identity => linalg::product_symmetric(image.as_ref(), image.transpose()),
+                input => linalg::product_symmetric(input.times(image.as_ref()).as_ref(), image.transpose()),
             };
-            return Ok(Self { image: left, gram });
+            return Ok(Self { image, gram });
         }
         let image = match metric.input {
-            Metric::Identity => left,
-            input => input.times_root(left.as_ref())?,
+            Metric::Identity => target.to_owned(),
+            input => input.times_root(target)?,
         };
-        let gram = linalg::product_symmetric(image.transpose(), image.as_ref());
+        let gram = match metric.output {
+            Metric::Identity => linalg::product_symmetric(image.transpose(), image.as_ref()),
+            output => linalg::product_symmetric(output.times(image.transpose()).as_ref(), image.as_ref()),
+        };
         Ok(Self { image, gram })
     }
+}
+
+/// `Kᵀ X` of `x` (m, n), where `output = K Kᵀ`.
+fn whiten_rows(x: MatRef<'_, f64>, output: &Metric) -> Result<Mat<f64>, LinalgError> {
+    Ok(match output {
+        Metric::Identity => x.to_owned(),
+        output => output.times_root(x.transpose())?.transpose().to_owned(),
+    })
 }
 
 /// Decomposes `target` (m, n); the bases keep the first `max_rank` columns (at most min(m, n)).
@@ -146,19 +156,20 @@ pub fn decompose(
     let linalg::Eigh { values, vectors } = linalg::eigh(gram.as_ref())?;
     drop(gram);
     let vectors = vectors.subcols(0, max_rank);
-    let basis = match (m <= n, metric.input) {
-        (true, _) => output_basis(metric.output, vectors.to_owned())?,
-        (false, Metric::Identity) => Basis::Input { basis: vectors.to_owned(), dual: None },
-        (false, input @ Metric::Diagonal(_)) => {
-            Basis::Input { basis: input.dual_root_times(vectors)?, dual: Some(input.root_times(vectors)?) }
-        }
-        (false, Metric::Full(_)) => {
-            let images = linalg::product(image.as_ref(), vectors); // S V (m, max_rank)
-            let smallest = max_rank.checked_sub(1).map_or(0.0, |last| values[last]);
-            let is_well_spread = smallest > ORTHOGONAL_SHARE * values[0];
-            let basis = if is_well_spread { normalised_columns(images) } else { linalg::orthonormal_columns(images) };
-            output_basis(metric.output, basis)?
-        }
+    let basis = if m <= n {
+        output_basis(metric.output, vectors.to_owned())?
+    } else if let Metric::Identity = metric.input {
+        Basis::Input { basis: vectors.to_owned(), dual: None }
+    } else if metric.input.is_well_conditioned()? {
+        let dual = Some(metric.input.root_times(vectors)?);
+        Basis::Input { basis: metric.input.dual_root_times(vectors)?, dual }
+    } else {
+        let images = linalg::product(image.as_ref(), vectors); // T H V (m, max_rank)
+        let images = whiten_rows(images.as_ref(), metric.output)?; // S V
+        let smallest = max_rank.checked_sub(1).map_or(0.0, |last| values[last]);
+        let is_well_spread = smallest > ORTHOGONAL_SHARE * values[0];
+        let basis = if is_well_spread { normalised_columns(images) } else { linalg::orthonormal_columns(images) };
+        output_basis(metric.output, basis)?
     };
     Ok(Decomposition { curve: ErrorCurve::new(values), basis })
 }

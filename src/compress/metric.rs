@@ -46,6 +46,9 @@ pub struct MetricPair<'a> {
 /// excited still have an order (that of the weight), at a cost of 1e-12 of the error.
 const ROOT_FLOOR: f64 = 1e-12;
 
+/// Smallest share of the largest eigenvalue down to which a form is inverted.
+const CONDITION_SHARE: f64 = 1e-8;
+
 impl Metric {
     /// From a symmetric `gram` (n, n).
     pub fn full(gram: Mat<f64>) -> Self {
@@ -116,6 +119,24 @@ impl Metric {
             Self::Full(full) => {
                 let Root { root, eigenvalues } = full.root()?;
                 linalg::product(root.as_ref(), scale_rows(v, |i| 1.0 / eigenvalues[i]).as_ref())
+            }
+        })
+    }
+
+    /// Whether `H⁻ᵀ` may be used: digits that it costs are none that an f32 has.
+    pub(super) fn is_well_conditioned(&self) -> Result<bool, LinalgError> {
+        let is_spread_little = |largest: f64, smallest: f64| smallest > CONDITION_SHARE * largest;
+        Ok(match self {
+            Self::Identity => true,
+            Self::Diagonal(d) => {
+                is_spread_little(d.iter().copied().fold(0.0, f64::max), d.iter().copied().fold(f64::INFINITY, f64::min))
+            }
+            Self::Full(full) => {
+                let eigenvalues = &full.root()?.eigenvalues;
+                match (eigenvalues.first(), eigenvalues.last()) {
+                    (Some(&largest), Some(&smallest)) => is_spread_little(largest, smallest),
+                    _ => true,
+                }
             }
         })
     }
