@@ -42,7 +42,8 @@ for file in files:
                 weights[name.removesuffix(".weight")] = tensors.get_tensor(name).float()
 torch_before = torch_seconds(weights)
 
-command = ["target/release/lrc", "compress", str(model), "-o", str(out), "--keep", "0.8", "--json", "-q"]
+recipe = ["--method", "svd", "--ranks", "uniform", "--layout", "factors", "--keep", "0.8"]
+command = ["target/release/lrc", "compress", str(model), "-o", str(out), *recipe, "--json", "-q"]
 start = time.perf_counter()
 report = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 wall = time.perf_counter() - start
