@@ -84,7 +84,10 @@ fn energy_without_a_budget_keeps_its_share() {
 #[test]
 fn a_sweep_is_compress_and_eval_at_every_budget() {
     let folder = tempfile::tempdir().unwrap();
-    for flags in [&["--layout", "pivot"][..], &["--method", "svd-llm", "--ranks", "welore", "--layout", "factors"]] {
+    for flags in [
+        &["--layout", "pivot", "--sequential=false"][..],
+        &["--method", "svd-llm", "--ranks", "welore", "--layout", "factors"],
+    ] {
         let args = ["sweep", FIXTURE, "--text", HELD_OUT, "--eval-seq-len", "128", "--keep", "0.9,0.6"];
         let report = ok(&[&args[..], flags, CALIBRATED, &["--json"]].concat()).json();
         assert_eq!(report["points"].as_array().unwrap().len(), 2);
@@ -223,5 +226,5 @@ fn defaults_need_no_reading() {
     );
     let calibrated = recipe("calibrated", &[&["--keep", "0.8"], CALIBRATED].concat());
     assert_eq!((&calibrated["method"], &calibrated["ranks"]), (&"kfac".into(), &"knapsack".into()));
-    assert_eq!(calibrated["sensitivity"], "second-order");
+    assert_eq!((&calibrated["sensitivity"], &calibrated["anchor"]), (&"second-order".into(), &0.5.into()));
 }

@@ -158,7 +158,7 @@ fn statistics_do_not_depend_on_threads_or_memory_and_serve_compress() {
         let compress = |name: &str, extra: &[&str]| {
             let out = folder.path().join(format!("{method}-{name}"));
             let args = ["compress", FIXTURE, "-o", path(&out), "-q", "--keep", "0.7", "--method", method];
-            ok(&[&args[..], &["--ranks", "uniform"], extra].concat());
+            ok(&[&args[..], &["--ranks", "uniform", "--sequential=false"], extra].concat());
             std::fs::read(out.join("model.safetensors")).unwrap()
         };
         let measured = compress("measured", &[&["--calibration", TRAIN], DRAWN].concat());

@@ -105,7 +105,7 @@ fn content(out: &Path) -> BTreeMap<String, String> {
 fn the_same_bytes_come_out_at_any_thread_count() {
     let folder = tempfile::tempdir().unwrap();
     let llm = ["--method", "svd-llm", "--ranks", "knapsack", "--layout", "factors"];
-    let kfac = ["--depth-weight", "auto", "--sequential"];
+    let kfac = ["--depth-weight", "auto"];
     for (kind, extra) in [("kfac", &kfac[..]), ("fwsvd", &["--method", "fwsvd"]), ("svd-llm", &llm)] {
         let run = |name: &str, threads: &str, memory: &str| {
             let out = folder.path().join(format!("{kind}-{name}"));

@@ -112,6 +112,8 @@ pub(super) fn run(args: &SweepArgs, progress: &Bars) -> Result<()> {
     }
     let mut options = args.options.options.clone().or(file);
     options.target_size = None;
+    // A sequential run decomposes anew for every budget; a sweep does it once for all.
+    options.sequential = options.sequential.or(Some(false));
     let recipe = Recipe::new(&options)?;
     let checkpoint = args.model.open(progress)?;
     let eval = EvalSettings {

@@ -4,6 +4,7 @@ use anyhow::Result;
 
 use super::allocate::Choice;
 use super::recipe::Recipe;
+use super::study::max_ranks;
 use crate::checkpoint::{Checkpoint, TensorSpec};
 use crate::error::Failure;
 use crate::formats::Entry;
@@ -113,10 +114,8 @@ impl Plan {
     /// of `n_tokens` (those that enter each block, where gradients are asked for).
     pub fn kept_bytes(&self, checkpoint: &Checkpoint, recipe: &Recipe, n_tokens: usize) -> u64 {
         let needs = recipe.method.needs();
-        let pair = |linear: &LinearInfo| {
-            let (m, n) = linear.shape();
-            4 * (m.min(n) * (m + n)) as u64
-        };
+        let pair =
+            |(linear, rank): (&LinearInfo, usize)| 4 * (rank * (linear.out_features + linear.in_features)) as u64;
         let triangle = |n: usize| 2 * (n * (n + 1)) as u64;
         let sums = |linear: &LinearInfo| {
             let (m, n) = linear.shape();
@@ -132,7 +131,7 @@ impl Plan {
             }
             _ => 0,
         };
-        linears.map(pair).sum::<u64>() + measured + states
+        linears.zip(max_ranks(recipe, self)).map(pair).sum::<u64>() + measured + states
     }
 
     /// Peak memory of a run: the largest decompositions, one a thread, each with weight, image, Gram, eigenvectors with their

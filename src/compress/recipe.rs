@@ -104,17 +104,18 @@ pub struct RecipeOptions {
     pub damping_output: Option<f64>,
 
     /// Keep the order of ranks beside a pivot layout, r² values a matrix, so that `lrc truncate` is exact
-    #[arg(long, num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub elastic: Option<bool>,
 
     /// Clip gradients of tokens to 0.1 to 10 times their mean norm
-    #[arg(long, num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub clip_gradients: Option<bool>,
 
     /// Compress block after block, each on the inputs that the compressed ones before it give
-    #[arg(long, num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
+    /// [default: with kfac and `--calibration`]
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sequential: Option<bool>,
 
@@ -293,7 +294,9 @@ impl Recipe {
         let has_data = options.calibration.is_some() || options.statistics.is_some();
         let method = options.method.unwrap_or(if has_data { Method::Kfac } else { Method::Svd });
         let ranks = options.ranks.unwrap_or(if method == Method::Kfac { Ranks::Knapsack } else { Ranks::Welore });
-        let is_sequential = options.sequential.unwrap_or(false);
+        // What was measured best; with fixed ranks there may be nothing to make up for.
+        let by_default = method == Method::Kfac && options.calibration.is_some() && ranks.takes_budget();
+        let is_sequential = options.sequential.unwrap_or(by_default);
         if options.anchor.is_some() && !is_sequential {
             return Err(usage("`--anchor` is nothing without `--sequential`", "add `--sequential`"));
         }
@@ -422,7 +425,7 @@ impl Recipe {
             damping_output: damping(preset.output, self.damping_output),
             clip_gradients: self.clip_gradients.then_some(true),
             elastic: self.elastic.then_some(true),
-            sequential: self.anchor.is_some().then_some(true),
+            sequential: Some(self.anchor.is_some()),
             anchor: self.anchor,
             samples: calibration.map(|c| c.samples),
             seq_len: calibration.and_then(|c| c.seq_len),
@@ -535,7 +538,8 @@ mod tests {
             RecipeOptions { statistics: statistics.clone(), method: Some(Method::Svd), ..keep(0.5) },
             "does not use it",
         );
-        check(RecipeOptions { statistics, calibration: Some("t".into()), ..keep(0.5) }, "nothing uses it");
+        let unused = RecipeOptions { statistics, calibration: Some("t".into()), sequential: Some(false), ..keep(0.5) };
+        check(unused, "nothing uses it");
         check(RecipeOptions { method: Some(Method::SvdLlm), ..keep(0.5) }, "needs `--calibration FILE`");
         check(RecipeOptions { samples: Some(8), ..keep(0.5) }, "nothing without `--calibration FILE`");
         let text = Some(PathBuf::from("t"));

@@ -28,7 +28,7 @@ pub enum Sensitivity {
 pub enum DepthWeight {
     /// γ.
     Fixed(f64),
-    /// The γ of [`GAMMAS`] whose ranks diverge least on the calibration text.
+    /// The γ of a few whose ranks diverge least on the calibration text.
     Auto,
 }
 

@@ -9,8 +9,6 @@
 //! and approximated in the metric of `C_x̂x̂`. μ = 1 is AA-SVD's closed form: the best linear map from `x̂` to `W x`; μ = 0 knows
 //! the shifted inputs alone. Within a block the order is qkv, o, gate and up, down.
 
-use std::collections::BTreeMap;
-
 use anyhow::{Context, Result};
 use candle_core::Tensor;
 use faer::Mat;
@@ -90,13 +88,8 @@ impl Moments {
         let (mut cross, mut own) = (Mat::zeros(n, n), Mat::zeros(n, n));
         let rope = walk.rope().clone();
         for batch_idx in 0..walk.n_batches() {
-            let mut inputs = |(block, hidden): (&Block, &Hidden)| -> Result<Tensor> {
-                let mut seen: BTreeMap<InputSite, Tensor> = BTreeMap::new();
-                block.forward(&walk.batch(hidden, batch_idx)?, &rope, decoder.kernels(), &mut |site, x| {
-                    seen.insert(site, x.clone());
-                    Ok(())
-                })?;
-                seen.remove(&site).context("a block passes every input site")
+            let mut inputs = |(block, hidden): (&Block, &Hidden)| {
+                block.input_at(site, &walk.batch(hidden, batch_idx)?, &rope, decoder.kernels())
             };
             let (x, shifted_x) = (inputs(original)?, inputs(shifted)?);
             for window_idx in 0..x.dim(0)? {

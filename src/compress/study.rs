@@ -115,11 +115,7 @@ impl<'a> Study<'a> {
         }
         let started = Instant::now();
         let spectra = recipe.ranks.allocator().spectra();
-        let max_rank = |linear: &LinearInfo| recipe.layout.largest_saving_rank(linear.shape());
-        let max_ranks: Vec<usize> = match known_choices(recipe, plan) {
-            Some(choices) => choices.iter().map(|choice| choice.rank().unwrap_or(0)).collect(),
-            None => plan.linears.iter().map(max_rank).collect(),
-        };
+        let max_ranks = max_ranks(recipe, plan);
         let decompose = Decompose {
             checkpoint,
             plan,
@@ -246,6 +242,14 @@ pub(super) fn known_choices(recipe: &Recipe, plan: &Plan) -> Option<Vec<Choice>>
         let items: Vec<Item<'_>> = plan.linears.iter().map(|linear| item(recipe, linear, false)).collect();
         allocate::allocate(recipe.ranks, &items, &rules(recipe, &items, recipe.budget))
     })
+}
+
+/// The largest rank that each linear may get; 0 for those that are known to stay dense.
+pub(super) fn max_ranks(recipe: &Recipe, plan: &Plan) -> Vec<usize> {
+    match known_choices(recipe, plan) {
+        Some(choices) => choices.iter().map(|choice| choice.rank().unwrap_or(0)).collect(),
+        None => plan.linears.iter().map(|linear| recipe.layout.largest_saving_rank(linear.shape())).collect(),
+    }
 }
 
 fn item(recipe: &Recipe, linear: &LinearInfo, in_bytes: bool) -> Item<'static> {

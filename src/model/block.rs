@@ -73,6 +73,24 @@ impl Block {
         linears.into_iter().map(|(role, linear)| (role, linear.tap_gradient())).collect()
     }
 
+    /// The input (batch, n_tokens, in) of the linears at `site`: as much of [`Self::forward`] as comes before it.
+    ///
+    /// # Errors
+    /// Shapes that do not match.
+    pub fn input_at(&self, site: InputSite, x: &Tensor, rope: &Rope, kernels: Kernels) -> Result<Tensor> {
+        let normed = kernels.rms_norm(x, &self.input_layernorm, self.rms_norm_eps)?;
+        if site == InputSite::Qkv {
+            return Ok(normed);
+        }
+        let mixed = self.attention.mix(&normed, rope, kernels)?;
+        if site == InputSite::O {
+            return Ok(mixed);
+        }
+        let x = (x + self.attention.o_proj.forward(&mixed)?)?;
+        let normed = kernels.rms_norm(&x, &self.post_attention_layernorm, self.rms_norm_eps)?;
+        if site == InputSite::GateUp { Ok(normed) } else { self.mlp.gate(&normed) }
+    }
+
     /// `x` (batch, n_tokens, hidden_size) to the same shape.
     ///
     /// # Errors
