@@ -3,8 +3,8 @@
 #   benchmarks/identities.sh MODEL CALIBRATION_TEXT EVALUATION_TEXT SEQ_LEN
 set -euo pipefail
 model=$1 calibration=$2 text=$3 seq_len=$4
-cargo build --release --quiet
-lrc=target/release/lrc
+[ -n "${LRC:-}" ] || cargo build --release --quiet
+lrc=${LRC:-target/release/lrc}
 work=$(mktemp -d); trap 'rm -rf "$work"' EXIT
 ppl() { "$lrc" eval "$1" --text "$text" --seq-len "$seq_len" --json -q | sed -n 's/^ *"ppl": \([0-9.]*\),$/\1/p'; }
 compress() { "$lrc" compress "$model" -o "$work/out" -q --force "$@"; ppl "$work/out"; }

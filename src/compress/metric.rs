@@ -67,21 +67,8 @@ impl Metric {
 
     /// From a Gram (n, n), its eigenvalues drawn towards their mean: `(1 − damping) M + damping · mean(diag M) · I`.
     pub fn damped(gram: Mat<f64>, damping: f64) -> Self {
-        let mean = mean_diagonal(&gram);
-        Self::shifted(gram * faer::Scale(1.0 - damping), damping * mean)
-    }
-
-    /// From a Gram (n, n) with a share of its mean eigenvalue added to all: `M + share · mean(diag M) · I`.
-    pub fn raised(gram: Mat<f64>, share: f64) -> Self {
-        let mean = mean_diagonal(&gram);
-        Self::shifted(gram, share * mean)
-    }
-
-    fn shifted(mut gram: Mat<f64>, shift: f64) -> Self {
-        for i in 0..gram.nrows() {
-            gram[(i, i)] += shift;
-        }
-        Self::full(gram)
+        let shift = damping * mean_diagonal(&gram);
+        Self::full(shifted(gram * faer::Scale(1.0 - damping), shift))
     }
 
     /// `X M`, of `x` (rows, n).
@@ -141,19 +128,6 @@ impl Metric {
         })
     }
 
-    /// `X M⁻¹`, of `x` (rows, n).
-    pub(super) fn times_inverse(&self, x: MatRef<'_, f64>) -> Result<Mat<f64>, LinalgError> {
-        Ok(match self {
-            Self::Identity => x.to_owned(),
-            Self::Diagonal(d) => scale_columns(x, |j| 1.0 / d[j]),
-            Self::Full(full) => {
-                let Root { root, eigenvalues } = full.root()?;
-                let rotated = scale_columns(linalg::product(x, root.as_ref()).as_ref(), |j| eigenvalues[j].powi(-2));
-                linalg::product(rotated.as_ref(), root.transpose())
-            }
-        })
-    }
-
     /// The diagonal of the form, (n); ones for the identity.
     pub fn to_diagonal(&self, n: usize) -> Vec<f64> {
         match self {
@@ -177,7 +151,16 @@ impl MetricPair<'_> {
     }
 }
 
-fn mean_diagonal(gram: &Mat<f64>) -> f64 {
+/// `M + shift · I`.
+pub(super) fn shifted(mut gram: Mat<f64>, shift: f64) -> Mat<f64> {
+    for i in 0..gram.nrows() {
+        gram[(i, i)] += shift;
+    }
+    gram
+}
+
+/// The mean eigenvalue of a form.
+pub(super) fn mean_diagonal(gram: &Mat<f64>) -> f64 {
     (0..gram.nrows()).map(|i| gram[(i, i)]).sum::<f64>() / gram.nrows().max(1) as f64
 }
 

@@ -71,7 +71,9 @@ pub fn compress(job: &Job<'_>, progress: &dyn Progress) -> Result<CompressReport
     study.timings.allocate += allocating.elapsed().as_secs_f64();
     let choices = &allocation.choices;
     if let Some(mu) = recipe.anchor {
+        let anchoring = Instant::now();
         sequential::anchor(&mut study, choices, mu, progress)?;
+        study.timings.anchor = anchoring.elapsed().as_secs_f64();
     }
 
     let writing = Instant::now();

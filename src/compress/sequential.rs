@@ -16,7 +16,7 @@ use rayon::prelude::*;
 
 use super::allocate::Choice;
 use super::low_rank::{self, ErrorCurve, LowRank};
-use super::metric::{Metric, MetricPair};
+use super::metric::{Metric, MetricPair, mean_diagonal, shifted};
 use super::study::Study;
 use crate::linalg;
 use crate::model::inventory::{self, LinearInfo};
@@ -106,7 +106,7 @@ impl Moments {
 
     /// The pairs of the linears `here` (with their ranks), each with its error curve.
     fn approximate(&self, study: &Study<'_>, here: &[(usize, usize)], mu: f64) -> Result<Vec<(ErrorCurve, LowRank)>> {
-        let invertible = Metric::raised(self.shifted.clone(), DAMPING);
+        let invertible = shifted(self.shifted.clone(), DAMPING * mean_diagonal(&self.shifted));
         let input = Metric::damped(self.shifted.clone(), study.recipe.damping_input);
         here.par_iter()
             .map(|&(i, rank)| {
@@ -123,7 +123,7 @@ impl Moments {
         linear: &LinearInfo,
         rank: usize,
         mu: f64,
-        invertible: &Metric,
+        invertible: &Mat<f64>,
         input: &Metric,
     ) -> Result<(ErrorCurve, LowRank)> {
         let values = inventory::weight(study.checkpoint, linear)?; // (out, in)
@@ -131,9 +131,10 @@ impl Moments {
         let weight = transposed.transpose();
         let output = study.metrics().output(linear)?;
         let target = if mu > 0.0 {
-            let mapped = linalg::product(weight, self.cross.as_ref()); // W C_xx̂
-            let mapped = invertible.times_inverse(mapped.as_ref())?;
-            weight * faer::Scale(1.0 - mu) + mapped * faer::Scale(mu)
+            let mapped = linalg::product(weight, self.cross.as_ref()); // W C_xx̂ (m, n)
+            let mapped = linalg::solve(invertible.as_ref(), mapped.transpose());
+            let mapped = mapped.context("the second moment of the shifted inputs is singular")?;
+            weight * faer::Scale(1.0 - mu) + mapped.transpose() * faer::Scale(mu)
         } else {
             weight.to_owned()
         };

@@ -69,6 +69,8 @@ pub struct Timings {
     pub decompose: f64,
     /// Sensitivities and ranks.
     pub allocate: f64,
+    /// The anchored sequential mode.
+    pub anchor: f64,
     pub write: f64,
 }
 
