@@ -13,7 +13,7 @@ use crate::checkpoint::Fingerprint;
 pub const REPORT_FILE: &str = "lrc-report.json";
 
 /// Grows when a field changes its meaning or goes away.
-pub const SCHEMA_VERSION: u32 = 1;
+pub const SCHEMA_VERSION: u32 = 2;
 
 /// Version of the tool that wrote a record.
 pub const LRC_VERSION: &str = env!("CARGO_PKG_VERSION");
