@@ -175,6 +175,12 @@ fn truncation_needs_no_source_and_is_exact_where_the_order_is_kept() {
     }
     assert!((perplexities[0] / perplexities[1] - 1.0).abs() < 1e-4, "{perplexities:?}");
 
+    // Where diagonals do not hold the metric, it says so.
+    let (long, short) = (at("kfac"), at("kfac-short"));
+    compress(&long, &[&["--keep", "0.9", "--sequential=false"], CALIBRATED].concat());
+    let run = lrc(&["truncate", path(&long), "-o", path(&short), "--keep", "0.8"]);
+    assert!(run.code == 0 && run.stderr.contains("lrc compress --elastic"), "{}", run.stderr);
+
     let refuse = |model: &Path, keep: &str, code: i32, expected: &str| {
         let run = lrc(&["truncate", path(model), "-o", path(&at("refused")), "--keep", keep]);
         assert_eq!(run.code, code, "{}", run.stderr);

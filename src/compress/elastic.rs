@@ -147,6 +147,8 @@ pub fn truncate(job: &TruncateJob<'_>, progress: &dyn Progress) -> Result<Compre
     let mut shortenings = shortenings(checkpoint)?;
     share_out(&mut shortenings, &report, job.keep)?;
 
+    warn_of_diagonals(&report, &shortenings);
+
     let folder = OutputFolder::create(job.output, job.force, REPORT_FILE)?;
     let exporter = Format::Factored.exporter();
     let changed: BTreeMap<&str, &Shortening> =
@@ -210,6 +212,18 @@ pub fn truncate(job: &TruncateJob<'_>, progress: &dyn Progress) -> Result<Compre
     folder.write(REPORT_FILE, (serde_json::to_string_pretty(&report)? + "\n").as_bytes())?;
     folder.finish()?;
     Ok(report)
+}
+
+/// Says so where pivots without their order stand for a metric that diagonals do not hold.
+fn warn_of_diagonals(report: &CompressReport, shortenings: &[Shortening]) {
+    let is_full = !["svd", "asvd", "fwsvd"].iter().any(|method| report.recipe["method"] == *method);
+    let is_anchored = !report.recipe["anchor"].is_null();
+    let is_lost = |s: &Shortening| s.layout == Layout::Pivot && s.elastic.order.is_empty() && s.new_rank < s.rank;
+    if (is_full || is_anchored) && shortenings.iter().any(is_lost) {
+        tracing::warn!(
+            "pivots are decomposed again in the diagonals of their metric, which costs accuracy; outputs of `lrc compress --elastic` keep the order of their ranks"
+        );
+    }
 }
 
 /// Whether a tensor is one of the low-rank parts of a module; biases stay.

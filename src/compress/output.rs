@@ -17,7 +17,7 @@ use super::study::Study;
 use crate::checkpoint::{
     CONFIG_FILE, Checkpoint, Fingerprint, OutputFolder, SafetensorsWriter, TensorSpec, io, sha256_file,
 };
-use crate::formats::{Entry, Exporter, Parts};
+use crate::formats::{Entry, Exporter, Format, Parts};
 use crate::model::Layout;
 use crate::model::inventory::LinearInfo;
 use crate::progress::Progress;
@@ -28,10 +28,9 @@ const RECIPE_FILE: &str = "lrc-recipe.toml";
 const CARD_FILE: &str = "README.md";
 
 /// What writing a linear found.
-#[derive(Default)]
 pub(super) struct Written {
-    /// Rounding error of the stored parts, relative to the matrix; 0 in f32.
-    pub storage_error: f64,
+    /// Rounding error of the stored parts, relative to the matrix; 0 in f32, none where parts are not what is stored.
+    pub storage_error: Option<f64>,
     /// For `elastic`.
     pub order: Option<Spooled>,
 }
@@ -87,8 +86,8 @@ impl<'a> Output<'a> {
             let b = study.recipe.elastic.then(|| pair.b.clone());
             let parts = pivot::lay_out(study.recipe.layout, pair, linear.shape());
             let order = b.and_then(|b| pivot::order_of_ranks(&parts, &b)).map(|o| study.bases.keep(o)).transpose()?;
-            let storage_error = storage_error(&parts, linear);
-            warn_of_rounding(study, i, rank, storage_error);
+            let storage_error = (study.recipe.format == Format::Factored).then(|| storage_error(&parts, linear));
+            warn_of_rounding(study, i, rank, storage_error.unwrap_or(0.0));
             let tensors = exporter.tensors(linear, &parts).with_context(|| format!("write `{}`", linear.module))?;
             let mut writer = writer.lock().expect("invariant: no holder of the writer panics");
             for tensor in tensors {

@@ -50,7 +50,7 @@ pub(super) fn linears(
             record.seconds = basis.seconds;
             record.relative_error = Some(choices[i].rank().map_or(0.0, |rank| basis.curve.relative_error(rank)));
         }
-        record.storage_error = written.get(&i).map(|w| w.storage_error);
+        record.storage_error = written.get(&i).and_then(|w| w.storage_error);
         record.sensitivity = study.recipe.sensitivity.map(|_| allocation.sensitivities[i]);
         record
     };

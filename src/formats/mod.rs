@@ -44,11 +44,6 @@ pub enum Parts {
 }
 
 impl Parts {
-    pub fn rank(&self) -> usize {
-        let (Self::Factors { rank, .. } | Self::Pivot { rank, .. }) = self;
-        *rank
-    }
-
     /// The matrix (m, n), row-major.
     pub fn product(&self, m: usize, n: usize) -> Vec<f32> {
         match self {
@@ -66,9 +61,7 @@ impl Parts {
             }
         }
     }
-}
 
-impl Parts {
     /// `L x` (m) of the matrix `L` (m, n), in f64.
     ///
     /// # Panics
