@@ -27,6 +27,7 @@ pub mod inspect;
 pub mod linalg;
 pub mod model;
 pub mod progress;
+pub mod quantize;
 pub mod report;
 mod spool;
 pub mod text;

@@ -4,6 +4,7 @@
 //! many matrices at once, so that results do not depend on the number of threads, and small problems do not pay for
 //! splitting. Only [`add_gram_f32`], which is called between matrices, uses all threads itself.
 
+mod cholesky;
 mod convert;
 mod eigh;
 mod gram;
@@ -11,6 +12,7 @@ mod qr;
 mod skeleton;
 mod solve;
 
+pub use cholesky::inverse_cholesky;
 pub use convert::{product_row_major, to_row_major, transpose_row_major, transposed_from_row_major};
 pub use eigh::{Eigh, eigenvalues, eigh};
 pub use gram::{add_gram_f32, add_product_f32, mirror_lower, product, product_symmetric};

@@ -1,0 +1,111 @@
+//! llama.cpp's block types, through candle's implementation of them.
+
+use anyhow::{Context, Result};
+use candle_core::quantized::{GgmlDType, QStorage, QTensor};
+use candle_core::{Device, Tensor};
+
+/// A block type: its name, candle's name for it and the number by which GGUF files know it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BlockType {
+    pub name: &'static str,
+    dtype: GgmlDType,
+    pub id: u32,
+}
+
+const fn row(name: &'static str, dtype: GgmlDType, id: u32) -> BlockType {
+    BlockType { name, dtype, id }
+}
+
+/// Those that quantise weights.
+pub const BLOCK_TYPES: [BlockType; 7] = [
+    row("q4_0", GgmlDType::Q4_0, 2),
+    row("q8_0", GgmlDType::Q8_0, 8),
+    row("q2_k", GgmlDType::Q2K, 10),
+    row("q3_k", GgmlDType::Q3K, 11),
+    row("q4_k", GgmlDType::Q4K, 12),
+    row("q5_k", GgmlDType::Q5K, 13),
+    row("q6_k", GgmlDType::Q6K, 14),
+];
+
+impl BlockType {
+    pub fn named(name: &str) -> Option<Self> {
+        BLOCK_TYPES.into_iter().find(|t| t.name == name)
+    }
+
+    pub fn of_id(id: u32) -> Option<Self> {
+        BLOCK_TYPES.into_iter().find(|t| t.id == id)
+    }
+
+    /// Whether rows of `cols` are made of whole blocks.
+    pub fn divides(self, cols: usize) -> bool {
+        cols > 0 && cols.is_multiple_of(self.dtype.block_size())
+    }
+
+    /// Weights in a block.
+    pub fn block_size(self) -> usize {
+        self.dtype.block_size()
+    }
+
+    /// Bytes of a matrix (rows, cols).
+    pub fn n_bytes(self, rows: usize, cols: usize) -> u64 {
+        (rows * (cols / self.dtype.block_size()) * self.dtype.type_size()) as u64
+    }
+}
+
+/// A matrix (rows, cols) in blocks along its rows.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Blocks {
+    pub rows: usize,
+    pub cols: usize,
+    pub block_type: BlockType,
+    pub bytes: Vec<u8>,
+}
+
+impl Blocks {
+    /// # Errors
+    /// Rows are not made of whole blocks.
+    pub fn quantize(values: &[f32], rows: usize, cols: usize, block_type: BlockType) -> Result<Self> {
+        let tensor = Tensor::from_slice(values, (rows, cols), &Device::Cpu)?;
+        let quantised = QTensor::quantize(&tensor, block_type.dtype)?;
+        Ok(Self { rows, cols, block_type, bytes: quantised.data()?.into_owned() })
+    }
+
+    /// The matrix, row-major.
+    ///
+    /// # Errors
+    /// The bytes are not those of such a matrix.
+    pub fn dequantize(&self) -> Result<Vec<f32>> {
+        anyhow::ensure!(
+            self.bytes.len() as u64 == self.block_type.n_bytes(self.rows, self.cols),
+            "invariant: a matrix of blocks has the bytes of its blocks"
+        );
+        let storage = QStorage::from_data(self.bytes.as_slice().into(), &Device::Cpu, self.block_type.dtype)?;
+        let tensor = QTensor::new(storage, (self.rows, self.cols))?.dequantize(&Device::Cpu)?;
+        tensor.flatten_all()?.to_vec1().context("invariant: blocks are dequantised to f32")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_come_back_close_and_in_their_bytes() {
+        let (rows, cols) = (3, 512);
+        let values: Vec<f32> = (0..rows * cols).map(|i| ((i * 7919) % 1009) as f32 / 504.5 - 1.0).collect();
+        for (block_type, limit) in BLOCK_TYPES.into_iter().zip([0.09, 0.006, 0.35, 0.18, 0.08, 0.04, 0.02]) {
+            let blocks = Blocks::quantize(&values, rows, cols, block_type).unwrap();
+            assert_eq!(blocks.bytes.len() as u64, block_type.n_bytes(rows, cols));
+            let back = blocks.dequantize().unwrap();
+            let square = |v: f32| f64::from(v) * f64::from(v);
+            let error: f64 = back.iter().zip(&values).map(|(q, v)| square(q - v)).sum();
+            let relative = (error / values.iter().map(|&v| square(v)).sum::<f64>()).sqrt();
+            assert!(relative < limit, "{}: {relative}", block_type.name);
+            assert_eq!(
+                (BlockType::named(block_type.name), BlockType::of_id(block_type.id)),
+                (Some(block_type), Some(block_type))
+            );
+        }
+        assert!(Blocks::quantize(&values[..100], 1, 100, BLOCK_TYPES[1]).is_err());
+    }
+}

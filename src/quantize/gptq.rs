@@ -1,0 +1,237 @@
+//! GPTQ (Frantar et al. 2022): columns are quantised one after another, and the error of each is made up for by those that
+//! are still to come, in the metric of the inputs' Gram `H`.
+//!
+//! With `H⁻¹ = Uᵀ U`, rounding column j by `e` shifts the later ones by `−(e / U_jj) U_j,j+1…`; the squares of `e / U_jj` add up
+//! to `tr(E H Eᵀ)`. Columns go in the order of falling `H_jj`, over groups whose scales were fixed before ("act-order with static
+//! groups"), so that no index of groups needs to be stored.
+
+use faer::linalg::matmul::matmul;
+use faer::{Accum, Mat, MatMut, MatRef, Par};
+use pulp::Arch;
+
+use super::grouped::{Grouped, Scale, Scheme, grids};
+use crate::linalg;
+
+/// Share of the mean diagonal of `H` that is added to it (the paper's 1 %).
+pub const DAMPING: f64 = 0.01;
+
+/// Columns that are finished before the others hear of them.
+const BLOCK: usize = 128;
+
+/// Why the result is that of rounding.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fallback {
+    /// The damped Gram is not positive definite.
+    NotDefinite,
+    /// Rounding has the smaller error in the metric.
+    NoGain,
+}
+
+impl Fallback {
+    pub fn reason(self) -> &'static str {
+        match self {
+            Self::NotDefinite => "the Gram of its inputs has no Cholesky factor",
+            Self::NoGain => "rounding to nearest has the smaller error",
+        }
+    }
+}
+
+/// Quantises `values` (rows, cols), row-major, with the Gram `H` (cols, cols) of their inputs; rounds to nearest, and says why,
+/// where that is all that can be done or is better.
+///
+/// # Panics
+/// When the shapes do not match.
+pub fn gptq(
+    values: &[f32],
+    rows: usize,
+    cols: usize,
+    gram: MatRef<'_, f64>,
+    scheme: Scheme,
+    scale: Scale,
+) -> (Grouped, Option<Fallback>) {
+    assert_eq!((values.len(), gram.nrows()), (rows * cols, cols), "invariant: the Gram is that of the inputs");
+    let mut order: Vec<usize> = (0..cols).collect();
+    order.sort_by(|&i, &j| gram[(j, j)].total_cmp(&gram[(i, i)]).then(i.cmp(&j)));
+    let mean = (0..cols).map(|i| gram[(i, i)]).sum::<f64>() / cols.max(1) as f64;
+    let damped = Mat::from_fn(cols, cols, |i, j| {
+        let value = gram[(order[i], order[j])];
+        // A dead input costs nothing; any positive diagonal leaves it out of the others' way.
+        if i != j {
+            value
+        } else if value == 0.0 {
+            1.0
+        } else {
+            value + DAMPING * mean
+        }
+    });
+    let rounded = || Grouped::round(values, rows, cols, scheme, scale);
+    let Some((upper, factor)) = linalg::inverse_cholesky(damped.as_ref()) else {
+        return (rounded(), Some(Fallback::NotDefinite));
+    };
+    drop(damped);
+    let single = |matrix: &Mat<f64>| Mat::from_fn(cols, cols, |i, j| matrix[(i, j)] as f32);
+    let grids = grids(values, cols, scheme, scale);
+    let n_groups = scheme.n_groups(cols);
+    let group = scheme.group_of(cols);
+
+    let mut weights = Mat::from_fn(rows, cols, |i, j| values[i * cols + order[j]]);
+    let upper = single(&upper);
+    let mut errors = Mat::<f32>::zeros(rows, BLOCK);
+    let mut codes = vec![0u8; rows * cols];
+    let mut loss = 0.0f64;
+    for first in (0..cols).step_by(BLOCK) {
+        let width = BLOCK.min(cols - first);
+        for at in 0..width {
+            let j = first + at;
+            let (column, diagonal) = (order[j], upper[(j, j)]);
+            let (mut left, later) = weights.as_mut().subcols_mut(j, first + width - j).split_at_col_mut(1);
+            let error = contiguous(errors.as_mut(), at);
+            let weight = contiguous(left.as_mut(), 0);
+            for (i, (weight, error)) in weight.iter().zip(error.iter_mut()).enumerate() {
+                let grid = &grids[i * n_groups + column / group];
+                let code = grid.code(*weight);
+                codes[i * cols + column] = code;
+                *error = (weight - grid.value(code)) / diagonal;
+            }
+            loss += error.iter().map(|&e| f64::from(e) * f64::from(e)).sum::<f64>();
+            spread(error, later, upper.row(j).subcols(j + 1, first + width - j - 1));
+        }
+        let rest = first + width;
+        let later = upper.submatrix(first, rest, width, cols - rest);
+        let done = errors.as_ref().subcols(0, width);
+        matmul(weights.as_mut().subcols_mut(rest, cols - rest), Accum::Add, done, later, -1.0f32, Par::Seq);
+    }
+    let rounded = rounded();
+    if squared_error(values, &rounded, &single(&factor), &order) <= loss {
+        return (rounded, Some(Fallback::NoGain));
+    }
+    (Grouped::of_codes(codes, rows, cols, scheme, &grids), None)
+}
+
+fn contiguous<'a>(matrix: MatMut<'a, f32>, column: usize) -> &'a mut [f32] {
+    let column = matrix.col_mut(column).try_as_col_major_mut();
+    column.expect("invariant: an owned matrix is column-major").as_slice_mut()
+}
+
+/// `later[:, k] −= error · row[k]`.
+fn spread(error: &[f32], mut later: MatMut<'_, f32>, row: faer::RowRef<'_, f32>) {
+    Arch::new().dispatch(|| {
+        for k in 0..later.ncols() {
+            let factor = row[k];
+            for (weight, error) in contiguous(later.as_mut(), k).iter_mut().zip(error) {
+                *weight -= error * factor;
+            }
+        }
+    });
+}
+
+/// `tr(E H Eᵀ) = ‖E F‖²` of the error of a quantised matrix, with `H = F Fᵀ` in the order of the columns.
+fn squared_error(values: &[f32], quantised: &Grouped, factor: &Mat<f32>, order: &[usize]) -> f64 {
+    let (rows, cols) = (quantised.rows, quantised.cols);
+    let back = quantised.dequantize();
+    let errors = Mat::from_fn(rows, cols, |i, j| {
+        let at = i * cols + order[j];
+        values[at] - back[at]
+    });
+    let mut image = Mat::<f32>::zeros(rows, cols);
+    matmul(&mut image, Accum::Replace, errors.as_ref(), factor.as_ref(), 1.0, Par::Seq);
+    image.col_iter().map(|column| column.iter().map(|&v| f64::from(v) * f64::from(v)).sum::<f64>()).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use serde::Deserialize;
+
+    use super::super::grouped::Levels;
+    use super::*;
+
+    fn matrix(rows: usize, cols: usize, seed: u32) -> Vec<f32> {
+        let value = |i: usize| ((i as u32 ^ seed).wrapping_mul(2_654_435_761) >> 8) as f32 / 8_388_608.0 - 1.0;
+        (0..rows * cols).map(value).collect()
+    }
+
+    fn gram(cols: usize, n_tokens: usize) -> Mat<f64> {
+        // Inputs that are correlated, as activations are.
+        let x = matrix(n_tokens, cols, 77);
+        let x = Mat::from_fn(n_tokens, cols, |i, j| {
+            let at = |j: usize| f64::from(x[i * cols + j]);
+            at(j) + 0.9 * at(j / 3) + if j % 5 == 0 { at(0) } else { 0.0 }
+        });
+        x.transpose() * &x * faer::Scale(1.0 / n_tokens as f64)
+    }
+
+    fn error(values: &[f32], quantised: &Grouped, gram: &Mat<f64>) -> f64 {
+        let back = quantised.dequantize();
+        let e = Mat::from_fn(quantised.rows, quantised.cols, |i, j| {
+            f64::from(values[i * quantised.cols + j] - back[i * quantised.cols + j])
+        });
+        (&e * gram * e.transpose()).diagonal().column_vector().iter().sum()
+    }
+
+    #[test]
+    fn it_beats_rounding_in_its_metric() {
+        let (rows, cols) = (24, 300);
+        let (values, gram) = (matrix(rows, cols, 5), gram(cols, 500));
+        for bits in [2, 3, 4, 8] {
+            for symmetric in [true, false] {
+                for group in [None, Some(32)] {
+                    let scheme = Scheme { levels: Levels::Int { bits, symmetric }, group };
+                    let (found, fallback) = gptq(&values, rows, cols, gram.as_ref(), scheme, Scale::Mse);
+                    let rounded = Grouped::round(&values, rows, cols, scheme, Scale::Mse);
+                    let (found, rounded) = (error(&values, &found, &gram), error(&values, &rounded, &gram));
+                    assert_eq!(fallback, None);
+                    assert!(found < 0.8 * rounded, "{scheme:?}: {found} {rounded}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn without_correlation_it_is_rounding() {
+        let (values, scheme) =
+            (matrix(7, 40, 9), Scheme { levels: Levels::Int { bits: 3, symmetric: true }, group: Some(8) });
+        let (found, _) = gptq(&values, 7, 40, Mat::<f64>::identity(40, 40).as_ref(), scheme, Scale::Absmax);
+        assert_eq!(found, Grouped::round(&values, 7, 40, scheme, Scale::Absmax));
+    }
+
+    #[test]
+    fn dead_inputs_and_broken_grams_are_no_panic() {
+        let (values, scheme) =
+            (matrix(5, 30, 3), Scheme { levels: Levels::Int { bits: 4, symmetric: true }, group: None });
+        let mut dead = gram(30, 60);
+        for i in 0..30 {
+            (dead[(i, 4)], dead[(4, i)]) = (0.0, 0.0);
+        }
+        let (found, fallback) = gptq(&values, 5, 30, dead.as_ref(), scheme, Scale::Mse);
+        assert!(fallback.is_none() && found.dequantize().iter().all(|v| v.is_finite()));
+        let broken = Mat::from_fn(30, 30, |i, j| if i == j { 1.0 } else { -5.0 });
+        assert_eq!(gptq(&values, 5, 30, broken.as_ref(), scheme, Scale::Mse).1, Some(Fallback::NotDefinite));
+    }
+
+    #[derive(Deserialize)]
+    struct Case {
+        rows: usize,
+        cols: usize,
+        bits: u32,
+        group: usize,
+        weight: Vec<f32>,
+        gram: Vec<f64>,
+        scales: Vec<f32>,
+        codes: Vec<u8>,
+    }
+
+    #[test]
+    fn it_agrees_with_the_column_by_column_algorithm_in_numpy() {
+        let cases: Vec<Case> = serde_json::from_str(include_str!("../../tests/oracles/gptq.json")).unwrap();
+        assert_eq!(cases.len(), 4);
+        for case in cases {
+            let gram = Mat::from_fn(case.cols, case.cols, |i, j| case.gram[i * case.cols + j]);
+            let scheme = Scheme { levels: Levels::Int { bits: case.bits, symmetric: true }, group: Some(case.group) };
+            let (found, _) = gptq(&case.weight, case.rows, case.cols, gram.as_ref(), scheme, Scale::Absmax);
+            assert_eq!(found.scales, case.scales);
+            let different = found.codes.iter().zip(&case.codes).filter(|(x, y)| x != y).count();
+            // The oracle runs in f64: a weight that lies between two levels may fall to the other side.
+            assert!(different * 200 <= case.codes.len(), "{different} of {} codes differ", case.codes.len());
+        }
+    }
+}

@@ -1,0 +1,373 @@
+//! Matrices of small codes, of which runs of columns share a scale: what `rtn`, `gptq` and `nf4` all make.
+//!
+//! `W[i, j] = scale[i, j / group] · level(code[i, j])`, where a level is `code − zero` of an integer grid or an entry of a
+//! table. Scales are kept as f16 values, which every format can hold.
+
+use half::f16;
+use pulp::Arch;
+
+use super::bits;
+
+/// How codes become values.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Levels {
+    /// `code − zero`, `code` < 2^bits; symmetric: `zero` is 2^(bits − 1), else one an entry of `scales`.
+    Int { bits: u32, symmetric: bool },
+    /// The 16 quantiles of a normal distribution of QLoRA (Dettmers et al. 2023), appendix E.
+    Nf4,
+}
+
+/// The layout of codes and scales.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Scheme {
+    pub levels: Levels,
+    /// Columns that share a scale, the last run may be shorter; none: a whole row.
+    pub group: Option<usize>,
+}
+
+/// How the scale of a run of weights is chosen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Scale {
+    /// The weight of the largest magnitude is the end of the grid.
+    Absmax,
+    /// Of clipped grids the one with the least squared error.
+    Mse,
+}
+
+/// A matrix (rows, cols).
+#[derive(Debug, Clone, PartialEq)]
+pub struct Grouped {
+    pub rows: usize,
+    pub cols: usize,
+    pub scheme: Scheme,
+    /// (rows, cols)
+    pub codes: Vec<u8>,
+    /// (rows, n_groups), each the value of an f16.
+    pub scales: Vec<f32>,
+    /// (rows, n_groups); empty where the levels have no zeros of their own.
+    pub zeros: Vec<u8>,
+}
+
+const NF4: [f32; 16] = [
+    -1.0,
+    -0.696_192_8,
+    -0.525_073_05,
+    -0.394_917_5,
+    -0.284_441_38,
+    -0.184_773_43,
+    -0.091_050_036,
+    0.0,
+    0.079_580_3,
+    0.160_930_2,
+    0.246_112_3,
+    0.337_915_24,
+    0.440_709_83,
+    0.562_617,
+    0.722_956_84,
+    1.0,
+];
+
+impl Levels {
+    pub fn bits(self) -> u32 {
+        match self {
+            Self::Int { bits, .. } => bits,
+            Self::Nf4 => 4,
+        }
+    }
+
+    /// Whether every group has a zero of its own.
+    pub fn has_zeros(self) -> bool {
+        matches!(self, Self::Int { symmetric: false, .. })
+    }
+}
+
+impl Scheme {
+    /// Columns of `cols` that share a scale.
+    pub fn group_of(&self, cols: usize) -> usize {
+        self.group.unwrap_or(cols).min(cols).max(1)
+    }
+
+    pub fn n_groups(&self, cols: usize) -> usize {
+        cols.div_ceil(self.group_of(cols))
+    }
+
+    /// Bytes of a matrix (rows, cols): packed codes, f16 scales and packed zeros.
+    pub fn n_bytes(&self, rows: usize, cols: usize) -> u64 {
+        let (bits, groups) = (self.levels.bits(), self.n_groups(cols));
+        let zeros = if self.levels.has_zeros() { bits::row_bytes(groups, bits, 1) } else { 0 };
+        (rows * (bits::row_bytes(cols, bits, 1) + 2 * groups + zeros)) as u64
+    }
+}
+
+/// Scale and zero of one group.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Grid {
+    levels: Levels,
+    pub scale: f32,
+    pub zero: f32,
+}
+
+/// Adding this to a float of less than 2^22 and taking it away again rounds to the nearest integer, ties to even.
+const ROUNDER: f32 = 12_582_912.0;
+
+fn round(x: f32) -> f32 {
+    (x + ROUNDER) - ROUNDER
+}
+
+/// The value of the nearest f16, never 0 where `scale` is not.
+fn storable(scale: f32) -> f32 {
+    let rounded = f16::from_f32(scale.clamp(-65504.0, 65504.0)).to_f32();
+    if rounded == 0.0 && scale != 0.0 { f16::MIN_POSITIVE_SUBNORMAL.to_f32().copysign(scale) } else { rounded }
+}
+
+impl Grid {
+    /// The grid of a run of weights.
+    pub fn of(values: &[f32], levels: Levels, scale: Scale) -> Self {
+        let extreme = values.iter().fold(0.0f32, |e, &v| if v.abs() > e.abs() { v } else { e });
+        if extreme == 0.0 {
+            return Self { levels, scale: 0.0, zero: levels.middle() };
+        }
+        let whole = match levels {
+            // The extreme is the lowest code, of which there is one more than on the other side.
+            Levels::Int { symmetric: true, .. } => {
+                Self { levels, scale: -extreme / levels.middle(), zero: levels.middle() }
+            }
+            Levels::Int { bits, symmetric: false } => {
+                let (low, high) = values.iter().fold((0.0f32, 0.0f32), |(l, h), &v| (l.min(v), h.max(v)));
+                Self { levels, scale: (high - low) / ((1 << bits) - 1) as f32, zero: -low }
+            }
+            Levels::Nf4 => Self { levels, scale: extreme.abs(), zero: 0.0 },
+        };
+        let first = whole.clipped(1.0);
+        if scale == Scale::Absmax {
+            return first;
+        }
+        // Fewer levels are worth more clipping.
+        let least = match levels.bits() {
+            ..=2 => 0.3,
+            3 => 0.45,
+            4 => 0.65,
+            _ => 0.95,
+        };
+        let mut best = (first.squared_error(values), first);
+        for step in 0..=CLIPS {
+            let share = 1.0 - (1.0 - least) * step as f32 / CLIPS as f32;
+            for sign in whole.signs() {
+                let grid = whole.clipped(sign * share);
+                let error = grid.squared_error(values);
+                if error < best.0 {
+                    best = (error, grid);
+                }
+            }
+        }
+        best.1
+    }
+
+    fn signs(&self) -> &'static [f32] {
+        if matches!(self.levels, Levels::Int { symmetric: true, .. }) { &[1.0, -1.0] } else { &[1.0] }
+    }
+
+    /// The grid over a share of the range, as it can be stored.
+    fn clipped(&self, share: f32) -> Self {
+        let scale = storable(self.scale * share);
+        let zero = match self.levels {
+            Levels::Int { bits, symmetric: false } => {
+                round(self.zero * share / scale).clamp(0.0, ((1 << bits) - 1) as f32)
+            }
+            _ => self.zero,
+        };
+        Self { levels: self.levels, scale, zero }
+    }
+
+    /// The code of a weight.
+    #[inline(always)]
+    pub fn code(&self, value: f32) -> u8 {
+        if self.scale == 0.0 {
+            return match self.levels {
+                Levels::Int { .. } => self.zero as u8,
+                Levels::Nf4 => 7,
+            };
+        }
+        match self.levels {
+            Levels::Int { bits, .. } => {
+                let top = ((1u32 << bits) - 1) as f32;
+                round((value / self.scale).clamp(-1024.0, 1024.0) + self.zero).clamp(0.0, top) as u8
+            }
+            Levels::Nf4 => {
+                let x = value / self.scale;
+                NF4.windows(2).filter(|pair| x > 0.5 * (pair[0] + pair[1])).count() as u8
+            }
+        }
+    }
+
+    /// What a code stands for.
+    #[inline(always)]
+    pub fn value(&self, code: u8) -> f32 {
+        match self.levels {
+            Levels::Int { .. } => (f32::from(code) - self.zero) * self.scale,
+            Levels::Nf4 => NF4[usize::from(code & 15)] * self.scale,
+        }
+    }
+
+    fn squared_error(&self, values: &[f32]) -> f32 {
+        let Levels::Int { bits, .. } = self.levels else {
+            return values.iter().map(|&v| (self.value(self.code(v)) - v).powi(2)).sum();
+        };
+        let (scale, inverse, zero, top) = (self.scale, 1.0 / self.scale, self.zero, ((1u32 << bits) - 1) as f32);
+        // Eight sums side by side: floats are not added in another order than they are written in.
+        let mut sums = [0.0f32; 8];
+        let mut add = |sum: usize, v: f32| {
+            let code = round((v * inverse).clamp(-1024.0, 1024.0) + zero).clamp(0.0, top);
+            let error = (code - zero) * scale - v;
+            sums[sum] += error * error;
+        };
+        let (chunks, rest) = values.as_chunks::<8>();
+        for chunk in chunks {
+            for (sum, &v) in chunk.iter().enumerate() {
+                add(sum, v);
+            }
+        }
+        rest.iter().for_each(|&v| add(0, v));
+        sums.iter().sum()
+    }
+}
+
+/// Clipped grids that are tried.
+const CLIPS: usize = 20;
+
+impl Levels {
+    /// The code of zero where groups have none of their own.
+    fn middle(self) -> f32 {
+        match self {
+            Self::Int { bits, .. } => (1u32 << (bits - 1)) as f32,
+            Self::Nf4 => 0.0,
+        }
+    }
+}
+
+/// The grid of every group of a matrix (rows, cols), row-major: (rows, n_groups).
+pub(super) fn grids(values: &[f32], cols: usize, scheme: Scheme, scale: Scale) -> Vec<Grid> {
+    let group = scheme.group_of(cols);
+    Arch::new().dispatch(|| {
+        let rows = values.chunks_exact(cols.max(1));
+        rows.flat_map(|row| row.chunks(group)).map(|run| Grid::of(run, scheme.levels, scale)).collect()
+    })
+}
+
+impl Grouped {
+    /// Rounds every weight of a matrix (rows, cols), row-major, to the nearest level of its group.
+    ///
+    /// # Panics
+    /// When `values` is not made of rows of `cols`.
+    pub fn round(values: &[f32], rows: usize, cols: usize, scheme: Scheme, scale: Scale) -> Self {
+        assert_eq!(values.len(), rows * cols, "invariant: a matrix has rows x columns values");
+        let grids = grids(values, cols, scheme, scale);
+        let (group, n_groups) = (scheme.group_of(cols), scheme.n_groups(cols));
+        let codes = Arch::new().dispatch(|| {
+            let runs = values.chunks_exact(cols.max(1)).zip(grids.chunks_exact(n_groups.max(1)));
+            runs.flat_map(|(row, grids)| row.chunks(group).zip(grids))
+                .flat_map(|(run, grid)| run.iter().map(|&v| grid.code(v)))
+                .collect()
+        });
+        Self::of_codes(codes, rows, cols, scheme, &grids)
+    }
+
+    pub(super) fn of_codes(codes: Vec<u8>, rows: usize, cols: usize, scheme: Scheme, grids: &[Grid]) -> Self {
+        let scales = grids.iter().map(|g| g.scale).collect();
+        let has_zeros = scheme.levels.has_zeros();
+        let zeros = if has_zeros { grids.iter().map(|g| g.zero as u8).collect() } else { Vec::new() };
+        Self { rows, cols, scheme, codes, scales, zeros }
+    }
+
+    /// The matrix, row-major.
+    pub fn dequantize(&self) -> Vec<f32> {
+        let (group, n_groups) = (self.scheme.group_of(self.cols), self.scheme.n_groups(self.cols));
+        let levels = self.scheme.levels;
+        let mut values = Vec::with_capacity(self.codes.len());
+        for (i, row) in self.codes.chunks_exact(self.cols.max(1)).enumerate() {
+            for (j, run) in row.chunks(group).enumerate() {
+                let at = i * n_groups + j;
+                let zero = self.zeros.get(at).map_or(levels.middle(), |&z| f32::from(z));
+                let grid = Grid { levels, scale: self.scales[at], zero };
+                values.extend(run.iter().map(|&code| grid.value(code)));
+            }
+        }
+        values
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn schemes() -> Vec<Scheme> {
+        let mut schemes =
+            vec![Scheme { levels: Levels::Nf4, group: Some(16) }, Scheme { levels: Levels::Nf4, group: None }];
+        for bits in [2, 3, 4, 8] {
+            for symmetric in [true, false] {
+                for group in [None, Some(7), Some(32)] {
+                    schemes.push(Scheme { levels: Levels::Int { bits, symmetric }, group });
+                }
+            }
+        }
+        schemes
+    }
+
+    fn error(matrix: &Grouped, values: &[f32]) -> f64 {
+        matrix.dequantize().iter().zip(values).map(|(q, v)| f64::from(q - v).powi(2)).sum()
+    }
+
+    proptest! {
+        #[test]
+        fn no_weight_is_off_by_more_than_a_step(rows in 1usize..4, cols in 1usize..50, seed in any::<u32>()) {
+            let value = |i: usize| ((i as u32).wrapping_mul(2_654_435_761).wrapping_add(seed) >> 8) as f32 / 8_388_608.0 - 1.0;
+            let values: Vec<f32> = (0..rows * cols).map(value).collect();
+            for scheme in schemes() {
+                let matrix = Grouped::round(&values, rows, cols, scheme, Scale::Absmax);
+                let step = match scheme.levels {
+                    // The last level on the short side of a symmetric grid is a step away; f16 scales are off by 2^-11.
+                    Levels::Int { bits, symmetric: true } => 1.1 / f64::from(1 << (bits - 1)),
+                    Levels::Int { bits, .. } => 2.1 / f64::from((1 << bits) - 1),
+                    Levels::Nf4 => 0.16,
+                };
+                let back = matrix.dequantize();
+                for (q, v) in back.iter().zip(&values) {
+                    prop_assert!(f64::from((q - v).abs()) <= step, "{scheme:?} {q} {v}");
+                }
+                // Clipping is chosen where it is better in the mean, and quantising twice changes nothing.
+                let clipped = Grouped::round(&values, rows, cols, scheme, Scale::Mse);
+                prop_assert!(error(&clipped, &values) <= error(&matrix, &values) * (1.0 + 1e-5));
+            }
+        }
+    }
+
+    #[test]
+    fn grids_hold_what_they_can() {
+        // −8 … 7 times 0.5 are the levels of a symmetric int4 grid of scale 0.5 (or −0.5 with 8 … −7).
+        let levels: Vec<f32> = (-8..8).map(|q| q as f32 * 0.5).collect();
+        let scheme = Scheme { levels: Levels::Int { bits: 4, symmetric: true }, group: None };
+        for scale in [Scale::Absmax, Scale::Mse] {
+            let matrix = Grouped::round(&levels, 1, 16, scheme, scale);
+            assert_eq!((matrix.dequantize(), matrix.scales[0]), (levels.clone(), 0.5));
+        }
+        // 0, 1 and 3 in two bits with a zero.
+        let scheme = Scheme { levels: Levels::Int { bits: 2, symmetric: false }, group: None };
+        let matrix = Grouped::round(&[-1.0, 0.0, 2.0], 1, 3, scheme, Scale::Absmax);
+        assert_eq!((&matrix.codes[..], &matrix.zeros[..]), (&[0, 1, 3][..], &[1][..]));
+        // All levels of NF4, and a run of zeros.
+        let scheme = Scheme { levels: Levels::Nf4, group: Some(16) };
+        let values = [&NF4[..], &[0.0; 16]].concat();
+        let matrix = Grouped::round(&values, 1, 32, scheme, Scale::Absmax);
+        assert_eq!(matrix.dequantize(), values);
+        assert_eq!(matrix.codes[..16], (0..16).collect::<Vec<u8>>());
+    }
+
+    #[test]
+    fn bytes_are_counted_as_they_are_packed() {
+        let scheme = Scheme { levels: Levels::Int { bits: 3, symmetric: false }, group: Some(4) };
+        // A row of 10: 4 bytes of codes, 3 scales, 3 zeros in 2 bytes.
+        assert_eq!(scheme.n_bytes(5, 10), 5 * (4 + 6 + 2));
+    }
+}
