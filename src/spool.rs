@@ -49,6 +49,23 @@ impl Spool {
         Ok(spooled)
     }
 
+    /// Keeps bytes as the bit patterns of floats, with which nothing is computed.
+    pub fn push_bytes(&mut self, bytes: &[u8]) -> Result<Spooled> {
+        let word = |chunk: &[u8]| {
+            let mut word = [0; 4];
+            word[..chunk.len()].copy_from_slice(chunk);
+            f32::from_bits(u32::from_le_bytes(word))
+        };
+        self.push(bytes.chunks(4).map(word).collect())
+    }
+
+    /// The first `len` bytes of what [`Self::push_bytes`] kept.
+    pub fn get_bytes(&mut self, spooled: &Spooled, len: usize) -> Result<Vec<u8>> {
+        let mut bytes: Vec<u8> = self.get(spooled)?.iter().flat_map(|v| v.to_bits().to_le_bytes()).collect();
+        bytes.truncate(len);
+        Ok(bytes)
+    }
+
     pub fn get(&mut self, spooled: &Spooled) -> Result<Vec<f32>> {
         match spooled {
             Spooled::Memory(values) => Ok(values.clone()),
@@ -111,6 +128,13 @@ mod tests {
         }
         for (i, array) in arrays.iter().enumerate() {
             assert_eq!(spool.get(array).unwrap()[5], 10.0 + i as f32);
+        }
+        // Bit patterns of all kinds come back, from memory and from the file.
+        for memory in [1000, 0] {
+            let bytes: Vec<u8> = (0..=250).collect();
+            let mut spool = Spool::new(memory, folder.path().into());
+            let kept = spool.push_bytes(&bytes).unwrap();
+            assert_eq!(spool.get_bytes(&kept, bytes.len()).unwrap(), bytes);
         }
         // Released places are used again, in memory and on disk.
         for array in arrays.drain(..).rev() {

@@ -62,6 +62,10 @@ pub enum CheckpointError {
     #[error("tensor `{tensor}` in `{}` has dtype {dtype}, expected F32, F16 or BF16", path.display())]
     Dtype { path: PathBuf, tensor: String, dtype: String },
 
+    #[error("`{}` is quantised by {method}, which lrc does not read", path.display())]
+    Quantised { path: PathBuf, method: String },
+    #[error("tensor `{tensor}` in `{}` cannot be decoded: {reason}", path.display())]
+    Encoding { path: PathBuf, tensor: String, reason: String },
     #[error("tensor `{tensor}` in `{}` has {count} NaN or infinite values, the first at element {first}", path.display())]
     NonFinite { path: PathBuf, tensor: String, count: usize, first: usize },
 
@@ -106,6 +110,10 @@ impl CheckpointError {
             TensorAbsent { .. } => "check that all shards are there and that `model_type` in `config.json` is right".into(),
             Shape { fields, .. } => format!("check {fields} in `config.json`"),
             Dtype { .. } => "quantised checkpoints must be dequantised first; give the original 16- or 32-bit weights".into(),
+            Quantised { .. } => {
+                "give the original 16- or 32-bit checkpoint; lrc reads its own formats, symmetric compressed-tensors and GPTQ".into()
+            }
+            Encoding { .. } => "the file is damaged, or `config.json` belongs to another one".into(),
             NonFinite { .. } => "the weight is broken at its source; get the file again or repair the checkpoint".into(),
             Overflow { .. } => "convert the checkpoint to a wider dtype (BF16 or F32) first".into(),
             OutputExists { .. } => "choose another folder, or give `--force` to replace it".into(),

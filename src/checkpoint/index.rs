@@ -9,7 +9,9 @@ use safetensors::{Dtype, SafeTensorError, SafeTensors};
 use serde_json::Value;
 
 use super::cast;
+use super::encoded::Encoded;
 use super::error::{CheckpointError, Result};
+use crate::quantize::Storage;
 
 /// Where a tensor lies and what it is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -23,11 +25,25 @@ pub struct TensorInfo {
     pub begin: usize,
     /// One past the last byte in the shard's file.
     pub end: usize,
+    /// Where it is put together from stored ones; then the place is that of the first.
+    pub(super) encoded: Option<Box<Encoded>>,
+    /// The values of a short vector of integers, which describes other tensors.
+    pub(super) row_of_i64: Vec<usize>,
 }
 
 impl TensorInfo {
     pub fn n_bytes(&self) -> u64 {
-        (self.end - self.begin) as u64
+        self.encoded.as_ref().map_or((self.end - self.begin) as u64, |encoded| encoded.n_bytes())
+    }
+
+    /// How its values are coded; none for floats.
+    pub fn storage(&self) -> Option<Storage> {
+        self.encoded.as_ref().and_then(|encoded| encoded.storage())
+    }
+
+    /// Whether its bytes in the file are not those of its dtype and shape.
+    pub fn is_encoded(&self) -> bool {
+        self.encoded.is_some()
     }
 
     pub fn n_elements(&self) -> u64 {
@@ -52,11 +68,23 @@ pub fn read_header(path: &Path, file: &[u8], shard_idx: usize) -> Result<Vec<Ten
             shard_idx,
             begin: data_begin + info.data_offsets.0,
             end: data_begin + info.data_offsets.1,
+            encoded: None,
+            row_of_i64: integers(info, &file[data_begin + info.data_offsets.0..data_begin + info.data_offsets.1]),
         })
         .collect();
     // Empty tensors share an offset with their neighbour: the name settles the order.
     infos.sort_by(|x, y| (x.begin, x.end, &x.name).cmp(&(y.begin, y.end, &y.name)));
     Ok(infos)
+}
+
+/// The values of a shape or of a group index: i64 or i32 vectors, and no other tensor.
+fn integers(info: &safetensors::tensor::TensorInfo, bytes: &[u8]) -> Vec<usize> {
+    let clamped = |v: i64| usize::try_from(v).unwrap_or(usize::MAX);
+    match (info.dtype, info.shape.len()) {
+        (Dtype::I64, 1) => bytes.as_chunks::<8>().0.iter().map(|b| clamped(i64::from_le_bytes(*b))).collect(),
+        (Dtype::I32, 1) => bytes.as_chunks::<4>().0.iter().map(|b| clamped(i32::from_le_bytes(*b).into())).collect(),
+        _ => Vec::new(),
+    }
 }
 
 /// Length of the header's length.

@@ -4,7 +4,9 @@
 //! back, so that memory does not grow with the size of the checkpoint.
 
 pub mod cast;
+pub mod encoded;
 mod error;
+pub mod gguf;
 pub mod hub;
 mod index;
 mod reader;
@@ -18,7 +20,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
+use crate::quantize::Quantized;
 pub use cast::Dtype;
+use encoded::{ADAPTER_CONFIG, ADAPTER_FILE, ADAPTER_FOLDER, Decoded, View};
 pub(crate) use error::io;
 pub use error::{CheckpointError, Result};
 pub use index::TensorInfo;
@@ -60,12 +64,12 @@ impl Checkpoint {
     pub fn open(path: &Path) -> Result<Self> {
         let layout = Layout::find(path)?;
         let config = read_config(&layout.root.join(CONFIG_FILE))?;
-        let shards = layout.files.iter().map(|file| Shard::open(file)).collect::<Result<Vec<_>>>()?;
+        let mut shards = layout.files.iter().map(|file| Shard::open(file)).collect::<Result<Vec<_>>>()?;
 
         let mut tensors = BTreeMap::new();
         let mut order = Vec::new();
         for (shard_idx, shard) in shards.iter().enumerate() {
-            for info in index::read_header(shard.path(), shard.bytes(), shard_idx)? {
+            for info in read_header(shard, shard_idx, config.as_ref())? {
                 order.push(info.name.clone());
                 if let Some(first) = tensors.insert(info.name.clone(), info) {
                     let first: TensorInfo = first;
@@ -92,6 +96,18 @@ impl Checkpoint {
         if tensors.is_empty() {
             return Err(CheckpointError::NotACheckpoint { path: layout.root, reason: "it holds no tensor".into() });
         }
+        let mut view = View { tensors, order };
+        if let Some(config) = &config {
+            view.decode(config, &layout.root)?;
+        }
+        // An adapter in the folder of its base is part of the model.
+        if let Some(path) = layout.adapter() {
+            let (shard, shard_idx) = (Shard::open(&path)?, shards.len());
+            let adapter = read_header(&shard, shard_idx, config.as_ref())?;
+            shards.push(shard);
+            view.adapt(adapter);
+        }
+        let View { tensors, order } = view;
         Ok(Self { root: layout.root, config, shards, tensors, order })
     }
 
@@ -144,10 +160,37 @@ impl Checkpoint {
     /// [`CheckpointError::TensorAbsent`].
     pub fn with_bytes<T>(&self, name: &str, f: impl FnOnce(&[u8]) -> T) -> Result<T> {
         let info = self.require(name)?;
+        debug_assert!(!info.is_encoded(), "invariant: only plain tensors are passed through");
+        Ok(self.stored(info, f))
+    }
+
+    fn stored<T>(&self, info: &TensorInfo, f: impl FnOnce(&[u8]) -> T) -> T {
         let shard = &self.shards[info.shard_idx];
         let value = f(&shard.bytes()[info.begin..info.end]);
         shard.release(info.begin, info.end);
-        Ok(value)
+        value
+    }
+
+    /// The matrix behind a tensor that is stored in codes; none for floats.
+    ///
+    /// # Errors
+    /// The tensor is absent, or its parts are broken.
+    pub fn quantized(&self, name: &str) -> Result<Option<Quantized>> {
+        Ok(match self.decoded(self.require(name)?)? {
+            Some(Decoded::Quantized(matrix)) => Some(matrix),
+            _ => None,
+        })
+    }
+
+    fn decoded(&self, info: &TensorInfo) -> Result<Option<Decoded>> {
+        let Some(encoded) = &info.encoded else { return Ok(None) };
+        let decoded = encoded.decode(&info.shape, &|part| self.stored(part, <[u8]>::to_vec));
+        decoded.map(Some).ok_or_else(|| self.broken(info))
+    }
+
+    fn broken(&self, info: &TensorInfo) -> CheckpointError {
+        let reason = "its codes and scales do not have the sizes of its shape".into();
+        CheckpointError::Encoding { path: self.file_of(info).into(), tensor: info.name.clone(), reason }
     }
 
     /// The values of a float tensor, row-major, every one finite.
@@ -157,9 +200,13 @@ impl Checkpoint {
     pub fn values(&self, name: &str) -> Result<Vec<f32>> {
         let info = self.require(name)?;
         let path = || self.file_of(info).to_path_buf();
-        let values = self.with_bytes(name, |bytes| cast::decode(info.dtype, bytes))?.ok_or_else(|| {
-            CheckpointError::Dtype { path: path(), tensor: name.into(), dtype: format!("{:?}", info.dtype) }
-        })?;
+        let not_float =
+            || CheckpointError::Dtype { path: path(), tensor: name.into(), dtype: format!("{:?}", info.dtype) };
+        let values = match self.decoded(info)? {
+            Some(Decoded::Values(values)) => values,
+            Some(Decoded::Quantized(matrix)) => matrix.dequantize(),
+            None => self.stored(info, |bytes| cast::decode(info.dtype, bytes)).ok_or_else(not_float)?,
+        };
         let is_broken = |v: &f32| !v.is_finite();
         if let Some(first) = values.iter().position(is_broken) {
             let count = values.iter().filter(|v| is_broken(v)).count();
@@ -274,6 +321,22 @@ fn is_weight_file(name: &str) -> bool {
     SUFFIXES.iter().any(|suffix| name.ends_with(suffix))
 }
 
+/// The header of a file in either of the formats, by its name.
+fn read_header(shard: &Shard, shard_idx: usize, config: Option<&Map<String, Value>>) -> Result<Vec<TensorInfo>> {
+    if !is_gguf(shard.path()) {
+        return index::read_header(shard.path(), shard.bytes(), shard_idx);
+    }
+    let config = config.ok_or_else(|| CheckpointError::NotACheckpoint {
+        path: shard.path().into(),
+        reason: "a GGUF file needs the `config.json` of its model beside it".into(),
+    })?;
+    gguf::read_header(shard.path(), shard.bytes(), shard_idx, config)
+}
+
+fn is_gguf(path: &Path) -> bool {
+    path.extension().is_some_and(|e| e == "gguf")
+}
+
 fn read_config(path: &Path) -> Result<Option<Map<String, Value>>> {
     match std::fs::read(path) {
         Ok(bytes) => serde_json::from_slice(&bytes)
@@ -295,8 +358,8 @@ impl Layout {
     fn find(path: &Path) -> Result<Self> {
         let refuse = |reason: &str| Err(CheckpointError::NotACheckpoint { path: path.into(), reason: reason.into() });
         if path.is_file() {
-            if path.extension().is_none_or(|e| e != "safetensors") {
-                return refuse("it is a file, and not a `.safetensors` file");
+            if path.extension().is_none_or(|e| e != "safetensors") && !is_gguf(path) {
+                return refuse("it is a file, and neither a `.safetensors` nor a `.gguf` file");
             }
             let root = path.parent().unwrap_or(Path::new(".")).to_path_buf();
             return Ok(Self { root, files: vec![path.into()], index: None });
@@ -305,9 +368,13 @@ impl Layout {
             return refuse("there is no such folder");
         }
         let root = path.to_path_buf();
-        let single = path.join(SINGLE_FILE);
-        if single.exists() {
-            return Ok(Self { root, files: vec![single], index: None });
+        if path.join(ADAPTER_CONFIG).exists() {
+            return refuse("it is an adapter; give the folder of its base, with the adapter in `adapter/`");
+        }
+        for single in [SINGLE_FILE, gguf::MODEL_FILE].map(|name| path.join(name)) {
+            if single.exists() {
+                return Ok(Self { root, files: vec![single], index: None });
+            }
         }
         let index_path = path.join(INDEX_FILE);
         if index_path.exists() {
@@ -328,6 +395,16 @@ impl Layout {
             0 => refuse("it holds no `.safetensors` file"),
             _ => refuse("it holds several `.safetensors` files and no `model.safetensors.index.json`"),
         }
+    }
+
+    /// The adapter in the folder of its base, in the format of the base.
+    fn adapter(&self) -> Option<PathBuf> {
+        let is_ours = |name: &str| self.files.iter().any(|file| file.file_name().is_some_and(|n| n == name));
+        let path = match is_ours(gguf::MODEL_FILE) {
+            true => self.root.join(gguf::LORA_FILE),
+            false => self.root.join(ADAPTER_FOLDER).join(ADAPTER_FILE),
+        };
+        path.exists().then_some(path)
     }
 
     fn sharded(root: PathBuf, index_path: PathBuf) -> Result<Self> {

@@ -119,7 +119,7 @@ fn measure(
 ) -> Result<(Header, calibrate::Seconds)> {
     let checkpoint = open(model, &args.revision, progress)?;
     let decoder = Decoder::open(&checkpoint)?;
-    let needs = args.method.iter().map(|m| m.needs()).reduce(Needs::union).unwrap_or(Needs::ALL);
+    let needs = args.method.iter().map(|m| m.preset().needs()).reduce(Needs::union).unwrap_or(Needs::ALL);
     if needs == Needs::default() {
         return Err(Failure::usage("`--method svd` needs no statistics").hint("name another method, or none").into());
     }

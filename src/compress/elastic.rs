@@ -25,7 +25,7 @@ use crate::checkpoint::{
     CONFIG_FILE, Checkpoint, Dtype, OutputFolder, SafetensorsWriter, TensorSpec, cast, write_file, writer_bytes,
 };
 use crate::error::Failure;
-use crate::formats::{Entry, Format, Parts};
+use crate::formats::{Entry, Format, Module, OutTensor, Parts, Source};
 use crate::linalg;
 use crate::model::Layout;
 use crate::model::inventory::{self, LinearInfo, Stored};
@@ -150,7 +150,7 @@ pub fn truncate(job: &TruncateJob<'_>, progress: &dyn Progress) -> Result<Compre
     warn_of_diagonals(&report, &shortenings);
 
     let folder = OutputFolder::create(job.output, job.force, REPORT_FILE)?;
-    let exporter = Format::Factored.exporter();
+    let (source, exporter) = (Source::new(checkpoint), Format::Factored.exporter());
     let changed: BTreeMap<&str, &Shortening> =
         shortenings.iter().filter(|s| s.new_rank < s.rank).map(|s| (s.linear.module.as_str(), s)).collect();
     let of = |name: &str| changed.iter().find(|(module, _)| is_part_of(name, module)).map(|(_, s)| *s);
@@ -159,8 +159,8 @@ pub fn truncate(job: &TruncateJob<'_>, progress: &dyn Progress) -> Result<Compre
         match of(&info.name) {
             None => specs.push(TensorSpec { name: info.name.clone(), dtype: info.dtype, shape: info.shape.clone() }),
             Some(s) => {
-                let new = exporter.specs(&s.linear, Entry { rank: s.new_rank, layout: s.layout });
-                specs.extend(new.into_iter().filter(|spec| spec.name == info.name));
+                let new = exporter.tensors(&s.linear, &Entry::low_rank(s.new_rank, s.layout));
+                specs.extend(new.iter().map(OutTensor::spec).filter(|spec| spec.name == info.name));
             }
         }
     }
@@ -172,7 +172,7 @@ pub fn truncate(job: &TruncateJob<'_>, progress: &dyn Progress) -> Result<Compre
         stage.note(module);
         let (parts, order) = shortening.shorten(checkpoint).with_context(|| format!("truncate `{module}`"))?;
         orders.lock().expect("invariant: no holder of the orders panics").insert((*module).to_string(), order);
-        let tensors = exporter.tensors(&shortening.linear, &parts)?;
+        let tensors = exporter.bytes(&source, &shortening.linear, &Module::of_parts(parts))?;
         let mut writer = writer.lock().expect("invariant: no holder of the writer panics");
         for tensor in tensors {
             writer.write(&tensor.name, &tensor.bytes)?;
@@ -200,13 +200,13 @@ pub fn truncate(job: &TruncateJob<'_>, progress: &dyn Progress) -> Result<Compre
             folder.copy(&file)?;
         }
     }
-    folder.write("README.md", card::render(&report).as_bytes())?;
+    folder.write("README.md", card::render(&report, &exporter.loading(false)).as_bytes())?;
     let mut config = checkpoint.config().context("invariant: a compressed checkpoint has a config")?.clone();
     for s in &shortenings {
         config["lrc"]["modules"][&s.linear.module]["rank"] = json!(s.new_rank);
     }
     folder.write(CONFIG_FILE, (serde_json::to_string_pretty(&config)? + "\n").as_bytes())?;
-    report.output_files = hashes(&folder)?;
+    report.output_files = hashes(folder.path())?;
     report.elapsed_seconds = started.elapsed().as_secs_f64();
     report.peak_memory_bytes = peak_memory_bytes();
     folder.write(REPORT_FILE, (serde_json::to_string_pretty(&report)? + "\n").as_bytes())?;
@@ -251,7 +251,7 @@ fn shortenings(checkpoint: &Checkpoint) -> Result<Vec<Shortening>> {
     let curves = Checkpoint::open(&path)?;
     let mut shortenings = Vec::new();
     for linear in inventory::linears(checkpoint) {
-        let Stored::LowRank { rank, layout } = linear.stored else { continue };
+        let Stored::LowRank { rank, layout, has_base: false } = linear.stored else { continue };
         let elastic = Elastic::read(&curves, &linear.module)?;
         let (m, n) = linear.shape();
         let is_of = |length: usize, expected: usize| length == 0 || length == expected;
@@ -279,7 +279,8 @@ fn share_out(shortenings: &mut [Shortening], report: &CompressReport, keep: f64)
             layout: s.layout,
             curve: Some(curve),
             sensitivity: f64::from(s.elastic.scale),
-            price: Price::PARAMETERS,
+            price: Price::Parameters,
+            coded: &[],
         })
         .collect();
     let cost = |rank: &dyn Fn(&Shortening) -> usize| -> u64 {

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::OnceLock;
 
 use anyhow::{Context, Result};
+use faer::Mat;
 
 use super::metric::Metric;
 use super::presets::{Form, Preset};
@@ -49,7 +50,7 @@ impl Metrics<'_> {
                 let (statistics, id) = self.of(linear)?;
                 Metric::diagonal(statistics.squared_gradient_output(id)?)
             }
-            Form::Magnitude { .. } => unreachable!("invariant: magnitudes are of inputs"),
+            Form::Magnitude { .. } | Form::GramDiagonal => unreachable!("invariant: these forms are of inputs"),
         })
     }
 
@@ -80,11 +81,29 @@ impl Metrics<'_> {
                 let magnitudes = statistics.input_magnitude(id)?;
                 f(&Metric::diagonal(magnitudes.into_iter().map(|v| v.powf(2.0 * alpha)).collect()))
             }
+            Form::GramDiagonal => {
+                let gram = self.input_gram(linear)?;
+                f(&Metric::diagonal((0..linear.in_features).map(|i| gram[(i, i)]).collect()))
+            }
             Form::SquaredGradient => {
                 let (statistics, id) = self.of(linear)?;
                 f(&Metric::diagonal(statistics.squared_gradient_input(id)?))
             }
         }
+    }
+
+    /// The Gram of the inputs of a linear (n, n), undamped.
+    ///
+    /// # Errors
+    /// The statistics cannot be read.
+    pub fn input_gram(&self, linear: &LinearInfo) -> Result<Mat<f64>> {
+        let (statistics, id) = self.of(linear)?;
+        statistics.input_gram(id, linear.in_features)
+    }
+
+    /// Metrics of the same statistics by another row of the table, with its own damping.
+    pub fn with_preset(self, preset: Preset) -> Self {
+        Self { preset, damping_output: preset.damping, damping_input: preset.damping, ..self }
     }
 
     fn of(&self, linear: &LinearInfo) -> Result<(&Statistics, LinearId)> {

@@ -5,16 +5,21 @@
 
 pub mod allocate;
 mod bases;
+pub mod compensate;
+mod control;
 mod elastic;
+mod factors;
 pub mod low_rank;
 pub mod metric;
 mod metrics;
+mod offers;
 mod output;
 mod pivot;
 mod plan;
 pub mod presets;
 pub mod recipe;
 mod record;
+mod residual;
 mod sensitivity;
 mod sequential;
 mod study;
@@ -27,11 +32,10 @@ use std::time::Instant;
 use anyhow::Result;
 
 use crate::checkpoint::{Checkpoint, OutputFolder};
-use crate::formats::Format;
+use crate::formats::{Entry, Format, Output, Source};
 use crate::progress::Progress;
 use crate::report::{CompressReport, DryRunReport, REPORT_FILE};
 pub use elastic::{TruncateJob, truncate};
-use output::Output;
 use plan::Plan;
 use recipe::Recipe;
 pub use sensitivity::{DepthWeight, Sensitivity};
@@ -57,6 +61,7 @@ pub fn compress(job: &Job<'_>, progress: &dyn Progress) -> Result<CompressReport
     let started = Instant::now();
     let (checkpoint, recipe) = (job.checkpoint, job.recipe);
     let plan = Plan::new(checkpoint, recipe)?;
+    plan.check_format(&Source::new(checkpoint), recipe)?;
     let inputs = Inputs::load(checkpoint, recipe, &plan)?;
     let calibration = inputs.record(recipe);
     let folder = OutputFolder::create(job.output, job.force, REPORT_FILE)?;
@@ -77,18 +82,25 @@ pub fn compress(job: &Job<'_>, progress: &dyn Progress) -> Result<CompressReport
     }
 
     let writing = Instant::now();
-    let mut output = Output::create(&folder, checkpoint, recipe, &plan, choices)?;
-    let written = output.put_all(&study, choices, progress)?;
-    if recipe.format == Format::Factored {
+    let source = Source::new(checkpoint);
+    let entries = study.entries(choices);
+    let mut output = Output::create(&folder, plan.files(&source, recipe, &entries))?;
+    let written = output::put_all(&mut output, &study, choices, progress)?;
+    if recipe.format == Format::Factored && recipe.quant.is_empty() && recipe.quant_factors.is_none() {
         elastic::write_curves(&folder, &study, &allocation, &written)?;
     }
     study.timings.write = writing.elapsed().as_secs_f64();
-    let sizes = record::sizes(checkpoint, recipe, &plan, choices);
-    let mut report =
-        record::report(job, record::linears(&study, &allocation, &written), sizes, calibration, study.timings)?;
+    let controlling = Instant::now();
+    let squared = |i: usize| written.get(&i).and_then(|w| w.relative_error).map_or(0.0, |error| error * error);
+    let control = control::at_equal_bytes(&mut study, &allocation, &squared, progress)?;
+    study.timings.control = controlling.elapsed().as_secs_f64();
+    let sizes = record::sizes(&source, recipe, &plan, &entries);
+    let linears = record::linears(&study, &allocation, &written);
+    let mut report = record::report(job, linears, sizes, calibration, study.timings)?;
+    report.control = control;
     drop(study);
     drop(work);
-    output.finish(folder, recipe, &mut report, started)?;
+    output::finish(output, folder, recipe, &mut report, started)?;
     Ok(report)
 }
 
@@ -99,18 +111,22 @@ pub fn compress(job: &Job<'_>, progress: &dyn Progress) -> Result<CompressReport
 pub fn dry_run(job: &Job<'_>, progress: &dyn Progress) -> Result<DryRunReport> {
     let (checkpoint, recipe) = (job.checkpoint, job.recipe);
     let plan = Plan::new(checkpoint, recipe)?;
+    let source = Source::new(checkpoint);
+    plan.check_format(&source, recipe)?;
     OutputFolder::check(job.output, job.force, REPORT_FILE)?;
     let inputs = Inputs::load(checkpoint, recipe, &plan)?;
     let memory = plan.expected_memory(checkpoint, recipe, job.memory_bytes, rayon::current_num_threads());
-    let choices = match known_choices(recipe, &plan) {
-        Some(choices) => choices,
+    let entries: Vec<Option<Entry>> = match known_choices(recipe, &plan) {
+        Some(choices) => {
+            choices.into_iter().map(|choice| Plan::entry(recipe, choice, recipe.quant.first().copied())).collect()
+        }
         None => {
             let work = tempfile::tempdir()?;
             let study = Study::run(checkpoint, recipe, &plan, inputs, job.memory_bytes, work.path(), progress)?;
-            study.allocate(recipe.budget, progress)?.choices
+            study.entries(&study.allocate(recipe.budget, progress)?.choices)
         }
     };
-    let records = plan.linears.iter().zip(&choices).map(|(linear, &choice)| record::linear(recipe, linear, choice));
-    let sizes = record::sizes(checkpoint, recipe, &plan, &choices);
+    let records = plan.linears.iter().zip(&entries).map(|(linear, &entry)| record::linear(linear, entry));
+    let sizes = record::sizes(&source, recipe, &plan, &entries);
     Ok(record::dry_run(job, records.collect(), sizes, memory))
 }

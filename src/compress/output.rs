@@ -1,6 +1,7 @@
 //! The output folder of a compression: weights streamed as they come, then side files, config and report.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::Mutex;
 use std::time::Instant;
 
@@ -11,13 +12,10 @@ use rayon::prelude::*;
 
 use super::allocate::Choice;
 use super::pivot;
-use super::plan::{Origin, OutputTensor, Plan};
 use super::recipe::Recipe;
 use super::study::Study;
-use crate::checkpoint::{
-    CONFIG_FILE, Checkpoint, Fingerprint, OutputFolder, SafetensorsWriter, TensorSpec, io, sha256_file,
-};
-use crate::formats::{Entry, Exporter, Format, Parts};
+use crate::checkpoint::{Fingerprint, OutputFolder, io, sha256_file};
+use crate::formats::{Format, Output, Parts};
 use crate::model::Layout;
 use crate::model::inventory::LinearInfo;
 use crate::progress::Progress;
@@ -31,118 +29,76 @@ const CARD_FILE: &str = "README.md";
 pub(super) struct Written {
     /// Rounding error of the stored parts, relative to the matrix; 0 in f32, none where parts are not what is stored.
     pub storage_error: Option<f64>,
+    /// Measured where codes are involved; elsewhere the curve tells it.
+    pub relative_error: Option<f64>,
     /// For `elastic`.
     pub order: Option<Spooled>,
 }
 
-pub(super) struct Output<'a> {
-    checkpoint: &'a Checkpoint,
-    exporter: &'static dyn Exporter,
-    writer: SafetensorsWriter,
-    tensors: Vec<OutputTensor>,
-    modules: BTreeMap<String, Entry>,
+/// Makes and writes every compressed linear, many at once; by linear of the plan, what was found.
+///
+/// # Errors
+/// A value does not fit the dtype, or a disk refuses.
+pub(super) fn put_all(
+    output: &mut Output<'_>,
+    study: &Study<'_>,
+    choices: &[Choice],
+    progress: &dyn Progress,
+) -> Result<BTreeMap<usize, Written>> {
+    let compressed: Vec<(usize, Choice)> =
+        choices.iter().copied().enumerate().filter(|(_, choice)| *choice != Choice::Dense).collect();
+    let stage = progress.stage("write", compressed.len() as u64, "matrices");
+    let output = Mutex::new(output);
+    let put = |&(i, choice): &(usize, Choice)| -> Result<(usize, Written)> {
+        let linear = &study.plan.linears[i];
+        stage.note(&linear.module);
+        let module = study.module(i, choice)?.expect("invariant: only compressed linears are written");
+        let order = match (choice, &module.parts) {
+            (Choice::Rank(rank), Some(parts)) if study.recipe.elastic => {
+                pivot::order_of_ranks(parts, &study.bases.pair(i, rank)?.b)
+            }
+            _ => None,
+        };
+        let order = order.map(|order| study.bases.keep(order)).transpose()?;
+        let is_stored = module.base.is_none() && study.recipe.format == Format::Factored;
+        let storage_error = module.parts.as_ref().filter(|_| is_stored).map(|parts| storage_error(parts, linear));
+        if let Choice::Rank(rank) = choice {
+            warn_of_rounding(study, i, rank, storage_error.unwrap_or(0.0));
+        }
+        // Where codes are involved no curve foretells the error.
+        let is_coded = module.base.is_some() || study.recipe.quant_factors.is_some();
+        let relative_error =
+            is_coded.then(|| study.relative_squared_error(i, &module)).transpose()?.map(|error| error.max(0.0).sqrt());
+        let tensors = study.recipe.format.exporter().bytes(&study.source, linear, &module);
+        let tensors = tensors.with_context(|| format!("write `{}`", linear.module))?;
+        output.lock().expect("invariant: no holder of the output panics").put(&tensors)?;
+        stage.advance(1);
+        Ok((i, Written { storage_error, relative_error, order }))
+    };
+    compressed.par_iter().map(put).collect()
 }
 
-impl<'a> Output<'a> {
-    /// # Errors
-    /// The disk is too small or refuses.
-    pub fn create(
-        folder: &OutputFolder,
-        checkpoint: &'a Checkpoint,
-        recipe: &Recipe,
-        plan: &Plan,
-        choices: &[Choice],
-    ) -> Result<Self> {
-        let tensors = plan.outputs(checkpoint, recipe, choices);
-        let specs: Vec<TensorSpec> = tensors.iter().map(|t| t.spec.clone()).collect();
-        folder.require_space(specs.iter().map(TensorSpec::n_bytes).sum())?;
-        let writer = SafetensorsWriter::create(folder.path(), &specs, recipe.max_shard_bytes)?;
-        let entry = |(i, choice): (usize, &Choice)| {
-            let entry = Entry { rank: choice.rank()?, layout: recipe.layout };
-            Some((plan.linears[i].module.clone(), entry))
-        };
-        let modules = choices.iter().enumerate().filter_map(entry).collect();
-        Ok(Self { checkpoint, exporter: recipe.format.exporter(), writer, tensors, modules })
-    }
-
-    /// Lays out and writes every linear of low rank, many at once; by linear of the plan, what was found.
-    ///
-    /// # Errors
-    /// A value does not fit the dtype, or a disk refuses.
-    pub fn put_all(
-        &mut self,
-        study: &Study<'_>,
-        choices: &[Choice],
-        progress: &dyn Progress,
-    ) -> Result<BTreeMap<usize, Written>> {
-        let ranks: Vec<(usize, usize)> =
-            choices.iter().enumerate().filter_map(|(i, choice)| Some((i, choice.rank()?))).collect();
-        let stage = progress.stage("write", ranks.len() as u64, "matrices");
-        let (exporter, writer) = (self.exporter, Mutex::new(&mut self.writer));
-        let put = |&(i, rank): &(usize, usize)| -> Result<(usize, Written)> {
-            let linear = &study.plan.linears[i];
-            stage.note(&linear.module);
-            let pair = study.bases.pair(i, rank)?;
-            let b = study.recipe.elastic.then(|| pair.b.clone());
-            let parts = pivot::lay_out(study.recipe.layout, pair, linear.shape());
-            let order = b.and_then(|b| pivot::order_of_ranks(&parts, &b)).map(|o| study.bases.keep(o)).transpose()?;
-            let storage_error = (study.recipe.format == Format::Factored).then(|| storage_error(&parts, linear));
-            warn_of_rounding(study, i, rank, storage_error.unwrap_or(0.0));
-            let tensors = exporter.tensors(linear, &parts).with_context(|| format!("write `{}`", linear.module))?;
-            let mut writer = writer.lock().expect("invariant: no holder of the writer panics");
-            for tensor in tensors {
-                writer.write(&tensor.name, &tensor.bytes)?;
-            }
-            stage.advance(1);
-            Ok((i, Written { storage_error, order }))
-        };
-        ranks.par_iter().map(put).collect()
-    }
-
-    /// Copies everything that was not compressed, writes the side files and the report, and renames the folder.
-    ///
-    /// # Errors
-    /// The disk refuses.
-    pub fn finish(
-        mut self,
-        folder: OutputFolder,
-        recipe: &Recipe,
-        report: &mut CompressReport,
-        started: Instant,
-    ) -> Result<()> {
-        for tensor in &self.tensors {
-            if let Origin::Source(name) = &tensor.origin {
-                self.checkpoint.with_bytes(name, |bytes| self.writer.write(&tensor.spec.name, bytes))??;
-            }
-        }
-        self.writer.finish()?;
-        let own = [CARD_FILE, REPORT_FILE, RECIPE_FILE];
-        for file in self.checkpoint.side_files()? {
-            if !own.iter().any(|name| file.ends_with(name)) {
-                folder.copy(&file)?;
-            }
-        }
-        let empty = serde_json::Map::new();
-        let source_config = self.checkpoint.config().unwrap_or(&empty);
-        if !self.modules.is_empty() {
-            for (name, content) in self.exporter.side_files(source_config) {
-                folder.write(name, content.as_bytes())?;
-            }
-        }
-        let recipe = toml::to_string(&recipe.to_options())?;
-        folder
-            .write(RECIPE_FILE, format!("# lrc compress MODEL -o OUT --recipe {RECIPE_FILE}\n{recipe}").as_bytes())?;
-        folder.write(CARD_FILE, card::render(report).as_bytes())?;
-        if self.checkpoint.config().is_some() {
-            let config = serde_json::to_string_pretty(&self.exporter.config(source_config, &self.modules))?;
-            folder.write(CONFIG_FILE, (config + "\n").as_bytes())?;
-        }
-        report.output_files = hashes(&folder)?;
-        report.elapsed_seconds = started.elapsed().as_secs_f64();
-        report.peak_memory_bytes = peak_memory_bytes();
-        folder.write(REPORT_FILE, (serde_json::to_string_pretty(report)? + "\n").as_bytes())?;
-        Ok(folder.finish()?)
-    }
+/// Copies everything that was not compressed, writes the side files and the report, and renames the folder.
+///
+/// # Errors
+/// The disk refuses.
+pub(super) fn finish(
+    output: Output<'_>,
+    folder: OutputFolder,
+    recipe: &Recipe,
+    report: &mut CompressReport,
+    started: Instant,
+) -> Result<()> {
+    let loading = recipe.format.exporter().loading(output.files().has_adapter());
+    output.finish(&folder, &[CARD_FILE, REPORT_FILE, RECIPE_FILE])?;
+    let recipe = toml::to_string(&recipe.to_options())?;
+    folder.write(RECIPE_FILE, format!("# lrc compress MODEL -o OUT --recipe {RECIPE_FILE}\n{recipe}").as_bytes())?;
+    folder.write(CARD_FILE, card::render(report, &loading).as_bytes())?;
+    report.output_files = hashes(folder.path())?;
+    report.elapsed_seconds = started.elapsed().as_secs_f64();
+    report.peak_memory_bytes = peak_memory_bytes();
+    folder.write(REPORT_FILE, (serde_json::to_string_pretty(report)? + "\n").as_bytes())?;
+    Ok(folder.finish()?)
 }
 
 /// Error of the parts in the dtype of a linear, over the norm of the matrix: measured on vectors of random signs, whose images
@@ -182,11 +138,20 @@ fn warn_of_rounding(study: &Study<'_>, i: usize, rank: usize, storage_error: f64
     }
 }
 
-/// SHA-256 of every visible file of the folder.
-pub(super) fn hashes(folder: &OutputFolder) -> Result<Fingerprint> {
-    let entries = std::fs::read_dir(folder.path()).map_err(io("list", folder.path()))?;
-    let files: Vec<_> = entries.filter_map(|e| e.ok().map(|e| e.path())).collect();
-    let name = |path: &std::path::Path| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+/// SHA-256 of every visible file of a folder and of those in it.
+pub(super) fn hashes(folder: &Path) -> Result<Fingerprint> {
+    let mut files = Vec::new();
+    let mut folders = vec![folder.to_path_buf()];
+    while let Some(at) = folders.pop() {
+        for entry in std::fs::read_dir(&at).map_err(io("list", &at))? {
+            let path = entry.map_err(io("list", &at))?.path();
+            match path.is_dir() {
+                true => folders.push(path),
+                false => files.push(path),
+            }
+        }
+    }
+    let name = |path: &Path| path.strip_prefix(folder).unwrap_or(path).to_string_lossy().into_owned();
     let visible = files.par_iter().filter(|path| !name(path).starts_with('.'));
     Ok(visible
         .map(|path| Ok((name(path), sha256_file(path)?)))

@@ -14,7 +14,7 @@ use super::low_rank::LowRank;
 pub(super) fn lay_out(layout: Layout, pair: LowRank, (m, n): (usize, usize)) -> Parts {
     let LowRank { rank, b, a } = pair;
     if layout == Layout::Factors {
-        return Parts::Factors { rank, b, a };
+        return Parts::Factors { rank, b: b.into(), a: a.into() };
     }
     let b_t = linalg::transposed_from_row_major(&b, m, rank); // (r, m)
     let RowSkeleton { pivots, others, coefficients } = linalg::row_skeleton(b_t.transpose());
@@ -25,8 +25,8 @@ pub(super) fn lay_out(layout: Layout, pair: LowRank, (m, n): (usize, usize)) -> 
     let pivot_rows: Vec<f32> = pivots.iter().flat_map(|&row| &b[row * rank..][..rank]).copied().collect();
     Parts::Pivot {
         rank,
-        pivots: linalg::product_row_major(&pivot_rows, &a, rank, rank, n),
-        coefficients: linalg::to_row_major(coefficients.as_ref()),
+        pivots: linalg::product_row_major(&pivot_rows, &a, rank, rank, n).into(),
+        coefficients: linalg::to_row_major(coefficients.as_ref()).into(),
         order,
     }
 }

@@ -3,30 +3,20 @@
 use anyhow::Result;
 
 use super::allocate::Choice;
-use super::recipe::Recipe;
+use super::compensate::{Compensate, CompensateRank};
+use super::recipe::{FactorBits, Recipe};
+use super::residual::largest_rank;
 use super::study::max_ranks;
-use crate::checkpoint::{Checkpoint, TensorSpec};
+use crate::checkpoint::Checkpoint;
 use crate::error::Failure;
-use crate::formats::Entry;
-use crate::model::ModelConfig;
+use crate::formats::{Base, Entry, Files, Format, Pair, Source};
 use crate::model::inventory::{self, LinearInfo};
+use crate::model::{Layout, ModelConfig};
+use crate::quantize::Quant;
 
 /// The linears that a recipe compresses, in the order of the checkpoint's blocks.
 pub struct Plan {
     pub linears: Vec<LinearInfo>,
-}
-
-/// A tensor of the output and where it comes from.
-pub(super) struct OutputTensor {
-    pub spec: TensorSpec,
-    pub origin: Origin,
-}
-
-pub(super) enum Origin {
-    /// The bytes of this tensor of the source.
-    Source(String),
-    /// The low-rank parts of a linear.
-    Parts,
 }
 
 impl Plan {
@@ -56,6 +46,12 @@ impl Plan {
                 .hint("linears are 16- or 32-bit float matrices named `*.weight`; `lrc inspect MODEL` lists them")
                 .into());
         }
+        if let Some(linear) = linears.iter().find(|l| checkpoint.info(&l.weight_name()).is_some_and(|t| t.is_encoded()))
+        {
+            return Err(Failure::unsupported(format!("`{}` is quantised already", linear.module))
+                .hint("compress the original checkpoint, or dequantise this one with `lrc export MODEL --format dense -o OUT`")
+                .into());
+        }
         if let Some(linear) = linears.iter().find(|l| l.is_low_rank()) {
             return Err(Failure::unsupported(format!("`{}` is of low rank already", linear.module))
                 .hint("compress the original checkpoint, or shorten this one with `lrc truncate`")
@@ -75,33 +71,52 @@ impl Plan {
         Ok(Self { linears })
     }
 
-    /// Every tensor of the output, in the order of the source. Nothing is dropped: what no factored linear owns is passed through.
-    pub(super) fn outputs(&self, checkpoint: &Checkpoint, recipe: &Recipe, choices: &[Choice]) -> Vec<OutputTensor> {
-        let (exporter, layout) = (recipe.format.exporter(), recipe.layout);
-        let factored = |i: usize| matches!(choices[i], Choice::Rank(_));
-        let by_name = |suffix: &str| -> std::collections::BTreeMap<String, usize> {
-            (0..self.linears.len())
-                .filter(|&i| factored(i))
-                .map(|i| (format!("{}.{suffix}", self.linears[i].module), i))
-                .collect()
-        };
-        let (weights, biases) = (by_name("weight"), by_name("bias"));
-        let mut outputs = Vec::new();
-        for info in checkpoint.tensors() {
-            if let Some(&i) = weights.get(&info.name) {
-                let Choice::Rank(rank) = choices[i] else {
-                    unreachable!("invariant: only factored linears are listed")
-                };
-                let specs = exporter.specs(&self.linears[i], Entry { rank, layout });
-                outputs.extend(specs.into_iter().map(|spec| OutputTensor { spec, origin: Origin::Parts }));
-                continue;
+    /// The files of the output where `entries` (one a linear, none where it stays as it is) are chosen.
+    pub(super) fn files<'a>(&self, source: &'a Source<'a>, recipe: &Recipe, entries: &[Option<Entry>]) -> Files<'a> {
+        let modules = self.linears.iter().zip(entries);
+        let modules = modules.filter_map(|(linear, entry)| Some((linear.clone(), (*entry)?))).collect();
+        Files::new(source, recipe.format, modules, recipe.max_shard_bytes)
+    }
+
+    /// What a choice makes of a linear; `quant` is that of its variant.
+    pub(super) fn entry(recipe: &Recipe, choice: Choice, quant: Option<Quant>) -> Option<Entry> {
+        let scheme = recipe.quant_factors.map(FactorBits::scheme);
+        let pair = |rank, layout| Pair { rank, layout, scheme };
+        match choice {
+            Choice::Dense => None,
+            Choice::Rank(rank) => Some(Entry { base: None, pair: Some(pair(rank, recipe.layout)) }),
+            Choice::Coded { rank, .. } => {
+                let storage = quant.expect("invariant: a quantised base has a quantiser").storage();
+                let pair = (rank > 0).then(|| pair(rank, Layout::Factors));
+                Some(Entry { base: Some(Base::Quantized(storage)), pair })
             }
-            let name =
-                biases.get(&info.name).map_or(info.name.clone(), |&i| exporter.bias_name(&self.linears[i], layout));
-            let spec = TensorSpec { name, dtype: info.dtype, shape: info.shape.clone() };
-            outputs.push(OutputTensor { spec, origin: Origin::Source(info.name.clone()) });
         }
-        outputs
+    }
+
+    /// Checks that the format can store whatever may be chosen.
+    ///
+    /// # Errors
+    /// It cannot, with the reason.
+    pub fn check_format(&self, source: &Source<'_>, recipe: &Recipe) -> Result<()> {
+        for &quant in &recipe.quant {
+            let rank = usize::from(recipe.compensate != Compensate::None);
+            let entry = Self::entry(recipe, Choice::Coded { variant: 0, rank }, Some(quant));
+            let fitting = self.linears.iter().filter(|linear| quant.storage().fits(linear.in_features));
+            let modules: Vec<(LinearInfo, Entry)> = fitting.filter_map(|l| Some((l.clone(), entry?))).collect();
+            if modules.is_empty() {
+                let message = format!("no targeted linear is made of whole blocks of `{quant}`");
+                return Err(Failure::unsupported(message)
+                    .hint("the K-quants have blocks of 256 inputs, others of 32")
+                    .into());
+            }
+            Files::check(source, recipe.format, &modules)?;
+        }
+        if recipe.format == Format::Gptq && recipe.quant.len() > 1 {
+            return Err(Failure::usage("a GPTQ checkpoint has one number of bits and one group")
+                .hint("give one `--quant`, or `--format compressed-tensors`")
+                .into());
+        }
+        Ok(())
     }
 
     /// Bytes that every output has at least: what is not targeted.
@@ -113,7 +128,7 @@ impl Plan {
     /// Bytes of what a run keeps between its stages, in memory or on disk: the pairs of all linears, statistics, and the states
     /// of `n_tokens` (those that enter each block, where gradients are asked for).
     pub fn kept_bytes(&self, checkpoint: &Checkpoint, recipe: &Recipe, n_tokens: usize) -> u64 {
-        let needs = recipe.method.needs();
+        let needs = recipe.needs();
         let pair =
             |(linear, rank): (&LinearInfo, usize)| 4 * (rank * (linear.out_features + linear.in_features)) as u64;
         let triangle = |n: usize| 2 * (n * (n + 1)) as u64;
@@ -131,7 +146,18 @@ impl Plan {
             }
             _ => 0,
         };
-        linears.zip(max_ranks(recipe, self)).map(pair).sum::<u64>() + measured + states
+        let coded = |linear: &LinearInfo| -> u64 {
+            let (m, n) = linear.shape();
+            let rank = match (recipe.compensate, recipe.compensate_rank) {
+                (Compensate::None, _) => 0,
+                (_, CompensateRank::Fixed(rank)) => rank.min(m).min(n),
+                (_, CompensateRank::Auto) => largest_rank((m, n)),
+            };
+            let base = |quant: &Quant| quant.storage().n_bytes(m, n) + pair((linear, rank));
+            recipe.quant.iter().map(base).sum()
+        };
+        let bases: u64 = linears.clone().map(coded).sum();
+        linears.zip(max_ranks(recipe, self)).map(pair).sum::<u64>() + bases + measured + states
     }
 
     /// Peak memory of a run: the largest decompositions, one a thread, each with weight, image, Gram, eigenvectors with their
@@ -144,7 +170,7 @@ impl Plan {
         memory_bytes: u64,
         n_threads: usize,
     ) -> u64 {
-        let needs = recipe.method.needs();
+        let needs = recipe.needs();
         let square = |n: usize| 8 * (n * n) as u64;
         let decomposition = |linear: &LinearInfo| {
             let (m, n) = linear.shape();

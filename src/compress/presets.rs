@@ -28,6 +28,8 @@ pub enum Form {
     Identity,
     /// The Gram of the inputs; of the output gradients on the output side.
     Gram,
+    /// Diagonal: that of the Gram, mean x².
+    GramDiagonal,
     /// Diagonal: mean |x| to the power 2α, so that columns are scaled by mean |x|^α.
     Magnitude {
         alpha: f64,
@@ -57,19 +59,17 @@ impl Method {
             Self::Kfac => Preset { damping: 0.01, ..preset(Form::Gram, Form::Gram) },
         }
     }
+}
 
-    /// The statistics that its metric is made of.
+impl Preset {
+    /// The statistics that the metric is made of.
     pub fn needs(self) -> Needs {
-        let Preset { output, input, .. } = self.preset();
+        let Self { output, input, .. } = self;
         Needs {
-            input_gram: input == Form::Gram,
+            input_gram: [Form::Gram, Form::GramDiagonal].contains(&input),
             input_magnitude: matches!(input, Form::Magnitude { .. }),
             output_gram: output == Form::Gram,
             squared_gradient: [output, input].contains(&Form::SquaredGradient),
         }
-    }
-
-    pub fn needs_statistics(self) -> bool {
-        self.needs() != Needs::default()
     }
 }

@@ -4,17 +4,19 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use bytesize::ByteSize;
-use clap::Args;
+use clap::{Args, ValueEnum};
 use globset::{Glob, GlobSet, GlobSetBuilder};
 use serde::{Deserialize, Serialize, Serializer};
 
 use super::allocate::Ranks;
+use super::compensate::{Compensate, CompensateRank};
 use super::presets::{Form, Method};
 use super::sensitivity::{DepthWeight, Sensitivity};
-use crate::calibrate::WindowSettings;
+use crate::calibrate::{Needs, WindowSettings};
 use crate::error::Failure;
 use crate::formats::Format;
 use crate::model::Layout;
+use crate::quantize::{Levels, Quant, Scheme};
 
 /// What a user may say; everything is optional, and the defaults are in [`Recipe::new`].
 #[derive(Debug, Clone, Default, PartialEq, Args, Serialize, Deserialize)]
@@ -30,7 +32,33 @@ pub struct RecipeOptions {
     #[serde(skip_serializing_if = "Option::is_none", serialize_with = "bytes_exactly")]
     pub target_size: Option<ByteSize>,
 
-    /// How a weight is approximated [default: kfac with `--calibration` or `--statistics`, else svd]
+    /// Mean bits a weight of the targeted linears, everything counted, instead of a share
+    #[arg(long, value_name = "BITS", conflicts_with_all = ["keep", "target_size"])]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bits: Option<f64>,
+
+    /// Quantise bases, with one of these: [rtn|gptq]-int8|int4|int3|int2 or nf4, then any of -g32, -g64, -g128, -channel, -asym,
+    /// -absmax, -mse; or q8_0, q4_0, q2_k, q3_k, q4_k, q5_k, q6_k. A budget chooses among several (`rtn-int4,rtn-int8`)
+    #[arg(long, value_name = "QUANT", value_delimiter = ',', num_args = 1)]
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub quant: Vec<Quant>,
+
+    /// Low-rank factors that make up for what quantising loses [default: none]
+    #[arg(long, value_enum)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub compensate: Option<Compensate>,
+
+    /// Their rank, or `auto`: each linear its own, 0 included, as the budget is best spent [default: auto with a budget]
+    #[arg(long, value_name = "RANK")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub compensate_rank: Option<CompensateRank>,
+
+    /// Quantise the factors too
+    #[arg(long, value_enum)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub quant_factors: Option<FactorBits>,
+
+    /// How a weight is approximated, and its error told [default: kfac with `--calibration` or `--statistics`, else svd]
     #[arg(long, value_enum)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub method: Option<Method>,
@@ -173,15 +201,40 @@ pub struct Recipe {
     pub calibration: Option<WindowSettings>,
     pub statistics: Option<PathBuf>,
     pub max_shard_bytes: u64,
+    /// The menu of quantised bases; empty: low rank alone.
+    pub quant: Vec<Quant>,
+    pub compensate: Compensate,
+    pub compensate_rank: CompensateRank,
+    pub quant_factors: Option<FactorBits>,
+}
+
+/// Bits of quantised factors: symmetric, in groups of 128.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FactorBits {
+    Int8,
+    Int4,
+}
+
+impl FactorBits {
+    pub fn scheme(self) -> Scheme {
+        let bits = match self {
+            Self::Int8 => 8,
+            Self::Int4 => 4,
+        };
+        Scheme { levels: Levels::Int { bits, symmetric: true }, group: Some(128) }
+    }
 }
 
 /// What may be spent.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Budget {
-    /// A share of the parameters of the targeted linears.
+    /// A share of the parameters of the targeted linears; of their bytes, where bases are quantised.
     Keep(f64),
     /// Bytes of the weight files.
     Bytes(u64),
+    /// Mean bits a weight of the targeted linears.
+    Bits(f64),
     /// Ranks are given.
     None,
 }
@@ -241,10 +294,15 @@ impl RecipeOptions {
     pub fn or(self, other: Self) -> Self {
         let list = |a: Vec<String>, b: Vec<String>| if a.is_empty() { b } else { a };
         // A budget is one thing, however it is said.
-        let has_budget = self.keep.is_some() || self.target_size.is_some();
+        let has_budget = self.keep.is_some() || self.target_size.is_some() || self.bits.is_some();
         Self {
             keep: if has_budget { self.keep } else { other.keep },
             target_size: if has_budget { self.target_size } else { other.target_size },
+            bits: if has_budget { self.bits } else { other.bits },
+            quant: if self.quant.is_empty() { other.quant } else { self.quant },
+            compensate: self.compensate.or(other.compensate),
+            compensate_rank: self.compensate_rank.or(other.compensate_rank),
+            quant_factors: self.quant_factors.or(other.quant_factors),
             method: self.method.or(other.method),
             ranks: self.ranks.or(other.ranks),
             layout: self.layout.or(other.layout),
@@ -293,9 +351,12 @@ impl Recipe {
     pub fn new(options: &RecipeOptions) -> Result<Self> {
         let has_data = options.calibration.is_some() || options.statistics.is_some();
         let method = options.method.unwrap_or(if has_data { Method::Kfac } else { Method::Svd });
-        let ranks = options.ranks.unwrap_or(if method == Method::Kfac { Ranks::Knapsack } else { Ranks::Welore });
+        let is_quantised = !options.quant.is_empty();
+        let by_knapsack = method == Method::Kfac || is_quantised;
+        let ranks = options.ranks.unwrap_or(if by_knapsack { Ranks::Knapsack } else { Ranks::Welore });
         // What was measured best; with fixed ranks there may be nothing to make up for.
-        let by_default = method == Method::Kfac && options.calibration.is_some() && ranks.takes_budget();
+        let by_default =
+            method == Method::Kfac && options.calibration.is_some() && ranks.takes_budget() && !is_quantised;
         let is_sequential = options.sequential.unwrap_or(by_default);
         if options.anchor.is_some() && !is_sequential {
             return Err(usage("`--anchor` is nothing without `--sequential`", "add `--sequential`"));
@@ -313,8 +374,13 @@ impl Recipe {
         let recipe = Self {
             method,
             ranks,
-            layout: options.layout.unwrap_or_default(),
+            // Bases take factors, adapters hold nothing else.
+            layout: options.layout.unwrap_or(if is_quantised { Layout::Factors } else { Layout::default() }),
             budget: budget(options, ranks)?,
+            quant: options.quant.clone(),
+            compensate: options.compensate.unwrap_or_default(),
+            compensate_rank: options.compensate_rank.unwrap_or(CompensateRank::Auto),
+            quant_factors: options.quant_factors,
             sensitivity: sensitivity(options, ranks, method)?,
             depth_weight: options.depth_weight.unwrap_or(DepthWeight::Fixed(0.0)),
             rank_floor: share("--rank-floor", options.rank_floor, 0.0)?,
@@ -334,6 +400,7 @@ impl Recipe {
                 size => size.map_or(DEFAULT_SHARD_BYTES, |s| s.as_u64()),
             },
         };
+        recipe.check_quantising(options)?;
         recipe.check()?;
         Ok(recipe)
     }
@@ -346,7 +413,66 @@ impl Recipe {
 
     /// Whether the metric's statistics are measured, and not read from a file.
     pub fn measures_statistics(&self) -> bool {
-        self.method.needs_statistics() && self.statistics.is_none()
+        self.needs() != Needs::default() && self.statistics.is_none()
+    }
+
+    /// The statistics that metrics and quantisers are made of.
+    pub fn needs(&self) -> Needs {
+        let gptq = Needs { input_gram: self.quant.iter().any(|q| q.needs_gram()), ..Needs::default() };
+        self.method.preset().needs().union(self.compensate.preset().needs()).union(gptq)
+    }
+
+    fn check_quantising(&self, options: &RecipeOptions) -> Result<()> {
+        if self.quant.is_empty() {
+            if options.compensate.is_some() || options.compensate_rank.is_some() {
+                return Err(usage(
+                    "`--compensate` is nothing without `--quant`",
+                    "factors make up for a quantised base; for low rank alone give `--keep` or `--ranks`",
+                ));
+            }
+            if !self.format.stores_low_rank() {
+                let message = format!("`--format {}` stores no low rank without a base", self.format.name());
+                return Err(usage(message, "add `--quant`, or choose `factored` or `dense`"));
+            }
+            return Ok(());
+        }
+        let given = [
+            ("--ranks", options.ranks.is_some_and(|ranks| ranks != Ranks::Knapsack)),
+            ("--rank-floor", options.rank_floor.is_some_and(|floor| floor > 0.0)),
+            ("--rank-multiple", options.rank_multiple.is_some_and(|multiple| multiple > 1)),
+            ("--layout pivot", self.layout == Layout::Pivot),
+            ("--elastic", self.elastic),
+            ("--sequential", self.anchor.is_some()),
+            ("--sensitivity measured", self.sensitivity == Some(Sensitivity::Measured)),
+            ("--depth-weight auto", self.depth_weight == DepthWeight::Auto),
+        ];
+        if let Some((flag, _)) = given.iter().find(|(_, is_given)| *is_given) {
+            return Err(usage(format!("`{flag}` is nothing with `--quant`"), "it is for low rank without a base"));
+        }
+        if self.compensate == Compensate::None && (options.compensate_rank.is_some() || self.quant_factors.is_some()) {
+            return Err(usage("there are no factors without `--compensate`", "did you mean `--compensate eora`?"));
+        }
+        if self.budget == Budget::None {
+            if self.quant.len() > 1 {
+                return Err(usage(
+                    "a choice of quantisers needs a budget",
+                    "add `--bits`, `--target-size` or `--keep`",
+                ));
+            }
+            if self.compensate != Compensate::None && self.compensate_rank == CompensateRank::Auto {
+                return Err(usage(
+                    "`--compensate` needs `--compensate-rank`, or a budget to choose ranks by",
+                    "add `--compensate-rank 16` or `--bits 3.5`",
+                ));
+            }
+        }
+        if self.quant_factors.is_some() && !self.format.stores_low_rank() {
+            return Err(usage(
+                "adapters hold no quantised factors",
+                "leave out `--quant-factors`, or choose `factored`",
+            ));
+        }
+        Ok(())
     }
 
     fn check(&self) -> Result<()> {
@@ -360,11 +486,14 @@ impl Recipe {
             let message = format!("`--rank-floor` and `--rank-multiple` are nothing with `--ranks {}`", self.ranks);
             return Err(usage(message, "leave out one of the two"));
         }
-        if matches!(self.budget, Budget::Bytes(_)) && self.format != Format::Factored {
+        if matches!(self.budget, Budget::Bytes(_)) && matches!(self.format, Format::Dense | Format::Peft) {
             return Err(usage(
-                "`--target-size` needs `--format factored`",
-                "the dense format is as large as the source",
+                "`--target-size` needs a format that stores what was compressed, such as `--format factored`",
+                "this one multiplies out, and is as large as the source",
             ));
+        }
+        if self.elastic && self.quant_factors.is_some() {
+            return Err(usage("`--elastic` is nothing with `--quant-factors`", "codes have no order of ranks"));
         }
         if self.elastic && (self.layout, self.format) != (Layout::Pivot, Format::Factored) {
             return Err(usage(
@@ -372,13 +501,13 @@ impl Recipe {
                 "factors keep their order as they are; the dense format has no ranks",
             ));
         }
-        if self.statistics.is_some() && !self.method.needs_statistics() {
+        if self.statistics.is_some() && self.needs() == Needs::default() {
             return Err(usage(
                 "`--statistics` is given, but this method does not use it",
                 "did you mean `--method kfac`?",
             ));
         }
-        if self.clip_gradients && !(self.measures_statistics() && self.method.needs().output_gram) {
+        if self.clip_gradients && !(self.measures_statistics() && self.needs().output_gram) {
             return Err(usage(
                 "`--clip-gradients` is given, but no Gram of gradients is measured",
                 "kfac measures one",
@@ -387,7 +516,7 @@ impl Recipe {
         match (&self.calibration, self.uses_text()) {
             (None, true) if self.measures_statistics() => Err(usage(
                 "this method needs `--calibration FILE`",
-                "its metric is made of activations or gradients; `--method svd` needs no text",
+                "it is made of activations or gradients; `--method svd` with `rtn` or `nf4` and `lorc` or `loftq` needs no text",
             )),
             (None, true) => Err(usage(
                 "`--sensitivity measured`, `--depth-weight auto` and `--sequential` need `--calibration FILE`",
@@ -409,13 +538,18 @@ impl Recipe {
         RecipeOptions {
             keep: if let Budget::Keep(keep) = self.budget { Some(keep) } else { None },
             target_size: if let Budget::Bytes(bytes) = self.budget { Some(ByteSize(bytes)) } else { None },
+            bits: if let Budget::Bits(bits) = self.budget { Some(bits) } else { None },
+            quant: self.quant.clone(),
+            compensate: (!self.quant.is_empty()).then_some(self.compensate),
+            compensate_rank: (self.compensate != Compensate::None).then_some(self.compensate_rank),
+            quant_factors: self.quant_factors,
             method: Some(self.method),
             ranks: Some(self.ranks),
             layout: Some(self.layout),
             sensitivity: self.sensitivity,
             depth_weight: (self.ranks == Ranks::Knapsack).then_some(self.depth_weight),
-            rank_floor: self.ranks.takes_budget().then_some(self.rank_floor),
-            rank_multiple: self.ranks.takes_budget().then_some(self.rank_multiple),
+            rank_floor: (self.ranks.takes_budget() && self.quant.is_empty()).then_some(self.rank_floor),
+            rank_multiple: (self.ranks.takes_budget() && self.quant.is_empty()).then_some(self.rank_multiple),
             targets: self.targets.texts.clone(),
             exclude: self.exclude.texts.clone(),
             format: Some(self.format),
@@ -436,9 +570,20 @@ impl Recipe {
 }
 
 fn budget(options: &RecipeOptions, ranks: Ranks) -> Result<Budget> {
-    const HINT: &str =
-        "`--keep 0.8` keeps 80 % of the parameters of the targeted linears, `--target-size 350MiB` meets a size";
+    const HINT: &str = "`--keep 0.8` keeps 80 % of the parameters of the targeted linears, `--target-size 350MiB` meets a size, `--bits 4` a mean";
+    if let Some(bits) = options.bits {
+        return match options.keep.is_some() || options.target_size.is_some() {
+            true => Err(usage("`--bits` contradicts another budget", "leave out one of the two")),
+            false if !ranks.takes_budget() => Err(usage(
+                format!("`--bits` and `--ranks {ranks}` contradict each other"),
+                "fixed ranks decide how much is kept; leave out one of the two",
+            )),
+            false if bits > 0.0 && bits <= 32.0 => Ok(Budget::Bits(bits)),
+            false => Err(usage(format!("`--bits {bits}` is outside of (0, 32]"), "3.5 bits a weight, say")),
+        };
+    }
     match (options.keep, options.target_size) {
+        (None, None) if !options.quant.is_empty() => Ok(Budget::None),
         (Some(_), Some(_)) => {
             Err(usage("`--keep` and `--target-size` contradict each other", "leave out one of the two"))
         }
@@ -461,7 +606,7 @@ fn sensitivity(options: &RecipeOptions, ranks: Ranks, method: Method) -> Result<
     if ranks == Ranks::Knapsack {
         let default = match method {
             Method::Kfac => Sensitivity::SecondOrder,
-            _ if options.calibration.is_some() => Sensitivity::Measured,
+            _ if options.calibration.is_some() && options.quant.is_empty() => Sensitivity::Measured,
             _ => Sensitivity::Energy,
         };
         return Ok(Some(options.sensitivity.unwrap_or(default)));

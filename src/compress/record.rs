@@ -11,26 +11,40 @@ use super::output::Written;
 use super::plan::Plan;
 use super::recipe::Recipe;
 use super::study::{Allocation, Study};
-use crate::checkpoint::{Checkpoint, Fingerprint, TensorSpec, writer_bytes};
+use crate::checkpoint::Fingerprint;
+use crate::formats::{Base, Entry, Source};
 use crate::model::inventory::LinearInfo;
+use crate::quantize::Storage;
 use crate::report::{
     CalibrationRecord, Component, CompressReport, DryRunReport, LRC_VERSION, LinearRecord, SCHEMA_VERSION, Sizes,
     Timings,
 };
 
 /// A linear before it is worked on: no error yet, no seconds.
-pub(super) fn linear(recipe: &Recipe, linear: &LinearInfo, choice: Choice) -> LinearRecord {
+pub(super) fn linear(linear: &LinearInfo, entry: Option<Entry>) -> LinearRecord {
     let shape = linear.shape();
+    let rank = entry.and_then(|entry| entry.pair).map(|pair| pair.rank);
+    let (base, factors) = entry.map_or((linear.n_bytes(), 0), |entry| entry.n_bytes(linear));
+    let bits = |bytes: u64| 8.0 * bytes as f64 / linear.n_parameters() as f64;
+    let quant = match entry.and_then(|entry| entry.base) {
+        Some(Base::Quantized(Storage::Grouped(scheme))) => Some(scheme.to_string()),
+        Some(Base::Quantized(Storage::Block(block_type))) => Some(block_type.name.to_string()),
+        Some(Base::Dense) | None => None,
+    };
     LinearRecord {
         module: linear.module.clone(),
         block: linear.block,
         shape: [shape.0, shape.1],
         dtype: format!("{:?}", linear.dtype),
-        rank: choice.rank(),
-        component: if choice == Choice::Dense { Component::NotLowRank } else { Component::LowRank },
+        rank,
+        component: if rank.is_none() { Component::NotLowRank } else { Component::LowRank },
+        quant,
+        bits_base: bits(base),
+        bits_factors: bits(factors),
         parameters_before: linear.n_parameters(),
-        parameters_after: choice.n_parameters(recipe.layout, shape),
-        relative_error: (choice == Choice::Dense).then_some(0.0),
+        parameters_after: entry.map_or(linear.n_parameters(), |entry| entry.n_parameters(linear)),
+        relative_error: entry.is_none().then_some(0.0),
+        note: None,
         storage_error: None,
         sensitivity: None,
         seconds: 0.0,
@@ -45,39 +59,63 @@ pub(super) fn linears(
 ) -> Vec<LinearRecord> {
     let choices = &allocation.choices;
     let record = |i: usize| {
-        let mut record = linear(study.recipe, &study.plan.linears[i], choices[i]);
+        let mut record = linear(&study.plan.linears[i], study.entry(i, choices[i]));
+        if let Choice::Coded { variant, .. } = choices[i] {
+            let variant = &study.residuals.of(i)[variant];
+            record.seconds = variant.seconds;
+            record.quant = Some(variant.quant.to_string());
+            record.note = variant.fallback.map(|fallback| format!("rounded to nearest: {}", fallback.reason()));
+        }
         if let Some(basis) = study.bases.get(i) {
             record.seconds = basis.seconds;
             record.relative_error = Some(choices[i].rank().map_or(0.0, |rank| basis.curve.relative_error(rank)));
         }
-        record.storage_error = written.get(&i).and_then(|w| w.storage_error);
+        let written = written.get(&i);
+        record.storage_error = written.and_then(|w| w.storage_error);
+        if let Some(error) = written.and_then(|w| w.relative_error) {
+            record.relative_error = Some(error);
+        }
         record.sensitivity = study.recipe.sensitivity.map(|_| allocation.sensitivities[i]);
         record
     };
     (0..choices.len()).map(record).collect()
 }
 
-/// Sizes of a checkpoint whose linears are compressed by `choices`.
-pub(super) fn sizes(checkpoint: &Checkpoint, recipe: &Recipe, plan: &Plan, choices: &[Choice]) -> Sizes {
-    let outputs: Vec<TensorSpec> = plan.outputs(checkpoint, recipe, choices).into_iter().map(|t| t.spec).collect();
+/// Sizes of a checkpoint whose linears become `entries`.
+pub(super) fn sizes(source: &Source<'_>, recipe: &Recipe, plan: &Plan, entries: &[Option<Entry>]) -> Sizes {
+    let files = plan.files(source, recipe, entries);
     let linears = &plan.linears;
     let before: u64 = linears.iter().map(LinearInfo::n_parameters).sum();
-    let after: u64 = linears.iter().zip(choices).map(|(l, c)| c.n_parameters(recipe.layout, l.shape())).sum();
-    let stored_before: u64 = linears.iter().map(|l| l.n_parameters() * l.dtype.bitsize() as u64 / 8).sum();
-    let bytes_before = checkpoint.n_bytes();
-    let bytes_after: u64 = outputs.iter().map(TensorSpec::n_bytes).sum();
-    let stored_after = (stored_before + bytes_after).saturating_sub(bytes_before);
+    let parameters = |(linear, entry): (&LinearInfo, &Option<Entry>)| {
+        entry.map_or(linear.n_parameters(), |entry| entry.n_parameters(linear))
+    };
+    let after: u64 = linears.iter().zip(entries).map(parameters).sum();
+    let stored_before: u64 = linears.iter().map(LinearInfo::n_bytes).sum();
+    let bytes = |(linear, entry): (&LinearInfo, &Option<Entry>)| match entry {
+        None => (linear.n_bytes(), 0),
+        Some(entry) => {
+            // A format may pad, or store what it cannot pack: that is the base's.
+            let (_, factors) = entry.n_bytes(linear);
+            (recipe.format.n_bytes(linear, entry).saturating_sub(factors), factors)
+        }
+    };
+    let stored = linears.iter().zip(entries).map(bytes);
+    let (base, factors) = stored.fold((0, 0), |sum, bytes| (sum.0 + bytes.0, sum.1 + bytes.1));
+    let (parameters_after, bytes_after) = files.n_elements_and_bytes();
+    let bits = |bytes: u64| 8.0 * bytes as f64 / before as f64;
     Sizes {
         linear_parameters_before: before,
         linear_parameters_after: after,
         keep: after as f64 / before as f64,
-        parameters_before: checkpoint.n_elements(),
-        parameters_after: outputs.iter().map(TensorSpec::n_elements).sum(),
-        bytes_before,
+        parameters_before: source.checkpoint.n_elements(),
+        parameters_after,
+        bytes_before: source.checkpoint.n_bytes(),
         bytes_after,
-        file_bytes_after: writer_bytes(&outputs, recipe.max_shard_bytes),
-        bits_per_weight_before: 8.0 * stored_before as f64 / before as f64,
-        bits_per_weight_after: 8.0 * stored_after as f64 / before as f64,
+        file_bytes_after: files.file_bytes(),
+        bits_per_weight_before: bits(stored_before),
+        bits_per_weight_after: bits(base + factors),
+        bits_per_weight_base: bits(base),
+        bits_per_weight_factors: bits(factors),
     }
 }
 
@@ -101,6 +139,7 @@ pub(super) fn report(
         calibration,
         sizes,
         linears,
+        control: None,
         truncated: None,
         output_files: Fingerprint::new(),
         timings,

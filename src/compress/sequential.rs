@@ -41,12 +41,12 @@ pub(super) fn anchor(study: &mut Study<'_>, choices: &[Choice], mu: f64, progres
         stage.note(&format!("block {block_idx}"));
         let dense = decoder.block(block_idx)?;
         let compressed = study.compressed_in(block_idx, choices);
-        let mut done: Vec<(usize, usize)> = Vec::new();
+        let mut done: Vec<(usize, Choice)> = Vec::new();
         for site in [InputSite::Qkv, InputSite::O, InputSite::GateUp, InputSite::Down] {
-            let reads = |&(i, _): &(usize, usize)| {
+            let reads = |&(i, _): &(usize, Choice)| {
                 study.plan.linears[i].id.is_some_and(|id: crate::model::LinearId| id.role.site() == site)
             };
-            let here: Vec<(usize, usize)> = compressed.iter().copied().filter(reads).collect();
+            let here: Vec<(usize, Choice)> = compressed.iter().copied().filter(reads).collect();
             let Some(&(first, _)) = here.first() else { continue };
             let n = study.plan.linears[first].in_features;
             let pairs = {
@@ -105,11 +105,12 @@ impl Moments {
     }
 
     /// The pairs of the linears `here` (with their ranks), each with its error curve.
-    fn approximate(&self, study: &Study<'_>, here: &[(usize, usize)], mu: f64) -> Result<Vec<(ErrorCurve, LowRank)>> {
+    fn approximate(&self, study: &Study<'_>, here: &[(usize, Choice)], mu: f64) -> Result<Vec<(ErrorCurve, LowRank)>> {
         let invertible = shifted(self.shifted.clone(), DAMPING * mean_diagonal(&self.shifted));
         let input = Metric::damped(self.shifted.clone(), study.recipe.damping_input);
         here.par_iter()
-            .map(|&(i, rank)| {
+            .map(|&(i, choice)| {
+                let rank = choice.rank().expect("invariant: the anchored mode is for low rank");
                 let linear = &study.plan.linears[i];
                 self.one(study, linear, rank, mu, &invertible, &input)
                     .with_context(|| format!("anchor `{}`", linear.module))

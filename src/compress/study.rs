@@ -7,16 +7,24 @@ use anyhow::Result;
 
 use super::allocate::{self, Choice, Item, Price, Rules, Spectra};
 use super::bases::{Bases, Decompose};
-use super::metrics::Metrics;
+use super::compensate::{Compensate, CompensateRank};
+use super::metric::MetricPair;
+use super::metrics::{Metrics, SharedInputs};
+use super::offers::Offers;
 use super::plan::Plan;
 use super::recipe::{Budget, Recipe};
+use super::residual::{Quantise, Residuals};
 use super::sensitivity::{self, DepthWeight};
+use super::{factors, pivot};
 use crate::calibrate::{self, Header, Observation, Statistics, Windows};
-use crate::checkpoint::{Checkpoint, Fingerprint, writer_bytes};
+use crate::checkpoint::{Checkpoint, Fingerprint};
 use crate::error::Failure;
-use crate::model::inventory::LinearInfo;
+use crate::formats::{Entry, Matrix, Module, Source};
+use crate::linalg;
+use crate::model::inventory::{self, LinearInfo};
 use crate::model::{Decoder, Layout, WalkLimits};
 use crate::progress::Progress;
+use crate::quantize::Quant;
 use crate::report::{CalibrationRecord, Timings};
 use crate::spool::Spool;
 
@@ -35,7 +43,7 @@ impl Inputs {
         if let (Some(statistics), Some(path)) = (&statistics, &recipe.statistics) {
             let named = path.display().to_string();
             statistics.expect_model(&checkpoint.fingerprint()?, &named)?;
-            statistics.expect_needs(recipe.method.needs(), &named)?;
+            statistics.expect_needs(recipe.needs(), &named)?;
             let texts = &statistics.header.parts;
             if let Some(windows) = &windows
                 && texts.iter().all(|part| part.text_sha256 != windows.part.text_sha256)
@@ -86,6 +94,9 @@ pub(super) struct Study<'a> {
     pub inputs: Inputs,
     pub limits: WalkLimits,
     pub bases: Bases,
+    /// Quantised bases, where the recipe asks for them.
+    pub residuals: Residuals,
+    pub source: Source<'a>,
     /// A linear's cost to the model of a unit of squared error, before depth weights.
     pub sensitivities: Vec<f64>,
     pub timings: Timings,
@@ -126,7 +137,15 @@ impl<'a> Study<'a> {
         let bases = decompose.run(Spool::new(limits.activation_bytes, work_folder.into()), progress)?;
         timings.decompose = started.elapsed().as_secs_f64();
         let sensitivities = vec![1.0; plan.linears.len()];
-        let mut study = Self { checkpoint, recipe, plan, inputs, limits, bases, sensitivities, timings };
+        let residuals = Residuals::new(plan.linears.len(), Spool::new(limits.activation_bytes, work_folder.into()));
+        let source = Source::new(checkpoint);
+        let mut study =
+            Self { checkpoint, recipe, plan, inputs, limits, bases, residuals, source, sensitivities, timings };
+        if !recipe.quant.is_empty() {
+            let started = Instant::now();
+            study.quantise(recipe.compensate, &|_| recipe.quant.clone(), progress)?;
+            study.timings.quantise = started.elapsed().as_secs_f64();
+        }
         let started = Instant::now();
         study.sensitivities = sensitivity::of(&study, progress)?;
         study.timings.allocate = started.elapsed().as_secs_f64();
@@ -135,6 +154,84 @@ impl<'a> Study<'a> {
 
     pub fn metrics(&self) -> Metrics<'_> {
         metrics(self.recipe, self.inputs.statistics.as_ref())
+    }
+
+    /// Adds quantised bases to those that there are, with factors that `compensate` makes.
+    ///
+    /// # Errors
+    /// A weight is broken, a number is not finite, or the work folder refuses.
+    pub fn quantise(
+        &mut self,
+        compensate: Compensate,
+        quants: &(dyn Fn(usize) -> Vec<Quant> + Sync),
+        progress: &dyn Progress,
+    ) -> Result<()> {
+        let (checkpoint, plan, rank) = (self.checkpoint, self.plan, self.recipe.compensate_rank);
+        let metrics = metrics(self.recipe, self.inputs.statistics.as_ref());
+        Quantise { checkpoint, plan, metrics, compensate, rank }.run(&mut self.residuals, quants, progress)
+    }
+
+    /// What a choice makes of the `i`-th linear.
+    pub fn entry(&self, i: usize, choice: Choice) -> Option<Entry> {
+        let quant = match choice {
+            Choice::Coded { variant, .. } => Some(self.residuals.of(i)[variant].quant),
+            _ => None,
+        };
+        Plan::entry(self.recipe, choice, quant)
+    }
+
+    /// The same for all linears.
+    pub fn entries(&self, choices: &[Choice]) -> Vec<Option<Entry>> {
+        choices.iter().enumerate().map(|(i, &choice)| self.entry(i, choice)).collect()
+    }
+
+    /// The `i`-th linear as `choice` makes it; none where it stays as it is.
+    ///
+    /// # Errors
+    /// The work folder refuses, or a factor cannot be quantised.
+    pub fn module(&self, i: usize, choice: Choice) -> Result<Option<Module>> {
+        let (linear, shape) = (&self.plan.linears[i], self.plan.linears[i].shape());
+        let (base, pair, layout, metrics) = match choice {
+            Choice::Dense => return Ok(None),
+            Choice::Rank(rank) => (None, Some(self.bases.pair(i, rank)?), self.recipe.layout, self.metrics()),
+            Choice::Coded { variant, rank } => {
+                let (base, pair) = self.residuals.parts(i, variant, rank)?;
+                (Some(base), pair, Layout::Factors, self.metrics().with_preset(self.recipe.compensate.preset()))
+            }
+        };
+        let mut parts = pair.map(|pair| pivot::lay_out(layout, pair, shape));
+        if let (Some(found), Some(bits)) = (&parts, self.recipe.quant_factors) {
+            // What the pair stands for; the anchored mode moves targets, and there it is all that is known of them.
+            let target = match (&base, self.recipe.anchor) {
+                (None, Some(_)) => found.product(shape.0, shape.1),
+                (None, None) => inventory::weight(self.checkpoint, linear)?,
+                (Some(base), _) => {
+                    let weight = inventory::weight(self.checkpoint, linear)?;
+                    weight.iter().zip(base.dequantize()).map(|(w, q)| w - q).collect()
+                }
+            };
+            let target = linalg::transposed_from_row_major(&target, shape.0, shape.1);
+            let output = metrics.output(linear)?;
+            parts = Some(factors::quantise(found, target.transpose(), &output, bits.scheme())?);
+        }
+        Ok(Some(Module { base: base.map(Matrix::Quantized), parts }))
+    }
+
+    /// Squared error of a module in the metric of the method, over the squared norm of the weight in it.
+    ///
+    /// # Errors
+    /// The weight or the statistics cannot be read.
+    pub fn relative_squared_error(&self, i: usize, module: &Module) -> Result<f64> {
+        let linear = &self.plan.linears[i];
+        let (m, n) = linear.shape();
+        let weight = linalg::transposed_from_row_major(&inventory::weight(self.checkpoint, linear)?, m, n);
+        let error = &weight - linalg::transposed_from_row_major(&module.product(m, n), m, n);
+        let output = self.metrics().output(linear)?;
+        self.metrics().with_input(linear, &SharedInputs::new(&[linear]), |input| {
+            let metric = MetricPair { output: &output, input };
+            let norm = metric.squared_norm(weight.transpose());
+            Ok(if norm > 0.0 { metric.squared_norm(error.transpose()) / norm } else { 0.0 })
+        })
     }
 
     /// The choices under a budget; where the recipe leaves the depth weight open, those of the best one.
@@ -166,8 +263,11 @@ impl<'a> Study<'a> {
     }
 
     fn share_out(&self, budget: Budget, sensitivities: &[f64]) -> Result<Vec<Choice>> {
-        let bytes = matches!(budget, Budget::Bytes(_));
+        if !self.recipe.quant.is_empty() {
+            return self.share_out_coded(budget, sensitivities);
+        }
         let spectra = self.recipe.ranks.allocator().spectra();
+        let prices = self.byte_prices(budget);
         let items: Vec<Item<'_>> = (0..self.plan.linears.len())
             .map(|i| {
                 let basis = self.bases.get(i);
@@ -176,42 +276,105 @@ impl<'a> Study<'a> {
                     Spectra::Plain => basis.and_then(|b| b.plain.as_ref()),
                     Spectra::Metric => basis.map(|b| &b.curve),
                 };
-                let item = item(self.recipe, &self.plan.linears[i], bytes);
+                let item = item(self.recipe, &self.plan.linears[i], prices.get(i));
                 Item { curve, sensitivity: sensitivities[i], ..item }
             })
             .collect();
         match budget {
             Budget::Bytes(target) => self.meet(target, &items),
+            Budget::Bits(bits) => self.within_bits(bits, &items),
             Budget::Keep(_) | Budget::None => {
                 Ok(allocate::allocate(self.recipe.ranks, &items, &rules(self.recipe, &items, budget)))
             }
         }
     }
 
+    /// Choices among quantised bases and their ranks.
+    fn share_out_coded(&self, budget: Budget, sensitivities: &[f64]) -> Result<Vec<Choice>> {
+        if let Some(choices) = known_choices(self.recipe, self.plan) {
+            return Ok(choices);
+        }
+        let format = self.recipe.format;
+        let offers = Offers::new(self, &|_| 0, &|linear, entry| format.n_bytes(linear, entry), sensitivities);
+        let bytes = match budget {
+            Budget::Bytes(target) => {
+                return self.meet_with(target, offers.dense_bytes(), &|bytes| offers.best(bytes).0);
+            }
+            Budget::Bits(bits) => (bits * offers.n_weights() as f64 / 8.0 + 1e-6) as u64,
+            Budget::Keep(keep) => (keep * offers.dense_bytes() as f64 + 1e-6) as u64,
+            Budget::None => unreachable!("invariant: without a budget the choice is known"),
+        };
+        let (choices, spent) = offers.best(bytes);
+        if spent > bytes {
+            let least = 8.0 * spent as f64 / offers.n_weights() as f64;
+            return Err(Failure::usage(format!(
+                "the budget cannot be reached: {least:.3} bits a weight are the least"
+            ))
+            .hint("offer fewer bits with `--quant`, or target more linears")
+            .into());
+        }
+        Ok(choices)
+    }
+
+    /// Bytes of every linear, dense and at every rank; empty where the budget does not count bytes.
+    fn byte_prices(&self, budget: Budget) -> Vec<(u64, Vec<u64>)> {
+        if !matches!(budget, Budget::Bytes(_) | Budget::Bits(_)) {
+            return Vec::new();
+        }
+        let price = |linear: &LinearInfo| {
+            let bytes = |rank| {
+                let entry = Plan::entry(self.recipe, Choice::Rank(rank), None);
+                self.recipe.format.n_bytes(linear, &entry.expect("invariant: a rank is an entry"))
+            };
+            (linear.n_bytes(), (0..=linear.out_features.min(linear.in_features)).map(bytes).collect())
+        };
+        self.plan.linears.iter().map(price).collect()
+    }
+
+    fn within_bits(&self, bits: f64, items: &[Item<'_>]) -> Result<Vec<Choice>> {
+        let weights: u64 = self.plan.linears.iter().map(LinearInfo::n_parameters).sum();
+        let rules = rules(self.recipe, items, Budget::Bytes((bits * weights as f64 / 8.0 + 1e-6) as u64));
+        let choices = allocate::allocate(self.recipe.ranks, items, &rules);
+        let spent = allocate::cost(items, &choices);
+        if spent > rules.budget {
+            let least = 8.0 * spent as f64 / weights as f64;
+            return Err(Failure::usage(format!("`--bits {bits}` cannot be reached: {least:.3} are the least"))
+                .hint("target more linears, or lower `--rank-floor`")
+                .into());
+        }
+        Ok(choices)
+    }
+
     /// Bytes of the weight files under choices.
     pub fn file_bytes(&self, choices: &[Choice]) -> u64 {
-        let outputs = self.plan.outputs(self.checkpoint, self.recipe, choices);
-        let specs: Vec<_> = outputs.into_iter().map(|t| t.spec).collect();
-        writer_bytes(&specs, self.recipe.max_shard_bytes)
+        self.plan.files(&self.source, self.recipe, &self.entries(choices)).file_bytes()
     }
 
     /// The choices whose weight files come closest to `target` bytes from below. Headers have no price of their own:
     /// the budget is corrected by what they turn out to take.
     fn meet(&self, target: u64, items: &[Item<'_>]) -> Result<Vec<Choice>> {
+        let dense = allocate::cost(items, &vec![Choice::Dense; items.len()]);
+        self.meet_with(target, dense, &|bytes| {
+            let rules = rules(self.recipe, items, Budget::Bytes(bytes));
+            allocate::allocate(self.recipe.ranks, items, &rules)
+        })
+    }
+
+    /// The same, by `at`, which spends a number of bytes on linears that take `dense_bytes` as they are.
+    fn meet_with(&self, target: u64, dense_bytes: u64, at: &dyn Fn(u64) -> Vec<Choice>) -> Result<Vec<Choice>> {
         const ROUNDS: usize = 16;
-        let dense = vec![Choice::Dense; items.len()];
+        let dense = vec![Choice::Dense; self.plan.linears.len()];
         let whole = self.file_bytes(&dense);
         if whole <= target {
             tracing::warn!("`--target-size` is not below the {whole} bytes of the source: nothing is compressed");
             return Ok(dense);
         }
-        let others = i128::from(whole) - i128::from(allocate::cost(items, &dense));
+        let others = i128::from(whole) - i128::from(dense_bytes);
         let mut budget = i128::from(target) - others;
         let mut best: Option<(u64, Vec<Choice>)> = None;
         let mut smallest = u64::MAX;
         for _ in 0..ROUNDS {
-            let rules = rules(self.recipe, items, Budget::Bytes(u64::try_from(budget.max(0)).unwrap_or(0)));
-            let choices = allocate::allocate(self.recipe.ranks, items, &rules);
+            let choices = at(u64::try_from(budget.max(0)).unwrap_or(0));
             let bytes = self.file_bytes(&choices);
             smallest = smallest.min(bytes);
             budget += i128::from(target) - i128::from(bytes);
@@ -225,11 +388,11 @@ impl<'a> Study<'a> {
             return Err(Failure::usage(format!(
                 "`--target-size` of {target} bytes cannot be reached: {smallest} is the least"
             ))
-            .hint("what is not targeted stays as it is; target more linears, or lower `--rank-floor`")
+            .hint("what is not targeted stays as it is; target more linears, lower `--rank-floor`, or offer fewer bits with `--quant`")
             .into());
         };
         if (target - bytes) as f64 > 0.001 * target as f64 && self.recipe.ranks.is_budgeted() {
-            tracing::warn!("`--target-size` is missed by {} bytes: no step of rank is that small", target - bytes);
+            tracing::warn!("`--target-size` is missed by {} bytes: no step is that small", target - bytes);
         }
         Ok(choices)
     }
@@ -237,37 +400,49 @@ impl<'a> Study<'a> {
 
 /// The choices, where no spectrum is needed to know them.
 pub(super) fn known_choices(recipe: &Recipe, plan: &Plan) -> Option<Vec<Choice>> {
-    let is_known = recipe.ranks.allocator().spectra() == Spectra::None && !matches!(recipe.budget, Budget::Bytes(_));
+    if let (&[quant], Budget::None) = (recipe.quant.as_slice(), recipe.budget) {
+        let choice = |linear: &LinearInfo| {
+            let rank = match (recipe.compensate, recipe.compensate_rank) {
+                (Compensate::None, _) | (_, CompensateRank::Auto) => 0,
+                (_, CompensateRank::Fixed(rank)) => rank.min(linear.out_features).min(linear.in_features),
+            };
+            if quant.storage().fits(linear.in_features) { Choice::Coded { variant: 0, rank } } else { Choice::Dense }
+        };
+        return Some(plan.linears.iter().map(choice).collect());
+    }
+    let is_known = recipe.quant.is_empty()
+        && recipe.ranks.allocator().spectra() == Spectra::None
+        && !matches!(recipe.budget, Budget::Bytes(_) | Budget::Bits(_));
     is_known.then(|| {
-        let items: Vec<Item<'_>> = plan.linears.iter().map(|linear| item(recipe, linear, false)).collect();
+        let items: Vec<Item<'_>> = plan.linears.iter().map(|linear| item(recipe, linear, None)).collect();
         allocate::allocate(recipe.ranks, &items, &rules(recipe, &items, recipe.budget))
     })
 }
 
 /// The largest rank that each linear may get; 0 for those that are known to stay dense.
 pub(super) fn max_ranks(recipe: &Recipe, plan: &Plan) -> Vec<usize> {
+    if !recipe.quant.is_empty() {
+        return vec![0; plan.linears.len()];
+    }
     match known_choices(recipe, plan) {
         Some(choices) => choices.iter().map(|choice| choice.rank().unwrap_or(0)).collect(),
         None => plan.linears.iter().map(|linear| recipe.layout.largest_saving_rank(linear.shape())).collect(),
     }
 }
 
-fn item(recipe: &Recipe, linear: &LinearInfo, in_bytes: bool) -> Item<'static> {
-    let shape = linear.shape();
-    let price = if in_bytes {
-        // The order of the rows is 4 bytes each.
-        let order = if recipe.layout == Layout::Pivot { 4 * shape.0 as u64 } else { 0 };
-        Price { parameter: linear.dtype.bitsize() as u64 / 8, dense: 0, low_rank: order }
-    } else {
-        Price::PARAMETERS
+fn item<'a>(recipe: &Recipe, linear: &LinearInfo, bytes: Option<&'a (u64, Vec<u64>)>) -> Item<'a> {
+    let price = match bytes {
+        Some((dense, ranks)) => Price::Bytes { dense: *dense, ranks },
+        None => Price::Parameters,
     };
-    Item { shape, layout: recipe.layout, curve: None, sensitivity: 1.0, price }
+    Item { shape: linear.shape(), layout: recipe.layout, curve: None, sensitivity: 1.0, price, coded: &[] }
 }
 
 fn rules(recipe: &Recipe, items: &[Item<'_>], budget: Budget) -> Rules {
     let rules = match budget {
         Budget::Keep(keep) => Rules::of_keep(items, keep),
         Budget::None => Rules { budget: u64::MAX, ..Rules::of_keep(items, 1.0) },
+        Budget::Bits(_) => unreachable!("invariant: bits were turned into bytes"),
         Budget::Bytes(bytes) => {
             let dense = allocate::cost(items, &vec![Choice::Dense; items.len()]);
             Rules { budget: bytes, fill: true, ..Rules::of_keep(items, bytes as f64 / dense as f64) }
@@ -294,7 +469,7 @@ fn measure(
     progress: &dyn Progress,
 ) -> Result<(Statistics, calibrate::Seconds)> {
     let decoder = Decoder::open(checkpoint)?;
-    let observation = Observation { needs: recipe.method.needs(), clip_gradients: recipe.clip_gradients };
+    let observation = Observation { needs: recipe.needs(), clip_gradients: recipe.clip_gradients };
     let header = Header::new(Fingerprint::new(), observation, vec![windows.part.clone()]);
     let mut statistics = Statistics::new(header, limits.activation_bytes, &limits.work_folder);
     let seconds = calibrate::observe(&decoder, &windows.windows, observation, limits, progress, &mut |block, sums| {

@@ -55,7 +55,7 @@ pub fn sweep(settings: &SweepSettings<'_>, progress: &dyn Progress) -> Result<Sw
             keep,
             ppl: divergence.perplexity(),
             divergence: divergence.record(&settings.eval.model),
-            sizes: record::sizes(checkpoint, recipe, &plan, choices),
+            sizes: record::sizes(&study.source, recipe, &plan, &study.entries(choices)),
             ranks: plan.linears.iter().zip(choices).map(|(l, c)| (l.module.clone(), c.rank())).collect(),
         });
     }

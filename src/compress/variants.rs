@@ -3,16 +3,15 @@
 use std::collections::HashMap;
 use std::ops::Range;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use candle_core::{Device, Tensor};
 use rayon::prelude::*;
 
 use super::allocate::Choice;
-use super::pivot;
 use super::study::Study;
-use crate::checkpoint::{Dtype, cast};
 use crate::eval::divergence::{self, Divergence};
-use crate::formats::{Entry, Format, NamedBytes};
+use crate::formats::{Format, Parts};
+use crate::model::linear::{BASE, LR_A, LR_B, LR_COEFFICIENTS, LR_ORDER, LR_PIVOT};
 use crate::model::{Decoder, Hidden, Overlay, Walk, WalkLimits};
 use crate::progress::Progress;
 
@@ -78,46 +77,56 @@ impl Study<'_> {
         Ok(divergences)
     }
 
-    /// The compressed linears of a block with their ranks.
-    pub fn compressed_in(&self, block_idx: usize, choices: &[Choice]) -> Vec<(usize, usize)> {
+    /// The compressed linears of a block with what becomes of them.
+    pub fn compressed_in(&self, block_idx: usize, choices: &[Choice]) -> Vec<(usize, Choice)> {
         let is_here = |i: usize| self.plan.linears[i].id.is_some_and(|id| id.block == block_idx);
-        let ranks = choices.iter().enumerate().filter_map(|(i, choice)| Some((i, choice.rank()?)));
-        ranks.filter(|&(i, _)| is_here(i)).collect()
+        let compressed = choices.iter().enumerate().filter(|(_, choice)| **choice != Choice::Dense);
+        compressed.filter(|&(i, _)| is_here(i)).map(|(i, &choice)| (i, choice)).collect()
     }
 
     /// The checkpoint with some linears as the factored format would store them, rounding included.
-    pub fn overlay(&self, compressed: &[(usize, usize)]) -> Result<Overlay<'_>> {
-        let exporter = Format::Factored.exporter();
-        let layout = self.recipe.layout;
-        let tensors: Vec<Vec<(String, Tensor)>> = compressed
-            .par_iter()
-            .map(|&(i, rank)| {
-                let linear = &self.plan.linears[i];
-                let parts = pivot::lay_out(layout, self.bases.pair(i, rank)?, linear.shape());
-                let specs = exporter.specs(linear, Entry { rank, layout });
-                let mut tensors = Vec::new();
-                for (spec, NamedBytes { name, bytes }) in specs.into_iter().zip(exporter.tensors(linear, &parts)?) {
-                    let tensor = match spec.dtype {
-                        Dtype::I32 => Tensor::new(places(&bytes), &Device::Cpu)?,
-                        dtype => {
-                            let values = cast::decode(dtype, &bytes).context("invariant: parts are floats")?;
-                            Tensor::from_vec(values, spec.shape, &Device::Cpu)?
-                        }
-                    };
-                    tensors.push((name, tensor));
-                }
-                let bias = format!("{}.bias", linear.module);
-                if self.checkpoint.info(&bias).is_some() {
-                    let values = self.checkpoint.values(&bias)?;
-                    tensors.push((exporter.bias_name(linear, layout), Tensor::new(values, &Device::Cpu)?));
-                }
-                Ok(tensors)
-            })
-            .collect::<Result<_>>()?;
+    pub fn overlay(&self, compressed: &[(usize, Choice)]) -> Result<Overlay<'_>> {
+        let tensors: Vec<Vec<(String, Tensor)>> =
+            compressed.par_iter().map(|&(i, choice)| self.laid_over(i, choice)).collect::<Result<_>>()?;
         Ok(Overlay { below: self.checkpoint, above: tensors.into_iter().flatten().collect::<HashMap<_, _>>() })
     }
-}
 
-fn places(bytes: &[u8]) -> Vec<u32> {
-    bytes.as_chunks::<4>().0.iter().map(|&b| u32::from_le_bytes(b)).collect()
+    fn laid_over(&self, i: usize, choice: Choice) -> Result<Vec<(String, Tensor)>> {
+        let linear = &self.plan.linears[i];
+        let (m, n) = linear.shape();
+        let (Some(module), Some(entry)) = (self.module(i, choice)?, self.entry(i, choice)) else {
+            return Ok(Vec::new());
+        };
+        let name = |part: &str| format!("{}.{part}", linear.module);
+        let weight = |part: &str| name(&format!("{part}.weight"));
+        let mut matrices: Vec<(String, Vec<f32>, (usize, usize))> = Vec::new();
+        let mut tensors = Vec::new();
+        if let Some(base) = &module.base {
+            let name = if module.parts.is_some() { weight(BASE) } else { linear.weight_name() };
+            matrices.push((name, base.values().into_owned(), (m, n)));
+        }
+        let overflow = |_| anyhow::anyhow!("`{}` has a value that {:?} cannot hold", linear.module, linear.dtype);
+        match module.parts.map(|parts| parts.rounded(linear.dtype)).transpose().map_err(overflow)? {
+            None => {}
+            Some(Parts::Factors { rank, b, a }) => {
+                matrices.push((weight(LR_A), a.values().into_owned(), (rank, n)));
+                matrices.push((weight(LR_B), b.values().into_owned(), (m, rank)));
+            }
+            Some(Parts::Pivot { rank, pivots, coefficients, order }) => {
+                matrices.push((weight(LR_PIVOT), pivots.values().into_owned(), (rank, n)));
+                matrices.push((weight(LR_COEFFICIENTS), coefficients.values().into_owned(), (m - rank, rank)));
+                let order: Vec<u32> = order.into_iter().map(|place| place as u32).collect();
+                tensors.push((name(LR_ORDER), Tensor::new(order, &Device::Cpu)?));
+            }
+        }
+        for (name, values, shape) in matrices {
+            tensors.push((name, Tensor::from_vec(values, shape, &Device::Cpu)?));
+        }
+        let bias = name("bias");
+        if self.checkpoint.info(&bias).is_some() {
+            let values = Tensor::new(self.checkpoint.values(&bias)?, &Device::Cpu)?;
+            tensors.push((Format::Factored.exporter().bias_name(linear, &entry), values));
+        }
+        Ok(tensors)
+    }
 }

@@ -4,15 +4,23 @@
 //! In that of pivots it becomes `X.lr_p.weight` (r, in), `X.lr_t.weight` (out − r, r) and `X.lr_order` (out), an i32 for each
 //! output: its place among pivots, then others; its bias stays `X.bias`. The `model_type` gets
 //! the prefix `lrc_`: with the native one, a user who forgets `trust_remote_code` would get random weights and no error.
+//!
+//! A base below factors is `X.base`. A quantised matrix `P.weight` (`X`, `X.base` or one of the parts) is stored as `P.codes` u8,
+//! rows of packed codes with low bits first, `P.scales` f16 (out, n_groups), and `P.zeros` where groups have their own.
 
-use std::collections::BTreeMap;
-
+use anyhow::Result;
 use serde_json::{Map, Value, json};
 
-use super::{CheckpointError, Entry, Exporter, Layout, LinearInfo, NamedBytes, Parts, TensorSpec, encode};
-use crate::checkpoint::Dtype;
+use super::{
+    Base, CheckpointError, Entry, Exporter, LinearInfo, Matrix, Module, NamedBytes, OutTensor, Parts, Source, encode,
+};
+use crate::checkpoint::encoded::{CODES, PackedEntry, SCALES, ZEROS};
+use crate::checkpoint::{Checkpoint, Dtype};
+use crate::model::Layout;
 use crate::model::config::MODEL_TYPE_PREFIX;
-use crate::model::linear::{LR_A, LR_B, LR_COEFFICIENTS, LR_ORDER, LR_PIVOT};
+use crate::model::inventory::{self, Stored};
+use crate::model::linear::{BASE, LR_A, LR_B, LR_COEFFICIENTS, LR_ORDER, LR_PIVOT};
+use crate::quantize::{Quantized, Scheme, Storage, bits};
 
 pub(super) struct Factored;
 
@@ -47,48 +55,132 @@ impl Classes {
     }
 }
 
+/// The matrices of a module: name, shape, and how each is quantised.
+fn matrices(linear: &LinearInfo, entry: &Entry) -> Vec<(String, [usize; 2], Option<Scheme>)> {
+    let (out, input) = linear.shape();
+    let mut matrices = Vec::new();
+    let scheme = match entry.base {
+        Some(Base::Quantized(Storage::Grouped(scheme))) => Some(scheme),
+        _ => None,
+    };
+    if entry.base.is_some() {
+        matrices.push((base_name(linear, entry), [out, input], scheme));
+    }
+    if let Some(pair) = entry.pair {
+        let rank = pair.rank;
+        let parts = match pair.layout {
+            Layout::Factors => [(LR_A, [rank, input]), (LR_B, [out, rank])],
+            Layout::Pivot => [(LR_PIVOT, [rank, input]), (LR_COEFFICIENTS, [out - rank, rank])],
+        };
+        matrices.extend(parts.map(|(part, shape)| (part_name(linear, part), shape, pair.scheme)));
+    }
+    matrices
+}
+
+/// Where the base of a module is: at its own place, or below its factors.
+fn base_name(linear: &LinearInfo, entry: &Entry) -> String {
+    if entry.pair.is_some() { part_name(linear, BASE) } else { linear.module.clone() }
+}
+
+fn part_name(linear: &LinearInfo, part: &str) -> String {
+    format!("{}.{part}", linear.module)
+}
+
+fn is_pivot(entry: &Entry) -> bool {
+    entry.pair.is_some_and(|pair| pair.layout == Layout::Pivot)
+}
+
 impl Exporter for Factored {
-    fn specs(&self, linear: &LinearInfo, Entry { rank, layout }: Entry) -> Vec<TensorSpec> {
-        let (out, input) = linear.shape();
-        let spec = |part, shape| TensorSpec { name: name(linear, part), dtype: linear.dtype, shape };
-        match layout {
-            Layout::Factors => vec![spec(LR_A, vec![rank, input]), spec(LR_B, vec![out, rank])],
-            Layout::Pivot => vec![
-                spec(LR_PIVOT, vec![rank, input]),
-                spec(LR_COEFFICIENTS, vec![out - rank, rank]),
-                TensorSpec { name: order_name(linear), dtype: Dtype::I32, shape: vec![out] },
-            ],
-        }
-    }
-
-    fn tensors(&self, linear: &LinearInfo, parts: &Parts) -> Result<Vec<NamedBytes>, CheckpointError> {
-        let float = |part, values: &[f32]| encode(name(linear, part), linear.dtype, values);
-        Ok(match parts {
-            Parts::Factors { b, a, .. } => vec![float(LR_A, a)?, float(LR_B, b)?],
-            Parts::Pivot { pivots, coefficients, order, .. } => {
-                let bytes = order.iter().flat_map(|place| place.to_le_bytes()).collect();
-                let order = NamedBytes { name: order_name(linear), bytes };
-                vec![float(LR_PIVOT, pivots)?, float(LR_COEFFICIENTS, coefficients)?, order]
+    fn refusal(&self, _: &Source<'_>, _: &LinearInfo, entry: &Entry) -> Option<String> {
+        match entry.base {
+            Some(Base::Quantized(Storage::Block(block_type))) => {
+                Some(format!("`{}` is a block type of llama.cpp; `--format gguf` stores it", block_type.name))
             }
-        })
-    }
-
-    fn bias_name(&self, linear: &LinearInfo, layout: Layout) -> String {
-        match layout {
-            Layout::Factors => format!("{}.{LR_B}.bias", linear.module),
-            Layout::Pivot => format!("{}.bias", linear.module),
+            Some(_) if is_pivot(entry) => Some("pivots stand alone, a base takes factors".into()),
+            _ => None,
         }
     }
 
-    fn config(&self, source: &Map<String, Value>, modules: &BTreeMap<String, Entry>) -> Map<String, Value> {
-        let mut config = source.clone();
+    fn tensors(&self, linear: &LinearInfo, entry: &Entry) -> Vec<OutTensor> {
+        let mut tensors = Vec::new();
+        for (name, [rows, cols], scheme) in matrices(linear, entry) {
+            let tensor =
+                |part: &str, dtype, width| OutTensor::plain(format!("{name}.{part}"), dtype, vec![rows, width]);
+            let Some(scheme) = scheme else {
+                tensors.push(tensor("weight", linear.dtype, cols));
+                continue;
+            };
+            let (width, groups) = (scheme.levels.bits(), scheme.n_groups(cols));
+            tensors.push(tensor(CODES, Dtype::U8, bits::row_bytes(cols, width, 1)));
+            tensors.push(tensor(SCALES, Dtype::F16, groups));
+            if scheme.levels.has_zeros() {
+                tensors.push(tensor(ZEROS, Dtype::U8, bits::row_bytes(groups, width, 1)));
+            }
+        }
+        if is_pivot(entry) {
+            tensors.push(OutTensor::plain(part_name(linear, LR_ORDER), Dtype::I32, vec![linear.out_features]));
+        }
+        tensors
+    }
+
+    fn bytes(&self, _: &Source<'_>, linear: &LinearInfo, module: &Module) -> Result<Vec<NamedBytes>, CheckpointError> {
+        let mut tensors = Vec::new();
+        let mut put = |name: String, matrix: &Matrix| -> Result<(), CheckpointError> {
+            match matrix {
+                Matrix::Float(values) => tensors.push(encode(format!("{name}.weight"), linear.dtype, values)?),
+                Matrix::Quantized(Quantized::Grouped(matrix)) => {
+                    let (width, groups) = (matrix.scheme.levels.bits(), matrix.scheme.n_groups(matrix.cols));
+                    let codes = bits::pack(&matrix.codes, matrix.cols, width, 1);
+                    tensors.push(NamedBytes::of(format!("{name}.{CODES}"), codes));
+                    tensors.push(encode(format!("{name}.{SCALES}"), Dtype::F16, &matrix.scales)?);
+                    if matrix.scheme.levels.has_zeros() {
+                        let zeros = bits::pack(&matrix.zeros, groups, width, 1);
+                        tensors.push(NamedBytes::of(format!("{name}.{ZEROS}"), zeros));
+                    }
+                }
+                Matrix::Quantized(Quantized::Block(_)) => unreachable!("invariant: blocks are refused"),
+            }
+            Ok(())
+        };
+        if let Some(base) = &module.base {
+            let name = if module.parts.is_some() { part_name(linear, BASE) } else { linear.module.clone() };
+            put(name, base)?;
+        }
+        match &module.parts {
+            None => {}
+            Some(Parts::Factors { b, a, .. }) => {
+                put(part_name(linear, LR_A), a)?;
+                put(part_name(linear, LR_B), b)?;
+            }
+            Some(Parts::Pivot { pivots, coefficients, order, .. }) => {
+                put(part_name(linear, LR_PIVOT), pivots)?;
+                put(part_name(linear, LR_COEFFICIENTS), coefficients)?;
+                let bytes = order.iter().flat_map(|place| place.to_le_bytes()).collect();
+                tensors.push(NamedBytes::of(part_name(linear, LR_ORDER), bytes));
+            }
+        }
+        Ok(tensors)
+    }
+
+    fn bias_name(&self, linear: &LinearInfo, entry: &Entry) -> String {
+        match entry.pair {
+            Some(pair) if pair.layout == Layout::Factors && entry.base.is_none() => {
+                format!("{}.bias", part_name(linear, LR_B))
+            }
+            Some(pair) if pair.layout == Layout::Factors => format!("{}.bias", part_name(linear, BASE)),
+            _ => format!("{}.bias", linear.module),
+        }
+    }
+
+    fn config(&self, source: &Source<'_>, modules: &[(LinearInfo, Entry)]) -> Map<String, Value> {
+        let mut config = source.config.clone();
         if modules.is_empty() {
             return config;
         }
-        let model_type = source.get("model_type").and_then(Value::as_str).unwrap_or("unknown");
+        let model_type = config.get("model_type").and_then(Value::as_str).unwrap_or("unknown").to_string();
         config.insert("model_type".into(), json!(format!("{MODEL_TYPE_PREFIX}{model_type}")));
         // Without a class to extend, transformers cannot load the output; lrc can.
-        if let Some(classes) = Classes::of(source) {
+        if let Some(classes) = Classes::of(&source.config) {
             let mut auto_map = Map::new();
             auto_map.insert("AutoConfig".into(), json!("modeling_lrc.LrcConfig"));
             auto_map.insert("AutoModel".into(), json!("modeling_lrc.LrcModel"));
@@ -100,25 +192,80 @@ impl Exporter for Factored {
             }
             config.insert("auto_map".into(), Value::Object(auto_map));
         }
-        let modules: Map<String, Value> =
-            modules.iter().map(|(module, e)| (module.clone(), json!({"rank": e.rank, "layout": e.layout}))).collect();
-        config.insert("lrc".into(), json!({"version": VERSION, "modules": modules}));
+        let (mut entries, mut quantized) = (Map::new(), Map::new());
+        for (linear, entry) in modules {
+            let mut described = Map::new();
+            if entry.base.is_some() {
+                described.insert("base".into(), json!(true));
+            }
+            if let Some(pair) = entry.pair {
+                described.insert("rank".into(), json!(pair.rank));
+                described.insert("layout".into(), json!(pair.layout));
+            }
+            entries.insert(linear.module.clone(), Value::Object(described));
+            for (name, shape, scheme) in matrices(linear, entry) {
+                let Some(scheme) = scheme else { continue };
+                let packed = PackedEntry { scheme: scheme.to_string(), shape, dtype: format!("{:?}", linear.dtype) };
+                quantized.insert(name, json!(packed));
+            }
+        }
+        let mut lrc = Map::new();
+        lrc.insert("version".into(), json!(VERSION));
+        // What the source was, so that it can be exported again.
+        if let Some(classes) = source.config.get("architectures") {
+            lrc.insert("architectures".into(), classes.clone());
+        }
+        lrc.insert("modules".into(), Value::Object(entries));
+        if !quantized.is_empty() {
+            lrc.insert("quantized".into(), Value::Object(quantized));
+        }
+        config.insert("lrc".into(), Value::Object(lrc));
         config
     }
 
-    fn side_files(&self, source: &Map<String, Value>) -> Vec<(&'static str, String)> {
-        let Some(classes) = Classes::of(source) else { return Vec::new() };
+    fn side_files(&self, source: &Source<'_>, _: &[(LinearInfo, Entry)]) -> Vec<(String, String)> {
+        let Some(classes) = Classes::of(&source.config) else { return Vec::new() };
         let own = if classes.own == "Lrc" { "LrcHeadless" } else { &classes.own };
-        vec![(MODELING_FILE, MODELING_TEMPLATE.replace("@BASE@", &classes.base).replace("LrcForCausalLM", own))]
+        let code = MODELING_TEMPLATE.replace("@BASE@", &classes.base).replace("LrcForCausalLM", own);
+        vec![(MODELING_FILE.into(), code)]
+    }
+
+    fn loading(&self, _: bool) -> String {
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\
+         model = AutoModelForCausalLM.from_pretrained(\"FOLDER\", trust_remote_code=True)\n\
+         tokenizer = AutoTokenizer.from_pretrained(\"FOLDER\", trust_remote_code=True)\n```\n\n\
+         The modelling code is `modeling_lrc.py` in this folder. `lrc eval FOLDER --text FILE` runs it without Python.\n"
+            .into()
     }
 }
 
-fn name(linear: &LinearInfo, part: &str) -> String {
-    format!("{}.{part}.weight", linear.module)
-}
-
-fn order_name(linear: &LinearInfo) -> String {
-    format!("{}.{LR_ORDER}", linear.module)
+/// A linear of a compressed checkpoint as it is stored there, codes and all; none where it is plain.
+///
+/// # Errors
+/// A tensor is absent or broken.
+pub fn load(checkpoint: &Checkpoint, linear: &LinearInfo) -> Result<Option<Module>> {
+    let matrix = |name: &str| -> Result<Matrix> {
+        Ok(match checkpoint.quantized(name)? {
+            Some(matrix) => Matrix::Quantized(matrix),
+            None => Matrix::Float(checkpoint.values(name)?),
+        })
+    };
+    let part = |part: &str| matrix(&format!("{}.weight", part_name(linear, part)));
+    let Stored::LowRank { rank, layout, has_base } = linear.stored else {
+        let base = matrix(&linear.weight_name())?;
+        let is_quantized = matches!(base, Matrix::Quantized(_));
+        return Ok(is_quantized.then_some(Module { base: Some(base), parts: None }));
+    };
+    let parts = match layout {
+        Layout::Factors => Parts::Factors { rank, b: part(LR_B)?, a: part(LR_A)? },
+        Layout::Pivot => {
+            let order = inventory::order(checkpoint, &part_name(linear, LR_ORDER))?;
+            let order = order.into_iter().map(|place| place as i32).collect();
+            Parts::Pivot { rank, pivots: part(LR_PIVOT)?, coefficients: part(LR_COEFFICIENTS)?, order }
+        }
+    };
+    let base = has_base.then(|| part(BASE)).transpose()?;
+    Ok(Some(Module { base, parts: Some(parts) }))
 }
 
 #[cfg(test)]

@@ -1,133 +1,191 @@
 //! How a compressed model is laid down for a runtime. One format a file, one line in [`Format::exporter`].
 
+mod adapter;
+mod compressed_tensors;
 mod dense;
 mod factored;
-
-use std::collections::BTreeMap;
+mod gguf;
+mod gptq;
+mod output;
+mod parts;
 
 use anyhow::Result;
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::checkpoint::cast;
-use crate::checkpoint::{CheckpointError, Dtype, TensorSpec};
-use crate::linalg;
-use crate::model::Layout;
+use crate::checkpoint::encoded::Element;
+use crate::checkpoint::{
+    Checkpoint, CheckpointError, Dtype, TensorInfo, TensorSpec, cast, gguf::GgufTensor, gguf::Value as GgufValue,
+};
+use crate::model::config::native_config;
 use crate::model::inventory::LinearInfo;
+
+pub use factored::load;
+pub use output::{Files, Output};
+pub use parts::{Base, Entry, Matrix, Module, Pair, Parts};
 
 /// The formats, as a user names them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Format {
-    /// Low-rank parts as they are; loads in transformers with `trust_remote_code`, and in lrc
+    /// Parts as they are; loads in transformers with `trust_remote_code`, and in lrc
     #[default]
     Factored,
     /// Multiplied out: loads everywhere, and is no smaller
     Dense,
+    /// Packed int4 or int8 for transformers and vLLM; low-rank parts as a PEFT adapter beside it
+    CompressedTensors,
+    /// GPTQ int4 or int8 for transformers with gptqmodel, and vLLM; low-rank parts as a PEFT adapter beside it
+    Gptq,
+    /// A dense base with low-rank parts as a PEFT adapter beside it
+    Peft,
+    /// For llama.cpp and what is built on it; low-rank parts as a GGUF LoRA beside it
+    Gguf,
+}
+
+/// Which file a tensor goes to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Target {
+    Model,
+    /// The adapter beside the model.
+    Adapter,
+}
+
+/// A tensor of the output.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OutTensor {
+    pub target: Target,
+    pub name: String,
+    pub element: Element,
+    pub shape: Vec<usize>,
+}
+
+impl OutTensor {
+    fn plain(name: String, dtype: Dtype, shape: Vec<usize>) -> Self {
+        Self { target: Target::Model, name, element: Element::Plain(dtype), shape }
+    }
+
+    fn gguf(&self) -> GgufTensor {
+        GgufTensor { name: self.name.clone(), element: self.element, shape: self.shape.clone() }
+    }
+
+    pub fn n_bytes(&self) -> u64 {
+        match self.element {
+            Element::Plain(_) => self.spec().n_bytes(),
+            Element::Block(_) => self.gguf().n_bytes(),
+        }
+    }
+
+    /// As safetensors know it.
+    ///
+    /// # Panics
+    /// When it is made of blocks.
+    pub fn spec(&self) -> TensorSpec {
+        let Element::Plain(dtype) = self.element else { unreachable!("invariant: blocks are written to GGUF files") };
+        TensorSpec { name: self.name.clone(), dtype, shape: self.shape.clone() }
+    }
 }
 
 /// A tensor with its bytes.
 pub struct NamedBytes {
+    pub target: Target,
     pub name: String,
     pub bytes: Vec<u8>,
 }
 
-/// A matrix (m, n) of low rank in one of its layouts, row-major.
+impl NamedBytes {
+    fn of(name: String, bytes: Vec<u8>) -> Self {
+        Self { target: Target::Model, name, bytes }
+    }
+}
+
+/// The model that is exported.
+pub struct Source<'a> {
+    pub checkpoint: &'a Checkpoint,
+    /// `config.json` without what compression added to it.
+    pub config: Map<String, Value>,
+}
+
+impl<'a> Source<'a> {
+    pub fn new(checkpoint: &'a Checkpoint) -> Self {
+        Self { checkpoint, config: checkpoint.config().map(native_config).unwrap_or_default() }
+    }
+}
+
+/// What files a format is made of.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Parts {
-    /// `B` (m, rank) and `A` (rank, n).
-    Factors { rank: usize, b: Vec<f32>, a: Vec<f32> },
-    /// `pivots` (rank, n), `coefficients` (m − rank, rank) of the other rows in them, and `order` (m): where each row of the
-    /// matrix stands among pivots, then others.
-    Pivot { rank: usize, pivots: Vec<f32>, coefficients: Vec<f32>, order: Vec<i32> },
-}
-
-impl Parts {
-    /// The matrix (m, n), row-major.
-    pub fn product(&self, m: usize, n: usize) -> Vec<f32> {
-        match self {
-            Self::Factors { rank, b, a } => linalg::product_row_major(b, a, m, *rank, n),
-            Self::Pivot { rank, pivots, coefficients, order } => {
-                let others = linalg::product_row_major(coefficients, pivots, m - rank, *rank, n);
-                let row = |&place: &i32| {
-                    let place = place as usize;
-                    match place.checked_sub(*rank) {
-                        None => &pivots[place * n..][..n],
-                        Some(other) => &others[other * n..][..n],
-                    }
-                };
-                order.iter().flat_map(row).copied().collect()
-            }
-        }
-    }
-
-    /// `L x` (m) of the matrix `L` (m, n), in f64.
-    ///
-    /// # Panics
-    /// When `x` has not n values.
-    pub fn times(&self, x: &[f64]) -> Vec<f64> {
-        let product = |matrix: &[f32], x: &[f64]| -> Vec<f64> {
-            let row = |row: &[f32]| row.iter().zip(x).map(|(w, x)| f64::from(*w) * x).sum();
-            matrix.chunks_exact(x.len().max(1)).map(row).collect()
-        };
-        match self {
-            Self::Factors { b, a, .. } => product(b, &product(a, x)),
-            Self::Pivot { pivots, coefficients, order, .. } => {
-                let mut y = product(pivots, x);
-                y.extend(product(coefficients, &y));
-                order.iter().map(|&place| y[place as usize]).collect()
-            }
-        }
-    }
-
-    /// The parts as `dtype` stores them.
-    ///
-    /// # Errors
-    /// A value does not fit; the index of the first.
-    pub fn rounded(&self, dtype: Dtype) -> Result<Self, usize> {
-        let round = |values: &[f32]| -> Result<Vec<f32>, usize> {
-            let bytes = cast::encode(dtype, values)?;
-            Ok(cast::decode(dtype, &bytes).expect("invariant: what was encoded is decoded"))
-        };
-        Ok(match self {
-            Self::Factors { rank, b, a } => Self::Factors { rank: *rank, b: round(b)?, a: round(a)? },
-            Self::Pivot { rank, pivots, coefficients, order } => Self::Pivot {
-                rank: *rank,
-                pivots: round(pivots)?,
-                coefficients: round(coefficients)?,
-                order: order.clone(),
-            },
-        })
-    }
-}
-
-/// How a compressed linear is described in `config.json`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Entry {
-    pub rank: usize,
-    pub layout: Layout,
+pub enum Container {
+    Safetensors,
+    /// Metadata of the model and of its adapter.
+    Gguf {
+        model: Vec<(String, GgufValue)>,
+        adapter: Vec<(String, GgufValue)>,
+    },
 }
 
 /// How a format stores one compressed linear, and what it says in `config.json`.
 pub trait Exporter: Sync {
+    /// Why a linear cannot be stored so that its runtime reads what was meant; every linear is asked before any work.
+    fn refusal(&self, source: &Source<'_>, linear: &LinearInfo, entry: &Entry) -> Option<String>;
+
+    /// The same for all linears together.
+    fn refusal_of_all(&self, _: &Source<'_>, _: &[(LinearInfo, Entry)]) -> Option<String> {
+        None
+    }
+
     /// The tensors that take the place of the weight of `linear`.
-    fn specs(&self, linear: &LinearInfo, entry: Entry) -> Vec<TensorSpec>;
+    fn tensors(&self, linear: &LinearInfo, entry: &Entry) -> Vec<OutTensor>;
 
     /// Their bytes.
     ///
     /// # Errors
     /// A value does not fit the dtype.
-    fn tensors(&self, linear: &LinearInfo, parts: &Parts) -> Result<Vec<NamedBytes>, CheckpointError>;
+    fn bytes(
+        &self,
+        source: &Source<'_>,
+        linear: &LinearInfo,
+        module: &Module,
+    ) -> Result<Vec<NamedBytes>, CheckpointError>;
 
     /// Where the bias of a compressed linear goes.
-    fn bias_name(&self, linear: &LinearInfo, layout: Layout) -> String;
+    fn bias_name(&self, linear: &LinearInfo, _: &Entry) -> String {
+        format!("{}.bias", linear.module)
+    }
 
-    /// `config.json` of the output; what became of the linears by module.
-    fn config(&self, source: &Map<String, Value>, modules: &BTreeMap<String, Entry>) -> Map<String, Value>;
+    /// What becomes of a tensor that was not compressed: kept by name and bytes unless a format has its own.
+    fn other(&self, info: &TensorInfo) -> OutTensor {
+        OutTensor::plain(info.name.clone(), info.dtype, info.shape.clone())
+    }
 
-    /// Files that the runtime needs beside the weights: (name, content).
-    fn side_files(&self, source: &Map<String, Value>) -> Vec<(&'static str, String)>;
+    /// Its bytes.
+    ///
+    /// # Errors
+    /// The tensor is broken.
+    fn other_bytes(&self, source: &Source<'_>, info: &TensorInfo) -> Result<Vec<u8>, CheckpointError> {
+        if !info.is_encoded() {
+            return source.checkpoint.with_bytes(&info.name, <[u8]>::to_vec);
+        }
+        Ok(encode(info.name.clone(), info.dtype, &source.checkpoint.values(&info.name)?)?.bytes)
+    }
+
+    /// Tensors that the source does not have, with their bytes.
+    fn extras(&self, _: &Source<'_>) -> Vec<(OutTensor, Vec<u8>)> {
+        Vec::new()
+    }
+
+    fn container(&self, _: &Source<'_>) -> Container {
+        Container::Safetensors
+    }
+
+    /// `config.json` of the output.
+    fn config(&self, source: &Source<'_>, modules: &[(LinearInfo, Entry)]) -> Map<String, Value>;
+
+    /// Files that the runtime needs beside the weights: (path in the folder, content).
+    fn side_files(&self, source: &Source<'_>, modules: &[(LinearInfo, Entry)]) -> Vec<(String, String)>;
+
+    /// How the output is loaded, for the model card.
+    fn loading(&self, has_adapter: bool) -> String;
 }
 
 impl Format {
@@ -136,14 +194,39 @@ impl Format {
         match self {
             Self::Factored => &factored::Factored,
             Self::Dense => &dense::Dense,
+            Self::CompressedTensors => &compressed_tensors::CompressedTensors,
+            Self::Gptq => &gptq::Gptq,
+            Self::Peft => &adapter::Peft,
+            Self::Gguf => &gguf::Gguf,
         }
+    }
+
+    /// Bytes that a linear takes: its tensors, but for formats that multiply out, where it is what the factored one would take.
+    pub fn n_bytes(self, linear: &LinearInfo, entry: &Entry) -> u64 {
+        match self {
+            Self::Factored | Self::Dense | Self::Peft => {
+                let (base, pair) = entry.n_bytes(linear);
+                base + pair
+            }
+            _ => self.exporter().tensors(linear, entry).iter().map(OutTensor::n_bytes).sum(),
+        }
+    }
+
+    /// Whether it stores parts of low rank without a base.
+    pub fn stores_low_rank(self) -> bool {
+        matches!(self, Self::Factored | Self::Dense)
+    }
+
+    /// Its name on the command line.
+    pub fn name(self) -> String {
+        self.to_possible_value().map_or(String::new(), |value| value.get_name().to_string())
     }
 }
 
 /// `values` in `dtype`; the error names the tensor.
 fn encode(name: String, dtype: Dtype, values: &[f32]) -> Result<NamedBytes, CheckpointError> {
     match cast::encode(dtype, values) {
-        Ok(bytes) => Ok(NamedBytes { name, bytes }),
+        Ok(bytes) => Ok(NamedBytes::of(name, bytes)),
         Err(first) => Err(CheckpointError::Overflow { tensor: name, dtype: format!("{dtype:?}"), first }),
     }
 }

@@ -1,7 +1,7 @@
-"""Runs a checkpoint whose linears were compressed by lrc: `W x` becomes `B (A x)`, everything else is the base model's.
+"""Runs a checkpoint whose linears were compressed by lrc: `W x` becomes `base x + B (A x)`, the rest is the base model's.
 
 Load with `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`. The modules listed under `lrc` in
-`config.json` are swapped for pairs of plain `nn.Linear`s, so that casts, device maps, tying and saving work as usual.
+`config.json` are swapped for plain `nn.Linear`s and `QuantizedLinear`s, so that casts, device maps and saving work as usual.
 """
 
 import torch
@@ -19,18 +19,70 @@ def _shape(linear):
     return (rows, columns) if isinstance(linear, nn.Linear) else (columns, rows)
 
 
-class LowRankLinear(nn.Module):
-    """`y = lr_b(lr_a(x))`: lr_a is (rank, in), lr_b is (out, rank) and has the bias."""
+_NF4 = [
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+]  # fmt: skip
 
-    def __init__(self, linear, rank):
+
+def _unpack(packed, bits, columns):
+    """Codes (rows, columns) from rows of bytes, low bits first; a code may run across bytes."""
+    bit = torch.arange(8, device=packed.device)
+    stream = ((packed.to(torch.int32).unsqueeze(-1) >> bit) & 1).flatten(1)[:, : columns * bits]
+    return (stream.view(packed.shape[0], columns, bits) << bit[:bits]).sum(-1)
+
+
+class QuantizedLinear(nn.Module):
+    """A linear whose weight is `scales * (codes - zeros)`; `scheme` reads `int4-g128-asym` or `nf4-g64`."""
+
+    def __init__(self, out_features, in_features, scheme, bias, like):
         super().__init__()
-        out_features, in_features = _shape(linear)
-        like = {"dtype": linear.weight.dtype, "device": linear.weight.device}
-        self.lr_a = nn.Linear(in_features, rank, bias=False, **like)
-        self.lr_b = nn.Linear(rank, out_features, bias=linear.bias is not None, **like)
+        levels, group, *asym = scheme.split("-")
+        self.in_features, self.out_features, self.levels = in_features, out_features, levels
+        self.bits = 4 if levels == "nf4" else int(levels[3:])
+        self.group = in_features if group == "channel" else min(int(group[1:]), in_features)
+        groups = -(-in_features // self.group)
+        buffer = lambda width, dtype: torch.zeros(out_features, width, dtype=dtype, device=like["device"])
+        self.register_buffer("codes", buffer((in_features * self.bits + 7) // 8, torch.uint8))
+        self.register_buffer("scales", buffer(groups, torch.float16))
+        self.register_buffer("zeros", buffer((groups * self.bits + 7) // 8, torch.uint8) if asym else None)
+        self.bias = nn.Parameter(torch.zeros(out_features, **like)) if bias else None
+
+    def weight(self):
+        codes, scales = _unpack(self.codes, self.bits, self.in_features), self.scales.float()
+        spread = lambda per_group: per_group.repeat_interleave(self.group, dim=1)[:, : self.in_features]
+        if self.levels == "nf4":
+            return torch.tensor(_NF4, device=codes.device)[codes] * spread(scales)
+        if self.zeros is None:
+            return (codes - 2 ** (self.bits - 1)) * spread(scales)
+        return (codes - spread(_unpack(self.zeros, self.bits, scales.shape[1]))) * spread(scales)
 
     def forward(self, x):
-        return self.lr_b(self.lr_a(x))
+        return nn.functional.linear(x, self.weight().to(x.dtype), self.bias)
+
+
+def _make(quantized, name, shape, bias, like):
+    """The linear that stands at `name` in the checkpoint."""
+    out_features, in_features = shape
+    if name in quantized:
+        return QuantizedLinear(out_features, in_features, quantized[name]["scheme"], bias, like)
+    return nn.Linear(in_features, out_features, bias=bias, **like)
+
+
+class LowRankLinear(nn.Module):
+    """`y = base(x) + lr_b(lr_a(x))`: lr_a is (rank, in), lr_b is (out, rank). The base, or else lr_b, has the bias."""
+
+    def __init__(self, make, shape, bias, rank, has_base):
+        super().__init__()
+        out_features, in_features = shape
+        self.base = make(".base", shape, bias) if has_base else None
+        self.lr_a = make(".lr_a", (rank, in_features), False)
+        self.lr_b = make(".lr_b", (out_features, rank), bias and not has_base)
+
+    def forward(self, x):
+        y = self.lr_b(self.lr_a(x))
+        return y if self.base is None else self.base(x) + y
 
 
 class PivotLinear(nn.Module):
@@ -39,22 +91,18 @@ class PivotLinear(nn.Module):
     lr_p is (rank, in), lr_t is (out - rank, rank), lr_order (out) holds the place of each output.
     """
 
-    def __init__(self, linear, rank):
+    def __init__(self, make, shape, bias, rank, device):
         super().__init__()
-        out_features, in_features = _shape(linear)
-        like = {"dtype": linear.weight.dtype, "device": linear.weight.device}
-        self.lr_p = nn.Linear(in_features, rank, bias=False, **like)
-        self.lr_t = nn.Linear(rank, out_features - rank, bias=False, **like)
-        self.register_buffer("lr_order", torch.zeros(out_features, dtype=torch.int32, device=linear.weight.device))
-        self.bias = linear.bias
+        out_features, in_features = shape
+        self.lr_p = make(".lr_p", (rank, in_features), False)
+        self.lr_t = make(".lr_t", (out_features - rank, rank), False)
+        self.register_buffer("lr_order", torch.zeros(out_features, dtype=torch.int32, device=device))
+        self.bias = bias
 
     def forward(self, x):
         p = self.lr_p(x)
         y = torch.cat([p, self.lr_t(p)], dim=-1).index_select(-1, self.lr_order)
         return y if self.bias is None else y + self.bias
-
-
-_LAYOUTS = {"factors": LowRankLinear, "pivot": PivotLinear}
 
 
 def _find(model, name):
@@ -68,14 +116,25 @@ def _find(model, name):
     return None, None
 
 
+def _replacement(name, linear, entry, quantized):
+    shape, bias = _shape(linear), linear.bias is not None
+    like = {"dtype": linear.weight.dtype, "device": linear.weight.device}
+    make = lambda part, shape, bias: _make(quantized, name + part, shape, bias, like)
+    if "rank" not in entry:
+        return make("", shape, bias)
+    if entry.get("layout", "factors") == "pivot":
+        return PivotLinear(make, shape, linear.bias, entry["rank"], like["device"])
+    return LowRankLinear(make, shape, bias, entry["rank"], entry.get("base", False))
+
+
 def _compress(model):
-    for name, entry in model.config.lrc["modules"].items():
+    lrc = model.config.lrc
+    for name, entry in lrc["modules"].items():
         found, linear = _find(model, name)
         if found is None:
             continue  # a head, in a model loaded without one
         parent, _, child = found.rpartition(".")
-        layout = _LAYOUTS[entry.get("layout", "factors")]
-        setattr(model.get_submodule(parent), child, layout(linear, entry["rank"]))
+        setattr(model.get_submodule(parent), child, _replacement(name, linear, entry, lrc.get("quantized", {})))
 
 
 class LrcConfig(_BaseConfig):

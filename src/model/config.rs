@@ -68,6 +68,23 @@ pub fn model_type(checkpoint: &Checkpoint) -> Option<&str> {
     Some(model_type.strip_prefix(MODEL_TYPE_PREFIX).unwrap_or(model_type))
 }
 
+/// A config without what compression added to it.
+pub fn native_config(config: &Map<String, Value>) -> Map<String, Value> {
+    let mut native = config.clone();
+    native.shift_remove("quantization_config");
+    let Some(lrc) = native.shift_remove("lrc") else { return native };
+    native.shift_remove("auto_map");
+    if let Some(model_type) = config.get("model_type").and_then(Value::as_str) {
+        let model_type = model_type.strip_prefix(MODEL_TYPE_PREFIX).unwrap_or(model_type);
+        native.insert("model_type".into(), model_type.into());
+    }
+    match lrc.get("architectures") {
+        Some(classes) => native.insert("architectures".into(), classes.clone()),
+        None => native.shift_remove("architectures"),
+    };
+    native
+}
+
 /// Positions that a model was made for; unbounded where its config does not say.
 fn context(checkpoint: &Checkpoint) -> usize {
     let field = checkpoint.config().and_then(|c| c.get("max_position_embeddings")).and_then(Value::as_u64);
@@ -167,13 +184,17 @@ impl ModelConfig {
         self.rope_theta.or(nested).unwrap_or(DEFAULT_ROPE_THETA)
     }
 
+    fn plain_inverse_frequencies(&self) -> impl Iterator<Item = f64> + '_ {
+        let d = self.head_dim();
+        (0..d / 2).map(move |i| self.rope_theta().powf(-2.0 * i as f64 / d as f64))
+    }
+
     /// Inverse frequencies (head_dim / 2) of the rotary embedding, scaled as the config says.
     ///
     /// # Errors
     /// The kind of scaling is not supported, or lacks a field.
     pub fn rope_inverse_frequencies(&self) -> Result<Vec<f64>> {
-        let d = self.head_dim();
-        let plain: Vec<f64> = (0..d / 2).map(|i| self.rope_theta().powf(-2.0 * i as f64 / d as f64)).collect();
+        let plain: Vec<f64> = self.plain_inverse_frequencies().collect();
         let Some(scaling) = self.rope_scaling.as_ref().or(self.rope_parameters.as_ref()) else { return Ok(plain) };
         let field = |name: &str, value: Option<f64>| {
             value.ok_or_else(|| Failure::unsupported(format!("`rope_scaling` lacks `{name}`")))
@@ -196,6 +217,17 @@ impl ModelConfig {
                 .into()),
         }
     }
+}
+
+/// By how much the rotary frequencies of a config are divided, where that differs from frequency to frequency.
+pub fn rope_factors(config: &Map<String, Value>) -> Option<Vec<f32>> {
+    let config = ModelConfig::parse(config, Path::new(CONFIG_FILE)).ok()?;
+    let scaling = config.rope_scaling.as_ref().or(config.rope_parameters.as_ref())?;
+    if scaling.rope_type.as_deref() != Some("llama3") {
+        return None;
+    }
+    let scaled = config.rope_inverse_frequencies().ok()?;
+    Some(config.plain_inverse_frequencies().zip(scaled).map(|(plain, scaled)| (plain / scaled) as f32).collect())
 }
 
 /// Llama 3.1's scaling: long wavelengths are stretched by `factor`, short ones kept, those between are blended by how

@@ -5,7 +5,7 @@ use anyhow::Result;
 use super::architectures::{self, LinearId};
 use super::config;
 use super::layout::{Layout, break_even_rank, expand_pivots};
-use super::linear::{LR_A, LR_B, LR_COEFFICIENTS, LR_ORDER, LR_PIVOT};
+use super::linear::{BASE, LR_A, LR_B, LR_COEFFICIENTS, LR_ORDER, LR_PIVOT};
 use crate::checkpoint::{Checkpoint, Dtype, cast};
 use crate::error::Failure;
 use crate::linalg;
@@ -35,8 +35,8 @@ pub enum Stored {
     Dense,
     /// `X.weight` (in, out), as GPT-2's Conv1D has it.
     DenseTransposed,
-    /// Low rank, in one of the layouts of `formats::factored`.
-    LowRank { rank: usize, layout: Layout },
+    /// Low rank, in one of the layouts of `formats::factored`; on top of a dense base (out, in), `X.base.weight`, or alone.
+    LowRank { rank: usize, layout: Layout, has_base: bool },
 }
 
 /// Parts of a name that tell a table or a vector from a linear.
@@ -53,9 +53,30 @@ impl LinearInfo {
         self.out_features as u64 * self.in_features as u64
     }
 
+    /// Bytes of the matrix in its dtype.
+    pub fn n_bytes(&self) -> u64 {
+        self.n_parameters() * self.dtype.bitsize() as u64 / 8
+    }
+
     /// The tensor that holds its weight, when it is dense.
     pub fn weight_name(&self) -> String {
         format!("{}.weight", self.module)
+    }
+
+    /// The tensor that holds its base, when it is of low rank on top of one.
+    pub fn base_name(&self) -> String {
+        format!("{}.{BASE}.weight", self.module)
+    }
+
+    /// Every name that a tensor of its matrix may have, dense or compressed.
+    pub fn tensor_names(&self) -> Vec<String> {
+        let parts = [LR_A, LR_B, LR_PIVOT, LR_COEFFICIENTS, BASE].map(|part| format!("{}.{part}.weight", self.module));
+        [self.weight_name(), format!("{}.{LR_ORDER}", self.module)].into_iter().chain(parts).collect()
+    }
+
+    /// Every name that its bias may have.
+    pub fn bias_names(&self) -> [String; 3] {
+        ["bias".into(), format!("{BASE}.bias"), format!("{LR_B}.bias")].map(|part| format!("{}.{part}", self.module))
     }
 
     /// (out, in).
@@ -83,7 +104,7 @@ pub fn linears(checkpoint: &Checkpoint) -> Vec<LinearInfo> {
     for info in checkpoint.tensors() {
         let &[rows, columns] = info.shape.as_slice() else { continue };
         let Some(stem) = info.name.strip_suffix(".weight") else { continue };
-        let is_second_part = [LR_B, LR_COEFFICIENTS].iter().any(|part| stem.ends_with(&format!(".{part}")));
+        let is_second_part = [LR_B, LR_COEFFICIENTS, BASE].iter().any(|part| stem.ends_with(&format!(".{part}")));
         if !cast::is_float(info.dtype) || is_second_part {
             continue;
         }
@@ -94,7 +115,8 @@ pub fn linears(checkpoint: &Checkpoint) -> Vec<LinearInfo> {
                 Layout::Factors => rows_of(format!("{module}.{LR_B}.weight"))?,
                 Layout::Pivot => rows_of(format!("{module}.{LR_ORDER}"))?,
             };
-            Some((module, Stored::LowRank { rank: rows, layout }, out_features, columns))
+            let has_base = checkpoint.info(&format!("{module}.{BASE}.weight")).is_some();
+            Some((module, Stored::LowRank { rank: rows, layout, has_base }, out_features, columns))
         };
         let found = low_rank(LR_A, Layout::Factors).or_else(|| low_rank(LR_PIVOT, Layout::Pivot));
         let (module, stored, out_features, in_features) = if let Some(found) = found {
@@ -139,10 +161,15 @@ pub fn weight(checkpoint: &Checkpoint, linear: &LinearInfo) -> Result<Vec<f32>> 
             let values = checkpoint.values(&linear.weight_name())?;
             Ok(linalg::transpose_row_major(&values, linear.in_features, linear.out_features))
         }
-        Stored::LowRank { .. } => {
+        Stored::LowRank { has_base, .. } => {
             let (m, n) = linear.shape();
             let (rank, b, a) = factors(checkpoint, linear)?;
-            Ok(linalg::product_row_major(&b, &a, m, rank, n))
+            let mut product = linalg::product_row_major(&b, &a, m, rank, n);
+            if has_base {
+                let base = checkpoint.values(&linear.base_name())?;
+                product.iter_mut().zip(base).for_each(|(p, b)| *p += b);
+            }
+            Ok(product)
         }
     }
 }
@@ -156,7 +183,7 @@ pub fn weight(checkpoint: &Checkpoint, linear: &LinearInfo) -> Result<Vec<f32>> 
 /// # Panics
 /// When the linear is dense.
 pub fn factors(checkpoint: &Checkpoint, linear: &LinearInfo) -> Result<(usize, Vec<f32>, Vec<f32>)> {
-    let Stored::LowRank { rank, layout } = linear.stored else { panic!("invariant: the linear is of low rank") };
+    let Stored::LowRank { rank, layout, .. } = linear.stored else { panic!("invariant: the linear is of low rank") };
     let (m, n) = linear.shape();
     let part = |part: &str, shape: [usize; 2]| -> Result<Vec<f32>> {
         let name = format!("{}.{part}.weight", linear.module);
@@ -227,6 +254,7 @@ mod tests {
                 ("lm_head.weight", Dtype::F32, &[9, 6]),
                 ("x.lr_a.weight", Dtype::F32, &[1, 6]),
                 ("x.lr_b.weight", Dtype::F32, &[5, 1]),
+                ("x.base.weight", Dtype::F32, &[5, 6]),
                 ("y.lr_p.weight", Dtype::F32, &[2, 6]),
                 ("y.lr_t.weight", Dtype::F32, &[3, 2]),
                 ("y.lr_order", Dtype::I32, &[5]),
@@ -238,8 +266,8 @@ mod tests {
             ("moe.gate", false, Stored::Dense),
             ("lm_head", false, Stored::Dense),
             ("encoder.layer.0.query", true, Stored::Dense),
-            ("x", true, Stored::LowRank { rank: 1, layout: Layout::Factors }),
-            ("y", true, Stored::LowRank { rank: 2, layout: Layout::Pivot }),
+            ("x", true, Stored::LowRank { rank: 1, layout: Layout::Factors, has_base: true }),
+            ("y", true, Stored::LowRank { rank: 2, layout: Layout::Pivot, has_base: false }),
         ];
         for &(module, is_default, stored) in &expected {
             assert!(found.contains(&(module.into(), is_default, stored)), "{module} in {found:?}");

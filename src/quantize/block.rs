@@ -1,6 +1,6 @@
 //! llama.cpp's block types, through candle's implementation of them.
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use candle_core::quantized::{GgmlDType, QStorage, QTensor};
 use candle_core::{Device, Tensor};
 
@@ -34,6 +34,10 @@ impl BlockType {
 
     pub fn of_id(id: u32) -> Option<Self> {
         BLOCK_TYPES.into_iter().find(|t| t.id == id)
+    }
+
+    pub fn of_dtype(dtype: GgmlDType) -> Option<Self> {
+        BLOCK_TYPES.into_iter().find(|t| t.dtype == dtype)
     }
 
     /// Whether rows of `cols` are made of whole blocks.
@@ -72,16 +76,19 @@ impl Blocks {
 
     /// The matrix, row-major.
     ///
-    /// # Errors
-    /// The bytes are not those of such a matrix.
-    pub fn dequantize(&self) -> Result<Vec<f32>> {
-        anyhow::ensure!(
-            self.bytes.len() as u64 == self.block_type.n_bytes(self.rows, self.cols),
-            "invariant: a matrix of blocks has the bytes of its blocks"
+    /// # Panics
+    /// When the bytes are not those of such a matrix.
+    pub fn dequantize(&self) -> Vec<f32> {
+        assert_eq!(
+            self.bytes.len() as u64,
+            self.block_type.n_bytes(self.rows, self.cols),
+            "invariant: blocks are whole"
         );
-        let storage = QStorage::from_data(self.bytes.as_slice().into(), &Device::Cpu, self.block_type.dtype)?;
-        let tensor = QTensor::new(storage, (self.rows, self.cols))?.dequantize(&Device::Cpu)?;
-        tensor.flatten_all()?.to_vec1().context("invariant: blocks are dequantised to f32")
+        let values = || -> candle_core::Result<Vec<f32>> {
+            let storage = QStorage::from_data(self.bytes.as_slice().into(), &Device::Cpu, self.block_type.dtype)?;
+            QTensor::new(storage, (self.rows, self.cols))?.dequantize(&Device::Cpu)?.flatten_all()?.to_vec1()
+        };
+        values().expect("invariant: whole blocks are dequantised")
     }
 }
 
@@ -96,7 +103,7 @@ mod tests {
         for (block_type, limit) in BLOCK_TYPES.into_iter().zip([0.09, 0.006, 0.35, 0.18, 0.08, 0.04, 0.02]) {
             let blocks = Blocks::quantize(&values, rows, cols, block_type).unwrap();
             assert_eq!(blocks.bytes.len() as u64, block_type.n_bytes(rows, cols));
-            let back = blocks.dequantize().unwrap();
+            let back = blocks.dequantize();
             let square = |v: f32| f64::from(v) * f64::from(v);
             let error: f64 = back.iter().zip(&values).map(|(q, v)| square(q - v)).sum();
             let relative = (error / values.iter().map(|&v| square(v)).sum::<f64>()).sqrt();

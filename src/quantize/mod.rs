@@ -63,12 +63,9 @@ impl Storage {
 
 impl Quantized {
     /// The matrix, row-major.
-    ///
-    /// # Errors
-    /// Blocks are broken.
-    pub fn dequantize(&self) -> Result<Vec<f32>> {
+    pub fn dequantize(&self) -> Vec<f32> {
         match self {
-            Self::Grouped(matrix) => Ok(matrix.dequantize()),
+            Self::Grouped(matrix) => matrix.dequantize(),
             Self::Block(blocks) => blocks.dequantize(),
         }
     }

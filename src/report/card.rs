@@ -4,8 +4,8 @@ use std::fmt::Write;
 
 use super::CompressReport;
 
-/// Renders the card of a compression.
-pub fn render(report: &CompressReport) -> String {
+/// Renders the card of a compression; `loading` tells how its format is loaded.
+pub fn render(report: &CompressReport, loading: &str) -> String {
     let sizes = &report.sizes;
     let is_hub_id = !std::path::Path::new(&report.source).exists();
     let mut card = String::from("---\n");
@@ -34,16 +34,7 @@ pub fn render(report: &CompressReport) -> String {
         sizes.bits_per_weight_before, sizes.bits_per_weight_after
     );
     card.push_str("\n## Loading\n\n");
-    if report.recipe["format"] == "factored" {
-        card.push_str(
-            "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\
-             model = AutoModelForCausalLM.from_pretrained(\"FOLDER\", trust_remote_code=True)\n\
-             tokenizer = AutoTokenizer.from_pretrained(\"FOLDER\", trust_remote_code=True)\n```\n\n\
-             The modelling code is `modeling_lrc.py` in this folder. `lrc eval FOLDER --text FILE` runs it without Python.\n",
-        );
-    } else {
-        card.push_str("The factors are multiplied out: it loads wherever the original does.\n");
-    }
+    card.push_str(loading);
     card.push_str("\n## Reproducing\n\n```sh\nlrc compress MODEL -o OUT --recipe lrc-recipe.toml\n");
     if let Some(truncated) = &report.truncated {
         let _ = writeln!(card, "lrc truncate OUT -o SHORTER --keep {}", truncated.keep);

@@ -32,6 +32,9 @@ pub struct CompressReport {
     pub calibration: Option<CalibrationRecord>,
     pub sizes: Sizes,
     pub linears: Vec<LinearRecord>,
+    /// Where quantised linears have factors: the same bytes without.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub control: Option<ControlRecord>,
     /// Where `lrc truncate` shortened an earlier output.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub truncated: Option<TruncationRecord>,
@@ -41,6 +44,42 @@ pub struct CompressReport {
     pub elapsed_seconds: f64,
     /// Highest resident memory of the process, where the system tells.
     pub peak_memory_bytes: Option<u64>,
+}
+
+/// The control of a compensation: its bytes, shared out over bases without factors.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ControlRecord {
+    /// Mean over the targeted linears; at most that of the output.
+    pub bits_per_weight: f64,
+    /// False where nothing without factors is as small.
+    pub is_reachable: bool,
+    /// Error of the output over that of the control, squared and weighted as the budget was shared out: below 1 factors pay.
+    pub weighted_error_ratio: Option<f64>,
+    /// KL(original ‖ output) and KL(original ‖ control) in nats, on windows of the calibration text.
+    pub kl: Option<f64>,
+    pub control_kl: Option<f64>,
+    /// The base of every linear of the control.
+    pub quant: BTreeMap<String, String>,
+}
+
+/// `lrc export`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ExportReport {
+    pub schema_version: u32,
+    pub lrc_version: String,
+    pub source: String,
+    /// SHA-256 of the source's config and weight files.
+    pub source_files: Fingerprint,
+    pub format: String,
+    /// Linears that were stored anew; all others, and all other tensors, were passed through.
+    pub linears: Vec<String>,
+    pub bytes_before: u64,
+    pub bytes_after: u64,
+    /// The report of the compression that was exported, where the source had one.
+    pub compressed: Option<Value>,
+    /// SHA-256 of every other file of the output.
+    pub output_files: Fingerprint,
+    pub elapsed_seconds: f64,
 }
 
 /// What was observed.
@@ -67,11 +106,17 @@ pub struct Timings {
     pub calibrate_forward: f64,
     pub calibrate_backward: f64,
     pub decompose: f64,
+    /// Quantising, with what makes up for it.
+    #[serde(default)]
+    pub quantise: f64,
     /// Sensitivities and ranks.
     pub allocate: f64,
     /// The anchored sequential mode.
     pub anchor: f64,
     pub write: f64,
+    /// The control without factors.
+    #[serde(default)]
+    pub control: f64,
 }
 
 /// Sizes before and after, in the units that tools disagree about, side by side.
@@ -94,6 +139,11 @@ pub struct Sizes {
     /// Stored bits of the targeted linears over their original number of weights.
     pub bits_per_weight_before: f64,
     pub bits_per_weight_after: f64,
+    /// Of these, bits of bases and of linears that stayed dense, and bits of low-rank parts.
+    #[serde(default)]
+    pub bits_per_weight_base: f64,
+    #[serde(default)]
+    pub bits_per_weight_factors: f64,
 }
 
 /// One targeted linear.
@@ -107,10 +157,21 @@ pub struct LinearRecord {
     /// Of the factors; none where the linear stays dense.
     pub rank: Option<usize>,
     pub component: Component,
+    /// The quantiser of the base, where there is one.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub quant: Option<String>,
+    /// Stored bits over the number of weights: of the base (or the dense weight), and of the low-rank parts.
+    #[serde(default)]
+    pub bits_base: f64,
+    #[serde(default)]
+    pub bits_factors: f64,
     pub parameters_before: u64,
     pub parameters_after: u64,
     /// Error in the metric of the method over the norm of the weight in it; none in a dry run that did not need it.
     pub relative_error: Option<f64>,
+    /// Why the base was made in another way than was asked for.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub note: Option<String>,
     /// Error of rounding to the dtype, over the norm of the low-rank matrix; 0 in f32.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub storage_error: Option<f64>,

@@ -52,8 +52,11 @@ impl Allocator for Knapsack {
     }
 }
 
-/// Every rank that saves, from the floor up, then dense, in ascending cost.
+/// Every rank that saves, from the floor up, then dense, in ascending cost and falling error.
 fn candidates(item: &Item<'_>, rules: &Rules) -> Vec<Candidate> {
+    if !item.coded.is_empty() {
+        return coded_candidates(item);
+    }
     let energies = item.curve().energies();
     // tail[r] = Σ_{i ≥ r} σ_i²
     let mut tail = vec![0.0; energies.len() + 1];
@@ -69,6 +72,22 @@ fn candidates(item: &Item<'_>, rules: &Rules) -> Vec<Candidate> {
         .filter(|candidate| candidate.cost < dense.cost)
         .collect();
     candidates.push(dense);
+    candidates
+}
+
+/// Of all quantised bases and ranks, and dense, those that nothing beats in both cost and error, in ascending cost.
+fn coded_candidates(item: &Item<'_>) -> Vec<Candidate> {
+    let coded = item.coded.iter();
+    let mut candidates: Vec<Candidate> =
+        coded.map(|c| Candidate { choice: c.choice, cost: c.cost, error: item.sensitivity * c.error }).collect();
+    candidates.push(Candidate { choice: Choice::Dense, cost: item.cost(Choice::Dense), error: 0.0 });
+    candidates.sort_by(|x, y| x.cost.cmp(&y.cost).then(x.error.total_cmp(&y.error)));
+    let mut least = f64::INFINITY;
+    candidates.retain(|c| {
+        let is_better = c.error < least;
+        least = least.min(c.error);
+        is_better
+    });
     candidates
 }
 
@@ -110,7 +129,7 @@ fn best_change(candidates: &[Vec<Candidate>], chosen: &[Candidate], left: i128) 
 mod tests {
     use proptest::prelude::*;
 
-    use super::super::{Price, cost};
+    use super::super::{Coded, Price, cost};
     use super::*;
     use crate::compress::low_rank::ErrorCurve;
     use crate::model::Layout;
@@ -125,7 +144,7 @@ mod tests {
                 let curves: Vec<ErrorCurve> =
                     linears.iter().map(|&(m, n, decay, _)| ErrorCurve::new((0..m.min(n)).map(|i| decay.powi(i as i32)).collect())).collect();
                 let items: Vec<Item<'_>> = linears.iter().zip(&curves)
-                    .map(|(&(m, n, _, sensitivity), curve)| Item { shape: (m, n), layout, curve: Some(curve), sensitivity, price: Price::PARAMETERS })
+                    .map(|(&(m, n, _, sensitivity), curve)| Item { shape: (m, n), layout, curve: Some(curve), sensitivity, price: Price::Parameters, coded: &[] })
                     .collect();
                 let rules = Rules::of_keep(&items, keep);
                 let all: Vec<Vec<Candidate>> = items.iter().map(|item| candidates(item, &rules)).collect();
@@ -147,6 +166,33 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn quantised_bases_are_chosen_by_error_for_their_bytes() {
+        let coded = |variant, rank, cost, error| Coded { choice: Choice::Coded { variant, rank }, cost, error };
+        // Dear and bad, dominated, and the two on the hull.
+        let menu = [coded(0, 0, 20, 8.0), coded(0, 4, 50, 7.0), coded(1, 0, 40, 2.0), coded(1, 4, 45, 2.5)];
+        let ranks = [];
+        let item = |sensitivity| Item {
+            shape: (10, 10),
+            layout: Layout::Factors,
+            curve: None,
+            sensitivity,
+            price: Price::Bytes { dense: 200, ranks: &ranks },
+            coded: &menu,
+        };
+        let items = [item(1.0), item(10.0)];
+        let chosen = |budget| {
+            let rules = Rules { budget, ..Rules::of_keep(&items, 0.5) };
+            Knapsack.choices(&items, &rules)
+        };
+        let (small, large) = (Choice::Coded { variant: 0, rank: 0 }, Choice::Coded { variant: 1, rank: 0 });
+        assert_eq!(chosen(40), [small, small]);
+        assert_eq!(chosen(79), [small, large]);
+        assert_eq!(chosen(80), [large, large]);
+        assert_eq!(chosen(240), [large, Choice::Dense]);
+        assert_eq!(chosen(400), [Choice::Dense, Choice::Dense]);
     }
 
     #[test]

@@ -24,17 +24,19 @@ pub enum Choice {
     Dense,
     /// Low rank, in the layout of the recipe.
     Rank(usize),
+    /// A quantised base, and factors of some rank (or none, for 0) on top: of its variants the one with this number.
+    Coded { variant: usize, rank: usize },
 }
 
 /// (out, in).
 pub type Shape = (usize, usize);
 
 impl Choice {
-    /// Its rank, if it is of low rank.
+    /// Its rank, if it is of low rank or has factors.
     pub fn rank(self) -> Option<usize> {
         match self {
-            Self::Dense => None,
-            Self::Rank(rank) => Some(rank),
+            Self::Dense | Self::Coded { rank: 0, .. } => None,
+            Self::Rank(rank) | Self::Coded { rank, .. } => Some(rank),
         }
     }
 
@@ -43,6 +45,7 @@ impl Choice {
         match self {
             Self::Dense => (shape.0 * shape.1) as u64,
             Self::Rank(r) => layout.n_parameters(r, shape),
+            Self::Coded { rank, .. } => (shape.0 * shape.1 + rank * (shape.0 + shape.1)) as u64,
         }
     }
 }
@@ -56,28 +59,44 @@ pub struct Item<'a> {
     pub curve: Option<&'a ErrorCurve>,
     /// What a unit of squared error costs the model: the scale between matrices.
     pub sensitivity: f64,
-    pub price: Price,
+    pub price: Price<'a>,
+    /// What it may become with a quantised base; where there is any, it may not become low rank alone.
+    pub coded: &'a [Coded],
 }
 
-/// What parameters cost, in the unit of the budget.
+/// A linear with a quantised base, as allocators see it.
 #[derive(Debug, Clone, Copy)]
-pub struct Price {
-    pub parameter: u64,
-    /// On top, for a dense linear and for one of low rank.
-    pub dense: u64,
-    pub low_rank: u64,
+pub struct Coded {
+    pub choice: Choice,
+    /// In the unit of the budget.
+    pub cost: u64,
+    /// Squared error, in the metric of the curves.
+    pub error: f64,
 }
 
-impl Price {
-    /// Where the budget counts parameters.
-    pub const PARAMETERS: Self = Self { parameter: 1, dense: 0, low_rank: 0 };
+/// What choices cost, in the unit of the budget.
+#[derive(Debug, Clone, Copy)]
+pub enum Price<'a> {
+    /// The budget counts parameters.
+    Parameters,
+    /// It counts bytes: of the dense linear, and of every rank from 0 on.
+    Bytes { dense: u64, ranks: &'a [u64] },
 }
 
 impl Item<'_> {
     /// What a choice costs.
+    ///
+    /// # Panics
+    /// When it may not be chosen.
     pub fn cost(&self, choice: Choice) -> u64 {
-        let extra = if choice == Choice::Dense { self.price.dense } else { self.price.low_rank };
-        choice.n_parameters(self.layout, self.shape) * self.price.parameter + extra
+        match (choice, self.price) {
+            (Choice::Coded { .. }, _) => {
+                self.coded.iter().find(|coded| coded.choice == choice).expect("invariant: the choice is offered").cost
+            }
+            (choice, Price::Parameters) => choice.n_parameters(self.layout, self.shape),
+            (Choice::Dense, Price::Bytes { dense, .. }) => dense,
+            (Choice::Rank(rank), Price::Bytes { ranks, .. }) => ranks[rank],
+        }
     }
 
     /// `rank`, rounded down to the rules' multiple; dense where low rank would save nothing.
@@ -170,11 +189,11 @@ fn fill(items: &[Item<'_>], rules: &Rules, choices: &mut [Choice]) {
     let mut left = rules.budget.saturating_sub(cost(items, choices));
     loop {
         let step = |(i, item): (usize, &Item<'_>)| {
-            let rank = choices[i].rank()?;
+            let Choice::Rank(rank) = choices[i] else { return None };
             let next = item.choice(rank + rules.multiple, rules);
             let extra = item.cost(next).checked_sub(item.cost(choices[i]))?;
             let error = |choice: Choice| match (item.curve, choice) {
-                (_, Choice::Dense) => 0.0,
+                (_, Choice::Dense | Choice::Coded { .. }) => 0.0,
                 (Some(curve), Choice::Rank(r)) => item.sensitivity * curve.squared_error(r),
                 // Without a spectrum, ranks grow evenly.
                 (None, Choice::Rank(r)) => 1.0 / (r + 1) as f64,
@@ -327,10 +346,36 @@ mod tests {
         }
     }
 
-    fn items(linears: &[(Shape, ErrorCurve, f64)], layout: Layout, price: Price) -> Vec<Item<'_>> {
+    /// Two bytes a parameter, with what a header or an order may add.
+    fn bytes(linears: &[(Shape, ErrorCurve, f64)], layout: Layout) -> Vec<(u64, Vec<u64>)> {
+        let of = |(shape, ..): &(Shape, ErrorCurve, f64)| {
+            let ranks = 0..=shape.0.min(shape.1);
+            let cost = |r: usize| 2 * layout.n_parameters(r, *shape) + 200;
+            (2 * (shape.0 * shape.1) as u64 + 90, ranks.map(cost).collect())
+        };
+        linears.iter().map(of).collect()
+    }
+
+    fn items<'a>(
+        linears: &'a [(Shape, ErrorCurve, f64)],
+        layout: Layout,
+        bytes: Option<&'a [(u64, Vec<u64>)]>,
+    ) -> Vec<Item<'a>> {
+        let price = |i: usize| match bytes {
+            Some(bytes) => Price::Bytes { dense: bytes[i].0, ranks: &bytes[i].1 },
+            None => Price::Parameters,
+        };
         linears
             .iter()
-            .map(|(shape, curve, s)| Item { shape: *shape, layout, curve: Some(curve), sensitivity: *s, price })
+            .enumerate()
+            .map(|(i, (shape, curve, s))| Item {
+                shape: *shape,
+                layout,
+                curve: Some(curve),
+                sensitivity: *s,
+                price: price(i),
+                coded: &[],
+            })
             .collect()
     }
 
@@ -341,8 +386,8 @@ mod tests {
             multiple in 1usize..5, floor in 0.0f64..0.6, in_bytes: bool,
         ) {
             for layout in [Layout::Factors, Layout::Pivot] {
-                let price = if in_bytes { Price { parameter: 2, dense: 90, low_rank: 200 } } else { Price::PARAMETERS };
-                let items = items(&linears, layout, price);
+                let prices = bytes(&linears, layout);
+                let items = items(&linears, layout, in_bytes.then_some(&prices[..]));
                 for ranks in BUDGETED {
                     let rules = Rules { floor, multiple, fill: in_bytes, ..Rules::of_keep(&items, keep) };
                     let choices = allocate(ranks, &items, &rules);
@@ -377,7 +422,7 @@ mod tests {
         #[test]
         fn no_allocator_beats_the_knapsack(linears in proptest::collection::vec(linear(), 1..12), keep in 0.3f64..1.0) {
             for layout in [Layout::Factors, Layout::Pivot] {
-                let items = items(&linears, layout, Price::PARAMETERS);
+                let items = items(&linears, layout, None);
                 let rules = Rules::of_keep(&items, keep);
                 let error = |ranks| -> f64 {
                     let choices = allocate(ranks, &items, &rules);

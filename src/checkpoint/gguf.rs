@@ -1,0 +1,417 @@
+//! GGUF files, version 3: names, row orders, reading and writing.
+//!
+//! llama.cpp has its own names for tensors, and rotates neighbouring rows of a head where Hugging Face rotates halves: q and k
+//! of the Llama family are stored with their rows in another order. Candle reads the headers; the writer is our own, because
+//! candle's needs all tensors at once.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{Cursor, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+
+use candle_core::quantized::GgmlDType;
+use candle_core::quantized::gguf_file::Content;
+use serde_json::{Map, Value as Json};
+
+use super::cast::{self, Dtype};
+use super::encoded::{Element, Encoded};
+use super::error::{CheckpointError, Result, io};
+use super::index::TensorInfo;
+use crate::quantize::BlockType;
+
+pub const MODEL_FILE: &str = "model.gguf";
+/// Scaling of rotary frequencies, computed from the config: no tensor of the checkpoint.
+pub const ROPE_FACTORS: &str = "rope_freqs.weight";
+pub const LORA_FILE: &str = "model-lora.gguf";
+
+/// Alignment of tensor data, GGUF's default.
+const ALIGNMENT: u64 = 32;
+
+/// Families, as `model_type` and `general.architecture`, whose tensors have these names; `{}` is the number of the block.
+pub const FAMILIES: &[(&str, &str)] = &[("llama", "llama"), ("mistral", "llama")];
+const NAMES: &[(&str, &str)] = &[
+    ("model.embed_tokens", "token_embd"),
+    ("model.norm", "output_norm"),
+    ("lm_head", "output"),
+    ("model.layers.{}.input_layernorm", "blk.{}.attn_norm"),
+    ("model.layers.{}.post_attention_layernorm", "blk.{}.ffn_norm"),
+    ("model.layers.{}.self_attn.q_proj", "blk.{}.attn_q"),
+    ("model.layers.{}.self_attn.k_proj", "blk.{}.attn_k"),
+    ("model.layers.{}.self_attn.v_proj", "blk.{}.attn_v"),
+    ("model.layers.{}.self_attn.o_proj", "blk.{}.attn_output"),
+    ("model.layers.{}.mlp.gate_proj", "blk.{}.ffn_gate"),
+    ("model.layers.{}.mlp.up_proj", "blk.{}.ffn_up"),
+    ("model.layers.{}.mlp.down_proj", "blk.{}.ffn_down"),
+];
+
+/// `name` (a module) by the table, one way or the other.
+fn renamed(name: &str, names: impl Iterator<Item = (&'static str, &'static str)>) -> Option<String> {
+    let block = name.split('.').find(|part| part.parse::<usize>().is_ok());
+    let pattern = block.map_or(name.to_string(), |block| name.replacen(&format!(".{block}."), ".{}.", 1));
+    let mut names = names;
+    let (_, to) = names.find(|(from, _)| *from == pattern)?;
+    Some(to.replace("{}", block.unwrap_or_default()))
+}
+
+/// The GGUF name of a tensor of a checkpoint.
+pub fn to_gguf(tensor: &str) -> Option<String> {
+    let (module, suffix) = tensor.rsplit_once('.')?;
+    Some(format!("{}.{suffix}", renamed(module, NAMES.iter().copied())?))
+}
+
+/// The name in a checkpoint of a tensor of a GGUF file.
+fn from_gguf(tensor: &str) -> Option<String> {
+    let (module, suffix) = tensor.rsplit_once('.')?;
+    Some(format!("{}.{suffix}", renamed(module, NAMES.iter().map(|&(ours, theirs)| (theirs, ours)))?))
+}
+
+/// In which order the rows of a tensor are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RowOrder {
+    Same,
+    /// Of each head, rows of the two halves by turns.
+    Interleaved {
+        heads: usize,
+    },
+}
+
+impl RowOrder {
+    /// That of a tensor of a checkpoint with this config.
+    pub fn of(tensor: &str, config: &Map<String, Json>) -> Self {
+        let number = |key: &str| config.get(key).and_then(Json::as_u64).map(|n| n as usize);
+        let queries = number("num_attention_heads");
+        let heads = if tensor.contains(".self_attn.q_proj.") {
+            queries
+        } else if tensor.contains(".self_attn.k_proj.") {
+            number("num_key_value_heads").or(queries)
+        } else {
+            None
+        };
+        heads.map_or(Self::Same, |heads| Self::Interleaved { heads })
+    }
+
+    /// For every stored row, the row of the model.
+    fn rows(self, rows: usize) -> Vec<usize> {
+        match self {
+            Self::Same => (0..rows).collect(),
+            Self::Interleaved { heads } => {
+                let width = rows / heads.max(1);
+                let row = |i: usize| i / width * width + (i % 2) * (width / 2) + i % width / 2;
+                (0..rows).map(row).collect()
+            }
+        }
+    }
+
+    /// Bytes of `rows` rows in the order of the model, in that of the file.
+    pub fn to_file(self, bytes: Vec<u8>, rows: usize) -> Vec<u8> {
+        if self == Self::Same || rows == 0 {
+            return bytes;
+        }
+        let width = bytes.len() / rows;
+        self.rows(rows).into_iter().flat_map(|row| &bytes[row * width..][..width]).copied().collect()
+    }
+
+    /// The inverse of [`Self::to_file`].
+    pub fn to_model(self, bytes: &[u8], rows: usize) -> Vec<u8> {
+        let mut turned = bytes.to_vec();
+        if self != Self::Same && rows > 0 {
+            let width = bytes.len() / rows;
+            for (stored, row) in self.rows(rows).into_iter().enumerate() {
+                turned[row * width..][..width].copy_from_slice(&bytes[stored * width..][..width]);
+            }
+        }
+        turned
+    }
+}
+
+/// A value of a GGUF file's metadata.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Value {
+    U32(u32),
+    F32(f32),
+    Bool(bool),
+    Text(String),
+    Texts(Vec<String>),
+    F32s(Vec<f32>),
+    I32s(Vec<i32>),
+}
+
+impl Value {
+    fn write(&self, to: &mut Vec<u8>) {
+        let text = |to: &mut Vec<u8>, text: &str| {
+            to.extend((text.len() as u64).to_le_bytes());
+            to.extend(text.as_bytes());
+        };
+        let array = |to: &mut Vec<u8>, kind: u32, len: usize| {
+            to.extend(9u32.to_le_bytes());
+            to.extend(kind.to_le_bytes());
+            to.extend((len as u64).to_le_bytes());
+        };
+        match self {
+            Self::U32(v) => to.extend([4u32.to_le_bytes(), v.to_le_bytes()].as_flattened()),
+            Self::F32(v) => to.extend([6u32.to_le_bytes(), v.to_le_bytes()].as_flattened()),
+            Self::Bool(v) => {
+                to.extend(7u32.to_le_bytes());
+                to.push(u8::from(*v));
+            }
+            Self::Text(v) => {
+                to.extend(8u32.to_le_bytes());
+                text(to, v);
+            }
+            Self::Texts(v) => {
+                array(to, 8, v.len());
+                v.iter().for_each(|v| text(to, v));
+            }
+            Self::F32s(v) => {
+                array(to, 6, v.len());
+                to.extend(v.iter().flat_map(|v| v.to_le_bytes()));
+            }
+            Self::I32s(v) => {
+                array(to, 5, v.len());
+                to.extend(v.iter().flat_map(|v| v.to_le_bytes()));
+            }
+        }
+    }
+}
+
+/// A tensor that will be written; shape (out, in) as everywhere here, GGUF turns it round.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GgufTensor {
+    pub name: String,
+    pub element: Element,
+    pub shape: Vec<usize>,
+}
+
+impl GgufTensor {
+    pub fn n_bytes(&self) -> u64 {
+        match (self.element, self.shape.split_last()) {
+            (Element::Block(block), Some((&cols, rows))) => block.n_bytes(rows.iter().product(), cols),
+            (Element::Block(_), None) => 0,
+            (Element::Plain(dtype), _) => {
+                cast::n_bytes(dtype, self.shape.iter().product()).expect("invariant: an output tensor fits in memory")
+            }
+        }
+    }
+
+    fn type_id(&self) -> u32 {
+        match self.element {
+            Element::Plain(Dtype::F32) => 0,
+            Element::Plain(Dtype::F16) => 1,
+            Element::Plain(Dtype::BF16) => 30,
+            Element::Plain(other) => unreachable!("invariant: only float tensors are written, got {other:?}"),
+            Element::Block(block) => block.id,
+        }
+    }
+}
+
+/// Writes a GGUF file tensor by tensor, in any order.
+#[derive(Debug)]
+pub struct GgufWriter {
+    path: PathBuf,
+    file: File,
+    /// Offset and size of every tensor that is still to come.
+    slots: BTreeMap<String, (u64, u64)>,
+}
+
+/// Metadata and table of tensors, padded, and every tensor's offset in the file.
+fn header(metadata: &[(String, Value)], tensors: &[GgufTensor]) -> (Vec<u8>, Vec<u64>) {
+    let mut bytes = b"GGUF".to_vec();
+    let text = |bytes: &mut Vec<u8>, text: &str| {
+        bytes.extend((text.len() as u64).to_le_bytes());
+        bytes.extend(text.as_bytes());
+    };
+    bytes.extend(3u32.to_le_bytes());
+    bytes.extend((tensors.len() as u64).to_le_bytes());
+    bytes.extend((metadata.len() as u64).to_le_bytes());
+    for (key, value) in metadata {
+        text(&mut bytes, key);
+        value.write(&mut bytes);
+    }
+    let (mut offset, mut offsets) = (0u64, Vec::new());
+    for tensor in tensors {
+        text(&mut bytes, &tensor.name);
+        bytes.extend((tensor.shape.len() as u32).to_le_bytes());
+        tensor.shape.iter().rev().for_each(|&d| bytes.extend((d as u64).to_le_bytes()));
+        bytes.extend(tensor.type_id().to_le_bytes());
+        bytes.extend(offset.to_le_bytes());
+        offsets.push(offset);
+        offset = (offset + tensor.n_bytes()).next_multiple_of(ALIGNMENT);
+    }
+    bytes.resize(bytes.len().next_multiple_of(ALIGNMENT as usize), 0);
+    let begin = bytes.len() as u64;
+    (bytes, offsets.into_iter().map(|offset| begin + offset).collect())
+}
+
+/// Bytes of the file that a [`GgufWriter`] makes.
+pub fn file_bytes(metadata: &[(String, Value)], tensors: &[GgufTensor]) -> u64 {
+    let (header, offsets) = header(metadata, tensors);
+    let end = |(offset, tensor): (&u64, &GgufTensor)| (offset + tensor.n_bytes()).next_multiple_of(ALIGNMENT);
+    offsets.iter().zip(tensors).last().map_or(header.len() as u64, end)
+}
+
+impl GgufWriter {
+    /// Writes the header of a file whose tensors come later.
+    ///
+    /// # Errors
+    /// The disk refuses.
+    pub fn create(path: &Path, metadata: &[(String, Value)], tensors: &[GgufTensor]) -> Result<Self> {
+        let (header, offsets) = header(metadata, tensors);
+        let mut file = File::create(path).map_err(io("create", path))?;
+        file.write_all(&header).map_err(io("write", path))?;
+        file.set_len(file_bytes(metadata, tensors)).map_err(io("write", path))?;
+        let slots = tensors.iter().zip(offsets).map(|(t, offset)| (t.name.clone(), (offset, t.n_bytes()))).collect();
+        Ok(Self { path: path.into(), file, slots })
+    }
+
+    /// Writes the bytes of one tensor at its place.
+    ///
+    /// # Errors
+    /// The disk refuses.
+    ///
+    /// # Panics
+    /// When `name` was not announced, was written before, or has another size: faults of the caller.
+    pub fn write(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
+        let (offset, len) =
+            self.slots.remove(name).unwrap_or_else(|| panic!("invariant: tensor `{name}` is written once"));
+        assert_eq!(bytes.len() as u64, len, "invariant: tensor `{name}` has its announced size");
+        self.file.seek(SeekFrom::Start(offset)).map_err(io("write", &self.path))?;
+        self.file.write_all(bytes).map_err(io("write", &self.path))
+    }
+
+    /// Syncs the file.
+    ///
+    /// # Errors
+    /// The disk refuses.
+    ///
+    /// # Panics
+    /// When an announced tensor was never written: a fault of the caller.
+    pub fn finish(self) -> Result<()> {
+        assert!(self.slots.is_empty(), "invariant: tensor `{:?}` was written", self.slots.keys().next());
+        self.file.sync_all().map_err(io("sync", &self.path))
+    }
+}
+
+/// The tensors of a mapped GGUF file under the names of a checkpoint, in the order of their data; `config` tells the heads.
+///
+/// # Errors
+/// The file is damaged, or holds a tensor of an unknown name or type.
+pub(super) fn read_header(
+    path: &Path,
+    file: &[u8],
+    shard_idx: usize,
+    config: &Map<String, Json>,
+) -> Result<Vec<TensorInfo>> {
+    let broken = |reason: String| CheckpointError::Header { path: path.into(), reason };
+    let content = Content::read(&mut Cursor::new(file)).map_err(|e| broken(e.to_string()))?;
+    let mut tensors = Vec::new();
+    for (name, stored) in content.tensor_infos.iter().filter(|(name, _)| *name != ROPE_FACTORS) {
+        // Factors of an adapter have their own suffixes, and the row order of what they add to.
+        let (stem, suffix) = match name.rsplit_once('.') {
+            Some((stem, suffix @ ("lora_a" | "lora_b"))) => (stem, suffix),
+            _ => (name.as_str(), ""),
+        };
+        let ours =
+            from_gguf(stem).ok_or_else(|| broken(format!("tensor `{name}` belongs to no family that lrc knows")))?;
+        let shape = stored.shape.dims().to_vec();
+        let element = match stored.ggml_dtype {
+            GgmlDType::F32 => Element::Plain(Dtype::F32),
+            GgmlDType::F16 => Element::Plain(Dtype::F16),
+            GgmlDType::BF16 => Element::Plain(Dtype::BF16),
+            other => BlockType::of_dtype(other)
+                .map(Element::Block)
+                .ok_or_else(|| broken(format!("type {other:?} of `{name}`")))?,
+        };
+        let plain = GgufTensor { name: name.clone(), element, shape: shape.clone() };
+        let begin = (content.tensor_data_offset + stored.offset) as usize;
+        let end = begin + plain.n_bytes() as usize;
+        if end > file.len() {
+            return Err(CheckpointError::Truncated {
+                path: path.into(),
+                expected: end as u64,
+                found: file.len() as u64,
+            });
+        }
+        let order = if suffix == "lora_a" { RowOrder::Same } else { RowOrder::of(&ours, config) };
+        let dtype = match element {
+            Element::Plain(dtype) => dtype,
+            Element::Block(_) => Dtype::F16,
+        };
+        let name = match suffix {
+            "" => ours,
+            suffix => format!("{ours}.{suffix}"),
+        };
+        let info = TensorInfo { name, dtype, shape, shard_idx, begin, end, encoded: None, row_of_i64: Vec::new() };
+        let is_plain = order == RowOrder::Same && matches!(element, Element::Plain(_));
+        let encoded = (!is_plain).then(|| Box::new(Encoded::rows(element, order, info.clone())));
+        tensors.push(TensorInfo { encoded, ..info });
+    }
+    tensors.sort_by_key(|info| info.begin);
+    Ok(tensors)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_go_both_ways() {
+        for (ours, theirs) in [
+            ("model.layers.12.self_attn.q_proj.weight", "blk.12.attn_q.weight"),
+            ("model.layers.3.mlp.down_proj.bias", "blk.3.ffn_down.bias"),
+            ("model.embed_tokens.weight", "token_embd.weight"),
+            ("lm_head.weight", "output.weight"),
+        ] {
+            assert_eq!(to_gguf(ours).as_deref(), Some(theirs));
+            assert_eq!(from_gguf(theirs).as_deref(), Some(ours));
+        }
+        assert_eq!(to_gguf("model.layers.3.self_attn.rotary.weight"), None);
+    }
+
+    #[test]
+    fn rows_of_halves_are_interleaved_and_back() {
+        let order = RowOrder::Interleaved { heads: 2 };
+        let bytes: Vec<u8> = (0..24).collect();
+        // Heads of 4 rows of 3 bytes: rows 0, 2, 1, 3, then 4, 6, 5, 7.
+        let stored = order.to_file(bytes.clone(), 8);
+        let firsts: Vec<u8> = stored.chunks(3).map(|row| row[0] / 3).collect();
+        assert_eq!(firsts, [0, 2, 1, 3, 4, 6, 5, 7]);
+        assert_eq!(order.to_model(&stored, 8), bytes);
+    }
+
+    #[test]
+    fn files_come_back_and_have_their_size() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(MODEL_FILE);
+        let block = BlockType::named("q8_0").unwrap();
+        let tensors = [
+            GgufTensor { name: "token_embd.weight".into(), element: Element::Plain(Dtype::F32), shape: vec![3, 5] },
+            GgufTensor { name: "blk.0.attn_q.weight".into(), element: Element::Block(block), shape: vec![4, 64] },
+        ];
+        let metadata = [
+            ("general.architecture".to_string(), Value::Text("llama".into())),
+            ("a".into(), Value::Texts(vec!["x".into(), "yz".into()])),
+            ("b".into(), Value::F32s(vec![1.0])),
+            ("c".into(), Value::I32s(vec![-1, 2])),
+            ("d".into(), Value::Bool(true)),
+            ("e".into(), Value::U32(7)),
+            ("f".into(), Value::F32(0.5)),
+        ];
+        let mut writer = GgufWriter::create(&path, &metadata, &tensors).unwrap();
+        for (i, tensor) in tensors.iter().enumerate().rev() {
+            writer.write(&tensor.name, &vec![i as u8 + 1; tensor.n_bytes() as usize]).unwrap();
+        }
+        writer.finish().unwrap();
+        let file = std::fs::read(&path).unwrap();
+        assert_eq!(file.len() as u64, file_bytes(&metadata, &tensors));
+        let content = Content::read(&mut Cursor::new(&file)).unwrap();
+        assert_eq!(content.metadata["e"].to_u32().unwrap(), 7);
+        assert_eq!(content.metadata["c"].to_vec().unwrap().len(), 2);
+        let config = serde_json::json!({"num_attention_heads": 2});
+        let infos = read_header(&path, &file, 0, config.as_object().unwrap()).unwrap();
+        assert_eq!(infos[0].name, "model.embed_tokens.weight");
+        assert!(infos[0].encoded.is_none() && infos[1].encoded.is_some());
+        assert!(file[infos[1].begin..infos[1].end].iter().all(|&b| b == 2));
+        assert!(infos.iter().all(|info| info.begin % 32 == 0));
+        assert!(read_header(&path, &file[..file.len() - 64], 0, config.as_object().unwrap()).is_err());
+    }
+}

@@ -1,0 +1,108 @@
+//! PEFT adapters: low-rank parts as LoRA factors in a folder of their own, over a base that loads without them.
+//!
+//! `B·A` is applied with scale `alpha / r`: with `alpha_pattern` = `rank_pattern` the scale is 1 at every rank.
+
+use serde_json::{Map, Value, json};
+
+use super::dense::{weight, weight_bytes};
+use super::{
+    CheckpointError, Entry, Exporter, LinearInfo, Module, NamedBytes, OutTensor, Parts, Source, Target, encode,
+};
+use crate::checkpoint::encoded::{ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_PREFIX};
+use crate::model::Layout;
+use crate::model::inventory::Stored;
+
+pub(super) struct Peft;
+
+impl Exporter for Peft {
+    fn refusal(&self, _: &Source<'_>, _: &LinearInfo, entry: &Entry) -> Option<String> {
+        refusal(entry)
+    }
+
+    fn tensors(&self, linear: &LinearInfo, entry: &Entry) -> Vec<OutTensor> {
+        let mut out = vec![weight(linear)];
+        out.extend(tensors(linear, entry));
+        out
+    }
+
+    fn bytes(&self, _: &Source<'_>, linear: &LinearInfo, module: &Module) -> Result<Vec<NamedBytes>, CheckpointError> {
+        let base = module.base.as_ref().expect("invariant: modules without a base are refused");
+        let mut out = vec![weight_bytes(linear, base.values().into_owned())?];
+        out.extend(bytes(linear, module)?);
+        Ok(out)
+    }
+
+    fn config(&self, source: &Source<'_>, _: &[(LinearInfo, Entry)]) -> Map<String, Value> {
+        source.config.clone()
+    }
+
+    fn side_files(&self, _: &Source<'_>, modules: &[(LinearInfo, Entry)]) -> Vec<(String, String)> {
+        side_files(modules)
+    }
+
+    fn loading(&self, has_adapter: bool) -> String {
+        let load = "```python\nfrom transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained(\"FOLDER\")\n```\n";
+        format!("{load}{}", if has_adapter { loading() } else { String::new() })
+    }
+}
+
+/// Why a linear cannot be a base with an adapter over it.
+pub(super) fn refusal(entry: &Entry) -> Option<String> {
+    match (entry.base, entry.pair) {
+        (None, _) => Some("it is of low rank without a base".into()),
+        (_, Some(pair)) if pair.layout != Layout::Factors => Some("adapters hold factors, not pivots".into()),
+        _ => None,
+    }
+}
+
+fn names(linear: &LinearInfo) -> [String; 2] {
+    ["lora_A", "lora_B"].map(|part| format!("{ADAPTER_PREFIX}{}.{part}.weight", linear.module))
+}
+
+/// The factors of a linear.
+pub(super) fn tensors(linear: &LinearInfo, entry: &Entry) -> Vec<OutTensor> {
+    let Some(pair) = entry.pair else { return Vec::new() };
+    let (out, input) = linear.shape();
+    let shapes = [vec![pair.rank, input], vec![out, pair.rank]];
+    let tensor = |(name, shape)| OutTensor { target: Target::Adapter, ..OutTensor::plain(name, linear.dtype, shape) };
+    names(linear).into_iter().zip(shapes).map(tensor).collect()
+}
+
+/// Their bytes. Quantised factors are stored as the floats that they stand for: adapters know no codes.
+pub(super) fn bytes(linear: &LinearInfo, module: &Module) -> Result<Vec<NamedBytes>, CheckpointError> {
+    let Some(Parts::Factors { b, a, .. }) = &module.parts else { return Ok(Vec::new()) };
+    let tensor = |(name, values)| Ok(NamedBytes { target: Target::Adapter, ..encode(name, linear.dtype, values)? });
+    names(linear).into_iter().zip([&*a.values(), &*b.values()]).map(tensor).collect()
+}
+
+/// `adapter/adapter_config.json`, where there is a factor.
+pub(super) fn side_files(modules: &[(LinearInfo, Entry)]) -> Vec<(String, String)> {
+    let ranks: Map<String, Value> =
+        modules.iter().filter_map(|(l, e)| Some((l.module.clone(), json!(e.pair?.rank)))).collect();
+    let Some(largest) = ranks.values().filter_map(Value::as_u64).max() else { return Vec::new() };
+    let is_turned = modules.iter().any(|(linear, _)| linear.stored == Stored::DenseTransposed);
+    let config = json!({
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        // The base is the folder above; PEFT is told where it is when it loads.
+        "base_model_name_or_path": "..",
+        "r": largest,
+        "lora_alpha": largest,
+        "rank_pattern": ranks,
+        "alpha_pattern": ranks,
+        "target_modules": ranks.keys().collect::<Vec<_>>(),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": is_turned,
+        "inference_mode": true,
+    });
+    let text = serde_json::to_string_pretty(&config).expect("invariant: a config is valid JSON");
+    vec![(format!("{ADAPTER_FOLDER}/{ADAPTER_CONFIG}"), text + "\n")]
+}
+
+/// How an adapter is put on a loaded model.
+pub(super) fn loading() -> String {
+    "\nThe low-rank compensation is an adapter over it:\n\n```python\nfrom peft import PeftModel\n\
+     model = PeftModel.from_pretrained(model, \"FOLDER/adapter\")\n```\n"
+        .into()
+}

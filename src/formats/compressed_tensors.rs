@@ -1,0 +1,137 @@
+//! compressed-tensors, `pack-quantized`: `X.weight_packed` i32 (out, in · bits / 32) of codes, low bits first, `X.weight_scale`
+//! (out, n_groups) and `X.weight_shape`. Symmetric, 4 and 8 bits: what transformers and vLLM load without a doubt.
+
+use std::collections::BTreeMap;
+
+use serde_json::{Map, Value, json};
+
+use super::{
+    CheckpointError, Entry, Exporter, LinearInfo, Matrix, Module, NamedBytes, OutTensor, Source, adapter, encode,
+};
+use crate::checkpoint::Dtype;
+use crate::model::inventory::{self, Stored};
+use crate::quantize::{Levels, Quantized, Scheme, Storage, bits};
+
+use super::Base;
+
+pub(super) struct CompressedTensors;
+
+/// The scheme of a base that both exchange formats can hold, or why they cannot.
+pub(super) fn exchange_scheme(linear: &LinearInfo, entry: &Entry) -> Result<Scheme, String> {
+    if let Some(reason) = adapter::refusal(entry) {
+        return Err(reason);
+    }
+    if linear.stored == Stored::DenseTransposed {
+        return Err("its weight is stored (in, out), which loaders of this format do not expect".into());
+    }
+    let Some(Base::Quantized(Storage::Grouped(scheme))) = entry.base else {
+        return Err("its base is not quantised in groups".into());
+    };
+    match scheme.levels {
+        Levels::Int { bits: 4 | 8, symmetric: true } => {}
+        Levels::Int { symmetric: false, .. } => {
+            return Err("asymmetric codes are misread by loaders of this format".into());
+        }
+        Levels::Int { bits, .. } => return Err(format!("{bits} bits are misread by loaders of this format")),
+        Levels::Nf4 => return Err("the format holds integers, not nf4".into()),
+    }
+    let n = linear.in_features;
+    if !n.is_multiple_of(scheme.group_of(n)) {
+        return Err(format!("groups of {} do not divide its {n} inputs", scheme.group_of(n)));
+    }
+    Ok(scheme)
+}
+
+impl Exporter for CompressedTensors {
+    fn refusal(&self, _: &Source<'_>, linear: &LinearInfo, entry: &Entry) -> Option<String> {
+        exchange_scheme(linear, entry).err()
+    }
+
+    fn tensors(&self, linear: &LinearInfo, entry: &Entry) -> Vec<OutTensor> {
+        let scheme = exchange_scheme(linear, entry).expect("invariant: what is not stored is refused");
+        let (m, n) = linear.shape();
+        let name = |part: &str| format!("{}.{part}", linear.module);
+        let words = bits::row_bytes(n, scheme.levels.bits(), 4) / 4;
+        let mut tensors = vec![
+            OutTensor::plain(name("weight_packed"), Dtype::I32, vec![m, words]),
+            OutTensor::plain(name("weight_scale"), linear.dtype, vec![m, scheme.n_groups(n)]),
+            OutTensor::plain(name("weight_shape"), Dtype::I64, vec![2]),
+        ];
+        tensors.extend(adapter::tensors(linear, entry));
+        tensors
+    }
+
+    fn bytes(&self, _: &Source<'_>, linear: &LinearInfo, module: &Module) -> Result<Vec<NamedBytes>, CheckpointError> {
+        let Some(Matrix::Quantized(Quantized::Grouped(base))) = &module.base else {
+            unreachable!("invariant: what is not quantised in groups is refused")
+        };
+        let name = |part: &str| format!("{}.{part}", linear.module);
+        let packed = bits::pack(&base.codes, base.cols, base.scheme.levels.bits(), 4);
+        let shape = [base.rows as i64, base.cols as i64].map(i64::to_le_bytes).concat();
+        let mut tensors = vec![
+            NamedBytes::of(name("weight_packed"), packed),
+            encode(name("weight_scale"), linear.dtype, &base.scales)?,
+            NamedBytes::of(name("weight_shape"), shape),
+        ];
+        tensors.extend(adapter::bytes(linear, module)?);
+        Ok(tensors)
+    }
+
+    fn config(&self, source: &Source<'_>, modules: &[(LinearInfo, Entry)]) -> Map<String, Value> {
+        let mut config = source.config.clone();
+        if modules.is_empty() {
+            return config;
+        }
+        let mut by_scheme: BTreeMap<(u32, Option<usize>), Vec<&str>> = BTreeMap::new();
+        for (linear, entry) in modules {
+            let scheme = exchange_scheme(linear, entry).expect("invariant: what is not stored is refused");
+            let group = (scheme.n_groups(linear.in_features) > 1).then(|| scheme.group_of(linear.in_features));
+            by_scheme.entry((scheme.levels.bits(), group)).or_default().push(&linear.module);
+        }
+        let is_one = by_scheme.len() == 1;
+        let mut groups = Map::new();
+        for (i, ((bits, group), names)) in by_scheme.into_iter().enumerate() {
+            let mut weights = json!({"num_bits": bits, "type": "int", "symmetric": true});
+            weights["strategy"] = json!(if group.is_some() { "group" } else { "channel" });
+            if let Some(group) = group {
+                weights["group_size"] = json!(group);
+            }
+            let targets = if is_one { json!(["Linear"]) } else { json!(names) };
+            groups.insert(format!("group_{i}"), json!({"targets": targets, "weights": weights}));
+        }
+        let is_compressed = |name: &str| modules.iter().any(|(linear, _)| linear.module == name);
+        let linears = inventory::linears(source.checkpoint);
+        let mut ignore: Vec<String> = linears.into_iter().map(|l| l.module).filter(|m| !is_compressed(m)).collect();
+        if !ignore.iter().any(|name| name == "lm_head") {
+            ignore.push("lm_head".into());
+        }
+        config.insert(
+            "quantization_config".into(),
+            json!({
+                "quant_method": "compressed-tensors",
+                "format": "pack-quantized",
+                "quantization_status": "compressed",
+                "config_groups": groups,
+                "ignore": ignore,
+            }),
+        );
+        config
+    }
+
+    fn side_files(&self, _: &Source<'_>, modules: &[(LinearInfo, Entry)]) -> Vec<(String, String)> {
+        adapter::side_files(modules)
+    }
+
+    fn loading(&self, has_adapter: bool) -> String {
+        let mut text = String::from(
+            "With `compressed-tensors` installed it loads as it is, in transformers and in vLLM:\n\n```python\n\
+             from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained(\"FOLDER\")\n```\n",
+        );
+        if has_adapter {
+            text += "\n**An adapter over this base needs dequantised weights**: load the base with\n\
+                 `quantization_config=CompressedTensorsConfig(dequantize=True)`, or run it once before the adapter is put on.\n";
+            text += &adapter::loading();
+        }
+        text
+    }
+}

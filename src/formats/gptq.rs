@@ -1,0 +1,128 @@
+//! GPTQ, version 1 of its files: `X.qweight` i32 (in · bits / 32, out), packed along the inputs, `X.qzeros` i32 (n_groups,
+//! out · bits / 32) of zeros less one, `X.scales` f16 (n_groups, out), `X.g_idx` i32 (in). Symmetric, 4 and 8 bits.
+
+use serde_json::{Map, Value, json};
+
+use super::compressed_tensors::exchange_scheme;
+use super::{
+    CheckpointError, Entry, Exporter, LinearInfo, Matrix, Module, NamedBytes, OutTensor, Source, adapter, encode,
+};
+use crate::checkpoint::Dtype;
+use crate::checkpoint::encoded::transposed_words;
+use crate::linalg;
+use crate::model::inventory;
+use crate::quantize::{Quantized, bits};
+
+pub(super) struct Gptq;
+
+/// Groups that kernels are written for.
+const GROUPS: [usize; 4] = [16, 32, 64, 128];
+
+impl Exporter for Gptq {
+    fn refusal(&self, _: &Source<'_>, linear: &LinearInfo, entry: &Entry) -> Option<String> {
+        let scheme = match exchange_scheme(linear, entry) {
+            Ok(scheme) => scheme,
+            Err(reason) => return Some(reason),
+        };
+        let (m, n) = linear.shape();
+        if !m.is_multiple_of(32) && !(m * scheme.levels.bits() as usize).is_multiple_of(32) || !n.is_multiple_of(32) {
+            return Some(format!("its shape [{m}, {n}] does not fill whole words"));
+        }
+        let group = scheme.group_of(n);
+        (group != n && !GROUPS.contains(&group)).then(|| format!("no kernel has groups of {group}"))
+    }
+
+    fn refusal_of_all(&self, _: &Source<'_>, modules: &[(LinearInfo, Entry)]) -> Option<String> {
+        let setting = |(linear, entry): &(LinearInfo, Entry)| {
+            let scheme = exchange_scheme(linear, entry).ok()?;
+            let n = linear.in_features;
+            Some((scheme.levels.bits(), (scheme.group.is_some_and(|group| group < n)).then(|| scheme.group_of(n))))
+        };
+        let first = modules.first().and_then(setting)?;
+        let other = modules.iter().find(|module| setting(module) != Some(first))?;
+        Some(format!(
+            "`{}` has other bits or groups than `{}`: a GPTQ checkpoint has one of each",
+            other.0.module, modules[0].0.module
+        ))
+    }
+
+    fn tensors(&self, linear: &LinearInfo, entry: &Entry) -> Vec<OutTensor> {
+        let scheme = exchange_scheme(linear, entry).expect("invariant: what is not stored is refused");
+        let (m, n) = linear.shape();
+        let (bits, groups) = (scheme.levels.bits() as usize, scheme.n_groups(n));
+        let tensor = |part: &str, dtype, shape| OutTensor::plain(format!("{}.{part}", linear.module), dtype, shape);
+        let mut tensors = vec![
+            tensor("qweight", Dtype::I32, vec![n * bits / 32, m]),
+            tensor("qzeros", Dtype::I32, vec![groups, m * bits / 32]),
+            tensor("scales", Dtype::F16, vec![groups, m]),
+            tensor("g_idx", Dtype::I32, vec![n]),
+        ];
+        tensors.extend(adapter::tensors(linear, entry));
+        tensors
+    }
+
+    fn bytes(&self, _: &Source<'_>, linear: &LinearInfo, module: &Module) -> Result<Vec<NamedBytes>, CheckpointError> {
+        let Some(Matrix::Quantized(Quantized::Grouped(base))) = &module.base else {
+            unreachable!("invariant: what is not quantised in groups is refused")
+        };
+        let (m, n, width) = (base.rows, base.cols, base.scheme.levels.bits());
+        let (groups, group) = (base.scheme.n_groups(n), base.scheme.group_of(n));
+        let name = |part: &str| format!("{}.{part}", linear.module);
+        let rows = bits::pack(&base.codes, n, width, 4); // (out, words)
+        let zeros = vec![(1u8 << (width - 1)) - 1; groups * m];
+        let places = (0..n).flat_map(|i| ((i / group) as i32).to_le_bytes()).collect();
+        let scales = linalg::transpose_row_major(&base.scales, m, groups); // (n_groups, out)
+        let mut tensors = vec![
+            NamedBytes::of(name("qweight"), transposed_words(&rows, rows.len() / 4 / m.max(1))),
+            NamedBytes::of(name("qzeros"), bits::pack(&zeros, m, width, 4)),
+            encode(name("scales"), Dtype::F16, &scales)?,
+            NamedBytes::of(name("g_idx"), places),
+        ];
+        tensors.extend(adapter::bytes(linear, module)?);
+        Ok(tensors)
+    }
+
+    fn config(&self, source: &Source<'_>, modules: &[(LinearInfo, Entry)]) -> Map<String, Value> {
+        let mut config = source.config.clone();
+        let Some((first, entry)) = modules.first() else { return config };
+        let scheme = exchange_scheme(first, entry).expect("invariant: what is not stored is refused");
+        let group = scheme.group.filter(|&group| group < first.in_features).map_or(-1, |group| group as i64);
+        let mut quantization = json!({
+            "quant_method": "gptq",
+            "bits": scheme.levels.bits(),
+            "group_size": group,
+            "desc_act": false,
+            "sym": true,
+            "checkpoint_format": "gptq",
+            "lm_head": false,
+            "pack_dtype": "int32",
+        });
+        // Linears that stayed dense; the loader would look for codes.
+        let is_compressed = |name: &str| modules.iter().any(|(linear, _)| linear.module == name);
+        let dense: Map<String, Value> = inventory::linears(source.checkpoint)
+            .into_iter()
+            .filter(|l| l.is_default_target && !is_compressed(&l.module))
+            .map(|l| (format!("-:^{}$", l.module.replace('.', "\\.")), json!({})))
+            .collect();
+        if !dense.is_empty() {
+            quantization["dynamic"] = Value::Object(dense);
+        }
+        config.insert("quantization_config".into(), quantization);
+        config
+    }
+
+    fn side_files(&self, _: &Source<'_>, modules: &[(LinearInfo, Entry)]) -> Vec<(String, String)> {
+        adapter::side_files(modules)
+    }
+
+    fn loading(&self, has_adapter: bool) -> String {
+        let mut text = String::from(
+            "With `gptqmodel` installed it loads as it is in transformers; vLLM needs nothing more:\n\n```python\n\
+             from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained(\"FOLDER\")\n```\n",
+        );
+        if has_adapter {
+            text += &adapter::loading();
+        }
+        text
+    }
+}

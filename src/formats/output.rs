@@ -1,0 +1,262 @@
+//! The files of an output, whatever the format: every tensor at its place, written as it comes.
+
+use std::collections::BTreeMap;
+
+use anyhow::Result;
+
+use super::{Container, Entry, Exporter, Format, NamedBytes, OutTensor, Source, Target};
+use crate::checkpoint::encoded::{ADAPTER_FILE, ADAPTER_FOLDER};
+use crate::checkpoint::gguf::{self, GgufTensor, GgufWriter};
+use crate::checkpoint::{
+    CONFIG_FILE, CheckpointError, OutputFolder, SINGLE_FILE, SafetensorsWriter, TensorSpec, io, writer_bytes,
+};
+use crate::error::Failure;
+use crate::model::inventory::LinearInfo;
+
+/// A tensor of the output and where it comes from.
+#[derive(Debug, Clone)]
+struct Planned {
+    tensor: OutTensor,
+    origin: Origin,
+}
+
+#[derive(Debug, Clone)]
+enum Origin {
+    /// This tensor of the source.
+    Source(String),
+    /// A compressed linear.
+    Module,
+    /// The format itself.
+    Extra(Vec<u8>),
+}
+
+/// What will be written, from headers and choices alone.
+pub struct Files<'a> {
+    source: &'a Source<'a>,
+    exporter: &'static dyn Exporter,
+    modules: Vec<(LinearInfo, Entry)>,
+    tensors: Vec<Planned>,
+    container: Container,
+    max_shard_bytes: u64,
+}
+
+impl<'a> Files<'a> {
+    /// Lays out a checkpoint of which `modules` are compressed. Nothing is dropped: what no module owns is passed through.
+    pub fn new(
+        source: &'a Source<'a>,
+        format: Format,
+        modules: Vec<(LinearInfo, Entry)>,
+        max_shard_bytes: u64,
+    ) -> Self {
+        let exporter = format.exporter();
+        // Every name that a linear may have in the source, dense or compressed before.
+        let mut owners: BTreeMap<String, usize> = BTreeMap::new();
+        let mut biases: BTreeMap<String, usize> = BTreeMap::new();
+        for (i, (linear, _)) in modules.iter().enumerate() {
+            owners.extend(linear.tensor_names().into_iter().map(|name| (name, i)));
+            biases.extend(linear.bias_names().into_iter().map(|name| (name, i)));
+        }
+        let mut tensors = Vec::new();
+        let mut placed = vec![false; modules.len()];
+        for info in source.checkpoint.tensors() {
+            if let Some(&i) = owners.get(&info.name) {
+                if !std::mem::replace(&mut placed[i], true) {
+                    let (linear, entry) = &modules[i];
+                    let own = exporter.tensors(linear, entry).into_iter();
+                    tensors.extend(own.map(|tensor| Planned { tensor, origin: Origin::Module }));
+                }
+                continue;
+            }
+            let mut tensor = exporter.other(info);
+            if let Some(&i) = biases.get(&info.name) {
+                let (linear, entry) = &modules[i];
+                tensor.name = exporter.bias_name(linear, entry);
+            }
+            tensors.push(Planned { tensor, origin: Origin::Source(info.name.clone()) });
+        }
+        let extra = |(tensor, bytes)| Planned { tensor, origin: Origin::Extra(bytes) };
+        tensors.extend(exporter.extras(source).into_iter().map(extra));
+        let container = exporter.container(source);
+        Self { source, exporter, modules, tensors, container, max_shard_bytes }
+    }
+
+    /// Checks that the runtime of the format will read what was meant.
+    ///
+    /// # Errors
+    /// It would not, with the reason.
+    pub fn check(source: &Source<'_>, format: Format, modules: &[(LinearInfo, Entry)]) -> Result<()> {
+        let exporter = format.exporter();
+        let hint = "`lrc export` and `lrc compress` write `factored` and `dense` of everything; `--exclude` leaves a linear dense";
+        for (linear, entry) in modules {
+            if let Some(reason) = exporter.refusal(source, linear, entry) {
+                let message = format!("`{}` cannot be stored as {}: {reason}", linear.module, format.name());
+                return Err(Failure::unsupported(message).hint(hint).into());
+            }
+        }
+        match exporter.refusal_of_all(source, modules) {
+            Some(reason) => {
+                Err(Failure::unsupported(format!("no {} of this: {reason}", format.name())).hint(hint).into())
+            }
+            None => Ok(()),
+        }
+    }
+
+    fn of(&self, target: Target) -> impl Iterator<Item = &OutTensor> {
+        self.tensors.iter().map(|planned| &planned.tensor).filter(move |tensor| tensor.target == target)
+    }
+
+    fn specs(&self, target: Target) -> Vec<TensorSpec> {
+        self.of(target).map(OutTensor::spec).collect()
+    }
+
+    fn gguf_tensors(&self, target: Target) -> Vec<GgufTensor> {
+        self.of(target).map(OutTensor::gguf).collect()
+    }
+
+    /// Whether there is an adapter beside the model.
+    pub fn has_adapter(&self) -> bool {
+        self.of(Target::Adapter).next().is_some()
+    }
+
+    /// Elements of all tensors, and their bytes.
+    pub fn n_elements_and_bytes(&self) -> (u64, u64) {
+        let size = |t: &OutTensor| (t.shape.iter().map(|&d| d as u64).product::<u64>(), t.n_bytes());
+        self.tensors.iter().map(|p| size(&p.tensor)).fold((0, 0), |sum, size| (sum.0 + size.0, sum.1 + size.1))
+    }
+
+    /// Bytes of the weight files, headers included.
+    pub fn file_bytes(&self) -> u64 {
+        match &self.container {
+            Container::Safetensors => {
+                let adapter = if self.has_adapter() { writer_bytes(&self.specs(Target::Adapter), u64::MAX) } else { 0 };
+                writer_bytes(&self.specs(Target::Model), self.max_shard_bytes) + adapter
+            }
+            Container::Gguf { model, adapter } => {
+                let lora = self.gguf_tensors(Target::Adapter);
+                let lora = if lora.is_empty() { 0 } else { gguf::file_bytes(adapter, &lora) };
+                gguf::file_bytes(model, &self.gguf_tensors(Target::Model)) + lora
+            }
+        }
+    }
+}
+
+/// The weight files of an output, under construction.
+pub struct Output<'a> {
+    files: Files<'a>,
+    model: Writer,
+    adapter: Option<Writer>,
+}
+
+enum Writer {
+    Safetensors(SafetensorsWriter),
+    Gguf(GgufWriter),
+}
+
+impl Writer {
+    fn write(&mut self, name: &str, bytes: &[u8]) -> Result<(), CheckpointError> {
+        match self {
+            Self::Safetensors(writer) => writer.write(name, bytes),
+            Self::Gguf(writer) => writer.write(name, bytes),
+        }
+    }
+
+    fn finish(self) -> Result<(), CheckpointError> {
+        match self {
+            Self::Safetensors(writer) => writer.finish().map(|_| ()),
+            Self::Gguf(writer) => writer.finish(),
+        }
+    }
+}
+
+impl<'a> Output<'a> {
+    /// # Errors
+    /// The disk is too small or refuses.
+    pub fn create(folder: &OutputFolder, files: Files<'a>) -> Result<Self> {
+        folder.require_space(files.file_bytes())?;
+        let (model, adapter) = match &files.container {
+            Container::Safetensors => {
+                let model =
+                    SafetensorsWriter::create(folder.path(), &files.specs(Target::Model), files.max_shard_bytes)?;
+                let adapter = folder.path().join(ADAPTER_FOLDER);
+                let adapter = files.has_adapter().then(|| -> Result<_, CheckpointError> {
+                    std::fs::create_dir(&adapter).map_err(io("create", &adapter))?;
+                    SafetensorsWriter::create(&adapter, &files.specs(Target::Adapter), u64::MAX)
+                });
+                (Writer::Safetensors(model), adapter.transpose()?.map(Writer::Safetensors))
+            }
+            Container::Gguf { model, adapter } => {
+                let create = |name: &str, metadata, target| {
+                    GgufWriter::create(&folder.path().join(name), metadata, &files.gguf_tensors(target))
+                        .map(Writer::Gguf)
+                };
+                let lora =
+                    files.has_adapter().then(|| create(gguf::LORA_FILE, adapter, Target::Adapter)).transpose()?;
+                (create(gguf::MODEL_FILE, model, Target::Model)?, lora)
+            }
+        };
+        Ok(Self { files, model, adapter })
+    }
+
+    pub fn files(&self) -> &Files<'a> {
+        &self.files
+    }
+
+    /// Writes the tensors of one compressed linear.
+    ///
+    /// # Errors
+    /// The disk refuses.
+    pub fn put(&mut self, tensors: &[NamedBytes]) -> Result<(), CheckpointError> {
+        tensors.iter().try_for_each(|tensor| self.write(tensor.target, &tensor.name, &tensor.bytes))
+    }
+
+    fn write(&mut self, target: Target, name: &str, bytes: &[u8]) -> Result<(), CheckpointError> {
+        match target {
+            Target::Model => self.model.write(name, bytes),
+            Target::Adapter => self.adapter.as_mut().expect("invariant: an adapter was planned").write(name, bytes),
+        }
+    }
+
+    /// Copies everything that was not compressed, and writes the config and what else the format needs; `leave` are names of
+    /// side files of the source that are not copied.
+    ///
+    /// # Errors
+    /// The disk refuses, or a tensor of the source is broken.
+    pub fn finish(mut self, folder: &OutputFolder, leave: &[&str]) -> Result<()> {
+        let (source, exporter) = (self.files.source, self.files.exporter);
+        for planned in std::mem::take(&mut self.files.tensors) {
+            let OutTensor { target, name, .. } = planned.tensor;
+            match planned.origin {
+                Origin::Module => {}
+                Origin::Source(from) => {
+                    let bytes = exporter.other_bytes(source, source.checkpoint.require(&from)?)?;
+                    self.write(target, &name, &bytes)?;
+                }
+                Origin::Extra(bytes) => self.write(target, &name, &bytes)?,
+            }
+        }
+        let is_safetensors = self.files.container == Container::Safetensors;
+        self.model.finish()?;
+        if let Some(adapter) = self.adapter {
+            adapter.finish()?;
+            if is_safetensors {
+                let path = folder.path().join(ADAPTER_FOLDER);
+                std::fs::rename(path.join(SINGLE_FILE), path.join(ADAPTER_FILE)).map_err(io("rename", &path))?;
+            }
+        }
+        for file in source.checkpoint.side_files()? {
+            if !leave.iter().any(|name| file.ends_with(name)) {
+                folder.copy(&file)?;
+            }
+        }
+        if !self.files.modules.is_empty() {
+            for (name, content) in exporter.side_files(source, &self.files.modules) {
+                folder.write(&name, content.as_bytes())?;
+            }
+        }
+        if source.checkpoint.config().is_some() {
+            let config = exporter.config(source, &self.files.modules);
+            folder.write(CONFIG_FILE, (serde_json::to_string_pretty(&config)? + "\n").as_bytes())?;
+        }
+        Ok(())
+    }
+}
