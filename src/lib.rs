@@ -22,6 +22,7 @@ pub mod cli;
 pub mod compress;
 pub mod error;
 pub mod eval;
+pub mod export;
 pub mod formats;
 pub mod inspect;
 pub mod linalg;

@@ -9,11 +9,12 @@ use std::fs::{self, File};
 use std::io::{Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
+use rayon::prelude::*;
 use serde_json::{Map, json};
 
 use super::cast::{self, Dtype};
 use super::error::{CheckpointError, io};
-use super::{INDEX_FILE, SINGLE_FILE, ShardIndex};
+use super::{Fingerprint, INDEX_FILE, SINGLE_FILE, ShardIndex, sha256_file};
 
 type Result<T, E = CheckpointError> = std::result::Result<T, E>;
 
@@ -114,6 +115,24 @@ impl OutputFolder {
     pub fn copy(&self, source: &Path) -> Result<()> {
         let bytes = fs::read(source).map_err(io("read", source))?;
         self.write(&super::file_name(source), &bytes)
+    }
+
+    /// SHA-256 of every visible file so far, those of folders in it included.
+    ///
+    /// # Errors
+    /// A file cannot be read.
+    pub fn hashes(&self) -> Result<Fingerprint> {
+        let mut files = Vec::new();
+        let mut folders = vec![self.partial.clone()];
+        while let Some(at) = folders.pop() {
+            for entry in fs::read_dir(&at).map_err(io("list", &at))? {
+                let path = entry.map_err(io("list", &at))?.path();
+                if path.is_dir() { folders.push(path) } else { files.push(path) }
+            }
+        }
+        let name = |path: &Path| path.strip_prefix(&self.partial).unwrap_or(path).to_string_lossy().into_owned();
+        let visible = files.par_iter().filter(|path| !name(path).starts_with('.'));
+        visible.map(|path| Ok((name(path), sha256_file(path)?))).collect()
     }
 
     /// Renames the folder to its target: from here on the output is there, and whole.

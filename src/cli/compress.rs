@@ -10,17 +10,19 @@ use super::terminal::{Bars, grouped, table};
 use super::{MemoryArgs, ModelArgs, print, print_json};
 use crate::compress::recipe::{Recipe, RecipeOptions};
 use crate::compress::{self, Job};
-use crate::report::{CompressReport, LinearRecord, Sizes};
+use crate::report::{CompressReport, ControlRecord, LinearRecord, Sizes};
 
 /// Compress a checkpoint
 ///
-/// Replaces linears by low-rank factors and writes safetensors with a report.
+/// Replaces linears by low-rank factors, by quantised matrices, or by both, and writes safetensors with a report.
 /// The output folder appears whole or not at all.
 ///
 /// Examples:
 ///   lrc compress MODEL -o OUT --keep 0.8
 ///   lrc compress MODEL -o OUT --keep 0.8 --calibration text.txt
 ///   lrc compress MODEL -o OUT --target-size 350MiB --statistics stats.safetensors
+///   lrc compress MODEL -o OUT --quant gptq-int4 --calibration text.txt --format gptq
+///   lrc compress MODEL -o OUT --quant rtn-int2,rtn-int3,rtn-int4 --compensate eora --bits 3.25 --calibration text.txt
 ///   lrc compress MODEL -o OUT --recipe recipe.toml --dry-run
 #[derive(Debug, Args)]
 #[command(verbatim_doc_comment)]
@@ -88,12 +90,31 @@ pub(super) fn run(args: &CompressArgs, quiet: bool, progress: &Bars) -> Result<(
 
 pub(super) fn show(report: &CompressReport, output: &Path) -> String {
     let memory = report.peak_memory_bytes.map_or(String::new(), |b| format!(", peak memory {}", ByteSize(b)));
+    let notes: String = report
+        .linears
+        .iter()
+        .filter_map(|l| Some(format!("{}: {}\n", l.module, l.note.as_ref()?)))
+        .chain(report.control.as_ref().map(control))
+        .collect();
     format!(
-        "{}wrote `{}` in {:.1} s{memory}\n",
+        "{}{notes}wrote `{}` in {:.1} s{memory}\n",
         tables(&report.linears, &report.sizes),
         output.display(),
         report.elapsed_seconds
     )
+}
+
+/// What the bytes of the factors would have bought otherwise.
+fn control(control: &ControlRecord) -> String {
+    if !control.is_reachable {
+        return "control without factors: nothing is as small\n".into();
+    }
+    let ratio = control.weighted_error_ratio.map_or("-".into(), |ratio| format!("{ratio:.3}"));
+    let kl = match (control.kl, control.control_kl) {
+        (Some(own), Some(other)) => format!("; KL {own:.5} against {other:.5} on the calibration text"),
+        _ => String::new(),
+    };
+    format!("control without factors at {:.3} bits: squared error is {ratio} of it{kl}\n", control.bits_per_weight)
 }
 
 fn tables(linears: &[LinearRecord], sizes: &Sizes) -> String {
@@ -101,14 +122,19 @@ fn tables(linears: &[LinearRecord], sizes: &Sizes) -> String {
         vec![
             l.module.clone(),
             format!("{}×{}", l.shape[0], l.shape[1]),
-            l.rank.map_or("dense".into(), |r| r.to_string()),
+            l.quant.clone().unwrap_or_else(|| if l.rank.is_none() { "dense" } else { "-" }.into()),
+            l.rank.map_or("-".into(), |r| r.to_string()),
             grouped(l.parameters_before),
             grouped(l.parameters_after),
+            format!("{:.3}", l.bits_base + l.bits_factors),
             l.relative_error.map_or("-".into(), |e| format!("{e:.4}")),
             format!("{:.2}", l.seconds),
         ]
     });
-    let linears = table(&["linear", "shape", "rank", "parameters", "kept", "rel. error", "seconds"], rows.collect());
+    let linears = table(
+        &["linear", "shape", "base", "rank", "parameters", "kept", "bits", "rel. error", "seconds"],
+        rows.collect(),
+    );
     let share = |after: u64, before: u64| format!("{:.2} %", 100.0 * after as f64 / before as f64);
     let row = |name: &str, before: u64, after: u64| {
         vec![name.to_string(), grouped(before), grouped(after), share(after, before)]
@@ -127,5 +153,9 @@ fn tables(linears: &[LinearRecord], sizes: &Sizes) -> String {
             ],
         ],
     );
-    format!("{linears}\n{totals}")
+    let of = format!(
+        "of these bits {:.3} are in bases and dense linears, {:.3} in low-rank parts\n",
+        sizes.bits_per_weight_base, sizes.bits_per_weight_factors
+    );
+    format!("{linears}\n{totals}{of}")
 }

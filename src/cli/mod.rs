@@ -3,6 +3,7 @@
 mod calibrate;
 mod compress;
 mod eval;
+mod export;
 mod inspect;
 mod sweep;
 mod terminal;
@@ -46,6 +47,7 @@ enum Command {
     Sweep(sweep::SweepArgs),
     Eval(eval::EvalArgs),
     Truncate(truncate::TruncateArgs),
+    Export(export::ExportArgs),
     Inspect(inspect::InspectArgs),
 }
 
@@ -93,6 +95,7 @@ pub fn run(cli: &Cli) -> Result<()> {
         Command::Sweep(args) => sweep::run(args, &progress),
         Command::Eval(args) => eval::run(args, &progress),
         Command::Truncate(args) => truncate::run(args, cli.quiet, &progress),
+        Command::Export(args) => export::run(args, cli.quiet, &progress),
         Command::Inspect(args) => inspect::run(args, &progress),
     }
 }

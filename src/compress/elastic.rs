@@ -18,7 +18,7 @@ use serde_json::json;
 use super::allocate::{self, Choice, Item, Price, Ranks, Rules};
 use super::low_rank::{self, ErrorCurve, LowRank};
 use super::metric::{Metric, MetricPair};
-use super::output::{Written, hashes};
+use super::output::Written;
 use super::pivot;
 use super::study::{Allocation, Study};
 use crate::checkpoint::{
@@ -206,7 +206,7 @@ pub fn truncate(job: &TruncateJob<'_>, progress: &dyn Progress) -> Result<Compre
         config["lrc"]["modules"][&s.linear.module]["rank"] = json!(s.new_rank);
     }
     folder.write(CONFIG_FILE, (serde_json::to_string_pretty(&config)? + "\n").as_bytes())?;
-    report.output_files = hashes(folder.path())?;
+    report.output_files = folder.hashes()?;
     report.elapsed_seconds = started.elapsed().as_secs_f64();
     report.peak_memory_bytes = peak_memory_bytes();
     folder.write(REPORT_FILE, (serde_json::to_string_pretty(&report)? + "\n").as_bytes())?;

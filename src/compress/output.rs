@@ -1,7 +1,6 @@
 //! The output folder of a compression: weights streamed as they come, then side files, config and report.
 
 use std::collections::BTreeMap;
-use std::path::Path;
 use std::sync::Mutex;
 use std::time::Instant;
 
@@ -14,7 +13,7 @@ use super::allocate::Choice;
 use super::pivot;
 use super::recipe::Recipe;
 use super::study::Study;
-use crate::checkpoint::{Fingerprint, OutputFolder, io, sha256_file};
+use crate::checkpoint::OutputFolder;
 use crate::formats::{Format, Output, Parts};
 use crate::model::Layout;
 use crate::model::inventory::LinearInfo;
@@ -94,7 +93,7 @@ pub(super) fn finish(
     let recipe = toml::to_string(&recipe.to_options())?;
     folder.write(RECIPE_FILE, format!("# lrc compress MODEL -o OUT --recipe {RECIPE_FILE}\n{recipe}").as_bytes())?;
     folder.write(CARD_FILE, card::render(report, &loading).as_bytes())?;
-    report.output_files = hashes(folder.path())?;
+    report.output_files = folder.hashes()?;
     report.elapsed_seconds = started.elapsed().as_secs_f64();
     report.peak_memory_bytes = peak_memory_bytes();
     folder.write(REPORT_FILE, (serde_json::to_string_pretty(report)? + "\n").as_bytes())?;
@@ -136,24 +135,4 @@ fn warn_of_rounding(study: &Study<'_>, i: usize, rank: usize, storage_error: f64
             linear.dtype
         );
     }
-}
-
-/// SHA-256 of every visible file of a folder and of those in it.
-pub(super) fn hashes(folder: &Path) -> Result<Fingerprint> {
-    let mut files = Vec::new();
-    let mut folders = vec![folder.to_path_buf()];
-    while let Some(at) = folders.pop() {
-        for entry in std::fs::read_dir(&at).map_err(io("list", &at))? {
-            let path = entry.map_err(io("list", &at))?.path();
-            match path.is_dir() {
-                true => folders.push(path),
-                false => files.push(path),
-            }
-        }
-    }
-    let name = |path: &Path| path.strip_prefix(folder).unwrap_or(path).to_string_lossy().into_owned();
-    let visible = files.par_iter().filter(|path| !name(path).starts_with('.'));
-    Ok(visible
-        .map(|path| Ok((name(path), sha256_file(path)?)))
-        .collect::<Result<_, crate::checkpoint::CheckpointError>>()?)
 }

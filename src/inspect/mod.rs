@@ -2,6 +2,8 @@
 
 mod spectrum;
 
+use std::collections::BTreeSet;
+
 use anyhow::{Context, Result};
 use rayon::prelude::*;
 
@@ -9,7 +11,7 @@ use crate::checkpoint::Checkpoint;
 use crate::compress::low_rank::error_curve;
 use crate::compress::metric::MetricPair;
 use crate::linalg;
-use crate::model::inventory::{self, LinearInfo, Stored};
+use crate::model::inventory::{self, LinearInfo};
 use crate::progress::Progress;
 use crate::report::{InspectReport, LRC_VERSION, SCHEMA_VERSION, SpectrumRecord};
 
@@ -31,12 +33,7 @@ pub fn inspect(checkpoint: &Checkpoint, model: &str, progress: &dyn Progress) ->
         Ok(spectrum::record(linear, &curve))
     };
     let records = linears.par_iter().map(record).collect::<Result<Vec<_>>>()?;
-    let owned = |name: &str| {
-        linears.iter().any(|l| match l.stored {
-            Stored::LowRank { .. } => name.strip_prefix(&l.module).is_some_and(|rest| rest.starts_with(".lr_")),
-            _ => l.weight_name() == name,
-        })
-    };
+    let owned: BTreeSet<String> = linears.iter().flat_map(LinearInfo::tensor_names).collect();
     Ok(InspectReport {
         schema_version: SCHEMA_VERSION,
         lrc_version: LRC_VERSION.into(),
@@ -44,6 +41,6 @@ pub fn inspect(checkpoint: &Checkpoint, model: &str, progress: &dyn Progress) ->
         parameters: checkpoint.n_elements(),
         size_bytes: checkpoint.n_bytes(),
         linears: records,
-        other_tensors: checkpoint.tensors().filter(|t| !owned(&t.name)).map(|t| t.name.clone()).collect(),
+        other_tensors: checkpoint.tensors().filter(|t| !owned.contains(&t.name)).map(|t| t.name.clone()).collect(),
     })
 }

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::CompressReport;
+use super::{CompressReport, ExportReport};
 
 /// Renders the card of a compression; `loading` tells how its format is loaded.
 pub fn render(report: &CompressReport, loading: &str) -> String {
@@ -41,6 +41,18 @@ pub fn render(report: &CompressReport, loading: &str) -> String {
     }
     card.push_str("```\n");
     card
+}
+
+/// Renders the card of an export.
+pub fn render_export(report: &ExportReport, loading: &str) -> String {
+    let mut card = String::from("---\nlibrary_name: transformers\ntags:\n- lrc\n---\n\n");
+    let _ = writeln!(card, "# {} as {}\n", title(&report.source), report.format);
+    let _ = writeln!(
+        card,
+        "Exported by lrc {} without compressing anew; what was compressed, and how, is in `lrc-report.json`.\n\n## Loading\n",
+        report.lrc_version
+    );
+    card + loading
 }
 
 /// The last part of a path or hub id: a card should not tell where its author keeps files.

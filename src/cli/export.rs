@@ -1,0 +1,76 @@
+//! `lrc export`.
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use bytesize::ByteSize;
+use clap::Args;
+
+use super::terminal::{Bars, grouped};
+use super::{ModelArgs, print, print_json};
+use crate::compress::recipe::DEFAULT_SHARD_BYTES;
+use crate::export::{ExportJob, export};
+use crate::formats::Format;
+
+/// Write a compressed checkpoint in another format, without compressing anew
+///
+/// Codes stay codes and factors stay factors; what a format cannot hold is refused.
+/// `--format dense` multiplies out and dequantises.
+///
+/// Examples:
+///   lrc export COMPRESSED --format dense -o OUT
+///   lrc export COMPRESSED --format gguf -o OUT
+#[derive(Debug, Args)]
+#[command(verbatim_doc_comment)]
+pub(super) struct ExportArgs {
+    #[command(flatten)]
+    model: ModelArgs,
+
+    /// How the output is laid down
+    #[arg(long, value_enum)]
+    format: Format,
+
+    /// Output folder
+    #[arg(short, long, value_name = "OUT")]
+    output: PathBuf,
+
+    /// Largest size of an output file (`500MB`, `2GiB`)
+    #[arg(long, value_name = "SIZE", default_value_t = ByteSize(DEFAULT_SHARD_BYTES))]
+    max_shard_size: ByteSize,
+
+    /// Replace an output folder that an earlier run wrote
+    #[arg(long)]
+    force: bool,
+
+    /// Print the report as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+pub(super) fn run(args: &ExportArgs, quiet: bool, progress: &Bars) -> Result<()> {
+    let checkpoint = args.model.open(progress)?;
+    let job = ExportJob {
+        checkpoint: &checkpoint,
+        source: &args.model.model,
+        format: args.format,
+        output: &args.output,
+        force: args.force,
+        max_shard_bytes: args.max_shard_size.as_u64().max(1),
+    };
+    let report = export(&job, progress)?;
+    if args.json {
+        return print_json(&report);
+    }
+    if quiet {
+        return Ok(());
+    }
+    print(&format!(
+        "{} linears stored as {}, {} bytes of tensors before, {} after\nwrote `{}` in {:.1} s\n",
+        report.linears.len(),
+        report.format,
+        grouped(report.bytes_before),
+        grouped(report.bytes_after),
+        args.output.display(),
+        report.elapsed_seconds
+    ))
+}
