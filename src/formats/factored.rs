@@ -246,6 +246,11 @@ impl Exporter for Factored {
 pub fn load(checkpoint: &Checkpoint, linear: &LinearInfo) -> Result<Option<Module>> {
     let matrix = |name: &str| -> Result<Matrix> {
         Ok(match checkpoint.quantized(name)? {
+            // What other formats know too is taken for that.
+            Some(Quantized::Block(blocks)) => {
+                let grouped = blocks.to_grouped().map(Quantized::Grouped);
+                Matrix::Quantized(grouped.unwrap_or(Quantized::Block(blocks)))
+            }
             Some(matrix) => Matrix::Quantized(matrix),
             None => Matrix::Float(checkpoint.values(name)?),
         })

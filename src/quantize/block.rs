@@ -4,6 +4,8 @@ use anyhow::Result;
 use candle_core::quantized::{GgmlDType, QStorage, QTensor};
 use candle_core::{Device, Tensor};
 
+use super::grouped::{Grouped, Levels, Scheme};
+
 /// A block type: its name, candle's name for it and the number by which GGUF files know it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BlockType {
@@ -74,6 +76,30 @@ impl Blocks {
         Ok(Self { rows, cols, block_type, bytes: quantised.data()?.into_owned() })
     }
 
+    /// The same matrix as codes in groups of 32; none for types that are more than codes and scales.
+    pub fn to_grouped(&self) -> Option<Grouped> {
+        let bits = match self.block_type.dtype {
+            GgmlDType::Q4_0 => 4,
+            GgmlDType::Q8_0 => 8,
+            _ => return None,
+        };
+        let size = self.block_type.dtype.type_size();
+        let (mut codes, mut scales) = (Vec::with_capacity(self.rows * self.cols), Vec::new());
+        for block in self.bytes.chunks_exact(size) {
+            let (scale, values) = block.split_first_chunk::<2>()?;
+            scales.push(half::f16::from_le_bytes(*scale).to_f32());
+            match bits {
+                8 => codes.extend(values.iter().map(|&q| q.wrapping_add(128))),
+                _ => {
+                    codes.extend(values.iter().map(|q| q & 15));
+                    codes.extend(values.iter().map(|q| q >> 4));
+                }
+            }
+        }
+        let scheme = Scheme { levels: Levels::Int { bits, symmetric: true }, group: Some(32) };
+        Some(Grouped { rows: self.rows, cols: self.cols, scheme, codes, scales, zeros: Vec::new() })
+    }
+
     /// The matrix, row-major.
     ///
     /// # Panics
@@ -104,6 +130,8 @@ mod tests {
             let blocks = Blocks::quantize(&values, rows, cols, block_type).unwrap();
             assert_eq!(blocks.bytes.len() as u64, block_type.n_bytes(rows, cols));
             let back = blocks.dequantize();
+            assert_eq!(blocks.to_grouped().is_some(), block_type.name.ends_with("_0"));
+            assert!(blocks.to_grouped().is_none_or(|grouped| grouped.dequantize() == back));
             let square = |v: f32| f64::from(v) * f64::from(v);
             let error: f64 = back.iter().zip(&values).map(|(q, v)| square(q - v)).sum();
             let relative = (error / values.iter().map(|&v| square(v)).sum::<f64>()).sqrt();

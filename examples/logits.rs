@@ -1,0 +1,24 @@
+//! Writes the logits of a model over given tokens: `logits MODEL IDS.json OUT.safetensors`, tensor `logits` (n_tokens, vocab_size).
+//!
+//! What `tests/interop` holds other runtimes against.
+
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use candle_core::{Device, Tensor};
+use lrc::checkpoint::{Checkpoint, Dtype, TensorSpec, cast, write_file};
+use lrc::model::Decoder;
+
+fn main() -> Result<()> {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let [model, ids, out] = args.as_slice() else { anyhow::bail!("usage: logits MODEL IDS.json OUT.safetensors") };
+    let ids: Vec<u32> = serde_json::from_slice(&std::fs::read(ids)?).context("the ids are a JSON list of numbers")?;
+    let checkpoint = Checkpoint::open(Path::new(model))?;
+    let logits = Decoder::open(&checkpoint)?.logits(&Tensor::new(&ids[..], &Device::Cpu)?.unsqueeze(0)?)?;
+    let shape = logits.dims()[1..].to_vec();
+    let values: Vec<f32> = logits.flatten_all()?.to_vec1()?;
+    let spec = TensorSpec { name: "logits".into(), dtype: Dtype::F32, shape };
+    write_file(Path::new(out), &[spec], |_| {
+        cast::encode(Dtype::F32, &values).map_err(|at| anyhow::anyhow!("logit {at} is not finite"))
+    })
+}

@@ -1,0 +1,192 @@
+"""Loads every format that lrc writes in its real runtime, and compares logits with lrc's own. Prints docs/interop.md.
+
+Run by `tests/interop/run.sh`, which makes the environment. Limits are those of f32 where the runtime computes in f32, and of
+f16 kernels or 8-bit activations where it does not.
+"""
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import subprocess
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from safetensors.numpy import load_file
+
+ROOT = Path(__file__).resolve().parents[2]
+EXACT, HALF, KL_8BIT = 1e-4, 2e-2, 2e-3
+
+parser = argparse.ArgumentParser()
+parser.add_argument("models", nargs="*", default=[str(ROOT / "fixtures/tiny-llama")])
+parser.add_argument("--tokens", type=int, default=64)
+args = parser.parse_args()
+
+
+def run(*command):
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip())
+
+
+def causal(folder, **options):
+    """A loaded model; a load report that is not clean is an error."""
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True, **options
+    )
+    dirty = {key: value for key, value in info.items() if value}
+    if dirty:
+        raise RuntimeError(f"load report: {dirty}")
+    return model.eval()
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([ids])).logits[0].float().numpy()
+
+
+def trusted(folder, ids):
+    return logits(causal(folder, trust_remote_code=True), ids)
+
+
+def plain(folder, ids):
+    return logits(causal(folder), ids)
+
+
+def dequantised(folder):
+    from transformers.utils.quantization_config import CompressedTensorsConfig
+
+    return causal(folder, quantization_config=CompressedTensorsConfig(dequantize=True))
+
+
+def with_adapter(model, folder, ids):
+    from peft import PeftModel
+
+    return logits(PeftModel.from_pretrained(model, folder / "adapter").eval(), ids)
+
+
+def adapter(folder, ids):
+    return with_adapter(causal(folder), folder, ids)
+
+
+def dequantised_adapter(folder, ids):
+    return with_adapter(dequantised(folder), folder, ids)
+
+
+def half(folder, ids):
+    """Kernels of gptqmodel compute in 16 bits."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16, device_map="cpu")
+    return logits(model.eval(), ids)
+
+
+def gguf(folder, ids):
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file="model.gguf", dtype=torch.float32)
+    return logits(model.eval(), ids)
+
+
+def llama_cpp(folder, ids):
+    import llama_cpp
+
+    lora = folder / "model-lora.gguf"
+    model = llama_cpp.Llama(
+        str(folder / "model.gguf"), lora_path=str(lora) if lora.exists() else None, logits_all=True, n_ctx=512, verbose=False
+    )
+    model.eval(ids)
+    return np.array(model.scores[: len(ids)])
+
+
+LORC = ["--compensate", "lorc", "--compensate-rank", "8"]
+# format, flags, runtime, package beside torch, largest logit error (or KL) that is allowed, whether it is a KL
+CASES = [
+    ("factored", ["--keep", "0.8"], trusted, "transformers", EXACT),
+    ("factored", ["--keep", "0.8", "--layout", "factors", "--ranks", "uniform"], trusted, "transformers", EXACT),
+    ("factored", ["--keep", "0.8", "--quant-factors", "int8"], trusted, "transformers", EXACT),
+    ("factored", ["--keep", "0.8", "--layout", "factors", "--quant-factors", "int4"], trusted, "transformers", EXACT),
+    ("factored", ["--quant", "rtn-int8-channel"], trusted, "transformers", EXACT),
+    ("factored", ["--quant", "rtn-int4-g128-asym"], trusted, "transformers", EXACT),
+    ("factored", ["--quant", "rtn-int3-g32-asym"], trusted, "transformers", EXACT),
+    ("factored", ["--quant", "nf4", *LORC], trusted, "transformers", EXACT),
+    ("factored", ["--quant", "rtn-int2-g32", *LORC, "--quant-factors", "int8"], trusted, "transformers", EXACT),
+    ("dense", ["--quant", "rtn-int3-g32", *LORC], plain, "transformers", EXACT),
+    ("compressed-tensors", ["--quant", "rtn-int4-g32"], plain, "compressed-tensors", EXACT),
+    ("compressed-tensors", ["--quant", "rtn-int8-channel"], plain, "compressed-tensors", EXACT),
+    ("compressed-tensors", ["--quant", "rtn-int4-g32,rtn-int8-g32", "--bits", "6"], plain, "compressed-tensors", EXACT),
+    ("compressed-tensors", ["--quant", "rtn-int4-g32", *LORC], dequantised_adapter, "peft", EXACT),
+    ("gptq", ["--quant", "rtn-int4-g32"], half, "gptqmodel", HALF),
+    ("gptq", ["--quant", "rtn-int8-g32"], half, "gptqmodel", HALF),
+    ("peft", ["--quant", "rtn-int4-g32", *LORC], adapter, "peft", EXACT),
+    ("peft", ["--quant", "rtn-int2,rtn-int4", "--compensate", "lorc", "--bits", "5"], adapter, "peft", EXACT),
+    ("gguf", ["--quant", "q8_0"], gguf, "gguf", EXACT),
+    ("gguf", ["--quant", "rtn-int4-g32"], gguf, "gguf", EXACT),
+    ("gguf", ["--quant", "q4_k"], gguf, "gguf", EXACT),
+    ("gguf", ["--quant", "q8_0"], llama_cpp, "llama_cpp", KL_8BIT),
+    ("gguf", ["--quant", "rtn-int4-g32"], llama_cpp, "llama_cpp", KL_8BIT),
+    ("gguf", ["--quant", "rtn-int8-g32", *LORC], llama_cpp, "llama_cpp", KL_8BIT),
+    ("gguf", ["--quant", "rtn-int2-g32", *LORC], llama_cpp, "llama_cpp", KL_8BIT),
+]
+
+
+def softmax(x):
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def check(model, case, folder, index):
+    form, flags, runtime, package, limit = case
+    out = folder / str(index)
+    ids = [int(i) for i in np.random.default_rng(1).integers(3, json.load(open(Path(model) / "config.json"))["vocab_size"], args.tokens)]
+    (folder / "ids.json").write_text(json.dumps(ids))
+    run(ROOT / "target/release/lrc", "compress", model, "-o", out, "--format", form, *flags, "-q")
+    run(ROOT / "target/release/examples/logits", out, folder / "ids.json", folder / "logits.safetensors")
+    own = load_file(folder / "logits.safetensors")["logits"]
+    found = runtime(out, ids)
+    error = float(np.abs(own - found).max())
+    p, q = softmax(own.astype(np.float64)), softmax(found.astype(np.float64))
+    kl = float((np.exp(p) * (p - q)).sum(-1).mean())
+    passed = (kl if runtime is llama_cpp else error) <= limit
+    return error, kl, limit, passed
+
+
+def main():
+    packages = ["torch", "transformers", "peft", "compressed-tensors", "gptqmodel", "gguf", "llama-cpp-python"]
+    print("# Written formats in their runtimes\n")
+    print("Made by `tests/interop/run.sh`. Logits of lrc (f32) and of the runtime on the same random tokens; `limit` is on the")
+    print("largest difference of a logit, for llama.cpp, which quantises activations, on the mean KL divergence in nats.\n")
+    versions = []
+    for name in packages:
+        try:
+            versions.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            versions.append(f"{name} absent")
+    print("Versions: " + ", ".join(versions) + ".\n")
+    failures = 0
+    for model in args.models:
+        print(f"## {Path(model).parent.name}/{Path(model).name}\n")
+        print("| format | flags | runtime | largest logit error | KL | limit | |\n|---|---|---|---:|---:|---:|---|")
+        with tempfile.TemporaryDirectory() as folder:
+            for index, case in enumerate(CASES):
+                form, flags, runtime, package, limit = case
+                name = {"llama_cpp": "llama.cpp", "half": "transformers, gptqmodel"}.get(runtime.__name__, "transformers")
+                name += ", peft" if "adapter" in runtime.__name__ else ""
+                row = f"| {form} | `{' '.join(flags)}` | {name} |"
+                if package != "transformers" and importlib.util.find_spec(package.replace("-", "_")) is None:
+                    print(f"{row} | | | not run: {package} is absent |")
+                    continue
+                try:
+                    error, kl, limit, passed = check(model, case, Path(folder), index)
+                    failures += not passed
+                    print(f"{row} {error:.1e} | {kl:.1e} | {limit:.0e} | {'ok' if passed else '**FAILED**'} |", flush=True)
+                except Exception as e:
+                    # What lrc refuses is shown as it is; whatever else goes wrong is a failure.
+                    refused = "cannot be stored" in str(e) or "no targeted linear" in str(e)
+                    failures += not refused
+                    text = str(e).splitlines()[0].removeprefix("error: ")
+                    print(f"{row} | | | {'refused' if refused else '**FAILED**'}: {text} |", flush=True)
+        print()
+    raise SystemExit(1 if failures else 0)
+
+
+main()
