@@ -27,7 +27,9 @@ pub(crate) use error::io;
 pub use error::{CheckpointError, Result};
 pub use index::TensorInfo;
 use reader::Shard;
-pub use writer::{OutputFolder, SafetensorsWriter, TensorSpec, file_bytes as writer_bytes, write_file};
+pub use writer::{
+    OutputFolder, SafetensorsWriter, TensorSpec, file_bytes as writer_bytes, header_entry_bytes, write_file,
+};
 
 /// Names that Hugging Face gives to the files of a checkpoint.
 pub const SINGLE_FILE: &str = "model.safetensors";

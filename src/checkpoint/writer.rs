@@ -292,6 +292,13 @@ pub fn file_bytes(specs: &[TensorSpec], max_shard_bytes: u64) -> u64 {
     split(specs, max_shard_bytes).iter().map(bytes).sum()
 }
 
+/// Bytes that a tensor takes in a header, but for the digits that its place has less than `file_bytes`.
+pub fn header_entry_bytes(spec: &TensorSpec, file_bytes: u64) -> u64 {
+    let entry = json!({"dtype": spec.dtype, "shape": spec.shape, "data_offsets": [file_bytes, file_bytes]});
+    // Two quotes, a colon and a comma.
+    (spec.name.len() + entry.to_string().len() + 4) as u64
+}
+
 fn shard_name(shard_idx: usize, n_shards: usize) -> String {
     if n_shards == 1 { SINGLE_FILE.into() } else { format!("model-{:05}-of-{n_shards:05}.safetensors", shard_idx + 1) }
 }

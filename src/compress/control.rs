@@ -42,7 +42,8 @@ pub(super) fn at_equal_bytes(
     let menu: Vec<Vec<Quant>> = entries.iter().map(|entry| entry.map_or(Vec::new(), |e| menu(study, &e))).collect();
     study.quantise(Compensate::None, &|i| menu[i].clone(), progress)?;
 
-    let offers = Offers::new(study, &|i| first[i], &price, &allocation.sensitivities);
+    let priced = |linear: &LinearInfo, entry: Option<&Entry>| entry.map_or(linear.n_bytes(), |e| price(linear, e));
+    let offers = Offers::new(study, &|i| first[i], &priced, &allocation.sensitivities);
     let (control, spent) = offers.best(budget);
     let squared = |(i, choice): (usize, &Choice)| allocation.sensitivities[i] * study.residuals.error(i, *choice);
     let control_error: f64 = control.iter().enumerate().map(squared).sum();

@@ -10,24 +10,23 @@ use crate::model::inventory::LinearInfo;
 pub(super) struct Offers<'a> {
     linears: &'a [LinearInfo],
     coded: Vec<Vec<Coded>>,
+    dense: Vec<u64>,
     sensitivities: &'a [f64],
 }
 
 impl<'a> Offers<'a> {
-    /// The variants of every linear from number `first` on, at what `price` says that they take.
+    /// The variants of every linear from number `first` on, at what `price` says that they take; none: the linear as it is.
     pub fn new(
         study: &'a Study<'_>,
         first: &dyn Fn(usize) -> usize,
-        price: &dyn Fn(&LinearInfo, &Entry) -> u64,
+        price: &dyn Fn(&LinearInfo, Option<&Entry>) -> u64,
         sensitivities: &'a [f64],
     ) -> Self {
         let linears = &study.plan.linears;
-        let cost = |i: usize, choice| {
-            let entry = study.entry(i, choice);
-            entry.map_or(linears[i].n_bytes(), |entry| price(&linears[i], &entry))
-        };
+        let cost = |i: usize, choice| price(&linears[i], study.entry(i, choice).as_ref());
         let coded = |i: usize| study.residuals.coded(i, first(i), |choice| cost(i, choice));
-        Self { linears, coded: (0..linears.len()).map(coded).collect(), sensitivities }
+        let dense = linears.iter().map(|linear| price(linear, None)).collect();
+        Self { linears, coded: (0..linears.len()).map(coded).collect(), dense, sensitivities }
     }
 
     fn item(&self, i: usize) -> Item<'_> {
@@ -36,7 +35,7 @@ impl<'a> Offers<'a> {
             layout: Layout::Factors,
             curve: None,
             sensitivity: self.sensitivities[i],
-            price: Price::Bytes { dense: self.linears[i].n_bytes(), ranks: &[] },
+            price: Price::Bytes { dense: self.dense[i], ranks: &[] },
             coded: &self.coded[i],
         }
     }
@@ -46,7 +45,7 @@ impl<'a> Offers<'a> {
     pub fn best(&self, bytes: u64) -> (Vec<Choice>, u64) {
         let (offered, others): (Vec<usize>, Vec<usize>) =
             (0..self.linears.len()).partition(|&i| !self.coded[i].is_empty());
-        let fixed: u64 = others.iter().map(|&i| self.linears[i].n_bytes()).sum();
+        let fixed: u64 = others.iter().map(|&i| self.dense[i]).sum();
         let items: Vec<Item<'_>> = offered.iter().map(|&i| self.item(i)).collect();
         let rules = Rules { budget: bytes.saturating_sub(fixed), ..Rules::of_keep(&items, 0.5) };
         let found = allocate::allocate(Ranks::Knapsack, &items, &rules);
@@ -58,7 +57,7 @@ impl<'a> Offers<'a> {
 
     /// Bytes of all linears as they are.
     pub fn dense_bytes(&self) -> u64 {
-        self.linears.iter().map(LinearInfo::n_bytes).sum()
+        self.dense.iter().sum()
     }
 
     pub fn n_weights(&self) -> u64 {

@@ -295,7 +295,12 @@ impl<'a> Study<'a> {
             return Ok(choices);
         }
         let format = self.recipe.format;
-        let offers = Offers::new(self, &|_| 0, &|linear, entry| format.n_bytes(linear, entry), sensitivities);
+        let bytes_of = |linear: &LinearInfo, entry: Option<&Entry>| match (entry, budget) {
+            (entry, Budget::Bytes(target)) => format.n_bytes_in_file(linear, entry, target),
+            (Some(entry), _) => format.n_bytes(linear, entry),
+            (None, _) => linear.n_bytes(),
+        };
+        let offers = Offers::new(self, &|_| 0, &bytes_of, sensitivities);
         let bytes = match budget {
             Budget::Bytes(target) => {
                 return self.meet_with(target, offers.dense_bytes(), &|bytes| offers.best(bytes).0);
@@ -362,7 +367,7 @@ impl<'a> Study<'a> {
 
     /// The same, by `at`, which spends a number of bytes on linears that take `dense_bytes` as they are.
     fn meet_with(&self, target: u64, dense_bytes: u64, at: &dyn Fn(u64) -> Vec<Choice>) -> Result<Vec<Choice>> {
-        const ROUNDS: usize = 16;
+        const ROUNDS: usize = 24;
         let dense = vec![Choice::Dense; self.plan.linears.len()];
         let whole = self.file_bytes(&dense);
         if whole <= target {
@@ -373,16 +378,28 @@ impl<'a> Study<'a> {
         let mut budget = i128::from(target) - others;
         let mut best: Option<(u64, Vec<Choice>)> = None;
         let mut smallest = u64::MAX;
+        // A budget that was too large, and the largest that was not: what is left lies between.
+        let (mut fits, mut too_large) = (None::<i128>, None::<i128>);
         for _ in 0..ROUNDS {
             let choices = at(u64::try_from(budget.max(0)).unwrap_or(0));
             let bytes = self.file_bytes(&choices);
             smallest = smallest.min(bytes);
-            budget += i128::from(target) - i128::from(bytes);
-            if bytes <= target && best.as_ref().is_none_or(|(most, _)| bytes > *most) {
-                best = Some((bytes, choices));
-            } else if budget < 0 || best.is_some() {
-                break;
+            if bytes <= target {
+                fits = fits.max(Some(budget));
+                if best.as_ref().is_none_or(|(most, _)| bytes > *most) {
+                    best = Some((bytes, choices));
+                }
+            } else {
+                too_large = Some(too_large.map_or(budget, |least| least.min(budget)));
             }
+            let next = budget + i128::from(target) - i128::from(bytes);
+            let is_inside = |next: i128| fits.is_none_or(|f| next > f) && too_large.is_none_or(|t| next < t);
+            budget = match (fits, too_large) {
+                _ if is_inside(next) => next,
+                (Some(fits), Some(too_large)) if too_large - fits > 1 => (fits + too_large) / 2,
+                (None, _) if budget > 0 => next.min(budget / 2),
+                _ => break,
+            };
         }
         let Some((bytes, choices)) = best else {
             return Err(Failure::usage(format!(

@@ -17,6 +17,7 @@ use serde_json::{Map, Value};
 use crate::checkpoint::encoded::Element;
 use crate::checkpoint::{
     Checkpoint, CheckpointError, Dtype, TensorInfo, TensorSpec, cast, gguf::GgufTensor, gguf::Value as GgufValue,
+    header_entry_bytes,
 };
 use crate::model::config::native_config;
 use crate::model::inventory::LinearInfo;
@@ -210,6 +211,23 @@ impl Format {
             }
             _ => self.exporter().tensors(linear, entry).iter().map(OutTensor::n_bytes).sum(),
         }
+    }
+
+    /// The same with what its tensors take in the header of a file of about `file_bytes`; none: of the linear as it is.
+    pub fn n_bytes_in_file(self, linear: &LinearInfo, entry: Option<&Entry>, file_bytes: u64) -> u64 {
+        let tensors = match entry {
+            Some(entry) => self.exporter().tensors(linear, entry),
+            None => vec![OutTensor::plain(
+                linear.weight_name(),
+                linear.dtype,
+                vec![linear.out_features, linear.in_features],
+            )],
+        };
+        let header = |tensor: &OutTensor| match tensor.element {
+            Element::Plain(_) => header_entry_bytes(&tensor.spec(), file_bytes),
+            Element::Block(_) => 0,
+        };
+        tensors.iter().map(|tensor| tensor.n_bytes() + header(tensor)).sum()
     }
 
     /// Whether it stores parts of low rank without a base.

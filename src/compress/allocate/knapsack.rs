@@ -44,9 +44,22 @@ impl Allocator for Knapsack {
                 chosen[i] = next;
             }
         }
-        while let Some((i, better)) = best_change(&candidates, &chosen, left) {
-            left -= i128::from(better.cost) - i128::from(chosen[i].cost);
-            chosen[i] = better;
+        let change = |chosen: &mut Vec<Candidate>, left: &mut i128, i: usize, to: Candidate| {
+            *left -= i128::from(to.cost) - i128::from(chosen[i].cost);
+            chosen[i] = to;
+        };
+        // The steps of quantised bases are wide: what is left over them is worth exchanging for.
+        let is_coarse = items.iter().any(|item| !item.coded.is_empty()) && left >= 0;
+        let mut exchanges = if is_coarse { EXCHANGES } else { 0 };
+        loop {
+            while let Some((i, better)) = best_change(&candidates, &chosen, left) {
+                change(&mut chosen, &mut left, i, better);
+            }
+            let exchange = if exchanges > 0 { best_exchange(&candidates, &chosen, left) } else { None };
+            let Some([(i, better), (j, worse)]) = exchange else { break };
+            change(&mut chosen, &mut left, i, better);
+            change(&mut chosen, &mut left, j, worse);
+            exchanges -= 1;
         }
         chosen.into_iter().map(|c| c.choice).collect()
     }
@@ -123,6 +136,43 @@ fn best_change(candidates: &[Vec<Candidate>], chosen: &[Candidate], left: i128) 
         }
     }
     best.map(|(_, i, candidate)| (i, candidate))
+}
+
+/// Exchanges tried at most, and the work that looking for one may take: models of very many linears have steps enough.
+const EXCHANGES: usize = 200;
+const EXCHANGE_WORK: usize = 100_000_000;
+
+/// The pair of changes, one dearer and one cheaper, that together fit what is left of the budget and lower the error most.
+fn best_exchange(candidates: &[Vec<Candidate>], chosen: &[Candidate], left: i128) -> Option<[(usize, Candidate); 2]> {
+    let n_candidates: usize = candidates.iter().map(Vec::len).sum();
+    if n_candidates * candidates.len() > EXCHANGE_WORK {
+        return None;
+    }
+    // What gives up least while it frees some cost: candidates are in ascending cost and falling error, so it is the dearest
+    // that is cheap enough.
+    let give_up = |j: usize, freed: i128| {
+        let most = i128::from(chosen[j].cost) - freed;
+        candidates[j].iter().rev().find(|c| i128::from(c.cost) <= most).copied()
+    };
+    let mut best: Option<(f64, [(usize, Candidate); 2])> = None;
+    for (i, dearer) in candidates.iter().enumerate() {
+        for &better in dearer.iter().filter(|c| c.cost > chosen[i].cost) {
+            let missing = i128::from(better.cost) - i128::from(chosen[i].cost) - left;
+            let saved = chosen[i].error - better.error;
+            if missing <= 0 || best.is_some_and(|(most, _)| saved <= most) {
+                continue;
+            }
+            for j in (0..candidates.len()).filter(|&j| j != i) {
+                let Some(worse) = give_up(j, missing) else { continue };
+                let gain = saved - (worse.error - chosen[j].error);
+                // A hair above 0, lest rounding goes round in circles.
+                if gain > best.map_or(1e-9 * saved, |(most, _)| most) {
+                    best = Some((gain, [(i, better), (j, worse)]));
+                }
+            }
+        }
+    }
+    best.map(|(_, exchange)| exchange)
 }
 
 #[cfg(test)]
