@@ -152,6 +152,15 @@ impl Encoded {
     }
 }
 
+/// What a config says that weights were before they were coded; f16 where it is silent.
+pub(super) fn model_dtype(config: &Map<String, Value>) -> Dtype {
+    match ["dtype", "torch_dtype"].iter().find_map(|key| config.get(*key)?.as_str()) {
+        Some("float32") => Dtype::F32,
+        Some("bfloat16") => Dtype::BF16,
+        _ => Dtype::F16,
+    }
+}
+
 /// A row-major matrix (rows, cols) as row-major (cols, rows).
 fn transposed<T: Copy>(values: &[T], rows: usize, cols: usize) -> Vec<T> {
     (0..cols).flat_map(|j| (0..rows).map(move |i| values[i * cols + j])).collect()
@@ -221,7 +230,7 @@ impl View {
                 let bits = quantization.get("bits").and_then(Value::as_u64);
                 let version = quantization.get("checkpoint_format").and_then(Value::as_str).unwrap_or("gptq");
                 match bits {
-                    Some(bits @ (2 | 4 | 8)) if version == "gptq" => self.gptq(bits as u32, path),
+                    Some(bits @ (2 | 4 | 8)) if version == "gptq" => self.gptq(bits as u32, model_dtype(config), path),
                     _ => refuse(&format!(", {} bits, version `{version}`", bits.unwrap_or(0))),
                 }
             }
@@ -303,7 +312,7 @@ impl View {
         Ok(())
     }
 
-    fn gptq(&mut self, bits: u32, path: &Path) -> Result<()> {
+    fn gptq(&mut self, bits: u32, dtype: Dtype, path: &Path) -> Result<()> {
         for module in self.with_suffix(".qweight") {
             let name = |part: &str| format!("{module}.{part}");
             let [words, rows] = self.shape(&name("qweight"), path)?;
@@ -324,7 +333,7 @@ impl View {
             }
             let scheme = Scheme { levels: Levels::Int { bits, symmetric: true }, group: (groups > 1).then_some(group) };
             let stored = ["qweight", "scales", "qzeros", "g_idx"].map(name);
-            self.join(&stored, name("weight"), [rows, cols], Dtype::F16, Codec::Gptq(scheme));
+            self.join(&stored, name("weight"), [rows, cols], dtype, Codec::Gptq(scheme));
         }
         Ok(())
     }

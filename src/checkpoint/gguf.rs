@@ -14,7 +14,7 @@ use candle_core::quantized::gguf_file::Content;
 use serde_json::{Map, Value as Json};
 
 use super::cast::{self, Dtype};
-use super::encoded::{Element, Encoded};
+use super::encoded::{Element, Encoded, model_dtype};
 use super::error::{CheckpointError, Result, io};
 use super::index::TensorInfo;
 use crate::quantize::BlockType;
@@ -334,7 +334,7 @@ pub(super) fn read_header(
         let order = if suffix == "lora_a" { RowOrder::Same } else { RowOrder::of(&ours, config) };
         let dtype = match element {
             Element::Plain(dtype) => dtype,
-            Element::Block(_) => Dtype::F16,
+            Element::Block(_) => model_dtype(config),
         };
         let name = match suffix {
             "" => ours,

@@ -1,0 +1,489 @@
+//! Quantised bases, compensation, exact sizes, and every format that holds them.
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::io::Cursor;
+use std::path::{Path, PathBuf};
+
+use candle_core::Device;
+use candle_core::quantized::gguf_file::Content;
+use common::{FIXTURE, HELD_OUT, TRAIN, command, copy, finish, lrc, ok, path, perplexity};
+use half::f16;
+use lrc::checkpoint::Checkpoint;
+use serde_json::Value;
+
+const LORC: &[&str] = &["--compensate", "lorc", "--compensate-rank", "8"];
+
+/// Statistics of the fixture, with everything that any metric needs.
+fn statistics(folder: &Path) -> String {
+    let out = folder.join("statistics.safetensors");
+    let window = ["--samples", "16", "--seq-len", "128", "-q"];
+    ok(&[&["calibrate", FIXTURE, "--text", TRAIN, "-o", path(&out)][..], &window].concat());
+    path(&out).into()
+}
+
+fn compress(out: &Path, extra: &[&str]) -> Value {
+    ok(&[&["compress", FIXTURE, "-o", path(out), "-q", "--json"], extra].concat()).json()
+}
+
+fn ppl(model: &Path) -> f64 {
+    perplexity(path(model), HELD_OUT, "128")
+}
+
+/// Mean squared error of the linears in the metric of the method, relative to their norms.
+fn error(report: &Value) -> f64 {
+    let linears = report["linears"].as_array().unwrap();
+    linears.iter().map(|l| l["relative_error"].as_f64().unwrap().powi(2)).sum::<f64>() / linears.len() as f64
+}
+
+fn bits(report: &Value) -> f64 {
+    report["sizes"]["bits_per_weight_after"].as_f64().unwrap()
+}
+
+/// The tensors of a safetensors file as they lie there, read without the project's own decoding.
+struct Raw {
+    bytes: Vec<u8>,
+}
+
+impl Raw {
+    fn open(path: &Path) -> Self {
+        Self { bytes: std::fs::read(path).unwrap() }
+    }
+
+    fn shape(&self, name: &str) -> Vec<usize> {
+        safetensors::SafeTensors::deserialize(&self.bytes).unwrap().tensor(name).unwrap().shape().to_vec()
+    }
+
+    fn data(&self, name: &str) -> Vec<u8> {
+        safetensors::SafeTensors::deserialize(&self.bytes).unwrap().tensor(name).unwrap().data().to_vec()
+    }
+
+    fn words(&self, name: &str) -> Vec<u32> {
+        self.data(name).chunks(4).map(|b| u32::from_le_bytes(b.try_into().unwrap())).collect()
+    }
+
+    fn floats(&self, name: &str) -> Vec<f32> {
+        self.data(name).chunks(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect()
+    }
+
+    fn halves(&self, name: &str) -> Vec<f32> {
+        self.data(name).chunks(2).map(|b| f16::from_le_bytes(b.try_into().unwrap()).to_f32()).collect()
+    }
+}
+
+const MODULE: &str = "model.layers.1.mlp.down_proj";
+
+/// The down projection of block 1 as `lrc` multiplies it out.
+fn multiplied_out(folder: &Path, model: &Path) -> Vec<f32> {
+    let out = folder.join(format!("{}-dense", model.file_name().unwrap().to_str().unwrap()));
+    ok(&["export", path(model), "--format", "dense", "-o", path(&out), "-q"]);
+    Checkpoint::open(&out).unwrap().values(&format!("{MODULE}.weight")).unwrap()
+}
+
+/// Unpacked by the words of the formats' own documentation, a loop a code.
+#[test]
+fn exchange_formats_hold_what_their_documents_say() {
+    let folder = tempfile::tempdir().unwrap();
+    for (bits, group, quant) in [(4usize, 32usize, "rtn-int4-g32"), (8, 256, "rtn-int8-channel")] {
+        let name = |part: &str| format!("{MODULE}.{part}");
+        let out = folder.path().join(format!("ct{bits}"));
+        compress(&out, &["--quant", quant, "--format", "compressed-tensors"]);
+        let raw = Raw::open(&out.join("model.safetensors"));
+        let (packed, scales) = (raw.words(&name("weight_packed")), raw.floats(&name("weight_scale")));
+        let [rows, words] = raw.shape(&name("weight_packed"))[..] else { panic!("a matrix") };
+        let cols = words * 32 / bits;
+        assert_eq!(raw.words(&name("weight_shape")), [rows as u32, 0, cols as u32, 0]);
+        let middle = 1i64 << (bits - 1);
+        let code = |word: u32, at: usize| i64::from(word >> (at * bits)) & ((1 << bits) - 1);
+        let per_word = 32 / bits;
+        let expected = multiplied_out(folder.path(), &out);
+        for i in 0..rows {
+            for j in 0..cols {
+                let q = code(packed[i * words + j / per_word], j % per_word) - middle;
+                let scale = scales[i * (cols / group) + j / group];
+                assert_eq!(q as f32 * scale, expected[i * cols + j]);
+            }
+        }
+
+        let out = folder.path().join(format!("gptq{bits}"));
+        compress(&out, &["--quant", quant, "--format", "gptq"]);
+        let raw = Raw::open(&out.join("model.safetensors"));
+        let (packed, zeros) = (raw.words(&name("qweight")), raw.words(&name("qzeros")));
+        let (scales, places) = (raw.halves(&name("scales")), raw.words(&name("g_idx")));
+        assert_eq!(raw.shape(&name("qweight")), [cols / per_word, rows]);
+        assert_eq!(raw.shape(&name("qzeros")), [cols / group, rows / per_word]);
+        for i in 0..rows {
+            for j in 0..cols {
+                assert_eq!(places[j] as usize, j / group);
+                let q = code(packed[j / per_word * rows + i], j % per_word);
+                let zero = code(zeros[j / group * (rows / per_word) + i / per_word], i % per_word) + 1;
+                assert_eq!((q - zero) as f32 * scales[j / group * rows + i], expected[i * cols + j]);
+            }
+        }
+        let config: Value = serde_json::from_slice(&std::fs::read(out.join("config.json")).unwrap()).unwrap();
+        assert_eq!(config["quantization_config"]["group_size"], if group == 256 { -1 } else { 32 });
+    }
+}
+
+#[test]
+fn gguf_files_hold_what_candle_reads_in_them() {
+    let folder = tempfile::tempdir().unwrap();
+    for (quant, extra) in [("rtn-int3-g32", LORC), ("q8_0", &[]), ("q6_k", &[])] {
+        let out = folder.path().join(quant);
+        compress(&out, &[&["--quant", quant, "--format", "gguf"], extra].concat());
+        let read = |file: &str, name: &str| -> (Vec<f32>, Vec<usize>) {
+            let mut file = Cursor::new(std::fs::read(out.join(file)).unwrap());
+            let content = Content::read(&mut file).unwrap();
+            let tensor = content.tensor(&mut file, name, &Device::Cpu).unwrap().dequantize(&Device::Cpu).unwrap();
+            (tensor.flatten_all().unwrap().to_vec1().unwrap(), tensor.dims().to_vec())
+        };
+        let dense = folder.path().join(format!("{quant}-dense"));
+        ok(&["export", path(&out), "--format", "dense", "-o", path(&dense), "-q"]);
+        let dense = Checkpoint::open(&dense).unwrap();
+        // Rows of q and k are stored by turns from the two halves of a head; 6 heads of 16.
+        let place = |i: usize| i / 16 * 16 + (i % 2) * 8 + i % 16 / 2;
+        for (theirs, ours, is_turned) in [
+            ("blk.1.ffn_down.weight", "model.layers.1.mlp.down_proj.weight", false),
+            ("blk.2.attn_q.weight", "model.layers.2.self_attn.q_proj.weight", true),
+        ] {
+            let (mut values, shape) = read("model.gguf", theirs);
+            if !extra.is_empty() {
+                let ((a, _), (b, dims)) = (
+                    read("model-lora.gguf", &format!("{theirs}.lora_a")),
+                    read("model-lora.gguf", &format!("{theirs}.lora_b")),
+                );
+                let rank = dims[1];
+                for (i, row) in values.chunks_mut(shape[1]).enumerate() {
+                    for (j, value) in row.iter_mut().enumerate() {
+                        *value += (0..rank).map(|r| b[i * rank + r] * a[r * shape[1] + j]).sum::<f32>();
+                    }
+                }
+            }
+            let expected = dense.values(ours).unwrap();
+            for (i, row) in values.chunks(shape[1]).enumerate() {
+                let from = if is_turned { place(i) } else { i };
+                for (x, y) in row.iter().zip(&expected[from * shape[1]..]) {
+                    assert!((x - y).abs() < 1e-5, "{quant} {theirs}: {x} {y}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn adapters_are_what_peft_expects() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out");
+    compress(
+        &out,
+        &[&["--quant", "rtn-int2,rtn-int4", "--compensate", "lorc", "--bits", "5", "--format", "peft"][..]].concat(),
+    );
+    let config: Value =
+        serde_json::from_slice(&std::fs::read(out.join("adapter/adapter_config.json")).unwrap()).unwrap();
+    let raw = Raw::open(&out.join("adapter/adapter_model.safetensors"));
+    let ranks = config["rank_pattern"].as_object().unwrap();
+    assert!(!ranks.is_empty() && config["alpha_pattern"] == config["rank_pattern"]);
+    for (module, rank) in ranks {
+        let rank = rank.as_u64().unwrap() as usize;
+        assert_eq!(raw.shape(&format!("base_model.model.{module}.lora_A.weight"))[0], rank);
+        assert_eq!(raw.shape(&format!("base_model.model.{module}.lora_B.weight"))[1], rank);
+    }
+    let largest = ranks.values().filter_map(Value::as_u64).max();
+    assert_eq!((config["r"].as_u64(), config["lora_alpha"].as_u64()), (largest, largest));
+    // The adapter is no model; its base is, with it.
+    let run = lrc(&["eval", path(&out.join("adapter")), "--text", HELD_OUT]);
+    assert!(run.code == 4 && run.stderr.contains("give the folder of its base"), "{}", run.stderr);
+}
+
+/// One compression in every format, and every format from every other: the same model.
+#[test]
+fn every_format_is_the_same_model() {
+    let folder = tempfile::tempdir().unwrap();
+    let formats = ["factored", "dense", "compressed-tensors", "gptq", "peft", "gguf"];
+    let flags = [&["--quant", "rtn-int4-g32", "--exclude", "*.0.self_attn.k_proj"], LORC].concat();
+    let at = |name: &str| -> PathBuf { folder.path().join(name) };
+    let mut expected = None;
+    for format in formats {
+        let report = compress(&at(format), &[&flags[..], &["--format", format]].concat());
+        let found = ppl(&at(format));
+        let expected = *expected.get_or_insert(found);
+        assert!((found / expected - 1.0).abs() < 1e-6, "{format}: {found} {expected}");
+        // Header sizes and all.
+        let files = ["model.safetensors", "model.gguf", "model-lora.gguf", "adapter/adapter_model.safetensors"];
+        let bytes: u64 = files.iter().filter_map(|file| at(format).join(file).metadata().ok()).map(|m| m.len()).sum();
+        assert_eq!(report["sizes"]["file_bytes_after"], bytes, "{format}");
+        let inspected = ok(&["inspect", path(&at(format)), "--json", "-q"]).json();
+        assert_eq!(inspected["linears"].as_array().unwrap().len(), 28, "{format}");
+    }
+    for from in formats {
+        for to in formats {
+            let out = at("exported");
+            let run = lrc(&["export", path(&at(from)), "--format", to, "-o", path(&out), "--force", "-q"]);
+            // A dense base has lost its codes, and pure dense has nothing left to be refused.
+            if from == "peft" && matches!(to, "compressed-tensors" | "gptq") {
+                assert!(run.code == 4 && run.stderr.contains("not quantised in groups"), "{}", run.stderr);
+                continue;
+            }
+            assert_eq!(run.code, 0, "{from} to {to}: {}", run.stderr);
+            assert!((ppl(&out) / expected.unwrap() - 1.0).abs() < 1e-6, "{from} to {to}");
+            if from != "dense" && from != "peft" && !matches!(to, "dense" | "peft") {
+                for file in ["model.safetensors", "model.gguf"] {
+                    let read = |folder: PathBuf| std::fs::read(folder.join(file)).ok();
+                    // Scales are f16 values in every format: nothing was rounded on the way.
+                    assert!(read(out.clone()) == read(at(to)), "{from} to {to}: {file} differs");
+                }
+            }
+        }
+    }
+    // An exported config is the source's.
+    let config = |folder: &str| std::fs::read_to_string(Path::new(folder).join("config.json")).unwrap();
+    ok(&["export", path(&at("factored")), "--format", "dense", "-o", path(&at("native")), "-q"]);
+    let (native, source): (Value, Value) =
+        (serde_json::from_str(&config(path(&at("native")))).unwrap(), serde_json::from_str(&config(FIXTURE)).unwrap());
+    assert_eq!(native, source);
+}
+
+#[test]
+fn what_a_loader_would_misread_is_refused_before_any_work() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out");
+    let cases: &[(&[&str], i32, &str)] = &[
+        (&["--quant", "rtn-int4-asym-g32", "--format", "compressed-tensors"], 4, "asymmetric"),
+        (&["--quant", "rtn-int3-g32", "--format", "compressed-tensors"], 4, "3 bits"),
+        (&["--quant", "rtn-int2-g32", "--format", "gptq"], 4, "2 bits"),
+        (&["--quant", "nf4", "--format", "gptq"], 4, "not nf4"),
+        (&["--quant", "rtn-int4-g64", "--format", "compressed-tensors"], 4, "do not divide its 96 inputs"),
+        (&["--quant", "q4_0", "--format", "compressed-tensors"], 4, "not quantised in groups"),
+        (&["--quant", "q4_0"], 4, "block type of llama.cpp"),
+        (&["--quant", "nf4", "--format", "gguf"], 4, "no block type"),
+        (&["--quant", "rtn-int4-asym", "--format", "gguf"], 4, "no block type"),
+        (&["--quant", "rtn-int4-g16", "--format", "gguf"], 4, "not made of blocks"),
+        (&["--quant", "rtn-int4-g32,rtn-int8-g32", "--bits", "5", "--format", "gptq"], 2, "one number of bits"),
+        (&["--keep", "0.8", "--format", "gguf"], 2, "no low rank without a base"),
+        (&["--quant", "rtn-int4", "--target-size", "1MB", "--format", "dense"], 2, "--target-size"),
+        (&["--quant", "rtn-int4", "--compensate", "lorc"], 2, "--compensate-rank"),
+        (&["--quant", "rtn-int4,rtn-int8"], 2, "needs a budget"),
+        (&["--compensate", "lorc", "--keep", "0.8"], 2, "nothing without `--quant`"),
+        (&["--quant", "rtn-int4", "--layout", "pivot"], 2, "--layout pivot"),
+        (&["--quant", "rtn-int4", "--quant-factors", "int8"], 2, "no factors without"),
+        (&["--quant", "gptq-int4"], 2, "needs `--calibration"),
+        (&["--quant", "rtn-int2", "--bits", "1.5"], 2, "are the least"),
+        (&["--bits", "3", "--keep", "0.5"], 2, "cannot be used with"),
+        (&["--quant", "int5"], 2, "is no quantiser"),
+    ];
+    for (flags, code, expected) in cases {
+        let run = lrc(&[&["compress", FIXTURE, "-o", path(&out)], *flags].concat());
+        assert!(run.code == *code && run.stderr.contains(expected), "{flags:?}: {} {}", run.code, run.stderr);
+        assert!(!out.exists() && !folder.path().join("out.partial").exists(), "{flags:?}");
+    }
+    // K-quants have blocks of 256: of the fixture's linears only the down projections are so wide.
+    let report = compress(&out, &["--quant", "q4_k", "--format", "gguf"]);
+    let quantised = |l: &&Value| !l["quant"].is_null();
+    let names: Vec<&str> =
+        report["linears"].as_array().unwrap().iter().filter(quantised).filter_map(|l| l["module"].as_str()).collect();
+    assert!(names.len() == 4 && names.iter().all(|name| name.ends_with("down_proj")), "{names:?}");
+}
+
+#[test]
+fn quantised_sources_are_recognised() {
+    let folder = tempfile::tempdir().unwrap();
+    for (format, flags) in [("factored", LORC), ("compressed-tensors", &[]), ("gptq", &[]), ("gguf", &[])] {
+        let out = folder.path().join(format);
+        compress(&out, &[&["--quant", "rtn-int4-g32", "--format", format], flags].concat());
+        let again = folder.path().join("again");
+        let run = lrc(&["compress", path(&out), "-o", path(&again), "--keep", "0.8"]);
+        assert!(run.code == 4 && run.stderr.contains("already"), "{format}: {}", run.stderr);
+        assert!(!again.exists());
+        // Dequantised it is a source like any other.
+        let dense = folder.path().join(format!("{format}-dense"));
+        ok(&["export", path(&out), "--format", "dense", "-o", path(&dense), "-q"]);
+        ok(&["compress", path(&dense), "-o", path(&again), "--keep", "0.8", "-q"]);
+        std::fs::remove_dir_all(&again).unwrap();
+    }
+    let run = lrc(&[
+        "truncate",
+        path(&folder.path().join("factored")),
+        "-o",
+        path(&folder.path().join("t")),
+        "--keep",
+        "0.5",
+    ]);
+    assert!(run.code == 4 && run.stderr.contains("lrc-curves.safetensors"), "{}", run.stderr);
+    // What others write and lrc does not read.
+    let model = folder.path().join("foreign");
+    copy(FIXTURE, &model);
+    let config = std::fs::read_to_string(model.join("config.json")).unwrap();
+    for (quantization, expected) in [
+        (r#"{"quant_method": "awq", "bits": 4}"#, "awq"),
+        (r#"{"quant_method": "bitsandbytes"}"#, "bitsandbytes"),
+        (r#"{"quant_method": "compressed-tensors", "format": "float-quantized"}"#, "float-quantized"),
+        (r#"{"quant_method": "gptq", "bits": 3}"#, "3 bits"),
+    ] {
+        let with = config.replacen('{', &format!("{{\"quantization_config\": {quantization},"), 1);
+        std::fs::write(model.join("config.json"), with).unwrap();
+        for command in [&["inspect"][..], &["eval", "--text", HELD_OUT]] {
+            let run = lrc(&[&command[..1], &[path(&model)], &command[1..]].concat());
+            assert!(run.code == 4 && run.stderr.contains(expected) && run.stderr.contains("hint"), "{}", run.stderr);
+        }
+    }
+}
+
+#[test]
+fn broken_codes_are_an_error_that_names_them() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out");
+    compress(&out, &["--quant", "rtn-int4-g32"]);
+    let config = out.join("config.json");
+    let text = std::fs::read_to_string(&config).unwrap();
+    for (from, to, expected) in [("int4-g32", "int3-g32", "codes"), ("int4-g32", "int9", "no scheme")] {
+        std::fs::write(&config, text.replace(from, to)).unwrap();
+        let run = lrc(&["inspect", path(&out)]);
+        assert!(
+            run.code == 4 && run.stderr.contains(expected) && run.stderr.contains("model.layers"),
+            "{}",
+            run.stderr
+        );
+    }
+}
+
+/// In the full metric of the inputs: whoever knows more of it errs less, and taking turns never hurts.
+#[test]
+fn compensations_are_ordered_by_what_they_know() {
+    let folder = tempfile::tempdir().unwrap();
+    let statistics = statistics(folder.path());
+    let run = |method: &str, quant: &str, extra: &[&str]| -> (f64, Value) {
+        let out = folder.path().join("out");
+        let flags = ["--statistics", &statistics, "--method", method, "--quant", quant, "--force"];
+        let report = compress(&out, &[&flags[..], extra].concat());
+        (error(&report), report)
+    };
+    for quant in ["rtn-int2-g32", "rtn-int3-g32"] {
+        let with = |method: &str, name: &str| run(method, quant, &["--compensate", name, "--compensate-rank", "8"]).0;
+        let alone = run("svd-llm", quant, &[]).0;
+        let full = with("svd-llm", "eora");
+        for other in ["lorc", "lqer", "qera-approx"] {
+            let found = with("svd-llm", other);
+            assert!(full <= found && found < alone, "{quant} {other}: {full} {found} {alone}");
+        }
+        assert!(with("kfac", "kfac") <= with("kfac", "eora"));
+        // Turns are judged in the method's own metric: LoftQ's is that of the plain weight.
+        let plain = |extra: &[&str]| {
+            let out = folder.path().join("out");
+            error(&compress(&out, &[&["--method", "svd", "--quant", quant, "--force"], extra].concat()))
+        };
+        let one_shot = plain(LORC);
+        let turns = plain(&["--compensate", "loftq", "--compensate-rank", "8"]);
+        assert!(turns < one_shot, "{quant}: {turns} {one_shot}");
+        let (gptq, report) = run("svd-llm", &quant.replace("rtn", "gptq"), &[]);
+        assert!(gptq < alone, "{quant}: {gptq} {alone}");
+        assert!(report["linears"].as_array().unwrap().iter().all(|l| l["note"].is_null()));
+    }
+}
+
+#[test]
+fn sizes_are_met_with_quantised_bases_and_factors() {
+    let folder = tempfile::tempdir().unwrap();
+    let statistics = statistics(folder.path());
+    let menu = "rtn-int2-g32,rtn-int3-g32,rtn-int4-g32,rtn-int4-g64,rtn-int8-g32";
+    let mut last = f64::INFINITY;
+    for target in [300_000u64, 340_000, 390_000, 450_000, 520_000] {
+        let out = folder.path().join(target.to_string());
+        let size = format!("{target}B");
+        let flags = ["--quant", menu, "--compensate", "eora", "--quant-factors", "int8", "--target-size", &size];
+        let report = compress(&out, &[&flags[..], &["--statistics", &statistics]].concat());
+        let found = out.join("model.safetensors").metadata().unwrap().len();
+        assert_eq!(report["sizes"]["file_bytes_after"], found);
+        assert!(found <= target && found as f64 >= 0.999 * target as f64, "{found} for {target}");
+        let ppl = ppl(&out);
+        assert!(ppl < last, "{target}: {ppl} after {last}");
+        last = ppl;
+        let control = &report["control"];
+        if !control.is_null() {
+            assert!(control["bits_per_weight"].as_f64().unwrap() <= bits(&report) + 1e-9, "{control}");
+        }
+    }
+    // Bits and shares are budgets too, and none is exceeded.
+    for (flag, value, limit) in [("--bits", "3.5", 3.5), ("--keep", "0.2", 6.4)] {
+        let out = folder.path().join(flag);
+        let report = compress(&out, &["--quant", menu, "--compensate", "lorc", flag, value]);
+        assert!(bits(&report) <= limit && bits(&report) > 0.97 * limit, "{flag}: {}", bits(&report));
+        let sum = report["sizes"]["bits_per_weight_base"].as_f64().unwrap()
+            + report["sizes"]["bits_per_weight_factors"].as_f64().unwrap();
+        assert!((sum - bits(&report)).abs() < 1e-9);
+    }
+    // Low rank alone takes a budget of bits as well: 32 bits a weight are the source.
+    let report = compress(&folder.path().join("low-rank"), &["--bits", "16", "--quant-factors", "int8"]);
+    assert!(bits(&report) <= 16.0 && bits(&report) > 15.5, "{}", bits(&report));
+}
+
+#[test]
+fn the_control_has_the_same_bytes_and_no_factors() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out");
+    let text = ["--calibration", TRAIN, "--samples", "16", "--seq-len", "128"];
+    let flags =
+        ["--quant", "rtn-int2-g32", "--compensate", "eora", "--compensate-rank", "4", "--quant-factors", "int8"];
+    let report = compress(&out, &[&flags[..], &text].concat());
+    let control = &report["control"];
+    assert!(control["is_reachable"] == true && control["bits_per_weight"].as_f64().unwrap() <= bits(&report) + 1e-9);
+    // The control, made for real, is what the report says.
+    let quant: BTreeMap<String, String> = serde_json::from_value(control["quant"].clone()).unwrap();
+    assert_eq!(quant.len(), 28);
+    let used: std::collections::BTreeSet<&str> = quant.values().map(String::as_str).collect();
+    let menu: Vec<&str> = used.iter().copied().filter(|quant| *quant != "dense").collect();
+    let budget = format!("{}", control["bits_per_weight"].as_f64().unwrap());
+    let made = compress(
+        &folder.path().join("control"),
+        &[&["--quant", &menu.join(","), "--bits", &budget][..], &text].concat(),
+    );
+    assert!((bits(&made) - control["bits_per_weight"].as_f64().unwrap()).abs() < 0.02, "{} {budget}", bits(&made));
+    for key in ["kl", "control_kl", "weighted_error_ratio"] {
+        assert!(control[key].as_f64().unwrap() > 0.0, "{control}");
+    }
+    // Without factors there is nothing to hold against.
+    assert!(made["control"].is_null());
+}
+
+#[test]
+fn the_same_input_gives_the_same_bytes_at_any_thread_count() {
+    let folder = tempfile::tempdir().unwrap();
+    let statistics = statistics(folder.path());
+    for (name, flags) in [
+        ("gptq", &["--quant", "gptq-int3-g32,rtn-int4-g32", "--compensate", "eora", "--bits", "4"][..]),
+        (
+            "turns",
+            &["--quant", "nf4-g32", "--compensate", "lq-lora", "--compensate-rank", "4", "--quant-factors", "int8"],
+        ),
+    ] {
+        let bytes = |threads: &str| {
+            let out = folder.path().join(format!("{name}-{threads}"));
+            let args = [&["compress", FIXTURE, "-o", path(&out), "-q", "--statistics", &statistics][..], flags];
+            let run = finish(command(&args.concat()).env("RAYON_NUM_THREADS", threads));
+            assert_eq!(run.code, 0, "{}", run.stderr);
+            ["model.safetensors", "config.json", "lrc-recipe.toml"].map(|file| std::fs::read(out.join(file)).unwrap())
+        };
+        let one = bytes("1");
+        assert!(["2", "5"].iter().all(|threads| bytes(threads) == one), "{name}");
+        // The recipe that was written gives it again.
+        let recipe = folder.path().join(format!("{name}-1/lrc-recipe.toml"));
+        let out = folder.path().join(format!("{name}-again"));
+        ok(&["compress", FIXTURE, "-o", path(&out), "-q", "--recipe", path(&recipe)]);
+        assert!(std::fs::read(out.join("model.safetensors")).unwrap() == one[0], "{name}");
+    }
+}
+
+#[test]
+fn a_dry_run_foretells_the_bytes() {
+    let folder = tempfile::tempdir().unwrap();
+    for flags in [
+        &["--quant", "rtn-int4-g32", "--compensate", "lorc", "--compensate-rank", "8", "--format", "gptq"][..],
+        &["--quant", "rtn-int3,rtn-int4", "--compensate", "lorc", "--bits", "4.5"],
+        &["--quant", "q4_0", "--format", "gguf"],
+    ] {
+        let out = folder.path().join(flags.concat());
+        let planned = compress(&out, &[flags, &["--dry-run"]].concat());
+        assert!(!out.exists());
+        assert_eq!(planned["sizes"], compress(&out, flags)["sizes"], "{flags:?}");
+    }
+}
