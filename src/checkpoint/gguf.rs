@@ -246,7 +246,7 @@ fn header(metadata: &[(String, Value)], tensors: &[GgufTensor]) -> (Vec<u8>, Vec
 pub fn file_bytes(metadata: &[(String, Value)], tensors: &[GgufTensor]) -> u64 {
     let (header, offsets) = header(metadata, tensors);
     let end = |(offset, tensor): (&u64, &GgufTensor)| (offset + tensor.n_bytes()).next_multiple_of(ALIGNMENT);
-    offsets.iter().zip(tensors).last().map_or(header.len() as u64, end)
+    offsets.iter().zip(tensors).next_back().map_or(header.len() as u64, end)
 }
 
 impl GgufWriter {

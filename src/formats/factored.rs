@@ -277,32 +277,51 @@ pub fn load(checkpoint: &Checkpoint, linear: &LinearInfo) -> Result<Option<Modul
 mod tests {
     use super::*;
 
-    fn source(class: &str) -> Map<String, Value> {
+    use crate::quantize::Levels;
+
+    fn config(class: &str) -> Map<String, Value> {
         json!({"architectures": [class], "model_type": "llama", "keep": {"b": 1, "a": 2}}).as_object().unwrap().clone()
+    }
+
+    fn fixture() -> Checkpoint {
+        Checkpoint::open(&std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/tiny-llama")).unwrap()
     }
 
     #[test]
     fn the_config_keeps_every_other_key_and_gets_the_safety_catch() {
-        let entry = Entry { rank: 3, layout: Layout::Pivot };
-        let modules = BTreeMap::from([("model.layers.0.mlp.up_proj".to_string(), entry)]);
-        let config = Factored.config(&source("LlamaForCausalLM"), &modules);
-        assert_eq!(config["model_type"], "lrc_llama");
-        assert_eq!(config["architectures"], json!(["LrcForCausalLM"]));
-        assert_eq!(config["auto_map"]["AutoModelForCausalLM"], "modeling_lrc.LrcForCausalLM");
-        assert_eq!(config["lrc"]["modules"]["model.layers.0.mlp.up_proj"], json!({"rank": 3, "layout": "pivot"}));
-        assert_eq!(config["keep"], json!({"b": 1, "a": 2}));
-        // Nothing factored: the source's config loads as it is.
-        assert_eq!(Factored.config(&source("LlamaForCausalLM"), &BTreeMap::new()), source("LlamaForCausalLM"));
+        let checkpoint = fixture();
+        let source = Source { checkpoint: &checkpoint, config: config("LlamaForCausalLM") };
+        let mut linears = inventory::linears(&checkpoint).into_iter().filter(|l| l.is_default_target);
+        let (first, second) = (linears.next().unwrap(), linears.next().unwrap());
+        let scheme = Scheme { levels: Levels::Int { bits: 4, symmetric: false }, group: Some(32) };
+        let quantised =
+            Entry { base: Some(Base::Quantized(Storage::Grouped(scheme))), ..Entry::low_rank(5, Layout::Factors) };
+        let modules = [(first.clone(), Entry::low_rank(3, Layout::Pivot)), (second.clone(), quantised)];
+        let written = Factored.config(&source, &modules);
+        assert_eq!(written["model_type"], "lrc_llama");
+        assert_eq!(written["architectures"], json!(["LrcForCausalLM"]));
+        assert_eq!(written["auto_map"]["AutoModelForCausalLM"], "modeling_lrc.LrcForCausalLM");
+        assert_eq!(written["lrc"]["modules"][&first.module], json!({"rank": 3, "layout": "pivot"}));
+        assert_eq!(written["lrc"]["modules"][&second.module], json!({"base": true, "rank": 5, "layout": "factors"}));
+        let codes = &written["lrc"]["quantized"][format!("{}.base", second.module)];
+        let shape = json!([second.out_features, second.in_features]);
+        assert_eq!(codes, &json!({"scheme": "int4-g32-asym", "shape": shape, "dtype": "F32"}));
+        assert_eq!(written["keep"], json!({"b": 1, "a": 2}));
+        // Nothing compressed: the source's config loads as it is. And what was added is taken away again.
+        assert_eq!(Factored.config(&source, &[]), source.config);
+        assert_eq!(crate::model::config::native_config(&written), source.config);
     }
 
     #[test]
     fn other_heads_have_their_own_auto_class() {
-        let classes = Classes::of(&source("BertForMaskedLM")).unwrap();
+        let classes = Classes::of(&config("BertForMaskedLM")).unwrap();
         assert_eq!((classes.own.as_str(), classes.auto_class().as_str()), ("LrcForMaskedLM", "AutoModelForMaskedLM"));
-        let file = &Factored.side_files(&source("BertForMaskedLM"))[0].1;
+        let checkpoint = fixture();
+        let source = Source { checkpoint: &checkpoint, config: config("BertForMaskedLM") };
+        let file = &Factored.side_files(&source, &[])[0].1;
         assert!(file.contains("class LrcForMaskedLM(") && file.contains("\"BertForMaskedLM\""));
-        let classes = Classes::of(&source("GPT2LMHeadModel")).unwrap();
+        let classes = Classes::of(&config("GPT2LMHeadModel")).unwrap();
         assert_eq!((classes.base.as_str(), classes.auto_class().as_str()), ("GPT2LMHeadModel", "AutoModelForCausalLM"));
-        assert!(Classes::of(&source("x\"); import os")).is_none());
+        assert!(Classes::of(&config("x\"); import os")).is_none());
     }
 }

@@ -105,7 +105,10 @@ impl Exporter for Gptq {
             .map(|l| (format!("-:^{}$", l.module.replace('.', "\\.")), json!({})))
             .collect();
         if !dense.is_empty() {
+            // gptqmodel and vLLM read the one, transformers by way of optimum the other.
             quantization["dynamic"] = Value::Object(dense);
+            let names: Vec<&str> = modules.iter().map(|(linear, _)| linear.module.as_str()).collect();
+            quantization["modules_in_block_to_quantize"] = json!([names]);
         }
         config.insert("quantization_config".into(), quantization);
         config

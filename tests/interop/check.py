@@ -8,7 +8,9 @@ import argparse
 import importlib.metadata
 import importlib.util
 import json
+import os
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -17,8 +19,13 @@ import torch
 import transformers
 from safetensors.numpy import load_file
 
+# Loaders log to stdout: what they say goes where errors go.
+OUT = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
+sys.stdout = sys.stderr
+
 ROOT = Path(__file__).resolve().parents[2]
-EXACT, HALF, KL_8BIT = 1e-4, 2e-2, 2e-3
+EXACT, HALF, KL_8BIT = 1e-4, 1e-2, 2e-3
 
 parser = argparse.ArgumentParser()
 parser.add_argument("models", nargs="*", default=[str(ROOT / "fixtures/tiny-llama")])
@@ -77,8 +84,8 @@ def dequantised_adapter(folder, ids):
 
 
 def half(folder, ids):
-    """Kernels of gptqmodel compute in 16 bits."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16, device_map="cpu")
+    """Kernels of gptqmodel compute in 16 bits; the rest of the model in f32."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map="cpu")
     return logits(model.eval(), ids)
 
 
@@ -117,6 +124,7 @@ CASES = [
     ("compressed-tensors", ["--quant", "rtn-int4-g32", *LORC], dequantised_adapter, "peft", EXACT),
     ("gptq", ["--quant", "rtn-int4-g32"], half, "gptqmodel", HALF),
     ("gptq", ["--quant", "rtn-int8-g32"], half, "gptqmodel", HALF),
+    ("gptq", ["--quant", "rtn-int4-g32", "--exclude", "*.1.mlp.*"], half, "gptqmodel", HALF),
     ("peft", ["--quant", "rtn-int4-g32", *LORC], adapter, "peft", EXACT),
     ("peft", ["--quant", "rtn-int2,rtn-int4", "--compensate", "lorc", "--bits", "5"], adapter, "peft", EXACT),
     ("gguf", ["--quant", "q8_0"], gguf, "gguf", EXACT),
@@ -146,46 +154,56 @@ def check(model, case, folder, index):
     error = float(np.abs(own - found).max())
     p, q = softmax(own.astype(np.float64)), softmax(found.astype(np.float64))
     kl = float((np.exp(p) * (p - q)).sum(-1).mean())
+    # transformers dequantises to the dtype of the scales: those of a 16-bit source round the weights.
+    if runtime is dequantised_adapter and json.load(open(Path(model) / "config.json")).get("torch_dtype") != "float32":
+        limit = HALF
     passed = (kl if runtime is llama_cpp else error) <= limit
     return error, kl, limit, passed
 
 
+def show(line=""):
+    print(line, file=OUT, flush=True)
+
+
 def main():
     packages = ["torch", "transformers", "peft", "compressed-tensors", "gptqmodel", "gguf", "llama-cpp-python"]
-    print("# Written formats in their runtimes\n")
-    print("Made by `tests/interop/run.sh`. Logits of lrc (f32) and of the runtime on the same random tokens; `limit` is on the")
-    print("largest difference of a logit, for llama.cpp, which quantises activations, on the mean KL divergence in nats.\n")
+    show("# Written formats in their runtimes\n")
+    show("Made by `tests/interop/run.sh`. Logits of lrc (f32) and of the runtime on the same random tokens; `limit` is on the")
+    show("largest difference of a logit, for llama.cpp, which quantises activations, on the mean KL divergence in nats.\n")
     versions = []
     for name in packages:
         try:
             versions.append(f"{name} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
             versions.append(f"{name} absent")
-    print("Versions: " + ", ".join(versions) + ".\n")
+    show("Versions: " + ", ".join(versions) + ".\n")
     failures = 0
     for model in args.models:
-        print(f"## {Path(model).parent.name}/{Path(model).name}\n")
-        print("| format | flags | runtime | largest logit error | KL | limit | |\n|---|---|---|---:|---:|---:|---|")
+        show(f"## {Path(model).parent.name}/{Path(model).name}\n")
+        show("| format | flags | runtime | largest logit error | KL | limit | |\n|---|---|---|---:|---:|---:|---|")
         with tempfile.TemporaryDirectory() as folder:
-            for index, case in enumerate(CASES):
+            cases = list(CASES)
+            for index, case in enumerate(cases):
                 form, flags, runtime, package, limit = case
                 name = {"llama_cpp": "llama.cpp", "half": "transformers, gptqmodel"}.get(runtime.__name__, "transformers")
                 name += ", peft" if "adapter" in runtime.__name__ else ""
                 row = f"| {form} | `{' '.join(flags)}` | {name} |"
                 if package != "transformers" and importlib.util.find_spec(package.replace("-", "_")) is None:
-                    print(f"{row} | | | not run: {package} is absent |")
+                    show(f"{row} | | | not run: {package} is absent |")
                     continue
                 try:
                     error, kl, limit, passed = check(model, case, Path(folder), index)
                     failures += not passed
-                    print(f"{row} {error:.1e} | {kl:.1e} | {limit:.0e} | {'ok' if passed else '**FAILED**'} |", flush=True)
+                    show(f"{row} {error:.1e} | {kl:.1e} | {limit:.0e} | {'ok' if passed else '**FAILED**'} |")
                 except Exception as e:
-                    # What lrc refuses is shown as it is; whatever else goes wrong is a failure.
+                    # What lrc refuses is shown as it is, and tried without the linears that do not fit; else it is a failure.
                     refused = "cannot be stored" in str(e) or "no targeted linear" in str(e)
                     failures += not refused
                     text = str(e).splitlines()[0].removeprefix("error: ")
-                    print(f"{row} | | | {'refused' if refused else '**FAILED**'}: {text} |", flush=True)
-        print()
+                    show(f"{row} | | | {'refused' if refused else '**FAILED**'}: {text} |")
+                    if "cannot be stored" in str(e):
+                        cases.append((form, [*flags, "--exclude", "*.mlp.*"], runtime, package, limit))
+        show()
     raise SystemExit(1 if failures else 0)
 
 

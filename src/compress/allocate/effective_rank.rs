@@ -47,7 +47,8 @@ mod tests {
             layout: Layout::Factors,
             curve: Some(curve),
             sensitivity: 1.0,
-            price: Price::PARAMETERS,
+            price: Price::Parameters,
+            coded: &[],
         };
         let items = [item(&curves[0]), item(&curves[1])];
         let choices = EffectiveRank.choices(&items, &Rules::of_keep(&items, 0.5));

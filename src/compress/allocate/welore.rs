@@ -50,7 +50,8 @@ mod tests {
             layout: Layout::Factors,
             curve: Some(curve),
             sensitivity: 1.0,
-            price: Price::PARAMETERS,
+            price: Price::Parameters,
+            coded: &[],
         };
         linears.iter().map(|(shape, curve)| item((*shape, curve))).collect()
     }
