@@ -31,7 +31,8 @@ mod tests {
     #[test]
     fn the_factor_is_that_of_the_inverse() {
         let n = 23;
-        let x = Mat::from_fn(40, n, |i, j| ((i * 31 + j * j * 7) % 19) as f64 - 9.0);
+        let value = |i: usize| ((i as u32).wrapping_mul(2_654_435_761) >> 8) as f64 / 8_388_608.0 - 1.0;
+        let x = Mat::from_fn(40, n, |i, j| value(i * n + j + 1));
         let gram = x.transpose() * &x;
         let (upper, inverse) = inverse_cholesky(gram.as_ref()).unwrap();
         assert!((0..n).all(|j| (j + 1..n).all(|i| upper[(i, j)] == 0.0)));
