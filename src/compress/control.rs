@@ -39,7 +39,9 @@ pub(super) fn at_equal_bytes(
     let bytes = |(linear, entry): (&LinearInfo, &Option<Entry>)| entry.map_or(linear.n_bytes(), |e| price(linear, &e));
     let budget: u64 = linears.iter().zip(&entries).map(bytes).sum();
     let first: Vec<usize> = (0..linears.len()).map(|i| study.residuals.of(i).len()).collect();
-    let menu: Vec<Vec<Quant>> = entries.iter().map(|entry| entry.map_or(Vec::new(), |e| menu(study, &e))).collect();
+    let offered =
+        |(linear, entry): (&LinearInfo, &Option<Entry>)| entry.map_or(Vec::new(), |e| menu(study, linear, &e));
+    let menu: Vec<Vec<Quant>> = linears.iter().zip(&entries).map(offered).collect();
     study.quantise(Compensate::None, &|i| menu[i].clone(), progress)?;
 
     let priced = |linear: &LinearInfo, entry: Option<&Entry>| entry.map_or(linear.n_bytes(), |e| price(linear, e));
@@ -73,9 +75,9 @@ pub(super) fn at_equal_bytes(
     }))
 }
 
-/// Bases that the control may choose for a linear: the quantisers of the menu at the bits of its base and at the next, between
-/// which the bytes of base and factors lie; all bits where there is no base.
-fn menu(study: &Study<'_>, entry: &Entry) -> Vec<Quant> {
+/// Bases that the control may choose for a linear: the quantisers of the menu at every number of bits from that of its base up to
+/// the first that takes what base and factors do.
+fn menu(study: &Study<'_>, linear: &LinearInfo, entry: &Entry) -> Vec<Quant> {
     let int = |bits| Scheme { levels: Levels::Int { bits, symmetric: true }, group: Some(128) };
     let families =
         if study.recipe.quant.is_empty() { vec![Quant::Rtn(int(4), Scale::Mse)] } else { study.recipe.quant.clone() };
@@ -86,7 +88,9 @@ fn menu(study: &Study<'_>, entry: &Entry) -> Vec<Quant> {
             continue;
         };
         let least = if entry.base.is_some() { scheme.levels.bits() } else { 0 };
-        let last = BITS.into_iter().find(|&bits| bits > least.max(1)).filter(|_| entry.base.is_some()).unwrap_or(8);
+        let (base, factors) = entry.n_bytes(linear);
+        let spent = (8 * (base + factors)).div_ceil(linear.n_parameters()) as u32;
+        let last = BITS.into_iter().find(|&bits| bits >= spent).unwrap_or(8);
         let bits = BITS.into_iter().filter(|bits| (least..=last).contains(bits));
         let groups = [scheme.group, Some(GROUP)];
         for (bits, group) in bits.flat_map(|bits| groups.map(|group| (bits, group))) {

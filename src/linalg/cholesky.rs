@@ -31,7 +31,10 @@ mod tests {
     #[test]
     fn the_factor_is_that_of_the_inverse() {
         let n = 23;
-        let value = |i: usize| ((i as u32).wrapping_mul(2_654_435_761) >> 8) as f64 / 8_388_608.0 - 1.0;
+        let value = |i: usize| {
+            let mixed = (i as u32 ^ 0x5bd1).wrapping_mul(2_654_435_761);
+            f64::from((mixed ^ (mixed >> 15)).wrapping_mul(2_246_822_519) >> 8) / 8_388_608.0 - 1.0
+        };
         let x = Mat::from_fn(40, n, |i, j| value(i * n + j + 1));
         let gram = x.transpose() * &x;
         let (upper, inverse) = inverse_cholesky(gram.as_ref()).unwrap();
