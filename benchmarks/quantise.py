@@ -1,10 +1,10 @@
 """Quantisers and compensations beside the same bytes without factors: tables of docs/results.md, section 9. Needs nothing but
 Python and the binary.
 
-    python benchmarks/quantise.py MODEL CALIBRATION_TEXT EVALUATION_TEXT SEQ_LEN table|sizes [LRC]
+    python benchmarks/quantise.py MODEL CALIBRATION_TEXT EVALUATION_TEXT SEQ_LEN table|sizes [LRC [WINDOWS]]
 
 `table`: every base at 8, 4, 3 and 2 bits with every compensation at ranks 8 and 16. `sizes`: five sizes of a menu of bases.
-Errors are relative and squared, in the metric of the inputs (`--method svd-llm`), mean over linears.
+Errors are relative and squared, in the metric of the inputs (`--method svd-llm`), mean over linears. WINDOWS: evaluate on the first so many windows.
 """
 
 import json
@@ -14,6 +14,7 @@ import tempfile
 
 model, calibration, text, seq_len, what = sys.argv[1:6]
 lrc = sys.argv[6] if len(sys.argv) > 6 else "target/release/lrc"
+windows = ["--max-windows", sys.argv[7]] if len(sys.argv) > 7 else []
 work = tempfile.TemporaryDirectory()
 statistics = f"{work.name}/statistics.safetensors"
 out = f"{work.name}/out"
@@ -27,7 +28,7 @@ def run(*args):
 def measure(*flags):
     """Bits, weighted error, perplexity, KL, and the report."""
     report = json.loads(run("compress", model, "-o", out, "--force", "--json", "--statistics", statistics, *flags))
-    found = json.loads(run("eval", out, "--text", text, "--seq-len", seq_len, "--reference", model, "--json"))
+    found = json.loads(run("eval", out, "--text", text, "--seq-len", seq_len, "--reference", model, "--json", *windows))
     errors = [linear["relative_error"] ** 2 for linear in report["linears"]]
     error = sum(errors) / len(errors)
     return report["sizes"]["bits_per_weight_after"], error, found["ppl"], found["kl"]["mean"], report
@@ -39,7 +40,7 @@ def cells(measured):
 
 
 def table():
-    dense = json.loads(run("eval", model, "--text", text, "--seq-len", seq_len, "--json"))["ppl"]
+    dense = json.loads(run("eval", model, "--text", text, "--seq-len", seq_len, "--json", *windows))["ppl"]
     print(f"dense {dense:.5f}\n")
     header = "| bits | weighted error | ppl | KL | bits | weighted error | ppl | KL |"
     for bits in [8, 4, 3, 2]:

@@ -244,6 +244,29 @@ fn every_format_is_the_same_model() {
     assert_eq!(native, source);
 }
 
+/// With biases everywhere, and a head of its own: what is not compressed comes back byte for byte.
+#[test]
+fn biases_norms_and_heads_survive_every_format() {
+    const PICO: &str = "fixtures/pico-llama";
+    let folder = tempfile::tempdir().unwrap();
+    let source = Checkpoint::open(Path::new(PICO)).unwrap();
+    for format in ["factored", "dense", "compressed-tensors", "peft", "gguf"] {
+        for extra in [&[][..], &["--compensate", "lorc", "--compensate-rank", "4"]] {
+            let (out, dense) = (folder.path().join("out"), folder.path().join("dense"));
+            let flags = ["--quant", "rtn-int8-channel", "--format", format, "--force", "-q"];
+            ok(&[&["compress", PICO, "-o", path(&out)][..], &flags, extra].concat());
+            ok(&["export", path(&out), "--format", "dense", "-o", path(&dense), "--force", "-q"]);
+            let dense = Checkpoint::open(&dense).unwrap();
+            assert_eq!(dense.tensors().count(), source.tensors().count(), "{format}");
+            for info in source.tensors() {
+                let bytes = |checkpoint: &Checkpoint| checkpoint.with_bytes(&info.name, <[u8]>::to_vec).unwrap();
+                let is_compressed = info.name.contains("_proj.weight");
+                assert!((bytes(&dense) == bytes(&source)) != is_compressed, "{format} {extra:?}: `{}`", info.name);
+            }
+        }
+    }
+}
+
 #[test]
 fn what_a_loader_would_misread_is_refused_before_any_work() {
     let folder = tempfile::tempdir().unwrap();

@@ -134,6 +134,8 @@ impl Encoded {
                 })
             }
             Codec::Rows(element, order) => {
+                // A vector is a matrix of one column.
+                let (rows, cols) = if leading.is_empty() { (cols, 1) } else { (rows, cols) };
                 let bytes = order.to_model(&part(0)?.1, rows);
                 match element {
                     Element::Plain(dtype) => cast::decode(dtype, &bytes).map(Decoded::Values),

@@ -94,8 +94,10 @@ impl RowOrder {
     fn rows(self, rows: usize) -> Vec<usize> {
         match self {
             Self::Same => (0..rows).collect(),
+            // Rows that are no heads are as they are.
+            Self::Interleaved { heads } if heads == 0 || !rows.is_multiple_of(2 * heads) => (0..rows).collect(),
             Self::Interleaved { heads } => {
-                let width = rows / heads.max(1);
+                let width = rows / heads;
                 let row = |i: usize| i / width * width + (i % 2) * (width / 2) + i % width / 2;
                 (0..rows).map(row).collect()
             }

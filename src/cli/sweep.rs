@@ -107,6 +107,9 @@ impl FromArgMatches for SweptOptions {
 
 pub(super) fn run(args: &SweepArgs, progress: &Bars) -> Result<()> {
     let file = args.recipe.as_deref().map(RecipeOptions::read).transpose()?.unwrap_or_default();
+    if args.options.keeps.is_empty() {
+        return Err(Failure::usage("a sweep needs shares").hint("`--keep 0.9,0.8,0.6`, say").into());
+    }
     if let Some(keep) = args.options.keeps.iter().find(|&&keep| !(keep > 0.0 && keep <= 1.0)) {
         return Err(Failure::usage(format!("`--keep {keep}` is outside of (0, 1]")).into());
     }

@@ -58,7 +58,8 @@ pub struct RecipeOptions {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub quant_factors: Option<FactorBits>,
 
-    /// How a weight is approximated, and its error told [default: kfac with `--calibration` or `--statistics`, else svd]
+    /// How a weight is approximated, and its error told [default: kfac with `--calibration` or `--statistics`, svd-llm where a
+    /// base is quantised without a budget, else svd]
     #[arg(long, value_enum)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub method: Option<Method>,
@@ -350,8 +351,14 @@ impl Recipe {
     /// A value is out of range, or two options contradict each other.
     pub fn new(options: &RecipeOptions) -> Result<Self> {
         let has_data = options.calibration.is_some() || options.statistics.is_some();
-        let method = options.method.unwrap_or(if has_data { Method::Kfac } else { Method::Svd });
         let is_quantised = !options.quant.is_empty();
+        // Where nothing is shared out, gradients would only tell errors in another unit.
+        let has_budget = options.keep.is_some() || options.target_size.is_some() || options.bits.is_some();
+        let method = options.method.unwrap_or(match has_data {
+            true if is_quantised && !has_budget => Method::SvdLlm,
+            true => Method::Kfac,
+            false => Method::Svd,
+        });
         let by_knapsack = method == Method::Kfac || is_quantised;
         let ranks = options.ranks.unwrap_or(if by_knapsack { Ranks::Knapsack } else { Ranks::Welore });
         // What was measured best; with fixed ranks there may be nothing to make up for.
