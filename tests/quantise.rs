@@ -370,6 +370,42 @@ fn broken_codes_are_an_error_that_names_them() {
     }
 }
 
+/// Tensors of other sizes than their codes need: an error, and no panic.
+#[test]
+fn codes_and_scales_that_do_not_fit_are_an_error() {
+    let folder = tempfile::tempdir().unwrap();
+    for (format, part) in [("compressed-tensors", "weight_scale"), ("gptq", "scales"), ("gptq", "qzeros")] {
+        let out = folder.path().join(part);
+        compress(&out, &["--quant", "rtn-int4-g32", "--format", format]);
+        let file = out.join("model.safetensors");
+        let bytes = std::fs::read(&file).unwrap();
+        let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        let name = format!("{MODULE}.{part}");
+        // The same tensors, one of them a row short.
+        let views: Vec<(String, safetensors::tensor::TensorView<'_>)> = tensors
+            .tensors()
+            .into_iter()
+            .map(|(n, view)| {
+                if n != name {
+                    return (n, view);
+                }
+                let shape = vec![view.shape()[0] - 1, view.shape()[1]];
+                let len = view.data().len() / view.shape()[0] * shape[0];
+                let short = safetensors::tensor::TensorView::new(view.dtype(), shape, &view.data()[..len]).unwrap();
+                (n, short)
+            })
+            .collect();
+        std::fs::write(&file, safetensors::serialize(views, None).unwrap()).unwrap();
+        let run = lrc(&["inspect", path(&out)]);
+        assert!(
+            run.code == 4 && run.stderr.contains("model.layers.1.mlp.down_proj"),
+            "{format} {part}: {} {}",
+            run.code,
+            run.stderr
+        );
+    }
+}
+
 /// In the full metric of the inputs: whoever knows more of it errs less, and taking turns never hurts.
 #[test]
 fn compensations_are_ordered_by_what_they_know() {

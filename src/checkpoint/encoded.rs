@@ -24,6 +24,8 @@ pub const ZEROS: &str = "zeros";
 pub const ADAPTER_FOLDER: &str = "adapter";
 pub const ADAPTER_FILE: &str = "adapter_model.safetensors";
 pub const ADAPTER_CONFIG: &str = "adapter_config.json";
+/// What an adapter says of its base: it is the folder above. PEFT is told where that is when it loads.
+pub const ADAPTER_BASE: &str = "..";
 /// What PEFT puts before the names of modules.
 pub const ADAPTER_PREFIX: &str = "base_model.model.";
 
@@ -91,7 +93,12 @@ impl Encoded {
         let (&cols, leading) = shape.split_last()?;
         let rows = leading.iter().product();
         let part = |i: usize| self.parts.get(i).map(|info| (info.dtype, read(info)));
-        let grouped = |grouped| Some(Decoded::Quantized(Quantized::Grouped(grouped)));
+        let grouped = |grouped: Grouped| {
+            let entries = rows * grouped.scheme.n_groups(cols);
+            let zeros = if grouped.scheme.levels.has_zeros() { entries } else { 0 };
+            let is_whole = (grouped.scales.len(), grouped.zeros.len()) == (entries, zeros);
+            is_whole.then_some(Decoded::Quantized(Quantized::Grouped(grouped)))
+        };
         match self.codec {
             Codec::Packed(scheme) => {
                 let (levels, n_groups) = (scheme.levels, scheme.n_groups(cols));
@@ -115,7 +122,8 @@ impl Encoded {
                 let words = transposed_words(&part(0)?.1, rows);
                 let codes = bits::unpack(&words, rows, cols, bits, 4)?;
                 let (dtype, scales) = part(1)?;
-                let scales = transposed(&cast::decode(dtype, &scales)?, n_groups, rows);
+                let scales = cast::decode(dtype, &scales).filter(|scales| scales.len() == n_groups * rows)?;
+                let scales = transposed(&scales, n_groups, rows);
                 let top = (1u32 << bits) - 1;
                 // The first version of the format stores zeros less one.
                 let zeros = bits::unpack(&part(2)?.1, n_groups, rows, bits, 4)?;

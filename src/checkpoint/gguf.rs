@@ -323,8 +323,11 @@ pub(super) fn read_header(
                 .map(Element::Block)
                 .ok_or_else(|| broken(format!("type {other:?} of `{name}`")))?,
         };
+        if shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d)).is_none_or(|n| n > file.len() * 8) {
+            return Err(broken(format!("tensor `{name}` of shape {shape:?} is larger than the file")));
+        }
         let plain = GgufTensor { name: name.clone(), element, shape: shape.clone() };
-        let begin = (content.tensor_data_offset + stored.offset) as usize;
+        let begin = content.tensor_data_offset.saturating_add(stored.offset).min(file.len() as u64) as usize;
         let end = begin + plain.n_bytes() as usize;
         if end > file.len() {
             return Err(CheckpointError::Truncated {

@@ -22,7 +22,7 @@ use sha2::{Digest, Sha256};
 
 use crate::quantize::Quantized;
 pub use cast::Dtype;
-use encoded::{ADAPTER_CONFIG, ADAPTER_FILE, ADAPTER_FOLDER, Decoded, View};
+use encoded::{ADAPTER_BASE, ADAPTER_CONFIG, ADAPTER_FILE, ADAPTER_FOLDER, Decoded, View};
 pub(crate) use error::io;
 pub use error::{CheckpointError, Result};
 pub use index::TensorInfo;
@@ -399,14 +399,17 @@ impl Layout {
         }
     }
 
-    /// The adapter in the folder of its base, in the format of the base.
+    /// The adapter in the folder of its base, in the format of the base: one that names the folder above as its base.
     fn adapter(&self) -> Option<PathBuf> {
         let is_ours = |name: &str| self.files.iter().any(|file| file.file_name().is_some_and(|n| n == name));
-        let path = match is_ours(gguf::MODEL_FILE) {
-            true => self.root.join(gguf::LORA_FILE),
-            false => self.root.join(ADAPTER_FOLDER).join(ADAPTER_FILE),
-        };
-        path.exists().then_some(path)
+        if is_ours(gguf::MODEL_FILE) {
+            let path = self.root.join(gguf::LORA_FILE);
+            return path.exists().then_some(path);
+        }
+        let folder = self.root.join(ADAPTER_FOLDER);
+        let config = read_config(&folder.join(ADAPTER_CONFIG)).ok()??;
+        let is_of_this = config.get("base_model_name_or_path").is_some_and(|base| base == ADAPTER_BASE);
+        is_of_this.then(|| folder.join(ADAPTER_FILE)).filter(|path| path.exists())
     }
 
     fn sharded(root: PathBuf, index_path: PathBuf) -> Result<Self> {

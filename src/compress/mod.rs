@@ -13,6 +13,7 @@ pub mod low_rank;
 pub mod metric;
 mod metrics;
 mod offers;
+pub mod options;
 mod output;
 mod pivot;
 mod plan;

@@ -8,7 +8,7 @@ use super::dense::{weight, weight_bytes};
 use super::{
     CheckpointError, Entry, Exporter, LinearInfo, Module, NamedBytes, OutTensor, Parts, Source, Target, encode,
 };
-use crate::checkpoint::encoded::{ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_PREFIX};
+use crate::checkpoint::encoded::{ADAPTER_BASE, ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_PREFIX};
 use crate::model::Layout;
 use crate::model::inventory::Stored;
 
@@ -84,8 +84,7 @@ pub(super) fn side_files(modules: &[(LinearInfo, Entry)]) -> Vec<(String, String
     let config = json!({
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        // The base is the folder above; PEFT is told where it is when it loads.
-        "base_model_name_or_path": "..",
+        "base_model_name_or_path": ADAPTER_BASE,
         "r": largest,
         "lora_alpha": largest,
         "rank_pattern": ranks,

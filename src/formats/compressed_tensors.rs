@@ -135,3 +135,42 @@ impl Exporter for CompressedTensors {
         text
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::formats::Pair;
+    use crate::model::Layout;
+
+    #[test]
+    fn what_loaders_misread_is_told_apart() {
+        let linear = |stored| LinearInfo {
+            module: "m".into(),
+            out_features: 64,
+            in_features: 64,
+            dtype: Dtype::F32,
+            stored,
+            block: None,
+            id: None,
+            is_default_target: true,
+        };
+        let entry = |bits, symmetric, group| Entry {
+            base: Some(Base::Quantized(Storage::Grouped(Scheme { levels: Levels::Int { bits, symmetric }, group }))),
+            pair: None,
+        };
+        let check = |stored, entry: Entry, expected: &str| {
+            let found = exchange_scheme(&linear(stored), &entry);
+            assert!(found.as_ref().is_err_and(|reason| reason.contains(expected)), "{found:?}");
+        };
+        let good = entry(4, true, Some(32));
+        assert!(exchange_scheme(&linear(Stored::Dense), &good).is_ok());
+        // GPT-2's Conv1D.
+        check(Stored::DenseTransposed, good, "(in, out)");
+        check(Stored::Dense, entry(4, false, Some(32)), "asymmetric");
+        check(Stored::Dense, entry(3, true, Some(32)), "3 bits");
+        check(Stored::Dense, entry(4, true, Some(24)), "do not divide");
+        check(Stored::Dense, Entry::low_rank(4, Layout::Factors), "without a base");
+        let pivots = Some(Pair { rank: 4, layout: Layout::Pivot, scheme: None });
+        check(Stored::Dense, Entry { pair: pivots, ..good }, "not pivots");
+    }
+}
