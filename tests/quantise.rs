@@ -251,7 +251,11 @@ fn biases_norms_and_heads_survive_every_format() {
     let folder = tempfile::tempdir().unwrap();
     let source = Checkpoint::open(Path::new(PICO)).unwrap();
     for format in ["factored", "dense", "compressed-tensors", "peft", "gguf"] {
-        for extra in [&[][..], &["--compensate", "lorc", "--compensate-rank", "4"]] {
+        for extra in [
+            &[][..],
+            &["--compensate", "lorc", "--compensate-rank", "4"],
+            &["--targets", "*_proj", "--targets", "lm_head"],
+        ] {
             let (out, dense) = (folder.path().join("out"), folder.path().join("dense"));
             let flags = ["--quant", "rtn-int8-channel", "--format", format, "--force", "-q"];
             ok(&[&["compress", PICO, "-o", path(&out)][..], &flags, extra].concat());
@@ -260,7 +264,8 @@ fn biases_norms_and_heads_survive_every_format() {
             assert_eq!(dense.tensors().count(), source.tensors().count(), "{format}");
             for info in source.tensors() {
                 let bytes = |checkpoint: &Checkpoint| checkpoint.with_bytes(&info.name, <[u8]>::to_vec).unwrap();
-                let is_compressed = info.name.contains("_proj.weight");
+                let with_head = extra.contains(&"lm_head") && info.name.starts_with("lm_head");
+                let is_compressed = info.name.contains("_proj.weight") || with_head;
                 assert!((bytes(&dense) == bytes(&source)) != is_compressed, "{format} {extra:?}: `{}`", info.name);
             }
         }
@@ -279,6 +284,7 @@ fn what_a_loader_would_misread_is_refused_before_any_work() {
         (&["--quant", "rtn-int4-g64", "--format", "compressed-tensors"], 4, "do not divide its 96 inputs"),
         (&["--quant", "q4_0", "--format", "compressed-tensors"], 4, "not quantised in groups"),
         (&["--quant", "q4_0"], 4, "block type of llama.cpp"),
+        (&["--quant", "rtn-int4-g128", "--format", "gptq"], 4, "has other bits or groups"),
         (&["--quant", "nf4", "--format", "gguf"], 4, "no block type"),
         (&["--quant", "rtn-int4-asym", "--format", "gguf"], 4, "no block type"),
         (&["--quant", "rtn-int4-g16", "--format", "gguf"], 4, "not made of blocks"),

@@ -111,10 +111,13 @@ fn control(control: &ControlRecord) -> String {
     }
     let ratio = control.weighted_error_ratio.map_or("-".into(), |ratio| format!("{ratio:.3}"));
     let kl = match (control.kl, control.control_kl) {
-        (Some(own), Some(other)) => format!("; KL {own:.5} against {other:.5} on the calibration text"),
+        (Some(own), Some(other)) => format!("; KL {own:.5}, without factors {other:.5}, on the calibration text"),
         _ => String::new(),
     };
-    format!("control without factors at {:.3} bits: squared error is {ratio} of it{kl}\n", control.bits_per_weight)
+    format!(
+        "the same bytes without factors ({:.3} bits): the squared error here is {ratio} times as large{kl}\n",
+        control.bits_per_weight
+    )
 }
 
 fn tables(linears: &[LinearRecord], sizes: &Sizes) -> String {

@@ -101,13 +101,18 @@ pub(super) fn sizes(source: &Source<'_>, recipe: &Recipe, plan: &Plan, entries: 
     };
     let stored = linears.iter().zip(entries).map(bytes);
     let (base, factors) = stored.fold((0, 0), |sum, bytes| (sum.0 + bytes.0, sum.1 + bytes.1));
-    let (parameters_after, bytes_after) = files.n_elements_and_bytes();
+    let (elements_after, bytes_after) = files.n_elements_and_bytes();
+    // Packed codes are not parameters.
+    let is_coded = |entry: &Entry| entry.base.is_some() || entry.pair.is_some_and(|pair| pair.scheme.is_some());
+    let parameters_before = source.checkpoint.n_elements();
+    let parameters_after =
+        if entries.iter().flatten().any(is_coded) { parameters_before - before + after } else { elements_after };
     let bits = |bytes: u64| 8.0 * bytes as f64 / before as f64;
     Sizes {
         linear_parameters_before: before,
         linear_parameters_after: after,
         keep: after as f64 / before as f64,
-        parameters_before: source.checkpoint.n_elements(),
+        parameters_before,
         parameters_after,
         bytes_before: source.checkpoint.n_bytes(),
         bytes_after,

@@ -102,7 +102,8 @@ impl Exporter for CompressedTensors {
         let is_compressed = |name: &str| modules.iter().any(|(linear, _)| linear.module == name);
         let linears = inventory::linears(source.checkpoint);
         let mut ignore: Vec<String> = linears.into_iter().map(|l| l.module).filter(|m| !is_compressed(m)).collect();
-        if !ignore.iter().any(|name| name == "lm_head") {
+        // A tied head is no linear of the checkpoint, but one of the model.
+        if !is_compressed("lm_head") && !ignore.iter().any(|name| name == "lm_head") {
             ignore.push("lm_head".into());
         }
         config.insert(

@@ -24,6 +24,9 @@ impl Exporter for Gptq {
             Ok(scheme) => scheme,
             Err(reason) => return Some(reason),
         };
+        if linear.module.ends_with("lm_head") {
+            return Some("heads stay dense in this format".into());
+        }
         let (m, n) = linear.shape();
         if !m.is_multiple_of(32) && !(m * scheme.levels.bits() as usize).is_multiple_of(32) || !n.is_multiple_of(32) {
             return Some(format!("its shape [{m}, {n}] does not fill whole words"));

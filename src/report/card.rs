@@ -13,7 +13,7 @@ pub fn render(report: &CompressReport, loading: &str) -> String {
         let _ = writeln!(card, "base_model: {}", report.source);
     }
     card.push_str("library_name: transformers\ntags:\n- lrc\n- low-rank\n---\n\n");
-    let _ = writeln!(card, "# Low-rank compression of {}\n", title(&report.source));
+    let _ = writeln!(card, "# Compression of {}\n", title(&report.source));
     let _ = writeln!(
         card,
         "Made by lrc {} with the recipe in `lrc-recipe.toml`; every number is in `lrc-report.json`.\n",

@@ -128,7 +128,7 @@ pub struct Sizes {
     pub linear_parameters_after: u64,
     /// `linear_parameters_after / linear_parameters_before`: what `--keep` asks for.
     pub keep: f64,
-    /// Elements of all tensors, as the checkpoint stores them.
+    /// Elements of all tensors, as the checkpoint stores them; codes count as the parameters that they stand for.
     pub parameters_before: u64,
     pub parameters_after: u64,
     /// Bytes of all tensors, as the checkpoint stores them.
