@@ -123,7 +123,7 @@ impl Exporter for Gptq {
 
     fn loading(&self, has_adapter: bool) -> String {
         let mut text = String::from(
-            "With `gptqmodel` installed it loads as it is in transformers; vLLM needs nothing more:\n\n```python\n\
+            "With `gptqmodel` and `optimum` installed it loads as it is in transformers; vLLM needs nothing more:\n\n```python\n\
              from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained(\"FOLDER\")\n```\n",
         );
         if has_adapter {
