@@ -137,6 +137,20 @@ CASES = [
 ]
 
 
+def tokens(model, folder):
+    """How many lines of a text llama.cpp tokenises otherwise than the model's own tokenizer, from the vocabulary in the file."""
+    import llama_cpp
+    import tokenizers
+
+    out = folder / "vocabulary"
+    run(ROOT / "target/release/lrc", "compress", model, "-o", out, "--format", "gguf", "--quant", "q8_0", "-q")
+    theirs = llama_cpp.Llama(str(out / "model.gguf"), vocab_only=True, verbose=False)
+    ours = tokenizers.Tokenizer.from_file(str(out / "tokenizer.json"))
+    lines = [line for line in (ROOT / "fixtures/text/held-out.txt").read_text().splitlines() if line]
+    different = sum(theirs.tokenize(line.encode()) != ours.encode(line).ids for line in lines)
+    return len(lines), different
+
+
 def softmax(x):
     x = x - x.max(-1, keepdims=True)
     return x - np.log(np.exp(x).sum(-1, keepdims=True))
@@ -203,6 +217,10 @@ def main():
                     show(f"{row} | | | {'refused' if refused else '**FAILED**'}: {text} |")
                     if "cannot be stored" in str(e):
                         cases.append((form, [*flags, "--exclude", "*.mlp.*"], runtime, package, limit))
+            if importlib.util.find_spec("llama_cpp"):
+                lines, different = tokens(model, Path(folder))
+                failures += different > 0
+                show(f"\nllama.cpp's tokens of {lines} lines of text, from the vocabulary in `model.gguf`: {different} lines differ.")
         show()
     raise SystemExit(1 if failures else 0)
 
