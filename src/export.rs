@@ -7,9 +7,10 @@ use anyhow::{Context, Result};
 use rayon::prelude::*;
 
 use crate::checkpoint::{Checkpoint, OutputFolder};
-use crate::formats::{self, Base, Entry, Files, Format, Matrix, Module, Output, Pair, Parts, Source};
+use crate::formats::{self, Base, Entry, Files, Format, Output, Pair, Source};
 use crate::model::Layout;
-use crate::model::inventory::{self, LinearInfo};
+use crate::model::inventory::{self, LinearInfo, Stored};
+use crate::model::linear::{LR_B, LR_PIVOT};
 use crate::progress::Progress;
 use crate::quantize::Storage;
 use crate::report::{ExportReport, LRC_VERSION, REPORT_FILE, SCHEMA_VERSION, card};
@@ -86,30 +87,26 @@ pub fn export(job: &ExportJob<'_>, progress: &dyn Progress) -> Result<ExportRepo
 
 /// How a linear is stored; none where it is dense.
 fn entry(checkpoint: &Checkpoint, linear: &LinearInfo) -> Result<Option<Entry>> {
-    let Some(Module { base, parts }) = skeleton(checkpoint, linear)? else { return Ok(None) };
-    let base = base.map(|base| match base {
-        Matrix::Quantized(matrix) => Base::Quantized(matrix.storage()),
-        Matrix::Float(_) => Base::Dense,
-    });
-    let pair = parts.map(|parts| {
-        let (rank, layout, left) = match parts {
-            Parts::Factors { rank, b, .. } => (rank, Layout::Factors, b),
-            Parts::Pivot { rank, pivots, .. } => (rank, Layout::Pivot, pivots),
-        };
-        let scheme = match left {
-            Matrix::Quantized(matrix) => match matrix.storage() {
-                Storage::Grouped(scheme) => Some(scheme),
-                Storage::Block(_) => None,
-            },
-            Matrix::Float(_) => None,
-        };
-        Pair { rank, layout, scheme }
-    });
-    Ok(Some(Entry { base, pair }))
-}
-
-/// A compressed linear, if it is one. Its values are read for what they are made of, which some formats keep with them.
-fn skeleton(checkpoint: &Checkpoint, linear: &LinearInfo) -> Result<Option<Module>> {
-    let is_plain = !linear.is_low_rank() && !checkpoint.require(&linear.weight_name())?.is_encoded();
-    if is_plain { Ok(None) } else { formats::load(checkpoint, linear) }
+    let storage = |name: &str| -> Result<Option<Storage>> {
+        let storage = checkpoint.storage(name)?;
+        // What other formats know too is taken for that, as `formats::load` does.
+        Ok(storage.map(|storage| match storage {
+            Storage::Block(block_type) => block_type.as_scheme().map_or(storage, Storage::Grouped),
+            Storage::Grouped(_) => storage,
+        }))
+    };
+    let Stored::LowRank { rank, layout, has_base } = linear.stored else {
+        let base = storage(&linear.weight_name())?;
+        return Ok(base.map(|base| Entry { base: Some(Base::Quantized(base)), pair: None }));
+    };
+    let base = match has_base {
+        true => Some(storage(&linear.base_name())?.map_or(Base::Dense, Base::Quantized)),
+        false => None,
+    };
+    let left = if layout == Layout::Pivot { LR_PIVOT } else { LR_B };
+    let scheme = match storage(&format!("{}.{left}.weight", linear.module))? {
+        Some(Storage::Grouped(scheme)) => Some(scheme),
+        _ => None,
+    };
+    Ok(Some(Entry { base, pair: Some(Pair { rank, layout, scheme }) }))
 }

@@ -88,6 +88,11 @@ impl Encoded {
         }
     }
 
+    /// Whether [`Self::storage`] is all that there is to know: zeros of GPTQ tell only when they are read whether it is symmetric.
+    pub fn is_told_by_header(&self) -> bool {
+        !matches!(self.codec, Codec::Gptq(_))
+    }
+
     /// Decodes a tensor of `shape` from its parts, whose bytes `read` gives; none where they are broken.
     pub fn decode(&self, shape: &[usize], read: &dyn Fn(&TensorInfo) -> Vec<u8>) -> Option<Decoded> {
         let (&cols, leading) = shape.split_last()?;

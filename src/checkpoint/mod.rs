@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
-use crate::quantize::Quantized;
+use crate::quantize::{Quantized, Storage};
 pub use cast::Dtype;
 use encoded::{ADAPTER_BASE, ADAPTER_CONFIG, ADAPTER_FILE, ADAPTER_FOLDER, Decoded, View};
 pub(crate) use error::io;
@@ -182,6 +182,18 @@ impl Checkpoint {
             Some(Decoded::Quantized(matrix)) => Some(matrix),
             _ => None,
         })
+    }
+
+    /// How a tensor is coded; none for floats. Read from the header where that tells all.
+    ///
+    /// # Errors
+    /// The tensor is absent, or its parts are broken.
+    pub fn storage(&self, name: &str) -> Result<Option<Storage>> {
+        let info = self.require(name)?;
+        match &info.encoded {
+            Some(encoded) if !encoded.is_told_by_header() => Ok(self.quantized(name)?.map(|matrix| matrix.storage())),
+            _ => Ok(info.storage()),
+        }
     }
 
     fn decoded(&self, info: &TensorInfo) -> Result<Option<Decoded>> {

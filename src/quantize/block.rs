@@ -42,6 +42,16 @@ impl BlockType {
         BLOCK_TYPES.into_iter().find(|t| t.dtype == dtype)
     }
 
+    /// The scheme of the same levels; none for types that are more than codes and scales.
+    pub fn as_scheme(self) -> Option<Scheme> {
+        let bits = match self.dtype {
+            GgmlDType::Q4_0 => 4,
+            GgmlDType::Q8_0 => 8,
+            _ => return None,
+        };
+        Some(Scheme { levels: Levels::Int { bits, symmetric: true }, group: Some(32) })
+    }
+
     /// Whether rows of `cols` are made of whole blocks.
     pub fn divides(self, cols: usize) -> bool {
         cols > 0 && cols.is_multiple_of(self.dtype.block_size())
@@ -78,17 +88,13 @@ impl Blocks {
 
     /// The same matrix as codes in groups of 32; none for types that are more than codes and scales.
     pub fn to_grouped(&self) -> Option<Grouped> {
-        let bits = match self.block_type.dtype {
-            GgmlDType::Q4_0 => 4,
-            GgmlDType::Q8_0 => 8,
-            _ => return None,
-        };
+        let scheme = self.block_type.as_scheme()?;
         let size = self.block_type.dtype.type_size();
         let (mut codes, mut scales) = (Vec::with_capacity(self.rows * self.cols), Vec::new());
         for block in self.bytes.chunks_exact(size) {
             let (scale, values) = block.split_first_chunk::<2>()?;
             scales.push(half::f16::from_le_bytes(*scale).to_f32());
-            match bits {
+            match scheme.levels.bits() {
                 8 => codes.extend(values.iter().map(|&q| q.wrapping_add(128))),
                 _ => {
                     codes.extend(values.iter().map(|q| q & 15));
@@ -96,7 +102,6 @@ impl Blocks {
                 }
             }
         }
-        let scheme = Scheme { levels: Levels::Int { bits, symmetric: true }, group: Some(32) };
         Some(Grouped { rows: self.rows, cols: self.cols, scheme, codes, scales, zeros: Vec::new() })
     }
 
