@@ -62,7 +62,8 @@ pub fn compress(job: &Job<'_>, progress: &dyn Progress) -> Result<CompressReport
     let started = Instant::now();
     let (checkpoint, recipe) = (job.checkpoint, job.recipe);
     let plan = Plan::new(checkpoint, recipe)?;
-    plan.check_format(&Source::new(checkpoint), recipe)?;
+    let source = Source::new(checkpoint);
+    plan.check_format(&source, recipe)?;
     let inputs = Inputs::load(checkpoint, recipe, &plan)?;
     let calibration = inputs.record(recipe);
     let folder = OutputFolder::create(job.output, job.force, REPORT_FILE)?;
@@ -83,7 +84,6 @@ pub fn compress(job: &Job<'_>, progress: &dyn Progress) -> Result<CompressReport
     }
 
     let writing = Instant::now();
-    let source = Source::new(checkpoint);
     let entries = study.entries(choices);
     let mut output = Output::create(&folder, plan.files(&source, recipe, &entries))?;
     let written = output::put_all(&mut output, &study, choices, progress)?;

@@ -66,8 +66,10 @@ pub(super) fn put_all(
         }
         // Where codes are involved no curve foretells the error.
         let is_coded = module.base.is_some() || study.recipe.quant_factors.is_some();
-        let relative_error =
-            is_coded.then(|| study.relative_squared_error(i, &module)).transpose()?.map(|error| error.max(0.0).sqrt());
+        let relative_error = is_coded
+            .then(|| study.relative_squared_error(i, choice, &module))
+            .transpose()?
+            .map(|error| error.max(0.0).sqrt());
         let tensors = study.recipe.format.exporter().bytes(&study.source, linear, &module);
         let tensors = tensors.with_context(|| format!("write `{}`", linear.module))?;
         output.lock().expect("invariant: no holder of the output panics").put(&tensors)?;

@@ -217,11 +217,16 @@ impl<'a> Study<'a> {
         Ok(Some(Module { base: base.map(Matrix::Quantized), parts }))
     }
 
-    /// Squared error of a module in the metric of the method, over the squared norm of the weight in it.
+    /// Squared error of a module, made by `choice`, in the metric of the method, over the squared norm of the weight in it.
     ///
     /// # Errors
     /// The weight or the statistics cannot be read.
-    pub fn relative_squared_error(&self, i: usize, module: &Module) -> Result<f64> {
+    pub fn relative_squared_error(&self, i: usize, choice: Choice, module: &Module) -> Result<f64> {
+        if let Choice::Coded { rank: 0, .. } = choice {
+            // A base alone was measured when it was made.
+            let norm = self.residuals.norm(i);
+            return Ok(if norm > 0.0 { self.residuals.error(i, choice) / norm } else { 0.0 });
+        }
         let linear = &self.plan.linears[i];
         let (m, n) = linear.shape();
         let weight = linalg::transposed_from_row_major(&inventory::weight(self.checkpoint, linear)?, m, n);

@@ -168,10 +168,6 @@ impl Entry {
         Self { base: None, pair: Some(Pair { rank, layout, scheme: None }) }
     }
 
-    pub fn rank(&self) -> usize {
-        self.pair.map_or(0, |pair| pair.rank)
-    }
-
     /// Parameters of base and pair, each counted whole.
     pub fn n_parameters(&self, linear: &LinearInfo) -> u64 {
         let base = if self.base.is_some() { linear.n_parameters() } else { 0 };

@@ -34,10 +34,6 @@ impl BlockType {
         BLOCK_TYPES.into_iter().find(|t| t.name == name)
     }
 
-    pub fn of_id(id: u32) -> Option<Self> {
-        BLOCK_TYPES.into_iter().find(|t| t.id == id)
-    }
-
     pub fn of_dtype(dtype: GgmlDType) -> Option<Self> {
         BLOCK_TYPES.into_iter().find(|t| t.dtype == dtype)
     }
@@ -55,11 +51,6 @@ impl BlockType {
     /// Whether rows of `cols` are made of whole blocks.
     pub fn divides(self, cols: usize) -> bool {
         cols > 0 && cols.is_multiple_of(self.dtype.block_size())
-    }
-
-    /// Weights in a block.
-    pub fn block_size(self) -> usize {
-        self.dtype.block_size()
     }
 
     /// Bytes of a matrix (rows, cols).
@@ -142,7 +133,7 @@ mod tests {
             let relative = (error / values.iter().map(|&v| square(v)).sum::<f64>()).sqrt();
             assert!(relative < limit, "{}: {relative}", block_type.name);
             assert_eq!(
-                (BlockType::named(block_type.name), BlockType::of_id(block_type.id)),
+                (BlockType::named(block_type.name), BlockType::of_dtype(block_type.dtype)),
                 (Some(block_type), Some(block_type))
             );
         }
