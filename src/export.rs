@@ -13,6 +13,7 @@ use crate::model::inventory::{self, LinearInfo, Stored};
 use crate::model::linear::{LR_B, LR_PIVOT};
 use crate::progress::Progress;
 use crate::quantize::Storage;
+use crate::report::page::PAGE_FILE;
 use crate::report::{ExportReport, LRC_VERSION, REPORT_FILE, SCHEMA_VERSION, card};
 
 /// What is exported, and where to.
@@ -27,7 +28,7 @@ pub struct ExportJob<'a> {
 }
 
 /// Files of a compressed folder that belong to its format, or are written anew.
-const LEFT: [&str; 4] = ["README.md", REPORT_FILE, "modeling_lrc.py", "lrc-recipe.toml"];
+const LEFT: [&str; 5] = ["README.md", REPORT_FILE, PAGE_FILE, "modeling_lrc.py", "lrc-recipe.toml"];
 
 /// Writes a checkpoint, compressed or not, in another format.
 ///

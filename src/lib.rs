@@ -25,6 +25,7 @@ pub mod eval;
 pub mod export;
 pub mod formats;
 pub mod inspect;
+pub mod journal;
 pub mod linalg;
 pub mod model;
 pub mod progress;

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 
 use crate::checkpoint::cast::{self, Dtype};
+use crate::journal::{Array, Place};
 
 /// Keeps arrays of `f32` exactly. The file vanishes with the process, however it ends.
 #[derive(Debug)]
@@ -24,7 +25,29 @@ pub(crate) struct Spool {
 #[derive(Debug)]
 pub(crate) enum Spooled {
     Memory(Vec<f32>),
-    File { offset: u64, len: usize },
+    File {
+        offset: u64,
+        len: usize,
+    },
+    /// In a journal, which has it in any case.
+    Journal(Place),
+}
+
+/// Bytes as the bit patterns of floats, with which nothing is computed.
+pub(crate) fn words(bytes: &[u8]) -> Vec<f32> {
+    let word = |chunk: &[u8]| {
+        let mut word = [0; 4];
+        word[..chunk.len()].copy_from_slice(chunk);
+        f32::from_bits(u32::from_le_bytes(word))
+    };
+    bytes.chunks(4).map(word).collect()
+}
+
+/// The first `len` bytes of what [`words`] was made of.
+pub(crate) fn bytes_of(words: &[f32], len: usize) -> Vec<u8> {
+    let mut bytes: Vec<u8> = words.iter().flat_map(|v| v.to_bits().to_le_bytes()).collect();
+    bytes.truncate(len);
+    bytes
 }
 
 impl Spool {
@@ -49,26 +72,23 @@ impl Spool {
         Ok(spooled)
     }
 
-    /// Keeps bytes as the bit patterns of floats, with which nothing is computed.
-    pub fn push_bytes(&mut self, bytes: &[u8]) -> Result<Spooled> {
-        let word = |chunk: &[u8]| {
-            let mut word = [0; 4];
-            word[..chunk.len()].copy_from_slice(chunk);
-            f32::from_bits(u32::from_le_bytes(word))
-        };
-        self.push(bytes.chunks(4).map(word).collect())
+    /// Keeps an array of a journal: in memory, or where it is.
+    pub fn push_array(&mut self, array: Array) -> Result<Spooled> {
+        match array.place {
+            Some(place) if array.values.len() * 4 > self.memory_left => Ok(Spooled::Journal(place)),
+            _ => self.push(array.values),
+        }
     }
 
-    /// The first `len` bytes of what [`Self::push_bytes`] kept.
+    /// The first `len` bytes of what was kept of [`words`].
     pub fn get_bytes(&mut self, spooled: &Spooled, len: usize) -> Result<Vec<u8>> {
-        let mut bytes: Vec<u8> = self.get(spooled)?.iter().flat_map(|v| v.to_bits().to_le_bytes()).collect();
-        bytes.truncate(len);
-        Ok(bytes)
+        Ok(bytes_of(&self.get(spooled)?, len))
     }
 
     pub fn get(&mut self, spooled: &Spooled) -> Result<Vec<f32>> {
         match spooled {
             Spooled::Memory(values) => Ok(values.clone()),
+            Spooled::Journal(place) => place.read(),
             Spooled::File { offset, len } => {
                 let file = self.file.as_mut().expect("invariant: spooled arrays have a file");
                 let mut bytes = vec![0; len * 4];
@@ -85,6 +105,7 @@ impl Spool {
         match spooled {
             Spooled::Memory(values) => self.memory_left += values.len() * 4,
             Spooled::File { offset, len } => self.holes.entry(len).or_default().push(offset),
+            Spooled::Journal(_) => {}
         }
     }
 
@@ -96,6 +117,11 @@ impl Spool {
                 Ok(())
             }
             Spooled::File { .. } => self.write(spooled, &values),
+            // The journal keeps what it has.
+            Spooled::Journal(_) => {
+                *spooled = self.push(values)?;
+                Ok(())
+            }
         }
     }
 
@@ -133,7 +159,7 @@ mod tests {
         for memory in [1000, 0] {
             let bytes: Vec<u8> = (0..=250).collect();
             let mut spool = Spool::new(memory, folder.path().into());
-            let kept = spool.push_bytes(&bytes).unwrap();
+            let kept = spool.push(words(&bytes)).unwrap();
             assert_eq!(spool.get_bytes(&kept, bytes.len()).unwrap(), bytes);
         }
         // Released places are used again, in memory and on disk.

@@ -9,6 +9,7 @@ use candle_core::{Device, Tensor};
 use common::{FIXTURE, HELD_OUT, TRAIN, command, finish, lrc, ok, path};
 use lrc::calibrate::{Needs, Observation, observe};
 use lrc::checkpoint::Checkpoint;
+use lrc::journal::Journal;
 use lrc::model::{Decoder, Overlay, WalkLimits};
 use lrc::progress::Silent;
 use serde_json::Value;
@@ -21,8 +22,8 @@ fn sums(checkpoint: &Checkpoint, windows: &[Vec<u32>]) -> HashMap<String, Vec<f3
     let observation = Observation { needs: Needs::ALL, clip_gradients: false };
     let limits = WalkLimits::new(1 << 30, std::env::temp_dir());
     let mut all = HashMap::new();
-    observe(&decoder, windows, observation, &limits, &Silent, &mut |block, sums| {
-        all.extend(sums.pack(block)?);
+    observe(&decoder, windows, observation, &limits, &Journal::default(), &Silent, &mut |sums| {
+        all.extend(sums.into_iter().map(|(name, array)| (name, array.values)));
         Ok(())
     })
     .unwrap();

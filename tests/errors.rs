@@ -334,7 +334,7 @@ fn a_folder_under_construction_is_left_to_its_owner() {
     let run = lrc(&["compress", FIXTURE, "-o", path(&out), "--keep", "0.8"]);
     assert_eq!(run.code, 6, "{}", run.stderr);
     assert!(run.stderr.contains("being written by another run"));
-    assert!(Path::new(owner.path()).exists());
+    assert!(owner.path().exists());
     drop(owner);
     ok(&["compress", FIXTURE, "-o", path(&out), "--keep", "0.8", "-q"]);
 }

@@ -5,9 +5,10 @@ use std::collections::BTreeMap;
 use anyhow::{Context, Result};
 use candle_core::{Tensor, Var};
 
-use super::observe::Observation;
+use super::observe::{Keep, Observation, Pass, named, settle};
 use super::statistics::Sums;
 use crate::error::Failure;
+use crate::journal::Journal;
 use crate::model::{Block, Decoder, Hidden, InputSite, Kernels, Rope, Walk};
 use crate::progress::Progress;
 
@@ -16,23 +17,40 @@ use crate::progress::Progress;
 pub(super) fn run(
     decoder: &Decoder<'_>,
     walk: &mut Walk<'_>,
-    last: Hidden,
-    entered: Vec<Hidden>,
+    (last, entered): (Hidden, Vec<Hidden>),
     observation: Observation,
+    journal: &Journal,
     progress: &dyn Progress,
-    keep: &mut dyn FnMut(usize, Sums) -> Result<()>,
+    keep: &mut Keep<'_>,
 ) -> Result<()> {
     let stage = progress.stage("gradients", (walk.n_tokens() * (decoder.n_blocks() + 1)) as u64, "tokens");
-    stage.note("head");
-    let mut gradient = walk.copy(&last)?;
-    let head = decoder.head()?;
-    walk.replace_windows(&mut gradient, &last, |window, _, x| {
-        stage.advance(window.len() as u64);
-        head.loss_gradient(x, &window[1..])
-    })?;
-    drop(head);
+    // The gradient at the input of a block is kept before its sums are, so that it is there where they are.
+    let at_input = |block_idx: usize| format!("gradient-{block_idx}");
+    let is_done = |block_idx: usize| journal.has(&Pass::Backward.key(block_idx));
+    let n_left = (0..entered.len()).rev().find(|&block_idx| !is_done(block_idx)).map_or(0, |last| last + 1);
+    for block_idx in n_left..entered.len() {
+        let piece = journal.get(&Pass::Backward.key(block_idx))?;
+        keep(named(piece.with_context(|| format!("the sums of block {block_idx} are torn: `--restart`"))?)?)?;
+    }
+    let mut gradient = match journal.get(&at_input(n_left))? {
+        Some(piece) => {
+            stage.advance((walk.n_tokens() * (entered.len() + 1 - n_left)) as u64);
+            walk.restore(piece.arrays)?
+        }
+        None => {
+            anyhow::ensure!(n_left == entered.len(), "the gradient of block {n_left} is torn: `--restart`");
+            stage.note("head");
+            let mut gradient = walk.copy(&last)?;
+            let head = decoder.head()?;
+            walk.replace_windows(&mut gradient, &last, |window, _, x| {
+                stage.advance(window.len() as u64);
+                head.loss_gradient(x, &window[1..])
+            })?;
+            walk.settle(gradient, journal, &at_input(n_left))?
+        }
+    };
     walk.release(last);
-    for (block_idx, x) in entered.into_iter().enumerate().rev() {
+    for (block_idx, x) in entered.into_iter().enumerate().take(n_left).rev() {
         stage.note(&format!("block {block_idx}"));
         let mut block = decoder.block(block_idx)?;
         let mut sums = Sums::default();
@@ -43,8 +61,11 @@ pub(super) fn run(
                 .with_context(|| format!("gradients of block {block_idx}"))
         })?;
         walk.release(x);
-        keep(block_idx, sums)?;
+        gradient = walk.settle(gradient, journal, &at_input(block_idx))?;
+        keep(settle(journal, Pass::Backward, block_idx, sums)?)?;
+        journal.remove(&at_input(block_idx + 1));
     }
+    journal.remove(&at_input(0));
     Ok(())
 }
 

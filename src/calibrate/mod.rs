@@ -6,7 +6,7 @@ mod statistics;
 mod store;
 mod windows;
 
-pub use observe::{Observation, Seconds, observe};
+pub use observe::{Keep, Observation, Seconds, observe};
 pub use statistics::{Needs, Sums};
 pub use store::{Header, Part, Statistics, check_output};
 pub use windows::{WindowSettings, Windows};

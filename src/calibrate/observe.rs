@@ -2,10 +2,12 @@
 
 use std::time::Instant;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
+use serde_json::json;
 
 use super::backward;
 use super::statistics::{Needs, Sums};
+use crate::journal::{Array, Journal, Piece};
 use crate::model::{Decoder, Hidden, Walk, WalkLimits};
 use crate::progress::Progress;
 
@@ -24,11 +26,13 @@ pub struct Seconds {
     pub backward: f64,
 }
 
-/// Sends `windows` through the model, and the gradient of their summed next-token loss back where it is needed. `keep`
-/// gets the statistics of one block after another: of the inputs on the way up, of the gradients on the way down.
+/// Receives the statistics of one block after another, by name: of the inputs on the way up, of the gradients on the way down.
+pub type Keep<'a> = dyn FnMut(Vec<(String, Array)>) -> Result<()> + 'a;
+
+/// Sends `windows` through the model, and the gradient of their summed next-token loss back where it is needed.
 ///
 /// Gradients are those of one block at a time: the states that enter the blocks are kept (on disk past the cap of
-/// `limits`), and each block is run again with candle's autograd.
+/// `limits`), and each block is run again with candle's autograd. What `journal` has of a block is not made again.
 ///
 /// # Errors
 /// A value is not finite, a linear gets no gradient, or the work folder refuses.
@@ -37,36 +41,99 @@ pub fn observe(
     windows: &[Vec<u32>],
     observation: Observation,
     limits: &WalkLimits,
+    journal: &Journal,
     progress: &dyn Progress,
-    keep: &mut dyn FnMut(usize, Sums) -> Result<()>,
+    keep: &mut Keep<'_>,
 ) -> Result<Seconds> {
     let started = Instant::now();
     let needs = observation.needs;
+    let n_blocks = decoder.n_blocks();
+    let last = if needs.gradients() { Pass::Backward.key(0) } else { Pass::Forward.key(n_blocks.saturating_sub(1)) };
+    if journal.has(&last) {
+        return replay(journal, n_blocks, needs, keep);
+    }
     let mut walk = Walk::new(decoder, windows, limits)?;
     let mut hidden = walk.embed(decoder)?;
     // The states that enter each block, where the way back needs them.
     let mut entered: Vec<Hidden> = Vec::new();
     {
-        let stage = progress.stage("calibrate", (walk.n_tokens() * decoder.n_blocks()) as u64, "tokens");
-        for block_idx in 0..decoder.n_blocks() {
+        let stage = progress.stage("calibrate", (walk.n_tokens() * n_blocks) as u64, "tokens");
+        for block_idx in 0..n_blocks {
             stage.note(&format!("block {block_idx}"));
-            let block = decoder.block(block_idx)?;
-            let mut sums = Sums::default();
-            let mut observer = |site, x: &candle_core::Tensor| sums.add_inputs(site, x, needs);
-            if needs.gradients() {
-                let after = walk.branch(&hidden, decoder, &block, &mut observer, stage.as_ref())?;
-                entered.push(std::mem::replace(&mut hidden, after));
+            let states = format!("states-{block_idx}");
+            let done = journal.get(&Pass::Forward.key(block_idx))?.zip(journal.get(&states)?);
+            let after = if let Some((sums, after)) = done {
+                keep(named(sums)?)?;
+                stage.advance(walk.n_tokens() as u64);
+                walk.restore(after.arrays)?
             } else {
-                walk.advance(&mut hidden, decoder, &block, &mut observer, stage.as_ref())?;
+                let block = decoder.block(block_idx)?;
+                let mut sums = Sums::default();
+                let mut observer = |site, x: &candle_core::Tensor| sums.add_inputs(site, x, needs);
+                let after = walk.branch(&hidden, decoder, &block, &mut observer, stage.as_ref())?;
+                let after = walk.settle(after, journal, &states)?;
+                keep(settle(journal, Pass::Forward, block_idx, sums)?)?;
+                after
+            };
+            let before = std::mem::replace(&mut hidden, after);
+            if needs.gradients() {
+                entered.push(before);
+            } else {
+                walk.release(before);
+                remove_states(journal, block_idx.checked_sub(1));
             }
-            keep(block_idx, sums)?;
         }
     }
     let forward = started.elapsed().as_secs_f64();
-    if !needs.gradients() {
-        return Ok(Seconds { forward, backward: 0.0 });
-    }
     let started = Instant::now();
-    backward::run(decoder, &mut walk, hidden, entered, observation, progress, keep)?;
-    Ok(Seconds { forward, backward: started.elapsed().as_secs_f64() })
+    if needs.gradients() {
+        backward::run(decoder, &mut walk, (hidden, entered), observation, journal, progress, keep)?;
+    }
+    remove_states(journal, 0..n_blocks);
+    let backward = if needs.gradients() { started.elapsed().as_secs_f64() } else { 0.0 };
+    Ok(Seconds { forward, backward })
+}
+
+/// The ways through the model.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Pass {
+    Forward,
+    Backward,
+}
+
+impl Pass {
+    /// Under which the journal has the sums of a block.
+    pub fn key(self, block_idx: usize) -> String {
+        match self {
+            Self::Forward => format!("forward-{block_idx}"),
+            Self::Backward => format!("backward-{block_idx}"),
+        }
+    }
+}
+
+fn remove_states(journal: &Journal, blocks: impl IntoIterator<Item = usize>) {
+    blocks.into_iter().for_each(|block_idx| journal.remove(&format!("states-{block_idx}")));
+}
+
+/// The sums of a calibration that was finished before.
+fn replay(journal: &Journal, n_blocks: usize, needs: Needs, keep: &mut Keep<'_>) -> Result<Seconds> {
+    let passes = [Pass::Forward, Pass::Backward].into_iter().take(1 + usize::from(needs.gradients()));
+    for key in passes.flat_map(|pass| (0..n_blocks).map(move |block_idx| pass.key(block_idx))) {
+        let torn = || format!("the piece `{key}` of the unfinished run is torn: begin anew with `--restart`");
+        keep(named(journal.get(&key)?.with_context(torn)?)?)?;
+    }
+    remove_states(journal, 0..n_blocks);
+    Ok(Seconds::default())
+}
+
+/// The sums of a block, kept in the journal.
+pub(super) fn settle(journal: &Journal, pass: Pass, block_idx: usize, sums: Sums) -> Result<Vec<(String, Array)>> {
+    let (names, arrays): (Vec<String>, Vec<Vec<f32>>) = sums.pack(block_idx)?.into_iter().unzip();
+    named(journal.put(&pass.key(block_idx), json!(names), arrays)?)
+}
+
+/// The sums of a piece.
+pub(super) fn named(piece: Piece) -> Result<Vec<(String, Array)>> {
+    let names: Vec<String> = serde_json::from_value(piece.fields)?;
+    Ok(names.into_iter().zip(piece.arrays).collect())
 }

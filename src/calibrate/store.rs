@@ -12,9 +12,10 @@ use faer::Mat;
 use serde::{Deserialize, Serialize};
 
 use super::observe::Observation;
-use super::statistics::{Key, Needs, Sums, unpack_gram};
+use super::statistics::{Key, Needs, unpack_gram};
 use crate::checkpoint::{Checkpoint, Dtype, Fingerprint, TensorSpec, cast, write_file};
 use crate::error::Failure;
+use crate::journal::Array;
 use crate::model::LinearId;
 use crate::spool::{Spool, Spooled};
 
@@ -85,14 +86,14 @@ impl Statistics {
     /// Keeps the sums of a block.
     ///
     /// # Errors
-    /// A sum is not finite, or the work folder refuses.
-    pub fn keep(&mut self, block: usize, sums: Sums) -> Result<()> {
+    /// The work folder refuses.
+    pub fn keep(&mut self, sums: Vec<(String, Array)>) -> Result<()> {
         let Source::Measured { spool, arrays } = &mut self.source else {
             unreachable!("invariant: sums are kept in what was begun by `new`")
         };
         let spool = spool.get_mut().expect("invariant: no holder of the spool panics");
-        for (name, values) in sums.pack(block)? {
-            arrays.insert(name, spool.push(values)?);
+        for (name, values) in sums {
+            arrays.insert(name, spool.push_array(values)?);
         }
         Ok(())
     }

@@ -16,6 +16,8 @@ const DEFAULT_SEQ_LEN: usize = 512;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct WindowSettings {
     pub text: PathBuf,
+    /// Of the documents of a `.jsonl` or `.parquet` file.
+    pub field: String,
     pub samples: usize,
     /// By default 512, at most the model's context.
     pub seq_len: Option<usize>,
@@ -36,12 +38,12 @@ impl Windows {
     /// The text or the tokenizer cannot be read, or the text is too short.
     pub fn load(checkpoint: &Checkpoint, settings: &WindowSettings, (part, n_parts): (usize, usize)) -> Result<Self> {
         let tokenizer = Tokenizer::open(checkpoint.root())?;
-        let text = Text::read(&settings.text)?;
-        let tokens = tokenizer.encode(&text.content, Bos::Auto)?;
+        let text = Text::read(&settings.text, &settings.field)?;
+        let tokens = tokenizer.encode(&text.joined(), Bos::Auto)?;
         let seq_len = window_length(checkpoint, settings.seq_len, DEFAULT_SEQ_LEN);
         let mut windows = tokens.sample(seq_len, settings.samples, settings.seed);
         if windows.len() < n_parts {
-            return Err(text.too_short(&tokens, seq_len * n_parts).into());
+            return Err(text.too_short(tokens.ids.len(), seq_len * n_parts).into());
         }
         if windows.len() < settings.samples {
             tracing::warn!(

@@ -78,6 +78,12 @@ pub enum CheckpointError {
     #[error("`{}` is being written by another run", path.display())]
     OutputBusy { path: PathBuf },
 
+    #[error("`{}` holds an unfinished compression", path.display())]
+    Unfinished { path: PathBuf },
+
+    #[error("`{}` holds an unfinished run of another job: {differences}", path.display())]
+    OtherJob { path: PathBuf, differences: String },
+
     #[error("`{}` has {available} bytes of free disk space, {needed} are needed", path.display())]
     NoSpace { path: PathBuf, needed: u64, available: u64 },
 
@@ -118,6 +124,8 @@ impl CheckpointError {
             Overflow { .. } => "convert the checkpoint to a wider dtype (BF16 or F32) first".into(),
             OutputExists { .. } => "choose another folder, or give `--force` to replace it".into(),
             OutputBusy { path } => format!("wait for the other run; if there is none, remove `{}`", path.display()),
+            Unfinished { path } => format!("finish it with the command that began it, or remove `{}`", path.display()),
+            OtherJob { .. } => "go on with the arguments and the source of that run, or begin anew with `--restart`".into(),
             NoSpace { .. } => "free some space, or write to another disk".into(),
             Hub { network: true, .. } => {
                 "check the network, `HF_ENDPOINT` and `HF_HUB_OFFLINE`; if a folder was meant, there is none of this name".into()
@@ -147,7 +155,7 @@ impl CheckpointError {
 
     /// True when the command itself is at fault.
     pub fn is_usage(&self) -> bool {
-        matches!(self, Self::OutputExists { .. })
+        matches!(self, Self::OutputExists { .. } | Self::Unfinished { .. } | Self::OtherJob { .. })
     }
 }
 

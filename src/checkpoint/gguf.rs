@@ -17,6 +17,7 @@ use super::cast::{self, Dtype};
 use super::encoded::{Element, Encoded, model_dtype};
 use super::error::{CheckpointError, Result, io};
 use super::index::TensorInfo;
+use super::writer::open_to_write;
 use crate::quantize::BlockType;
 
 pub const MODEL_FILE: &str = "model.gguf";
@@ -258,11 +259,16 @@ impl GgufWriter {
     /// The disk refuses.
     pub fn create(path: &Path, metadata: &[(String, Value)], tensors: &[GgufTensor]) -> Result<Self> {
         let (header, offsets) = header(metadata, tensors);
-        let mut file = File::create(path).map_err(io("create", path))?;
+        let mut file = open_to_write(path)?;
         file.write_all(&header).map_err(io("write", path))?;
         file.set_len(file_bytes(metadata, tensors)).map_err(io("write", path))?;
         let slots = tensors.iter().zip(offsets).map(|(t, offset)| (t.name.clone(), (offset, t.n_bytes()))).collect();
         Ok(Self { path: path.into(), file, slots })
+    }
+
+    /// Takes a tensor for written: an earlier run did.
+    pub fn skip(&mut self, name: &str) {
+        self.slots.remove(name);
     }
 
     /// Writes the bytes of one tensor at its place.

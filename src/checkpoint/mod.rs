@@ -6,6 +6,7 @@
 pub mod cast;
 pub mod encoded;
 mod error;
+mod folder;
 pub mod gguf;
 pub mod hub;
 mod index;
@@ -25,11 +26,10 @@ pub use cast::Dtype;
 use encoded::{ADAPTER_BASE, ADAPTER_CONFIG, ADAPTER_FILE, ADAPTER_FOLDER, Decoded, View};
 pub(crate) use error::io;
 pub use error::{CheckpointError, Result};
+pub use folder::{OutputFolder, abandon};
 pub use index::TensorInfo;
 use reader::Shard;
-pub use writer::{
-    OutputFolder, SafetensorsWriter, TensorSpec, file_bytes as writer_bytes, header_entry_bytes, write_file,
-};
+pub use writer::{SafetensorsWriter, TensorSpec, file_bytes as writer_bytes, header_entry_bytes, write_file};
 
 /// Names that Hugging Face gives to the files of a checkpoint.
 pub const SINGLE_FILE: &str = "model.safetensors";
@@ -221,10 +221,32 @@ impl Checkpoint {
             Some(Decoded::Quantized(matrix)) => matrix.dequantize(),
             None => self.stored(info, |bytes| cast::decode(info.dtype, bytes)).ok_or_else(not_float)?,
         };
+        self.finite(info, values)
+    }
+
+    /// The values of one of the matrices that a float tensor of three dimensions is a stack of, row-major, every one finite.
+    ///
+    /// # Errors
+    /// As [`Self::values`].
+    pub fn slice_values(&self, name: &str, index: usize) -> Result<Vec<f32>> {
+        let info = self.require(name)?;
+        let len: usize = info.shape.iter().skip(1).product();
+        let bits = len * info.dtype.bitsize();
+        if self.decoded(info)?.is_some() || !cast::is_float(info.dtype) {
+            // Codes have no place of their own for a matrix.
+            return Ok(self.values(name)?[index * len..(index + 1) * len].to_vec());
+        }
+        let bytes = index * bits / 8..(index + 1) * bits / 8;
+        let values = self.stored(info, |all| cast::decode(info.dtype, &all[bytes]));
+        self.finite(info, values.expect("invariant: the dtype is a float"))
+    }
+
+    fn finite(&self, info: &TensorInfo, values: Vec<f32>) -> Result<Vec<f32>> {
         let is_broken = |v: &f32| !v.is_finite();
         if let Some(first) = values.iter().position(is_broken) {
             let count = values.iter().filter(|v| is_broken(v)).count();
-            return Err(CheckpointError::NonFinite { path: path(), tensor: name.into(), count, first });
+            let path = self.file_of(info).to_path_buf();
+            return Err(CheckpointError::NonFinite { path, tensor: info.name.clone(), count, first });
         }
         Ok(values)
     }

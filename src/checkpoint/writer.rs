@@ -1,20 +1,20 @@
-//! Sharded safetensors, streamed tensor by tensor into a folder that appears whole or not at all.
+//! Sharded safetensors, streamed tensor by tensor.
 //!
 //! Every tensor's place is known before the first byte is written, so tensors may come in any order and memory
 //! holds one of them. The header is written by ourselves: the library orders `__metadata__` at random and sets
 //! mode 0600, and the same input must give the same bytes.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions};
 use std::io::{Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
-use rayon::prelude::*;
 use serde_json::{Map, json};
 
 use super::cast::{self, Dtype};
 use super::error::{CheckpointError, io};
-use super::{Fingerprint, INDEX_FILE, SINGLE_FILE, ShardIndex, sha256_file};
+use super::folder::Unfinished;
+use super::{INDEX_FILE, SINGLE_FILE, ShardIndex};
 
 type Result<T, E = CheckpointError> = std::result::Result<T, E>;
 
@@ -36,145 +36,6 @@ impl TensorSpec {
     }
 }
 
-/// An output folder under construction: `<out>.partial`, renamed by [`OutputFolder::finish`], removed when dropped.
-#[derive(Debug)]
-pub struct OutputFolder {
-    target: PathBuf,
-    partial: PathBuf,
-    lock: Option<File>,
-    force: bool,
-}
-
-const LOCK_FILE: &str = ".lrc-lock";
-
-impl OutputFolder {
-    /// Checks that `target` may be written, before any work.
-    ///
-    /// # Errors
-    /// It exists and `force` is false, or it exists and is not an output of `lrc` (`owned` finds its mark).
-    pub fn check(target: &Path, force: bool, mark: &str) -> Result<()> {
-        let is_free = !target.exists() || (force && target.join(mark).is_file());
-        if is_free { Ok(()) } else { Err(CheckpointError::OutputExists { path: target.into() }) }
-    }
-
-    /// Creates `<target>.partial`, replacing what an interrupted run left there.
-    ///
-    /// # Errors
-    /// `target` may not be written (see [`Self::check`]), another run writes it, or the disk refuses.
-    pub fn create(target: &Path, force: bool, mark: &str) -> Result<Self> {
-        Self::check(target, force, mark)?;
-        let mut partial = target.as_os_str().to_owned();
-        partial.push(".partial");
-        let partial = PathBuf::from(partial);
-        let lock_path = partial.join(LOCK_FILE);
-        let busy = || CheckpointError::OutputBusy { path: partial.clone() };
-        if let Ok(file) = File::open(&lock_path) {
-            file.try_lock().map_err(|_| busy())?;
-        }
-        if partial.exists() {
-            fs::remove_dir_all(&partial).map_err(io("remove", &partial))?;
-        }
-        fs::create_dir_all(&partial).map_err(io("create", &partial))?;
-        let lock = File::create(&lock_path).map_err(io("create", &lock_path))?;
-        lock.try_lock().map_err(|_| busy())?;
-        Ok(Self { target: target.into(), partial, lock: Some(lock), force })
-    }
-
-    /// Where files go until [`Self::finish`].
-    pub fn path(&self) -> &Path {
-        &self.partial
-    }
-
-    /// Fails early when the disk cannot hold `needed` more bytes.
-    ///
-    /// # Errors
-    /// [`CheckpointError::NoSpace`].
-    pub fn require_space(&self, needed: u64) -> Result<()> {
-        let available = fs4::available_space(&self.partial).map_err(io("measure the disk of", &self.partial))?;
-        if available < needed {
-            return Err(CheckpointError::NoSpace { path: self.target.clone(), needed, available });
-        }
-        Ok(())
-    }
-
-    /// Writes and syncs one small file.
-    ///
-    /// # Errors
-    /// The disk refuses.
-    pub fn write(&self, name: &str, bytes: &[u8]) -> Result<()> {
-        let path = self.partial.join(name);
-        let mut file = File::create(&path).map_err(io("create", &path))?;
-        file.write_all(bytes).map_err(io("write", &path))?;
-        file.sync_all().map_err(io("sync", &path))
-    }
-
-    /// Copies a side file under its own name.
-    ///
-    /// # Errors
-    /// The file cannot be read or written.
-    pub fn copy(&self, source: &Path) -> Result<()> {
-        let bytes = fs::read(source).map_err(io("read", source))?;
-        self.write(&super::file_name(source), &bytes)
-    }
-
-    /// SHA-256 of every visible file so far, those of folders in it included.
-    ///
-    /// # Errors
-    /// A file cannot be read.
-    pub fn hashes(&self) -> Result<Fingerprint> {
-        let mut files = Vec::new();
-        let mut folders = vec![self.partial.clone()];
-        while let Some(at) = folders.pop() {
-            for entry in fs::read_dir(&at).map_err(io("list", &at))? {
-                let path = entry.map_err(io("list", &at))?.path();
-                if path.is_dir() { folders.push(path) } else { files.push(path) }
-            }
-        }
-        let name = |path: &Path| path.strip_prefix(&self.partial).unwrap_or(path).to_string_lossy().into_owned();
-        let visible = files.par_iter().filter(|path| !name(path).starts_with('.'));
-        visible.map(|path| Ok((name(path), sha256_file(path)?))).collect()
-    }
-
-    /// Renames the folder to its target: from here on the output is there, and whole.
-    ///
-    /// # Errors
-    /// The disk refuses; the partial folder is then removed.
-    pub fn finish(mut self) -> Result<()> {
-        self.lock = None;
-        let lock_path = self.partial.join(LOCK_FILE);
-        fs::remove_file(&lock_path).map_err(io("remove", &lock_path))?;
-        let mut replaced = None;
-        if self.force && self.target.exists() {
-            let mut old = self.partial.as_os_str().to_owned();
-            old.push("-replaced");
-            let old = PathBuf::from(old);
-            fs::rename(&self.target, &old).map_err(io("rename", &self.target))?;
-            replaced = Some(old);
-        }
-        fs::rename(&self.partial, &self.target).map_err(io("rename", &self.partial))?;
-        if let Some(old) = replaced {
-            fs::remove_dir_all(&old).map_err(io("remove", &old))?;
-        }
-        let parent = self.target.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        // The rename itself must survive a power cut; folders cannot be synced on every system.
-        if let Ok(parent) = File::open(parent) {
-            let _ = parent.sync_all();
-        }
-        Ok(())
-    }
-}
-
-impl Drop for OutputFolder {
-    fn drop(&mut self) {
-        // After `finish` the folder has moved, and there is nothing to remove.
-        if self.partial.exists()
-            && let Err(error) = fs::remove_dir_all(&self.partial)
-        {
-            tracing::warn!(path = %self.partial.display(), %error, "could not remove the partial output");
-        }
-    }
-}
-
 /// Where one tensor goes.
 #[derive(Debug)]
 struct Slot {
@@ -193,18 +54,26 @@ pub struct SafetensorsWriter {
 }
 
 impl SafetensorsWriter {
-    /// Lays out `specs`, in their order, over shards of at most `max_shard_bytes` and writes the headers.
+    /// Lays out `specs`, in their order, over shards of at most `max_shard_bytes` and writes the headers. Tensors that an earlier run wrote into the same shards stay there.
     ///
     /// # Errors
     /// The disk refuses.
     pub fn create(folder: &Path, specs: &[TensorSpec], max_shard_bytes: u64) -> Result<Self> {
+        Self::create_named(folder, SINGLE_FILE, specs, max_shard_bytes)
+    }
+
+    /// The same, where a single shard is named `single`.
+    ///
+    /// # Errors
+    /// The disk refuses.
+    pub fn create_named(folder: &Path, single: &str, specs: &[TensorSpec], max_shard_bytes: u64) -> Result<Self> {
         let shards = split(specs, max_shard_bytes);
         let mut files = Vec::new();
         let mut slots = BTreeMap::new();
         for (shard_idx, shard) in shards.iter().enumerate() {
-            let path = folder.join(shard_name(shard_idx, shards.len()));
+            let path = folder.join(shard_name(single, shard_idx, shards.len()));
             let (header, offsets) = header(shard);
-            let mut file = File::create(&path).map_err(io("create", &path))?;
+            let mut file = open_to_write(&path)?;
             file.write_all(&header).map_err(io("write", &path))?;
             for (spec, offset) in offsets {
                 let offset = header.len() as u64 + offset;
@@ -215,6 +84,15 @@ impl SafetensorsWriter {
             files.push((path, file));
         }
         Ok(Self { folder: folder.into(), files, slots })
+    }
+
+    /// Takes a tensor for written: an earlier run did.
+    ///
+    /// # Panics
+    /// When `name` was not announced: a fault of the caller.
+    pub fn skip(&mut self, name: &str) {
+        self.slots.get_mut(name).unwrap_or_else(|| panic!("invariant: tensor `{name}` was announced")).is_written =
+            true;
     }
 
     /// Writes the bytes of one tensor at its place.
@@ -264,6 +142,11 @@ impl SafetensorsWriter {
     }
 }
 
+/// Opens a file at whose places tensors are written; what is there stays there.
+pub(super) fn open_to_write(path: &Path) -> Result<File> {
+    OpenOptions::new().write(true).create(true).truncate(false).open(path).map_err(io("create", path))
+}
+
 /// Writes one file of tensors under a name of its own, whole or not at all.
 ///
 /// # Errors
@@ -276,6 +159,7 @@ pub fn write_file<E: From<CheckpointError>>(
     let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let folder = tempfile::Builder::new().prefix(".lrc-").tempdir_in(parent);
     let folder = folder.map_err(io("create a work folder in", parent))?;
+    let _unfinished = Unfinished::new(folder.path());
     let mut writer = SafetensorsWriter::create(folder.path(), specs, u64::MAX)?;
     for spec in specs {
         writer.write(&spec.name, &bytes(spec)?)?;
@@ -299,8 +183,8 @@ pub fn header_entry_bytes(spec: &TensorSpec, file_bytes: u64) -> u64 {
     (spec.name.len() + entry.to_string().len() + 4) as u64
 }
 
-fn shard_name(shard_idx: usize, n_shards: usize) -> String {
-    if n_shards == 1 { SINGLE_FILE.into() } else { format!("model-{:05}-of-{n_shards:05}.safetensors", shard_idx + 1) }
+fn shard_name(single: &str, shard_idx: usize, n_shards: usize) -> String {
+    if n_shards == 1 { single.into() } else { format!("model-{:05}-of-{n_shards:05}.safetensors", shard_idx + 1) }
 }
 
 /// Greedy in order; a tensor larger than the limit has a shard of its own.
@@ -394,38 +278,5 @@ mod tests {
         let shards = split(&specs, 250);
         assert_eq!(shards.len(), 5);
         assert!(shards.iter().all(|s| s.iter().map(|t| t.n_bytes()).sum::<u64>() <= 250));
-    }
-
-    #[test]
-    fn the_folder_appears_whole_or_not_at_all() {
-        let parent = tempfile::tempdir().unwrap();
-        let target = parent.path().join("out");
-        let folder = OutputFolder::create(&target, false, "mark").unwrap();
-        folder.write("a", b"1").unwrap();
-        assert!(matches!(OutputFolder::create(&target, false, "mark"), Err(CheckpointError::OutputBusy { .. })));
-        drop(folder);
-        assert_eq!(fs::read_dir(parent.path()).unwrap().count(), 0);
-
-        let folder = OutputFolder::create(&target, false, "mark").unwrap();
-        folder.write("mark", b"1").unwrap();
-        folder.finish().unwrap();
-        assert_eq!(fs::read_dir(parent.path()).unwrap().count(), 1);
-        assert_eq!(fs::read_dir(&target).unwrap().count(), 1);
-
-        assert!(matches!(OutputFolder::check(&target, false, "mark"), Err(CheckpointError::OutputExists { .. })));
-        assert!(matches!(OutputFolder::check(&target, true, "other"), Err(CheckpointError::OutputExists { .. })));
-        let folder = OutputFolder::create(&target, true, "mark").unwrap();
-        folder.write("new", b"2").unwrap();
-        folder.finish().unwrap();
-        assert!(target.join("new").exists() && !target.join("mark").exists());
-        assert_eq!(fs::read_dir(parent.path()).unwrap().count(), 1);
-    }
-
-    #[test]
-    fn a_full_disk_is_noticed_before_work() {
-        let parent = tempfile::tempdir().unwrap();
-        let folder = OutputFolder::create(&parent.path().join("out"), false, "mark").unwrap();
-        assert!(matches!(folder.require_space(u64::MAX), Err(CheckpointError::NoSpace { .. })));
-        folder.require_space(1).unwrap();
     }
 }

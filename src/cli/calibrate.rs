@@ -12,8 +12,10 @@ use crate::calibrate::{self, Header, Needs, Observation, Statistics, WindowSetti
 use crate::compress::presets::Method;
 use crate::compress::recipe::DEFAULT_SAMPLES;
 use crate::error::Failure;
+use crate::journal::Journal;
 use crate::model::{Decoder, WalkLimits};
 use crate::report::{CalibrateReport, LRC_VERSION, SCHEMA_VERSION, peak_memory_bytes};
+use crate::text::DEFAULT_FIELD;
 
 /// Measure the statistics that metrics are made of, once, and keep them
 ///
@@ -34,9 +36,13 @@ pub(super) struct CalibrateArgs {
     #[arg(long, default_value = "main", value_name = "REV")]
     revision: String,
 
-    /// Text to observe (UTF-8)
+    /// Text to observe: UTF-8, `.jsonl` or `.parquet`
     #[arg(long, value_name = "FILE", required_unless_present = "merge")]
     text: Option<PathBuf>,
+
+    /// Field of the documents of a `.jsonl` or `.parquet` text
+    #[arg(long, value_name = "NAME", default_value = DEFAULT_FIELD)]
+    field: String,
 
     /// Output file
     #[arg(short, long, value_name = "STATISTICS")]
@@ -126,6 +132,7 @@ fn measure(
     let observation = Observation { needs, clip_gradients: args.clip_gradients };
     let settings = WindowSettings {
         text: text.into(),
+        field: args.field.clone(),
         samples: args.samples.map_or(DEFAULT_SAMPLES, |n| n as usize),
         seq_len: args.seq_len.map(|n| n as usize),
         seed: args.seed.unwrap_or(0),
@@ -137,10 +144,15 @@ fn measure(
     let limits = WalkLimits::new(args.memory.memory.as_u64(), folder.clone());
     let header = Header::new(checkpoint.fingerprint()?, observation, vec![windows.part.clone()]);
     let mut statistics = Statistics::new(header.clone(), limits.activation_bytes, &folder);
-    let seconds =
-        calibrate::observe(&decoder, &windows.windows, observation, &limits, progress, &mut |block, sums| {
-            statistics.keep(block, sums)
-        })?;
+    let seconds = calibrate::observe(
+        &decoder,
+        &windows.windows,
+        observation,
+        &limits,
+        &Journal::default(),
+        progress,
+        &mut |sums| statistics.keep(sums),
+    )?;
     statistics.write(&args.output, args.force)?;
     Ok((header, seconds))
 }

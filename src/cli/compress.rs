@@ -1,16 +1,19 @@
 //! `lrc compress`.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::Result;
 use bytesize::ByteSize;
 use clap::Args;
+use indicatif::HumanDuration;
 
 use super::terminal::{Bars, grouped, table};
-use super::{MemoryArgs, ModelArgs, print, print_json};
+use super::{GateArgs, MemoryArgs, ModelArgs};
 use crate::compress::recipe::{Recipe, RecipeOptions};
 use crate::compress::{self, Job};
-use crate::report::{CompressReport, ControlRecord, LinearRecord, Sizes};
+use crate::report::gate;
+use crate::report::{CompressReport, ControlRecord, DryRunReport, LinearRecord, Sizes};
 
 /// Compress a checkpoint
 ///
@@ -44,7 +47,7 @@ pub(super) struct CompressArgs {
     #[command(flatten)]
     memory: MemoryArgs,
 
-    /// Show ranks, sizes and expected memory, and write nothing
+    /// Show ranks, sizes, expected memory and time, and write nothing
     #[arg(long)]
     dry_run: bool,
 
@@ -52,12 +55,24 @@ pub(super) struct CompressArgs {
     #[arg(long)]
     force: bool,
 
+    /// Throw away what an interrupted run left, and begin anew
+    #[arg(long)]
+    restart: bool,
+
+    #[command(flatten)]
+    gates: GateArgs,
+
     /// Print the report as JSON
     #[arg(long)]
     json: bool,
 }
 
 pub(super) fn run(args: &CompressArgs, quiet: bool, progress: &Bars) -> Result<()> {
+    if args.dry_run {
+        gate::expect_fields::<DryRunReport>(&args.gates.fail_if, &[])?;
+    } else {
+        gate::expect_fields::<CompressReport>(&args.gates.fail_if, &[])?;
+    }
     let file = args.recipe.as_deref().map(RecipeOptions::read).transpose()?.unwrap_or_default();
     let recipe = Recipe::new(&args.options.clone().or(file))?;
     let checkpoint = args.model.open(progress)?;
@@ -67,25 +82,25 @@ pub(super) fn run(args: &CompressArgs, quiet: bool, progress: &Bars) -> Result<(
         recipe: &recipe,
         output: &args.output,
         force: args.force,
+        restart: args.restart,
         memory_bytes: args.memory.memory.as_u64(),
     };
     if args.dry_run {
         let report = compress::dry_run(&job, progress)?;
-        if args.json {
-            return print_json(&report);
-        }
-        let memory = ByteSize(report.expected_memory_bytes);
-        return print(&format!(
-            "{}expected memory: {memory}\nnothing was written\n",
-            tables(&report.linears, &report.sizes)
-        ));
+        return args.gates.conclude(&report, args.json, show_dry_run);
     }
     let report = compress::compress(&job, progress)?;
-    match (args.json, quiet) {
-        (true, _) => print_json(&report),
-        (false, true) => Ok(()),
-        (false, false) => print(&show(&report, &args.output)),
-    }
+    let show = |report: &CompressReport| if quiet { String::new() } else { show(report, &args.output) };
+    args.gates.conclude(&report, args.json, show)
+}
+
+fn show_dry_run(report: &DryRunReport) -> String {
+    let memory = ByteSize(report.expected_memory_bytes);
+    let time = HumanDuration(Duration::from_secs_f64(report.expected_seconds));
+    format!(
+        "{}expected memory: {memory}\nexpected time: about {time}\nnothing was written\n",
+        tables(&report.linears, &report.sizes)
+    )
 }
 
 pub(super) fn show(report: &CompressReport, output: &Path) -> String {

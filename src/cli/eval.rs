@@ -3,14 +3,17 @@
 use std::path::PathBuf;
 
 use anyhow::Result;
-use clap::Args;
+use clap::builder::PossibleValue;
+use clap::{Args, ValueEnum};
 
 use super::terminal::{Bars, grouped, table};
-use super::{MemoryArgs, ModelArgs, open, print, print_json};
+use super::{GateArgs, MemoryArgs, ModelArgs, open};
 use crate::eval::conventions::Convention;
 use crate::eval::{self, EvalSettings, Reference};
-use crate::report::{DivergenceRecord, PerplexityReport};
-use crate::text::Bos;
+use crate::report::gate;
+use crate::report::schema::{Field, fields};
+use crate::report::{AllConventionsReport, DivergenceRecord, PerplexityReport};
+use crate::text::{Bos, DEFAULT_FIELD};
 
 /// Measure perplexity in a named convention, and divergence from a reference
 ///
@@ -19,28 +22,37 @@ use crate::text::Bos;
 /// Examples:
 ///   lrc eval MODEL --text wiki.test.raw
 ///   lrc eval MODEL --text wiki.test.raw --convention llamacpp --json
-///   lrc eval COMPRESSED --text wiki.test.raw --reference MODEL
+///   lrc eval MODEL --text wiki.test.raw --convention all
+///   lrc eval COMPRESSED --text wiki.test.raw --reference MODEL --fail-if 'kl.mean > 0.05' --fail-if 'ppl > 12'
 #[derive(Debug, Args)]
 #[command(verbatim_doc_comment)]
 pub(super) struct EvalArgs {
     #[command(flatten)]
     model: ModelArgs,
 
-    /// Text to score (UTF-8)
+    /// Text to score: UTF-8, `.jsonl` or `.parquet`
     #[arg(long, value_name = "FILE")]
     text: PathBuf,
+
+    /// Field of the documents of a `.jsonl` or `.parquet` text
+    #[arg(long, value_name = "NAME", default_value = DEFAULT_FIELD)]
+    field: String,
 
     /// Model to measure the divergence from, usually the original
     #[arg(long, value_name = "MODEL")]
     reference: Option<String>,
 
     /// How the text is cut and scored
-    #[arg(long, value_enum, default_value_t)]
-    convention: Convention,
+    #[arg(long, value_enum, default_value = "gptq")]
+    convention: Asked,
 
     /// Tokens in a window [default: the convention's, at most the model's context]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(2..))]
     seq_len: Option<u32>,
+
+    /// Tokens between the beginnings of windows, in `hf-strided` [default: 512, at most half a window]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    stride: Option<u32>,
 
     /// Score only the first windows
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
@@ -53,18 +65,61 @@ pub(super) struct EvalArgs {
     #[command(flatten)]
     memory: MemoryArgs,
 
+    #[command(flatten)]
+    gates: GateArgs,
+
     /// Print the report as JSON
     #[arg(long)]
     json: bool,
 }
 
+/// A convention, or all of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Asked {
+    One(Convention),
+    All,
+}
+
+impl ValueEnum for Asked {
+    fn value_variants<'a>() -> &'a [Self] {
+        use Convention::{Gptq, HfStrided, Llamacpp, LmEval};
+        &[Self::One(Gptq), Self::One(HfStrided), Self::One(Llamacpp), Self::One(LmEval), Self::All]
+    }
+
+    fn to_possible_value(&self) -> Option<PossibleValue> {
+        match self {
+            Self::One(convention) => convention.to_possible_value(),
+            Self::All => Some(PossibleValue::new("all").help("One after another")),
+        }
+    }
+}
+
 pub(super) fn run(args: &EvalArgs, progress: &Bars) -> Result<()> {
+    let gates = &args.gates.fail_if;
+    let absent = match args.reference {
+        Some(_) => vec![],
+        None => vec![(fields::<DivergenceRecord>(), "`--reference MODEL` measures it")],
+    };
+    match args.convention {
+        Asked::One(_) => gate::expect_fields::<PerplexityReport>(gates, &absent)?,
+        Asked::All => {
+            let names = ["gptq", "hf-strided", "llamacpp", "lm-eval"];
+            let within = |(fields, hint): (Vec<Field>, _)| {
+                let of = |name: &str| -> Vec<Field> { fields.iter().map(|field| field.within(name)).collect() };
+                (names.iter().flat_map(|name| of(name)).collect(), hint)
+            };
+            gate::expect_fields::<AllConventionsReport>(gates, &absent.into_iter().map(within).collect::<Vec<_>>())?;
+        }
+    }
     let checkpoint = args.model.open(progress)?;
-    let settings = EvalSettings {
+    let settings = |convention| EvalSettings {
         model: args.model.model.clone(),
         text: args.text.clone(),
-        convention: args.convention,
+        field: args.field.clone(),
+        convention,
         seq_len: args.seq_len.map(|n| n as usize),
+        // Among all it is one convention's.
+        stride: args.stride.map(|n| n as usize).filter(|_| args.convention != Asked::All || takes_stride(convention)),
         max_windows: args.max_windows.map(|n| n as usize),
         bos: args.bos,
         memory_bytes: args.memory.memory.as_u64(),
@@ -72,8 +127,42 @@ pub(super) fn run(args: &EvalArgs, progress: &Bars) -> Result<()> {
     let reference = args.reference.as_deref().map(|name| open(name, "main", progress)).transpose()?;
     let named = args.reference.as_deref().unwrap_or_default();
     let reference = reference.as_ref().map(|checkpoint| Reference { checkpoint, name: named });
-    let report = eval::perplexity(&checkpoint, reference.as_ref(), &settings, progress)?;
-    if args.json { print_json(&report) } else { print(&show(&report)) }
+    let one = |convention| eval::perplexity(&checkpoint, reference.as_ref(), &settings(convention), progress);
+    match args.convention {
+        Asked::One(convention) => args.gates.conclude(&one(convention)?, args.json, show),
+        Asked::All => {
+            let report = AllConventionsReport {
+                gptq: one(Convention::Gptq)?,
+                hf_strided: one(Convention::HfStrided)?,
+                llamacpp: one(Convention::Llamacpp)?,
+                lm_eval: one(Convention::LmEval)?,
+            };
+            args.gates.conclude(&report, args.json, show_all)
+        }
+    }
+}
+
+fn takes_stride(convention: Convention) -> bool {
+    convention.rules().takes_stride()
+}
+
+fn show_all(report: &AllConventionsReport) -> String {
+    let all = [&report.gptq, &report.hf_strided, &report.llamacpp, &report.lm_eval];
+    let row = |r: &&PerplexityReport| {
+        let kl = r.divergence.as_ref().map_or("-".into(), |d| format!("{:.6}", d.kl.mean));
+        vec![
+            r.convention.clone(),
+            format!("{:.5} ± {:.5}", r.ppl, r.ppl_standard_error),
+            format!("{:.5}", r.token_ppl),
+            format!("{:.5}", r.bits_per_byte),
+            kl,
+            grouped(r.scored_tokens),
+            format!("{} × {}", r.windows, r.seq_len),
+        ]
+    };
+    let header = ["convention", "perplexity", "a token", "bits per byte", "KL", "scored tokens", "windows × length"];
+    let table = table(&header, all.iter().map(row).collect());
+    format!("{table}`lm-eval` has the perplexity of a word, the others of a token\n")
 }
 
 fn show(r: &PerplexityReport) -> String {
@@ -82,12 +171,20 @@ fn show(r: &PerplexityReport) -> String {
         ("auto", false) => "auto (the tokenizer adds none)",
         _ => "never",
     };
+    let is_of_words = r.ppl != r.token_ppl;
+    let windows = match r.stride {
+        Some(stride) => format!("{} × {}, {stride} apart", r.windows, r.seq_len),
+        None => format!("{} × {}", r.windows, r.seq_len),
+    };
     let mut rows = vec![
-        ("perplexity", format!("{:.5} ± {:.5}", r.ppl, r.ppl_standard_error)),
+        (
+            if is_of_words { "perplexity of a word" } else { "perplexity" },
+            format!("{:.5} ± {:.5}", r.ppl, r.ppl_standard_error),
+        ),
         ("bits per byte", format!("{:.5}", r.bits_per_byte)),
         ("Σ nll (nats)", format!("{:.4}", r.nll_sum)),
         ("scored tokens", grouped(r.scored_tokens)),
-        ("windows × length", format!("{} × {}", r.windows, r.seq_len)),
+        ("windows × length", windows),
         ("convention", r.convention.clone()),
         ("BOS", bos.into()),
         ("computed in", r.compute_dtype.clone()),
@@ -97,6 +194,10 @@ fn show(r: &PerplexityReport) -> String {
         ("bytes", grouped(r.size_bytes)),
         ("time", format!("{:.2} s, {:.0} tokens/s", r.elapsed_seconds, r.tokens_per_second)),
     ];
+    if is_of_words {
+        rows.insert(1, ("perplexity of a token", format!("{:.5}", r.token_ppl)));
+        rows.insert(2, ("words", grouped(r.scored_words)));
+    }
     if let Some(d) = &r.divergence {
         rows.splice(1..1, divergence_rows(d));
     }

@@ -1,76 +1,225 @@
 //! `lrc inspect`.
 
-use anyhow::Result;
-use clap::Args;
+use std::path::PathBuf;
 
-use super::terminal::{Bars, grouped, sparkline, table};
-use super::{ModelArgs, print, print_json};
+use anyhow::{Context, Result};
+use clap::{Args, ValueEnum};
+
+use super::terminal::{self, Bars, grouped, sparkline, table};
+use super::{GateArgs, MemoryArgs, ModelArgs, print, print_json};
+use crate::compress::options::RecipeOptions;
+use crate::compress::presets::Method;
+use crate::compress::recipe::Recipe;
+use crate::compress::spectra::weighted_curves;
+use crate::error::{ExitClass, Failure};
 use crate::inspect;
-use crate::report::{InspectReport, SpectrumRecord};
+use crate::report::columns::{self, COLUMNS, Cell, Chosen};
+use crate::report::{InspectReport, SpectrumRecord, gate, page};
 
 /// Show the spectrum of every linear
 ///
-/// Works on any safetensors checkpoint, known architecture or not.
-///
-/// rank        singular values σ above σ₁ · max(out, in) · 2⁻²³
-/// stable      stable rank, Σσ² / σ₁²
-/// effective   exp of the entropy of σ² / Σσ²
-/// k.90 …      energy rank: smallest rank that holds this share of Σσ²
-/// break-even  largest rank at which two factors have fewer parameters than the matrix
-/// error       √(share of Σσ² behind the break-even rank): where plain SVD begins to save
-/// spectrum    σ / σ₁ from the first to the last
+/// Works on any safetensors checkpoint, known architecture or not: matrices are found by their names and shapes, fused
+/// ones and the experts of stacks are named as such. With a text or statistics, spectra of linears in the calibration metric
+/// stand beside the raw ones, in columns `weighted.*`.
 ///
 /// Examples:
 ///   lrc inspect MODEL
+///   lrc inspect MODEL --sort alpha --map stable_rank
+///   lrc inspect MODEL --calibration text.txt --html spectra.html
 ///   lrc inspect MODEL --csv > spectra.csv
 #[derive(Debug, Args)]
-#[command(verbatim_doc_comment)]
+#[command(verbatim_doc_comment, after_long_help = definitions())]
 pub(super) struct InspectArgs {
     #[command(flatten)]
     model: ModelArgs,
+
+    /// Text whose activations and gradients make the metric: UTF-8, `.jsonl` or `.parquet`
+    #[arg(long, value_name = "FILE")]
+    calibration: Option<PathBuf>,
+
+    /// Field of the documents of a `.jsonl` or `.parquet` text [default: text]
+    #[arg(long, value_name = "NAME", requires = "calibration")]
+    field: Option<String>,
+
+    /// Statistics of `lrc calibrate`, instead of measuring them
+    #[arg(long, value_name = "FILE", conflicts_with = "calibration")]
+    statistics: Option<PathBuf>,
+
+    /// Method whose metric is taken [default: kfac]
+    #[arg(long, value_enum)]
+    method: Option<Method>,
+
+    /// Calibration windows [default: 64]
+    #[arg(long, value_name = "N", requires = "calibration")]
+    samples: Option<usize>,
+
+    #[command(flatten)]
+    memory: MemoryArgs,
+
+    /// Sort the table by this column, largest first (`alpha`, `weighted.effective_rank`)
+    #[arg(long, value_name = "COLUMN", value_parser = column)]
+    sort: Option<Chosen>,
+
+    /// Smallest first
+    #[arg(long, requires = "sort")]
+    reverse: bool,
+
+    /// Column of the heat map of blocks and modules
+    #[arg(long, value_name = "COLUMN", value_parser = column, default_value = "break_even_error")]
+    map: Chosen,
+
+    /// Write a page with curves, heat map and a sortable table
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
+
+    /// Write the singular values themselves
+    #[arg(long, value_name = "FILE.safetensors")]
+    spectra: Option<PathBuf>,
+
+    #[command(flatten)]
+    gates: GateArgs,
 
     /// Print the report as JSON
     #[arg(long, conflicts_with = "csv")]
     json: bool,
 
-    /// Print one line a linear, comma-separated
+    /// Print one line a matrix, comma-separated
     #[arg(long)]
     csv: bool,
 }
 
+fn column(name: &str) -> Result<Chosen, String> {
+    Chosen::find(name).ok_or_else(|| {
+        let names: Vec<&str> = COLUMNS.iter().map(|column| column.name).collect();
+        format!("columns are {}, and those of spectra behind `{}`", names.join(", "), columns::WEIGHTED)
+    })
+}
+
+/// Every column with what it means.
+fn definitions() -> String {
+    let width = COLUMNS.iter().map(|column| column.name.len()).max().unwrap_or(0);
+    let line = |column: &columns::Column| format!("  {:width$}  {}\n", column.name, column.meaning);
+    format!("Columns:\n{}", COLUMNS.iter().map(line).collect::<String>().trim_end())
+}
+
 pub(super) fn run(args: &InspectArgs, progress: &Bars) -> Result<()> {
+    gate::expect_fields::<InspectReport>(&args.gates.fail_if, &[])?;
+    let is_weighted = args.calibration.is_some() || args.statistics.is_some();
+    for chosen in args.sort.iter().chain([&args.map]).filter(|chosen| chosen.is_weighted && !is_weighted) {
+        let message = format!("there is no `{}` without a metric", chosen.name());
+        return Err(Failure::usage(message).hint("give `--calibration` or `--statistics`").into());
+    }
+    if args.method.is_some() && !is_weighted {
+        return Err(Failure::usage("`--method` is nothing without a text or statistics").into());
+    }
+    for path in args.html.iter().chain(&args.spectra) {
+        let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+        if parent.is_some_and(|parent| !parent.is_dir()) {
+            return Err(Failure::usage(format!("there is no folder for `{}`", path.display())).into());
+        }
+    }
     let checkpoint = args.model.open(progress)?;
-    let report = inspect::inspect(&checkpoint, &args.model.model, progress)?;
-    match (args.json, args.csv) {
-        (true, _) => print_json(&report),
-        (_, true) => print(&csv(&report)),
-        _ => print(&show(&report)),
+    let weighted = if is_weighted {
+        let method = args.method.unwrap_or(Method::Kfac);
+        let options = RecipeOptions {
+            keep: Some(1.0),
+            method: Some(method),
+            calibration: args.calibration.clone(),
+            field: args.field.clone(),
+            statistics: args.statistics.clone(),
+            samples: args.samples,
+            ..RecipeOptions::default()
+        };
+        let recipe = Recipe::new(&options)?;
+        Some((
+            method.to_possible_value().expect("invariant: no method is hidden").get_name().to_string(),
+            weighted_curves(&checkpoint, &recipe, args.memory.memory.as_u64(), progress)?,
+        ))
+    } else {
+        None
+    };
+    let (mut report, mut spectra) = inspect::inspect(&checkpoint, &args.model.model, weighted, progress)?;
+    if let Some(chosen) = args.sort {
+        let mut order: Vec<usize> = (0..report.linears.len()).collect();
+        let key = |i: &usize| chosen.of(&report.linears[*i]);
+        order.sort_by(|i, j| if args.reverse { ascending(&key(i), &key(j)) } else { descending(&key(i), &key(j)) });
+        report.linears = order.iter().map(|&i| report.linears[i].clone()).collect();
+        spectra = order.iter().map(|&i| spectra[i].clone()).collect();
+    }
+    if let Some(path) = &args.spectra {
+        inspect::write_spectra(path, &spectra)?;
+    }
+    if let Some(path) = &args.html {
+        let page = page::inspect(&report, &spectra)?;
+        std::fs::write(path, page).with_context(|| format!("write `{}`", path.display())).map_err(|e| {
+            let class = Failure::new(ExitClass::Resources, format!("{e:#}"));
+            anyhow::Error::new(class)
+        })?;
+    }
+    if args.json {
+        print_json(&report)?;
+    } else if args.csv {
+        print(&csv(&report))?;
+    } else {
+        print(&show(&report, args.map))?;
+    }
+    gate::check(&args.gates.fail_if, &report)
+}
+
+/// Numbers from the largest, texts by the alphabet; what has no value comes last.
+fn descending(a: &Cell, b: &Cell) -> std::cmp::Ordering {
+    match (a.number(), b.number()) {
+        (Some(a), Some(b)) => b.total_cmp(&a),
+        (Some(_), None) => std::cmp::Ordering::Less,
+        (None, Some(_)) => std::cmp::Ordering::Greater,
+        (None, None) => a.exact().cmp(&b.exact()),
     }
 }
 
-fn energy_rank(record: &SpectrumRecord, share: f64) -> String {
-    record.energy_ranks.iter().find(|e| e.share == share).map_or("-".into(), |e| e.rank.to_string())
+/// The other way round; what has no value comes last all the same.
+fn ascending(a: &Cell, b: &Cell) -> std::cmp::Ordering {
+    match (a.number(), b.number()) {
+        (Some(_), Some(_)) => descending(b, a),
+        (None, None) => b.exact().cmp(&a.exact()),
+        _ => descending(a, b),
+    }
 }
 
-fn show(report: &InspectReport) -> String {
-    let rows = report.linears.iter().map(|r| {
-        vec![
-            r.module.clone(),
-            format!("{}×{}", r.shape[0], r.shape[1]),
-            r.rank.to_string(),
-            format!("{:.2}", r.stable_rank),
-            format!("{:.1}", r.effective_rank),
-            energy_rank(r, 0.9),
-            energy_rank(r, 0.99),
-            r.break_even_rank.to_string(),
-            format!("{:.4}", r.break_even_error),
-            sparkline(&r.sketch),
-        ]
-    });
-    let header = ["linear", "shape", "rank", "stable", "effective", "k.90", "k.99", "break-even", "error", "spectrum"];
+/// Columns of the table, in their order.
+const SHOWN: [&str; 10] = [
+    "rank",
+    "stable_rank",
+    "effective_rank",
+    "energy_rank_0.9",
+    "energy_rank_0.99",
+    "alpha",
+    "alpha_farms",
+    "mp_spikes",
+    "break_even_rank",
+    "break_even_error",
+];
+/// The same in the calibration metric, where there is one.
+const SHOWN_WEIGHTED: [&str; 2] = ["weighted.effective_rank", "weighted.break_even_error"];
+
+fn show(report: &InspectReport, map: Chosen) -> String {
+    let weighted = SHOWN_WEIGHTED.iter().filter(|_| report.metric.is_some());
+    let chosen: Vec<Chosen> =
+        SHOWN.iter().chain(weighted).map(|name| Chosen::find(name).expect("invariant: shown columns exist")).collect();
+    let row = |r: &SpectrumRecord| {
+        let kind = if r.kind == "linear" { String::new() } else { format!(" ({})", r.kind) };
+        let mut cells = vec![format!("{}{kind}", r.module), format!("{}×{}", r.shape[0], r.shape[1])];
+        cells.extend(chosen.iter().map(|c| c.of(r).short()));
+        cells.push(sparkline(&r.figures.sketch));
+        cells
+    };
+    let titles: Vec<String> = chosen.iter().map(Chosen::title).collect();
+    let header: Vec<&str> =
+        ["linear", "shape"].into_iter().chain(titles.iter().map(String::as_str)).chain(["spectrum"]).collect();
+    let metric = report.metric.as_ref().map_or(String::new(), |metric| format!("metric: {metric}\n"));
     format!(
-        "{}{} linears, {} other tensors, {} parameters, {} bytes\n",
-        table(&header, rows.collect()),
+        "{}\n{}{metric}{} matrices, {} other tensors, {} parameters, {} bytes\n",
+        table(&header, report.linears.iter().map(row).collect()),
+        heat_map(report, map),
         report.linears.len(),
         report.other_tensors.len(),
         grouped(report.parameters),
@@ -78,39 +227,33 @@ fn show(report: &InspectReport) -> String {
     )
 }
 
-fn csv(report: &InspectReport) -> String {
-    let mut text = String::from(
-        "module,block,out,in,dtype,stored_rank,rank,spectral_norm,frobenius_norm,stable_rank,effective_rank,effective_rank_sigma,",
+/// Blocks down, modules of a block across; empty where no matrix is in a block.
+fn heat_map(report: &InspectReport, chosen: Chosen) -> String {
+    let grid = page::Grid::of(
+        report.linears.iter().filter_map(|r| Some((r.block?, page::within_block(&r.module, r.block?), chosen.of(r)))),
     );
-    let shares = report
-        .linears
-        .first()
-        .map_or(Vec::new(), |r| r.energy_ranks.iter().map(|e| format!("energy_rank_{}", e.share)).collect());
-    text += &shares.join(",");
-    text += ",break_even_rank,break_even_error\n";
-    let optional = |v: Option<usize>| v.map_or(String::new(), |v| v.to_string());
-    for r in &report.linears {
-        let energy: Vec<String> = r.energy_ranks.iter().map(|e| e.rank.to_string()).collect();
-        let fields = [
-            quoted(&r.module),
-            optional(r.block),
-            r.shape[0].to_string(),
-            r.shape[1].to_string(),
-            r.dtype.clone(),
-            optional(r.stored_rank),
-            r.rank.to_string(),
-            r.spectral_norm.to_string(),
-            r.frobenius_norm.to_string(),
-            r.stable_rank.to_string(),
-            r.effective_rank.to_string(),
-            r.effective_rank_sigma.to_string(),
-            energy.join(","),
-            r.break_even_rank.to_string(),
-            r.break_even_error.to_string(),
-        ];
-        text += &(fields.join(",") + "\n");
+    if grid.columns.is_empty() {
+        return String::new();
     }
-    text
+    let header: Vec<&str> = std::iter::once("block").chain(grid.columns.iter().map(String::as_str)).collect();
+    let rows = grid.rows.iter().map(|(block, cells)| {
+        let shaded = cells.iter().map(|cell| match cell {
+            Some(cell) => terminal::shaded(&cell.short(), grid.share(cell)),
+            None => String::new(),
+        });
+        std::iter::once(block.to_string()).chain(shaded).collect()
+    });
+    format!("{} by block and module\n{}\n", chosen.name(), table(&header, rows.collect()))
+}
+
+fn csv(report: &InspectReport) -> String {
+    let columns = columns::of(report);
+    let names: Vec<String> = columns.iter().map(Chosen::name).collect();
+    let line = |r: &SpectrumRecord| -> String {
+        let fields: Vec<String> = columns.iter().map(|c| quoted(&c.of(r).exact())).collect();
+        fields.join(",") + "\n"
+    };
+    names.join(",") + "\n" + &report.linears.iter().map(line).collect::<String>()
 }
 
 /// A field that a comma, a quote or a line break cannot split.

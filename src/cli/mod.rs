@@ -5,6 +5,7 @@ mod compress;
 mod eval;
 mod export;
 mod inspect;
+mod interrupt;
 mod sweep;
 mod terminal;
 mod truncate;
@@ -20,6 +21,7 @@ use serde::Serialize;
 use crate::checkpoint::{Checkpoint, hub};
 use crate::error;
 use crate::progress::Progress;
+use crate::report::gate::{self, Gate};
 
 /// Low-rank compression of Hugging Face checkpoints
 ///
@@ -82,12 +84,33 @@ struct MemoryArgs {
     memory: ByteSize,
 }
 
+/// Gates for scripts.
+#[derive(Debug, Args)]
+struct GateArgs {
+    /// Exit with code 3 if this holds of the report: FIELD OP VALUE (`ppl > 12`, `size_bytes > 4GiB`); may be repeated
+    #[arg(long, value_name = "EXPR", num_args = 1)]
+    fail_if: Vec<Gate>,
+}
+
+impl GateArgs {
+    /// Prints a report, as JSON or by `show`, and judges it.
+    fn conclude<T: Serialize>(&self, report: &T, json: bool, show: impl FnOnce(&T) -> String) -> Result<()> {
+        if json {
+            print_json(report)?
+        } else {
+            print(&show(report))?
+        }
+        gate::check(&self.fail_if, report)
+    }
+}
+
 /// Runs the command that was parsed.
 ///
 /// # Errors
 /// Whatever went wrong, for [`fail`].
 pub fn run(cli: &Cli) -> Result<()> {
     terminal::start_logging(cli.quiet, cli.verbose);
+    interrupt::listen(cli.quiet);
     let progress = terminal::Bars::new(cli.quiet);
     match &cli.command {
         Command::Compress(args) => compress::run(args, cli.quiet, &progress),

@@ -1,35 +1,38 @@
 //! `lrc sweep`.
 
 use std::fmt::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use clap::{ArgAction, ArgMatches, Args, FromArgMatches};
 
 use super::terminal::{Bars, grouped, table};
-use super::{MemoryArgs, ModelArgs, print, print_json};
+use super::{GateArgs, MemoryArgs, ModelArgs};
+use crate::checkpoint::OutputFolder;
 use crate::compress::recipe::{Recipe, RecipeOptions};
 use crate::compress::{SweepSettings, sweep};
 use crate::error::Failure;
 use crate::eval::EvalSettings;
 use crate::eval::conventions::Convention;
-use crate::report::SweepReport;
-use crate::text::Bos;
+use crate::report::page::{self, PAGE_FILE};
+use crate::report::{REPORT_FILE, SweepReport, gate};
+use crate::text::{Bos, DEFAULT_FIELD};
 
 /// Evaluate one method at many budgets, from one decomposition
 ///
-/// Nothing is written: the table shows what `lrc compress` and `lrc eval --reference` would give.
+/// No model is written: the table shows what `lrc compress` and `lrc eval --reference` would give.
 ///
 /// Examples:
 ///   lrc sweep MODEL --text held-out.txt --keep 0.9,0.8,0.6
 ///   lrc sweep MODEL --calibration text.txt --text held-out.txt --keep 0.9,0.8 --ranks welore --csv
+///   lrc sweep MODEL --text held-out.txt --keep 0.9,0.8,0.6 -o REPORT
 #[derive(Debug, Args)]
 #[command(verbatim_doc_comment)]
 pub(super) struct SweepArgs {
     #[command(flatten)]
     model: ModelArgs,
 
-    /// Text to score (UTF-8)
+    /// Text to score: UTF-8, `.jsonl` or `.parquet`
     #[arg(long, value_name = "FILE")]
     text: PathBuf,
 
@@ -54,6 +57,17 @@ pub(super) struct SweepArgs {
 
     #[command(flatten)]
     memory: MemoryArgs,
+
+    /// Folder for `lrc-report.json` and `lrc-report.html`
+    #[arg(short, long, value_name = "OUT")]
+    output: Option<PathBuf>,
+
+    /// Replace an output folder that an earlier run wrote
+    #[arg(long, requires = "output")]
+    force: bool,
+
+    #[command(flatten)]
+    gates: GateArgs,
 
     /// Print the report as JSON
     #[arg(long, conflicts_with = "csv")]
@@ -106,6 +120,7 @@ impl FromArgMatches for SweptOptions {
 }
 
 pub(super) fn run(args: &SweepArgs, progress: &Bars) -> Result<()> {
+    gate::expect_fields::<SweepReport>(&args.gates.fail_if, &[])?;
     let file = args.recipe.as_deref().map(RecipeOptions::read).transpose()?.unwrap_or_default();
     if args.options.keeps.is_empty() {
         return Err(Failure::usage("a sweep needs shares").hint("`--keep 0.9,0.8,0.6`, say").into());
@@ -118,10 +133,15 @@ pub(super) fn run(args: &SweepArgs, progress: &Bars) -> Result<()> {
     // A sequential run decomposes anew for every budget; a sweep does it once for all.
     options.sequential = options.sequential.or(Some(false));
     let recipe = Recipe::new(&options)?;
+    if let Some(output) = &args.output {
+        OutputFolder::check(output, args.force, REPORT_FILE)?;
+    }
     let checkpoint = args.model.open(progress)?;
     let eval = EvalSettings {
         model: args.model.model.clone(),
         text: args.text.clone(),
+        field: options.field.clone().unwrap_or_else(|| DEFAULT_FIELD.into()),
+        stride: None,
         convention: args.convention,
         seq_len: args.eval_seq_len.map(|n| n as usize),
         max_windows: args.max_windows.map(|n| n as usize),
@@ -130,11 +150,17 @@ pub(super) fn run(args: &SweepArgs, progress: &Bars) -> Result<()> {
     };
     let settings = SweepSettings { checkpoint: &checkpoint, recipe: &recipe, keeps: &args.options.keeps, eval };
     let report = sweep(&settings, progress)?;
-    match (args.json, args.csv) {
-        (true, _) => print_json(&report),
-        (_, true) => print(&csv(&report)),
-        _ => print(&show(&report)),
+    if let Some(output) = &args.output {
+        write_folder(output, args.force, &report)?;
     }
+    args.gates.conclude(&report, args.json, if args.csv { csv } else { show })
+}
+
+fn write_folder(output: &Path, force: bool, report: &SweepReport) -> Result<()> {
+    let folder = OutputFolder::create(output, force, REPORT_FILE)?;
+    folder.write(REPORT_FILE, (serde_json::to_string_pretty(report)? + "\n").as_bytes())?;
+    folder.write(PAGE_FILE, page::sweep(report)?.as_bytes())?;
+    Ok(folder.finish()?)
 }
 
 fn csv(report: &SweepReport) -> String {

@@ -8,6 +8,7 @@ use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use tracing_subscriber::EnvFilter;
 
 use crate::progress::{Progress, Stage};
+pub(super) use crate::report::columns::grouped;
 
 /// Sends warnings (and with `-v` more) to stderr.
 pub(super) fn start_logging(quiet: bool, verbose: u8) {
@@ -101,29 +102,22 @@ pub(super) fn sparkline(values: &[f64]) -> String {
     values.iter().map(|v| BARS[((v.clamp(0.0, 1.0) * 8.0) as usize).min(7)]).collect()
 }
 
-/// Digits in groups of three.
-pub(super) fn grouped(n: u64) -> String {
-    let digits = n.to_string();
-    let mut text = String::new();
-    for (i, digit) in digits.chars().enumerate() {
-        if i > 0 && (digits.len() - i).is_multiple_of(3) {
-            text.push(',');
-        }
-        text.push(digit);
+/// A cell of a heat map: on a terminal with colours shaded by `share` in [0, 1], elsewhere behind a sign that says the same.
+pub(super) fn shaded(text: &str, share: f64) -> String {
+    if console::colors_enabled() {
+        // The blue-to-red ramp of the 256 colours, on which dark text can be read.
+        const RAMP: [u8; 7] = [153, 159, 194, 230, 223, 216, 210];
+        let colour = RAMP[((share.clamp(0.0, 1.0) * RAMP.len() as f64) as usize).min(RAMP.len() - 1)];
+        return console::style(text).black().on_color256(colour).to_string();
     }
-    text
+    const SHADES: [char; 5] = [' ', '░', '▒', '▓', '█'];
+    let shade = SHADES[((share.clamp(0.0, 1.0) * SHADES.len() as f64) as usize).min(SHADES.len() - 1)];
+    format!("{shade} {text}")
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn numbers_are_grouped() {
-        for (n, expected) in [(0, "0"), (999, "999"), (1000, "1,000"), (1_234_567, "1,234,567")] {
-            assert_eq!(grouped(n), expected);
-        }
-    }
 
     #[test]
     fn sparklines_span_their_range() {

@@ -6,12 +6,14 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use rayon::prelude::*;
+use serde_json::{Value, json};
 
 use super::low_rank::{self, ErrorCurve, LowRank};
 use super::metric::MetricPair;
 use super::metrics::{Metrics, SharedInputs};
 use super::plan::Plan;
 use crate::checkpoint::Checkpoint;
+use crate::journal::{Array, Journal};
 use crate::linalg;
 use crate::model::inventory::{self, LinearInfo};
 use crate::progress::Progress;
@@ -45,6 +47,7 @@ pub(super) struct Decompose<'a> {
     /// The largest rank that may be asked for, a linear; 0 for those left dense.
     pub max_ranks: &'a [usize],
     pub with_plain: bool,
+    pub journal: &'a Journal,
 }
 
 impl Decompose<'_> {
@@ -69,9 +72,8 @@ impl Decompose<'_> {
                 .map(|&i| {
                     let linear = &self.plan.linears[i];
                     stage.note(&linear.module);
-                    let basis = self
-                        .one(linear, self.max_ranks[i], &shared, &spool)
-                        .with_context(|| format!("decompose `{}`", linear.module))?;
+                    let basis =
+                        self.one(i, &shared, &spool).with_context(|| format!("decompose `{}`", linear.module))?;
                     stage.advance(1);
                     Ok(basis)
                 })
@@ -83,7 +85,26 @@ impl Decompose<'_> {
         Ok(Bases { linears, spool })
     }
 
-    fn one(&self, linear: &LinearInfo, max_rank: usize, shared: &SharedInputs, spool: &Mutex<Spool>) -> Result<Basis> {
+    fn one(&self, i: usize, shared: &SharedInputs, spool: &Mutex<Spool>) -> Result<Basis> {
+        let piece = self.journal.piece(&format!("decompose-{i}"), || self.decompose(i, shared))?;
+        let (seconds, max_rank) = serde_json::from_value(piece.fields)?;
+        let [curve, plain, output, input, b, a] = <[Array; 6]>::try_from(piece.arrays)
+            .map_err(|_| anyhow::anyhow!("a piece has another number of arrays"))?;
+        let mut spool = spool.lock().expect("invariant: no holder of the spool panics");
+        Ok(Basis {
+            curve: ErrorCurve::new(curve.f64s()),
+            plain: self.with_plain.then(|| ErrorCurve::new(plain.f64s())),
+            diagonals: (output.f64s(), input.f64s()),
+            seconds,
+            max_rank,
+            b: spool.push_array(b)?,
+            a: spool.push_array(a)?,
+        })
+    }
+
+    /// Seconds and rank of a pair, and its arrays: its curve, the plain one, the diagonals of its metric, `B` and `A`.
+    fn decompose(&self, i: usize, shared: &SharedInputs) -> Result<(Value, Vec<Vec<f32>>)> {
+        let (linear, max_rank) = (&self.plan.linears[i], self.max_ranks[i]);
         let started = Instant::now();
         let (m, n) = linear.shape();
         let values = inventory::weight(self.checkpoint, linear)?; // (out, in)
@@ -97,20 +118,15 @@ impl Decompose<'_> {
             Ok((decomposition.curve, pair, input.to_diagonal(n)))
         })?;
         let plain = match self.with_plain {
-            true if self.metrics.statistics.is_some() => Some(low_rank::error_curve(target, MetricPair::IDENTITY)?),
-            true => Some(curve.clone()),
-            false => None,
+            true if self.metrics.statistics.is_some() => low_rank::error_curve(target, MetricPair::IDENTITY)?,
+            true => curve.clone(),
+            false => ErrorCurve::new(Vec::new()),
         };
-        let mut spool = spool.lock().expect("invariant: no holder of the spool panics");
-        Ok(Basis {
-            curve,
-            plain,
-            diagonals: (output.to_diagonal(m), input_diagonal),
-            seconds: started.elapsed().as_secs_f64(),
-            max_rank: pair.rank,
-            b: spool.push(pair.b)?,
-            a: spool.push(pair.a)?,
-        })
+        let [curve, plain] = [curve, plain].map(|curve| Array::bits(curve.energies()));
+        let diagonals = [output.to_diagonal(m), input_diagonal].map(|diagonal| Array::bits(&diagonal));
+        let [output, input] = diagonals;
+        let fields = json!([started.elapsed().as_secs_f64(), pair.rank]);
+        Ok((fields, vec![curve, plain, output, input, pair.b, pair.a]))
     }
 }
 
@@ -141,8 +157,8 @@ impl Bases {
     ///
     /// # Errors
     /// The work folder refuses.
-    pub fn keep(&self, values: Vec<f32>) -> Result<Spooled> {
-        self.spool.lock().expect("invariant: no holder of the spool panics").push(values)
+    pub fn keep(&self, values: Array) -> Result<Spooled> {
+        self.spool.lock().expect("invariant: no holder of the spool panics").push_array(values)
     }
 
     /// What [`Self::keep`] kept.
@@ -153,18 +169,18 @@ impl Bases {
         self.spool.lock().expect("invariant: no holder of the spool panics").get(values)
     }
 
-    /// Takes another pair, with its curve, for the `i`-th linear.
+    /// Takes another pair (`B`, `A`), with its curve, for the `i`-th linear.
     ///
     /// # Errors
     /// The work folder refuses.
-    pub fn replace(&mut self, i: usize, curve: ErrorCurve, pair: LowRank) -> Result<()> {
+    pub fn replace(&mut self, i: usize, curve: ErrorCurve, rank: usize, (b, a): (Array, Array)) -> Result<()> {
         let spool = self.spool.get_mut().expect("invariant: no holder of the spool panics");
         let basis = self.linears[i].as_mut().expect("invariant: a linear of low rank was decomposed");
-        let (b, a) = (spool.push(pair.b)?, spool.push(pair.a)?);
+        let (b, a) = (spool.push_array(b)?, spool.push_array(a)?);
         for old in [std::mem::replace(&mut basis.b, b), std::mem::replace(&mut basis.a, a)] {
             spool.release(old);
         }
-        (basis.max_rank, basis.curve) = (pair.rank, curve);
+        (basis.max_rank, basis.curve) = (rank, curve);
         Ok(())
     }
 }

@@ -55,8 +55,8 @@ pub(super) fn at_equal_bytes(
     if study.inputs.windows.is_some() {
         let variants = [allocation.choices.clone(), control.clone()];
         let windows = probe_windows(study);
-        let found = study.diverge(windows, &study.limits.one_window(), &|n| 1..n, &variants, "control", progress)?;
-        (kl, control_kl) = (Some(found[0].mean_kl()), Some(found[1].mean_kl()));
+        let found = study.mean_kl(windows, &variants, "control", progress)?;
+        (kl, control_kl) = (Some(found[0]), Some(found[1]));
     }
     let name = |(i, &choice): (usize, &Choice)| {
         let quant = match choice {

@@ -19,8 +19,8 @@ use super::allocate::{self, Choice, Item, Price, Ranks, Rules};
 use super::low_rank::{self, ErrorCurve, LowRank};
 use super::metric::{Metric, MetricPair};
 use super::output::Written;
-use super::pivot;
 use super::study::{Allocation, Study};
+use super::{pivot, record};
 use crate::checkpoint::{
     CONFIG_FILE, Checkpoint, Dtype, OutputFolder, SafetensorsWriter, TensorSpec, cast, write_file, writer_bytes,
 };
@@ -30,6 +30,7 @@ use crate::linalg;
 use crate::model::Layout;
 use crate::model::inventory::{self, LinearInfo, Stored};
 use crate::progress::Progress;
+use crate::report::page::{self, PAGE_FILE};
 use crate::report::{CompressReport, REPORT_FILE, TruncationRecord, card, peak_memory_bytes};
 
 pub(super) const CURVES_FILE: &str = "lrc-curves.safetensors";
@@ -165,7 +166,7 @@ pub fn truncate(job: &TruncateJob<'_>, progress: &dyn Progress) -> Result<Compre
         }
     }
     folder.require_space(specs.iter().map(TensorSpec::n_bytes).sum())?;
-    let writer = Mutex::new(SafetensorsWriter::create(folder.path(), &specs, job.max_shard_bytes)?);
+    let writer = Mutex::new(SafetensorsWriter::create(&folder.path(), &specs, job.max_shard_bytes)?);
     let orders: Mutex<BTreeMap<String, Vec<f32>>> = Mutex::default();
     let stage = progress.stage("truncate", changed.len() as u64, "matrices");
     changed.par_iter().try_for_each(|(module, shortening)| -> Result<()> {
@@ -196,7 +197,7 @@ pub fn truncate(job: &TruncateJob<'_>, progress: &dyn Progress) -> Result<Compre
     }
     write(&folder, &elastics)?;
     for file in checkpoint.side_files()? {
-        if !file.ends_with(REPORT_FILE) && !file.ends_with("README.md") {
+        if ![REPORT_FILE, PAGE_FILE, "README.md"].iter().any(|name| file.ends_with(name)) {
             folder.copy(&file)?;
         }
     }
@@ -206,6 +207,7 @@ pub fn truncate(job: &TruncateJob<'_>, progress: &dyn Progress) -> Result<Compre
         config["lrc"]["modules"][&s.linear.module]["rank"] = json!(s.new_rank);
     }
     folder.write(CONFIG_FILE, (serde_json::to_string_pretty(&config)? + "\n").as_bytes())?;
+    folder.write(PAGE_FILE, page::compress(&report, &[])?.as_bytes())?;
     report.output_files = folder.hashes()?;
     report.elapsed_seconds = started.elapsed().as_secs_f64();
     report.peak_memory_bytes = peak_memory_bytes();
@@ -364,6 +366,8 @@ fn update(
     sizes.parameters_after = specs.iter().map(TensorSpec::n_elements).sum();
     sizes.bytes_after = bytes_after;
     sizes.file_bytes_after = writer_bytes(specs, job.max_shard_bytes);
+    (report.size_bytes, report.keep) = (sizes.file_bytes_after, sizes.keep);
+    report.linear = record::summary(&report.linears);
     report.truncated = Some(TruncationRecord { keep: job.keep, source_files: checkpoint.fingerprint()? });
     Ok(())
 }

@@ -8,6 +8,7 @@ mod bases;
 pub mod compensate;
 mod control;
 mod elastic;
+mod estimate;
 mod factors;
 pub mod low_rank;
 pub mod metric;
@@ -23,6 +24,7 @@ mod record;
 mod residual;
 mod sensitivity;
 mod sequential;
+pub mod spectra;
 mod study;
 mod sweep;
 mod variants;
@@ -32,8 +34,10 @@ use std::time::Instant;
 
 use anyhow::Result;
 
-use crate::checkpoint::{Checkpoint, OutputFolder};
+use crate::checkpoint::{Checkpoint, Fingerprint, OutputFolder};
+use crate::error::{ExitClass, exit_class};
 use crate::formats::{Entry, Format, Output, Source};
+use crate::journal::Journal;
 use crate::progress::Progress;
 use crate::report::{CompressReport, DryRunReport, REPORT_FILE};
 pub use elastic::{TruncateJob, truncate};
@@ -51,13 +55,16 @@ pub struct Job<'a> {
     pub recipe: &'a Recipe,
     pub output: &'a Path,
     pub force: bool,
+    /// Whether what an interrupted run left is thrown away, and not gone on from.
+    pub restart: bool,
     pub memory_bytes: u64,
 }
 
-/// Runs a compression: measure, decompose, allocate, write.
+/// Runs a compression: measure, decompose, allocate, write. What a run that was killed has finished is not done again.
 ///
 /// # Errors
-/// Anything wrong with the source, the recipe or the disk; the output folder then does not appear.
+/// Anything wrong with the source, the recipe or the disk; the output folder then does not appear. Where a resource is at
+/// fault, what is finished stays beside it, for the next run of the same job.
 pub fn compress(job: &Job<'_>, progress: &dyn Progress) -> Result<CompressReport> {
     let started = Instant::now();
     let (checkpoint, recipe) = (job.checkpoint, job.recipe);
@@ -65,44 +72,81 @@ pub fn compress(job: &Job<'_>, progress: &dyn Progress) -> Result<CompressReport
     let source = Source::new(checkpoint);
     plan.check_format(&source, recipe)?;
     let inputs = Inputs::load(checkpoint, recipe, &plan)?;
-    let calibration = inputs.record(recipe);
-    let folder = OutputFolder::create(job.output, job.force, REPORT_FILE)?;
-    // Full disks show before the work.
-    let n_tokens = inputs.windows.as_ref().map_or(0, |w| w.part.tokens);
-    let kept = plan.kept_bytes(checkpoint, recipe, n_tokens).saturating_sub(job.memory_bytes);
-    folder.require_space(plan.least_output_bytes(checkpoint) + kept)?;
-    let work = tempfile::tempdir_in(folder.path())?;
-    let mut study = Study::run(checkpoint, recipe, &plan, inputs, job.memory_bytes, work.path(), progress)?;
-    let allocating = Instant::now();
-    let allocation = study.allocate(recipe.budget, progress)?;
-    study.timings.allocate += allocating.elapsed().as_secs_f64();
-    let choices = &allocation.choices;
-    if let Some(mu) = recipe.anchor {
-        let anchoring = Instant::now();
-        sequential::anchor(&mut study, choices, mu, progress)?;
-        study.timings.anchor = anchoring.elapsed().as_secs_f64();
+    OutputFolder::check(job.output, job.force, REPORT_FILE)?;
+    let source_files = checkpoint.fingerprint()?;
+    let description = record::job(job, &source_files, &inputs)?;
+    let mut folder = OutputFolder::resume(job.output, job.force, REPORT_FILE, &description, job.restart)?;
+    let run = Run { job, plan, source, source_files, started };
+    match run.into_folder(&folder, inputs, progress) {
+        Ok(report) => {
+            folder.finish()?;
+            Ok(report)
+        }
+        Err(error) => {
+            let has_pieces = std::fs::read_dir(folder.pieces()).is_ok_and(|mut pieces| pieces.next().is_some());
+            if has_pieces && exit_class(&error) == ExitClass::Resources {
+                folder.keep();
+                tracing::warn!(
+                    "what is finished is kept beside `{}`: run the same command again to go on",
+                    job.output.display()
+                );
+            }
+            Err(error)
+        }
     }
+}
 
-    let writing = Instant::now();
-    let entries = study.entries(choices);
-    let mut output = Output::create(&folder, plan.files(&source, recipe, &entries))?;
-    let written = output::put_all(&mut output, &study, choices, progress)?;
-    if recipe.format == Format::Factored && recipe.quant.is_empty() && recipe.quant_factors.is_none() {
-        elastic::write_curves(&folder, &study, &allocation, &written)?;
+/// A compression whose inputs were checked.
+struct Run<'a> {
+    job: &'a Job<'a>,
+    plan: Plan,
+    source: Source<'a>,
+    source_files: Fingerprint,
+    started: Instant,
+}
+
+impl Run<'_> {
+    /// Everything but the last step, which makes an output of the folder.
+    fn into_folder(self, folder: &OutputFolder, inputs: Inputs, progress: &dyn Progress) -> Result<CompressReport> {
+        let Self { job, plan, source, source_files, started } = self;
+        let (checkpoint, recipe) = (job.checkpoint, job.recipe);
+        let calibration = inputs.record(recipe);
+        // Full disks show before the work.
+        let n_tokens = inputs.windows.as_ref().map_or(0, |w| w.part.tokens);
+        folder.require_space(plan.least_output_bytes(checkpoint) + plan.kept_bytes(checkpoint, recipe, n_tokens))?;
+        let kept = (folder.work(), Journal::new(folder.pieces()));
+        let mut study = Study::run(checkpoint, recipe, &plan, inputs, job.memory_bytes, kept, progress)?;
+        let allocating = Instant::now();
+        let allocation = study.allocate(recipe.budget, progress)?;
+        study.timings.allocate += allocating.elapsed().as_secs_f64();
+        let choices = &allocation.choices;
+        if let Some(mu) = recipe.anchor {
+            let anchoring = Instant::now();
+            sequential::anchor(&mut study, choices, mu, progress)?;
+            study.timings.anchor = anchoring.elapsed().as_secs_f64();
+        }
+
+        let writing = Instant::now();
+        let entries = study.entries(choices);
+        let mut output = Output::create(folder, plan.files(&source, recipe, &entries))?;
+        let written = output::put_all(&mut output, &study, choices, progress)?;
+        if recipe.format == Format::Factored && recipe.quant.is_empty() && recipe.quant_factors.is_none() {
+            elastic::write_curves(folder, &study, &allocation, &written)?;
+        }
+        study.timings.write = writing.elapsed().as_secs_f64();
+        let controlling = Instant::now();
+        let squared = |i: usize| written.get(&i).and_then(|w| w.relative_error).map_or(0.0, |error| error * error);
+        let control = control::at_equal_bytes(&mut study, &allocation, &squared, progress)?;
+        study.timings.control = controlling.elapsed().as_secs_f64();
+        let sizes = record::sizes(&source, recipe, &plan, &entries);
+        let linears = record::linears(&study, &allocation, &written);
+        let mut report = record::report(job, source_files, linears, sizes, calibration, study.timings);
+        report.control = control;
+        let lines = record::error_lines(&study, choices);
+        drop(study);
+        output::finish(output, folder, job, &lines, &mut report, started)?;
+        Ok(report)
     }
-    study.timings.write = writing.elapsed().as_secs_f64();
-    let controlling = Instant::now();
-    let squared = |i: usize| written.get(&i).and_then(|w| w.relative_error).map_or(0.0, |error| error * error);
-    let control = control::at_equal_bytes(&mut study, &allocation, &squared, progress)?;
-    study.timings.control = controlling.elapsed().as_secs_f64();
-    let sizes = record::sizes(&source, recipe, &plan, &entries);
-    let linears = record::linears(&study, &allocation, &written);
-    let mut report = record::report(job, linears, sizes, calibration, study.timings)?;
-    report.control = control;
-    drop(study);
-    drop(work);
-    output::finish(output, folder, recipe, &mut report, started)?;
-    Ok(report)
 }
 
 /// What a compression would do: ranks, parameters, bytes, memory. Measures and decomposes only where ranks depend on it.
@@ -117,17 +161,27 @@ pub fn dry_run(job: &Job<'_>, progress: &dyn Progress) -> Result<DryRunReport> {
     OutputFolder::check(job.output, job.force, REPORT_FILE)?;
     let inputs = Inputs::load(checkpoint, recipe, &plan)?;
     let memory = plan.expected_memory(checkpoint, recipe, job.memory_bytes, rayon::current_num_threads());
+    let n_tokens = inputs.windows.as_ref().map_or(0, |w| w.part.tokens);
+    let seconds = estimate::seconds(checkpoint, recipe, &plan, n_tokens)?;
     let entries: Vec<Option<Entry>> = match known_choices(recipe, &plan) {
         Some(choices) => {
             choices.into_iter().map(|choice| Plan::entry(recipe, choice, recipe.quant.first().copied())).collect()
         }
         None => {
             let work = tempfile::tempdir()?;
-            let study = Study::run(checkpoint, recipe, &plan, inputs, job.memory_bytes, work.path(), progress)?;
+            let study = Study::run(
+                checkpoint,
+                recipe,
+                &plan,
+                inputs,
+                job.memory_bytes,
+                (work.path().into(), Journal::default()),
+                progress,
+            )?;
             study.entries(&study.allocate(recipe.budget, progress)?.choices)
         }
     };
     let records = plan.linears.iter().zip(&entries).map(|(linear, &entry)| record::linear(linear, entry));
     let sizes = record::sizes(&source, recipe, &plan, &entries);
-    Ok(record::dry_run(job, records.collect(), sizes, memory))
+    Ok(record::dry_run(job, records.collect(), sizes, (memory, seconds)))
 }

@@ -110,10 +110,15 @@ pub struct RecipeOptions {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub format: Option<Format>,
 
-    /// Text whose activations and gradients make the metric (UTF-8)
+    /// Text whose activations and gradients make the metric: UTF-8, `.jsonl` or `.parquet`
     #[arg(long, value_name = "FILE")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub calibration: Option<PathBuf>,
+
+    /// Field of the documents of a `.jsonl` or `.parquet` text [default: text]
+    #[arg(long, value_name = "NAME")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub field: Option<String>,
 
     /// Statistics of `lrc calibrate`, instead of measuring them
     #[arg(long, value_name = "FILE")]
@@ -235,6 +240,7 @@ impl RecipeOptions {
             exclude: list(self.exclude, other.exclude),
             format: self.format.or(other.format),
             calibration: self.calibration.or(other.calibration),
+            field: self.field.or(other.field),
             statistics: self.statistics.or(other.statistics),
             damping_input: self.damping_input.or(other.damping_input),
             damping_output: self.damping_output.or(other.damping_output),

@@ -8,16 +8,19 @@ use anyhow::{Context, Result};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 use rayon::prelude::*;
+use serde_json::json;
 
+use super::Job;
 use super::allocate::Choice;
 use super::pivot;
-use super::recipe::Recipe;
 use super::study::Study;
 use crate::checkpoint::OutputFolder;
 use crate::formats::{Format, Output, Parts};
+use crate::journal::{Array, Piece};
 use crate::model::Layout;
 use crate::model::inventory::LinearInfo;
 use crate::progress::Progress;
+use crate::report::page::{self, ErrorLine, PAGE_FILE};
 use crate::report::{CompressReport, REPORT_FILE, card, peak_memory_bytes};
 use crate::spool::Spooled;
 
@@ -34,6 +37,17 @@ pub(super) struct Written {
     pub order: Option<Spooled>,
 }
 
+impl Written {
+    /// From its piece of the journal.
+    fn of(piece: Piece, study: &Study<'_>) -> Result<Self> {
+        let [errors, order] = <[Array; 2]>::try_from(piece.arrays)
+            .map_err(|_| anyhow::anyhow!("a piece has another number of arrays"))?;
+        let errors: Vec<Option<f64>> = errors.f64s().into_iter().map(|e| Some(e).filter(|e| !e.is_nan())).collect();
+        let order = if piece.fields == true { Some(study.bases.keep(order)?) } else { None };
+        Ok(Self { storage_error: errors[0], relative_error: errors[1], order })
+    }
+}
+
 /// Makes and writes every compressed linear, many at once; by linear of the plan, what was found.
 ///
 /// # Errors
@@ -48,9 +62,16 @@ pub(super) fn put_all(
         choices.iter().copied().enumerate().filter(|(_, choice)| *choice != Choice::Dense).collect();
     let stage = progress.stage("write", compressed.len() as u64, "matrices");
     let output = Mutex::new(output);
+    let key = |i: usize| format!("written-{i}");
     let put = |&(i, choice): &(usize, Choice)| -> Result<(usize, Written)> {
         let linear = &study.plan.linears[i];
         stage.note(&linear.module);
+        if let Some(piece) = study.journal.get(&key(i))? {
+            let entry = study.entry(i, choice).expect("invariant: only compressed linears are written");
+            output.lock().expect("invariant: no holder of the output panics").skip(linear, &entry);
+            stage.advance(1);
+            return Ok((i, Written::of(piece, study)?));
+        }
         let module = study.module(i, choice)?.expect("invariant: only compressed linears are written");
         let order = match (choice, &module.parts) {
             (Choice::Rank(rank), Some(parts)) if study.recipe.elastic => {
@@ -58,7 +79,6 @@ pub(super) fn put_all(
             }
             _ => None,
         };
-        let order = order.map(|order| study.bases.keep(order)).transpose()?;
         let is_stored = module.base.is_none() && study.recipe.format == Format::Factored;
         let storage_error = module.parts.as_ref().filter(|_| is_stored).map(|parts| storage_error(parts, linear));
         if let Choice::Rank(rank) = choice {
@@ -73,33 +93,42 @@ pub(super) fn put_all(
         let tensors = study.recipe.format.exporter().bytes(&study.source, linear, &module);
         let tensors = tensors.with_context(|| format!("write `{}`", linear.module))?;
         output.lock().expect("invariant: no holder of the output panics").put(&tensors)?;
+        let errors = [storage_error, relative_error].map(|error| error.unwrap_or(f64::NAN));
+        let piece = study.journal.put(
+            &key(i),
+            json!(order.is_some()),
+            vec![Array::bits(&errors), order.unwrap_or_default()],
+        )?;
         stage.advance(1);
-        Ok((i, Written { storage_error, relative_error, order }))
+        Ok((i, Written::of(piece, study)?))
     };
     compressed.par_iter().map(put).collect()
 }
 
-/// Copies everything that was not compressed, writes the side files and the report, and renames the folder.
+/// Copies everything that was not compressed, and writes the side files and the report.
 ///
 /// # Errors
 /// The disk refuses.
 pub(super) fn finish(
     output: Output<'_>,
-    folder: OutputFolder,
-    recipe: &Recipe,
+    folder: &OutputFolder,
+    job: &Job<'_>,
+    lines: &[ErrorLine],
     report: &mut CompressReport,
     started: Instant,
 ) -> Result<()> {
+    let recipe = job.recipe;
     let loading = recipe.format.exporter().loading(output.files().has_adapter());
-    output.finish(&folder, &[CARD_FILE, REPORT_FILE, RECIPE_FILE])?;
+    output.finish(folder, &[CARD_FILE, REPORT_FILE, RECIPE_FILE, PAGE_FILE])?;
     let recipe = toml::to_string(&recipe.to_options())?;
     folder.write(RECIPE_FILE, format!("# lrc compress MODEL -o OUT --recipe {RECIPE_FILE}\n{recipe}").as_bytes())?;
     folder.write(CARD_FILE, card::render(report, &loading).as_bytes())?;
+    folder.write(PAGE_FILE, page::compress(report, lines)?.as_bytes())?;
     report.output_files = folder.hashes()?;
     report.elapsed_seconds = started.elapsed().as_secs_f64();
     report.peak_memory_bytes = peak_memory_bytes();
     folder.write(REPORT_FILE, (serde_json::to_string_pretty(report)? + "\n").as_bytes())?;
-    Ok(folder.finish()?)
+    Ok(())
 }
 
 /// Error of the parts in the dtype of a linear, over the norm of the matrix: measured on vectors of random signs, whose images

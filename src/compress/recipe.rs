@@ -16,6 +16,7 @@ use crate::error::Failure;
 use crate::formats::Format;
 use crate::model::Layout;
 use crate::quantize::Quant;
+use crate::text::DEFAULT_FIELD;
 
 /// Validated settings.
 #[derive(Debug, Clone)]
@@ -333,6 +334,7 @@ impl Recipe {
             elastic: self.elastic.then_some(true),
             sequential: Some(self.anchor.is_some()),
             anchor: self.anchor,
+            field: calibration.map(|c| c.field.clone()).filter(|field| field != DEFAULT_FIELD),
             samples: calibration.map(|c| c.samples),
             seq_len: calibration.and_then(|c| c.seq_len),
             seed: calibration.map(|c| c.seed),
@@ -401,6 +403,7 @@ fn window_settings(options: &RecipeOptions) -> Result<Option<WindowSettings>> {
     };
     let settings = WindowSettings {
         text,
+        field: options.field.clone().unwrap_or_else(|| DEFAULT_FIELD.into()),
         samples: options.samples.unwrap_or(DEFAULT_SAMPLES),
         seq_len: options.seq_len,
         seed: options.seed.unwrap_or(0),

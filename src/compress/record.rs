@@ -10,14 +10,17 @@ use super::allocate::Choice;
 use super::output::Written;
 use super::plan::Plan;
 use super::recipe::Recipe;
-use super::study::{Allocation, Study};
-use crate::checkpoint::Fingerprint;
+use super::study::{Allocation, Inputs, Study};
+use sha2::{Digest, Sha256};
+
+use crate::checkpoint::{Fingerprint, hex, sha256_file};
 use crate::formats::{Base, Entry, Source};
 use crate::model::inventory::LinearInfo;
 use crate::quantize::Storage;
+use crate::report::page::ErrorLine;
 use crate::report::{
-    CalibrationRecord, Component, CompressReport, DryRunReport, LRC_VERSION, LinearRecord, SCHEMA_VERSION, Sizes,
-    Timings,
+    CalibrationRecord, Component, CompressReport, DryRunReport, LRC_VERSION, LinearRecord, LinearSummary,
+    SCHEMA_VERSION, Sizes, Timings,
 };
 
 /// A linear before it is worked on: no error yet, no seconds.
@@ -124,25 +127,52 @@ pub(super) fn sizes(source: &Source<'_>, recipe: &Recipe, plan: &Plan, entries: 
     }
 }
 
+/// How the error of every decomposed linear falls with its rank, for the page.
+pub(super) fn error_lines(study: &Study<'_>, choices: &[Choice]) -> Vec<ErrorLine> {
+    let line = |i: usize| {
+        let (linear, curve) = (&study.plan.linears[i], &study.bases.get(i)?.curve);
+        let at = |rank: usize| (rank, curve.relative_error(rank));
+        Some(ErrorLine {
+            module: linear.module.clone(),
+            block: linear.block,
+            points: ErrorLine::ranks(curve.energies().len()).into_iter().map(at).collect(),
+            chosen: choices[i].rank().map(at),
+            break_even_rank: linear.break_even_rank(),
+        })
+    };
+    (0..choices.len()).filter_map(line).collect()
+}
+
+pub(super) fn summary(linears: &[LinearRecord]) -> LinearSummary {
+    let errors: Vec<f64> = linears.iter().filter_map(|l| l.relative_error).collect();
+    LinearSummary {
+        count: linears.len(),
+        compressed: linears.iter().filter(|l| l.rank.is_some() || l.quant.is_some()).count(),
+        max_error: errors.iter().copied().fold(0.0, f64::max),
+        mean_error: errors.iter().sum::<f64>() / errors.len().max(1) as f64,
+    }
+}
+
 /// A report whose output is still to be written: hashes, time and memory are filled in at the end.
-///
-/// # Errors
-/// The source cannot be read again for its fingerprint.
 pub(super) fn report(
     job: &Job<'_>,
+    source_files: Fingerprint,
     linears: Vec<LinearRecord>,
     sizes: Sizes,
     calibration: Option<CalibrationRecord>,
     timings: Timings,
-) -> Result<CompressReport> {
-    Ok(CompressReport {
+) -> CompressReport {
+    CompressReport {
         schema_version: SCHEMA_VERSION,
         lrc_version: LRC_VERSION.into(),
         source: job.source.into(),
-        source_files: job.checkpoint.fingerprint()?,
+        source_files,
         recipe: recipe(job.recipe),
         calibration,
+        size_bytes: sizes.file_bytes_after,
+        keep: sizes.keep,
         sizes,
+        linear: summary(&linears),
         linears,
         control: None,
         truncated: None,
@@ -150,23 +180,46 @@ pub(super) fn report(
         timings,
         elapsed_seconds: 0.0,
         peak_memory_bytes: None,
-    })
+    }
+}
+
+/// What makes a job this one and no other: a run goes on from what another left only where all of it is the same.
+///
+/// # Errors
+/// The file of statistics cannot be read.
+pub(super) fn job(job: &Job<'_>, source_files: &Fingerprint, inputs: &Inputs) -> Result<Value> {
+    let windows = inputs.windows.as_ref().map(|w| {
+        let ids: Vec<u8> = w.windows.iter().flatten().flat_map(|id| id.to_le_bytes()).collect();
+        json!({"text_sha256": w.part.text_sha256, "tokens_sha256": hex(&Sha256::digest(&ids))})
+    });
+    Ok(json!({
+        "lrc_version": LRC_VERSION,
+        "source": job.source,
+        "source_files": source_files,
+        "recipe": recipe(job.recipe),
+        "calibration": windows,
+        "statistics_sha256": job.recipe.statistics.as_deref().map(sha256_file).transpose()?,
+        "memory_bytes": job.memory_bytes,
+    }))
 }
 
 pub(super) fn dry_run(
     job: &Job<'_>,
     linears: Vec<LinearRecord>,
     sizes: Sizes,
-    expected_memory_bytes: u64,
+    (expected_memory_bytes, expected_seconds): (u64, f64),
 ) -> DryRunReport {
     DryRunReport {
         schema_version: SCHEMA_VERSION,
         lrc_version: LRC_VERSION.into(),
         source: job.source.into(),
         recipe: recipe(job.recipe),
+        size_bytes: sizes.file_bytes_after,
+        keep: sizes.keep,
         sizes,
         linears,
         expected_memory_bytes,
+        expected_seconds,
     }
 }
 

@@ -7,6 +7,8 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use faer::Mat;
 use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 
 use super::allocate::{Choice, Coded};
 use super::compensate::{Compensate, CompensateRank};
@@ -15,11 +17,12 @@ use super::metric::MetricPair;
 use super::metrics::{Metrics, SharedInputs};
 use super::plan::Plan;
 use crate::checkpoint::Checkpoint;
+use crate::journal::{Array, Journal};
 use crate::linalg;
 use crate::model::inventory::{self, LinearInfo};
 use crate::progress::Progress;
 use crate::quantize::{Blocks, Fallback, Grouped, Quant, Quantized, Storage, bits};
-use crate::spool::{Spool, Spooled};
+use crate::spool::{Spool, Spooled, bytes_of, words};
 
 /// One quantised base of a linear, with factors up to some rank.
 pub(super) struct Variant {
@@ -43,12 +46,92 @@ struct KeptMatrix {
     zeros: Vec<u8>,
 }
 
+/// A variant that was just made.
+struct Made {
+    quant: Quant,
+    fallback: Option<Fallback>,
+    errors: Vec<(usize, f64)>,
+    seconds: f64,
+    base: Quantized,
+    pair: Option<LowRank>,
+}
+
+/// What is kept of it besides its arrays.
+#[derive(Serialize, Deserialize)]
+struct Record {
+    quant: Quant,
+    fallback: Option<Fallback>,
+    seconds: f64,
+    ranks: Vec<usize>,
+    /// Of the pair.
+    rank: Option<usize>,
+    n_code_bytes: usize,
+    n_zeros: usize,
+}
+
+/// Arrays of a variant: the error of every rank, codes, scales, zeros, `B` and `A`.
+const ARRAYS: usize = 6;
+
+impl Made {
+    /// Packed codes, scales and zeros.
+    fn base_parts(&self) -> (Vec<u8>, &[f32], &[u8]) {
+        match &self.base {
+            Quantized::Grouped(m) => (bits::pack(&m.codes, m.cols, m.scheme.levels.bits(), 1), &m.scales, &m.zeros),
+            Quantized::Block(b) => (b.bytes.clone(), &[], &[]),
+        }
+    }
+
+    fn record(&self) -> Value {
+        let (codes, _, zeros) = self.base_parts();
+        json!(Record {
+            quant: self.quant,
+            fallback: self.fallback,
+            seconds: self.seconds,
+            ranks: self.errors.iter().map(|(rank, _)| *rank).collect(),
+            rank: self.pair.as_ref().map(|pair| pair.rank),
+            n_code_bytes: codes.len(),
+            n_zeros: zeros.len(),
+        })
+    }
+
+    fn into_arrays(self) -> [Vec<f32>; ARRAYS] {
+        let errors: Vec<f64> = self.errors.iter().map(|(_, error)| *error).collect();
+        let (codes, scales, zeros) = self.base_parts();
+        let (codes, scales, zeros) = (words(&codes), scales.to_vec(), words(zeros));
+        let (b, a) = self.pair.map_or_else(Default::default, |pair| (pair.b, pair.a));
+        [Array::bits(&errors), codes, scales, zeros, b, a]
+    }
+}
+
+impl Variant {
+    fn keep(record: Record, shape: (usize, usize), arrays: Vec<Array>, spool: &mut Spool) -> Result<Self> {
+        let [errors, codes, scales, zeros, b, a] =
+            <[Array; ARRAYS]>::try_from(arrays).map_err(|_| anyhow::anyhow!("a piece has another number of arrays"))?;
+        let base = KeptMatrix {
+            storage: record.quant.storage(),
+            shape,
+            n_code_bytes: record.n_code_bytes,
+            codes: spool.push_array(codes)?,
+            scales: spool.push_array(scales)?,
+            zeros: bytes_of(&zeros.values, record.n_zeros),
+        };
+        let pair = match record.rank {
+            Some(rank) => Some((rank, spool.push_array(b)?, spool.push_array(a)?)),
+            None => None,
+        };
+        let errors = record.ranks.into_iter().zip(errors.f64s()).collect();
+        Ok(Self { quant: record.quant, fallback: record.fallback, errors, seconds: record.seconds, base, pair })
+    }
+}
+
 /// The variants of every linear of the plan.
 pub(super) struct Residuals {
     linears: Vec<Vec<Variant>>,
     /// Squared norm of every linear in the metric of the method.
     norms: Vec<f64>,
     spool: Mutex<Spool>,
+    /// How often variants were added: the menu first, the control after it.
+    rounds: usize,
 }
 
 /// What is quantised, and how.
@@ -59,6 +142,7 @@ pub(super) struct Quantise<'a> {
     pub metrics: Metrics<'a>,
     pub compensate: Compensate,
     pub rank: CompensateRank,
+    pub journal: &'a Journal,
 }
 
 /// Ranks that `auto` offers cost up to this share of the parameters of a linear: 4 bits a weight in 16-bit factors.
@@ -72,7 +156,7 @@ pub(super) fn largest_rank((m, n): (usize, usize)) -> usize {
 impl Residuals {
     pub fn new(n_linears: usize, spool: Spool) -> Self {
         let linears = (0..n_linears).map(|_| Vec::new()).collect();
-        Self { linears, norms: vec![0.0; n_linears], spool: Mutex::new(spool) }
+        Self { linears, norms: vec![0.0; n_linears], spool: Mutex::new(spool), rounds: 0 }
     }
 
     /// The variants of a linear, in the order of their numbers.
@@ -124,31 +208,6 @@ impl Residuals {
 }
 
 impl KeptMatrix {
-    fn keep(matrix: Quantized, spool: &mut Spool) -> Result<Self> {
-        let storage = matrix.storage();
-        Ok(match matrix {
-            Quantized::Grouped(m) => {
-                let codes = bits::pack(&m.codes, m.cols, m.scheme.levels.bits(), 1);
-                Self {
-                    storage,
-                    shape: (m.rows, m.cols),
-                    n_code_bytes: codes.len(),
-                    codes: spool.push_bytes(&codes)?,
-                    scales: spool.push(m.scales)?,
-                    zeros: m.zeros,
-                }
-            }
-            Quantized::Block(b) => Self {
-                storage,
-                shape: (b.rows, b.cols),
-                n_code_bytes: b.bytes.len(),
-                codes: spool.push_bytes(&b.bytes)?,
-                scales: spool.push(Vec::new())?,
-                zeros: Vec::new(),
-            },
-        })
-    }
-
     fn get(&self, spool: &mut Spool) -> Result<Quantized> {
         let (rows, cols) = self.shape;
         let bytes = spool.get_bytes(&self.codes, self.n_code_bytes)?;
@@ -187,7 +246,8 @@ impl Quantise<'_> {
                 .map(|&i| {
                     let linear = &self.plan.linears[i];
                     stage.note(&linear.module);
-                    let made = self.one(linear, &quants(i), &shared, &residuals.spool);
+                    let key = format!("quantise-{}-{i}", residuals.rounds);
+                    let made = self.one(linear, &key, &quants(i), (&shared, &residuals.spool));
                     stage.advance(1);
                     made.with_context(|| format!("quantise `{}`", linear.module))
                 })
@@ -197,16 +257,41 @@ impl Quantise<'_> {
                 residuals.linears[i].extend(variants);
             }
         }
+        residuals.rounds += 1;
         Ok(())
     }
 
+    /// Squared norm of a linear in the metric of the method, and its variants.
     fn one(
+        &self,
+        linear: &LinearInfo,
+        key: &str,
+        quants: &[Quant],
+        (shared, spool): (&[SharedInputs; 2], &Mutex<Spool>),
+    ) -> Result<(f64, Vec<Variant>)> {
+        let piece = self.journal.piece(key, || {
+            let (norm, made) = self.make(linear, quants, shared)?;
+            let records: Vec<Value> = made.iter().map(Made::record).collect();
+            let arrays = made.into_iter().flat_map(Made::into_arrays);
+            Ok((json!(records), std::iter::once(Array::bits(&[norm])).chain(arrays).collect()))
+        })?;
+        let records: Vec<Record> = serde_json::from_value(piece.fields)?;
+        let mut arrays = piece.arrays.into_iter();
+        let norm = arrays.next().and_then(|norm| norm.f64s().first().copied()).context("a piece has no norm")?;
+        let mut spool = spool.lock().expect("invariant: no holder of the spool panics");
+        let variants = records.into_iter().map(|record| {
+            let own: Vec<Array> = arrays.by_ref().take(ARRAYS).collect();
+            Variant::keep(record, linear.shape(), own, &mut spool)
+        });
+        Ok((norm, variants.collect::<Result<_>>()?))
+    }
+
+    fn make(
         &self,
         linear: &LinearInfo,
         quants: &[Quant],
         [own, shared]: &[SharedInputs; 2],
-        spool: &Mutex<Spool>,
-    ) -> Result<(f64, Vec<Variant>)> {
+    ) -> Result<(f64, Vec<Made>)> {
         let (m, n) = linear.shape();
         let values = inventory::weight(self.checkpoint, linear)?; // (out, in)
         let transposed = linalg::transposed_from_row_major(&values, m, n);
@@ -231,7 +316,7 @@ impl Quantise<'_> {
                 let fitting = quants.iter().filter(|quant| quant.storage().fits(n));
                 let mut variants = Vec::new();
                 for &quant in fitting {
-                    variants.extend(self.variants(&one, quant, spool)?);
+                    variants.extend(self.variants(&one, quant)?);
                 }
                 Ok((told.squared_norm(transposed.transpose()), variants))
             })
@@ -239,7 +324,7 @@ impl Quantise<'_> {
     }
 
     /// One variant whose factors serve every rank; where base and factors take turns, one a rank.
-    fn variants(&self, one: &Attempt<'_>, quant: Quant, spool: &Mutex<Spool>) -> Result<Vec<Variant>> {
+    fn variants(&self, one: &Attempt<'_>, quant: Quant) -> Result<Vec<Made>> {
         let most = one.shape.0.min(one.shape.1);
         let (largest, offers_none) = match (self.compensate, self.rank) {
             (Compensate::None, _) => (0, true),
@@ -251,17 +336,17 @@ impl Quantise<'_> {
         let first = one.quantise(one.values, quant)?;
         if turns == 1 || largest == 0 {
             let ranks: Vec<usize> = if offers_none { (0..=largest).collect() } else { vec![largest] };
-            return Ok(vec![one.variant(quant, first, &ranks, spool, started)?]);
+            return Ok(vec![one.variant(quant, first, &ranks, started)?]);
         }
         let ranks = if offers_none { vec![largest / 4, largest / 2, largest] } else { vec![largest] };
         let mut variants = Vec::new();
         if offers_none {
-            variants.push(one.variant(quant, first.clone(), &[0], spool, started)?);
+            variants.push(one.variant(quant, first.clone(), &[0], started)?);
         }
         for rank in ranks.into_iter().filter(|&rank| rank > 0) {
             let started = Instant::now();
             let best = one.alternate(quant, first.clone(), rank, turns)?;
-            variants.push(one.variant(quant, best, &[rank], spool, started)?);
+            variants.push(one.variant(quant, best, &[rank], started)?);
         }
         Ok(variants)
     }
@@ -321,14 +406,7 @@ impl Attempt<'_> {
     }
 
     /// A base with factors of the largest of `ranks`, and the errors of all of them.
-    fn variant(
-        &self,
-        quant: Quant,
-        (base, fallback): Base,
-        ranks: &[usize],
-        spool: &Mutex<Spool>,
-        started: Instant,
-    ) -> Result<Variant> {
+    fn variant(&self, quant: Quant, (base, fallback): Base, ranks: &[usize], started: Instant) -> Result<Made> {
         let residual = self.residual(&base);
         let alone = self.told.squared_norm(residual.transpose());
         let largest = ranks.iter().copied().max().unwrap_or(0);
@@ -337,13 +415,7 @@ impl Attempt<'_> {
         let curve = decomposed.as_ref().map(|d| &d.curve);
         let errors = ranks.iter().map(|&rank| (rank, self.error(alone, curve, rank))).collect();
         let pair = decomposed.map(|d| d.truncate(residual.transpose(), largest));
-        let mut spool = spool.lock().expect("invariant: no holder of the spool panics");
-        let pair = match pair {
-            Some(pair) => Some((pair.rank, spool.push(pair.b)?, spool.push(pair.a)?)),
-            None => None,
-        };
-        let base = KeptMatrix::keep(base, &mut spool)?;
-        Ok(Variant { quant, fallback, errors, seconds: started.elapsed().as_secs_f64(), base, pair })
+        Ok(Made { quant, fallback, errors, seconds: started.elapsed().as_secs_f64(), base, pair })
     }
 
     /// Squared error in the metric of the method. Factors made in another metric are taken to save the same share of it as of

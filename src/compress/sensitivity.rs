@@ -112,13 +112,12 @@ fn measured(study: &Study<'_>, progress: &dyn Progress) -> Result<Vec<f64>> {
         (0..n).map(|j| if i == j && ranks[i] > 0 { Choice::Rank(ranks[i]) } else { Choice::Dense }).collect()
     };
     let probes: Vec<Vec<Choice>> = (0..n).map(probe).collect();
-    let divergences =
-        study.diverge(probe_windows(study), &study.limits.one_window(), &|len| 1..len, &probes, "probe", progress)?;
+    let kl = study.mean_kl(probe_windows(study), &probes, "probe", progress)?;
     let scale = |(i, kl): (usize, f64)| {
         let error = study.bases.get(i).map_or(0.0, |basis| basis.curve.squared_error(ranks[i]));
         kl * reciprocal(error)
     };
-    Ok(divergences.iter().map(|d| d.mean_kl()).enumerate().map(scale).collect())
+    Ok(kl.into_iter().enumerate().map(scale).collect())
 }
 
 fn reciprocal(value: f64) -> f64 {

@@ -9,15 +9,19 @@
 //! and approximated in the metric of `C_x̂x̂`. μ = 1 is AA-SVD's closed form: the best linear map from `x̂` to `W x`; μ = 0 knows
 //! the shifted inputs alone. Within a block the order is qkv, o, gate and up, down.
 
+use std::collections::BTreeMap;
+
 use anyhow::{Context, Result};
 use candle_core::Tensor;
 use faer::Mat;
 use rayon::prelude::*;
+use serde_json::{Value, json};
 
 use super::allocate::Choice;
 use super::low_rank::{self, ErrorCurve, LowRank};
 use super::metric::{Metric, MetricPair, mean_diagonal, shifted};
 use super::study::Study;
+use crate::journal::{Array, Piece};
 use crate::linalg;
 use crate::model::inventory::{self, LinearInfo};
 use crate::model::{Block, Decoder, Hidden, InputSite, Walk};
@@ -37,11 +41,14 @@ pub(super) fn anchor(study: &mut Study<'_>, choices: &[Choice], mu: f64, progres
     let mut original = walk.embed(&decoder)?;
     let mut shifted = walk.copy(&original)?;
     let stage = progress.stage("anchor", (walk.n_tokens() * decoder.n_blocks()) as u64, "tokens");
-    for block_idx in 0..decoder.n_blocks() {
+    let n_done = go_on(study, choices, &mut walk, (&mut original, &mut shifted))?;
+    stage.advance((walk.n_tokens() * n_done) as u64);
+    for block_idx in n_done..decoder.n_blocks() {
         stage.note(&format!("block {block_idx}"));
-        let dense = decoder.block(block_idx)?;
         let compressed = study.compressed_in(block_idx, choices);
+        let dense = decoder.block(block_idx)?;
         let mut done: Vec<(usize, Choice)> = Vec::new();
+        let mut made: BTreeMap<usize, (ErrorCurve, LowRank)> = BTreeMap::new();
         for site in [InputSite::Qkv, InputSite::O, InputSite::GateUp, InputSite::Down] {
             let reads = |&(i, _): &(usize, Choice)| {
                 study.plan.linears[i].id.is_some_and(|id: crate::model::LinearId| id.role.site() == site)
@@ -56,7 +63,9 @@ pub(super) fn anchor(study: &mut Study<'_>, choices: &[Choice], mu: f64, progres
                 moments.approximate(study, &here, mu)?
             };
             for (&(i, _), (curve, pair)) in here.iter().zip(pairs) {
-                study.bases.replace(i, curve, pair)?;
+                let array = |values: &[f32]| Array { values: values.to_vec(), place: None };
+                study.bases.replace(i, curve.clone(), pair.rank, (array(&pair.b), array(&pair.a)))?;
+                made.insert(i, (curve, pair));
             }
             done.extend(here);
         }
@@ -64,6 +73,65 @@ pub(super) fn anchor(study: &mut Study<'_>, choices: &[Choice], mu: f64, progres
         let block = decoder.with_weights(&overlay).block(block_idx)?;
         walk.advance(&mut original, &decoder, &dense, &mut |_, _| Ok(()), &Silent)?;
         walk.advance(&mut shifted, &decoder, &block, &mut |_, _| Ok(()), stage.as_ref())?;
+        drop(overlay);
+        if study.journal.keeps() {
+            let batches = [walk.arrays(&original)?, walk.arrays(&shifted)?].concat();
+            study.journal.put(&states_key(block_idx), Value::Null, batches)?;
+            let arrays = made.values().flat_map(|(c, p)| [Array::bits(c.energies()), p.b.clone(), p.a.clone()]);
+            let ranks: Vec<usize> = made.values().map(|(_, pair)| pair.rank).collect();
+            let piece = study.journal.put(&pairs_key(block_idx), json!(ranks), arrays.collect())?;
+            take(study, &compressed, piece)?;
+            block_idx.checked_sub(1).into_iter().for_each(|before| study.journal.remove(&states_key(before)));
+        }
+    }
+    Ok(())
+}
+
+/// Under which the journal has the pairs of a block, and the states of both streams behind it.
+fn pairs_key(block_idx: usize) -> String {
+    format!("anchor-{block_idx}")
+}
+
+fn states_key(block_idx: usize) -> String {
+    format!("anchored-{block_idx}")
+}
+
+/// Takes the blocks that an earlier run anchored, and the states behind the last of them; gives their number.
+fn go_on(
+    study: &mut Study<'_>,
+    choices: &[Choice],
+    walk: &mut Walk<'_>,
+    (original, shifted): (&mut Hidden, &mut Hidden),
+) -> Result<usize> {
+    let mut done = Vec::new();
+    while let Some(pairs) = study.journal.get(&pairs_key(done.len()))? {
+        done.push(pairs);
+    }
+    let states = done.len().checked_sub(1).map(|last| study.journal.get(&states_key(last))).transpose()?.flatten();
+    let Some(states) = states else { return Ok(0) };
+    let n_done = done.len();
+    for (block_idx, pairs) in done.into_iter().enumerate() {
+        take(study, &study.compressed_in(block_idx, choices), pairs)?;
+    }
+    let mut first = states.arrays;
+    let second = first.split_off(walk.n_batches());
+    for (hidden, batches) in [(original, first), (shifted, second)] {
+        let before = std::mem::replace(hidden, walk.restore(batches)?);
+        walk.release(before);
+    }
+    Ok(n_done)
+}
+
+/// The pairs of a block's compressed linears, in their order.
+fn take(study: &mut Study<'_>, compressed: &[(usize, Choice)], piece: Piece) -> Result<()> {
+    let ranks: Vec<usize> = serde_json::from_value(piece.fields)?;
+    let mut linears: Vec<usize> = compressed.iter().map(|(i, _)| *i).collect();
+    linears.sort_unstable();
+    let mut arrays = piece.arrays.into_iter();
+    for (i, rank) in linears.into_iter().zip(ranks) {
+        let mut next = || arrays.next().context("a piece has too few arrays");
+        let (curve, b, a) = (next()?, next()?, next()?);
+        study.bases.replace(i, ErrorCurve::new(curve.f64s()), rank, (b, a))?;
     }
     Ok(())
 }

@@ -1,6 +1,6 @@
 //! What is found out about a model before anything is written: statistics, decompositions, sensitivities, ranks.
 
-use std::path::Path;
+use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::Result;
@@ -20,6 +20,7 @@ use crate::calibrate::{self, Header, Observation, Statistics, Windows};
 use crate::checkpoint::{Checkpoint, Fingerprint};
 use crate::error::Failure;
 use crate::formats::{Entry, Matrix, Module, Source};
+use crate::journal::Journal;
 use crate::linalg;
 use crate::model::inventory::{self, LinearInfo};
 use crate::model::{Decoder, Layout, WalkLimits};
@@ -67,6 +68,27 @@ impl Inputs {
         Ok(Self { windows, statistics })
     }
 
+    /// Measures the statistics that the method needs, where they are not read from a file.
+    ///
+    /// # Errors
+    /// The model cannot be run, a number is not finite, or the work folder refuses.
+    pub fn measure(
+        &mut self,
+        checkpoint: &Checkpoint,
+        recipe: &Recipe,
+        limits: &WalkLimits,
+        journal: &Journal,
+        progress: &dyn Progress,
+    ) -> Result<calibrate::Seconds> {
+        if !recipe.measures_statistics() {
+            return Ok(calibrate::Seconds::default());
+        }
+        let windows = self.windows.as_ref().expect("invariant: a recipe that needs a text has one");
+        let (statistics, seconds) = measure(checkpoint, recipe, windows, limits, journal, progress)?;
+        self.statistics = Some(statistics);
+        Ok(seconds)
+    }
+
     /// For the report.
     pub fn record(&self, recipe: &Recipe) -> Option<CalibrationRecord> {
         let own = self.windows.as_ref().map(|w| vec![w.part.clone()]);
@@ -100,6 +122,7 @@ pub(super) struct Study<'a> {
     /// A linear's cost to the model of a unit of squared error, before depth weights.
     pub sensitivities: Vec<f64>,
     pub timings: Timings,
+    pub journal: Journal,
 }
 
 impl<'a> Study<'a> {
@@ -113,17 +136,13 @@ impl<'a> Study<'a> {
         plan: &'a Plan,
         mut inputs: Inputs,
         memory_bytes: u64,
-        work_folder: &Path,
+        (work_folder, journal): (PathBuf, Journal),
         progress: &dyn Progress,
     ) -> Result<Self> {
         let mut timings = Timings::default();
-        let limits = WalkLimits::new(memory_bytes, work_folder.into());
-        if recipe.measures_statistics() {
-            let windows = inputs.windows.as_ref().expect("invariant: a recipe that needs a text has one");
-            let (statistics, seconds) = measure(checkpoint, recipe, windows, &limits, progress)?;
-            (timings.calibrate_forward, timings.calibrate_backward) = (seconds.forward, seconds.backward);
-            inputs.statistics = Some(statistics);
-        }
+        let limits = WalkLimits::new(memory_bytes, work_folder.clone());
+        let seconds = inputs.measure(checkpoint, recipe, &limits, &journal, progress)?;
+        (timings.calibrate_forward, timings.calibrate_backward) = (seconds.forward, seconds.backward);
         let started = Instant::now();
         let spectra = recipe.ranks.allocator().spectra();
         let max_ranks = max_ranks(recipe, plan);
@@ -133,14 +152,26 @@ impl<'a> Study<'a> {
             metrics: metrics(recipe, inputs.statistics.as_ref()),
             max_ranks: &max_ranks,
             with_plain: spectra == Spectra::Plain,
+            journal: &journal,
         };
-        let bases = decompose.run(Spool::new(limits.activation_bytes, work_folder.into()), progress)?;
+        let bases = decompose.run(Spool::new(limits.activation_bytes, work_folder.clone()), progress)?;
         timings.decompose = started.elapsed().as_secs_f64();
         let sensitivities = vec![1.0; plan.linears.len()];
-        let residuals = Residuals::new(plan.linears.len(), Spool::new(limits.activation_bytes, work_folder.into()));
+        let residuals = Residuals::new(plan.linears.len(), Spool::new(limits.activation_bytes, work_folder));
         let source = Source::new(checkpoint);
-        let mut study =
-            Self { checkpoint, recipe, plan, inputs, limits, bases, residuals, source, sensitivities, timings };
+        let mut study = Self {
+            checkpoint,
+            recipe,
+            plan,
+            inputs,
+            limits,
+            bases,
+            residuals,
+            source,
+            sensitivities,
+            timings,
+            journal,
+        };
         if !recipe.quant.is_empty() {
             let started = Instant::now();
             study.quantise(recipe.compensate, &|_| recipe.quant.clone(), progress)?;
@@ -168,7 +199,11 @@ impl<'a> Study<'a> {
     ) -> Result<()> {
         let (checkpoint, plan, rank) = (self.checkpoint, self.plan, self.recipe.compensate_rank);
         let metrics = metrics(self.recipe, self.inputs.statistics.as_ref());
-        Quantise { checkpoint, plan, metrics, compensate, rank }.run(&mut self.residuals, quants, progress)
+        Quantise { checkpoint, plan, metrics, compensate, rank, journal: &self.journal }.run(
+            &mut self.residuals,
+            quants,
+            progress,
+        )
     }
 
     /// What a choice makes of the `i`-th linear.
@@ -259,9 +294,7 @@ impl<'a> Study<'a> {
         }
         let variants: Vec<Vec<Choice>> = allocations.iter().map(|a| a.choices.clone()).collect();
         let windows = sensitivity::probe_windows(self);
-        let divergences =
-            self.diverge(windows, &self.limits.one_window(), &|n| 1..n, &variants, "depth weight", progress)?;
-        let kl: Vec<f64> = divergences.iter().map(|d| d.mean_kl()).collect();
+        let kl = self.mean_kl(windows, &variants, "depth weight", progress)?;
         let best = (0..kl.len()).reduce(|best, i| if kl[i] < kl[best] { i } else { best }).unwrap_or(0);
         tracing::info!("depth weight {} diverges least: {:.6}", gammas[best], kl[best]);
         Ok(allocations.swap_remove(best))
@@ -473,6 +506,11 @@ fn rules(recipe: &Recipe, items: &[Item<'_>], budget: Budget) -> Rules {
     Rules { floor: recipe.rank_floor, multiple: recipe.rank_multiple, ..rules }
 }
 
+/// The metric of every linear, once its statistics are there.
+pub(super) fn statistics_metrics<'a>(recipe: &Recipe, inputs: &'a Inputs) -> Metrics<'a> {
+    metrics(recipe, inputs.statistics.as_ref())
+}
+
 fn metrics<'a>(recipe: &Recipe, statistics: Option<&'a Statistics>) -> Metrics<'a> {
     Metrics {
         preset: recipe.method.preset(),
@@ -488,14 +526,14 @@ fn measure(
     recipe: &Recipe,
     windows: &Windows,
     limits: &WalkLimits,
+    journal: &Journal,
     progress: &dyn Progress,
 ) -> Result<(Statistics, calibrate::Seconds)> {
     let decoder = Decoder::open(checkpoint)?;
     let observation = Observation { needs: recipe.needs(), clip_gradients: recipe.clip_gradients };
     let header = Header::new(Fingerprint::new(), observation, vec![windows.part.clone()]);
     let mut statistics = Statistics::new(header, limits.activation_bytes, &limits.work_folder);
-    let seconds = calibrate::observe(&decoder, &windows.windows, observation, limits, progress, &mut |block, sums| {
-        statistics.keep(block, sums)
-    })?;
+    let keep = &mut |sums| statistics.keep(sums);
+    let seconds = calibrate::observe(&decoder, &windows.windows, observation, limits, journal, progress, keep)?;
     Ok((statistics, seconds))
 }

@@ -11,6 +11,7 @@ use super::study::{Inputs, Study};
 use crate::checkpoint::Checkpoint;
 use crate::error::Failure;
 use crate::eval::{EvalSettings, Prepared};
+use crate::journal::Journal;
 use crate::progress::Progress;
 use crate::report::{LRC_VERSION, SCHEMA_VERSION, SweepPoint, SweepReport, peak_memory_bytes};
 
@@ -40,14 +41,15 @@ pub fn sweep(settings: &SweepSettings<'_>, progress: &dyn Progress) -> Result<Sw
     let prepared = Prepared::new(checkpoint, &settings.eval)?;
     let work = tempfile::tempdir()?;
     let memory = settings.eval.memory_bytes;
-    let mut study = Study::run(checkpoint, recipe, &plan, inputs, memory, work.path(), progress)?;
+    let mut study =
+        Study::run(checkpoint, recipe, &plan, inputs, memory, (work.path().into(), Journal::default()), progress)?;
     let allocating = Instant::now();
     let allocate = |&keep: &f64| Ok(study.allocate(Budget::Keep(keep), progress)?.choices);
     let choices = keeps.iter().map(allocate).collect::<Result<Vec<_>>>()?;
     study.timings.allocate += allocating.elapsed().as_secs_f64();
     let evaluating = Instant::now();
     let divergences =
-        study.diverge(&prepared.windows, &study.limits, &|n| prepared.scored(n), &choices, "evaluate", progress)?;
+        study.diverge(&prepared.windows, &study.limits, &prepared.scored, &choices, "evaluate", progress)?;
     let evaluate_seconds = evaluating.elapsed().as_secs_f64();
     let mut points = Vec::new();
     for ((&keep, choices), divergence) in keeps.iter().zip(&choices).zip(&divergences) {

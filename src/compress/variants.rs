@@ -1,7 +1,6 @@
 //! Models with some linears replaced, run beside the original: all of them in one walk, so that weights are read once.
 
 use std::collections::HashMap;
-use std::ops::Range;
 
 use anyhow::Result;
 use candle_core::{Device, Tensor};
@@ -11,13 +10,13 @@ use super::allocate::Choice;
 use super::study::Study;
 use crate::eval::divergence::{self, Divergence};
 use crate::formats::{Format, Parts};
+use crate::journal::Array;
 use crate::model::linear::{BASE, LR_A, LR_B, LR_COEFFICIENTS, LR_ORDER, LR_PIVOT};
-use crate::model::{Decoder, Hidden, Overlay, Walk, WalkLimits};
+use crate::model::{Decoder, Hidden, Overlay, Scored, Walk, WalkLimits};
 use crate::progress::Progress;
 
 impl Study<'_> {
-    /// How far each of `variants` (choices, one a linear) is from the original over `windows`, at the tokens of `scored`
-    /// positions. A variant shares the original's states until its first compressed block.
+    /// How far each of `variants` (choices, one a linear) is from the original over `windows`, at their `scored` tokens. A variant shares the original's states until its first compressed block.
     ///
     /// # Errors
     /// The model cannot be run, a logit is not finite, or the work folder refuses.
@@ -25,7 +24,7 @@ impl Study<'_> {
         &self,
         windows: &[Vec<u32>],
         limits: &WalkLimits,
-        scored: &dyn Fn(usize) -> Range<usize>,
+        scored: &[Scored],
         variants: &[Vec<Choice>],
         verb: &str,
         progress: &dyn Progress,
@@ -64,17 +63,37 @@ impl Study<'_> {
         let all: Vec<&Hidden> =
             std::iter::once(&original).chain(streams.iter().map(|s| s.as_ref().unwrap_or(&original))).collect();
         let mut divergences: Vec<Divergence> = variants.iter().map(|_| Divergence::default()).collect();
+        let mut scored = scored.iter();
         walk.for_each_window(&all, |window, states| {
-            let range = scored(window.len());
-            let rows = |x: &Tensor| Ok::<_, anyhow::Error>(x.narrow(0, range.start - 1, range.len())?);
-            let reference = rows(&states[0])?;
+            let scored = scored.next().expect("invariant: every window has its scored tokens");
+            let reference = scored.rows(&states[0])?;
             for (divergence, x) in divergences.iter_mut().zip(&states[1..]) {
-                divergence.extend(divergence::compare(&head, &reference, &head, &rows(x)?, &window[range.clone()])?);
+                divergence.extend(divergence::compare(&head, &reference, &head, &scored.rows(x)?, &scored.tokens)?);
             }
             stage.advance(window.len() as u64);
             Ok(())
         })?;
         Ok(divergences)
+    }
+
+    /// Mean KL(original ‖ variant) in nats at every token of `windows` that has context, one window at a time.
+    ///
+    /// # Errors
+    /// As [`Self::diverge`].
+    pub fn mean_kl(
+        &self,
+        windows: &[Vec<u32>],
+        variants: &[Vec<Choice>],
+        verb: &str,
+        progress: &dyn Progress,
+    ) -> Result<Vec<f64>> {
+        let piece = self.journal.piece(&verb.replace(' ', "-"), || {
+            let scored = Scored::all_but_first(windows);
+            let found = self.diverge(windows, &self.limits.one_window(), &scored, variants, verb, progress)?;
+            let kl: Vec<f64> = found.iter().map(Divergence::mean_kl).collect();
+            Ok((serde_json::Value::Null, vec![Array::bits(&kl)]))
+        })?;
+        Ok(piece.arrays[0].f64s())
     }
 
     /// The compressed linears of a block with what becomes of them.

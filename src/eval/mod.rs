@@ -12,11 +12,11 @@ use anyhow::Result;
 use crate::checkpoint::Checkpoint;
 use crate::error::Failure;
 use crate::model::config::window_length;
-use crate::model::{Decoder, Walk, WalkLimits};
+use crate::model::{Decoder, Scored, Walk, WalkLimits};
 use crate::progress::Progress;
 use crate::report::{LRC_VERSION, PerplexityReport, SCHEMA_VERSION, peak_memory_bytes};
-use crate::text::{Bos, Text, Tokenizer, Tokens};
-use conventions::{Convention, Rules};
+use crate::text::{Bos, Text, Tokenizer};
+use conventions::{Convention, Lengths, Rules, Unit, Window};
 use divergence::Divergence;
 
 /// What is measured.
@@ -25,21 +25,34 @@ pub struct EvalSettings {
     /// The model as the user named it.
     pub model: String,
     pub text: PathBuf,
+    /// Of the documents of a `.jsonl` or `.parquet` file.
+    pub field: String,
     pub convention: Convention,
     /// Window length; the convention's by default, capped by the model's context.
     pub seq_len: Option<usize>,
+    /// Between the beginnings of windows that overlap.
+    pub stride: Option<usize>,
     pub max_windows: Option<usize>,
     pub bos: Bos,
     pub memory_bytes: u64,
 }
 
+/// Distance of overlapping windows where the user names none, as in transformers' guide; half a window if that is less.
+const DEFAULT_STRIDE: usize = 512;
+
 /// A text cut into windows, by the rules of a convention.
 pub struct Prepared {
+    /// What goes through the model.
     pub windows: Vec<Vec<u32>>,
+    pub scored: Vec<Scored>,
     pub seq_len: usize,
     pub text: Text,
     rules: &'static dyn Rules,
-    tokens: Tokens,
+    stride: Option<usize>,
+    total_tokens: usize,
+    /// Bytes and words of the text that the scored tokens stand for.
+    n_bytes: usize,
+    n_words: usize,
     bos_added: bool,
     tokenizer_sha256: String,
 }
@@ -48,32 +61,105 @@ impl Prepared {
     /// # Errors
     /// The text or the tokenizer is broken, or the text is too short.
     pub fn new(checkpoint: &Checkpoint, settings: &EvalSettings) -> Result<Self> {
-        let tokenizer = Tokenizer::open(checkpoint.root())?;
-        let text = Text::read(&settings.text)?;
-        let tokens = tokenizer.encode(&text.content, settings.bos)?;
         let rules = settings.convention.rules();
-        let seq_len = window_length(checkpoint, settings.seq_len, rules.default_seq_len());
-        if rules.scored(seq_len).is_empty() {
-            return Err(Failure::usage(format!("`--seq-len {seq_len}` leaves no token to score")).into());
+        if settings.stride.is_some() && !rules.takes_stride() {
+            let message = format!("`--stride` is nothing in the convention `{}`", rules.name());
+            return Err(Failure::usage(message).hint("`--convention hf-strided` has windows that overlap").into());
+        }
+        let tokenizer = Tokenizer::open(checkpoint.root())?;
+        let text = Text::read(&settings.text, &settings.field)?;
+        let seq_len = window_length(checkpoint, settings.seq_len, rules.default_seq_len().unwrap_or(usize::MAX));
+        let stride = settings.stride.unwrap_or(DEFAULT_STRIDE.min(seq_len / 2).max(1));
+        if stride > seq_len {
+            let message = format!("a stride of {stride} leaves out what lies between windows of {seq_len}");
+            return Err(Failure::usage(message).hint("give a `--stride` of at most `--seq-len`").into());
         }
         let bos = tokenizer.bos().filter(|_| settings.bos == Bos::Auto);
-        let mut windows = rules.windows(&tokens, seq_len, bos);
-        windows.truncate(settings.max_windows.unwrap_or(usize::MAX));
+        let Cut { windows, total_tokens, n_bytes, n_words } =
+            cut(rules, &text, &tokenizer, settings, (seq_len, stride))?;
         if windows.is_empty() {
-            return Err(text.too_short(&tokens, seq_len).into());
+            return Err(text.too_short(total_tokens, seq_len).into());
         }
-        let (bos_added, tokenizer_sha256) = (bos.is_some(), tokenizer.sha256);
-        Ok(Self { windows, seq_len, text, rules, tokens, bos_added, tokenizer_sha256 })
-    }
-
-    /// Positions of a window of `n_tokens` whose tokens are scored.
-    pub fn scored(&self, n_tokens: usize) -> Range<usize> {
-        self.rules.scored(n_tokens)
+        let scored = |window: &Window| Scored {
+            places: window.scored.clone(),
+            tokens: window.ids[window.scored.clone()].to_vec(),
+        };
+        let scored = windows.iter().map(scored).collect();
+        // The last token of a window may be foretold without being read.
+        let read = |mut window: Window| {
+            window.ids.truncate(seq_len);
+            window.ids
+        };
+        let windows: Vec<Vec<u32>> = windows.into_iter().map(read).collect();
+        Ok(Self {
+            windows,
+            scored,
+            seq_len,
+            text,
+            rules,
+            stride: rules.takes_stride().then_some(stride),
+            total_tokens,
+            n_bytes,
+            n_words,
+            bos_added: bos.is_some(),
+            tokenizer_sha256: tokenizer.sha256,
+        })
     }
 
     pub fn convention(&self) -> &'static str {
         self.rules.name()
     }
+}
+
+/// Windows, and what their scored tokens stand for.
+#[derive(Default)]
+struct Cut {
+    windows: Vec<Window>,
+    total_tokens: usize,
+    n_bytes: usize,
+    n_words: usize,
+}
+
+fn cut(
+    rules: &dyn Rules,
+    text: &Text,
+    tokenizer: &Tokenizer,
+    settings: &EvalSettings,
+    (seq_len, stride): (usize, usize),
+) -> Result<Cut> {
+    let bos = tokenizer.bos().filter(|_| settings.bos == Bos::Auto);
+    let most = settings.max_windows.unwrap_or(usize::MAX);
+    let streams = if rules.is_by_document() { text.documents.clone() } else { vec![text.joined()] };
+    let mut cut = Cut::default();
+    for stream in &streams {
+        let tokens = tokenizer.encode(stream, settings.bos)?;
+        cut.total_tokens += tokens.ids.len();
+        let windows = rules.windows(&tokens, Lengths { seq_len, stride }, bos, tokenizer.boundary());
+        let scoring = windows.into_iter().filter(|window| !window.scored.is_empty());
+        for window in scoring.take(most - cut.windows.len()) {
+            cut.n_bytes += window.bytes.len();
+            cut.n_words += words_in(stream, &window.bytes);
+            cut.windows.push(window);
+        }
+    }
+    Ok(cut)
+}
+
+/// Words that begin in a run of bytes of a text: the pieces between runs of white space, of which there is one even if it is
+/// empty, as Python's `re.split(r"\s+", text)` has it.
+fn words_in(text: &str, bytes: &Range<usize>) -> usize {
+    // Python's \s has the separators 0x1c to 0x1f besides what Unicode calls white space.
+    let is_space = |c: char| c.is_whitespace() || ('\u{1c}'..='\u{1f}').contains(&c);
+    // Bytes of a token may end inside of a character: it belongs to where it begins.
+    let (start, end) = (text.ceil_char_boundary(bytes.start), text.ceil_char_boundary(bytes.end));
+    let before = text[..start].chars().next_back();
+    let mut is_in_break = before.is_some_and(is_space);
+    let mut n_words = usize::from(bytes.start == 0 && end > 0);
+    for c in text[start..end.max(start)].chars() {
+        n_words += usize::from(is_space(c) && !is_in_break);
+        is_in_break = is_space(c);
+    }
+    n_words
 }
 
 /// A model to compare with, and its name.
@@ -98,10 +184,10 @@ pub fn perplexity(
     let reference_decoder = reference.map(|r| Decoder::open(r.checkpoint)).transpose()?;
     let prepared = Prepared::new(checkpoint, settings)?;
     if let Some(reference) = reference {
-        expect_same_tokens(reference, &prepared)?;
+        expect_same_tokens(reference, checkpoint, &prepared.text)?;
     }
     let windows = &prepared.windows;
-    let n_tokens = windows.len() * prepared.seq_len;
+    let n_tokens: usize = windows.iter().map(Vec::len).sum();
     let decoders: Vec<&Decoder<'_>> = std::iter::once(&decoder).chain(&reference_decoder).collect();
     let n_steps: usize = decoders.iter().map(|d| d.n_blocks() + 1).sum();
     let stage = progress.stage("evaluate", (n_tokens * n_steps) as u64, "tokens");
@@ -118,20 +204,17 @@ pub fn perplexity(
         walks.push((walk, hidden));
     }
     stage.note("head");
-    let scored = |n_tokens: usize| prepared.scored(n_tokens);
     let (mut walk, hidden) = walks.remove(0);
-    let nlls: Vec<f64> = walk.score(&hidden, &decoder, &scored, stage.as_ref())?.concat();
+    let nlls: Vec<f64> = walk.score(&hidden, &decoder, &prepared.scored, stage.as_ref())?.concat();
     let divergence = match (reference, &reference_decoder, walks.pop()) {
         (Some(reference), Some(reference_decoder), Some((mut reference_walk, reference_hidden))) => {
             let (head, reference_head) = (decoder.head()?, reference_decoder.head()?);
             let mut divergence = Divergence::default();
-            for (i, window) in windows.iter().enumerate() {
-                let range = scored(window.len());
-                let x = walk.window(&hidden, i)?.narrow(0, range.start - 1, range.len())?;
-                let reference_x =
-                    reference_walk.window(&reference_hidden, i)?.narrow(0, range.start - 1, range.len())?;
-                divergence.extend(divergence::compare(&reference_head, &reference_x, &head, &x, &window[range])?);
-                stage.advance(window.len() as u64);
+            for (i, scored) in prepared.scored.iter().enumerate() {
+                let x = scored.rows(&walk.window(&hidden, i)?)?;
+                let reference_x = scored.rows(&reference_walk.window(&reference_hidden, i)?)?;
+                divergence.extend(divergence::compare(&reference_head, &reference_x, &head, &x, &scored.tokens)?);
+                stage.advance(windows[i].len() as u64);
             }
             Some(divergence.record(reference.name))
         }
@@ -140,22 +223,32 @@ pub fn perplexity(
 
     let elapsed_seconds = started.elapsed().as_secs_f64();
     let mean = mean(&nlls);
-    let ppl = mean.exp();
     let nll_sum: f64 = nlls.iter().sum();
-    let bytes = bytes_scored(&prepared.tokens, prepared.seq_len, windows.len(), scored(prepared.seq_len));
+    // Of one unit of the convention: a token, or a word.
+    let n_units = match prepared.rules.unit() {
+        Unit::Token => nlls.len(),
+        Unit::Word => prepared.n_words,
+    };
+    let per_unit = nlls.len() as f64 / n_units as f64;
+    let ppl = (mean * per_unit).exp();
     Ok(PerplexityReport {
         schema_version: SCHEMA_VERSION,
         lrc_version: LRC_VERSION.into(),
         model: settings.model.clone(),
         convention: prepared.convention().into(),
         ppl,
-        ppl_standard_error: ppl * standard_error(&nlls, mean),
+        ppl_standard_error: ppl * per_unit * standard_error(&nlls, mean),
         nll_sum,
-        bits_per_byte: nll_sum / std::f64::consts::LN_2 / bytes as f64,
+        token_ppl: mean.exp(),
+        bits_per_byte: nll_sum / std::f64::consts::LN_2 / prepared.n_bytes as f64,
         scored_tokens: nlls.len() as u64,
+        scored_words: prepared.n_words as u64,
+        scored_bytes: prepared.n_bytes as u64,
         windows: windows.len(),
         seq_len: prepared.seq_len,
-        total_tokens: prepared.tokens.ids.len(),
+        stride: prepared.stride,
+        documents: prepared.text.documents.len(),
+        total_tokens: prepared.total_tokens,
         bos: if settings.bos == Bos::Auto { "auto" } else { "never" }.into(),
         bos_added: prepared.bos_added,
         compute_dtype: "f32".into(),
@@ -172,14 +265,18 @@ pub fn perplexity(
 }
 
 /// Both models must read the text as the same tokens.
-fn expect_same_tokens(reference: &Reference<'_>, prepared: &Prepared) -> Result<()> {
-    let tokens = Tokenizer::open(reference.checkpoint.root())?.encode(&prepared.text.content, Bos::Never)?;
-    let own = &prepared.tokens.ids;
-    if own.ends_with(&tokens.ids) {
+fn expect_same_tokens(reference: &Reference<'_>, checkpoint: &Checkpoint, text: &Text) -> Result<()> {
+    let (own, other) = (Tokenizer::open(checkpoint.root())?, Tokenizer::open(reference.checkpoint.root())?);
+    if own.sha256 == other.sha256 {
         return Ok(());
     }
-    let message = format!("`{}` cuts the text into other tokens than the model", reference.name);
-    Err(Failure::unsupported(message).hint("a reference must share its model's tokenizer").into())
+    for document in &text.documents {
+        if own.encode(document, Bos::Never)?.ids != other.encode(document, Bos::Never)?.ids {
+            let message = format!("`{}` cuts the text into other tokens than the model", reference.name);
+            return Err(Failure::unsupported(message).hint("a reference must share its model's tokenizer").into());
+        }
+    }
+    Ok(())
 }
 
 fn mean(values: &[f64]) -> f64 {
@@ -191,16 +288,6 @@ fn standard_error(values: &[f64], mean: f64) -> f64 {
     let n = values.len() as f64;
     let variance = values.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / n;
     if n > 1.0 { (variance / (n - 1.0)).sqrt() } else { 0.0 }
-}
-
-/// Bytes of the text that the scored tokens stand for.
-fn bytes_scored(tokens: &Tokens, seq_len: usize, n_windows: usize, scored: Range<usize>) -> usize {
-    (0..n_windows)
-        .map(|w| {
-            let at = |position: usize| tokens.bytes_covered[w * seq_len + position];
-            at(scored.end - 1) - at(scored.start - 1)
-        })
-        .sum()
 }
 
 #[cfg(test)]
@@ -216,9 +303,13 @@ mod tests {
     }
 
     #[test]
-    fn scored_bytes_are_those_of_scored_tokens() {
-        let tokens = Tokens { ids: vec![0; 6], bytes_covered: vec![0, 2, 5, 6, 6, 10] };
-        // Windows [0, 2, 5] and [6, 6, 10]: tokens 1 and 2 of each are scored.
-        assert_eq!(bytes_scored(&tokens, 3, 2, 1..3), 5 + 4);
+    fn words_are_counted_as_python_splits() {
+        for (text, expected) in [("a b", 2), (" a  b\n", 4), ("", 0), ("a\u{a0}b\u{1c}", 3), ("one", 1)] {
+            assert_eq!(words_in(text, &(0..text.len())), expected, "{text:?}");
+            // Wherever it is cut.
+            for at in 1..text.len() {
+                assert_eq!(words_in(text, &(0..at)) + words_in(text, &(at..text.len())), expected, "{text:?} at {at}");
+            }
+        }
     }
 }

@@ -7,9 +7,7 @@ use anyhow::Result;
 use super::{Container, Entry, Exporter, Format, NamedBytes, OutTensor, Source, Target};
 use crate::checkpoint::encoded::{ADAPTER_FILE, ADAPTER_FOLDER};
 use crate::checkpoint::gguf::{self, GgufTensor, GgufWriter};
-use crate::checkpoint::{
-    CONFIG_FILE, CheckpointError, OutputFolder, SINGLE_FILE, SafetensorsWriter, TensorSpec, io, writer_bytes,
-};
+use crate::checkpoint::{CONFIG_FILE, CheckpointError, OutputFolder, SafetensorsWriter, TensorSpec, io, writer_bytes};
 use crate::error::Failure;
 use crate::model::inventory::LinearInfo;
 
@@ -160,6 +158,13 @@ impl Writer {
         }
     }
 
+    fn skip(&mut self, name: &str) {
+        match self {
+            Self::Safetensors(writer) => writer.skip(name),
+            Self::Gguf(writer) => writer.skip(name),
+        }
+    }
+
     fn finish(self) -> Result<(), CheckpointError> {
         match self {
             Self::Safetensors(writer) => writer.finish().map(|_| ()),
@@ -175,12 +180,12 @@ impl<'a> Output<'a> {
         folder.require_space(files.file_bytes())?;
         let (model, adapter) = match &files.container {
             Container::Safetensors => {
-                let model =
-                    SafetensorsWriter::create(folder.path(), &files.specs(Target::Model), files.max_shard_bytes)?;
+                let specs = files.specs(Target::Model);
+                let model = SafetensorsWriter::create(&folder.path(), &specs, files.max_shard_bytes)?;
                 let adapter = folder.path().join(ADAPTER_FOLDER);
                 let adapter = files.has_adapter().then(|| -> Result<_, CheckpointError> {
-                    std::fs::create_dir(&adapter).map_err(io("create", &adapter))?;
-                    SafetensorsWriter::create(&adapter, &files.specs(Target::Adapter), u64::MAX)
+                    std::fs::create_dir_all(&adapter).map_err(io("create", &adapter))?;
+                    SafetensorsWriter::create_named(&adapter, ADAPTER_FILE, &files.specs(Target::Adapter), u64::MAX)
                 });
                 (Writer::Safetensors(model), adapter.transpose()?.map(Writer::Safetensors))
             }
@@ -209,6 +214,16 @@ impl<'a> Output<'a> {
         tensors.iter().try_for_each(|tensor| self.write(tensor.target, &tensor.name, &tensor.bytes))
     }
 
+    /// Takes the tensors of a compressed linear for written: an earlier run wrote them into the same files.
+    pub fn skip(&mut self, linear: &LinearInfo, entry: &Entry) {
+        for tensor in self.files.exporter.tensors(linear, entry) {
+            match tensor.target {
+                Target::Model => self.model.skip(&tensor.name),
+                Target::Adapter => self.adapter.as_mut().expect("invariant: an adapter was planned").skip(&tensor.name),
+            }
+        }
+    }
+
     fn write(&mut self, target: Target, name: &str, bytes: &[u8]) -> Result<(), CheckpointError> {
         match target {
             Target::Model => self.model.write(name, bytes),
@@ -234,14 +249,9 @@ impl<'a> Output<'a> {
                 Origin::Extra(bytes) => self.write(target, &name, &bytes)?,
             }
         }
-        let is_safetensors = self.files.container == Container::Safetensors;
         self.model.finish()?;
         if let Some(adapter) = self.adapter {
             adapter.finish()?;
-            if is_safetensors {
-                let path = folder.path().join(ADAPTER_FOLDER);
-                std::fs::rename(path.join(SINGLE_FILE), path.join(ADAPTER_FILE)).map_err(io("rename", &path))?;
-            }
         }
         for file in source.checkpoint.side_files()? {
             if !leave.iter().any(|name| file.ends_with(name)) {

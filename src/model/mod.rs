@@ -23,5 +23,5 @@ pub use layout::Layout;
 pub use linear::{GradientTap, Linear};
 pub use ops::Kernels;
 pub use softmax::{RowDivergence, row_divergence};
-pub use walk::{Hidden, Walk, WalkLimits};
+pub use walk::{Hidden, Scored, Walk, WalkLimits};
 pub use weights::{Overlay, Weights};

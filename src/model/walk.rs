@@ -11,6 +11,7 @@ use super::attention::Rope;
 use super::block::{Block, Observer};
 use super::config::ModelConfig;
 use super::decoder::{Decoder, embed};
+use crate::journal::{Array, Journal};
 use crate::progress::Stage;
 use crate::spool::{Spool, Spooled};
 
@@ -58,6 +59,29 @@ pub struct Walk<'a> {
 /// The hidden states of all windows at one place of the model, a batch (batch, n_tokens, hidden_size) after another.
 #[derive(Debug)]
 pub struct Hidden(Vec<Spooled>);
+
+/// The tokens of a window that are scored.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Scored {
+    /// Their places in the window, none of them 0; the state before each foretells it. The last may be one past the window.
+    pub places: Range<usize>,
+    pub tokens: Vec<u32>,
+}
+
+impl Scored {
+    /// Everything that has context, in each of `windows`.
+    pub fn all_but_first(windows: &[Vec<u32>]) -> Vec<Self> {
+        windows.iter().map(|ids| Self { places: 1..ids.len(), tokens: ids[1..].to_vec() }).collect()
+    }
+
+    /// The states (n_scored, hidden_size) that foretell them, of those of a window.
+    ///
+    /// # Errors
+    /// The window is too short.
+    pub fn rows(&self, states: &Tensor) -> Result<Tensor> {
+        Ok(states.narrow(0, self.places.start - 1, self.places.len())?)
+    }
+}
 
 impl<'a> Walk<'a> {
     /// Prepares for `windows`; [`Self::embed`] sets out.
@@ -223,13 +247,43 @@ impl<'a> Walk<'a> {
         Ok(Hidden(copies.collect::<Result<_>>()?))
     }
 
+    /// The states of an earlier walk over the same windows in the same batches.
+    ///
+    /// # Errors
+    /// The work folder refuses.
+    pub(crate) fn restore(&mut self, batches: Vec<Array>) -> Result<Hidden> {
+        anyhow::ensure!(batches.len() == self.batches.len(), "invariant: a walk is gone on with in the same batches");
+        Ok(Hidden(batches.into_iter().map(|batch| self.spool.push_array(batch)).collect::<Result<_>>()?))
+    }
+
+    /// The values of states, batch after batch.
+    ///
+    /// # Errors
+    /// The work folder refuses.
+    pub(crate) fn arrays(&mut self, hidden: &Hidden) -> Result<Vec<Vec<f32>>> {
+        hidden.0.iter().map(|array| self.spool.get(array)).collect()
+    }
+
+    /// Keeps states in a journal, under `key`.
+    ///
+    /// # Errors
+    /// A disk refuses.
+    pub(crate) fn settle(&mut self, hidden: Hidden, journal: &Journal, key: &str) -> Result<Hidden> {
+        if !journal.keeps() {
+            return Ok(hidden);
+        }
+        let batches = self.arrays(&hidden)?;
+        self.release(hidden);
+        let piece = journal.put(key, serde_json::Value::Null, batches)?;
+        self.restore(piece.arrays)
+    }
+
     /// Gives the place of states back.
     pub fn release(&mut self, hidden: Hidden) {
         hidden.0.into_iter().for_each(|array| self.spool.release(array));
     }
 
-    /// Negative log-likelihoods of the tokens at `scored` positions of each window, a list a window. Position 0 has
-    /// no context and cannot be scored.
+    /// Negative log-likelihoods of the `scored` tokens of each window, a list a window.
     ///
     /// # Errors
     /// A logit is not finite.
@@ -237,15 +291,14 @@ impl<'a> Walk<'a> {
         &mut self,
         hidden: &Hidden,
         decoder: &Decoder<'_>,
-        scored: &dyn Fn(usize) -> Range<usize>,
+        scored: &[Scored],
         progress: &dyn Stage,
     ) -> Result<Vec<Vec<f64>>> {
         let head = decoder.head()?;
         let mut nlls = Vec::with_capacity(self.windows.len());
         self.for_each_window(&[hidden], |window, states| {
-            let range = scored(window.len());
-            let rows = states[0].narrow(0, range.start - 1, range.len())?; // (n_scored, hidden_size)
-            nlls.push(head.negative_log_likelihoods(&rows, &window[range])?);
+            let scored = &scored[nlls.len()];
+            nlls.push(head.negative_log_likelihoods(&scored.rows(&states[0])?, &scored.tokens)?);
             progress.advance(window.len() as u64);
             Ok(())
         })?;

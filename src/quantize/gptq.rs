@@ -8,6 +8,7 @@
 use faer::linalg::matmul::matmul;
 use faer::{Accum, Mat, MatMut, MatRef, Par};
 use pulp::Arch;
+use serde::{Deserialize, Serialize};
 
 use super::grouped::{Grouped, Scale, Scheme, grids};
 use crate::linalg;
@@ -19,7 +20,8 @@ pub const DAMPING: f64 = 0.01;
 const BLOCK: usize = 128;
 
 /// Why the result is that of rounding.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Fallback {
     /// The damped Gram is not positive definite.
     NotDefinite,

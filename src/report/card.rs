@@ -56,6 +56,6 @@ pub fn render_export(report: &ExportReport, loading: &str) -> String {
 }
 
 /// The last part of a path or hub id: a card should not tell where its author keeps files.
-fn title(source: &str) -> &str {
+pub(super) fn title(source: &str) -> &str {
     source.trim_end_matches('/').rsplit('/').next().unwrap_or(source)
 }

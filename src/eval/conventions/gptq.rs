@@ -1,9 +1,7 @@
 //! GPTQ's: one stream, disjoint windows of 2048, tail dropped, no BOS per window, all tokens but the first of a window
 //! scored. All windows have one length, so the mean over windows is the mean over tokens. Frantar et al. 2022.
 
-use std::ops::Range;
-
-use super::{Rules, Tokens};
+use super::{Lengths, Rules, Tokens, Window};
 
 pub(super) struct Gptq;
 
@@ -12,15 +10,11 @@ impl Rules for Gptq {
         "gptq"
     }
 
-    fn default_seq_len(&self) -> usize {
-        2048
+    fn default_seq_len(&self) -> Option<usize> {
+        Some(2048)
     }
 
-    fn windows(&self, tokens: &Tokens, seq_len: usize, _: Option<u32>) -> Vec<Vec<u32>> {
-        tokens.disjoint(seq_len)
-    }
-
-    fn scored(&self, seq_len: usize) -> Range<usize> {
-        1..seq_len
+    fn windows(&self, tokens: &Tokens, lengths: Lengths, _: Option<u32>, _: Option<u32>) -> Vec<Window> {
+        tokens.disjoint_from(lengths.seq_len, 1)
     }
 }

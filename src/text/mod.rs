@@ -1,4 +1,6 @@
-//! Text to tokens: a model's own tokenizer over one file, and windows cut from the stream.
+//! Text to tokens: a model's own tokenizer over the documents of a file, and windows cut from the stream.
+
+mod documents;
 
 use std::path::{Path, PathBuf};
 
@@ -7,16 +9,22 @@ use clap::ValueEnum;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
+use serde_json::Value;
 
-use crate::checkpoint::{hex, sha256_file};
-use crate::error::{ExitClass, Failure};
+use crate::checkpoint::sha256_file;
+use crate::error::Failure;
+pub use documents::DEFAULT_FIELD;
+
+/// What separates documents that are read as one stream, as GPTQ's scripts join WikiText.
+const BETWEEN_DOCUMENTS: &str = "\n\n";
 
 /// A text file.
 #[derive(Debug, Clone)]
 pub struct Text {
     pub path: PathBuf,
-    pub content: String,
+    /// At least one, none empty.
+    pub documents: Vec<String>,
+    /// Of the file.
     pub sha256: String,
 }
 
@@ -37,6 +45,8 @@ pub struct Tokenizer {
     pub sha256: String,
     /// What the tokenizer puts in front of a sequence.
     prefix: Vec<u32>,
+    /// Its token for the beginning of a text, or else for the end of one, whether it adds it or not.
+    boundary: Option<u32>,
 }
 
 /// A token stream.
@@ -49,29 +59,26 @@ pub struct Tokens {
 
 impl Text {
     /// The error of a text whose tokens do not fill one window.
-    pub fn too_short(&self, tokens: &Tokens, seq_len: usize) -> Failure {
-        let message = format!("`{}` has {} tokens, a window needs {seq_len}", self.path.display(), tokens.ids.len());
+    pub fn too_short(&self, n_tokens: usize, seq_len: usize) -> Failure {
+        let message = format!("`{}` has {} tokens, a window needs {seq_len}", self.path.display(), n_tokens);
         Failure::unsupported(message).hint("give more text, or a smaller `--seq-len`")
     }
 
-    /// Reads a UTF-8 file.
+    /// All documents as one stream.
+    pub fn joined(&self) -> String {
+        self.documents.join(BETWEEN_DOCUMENTS)
+    }
+
+    /// Reads a UTF-8 file, or the field `field` of each row of a `.jsonl` or `.parquet` file.
     ///
     /// # Errors
-    /// It cannot be read, is not UTF-8, or is empty.
-    pub fn read(path: &Path) -> Result<Self> {
-        let bytes = std::fs::read(path).map_err(|e| {
-            let class = if e.kind() == std::io::ErrorKind::NotFound { ExitClass::Usage } else { ExitClass::Resources };
-            Failure::new(class, format!("cannot read text file `{}`: {e}", path.display()))
-        })?;
-        let sha256 = hex(&Sha256::digest(&bytes));
-        let content = String::from_utf8(bytes).map_err(|e| {
-            Failure::unsupported(format!("`{}` is not UTF-8 (byte {})", path.display(), e.utf8_error().valid_up_to()))
-                .hint("give a plain text file")
-        })?;
-        if content.is_empty() {
+    /// It cannot be read, is not what it says, or is empty.
+    pub fn read(path: &Path, field: &str) -> Result<Self> {
+        let documents = documents::read(path, field)?;
+        if documents.is_empty() {
             return Err(Failure::unsupported(format!("text file `{}` is empty", path.display())).into());
         }
-        Ok(Self { path: path.into(), content, sha256 })
+        Ok(Self { path: path.into(), documents, sha256: sha256_file(path)? })
     }
 }
 
@@ -93,7 +100,13 @@ impl Tokenizer {
         inner.with_padding(None).with_truncation(None).map_err(unusable)?;
         let sha256 = sha256_file(&path)?;
         let prefix = added_prefix(&inner)?;
-        Ok(Self { inner, sha256, prefix })
+        let boundary = boundary(model, &inner);
+        Ok(Self { inner, sha256, prefix, boundary })
+    }
+
+    /// The token that stands for the beginning of a text, or else for the end of one, whether the tokenizer adds it or not.
+    pub fn boundary(&self) -> Option<u32> {
+        self.boundary.or(self.bos())
     }
 
     /// The token that the tokenizer puts in front of a sequence, if it does.
@@ -118,6 +131,24 @@ impl Tokenizer {
         }
         Ok(Tokens { ids, bytes_covered })
     }
+}
+
+/// `bos_token`, else `eos_token`, of `tokenizer_config.json`; where neither is named, the ids of `config.json`.
+fn boundary(model: &Path, tokenizer: &tokenizers::Tokenizer) -> Option<u32> {
+    let json = |name: &str| -> Option<Value> { serde_json::from_slice(&std::fs::read(model.join(name)).ok()?).ok() };
+    let named = |fields: &Value, key: &str| {
+        let token = fields.get(key)?;
+        let text = token.get("content").unwrap_or(token).as_str()?;
+        tokenizer.token_to_id(text)
+    };
+    let numbered = |fields: &Value, key: &str| {
+        let id = fields.get(key)?;
+        u32::try_from(id.get(0).unwrap_or(id).as_u64()?).ok()
+    };
+    let from_tokenizer = json("tokenizer_config.json").and_then(|f| named(&f, "bos_token").or(named(&f, "eos_token")));
+    from_tokenizer.or_else(|| {
+        json("config.json").and_then(|f| numbered(&f, "bos_token_id").or_else(|| numbered(&f, "eos_token_id")))
+    })
 }
 
 fn added_prefix(tokenizer: &tokenizers::Tokenizer) -> Result<Vec<u32>> {

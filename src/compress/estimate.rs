@@ -1,0 +1,120 @@
+//! How long a job will take: the operations that it needs, over the speed at which this machine did a few of each kind just now.
+//!
+//! An estimate for planning, good to a factor of about two: caches, neighbours on the machine and disks are not modelled.
+
+use std::time::Instant;
+
+use anyhow::Result;
+use candle_core::{DType, Device, Tensor};
+use faer::Mat;
+
+use super::low_rank::{self};
+use super::metric::MetricPair;
+use super::plan::Plan;
+use super::recipe::Recipe;
+use super::study::max_ranks;
+use crate::checkpoint::Checkpoint;
+use crate::linalg;
+use crate::model::ModelConfig;
+use crate::model::inventory::LinearInfo;
+
+/// Seconds an operation takes.
+struct Speed {
+    /// A multiplication with its addition in f32, on all threads.
+    forward: f64,
+    /// The same in f64, on one thread.
+    product: f64,
+    /// Of an eigenproblem of size n, over n³, on one thread.
+    eigen: f64,
+}
+
+/// Sides of the trials: large enough to leave the caches of a core, small enough to be done at once.
+const FORWARD: usize = 512;
+const PRODUCT: usize = 384;
+const EIGEN: usize = 320;
+
+impl Speed {
+    fn measure() -> Result<Self> {
+        let cube = |n: usize| (n * n * n) as f64;
+        let x = Tensor::ones((FORWARD, FORWARD), DType::F32, &Device::Cpu)?;
+        let forward = fastest(|| Ok(drop(x.matmul(&x)?)))? / cube(FORWARD);
+        // Entries without a pattern that an eigensolver could use.
+        let entry = |i: usize, j: usize| ((i * 7919 + j * 104_729) as f64 * 0.618_033_988_749_894_9).fract() - 0.5;
+        let matrix = Mat::from_fn(PRODUCT, PRODUCT, entry);
+        let product = fastest(|| {
+            linalg::product(matrix.as_ref(), matrix.as_ref());
+            Ok(())
+        })? / cube(PRODUCT);
+        let matrix = Mat::from_fn(EIGEN, EIGEN, entry);
+        let whole = fastest(|| Ok(drop(low_rank::decompose(matrix.as_ref(), MetricPair::IDENTITY, EIGEN)?)))?;
+        // A decomposition is a Gram and an eigenproblem.
+        let eigen = (whole - cube(EIGEN) * product).max(0.1 * whole) / cube(EIGEN);
+        Ok(Self { forward, product, eigen })
+    }
+}
+
+/// Seconds of the fastest of three trials.
+fn fastest(trial: impl Fn() -> Result<()>) -> Result<f64> {
+    let mut seconds = f64::INFINITY;
+    for _ in 0..3 {
+        let started = Instant::now();
+        trial()?;
+        seconds = seconds.min(started.elapsed().as_secs_f64());
+    }
+    Ok(seconds)
+}
+
+/// Expected seconds of a compression.
+///
+/// # Errors
+/// The trials fail.
+pub(super) fn seconds(checkpoint: &Checkpoint, recipe: &Recipe, plan: &Plan, n_tokens: usize) -> Result<f64> {
+    let speed = Speed::measure()?;
+    let threads = rayon::current_num_threads().min(plan.linears.len()) as f64;
+    let needs = recipe.needs();
+    let cube = |n: usize| (n as f64).powi(3);
+    // One decomposition: roots of the metric, products with them, the eigenproblem, and the pair.
+    let decompose = |(linear, rank): (&LinearInfo, usize)| {
+        let (m, n) = linear.shape();
+        let (small, weights) = (m.min(n), (m * n) as f64);
+        let mut products = weights * (small + 2 * rank) as f64;
+        let mut eigen = if rank > 0 { cube(small) } else { 0.0 };
+        if needs.input_gram {
+            products += weights * 2.0 * n as f64;
+            // Linears of one input share its root.
+            eigen += cube(n) / 2.0;
+        }
+        if needs.output_gram {
+            products += weights * 2.0 * m as f64;
+            eigen += cube(m);
+        }
+        products * speed.product + eigen * speed.eigen
+    };
+    let quantisers = recipe.quant.len().max(1) as f64;
+    let ranks = max_ranks(recipe, plan);
+    let decomposing: f64 = plan.linears.iter().zip(ranks).map(decompose).sum::<f64>() * quantisers / threads;
+    let weights: f64 = plan.linears.iter().map(|l| l.n_parameters() as f64).sum();
+    let tokens = n_tokens as f64;
+    let mut passes = 0.0;
+    let mut grams = 0.0;
+    if recipe.measures_statistics() && n_tokens > 0 {
+        // Forward, and where gradients are asked for forward again and back to the inputs.
+        passes += if needs.gradients() { 3.0 } else { 1.0 };
+        let inputs: f64 = plan.linears.iter().map(|l| (l.in_features as f64).powi(2) / 4.0).sum();
+        let outputs: f64 = plan.linears.iter().map(|l| (l.out_features as f64).powi(2) / 2.0).sum();
+        grams += f64::from(u8::from(needs.input_gram)) * inputs + f64::from(u8::from(needs.output_gram)) * outputs;
+    }
+    if recipe.anchor.is_some() {
+        // Two streams, each through the block once for every place of input and once more; two Grams a place, and a decomposition.
+        passes += 6.0;
+        grams += plan.linears.iter().map(|l| (l.in_features as f64).powi(2)).sum::<f64>();
+    }
+    let head = ModelConfig::of(checkpoint).map_or(0.0, |(c, _)| (c.hidden_size * c.vocab_size) as f64);
+    let walking =
+        tokens * (weights * passes + grams + if needs.gradients() { 2.0 * head } else { 0.0 }) * speed.forward;
+    let anchoring = if recipe.anchor.is_some() { decomposing } else { 0.0 };
+    // What is read, hashed and written.
+    const BYTES_A_SECOND: f64 = 3e8;
+    let moving = 3.0 * checkpoint.n_bytes() as f64 / BYTES_A_SECOND;
+    Ok(decomposing + walking + anchoring + moving)
+}

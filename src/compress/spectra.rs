@@ -1,0 +1,56 @@
+//! Spectra in the metric of a method, for those who look before they compress.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context, Result};
+use rayon::prelude::*;
+
+use super::low_rank::{self, ErrorCurve};
+use super::metric::MetricPair;
+use super::metrics::SharedInputs;
+use super::plan::Plan;
+use super::recipe::Recipe;
+use super::study::{Inputs, statistics_metrics};
+use crate::checkpoint::Checkpoint;
+use crate::journal::Journal;
+use crate::linalg;
+use crate::model::WalkLimits;
+use crate::model::inventory;
+use crate::progress::Progress;
+
+/// The error curve of every linear that `recipe` targets, in the metric of its method; by module.
+///
+/// # Errors
+/// As [`super::compress`], up to its decompositions.
+pub fn weighted_curves(
+    checkpoint: &Checkpoint,
+    recipe: &Recipe,
+    memory_bytes: u64,
+    progress: &dyn Progress,
+) -> Result<BTreeMap<String, ErrorCurve>> {
+    let plan = Plan::new(checkpoint, recipe)?;
+    let mut inputs = Inputs::load(checkpoint, recipe, &plan)?;
+    let work = tempfile::tempdir()?;
+    let limits = WalkLimits::new(memory_bytes, work.path().into());
+    inputs.measure(checkpoint, recipe, &limits, &Journal::default(), progress)?;
+    let metrics = statistics_metrics(recipe, &inputs);
+    let stage = progress.stage("weigh", plan.linears.len() as u64, "matrices");
+    let mut curves = BTreeMap::new();
+    for block in plan.linears.chunk_by(|a, b| a.block == b.block) {
+        let infos: Vec<_> = block.iter().collect();
+        let shared = SharedInputs::new(&infos);
+        let one = |linear: &&inventory::LinearInfo| -> Result<(String, ErrorCurve)> {
+            stage.note(&linear.module);
+            let (m, n) = linear.shape();
+            let weight = linalg::transposed_from_row_major(&inventory::weight(checkpoint, linear)?, m, n);
+            let output = metrics.output(linear)?;
+            let curve = metrics.with_input(linear, &shared, |input| {
+                Ok(low_rank::error_curve(weight.transpose(), MetricPair { output: &output, input })?)
+            });
+            stage.advance(1);
+            Ok((linear.module.clone(), curve.with_context(|| format!("weigh `{}`", linear.module))?))
+        };
+        curves.extend(infos.par_iter().map(one).collect::<Result<Vec<_>>>()?);
+    }
+    Ok(curves)
+}

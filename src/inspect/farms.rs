@@ -1,0 +1,65 @@
+//! FARMS: the tail exponent without the bias of the shape (Hu et al. 2025, «Eigenspectrum analysis of neural networks without
+//! aspect ratio bias»). A long matrix has a narrower spectrum than a square one of the same entries; so eigenvalues are those
+//! of square windows of the matrix, evenly spread over it, pooled, and α is Hill's over their larger half.
+
+use anyhow::Result;
+use faer::MatRef;
+
+use super::power_law::hill;
+use crate::compress::low_rank::error_curve;
+use crate::compress::metric::MetricPair;
+
+/// Side of a window, where the matrix is as large.
+const SIDE: usize = 128;
+/// Windows along a side of the matrix, at most.
+const PLACES: usize = 6;
+
+/// α of `matrix` (m, n), or of its transpose: they have the same windows; none where eigenvalues do not differ.
+///
+/// # Errors
+/// An eigenproblem does not converge.
+pub(super) fn alpha(matrix: MatRef<'_, f64>) -> Result<Option<f64>> {
+    let side = SIDE.min(matrix.nrows()).min(matrix.ncols());
+    let mut pooled = Vec::new();
+    for row in places(matrix.nrows(), side) {
+        for column in places(matrix.ncols(), side) {
+            let window = matrix.submatrix(row, column, side, side);
+            pooled.extend_from_slice(error_curve(window, MetricPair::IDENTITY)?.energies());
+        }
+    }
+    Ok(hill(pooled))
+}
+
+/// Where windows begin: the first at the start, the last at the end, as many as cover the side once, up to a limit.
+fn places(length: usize, side: usize) -> Vec<usize> {
+    let n = length.div_ceil(side.max(1)).clamp(1, PLACES);
+    (0..n).map(|i| if n > 1 { i * (length - side) / (n - 1) } else { 0 }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use faer::Mat;
+
+    use super::*;
+
+    #[test]
+    fn windows_are_spread_from_end_to_end() {
+        assert_eq!(places(128, 128), [0]);
+        assert_eq!(places(130, 128), [0, 2]);
+        assert_eq!(places(1280, 128), [0, 230, 460, 691, 921, 1152]);
+    }
+
+    /// Entries that are spread alike: a long matrix has the α of a square one, which its own eigenvalues do not have.
+    #[test]
+    fn the_shape_leaves_no_trace() {
+        let entry = |i: usize, j: usize| ((i * 7919 + j * 104_729) as f64 * 0.618_033_988_749_894_9).fract() - 0.5;
+        let square = Mat::from_fn(128, 128, |i, j| entry(i * i + 3, j * j + i));
+        let long = Mat::from_fn(128, 1024, |i, j| entry(i * i + 3, j * j + i));
+        let own =
+            |m: &Mat<f64>| hill(error_curve(m.as_ref(), MetricPair::IDENTITY).unwrap().energies().to_vec()).unwrap();
+        let farms = |m: &Mat<f64>| alpha(m.as_ref()).unwrap().unwrap();
+        assert!((farms(&square) - own(&square)).abs() < 1e-12, "one window is the matrix");
+        let (bias, rest) = (own(&long) - own(&square), farms(&long) - farms(&square));
+        assert!(bias.abs() > 10.0 * rest.abs() && bias > 1.0, "{bias} {rest}");
+    }
+}

@@ -1,0 +1,281 @@
+//! The columns of the figures of spectra: one list for the table, for CSV, for the page, and for what a user may sort by.
+
+use super::{Figures, InspectReport, SpectrumRecord};
+
+/// One column.
+pub struct Column {
+    /// By which a user asks for it, and its name in CSV.
+    pub name: &'static str,
+    /// Short, over a table.
+    pub title: &'static str,
+    /// What it is, for people.
+    pub meaning: &'static str,
+    of: Of,
+}
+
+enum Of {
+    Matrix(fn(&SpectrumRecord) -> Cell),
+    /// Of a spectrum, raw or weighted.
+    Spectrum(fn(&Figures) -> Cell),
+}
+
+/// A value in a column.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Cell {
+    Text(String),
+    Integer(u64),
+    Real(f64),
+    None,
+}
+
+impl Cell {
+    /// As a number, for sorting and shading.
+    pub fn number(&self) -> Option<f64> {
+        match self {
+            Self::Integer(n) => Some(*n as f64),
+            Self::Real(x) => Some(*x),
+            Self::Text(_) | Self::None => None,
+        }
+    }
+
+    /// With every digit.
+    pub fn exact(&self) -> String {
+        match self {
+            Self::Text(text) => text.clone(),
+            Self::Integer(n) => n.to_string(),
+            Self::Real(x) => x.to_string(),
+            Self::None => String::new(),
+        }
+    }
+
+    /// As many digits as a reader wants.
+    pub fn short(&self) -> String {
+        match self {
+            Self::Real(x) if *x != 0.0 && (x.abs() < 1e-3 || x.abs() >= 1e5) => format!("{x:.2e}"),
+            Self::Real(x) if x.abs() >= 100.0 => format!("{x:.1}"),
+            Self::Real(x) if x.abs() >= 1.0 => format!("{x:.3}"),
+            Self::Real(x) => format!("{x:.4}"),
+            Self::Integer(n) => grouped(*n),
+            Self::None => "-".into(),
+            other => other.exact(),
+        }
+    }
+}
+
+/// Digits in groups of three.
+pub fn grouped(n: u64) -> String {
+    let digits = n.to_string();
+    let mut text = String::new();
+    for (i, digit) in digits.chars().enumerate() {
+        if i > 0 && (digits.len() - i).is_multiple_of(3) {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
+}
+
+impl From<usize> for Cell {
+    fn from(n: usize) -> Self {
+        Self::Integer(n as u64)
+    }
+}
+
+impl From<f64> for Cell {
+    fn from(x: f64) -> Self {
+        Self::Real(x)
+    }
+}
+
+impl From<&String> for Cell {
+    fn from(text: &String) -> Self {
+        Self::Text(text.clone())
+    }
+}
+
+impl<T: Into<Cell>> From<Option<T>> for Cell {
+    fn from(value: Option<T>) -> Self {
+        value.map_or(Self::None, Into::into)
+    }
+}
+
+/// A column of a matrix.
+const fn matrix(
+    name: &'static str,
+    title: &'static str,
+    meaning: &'static str,
+    of: fn(&SpectrumRecord) -> Cell,
+) -> Column {
+    Column { name, title, meaning, of: Of::Matrix(of) }
+}
+
+/// A column of a spectrum.
+const fn spectrum(name: &'static str, title: &'static str, meaning: &'static str, of: fn(&Figures) -> Cell) -> Column {
+    Column { name, title, meaning, of: Of::Spectrum(of) }
+}
+
+macro_rules! energy_rank {
+    ($i:literal, $name:literal, $title:literal) => {
+        spectrum($name, $title, "smallest rank that holds this share of Σσ²", |f| f.energy_ranks[$i].rank.into())
+    };
+}
+
+macro_rules! welore {
+    ($i:literal, $name:literal, $title:literal) => {
+        spectrum($name, $title, "WeLore: values of (σ − σ_min) / (σ_max − σ_min) below this threshold", |f| {
+            f.welore[$i].count.into()
+        })
+    };
+}
+
+/// All columns, in the order of CSV.
+pub static COLUMNS: &[Column] = &[
+    matrix("module", "linear", "its name in the checkpoint", |r| (&r.module).into()),
+    matrix("kind", "kind", "linear, or what is fused or stacked in it", |r| (&r.kind).into()),
+    matrix("block", "block", "number of its block", |r| r.block.into()),
+    matrix("out", "out", "rows m", |r| r.shape[0].into()),
+    matrix("in", "in", "columns n", |r| r.shape[1].into()),
+    matrix("dtype", "dtype", "as stored", |r| (&r.dtype).into()),
+    matrix("stored_rank", "stored rank", "rank of stored factors", |r| r.stored_rank.into()),
+    matrix(
+        "break_even_rank",
+        "break-even",
+        "largest rank at which two factors have fewer parameters than the matrix: r (m + n) < m n",
+        |r| r.break_even_rank.into(),
+    ),
+    spectrum(
+        "break_even_error",
+        "error",
+        "√(share of Σσ² behind the break-even rank): where plain SVD begins to save",
+        |f| f.break_even_error.into(),
+    ),
+    spectrum("rank", "rank", "singular values σ above σ₁ · max(m, n) · 2⁻²³", |f| f.rank.into()),
+    spectrum("spectral_norm", "σ₁", "spectral norm, the largest σ", |f| f.spectral_norm.into()),
+    spectrum("log10_spectral_norm", "log₁₀ σ₁", "its logarithm", |f| f.log10_spectral_norm.into()),
+    spectrum("frobenius_norm", "‖W‖", "Frobenius norm, √Σσ²", |f| f.frobenius_norm.into()),
+    spectrum("log10_frobenius_norm", "log₁₀ ‖W‖", "its logarithm", |f| f.log10_frobenius_norm.into()),
+    spectrum("stable_rank", "stable", "stable rank, Σσ² / σ₁²", |f| f.stable_rank.into()),
+    spectrum("entropy", "entropy", "−Σ p ln p of p = σ² / Σσ², in nats", |f| f.entropy.into()),
+    spectrum("effective_rank", "effective", "exp of the entropy of σ² / Σσ²", |f| f.effective_rank.into()),
+    spectrum("effective_rank_sigma", "effective (σ)", "exp of the entropy of σ / Σσ (Roy & Vetterli 2007)", |f| {
+        f.effective_rank_sigma.into()
+    }),
+    energy_rank!(0, "energy_rank_0.5", "k.50"),
+    energy_rank!(1, "energy_rank_0.9", "k.90"),
+    energy_rank!(2, "energy_rank_0.95", "k.95"),
+    energy_rank!(3, "energy_rank_0.99", "k.99"),
+    energy_rank!(4, "energy_rank_0.999", "k.999"),
+    welore!(0, "welore_0.05", "w<.05"),
+    welore!(1, "welore_0.1", "w<.1"),
+    welore!(2, "welore_0.25", "w<.25"),
+    spectrum(
+        "knee",
+        "knee",
+        "rank where the min–max-normalised spectrum is farthest below the chord between its ends",
+        |f| f.knee.into(),
+    ),
+    spectrum(
+        "alpha",
+        "α",
+        "exponent of a power law in the tail of σ², as WeightWatcher fits it; it calls α < 2 over- and α > 6 under-trained",
+        |f| f.power_law.as_ref().map(|p| p.alpha).into(),
+    ),
+    spectrum("xmin", "xmin", "σ² from which on that tail is fitted", |f| f.power_law.as_ref().map(|p| p.xmin).into()),
+    spectrum("distance", "D", "Kolmogorov–Smirnov distance of that fit", |f| {
+        f.power_law.as_ref().map(|p| p.distance).into()
+    }),
+    spectrum("spikes", "spikes", "σ² above xmin", |f| f.power_law.as_ref().map(|p| p.n_spikes).into()),
+    spectrum("alpha_hill", "α Hill", "Hill's α of the larger half of σ²", |f| f.alpha_hill.into()),
+    matrix(
+        "alpha_farms",
+        "α FARMS",
+        "the same, pooled over square windows: without the bias of the shape (Hu et al. 2025)",
+        |r| r.alpha_farms.into(),
+    ),
+    matrix("mp_edge", "MP edge", "Marchenko–Pastur: largest σ² of a random matrix of this size and energy", |r| {
+        r.mp_edge.into()
+    }),
+    matrix("mp_spikes", "over MP", "σ² above that edge", |r| r.mp_spikes.into()),
+];
+
+/// In front of the names of columns in the calibration metric.
+pub const WEIGHTED: &str = "weighted.";
+
+/// A column, raw or in the calibration metric.
+#[derive(Clone, Copy)]
+pub struct Chosen {
+    pub column: &'static Column,
+    pub is_weighted: bool,
+}
+
+impl Chosen {
+    /// By the name that a user gave.
+    pub fn find(name: &str) -> Option<Self> {
+        let (bare, is_weighted) = name.strip_prefix(WEIGHTED).map_or((name, false), |bare| (bare, true));
+        let column = COLUMNS.iter().find(|column| column.name == bare)?;
+        (!is_weighted || column.is_of_spectrum()).then_some(Self { column, is_weighted })
+    }
+
+    pub fn name(&self) -> String {
+        format!("{}{}", if self.is_weighted { WEIGHTED } else { "" }, self.column.name)
+    }
+
+    pub fn title(&self) -> String {
+        format!("{}{}", self.column.title, if self.is_weighted { " (metric)" } else { "" })
+    }
+
+    pub fn of(&self, record: &SpectrumRecord) -> Cell {
+        match self.column.of {
+            Of::Matrix(of) => of(record),
+            Of::Spectrum(of) if self.is_weighted => record.weighted.as_ref().map_or(Cell::None, of),
+            Of::Spectrum(of) => of(&record.figures),
+        }
+    }
+}
+
+impl std::fmt::Debug for Chosen {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.name())
+    }
+}
+
+impl Column {
+    /// Whether there is one in the calibration metric too.
+    pub fn is_of_spectrum(&self) -> bool {
+        matches!(self.of, Of::Spectrum(_))
+    }
+}
+
+/// The columns that a report has values in.
+pub fn of(report: &InspectReport) -> Vec<Chosen> {
+    let raw = COLUMNS.iter().map(|column| Chosen { column, is_weighted: false });
+    let weighted = COLUMNS.iter().filter(|column| column.is_of_spectrum() && report.metric.is_some());
+    raw.chain(weighted.map(|column| Chosen { column, is_weighted: true })).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_grouped() {
+        for (n, expected) in [(0, "0"), (999, "999"), (1000, "1,000"), (1_234_567, "1,234,567")] {
+            assert_eq!(grouped(n), expected);
+        }
+    }
+
+    #[test]
+    fn names_of_columns_are_told_apart() {
+        let names: std::collections::BTreeSet<&str> = COLUMNS.iter().map(|column| column.name).collect();
+        assert_eq!(names.len(), COLUMNS.len());
+        for (name, is_known) in [
+            ("alpha", true),
+            ("weighted.alpha", true),
+            ("weighted.mp_edge", false),
+            ("alfa", false),
+            ("weighted.", false),
+        ] {
+            assert_eq!(Chosen::find(name).is_some(), is_known, "{name}");
+        }
+    }
+}

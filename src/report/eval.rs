@@ -1,0 +1,145 @@
+//! What `lrc eval` found.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// `lrc eval`: one measurement of perplexity, with all that decides whether it can be compared with another.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+pub struct PerplexityReport {
+    pub schema_version: u32,
+    pub lrc_version: String,
+    pub model: String,
+    pub convention: String,
+    /// Perplexity: exp of the negative log-likelihood a token; in `lm-eval` a word.
+    pub ppl: f64,
+    /// Standard error of `ppl`, from the spread over scored tokens.
+    pub ppl_standard_error: f64,
+    /// exp of the mean negative log-likelihood of a token, whatever the convention.
+    pub token_ppl: f64,
+    /// Σ negative log-likelihood in nats.
+    pub nll_sum: f64,
+    pub bits_per_byte: f64,
+    pub scored_tokens: u64,
+    /// Words and bytes of the text that the scored tokens stand for.
+    pub scored_words: u64,
+    pub scored_bytes: u64,
+    pub windows: usize,
+    pub seq_len: usize,
+    /// Between the beginnings of windows that overlap.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub stride: Option<usize>,
+    pub documents: usize,
+    pub total_tokens: usize,
+    /// The policy asked for: `auto` or `never`.
+    pub bos: String,
+    /// What it meant with this tokenizer: whether a BOS token was there.
+    pub bos_added: bool,
+    pub compute_dtype: String,
+    pub text: String,
+    pub text_sha256: String,
+    pub tokenizer_sha256: String,
+    pub parameters: u64,
+    /// Bytes of all tensors, as stored.
+    pub size_bytes: u64,
+    /// With `--reference`.
+    #[serde(flatten, skip_serializing_if = "Option::is_none")]
+    pub divergence: Option<DivergenceRecord>,
+    pub elapsed_seconds: f64,
+    pub tokens_per_second: f64,
+    pub peak_memory_bytes: Option<u64>,
+}
+
+/// `lrc eval --convention all`: the same text in every convention.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub struct AllConventionsReport {
+    pub gptq: PerplexityReport,
+    pub hf_strided: PerplexityReport,
+    pub llamacpp: PerplexityReport,
+    pub lm_eval: PerplexityReport,
+}
+
+/// How far a model is from a reference, over the scored tokens.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+pub struct DivergenceRecord {
+    pub reference: String,
+    pub reference_ppl: f64,
+    /// ln(perplexity of the model / perplexity of the reference); its error knows that both are scored on the same tokens.
+    pub ln_ppl_ratio: f64,
+    pub ln_ppl_ratio_standard_error: f64,
+    pub ppl_ratio: f64,
+    pub ppl_ratio_standard_error: f64,
+    /// KL(reference ‖ model) in nats.
+    pub kl: Distribution,
+    /// KL(model ‖ reference) in nats.
+    pub reverse_kl: Distribution,
+    /// Change of the probability of the right token.
+    pub delta_p: Distribution,
+    pub delta_p_rms: f64,
+    /// Share of tokens where both put the same token first.
+    pub same_top_1: f64,
+    /// Mean share of the five first tokens that both have in common.
+    pub top_5_agreement: f64,
+}
+
+/// A figure over tokens. Percentiles are interpolated between order statistics.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+pub struct Distribution {
+    pub mean: f64,
+    pub standard_error: f64,
+    pub max: f64,
+    pub p99_9: f64,
+    pub p99: f64,
+    pub p95: f64,
+    pub p90: f64,
+    pub median: f64,
+    pub p10: f64,
+    pub p5: f64,
+    pub p1: f64,
+    pub p0_1: f64,
+    pub min: f64,
+}
+
+impl Distribution {
+    /// Of at least one value.
+    pub fn of(mut values: Vec<f64>) -> Self {
+        let n = values.len() as f64;
+        let mean = values.iter().sum::<f64>() / n;
+        let variance = values.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / n;
+        values.sort_by(f64::total_cmp);
+        let at = |share: f64| {
+            let place = share * (n - 1.0);
+            let (below, above) = (values[place.floor() as usize], values[place.ceil() as usize]);
+            below + (above - below) * place.fract()
+        };
+        Self {
+            mean,
+            standard_error: if n > 1.0 { (variance / (n - 1.0)).sqrt() } else { 0.0 },
+            max: at(1.0),
+            p99_9: at(0.999),
+            p99: at(0.99),
+            p95: at(0.95),
+            p90: at(0.9),
+            median: at(0.5),
+            p10: at(0.1),
+            p5: at(0.05),
+            p1: at(0.01),
+            p0_1: at(0.001),
+            min: at(0.0),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn percentiles_are_interpolated() {
+        let distribution = Distribution::of(vec![4.0, 0.0, 3.0, 1.0, 2.0]);
+        assert_eq!((distribution.mean, distribution.median, distribution.min, distribution.max), (2.0, 2.0, 0.0, 4.0));
+        assert!((distribution.p90 - 3.6).abs() < 1e-12 && (distribution.p5 - 0.2).abs() < 1e-12);
+        // Variance 2 over n, standard error √(2 / 4).
+        assert!((distribution.standard_error - 0.5f64.sqrt()).abs() < 1e-15);
+    }
+}

@@ -1,0 +1,210 @@
+//! Runs that are killed, interrupted, and gone on with.
+
+mod common;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use common::{FIXTURE, TRAIN, command, copy, lrc, ok, path};
+use serde_json::Value;
+
+/// Every file of an output but what tells of time and memory.
+fn content(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+    let mut files = BTreeMap::new();
+    let mut folders = vec![folder.to_path_buf()];
+    while let Some(at) = folders.pop() {
+        for entry in std::fs::read_dir(at).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                folders.push(path);
+                continue;
+            }
+            let mut bytes = std::fs::read(&path).unwrap();
+            if path.ends_with("lrc-report.json") {
+                let mut report: Value = serde_json::from_slice(&bytes).unwrap();
+                for field in ["timings", "elapsed_seconds", "peak_memory_bytes"] {
+                    report[field].take();
+                }
+                report["linears"].as_array_mut().unwrap().iter_mut().for_each(|l| drop(l["seconds"].take()));
+                bytes = serde_json::to_vec(&report).unwrap();
+            }
+            files.insert(path.strip_prefix(folder).unwrap().to_path_buf(), bytes);
+        }
+    }
+    files
+}
+
+/// Numbers that are the same in every run of the test, and spread well: a Weyl sequence in [0, 1).
+struct Moments(f64);
+
+impl Iterator for Moments {
+    type Item = f64;
+
+    fn next(&mut self) -> Option<f64> {
+        self.0 = (self.0 + 0.618_033_988_749_894_9).fract();
+        Some(self.0)
+    }
+}
+
+/// Kills `child` after `delay`, if it still runs; whether it was killed.
+fn kill_after(mut child: Child, delay: Duration) -> bool {
+    let started = Instant::now();
+    while started.elapsed() < delay {
+        if let Some(status) = child.try_wait().unwrap() {
+            assert!(status.success(), "a run that goes on ends well: {status}");
+            return false;
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    true
+}
+
+/// Fifty SIGKILLs in all: anchored low rank, and quantised bases with factors, a control and an adapter.
+#[test]
+fn runs_killed_at_any_moment_go_on_to_the_same_bytes() {
+    const KILLS: usize = 50;
+    let calibrated = ["--calibration", TRAIN, "--samples", "8", "-q"];
+    let recipes: [&[&str]; 3] = [
+        &["--keep", "0.8", "--elastic", "--max-shard-size", "500kB"],
+        &[
+            "--quant",
+            "gptq-int4-g32",
+            "--compensate",
+            "kfac",
+            "--compensate-rank",
+            "4",
+            "--format",
+            "compressed-tensors",
+        ],
+        &["--quant", "rtn-int4-g32,rtn-int8-g32", "--compensate", "eora", "--bits", "5.5", "--format", "gguf"],
+    ];
+    let folder = tempfile::tempdir().unwrap();
+    let mut moments = Moments(0.0);
+    let mut n_kills = 0;
+    for (i, recipe) in recipes.into_iter().enumerate() {
+        let arguments = |out: &Path| {
+            let mut arguments: Vec<String> = ["compress", FIXTURE, "-o", path(out)].map(String::from).into();
+            arguments.extend(recipe.iter().chain(&calibrated).map(|&a| String::from(a)));
+            arguments
+        };
+        let run = |out: &Path| {
+            let arguments = arguments(out);
+            let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+            let mut command = command(&arguments);
+            command.stderr(Stdio::null()).stdout(Stdio::null()).spawn().unwrap()
+        };
+        let whole = folder.path().join(format!("whole-{i}"));
+        let started = Instant::now();
+        assert!(run(&whole).wait().unwrap().success());
+        let seconds = started.elapsed().as_secs_f64();
+        let expected = content(&whole);
+        let mut round = 0;
+        while n_kills < KILLS * (i + 1) / recipes.len() {
+            round += 1;
+            let out = folder.path().join(format!("killed-{i}-{round}"));
+            // Late moments are only met where early ones let the run go on: whatever is drawn, it is of the whole run.
+            while n_kills < 2 * KILLS
+                && kill_after(run(&out), Duration::from_secs_f64(seconds * moments.next().unwrap()))
+            {
+                n_kills += 1;
+            }
+            let found = content(&out);
+            assert_eq!(found.keys().collect::<Vec<_>>(), expected.keys().collect::<Vec<_>>());
+            for (name, bytes) in &found {
+                assert!(bytes == &expected[name], "recipe {i}, round {round}: `{}` differs", name.display());
+            }
+            assert!(!out.with_extension("partial").exists());
+        }
+    }
+    assert!(n_kills >= KILLS, "{n_kills} kills");
+}
+
+/// Starts a run, and waits until it has finished a piece that was not there before.
+fn spawn_and_wait(command: &mut Command, out: &Path) -> Child {
+    let pieces = PathBuf::from(format!("{}.partial/pieces", path(out)));
+    let names = || -> BTreeSet<PathBuf> {
+        std::fs::read_dir(&pieces).map_or(BTreeSet::new(), |entries| entries.map(|e| e.unwrap().path()).collect())
+    };
+    let before = names();
+    let child = command.spawn().unwrap();
+    for _ in 0..5000 {
+        if names().iter().any(|name| !before.contains(name)) {
+            return child;
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    panic!("no new pieces in `{}`", pieces.display());
+}
+
+#[test]
+fn another_job_is_refused_with_what_differs() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = folder.path().join("source");
+    copy(FIXTURE, &source);
+    let out = folder.path().join("out");
+    let run = |more: &[&str]| {
+        let args = ["compress", path(&source), "-o", path(&out), "--calibration", TRAIN, "--samples", "8", "-q"];
+        command(&[&args[..], more].concat())
+    };
+    let mut child = spawn_and_wait(&mut run(&["--keep", "0.8"]), &out);
+    child.kill().unwrap();
+    child.wait().unwrap();
+
+    let check = |more: &[&str], expected: &str| {
+        let found = common::finish(&mut run(more));
+        assert_eq!(found.code, 2, "{}", found.stderr);
+        assert!(found.stderr.contains(expected) && found.stderr.contains("`--restart`"), "{}", found.stderr);
+    };
+    check(&["--keep", "0.7"], "`recipe.keep` was 0.8, is 0.7");
+    check(&["--keep", "0.8", "--seed", "1"], "`recipe.seed` was 0, is 1");
+    let other = lrc(&["export", path(&source), "--format", "dense", "-o", path(&out)]);
+    assert!(other.code == 2 && other.stderr.contains("holds an unfinished compression"), "{}", other.stderr);
+
+    // One byte of the last weight changes.
+    let weights = source.join("model.safetensors");
+    let mut bytes = std::fs::read(&weights).unwrap();
+    let last = bytes.len() - 1;
+    bytes[last] ^= 1;
+    std::fs::write(&weights, &bytes).unwrap();
+    check(&["--keep", "0.8"], "`source_files.model.safetensors` was");
+    bytes[last] ^= 1;
+    std::fs::write(&weights, &bytes).unwrap();
+
+    // The same job goes on: the blocks that are done are not done again.
+    let on = common::finish(run(&["--keep", "0.8"]).arg("-v"));
+    assert_eq!(on.code, 0, "{}", on.stderr);
+    let anew = common::finish(&mut run(&["--keep", "0.7", "--force", "--restart"]));
+    assert_eq!(anew.code, 0, "{}", anew.stderr);
+}
+
+#[cfg(unix)]
+#[test]
+fn an_interrupt_ends_cleanly_and_says_how_to_go_on() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out");
+    let args = ["compress", FIXTURE, "-o", path(&out), "--calibration", TRAIN, "--samples", "16", "--keep", "0.8"];
+    for signal in ["-INT", "-TERM"] {
+        let child = spawn_and_wait(command(&args).stderr(Stdio::piped()).stdout(Stdio::piped()), &out);
+        let sent = std::process::Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap();
+        assert!(sent.success());
+        let output = child.wait_with_output().unwrap();
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(130), "{stderr}");
+        assert!(stderr.contains("interrupted") && stderr.contains("run the same command again"), "{stderr}");
+        assert!(!out.exists());
+    }
+    ok(&args);
+    // What cannot be gone on with is removed.
+    let statistics = folder.path().join("statistics.safetensors");
+    let args = ["calibrate", FIXTURE, "--text", TRAIN, "-o", path(&statistics), "--samples", "400"];
+    let child = command(&args).stderr(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    std::thread::sleep(Duration::from_millis(400));
+    std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    assert_eq!(child.wait_with_output().unwrap().status.code(), Some(130));
+    let left: Vec<_> = std::fs::read_dir(folder.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert_eq!(left, ["out"]);
+}
