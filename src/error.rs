@@ -57,6 +57,9 @@ impl Failure {
 
 /// The class of an error, by the first cause that knows it.
 pub fn exit_class(error: &anyhow::Error) -> ExitClass {
+    if let Some(failure) = error.downcast_ref::<Failure>() {
+        return failure.class;
+    }
     for cause in error.chain() {
         if let Some(failure) = cause.downcast_ref::<Failure>() {
             return failure.class;
@@ -82,6 +85,10 @@ pub fn exit_class(error: &anyhow::Error) -> ExitClass {
 
 /// The hint of an error, by the first cause that has one.
 pub fn hint(error: &anyhow::Error) -> Option<String> {
+    // A failure that was given as context is no cause of its own.
+    if let Some(Failure { hint: Some(hint), .. }) = error.downcast_ref() {
+        return Some(hint.clone());
+    }
     error.chain().find_map(|cause| {
         if let Some(failure) = cause.downcast_ref::<Failure>() {
             return failure.hint.clone();
@@ -104,5 +111,8 @@ mod tests {
         let error = anyhow::Error::new(failure).context("read recipe");
         assert_eq!(exit_class(&error), ExitClass::Usage);
         assert_eq!(hint(&error).as_deref(), Some("use another"));
+        let full = std::io::Error::from(std::io::ErrorKind::StorageFull);
+        let stopped = Failure::new(ExitClass::Resources, "stopped").hint("go on");
+        assert_eq!(hint(&anyhow::Error::new(full).context(stopped)).as_deref(), Some("go on"));
     }
 }

@@ -291,7 +291,7 @@ fn a_compressed_model_is_not_compressed_again() {
 
 #[test]
 #[cfg(target_os = "linux")]
-fn a_full_disk_is_noticed_and_leaves_nothing() {
+fn a_full_disk_is_noticed_and_gone_on_from() {
     // /dev/full cannot hold a folder; a limit on the size of files stands in for a disk that fills up in the middle.
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("out");
@@ -307,8 +307,12 @@ fn a_full_disk_is_noticed_and_leaves_nothing() {
         .unwrap();
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(6), "{stderr}");
-    assert!(stderr.contains("error: cannot write") && stderr.contains("model.safetensors"), "{stderr}");
-    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+    assert!(stderr.contains("error: stopped: cannot write") && stderr.contains("model.safetensors"), "{stderr}");
+    assert!(stderr.contains("run the same command again to go on"), "{stderr}");
+    assert!(!out.exists());
+    ok(&["compress", FIXTURE, "-o", path(&out), "--keep", "0.8", "-q"]);
+    let left: Vec<_> = std::fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(left, ["out"]);
 }
 
 #[test]

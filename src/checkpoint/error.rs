@@ -14,7 +14,7 @@ pub enum CheckpointError {
     #[error("`{}` is not a checkpoint: {reason}", path.display())]
     NotACheckpoint { path: PathBuf, reason: String },
 
-    #[error("cannot {action} `{}`: {source}", path.display())]
+    #[error("cannot {action} `{}`", path.display())]
     Io { action: &'static str, path: PathBuf, source: std::io::Error },
 
     #[error("`{}` is truncated: its header describes {expected} bytes, the file has {found}", path.display())]

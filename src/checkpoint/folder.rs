@@ -46,8 +46,12 @@ impl OutputFolder {
     /// # Errors
     /// It exists and `force` is false, or it exists and is not an output of `lrc` (`mark` is a file that those have).
     pub fn check(target: &Path, force: bool, mark: &str) -> Result<()> {
-        let is_free = !target.exists() || (force && target.join(mark).is_file());
-        if is_free { Ok(()) } else { Err(CheckpointError::OutputExists { path: target.into() }) }
+        let is_free = !target.exists() || (force && target.join(mark).is_file()) || was_stopped_at_the_end(target);
+        if is_free {
+            return Ok(());
+        }
+        remove_remains(target);
+        Err(CheckpointError::OutputExists { path: target.into() })
     }
 
     /// Begins an output, replacing what a killed run left of it.
@@ -58,6 +62,9 @@ impl OutputFolder {
     pub fn create(target: &Path, force: bool, mark: &str) -> Result<Self> {
         Self::check(target, force, mark)?;
         let partial = partial_of(target);
+        if was_stopped_at_the_end(target) && !force {
+            return Err(CheckpointError::OutputExists { path: target.into() });
+        }
         if partial.join(JOB).is_file() {
             return Err(CheckpointError::Unfinished { path: partial });
         }
@@ -76,14 +83,24 @@ impl OutputFolder {
         let found = fs::read(&path).ok().filter(|_| !restart);
         // A description that a power cut tore is of nobody's.
         let found: Option<Value> = found.and_then(|bytes| serde_json::from_slice(&bytes).ok());
+        let mut differences = Vec::new();
         if let Some(found) = &found {
-            let mut differences = Vec::new();
             compare(found, job, "", &mut differences);
-            if !differences.is_empty() {
-                return Err(CheckpointError::OtherJob { path: partial, differences: differences.join(", ") });
-            }
+        }
+        let is_ended = was_stopped_at_the_end(target);
+        let is_same = found.is_some() && differences.is_empty();
+        if is_ended && !is_same && !force {
+            return Err(CheckpointError::OutputExists { path: target.into() });
+        }
+        if !differences.is_empty() {
+            return Err(CheckpointError::OtherJob { path: partial, differences: differences.join(", ") });
         }
         let folder = Self::begin(target, force, partial, found.is_none())?;
+        if is_ended && is_same {
+            let output = folder.path();
+            fs::remove_dir(&output).map_err(io("remove", &output))?;
+            fs::rename(target, &output).map_err(io("rename", target))?;
+        }
         folder.unfinished.set_resumable();
         if found.is_none() {
             let pieces = folder.pieces();
@@ -150,9 +167,11 @@ impl OutputFolder {
         self.partial.join(PIECES)
     }
 
-    /// Leaves the folder to a later run that goes on.
-    pub fn keep(&mut self) {
-        self.is_kept = true;
+    /// Leaves the folder to a later run that goes on, where there is anything to go on from: where that is.
+    pub fn keep(&mut self) -> Option<&Path> {
+        let mut pieces = std::fs::read_dir(self.pieces()).ok()?;
+        self.is_kept = pieces.next().is_some();
+        self.is_kept.then_some(&self.partial)
     }
 
     /// Fails early when the disk cannot hold `needed` more bytes.
@@ -210,22 +229,19 @@ impl OutputFolder {
     /// # Errors
     /// The disk refuses; what was made is then removed.
     pub fn finish(self) -> Result<()> {
-        let job = self.partial.join(JOB);
-        if job.exists() {
-            // Pieces without an output to put them into would be gone on with otherwise.
-            fs::remove_file(&job).map_err(io("remove", &job))?;
-        }
-        let mut replaced = None;
+        let mut replaced = self.partial.as_os_str().to_owned();
+        replaced.push("-replaced");
+        let replaced = PathBuf::from(replaced);
         if self.force && self.target.exists() {
-            let mut old = self.partial.as_os_str().to_owned();
-            old.push("-replaced");
-            let old = PathBuf::from(old);
-            fs::rename(&self.target, &old).map_err(io("rename", &self.target))?;
-            replaced = Some(old);
+            fs::rename(&self.target, &replaced).map_err(io("rename", &self.target))?;
         }
         fs::rename(self.path(), &self.target).map_err(io("rename", &self.path()))?;
-        if let Some(old) = replaced {
-            fs::remove_dir_all(&old).map_err(io("remove", &old))?;
+        let job = self.partial.join(JOB);
+        if job.exists() {
+            fs::remove_file(&job).map_err(io("remove", &job))?;
+        }
+        if self.force && replaced.exists() {
+            fs::remove_dir_all(&replaced).map_err(io("remove", &replaced))?;
         }
         let parent = self.target.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
         // The rename itself must survive a power cut; folders cannot be synced on every system.
@@ -251,6 +267,22 @@ fn partial_of(target: &Path) -> PathBuf {
     let mut partial = target.as_os_str().to_owned();
     partial.push(".partial");
     PathBuf::from(partial)
+}
+
+/// Whether a run was killed between its last step and its end: the output is there, and whole.
+fn was_stopped_at_the_end(target: &Path) -> bool {
+    let partial = partial_of(target);
+    target.exists() && partial.join(JOB).is_file() && !partial.join(OUTPUT).exists()
+}
+
+/// A run that was killed while it tidied up behind its output has left what is of no use to anyone.
+fn remove_remains(target: &Path) {
+    let partial = partial_of(target);
+    let is_held = || File::open(partial.join(LOCK)).is_ok_and(|lock| lock.try_lock().is_err());
+    if target.exists() && partial.exists() && !partial.join(JOB).exists() && !is_held() {
+        // It is in nobody's way: where it cannot be removed, it stays.
+        let _ = fs::remove_dir_all(&partial);
+    }
 }
 
 /// Where two descriptions of a job differ, in words.
@@ -353,6 +385,26 @@ mod tests {
         assert!(!anew.pieces().join("a").exists() && !anew.path().join("tensors").exists());
         anew.finish().unwrap();
         assert!(target.is_dir() && !partial_of(&target).exists());
+    }
+
+    #[test]
+    fn a_run_killed_after_its_last_step_is_gone_on_with_too() {
+        let folder = tempfile::tempdir().unwrap();
+        let target = folder.path().join("out");
+        let resume = |n: u32, restart| OutputFolder::resume(&target, false, "x", &json!({"n": n}), restart);
+        let mut first = resume(1, false).unwrap();
+        fs::write(first.pieces().join("a"), "a").unwrap();
+        fs::write(first.path().join("tensors"), "t").unwrap();
+        fs::rename(first.path(), &target).unwrap();
+        first.keep();
+        drop(first);
+        for (n, restart) in [(2, false), (1, true)] {
+            assert!(matches!(resume(n, restart), Err(CheckpointError::OutputExists { .. })));
+        }
+        let again = resume(1, false).unwrap();
+        assert!(!target.exists() && again.path().join("tensors").exists());
+        again.finish().unwrap();
+        assert!(target.join("tensors").exists() && !partial_of(&target).exists());
     }
 
     #[test]

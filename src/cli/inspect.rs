@@ -105,7 +105,7 @@ fn definitions() -> String {
 pub(super) fn run(args: &InspectArgs, progress: &Bars) -> Result<()> {
     gate::expect_fields::<InspectReport>(&args.gates.fail_if, &[])?;
     let is_weighted = args.calibration.is_some() || args.statistics.is_some();
-    for chosen in args.sort.iter().chain([&args.map]).filter(|chosen| chosen.is_weighted && !is_weighted) {
+    if let Some(chosen) = args.sort.iter().chain([&args.map]).find(|chosen| chosen.is_weighted && !is_weighted) {
         let message = format!("there is no `{}` without a metric", chosen.name());
         return Err(Failure::usage(message).hint("give `--calibration` or `--statistics`").into());
     }

@@ -37,7 +37,10 @@ impl Speed {
     fn measure() -> Result<Self> {
         let cube = |n: usize| (n * n * n) as f64;
         let x = Tensor::ones((FORWARD, FORWARD), DType::F32, &Device::Cpu)?;
-        let forward = fastest(|| Ok(drop(x.matmul(&x)?)))? / cube(FORWARD);
+        let forward = fastest(|| {
+            let _: () = drop(x.matmul(&x)?);
+            Ok(())
+        })? / cube(FORWARD);
         // Entries without a pattern that an eigensolver could use.
         let entry = |i: usize, j: usize| ((i * 7919 + j * 104_729) as f64 * 0.618_033_988_749_894_9).fract() - 0.5;
         let matrix = Mat::from_fn(PRODUCT, PRODUCT, entry);
@@ -46,7 +49,10 @@ impl Speed {
             Ok(())
         })? / cube(PRODUCT);
         let matrix = Mat::from_fn(EIGEN, EIGEN, entry);
-        let whole = fastest(|| Ok(drop(low_rank::decompose(matrix.as_ref(), MetricPair::IDENTITY, EIGEN)?)))?;
+        let whole = fastest(|| {
+            let _: () = drop(low_rank::decompose(matrix.as_ref(), MetricPair::IDENTITY, EIGEN)?);
+            Ok(())
+        })?;
         // A decomposition is a Gram and an eigenproblem.
         let eigen = (whole - cube(EIGEN) * product).max(0.1 * whole) / cube(EIGEN);
         Ok(Self { forward, product, eigen })

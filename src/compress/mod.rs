@@ -35,7 +35,7 @@ use std::time::Instant;
 use anyhow::Result;
 
 use crate::checkpoint::{Checkpoint, Fingerprint, OutputFolder};
-use crate::error::{ExitClass, exit_class};
+use crate::error::{ExitClass, Failure, exit_class};
 use crate::formats::{Entry, Format, Output, Source};
 use crate::journal::Journal;
 use crate::progress::Progress;
@@ -83,13 +83,12 @@ pub fn compress(job: &Job<'_>, progress: &dyn Progress) -> Result<CompressReport
             Ok(report)
         }
         Err(error) => {
-            let has_pieces = std::fs::read_dir(folder.pieces()).is_ok_and(|mut pieces| pieces.next().is_some());
-            if has_pieces && exit_class(&error) == ExitClass::Resources {
-                folder.keep();
-                tracing::warn!(
-                    "what is finished is kept beside `{}`: run the same command again to go on",
-                    job.output.display()
-                );
+            if exit_class(&error) == ExitClass::Resources
+                && let Some(kept) = folder.keep()
+            {
+                let hint =
+                    format!("what is finished is kept in `{}`: run the same command again to go on", kept.display());
+                return Err(error.context(Failure::new(ExitClass::Resources, "stopped").hint(hint)));
             }
             Err(error)
         }

@@ -39,6 +39,8 @@ fn places(length: usize, side: usize) -> Vec<usize> {
 #[cfg(test)]
 mod tests {
     use faer::Mat;
+    use rand_chacha::ChaCha8Rng;
+    use rand_chacha::rand_core::{RngCore, SeedableRng};
 
     use super::*;
 
@@ -52,9 +54,10 @@ mod tests {
     /// Entries that are spread alike: a long matrix has the α of a square one, which its own eigenvalues do not have.
     #[test]
     fn the_shape_leaves_no_trace() {
-        let entry = |i: usize, j: usize| ((i * 7919 + j * 104_729) as f64 * 0.618_033_988_749_894_9).fract() - 0.5;
-        let square = Mat::from_fn(128, 128, |i, j| entry(i * i + 3, j * j + i));
-        let long = Mat::from_fn(128, 1024, |i, j| entry(i * i + 3, j * j + i));
+        let mut random = ChaCha8Rng::seed_from_u64(1);
+        let mut entries =
+            |columns| Mat::from_fn(128, columns, |_, _| f64::from(random.next_u32()) / 2f64.powi(32) - 0.5);
+        let (square, long) = (entries(128), entries(1024));
         let own =
             |m: &Mat<f64>| hill(error_curve(m.as_ref(), MetricPair::IDENTITY).unwrap().energies().to_vec()).unwrap();
         let farms = |m: &Mat<f64>| alpha(m.as_ref()).unwrap().unwrap();

@@ -136,9 +136,8 @@ pub fn inspect(report: &InspectReport, spectra: &[Spectrum]) -> Result<String> {
         };
         families(both.clone().filter_map(of), &axes, suffix)
     };
-    let (raw, weighted): (fn(&Spectrum) -> Option<&Vec<f64>>, fn(&Spectrum) -> Option<&Vec<f64>>) =
-        (|s| Some(&s.raw), |s| s.weighted.as_ref());
-    let both_of = |log: bool| [lines(raw, log, ""), lines(weighted, log, " (metric)")].concat();
+    let both_of =
+        |log: bool| [lines(|s| Some(&s.raw), log, ""), lines(|s| s.weighted.as_ref(), log, " (metric)")].concat();
     let tiles = [
         tile("matrices", grouped(report.linears.len() as u64)),
         tile("parameters", grouped(report.parameters)),
@@ -254,12 +253,12 @@ fn warnings(report: &CompressReport) -> Vec<String> {
     for l in report.linears.iter().filter(rounding) {
         warnings.push(format!("{}: rounding to {} costs more than the truncation", l.module, l.dtype));
     }
-    if let Some(control) = &report.control {
-        if control.weighted_error_ratio.is_some_and(|ratio| ratio > 1.0) {
-            warnings.push(
-                "the same bytes spent on bits instead of factors would err less (see `control` in the report)".into(),
-            );
-        }
+    if let Some(control) = &report.control
+        && control.weighted_error_ratio.is_some_and(|ratio| ratio > 1.0)
+    {
+        warnings.push(
+            "the same bytes spent on bits instead of factors would err less (see `control` in the report)".into(),
+        );
     }
     warnings
 }
@@ -303,7 +302,7 @@ fn bars(report: &CompressReport) -> Vec<Chart> {
 /// A template is broken.
 pub fn sweep(report: &SweepReport) -> Result<String> {
     let mut ordered: Vec<&SweepPoint> = report.points.iter().collect();
-    ordered.sort_by(|a, b| a.sizes.bytes_after.cmp(&b.sizes.bytes_after));
+    ordered.sort_by_key(|a| a.sizes.bytes_after);
     let chart = |title: &str, axes: &Axes, of: &dyn Fn(&SweepPoint) -> (f64, f64)| {
         let points: Vec<(f64, f64)> = ordered.iter().map(|p| of(p)).collect();
         let series = Series { dots: points.clone(), points, strength: 1.0 };
