@@ -13,8 +13,9 @@ use crate::model::inventory::{self, LinearInfo, Stored};
 use crate::model::linear::{LR_B, LR_PIVOT};
 use crate::progress::Progress;
 use crate::quantize::Storage;
+use crate::report::card::{self, Loading};
 use crate::report::page::PAGE_FILE;
-use crate::report::{ExportReport, LRC_VERSION, REPORT_FILE, SCHEMA_VERSION, card};
+use crate::report::{ExportReport, LRC_VERSION, REPORT_FILE, SCHEMA_VERSION};
 
 /// What is exported, and where to.
 pub struct ExportJob<'a> {
@@ -62,7 +63,7 @@ pub fn export(job: &ExportJob<'_>, progress: &dyn Progress) -> Result<ExportRepo
             stage.advance(1);
         }
     }
-    let loading = exporter.loading(output.files().has_adapter());
+    let loading = Loading { text: exporter.loading(output.files().has_adapter()), library: exporter.library() };
     output.finish(&folder, &LEFT)?;
     let compressed = std::fs::read(checkpoint.root().join(REPORT_FILE)).ok();
     let mut report = ExportReport {
@@ -78,7 +79,7 @@ pub fn export(job: &ExportJob<'_>, progress: &dyn Progress) -> Result<ExportRepo
         output_files: Default::default(),
         elapsed_seconds: 0.0,
     };
-    folder.write("README.md", card::render_export(&report, &loading).as_bytes())?;
+    folder.write("README.md", card::render_export(&report, checkpoint, &loading).as_bytes())?;
     report.output_files = folder.hashes()?;
     report.elapsed_seconds = started.elapsed().as_secs_f64();
     folder.write(REPORT_FILE, (serde_json::to_string_pretty(&report)? + "\n").as_bytes())?;

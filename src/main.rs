@@ -8,6 +8,6 @@ fn main() -> ExitCode {
     let cli = lrc::cli::Cli::parse();
     match lrc::cli::run(&cli) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => lrc::cli::fail(&error),
+        Err(error) => lrc::cli::fail(&error, &cli),
     }
 }

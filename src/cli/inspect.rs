@@ -138,14 +138,7 @@ pub(super) fn run(args: &InspectArgs, progress: &Bars) -> Result<()> {
     } else {
         None
     };
-    let (mut report, mut spectra) = inspect::inspect(&checkpoint, &args.model.model, weighted, progress)?;
-    if let Some(chosen) = args.sort {
-        let mut order: Vec<usize> = (0..report.linears.len()).collect();
-        let key = |i: &usize| chosen.of(&report.linears[*i]);
-        order.sort_by(|i, j| if args.reverse { ascending(&key(i), &key(j)) } else { descending(&key(i), &key(j)) });
-        report.linears = order.iter().map(|&i| report.linears[i].clone()).collect();
-        spectra = order.iter().map(|&i| spectra[i].clone()).collect();
-    }
+    let (mut report, spectra) = inspect::inspect(&checkpoint, &args.model.model, weighted, progress)?;
     if let Some(path) = &args.spectra {
         inspect::write_spectra(path, &spectra)?;
     }
@@ -156,12 +149,19 @@ pub(super) fn run(args: &InspectArgs, progress: &Bars) -> Result<()> {
             anyhow::Error::new(class)
         })?;
     }
+    let map = heat_map(&report, args.map);
+    if let Some(chosen) = args.sort {
+        let mut order: Vec<usize> = (0..report.linears.len()).collect();
+        let key = |i: &usize| chosen.of(&report.linears[*i]);
+        order.sort_by(|i, j| if args.reverse { ascending(&key(i), &key(j)) } else { descending(&key(i), &key(j)) });
+        report.linears = order.iter().map(|&i| report.linears[i].clone()).collect();
+    }
     if args.json {
         print_json(&report)?;
     } else if args.csv {
         print(&csv(&report))?;
     } else {
-        print(&show(&report, args.map))?;
+        print(&show(&report, &map))?;
     }
     gate::check(&args.gates.fail_if, &report)
 }
@@ -201,7 +201,7 @@ const SHOWN: [&str; 10] = [
 /// The same in the calibration metric, where there is one.
 const SHOWN_WEIGHTED: [&str; 2] = ["weighted.effective_rank", "weighted.break_even_error"];
 
-fn show(report: &InspectReport, map: Chosen) -> String {
+fn show(report: &InspectReport, map: &str) -> String {
     let weighted = SHOWN_WEIGHTED.iter().filter(|_| report.metric.is_some());
     let chosen: Vec<Chosen> =
         SHOWN.iter().chain(weighted).map(|name| Chosen::find(name).expect("invariant: shown columns exist")).collect();
@@ -217,9 +217,8 @@ fn show(report: &InspectReport, map: Chosen) -> String {
         ["linear", "shape"].into_iter().chain(titles.iter().map(String::as_str)).chain(["spectrum"]).collect();
     let metric = report.metric.as_ref().map_or(String::new(), |metric| format!("metric: {metric}\n"));
     format!(
-        "{}\n{}{metric}{} matrices, {} other tensors, {} parameters, {} bytes\n",
+        "{}\n{map}{metric}{} matrices, {} other tensors, {} parameters, {} bytes\n",
         table(&header, report.linears.iter().map(row).collect()),
-        heat_map(report, map),
         report.linears.len(),
         report.other_tensors.len(),
         grouped(report.parameters),

@@ -2,6 +2,7 @@
 
 mod calibrate;
 mod compress;
+mod documents;
 mod eval;
 mod export;
 mod inspect;
@@ -17,6 +18,7 @@ use anyhow::Result;
 use bytesize::ByteSize;
 use clap::{Args, Parser, Subcommand};
 use serde::Serialize;
+use serde_json::json;
 
 use crate::checkpoint::{Checkpoint, hub};
 use crate::error;
@@ -25,8 +27,8 @@ use crate::report::gate::{self, Gate};
 
 /// Low-rank compression of Hugging Face checkpoints
 ///
-/// Exit codes: 0 done; 2 usage; 3 a gate did not hold; 4 unsupported or unmatched input; 5 numeric (non-finite, did not
-/// converge); 6 resources (disk, memory, network).
+/// Exit codes: 0 done; 2 usage; 3 a gate of `--fail-if` did not hold; 4 unsupported or unmatched input; 5 numeric (non-finite,
+/// did not converge); 6 resources (disk, memory, network); 130 interrupted.
 #[derive(Debug, Parser)]
 #[command(version, max_term_width = 100)]
 pub struct Cli {
@@ -40,6 +42,20 @@ pub struct Cli {
     /// Print what is being done (-v), and every detail (-vv)
     #[arg(short, long, global = true, action = clap::ArgAction::Count)]
     verbose: u8,
+
+    /// How logs, warnings and errors are written to stderr
+    #[arg(long, value_enum, default_value_t, global = true, value_name = "FORMAT")]
+    log_format: LogFormat,
+}
+
+/// How stderr is written.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum LogFormat {
+    /// For eyes, with progress bars where stderr is a terminal
+    #[default]
+    Text,
+    /// One JSON object a line: `level`, `message`, and for errors `hint` and `exit_code`
+    Json,
 }
 
 #[derive(Debug, Subcommand)]
@@ -51,6 +67,8 @@ enum Command {
     Truncate(truncate::TruncateArgs),
     Export(export::ExportArgs),
     Inspect(inspect::InspectArgs),
+    Completions(documents::CompletionsArgs),
+    Man(documents::ManArgs),
 }
 
 /// Which model.
@@ -109,9 +127,8 @@ impl GateArgs {
 /// # Errors
 /// Whatever went wrong, for [`fail`].
 pub fn run(cli: &Cli) -> Result<()> {
-    terminal::start_logging(cli.quiet, cli.verbose);
-    interrupt::listen(cli.quiet);
-    let progress = terminal::Bars::new(cli.quiet);
+    let progress = terminal::start(cli.quiet, cli.verbose, cli.log_format);
+    interrupt::listen(cli.quiet, cli.log_format);
     match &cli.command {
         Command::Compress(args) => compress::run(args, cli.quiet, &progress),
         Command::Calibrate(args) => calibrate::run(args, cli.quiet, &progress),
@@ -120,21 +137,28 @@ pub fn run(cli: &Cli) -> Result<()> {
         Command::Truncate(args) => truncate::run(args, cli.quiet, &progress),
         Command::Export(args) => export::run(args, cli.quiet, &progress),
         Command::Inspect(args) => inspect::run(args, &progress),
+        Command::Completions(args) => documents::completions(args),
+        Command::Man(args) => documents::man(args),
     }
 }
 
 /// Prints an error with its hint, and gives its exit code.
-pub fn fail(error: &anyhow::Error) -> ExitCode {
+pub fn fail(error: &anyhow::Error, cli: &Cli) -> ExitCode {
     // A reader that has seen enough (`| head`) is no failure.
     let is_closed_pipe = |e: &std::io::Error| e.kind() == std::io::ErrorKind::BrokenPipe;
     if error.downcast_ref::<std::io::Error>().is_some_and(is_closed_pipe) {
         return ExitCode::SUCCESS;
     }
-    eprintln!("error: {error:#}");
-    if let Some(hint) = error::hint(error) {
-        eprintln!("hint: {hint}");
+    let (code, hint) = (error::exit_class(error) as u8, error::hint(error));
+    match (cli.log_format, hint) {
+        (LogFormat::Json, hint) => {
+            let line = json!({"level": "ERROR", "message": format!("{error:#}"), "hint": hint, "exit_code": code});
+            eprintln!("{line}");
+        }
+        (LogFormat::Text, Some(hint)) => eprintln!("error: {error:#}\nhint: {hint}"),
+        (LogFormat::Text, None) => eprintln!("error: {error:#}"),
     }
-    ExitCode::from(error::exit_class(error) as u8)
+    ExitCode::from(code)
 }
 
 /// Prints a record as JSON on stdout.

@@ -1,17 +1,18 @@
 //! Progress bars, tables and logs.
 
-use std::io::IsTerminal;
-use std::time::Duration;
+use std::io::{IsTerminal, Write};
+use std::time::{Duration, Instant};
 
 use comfy_table::{CellAlignment, ContentArrangement, LineStyle, Table, TableStyle};
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use tracing_subscriber::EnvFilter;
 
+use super::LogFormat;
 use crate::progress::{Progress, Stage};
 pub(super) use crate::report::columns::grouped;
 
-/// Sends warnings (and with `-v` more) to stderr.
-pub(super) fn start_logging(quiet: bool, verbose: u8) {
+/// Begins to log warnings (and with `-v` more) to stderr, and gives the bars, which logs go around.
+pub(super) fn start(quiet: bool, verbose: u8, format: LogFormat) -> Bars {
     let level = match (quiet, verbose) {
         (true, _) => "error",
         (false, 0) => "lrc=warn",
@@ -20,28 +21,44 @@ pub(super) fn start_logging(quiet: bool, verbose: u8) {
     };
     let filter = EnvFilter::try_from_env("LRC_LOG").unwrap_or_else(|_| EnvFilter::new(level));
     let use_colour = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+    let has_bars = !quiet && format == LogFormat::Text;
+    let bars = MultiProgress::with_draw_target(match has_bars {
+        true => ProgressDrawTarget::stderr_with_hz(10),
+        false => ProgressDrawTarget::hidden(),
+    });
+    let above = bars.clone();
+    let logger = tracing_subscriber::fmt().with_env_filter(filter).with_writer(move || AboveBars(above.clone()));
     // A second call (tests run commands in one process) keeps the first logger.
-    let _ = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(use_colour)
-        .without_time()
-        .with_target(false)
-        .try_init();
+    let _ = match format {
+        LogFormat::Text => logger.with_ansi(use_colour).without_time().with_target(false).try_init(),
+        LogFormat::Json => logger.json().flatten_event(true).with_target(false).try_init(),
+    };
+    Bars { bars }
 }
 
-/// Bars on stderr, where that is a terminal.
+/// stderr, while the bars step aside.
+struct AboveBars(MultiProgress);
+
+impl Write for AboveBars {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.suspend(|| std::io::stderr().write(bytes))
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        std::io::stderr().flush()
+    }
+}
+
+/// Bars on stderr, where that is a terminal; a line in the log for every stage.
 pub(super) struct Bars {
     bars: MultiProgress,
 }
 
-struct Bar(ProgressBar);
-
-impl Bars {
-    pub fn new(quiet: bool) -> Self {
-        let target = if quiet { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr_with_hz(10) };
-        Self { bars: MultiProgress::with_draw_target(target) }
-    }
+struct Bar {
+    bar: ProgressBar,
+    name: String,
+    unit: &'static str,
+    started: Instant,
 }
 
 impl Progress for Bars {
@@ -59,23 +76,27 @@ impl Progress for Bars {
         );
         let bar = self.bars.add(ProgressBar::new(total).with_style(style).with_prefix(name.to_string()));
         bar.enable_steady_tick(Duration::from_millis(200));
-        Box::new(Bar(bar))
+        tracing::debug!(stage = name, total, unit, "begins");
+        Box::new(Bar { bar, name: name.into(), unit, started: Instant::now() })
     }
 }
 
 impl Stage for Bar {
     fn advance(&self, n: u64) {
-        self.0.inc(n);
+        self.bar.inc(n);
     }
 
     fn note(&self, what: &str) {
-        self.0.set_message(what.to_string());
+        tracing::debug!(stage = self.name, "{what}");
+        self.bar.set_message(what.to_string());
     }
 }
 
 impl Drop for Bar {
     fn drop(&mut self) {
-        self.0.finish_and_clear();
+        let seconds = self.started.elapsed().as_secs_f64();
+        tracing::info!(seconds, "{}: {} {}", self.name, self.bar.position(), self.unit);
+        self.bar.finish_and_clear();
     }
 }
 

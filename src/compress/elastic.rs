@@ -30,8 +30,9 @@ use crate::linalg;
 use crate::model::Layout;
 use crate::model::inventory::{self, LinearInfo, Stored};
 use crate::progress::Progress;
+use crate::report::card::{self, Loading};
 use crate::report::page::{self, PAGE_FILE};
-use crate::report::{CompressReport, REPORT_FILE, TruncationRecord, card, peak_memory_bytes};
+use crate::report::{CompressReport, REPORT_FILE, TruncationRecord, peak_memory_bytes};
 
 pub(super) const CURVES_FILE: &str = "lrc-curves.safetensors";
 
@@ -201,7 +202,8 @@ pub fn truncate(job: &TruncateJob<'_>, progress: &dyn Progress) -> Result<Compre
             folder.copy(&file)?;
         }
     }
-    folder.write("README.md", card::render(&report, &exporter.loading(false)).as_bytes())?;
+    let loading = Loading { text: exporter.loading(false), library: exporter.library() };
+    folder.write("README.md", card::render(&report, checkpoint, &loading).as_bytes())?;
     let mut config = checkpoint.config().context("invariant: a compressed checkpoint has a config")?.clone();
     for s in &shortenings {
         config["lrc"]["modules"][&s.linear.module]["rank"] = json!(s.new_rank);

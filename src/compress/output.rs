@@ -20,8 +20,9 @@ use crate::journal::{Array, Piece};
 use crate::model::Layout;
 use crate::model::inventory::LinearInfo;
 use crate::progress::Progress;
+use crate::report::card::{self, Loading};
 use crate::report::page::{self, ErrorLine, PAGE_FILE};
-use crate::report::{CompressReport, REPORT_FILE, card, peak_memory_bytes};
+use crate::report::{CompressReport, REPORT_FILE, peak_memory_bytes};
 use crate::spool::Spooled;
 
 const RECIPE_FILE: &str = "lrc-recipe.toml";
@@ -118,11 +119,12 @@ pub(super) fn finish(
     started: Instant,
 ) -> Result<()> {
     let recipe = job.recipe;
-    let loading = recipe.format.exporter().loading(output.files().has_adapter());
+    let exporter = recipe.format.exporter();
+    let loading = Loading { text: exporter.loading(output.files().has_adapter()), library: exporter.library() };
     output.finish(folder, &[CARD_FILE, REPORT_FILE, RECIPE_FILE, PAGE_FILE])?;
     let recipe = toml::to_string(&recipe.to_options())?;
     folder.write(RECIPE_FILE, format!("# lrc compress MODEL -o OUT --recipe {RECIPE_FILE}\n{recipe}").as_bytes())?;
-    folder.write(CARD_FILE, card::render(report, &loading).as_bytes())?;
+    folder.write(CARD_FILE, card::render(report, job.checkpoint, &loading).as_bytes())?;
     folder.write(PAGE_FILE, page::compress(report, lines)?.as_bytes())?;
     report.output_files = folder.hashes()?;
     report.elapsed_seconds = started.elapsed().as_secs_f64();

@@ -44,6 +44,10 @@ impl Exporter for Peft {
         let load = "```python\nfrom transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained(\"FOLDER\")\n```\n";
         format!("{load}{}", if has_adapter { loading() } else { String::new() })
     }
+
+    fn library(&self) -> &'static str {
+        "peft"
+    }
 }
 
 /// Why a linear cannot be a base with an adapter over it.

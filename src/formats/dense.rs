@@ -31,7 +31,9 @@ impl Exporter for Dense {
     }
 
     fn loading(&self, _: bool) -> String {
-        "The weights are multiplied out: it loads wherever the original does.\n".into()
+        "The weights are multiplied out: it loads wherever the original does (transformers, vLLM, ...).\n\n```python\n\
+         from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained(\"FOLDER\")\n```\n"
+            .into()
     }
 }
 

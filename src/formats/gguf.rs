@@ -201,7 +201,13 @@ impl Exporter for Gguf {
 
     fn loading(&self, has_adapter: bool) -> String {
         let lora = if has_adapter { " --lora model-lora.gguf" } else { "" };
-        format!("```sh\nllama-cli -m model.gguf{lora}\n```\n")
+        format!(
+            "llama.cpp:\n\n```sh\nllama-cli -m model.gguf{lora}\n```\n\nWithout Python, to measure: `lrc eval FOLDER --text FILE`.\n"
+        )
+    }
+
+    fn library(&self) -> &'static str {
+        "llama.cpp"
     }
 }
 

@@ -185,8 +185,13 @@ pub trait Exporter: Sync {
     /// Files that the runtime needs beside the weights: (path in the folder, content).
     fn side_files(&self, source: &Source<'_>, modules: &[(LinearInfo, Entry)]) -> Vec<(String, String)>;
 
-    /// How the output is loaded, for the model card.
+    /// How each runtime loads the output, for the model card.
     fn loading(&self, has_adapter: bool) -> String;
+
+    /// The hub's name of the library that loads it.
+    fn library(&self) -> &'static str {
+        "transformers"
+    }
 }
 
 impl Format {

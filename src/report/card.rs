@@ -1,61 +1,200 @@
 //! The model card: `README.md` of an output folder.
 
 use std::fmt::Write;
+use std::path::Path;
+
+use serde_json::Value;
 
 use super::{CompressReport, ExportReport};
+use crate::checkpoint::Checkpoint;
 
-/// Renders the card of a compression; `loading` tells how its format is loaded.
-pub fn render(report: &CompressReport, loading: &str) -> String {
-    let sizes = &report.sizes;
-    let is_hub_id = !std::path::Path::new(&report.source).exists();
-    let mut card = String::from("---\n");
-    if is_hub_id {
-        let _ = writeln!(card, "base_model: {}", report.source);
-    }
-    card.push_str("library_name: transformers\ntags:\n- lrc\n- low-rank\n---\n\n");
+/// What a card says of a format.
+pub struct Loading {
+    /// How each runtime loads it, as Markdown.
+    pub text: String,
+    /// The hub's name of the library that loads it.
+    pub library: &'static str,
+}
+
+/// Renders the card of a compression of `source`.
+pub fn render(report: &CompressReport, source: &Checkpoint, loading: &Loading) -> String {
+    let has_codes = report.linears.iter().any(|l| l.quant.is_some());
+    let has_parts = report.linears.iter().any(|l| l.rank.is_some());
+    let tags = [("low-rank", has_parts), ("quantized", has_codes)];
+    let tags = tags.iter().filter(|(_, is_so)| *is_so).map(|(tag, _)| *tag);
+    let mut card = front_matter(&report.source, source, loading.library, has_codes, tags);
     let _ = writeln!(card, "# Compression of {}\n", title(&report.source));
     let _ = writeln!(
         card,
-        "Made by lrc {} with the recipe in `lrc-recipe.toml`; every number is in `lrc-report.json`.\n",
+        "Made by lrc {}. Every number is in `lrc-report.json`, and to be looked at in `lrc-report.html`.\n\n## Size\n",
         report.lrc_version
     );
-    card.push_str("| | before | after |\n|---|---:|---:|\n");
-    let rows = [
-        ("parameters of the targeted linears", sizes.linear_parameters_before, sizes.linear_parameters_after),
-        ("parameters", sizes.parameters_before, sizes.parameters_after),
-        ("bytes", sizes.bytes_before, sizes.bytes_after),
-    ];
-    for (name, before, after) in rows {
-        let _ = writeln!(card, "| {name} | {before} | {after} |");
-    }
-    let _ = writeln!(
-        card,
-        "| bits per weight of the targeted linears | {:.3} | {:.3} |",
-        sizes.bits_per_weight_before, sizes.bits_per_weight_after
-    );
+    card.push_str(&sizes(report));
+    card.push_str("\n## Errors\n\n");
+    card.push_str(&errors(report));
     card.push_str("\n## Loading\n\n");
-    card.push_str(loading);
-    card.push_str("\n## Reproducing\n\n```sh\nlrc compress MODEL -o OUT --recipe lrc-recipe.toml\n");
+    card.push_str(&loading.text);
+    card.push_str("\n## Reproducing\n\nThe same bytes come of\n\n```sh\n");
+    let words: Vec<String> = ["lrc", "compress", title(&report.source), "-o", "OUT"]
+        .map(String::from)
+        .into_iter()
+        .chain(flags(&report.recipe))
+        .map(|word| quoted(&word))
+        .collect();
+    let _ = writeln!(card, "{}", words.join(" "));
     if let Some(truncated) = &report.truncated {
         let _ = writeln!(card, "lrc truncate OUT -o SHORTER --keep {}", truncated.keep);
     }
-    card.push_str("```\n");
+    card.push_str("```\n\nor of `--recipe lrc-recipe.toml` in place of the flags.\n");
+    if let Some(calibration) = &report.calibration {
+        let _ = writeln!(
+            card,
+            "Calibration: {} windows, {} tokens, of the text with SHA-256 `{}`.",
+            calibration.windows,
+            calibration.tokens,
+            calibration.text_sha256.join("`, `")
+        );
+    }
     card
 }
 
 /// Renders the card of an export.
-pub fn render_export(report: &ExportReport, loading: &str) -> String {
-    let mut card = String::from("---\nlibrary_name: transformers\ntags:\n- lrc\n---\n\n");
+pub fn render_export(report: &ExportReport, source: &Checkpoint, loading: &Loading) -> String {
+    let mut card = front_matter(&report.source, source, loading.library, false, std::iter::empty());
     let _ = writeln!(card, "# {} as {}\n", title(&report.source), report.format);
     let _ = writeln!(
         card,
-        "Exported by lrc {} without compressing anew; what was compressed, and how, is in `lrc-report.json`.\n\n## Loading\n",
-        report.lrc_version
+        "Exported by lrc {} without compressing anew; what was compressed, and how, is in `lrc-report.json`.\n\n## Size\n\n\
+         {} bytes of tensors; the source has {}.\n\n## Loading\n",
+        report.lrc_version, report.bytes_after, report.bytes_before
     );
-    card + loading
+    card + &loading.text
 }
 
-/// The last part of a path or hub id: a card should not tell where its author keeps files.
+fn front_matter<'a>(
+    named: &str,
+    source: &Checkpoint,
+    library: &str,
+    is_quantized: bool,
+    tags: impl Iterator<Item = &'a str>,
+) -> String {
+    let mut front = String::from("---\n");
+    if let Some(base) = base_model(named, source) {
+        let _ = writeln!(front, "base_model: {base}");
+        if is_quantized {
+            front.push_str("base_model_relation: quantized\n");
+        }
+    }
+    let _ = writeln!(front, "library_name: {library}\ntags:\n- lrc");
+    for tag in tags {
+        let _ = writeln!(front, "- {tag}");
+    }
+    front + "---\n\n"
+}
+
+/// The hub id of the source: its name, or what its config remembers of it. The hub refuses a card that names anything else.
+fn base_model(named: &str, source: &Checkpoint) -> Option<String> {
+    let remembered = || source.config()?.get("_name_or_path")?.as_str().map(String::from);
+    let is_id = |id: &String| {
+        let is_word = |w: &str| !w.is_empty() && w.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c));
+        let words: Vec<&str> = id.split('/').collect();
+        words.len() == 2 && words.into_iter().all(|w| is_word(w) && !w.starts_with('.')) && !Path::new(id).exists()
+    };
+    Some(named.to_string()).filter(is_id).or_else(|| remembered().filter(is_id))
+}
+
+fn sizes(report: &CompressReport) -> String {
+    let s = &report.sizes;
+    let mut table = String::from("| | before | after | share |\n|---|---:|---:|---:|\n");
+    let share = |before: f64, after: f64| 100.0 * after / before;
+    let rows = [
+        ("parameters of the targeted linears", s.linear_parameters_before, s.linear_parameters_after),
+        ("parameters", s.parameters_before, s.parameters_after),
+        ("bytes of tensors", s.bytes_before, s.bytes_after),
+    ];
+    for (name, before, after) in rows {
+        let _ = writeln!(table, "| {name} | {before} | {after} | {:.2} % |", share(before as f64, after as f64));
+    }
+    let (before, after) = (s.bits_per_weight_before, s.bits_per_weight_after);
+    let _ = writeln!(
+        table,
+        "| bits per weight of the targeted linears | {before:.3} | {after:.3} | {:.2} % |",
+        share(before, after)
+    );
+    table
+}
+
+/// The whole, then the linears that err most.
+fn errors(report: &CompressReport) -> String {
+    const SHOWN: usize = 5;
+    let method = report.recipe.get("method").and_then(Value::as_str).unwrap_or("svd");
+    let l = &report.linear;
+    let mut text = format!(
+        "Relative errors of the linears in the metric of `{method}`: {:.4} in the mean, at most {:.4}; {} of {} were compressed.\n",
+        l.mean_error, l.max_error, l.compressed, l.count
+    );
+    if let Some((kl, control)) = report.control.as_ref().and_then(|c| Some((c.kl?, c.control_kl?))) {
+        let _ = writeln!(
+            text,
+            "KL(original ‖ this) on the calibration text: {kl:.5} nats; {control:.5} for the same bytes without factors."
+        );
+    }
+    let mut worst: Vec<_> = report.linears.iter().filter_map(|l| Some((l.relative_error?, l))).collect();
+    worst.sort_by(|a, b| b.0.total_cmp(&a.0));
+    text.push_str("\n| largest errors | rank | base | relative error |\n|---|---:|---|---:|\n");
+    for (error, linear) in worst.into_iter().take(SHOWN) {
+        let rank = linear.rank.map_or("-".into(), |rank| rank.to_string());
+        let base = linear.quant.as_deref().unwrap_or(if linear.rank.is_none() { "dense" } else { "-" });
+        let _ = writeln!(text, "| `{}` | {rank} | {base} | {error:.4} |", linear.module);
+    }
+    text
+}
+
+/// A recipe as flags. Paths are cut to their last part: a card should not tell where its author keeps files.
+fn flags(recipe: &Value) -> Vec<String> {
+    let Some(fields) = recipe.as_object() else { return Vec::new() };
+    let mut flags = Vec::new();
+    for (name, value) in fields {
+        let text = |value: &Value| match value {
+            Value::String(text) if name == "calibration" || name == "statistics" => title(text).to_string(),
+            Value::String(text) => text.clone(),
+            other => other.to_string(),
+        };
+        match value {
+            // Switches take their value after an equals sign.
+            Value::Bool(on) => flags.push(format!("--{name}={on}")),
+            Value::Array(values) => {
+                flags.extend(values.iter().flat_map(|value| [format!("--{name}"), text(value)]));
+            }
+            value => flags.extend([format!("--{name}"), text(value)]),
+        }
+    }
+    flags
+}
+
+/// A word for a shell.
+fn quoted(word: &str) -> String {
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_.,:=/+".contains(c);
+    if word.chars().all(is_plain) { word.into() } else { format!("'{}'", word.replace('\'', r"'\''")) }
+}
+
+/// The last part of a path or hub id.
 pub(super) fn title(source: &str) -> &str {
     source.trim_end_matches('/').rsplit('/').next().unwrap_or(source)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_recipe_is_told_as_flags() {
+        let recipe =
+            json!({"keep": 0.8, "calibration": "/home/me/it's mine.txt", "elastic": true, "targets": ["*.mlp.*", "x"]});
+        let words: Vec<String> = flags(&recipe).iter().map(|word| quoted(word)).collect();
+        let told = r"--keep 0.8 --calibration 'it'\''s mine.txt' --elastic=true --targets '*.mlp.*' --targets x";
+        assert_eq!(words.join(" "), told);
+    }
 }

@@ -1,0 +1,54 @@
+//! `lrc completions` and `lrc man`: what the command line says of itself to shells and to `man`.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use clap::{Args, CommandFactory};
+use clap_complete::Shell;
+use clap_mangen::Man;
+
+use super::Cli;
+
+/// Print completions for a shell
+///
+/// Examples:
+///   lrc completions bash > ~/.local/share/bash-completion/completions/lrc
+///   lrc completions fish > ~/.config/fish/completions/lrc.fish
+///   lrc completions zsh > ~/.zfunc/_lrc
+#[derive(Debug, Args)]
+#[command(verbatim_doc_comment)]
+pub(super) struct CompletionsArgs {
+    /// The shell
+    #[arg(value_enum)]
+    shell: Shell,
+}
+
+pub(super) fn completions(args: &CompletionsArgs) -> Result<()> {
+    let mut script = Vec::new();
+    clap_complete::generate(args.shell, &mut Cli::command(), "lrc", &mut script);
+    super::print(&String::from_utf8(script)?)
+}
+
+/// Print the manual page, or write one for every command
+///
+/// Examples:
+///   lrc man | man -l -
+///   lrc man -o ~/.local/share/man/man1
+#[derive(Debug, Args)]
+#[command(verbatim_doc_comment)]
+pub(super) struct ManArgs {
+    /// Folder for `lrc.1`, `lrc-compress.1` and so on
+    #[arg(short, long, value_name = "FOLDER")]
+    output: Option<PathBuf>,
+}
+
+pub(super) fn man(args: &ManArgs) -> Result<()> {
+    let Some(folder) = &args.output else {
+        let mut page = Vec::new();
+        Man::new(Cli::command()).render(&mut page)?;
+        return super::print(&String::from_utf8(page)?);
+    };
+    let written = || format!("cannot write manual pages to `{}`", folder.display());
+    std::fs::create_dir_all(folder).with_context(written)?;
+    clap_mangen::generate_to(Cli::command(), folder).with_context(written)
+}

@@ -1,0 +1,7 @@
+//! What people read, as it was agreed on: helps, errors and tables. `TRYCMD=overwrite cargo test --release --test golden` writes
+//! what is said now.
+
+#[test]
+fn the_commands_say_what_was_agreed() {
+    trycmd::TestCases::new().case("tests/golden/*.trycmd").env("NO_COLOR", "1").env("RAYON_NUM_THREADS", "2");
+}
