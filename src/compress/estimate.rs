@@ -13,15 +13,17 @@ use super::metric::MetricPair;
 use super::plan::Plan;
 use super::recipe::Recipe;
 use super::study::max_ranks;
+use crate::calibrate::Windows;
 use crate::checkpoint::Checkpoint;
 use crate::linalg;
-use crate::model::ModelConfig;
 use crate::model::inventory::LinearInfo;
+use crate::model::{Decoder, ModelConfig, Walk, WalkLimits};
+use crate::progress::Silent;
 
 /// Seconds an operation takes.
 struct Speed {
     /// A multiplication with its addition in f32, on all threads.
-    forward: f64,
+    gram: f64,
     /// The same in f64, on one thread.
     product: f64,
     /// Of an eigenproblem of size n, over n³, on one thread.
@@ -29,18 +31,18 @@ struct Speed {
 }
 
 /// Sides of the trials: large enough to leave the caches of a core, small enough to be done at once.
-const FORWARD: usize = 512;
+const GRAM: usize = 512;
 const PRODUCT: usize = 384;
 const EIGEN: usize = 320;
 
 impl Speed {
     fn measure() -> Result<Self> {
         let cube = |n: usize| (n * n * n) as f64;
-        let x = Tensor::ones((FORWARD, FORWARD), DType::F32, &Device::Cpu)?;
-        let forward = fastest(|| {
+        let x = Tensor::ones((GRAM, GRAM), DType::F32, &Device::Cpu)?;
+        let gram = fastest(|| {
             let _: () = drop(x.matmul(&x)?);
             Ok(())
-        })? / cube(FORWARD);
+        })? / cube(GRAM);
         // Entries without a pattern that an eigensolver could use.
         let entry = |i: usize, j: usize| ((i * 7919 + j * 104_729) as f64 * 0.618_033_988_749_894_9).fract() - 0.5;
         let matrix = Mat::from_fn(PRODUCT, PRODUCT, entry);
@@ -55,7 +57,7 @@ impl Speed {
         })?;
         // A decomposition is a Gram and an eigenproblem.
         let eigen = (whole - cube(EIGEN) * product).max(0.1 * whole) / cube(EIGEN);
-        Ok(Self { forward, product, eigen })
+        Ok(Self { gram, product, eigen })
     }
 }
 
@@ -70,11 +72,27 @@ fn fastest(trial: impl Fn() -> Result<()>) -> Result<f64> {
     Ok(seconds)
 }
 
+/// Seconds that all `windows` take through all blocks: as many of them as make a trial are sent through the first.
+fn pass(checkpoint: &Checkpoint, windows: &Windows) -> Result<f64> {
+    const TRIAL_TOKENS: usize = 2048;
+    let decoder = Decoder::open(checkpoint)?;
+    let length = windows.windows.first().map_or(1, Vec::len).max(1);
+    let some = &windows.windows[..TRIAL_TOKENS.div_ceil(length).min(windows.windows.len())];
+    let folder = tempfile::tempdir()?;
+    let mut walk = Walk::new(&decoder, some, &WalkLimits::new(u64::MAX, folder.path().into()))?;
+    let hidden = walk.embed(&decoder)?;
+    let block = decoder.block(0)?;
+    let started = Instant::now();
+    walk.branch(&hidden, &decoder, &block, &mut |_, _| Ok(()), &Silent)?;
+    let share = windows.windows.len() as f64 / some.len() as f64;
+    Ok(started.elapsed().as_secs_f64() * share * decoder.n_blocks() as f64)
+}
+
 /// Expected seconds of a compression.
 ///
 /// # Errors
 /// The trials fail.
-pub(super) fn seconds(checkpoint: &Checkpoint, recipe: &Recipe, plan: &Plan, n_tokens: usize) -> Result<f64> {
+pub(super) fn seconds(checkpoint: &Checkpoint, recipe: &Recipe, plan: &Plan, windows: Option<&Windows>) -> Result<f64> {
     let speed = Speed::measure()?;
     let threads = rayon::current_num_threads().min(plan.linears.len()) as f64;
     let needs = recipe.needs();
@@ -99,25 +117,28 @@ pub(super) fn seconds(checkpoint: &Checkpoint, recipe: &Recipe, plan: &Plan, n_t
     let quantisers = recipe.quant.len().max(1) as f64;
     let ranks = max_ranks(recipe, plan);
     let decomposing: f64 = plan.linears.iter().zip(ranks).map(decompose).sum::<f64>() * quantisers / threads;
-    let weights: f64 = plan.linears.iter().map(|l| l.n_parameters() as f64).sum();
-    let tokens = n_tokens as f64;
     let mut passes = 0.0;
     let mut grams = 0.0;
-    if recipe.measures_statistics() && n_tokens > 0 {
+    if recipe.measures_statistics() {
         // Forward, and where gradients are asked for forward again and back to the inputs.
-        passes += if needs.gradients() { 3.0 } else { 1.0 };
+        passes += if needs.gradients() { 4.0 } else { 1.0 };
         let inputs: f64 = plan.linears.iter().map(|l| (l.in_features as f64).powi(2) / 4.0).sum();
         let outputs: f64 = plan.linears.iter().map(|l| (l.out_features as f64).powi(2) / 2.0).sum();
         grams += f64::from(u8::from(needs.input_gram)) * inputs + f64::from(u8::from(needs.output_gram)) * outputs;
     }
     if recipe.anchor.is_some() {
         // Two streams, each through the block once for every place of input and once more; two Grams a place, and a decomposition.
-        passes += 6.0;
+        passes += 10.0;
         grams += plan.linears.iter().map(|l| (l.in_features as f64).powi(2)).sum::<f64>();
     }
-    let head = ModelConfig::of(checkpoint).map_or(0.0, |(c, _)| (c.hidden_size * c.vocab_size) as f64);
-    let walking =
-        tokens * (weights * passes + grams + if needs.gradients() { 2.0 * head } else { 0.0 }) * speed.forward;
+    let walking = match windows {
+        Some(windows) if passes > 0.0 => {
+            let head = ModelConfig::of(checkpoint).map_or(0.0, |(c, _)| (c.hidden_size * c.vocab_size) as f64);
+            let products = grams + if needs.gradients() { 2.0 * head } else { 0.0 };
+            passes * pass(checkpoint, windows)? + windows.part.tokens as f64 * products * speed.gram
+        }
+        _ => 0.0,
+    };
     let anchoring = if recipe.anchor.is_some() { decomposing } else { 0.0 };
     // What is read, hashed and written.
     const BYTES_A_SECOND: f64 = 3e8;

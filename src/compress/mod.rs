@@ -160,8 +160,7 @@ pub fn dry_run(job: &Job<'_>, progress: &dyn Progress) -> Result<DryRunReport> {
     OutputFolder::check(job.output, job.force, REPORT_FILE)?;
     let inputs = Inputs::load(checkpoint, recipe, &plan)?;
     let memory = plan.expected_memory(checkpoint, recipe, job.memory_bytes, rayon::current_num_threads());
-    let n_tokens = inputs.windows.as_ref().map_or(0, |w| w.part.tokens);
-    let seconds = estimate::seconds(checkpoint, recipe, &plan, n_tokens)?;
+    let seconds = estimate::seconds(checkpoint, recipe, &plan, inputs.windows.as_ref())?;
     let entries: Vec<Option<Entry>> = match known_choices(recipe, &plan) {
         Some(choices) => {
             choices.into_iter().map(|choice| Plan::entry(recipe, choice, recipe.quant.first().copied())).collect()
