@@ -3,7 +3,7 @@
 //! ```text
 //! OUT.partial/lock      held by the run that writes
 //! OUT.partial/output/   becomes OUT
-//! OUT.partial/work/     files of this run alone
+//! OUT.partial/scratch/  files of this run alone
 //! OUT.partial/job.json  which run it is, where it can be gone on with, and
 //! OUT.partial/pieces/   what it has finished
 //! ```
@@ -36,7 +36,7 @@ pub struct OutputFolder {
 
 const LOCK: &str = "lock";
 const OUTPUT: &str = "output";
-const WORK: &str = "work";
+const SCRATCH: &str = "scratch";
 const JOB: &str = "job.json";
 const PIECES: &str = "pieces";
 
@@ -159,7 +159,7 @@ impl OutputFolder {
 
     /// For files that no other run needs.
     pub fn work(&self) -> PathBuf {
-        self.partial.join(WORK)
+        self.partial.join(SCRATCH)
     }
 
     /// For what a later run may go on from.
