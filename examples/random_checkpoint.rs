@@ -39,16 +39,20 @@ fn main() -> Result<()> {
     let names = architectures::find("llama").ok_or_else(|| anyhow!("llama is a family"))?;
 
     let embeddings = vec![config.vocab_size, config.hidden_size];
-    let mut shapes = vec![(names.embed_tokens.to_string(), embeddings.clone())];
+    let prefix = names.prefix;
+    let mut shapes = vec![(format!("{prefix}{}", names.embed_tokens), embeddings.clone())];
     for block in 0..args.blocks {
-        for norm in [names.input_layernorm, names.post_attention_layernorm] {
-            shapes.push((format!("{}.{norm}", names.block(block)), vec![config.hidden_size]));
+        for norm in names.norms.of_states() {
+            shapes.push((format!("{}.{norm}", names.block(prefix, block)), vec![config.hidden_size]));
         }
         for &(role, _) in names.linears {
-            shapes.push((names.module(LinearId { block, role }), role.shape(&config).0.to_vec()));
+            shapes.push((names.module(prefix, LinearId { block, role }), role.shape(&config).0.to_vec()));
         }
     }
-    shapes.extend([(names.norm.to_string(), vec![config.hidden_size]), (names.lm_head.to_string(), embeddings)]);
+    shapes.extend([
+        (format!("{prefix}{}", names.norm), vec![config.hidden_size]),
+        (names.lm_head.to_string(), embeddings),
+    ]);
 
     let spec = |(module, shape): &(String, Vec<usize>)| TensorSpec {
         name: format!("{module}.weight"),

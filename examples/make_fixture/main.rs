@@ -101,16 +101,18 @@ fn write_config(folder: &Path) -> Result<()> {
 /// Names and shapes of all tensors, in the order of the model.
 fn shapes(config: &ModelConfig, architecture: &lrc::model::Architecture) -> Vec<(String, Vec<usize>)> {
     let norm = |name: String| (format!("{name}.weight"), vec![HIDDEN_SIZE]);
-    let mut shapes = vec![(format!("{}.weight", architecture.embed_tokens), vec![VOCAB_SIZE, HIDDEN_SIZE])];
+    let prefix = architecture.prefix;
+    let mut shapes = vec![(format!("{prefix}{}.weight", architecture.embed_tokens), vec![VOCAB_SIZE, HIDDEN_SIZE])];
     for block in 0..N_BLOCKS {
-        shapes.push(norm(format!("{}.{}", architecture.block(block), architecture.input_layernorm)));
-        shapes.push(norm(format!("{}.{}", architecture.block(block), architecture.post_attention_layernorm)));
+        for name in architecture.norms.of_states() {
+            shapes.push(norm(format!("{}.{name}", architecture.block(prefix, block))));
+        }
         for &(role, _) in architecture.linears {
-            let module = architecture.module(lrc::model::LinearId { block, role });
+            let module = architecture.module(prefix, lrc::model::LinearId { block, role });
             shapes.push((format!("{module}.weight"), role.shape(config).0.to_vec()));
         }
     }
-    shapes.push(norm(architecture.norm.to_string()));
+    shapes.push(norm(format!("{prefix}{}", architecture.norm)));
     shapes
 }
 

@@ -1,4 +1,4 @@
-//! Causal grouped-query attention with a rotary embedding.
+//! Causal grouped-query attention with a rotary embedding, over all of the past or a window of it.
 
 use anyhow::Result;
 use candle_core::{CpuStorage, CustomOp3, Device, Layout, Shape, Tensor, bail};
@@ -7,45 +7,104 @@ use faer::{Accum, MatMut, MatRef, Par};
 use pulp::Arch;
 use rayon::prelude::*;
 
-use super::config::ModelConfig;
+use super::architectures::{FusedQkv, Role};
 use super::linear::Linear;
+use super::norm::Norm;
 use super::ops::Kernels;
+use super::rope::{Rope, RopeKind};
 use super::softmax::softmax_in_place;
-
-/// The rotary embedding of every position up to a length.
-#[derive(Debug, Clone)]
-pub struct Rope {
-    /// (n_positions, head_dim / 2)
-    cos: Tensor,
-    sin: Tensor,
-}
-
-impl Rope {
-    /// # Errors
-    /// The config asks for a kind of scaling that is not supported.
-    pub fn new(config: &ModelConfig, n_positions: usize) -> Result<Self> {
-        let frequencies = config.rope_inverse_frequencies()?;
-        // Angles in f64: position × frequency loses digits in f32 at long contexts. transformers
-        // multiplies in f32; the two differ by its rounding.
-        let angles: Vec<f64> = (0..n_positions).flat_map(|p| frequencies.iter().map(move |f| p as f64 * f)).collect();
-        let shape = (n_positions, frequencies.len());
-        let tensor = |values: Vec<f32>| Tensor::from_vec(values, shape, &Device::Cpu);
-        Ok(Self {
-            cos: tensor(angles.iter().map(|a| a.cos() as f32).collect())?,
-            sin: tensor(angles.iter().map(|a| a.sin() as f32).collect())?,
-        })
-    }
-}
 
 #[derive(Debug, Clone)]
 pub struct Attention {
-    pub(super) q_proj: Linear,
-    pub(super) k_proj: Linear,
-    pub(super) v_proj: Linear,
+    pub(super) qkv: Qkv,
     pub(super) o_proj: Linear,
+    /// Of queries and keys, and whether over each head or over all together.
+    pub(super) query_key_norm: Option<((Norm, Norm), bool)>,
     pub(super) n_heads: usize,
     pub(super) n_kv_heads: usize,
     pub(super) head_dim: usize,
+    /// Of queries.
+    pub(super) scale: f64,
+    pub(super) scoring: Scoring,
+    pub(super) rope: Option<RopeKind>,
+}
+
+/// Where queries, keys and values come from.
+#[derive(Debug, Clone)]
+pub(super) enum Qkv {
+    Apart { q_proj: Linear, k_proj: Linear, v_proj: Linear },
+    Fused { qkv_proj: Linear, order: FusedQkv },
+}
+
+/// How scores become weights, besides softmax.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Scoring {
+    /// Keys that a query sees, its own included; none: all before it.
+    pub window: Option<usize>,
+    /// Scores s become `cap · tanh(s / cap)`.
+    pub cap: Option<f32>,
+}
+
+impl Scoring {
+    /// The keys that the query at `position` sees.
+    fn seen(self, position: usize) -> std::ops::Range<usize> {
+        let end = position + 1;
+        self.window.map_or(0, |window| end.saturating_sub(window))..end
+    }
+
+    /// Turns rows of scores (n_rows, n_keys) of the queries from `first` on into weights, in place.
+    fn weigh(self, arch: Arch, scores: &mut [f32], n_keys: usize, first: usize) {
+        if let Some(cap) = self.cap {
+            scores.iter_mut().for_each(|s| *s = cap * (*s / cap).tanh());
+        }
+        for (i, row) in scores.chunks_exact_mut(n_keys).enumerate() {
+            let seen = self.seen(first + i);
+            let (past, future) = row.split_at_mut(seen.end);
+            let (unseen, past) = past.split_at_mut(seen.start);
+            softmax_in_place(arch, past);
+            unseen.fill(0.0);
+            future.fill(0.0);
+        }
+    }
+}
+
+impl Qkv {
+    /// # Errors
+    /// That of `load`.
+    pub fn load(has: impl Fn(Role) -> bool, load: impl Fn(Role) -> Result<Linear>, order: FusedQkv) -> Result<Self> {
+        Ok(if has(Role::QkvProj) {
+            Self::Fused { qkv_proj: load(Role::QkvProj)?, order }
+        } else {
+            Self::Apart { q_proj: load(Role::QProj)?, k_proj: load(Role::KProj)?, v_proj: load(Role::VProj)? }
+        })
+    }
+
+    pub fn linears_mut(&mut self) -> Vec<(Role, &mut Linear)> {
+        match self {
+            Self::Apart { q_proj, k_proj, v_proj } => {
+                vec![(Role::QProj, q_proj), (Role::KProj, k_proj), (Role::VProj, v_proj)]
+            }
+            Self::Fused { qkv_proj, .. } => vec![(Role::QkvProj, qkv_proj)],
+        }
+    }
+
+    /// Queries, keys and values (batch, n_tokens, width) of `x` (batch, n_tokens, hidden_size).
+    fn forward(&self, x: &Tensor, heads: [usize; 3], head_dim: usize) -> Result<[Tensor; 3]> {
+        let (batch, n_tokens, _) = x.dims3()?;
+        match self {
+            Self::Apart { q_proj, k_proj, v_proj } => Ok([q_proj.forward(x)?, k_proj.forward(x)?, v_proj.forward(x)?]),
+            Self::Fused { qkv_proj, order: FusedQkv::Concatenated } => {
+                let y = qkv_proj.forward(x)?;
+                let [q, k, v] = heads.map(|n| n * head_dim);
+                Ok([y.narrow(2, 0, q)?, y.narrow(2, q, k)?, y.narrow(2, q + k, v)?])
+            }
+            Self::Fused { qkv_proj, order: FusedQkv::Interleaved } => {
+                let y = qkv_proj.forward(x)?.reshape((batch, n_tokens, heads[0], 3, head_dim))?;
+                let part = |i: usize| -> Result<Tensor> { Ok(y.narrow(3, i, 1)?.reshape((batch, n_tokens, ()))?) };
+                Ok([part(0)?, part(1)?, part(2)?])
+            }
+        }
+    }
 }
 
 /// Queries whose scores are held at a time, for each thread.
@@ -58,20 +117,33 @@ impl Attention {
     /// Shapes that do not match.
     pub(super) fn mix(&self, x: &Tensor, rope: &Rope, kernels: Kernels) -> Result<Tensor> {
         let (batch, n_tokens, _) = x.dims3()?;
-        let heads = |y: Tensor, n: usize| -> Result<Tensor> {
-            Ok(y.reshape((batch, n_tokens, n, self.head_dim))?.transpose(1, 2)?.contiguous()?)
-        };
-        let q = heads(self.q_proj.forward(x)?, self.n_heads)?; // (batch, heads, n_tokens, head_dim)
-        let k = heads(self.k_proj.forward(x)?, self.n_kv_heads)?; // (batch, kv_heads, n_tokens, head_dim)
-        let v = heads(self.v_proj.forward(x)?, self.n_kv_heads)?;
-        let (cos, sin) = (rope.cos.narrow(0, 0, n_tokens)?, rope.sin.narrow(0, 0, n_tokens)?);
-        let q = (kernels.rope(&q, &cos, &sin)? / (self.head_dim as f64).sqrt())?;
-        let k = kernels.rope(&k, &cos, &sin)?;
+        let [mut q, mut k, v] = self.qkv.forward(x, [self.n_heads, self.n_kv_heads, self.n_kv_heads], self.head_dim)?;
+        let split = |y: &Tensor, n: usize| y.reshape((batch, n_tokens, n, self.head_dim));
+        match &self.query_key_norm {
+            Some(((of_queries, of_keys), false)) => {
+                (q, k) = (of_queries.apply(kernels, &q)?, of_keys.apply(kernels, &k)?);
+                (q, k) = (split(&q, self.n_heads)?, split(&k, self.n_kv_heads)?);
+            }
+            Some(((of_queries, of_keys), true)) => {
+                (q, k) = (split(&q, self.n_heads)?, split(&k, self.n_kv_heads)?);
+                (q, k) = (of_queries.apply(kernels, &q)?, of_keys.apply(kernels, &k)?);
+            }
+            None => (q, k) = (split(&q, self.n_heads)?, split(&k, self.n_kv_heads)?),
+        }
+        let v = split(&v, self.n_kv_heads)?;
+        let heads_first = |y: &Tensor| -> Result<Tensor> { Ok(y.transpose(1, 2)?.contiguous()?) };
+        let (mut q, mut k, v) = (heads_first(&q)?, heads_first(&k)?, heads_first(&v)?); // (batch, heads, n_tokens, head_dim)
+        if let Some(kind) = self.rope {
+            (q, k) = (rope.rotate(kind, &q, kernels)?, rope.rotate(kind, &k, kernels)?);
+        }
+        let q = (q * self.scale)?;
         let mixed = match kernels {
             Kernels::Fused => self.attend_fused(&q, &k, &v)?,
-            Kernels::Differentiable => {
-                q.apply_op3(&k, &v, CausalAttention { n_heads: self.n_heads, head_dim: self.head_dim })?
-            }
+            Kernels::Differentiable => q.apply_op3(
+                &k,
+                &v,
+                CausalAttention { n_heads: self.n_heads, head_dim: self.head_dim, scoring: self.scoring },
+            )?,
         }; // (batch, heads, n_tokens, head_dim)
         Ok(mixed.transpose(1, 2)?.reshape((batch, n_tokens, self.n_heads * self.head_dim))?)
     }
@@ -81,14 +153,14 @@ impl Attention {
     fn attend_fused(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
         let (_, _, n_tokens, head_dim) = q.dims4()?;
         let values = |t: &Tensor| t.flatten_all()?.to_vec1::<f32>();
-        let mixed = attend_all(&values(q)?, &values(k)?, &values(v)?, n_tokens, head_dim);
+        let mixed = attend_all(&values(q)?, &values(k)?, &values(v)?, n_tokens, head_dim, self.scoring);
         Ok(Tensor::from_vec(mixed, q.shape(), &Device::Cpu)?)
     }
 }
 
 /// Attention of all heads: `q` (batch, heads, n_tokens, head_dim), `k` and `v` (batch, kv_heads, n_tokens, head_dim), to the
 /// shape of `q`. Heads and groups are nested in batches alike, so that they are counted over batches.
-fn attend_all(q: &[f32], k: &[f32], v: &[f32], n_tokens: usize, head_dim: usize) -> Vec<f32> {
+fn attend_all(q: &[f32], k: &[f32], v: &[f32], n_tokens: usize, head_dim: usize, scoring: Scoring) -> Vec<f32> {
     let head_len = n_tokens * head_dim;
     let heads_per_group = q.len() / k.len().max(1);
     let arch = Arch::new();
@@ -97,7 +169,7 @@ fn attend_all(q: &[f32], k: &[f32], v: &[f32], n_tokens: usize, head_dim: usize)
     mixed.par_chunks_exact_mut(head_len).enumerate().for_each_init(buffer, |scores, (head_idx, mixed)| {
         let group = head_idx / heads_per_group;
         let (k, v) = (&k[group * head_len..][..head_len], &v[group * head_len..][..head_len]);
-        attend_one_head(arch, &q[head_idx * head_len..][..head_len], k, v, head_dim, scores, mixed);
+        attend_one_head(arch, [&q[head_idx * head_len..][..head_len], k, v], head_dim, scoring, scores, mixed);
     });
     mixed
 }
@@ -107,6 +179,7 @@ fn attend_all(q: &[f32], k: &[f32], v: &[f32], n_tokens: usize, head_dim: usize)
 struct CausalAttention {
     n_heads: usize,
     head_dim: usize,
+    scoring: Scoring,
 }
 
 impl CustomOp3 for CausalAttention {
@@ -126,7 +199,7 @@ impl CustomOp3 for CausalAttention {
         let (_, n_heads, n_tokens, head_dim) = q_layout.shape().dims4()?;
         debug_assert_eq!((n_heads, head_dim), (self.n_heads, self.head_dim));
         let (q, k, v) = (slice(q, q_layout)?, slice(k, k_layout)?, slice(v, v_layout)?);
-        Ok((CpuStorage::F32(attend_all(q, k, v, n_tokens, head_dim)), q_layout.shape().clone()))
+        Ok((CpuStorage::F32(attend_all(q, k, v, n_tokens, head_dim, self.scoring)), q_layout.shape().clone()))
     }
 
     fn bwd(
@@ -161,7 +234,7 @@ impl CustomOp3 for CausalAttention {
                     v: &v_values[group * head_len..][..head_len],
                     mixed: &mixed[head(&mixed)],
                 };
-                forward.backward(arch, self.head_dim, &gradient[head(&gradient)], dq, dk, dv);
+                forward.backward(arch, (self.head_dim, self.scoring), &gradient[head(&gradient)], dq, dk, dv);
             }
         });
         let tensor = |values: Vec<f32>, like: &Tensor| Tensor::from_vec(values, like.shape(), &Device::Cpu);
@@ -185,7 +258,16 @@ struct Head<'a> {
 impl Head<'_> {
     /// With `P = softmax(q kᵀ)` and `o = P v`: `dv = Pᵀ do`, `dS = P ⊙ (do vᵀ − rowsum(do ⊙ o))`, `dq = dS k`, `dk = dSᵀ q`.
     /// `dk` and `dv` are added to: query heads share them.
-    fn backward(&self, arch: Arch, head_dim: usize, gradient: &[f32], dq: &mut [f32], dk: &mut [f32], dv: &mut [f32]) {
+    /// Caps pass on `1 − (s / cap)²` of the gradient at a capped score s.
+    fn backward(
+        &self,
+        arch: Arch,
+        (head_dim, scoring): (usize, Scoring),
+        gradient: &[f32],
+        dq: &mut [f32],
+        dk: &mut [f32],
+        dv: &mut [f32],
+    ) {
         let n_tokens = self.q.len() / head_dim;
         for first in (0..n_tokens).step_by(QUERY_BLOCK) {
             let n_rows = QUERY_BLOCK.min(n_tokens - first);
@@ -198,11 +280,9 @@ impl Head<'_> {
             let mut weights = vec![0f32; n_rows * n_keys];
             let into = MatMut::from_row_major_slice_mut(&mut weights, n_rows, n_keys);
             matmul(into, Accum::Replace, q, k.transpose(), 1.0, Par::Seq);
-            for (i, row) in weights.chunks_exact_mut(n_keys).enumerate() {
-                let (past, future) = row.split_at_mut(first + i + 1);
-                softmax_in_place(arch, past);
-                future.fill(0.0);
-            }
+            let passed_on: Option<Vec<f32>> =
+                scoring.cap.map(|cap| weights.iter().map(|s| 1.0 - (s / cap).tanh().powi(2)).collect());
+            scoring.weigh(arch, &mut weights, n_keys, first);
             let p = MatRef::from_row_major_slice(&weights, n_rows, n_keys);
             let into = MatMut::from_row_major_slice_mut(&mut dv[..rows.end], n_keys, head_dim);
             matmul(into, Accum::Add, p.transpose(), d_out, 1.0, Par::Seq);
@@ -216,6 +296,9 @@ impl Head<'_> {
                 let shift: f32 = o.iter().zip(d_o).map(|(o, d)| o * d).sum();
                 d_row.iter_mut().zip(p_row).for_each(|(d, p)| *d = p * (*d - shift));
             }
+            if let Some(passed_on) = passed_on {
+                d_scores.iter_mut().zip(passed_on).for_each(|(d, share)| *d *= share);
+            }
             let d_scores = MatRef::from_row_major_slice(&d_scores, n_rows, n_keys);
             let into = MatMut::from_row_major_slice_mut(&mut dq[rows.clone()], n_rows, head_dim);
             matmul(into, Accum::Replace, d_scores, k, 1.0, Par::Seq);
@@ -228,10 +311,9 @@ impl Head<'_> {
 /// `mixed = softmax(q kᵀ) v` with a causal mask, all (n_tokens, head_dim) row-major; `scores` is scratch.
 fn attend_one_head(
     arch: Arch,
-    q: &[f32],
-    k: &[f32],
-    v: &[f32],
+    [q, k, v]: [&[f32]; 3],
     head_dim: usize,
+    scoring: Scoring,
     scores: &mut [f32],
     mixed: &mut [f32],
 ) {
@@ -248,11 +330,7 @@ fn attend_one_head(
         let v = MatRef::from_row_major_slice(v, n_keys, head_dim);
         let into = MatMut::from_row_major_slice_mut(&mut *scores, n_rows, n_keys);
         matmul(into, Accum::Replace, q, k.transpose(), 1.0, Par::Seq);
-        for (i, row) in scores.chunks_exact_mut(n_keys).enumerate() {
-            let (past, future) = row.split_at_mut(first + i + 1);
-            softmax_in_place(arch, past);
-            future.fill(0.0);
-        }
+        scoring.weigh(arch, scores, n_keys, first);
         let weights = MatRef::from_row_major_slice(&*scores, n_rows, n_keys);
         matmul(MatMut::from_row_major_slice_mut(mixed, n_rows, head_dim), Accum::Replace, weights, v, 1.0, Par::Seq);
     }
@@ -266,7 +344,7 @@ mod tests {
     use super::*;
 
     /// The same in candle's operations: what the hand-written kernels are held against.
-    fn attend_in_candle(q: &Tensor, k: &Tensor, v: &Tensor) -> Tensor {
+    fn attend_in_candle(q: &Tensor, k: &Tensor, v: &Tensor, scoring: Scoring) -> Tensor {
         let ((batch, n_heads, n_tokens, head_dim), n_kv_heads) = (q.dims4().unwrap(), k.dim(1).unwrap());
         let n_groups = batch * n_kv_heads;
         let heads_per_group = n_heads / n_kv_heads;
@@ -274,8 +352,13 @@ mod tests {
         let [k, v] = [k, v].map(|t| t.reshape((n_groups, n_tokens, head_dim)).unwrap());
         let scores = q.matmul(&k.transpose(1, 2).unwrap()).unwrap();
         let scores = scores.reshape((n_groups * heads_per_group, n_tokens, n_tokens)).unwrap();
+        let scores = match scoring.cap.map(f64::from) {
+            Some(cap) => ((scores / cap).unwrap().tanh().unwrap() * cap).unwrap(),
+            None => scores,
+        };
+        let is_seen = |query: usize, key: usize| key <= query && scoring.window.is_none_or(|w| query - key < w);
         let mask: Vec<f32> = (0..n_tokens * n_tokens)
-            .map(|at| if at % n_tokens > at / n_tokens { f32::NEG_INFINITY } else { 0.0 })
+            .map(|at| if is_seen(at / n_tokens, at % n_tokens) { 0.0 } else { f32::NEG_INFINITY })
             .collect();
         let mask = Tensor::from_vec(mask, (n_tokens, n_tokens), &Device::Cpu).unwrap();
         let weights = softmax(&scores.broadcast_add(&mask).unwrap(), D::Minus1).unwrap();
@@ -286,16 +369,22 @@ mod tests {
     #[test]
     fn attention_and_its_gradients_are_those_of_candle() {
         let linear = || Linear::dense(Tensor::zeros((1, 1), candle_core::DType::F32, &Device::Cpu).unwrap(), None);
-        for (batch, n_heads, n_kv_heads, n_tokens, head_dim) in [(2, 6, 3, 150, 8), (1, 4, 1, 64, 16), (3, 2, 2, 1, 4)]
+        let shapes = [(2, 6, 3, 150, 8), (1, 4, 1, 64, 16), (3, 2, 2, 1, 4)];
+        let scorings = [(None, None), (Some(70), None), (Some(5), Some(1.5)), (None, Some(0.7))];
+        for ((batch, n_heads, n_kv_heads, n_tokens, head_dim), (window, cap)) in
+            shapes.into_iter().flat_map(|shape| scorings.map(|scoring| (shape, scoring)))
         {
+            let scoring = Scoring { window, cap };
             let attention = Attention {
-                q_proj: linear(),
-                k_proj: linear(),
-                v_proj: linear(),
+                qkv: Qkv::Apart { q_proj: linear(), k_proj: linear(), v_proj: linear() },
                 o_proj: linear(),
+                query_key_norm: None,
                 n_heads,
                 n_kv_heads,
                 head_dim,
+                scale: 1.0,
+                scoring,
+                rope: None,
             };
             let tensor = |n: usize, seed: usize| {
                 let values: Vec<f32> = (0..batch * n * n_tokens * head_dim)
@@ -305,7 +394,7 @@ mod tests {
             };
             let (q, k, v) = (tensor(n_heads, 1), tensor(n_kv_heads, 2), tensor(n_kv_heads, 3));
             let fused = attention.attend_fused(&q, &k, &v).unwrap();
-            let slow = attend_in_candle(&q, &k, &v);
+            let slow = attend_in_candle(&q, &k, &v, scoring);
             let distance =
                 |x: &Tensor, y: &Tensor| (x - y).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
             assert!(distance(&fused, &slow) < 2e-6);
@@ -313,8 +402,8 @@ mod tests {
             let [q, k, v] = [&variables[0], &variables[1], &variables[2]];
             let upstream = tensor(n_heads, 4);
             let gradients = |y: Tensor| (y * &upstream).unwrap().sum_all().unwrap().backward().unwrap();
-            let own = gradients(q.apply_op3(k, v, CausalAttention { n_heads, head_dim }).unwrap());
-            let candle = gradients(attend_in_candle(q, k, v));
+            let own = gradients(q.apply_op3(k, v, CausalAttention { n_heads, head_dim, scoring }).unwrap());
+            let candle = gradients(attend_in_candle(q, k, v, scoring));
             let max = |x: &Tensor| x.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
             for variable in &variables {
                 let (own, candle) = (own.get(variable).unwrap(), candle.get(variable).unwrap());

@@ -1,27 +1,35 @@
-//! One decoder block: attention and feed-forward, each behind a norm, each added to its input.
+//! One decoder block: attention and feed-forward, each behind or before a norm, each added to its input.
 
 use anyhow::{Context, Result};
 use candle_core::Tensor;
 
 use super::architectures::{Architecture, InputSite, LinearId, Role};
-use super::attention::{Attention, Rope};
+use super::attention::{Attention, Qkv, Scoring};
 use super::config::ModelConfig;
 use super::linear::{GradientTap, Linear};
-use super::mlp::Mlp;
+use super::mlp::{Inner, Mlp};
+use super::norm::Norm;
 use super::ops::Kernels;
+use super::rope::Rope;
 use super::weights::Weights;
 
 #[derive(Debug, Clone)]
 pub struct Block {
-    input_layernorm: Tensor,
+    before_attention: Option<Norm>,
     attention: Attention,
-    post_attention_layernorm: Tensor,
+    after_attention: Option<Norm>,
+    before_mlp: Option<Norm>,
     mlp: Mlp,
-    rms_norm_eps: f64,
+    after_mlp: Option<Norm>,
+    /// Attention and feed-forward both read the input of the block.
+    is_parallel: bool,
 }
 
 /// Sees the input of every linear: (batch, n_tokens, in).
 pub type Observer<'a> = dyn FnMut(InputSite, &Tensor) -> Result<()> + 'a;
+
+/// Whether a forward pass goes on behind what it has just shown.
+type GoesOn = bool;
 
 impl Block {
     /// # Errors
@@ -30,46 +38,59 @@ impl Block {
         weights: &dyn Weights,
         config: &ModelConfig,
         architecture: &Architecture,
+        prefix: &str,
         block_idx: usize,
     ) -> Result<Self> {
         let load = |role: Role| {
-            let module = architecture.module(LinearId { block: block_idx, role });
-            Linear::load(weights, &module, role.has_bias(config)).with_context(|| format!("load `{module}`"))
+            let module = architecture.module(prefix, LinearId { block: block_idx, role });
+            Linear::load(weights, &module, architecture.has_bias(role, config), architecture.is_conv1d)
+                .with_context(|| format!("load `{module}`"))
         };
-        let norm = |name: &str| weights.tensor(&format!("{}.{name}.weight", architecture.block(block_idx)));
+        let has = |role: Role| architecture.has(role);
+        let norm = |name: Option<&str>| {
+            let module = |name: &str| format!("{}.{name}", architecture.block(prefix, block_idx));
+            name.map(|n| Norm::load(weights, &module(n), architecture.norm_kind, config.rms_norm_eps)).transpose()
+        };
+        let names = &architecture.norms;
+        let query_key_norm = match &names.query_key {
+            Some(of) => norm(Some(of.query))?.zip(norm(Some(of.key))?).map(|norms| (norms, of.is_per_head)),
+            None => None,
+        };
         Ok(Self {
-            input_layernorm: norm(architecture.input_layernorm)?,
+            before_attention: norm(names.before_attention)?,
             attention: Attention {
-                q_proj: load(Role::QProj)?,
-                k_proj: load(Role::KProj)?,
-                v_proj: load(Role::VProj)?,
+                qkv: Qkv::load(has, load, architecture.fused_qkv)?,
                 o_proj: load(Role::OProj)?,
+                query_key_norm,
                 n_heads: config.num_attention_heads,
                 n_kv_heads: config.num_key_value_heads(),
                 head_dim: config.head_dim(),
+                scale: config.attention_scale(block_idx),
+                scoring: Scoring {
+                    window: config.window(architecture, block_idx),
+                    cap: config.attn_logit_softcapping.map(|cap| cap as f32),
+                },
+                rope: config.rope_kind(architecture, block_idx),
             },
-            post_attention_layernorm: norm(architecture.post_attention_layernorm)?,
+            after_attention: norm(names.after_attention)?,
+            before_mlp: norm(names.before_mlp)?,
             mlp: Mlp {
-                gate_proj: load(Role::GateProj)?,
-                up_proj: load(Role::UpProj)?,
+                inner: Inner::load(has, load)?,
                 down_proj: load(Role::DownProj)?,
+                activation: config.hidden_act,
             },
-            rms_norm_eps: config.rms_norm_eps,
+            after_mlp: norm(names.after_mlp)?,
+            is_parallel: config.use_parallel_residual,
         })
     }
 
     /// Taps the gradients at the outputs of all linears.
     pub fn tap_gradients(&mut self) -> Vec<(Role, GradientTap)> {
         let (attention, mlp) = (&mut self.attention, &mut self.mlp);
-        let linears = [
-            (Role::QProj, &mut attention.q_proj),
-            (Role::KProj, &mut attention.k_proj),
-            (Role::VProj, &mut attention.v_proj),
-            (Role::OProj, &mut attention.o_proj),
-            (Role::GateProj, &mut mlp.gate_proj),
-            (Role::UpProj, &mut mlp.up_proj),
-            (Role::DownProj, &mut mlp.down_proj),
-        ];
+        let mut linears = attention.qkv.linears_mut();
+        linears.push((Role::OProj, &mut attention.o_proj));
+        linears.extend(mlp.inner.linears_mut());
+        linears.push((Role::DownProj, &mut mlp.down_proj));
         linears.into_iter().map(|(role, linear)| (role, linear.tap_gradient())).collect()
     }
 
@@ -78,17 +99,14 @@ impl Block {
     /// # Errors
     /// Shapes that do not match.
     pub fn input_at(&self, site: InputSite, x: &Tensor, rope: &Rope, kernels: Kernels) -> Result<Tensor> {
-        let normed = kernels.rms_norm(x, &self.input_layernorm, self.rms_norm_eps)?;
-        if site == InputSite::Qkv {
-            return Ok(normed);
-        }
-        let mixed = self.attention.mix(&normed, rope, kernels)?;
-        if site == InputSite::O {
-            return Ok(mixed);
-        }
-        let x = (x + self.attention.o_proj.forward(&mixed)?)?;
-        let normed = kernels.rms_norm(&x, &self.post_attention_layernorm, self.rms_norm_eps)?;
-        if site == InputSite::GateUp { Ok(normed) } else { self.mlp.gate(&normed) }
+        let mut found = None;
+        self.run(x, rope, kernels, &mut |at, input| {
+            if at == site {
+                found = Some(input.clone());
+            }
+            Ok(at != site)
+        })?;
+        found.with_context(|| format!("the block has no site `{}`", site.name()))
     }
 
     /// `x` (batch, n_tokens, hidden_size) to the same shape.
@@ -96,16 +114,40 @@ impl Block {
     /// # Errors
     /// Shapes that do not match, or the observer's error.
     pub fn forward(&self, x: &Tensor, rope: &Rope, kernels: Kernels, observe: &mut Observer<'_>) -> Result<Tensor> {
-        let normed = kernels.rms_norm(x, &self.input_layernorm, self.rms_norm_eps)?;
-        observe(InputSite::Qkv, &normed)?;
-        let mixed = self.attention.mix(&normed, rope, kernels)?; // (batch, n_tokens, queries)
-        observe(InputSite::O, &mixed)?;
-        let x = (x + self.attention.o_proj.forward(&mixed)?)?;
+        let y = self.run(x, rope, kernels, &mut |site, input| observe(site, input).map(|()| true))?;
+        y.context("invariant: a pass that is not stopped ends")
+    }
 
-        let normed = kernels.rms_norm(&x, &self.post_attention_layernorm, self.rms_norm_eps)?;
-        observe(InputSite::GateUp, &normed)?;
+    /// The output of the block; none where `observe` stops the pass.
+    fn run(
+        &self,
+        x: &Tensor,
+        rope: &Rope,
+        kernels: Kernels,
+        observe: &mut dyn FnMut(InputSite, &Tensor) -> Result<GoesOn>,
+    ) -> Result<Option<Tensor>> {
+        let norm = |norm: &Option<Norm>, x: &Tensor| match norm {
+            Some(norm) => norm.apply(kernels, x),
+            None => Ok(x.clone()),
+        };
+        let normed = norm(&self.before_attention, x)?;
+        if !observe(InputSite::Qkv, &normed)? {
+            return Ok(None);
+        }
+        let mixed = self.attention.mix(&normed, rope, kernels)?; // (batch, n_tokens, queries)
+        if !observe(InputSite::O, &mixed)? {
+            return Ok(None);
+        }
+        let attended = (x + norm(&self.after_attention, &self.attention.o_proj.forward(&mixed)?)?)?;
+
+        let normed = norm(&self.before_mlp, if self.is_parallel { x } else { &attended })?;
+        if !observe(InputSite::GateUp, &normed)? {
+            return Ok(None);
+        }
         let gated = self.mlp.gate(&normed)?; // (batch, n_tokens, intermediate_size)
-        observe(InputSite::Down, &gated)?;
-        Ok((x + self.mlp.down_proj.forward(&gated)?)?)
+        if !observe(InputSite::Down, &gated)? {
+            return Ok(None);
+        }
+        Ok(Some((attended + norm(&self.after_mlp, &self.mlp.down_proj.forward(&gated)?)?)?))
     }
 }

@@ -6,14 +6,16 @@ use anyhow::{Context, Result};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use super::architectures::{self, Architecture};
+use super::architectures::{self, Architecture, Sliding};
+use super::mlp::Activation;
+use super::rope::{RopeKind, RopeScaling, RopeSettings};
 use crate::checkpoint::{CONFIG_FILE, Checkpoint};
 use crate::error::Failure;
 
 /// A `model_type` that `lrc` writes is this prefix and the native one.
 pub const MODEL_TYPE_PREFIX: &str = "lrc_";
 
-/// What the decoder needs to know of a model.
+/// What the decoder needs to know of a model. Families that call a field otherwise say so in their `Architecture::aliases`.
 #[derive(Debug, Clone, Deserialize)]
 pub struct ModelConfig {
     pub model_type: String,
@@ -24,40 +26,65 @@ pub struct ModelConfig {
     pub num_attention_heads: usize,
     num_key_value_heads: Option<usize>,
     head_dim: Option<usize>,
-    #[serde(default = "default_hidden_act")]
-    pub hidden_act: String,
-    #[serde(default = "default_rms_norm_eps")]
+    #[serde(default)]
+    pub hidden_act: Activation,
+    /// Of all norms.
+    #[serde(default = "default_norm_eps")]
     pub rms_norm_eps: f64,
+    max_position_embeddings: Option<f64>,
     rope_theta: Option<f64>,
     rope_scaling: Option<RopeScaling>,
     /// Where transformers 5 keeps `rope_theta` and `rope_scaling` together.
-    rope_parameters: Option<RopeScaling>,
+    rope_parameters: Option<RopeParameters>,
+    /// θ of blocks with a sliding window.
+    rope_local_base_freq: Option<f64>,
+    partial_rotary_factor: Option<f64>,
+    original_max_position_embeddings: Option<f64>,
+    /// By block, 0 where it has no rotary embedding; or one in so many.
+    no_rope_layers: Option<Vec<u8>>,
+    no_rope_layer_interval: Option<usize>,
+    sliding_window: Option<usize>,
+    use_sliding_window: Option<bool>,
+    max_window_layers: Option<usize>,
+    sliding_window_pattern: Option<usize>,
+    layer_types: Option<Vec<String>>,
+    /// Queries are scaled by its inverse root.
+    query_pre_attn_scalar: Option<f64>,
+    #[serde(default = "yes")]
+    scale_attn_weights: bool,
+    #[serde(default)]
+    scale_attn_by_inverse_layer_idx: bool,
+    pub attn_logit_softcapping: Option<f64>,
+    pub final_logit_softcapping: Option<f64>,
+    #[serde(default)]
+    pub use_parallel_residual: bool,
     #[serde(default)]
     pub attention_bias: bool,
     #[serde(default)]
     pub mlp_bias: bool,
-    #[serde(default)]
-    pub tie_word_embeddings: bool,
+    tie_word_embeddings: Option<bool>,
+    /// What would change the architecture in a way that is not supported.
+    word_embed_proj_dim: Option<usize>,
+    do_layer_norm_before: Option<bool>,
 }
 
-/// `rope_scaling` of transformers 4, `rope_parameters` of transformers 5.
-#[derive(Debug, Clone, Default, Deserialize)]
-pub struct RopeScaling {
-    #[serde(alias = "type")]
-    pub rope_type: Option<String>,
-    pub rope_theta: Option<f64>,
-    pub factor: Option<f64>,
-    pub low_freq_factor: Option<f64>,
-    pub high_freq_factor: Option<f64>,
-    pub original_max_position_embeddings: Option<f64>,
+#[derive(Debug, Clone, Deserialize)]
+#[serde(untagged)]
+enum RopeParameters {
+    /// One for each kind of block.
+    Apart {
+        full_attention: Box<RopeScaling>,
+        sliding_attention: Box<RopeScaling>,
+    },
+    One(Box<RopeScaling>),
 }
 
-fn default_hidden_act() -> String {
-    "silu".into()
-}
-
-fn default_rms_norm_eps() -> f64 {
+fn default_norm_eps() -> f64 {
     1e-6
+}
+
+fn yes() -> bool {
+    true
 }
 
 const DEFAULT_ROPE_THETA: f64 = 10_000.0;
@@ -87,7 +114,8 @@ pub fn native_config(config: &Map<String, Value>) -> Map<String, Value> {
 
 /// Positions that a model was made for; unbounded where its config does not say.
 fn context(checkpoint: &Checkpoint) -> usize {
-    let field = checkpoint.config().and_then(|c| c.get("max_position_embeddings")).and_then(Value::as_u64);
+    let of = |name: &str| checkpoint.config()?.get(name)?.as_u64();
+    let field = of("max_position_embeddings").or_else(|| of("n_positions"));
     field.map_or(usize::MAX, |n| usize::try_from(n).unwrap_or(usize::MAX))
 }
 
@@ -122,18 +150,22 @@ impl ModelConfig {
                 architectures::known_types().join(", ")
             ))
         })?;
-        let config = Self::parse(fields, &path)?;
+        let mut config = Self::parse(fields, architecture, &path)?;
+        // Without a word on it, a model is tied that has no head.
+        config
+            .tie_word_embeddings
+            .get_or_insert(checkpoint.info(&format!("{}.weight", architecture.lm_head)).is_none());
         Ok((config, architecture))
     }
 
-    fn parse(fields: &Map<String, Value>, path: &Path) -> Result<Self> {
-        let config: Self = serde_json::from_value(Value::Object(fields.clone()))
+    fn parse(fields: &Map<String, Value>, architecture: &Architecture, path: &Path) -> Result<Self> {
+        let config: Self = serde_json::from_value(Value::Object(architecture.in_common_words(fields)))
             .map_err(|e| Failure::unsupported(format!("`{}`: {e}", path.display())))?;
-        config.check().with_context(|| format!("`{}`", path.display()))?;
+        config.check(architecture).with_context(|| format!("`{}`", path.display()))?;
         Ok(config)
     }
 
-    fn check(&self) -> Result<()> {
+    fn check(&self, architecture: &Architecture) -> Result<()> {
         let positive = [
             ("vocab_size", self.vocab_size),
             ("hidden_size", self.hidden_size),
@@ -153,15 +185,20 @@ impl ModelConfig {
             );
             return Err(Failure::unsupported(message).into());
         }
-        if self.head_dim() == 0 || !self.head_dim().is_multiple_of(2) {
-            return Err(Failure::unsupported(format!("`head_dim` {} is not even", self.head_dim())).into());
+        let width = self.rotary_width();
+        if architecture.is_rotary && (width == 0 || !width.is_multiple_of(2) || width > self.head_dim()) {
+            return Err(
+                Failure::unsupported(format!("{width} of `head_dim` {} cannot be rotated", self.head_dim())).into()
+            );
         }
-        if self.hidden_act != "silu" {
-            return Err(Failure::unsupported(format!(
-                "`hidden_act` `{}` is not supported, expected `silu`",
-                self.hidden_act
-            ))
-            .into());
+        let apart = [
+            ("word_embed_proj_dim", self.word_embed_proj_dim.is_some_and(|width| width != self.hidden_size)),
+            ("do_layer_norm_before", self.do_layer_norm_before == Some(false)),
+        ];
+        if let Some((field, _)) = apart.iter().find(|(_, is_so)| *is_so) {
+            return Err(Failure::unsupported(format!("`{field}` has a value that lrc cannot run"))
+                .hint("data-free compression and inspection work without running the model")
+                .into());
         }
         Ok(())
     }
@@ -179,69 +216,93 @@ impl ModelConfig {
         (self.num_attention_heads * self.head_dim(), self.num_key_value_heads() * self.head_dim())
     }
 
-    pub fn rope_theta(&self) -> f64 {
-        let nested = self.rope_parameters.as_ref().and_then(|p| p.rope_theta);
-        self.rope_theta.or(nested).unwrap_or(DEFAULT_ROPE_THETA)
+    /// Whether the head is the table of embeddings.
+    pub fn is_tied(&self) -> bool {
+        self.tie_word_embeddings.unwrap_or(false)
     }
 
-    fn plain_inverse_frequencies(&self) -> impl Iterator<Item = f64> + '_ {
-        let d = self.head_dim();
-        (0..d / 2).map(move |i| self.rope_theta().powf(-2.0 * i as f64 / d as f64))
-    }
-
-    /// Inverse frequencies (head_dim / 2) of the rotary embedding, scaled as the config says.
-    ///
-    /// # Errors
-    /// The kind of scaling is not supported, or lacks a field.
-    pub fn rope_inverse_frequencies(&self) -> Result<Vec<f64>> {
-        let plain: Vec<f64> = self.plain_inverse_frequencies().collect();
-        let Some(scaling) = self.rope_scaling.as_ref().or(self.rope_parameters.as_ref()) else { return Ok(plain) };
-        let field = |name: &str, value: Option<f64>| {
-            value.ok_or_else(|| Failure::unsupported(format!("`rope_scaling` lacks `{name}`")))
+    fn rotary_width(&self) -> usize {
+        let nested = match &self.rope_parameters {
+            Some(RopeParameters::One(scaling)) => scaling.partial_rotary_factor,
+            Some(RopeParameters::Apart { full_attention, .. }) => full_attention.partial_rotary_factor,
+            None => None,
         };
-        match scaling.rope_type.as_deref() {
-            None | Some("default") => Ok(plain),
-            Some("linear") => {
-                let factor = field("factor", scaling.factor)?;
-                Ok(plain.into_iter().map(|f| f / factor).collect())
-            }
-            Some("llama3") => {
-                let factor = field("factor", scaling.factor)?;
-                let low = field("low_freq_factor", scaling.low_freq_factor)?;
-                let high = field("high_freq_factor", scaling.high_freq_factor)?;
-                let context = field("original_max_position_embeddings", scaling.original_max_position_embeddings)?;
-                Ok(plain.into_iter().map(|f| llama3_frequency(f, factor, low, high, context)).collect())
-            }
-            Some(other) => Err(Failure::unsupported(format!("`rope_scaling` of type `{other}` is not supported"))
-                .hint("supported: default, linear, llama3")
-                .into()),
+        let share = nested.or(self.partial_rotary_factor).unwrap_or(1.0);
+        (self.head_dim() as f64 * share) as usize
+    }
+
+    fn rope_settings(&self, theta: Option<f64>, scaling: Option<&RopeScaling>) -> RopeSettings {
+        RopeSettings {
+            theta: scaling.and_then(|s| s.rope_theta).or(theta).unwrap_or(DEFAULT_ROPE_THETA),
+            width: self.rotary_width(),
+            scaling: scaling.cloned(),
+            context: self.max_position_embeddings,
+            original_context: self.original_max_position_embeddings,
         }
+    }
+
+    /// The rotary embedding of the blocks.
+    pub fn rope(&self) -> RopeSettings {
+        let nested = match &self.rope_parameters {
+            Some(RopeParameters::One(scaling)) => Some(&**scaling),
+            Some(RopeParameters::Apart { full_attention, .. }) => Some(&**full_attention),
+            None => None,
+        };
+        self.rope_settings(self.rope_theta, self.rope_scaling.as_ref().or(nested))
+    }
+
+    /// That of blocks with a sliding window, where they have their own.
+    pub fn local_rope(&self) -> Option<RopeSettings> {
+        if let Some(RopeParameters::Apart { sliding_attention, .. }) = &self.rope_parameters {
+            return Some(self.rope_settings(self.rope_local_base_freq, Some(sliding_attention)));
+        }
+        self.rope_local_base_freq.map(|theta| self.rope_settings(Some(theta), None))
+    }
+
+    /// Which rotary embedding a block has, if any.
+    pub fn rope_kind(&self, architecture: &Architecture, block_idx: usize) -> Option<RopeKind> {
+        let is_without = match (&self.no_rope_layers, self.no_rope_layer_interval) {
+            (Some(layers), _) => layers.get(block_idx) == Some(&0),
+            (None, Some(interval)) => interval > 0 && (block_idx + 1).is_multiple_of(interval),
+            (None, None) => false,
+        };
+        let kind = if self.window(architecture, block_idx).is_some() { RopeKind::Local } else { RopeKind::Global };
+        (architecture.is_rotary && !is_without).then_some(kind)
+    }
+
+    /// Tokens that a block's attention reaches back to, the own one included; none where it reaches all.
+    pub fn window(&self, architecture: &Architecture, block_idx: usize) -> Option<usize> {
+        let slides = match (&self.layer_types, architecture.sliding) {
+            _ if self.use_sliding_window == Some(false) => false,
+            (Some(types), _) => types.get(block_idx).is_some_and(|t| t == "sliding_attention"),
+            (None, Sliding::All) => true,
+            (None, Sliding::OnRequest) => {
+                self.use_sliding_window == Some(true) && block_idx >= self.max_window_layers.unwrap_or(0)
+            }
+            (None, Sliding::AllBut(every)) => {
+                !(block_idx + 1).is_multiple_of(self.sliding_window_pattern.unwrap_or(every).max(1))
+            }
+        };
+        self.sliding_window.filter(|_| slides)
+    }
+
+    /// What the products of queries and keys of a block are multiplied by.
+    pub fn attention_scale(&self, block_idx: usize) -> f64 {
+        let width = self.query_pre_attn_scalar.unwrap_or(self.head_dim() as f64);
+        let scale = if self.scale_attn_weights { width.powf(-0.5) } else { 1.0 };
+        if self.scale_attn_by_inverse_layer_idx { scale / (block_idx + 1) as f64 } else { scale }
     }
 }
 
 /// By how much the rotary frequencies of a config are divided, where that differs from frequency to frequency.
 pub fn rope_factors(config: &Map<String, Value>) -> Option<Vec<f32>> {
-    let config = ModelConfig::parse(config, Path::new(CONFIG_FILE)).ok()?;
-    let scaling = config.rope_scaling.as_ref().or(config.rope_parameters.as_ref())?;
-    if scaling.rope_type.as_deref() != Some("llama3") {
+    let architecture = architectures::find(config.get("model_type")?.as_str()?)?;
+    let rope = ModelConfig::parse(config, architecture, Path::new(CONFIG_FILE)).ok()?.rope();
+    if rope.rope_type() != "llama3" {
         return None;
     }
-    let scaled = config.rope_inverse_frequencies().ok()?;
-    Some(config.plain_inverse_frequencies().zip(scaled).map(|(plain, scaled)| (plain / scaled) as f32).collect())
-}
-
-/// Llama 3.1's scaling: long wavelengths are stretched by `factor`, short ones kept, those between are blended by how
-/// many times they turn in the original context.
-fn llama3_frequency(frequency: f64, factor: f64, low: f64, high: f64, context: f64) -> f64 {
-    let turns = context * frequency / (2.0 * std::f64::consts::PI);
-    if turns < low {
-        frequency / factor
-    } else if turns > high {
-        frequency
-    } else {
-        let share_kept = (turns - low) / (high - low);
-        frequency * (share_kept + (1.0 - share_kept) / factor)
-    }
+    let (scaled, _) = rope.frequencies(0).ok()?;
+    Some(rope.plain().into_iter().zip(scaled).map(|(plain, scaled)| (plain / scaled) as f32).collect())
 }
 
 #[cfg(test)]
@@ -256,7 +317,8 @@ mod tests {
             "num_hidden_layers": 1, "num_attention_heads": 4, "rope_theta": 500000.0
         });
         fields.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
-        ModelConfig::parse(fields.as_object().unwrap(), Path::new("config.json"))
+        let llama = architectures::find("llama").unwrap();
+        ModelConfig::parse(fields.as_object().unwrap(), llama, Path::new("config.json"))
     }
 
     #[test]
@@ -264,7 +326,7 @@ mod tests {
         for (extra, expected) in [
             (json!({"num_key_value_heads": 3}), "multiple"),
             (json!({"head_dim": 7}), "`head_dim` 7"),
-            (json!({"hidden_act": "gelu"}), "`gelu`"),
+            (json!({"hidden_act": "swish9"}), "`swish9`"),
             (json!({"hidden_size": 0}), "`hidden_size` is 0"),
             (json!({"vocab_size": "many"}), "config.json"),
         ] {
@@ -282,7 +344,7 @@ mod tests {
             [1.0, 0.193_922_76, 0.037_606_03, 0.007_292_665, 0.000_524_846, 3.428_102e-5, 6.647_870e-6, 1.289_173e-6];
         for key in ["rope_scaling", "rope_parameters"] {
             let config = config(json!({key: scaling.clone()})).unwrap();
-            for (found, expected) in config.rope_inverse_frequencies().unwrap().iter().zip(expected) {
+            for (found, expected) in config.rope().frequencies(1).unwrap().0.iter().zip(expected) {
                 assert!((found / expected - 1.0).abs() < 1e-5, "{found} {expected}");
             }
         }
@@ -291,14 +353,12 @@ mod tests {
     #[test]
     fn transformers_5_spelling_is_read() {
         let both = json!({"rope_theta": null, "rope_parameters": {"rope_type": "default", "rope_theta": 100.0}});
-        assert_eq!(config(both).unwrap().rope_theta(), 100.0);
-        assert!(
-            config(json!({"rope_scaling": {"type": "yarn", "factor": 2.0}}))
-                .unwrap()
-                .rope_inverse_frequencies()
-                .is_err()
-        );
+        assert_eq!(config(both).unwrap().rope().theta, 100.0);
+        let lacking = config(json!({"rope_scaling": {"type": "llama3", "factor": 2.0}})).unwrap();
+        assert!(lacking.rope().frequencies(1).unwrap_err().to_string().contains("lacks `low_freq_factor`"));
+        let unknown = config(json!({"rope_scaling": {"type": "mystery"}})).unwrap();
+        assert!(unknown.rope().frequencies(1).is_err());
         let linear = config(json!({"rope_scaling": {"type": "linear", "factor": 2.0}})).unwrap();
-        assert_eq!(linear.rope_inverse_frequencies().unwrap()[0], 0.5);
+        assert_eq!(linear.rope().frequencies(1).unwrap().0[0], 0.5);
     }
 }

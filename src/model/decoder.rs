@@ -6,11 +6,12 @@ use pulp::Arch;
 use rayon::prelude::*;
 
 use super::architectures::{Architecture, LinearId};
-use super::attention::Rope;
 use super::block::Block;
 use super::config::ModelConfig;
 use super::linear::{self, Linear};
+use super::norm::{Norm, NormKind};
 use super::ops::Kernels;
+use super::rope::Rope;
 use super::softmax::{log_sum_exp, softmax_in_place};
 use super::weights::Weights;
 use crate::checkpoint::Checkpoint;
@@ -20,15 +21,27 @@ use crate::error::Failure;
 pub struct Decoder<'w> {
     pub config: ModelConfig,
     pub architecture: &'static Architecture,
+    /// The family's, or nothing where the files leave it out.
+    prefix: &'static str,
     weights: &'w dyn Weights,
     kernels: Kernels,
 }
 
+/// The way from tokens to hidden states.
+pub struct Embeddings {
+    /// (vocab_size, hidden_size)
+    table: Tensor,
+    /// (n_positions, hidden_size), where positions are learned.
+    positions: Option<Tensor>,
+    scale: Option<f64>,
+}
+
 /// The final norm and the head.
 pub struct Head {
-    norm: Tensor,
+    norm: Norm,
     lm_head: Linear,
-    rms_norm_eps: f64,
+    /// Logits l become `cap · tanh(l / cap)`.
+    cap: Option<f64>,
     kernels: Kernels,
 }
 
@@ -42,41 +55,65 @@ impl<'w> Decoder<'w> {
     /// The family is unknown, or a tensor is absent or has another shape than the config gives.
     pub fn open(checkpoint: &'w Checkpoint) -> Result<Self> {
         let (config, architecture) = ModelConfig::of(checkpoint)?;
-        let decoder = Self { config, architecture, weights: checkpoint, kernels: Kernels::Fused };
+        let has = |prefix: &str| checkpoint.info(&format!("{prefix}{}.weight", architecture.embed_tokens)).is_some();
+        let prefix = if !has(architecture.prefix) && has("") { "" } else { architecture.prefix };
+        let decoder = Self { config, architecture, prefix, weights: checkpoint, kernels: Kernels::Fused };
         decoder.check_coverage(checkpoint)?;
         Ok(decoder)
     }
 
     /// The same model with other weights: `weights` must hold what [`Self::open`] checked.
     pub fn with_weights<'v>(&self, weights: &'v dyn Weights) -> Decoder<'v> {
-        Decoder { config: self.config.clone(), architecture: self.architecture, weights, kernels: self.kernels }
+        Decoder { config: self.config.clone(), weights, ..*self }
     }
 
     /// A model of variables, through which gradients flow.
     pub fn of_variables(config: ModelConfig, architecture: &'static Architecture, weights: &'w dyn Weights) -> Self {
-        Self { config, architecture, weights, kernels: Kernels::Differentiable }
+        Self { config, architecture, prefix: architecture.prefix, weights, kernels: Kernels::Differentiable }
     }
 
     fn check_coverage(&self, checkpoint: &Checkpoint) -> Result<()> {
-        let (config, names) = (&self.config, self.architecture);
+        let (config, names, prefix) = (&self.config, self.architecture, self.prefix);
         let vocabulary = "`vocab_size` and `hidden_size`";
         let embeddings = [config.vocab_size, config.hidden_size];
-        checkpoint.expect_shape(&format!("{}.weight", names.embed_tokens), &embeddings, vocabulary)?;
-        let norm =
-            |module: &str| checkpoint.expect_shape(&format!("{module}.weight"), &[config.hidden_size], "`hidden_size`");
+        checkpoint.expect_shape(&format!("{prefix}{}.weight", names.embed_tokens), &embeddings, vocabulary)?;
+        if let Some((table, _)) = names.embed_positions {
+            let n_rows = checkpoint.require(&format!("{prefix}{table}.weight"))?.shape.first().copied().unwrap_or(0);
+            checkpoint.expect_shape(
+                &format!("{prefix}{table}.weight"),
+                &[n_rows, config.hidden_size],
+                "`hidden_size`",
+            )?;
+        }
+        let norm = |module: &str, width: usize, fields: &str| -> Result<()> {
+            checkpoint.expect_shape(&format!("{module}.weight"), &[width], fields)?;
+            if names.norm_kind == NormKind::Layer {
+                checkpoint.expect_shape(&format!("{module}.bias"), &[width], fields)?;
+            }
+            Ok(())
+        };
         for block_idx in 0..config.num_hidden_layers {
-            let block = names.block(block_idx);
-            norm(&format!("{block}.{}", names.input_layernorm))?;
-            norm(&format!("{block}.{}", names.post_attention_layernorm))?;
+            let block = names.block(prefix, block_idx);
+            for name in names.norms.of_states() {
+                norm(&format!("{block}.{name}"), config.hidden_size, "`hidden_size`")?;
+            }
+            if let Some(of) = &names.norms.query_key {
+                let (queries, keys) = config.attention_widths();
+                for (name, width) in [(of.query, queries), (of.key, keys)] {
+                    let width = if of.is_per_head { config.head_dim() } else { width };
+                    norm(&format!("{block}.{name}"), width, "`num_attention_heads` and `head_dim`")?;
+                }
+            }
             for &(role, _) in names.linears {
-                let module = names.module(LinearId { block: block_idx, role });
+                let module = names.module(prefix, LinearId { block: block_idx, role });
                 let (shape, fields) = role.shape(config);
-                linear::expect_shape(checkpoint, &module, shape, role.has_bias(config), fields)?;
+                let kind = (names.has_bias(role, config), names.is_conv1d);
+                linear::expect_shape(checkpoint, &module, shape, kind, fields)?;
             }
         }
-        norm(names.norm)?;
-        if !config.tie_word_embeddings {
-            linear::expect_shape(checkpoint, names.lm_head, embeddings, false, vocabulary)?;
+        norm(&format!("{prefix}{}", names.norm), config.hidden_size, "`hidden_size`")?;
+        if !config.is_tied() {
+            linear::expect_shape(checkpoint, names.lm_head, embeddings, (false, false), vocabulary)?;
         }
         Ok(())
     }
@@ -94,15 +131,27 @@ impl<'w> Decoder<'w> {
     /// # Errors
     /// See [`Rope::new`].
     pub fn rope(&self, n_positions: usize) -> Result<Rope> {
-        Rope::new(&self.config, n_positions)
+        Rope::new(&self.config.rope(), self.config.local_rope().as_ref(), n_positions)
     }
 
-    /// The table of embeddings (vocab_size, hidden_size).
+    /// Loads the embeddings.
     ///
     /// # Errors
-    /// The tensor is broken.
-    pub fn embeddings(&self) -> Result<Tensor> {
-        self.weights.tensor(&format!("{}.weight", self.architecture.embed_tokens))
+    /// A tensor is broken.
+    pub fn embeddings(&self) -> Result<Embeddings> {
+        let positions = self.architecture.embed_positions.map(|(name, first)| -> Result<Tensor> {
+            let table = self.weights.tensor(&format!("{}{name}.weight", self.prefix))?;
+            Ok(table.narrow(0, first, table.dim(0)?.saturating_sub(first))?)
+        });
+        Ok(Embeddings {
+            table: self.table()?,
+            positions: positions.transpose()?,
+            scale: self.architecture.scales_embeddings.then(|| (self.config.hidden_size as f64).sqrt()),
+        })
+    }
+
+    fn table(&self) -> Result<Tensor> {
+        self.weights.tensor(&format!("{}{}.weight", self.prefix, self.architecture.embed_tokens))
     }
 
     /// Loads one block.
@@ -110,7 +159,7 @@ impl<'w> Decoder<'w> {
     /// # Errors
     /// A tensor is broken.
     pub fn block(&self, block_idx: usize) -> Result<Block> {
-        Block::load(self.weights, &self.config, self.architecture, block_idx)
+        Block::load(self.weights, &self.config, self.architecture, self.prefix, block_idx)
     }
 
     /// Loads the final norm and the head.
@@ -118,15 +167,17 @@ impl<'w> Decoder<'w> {
     /// # Errors
     /// A tensor is broken.
     pub fn head(&self) -> Result<Head> {
-        let lm_head = if self.config.tie_word_embeddings {
-            Linear::dense(self.embeddings()?, None)
+        let names = self.architecture;
+        let lm_head = if self.config.is_tied() {
+            Linear::dense(self.table()?, None)
         } else {
-            Linear::load(self.weights, self.architecture.lm_head, false)?
+            Linear::load(self.weights, names.lm_head, false, false)?
         };
+        let norm = format!("{}{}", self.prefix, names.norm);
         Ok(Head {
-            norm: self.weights.tensor(&format!("{}.weight", self.architecture.norm))?,
+            norm: Norm::load(self.weights, &norm, names.norm_kind, self.config.rms_norm_eps)?,
             lm_head,
-            rms_norm_eps: self.config.rms_norm_eps,
+            cap: self.config.final_logit_softcapping,
             kernels: self.kernels,
         })
     }
@@ -137,9 +188,8 @@ impl<'w> Decoder<'w> {
     /// # Errors
     /// A tensor is broken.
     pub fn logits(&self, ids: &Tensor) -> Result<Tensor> {
-        let (batch, n_tokens) = ids.dims2()?;
-        let rope = self.rope(n_tokens)?;
-        let mut x = self.embeddings()?.embedding(&ids.flatten_all()?)?.reshape((batch, n_tokens, ()))?;
+        let rope = self.rope(ids.dim(1)?)?;
+        let mut x = self.embeddings()?.of(ids)?;
         for block_idx in 0..self.n_blocks() {
             x = self.block(block_idx)?.forward(&x, &rope, self.kernels, &mut |_, _| Ok(()))?;
         }
@@ -147,20 +197,41 @@ impl<'w> Decoder<'w> {
     }
 }
 
-/// Embeddings of token ids that share a length: (batch, n_tokens, hidden_size).
-///
-/// # Errors
-/// An id is outside of the vocabulary.
-pub(super) fn embed(table: &Tensor, windows: &[&[u32]]) -> Result<Tensor> {
-    let vocab_size = table.dim(0)?;
-    let ids: Vec<u32> = windows.concat();
-    if let Some(id) = ids.iter().find(|&&id| id as usize >= vocab_size) {
-        let message = format!("token id {id} is outside of the model's vocabulary of {vocab_size}");
-        return Err(Failure::unsupported(message).hint("the tokenizer does not belong to this model").into());
+impl Embeddings {
+    /// Of windows that share a length: (batch, n_tokens, hidden_size).
+    ///
+    /// # Errors
+    /// An id is outside of the vocabulary, or a window is longer than the table of positions.
+    pub(super) fn of_windows(&self, windows: &[&[u32]]) -> Result<Tensor> {
+        let vocab_size = self.table.dim(0)?;
+        let ids: Vec<u32> = windows.concat();
+        if let Some(id) = ids.iter().find(|&&id| id as usize >= vocab_size) {
+            let message = format!("token id {id} is outside of the model's vocabulary of {vocab_size}");
+            return Err(Failure::unsupported(message).hint("the tokenizer does not belong to this model").into());
+        }
+        let n_tokens = windows.first().map_or(0, |w| w.len());
+        self.of(&Tensor::from_vec(ids, (windows.len(), n_tokens), &Device::Cpu)?)
     }
-    let n_tokens = windows.first().map_or(0, |w| w.len());
-    let ids = Tensor::from_vec(ids, windows.len() * n_tokens, &Device::Cpu)?;
-    Ok(table.embedding(&ids)?.reshape((windows.len(), n_tokens, ()))?)
+
+    /// Of `ids` (batch, n_tokens).
+    fn of(&self, ids: &Tensor) -> Result<Tensor> {
+        let (batch, n_tokens) = ids.dims2()?;
+        let mut x = self.table.embedding(&ids.flatten_all()?)?.reshape((batch, n_tokens, ()))?;
+        if let Some(scale) = self.scale {
+            x = (x * scale)?;
+        }
+        if let Some(positions) = &self.positions {
+            let n_positions = positions.dim(0)?;
+            if n_tokens > n_positions {
+                let message = format!(
+                    "windows of {n_tokens} tokens are longer than the model's table of {n_positions} positions"
+                );
+                return Err(Failure::unsupported(message).hint("ask for shorter ones with `--seq-len`").into());
+            }
+            x = x.broadcast_add(&positions.narrow(0, 0, n_tokens)?)?;
+        }
+        Ok(x)
+    }
 }
 
 impl Head {
@@ -169,7 +240,11 @@ impl Head {
     /// # Errors
     /// Shapes that do not match.
     pub fn logits(&self, x: &Tensor) -> Result<Tensor> {
-        self.lm_head.forward(&self.kernels.rms_norm(x, &self.norm, self.rms_norm_eps)?)
+        let logits = self.lm_head.forward(&self.norm.apply(self.kernels, x)?)?;
+        Ok(match self.cap {
+            Some(cap) => ((logits / cap)?.tanh()? * cap)?,
+            None => logits,
+        })
     }
 
     /// Logits of `x` (n, hidden_size), a chunk of rows at a time: memory is never n × vocabulary. `f` gets the first
@@ -206,12 +281,17 @@ impl Head {
         let vocab_size = self.vocab_size();
         let arch = Arch::new();
         let variable = Var::from_tensor(x)?;
-        let normed = Kernels::Differentiable.rms_norm(&variable, &self.norm, self.rms_norm_eps)?;
+        let normed = self.norm.apply(Kernels::Differentiable, &variable)?;
         let mut gradients = Vec::with_capacity(n);
         self.for_each_logits(&x.narrow(0, 0, targets.len())?, |first, mut logits| {
             logits.par_chunks_exact_mut(vocab_size).zip(&targets[first..]).for_each(|(row, &target)| {
+                let capped = self.cap.map(|_| row.to_vec());
                 softmax_in_place(arch, row); // ∂nll/∂logits = softmax − one-hot
                 row[target as usize] -= 1.0;
+                if let (Some(cap), Some(capped)) = (self.cap, capped) {
+                    let cap = cap as f32;
+                    row.iter_mut().zip(capped).for_each(|(g, l)| *g *= 1.0 - (l / cap).powi(2));
+                }
             });
             let rows = logits.len() / vocab_size;
             let logits = Tensor::from_vec(logits, (rows, vocab_size), &Device::Cpu)?;

@@ -45,8 +45,6 @@ const NOT_LINEAR: &[&str] =
 /// Last parts of a module's name that are linears, but not to be compressed without being asked for.
 const ON_REQUEST: &[&str] =
     &["lm_head", "embed_out", "output", "classifier", "score", "router", "gate", "head", "proj_out"];
-/// Families that store (in, out), with the modules that do.
-const CONV1D: &[(&str, &[&str])] = &[("gpt2", &["c_attn", "c_proj", "c_fc"])];
 
 impl LinearInfo {
     pub fn n_parameters(&self) -> u64 {
@@ -99,7 +97,7 @@ impl LinearInfo {
 pub fn linears(checkpoint: &Checkpoint) -> Vec<LinearInfo> {
     let model_type = config::model_type(checkpoint).unwrap_or_default();
     let architecture = architectures::find(model_type);
-    let conv1d = CONV1D.iter().find(|(t, _)| *t == model_type).map_or(&[][..], |(_, names)| names);
+    let is_conv1d = |module: &str| architecture.is_some_and(|a| a.is_conv1d && a.linear_id(module).is_some());
     let mut linears = Vec::new();
     for info in checkpoint.tensors() {
         let &[rows, columns] = info.shape.as_slice() else { continue };
@@ -121,7 +119,7 @@ pub fn linears(checkpoint: &Checkpoint) -> Vec<LinearInfo> {
         let found = low_rank(LR_A, Layout::Factors).or_else(|| low_rank(LR_PIVOT, Layout::Pivot));
         let (module, stored, out_features, in_features) = if let Some(found) = found {
             found
-        } else if conv1d.contains(&last_part(stem)) {
+        } else if is_conv1d(stem) && !info.is_encoded() {
             (stem, Stored::DenseTransposed, columns, rows)
         } else {
             (stem, Stored::Dense, rows, columns)

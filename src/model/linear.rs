@@ -51,7 +51,7 @@ impl Linear {
     ///
     /// # Errors
     /// A tensor is absent or broken.
-    pub fn load(weights: &dyn Weights, module: &str, has_bias: bool) -> Result<Self> {
+    pub fn load(weights: &dyn Weights, module: &str, has_bias: bool, is_conv1d: bool) -> Result<Self> {
         let name = |part: &str| format!("{module}.{part}");
         let tensor = |part: &str| weights.tensor(&name(&format!("{part}.weight")));
         let contains = |part: &str| weights.contains(&name(&format!("{part}.weight")));
@@ -63,7 +63,7 @@ impl Linear {
             return Ok(Self { base: None, low_rank, bias: bias("bias")?, tap: None });
         }
         if !contains(LR_A) {
-            return Ok(Self::dense(weights.tensor(&name("weight"))?, bias("bias")?));
+            return Ok(Self::dense(weights.matrix(&name("weight"), is_conv1d)?, bias("bias")?));
         }
         let low_rank = Some(LowRank::Factors { b: tensor(LR_B)?, a: tensor(LR_A)? });
         let has_base = contains(BASE);
@@ -186,7 +186,7 @@ pub(super) fn expect_shape(
     checkpoint: &crate::checkpoint::Checkpoint,
     module: &str,
     [out, input]: [usize; 2],
-    has_bias: bool,
+    (has_bias, is_conv1d): (bool, bool),
     fields: &str,
 ) -> Result<()> {
     let pivots = format!("{module}.{LR_PIVOT}.weight");
@@ -207,7 +207,10 @@ pub(super) fn expect_shape(
     }
     let lr_a = format!("{module}.{LR_A}.weight");
     let Some(a) = checkpoint.info(&lr_a) else {
-        checkpoint.expect_shape(&format!("{module}.weight"), &[out, input], fields)?;
+        let weight = format!("{module}.weight");
+        let is_turned = is_conv1d && checkpoint.info(&weight).is_some_and(|info| !info.is_encoded());
+        let shape = if is_turned { [input, out] } else { [out, input] };
+        checkpoint.expect_shape(&weight, &shape, fields)?;
         if has_bias {
             checkpoint.expect_shape(&format!("{module}.bias"), &[out], fields)?;
         }
@@ -258,7 +261,7 @@ mod tests {
         ];
         for form in forms {
             let weights: HashMap<String, Tensor> = form.iter().map(|(n, t)| (n.to_string(), (*t).clone())).collect();
-            let linear = Linear::load(&weights, "m", true).unwrap();
+            let linear = Linear::load(&weights, "m", true, false).unwrap();
             let y = linear.forward(&tensor(&[1., 1., 0., 1.], &[1, 2, 2])).unwrap();
             assert_eq!(y.to_vec3::<f32>().unwrap(), [[[17., 34.], [14., 28.]]]);
         }

@@ -1,15 +1,81 @@
-//! The gated feed-forward layer (SwiGLU, Shazeer 2020).
+//! The feed-forward layer: gated (SwiGLU and its kin, Shazeer 2020), or two linears with an activation between.
 
 use anyhow::Result;
-use candle_core::Tensor;
+use candle_core::{D, Tensor};
+use serde::Deserialize;
 
+use super::architectures::Role;
 use super::linear::Linear;
+
+/// In the names of `config.json`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Activation {
+    #[default]
+    #[serde(alias = "swish")]
+    Silu,
+    /// With the error function.
+    Gelu,
+    /// With the approximation by tanh.
+    #[serde(alias = "gelu_pytorch_tanh", alias = "gelu_fast")]
+    GeluNew,
+    Relu,
+}
+
+impl Activation {
+    fn apply(self, x: &Tensor) -> Result<Tensor> {
+        Ok(match self {
+            Self::Silu => x.silu()?,
+            Self::Gelu => x.gelu_erf()?,
+            Self::GeluNew => x.gelu()?,
+            Self::Relu => x.relu()?,
+        })
+    }
+}
 
 #[derive(Debug, Clone)]
 pub struct Mlp {
-    pub(super) gate_proj: Linear,
-    pub(super) up_proj: Linear,
+    pub(super) inner: Inner,
     pub(super) down_proj: Linear,
+    pub(super) activation: Activation,
+}
+
+/// What stands before `down_proj`.
+#[derive(Debug, Clone)]
+pub(super) enum Inner {
+    Gated {
+        gate_proj: Linear,
+        up_proj: Linear,
+    },
+    /// The gate's outputs, then the others, of one matrix.
+    Fused {
+        gate_up_proj: Linear,
+    },
+    Plain {
+        up_proj: Linear,
+    },
+}
+
+impl Inner {
+    /// # Errors
+    /// That of `load`.
+    pub fn load(has: impl Fn(Role) -> bool, load: impl Fn(Role) -> Result<Linear>) -> Result<Self> {
+        Ok(if has(Role::GateUpProj) {
+            Self::Fused { gate_up_proj: load(Role::GateUpProj)? }
+        } else if has(Role::GateProj) {
+            Self::Gated { gate_proj: load(Role::GateProj)?, up_proj: load(Role::UpProj)? }
+        } else {
+            Self::Plain { up_proj: load(Role::UpProj)? }
+        })
+    }
+
+    pub fn linears_mut(&mut self) -> Vec<(Role, &mut Linear)> {
+        match self {
+            Self::Gated { gate_proj, up_proj } => vec![(Role::GateProj, gate_proj), (Role::UpProj, up_proj)],
+            Self::Fused { gate_up_proj } => vec![(Role::GateUpProj, gate_up_proj)],
+            Self::Plain { up_proj } => vec![(Role::UpProj, up_proj)],
+        }
+    }
 }
 
 impl Mlp {
@@ -18,6 +84,14 @@ impl Mlp {
     /// # Errors
     /// Shapes that do not match.
     pub(super) fn gate(&self, x: &Tensor) -> Result<Tensor> {
-        Ok((self.gate_proj.forward(x)?.silu()? * self.up_proj.forward(x)?)?)
+        let activate = |x: &Tensor| self.activation.apply(x);
+        match &self.inner {
+            Inner::Gated { gate_proj, up_proj } => Ok((activate(&gate_proj.forward(x)?)? * up_proj.forward(x)?)?),
+            Inner::Fused { gate_up_proj } => {
+                let halves = gate_up_proj.forward(x)?.chunk(2, D::Minus1)?;
+                Ok((activate(&halves[0].contiguous()?)? * &halves[1])?)
+            }
+            Inner::Plain { up_proj } => activate(&up_proj.forward(x)?),
+        }
     }
 }

@@ -24,6 +24,14 @@ impl Kernels {
         })
     }
 
+    /// Layer norm (Ba et al. 2016) over the last dimension.
+    pub fn layer_norm(self, x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
+        Ok(match self {
+            Self::Fused => ops::layer_norm(&x.contiguous()?, weight, bias, eps as f32)?,
+            Self::Differentiable => ops::layer_norm_slow(x, weight, bias, eps as f32)?,
+        })
+    }
+
     /// Rotates the halves of `x` (batch, heads, n_tokens, head_dim) by `cos` and `sin` (n_tokens, head_dim / 2).
     pub fn rope(self, x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
         Ok(match self {

@@ -7,10 +7,10 @@ use std::path::PathBuf;
 use anyhow::Result;
 use candle_core::{Device, Tensor};
 
-use super::attention::Rope;
 use super::block::{Block, Observer};
 use super::config::ModelConfig;
-use super::decoder::{Decoder, embed};
+use super::decoder::Decoder;
+use super::rope::Rope;
 use crate::journal::{Array, Journal};
 use crate::progress::Stage;
 use crate::spool::{Spool, Spooled};
@@ -108,11 +108,11 @@ impl<'a> Walk<'a> {
     /// # Errors
     /// A token is outside of the vocabulary, or the work folder refuses.
     pub fn embed(&mut self, decoder: &Decoder<'_>) -> Result<Hidden> {
-        let table = decoder.embeddings()?;
+        let embeddings = decoder.embeddings()?;
         let mut hidden = Vec::new();
         for range in &self.batches {
             let ids: Vec<&[u32]> = self.windows[range.clone()].iter().map(Vec::as_slice).collect();
-            hidden.push(self.spool.push(values(&embed(&table, &ids)?)?)?);
+            hidden.push(self.spool.push(values(&embeddings.of_windows(&ids)?)?)?);
         }
         Ok(Hidden(hidden))
     }

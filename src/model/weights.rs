@@ -23,6 +23,15 @@ pub trait Weights {
     /// # Errors
     /// It is absent, or no permutation.
     fn indices(&self, name: &str) -> Result<Tensor>;
+
+    /// The weight (out, in) of a linear; `is_conv1d` where files hold it as (in, out).
+    ///
+    /// # Errors
+    /// As [`Self::tensor`].
+    fn matrix(&self, name: &str, is_conv1d: bool) -> Result<Tensor> {
+        let _ = is_conv1d;
+        self.tensor(name)
+    }
 }
 
 /// A checkpoint with some tensors added; those win over the checkpoint's.
@@ -47,6 +56,13 @@ impl Weights for Checkpoint {
         let values: Vec<u32> = order.into_iter().map(|i| i as u32).collect();
         Ok(Tensor::new(values, &Device::Cpu)?)
     }
+
+    fn matrix(&self, name: &str, is_conv1d: bool) -> Result<Tensor> {
+        let weight = self.tensor(name)?;
+        // Codes stand for (out, in) in every family.
+        let is_turned = is_conv1d && !self.require(name)?.is_encoded();
+        Ok(if is_turned { weight.t()?.contiguous()? } else { weight })
+    }
 }
 
 impl Weights for Overlay<'_> {
@@ -60,6 +76,10 @@ impl Weights for Overlay<'_> {
 
     fn indices(&self, name: &str) -> Result<Tensor> {
         self.above.get(name).map_or_else(|| self.below.indices(name), |tensor| Ok(tensor.clone()))
+    }
+
+    fn matrix(&self, name: &str, is_conv1d: bool) -> Result<Tensor> {
+        self.above.get(name).map_or_else(|| self.below.matrix(name, is_conv1d), |tensor| Ok(tensor.clone()))
     }
 }
 

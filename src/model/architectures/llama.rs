@@ -1,15 +1,23 @@
 //! Llama 1 to 3 and every checkpoint in its layout: grouped-query attention, rotary embedding, RMSNorm, SwiGLU.
 //! Touvron et al. 2023, arXiv:2302.13971.
 
-use super::{Architecture, Role};
+use super::{Architecture, FusedQkv, Norms, Role, Sliding};
+use crate::model::norm::NormKind;
 
 pub(super) const LLAMA: Architecture = Architecture {
     model_type: "llama",
-    embed_tokens: "model.embed_tokens",
-    layers: "model.layers",
-    input_layernorm: "input_layernorm",
-    post_attention_layernorm: "post_attention_layernorm",
-    norm: "model.norm",
+    prefix: "model.",
+    embed_tokens: "embed_tokens",
+    embed_positions: None,
+    layers: "layers",
+    norms: Norms {
+        before_attention: Some("input_layernorm"),
+        after_attention: None,
+        before_mlp: Some("post_attention_layernorm"),
+        after_mlp: None,
+        query_key: None,
+    },
+    norm: "norm",
     lm_head: "lm_head",
     linears: &[
         (Role::QProj, "self_attn.q_proj"),
@@ -20,4 +28,13 @@ pub(super) const LLAMA: Architecture = Architecture {
         (Role::UpProj, "mlp.up_proj"),
         (Role::DownProj, "mlp.down_proj"),
     ],
+    biased: &[],
+    is_conv1d: false,
+    norm_kind: NormKind::Rms,
+    fused_qkv: FusedQkv::Concatenated,
+    is_rotary: true,
+    sliding: Sliding::OnRequest,
+    scales_embeddings: false,
+    aliases: &[],
+    defaults: "{}",
 };

@@ -1,27 +1,120 @@
-//! Families of models, as data: what their tensors are called. One file a family, one line in `ALL`.
+//! Families of models, as data: what their tensors are called, and the options of the decoder that they take. One file a family,
+//! one line in `ALL`.
 
+mod gemma2;
+mod gemma3_text;
+mod gpt2;
+mod gpt_neox;
 mod llama;
+mod mistral;
+mod olmo2;
+mod opt;
+mod phi3;
+mod qwen2;
+mod qwen3;
+mod smollm3;
 
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 
 use super::config::ModelConfig;
+use super::norm::NormKind;
 
 /// Every family that `lrc` can run.
-const ALL: &[&Architecture] = &[&llama::LLAMA];
+const ALL: &[&Architecture] = &[
+    &llama::LLAMA,
+    &mistral::MISTRAL,
+    &qwen2::QWEN2,
+    &qwen3::QWEN3,
+    &gemma2::GEMMA2,
+    &gemma3_text::GEMMA3_TEXT,
+    &phi3::PHI3,
+    &olmo2::OLMO2,
+    &smollm3::SMOLLM3,
+    &gpt2::GPT2,
+    &gpt_neox::GPT_NEOX,
+    &opt::OPT,
+];
 
-/// The names of a family's modules; the names of tensors are these with `.weight` or `.bias`.
+/// The names of a family's modules, and its options; the names of tensors are these with `.weight` or `.bias`. Most families are
+/// [`llama::LLAMA`] but for a few fields.
 #[derive(Debug)]
 pub struct Architecture {
     pub model_type: &'static str,
+    /// Before the names of all modules but the head; some files leave it out.
+    pub prefix: &'static str,
     pub embed_tokens: &'static str,
-    /// Prefix of the blocks: `model.layers` for `model.layers.0`.
+    /// The table of learned positions, and its row for the first token.
+    pub embed_positions: Option<(&'static str, usize)>,
+    /// Of the blocks: `layers` for `model.layers.0`.
     pub layers: &'static str,
-    pub input_layernorm: &'static str,
-    pub post_attention_layernorm: &'static str,
+    pub norms: Norms,
+    /// Behind the last block.
     pub norm: &'static str,
     pub lm_head: &'static str,
     /// The linears of a block, in the order of the forward pass.
     pub linears: &'static [(Role, &'static str)],
+    /// Of these, those that have a bias whatever the config says.
+    pub biased: &'static [Role],
+    /// Weights of the linears are stored (in, out), as GPT-2's Conv1D has them.
+    pub is_conv1d: bool,
+    pub norm_kind: NormKind,
+    /// Rows of a fused matrix of queries, keys and values.
+    pub fused_qkv: FusedQkv,
+    pub is_rotary: bool,
+    /// Which blocks have a sliding window, where the config has one and does not list them.
+    pub sliding: Sliding,
+    /// Embeddings are multiplied by √hidden_size.
+    pub scales_embeddings: bool,
+    /// Fields of the config under other names: (theirs, ours).
+    pub aliases: &'static [(&'static str, &'static str)],
+    /// Fields that a config may leave out, as JSON.
+    pub defaults: &'static str,
+}
+
+/// Norms of a block by name; none where a family has none there.
+#[derive(Debug)]
+pub struct Norms {
+    pub before_attention: Option<&'static str>,
+    pub after_attention: Option<&'static str>,
+    pub before_mlp: Option<&'static str>,
+    pub after_mlp: Option<&'static str>,
+    pub query_key: Option<QueryKeyNorm>,
+}
+
+impl Norms {
+    /// Names of those of hidden states, in the order of the forward pass.
+    pub fn of_states(&self) -> impl Iterator<Item = &'static str> {
+        [self.before_attention, self.after_attention, self.before_mlp, self.after_mlp].into_iter().flatten()
+    }
+}
+
+/// Norms of queries and keys.
+#[derive(Debug)]
+pub struct QueryKeyNorm {
+    pub query: &'static str,
+    pub key: &'static str,
+    /// Over each head, or over all of them together.
+    pub is_per_head: bool,
+}
+
+/// The order of rows of a fused matrix.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FusedQkv {
+    /// All queries, all keys, all values.
+    Concatenated,
+    /// Head by head its query, key and value.
+    Interleaved,
+}
+
+/// Which blocks slide.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sliding {
+    All,
+    /// With `use_sliding_window`, those from `max_window_layers` on.
+    OnRequest,
+    /// All but one in so many.
+    AllBut(usize),
 }
 
 /// What a linear does in its block.
@@ -31,9 +124,13 @@ pub enum Role {
     QProj,
     KProj,
     VProj,
+    /// The three in one matrix.
+    QkvProj,
     OProj,
     GateProj,
     UpProj,
+    /// The two in one matrix.
+    GateUpProj,
     DownProj,
 }
 
@@ -76,9 +173,11 @@ impl Role {
             Self::QProj => "q_proj",
             Self::KProj => "k_proj",
             Self::VProj => "v_proj",
+            Self::QkvProj => "qkv_proj",
             Self::OProj => "o_proj",
             Self::GateProj => "gate_proj",
             Self::UpProj => "up_proj",
+            Self::GateUpProj => "gate_up_proj",
             Self::DownProj => "down_proj",
         }
     }
@@ -86,9 +185,9 @@ impl Role {
     /// Where its input comes from.
     pub fn site(self) -> InputSite {
         match self {
-            Self::QProj | Self::KProj | Self::VProj => InputSite::Qkv,
+            Self::QProj | Self::KProj | Self::VProj | Self::QkvProj => InputSite::Qkv,
             Self::OProj => InputSite::O,
-            Self::GateProj | Self::UpProj => InputSite::GateUp,
+            Self::GateProj | Self::UpProj | Self::GateUpProj => InputSite::GateUp,
             Self::DownProj => InputSite::Down,
         }
     }
@@ -102,43 +201,80 @@ impl Role {
         match self {
             Self::QProj => ([queries, hidden], ATTENTION),
             Self::KProj | Self::VProj => ([keys, hidden], ATTENTION),
+            Self::QkvProj => ([queries + 2 * keys, hidden], ATTENTION),
             Self::OProj => ([hidden, queries], ATTENTION),
             Self::GateProj | Self::UpProj => ([inner, hidden], MLP),
+            Self::GateUpProj => ([2 * inner, hidden], MLP),
             Self::DownProj => ([hidden, inner], MLP),
-        }
-    }
-
-    /// Whether the config gives it a bias.
-    pub fn has_bias(self, config: &ModelConfig) -> bool {
-        match self {
-            Self::QProj | Self::KProj | Self::VProj | Self::OProj => config.attention_bias,
-            Self::GateProj | Self::UpProj | Self::DownProj => config.mlp_bias,
         }
     }
 }
 
 impl Architecture {
+    /// Whether a linear has a bias.
+    pub fn has_bias(&self, role: Role, config: &ModelConfig) -> bool {
+        self.biased.contains(&role)
+            || match role.site() {
+                InputSite::Qkv | InputSite::O => config.attention_bias,
+                InputSite::GateUp | InputSite::Down => config.mlp_bias,
+            }
+    }
+
+    pub fn has(&self, role: Role) -> bool {
+        self.linears.iter().any(|(r, _)| *r == role)
+    }
+
     /// `model.layers.3`.
-    pub fn block(&self, block_idx: usize) -> String {
-        format!("{}.{block_idx}", self.layers)
+    pub fn block(&self, prefix: &str, block_idx: usize) -> String {
+        format!("{prefix}{}.{block_idx}", self.layers)
     }
 
     /// `model.layers.3.mlp.down_proj`.
     ///
     /// # Panics
     /// When the family has no such role.
-    pub fn module(&self, id: LinearId) -> String {
+    pub fn module(&self, prefix: &str, id: LinearId) -> String {
         let (_, name) =
             self.linears.iter().find(|(role, _)| *role == id.role).expect("invariant: ids come from the family's list");
-        format!("{}.{name}", self.block(id.block))
+        format!("{}.{name}", self.block(prefix, id.block))
     }
 
-    /// The linear that a module name stands for.
+    /// The linear that a module name stands for, with the family's prefix or without.
     pub fn linear_id(&self, module: &str) -> Option<LinearId> {
-        let rest = module.strip_prefix(self.layers)?.strip_prefix('.')?;
+        let rest = module.strip_prefix(self.prefix).unwrap_or(module).strip_prefix(self.layers)?.strip_prefix('.')?;
         let (block, name) = rest.split_once('.')?;
         let (role, _) = self.linears.iter().find(|(_, n)| *n == name)?;
         Some(LinearId { block: block.parse().ok()?, role: *role })
+    }
+
+    /// A config with our names for its fields, and with what it leaves out.
+    ///
+    /// # Panics
+    /// When `defaults` is no JSON, which a test rules out.
+    pub fn in_common_words(&self, config: &Map<String, Value>) -> Map<String, Value> {
+        let is_given = |value: Option<&Value>| value.is_some_and(|value| !value.is_null());
+        let mut fields = config.clone();
+        for &(theirs, ours) in self.aliases {
+            if let Some(value) = config.get(theirs).filter(|value| !value.is_null()) {
+                fields.insert(ours.into(), value.clone());
+            }
+        }
+        let defaults: Map<String, Value> =
+            serde_json::from_str(self.defaults).expect("invariant: the defaults of families are JSON");
+        for (name, value) in defaults {
+            // A multiple of another field: `"4 hidden_size"`.
+            let multiple = || {
+                let (times, field) = value.as_str()?.split_once(' ')?;
+                Some(Value::from(times.parse::<u64>().ok()? * fields.get(field)?.as_u64()?))
+            };
+            if !is_given(fields.get(&name)) {
+                let value = multiple().unwrap_or(value);
+                fields.insert(name, value);
+            }
+        }
+        // What is null is not given.
+        fields.retain(|_, value| !value.is_null());
+        fields
     }
 }
 
@@ -161,8 +297,11 @@ mod tests {
         for architecture in ALL {
             for &(role, _) in architecture.linears {
                 let id = LinearId { block: 12, role };
-                assert_eq!(architecture.linear_id(&architecture.module(id)), Some(id));
+                for prefix in [architecture.prefix, ""] {
+                    assert_eq!(architecture.linear_id(&architecture.module(prefix, id)), Some(id));
+                }
             }
+            architecture.in_common_words(&Map::new());
             assert_eq!(architecture.linear_id(architecture.lm_head), None);
             assert_eq!(architecture.linear_id("model.layers.x.mlp.down_proj"), None);
         }

@@ -1,0 +1,7 @@
+//! Mistral 7B and Nemo: Llama with a head width of its own and, in early ones, a sliding window. Jiang et al. 2023,
+//! arXiv:2310.06825.
+
+use super::llama::LLAMA;
+use super::{Architecture, Sliding};
+
+pub(super) const MISTRAL: Architecture = Architecture { model_type: "mistral", sliding: Sliding::All, ..LLAMA };

@@ -1,0 +1,18 @@
+//! OLMo 2: norms behind attention and feed-forward instead of before, and over all queries and keys. OLMo team 2025,
+//! arXiv:2501.00656.
+
+use super::llama::LLAMA;
+use super::{Architecture, Norms, QueryKeyNorm};
+
+pub(super) const OLMO2: Architecture = Architecture {
+    model_type: "olmo2",
+    norms: Norms {
+        before_attention: None,
+        after_attention: Some("post_attention_layernorm"),
+        before_mlp: None,
+        after_mlp: Some("post_feedforward_layernorm"),
+        query_key: Some(QueryKeyNorm { query: "self_attn.q_norm", key: "self_attn.k_norm", is_per_head: false }),
+    },
+    defaults: r#"{"rms_norm_eps": 1e-5}"#,
+    ..LLAMA
+};

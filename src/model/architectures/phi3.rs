@@ -1,0 +1,18 @@
+//! Phi-3 and Phi-4: Llama with fused matrices, in long variants with a rotary embedding stretched by table. Abdin et al. 2024,
+//! arXiv:2404.14219.
+
+use super::llama::LLAMA;
+use super::{Architecture, Role, Sliding};
+
+pub(super) const PHI3: Architecture = Architecture {
+    model_type: "phi3",
+    linears: &[
+        (Role::QkvProj, "self_attn.qkv_proj"),
+        (Role::OProj, "self_attn.o_proj"),
+        (Role::GateUpProj, "mlp.gate_up_proj"),
+        (Role::DownProj, "mlp.down_proj"),
+    ],
+    sliding: Sliding::All,
+    defaults: r#"{"original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5}"#,
+    ..LLAMA
+};

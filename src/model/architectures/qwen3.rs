@@ -1,0 +1,14 @@
+//! Qwen 3: Llama with norms over the heads of queries and keys. Yang et al. 2025, arXiv:2505.09388.
+
+use super::llama::LLAMA;
+use super::{Architecture, Norms, QueryKeyNorm};
+
+pub(super) const HEAD_NORMS: QueryKeyNorm =
+    QueryKeyNorm { query: "self_attn.q_norm", key: "self_attn.k_norm", is_per_head: true };
+
+pub(super) const QWEN3: Architecture = Architecture {
+    model_type: "qwen3",
+    norms: Norms { query_key: Some(HEAD_NORMS), ..LLAMA.norms },
+    defaults: r#"{"use_sliding_window": false}"#,
+    ..LLAMA
+};

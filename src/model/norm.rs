@@ -1,0 +1,49 @@
+//! Norms over the last dimension, in the kinds that families have.
+
+use anyhow::Result;
+use candle_core::Tensor;
+
+use super::ops::Kernels;
+use super::weights::Weights;
+
+/// How values are normalised.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NormKind {
+    /// RMSNorm (Zhang & Sennrich 2019).
+    Rms,
+    /// The same, with weights stored less 1 (Gemma).
+    RmsPlusOne,
+    /// Layer norm with a bias (Ba et al. 2016).
+    Layer,
+}
+
+#[derive(Debug, Clone)]
+pub struct Norm {
+    weight: Tensor,
+    bias: Option<Tensor>,
+    eps: f64,
+}
+
+impl Norm {
+    /// # Errors
+    /// A tensor is absent or broken.
+    pub fn load(weights: &dyn Weights, module: &str, kind: NormKind, eps: f64) -> Result<Self> {
+        let weight = weights.tensor(&format!("{module}.weight"))?;
+        Ok(Self {
+            weight: if kind == NormKind::RmsPlusOne { (weight + 1.0)? } else { weight },
+            bias: (kind == NormKind::Layer).then(|| weights.tensor(&format!("{module}.bias"))).transpose()?,
+            eps,
+        })
+    }
+
+    /// `x` (..., width) to the same shape.
+    ///
+    /// # Errors
+    /// Shapes that do not match.
+    pub fn apply(&self, kernels: Kernels, x: &Tensor) -> Result<Tensor> {
+        match &self.bias {
+            None => kernels.rms_norm(x, &self.weight, self.eps),
+            Some(bias) => kernels.layer_norm(x, &self.weight, bias, self.eps),
+        }
+    }
+}

@@ -1,0 +1,233 @@
+//! Rotary embeddings (Su et al. 2021), and the ways in which they are stretched to longer contexts. Formulas are those of
+//! transformers' `modeling_rope_utils`, which models were trained or adapted with.
+
+use std::f64::consts::PI;
+
+use anyhow::Result;
+use candle_core::{Device, Tensor};
+use serde::Deserialize;
+
+use super::ops::Kernels;
+use crate::error::Failure;
+
+/// `rope_scaling` of transformers 4, `rope_parameters` of transformers 5.
+#[derive(Debug, Clone, Default, Deserialize)]
+pub struct RopeScaling {
+    #[serde(alias = "type")]
+    pub rope_type: Option<String>,
+    pub rope_theta: Option<f64>,
+    pub partial_rotary_factor: Option<f64>,
+    factor: Option<f64>,
+    low_freq_factor: Option<f64>,
+    high_freq_factor: Option<f64>,
+    original_max_position_embeddings: Option<f64>,
+    attention_factor: Option<f64>,
+    beta_fast: Option<f64>,
+    beta_slow: Option<f64>,
+    mscale: Option<f64>,
+    mscale_all_dim: Option<f64>,
+    truncate: Option<bool>,
+    short_factor: Option<Vec<f64>>,
+    long_factor: Option<Vec<f64>>,
+}
+
+/// One rotary embedding of a model.
+#[derive(Debug, Clone)]
+pub struct RopeSettings {
+    pub theta: f64,
+    /// Values of a head that are rotated, from the first.
+    pub width: usize,
+    pub scaling: Option<RopeScaling>,
+    /// `max_position_embeddings`, and the same before the context was stretched, where the config has it apart.
+    pub context: Option<f64>,
+    pub original_context: Option<f64>,
+}
+
+impl RopeSettings {
+    /// Inverse frequencies without any scaling: θ^(−2i / width).
+    pub fn plain(&self) -> Vec<f64> {
+        inverse_frequencies(self.theta, self.width)
+    }
+
+    pub fn rope_type(&self) -> &str {
+        self.scaling.as_ref().and_then(|s| s.rope_type.as_deref()).unwrap_or("default")
+    }
+
+    /// Inverse frequencies (width / 2) for windows of up to `n_positions`, and what cosines and sines are multiplied by.
+    ///
+    /// # Errors
+    /// The kind of scaling is not supported, or lacks a field.
+    pub fn frequencies(&self, n_positions: usize) -> Result<(Vec<f64>, f64)> {
+        let plain = self.plain();
+        let Some(s) = &self.scaling else { return Ok((plain, 1.0)) };
+        let field = |name: &str, value: Option<f64>| {
+            value.ok_or_else(|| Failure::unsupported(format!("`rope_scaling` lacks `{name}`")))
+        };
+        let original =
+            || field("original_max_position_embeddings", s.original_max_position_embeddings.or(self.original_context));
+        // Where the factor is absent, it is the ratio of the contexts.
+        let stretch = || match s.factor {
+            Some(factor) => Ok(factor),
+            None => Ok::<_, anyhow::Error>(field("factor", self.context)? / original()?),
+        };
+        match self.rope_type() {
+            "default" => Ok((plain, 1.0)),
+            "linear" => {
+                let factor = field("factor", s.factor)?;
+                Ok((plain.into_iter().map(|f| f / factor).collect(), 1.0))
+            }
+            // Positions past the context turn slower, all the more the longer the window (NTK-aware, «dynamic»).
+            "dynamic" => {
+                let (factor, context) = (field("factor", s.factor)?, field("max_position_embeddings", self.context)?);
+                let length = (n_positions as f64).max(context);
+                let width = self.width as f64;
+                let growth = (factor * length / context - (factor - 1.0)).powf(width / (width - 2.0));
+                Ok((inverse_frequencies(self.theta * growth, self.width), 1.0))
+            }
+            "llama3" => {
+                let factor = field("factor", s.factor)?;
+                let (low, high) =
+                    (field("low_freq_factor", s.low_freq_factor)?, field("high_freq_factor", s.high_freq_factor)?);
+                let context = original()?;
+                Ok((plain.into_iter().map(|f| llama3_frequency(f, factor, low, high, context)).collect(), 1.0))
+            }
+            "yarn" => {
+                let factor = stretch()?;
+                let frequencies = self.yarn(
+                    s,
+                    plain,
+                    factor,
+                    original().or_else(|_| field("max_position_embeddings", self.context))?,
+                );
+                let scale = |mscale: f64| if factor <= 1.0 { 1.0 } else { 0.1 * mscale * factor.ln() + 1.0 };
+                let own = match (s.mscale, s.mscale_all_dim) {
+                    (Some(own), Some(all)) if own != 0.0 && all != 0.0 => scale(own) / scale(all),
+                    _ => scale(1.0),
+                };
+                Ok((frequencies, s.attention_factor.unwrap_or(own)))
+            }
+            "longrope" | "su" => {
+                let context = original()?;
+                let (name, factors) = match n_positions as f64 > context {
+                    true => ("long_factor", &s.long_factor),
+                    false => ("short_factor", &s.short_factor),
+                };
+                let Some(factors) = factors.as_ref().filter(|f| f.len() == plain.len()) else {
+                    return Err(Failure::unsupported(format!(
+                        "`{name}` of `rope_scaling` has not {} values",
+                        plain.len()
+                    ))
+                    .into());
+                };
+                let factor = stretch()?;
+                let own = if factor <= 1.0 { 1.0 } else { (1.0 + factor.ln() / context.ln()).sqrt() };
+                let frequencies = plain.into_iter().zip(factors).map(|(f, by)| f / by).collect();
+                Ok((frequencies, s.attention_factor.unwrap_or(own)))
+            }
+            other => Err(Failure::unsupported(format!("`rope_scaling` of type `{other}` is not supported"))
+                .hint("supported: default, linear, dynamic, llama3, yarn, longrope")
+                .into()),
+        }
+    }
+
+    /// YaRN (Peng et al. 2023, «NTK-by-parts»): frequencies that turn often in the original context are kept, those that turn
+    /// seldom are stretched, those between are blended along a ramp.
+    fn yarn(&self, s: &RopeScaling, plain: Vec<f64>, factor: f64, context: f64) -> Vec<f64> {
+        let width = self.width as f64;
+        let dimension = |turns: f64| width * (context / (turns * 2.0 * PI)).ln() / (2.0 * self.theta.ln());
+        let non_zero = |value: Option<f64>, default: f64| value.filter(|&v| v != 0.0).unwrap_or(default);
+        let (mut low, mut high) = (dimension(non_zero(s.beta_fast, 32.0)), dimension(non_zero(s.beta_slow, 1.0)));
+        if s.truncate.unwrap_or(true) {
+            (low, high) = (low.floor(), high.ceil());
+        }
+        let (low, mut high) = (low.max(0.0), high.min(width - 1.0));
+        if low == high {
+            high += 0.001;
+        }
+        let blend = |(i, f): (usize, f64)| {
+            let stretched = ((i as f64 - low) / (high - low)).clamp(0.0, 1.0);
+            f / factor * stretched + f * (1.0 - stretched)
+        };
+        plain.into_iter().enumerate().map(blend).collect()
+    }
+}
+
+fn inverse_frequencies(theta: f64, width: usize) -> Vec<f64> {
+    (0..width / 2).map(|i| theta.powf(-2.0 * i as f64 / width as f64)).collect()
+}
+
+/// Llama 3.1's scaling: long wavelengths are stretched by `factor`, short ones kept, those between are blended by how
+/// many times they turn in the original context.
+fn llama3_frequency(frequency: f64, factor: f64, low: f64, high: f64, context: f64) -> f64 {
+    let turns = context * frequency / (2.0 * PI);
+    if turns < low {
+        frequency / factor
+    } else if turns > high {
+        frequency
+    } else {
+        let share_kept = (turns - low) / (high - low);
+        frequency * (share_kept + (1.0 - share_kept) / factor)
+    }
+}
+
+/// Which rotary embedding a block uses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RopeKind {
+    Global,
+    /// That of blocks with a sliding window, where they have their own.
+    Local,
+}
+
+/// The rotary embeddings of a model, of every position up to a length.
+#[derive(Debug, Clone)]
+pub struct Rope {
+    global: Turns,
+    local: Option<Turns>,
+}
+
+#[derive(Debug, Clone)]
+struct Turns {
+    /// (n_positions, width / 2)
+    cos: Tensor,
+    sin: Tensor,
+}
+
+impl Rope {
+    /// # Errors
+    /// The config asks for a kind of scaling that is not supported.
+    pub fn new(global: &RopeSettings, local: Option<&RopeSettings>, n_positions: usize) -> Result<Self> {
+        let local = local.map(|settings| Turns::new(settings, n_positions)).transpose()?;
+        Ok(Self { global: Turns::new(global, n_positions)?, local })
+    }
+
+    /// Rotates `x` (batch, heads, n_tokens, head_dim).
+    pub(super) fn rotate(&self, kind: RopeKind, x: &Tensor, kernels: Kernels) -> Result<Tensor> {
+        let turns = match (kind, &self.local) {
+            (RopeKind::Local, Some(local)) => local,
+            _ => &self.global,
+        };
+        let (n_tokens, head_dim) = (x.dim(2)?, x.dim(3)?);
+        let (cos, sin) = (turns.cos.narrow(0, 0, n_tokens)?, turns.sin.narrow(0, 0, n_tokens)?);
+        let width = 2 * cos.dim(1)?;
+        if width == head_dim {
+            return kernels.rope(x, &cos, &sin);
+        }
+        let turned = kernels.rope(&x.narrow(3, 0, width)?.contiguous()?, &cos, &sin)?;
+        Ok(Tensor::cat(&[&turned, &x.narrow(3, width, head_dim - width)?], 3)?)
+    }
+}
+
+impl Turns {
+    fn new(settings: &RopeSettings, n_positions: usize) -> Result<Self> {
+        let (frequencies, scale) = settings.frequencies(n_positions)?;
+        // Angles in f64: position × frequency loses digits in f32 at long contexts. transformers
+        // multiplies in f32; the two differ by its rounding.
+        let angles: Vec<f64> = (0..n_positions).flat_map(|p| frequencies.iter().map(move |f| p as f64 * f)).collect();
+        let shape = (n_positions, frequencies.len());
+        let tensor = |values: Vec<f32>| Tensor::from_vec(values, shape, &Device::Cpu);
+        Ok(Self {
+            cos: tensor(angles.iter().map(|a| (scale * a.cos()) as f32).collect())?,
+            sin: tensor(angles.iter().map(|a| (scale * a.sin()) as f32).collect())?,
+        })
+    }
+}

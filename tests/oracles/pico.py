@@ -1,0 +1,93 @@
+"""Makes `fixtures/pico/FAMILY`: random weights of every family that lrc runs, in two blocks (gemma3_text: six, smollm3: four, so
+that every kind of block is there), and `expected.json`, transformers' logits of them in f32, under the config as it is and under
+others that change no weight (kinds of rope scaling, windows).
+
+    python tests/oracles/pico.py          needs torch and transformers 5.23
+"""
+
+import json
+import pathlib
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM
+
+SHARED = dict(vocab_size=48, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+              num_key_value_heads=2, max_position_embeddings=64, pad_token_id=None, bos_token_id=1, eos_token_id=2)
+UNGROUPED = {k: v for k, v in SHARED.items() if k != "num_key_value_heads"}
+
+
+def rope(kind, **fields):
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **fields}}
+
+
+YARN = rope("yarn", factor=4.0, original_max_position_embeddings=4096)
+LLAMA3 = rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
+LONG = {"short_factor": [1.0, 1.1], "long_factor": [2.0, 3.0], "partial_rotary_factor": 0.5}
+
+# By family: fields of the config, then the fields of further configs of the same weights.
+FAMILIES = {
+    "llama": (dict(SHARED, head_dim=8), [
+        LLAMA3, rope("linear", factor=2.0), rope("dynamic", factor=2.0) | {"max_position_embeddings": 8}, YARN,
+        rope("yarn", factor=4.0, original_max_position_embeddings=4096, beta_fast=16.0, beta_slow=2.0, truncate=False),
+        rope("yarn", factor=4.0, original_max_position_embeddings=16, mscale=0.7, mscale_all_dim=0.9),
+    ]),
+    "mistral": (dict(SHARED, head_dim=6, sliding_window=5), [{"sliding_window": None}]),
+    "qwen2": (dict(SHARED, tie_word_embeddings=True), [YARN, {"use_sliding_window": True, "sliding_window": 4,
+                                                           "max_window_layers": 1, "layer_types": None}]),
+    "qwen3": (dict(SHARED, head_dim=8), [{"attention_bias": False}]),
+    "gemma2": (dict(SHARED, head_dim=8, query_pre_attn_scalar=12, sliding_window=4, attn_logit_softcapping=2.0,
+                    final_logit_softcapping=3.0), []),
+    "gemma3_text": (dict(SHARED, num_hidden_layers=6, head_dim=8, query_pre_attn_scalar=12, sliding_window=4), []),
+    "phi3": (dict(SHARED, rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+                  sliding_window=6), [
+        {"original_max_position_embeddings": 16, "rope_parameters": {
+            "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 16,
+            "short_factor": [1.5], "long_factor": [3.0], "partial_rotary_factor": 0.5}},
+        {"original_max_position_embeddings": 8, "rope_parameters": {
+            "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 8,
+            "short_factor": [1.5], "long_factor": [3.0], "partial_rotary_factor": 0.5}},
+    ]),
+    "olmo2": (dict(SHARED), []),
+    "smollm3": (dict(SHARED, num_hidden_layers=4, no_rope_layers=[1, 1, 0, 1]), []),
+    "gpt2": (dict(vocab_size=48, n_embd=16, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2),
+             [{"scale_attn_by_inverse_layer_idx": True}, {"scale_attn_weights": False}]),
+    "gpt_neox": (dict(UNGROUPED, rope_parameters={"rope_type": "default", "rope_theta": 10000.0,
+                                               "partial_rotary_factor": 0.5}), [{"use_parallel_residual": False}]),
+    "opt": (dict(UNGROUPED, ffn_dim=24, word_embed_proj_dim=16), []),
+}
+IDS = [1, 5, 9, 33, 47, 2, 2, 17, 40, 8, 21, 30, 4]
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(torch.tensor([IDS])).logits[0]
+
+
+def main():
+    for family, (fields, others) in FAMILIES.items():
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(family, attn_implementation="eager", **fields)
+        model = AutoModelForCausalLM.from_config(config).float()
+        for parameter in model.parameters():
+            noise = torch.randn_like(parameter)
+            parameter.data = 0.3 * noise if parameter.dim() == 2 else parameter.data + 0.2 * noise
+        model.tie_weights()
+        folder = pathlib.Path("fixtures/pico") / family
+        model.save_pretrained(folder)
+        (folder / "generation_config.json").unlink(missing_ok=True)
+        saved = json.loads((folder / "config.json").read_text())
+        cases = []
+        for changes in [{}] + others:
+            changed = {k: v for k, v in (saved | changes).items() if k != "model_type"}
+            config = AutoConfig.for_model(family, attn_implementation="eager", **changed)
+            again = AutoModelForCausalLM.from_config(config).float()
+            again.load_state_dict(model.state_dict())
+            rows = logits(again).tolist()
+            cases.append({"changes": changes, "logits": [[float(f"{x:.7g}") for x in row] for row in rows]})
+        expected = {"transformers": transformers.__version__, "ids": IDS, "cases": cases}
+        (folder / "expected.json").write_text(json.dumps(expected) + "\n")
+        print(family, sum(f.stat().st_size for f in folder.iterdir()), float(logits(model).abs().max()))
+
+
+main()
