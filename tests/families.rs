@@ -1,12 +1,18 @@
-//! Every family, by one contract: the logits of transformers.
+//! Every family, by one contract: the logits and gradients of transformers; compressed at any budget in both layouts, factors and
+//! what they multiply out to are one model; what is tied stays tied, what is unknown passes through.
 
 mod common;
 
-use std::path::Path;
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor};
+use common::{ok, path};
+use lrc::calibrate::{Needs, Observation, observe};
 use lrc::checkpoint::Checkpoint;
-use lrc::model::{Decoder, architectures};
+use lrc::journal::Journal;
+use lrc::model::{Decoder, WalkLimits, architectures};
+use lrc::progress::Silent;
 use serde_json::Value;
 
 /// Largest difference of logits, over the largest logit.
@@ -19,27 +25,39 @@ fn error(found: &Tensor, expected: &Value) -> f64 {
     found.iter().zip(&expected).map(|(f, e)| (f64::from(*f) - e).abs()).fold(0.0, f64::max) / largest
 }
 
+fn fixture(family: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/pico").join(family)
+}
+
+fn json(path: &Path) -> Value {
+    serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
+}
+
+/// What transformers says of a family, and the tokens that it was asked about.
+fn expected(family: &str) -> (Value, Vec<u32>) {
+    let expected = json(&fixture(family).join("expected.json"));
+    let ids = expected["ids"].as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect();
+    (expected, ids)
+}
+
+fn logits(model: &Path, ids: &[u32]) -> anyhow::Result<Tensor> {
+    let checkpoint = Checkpoint::open(model)?;
+    Decoder::open(&checkpoint)?.logits(&Tensor::new(ids, &Device::Cpu)?.unsqueeze(0)?)
+}
+
 #[test]
 fn logits_of_every_family_are_those_of_transformers() {
     let folder = tempfile::tempdir().unwrap();
     let mut failed = Vec::new();
     for family in architectures::known_types() {
-        let source = format!("fixtures/pico/{family}");
         let copy = folder.path().join(family);
-        common::copy(&source, &copy);
-        let read = |name: &str| -> Value {
-            let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(&source).join(name);
-            serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
-        };
-        let expected = read("expected.json");
-        let ids: Vec<u32> = expected["ids"].as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect();
-        let ids = Tensor::new(ids, &Device::Cpu).unwrap().unsqueeze(0).unwrap();
+        common::copy(path(&fixture(family)), &copy);
+        let (expected, ids) = expected(family);
         for case in expected["cases"].as_array().unwrap() {
-            let mut config = read("config.json");
+            let mut config = json(&fixture(family).join("config.json"));
             config.as_object_mut().unwrap().extend(case["changes"].as_object().unwrap().clone());
             std::fs::write(copy.join("config.json"), config.to_string()).unwrap();
-            let checkpoint = Checkpoint::open(&copy).unwrap();
-            let error = match Decoder::open(&checkpoint).and_then(|decoder| decoder.logits(&ids)) {
+            let error = match logits(&copy, &ids) {
                 Ok(logits) => error(&logits, &case["logits"]),
                 Err(reason) => panic!("{family} with {}: {reason:#}", case["changes"]),
             };
@@ -50,4 +68,97 @@ fn logits_of_every_family_are_those_of_transformers() {
         }
     }
     assert!(failed.is_empty(), "{}", failed.join("\n"));
+}
+
+#[test]
+fn gradients_reach_every_linear_and_are_those_of_torch() {
+    for family in architectures::known_types() {
+        let (expected, ids) = expected(family);
+        let checkpoint = Checkpoint::open(&fixture(family)).unwrap();
+        let decoder = Decoder::open(&checkpoint).unwrap();
+        let observation = Observation { needs: Needs::ALL, clip_gradients: false };
+        let limits = WalkLimits::new(1 << 30, std::env::temp_dir());
+        let mut sums = HashMap::new();
+        observe(&decoder, &[ids], observation, &limits, &Journal::default(), &Silent, &mut |found| {
+            sums.extend(found.into_iter().map(|(name, array)| (name, array.values)));
+            Ok(())
+        })
+        .unwrap();
+        let by_linear: BTreeMap<String, Vec<f64>> =
+            serde_json::from_value(expected["squared_gradients"].clone()).unwrap();
+        assert_eq!(by_linear.len(), decoder.n_blocks() * decoder.architecture.linears.len(), "{family}");
+        for (module, expected) in by_linear {
+            let id = decoder.architecture.linear_id(&module).unwrap_or_else(|| panic!("{family} knows no `{module}`"));
+            // The diagonal of a lower triangle.
+            let gram = &sums[&format!("{}.{}.output_gram", id.block, id.role.name())];
+            let found = (0..expected.len()).map(|i| f64::from(gram[i * (i + 1) / 2 + i]));
+            let scale = expected.iter().fold(0.0, |m: f64, v| m.max(*v));
+            for (found, expected) in found.zip(&expected) {
+                assert!((found - expected).abs() < 2e-5 * scale, "{family}, {module}: {found} for {expected}");
+            }
+        }
+    }
+}
+
+#[test]
+fn what_is_compressed_is_one_model_in_every_layout_and_format() {
+    let folder = tempfile::tempdir().unwrap();
+    for family in architectures::known_types() {
+        let (expected, ids) = expected(family);
+        let model = folder.path().join(family);
+        common::copy(path(&fixture(family)), &model);
+        std::fs::remove_file(model.join("expected.json")).unwrap();
+        let tokenizer = fixture("tokenizer.json");
+        std::fs::copy(tokenizer, model.join("tokenizer.json")).unwrap();
+        let text = folder.path().join("text.txt");
+        std::fs::write(&text, "once upon a time there was a little dog. it liked to run! ".repeat(40)).unwrap();
+        let compress = |out: &str, flags: &[&str]| -> PathBuf {
+            let out = folder.path().join(format!("{family}-{out}"));
+            ok(&[&["compress", path(&model), "-o", path(&out), "-q"], flags].concat());
+            out
+        };
+        let whole = compress("whole", &["--keep", "1.0"]);
+        let kept = error(&logits(&whole, &ids).unwrap(), &expected["cases"][0]["logits"]);
+        assert!(kept < 1e-5, "{family} at keep 1: {kept}");
+        for (layout, method) in [("pivot", "kfac"), ("factors", "svd-llm"), ("pivot", "svd")] {
+            let text = path(&text);
+            let calibration = ["--calibration", text, "--samples", "4", "--seq-len", "24"];
+            let mut flags = vec!["--keep", "0.8", "--ranks", "uniform", "--layout", layout, "--method", method];
+            flags.extend(calibration.iter().filter(|_| method != "svd"));
+            let factored = compress(&format!("{layout}-{method}"), &flags);
+            flags.extend(["--format", "dense"]);
+            let dense = compress(&format!("{layout}-{method}-dense"), &flags);
+            let [low, full] =
+                [&factored, &dense].map(|out| logits(out, &ids).unwrap_or_else(|e| panic!("{family}: {e:#}")));
+            let scale = full.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+            let apart = (low - full).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+            assert!(apart < 1e-5 * scale, "{family}, {layout}, {method}: {apart} of {scale}");
+            check_the_rest(family, &model, &factored);
+        }
+    }
+}
+
+/// Everything but the compressed linears is in the output, byte for byte, and nothing else is.
+fn check_the_rest(family: &str, source: &Path, output: &Path) {
+    let [before, after] = [source, output].map(|folder| Checkpoint::open(folder).unwrap());
+    let report = json(&output.join("lrc-report.json"));
+    let compressed: Vec<&str> = report["linears"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter(|l| !l["rank"].is_null())
+        .map(|l| l["module"].as_str().unwrap())
+        .collect();
+    assert!(!compressed.is_empty());
+    for info in before.tensors() {
+        if compressed.iter().any(|module| info.name.starts_with(&format!("{module}."))) {
+            continue;
+        }
+        let bytes = |checkpoint: &Checkpoint| checkpoint.with_bytes(&info.name, <[u8]>::to_vec).unwrap();
+        assert!(bytes(&before) == bytes(&after), "{family}: `{}` is passed through", info.name);
+    }
+    let has_head = |checkpoint: &Checkpoint| {
+        checkpoint.tensors().any(|t| t.name.contains("lm_head") || t.name.contains("embed_out"))
+    };
+    assert_eq!(has_head(&before), has_head(&after), "{family}: what is tied stays tied");
 }

@@ -1,6 +1,7 @@
 """Makes `fixtures/pico/FAMILY`: random weights of every family that lrc runs, in two blocks (gemma3_text: six, smollm3: four, so
-that every kind of block is there), and `expected.json`, transformers' logits of them in f32, under the config as it is and under
-others that change no weight (kinds of rope scaling, windows).
+that every kind of block is there), and `expected.json`: transformers' logits of them in f32, under the config as it is and under
+others that change no weight (kinds of rope scaling, windows); and by linear the sums over tokens of the squared gradients of
+its outputs, of the summed next-token loss, in f64. `fixtures/pico/tokenizer.json` has a token for each of 45 characters.
 
     python tests/oracles/pico.py          needs torch and transformers 5.23
 """
@@ -8,6 +9,7 @@ others that change no weight (kinds of rope scaling, windows).
 import json
 import pathlib
 
+import tokenizers
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -56,6 +58,7 @@ FAMILIES = {
                                                "partial_rotary_factor": 0.5}), [{"use_parallel_residual": False}]),
     "opt": (dict(UNGROUPED, ffn_dim=24, word_embed_proj_dim=16), []),
 }
+LINEARS = tuple("_proj c_attn c_fc query_key_value dense dense_h_to_4h dense_4h_to_h fc1 fc2".split())
 IDS = [1, 5, 9, 33, 47, 2, 2, 17, 40, 8, 21, 30, 4]
 
 
@@ -64,7 +67,31 @@ def logits(model):
         return model.eval()(torch.tensor([IDS])).logits[0]
 
 
+def squared_gradients(model):
+    model = model.double().eval()
+    outputs = {}
+    for name, module in model.named_modules():
+        if name.endswith(LINEARS):
+            def hook(_, __, output, name=name):
+                output.retain_grad()
+                outputs[name] = output
+            module.register_forward_hook(hook)
+    ids = torch.tensor([IDS])
+    logits = model(ids).logits[0]
+    torch.nn.functional.cross_entropy(logits[:-1], ids[0, 1:], reduction="sum").backward()
+    return {name: [float(f"{x:.7g}") for x in (y.grad.flatten(0, -2) ** 2).sum(0).tolist()] for name, y in outputs.items()}
+
+
+def write_tokenizer():
+    characters = "abcdefghijklmnopqrstuvwxyz0123456789 .,!?'-\n\""
+    vocabulary = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *characters])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], unk_token="<unk>"))
+    tokenizer.normalizer = tokenizers.normalizers.Lowercase()
+    tokenizer.save("fixtures/pico/tokenizer.json")
+
+
 def main():
+    write_tokenizer()
     for family, (fields, others) in FAMILIES.items():
         torch.manual_seed(0)
         config = AutoConfig.for_model(family, attn_implementation="eager", **fields)
@@ -85,9 +112,11 @@ def main():
             again.load_state_dict(model.state_dict())
             rows = logits(again).tolist()
             cases.append({"changes": changes, "logits": [[float(f"{x:.7g}") for x in row] for row in rows]})
-        expected = {"transformers": transformers.__version__, "ids": IDS, "cases": cases}
+        size = sum(f.stat().st_size for f in folder.iterdir())
+        gradients = squared_gradients(model)
+        expected = {"transformers": transformers.__version__, "ids": IDS, "cases": cases, "squared_gradients": gradients}
         (folder / "expected.json").write_text(json.dumps(expected) + "\n")
-        print(family, sum(f.stat().st_size for f in folder.iterdir()), float(logits(model).abs().max()))
+        print(family, size, len(gradients))
 
 
 main()
