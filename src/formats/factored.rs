@@ -269,7 +269,10 @@ pub fn load(checkpoint: &Checkpoint, linear: &LinearInfo) -> Result<Option<Modul
             Parts::Pivot { rank, pivots: part(LR_PIVOT)?, coefficients: part(LR_COEFFICIENTS)?, order }
         }
     };
-    let base = has_base.then(|| part(BASE)).transpose()?;
+    let base = match has_base.then(|| part(BASE)).transpose()? {
+        Some(Matrix::Float(_)) => Some(Matrix::Float(inventory::base_values(checkpoint, linear)?)),
+        other => other,
+    };
     Ok(Some(Module { base, parts: Some(parts) }))
 }
 

@@ -21,7 +21,7 @@ use crate::error::Failure;
 pub struct Decoder<'w> {
     pub config: ModelConfig,
     pub architecture: &'static Architecture,
-    /// The family's, or nothing where the files leave it out.
+    /// The family's, or what the files have of it.
     prefix: &'static str,
     weights: &'w dyn Weights,
     kernels: Kernels,
@@ -56,7 +56,7 @@ impl<'w> Decoder<'w> {
     pub fn open(checkpoint: &'w Checkpoint) -> Result<Self> {
         let (config, architecture) = ModelConfig::of(checkpoint)?;
         let has = |prefix: &str| checkpoint.info(&format!("{prefix}{}.weight", architecture.embed_tokens)).is_some();
-        let prefix = if !has(architecture.prefix) && has("") { "" } else { architecture.prefix };
+        let prefix = architecture.prefixes().find(|prefix| has(prefix)).unwrap_or(architecture.prefix);
         let decoder = Self { config, architecture, prefix, weights: checkpoint, kernels: Kernels::Fused };
         decoder.check_coverage(checkpoint)?;
         Ok(decoder)

@@ -164,12 +164,26 @@ pub fn weight(checkpoint: &Checkpoint, linear: &LinearInfo) -> Result<Vec<f32>> 
             let (rank, b, a) = factors(checkpoint, linear)?;
             let mut product = linalg::product_row_major(&b, &a, m, rank, n);
             if has_base {
-                let base = checkpoint.values(&linear.base_name())?;
+                let base = base_values(checkpoint, linear)?;
                 product.iter_mut().zip(base).for_each(|(p, b)| *p += b);
             }
             Ok(product)
         }
     }
+}
+
+/// The base (out, in) below the factors of a linear, row-major.
+///
+/// # Errors
+/// The tensor is absent or broken.
+pub fn base_values(checkpoint: &Checkpoint, linear: &LinearInfo) -> Result<Vec<f32>> {
+    let name = linear.base_name();
+    let values = checkpoint.values(&name)?;
+    let architecture = config::model_type(checkpoint).and_then(architectures::find);
+    let is_conv1d = architecture.is_some_and(|a| a.is_conv1d) && linear.id.is_some();
+    let is_turned = is_conv1d && !checkpoint.require(&name)?.is_encoded();
+    let (m, n) = linear.shape();
+    Ok(if is_turned { linalg::transpose_row_major(&values, n, m) } else { values })
 }
 
 /// A linear of low rank as factors, whatever its layout: its rank r, `B` (out, r) and `A` (r, in), row-major. Of a pivot layout

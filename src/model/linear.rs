@@ -67,7 +67,7 @@ impl Linear {
         }
         let low_rank = Some(LowRank::Factors { b: tensor(LR_B)?, a: tensor(LR_A)? });
         let has_base = contains(BASE);
-        let base = has_base.then(|| tensor(BASE)).transpose()?;
+        let base = has_base.then(|| weights.matrix(&name(&format!("{BASE}.weight")), is_conv1d)).transpose()?;
         let bias = bias(&format!("{}.bias", if has_base { BASE } else { LR_B }))?;
         Ok(Self { base, low_rank, bias, tap: None })
     }
@@ -190,6 +190,11 @@ pub(super) fn expect_shape(
     fields: &str,
 ) -> Result<()> {
     let pivots = format!("{module}.{LR_PIVOT}.weight");
+    // (out, in), but for weights that a family stores turned, and that are not codes.
+    let expect_weight = |name: &str| {
+        let is_turned = is_conv1d && checkpoint.info(name).is_some_and(|info| !info.is_encoded());
+        checkpoint.expect_shape(name, &if is_turned { [input, out] } else { [out, input] }, fields)
+    };
     if let Some(info) = checkpoint.info(&pivots) {
         ensure!(
             info.shape.len() == 2 && info.shape[0] <= out,
@@ -207,10 +212,7 @@ pub(super) fn expect_shape(
     }
     let lr_a = format!("{module}.{LR_A}.weight");
     let Some(a) = checkpoint.info(&lr_a) else {
-        let weight = format!("{module}.weight");
-        let is_turned = is_conv1d && checkpoint.info(&weight).is_some_and(|info| !info.is_encoded());
-        let shape = if is_turned { [input, out] } else { [out, input] };
-        checkpoint.expect_shape(&weight, &shape, fields)?;
+        expect_weight(&format!("{module}.weight"))?;
         if has_bias {
             checkpoint.expect_shape(&format!("{module}.bias"), &[out], fields)?;
         }
@@ -223,7 +225,7 @@ pub(super) fn expect_shape(
     checkpoint.expect_shape(&format!("{module}.{LR_B}.weight"), &[out, rank], &ranks)?;
     let has_base = checkpoint.info(&format!("{module}.{BASE}.weight")).is_some();
     if has_base {
-        checkpoint.expect_shape(&format!("{module}.{BASE}.weight"), &[out, input], fields)?;
+        expect_weight(&format!("{module}.{BASE}.weight"))?;
     }
     if has_bias {
         let holder = if has_base { BASE } else { LR_B };

@@ -239,9 +239,15 @@ impl Architecture {
         format!("{}.{name}", self.block(prefix, id.block))
     }
 
-    /// The linear that a module name stands for, with the family's prefix or without.
+    /// The prefixes that files have: the family's, and what is left of it where they leave out its first words.
+    pub fn prefixes(&self) -> impl Iterator<Item = &'static str> {
+        std::iter::successors(Some(self.prefix), |prefix| prefix.split_once('.').map(|(_, rest)| rest))
+    }
+
+    /// The linear that a module name stands for, under any of the prefixes.
     pub fn linear_id(&self, module: &str) -> Option<LinearId> {
-        let rest = module.strip_prefix(self.prefix).unwrap_or(module).strip_prefix(self.layers)?.strip_prefix('.')?;
+        let inner = |prefix: &str| module.strip_prefix(prefix)?.strip_prefix(self.layers)?.strip_prefix('.');
+        let rest = self.prefixes().find_map(inner)?;
         let (block, name) = rest.split_once('.')?;
         let (role, _) = self.linears.iter().find(|(_, n)| *n == name)?;
         Some(LinearId { block: block.parse().ok()?, role: *role })
@@ -297,7 +303,7 @@ mod tests {
         for architecture in ALL {
             for &(role, _) in architecture.linears {
                 let id = LinearId { block: 12, role };
-                for prefix in [architecture.prefix, ""] {
+                for prefix in architecture.prefixes() {
                     assert_eq!(architecture.linear_id(&architecture.module(prefix, id)), Some(id));
                 }
             }

@@ -1,0 +1,126 @@
+"""Prints the table of docs/families.md: every family of `fixtures/pico`, by lrc and by transformers.
+
+    cargo build --release --bin lrc --example logits && python tests/interop/families.py
+
+needs what `tests/interop/run.sh` installs. Numbers are largest differences of a logit, over the largest logit; the limit is 1e-4.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from safetensors.numpy import load_file
+
+OUT = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
+ROOT = Path(__file__).resolve().parents[2]
+LIMIT = 1e-4
+TEXT = "once upon a time there was a little dog. it liked to run! " * 40
+COMPENSATED = ["--quant", "rtn-int8-channel", "--compensate", "lorc", "--compensate-rank", "2"]
+CALIBRATED = ["--samples", "4", "--seq-len", "24"]
+COLUMNS = [
+    ("factors", "factored", ["--keep", "0.8", "--layout", "factors", "--ranks", "uniform"]),
+    ("pivot", "factored", ["--keep", "0.8"]),
+    ("dense", "dense", ["--keep", "0.8"]),
+    ("compressed-tensors", "compressed-tensors", ["--quant", "rtn-int8-channel"]),
+    ("peft", "peft", COMPENSATED),
+]
+
+
+def run(*command):
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip())
+    return done.stdout
+
+
+def theirs(folder, form, ids):
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=form == "factored",
+        attn_implementation="eager",
+    )
+    dirty = {key: value for key, value in info.items() if value}
+    if dirty:
+        raise RuntimeError(f"load report: {dirty}")
+    if form == "peft":
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, folder / "adapter")
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.tensor([ids])).logits[0].float().numpy()
+
+
+def ours(folder, ids, work):
+    (work / "ids.json").write_text(json.dumps(ids))
+    run(ROOT / "target/release/examples/logits", folder, work / "ids.json", work / "logits.safetensors")
+    return load_file(work / "logits.safetensors")["logits"]
+
+
+def apart(a, b):
+    return float(np.abs(a - b).max() / np.abs(b).max())
+
+
+def cell(make):
+    try:
+        error = make()
+        return f"{error:.1e}", error <= LIMIT
+    except Exception as e:
+        lines = str(e).splitlines()
+        text = next((line for line in lines if line.startswith("error: ")), lines[0])
+        refused = "cannot be stored" in text or "no compressed-tensors of this" in text or "no peft of this" in text
+        print(e, file=sys.stderr)
+        return ("refused" if refused else "**failed**"), refused
+
+
+def main():
+    names = ["family", "parity", "perplexity after `--keep 0.8`"] + [name for name, _, _ in COLUMNS]
+    print("| " + " | ".join(names) + " |\n|---" + "|---:" * (len(names) - 1) + "|", file=OUT)
+    passed = True
+    families = sorted(p.parent.name for p in (ROOT / "fixtures/pico").glob("*/expected.json"))
+    for family in families:
+        source = ROOT / "fixtures/pico" / family
+        expected = json.loads((source / "expected.json").read_text())
+        ids = expected["ids"]
+        with tempfile.TemporaryDirectory() as work:
+            work = Path(work)
+            model, text = work / "model", work / "text.txt"
+            model.mkdir()
+            text.write_text(TEXT)
+            for name in ["config.json", "model.safetensors"]:
+                (model / name).write_bytes((source / name).read_bytes())
+            (model / "tokenizer.json").write_bytes((ROOT / "fixtures/pico/tokenizer.json").read_bytes())
+            parity = lambda: apart(ours(model, ids, work), np.array(expected["cases"][0]["logits"]))
+
+            def evaluated():
+                out = work / "evaluated"
+                lrc = ROOT / "target/release/lrc"
+                run(lrc, "compress", model, "-o", out, "--keep", "0.8", "--calibration", text, "-q", *CALIBRATED)
+                report = json.loads(run(lrc, "eval", out, "--text", text, "--seq-len", "24", "--reference", model, "--json"))
+                return report["divergence"]["reference_ppl"] if "divergence" in report else report["reference_ppl"], report["ppl"]
+
+            def written(name, form, flags):
+                out = work / name
+                calibration = ["--calibration", text, *CALIBRATED] if "--keep" in flags else []
+                run(ROOT / "target/release/lrc", "compress", model, "-o", out, "--format", form, "-q", *flags, *calibration)
+                return apart(ours(out, ids, work), theirs(out, form, ids))
+
+            cells = [cell(parity)]
+            try:
+                before, after = evaluated()
+                cells.append((f"{before:.2f} → {after:.2f}", True))
+            except Exception as e:
+                print(e, file=sys.stderr)
+                cells.append(("**failed**", False))
+            cells += [cell(lambda: written(name, form, flags)) for name, form, flags in COLUMNS]
+        print(f"| {family} | " + " | ".join(text for text, _ in cells) + " |", file=OUT, flush=True)
+        passed = passed and all(ok for _, ok in cells)
+    raise SystemExit(0 if passed else 1)
+
+
+main()
