@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use candle_core::{Device, Tensor};
 use common::{ok, path};
 use lrc::calibrate::{Needs, Observation, observe};
-use lrc::checkpoint::{Checkpoint, Dtype, SafetensorsWriter, TensorSpec};
+use lrc::checkpoint::{Checkpoint, Dtype, SafetensorsWriter, TensorSpec, gguf};
 use lrc::journal::Journal;
 use lrc::model::{Decoder, WalkLimits, architectures};
 use lrc::progress::Silent;
@@ -141,6 +141,21 @@ fn what_is_compressed_is_one_model_in_every_layout_and_format() {
         for other in others {
             assert!(distance(&other, &dense) < 1e-5, "{family}: {}", distance(&other, &dense));
         }
+    }
+}
+
+#[test]
+fn gguf_files_come_back_as_the_same_model() {
+    for family in gguf::FAMILIES.iter().map(|family| family.model_type) {
+        let folder = tempfile::tempdir().unwrap();
+        let (_, ids) = expected(family);
+        let [dense, gguf] = ["dense", "gguf"].map(|format| {
+            let out = folder.path().join(format);
+            let model = fixture(family);
+            ok(&["compress", path(&model), "-o", path(&out), "-q", "--quant", "rtn-int8-channel", "--format", format]);
+            logits(&out, &ids).unwrap_or_else(|e| panic!("{family}: {e:#}"))
+        });
+        assert!(distance(&gguf, &dense) < 1e-5, "{family}: {}", distance(&gguf, &dense));
     }
 }
 

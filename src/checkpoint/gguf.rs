@@ -28,8 +28,56 @@ pub const LORA_FILE: &str = "model-lora.gguf";
 /// Alignment of tensor data, GGUF's default.
 const ALIGNMENT: u64 = 32;
 
-/// Families, as `model_type` and `general.architecture`, whose tensors have these names; `{}` is the number of the block.
-pub const FAMILIES: &[(&str, &str)] = &[("llama", "llama"), ("mistral", "llama")];
+/// A family that GGUF files are written and read of.
+pub struct Family {
+    pub model_type: &'static str,
+    /// `general.architecture`.
+    pub architecture: &'static str,
+    /// Names that it has besides [`NAMES`], or otherwise.
+    names: &'static [(&'static str, &'static str)],
+    /// Rows of queries and keys stand in the order of pairs that rotate together.
+    is_interleaved: bool,
+    /// `tokenizer.ggml.pre` of its byte-level tokenizer, where it is no matter of the file.
+    pub pre_tokenizer: Option<&'static str>,
+}
+
+const LLAMA: Family =
+    Family { model_type: "llama", architecture: "llama", names: &[], is_interleaved: true, pre_tokenizer: None };
+const QWEN2: Family =
+    Family { model_type: "qwen2", architecture: "qwen2", is_interleaved: false, pre_tokenizer: Some("qwen2"), ..LLAMA };
+
+pub const FAMILIES: &[Family] = &[
+    LLAMA,
+    Family { model_type: "mistral", ..LLAMA },
+    QWEN2,
+    Family {
+        model_type: "qwen3",
+        architecture: "qwen3",
+        names: &[
+            ("model.layers.{}.self_attn.q_norm", "blk.{}.attn_q_norm"),
+            ("model.layers.{}.self_attn.k_norm", "blk.{}.attn_k_norm"),
+        ],
+        ..QWEN2
+    },
+    Family {
+        model_type: "phi3",
+        architecture: "phi3",
+        names: &[
+            ("model.layers.{}.self_attn.qkv_proj", "blk.{}.attn_qkv"),
+            ("model.layers.{}.mlp.gate_up_proj", "blk.{}.ffn_up"),
+        ],
+        is_interleaved: false,
+        ..LLAMA
+    },
+];
+
+/// The family of a config.
+pub fn family(config: &Map<String, Json>) -> Option<&'static Family> {
+    let model_type = config.get("model_type")?.as_str()?;
+    FAMILIES.iter().find(|family| family.model_type == model_type)
+}
+
+/// Names that most families share; `{}` is the number of the block.
 const NAMES: &[(&str, &str)] = &[
     ("model.embed_tokens", "token_embd"),
     ("model.norm", "output_norm"),
@@ -57,13 +105,16 @@ fn renamed(name: &str, names: impl Iterator<Item = (&'static str, &'static str)>
 /// The GGUF name of a tensor of a checkpoint.
 pub fn to_gguf(tensor: &str) -> Option<String> {
     let (module, suffix) = tensor.rsplit_once('.')?;
-    Some(format!("{}.{suffix}", renamed(module, NAMES.iter().copied())?))
+    let names = FAMILIES.iter().flat_map(|family| family.names).chain(NAMES);
+    Some(format!("{}.{suffix}", renamed(module, names.copied())?))
 }
 
-/// The name in a checkpoint of a tensor of a GGUF file.
-fn from_gguf(tensor: &str) -> Option<String> {
+/// The name in a checkpoint of this config of a tensor of a GGUF file.
+fn from_gguf(tensor: &str, config: &Map<String, Json>) -> Option<String> {
     let (module, suffix) = tensor.rsplit_once('.')?;
-    Some(format!("{}.{suffix}", renamed(module, NAMES.iter().map(|&(ours, theirs)| (theirs, ours)))?))
+    let own = family(config).map_or(&[][..], |family| family.names);
+    let names = own.iter().chain(NAMES).map(|&(ours, theirs)| (theirs, ours));
+    Some(format!("{}.{suffix}", renamed(module, names)?))
 }
 
 /// In which order the rows of a tensor are stored.
@@ -79,6 +130,9 @@ pub enum RowOrder {
 impl RowOrder {
     /// That of a tensor of a checkpoint with this config.
     pub fn of(tensor: &str, config: &Map<String, Json>) -> Self {
+        if family(config).is_some_and(|family| !family.is_interleaved) {
+            return Self::Same;
+        }
         let number = |key: &str| config.get(key).and_then(Json::as_u64).map(|n| n as usize);
         let queries = number("num_attention_heads");
         let heads = if tensor.contains(".self_attn.q_proj.") {
@@ -318,8 +372,8 @@ pub(super) fn read_header(
             Some((stem, suffix @ ("lora_a" | "lora_b"))) => (stem, suffix),
             _ => (name.as_str(), ""),
         };
-        let ours =
-            from_gguf(stem).ok_or_else(|| broken(format!("tensor `{name}` belongs to no family that lrc knows")))?;
+        let ours = from_gguf(stem, config)
+            .ok_or_else(|| broken(format!("tensor `{name}` belongs to no family that lrc knows")))?;
         let shape = stored.shape.dims().to_vec();
         let element = match stored.ggml_dtype {
             GgmlDType::F32 => Element::Plain(Dtype::F32),
@@ -373,7 +427,14 @@ mod tests {
             ("lm_head.weight", "output.weight"),
         ] {
             assert_eq!(to_gguf(ours).as_deref(), Some(theirs));
-            assert_eq!(from_gguf(theirs).as_deref(), Some(ours));
+            assert_eq!(from_gguf(theirs, &Map::new()).as_deref(), Some(ours));
+        }
+        for (model_type, ours) in
+            [("phi3", "model.layers.1.mlp.gate_up_proj.weight"), ("qwen2", "model.layers.1.mlp.up_proj.weight")]
+        {
+            let config = serde_json::json!({"model_type": model_type});
+            assert_eq!(to_gguf(ours).as_deref(), Some("blk.1.ffn_up.weight"));
+            assert_eq!(from_gguf("blk.1.ffn_up.weight", config.as_object().unwrap()).as_deref(), Some(ours));
         }
         assert_eq!(to_gguf("model.layers.3.self_attn.rotary.weight"), None);
     }

@@ -91,7 +91,7 @@ impl Exporter for Gguf {
     }
 
     fn refusal_of_all(&self, source: &Source<'_>, _: &[(LinearInfo, Entry)]) -> Option<String> {
-        if family(&source.config).is_none() {
+        if gguf::family(&source.config).is_none() {
             return Some("the family of the model has no table of GGUF names here".into());
         }
         let rope = ["rope_parameters", "rope_scaling"].iter().find_map(|key| source.config.get(*key)?.as_object());
@@ -178,7 +178,7 @@ impl Exporter for Gguf {
 
     fn container(&self, source: &Source<'_>) -> Container {
         let text = |key: &str, value: &str| (key.to_string(), Value::Text(value.into()));
-        let architecture = family(&source.config).unwrap_or("llama");
+        let architecture = gguf::family(&source.config).map_or("llama", |family| family.architecture);
         let adapter = vec![
             text("general.architecture", architecture),
             text("general.type", "adapter"),
@@ -216,12 +216,6 @@ fn factor_dtype(linear: &LinearInfo) -> Dtype {
     if linear.dtype == Dtype::BF16 { Dtype::F16 } else { linear.dtype }
 }
 
-/// `general.architecture` of the model.
-fn family(config: &Map<String, Json>) -> Option<&'static str> {
-    let model_type = config.get("model_type")?.as_str()?;
-    gguf::FAMILIES.iter().find(|(ours, _)| *ours == model_type).map(|&(_, theirs)| theirs)
-}
-
 /// Hyperparameters, under their names in GGUF.
 fn metadata(config: &Map<String, Json>, architecture: &str) -> Vec<(String, Value)> {
     let number = |key: &str| config.get(key).and_then(Json::as_u64).map(|n| n as u32);
@@ -230,6 +224,7 @@ fn metadata(config: &Map<String, Json>, architecture: &str) -> Vec<(String, Valu
     let in_rope = |key: &str| rope.and_then(|r| r.get(key)).and_then(Json::as_f64).map(|x| x as f32);
     let heads = number("num_attention_heads").unwrap_or(1);
     let width = number("head_dim").or_else(|| Some(number("hidden_size")? / heads.max(1)));
+    let rotated = in_rope("partial_rotary_factor").or_else(|| real("partial_rotary_factor")).unwrap_or(1.0);
     let u32 = |key: &str, value: Option<u32>| Some((format!("{architecture}.{key}"), Value::U32(value?)));
     let f32 = |key: &str, value: Option<f32>| Some((format!("{architecture}.{key}"), Value::F32(value?)));
     let rope_type = rope.and_then(|r| r.get("rope_type").or_else(|| r.get("type"))).and_then(Json::as_str);
@@ -245,7 +240,9 @@ fn metadata(config: &Map<String, Json>, architecture: &str) -> Vec<(String, Valu
             u32("attention.head_count_kv", number("num_key_value_heads").or(Some(heads))),
             u32("attention.key_length", width),
             u32("attention.value_length", width),
-            u32("rope.dimension_count", width),
+            u32("rope.dimension_count", width.map(|width| (width as f32 * rotated) as u32)),
+            u32("attention.sliding_window", number("sliding_window").filter(|_| architecture == "phi3")),
+            u32("rope.scaling.original_context_length", number("original_max_position_embeddings")),
             f32("attention.layer_norm_rms_epsilon", real("rms_norm_eps").or(Some(1e-6))),
             f32("rope.freq_base", in_rope("rope_theta").or_else(|| real("rope_theta")).or(Some(10_000.0))),
         ]
@@ -321,7 +318,9 @@ fn vocabulary(source: &Source<'_>) -> Vec<(String, Value)> {
         vocabulary.push((key("scores"), Value::F32s(tokens.iter().map(score).collect())));
     } else {
         let is_llama3 = tokenizer["pre_tokenizer"].to_string().contains("{1,3}");
-        vocabulary.push((key("pre"), Value::Text(if is_llama3 { "llama-bpe" } else { "default" }.into())));
+        let of_family = gguf::family(&source.config).and_then(|family| family.pre_tokenizer);
+        let pre = of_family.unwrap_or(if is_llama3 { "llama-bpe" } else { "default" });
+        vocabulary.push((key("pre"), Value::Text(pre.into())));
         vocabulary.push((key("merges"), Value::Texts(merges)));
     }
     vocabulary.push((key("tokens"), Value::Texts(tokens.into_iter().map(|(text, _)| text).collect())));
