@@ -98,8 +98,9 @@ fn show_dry_run(report: &DryRunReport) -> String {
     let memory = ByteSize(report.expected_memory_bytes);
     let time = HumanDuration(Duration::from_secs_f64(report.expected_seconds));
     format!(
-        "{}expected memory: {memory}\nexpected time: about {time}\nnothing was written\n",
-        tables(&report.linears, &report.sizes)
+        "{}{}expected memory: {memory}\nexpected time: about {time}\nnothing was written\n",
+        tables(&report.linears, &report.sizes),
+        passed_through(&report.passed_through)
     )
 }
 
@@ -112,11 +113,31 @@ pub(super) fn show(report: &CompressReport, output: &Path) -> String {
         .chain(report.control.as_ref().map(control))
         .collect();
     format!(
-        "{}{notes}wrote `{}` in {:.1} s{memory}\n",
+        "{}{}{notes}wrote `{}` in {:.1} s{memory}\n",
         tables(&report.linears, &report.sizes),
+        passed_through(&report.passed_through),
         output.display(),
         report.elapsed_seconds
     )
+}
+
+/// Tensors that are copied, those of one name in many blocks together.
+fn passed_through(names: &[String]) -> String {
+    let mut counts: Vec<(String, usize)> = Vec::new();
+    for name in names {
+        let words = name.split('.').map(|word| if word.parse::<usize>().is_ok() { "*" } else { word });
+        let pattern = words.collect::<Vec<_>>().join(".");
+        match counts.iter_mut().find(|(known, _)| *known == pattern) {
+            Some((_, count)) => *count += 1,
+            None => counts.push((pattern, 1)),
+        }
+    }
+    let told = |(pattern, count): &(String, usize)| match count {
+        1 => pattern.clone(),
+        count => format!("{pattern} ({count})"),
+    };
+    let told: Vec<String> = counts.iter().map(told).collect();
+    format!("passed through: {}\n", if told.is_empty() { "nothing".into() } else { told.join(", ") })
 }
 
 /// What the bytes of the factors would have bought otherwise.

@@ -1,6 +1,6 @@
 //! What a compression tells of itself, as records of `report`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::Result;
 use serde_json::{Value, json};
@@ -173,6 +173,7 @@ pub(super) fn report(
         keep: sizes.keep,
         sizes,
         linear: summary(&linears),
+        passed_through: passed_through(job, &linears),
         linears,
         control: None,
         truncated: None,
@@ -181,6 +182,12 @@ pub(super) fn report(
         elapsed_seconds: 0.0,
         peak_memory_bytes: None,
     }
+}
+
+/// Tensors of the source that are no matrix of a targeted linear, in the order of its files.
+fn passed_through(job: &Job<'_>, linears: &[LinearRecord]) -> Vec<String> {
+    let weights: BTreeSet<String> = linears.iter().map(|linear| format!("{}.weight", linear.module)).collect();
+    job.checkpoint.tensors().map(|info| info.name.clone()).filter(|name| !weights.contains(name)).collect()
 }
 
 /// What makes a job this one and no other: a run goes on from what another left only where all of it is the same.
@@ -217,6 +224,7 @@ pub(super) fn dry_run(
         size_bytes: sizes.file_bytes_after,
         keep: sizes.keep,
         sizes,
+        passed_through: passed_through(job, &linears),
         linears,
         expected_memory_bytes,
         expected_seconds,

@@ -49,6 +49,9 @@ pub struct CompressReport {
     #[serde(default)]
     pub linear: LinearSummary,
     pub linears: Vec<LinearRecord>,
+    /// Tensors of the source that hold no matrix of a targeted linear: passed through.
+    #[serde(default)]
+    pub passed_through: Vec<String>,
     /// Where quantised linears have factors: the same bytes without.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub control: Option<ControlRecord>,
@@ -235,6 +238,8 @@ pub struct DryRunReport {
     pub keep: f64,
     pub sizes: Sizes,
     pub linears: Vec<LinearRecord>,
+    /// Tensors of the source that hold no matrix of a targeted linear: passed through.
+    pub passed_through: Vec<String>,
     pub expected_memory_bytes: u64,
     /// On this machine, from its measured speed and the operations that the job takes.
     pub expected_seconds: f64,
