@@ -24,12 +24,11 @@ pub trait Weights {
     /// It is absent, or no permutation.
     fn indices(&self, name: &str) -> Result<Tensor>;
 
-    /// The weight (out, in) of a linear; `is_conv1d` where files hold it as (in, out).
+    /// The weight (out, in) of a linear; the flag is for families whose files hold it as (in, out).
     ///
     /// # Errors
     /// As [`Self::tensor`].
-    fn matrix(&self, name: &str, is_conv1d: bool) -> Result<Tensor> {
-        let _ = is_conv1d;
+    fn matrix(&self, name: &str, _is_conv1d: bool) -> Result<Tensor> {
         self.tensor(name)
     }
 }
