@@ -37,7 +37,7 @@ const ALL: &[&Architecture] = &[
 ];
 
 /// The names of a family's modules, and its options; the names of tensors are these with `.weight` or `.bias`. Most families are
-/// [`llama::LLAMA`] but for a few fields.
+/// Llama but for a few fields.
 #[derive(Debug)]
 pub struct Architecture {
     pub model_type: &'static str,
