@@ -8,7 +8,7 @@ use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
 use faer::Mat;
 
-use super::low_rank::{self};
+use super::low_rank;
 use super::metric::MetricPair;
 use super::plan::Plan;
 use super::recipe::Recipe;
@@ -43,7 +43,7 @@ impl Speed {
             let _: () = drop(x.matmul(&x)?);
             Ok(())
         })? / cube(GRAM);
-        // Entries without a pattern that an eigensolver could use.
+        // Entries without zeros, which an eigensolver could skip.
         let entry = |i: usize, j: usize| ((i * 7919 + j * 104_729) as f64 * 0.618_033_988_749_894_9).fract() - 0.5;
         let matrix = Mat::from_fn(PRODUCT, PRODUCT, entry);
         let product = fastest(|| {
