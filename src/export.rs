@@ -80,7 +80,7 @@ pub fn export(job: &ExportJob<'_>, progress: &dyn Progress) -> Result<ExportRepo
         elapsed_seconds: 0.0,
     };
     folder.write("README.md", card::render_export(&report, checkpoint, &loading).as_bytes())?;
-    report.output_files = folder.hashes()?;
+    report.output_files = folder.hashes(REPORT_FILE)?;
     report.elapsed_seconds = started.elapsed().as_secs_f64();
     folder.write(REPORT_FILE, (serde_json::to_string_pretty(&report)? + "\n").as_bytes())?;
     folder.finish()?;

@@ -37,6 +37,27 @@ fn content(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     files
 }
 
+/// Where two JSON documents differ, for whoever reads the failure; nothing of other files.
+fn difference(found: &[u8], expected: &[u8]) -> String {
+    fn walk(path: &str, found: &Value, expected: &Value, said: &mut String) {
+        match (found, expected) {
+            (Value::Object(a), Value::Object(b)) if a.keys().eq(b.keys()) => {
+                a.iter().for_each(|(key, value)| walk(&format!("{path}.{key}"), value, &b[key], said));
+            }
+            (Value::Array(a), Value::Array(b)) if a.len() == b.len() => {
+                (0..a.len()).for_each(|i| walk(&format!("{path}[{i}]"), &a[i], &b[i], said));
+            }
+            _ if found != expected => *said += &format!("\n{path}: {found}, expected {expected}"),
+            _ => {}
+        }
+    }
+    let mut said = String::new();
+    if let (Ok(found), Ok(expected)) = (serde_json::from_slice(found), serde_json::from_slice(expected)) {
+        walk("", &found, &expected, &mut said);
+    }
+    said
+}
+
 /// Numbers that are the same in every run of the test, and spread well: a Weyl sequence in [0, 1).
 struct Moments(f64);
 
@@ -120,7 +141,14 @@ fn runs_killed_at_any_moment_go_on_to_the_same_bytes() {
             let found = content(&out);
             assert_eq!(found.keys().collect::<Vec<_>>(), expected.keys().collect::<Vec<_>>());
             for (name, bytes) in &found {
-                assert!(bytes == &expected[name], "recipe {i}, round {round}: `{}` differs", name.display());
+                let differs = || {
+                    format!(
+                        "recipe {i}, round {round}: `{}` differs{}",
+                        name.display(),
+                        difference(bytes, &expected[name])
+                    )
+                };
+                assert!(bytes == &expected[name], "{}", differs());
             }
             assert!(!out.with_extension("partial").exists());
         }
@@ -178,9 +206,16 @@ fn another_job_is_refused_with_what_differs() {
     bytes[last] ^= 1;
     std::fs::write(&weights, &bytes).unwrap();
 
-    // The same job goes on: the blocks that are done are not done again.
+    // The same job goes on: the blocks that are done are not done again. What was killed as it wrote its report left one,
+    // which does not tell of itself.
+    std::fs::write(PathBuf::from(format!("{}.partial/output/lrc-report.json", path(&out))), "{").unwrap();
     let on = common::finish(run(&["--keep", "0.8"]).arg("-v"));
     assert_eq!(on.code, 0, "{}", on.stderr);
+    let report: Value = serde_json::from_slice(&std::fs::read(out.join("lrc-report.json")).unwrap()).unwrap();
+    let told: BTreeSet<&String> = report["output_files"].as_object().unwrap().keys().collect();
+    let files = content(&out);
+    let others = files.keys().map(|name| name.to_str().unwrap()).filter(|name| *name != "lrc-report.json");
+    assert!(told.into_iter().map(String::as_str).eq(others));
     let anew = common::finish(&mut run(&["--keep", "0.7", "--force", "--restart"]));
     assert_eq!(anew.code, 0, "{}", anew.stderr);
 }

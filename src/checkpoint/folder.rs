@@ -206,11 +206,12 @@ impl OutputFolder {
         self.write(&super::file_name(source), &bytes)
     }
 
-    /// SHA-256 of every file so far, those of folders included.
+    /// SHA-256 of every file so far but `report`, those of folders included. The report tells of the others, and a run that was
+    /// killed at its end may have left one.
     ///
     /// # Errors
     /// A file cannot be read.
-    pub fn hashes(&self) -> Result<Fingerprint> {
+    pub fn hashes(&self, report: &str) -> Result<Fingerprint> {
         let output = self.path();
         let mut files = Vec::new();
         let mut folders = vec![output.clone()];
@@ -220,6 +221,7 @@ impl OutputFolder {
                 if path.is_dir() { folders.push(path) } else { files.push(path) }
             }
         }
+        files.retain(|path| *path != output.join(report));
         let name = |path: &Path| path.strip_prefix(&output).unwrap_or(path).to_string_lossy().into_owned();
         files.par_iter().map(|path| Ok((name(path), sha256_file(path)?))).collect()
     }

@@ -210,7 +210,7 @@ pub fn truncate(job: &TruncateJob<'_>, progress: &dyn Progress) -> Result<Compre
     }
     folder.write(CONFIG_FILE, (serde_json::to_string_pretty(&config)? + "\n").as_bytes())?;
     folder.write(PAGE_FILE, page::compress(&report, &[])?.as_bytes())?;
-    report.output_files = folder.hashes()?;
+    report.output_files = folder.hashes(REPORT_FILE)?;
     report.elapsed_seconds = started.elapsed().as_secs_f64();
     report.peak_memory_bytes = peak_memory_bytes();
     folder.write(REPORT_FILE, (serde_json::to_string_pretty(&report)? + "\n").as_bytes())?;

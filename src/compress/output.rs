@@ -126,7 +126,7 @@ pub(super) fn finish(
     folder.write(RECIPE_FILE, format!("# lrc compress MODEL -o OUT --recipe {RECIPE_FILE}\n{recipe}").as_bytes())?;
     folder.write(CARD_FILE, card::render(report, job.checkpoint, &loading).as_bytes())?;
     folder.write(PAGE_FILE, page::compress(report, lines)?.as_bytes())?;
-    report.output_files = folder.hashes()?;
+    report.output_files = folder.hashes(REPORT_FILE)?;
     report.elapsed_seconds = started.elapsed().as_secs_f64();
     report.peak_memory_bytes = peak_memory_bytes();
     folder.write(REPORT_FILE, (serde_json::to_string_pretty(report)? + "\n").as_bytes())?;
