@@ -107,9 +107,9 @@ fn shapes(config: &ModelConfig, architecture: &lrc::model::Architecture) -> Vec<
         for name in architecture.norms.of_states() {
             shapes.push(norm(format!("{}.{name}", architecture.block(prefix, block))));
         }
-        for &(role, _) in architecture.linears {
-            let module = architecture.module(prefix, lrc::model::LinearId { block, role });
-            shapes.push((format!("{module}.weight"), role.shape(config).0.to_vec()));
+        for slot in architecture.slots(config, block) {
+            let module = architecture.module(prefix, lrc::model::LinearId { block, slot });
+            shapes.push((format!("{module}.weight"), slot.shape(config).0.to_vec()));
         }
     }
     shapes.push(norm(format!("{prefix}{}", architecture.norm)));
@@ -186,7 +186,7 @@ fn write_weights(folder: &Path, variables: &[(String, Var)]) -> Result<()> {
     let checkpoint = Checkpoint::open(folder)?;
     Decoder::open(&checkpoint)?;
     debug_assert!(
-        lrc::model::inventory::linears(&checkpoint).iter().any(|l| l.id.is_some_and(|id| id.role == Role::QProj))
+        lrc::model::inventory::linears(&checkpoint).iter().any(|l| l.id.is_some_and(|id| id.slot.role == Role::QProj))
     );
     println!("{} parameters, {} bytes", checkpoint.n_elements(), checkpoint.n_bytes());
     Ok(())

@@ -53,7 +53,7 @@ pub(super) fn run(
     for (block_idx, x) in entered.into_iter().enumerate().take(n_left).rev() {
         stage.note(&format!("block {block_idx}"));
         let mut block = decoder.block(block_idx)?;
-        let mut sums = Sums::default();
+        let mut sums = Sums::for_gradients(&decoder.linears(block_idx), observation.needs);
         let rope = walk.rope().clone();
         walk.replace_windows(&mut gradient, &x, |window, gradient, x| {
             stage.advance(window.len() as u64);
@@ -87,14 +87,16 @@ fn through_block(
     })?;
     // The derivative of Σ y ⊙ ∂L/∂y with respect to x is ∂L/∂x.
     let store = (y * gradient.unsqueeze(0)?)?.sum_all()?.backward()?;
-    for (role, tap) in taps {
+    for (slot, tap) in taps {
+        // Experts that see no token of this window have no input.
+        let Some(x) = inputs.get(&slot.site()) else { continue };
         // candle stops gradients in silence where an operation has no backward pass.
-        let gradient = tap.take().with_context(|| format!("no gradient reached `{}`", role.name()))?;
+        let gradient = tap.take().with_context(|| format!("no gradient reached `{}`", slot.name()))?;
         if observation.needs.output_gram {
-            sums.add_output_gradients(role, &gradient, observation.clip_gradients)?;
+            sums.add_output_gradients(slot, &gradient, observation.clip_gradients)?;
         }
         if observation.needs.squared_gradient {
-            sums.add_squared_gradient(role, &inputs[&role.site()], &gradient)?;
+            sums.add_squared_gradient(slot, x, &gradient)?;
         }
     }
     let gradient = store.get(&variable).context("no gradient reached the input of the block")?.squeeze(0)?;

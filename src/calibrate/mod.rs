@@ -7,6 +7,6 @@ mod store;
 mod windows;
 
 pub use observe::{Keep, Observation, Seconds, observe};
-pub use statistics::{Needs, Sums};
+pub use statistics::{Key, Needs, Sums};
 pub use store::{Header, Part, Statistics, check_output};
 pub use windows::{WindowSettings, Windows};

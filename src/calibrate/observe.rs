@@ -68,7 +68,7 @@ pub fn observe(
                 walk.restore(after.arrays)?
             } else {
                 let block = decoder.block(block_idx)?;
-                let mut sums = Sums::default();
+                let mut sums = Sums::for_inputs(&decoder.linears(block_idx), needs);
                 let mut observer = |site, x: &candle_core::Tensor| sums.add_inputs(site, x, needs);
                 let after = walk.branch(&hidden, decoder, &block, &mut observer, stage.as_ref())?;
                 let after = walk.settle(after, journal, &states)?;

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::Failure;
 use crate::linalg;
-use crate::model::{InputSite, Role};
+use crate::model::{InputSite, Slot};
 
 /// Which statistics are collected.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -57,11 +57,13 @@ impl Needs {
 pub enum Key {
     InputGram(InputSite),
     InputMagnitude(InputSite),
-    OutputGram(Role),
+    OutputGram(Slot),
     /// Column sums: one value an input feature.
-    SquaredGradientInput(Role),
+    SquaredGradientInput(Slot),
     /// Row sums: one value an output feature.
-    SquaredGradientOutput(Role),
+    SquaredGradientOutput(Slot),
+    /// Tokens that an expert saw, (1).
+    ExpertTokens(usize),
 }
 
 impl Key {
@@ -70,9 +72,10 @@ impl Key {
         let (place, statistic) = match self {
             Self::InputGram(site) => (site.name(), "input_gram"),
             Self::InputMagnitude(site) => (site.name(), "input_magnitude"),
-            Self::OutputGram(role) => (role.name(), "output_gram"),
-            Self::SquaredGradientInput(role) => (role.name(), "squared_gradient_input"),
-            Self::SquaredGradientOutput(role) => (role.name(), "squared_gradient_output"),
+            Self::OutputGram(slot) => (slot.name(), "output_gram"),
+            Self::SquaredGradientInput(slot) => (slot.name(), "squared_gradient_input"),
+            Self::SquaredGradientOutput(slot) => (slot.name(), "squared_gradient_output"),
+            Self::ExpertTokens(expert) => (format!("experts.{expert}"), "tokens"),
         };
         format!("{block}.{place}.{statistic}")
     }
@@ -87,12 +90,55 @@ pub struct Sums {
 }
 
 impl Sums {
+    /// Zeros where the inputs of experts are added, of which some may see no token; others come with the first.
+    pub fn for_inputs(linears: &[(Slot, [usize; 2])], needs: Needs) -> Self {
+        let mut sums = Self::default();
+        for (slot, [_, n]) in linears.iter().filter(|(slot, _)| slot.expert.is_some()) {
+            if needs.input_gram {
+                sums.gram(Key::InputGram(slot.site()), *n);
+            }
+            if needs.input_magnitude {
+                sums.vector(Key::InputMagnitude(slot.site()), *n);
+            }
+            if let Some(expert) = slot.expert {
+                sums.vector(Key::ExpertTokens(expert), 1);
+            }
+        }
+        sums
+    }
+
+    /// The same where their gradients are added.
+    pub fn for_gradients(linears: &[(Slot, [usize; 2])], needs: Needs) -> Self {
+        let mut sums = Self::default();
+        for &(slot, [m, n]) in linears.iter().filter(|(slot, _)| slot.expert.is_some()) {
+            if needs.output_gram {
+                sums.gram(Key::OutputGram(slot), m);
+            }
+            if needs.squared_gradient {
+                sums.vector(Key::SquaredGradientInput(slot), n);
+                sums.vector(Key::SquaredGradientOutput(slot), m);
+            }
+        }
+        sums
+    }
+
+    fn gram(&mut self, key: Key, n: usize) -> &mut Mat<f64> {
+        self.grams.entry(key).or_insert_with(|| Mat::zeros(n, n))
+    }
+
+    fn vector(&mut self, key: Key, n: usize) -> &mut Vec<f64> {
+        self.vectors.entry(key).or_insert_with(|| vec![0.0; n])
+    }
+
     /// Adds the inputs `x` (batch, n_tokens, n) at `site`.
     ///
     /// # Errors
     /// A shape that does not match.
     pub fn add_inputs(&mut self, site: InputSite, x: &Tensor, needs: Needs) -> Result<()> {
-        let (_, n_tokens, n) = x.dims3()?;
+        let (batch, n_tokens, n) = x.dims3()?;
+        if let InputSite::ExpertGateUp(expert) = site {
+            self.vector(Key::ExpertTokens(expert), 1)[0] += (batch * n_tokens) as f64;
+        }
         if !needs.inputs() {
             return Ok(());
         }
@@ -102,7 +148,7 @@ impl Sums {
                 self.add_gram(Key::InputGram(site), window, n_tokens, n);
             }
             if needs.input_magnitude {
-                let sum = self.vectors.entry(Key::InputMagnitude(site)).or_insert_with(|| vec![0.0; n]);
+                let sum = self.vector(Key::InputMagnitude(site), n);
                 for row in window.chunks_exact(n) {
                     sum.iter_mut().zip(row).for_each(|(s, v)| *s += f64::from(v.abs()));
                 }
@@ -111,17 +157,17 @@ impl Sums {
         Ok(())
     }
 
-    /// Adds the gradients (n_tokens, m) of one window at the output of `role`; with `clip`, norms of tokens are bounded.
+    /// Adds the gradients (n_tokens, m) of one window at the output of a linear; with `clip`, norms of tokens are bounded.
     ///
     /// # Errors
     /// A shape that does not match.
-    pub fn add_output_gradients(&mut self, role: Role, gradient: &Tensor, clip: bool) -> Result<()> {
+    pub fn add_output_gradients(&mut self, slot: Slot, gradient: &Tensor, clip: bool) -> Result<()> {
         let (n_tokens, m) = gradient.dims2()?;
         let mut values = gradient.flatten_all()?.to_vec1::<f32>()?;
         if clip {
             clip_tokens(&mut values, m);
         }
-        self.add_gram(Key::OutputGram(role), &values, n_tokens, m);
+        self.add_gram(Key::OutputGram(slot), &values, n_tokens, m);
         Ok(())
     }
 
@@ -129,7 +175,7 @@ impl Sums {
     ///
     /// # Errors
     /// A shape that does not match.
-    pub fn add_squared_gradient(&mut self, role: Role, x: &Tensor, gradient: &Tensor) -> Result<()> {
+    pub fn add_squared_gradient(&mut self, slot: Slot, x: &Tensor, gradient: &Tensor) -> Result<()> {
         let (m, n) = (gradient.dim(1)?, x.dim(1)?);
         let weight_gradient = gradient.t()?.contiguous()?.matmul(x)?; // ∂L/∂W (m, n)
         let values = weight_gradient.flatten_all()?.to_vec1::<f32>()?;
@@ -144,16 +190,14 @@ impl Sums {
             }
             rows.push(sum);
         }
-        for (key, values) in [(Key::SquaredGradientInput(role), columns), (Key::SquaredGradientOutput(role), rows)] {
-            let sum = self.vectors.entry(key).or_insert_with(|| vec![0.0; values.len()]);
-            sum.iter_mut().zip(values).for_each(|(s, v)| *s += v);
+        for (key, values) in [(Key::SquaredGradientInput(slot), columns), (Key::SquaredGradientOutput(slot), rows)] {
+            self.vector(key, values.len()).iter_mut().zip(values).for_each(|(s, v)| *s += v);
         }
         Ok(())
     }
 
     fn add_gram(&mut self, key: Key, rows: &[f32], n_tokens: usize, n: usize) {
-        let sum = self.grams.entry(key).or_insert_with(|| Mat::zeros(n, n));
-        linalg::add_gram_f32(sum, rows, n_tokens);
+        linalg::add_gram_f32(self.gram(key, n), rows, n_tokens);
     }
 
     /// Every sum as it is kept: f32, Grams as their lower triangle, row after row.
@@ -213,6 +257,7 @@ mod tests {
     use candle_core::Device;
 
     use super::*;
+    use crate::model::Role;
 
     #[test]
     fn sums_are_those_of_outer_products_whatever_the_batch() {
@@ -244,7 +289,7 @@ mod tests {
         // Two sequences whose weight gradients cancel: their squares do not.
         for sign in [1.0, -1.0] {
             let (x, g) = (tensor(&[1.0, 2.0, 0.0, 1.0], (2, 2)), tensor(&[3.0 * sign, sign], (2, 1)));
-            sums.add_squared_gradient(Role::OProj, &x, &g).unwrap();
+            sums.add_squared_gradient(Slot::shared(Role::OProj), &x, &g).unwrap();
         }
         let packed = sums.pack(0).unwrap();
         // ∂L/∂W = (3, 7).
@@ -261,6 +306,23 @@ mod tests {
         let mean = 1000.001 / 100.0;
         assert!((gradients[0] - 10.0 * mean).abs() < 1e-3 && (gradients[1] - 0.1 * mean).abs() < 1e-5);
         assert_eq!(gradients[2], 0.0);
+    }
+
+    #[test]
+    fn experts_that_see_nothing_have_sums() {
+        let slot = |expert| Slot { role: Role::DownProj, expert: Some(expert) };
+        let linears = [(slot(0), [3, 2]), (slot(1), [3, 2])];
+        let mut sums = Sums::for_inputs(&linears, Needs::ALL);
+        let x = Tensor::new(&[[[1.0f32, 2.0], [3.0, 4.0]]], &Device::Cpu).unwrap();
+        for site in [InputSite::ExpertGateUp(1), InputSite::ExpertDown(1)] {
+            sums.add_inputs(site, &x, Needs::ALL).unwrap();
+        }
+        let packed: BTreeMap<_, _> = sums.pack(4).unwrap().into_iter().collect();
+        assert_eq!(packed["4.experts.0.down.input_gram"], [0.0; 3]);
+        assert_eq!(packed["4.experts.1.down.input_gram"], [10.0, 14.0, 20.0]);
+        assert_eq!((packed["4.experts.0.tokens"][0], packed["4.experts.1.tokens"][0]), (0.0, 2.0));
+        let sums = Sums::for_gradients(&linears, Needs::ALL).pack(4).unwrap();
+        assert_eq!(sums.len(), 6);
     }
 
     #[test]

@@ -67,6 +67,17 @@ impl Header {
 pub struct Statistics {
     pub header: Header,
     source: Source,
+    /// What [`Self::pooled`] found, by the name of the first expert's.
+    pooled: Mutex<BTreeMap<String, Pooled>>,
+}
+
+/// A statistic of all experts of a block together.
+#[derive(Debug, Clone, Copy)]
+pub struct Pooled {
+    /// Over experts and tokens, a feature in the mean.
+    pub sum: f64,
+    pub tokens: f64,
+    pub experts: usize,
 }
 
 enum Source {
@@ -80,7 +91,7 @@ impl Statistics {
     /// None yet; they are kept in memory up to `memory_bytes`, in a file in `work_folder` past it.
     pub fn new(header: Header, memory_bytes: usize, work_folder: &Path) -> Self {
         let spool = Mutex::new(Spool::new(memory_bytes, work_folder.into()));
-        Self { header, source: Source::Measured { spool, arrays: BTreeMap::new() } }
+        Self { header, source: Source::Measured { spool, arrays: BTreeMap::new() }, pooled: Mutex::default() }
     }
 
     /// Keeps the sums of a block.
@@ -121,7 +132,7 @@ impl Statistics {
         if header.lrc_statistics_version != Header::VERSION {
             return Err(foreign(&format!("version {}", header.lrc_statistics_version)).into());
         }
-        Ok(Self { header, source: Source::File(file) })
+        Ok(Self { header, source: Source::File(file), pooled: Mutex::default() })
     }
 
     /// Refuses statistics of another model.
@@ -163,6 +174,13 @@ impl Statistics {
         }
     }
 
+    fn has(&self, name: &str) -> bool {
+        match &self.source {
+            Source::Measured { arrays, .. } => arrays.contains_key(name),
+            Source::File(file) => file.info(name).is_some(),
+        }
+    }
+
     fn array(&self, name: &str) -> Result<Vec<f32>> {
         match &self.source {
             Source::Measured { spool, arrays } => {
@@ -173,34 +191,81 @@ impl Statistics {
         }
     }
 
-    /// `C = Σ x xᵀ / n_tokens`, (n, n), of the inputs of a linear.
+    /// Tokens that an expert saw; none for a linear that sees all of them.
+    ///
+    /// # Errors
+    /// They were not counted.
+    pub fn expert_tokens(&self, id: LinearId) -> Result<Option<f64>> {
+        let count = |expert| Ok(self.vector(Key::ExpertTokens(expert), id.block)?.first().copied().unwrap_or(0.0));
+        id.slot.expert.map(count).transpose()
+    }
+
+    /// Tokens that a linear saw, at least 1 to divide by.
+    fn n_seen(&self, id: LinearId) -> Result<f64> {
+        Ok(self.expert_tokens(id)?.unwrap_or(self.header.n_tokens() as f64).max(1.0))
+    }
+
+    /// `C = Σ x xᵀ / n_tokens`, (n, n), of the inputs of a linear. Tokens that go to other experts count as zeros: errors are
+    /// means over the text.
     ///
     /// # Errors
     /// It was not measured, or has another size.
     pub fn input_gram(&self, id: LinearId, n: usize) -> Result<Mat<f64>> {
-        self.gram(&Key::InputGram(id.role.site()).name(id.block), n)
+        let scale = 1.0 / self.header.n_tokens().max(1) as f64;
+        self.gram(Key::InputGram(id.slot.site()), id, n, scale)
     }
 
-    /// `G = Σ g gᵀ / n_tokens`, (m, m), of the gradients at the output of a linear.
+    /// `G = Σ g gᵀ / n_seen`, (m, m), of the gradients at the output of a linear: a mean over the tokens that it saw, so that
+    /// the share of an expert is counted once in `G ⊗ C`.
     ///
     /// # Errors
     /// It was not measured, or has another size.
     pub fn output_gram(&self, id: LinearId, m: usize) -> Result<Mat<f64>> {
-        self.gram(&Key::OutputGram(id.role).name(id.block), m)
+        self.gram(Key::OutputGram(id.slot), id, m, 1.0 / self.n_seen(id)?)
     }
 
-    fn gram(&self, name: &str, n: usize) -> Result<Mat<f64>> {
-        let scale = 1.0 / self.header.n_tokens().max(1) as f64;
-        unpack_gram(&self.array(name)?, n, scale).with_context(|| format!("statistic `{name}`"))
+    fn gram(&self, key: Key, id: LinearId, n: usize, scale: f64) -> Result<Mat<f64>> {
+        let name = key.name(id.block);
+        unpack_gram(&self.array(&name)?, n, scale).with_context(|| format!("statistic `{name}`"))
     }
 
-    /// `Σ |x| / n_tokens`, (n), of the inputs of a linear.
+    /// `Σ |x| / n_seen`, (n), of the inputs of a linear.
     ///
     /// # Errors
     /// It was not measured.
     pub fn input_magnitude(&self, id: LinearId) -> Result<Vec<f64>> {
-        let scale = 1.0 / self.header.n_tokens().max(1) as f64;
-        Ok(self.vector(Key::InputMagnitude(id.role.site()), id.block)?.into_iter().map(|v| v * scale).collect())
+        let scale = 1.0 / self.n_seen(id)?;
+        Ok(self.vector(Key::InputMagnitude(id.slot.site()), id.block)?.into_iter().map(|v| v * scale).collect())
+    }
+
+    /// What a statistic sums up to in the mean of its features over all experts of a block, and the tokens that they saw: of a
+    /// Gram the diagonal counts. `key` names it for an expert.
+    ///
+    /// # Errors
+    /// It was not measured.
+    pub fn pooled(&self, block: usize, key: &dyn Fn(usize) -> Key) -> Result<Pooled> {
+        let cache = || self.pooled.lock().expect("invariant: no holder of the cache panics");
+        let cached = key(0).name(block);
+        if let Some(&found) = cache().get(&cached) {
+            return Ok(found);
+        }
+        let mut pooled = Pooled { sum: 0.0, tokens: 0.0, experts: 0 };
+        while self.has(&Key::ExpertTokens(pooled.experts).name(block)) {
+            let key = key(pooled.experts);
+            let values = self.array(&key.name(block))?;
+            let is_gram = matches!(key, Key::InputGram(_) | Key::OutputGram(_));
+            let features: Vec<f64> = if is_gram {
+                let ends = (0..).map(|i| i * (i + 3) / 2).take_while(|&at| at < values.len());
+                ends.map(|at| f64::from(values[at])).collect()
+            } else {
+                values.into_iter().map(f64::from).collect()
+            };
+            pooled.sum += features.iter().sum::<f64>() / features.len().max(1) as f64;
+            pooled.tokens += f64::from(self.array(&Key::ExpertTokens(pooled.experts).name(block))?[0]);
+            pooled.experts += 1;
+        }
+        cache().insert(cached, pooled);
+        Ok(pooled)
     }
 
     /// `Σ (∂L/∂W)²` over sequences and outputs: one value an input feature, (n).
@@ -208,7 +273,7 @@ impl Statistics {
     /// # Errors
     /// It was not measured.
     pub fn squared_gradient_input(&self, id: LinearId) -> Result<Vec<f64>> {
-        self.vector(Key::SquaredGradientInput(id.role), id.block)
+        self.vector(Key::SquaredGradientInput(id.slot), id.block)
     }
 
     /// `Σ (∂L/∂W)²` over sequences and inputs: one value an output feature, (m).
@@ -216,7 +281,7 @@ impl Statistics {
     /// # Errors
     /// It was not measured.
     pub fn squared_gradient_output(&self, id: LinearId) -> Result<Vec<f64>> {
-        self.vector(Key::SquaredGradientOutput(id.role), id.block)
+        self.vector(Key::SquaredGradientOutput(id.slot), id.block)
     }
 
     fn vector(&self, key: Key, block: usize) -> Result<Vec<f64>> {

@@ -8,9 +8,9 @@ use faer::Mat;
 
 use super::metric::Metric;
 use super::presets::{Form, Preset};
-use crate::calibrate::Statistics;
+use crate::calibrate::{Key, Statistics};
 use crate::model::inventory::LinearInfo;
-use crate::model::{InputSite, LinearId};
+use crate::model::{InputSite, LinearId, Slot};
 
 /// What metrics are made of.
 #[derive(Clone, Copy)]
@@ -21,6 +21,12 @@ pub(super) struct Metrics<'a> {
     pub statistics: Option<&'a Statistics>,
 }
 
+#[derive(Debug, Clone, Copy)]
+enum Side {
+    Input,
+    Output,
+}
+
 /// The input metrics of one block, each made when the first of its linears asks, and shared by those that follow.
 #[derive(Debug, Default)]
 pub(super) struct SharedInputs {
@@ -29,7 +35,7 @@ pub(super) struct SharedInputs {
 
 impl SharedInputs {
     pub fn new(linears: &[&LinearInfo]) -> Self {
-        let sites = linears.iter().filter_map(|l| Some(l.id?.role.site()));
+        let sites = linears.iter().filter_map(|l| Some(l.id?.slot.site()));
         Self { by_site: sites.map(|site| (site, OnceLock::new())).collect() }
     }
 }
@@ -40,6 +46,9 @@ impl Metrics<'_> {
     /// # Errors
     /// The statistics cannot be read.
     pub fn output(&self, linear: &LinearInfo) -> Result<Metric> {
+        if let Some(size) = self.size_without_tokens(linear, self.preset.output, Side::Output)? {
+            return Ok(Metric::diagonal(vec![size; linear.out_features]));
+        }
         Ok(match self.preset.output {
             Form::Identity => Metric::Identity,
             Form::Gram => {
@@ -64,11 +73,14 @@ impl Metrics<'_> {
         shared: &SharedInputs,
         f: impl FnOnce(&Metric) -> Result<T>,
     ) -> Result<T> {
+        if let Some(size) = self.size_without_tokens(linear, self.preset.input, Side::Input)? {
+            return f(&Metric::diagonal(vec![size; linear.in_features]));
+        }
         match self.preset.input {
             Form::Identity => f(&Metric::Identity),
             Form::Gram => {
                 let (statistics, id) = self.of(linear)?;
-                let cell = &shared.by_site[&id.role.site()];
+                let cell = &shared.by_site[&id.slot.site()];
                 if let Some(metric) = cell.get() {
                     return f(metric);
                 }
@@ -97,6 +109,10 @@ impl Metrics<'_> {
     /// # Errors
     /// The statistics cannot be read.
     pub fn input_gram(&self, linear: &LinearInfo) -> Result<Mat<f64>> {
+        if let Some(size) = self.size_without_tokens(linear, Form::Gram, Side::Input)? {
+            let n = linear.in_features;
+            return Ok(Mat::from_fn(n, n, |i, j| if i == j { size } else { 0.0 }));
+        }
         let (statistics, id) = self.of(linear)?;
         statistics.input_gram(id, linear.in_features)
     }
@@ -104,6 +120,43 @@ impl Metrics<'_> {
     /// Metrics of the same statistics by another row of the table, with its own damping.
     pub fn with_preset(self, preset: Preset) -> Self {
         Self { preset, damping_output: preset.damping, damping_input: preset.damping, ..self }
+    }
+
+    /// Tokens that the expert of a linear saw, where they are too few for a metric: fewer than its inputs have features, so that
+    /// some directions were never met.
+    ///
+    /// # Errors
+    /// The statistics cannot be read.
+    pub fn too_few_tokens(&self, linear: &LinearInfo) -> Result<Option<u64>> {
+        let (Some(statistics), Some(id)) = (self.statistics, linear.id) else { return Ok(None) };
+        let seen = statistics.expert_tokens(id)?;
+        Ok(seen.filter(|&seen| seen < linear.in_features as f64).map(|seen| seen as u64))
+    }
+
+    /// What stands on the diagonal of the data-free metric (a multiple of the unit matrix) of an expert that saw too few tokens:
+    /// what those of its block have in the mean, as if it had seen just enough. So its errors compare to those of others,
+    /// and an expert that the text never asked for is not free to be cut away. None for all other linears.
+    fn size_without_tokens(&self, linear: &LinearInfo, form: Form, side: Side) -> Result<Option<f64>> {
+        if matches!(form, Form::Identity) || self.too_few_tokens(linear)?.is_none() {
+            return Ok(None);
+        }
+        let (statistics, LinearId { block, slot }) = self.of(linear)?;
+        let of = |expert| Slot { expert: Some(expert), ..slot };
+        let pooled = statistics.pooled(block, &|expert| match (form, side) {
+            (Form::Magnitude { .. }, _) => Key::InputMagnitude(of(expert).site()),
+            (Form::SquaredGradient, Side::Input) => Key::SquaredGradientInput(of(expert)),
+            (Form::SquaredGradient, Side::Output) => Key::SquaredGradientOutput(of(expert)),
+            (_, Side::Input) => Key::InputGram(of(expert).site()),
+            (_, Side::Output) => Key::OutputGram(of(expert)),
+        })?;
+        let a_token = pooled.sum / pooled.tokens.max(1.0);
+        Ok(Some(match (form, side) {
+            (Form::Magnitude { alpha }, _) => a_token.powf(2.0 * alpha),
+            // Gradients are summed over sequences, and not divided.
+            (Form::SquaredGradient, _) => pooled.sum / pooled.experts.max(1) as f64,
+            (_, Side::Input) => a_token * linear.in_features as f64 / statistics.header.n_tokens().max(1) as f64,
+            (_, Side::Output) => a_token,
+        }))
     }
 
     fn of(&self, linear: &LinearInfo) -> Result<(&Statistics, LinearId)> {

@@ -138,7 +138,7 @@ impl Run<'_> {
         let control = control::at_equal_bytes(&mut study, &allocation, &squared, progress)?;
         study.timings.control = controlling.elapsed().as_secs_f64();
         let sizes = record::sizes(&source, recipe, &plan, &entries);
-        let linears = record::linears(&study, &allocation, &written);
+        let linears = record::linears(&study, &allocation, &written)?;
         let mut report = record::report(job, source_files, linears, sizes, calibration, study.timings);
         report.control = control;
         let lines = record::error_lines(&study, choices);

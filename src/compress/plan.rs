@@ -186,10 +186,16 @@ impl Plan {
             return decompositions + kept.min(memory_bytes);
         };
         let (queries, _) = config.attention_widths();
-        let block: u64 =
-            architecture.linears.iter().map(|(role, _)| role.shape(&config).0.iter().product::<usize>() as u64).sum();
-        let inputs = 2 * square(config.hidden_size) + square(queries) + square(config.intermediate_size);
-        let outputs: u64 = architecture.linears.iter().map(|(role, _)| square(role.shape(&config).0[0])).sum();
+        // The last block is the one with experts, in families that have both kinds.
+        let slots = architecture.slots(&config, config.num_hidden_layers - 1);
+        let shapes = || slots.iter().map(|slot| slot.shape(&config).0);
+        let block: u64 = shapes().map(|[m, n]| (m * n) as u64).sum();
+        // Every expert has inputs of its own.
+        let n_experts = slots.iter().filter_map(|slot| slot.expert).max().map_or(0, |last| last as u64 + 1);
+        let of_experts = n_experts * (square(config.hidden_size) + square(config.expert_width()));
+        let of_mlp = if n_experts == 0 { square(config.intermediate_size) } else { 0 };
+        let inputs = 2 * square(config.hidden_size) + square(queries) + of_mlp + of_experts;
+        let outputs: u64 = shapes().map(|[m, _]| square(m)).sum();
         let sums = if needs.output_gram { inputs.max(outputs) } else { inputs };
         let observing = 4 * block + sums + sums / 2;
         let decomposing = decompositions + 2 * inputs;

@@ -48,6 +48,7 @@ pub(super) fn linear(linear: &LinearInfo, entry: Option<Entry>) -> LinearRecord 
         parameters_after: entry.map_or(linear.n_parameters(), |entry| entry.n_parameters(linear)),
         relative_error: entry.is_none().then_some(0.0),
         note: None,
+        expert_tokens: None,
         storage_error: None,
         sensitivity: None,
         seconds: 0.0,
@@ -55,13 +56,16 @@ pub(super) fn linear(linear: &LinearInfo, entry: Option<Entry>) -> LinearRecord 
 }
 
 /// Every linear of a study, with its error.
+///
+/// # Errors
+/// The statistics cannot be read.
 pub(super) fn linears(
     study: &Study<'_>,
     allocation: &Allocation,
     written: &BTreeMap<usize, Written>,
-) -> Vec<LinearRecord> {
+) -> Result<Vec<LinearRecord>> {
     let choices = &allocation.choices;
-    let record = |i: usize| {
+    let record = |i: usize| -> Result<LinearRecord> {
         let mut record = linear(&study.plan.linears[i], study.entry(i, choices[i]));
         if let Choice::Coded { variant, .. } = choices[i] {
             let variant = &study.residuals.of(i)[variant];
@@ -78,8 +82,15 @@ pub(super) fn linears(
         if let Some(error) = written.and_then(|w| w.relative_error) {
             record.relative_error = Some(error);
         }
+        let linear = &study.plan.linears[i];
+        record.expert_tokens = study.expert_tokens(linear)?;
+        if let Some(seen) = study.metrics().too_few_tokens(linear)? {
+            let why =
+                format!("data-free metric: its expert saw {seen} tokens, fewer than its {} inputs", linear.in_features);
+            record.note = Some(record.note.map_or(why.clone(), |note| format!("{note}; {why}")));
+        }
         record.sensitivity = study.recipe.sensitivity.map(|_| allocation.sensitivities[i]);
-        record
+        Ok(record)
     };
     (0..choices.len()).map(record).collect()
 }

@@ -41,7 +41,7 @@ pub(super) fn anchor(study: &mut Study<'_>, choices: &[Choice], mu: f64, progres
     let mut original = walk.embed(&decoder)?;
     let mut shifted = walk.copy(&original)?;
     let stage = progress.stage("anchor", (walk.n_tokens() * decoder.n_blocks()) as u64, "tokens");
-    let n_done = go_on(study, choices, &mut walk, (&mut original, &mut shifted))?;
+    let n_done = go_on(study, &mut walk, (&mut original, &mut shifted))?;
     stage.advance((walk.n_tokens() * n_done) as u64);
     for block_idx in n_done..decoder.n_blocks() {
         stage.note(&format!("block {block_idx}"));
@@ -49,25 +49,24 @@ pub(super) fn anchor(study: &mut Study<'_>, choices: &[Choice], mu: f64, progres
         let dense = decoder.block(block_idx)?;
         let mut done: Vec<(usize, Choice)> = Vec::new();
         let mut made: BTreeMap<usize, (ErrorCurve, LowRank)> = BTreeMap::new();
-        for site in [InputSite::Qkv, InputSite::O, InputSite::GateUp, InputSite::Down] {
-            let reads = |&(i, _): &(usize, Choice)| {
-                study.plan.linears[i].id.is_some_and(|id: crate::model::LinearId| id.role.site() == site)
-            };
-            let here: Vec<(usize, Choice)> = compressed.iter().copied().filter(reads).collect();
-            let Some(&(first, _)) = here.first() else { continue };
-            let n = study.plan.linears[first].in_features;
-            let pairs = {
+        let places = places(study, &compressed)?;
+        for group in groups(&places, study.limits.activation_bytes) {
+            let moments = {
                 let overlay = study.overlay(&done)?;
                 let so_far = decoder.with_weights(&overlay).block(block_idx)?;
-                let moments = Moments::observe(&mut walk, &decoder, (&dense, &original), (&so_far, &shifted), site, n)?;
-                moments.approximate(study, &here, mu)?
+                Moments::observe(&mut walk, &decoder, (&dense, &original), (&so_far, &shifted), group)?
             };
-            for (&(i, _), (curve, pair)) in here.iter().zip(pairs) {
-                let array = |values: &[f32]| Array { values: values.to_vec(), place: None };
-                study.bases.replace(i, curve.clone(), pair.rank, (array(&pair.b), array(&pair.a)))?;
-                made.insert(i, (curve, pair));
+            for (place, moments) in group.iter().zip(moments) {
+                // An expert that sees too little stays as it is.
+                let is_enough = place.site.expert().is_none() || moments.n_seen >= place.n;
+                let pairs = if is_enough { moments.approximate(study, &place.anchored, mu)? } else { Vec::new() };
+                for (&(i, _), (curve, pair)) in place.anchored.iter().zip(pairs) {
+                    let array = |values: &[f32]| Array { values: values.to_vec(), place: None };
+                    study.bases.replace(i, curve.clone(), pair.rank, (array(&pair.b), array(&pair.a)))?;
+                    made.insert(i, (curve, pair));
+                }
+                done.extend(&place.readers);
             }
-            done.extend(here);
         }
         let overlay = study.overlay(&done)?;
         let block = decoder.with_weights(&overlay).block(block_idx)?;
@@ -78,13 +77,56 @@ pub(super) fn anchor(study: &mut Study<'_>, choices: &[Choice], mu: f64, progres
             let batches = [walk.arrays(&original)?, walk.arrays(&shifted)?].concat();
             study.journal.put(&states_key(block_idx), Value::Null, batches)?;
             let arrays = made.values().flat_map(|(c, p)| [Array::bits(c.energies()), p.b.clone(), p.a.clone()]);
-            let ranks: Vec<usize> = made.values().map(|(_, pair)| pair.rank).collect();
+            let ranks: Vec<(usize, usize)> = made.iter().map(|(&i, (_, pair))| (i, pair.rank)).collect();
             let piece = study.journal.put(&pairs_key(block_idx), json!(ranks), arrays.collect())?;
-            take(study, &compressed, piece)?;
+            take(study, piece)?;
             block_idx.checked_sub(1).into_iter().for_each(|before| study.journal.remove(&states_key(before)));
         }
     }
     Ok(())
+}
+
+/// A place of input, and the compressed linears that read it.
+struct Place {
+    site: InputSite,
+    /// Features of the input.
+    n: usize,
+    readers: Vec<(usize, Choice)>,
+    /// Of these, those that are anchored: all but experts that calibration had too few tokens for.
+    anchored: Vec<(usize, Choice)>,
+}
+
+/// The places of input of a block, in the order of the forward pass.
+fn places(study: &Study<'_>, compressed: &[(usize, Choice)]) -> Result<Vec<Place>> {
+    let mut places: BTreeMap<(u8, InputSite), Place> = BTreeMap::new();
+    for &(i, choice) in compressed {
+        let linear = &study.plan.linears[i];
+        let Some(id) = linear.id else { continue };
+        let site = id.slot.site();
+        // All experts' first linears, then all experts' last ones.
+        let stage = match site {
+            InputSite::Qkv => 0,
+            InputSite::O => 1,
+            InputSite::GateUp | InputSite::ExpertGateUp(_) => 2,
+            InputSite::Down | InputSite::ExpertDown(_) => 3,
+        };
+        let place = Place { site, n: linear.in_features, readers: Vec::new(), anchored: Vec::new() };
+        let place = places.entry((stage, site)).or_insert(place);
+        place.readers.push((i, choice));
+        if study.metrics().too_few_tokens(linear)?.is_none() {
+            place.anchored.push((i, choice));
+        }
+    }
+    Ok(places.into_values().collect())
+}
+
+/// Places whose moments are taken in one pass: one, or as many experts of one kind as fit in `bytes`.
+fn groups(places: &[Place], bytes: usize) -> impl Iterator<Item = &[Place]> {
+    let is_alike = |a: &Place, b: &Place| {
+        a.site.expert().is_some() && std::mem::discriminant(&a.site) == std::mem::discriminant(&b.site)
+    };
+    let at_once = move |run: &[Place]| (bytes / run.first().map_or(1, |place| 16 * place.n * place.n)).max(1);
+    places.chunk_by(is_alike).flat_map(move |run| run.chunks(at_once(run)))
 }
 
 /// Under which the journal has the pairs of a block, and the states of both streams behind it.
@@ -97,12 +139,7 @@ fn states_key(block_idx: usize) -> String {
 }
 
 /// Takes the blocks that an earlier run anchored, and the states behind the last of them; gives their number.
-fn go_on(
-    study: &mut Study<'_>,
-    choices: &[Choice],
-    walk: &mut Walk<'_>,
-    (original, shifted): (&mut Hidden, &mut Hidden),
-) -> Result<usize> {
+fn go_on(study: &mut Study<'_>, walk: &mut Walk<'_>, (original, shifted): (&mut Hidden, &mut Hidden)) -> Result<usize> {
     let mut done = Vec::new();
     while let Some(pairs) = study.journal.get(&pairs_key(done.len()))? {
         done.push(pairs);
@@ -110,8 +147,8 @@ fn go_on(
     let states = done.len().checked_sub(1).map(|last| study.journal.get(&states_key(last))).transpose()?.flatten();
     let Some(states) = states else { return Ok(0) };
     let n_done = done.len();
-    for (block_idx, pairs) in done.into_iter().enumerate() {
-        take(study, &study.compressed_in(block_idx, choices), pairs)?;
+    for pairs in done {
+        take(study, pairs)?;
     }
     let mut first = states.arrays;
     let second = first.split_off(walk.n_batches());
@@ -122,13 +159,11 @@ fn go_on(
     Ok(n_done)
 }
 
-/// The pairs of a block's compressed linears, in their order.
-fn take(study: &mut Study<'_>, compressed: &[(usize, Choice)], piece: Piece) -> Result<()> {
-    let ranks: Vec<usize> = serde_json::from_value(piece.fields)?;
-    let mut linears: Vec<usize> = compressed.iter().map(|(i, _)| *i).collect();
-    linears.sort_unstable();
+/// The pairs of a block's anchored linears.
+fn take(study: &mut Study<'_>, piece: Piece) -> Result<()> {
+    let ranks: Vec<(usize, usize)> = serde_json::from_value(piece.fields)?;
     let mut arrays = piece.arrays.into_iter();
-    for (i, rank) in linears.into_iter().zip(ranks) {
+    for (i, rank) in ranks {
         let mut next = || arrays.next().context("a piece has too few arrays");
         let (curve, b, a) = (next()?, next()?, next()?);
         study.bases.replace(i, ErrorCurve::new(curve.f64s()), rank, (b, a))?;
@@ -142,34 +177,68 @@ struct Moments {
     cross: Mat<f64>,
     /// `C_x̂x̂` (n, n).
     shifted: Mat<f64>,
+    n_seen: usize,
 }
 
 impl Moments {
+    /// The moments at `places`, which are of one group. Experts see in both streams the tokens that the router of the second
+    /// sends them.
     fn observe(
         walk: &mut Walk<'_>,
         decoder: &Decoder<'_>,
         original: (&Block, &Hidden),
         shifted: (&Block, &Hidden),
-        site: InputSite,
-        n: usize,
-    ) -> Result<Self> {
-        let (mut cross, mut own) = (Mat::zeros(n, n), Mat::zeros(n, n));
+        places: &[Place],
+    ) -> Result<Vec<Self>> {
+        let zeros = |place: &Place| Self {
+            cross: Mat::zeros(place.n, place.n),
+            shifted: Mat::zeros(place.n, place.n),
+            n_seen: 0,
+        };
+        let mut moments: Vec<Self> = places.iter().map(zeros).collect();
+        let (mut site, mut experts) = (places[0].site, None);
+        if site.expert().is_some() {
+            (site, experts) = (InputSite::GateUp, original.0.experts().zip(shifted.0.experts()));
+        }
         let rope = walk.rope().clone();
         for batch_idx in 0..walk.n_batches() {
-            let mut inputs = |(block, hidden): (&Block, &Hidden)| {
+            let mut inputs = |(block, hidden): (&Block, &Hidden), site| {
                 block.input_at(site, &walk.batch(hidden, batch_idx)?, &rope, decoder.kernels())
             };
-            let (x, shifted_x) = (inputs(original)?, inputs(shifted)?);
+            let (x, shifted_x) = (inputs(original, site)?, inputs(shifted, site)?);
             for window_idx in 0..x.dim(0)? {
-                let rows = |x: &Tensor| x.get(window_idx)?.flatten_all()?.to_vec1::<f32>();
-                let (x, shifted_x) = (rows(&x)?, rows(&shifted_x)?);
-                linalg::add_product_f32(&mut cross, &x, &shifted_x, n);
-                linalg::add_gram_f32(&mut own, &shifted_x, shifted_x.len() / n);
+                let (x, shifted_x) = (x.get(window_idx)?, shifted_x.get(window_idx)?); // (n_tokens, n)
+                let routes = experts.map(|(_, experts)| experts.route(&shifted_x)).transpose()?;
+                for (place, moments) in places.iter().zip(&mut moments) {
+                    match (place.site.expert(), experts, &routes) {
+                        (Some(expert), Some((before, after)), Some(routes)) if !routes[expert].is_empty() => {
+                            let tokens = &routes[expert];
+                            let x = before.input_at(place.site, &x, tokens)?;
+                            moments.add(&x, &after.input_at(place.site, &shifted_x, tokens)?)?;
+                        }
+                        (Some(_), ..) => {}
+                        (None, ..) => moments.add(&x, &shifted_x)?,
+                    }
+                }
             }
         }
-        linalg::mirror_lower(&mut own);
         let scale = faer::Scale(1.0 / walk.n_tokens().max(1) as f64);
-        Ok(Self { cross: cross * scale, shifted: own * scale })
+        for moments in &mut moments {
+            linalg::mirror_lower(&mut moments.shifted);
+            (moments.cross *= scale, moments.shifted *= scale);
+        }
+        Ok(moments)
+    }
+
+    /// Adds the sums over `x` and `shifted` (n_seen, n).
+    fn add(&mut self, x: &Tensor, shifted: &Tensor) -> Result<()> {
+        let (n_seen, n) = x.dims2()?;
+        let rows = |x: &Tensor| x.flatten_all()?.to_vec1::<f32>();
+        let (x, shifted) = (rows(x)?, rows(shifted)?);
+        linalg::add_product_f32(&mut self.cross, &x, &shifted, n);
+        linalg::add_gram_f32(&mut self.shifted, &shifted, n_seen);
+        self.n_seen += n_seen;
+        Ok(())
     }
 
     /// The pairs of the linears `here` (with their ranks), each with its error curve.

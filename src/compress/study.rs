@@ -183,6 +183,15 @@ impl<'a> Study<'a> {
         Ok(study)
     }
 
+    /// Tokens of the calibration that the expert of a linear saw.
+    ///
+    /// # Errors
+    /// The statistics cannot be read.
+    pub fn expert_tokens(&self, linear: &LinearInfo) -> Result<Option<u64>> {
+        let (Some(statistics), Some(id)) = (&self.inputs.statistics, linear.id) else { return Ok(None) };
+        Ok(statistics.expert_tokens(id)?.map(|seen| seen as u64))
+    }
+
     pub fn metrics(&self) -> Metrics<'_> {
         metrics(self.recipe, self.inputs.statistics.as_ref())
     }

@@ -3,11 +3,12 @@
 use anyhow::{Context, Result};
 use candle_core::Tensor;
 
-use super::architectures::{Architecture, InputSite, LinearId, Role};
+use super::architectures::{Architecture, InputSite, LinearId, Role, Slot};
 use super::attention::{Attention, Qkv, Scoring};
 use super::config::ModelConfig;
+use super::experts::Experts;
 use super::linear::{GradientTap, Linear};
-use super::mlp::{Inner, Mlp};
+use super::mlp::Mlp;
 use super::norm::Norm;
 use super::ops::Kernels;
 use super::rope::Rope;
@@ -19,13 +20,19 @@ pub struct Block {
     attention: Attention,
     after_attention: Option<Norm>,
     before_mlp: Option<Norm>,
-    mlp: Mlp,
+    feed_forward: FeedForward,
     after_mlp: Option<Norm>,
     /// Attention and feed-forward both read the input of the block.
     is_parallel: bool,
 }
 
-/// Sees the input of every linear: (batch, n_tokens, in).
+#[derive(Debug, Clone)]
+enum FeedForward {
+    Mlp(Mlp),
+    Experts(Experts),
+}
+
+/// Sees the input of every linear: (batch, n_tokens, in); of those of an expert (1, n_seen, in), a window at a time.
 pub type Observer<'a> = dyn FnMut(InputSite, &Tensor) -> Result<()> + 'a;
 
 /// Whether a forward pass goes on behind what it has just shown.
@@ -41,15 +48,32 @@ impl Block {
         prefix: &str,
         block_idx: usize,
     ) -> Result<Self> {
-        let load = |role: Role| {
-            let module = architecture.module(prefix, LinearId { block: block_idx, role });
-            Linear::load(weights, &module, architecture.has_bias(role, config), architecture.is_conv1d)
+        let load_slot = |slot: Slot| {
+            let module = architecture.module(prefix, LinearId { block: block_idx, slot });
+            Linear::load(weights, &module, architecture.has_bias(slot.role, config), architecture.is_conv1d)
                 .with_context(|| format!("load `{module}`"))
         };
+        let load = |role: Role| load_slot(Slot::shared(role));
         let has = |role: Role| architecture.has(role);
         let norm = |name: Option<&str>| {
             let module = |name: &str| format!("{}.{name}", architecture.block(prefix, block_idx));
             name.map(|n| Norm::load(weights, &module(n), architecture.norm_kind, config.rms_norm_eps)).transpose()
+        };
+        let feed_forward = match &architecture.experts {
+            Some(names) if config.has_experts(block_idx) => {
+                let router = format!("{}.{}", architecture.block(prefix, block_idx), names.router);
+                let of = |expert: usize| {
+                    let load = |role: Role| load_slot(Slot { role, expert: Some(expert) });
+                    Mlp::load(|role| names.linears.iter().any(|(r, _)| *r == role), load, config.hidden_act)
+                };
+                FeedForward::Experts(Experts {
+                    router: Linear::load(weights, &router, false, false)?,
+                    experts: (0..config.num_experts).map(of).collect::<Result<_>>()?,
+                    n_active: config.num_experts_per_tok,
+                    is_normalised: config.norm_topk_prob,
+                })
+            }
+            _ => FeedForward::Mlp(Mlp::load(has, load, config.hidden_act)?),
         };
         let names = &architecture.norms;
         let query_key_norm = match &names.query_key {
@@ -74,27 +98,39 @@ impl Block {
             },
             after_attention: norm(names.after_attention)?,
             before_mlp: norm(names.before_mlp)?,
-            mlp: Mlp {
-                inner: Inner::load(has, load)?,
-                down_proj: load(Role::DownProj)?,
-                activation: config.hidden_act,
-            },
+            feed_forward,
             after_mlp: norm(names.after_mlp)?,
             is_parallel: config.use_parallel_residual,
         })
     }
 
     /// Taps the gradients at the outputs of all linears.
-    pub fn tap_gradients(&mut self) -> Vec<(Role, GradientTap)> {
-        let (attention, mlp) = (&mut self.attention, &mut self.mlp);
-        let mut linears = attention.qkv.linears_mut();
-        linears.push((Role::OProj, &mut attention.o_proj));
-        linears.extend(mlp.inner.linears_mut());
-        linears.push((Role::DownProj, &mut mlp.down_proj));
-        linears.into_iter().map(|(role, linear)| (role, linear.tap_gradient())).collect()
+    pub fn tap_gradients(&mut self) -> Vec<(Slot, GradientTap)> {
+        let mut shared = self.attention.qkv.linears_mut();
+        shared.push((Role::OProj, &mut self.attention.o_proj));
+        let mut taps = Vec::new();
+        let experts = match &mut self.feed_forward {
+            FeedForward::Mlp(mlp) => {
+                shared.extend(mlp.linears_mut());
+                None
+            }
+            FeedForward::Experts(experts) => Some(experts),
+        };
+        taps.extend(shared.into_iter().map(|(role, linear)| (Slot::shared(role), linear.tap_gradient())));
+        let of_experts = experts.into_iter().flat_map(Experts::linears_mut);
+        taps.extend(of_experts.map(|(expert, role, l)| (Slot { role, expert: Some(expert) }, l.tap_gradient())));
+        taps
     }
 
-    /// The input (batch, n_tokens, in) of the linears at `site`: as much of [`Self::forward`] as comes before it.
+    /// Its experts, where it has any.
+    pub fn experts(&self) -> Option<&Experts> {
+        match &self.feed_forward {
+            FeedForward::Experts(experts) => Some(experts),
+            FeedForward::Mlp(_) => None,
+        }
+    }
+
+    /// The input (batch, n_tokens, in) of the linears at `site`, which is no expert's: as much of [`Self::forward`] as comes before it.
     ///
     /// # Errors
     /// Shapes that do not match.
@@ -144,10 +180,16 @@ impl Block {
         if !observe(InputSite::GateUp, &normed)? {
             return Ok(None);
         }
-        let gated = self.mlp.gate(&normed)?; // (batch, n_tokens, intermediate_size)
-        if !observe(InputSite::Down, &gated)? {
-            return Ok(None);
-        }
-        Ok(Some((attended + norm(&self.after_mlp, &self.mlp.down_proj.forward(&gated)?)?)?))
+        let fed_forward = match &self.feed_forward {
+            FeedForward::Mlp(mlp) => {
+                let gated = mlp.gate(&normed)?; // (batch, n_tokens, intermediate_size)
+                if !observe(InputSite::Down, &gated)? {
+                    return Ok(None);
+                }
+                mlp.down_proj.forward(&gated)?
+            }
+            FeedForward::Experts(experts) => experts.forward(&normed, &mut |site, x| observe(site, x).map(drop))?,
+        };
+        Ok(Some((attended + norm(&self.after_mlp, &fed_forward)?)?))
     }
 }

@@ -62,6 +62,19 @@ pub struct ModelConfig {
     pub attention_bias: bool,
     #[serde(default)]
     pub mlp_bias: bool,
+    #[serde(default)]
+    pub num_experts: usize,
+    /// Experts that see a token.
+    #[serde(default)]
+    pub num_experts_per_tok: usize,
+    /// The weights of these sum to one.
+    #[serde(default)]
+    pub norm_topk_prob: bool,
+    moe_intermediate_size: Option<usize>,
+    /// One block in so many has experts, but for those that are listed.
+    decoder_sparse_step: Option<usize>,
+    #[serde(default)]
+    mlp_only_layers: Vec<usize>,
     tie_word_embeddings: Option<bool>,
     /// What would change the architecture in a way that is not supported.
     word_embed_proj_dim: Option<usize>,
@@ -185,6 +198,10 @@ impl ModelConfig {
             );
             return Err(Failure::unsupported(message).into());
         }
+        if architecture.experts.is_some() && !(1..=self.num_experts).contains(&self.num_experts_per_tok) {
+            let (asked, there) = (self.num_experts_per_tok, self.num_experts);
+            return Err(Failure::unsupported(format!("`num_experts_per_tok` is {asked} of {there} experts")).into());
+        }
         let width = self.rotary_width();
         if architecture.is_rotary && (width == 0 || !width.is_multiple_of(2) || width > self.head_dim()) {
             return Err(
@@ -201,6 +218,17 @@ impl ModelConfig {
                 .into());
         }
         Ok(())
+    }
+
+    /// Whether a block has experts, in a family that has them.
+    pub fn has_experts(&self, block_idx: usize) -> bool {
+        let every = self.decoder_sparse_step.unwrap_or(1).max(1);
+        self.num_experts > 0 && (block_idx + 1).is_multiple_of(every) && !self.mlp_only_layers.contains(&block_idx)
+    }
+
+    /// Features between the linears of an expert.
+    pub fn expert_width(&self) -> usize {
+        self.moe_intermediate_size.unwrap_or(self.intermediate_size)
     }
 
     pub fn num_key_value_heads(&self) -> usize {

@@ -5,7 +5,7 @@ use candle_core::{DType, Device, Tensor, Var};
 use pulp::Arch;
 use rayon::prelude::*;
 
-use super::architectures::{Architecture, LinearId};
+use super::architectures::{Architecture, LinearId, Slot};
 use super::block::Block;
 use super::config::ModelConfig;
 use super::linear::{self, Linear};
@@ -104,11 +104,22 @@ impl<'w> Decoder<'w> {
                     norm(&format!("{block}.{name}"), width, "`num_attention_heads` and `head_dim`")?;
                 }
             }
-            for &(role, _) in names.linears {
-                let module = names.module(prefix, LinearId { block: block_idx, role });
-                let (shape, fields) = role.shape(config);
-                let kind = (names.has_bias(role, config), names.is_conv1d);
+            for slot in names.slots(config, block_idx) {
+                let module = names.module(prefix, LinearId { block: block_idx, slot });
+                let (shape, fields) = slot.shape(config);
+                let kind = (names.has_bias(slot.role, config), names.is_conv1d);
                 linear::expect_shape(checkpoint, &module, shape, kind, fields)?;
+            }
+            if let Some(experts) = names.experts.as_ref().filter(|_| config.has_experts(block_idx)) {
+                let shape = [config.num_experts, config.hidden_size];
+                let fields = "`num_experts` and `hidden_size`";
+                linear::expect_shape(
+                    checkpoint,
+                    &format!("{block}.{}", experts.router),
+                    shape,
+                    (false, false),
+                    fields,
+                )?;
             }
         }
         norm(&format!("{prefix}{}", names.norm), config.hidden_size, "`hidden_size`")?;
@@ -120,6 +131,12 @@ impl<'w> Decoder<'w> {
 
     pub fn n_blocks(&self) -> usize {
         self.config.num_hidden_layers
+    }
+
+    /// The linears of a block in the order of the forward pass, with their shapes (out, in).
+    pub fn linears(&self, block_idx: usize) -> Vec<(Slot, [usize; 2])> {
+        let slots = self.architecture.slots(&self.config, block_idx);
+        slots.into_iter().map(|slot| (slot, slot.shape(&self.config).0)).collect()
     }
 
     pub fn kernels(&self) -> Kernels {

@@ -35,14 +35,14 @@ impl Activation {
 
 #[derive(Debug, Clone)]
 pub struct Mlp {
-    pub(super) inner: Inner,
+    inner: Inner,
     pub(super) down_proj: Linear,
-    pub(super) activation: Activation,
+    activation: Activation,
 }
 
 /// What stands before `down_proj`.
 #[derive(Debug, Clone)]
-pub(super) enum Inner {
+enum Inner {
     Gated {
         gate_proj: Linear,
         up_proj: Linear,
@@ -59,7 +59,7 @@ pub(super) enum Inner {
 impl Inner {
     /// # Errors
     /// That of `load`.
-    pub fn load(has: impl Fn(Role) -> bool, load: impl Fn(Role) -> Result<Linear>) -> Result<Self> {
+    fn load(has: impl Fn(Role) -> bool, load: impl Fn(Role) -> Result<Linear>) -> Result<Self> {
         Ok(if has(Role::GateUpProj) {
             Self::Fused { gate_up_proj: load(Role::GateUpProj)? }
         } else if has(Role::GateProj) {
@@ -69,7 +69,7 @@ impl Inner {
         })
     }
 
-    pub fn linears_mut(&mut self) -> Vec<(Role, &mut Linear)> {
+    fn linears_mut(&mut self) -> Vec<(Role, &mut Linear)> {
         match self {
             Self::Gated { gate_proj, up_proj } => vec![(Role::GateProj, gate_proj), (Role::UpProj, up_proj)],
             Self::Fused { gate_up_proj } => vec![(Role::GateUpProj, gate_up_proj)],
@@ -79,6 +79,22 @@ impl Inner {
 }
 
 impl Mlp {
+    /// # Errors
+    /// That of `load`.
+    pub(super) fn load(
+        has: impl Fn(Role) -> bool,
+        load: impl Fn(Role) -> Result<Linear>,
+        activation: Activation,
+    ) -> Result<Self> {
+        Ok(Self { inner: Inner::load(has, &load)?, down_proj: load(Role::DownProj)?, activation })
+    }
+
+    pub(super) fn linears_mut(&mut self) -> Vec<(Role, &mut Linear)> {
+        let mut linears = self.inner.linears_mut();
+        linears.push((Role::DownProj, &mut self.down_proj));
+        linears
+    }
+
     /// Everything before `down_proj`: (..., hidden_size) to (..., intermediate_size).
     ///
     /// # Errors

@@ -5,6 +5,7 @@ mod attention;
 mod block;
 pub mod config;
 mod decoder;
+mod experts;
 pub mod inventory;
 pub mod layout;
 pub mod linear;
@@ -16,7 +17,7 @@ mod softmax;
 mod walk;
 mod weights;
 
-pub use architectures::{Architecture, InputSite, LinearId, Role};
+pub use architectures::{Architecture, InputSite, LinearId, Role, Slot};
 pub use block::{Block, Observer};
 pub use config::ModelConfig;
 pub use decoder::{Decoder, Head};

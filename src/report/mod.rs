@@ -200,9 +200,12 @@ pub struct LinearRecord {
     pub parameters_after: u64,
     /// Error in the metric of the method over the norm of the weight in it; none in a dry run that did not need it.
     pub relative_error: Option<f64>,
-    /// Why the base was made in another way than was asked for.
+    /// What was done in another way than was asked for, and why.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub note: Option<String>,
+    /// Tokens of the calibration that its expert saw.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub expert_tokens: Option<u64>,
     /// Error of rounding to the dtype, over the norm of the low-rank matrix; 0 in f32.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub storage_error: Option<f64>,

@@ -3,11 +3,12 @@ that every kind of block is there), and `expected.json`: transformers' logits of
 others that change no weight (kinds of rope scaling, windows); and by linear the sums over tokens of the squared gradients of
 its outputs, of the summed next-token loss, in f64. `fixtures/pico/tokenizer.json` has a token for each of 45 characters.
 
-    python tests/oracles/pico.py          needs torch and transformers 5.23
+    python tests/oracles/pico.py [FAMILY ...]          needs torch and transformers 5.23
 """
 
 import json
 import pathlib
+import sys
 
 import tokenizers
 import torch
@@ -57,7 +58,12 @@ FAMILIES = {
     "gpt_neox": (dict(UNGROUPED, rope_parameters={"rope_type": "default", "rope_theta": 10000.0,
                                                "partial_rotary_factor": 0.5}), [{"use_parallel_residual": False}]),
     "opt": (dict(UNGROUPED, ffn_dim=24, word_embed_proj_dim=16), []),
+    "mixtral": (dict(SHARED, num_local_experts=4, num_experts_per_tok=2), [{"num_experts_per_tok": 1}]),
+    "qwen3_moe": (dict(SHARED, head_dim=8, num_experts=6, num_experts_per_tok=3, moe_intermediate_size=12,
+                       mlp_only_layers=[0], norm_topk_prob=True),
+                  [{"norm_topk_prob": False}]),
 }
+EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
 LINEARS = tuple("_proj c_attn c_fc query_key_value dense dense_h_to_4h dense_4h_to_h fc1 fc2".split())
 IDS = [1, 5, 9, 33, 47, 2, 2, 17, 40, 8, 21, 30, 4]
 
@@ -67,16 +73,47 @@ def logits(model):
         return model.eval()(torch.tensor([IDS])).logits[0]
 
 
+# How the files of a family name the linears of experts, which transformers 5 stacks.
+EXPERTS = {"mixtral": ("block_sparse_moe.experts", "w1 w3 w2"), "qwen3_moe": ("mlp.experts", "gate_proj up_proj down_proj")}
+
+
+def watch_experts(model, outputs):
+    """Runs the experts one by one, so that the outputs of their linears can be seen."""
+    place, names = EXPERTS[model.config.model_type]
+    for i, layer in enumerate(model.model.layers):
+        experts = getattr(layer.mlp, "experts", None)
+        if experts is None:
+            continue
+
+        def forward(x, picked, weights, experts=experts, prefix=f"model.layers.{i}.{place}"):
+            y = torch.zeros_like(x)
+            for e in range(experts.num_experts):
+                token, rank = torch.where(picked == e)
+                gate, up = (x[token] @ half.T for half in experts.gate_up_proj[e].chunk(2))
+                down = (experts.act_fn(gate) * up) @ experts.down_proj[e].T
+                for name, output in zip(names.split(), (gate, up, down)):
+                    output.retain_grad()
+                    outputs[f"{prefix}.{e}.{name}"] = output
+                y = y.index_add(0, token, down * weights[token, rank, None])
+            return y
+
+        experts.forward = forward
+
+
 def squared_gradients(model):
     model = model.double().eval()
     outputs = {}
+    ids = torch.tensor([IDS])
+    before = model(ids).logits
+    if model.config.model_type in EXPERTS:
+        watch_experts(model, outputs)
+        assert (model(ids).logits - before).abs().max() < 1e-12
     for name, module in model.named_modules():
         if name.endswith(LINEARS):
             def hook(_, __, output, name=name):
                 output.retain_grad()
                 outputs[name] = output
             module.register_forward_hook(hook)
-    ids = torch.tensor([IDS])
     logits = model(ids).logits[0]
     torch.nn.functional.cross_entropy(logits[:-1], ids[0, 1:], reduction="sum").backward()
     return {name: [float(f"{x:.7g}") for x in (y.grad.flatten(0, -2) ** 2).sum(0).tolist()] for name, y in outputs.items()}
@@ -92,13 +129,16 @@ def write_tokenizer():
 
 def main():
     write_tokenizer()
+    asked = sys.argv[1:] or FAMILIES
     for family, (fields, others) in FAMILIES.items():
+        if family not in asked:
+            continue
         torch.manual_seed(0)
-        config = AutoConfig.for_model(family, attn_implementation="eager", **fields)
+        config = AutoConfig.for_model(family, **EAGER, **fields)
         model = AutoModelForCausalLM.from_config(config).float()
         for parameter in model.parameters():
             noise = torch.randn_like(parameter)
-            parameter.data = 0.3 * noise if parameter.dim() == 2 else parameter.data + 0.2 * noise
+            parameter.data = 0.3 * noise if parameter.dim() >= 2 else parameter.data + 0.2 * noise
         model.tie_weights()
         folder = pathlib.Path("fixtures/pico") / family
         model.save_pretrained(folder)
@@ -107,7 +147,7 @@ def main():
         cases = []
         for changes in [{}] + others:
             changed = {k: v for k, v in (saved | changes).items() if k != "model_type"}
-            config = AutoConfig.for_model(family, attn_implementation="eager", **changed)
+            config = AutoConfig.for_model(family, **EAGER, **changed)
             again = AutoModelForCausalLM.from_config(config).float()
             again.load_state_dict(model.state_dict())
             rows = logits(again).tolist()

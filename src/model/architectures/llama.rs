@@ -28,6 +28,7 @@ pub(super) const LLAMA: Architecture = Architecture {
         (Role::UpProj, "mlp.up_proj"),
         (Role::DownProj, "mlp.down_proj"),
     ],
+    experts: None,
     biased: &[],
     is_conv1d: false,
     norm_kind: NormKind::Rms,

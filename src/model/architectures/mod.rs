@@ -7,11 +7,13 @@ mod gpt2;
 mod gpt_neox;
 mod llama;
 mod mistral;
+mod mixtral;
 mod olmo2;
 mod opt;
 mod phi3;
 mod qwen2;
 mod qwen3;
+mod qwen3_moe;
 mod smollm3;
 
 use serde::{Deserialize, Serialize};
@@ -34,6 +36,8 @@ const ALL: &[&Architecture] = &[
     &gpt2::GPT2,
     &gpt_neox::GPT_NEOX,
     &opt::OPT,
+    &mixtral::MIXTRAL,
+    &qwen3_moe::QWEN3_MOE,
 ];
 
 /// The names of a family's modules, and its options; the names of tensors are these with `.weight` or `.bias`. Most families are
@@ -52,8 +56,10 @@ pub struct Architecture {
     /// Behind the last block.
     pub norm: &'static str,
     pub lm_head: &'static str,
-    /// The linears of a block, in the order of the forward pass.
+    /// The linears of a block without experts, in the order of the forward pass.
     pub linears: &'static [(Role, &'static str)],
+    /// What stands for the feed-forward layer in blocks with experts.
+    pub experts: Option<ExpertNames>,
     /// Of these, those that have a bias whatever the config says.
     pub biased: &'static [Role],
     /// Weights of the linears are stored (in, out), as GPT-2's Conv1D has them.
@@ -70,6 +76,15 @@ pub struct Architecture {
     pub aliases: &'static [(&'static str, &'static str)],
     /// Fields that a config may leave out, as JSON.
     pub defaults: &'static str,
+}
+
+/// Gated feed-forward layers of which every token sees a few.
+#[derive(Debug)]
+pub struct ExpertNames {
+    pub router: &'static str,
+    /// Their list: `mlp.experts` for `mlp.experts.7.gate_proj`.
+    pub list: &'static str,
+    pub linears: &'static [(Role, &'static str)],
 }
 
 /// Norms of a block by name; none where a family has none there.
@@ -141,28 +156,80 @@ pub enum InputSite {
     Qkv,
     /// The mixed values, read by o.
     O,
-    /// The normalised hidden states, read by gate and up.
+    /// The normalised hidden states, read by gate and up, or by the router of experts.
     GateUp,
     /// The gated activations, read by down.
     Down,
+    /// Those of `GateUp` that go to an expert.
+    ExpertGateUp(usize),
+    /// The gated activations of an expert.
+    ExpertDown(usize),
+}
+
+/// A linear among those of its block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Slot {
+    pub role: Role,
+    /// The expert that it belongs to.
+    pub expert: Option<usize>,
 }
 
 /// One linear of a decoder block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct LinearId {
     pub block: usize,
-    pub role: Role,
+    pub slot: Slot,
 }
 
 impl InputSite {
     /// Its name in files and messages.
-    pub fn name(self) -> &'static str {
+    pub fn name(self) -> String {
         match self {
-            Self::Qkv => "qkv",
-            Self::O => "o",
-            Self::GateUp => "gate_up",
-            Self::Down => "down",
+            Self::Qkv => "qkv".into(),
+            Self::O => "o".into(),
+            Self::GateUp => "gate_up".into(),
+            Self::Down => "down".into(),
+            Self::ExpertGateUp(expert) => format!("experts.{expert}.gate_up"),
+            Self::ExpertDown(expert) => format!("experts.{expert}.down"),
         }
+    }
+
+    /// The expert that it belongs to.
+    pub fn expert(self) -> Option<usize> {
+        match self {
+            Self::ExpertGateUp(expert) | Self::ExpertDown(expert) => Some(expert),
+            Self::Qkv | Self::O | Self::GateUp | Self::Down => None,
+        }
+    }
+}
+
+impl Slot {
+    /// Of a linear that every token goes through.
+    pub const fn shared(role: Role) -> Self {
+        Self { role, expert: None }
+    }
+
+    /// Its name in files and messages.
+    pub fn name(self) -> String {
+        match self.expert {
+            None => self.role.name().into(),
+            Some(expert) => format!("experts.{expert}.{}", self.role.name()),
+        }
+    }
+
+    /// Where its input comes from.
+    pub fn site(self) -> InputSite {
+        match (self.role.site(), self.expert) {
+            (InputSite::GateUp, Some(expert)) => InputSite::ExpertGateUp(expert),
+            (InputSite::Down, Some(expert)) => InputSite::ExpertDown(expert),
+            (site, _) => site,
+        }
+    }
+
+    /// (out, in), and the config fields that decide it.
+    pub fn shape(self, config: &ModelConfig) -> ([usize; 2], &'static str) {
+        let inner = if self.expert.is_some() { config.expert_width() } else { config.intermediate_size };
+        self.role.shape(config, inner)
     }
 }
 
@@ -182,8 +249,8 @@ impl Role {
         }
     }
 
-    /// Where its input comes from.
-    pub fn site(self) -> InputSite {
+    /// Where its input comes from, outside of experts.
+    fn site(self) -> InputSite {
         match self {
             Self::QProj | Self::KProj | Self::VProj | Self::QkvProj => InputSite::Qkv,
             Self::OProj => InputSite::O,
@@ -192,12 +259,12 @@ impl Role {
         }
     }
 
-    /// (out, in), and the config fields that decide it.
-    pub fn shape(self, config: &ModelConfig) -> ([usize; 2], &'static str) {
-        let (hidden, inner) = (config.hidden_size, config.intermediate_size);
+    /// (out, in) with `inner` features between the linears of the feed-forward layer, and the config fields that decide it.
+    fn shape(self, config: &ModelConfig, inner: usize) -> ([usize; 2], &'static str) {
+        let hidden = config.hidden_size;
         let (queries, keys) = config.attention_widths();
         const ATTENTION: &str = "`hidden_size`, `num_attention_heads`, `num_key_value_heads` and `head_dim`";
-        const MLP: &str = "`hidden_size` and `intermediate_size`";
+        const MLP: &str = "`hidden_size` and `intermediate_size` (of experts `moe_intermediate_size`)";
         match self {
             Self::QProj => ([queries, hidden], ATTENTION),
             Self::KProj | Self::VProj => ([keys, hidden], ATTENTION),
@@ -216,7 +283,7 @@ impl Architecture {
         self.biased.contains(&role)
             || match role.site() {
                 InputSite::Qkv | InputSite::O => config.attention_bias,
-                InputSite::GateUp | InputSite::Down => config.mlp_bias,
+                _ => config.mlp_bias,
             }
     }
 
@@ -233,10 +300,31 @@ impl Architecture {
     ///
     /// # Panics
     /// When the family has no such role.
-    pub fn module(&self, prefix: &str, id: LinearId) -> String {
-        let (_, name) =
-            self.linears.iter().find(|(role, _)| *role == id.role).expect("invariant: ids come from the family's list");
-        format!("{}.{name}", self.block(prefix, id.block))
+    pub fn module(&self, prefix: &str, LinearId { block, slot }: LinearId) -> String {
+        const INVARIANT: &str = "invariant: ids come from the family's list";
+        let of =
+            |linears: &[(Role, &'static str)]| linears.iter().find(|(role, _)| *role == slot.role).expect(INVARIANT).1;
+        let block = self.block(prefix, block);
+        match slot.expert {
+            None => format!("{block}.{}", of(self.linears)),
+            Some(expert) => {
+                let experts = self.experts.as_ref().expect(INVARIANT);
+                format!("{block}.{}.{expert}.{}", experts.list, of(experts.linears))
+            }
+        }
+    }
+
+    /// The linears of a block, in the order of the forward pass.
+    pub fn slots(&self, config: &ModelConfig, block_idx: usize) -> Vec<Slot> {
+        let shared = self.linears.iter().map(|&(role, _)| Slot::shared(role));
+        match &self.experts {
+            Some(names) if config.has_experts(block_idx) => {
+                let of = |expert| names.linears.iter().map(move |&(role, _)| Slot { role, expert: Some(expert) });
+                let is_attention = |slot: &Slot| matches!(slot.site(), InputSite::Qkv | InputSite::O);
+                shared.filter(is_attention).chain((0..config.num_experts).flat_map(of)).collect()
+            }
+            _ => shared.collect(),
+        }
     }
 
     /// The prefixes that files have: the family's, and what is left of it where they leave out its first words.
@@ -249,8 +337,14 @@ impl Architecture {
         let inner = |prefix: &str| module.strip_prefix(prefix)?.strip_prefix(self.layers)?.strip_prefix('.');
         let rest = self.prefixes().find_map(inner)?;
         let (block, name) = rest.split_once('.')?;
-        let (role, _) = self.linears.iter().find(|(_, n)| *n == name)?;
-        Some(LinearId { block: block.parse().ok()?, role: *role })
+        let find = |linears: &[(Role, &'static str)], name: &str| linears.iter().find(|(_, n)| *n == name).map(|l| l.0);
+        let of_expert = || {
+            let names = self.experts.as_ref()?;
+            let (expert, name) = name.strip_prefix(names.list)?.strip_prefix('.')?.split_once('.')?;
+            Some(Slot { role: find(names.linears, name)?, expert: Some(expert.parse().ok()?) })
+        };
+        let slot = find(self.linears, name).map(Slot::shared).or_else(of_expert)?;
+        Some(LinearId { block: block.parse().ok()?, slot })
     }
 
     /// A config with our names for its fields, and with what it leaves out.
@@ -301,8 +395,11 @@ mod tests {
     #[test]
     fn names_and_ids_are_inverse() {
         for architecture in ALL {
-            for &(role, _) in architecture.linears {
-                let id = LinearId { block: 12, role };
+            let shared = architecture.linears.iter().map(|&(role, _)| Slot::shared(role));
+            let of_experts = architecture.experts.iter().flat_map(|e| e.linears);
+            let of_experts = of_experts.map(|&(role, _)| Slot { role, expert: Some(31) });
+            for slot in shared.chain(of_experts) {
+                let id = LinearId { block: 12, slot };
                 for prefix in architecture.prefixes() {
                     assert_eq!(architecture.linear_id(&architecture.module(prefix, id)), Some(id));
                 }

@@ -1,0 +1,16 @@
+//! Mixtral: Mistral with experts in place of the feed-forward layer. Jiang et al. 2024, arXiv:2401.04088.
+
+use super::mistral::MISTRAL;
+use super::{Architecture, ExpertNames, Role};
+
+pub(super) const MIXTRAL: Architecture = Architecture {
+    model_type: "mixtral",
+    experts: Some(ExpertNames {
+        router: "block_sparse_moe.gate",
+        list: "block_sparse_moe.experts",
+        linears: &[(Role::GateProj, "w1"), (Role::UpProj, "w3"), (Role::DownProj, "w2")],
+    }),
+    aliases: &[("num_local_experts", "num_experts")],
+    defaults: r#"{"num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": true, "rms_norm_eps": 1e-5}"#,
+    ..MISTRAL
+};
