@@ -99,10 +99,16 @@ impl Plan {
     /// It cannot, with the reason.
     pub fn check_format(&self, source: &Source<'_>, recipe: &Recipe) -> Result<()> {
         for &quant in &recipe.quant {
-            let rank = usize::from(recipe.compensate != Compensate::None);
-            let entry = Self::entry(recipe, Choice::Coded { variant: 0, rank }, Some(quant));
+            let rank = |i: usize| match (recipe.compensate, recipe.compensate_rank) {
+                (Compensate::None, _) => 0,
+                (_, CompensateRank::Fixed(_)) => 1,
+                // Ranks that differ.
+                (_, CompensateRank::Auto) => 1 + i % 2,
+            };
+            let entry = |i| Self::entry(recipe, Choice::Coded { variant: 0, rank: rank(i) }, Some(quant));
             let fitting = self.linears.iter().filter(|linear| quant.storage().fits(linear.in_features));
-            let modules: Vec<(LinearInfo, Entry)> = fitting.filter_map(|l| Some((l.clone(), entry?))).collect();
+            let modules = fitting.enumerate().filter_map(|(i, linear)| Some((linear.clone(), entry(i)?)));
+            let modules: Vec<(LinearInfo, Entry)> = modules.collect();
             if modules.is_empty() {
                 let message = format!("no targeted linear is made of whole blocks of `{quant}`");
                 return Err(Failure::unsupported(message)

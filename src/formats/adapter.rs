@@ -9,14 +9,18 @@ use super::{
     CheckpointError, Entry, Exporter, LinearInfo, Module, NamedBytes, OutTensor, Parts, Source, Target, encode,
 };
 use crate::checkpoint::encoded::{ADAPTER_BASE, ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_PREFIX};
-use crate::model::Layout;
 use crate::model::inventory::Stored;
+use crate::model::{InputSite, Layout, Slot};
 
 pub(super) struct Peft;
 
 impl Exporter for Peft {
     fn refusal(&self, _: &Source<'_>, _: &LinearInfo, entry: &Entry) -> Option<String> {
         refusal(entry)
+    }
+
+    fn refusal_of_all(&self, _: &Source<'_>, modules: &[(LinearInfo, Entry)]) -> Option<String> {
+        refusal_of_all(modules)
     }
 
     fn tensors(&self, linear: &LinearInfo, entry: &Entry) -> Vec<OutTensor> {
@@ -57,6 +61,24 @@ pub(super) fn refusal(entry: &Entry) -> Option<String> {
         (_, Some(pair)) if pair.layout != Layout::Factors => Some("adapters hold factors, not pivots".into()),
         _ => None,
     }
+}
+
+/// Why the factors of several linears cannot be one adapter: transformers stacks the experts of a block, and PEFT their factors.
+pub(super) fn refusal_of_all(modules: &[(LinearInfo, Entry)]) -> Option<String> {
+    let with_factors =
+        || modules.iter().filter_map(|(linear, entry)| Some((linear, linear.id?.slot, entry.pair?.rank)));
+    let mut of_experts = with_factors().filter(|(_, slot, _)| slot.expert.is_some());
+    let (first, _, rank) = of_experts.next()?;
+    if let Some((other, ..)) = of_experts.find(|(_, _, r)| *r != rank) {
+        return Some(format!(
+            "`{}` has factors of another rank than `{}`, and PEFT takes one for all experts: give a `--compensate-rank`",
+            other.module, first.module
+        ));
+    }
+    // PEFT renames the targets of a model with experts, and then no longer finds those of dense blocks.
+    let is_mlp = |slot: &Slot| slot.expert.is_none() && matches!(slot.site(), InputSite::GateUp | InputSite::Down);
+    let (dense, ..) = with_factors().find(|(_, slot, _)| is_mlp(slot))?;
+    Some(format!("PEFT does not find `{}` in a model with experts in other blocks", dense.module))
 }
 
 fn names(linear: &LinearInfo) -> [String; 2] {

@@ -47,6 +47,10 @@ impl Exporter for CompressedTensors {
         exchange_scheme(linear, entry).err()
     }
 
+    fn refusal_of_all(&self, _: &Source<'_>, modules: &[(LinearInfo, Entry)]) -> Option<String> {
+        adapter::refusal_of_all(modules)
+    }
+
     fn tensors(&self, linear: &LinearInfo, entry: &Entry) -> Vec<OutTensor> {
         let scheme = exchange_scheme(linear, entry).expect("invariant: what is not stored is refused");
         let (m, n) = linear.shape();

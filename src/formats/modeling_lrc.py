@@ -105,10 +105,46 @@ class PivotLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
+class Experts(nn.ModuleList):
+    """The experts of a block one by one, where transformers 5 stacks their weights: a few of them have other linears now."""
+
+    def __init__(self, stacked, names):
+        super().__init__()
+        (count, out, hidden), like = stacked.gate_up_proj.shape, {"dtype": stacked.gate_up_proj.dtype}
+        like["device"] = stacked.gate_up_proj.device
+        shapes = dict(zip(names, [(hidden, out // 2), (hidden, out // 2), (out // 2, hidden)]))
+        for _ in range(count):
+            self.append(nn.ModuleDict({name: nn.Linear(*shapes[name], bias=False, **like) for name in names}))
+        self.names, self.act_fn = names, stacked.act_fn
+
+    def forward(self, x, experts, weights):
+        y = torch.zeros_like(x)
+        for index in experts.unique().tolist():
+            token, rank = torch.where(experts == index)
+            gate, up, down = (self[index][name] for name in self.names)
+            out = down(self.act_fn(gate(x[token])) * up(x[token]))
+            y.index_add_(0, token, (out * weights[token, rank, None]).to(y.dtype))
+        return y
+
+
+def _unstack(model, modules):
+    """Takes experts apart, if any of them was compressed: all, for files are read by one set of names. Tells if it did."""
+    compressed = [name.rsplit(".", 1)[1] for name in modules if ".experts." in name]
+    stacked = [name for name, module in model.named_modules() if hasattr(module, "gate_up_proj") and name.endswith(".experts")]
+    if not compressed or not stacked:
+        return False
+    names = ("w1", "w3", "w2") if compressed[0] in ("w1", "w2", "w3") else ("gate_proj", "up_proj", "down_proj")
+    for name in stacked:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, Experts(model.get_submodule(name), names))
+    return True
+
+
 def _find(model, name):
     """The module of a checkpoint's name; base models are saved with and without their prefix."""
     prefix = model.base_model_prefix + "."
-    for candidate in (name, prefix + name, name.removeprefix(prefix)):
+    renamed = name.replace(".block_sparse_moe.", ".mlp.")
+    for candidate in (name, prefix + name, name.removeprefix(prefix), renamed, prefix + renamed):
         try:
             return candidate, model.get_submodule(candidate)
         except AttributeError:
@@ -129,6 +165,7 @@ def _replacement(name, linear, entry, quantized):
 
 def _compress(model):
     lrc = model.config.lrc
+    _inherit_renames(keep_stacks=not _unstack(model, lrc["modules"]))
     for name, entry in lrc["modules"].items():
         found, linear = _find(model, name)
         if found is None:
@@ -157,8 +194,8 @@ class LrcForCausalLM(_Base):
         _compress(self)
 
 
-def _inherit_renames():
-    """transformers 5 renames the tensors of some families when it loads them, by class and by model type."""
+def _inherit_renames(keep_stacks):
+    """transformers 5 renames the tensors of some families when it loads them, by class and by model type, and stacks experts."""
     try:
         from transformers import conversion_mapping
     except ImportError:  # transformers 4 has no such table
@@ -166,7 +203,6 @@ def _inherit_renames():
     names = [(LrcForCausalLM.__name__, _Base.__name__), (LrcModel.__name__, _BaseModel.__name__)]
     for own, base in [*names, (LrcConfig.model_type, _BaseConfig.model_type)]:
         renames = conversion_mapping.get_checkpoint_conversion_mapping(base) or []
+        if not keep_stacks:
+            renames = [r for r in renames if not any(".experts" in target for target in r.target_patterns)]
         conversion_mapping.register_checkpoint_conversion_mapping(own, renames, overwrite=True)
-
-
-_inherit_renames()

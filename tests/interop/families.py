@@ -1,6 +1,6 @@
 """Prints the table of docs/families.md: every family of `fixtures/pico`, by lrc and by transformers.
 
-    cargo build --release --bin lrc --example logits && python tests/interop/families.py
+    cargo build --release --bin lrc --example logits && python tests/interop/families.py [FAMILY ...]
 
 needs what `tests/interop/run.sh` installs, and llama.cpp's `llama-perplexity`, whose path LLAMA_PERPLEXITY has. Numbers are largest
 differences of a logit, over the largest logit; for GGUF, the difference of perplexities over the perplexity. The limit is 1e-4
@@ -104,7 +104,7 @@ def main():
     names = ["family", "parity", "perplexity after `--keep 0.8`"] + [name for name, _, _ in COLUMNS] + ["gguf"]
     print("| " + " | ".join(names) + " |\n|---" + "|---:" * (len(names) - 1) + "|", file=OUT)
     passed = True
-    families = sorted(p.parent.name for p in (ROOT / "fixtures/pico").glob("*/expected.json"))
+    families = sys.argv[1:] or sorted(p.parent.name for p in (ROOT / "fixtures/pico").glob("*/expected.json"))
     for family in families:
         source = ROOT / "fixtures/pico" / family
         expected = json.loads((source / "expected.json").read_text())
