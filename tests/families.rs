@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor};
 use common::{ok, path};
-use lrc::calibrate::{Needs, Observation, observe};
+use lrc::calibrate::{Needs, Observation, Targets, observe};
 use lrc::checkpoint::{Checkpoint, Dtype, SafetensorsWriter, TensorSpec, gguf};
 use lrc::journal::Journal;
 use lrc::model::{Decoder, WalkLimits, architectures};
@@ -27,6 +27,14 @@ fn error(found: &Tensor, expected: &Value) -> f64 {
 
 fn fixture(family: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/pico").join(family)
+}
+
+fn is_encoder(family: &str) -> bool {
+    architectures::find(family).unwrap().encoder.is_some()
+}
+
+fn tokenizer(family: &str) -> PathBuf {
+    fixture(if is_encoder(family) { "tokenizer-encoder.json" } else { "tokenizer.json" })
 }
 
 fn json(path: &Path) -> Value {
@@ -79,7 +87,14 @@ fn gradients_reach_every_linear_and_are_those_of_torch() {
         let observation = Observation { needs: Needs::ALL, clip_gradients: false };
         let limits = WalkLimits::new(1 << 30, std::env::temp_dir());
         let mut sums = HashMap::new();
-        observe(&decoder, &[ids], observation, &limits, &Journal::default(), &Silent, &mut |found| {
+        let targets = match expected["asked"].as_array() {
+            None => Targets::next(&ids),
+            Some(asked) => {
+                let rows: Vec<u32> = asked.iter().map(|row| row.as_u64().unwrap() as u32).collect();
+                Targets { tokens: rows.iter().map(|&row| ids[row as usize]).collect(), rows }
+            }
+        };
+        observe(&decoder, (&[ids], &[targets]), observation, &limits, &Journal::default(), &Silent, &mut |found| {
             sums.extend(found.into_iter().map(|(name, array)| (name, array.values)));
             Ok(())
         })
@@ -109,8 +124,7 @@ fn what_is_compressed_is_one_model_in_every_layout_and_format() {
         let model = folder.path().join(family);
         common::copy(path(&fixture(family)), &model);
         std::fs::remove_file(model.join("expected.json")).unwrap();
-        let tokenizer = fixture("tokenizer.json");
-        std::fs::copy(tokenizer, model.join("tokenizer.json")).unwrap();
+        std::fs::copy(tokenizer(family), model.join("tokenizer.json")).unwrap();
         let text = folder.path().join("text.txt");
         std::fs::write(&text, "once upon a time there was a little dog. it liked to run! ".repeat(40)).unwrap();
         let compress = |out: &str, flags: &[&str]| -> PathBuf {

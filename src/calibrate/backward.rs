@@ -1,4 +1,4 @@
-//! The way back: gradients of the summed next-token loss, a block at a time from the last to the first.
+//! The way back: gradients of the summed loss, a block at a time from the last to the first.
 
 use std::collections::BTreeMap;
 
@@ -7,9 +7,10 @@ use candle_core::{Tensor, Var};
 
 use super::observe::{Keep, Observation, Pass, named, settle};
 use super::statistics::Sums;
+use super::windows::Targets;
 use crate::error::Failure;
 use crate::journal::Journal;
-use crate::model::{Block, Decoder, Hidden, InputSite, Kernels, Rope, Walk};
+use crate::model::{Block, Decoder, Head, Hidden, InputSite, Kernels, Objective, Pooler, Rope, Walk};
 use crate::progress::Progress;
 
 /// Sends gradients back through all blocks. `last` are the states behind the last block, `entered` those that entered
@@ -17,6 +18,7 @@ use crate::progress::Progress;
 pub(super) fn run(
     decoder: &Decoder<'_>,
     walk: &mut Walk<'_>,
+    targets: &[Targets],
     (last, entered): (Hidden, Vec<Hidden>),
     observation: Observation,
     journal: &Journal,
@@ -41,10 +43,12 @@ pub(super) fn run(
             anyhow::ensure!(n_left == entered.len(), "the gradient of block {n_left} is torn: `--restart`");
             stage.note("head");
             let mut gradient = walk.copy(&last)?;
-            let head = decoder.head()?;
+            let loss = Loss::of(decoder)?;
+            let mut targets = targets.iter();
             walk.replace_windows(&mut gradient, &last, |window, _, x| {
                 stage.advance(window.len() as u64);
-                head.loss_gradient(x, &window[1..])
+                let targets = targets.next().context("invariant: every window has its targets")?;
+                loss.gradient(x, targets)
             })?;
             walk.settle(gradient, journal, &at_input(n_left))?
         }
@@ -67,6 +71,29 @@ pub(super) fn run(
     }
     journal.remove(&at_input(0));
     Ok(())
+}
+
+/// What is differentiated first.
+enum Loss {
+    Tokens(Head),
+    Pooled(Pooler),
+}
+
+impl Loss {
+    fn of(decoder: &Decoder<'_>) -> Result<Self> {
+        Ok(match decoder.objective() {
+            Objective::NextToken | Objective::Masked => Self::Tokens(decoder.head()?),
+            Objective::Pooled => Self::Pooled(decoder.pooler()?),
+        })
+    }
+
+    /// With respect to the last states of a window, (n_tokens, hidden_size).
+    fn gradient(&self, x: &Tensor, targets: &Targets) -> Result<Tensor> {
+        match self {
+            Self::Tokens(head) => head.loss_gradient(x, &targets.rows, &targets.tokens),
+            Self::Pooled(pooler) => pooler.norm_gradient(x),
+        }
+    }
 }
 
 /// The gradient at the input of a block from that at its output, for one window (n_tokens, hidden_size).

@@ -9,4 +9,4 @@ mod windows;
 pub use observe::{Keep, Observation, Seconds, observe};
 pub use statistics::{Key, Needs, Sums};
 pub use store::{Header, Part, Statistics, check_output};
-pub use windows::{WindowSettings, Windows};
+pub use windows::{Targets, WindowSettings, Windows};

@@ -7,6 +7,7 @@ use serde_json::json;
 
 use super::backward;
 use super::statistics::{Needs, Sums};
+use super::windows::Targets;
 use crate::journal::{Array, Journal, Piece};
 use crate::model::{Decoder, Hidden, Walk, WalkLimits};
 use crate::progress::Progress;
@@ -29,7 +30,7 @@ pub struct Seconds {
 /// Receives the statistics of one block after another, by name: of the inputs on the way up, of the gradients on the way down.
 pub type Keep<'a> = dyn FnMut(Vec<(String, Array)>) -> Result<()> + 'a;
 
-/// Sends `windows` through the model, and the gradient of their summed next-token loss back where it is needed.
+/// Sends windows through the model, and the gradient of the summed loss of their targets back where it is needed.
 ///
 /// Gradients are those of one block at a time: the states that enter the blocks are kept (on disk past the cap of
 /// `limits`), and each block is run again with candle's autograd. What `journal` has of a block is not made again.
@@ -38,7 +39,7 @@ pub type Keep<'a> = dyn FnMut(Vec<(String, Array)>) -> Result<()> + 'a;
 /// A value is not finite, a linear gets no gradient, or the work folder refuses.
 pub fn observe(
     decoder: &Decoder<'_>,
-    windows: &[Vec<u32>],
+    (windows, targets): (&[Vec<u32>], &[Targets]),
     observation: Observation,
     limits: &WalkLimits,
     journal: &Journal,
@@ -87,7 +88,7 @@ pub fn observe(
     let forward = started.elapsed().as_secs_f64();
     let started = Instant::now();
     if needs.gradients() {
-        backward::run(decoder, &mut walk, (hidden, entered), observation, journal, progress, keep)?;
+        backward::run(decoder, &mut walk, targets, (hidden, entered), observation, journal, progress, keep)?;
     }
     remove_states(journal, 0..n_blocks);
     let backward = if needs.gradients() { started.elapsed().as_secs_f64() } else { 0.0 };

@@ -1,12 +1,17 @@
 //! Which windows of which text are observed.
 
+use std::ops::Range;
 use std::path::PathBuf;
 
 use anyhow::Result;
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{RngCore, SeedableRng};
 
 use super::store::Part;
 use crate::checkpoint::Checkpoint;
+use crate::error::Failure;
 use crate::model::config::window_length;
+use crate::model::{Decoder, Objective};
 use crate::text::{Bos, Text, Tokenizer};
 
 /// Tokens in a window where the user names none; what the field's tools take, capped by the model's context.
@@ -28,8 +33,43 @@ pub struct WindowSettings {
 #[derive(Debug, Clone)]
 pub struct Windows {
     pub windows: Vec<Vec<u32>>,
+    /// What the loss of each is of.
+    pub targets: Vec<Targets>,
     pub part: Part,
 }
+
+/// Tokens that a model foretells, each from the state in its row of a window; none where the loss is of no token.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Targets {
+    pub rows: Vec<u32>,
+    pub tokens: Vec<u32>,
+}
+
+impl Targets {
+    /// Every token of a window but the first, from the state before it.
+    pub fn next(ids: &[u32]) -> Self {
+        let tokens = ids.get(1..).unwrap_or_default().to_vec();
+        Self { rows: (0..tokens.len() as u32).collect(), tokens }
+    }
+
+    /// Hides a share of the tokens of a window in `places`, and asks for them; `generator` draws which.
+    fn masked(ids: &mut [u32], places: Range<usize>, mask: u32, generator: &mut ChaCha8Rng) -> Self {
+        let n_hidden = (places.len() * HIDDEN_PERCENT).div_ceil(100);
+        let mut rows: Vec<u32> = places.map(|place| place as u32).collect();
+        for i in 0..n_hidden {
+            let rest = (rows.len() - i) as u64;
+            rows.swap(i, i + (generator.next_u64() % rest) as usize);
+        }
+        rows.truncate(n_hidden);
+        rows.sort_unstable();
+        let tokens = rows.iter().map(|&row| std::mem::replace(&mut ids[row as usize], mask)).collect();
+        Self { rows, tokens }
+    }
+}
+
+/// Of the tokens of a text, hidden from an encoder: as BERT was trained, but for the few of these that it was shown in
+/// another way (Devlin et al. 2019).
+const HIDDEN_PERCENT: usize = 15;
 
 impl Windows {
     /// Draws windows, and takes the `part`-th (from 1) of `n_parts` equal runs of them.
@@ -39,9 +79,33 @@ impl Windows {
     pub fn load(checkpoint: &Checkpoint, settings: &WindowSettings, (part, n_parts): (usize, usize)) -> Result<Self> {
         let tokenizer = Tokenizer::open(checkpoint.root())?;
         let text = Text::read(&settings.text, &settings.field)?;
-        let tokens = tokenizer.encode(&text.joined(), Bos::Auto)?;
+        let objective = Decoder::open(checkpoint)?.objective();
         let seq_len = window_length(checkpoint, settings.seq_len, DEFAULT_SEQ_LEN);
-        let mut windows = tokens.sample(seq_len, settings.samples, settings.seed);
+        let (bos, n_added) = match objective {
+            Objective::NextToken => (Bos::Auto, 0),
+            Objective::Masked | Objective::Pooled => (Bos::Never, tokenizer.n_added()),
+        };
+        let n_of_text = seq_len.saturating_sub(n_added);
+        if n_of_text == 0 {
+            let message = format!("windows of {seq_len} tokens hold nothing but the {n_added} that the tokenizer adds");
+            return Err(Failure::usage(message).hint("give a larger `--seq-len`").into());
+        }
+        let tokens = tokenizer.encode(&text.joined(), bos)?;
+        let drawn = tokens.sample(n_of_text, settings.samples, settings.seed);
+        let mut generator = ChaCha8Rng::seed_from_u64(settings.seed);
+        let target = |window: Vec<u32>| -> Result<(Vec<u32>, Targets)> {
+            if objective == Objective::NextToken {
+                let targets = Targets::next(&window);
+                return Ok((window, targets));
+            }
+            let (mut window, places) = tokenizer.wrap(&window);
+            if objective == Objective::Pooled {
+                return Ok((window, Targets::default()));
+            }
+            let targets = Targets::masked(&mut window, places, tokenizer.mask()?, &mut generator);
+            Ok((window, targets))
+        };
+        let mut windows = drawn.into_iter().map(target).collect::<Result<Vec<_>>>()?;
         if windows.len() < n_parts {
             return Err(text.too_short(tokens.ids.len(), seq_len * n_parts).into());
         }
@@ -64,6 +128,7 @@ impl Windows {
             windows: windows.len(),
             tokens: windows.len() * seq_len,
         };
-        Ok(Self { windows, part })
+        let (windows, targets) = windows.into_iter().unzip();
+        Ok(Self { windows, targets, part })
     }
 }

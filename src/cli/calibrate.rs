@@ -146,7 +146,7 @@ fn measure(
     let mut statistics = Statistics::new(header.clone(), limits.activation_bytes, &folder);
     let seconds = calibrate::observe(
         &decoder,
-        &windows.windows,
+        (&windows.windows, &windows.targets),
         observation,
         &limits,
         &Journal::default(),

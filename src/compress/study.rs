@@ -543,6 +543,14 @@ fn measure(
     let header = Header::new(Fingerprint::new(), observation, vec![windows.part.clone()]);
     let mut statistics = Statistics::new(header, limits.activation_bytes, &limits.work_folder);
     let keep = &mut |sums| statistics.keep(sums);
-    let seconds = calibrate::observe(&decoder, &windows.windows, observation, limits, journal, progress, keep)?;
+    let seconds = calibrate::observe(
+        &decoder,
+        (&windows.windows, &windows.targets),
+        observation,
+        limits,
+        journal,
+        progress,
+        keep,
+    )?;
     Ok((statistics, seconds))
 }

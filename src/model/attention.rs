@@ -1,4 +1,4 @@
-//! Causal grouped-query attention with a rotary embedding, over all of the past or a window of it.
+//! Grouped-query attention with a rotary embedding, over all of the past, a window of it, or both ways.
 
 use anyhow::Result;
 use candle_core::{CpuStorage, CustomOp3, Device, Layout, Shape, Tensor, bail};
@@ -43,11 +43,21 @@ pub(super) struct Scoring {
     pub window: Option<usize>,
     /// Scores s become `cap · tanh(s / cap)`.
     pub cap: Option<f32>,
+    /// Queries see what comes behind them too.
+    pub is_bidirectional: bool,
 }
 
 impl Scoring {
-    /// The keys that the query at `position` sees.
-    fn seen(self, position: usize) -> std::ops::Range<usize> {
+    /// Keys that some query before `end` sees, of `n_tokens`: these are scored.
+    fn n_keys(self, end: usize, n_tokens: usize) -> usize {
+        if self.is_bidirectional { n_tokens } else { end }
+    }
+
+    /// The keys that the query at `position` sees, of the `n_keys` that are scored.
+    fn seen(self, position: usize, n_keys: usize) -> std::ops::Range<usize> {
+        if self.is_bidirectional {
+            return 0..n_keys;
+        }
         let end = position + 1;
         self.window.map_or(0, |window| end.saturating_sub(window))..end
     }
@@ -58,7 +68,7 @@ impl Scoring {
             scores.iter_mut().for_each(|s| *s = cap * (*s / cap).tanh());
         }
         for (i, row) in scores.chunks_exact_mut(n_keys).enumerate() {
-            let seen = self.seen(first + i);
+            let seen = self.seen(first + i, n_keys);
             let (past, future) = row.split_at_mut(seen.end);
             let (unseen, past) = past.split_at_mut(seen.start);
             softmax_in_place(arch, past);
@@ -142,13 +152,13 @@ impl Attention {
             Kernels::Differentiable => q.apply_op3(
                 &k,
                 &v,
-                CausalAttention { n_heads: self.n_heads, head_dim: self.head_dim, scoring: self.scoring },
+                RecomputingAttention { n_heads: self.n_heads, head_dim: self.head_dim, scoring: self.scoring },
             )?,
         }; // (batch, heads, n_tokens, head_dim)
         Ok(mixed.transpose(1, 2)?.reshape((batch, n_tokens, self.n_heads * self.head_dim))?)
     }
 
-    /// Causal attention a block of queries at a time: scores of the future are never computed, and those of the past
+    /// Attention a block of queries at a time: scores of a future that is not seen are never computed, and those of the past
     /// stay in the cache. Heads are shared out to threads; each is computed in one order.
     fn attend_fused(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
         let (_, _, n_tokens, head_dim) = q.dims4()?;
@@ -174,17 +184,17 @@ fn attend_all(q: &[f32], k: &[f32], v: &[f32], n_tokens: usize, head_dim: usize,
     mixed
 }
 
-/// Causal attention with a backward pass of its own: weights are computed again a block of queries at a time, as in
+/// Attention with a backward pass of its own: weights are computed again a block of queries at a time, as in
 /// FlashAttention (Dao et al. 2022), and no score matrix is kept.
-struct CausalAttention {
+struct RecomputingAttention {
     n_heads: usize,
     head_dim: usize,
     scoring: Scoring,
 }
 
-impl CustomOp3 for CausalAttention {
+impl CustomOp3 for RecomputingAttention {
     fn name(&self) -> &'static str {
-        "causal-attention"
+        "recomputing-attention"
     }
 
     fn cpu_fwd(
@@ -271,11 +281,12 @@ impl Head<'_> {
         let n_tokens = self.q.len() / head_dim;
         for first in (0..n_tokens).step_by(QUERY_BLOCK) {
             let n_rows = QUERY_BLOCK.min(n_tokens - first);
-            let n_keys = first + n_rows;
-            let rows = first * head_dim..n_keys * head_dim;
+            let n_keys = scoring.n_keys(first + n_rows, n_tokens);
+            let rows = first * head_dim..(first + n_rows) * head_dim;
+            let seen = ..n_keys * head_dim;
             let matrix = |values| MatRef::from_row_major_slice(values, n_rows, head_dim);
             let keys = |values| MatRef::from_row_major_slice(values, n_keys, head_dim);
-            let (q, k, v) = (matrix(&self.q[rows.clone()]), keys(&self.k[..rows.end]), keys(&self.v[..rows.end]));
+            let (q, k, v) = (matrix(&self.q[rows.clone()]), keys(&self.k[seen]), keys(&self.v[seen]));
             let d_out = matrix(&gradient[rows.clone()]);
             let mut weights = vec![0f32; n_rows * n_keys];
             let into = MatMut::from_row_major_slice_mut(&mut weights, n_rows, n_keys);
@@ -284,7 +295,7 @@ impl Head<'_> {
                 scoring.cap.map(|cap| weights.iter().map(|s| 1.0 - (s / cap).tanh().powi(2)).collect());
             scoring.weigh(arch, &mut weights, n_keys, first);
             let p = MatRef::from_row_major_slice(&weights, n_rows, n_keys);
-            let into = MatMut::from_row_major_slice_mut(&mut dv[..rows.end], n_keys, head_dim);
+            let into = MatMut::from_row_major_slice_mut(&mut dv[seen], n_keys, head_dim);
             matmul(into, Accum::Add, p.transpose(), d_out, 1.0, Par::Seq);
             let mut d_scores = vec![0f32; n_rows * n_keys];
             let into = MatMut::from_row_major_slice_mut(&mut d_scores, n_rows, n_keys);
@@ -302,13 +313,13 @@ impl Head<'_> {
             let d_scores = MatRef::from_row_major_slice(&d_scores, n_rows, n_keys);
             let into = MatMut::from_row_major_slice_mut(&mut dq[rows.clone()], n_rows, head_dim);
             matmul(into, Accum::Replace, d_scores, k, 1.0, Par::Seq);
-            let into = MatMut::from_row_major_slice_mut(&mut dk[..rows.end], n_keys, head_dim);
+            let into = MatMut::from_row_major_slice_mut(&mut dk[seen], n_keys, head_dim);
             matmul(into, Accum::Add, d_scores.transpose(), q, 1.0, Par::Seq);
         }
     }
 }
 
-/// `mixed = softmax(q kᵀ) v` with a causal mask, all (n_tokens, head_dim) row-major; `scores` is scratch.
+/// `mixed = softmax(q kᵀ) v` of the keys that are seen, all (n_tokens, head_dim) row-major; `scores` is scratch.
 fn attend_one_head(
     arch: Arch,
     [q, k, v]: [&[f32]; 3],
@@ -318,11 +329,12 @@ fn attend_one_head(
     mixed: &mut [f32],
 ) {
     let rows = |values: &[f32]| values.len() / head_dim;
+    let n_tokens = rows(k);
     for (block_idx, (q, mixed)) in
         q.chunks(QUERY_BLOCK * head_dim).zip(mixed.chunks_mut(QUERY_BLOCK * head_dim)).enumerate()
     {
         let (first, n_rows) = (block_idx * QUERY_BLOCK, rows(q));
-        let n_keys = first + n_rows;
+        let n_keys = scoring.n_keys(first + n_rows, n_tokens);
         let scores = &mut scores[..n_rows * n_keys]; // (n_rows, n_keys)
         let (k, v) = (&k[..n_keys * head_dim], &v[..n_keys * head_dim]);
         let q = MatRef::from_row_major_slice(q, n_rows, head_dim);
@@ -356,7 +368,8 @@ mod tests {
             Some(cap) => ((scores / cap).unwrap().tanh().unwrap() * cap).unwrap(),
             None => scores,
         };
-        let is_seen = |query: usize, key: usize| key <= query && scoring.window.is_none_or(|w| query - key < w);
+        let is_past = |query: usize, key: usize| key <= query && scoring.window.is_none_or(|w| query - key < w);
+        let is_seen = |query: usize, key: usize| scoring.is_bidirectional || is_past(query, key);
         let mask: Vec<f32> = (0..n_tokens * n_tokens)
             .map(|at| if is_seen(at / n_tokens, at % n_tokens) { 0.0 } else { f32::NEG_INFINITY })
             .collect();
@@ -370,11 +383,12 @@ mod tests {
     fn attention_and_its_gradients_are_those_of_candle() {
         let linear = || Linear::dense(Tensor::zeros((1, 1), candle_core::DType::F32, &Device::Cpu).unwrap(), None);
         let shapes = [(2, 6, 3, 150, 8), (1, 4, 1, 64, 16), (3, 2, 2, 1, 4)];
-        let scorings = [(None, None), (Some(70), None), (Some(5), Some(1.5)), (None, Some(0.7))];
-        for ((batch, n_heads, n_kv_heads, n_tokens, head_dim), (window, cap)) in
-            shapes.into_iter().flat_map(|shape| scorings.map(|scoring| (shape, scoring)))
+        let of_past = [(None, None), (Some(70), None), (Some(5), Some(1.5)), (None, Some(0.7))];
+        let of_past = of_past.map(|(window, cap)| Scoring { window, cap, is_bidirectional: false });
+        let scorings = [&of_past[..], &[Scoring { is_bidirectional: true, ..Scoring::default() }]].concat();
+        for ((batch, n_heads, n_kv_heads, n_tokens, head_dim), scoring) in
+            shapes.into_iter().flat_map(|shape| scorings.iter().map(move |&scoring| (shape, scoring)))
         {
-            let scoring = Scoring { window, cap };
             let attention = Attention {
                 qkv: Qkv::Apart { q_proj: linear(), k_proj: linear(), v_proj: linear() },
                 o_proj: linear(),
@@ -402,7 +416,7 @@ mod tests {
             let [q, k, v] = [&variables[0], &variables[1], &variables[2]];
             let upstream = tensor(n_heads, 4);
             let gradients = |y: Tensor| (y * &upstream).unwrap().sum_all().unwrap().backward().unwrap();
-            let own = gradients(q.apply_op3(k, v, CausalAttention { n_heads, head_dim, scoring }).unwrap());
+            let own = gradients(q.apply_op3(k, v, RecomputingAttention { n_heads, head_dim, scoring }).unwrap());
             let candle = gradients(attend_in_candle(q, k, v, scoring));
             let max = |x: &Tensor| x.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
             for variable in &variables {

@@ -1,4 +1,4 @@
-//! One decoder block: attention and feed-forward, each behind or before a norm, each added to its input.
+//! One block: attention and feed-forward, each behind or before a norm, each added to its input.
 
 use anyhow::{Context, Result};
 use candle_core::Tensor;
@@ -22,6 +22,8 @@ pub struct Block {
     before_mlp: Option<Norm>,
     feed_forward: FeedForward,
     after_mlp: Option<Norm>,
+    /// Norms behind a sublayer are of its sum with its input.
+    are_norms_of_sums: bool,
     /// Attention and feed-forward both read the input of the block.
     is_parallel: bool,
 }
@@ -93,6 +95,7 @@ impl Block {
                 scoring: Scoring {
                     window: config.window(architecture, block_idx),
                     cap: config.attn_logit_softcapping.map(|cap| cap as f32),
+                    is_bidirectional: architecture.encoder.is_some(),
                 },
                 rope: config.rope_kind(architecture, block_idx),
             },
@@ -100,6 +103,7 @@ impl Block {
             before_mlp: norm(names.before_mlp)?,
             feed_forward,
             after_mlp: norm(names.after_mlp)?,
+            are_norms_of_sums: names.are_of_sums,
             is_parallel: config.use_parallel_residual,
         })
     }
@@ -174,7 +178,11 @@ impl Block {
         if !observe(InputSite::O, &mixed)? {
             return Ok(None);
         }
-        let attended = (x + norm(&self.after_attention, &self.attention.o_proj.forward(&mixed)?)?)?;
+        // `y` behind a sublayer, added to what it is added to.
+        let add = |to: &Tensor, y: &Tensor, after: &Option<Norm>| -> Result<Tensor> {
+            if self.are_norms_of_sums { norm(after, &(to + y)?) } else { Ok((to + norm(after, y)?)?) }
+        };
+        let attended = add(x, &self.attention.o_proj.forward(&mixed)?, &self.after_attention)?;
 
         let normed = norm(&self.before_mlp, if self.is_parallel { x } else { &attended })?;
         if !observe(InputSite::GateUp, &normed)? {
@@ -190,6 +198,6 @@ impl Block {
             }
             FeedForward::Experts(experts) => experts.forward(&normed, &mut |site, x| observe(site, x).map(drop))?,
         };
-        Ok(Some((attended + norm(&self.after_mlp, &fed_forward)?)?))
+        Ok(Some(add(&attended, &fed_forward, &self.after_mlp)?))
     }
 }

@@ -77,6 +77,8 @@ pub struct ModelConfig {
     mlp_only_layers: Vec<usize>,
     tie_word_embeddings: Option<bool>,
     /// What would change the architecture in a way that is not supported.
+    is_decoder: Option<bool>,
+    position_embedding_type: Option<String>,
     word_embed_proj_dim: Option<usize>,
     do_layer_norm_before: Option<bool>,
 }
@@ -129,7 +131,10 @@ pub fn native_config(config: &Map<String, Value>) -> Map<String, Value> {
 fn context(checkpoint: &Checkpoint) -> usize {
     let of = |name: &str| checkpoint.config()?.get(name)?.as_u64();
     let field = of("max_position_embeddings").or_else(|| of("n_positions"));
-    field.map_or(usize::MAX, |n| usize::try_from(n).unwrap_or(usize::MAX))
+    // Encoders count the rows of their table that stand for no position.
+    let encoder = model_type(checkpoint).and_then(architectures::find).filter(|a| a.encoder.is_some());
+    let unused = encoder.and_then(|a| a.embed_positions).map_or(0, |(_, first)| first);
+    field.map_or(usize::MAX, |n| usize::try_from(n).unwrap_or(usize::MAX).saturating_sub(unused))
 }
 
 /// Tokens in a window: as `asked`, else `default`, at most the model's context. Longer windows are run, with a warning.
@@ -211,6 +216,8 @@ impl ModelConfig {
         let apart = [
             ("word_embed_proj_dim", self.word_embed_proj_dim.is_some_and(|width| width != self.hidden_size)),
             ("do_layer_norm_before", self.do_layer_norm_before == Some(false)),
+            ("is_decoder", architecture.encoder.is_some() && self.is_decoder == Some(true)),
+            ("position_embedding_type", self.position_embedding_type.as_deref().is_some_and(|t| t != "absolute")),
         ];
         if let Some((field, _)) = apart.iter().find(|(_, is_so)| *is_so) {
             return Err(Failure::unsupported(format!("`{field}` has a value that lrc cannot run"))

@@ -1,18 +1,16 @@
-//! A causal language model: embed, blocks, norm, head. Blocks are loaded one at a time; see [`super::Walk`].
+//! A language model: embed, blocks, norm, head. Encoders are run by the same parts. Blocks are loaded one at a time; see [`super::Walk`].
 
-use anyhow::{Context, Result};
-use candle_core::{DType, Device, Tensor, Var};
-use pulp::Arch;
-use rayon::prelude::*;
+use anyhow::Result;
+use candle_core::{Device, Tensor};
 
-use super::architectures::{Architecture, LinearId, Slot};
+use super::architectures::{Architecture, EncoderNames, LinearId, MaskedHead, Slot};
 use super::block::Block;
 use super::config::ModelConfig;
+use super::head::{Head, Pooler, Transform};
 use super::linear::{self, Linear};
-use super::norm::{Norm, NormKind};
+use super::norm::{self, Norm, NormKind};
 use super::ops::Kernels;
 use super::rope::Rope;
-use super::softmax::{log_sum_exp, softmax_in_place};
 use super::weights::Weights;
 use crate::checkpoint::Checkpoint;
 use crate::error::Failure;
@@ -27,6 +25,17 @@ pub struct Decoder<'w> {
     kernels: Kernels,
 }
 
+/// What the gradients of a model are of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Objective {
+    /// The negative log-likelihood of every next token.
+    NextToken,
+    /// That of tokens that are hidden from an encoder.
+    Masked,
+    /// Half the squared norm of the pooled output of an encoder without a head.
+    Pooled,
+}
+
 /// The way from tokens to hidden states.
 pub struct Embeddings {
     /// (vocab_size, hidden_size)
@@ -34,19 +43,11 @@ pub struct Embeddings {
     /// (n_positions, hidden_size), where positions are learned.
     positions: Option<Tensor>,
     scale: Option<f64>,
-}
-
-/// The final norm and the head.
-pub struct Head {
-    norm: Norm,
-    lm_head: Linear,
-    /// Logits l become `cap · tanh(l / cap)`.
-    cap: Option<f64>,
+    /// Of encoders, (hidden_size), added to every token.
+    first_type: Option<Tensor>,
+    norm: Option<Norm>,
     kernels: Kernels,
 }
-
-/// Logits held at a time, in bytes.
-const LOGIT_BYTES: usize = 64 << 20;
 
 impl<'w> Decoder<'w> {
     /// Checks every tensor of the model in the headers.
@@ -86,9 +87,10 @@ impl<'w> Decoder<'w> {
             )?;
         }
         let norm = |module: &str, width: usize, fields: &str| -> Result<()> {
-            checkpoint.expect_shape(&format!("{module}.weight"), &[width], fields)?;
+            let [weight, bias] = norm::names(module, |name| checkpoint.info(name).is_some());
+            checkpoint.expect_shape(&weight, &[width], fields)?;
             if names.norm_kind == NormKind::Layer {
-                checkpoint.expect_shape(&format!("{module}.bias"), &[width], fields)?;
+                checkpoint.expect_shape(&bias, &[width], fields)?;
             }
             Ok(())
         };
@@ -122,11 +124,70 @@ impl<'w> Decoder<'w> {
                 )?;
             }
         }
-        norm(&format!("{prefix}{}", names.norm), config.hidden_size, "`hidden_size`")?;
-        if !config.is_tied() {
+        if let Some(last) = names.norm {
+            norm(&format!("{prefix}{last}"), config.hidden_size, "`hidden_size`")?;
+        }
+        if let Some(encoder) = &names.encoder {
+            self.check_encoder(checkpoint, encoder, &norm)?;
+        }
+        if !config.is_tied() && self.has_head() {
             linear::expect_shape(checkpoint, names.lm_head, embeddings, (false, false), vocabulary)?;
         }
         Ok(())
+    }
+
+    /// What an encoder has besides its blocks.
+    fn check_encoder(
+        &self,
+        checkpoint: &Checkpoint,
+        names: &EncoderNames,
+        norm: &dyn Fn(&str, usize, &str) -> Result<()>,
+    ) -> Result<()> {
+        let (width, fields) = (self.config.hidden_size, "`hidden_size`");
+        norm(&format!("{}{}", self.prefix, names.embed_norm), width, fields)?;
+        if let Some(types) = names.embed_types {
+            let table = format!("{}{types}.weight", self.prefix);
+            let n_rows = checkpoint.require(&table)?.shape.first().copied().unwrap_or(0);
+            checkpoint.expect_shape(&table, &[n_rows, width], fields)?;
+        }
+        if let Some(pooler) = self.pooler_name() {
+            linear::expect_shape(checkpoint, &pooler, [width, width], (true, false), fields)?;
+        }
+        if self.has_head() {
+            let head = &names.masked_head;
+            linear::expect_shape(checkpoint, head.dense, [width, width], (true, false), fields)?;
+            norm(head.norm, width, fields)?;
+            checkpoint.expect_shape(head.bias, &[self.config.vocab_size], "`vocab_size`")?;
+        }
+        Ok(())
+    }
+
+    /// What gradients are of.
+    pub fn objective(&self) -> Objective {
+        match &self.architecture.encoder {
+            None => Objective::NextToken,
+            Some(_) if self.has_head() => Objective::Masked,
+            Some(_) => Objective::Pooled,
+        }
+    }
+
+    /// Whether logits can be made: encoders are often saved without their head.
+    pub fn has_head(&self) -> bool {
+        self.architecture.encoder.as_ref().is_none_or(|encoder| self.weights.contains(encoder.masked_head.bias))
+    }
+
+    fn pooler_name(&self) -> Option<String> {
+        let name = format!("{}{}", self.prefix, self.architecture.encoder.as_ref()?.pooler?);
+        self.weights.contains(&format!("{name}.bias")).then_some(name)
+    }
+
+    /// Loads what makes one vector of an encoder's states.
+    ///
+    /// # Errors
+    /// A tensor is broken.
+    pub fn pooler(&self) -> Result<Pooler> {
+        let dense = self.pooler_name().map(|name| Linear::load(self.weights, &name, true, false));
+        Ok(Pooler { dense: dense.transpose()? })
     }
 
     pub fn n_blocks(&self) -> usize {
@@ -160,7 +221,18 @@ impl<'w> Decoder<'w> {
             let table = self.weights.tensor(&format!("{}{name}.weight", self.prefix))?;
             Ok(table.narrow(0, first, table.dim(0)?.saturating_sub(first))?)
         });
+        let encoder = self.architecture.encoder.as_ref();
+        let types = encoder.and_then(|e| e.embed_types).map(|name| -> Result<Tensor> {
+            Ok(self.weights.tensor(&format!("{}{name}.weight", self.prefix))?.get(0)?)
+        });
+        let norm = encoder.map(|e| {
+            let name = format!("{}{}", self.prefix, e.embed_norm);
+            Norm::load(self.weights, &name, self.architecture.norm_kind, self.config.rms_norm_eps)
+        });
         Ok(Embeddings {
+            first_type: types.transpose()?,
+            norm: norm.transpose()?,
+            kernels: self.kernels,
             table: self.table()?,
             positions: positions.transpose()?,
             scale: self.architecture.scales_embeddings.then(|| (self.config.hidden_size as f64).sqrt()),
@@ -182,21 +254,43 @@ impl<'w> Decoder<'w> {
     /// Loads the final norm and the head.
     ///
     /// # Errors
-    /// A tensor is broken.
+    /// A tensor is broken, or an encoder has no head.
     pub fn head(&self) -> Result<Head> {
-        let names = self.architecture;
-        let lm_head = if self.config.is_tied() {
+        let (names, eps) = (self.architecture, self.config.rms_norm_eps);
+        if !self.has_head() {
+            return Err(Failure::unsupported("the checkpoint has no masked-language-model head")
+                .hint("save the model with its head, or use what needs no logits")
+                .into());
+        }
+        let mut lm_head = if self.config.is_tied() {
             Linear::dense(self.table()?, None)
         } else {
             Linear::load(self.weights, names.lm_head, false, false)?
         };
-        let norm = format!("{}{}", self.prefix, names.norm);
-        Ok(Head {
-            norm: Norm::load(self.weights, &norm, names.norm_kind, self.config.rms_norm_eps)?,
-            lm_head,
-            cap: self.config.final_logit_softcapping,
-            kernels: self.kernels,
-        })
+        let norm = |name: &str| Norm::load(self.weights, name, names.norm_kind, eps);
+        let mut transform = None;
+        if let Some(MaskedHead { dense, activation, norm: name, bias }) = names.encoder.as_ref().map(|e| &e.masked_head)
+        {
+            lm_head = lm_head.with_bias(self.weights.tensor(bias)?);
+            let dense = Linear::load(self.weights, dense, true, false)?;
+            transform =
+                Some(Transform { dense, activation: activation.unwrap_or(self.config.hidden_act), norm: norm(name)? });
+        }
+        let last = names.norm.map(|name| norm(&format!("{}{name}", self.prefix))).transpose()?;
+        Ok(Head { norm: last, transform, lm_head, cap: self.config.final_logit_softcapping, kernels: self.kernels })
+    }
+
+    /// The last states (batch, n_tokens, hidden_size) of token ids (batch, n_tokens), the whole model in memory.
+    ///
+    /// # Errors
+    /// A tensor is broken.
+    pub fn states(&self, ids: &Tensor) -> Result<Tensor> {
+        let rope = self.rope(ids.dim(1)?)?;
+        let mut x = self.embeddings()?.of(ids)?;
+        for block_idx in 0..self.n_blocks() {
+            x = self.block(block_idx)?.forward(&x, &rope, self.kernels, &mut |_, _| Ok(()))?;
+        }
+        Ok(x)
     }
 
     /// Logits (batch, n_tokens, vocab_size) of token ids (batch, n_tokens), the whole model in memory.
@@ -205,12 +299,7 @@ impl<'w> Decoder<'w> {
     /// # Errors
     /// A tensor is broken.
     pub fn logits(&self, ids: &Tensor) -> Result<Tensor> {
-        let rope = self.rope(ids.dim(1)?)?;
-        let mut x = self.embeddings()?.of(ids)?;
-        for block_idx in 0..self.n_blocks() {
-            x = self.block(block_idx)?.forward(&x, &rope, self.kernels, &mut |_, _| Ok(()))?;
-        }
-        self.head()?.logits(&x)
+        self.head()?.logits(&self.states(ids)?)
     }
 }
 
@@ -247,107 +336,12 @@ impl Embeddings {
             }
             x = x.broadcast_add(&positions.narrow(0, 0, n_tokens)?)?;
         }
-        Ok(x)
-    }
-}
-
-impl Head {
-    /// `x` (..., hidden_size) to (..., vocab_size).
-    ///
-    /// # Errors
-    /// Shapes that do not match.
-    pub fn logits(&self, x: &Tensor) -> Result<Tensor> {
-        let logits = self.lm_head.forward(&self.norm.apply(self.kernels, x)?)?;
-        Ok(match self.cap {
-            Some(cap) => ((logits / cap)?.tanh()? * cap)?,
-            None => logits,
-        })
-    }
-
-    /// Logits of `x` (n, hidden_size), a chunk of rows at a time: memory is never n × vocabulary. `f` gets the first
-    /// row's index and the chunk, row-major.
-    ///
-    /// # Errors
-    /// That of `f`.
-    pub fn for_each_logits(&self, x: &Tensor, mut f: impl FnMut(usize, Vec<f32>) -> Result<()>) -> Result<()> {
-        let n = x.dim(0)?;
-        let rows_at_once = self.rows_at_once();
-        for first in (0..n).step_by(rows_at_once) {
-            let logits = self.logits(&x.narrow(0, first, rows_at_once.min(n - first))?)?; // (rows, vocab_size)
-            f(first, logits.flatten_all()?.to_vec1::<f32>()?)?;
+        if let Some(first_type) = &self.first_type {
+            x = x.broadcast_add(first_type)?;
         }
-        Ok(())
-    }
-
-    /// Rows whose logits are held at a time.
-    pub fn rows_at_once(&self) -> usize {
-        (LOGIT_BYTES / (4 * self.vocab_size())).max(1)
-    }
-
-    pub fn vocab_size(&self) -> usize {
-        self.lm_head.out_features()
-    }
-
-    /// The gradient (n, hidden_size) with respect to `x` (n, hidden_size) of the summed negative log-likelihood of
-    /// `targets`, one for each of the first rows of `x`; the rows behind them foretell nothing.
-    ///
-    /// # Errors
-    /// A logit is not finite.
-    pub fn loss_gradient(&self, x: &Tensor, targets: &[u32]) -> Result<Tensor> {
-        let (n, hidden_size) = x.dims2()?;
-        let vocab_size = self.vocab_size();
-        let arch = Arch::new();
-        let variable = Var::from_tensor(x)?;
-        let normed = self.norm.apply(Kernels::Differentiable, &variable)?;
-        let mut gradients = Vec::with_capacity(n);
-        self.for_each_logits(&x.narrow(0, 0, targets.len())?, |first, mut logits| {
-            logits.par_chunks_exact_mut(vocab_size).zip(&targets[first..]).for_each(|(row, &target)| {
-                let capped = self.cap.map(|_| row.to_vec());
-                softmax_in_place(arch, row); // ∂nll/∂logits = softmax − one-hot
-                row[target as usize] -= 1.0;
-                if let (Some(cap), Some(capped)) = (self.cap, capped) {
-                    let cap = cap as f32;
-                    row.iter_mut().zip(capped).for_each(|(g, l)| *g *= 1.0 - (l / cap).powi(2));
-                }
-            });
-            let rows = logits.len() / vocab_size;
-            let logits = Tensor::from_vec(logits, (rows, vocab_size), &Device::Cpu)?;
-            gradients.push(self.lm_head.backward(&logits)?); // (rows, hidden_size)
-            Ok(())
-        })?;
-        gradients.push(Tensor::zeros((n - targets.len(), hidden_size), DType::F32, &Device::Cpu)?);
-        let gradient = Tensor::cat(&gradients, 0)?; // with respect to the normed states
-        let store = (normed * gradient)?.sum_all()?.backward()?;
-        let gradient = store.get(&variable).context("the final norm passes no gradient")?;
-        if !gradient.sqr()?.sum_all()?.to_scalar::<f32>()?.is_finite() {
-            return Err(Failure::numeric("the gradient of the loss is not finite")
-                .hint("the checkpoint is broken, or overflows in f32")
-                .into());
+        match &self.norm {
+            Some(norm) => norm.apply(self.kernels, &x),
+            None => Ok(x),
         }
-        Ok(gradient.clone())
-    }
-
-    /// Negative log-likelihoods in nats of `targets` (n), each foretold by its row of `x` (n, hidden_size).
-    /// Logits are made a chunk at a time: memory is never n × vocabulary.
-    ///
-    /// # Errors
-    /// A logit is not finite.
-    pub fn negative_log_likelihoods(&self, x: &Tensor, targets: &[u32]) -> Result<Vec<f64>> {
-        let vocab_size = self.vocab_size();
-        let arch = Arch::new();
-        let mut nlls = Vec::with_capacity(targets.len());
-        self.for_each_logits(x, |first, logits| {
-            let rows = logits.par_chunks_exact(vocab_size).zip(&targets[first..]);
-            nlls.par_extend(rows.map(|(row, &t)| log_sum_exp(arch, row) - f64::from(row[t as usize])));
-            Ok(())
-        })?;
-        if let Some(position) = nlls.iter().position(|nll| !nll.is_finite()) {
-            return Err(Failure::numeric(format!(
-                "the model's logits are not finite (prediction {position} of this window)"
-            ))
-            .hint("the checkpoint is broken, or overflows in f32")
-            .into());
-        }
-        Ok(nlls)
     }
 }

@@ -24,7 +24,8 @@ pub struct LinearInfo {
     pub block: Option<usize>,
     /// Its place in the decoder, where the family is known.
     pub id: Option<LinearId>,
-    /// Heads, embeddings' twins and routers are linears, but compressed only on request.
+    /// Heads, embeddings' twins and routers are linears, but compressed only on request; so is all that lies outside of the
+    /// blocks of a family that is known.
     pub is_default_target: bool,
 }
 
@@ -138,7 +139,10 @@ pub fn linears(checkpoint: &Checkpoint) -> Vec<LinearInfo> {
             stored,
             block: module.split('.').find_map(|part| part.parse().ok()),
             id: architecture.and_then(|a| a.linear_id(module)),
-            is_default_target: !ON_REQUEST.contains(&last_part(module)),
+            is_default_target: match architecture {
+                Some(known) => known.linear_id(module).is_some(),
+                None => !ON_REQUEST.contains(&last_part(module)),
+            },
         });
     }
     linears

@@ -77,6 +77,11 @@ impl Linear {
         Self { base: Some(weight), low_rank: None, bias, tap: None }
     }
 
+    /// The same with a bias (out) that is stored elsewhere.
+    pub(super) fn with_bias(self, bias: Tensor) -> Self {
+        Self { bias: Some(bias), ..self }
+    }
+
     /// From now on the gradient at the output goes to the tap that this returns, and none is computed for the weight.
     pub fn tap_gradient(&mut self) -> GradientTap {
         self.tap.insert(GradientTap::default()).clone()

@@ -24,14 +24,21 @@ pub struct Norm {
     eps: f64,
 }
 
+/// Names of the weight and the bias of a norm; files of TensorFlow's age have `gamma` and `beta`.
+pub(super) fn names(module: &str, contains: impl Fn(&str) -> bool) -> [String; 2] {
+    let old = ["gamma", "beta"].map(|part| format!("{module}.{part}"));
+    if contains(&old[0]) { old } else { ["weight", "bias"].map(|part| format!("{module}.{part}")) }
+}
+
 impl Norm {
     /// # Errors
     /// A tensor is absent or broken.
     pub fn load(weights: &dyn Weights, module: &str, kind: NormKind, eps: f64) -> Result<Self> {
-        let weight = weights.tensor(&format!("{module}.weight"))?;
+        let [weight, bias] = names(module, |name| weights.contains(name));
+        let weight = weights.tensor(&weight)?;
         Ok(Self {
             weight: if kind == NormKind::RmsPlusOne { (weight + 1.0)? } else { weight },
-            bias: (kind == NormKind::Layer).then(|| weights.tensor(&format!("{module}.bias"))).transpose()?,
+            bias: (kind == NormKind::Layer).then(|| weights.tensor(&bias)).transpose()?,
             eps,
         })
     }

@@ -43,8 +43,11 @@ pub enum Bos {
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     pub sha256: String,
-    /// What the tokenizer puts in front of a sequence.
+    /// What the tokenizer puts in front of a sequence, and behind it.
     prefix: Vec<u32>,
+    suffix: Vec<u32>,
+    /// The token that stands for one that is hidden.
+    mask: Option<u32>,
     /// Its token for the beginning of a text, or else for the end of one, whether it adds it or not.
     boundary: Option<u32>,
 }
@@ -99,9 +102,10 @@ impl Tokenizer {
         // A stream is cut into windows here, whatever the file says of single inputs.
         inner.with_padding(None).with_truncation(None).map_err(unusable)?;
         let sha256 = sha256_file(&path)?;
-        let prefix = added_prefix(&inner)?;
+        let (prefix, suffix) = added(&inner)?;
         let boundary = boundary(model, &inner);
-        Ok(Self { inner, sha256, prefix, boundary })
+        let mask = mask(model, &inner);
+        Ok(Self { inner, sha256, prefix, suffix, mask, boundary })
     }
 
     /// The token that stands for the beginning of a text, or else for the end of one, whether the tokenizer adds it or not.
@@ -112,6 +116,29 @@ impl Tokenizer {
     /// The token that the tokenizer puts in front of a sequence, if it does.
     pub fn bos(&self) -> Option<u32> {
         self.prefix.first().copied()
+    }
+
+    /// The token that stands for one that is hidden.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn mask(&self) -> Result<u32> {
+        let absent = || {
+            Failure::unsupported("the tokenizer has no token for what is hidden")
+                .hint("name it as `mask_token` in `tokenizer_config.json`")
+        };
+        Ok(self.mask.ok_or_else(absent)?)
+    }
+
+    /// Tokens that an encoder gets besides those of the text.
+    pub fn n_added(&self) -> usize {
+        self.prefix.len() + self.suffix.len()
+    }
+
+    /// A piece of a text as an encoder gets it, `[CLS] … [SEP]`, and where in that the piece is.
+    pub fn wrap(&self, ids: &[u32]) -> (Vec<u32>, std::ops::Range<usize>) {
+        let first = self.prefix.len();
+        ([&self.prefix, ids, &self.suffix].concat(), first..first + ids.len())
     }
 
     /// Tokenises a whole text as one stream.
@@ -151,7 +178,17 @@ fn boundary(model: &Path, tokenizer: &tokenizers::Tokenizer) -> Option<u32> {
     })
 }
 
-fn added_prefix(tokenizer: &tokenizers::Tokenizer) -> Result<Vec<u32>> {
+/// `mask_token` of `tokenizer_config.json`, or one of its usual names.
+fn mask(model: &Path, tokenizer: &tokenizers::Tokenizer) -> Option<u32> {
+    let file = std::fs::read(model.join("tokenizer_config.json")).ok();
+    let fields: Option<Value> = file.and_then(|bytes| serde_json::from_slice(&bytes).ok());
+    let named = fields.as_ref().and_then(|fields| fields.get("mask_token"));
+    let named = named.and_then(|token| token.get("content").unwrap_or(token).as_str());
+    named.into_iter().chain(["[MASK]", "<mask>"]).find_map(|name| tokenizer.token_to_id(name))
+}
+
+/// What is put in front of a sequence, and behind it.
+fn added(tokenizer: &tokenizers::Tokenizer) -> Result<(Vec<u32>, Vec<u32>)> {
     let ids = |special: bool| -> Result<Vec<u32>> {
         let encoding =
             tokenizer.encode("a", special).map_err(|e| Failure::unsupported(format!("the tokenizer fails: {e}")))?;
@@ -159,7 +196,7 @@ fn added_prefix(tokenizer: &tokenizers::Tokenizer) -> Result<Vec<u32>> {
     };
     let (bare, full) = (ids(false)?, ids(true)?);
     let at = full.windows(bare.len().max(1)).position(|w| w == bare).unwrap_or(0);
-    Ok(full[..at].to_vec())
+    Ok((full[..at].to_vec(), full[at + bare.len()..].to_vec()))
 }
 
 impl Tokens {

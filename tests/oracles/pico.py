@@ -8,12 +8,13 @@ its outputs, of the summed next-token loss, in f64. `fixtures/pico/tokenizer.jso
 
 import json
 import pathlib
+import re
 import sys
 
 import tokenizers
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForPreTraining
 
 SHARED = dict(vocab_size=48, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
               num_key_value_heads=2, max_position_embeddings=64, pad_token_id=None, bos_token_id=1, eos_token_id=2)
@@ -62,17 +63,44 @@ FAMILIES = {
     "qwen3_moe": (dict(SHARED, head_dim=8, num_experts=6, num_experts_per_tok=3, moe_intermediate_size=12,
                        mlp_only_layers=[0], norm_topk_prob=True),
                   [{"norm_topk_prob": False}]),
+    "bert": (dict(UNGROUPED, vocab_size=51), []),
+    "roberta": (dict(UNGROUPED, vocab_size=51, max_position_embeddings=66, pad_token_id=1, bos_token_id=48, eos_token_id=49,
+                     type_vocab_size=1, layer_norm_eps=1e-5), [{"hidden_act": "relu"}]),
+    "distilbert": (dict(vocab_size=51, dim=16, hidden_dim=24, n_layers=2, n_heads=4, max_position_embeddings=64), []),
 }
 EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
-LINEARS = tuple("_proj c_attn c_fc query_key_value dense dense_h_to_4h dense_4h_to_h fc1 fc2".split())
-IDS = [1, 5, 9, 33, 47, 2, 2, 17, 40, 8, 21, 30, 4]
+LINEARS = tuple(("_proj c_attn c_fc query_key_value dense dense_h_to_4h dense_4h_to_h fc1 fc2 query key value "
+                 "_lin lin1 lin2").split())
+# Between the tokens that encoders get at both ends; RoBERTa counts positions past those of padding, which is 1.
+ENDS = {"decoder": (1, 4), "encoder": (48, 49)}
+
+
+def ids_of(model):
+    first, last = ENDS["encoder" if model.config.model_type in ENCODERS else "decoder"]
+    return torch.tensor([[first, 5, 9, 33, 47, 2, 2, 17, 40, 8, 21, 30, last]])
+
+
+def forward(model):
+    found = model.eval()(ids_of(model))
+    return found.prediction_logits[0] if hasattr(found, "prediction_logits") else found.logits[0]
 
 
 def logits(model):
     with torch.no_grad():
-        return model.eval()(torch.tensor([IDS])).logits[0]
+        return forward(model)
 
 
+def pooled(model):
+    """The last states of an encoder, and its pooled vector: that of its pooler, or else the mean."""
+    found = model.base_model.eval()(ids_of(model))
+    states = found.last_hidden_state[0]
+    vector = getattr(found, "pooler_output", None)
+    return states, states.mean(0) if vector is None else vector[0]
+
+
+# Encoders: the class that is saved, and which of their tokens are asked for, hidden or not.
+ENCODERS = {"bert": AutoModelForPreTraining, "roberta": AutoModelForMaskedLM, "distilbert": AutoModelForMaskedLM}
+ASKED = [1, 4, 9]
 # How the files of a family name the linears of experts, which transformers 5 stacks.
 EXPERTS = {"mixtral": ("block_sparse_moe.experts", "w1 w3 w2"), "qwen3_moe": ("mlp.experts", "gate_proj up_proj down_proj")}
 
@@ -100,22 +128,27 @@ def watch_experts(model, outputs):
         experts.forward = forward
 
 
-def squared_gradients(model):
+def squared_gradients(model, loss=None):
     model = model.double().eval()
     outputs = {}
-    ids = torch.tensor([IDS])
-    before = model(ids).logits
+    ids = ids_of(model)
     if model.config.model_type in EXPERTS:
+        before = forward(model)
         watch_experts(model, outputs)
-        assert (model(ids).logits - before).abs().max() < 1e-12
+        assert (forward(model) - before).abs().max() < 1e-12
     for name, module in model.named_modules():
         if name.endswith(LINEARS):
             def hook(_, __, output, name=name):
                 output.retain_grad()
                 outputs[name] = output
             module.register_forward_hook(hook)
-    logits = model(ids).logits[0]
-    torch.nn.functional.cross_entropy(logits[:-1], ids[0, 1:], reduction="sum").backward()
+    if loss is None and model.config.model_type in ENCODERS:
+        torch.nn.functional.cross_entropy(forward(model)[ASKED], ids[0, ASKED], reduction="sum").backward()
+    elif loss is None:
+        torch.nn.functional.cross_entropy(forward(model)[:-1], ids[0, 1:], reduction="sum").backward()
+    else:
+        loss(model).backward()
+    outputs = {name: y for name, y in outputs.items() if re.search(r"\.\d+\.", name)}
     return {name: [float(f"{x:.7g}") for x in (y.grad.flatten(0, -2) ** 2).sum(0).tolist()] for name, y in outputs.items()}
 
 
@@ -125,6 +158,11 @@ def write_tokenizer():
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], unk_token="<unk>"))
     tokenizer.normalizer = tokenizers.normalizers.Lowercase()
     tokenizer.save("fixtures/pico/tokenizer.json")
+    added = ["[CLS]", "[SEP]", "[MASK]"]
+    tokenizer.add_special_tokens(added)
+    ids = [(token, tokenizer.token_to_id(token)) for token in added[:2]]
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing("[CLS] $A [SEP]", "[CLS] $A [SEP] $B [SEP]", ids)
+    tokenizer.save("fixtures/pico/tokenizer-encoder.json")
 
 
 def main():
@@ -135,7 +173,8 @@ def main():
             continue
         torch.manual_seed(0)
         config = AutoConfig.for_model(family, **EAGER, **fields)
-        model = AutoModelForCausalLM.from_config(config).float()
+        kind = ENCODERS.get(family, AutoModelForCausalLM)
+        model = kind.from_config(config).float()
         for parameter in model.parameters():
             noise = torch.randn_like(parameter)
             parameter.data = 0.3 * noise if parameter.dim() >= 2 else parameter.data + 0.2 * noise
@@ -148,13 +187,20 @@ def main():
         for changes in [{}] + others:
             changed = {k: v for k, v in (saved | changes).items() if k != "model_type"}
             config = AutoConfig.for_model(family, **EAGER, **changed)
-            again = AutoModelForCausalLM.from_config(config).float()
+            again = kind.from_config(config).float()
             again.load_state_dict(model.state_dict())
             rows = logits(again).tolist()
             cases.append({"changes": changes, "logits": [[float(f"{x:.7g}") for x in row] for row in rows]})
         size = sum(f.stat().st_size for f in folder.iterdir())
         gradients = squared_gradients(model)
-        expected = {"transformers": transformers.__version__, "ids": IDS, "cases": cases, "squared_gradients": gradients}
+        more = {}
+        if family in ENCODERS:
+            states, vector = pooled(model.float())
+            norm = lambda model: 0.5 * (pooled(model)[1] ** 2).sum()
+            rounded = lambda values: [float(f"{x:.7g}") for x in values]
+            more = {"asked": ASKED, "states": [rounded(row) for row in states.tolist()], "pooled": rounded(vector.tolist()),
+                    "pooled_squared_gradients": squared_gradients(model, norm)}
+        expected = {"transformers": transformers.__version__, "ids": ids_of(model)[0].tolist(), "cases": cases, "squared_gradients": gradients, **more}
         (folder / "expected.json").write_text(json.dumps(expected) + "\n")
         print(family, size, len(gradients))
 

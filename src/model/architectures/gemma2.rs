@@ -12,6 +12,7 @@ pub(super) const GEMMA2: Architecture = Architecture {
         after_attention: Some("post_attention_layernorm"),
         before_mlp: Some("pre_feedforward_layernorm"),
         after_mlp: Some("post_feedforward_layernorm"),
+        are_of_sums: false,
         query_key: None,
     },
     norm_kind: NormKind::RmsPlusOne,

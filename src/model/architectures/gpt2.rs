@@ -11,7 +11,7 @@ pub(super) const GPT2: Architecture = Architecture {
     embed_positions: Some(("wpe", 0)),
     layers: "h",
     norms: Norms { before_attention: Some("ln_1"), before_mlp: Some("ln_2"), ..LLAMA.norms },
-    norm: "ln_f",
+    norm: Some("ln_f"),
     linears: &[
         (Role::QkvProj, "attn.c_attn"),
         (Role::OProj, "attn.c_proj"),

@@ -9,7 +9,7 @@ pub(super) const GPT_NEOX: Architecture = Architecture {
     model_type: "gpt_neox",
     prefix: "gpt_neox.",
     embed_tokens: "embed_in",
-    norm: "final_layer_norm",
+    norm: Some("final_layer_norm"),
     lm_head: "embed_out",
     linears: &[
         (Role::QkvProj, "attention.query_key_value"),

@@ -15,10 +15,12 @@ pub(super) const LLAMA: Architecture = Architecture {
         after_attention: None,
         before_mlp: Some("post_attention_layernorm"),
         after_mlp: None,
+        are_of_sums: false,
         query_key: None,
     },
-    norm: "norm",
+    norm: Some("norm"),
     lm_head: "lm_head",
+    encoder: None,
     linears: &[
         (Role::QProj, "self_attn.q_proj"),
         (Role::KProj, "self_attn.k_proj"),

@@ -1,6 +1,8 @@
 //! Families of models, as data: what their tensors are called, and the options of the decoder that they take. One file a family,
 //! one line in `ALL`.
 
+mod bert;
+mod distilbert;
 mod gemma2;
 mod gemma3_text;
 mod gpt2;
@@ -14,12 +16,14 @@ mod phi3;
 mod qwen2;
 mod qwen3;
 mod qwen3_moe;
+mod roberta;
 mod smollm3;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::config::ModelConfig;
+use super::mlp::Activation;
 use super::norm::NormKind;
 
 /// Every family that `lrc` can run.
@@ -38,6 +42,9 @@ const ALL: &[&Architecture] = &[
     &opt::OPT,
     &mixtral::MIXTRAL,
     &qwen3_moe::QWEN3_MOE,
+    &bert::BERT,
+    &roberta::ROBERTA,
+    &distilbert::DISTILBERT,
 ];
 
 /// The names of a family's modules, and its options; the names of tensors are these with `.weight` or `.bias`. Most families are
@@ -54,8 +61,11 @@ pub struct Architecture {
     pub layers: &'static str,
     pub norms: Norms,
     /// Behind the last block.
-    pub norm: &'static str,
+    pub norm: Option<&'static str>,
+    /// Of encoders the part of the masked-language-model head that is tied to the embeddings.
     pub lm_head: &'static str,
+    /// What encoders have besides; their attention looks both ways.
+    pub encoder: Option<EncoderNames>,
     /// The linears of a block without experts, in the order of the forward pass.
     pub linears: &'static [(Role, &'static str)],
     /// What stands for the feed-forward layer in blocks with experts.
@@ -78,6 +88,28 @@ pub struct Architecture {
     pub defaults: &'static str,
 }
 
+/// The parts of an encoder that decoders do not have. Names under `masked_head` have no prefix.
+#[derive(Debug)]
+pub struct EncoderNames {
+    /// The table of token types; every token is of the first.
+    pub embed_types: Option<&'static str>,
+    /// Over the sum of all embeddings.
+    pub embed_norm: &'static str,
+    pub masked_head: MaskedHead,
+    /// The linear that the state of the first token goes through, before tanh.
+    pub pooler: Option<&'static str>,
+}
+
+/// A masked-language-model head: a linear, an activation and a norm, before the matrix of the vocabulary with its bias.
+#[derive(Debug)]
+pub struct MaskedHead {
+    pub dense: &'static str,
+    /// That of the blocks, if none is named.
+    pub activation: Option<Activation>,
+    pub norm: &'static str,
+    pub bias: &'static str,
+}
+
 /// Gated feed-forward layers of which every token sees a few.
 #[derive(Debug)]
 pub struct ExpertNames {
@@ -94,6 +126,8 @@ pub struct Norms {
     pub after_attention: Option<&'static str>,
     pub before_mlp: Option<&'static str>,
     pub after_mlp: Option<&'static str>,
+    /// Norms behind a sublayer are of its sum with its input.
+    pub are_of_sums: bool,
     pub query_key: Option<QueryKeyNorm>,
 }
 

@@ -11,6 +11,7 @@ pub(super) const OLMO2: Architecture = Architecture {
         after_attention: Some("post_attention_layernorm"),
         before_mlp: None,
         after_mlp: Some("post_feedforward_layernorm"),
+        are_of_sums: false,
         query_key: Some(QueryKeyNorm { query: "self_attn.q_norm", key: "self_attn.k_norm", is_per_head: false }),
     },
     defaults: r#"{"rms_norm_eps": 1e-5}"#,

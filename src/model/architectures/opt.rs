@@ -13,7 +13,7 @@ pub(super) const OPT: Architecture = Architecture {
         before_mlp: Some("final_layer_norm"),
         ..LLAMA.norms
     },
-    norm: "final_layer_norm",
+    norm: Some("final_layer_norm"),
     linears: &[
         (Role::QProj, "self_attn.q_proj"),
         (Role::KProj, "self_attn.k_proj"),

@@ -1,0 +1,24 @@
+//! RoBERTa: BERT with positions behind two rows that are not used, and another head. Liu et al. 2019, arXiv:1907.11692.
+
+use super::bert::BERT;
+use super::{Architecture, EncoderNames, MaskedHead};
+use crate::model::mlp::Activation;
+
+pub(super) const ROBERTA: Architecture = Architecture {
+    model_type: "roberta",
+    prefix: "roberta.",
+    embed_positions: Some(("embeddings.position_embeddings", 2)),
+    lm_head: "lm_head.decoder",
+    encoder: Some(EncoderNames {
+        masked_head: MaskedHead {
+            dense: "lm_head.dense",
+            activation: Some(Activation::Gelu),
+            norm: "lm_head.layer_norm",
+            bias: "lm_head.bias",
+        },
+        embed_types: Some("embeddings.token_type_embeddings"),
+        embed_norm: "embeddings.LayerNorm",
+        pooler: Some("pooler.dense"),
+    }),
+    ..BERT
+};

@@ -1,0 +1,185 @@
+//! From last states to logits and losses, and to the one vector that an encoder makes of a text.
+
+use anyhow::{Context, Result};
+use candle_core::{Device, Tensor, Var};
+use pulp::Arch;
+use rayon::prelude::*;
+
+use super::linear::Linear;
+use super::mlp::Activation;
+use super::norm::Norm;
+use super::ops::Kernels;
+use super::softmax::{log_sum_exp, softmax_in_place};
+use crate::error::Failure;
+
+/// The final norm and the head.
+pub struct Head {
+    pub(super) norm: Option<Norm>,
+    pub(super) transform: Option<Transform>,
+    pub(super) lm_head: Linear,
+    /// Logits l become `cap · tanh(l / cap)`.
+    pub(super) cap: Option<f64>,
+    pub(super) kernels: Kernels,
+}
+
+/// What the states of an encoder go through before its matrix of the vocabulary.
+pub(super) struct Transform {
+    pub dense: Linear,
+    pub activation: Activation,
+    pub norm: Norm,
+}
+
+/// What makes one vector of an encoder's last states: tanh of a linear of the first token's, or the mean of all where a
+/// checkpoint has no such linear.
+pub struct Pooler {
+    pub(super) dense: Option<Linear>,
+}
+
+/// Logits held at a time, in bytes.
+const LOGIT_BYTES: usize = 64 << 20;
+
+impl Head {
+    /// What the matrix of the vocabulary reads, in the shape of `x` (..., hidden_size).
+    fn before_vocabulary(&self, kernels: Kernels, x: &Tensor) -> Result<Tensor> {
+        let mut x = match &self.norm {
+            Some(norm) => norm.apply(kernels, x)?,
+            None => x.clone(),
+        };
+        if let Some(Transform { dense, activation, norm }) = &self.transform {
+            x = norm.apply(kernels, &activation.apply(&dense.forward(&x)?)?)?;
+        }
+        Ok(x)
+    }
+
+    /// `x` (..., hidden_size) to (..., vocab_size).
+    ///
+    /// # Errors
+    /// Shapes that do not match.
+    pub fn logits(&self, x: &Tensor) -> Result<Tensor> {
+        let logits = self.lm_head.forward(&self.before_vocabulary(self.kernels, x)?)?;
+        Ok(match self.cap {
+            Some(cap) => ((logits / cap)?.tanh()? * cap)?,
+            None => logits,
+        })
+    }
+
+    /// Logits of `x` (n, hidden_size), a chunk of rows at a time: memory is never n × vocabulary. `f` gets the first
+    /// row's index and the chunk, row-major.
+    ///
+    /// # Errors
+    /// That of `f`.
+    pub fn for_each_logits(&self, x: &Tensor, mut f: impl FnMut(usize, Vec<f32>) -> Result<()>) -> Result<()> {
+        let n = x.dim(0)?;
+        let rows_at_once = self.rows_at_once();
+        for first in (0..n).step_by(rows_at_once) {
+            let logits = self.logits(&x.narrow(0, first, rows_at_once.min(n - first))?)?; // (rows, vocab_size)
+            f(first, logits.flatten_all()?.to_vec1::<f32>()?)?;
+        }
+        Ok(())
+    }
+
+    /// Rows whose logits are held at a time.
+    pub fn rows_at_once(&self) -> usize {
+        (LOGIT_BYTES / (4 * self.vocab_size())).max(1)
+    }
+
+    pub fn vocab_size(&self) -> usize {
+        self.lm_head.out_features()
+    }
+
+    /// The gradient (n, hidden_size) with respect to `x` (n, hidden_size) of the summed negative log-likelihood of
+    /// `targets`, each foretold by the state in its one of `rows`.
+    ///
+    /// # Errors
+    /// A logit is not finite.
+    pub fn loss_gradient(&self, x: &Tensor, rows: &[u32], targets: &[u32]) -> Result<Tensor> {
+        if rows.is_empty() {
+            return Ok(x.zeros_like()?);
+        }
+        let vocab_size = self.vocab_size();
+        let arch = Arch::new();
+        let rows = Tensor::new(rows, &Device::Cpu)?;
+        let variable = Var::from_tensor(x)?;
+        let before = self.before_vocabulary(Kernels::Differentiable, &variable.index_select(&rows, 0)?)?;
+        let mut gradients = Vec::new();
+        self.for_each_logits(&x.index_select(&rows, 0)?, |first, mut logits| {
+            logits.par_chunks_exact_mut(vocab_size).zip(&targets[first..]).for_each(|(row, &target)| {
+                let capped = self.cap.map(|_| row.to_vec());
+                softmax_in_place(arch, row); // ∂nll/∂logits = softmax − one-hot
+                row[target as usize] -= 1.0;
+                if let (Some(cap), Some(capped)) = (self.cap, capped) {
+                    let cap = cap as f32;
+                    row.iter_mut().zip(capped).for_each(|(g, l)| *g *= 1.0 - (l / cap).powi(2));
+                }
+            });
+            let n_rows = logits.len() / vocab_size;
+            let logits = Tensor::from_vec(logits, (n_rows, vocab_size), &Device::Cpu)?;
+            gradients.push(self.lm_head.backward(&logits)?); // (n_rows, hidden_size)
+            Ok(())
+        })?;
+        let gradient = Tensor::cat(&gradients, 0)?; // with respect to what the matrix of the vocabulary reads
+        gradient_of((before * gradient)?.sum_all()?, &variable)
+    }
+
+    /// Negative log-likelihoods in nats of `targets` (n), each foretold by its row of `x` (n, hidden_size).
+    /// Logits are made a chunk at a time: memory is never n × vocabulary.
+    ///
+    /// # Errors
+    /// A logit is not finite.
+    pub fn negative_log_likelihoods(&self, x: &Tensor, targets: &[u32]) -> Result<Vec<f64>> {
+        let vocab_size = self.vocab_size();
+        let arch = Arch::new();
+        let mut nlls = Vec::with_capacity(targets.len());
+        self.for_each_logits(x, |first, logits| {
+            let rows = logits.par_chunks_exact(vocab_size).zip(&targets[first..]);
+            nlls.par_extend(rows.map(|(row, &t)| log_sum_exp(arch, row) - f64::from(row[t as usize])));
+            Ok(())
+        })?;
+        if let Some(position) = nlls.iter().position(|nll| !nll.is_finite()) {
+            return Err(Failure::numeric(format!(
+                "the model's logits are not finite (prediction {position} of this window)"
+            ))
+            .hint("the checkpoint is broken, or overflows in f32")
+            .into());
+        }
+        Ok(nlls)
+    }
+}
+
+impl Pooler {
+    /// Whether the vector is that of the checkpoint's own linear.
+    pub fn is_learned(&self) -> bool {
+        self.dense.is_some()
+    }
+
+    /// One vector (hidden_size) of the states of a window, (n_tokens, hidden_size).
+    ///
+    /// # Errors
+    /// Shapes that do not match.
+    pub fn pool(&self, x: &Tensor) -> Result<Tensor> {
+        match &self.dense {
+            Some(dense) => Ok(dense.forward(&x.narrow(0, 0, 1)?)?.tanh()?.squeeze(0)?),
+            None => Ok(x.mean(0)?),
+        }
+    }
+
+    /// The gradient of half the squared norm of the pooled vector with respect to `x` (n_tokens, hidden_size).
+    ///
+    /// # Errors
+    /// It is not finite.
+    pub fn norm_gradient(&self, x: &Tensor) -> Result<Tensor> {
+        let variable = Var::from_tensor(x)?;
+        let pooled = self.pool(&variable)?;
+        gradient_of((pooled.sqr()? * 0.5)?.sum_all()?, &variable)
+    }
+}
+
+fn gradient_of(loss: Tensor, variable: &Var) -> Result<Tensor> {
+    let gradient = loss.backward()?.get(variable).context("the head passes no gradient")?.clone();
+    if !gradient.sqr()?.sum_all()?.to_scalar::<f32>()?.is_finite() {
+        return Err(Failure::numeric("the gradient of the loss is not finite")
+            .hint("the checkpoint is broken, or overflows in f32")
+            .into());
+    }
+    Ok(gradient)
+}
