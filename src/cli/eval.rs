@@ -8,14 +8,19 @@ use clap::{Args, ValueEnum};
 
 use super::terminal::{Bars, grouped, table};
 use super::{GateArgs, MemoryArgs, ModelArgs, open};
+use crate::error::Failure;
 use crate::eval::conventions::Convention;
-use crate::eval::{self, EvalSettings, Reference};
+use crate::eval::{self, EvalSettings, Masking, Reference};
+use crate::model::ModelConfig;
 use crate::report::gate;
 use crate::report::schema::{Field, fields};
-use crate::report::{AllConventionsReport, DivergenceRecord, PerplexityReport};
+use crate::report::{
+    Agreement, AllConventionsReport, DivergenceRecord, EncoderReport, FidelityRecord, PerplexityReport,
+    PseudoPerplexity,
+};
 use crate::text::{Bos, DEFAULT_FIELD};
 
-/// Measure perplexity in a named convention, and divergence from a reference
+/// Measure perplexity in a named convention, and divergence from a reference; of encoders, how close their states are to it
 ///
 /// Reads plain checkpoints and everything that `lrc compress` writes, one block at a time.
 ///
@@ -42,9 +47,9 @@ pub(super) struct EvalArgs {
     #[arg(long, value_name = "MODEL")]
     reference: Option<String>,
 
-    /// How the text is cut and scored
-    #[arg(long, value_enum, default_value = "gptq")]
-    convention: Asked,
+    /// How the text is cut and scored [default: gptq; of encoders masked, or none with a reference]
+    #[arg(long, value_enum)]
+    convention: Option<Asked>,
 
     /// Tokens in a window [default: the convention's, at most the model's context]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(2..))]
@@ -78,40 +83,54 @@ pub(super) struct EvalArgs {
 enum Asked {
     One(Convention),
     All,
+    Masked,
 }
 
 impl ValueEnum for Asked {
     fn value_variants<'a>() -> &'a [Self] {
         use Convention::{Gptq, HfStrided, Llamacpp, LmEval};
-        &[Self::One(Gptq), Self::One(HfStrided), Self::One(Llamacpp), Self::One(LmEval), Self::All]
+        &[Self::One(Gptq), Self::One(HfStrided), Self::One(Llamacpp), Self::One(LmEval), Self::All, Self::Masked]
     }
 
     fn to_possible_value(&self) -> Option<PossibleValue> {
         match self {
             Self::One(convention) => convention.to_possible_value(),
-            Self::All => Some(PossibleValue::new("all").help("One after another")),
+            Self::All => Some(PossibleValue::new("all").help("One after another: gptq, hf-strided, llamacpp and lm-eval")),
+            Self::Masked => Some(PossibleValue::new("masked").help(
+                "Of encoders with a masked-LM head, pseudo-perplexity: every token hidden in turn (Salazar et al. 2020)",
+            )),
         }
     }
 }
 
 pub(super) fn run(args: &EvalArgs, progress: &Bars) -> Result<()> {
     let gates = &args.gates.fail_if;
+    let asked = args.convention.unwrap_or(Asked::One(Convention::Gptq));
     let absent = match args.reference {
         Some(_) => vec![],
         None => vec![(fields::<DivergenceRecord>(), "`--reference MODEL` measures it")],
     };
-    match args.convention {
-        Asked::One(_) => gate::expect_fields::<PerplexityReport>(gates, &absent)?,
+    // What is measured depends on the model, which is opened after what can be known without.
+    let of_encoder = || gate::expect_fields::<EncoderReport>(gates, &of_encoder_absent(args));
+    match asked {
+        Asked::Masked => of_encoder()?,
+        Asked::One(_) => {
+            gate::expect_fields::<PerplexityReport>(gates, &absent).or_else(|e| of_encoder().map_err(|_| e))?
+        }
         Asked::All => {
             let names = ["gptq", "hf-strided", "llamacpp", "lm-eval"];
             let within = |(fields, hint): (Vec<Field>, _)| {
                 let of = |name: &str| -> Vec<Field> { fields.iter().map(|field| field.within(name)).collect() };
                 (names.iter().flat_map(|name| of(name)).collect(), hint)
             };
-            gate::expect_fields::<AllConventionsReport>(gates, &absent.into_iter().map(within).collect::<Vec<_>>())?;
+            gate::expect_fields::<AllConventionsReport>(
+                gates,
+                &absent.iter().cloned().map(within).collect::<Vec<_>>(),
+            )?;
         }
     }
     let checkpoint = args.model.open(progress)?;
+    let is_encoder = ModelConfig::of(&checkpoint)?.1.encoder.is_some();
     let settings = |convention| EvalSettings {
         model: args.model.model.clone(),
         text: args.text.clone(),
@@ -119,7 +138,7 @@ pub(super) fn run(args: &EvalArgs, progress: &Bars) -> Result<()> {
         convention,
         seq_len: args.seq_len.map(|n| n as usize),
         // Among all it is one convention's.
-        stride: args.stride.map(|n| n as usize).filter(|_| args.convention != Asked::All || takes_stride(convention)),
+        stride: args.stride.map(|n| n as usize).filter(|_| asked != Asked::All || takes_stride(convention)),
         max_windows: args.max_windows.map(|n| n as usize),
         bos: args.bos,
         memory_bytes: args.memory.memory.as_u64(),
@@ -128,8 +147,25 @@ pub(super) fn run(args: &EvalArgs, progress: &Bars) -> Result<()> {
     let named = args.reference.as_deref().unwrap_or_default();
     let reference = reference.as_ref().map(|checkpoint| Reference { checkpoint, name: named });
     let one = |convention| eval::perplexity(&checkpoint, reference.as_ref(), &settings(convention), progress);
-    match args.convention {
-        Asked::One(convention) => args.gates.conclude(&one(convention)?, args.json, show),
+    if is_encoder && matches!(args.convention, None | Some(Asked::Masked)) {
+        of_encoder()?;
+        let masking = match (args.convention, &reference) {
+            (None, Some(_)) => Masking::Never,
+            _ => Masking::Always,
+        };
+        let report = eval::encoder(&checkpoint, reference.as_ref(), masking, &settings(Convention::Gptq), progress)?;
+        return args.gates.conclude(&report, args.json, show_encoder);
+    }
+    match asked {
+        Asked::Masked => {
+            Err(Failure::unsupported("the convention `masked` is for encoders: this model sees no future tokens")
+                .hint("leave `--convention` out, or name that of a causal model")
+                .into())
+        }
+        Asked::One(convention) => {
+            gate::expect_fields::<PerplexityReport>(gates, &absent)?;
+            args.gates.conclude(&one(convention)?, args.json, show)
+        }
         Asked::All => {
             let report = AllConventionsReport {
                 gptq: one(Convention::Gptq)?,
@@ -140,6 +176,17 @@ pub(super) fn run(args: &EvalArgs, progress: &Bars) -> Result<()> {
             args.gates.conclude(&report, args.json, show_all)
         }
     }
+}
+
+/// Fields of an encoder's report that this run does not fill.
+fn of_encoder_absent(args: &EvalArgs) -> Vec<(Vec<Field>, &'static str)> {
+    let mut absent = Vec::new();
+    if args.reference.is_none() {
+        absent.push((fields::<FidelityRecord>(), "`--reference MODEL` measures it"));
+    } else if args.convention.is_none() {
+        absent.push((fields::<PseudoPerplexity>(), "`--convention masked` measures it"));
+    }
+    absent
 }
 
 fn takes_stride(convention: Convention) -> bool {
@@ -201,6 +248,34 @@ fn show(r: &PerplexityReport) -> String {
     if let Some(d) = &r.divergence {
         rows.splice(1..1, divergence_rows(d));
     }
+    table(&["measure", "value"], rows.into_iter().map(|(name, value)| vec![name.to_string(), value]).collect())
+}
+
+fn show_encoder(r: &EncoderReport) -> String {
+    let mut rows = Vec::new();
+    if let Some(f) = &r.fidelity {
+        rows.push(("reference", f.reference.clone()));
+        let cosine = |a: &Agreement| format!("{:.6}, {:.6}", a.cosine_mean, a.cosine_min);
+        rows.push(("hidden states: cosine, mean and least", cosine(&f.states)));
+        rows.push(("  relative error", format!("{:.6}", f.states.relative_error)));
+        let of = if f.pooling == "mean" { "mean of states" } else { "pooler" };
+        rows.push(("pooled: cosine, mean and least", format!("{} ({of})", cosine(&f.pooled))));
+        rows.push(("  relative error", format!("{:.6}", f.pooled.relative_error)));
+    }
+    if let Some(p) = &r.pseudo {
+        rows.push(("pseudo-perplexity", format!("{:.5} ± {:.5}", p.pseudo_ppl, p.pseudo_ppl_standard_error)));
+        rows.push(("Σ nll (nats)", format!("{:.4}", p.nll_sum)));
+    }
+    rows.extend([
+        ("tokens", grouped(r.tokens)),
+        ("windows × length", format!("{} × {}", r.windows, r.seq_len)),
+        ("computed in", r.compute_dtype.clone()),
+        ("text", format!("{} (sha256 {}…)", r.text, &r.text_sha256[..12])),
+        ("tokenizer", format!("sha256 {}…", &r.tokenizer_sha256[..12])),
+        ("parameters", grouped(r.parameters)),
+        ("bytes", grouped(r.size_bytes)),
+        ("time", format!("{:.2} s", r.elapsed_seconds)),
+    ]);
     table(&["measure", "value"], rows.into_iter().map(|(name, value)| vec![name.to_string(), value]).collect())
 }
 

@@ -8,6 +8,7 @@ use super::offers::Offers;
 use super::sensitivity::probe_windows;
 use super::study::{Allocation, Study};
 use crate::formats::Entry;
+use crate::model::Decoder;
 use crate::model::inventory::LinearInfo;
 use crate::progress::Progress;
 use crate::quantize::{BLOCK_TYPES, Levels, Quant, Scale, Scheme, Storage};
@@ -52,7 +53,7 @@ pub(super) fn at_equal_bytes(
     let own = |i: usize| allocation.sensitivities[i] * study.residuals.norm(i) * relative_errors(i);
     let own_error: f64 = (0..control.len()).map(own).sum();
     let (mut kl, mut control_kl) = (None, None);
-    if study.inputs.windows.is_some() {
+    if study.inputs.windows.is_some() && Decoder::open(study.checkpoint)?.has_head() {
         let variants = [allocation.choices.clone(), control.clone()];
         let windows = probe_windows(study);
         let found = study.mean_kl(windows, &variants, "control", progress)?;

@@ -180,8 +180,12 @@ impl Recipe {
 
     /// Whether a text is observed: for the metric, for measured sensitivities, or block after block.
     fn uses_text(&self) -> bool {
-        let probes = self.sensitivity == Some(Sensitivity::Measured) || self.depth_weight == DepthWeight::Auto;
-        self.measures_statistics() || probes || self.anchor.is_some()
+        self.measures_statistics() || self.probes() || self.anchor.is_some()
+    }
+
+    /// Whether logits of trial models are compared.
+    pub fn probes(&self) -> bool {
+        self.sensitivity == Some(Sensitivity::Measured) || self.depth_weight == DepthWeight::Auto
     }
 
     /// Whether the metric's statistics are measured, and not read from a file.

@@ -55,7 +55,14 @@ impl Inputs {
             }
         }
         if windows.is_some() || statistics.is_some() {
-            Decoder::open(checkpoint)?;
+            let decoder = Decoder::open(checkpoint)?;
+            if recipe.probes() && !decoder.has_head() {
+                return Err(Failure::unsupported(
+                    "the model has no head, and so no logits for trials to be compared by",
+                )
+                .hint("leave `--sensitivity measured` and `--depth-weight auto` out")
+                .into());
+            }
             if let Some(outside) = plan.linears.iter().find(|l| l.id.is_none()) {
                 return Err(Failure::unsupported(format!(
                     "`{}` is outside of the blocks, and has no calibration statistics",

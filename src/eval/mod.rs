@@ -2,6 +2,7 @@
 
 pub mod conventions;
 pub mod divergence;
+mod encoder;
 
 use std::ops::Range;
 use std::path::PathBuf;
@@ -12,12 +13,13 @@ use anyhow::Result;
 use crate::checkpoint::Checkpoint;
 use crate::error::Failure;
 use crate::model::config::window_length;
-use crate::model::{Decoder, Scored, Walk, WalkLimits};
+use crate::model::{Decoder, ModelConfig, Scored, Walk, WalkLimits};
 use crate::progress::Progress;
 use crate::report::{LRC_VERSION, PerplexityReport, SCHEMA_VERSION, peak_memory_bytes};
 use crate::text::{Bos, Text, Tokenizer};
 use conventions::{Convention, Lengths, Rules, Unit, Window};
 use divergence::Divergence;
+pub use encoder::{Masking, encoder};
 
 /// What is measured.
 #[derive(Debug, Clone)]
@@ -61,6 +63,16 @@ impl Prepared {
     /// # Errors
     /// The text or the tokenizer is broken, or the text is too short.
     pub fn new(checkpoint: &Checkpoint, settings: &EvalSettings) -> Result<Self> {
+        let (config, architecture) = ModelConfig::of(checkpoint)?;
+        if architecture.encoder.is_some() {
+            let message = format!(
+                "a `{}` has no perplexity: it is an encoder, and sees the tokens that it would have to foretell",
+                config.model_type
+            );
+            return Err(Failure::unsupported(message)
+                .hint("`lrc eval --reference MODEL` compares hidden states, `--convention masked` hides each token in turn")
+                .into());
+        }
         let rules = settings.convention.rules();
         if settings.stride.is_some() && !rules.takes_stride() {
             let message = format!("`--stride` is nothing in the convention `{}`", rules.name());

@@ -59,6 +59,67 @@ pub struct AllConventionsReport {
     pub lm_eval: PerplexityReport,
 }
 
+/// `lrc eval` of an encoder, which has no perplexity.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+pub struct EncoderReport {
+    pub schema_version: u32,
+    pub lrc_version: String,
+    pub model: String,
+    /// With `--reference`.
+    #[serde(flatten, skip_serializing_if = "Option::is_none")]
+    pub fidelity: Option<FidelityRecord>,
+    /// With `--convention masked`, or without a reference.
+    #[serde(flatten, skip_serializing_if = "Option::is_none")]
+    pub pseudo: Option<PseudoPerplexity>,
+    pub windows: usize,
+    /// Tokens in a window, with those that the tokenizer adds; the last window may be shorter.
+    pub seq_len: usize,
+    /// Of the text.
+    pub tokens: u64,
+    pub compute_dtype: String,
+    pub text: String,
+    pub text_sha256: String,
+    pub tokenizer_sha256: String,
+    pub parameters: u64,
+    /// Bytes of all tensors, as stored.
+    pub size_bytes: u64,
+    pub elapsed_seconds: f64,
+    pub peak_memory_bytes: Option<u64>,
+}
+
+/// How close an encoder is to a reference.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+pub struct FidelityRecord {
+    pub reference: String,
+    /// Of the last hidden states, a vector a token.
+    pub states: Agreement,
+    /// Of the pooled embeddings, a vector a window.
+    pub pooled: Agreement,
+    /// What these are: of the model's own `pooler`, or the `mean` of the states.
+    pub pooling: String,
+}
+
+/// How close vectors are to those of a reference.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize, JsonSchema)]
+pub struct Agreement {
+    /// Over vectors.
+    pub cosine_mean: f64,
+    pub cosine_min: f64,
+    /// √(Σ‖x − reference‖² / Σ‖reference‖²).
+    pub relative_error: f64,
+}
+
+/// Of a masked language model: every token hidden in turn (Salazar et al. 2020).
+#[derive(Debug, Clone, Copy, Serialize, Deserialize, JsonSchema)]
+pub struct PseudoPerplexity {
+    /// exp of the mean negative log-likelihood of a token, given all others of its window.
+    pub pseudo_ppl: f64,
+    pub pseudo_ppl_standard_error: f64,
+    /// Σ negative log-likelihood in nats.
+    pub nll_sum: f64,
+    pub scored_tokens: u64,
+}
+
 /// How far a model is from a reference, over the scored tokens.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 pub struct DivergenceRecord {

@@ -15,7 +15,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::checkpoint::Fingerprint;
-pub use eval::{AllConventionsReport, Distribution, DivergenceRecord, PerplexityReport};
+pub use eval::{
+    Agreement, AllConventionsReport, Distribution, DivergenceRecord, EncoderReport, FidelityRecord, PerplexityReport,
+    PseudoPerplexity,
+};
 pub use inspect::{BelowThreshold, EnergyRank, Figures, InspectReport, PowerLaw, Spectrum, SpectrumRecord};
 
 /// Name of the report in an output folder; also the mark by which `--force` knows a folder of ours.

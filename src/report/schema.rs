@@ -6,8 +6,8 @@ use schemars::{JsonSchema, SchemaGenerator, generate::SchemaSettings};
 use serde_json::Value;
 
 use super::{
-    AllConventionsReport, CalibrateReport, CompressReport, DryRunReport, ExportReport, InspectReport, PerplexityReport,
-    SCHEMA_VERSION, SweepReport,
+    AllConventionsReport, CalibrateReport, CompressReport, DryRunReport, EncoderReport, ExportReport, InspectReport,
+    PerplexityReport, SCHEMA_VERSION, SweepReport,
 };
 
 /// A field of a report that holds one value.
@@ -119,6 +119,7 @@ pub fn markdown() -> String {
         ("lrc compress --json, and `lrc-report.json`", fields::<CompressReport>()),
         ("lrc compress --dry-run --json", fields::<DryRunReport>()),
         ("lrc eval --json", fields::<PerplexityReport>()),
+        ("lrc eval --json, of an encoder", fields::<EncoderReport>()),
         ("lrc eval --convention all --json", fields::<AllConventionsReport>()),
         ("lrc sweep --json", fields::<SweepReport>()),
         ("lrc inspect --json", fields::<InspectReport>()),

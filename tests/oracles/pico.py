@@ -90,6 +90,22 @@ def logits(model):
         return forward(model)
 
 
+TEXT = "once upon a time there was a little dog."
+
+
+def pseudo(model):
+    """Σ nll of the tokens of TEXT, each hidden in turn (Salazar et al. 2020)."""
+    tokenizer = tokenizers.Tokenizer.from_file("fixtures/pico/tokenizer-encoder.json")
+    ids, total = tokenizer.encode(TEXT).ids, 0.0
+    for place in range(1, len(ids) - 1):
+        hidden = [tokenizer.token_to_id("[MASK]") if i == place else id for i, id in enumerate(ids)]
+        with torch.no_grad():
+            found = model.eval()(torch.tensor([hidden]))
+        rows = found.prediction_logits[0] if hasattr(found, "prediction_logits") else found.logits[0]
+        total -= rows[place].double().log_softmax(-1)[ids[place]].item()
+    return total
+
+
 def pooled(model):
     """The last states of an encoder, and its pooled vector: that of its pooler, or else the mean."""
     found = model.base_model.eval()(ids_of(model))
@@ -139,8 +155,9 @@ def squared_gradients(model, loss=None):
     for name, module in model.named_modules():
         if name.endswith(LINEARS):
             def hook(_, __, output, name=name):
-                output.retain_grad()
-                outputs[name] = output
+                if output.requires_grad:
+                    output.retain_grad()
+                    outputs[name] = output
             module.register_forward_hook(hook)
     if loss is None and model.config.model_type in ENCODERS:
         torch.nn.functional.cross_entropy(forward(model)[ASKED], ids[0, ASKED], reduction="sum").backward()
@@ -198,7 +215,7 @@ def main():
             states, vector = pooled(model.float())
             norm = lambda model: 0.5 * (pooled(model)[1] ** 2).sum()
             rounded = lambda values: [float(f"{x:.7g}") for x in values]
-            more = {"asked": ASKED, "states": [rounded(row) for row in states.tolist()], "pooled": rounded(vector.tolist()),
+            more = {"asked": ASKED, "text": TEXT, "pseudo_nll": pseudo(model), "states": [rounded(row) for row in states.tolist()], "pooled": rounded(vector.tolist()),
                     "pooled_squared_gradients": squared_gradients(model, norm)}
         expected = {"transformers": transformers.__version__, "ids": ids_of(model)[0].tolist(), "cases": cases, "squared_gradients": gradients, **more}
         (folder / "expected.json").write_text(json.dumps(expected) + "\n")

@@ -1,0 +1,219 @@
+//! Encoders: how close a model's states are to a reference's, and the pseudo-perplexity of a masked language model.
+
+use std::time::Instant;
+
+use anyhow::Result;
+use candle_core::Tensor;
+
+use super::{EvalSettings, Reference, expect_same_tokens, mean, standard_error};
+use crate::checkpoint::Checkpoint;
+use crate::error::Failure;
+use crate::model::config::window_length;
+use crate::model::{Decoder, Hidden, Objective, Walk, WalkLimits};
+use crate::progress::Progress;
+use crate::report::{
+    Agreement, EncoderReport, FidelityRecord, LRC_VERSION, PseudoPerplexity, SCHEMA_VERSION, peak_memory_bytes,
+};
+use crate::text::{Bos, Text, Tokenizer};
+
+/// Tokens in a window where the user names none; what encoders were trained on.
+const DEFAULT_SEQ_LEN: usize = 512;
+
+/// Whether the pseudo-perplexity is asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Masking {
+    Never,
+    Always,
+}
+
+/// Measures an encoder over a text, in windows as the tokenizer wraps them; the last one may be shorter.
+///
+/// # Errors
+/// A model cannot be run or is no encoder, the reference has another tokenizer or width, or there is no head for what is
+/// asked for.
+pub fn encoder(
+    checkpoint: &Checkpoint,
+    reference: Option<&Reference<'_>>,
+    masking: Masking,
+    settings: &EvalSettings,
+    progress: &dyn Progress,
+) -> Result<EncoderReport> {
+    let started = Instant::now();
+    if settings.stride.is_some() {
+        return Err(Failure::usage("`--stride` is nothing to an encoder").hint("leave it out").into());
+    }
+    let decoder = Decoder::open(checkpoint)?;
+    if masking == Masking::Always && !decoder.has_head() {
+        let message = format!(
+            "`{}` is an encoder without a masked-language-model head: it has neither perplexity nor pseudo-perplexity",
+            settings.model
+        );
+        return Err(Failure::unsupported(message).hint("`--reference MODEL` compares hidden states").into());
+    }
+    let tokenizer = Tokenizer::open(checkpoint.root())?;
+    let text = Text::read(&settings.text, &settings.field)?;
+    let seq_len = window_length(checkpoint, settings.seq_len, DEFAULT_SEQ_LEN);
+    let n_of_text = seq_len.saturating_sub(tokenizer.n_added()).max(1);
+    let tokens = tokenizer.encode(&text.joined(), Bos::Never)?;
+    let pieces = tokens.ids.chunks(n_of_text).take(settings.max_windows.unwrap_or(usize::MAX));
+    let wrapped: Vec<(Vec<u32>, std::ops::Range<usize>)> = pieces.map(|piece| tokenizer.wrap(piece)).collect();
+    if wrapped.is_empty() {
+        return Err(text.too_short(tokens.ids.len(), n_of_text).into());
+    }
+    let windows: Vec<Vec<u32>> = wrapped.iter().map(|(ids, _)| ids.clone()).collect();
+    let limits = WalkLimits::new(settings.memory_bytes / 2, std::env::temp_dir());
+    let fidelity = match reference {
+        Some(reference) => {
+            let original = Decoder::open(reference.checkpoint)?;
+            if original.objective() == Objective::NextToken || original.config.hidden_size != decoder.config.hidden_size
+            {
+                let message = format!("`{}` is no encoder with states like the model's", reference.name);
+                return Err(Failure::unsupported(message).hint("give the model that was compressed").into());
+            }
+            expect_same_tokens(reference, checkpoint, &text)?;
+            Some(fidelity(reference.name, [&original, &decoder], &windows, &limits, progress)?)
+        }
+        None => None,
+    };
+    let pseudo = match masking {
+        Masking::Always => Some(pseudo_perplexity(&decoder, &wrapped, tokenizer.mask()?, &limits, progress)?),
+        Masking::Never => None,
+    };
+    Ok(EncoderReport {
+        schema_version: SCHEMA_VERSION,
+        lrc_version: LRC_VERSION.into(),
+        model: settings.model.clone(),
+        fidelity,
+        pseudo,
+        windows: windows.len(),
+        seq_len,
+        tokens: wrapped.iter().map(|(_, places)| places.len() as u64).sum(),
+        compute_dtype: "f32".into(),
+        text: settings.text.display().to_string(),
+        text_sha256: text.sha256,
+        tokenizer_sha256: tokenizer.sha256,
+        parameters: checkpoint.n_elements(),
+        size_bytes: checkpoint.n_bytes(),
+        elapsed_seconds: started.elapsed().as_secs_f64(),
+        peak_memory_bytes: peak_memory_bytes(),
+    })
+}
+
+/// Sends windows through all blocks.
+fn last_states<'a>(
+    decoder: &Decoder<'_>,
+    windows: &'a [Vec<u32>],
+    limits: &WalkLimits,
+    stage: &dyn crate::progress::Stage,
+) -> Result<(Walk<'a>, Hidden)> {
+    let mut walk = Walk::new(decoder, windows, limits)?;
+    let mut hidden = walk.embed(decoder)?;
+    for block_idx in 0..decoder.n_blocks() {
+        stage.note(&format!("block {block_idx}"));
+        let block = decoder.block(block_idx)?;
+        walk.advance(&mut hidden, decoder, &block, &mut |_, _| Ok(()), stage)?;
+    }
+    Ok((walk, hidden))
+}
+
+/// How far vectors are from those of a reference.
+#[derive(Default)]
+struct Comparison {
+    cosines: Vec<f64>,
+    squared_error: f64,
+    squared_norm: f64,
+}
+
+impl Comparison {
+    /// Adds the rows of `x` beside those of `reference`, (n, width) both.
+    fn add(&mut self, reference: &Tensor, x: &Tensor) -> Result<()> {
+        let width = x.dim(1)?;
+        let values = |t: &Tensor| t.flatten_all()?.to_vec1::<f32>();
+        let (reference, x) = (values(reference)?, values(x)?);
+        for (r, x) in reference.chunks_exact(width).zip(x.chunks_exact(width)) {
+            let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
+            let (rr, xx, rx) = (dot(r, r), dot(x, x), dot(r, x));
+            self.cosines.push(rx / (rr * xx).sqrt());
+            self.squared_error += r.iter().zip(x).map(|(r, x)| (f64::from(*r) - f64::from(*x)).powi(2)).sum::<f64>();
+            self.squared_norm += rr;
+        }
+        Ok(())
+    }
+
+    fn record(&self) -> Result<Agreement> {
+        if !self.cosines.iter().all(|cosine| cosine.is_finite()) {
+            return Err(Failure::numeric("the states of one of the two models are not finite, or all zeros")
+                .hint("the checkpoint is broken, or overflows in f32")
+                .into());
+        }
+        Ok(Agreement {
+            cosine_mean: mean(&self.cosines),
+            cosine_min: self.cosines.iter().copied().fold(f64::INFINITY, f64::min),
+            relative_error: (self.squared_error / self.squared_norm).sqrt(),
+        })
+    }
+}
+
+fn fidelity(
+    name: &str,
+    [original, model]: [&Decoder<'_>; 2],
+    windows: &[Vec<u32>],
+    limits: &WalkLimits,
+    progress: &dyn Progress,
+) -> Result<FidelityRecord> {
+    let n_tokens: usize = windows.iter().map(Vec::len).sum();
+    let n_steps = n_tokens * (original.n_blocks() + model.n_blocks());
+    let stage = progress.stage("compare", n_steps as u64, "tokens");
+    let (mut walk, hidden) = last_states(original, windows, limits, stage.as_ref())?;
+    let (mut other_walk, other_hidden) = last_states(model, windows, limits, stage.as_ref())?;
+    let (pooler, other_pooler) = (original.pooler()?, model.pooler()?);
+    let (mut states, mut pooled) = (Comparison::default(), Comparison::default());
+    for window_idx in 0..windows.len() {
+        let (reference, x) = (walk.window(&hidden, window_idx)?, other_walk.window(&other_hidden, window_idx)?);
+        states.add(&reference, &x)?;
+        pooled.add(&pooler.pool(&reference)?.unsqueeze(0)?, &other_pooler.pool(&x)?.unsqueeze(0)?)?;
+    }
+    Ok(FidelityRecord {
+        reference: name.into(),
+        states: states.record()?,
+        pooled: pooled.record()?,
+        pooling: if pooler.is_learned() { "pooler" } else { "mean" }.into(),
+    })
+}
+
+/// Every token of the text hidden in turn, and foretold from all others of its window (Salazar et al. 2020,
+/// arXiv:1910.14659): as many passes as there are tokens.
+fn pseudo_perplexity(
+    decoder: &Decoder<'_>,
+    wrapped: &[(Vec<u32>, std::ops::Range<usize>)],
+    mask: u32,
+    limits: &WalkLimits,
+    progress: &dyn Progress,
+) -> Result<PseudoPerplexity> {
+    let head = decoder.head()?;
+    let n_passes: usize = wrapped.iter().map(|(ids, places)| ids.len() * places.len()).sum();
+    let stage = progress.stage("foretell what is hidden", (n_passes * decoder.n_blocks()) as u64, "tokens");
+    let mut nlls = Vec::new();
+    // The copies of one window at a time: one for each of its tokens.
+    for (ids, places) in wrapped {
+        let copy = |place: usize| {
+            let mut copy = ids.clone();
+            copy[place] = mask;
+            copy
+        };
+        let copies: Vec<Vec<u32>> = places.clone().map(copy).collect();
+        let (mut walk, hidden) = last_states(decoder, &copies, limits, stage.as_ref())?;
+        for (i, place) in places.clone().enumerate() {
+            let x = walk.window(&hidden, i)?.narrow(0, place, 1)?;
+            nlls.extend(head.negative_log_likelihoods(&x, &[ids[place]])?);
+        }
+    }
+    let mean = mean(&nlls);
+    let ppl = mean.exp();
+    Ok(PseudoPerplexity {
+        pseudo_ppl: ppl,
+        pseudo_ppl_standard_error: ppl * standard_error(&nlls, mean),
+        nll_sum: nlls.iter().sum(),
+        scored_tokens: nlls.len() as u64,
+    })
+}
