@@ -45,14 +45,12 @@ fn main() -> Result<()> {
         for norm in names.norms.of_states() {
             shapes.push((format!("{}.{norm}", names.block(prefix, block)), vec![config.hidden_size]));
         }
-        for &(role, _) in names.linears {
-            shapes.push((names.module(prefix, LinearId { block, role }), role.shape(&config).0.to_vec()));
+        for slot in names.slots(&config, block) {
+            shapes.push((names.module(prefix, LinearId { block, slot }), slot.shape(&config).0.to_vec()));
         }
     }
-    shapes.extend([
-        (format!("{prefix}{}", names.norm), vec![config.hidden_size]),
-        (names.lm_head.to_string(), embeddings),
-    ]);
+    shapes.extend(names.norm.map(|norm| (format!("{prefix}{norm}"), vec![config.hidden_size])));
+    shapes.push((names.lm_head.to_string(), embeddings));
 
     let spec = |(module, shape): &(String, Vec<usize>)| TensorSpec {
         name: format!("{module}.weight"),

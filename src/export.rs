@@ -63,7 +63,10 @@ pub fn export(job: &ExportJob<'_>, progress: &dyn Progress) -> Result<ExportRepo
             stage.advance(1);
         }
     }
-    let loading = Loading { text: exporter.loading(output.files().has_adapter()), library: exporter.library() };
+    let loading = Loading {
+        text: formats::loading(exporter, &source.config, output.files().has_adapter()),
+        library: exporter.library(),
+    };
     output.finish(&folder, &LEFT)?;
     let compressed = std::fs::read(checkpoint.root().join(REPORT_FILE)).ok();
     let mut report = ExportReport {

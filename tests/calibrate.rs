@@ -7,7 +7,7 @@ use std::path::Path;
 
 use candle_core::{Device, Tensor};
 use common::{FIXTURE, HELD_OUT, TRAIN, command, finish, lrc, ok, path};
-use lrc::calibrate::{Needs, Observation, observe};
+use lrc::calibrate::{Needs, Observation, Targets, observe};
 use lrc::checkpoint::Checkpoint;
 use lrc::journal::Journal;
 use lrc::model::{Decoder, Overlay, WalkLimits};
@@ -22,7 +22,8 @@ fn sums(checkpoint: &Checkpoint, windows: &[Vec<u32>]) -> HashMap<String, Vec<f3
     let observation = Observation { needs: Needs::ALL, clip_gradients: false };
     let limits = WalkLimits::new(1 << 30, std::env::temp_dir());
     let mut all = HashMap::new();
-    observe(&decoder, windows, observation, &limits, &Journal::default(), &Silent, &mut |sums| {
+    let targets: Vec<Targets> = windows.iter().map(|ids| Targets::next(ids)).collect();
+    observe(&decoder, (windows, &targets), observation, &limits, &Journal::default(), &Silent, &mut |sums| {
         all.extend(sums.into_iter().map(|(name, array)| (name, array.values)));
         Ok(())
     })

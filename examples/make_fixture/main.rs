@@ -112,7 +112,7 @@ fn shapes(config: &ModelConfig, architecture: &lrc::model::Architecture) -> Vec<
             shapes.push((format!("{module}.weight"), slot.shape(config).0.to_vec()));
         }
     }
-    shapes.push(norm(format!("{prefix}{}", architecture.norm)));
+    shapes.extend(architecture.norm.map(|name| norm(format!("{prefix}{name}"))));
     shapes
 }
 

@@ -17,8 +17,7 @@ use crate::progress::Progress;
 /// each.
 pub(super) fn run(
     decoder: &Decoder<'_>,
-    walk: &mut Walk<'_>,
-    targets: &[Targets],
+    (walk, targets): (&mut Walk<'_>, &[Targets]),
     (last, entered): (Hidden, Vec<Hidden>),
     observation: Observation,
     journal: &Journal,

@@ -88,7 +88,7 @@ pub fn observe(
     let forward = started.elapsed().as_secs_f64();
     let started = Instant::now();
     if needs.gradients() {
-        backward::run(decoder, &mut walk, targets, (hidden, entered), observation, journal, progress, keep)?;
+        backward::run(decoder, (&mut walk, targets), (hidden, entered), observation, journal, progress, keep)?;
     }
     remove_states(journal, 0..n_blocks);
     let backward = if needs.gradients() { started.elapsed().as_secs_f64() } else { 0.0 };

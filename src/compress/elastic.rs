@@ -25,9 +25,10 @@ use crate::checkpoint::{
     CONFIG_FILE, Checkpoint, Dtype, OutputFolder, SafetensorsWriter, TensorSpec, cast, write_file, writer_bytes,
 };
 use crate::error::Failure;
-use crate::formats::{Entry, Format, Module, OutTensor, Parts, Source};
+use crate::formats::{self, Entry, Format, Module, OutTensor, Parts, Source};
 use crate::linalg;
 use crate::model::Layout;
+use crate::model::config::native_config;
 use crate::model::inventory::{self, LinearInfo, Stored};
 use crate::progress::Progress;
 use crate::report::card::{self, Loading};
@@ -202,9 +203,10 @@ pub fn truncate(job: &TruncateJob<'_>, progress: &dyn Progress) -> Result<Compre
             folder.copy(&file)?;
         }
     }
-    let loading = Loading { text: exporter.loading(false), library: exporter.library() };
-    folder.write("README.md", card::render(&report, checkpoint, &loading).as_bytes())?;
     let mut config = checkpoint.config().context("invariant: a compressed checkpoint has a config")?.clone();
+    let loading =
+        Loading { text: formats::loading(exporter, &native_config(&config), false), library: exporter.library() };
+    folder.write("README.md", card::render(&report, checkpoint, &loading).as_bytes())?;
     for s in &shortenings {
         config["lrc"]["modules"][&s.linear.module]["rank"] = json!(s.new_rank);
     }

@@ -15,9 +15,10 @@ use super::allocate::Choice;
 use super::pivot;
 use super::study::Study;
 use crate::checkpoint::OutputFolder;
-use crate::formats::{Format, Output, Parts};
+use crate::formats::{self, Format, Output, Parts};
 use crate::journal::{Array, Piece};
 use crate::model::Layout;
+use crate::model::config::native_config;
 use crate::model::inventory::LinearInfo;
 use crate::progress::Progress;
 use crate::report::card::{self, Loading};
@@ -120,7 +121,11 @@ pub(super) fn finish(
 ) -> Result<()> {
     let recipe = job.recipe;
     let exporter = recipe.format.exporter();
-    let loading = Loading { text: exporter.loading(output.files().has_adapter()), library: exporter.library() };
+    let config = job.checkpoint.config().map(native_config).unwrap_or_default();
+    let loading = Loading {
+        text: formats::loading(exporter, &config, output.files().has_adapter()),
+        library: exporter.library(),
+    };
     output.finish(folder, &[CARD_FILE, REPORT_FILE, RECIPE_FILE, PAGE_FILE])?;
     let recipe = toml::to_string(&recipe.to_options())?;
     folder.write(RECIPE_FILE, format!("# lrc compress MODEL -o OUT --recipe {RECIPE_FILE}\n{recipe}").as_bytes())?;

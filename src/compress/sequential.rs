@@ -225,7 +225,8 @@ impl Moments {
         let scale = faer::Scale(1.0 / walk.n_tokens().max(1) as f64);
         for moments in &mut moments {
             linalg::mirror_lower(&mut moments.shifted);
-            (moments.cross *= scale, moments.shifted *= scale);
+            moments.cross *= scale;
+            moments.shifted *= scale;
         }
         Ok(moments)
     }

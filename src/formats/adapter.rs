@@ -9,6 +9,7 @@ use super::{
     CheckpointError, Entry, Exporter, LinearInfo, Module, NamedBytes, OutTensor, Parts, Source, Target, encode,
 };
 use crate::checkpoint::encoded::{ADAPTER_BASE, ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_PREFIX};
+use crate::model::config;
 use crate::model::inventory::Stored;
 use crate::model::{InputSite, Layout, Slot};
 
@@ -40,8 +41,8 @@ impl Exporter for Peft {
         source.config.clone()
     }
 
-    fn side_files(&self, _: &Source<'_>, modules: &[(LinearInfo, Entry)]) -> Vec<(String, String)> {
-        side_files(modules)
+    fn side_files(&self, source: &Source<'_>, modules: &[(LinearInfo, Entry)]) -> Vec<(String, String)> {
+        side_files(source, modules)
     }
 
     fn loading(&self, has_adapter: bool) -> String {
@@ -102,14 +103,14 @@ pub(super) fn bytes(linear: &LinearInfo, module: &Module) -> Result<Vec<NamedByt
 }
 
 /// `adapter/adapter_config.json`, where there is a factor.
-pub(super) fn side_files(modules: &[(LinearInfo, Entry)]) -> Vec<(String, String)> {
+pub(super) fn side_files(source: &Source<'_>, modules: &[(LinearInfo, Entry)]) -> Vec<(String, String)> {
     let ranks: Map<String, Value> =
         modules.iter().filter_map(|(l, e)| Some((l.module.clone(), json!(e.pair?.rank)))).collect();
     let Some(largest) = ranks.values().filter_map(Value::as_u64).max() else { return Vec::new() };
     let is_turned = modules.iter().any(|(linear, _)| linear.stored == Stored::DenseTransposed);
     let config = json!({
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": if config::is_encoder(&source.config) { None } else { Some("CAUSAL_LM") },
         "base_model_name_or_path": ADAPTER_BASE,
         "r": largest,
         "lora_alpha": largest,

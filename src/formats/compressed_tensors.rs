@@ -9,6 +9,7 @@ use super::{
     CheckpointError, Entry, Exporter, LinearInfo, Matrix, Module, NamedBytes, OutTensor, Source, adapter, encode,
 };
 use crate::checkpoint::Dtype;
+use crate::model::architectures;
 use crate::model::inventory::{self, Stored};
 use crate::quantize::{Levels, Quantized, Scheme, Storage, bits};
 
@@ -107,8 +108,13 @@ impl Exporter for CompressedTensors {
         let linears = inventory::linears(source.checkpoint);
         let mut ignore: Vec<String> = linears.into_iter().map(|l| l.module).filter(|m| !is_compressed(m)).collect();
         // A tied head is no linear of the checkpoint, but one of the model.
-        if !is_compressed("lm_head") && !ignore.iter().any(|name| name == "lm_head") {
-            ignore.push("lm_head".into());
+        let model_type = config.get("model_type").and_then(Value::as_str);
+        // transformers may call the head otherwise than its file does.
+        let of_family = model_type.and_then(architectures::find).map(|a| a.lm_head);
+        for head in std::iter::once("lm_head").chain(of_family) {
+            if !is_compressed(head) && !ignore.iter().any(|name| name == head) {
+                ignore.push(head.into());
+            }
         }
         config.insert(
             "quantization_config".into(),
@@ -123,8 +129,8 @@ impl Exporter for CompressedTensors {
         config
     }
 
-    fn side_files(&self, _: &Source<'_>, modules: &[(LinearInfo, Entry)]) -> Vec<(String, String)> {
-        adapter::side_files(modules)
+    fn side_files(&self, source: &Source<'_>, modules: &[(LinearInfo, Entry)]) -> Vec<(String, String)> {
+        adapter::side_files(source, modules)
     }
 
     fn loading(&self, has_adapter: bool) -> String {

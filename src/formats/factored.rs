@@ -55,6 +55,12 @@ impl Classes {
     }
 }
 
+/// The class of transformers that loads a model with `config`.
+pub(super) fn auto_class(config: &Map<String, Value>) -> String {
+    let of_head = Classes::of(config).map(|classes| classes.auto_class());
+    of_head.unwrap_or_else(|| "AutoModelForCausalLM".into())
+}
+
 /// The matrices of a module: name, shape, and how each is quantised.
 fn matrices(linear: &LinearInfo, entry: &Entry) -> Vec<(String, [usize; 2], Option<Scheme>)> {
     let (out, input) = linear.shape();

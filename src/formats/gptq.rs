@@ -117,8 +117,8 @@ impl Exporter for Gptq {
         config
     }
 
-    fn side_files(&self, _: &Source<'_>, modules: &[(LinearInfo, Entry)]) -> Vec<(String, String)> {
-        adapter::side_files(modules)
+    fn side_files(&self, source: &Source<'_>, modules: &[(LinearInfo, Entry)]) -> Vec<(String, String)> {
+        adapter::side_files(source, modules)
     }
 
     fn loading(&self, has_adapter: bool) -> String {

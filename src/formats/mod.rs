@@ -194,6 +194,11 @@ pub trait Exporter: Sync {
     }
 }
 
+/// How each runtime loads an output of a model with `config`, by the class that this one is of.
+pub fn loading(exporter: &dyn Exporter, config: &Map<String, Value>, has_adapter: bool) -> String {
+    exporter.loading(has_adapter).replace("AutoModelForCausalLM", &factored::auto_class(config))
+}
+
 impl Format {
     /// The exporter behind the name.
     pub fn exporter(self) -> &'static dyn Exporter {

@@ -110,6 +110,12 @@ pub fn model_type(checkpoint: &Checkpoint) -> Option<&str> {
     Some(model_type.strip_prefix(MODEL_TYPE_PREFIX).unwrap_or(model_type))
 }
 
+/// Whether a config is of an encoder that `lrc` can run.
+pub fn is_encoder(config: &Map<String, Value>) -> bool {
+    let model_type = config.get("model_type").and_then(Value::as_str);
+    model_type.and_then(architectures::find).is_some_and(|a| a.encoder.is_some())
+}
+
 /// A config without what compression added to it.
 pub fn native_config(config: &Map<String, Value>) -> Map<String, Value> {
     let mut native = config.clone();
