@@ -20,9 +20,10 @@ use crate::report::{
 };
 use crate::text::{Bos, DEFAULT_FIELD};
 
-/// Measure perplexity in a named convention, and divergence from a reference; of encoders, how close their states are to it
+/// Measure perplexity in a named convention, and how far a model is from a reference
 ///
-/// Reads plain checkpoints and everything that `lrc compress` writes, one block at a time.
+/// Reads plain checkpoints and everything that `lrc compress` writes, one block at a time. Of encoders hidden states and pooled
+/// embeddings are compared.
 ///
 /// Examples:
 ///   lrc eval MODEL --text wiki.test.raw
