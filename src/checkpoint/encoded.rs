@@ -11,7 +11,7 @@ use serde_json::{Map, Value};
 
 use super::cast::{self, Dtype};
 use super::error::{CheckpointError, Result};
-use super::gguf::RowOrder;
+use super::gguf::Arrangement;
 use super::index::TensorInfo;
 use crate::quantize::{BlockType, Blocks, Grouped, Levels, Quant, Quantized, Scheme, Storage, bits};
 
@@ -52,8 +52,8 @@ enum Codec {
     Packed(Scheme),
     CompressedTensors(Scheme),
     Gptq(Scheme),
-    /// Floats or blocks as they are, rows in another order.
-    Rows(Element, RowOrder),
+    /// Floats or blocks as they are, arranged otherwise.
+    Rows(Element, Arrangement),
 }
 
 /// What a tensor of a GGUF file is made of.
@@ -70,7 +70,7 @@ pub(super) enum Decoded {
 }
 
 impl Encoded {
-    pub fn rows(element: Element, order: RowOrder, part: TensorInfo) -> Self {
+    pub fn rows(element: Element, order: Arrangement, part: TensorInfo) -> Self {
         Self { codec: Codec::Rows(element, order), parts: vec![part] }
     }
 

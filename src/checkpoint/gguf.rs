@@ -37,12 +37,26 @@ pub struct Family {
     names: &'static [(&'static str, &'static str)],
     /// Rows of queries and keys stand in the order of pairs that rotate together.
     is_interleaved: bool,
+    /// Weights of norms have 1 added, which a checkpoint leaves out.
+    has_whole_norms: bool,
+    /// Last parts of the modules whose weights a checkpoint stores as (in, out).
+    turned: &'static [&'static str],
+    /// Last parts of the names of buffers that a checkpoint may have, and GGUF files do not.
+    buffers: &'static [&'static str],
     /// `tokenizer.ggml.pre` of its byte-level tokenizer, where it is no matter of the file.
     pub pre_tokenizer: Option<&'static str>,
 }
 
-const LLAMA: Family =
-    Family { model_type: "llama", architecture: "llama", names: &[], is_interleaved: true, pre_tokenizer: None };
+const LLAMA: Family = Family {
+    model_type: "llama",
+    architecture: "llama",
+    names: &[],
+    is_interleaved: true,
+    has_whole_norms: false,
+    turned: &[],
+    buffers: &[],
+    pre_tokenizer: None,
+};
 const QWEN2: Family =
     Family { model_type: "qwen2", architecture: "qwen2", is_interleaved: false, pre_tokenizer: Some("qwen2"), ..LLAMA };
 
@@ -69,7 +83,52 @@ pub const FAMILIES: &[Family] = &[
         is_interleaved: false,
         ..LLAMA
     },
+    Family {
+        model_type: "gemma2",
+        architecture: "gemma2",
+        names: &[
+            ("model.layers.{}.post_attention_layernorm", "blk.{}.post_attention_norm"),
+            ("model.layers.{}.pre_feedforward_layernorm", "blk.{}.ffn_norm"),
+            ("model.layers.{}.post_feedforward_layernorm", "blk.{}.post_ffw_norm"),
+        ],
+        is_interleaved: false,
+        has_whole_norms: true,
+        ..LLAMA
+    },
+    Family {
+        model_type: "gpt2",
+        architecture: "gpt2",
+        names: &[
+            ("transformer.wte", "token_embd"),
+            ("transformer.wpe", "position_embd"),
+            ("transformer.ln_f", "output_norm"),
+            ("transformer.h.{}.ln_1", "blk.{}.attn_norm"),
+            ("transformer.h.{}.attn.c_attn", "blk.{}.attn_qkv"),
+            ("transformer.h.{}.attn.c_proj", "blk.{}.attn_output"),
+            ("transformer.h.{}.ln_2", "blk.{}.ffn_norm"),
+            ("transformer.h.{}.mlp.c_fc", "blk.{}.ffn_up"),
+            ("transformer.h.{}.mlp.c_proj", "blk.{}.ffn_down"),
+        ],
+        is_interleaved: false,
+        turned: &["c_attn", "c_proj", "c_fc"],
+        buffers: &["attn.bias", "attn.masked_bias"],
+        pre_tokenizer: Some("gpt-2"),
+        ..LLAMA
+    },
 ];
+
+impl Family {
+    /// Whether a tensor of a checkpoint is stored as (in, out), and turned in GGUF.
+    pub fn is_turned(&self, tensor: &str) -> bool {
+        let module = tensor.strip_suffix(".weight");
+        module.is_some_and(|module| self.turned.iter().any(|part| module.ends_with(&format!(".{part}"))))
+    }
+
+    /// Whether a tensor of a checkpoint is a buffer that is left out.
+    pub fn is_left_out(&self, tensor: &str) -> bool {
+        self.buffers.iter().any(|part| tensor.ends_with(&format!(".{part}")))
+    }
+}
 
 /// The family of a config.
 pub fn family(config: &Map<String, Json>) -> Option<&'static Family> {
@@ -102,11 +161,14 @@ fn renamed(name: &str, names: impl Iterator<Item = (&'static str, &'static str)>
     Some(to.replace("{}", block.unwrap_or_default()))
 }
 
-/// The GGUF name of a tensor of a checkpoint.
-pub fn to_gguf(tensor: &str) -> Option<String> {
+/// The GGUF name of a tensor of a checkpoint of `family`; linears have theirs without.
+pub fn to_gguf(tensor: &str, family: Option<&Family>) -> Option<String> {
     let (module, suffix) = tensor.rsplit_once('.')?;
-    let names = FAMILIES.iter().flat_map(|family| family.names).chain(NAMES);
-    Some(format!("{}.{suffix}", renamed(module, names.copied())?))
+    let own = family.map_or(&[][..], |family| family.names);
+    let names = || own.iter().chain(NAMES).chain(FAMILIES.iter().flat_map(|family| family.names)).copied();
+    // GPT-2's first files leave the prefix out.
+    let whole = renamed(module, names()).or_else(|| renamed(&format!("transformer.{module}"), names()))?;
+    Some(format!("{whole}.{suffix}"))
 }
 
 /// The name in a checkpoint of this config of a tensor of a GGUF file.
@@ -117,21 +179,24 @@ fn from_gguf(tensor: &str, config: &Map<String, Json>) -> Option<String> {
     Some(format!("{}.{suffix}", renamed(module, names)?))
 }
 
-/// In which order the rows of a tensor are stored.
+/// How the values of a tensor are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum RowOrder {
+pub enum Arrangement {
     Same,
     /// Of each head, rows of the two halves by turns.
     Interleaved {
         heads: usize,
     },
+    /// 1 is added; in f32, as GGUF stores vectors.
+    PlusOne,
 }
 
-impl RowOrder {
+impl Arrangement {
     /// That of a tensor of a checkpoint with this config.
     pub fn of(tensor: &str, config: &Map<String, Json>) -> Self {
-        if family(config).is_some_and(|family| !family.is_interleaved) {
-            return Self::Same;
+        if let Some(family) = family(config).filter(|family| !family.is_interleaved) {
+            let is_shifted = family.has_whole_norms && tensor.ends_with("norm.weight");
+            return if is_shifted { Self::PlusOne } else { Self::Same };
         }
         let number = |key: &str| config.get(key).and_then(Json::as_u64).map(|n| n as usize);
         let queries = number("num_attention_heads");
@@ -148,7 +213,7 @@ impl RowOrder {
     /// For every stored row, the row of the model.
     fn rows(self, rows: usize) -> Vec<usize> {
         match self {
-            Self::Same => (0..rows).collect(),
+            Self::Same | Self::PlusOne => (0..rows).collect(),
             // Rows that are no heads are as they are.
             Self::Interleaved { heads } if heads == 0 || !rows.is_multiple_of(2 * heads) => (0..rows).collect(),
             Self::Interleaved { heads } => {
@@ -159,8 +224,11 @@ impl RowOrder {
         }
     }
 
-    /// Bytes of `rows` rows in the order of the model, in that of the file.
+    /// Bytes of `rows` rows as the model has them, as the file does.
     pub fn to_file(self, bytes: Vec<u8>, rows: usize) -> Vec<u8> {
+        if self == Self::PlusOne {
+            return add(&bytes, 1.0);
+        }
         if self == Self::Same || rows == 0 {
             return bytes;
         }
@@ -170,6 +238,9 @@ impl RowOrder {
 
     /// The inverse of [`Self::to_file`].
     pub fn to_model(self, bytes: &[u8], rows: usize) -> Vec<u8> {
+        if self == Self::PlusOne {
+            return add(bytes, -1.0);
+        }
         let mut turned = bytes.to_vec();
         if self != Self::Same && rows > 0 {
             let width = bytes.len() / rows;
@@ -179,6 +250,11 @@ impl RowOrder {
         }
         turned
     }
+}
+
+/// Floats with something added to each.
+fn add(bytes: &[u8], shift: f32) -> Vec<u8> {
+    bytes.as_chunks::<4>().0.iter().flat_map(|&b| (f32::from_le_bytes(b) + shift).to_le_bytes()).collect()
 }
 
 /// A value of a GGUF file's metadata.
@@ -396,7 +472,7 @@ pub(super) fn read_header(
                 found: file.len() as u64,
             });
         }
-        let order = if suffix == "lora_a" { RowOrder::Same } else { RowOrder::of(&ours, config) };
+        let order = if suffix == "lora_a" { Arrangement::Same } else { Arrangement::of(&ours, config) };
         let dtype = match element {
             Element::Plain(dtype) => dtype,
             Element::Block(_) => model_dtype(config),
@@ -406,7 +482,9 @@ pub(super) fn read_header(
             suffix => format!("{ours}.{suffix}"),
         };
         let info = TensorInfo { name, dtype, shape, shard_idx, begin, end, encoded: None, row_of_i64: Vec::new() };
-        let is_plain = order == RowOrder::Same && matches!(element, Element::Plain(_));
+        // What is turned is no longer as its family stores it: that is told by its being encoded.
+        let is_turned = family(config).is_some_and(|family| family.is_turned(&info.name));
+        let is_plain = order == Arrangement::Same && matches!(element, Element::Plain(_)) && !is_turned;
         let encoded = (!is_plain).then(|| Box::new(Encoded::rows(element, order, info.clone())));
         tensors.push(TensorInfo { encoded, ..info });
     }
@@ -426,22 +504,30 @@ mod tests {
             ("model.embed_tokens.weight", "token_embd.weight"),
             ("lm_head.weight", "output.weight"),
         ] {
-            assert_eq!(to_gguf(ours).as_deref(), Some(theirs));
+            assert_eq!(to_gguf(ours, None).as_deref(), Some(theirs));
             assert_eq!(from_gguf(theirs, &Map::new()).as_deref(), Some(ours));
         }
         for (model_type, ours) in
             [("phi3", "model.layers.1.mlp.gate_up_proj.weight"), ("qwen2", "model.layers.1.mlp.up_proj.weight")]
         {
             let config = serde_json::json!({"model_type": model_type});
-            assert_eq!(to_gguf(ours).as_deref(), Some("blk.1.ffn_up.weight"));
+            assert_eq!(to_gguf(ours, None).as_deref(), Some("blk.1.ffn_up.weight"));
             assert_eq!(from_gguf("blk.1.ffn_up.weight", config.as_object().unwrap()).as_deref(), Some(ours));
         }
-        assert_eq!(to_gguf("model.layers.3.self_attn.rotary.weight"), None);
+        assert_eq!(to_gguf("model.layers.3.self_attn.rotary.weight", None), None);
+        // A name that two families give to different things, and one without its prefix.
+        let family = |model_type| FAMILIES.iter().find(|family| family.model_type == model_type);
+        let norm = |model_type| to_gguf("model.layers.3.post_attention_layernorm.weight", family(model_type));
+        assert_eq!(norm("llama").as_deref(), Some("blk.3.ffn_norm.weight"));
+        assert_eq!(norm("gemma2").as_deref(), Some("blk.3.post_attention_norm.weight"));
+        for name in ["transformer.h.2.attn.c_attn.bias", "h.2.attn.c_attn.bias"] {
+            assert_eq!(to_gguf(name, family("gpt2")).as_deref(), Some("blk.2.attn_qkv.bias"));
+        }
     }
 
     #[test]
     fn rows_of_halves_are_interleaved_and_back() {
-        let order = RowOrder::Interleaved { heads: 2 };
+        let order = Arrangement::Interleaved { heads: 2 };
         let bytes: Vec<u8> = (0..24).collect();
         // Heads of 4 rows of 3 bytes: rows 0, 2, 1, 3, then 4, 6, 5, 7.
         let stored = order.to_file(bytes.clone(), 8);

@@ -11,10 +11,11 @@ use super::{
 };
 use crate::checkpoint::cast::{self, Dtype};
 use crate::checkpoint::encoded::Element;
-use crate::checkpoint::gguf::RowOrder;
+use crate::checkpoint::gguf::Arrangement;
 use crate::checkpoint::{TensorInfo, gguf};
+use crate::linalg;
+use crate::model::architectures;
 use crate::model::config::rope_factors;
-use crate::model::inventory::Stored;
 use crate::quantize::{BlockType, Grouped, Levels, Quantized, Storage};
 
 pub(super) struct Gguf;
@@ -50,8 +51,9 @@ fn float(dtype: Dtype, shape: &[usize]) -> Dtype {
     if shape.len() < 2 { Dtype::F32 } else { dtype }
 }
 
+/// Of a tensor of a linear, whose name tells its family.
 fn gguf_name(tensor: &str) -> String {
-    gguf::to_gguf(tensor).unwrap_or_else(|| tensor.to_string())
+    gguf::to_gguf(tensor, None).unwrap_or_else(|| tensor.to_string())
 }
 
 /// Codes as blocks, exactly.
@@ -81,7 +83,7 @@ impl Exporter for Gguf {
         if let Some(reason) = adapter::refusal(entry) {
             return Some(reason);
         }
-        if linear.stored == Stored::DenseTransposed || gguf::to_gguf(&linear.weight_name()).is_none() {
+        if gguf::to_gguf(&linear.weight_name(), None).is_none() {
             return Some("its family has no table of GGUF names here".into());
         }
         match entry.base {
@@ -91,8 +93,18 @@ impl Exporter for Gguf {
     }
 
     fn refusal_of_all(&self, source: &Source<'_>, _: &[(LinearInfo, Entry)]) -> Option<String> {
-        if gguf::family(&source.config).is_none() {
+        let Some(family) = gguf::family(&source.config) else {
             return Some("the family of the model has no table of GGUF names here".into());
+        };
+        let number = |key: &str| source.config.get(key).and_then(Json::as_f64);
+        if let (Some(asked), "gemma2") = (number("query_pre_attn_scalar"), family.architecture) {
+            // The largest of the family is known by its number of blocks.
+            let is_largest = number("num_hidden_layers") == Some(46.0);
+            let of_heads = number("hidden_size").zip(number("num_attention_heads")).map(|(width, heads)| width / heads);
+            let taken = if is_largest { of_heads } else { number("head_dim").or(Some(256.0)) };
+            if let Some(taken) = taken.filter(|taken| *taken != asked) {
+                return Some(format!("`query_pre_attn_scalar` is {asked}, and llama.cpp takes {taken}"));
+            }
         }
         let rope = ["rope_parameters", "rope_scaling"].iter().find_map(|key| source.config.get(*key)?.as_object());
         let kind = rope.and_then(|r| r.get("rope_type").or_else(|| r.get("type"))).and_then(Json::as_str);
@@ -101,7 +113,7 @@ impl Exporter for Gguf {
         }
         let unknown = source.checkpoint.tensors().find(|t| {
             let is_part = t.name.contains(".lr_") || t.name.contains(".base.");
-            !is_part && gguf::to_gguf(&t.name).is_none()
+            !is_part && !family.is_left_out(&t.name) && gguf::to_gguf(&t.name, Some(family)).is_none()
         });
         unknown.map(|info| format!("tensor `{}` has no name in GGUF", info.name))
     }
@@ -137,7 +149,7 @@ impl Exporter for Gguf {
         module: &Module,
     ) -> Result<Vec<NamedBytes>, CheckpointError> {
         let name = linear.weight_name();
-        let (m, order) = (linear.out_features, RowOrder::of(&name, &source.config));
+        let (m, order) = (linear.out_features, Arrangement::of(&name, &source.config));
         let weight = gguf_name(&name);
         let base = module.base.as_ref().expect("invariant: modules without a base are refused");
         let bytes = match base {
@@ -159,15 +171,27 @@ impl Exporter for Gguf {
         gguf_name(&format!("{}.bias", linear.module))
     }
 
-    fn other(&self, info: &TensorInfo) -> OutTensor {
-        OutTensor::plain(gguf_name(&info.name), float(info.dtype, &info.shape), info.shape.clone())
+    fn other(&self, source: &Source<'_>, info: &TensorInfo) -> Option<OutTensor> {
+        let family = gguf::family(&source.config);
+        if family.is_some_and(|family| family.is_left_out(&info.name)) {
+            return None;
+        }
+        let mut shape = info.shape.clone();
+        if is_turned(source, info) {
+            shape.reverse();
+        }
+        let name = gguf::to_gguf(&info.name, family).unwrap_or_else(|| info.name.clone());
+        Some(OutTensor::plain(name, float(info.dtype, &shape), shape))
     }
 
     fn other_bytes(&self, source: &Source<'_>, info: &TensorInfo) -> Result<Vec<u8>, CheckpointError> {
-        let values = source.checkpoint.values(&info.name)?;
+        let mut values = source.checkpoint.values(&info.name)?;
+        if let (true, &[rows, columns]) = (is_turned(source, info), info.shape.as_slice()) {
+            values = linalg::transpose_row_major(&values, rows, columns);
+        }
         let bytes = encode(info.name.clone(), float(info.dtype, &info.shape), &values)?.bytes;
         let rows = info.shape.first().copied().unwrap_or(1);
-        Ok(RowOrder::of(&info.name, &source.config).to_file(bytes, rows))
+        Ok(Arrangement::of(&info.name, &source.config).to_file(bytes, rows))
     }
 
     fn extras(&self, source: &Source<'_>) -> Vec<(OutTensor, Vec<u8>)> {
@@ -186,7 +210,9 @@ impl Exporter for Gguf {
             // 0 is a scale of exactly 1 at every rank; one alpha would be right for one rank only.
             ("adapter.lora.alpha".into(), Value::F32(0.0)),
         ];
-        let mut model = metadata(&source.config, architecture);
+        let common = source.config.get("model_type").and_then(Json::as_str).and_then(architectures::find);
+        let common = common.map_or_else(|| source.config.clone(), |a| a.in_common_words(&source.config));
+        let mut model = metadata(&common, architecture);
         model.extend(vocabulary(source));
         Container::Gguf { model, adapter }
     }
@@ -209,6 +235,11 @@ impl Exporter for Gguf {
     fn library(&self) -> &'static str {
         "llama.cpp"
     }
+}
+
+/// Whether a tensor of the source is stored as (in, out); codes never are.
+fn is_turned(source: &Source<'_>, info: &TensorInfo) -> bool {
+    gguf::family(&source.config).is_some_and(|family| family.is_turned(&info.name)) && !info.is_encoded()
 }
 
 /// llama.cpp has no bf16 adapters.
@@ -241,9 +272,15 @@ fn metadata(config: &Map<String, Json>, architecture: &str) -> Vec<(String, Valu
             u32("attention.key_length", width),
             u32("attention.value_length", width),
             u32("rope.dimension_count", width.map(|width| (width as f32 * rotated) as u32)),
-            u32("attention.sliding_window", number("sliding_window").filter(|_| architecture == "phi3")),
+            u32(
+                "attention.sliding_window",
+                number("sliding_window").filter(|_| ["phi3", "gemma2"].contains(&architecture)),
+            ),
             u32("rope.scaling.original_context_length", number("original_max_position_embeddings")),
             f32("attention.layer_norm_rms_epsilon", real("rms_norm_eps").or(Some(1e-6))),
+            f32("attention.layer_norm_epsilon", real("rms_norm_eps").filter(|_| architecture == "gpt2")),
+            f32("attn_logit_softcapping", real("attn_logit_softcapping")),
+            f32("final_logit_softcapping", real("final_logit_softcapping")),
             f32("rope.freq_base", in_rope("rope_theta").or_else(|| real("rope_theta")).or(Some(10_000.0))),
         ]
         .into_iter()

@@ -39,7 +39,8 @@ pub struct Files<'a> {
 }
 
 impl<'a> Files<'a> {
-    /// Lays out a checkpoint of which `modules` are compressed. Nothing is dropped: what no module owns is passed through.
+    /// Lays out a checkpoint of which `modules` are compressed. What no module owns is passed through, but for buffers that a
+    /// format has no place for.
     pub fn new(
         source: &'a Source<'a>,
         format: Format,
@@ -65,7 +66,7 @@ impl<'a> Files<'a> {
                 }
                 continue;
             }
-            let mut tensor = exporter.other(info);
+            let Some(mut tensor) = exporter.other(source, info) else { continue };
             if let Some(&i) = biases.get(&info.name) {
                 let (linear, entry) = &modules[i];
                 tensor.name = exporter.bias_name(linear, entry);

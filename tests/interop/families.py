@@ -79,7 +79,11 @@ def in_llama_cpp(model, work):
     runtime = os.environ.get("LLAMA_PERPLEXITY")
     if not runtime:
         raise RuntimeError("LLAMA_PERPLEXITY names no program")
-    config = json.loads((model / "config.json").read_text()) | {"sliding_window": None}
+    config = json.loads((model / "config.json").read_text())
+    if config["model_type"] == "gemma2":  # whose windows llama.cpp has, but no other scale than the width of a head
+        config["query_pre_attn_scalar"] = config["head_dim"]
+    else:
+        config["sliding_window"] = None
     (model / "config.json").write_text(json.dumps(config))
     draw = random.Random(0)
     text, out = work / "letters.txt", work / "gguf"
