@@ -45,7 +45,7 @@ fn main() -> Result<()> {
         for norm in names.norms.of_states() {
             shapes.push((format!("{}.{norm}", names.block(prefix, block)), vec![config.hidden_size]));
         }
-        for slot in names.slots(&config, block) {
+        for slot in names.slots(&config, block, &|_| false) {
             shapes.push((names.module(prefix, LinearId { block, slot }), slot.shape(&config).0.to_vec()));
         }
     }

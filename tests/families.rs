@@ -11,7 +11,7 @@ use common::{ok, path};
 use lrc::calibrate::{Needs, Observation, Targets, observe};
 use lrc::checkpoint::{Checkpoint, Dtype, SafetensorsWriter, TensorSpec, gguf};
 use lrc::journal::Journal;
-use lrc::model::{Decoder, WalkLimits, architectures};
+use lrc::model::{Decoder, WalkLimits, architectures, inventory};
 use lrc::progress::Silent;
 use serde_json::Value;
 
@@ -221,6 +221,72 @@ fn experts_are_measured_by_the_tokens_that_they_see() {
         // What no token asked for is not cut away for nothing.
         let rank = |l: &Value| l["rank"].as_u64();
         assert!(little.iter().filter(noted).all(|l| rank(l) != Some(0)), "{method}");
+    }
+}
+
+/// Parts of fused matrices, each with a rank of its own: the same model as the matrices that they make up.
+#[test]
+fn fused_matrices_are_split_into_their_parts() {
+    let folder = tempfile::tempdir().unwrap();
+    let text = folder.path().join("text.txt");
+    std::fs::write(&text, "once upon a time there was a little dog. it liked to run! ".repeat(40)).unwrap();
+    for (family, n_parts) in [("phi3", 5), ("gpt2", 3), ("gpt_neox", 3)] {
+        let (expected, ids) = expected(family);
+        let model = folder.path().join(family);
+        common::copy(path(&fixture(family)), &model);
+        std::fs::copy(tokenizer(family), model.join("tokenizer.json")).unwrap();
+        let compress = |out: &str, flags: &[&str]| -> PathBuf {
+            let out = folder.path().join(format!("{family}-{out}"));
+            ok(&[&["compress", path(&model), "-o", path(&out), "-q", "--fused", "split"], flags].concat());
+            out
+        };
+        let whole = compress("whole", &["--keep", "1.0"]);
+        let kept = error(&logits(&whole, &ids).unwrap(), &expected["cases"][0]["logits"]);
+        assert!(kept < 1e-5, "{family} at keep 1: {kept}");
+        let calibration = ["--calibration", path(&text), "--samples", "4", "--seq-len", "24"];
+        let kfac = [&["--keep", "0.7", "--layout", "factors"], &calibration[..]].concat();
+        let coded = ["--quant", "rtn-int4-channel", "--compensate", "lorc", "--compensate-rank", "2"];
+        for (name, flags) in [("kfac", &kfac[..]), ("svd", &["--keep", "0.7"]), ("coded", &coded)] {
+            let out = compress(name, flags);
+            let (source, compressed) = (Checkpoint::open(&model).unwrap(), Checkpoint::open(&out).unwrap());
+            let decoder = Decoder::open(&source).unwrap();
+            let linears = inventory::linears(&compressed);
+            let parts: Vec<_> = linears.iter().filter(|linear| inventory::is_part(&compressed, linear)).collect();
+            assert_eq!(parts.len(), n_parts * decoder.n_blocks(), "{family}");
+            // The fused matrices put together by hand, everything else multiplied out.
+            let mut above: HashMap<String, Tensor> = HashMap::new();
+            for linear in &linears {
+                let values = inventory::weight(&compressed, linear).unwrap();
+                let (m, n) = linear.shape();
+                let rows = |id: lrc::model::LinearId| decoder.architecture.rows_of(id.slot.role, &decoder.config);
+                let Some(rows) = linear.id.and_then(rows) else {
+                    above.insert(linear.weight_name(), Tensor::from_vec(values, (m, n), &Device::Cpu).unwrap());
+                    continue;
+                };
+                let whole = format!("{}.weight", linear.module.rsplit_once('.').unwrap().0);
+                let all = source.require(&whole).unwrap().n_elements() as usize;
+                let before = above.remove(&whole);
+                let zeros = || Tensor::zeros((all / n, n), candle_core::DType::F32, &Device::Cpu).unwrap();
+                let indices: Vec<u32> = rows.indices().map(|row| row as u32).collect();
+                assert_eq!(indices.len(), m);
+                let part = Tensor::from_vec(values, (m, n), &Device::Cpu).unwrap();
+                let indices = Tensor::new(indices, &Device::Cpu).unwrap();
+                above.insert(whole, before.unwrap_or_else(zeros).index_add(&indices, &part, 0).unwrap());
+            }
+            let overlay = lrc::model::Overlay { below: &source, above };
+            let ids_tensor = Tensor::new(ids.as_slice(), &Device::Cpu).unwrap().unsqueeze(0).unwrap();
+            let by_hand = decoder.with_weights(&overlay).logits(&ids_tensor).unwrap();
+            let found = logits(&out, &ids).unwrap();
+            assert!(distance(&found, &by_hand) < 1e-5, "{family}, {name}: {}", distance(&found, &by_hand));
+            assert!(distance(&found, &logits(&model, &ids).unwrap()) > 1e-4, "{family}, {name} is compressed");
+            let exported = folder.path().join("exported");
+            let refused = common::lrc(&["export", path(&out), "--format", "dense", "-o", path(&exported)]);
+            assert!(refused.code == 4 && refused.stderr.contains("is a part of a matrix"), "{}", refused.stderr);
+        }
+        let out = folder.path().join("refused");
+        let refused =
+            ["compress", path(&model), "-o", path(&out), "--keep", "0.7", "--fused", "split", "--format", "dense"];
+        assert_eq!(common::lrc(&refused).code, 2);
     }
 }
 

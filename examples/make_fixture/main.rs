@@ -107,7 +107,7 @@ fn shapes(config: &ModelConfig, architecture: &lrc::model::Architecture) -> Vec<
         for name in architecture.norms.of_states() {
             shapes.push(norm(format!("{}.{name}", architecture.block(prefix, block))));
         }
-        for slot in architecture.slots(config, block) {
+        for slot in architecture.slots(config, block, &|_| false) {
             let module = architecture.module(prefix, lrc::model::LinearId { block, slot });
             shapes.push((format!("{module}.weight"), slot.shape(config).0.to_vec()));
         }

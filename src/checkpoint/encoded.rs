@@ -54,6 +54,27 @@ enum Codec {
     Gptq(Scheme),
     /// Floats or blocks as they are, arranged otherwise.
     Rows(Element, Arrangement),
+    /// Some rows of a matrix of floats.
+    Picked(Rows),
+}
+
+/// Rows (or, of a matrix that is stored turned, columns) of a larger matrix: runs of `run`, of which one begins every `stride`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Rows {
+    pub first: usize,
+    pub count: usize,
+    pub run: usize,
+    pub stride: usize,
+    /// The larger matrix is stored as (in, out).
+    pub is_turned: bool,
+}
+
+impl Rows {
+    /// The rows in order.
+    pub fn indices(self) -> impl Iterator<Item = usize> {
+        let run = self.run.max(1);
+        (0..self.count).map(move |row| self.first + row / run * self.stride + row % run)
+    }
 }
 
 /// What a tensor of a GGUF file is made of.
@@ -74,8 +95,23 @@ impl Encoded {
         Self { codec: Codec::Rows(element, order), parts: vec![part] }
     }
 
+    /// The matrix of some rows of a stored one.
+    pub fn picked(rows: Rows, from: TensorInfo) -> Self {
+        Self { codec: Codec::Picked(rows), parts: vec![from] }
+    }
+
+    pub fn is_picked(&self) -> bool {
+        matches!(self.codec, Codec::Picked(_))
+    }
+
     pub fn n_bytes(&self) -> u64 {
-        self.parts.iter().map(TensorInfo::n_bytes).sum()
+        let all: u64 = self.parts.iter().map(TensorInfo::n_bytes).sum();
+        match (self.codec, self.parts.first().map(|from| from.shape.as_slice())) {
+            (Codec::Picked(rows), Some(&[m, n])) => {
+                all / (if rows.is_turned { n } else { m }).max(1) as u64 * rows.count as u64
+            }
+            _ => all,
+        }
     }
 
     pub fn storage(&self) -> Option<Storage> {
@@ -84,7 +120,7 @@ impl Encoded {
                 Some(Storage::Grouped(scheme))
             }
             Codec::Rows(Element::Block(block_type), _) => Some(Storage::Block(block_type)),
-            Codec::Rows(Element::Plain(_), _) => None,
+            Codec::Rows(Element::Plain(_), _) | Codec::Picked(_) => None,
         }
     }
 
@@ -145,6 +181,18 @@ impl Encoded {
                     scales,
                     zeros: if symmetric { Vec::new() } else { zeros },
                 })
+            }
+            Codec::Picked(picked) => {
+                let (dtype, bytes) = part(0)?;
+                let values = cast::decode(dtype, &bytes)?;
+                let &[_, width] = self.parts.first()?.shape.as_slice() else { return None };
+                let row = |i: usize| -> Vec<f32> {
+                    match picked.is_turned {
+                        false => values[i * width..(i + 1) * width].to_vec(),
+                        true => values.iter().skip(i).step_by(width).copied().collect(),
+                    }
+                };
+                Some(Decoded::Values(picked.indices().flat_map(row).collect()))
             }
             Codec::Rows(element, order) => {
                 // A vector is a matrix of one column.

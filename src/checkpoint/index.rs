@@ -46,6 +46,11 @@ impl TensorInfo {
         self.encoded.is_some()
     }
 
+    /// Whether it is made of some rows of a stored matrix.
+    pub fn is_picked(&self) -> bool {
+        self.encoded.as_ref().is_some_and(|encoded| encoded.is_picked())
+    }
+
     pub fn n_elements(&self) -> u64 {
         self.shape.iter().map(|&d| d as u64).product()
     }

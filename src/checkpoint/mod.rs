@@ -23,7 +23,8 @@ use sha2::{Digest, Sha256};
 
 use crate::quantize::{Quantized, Storage};
 pub use cast::Dtype;
-use encoded::{ADAPTER_BASE, ADAPTER_CONFIG, ADAPTER_FILE, ADAPTER_FOLDER, Decoded, View};
+pub use encoded::Rows;
+use encoded::{ADAPTER_BASE, ADAPTER_CONFIG, ADAPTER_FILE, ADAPTER_FOLDER, Decoded, Encoded, View};
 pub(crate) use error::io;
 pub use error::{CheckpointError, Result};
 pub use folder::{OutputFolder, abandon};
@@ -111,6 +112,30 @@ impl Checkpoint {
         }
         let View { tensors, order } = view;
         Ok(Self { root: layout.root, config, shards, tensors, order })
+    }
+
+    /// Shows a matrix of floats, (out, in) or turned, as several of some of its rows, (count, in) each, in its place.
+    ///
+    /// # Errors
+    /// [`CheckpointError::TensorAbsent`].
+    ///
+    /// # Panics
+    /// When it is no matrix of plain floats, or has not as many rows.
+    pub fn split(mut self, tensor: &str, parts: &[(String, Rows)]) -> Result<Self> {
+        let from = self.require(tensor)?.clone();
+        let &[m, n] = from.shape.as_slice() else { panic!("invariant: only matrices are split") };
+        assert!(!from.is_encoded() && cast::is_float(from.dtype), "invariant: only plain floats are split");
+        let place = self.order.iter().position(|name| name == tensor).unwrap_or(self.order.len());
+        self.tensors.remove(tensor);
+        self.order.splice(place..=place, parts.iter().map(|(name, _)| name.clone()));
+        for (name, rows) in parts {
+            let (out, input) = if rows.is_turned { (n, m) } else { (m, n) };
+            assert!(rows.indices().all(|row| row < out), "invariant: a part has rows of the whole");
+            let encoded = Some(Box::new(Encoded::picked(*rows, from.clone())));
+            let shape = vec![rows.count, input];
+            self.tensors.insert(name.clone(), TensorInfo { name: name.clone(), shape, encoded, ..from.clone() });
+        }
+        Ok(self)
     }
 
     /// The folder of the checkpoint.

@@ -75,7 +75,7 @@ pub(super) fn run(args: &CompressArgs, quiet: bool, progress: &Bars) -> Result<(
     }
     let file = args.recipe.as_deref().map(RecipeOptions::read).transpose()?.unwrap_or_default();
     let recipe = Recipe::new(&args.options.clone().or(file))?;
-    let checkpoint = args.model.open(progress)?;
+    let checkpoint = compress::view(args.model.open(progress)?, &recipe)?;
     let job = Job {
         checkpoint: &checkpoint,
         source: &args.model.model,

@@ -136,7 +136,7 @@ pub(super) fn run(args: &SweepArgs, progress: &Bars) -> Result<()> {
     if let Some(output) = &args.output {
         OutputFolder::check(output, args.force, REPORT_FILE)?;
     }
-    let checkpoint = args.model.open(progress)?;
+    let checkpoint = crate::compress::view(args.model.open(progress)?, &recipe)?;
     let eval = EvalSettings {
         model: args.model.model.clone(),
         text: args.text.clone(),

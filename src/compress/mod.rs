@@ -38,11 +38,12 @@ use crate::checkpoint::{Checkpoint, Fingerprint, OutputFolder};
 use crate::error::{ExitClass, Failure, exit_class};
 use crate::formats::{Entry, Format, Output, Source};
 use crate::journal::Journal;
+use crate::model::inventory;
 use crate::progress::Progress;
 use crate::report::{CompressReport, DryRunReport, REPORT_FILE};
 pub use elastic::{TruncateJob, truncate};
 use plan::Plan;
-use recipe::Recipe;
+use recipe::{Fused, Recipe};
 pub use sensitivity::{DepthWeight, Sensitivity};
 use study::{Inputs, Study, known_choices};
 pub use sweep::{SweepSettings, sweep};
@@ -58,6 +59,17 @@ pub struct Job<'a> {
     /// Whether what an interrupted run left is thrown away, and not gone on from.
     pub restart: bool,
     pub memory_bytes: u64,
+}
+
+/// The checkpoint as a recipe sees it: with `--fused split` parts stand for what is several in one.
+///
+/// # Errors
+/// The family is not known, and so not what a matrix is made of.
+pub fn view(checkpoint: Checkpoint, recipe: &Recipe) -> Result<Checkpoint> {
+    match recipe.fused {
+        Fused::Joint => Ok(checkpoint),
+        Fused::Split => inventory::split_fused(checkpoint),
+    }
 }
 
 /// Runs a compression: measure, decompose, allocate, write. What a run that was killed has finished is not done again.

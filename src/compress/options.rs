@@ -135,6 +135,11 @@ pub struct RecipeOptions {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub damping_output: Option<f64>,
 
+    /// What becomes of matrices that are several in one, as phi3, gpt2 and gpt_neox have them [default: joint]
+    #[arg(long, value_enum)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub fused: Option<Fused>,
+
     /// Keep the order of ranks beside a pivot layout, r² values a matrix, so that `lrc truncate` is exact
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -180,6 +185,17 @@ pub struct RecipeOptions {
 /// A size that reads back as the same number of bytes.
 fn bytes_exactly<S: Serializer>(size: &Option<ByteSize>, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.collect_str(&format_args!("{} B", size.unwrap_or_default().as_u64()))
+}
+
+/// What becomes of matrices that are several in one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Fused {
+    /// Compressed as the one matrix that they are
+    #[default]
+    Joint,
+    /// Queries, keys and values, or gate and up, each with a rank of its own, as `X.q`, `X.k`, `X.v`, `X.gate`, `X.up`
+    Split,
 }
 
 /// Bits of quantised factors: symmetric, in groups of 128.
@@ -246,6 +262,7 @@ impl RecipeOptions {
             damping_output: self.damping_output.or(other.damping_output),
             clip_gradients: self.clip_gradients.or(other.clip_gradients),
             elastic: self.elastic.or(other.elastic),
+            fused: self.fused.or(other.fused),
             sequential: self.sequential.or(other.sequential),
             anchor: self.anchor.or(other.anchor),
             samples: self.samples.or(other.samples),

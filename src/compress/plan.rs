@@ -46,8 +46,9 @@ impl Plan {
                 .hint("linears are 16- or 32-bit float matrices named `*.weight`; `lrc inspect MODEL` lists them")
                 .into());
         }
-        if let Some(linear) = linears.iter().find(|l| checkpoint.info(&l.weight_name()).is_some_and(|t| t.is_encoded()))
-        {
+        let is_coded =
+            |l: &&LinearInfo| checkpoint.info(&l.weight_name()).is_some_and(|t| t.is_encoded() && !t.is_picked());
+        if let Some(linear) = linears.iter().find(is_coded) {
             return Err(Failure::unsupported(format!("`{}` is quantised already", linear.module))
                 .hint("compress the original checkpoint, or dequantise this one with `lrc export MODEL --format dense -o OUT`")
                 .into());
@@ -193,7 +194,7 @@ impl Plan {
         };
         let (queries, _) = config.attention_widths();
         // The last block is the one with experts, in families that have both kinds.
-        let slots = architecture.slots(&config, config.num_hidden_layers - 1);
+        let slots = architecture.slots(&config, config.num_hidden_layers - 1, &|_| false);
         let shapes = || slots.iter().map(|slot| slot.shape(&config).0);
         let block: u64 = shapes().map(|[m, n]| (m * n) as u64).sum();
         // Every expert has inputs of its own.

@@ -8,7 +8,7 @@ use globset::{Glob, GlobSet, GlobSetBuilder};
 
 use super::allocate::Ranks;
 use super::compensate::{Compensate, CompensateRank};
-pub use super::options::{FactorBits, RecipeOptions};
+pub use super::options::{FactorBits, Fused, RecipeOptions};
 use super::presets::{Form, Method};
 use super::sensitivity::{DepthWeight, Sensitivity};
 use crate::calibrate::{Needs, WindowSettings};
@@ -33,6 +33,7 @@ pub struct Recipe {
     pub damping_output: f64,
     pub clip_gradients: bool,
     pub elastic: bool,
+    pub fused: Fused,
     /// μ, where blocks are compressed one after another.
     pub anchor: Option<f64>,
     pub targets: Patterns,
@@ -162,6 +163,7 @@ impl Recipe {
             damping_output: share("--damping-output", options.damping_output, preset.damping)?,
             clip_gradients: options.clip_gradients.unwrap_or(false),
             elastic: options.elastic.unwrap_or(false),
+            fused: options.fused.unwrap_or_default(),
             anchor: is_sequential.then(|| share("--anchor", options.anchor, 0.5)).transpose()?,
             targets: Patterns::new("`--targets`", &options.targets)?,
             exclude: Patterns::new("`--exclude`", &options.exclude)?,
@@ -269,6 +271,16 @@ impl Recipe {
                 "this one multiplies out, and is as large as the source",
             ));
         }
+        if self.fused == Fused::Split && self.format != Format::Factored {
+            let message = format!("`--fused split` is nothing in the format `{}`", self.format.name());
+            return Err(usage(message, "parts stand apart in `--format factored` only"));
+        }
+        if self.fused == Fused::Split && self.statistics.is_some() {
+            return Err(usage(
+                "`--statistics` are of whole matrices",
+                "measure those of parts here, with `--calibration`",
+            ));
+        }
         if self.elastic && self.quant_factors.is_some() {
             return Err(usage("`--elastic` is nothing with `--quant-factors`", "codes have no order of ranks"));
         }
@@ -336,6 +348,7 @@ impl Recipe {
             damping_output: damping(preset.output, self.damping_output),
             clip_gradients: self.clip_gradients.then_some(true),
             elastic: self.elastic.then_some(true),
+            fused: Some(self.fused).filter(|fused| *fused != Fused::default()),
             sequential: Some(self.anchor.is_some()),
             anchor: self.anchor,
             field: calibration.map(|c| c.field.clone()).filter(|field| field != DEFAULT_FIELD),

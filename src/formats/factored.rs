@@ -16,10 +16,10 @@ use super::{
 };
 use crate::checkpoint::encoded::{CODES, PackedEntry, SCALES, ZEROS};
 use crate::checkpoint::{Checkpoint, Dtype};
-use crate::model::Layout;
 use crate::model::config::MODEL_TYPE_PREFIX;
 use crate::model::inventory::{self, Stored};
 use crate::model::linear::{BASE, LR_A, LR_B, LR_COEFFICIENTS, LR_ORDER, LR_PIVOT};
+use crate::model::{Layout, ModelConfig};
 use crate::quantize::{Quantized, Scheme, Storage, bits};
 
 pub(super) struct Factored;
@@ -59,6 +59,21 @@ impl Classes {
 pub(super) fn auto_class(config: &Map<String, Value>) -> String {
     let of_head = Classes::of(config).map(|classes| classes.auto_class());
     of_head.unwrap_or_else(|| "AutoModelForCausalLM".into())
+}
+
+/// The modules whose parts stand for them, with the names of the parts and whether these take turns head by head.
+fn split(source: &Source<'_>) -> Map<String, Value> {
+    let Ok((config, architecture)) = ModelConfig::of(source.checkpoint) else { return Map::new() };
+    let mut split: Map<String, Value> = Map::new();
+    for linear in inventory::linears(source.checkpoint) {
+        let role = linear.id.filter(|id| id.slot.expert.is_none()).map(|id| id.slot.role);
+        let Some((_, _, part)) = role.and_then(|role| architecture.whole(role)) else { continue };
+        let whole = linear.module.strip_suffix(&format!(".{part}")).unwrap_or(&linear.module);
+        let run = role.and_then(|role| architecture.rows_of(role, &config)).filter(|rows| rows.stride > 0);
+        let entry = split.entry(whole).or_insert_with(|| json!({"parts": {}, "run": run.map(|rows| rows.run)}));
+        entry["parts"][part] = json!(linear.out_features);
+    }
+    split
 }
 
 /// The matrices of a module: name, shape, and how each is quantised.
@@ -180,7 +195,8 @@ impl Exporter for Factored {
 
     fn config(&self, source: &Source<'_>, modules: &[(LinearInfo, Entry)]) -> Map<String, Value> {
         let mut config = source.config.clone();
-        if modules.is_empty() {
+        let split = split(source);
+        if modules.is_empty() && split.is_empty() {
             return config;
         }
         let model_type = config.get("model_type").and_then(Value::as_str).unwrap_or("unknown").to_string();
@@ -222,6 +238,9 @@ impl Exporter for Factored {
             lrc.insert("architectures".into(), classes.clone());
         }
         lrc.insert("modules".into(), Value::Object(entries));
+        if !split.is_empty() {
+            lrc.insert("split".into(), Value::Object(split));
+        }
         if !quantized.is_empty() {
             lrc.insert("quantized".into(), Value::Object(quantized));
         }

@@ -105,6 +105,24 @@ class PivotLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
+class SplitLinear(nn.ModuleDict):
+    """A linear whose rows are shared out to parts: one part below the other, or (`run`) so many rows of each by turns."""
+
+    def __init__(self, linear, entry):
+        (_, in_features), weight = _shape(linear), linear.weight
+        like = {"dtype": weight.dtype, "device": weight.device}
+        super().__init__({name: nn.Linear(in_features, rows, bias=False, **like) for name, rows in entry["parts"].items()})
+        self.run, self.bias = entry["run"], linear.bias
+
+    def forward(self, x):
+        y = [part(x) for part in self.values()]
+        if self.run:
+            y = torch.stack([part.unflatten(-1, (-1, self.run)) for part in y], dim=-2).flatten(-3)
+        else:
+            y = torch.cat(y, dim=-1)
+        return y if self.bias is None else y + self.bias
+
+
 class Experts(nn.ModuleList):
     """The experts of a block one by one, where transformers 5 stacks their weights: a few of them have other linears now."""
 
@@ -166,6 +184,10 @@ def _replacement(name, linear, entry, quantized):
 def _compress(model):
     lrc = model.config.lrc
     _inherit_renames(keep_stacks=not _unstack(model, lrc["modules"]))
+    for name, entry in lrc.get("split", {}).items():
+        found, linear = _find(model, name)
+        parent, _, child = found.rpartition(".")
+        setattr(model.get_submodule(parent), child, SplitLinear(linear, entry))
     for name, entry in lrc["modules"].items():
         found, linear = _find(model, name)
         if found is None:

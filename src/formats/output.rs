@@ -9,7 +9,7 @@ use crate::checkpoint::encoded::{ADAPTER_FILE, ADAPTER_FOLDER};
 use crate::checkpoint::gguf::{self, GgufTensor, GgufWriter};
 use crate::checkpoint::{CONFIG_FILE, CheckpointError, OutputFolder, SafetensorsWriter, TensorSpec, io, writer_bytes};
 use crate::error::Failure;
-use crate::model::inventory::LinearInfo;
+use crate::model::inventory::{self, LinearInfo};
 
 /// A tensor of the output and where it comes from.
 #[derive(Debug, Clone)]
@@ -91,6 +91,14 @@ impl<'a> Files<'a> {
                 let message = format!("`{}` cannot be stored as {}: {reason}", linear.module, format.name());
                 return Err(Failure::unsupported(message).hint(hint).into());
             }
+        }
+        if format != Format::Factored
+            && let Some(part) = inventory::linears(source.checkpoint)
+                .iter()
+                .find(|linear| inventory::is_part(source.checkpoint, linear))
+        {
+            let message = format!("no {} of this: `{}` is a part of a matrix", format.name(), part.module);
+            return Err(Failure::unsupported(message).hint("compress with `--fused joint`").into());
         }
         match exporter.refusal_of_all(source, modules) {
             Some(reason) => {

@@ -6,6 +6,7 @@ use candle_core::Tensor;
 use super::architectures::{Architecture, InputSite, LinearId, Role, Slot};
 use super::attention::{Attention, Qkv, Scoring};
 use super::config::ModelConfig;
+use super::decoder;
 use super::experts::Experts;
 use super::linear::{GradientTap, Linear};
 use super::mlp::Mlp;
@@ -50,13 +51,27 @@ impl Block {
         prefix: &str,
         block_idx: usize,
     ) -> Result<Self> {
+        let block = architecture.block(prefix, block_idx);
         let load_slot = |slot: Slot| {
             let module = architecture.module(prefix, LinearId { block: block_idx, slot });
-            Linear::load(weights, &module, architecture.has_bias(slot.role, config), architecture.is_conv1d)
-                .with_context(|| format!("load `{module}`"))
+            let has_bias = architecture.has_bias(slot.role, config);
+            let context = || format!("load `{module}`");
+            let Some((role, whole, _)) = architecture.whole(slot.role).filter(|_| slot.expert.is_none()) else {
+                return Linear::load(weights, &module, has_bias, architecture.is_conv1d).with_context(context);
+            };
+            let part = Linear::load(weights, &module, false, false).with_context(context)?;
+            if !architecture.has_bias(role, config) {
+                return Ok(part);
+            }
+            let rows = architecture.rows_of(slot.role, config).context("invariant: a part has rows")?;
+            let rows: Vec<u32> = rows.indices().map(|row| row as u32).collect();
+            let bias = weights.tensor(&format!("{block}.{whole}.bias"))?;
+            Ok(part.with_bias(bias.index_select(&Tensor::new(rows, bias.device())?, 0)?))
         };
         let load = |role: Role| load_slot(Slot::shared(role));
-        let has = |role: Role| architecture.has(role);
+        let is_split = |whole: &str| decoder::is_split(weights, &format!("{block}.{whole}"));
+        let slots = architecture.slots(config, block_idx, &is_split);
+        let has = |role: Role| slots.contains(&Slot::shared(role));
         let norm = |name: Option<&str>| {
             let module = |name: &str| format!("{}.{name}", architecture.block(prefix, block_idx));
             name.map(|n| Norm::load(weights, &module(n), architecture.norm_kind, config.rms_norm_eps)).transpose()

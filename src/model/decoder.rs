@@ -7,7 +7,7 @@ use super::architectures::{Architecture, EncoderNames, LinearId, MaskedHead, Slo
 use super::block::Block;
 use super::config::ModelConfig;
 use super::head::{Head, Pooler, Transform};
-use super::linear::{self, Linear};
+use super::linear::{self, LR_A, LR_PIVOT, Linear};
 use super::norm::{self, Norm, NormKind};
 use super::ops::Kernels;
 use super::rope::Rope;
@@ -106,10 +106,13 @@ impl<'w> Decoder<'w> {
                     norm(&format!("{block}.{name}"), width, "`num_attention_heads` and `head_dim`")?;
                 }
             }
-            for slot in names.slots(config, block_idx) {
+            let is_split = |whole: &str| is_split(self.weights, &format!("{block}.{whole}"));
+            for slot in names.slots(config, block_idx, &is_split) {
                 let module = names.module(prefix, LinearId { block: block_idx, slot });
                 let (shape, fields) = slot.shape(config);
-                let kind = (names.has_bias(slot.role, config), names.is_conv1d);
+                // Parts leave their biases where they were.
+                let is_whole = names.whole(slot.role).is_none();
+                let kind = (is_whole && names.has_bias(slot.role, config), is_whole && names.is_conv1d);
                 linear::expect_shape(checkpoint, &module, shape, kind, fields)?;
             }
             if let Some(experts) = names.experts.as_ref().filter(|_| config.has_experts(block_idx)) {
@@ -196,7 +199,9 @@ impl<'w> Decoder<'w> {
 
     /// The linears of a block in the order of the forward pass, with their shapes (out, in).
     pub fn linears(&self, block_idx: usize) -> Vec<(Slot, [usize; 2])> {
-        let slots = self.architecture.slots(&self.config, block_idx);
+        let block = self.architecture.block(self.prefix, block_idx);
+        let is_split = |whole: &str| is_split(self.weights, &format!("{block}.{whole}"));
+        let slots = self.architecture.slots(&self.config, block_idx, &is_split);
         slots.into_iter().map(|slot| (slot, slot.shape(&self.config).0)).collect()
     }
 
@@ -301,6 +306,15 @@ impl<'w> Decoder<'w> {
     pub fn logits(&self, ids: &Tensor) -> Result<Tensor> {
         self.head()?.logits(&self.states(ids)?)
     }
+}
+
+/// Whether the parts of a module that is several in one stand for it.
+pub(super) fn is_split(weights: &dyn Weights, module: &str) -> bool {
+    let parts = ["q", "gate"].into_iter().flat_map(|part| [LR_A, LR_PIVOT, ""].map(|kind| (part, kind)));
+    let names = parts.map(
+        |(part, kind)| if kind.is_empty() { format!("{module}.{part}") } else { format!("{module}.{part}.{kind}") },
+    );
+    names.map(|name| format!("{name}.weight")).any(|name| weights.contains(&name))
 }
 
 impl Embeddings {

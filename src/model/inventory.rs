@@ -2,8 +2,8 @@
 
 use anyhow::Result;
 
-use super::architectures::{self, LinearId};
-use super::config;
+use super::architectures::{self, LinearId, Role};
+use super::config::{self, ModelConfig};
 use super::layout::{Layout, break_even_rank, expand_pivots};
 use super::linear::{BASE, LR_A, LR_B, LR_COEFFICIENTS, LR_ORDER, LR_PIVOT};
 use crate::checkpoint::{Checkpoint, Dtype, cast};
@@ -98,7 +98,7 @@ impl LinearInfo {
 pub fn linears(checkpoint: &Checkpoint) -> Vec<LinearInfo> {
     let model_type = config::model_type(checkpoint).unwrap_or_default();
     let architecture = architectures::find(model_type);
-    let is_conv1d = |module: &str| architecture.is_some_and(|a| a.is_conv1d && a.linear_id(module).is_some());
+    let is_conv1d = |module: &str| architecture.is_some_and(|a| a.stores_turned(module));
     let mut linears = Vec::new();
     for info in checkpoint.tensors() {
         let &[rows, columns] = info.shape.as_slice() else { continue };
@@ -148,6 +148,41 @@ pub fn linears(checkpoint: &Checkpoint) -> Vec<LinearInfo> {
     linears
 }
 
+/// Shows every matrix of a known family that is several in one as its parts, which have their rows.
+///
+/// # Errors
+/// The config is broken.
+pub fn split_fused(mut checkpoint: Checkpoint) -> Result<Checkpoint> {
+    let (config, architecture) = ModelConfig::of(&checkpoint)?;
+    let whole = |id: LinearId| architecture.linears.iter().find(|(role, _)| *role == id.slot.role).map(|l| l.0.parts());
+    for linear in linears(&checkpoint) {
+        let Some(parts) = linear.id.and_then(whole).filter(|parts| !parts.is_empty()) else { continue };
+        let name = linear.weight_name();
+        if linear.is_low_rank() || checkpoint.require(&name)?.is_encoded() {
+            continue;
+        }
+        let (expected, fields) = linear.id.map_or(([0, 0], ""), |id| id.slot.shape(&config));
+        anyhow::ensure!(
+            linear.shape() == expected.into(),
+            "`{name}` is {:?}, which {fields} do not give",
+            linear.shape()
+        );
+        let part = |&(role, part): &(Role, &str)| {
+            let rows = architecture.rows_of(role, &config).expect("invariant: a part has rows");
+            (format!("{}.{part}.weight", linear.module), rows)
+        };
+        checkpoint = checkpoint.split(&name, &parts.iter().map(part).collect::<Vec<_>>())?;
+    }
+    Ok(checkpoint)
+}
+
+/// Whether a linear is a part that stands for some rows of a matrix of its family.
+pub fn is_part(checkpoint: &Checkpoint, linear: &LinearInfo) -> bool {
+    let architecture = config::model_type(checkpoint).and_then(architectures::find);
+    let role = linear.id.filter(|id| id.slot.expert.is_none()).map(|id| id.slot.role);
+    architecture.zip(role).is_some_and(|(architecture, role)| architecture.whole(role).is_some())
+}
+
 fn last_part(module: &str) -> &str {
     module.rsplit('.').next().unwrap_or(module)
 }
@@ -184,7 +219,7 @@ pub fn base_values(checkpoint: &Checkpoint, linear: &LinearInfo) -> Result<Vec<f
     let name = linear.base_name();
     let values = checkpoint.values(&name)?;
     let architecture = config::model_type(checkpoint).and_then(architectures::find);
-    let is_conv1d = architecture.is_some_and(|a| a.is_conv1d) && linear.id.is_some();
+    let is_conv1d = architecture.is_some_and(|a| a.stores_turned(&linear.module));
     let is_turned = is_conv1d && !checkpoint.require(&name)?.is_encoded();
     let (m, n) = linear.shape();
     Ok(if is_turned { linalg::transpose_row_major(&values, n, m) } else { values })

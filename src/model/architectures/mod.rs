@@ -25,6 +25,7 @@ use serde_json::{Map, Value};
 use super::config::ModelConfig;
 use super::mlp::Activation;
 use super::norm::NormKind;
+use crate::checkpoint::Rows;
 
 /// Every family that `lrc` can run.
 const ALL: &[&Architecture] = &[
@@ -183,6 +184,12 @@ pub enum Role {
     DownProj,
 }
 
+/// What a matrix that is several in one is split into: the role of each part, and its name under that of the whole.
+const PARTS: &[(Role, &[(Role, &str)])] = &[
+    (Role::QkvProj, &[(Role::QProj, "q"), (Role::KProj, "k"), (Role::VProj, "v")]),
+    (Role::GateUpProj, &[(Role::GateProj, "gate"), (Role::UpProj, "up")]),
+];
+
 /// A place in a block whose activations feed one or more linears; Grams are keyed by it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum InputSite {
@@ -268,6 +275,11 @@ impl Slot {
 }
 
 impl Role {
+    /// The parts of a matrix that is several in one, by role and name; none of others.
+    pub fn parts(self) -> &'static [(Self, &'static str)] {
+        PARTS.iter().find(|(whole, _)| *whole == self).map_or(&[], |(_, parts)| parts)
+    }
+
     /// Its name in files and messages.
     pub fn name(self) -> &'static str {
         match self {
@@ -321,10 +333,6 @@ impl Architecture {
             }
     }
 
-    pub fn has(&self, role: Role) -> bool {
-        self.linears.iter().any(|(r, _)| *r == role)
-    }
-
     /// `model.layers.3`.
     pub fn block(&self, prefix: &str, block_idx: usize) -> String {
         format!("{prefix}{}.{block_idx}", self.layers)
@@ -340,7 +348,10 @@ impl Architecture {
             |linears: &[(Role, &'static str)]| linears.iter().find(|(role, _)| *role == slot.role).expect(INVARIANT).1;
         let block = self.block(prefix, block);
         match slot.expert {
-            None => format!("{block}.{}", of(self.linears)),
+            None => match self.whole(slot.role) {
+                Some((_, whole, part)) => format!("{block}.{whole}.{part}"),
+                None => format!("{block}.{}", of(self.linears)),
+            },
             Some(expert) => {
                 let experts = self.experts.as_ref().expect(INVARIANT);
                 format!("{block}.{}.{expert}.{}", experts.list, of(experts.linears))
@@ -348,9 +359,46 @@ impl Architecture {
         }
     }
 
-    /// The linears of a block, in the order of the forward pass.
-    pub fn slots(&self, config: &ModelConfig, block_idx: usize) -> Vec<Slot> {
-        let shared = self.linears.iter().map(|&(role, _)| Slot::shared(role));
+    /// The matrix that a role is a part of in this family, and the names of both: (`QkvProj`, `attn.c_attn`, `q`).
+    pub fn whole(&self, role: Role) -> Option<(Role, &'static str, &'static str)> {
+        self.linears.iter().find_map(|&(whole, name)| {
+            let (_, part) = whole.parts().iter().find(|(part, _)| *part == role)?;
+            Some((whole, name, *part))
+        })
+    }
+
+    /// Whether the weight of a module is stored as (in, out): parts of what was split never are.
+    pub fn stores_turned(&self, module: &str) -> bool {
+        self.is_conv1d && self.linear_id(module).is_some_and(|id| self.whole(id.slot.role).is_none())
+    }
+
+    /// The rows of a part in a matrix that is several in one.
+    pub fn rows_of(&self, part: Role, config: &ModelConfig) -> Option<Rows> {
+        let (whole, ..) = self.whole(part)?;
+        let sizes = whole.parts().iter().map(|&(role, _)| (role, Slot::shared(role).shape(config).0[0]));
+        let sizes: Vec<(Role, usize)> = sizes.collect();
+        let at = sizes.iter().position(|(role, _)| *role == part)?;
+        let count = sizes[at].1;
+        Some(match (whole, self.fused_qkv) {
+            (Role::QkvProj, FusedQkv::Interleaved) => {
+                let run = config.head_dim();
+                Rows { first: at * run, count, run, stride: sizes.len() * run, is_turned: self.is_conv1d }
+            }
+            _ => {
+                let first = sizes[..at].iter().map(|(_, size)| size).sum();
+                Rows { first, count, run: count, stride: 0, is_turned: self.is_conv1d }
+            }
+        })
+    }
+
+    /// The linears of a block, in the order of the forward pass; `is_split` tells of matrices that are several in one by name
+    /// whether their parts stand for them.
+    pub fn slots(&self, config: &ModelConfig, block_idx: usize, is_split: &dyn Fn(&str) -> bool) -> Vec<Slot> {
+        let parts = |&(role, name): &(Role, &'static str)| match role.parts() {
+            parts if !parts.is_empty() && is_split(name) => parts.iter().map(|(part, _)| Slot::shared(*part)).collect(),
+            _ => vec![Slot::shared(role)],
+        };
+        let shared = self.linears.iter().flat_map(parts);
         match &self.experts {
             Some(names) if config.has_experts(block_idx) => {
                 let of = |expert| names.linears.iter().map(move |&(role, _)| Slot { role, expert: Some(expert) });
@@ -377,7 +425,12 @@ impl Architecture {
             let (expert, name) = name.strip_prefix(names.list)?.strip_prefix('.')?.split_once('.')?;
             Some(Slot { role: find(names.linears, name)?, expert: Some(expert.parse().ok()?) })
         };
-        let slot = find(self.linears, name).map(Slot::shared).or_else(of_expert)?;
+        let of_whole = || {
+            let (whole, part) = name.rsplit_once('.')?;
+            let parts = find(self.linears, whole)?.parts();
+            find(parts, part)
+        };
+        let slot = find(self.linears, name).or_else(of_whole).map(Slot::shared).or_else(of_expert)?;
         Some(LinearId { block: block.parse().ok()?, slot })
     }
 
