@@ -46,6 +46,37 @@ pub struct Checkpoint {
     tensors: BTreeMap<String, TensorInfo>,
     /// Tensor names in the order of the files.
     order: Vec<String>,
+    stacks: Vec<Stack>,
+}
+
+/// A tensor of three dimensions that is shown, or stored, as the matrices that it is a stack of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Stack {
+    /// Its name where it is whole.
+    pub tensor: String,
+    /// (n, rows, columns)
+    pub shape: [usize; 3],
+}
+
+impl Stack {
+    /// The module of a matrix: `mlp.experts.down_proj.3`.
+    pub fn module(&self, index: usize) -> String {
+        format!("{}.{index}", self.tensor.strip_suffix(".weight").unwrap_or(&self.tensor))
+    }
+
+    /// The tensors of its matrices.
+    pub fn parts(&self) -> Vec<String> {
+        (0..self.shape[0]).map(|index| format!("{}.weight", self.module(index))).collect()
+    }
+}
+
+/// The stacks whose matrices an output of `lrc` stores apart: `lrc.stacks` of its config.
+fn stored_stacks(config: Option<&Map<String, Value>>) -> Vec<Stack> {
+    let listed = config.and_then(|config| config.get("lrc")?.get("stacks")?.as_object());
+    let stack = |(tensor, shape): (&String, &Value)| {
+        Some(Stack { tensor: tensor.clone(), shape: serde_json::from_value(shape.clone()).ok()? })
+    };
+    listed.into_iter().flatten().filter_map(stack).collect()
 }
 
 /// SHA-256 of the config and of every weight file, by file name.
@@ -111,7 +142,39 @@ impl Checkpoint {
             view.adapt(adapter);
         }
         let View { tensors, order } = view;
-        Ok(Self { root: layout.root, config, shards, tensors, order })
+        let stacks = stored_stacks(config.as_ref());
+        Ok(Self { root: layout.root, config, shards, tensors, order, stacks })
+    }
+
+    /// Stacks that are shown or stored as their matrices.
+    pub fn stacks(&self) -> &[Stack] {
+        &self.stacks
+    }
+
+    /// Shows a stack of matrices of plain floats as these, in its place.
+    ///
+    /// # Errors
+    /// [`CheckpointError::TensorAbsent`].
+    ///
+    /// # Panics
+    /// When it is no such stack.
+    pub fn split_stack(mut self, tensor: &str) -> Result<Self> {
+        let from = self.require(tensor)?.clone();
+        let &[n, rows, columns] = from.shape.as_slice() else { panic!("invariant: a stack has three dimensions") };
+        assert!(!from.is_encoded() && cast::is_float(from.dtype), "invariant: only plain floats are split");
+        let stack = Stack { tensor: tensor.into(), shape: [n, rows, columns] };
+        let place = self.order.iter().position(|name| name == tensor).unwrap_or(self.order.len());
+        self.tensors.remove(tensor);
+        self.order.splice(place..=place, stack.parts());
+        let n_bytes = (from.end - from.begin) / n.max(1);
+        for (index, name) in stack.parts().into_iter().enumerate() {
+            let begin = from.begin + index * n_bytes;
+            let shape = vec![rows, columns];
+            let part = TensorInfo { name: name.clone(), shape, begin, end: begin + n_bytes, ..from.clone() };
+            self.tensors.insert(name, part);
+        }
+        self.stacks.push(stack);
+        Ok(self)
     }
 
     /// Shows a matrix of floats, (out, in) or turned, as several of some of its rows, (count, in) each, in its place.

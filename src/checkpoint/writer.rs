@@ -39,6 +39,8 @@ impl TensorSpec {
 /// Where one tensor goes.
 #[derive(Debug)]
 struct Slot {
+    /// As the header names it.
+    tensor: String,
     shard_idx: usize,
     offset: u64,
     n_bytes: u64,
@@ -77,13 +79,34 @@ impl SafetensorsWriter {
             file.write_all(&header).map_err(io("write", &path))?;
             for (spec, offset) in offsets {
                 let offset = header.len() as u64 + offset;
-                let slot = Slot { shard_idx, offset, n_bytes: spec.n_bytes(), is_written: false };
+                let (tensor, n_bytes) = (spec.name.clone(), spec.n_bytes());
+                let slot = Slot { tensor, shard_idx, offset, n_bytes, is_written: false };
                 let previous = slots.insert(spec.name.clone(), slot);
                 assert!(previous.is_none(), "invariant: output tensor `{}` is named once", spec.name);
             }
             files.push((path, file));
         }
         Ok(Self { folder: folder.into(), files, slots })
+    }
+
+    /// From now on `parts` of one size are written under names of their own, one behind the other, in the place of a tensor.
+    ///
+    /// # Panics
+    /// When it was not announced, or cannot be divided: faults of the caller.
+    pub fn divide(&mut self, tensor: &str, parts: &[String]) {
+        let whole = self.slots.remove(tensor).unwrap_or_else(|| panic!("invariant: tensor `{tensor}` was announced"));
+        let n_bytes = whole.n_bytes / parts.len().max(1) as u64;
+        assert_eq!(n_bytes * parts.len() as u64, whole.n_bytes, "invariant: `{tensor}` is made of its parts");
+        for (i, part) in parts.iter().enumerate() {
+            let slot = Slot {
+                tensor: tensor.into(),
+                shard_idx: whole.shard_idx,
+                offset: whole.offset + i as u64 * n_bytes,
+                n_bytes,
+                is_written: false,
+            };
+            assert!(self.slots.insert(part.clone(), slot).is_none(), "invariant: output tensor `{part}` is named once");
+        }
     }
 
     /// Takes a tensor for written: an earlier run did.
@@ -131,7 +154,7 @@ impl SafetensorsWriter {
             let total_size: u64 = self.slots.values().map(|s| s.n_bytes).sum();
             let index = ShardIndex {
                 metadata: Map::from_iter([("total_size".to_string(), json!(total_size))]),
-                weight_map: self.slots.iter().map(|(name, s)| (name.clone(), names[s.shard_idx].clone())).collect(),
+                weight_map: self.slots.values().map(|s| (s.tensor.clone(), names[s.shard_idx].clone())).collect(),
             };
             let path = self.folder.join(INDEX_FILE);
             let text = serde_json::to_string_pretty(&index).expect("invariant: an index is valid JSON");

@@ -61,11 +61,14 @@ pub struct Job<'a> {
     pub memory_bytes: u64,
 }
 
-/// The checkpoint as a recipe sees it: with `--fused split` parts stand for what is several in one.
+/// The checkpoint as a recipe sees it: with `--fused split` parts stand for what is several in one, and experts for their stacks
+/// where the format has a place for them.
 ///
 /// # Errors
 /// The family is not known, and so not what a matrix is made of.
 pub fn view(checkpoint: Checkpoint, recipe: &Recipe) -> Result<Checkpoint> {
+    let holds_experts = matches!(recipe.format, Format::Factored | Format::Dense);
+    let checkpoint = if holds_experts { inventory::split_stacks(checkpoint)? } else { checkpoint };
     match recipe.fused {
         Fused::Joint => Ok(checkpoint),
         Fused::Split => inventory::split_fused(checkpoint),

@@ -22,6 +22,10 @@ impl Exporter for Dense {
         Ok(vec![weight_bytes(linear, module.product(m, n))?])
     }
 
+    fn joins_stacks(&self) -> bool {
+        true
+    }
+
     fn config(&self, source: &Source<'_>, _: &[(LinearInfo, Entry)]) -> Map<String, Value> {
         source.config.clone()
     }

@@ -196,7 +196,9 @@ impl Exporter for Factored {
     fn config(&self, source: &Source<'_>, modules: &[(LinearInfo, Entry)]) -> Map<String, Value> {
         let mut config = source.config.clone();
         let split = split(source);
-        if modules.is_empty() && split.is_empty() {
+        let stacks = source.checkpoint.stacks().iter().map(|stack| (stack.tensor.clone(), json!(stack.shape)));
+        let stacks: Map<String, Value> = stacks.collect();
+        if modules.is_empty() && split.is_empty() && stacks.is_empty() {
             return config;
         }
         let model_type = config.get("model_type").and_then(Value::as_str).unwrap_or("unknown").to_string();
@@ -238,8 +240,10 @@ impl Exporter for Factored {
             lrc.insert("architectures".into(), classes.clone());
         }
         lrc.insert("modules".into(), Value::Object(entries));
-        if !split.is_empty() {
-            lrc.insert("split".into(), Value::Object(split));
+        for (key, listed) in [("split", split), ("stacks", stacks)] {
+            if !listed.is_empty() {
+                lrc.insert(key.into(), Value::Object(listed));
+            }
         }
         if !quantized.is_empty() {
             lrc.insert("quantized".into(), Value::Object(quantized));

@@ -170,6 +170,11 @@ pub trait Exporter: Sync {
         Ok(encode(info.name.clone(), info.dtype, &source.checkpoint.values(&info.name)?)?.bytes)
     }
 
+    /// Whether stacks of experts, which the source may show as their matrices, are written whole.
+    fn joins_stacks(&self) -> bool {
+        false
+    }
+
     /// Tensors that the source does not have, with their bytes.
     fn extras(&self, _: &Source<'_>) -> Vec<(OutTensor, Vec<u8>)> {
         Vec::new()

@@ -183,6 +183,11 @@ def _replacement(name, linear, entry, quantized):
 
 def _compress(model):
     lrc = model.config.lrc
+    if lrc.get("stacks"):
+        raise ValueError(
+            f"the experts of `{next(iter(lrc['stacks']))}` are stored one by one, which transformers has no modules for: "
+            "`lrc export FOLDER --format dense -o OUT` stacks them again"
+        )
     _inherit_renames(keep_stacks=not _unstack(model, lrc["modules"]))
     for name, entry in lrc.get("split", {}).items():
         found, linear = _find(model, name)

@@ -1,13 +1,15 @@
 //! The files of an output, whatever the format: every tensor at its place, written as it comes.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::Result;
 
 use super::{Container, Entry, Exporter, Format, NamedBytes, OutTensor, Source, Target};
 use crate::checkpoint::encoded::{ADAPTER_FILE, ADAPTER_FOLDER};
 use crate::checkpoint::gguf::{self, GgufTensor, GgufWriter};
-use crate::checkpoint::{CONFIG_FILE, CheckpointError, OutputFolder, SafetensorsWriter, TensorSpec, io, writer_bytes};
+use crate::checkpoint::{
+    CONFIG_FILE, CheckpointError, OutputFolder, SafetensorsWriter, Stack, TensorSpec, io, writer_bytes,
+};
 use crate::error::Failure;
 use crate::model::inventory::{self, LinearInfo};
 
@@ -100,6 +102,13 @@ impl<'a> Files<'a> {
             let message = format!("no {} of this: `{}` is a part of a matrix", format.name(), part.module);
             return Err(Failure::unsupported(message).hint("compress with `--fused joint`").into());
         }
+        if format != Format::Factored
+            && !exporter.joins_stacks()
+            && let Some(stack) = source.checkpoint.stacks().first()
+        {
+            let message = format!("no {} of this: `{}` is stored as its matrices", format.name(), stack.tensor);
+            return Err(Failure::unsupported(message).hint("`lrc export --format dense` stacks them again").into());
+        }
         match exporter.refusal_of_all(source, modules) {
             Some(reason) => {
                 Err(Failure::unsupported(format!("no {} of this: {reason}", format.name())).hint(hint).into())
@@ -113,7 +122,20 @@ impl<'a> Files<'a> {
     }
 
     fn specs(&self, target: Target) -> Vec<TensorSpec> {
-        self.of(target).map(OutTensor::spec).collect()
+        let mut specs: Vec<TensorSpec> = self.of(target).map(OutTensor::spec).collect();
+        for stack in self.joined_stacks() {
+            let parts: BTreeSet<String> = stack.parts().into_iter().collect();
+            let Some(first) = specs.iter().position(|spec| parts.contains(&spec.name)) else { continue };
+            let whole = TensorSpec { name: stack.tensor.clone(), shape: stack.shape.into(), ..specs[first].clone() };
+            specs[first] = whole;
+            specs.retain(|spec| !parts.contains(&spec.name));
+        }
+        specs
+    }
+
+    /// Stacks whose matrices are written in one tensor.
+    fn joined_stacks(&self) -> impl Iterator<Item = &Stack> {
+        self.source.checkpoint.stacks().iter().filter(|_| self.exporter.joins_stacks())
     }
 
     fn gguf_tensors(&self, target: Target) -> Vec<GgufTensor> {
@@ -190,7 +212,8 @@ impl<'a> Output<'a> {
         let (model, adapter) = match &files.container {
             Container::Safetensors => {
                 let specs = files.specs(Target::Model);
-                let model = SafetensorsWriter::create(&folder.path(), &specs, files.max_shard_bytes)?;
+                let mut model = SafetensorsWriter::create(&folder.path(), &specs, files.max_shard_bytes)?;
+                files.joined_stacks().for_each(|stack| model.divide(&stack.tensor, &stack.parts()));
                 let adapter = folder.path().join(ADAPTER_FOLDER);
                 let adapter = files.has_adapter().then(|| -> Result<_, CheckpointError> {
                     std::fs::create_dir_all(&adapter).map_err(io("create", &adapter))?;

@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 
-use crate::checkpoint::{Checkpoint, Dtype, TensorInfo, cast};
+use crate::checkpoint::{Checkpoint, Dtype, TensorInfo};
 use crate::model::inventory::{self, LinearInfo, Stored};
 use crate::model::layout::break_even_rank;
 
@@ -92,11 +92,11 @@ pub(super) fn of(checkpoint: &Checkpoint) -> Vec<Matrix> {
     linears.chain(checkpoint.tensors().flat_map(stack)).collect()
 }
 
-/// The experts of a stack; none of any other tensor. Which side is out is not written in a file: it is taken as stored.
+/// The experts of a stack; none of any other tensor.
 fn stack(info: &TensorInfo) -> Vec<Matrix> {
     let &[n, rows, columns] = info.shape.as_slice() else { return Vec::new() };
     let name = info.name.strip_suffix(".weight").unwrap_or(&info.name);
-    if !cast::is_float(info.dtype) || rows < 2 || columns < 2 || !name.contains("expert") {
+    if !inventory::is_stack(info) {
         return Vec::new();
     }
     let of = fused(name).map_or(String::new(), |parts| format!(", fused {parts}"));

@@ -6,7 +6,7 @@ use super::architectures::{self, LinearId, Role};
 use super::config::{self, ModelConfig};
 use super::layout::{Layout, break_even_rank, expand_pivots};
 use super::linear::{BASE, LR_A, LR_B, LR_COEFFICIENTS, LR_ORDER, LR_PIVOT};
-use crate::checkpoint::{Checkpoint, Dtype, cast};
+use crate::checkpoint::{Checkpoint, Dtype, TensorInfo, cast};
 use crate::error::Failure;
 use crate::linalg;
 
@@ -99,6 +99,13 @@ pub fn linears(checkpoint: &Checkpoint) -> Vec<LinearInfo> {
     let model_type = config::model_type(checkpoint).unwrap_or_default();
     let architecture = architectures::find(model_type);
     let is_conv1d = |module: &str| architecture.is_some_and(|a| a.stores_turned(module));
+    // The number of an expert is none of a block.
+    let of_stacks: Vec<String> =
+        checkpoint.stacks().iter().map(|s| format!("{}.", s.tensor.trim_end_matches(".weight"))).collect();
+    let in_block = |module: &str| -> String {
+        let stack = of_stacks.iter().find(|stack| module.starts_with(stack.as_str()));
+        stack.map_or(module, |stack| stack.as_str()).to_string()
+    };
     let mut linears = Vec::new();
     for info in checkpoint.tensors() {
         let &[rows, columns] = info.shape.as_slice() else { continue };
@@ -137,7 +144,7 @@ pub fn linears(checkpoint: &Checkpoint) -> Vec<LinearInfo> {
             in_features,
             dtype: info.dtype,
             stored,
-            block: module.split('.').find_map(|part| part.parse().ok()),
+            block: in_block(module).split('.').find_map(|part| part.parse().ok()),
             id: architecture.and_then(|a| a.linear_id(module)),
             is_default_target: match architecture {
                 Some(known) => known.linear_id(module).is_some(),
@@ -146,6 +153,25 @@ pub fn linears(checkpoint: &Checkpoint) -> Vec<LinearInfo> {
         });
     }
     linears
+}
+
+/// Whether a tensor is a stack of the matrices of experts. Which side is out is not written in a file: it is taken as stored.
+pub fn is_stack(info: &TensorInfo) -> bool {
+    matches!(info.shape.as_slice(), &[_, rows, columns] if rows > 1 && columns > 1)
+        && cast::is_float(info.dtype)
+        && info.name.contains("expert")
+}
+
+/// Shows every stack of experts as the matrices that it is made of.
+///
+/// # Errors
+/// None but faults of the caller.
+pub fn split_stacks(mut checkpoint: Checkpoint) -> Result<Checkpoint> {
+    let stacks = checkpoint.tensors().filter(|info| is_stack(info) && !info.is_encoded());
+    for tensor in stacks.map(|info| info.name.clone()).collect::<Vec<_>>() {
+        checkpoint = checkpoint.split_stack(&tensor)?;
+    }
+    Ok(checkpoint)
 }
 
 /// Shows every matrix of a known family that is several in one as its parts, which have their rows.
