@@ -97,8 +97,11 @@ impl Block {
             Some(of) => norm(Some(of.query))?.zip(norm(Some(of.key))?).map(|norms| (norms, of.is_per_head)),
             None => None,
         };
+        let are_behind = config.norms_are_behind();
+        let [attention, mlp] = [(names.before_attention, names.after_attention), (names.before_mlp, names.after_mlp)]
+            .map(|(before, after)| if are_behind { (None, before) } else { (before, after) });
         Ok(Self {
-            before_attention: norm(names.before_attention)?,
+            before_attention: norm(attention.0)?,
             attention: Attention {
                 qkv: Qkv::load(has, load, architecture.fused_qkv)?,
                 o_proj: load(Role::OProj)?,
@@ -114,11 +117,11 @@ impl Block {
                 },
                 rope: config.rope_kind(architecture, block_idx),
             },
-            after_attention: norm(names.after_attention)?,
-            before_mlp: norm(names.before_mlp)?,
+            after_attention: norm(attention.1)?,
+            before_mlp: norm(mlp.0)?,
             feed_forward,
-            after_mlp: norm(names.after_mlp)?,
-            are_norms_of_sums: names.are_of_sums,
+            after_mlp: norm(mlp.1)?,
+            are_norms_of_sums: names.are_of_sums || are_behind,
             is_parallel: config.use_parallel_residual,
         })
     }

@@ -76,7 +76,7 @@ pub struct ModelConfig {
     #[serde(default)]
     mlp_only_layers: Vec<usize>,
     tie_word_embeddings: Option<bool>,
-    /// What would change the architecture in a way that is not supported.
+    /// What changes the architecture, in ways that not every family has.
     is_decoder: Option<bool>,
     position_embedding_type: Option<String>,
     word_embed_proj_dim: Option<usize>,
@@ -220,8 +220,10 @@ impl ModelConfig {
             );
         }
         let apart = [
-            ("word_embed_proj_dim", self.word_embed_proj_dim.is_some_and(|width| width != self.hidden_size)),
-            ("do_layer_norm_before", self.do_layer_norm_before == Some(false)),
+            (
+                "word_embed_proj_dim",
+                architecture.embed_projections.is_none() && self.embedding_size() != self.hidden_size,
+            ),
             ("is_decoder", architecture.encoder.is_some() && self.is_decoder == Some(true)),
             ("position_embedding_type", self.position_embedding_type.as_deref().is_some_and(|t| t != "absolute")),
         ];
@@ -242,6 +244,17 @@ impl ModelConfig {
     /// Features between the linears of an expert.
     pub fn expert_width(&self) -> usize {
         self.moe_intermediate_size.unwrap_or(self.intermediate_size)
+    }
+
+    /// Width of the embeddings.
+    pub fn embedding_size(&self) -> usize {
+        self.word_embed_proj_dim.unwrap_or(self.hidden_size)
+    }
+
+    /// Whether the norms of a block stand behind its sublayers and their sums, and none behind the last block, in a family
+    /// that has them in front.
+    pub fn norms_are_behind(&self) -> bool {
+        self.do_layer_norm_before == Some(false)
     }
 
     pub fn num_key_value_heads(&self) -> usize {

@@ -43,6 +43,8 @@ pub struct Embeddings {
     /// (n_positions, hidden_size), where positions are learned.
     positions: Option<Tensor>,
     scale: Option<f64>,
+    /// To hidden_size, where the table has a width of its own.
+    projection: Option<Linear>,
     /// Of encoders, (hidden_size), added to every token.
     first_type: Option<Tensor>,
     norm: Option<Norm>,
@@ -76,7 +78,12 @@ impl<'w> Decoder<'w> {
     fn check_coverage(&self, checkpoint: &Checkpoint) -> Result<()> {
         let (config, names, prefix) = (&self.config, self.architecture, self.prefix);
         let vocabulary = "`vocab_size` and `hidden_size`";
-        let embeddings = [config.vocab_size, config.hidden_size];
+        let embeddings = [config.vocab_size, config.embedding_size()];
+        if let Some([into, out]) = self.projections() {
+            let (hidden, fields) = (config.hidden_size, "`word_embed_proj_dim` and `hidden_size`");
+            linear::expect_shape(checkpoint, &into, [hidden, embeddings[1]], (false, false), fields)?;
+            linear::expect_shape(checkpoint, &out, [embeddings[1], hidden], (false, false), fields)?;
+        }
         checkpoint.expect_shape(&format!("{prefix}{}.weight", names.embed_tokens), &embeddings, vocabulary)?;
         if let Some((table, _)) = names.embed_positions {
             let n_rows = checkpoint.require(&format!("{prefix}{table}.weight"))?.shape.first().copied().unwrap_or(0);
@@ -127,8 +134,8 @@ impl<'w> Decoder<'w> {
                 )?;
             }
         }
-        if let Some(last) = names.norm {
-            norm(&format!("{prefix}{last}"), config.hidden_size, "`hidden_size`")?;
+        if let Some(last) = self.last_norm() {
+            norm(&last, config.hidden_size, "`hidden_size`")?;
         }
         if let Some(encoder) = &names.encoder {
             self.check_encoder(checkpoint, encoder, &norm)?;
@@ -137,6 +144,19 @@ impl<'w> Decoder<'w> {
             linear::expect_shape(checkpoint, names.lm_head, embeddings, (false, false), vocabulary)?;
         }
         Ok(())
+    }
+
+    /// The norm behind the last block.
+    fn last_norm(&self) -> Option<String> {
+        let name = self.architecture.norm.filter(|_| !self.config.norms_are_behind());
+        name.map(|name| format!("{}{name}", self.prefix))
+    }
+
+    /// The linears into the blocks and out of them, where embeddings have a width of their own.
+    fn projections(&self) -> Option<[String; 2]> {
+        let names = self.architecture.embed_projections;
+        let names = names.filter(|_| self.config.embedding_size() != self.config.hidden_size);
+        names.map(|(into, out)| [into, out].map(|name| format!("{}{name}", self.prefix)))
     }
 
     /// What an encoder has besides its blocks.
@@ -234,7 +254,10 @@ impl<'w> Decoder<'w> {
             let name = format!("{}{}", self.prefix, e.embed_norm);
             Norm::load(self.weights, &name, self.architecture.norm_kind, self.config.rms_norm_eps)
         });
+        let projection =
+            self.projections().map(|[into, _]| Linear::load(self.weights, &into, false, false)).transpose()?;
         Ok(Embeddings {
+            projection,
             first_type: types.transpose()?,
             norm: norm.transpose()?,
             kernels: self.kernels,
@@ -281,8 +304,17 @@ impl<'w> Decoder<'w> {
             transform =
                 Some(Transform { dense, activation: activation.unwrap_or(self.config.hidden_act), norm: norm(name)? });
         }
-        let last = names.norm.map(|name| norm(&format!("{}{name}", self.prefix))).transpose()?;
-        Ok(Head { norm: last, transform, lm_head, cap: self.config.final_logit_softcapping, kernels: self.kernels })
+        let last = self.last_norm().map(|name| norm(&name)).transpose()?;
+        let projection =
+            self.projections().map(|[_, out]| Linear::load(self.weights, &out, false, false)).transpose()?;
+        Ok(Head {
+            norm: last,
+            projection,
+            transform,
+            lm_head,
+            cap: self.config.final_logit_softcapping,
+            kernels: self.kernels,
+        })
     }
 
     /// The last states (batch, n_tokens, hidden_size) of token ids (batch, n_tokens), the whole model in memory.
@@ -339,6 +371,9 @@ impl Embeddings {
         let mut x = self.table.embedding(&ids.flatten_all()?)?.reshape((batch, n_tokens, ()))?;
         if let Some(scale) = self.scale {
             x = (x * scale)?;
+        }
+        if let Some(projection) = &self.projection {
+            x = projection.forward(&x)?;
         }
         if let Some(positions) = &self.positions {
             let n_positions = positions.dim(0)?;

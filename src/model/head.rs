@@ -15,6 +15,8 @@ use crate::error::Failure;
 /// The final norm and the head.
 pub struct Head {
     pub(super) norm: Option<Norm>,
+    /// To the width of the embeddings, where that is their own.
+    pub(super) projection: Option<Linear>,
     pub(super) transform: Option<Transform>,
     pub(super) lm_head: Linear,
     /// Logits l become `cap · tanh(l / cap)`.
@@ -45,6 +47,9 @@ impl Head {
             Some(norm) => norm.apply(kernels, x)?,
             None => x.clone(),
         };
+        if let Some(projection) = &self.projection {
+            x = projection.forward(&x)?;
+        }
         if let Some(Transform { dense, activation, norm }) = &self.transform {
             x = norm.apply(kernels, &activation.apply(&dense.forward(&x)?)?)?;
         }

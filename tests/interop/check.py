@@ -182,6 +182,7 @@ def show(line=""):
 def main():
     packages = ["torch", "transformers", "peft", "compressed-tensors", "gptqmodel", "optimum", "gguf", "llama-cpp-python"]
     show("# Written formats in their runtimes\n")
+    show("[families.md](families.md) has the table of every family.\n")
     show("Made by `tests/interop/run.sh`. Logits of lrc (f32) and of the runtime on the same random tokens; `limit` is on the")
     show("largest difference of a logit, for llama.cpp, which quantises activations, on the mean KL divergence in nats.\n")
     versions = []

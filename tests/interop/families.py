@@ -92,8 +92,13 @@ def in_llama_cpp(model, work):
     lrc = ROOT / "target/release/lrc"
     run(lrc, "compress", model, "-o", out, "-q", "--format", "gguf", "--quant", "rtn-int8-channel", "--exclude", "*att*")
     report = json.loads(run(lrc, "eval", out, "--text", text, "--convention", "llamacpp", "--seq-len", "32", "--json", "-q"))
-    said = subprocess.run([runtime, "-m", out / "model.gguf", "-f", text, "-c", "32", "-b", "32"], capture_output=True, text=True)
-    found = re.search(r"Final estimate: PPL = ([0-9.]+)", said.stderr + said.stdout)
+    for _ in range(5):  # its logger writes beside the program, and at times loses the last lines of a short run
+        said = subprocess.run([runtime, "-m", out / "model.gguf", "-f", text, "-c", "32", "-b", "32"], capture_output=True, text=True)
+        found = re.search(r"Final estimate: PPL = ([0-9.]+)", said.stderr + said.stdout)
+        if found or said.returncode:
+            break
+    if not found:
+        raise RuntimeError(f"llama-perplexity ended with {said.returncode}: " + " | ".join(said.stderr.splitlines()[-4:]))
     return abs(float(found[1]) / report["ppl"] - 1.0)
 
 

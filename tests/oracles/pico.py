@@ -59,6 +59,7 @@ FAMILIES = {
     "gpt_neox": (dict(UNGROUPED, rope_parameters={"rope_type": "default", "rope_theta": 10000.0,
                                                "partial_rotary_factor": 0.5}), [{"use_parallel_residual": False}]),
     "opt": (dict(UNGROUPED, ffn_dim=24, word_embed_proj_dim=16), []),
+    "opt-350m": (dict(UNGROUPED, ffn_dim=24, word_embed_proj_dim=8, do_layer_norm_before=False), []),
     "mixtral": (dict(SHARED, num_local_experts=4, num_experts_per_tok=2), [{"num_experts_per_tok": 1}]),
     "qwen3_moe": (dict(SHARED, head_dim=8, num_experts=6, num_experts_per_tok=3, moe_intermediate_size=12,
                        mlp_only_layers=[0], norm_topk_prob=True),
@@ -189,7 +190,8 @@ def main():
         if family not in asked:
             continue
         torch.manual_seed(0)
-        config = AutoConfig.for_model(family, **EAGER, **fields)
+        kind_of_model = family.split("-")[0]
+        config = AutoConfig.for_model(kind_of_model, **EAGER, **fields)
         kind = ENCODERS.get(family, AutoModelForCausalLM)
         model = kind.from_config(config).float()
         for parameter in model.parameters():
@@ -203,7 +205,7 @@ def main():
         cases = []
         for changes in [{}] + others:
             changed = {k: v for k, v in (saved | changes).items() if k != "model_type"}
-            config = AutoConfig.for_model(family, **EAGER, **changed)
+            config = AutoConfig.for_model(kind_of_model, **EAGER, **changed)
             again = kind.from_config(config).float()
             again.load_state_dict(model.state_dict())
             rows = logits(again).tolist()

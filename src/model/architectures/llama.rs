@@ -8,6 +8,7 @@ pub(super) const LLAMA: Architecture = Architecture {
     model_type: "llama",
     prefix: "model.",
     embed_tokens: "embed_tokens",
+    embed_projections: None,
     embed_positions: None,
     layers: "layers",
     norms: Norms {

@@ -56,6 +56,8 @@ pub struct Architecture {
     /// Before the names of all modules but the head; some files leave it out.
     pub prefix: &'static str,
     pub embed_tokens: &'static str,
+    /// Linears between the embeddings and the blocks, and between these and the head, where embeddings have a width of their own.
+    pub embed_projections: Option<(&'static str, &'static str)>,
     /// The table of learned positions, and its row for the first token.
     pub embed_positions: Option<(&'static str, usize)>,
     /// Of the blocks: `layers` for `model.layers.0`.

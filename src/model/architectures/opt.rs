@@ -1,4 +1,4 @@
-//! OPT: learned positions behind two rows that are not used, layer norms, ReLU. Zhang et al. 2022, arXiv:2205.01068.
+//! OPT: learned positions behind two rows that are not used, layer norms (behind sublayers in the 350M), ReLU. Zhang et al. 2022, arXiv:2205.01068.
 
 use super::llama::LLAMA;
 use super::{Architecture, Norms, Role};
@@ -7,6 +7,7 @@ use crate::model::norm::NormKind;
 pub(super) const OPT: Architecture = Architecture {
     model_type: "opt",
     prefix: "model.decoder.",
+    embed_projections: Some(("project_in", "project_out")),
     embed_positions: Some(("embed_positions", 2)),
     norms: Norms {
         before_attention: Some("self_attn_layer_norm"),
