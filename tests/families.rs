@@ -289,9 +289,13 @@ fn fused_matrices_are_split_into_their_parts() {
             assert!(refused.code == 4 && refused.stderr.contains("is a part of a matrix"), "{}", refused.stderr);
         }
         let out = folder.path().join("refused");
-        let refused =
-            ["compress", path(&model), "-o", path(&out), "--keep", "0.7", "--fused", "split", "--format", "dense"];
-        assert_eq!(common::lrc(&refused).code, 2);
+        let split = ["compress", path(&model), "-o", path(&out), "--keep", "0.7", "--fused", "split"];
+        assert_eq!(common::lrc(&[&split[..], &["--format", "dense"]].concat()).code, 2);
+        let mut config = json(&model.join("config.json"));
+        config[if family == "gpt2" { "n_embd" } else { "hidden_size" }] = 32.into();
+        std::fs::write(model.join("config.json"), config.to_string()).unwrap();
+        let refused = common::lrc(&split);
+        assert!(refused.code == 4 && refused.stderr.contains("and cannot be split"), "{}", refused.stderr);
     }
 }
 

@@ -114,8 +114,11 @@ fn through_block(
     // The derivative of Σ y ⊙ ∂L/∂y with respect to x is ∂L/∂x.
     let store = (y * gradient.unsqueeze(0)?)?.sum_all()?.backward()?;
     for (slot, tap) in taps {
-        // Experts that see no token of this window have no input.
-        let Some(x) = inputs.get(&slot.site()) else { continue };
+        let Some(x) = inputs.get(&slot.site()) else {
+            // An expert that sees no token of this window has no input.
+            anyhow::ensure!(slot.expert.is_some(), "invariant: `{}` was shown its input", slot.name());
+            continue;
+        };
         // candle stops gradients in silence where an operation has no backward pass.
         let gradient = tap.take().with_context(|| format!("no gradient reached `{}`", slot.name()))?;
         if observation.needs.output_gram {

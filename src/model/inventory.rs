@@ -188,11 +188,13 @@ pub fn split_fused(mut checkpoint: Checkpoint) -> Result<Checkpoint> {
             continue;
         }
         let (expected, fields) = linear.id.map_or(([0, 0], ""), |id| id.slot.shape(&config));
-        anyhow::ensure!(
-            linear.shape() == expected.into(),
-            "`{name}` is {:?}, which {fields} do not give",
-            linear.shape()
-        );
+        if linear.shape() != expected.into() {
+            let (path, (m, n)) = (checkpoint.file_of(checkpoint.require(&name)?).display().to_string(), linear.shape());
+            let message = format!("tensor `{name}` in `{path}` has {m} outputs and {n} inputs, and cannot be split");
+            return Err(Failure::unsupported(message)
+                .hint(format!("check {fields}, or leave it `--fused joint`"))
+                .into());
+        }
         let part = |&(role, part): &(Role, &str)| {
             let rows = architecture.rows_of(role, &config).expect("invariant: a part has rows");
             (format!("{}.{part}.weight", linear.module), rows)
