@@ -425,6 +425,26 @@ fn encoders_without_a_head_are_measured_through_their_pooled_output() {
             ok(&[&flags[..], calibration].concat());
             check_fidelity(&model, &out, expected["text"].as_str().unwrap());
         }
+        if family == "bert" {
+            // A pooler that is compressed on request is still the pooler, wherever its bias stands.
+            for layout in ["factors", "pivot"] {
+                let out = folder.path().join(format!("pooler-{layout}"));
+                let flags = [
+                    "--method",
+                    "svd",
+                    "--keep",
+                    "0.6",
+                    "--ranks",
+                    "uniform",
+                    "--targets",
+                    "*pooler*",
+                    "--layout",
+                    layout,
+                ];
+                ok(&[&["compress", path(&model), "-o", path(&out), "-q"], &flags[..]].concat());
+                assert!(Decoder::open(&Checkpoint::open(&out).unwrap()).unwrap().pooler().unwrap().is_learned());
+            }
+        }
         let out = folder.path().join(format!("{family}-coded"));
         let coded = ["--quant", "gptq-int4-channel", "--compensate", "kfac", "--compensate-rank", "2"];
         ok(&[&["compress", path(&model), "-o", path(&out)], &coded[..], &calibration].concat());

@@ -7,7 +7,7 @@ use super::architectures::{Architecture, EncoderNames, LinearId, MaskedHead, Slo
 use super::block::Block;
 use super::config::ModelConfig;
 use super::head::{Head, Pooler, Transform};
-use super::linear::{self, LR_A, LR_PIVOT, Linear};
+use super::linear::{self, BASE, LR_A, LR_B, LR_PIVOT, Linear};
 use super::norm::{self, Norm, NormKind};
 use super::ops::Kernels;
 use super::rope::Rope;
@@ -201,7 +201,9 @@ impl<'w> Decoder<'w> {
 
     fn pooler_name(&self) -> Option<String> {
         let name = format!("{}{}", self.prefix, self.architecture.encoder.as_ref()?.pooler?);
-        self.weights.contains(&format!("{name}.bias")).then_some(name)
+        // Compressed it may have its bias elsewhere.
+        let biases = ["bias".to_string(), format!("{LR_B}.bias"), format!("{BASE}.bias")];
+        biases.iter().any(|bias| self.weights.contains(&format!("{name}.{bias}"))).then_some(name)
     }
 
     /// Loads what makes one vector of an encoder's states.
@@ -342,11 +344,9 @@ impl<'w> Decoder<'w> {
 
 /// Whether the parts of a module that is several in one stand for it.
 pub(super) fn is_split(weights: &dyn Weights, module: &str) -> bool {
-    let parts = ["q", "gate"].into_iter().flat_map(|part| [LR_A, LR_PIVOT, ""].map(|kind| (part, kind)));
-    let names = parts.map(
-        |(part, kind)| if kind.is_empty() { format!("{module}.{part}") } else { format!("{module}.{part}.{kind}") },
-    );
-    names.map(|name| format!("{name}.weight")).any(|name| weights.contains(&name))
+    let kinds = ["weight".to_string(), format!("{LR_A}.weight"), format!("{LR_PIVOT}.weight")];
+    let has = |part: &str| kinds.iter().any(|kind| weights.contains(&format!("{module}.{part}.{kind}")));
+    has("q") || has("gate")
 }
 
 impl Embeddings {
