@@ -96,6 +96,27 @@ fn every_expert_is_a_matrix_and_stacks_come_back() {
     }
 }
 
+/// A stack of which nothing is compressed stays one tensor, in every format.
+#[test]
+fn a_stack_that_is_left_alone_stays_whole() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = model(folder.path(), Dtype::F32);
+    let source = Checkpoint::open(&model).unwrap();
+    let left = STACKS[2].0;
+    for format in ["factored", "dense"] {
+        let out = folder.path().join(format);
+        let flags = ["--keep", "0.6", "--exclude", "*layers.1.*", "--format", format, "-q"];
+        ok(&[&["compress", path(&model), "-o", path(&out)], &flags[..]].concat());
+        let output = Checkpoint::open(&out).unwrap();
+        assert_eq!(output.require(left).unwrap().shape, STACKS[2].1);
+        assert!(bytes(&output, left) == bytes(&source, left));
+        let listed = &output.config().unwrap().get("lrc").cloned().unwrap_or_default()["stacks"];
+        let names: Vec<&String> = listed.as_object().map_or(Vec::new(), |stacks| stacks.keys().collect());
+        let apart = if format == "factored" { vec![STACKS[0].0, STACKS[1].0] } else { Vec::new() };
+        assert_eq!(names, apart);
+    }
+}
+
 #[test]
 fn a_dry_run_lists_what_is_taken_and_what_is_passed_through() {
     let folder = tempfile::tempdir().unwrap();

@@ -13,6 +13,7 @@ use serde_json::{Map, Value, json};
 
 use super::{
     Base, CheckpointError, Entry, Exporter, LinearInfo, Matrix, Module, NamedBytes, OutTensor, Parts, Source, encode,
+    stacks_apart,
 };
 use crate::checkpoint::encoded::{CODES, PackedEntry, SCALES, ZEROS};
 use crate::checkpoint::{Checkpoint, Dtype};
@@ -196,8 +197,8 @@ impl Exporter for Factored {
     fn config(&self, source: &Source<'_>, modules: &[(LinearInfo, Entry)]) -> Map<String, Value> {
         let mut config = source.config.clone();
         let split = split(source);
-        let stacks = source.checkpoint.stacks().iter().map(|stack| (stack.tensor.clone(), json!(stack.shape)));
-        let stacks: Map<String, Value> = stacks.collect();
+        let stacks = stacks_apart(source, modules).into_iter();
+        let stacks: Map<String, Value> = stacks.map(|stack| (stack.tensor.clone(), json!(stack.shape))).collect();
         if modules.is_empty() && split.is_empty() && stacks.is_empty() {
             return config;
         }

@@ -36,6 +36,9 @@ impl Exporter for Gptq {
     }
 
     fn refusal_of_all(&self, _: &Source<'_>, modules: &[(LinearInfo, Entry)]) -> Option<String> {
+        if let Some(reason) = adapter::refusal_of_all(modules) {
+            return Some(reason);
+        }
         let setting = |(linear, entry): &(LinearInfo, Entry)| {
             let scheme = exchange_scheme(linear, entry).ok()?;
             let n = linear.in_features;

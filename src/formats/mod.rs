@@ -9,6 +9,8 @@ mod gptq;
 mod output;
 mod parts;
 
+use std::collections::BTreeSet;
+
 use anyhow::Result;
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
@@ -16,8 +18,8 @@ use serde_json::{Map, Value};
 
 use crate::checkpoint::encoded::Element;
 use crate::checkpoint::{
-    Checkpoint, CheckpointError, Dtype, TensorInfo, TensorSpec, cast, gguf::GgufTensor, gguf::Value as GgufValue,
-    header_entry_bytes,
+    Checkpoint, CheckpointError, Dtype, Stack, TensorInfo, TensorSpec, cast, gguf::GgufTensor,
+    gguf::Value as GgufValue, header_entry_bytes,
 };
 use crate::model::config::native_config;
 use crate::model::inventory::LinearInfo;
@@ -197,6 +199,13 @@ pub trait Exporter: Sync {
     fn library(&self) -> &'static str {
         "transformers"
     }
+}
+
+/// Stacks of which a matrix is compressed: what stores low rank has them apart, all others are written whole.
+fn stacks_apart<'a>(source: &'a Source<'_>, modules: &[(LinearInfo, Entry)]) -> Vec<&'a Stack> {
+    let compressed: BTreeSet<&str> = modules.iter().map(|(linear, _)| linear.module.as_str()).collect();
+    let is_apart = |stack: &&Stack| (0..stack.shape[0]).any(|i| compressed.contains(stack.module(i).as_str()));
+    source.checkpoint.stacks().iter().filter(is_apart).collect()
 }
 
 /// How each runtime loads an output of a model with `config`, by the class that this one is of.

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::Result;
 
-use super::{Container, Entry, Exporter, Format, NamedBytes, OutTensor, Source, Target};
+use super::{Container, Entry, Exporter, Format, NamedBytes, OutTensor, Source, Target, stacks_apart};
 use crate::checkpoint::encoded::{ADAPTER_FILE, ADAPTER_FOLDER};
 use crate::checkpoint::gguf::{self, GgufTensor, GgufWriter};
 use crate::checkpoint::{
@@ -134,8 +134,9 @@ impl<'a> Files<'a> {
     }
 
     /// Stacks whose matrices are written in one tensor.
-    fn joined_stacks(&self) -> impl Iterator<Item = &Stack> {
-        self.source.checkpoint.stacks().iter().filter(|_| self.exporter.joins_stacks())
+    fn joined_stacks(&self) -> Vec<&Stack> {
+        let apart = if self.exporter.joins_stacks() { Vec::new() } else { stacks_apart(self.source, &self.modules) };
+        self.source.checkpoint.stacks().iter().filter(|stack| !apart.contains(stack)).collect()
     }
 
     fn gguf_tensors(&self, target: Target) -> Vec<GgufTensor> {
@@ -213,7 +214,7 @@ impl<'a> Output<'a> {
             Container::Safetensors => {
                 let specs = files.specs(Target::Model);
                 let mut model = SafetensorsWriter::create(&folder.path(), &specs, files.max_shard_bytes)?;
-                files.joined_stacks().for_each(|stack| model.divide(&stack.tensor, &stack.parts()));
+                files.joined_stacks().into_iter().for_each(|s| model.divide(&s.tensor, &s.parts()));
                 let adapter = folder.path().join(ADAPTER_FOLDER);
                 let adapter = files.has_adapter().then(|| -> Result<_, CheckpointError> {
                     std::fs::create_dir_all(&adapter).map_err(io("create", &adapter))?;

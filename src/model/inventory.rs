@@ -102,9 +102,9 @@ pub fn linears(checkpoint: &Checkpoint) -> Vec<LinearInfo> {
     // The number of an expert is none of a block.
     let of_stacks: Vec<String> =
         checkpoint.stacks().iter().map(|s| format!("{}.", s.tensor.trim_end_matches(".weight"))).collect();
-    let in_block = |module: &str| -> String {
+    let block = |module: &str| {
         let stack = of_stacks.iter().find(|stack| module.starts_with(stack.as_str()));
-        stack.map_or(module, |stack| stack.as_str()).to_string()
+        stack.map_or(module, |stack| stack.as_str()).split('.').find_map(|part| part.parse().ok())
     };
     let mut linears = Vec::new();
     for info in checkpoint.tensors() {
@@ -138,18 +138,16 @@ pub fn linears(checkpoint: &Checkpoint) -> Vec<LinearInfo> {
         if NOT_LINEAR.iter().any(|part| info.name.contains(part)) {
             continue;
         }
+        let id = architecture.and_then(|a| a.linear_id(module));
         linears.push(LinearInfo {
             module: module.to_string(),
             out_features,
             in_features,
             dtype: info.dtype,
             stored,
-            block: in_block(module).split('.').find_map(|part| part.parse().ok()),
-            id: architecture.and_then(|a| a.linear_id(module)),
-            is_default_target: match architecture {
-                Some(known) => known.linear_id(module).is_some(),
-                None => !ON_REQUEST.contains(&last_part(module)),
-            },
+            block: block(module),
+            id,
+            is_default_target: id.is_some() || architecture.is_none() && !ON_REQUEST.contains(&last_part(module)),
         });
     }
     linears

@@ -5,6 +5,18 @@ use super::llama::LLAMA;
 use super::{Architecture, EncoderNames, MaskedHead, Norms, Role};
 use crate::model::norm::NormKind;
 
+pub(super) const ENCODER: EncoderNames = EncoderNames {
+    embed_types: Some("embeddings.token_type_embeddings"),
+    embed_norm: "embeddings.LayerNorm",
+    masked_head: MaskedHead {
+        dense: "cls.predictions.transform.dense",
+        activation: None,
+        norm: "cls.predictions.transform.LayerNorm",
+        bias: "cls.predictions.bias",
+    },
+    pooler: Some("pooler.dense"),
+};
+
 pub(super) const BERT: Architecture = Architecture {
     model_type: "bert",
     prefix: "bert.",
@@ -21,17 +33,7 @@ pub(super) const BERT: Architecture = Architecture {
     },
     norm: None,
     lm_head: "cls.predictions.decoder",
-    encoder: Some(EncoderNames {
-        embed_types: Some("embeddings.token_type_embeddings"),
-        embed_norm: "embeddings.LayerNorm",
-        masked_head: MaskedHead {
-            dense: "cls.predictions.transform.dense",
-            activation: None,
-            norm: "cls.predictions.transform.LayerNorm",
-            bias: "cls.predictions.bias",
-        },
-        pooler: Some("pooler.dense"),
-    }),
+    encoder: Some(ENCODER),
     linears: &[
         (Role::QProj, "attention.self.query"),
         (Role::KProj, "attention.self.key"),

@@ -1,6 +1,6 @@
 //! DistilBERT: half of BERT's blocks, without token types and without a pooler. Sanh et al. 2019, arXiv:1910.01108.
 
-use super::bert::BERT;
+use super::bert::{BERT, ENCODER};
 use super::{Architecture, EncoderNames, MaskedHead, Norms, Role};
 
 pub(super) const DISTILBERT: Architecture = Architecture {
@@ -11,7 +11,6 @@ pub(super) const DISTILBERT: Architecture = Architecture {
     lm_head: "vocab_projector",
     encoder: Some(EncoderNames {
         embed_types: None,
-        embed_norm: "embeddings.LayerNorm",
         masked_head: MaskedHead {
             dense: "vocab_transform",
             activation: None,
@@ -19,6 +18,7 @@ pub(super) const DISTILBERT: Architecture = Architecture {
             bias: "vocab_projector.bias",
         },
         pooler: None,
+        ..ENCODER
     }),
     linears: &[
         (Role::QProj, "attention.q_lin"),

@@ -1,6 +1,6 @@
 //! RoBERTa: BERT with positions behind two rows that are not used, and another head. Liu et al. 2019, arXiv:1907.11692.
 
-use super::bert::BERT;
+use super::bert::{BERT, ENCODER};
 use super::{Architecture, EncoderNames, MaskedHead};
 use crate::model::mlp::Activation;
 
@@ -16,9 +16,7 @@ pub(super) const ROBERTA: Architecture = Architecture {
             norm: "lm_head.layer_norm",
             bias: "lm_head.bias",
         },
-        embed_types: Some("embeddings.token_type_embeddings"),
-        embed_norm: "embeddings.LayerNorm",
-        pooler: Some("pooler.dense"),
+        ..ENCODER
     }),
     ..BERT
 };
