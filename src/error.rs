@@ -22,6 +22,9 @@ pub enum ExitClass {
     Resources = 6,
 }
 
+/// What to do where a model gives numbers that are not finite.
+pub const NON_FINITE_HINT: &str = "the checkpoint is broken, or overflows in f32";
+
 /// An error with its class and a hint.
 #[derive(Debug, thiserror::Error)]
 #[error("{message}")]

@@ -49,6 +49,7 @@ pub fn export(job: &ExportJob<'_>, progress: &dyn Progress) -> Result<ExportRepo
     let folder = OutputFolder::create(job.output, job.force, REPORT_FILE)?;
     let files = Files::new(&source, job.format, modules.clone(), job.max_shard_bytes);
     let (_, bytes_after) = files.n_elements_and_bytes();
+    formats::warn_of_growth(checkpoint.file_bytes(), files.file_bytes());
     let mut output = Output::create(&folder, files)?;
     let stage = progress.stage("export", modules.len() as u64, "matrices");
     let exporter = job.format.exporter();

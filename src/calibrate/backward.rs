@@ -8,9 +8,9 @@ use candle_core::{Tensor, Var};
 use super::observe::{Keep, Observation, Pass, named, settle};
 use super::statistics::Sums;
 use super::windows::Targets;
-use crate::error::Failure;
+use crate::error::{Failure, NON_FINITE_HINT};
 use crate::journal::Journal;
-use crate::model::{Block, Decoder, Head, Hidden, InputSite, Kernels, Objective, Pooler, Rope, Walk};
+use crate::model::{Block, Decoder, Head, Hidden, InputSite, Kernels, Objective, Pooler, Rope, Walk, is_finite};
 use crate::progress::Progress;
 
 /// Sends gradients back through all blocks. `last` are the states behind the last block, `entered` those that entered
@@ -43,11 +43,11 @@ pub(super) fn run(
             stage.note("head");
             let mut gradient = walk.copy(&last)?;
             let loss = Loss::of(decoder)?;
-            let mut targets = targets.iter();
+            let (mut targets, place) = (targets.iter().enumerate(), walk.place());
             walk.replace_windows(&mut gradient, &last, |window, _, x| {
                 stage.advance(window.len() as u64);
-                let targets = targets.next().context("invariant: every window has its targets")?;
-                loss.gradient(x, targets)
+                let (window_idx, targets) = targets.next().context("invariant: every window has its targets")?;
+                loss.gradient(x, targets).with_context(|| place(window_idx))
             })?;
             walk.settle(gradient, journal, &at_input(n_left))?
         }
@@ -57,11 +57,12 @@ pub(super) fn run(
         stage.note(&format!("block {block_idx}"));
         let mut block = decoder.block(block_idx)?;
         let mut sums = Sums::for_gradients(&decoder.linears(block_idx), observation.needs);
-        let rope = walk.rope().clone();
+        let (rope, place, mut window_idx) = (walk.rope().clone(), walk.place(), 0);
         walk.replace_windows(&mut gradient, &x, |window, gradient, x| {
             stage.advance(window.len() as u64);
-            through_block(&mut block, &rope, x, gradient, observation, &mut sums)
-                .with_context(|| format!("gradients of block {block_idx}"))
+            let found = through_block(decoder, &mut block, &rope, x, gradient, observation, &mut sums);
+            window_idx += 1;
+            found.with_context(|| place(window_idx - 1))
         })?;
         walk.release(x);
         gradient = walk.settle(gradient, journal, &at_input(block_idx))?;
@@ -97,6 +98,7 @@ impl Loss {
 
 /// The gradient at the input of a block from that at its output, for one window (n_tokens, hidden_size).
 fn through_block(
+    decoder: &Decoder<'_>,
     block: &mut Block,
     rope: &Rope,
     x: &Tensor,
@@ -113,6 +115,7 @@ fn through_block(
     })?;
     // The derivative of Σ y ⊙ ∂L/∂y with respect to x is ∂L/∂x.
     let store = (y * gradient.unsqueeze(0)?)?.sum_all()?.backward()?;
+    let mut broken = None;
     for (slot, tap) in taps {
         let Some(x) = inputs.get(&slot.site()) else {
             // An expert that sees no token of this window has no input.
@@ -121,6 +124,10 @@ fn through_block(
         };
         // candle stops gradients in silence where an operation has no backward pass.
         let gradient = tap.take().with_context(|| format!("no gradient reached `{}`", slot.name()))?;
+        if !is_finite(&gradient)? {
+            // The way back goes through later linears first.
+            broken = broken.max(Some((slot.site(), slot)));
+        }
         if observation.needs.output_gram {
             sums.add_output_gradients(slot, &gradient, observation.clip_gradients)?;
         }
@@ -129,10 +136,12 @@ fn through_block(
         }
     }
     let gradient = store.get(&variable).context("no gradient reached the input of the block")?.squeeze(0)?;
-    if !gradient.sqr()?.sum_all()?.to_scalar::<f32>()?.is_finite() {
-        return Err(Failure::numeric("a gradient is not finite")
-            .hint("the checkpoint is broken, or overflows in f32")
-            .into());
-    }
-    Ok(gradient)
+    let what = match broken {
+        Some((_, slot)) => format!("the gradient at the output of `{}`", decoder.module(block.index(), slot)),
+        None if !is_finite(&gradient)? => {
+            format!("the gradient at the input of `{}`", decoder.block_name(block.index()))
+        }
+        None => return Ok(gradient),
+    };
+    Err(Failure::numeric(format!("{what} is not finite")).hint(NON_FINITE_HINT).into())
 }

@@ -8,5 +8,5 @@ mod windows;
 
 pub use observe::{Keep, Observation, Seconds, observe};
 pub use statistics::{Key, Needs, Sums};
-pub use store::{Header, Part, Statistics, check_output};
+pub use store::{Header, Part, Pooled, Statistics, check_output};
 pub use windows::{Targets, WindowSettings, Windows};

@@ -7,7 +7,7 @@ use candle_core::Tensor;
 use faer::Mat;
 use serde::{Deserialize, Serialize};
 
-use crate::error::Failure;
+use crate::error::{Failure, NON_FINITE_HINT};
 use crate::linalg;
 use crate::model::{InputSite, Slot};
 
@@ -214,7 +214,7 @@ impl Sums {
         let packed: Vec<(String, Vec<f32>)> = grams.chain(vectors).collect();
         if let Some((name, _)) = packed.iter().find(|(_, values)| values.iter().any(|v| !v.is_finite())) {
             return Err(Failure::numeric(format!("calibration met values that are not finite (statistic `{name}`)"))
-                .hint("the checkpoint is broken, or overflows in f32")
+                .hint(NON_FINITE_HINT)
                 .into());
         }
         Ok(packed)

@@ -3,7 +3,7 @@
 //! The file is safetensors: one f32 array a statistic (Grams as packed lower triangles) and `header`, JSON as bytes, with
 //! the fingerprint of the model and the parts of texts that were summed.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Mutex;
 
@@ -67,17 +67,18 @@ impl Header {
 pub struct Statistics {
     pub header: Header,
     source: Source,
-    /// What [`Self::pooled`] found, by the name of the first expert's.
+    /// What [`Self::pooled`] found, by the name of the first expert's, and [`Self::pooled_over_blocks`] by a star and that of block 0.
     pooled: Mutex<BTreeMap<String, Pooled>>,
 }
 
-/// A statistic of all experts of a block together.
-#[derive(Debug, Clone, Copy)]
+/// A statistic of all experts of a block together, or of one place in all blocks.
+#[derive(Debug, Clone, Copy, Default)]
 pub struct Pooled {
-    /// Over experts and tokens, a feature in the mean.
+    /// Over members and tokens, a feature in the mean.
     pub sum: f64,
     pub tokens: f64,
-    pub experts: usize,
+    /// Experts, or blocks.
+    pub members: usize,
 }
 
 enum Source {
@@ -249,23 +250,58 @@ impl Statistics {
         if let Some(&found) = cache().get(&cached) {
             return Ok(found);
         }
-        let mut pooled = Pooled { sum: 0.0, tokens: 0.0, experts: 0 };
-        while self.has(&Key::ExpertTokens(pooled.experts).name(block)) {
-            let key = key(pooled.experts);
-            let values = self.array(&key.name(block))?;
-            let is_gram = matches!(key, Key::InputGram(_) | Key::OutputGram(_));
-            let features: Vec<f64> = if is_gram {
-                let ends = (0..).map(|i| i * (i + 3) / 2).take_while(|&at| at < values.len());
-                ends.map(|at| f64::from(values[at])).collect()
-            } else {
-                values.into_iter().map(f64::from).collect()
-            };
-            pooled.sum += features.iter().sum::<f64>() / features.len().max(1) as f64;
-            pooled.tokens += f64::from(self.array(&Key::ExpertTokens(pooled.experts).name(block))?[0]);
-            pooled.experts += 1;
+        let mut pooled = Pooled::default();
+        while self.has(&Key::ExpertTokens(pooled.members).name(block)) {
+            pooled.sum += self.mean_feature(key(pooled.members), block)?;
+            pooled.tokens += f64::from(self.array(&Key::ExpertTokens(pooled.members).name(block))?[0]);
+            pooled.members += 1;
         }
         cache().insert(cached, pooled);
         Ok(pooled)
+    }
+
+    /// The same of one place (of `expert`, where it is one's) over all blocks in which it is not all zeros.
+    ///
+    /// # Errors
+    /// A statistic is broken.
+    pub fn pooled_over_blocks(&self, key: Key, expert: Option<usize>) -> Result<Pooled> {
+        let cache = || self.pooled.lock().expect("invariant: no holder of the cache panics");
+        let cached = format!("*{}", key.name(0));
+        if let Some(&found) = cache().get(&cached) {
+            return Ok(found);
+        }
+        let mut pooled = Pooled::default();
+        let names = self.names();
+        let blocks = names.iter().filter_map(|name| name.split_once('.')?.0.parse::<usize>().ok());
+        for block in blocks.collect::<BTreeSet<_>>() {
+            if !self.has(&key.name(block)) {
+                continue;
+            }
+            let sum = self.mean_feature(key, block)?;
+            if sum > 0.0 {
+                pooled.sum += sum;
+                pooled.tokens += match expert {
+                    Some(expert) => f64::from(self.array(&Key::ExpertTokens(expert).name(block))?[0]),
+                    None => self.header.n_tokens() as f64,
+                };
+                pooled.members += 1;
+            }
+        }
+        cache().insert(cached, pooled);
+        Ok(pooled)
+    }
+
+    /// The mean of a statistic over its features: of a Gram that of its diagonal.
+    fn mean_feature(&self, key: Key, block: usize) -> Result<f64> {
+        let values = self.array(&key.name(block))?;
+        let is_gram = matches!(key, Key::InputGram(_) | Key::OutputGram(_));
+        let features: Vec<f64> = if is_gram {
+            let ends = (0..).map(|i| i * (i + 3) / 2).take_while(|&at| at < values.len());
+            ends.map(|at| f64::from(values[at])).collect()
+        } else {
+            values.into_iter().map(f64::from).collect()
+        };
+        Ok(features.iter().sum::<f64>() / features.len().max(1) as f64)
     }
 
     /// `Σ (∂L/∂W)²` over sequences and outputs: one value an input feature, (n).

@@ -36,6 +36,8 @@ pub struct Windows {
     /// What the loss of each is of.
     pub targets: Vec<Targets>,
     pub part: Part,
+    /// The text as the user named it.
+    pub text: String,
 }
 
 /// Tokens that a model foretells, each from the state in its row of a window; none where the loss is of no token.
@@ -129,6 +131,6 @@ impl Windows {
             tokens: windows.len() * seq_len,
         };
         let (windows, targets) = windows.into_iter().unzip();
-        Ok(Self { windows, targets, part })
+        Ok(Self { windows, targets, part, text: settings.text.display().to_string() })
     }
 }

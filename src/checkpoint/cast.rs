@@ -44,7 +44,12 @@ pub fn encode(dtype: Dtype, values: &[f32]) -> Result<Vec<u8>, usize> {
     match dtype {
         Dtype::F32 => narrow(values, |v| (v.to_le_bytes(), v.is_finite())),
         Dtype::F16 => narrow(values, |v| (f16::from_f32(v).to_le_bytes(), f16::from_f32(v).is_finite())),
-        Dtype::BF16 => narrow(values, |v| (bf16::from_f32(v).to_le_bytes(), bf16::from_f32(v).is_finite())),
+        Dtype::BF16 => narrow(values, |v| {
+            let rounded = bf16::from_f32(v);
+            // The range of f32 ends half a step of bf16 above that of bf16: what rounds up to infinity there is the largest value.
+            let stored = if rounded.is_infinite() && v.is_finite() { bf16::MAX.copysign(rounded) } else { rounded };
+            (stored.to_le_bytes(), stored.is_finite())
+        }),
         other => unreachable!("invariant: only float dtypes are encoded, got {other:?}"),
     }
 }
@@ -60,6 +65,26 @@ fn narrow<const N: usize>(values: &[f32], convert: impl Fn(f32) -> ([u8; N], boo
         bytes.extend(stored);
     }
     Ok(bytes)
+}
+
+/// Whether all values in `bytes` are zero, of either sign; none where `dtype` is not one of [`is_float`]. Reads up to the first
+/// that is not.
+pub fn is_zero(dtype: Dtype, bytes: &[u8]) -> Option<bool> {
+    // Little endian: the sign is the top bit of the last byte.
+    let is_zero =
+        |value: &[u8]| value.split_last().is_some_and(|(last, rest)| last & 0x7f == 0 && rest.iter().all(|&b| b == 0));
+    is_float(dtype).then(|| bytes.chunks_exact(dtype.bitsize() / 8).all(is_zero))
+}
+
+/// Whether some value in `bytes` is NaN or infinite: its exponent has all bits set. False of dtypes that are no IEEE floats.
+pub fn holds_non_finite(dtype: Dtype, bytes: &[u8]) -> bool {
+    match dtype {
+        Dtype::F64 => bytes.as_chunks::<8>().0.iter().any(|&b| !f64::from_le_bytes(b).is_finite()),
+        Dtype::F32 => bytes.as_chunks::<4>().0.iter().any(|&b| !f32::from_le_bytes(b).is_finite()),
+        Dtype::F16 => bytes.as_chunks::<2>().0.iter().any(|&b| !f16::from_le_bytes(b).is_finite()),
+        Dtype::BF16 => bytes.as_chunks::<2>().0.iter().any(|&b| !bf16::from_le_bytes(b).is_finite()),
+        _ => false,
+    }
 }
 
 /// Bytes of `n_elements` values of `dtype`, rounded up to whole bytes; `None` on overflow.
@@ -99,6 +124,32 @@ mod tests {
     fn overflow_of_f16_names_the_element() {
         assert_eq!(encode(Dtype::F16, &[1.0, 7e4]), Err(1));
         assert!(encode(Dtype::BF16, &[1.0, 7e4]).is_ok());
+    }
+
+    #[test]
+    fn the_largest_floats_are_finite_in_bf16() {
+        let bytes = encode(Dtype::BF16, &[f32::MAX, -f32::MAX]).unwrap();
+        assert_eq!(decode(Dtype::BF16, &bytes).unwrap(), [bf16::MAX.to_f32(), bf16::MIN.to_f32()]);
+        assert_eq!(encode(Dtype::BF16, &[1.0, f32::INFINITY]), Err(1));
+        assert_eq!(encode(Dtype::BF16, &[f32::NAN]), Err(0));
+    }
+
+    #[test]
+    fn zeros_and_broken_values_are_seen_in_every_float_dtype() {
+        for dtype in [Dtype::F32, Dtype::F16, Dtype::BF16] {
+            let bytes = |values: &[f32]| encode(dtype, values).unwrap();
+            assert_eq!(is_zero(dtype, &bytes(&[0.0, -0.0, 0.0])), Some(true));
+            assert_eq!(is_zero(dtype, &bytes(&[0.0, 1e-6])), Some(false));
+            assert_eq!(is_zero(dtype, &[]), Some(true));
+            assert!(!holds_non_finite(dtype, &bytes(&[1.0, -3e4])));
+        }
+        for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            assert!(holds_non_finite(Dtype::F32, &value.to_le_bytes()));
+            assert!(holds_non_finite(Dtype::F64, &f64::from(value).to_le_bytes()));
+            assert!(holds_non_finite(Dtype::F16, &f16::from_f32(value).to_le_bytes()));
+            assert!(holds_non_finite(Dtype::BF16, &bf16::from_f32(value).to_le_bytes()));
+        }
+        assert!(!holds_non_finite(Dtype::I64, &[0xff; 8]) && is_zero(Dtype::I64, &[0; 8]).is_none());
     }
 
     #[test]

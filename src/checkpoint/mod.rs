@@ -234,6 +234,11 @@ impl Checkpoint {
         self.shards[info.shard_idx].path()
     }
 
+    /// Bytes of the weight files, headers included.
+    pub fn file_bytes(&self) -> u64 {
+        self.shards.iter().map(|shard| shard.bytes().len() as u64).sum()
+    }
+
     /// Bytes of all tensors together.
     pub fn n_bytes(&self) -> u64 {
         self.tensors.values().map(TensorInfo::n_bytes).sum()
@@ -310,6 +315,19 @@ impl Checkpoint {
             None => self.stored(info, |bytes| cast::decode(info.dtype, bytes)).ok_or_else(not_float)?,
         };
         self.finite(info, values)
+    }
+
+    /// Whether every value of a float tensor is zero. Of plain tensors no more is read than tells.
+    ///
+    /// # Errors
+    /// As [`Self::values`].
+    pub fn is_zero(&self, name: &str) -> Result<bool> {
+        let info = self.require(name)?;
+        let plain = if info.is_encoded() { None } else { self.stored(info, |bytes| cast::is_zero(info.dtype, bytes)) };
+        match plain {
+            Some(is_zero) => Ok(is_zero),
+            None => Ok(self.values(name)?.iter().all(|&v| v == 0.0)),
+        }
     }
 
     /// The values of one of the matrices that a float tensor of three dimensions is a stack of, row-major, every one finite.

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use bytesize::ByteSize;
 use clap::Args;
 
@@ -152,7 +152,8 @@ fn measure(
         &Journal::default(),
         progress,
         &mut |sums| statistics.keep(sums),
-    )?;
+    )
+    .with_context(|| format!("calibrate on `{}`", windows.text))?;
     statistics.write(&args.output, args.force)?;
     Ok((header, seconds))
 }

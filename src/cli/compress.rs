@@ -8,7 +8,7 @@ use bytesize::ByteSize;
 use clap::Args;
 use indicatif::HumanDuration;
 
-use super::terminal::{Bars, grouped, table};
+use super::terminal::{Bars, fixed, grouped, table};
 use super::{GateArgs, MemoryArgs, ModelArgs};
 use crate::compress::recipe::{Recipe, RecipeOptions};
 use crate::compress::{self, Job};
@@ -147,7 +147,9 @@ fn control(control: &ControlRecord) -> String {
     }
     let ratio = control.weighted_error_ratio.map_or("-".into(), |ratio| format!("{ratio:.3}"));
     let kl = match (control.kl, control.control_kl) {
-        (Some(own), Some(other)) => format!("; KL {own:.5}, without factors {other:.5}, on the calibration text"),
+        (Some(own), Some(other)) => {
+            format!("; KL {}, without factors {}, on the calibration text", fixed(own, 5), fixed(other, 5))
+        }
         _ => String::new(),
     };
     format!(

@@ -6,7 +6,7 @@ use anyhow::Result;
 use clap::builder::PossibleValue;
 use clap::{Args, ValueEnum};
 
-use super::terminal::{Bars, grouped, table};
+use super::terminal::{Bars, fixed, grouped, table};
 use super::{GateArgs, MemoryArgs, ModelArgs, open};
 use crate::error::Failure;
 use crate::eval::conventions::Convention;
@@ -197,7 +197,7 @@ fn takes_stride(convention: Convention) -> bool {
 fn show_all(report: &AllConventionsReport) -> String {
     let all = [&report.gptq, &report.hf_strided, &report.llamacpp, &report.lm_eval];
     let row = |r: &&PerplexityReport| {
-        let kl = r.divergence.as_ref().map_or("-".into(), |d| format!("{:.6}", d.kl.mean));
+        let kl = r.divergence.as_ref().map_or("-".into(), |d| fixed(d.kl.mean, 6));
         vec![
             r.convention.clone(),
             format!("{:.5} ± {:.5}", r.ppl, r.ppl_standard_error),
@@ -256,7 +256,7 @@ fn show_encoder(r: &EncoderReport) -> String {
     let mut rows = Vec::new();
     if let Some(f) = &r.fidelity {
         rows.push(("reference", f.reference.clone()));
-        let cosine = |a: &Agreement| format!("{:.6}, {:.6}", a.cosine_mean, a.cosine_min);
+        let cosine = |a: &Agreement| format!("{}, {}", fixed(a.cosine_mean, 6), fixed(a.cosine_min, 6));
         rows.push(("hidden states: cosine, mean and least", cosine(&f.states)));
         rows.push(("  relative error", format!("{:.6}", f.states.relative_error)));
         let of = if f.pooling == "mean" { "mean of states" } else { "pooler" };
@@ -282,17 +282,20 @@ fn show_encoder(r: &EncoderReport) -> String {
 
 fn divergence_rows(d: &DivergenceRecord) -> Vec<(&'static str, String)> {
     vec![
-        ("reference", format!("{} (perplexity {:.5})", d.reference, d.reference_ppl)),
-        ("ln (ppl / reference)", format!("{:.5} ± {:.5}", d.ln_ppl_ratio, d.ln_ppl_ratio_standard_error)),
-        ("KL (reference ‖ model)", format!("{:.6} ± {:.6}", d.kl.mean, d.kl.standard_error)),
-        ("  median, 99 %, max", format!("{:.6}, {:.4}, {:.4}", d.kl.median, d.kl.p99, d.kl.max)),
-        ("KL (model ‖ reference)", format!("{:.6} ± {:.6}", d.reverse_kl.mean, d.reverse_kl.standard_error)),
-        ("Δp, mean and RMS", format!("{:.3} %, {:.3} %", 100.0 * d.delta_p.mean, 100.0 * d.delta_p_rms)),
+        ("reference", format!("{} (perplexity {})", d.reference, fixed(d.reference_ppl, 5))),
+        ("ln (ppl / reference)", format!("{} ± {}", fixed(d.ln_ppl_ratio, 5), fixed(d.ln_ppl_ratio_standard_error, 5))),
+        ("KL (reference ‖ model)", format!("{} ± {}", fixed(d.kl.mean, 6), fixed(d.kl.standard_error, 6))),
+        ("  median, 99 %, max", format!("{}, {}, {}", fixed(d.kl.median, 6), fixed(d.kl.p99, 4), fixed(d.kl.max, 4))),
+        (
+            "KL (model ‖ reference)",
+            format!("{} ± {}", fixed(d.reverse_kl.mean, 6), fixed(d.reverse_kl.standard_error, 6)),
+        ),
+        ("Δp, mean and RMS", format!("{} %, {} %", fixed(100.0 * d.delta_p.mean, 3), fixed(100.0 * d.delta_p_rms, 3))),
         ("  1 %, median, 99 %", {
             let [low, median, high] = [d.delta_p.p1, d.delta_p.median, d.delta_p.p99].map(|p| 100.0 * p);
-            format!("{low:.3} %, {median:.3} %, {high:.3} %")
+            format!("{} %, {} %, {} %", fixed(low, 3), fixed(median, 3), fixed(high, 3))
         }),
-        ("same top 1", format!("{:.3} %", 100.0 * d.same_top_1)),
-        ("top 5 in common", format!("{:.3} %", 100.0 * d.top_5_agreement)),
+        ("same top 1", format!("{} %", fixed(100.0 * d.same_top_1, 3))),
+        ("top 5 in common", format!("{} %", fixed(100.0 * d.top_5_agreement, 3))),
     ]
 }

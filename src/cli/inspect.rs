@@ -216,6 +216,8 @@ fn show(report: &InspectReport, map: &str) -> String {
     let header: Vec<&str> =
         ["linear", "shape"].into_iter().chain(titles.iter().map(String::as_str)).chain(["spectrum"]).collect();
     let metric = report.metric.as_ref().map_or(String::new(), |metric| format!("metric: {metric}\n"));
+    let notes = report.linears.iter().filter_map(|r| Some(format!("{}: {}\n", r.module, r.note.as_ref()?)));
+    let metric = metric + &notes.collect::<String>();
     format!(
         "{}\n{map}{metric}{} matrices, {} other tensors, {} parameters, {} bytes\n",
         table(&header, report.linears.iter().map(row).collect()),

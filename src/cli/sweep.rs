@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use clap::{ArgAction, ArgMatches, Args, FromArgMatches};
 
-use super::terminal::{Bars, grouped, table};
+use super::terminal::{Bars, fixed, grouped, table};
 use super::{GateArgs, MemoryArgs, ModelArgs};
 use crate::checkpoint::OutputFolder;
 use crate::compress::recipe::{Recipe, RecipeOptions};
@@ -194,7 +194,7 @@ fn show(report: &SweepReport) -> String {
             p.keep.to_string(),
             format!("{:.4}", p.ppl),
             format!("{:.4} ± {:.4}", d.ppl_ratio, d.ppl_ratio_standard_error),
-            format!("{:.5}", d.kl.mean),
+            fixed(d.kl.mean, 5),
             format!("{:.2} %", 100.0 * d.same_top_1),
             format!("{:.4}", s.keep),
             grouped(s.parameters_after),

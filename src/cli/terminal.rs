@@ -9,7 +9,7 @@ use tracing_subscriber::EnvFilter;
 
 use super::LogFormat;
 use crate::progress::{Progress, Stage};
-pub(super) use crate::report::columns::grouped;
+pub(super) use crate::report::columns::{fixed, grouped};
 
 /// Begins to log warnings (and with `-v` more) to stderr, and gives the bars, which logs go around.
 pub(super) fn start(quiet: bool, verbose: u8, format: LogFormat) -> Bars {

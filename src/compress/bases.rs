@@ -9,7 +9,7 @@ use rayon::prelude::*;
 use serde_json::{Value, json};
 
 use super::low_rank::{self, ErrorCurve, LowRank};
-use super::metric::MetricPair;
+use super::metric::{MetricPair, PlainSides};
 use super::metrics::{Metrics, SharedInputs};
 use super::plan::Plan;
 use crate::checkpoint::Checkpoint;
@@ -27,6 +27,8 @@ pub(super) struct Basis {
     pub plain: Option<ErrorCurve>,
     /// Diagonals of the metric: output (m) and input (n); see `elastic`.
     pub diagonals: (Vec<f64>, Vec<f64>),
+    /// Sides of the metric that are plain because their form was all zeros.
+    pub plain_sides: PlainSides,
     pub seconds: f64,
     max_rank: usize,
     b: Spooled,
@@ -87,7 +89,7 @@ impl Decompose<'_> {
 
     fn one(&self, i: usize, shared: &SharedInputs, spool: &Mutex<Spool>) -> Result<Basis> {
         let piece = self.journal.piece(&format!("decompose-{i}"), || self.decompose(i, shared))?;
-        let (seconds, max_rank) = serde_json::from_value(piece.fields)?;
+        let (seconds, max_rank, plain_sides) = serde_json::from_value(piece.fields)?;
         let [curve, plain, output, input, b, a] = <[Array; 6]>::try_from(piece.arrays)
             .map_err(|_| anyhow::anyhow!("a piece has another number of arrays"))?;
         let mut spool = spool.lock().expect("invariant: no holder of the spool panics");
@@ -95,6 +97,7 @@ impl Decompose<'_> {
             curve: ErrorCurve::new(curve.f64s()),
             plain: self.with_plain.then(|| ErrorCurve::new(plain.f64s())),
             diagonals: (output.f64s(), input.f64s()),
+            plain_sides,
             seconds,
             max_rank,
             b: spool.push_array(b)?,
@@ -102,7 +105,7 @@ impl Decompose<'_> {
         })
     }
 
-    /// Seconds and rank of a pair, and its arrays: its curve, the plain one, the diagonals of its metric, `B` and `A`.
+    /// Seconds, rank and plain sides of a pair, and its arrays: its curve, the plain one, the diagonals of its metric, `B` and `A`.
     fn decompose(&self, i: usize, shared: &SharedInputs) -> Result<(Value, Vec<Vec<f32>>)> {
         let (linear, max_rank) = (&self.plan.linears[i], self.max_ranks[i]);
         let started = Instant::now();
@@ -112,10 +115,11 @@ impl Decompose<'_> {
         drop(values);
         let target = transposed.transpose();
         let output = self.metrics.output(linear)?;
-        let (curve, pair, input_diagonal) = self.metrics.with_input(linear, shared, |input| {
-            let decomposition = low_rank::decompose(target, MetricPair { output: &output, input }, max_rank)?;
+        let (curve, pair, input_diagonal, plain_sides) = self.metrics.with_input(linear, shared, |input| {
+            let metric = MetricPair { output: &output, input };
+            let decomposition = low_rank::decompose(target, metric, max_rank)?;
             let pair = decomposition.truncate(target, max_rank);
-            Ok((decomposition.curve, pair, input.to_diagonal(n)))
+            Ok((decomposition.curve, pair, input.to_diagonal(n), metric.plain_sides()))
         })?;
         let plain = match self.with_plain {
             true if self.metrics.statistics.is_some() => low_rank::error_curve(target, MetricPair::IDENTITY)?,
@@ -125,7 +129,7 @@ impl Decompose<'_> {
         let [curve, plain] = [curve, plain].map(|curve| Array::bits(curve.energies()));
         let diagonals = [output.to_diagonal(m), input_diagonal].map(|diagonal| Array::bits(&diagonal));
         let [output, input] = diagonals;
-        let fields = json!([started.elapsed().as_secs_f64(), pair.rank]);
+        let fields = json!([started.elapsed().as_secs_f64(), pair.rank, plain_sides]);
         Ok((fields, vec![curve, plain, output, input, pair.b, pair.a]))
     }
 }
@@ -144,6 +148,9 @@ impl Bases {
     /// # Panics
     /// When more was asked for than was decomposed.
     pub fn pair(&self, i: usize, rank: usize) -> Result<LowRank> {
+        if rank == 0 {
+            return Ok(LowRank { rank, b: Vec::new(), a: Vec::new() });
+        }
         let basis = self.linears[i].as_ref().expect("invariant: a linear of low rank was decomposed");
         let (b, a) = {
             let mut spool = self.spool.lock().expect("invariant: no holder of the spool panics");
@@ -169,11 +176,17 @@ impl Bases {
         self.spool.lock().expect("invariant: no holder of the spool panics").get(values)
     }
 
-    /// Takes another pair (`B`, `A`), with its curve, for the `i`-th linear.
+    /// Takes another pair (`B`, `A`), with its curve, for the `i`-th linear; `plain` are further sides that were plain.
     ///
     /// # Errors
     /// The work folder refuses.
-    pub fn replace(&mut self, i: usize, curve: ErrorCurve, rank: usize, (b, a): (Array, Array)) -> Result<()> {
+    pub fn replace(
+        &mut self,
+        i: usize,
+        curve: ErrorCurve,
+        (rank, plain): (usize, PlainSides),
+        (b, a): (Array, Array),
+    ) -> Result<()> {
         let spool = self.spool.get_mut().expect("invariant: no holder of the spool panics");
         let basis = self.linears[i].as_mut().expect("invariant: a linear of low rank was decomposed");
         let (b, a) = (spool.push_array(b)?, spool.push_array(a)?);
@@ -181,6 +194,7 @@ impl Bases {
             spool.release(old);
         }
         (basis.max_rank, basis.curve) = (rank, curve);
+        basis.plain_sides = basis.plain_sides.union(plain);
         Ok(())
     }
 }

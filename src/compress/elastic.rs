@@ -52,8 +52,8 @@ pub struct TruncateJob<'a> {
 struct Elastic {
     /// `σ_i² / Σ σ²` of the ranks that are there.
     energies: Vec<f32>,
-    /// What `Σ σ²` costs the model.
-    scale: f32,
+    /// What `Σ σ²` costs the model. An f64: the squares of weights that an f32 holds are not always numbers that it holds.
+    scale: f64,
     /// Diagonals of the metric: output (m) and input (n).
     output: Vec<f32>,
     input: Vec<f32>,
@@ -64,15 +64,38 @@ struct Elastic {
 const PARTS: [&str; 5] = ["energies", "scale", "output_metric", "input_metric", "order"];
 
 impl Elastic {
-    fn arrays(&self) -> [Vec<f32>; 5] {
-        [self.energies.clone(), vec![self.scale], self.output.clone(), self.input.clone(), self.order.clone()]
+    /// Name, dtype, length and bytes of each part.
+    fn arrays(&self) -> [(&'static str, Dtype, usize, Vec<u8>); 5] {
+        let [energies, scale, output, input, order] = PARTS;
+        let floats = |part, values: &[f32]| {
+            let bytes = cast::encode(Dtype::F32, values).expect("invariant: curves are relative, and orders finite");
+            (part, Dtype::F32, values.len(), bytes)
+        };
+        [
+            floats(energies, &self.energies),
+            (scale, Dtype::F64, 1, self.scale.to_le_bytes().to_vec()),
+            floats(output, &self.output),
+            floats(input, &self.input),
+            floats(order, &self.order),
+        ]
     }
 
     fn read(curves: &Checkpoint, module: &str) -> Result<Self> {
-        let [energies, scale, output, input, order] = PARTS.map(|part| curves.values(&format!("{module}.{part}")));
-        let scale = *scale?.first().with_context(|| format!("`{CURVES_FILE}` has no scale for `{module}`"))?;
+        let [energies, scale, output, input, order] = PARTS.map(|part| format!("{module}.{part}"));
+        let [energies, output, input, order] = [energies, output, input, order].map(|name| curves.values(&name));
+        let scale =
+            scale_of(curves, &scale)?.with_context(|| format!("`{CURVES_FILE}` has no scale for `{module}`"))?;
         Ok(Self { energies: energies?, scale, output: output?, input: input?, order: order? })
     }
+}
+
+/// A scale: an f64, or an f32 as the first versions wrote it.
+fn scale_of(curves: &Checkpoint, name: &str) -> Result<Option<f64>> {
+    if curves.require(name)?.dtype != Dtype::F64 {
+        return Ok(curves.values(name)?.first().copied().map(f64::from));
+    }
+    let scale = curves.with_bytes(name, |bytes| bytes.first_chunk().map(|&b| f64::from_le_bytes(b)))?;
+    Ok(scale.filter(|scale| scale.is_finite()))
 }
 
 /// The curves of a compression.
@@ -91,7 +114,7 @@ pub(super) fn write_curves(
         let order = written.get(&i).and_then(|w| w.order.as_ref());
         let elastic = Elastic {
             energies: basis.curve.energies()[..rank].iter().map(relative).collect(),
-            scale: (total * allocation.sensitivities[i]) as f32,
+            scale: total * allocation.sensitivities[i],
             output: relative_to_mean(output),
             input: relative_to_mean(input),
             order: order.map(|order| study.bases.kept(order)).transpose()?.unwrap_or_default(),
@@ -113,19 +136,17 @@ fn write(folder: &OutputFolder, all: &BTreeMap<String, Elastic>) -> Result<()> {
     }
     let mut arrays = BTreeMap::new();
     for (module, elastic) in all {
-        for (part, values) in PARTS.iter().zip(elastic.arrays()) {
-            arrays.insert(format!("{module}.{part}"), values);
+        for (part, dtype, length, bytes) in elastic.arrays() {
+            arrays.insert(format!("{module}.{part}"), (dtype, length, bytes));
         }
     }
-    let spec = |(name, values): (&String, &Vec<f32>)| TensorSpec {
+    let spec = |(name, (dtype, length, _)): (&String, &(Dtype, usize, Vec<u8>))| TensorSpec {
         name: name.clone(),
-        dtype: Dtype::F32,
-        shape: vec![values.len()],
+        dtype: *dtype,
+        shape: vec![*length],
     };
     let specs: Vec<TensorSpec> = arrays.iter().map(spec).collect();
-    write_file(&folder.path().join(CURVES_FILE), &specs, |spec| {
-        Ok(cast::encode(Dtype::F32, &arrays[&spec.name]).expect("invariant: f32 holds every f32"))
-    })
+    write_file(&folder.path().join(CURVES_FILE), &specs, |spec| Ok(arrays[&spec.name].2.clone()))
 }
 
 /// A linear of low rank that may be shortened.
@@ -184,12 +205,20 @@ pub fn truncate(job: &TruncateJob<'_>, progress: &dyn Progress) -> Result<Compre
         Ok(())
     })?;
     let mut writer = writer.into_inner().expect("invariant: no holder of the writer panics");
+    let mut non_finite = Vec::new();
     for spec in specs.iter().filter(|spec| of(&spec.name).is_none()) {
-        checkpoint.with_bytes(&spec.name, |bytes| writer.write(&spec.name, bytes))??;
+        let is_broken = checkpoint.with_bytes(&spec.name, |bytes| {
+            writer.write(&spec.name, bytes).map(|()| cast::holds_non_finite(spec.dtype, bytes))
+        })??;
+        if is_broken {
+            non_finite.push(spec.name.clone());
+        }
     }
+    formats::warn_of_non_finite(&non_finite);
     writer.finish()?;
 
     update(&mut report, &shortenings, checkpoint, &specs, job)?;
+    formats::warn_of_growth(checkpoint.file_bytes(), report.sizes.file_bytes_after);
     let mut orders = orders.into_inner().expect("invariant: no holder of the orders panics");
     let mut elastics = BTreeMap::new();
     for s in &shortenings {
@@ -258,6 +287,10 @@ fn shortenings(checkpoint: &Checkpoint) -> Result<Vec<Shortening>> {
     let mut shortenings = Vec::new();
     for linear in inventory::linears(checkpoint) {
         let Stored::LowRank { rank, layout, has_base: false } = linear.stored else { continue };
+        // Weights of zeros: there is nothing to drop, and nothing to drop it by.
+        if rank == 0 {
+            continue;
+        }
         let elastic = Elastic::read(&curves, &linear.module)?;
         let (m, n) = linear.shape();
         let is_of = |length: usize, expected: usize| length == 0 || length == expected;
@@ -284,9 +317,10 @@ fn share_out(shortenings: &mut [Shortening], report: &CompressReport, keep: f64)
             shape: s.linear.shape(),
             layout: s.layout,
             curve: Some(curve),
-            sensitivity: f64::from(s.elastic.scale),
+            sensitivity: s.elastic.scale,
             price: Price::Parameters,
             coded: &[],
+            is_zero: false,
         })
         .collect();
     let cost = |rank: &dyn Fn(&Shortening) -> usize| -> u64 {

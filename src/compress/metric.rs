@@ -7,6 +7,7 @@
 use std::sync::OnceLock;
 
 use faer::{Mat, MatRef};
+use serde::{Deserialize, Serialize};
 
 use crate::linalg::{self, LinalgError};
 
@@ -15,6 +16,8 @@ use crate::linalg::{self, LinalgError};
 pub enum Metric {
     /// `M = I`.
     Identity,
+    /// `M = size · I`, in place of a form of zeros, which has no scale: nothing was measured on that side.
+    Plain { size: f64 },
     /// `M = diag(d)`, `d` > 0.
     Diagonal(Vec<f64>),
     /// `M` as given.
@@ -42,6 +45,13 @@ pub struct MetricPair<'a> {
     pub input: &'a Metric,
 }
 
+/// The sides of a weight whose form was all zeros, so that the plain metric took its place.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PlainSides {
+    pub output: bool,
+    pub input: bool,
+}
+
 /// Eigenvalues under this share of the largest are raised to it, so that directions which calibration never
 /// excited still have an order (that of the weight), at a cost of 1e-12 of the error.
 const ROOT_FLOOR: f64 = 1e-12;
@@ -50,16 +60,19 @@ const ROOT_FLOOR: f64 = 1e-12;
 const CONDITION_SHARE: f64 = 1e-8;
 
 impl Metric {
-    /// From a symmetric `gram` (n, n).
+    /// From a symmetric `gram` (n, n); plain where it is all zeros.
     pub fn full(gram: Mat<f64>) -> Self {
+        if gram.norm_max() == 0.0 {
+            return Self::Plain { size: 1.0 };
+        }
         Self::Full(FullMetric { gram, root: OnceLock::new() })
     }
 
-    /// From the diagonal of a form; entries under 1e-12 of the largest are raised to it.
+    /// From the diagonal of a form; entries under 1e-12 of the largest are raised to it. Plain where all are zero.
     pub fn diagonal(mut values: Vec<f64>) -> Self {
         let max = values.iter().copied().fold(0.0, f64::max);
         if max == 0.0 {
-            return Self::Identity;
+            return Self::Plain { size: 1.0 };
         }
         values.iter_mut().for_each(|v| *v = v.max(max * ROOT_FLOOR));
         Self::Diagonal(values)
@@ -71,10 +84,22 @@ impl Metric {
         Self::full(shifted(gram * faer::Scale(1.0 - damping), shift))
     }
 
+    /// The metric, of `size` where it is plain in place of a form of zeros.
+    ///
+    /// # Errors
+    /// That of `size`.
+    pub(super) fn sized<E>(self, size: impl FnOnce() -> Result<f64, E>) -> Result<Self, E> {
+        Ok(match self {
+            Self::Plain { .. } => Self::Plain { size: size()? },
+            measured => measured,
+        })
+    }
+
     /// `X M`, of `x` (rows, n).
     pub(super) fn times(&self, x: MatRef<'_, f64>) -> Mat<f64> {
         match self {
             Self::Identity => x.to_owned(),
+            Self::Plain { size } => scale_columns(x, |_| *size),
             Self::Diagonal(d) => scale_columns(x, |j| d[j]),
             Self::Full(full) => linalg::product(x, full.gram.as_ref()),
         }
@@ -84,6 +109,7 @@ impl Metric {
     pub(super) fn times_root(&self, x: MatRef<'_, f64>) -> Result<Mat<f64>, LinalgError> {
         Ok(match self {
             Self::Identity => x.to_owned(),
+            Self::Plain { size } => scale_columns(x, |_| size.sqrt()),
             Self::Diagonal(d) => scale_columns(x, |j| d[j].sqrt()),
             Self::Full(full) => linalg::product(x, full.root()?.root.as_ref()),
         })
@@ -93,6 +119,7 @@ impl Metric {
     pub(super) fn root_times(&self, v: MatRef<'_, f64>) -> Result<Mat<f64>, LinalgError> {
         Ok(match self {
             Self::Identity => v.to_owned(),
+            Self::Plain { size } => scale_rows(v, |_| size.sqrt()),
             Self::Diagonal(d) => scale_rows(v, |i| d[i].sqrt()),
             Self::Full(full) => linalg::product(full.root()?.root.as_ref(), v),
         })
@@ -102,6 +129,7 @@ impl Metric {
     pub(super) fn dual_root_times(&self, v: MatRef<'_, f64>) -> Result<Mat<f64>, LinalgError> {
         Ok(match self {
             Self::Identity => v.to_owned(),
+            Self::Plain { size } => scale_rows(v, |_| 1.0 / size.sqrt()),
             Self::Diagonal(d) => scale_rows(v, |i| 1.0 / d[i].sqrt()),
             Self::Full(full) => {
                 let Root { root, eigenvalues } = full.root()?;
@@ -114,7 +142,7 @@ impl Metric {
     pub(super) fn is_well_conditioned(&self) -> Result<bool, LinalgError> {
         let is_spread_little = |largest: f64, smallest: f64| smallest > CONDITION_SHARE * largest;
         Ok(match self {
-            Self::Identity => true,
+            Self::Identity | Self::Plain { .. } => true,
             Self::Diagonal(d) => {
                 is_spread_little(d.iter().copied().fold(0.0, f64::max), d.iter().copied().fold(f64::INFINITY, f64::min))
             }
@@ -132,6 +160,7 @@ impl Metric {
     pub fn to_diagonal(&self, n: usize) -> Vec<f64> {
         match self {
             Self::Identity => vec![1.0; n],
+            Self::Plain { size } => vec![*size; n],
             Self::Diagonal(d) => d.clone(),
             Self::Full(full) => (0..n).map(|i| full.gram[(i, i)]).collect(),
         }
@@ -142,12 +171,37 @@ impl MetricPair<'_> {
     /// Both sides plain.
     pub const IDENTITY: MetricPair<'static> = MetricPair { output: &Metric::Identity, input: &Metric::Identity };
 
+    /// The sides that are plain for want of a form.
+    pub fn plain_sides(&self) -> PlainSides {
+        let is_plain = |metric: &Metric| matches!(metric, Metric::Plain { .. });
+        PlainSides { output: is_plain(self.output), input: is_plain(self.input) }
+    }
+
     /// `tr(G E C Eᵀ)` of an error `E` (m, n): what [`super::low_rank::ErrorCurve`] foretells.
     pub fn squared_norm(&self, error: MatRef<'_, f64>) -> f64 {
         let right = self.input.times(error); // E C
         let left = self.output.times(error.transpose()); // (G E)ᵀ
         let columns = right.col_iter().zip(left.row_iter());
         columns.map(|(r, l)| r.iter().zip(l.iter()).map(|(r, l)| r * l).sum::<f64>()).sum()
+    }
+}
+
+impl PlainSides {
+    /// The sides of either.
+    #[must_use]
+    pub fn union(self, other: Self) -> Self {
+        Self { output: self.output || other.output, input: self.input || other.input }
+    }
+
+    /// For a report; none where both sides were measured.
+    pub fn note(self) -> Option<String> {
+        let sides = match (self.output, self.input) {
+            (false, false) => return None,
+            (true, false) => "on its output side",
+            (false, true) => "on its input side",
+            (true, true) => "on both sides",
+        };
+        Some(format!("plain metric {sides}: calibration measured only zeros there"))
     }
 }
 
@@ -186,10 +240,76 @@ impl FullMetric {
     fn root(&self) -> Result<&Root, LinalgError> {
         let root = self.root.get_or_init(|| {
             let linalg::Eigh { values, vectors } = linalg::eigh(self.gram.as_ref())?;
-            let floor = values.first().copied().unwrap_or(0.0).max(f64::MIN_POSITIVE) * ROOT_FLOOR;
+            // A form of zeros is `Plain`, so the largest eigenvalue is positive.
+            let floor = (values.first().copied().unwrap_or(0.0) * ROOT_FLOOR).max(f64::MIN_POSITIVE);
             let eigenvalues: Vec<f64> = values.into_iter().map(|v| v.max(floor)).collect();
             Ok(Root { root: scale_columns(vectors.as_ref(), |j| eigenvalues[j].sqrt()), eigenvalues })
         });
         root.as_ref().map_err(|e| *e)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::compress::low_rank::decompose;
+
+    fn matrix(m: usize, n: usize, seed: usize) -> Mat<f64> {
+        Mat::from_fn(m, n, |i, j| ((i * 31 + j * 17 + i * j * (seed + 5) + seed) % 29) as f64 - 14.0)
+    }
+
+    /// A form of every kind, times `scale`.
+    fn forms(n: usize, scale: f64) -> [Metric; 2] {
+        let x = matrix(2 * n, n, 7);
+        let gram = x.transpose() * &x * faer::Scale(scale);
+        [Metric::diagonal((0..n).map(|i| gram[(i, i)]).collect()), Metric::damped(gram, 0.01)]
+    }
+
+    #[test]
+    fn the_scale_of_a_form_scales_the_error_and_nothing_else() {
+        for (m, n) in [(6, 11), (11, 6)] {
+            let weight = matrix(m, n, 3);
+            for kind in 0..2 {
+                let decomposed = |scale: f64| {
+                    let (output, input) = (&forms(m, scale)[kind], &forms(n, scale)[kind]);
+                    let found = decompose(weight.as_ref(), MetricPair { output, input }, 4).unwrap();
+                    (found.truncate(weight.as_ref(), 4), found.curve)
+                };
+                let (expected, curve) = decomposed(1.0);
+                // Gradients and inputs of 1e-15, so to say, and far beyond: a power of two changes no digit.
+                for scale in [-100, -300, -480, 100, 300, 480].map(|exponent| 2f64.powi(exponent)) {
+                    let (pair, scaled) = decomposed(scale);
+                    assert!(pair.b.iter().zip(&expected.b).all(|(x, y)| (x - y).abs() < 1e-5 * y.abs().max(1.0)));
+                    for rank in 0..=m.min(n) {
+                        assert!(
+                            (scaled.relative_error(rank) - curve.relative_error(rank)).abs() < 1e-9,
+                            "{scale:e} {rank}"
+                        );
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_form_of_zeros_is_the_plain_metric_of_that_side() {
+        for (m, n) in [(6, 11), (11, 6)] {
+            let weight = matrix(m, n, 3);
+            let zeros = |n: usize| [Metric::diagonal(vec![0.0; n]), Metric::damped(Mat::zeros(n, n), 0.01)];
+            for kind in 0..2 {
+                let (measured, plain) = (&forms(n, 1.0)[kind], &Metric::Identity);
+                let zeros = &zeros(m)[kind];
+                let pair = |output, input| MetricPair { output, input };
+                assert_eq!(pair(zeros, measured).plain_sides(), PlainSides { output: true, input: false });
+                assert_eq!(pair(plain, measured).plain_sides(), PlainSides::default());
+                let curve = |metric| decompose(weight.as_ref(), metric, 3).unwrap().curve;
+                assert_eq!(curve(pair(zeros, measured)), curve(pair(plain, measured)));
+                // Its size is that of the errors.
+                let sized = Metric::Plain { size: 1.0 }.sized(|| Ok::<_, LinalgError>(4.0)).unwrap();
+                let (found, expected) = (curve(pair(&sized, measured)), curve(pair(plain, measured)));
+                assert!((found.squared_error(2) / expected.squared_error(2) - 4.0).abs() < 1e-9);
+            }
+        }
+        assert_eq!(PlainSides::default().note(), None);
     }
 }

@@ -8,7 +8,7 @@ use faer::Mat;
 
 use super::metric::Metric;
 use super::presets::{Form, Preset};
-use crate::calibrate::{Key, Statistics};
+use crate::calibrate::{Key, Pooled, Statistics};
 use crate::model::inventory::LinearInfo;
 use crate::model::{InputSite, LinearId, Slot};
 
@@ -49,7 +49,7 @@ impl Metrics<'_> {
         if let Some(size) = self.size_without_tokens(linear, self.preset.output, Side::Output)? {
             return Ok(Metric::diagonal(vec![size; linear.out_features]));
         }
-        Ok(match self.preset.output {
+        let metric = match self.preset.output {
             Form::Identity => Metric::Identity,
             Form::Gram => {
                 let (statistics, id) = self.of(linear)?;
@@ -60,7 +60,8 @@ impl Metrics<'_> {
                 Metric::diagonal(statistics.squared_gradient_output(id)?)
             }
             Form::Magnitude { .. } | Form::GramDiagonal => unreachable!("invariant: these forms are of inputs"),
-        })
+        };
+        metric.sized(|| self.usual_size(linear, self.preset.output, Side::Output))
     }
 
     /// Calls `f` with the input metric of a linear (n, n).
@@ -76,6 +77,7 @@ impl Metrics<'_> {
         if let Some(size) = self.size_without_tokens(linear, self.preset.input, Side::Input)? {
             return f(&Metric::diagonal(vec![size; linear.in_features]));
         }
+        let sized = |metric: Metric| metric.sized(|| self.usual_size(linear, self.preset.input, Side::Input));
         match self.preset.input {
             Form::Identity => f(&Metric::Identity),
             Form::Gram => {
@@ -86,20 +88,21 @@ impl Metrics<'_> {
                 }
                 // Two linears may read the Gram at once; the first to be done keeps it.
                 let gram = statistics.input_gram(id, linear.in_features)?;
-                f(cell.get_or_init(|| Metric::damped(gram, self.damping_input)))
+                let metric = sized(Metric::damped(gram, self.damping_input))?;
+                f(cell.get_or_init(|| metric))
             }
             Form::Magnitude { alpha } => {
                 let (statistics, id) = self.of(linear)?;
                 let magnitudes = statistics.input_magnitude(id)?;
-                f(&Metric::diagonal(magnitudes.into_iter().map(|v| v.powf(2.0 * alpha)).collect()))
+                f(&sized(Metric::diagonal(magnitudes.into_iter().map(|v| v.powf(2.0 * alpha)).collect()))?)
             }
             Form::GramDiagonal => {
                 let gram = self.input_gram(linear)?;
-                f(&Metric::diagonal((0..linear.in_features).map(|i| gram[(i, i)]).collect()))
+                f(&sized(Metric::diagonal((0..linear.in_features).map(|i| gram[(i, i)]).collect()))?)
             }
             Form::SquaredGradient => {
                 let (statistics, id) = self.of(linear)?;
-                f(&Metric::diagonal(statistics.squared_gradient_input(id)?))
+                f(&sized(Metric::diagonal(statistics.squared_gradient_input(id)?))?)
             }
         }
     }
@@ -133,30 +136,47 @@ impl Metrics<'_> {
         Ok(seen.filter(|&seen| seen < linear.in_features as f64).map(|seen| seen as u64))
     }
 
-    /// What stands on the diagonal of the data-free metric (a multiple of the unit matrix) of an expert that saw too few tokens:
-    /// what those of its block have in the mean, as if it had seen just enough. So its errors compare to those of others,
-    /// and an expert that the text never asked for is not free to be cut away. None for all other linears.
+    /// For an expert with too few tokens the metric is λ I, where λ is the mean diagonal over the experts of its block, as if each
+    /// had seen just enough. Errors stay comparable, and experts that the text never asked for are not cut away for free. None
+    /// for all other linears.
     fn size_without_tokens(&self, linear: &LinearInfo, form: Form, side: Side) -> Result<Option<f64>> {
         if matches!(form, Form::Identity) || self.too_few_tokens(linear)?.is_none() {
             return Ok(None);
         }
+        self.usual_size(linear, form, side).map(Some)
+    }
+
+    /// The mean diagonal of a form over the experts of a block, or over the linears of its kind in all blocks: the scale of the
+    /// plain metric where a linear has none of its own. 1 where none of them has.
+    fn usual_size(&self, linear: &LinearInfo, form: Form, side: Side) -> Result<f64> {
         let (statistics, LinearId { block, slot }) = self.of(linear)?;
-        let of = |expert| Slot { expert: Some(expert), ..slot };
-        let pooled = statistics.pooled(block, &|expert| match (form, side) {
-            (Form::Magnitude { .. }, _) => Key::InputMagnitude(of(expert).site()),
-            (Form::SquaredGradient, Side::Input) => Key::SquaredGradientInput(of(expert)),
-            (Form::SquaredGradient, Side::Output) => Key::SquaredGradientOutput(of(expert)),
-            (_, Side::Input) => Key::InputGram(of(expert).site()),
-            (_, Side::Output) => Key::OutputGram(of(expert)),
-        })?;
+        let key = |slot: Slot| match (form, side) {
+            (Form::Magnitude { .. }, _) => Key::InputMagnitude(slot.site()),
+            (Form::SquaredGradient, Side::Input) => Key::SquaredGradientInput(slot),
+            (Form::SquaredGradient, Side::Output) => Key::SquaredGradientOutput(slot),
+            (_, Side::Input) => Key::InputGram(slot.site()),
+            (_, Side::Output) => Key::OutputGram(slot),
+        };
+        let mut pooled = match slot.expert {
+            Some(_) => statistics.pooled(block, &|expert| key(Slot { expert: Some(expert), ..slot }))?,
+            None => Pooled::default(),
+        };
+        if pooled.sum == 0.0 {
+            pooled = statistics.pooled_over_blocks(key(slot), slot.expert)?;
+        }
+        if pooled.sum == 0.0 {
+            return Ok(1.0);
+        }
         let a_token = pooled.sum / pooled.tokens.max(1.0);
-        Ok(Some(match (form, side) {
+        Ok(match (form, side) {
             (Form::Magnitude { alpha }, _) => a_token.powf(2.0 * alpha),
             // Gradients are summed over sequences, and not divided.
-            (Form::SquaredGradient, _) => pooled.sum / pooled.experts.max(1) as f64,
-            (_, Side::Input) => a_token * linear.in_features as f64 / statistics.header.n_tokens().max(1) as f64,
-            (_, Side::Output) => a_token,
-        }))
+            (Form::SquaredGradient, _) => pooled.sum / pooled.members.max(1) as f64,
+            (_, Side::Input) if slot.expert.is_some() => {
+                a_token * linear.in_features as f64 / statistics.header.n_tokens().max(1) as f64
+            }
+            (_, Side::Input | Side::Output) => a_token,
+        })
     }
 
     fn of(&self, linear: &LinearInfo) -> Result<(&Statistics, LinearId)> {

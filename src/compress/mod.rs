@@ -36,7 +36,7 @@ use anyhow::Result;
 
 use crate::checkpoint::{Checkpoint, Fingerprint, OutputFolder};
 use crate::error::{ExitClass, Failure, exit_class};
-use crate::formats::{Entry, Format, Output, Source};
+use crate::formats::{self, Entry, Format, Output, Source};
 use crate::journal::Journal;
 use crate::model::inventory;
 use crate::progress::Progress;
@@ -153,6 +153,7 @@ impl Run<'_> {
         let control = control::at_equal_bytes(&mut study, &allocation, &squared, progress)?;
         study.timings.control = controlling.elapsed().as_secs_f64();
         let sizes = record::sizes(&source, recipe, &plan, &entries);
+        formats::warn_of_growth(checkpoint.file_bytes(), sizes.file_bytes_after);
         let linears = record::linears(&study, &allocation, &written)?;
         let mut report = record::report(job, source_files, linears, sizes, calibration, study.timings);
         report.control = control;
@@ -196,5 +197,6 @@ pub fn dry_run(job: &Job<'_>, progress: &dyn Progress) -> Result<DryRunReport> {
     };
     let records = plan.linears.iter().zip(&entries).map(|(linear, &entry)| record::linear(linear, entry));
     let sizes = record::sizes(&source, recipe, &plan, &entries);
+    formats::warn_of_growth(checkpoint.file_bytes(), sizes.file_bytes_after);
     Ok(record::dry_run(job, records.collect(), sizes, (memory, seconds)))
 }

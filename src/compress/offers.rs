@@ -37,6 +37,7 @@ impl<'a> Offers<'a> {
             sensitivity: self.sensitivities[i],
             price: Price::Bytes { dense: self.dense[i], ranks: &[] },
             coded: &self.coded[i],
+            is_zero: false,
         }
     }
 

@@ -1,4 +1,4 @@
-//! What will be done, from headers and recipe alone: targets, ranks where shapes decide them, sizes, memory.
+//! What will be done, from headers and recipe alone (and which weights are all zero): targets, ranks where shapes decide them, sizes, memory.
 
 use anyhow::Result;
 
@@ -17,6 +17,8 @@ use crate::quantize::Quant;
 /// The linears that a recipe compresses, in the order of the checkpoint's blocks.
 pub struct Plan {
     pub linears: Vec<LinearInfo>,
+    /// Those whose weights are all zero.
+    pub are_zero: Vec<bool>,
 }
 
 impl Plan {
@@ -69,7 +71,8 @@ impl Plan {
         }
         // Blocks in order, whatever the order of the files; stable within a block.
         linears.sort_by_key(|l| l.block);
-        Ok(Self { linears })
+        let are_zero = linears.iter().map(|l| checkpoint.is_zero(&l.weight_name())).collect::<Result<_, _>>()?;
+        Ok(Self { linears, are_zero })
     }
 
     /// The files of the output where `entries` (one a linear, none where it stays as it is) are chosen.
@@ -85,6 +88,8 @@ impl Plan {
         let pair = |rank, layout| Pair { rank, layout, scheme };
         match choice {
             Choice::Dense => None,
+            // Two empty factors: pivots have an order of rows, and codes have scales.
+            Choice::Rank(0) => Some(Entry::low_rank(0, Layout::Factors)),
             Choice::Rank(rank) => Some(Entry { base: None, pair: Some(pair(rank, recipe.layout)) }),
             Choice::Coded { rank, .. } => {
                 let storage = quant.expect("invariant: a quantised base has a quantiser").storage();

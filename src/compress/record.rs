@@ -67,15 +67,18 @@ pub(super) fn linears(
     let choices = &allocation.choices;
     let record = |i: usize| -> Result<LinearRecord> {
         let mut record = linear(&study.plan.linears[i], study.entry(i, choices[i]));
+        let mut notes: Vec<String> = Vec::new();
         if let Choice::Coded { variant, .. } = choices[i] {
             let variant = &study.residuals.of(i)[variant];
             record.seconds = variant.seconds;
             record.quant = Some(variant.quant.to_string());
-            record.note = variant.fallback.map(|fallback| format!("rounded to nearest: {}", fallback.reason()));
+            notes.extend(variant.fallback.map(|fallback| format!("rounded to nearest: {}", fallback.reason())));
+            notes.extend(study.residuals.plain_sides(i).note());
         }
         if let Some(basis) = study.bases.get(i) {
             record.seconds = basis.seconds;
             record.relative_error = Some(choices[i].rank().map_or(0.0, |rank| basis.curve.relative_error(rank)));
+            notes.extend(basis.plain_sides.note());
         }
         let written = written.get(&i);
         record.storage_error = written.and_then(|w| w.storage_error);
@@ -85,10 +88,14 @@ pub(super) fn linears(
         let linear = &study.plan.linears[i];
         record.expert_tokens = study.expert_tokens(linear)?;
         if let Some(seen) = study.metrics().too_few_tokens(linear)? {
-            let why =
-                format!("data-free metric: its expert saw {seen} tokens, fewer than its {} inputs", linear.in_features);
-            record.note = Some(record.note.map_or(why.clone(), |note| format!("{note}; {why}")));
+            let inputs = linear.in_features;
+            notes.push(format!("data-free metric: its expert saw {seen} tokens, fewer than its {inputs} inputs"));
         }
+        if choices[i] == Choice::Rank(0) {
+            record.relative_error = Some(0.0);
+            notes.push("all of its weights are zero".into());
+        }
+        record.note = (!notes.is_empty()).then(|| notes.join("; "));
         record.sensitivity = study.recipe.sensitivity.map(|_| allocation.sensitivities[i]);
         Ok(record)
     };
@@ -185,6 +192,7 @@ pub(super) fn report(
         sizes,
         linear: summary(&linears),
         passed_through: passed_through(job, &linears),
+        non_finite: Vec::new(),
         linears,
         control: None,
         truncated: None,

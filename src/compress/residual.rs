@@ -13,10 +13,11 @@ use serde_json::{Value, json};
 use super::allocate::{Choice, Coded};
 use super::compensate::{Compensate, CompensateRank};
 use super::low_rank::{self, ErrorCurve, LowRank};
-use super::metric::MetricPair;
+use super::metric::{MetricPair, PlainSides};
 use super::metrics::{Metrics, SharedInputs};
 use super::plan::Plan;
 use crate::checkpoint::Checkpoint;
+use crate::error::Failure;
 use crate::journal::{Array, Journal};
 use crate::linalg;
 use crate::model::inventory::{self, LinearInfo};
@@ -129,6 +130,8 @@ pub(super) struct Residuals {
     linears: Vec<Vec<Variant>>,
     /// Squared norm of every linear in the metric of the method.
     norms: Vec<f64>,
+    /// Sides of the metrics of every linear that are plain because their form was all zeros.
+    plain_sides: Vec<PlainSides>,
     spool: Mutex<Spool>,
     /// How often variants were added: the menu first, the control after it.
     rounds: usize,
@@ -156,7 +159,8 @@ pub(super) fn largest_rank((m, n): (usize, usize)) -> usize {
 impl Residuals {
     pub fn new(n_linears: usize, spool: Spool) -> Self {
         let linears = (0..n_linears).map(|_| Vec::new()).collect();
-        Self { linears, norms: vec![0.0; n_linears], spool: Mutex::new(spool), rounds: 0 }
+        let plain_sides = vec![PlainSides::default(); n_linears];
+        Self { linears, norms: vec![0.0; n_linears], plain_sides, spool: Mutex::new(spool), rounds: 0 }
     }
 
     /// The variants of a linear, in the order of their numbers.
@@ -167,6 +171,11 @@ impl Residuals {
     /// Squared norm of a linear in the metric of the method.
     pub fn norm(&self, i: usize) -> f64 {
         self.norms[i]
+    }
+
+    /// Sides of the metrics of a linear that are plain because their form was all zeros.
+    pub fn plain_sides(&self, i: usize) -> PlainSides {
+        self.plain_sides[i]
     }
 
     /// Squared error of a choice in the metric of the method, as it was estimated.
@@ -241,7 +250,7 @@ impl Quantise<'_> {
             let infos: Vec<&LinearInfo> = group.iter().map(|&i| &self.plan.linears[i]).collect();
             // One set for each metric.
             let shared = [SharedInputs::new(&infos), SharedInputs::new(&infos)];
-            let made: Vec<(f64, Vec<Variant>)> = group
+            let made: Vec<(f64, PlainSides, Vec<Variant>)> = group
                 .par_iter()
                 .map(|&i| {
                     let linear = &self.plan.linears[i];
@@ -252,8 +261,9 @@ impl Quantise<'_> {
                     made.with_context(|| format!("quantise `{}`", linear.module))
                 })
                 .collect::<Result<_>>()?;
-            for (&i, (norm, variants)) in group.iter().zip(made) {
+            for (&i, (norm, plain, variants)) in group.iter().zip(made) {
                 residuals.norms[i] = norm;
+                residuals.plain_sides[i] = residuals.plain_sides[i].union(plain);
                 residuals.linears[i].extend(variants);
             }
         }
@@ -261,21 +271,21 @@ impl Quantise<'_> {
         Ok(())
     }
 
-    /// Squared norm of a linear in the metric of the method, and its variants.
+    /// Squared norm of a linear in the metric of the method, sides of its metrics that are plain, and its variants.
     fn one(
         &self,
         linear: &LinearInfo,
         key: &str,
         quants: &[Quant],
         (shared, spool): (&[SharedInputs; 2], &Mutex<Spool>),
-    ) -> Result<(f64, Vec<Variant>)> {
+    ) -> Result<(f64, PlainSides, Vec<Variant>)> {
         let piece = self.journal.piece(key, || {
-            let (norm, made) = self.make(linear, quants, shared)?;
+            let (norm, plain, made) = self.make(linear, quants, shared)?;
             let records: Vec<Value> = made.iter().map(Made::record).collect();
             let arrays = made.into_iter().flat_map(Made::into_arrays);
-            Ok((json!(records), std::iter::once(Array::bits(&[norm])).chain(arrays).collect()))
+            Ok((json!((plain, records)), std::iter::once(Array::bits(&[norm])).chain(arrays).collect()))
         })?;
-        let records: Vec<Record> = serde_json::from_value(piece.fields)?;
+        let (plain, records): (PlainSides, Vec<Record>) = serde_json::from_value(piece.fields)?;
         let mut arrays = piece.arrays.into_iter();
         let norm = arrays.next().and_then(|norm| norm.f64s().first().copied()).context("a piece has no norm")?;
         let mut spool = spool.lock().expect("invariant: no holder of the spool panics");
@@ -283,7 +293,7 @@ impl Quantise<'_> {
             let own: Vec<Array> = arrays.by_ref().take(ARRAYS).collect();
             Variant::keep(record, linear.shape(), own, &mut spool)
         });
-        Ok((norm, variants.collect::<Result<_>>()?))
+        Ok((norm, plain, variants.collect::<Result<_>>()?))
     }
 
     fn make(
@@ -291,7 +301,7 @@ impl Quantise<'_> {
         linear: &LinearInfo,
         quants: &[Quant],
         [own, shared]: &[SharedInputs; 2],
-    ) -> Result<(f64, Vec<Made>)> {
+    ) -> Result<(f64, PlainSides, Vec<Made>)> {
         let (m, n) = linear.shape();
         let values = inventory::weight(self.checkpoint, linear)?; // (out, in)
         let transposed = linalg::transposed_from_row_major(&values, m, n);
@@ -314,11 +324,14 @@ impl Quantise<'_> {
                         && self.metrics.damping_output == compensating.damping_output,
                 };
                 let fitting = quants.iter().filter(|quant| quant.storage().fits(n));
+                check_range(fitting.clone(), &values)?;
                 let mut variants = Vec::new();
                 for &quant in fitting {
                     variants.extend(self.variants(&one, quant)?);
                 }
-                Ok((told.squared_norm(transposed.transpose()), variants))
+                let mut plain = told.plain_sides().union(one.pair.plain_sides());
+                plain.input |= gram.as_ref().is_some_and(|gram| gram.norm_max() == 0.0);
+                Ok((told.squared_norm(transposed.transpose()), plain, variants))
             })
         })
     }
@@ -349,6 +362,17 @@ impl Quantise<'_> {
             variants.push(one.variant(quant, best, &[rank], started)?);
         }
         Ok(variants)
+    }
+}
+
+/// Refuses weights that no scale reaches: they would be clipped to next to nothing.
+fn check_range<'a>(mut quants: impl Iterator<Item = &'a Quant>, values: &[f32]) -> Result<()> {
+    let largest = values.iter().fold(0f32, |largest, v| largest.max(v.abs()));
+    match quants.find(|quant| quant.largest() < largest) {
+        Some(quant) => Err(Failure::numeric(format!("a weight of {largest:e} is beyond the f16 scales of `{quant}`"))
+            .hint("leave the linear as it is with `--exclude`, or give no `--quant`")
+            .into()),
+        None => Ok(()),
     }
 }
 

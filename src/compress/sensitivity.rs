@@ -101,10 +101,11 @@ fn measured(study: &Study<'_>, progress: &dyn Progress) -> Result<Vec<f64>> {
         .plan
         .linears
         .iter()
-        .map(|linear| {
+        .zip(&study.plan.are_zero)
+        .map(|(linear, is_zero)| {
             let (m, n) = linear.shape();
             let rank = (PROBE_KEEP * (m * n) as f64 / (m + n) as f64) as usize;
-            rank.max(1).min(study.recipe.layout.largest_saving_rank((m, n)))
+            if *is_zero { 0 } else { rank.max(1).min(study.recipe.layout.largest_saving_rank((m, n))) }
         })
         .collect();
     let n = ranks.len();

@@ -19,7 +19,7 @@ use serde_json::{Value, json};
 
 use super::allocate::Choice;
 use super::low_rank::{self, ErrorCurve, LowRank};
-use super::metric::{Metric, MetricPair, mean_diagonal, shifted};
+use super::metric::{Metric, MetricPair, PlainSides, mean_diagonal, shifted};
 use super::study::Study;
 use crate::journal::{Array, Piece};
 use crate::linalg;
@@ -36,8 +36,9 @@ const DAMPING: f64 = 1e-2;
 /// The model cannot be run, an eigenproblem fails, or the work folder refuses.
 pub(super) fn anchor(study: &mut Study<'_>, choices: &[Choice], mu: f64, progress: &dyn Progress) -> Result<()> {
     let decoder = Decoder::open(study.checkpoint)?;
-    let windows = study.inputs.windows.as_ref().context("invariant: a sequential recipe has a text")?.windows.clone();
-    let mut walk = Walk::new(&decoder, &windows, &study.limits.one_window())?;
+    let text = study.inputs.windows.as_ref().context("invariant: a sequential recipe has a text")?;
+    let (windows, text) = (text.windows.clone(), text.text.clone());
+    let mut walk = Walk::new(&decoder, &windows, &study.limits.one_window())?.of_text(&text);
     let mut original = walk.embed(&decoder)?;
     let mut shifted = walk.copy(&original)?;
     let stage = progress.stage("anchor", (walk.n_tokens() * decoder.n_blocks()) as u64, "tokens");
@@ -48,7 +49,7 @@ pub(super) fn anchor(study: &mut Study<'_>, choices: &[Choice], mu: f64, progres
         let compressed = study.compressed_in(block_idx, choices);
         let dense = decoder.block(block_idx)?;
         let mut done: Vec<(usize, Choice)> = Vec::new();
-        let mut made: BTreeMap<usize, (ErrorCurve, LowRank)> = BTreeMap::new();
+        let mut made: BTreeMap<usize, (ErrorCurve, LowRank, PlainSides)> = BTreeMap::new();
         let places = places(study, &compressed)?;
         for group in groups(&places, study.limits.activation_bytes) {
             let moments = {
@@ -60,10 +61,10 @@ pub(super) fn anchor(study: &mut Study<'_>, choices: &[Choice], mu: f64, progres
                 // An expert that sees too little stays as it is.
                 let is_enough = place.site.expert().is_none() || moments.n_seen >= place.n;
                 let pairs = if is_enough { moments.approximate(study, &place.anchored, mu)? } else { Vec::new() };
-                for (&(i, _), (curve, pair)) in place.anchored.iter().zip(pairs) {
+                for (&(i, _), (curve, pair, plain)) in place.anchored.iter().zip(pairs) {
                     let array = |values: &[f32]| Array { values: values.to_vec(), place: None };
-                    study.bases.replace(i, curve.clone(), pair.rank, (array(&pair.b), array(&pair.a)))?;
-                    made.insert(i, (curve, pair));
+                    study.bases.replace(i, curve.clone(), (pair.rank, plain), (array(&pair.b), array(&pair.a)))?;
+                    made.insert(i, (curve, pair, plain));
                 }
                 done.extend(&place.readers);
             }
@@ -76,8 +77,9 @@ pub(super) fn anchor(study: &mut Study<'_>, choices: &[Choice], mu: f64, progres
         if study.journal.keeps() {
             let batches = [walk.arrays(&original)?, walk.arrays(&shifted)?].concat();
             study.journal.put(&states_key(block_idx), Value::Null, batches)?;
-            let arrays = made.values().flat_map(|(c, p)| [Array::bits(c.energies()), p.b.clone(), p.a.clone()]);
-            let ranks: Vec<(usize, usize)> = made.iter().map(|(&i, (_, pair))| (i, pair.rank)).collect();
+            let arrays = made.values().flat_map(|(c, p, _)| [Array::bits(c.energies()), p.b.clone(), p.a.clone()]);
+            let ranks: Vec<(usize, (usize, PlainSides))> =
+                made.iter().map(|(&i, (_, pair, plain))| (i, (pair.rank, *plain))).collect();
             let piece = study.journal.put(&pairs_key(block_idx), json!(ranks), arrays.collect())?;
             take(study, piece)?;
             block_idx.checked_sub(1).into_iter().for_each(|before| study.journal.remove(&states_key(before)));
@@ -92,7 +94,7 @@ struct Place {
     /// Features of the input.
     n: usize,
     readers: Vec<(usize, Choice)>,
-    /// Of these, those that are anchored: all but experts that calibration had too few tokens for.
+    /// Of these, those that are anchored: all but weights of zeros, and experts that calibration had too few tokens for.
     anchored: Vec<(usize, Choice)>,
 }
 
@@ -113,7 +115,7 @@ fn places(study: &Study<'_>, compressed: &[(usize, Choice)]) -> Result<Vec<Place
         let place = Place { site, n: linear.in_features, readers: Vec::new(), anchored: Vec::new() };
         let place = places.entry((stage, site)).or_insert(place);
         place.readers.push((i, choice));
-        if study.metrics().too_few_tokens(linear)?.is_none() {
+        if choice != Choice::Rank(0) && study.metrics().too_few_tokens(linear)?.is_none() {
             place.anchored.push((i, choice));
         }
     }
@@ -161,7 +163,7 @@ fn go_on(study: &mut Study<'_>, walk: &mut Walk<'_>, (original, shifted): (&mut 
 
 /// The pairs of a block's anchored linears.
 fn take(study: &mut Study<'_>, piece: Piece) -> Result<()> {
-    let ranks: Vec<(usize, usize)> = serde_json::from_value(piece.fields)?;
+    let ranks: Vec<(usize, (usize, PlainSides))> = serde_json::from_value(piece.fields)?;
     let mut arrays = piece.arrays.into_iter();
     for (i, rank) in ranks {
         let mut next = || arrays.next().context("a piece has too few arrays");
@@ -242,8 +244,14 @@ impl Moments {
         Ok(())
     }
 
-    /// The pairs of the linears `here` (with their ranks), each with its error curve.
-    fn approximate(&self, study: &Study<'_>, here: &[(usize, Choice)], mu: f64) -> Result<Vec<(ErrorCurve, LowRank)>> {
+    /// The pairs of the linears `here` (with their ranks), each with its error curve, and where its metric was plain for want of
+    /// inputs.
+    fn approximate(
+        &self,
+        study: &Study<'_>,
+        here: &[(usize, Choice)],
+        mu: f64,
+    ) -> Result<Vec<(ErrorCurve, LowRank, PlainSides)>> {
         let invertible = shifted(self.shifted.clone(), DAMPING * mean_diagonal(&self.shifted));
         let input = Metric::damped(self.shifted.clone(), study.recipe.damping_input);
         here.par_iter()
@@ -264,12 +272,13 @@ impl Moments {
         mu: f64,
         invertible: &Mat<f64>,
         input: &Metric,
-    ) -> Result<(ErrorCurve, LowRank)> {
+    ) -> Result<(ErrorCurve, LowRank, PlainSides)> {
         let values = inventory::weight(study.checkpoint, linear)?; // (out, in)
         let transposed = linalg::transposed_from_row_major(&values, linear.out_features, linear.in_features);
         let weight = transposed.transpose();
         let output = study.metrics().output(linear)?;
-        let target = if mu > 0.0 {
+        // Inputs that are all zero map to nothing: the target stays where it is.
+        let target = if mu > 0.0 && !matches!(input, Metric::Plain { .. }) {
             let mapped = linalg::product(weight, self.cross.as_ref()); // W C_xx̂ (m, n)
             let mapped = linalg::solve(invertible.as_ref(), mapped.transpose());
             let mapped = mapped.context("the second moment of the shifted inputs is singular")?;
@@ -280,6 +289,6 @@ impl Moments {
         let metric = MetricPair { output: &output, input };
         let decomposition = low_rank::decompose(target.as_ref(), metric, rank)?;
         let pair = decomposition.truncate(target.as_ref(), rank);
-        Ok((decomposition.curve, pair))
+        Ok((decomposition.curve, pair, metric.plain_sides()))
     }
 }

@@ -18,6 +18,12 @@ use crate::model::WalkLimits;
 use crate::model::inventory;
 use crate::progress::Progress;
 
+/// A curve in a metric, and what was plain in that.
+pub struct Weighted {
+    pub curve: ErrorCurve,
+    pub note: Option<String>,
+}
+
 /// The error curve of every linear that `recipe` targets, in the metric of its method; by module.
 ///
 /// # Errors
@@ -27,7 +33,7 @@ pub fn weighted_curves(
     recipe: &Recipe,
     memory_bytes: u64,
     progress: &dyn Progress,
-) -> Result<BTreeMap<String, ErrorCurve>> {
+) -> Result<BTreeMap<String, Weighted>> {
     let plan = Plan::new(checkpoint, recipe)?;
     let mut inputs = Inputs::load(checkpoint, recipe, &plan)?;
     let work = tempfile::tempdir()?;
@@ -39,13 +45,15 @@ pub fn weighted_curves(
     for block in plan.linears.chunk_by(|a, b| a.block == b.block) {
         let infos: Vec<_> = block.iter().collect();
         let shared = SharedInputs::new(&infos);
-        let one = |linear: &&inventory::LinearInfo| -> Result<(String, ErrorCurve)> {
+        let one = |linear: &&inventory::LinearInfo| -> Result<(String, Weighted)> {
             stage.note(&linear.module);
             let (m, n) = linear.shape();
             let weight = linalg::transposed_from_row_major(&inventory::weight(checkpoint, linear)?, m, n);
             let output = metrics.output(linear)?;
             let curve = metrics.with_input(linear, &shared, |input| {
-                Ok(low_rank::error_curve(weight.transpose(), MetricPair { output: &output, input })?)
+                let metric = MetricPair { output: &output, input };
+                let note = metric.plain_sides().note();
+                Ok(Weighted { curve: low_rank::error_curve(weight.transpose(), metric)?, note })
             });
             stage.advance(1);
             Ok((linear.module.clone(), curve.with_context(|| format!("weigh `{}`", linear.module))?))

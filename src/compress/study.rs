@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Instant;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
 use super::allocate::{self, Choice, Item, Price, Rules, Spectra};
 use super::bases::{Bases, Decompose};
@@ -19,7 +19,7 @@ use super::{factors, pivot};
 use crate::calibrate::{self, Header, Observation, Statistics, Windows};
 use crate::checkpoint::{Checkpoint, Fingerprint};
 use crate::error::Failure;
-use crate::formats::{Entry, Matrix, Module, Source};
+use crate::formats::{Entry, Matrix, Module, Parts, Source};
 use crate::journal::Journal;
 use crate::linalg;
 use crate::model::inventory::{self, LinearInfo};
@@ -244,6 +244,7 @@ impl<'a> Study<'a> {
         let (linear, shape) = (&self.plan.linears[i], self.plan.linears[i].shape());
         let (base, pair, layout, metrics) = match choice {
             Choice::Dense => return Ok(None),
+            Choice::Rank(0) => return Ok(Some(Module::of_parts(Parts::empty()))),
             Choice::Rank(rank) => (None, Some(self.bases.pair(i, rank)?), self.recipe.layout, self.metrics()),
             Choice::Coded { variant, rank } => {
                 let (base, pair) = self.residuals.parts(i, variant, rank)?;
@@ -330,7 +331,7 @@ impl<'a> Study<'a> {
                     Spectra::Plain => basis.and_then(|b| b.plain.as_ref()),
                     Spectra::Metric => basis.map(|b| &b.curve),
                 };
-                let item = item(self.recipe, &self.plan.linears[i], prices.get(i));
+                let item = item(self.recipe, self.plan, i, prices.get(i));
                 Item { curve, sensitivity: sensitivities[i], ..item }
             })
             .collect();
@@ -485,28 +486,43 @@ pub(super) fn known_choices(recipe: &Recipe, plan: &Plan) -> Option<Vec<Choice>>
         && recipe.ranks.allocator().spectra() == Spectra::None
         && !matches!(recipe.budget, Budget::Bytes(_) | Budget::Bits(_));
     is_known.then(|| {
-        let items: Vec<Item<'_>> = plan.linears.iter().map(|linear| item(recipe, linear, None)).collect();
+        let items: Vec<Item<'_>> = (0..plan.linears.len()).map(|i| item(recipe, plan, i, None)).collect();
         allocate::allocate(recipe.ranks, &items, &rules(recipe, &items, recipe.budget))
     })
 }
 
-/// The largest rank that each linear may get; 0 for those that are known to stay dense.
+/// The largest rank that each linear may get; 0 for those that are known to stay dense, or to be all zeros.
 pub(super) fn max_ranks(recipe: &Recipe, plan: &Plan) -> Vec<usize> {
     if !recipe.quant.is_empty() {
         return vec![0; plan.linears.len()];
     }
     match known_choices(recipe, plan) {
         Some(choices) => choices.iter().map(|choice| choice.rank().unwrap_or(0)).collect(),
-        None => plan.linears.iter().map(|linear| recipe.layout.largest_saving_rank(linear.shape())).collect(),
+        None => {
+            let linears = plan.linears.iter().zip(&plan.are_zero);
+            let largest = |(linear, is_zero): (&LinearInfo, &bool)| {
+                if *is_zero { 0 } else { recipe.layout.largest_saving_rank(linear.shape()) }
+            };
+            linears.map(largest).collect()
+        }
     }
 }
 
-fn item<'a>(recipe: &Recipe, linear: &LinearInfo, bytes: Option<&'a (u64, Vec<u64>)>) -> Item<'a> {
+/// The `i`-th linear of a plan, as allocators see it without spectra.
+fn item<'a>(recipe: &Recipe, plan: &Plan, i: usize, bytes: Option<&'a (u64, Vec<u64>)>) -> Item<'a> {
     let price = match bytes {
         Some((dense, ranks)) => Price::Bytes { dense: *dense, ranks },
         None => Price::Parameters,
     };
-    Item { shape: linear.shape(), layout: recipe.layout, curve: None, sensitivity: 1.0, price, coded: &[] }
+    Item {
+        shape: plan.linears[i].shape(),
+        layout: recipe.layout,
+        curve: None,
+        sensitivity: 1.0,
+        price,
+        coded: &[],
+        is_zero: plan.are_zero[i],
+    }
 }
 
 fn rules(recipe: &Recipe, items: &[Item<'_>], budget: Budget) -> Rules {
@@ -558,6 +574,7 @@ fn measure(
         journal,
         progress,
         keep,
-    )?;
+    )
+    .with_context(|| format!("calibrate on `{}`", windows.text))?;
     Ok((statistics, seconds))
 }

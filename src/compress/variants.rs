@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use candle_core::{Device, Tensor};
 use rayon::prelude::*;
 
@@ -63,12 +63,13 @@ impl Study<'_> {
         let all: Vec<&Hidden> =
             std::iter::once(&original).chain(streams.iter().map(|s| s.as_ref().unwrap_or(&original))).collect();
         let mut divergences: Vec<Divergence> = variants.iter().map(|_| Divergence::default()).collect();
-        let mut scored = scored.iter();
+        let (mut scored, place) = (scored.iter().enumerate(), walk.place());
         walk.for_each_window(&all, |window, states| {
-            let scored = scored.next().expect("invariant: every window has its scored tokens");
+            let (window_idx, scored) = scored.next().expect("invariant: every window has its scored tokens");
             let reference = scored.rows(&states[0])?;
             for (divergence, x) in divergences.iter_mut().zip(&states[1..]) {
-                divergence.extend(divergence::compare(&head, &reference, &head, &scored.rows(x)?, &scored.tokens)?);
+                let found = divergence::compare(&head, &reference, &head, &scored.rows(x)?, &scored.tokens);
+                divergence.extend(found.with_context(|| place(window_idx))?);
             }
             stage.advance(window.len() as u64);
             Ok(())

@@ -4,7 +4,7 @@ use anyhow::Result;
 use candle_core::Tensor;
 use rayon::prelude::*;
 
-use crate::error::Failure;
+use crate::error::{Failure, NON_FINITE_HINT};
 use crate::model::{Head, RowDivergence, row_divergence};
 use crate::report::{Distribution, DivergenceRecord};
 
@@ -58,10 +58,10 @@ pub fn compare(
         }));
     }
     let is_finite = |t: &TokenDivergence| t.reference_nll.is_finite() && t.nll.is_finite() && t.rows.kl.is_finite();
-    if !tokens.iter().all(is_finite) {
-        return Err(Failure::numeric("the logits of one of the two models are not finite")
-            .hint("the checkpoint is broken, or overflows in f32")
-            .into());
+    if let Some(position) = tokens.iter().position(|t| !is_finite(t)) {
+        let whose = if tokens[position].reference_nll.is_finite() { "the model's" } else { "the reference's" };
+        let message = format!("{whose} logits are not finite (prediction {position})");
+        return Err(Failure::numeric(message).hint(NON_FINITE_HINT).into());
     }
     Ok(tokens)
 }

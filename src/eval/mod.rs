@@ -8,7 +8,7 @@ use std::ops::Range;
 use std::path::PathBuf;
 use std::time::Instant;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
 use crate::checkpoint::Checkpoint;
 use crate::error::Failure;
@@ -206,7 +206,7 @@ pub fn perplexity(
     let limits = WalkLimits::new(settings.memory_bytes / decoders.len() as u64, std::env::temp_dir());
     let mut walks = Vec::new();
     for decoder in &decoders {
-        let mut walk = Walk::new(decoder, windows, &limits)?;
+        let mut walk = Walk::new(decoder, windows, &limits)?.of_text(&settings.text.display().to_string());
         let mut hidden = walk.embed(decoder)?;
         for block_idx in 0..decoder.n_blocks() {
             stage.note(&format!("block {block_idx}"));
@@ -225,7 +225,8 @@ pub fn perplexity(
             for (i, scored) in prepared.scored.iter().enumerate() {
                 let x = scored.rows(&walk.window(&hidden, i)?)?;
                 let reference_x = scored.rows(&reference_walk.window(&reference_hidden, i)?)?;
-                divergence.extend(divergence::compare(&reference_head, &reference_x, &head, &x, &scored.tokens)?);
+                let found = divergence::compare(&reference_head, &reference_x, &head, &x, &scored.tokens);
+                divergence.extend(found.with_context(|| walk.place()(i))?);
                 stage.advance(windows[i].len() as u64);
             }
             Some(divergence.record(reference.name))

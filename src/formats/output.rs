@@ -5,10 +5,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use anyhow::Result;
 
 use super::{Container, Entry, Exporter, Format, NamedBytes, OutTensor, Source, Target, stacks_apart};
-use crate::checkpoint::encoded::{ADAPTER_FILE, ADAPTER_FOLDER};
+use crate::checkpoint::encoded::{ADAPTER_FILE, ADAPTER_FOLDER, Element};
 use crate::checkpoint::gguf::{self, GgufTensor, GgufWriter};
 use crate::checkpoint::{
-    CONFIG_FILE, CheckpointError, OutputFolder, SafetensorsWriter, Stack, TensorSpec, io, writer_bytes,
+    CONFIG_FILE, CheckpointError, OutputFolder, SafetensorsWriter, Stack, TensorSpec, cast, io, writer_bytes,
 };
 use crate::error::Failure;
 use crate::model::inventory::{self, LinearInfo};
@@ -265,19 +265,26 @@ impl<'a> Output<'a> {
     }
 
     /// Copies everything that was not compressed, and writes the config and what else the format needs; `leave` are names of
-    /// side files of the source that are not copied.
+    /// side files of the source that are not copied. Gives the names of copied tensors that hold NaN or infinite values, of which
+    /// it warns.
     ///
     /// # Errors
     /// The disk refuses, or a tensor of the source is broken.
-    pub fn finish(mut self, folder: &OutputFolder, leave: &[&str]) -> Result<()> {
+    pub fn finish(mut self, folder: &OutputFolder, leave: &[&str]) -> Result<Vec<String>> {
         let (source, exporter) = (self.files.source, self.files.exporter);
+        let mut non_finite = Vec::new();
         for planned in std::mem::take(&mut self.files.tensors) {
-            let OutTensor { target, name, .. } = planned.tensor;
+            let OutTensor { target, name, element, .. } = planned.tensor;
             match planned.origin {
                 Origin::Module => {}
                 Origin::Source(from) => {
                     let bytes = exporter.other_bytes(source, source.checkpoint.require(&from)?)?;
                     self.write(target, &name, &bytes)?;
+                    if let Element::Plain(dtype) = element
+                        && cast::holds_non_finite(dtype, &bytes)
+                    {
+                        non_finite.push(from);
+                    }
                 }
                 Origin::Extra(bytes) => self.write(target, &name, &bytes)?,
             }
@@ -300,6 +307,23 @@ impl<'a> Output<'a> {
             let config = exporter.config(source, &self.files.modules);
             folder.write(CONFIG_FILE, (serde_json::to_string_pretty(&config)? + "\n").as_bytes())?;
         }
-        Ok(())
+        warn_of_non_finite(&non_finite);
+        Ok(non_finite)
+    }
+}
+
+/// Warns of copied tensors that hold NaN or infinite values: the model cannot be run, and was not by a run without a text.
+pub fn warn_of_non_finite(tensors: &[String]) {
+    if tensors.is_empty() {
+        return;
+    }
+    let named: Vec<String> = tensors.iter().map(|name| format!("`{name}`")).collect();
+    tracing::warn!("NaN or infinite values were copied in {}: the model cannot be run", named.join(", "));
+}
+
+/// Warns where the weight files of an output are larger than those of its source.
+pub fn warn_of_growth(before: u64, after: u64) {
+    if after > before {
+        tracing::warn!("the weight files of the output take {after} bytes, more than the {before} of the source");
     }
 }

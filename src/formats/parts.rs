@@ -53,6 +53,11 @@ pub enum Parts {
 }
 
 impl Parts {
+    /// Of rank 0, whatever the shape: a matrix of zeros.
+    pub fn empty() -> Self {
+        Self::Factors { rank: 0, b: Vec::new().into(), a: Vec::new().into() }
+    }
+
     /// The matrix (m, n), row-major.
     pub fn product(&self, m: usize, n: usize) -> Vec<f32> {
         match self {
@@ -72,7 +77,7 @@ impl Parts {
         }
     }
 
-    /// `L x` (m) of the matrix `L` (m, n), in f64.
+    /// `L x` (m) of the matrix `L` (m, n), of a rank above 0, in f64.
     ///
     /// # Panics
     /// When `x` has not n values.

@@ -14,6 +14,7 @@ use rayon::prelude::*;
 use crate::checkpoint::{Checkpoint, Dtype, TensorSpec, write_file};
 use crate::compress::low_rank::{ErrorCurve, error_curve};
 use crate::compress::metric::MetricPair;
+use crate::compress::spectra::Weighted;
 use crate::linalg;
 use crate::progress::Progress;
 use crate::report::{InspectReport, LRC_VERSION, SCHEMA_VERSION, Spectrum, SpectrumRecord};
@@ -28,7 +29,7 @@ pub use spectrum::{ENERGY_SHARES, WELORE_THRESHOLDS};
 pub fn inspect(
     checkpoint: &Checkpoint,
     model: &str,
-    weighted: Option<(String, BTreeMap<String, ErrorCurve>)>,
+    weighted: Option<(String, BTreeMap<String, Weighted>)>,
     progress: &dyn Progress,
 ) -> Result<(InspectReport, Vec<Spectrum>)> {
     let matrices = matrices::of(checkpoint);
@@ -45,7 +46,8 @@ pub fn inspect(
         let weighted = weighted.as_ref().and_then(|(_, curves)| curves.get(&matrix.module));
         stage.advance(1);
         let sigma = |curve: &ErrorCurve| curve.singular_values().collect();
-        let spectrum = Spectrum { module: matrix.module.clone(), raw: sigma(&curve), weighted: weighted.map(sigma) };
+        let spectrum =
+            Spectrum { module: matrix.module.clone(), raw: sigma(&curve), weighted: weighted.map(|w| sigma(&w.curve)) };
         Ok((spectrum::record(matrix, &curve, alpha_farms, weighted), spectrum))
     };
     let (linears, spectra): (Vec<_>, Vec<_>) =

@@ -3,6 +3,7 @@
 use super::matrices::Matrix;
 use super::power_law;
 use crate::compress::low_rank::ErrorCurve;
+use crate::compress::spectra::Weighted;
 use crate::report::{BelowThreshold, EnergyRank, Figures, SpectrumRecord};
 
 /// Shares of Σσ² for which the energy rank is given.
@@ -19,7 +20,7 @@ pub(super) fn record(
     matrix: &Matrix,
     curve: &ErrorCurve,
     alpha_farms: Option<f64>,
-    weighted: Option<&ErrorCurve>,
+    weighted: Option<&Weighted>,
 ) -> SpectrumRecord {
     let (m, n) = matrix.shape;
     // Σσ² / (m n) is the mean square of an entry.
@@ -36,7 +37,8 @@ pub(super) fn record(
         mp_edge: random_edge,
         mp_spikes: curve.energies().iter().filter(|&&e| e > random_edge).count(),
         alpha_farms,
-        weighted: weighted.map(|curve| figures(matrix, curve)),
+        weighted: weighted.map(|weighted| figures(matrix, &weighted.curve)),
+        note: weighted.and_then(|weighted| weighted.note.clone()),
     }
 }
 
@@ -93,7 +95,8 @@ fn entropy(weights: &[f64]) -> f64 {
     if sum <= 0.0 {
         return 0.0;
     }
-    weights.iter().map(|w| w / sum).filter(|&p| p > 0.0).map(|p| -p * p.ln()).sum()
+    // Without a sign where one value has all of the sum.
+    weights.iter().map(|w| w / sum).filter(|&p| p > 0.0).map(|p| -p * p.ln()).sum::<f64>() + 0.0
 }
 
 /// exp of the entropy; 0 for a matrix of zeros.

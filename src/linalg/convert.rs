@@ -19,11 +19,15 @@ pub fn transposed_from_row_major(values: &[f32], n_rows: usize, n_cols: usize) -
     matrix
 }
 
-/// A matrix (n_rows, n_cols) as row-major `f32`, rounded to nearest.
+const LOWEST: f64 = f32::MIN as f64;
+const HIGHEST: f64 = f32::MAX as f64;
+
+/// A matrix (n_rows, n_cols) as row-major `f32`, rounded to the nearest finite one: an approximation of weights near the end of
+/// the range may go beyond it, where its end is nearer to them.
 pub fn to_row_major(matrix: MatRef<'_, f64>) -> Vec<f32> {
     let mut values = Vec::with_capacity(matrix.nrows() * matrix.ncols());
     for row in matrix.row_iter() {
-        values.extend(row.iter().map(|&v| v as f32));
+        values.extend(row.iter().map(|&v| if v.is_finite() { v.clamp(LOWEST, HIGHEST) as f32 } else { v as f32 }));
     }
     values
 }
@@ -72,5 +76,7 @@ mod tests {
         assert_eq!((transposed.nrows(), transposed.ncols()), (3, 2));
         assert_eq!(transposed.transpose()[(1, 0)], 4.0);
         assert_eq!(to_row_major(transposed.transpose()), values);
+        let ends = Mat::from_fn(1, 3, |_, j| [3.5e38, -1e300, f64::INFINITY][j]);
+        assert_eq!(to_row_major(ends.as_ref()), [f32::MAX, f32::MIN, f32::INFINITY]);
     }
 }

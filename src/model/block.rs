@@ -11,12 +11,13 @@ use super::experts::Experts;
 use super::linear::{GradientTap, Linear};
 use super::mlp::Mlp;
 use super::norm::Norm;
-use super::ops::Kernels;
+use super::ops::{Kernels, is_finite};
 use super::rope::Rope;
 use super::weights::Weights;
 
 #[derive(Debug, Clone)]
 pub struct Block {
+    index: usize,
     before_attention: Option<Norm>,
     attention: Attention,
     after_attention: Option<Norm>,
@@ -101,6 +102,7 @@ impl Block {
         let [attention, mlp] = [(names.before_attention, names.after_attention), (names.before_mlp, names.after_mlp)]
             .map(|(before, after)| if are_behind { (None, before) } else { (before, after) });
         Ok(Self {
+            index: block_idx,
             before_attention: norm(attention.0)?,
             attention: Attention {
                 qkv: Qkv::load(has, load, architecture.fused_qkv)?,
@@ -124,6 +126,27 @@ impl Block {
             are_norms_of_sums: names.are_of_sums || are_behind,
             is_parallel: config.use_parallel_residual,
         })
+    }
+
+    /// Its number in the model.
+    pub fn index(&self) -> usize {
+        self.index
+    }
+
+    /// Where a pass of `x` (batch, n_tokens, hidden_size) first meets values that are not finite: the place of input before which
+    /// they arise; none where it is behind the last.
+    ///
+    /// # Errors
+    /// Shapes that do not match.
+    pub fn first_non_finite(&self, x: &Tensor, rope: &Rope, kernels: Kernels) -> Result<Option<InputSite>> {
+        let mut first = None;
+        self.run(x, rope, kernels, &mut |site, input| {
+            if !is_finite(input)? {
+                first = Some(site);
+            }
+            Ok(first.is_none())
+        })?;
+        Ok(first)
     }
 
     /// Taps the gradients at the outputs of all linears.

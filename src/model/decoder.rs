@@ -227,6 +227,16 @@ impl<'w> Decoder<'w> {
         slots.into_iter().map(|slot| (slot, slot.shape(&self.config).0)).collect()
     }
 
+    /// The module of a linear: `model.layers.3.mlp.down_proj`.
+    pub fn module(&self, block_idx: usize, slot: Slot) -> String {
+        self.architecture.module(self.prefix, LinearId { block: block_idx, slot })
+    }
+
+    /// `model.layers.3`.
+    pub fn block_name(&self, block_idx: usize) -> String {
+        self.architecture.block(self.prefix, block_idx)
+    }
+
     pub fn kernels(&self) -> Kernels {
         self.kernels
     }

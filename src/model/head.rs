@@ -8,9 +8,9 @@ use rayon::prelude::*;
 use super::linear::Linear;
 use super::mlp::Activation;
 use super::norm::Norm;
-use super::ops::Kernels;
+use super::ops::{Kernels, is_finite};
 use super::softmax::{log_sum_exp, softmax_in_place};
-use crate::error::Failure;
+use crate::error::{Failure, NON_FINITE_HINT};
 
 /// The final norm and the head.
 pub struct Head {
@@ -108,6 +108,12 @@ impl Head {
         let before = self.before_vocabulary(Kernels::Differentiable, &variable.index_select(&rows, 0)?)?;
         let mut gradients = Vec::new();
         self.for_each_logits(&x.index_select(&rows, 0)?, |first, mut logits| {
+            if let Some(at) = logits.iter().position(|logit| !logit.is_finite()) {
+                return Err(not_finite(format!(
+                    "the model's logits are not finite (prediction {})",
+                    first + at / vocab_size
+                )));
+            }
             logits.par_chunks_exact_mut(vocab_size).zip(&targets[first..]).for_each(|(row, &target)| {
                 let capped = self.cap.map(|_| row.to_vec());
                 softmax_in_place(arch, row); // ∂nll/∂logits = softmax − one-hot
@@ -141,11 +147,7 @@ impl Head {
             Ok(())
         })?;
         if let Some(position) = nlls.iter().position(|nll| !nll.is_finite()) {
-            return Err(Failure::numeric(format!(
-                "the model's logits are not finite (prediction {position} of this window)"
-            ))
-            .hint("the checkpoint is broken, or overflows in f32")
-            .into());
+            return Err(not_finite(format!("the model's logits are not finite (prediction {position})")));
         }
         Ok(nlls)
     }
@@ -181,10 +183,13 @@ impl Pooler {
 
 fn gradient_of(loss: Tensor, variable: &Var) -> Result<Tensor> {
     let gradient = loss.backward()?.get(variable).context("the head passes no gradient")?.clone();
-    if !gradient.sqr()?.sum_all()?.to_scalar::<f32>()?.is_finite() {
-        return Err(Failure::numeric("the gradient of the loss is not finite")
-            .hint("the checkpoint is broken, or overflows in f32")
-            .into());
+    if !is_finite(&gradient)? {
+        return Err(not_finite("the gradient of the loss at the last states is not finite".into()));
     }
     Ok(gradient)
+}
+
+/// An error whose place the caller adds.
+fn not_finite(message: String) -> anyhow::Error {
+    Failure::numeric(message).hint(NON_FINITE_HINT).into()
 }

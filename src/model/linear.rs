@@ -142,6 +142,10 @@ impl LowRank {
     /// `x` (rows, in) to (rows, out).
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         match self {
+            // Of rank 0: zeros.
+            Self::Factors { b, a } if a.dim(0)? == 0 => {
+                Ok(Tensor::zeros((x.dim(0)?, b.dim(0)?), x.dtype(), x.device())?)
+            }
             Self::Factors { b, a } => Ok(x.matmul(&a.t()?)?.matmul(&b.t()?)?),
             Self::Pivot { pivots, coefficients, order } => {
                 let p = x.matmul(&pivots.t()?)?; // (rows, r)

@@ -25,7 +25,7 @@ pub use decoder::{Decoder, Objective};
 pub use head::{Head, Pooler};
 pub use layout::Layout;
 pub use linear::{GradientTap, Linear};
-pub use ops::Kernels;
+pub use ops::{Kernels, is_finite};
 pub use rope::Rope;
 pub use softmax::{RowDivergence, row_divergence};
 pub use walk::{Hidden, Scored, Walk, WalkLimits};

@@ -6,6 +6,11 @@ use anyhow::Result;
 use candle_core::Tensor;
 use candle_nn::{ops, rotary_emb};
 
+/// Whether all values are finite; large ones, whose squares are not, are.
+pub fn is_finite(x: &Tensor) -> Result<bool> {
+    Ok(x.flatten_all()?.to_vec1::<f32>()?.iter().all(|v| v.is_finite()))
+}
+
 /// Which kernels a forward pass uses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kernels {

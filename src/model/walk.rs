@@ -4,13 +4,14 @@
 use std::ops::Range;
 use std::path::PathBuf;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use candle_core::{Device, Tensor};
 
 use super::block::{Block, Observer};
 use super::config::ModelConfig;
 use super::decoder::Decoder;
 use super::rope::Rope;
+use crate::error::{Failure, NON_FINITE_HINT};
 use crate::journal::{Array, Journal};
 use crate::progress::Stage;
 use crate::spool::{Spool, Spooled};
@@ -54,6 +55,8 @@ pub struct Walk<'a> {
     batches: Vec<Range<usize>>,
     spool: Spool,
     rope: Rope,
+    /// The text that the windows are of, for messages.
+    text: Option<String>,
 }
 
 /// The hidden states of all windows at one place of the model, a batch (batch, n_tokens, hidden_size) after another.
@@ -92,7 +95,20 @@ impl<'a> Walk<'a> {
         let longest = windows.iter().map(Vec::len).max().unwrap_or(0);
         let spool = Spool::new(limits.hidden_bytes, limits.work_folder.clone());
         let batches = split(windows, limits.batch_size(&decoder.config, longest));
-        Ok(Self { windows, batches, spool, rope: decoder.rope(longest)? })
+        Ok(Self { windows, batches, spool, rope: decoder.rope(longest)?, text: None })
+    }
+
+    /// The same, with the text that the windows are of named in errors.
+    #[must_use]
+    pub fn of_text(mut self, text: &str) -> Self {
+        self.text = Some(text.into());
+        self
+    }
+
+    /// Names a window in errors.
+    pub fn place(&self) -> impl Fn(usize) -> String + use<> {
+        let text = self.text.as_ref().map_or(String::new(), |text| format!(" of `{text}`"));
+        move |window_idx| format!("window {window_idx}{text}")
     }
 
     pub fn rope(&self) -> &Rope {
@@ -131,7 +147,7 @@ impl<'a> Walk<'a> {
     ) -> Result<()> {
         for i in 0..self.batches.len() {
             let y = self.forward(hidden, i, decoder, block, observe, progress)?;
-            self.spool.set(&mut hidden.0[i], values(&y)?)?;
+            self.spool.set(&mut hidden.0[i], y)?;
         }
         Ok(())
     }
@@ -151,7 +167,7 @@ impl<'a> Walk<'a> {
         let mut after = Vec::new();
         for i in 0..self.batches.len() {
             let y = self.forward(hidden, i, decoder, block, observe, progress)?;
-            after.push(self.spool.push(values(&y)?)?);
+            after.push(self.spool.push(y)?);
         }
         Ok(Hidden(after))
     }
@@ -164,11 +180,22 @@ impl<'a> Walk<'a> {
         block: &Block,
         observe: &mut Observer<'_>,
         progress: &dyn Stage,
-    ) -> Result<Tensor> {
+    ) -> Result<Vec<f32>> {
         let x = self.batch(hidden, batch_idx)?;
         let y = block.forward(&x, &self.rope, decoder.kernels(), observe)?;
         progress.advance((y.dim(0)? * y.dim(1)?) as u64);
-        Ok(y)
+        let values = values(&y)?;
+        let Some(at) = values.iter().position(|v| !v.is_finite()) else { return Ok(values) };
+        let window_in_batch = at / (y.dim(1)? * y.dim(2)?).max(1);
+        let site = block.first_non_finite(&x.narrow(0, window_in_batch, 1)?, &self.rope, decoder.kernels())?;
+        let reader =
+            site.and_then(|site| decoder.linears(block.index()).into_iter().find(|(slot, _)| slot.site() == site));
+        let place = self.place()(self.batches[batch_idx].start + window_in_batch);
+        let what = match reader {
+            Some((slot, _)) => format!("the inputs of `{}`", decoder.module(block.index(), slot)),
+            None => format!("the states behind `{}`", decoder.block_name(block.index())),
+        };
+        Err(Failure::numeric(format!("{place}: {what} are not finite")).hint(NON_FINITE_HINT).into())
     }
 
     pub fn n_batches(&self) -> usize {
@@ -296,9 +323,11 @@ impl<'a> Walk<'a> {
     ) -> Result<Vec<Vec<f64>>> {
         let head = decoder.head()?;
         let mut nlls = Vec::with_capacity(self.windows.len());
+        let place = self.place();
         self.for_each_window(&[hidden], |window, states| {
             let scored = &scored[nlls.len()];
-            nlls.push(head.negative_log_likelihoods(&scored.rows(&states[0])?, &scored.tokens)?);
+            let found = head.negative_log_likelihoods(&scored.rows(&states[0])?, &scored.tokens);
+            nlls.push(found.with_context(|| place(nlls.len()))?);
             progress.advance(window.len() as u64);
             Ok(())
         })?;

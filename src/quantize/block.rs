@@ -48,6 +48,19 @@ impl BlockType {
         Some(Scheme { levels: Levels::Int { bits, symmetric: true }, group: Some(32) })
     }
 
+    /// What a scale is at least multiplied with at the end of a block's range.
+    pub fn n_levels(self) -> f32 {
+        match self.dtype {
+            GgmlDType::Q4_0 => 8.0,
+            GgmlDType::Q8_0 => 127.0,
+            GgmlDType::Q2K => 15.0 * 3.0,
+            GgmlDType::Q3K => 31.0 * 4.0,
+            GgmlDType::Q4K => 63.0 * 15.0,
+            GgmlDType::Q5K => 63.0 * 31.0,
+            _ => 127.0 * 31.0,
+        }
+    }
+
     /// Whether rows of `cols` are made of whole blocks.
     pub fn divides(self, cols: usize) -> bool {
         cols > 0 && cols.is_multiple_of(self.dtype.block_size())
@@ -138,5 +151,23 @@ mod tests {
             );
         }
         assert!(Blocks::quantize(&values[..100], 1, 100, BLOCK_TYPES[1]).is_err());
+    }
+
+    #[test]
+    fn zeros_stay_zeros_and_the_ends_of_the_range_are_reached() {
+        for block_type in BLOCK_TYPES {
+            // All zeros, and a row of zeros beside others.
+            for live in [0.0, 1.0] {
+                let values: Vec<f32> =
+                    (0..512).map(|i| if i < 256 { 0.0 } else { live * ((i % 13) as f32 - 6.0) }).collect();
+                let back = Blocks::quantize(&values, 2, 256, block_type).unwrap().dequantize();
+                assert!(back[..256].iter().all(|&v| v == 0.0), "{}", block_type.name);
+                assert!(back.iter().all(|v| v.is_finite()), "{}", block_type.name);
+            }
+            let largest = 0.9 * 65504.0 * block_type.n_levels();
+            let values: Vec<f32> = (0..256).map(|i| largest * (i as f32 / 127.5 - 1.0)).collect();
+            let back = Blocks::quantize(&values, 1, 256, block_type).unwrap().dequantize();
+            assert!(back.iter().zip(&values).all(|(q, v)| (q - v).abs() < 0.7 * largest), "{}", block_type.name);
+        }
     }
 }

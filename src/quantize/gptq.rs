@@ -54,9 +54,10 @@ pub fn gptq(
     assert_eq!((values.len(), gram.nrows()), (rows * cols, cols), "invariant: the Gram is that of the inputs");
     let mut order: Vec<usize> = (0..cols).collect();
     order.sort_by(|&i, &j| gram[(j, j)].total_cmp(&gram[(i, i)]).then(i.cmp(&j)));
-    let mean = (0..cols).map(|i| gram[(i, i)]).sum::<f64>() / cols.max(1) as f64;
+    let unit = to_unit_mean((0..cols).map(|i| gram[(i, i)]).sum::<f64>() / cols.max(1) as f64);
+    let mean = (0..cols).map(|i| gram[(i, i)] * unit).sum::<f64>() / cols.max(1) as f64;
     let damped = Mat::from_fn(cols, cols, |i, j| {
-        let value = gram[(order[i], order[j])];
+        let value = gram[(order[i], order[j])] * unit;
         // A dead input costs nothing; any positive diagonal leaves it out of the others' way.
         if i != j {
             value
@@ -108,6 +109,12 @@ pub fn gptq(
         return (rounded, Some(Fallback::NoGain));
     }
     (Grouped::of_codes(codes, rows, cols, scheme, &grids), None)
+}
+
+/// A power of 4 that brings the mean diagonal of a Gram to about 1, so that what is made of it fits an f32 whatever its scale:
+/// roots of such a scale are exact, and change no code.
+fn to_unit_mean(mean: f64) -> f64 {
+    if mean > 0.0 { 4f64.powi((-0.5 * mean.log2()).round().clamp(-500.0, 500.0) as i32) } else { 1.0 }
 }
 
 fn contiguous<'a>(matrix: MatMut<'a, f32>, column: usize) -> &'a mut [f32] {
@@ -206,8 +213,26 @@ mod tests {
         }
         let (found, fallback) = gptq(&values, 5, 30, dead.as_ref(), scheme, Scale::Mse);
         assert!(fallback.is_none() && found.dequantize().iter().all(|v| v.is_finite()));
+        // Nothing measured at all is rounding, and so says the note.
+        let zeros = Mat::zeros(30, 30);
+        let (found, fallback) = gptq(&values, 5, 30, zeros.as_ref(), scheme, Scale::Mse);
+        assert_eq!(found, Grouped::round(&values, 5, 30, scheme, Scale::Mse));
+        assert_eq!(fallback, Some(Fallback::NoGain));
         let broken = Mat::from_fn(30, 30, |i, j| if i == j { 1.0 } else { -5.0 });
         assert_eq!(gptq(&values, 5, 30, broken.as_ref(), scheme, Scale::Mse).1, Some(Fallback::NotDefinite));
+    }
+
+    #[test]
+    fn the_scale_of_a_gram_changes_no_code() {
+        let (rows, cols) = (6, 40);
+        let (values, gram) = (matrix(rows, cols, 5), gram(cols, 90));
+        let scheme = Scheme { levels: Levels::Int { bits: 3, symmetric: true }, group: Some(8) };
+        let (expected, fallback) = gptq(&values, rows, cols, gram.as_ref(), scheme, Scale::Mse);
+        assert_eq!(fallback, None);
+        for exponent in [-900, -200, -90, 90, 900] {
+            let scaled = &gram * faer::Scale(2f64.powi(exponent));
+            assert_eq!(gptq(&values, rows, cols, scaled.as_ref(), scheme, Scale::Mse), (expected.clone(), None));
+        }
     }
 
     #[derive(Deserialize)]

@@ -86,6 +86,16 @@ impl Quant {
         }
     }
 
+    /// The largest magnitude of a weight that its f16 scales reach.
+    pub fn largest(self) -> f32 {
+        let levels = match self.storage() {
+            Storage::Grouped(Scheme { levels: Levels::Nf4, .. }) => 1.0,
+            Storage::Grouped(Scheme { levels: Levels::Int { bits, .. }, .. }) => (1u32 << (bits - 1)) as f32,
+            Storage::Block(block_type) => block_type.n_levels(),
+        };
+        half::f16::MAX.to_f32() * levels
+    }
+
     /// Whether it is made in the metric of the inputs.
     pub fn needs_gram(self) -> bool {
         matches!(self, Self::Gptq(..))

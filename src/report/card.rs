@@ -5,6 +5,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
+use super::columns::fixed;
 use super::{CompressReport, ExportReport};
 use crate::checkpoint::Checkpoint;
 
@@ -136,7 +137,9 @@ fn errors(report: &CompressReport) -> String {
     if let Some((kl, control)) = report.control.as_ref().and_then(|c| Some((c.kl?, c.control_kl?))) {
         let _ = writeln!(
             text,
-            "KL(original ‖ this) on the calibration text: {kl:.5} nats; {control:.5} for the same bytes without factors."
+            "KL(original ‖ this) on the calibration text: {} nats; {} for the same bytes without factors.",
+            fixed(kl, 5),
+            fixed(control, 5)
         );
     }
     let mut worst: Vec<_> = report.linears.iter().filter_map(|l| Some((l.relative_error?, l))).collect();

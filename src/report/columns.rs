@@ -43,7 +43,7 @@ impl Cell {
         match self {
             Self::Text(text) => text.clone(),
             Self::Integer(n) => n.to_string(),
-            Self::Real(x) => x.to_string(),
+            Self::Real(x) => (x + 0.0).to_string(),
             Self::None => String::new(),
         }
     }
@@ -52,13 +52,22 @@ impl Cell {
     pub fn short(&self) -> String {
         match self {
             Self::Real(x) if *x != 0.0 && (x.abs() < 1e-3 || x.abs() >= 1e5) => format!("{x:.2e}"),
-            Self::Real(x) if x.abs() >= 100.0 => format!("{x:.1}"),
-            Self::Real(x) if x.abs() >= 1.0 => format!("{x:.3}"),
-            Self::Real(x) => format!("{x:.4}"),
+            Self::Real(x) if x.abs() >= 100.0 => fixed(*x, 1),
+            Self::Real(x) if x.abs() >= 1.0 => fixed(*x, 3),
+            Self::Real(x) => fixed(*x, 4),
             Self::Integer(n) => grouped(*n),
             Self::None => "-".into(),
             other => other.exact(),
         }
+    }
+}
+
+/// `value` with `digits` after the point; a zero has no sign, whatever was rounded to it.
+pub fn fixed(value: f64, digits: usize) -> String {
+    let text = format!("{value:.digits$}");
+    match text.strip_prefix('-') {
+        Some(rest) if rest.bytes().all(|b| matches!(b, b'0' | b'.')) => rest.into(),
+        _ => text,
     }
 }
 
@@ -83,7 +92,8 @@ impl From<usize> for Cell {
 
 impl From<f64> for Cell {
     fn from(x: f64) -> Self {
-        Self::Real(x)
+        // Minus zero is zero.
+        Self::Real(x + 0.0)
     }
 }
 
@@ -262,6 +272,23 @@ mod tests {
         for (n, expected) in [(0, "0"), (999, "999"), (1000, "1,000"), (1_234_567, "1,234,567")] {
             assert_eq!(grouped(n), expected);
         }
+    }
+
+    #[test]
+    fn zeros_have_no_sign() {
+        for (value, digits, expected) in [
+            (-0.0, 4, "0.0000"),
+            (-4e-6, 5, "0.00000"),
+            (-6e-6, 5, "-0.00001"),
+            (0.5, 1, "0.5"),
+            (-0.4, 0, "0"),
+            (-12.0, 1, "-12.0"),
+        ] {
+            assert_eq!(fixed(value, digits), expected);
+        }
+        let cell = Cell::from(-0.0);
+        assert_eq!((cell.short().as_str(), cell.exact().as_str()), ("0.0000", "0"));
+        assert_eq!(fixed(f64::NEG_INFINITY, 2), "-inf");
     }
 
     #[test]

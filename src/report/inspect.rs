@@ -43,6 +43,9 @@ pub struct SpectrumRecord {
     /// The same figures in the calibration metric.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub weighted: Option<Figures>,
+    /// Sides on which that metric is plain, because calibration measured only zeros there.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub note: Option<String>,
 }
 
 /// Figures of one spectrum. Singular values are σ, descending.

@@ -55,6 +55,9 @@ pub struct CompressReport {
     /// Tensors of the source that hold no matrix of a targeted linear: passed through.
     #[serde(default)]
     pub passed_through: Vec<String>,
+    /// Of these, tensors that hold NaN or infinite values: the model cannot be run.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub non_finite: Vec<String>,
     /// Where quantised linears have factors: the same bytes without.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub control: Option<ControlRecord>,

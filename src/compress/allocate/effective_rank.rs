@@ -49,6 +49,7 @@ mod tests {
             sensitivity: 1.0,
             price: Price::Parameters,
             coded: &[],
+            is_zero: false,
         };
         let items = [item(&curves[0]), item(&curves[1])];
         let choices = EffectiveRank.choices(&items, &Rules::of_keep(&items, 0.5));

@@ -194,7 +194,7 @@ mod tests {
                 let curves: Vec<ErrorCurve> =
                     linears.iter().map(|&(m, n, decay, _)| ErrorCurve::new((0..m.min(n)).map(|i| decay.powi(i as i32)).collect())).collect();
                 let items: Vec<Item<'_>> = linears.iter().zip(&curves)
-                    .map(|(&(m, n, _, sensitivity), curve)| Item { shape: (m, n), layout, curve: Some(curve), sensitivity, price: Price::Parameters, coded: &[] })
+                    .map(|(&(m, n, _, sensitivity), curve)| Item { shape: (m, n), layout, curve: Some(curve), sensitivity, price: Price::Parameters, coded: &[], is_zero: false })
                     .collect();
                 let rules = Rules::of_keep(&items, keep);
                 let all: Vec<Vec<Candidate>> = items.iter().map(|item| candidates(item, &rules)).collect();
@@ -231,6 +231,7 @@ mod tests {
             sensitivity,
             price: Price::Bytes { dense: 200, ranks: &ranks },
             coded: &menu,
+            is_zero: false,
         };
         let items = [item(1.0), item(10.0)];
         let chosen = |budget| {

@@ -62,6 +62,8 @@ pub struct Item<'a> {
     pub price: Price<'a>,
     /// What it may become with a quantised base; where there is any, it may not become low rank alone.
     pub coded: &'a [Coded],
+    /// Whether all of its weights are zero: it then gets rank 0, and needs no spectrum.
+    pub is_zero: bool,
 }
 
 /// A linear with a quantised base, as allocators see it.
@@ -167,16 +169,20 @@ pub trait Allocator {
     fn choices(&self, items: &[Item<'_>], rules: &Rules) -> Vec<Choice>;
 }
 
-/// The choices of `ranks` under the budget. Where even the smallest ranks cost more, those.
+/// The choices of `ranks` under the budget. Where even the smallest ranks cost more, those. What is all zeros gets rank 0, and
+/// leaves its share of the budget to the others.
 pub fn allocate(ranks: Ranks, items: &[Item<'_>], rules: &Rules) -> Vec<Choice> {
     if rules.keep >= 1.0 && ranks.is_budgeted() {
         return vec![Choice::Dense; items.len()];
     }
-    let mut choices = ranks.allocator().choices(items, rules);
+    let others: Vec<Item<'_>> = items.iter().filter(|item| !item.is_zero).copied().collect();
+    let mut found = ranks.allocator().choices(&others, rules);
     if rules.fill && ranks.is_budgeted() {
-        fill(items, rules, &mut choices);
+        fill(&others, rules, &mut found);
     }
-    choices
+    let mut found = found.into_iter();
+    let mut next = || found.next().expect("invariant: an allocator makes a choice an item");
+    items.iter().map(|item| if item.is_zero { Choice::Rank(0) } else { next() }).collect()
 }
 
 /// Total cost of choices.
@@ -375,6 +381,7 @@ mod tests {
                 sensitivity: *s,
                 price: price(i),
                 coded: &[],
+                is_zero: false,
             })
             .collect()
     }

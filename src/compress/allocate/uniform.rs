@@ -51,7 +51,15 @@ mod tests {
             ((1000, 2), 0.5, Choice::Rank(1), Choice::Rank(1)),
         ] {
             for (layout, expected) in [(Layout::Factors, factors), (Layout::Pivot, pivot)] {
-                let item = Item { shape, layout, curve: None, sensitivity: 1.0, price: Price::Parameters, coded: &[] };
+                let item = Item {
+                    shape,
+                    layout,
+                    curve: None,
+                    sensitivity: 1.0,
+                    price: Price::Parameters,
+                    coded: &[],
+                    is_zero: false,
+                };
                 let choices =
                     super::super::allocate(super::super::Ranks::Uniform, &[item], &Rules::of_keep(&[item], keep));
                 assert_eq!(choices, [expected], "{shape:?} at {keep} {layout:?}");

@@ -52,6 +52,7 @@ mod tests {
             sensitivity: 1.0,
             price: Price::Parameters,
             coded: &[],
+            is_zero: false,
         };
         linears.iter().map(|(shape, curve)| item((*shape, curve))).collect()
     }

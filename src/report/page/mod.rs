@@ -16,7 +16,7 @@ use minijinja::value::Serde;
 use serde::Serialize;
 use serde_json::json;
 
-use super::columns::{self, Cell, Chosen, grouped};
+use super::columns::{self, Cell, Chosen, fixed, grouped};
 use super::{CompressReport, InspectReport, LRC_VERSION, LinearRecord, Spectrum, SweepPoint, SweepReport};
 pub use grid::{Grid, within_block};
 use svg::{Axes, Series};
@@ -144,8 +144,10 @@ pub fn inspect(report: &InspectReport, spectra: &[Spectrum]) -> Result<String> {
         tile("bytes", ByteSize(report.size_bytes).to_string()),
         tile("calibration metric", report.metric.clone().unwrap_or_else(|| "none".into())),
     ];
+    let notes = report.linears.iter().filter_map(|r| Some(format!("{}: {}", r.module, r.note.as_ref()?)));
     let page = json!({
         "tiles": tiles,
+        "notes": notes.collect::<Vec<_>>(),
         "maps": maps.collect::<Vec<_>>(),
         "spectra": both_of(true),
         "energy": both_of(false),
@@ -185,8 +187,8 @@ pub fn compress(report: &CompressReport, errors: &[ErrorLine]) -> Result<String>
         tile("largest relative error of a linear", format!("{:.4}", report.linear.max_error)),
     ];
     if let Some((kl, control)) = report.control.as_ref().and_then(|c| c.kl.zip(c.control_kl)) {
-        tiles.push(tile("KL from the original (nats), on the calibration text", format!("{kl:.5}")));
-        tiles.push(tile("KL of the same bytes without factors", format!("{control:.5}")));
+        tiles.push(tile("KL from the original (nats), on the calibration text", fixed(kl, 5)));
+        tiles.push(tile("KL of the same bytes without factors", fixed(control, 5)));
     }
     let mut maps = Vec::new();
     let mut map = |title: &str, of: &dyn Fn(&LinearRecord) -> Cell| {
@@ -248,6 +250,8 @@ fn linear_row(l: &LinearRecord) -> Vec<Cell> {
 fn warnings(report: &CompressReport) -> Vec<String> {
     let mut warnings: Vec<String> =
         report.linears.iter().filter_map(|l| Some(format!("{}: {}", l.module, l.note.as_ref()?))).collect();
+    let broken = report.non_finite.iter();
+    warnings.extend(broken.map(|name| format!("{name}: holds NaN or infinite values, as the source does")));
     let rounding =
         |l: &&LinearRecord| l.storage_error.zip(l.relative_error).is_some_and(|(stored, error)| stored > error);
     for l in report.linears.iter().filter(rounding) {
