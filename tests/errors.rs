@@ -2,6 +2,7 @@
 
 mod common;
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use common::{FIXTURE, HELD_OUT, TRAIN, copy, lrc, ok, path};
@@ -158,11 +159,86 @@ fn a_shape_that_contradicts_the_config() {
     broken.check_one(&["eval", path(&model), "--text", HELD_OUT], 4, &parts);
 }
 
+/// What needs no model to run needs no config: a broken one is told of, and passed through.
 #[test]
 fn a_broken_config() {
+    for broken_by in ["", "[]", "{\"model_type\": \"llama\",}", "\u{feff}", "{\"model_type\": Inf}"] {
+        let broken = Broken::new();
+        let (model, config) = (broken.model(), broken.model().join("config.json"));
+        std::fs::write(&config, broken_by).unwrap();
+        let out = broken.folder.path().join("out");
+        let parts = ["config.json", "cannot be parsed", "hint: a model is run from its config"];
+        let statistics = broken.folder.path().join("statistics.safetensors");
+        let compress = ["compress", path(&model), "-o", path(&out), "--keep", "0.8"];
+        broken.check_one(&["eval", path(&model), "--text", HELD_OUT], 4, &parts);
+        broken.check_one(&["calibrate", path(&model), "--text", TRAIN, "-o", path(&statistics)], 4, &parts);
+        broken.check_one(&[&compress[..], &["--calibration", TRAIN]].concat(), 4, &parts);
+        for args in [&["inspect", path(&model)][..], &[&compress[..], &["--format", "dense"]].concat()] {
+            let told = ok(args).stderr;
+            assert!(told.contains("cannot be parsed") && told.contains("names and shapes"), "{told}");
+        }
+        assert_eq!(std::fs::read_to_string(out.join("config.json")).unwrap(), broken_by);
+    }
+}
+
+/// What is written without the source's config is read again: codes, factors, and shorter ones.
+#[test]
+fn an_absent_config_is_no_hindrance_without_a_text() {
     let broken = Broken::new();
-    broken.edit_config("{", "");
-    broken.check(4, &["config.json", "cannot be parsed"]);
+    std::fs::remove_file(broken.model().join("config.json")).unwrap();
+    let (model, out, next) = (broken.model(), broken.folder.path().join("out"), broken.folder.path().join("next"));
+    ok(&["inspect", path(&model)]);
+    for flags in [&["--keep", "0.8"][..], &["--quant", "rtn-int4-g32"]] {
+        ok(&[&["compress", path(&model), "-o", path(&out), "-q", "--force"], flags].concat());
+        ok(&["inspect", path(&out)]);
+        ok(&["export", path(&out), "--format", "dense", "-o", path(&next), "-q", "--force"]);
+        let (source, dense) = (Checkpoint::open(&model).unwrap(), Checkpoint::open(&next).unwrap());
+        let names = |checkpoint: &Checkpoint| checkpoint.tensors().map(|t| t.name.clone()).collect::<BTreeSet<_>>();
+        assert_eq!(names(&source), names(&dense));
+    }
+    ok(&["compress", path(&model), "-o", path(&out), "-q", "--force", "--keep", "0.8"]);
+    ok(&["truncate", path(&out), "-o", path(&next), "-q", "--force", "--keep", "0.5"]);
+}
+
+/// Configs as Python writes them: numbers that JSON has no words for, a byte-order mark.
+#[test]
+fn configs_of_python_are_read_and_written() {
+    let broken = Broken::new();
+    let (model, out) = (broken.model(), broken.folder.path().join("out"));
+    let figure = |model: &Path| ok(&["eval", path(model), "--text", HELD_OUT, "--json"]).json()["nll_sum"].as_f64();
+    let before = figure(&model);
+    for (name, added) in [
+        ("config.json", "\u{feff}{\"limit\": [0.0, Infinity, -Infinity, NaN], \"a \\\" NaN\": \"NaN, Infinity\","),
+        ("tokenizer_config.json", "\u{feff}{\"length\": Infinity,"),
+    ] {
+        let text = std::fs::read_to_string(model.join(name)).unwrap();
+        std::fs::write(model.join(name), text.replacen('{', added, 1)).unwrap();
+    }
+    assert_eq!(figure(&model), before);
+    for flags in [
+        &["--keep", "0.8"][..],
+        &["--keep", "0.8", "--calibration", TRAIN, "--samples", "2"],
+        &["--keep", "0.8", "--format", "dense"],
+    ] {
+        ok(&[&["compress", path(&model), "-o", path(&out), "-q", "--force"], flags].concat());
+        let written = std::fs::read_to_string(out.join("config.json")).unwrap();
+        let words: String = written.split_whitespace().collect();
+        assert!(words.contains(r#""limit":[0.0,Infinity,-Infinity,NaN],"a\"NaN":"NaN,Infinity""#), "{written}");
+        figure(&out);
+    }
+    // A field that the model needs is named.
+    let text = std::fs::read_to_string(model.join("config.json")).unwrap();
+    std::fs::write(model.join("config.json"), text.replace("\"rope_theta\": 10000.0", "\"rope_theta\": Infinity"))
+        .unwrap();
+    std::fs::remove_dir_all(&out).unwrap();
+    broken.check_one(&["eval", path(&model), "--text", HELD_OUT], 4, &["config.json", "Infinity"]);
+    // The index of shards.
+    let sharded = Broken::sharded();
+    let index = sharded.model().join("model.safetensors.index.json");
+    let text = std::fs::read_to_string(&index).unwrap();
+    std::fs::write(&index, format!("\u{feff}{}", text.replacen("\"metadata\": {", "\"metadata\": {\"x\": NaN,", 1)))
+        .unwrap();
+    ok(&["inspect", path(&sharded.model())]);
 }
 
 #[test]

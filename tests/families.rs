@@ -29,9 +29,21 @@ fn fixture(family: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/pico").join(family)
 }
 
-/// Every family that is known, and a model that takes options which its family's others do not.
+/// Models that see as well, whose language models are asked about text; what is in front of the names of those, and of towers.
+const MULTIMODAL: [(&str, &str, &str); 4] = [
+    ("gemma3", "language_model.model.layers.", "vision_tower."),
+    ("llava", "language_model.model.layers.", "vision_tower."),
+    ("qwen2_5_vl", "model.layers.", "visual."),
+    ("smolvlm", "model.text_model.layers.", "model.vision_model."),
+];
+
+/// Every family that is known, models that take options which their family's others do not, and those that see as well.
 fn families() -> Vec<&'static str> {
-    [architectures::known_types(), vec!["opt-350m"]].concat()
+    [architectures::known_types(), vec!["opt-350m"], MULTIMODAL.map(|(name, ..)| name).to_vec()].concat()
+}
+
+fn is_multimodal(family: &str) -> bool {
+    MULTIMODAL.iter().any(|(name, ..)| *name == family)
 }
 
 fn is_encoder(family: &str) -> bool {
@@ -83,6 +95,59 @@ fn logits_of_every_family_are_those_of_transformers() {
     assert!(failed.is_empty(), "{}", failed.join("\n"));
 }
 
+/// `rope_type` and its older name `type`, as transformers writes both: what either gives alone, and `rope_type` where they differ.
+#[test]
+fn both_names_of_a_kind_of_rope_scaling_are_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut kinds = Vec::new();
+    for family in ["llama", "phi3", "gemma3"] {
+        let copy = folder.path().join(family);
+        common::copy(path(&fixture(family)), &copy);
+        let (expected, ids) = expected(family);
+        for case in expected["cases"].as_array().unwrap() {
+            let mut config = json(&fixture(family).join("config.json"));
+            config.as_object_mut().unwrap().extend(case["changes"].as_object().unwrap().clone());
+            let own = if family == "gemma3" { &mut config["text_config"] } else { &mut config };
+            let all = &mut own["rope_parameters"];
+            let by_kind = all["full_attention"].is_object();
+            let rope = if by_kind { &mut all["full_attention"] } else { all };
+            let (kind, fields) = (rope["rope_type"].clone(), rope.as_object_mut().unwrap());
+            kinds.push(kind.clone());
+            fields.shift_remove("rope_type");
+            fields.shift_remove("type");
+            let plain = fields.clone();
+            for (newer, older) in [
+                (Some(kind.clone()), None),
+                (None, Some(kind.clone())),
+                (Some(kind.clone()), Some(kind.clone())),
+                (Some(kind.clone()), Some("mystery".into())),
+            ] {
+                // As transformers 4 has it, where there is one for all blocks.
+                for key in ["rope_parameters", "rope_scaling"] {
+                    let mut config = config.clone();
+                    let own = if family == "gemma3" { &mut config["text_config"] } else { &mut config };
+                    let mut fields = plain.clone();
+                    fields.extend(newer.clone().map(|kind| ("rope_type".to_string(), kind)));
+                    fields.extend(older.clone().map(|kind| ("type".to_string(), kind)));
+                    match by_kind {
+                        true => own["rope_parameters"]["full_attention"] = fields.into(),
+                        false => {
+                            own.as_object_mut().unwrap().shift_remove("rope_parameters");
+                            own[key] = fields.into();
+                        }
+                    }
+                    std::fs::write(copy.join("config.json"), config.to_string()).unwrap();
+                    let found = error(&logits(&copy, &ids).unwrap(), &case["logits"]);
+                    assert!(found < 1e-5, "{family}, {newer:?}, {older:?}, {key}: {found}");
+                }
+            }
+        }
+    }
+    for kind in ["linear", "dynamic", "yarn", "longrope", "llama3"] {
+        assert!(kinds.iter().any(|found| found == kind), "{kind}");
+    }
+}
+
 #[test]
 fn gradients_reach_every_linear_and_are_those_of_torch() {
     for family in families() {
@@ -114,7 +179,9 @@ fn check_gradients(family: &str, decoder: &Decoder<'_>, ids: Vec<u32>, targets: 
     let n_linears: usize = (0..decoder.n_blocks()).map(|block_idx| decoder.linears(block_idx).len()).sum();
     assert_eq!(by_linear.len(), n_linears, "{family}");
     for (module, expected) in by_linear {
-        let id = decoder.architecture.linear_id(&module).unwrap_or_else(|| panic!("{family} knows no `{module}`"));
+        // Its names are those of the fixture, whatever the files of the decoder leave out.
+        let native = || decoder.architecture.linear_id(decoder.architecture.prefix, &module);
+        let id = decoder.linear_id(&module).or_else(native).unwrap_or_else(|| panic!("{family} knows no `{module}`"));
         // The diagonal of a lower triangle.
         let gram = &sums[&format!("{}.{}.output_gram", id.block, id.slot.name())];
         let found = (0..expected.len()).map(|i| f64::from(gram[i * (i + 1) / 2 + i]));
@@ -158,16 +225,95 @@ fn what_is_compressed_is_one_model_in_every_layout_and_format() {
             check_the_rest(family, &model, &factored);
         }
         let compensated = ["--quant", "rtn-int4-channel", "--compensate", "lorc", "--compensate-rank", "2", "--format"];
-        let [dense, others @ ..] = ["dense", "factored", "peft"].map(|format| {
+        if is_multimodal(family) {
+            let out = folder.path().join("refused");
+            let run =
+                common::lrc(&[&["compress", path(&model), "-o", path(&out)], &compensated[..], &["peft"]].concat());
+            assert!(run.code == 4 && run.stderr.contains("it is a multimodal model"), "{}", run.stderr);
+        }
+        let formats = ["dense", "factored", if is_multimodal(family) { "factored" } else { "peft" }];
+        let [dense, others @ ..] = [0, 1, 2].map(|i| {
+            let format = formats[i];
             // Its first block has no experts; see `adapters_of_experts_are_refused_where_peft_would_lose_them`.
             let excluded: &[&str] = if family == "qwen3_moe" { &["--exclude", "*.0.mlp.*_proj"] } else { &[] };
-            let out = compress(format, &[&compensated[..], &[format], excluded].concat());
+            let out = compress(&format!("{i}-{format}"), &[&compensated[..], &[format], excluded].concat());
             logits(&out, &ids).unwrap_or_else(|e| panic!("{family}: {e:#}"))
         });
         for other in others {
             assert!(distance(&other, &dense) < 1e-5, "{family}: {}", distance(&other, &dense));
         }
     }
+}
+
+/// The language model is what is compressed, whether or not its family is known; the rest is on request.
+#[test]
+fn towers_and_projectors_are_left_alone_unless_they_are_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let text = folder.path().join("text.txt");
+    std::fs::write(&text, "once upon a time there was a little dog. it liked to run! ".repeat(40)).unwrap();
+    for (family, blocks, tower) in MULTIMODAL {
+        let model = folder.path().join(family);
+        common::copy(path(&fixture(family)), &model);
+        std::fs::copy(tokenizer(family), model.join("tokenizer.json")).unwrap();
+        let n_linears = 7 * Decoder::open(&Checkpoint::open(&model).unwrap()).unwrap().n_blocks();
+        let modules = |name: &str, flags: &[&str]| -> Vec<String> {
+            let out = folder.path().join(format!("{family}-{name}"));
+            let report =
+                ok(&[&["compress", path(&model), "-o", path(&out), "--keep", "0.8", "--json"], flags].concat()).json();
+            let linears = report["linears"].as_array().unwrap();
+            linears.iter().map(|l| l["module"].as_str().unwrap().to_string()).collect()
+        };
+        let check = |found: Vec<String>, expected: usize, start: &str| {
+            assert!(found.len() == expected && found.iter().all(|m| m.starts_with(start)), "{family}: {found:?}");
+        };
+        check(modules("plain", &[]), n_linears, blocks);
+        let calibration = ["--calibration", path(&text), "--samples", "4", "--seq-len", "24"];
+        check(modules("calibrated", &calibration), n_linears, blocks);
+        let named = format!("{tower}*");
+        assert!(modules("tower", &["--targets", &named]).iter().all(|module| module.starts_with(tower)));
+        let outside = folder.path().join("refused");
+        let flags = ["compress", path(&model), "-o", path(&outside), "--keep", "0.8", "--targets", &named];
+        let refused = common::lrc(&[&flags[..], &calibration].concat());
+        assert!(refused.code == 4 && refused.stderr.contains("is outside of the blocks"), "{}", refused.stderr);
+        // A language model that nobody knows.
+        let mut config = json(&model.join("config.json"));
+        config["text_config"]["model_type"] = "unheard_of".into();
+        std::fs::write(model.join("config.json"), config.to_string()).unwrap();
+        check(modules("unknown", &[]), n_linears, blocks);
+        let run = common::lrc(&["eval", path(&model), "--text", path(&text)]);
+        assert!(run.code == 4 && run.stderr.contains("`text_config.model_type` `unheard_of`"), "{}", run.stderr);
+    }
+}
+
+/// What a wrapper's config leaves out is what the class of its language model takes.
+#[test]
+fn a_wrapper_may_leave_out_the_defaults_of_its_language_model() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = folder.path().join("model");
+    common::copy(path(&fixture("gemma3")), &model);
+    let mut config = json(&model.join("config.json"));
+    config["text_config"].as_object_mut().unwrap().shift_remove("num_attention_heads");
+    std::fs::write(model.join("config.json"), config.to_string()).unwrap();
+    let error = logits(&model, &[1, 2]).unwrap_err();
+    assert!(format!("{error:#}").contains("expected [64, 16]"), "{error:#}");
+    // Qwen2-VL's first files have no `text_config`, and its rotary embedding under the older name.
+    let (expected, ids) = expected("qwen2_5_vl");
+    common::copy(path(&fixture("qwen2_5_vl")), &model);
+    let mut config = json(&model.join("config.json"));
+    let mut fields = config["text_config"].take();
+    for key in ["rope_parameters", "model_type", "rms_norm_eps"] {
+        fields.as_object_mut().unwrap().shift_remove(key);
+    }
+    config.as_object_mut().unwrap().shift_remove("text_config");
+    config.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+    config["rope_scaling"] = serde_json::json!({"type": "mrope", "mrope_section": [1, 1, 0]});
+    std::fs::write(model.join("config.json"), config.to_string()).unwrap();
+    let found = error_of(&model, &ids, &expected);
+    assert!(found < 1e-5, "{found}");
+}
+
+fn error_of(model: &Path, ids: &[u32], expected: &Value) -> f64 {
+    error(&logits(model, ids).unwrap(), &expected["cases"][0]["logits"])
 }
 
 #[test]

@@ -5,8 +5,8 @@ mod common;
 use std::path::Path;
 
 use candle_core::{Device, Tensor};
-use common::{FIXTURE, beside, command, finish, lrc};
-use lrc::checkpoint::Checkpoint;
+use common::{FIXTURE, beside, command, finish, lrc, path};
+use lrc::checkpoint::{Checkpoint, SafetensorsWriter, TensorSpec};
 use lrc::model::Decoder;
 use serde_json::Value;
 
@@ -67,6 +67,185 @@ fn every_option_of_llama_equals_transformers() {
         let names: Vec<&str> = biases.map(|t| t.name.as_str()).collect();
         assert_eq!(names, [format!("model.layers.1.mlp.up_proj.{bias}")]);
     }
+}
+
+/// A checkpoint with other tensors: what `edit` makes of the name and the bytes of each of `from`.
+fn rewrite(from: &Path, to: &Path, edit: impl Fn(&str, Vec<u8>) -> Vec<(String, Vec<u8>)>) {
+    let source = Checkpoint::open(from).unwrap();
+    let mut tensors = Vec::new();
+    for info in source.tensors() {
+        let bytes = source.with_bytes(&info.name, <[u8]>::to_vec).unwrap();
+        let spec = |name| TensorSpec { name, dtype: info.dtype, shape: info.shape.clone() };
+        tensors.extend(edit(&info.name, bytes).into_iter().map(|(name, bytes)| (spec(name), bytes)));
+    }
+    common::copy(path(from), to);
+    std::fs::remove_file(to.join("model.safetensors")).unwrap();
+    let specs: Vec<TensorSpec> = tensors.iter().map(|(spec, _)| spec.clone()).collect();
+    let mut writer = SafetensorsWriter::create(to, &specs, 1 << 30).unwrap();
+    tensors.iter().for_each(|(spec, bytes)| writer.write(&spec.name, bytes).unwrap());
+    writer.finish().unwrap();
+}
+
+fn floats(bytes: &[u8], f: impl Fn(f32) -> f32) -> Vec<u8> {
+    bytes.as_chunks::<4>().0.iter().flat_map(|&b| f(f32::from_le_bytes(b)).to_le_bytes()).collect()
+}
+
+const EMBEDDINGS: &str = "model.embed_tokens.weight";
+
+/// `tie_word_embeddings` is true in the config of the fixture; transformers 5 gives these logits for each.
+#[test]
+fn a_head_that_differs_from_the_embeddings_is_not_tied_and_one_alone_is_both() {
+    let oracle = || Oracle::new(include_str!("oracles/tiny-llama-logits.json"));
+    let folder = tempfile::tempdir().unwrap();
+    let with_head = |name: &str, change: fn(f32) -> f32, keep: bool| {
+        let model = folder.path().join(name);
+        rewrite(Path::new(FIXTURE), &model, |name, bytes| match name {
+            EMBEDDINGS => {
+                let head = ("lm_head.weight".to_string(), floats(&bytes, change));
+                if keep { vec![(name.into(), bytes), head] } else { vec![head] }
+            }
+            _ => vec![(name.into(), bytes)],
+        });
+        model
+    };
+    let half = |mut oracle: Oracle| {
+        oracle.logits.iter_mut().flatten().for_each(|x| *x *= 0.5);
+        oracle
+    };
+    let (other, same) = (with_head("other", |x| x * 0.5, true), with_head("same", |x| x, true));
+    let alone = with_head("alone", |x| x, false);
+    oracle().check(&same, 1e-4);
+    oracle().check(&alone, 1e-4);
+    half(oracle()).check(&other, 1e-4);
+    for (model, differs) in [(&other, true), (&same, false), (&alone, false)] {
+        let run = common::ok(&["eval", path(model), "--text", common::HELD_OUT, "--max-windows", "1"]);
+        let told = run.stderr.matches("`lm_head.weight` differs from `model.embed_tokens.weight`").count();
+        assert_eq!(told, usize::from(differs), "{}", run.stderr);
+        // Compressed it is the same model still, whatever the format.
+        for (name, flags) in [("factored", &[][..]), ("dense", &["--format", "dense"])] {
+            let out = model.with_extension(name);
+            let whole = ["compress", path(model), "-o", path(&out), "-q", "--ranks", "full", "--layout", "factors"];
+            common::ok(&[&whole[..], flags].concat());
+            if differs { half(oracle()).check(&out, 1e-3) } else { oracle().check(&out, 1e-3) }
+        }
+        // Its own head may be compressed, and then the config must not tie it; one that is the table may not.
+        let out = model.with_extension("head");
+        let head = ["compress", path(model), "-o", path(&out), "-q", "--ranks", "full", "--targets", "lm_head"];
+        let run = lrc(&head);
+        if differs {
+            assert_eq!(run.code, 0, "{}", run.stderr);
+            half(oracle()).check(&out, 1e-3);
+            let config: Value = serde_json::from_slice(&std::fs::read(out.join("config.json")).unwrap()).unwrap();
+            assert_eq!(config["tie_word_embeddings"], false);
+        } else {
+            assert!(run.code == 4 && run.stderr.contains("is tied to the embeddings"), "{}", run.stderr);
+        }
+        let out = model.with_extension("gguf");
+        let gguf = ["compress", path(model), "-o", path(&out), "-q", "--quant", "rtn-int8-channel", "--format", "gguf"];
+        let run = lrc(&gguf);
+        match model == &alone {
+            true => assert!(run.code == 4 && run.stderr.contains("stored as its head alone"), "{}", run.stderr),
+            false => assert_eq!(run.code, 0, "{}", run.stderr),
+        }
+    }
+}
+
+/// What trainers and wrappers put in front of names: the modules are found, and nothing is renamed.
+#[test]
+fn names_under_the_prefixes_of_wrappers_are_found_and_kept() {
+    let folder = tempfile::tempdir().unwrap();
+    let oracle = Oracle::new(include_str!("oracles/pico-llama-logits.json"));
+    let text = folder.path().join("text.txt");
+    std::fs::write(&text, "once upon a time there was a little dog. it liked to run! ".repeat(20)).unwrap();
+    for (i, (model_prefix, head_prefix)) in [
+        ("module.model.", "module."),
+        ("_orig_mod.model.", "_orig_mod."),
+        ("module._orig_mod.model.", "module._orig_mod."),
+        ("model._orig_mod.", ""),
+        ("model.language_model.", ""),
+        ("language_model.model.", "language_model."),
+        ("_orig_mod.model.language_model.", "_orig_mod."),
+        ("model.language_model.model.", "model.language_model."),
+        ("", ""),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let renamed = |name: &str| match name.strip_prefix("model.") {
+            Some(rest) => format!("{model_prefix}{rest}"),
+            None => format!("{head_prefix}{name}"),
+        };
+        let model = folder.path().join(format!("model-{i}"));
+        rewrite(Path::new("fixtures/pico-llama"), &model, |name, bytes| vec![(renamed(name), bytes)]);
+        std::fs::copy("fixtures/pico/tokenizer.json", model.join("tokenizer.json")).unwrap();
+        oracle.check(&model, 1e-4);
+        for (name, flags) in [
+            ("plain", &["--ranks", "full"][..]),
+            ("calibrated", &["--keep", "1.0", "--calibration", path(&text), "--samples", "2", "--seq-len", "24"]),
+        ] {
+            let out = folder.path().join(format!("{name}-{i}"));
+            let report = common::ok(&[&["compress", path(&model), "-o", path(&out), "--json"], flags].concat()).json();
+            oracle.check(&out, 1e-3);
+            let linears = report["linears"].as_array().unwrap();
+            assert_eq!(linears.len(), 14);
+            assert!(
+                linears.iter().all(|l| l["module"].as_str().unwrap().starts_with(&format!("{model_prefix}layers.")))
+            );
+            let (before, after) = (Checkpoint::open(&model).unwrap(), Checkpoint::open(&out).unwrap());
+            for kept in before.tensors().filter(|info| !info.name.contains("_proj")) {
+                let bytes = |checkpoint: &Checkpoint| checkpoint.with_bytes(&kept.name, <[u8]>::to_vec).unwrap();
+                assert!(bytes(&before) == bytes(&after), "{}", kept.name);
+            }
+        }
+    }
+}
+
+/// Blocks behind the last of the config, as those that predict further tokens (MTP), are no part of the model.
+#[test]
+fn blocks_behind_the_last_one_are_passed_through_and_told_of() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = folder.path().join("model");
+    common::copy(FIXTURE, &model);
+    let config = std::fs::read_to_string(model.join("config.json")).unwrap();
+    let cut = config.replace("\"num_hidden_layers\": 4", "\"num_hidden_layers\": 3");
+    assert_ne!(config, cut);
+    let calibration = ["--calibration", common::TRAIN, "--samples", "4", "--seq-len", "64"];
+    for (i, (model_type, flags)) in [
+        ("llama", &calibration[..]),
+        ("llama", &[&["--method", "svd-llm", "--sequential=false"][..], &calibration[..]].concat()),
+        ("llama", &[]),
+        ("llama", &["--quant", "rtn-int4-g32"]),
+        ("unheard_of", &[]),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        std::fs::write(model.join("config.json"), cut.replace("\"llama\"", &format!("\"{model_type}\""))).unwrap();
+        let out = folder.path().join(format!("out-{i}"));
+        let budget: &[&str] = if flags.contains(&"--quant") { &[] } else { &["--keep", "0.8"] };
+        let run = common::ok(&[&["compress", path(&model), "-o", path(&out), "--json"], budget, flags].concat());
+        assert!(run.stderr.contains("blocks 3 to 3 are behind the 3 of `num_hidden_layers`"), "{}", run.stderr);
+        let report = run.json();
+        assert_eq!(report["linears"].as_array().unwrap().len(), 21);
+        let passed: Vec<&str> = report["passed_through"].as_array().unwrap().iter().filter_map(Value::as_str).collect();
+        let (before, after) = (Checkpoint::open(&model).unwrap(), Checkpoint::open(&out).unwrap());
+        let behind: Vec<_> = before.tensors().filter(|info| info.name.contains("layers.3.")).collect();
+        assert_eq!(behind.len(), 9);
+        for info in behind {
+            assert!(passed.contains(&info.name.as_str()), "{}", info.name);
+            let bytes = |checkpoint: &Checkpoint| checkpoint.with_bytes(&info.name, <[u8]>::to_vec).unwrap();
+            assert!(bytes(&before) == bytes(&after), "{}", info.name);
+        }
+    }
+    let out = folder.path().join("gguf");
+    std::fs::write(model.join("config.json"), cut).unwrap();
+    let run = lrc(&["compress", path(&model), "-o", path(&out), "--quant", "rtn-int8-g32", "--format", "gguf"]);
+    assert!(run.code == 4 && run.stderr.contains("block 3 is behind the last"), "{}", run.stderr);
+    // On request without a text; with one there is nothing to measure them by.
+    let named = ["compress", path(&model), "-o", path(&out), "--keep", "0.8", "--targets", "*layers.3.*", "-q"];
+    let run = lrc(&[&named[..], &calibration].concat());
+    assert!(run.code == 4 && run.stderr.contains("is outside of the blocks"), "{}", run.stderr);
+    common::ok(&named);
 }
 
 fn stories_perplexity(model: &str, bos: &str) -> Option<(f64, u64)> {

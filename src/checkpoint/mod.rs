@@ -10,11 +10,13 @@ mod folder;
 pub mod gguf;
 pub mod hub;
 mod index;
+pub mod json;
 mod reader;
 mod writer;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
@@ -42,6 +44,10 @@ pub const CONFIG_FILE: &str = "config.json";
 pub struct Checkpoint {
     root: PathBuf,
     config: Option<Map<String, Value>>,
+    /// Why a config that is there is not read.
+    config_error: Option<CheckpointError>,
+    /// Of pairs of tensors, whether they are equal: found once.
+    equal: Mutex<BTreeMap<[String; 2], bool>>,
     shards: Vec<Shard>,
     tensors: BTreeMap<String, TensorInfo>,
     /// Tensor names in the order of the files.
@@ -97,7 +103,15 @@ impl Checkpoint {
     /// See [`CheckpointError`]: each rule of the format has its own.
     pub fn open(path: &Path) -> Result<Self> {
         let layout = Layout::find(path)?;
-        let config = read_config(&layout.root.join(CONFIG_FILE))?;
+        let (config, config_error) = match read_config(&layout.root.join(CONFIG_FILE)) {
+            Ok(config) => (config, None),
+            // GGUF files are read by it.
+            Err(error) if layout.files.iter().any(|file| is_gguf(file)) => return Err(error),
+            Err(error) => (None, Some(error)),
+        };
+        if let Some(error) = &config_error {
+            tracing::warn!("{error}: going by the names and shapes of tensors alone");
+        }
         let mut shards = layout.files.iter().map(|file| Shard::open(file)).collect::<Result<Vec<_>>>()?;
 
         let mut tensors = BTreeMap::new();
@@ -143,7 +157,8 @@ impl Checkpoint {
         }
         let View { tensors, order } = view;
         let stacks = stored_stacks(config.as_ref());
-        Ok(Self { root: layout.root, config, shards, tensors, order, stacks })
+        let equal = Mutex::default();
+        Ok(Self { root: layout.root, config, config_error, equal, shards, tensors, order, stacks })
     }
 
     /// Stacks that are shown or stored as their matrices.
@@ -209,6 +224,11 @@ impl Checkpoint {
     /// The content of `config.json` in its own order, when there is one.
     pub fn config(&self) -> Option<&Map<String, Value>> {
         self.config.as_ref()
+    }
+
+    /// Why there is no [`Self::config`], where the file is broken.
+    pub fn config_error(&self) -> Option<&CheckpointError> {
+        self.config_error.as_ref()
     }
 
     /// Every tensor, in the order of the files.
@@ -347,6 +367,27 @@ impl Checkpoint {
         self.finite(info, values.expect("invariant: the dtype is a float"))
     }
 
+    /// Whether two tensors are of one shape and hold the same values, and whether that is asked for the first time.
+    ///
+    /// # Errors
+    /// As [`Self::values`].
+    pub fn are_equal(&self, first: &str, second: &str) -> Result<(bool, bool)> {
+        let key = [first, second].map(String::from);
+        let mut known = self.equal.lock().expect("invariant: no holder of the list panics");
+        if let Some(&is_equal) = known.get(&key) {
+            return Ok((is_equal, false));
+        }
+        let [one, other] = [self.require(first)?, self.require(second)?];
+        let is_plain = !one.is_encoded() && !other.is_encoded() && one.dtype == other.dtype;
+        let is_equal = one.shape == other.shape
+            && match is_plain && self.stored(one, |bytes| self.stored(other, |others| bytes == others)) {
+                true => true,
+                false => self.values(first)? == self.values(second)?,
+            };
+        known.insert(key, is_equal);
+        Ok((is_equal, true))
+    }
+
     fn finite(&self, info: &TensorInfo, values: Vec<f32>) -> Result<Vec<f32>> {
         let is_broken = |v: &f32| !v.is_finite();
         if let Some(first) = values.iter().position(is_broken) {
@@ -481,7 +522,7 @@ fn is_gguf(path: &Path) -> bool {
 
 fn read_config(path: &Path) -> Result<Option<Map<String, Value>>> {
     match std::fs::read(path) {
-        Ok(bytes) => serde_json::from_slice(&bytes)
+        Ok(bytes) => json::parse(&bytes)
             .map(Some)
             .map_err(|e| CheckpointError::Json { path: path.into(), reason: e.to_string() }),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
@@ -554,7 +595,7 @@ impl Layout {
 
     fn sharded(root: PathBuf, index_path: PathBuf) -> Result<Self> {
         let bytes = std::fs::read(&index_path).map_err(io("read", &index_path))?;
-        let index: ShardIndex = serde_json::from_slice(&bytes)
+        let index: ShardIndex = json::parse(&bytes)
             .map_err(|e| CheckpointError::Json { path: index_path.clone(), reason: e.to_string() })?;
         let mut names: Vec<&String> = index.weight_map.values().collect();
         names.sort();

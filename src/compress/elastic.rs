@@ -22,7 +22,7 @@ use super::output::Written;
 use super::study::{Allocation, Study};
 use super::{pivot, record};
 use crate::checkpoint::{
-    CONFIG_FILE, Checkpoint, Dtype, OutputFolder, SafetensorsWriter, TensorSpec, cast, write_file, writer_bytes,
+    CONFIG_FILE, Checkpoint, Dtype, OutputFolder, SafetensorsWriter, TensorSpec, cast, json, write_file, writer_bytes,
 };
 use crate::error::Failure;
 use crate::formats::{self, Entry, Format, Module, OutTensor, Parts, Source};
@@ -239,7 +239,7 @@ pub fn truncate(job: &TruncateJob<'_>, progress: &dyn Progress) -> Result<Compre
     for s in &shortenings {
         config["lrc"]["modules"][&s.linear.module]["rank"] = json!(s.new_rank);
     }
-    folder.write(CONFIG_FILE, (serde_json::to_string_pretty(&config)? + "\n").as_bytes())?;
+    folder.write(CONFIG_FILE, json::text(&config)?.as_bytes())?;
     folder.write(PAGE_FILE, page::compress(&report, &[])?.as_bytes())?;
     report.output_files = folder.hashes(REPORT_FILE)?;
     report.elapsed_seconds = started.elapsed().as_secs_f64();

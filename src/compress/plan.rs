@@ -11,7 +11,8 @@ use crate::checkpoint::Checkpoint;
 use crate::error::Failure;
 use crate::formats::{Base, Entry, Files, Format, Pair, Source};
 use crate::model::inventory::{self, LinearInfo};
-use crate::model::{Layout, ModelConfig};
+use crate::model::tie::is_tied_head;
+use crate::model::{Layout, ModelConfig, config};
 use crate::quantize::Quant;
 
 /// The linears that a recipe compresses, in the order of the checkpoint's blocks.
@@ -60,14 +61,21 @@ impl Plan {
                 .hint("compress the original checkpoint, or shorten this one with `lrc truncate`")
                 .into());
         }
-        let is_tied = checkpoint.config().and_then(|c| c.get("tie_word_embeddings")).is_some_and(|v| v == true);
-        if let Some(head) = linears.iter().find(|l| is_tied && l.module.ends_with("lm_head")) {
-            return Err(Failure::unsupported(format!(
-                "`{}` is tied to the embeddings and cannot be factored",
-                head.module
-            ))
-            .hint("leave it out of `--targets`")
-            .into());
+        for LinearInfo { module, .. } in &linears {
+            if is_tied_head(checkpoint, module)? {
+                return Err(Failure::unsupported(format!(
+                    "`{module}` is tied to the embeddings and cannot be factored"
+                ))
+                .hint("leave it out of `--targets`")
+                .into());
+            }
+        }
+        if let Some((first, last)) = inventory::blocks_behind(checkpoint) {
+            let n_blocks = config::n_blocks(checkpoint).unwrap_or_default();
+            tracing::warn!(
+                "blocks {first} to {last} are behind the {n_blocks} of `num_hidden_layers`: they are no part of the model that is run, \
+                 and pass through as they are unless `--targets` names them"
+            );
         }
         // Blocks in order, whatever the order of the files; stable within a block.
         linears.sort_by_key(|l| l.block);

@@ -51,14 +51,21 @@ impl Classes {
     }
 
     /// `AutoModelForCausalLM`, for a model with that head.
-    fn auto_class(&self) -> String {
-        self.own.replacen("Lrc", "AutoModel", 1)
+    fn auto_class(&self, config: &Map<String, Value>) -> String {
+        match self.own.as_str() {
+            // What generates from more than text has no auto class of its class's name.
+            "LrcForConditionalGeneration" if config.contains_key("vision_config") => {
+                "AutoModelForImageTextToText".into()
+            }
+            "LrcForConditionalGeneration" => "AutoModelForSeq2SeqLM".into(),
+            own => own.replacen("Lrc", "AutoModel", 1),
+        }
     }
 }
 
 /// The class of transformers that loads a model with `config`.
 pub(super) fn auto_class(config: &Map<String, Value>) -> String {
-    let of_head = Classes::of(config).map(|classes| classes.auto_class());
+    let of_head = Classes::of(config).map(|classes| classes.auto_class(config));
     of_head.unwrap_or_else(|| "AutoModelForCausalLM".into())
 }
 
@@ -210,7 +217,7 @@ impl Exporter for Factored {
             auto_map.insert("AutoConfig".into(), json!("modeling_lrc.LrcConfig"));
             auto_map.insert("AutoModel".into(), json!("modeling_lrc.LrcModel"));
             if classes.own != "Lrc" {
-                auto_map.insert(classes.auto_class(), json!(format!("modeling_lrc.{}", classes.own)));
+                auto_map.insert(classes.auto_class(&source.config), json!(format!("modeling_lrc.{}", classes.own)));
                 config.insert("architectures".into(), json!([classes.own]));
             } else {
                 config.insert("architectures".into(), json!(["LrcModel"]));
@@ -347,14 +354,22 @@ mod tests {
 
     #[test]
     fn other_heads_have_their_own_auto_class() {
-        let classes = Classes::of(&config("BertForMaskedLM")).unwrap();
-        assert_eq!((classes.own.as_str(), classes.auto_class().as_str()), ("LrcForMaskedLM", "AutoModelForMaskedLM"));
+        let check = |class: &str, more: Value, own: &str, auto: &str| {
+            let mut config = config(class);
+            config.extend(more.as_object().unwrap().clone());
+            let classes = Classes::of(&config).unwrap();
+            assert_eq!((classes.base.as_str(), classes.own.as_str()), (class, own));
+            assert_eq!(classes.auto_class(&config), auto);
+        };
+        check("BertForMaskedLM", json!({}), "LrcForMaskedLM", "AutoModelForMaskedLM");
+        check("GPT2LMHeadModel", json!({}), "LrcForCausalLM", "AutoModelForCausalLM");
+        let (class, own) = ("T5ForConditionalGeneration", "LrcForConditionalGeneration");
+        check(class, json!({}), own, "AutoModelForSeq2SeqLM");
+        check(class, json!({"vision_config": {}}), own, "AutoModelForImageTextToText");
         let checkpoint = fixture();
         let source = Source { checkpoint: &checkpoint, config: config("BertForMaskedLM") };
         let file = &Factored.side_files(&source, &[])[0].1;
         assert!(file.contains("class LrcForMaskedLM(") && file.contains("\"BertForMaskedLM\""));
-        let classes = Classes::of(&config("GPT2LMHeadModel")).unwrap();
-        assert_eq!((classes.base.as_str(), classes.auto_class().as_str()), ("GPT2LMHeadModel", "AutoModelForCausalLM"));
         assert!(Classes::of(&config("x\"); import os")).is_none());
     }
 }

@@ -14,8 +14,8 @@ use crate::checkpoint::encoded::Element;
 use crate::checkpoint::gguf::Arrangement;
 use crate::checkpoint::{TensorInfo, gguf};
 use crate::linalg;
-use crate::model::architectures;
 use crate::model::config::rope_factors;
+use crate::model::{architectures, inventory};
 use crate::quantize::{BlockType, Grouped, Levels, Quantized, Storage};
 
 pub(super) struct Gguf;
@@ -106,7 +106,7 @@ impl Exporter for Gguf {
                 return Some(format!("`query_pre_attn_scalar` is {asked}, and llama.cpp takes {taken}"));
             }
         }
-        let rope = ["rope_parameters", "rope_scaling"].iter().find_map(|key| source.config.get(*key)?.as_object());
+        let rope = rope_fields(&source.config);
         let kind = rope.and_then(|r| r.get("rope_type").or_else(|| r.get("type"))).and_then(Json::as_str);
         if let Some(kind) = kind.filter(|kind| !["default", "linear", "llama3"].contains(kind)) {
             return Some(format!("rotary scaling of type `{kind}` is not written"));
@@ -115,7 +115,17 @@ impl Exporter for Gguf {
             let is_part = t.name.contains(".lr_") || t.name.contains(".base.");
             !is_part && !family.is_left_out(&t.name) && gguf::to_gguf(&t.name, Some(family)).is_none()
         });
-        unknown.map(|info| format!("tensor `{}` has no name in GGUF", info.name))
+        if let Some(info) = unknown {
+            return Some(format!("tensor `{}` has no name in GGUF", info.name));
+        }
+        if let Some((first, _)) = inventory::blocks_behind(source.checkpoint) {
+            return Some(format!(
+                "block {first} is behind the last of `num_hidden_layers`, and llama.cpp expects no such block"
+            ));
+        }
+        let is_table = |name: &str| gguf::to_gguf(name, Some(family)).as_deref() == Some("token_embd.weight");
+        let has_table = source.checkpoint.tensors().any(|info| is_table(&info.name));
+        (!has_table).then(|| "its embeddings are stored as its head alone, and llama.cpp looks for them".into())
     }
 
     fn tensors(&self, linear: &LinearInfo, entry: &Entry) -> Vec<OutTensor> {
@@ -247,11 +257,17 @@ fn factor_dtype(linear: &LinearInfo) -> Dtype {
     if linear.dtype == Dtype::BF16 { Dtype::F16 } else { linear.dtype }
 }
 
+/// The rotary embedding of a config: transformers takes `rope_scaling` first.
+fn rope_fields(config: &Map<String, Json>) -> Option<&Map<String, Json>> {
+    let given = |key: &str| config.get(key)?.as_object().filter(|fields| !fields.is_empty());
+    given("rope_scaling").or_else(|| given("rope_parameters"))
+}
+
 /// Hyperparameters, under their names in GGUF.
 fn metadata(config: &Map<String, Json>, architecture: &str) -> Vec<(String, Value)> {
     let number = |key: &str| config.get(key).and_then(Json::as_u64).map(|n| n as u32);
     let real = |key: &str| config.get(key).and_then(Json::as_f64).map(|x| x as f32);
-    let rope = config.get("rope_parameters").or_else(|| config.get("rope_scaling")).and_then(Json::as_object);
+    let rope = rope_fields(config);
     let in_rope = |key: &str| rope.and_then(|r| r.get(key)).and_then(Json::as_f64).map(|x| x as f32);
     let heads = number("num_attention_heads").unwrap_or(1);
     let width = number("head_dim").or_else(|| Some(number("hidden_size")? / heads.max(1)));

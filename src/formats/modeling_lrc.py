@@ -158,15 +158,28 @@ def _unstack(model, modules):
     return True
 
 
+def _renamed(model, name):
+    """The name in memory of a module of a multimodal model's files, by the table that transformers 5 loads them with."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming
+    except ImportError:
+        return name
+    for rename in get_model_conversion_mapping(model):
+        if isinstance(rename, WeightRenaming):
+            name, _ = rename.rename_source_key(name)
+    return name
+
+
 def _find(model, name):
     """The module of a checkpoint's name; base models are saved with and without their prefix."""
     prefix = model.base_model_prefix + "."
-    renamed = name.replace(".block_sparse_moe.", ".mlp.")
-    for candidate in (name, prefix + name, name.removeprefix(prefix), renamed, prefix + renamed):
-        try:
-            return candidate, model.get_submodule(candidate)
-        except AttributeError:
-            continue
+    for known in (name, name.replace(".block_sparse_moe.", ".mlp."), _renamed(model, name)):
+        for candidate in (known, prefix + known, known.removeprefix(prefix)):
+            try:
+                return candidate, model.get_submodule(candidate)
+            except AttributeError:
+                continue
     return None, None
 
 
@@ -229,7 +242,11 @@ def _inherit_renames(keep_stacks):
         return
     names = [(LrcForCausalLM.__name__, _Base.__name__), (LrcModel.__name__, _BaseModel.__name__)]
     for own, base in [*names, (LrcConfig.model_type, _BaseConfig.model_type)]:
-        renames = conversion_mapping.get_checkpoint_conversion_mapping(base) or []
+        renames = conversion_mapping.get_checkpoint_conversion_mapping(base)
+        if renames is None:
+            # An entry without renames would hide that of the model type, and so would one of a model that was loaded before.
+            (getattr(conversion_mapping, "_checkpoint_conversion_mapping_cache", None) or {}).pop(own, None)
+            continue
         if not keep_stacks:
             renames = [r for r in renames if not any(".experts" in target for target in r.target_patterns)]
         conversion_mapping.register_checkpoint_conversion_mapping(own, renames, overwrite=True)

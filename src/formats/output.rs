@@ -3,14 +3,16 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::Result;
+use serde_json::{Map, Value};
 
 use super::{Container, Entry, Exporter, Format, NamedBytes, OutTensor, Source, Target, stacks_apart};
 use crate::checkpoint::encoded::{ADAPTER_FILE, ADAPTER_FOLDER, Element};
 use crate::checkpoint::gguf::{self, GgufTensor, GgufWriter};
 use crate::checkpoint::{
-    CONFIG_FILE, CheckpointError, OutputFolder, SafetensorsWriter, Stack, TensorSpec, cast, io, writer_bytes,
+    CONFIG_FILE, CheckpointError, OutputFolder, SafetensorsWriter, Stack, TensorSpec, cast, io, json, writer_bytes,
 };
 use crate::error::Failure;
+use crate::model::config;
 use crate::model::inventory::{self, LinearInfo};
 
 /// A tensor of the output and where it comes from.
@@ -87,6 +89,15 @@ impl<'a> Files<'a> {
     /// It would not, with the reason.
     pub fn check(source: &Source<'_>, format: Format, modules: &[(LinearInfo, Entry)]) -> Result<()> {
         let exporter = format.exporter();
+        if !matches!(format, Format::Factored | Format::Dense) && config::is_multimodal(&source.config) {
+            let message = format!(
+                "no {} of this: it is a multimodal model, whose runtimes name modules otherwise than its files do",
+                format.name()
+            );
+            return Err(Failure::unsupported(message)
+                .hint("`factored` and `dense` keep the names of the files")
+                .into());
+        }
         let hint = "`lrc export` and `lrc compress` write `factored` and `dense` of everything; `--exclude` leaves a linear dense";
         for (linear, entry) in modules {
             if let Some(reason) = exporter.refusal(source, linear, entry) {
@@ -115,6 +126,18 @@ impl<'a> Files<'a> {
             }
             None => Ok(()),
         }
+    }
+
+    /// `config.json` of the output; empty where the source has none and nothing is to be said.
+    fn config(&self) -> Result<Map<String, Value>> {
+        let mut config = self.exporter.config(self.source, &self.modules);
+        // A head that is compressed is one of its own, whatever the config says of it; loaders would look for the table.
+        let is_head = |(linear, _): &(LinearInfo, Entry)| linear.id.is_none() && linear.module.ends_with("lm_head");
+        if self.modules.iter().any(is_head) {
+            untie(&mut config);
+            config.get_mut("text_config").and_then(Value::as_object_mut).map(untie);
+        }
+        Ok(config)
     }
 
     fn of(&self, target: Target) -> impl Iterator<Item = &OutTensor> {
@@ -167,6 +190,12 @@ impl<'a> Files<'a> {
                 gguf::file_bytes(model, &self.gguf_tensors(Target::Model)) + lora
             }
         }
+    }
+}
+
+fn untie(config: &mut Map<String, Value>) {
+    if let Some(tie) = config.get_mut("tie_word_embeddings") {
+        *tie = false.into();
     }
 }
 
@@ -303,9 +332,12 @@ impl<'a> Output<'a> {
                 folder.write(&name, content.as_bytes())?;
             }
         }
-        if source.checkpoint.config().is_some() {
-            let config = exporter.config(source, &self.files.modules);
-            folder.write(CONFIG_FILE, (serde_json::to_string_pretty(&config)? + "\n").as_bytes())?;
+        let config = self.files.config()?;
+        if !config.is_empty() {
+            folder.write(CONFIG_FILE, json::text(&config)?.as_bytes())?;
+        } else if source.checkpoint.config_error().is_some() {
+            // What cannot be read is still the source's.
+            folder.copy(&source.checkpoint.root().join(CONFIG_FILE))?;
         }
         warn_of_non_finite(&non_finite);
         Ok(non_finite)

@@ -9,7 +9,9 @@ use serde_json::{Map, Value};
 use super::architectures::{self, Architecture, Sliding};
 use super::mlp::Activation;
 use super::rope::{RopeKind, RopeScaling, RopeSettings};
-use crate::checkpoint::{CONFIG_FILE, Checkpoint};
+use super::text_config;
+pub use super::text_config::{is_multimodal, is_of_tower};
+use crate::checkpoint::{CONFIG_FILE, Checkpoint, json};
 use crate::error::Failure;
 
 /// A `model_type` that `lrc` writes is this prefix and the native one.
@@ -35,7 +37,7 @@ pub struct ModelConfig {
     rope_theta: Option<f64>,
     rope_scaling: Option<RopeScaling>,
     /// Where transformers 5 keeps `rope_theta` and `rope_scaling` together.
-    rope_parameters: Option<RopeParameters>,
+    rope_parameters: Option<RopeScaling>,
     /// θ of blocks with a sliding window.
     rope_local_base_freq: Option<f64>,
     partial_rotary_factor: Option<f64>,
@@ -75,23 +77,13 @@ pub struct ModelConfig {
     decoder_sparse_step: Option<usize>,
     #[serde(default)]
     mlp_only_layers: Vec<usize>,
-    tie_word_embeddings: Option<bool>,
+    /// What the config says, which its files may belie: [`super::tie`].
+    pub(super) tie_word_embeddings: Option<bool>,
     /// What changes the architecture, in ways that not every family has.
     is_decoder: Option<bool>,
     position_embedding_type: Option<String>,
     word_embed_proj_dim: Option<usize>,
     do_layer_norm_before: Option<bool>,
-}
-
-#[derive(Debug, Clone, Deserialize)]
-#[serde(untagged)]
-enum RopeParameters {
-    /// One for each kind of block.
-    Apart {
-        full_attention: Box<RopeScaling>,
-        sliding_attention: Box<RopeScaling>,
-    },
-    One(Box<RopeScaling>),
 }
 
 fn default_norm_eps() -> f64 {
@@ -104,10 +96,28 @@ fn yes() -> bool {
 
 const DEFAULT_ROPE_THETA: f64 = 10_000.0;
 
-/// The `model_type` of a checkpoint without the prefix that `lrc` adds, when its config has one.
+/// The family of a checkpoint's language model, when its config has one: its `model_type`, without the prefix that `lrc` adds.
 pub fn model_type(checkpoint: &Checkpoint) -> Option<&str> {
-    let model_type = checkpoint.config()?.get("model_type")?.as_str()?;
-    Some(model_type.strip_prefix(MODEL_TYPE_PREFIX).unwrap_or(model_type))
+    text_config::model_type(checkpoint.config()?, MODEL_TYPE_PREFIX)
+}
+
+/// The fields of a checkpoint's language model, under our names where its family is known.
+fn fields(checkpoint: &Checkpoint) -> Map<String, Value> {
+    let fields = checkpoint.config().map(|config| text_config::fields(config, MODEL_TYPE_PREFIX)).unwrap_or_default();
+    match model_type(checkpoint).and_then(architectures::find) {
+        Some(architecture) => architecture.in_common_words(&fields),
+        None => fields,
+    }
+}
+
+/// Blocks of the language model, by its config: a file may hold more, as those that predict several tokens do.
+pub fn n_blocks(checkpoint: &Checkpoint) -> Option<usize> {
+    usize::try_from(fields(checkpoint).get("num_hidden_layers")?.as_u64()?).ok()
+}
+
+/// Whether the config of a checkpoint, or else its family, ties the head to the embeddings.
+pub(super) fn tie(checkpoint: &Checkpoint) -> Option<bool> {
+    fields(checkpoint).get("tie_word_embeddings")?.as_bool()
 }
 
 /// Whether a config is of an encoder that `lrc` can run.
@@ -135,7 +145,8 @@ pub fn native_config(config: &Map<String, Value>) -> Map<String, Value> {
 
 /// Positions that a model was made for; unbounded where its config does not say.
 fn context(checkpoint: &Checkpoint) -> usize {
-    let of = |name: &str| checkpoint.config()?.get(name)?.as_u64();
+    let fields = fields(checkpoint);
+    let of = |name: &str| fields.get(name)?.as_u64();
     let field = of("max_position_embeddings").or_else(|| of("n_positions"));
     // Encoders count the rows of their table that stand for no position.
     let encoder = model_type(checkpoint).and_then(architectures::find).filter(|a| a.encoder.is_some());
@@ -159,14 +170,19 @@ impl ModelConfig {
     /// There is no config, its family is unknown, or its fields contradict each other.
     pub fn of(checkpoint: &Checkpoint) -> Result<(Self, &'static Architecture)> {
         let path = checkpoint.root().join(CONFIG_FILE);
-        let fields = checkpoint.config().ok_or_else(|| {
-            Failure::unsupported(format!("`{}` is missing", path.display()))
+        let config = checkpoint.config().ok_or_else(|| {
+            let message = match checkpoint.config_error() {
+                Some(error) => error.to_string(),
+                None => format!("`{}` is missing", path.display()),
+            };
+            Failure::unsupported(message)
                 .hint("a model is run from its config; data-free compression and inspection work without")
         })?;
         let model_type = model_type(checkpoint).unwrap_or_default();
         let architecture = architectures::find(model_type).ok_or_else(|| {
+            let field = text_config::type_field(config);
             Failure::unsupported(format!(
-                "`model_type` `{model_type}` in `{}` is not a family that lrc can run",
+                "`{field}` `{model_type}` in `{}` is not a family that lrc can run",
                 path.display()
             ))
             .hint(format!(
@@ -174,16 +190,13 @@ impl ModelConfig {
                 architectures::known_types().join(", ")
             ))
         })?;
-        let mut config = Self::parse(fields, architecture, &path)?;
-        // Without a word on it, a model is tied that has no head.
-        config
-            .tie_word_embeddings
-            .get_or_insert(checkpoint.info(&format!("{}.weight", architecture.lm_head)).is_none());
-        Ok((config, architecture))
+        Ok((Self::parse(&text_config::fields(config, MODEL_TYPE_PREFIX), architecture, &path)?, architecture))
     }
 
     fn parse(fields: &Map<String, Value>, architecture: &Architecture, path: &Path) -> Result<Self> {
         let config: Self = serde_json::from_value(Value::Object(architecture.in_common_words(fields)))
+            // A number that is not finite is told by its name.
+            .map_err(|e| e.to_string().replace(&json::MARK.escape_debug().to_string(), ""))
             .map_err(|e| Failure::unsupported(format!("`{}`: {e}", path.display())))?;
         config.check(architecture).with_context(|| format!("`{}`", path.display()))?;
         Ok(config)
@@ -270,17 +283,15 @@ impl ModelConfig {
         (self.num_attention_heads * self.head_dim(), self.num_key_value_heads() * self.head_dim())
     }
 
-    /// Whether the head is the table of embeddings.
-    pub fn is_tied(&self) -> bool {
-        self.tie_word_embeddings.unwrap_or(false)
+    /// The settings of blocks that see everything: `rope_scaling`, or else `rope_parameters`.
+    fn global_scaling(&self) -> Option<&RopeScaling> {
+        let given = |scaling: &&RopeScaling| **scaling != RopeScaling::default();
+        let scaling = self.rope_scaling.as_ref().filter(given).or(self.rope_parameters.as_ref())?;
+        if scaling.is_by_kind() { scaling.full_attention.as_deref() } else { Some(scaling) }
     }
 
     fn rotary_width(&self) -> usize {
-        let nested = match &self.rope_parameters {
-            Some(RopeParameters::One(scaling)) => scaling.partial_rotary_factor,
-            Some(RopeParameters::Apart { full_attention, .. }) => full_attention.partial_rotary_factor,
-            None => None,
-        };
+        let nested = self.global_scaling().and_then(|scaling| scaling.partial_rotary_factor);
         let share = nested.or(self.partial_rotary_factor).unwrap_or(1.0);
         (self.head_dim() as f64 * share) as usize
     }
@@ -297,18 +308,13 @@ impl ModelConfig {
 
     /// The rotary embedding of the blocks.
     pub fn rope(&self) -> RopeSettings {
-        let nested = match &self.rope_parameters {
-            Some(RopeParameters::One(scaling)) => Some(&**scaling),
-            Some(RopeParameters::Apart { full_attention, .. }) => Some(&**full_attention),
-            None => None,
-        };
-        self.rope_settings(self.rope_theta, self.rope_scaling.as_ref().or(nested))
+        self.rope_settings(self.rope_theta, self.global_scaling())
     }
 
     /// That of blocks with a sliding window, where they have their own.
     pub fn local_rope(&self) -> Option<RopeSettings> {
-        if let Some(RopeParameters::Apart { sliding_attention, .. }) = &self.rope_parameters {
-            return Some(self.rope_settings(self.rope_local_base_freq, Some(sliding_attention)));
+        if let Some(scaling) = self.rope_parameters.as_ref().filter(|scaling| scaling.is_by_kind()) {
+            return Some(self.rope_settings(self.rope_local_base_freq, scaling.sliding_attention.as_deref()));
         }
         self.rope_local_base_freq.map(|theta| self.rope_settings(Some(theta), None))
     }

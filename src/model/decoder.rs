@@ -8,9 +8,11 @@ use super::block::Block;
 use super::config::ModelConfig;
 use super::head::{Head, Pooler, Transform};
 use super::linear::{self, BASE, LR_A, LR_B, LR_PIVOT, Linear};
+use super::names::Names;
 use super::norm::{self, Norm, NormKind};
 use super::ops::Kernels;
 use super::rope::Rope;
+use super::tie::Vocabulary;
 use super::weights::Weights;
 use crate::checkpoint::Checkpoint;
 use crate::error::Failure;
@@ -19,8 +21,9 @@ use crate::error::Failure;
 pub struct Decoder<'w> {
     pub config: ModelConfig,
     pub architecture: &'static Architecture,
-    /// The family's, or what the files have of it.
-    prefix: &'static str,
+    /// Where the files have its modules.
+    pub names: Names,
+    vocabulary: Vocabulary,
     weights: &'w dyn Weights,
     kernels: Kernels,
 }
@@ -58,25 +61,35 @@ impl<'w> Decoder<'w> {
     /// The family is unknown, or a tensor is absent or has another shape than the config gives.
     pub fn open(checkpoint: &'w Checkpoint) -> Result<Self> {
         let (config, architecture) = ModelConfig::of(checkpoint)?;
-        let has = |prefix: &str| checkpoint.info(&format!("{prefix}{}.weight", architecture.embed_tokens)).is_some();
-        let prefix = architecture.prefixes().find(|prefix| has(prefix)).unwrap_or(architecture.prefix);
-        let decoder = Self { config, architecture, prefix, weights: checkpoint, kernels: Kernels::Fused };
+        let names = Names::of(checkpoint, architecture);
+        let vocabulary = Vocabulary::of(checkpoint, config.tie_word_embeddings, architecture, &names)?;
+        let decoder = Self { config, architecture, names, vocabulary, weights: checkpoint, kernels: Kernels::Fused };
         decoder.check_coverage(checkpoint)?;
         Ok(decoder)
     }
 
     /// The same model with other weights: `weights` must hold what [`Self::open`] checked.
     pub fn with_weights<'v>(&self, weights: &'v dyn Weights) -> Decoder<'v> {
-        Decoder { config: self.config.clone(), weights, ..*self }
+        let (config, architecture, kernels) = (self.config.clone(), self.architecture, self.kernels);
+        Decoder {
+            config,
+            architecture,
+            names: self.names.clone(),
+            vocabulary: self.vocabulary.clone(),
+            weights,
+            kernels,
+        }
     }
 
     /// A model of variables, through which gradients flow.
     pub fn of_variables(config: ModelConfig, architecture: &'static Architecture, weights: &'w dyn Weights) -> Self {
-        Self { config, architecture, prefix: architecture.prefix, weights, kernels: Kernels::Differentiable }
+        let (names, kernels) = (Names::native(architecture), Kernels::Differentiable);
+        let vocabulary = Vocabulary::native(architecture, config.tie_word_embeddings == Some(true));
+        Self { config, architecture, names, vocabulary, weights, kernels }
     }
 
     fn check_coverage(&self, checkpoint: &Checkpoint) -> Result<()> {
-        let (config, names, prefix) = (&self.config, self.architecture, self.prefix);
+        let (config, names, prefix) = (&self.config, self.architecture, self.names.prefix.as_str());
         let vocabulary = "`vocab_size` and `hidden_size`";
         let embeddings = [config.vocab_size, config.embedding_size()];
         if let Some([into, out]) = self.projections() {
@@ -84,7 +97,7 @@ impl<'w> Decoder<'w> {
             linear::expect_shape(checkpoint, &into, [hidden, embeddings[1]], (false, false), fields)?;
             linear::expect_shape(checkpoint, &out, [embeddings[1], hidden], (false, false), fields)?;
         }
-        checkpoint.expect_shape(&format!("{prefix}{}.weight", names.embed_tokens), &embeddings, vocabulary)?;
+        checkpoint.expect_shape(&format!("{}.weight", self.vocabulary.table), &embeddings, vocabulary)?;
         if let Some((table, _)) = names.embed_positions {
             let n_rows = checkpoint.require(&format!("{prefix}{table}.weight"))?.shape.first().copied().unwrap_or(0);
             checkpoint.expect_shape(
@@ -140,8 +153,8 @@ impl<'w> Decoder<'w> {
         if let Some(encoder) = &names.encoder {
             self.check_encoder(checkpoint, encoder, &norm)?;
         }
-        if !config.is_tied() && self.has_head() {
-            linear::expect_shape(checkpoint, names.lm_head, embeddings, (false, false), vocabulary)?;
+        if let Some(head) = self.vocabulary.head.as_ref().filter(|_| self.has_head()) {
+            linear::expect_shape(checkpoint, head, embeddings, (false, false), vocabulary)?;
         }
         Ok(())
     }
@@ -149,14 +162,14 @@ impl<'w> Decoder<'w> {
     /// The norm behind the last block.
     fn last_norm(&self) -> Option<String> {
         let name = self.architecture.norm.filter(|_| !self.config.norms_are_behind());
-        name.map(|name| format!("{}{name}", self.prefix))
+        name.map(|name| format!("{}{name}", self.names.prefix))
     }
 
     /// The linears into the blocks and out of them, where embeddings have a width of their own.
     fn projections(&self) -> Option<[String; 2]> {
         let names = self.architecture.embed_projections;
         let names = names.filter(|_| self.config.embedding_size() != self.config.hidden_size);
-        names.map(|(into, out)| [into, out].map(|name| format!("{}{name}", self.prefix)))
+        names.map(|(into, out)| [into, out].map(|name| format!("{}{name}", self.names.prefix)))
     }
 
     /// What an encoder has besides its blocks.
@@ -167,9 +180,9 @@ impl<'w> Decoder<'w> {
         norm: &dyn Fn(&str, usize, &str) -> Result<()>,
     ) -> Result<()> {
         let (width, fields) = (self.config.hidden_size, "`hidden_size`");
-        norm(&format!("{}{}", self.prefix, names.embed_norm), width, fields)?;
+        norm(&format!("{}{}", self.names.prefix, names.embed_norm), width, fields)?;
         if let Some(types) = names.embed_types {
-            let table = format!("{}{types}.weight", self.prefix);
+            let table = format!("{}{types}.weight", self.names.prefix);
             let n_rows = checkpoint.require(&table)?.shape.first().copied().unwrap_or(0);
             checkpoint.expect_shape(&table, &[n_rows, width], fields)?;
         }
@@ -177,10 +190,10 @@ impl<'w> Decoder<'w> {
             linear::expect_shape(checkpoint, &pooler, [width, width], (true, false), fields)?;
         }
         if self.has_head() {
-            let head = &names.masked_head;
-            linear::expect_shape(checkpoint, head.dense, [width, width], (true, false), fields)?;
-            norm(head.norm, width, fields)?;
-            checkpoint.expect_shape(head.bias, &[self.config.vocab_size], "`vocab_size`")?;
+            let (head, name) = (&names.masked_head, |part: &str| format!("{}{part}", self.names.head));
+            linear::expect_shape(checkpoint, &name(head.dense), [width, width], (true, false), fields)?;
+            norm(&name(head.norm), width, fields)?;
+            checkpoint.expect_shape(&name(head.bias), &[self.config.vocab_size], "`vocab_size`")?;
         }
         Ok(())
     }
@@ -196,11 +209,12 @@ impl<'w> Decoder<'w> {
 
     /// Whether logits can be made: encoders are often saved without their head.
     pub fn has_head(&self) -> bool {
-        self.architecture.encoder.as_ref().is_none_or(|encoder| self.weights.contains(encoder.masked_head.bias))
+        let is_there = |bias: &str| self.weights.contains(&format!("{}{bias}", self.names.head));
+        self.architecture.encoder.as_ref().is_none_or(|encoder| is_there(encoder.masked_head.bias))
     }
 
     fn pooler_name(&self) -> Option<String> {
-        let name = format!("{}{}", self.prefix, self.architecture.encoder.as_ref()?.pooler?);
+        let name = format!("{}{}", self.names.prefix, self.architecture.encoder.as_ref()?.pooler?);
         // Compressed it may have its bias elsewhere.
         let biases = ["bias".to_string(), format!("{LR_B}.bias"), format!("{BASE}.bias")];
         biases.iter().any(|bias| self.weights.contains(&format!("{name}.{bias}"))).then_some(name)
@@ -219,9 +233,14 @@ impl<'w> Decoder<'w> {
         self.config.num_hidden_layers
     }
 
+    /// The linear of a block that a module of the checkpoint is.
+    pub fn linear_id(&self, module: &str) -> Option<LinearId> {
+        self.architecture.linear_id(&self.names.prefix, module).filter(|id| id.block < self.n_blocks())
+    }
+
     /// The linears of a block in the order of the forward pass, with their shapes (out, in).
     pub fn linears(&self, block_idx: usize) -> Vec<(Slot, [usize; 2])> {
-        let block = self.architecture.block(self.prefix, block_idx);
+        let block = self.architecture.block(&self.names.prefix, block_idx);
         let is_split = |whole: &str| is_split(self.weights, &format!("{block}.{whole}"));
         let slots = self.architecture.slots(&self.config, block_idx, &is_split);
         slots.into_iter().map(|slot| (slot, slot.shape(&self.config).0)).collect()
@@ -255,15 +274,15 @@ impl<'w> Decoder<'w> {
     /// A tensor is broken.
     pub fn embeddings(&self) -> Result<Embeddings> {
         let positions = self.architecture.embed_positions.map(|(name, first)| -> Result<Tensor> {
-            let table = self.weights.tensor(&format!("{}{name}.weight", self.prefix))?;
+            let table = self.weights.tensor(&format!("{}{name}.weight", self.names.prefix))?;
             Ok(table.narrow(0, first, table.dim(0)?.saturating_sub(first))?)
         });
         let encoder = self.architecture.encoder.as_ref();
         let types = encoder.and_then(|e| e.embed_types).map(|name| -> Result<Tensor> {
-            Ok(self.weights.tensor(&format!("{}{name}.weight", self.prefix))?.get(0)?)
+            Ok(self.weights.tensor(&format!("{}{name}.weight", self.names.prefix))?.get(0)?)
         });
         let norm = encoder.map(|e| {
-            let name = format!("{}{}", self.prefix, e.embed_norm);
+            let name = format!("{}{}", self.names.prefix, e.embed_norm);
             Norm::load(self.weights, &name, self.architecture.norm_kind, self.config.rms_norm_eps)
         });
         let projection =
@@ -280,7 +299,7 @@ impl<'w> Decoder<'w> {
     }
 
     fn table(&self) -> Result<Tensor> {
-        self.weights.tensor(&format!("{}{}.weight", self.prefix, self.architecture.embed_tokens))
+        self.weights.tensor(&format!("{}.weight", self.vocabulary.table))
     }
 
     /// Loads one block.
@@ -288,7 +307,7 @@ impl<'w> Decoder<'w> {
     /// # Errors
     /// A tensor is broken.
     pub fn block(&self, block_idx: usize) -> Result<Block> {
-        Block::load(self.weights, &self.config, self.architecture, self.prefix, block_idx)
+        Block::load(self.weights, &self.config, self.architecture, &self.names.prefix, block_idx)
     }
 
     /// Loads the final norm and the head.
@@ -302,19 +321,19 @@ impl<'w> Decoder<'w> {
                 .hint("save the model with its head, or use what needs no logits")
                 .into());
         }
-        let mut lm_head = if self.config.is_tied() {
-            Linear::dense(self.table()?, None)
-        } else {
-            Linear::load(self.weights, names.lm_head, false, false)?
+        let mut lm_head = match &self.vocabulary.head {
+            None => Linear::dense(self.table()?, None),
+            Some(head) => Linear::load(self.weights, head, false, false)?,
         };
         let norm = |name: &str| Norm::load(self.weights, name, names.norm_kind, eps);
+        let of_head = |part: &str| format!("{}{part}", self.names.head);
         let mut transform = None;
         if let Some(MaskedHead { dense, activation, norm: name, bias }) = names.encoder.as_ref().map(|e| &e.masked_head)
         {
-            lm_head = lm_head.with_bias(self.weights.tensor(bias)?);
-            let dense = Linear::load(self.weights, dense, true, false)?;
-            transform =
-                Some(Transform { dense, activation: activation.unwrap_or(self.config.hidden_act), norm: norm(name)? });
+            lm_head = lm_head.with_bias(self.weights.tensor(&of_head(bias))?);
+            let dense = Linear::load(self.weights, &of_head(dense), true, false)?;
+            let activation = activation.unwrap_or(self.config.hidden_act);
+            transform = Some(Transform { dense, activation, norm: norm(&of_head(name))? });
         }
         let last = self.last_norm().map(|name| norm(&name)).transpose()?;
         let projection =

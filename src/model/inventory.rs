@@ -1,11 +1,14 @@
 //! Which tensors of a checkpoint are linears: by name and shape, for every family, known or not.
 
+use std::collections::BTreeSet;
+
 use anyhow::Result;
 
-use super::architectures::{self, LinearId, Role};
+use super::architectures::{self, Architecture, LinearId, Role};
 use super::config::{self, ModelConfig};
 use super::layout::{Layout, break_even_rank, expand_pivots};
 use super::linear::{BASE, LR_A, LR_B, LR_COEFFICIENTS, LR_ORDER, LR_PIVOT};
+use super::names::Names;
 use crate::checkpoint::{Checkpoint, Dtype, TensorInfo, cast};
 use crate::error::Failure;
 use crate::linalg;
@@ -25,7 +28,7 @@ pub struct LinearInfo {
     /// Its place in the decoder, where the family is known.
     pub id: Option<LinearId>,
     /// Heads, embeddings' twins and routers are linears, but compressed only on request; so is all that lies outside of the
-    /// blocks of a family that is known.
+    /// blocks of a family that is known, or as far as names tell outside of the language model.
     pub is_default_target: bool,
 }
 
@@ -96,8 +99,8 @@ impl LinearInfo {
 
 /// Every linear of a checkpoint, in the order of its files.
 pub fn linears(checkpoint: &Checkpoint) -> Vec<LinearInfo> {
-    let model_type = config::model_type(checkpoint).unwrap_or_default();
-    let architecture = architectures::find(model_type);
+    let places = Places::of(checkpoint);
+    let architecture = places.architecture;
     let is_conv1d = |module: &str| architecture.is_some_and(|a| a.stores_turned(module));
     // The number of an expert is none of a block.
     let of_stacks: Vec<String> =
@@ -138,7 +141,8 @@ pub fn linears(checkpoint: &Checkpoint) -> Vec<LinearInfo> {
         if NOT_LINEAR.iter().any(|part| info.name.contains(part)) {
             continue;
         }
-        let id = architecture.and_then(|a| a.linear_id(module));
+        let id = places.linear_id(module);
+        let is_on_request = || ON_REQUEST.contains(&last_part(module)) || places.is_besides(module);
         linears.push(LinearInfo {
             module: module.to_string(),
             out_features,
@@ -147,10 +151,75 @@ pub fn linears(checkpoint: &Checkpoint) -> Vec<LinearInfo> {
             stored,
             block: block(module),
             id,
-            is_default_target: id.is_some() || architecture.is_none() && !ON_REQUEST.contains(&last_part(module)),
+            is_default_target: id.is_some() || architecture.is_none() && !is_on_request(),
         });
     }
     linears
+}
+
+/// The first and the last of the blocks that a checkpoint holds behind those of its config's `num_hidden_layers`: a config that
+/// was cut short, or blocks that predict further tokens (MTP).
+pub fn blocks_behind(checkpoint: &Checkpoint) -> Option<(usize, usize)> {
+    let places = Places::of(checkpoint);
+    let behind = |block: &usize| places.n_blocks.is_some_and(|n_blocks| *block >= n_blocks);
+    let blocks = || checkpoint.tensors().filter_map(|info| places.block_of(&info.name)).filter(behind);
+    blocks().min().zip(blocks().max())
+}
+
+/// Where a checkpoint has its language model.
+struct Places {
+    architecture: Option<&'static Architecture>,
+    is_multimodal: bool,
+    n_blocks: Option<usize>,
+    /// What is in front of the names of its modules; of families that are not known, what is in front of any embeddings.
+    prefixes: BTreeSet<String>,
+}
+
+impl Places {
+    fn of(checkpoint: &Checkpoint) -> Self {
+        const EMBEDDINGS: &[&str] = &["embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight"];
+        let architecture = config::model_type(checkpoint).and_then(architectures::find);
+        let before_embeddings = |info: &TensorInfo| {
+            let prefix = EMBEDDINGS.iter().find_map(|table| info.name.strip_suffix(table))?;
+            (prefix.is_empty() || prefix.ends_with('.')).then(|| prefix.to_string())
+        };
+        Self {
+            architecture,
+            is_multimodal: checkpoint.config().is_some_and(config::is_multimodal),
+            n_blocks: config::n_blocks(checkpoint),
+            prefixes: match architecture {
+                Some(architecture) => [Names::of(checkpoint, architecture).prefix].into(),
+                None => checkpoint.tensors().filter_map(before_embeddings).collect(),
+            },
+        }
+    }
+
+    /// The linear of a block of a known family that a module is.
+    fn linear_id(&self, module: &str) -> Option<LinearId> {
+        let id = self.prefixes.iter().find_map(|prefix| self.architecture?.linear_id(prefix, module))?;
+        self.n_blocks.is_none_or(|n_blocks| id.block < n_blocks).then_some(id)
+    }
+
+    /// Whether a module of a family that is not known is none of its language model: of a tower or a projector, of blocks
+    /// that predict further tokens, or behind the last block.
+    fn is_besides(&self, module: &str) -> bool {
+        self.is_multimodal && config::is_of_tower(module)
+            || module.split('.').any(|part| part == "mtp" || part.starts_with("mtp_"))
+            || self.block_of(module).is_some_and(|block| self.n_blocks.is_some_and(|n_blocks| block >= n_blocks))
+    }
+
+    /// The block of the language model that a module or tensor is in: 61 of `model.layers.61.mlp.gate.weight`.
+    fn block_of(&self, name: &str) -> Option<usize> {
+        let of = |prefix: &String| {
+            let rest = name.strip_prefix(prefix.as_str())?;
+            let rest = match self.architecture {
+                Some(architecture) => rest.strip_prefix(architecture.layers)?.strip_prefix('.')?,
+                None => rest.split_once('.')?.1,
+            };
+            rest.split('.').next()?.parse().ok()
+        };
+        self.prefixes.iter().find_map(of)
+    }
 }
 
 /// Whether a tensor is a stack of the matrices of experts. Which side is out is not written in a file: it is taken as stored.

@@ -11,10 +11,13 @@ pub mod inventory;
 pub mod layout;
 pub mod linear;
 mod mlp;
+pub mod names;
 mod norm;
 mod ops;
 mod rope;
 mod softmax;
+mod text_config;
+pub mod tie;
 mod walk;
 mod weights;
 

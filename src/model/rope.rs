@@ -11,10 +11,12 @@ use super::ops::Kernels;
 use crate::error::Failure;
 
 /// `rope_scaling` of transformers 4, `rope_parameters` of transformers 5.
-#[derive(Debug, Clone, Default, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 pub struct RopeScaling {
-    #[serde(alias = "type")]
-    pub rope_type: Option<String>,
+    rope_type: Option<String>,
+    /// The older name of `rope_type`. transformers writes both, and reads this one where the other is absent.
+    #[serde(rename = "type")]
+    older_type: Option<String>,
     pub rope_theta: Option<f64>,
     pub partial_rotary_factor: Option<f64>,
     factor: Option<f64>,
@@ -29,6 +31,20 @@ pub struct RopeScaling {
     truncate: Option<bool>,
     short_factor: Option<Vec<f64>>,
     long_factor: Option<Vec<f64>>,
+    /// In families whose kinds of blocks have rotary embeddings of their own: one for each kind, and nothing else.
+    pub full_attention: Option<Box<RopeScaling>>,
+    pub sliding_attention: Option<Box<RopeScaling>>,
+}
+
+impl RopeScaling {
+    fn named(&self) -> Option<&str> {
+        self.rope_type.as_deref().or(self.older_type.as_deref())
+    }
+
+    /// Whether it holds one embedding for each kind of block.
+    pub fn is_by_kind(&self) -> bool {
+        self.full_attention.is_some() || self.sliding_attention.is_some()
+    }
 }
 
 /// One rotary embedding of a model.
@@ -50,7 +66,11 @@ impl RopeSettings {
     }
 
     pub fn rope_type(&self) -> &str {
-        self.scaling.as_ref().and_then(|s| s.rope_type.as_deref()).unwrap_or("default")
+        match self.scaling.as_ref().and_then(RopeScaling::named).unwrap_or("default") {
+            // Sections of a head are rotated by the places of a token in time, height and width; of text the three are equal.
+            "mrope" => "default",
+            kind => kind,
+        }
     }
 
     /// Inverse frequencies (width / 2) for windows of up to `n_positions`, and what cosines and sines are multiplied by.
@@ -63,8 +83,11 @@ impl RopeSettings {
         let field = |name: &str, value: Option<f64>| {
             value.ok_or_else(|| Failure::unsupported(format!("`rope_scaling` lacks `{name}`")))
         };
-        let original =
-            || field("original_max_position_embeddings", s.original_max_position_embeddings.or(self.original_context));
+        // transformers prefers the field beside `rope_scaling`, which Phi-3 has, and without any takes the context.
+        let original = || {
+            let given = self.original_context.or(s.original_max_position_embeddings).or(self.context);
+            field("original_max_position_embeddings", given)
+        };
         // Where the factor is absent, it is the ratio of the contexts.
         let stretch = || match s.factor {
             Some(factor) => Ok(factor),
@@ -93,12 +116,7 @@ impl RopeSettings {
             }
             "yarn" => {
                 let factor = stretch()?;
-                let frequencies = self.yarn(
-                    s,
-                    plain,
-                    factor,
-                    original().or_else(|_| field("max_position_embeddings", self.context))?,
-                );
+                let frequencies = self.yarn(s, plain, factor, original()?);
                 let scale = |mscale: f64| if factor <= 1.0 { 1.0 } else { 0.1 * mscale * factor.ln() + 1.0 };
                 let own = match (s.mscale, s.mscale_all_dim) {
                     (Some(own), Some(all)) if own != 0.0 && all != 0.0 => scale(own) / scale(all),

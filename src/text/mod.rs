@@ -11,7 +11,7 @@ use rand_chacha::rand_core::{RngCore, SeedableRng};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::checkpoint::sha256_file;
+use crate::checkpoint::{json, sha256_file};
 use crate::error::Failure;
 pub use documents::DEFAULT_FIELD;
 
@@ -162,7 +162,7 @@ impl Tokenizer {
 
 /// `bos_token`, else `eos_token`, of `tokenizer_config.json`; where neither is named, the ids of `config.json`.
 fn boundary(model: &Path, tokenizer: &tokenizers::Tokenizer) -> Option<u32> {
-    let json = |name: &str| -> Option<Value> { serde_json::from_slice(&std::fs::read(model.join(name)).ok()?).ok() };
+    let json = |name: &str| -> Option<Value> { json::parse(&std::fs::read(model.join(name)).ok()?).ok() };
     let named = |fields: &Value, key: &str| {
         let token = fields.get(key)?;
         let text = token.get("content").unwrap_or(token).as_str()?;
@@ -174,14 +174,16 @@ fn boundary(model: &Path, tokenizer: &tokenizers::Tokenizer) -> Option<u32> {
     };
     let from_tokenizer = json("tokenizer_config.json").and_then(|f| named(&f, "bos_token").or(named(&f, "eos_token")));
     from_tokenizer.or_else(|| {
-        json("config.json").and_then(|f| numbered(&f, "bos_token_id").or_else(|| numbered(&f, "eos_token_id")))
+        let of = |fields: &Value| numbered(fields, "bos_token_id").or_else(|| numbered(fields, "eos_token_id"));
+        // Multimodal models have them in the config of their language model.
+        json("config.json").and_then(|f| of(&f).or_else(|| of(f.get("text_config")?)))
     })
 }
 
 /// `mask_token` of `tokenizer_config.json`, or one of its usual names.
 fn mask(model: &Path, tokenizer: &tokenizers::Tokenizer) -> Option<u32> {
     let file = std::fs::read(model.join("tokenizer_config.json")).ok();
-    let fields: Option<Value> = file.and_then(|bytes| serde_json::from_slice(&bytes).ok());
+    let fields: Option<Value> = file.and_then(|bytes| json::parse(&bytes).ok());
     let named = fields.as_ref().and_then(|fields| fields.get("mask_token"));
     let named = named.and_then(|token| token.get("content").unwrap_or(token).as_str());
     named.into_iter().chain(["[MASK]", "<mask>"]).find_map(|name| tokenizer.token_to_id(name))

@@ -48,6 +48,7 @@ def run(*command):
 def theirs(folder, form, ids):
     # `BertForMaskedLM` is loaded by `AutoModelForMaskedLM`.
     kind = "For" + json.loads((folder / "config.json").read_text())["architectures"][0].split("For")[-1]
+    kind = kind.replace("ForConditionalGeneration", "ForImageTextToText")
     auto = getattr(transformers, "AutoModel" + kind, transformers.AutoModelForCausalLM)
     model, info = auto.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=form == "factored",
@@ -109,7 +110,7 @@ def cell(make, limit=LIMIT):
     except Exception as e:
         lines = str(e).splitlines()
         text = next((line for line in lines if line.startswith("error: ")), lines[0])
-        refused = "cannot be stored" in text or "no compressed-tensors of this" in text or "no gguf of this" in text
+        refused = "cannot be stored" in text or re.search(r"no (compressed-tensors|gguf|peft) of this", text) is not None
         print(e, file=sys.stderr)
         return ("refused" if refused else "**failed**"), refused
 

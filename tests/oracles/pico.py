@@ -14,7 +14,8 @@ import sys
 import tokenizers
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForPreTraining
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMaskedLM,
+                          AutoModelForPreTraining)
 
 SHARED = dict(vocab_size=48, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
               num_key_value_heads=2, max_position_embeddings=64, pad_token_id=None, bos_token_id=1, eos_token_id=2)
@@ -69,6 +70,22 @@ FAMILIES = {
                      type_vocab_size=1, layer_norm_eps=1e-5), [{"hidden_act": "relu"}]),
     "distilbert": (dict(vocab_size=51, dim=16, hidden_dim=24, n_layers=2, n_heads=4, max_position_embeddings=64), []),
 }
+# Of multimodal models the text alone is asked about. By `model_type`: the fields, and what is in front of the names of the text
+# model's modules in memory and in files.
+TOWER = dict(hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4)
+WRAPPERS = {
+    "gemma3": (dict(text_config=dict(FAMILIES["gemma3_text"][0], rope_scaling={"factor": 8.0, "type": "linear", "rope_type": "linear"}),
+                    vision_config=TOWER, mm_tokens_per_image=1), "model.language_model.", "language_model.model."),
+    "llava": (dict(text_config=dict(SHARED, model_type="llama", head_dim=8), vision_config=dict(TOWER, model_type="clip_vision_model",
+                   projection_dim=8)), "model.language_model.", "language_model.model."),
+    "qwen2_5_vl": (dict(text_config=dict(SHARED, rope_parameters={"rope_type": "mrope", "type": "mrope", "mrope_section": [1, 1, 0]}),
+                        vision_config=dict(depth=1, hidden_size=8, num_heads=2, intermediate_size=12, out_hidden_size=16,
+                                           patch_size=4, window_size=8, fullatt_block_indexes=[0])),
+                   "model.language_model.", "model."),
+    "smolvlm": (dict(text_config=dict(SHARED, model_type="llama"), vision_config=TOWER, scale_factor=2),
+                "model.text_model.", "model.text_model."),
+}
+FAMILIES |= {name: (fields, []) for name, (fields, *_) in WRAPPERS.items()}
 EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
 LINEARS = tuple(("_proj c_attn c_fc query_key_value dense dense_h_to_4h dense_4h_to_h fc1 fc2 query key value "
                  "_lin lin1 lin2").split())
@@ -167,6 +184,9 @@ def squared_gradients(model, loss=None):
     else:
         loss(model).backward()
     outputs = {name: y for name, y in outputs.items() if re.search(r"\.\d+\.", name)}
+    if model.config.model_type in WRAPPERS:
+        _, loaded, stored = WRAPPERS[model.config.model_type]
+        outputs = {name.replace(loaded, stored): y for name, y in outputs.items()}
     return {name: [float(f"{x:.7g}") for x in (y.grad.flatten(0, -2) ** 2).sum(0).tolist()] for name, y in outputs.items()}
 
 
@@ -192,7 +212,7 @@ def main():
         torch.manual_seed(0)
         kind_of_model = family.split("-")[0]
         config = AutoConfig.for_model(kind_of_model, **EAGER, **fields)
-        kind = ENCODERS.get(family, AutoModelForCausalLM)
+        kind = AutoModelForImageTextToText if family in WRAPPERS else ENCODERS.get(family, AutoModelForCausalLM)
         model = kind.from_config(config).float()
         for parameter in model.parameters():
             noise = torch.randn_like(parameter)

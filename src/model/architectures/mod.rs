@@ -371,7 +371,8 @@ impl Architecture {
 
     /// Whether the weight of a module is stored as (in, out): parts of what was split never are.
     pub fn stores_turned(&self, module: &str) -> bool {
-        self.is_conv1d && self.linear_id(module).is_some_and(|id| self.whole(id.slot.role).is_none())
+        let id = self.split_name(module).and_then(|(prefix, ..)| self.linear_id(prefix, module));
+        self.is_conv1d && id.is_some_and(|id| self.whole(id.slot.role).is_none())
     }
 
     /// The rows of a part in a matrix that is several in one.
@@ -416,10 +417,25 @@ impl Architecture {
         std::iter::successors(Some(self.prefix), |prefix| prefix.split_once('.').map(|(_, rest)| rest))
     }
 
-    /// The linear that a module name stands for, under any of the prefixes.
-    pub fn linear_id(&self, module: &str) -> Option<LinearId> {
-        let inner = |prefix: &str| module.strip_prefix(prefix)?.strip_prefix(self.layers)?.strip_prefix('.');
-        let rest = self.prefixes().find_map(inner)?;
+    /// The name of a module or tensor in a block, whatever is in front: what that is, the block, and the name in the block, which
+    /// begins with that of a linear.
+    pub fn split_name<'n>(&self, name: &'n str) -> Option<(&'n str, usize, &'n str)> {
+        let of_experts = self.experts.iter().map(|names| names.list);
+        let begins = |rest: &str, part: &str| {
+            rest.strip_prefix(part).is_some_and(|behind| behind.is_empty() || behind.starts_with('.'))
+        };
+        name.match_indices(self.layers).find_map(|(at, layers)| {
+            let prefix = name[..at].is_empty() || name[..at].ends_with('.');
+            let (block, rest) = name[at + layers.len()..].strip_prefix('.')?.split_once('.')?;
+            let mut parts = self.linears.iter().map(|(_, part)| *part).chain(of_experts.clone());
+            let is_linear = prefix && parts.any(|part| begins(rest, part));
+            Some((&name[..at], block.parse().ok().filter(|_| is_linear)?, rest))
+        })
+    }
+
+    /// The linear that a module name means, where modules have `prefix` in front.
+    pub fn linear_id(&self, prefix: &str, module: &str) -> Option<LinearId> {
+        let rest = module.strip_prefix(prefix)?.strip_prefix(self.layers)?.strip_prefix('.')?;
         let (block, name) = rest.split_once('.')?;
         let find = |linears: &[(Role, &'static str)], name: &str| linears.iter().find(|(_, n)| *n == name).map(|l| l.0);
         let of_expert = || {
@@ -489,13 +505,18 @@ mod tests {
             let of_experts = of_experts.map(|&(role, _)| Slot { role, expert: Some(31) });
             for slot in shared.chain(of_experts) {
                 let id = LinearId { block: 12, slot };
-                for prefix in architecture.prefixes() {
-                    assert_eq!(architecture.linear_id(&architecture.module(prefix, id)), Some(id));
+                for prefix in architecture.prefixes().chain(["language_model.model.", "_orig_mod.layers."]) {
+                    let module = architecture.module(prefix, id);
+                    assert_eq!(architecture.linear_id(prefix, &module), Some(id));
+                    assert_eq!(
+                        architecture.split_name(&module).map(|(before, block, _)| (before, block)),
+                        Some((prefix, 12))
+                    );
                 }
             }
             architecture.in_common_words(&Map::new());
-            assert_eq!(architecture.linear_id(architecture.lm_head), None);
-            assert_eq!(architecture.linear_id("model.layers.x.mlp.down_proj"), None);
+            assert_eq!(architecture.linear_id("", architecture.lm_head), None);
+            assert_eq!(architecture.linear_id("model.", "model.layers.x.mlp.down_proj"), None);
         }
     }
 }

@@ -1,0 +1,130 @@
+//! JSON as Python reads and writes it: with `NaN`, `Infinity` and `-Infinity`, numbers that no f64 holds, and perhaps a byte-order
+//! mark in front. Configs are made by Python, and read by it again.
+//!
+//! serde has no value for such numbers: they become strings that begin with [`MARK`], and are what they were when they are written.
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+/// What no string of a config begins with.
+pub const MARK: char = '\0';
+
+/// The mark in a JSON string.
+const ESCAPED: &str = "\\u0000";
+const NAMES: [&str; 3] = ["NaN", "Infinity", "-Infinity"];
+
+/// Reads what Python reads.
+///
+/// # Errors
+/// It is no JSON, or not of the type.
+pub fn parse<T: DeserializeOwned>(bytes: &[u8]) -> serde_json::Result<T> {
+    let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes);
+    serde_json::from_slice(&marked(bytes))
+}
+
+/// The text of a config, with indents and a line end, as Python writes it.
+///
+/// # Errors
+/// The value cannot be serialised.
+pub fn text(value: &impl Serialize) -> serde_json::Result<String> {
+    let mut text = serde_json::to_string_pretty(value)? + "\n";
+    for name in NAMES {
+        text = text.replace(&format!("\"{ESCAPED}{name}\""), name);
+    }
+    Ok(text)
+}
+
+/// The bytes with every number that serde does not know as a marked string.
+fn marked(bytes: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(bytes.len());
+    let mut rest = bytes;
+    while let Some(&first) = rest.first() {
+        let len = match first {
+            b'"' => string(rest),
+            b'N' | b'I' | b'-' | b'0'..=b'9' => rest.iter().take_while(|b| is_of_number(**b)).count().max(1),
+            _ => 1,
+        };
+        let (token, behind) = rest.split_at(len);
+        match non_finite(token) {
+            Some(name) => out.extend(format!("\"{ESCAPED}{name}\"").into_bytes()),
+            None => out.extend(token),
+        }
+        rest = behind;
+    }
+    out
+}
+
+fn is_of_number(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || matches!(byte, b'+' | b'-' | b'.')
+}
+
+/// The length of the string that `bytes` begin with, quotes included.
+fn string(bytes: &[u8]) -> usize {
+    let mut at = 1;
+    while let Some(&byte) = bytes.get(at) {
+        match byte {
+            b'"' => return at + 1,
+            b'\\' => at += 2,
+            _ => at += 1,
+        }
+    }
+    bytes.len()
+}
+
+/// Python's name of a number that is not finite.
+fn non_finite(token: &[u8]) -> Option<&'static str> {
+    let token = std::str::from_utf8(token).ok()?;
+    if let Some(name) = NAMES.iter().find(|name| **name == token) {
+        return Some(name);
+    }
+    let is_number = token.trim_start_matches('-').starts_with(|c: char| c.is_ascii_digit());
+    match token.parse::<f64>().ok().filter(|value| is_number && value.is_infinite())? {
+        value if value > 0.0 => Some("Infinity"),
+        _ => Some("-Infinity"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Map, Value};
+
+    use super::*;
+
+    #[test]
+    fn what_python_writes_is_read_and_written_again() {
+        let source = "\u{feff}{\"a\": Infinity, \"b\": [-Infinity, NaN, 1e999, -1e999], \"c\": \"NaN, Infinity \\\" -Infinity\", \"d\": 1.5e-3}";
+        let config: Map<String, Value> = parse(source.as_bytes()).unwrap();
+        assert_eq!(config["d"], 1.5e-3);
+        assert_eq!(config["c"], "NaN, Infinity \" -Infinity");
+        let written: String = text(&config).unwrap().split_whitespace().collect();
+        let expected =
+            r#"{"a":Infinity,"b":[-Infinity,NaN,Infinity,-Infinity],"c":"NaN,Infinity\"-Infinity","d":0.0015}"#;
+        assert_eq!(written, expected);
+        assert_eq!(parse::<Value>(text(&config).unwrap().as_bytes()).unwrap(), Value::Object(config));
+    }
+
+    #[test]
+    fn what_python_refuses_is_refused() {
+        for text in [
+            "{\"a\": Infinit}",
+            "{\"a\": NaNs}",
+            "{\"a\": +Infinity}",
+            "{\"a\": \"NaN}",
+            "{NaN: 1}",
+            "",
+            "{\"a\": - 1}",
+        ] {
+            assert!(parse::<Map<String, Value>>(text.as_bytes()).is_err(), "{text}");
+        }
+    }
+
+    proptest::proptest! {
+        /// Finite JSON is read as serde reads it.
+        #[test]
+        fn other_json_is_untouched(text in "[ -~\u{e9}\n]{0,40}", number in proptest::prelude::any::<f64>()) {
+            let value = serde_json::json!({text.clone(): [text, number, {"deeper": number}]});
+            let bytes = serde_json::to_vec(&value).unwrap();
+            proptest::prop_assert_eq!(parse::<Value>(&bytes).unwrap(), serde_json::from_slice::<Value>(&bytes).unwrap());
+        }
+    }
+}

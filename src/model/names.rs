@@ -1,0 +1,83 @@
+//! Where the files of a checkpoint have the modules of its language model.
+//!
+//! A family has its own prefix (`model.`), which early files leave out. Wrappers put more in front: `language_model.model.` and
+//! `model.language_model.` of multimodal models, `module.` and `_orig_mod.` of models that were saved inside of what trained them.
+//! Names are taken as they are found, and nothing is renamed.
+
+use std::collections::BTreeMap;
+
+use super::architectures::Architecture;
+use super::linear::{LR_A, LR_PIVOT};
+use crate::checkpoint::Checkpoint;
+
+/// What is put in front of the names of a family's modules.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Names {
+    /// Before the names of all modules but the head.
+    pub prefix: String,
+    /// Before those of the head.
+    pub head: String,
+}
+
+impl Names {
+    /// Those of the family itself.
+    pub fn native(architecture: &Architecture) -> Self {
+        Self { prefix: architecture.prefix.into(), head: String::new() }
+    }
+
+    /// Those of a checkpoint: where its blocks are, and of several places the one that has embeddings or a last norm, which
+    /// towers of images and sounds do not have.
+    pub fn of(checkpoint: &Checkpoint, architecture: &Architecture) -> Self {
+        let mut places: BTreeMap<&str, usize> = BTreeMap::new();
+        for info in checkpoint.tensors() {
+            if let Some((prefix, ..)) = architecture.split_name(&info.name) {
+                *places.entry(prefix).or_default() += 1;
+            }
+        }
+        let has = |prefix: &str, module: &str| {
+            let base = format!("{prefix}{module}");
+            ["weight", "gamma"].iter().any(|part| checkpoint.info(&format!("{base}.{part}")).is_some())
+        };
+        let rank = |(prefix, n_tensors): (&&str, &usize)| {
+            let has_ends = has(prefix, architecture.embed_tokens) || architecture.norm.is_some_and(|n| has(prefix, n));
+            let known = architecture.prefixes().position(|own| own == *prefix).unwrap_or(usize::MAX);
+            (!has_ends, known, std::cmp::Reverse(*n_tensors), prefix.len())
+        };
+        let best = places.iter().min_by_key(|(prefix, count)| rank((prefix, count)));
+        let Some((prefix, _)) = best else { return Self::native(architecture) };
+        let head = head_of(checkpoint, architecture, prefix).unwrap_or_else(|| outer(architecture, prefix));
+        Self { prefix: (*prefix).into(), head: head.into() }
+    }
+
+    /// The module of the table of embeddings.
+    pub fn embeddings(&self, architecture: &Architecture) -> String {
+        format!("{}{}", self.prefix, architecture.embed_tokens)
+    }
+
+    /// The module of the matrix that makes logits.
+    pub fn lm_head(&self, architecture: &Architecture) -> String {
+        format!("{}{}", self.head, architecture.lm_head)
+    }
+}
+
+/// What is in front of the head: some of the words that are in front of the blocks. None where no head is stored.
+fn head_of<'p>(checkpoint: &Checkpoint, architecture: &Architecture, prefix: &'p str) -> Option<&'p str> {
+    let is_stored = |words: &&str| match &architecture.encoder {
+        Some(encoder) => checkpoint.info(&format!("{words}{}", encoder.masked_head.bias)).is_some(),
+        None => is_stored(checkpoint, &format!("{words}{}", architecture.lm_head)),
+    };
+    let ends = prefix.match_indices('.').map(|(at, _)| at + 1).rev();
+    ends.chain([0]).map(|end| &prefix[..end]).find(is_stored)
+}
+
+/// Whether the weight of a linear is stored, dense or compressed.
+pub(super) fn is_stored(checkpoint: &Checkpoint, module: &str) -> bool {
+    let forms = ["weight".to_string(), format!("{LR_A}.weight"), format!("{LR_PIVOT}.weight")];
+    forms.iter().any(|form| checkpoint.info(&format!("{module}.{form}")).is_some())
+}
+
+/// What is in front of the family's own prefix.
+fn outer<'p>(architecture: &Architecture, prefix: &'p str) -> &'p str {
+    let outer = |own: &'static str| prefix.strip_suffix(own).filter(|outer| outer.is_empty() || outer.ends_with('.'));
+    architecture.prefixes().find_map(outer).unwrap_or("")
+}

@@ -1,0 +1,77 @@
+//! Whether the head of a model is its table of embeddings.
+//!
+//! As transformers 5 has it: what the config says holds where one of the two is stored, or both are equal. A head that is stored
+//! with other values is a head of its own, whatever the config says; earlier versions overwrote it.
+
+use anyhow::Result;
+
+use super::architectures::{self, Architecture};
+use super::config;
+use super::names::{self, Names};
+use crate::checkpoint::Checkpoint;
+
+/// Where the two matrices of a vocabulary are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Vocabulary {
+    /// The module that holds the table of embeddings.
+    pub table: String,
+    /// The module that makes logits; none where that is the table.
+    pub head: Option<String>,
+}
+
+impl Vocabulary {
+    pub fn native(architecture: &Architecture, is_tied: bool) -> Self {
+        let names = Names::native(architecture);
+        let head = (!is_tied).then(|| names.lm_head(architecture));
+        Self { table: names.embeddings(architecture), head }
+    }
+
+    /// Compares the two where both are stored and the config ties them.
+    ///
+    /// # Errors
+    /// A tensor is broken.
+    pub fn of(checkpoint: &Checkpoint, tie: Option<bool>, architecture: &Architecture, names: &Names) -> Result<Self> {
+        let (table, head) = (names.embeddings(architecture), names.lm_head(architecture));
+        let [has_table, has_head] = [&table, &head].map(|module| names::is_stored(checkpoint, module));
+        // Without a word on it, a model is tied that has no head.
+        let is_tied = tie.unwrap_or(!has_head);
+        Ok(match (is_tied, has_table, has_head) {
+            (true, true, true) if !are_equal(checkpoint, &table, &head)? => Self { table, head: Some(head) },
+            (true, false, true) => Self { table: head, head: None },
+            (true, ..) => Self { table, head: None },
+            (false, ..) => Self { table, head: Some(head) },
+        })
+    }
+}
+
+/// Says so where they are not.
+fn are_equal(checkpoint: &Checkpoint, table: &str, head: &str) -> Result<bool> {
+    let [first, second] = [table, head].map(|module| format!("{module}.weight"));
+    // A head of low rank is no table.
+    if checkpoint.info(&second).is_none() {
+        return Ok(false);
+    }
+    let (is_equal, is_news) = checkpoint.are_equal(&first, &second)?;
+    if is_news && !is_equal {
+        tracing::warn!(
+            "`tie_word_embeddings` is true, and `{second}` differs from `{first}`: they are not tied, as in transformers 5"
+        );
+    }
+    Ok(is_equal)
+}
+
+/// Whether a module is a head that is no matrix of its own: the table of embeddings under another name, or once more.
+///
+/// # Errors
+/// A tensor is broken.
+pub fn is_tied_head(checkpoint: &Checkpoint, module: &str) -> Result<bool> {
+    let architecture = config::model_type(checkpoint).and_then(architectures::find);
+    if !module.ends_with(architecture.map_or("lm_head", |architecture| architecture.lm_head)) {
+        return Ok(false);
+    }
+    let tie = config::tie(checkpoint);
+    let Some(architecture) = architecture else { return Ok(tie == Some(true)) };
+    let names = Names::of(checkpoint, architecture);
+    let vocabulary = Vocabulary::of(checkpoint, tie, architecture, &names)?;
+    Ok(vocabulary.head.is_none() && module == names.lm_head(architecture))
+}
