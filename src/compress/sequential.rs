@@ -35,6 +35,7 @@ const DAMPING: f64 = 1e-2;
 /// # Errors
 /// The model cannot be run, an eigenproblem fails, or the work folder refuses.
 pub(super) fn anchor(study: &mut Study<'_>, choices: &[Choice], mu: f64, progress: &dyn Progress) -> Result<()> {
+    study.layouts.clear();
     let decoder = Decoder::open(study.checkpoint)?;
     let windows = study.inputs.windows.as_ref().context("invariant: a sequential recipe has a text")?.windows.clone();
     let mut walk = Walk::new(&decoder, &windows, &study.limits.one_window())?;
@@ -65,6 +66,7 @@ pub(super) fn anchor(study: &mut Study<'_>, choices: &[Choice], mu: f64, progres
                     study.bases.replace(i, curve.clone(), pair.rank, (array(&pair.b), array(&pair.a)))?;
                     made.insert(i, (curve, pair));
                 }
+                study.settle(&place.readers, &Silent)?;
                 done.extend(&place.readers);
             }
         }
