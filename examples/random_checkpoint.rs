@@ -4,13 +4,14 @@
 //! cargo run --release --example random_checkpoint -- out/random-tinyllama
 //! ```
 //!
-//! The shapes are TinyLlama-1.1B's (22 blocks, 2.2 GB in bf16); `--blocks N` makes it shallower. Weights are uniform with
+//! The shapes are TinyLlama-1.1B's (22 blocks, 2.2 GB in bf16), or with `--shapes llama-8b` those of an 8B Llama but for its
+//! vocabulary; `--blocks N` makes it shallower. Weights are uniform with
 //! a decaying spectrum mixed in, tensor by tensor from one seed.
 
 use std::path::PathBuf;
 
 use anyhow::{Result, anyhow};
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 use lrc::checkpoint::{Dtype, SafetensorsWriter, TensorSpec, cast};
 use lrc::model::{LinearId, ModelConfig, architectures};
 use rand_chacha::ChaCha8Rng;
@@ -23,14 +24,27 @@ struct Args {
     output: PathBuf,
     #[arg(long, default_value_t = 22)]
     blocks: usize,
+    #[arg(long, value_enum, default_value_t = Shapes::TinyLlama)]
+    shapes: Shapes,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Shapes {
+    TinyLlama,
+    #[value(name = "llama-8b")]
+    Llama8b,
 }
 
 fn main() -> Result<()> {
     let args = Args::parse();
+    let (hidden_size, intermediate_size, key_value_heads) = match args.shapes {
+        Shapes::TinyLlama => (2048, 5632, 4),
+        Shapes::Llama8b => (4096, 14336, 8),
+    };
     let fields = json!({
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 32000, "hidden_size": 2048,
-        "intermediate_size": 5632, "num_hidden_layers": args.blocks, "num_attention_heads": 32,
-        "num_key_value_heads": 4, "max_position_embeddings": 2048, "hidden_act": "silu", "rms_norm_eps": 1e-5,
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 32000, "hidden_size": hidden_size,
+        "intermediate_size": intermediate_size, "num_hidden_layers": args.blocks, "num_attention_heads": 32,
+        "num_key_value_heads": key_value_heads, "max_position_embeddings": 2048, "hidden_act": "silu", "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0, "tie_word_embeddings": false, "torch_dtype": "bfloat16"
     });
     std::fs::create_dir_all(&args.output)?;

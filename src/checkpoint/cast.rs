@@ -54,6 +54,19 @@ pub fn encode(dtype: Dtype, values: &[f32]) -> Result<Vec<u8>, usize> {
     }
 }
 
+/// The value of `dtype` that is nearest to `value`, even on a tie; infinite where none is near.
+///
+/// # Panics
+/// When `dtype` is not one of [`is_float`].
+pub fn nearest(dtype: Dtype, value: f32) -> f32 {
+    match dtype {
+        Dtype::F32 => value,
+        Dtype::F16 => f16::from_f32(value).to_f32(),
+        Dtype::BF16 => bf16::from_f32(value).to_f32(),
+        other => unreachable!("invariant: only float dtypes are rounded to, got {other:?}"),
+    }
+}
+
 /// Converts value by value; the index of the first that is not finite afterwards is the error.
 fn narrow<const N: usize>(values: &[f32], convert: impl Fn(f32) -> ([u8; N], bool)) -> Result<Vec<u8>, usize> {
     let mut bytes = Vec::with_capacity(values.len() * N);
@@ -106,6 +119,7 @@ mod tests {
                 let bytes: Vec<u8> = bits.iter().flat_map(|b| b.to_le_bytes()).collect();
                 let values = decode(dtype, &bytes).unwrap();
                 prop_assert_eq!(values.len(), bits.len());
+                prop_assert!(values.iter().all(|&v| v.is_nan() || nearest(dtype, v) == v));
                 match encode(dtype, &values) {
                     Ok(again) => prop_assert_eq!(again, bytes),
                     Err(first) => prop_assert!(!values[first].is_finite()),

@@ -19,13 +19,14 @@ use super::allocate::{self, Choice, Item, Price, Ranks, Rules};
 use super::low_rank::{self, ErrorCurve, LowRank};
 use super::metric::{Metric, MetricPair};
 use super::output::Written;
+use super::rounding::{self, Side, Sides};
 use super::study::{Allocation, Study};
 use super::{pivot, record};
 use crate::checkpoint::{
     CONFIG_FILE, Checkpoint, Dtype, OutputFolder, SafetensorsWriter, TensorSpec, cast, json, write_file, writer_bytes,
 };
 use crate::error::Failure;
-use crate::formats::{self, Entry, Format, Module, OutTensor, Parts, Source};
+use crate::formats::{self, Entry, Format, Module, OutTensor, Pair, Parts, Source};
 use crate::linalg;
 use crate::model::Layout;
 use crate::model::config::native_config;
@@ -107,7 +108,8 @@ pub(super) fn write_curves(
 ) -> Result<()> {
     let mut all = BTreeMap::new();
     for (i, choice) in allocation.choices.iter().enumerate() {
-        let (Some(rank), Some(basis)) = (choice.rank(), study.bases.get(i)) else { continue };
+        let pair = study.stored_entry(i, *choice).and_then(|entry| entry.pair);
+        let (Some(Pair { rank, .. }), Some(basis)) = (pair, study.bases.get(i)) else { continue };
         let total = basis.curve.squared_error(0);
         let relative = |energy: &f64| if total > 0.0 { (energy / total) as f32 } else { 0.0 };
         let (output, input) = &basis.diagonals;
@@ -355,6 +357,8 @@ impl Shortening {
         let (m, n) = self.linear.shape();
         let (rank, b, a) = inventory::factors(checkpoint, &self.linear)?;
         let pair = LowRank { rank, b, a };
+        let diagonal = |values: &[f32]| Metric::diagonal(values.iter().map(|&v| f64::from(v)).collect());
+        let (output, input) = (diagonal(&self.elastic.output), diagonal(&self.elastic.input));
         let pair = match self.layout {
             Layout::Factors => pair.prefix(self.new_rank),
             Layout::Pivot if !self.elastic.order.is_empty() => {
@@ -364,15 +368,19 @@ impl Shortening {
             Layout::Pivot => {
                 let values = linalg::product_row_major(&pair.b, &pair.a, m, rank, n);
                 let transposed = linalg::transposed_from_row_major(&values, m, n);
-                let diagonal = |values: &[f32]| Metric::diagonal(values.iter().map(|&v| f64::from(v)).collect());
-                let (output, input) = (diagonal(&self.elastic.output), diagonal(&self.elastic.input));
                 let metric = MetricPair { output: &output, input: &input };
                 let decomposition = low_rank::decompose(transposed.transpose(), metric, self.new_rank)?;
                 decomposition.truncate(transposed.transpose(), self.new_rank)
             }
         };
         let b = pair.b.clone();
-        let parts = pivot::lay_out(self.layout, pair, (m, n));
+        let parts = match (self.layout, self.linear.dtype) {
+            (Layout::Pivot, dtype @ (Dtype::F16 | Dtype::BF16)) => {
+                let sides = Sides { output: Side::Whole(&output), input: Side::Whole(&input), energies: &[] };
+                rounding::lay_out(self.layout, &pair, (m, n), &sides, dtype).parts
+            }
+            _ => pivot::lay_out(self.layout, pair, (m, n)),
+        };
         let order = if self.elastic.order.is_empty() { None } else { pivot::order_of_ranks(&parts, &b) };
         Ok((parts, order.unwrap_or_default()))
     }

@@ -10,6 +10,7 @@ mod control;
 mod elastic;
 mod estimate;
 mod factors;
+mod layouts;
 pub mod low_rank;
 pub mod metric;
 mod metrics;
@@ -22,6 +23,7 @@ pub mod presets;
 pub mod recipe;
 mod record;
 mod residual;
+mod rounding;
 mod sensitivity;
 mod sequential;
 pub mod spectra;
@@ -41,6 +43,7 @@ use crate::journal::Journal;
 use crate::model::inventory;
 use crate::progress::Progress;
 use crate::report::{CompressReport, DryRunReport, REPORT_FILE};
+use allocate::Choice;
 pub use elastic::{TruncateJob, truncate};
 use plan::Plan;
 use recipe::{Fused, Recipe};
@@ -141,7 +144,9 @@ impl Run<'_> {
         }
 
         let writing = Instant::now();
-        let entries = study.entries(choices);
+        let compressed: Vec<(usize, Choice)> = choices.iter().copied().enumerate().collect();
+        study.settle(&compressed, progress)?;
+        let entries = study.stored_entries(choices);
         let mut output = Output::create(folder, plan.files(&source, recipe, &entries))?;
         let written = output::put_all(&mut output, &study, choices, progress)?;
         if recipe.format == Format::Factored && recipe.quant.is_empty() && recipe.quant_factors.is_none() {

@@ -5,8 +5,6 @@ use std::sync::Mutex;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
-use rand_chacha::ChaCha8Rng;
-use rand_chacha::rand_core::{RngCore, SeedableRng};
 use rayon::prelude::*;
 use serde_json::json;
 
@@ -15,11 +13,9 @@ use super::allocate::Choice;
 use super::pivot;
 use super::study::Study;
 use crate::checkpoint::OutputFolder;
-use crate::formats::{self, Format, Output, Parts};
+use crate::formats::{self, Output};
 use crate::journal::{Array, Piece};
-use crate::model::Layout;
 use crate::model::config::native_config;
-use crate::model::inventory::LinearInfo;
 use crate::progress::Progress;
 use crate::report::card::{self, Loading};
 use crate::report::page::{self, ErrorLine, PAGE_FILE};
@@ -31,8 +27,6 @@ const CARD_FILE: &str = "README.md";
 
 /// What writing a linear found.
 pub(super) struct Written {
-    /// Rounding error of the stored parts, relative to the matrix; 0 in f32, none where parts are not what is stored.
-    pub storage_error: Option<f64>,
     /// Measured where codes are involved; elsewhere the curve tells it.
     pub relative_error: Option<f64>,
     /// For `elastic`.
@@ -42,11 +36,11 @@ pub(super) struct Written {
 impl Written {
     /// From its piece of the journal.
     fn of(piece: Piece, study: &Study<'_>) -> Result<Self> {
-        let [errors, order] = <[Array; 2]>::try_from(piece.arrays)
+        let [error, order] = <[Array; 2]>::try_from(piece.arrays)
             .map_err(|_| anyhow::anyhow!("a piece has another number of arrays"))?;
-        let errors: Vec<Option<f64>> = errors.f64s().into_iter().map(|e| Some(e).filter(|e| !e.is_nan())).collect();
+        let relative_error = error.f64s().first().copied().filter(|error| !error.is_nan());
         let order = if piece.fields == true { Some(study.bases.keep(order)?) } else { None };
-        Ok(Self { storage_error: errors[0], relative_error: errors[1], order })
+        Ok(Self { relative_error, order })
     }
 }
 
@@ -69,7 +63,7 @@ pub(super) fn put_all(
         let linear = &study.plan.linears[i];
         stage.note(&linear.module);
         if let Some(piece) = study.journal.get(&key(i))? {
-            let entry = study.entry(i, choice).expect("invariant: only compressed linears are written");
+            let entry = study.stored_entry(i, choice).expect("invariant: only compressed linears are written");
             output.lock().expect("invariant: no holder of the output panics").skip(linear, &entry);
             stage.advance(1);
             return Ok((i, Written::of(piece, study)?));
@@ -81,11 +75,6 @@ pub(super) fn put_all(
             }
             _ => None,
         };
-        let is_stored = module.base.is_none() && study.recipe.format == Format::Factored;
-        let storage_error = module.parts.as_ref().filter(|_| is_stored).map(|parts| storage_error(parts, linear));
-        if let Choice::Rank(rank) = choice {
-            warn_of_rounding(study, i, rank, storage_error.unwrap_or(0.0));
-        }
         // Where codes are involved no curve foretells the error.
         let is_coded = module.base.is_some() || study.recipe.quant_factors.is_some();
         let relative_error = is_coded
@@ -95,11 +84,10 @@ pub(super) fn put_all(
         let tensors = study.recipe.format.exporter().bytes(&study.source, linear, &module);
         let tensors = tensors.with_context(|| format!("write `{}`", linear.module))?;
         output.lock().expect("invariant: no holder of the output panics").put(&tensors)?;
-        let errors = [storage_error, relative_error].map(|error| error.unwrap_or(f64::NAN));
         let piece = study.journal.put(
             &key(i),
             json!(order.is_some()),
-            vec![Array::bits(&errors), order.unwrap_or_default()],
+            vec![Array::bits(&[relative_error.unwrap_or(f64::NAN)]), order.unwrap_or_default()],
         )?;
         stage.advance(1);
         Ok((i, Written::of(piece, study)?))
@@ -136,41 +124,4 @@ pub(super) fn finish(
     report.peak_memory_bytes = peak_memory_bytes();
     folder.write(REPORT_FILE, (serde_json::to_string_pretty(report)? + "\n").as_bytes())?;
     Ok(())
-}
-
-/// Error of the parts in the dtype of a linear, over the norm of the matrix: measured on vectors of random signs, whose images
-/// have the Frobenius norm in the mean.
-fn storage_error(parts: &Parts, linear: &LinearInfo) -> f64 {
-    const PROBES: u64 = 4;
-    // What does not fit is an error of its own when it is written.
-    let Ok(rounded) = parts.rounded(linear.dtype) else { return 0.0 };
-    if rounded == *parts {
-        return 0.0;
-    }
-    let (mut error, mut norm) = (0.0, 0.0);
-    for seed in 0..PROBES {
-        let mut signs = ChaCha8Rng::seed_from_u64(seed);
-        let x: Vec<f64> = (0..linear.in_features).map(|_| if signs.next_u32() & 1 == 0 { 1.0 } else { -1.0 }).collect();
-        for (exact, stored) in parts.times(&x).iter().zip(rounded.times(&x)) {
-            error += (exact - stored) * (exact - stored);
-            norm += exact * exact;
-        }
-    }
-    if norm > 0.0 { f64::sqrt(error / norm) } else { 0.0 }
-}
-
-/// Says so where rounding costs a pivot layout more than it gains over factors with as many parameters.
-fn warn_of_rounding(study: &Study<'_>, i: usize, rank: usize, storage_error: f64) {
-    let (linear, layout) = (&study.plan.linears[i], study.recipe.layout);
-    let (Layout::Pivot, Some(basis)) = (layout, study.bases.get(i)) else { return };
-    let (m, n) = linear.shape();
-    let of_factors = layout.n_parameters(rank, (m, n)) as usize / (m + n);
-    let squared = |rank: usize| basis.curve.relative_error(rank).powi(2);
-    if rank < m.min(n) && storage_error.powi(2) > squared(of_factors) - squared(rank) {
-        tracing::warn!(
-            "`{}`: rounding to {:?} costs more than the pivot layout gains; `--layout factors` may be better",
-            linear.module,
-            linear.dtype
-        );
-    }
 }

@@ -17,11 +17,8 @@ pub(super) fn lay_out(layout: Layout, pair: LowRank, (m, n): (usize, usize)) -> 
         return Parts::Factors { rank, b: b.into(), a: a.into() };
     }
     let b_t = linalg::transposed_from_row_major(&b, m, rank); // (r, m)
-    let RowSkeleton { pivots, others, coefficients } = linalg::row_skeleton(b_t.transpose());
-    let mut order = vec![0; m];
-    for (place, &row) in pivots.iter().chain(&others).enumerate() {
-        order[row] = i32::try_from(place).expect("invariant: a linear has fewer than 2^31 outputs");
-    }
+    let RowSkeleton { pivots, others, coefficients } = linalg::row_skeleton(b_t.transpose(), linalg::COEFFICIENT_BOUND);
+    let order = order(&pivots, &others);
     let pivot_rows: Vec<f32> = pivots.iter().flat_map(|&row| &b[row * rank..][..rank]).copied().collect();
     Parts::Pivot {
         rank,
@@ -29,6 +26,15 @@ pub(super) fn lay_out(layout: Layout, pair: LowRank, (m, n): (usize, usize)) -> 
         coefficients: linalg::to_row_major(coefficients.as_ref()).into(),
         order,
     }
+}
+
+/// The place of every row among pivots, then others.
+pub(super) fn order(pivots: &[usize], others: &[usize]) -> Vec<i32> {
+    let mut order = vec![0; pivots.len() + others.len()];
+    for (place, &row) in pivots.iter().chain(others).enumerate() {
+        order[row] = i32::try_from(place).expect("invariant: a linear has fewer than 2^31 outputs");
+    }
+    order
 }
 
 /// The rows of `B` (m, r) that became pivots, (r, r) in the order of the pivots: with them the pair that was laid out, whose

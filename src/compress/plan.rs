@@ -151,6 +151,10 @@ impl Plan {
         let needs = recipe.needs();
         let pair =
             |(linear, rank): (&LinearInfo, usize)| 4 * (rank * (linear.out_features + linear.in_features)) as u64;
+        // Beside it as it is stored.
+        let pairs = |(linear, rank): (&LinearInfo, usize)| {
+            pair((linear, rank)) * if recipe.rounds(linear.dtype) { 2 } else { 1 }
+        };
         let triangle = |n: usize| 2 * (n * (n + 1)) as u64;
         let sums = |linear: &LinearInfo| {
             let (m, n) = linear.shape();
@@ -177,7 +181,7 @@ impl Plan {
             recipe.quant.iter().map(base).sum()
         };
         let bases: u64 = linears.clone().map(coded).sum();
-        linears.zip(max_ranks(recipe, self)).map(pair).sum::<u64>() + bases + measured + states
+        linears.zip(max_ranks(recipe, self)).map(pairs).sum::<u64>() + bases + measured + states
     }
 
     /// Peak memory of a run: the largest decompositions, one a thread, each with weight, image, Gram, eigenvectors with their

@@ -12,6 +12,7 @@ pub use super::options::{FactorBits, Fused, RecipeOptions};
 use super::presets::{Form, Method};
 use super::sensitivity::{DepthWeight, Sensitivity};
 use crate::calibrate::{Needs, WindowSettings};
+use crate::checkpoint::Dtype;
 use crate::error::Failure;
 use crate::formats::Format;
 use crate::model::Layout;
@@ -112,6 +113,12 @@ fn share(flag: &str, value: Option<f64>, default: f64) -> Result<f64> {
 }
 
 impl Recipe {
+    /// Whether parts of linears of `dtype` are rounded with feedback: where they are what is stored, in 16 bits.
+    pub fn rounds(&self, dtype: Dtype) -> bool {
+        let is_stored = self.format == Format::Factored && self.quant_factors.is_none();
+        is_stored && matches!(dtype, Dtype::F16 | Dtype::BF16)
+    }
+
     /// Checks the options against each other and fills in the defaults.
     ///
     /// # Errors

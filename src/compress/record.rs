@@ -14,7 +14,7 @@ use super::study::{Allocation, Inputs, Study};
 use sha2::{Digest, Sha256};
 
 use crate::checkpoint::{Fingerprint, hex, sha256_file};
-use crate::formats::{Base, Entry, Source};
+use crate::formats::{Base, Entry, Format, Source};
 use crate::model::inventory::LinearInfo;
 use crate::quantize::Storage;
 use crate::report::page::ErrorLine;
@@ -26,7 +26,8 @@ use crate::report::{
 /// A linear before it is worked on: no error yet, no seconds.
 pub(super) fn linear(linear: &LinearInfo, entry: Option<Entry>) -> LinearRecord {
     let shape = linear.shape();
-    let rank = entry.and_then(|entry| entry.pair).map(|pair| pair.rank);
+    let pair = entry.and_then(|entry| entry.pair);
+    let rank = pair.map(|pair| pair.rank);
     let (base, factors) = entry.map_or((linear.n_bytes(), 0), |entry| entry.n_bytes(linear));
     let bits = |bytes: u64| 8.0 * bytes as f64 / linear.n_parameters() as f64;
     let quant = match entry.and_then(|entry| entry.base) {
@@ -40,6 +41,7 @@ pub(super) fn linear(linear: &LinearInfo, entry: Option<Entry>) -> LinearRecord 
         shape: [shape.0, shape.1],
         dtype: format!("{:?}", linear.dtype),
         rank,
+        layout: pair.map(|pair| pair.layout.name().to_string()),
         component: if rank.is_none() { Component::NotLowRank } else { Component::LowRank },
         quant,
         bits_base: bits(base),
@@ -66,7 +68,7 @@ pub(super) fn linears(
 ) -> Result<Vec<LinearRecord>> {
     let choices = &allocation.choices;
     let record = |i: usize| -> Result<LinearRecord> {
-        let mut record = linear(&study.plan.linears[i], study.entry(i, choices[i]));
+        let mut record = linear(&study.plan.linears[i], study.stored_entry(i, choices[i]));
         let mut notes: Vec<String> = Vec::new();
         if let Choice::Coded { variant, .. } = choices[i] {
             let variant = &study.residuals.of(i)[variant];
@@ -77,12 +79,15 @@ pub(super) fn linears(
         }
         if let Some(basis) = study.bases.get(i) {
             record.seconds = basis.seconds;
-            record.relative_error = Some(choices[i].rank().map_or(0.0, |rank| basis.curve.relative_error(rank)));
+            record.relative_error = Some(record.rank.map_or(0.0, |rank| basis.curve.relative_error(rank)));
             notes.extend(basis.plain_sides.note());
         }
-        let written = written.get(&i);
-        record.storage_error = written.and_then(|w| w.storage_error);
-        if let Some(error) = written.and_then(|w| w.relative_error) {
+        if let (Choice::Rank(rank), Format::Factored) = (choices[i], study.recipe.format) {
+            let laid = study.laid(i, rank);
+            record.storage_error = Some(laid.storage_error);
+            notes.extend(laid.note);
+        }
+        if let Some(error) = written.get(&i).and_then(|w| w.relative_error) {
             record.relative_error = Some(error);
         }
         let linear = &study.plan.linears[i];
@@ -150,11 +155,12 @@ pub(super) fn error_lines(study: &Study<'_>, choices: &[Choice]) -> Vec<ErrorLin
     let line = |i: usize| {
         let (linear, curve) = (&study.plan.linears[i], &study.bases.get(i)?.curve);
         let at = |rank: usize| (rank, curve.relative_error(rank));
+        let stored = study.stored_entry(i, choices[i]).and_then(|entry| entry.pair);
         Some(ErrorLine {
             module: linear.module.clone(),
             block: linear.block,
             points: ErrorLine::ranks(curve.energies().len()).into_iter().map(at).collect(),
-            chosen: choices[i].rank().map(at),
+            chosen: stored.map(|pair| at(pair.rank)),
             break_even_rank: linear.break_even_rank(),
         })
     };

@@ -35,6 +35,7 @@ const DAMPING: f64 = 1e-2;
 /// # Errors
 /// The model cannot be run, an eigenproblem fails, or the work folder refuses.
 pub(super) fn anchor(study: &mut Study<'_>, choices: &[Choice], mu: f64, progress: &dyn Progress) -> Result<()> {
+    study.layouts.clear();
     let decoder = Decoder::open(study.checkpoint)?;
     let text = study.inputs.windows.as_ref().context("invariant: a sequential recipe has a text")?;
     let (windows, text) = (text.windows.clone(), text.text.clone());
@@ -66,6 +67,7 @@ pub(super) fn anchor(study: &mut Study<'_>, choices: &[Choice], mu: f64, progres
                     study.bases.replace(i, curve.clone(), (pair.rank, plain), (array(&pair.b), array(&pair.a)))?;
                     made.insert(i, (curve, pair, plain));
                 }
+                study.settle(&place.readers, &Silent)?;
                 done.extend(&place.readers);
             }
         }

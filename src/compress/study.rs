@@ -8,6 +8,7 @@ use anyhow::{Context, Result};
 use super::allocate::{self, Choice, Item, Price, Rules, Spectra};
 use super::bases::{Bases, Decompose};
 use super::compensate::{Compensate, CompensateRank};
+use super::layouts::Layouts;
 use super::metric::MetricPair;
 use super::metrics::{Metrics, SharedInputs};
 use super::offers::Offers;
@@ -123,6 +124,7 @@ pub(super) struct Study<'a> {
     pub inputs: Inputs,
     pub limits: WalkLimits,
     pub bases: Bases,
+    pub layouts: Layouts,
     /// Quantised bases, where the recipe asks for them.
     pub residuals: Residuals,
     pub source: Source<'a>,
@@ -173,6 +175,7 @@ impl<'a> Study<'a> {
             inputs,
             limits,
             bases,
+            layouts: Layouts::default(),
             residuals,
             source,
             sensitivities,
@@ -222,7 +225,7 @@ impl<'a> Study<'a> {
         )
     }
 
-    /// What a choice makes of the `i`-th linear.
+    /// What a choice is planned to make of the `i`-th linear.
     pub fn entry(&self, i: usize, choice: Choice) -> Option<Entry> {
         let quant = match choice {
             Choice::Coded { variant, .. } => Some(self.residuals.of(i)[variant].quant),
@@ -242,16 +245,16 @@ impl<'a> Study<'a> {
     /// The work folder refuses, or a factor cannot be quantised.
     pub fn module(&self, i: usize, choice: Choice) -> Result<Option<Module>> {
         let (linear, shape) = (&self.plan.linears[i], self.plan.linears[i].shape());
-        let (base, pair, layout, metrics) = match choice {
+        let (base, mut parts, metrics) = match choice {
             Choice::Dense => return Ok(None),
             Choice::Rank(0) => return Ok(Some(Module::of_parts(Parts::empty()))),
-            Choice::Rank(rank) => (None, Some(self.bases.pair(i, rank)?), self.recipe.layout, self.metrics()),
+            Choice::Rank(rank) => (None, Some(self.lay_out(i, rank)?), self.metrics()),
             Choice::Coded { variant, rank } => {
                 let (base, pair) = self.residuals.parts(i, variant, rank)?;
-                (Some(base), pair, Layout::Factors, self.metrics().with_preset(self.recipe.compensate.preset()))
+                let parts = pair.map(|pair| pivot::lay_out(Layout::Factors, pair, shape));
+                (Some(base), parts, self.metrics().with_preset(self.recipe.compensate.preset()))
             }
         };
-        let mut parts = pair.map(|pair| pivot::lay_out(layout, pair, shape));
         if let (Some(found), Some(bits)) = (&parts, self.recipe.quant_factors) {
             // What the pair stands for; the anchored mode moves targets, and there it is all that is known of them.
             let target = match (&base, self.recipe.anchor) {

@@ -11,7 +11,9 @@ use super::study::{Inputs, Study};
 use crate::checkpoint::Checkpoint;
 use crate::error::Failure;
 use crate::eval::{EvalSettings, Prepared};
+use crate::formats::Entry;
 use crate::journal::Journal;
+use crate::model::inventory::LinearInfo;
 use crate::progress::Progress;
 use crate::report::{LRC_VERSION, SCHEMA_VERSION, SweepPoint, SweepReport, peak_memory_bytes};
 
@@ -53,12 +55,17 @@ pub fn sweep(settings: &SweepSettings<'_>, progress: &dyn Progress) -> Result<Sw
     let evaluate_seconds = evaluating.elapsed().as_secs_f64();
     let mut points = Vec::new();
     for ((&keep, choices), divergence) in keeps.iter().zip(&choices).zip(&divergences) {
+        // Making them has settled how they are stored.
+        let entries = study.stored_entries(choices);
+        let rank = |(linear, entry): (&LinearInfo, &Option<Entry>)| {
+            (linear.module.clone(), entry.and_then(|entry| entry.pair).map(|pair| pair.rank))
+        };
         points.push(SweepPoint {
             keep,
             ppl: divergence.perplexity(),
             divergence: divergence.record(&settings.eval.model),
-            sizes: record::sizes(&study.source, recipe, &plan, &study.entries(choices)),
-            ranks: plan.linears.iter().zip(choices).map(|(l, c)| (l.module.clone(), c.rank())).collect(),
+            sizes: record::sizes(&study.source, recipe, &plan, &entries),
+            ranks: plan.linears.iter().zip(&entries).map(rank).collect(),
         });
     }
     Ok(SweepReport {

@@ -114,7 +114,7 @@ impl Study<'_> {
     fn laid_over(&self, i: usize, choice: Choice) -> Result<Vec<(String, Tensor)>> {
         let linear = &self.plan.linears[i];
         let (m, n) = linear.shape();
-        let (Some(module), Some(entry)) = (self.module(i, choice)?, self.entry(i, choice)) else {
+        let (Some(module), Some(entry)) = (self.module(i, choice)?, self.stored_entry(i, choice)) else {
             return Ok(Vec::new());
         };
         let name = |part: &str| format!("{}.{part}", linear.module);

@@ -17,7 +17,7 @@ pub use convert::{product_row_major, to_row_major, transpose_row_major, transpos
 pub use eigh::{Eigh, eigenvalues, eigh};
 pub use gram::{add_gram_f32, add_product_f32, mirror_lower, product, product_symmetric};
 pub use qr::orthonormal_columns;
-pub use skeleton::{RowSkeleton, row_skeleton};
+pub use skeleton::{COEFFICIENT_BOUND, RowSkeleton, row_skeleton};
 pub use solve::solve;
 
 use thiserror::Error;

@@ -13,21 +13,21 @@ pub struct RowSkeleton {
     pub pivots: Vec<usize>,
     /// The other rows, (m − r).
     pub others: Vec<usize>,
-    /// `T` (m − r, r), every entry at most 2 in size.
+    /// `T` (m − r, r), no entry of which exceeds the bound in size.
     pub coefficients: Mat<f64>,
 }
 
-/// Bound on the coefficients. A swap under way to it doubles the volume of the pivot rows, so few are needed.
-const COEFFICIENT_BOUND: f64 = 2.0;
+/// A loose bound on the coefficients. A swap under way to it doubles the volume of the pivot rows, so few are needed.
+pub const COEFFICIENT_BOUND: f64 = 2.0;
 
 /// Under this share of the largest pivot of the LU factorisation, columns are taken for dependent.
 const DEPENDENT_SHARE: f64 = 1e-10;
 
-/// The skeleton of `basis` (m, r), m ≥ r; dependent columns are replaced by independent ones first.
+/// The skeleton of `basis` (m, r), m ≥ r, with coefficients up to `bound` > 1 in size; dependent columns are replaced by independent ones first.
 ///
 /// LU with partial pivoting picks the rows, `T = L₂ L₁⁻¹`; then, while an entry of `T` exceeds the bound, its row and its
 /// pivot change places.
-pub fn row_skeleton(basis: MatRef<'_, f64>) -> RowSkeleton {
+pub fn row_skeleton(basis: MatRef<'_, f64>, bound: f64) -> RowSkeleton {
     let (m, r) = (basis.nrows(), basis.ncols());
     assert!(m >= r, "invariant: a basis has no more columns than rows");
     let (lu, permutation) = lu(basis.to_owned()).unwrap_or_else(|| {
@@ -38,7 +38,7 @@ pub fn row_skeleton(basis: MatRef<'_, f64>) -> RowSkeleton {
     solve_unit_upper_triangular_in_place(lu.subrows(0, r).transpose(), transposed.as_mut(), Par::Seq);
     let mut coefficients = transposed.transpose().to_owned();
     let (mut pivots, mut others) = (permutation[..r].to_vec(), permutation[r..].to_vec());
-    while let Some((i, j)) = largest_above(&coefficients, COEFFICIENT_BOUND) {
+    while let Some((i, j)) = largest_above(&coefficients, bound) {
         swap(&mut coefficients, i, j);
         std::mem::swap(&mut others[i], &mut pivots[j]);
     }
@@ -94,13 +94,14 @@ mod tests {
                 .prop_flat_map(|(m, r)| (Just(m), Just(r), proptest::collection::vec(-1.0f64..1.0, m * r))),
             decay in 0.5f64..1.0,
             zero_column in 0usize..40,
+            bound in prop_oneof![Just(COEFFICIENT_BOUND), Just(1.1)],
         ) {
             let basis = Mat::from_fn(m, r, |i, j| if j == zero_column { 0.0 } else { values[i * r + j] * decay.powi(j as i32) });
-            let skeleton = row_skeleton(basis.as_ref());
+            let skeleton = row_skeleton(basis.as_ref(), bound);
             let mut all: Vec<usize> = skeleton.pivots.iter().chain(&skeleton.others).copied().collect();
             all.sort_unstable();
             prop_assert_eq!(all, (0..m).collect::<Vec<_>>());
-            prop_assert!(skeleton.coefficients.norm_max() <= COEFFICIENT_BOUND);
+            prop_assert!(skeleton.coefficients.norm_max() <= bound);
             for (i, &row) in skeleton.others.iter().enumerate() {
                 for k in 0..r {
                     let rebuilt: f64 = (0..r).map(|j| skeleton.coefficients[(i, j)] * basis[(skeleton.pivots[j], k)]).sum();
@@ -119,7 +120,7 @@ mod tests {
             std::cmp::Ordering::Equal => 1.0,
             std::cmp::Ordering::Greater => -1.0,
         });
-        let skeleton = row_skeleton(basis.as_ref());
+        let skeleton = row_skeleton(basis.as_ref(), COEFFICIENT_BOUND);
         assert!(skeleton.coefficients.norm_max() <= COEFFICIENT_BOUND);
     }
 }

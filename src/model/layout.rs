@@ -15,6 +15,14 @@ pub enum Layout {
 }
 
 impl Layout {
+    /// As flags and reports spell it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Factors => "factors",
+            Self::Pivot => "pivot",
+        }
+    }
+
     /// Parameters of a matrix (m, n) of `rank`.
     pub fn n_parameters(self, rank: usize, (m, n): (usize, usize)) -> u64 {
         let factors = rank as u64 * (m + n) as u64;

@@ -1,23 +1,17 @@
 //! GPTQ (Frantar et al. 2022): columns are quantised one after another, and the error of each is made up for by those that
-//! are still to come, in the metric of the inputs' Gram `H`.
-//!
-//! With `H⁻¹ = Uᵀ U`, rounding column j by `e` shifts the later ones by `−(e / U_jj) U_j,j+1…`; the squares of `e / U_jj` add up
-//! to `tr(E H Eᵀ)`. Columns go in the order of falling `H_jj`, over groups whose scales were fixed before ("act-order with static
-//! groups"), so that no index of groups needs to be stored.
+//! are still to come ([`feed_back`]), in the metric of the inputs' Gram `H`. Columns go in the order of falling `H_jj`, over groups
+//! whose scales were fixed before ("act-order with static groups"), so that no index of groups needs to be stored.
 
 use faer::linalg::matmul::matmul;
-use faer::{Accum, Mat, MatMut, MatRef, Par};
-use pulp::Arch;
+use faer::{Accum, Mat, MatRef, Par};
 use serde::{Deserialize, Serialize};
 
+use super::feedback::feed_back;
 use super::grouped::{Grouped, Scale, Scheme, grids};
 use crate::linalg;
 
 /// Share of the mean diagonal of `H` that is added to it (the paper's 1 %).
 pub const DAMPING: f64 = 0.01;
-
-/// Columns that are finished before the others hear of them.
-const BLOCK: usize = 128;
 
 /// Why the result is that of rounding.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -79,31 +73,19 @@ pub fn gptq(
 
     let mut weights = Mat::from_fn(rows, cols, |i, j| values[i * cols + order[j]]);
     let upper = single(&upper);
-    let mut errors = Mat::<f32>::zeros(rows, BLOCK);
     let mut codes = vec![0u8; rows * cols];
     let mut loss = 0.0f64;
-    for first in (0..cols).step_by(BLOCK) {
-        let width = BLOCK.min(cols - first);
-        for at in 0..width {
-            let j = first + at;
-            let (column, diagonal) = (order[j], upper[(j, j)]);
-            let (mut left, later) = weights.as_mut().subcols_mut(j, first + width - j).split_at_col_mut(1);
-            let error = contiguous(errors.as_mut(), at);
-            let weight = contiguous(left.as_mut(), 0);
-            for (i, (weight, error)) in weight.iter().zip(error.iter_mut()).enumerate() {
-                let grid = &grids[i * n_groups + column / group];
-                let code = grid.code(*weight);
-                codes[i * cols + column] = code;
-                *error = (weight - grid.value(code)) / diagonal;
-            }
-            loss += error.iter().map(|&e| f64::from(e) * f64::from(e)).sum::<f64>();
-            spread(error, later, upper.row(j).subcols(j + 1, first + width - j - 1));
+    let round = |j: usize, weight: &mut [f32]| {
+        let column = order[j];
+        for (i, weight) in weight.iter_mut().enumerate() {
+            let grid = &grids[i * n_groups + column / group];
+            let code = grid.code(*weight);
+            codes[i * cols + column] = code;
+            *weight = grid.value(code);
         }
-        let rest = first + width;
-        let later = upper.submatrix(first, rest, width, cols - rest);
-        let done = errors.as_ref().subcols(0, width);
-        matmul(weights.as_mut().subcols_mut(rest, cols - rest), Accum::Add, done, later, -1.0f32, Par::Seq);
-    }
+    };
+    let spend = |error: &[f32]| loss += error.iter().map(|&e| f64::from(e) * f64::from(e)).sum::<f64>();
+    feed_back(weights.as_mut(), upper.as_ref(), round, spend);
     let rounded = rounded();
     if squared_error(values, &rounded, &single(&factor), &order) <= loss {
         return (rounded, Some(Fallback::NoGain));
@@ -115,23 +97,6 @@ pub fn gptq(
 /// roots of such a scale are exact, and change no code.
 fn to_unit_mean(mean: f64) -> f64 {
     if mean > 0.0 { 4f64.powi((-0.5 * mean.log2()).round().clamp(-500.0, 500.0) as i32) } else { 1.0 }
-}
-
-fn contiguous<'a>(matrix: MatMut<'a, f32>, column: usize) -> &'a mut [f32] {
-    let column = matrix.col_mut(column).try_as_col_major_mut();
-    column.expect("invariant: an owned matrix is column-major").as_slice_mut()
-}
-
-/// `later[:, k] −= error · row[k]`.
-fn spread(error: &[f32], mut later: MatMut<'_, f32>, row: faer::RowRef<'_, f32>) {
-    Arch::new().dispatch(|| {
-        for k in 0..later.ncols() {
-            let factor = row[k];
-            for (weight, error) in contiguous(later.as_mut(), k).iter_mut().zip(error) {
-                *weight -= error * factor;
-            }
-        }
-    });
 }
 
 /// `tr(E H Eᵀ) = ‖E F‖²` of the error of a quantised matrix, with `H = F Fᵀ` in the order of the columns.

@@ -193,6 +193,9 @@ pub struct LinearRecord {
     pub dtype: String,
     /// Of the factors; none where the linear stays dense.
     pub rank: Option<usize>,
+    /// How the factors are stored: `pivot` or `factors`.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub layout: Option<String>,
     pub component: Component,
     /// The quantiser of the base, where there is one.
     #[serde(skip_serializing_if = "Option::is_none", default)]
@@ -212,7 +215,7 @@ pub struct LinearRecord {
     /// Tokens of the calibration that its expert saw.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub expert_tokens: Option<u64>,
-    /// Error of rounding to the dtype, over the norm of the low-rank matrix; 0 in f32.
+    /// Error of rounding to the dtype in the metric of the method, over the norm of the weight in it; 0 in f32.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub storage_error: Option<f64>,
     /// What the knapsack took a unit of squared error to cost the model.

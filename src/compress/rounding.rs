@@ -1,0 +1,546 @@
+//! Parts as a 16-bit float holds them: rounded with feedback, so that what rounding costs is close to what it costs a dense weight.
+//!
+//! Rows of `T` are thousands of coefficients long, and both their own errors and those of the pivot rows `P` come out multiplied
+//! by their length. With `S = [I; T]`, so that the matrix is `S P`, and the metric `tr(G E C Eᵀ)`:
+//!
+//! - Pivots are swapped until no coefficient exceeds 1.2: rounding `P` with feedback costs the geometric mean of the spectrum of
+//!   `Sᵀ G S`, and that is least where the volume of the pivots is largest.
+//! - `T` is rounded column by column ([`feed_back`]) in the metric `P C Pᵀ`.
+//! - `P` is fitted to the rounded `T̂`, `P − X P` with `X = (Ŝᵀ G Ŝ)⁻¹ Ŝᵀ G (Ŝ − S)`: what a row of length t lost becomes
+//!   smaller by √(1 + t²). `C` cancels.
+//! - `P` is rounded row by row in the metric `Ŝᵀ G Ŝ`.
+//!
+//! Of factors, `B` is rounded to nearest (in their gauge both Grams are diagonal, so that feedback has nothing to give), and `A`
+//! fitted to it and rounded. Errors are second moments: those of values that were rounded apart are taken for independent.
+
+use faer::{Mat, MatRef};
+
+use super::low_rank::LowRank;
+use super::metric::{Metric, mean_diagonal, shifted};
+use super::pivot;
+use crate::checkpoint::{Dtype, cast};
+use crate::formats::Parts;
+use crate::linalg::{self, RowSkeleton};
+use crate::model::Layout;
+use crate::quantize::feed_back;
+
+/// Bound on the coefficients where they are rounded.
+const TIGHT_BOUND: f64 = 1.2;
+
+/// Share of its mean eigenvalue that is added to a metric of feedback: it costs a hundredth of what rounding to nearest does, and
+/// keeps values that make up for others from growing.
+const RIDGE: f64 = 1e-4;
+
+/// What rounding is measured in: one side of the metric of a weight.
+pub(super) enum Side<'a> {
+    Whole(&'a Metric),
+    /// The diagonal of a Gram that is too large to be worth its while. Of the pair it is known all the same: see [`Sides::grams`].
+    Diagonal(Metric),
+}
+
+impl Side<'_> {
+    fn metric(&self) -> &Metric {
+        match self {
+            Self::Whole(metric) => metric,
+            Self::Diagonal(metric) => metric,
+        }
+    }
+
+    fn is_whole(&self) -> bool {
+        matches!(self, Self::Whole(_))
+    }
+}
+
+/// Both sides of the metric that a pair was made in, at most one of them as a diagonal.
+pub(super) struct Sides<'a> {
+    pub output: Side<'a>,
+    pub input: Side<'a>,
+    /// `λ_k` of the pair's terms: `Bᵀ G B` and `A C Aᵀ` are diagonal, and this is their product. Not asked for where both sides
+    /// are whole.
+    pub energies: &'a [f64],
+}
+
+/// Parts whose values are all of the dtype, and the squared error of rounding in the metric.
+#[derive(Debug, Clone)]
+pub(super) struct Rounded {
+    pub parts: Parts,
+    pub squared_error: f64,
+}
+
+/// `Bᵀ G B` and `A C Aᵀ`, (r, r).
+struct Grams {
+    left: Mat<f64>,
+    right: Mat<f64>,
+}
+
+impl Sides<'_> {
+    /// The Grams of a pair `b_t` (r, m), `a` (r, n). That of a side of which only the diagonal is at hand follows from the other.
+    fn grams(&self, b_t: MatRef<'_, f64>, a: MatRef<'_, f64>) -> Grams {
+        let gram = |side: &Side<'_>, x: MatRef<'_, f64>| {
+            linalg::product_symmetric(side.metric().times(x).as_ref(), x.transpose())
+        };
+        let dual = |gram: &Mat<f64>| {
+            Mat::from_fn(gram.nrows(), gram.nrows(), |i, j| match gram[(i, i)] {
+                size if i == j && size > 0.0 => self.energies[i] / size,
+                _ => 0.0,
+            })
+        };
+        if self.input.is_whole() {
+            let right = gram(&self.input, a);
+            let left = if self.output.is_whole() { gram(&self.output, b_t) } else { dual(&right) };
+            return Grams { left, right };
+        }
+        let left = gram(&self.output, b_t);
+        Grams { right: dual(&left), left }
+    }
+}
+
+/// Lays out a pair of a matrix (m, n) in values of `dtype`.
+pub(super) fn lay_out(
+    layout: Layout,
+    pair: &LowRank,
+    shape: (usize, usize),
+    sides: &Sides<'_>,
+    dtype: Dtype,
+) -> Rounded {
+    match layout {
+        Layout::Factors => factors(pair, shape, sides, dtype),
+        Layout::Pivot => pivots(pair, shape, sides, dtype),
+    }
+}
+
+/// Rounds to nearest; what overflows is left as it is, to be refused where it is written.
+fn round(dtype: Dtype, values: &mut [f32]) {
+    for value in values {
+        let nearest = cast::nearest(dtype, *value);
+        if nearest.is_finite() {
+            *value = nearest;
+        }
+    }
+}
+
+fn rounded(dtype: Dtype, values: &[f32]) -> Vec<f32> {
+    let mut values = values.to_vec();
+    round(dtype, &mut values);
+    values
+}
+
+/// `Σ_ij rows_i columns_j (x_ij − y_ij)²` of row-major matrices.
+fn weighted_error(x: &[f32], y: &[f32], rows: &[f64], columns: &[f64]) -> f64 {
+    let row = |(x, y): (&[f32], &[f32])| -> f64 {
+        let squared = |((x, y), weight): ((&f32, &f32), &f64)| weight * (f64::from(*x) - f64::from(*y)).powi(2);
+        x.iter().zip(y).zip(columns).map(squared).sum()
+    };
+    let width = columns.len().max(1);
+    x.chunks_exact(width).zip(y.chunks_exact(width)).zip(rows).map(|(pair, weight)| weight * row(pair)).sum()
+}
+
+fn diagonal(matrix: &Mat<f64>) -> Vec<f64> {
+    (0..matrix.nrows()).map(|i| matrix[(i, i)]).collect()
+}
+
+/// `tr(X Y)` of symmetric matrices.
+fn trace_of_product(x: &Mat<f64>, y: &Mat<f64>) -> f64 {
+    x.col_iter().zip(y.col_iter()).map(|(x, y)| x.iter().zip(y.iter()).map(|(x, y)| x * y).sum::<f64>()).sum()
+}
+
+/// What a right part `A` becomes once its left part was rounded.
+struct Fit {
+    /// `A − X A` is the best that there is.
+    x: Mat<f64>,
+    /// `Ŝᵀ G Ŝ`.
+    left: Mat<f64>,
+    /// Squared error of the rounded left part with it.
+    squared_error: f64,
+}
+
+impl Fit {
+    /// Of the rounded left part `left_t` (r, m), that before it, and the Gram of the right part; none where it is singular.
+    fn new(output: &Metric, left_t: MatRef<'_, f64>, before: MatRef<'_, f64>, right: &Mat<f64>) -> Option<Self> {
+        let moved = left_t - before;
+        let weighted = output.times(moved.as_ref()); // (Ŝ − S)ᵀ G
+        let left = linalg::product_symmetric(output.times(left_t).as_ref(), left_t.transpose());
+        let shift = RIDGE * RIDGE * mean_diagonal(&left);
+        let image = linalg::product(weighted.as_ref(), left_t.transpose()); // (Ŝ − S)ᵀ G Ŝ
+        let x = linalg::solve(shifted(left.clone(), shift).as_ref(), image.transpose())?;
+        let before = linalg::product_symmetric(weighted.as_ref(), moved.transpose());
+        let gained = linalg::product_symmetric(image.as_ref(), x.as_ref());
+        let squared_error = (trace_of_product(&before, right) - trace_of_product(&gained, right)).max(0.0);
+        Some(Self { x, left, squared_error })
+    }
+
+    /// `A − X A`.
+    fn of(&self, a: MatRef<'_, f64>) -> Mat<f64> {
+        a - linalg::product(self.x.as_ref(), a)
+    }
+}
+
+fn factors(pair: &LowRank, (m, n): (usize, usize), sides: &Sides<'_>, dtype: Dtype) -> Rounded {
+    let rank = pair.rank;
+    let b_t = linalg::transposed_from_row_major(&pair.b, m, rank); // (r, m)
+    let a_t = linalg::transposed_from_row_major(&pair.a, rank, n); // (n, r)
+    let Grams { left, right } = sides.grams(b_t.as_ref(), a_t.transpose());
+    let b = rounded(dtype, &pair.b);
+    let outputs = sides.output.metric().to_diagonal(m);
+    let of_a =
+        |a: &[f32], target: &[f32]| weighted_error(a, target, &diagonal(&left), &sides.input.metric().to_diagonal(n));
+    let plain = || {
+        let a = rounded(dtype, &pair.a);
+        let squared_error = weighted_error(&b, &pair.b, &outputs, &diagonal(&right)) + of_a(&a, &pair.a);
+        Rounded { parts: Parts::Factors { rank, b: b.clone().into(), a: a.into() }, squared_error }
+    };
+    let Side::Whole(output) = &sides.output else { return plain() };
+    let left_t = linalg::transposed_from_row_major(&b, m, rank);
+    let Some(fit) = Fit::new(output, left_t.as_ref(), b_t.as_ref(), &right) else { return plain() };
+    let target = linalg::to_row_major(fit.of(a_t.transpose()).as_ref());
+    let a = rounded(dtype, &target);
+    let squared_error = fit.squared_error + of_a(&a, &target);
+    Rounded { parts: Parts::Factors { rank, b: b.into(), a: a.into() }, squared_error }
+}
+
+/// Rounds the columns of `weights` with feedback in `metric` (cols, cols), of which they are those in `order`; with what that
+/// costs each row in the metric. None where the metric has no factor.
+fn columns_with_feedback(
+    mut weights: Mat<f32>,
+    order: &[usize],
+    metric: &Mat<f64>,
+    dtype: Dtype,
+) -> Option<(Mat<f32>, Vec<f64>)> {
+    let (rows, cols) = (weights.nrows(), weights.ncols());
+    let shift = RIDGE * mean_diagonal(metric);
+    let ordered = Mat::from_fn(cols, cols, |i, j| metric[(order[i], order[j])] + if i == j { shift } else { 0.0 });
+    let (upper, _) = linalg::inverse_cholesky(ordered.as_ref())?;
+    let upper = Mat::from_fn(cols, cols, |i, j| upper[(i, j)] as f32);
+    let mut costs = vec![0.0; rows];
+    let spend = |errors: &[f32]| {
+        costs.iter_mut().zip(errors).for_each(|(cost, &error)| *cost += f64::from(error) * f64::from(error));
+    };
+    feed_back(weights.as_mut(), upper.as_ref(), |_, column| round(dtype, column), spend);
+    let is_finite = costs.iter().all(|cost| cost.is_finite());
+    is_finite.then_some((weights, costs))
+}
+
+/// Columns by falling diagonal of their metric: what weighs most is rounded while most can still make up for it.
+fn by_weight(metric: &Mat<f64>) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..metric.nrows()).collect();
+    order.sort_by(|&i, &j| metric[(j, j)].total_cmp(&metric[(i, i)]).then(i.cmp(&j)));
+    order
+}
+
+/// A pair as rows and coefficients, before anything is rounded.
+struct Skeleton<'a> {
+    rank: usize,
+    shape: (usize, usize),
+    sides: &'a Sides<'a>,
+    rows: RowSkeleton,
+    /// The pivot rows of `B`, (r, r).
+    basis: Mat<f64>,
+    /// `Aᵀ` (n, r).
+    a_t: Mat<f64>,
+    /// `Bᵀ G B`.
+    of_basis: Mat<f64>,
+    /// `P C Pᵀ`.
+    right: Mat<f64>,
+}
+
+impl<'a> Skeleton<'a> {
+    fn new(pair: &LowRank, (m, n): (usize, usize), sides: &'a Sides<'a>) -> Self {
+        let rank = pair.rank;
+        let b_t = linalg::transposed_from_row_major(&pair.b, m, rank); // (r, m)
+        let a_t = linalg::transposed_from_row_major(&pair.a, rank, n); // (n, r)
+        let rows = linalg::row_skeleton(b_t.transpose(), TIGHT_BOUND);
+        let basis = Mat::from_fn(rank, rank, |i, k| b_t[(k, rows.pivots[i])]);
+        let Grams { left, right } = sides.grams(b_t.as_ref(), a_t.transpose());
+        let right = linalg::product(basis.as_ref(), right.as_ref());
+        let right = linalg::product_symmetric(right.as_ref(), basis.transpose());
+        Self { rank, shape: (m, n), sides, rows, basis, a_t, of_basis: left, right }
+    }
+
+    /// `Sᵀ` (r, m) of coefficients.
+    fn left_t(&self, coefficients: &Mat<f64>) -> Mat<f64> {
+        let mut left_t = Mat::zeros(self.rank, self.shape.0);
+        for (place, &row) in self.rows.pivots.iter().enumerate() {
+            left_t[(place, row)] = 1.0;
+        }
+        for (i, &row) in self.rows.others.iter().enumerate() {
+            left_t.col_mut(row).copy_from(coefficients.row(i).transpose());
+        }
+        left_t
+    }
+
+    /// `Sᵀ G S = B_p⁻ᵀ (Bᵀ G B) B_p⁻¹`, or in the diagonal of `G` where the pivot rows are singular.
+    fn left(&self) -> Mat<f64> {
+        let of_basis = || {
+            let half = linalg::solve(self.basis.transpose(), self.of_basis.as_ref())?;
+            linalg::solve(self.basis.transpose(), half.transpose())
+        };
+        of_basis().unwrap_or_else(|| {
+            let left_t = self.left_t(&self.rows.coefficients);
+            linalg::product_symmetric(self.sides.output.metric().times(left_t.as_ref()).as_ref(), left_t.transpose())
+        })
+    }
+
+    /// `Pᵀ` (n, r) of the pivot rows `basis` of `B`, columns in `order`.
+    fn targets(&self, basis: &Mat<f64>, order: &[usize]) -> Mat<f32> {
+        let ordered = Mat::from_fn(self.rank, self.rank, |k, i| basis[(order[i], k)]);
+        let targets = linalg::product(self.a_t.as_ref(), ordered.as_ref());
+        Mat::from_fn(targets.nrows(), self.rank, |i, j| targets[(i, j)] as f32)
+    }
+
+    fn parts(&self, pivots: Vec<f32>, coefficients: &Mat<f64>) -> Parts {
+        Parts::Pivot {
+            rank: self.rank,
+            pivots: pivots.into(),
+            coefficients: linalg::to_row_major(coefficients.as_ref()).into(),
+            order: pivot::order(&self.rows.pivots, &self.rows.others),
+        }
+    }
+
+    /// Weights of errors in the rows of `T`, and in the columns of `P`.
+    fn weights(&self) -> (Vec<f64>, Vec<f64>) {
+        let (outputs, inputs) = (self.sides.output.metric().to_diagonal(self.shape.0), self.sides.input.metric());
+        (self.rows.others.iter().map(|&row| outputs[row]).collect(), inputs.to_diagonal(self.shape.1))
+    }
+
+    /// Both parts rounded to nearest.
+    fn plain(&self, dtype: Dtype) -> Rounded {
+        let coefficients = linalg::to_row_major(self.rows.coefficients.as_ref());
+        let pivots = linalg::to_row_major(linalg::product(self.basis.as_ref(), self.a_t.transpose()).as_ref());
+        let (t, p) = (rounded(dtype, &coefficients), rounded(dtype, &pivots));
+        let (outputs, inputs) = self.weights();
+        let squared_error = weighted_error(&t, &coefficients, &outputs, &diagonal(&self.right))
+            + weighted_error(&p, &pivots, &diagonal(&self.left()), &inputs);
+        let t = linalg::transposed_from_row_major(&t, outputs.len(), self.rank);
+        Rounded { parts: self.parts(p, &t.transpose().to_owned()), squared_error }
+    }
+
+    /// Both parts rounded with feedback; none where a metric has no factor.
+    fn fed_back(&self, dtype: Dtype) -> Option<Rounded> {
+        let (outputs, inputs) = self.weights();
+        let order = by_weight(&self.right);
+        let weights = Mat::from_fn(outputs.len(), self.rank, |i, k| self.rows.coefficients[(i, order[k])] as f32);
+        let (t, costs) = columns_with_feedback(weights, &order, &self.right, dtype)?;
+        let mut coefficients = Mat::zeros(t.nrows(), self.rank);
+        for (k, column) in t.col_iter().enumerate() {
+            coefficients.col_mut(order[k]).iter_mut().zip(column.iter()).for_each(|(to, from)| *to = f64::from(*from));
+        }
+        let fit = match &self.sides.output {
+            Side::Whole(output) => {
+                let before = self.left_t(&self.rows.coefficients);
+                Fit::new(output, self.left_t(&coefficients).as_ref(), before.as_ref(), &self.right)?
+            }
+            // Fitting would take all of `G`.
+            Side::Diagonal(_) => Fit {
+                x: Mat::zeros(self.rank, self.rank),
+                left: self.left(),
+                squared_error: costs.iter().zip(&outputs).map(|(cost, weight)| cost * weight).sum(),
+            },
+        };
+        let order = by_weight(&fit.left);
+        let targets = self.targets(&fit.of(self.basis.as_ref()), &order);
+        let (p, costs) = columns_with_feedback(targets, &order, &fit.left, dtype)?;
+        let n = p.nrows();
+        let mut pivots = vec![0.0; self.rank * n];
+        for (k, column) in p.col_iter().enumerate() {
+            pivots[order[k] * n..][..n].iter_mut().zip(column.iter()).for_each(|(to, from)| *to = *from);
+        }
+        let of_pivots: f64 = costs.iter().zip(&inputs).map(|(cost, weight)| cost * weight).sum();
+        Some(Rounded { parts: self.parts(pivots, &coefficients), squared_error: fit.squared_error + of_pivots })
+    }
+}
+
+fn pivots(pair: &LowRank, shape: (usize, usize), sides: &Sides<'_>, dtype: Dtype) -> Rounded {
+    let skeleton = Skeleton::new(pair, shape, sides);
+    skeleton.fed_back(dtype).unwrap_or_else(|| skeleton.plain(dtype))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::compress::low_rank::{self, Decomposition};
+    use crate::compress::metric::MetricPair;
+
+    const DTYPE: Dtype = Dtype::BF16;
+
+    fn noise(rows: usize, cols: usize, seed: u64) -> Mat<f64> {
+        let mut state = seed;
+        Mat::from_fn(rows, cols, |_, _| {
+            // SplitMix64; the sum of four is close enough to a normal value.
+            let mut next = || {
+                state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+                let mixed = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+                let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+                ((mixed ^ (mixed >> 31)) >> 11) as f64 / (1u64 << 53) as f64 - 0.5
+            };
+            next() + next() + next() + next()
+        })
+    }
+
+    /// Samples of `n` features whose spectrum falls, with one far above the others.
+    fn samples(n: usize, seed: u64) -> Mat<f64> {
+        let mixed = noise(3 * n, n, seed) * linalg::orthonormal_columns(noise(n, n, seed + 1)).transpose();
+        let decay = |j: usize| if j == 0 { 8.0 } else { (1.0 + j as f64).powf(-0.5) };
+        let faded = Mat::from_fn(3 * n, n, |i, j| mixed[(i, j)] * decay(j));
+        faded * linalg::orthonormal_columns(noise(n, n, seed + 2)).transpose()
+    }
+
+    fn form(kind: &str, n: usize, seed: u64) -> Metric {
+        let samples = samples(n, seed);
+        let gram = samples.transpose() * &samples;
+        match kind {
+            "identity" => Metric::Identity,
+            "diagonal" => Metric::diagonal((0..n).map(|i| gram[(i, i)]).collect()),
+            _ => Metric::damped(gram, 0.01),
+        }
+    }
+
+    fn weight(m: usize, n: usize) -> Mat<f64> {
+        let k = m.min(n);
+        let left = linalg::orthonormal_columns(noise(m, k, 11));
+        let faded = Mat::from_fn(m, k, |i, j| left[(i, j)] * (1.0 + j as f64).powf(-0.5));
+        faded * linalg::orthonormal_columns(noise(n, k, 12)).transpose()
+    }
+
+    struct Case {
+        weight: Mat<f64>,
+        output: Metric,
+        input: Metric,
+        decomposition: Decomposition,
+        pair: LowRank,
+    }
+
+    impl Case {
+        fn new((m, n): (usize, usize), rank: usize, output: &str, input: &str) -> Self {
+            let (weight, output, input) = (weight(m, n), form(output, m, 1), form(input, n, 2));
+            let metric = MetricPair { output: &output, input: &input };
+            let decomposition = low_rank::decompose(weight.as_ref(), metric, rank).unwrap();
+            let pair = decomposition.truncate(weight.as_ref(), rank);
+            Self { weight, output, input, decomposition, pair }
+        }
+
+        /// As a study knows them: of the larger side only the diagonal of a Gram.
+        fn sides(&self) -> Sides<'_> {
+            let (m, n) = (self.weight.nrows(), self.weight.ncols());
+            let diagonal = |metric: &Metric, n| Side::Diagonal(Metric::diagonal(metric.to_diagonal(n)));
+            let is_full = |metric: &Metric| matches!(metric, Metric::Full(_));
+            let (mut output, mut input) = (Side::Whole(&self.output), Side::Whole(&self.input));
+            if m <= n && is_full(&self.input) {
+                input = diagonal(&self.input, n);
+            } else if m > n && is_full(&self.output) {
+                output = diagonal(&self.output, m);
+            }
+            Sides { output, input, energies: self.decomposition.curve.energies() }
+        }
+
+        /// Error of parts beside the pair, over the norm of the weight, both in the metric.
+        fn error(&self, parts: &Parts) -> f64 {
+            let (m, n) = (self.weight.nrows(), self.weight.ncols());
+            let pair = linalg::product_row_major(&self.pair.b, &self.pair.a, m, self.pair.rank, n);
+            let [found, exact] =
+                [parts.product(m, n), pair].map(|values| linalg::transposed_from_row_major(&values, m, n));
+            let metric = MetricPair { output: &self.output, input: &self.input };
+            (metric.squared_norm((found - exact).transpose()) / self.decomposition.curve.squared_error(0)).sqrt()
+        }
+
+        fn rounded(&self, layout: Layout) -> Rounded {
+            let rounded = lay_out(layout, &self.pair, self.weight.shape(), &self.sides(), DTYPE);
+            assert_eq!(rounded.parts.rounded(DTYPE).unwrap(), rounded.parts, "every value is one of the dtype");
+            rounded
+        }
+
+        /// Error of the layout, rounded to nearest.
+        fn plain(&self, layout: Layout) -> f64 {
+            self.error(&pivot::lay_out(layout, self.pair.clone(), self.weight.shape()).rounded(DTYPE).unwrap())
+        }
+    }
+
+    #[test]
+    fn feedback_beats_rounding_in_all_nine_metrics_and_knows_its_error() {
+        let mut gains = [Vec::new(), Vec::new()];
+        for shape in [(48, 96), (96, 48), (64, 64)] {
+            let rank = Layout::Pivot.largest_saving_rank(shape) * 7 / 10;
+            for output in ["identity", "diagonal", "full"] {
+                for input in ["identity", "diagonal", "full"] {
+                    let case = Case::new(shape, rank, output, input);
+                    for layout in [Layout::Pivot, Layout::Factors] {
+                        let rounded = case.rounded(layout);
+                        let (found, plain) = (case.error(&rounded.parts), case.plain(layout));
+                        let expected = (rounded.squared_error / case.decomposition.curve.squared_error(0)).sqrt();
+                        let name = format!("{shape:?} {output} {input} {layout:?}: {found} {plain} {expected}");
+                        // Of factors little is to be gained, and chance decides where one input outweighs all others.
+                        let (bound, gains) = match layout {
+                            Layout::Pivot => (1.0, &mut gains[0]),
+                            Layout::Factors => (1.4, &mut gains[1]),
+                        };
+                        assert!(found < bound * plain, "{name}");
+                        gains.push(plain / found);
+                        assert!((0.6..1.6).contains(&(expected / found)), "{name}");
+                    }
+                }
+            }
+        }
+        let means = gains.map(|gains| gains.iter().sum::<f64>() / gains.len() as f64);
+        assert!(means[0] > 1.5 && means[1] > 1.0, "{means:?}");
+    }
+
+    #[test]
+    fn long_coefficients_cost_no_more_than_twice_what_a_dense_weight_does() {
+        for shape in [(160, 560), (560, 160)] {
+            let case = Case::new(shape, 120, "full", "full");
+            let metric = MetricPair { output: &case.output, input: &case.input };
+            let dense = Mat::from_fn(shape.0, shape.1, |i, j| {
+                case.weight[(i, j)] - f64::from(cast::nearest(DTYPE, case.weight[(i, j)] as f32))
+            });
+            let dense = (metric.squared_norm(dense.as_ref()) / case.decomposition.curve.squared_error(0)).sqrt();
+            let (found, plain) = (case.error(&case.rounded(Layout::Pivot).parts), case.plain(Layout::Pivot));
+            assert!(found < 2.0 * dense && found < 0.4 * plain, "{shape:?}: {found}, plain {plain}, dense {dense}");
+        }
+    }
+
+    #[test]
+    fn a_pair_of_rank_one_is_rounded_as_by_hand() {
+        // Rows 3 and 1 + 2⁻⁹ of the column, plain metric: the pivot is 3, the coefficient c = (1 + 2⁻⁹) / 3 rounded to ĉ, and
+        // the row is the nearest value to a (1 + c ĉ) / (1 + ĉ²).
+        let (long, short) = (3.0f32, 1.0 + 1.0 / 512.0);
+        let a = [0.71f32, -1.3, 2.9];
+        let pair = LowRank { rank: 1, b: vec![short, long], a: a.to_vec() };
+        let energies = [f64::from(long * long + short * short)];
+        let sides = Sides {
+            output: Side::Whole(&Metric::Identity),
+            input: Side::Whole(&Metric::Identity),
+            energies: &energies,
+        };
+        let Parts::Pivot { pivots, coefficients, order, .. } =
+            lay_out(Layout::Pivot, &pair, (2, 3), &sides, DTYPE).parts
+        else {
+            panic!("pivots were asked for");
+        };
+        let c = f64::from(short) / f64::from(long);
+        let c_hat = f64::from(cast::nearest(DTYPE, c as f32));
+        assert_eq!((order, coefficients.values().to_vec()), (vec![1, 0], vec![c_hat as f32]));
+        let fitted = a.map(|a| f64::from(a) * f64::from(long) * (1.0 + c * c_hat) / (1.0 + c_hat * c_hat));
+        assert_eq!(pivots.values().to_vec(), fitted.map(|v| cast::nearest(DTYPE, v as f32)));
+    }
+
+    #[test]
+    fn what_cannot_be_fed_back_is_rounded() {
+        // Zeros have no metric; dependent columns have a singular one; full rank leaves no coefficients.
+        for (b, a) in [(vec![0.0; 12], vec![0.0; 10]), (vec![0.3; 12], vec![0.7; 10])] {
+            let pair = LowRank { rank: 2, b, a };
+            for layout in [Layout::Pivot, Layout::Factors] {
+                let sides = Sides {
+                    output: Side::Whole(&Metric::Identity),
+                    input: Side::Whole(&Metric::Identity),
+                    energies: &[0.0; 2],
+                };
+                let rounded = lay_out(layout, &pair, (6, 5), &sides, DTYPE);
+                let exact = linalg::product_row_major(&pair.b, &pair.a, 6, 2, 5);
+                for (found, exact) in rounded.parts.product(6, 5).iter().zip(exact) {
+                    assert!((found - exact).abs() <= 0.01 * exact.abs(), "{found} {exact}");
+                }
+            }
+        }
+        let case = Case::new((6, 9), 6, "full", "full");
+        assert!(case.error(&case.rounded(Layout::Pivot).parts) < 4e-3);
+    }
+}
