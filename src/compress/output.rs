@@ -126,7 +126,8 @@ pub(super) fn finish(
         text: formats::loading(exporter, &config, output.files().has_adapter()),
         library: exporter.library(),
     };
-    output.finish(folder, &[CARD_FILE, REPORT_FILE, RECIPE_FILE, PAGE_FILE])?;
+    let left_out = output.finish(folder, &[CARD_FILE, REPORT_FILE, RECIPE_FILE, PAGE_FILE])?;
+    report.left_out = left_out.into_iter().map(Into::into).collect();
     let recipe = toml::to_string(&recipe.to_options())?;
     folder.write(RECIPE_FILE, format!("# lrc compress MODEL -o OUT --recipe {RECIPE_FILE}\n{recipe}").as_bytes())?;
     folder.write(CARD_FILE, card::render(report, job.checkpoint, &loading).as_bytes())?;

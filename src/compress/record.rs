@@ -185,6 +185,7 @@ pub(super) fn report(
         sizes,
         linear: summary(&linears),
         passed_through: passed_through(job, &linears),
+        left_out: Vec::new(),
         linears,
         control: None,
         truncated: None,

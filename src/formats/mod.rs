@@ -25,7 +25,7 @@ use crate::model::config::native_config;
 use crate::model::inventory::LinearInfo;
 
 pub use factored::load;
-pub use output::{Files, Output};
+pub use output::{Files, Output, copy_side};
 pub use parts::{Base, Entry, Matrix, Module, Pair, Parts};
 
 /// The formats, as a user names them.

@@ -8,7 +8,8 @@ use super::{Container, Entry, Exporter, Format, NamedBytes, OutTensor, Source, T
 use crate::checkpoint::encoded::{ADAPTER_FILE, ADAPTER_FOLDER};
 use crate::checkpoint::gguf::{self, GgufTensor, GgufWriter};
 use crate::checkpoint::{
-    CONFIG_FILE, CheckpointError, OutputFolder, SafetensorsWriter, Stack, TensorSpec, io, writer_bytes,
+    CONFIG_FILE, Checkpoint, CheckpointError, LeftOut, OutputFolder, SafetensorsWriter, Stack, TensorSpec, io,
+    writer_bytes,
 };
 use crate::error::Failure;
 use crate::model::inventory::{self, LinearInfo};
@@ -264,12 +265,12 @@ impl<'a> Output<'a> {
         }
     }
 
-    /// Copies everything that was not compressed, and writes the config and what else the format needs; `leave` are names of
-    /// side files of the source that are not copied.
+    /// Copies everything that was not compressed, and writes the config and what else the format needs; `replaced` are side files
+    /// and folders of the source that the output has its own of. What was left out of it, and why.
     ///
     /// # Errors
     /// The disk refuses, or a tensor of the source is broken.
-    pub fn finish(mut self, folder: &OutputFolder, leave: &[&str]) -> Result<()> {
+    pub fn finish(mut self, folder: &OutputFolder, replaced: &[&str]) -> Result<Vec<LeftOut>> {
         let (source, exporter) = (self.files.source, self.files.exporter);
         for planned in std::mem::take(&mut self.files.tensors) {
             let OutTensor { target, name, .. } = planned.tensor;
@@ -286,11 +287,7 @@ impl<'a> Output<'a> {
         if let Some(adapter) = self.adapter {
             adapter.finish()?;
         }
-        for file in source.checkpoint.side_files()? {
-            if !leave.iter().any(|name| file.ends_with(name)) {
-                folder.copy(&file)?;
-            }
-        }
+        let left_out = copy_side(source.checkpoint, folder, replaced)?;
         if !self.files.modules.is_empty() {
             for (name, content) in exporter.side_files(source, &self.files.modules) {
                 folder.write(&name, content.as_bytes())?;
@@ -300,6 +297,25 @@ impl<'a> Output<'a> {
             let config = exporter.config(source, &self.files.modules);
             folder.write(CONFIG_FILE, (serde_json::to_string_pretty(&config)? + "\n").as_bytes())?;
         }
-        Ok(())
+        Ok(left_out)
     }
+}
+
+/// Copies what lies beside the weights of a checkpoint, but for `replaced`. What was left out, and why.
+///
+/// # Errors
+/// A file cannot be read, or the disk refuses.
+pub fn copy_side(
+    checkpoint: &Checkpoint,
+    folder: &OutputFolder,
+    replaced: &[&str],
+) -> Result<Vec<LeftOut>, CheckpointError> {
+    let side = checkpoint.side(replaced, &|path| folder.is_own(path))?;
+    for name in &side.empty_folders {
+        folder.create_folder(name)?;
+    }
+    for name in &side.files {
+        folder.copy(&checkpoint.root().join(name), name)?;
+    }
+    Ok(side.left_out)
 }

@@ -1,5 +1,7 @@
 //! Which tensors of a checkpoint are linears: by name and shape, for every family, known or not.
 
+use std::collections::BTreeSet;
+
 use anyhow::Result;
 
 use super::architectures::{self, LinearId, Role};
@@ -151,6 +153,30 @@ pub fn linears(checkpoint: &Checkpoint) -> Vec<LinearInfo> {
         });
     }
     linears
+}
+
+/// What is missing of a checkpoint whose config counts more blocks than its files hold, in words; none where all are there, or where
+/// the family is not known.
+pub fn missing_blocks(checkpoint: &Checkpoint) -> Option<String> {
+    let architecture = config::model_type(checkpoint).and_then(architectures::find)?;
+    let count = architecture.in_common_words(checkpoint.config()?).get("num_hidden_layers")?.as_u64()?;
+    let found: BTreeSet<u64> =
+        checkpoint.tensors().filter_map(|info| architecture.block_of(&info.name)).map(|block| block as u64).collect();
+    let missing = (0..count).find(|block| !found.contains(block)).filter(|_| !found.is_empty())?;
+    let root = checkpoint.root().display();
+    let of = found.range(..count).count();
+    Some(format!(
+        "`{root}` is half a checkpoint: it has {of} of the {count} blocks of its config, and no block {missing}"
+    ))
+}
+
+/// Refuses a checkpoint that lacks blocks.
+///
+/// # Errors
+/// See [`missing_blocks`].
+pub fn expect_blocks(checkpoint: &Checkpoint) -> Result<()> {
+    const HINT: &str = "check that all shards are there, and `num_hidden_layers` in `config.json`";
+    missing_blocks(checkpoint).map_or(Ok(()), |missing| Err(Failure::unsupported(missing).hint(HINT).into()))
 }
 
 /// Whether a tensor is a stack of the matrices of experts. Which side is out is not written in a file: it is taken as stored.
