@@ -6,7 +6,7 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use rayon::prelude::*;
 
-use crate::checkpoint::{Checkpoint, OutputFolder};
+use crate::checkpoint::{Checkpoint, OutputFolder, expect_apart};
 use crate::formats::{self, Base, Entry, Files, Format, Output, Pair, Source};
 use crate::model::Layout;
 use crate::model::inventory::{self, LinearInfo, Stored};
@@ -29,7 +29,8 @@ pub struct ExportJob<'a> {
 }
 
 /// Files of a compressed folder that belong to its format, or are written anew.
-const LEFT: [&str; 5] = ["README.md", REPORT_FILE, PAGE_FILE, "modeling_lrc.py", "lrc-recipe.toml"];
+const REPLACED: [&str; 6] =
+    ["README.md", REPORT_FILE, PAGE_FILE, "modeling_lrc.py", "lrc-recipe.toml", "lrc-curves.safetensors"];
 
 /// Writes a checkpoint, compressed or not, in another format.
 ///
@@ -39,6 +40,8 @@ pub fn export(job: &ExportJob<'_>, progress: &dyn Progress) -> Result<ExportRepo
     let started = Instant::now();
     let checkpoint = job.checkpoint;
     OutputFolder::check(job.output, job.force, REPORT_FILE)?;
+    expect_apart(job.output, [checkpoint.root()])?;
+    inventory::expect_blocks(checkpoint)?;
     let source = Source::new(checkpoint);
     let linears = inventory::linears(checkpoint);
     let entries = linears.iter().map(|linear| entry(checkpoint, linear)).collect::<Result<Vec<_>>>()?;
@@ -68,7 +71,7 @@ pub fn export(job: &ExportJob<'_>, progress: &dyn Progress) -> Result<ExportRepo
         text: formats::loading(exporter, &source.config, output.files().has_adapter()),
         library: exporter.library(),
     };
-    output.finish(&folder, &LEFT)?;
+    let left_out = output.finish(&folder, &REPLACED)?.left_out;
     let compressed = std::fs::read(checkpoint.root().join(REPORT_FILE)).ok();
     let mut report = ExportReport {
         schema_version: SCHEMA_VERSION,
@@ -79,6 +82,7 @@ pub fn export(job: &ExportJob<'_>, progress: &dyn Progress) -> Result<ExportRepo
         linears: modules.into_iter().map(|(linear, _)| linear.module).collect(),
         bytes_before: checkpoint.n_bytes(),
         bytes_after,
+        left_out: left_out.into_iter().map(Into::into).collect(),
         compressed: compressed.and_then(|bytes| serde_json::from_slice(&bytes).ok()),
         output_files: Default::default(),
         elapsed_seconds: 0.0,

@@ -12,6 +12,8 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
+use crate::checkpoint::create_file;
+
 /// Where pieces are kept; the default keeps none.
 #[derive(Debug, Default)]
 pub struct Journal {
@@ -137,7 +139,7 @@ impl Journal {
         let header = json!({"fields": fields, "lengths": lengths}).to_string();
         let partial = path.with_extension("partial");
         let write = || -> std::io::Result<()> {
-            let mut file = BufWriter::with_capacity(1 << 20, File::create(&partial)?);
+            let mut file = BufWriter::with_capacity(1 << 20, create_file(&partial)?);
             let mut checksum = crc32fast::Hasher::new();
             file.write_all(&[0; PREFIX])?;
             let mut both = |file: &mut BufWriter<File>, bytes: &[u8]| {

@@ -418,3 +418,93 @@ fn a_folder_under_construction_is_left_to_its_owner() {
     drop(owner);
     ok(&["compress", FIXTURE, "-o", path(&out), "--keep", "0.8", "-q"]);
 }
+
+#[test]
+fn half_a_checkpoint_is_no_checkpoint() {
+    let broken = Broken::sharded();
+    let (model, out) = (broken.model(), broken.folder.path().join("out"));
+    let (index, first) = (model.join("model.safetensors.index.json"), model.join("model-00001-of-00004.safetensors"));
+    // One shard by its name, beside the others.
+    for command in [&["inspect", path(&first)][..], &["compress", path(&first), "-o", path(&out), "--keep", "0.8"]] {
+        broken.check_one(command, 4, &["one of 4 shards", "hint: give the folder"]);
+    }
+    // An index that was cut short with its shards.
+    let text = std::fs::read_to_string(&index).unwrap();
+    let mut short: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let last = "model-00004-of-00004.safetensors";
+    short["weight_map"].as_object_mut().unwrap().retain(|_, shard| shard != last);
+    std::fs::write(&index, short.to_string()).unwrap();
+    broken.check(4, &["names 3 shards", "is one of 4", "incomplete"]);
+    // One shard and no index, as a folder and as a file.
+    for shard in 2..=4 {
+        std::fs::remove_file(model.join(format!("model-0000{shard}-of-00004.safetensors"))).unwrap();
+    }
+    std::fs::remove_file(index).unwrap();
+    broken.check(4, &["one of 4 shards", "hint: the download is incomplete"]);
+    broken.check_one(&["export", path(&first), "--format", "dense", "-o", path(&out)], 4, &["one of 4 shards"]);
+}
+
+#[test]
+fn a_config_with_more_blocks_than_the_file_is_named() {
+    let broken = Broken::new();
+    broken.edit_config("\"num_hidden_layers\": 4", "\"num_hidden_layers\": 6");
+    let (model, out) = (broken.model(), broken.folder.path().join("out"));
+    let out = ["-o", path(&out)];
+    let parts = ["half a checkpoint", "4 of the 6 blocks", "no block 4", "hint: check that all shards are there"];
+    for command in [
+        &["compress", path(&model), "--keep", "0.8"][..],
+        &["compress", path(&model), "--keep", "0.8", "--calibration", TRAIN],
+        &["export", path(&model), "--format", "dense"],
+        &["sweep", path(&model), "--keep", "0.8", "--text", HELD_OUT],
+    ] {
+        broken.check_one(&[command, &out].concat(), 4, &parts);
+    }
+    broken.check_one(&["eval", path(&model), "--text", HELD_OUT], 4, &["model.layers.4.", "hint:"]);
+    let run = ok(&["inspect", path(&model)]);
+    assert!(run.stderr.contains("4 of the 6 blocks"), "{}", run.stderr);
+}
+
+/// Moves the settings of a quantised output out of its config, as other tools have them.
+fn move_settings(model: &Path, file: &str, change: impl Fn(&mut serde_json::Value)) {
+    let path = model.join("config.json");
+    let mut config: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    let mut settings = config.as_object_mut().unwrap().shift_remove("quantization_config").unwrap();
+    settings.as_object_mut().unwrap().shift_remove("quant_method");
+    change(&mut settings);
+    std::fs::write(path, config.to_string()).unwrap();
+    std::fs::write(model.join(file), settings.to_string()).unwrap();
+}
+
+#[test]
+fn settings_of_a_quantiser_are_found_where_other_tools_have_them() {
+    let quantised = || {
+        let broken = Broken { folder: tempfile::tempdir().unwrap() };
+        ok(&["compress", FIXTURE, "-o", path(&broken.model()), "-q", "--quant", "rtn-int4-g32", "--format", "gptq"]);
+        broken
+    };
+    // GPTQ as AutoGPTQ writes it is read like our own.
+    let broken = quantised();
+    let (model, out) = (broken.model(), broken.folder.path().join("out"));
+    let eval = ["eval", path(&model), "--text", HELD_OUT, "--max-windows", "4", "--json"];
+    let expected = ok(&eval).json()["ppl"].clone();
+    move_settings(&model, "quantize_config.json", |_| {});
+    assert_eq!(ok(&eval).json()["ppl"], expected);
+    ok(&["export", path(&model), "--format", "dense", "-o", path(&out), "-q"]);
+    let dense = Checkpoint::open(&out).unwrap();
+    assert!(dense.tensors().all(|info| !info.name.ends_with(".qweight") && info.storage().is_none()));
+    assert!(!out.join("quantize_config.json").exists(), "settings of codes that are not there any more");
+    let eval = ["eval", path(&out), "--text", HELD_OUT, "--max-windows", "4", "--json"];
+    assert_eq!(ok(&eval).json()["ppl"], expected);
+
+    let check = |file: &str, change: &dyn Fn(&mut serde_json::Value), parts: &[&str]| {
+        let broken = quantised();
+        move_settings(&broken.model(), file, change);
+        broken.check(4, parts);
+        let out = broken.folder.path().join("out");
+        broken.check_one(&["export", path(&broken.model()), "--format", "dense", "-o", path(&out)], 4, parts);
+    };
+    check("quantize_config.json", &|settings| settings["bits"] = 3.into(), &["quantised by gptq, 3 bits", "hint:"]);
+    check("quant_config.json", &|_| {}, &["quantised by awq", "hint:"]);
+    check("hf_quant_config.json", &|_| {}, &["quantised by modelopt", "hint:"]);
+    check("elsewhere.json", &|_| {}, &[".qweight`", "packed by a quantiser", "hint: get `quantize_config.json`"]);
+}

@@ -63,6 +63,9 @@ impl Hub {
         let mut files: BTreeMap<String, Vec<u8>> = std::fs::read_dir(folder).unwrap().map(read).collect();
         files.insert("pytorch_model.bin".into(), vec![0; 10]);
         files.insert("onnx/model.safetensors".into(), vec![0; 10]);
+        files.insert("onnx/config.json".into(), vec![0; 10]);
+        files.insert("1_Pooling/config.json".into(), b"{}".to_vec());
+        files.insert("2_Dense/pytorch_model.bin".into(), vec![0; 10]);
         Self::start(files)
     }
 
@@ -168,8 +171,12 @@ fn a_model_is_downloaded_once_and_used_offline() {
     assert!(requests.iter().all(|(_, _, token)| token.as_deref() == Some("secret")), "{requests:?}");
     let fetched = |name: &str| requests.iter().any(|(method, target, _)| method == "GET" && target.ends_with(name));
     assert!(fetched("tokenizer.json") && fetched("/model.safetensors"));
-    // Other formats, and second copies in subfolders, are not.
-    assert!(!fetched(".bin") && !fetched("onnx/model.safetensors"), "{requests:?}");
+    // Other formats, and second copies in folders, are not.
+    let at_top = format!("{COMMIT}/pytorch_model.bin");
+    let of_others = [at_top.as_str(), "onnx/model.safetensors", "onnx/config.json"];
+    assert!(!of_others.iter().any(|name| fetched(name)), "{requests:?}");
+    // Modules beside the model are, with weights of their own.
+    assert!(fetched("1_Pooling/config.json") && fetched("2_Dense/pytorch_model.bin"), "{requests:?}");
     assert!(
         home.path().join("hub/models--org--tiny/snapshots").join(COMMIT).join("config.json").exists(),
         "Python's layout"

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use super::observe::Observation;
 use super::statistics::{Key, Needs, unpack_gram};
-use crate::checkpoint::{Checkpoint, Dtype, Fingerprint, TensorSpec, cast, write_file};
+use crate::checkpoint::{Checkpoint, Dtype, Fingerprint, TensorSpec, cast, check_file, write_file};
 use crate::error::Failure;
 use crate::journal::Array;
 use crate::model::LinearId;
@@ -120,7 +120,7 @@ impl Statistics {
                 .hint("`lrc calibrate MODEL --text FILE -o STATISTICS` makes one")
                 .into());
         }
-        let file = Checkpoint::open(path)?;
+        let file = Checkpoint::open_arrays(path)?;
         let foreign = |reason: &str| {
             Failure::unsupported(format!("`{}` holds no statistics of this version: {reason}", path.display()))
                 .hint("`lrc calibrate MODEL --text FILE -o STATISTICS` makes them")
@@ -383,12 +383,7 @@ pub fn check_output(path: &Path, force: bool) -> Result<()> {
             .hint("the file is safetensors: let its name end in `.safetensors`")
             .into());
     }
-    if path.is_dir() || (path.exists() && !force) {
-        return Err(Failure::usage(format!("`{}` exists", path.display()))
-            .hint("choose another name, or replace the file with `--force`")
-            .into());
-    }
-    Ok(())
+    Ok(check_file(path, force)?)
 }
 
 fn write(

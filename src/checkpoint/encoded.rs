@@ -269,13 +269,18 @@ impl View {
         }
     }
 
-    /// Recognises everything that the config tells of.
+    /// Recognises everything that the config and the settings of a quantiser describe.
     ///
     /// # Errors
     /// The checkpoint is quantised in a way that is not read here.
-    pub fn decode(&mut self, config: &Map<String, Value>, path: &Path) -> Result<()> {
+    pub fn decode(
+        &mut self,
+        config: &Map<String, Value>,
+        quantization: Option<&Map<String, Value>>,
+        path: &Path,
+    ) -> Result<()> {
         self.packed(config, path)?;
-        let Some(quantization) = config.get("quantization_config").and_then(Value::as_object) else { return Ok(()) };
+        let Some(quantization) = quantization else { return Ok(()) };
         let text = |key: &str| quantization.get(key).and_then(Value::as_str).unwrap_or("unknown");
         let refuse = |what: &str| {
             let method = format!("{}{what}", text("quant_method"));

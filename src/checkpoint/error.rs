@@ -7,6 +7,8 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
+use super::{INDEX_FILE, place};
+
 /// Why a checkpoint could not be read or written.
 #[derive(Debug, Error)]
 #[non_exhaustive]
@@ -47,6 +49,12 @@ pub enum CheckpointError {
     #[error("`{}` names shard `{shard}`, which is not in the folder", path.display())]
     MissingShard { path: PathBuf, shard: String },
 
+    #[error("`{}` is one of {count} shards, and half a model without the others", path.display())]
+    LoneShard { path: PathBuf, count: usize },
+
+    #[error("`{}` names {found} shards, but `{}` is one of {count}", path.display(), first.display())]
+    FewShards { path: PathBuf, count: usize, found: usize, first: PathBuf },
+
     #[error("`{}` names shard `{shard}`, which is not a plain file name", path.display())]
     ShardOutside { path: PathBuf, shard: String },
 
@@ -64,6 +72,9 @@ pub enum CheckpointError {
 
     #[error("`{}` is quantised by {method}, which lrc does not read", path.display())]
     Quantised { path: PathBuf, method: String },
+    #[error("tensor `{tensor}` in `{}` is packed by a quantiser, and no file there says which", path.display())]
+    Packed { path: PathBuf, tensor: String },
+
     #[error("tensor `{tensor}` in `{}` cannot be decoded: {reason}", path.display())]
     Encoding { path: PathBuf, tensor: String, reason: String },
     #[error("tensor `{tensor}` in `{}` has {count} NaN or infinite values, the first at element {first}", path.display())]
@@ -74,6 +85,18 @@ pub enum CheckpointError {
 
     #[error("output folder `{}` exists", path.display())]
     OutputExists { path: PathBuf },
+
+    #[error("`{}` exists", path.display())]
+    FileExists { path: PathBuf },
+
+    #[error("`{}` cannot be the output: {reason}", path.display())]
+    OutputUnusable { path: PathBuf, reason: String },
+
+    #[error("`{}` is neither a file nor a folder, and lrc makes nothing else in `{}`", path.display(), work.display())]
+    StrangeWork { path: PathBuf, work: PathBuf },
+
+    #[error("cannot move the finished output from `{}` to `{}`: {reason}", path.display(), target.display())]
+    NotMoved { path: PathBuf, target: PathBuf, reason: String },
 
     #[error("`{}` is being written by another run", path.display())]
     OutputBusy { path: PathBuf },
@@ -106,9 +129,13 @@ impl CheckpointError {
             }
             DuplicateTensor { .. } => "remove the shard that does not belong to this checkpoint".into(),
             Json { .. } => "the file must be valid JSON; compare it with the one of the original repository".into(),
-            MissingShard { .. } | TensorAbsentFromShard { .. } => {
+            MissingShard { .. } | FewShards { .. } | TensorAbsentFromShard { .. } => {
                 "the download is incomplete: get the missing shard, or download the repository again".into()
             }
+            LoneShard { path, .. } if place::folder_of(path).join(INDEX_FILE).is_file() => {
+                format!("give the folder of all shards, `{}`", place::folder_of(path).display())
+            }
+            LoneShard { .. } => format!("the download is incomplete: get the other shards and `{INDEX_FILE}`, and give the folder"),
             ShardOutside { .. } => "an index may only name files beside itself; do not use this checkpoint".into(),
             TensorAbsent { tensor, .. } if tensor.starts_with("lm_head") => {
                 "if the model shares its embeddings, `config.json` must say `\"tie_word_embeddings\": true`".into()
@@ -119,10 +146,17 @@ impl CheckpointError {
             Quantised { .. } => {
                 "give the original 16- or 32-bit checkpoint; lrc reads its own formats, symmetric compressed-tensors and GPTQ".into()
             }
+            Packed { .. } => {
+                "get `quantize_config.json` or the whole `config.json` of its repository, or give the original checkpoint".into()
+            }
             Encoding { .. } => "the file is damaged, or `config.json` belongs to another one".into(),
             NonFinite { .. } => "the weight is broken at its source; get the file again or repair the checkpoint".into(),
             Overflow { .. } => "convert the checkpoint to a wider dtype (BF16 or F32) first".into(),
             OutputExists { .. } => "choose another folder, or give `--force` to replace it".into(),
+            FileExists { .. } => "choose another name, or replace the file with `--force`".into(),
+            OutputUnusable { .. } => "choose a name that is free, or for a folder one that is empty".into(),
+            StrangeWork { work, .. } => format!("lrc follows no links there; remove `{}` if nobody needs it", work.display()),
+            NotMoved { path, .. } => format!("nothing is lost: `{}` is whole, and can be moved by hand", path.display()),
             OutputBusy { path } => format!("wait for the other run; if there is none, remove `{}`", path.display()),
             Unfinished { path } => format!("finish it with the command that began it, or remove `{}`", path.display()),
             OtherJob { .. } => "go on with the arguments and the source of that run, or begin anew with `--restart`".into(),
@@ -142,7 +176,10 @@ impl CheckpointError {
     /// True when the machine, not the input, is at fault: disk, memory, network.
     pub fn is_resource(&self) -> bool {
         match self {
-            Self::NoSpace { .. } | Self::OutputBusy { .. } | Self::Hub { network: true, .. } => true,
+            Self::NoSpace { .. }
+            | Self::OutputBusy { .. }
+            | Self::NotMoved { .. }
+            | Self::Hub { network: true, .. } => true,
             Self::Io { source, .. } => source.kind() != std::io::ErrorKind::NotFound,
             _ => false,
         }
@@ -155,7 +192,16 @@ impl CheckpointError {
 
     /// True when the command itself is at fault.
     pub fn is_usage(&self) -> bool {
-        matches!(self, Self::OutputExists { .. } | Self::Unfinished { .. } | Self::OtherJob { .. })
+        use CheckpointError::*;
+        matches!(
+            self,
+            OutputExists { .. }
+                | FileExists { .. }
+                | OutputUnusable { .. }
+                | StrangeWork { .. }
+                | Unfinished { .. }
+                | OtherJob { .. }
+        )
     }
 }
 

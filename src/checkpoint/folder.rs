@@ -7,26 +7,33 @@
 //! OUT.partial/job.json  which run it is, where it can be gone on with, and
 //! OUT.partial/pieces/   what it has finished
 //! ```
+//!
+//! A folder that has to stay where it is (see [`place::work_of`]) has all of that inside, in `OUT/.lrc-partial`, and finished files
+//! are moved up (see [`moving`]).
 
-use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rayon::prelude::*;
 use serde_json::Value;
 
 use super::error::{CheckpointError, io};
+use super::job::compare;
+use super::moving::{self, rename, write_whole};
+use super::place::{self, WITHIN, create_file, open_to_write};
+use super::unfinished::Unfinished;
 use super::{Fingerprint, sha256_file};
 
 type Result<T, E = CheckpointError> = std::result::Result<T, E>;
 
-/// An output folder under construction: `<out>.partial`, of which [`OutputFolder::finish`] makes the output, removed when dropped.
+/// An output folder under construction, of which [`OutputFolder::finish`] makes the output; removed when dropped.
 #[derive(Debug)]
 pub struct OutputFolder {
     target: PathBuf,
     partial: PathBuf,
+    /// The file that an output has, and a part of one does not.
+    mark: String,
     /// Held as long as the folder is written.
     _lock: File,
     force: bool,
@@ -35,7 +42,7 @@ pub struct OutputFolder {
 }
 
 const LOCK: &str = "lock";
-const OUTPUT: &str = "output";
+pub(super) const OUTPUT: &str = "output";
 const SCRATCH: &str = "scratch";
 const JOB: &str = "job.json";
 const PIECES: &str = "pieces";
@@ -44,14 +51,31 @@ impl OutputFolder {
     /// Checks that `target` may be written, before any work.
     ///
     /// # Errors
-    /// It exists and `force` is false, or it exists and is not an output of `lrc` (`mark` is a file that those have).
+    /// It exists and `force` is false, or it exists and is not an output of `lrc` (`mark` is a file that those have), or it can be
+    /// no folder. One that is empty may be written.
     pub fn check(target: &Path, force: bool, mark: &str) -> Result<()> {
-        let is_free = !target.exists() || (force && target.join(mark).is_file()) || was_stopped_at_the_end(target);
-        if is_free {
+        Self::expect_free(&place::named(target), force, mark)
+    }
+
+    fn expect_free(target: &Path, force: bool, mark: &str) -> Result<()> {
+        let is_there = place::expect_folder(target)?;
+        let partial = place::work_of(target);
+        place::refuse_links(&partial)?;
+        if !is_there {
+            return Ok(());
+        }
+        if moving::is_midway(&partial) && !is_held(&partial) {
+            moving::undo(target, &partial)?;
+        }
+        if place::is_vacant(target) || was_stopped_at_the_end(target) {
+            return Ok(());
+        }
+        let is_ours = target.join(mark).is_file();
+        if force && is_ours {
             return Ok(());
         }
         remove_remains(target);
-        Err(CheckpointError::OutputExists { path: target.into() })
+        Err(if is_ours { CheckpointError::OutputExists { path: target.into() } } else { place::foreign(target) })
     }
 
     /// Begins an output, replacing what a killed run left of it.
@@ -60,15 +84,16 @@ impl OutputFolder {
     /// `target` may not be written (see [`Self::check`]), another run writes it, an unfinished run could still be gone on with,
     /// or the disk refuses.
     pub fn create(target: &Path, force: bool, mark: &str) -> Result<Self> {
-        Self::check(target, force, mark)?;
-        let partial = partial_of(target);
+        let target = &place::named(target);
+        Self::expect_free(target, force, mark)?;
+        let partial = place::work_of(target);
         if was_stopped_at_the_end(target) && !force {
             return Err(CheckpointError::OutputExists { path: target.into() });
         }
         if partial.join(JOB).is_file() {
             return Err(CheckpointError::Unfinished { path: partial });
         }
-        Self::begin(target, force, partial, true)
+        Self::begin(target, force, mark, partial, true)
     }
 
     /// Begins the output of `job`, or goes on with it where a run of the same job was stopped; with `restart` what it left is
@@ -77,8 +102,9 @@ impl OutputFolder {
     /// # Errors
     /// As [`Self::create`], or what is there belongs to another job.
     pub fn resume(target: &Path, force: bool, mark: &str, job: &Value, restart: bool) -> Result<Self> {
-        Self::check(target, force, mark)?;
-        let partial = partial_of(target);
+        let target = &place::named(target);
+        Self::expect_free(target, force, mark)?;
+        let partial = place::work_of(target);
         let path = partial.join(JOB);
         let found = fs::read(&path).ok().filter(|_| !restart);
         // A description that a power cut tore is of nobody's.
@@ -95,26 +121,22 @@ impl OutputFolder {
         if !differences.is_empty() {
             return Err(CheckpointError::OtherJob { path: partial, differences: differences.join(", ") });
         }
-        let folder = Self::begin(target, force, partial, found.is_none())?;
+        let folder = Self::begin(target, force, mark, partial, found.is_none())?;
         if is_ended && is_same {
-            let output = folder.path();
-            fs::remove_dir(&output).map_err(io("remove", &output))?;
-            fs::rename(target, &output).map_err(io("rename", target))?;
+            folder.take_back()?;
         }
         folder.unfinished.set_resumable();
         if found.is_none() {
             let pieces = folder.pieces();
             fs::create_dir_all(&pieces).map_err(io("create", &pieces))?;
-            let torn = path.with_extension("partial");
-            fs::write(&torn, job.to_string()).map_err(io("write", &torn))?;
-            fs::rename(&torn, &path).map_err(io("rename", &torn))?;
+            write_whole(&path, job.to_string().as_bytes())?;
         } else {
             tracing::info!("going on with `{}`", folder.partial.display());
         }
         Ok(folder)
     }
 
-    fn begin(target: &Path, force: bool, partial: PathBuf, anew: bool) -> Result<Self> {
+    fn begin(target: &Path, force: bool, mark: &str, partial: PathBuf, anew: bool) -> Result<Self> {
         let lock_path = partial.join(LOCK);
         let busy = || CheckpointError::OutputBusy { path: partial.clone() };
         if let Ok(file) = File::open(&lock_path) {
@@ -124,10 +146,10 @@ impl OutputFolder {
             fs::remove_dir_all(&partial).map_err(io("remove", &partial))?;
         }
         fs::create_dir_all(&partial).map_err(io("create", &partial))?;
-        let lock = File::create(&lock_path).map_err(io("create", &lock_path))?;
+        let lock = open_to_write(&lock_path)?;
         lock.try_lock().map_err(|_| busy())?;
-        let unfinished = Unfinished::new(&partial);
-        let folder = Self { target: target.into(), partial, _lock: lock, force, is_kept: false, unfinished };
+        let (unfinished, mark) = (Unfinished::new(&partial), mark.to_string());
+        let folder = Self { target: target.into(), partial, mark, _lock: lock, force, is_kept: false, unfinished };
         let work = folder.work();
         if work.exists() {
             fs::remove_dir_all(&work).map_err(io("remove", &work))?;
@@ -142,14 +164,40 @@ impl OutputFolder {
     /// Files that were being made under other names when an earlier run was killed.
     fn remove_hidden(&self) -> Result<()> {
         let output = self.path();
-        for entry in fs::read_dir(&output).map_err(io("list", &output))? {
-            let path = entry.map_err(io("list", &output))?.path();
+        for name in place::names_in(&output)? {
+            let path = output.join(name);
             if super::file_name(&path).starts_with('.') {
                 let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
                 removed.map_err(io("remove", &path))?;
             }
         }
         Ok(())
+    }
+
+    /// An output that is there is made the one under construction again.
+    fn take_back(&self) -> Result<()> {
+        if self.is_within() {
+            return moving::undo(&self.target, &self.partial);
+        }
+        let output = self.path();
+        fs::remove_dir(&output).map_err(io("remove", &output))?;
+        rename(&self.target, &output)
+    }
+
+    /// Whether the target stays where it is, with the work inside of it.
+    fn is_within(&self) -> bool {
+        self.partial == self.target.join(WITHIN)
+    }
+
+    /// Whether a path is the output, or what is made of it: no part of any source.
+    pub fn is_own(&self, path: &Path) -> bool {
+        let is_same = |own: &Path| fs::canonicalize(own).is_ok_and(|own| own == *path);
+        is_same(&self.target) || is_same(&self.partial)
+    }
+
+    /// Whether a folder is what a run works in, or what a run that was killed left of it.
+    pub(super) fn is_unfinished(folder: &Path) -> bool {
+        folder.join(LOCK).is_file() && folder.join(PIECES).is_dir() | folder.join(OUTPUT).is_dir()
     }
 
     /// Where files go until [`Self::finish`].
@@ -192,18 +240,31 @@ impl OutputFolder {
     /// The disk refuses.
     pub fn write(&self, name: &str, bytes: &[u8]) -> Result<()> {
         let path = self.path().join(name);
-        let mut file = File::create(&path).map_err(io("create", &path))?;
+        let mut file = create_file(&path).map_err(io("create", &path))?;
         file.write_all(bytes).map_err(io("write", &path))?;
         file.sync_all().map_err(io("sync", &path))
     }
 
-    /// Copies a side file under its own name.
+    /// Copies a file of the source to `name`, which may be in folders.
     ///
     /// # Errors
     /// The file cannot be read or written.
-    pub fn copy(&self, source: &Path) -> Result<()> {
-        let bytes = fs::read(source).map_err(io("read", source))?;
-        self.write(&super::file_name(source), &bytes)
+    pub fn copy(&self, source: &Path, name: &Path) -> Result<()> {
+        let path = self.path().join(name);
+        self.create_folder(name.parent().unwrap_or(Path::new("")))?;
+        let mut from = File::open(source).map_err(io("open", source))?;
+        let mut to = create_file(&path).map_err(io("create", &path))?;
+        std::io::copy(&mut from, &mut to).map_err(io("write", &path))?;
+        to.sync_all().map_err(io("sync", &path))
+    }
+
+    /// Makes a folder of the output.
+    ///
+    /// # Errors
+    /// The disk refuses.
+    pub fn create_folder(&self, name: &Path) -> Result<()> {
+        let path = self.path().join(name);
+        fs::create_dir_all(&path).map_err(io("create", &path))
     }
 
     /// SHA-256 of every file so far but `report`, those of folders included. The report tells of the others, and a run that was
@@ -216,8 +277,7 @@ impl OutputFolder {
         let mut files = Vec::new();
         let mut folders = vec![output.clone()];
         while let Some(at) = folders.pop() {
-            for entry in fs::read_dir(&at).map_err(io("list", &at))? {
-                let path = entry.map_err(io("list", &at))?.path();
+            for path in place::names_in(&at)?.into_iter().map(|name| at.join(name)) {
                 if path.is_dir() { folders.push(path) } else { files.push(path) }
             }
         }
@@ -226,31 +286,60 @@ impl OutputFolder {
         files.par_iter().map(|path| Ok((name(path), sha256_file(path)?))).collect()
     }
 
-    /// Renames the output to its target: from here on it is there, and whole.
+    /// Makes the output appear at its target: from here on it is there, and whole.
     ///
     /// # Errors
-    /// The disk refuses; what was made is then removed.
-    pub fn finish(self) -> Result<()> {
-        let mut replaced = self.partial.as_os_str().to_owned();
-        replaced.push("-replaced");
-        let replaced = PathBuf::from(replaced);
-        if self.force && self.target.exists() {
-            fs::rename(&self.target, &replaced).map_err(io("rename", &self.target))?;
+    /// The disk refuses; what was made then stays where it was.
+    pub fn finish(mut self) -> Result<()> {
+        // An interrupt leaves all that the last step needs.
+        self.unfinished.set_resumable();
+        let moved = match self.is_within() {
+            true => moving::move_up(&self.target, &self.partial, &self.mark, self.force),
+            false => self.rename(),
+        };
+        if let Err(error) = moved {
+            self.is_kept = true;
+            let source = std::error::Error::source(&error).map_or(String::new(), |source| format!(": {source}"));
+            let (path, reason) = (self.path(), format!("{error}{source}"));
+            return Err(CheckpointError::NotMoved { path, target: self.target.clone(), reason });
         }
-        fs::rename(self.path(), &self.target).map_err(io("rename", &self.path()))?;
         let job = self.partial.join(JOB);
         if job.exists() {
             fs::remove_file(&job).map_err(io("remove", &job))?;
         }
+        let replaced = self.replaced();
         if self.force && replaced.exists() {
             fs::remove_dir_all(&replaced).map_err(io("remove", &replaced))?;
         }
-        let parent = self.target.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
         // The rename itself must survive a power cut; folders cannot be synced on every system.
-        if let Ok(parent) = File::open(parent) {
-            let _ = parent.sync_all();
+        let changed = if self.is_within() { &self.target } else { place::folder_of(&self.target) };
+        if let Ok(changed) = File::open(changed) {
+            let _ = changed.sync_all();
         }
         Ok(())
+    }
+
+    /// Where an earlier output waits to be removed.
+    fn replaced(&self) -> PathBuf {
+        if self.is_within() {
+            return self.partial.join(moving::REPLACED);
+        }
+        let mut replaced = self.partial.as_os_str().to_owned();
+        replaced.push("-replaced");
+        PathBuf::from(replaced)
+    }
+
+    fn rename(&self) -> Result<()> {
+        let (output, replaced) = (self.path(), self.replaced());
+        let has_earlier = self.force && self.target.exists();
+        if has_earlier {
+            rename(&self.target, &replaced)?;
+        }
+        rename(&output, &self.target).inspect_err(|_| {
+            if has_earlier {
+                let _ = fs::rename(&replaced, &self.target);
+            }
+        })
     }
 }
 
@@ -265,88 +354,23 @@ impl Drop for OutputFolder {
     }
 }
 
-fn partial_of(target: &Path) -> PathBuf {
-    let mut partial = target.as_os_str().to_owned();
-    partial.push(".partial");
-    PathBuf::from(partial)
-}
-
 /// Whether a run was killed between its last step and its end: the output is there, and whole.
 fn was_stopped_at_the_end(target: &Path) -> bool {
-    let partial = partial_of(target);
+    let partial = place::work_of(target);
     target.exists() && partial.join(JOB).is_file() && !partial.join(OUTPUT).exists()
+}
+
+fn is_held(partial: &Path) -> bool {
+    File::open(partial.join(LOCK)).is_ok_and(|lock| lock.try_lock().is_err())
 }
 
 /// A run that was killed while it tidied up behind its output has left what is of no use to anyone.
 fn remove_remains(target: &Path) {
-    let partial = partial_of(target);
-    let is_held = || File::open(partial.join(LOCK)).is_ok_and(|lock| lock.try_lock().is_err());
-    if target.exists() && partial.exists() && !partial.join(JOB).exists() && !is_held() {
+    let partial = place::work_of(target);
+    if target.exists() && partial.exists() && !partial.join(JOB).exists() && !is_held(&partial) {
         // It is in nobody's way: where it cannot be removed, it stays.
         let _ = fs::remove_dir_all(&partial);
     }
-}
-
-/// Where two descriptions of a job differ, in words.
-fn compare(was: &Value, is: &Value, at: &str, differences: &mut Vec<String>) {
-    match (was, is) {
-        (Value::Object(was), Value::Object(is)) => {
-            let names = was.keys().chain(is.keys().filter(|name| !was.contains_key(*name)));
-            for name in names {
-                let at = if at.is_empty() { name.clone() } else { format!("{at}.{name}") };
-                let of = |fields: &serde_json::Map<String, Value>| fields.get(name).cloned().unwrap_or_default();
-                compare(&of(was), &of(is), &at, differences);
-            }
-        }
-        (was, is) if was == is => {}
-        (was, is) => differences.push(format!("`{at}` was {was}, is {is}")),
-    }
-}
-
-/// Folders that an interrupt would leave behind, and whether a later run may go on with them.
-static UNFINISHED: Mutex<BTreeMap<PathBuf, bool>> = Mutex::new(BTreeMap::new());
-
-fn unfinished() -> MutexGuard<'static, BTreeMap<PathBuf, bool>> {
-    UNFINISHED.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// A folder that goes when the process is interrupted.
-#[derive(Debug)]
-pub(super) struct Unfinished(PathBuf);
-
-impl Unfinished {
-    pub fn new(path: &Path) -> Self {
-        unfinished().insert(path.into(), false);
-        Self(path.into())
-    }
-
-    /// It stays, for a later run.
-    fn set_resumable(&self) {
-        unfinished().insert(self.0.clone(), true);
-    }
-}
-
-impl Drop for Unfinished {
-    fn drop(&mut self) {
-        unfinished().remove(&self.0);
-    }
-}
-
-/// To be called when the process is about to end early: removes the folders under construction, but for those that a later
-/// run may go on with, which it gives back.
-pub fn abandon() -> Vec<PathBuf> {
-    // Held for good: no folder is begun from here on.
-    let folders = std::mem::ManuallyDrop::new(unfinished());
-    let (kept, removed): (Vec<_>, Vec<_>) = folders.iter().partition(|(_, is_resumable)| **is_resumable);
-    for (path, _) in removed {
-        // Other threads may still be writing: what they make meanwhile takes another try.
-        for _ in 0..3 {
-            if fs::remove_dir_all(path).is_ok() {
-                break;
-            }
-        }
-    }
-    kept.into_iter().map(|(path, _)| path.clone()).collect()
 }
 
 #[cfg(test)]
@@ -354,16 +378,6 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-
-    #[test]
-    fn jobs_are_told_apart_by_name() {
-        let mut differences = Vec::new();
-        let was = json!({"keep": 0.8, "files": {"a": "1", "b": "2"}, "same": [1]});
-        let is = json!({"keep": 0.7, "files": {"a": "1", "c": "3"}, "same": [1]});
-        compare(&was, &is, "", &mut differences);
-        let expected = ["`keep` was 0.8, is 0.7", "`files.b` was \"2\", is null", "`files.c` was null, is \"3\""];
-        assert_eq!(differences, expected);
-    }
 
     #[test]
     fn what_can_be_gone_on_with_is_kept_for_its_own_job() {
@@ -386,7 +400,7 @@ mod tests {
         let anew = resume(2, true).unwrap();
         assert!(!anew.pieces().join("a").exists() && !anew.path().join("tensors").exists());
         anew.finish().unwrap();
-        assert!(target.is_dir() && !partial_of(&target).exists());
+        assert!(target.is_dir() && !place::work_of(&target).exists());
     }
 
     #[test]
@@ -406,7 +420,7 @@ mod tests {
         let again = resume(1, false).unwrap();
         assert!(!target.exists() && again.path().join("tensors").exists());
         again.finish().unwrap();
-        assert!(target.join("tensors").exists() && !partial_of(&target).exists());
+        assert!(target.join("tensors").exists() && !place::work_of(&target).exists());
     }
 
     #[test]
@@ -426,7 +440,7 @@ mod tests {
         assert_eq!(fs::read_dir(&target).unwrap().count(), 1);
 
         assert!(matches!(OutputFolder::check(&target, false, "mark"), Err(CheckpointError::OutputExists { .. })));
-        assert!(matches!(OutputFolder::check(&target, true, "other"), Err(CheckpointError::OutputExists { .. })));
+        assert!(matches!(OutputFolder::check(&target, true, "other"), Err(CheckpointError::OutputUnusable { .. })));
         let folder = OutputFolder::create(&target, true, "mark").unwrap();
         folder.write("new", b"2").unwrap();
         folder.finish().unwrap();
@@ -440,5 +454,43 @@ mod tests {
         let folder = OutputFolder::create(&parent.path().join("out"), false, "mark").unwrap();
         assert!(matches!(folder.require_space(u64::MAX), Err(CheckpointError::NoSpace { .. })));
         folder.require_space(1).unwrap();
+    }
+
+    #[test]
+    fn a_folder_that_is_there_and_empty_is_filled_and_stays_the_same_folder() {
+        let parent = tempfile::tempdir().unwrap();
+        let target = parent.path().join("out");
+        fs::create_dir_all(target.join("lost+found")).unwrap();
+        let folder = OutputFolder::create(&target, false, "mark").unwrap();
+        folder.write("mark", b"1").unwrap();
+        assert!(matches!(OutputFolder::create(&target, false, "mark"), Err(CheckpointError::OutputBusy { .. })));
+        drop(folder);
+        assert_eq!(place::names_in(&target).unwrap(), ["lost+found"]);
+
+        let job = json!({"n": 1});
+        let resume = || OutputFolder::resume(&target, false, "mark", &job, false);
+        let mut folder = resume().unwrap();
+        fs::write(folder.pieces().join("a"), "a").unwrap();
+        folder.write("mark", b"1").unwrap();
+        folder.keep();
+        drop(folder);
+        // Killed behind its last step, with the same job to come.
+        moving::move_up(&target, &target.join(WITHIN), "mark", false).unwrap();
+        assert!(matches!(OutputFolder::create(&target, false, "mark"), Err(CheckpointError::OutputExists { .. })));
+        let folder = resume().unwrap();
+        assert!(folder.path().join("mark").exists() && !target.join("mark").exists());
+        folder.finish().unwrap();
+        assert_eq!(place::names_in(&target).unwrap(), ["lost+found", "mark"]);
+    }
+
+    #[test]
+    fn what_others_write_into_the_folder_meanwhile_stays_and_so_does_the_work() {
+        let target = tempfile::tempdir().unwrap();
+        let folder = OutputFolder::create(target.path(), false, "mark").unwrap();
+        folder.write("mark", b"1").unwrap();
+        fs::write(target.path().join("theirs"), "2").unwrap();
+        let output = folder.path();
+        assert!(matches!(folder.finish(), Err(CheckpointError::NotMoved { .. })));
+        assert!(target.path().join("theirs").exists() && output.join("mark").exists());
     }
 }

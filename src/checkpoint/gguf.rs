@@ -17,7 +17,7 @@ use super::cast::{self, Dtype};
 use super::encoded::{Element, Encoded, model_dtype};
 use super::error::{CheckpointError, Result, io};
 use super::index::TensorInfo;
-use super::writer::open_to_write;
+use super::place::open_to_write;
 use crate::quantize::BlockType;
 
 pub const MODEL_FILE: &str = "model.gguf";

@@ -49,10 +49,23 @@ mod client {
 
     use super::*;
 
-    /// What a checkpoint needs; other frameworks' weights are not downloaded.
-    const WANTED: &[&str] = &["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*", "NOTICE*"];
-    /// Second copies of the weights, in subfolders or in Mistral's own form.
-    const UNWANTED: &[&str] = &["*/*", "consolidated*"];
+    /// What a checkpoint needs, in all its folders (`*` goes over `/`), and whatever is in those of modules of
+    /// sentence-transformers, `1_Pooling` say; weights of other frameworks are not downloaded.
+    const WANTED: &[&str] =
+        &["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*", "NOTICE*", "[0-9]*_*/*"];
+    /// Second copies of the weights, in folders that are no modules or in Mistral's own form, and what lies beside those of others.
+    const UNWANTED: &[&str] = &[
+        "[!0-9]*/*.safetensors*",
+        "consolidated*",
+        "onnx/*",
+        "openvino/*",
+        "original/*",
+        "metal/*",
+        "coreml/*",
+        "checkpoint-*/*",
+        "runs/*",
+        ".*",
+    ];
 
     /// A socket without a byte for this long is dead, unless `HF_HUB_DOWNLOAD_TIMEOUT` says otherwise; a transfer may
     /// take as long as it wants.

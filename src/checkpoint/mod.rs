@@ -10,8 +10,14 @@ mod folder;
 pub mod gguf;
 pub mod hub;
 mod index;
+mod job;
 pub mod json;
+mod moving;
+mod place;
 mod reader;
+mod settings;
+mod side;
+mod unfinished;
 mod writer;
 
 use std::collections::BTreeMap;
@@ -29,10 +35,16 @@ pub use encoded::Rows;
 use encoded::{ADAPTER_BASE, ADAPTER_CONFIG, ADAPTER_FILE, ADAPTER_FOLDER, Decoded, Encoded, View};
 pub(crate) use error::io;
 pub use error::{CheckpointError, Result};
-pub use folder::{OutputFolder, abandon};
+pub use folder::OutputFolder;
 pub use index::TensorInfo;
+pub use place::{check_file, expect_apart, expect_folder};
+pub(crate) use place::{create_file, folder_of};
 use reader::Shard;
-pub use writer::{SafetensorsWriter, TensorSpec, file_bytes as writer_bytes, header_entry_bytes, write_file};
+pub use side::{LeftOut, Side};
+pub use unfinished::abandon;
+pub use writer::{
+    SafetensorsWriter, TensorSpec, file_bytes as writer_bytes, header_entry_bytes, write_file, write_text,
+};
 
 /// Names that Hugging Face gives to the files of a checkpoint.
 pub const SINGLE_FILE: &str = "model.safetensors";
@@ -53,6 +65,8 @@ pub struct Checkpoint {
     /// Tensor names in the order of the files.
     order: Vec<String>,
     stacks: Vec<Stack>,
+    /// A file without a config: what lies beside it belongs to others.
+    is_alone: bool,
 }
 
 /// A tensor of three dimensions that is shown, or stored, as the matrices that it is a stack of.
@@ -112,6 +126,20 @@ impl Checkpoint {
         if let Some(error) = &config_error {
             tracing::warn!("{error}: going by the names and shapes of tensors alone");
         }
+        let opened = Self::of_layout(layout, config)?;
+        Ok(Self { config_error, ..opened })
+    }
+
+    /// Opens one file of arrays that are no model: nothing beside it is read.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn open_arrays(path: &Path) -> Result<Self> {
+        let layout = Layout { root: folder_of(path).into(), files: vec![path.into()], index: None, is_file: true };
+        Self::of_layout(layout, None)
+    }
+
+    fn of_layout(layout: Layout, config: Option<Map<String, Value>>) -> Result<Self> {
         let mut shards = layout.files.iter().map(|file| Shard::open(file)).collect::<Result<Vec<_>>>()?;
 
         let mut tensors = BTreeMap::new();
@@ -145,9 +173,8 @@ impl Checkpoint {
             return Err(CheckpointError::NotACheckpoint { path: layout.root, reason: "it holds no tensor".into() });
         }
         let mut view = View { tensors, order };
-        if let Some(config) = &config {
-            view.decode(config, &layout.root)?;
-        }
+        let quantization = settings::find(&layout.root, config.as_ref(), &view)?;
+        view.decode(config.as_ref().unwrap_or(&Map::new()), quantization.as_ref(), &layout.root)?;
         // An adapter in the folder of its base is part of the model.
         if let Some(path) = layout.adapter() {
             let (shard, shard_idx) = (Shard::open(&path)?, shards.len());
@@ -158,7 +185,8 @@ impl Checkpoint {
         let View { tensors, order } = view;
         let stacks = stored_stacks(config.as_ref());
         let equal = Mutex::default();
-        Ok(Self { root: layout.root, config, config_error, equal, shards, tensors, order, stacks })
+        let is_alone = layout.is_file && config.is_none();
+        Ok(Self { root: layout.root, config, config_error: None, equal, shards, tensors, order, stacks, is_alone })
     }
 
     /// Stacks that are shown or stored as their matrices.
@@ -416,25 +444,6 @@ impl Checkpoint {
         })
     }
 
-    /// Files of the folder that are neither weights nor `config.json`: tokenizer, generation config, licence.
-    ///
-    /// # Errors
-    /// The folder cannot be listed.
-    pub fn side_files(&self) -> Result<Vec<PathBuf>> {
-        let mut files = Vec::new();
-        for entry in std::fs::read_dir(&self.root).map_err(io("list", &self.root))? {
-            let path = entry.map_err(io("list", &self.root))?.path();
-            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            // `metadata` follows links: the hub's cache is made of them.
-            let is_file = path.metadata().is_ok_and(|m| m.is_file());
-            if is_file && name != CONFIG_FILE && !name.starts_with('.') && !is_weight_file(&name) {
-                files.push(path);
-            }
-        }
-        files.sort();
-        Ok(files)
-    }
-
     /// SHA-256 of the config and of every weight file.
     ///
     /// # Errors
@@ -487,23 +496,6 @@ fn file_name(path: &Path) -> String {
     path.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }
 
-/// Weights in any format, and what describes them.
-fn is_weight_file(name: &str) -> bool {
-    const SUFFIXES: &[&str] = &[
-        ".safetensors",
-        ".safetensors.index.json",
-        ".bin",
-        ".bin.index.json",
-        ".pt",
-        ".pth",
-        ".gguf",
-        ".h5",
-        ".msgpack",
-        ".onnx",
-    ];
-    SUFFIXES.iter().any(|suffix| name.ends_with(suffix))
-}
-
 /// The header of a file in either of the formats, by its name.
 fn read_header(shard: &Shard, shard_idx: usize, config: Option<&Map<String, Value>>) -> Result<Vec<TensorInfo>> {
     if !is_gguf(shard.path()) {
@@ -535,6 +527,24 @@ struct Layout {
     root: PathBuf,
     files: Vec<PathBuf>,
     index: Option<(PathBuf, ShardIndex)>,
+    /// A file was named, not a folder.
+    is_file: bool,
+}
+
+/// Number and count of a shard that is named by them: 1 and 2 of `model-00001-of-00002.safetensors`.
+fn shard_number(path: &Path) -> Option<(usize, usize)> {
+    let stem = path.file_stem()?.to_str()?;
+    let (rest, count) = stem.rsplit_once("-of-")?;
+    let (_, number) = rest.rsplit_once('-')?;
+    Some((number.parse().ok()?, count.parse().ok()?))
+}
+
+/// Refuses one of several shards as if it were all of them.
+fn expect_whole(file: &Path) -> Result<()> {
+    match shard_number(file) {
+        Some((_, count)) if count > 1 => Err(CheckpointError::LoneShard { path: file.into(), count }),
+        _ => Ok(()),
+    }
 }
 
 impl Layout {
@@ -544,8 +554,8 @@ impl Layout {
             if path.extension().is_none_or(|e| e != "safetensors") && !is_gguf(path) {
                 return refuse("it is a file, and neither a `.safetensors` nor a `.gguf` file");
             }
-            let root = path.parent().unwrap_or(Path::new(".")).to_path_buf();
-            return Ok(Self { root, files: vec![path.into()], index: None });
+            expect_whole(path)?;
+            return Ok(Self { root: folder_of(path).into(), files: vec![path.into()], index: None, is_file: true });
         }
         if !path.is_dir() {
             return refuse("there is no such folder");
@@ -556,7 +566,7 @@ impl Layout {
         }
         for single in [SINGLE_FILE, gguf::MODEL_FILE].map(|name| path.join(name)) {
             if single.exists() {
-                return Ok(Self { root, files: vec![single], index: None });
+                return Ok(Self { root, files: vec![single], index: None, is_file: false });
             }
         }
         let index_path = path.join(INDEX_FILE);
@@ -571,8 +581,11 @@ impl Layout {
             names.iter().filter(|p| p.extension().is_some_and(|e| e == "safetensors")).cloned().collect();
         weights.sort();
         match weights.len() {
-            1 => Ok(Self { root, files: weights, index: None }),
-            0 if names.iter().any(|p| is_weight_file(&file_name(p))) => {
+            1 => {
+                expect_whole(&weights[0])?;
+                Ok(Self { root, files: weights, index: None, is_file: false })
+            }
+            0 if names.iter().any(|p| side::is_weight_file(&file_name(p))) => {
                 refuse("its weights are not in safetensors form; convert them first")
             }
             0 => refuse("it holds no `.safetensors` file"),
@@ -611,6 +624,16 @@ impl Layout {
             }
             files.push(file);
         }
-        Ok(Self { root, files, index: Some((index_path, index)) })
+        if let Some((file, (_, count))) = files.iter().find_map(|file| Some((file, shard_number(file)?)))
+            && files.len() < count
+        {
+            return Err(CheckpointError::FewShards {
+                path: index_path,
+                count,
+                found: files.len(),
+                first: file.clone(),
+            });
+        }
+        Ok(Self { root, files, index: Some((index_path, index)), is_file: false })
     }
 }

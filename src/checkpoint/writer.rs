@@ -5,7 +5,7 @@
 //! mode 0600, and the same input must give the same bytes.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::io::{Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
@@ -13,7 +13,8 @@ use serde_json::{Map, json};
 
 use super::cast::{self, Dtype};
 use super::error::{CheckpointError, io};
-use super::folder::Unfinished;
+use super::place::{create_file, folder_of, open_to_write};
+use super::unfinished::Unfinished;
 use super::{INDEX_FILE, SINGLE_FILE, ShardIndex};
 
 type Result<T, E = CheckpointError> = std::result::Result<T, E>;
@@ -158,16 +159,12 @@ impl SafetensorsWriter {
             };
             let path = self.folder.join(INDEX_FILE);
             let text = serde_json::to_string_pretty(&index).expect("invariant: an index is valid JSON");
-            fs::write(&path, text + "\n").map_err(io("write", &path))?;
+            let mut file = create_file(&path).map_err(io("create", &path))?;
+            file.write_all((text + "\n").as_bytes()).map_err(io("write", &path))?;
             names.push(INDEX_FILE.into());
         }
         Ok(names)
     }
-}
-
-/// Opens a file at whose places tensors are written; what is there stays there.
-pub(super) fn open_to_write(path: &Path) -> Result<File> {
-    OpenOptions::new().write(true).create(true).truncate(false).open(path).map_err(io("create", path))
 }
 
 /// Writes one file of tensors under a name of its own, whole or not at all.
@@ -179,9 +176,7 @@ pub fn write_file<E: From<CheckpointError>>(
     specs: &[TensorSpec],
     bytes: impl Fn(&TensorSpec) -> Result<Vec<u8>, E>,
 ) -> Result<(), E> {
-    let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let folder = tempfile::Builder::new().prefix(".lrc-").tempdir_in(parent);
-    let folder = folder.map_err(io("create a work folder in", parent))?;
+    let folder = beside(path)?;
     let _unfinished = Unfinished::new(folder.path());
     let mut writer = SafetensorsWriter::create(folder.path(), specs, u64::MAX)?;
     for spec in specs {
@@ -190,6 +185,27 @@ pub fn write_file<E: From<CheckpointError>>(
     writer.finish()?;
     fs::rename(folder.path().join(SINGLE_FILE), path).map_err(io("rename a file to", path))?;
     Ok(())
+}
+
+/// Writes a text file, whole or not at all.
+///
+/// # Errors
+/// The disk refuses.
+pub fn write_text(path: &Path, text: &str) -> Result<()> {
+    let folder = beside(path)?;
+    let _unfinished = Unfinished::new(folder.path());
+    let made = folder.path().join("text");
+    let mut file = create_file(&made).map_err(io("create", &made))?;
+    file.write_all(text.as_bytes()).map_err(io("write", &made))?;
+    file.sync_all().map_err(io("sync", &made))?;
+    fs::rename(&made, path).map_err(io("rename a file to", path))
+}
+
+/// A folder to make a file in, on the same disk.
+fn beside(path: &Path) -> Result<tempfile::TempDir> {
+    let parent = folder_of(path);
+    let folder = tempfile::Builder::new().prefix(".lrc-").tempdir_in(parent);
+    folder.map_err(io("create a work folder in", parent))
 }
 
 /// Bytes of all files that a [`SafetensorsWriter`] makes of `specs`, headers included; the index of shards is not counted.

@@ -9,6 +9,7 @@ use clap::Args;
 use super::terminal::{Bars, grouped, table};
 use super::{MemoryArgs, open, print, print_json};
 use crate::calibrate::{self, Header, Needs, Observation, Statistics, WindowSettings, Windows};
+use crate::checkpoint::{expect_apart, folder_of};
 use crate::compress::presets::Method;
 use crate::compress::recipe::DEFAULT_SAMPLES;
 use crate::error::Failure;
@@ -124,6 +125,8 @@ fn measure(
     progress: &Bars,
 ) -> Result<(Header, calibrate::Seconds)> {
     let checkpoint = open(model, &args.revision, progress)?;
+    let read = checkpoint.read_files();
+    expect_apart(&args.output, read.iter().map(PathBuf::as_path).chain([text]))?;
     let decoder = Decoder::open(&checkpoint)?;
     let needs = args.method.iter().map(|m| m.preset().needs()).reduce(Needs::union).unwrap_or(Needs::ALL);
     if needs == Needs::default() {
@@ -139,8 +142,7 @@ fn measure(
     };
     let windows = Windows::load(&checkpoint, &settings, args.part.unwrap_or((1, 1)))?;
     // Statistics of large models fill disks: they are kept where the output goes.
-    let parent = args.output.parent().filter(|p| !p.as_os_str().is_empty());
-    let folder = parent.unwrap_or(std::path::Path::new(".")).to_path_buf();
+    let folder = folder_of(&args.output).to_path_buf();
     let limits = WalkLimits::new(args.memory.memory.as_u64(), folder.clone());
     let header = Header::new(checkpoint.fingerprint()?, observation, vec![windows.part.clone()]);
     let mut statistics = Statistics::new(header.clone(), limits.activation_bytes, &folder);

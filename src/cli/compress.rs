@@ -10,10 +10,11 @@ use indicatif::HumanDuration;
 
 use super::terminal::{Bars, fixed, grouped, table};
 use super::{GateArgs, MemoryArgs, ModelArgs};
+use crate::checkpoint::OutputFolder;
 use crate::compress::recipe::{Recipe, RecipeOptions};
 use crate::compress::{self, Job};
 use crate::report::gate;
-use crate::report::{CompressReport, ControlRecord, DryRunReport, LinearRecord, Sizes};
+use crate::report::{CompressReport, ControlRecord, DryRunReport, LeftOutRecord, LinearRecord, REPORT_FILE, Sizes};
 
 /// Compress a checkpoint
 ///
@@ -75,6 +76,8 @@ pub(super) fn run(args: &CompressArgs, quiet: bool, progress: &Bars) -> Result<(
     }
     let file = args.recipe.as_deref().map(RecipeOptions::read).transpose()?.unwrap_or_default();
     let recipe = Recipe::new(&args.options.clone().or(file))?;
+    // Before a model is downloaded.
+    OutputFolder::check(&args.output, args.force, REPORT_FILE)?;
     let checkpoint = compress::view(args.model.open(progress)?, &recipe)?;
     let job = Job {
         checkpoint: &checkpoint,
@@ -113,12 +116,25 @@ pub(super) fn show(report: &CompressReport, output: &Path) -> String {
         .chain(report.control.as_ref().map(control))
         .collect();
     format!(
-        "{}{}{notes}wrote `{}` in {:.1} s{memory}\n",
+        "{}{}{}{notes}wrote `{}` in {:.1} s{memory}\n",
         tables(&report.linears, &report.sizes),
         passed_through(&report.passed_through),
+        left_out(&report.left_out),
         output.display(),
         report.elapsed_seconds
     )
+}
+
+/// What of the source is not in the output, by reason.
+pub(super) fn left_out(records: &[LeftOutRecord]) -> String {
+    let mut reasons: Vec<&str> = records.iter().map(|record| record.reason.as_str()).collect();
+    reasons.sort_unstable();
+    reasons.dedup();
+    let line = |reason: &str| {
+        let of_reason = records.iter().filter(|record| record.reason == reason).map(|record| record.path.as_str());
+        format!("left out ({reason}): {}\n", of_reason.collect::<Vec<_>>().join(", "))
+    };
+    reasons.into_iter().map(line).collect()
 }
 
 /// Tensors that are copied, those of one name in many blocks together.

@@ -8,6 +8,7 @@ use clap_complete::Shell;
 use clap_mangen::Man;
 
 use super::Cli;
+use crate::checkpoint::expect_folder;
 
 /// Print completions for a shell
 ///
@@ -48,6 +49,7 @@ pub(super) fn man(args: &ManArgs) -> Result<()> {
         Man::new(Cli::command()).render(&mut page)?;
         return super::print(&String::from_utf8(page)?);
     };
+    expect_folder(folder)?;
     let written = || format!("cannot write manual pages to `{}`", folder.display());
     std::fs::create_dir_all(folder).with_context(written)?;
     clap_mangen::generate_to(Cli::command(), folder).with_context(written)

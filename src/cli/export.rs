@@ -6,11 +6,14 @@ use anyhow::Result;
 use bytesize::ByteSize;
 use clap::Args;
 
+use super::compress::left_out;
 use super::terminal::{Bars, grouped};
 use super::{ModelArgs, print, print_json};
+use crate::checkpoint::OutputFolder;
 use crate::compress::recipe::DEFAULT_SHARD_BYTES;
 use crate::export::{ExportJob, export};
 use crate::formats::Format;
+use crate::report::REPORT_FILE;
 
 /// Write a compressed checkpoint in another format, without compressing anew
 ///
@@ -48,6 +51,8 @@ pub(super) struct ExportArgs {
 }
 
 pub(super) fn run(args: &ExportArgs, quiet: bool, progress: &Bars) -> Result<()> {
+    // Before a model is downloaded.
+    OutputFolder::check(&args.output, args.force, REPORT_FILE)?;
     let checkpoint = args.model.open(progress)?;
     let job = ExportJob {
         checkpoint: &checkpoint,
@@ -65,11 +70,12 @@ pub(super) fn run(args: &ExportArgs, quiet: bool, progress: &Bars) -> Result<()>
         return Ok(());
     }
     print(&format!(
-        "{} linears stored as {}, {} bytes of tensors before, {} after\nwrote `{}` in {:.1} s\n",
+        "{} linears stored as {}, {} bytes of tensors before, {} after\n{}wrote `{}` in {:.1} s\n",
         report.linears.len(),
         report.format,
         grouped(report.bytes_before),
         grouped(report.bytes_after),
+        left_out(&report.left_out),
         args.output.display(),
         report.elapsed_seconds
     ))

@@ -2,17 +2,19 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::{Args, ValueEnum};
 
 use super::terminal::{self, Bars, grouped, sparkline, table};
 use super::{GateArgs, MemoryArgs, ModelArgs, print, print_json};
+use crate::checkpoint::{check_file, expect_apart, write_text};
 use crate::compress::options::RecipeOptions;
 use crate::compress::presets::Method;
 use crate::compress::recipe::Recipe;
 use crate::compress::spectra::weighted_curves;
-use crate::error::{ExitClass, Failure};
+use crate::error::Failure;
 use crate::inspect;
+use crate::model::inventory::missing_blocks;
 use crate::report::columns::{self, COLUMNS, Cell, Chosen};
 use crate::report::{InspectReport, SpectrumRecord, gate, page};
 
@@ -76,6 +78,10 @@ pub(super) struct InspectArgs {
     #[arg(long, value_name = "FILE.safetensors")]
     spectra: Option<PathBuf>,
 
+    /// Replace the files of `--html` and `--spectra`
+    #[arg(long)]
+    force: bool,
+
     #[command(flatten)]
     gates: GateArgs,
 
@@ -112,13 +118,22 @@ pub(super) fn run(args: &InspectArgs, progress: &Bars) -> Result<()> {
     if args.method.is_some() && !is_weighted {
         return Err(Failure::usage("`--method` is nothing without a text or statistics").into());
     }
-    for path in args.html.iter().chain(&args.spectra) {
-        let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
-        if parent.is_some_and(|parent| !parent.is_dir()) {
-            return Err(Failure::usage(format!("there is no folder for `{}`", path.display())).into());
-        }
+    let outputs = || args.html.iter().chain(&args.spectra).map(PathBuf::as_path);
+    for path in outputs() {
+        check_file(path, args.force)?;
+    }
+    if args.html.is_some() && args.html == args.spectra {
+        return Err(Failure::usage("`--html` and `--spectra` name the same file").into());
     }
     let checkpoint = args.model.open(progress)?;
+    if let Some(missing) = missing_blocks(&checkpoint) {
+        tracing::warn!("{missing}");
+    }
+    let read = checkpoint.read_files();
+    for path in outputs() {
+        let inputs = read.iter().chain(&args.calibration).chain(&args.statistics);
+        expect_apart(path, inputs.map(PathBuf::as_path))?;
+    }
     let weighted = if is_weighted {
         let method = args.method.unwrap_or(Method::Kfac);
         let options = RecipeOptions {
@@ -144,10 +159,7 @@ pub(super) fn run(args: &InspectArgs, progress: &Bars) -> Result<()> {
     }
     if let Some(path) = &args.html {
         let page = page::inspect(&report, &spectra)?;
-        std::fs::write(path, page).with_context(|| format!("write `{}`", path.display())).map_err(|e| {
-            let class = Failure::new(ExitClass::Resources, format!("{e:#}"));
-            anyhow::Error::new(class)
-        })?;
+        write_text(path, &page)?;
     }
     let map = heat_map(&report, args.map);
     if let Some(chosen) = args.sort {

@@ -1,14 +1,14 @@
 //! `lrc sweep`.
 
 use std::fmt::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::{ArgAction, ArgMatches, Args, FromArgMatches};
 
 use super::terminal::{Bars, fixed, grouped, table};
 use super::{GateArgs, MemoryArgs, ModelArgs};
-use crate::checkpoint::OutputFolder;
+use crate::checkpoint::{OutputFolder, expect_apart};
 use crate::compress::recipe::{Recipe, RecipeOptions};
 use crate::compress::{SweepSettings, sweep};
 use crate::error::Failure;
@@ -137,6 +137,12 @@ pub(super) fn run(args: &SweepArgs, progress: &Bars) -> Result<()> {
         OutputFolder::check(output, args.force, REPORT_FILE)?;
     }
     let checkpoint = crate::compress::view(args.model.open(progress)?, &recipe)?;
+    // Begun before the work, which is not to be lost where there is no place for it.
+    let folder = args.output.as_deref().map(|output| -> Result<OutputFolder> {
+        expect_apart(output, recipe.inputs().chain([args.text.as_path(), checkpoint.root()]))?;
+        Ok(OutputFolder::create(output, args.force, REPORT_FILE)?)
+    });
+    let folder = folder.transpose()?;
     let eval = EvalSettings {
         model: args.model.model.clone(),
         text: args.text.clone(),
@@ -150,14 +156,13 @@ pub(super) fn run(args: &SweepArgs, progress: &Bars) -> Result<()> {
     };
     let settings = SweepSettings { checkpoint: &checkpoint, recipe: &recipe, keeps: &args.options.keeps, eval };
     let report = sweep(&settings, progress)?;
-    if let Some(output) = &args.output {
-        write_folder(output, args.force, &report)?;
+    if let Some(folder) = folder {
+        write_folder(folder, &report)?;
     }
     args.gates.conclude(&report, args.json, if args.csv { csv } else { show })
 }
 
-fn write_folder(output: &Path, force: bool, report: &SweepReport) -> Result<()> {
-    let folder = OutputFolder::create(output, force, REPORT_FILE)?;
+fn write_folder(folder: OutputFolder, report: &SweepReport) -> Result<()> {
     folder.write(REPORT_FILE, (serde_json::to_string_pretty(report)? + "\n").as_bytes())?;
     folder.write(PAGE_FILE, page::sweep(report)?.as_bytes())?;
     Ok(folder.finish()?)

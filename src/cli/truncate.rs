@@ -9,9 +9,11 @@ use clap::Args;
 use super::compress::show;
 use super::terminal::Bars;
 use super::{ModelArgs, print, print_json};
+use crate::checkpoint::OutputFolder;
 use crate::compress::recipe::DEFAULT_SHARD_BYTES;
 use crate::compress::{TruncateJob, truncate};
 use crate::error::Failure;
+use crate::report::REPORT_FILE;
 
 /// Shorten a compressed checkpoint, without its source
 ///
@@ -51,6 +53,8 @@ pub(super) fn run(args: &TruncateArgs, quiet: bool, progress: &Bars) -> Result<(
     if !(args.keep > 0.0 && args.keep < 1.0) {
         return Err(Failure::usage(format!("`--keep {}` is outside of (0, 1)", args.keep)).into());
     }
+    // Before a model is downloaded.
+    OutputFolder::check(&args.output, args.force, REPORT_FILE)?;
     let checkpoint = args.model.open(progress)?;
     let job = TruncateJob {
         checkpoint: &checkpoint,

@@ -23,7 +23,8 @@ use super::rounding::{self, Side, Sides};
 use super::study::{Allocation, Study};
 use super::{pivot, record};
 use crate::checkpoint::{
-    CONFIG_FILE, Checkpoint, Dtype, OutputFolder, SafetensorsWriter, TensorSpec, cast, json, write_file, writer_bytes,
+    CONFIG_FILE, Checkpoint, Dtype, OutputFolder, SafetensorsWriter, TensorSpec, cast, expect_apart, json, write_file,
+    writer_bytes,
 };
 use crate::error::Failure;
 use crate::formats::{self, Entry, Format, Module, OutTensor, Pair, Parts, Source};
@@ -169,6 +170,8 @@ pub fn truncate(job: &TruncateJob<'_>, progress: &dyn Progress) -> Result<Compre
     let checkpoint = job.checkpoint;
     let root = checkpoint.root();
     OutputFolder::check(job.output, job.force, REPORT_FILE)?;
+    expect_apart(job.output, [root])?;
+    inventory::expect_blocks(checkpoint)?;
     let mut report = read_report(root)?;
     let mut shortenings = shortenings(checkpoint)?;
     share_out(&mut shortenings, &report, job.keep)?;
@@ -229,11 +232,8 @@ pub fn truncate(job: &TruncateJob<'_>, progress: &dyn Progress) -> Result<Compre
         elastics.insert(s.linear.module.clone(), elastic);
     }
     write(&folder, &elastics)?;
-    for file in checkpoint.side_files()? {
-        if ![REPORT_FILE, PAGE_FILE, "README.md"].iter().any(|name| file.ends_with(name)) {
-            folder.copy(&file)?;
-        }
-    }
+    let left_out = formats::copy_side(checkpoint, &folder, &[REPORT_FILE, PAGE_FILE, CURVES_FILE, "README.md"])?;
+    report.left_out = left_out.into_iter().map(Into::into).collect();
     let mut config = checkpoint.config().context("invariant: a compressed checkpoint has a config")?.clone();
     let loading =
         Loading { text: formats::loading(exporter, &native_config(&config), false), library: exporter.library() };

@@ -36,7 +36,7 @@ use std::time::Instant;
 
 use anyhow::Result;
 
-use crate::checkpoint::{Checkpoint, Fingerprint, OutputFolder};
+use crate::checkpoint::{Checkpoint, Fingerprint, OutputFolder, expect_apart};
 use crate::error::{ExitClass, Failure, exit_class};
 use crate::formats::{self, Entry, Format, Output, Source};
 use crate::journal::Journal;
@@ -64,6 +64,14 @@ pub struct Job<'a> {
     pub memory_bytes: u64,
 }
 
+impl Job<'_> {
+    /// Refuses an output that may not be written, or that holds what is read.
+    fn check_output(&self) -> Result<()> {
+        OutputFolder::check(self.output, self.force, REPORT_FILE)?;
+        Ok(expect_apart(self.output, self.recipe.inputs().chain([self.checkpoint.root()]))?)
+    }
+}
+
 /// The checkpoint as a recipe sees it: with `--fused split` parts stand for what is several in one, and experts for their stacks
 /// where the format has a place for them.
 ///
@@ -86,11 +94,11 @@ pub fn view(checkpoint: Checkpoint, recipe: &Recipe) -> Result<Checkpoint> {
 pub fn compress(job: &Job<'_>, progress: &dyn Progress) -> Result<CompressReport> {
     let started = Instant::now();
     let (checkpoint, recipe) = (job.checkpoint, job.recipe);
+    job.check_output()?;
     let plan = Plan::new(checkpoint, recipe)?;
     let source = Source::new(checkpoint);
     plan.check_format(&source, recipe)?;
     let inputs = Inputs::load(checkpoint, recipe, &plan)?;
-    OutputFolder::check(job.output, job.force, REPORT_FILE)?;
     let source_files = checkpoint.fingerprint()?;
     let description = record::job(job, &source_files, &inputs)?;
     let mut folder = OutputFolder::resume(job.output, job.force, REPORT_FILE, &description, job.restart)?;
@@ -175,10 +183,10 @@ impl Run<'_> {
 /// As [`compress`].
 pub fn dry_run(job: &Job<'_>, progress: &dyn Progress) -> Result<DryRunReport> {
     let (checkpoint, recipe) = (job.checkpoint, job.recipe);
+    job.check_output()?;
     let plan = Plan::new(checkpoint, recipe)?;
     let source = Source::new(checkpoint);
     plan.check_format(&source, recipe)?;
-    OutputFolder::check(job.output, job.force, REPORT_FILE)?;
     let inputs = Inputs::load(checkpoint, recipe, &plan)?;
     let memory = plan.expected_memory(checkpoint, recipe, job.memory_bytes, rayon::current_num_threads());
     let seconds = estimate::seconds(checkpoint, recipe, &plan, inputs.windows.as_ref())?;

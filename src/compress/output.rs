@@ -114,7 +114,9 @@ pub(super) fn finish(
         text: formats::loading(exporter, &config, output.files().has_adapter()),
         library: exporter.library(),
     };
-    report.non_finite = output.finish(folder, &[CARD_FILE, REPORT_FILE, RECIPE_FILE, PAGE_FILE])?;
+    let finished = output.finish(folder, &[CARD_FILE, REPORT_FILE, RECIPE_FILE, PAGE_FILE])?;
+    report.non_finite = finished.non_finite;
+    report.left_out = finished.left_out.into_iter().map(Into::into).collect();
     let recipe = toml::to_string(&recipe.to_options())?;
     folder.write(RECIPE_FILE, format!("# lrc compress MODEL -o OUT --recipe {RECIPE_FILE}\n{recipe}").as_bytes())?;
     folder.write(CARD_FILE, card::render(report, job.checkpoint, &loading).as_bytes())?;

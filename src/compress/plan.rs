@@ -26,6 +26,7 @@ impl Plan {
     /// # Errors
     /// No linear matches, a pattern matches nothing, or a target cannot be compressed.
     pub fn new(checkpoint: &Checkpoint, recipe: &Recipe) -> Result<Self> {
+        inventory::expect_blocks(checkpoint)?;
         let all = inventory::linears(checkpoint);
         let modules: Vec<&str> = all.iter().map(|l| l.module.as_str()).collect();
         for (flag, patterns) in [("--targets", &recipe.targets), ("--exclude", &recipe.exclude)] {

@@ -1,6 +1,6 @@
 //! The settings of a compression: options, checked against each other, with the defaults filled in.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use bytesize::ByteSize;
@@ -195,6 +195,12 @@ impl Recipe {
     /// Whether logits of trial models are compared.
     pub fn probes(&self) -> bool {
         self.sensitivity == Some(Sensitivity::Measured) || self.depth_weight == DepthWeight::Auto
+    }
+
+    /// Files that a run reads besides the model.
+    pub fn inputs(&self) -> impl Iterator<Item = &Path> {
+        let text = self.calibration.iter().map(|settings| settings.text.as_path());
+        text.chain(self.statistics.as_deref())
     }
 
     /// Whether the metric's statistics are measured, and not read from a file.

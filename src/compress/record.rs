@@ -199,6 +199,7 @@ pub(super) fn report(
         linear: summary(&linears),
         passed_through: passed_through(job, &linears),
         non_finite: Vec::new(),
+        left_out: Vec::new(),
         linears,
         control: None,
         truncated: None,

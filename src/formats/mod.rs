@@ -25,7 +25,7 @@ use crate::model::config::native_config;
 use crate::model::inventory::LinearInfo;
 
 pub use factored::load;
-pub use output::{Files, Output, warn_of_growth, warn_of_non_finite};
+pub use output::{Files, Finished, Output, copy_side, warn_of_growth, warn_of_non_finite};
 pub use parts::{Base, Entry, Matrix, Module, Pair, Parts};
 
 /// The formats, as a user names them.

@@ -9,7 +9,8 @@ use super::{Container, Entry, Exporter, Format, NamedBytes, OutTensor, Source, T
 use crate::checkpoint::encoded::{ADAPTER_FILE, ADAPTER_FOLDER, Element};
 use crate::checkpoint::gguf::{self, GgufTensor, GgufWriter};
 use crate::checkpoint::{
-    CONFIG_FILE, CheckpointError, OutputFolder, SafetensorsWriter, Stack, TensorSpec, cast, io, json, writer_bytes,
+    CONFIG_FILE, Checkpoint, CheckpointError, LeftOut, OutputFolder, SafetensorsWriter, Stack, TensorSpec, cast, io, json,
+    writer_bytes,
 };
 use crate::error::Failure;
 use crate::model::config;
@@ -293,13 +294,12 @@ impl<'a> Output<'a> {
         }
     }
 
-    /// Copies everything that was not compressed, and writes the config and what else the format needs; `leave` are names of
-    /// side files of the source that are not copied. Gives the names of copied tensors that hold NaN or infinite values, of which
-    /// it warns.
+    /// Copies everything that was not compressed, and writes the config and what else the format needs; `replaced` are side files
+    /// and folders of the source that the output has its own of. Warns of copied tensors that are not finite.
     ///
     /// # Errors
     /// The disk refuses, or a tensor of the source is broken.
-    pub fn finish(mut self, folder: &OutputFolder, leave: &[&str]) -> Result<Vec<String>> {
+    pub fn finish(mut self, folder: &OutputFolder, replaced: &[&str]) -> Result<Finished> {
         let (source, exporter) = (self.files.source, self.files.exporter);
         let mut non_finite = Vec::new();
         for planned in std::mem::take(&mut self.files.tensors) {
@@ -322,11 +322,7 @@ impl<'a> Output<'a> {
         if let Some(adapter) = self.adapter {
             adapter.finish()?;
         }
-        for file in source.checkpoint.side_files()? {
-            if !leave.iter().any(|name| file.ends_with(name)) {
-                folder.copy(&file)?;
-            }
-        }
+        let left_out = copy_side(source.checkpoint, folder, replaced)?;
         if !self.files.modules.is_empty() {
             for (name, content) in exporter.side_files(source, &self.files.modules) {
                 folder.write(&name, content.as_bytes())?;
@@ -337,11 +333,19 @@ impl<'a> Output<'a> {
             folder.write(CONFIG_FILE, json::text(&config)?.as_bytes())?;
         } else if source.checkpoint.config_error().is_some() {
             // What cannot be read is still the source's.
-            folder.copy(&source.checkpoint.root().join(CONFIG_FILE))?;
+            folder.copy(&source.checkpoint.root().join(CONFIG_FILE), CONFIG_FILE)?;
         }
         warn_of_non_finite(&non_finite);
-        Ok(non_finite)
+        Ok(Finished { left_out, non_finite })
     }
+}
+
+/// What finishing an output found in its source.
+pub struct Finished {
+    /// Files and folders beside the weights that were not copied, and why.
+    pub left_out: Vec<LeftOut>,
+    /// Copied tensors that hold NaN or infinite values.
+    pub non_finite: Vec<String>,
 }
 
 /// Warns of copied tensors that hold NaN or infinite values: the model cannot be run, and was not by a run without a text.
@@ -358,4 +362,23 @@ pub fn warn_of_growth(before: u64, after: u64) {
     if after > before {
         tracing::warn!("the weight files of the output take {after} bytes, more than the {before} of the source");
     }
+}
+
+/// Copies what lies beside the weights of a checkpoint, but for `replaced`. What was left out, and why.
+///
+/// # Errors
+/// A file cannot be read, or the disk refuses.
+pub fn copy_side(
+    checkpoint: &Checkpoint,
+    folder: &OutputFolder,
+    replaced: &[&str],
+) -> Result<Vec<LeftOut>, CheckpointError> {
+    let side = checkpoint.side(replaced, &|path| folder.is_own(path))?;
+    for name in &side.empty_folders {
+        folder.create_folder(name)?;
+    }
+    for name in &side.files {
+        folder.copy(&checkpoint.root().join(name), name)?;
+    }
+    Ok(side.left_out)
 }

@@ -248,12 +248,12 @@ impl<'w> Decoder<'w> {
 
     /// The module of a linear: `model.layers.3.mlp.down_proj`.
     pub fn module(&self, block_idx: usize, slot: Slot) -> String {
-        self.architecture.module(self.prefix, LinearId { block: block_idx, slot })
+        self.architecture.module(&self.names.prefix, LinearId { block: block_idx, slot })
     }
 
     /// `model.layers.3`.
     pub fn block_name(&self, block_idx: usize) -> String {
-        self.architecture.block(self.prefix, block_idx)
+        self.architecture.block(&self.names.prefix, block_idx)
     }
 
     pub fn kernels(&self) -> Kernels {

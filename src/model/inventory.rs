@@ -222,6 +222,29 @@ impl Places {
     }
 }
 
+/// What is missing of a checkpoint whose config counts more blocks than its files hold, in words; none where all are there, or where
+/// the family is not known.
+pub fn missing_blocks(checkpoint: &Checkpoint) -> Option<String> {
+    let places = Places::of(checkpoint);
+    let count = places.architecture.and(places.n_blocks)?;
+    let found: BTreeSet<usize> = checkpoint.tensors().filter_map(|info| places.block_of(&info.name)).collect();
+    let missing = (0..count).find(|block| !found.contains(block)).filter(|_| !found.is_empty())?;
+    let root = checkpoint.root().display();
+    let of = found.range(..count).count();
+    Some(format!(
+        "`{root}` is half a checkpoint: it has {of} of the {count} blocks of its config, and no block {missing}"
+    ))
+}
+
+/// Refuses a checkpoint that lacks blocks.
+///
+/// # Errors
+/// See [`missing_blocks`].
+pub fn expect_blocks(checkpoint: &Checkpoint) -> Result<()> {
+    const HINT: &str = "check that all shards are there, and `num_hidden_layers` in `config.json`";
+    missing_blocks(checkpoint).map_or(Ok(()), |missing| Err(Failure::unsupported(missing).hint(HINT).into()))
+}
+
 /// Whether a tensor is a stack of the matrices of experts. Which side is out is not written in a file: it is taken as stored.
 pub fn is_stack(info: &TensorInfo) -> bool {
     matches!(info.shape.as_slice(), &[_, rows, columns] if rows > 1 && columns > 1)

@@ -14,7 +14,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::checkpoint::Fingerprint;
+use crate::checkpoint::{Fingerprint, LeftOut};
 pub use eval::{
     Agreement, AllConventionsReport, Distribution, DivergenceRecord, EncoderReport, FidelityRecord, PerplexityReport,
     PseudoPerplexity,
@@ -58,6 +58,9 @@ pub struct CompressReport {
     /// Of these, tensors that hold NaN or infinite values: the model cannot be run.
     #[serde(skip_serializing_if = "Vec::is_empty", default)]
     pub non_finite: Vec<String>,
+    /// Files and folders beside the weights of the source that are not in the output.
+    #[serde(default)]
+    pub left_out: Vec<LeftOutRecord>,
     /// Where quantised linears have factors: the same bytes without.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub control: Option<ControlRecord>,
@@ -112,11 +115,28 @@ pub struct ExportReport {
     pub linears: Vec<String>,
     pub bytes_before: u64,
     pub bytes_after: u64,
+    /// Files and folders beside the weights of the source that are not in the output.
+    #[serde(default)]
+    pub left_out: Vec<LeftOutRecord>,
     /// The report of the compression that was exported, where the source had one.
     pub compressed: Option<Value>,
     /// SHA-256 of every other file of the output.
     pub output_files: Fingerprint,
     pub elapsed_seconds: f64,
+}
+
+/// A file, or a folder with all that it holds, that is not in the output.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+pub struct LeftOutRecord {
+    /// From the root of the source; that of a folder ends in `/`.
+    pub path: String,
+    pub reason: String,
+}
+
+impl From<LeftOut> for LeftOutRecord {
+    fn from(left_out: LeftOut) -> Self {
+        Self { path: left_out.path, reason: left_out.reason.into() }
+    }
 }
 
 /// What was observed.

@@ -1,0 +1,223 @@
+//! Where outputs may go. Everything here is checked before any work; no link is followed where a file is written.
+
+use std::fs::{self, File, OpenOptions};
+use std::path::{Component, Path, PathBuf};
+
+use super::error::{CheckpointError, Result, io};
+
+/// The folder that a run works in, inside of an output folder that has to stay where it is.
+pub(super) const WITHIN: &str = ".lrc-partial";
+/// What the root of a fresh file system holds.
+const LOST_AND_FOUND: &str = "lost+found";
+
+fn unusable(path: &Path, reason: impl Into<String>) -> CheckpointError {
+    CheckpointError::OutputUnusable { path: path.into(), reason: reason.into() }
+}
+
+/// An output folder by its plain name: without a slash or a `.` at its end. `.` and `..` become the folder that they name.
+pub(super) fn named(target: &Path) -> PathBuf {
+    let plain: PathBuf = target.components().collect();
+    match plain.components().next_back() {
+        Some(Component::Normal(_)) => plain,
+        _ => fs::canonicalize(&plain).unwrap_or(plain),
+    }
+}
+
+/// The folder of a file; that of a bare name is the current one.
+pub(crate) fn folder_of(file: &Path) -> &Path {
+    file.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// Refuses what cannot become an output folder: links that lead nowhere, files, names of nothing. Whether the folder is there.
+///
+/// # Errors
+/// It cannot, with the reason.
+pub fn expect_folder(target: &Path) -> Result<bool> {
+    let exists = exists(target)?;
+    if exists && !target.is_dir() {
+        return Err(unusable(target, "it is not a folder"));
+    }
+    if !exists && target.file_name().is_none() {
+        return Err(unusable(target, "it does not name a folder"));
+    }
+    Ok(exists)
+}
+
+/// Whether something is there; a link that leads nowhere is refused.
+fn exists(path: &Path) -> Result<bool> {
+    match fs::symlink_metadata(path) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(false),
+        Err(e) => Err(unusable(path, e.to_string())),
+        Ok(found) if found.is_symlink() && !path.exists() => Err(unusable(path, "it is a link that leads nowhere")),
+        Ok(_) => Ok(true),
+    }
+}
+
+/// The error for a folder that is there, and holds what lrc did not write.
+pub(super) fn foreign(target: &Path) -> CheckpointError {
+    unusable(target, "it exists, and is not an output of lrc")
+}
+
+/// Checks that a file may be written: it is not there or may be replaced, and its folder takes files.
+///
+/// # Errors
+/// It may not, with the reason.
+pub fn check_file(path: &Path, force: bool) -> Result<()> {
+    let is_there = exists(path)?;
+    let typed = path.as_os_str().as_encoded_bytes();
+    if path.is_dir() || typed.ends_with(b"/") || typed.ends_with(b"/.") {
+        return Err(unusable(path, "it is a folder, and a file is to be written"));
+    }
+    if is_there && !force {
+        return Err(CheckpointError::FileExists { path: path.into() });
+    }
+    let folder = folder_of(path);
+    if !folder.is_dir() {
+        return Err(unusable(path, format!("there is no folder `{}`", folder.display())));
+    }
+    // A file without a name, which is gone at once.
+    tempfile::tempfile_in(folder).map_err(io("create a file in", folder))?;
+    Ok(())
+}
+
+/// Refuses an output that is, or holds, something that the same command reads, whatever may be replaced.
+///
+/// # Errors
+/// It does.
+pub fn expect_apart<'a>(output: &Path, reads: impl IntoIterator<Item = &'a Path>) -> Result<()> {
+    // What is not there yet holds nothing.
+    let Ok(own) = fs::canonicalize(output) else { return Ok(()) };
+    match reads.into_iter().find(|read| fs::canonicalize(read).is_ok_and(|read| read.starts_with(&own))) {
+        Some(read) => Err(unusable(output, format!("`{}` is read by the same command", read.display()))),
+        None => Ok(()),
+    }
+}
+
+/// Names in a folder, in order.
+pub(super) fn names_in(folder: &Path) -> Result<Vec<std::ffi::OsString>> {
+    let entries = fs::read_dir(folder).map_err(io("list", folder))?;
+    let names = entries.map(|entry| entry.map(|entry| entry.file_name()));
+    let mut names = names.collect::<std::io::Result<Vec<_>>>().map_err(io("list", folder))?;
+    names.sort();
+    Ok(names)
+}
+
+/// Names in an output folder but for what is no part of any output.
+pub(super) fn output_names(target: &Path) -> Result<Vec<std::ffi::OsString>> {
+    let mut names = names_in(target)?;
+    names.retain(|name| name != WITHIN && name != LOST_AND_FOUND);
+    Ok(names)
+}
+
+/// Whether a folder is there and has no file of anyone.
+pub(super) fn is_vacant(target: &Path) -> bool {
+    target.is_dir() && output_names(target).is_ok_and(|names| names.is_empty())
+}
+
+/// Where the run of a target works: beside it, and renamed at the end; inside of it where the folder is there and has to stay,
+/// because it is mounted, or a link, or made by someone who may be in it.
+pub(super) fn work_of(target: &Path) -> PathBuf {
+    let within = target.join(WITHIN);
+    let mut beside = target.as_os_str().to_owned();
+    beside.push(".partial");
+    let beside = PathBuf::from(beside);
+    let has_to_stay = || target.is_symlink() || is_vacant(target) || is_mounted(target);
+    if within.is_dir() || (target.is_dir() && !beside.exists() && has_to_stay()) { within } else { beside }
+}
+
+#[cfg(unix)]
+fn is_mounted(folder: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    let Ok(path) = fs::canonicalize(folder) else { return false };
+    let device = |path: &Path| fs::metadata(path).ok().map(|found| found.dev());
+    if path.parent().is_none_or(|parent| device(parent) != device(&path)) {
+        return true;
+    }
+    // A folder of the same device may be bound to another place; Linux lists it, with octal numbers for blanks.
+    let Some(name) = path.to_str() else { return false };
+    let escaped = [('\\', r"\134"), (' ', r"\040"), ('\t', r"\011"), ('\n', r"\012")]
+        .iter()
+        .fold(name.to_string(), |name, (blank, number)| name.replace(*blank, number));
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    mounts.lines().any(|line| line.split(' ').nth(4) == Some(escaped.as_str()))
+}
+
+#[cfg(not(unix))]
+fn is_mounted(_: &Path) -> bool {
+    false
+}
+
+/// Refuses a work folder that holds anything but files and folders: lrc makes no links there, so someone else did.
+pub(super) fn refuse_links(work: &Path) -> Result<()> {
+    let mut paths = vec![work.to_path_buf()];
+    while let Some(path) = paths.pop() {
+        let found = match fs::symlink_metadata(&path) {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => continue,
+            found => found.map_err(io("look at", &path))?,
+        };
+        if found.is_dir() {
+            paths.extend(names_in(&path)?.into_iter().map(|name| path.join(name)));
+        } else if !found.is_file() {
+            return Err(CheckpointError::StrangeWork { path, work: work.into() });
+        }
+    }
+    Ok(())
+}
+
+/// How files are opened for writing: a link in their place is an error.
+fn to_write() -> OpenOptions {
+    let mut options = OpenOptions::new();
+    options.write(true).create(true);
+    #[cfg(unix)]
+    std::os::unix::fs::OpenOptionsExt::custom_flags(&mut options, libc::O_NOFOLLOW);
+    options
+}
+
+/// Opens a file to write parts of it; the rest keeps its content.
+pub(super) fn open_to_write(path: &Path) -> Result<File> {
+    to_write().truncate(false).open(path).map_err(io("create", path))
+}
+
+/// Creates a file, or empties it.
+pub(crate) fn create_file(path: &Path) -> std::io::Result<File> {
+    to_write().truncate(true).open(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_lose_what_says_nothing() {
+        for (given, expected) in [("out/", "out"), ("./out/.", "out"), ("a//b/./", "a/b"), ("a/../b/", "a/../b")] {
+            assert_eq!(
+                named(Path::new(given)).components().collect::<PathBuf>(),
+                Path::new(expected).components().collect::<PathBuf>(),
+                "{given}"
+            );
+        }
+        let here = std::env::current_dir().unwrap();
+        assert_eq!(named(Path::new(".")), here.canonicalize().unwrap());
+        assert_eq!(Some(named(Path::new("..")).as_path()), here.canonicalize().unwrap().parent());
+        assert_eq!((folder_of(Path::new("x")), folder_of(Path::new("a/x"))), (Path::new("."), Path::new("a")));
+    }
+
+    #[test]
+    #[cfg(unix)]
+    fn no_link_is_written_through() {
+        let folder = tempfile::tempdir().unwrap();
+        let (file, link) = (folder.path().join("file"), folder.path().join("link"));
+        fs::write(&file, "kept").unwrap();
+        std::os::unix::fs::symlink(&file, &link).unwrap();
+        assert!(create_file(&link).is_err() && open_to_write(&link).is_err());
+        assert_eq!(fs::read(&file).unwrap(), b"kept");
+        assert!(matches!(refuse_links(folder.path()), Err(CheckpointError::StrangeWork { .. })));
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn mounted_folders_are_known() {
+        assert!(is_mounted(Path::new("/proc")) && is_mounted(Path::new("/")));
+        assert!(!is_mounted(tempfile::tempdir().unwrap().path()));
+    }
+}

@@ -1,0 +1,237 @@
+//! What lies beside the weights of a checkpoint, folders included: what goes into an output as it is, and what does not, and why.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use super::encoded::ADAPTER_CONFIG;
+use super::{CONFIG_FILE, Checkpoint, INDEX_FILE, Result, place, settings};
+
+/// Modules of sentence-transformers: a list whose `path` are folders.
+const MODULES_FILE: &str = "modules.json";
+
+/// What lies beside the weights. Paths begin at the root of the checkpoint.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Side {
+    pub files: Vec<PathBuf>,
+    pub empty_folders: Vec<PathBuf>,
+    pub left_out: Vec<LeftOut>,
+}
+
+/// A file, or a folder with all that it holds, that is not copied.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LeftOut {
+    /// Its path, which of a folder ends in `/`.
+    pub path: String,
+    pub reason: &'static str,
+}
+
+const HIDDEN: &str = "hidden";
+const OTHER_FORMAT: &str = "weights in another format";
+const OTHER_WEIGHTS: &str = "weights that this model is not made of";
+const OTHER_MODEL: &str = "a folder of other weights";
+const TRAINING: &str = "the state of a training";
+const SETTINGS: &str = "settings of the quantiser of the source";
+const STRAY_LINK: &str = "a link out of the checkpoint";
+const DEAD_LINK: &str = "a link that leads nowhere";
+const LOOP: &str = "a link to a folder that is there already";
+const UNREADABLE: &str = "it cannot be read";
+const STRANGE: &str = "neither a file nor a folder";
+const WORK: &str = "an unfinished output";
+
+/// Weights in any format, and what describes them.
+pub(super) fn is_weight_file(name: &str) -> bool {
+    const SUFFIXES: &[&str] = &[
+        ".safetensors",
+        ".safetensors.index.json",
+        ".bin",
+        ".bin.index.json",
+        ".pt",
+        ".pth",
+        ".ckpt",
+        ".gguf",
+        ".ggml",
+        ".h5",
+        ".h5.index.json",
+        ".msgpack",
+        ".msgpack.index.json",
+        ".onnx",
+        ".onnx_data",
+        ".onnx.data",
+        ".ot",
+        ".tflite",
+        ".mlmodel",
+        ".pdparams",
+        ".nemo",
+        ".llamafile",
+    ];
+    let is_vocabulary = ["tokenizer", "vocab"].iter().any(|word| name.contains(word));
+    SUFFIXES.iter().any(|suffix| name.ends_with(suffix)) && !is_vocabulary
+}
+
+/// What a training leaves beside a model to go on from.
+fn is_training_state(name: &str) -> bool {
+    let stem = name.split('.').next().unwrap_or(name);
+    ["optimizer", "scheduler", "scaler", "training_args"].contains(&stem) || stem.starts_with("rng_state")
+}
+
+impl Checkpoint {
+    /// Everything in the folder of the checkpoint but what an output has its own of: weights and config, `replaced` (files and
+    /// folders), and what `is_own` knows by its real path.
+    ///
+    /// Links are followed to where the weights are, as in the hub's cache, whose files are all links, and nowhere else.
+    ///
+    /// # Errors
+    /// The folder cannot be listed.
+    pub fn side(&self, replaced: &[&str], is_own: &dyn Fn(&Path) -> bool) -> Result<Side> {
+        if self.is_alone {
+            return Ok(Side::default());
+        }
+        let real = |path: &Path| fs::canonicalize(path).ok();
+        let config = self.root.join(CONFIG_FILE);
+        let read = self.shards.iter().map(|shard| shard.path()).chain([config.as_path()]);
+        let within = |file: &Path| match file.strip_prefix(&self.root) {
+            Ok(path) => path.to_path_buf(),
+            Err(_) => super::file_name(file).into(),
+        };
+        let mut walk = Walk {
+            root: &self.root,
+            replaced,
+            is_own,
+            weights: self.shards.iter().map(|shard| within(shard.path())).collect(),
+            homes: read.filter_map(|file| Some(real(file)?.parent()?.to_path_buf())).collect(),
+            modules: modules(&self.root),
+            is_coded: self.tensors().any(|info| info.storage().is_some()),
+            seen: real(&self.root).into_iter().collect(),
+            side: Side::default(),
+        };
+        walk.homes.extend(real(&self.root));
+        walk.folder(Path::new(""))?;
+        Ok(walk.side)
+    }
+
+    /// Files that are read when the model is: outputs keep off them.
+    pub fn read_files(&self) -> Vec<PathBuf> {
+        let weights = self.shards.iter().map(|shard| shard.path().to_path_buf());
+        let others = [CONFIG_FILE, INDEX_FILE, "tokenizer.json", "tokenizer_config.json", ADAPTER_CONFIG];
+        let settings = settings::FILES.iter().map(|(name, _)| *name);
+        weights.chain(others.into_iter().chain(settings).map(|name| self.root.join(name))).collect()
+    }
+}
+
+/// The folders of the modules that a model is one of.
+fn modules(root: &Path) -> Vec<PathBuf> {
+    let list = fs::read(root.join(MODULES_FILE)).ok();
+    let list: Option<Value> = list.and_then(|bytes| serde_json::from_slice(&bytes).ok());
+    let paths =
+        list.iter().flat_map(|list| list.as_array()).flatten().filter_map(|module| module.get("path")?.as_str());
+    paths.filter(|path| !path.is_empty()).map(PathBuf::from).collect()
+}
+
+struct Walk<'a> {
+    root: &'a Path,
+    replaced: &'a [&'a str],
+    is_own: &'a dyn Fn(&Path) -> bool,
+    /// The weight files that the checkpoint is made of, from its root.
+    weights: Vec<PathBuf>,
+    /// Where links may lead.
+    homes: Vec<PathBuf>,
+    modules: Vec<PathBuf>,
+    is_coded: bool,
+    /// Real paths of folders.
+    seen: BTreeSet<PathBuf>,
+    side: Side,
+}
+
+/// What becomes of something beside the weights.
+enum Fate {
+    Copied,
+    Walked,
+    Replaced,
+    LeftOut(&'static str),
+}
+
+impl Walk<'_> {
+    /// Sorts what a folder holds.
+    fn folder(&mut self, at: &Path) -> Result<()> {
+        let names = place::names_in(&self.root.join(at))?;
+        if names.is_empty() {
+            self.side.empty_folders.push(at.to_path_buf());
+        }
+        for name in names {
+            let path = at.join(name);
+            match self.fate(&path) {
+                Fate::Copied => self.side.files.push(path),
+                Fate::Walked => self.folder(&path)?,
+                Fate::Replaced => {}
+                Fate::LeftOut(reason) => {
+                    let end = if self.root.join(&path).is_dir() { "/" } else { "" };
+                    self.side.left_out.push(LeftOut { path: format!("{}{end}", path.display()), reason });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn fate(&mut self, path: &Path) -> Fate {
+        let (full, name) = (self.root.join(path), super::file_name(path));
+        if self.replaced.iter().any(|replaced| path == Path::new(replaced))
+            || self.weights.iter().any(|file| file == path)
+        {
+            return Fate::Replaced;
+        }
+        if name.starts_with('.') {
+            return Fate::LeftOut(HIDDEN);
+        }
+        let (Ok(found), Ok(real)) = (fs::metadata(&full), fs::canonicalize(&full)) else {
+            return Fate::LeftOut(DEAD_LINK);
+        };
+        if (self.is_own)(&real) {
+            return Fate::Replaced;
+        }
+        if full.is_symlink() && !self.homes.iter().any(|home| real.starts_with(home)) {
+            return Fate::LeftOut(STRAY_LINK);
+        }
+        match (found.is_dir(), found.is_file()) {
+            (true, _) => self.fate_of_folder(path, &full, real),
+            (_, true) => self.fate_of_file(path, &name),
+            _ => Fate::LeftOut(STRANGE),
+        }
+    }
+
+    fn fate_of_folder(&mut self, path: &Path, full: &Path, real: PathBuf) -> Fate {
+        if !self.seen.insert(real) {
+            return Fate::LeftOut(LOOP);
+        }
+        let Ok(names) = place::names_in(full) else { return Fate::LeftOut(UNREADABLE) };
+        // An adapter that is a part of the model.
+        if self.weights.iter().any(|file| file.parent() == Some(path)) {
+            return Fate::Replaced;
+        }
+        if super::OutputFolder::is_unfinished(full) {
+            return Fate::LeftOut(WORK);
+        }
+        let holds_weights = names.iter().any(|name| is_weight_file(&name.to_string_lossy()));
+        if holds_weights && !self.is_module(path) { Fate::LeftOut(OTHER_MODEL) } else { Fate::Walked }
+    }
+
+    fn fate_of_file(&self, path: &Path, name: &str) -> Fate {
+        let is_at_top = path.components().count() == 1;
+        let is_setting = settings::FILES.iter().any(|(file, _)| name == *file);
+        match name {
+            CONFIG_FILE | INDEX_FILE if is_at_top => Fate::Replaced,
+            name if is_training_state(name) && is_weight_file(name) => Fate::LeftOut(TRAINING),
+            _ if is_setting && is_at_top && self.is_coded => Fate::LeftOut(SETTINGS),
+            name if !is_weight_file(name) || self.is_module(path) => Fate::Copied,
+            name if name.contains(".safetensors") => Fate::LeftOut(OTHER_WEIGHTS),
+            _ => Fate::LeftOut(OTHER_FORMAT),
+        }
+    }
+
+    /// Whether a path is that of a module, or within one: its weights are its own, in whatever format.
+    fn is_module(&self, path: &Path) -> bool {
+        self.modules.iter().any(|module| path.starts_with(module))
+    }
+}
