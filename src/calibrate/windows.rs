@@ -80,7 +80,7 @@ impl Windows {
     /// The text or the tokenizer cannot be read, or the text is too short.
     pub fn load(checkpoint: &Checkpoint, settings: &WindowSettings, (part, n_parts): (usize, usize)) -> Result<Self> {
         let tokenizer = Tokenizer::open(checkpoint.root())?;
-        let text = Text::read(&settings.text, &settings.field)?;
+        let text = Text::read(&settings.text, &settings.field, checkpoint.root())?;
         let objective = Decoder::open(checkpoint)?.objective();
         let seq_len = window_length(checkpoint, settings.seq_len, DEFAULT_SEQ_LEN);
         let (bos, n_added) = match objective {

@@ -113,6 +113,12 @@ pub enum CheckpointError {
     #[error("cannot get `{id}` (revision `{revision}`) from the hub: {reason}")]
     Hub { id: String, revision: String, reason: String, network: bool },
 
+    #[error("`{server}` cannot be trusted with `{id}`: {reason}")]
+    HubUntrusted { id: String, server: String, reason: String },
+
+    #[error("`--revision {revision}` is not the name of a branch, a tag or a commit")]
+    Revision { revision: String },
+
     #[error("`{id}` is neither a folder nor a hub id, and this `lrc` was built without the `hub` feature")]
     HubDisabled { id: String },
 }
@@ -165,6 +171,8 @@ impl CheckpointError {
                 "check the network, `HF_ENDPOINT` and `HF_HUB_OFFLINE`; if a folder was meant, there is none of this name".into()
             }
             Hub { .. } => "check the path, or the name and `--revision`; private and gated repositories need `HF_TOKEN`".into(),
+            HubUntrusted { .. } => "check `HF_ENDPOINT`, and tell who runs that server; what it sent was not kept".into(),
+            Revision { .. } => "give letters, digits and `._/-`, without `..`; as `main`, `v1.0` or `refs/pr/5`".into(),
             HubDisabled { .. } => "check the path, or build with `--features hub`".into(),
             Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => {
                 "free some space, or write to another disk".into()
@@ -201,6 +209,7 @@ impl CheckpointError {
                 | StrangeWork { .. }
                 | Unfinished { .. }
                 | OtherJob { .. }
+                | Revision { .. }
         )
     }
 }

@@ -11,10 +11,11 @@ use super::allocate::Ranks;
 use super::compensate::{Compensate, CompensateRank};
 use super::presets::Method;
 use super::sensitivity::{DepthWeight, Sensitivity};
-use crate::error::Failure;
+use crate::error::{ExitClass, Failure};
 use crate::formats::Format;
 use crate::model::Layout;
 use crate::quantize::{Levels, Quant, Scheme};
+use crate::text::read_recipe;
 
 /// What a user may say; everything is optional, and the defaults are in [`super::recipe::Recipe::new`].
 #[derive(Debug, Clone, Default, PartialEq, Args, Serialize, Deserialize)]
@@ -222,8 +223,7 @@ impl RecipeOptions {
     /// # Errors
     /// It cannot be read, is not TOML, or has a key that no flag has.
     pub fn read(path: &Path) -> Result<Self> {
-        let text = std::fs::read_to_string(path)
-            .map_err(|e| Failure::usage(format!("cannot read recipe `{}`: {e}", path.display())))?;
+        let text = read_recipe(path).map_err(|failure| Failure { class: ExitClass::Usage, ..failure })?;
         toml::from_str(&text).map_err(|e| {
             Failure::usage(format!("recipe `{}`: {}", path.display(), e.to_string().trim_end()))
                 .hint("the keys are the long flags of `lrc compress`, without the dashes in front")

@@ -51,7 +51,7 @@ pub fn encoder(
         return Err(Failure::unsupported(message).hint("`--reference MODEL` compares hidden states").into());
     }
     let tokenizer = Tokenizer::open(checkpoint.root())?;
-    let text = Text::read(&settings.text, &settings.field)?;
+    let text = Text::read(&settings.text, &settings.field, checkpoint.root())?;
     let seq_len = window_length(checkpoint, settings.seq_len, DEFAULT_SEQ_LEN);
     let n_of_text = seq_len.saturating_sub(tokenizer.n_added()).max(1);
     let tokens = tokenizer.encode(&text.joined(), Bos::Never)?;

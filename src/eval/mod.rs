@@ -79,7 +79,7 @@ impl Prepared {
             return Err(Failure::usage(message).hint("`--convention hf-strided` has windows that overlap").into());
         }
         let tokenizer = Tokenizer::open(checkpoint.root())?;
-        let text = Text::read(&settings.text, &settings.field)?;
+        let text = Text::read(&settings.text, &settings.field, checkpoint.root())?;
         let seq_len = window_length(checkpoint, settings.seq_len, rules.default_seq_len().unwrap_or(usize::MAX));
         let stride = settings.stride.unwrap_or(DEFAULT_STRIDE.min(seq_len / 2).max(1));
         if stride > seq_len {

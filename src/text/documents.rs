@@ -1,105 +1,189 @@
-//! Documents of a file, by its extension: `.jsonl` and `.parquet` hold many, each in a field; any other file is one document.
+//! Documents of a text: `.jsonl`, `.ndjson`, `.json` and `.parquet` hold many, each in a field or as a conversation; any other
+//! text is one document.
 
-use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::Result;
+use bytes::Bytes;
 use parquet::file::reader::{FileReader, SerializedFileReader};
+use parquet::record::Field;
 use parquet::schema::types::Type;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
-use crate::error::{ExitClass, Failure};
+use super::kind::{self, Kind};
+use super::source::{Source, unpacked};
+use super::{chat, json};
+use crate::error::Failure;
 
 /// Field of a document where the user names none, as `datasets` names it.
 pub const DEFAULT_FIELD: &str = "text";
 
 const FIELD_HINT: &str = "name the field that holds the text with `--field`";
 
-/// Reads the documents of `path`, in order; empty ones are left out.
+/// A document as it is stored.
+#[derive(Debug, PartialEq)]
+pub(super) enum Document {
+    Text(String),
+    /// A record with `messages`, and where it is.
+    Chat(String, Map<String, Value>),
+}
+
+/// Reads the documents of `path`, in order, and the sha256 of its bytes.
 ///
 /// # Errors
-/// The file cannot be read, is not what its extension says, or has no such field.
-pub(super) fn read(path: &Path, field: &str) -> Result<Vec<String>> {
-    let extension = path.extension().and_then(|e| e.to_str()).unwrap_or_default();
-    let mut documents = match extension {
-        "jsonl" | "ndjson" => from_jsonl(path, &utf8(path)?, field)?,
-        "parquet" => from_parquet(path, field)?,
-        _ => vec![utf8(path)?],
+/// It cannot be read, is not what its name says, or has no such field.
+pub(super) fn read(path: &Path, field: &str) -> Result<(Vec<Document>, String)> {
+    let Source { bytes, sha256, is_pipe } = Source::read(path, "text file")?;
+    let named = if is_pipe { None } else { Some(kind::of_name(path)?) };
+    let packing = named.map_or_else(|| kind::of_bytes(&bytes), |(packing, _)| packing);
+    let bytes = unpacked(path, bytes, packing)?;
+    let kind = named.map_or_else(|| kind::of_content(&bytes), |(_, kind)| kind);
+    tracing::debug!("`{}` is read as {kind:?}, {packing:?}", path.display());
+    let documents = match kind {
+        Kind::Json => from_json(path, &utf8(path, bytes)?, field)?,
+        Kind::Parquet => from_parquet(path, bytes, field)?,
+        Kind::Plain => {
+            kind::expect_prose(path, &bytes)?;
+            vec![Document::Text(utf8(path, bytes)?)]
+        }
     };
-    documents.retain(|document| !document.is_empty());
-    Ok(documents)
+    Ok((documents, sha256))
 }
 
-fn unreadable(path: &Path, error: &std::io::Error) -> Failure {
-    let class = if error.kind() == std::io::ErrorKind::NotFound { ExitClass::Usage } else { ExitClass::Resources };
-    Failure::new(class, format!("cannot read text file `{}`: {error}", path.display()))
-}
-
-fn utf8(path: &Path) -> Result<String> {
-    let bytes = std::fs::read(path).map_err(|e| unreadable(path, &e))?;
+fn utf8(path: &Path, bytes: Vec<u8>) -> Result<String> {
     let text = String::from_utf8(bytes).map_err(|e| {
         Failure::unsupported(format!("`{}` is not UTF-8 (byte {})", path.display(), e.utf8_error().valid_up_to()))
-            .hint("give a plain text file, or one that ends in `.jsonl` or `.parquet`")
+            .hint("give a plain text in UTF-8, or documents in `.jsonl`, `.json` or `.parquet`")
     })?;
     Ok(text)
 }
 
-fn from_jsonl(path: &Path, text: &str, field: &str) -> Result<Vec<String>> {
-    let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
-    let document = |(i, line): (usize, &str)| -> Result<String> {
-        let place = format!("line {} of `{}`", i + 1, path.display());
-        let value: Value =
-            serde_json::from_str(line).map_err(|e| Failure::unsupported(format!("{place} is not JSON: {e}")))?;
-        match value.get(field) {
-            Some(Value::String(text)) => Ok(text.clone()),
-            Some(Value::Null) => Ok(String::new()),
-            _ => Err(Failure::unsupported(format!("{place} has no string `{field}`")).hint(FIELD_HINT).into()),
+/// An array of documents, or a document a line.
+fn from_json(path: &Path, text: &str, field: &str) -> Result<Vec<Document>> {
+    let line = |i: usize| format!("line {} of `{}`", i + 1, path.display());
+    match json::parse(text) {
+        Ok(Value::Array(values)) => {
+            let place = |i: usize| format!("element {i} of `{}`", path.display());
+            values.into_iter().enumerate().map(|(i, value)| document(value, field, || place(i))).collect()
         }
-    };
-    lines.map(document).collect()
+        Ok(value) => Ok(vec![document(value, field, || line(0))?]),
+        Err(_) => {
+            let parsed = |(i, text): (usize, &str)| match json::parse(text) {
+                Ok(value) => document(value, field, || line(i)),
+                Err(e) => Err(Failure::unsupported(format!("{} is not JSON: {e}", line(i))).into()),
+            };
+            text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()).map(parsed).collect()
+        }
+    }
 }
 
-fn from_parquet(path: &Path, field: &str) -> Result<Vec<String>> {
+/// A string, an object with the field, or an object with `messages`.
+fn document(value: Value, field: &str, place: impl Fn() -> String) -> Result<Document> {
+    let absent = || Failure::unsupported(format!("{} has no string `{field}`", place())).hint(FIELD_HINT);
+    let fields = match value {
+        Value::String(text) if field == DEFAULT_FIELD => return Ok(Document::Text(text)),
+        Value::Object(fields) => fields,
+        _ => return Err(absent().into()),
+    };
+    match fields.get(field) {
+        Some(Value::String(text)) => return Ok(Document::Text(text.clone())),
+        Some(Value::Null) => return Ok(Document::Text(String::new())),
+        _ => {}
+    }
+    if (field == DEFAULT_FIELD || field == chat::MESSAGES) && fields.get(chat::MESSAGES).is_some_and(Value::is_array) {
+        return Ok(Document::Chat(place(), fields));
+    }
+    Err(absent().into())
+}
+
+fn from_parquet(path: &Path, bytes: Vec<u8>, field: &str) -> Result<Vec<Document>> {
     let broken = |e: &dyn std::fmt::Display| Failure::unsupported(format!("`{}` cannot be read: {e}", path.display()));
-    let file = File::open(path).map_err(|e| unreadable(path, &e))?;
-    let reader = SerializedFileReader::new(file).map_err(|e| broken(&e))?;
+    let reader = SerializedFileReader::new(Bytes::from(bytes)).map_err(|e| broken(&e))?;
     let schema = reader.metadata().file_metadata().schema();
-    let Some(column) = schema.get_fields().iter().find(|column| column.name() == field) else {
+    let column = |name: &str| schema.get_fields().iter().find(|column| column.name() == name);
+    let with_messages = || column(chat::MESSAGES).filter(|_| field == DEFAULT_FIELD);
+    let Some(column) = column(field).or_else(with_messages) else {
         let names: Vec<&str> = schema.get_fields().iter().map(|column| column.name()).collect();
         let message = format!("`{}` has no column `{field}`, but {}", path.display(), names.join(", "));
         return Err(Failure::unsupported(message).hint(FIELD_HINT).into());
     };
+    let name = column.name().to_string();
     let projection = Type::group_type_builder(schema.name()).with_fields(vec![Arc::clone(column)]).build();
     let rows = reader.get_row_iter(Some(projection.map_err(|e| broken(&e))?)).map_err(|e| broken(&e))?;
-    let document = |row: parquet::errors::Result<parquet::record::Row>| -> Result<String> {
+    let document = |(i, row): (usize, parquet::errors::Result<parquet::record::Row>)| -> Result<Document> {
         let row = row.map_err(|e| broken(&e))?;
         match row.get_column_iter().next() {
-            Some((_, parquet::record::Field::Str(text))) => Ok(text.clone()),
-            Some((_, parquet::record::Field::Null)) | None => Ok(String::new()),
+            Some((_, Field::Str(text))) => Ok(Document::Text(text.clone())),
+            Some((_, Field::Null)) | None => Ok(Document::Text(String::new())),
+            Some((_, messages @ Field::ListInternal(_))) if name == chat::MESSAGES => {
+                let fields = Map::from_iter([(name.clone(), value_of(messages))]);
+                Ok(Document::Chat(format!("row {i} of `{}`", path.display()), fields))
+            }
             Some(_) => {
-                let message = format!("column `{field}` of `{}` holds no text", path.display());
+                let message = format!("column `{name}` of `{}` holds no text", path.display());
                 Err(Failure::unsupported(message).hint(FIELD_HINT).into())
             }
         }
     };
-    rows.map(document).collect()
+    rows.enumerate().map(document).collect()
+}
+
+/// What messages are made of.
+fn value_of(field: &Field) -> Value {
+    match field {
+        Field::Str(text) => Value::from(text.as_str()),
+        Field::Bool(flag) => Value::from(*flag),
+        Field::Int(n) => Value::from(*n),
+        Field::Long(n) => Value::from(*n),
+        Field::Double(x) => Value::from(*x),
+        Field::ListInternal(list) => list.elements().iter().map(value_of).collect(),
+        Field::Group(row) => row.get_column_iter().map(|(name, field)| (name.clone(), value_of(field))).collect(),
+        _ => Value::Null,
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn read(text: &str) -> Result<Vec<Document>> {
+        from_json(Path::new("x.jsonl"), text, "text")
+    }
+
     #[test]
-    fn jsonl_gives_a_document_a_line_and_names_the_line_that_is_broken() {
-        let path = Path::new("x.jsonl");
-        let read = |text: &str| from_jsonl(path, text, "text");
-        assert_eq!(read("{\"text\": \"a\\nb\"}\n\n{\"text\": \"c\", \"n\": 1}\n").unwrap(), ["a\nb", "c"]);
-        for (text, expected) in
-            [("{\"text\": \"a\"}\n{\"body\": 1}", "line 2 of `x.jsonl` has no string `text`"), ("a", "line 1 of")]
-        {
+    fn json_gives_a_document_a_line_or_an_element() {
+        let texts = |texts: &[&str]| texts.iter().map(|t| Document::Text((*t).into())).collect::<Vec<_>>();
+        for (json, expected) in [
+            ("{\"text\": \"a\\nb\"}\n\n{\"text\": \"c\", \"n\": 1}\n", &["a\nb", "c"][..]),
+            ("\u{feff}{\"text\": \"a\", \"n\": NaN}\r\n\"b\"", &["a", "b"]),
+            ("[{\"text\": \"a\"},\n  \"b\",\n {\"text\": null, \"n\": Infinity}]", &["a", "b", ""]),
+            ("[\n]", &[]),
+            ("", &[]),
+            ("{\n \"text\": \"a\"\n}", &["a"]),
+        ] {
+            assert_eq!(read(json).unwrap(), texts(expected), "{json}");
+        }
+    }
+
+    #[test]
+    fn json_that_is_broken_is_named_by_its_line() {
+        for (text, expected) in [
+            ("{\"text\": \"a\"}\n{\"body\": 1}", "line 2 of `x.jsonl` has no string `text`"),
+            ("a", "line 1 of `x.jsonl` is not JSON"),
+            ("[{\"text\": \"a\"}, 1]", "element 1 of `x.jsonl` has no string `text`"),
+            ("{\n \"data\": []\n}", "line 1 of `x.jsonl` has no string `text`"),
+        ] {
             let error = read(text).unwrap_err().to_string();
             assert!(error.starts_with(expected), "{error}");
         }
+    }
+
+    #[test]
+    fn messages_are_read_where_there_is_no_text() {
+        let chat = "{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}]}";
+        assert!(matches!(&read(chat).unwrap()[..], [Document::Chat(place, _)] if place == "line 1 of `x.jsonl`"));
+        assert_eq!(read("{\"messages\": [], \"text\": \"a\"}").unwrap(), [Document::Text("a".into())]);
+        assert!(from_json(Path::new("x"), chat, "body").is_err());
     }
 }

@@ -1,6 +1,10 @@
 //! Text to tokens: a model's own tokenizer over the documents of a file, and windows cut from the stream.
 
+mod chat;
 mod documents;
+mod json;
+mod kind;
+mod source;
 
 use std::path::{Path, PathBuf};
 
@@ -13,18 +17,21 @@ use serde_json::Value;
 
 use crate::checkpoint::{json, sha256_file};
 use crate::error::Failure;
+use chat::ChatTemplate;
 pub use documents::DEFAULT_FIELD;
+use documents::Document;
+pub use source::read_recipe;
 
 /// What separates documents that are read as one stream, as GPTQ's scripts join WikiText.
 const BETWEEN_DOCUMENTS: &str = "\n\n";
 
-/// A text file.
+/// A text.
 #[derive(Debug, Clone)]
 pub struct Text {
     pub path: PathBuf,
     /// At least one, none empty.
     pub documents: Vec<String>,
-    /// Of the file.
+    /// Of the bytes that were read, before they were unpacked.
     pub sha256: String,
 }
 
@@ -32,7 +39,7 @@ pub struct Text {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize, Default)]
 #[serde(rename_all = "lowercase")]
 pub enum Bos {
-    /// Once, at the start of the stream, where the tokenizer adds one.
+    /// Once, at the start of the stream, where the tokenizer adds one and the text, as that of a chat template, has none.
     #[default]
     Auto,
     /// Never.
@@ -72,16 +79,28 @@ impl Text {
         self.documents.join(BETWEEN_DOCUMENTS)
     }
 
-    /// Reads a UTF-8 file, or the field `field` of each row of a `.jsonl` or `.parquet` file.
+    /// Reads a UTF-8 text, or the documents of a `.jsonl`, `.json` or `.parquet` file: their field `field`, or their `messages`
+    /// in the chat template of `model`.
     ///
     /// # Errors
-    /// It cannot be read, is not what it says, or is empty.
-    pub fn read(path: &Path, field: &str) -> Result<Self> {
-        let documents = documents::read(path, field)?;
+    /// It cannot be read, is not what it says, is empty, or the model takes no such messages.
+    pub fn read(path: &Path, field: &str, model: &Path) -> Result<Self> {
+        let (documents, sha256) = documents::read(path, field)?;
+        let has_chats = documents.iter().any(|document| matches!(document, Document::Chat(..)));
+        let template = has_chats.then(|| ChatTemplate::open(model)).transpose()?;
+        let rendered = |document: Document| match document {
+            Document::Text(text) => Ok(text),
+            Document::Chat(place, record) => {
+                let template = template.as_ref().expect("invariant: a template is read where there are chats");
+                template.render(&place, &record)
+            }
+        };
+        let mut documents = documents.into_iter().map(rendered).collect::<Result<Vec<_>>>()?;
+        documents.retain(|document| !document.is_empty());
         if documents.is_empty() {
             return Err(Failure::unsupported(format!("text file `{}` is empty", path.display())).into());
         }
-        Ok(Self { path: path.into(), documents, sha256: sha256_file(path)? })
+        Ok(Self { path: path.into(), documents, sha256 })
     }
 }
 
@@ -148,7 +167,8 @@ impl Tokenizer {
     pub fn encode(&self, text: &str, bos: Bos) -> Result<Tokens> {
         let encoding =
             self.inner.encode(text, false).map_err(|e| Failure::unsupported(format!("cannot tokenise: {e}")))?;
-        let prefix = if bos == Bos::Auto { self.prefix.as_slice() } else { &[] };
+        let is_added = bos == Bos::Auto && !encoding.get_ids().starts_with(&self.prefix);
+        let prefix = if is_added { self.prefix.as_slice() } else { &[] };
         let ids = [prefix, encoding.get_ids()].concat();
         let mut bytes_covered = vec![0; prefix.len()];
         let mut covered = 0;
