@@ -45,7 +45,9 @@ fn marked(bytes: &[u8]) -> Vec<u8> {
             _ => 1,
         };
         let (token, behind) = rest.split_at(len);
-        match non_finite(token) {
+        // A key is no number.
+        let is_key = || behind.trim_ascii_start().starts_with(b":");
+        match non_finite(token).filter(|_| !is_key()) {
             Some(name) => out.extend(format!("\"{ESCAPED}{name}\"").into_bytes()),
             None => out.extend(token),
         }
