@@ -189,12 +189,8 @@ mod tests {
 
     #[test]
     fn names_lose_what_says_nothing() {
-        for (given, expected) in [("out/", "out"), ("./out/.", "out"), ("a//b/./", "a/b"), ("a/../b/", "a/../b")] {
-            assert_eq!(
-                named(Path::new(given)).components().collect::<PathBuf>(),
-                Path::new(expected).components().collect::<PathBuf>(),
-                "{given}"
-            );
+        for (given, expected) in [("out/", "out"), ("./out/.", "./out"), ("a//b/./", "a/b"), ("a/../b/", "a/../b")] {
+            assert_eq!(named(Path::new(given)).as_os_str(), expected, "{given}");
         }
         let here = std::env::current_dir().unwrap();
         assert_eq!(named(Path::new(".")), here.canonicalize().unwrap());
