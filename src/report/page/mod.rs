@@ -248,11 +248,6 @@ fn linear_row(l: &LinearRecord) -> Vec<Cell> {
 fn warnings(report: &CompressReport) -> Vec<String> {
     let mut warnings: Vec<String> =
         report.linears.iter().filter_map(|l| Some(format!("{}: {}", l.module, l.note.as_ref()?))).collect();
-    let rounding =
-        |l: &&LinearRecord| l.storage_error.zip(l.relative_error).is_some_and(|(stored, error)| stored > error);
-    for l in report.linears.iter().filter(rounding) {
-        warnings.push(format!("{}: rounding to {} costs more than the truncation", l.module, l.dtype));
-    }
     if let Some(control) = &report.control
         && control.weighted_error_ratio.is_some_and(|ratio| ratio > 1.0)
     {
