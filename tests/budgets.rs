@@ -5,7 +5,7 @@ mod common;
 use std::path::Path;
 
 use common::{FIXTURE, HELD_OUT, TRAIN, lrc, ok, path, perplexity};
-use lrc::checkpoint::Checkpoint;
+use lrc::checkpoint::{Checkpoint, Dtype, SafetensorsWriter, TensorInfo, TensorSpec, cast};
 use serde_json::Value;
 
 const CALIBRATED: &[&str] = &["--calibration", TRAIN, "--samples", "32", "--seq-len", "128"];
@@ -107,6 +107,49 @@ fn a_sweep_is_compress_and_eval_at_every_budget() {
     let run = lrc(&[&args[..], CALIBRATED, &["--sequential"]].concat());
     assert!(run.code == 2 && run.stderr.contains("decomposes anew"), "{}", run.stderr);
     assert_eq!(lrc(&["sweep", FIXTURE, "--text", HELD_OUT, "--keep", "0.9,1.8"]).code, 2);
+}
+
+/// The fixture with its weights in bf16.
+fn fixture_in_bf16(folder: &Path) {
+    common::copy(FIXTURE, folder);
+    let source = Checkpoint::open(Path::new(FIXTURE)).unwrap();
+    let spec =
+        |info: &TensorInfo| TensorSpec { name: info.name.clone(), dtype: Dtype::BF16, shape: info.shape.clone() };
+    let specs: Vec<TensorSpec> = source.tensors().map(spec).collect();
+    let mut writer = SafetensorsWriter::create(folder, &specs, u64::MAX).unwrap();
+    for spec in &specs {
+        writer.write(&spec.name, &cast::encode(Dtype::BF16, &source.values(&spec.name).unwrap()).unwrap()).unwrap();
+    }
+    writer.finish().unwrap();
+}
+
+/// Rounding with feedback: a sweep and an output hold the same values, and bf16 costs about what it costs dense weights.
+#[test]
+fn sixteen_bits_cost_little_and_a_sweep_knows_what_they_cost() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = folder.path().join("source");
+    fixture_in_bf16(&source);
+    let ppl = |run: &Value| run["ppl"].as_f64().unwrap();
+    for flags in [&["--sequential=false"][..], &["--method", "svd", "--ranks", "uniform", "--elastic"]] {
+        let calibrated = if flags.len() == 1 { CALIBRATED } else { &[] };
+        let args = ["sweep", path(&source), "--text", HELD_OUT, "--eval-seq-len", "128", "--keep", "0.8", "--json"];
+        let sweep = ok(&[&args[..], flags, calibrated].concat()).json();
+        let out = folder.path().join(flags.len().to_string());
+        let args = ["compress", path(&source), "-o", path(&out), "-q", "--json", "--keep", "0.8"];
+        let report = ok(&[&args[..], flags, calibrated].concat()).json();
+        assert!((ppl(&sweep["points"][0]) - ppl(&eval(&out, &[]))).abs() < 1e-5);
+        assert_eq!(sweep["points"][0]["sizes"], report["sizes"]);
+        for linear in report["linears"].as_array().unwrap().iter().filter(|l| !l["rank"].is_null()) {
+            let error = linear["storage_error"].as_f64().unwrap();
+            assert!(error > 0.0 && error < 4e-3, "{linear}");
+            assert_eq!(sweep["points"][0]["ranks"][linear["module"].as_str().unwrap()], linear["rank"]);
+            // Factors only where that is explained.
+            assert_eq!(linear["layout"] == "factors", !linear["note"].is_null(), "{linear}");
+        }
+        let short = folder.path().join(format!("{}-short", flags.len()));
+        ok(&["truncate", path(&out), "-o", path(&short), "--keep", "0.6", "-q"]);
+        assert!(ppl(&eval(&short, &[])) < 2.0 * ppl(&eval(&source, &[])));
+    }
 }
 
 #[test]

@@ -252,11 +252,6 @@ fn warnings(report: &CompressReport) -> Vec<String> {
         report.linears.iter().filter_map(|l| Some(format!("{}: {}", l.module, l.note.as_ref()?))).collect();
     let broken = report.non_finite.iter();
     warnings.extend(broken.map(|name| format!("{name}: holds NaN or infinite values, as the source does")));
-    let rounding =
-        |l: &&LinearRecord| l.storage_error.zip(l.relative_error).is_some_and(|(stored, error)| stored > error);
-    for l in report.linears.iter().filter(rounding) {
-        warnings.push(format!("{}: rounding to {} costs more than the truncation", l.module, l.dtype));
-    }
     if let Some(control) = &report.control
         && control.weighted_error_ratio.is_some_and(|ratio| ratio > 1.0)
     {
