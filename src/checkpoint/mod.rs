@@ -98,6 +98,19 @@ impl Checkpoint {
     pub fn open(path: &Path) -> Result<Self> {
         let layout = Layout::find(path)?;
         let config = read_config(&layout.root.join(CONFIG_FILE))?;
+        Self::of_layout(layout, config)
+    }
+
+    /// Opens one file of arrays that are no model, whatever its name: nothing beside it is read.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn open_arrays(path: &Path) -> Result<Self> {
+        let root = path.parent().unwrap_or(Path::new(".")).to_path_buf();
+        Self::of_layout(Layout { root, files: vec![path.into()], index: None }, None)
+    }
+
+    fn of_layout(layout: Layout, config: Option<Map<String, Value>>) -> Result<Self> {
         let mut shards = layout.files.iter().map(|file| Shard::open(file)).collect::<Result<Vec<_>>>()?;
 
         let mut tensors = BTreeMap::new();

@@ -15,7 +15,7 @@ use super::allocate::Choice;
 use super::pivot;
 use super::study::Study;
 use crate::checkpoint::OutputFolder;
-use crate::formats::{self, Format, Output, Parts};
+use crate::formats::{self, CURVES_FILES, Format, Output, Parts};
 use crate::journal::{Array, Piece};
 use crate::model::Layout;
 use crate::model::config::native_config;
@@ -126,7 +126,7 @@ pub(super) fn finish(
         text: formats::loading(exporter, &config, output.files().has_adapter()),
         library: exporter.library(),
     };
-    output.finish(folder, &[CARD_FILE, REPORT_FILE, RECIPE_FILE, PAGE_FILE])?;
+    output.finish(folder, &[CARD_FILE, REPORT_FILE, RECIPE_FILE, PAGE_FILE, CURVES_FILES[0]])?;
     let recipe = toml::to_string(&recipe.to_options())?;
     folder.write(RECIPE_FILE, format!("# lrc compress MODEL -o OUT --recipe {RECIPE_FILE}\n{recipe}").as_bytes())?;
     folder.write(CARD_FILE, card::render(report, job.checkpoint, &loading).as_bytes())?;
