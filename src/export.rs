@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use rayon::prelude::*;
 
 use crate::checkpoint::{Checkpoint, OutputFolder, expect_apart};
-use crate::formats::{self, Base, Entry, Files, Format, Output, Pair, Source};
+use crate::formats::{self, Base, CURVES_FILES, Entry, Files, Format, Output, Pair, Source};
 use crate::model::Layout;
 use crate::model::inventory::{self, LinearInfo, Stored};
 use crate::model::linear::{LR_B, LR_PIVOT};
@@ -29,8 +29,15 @@ pub struct ExportJob<'a> {
 }
 
 /// Files of a compressed folder that belong to its format, or are written anew.
-const REPLACED: [&str; 6] =
-    ["README.md", REPORT_FILE, PAGE_FILE, "modeling_lrc.py", "lrc-recipe.toml", "lrc-curves.safetensors"];
+const REPLACED: [&str; 7] = [
+    "README.md",
+    REPORT_FILE,
+    PAGE_FILE,
+    "modeling_lrc.py",
+    "lrc-recipe.toml",
+    CURVES_FILES[0],
+    CURVES_FILES[1],
+];
 
 /// Writes a checkpoint, compressed or not, in another format.
 ///

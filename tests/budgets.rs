@@ -232,8 +232,47 @@ fn truncation_needs_no_source_and_is_exact_where_the_order_is_kept() {
     refuse(&at("factors-short"), "0.6", 2, "is not less than the");
     refuse(&at("factors-short"), "0.001", 2, "cannot be reached");
     refuse(Path::new(FIXTURE), "0.5", 4, "lrc compress");
-    std::fs::remove_file(at("factors-short").join("lrc-curves.safetensors")).unwrap();
-    refuse(&at("factors-short"), "0.4", 4, "lrc-curves.safetensors` is missing");
+    std::fs::remove_file(at("factors-short").join("lrc-curves.arrays")).unwrap();
+    refuse(&at("factors-short"), "0.4", 4, "lrc-curves.arrays` is missing");
+}
+
+/// Runtimes read every `*.safetensors` beside the weights as weights.
+#[test]
+fn curves_are_no_safetensors_beside_the_weights() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let names = |folder: &Path| -> Vec<String> {
+        let entries = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        let of_interest = |name: &String| name.ends_with(".safetensors") || name.starts_with("lrc-curves");
+        let mut names: Vec<String> = entries.filter(of_interest).collect();
+        names.sort();
+        names
+    };
+    let hashed = |folder: &Path| {
+        std::fs::read_to_string(folder.join("lrc-report.json")).unwrap().contains("\"lrc-curves.arrays\"")
+    };
+    let expected = ["lrc-curves.arrays", "model.safetensors"];
+    compress(&at("long"), &["--keep", "0.8", "--ranks", "uniform", "--layout", "factors"]);
+    ok(&["truncate", path(&at("long")), "-o", path(&at("short")), "--keep", "0.6", "-q"]);
+    for name in ["long", "short"] {
+        assert_eq!(names(&at(name)), expected, "{name}");
+        assert!(hashed(&at(name)), "{name}");
+    }
+    // Another format has no ranks to shorten, and so no curves.
+    for (format, weights) in [("dense", &["model.safetensors"][..]), ("gguf", &[])] {
+        ok(&["export", path(&at("long")), "-o", path(&at(format)), "--format", format, "-q"]);
+        assert_eq!(names(&at(format)), weights, "{format}");
+    }
+    // Older outputs have them under another name, and give the same bytes.
+    std::fs::rename(at("long").join(expected[0]), at("long").join("lrc-curves.safetensors")).unwrap();
+    ok(&["truncate", path(&at("long")), "-o", path(&at("of-old")), "--keep", "0.6", "-q"]);
+    assert_eq!(names(&at("of-old")), expected);
+    for name in expected {
+        assert!(
+            std::fs::read(at("of-old").join(name)).unwrap() == std::fs::read(at("short").join(name)).unwrap(),
+            "{name}"
+        );
+    }
 }
 
 #[test]

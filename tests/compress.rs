@@ -309,3 +309,24 @@ fn stored_dtypes_are_kept() {
         }
     }
 }
+
+/// What `tests/interop` sees by running it, where no Python is. Buffers on the device of a parameter stay on `meta` in vLLM, and a
+/// module that does not look at them runs all the same.
+#[test]
+fn the_modelling_file_makes_buffers_on_the_default_device_and_checks_that_they_were_filled() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out");
+    compress(FIXTURE, &out, &["--keep", "0.8", "--ranks", "uniform"]);
+    let code = std::fs::read_to_string(out.join("modeling_lrc.py")).unwrap();
+    let lines = || code.lines().map(str::trim);
+    let buffers: Vec<&str> = lines().filter(|line| line.starts_with("self.register_buffer(")).collect();
+    assert_eq!(buffers.len(), 4);
+    assert!(buffers.iter().all(|line| !line.contains("device")), "{buffers:?}");
+    let checked = lines().filter(|line| line.ends_with("(CheckedModule):")).count();
+    let checks =
+        lines().zip(lines().skip(1)).filter(|pair| *pair == ("if not self.is_filled:", "self.check(x)")).count();
+    assert_eq!((checked, checks), (2, 2));
+    // Parents of replaced linears have classes of their own, and linears say how wide they are.
+    assert!(code.contains("    _tell_apart(model)\n"));
+    assert_eq!(lines().filter(|line| line.starts_with("self.out_features, self.in_features = ")).count(), 3);
+}

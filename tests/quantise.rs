@@ -338,7 +338,7 @@ fn quantised_sources_are_recognised() {
         "--keep",
         "0.5",
     ]);
-    assert!(run.code == 4 && run.stderr.contains("lrc-curves.safetensors"), "{}", run.stderr);
+    assert!(run.code == 4 && run.stderr.contains("lrc-curves.arrays"), "{}", run.stderr);
     // What others write and lrc does not read.
     let model = folder.path().join("foreign");
     copy(FIXTURE, &model);

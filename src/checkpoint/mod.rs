@@ -130,7 +130,7 @@ impl Checkpoint {
         Ok(Self { config_error, ..opened })
     }
 
-    /// Opens one file of arrays that are no model: nothing beside it is read.
+    /// Opens one file of arrays that are no model, whatever its name: nothing beside it is read.
     ///
     /// # Errors
     /// As [`Self::open`].

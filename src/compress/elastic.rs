@@ -1,6 +1,6 @@
 //! Elastic outputs: a compressed checkpoint is shortened again without its source.
 //!
-//! Beside the weights every factored output has `lrc-curves.safetensors`: for each linear of low rank its relative energies
+//! Beside the weights every factored output has `lrc-curves.arrays`: for each linear of low rank its relative energies
 //! `σ_i² / Σ σ²` up to its rank, what all of its energy costs the model, and the diagonals of its metric. Factors are in order
 //! of significance, so a prefix is the optimal smaller pair. Pivot rows have lost that order. With `--elastic` it is kept
 //! beside them (r² values a matrix), and the pair is found again; else the matrix they stand for is decomposed again in
@@ -27,7 +27,7 @@ use crate::checkpoint::{
     writer_bytes,
 };
 use crate::error::Failure;
-use crate::formats::{self, Entry, Format, Module, OutTensor, Pair, Parts, Source};
+use crate::formats::{self, CURVES_FILES, Entry, Format, Module, OutTensor, Pair, Parts, Source};
 use crate::linalg;
 use crate::model::Layout;
 use crate::model::config::native_config;
@@ -36,8 +36,6 @@ use crate::progress::Progress;
 use crate::report::card::{self, Loading};
 use crate::report::page::{self, PAGE_FILE};
 use crate::report::{CompressReport, REPORT_FILE, TruncationRecord, peak_memory_bytes};
-
-pub(super) const CURVES_FILE: &str = "lrc-curves.safetensors";
 
 /// What is shortened, and where to.
 pub struct TruncateJob<'a> {
@@ -85,8 +83,7 @@ impl Elastic {
     fn read(curves: &Checkpoint, module: &str) -> Result<Self> {
         let [energies, scale, output, input, order] = PARTS.map(|part| format!("{module}.{part}"));
         let [energies, output, input, order] = [energies, output, input, order].map(|name| curves.values(&name));
-        let scale =
-            scale_of(curves, &scale)?.with_context(|| format!("`{CURVES_FILE}` has no scale for `{module}`"))?;
+        let scale = scale_of(curves, &scale)?.with_context(|| format!("the curves have no scale for `{module}`"))?;
         Ok(Self { energies: energies?, scale, output: output?, input: input?, order: order? })
     }
 }
@@ -149,7 +146,7 @@ fn write(folder: &OutputFolder, all: &BTreeMap<String, Elastic>) -> Result<()> {
         shape: vec![*length],
     };
     let specs: Vec<TensorSpec> = arrays.iter().map(spec).collect();
-    write_file(&folder.path().join(CURVES_FILE), &specs, |spec| Ok(arrays[&spec.name].2.clone()))
+    write_file(&folder.path().join(CURVES_FILES[0]), &specs, |spec| Ok(arrays[&spec.name].2.clone()))
 }
 
 /// A linear of low rank that may be shortened.
@@ -232,7 +229,8 @@ pub fn truncate(job: &TruncateJob<'_>, progress: &dyn Progress) -> Result<Compre
         elastics.insert(s.linear.module.clone(), elastic);
     }
     write(&folder, &elastics)?;
-    let left_out = formats::copy_side(checkpoint, &folder, &[REPORT_FILE, PAGE_FILE, CURVES_FILE, "README.md"])?;
+    let replaced = [REPORT_FILE, PAGE_FILE, "README.md", CURVES_FILES[0], CURVES_FILES[1]];
+    let left_out = formats::copy_side(checkpoint, &folder, &replaced)?;
     report.left_out = left_out.into_iter().map(Into::into).collect();
     let mut config = checkpoint.config().context("invariant: a compressed checkpoint has a config")?.clone();
     let loading =
@@ -279,13 +277,13 @@ fn read_report(root: &Path) -> Result<CompressReport> {
 }
 
 fn shortenings(checkpoint: &Checkpoint) -> Result<Vec<Shortening>> {
-    let path = checkpoint.root().join(CURVES_FILE);
-    if !path.is_file() {
-        return Err(Failure::unsupported(format!("`{}` is missing", path.display()))
+    let paths = CURVES_FILES.map(|name| checkpoint.root().join(name));
+    let Some(path) = paths.iter().find(|path| path.is_file()) else {
+        return Err(Failure::unsupported(format!("`{}` is missing", paths[0].display()))
             .hint("`lrc truncate` shortens a folder that `lrc compress --format factored` wrote")
             .into());
-    }
-    let curves = Checkpoint::open(&path)?;
+    };
+    let curves = Checkpoint::open_arrays(path)?;
     let mut shortenings = Vec::new();
     for linear in inventory::linears(checkpoint) {
         let Stored::LowRank { rank, layout, has_base: false } = linear.stored else { continue };

@@ -13,7 +13,7 @@ use super::allocate::Choice;
 use super::pivot;
 use super::study::Study;
 use crate::checkpoint::OutputFolder;
-use crate::formats::{self, Output};
+use crate::formats::{self, CURVES_FILES, Output};
 use crate::journal::{Array, Piece};
 use crate::model::config::native_config;
 use crate::progress::Progress;
@@ -114,7 +114,7 @@ pub(super) fn finish(
         text: formats::loading(exporter, &config, output.files().has_adapter()),
         library: exporter.library(),
     };
-    let finished = output.finish(folder, &[CARD_FILE, REPORT_FILE, RECIPE_FILE, PAGE_FILE])?;
+    let finished = output.finish(folder, &[CARD_FILE, REPORT_FILE, RECIPE_FILE, PAGE_FILE, CURVES_FILES[0]])?;
     report.non_finite = finished.non_finite;
     report.left_out = finished.left_out.into_iter().map(Into::into).collect();
     let recipe = toml::to_string(&recipe.to_options())?;

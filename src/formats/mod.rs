@@ -28,6 +28,10 @@ pub use factored::load;
 pub use output::{Files, Finished, Output, copy_side, warn_of_growth, warn_of_non_finite};
 pub use parts::{Base, Entry, Matrix, Module, Pair, Parts};
 
+/// Error curves beside factored weights, for `lrc truncate`: their name, and that of older versions. The ending is one that no
+/// runtime looks for: vLLM reads every `*.safetensors` of a folder as weights, in object stores those of subfolders too.
+pub const CURVES_FILES: [&str; 2] = ["lrc-curves.arrays", "lrc-curves.safetensors"];
+
 /// The formats, as a user names them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]

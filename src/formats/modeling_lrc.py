@@ -4,6 +4,8 @@ Load with `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`
 `config.json` are swapped for plain `nn.Linear`s and `QuantizedLinear`s, so that casts, device maps and saving work as usual.
 """
 
+import functools
+
 import torch
 import transformers
 from torch import nn
@@ -33,21 +35,76 @@ def _unpack(packed, bits, columns):
     return (stream.view(packed.shape[0], columns, bits) << bit[:bits]).sum(-1)
 
 
-class QuantizedLinear(nn.Module):
+class CheckedModule(nn.Module):
+    """A module that refuses to run before its buffers are filled from a checkpoint.
+
+    Loaders account for parameters, not for buffers. So buffers are made on the default device, never on that of a parameter,
+    which may be `meta` for good, and with values that lrc never writes. The first call checks them; a graph that is compiled
+    before any call has the cheap checks in it.
+    """
+
+    is_filled = False
+
+    def __init__(self, name):
+        super().__init__()
+        self.name = name
+
+    def check(self, x):
+        text = "`{}.{}` was not loaded, or is damaged: load the whole folder, as lrc wrote it".format
+        if torch.compiler.is_compiling():
+            for buffer, is_filled in self.cheap_checks().items():
+                torch._assert_async(is_filled, text(self.name, buffer))
+        elif isinstance(x, torch.Tensor) and not x.is_meta:  # else no result is computed
+            for buffer, values in self.named_buffers(recurse=False):
+                if values.is_meta:
+                    raise RuntimeError(text(self.name, buffer))
+            for checks in (self.cheap_checks(), self.other_checks()):
+                for buffer, is_filled in checks.items():
+                    if not is_filled:
+                        raise RuntimeError(text(self.name, buffer))
+            self.is_filled = True
+
+    def other_checks(self):
+        return {}
+
+
+# Sixteen bytes with which no packed codes begin.
+_UNFILLED = list(b"\x9e\x37\x79\xb9\x7f\x4a\x7c\x15\xf3\x9c\xc0\x60\x5c\xed\xc8\x34")
+
+
+def _unfilled(rows, width):
+    codes = torch.zeros(rows * width, dtype=torch.uint8)
+    if len(codes) >= len(_UNFILLED):
+        codes[: len(_UNFILLED)] = torch.tensor(_UNFILLED, dtype=torch.uint8)
+    return codes.view(rows, width)
+
+
+def _is_filled(codes):
+    if codes.numel() < len(_UNFILLED):
+        return torch.ones((), dtype=torch.bool)
+    return (codes.flatten()[: len(_UNFILLED)] != torch.tensor(_UNFILLED, dtype=torch.uint8, device=codes.device)).any()
+
+
+class QuantizedLinear(CheckedModule):
     """A linear whose weight is `scales * (codes - zeros)`; `scheme` reads `int4-g128-asym` or `nf4-g64`."""
 
-    def __init__(self, out_features, in_features, scheme, bias, like):
-        super().__init__()
+    def __init__(self, name, out_features, in_features, scheme, bias, like):
+        super().__init__(name)
         levels, group, *asym = scheme.split("-")
         self.in_features, self.out_features, self.levels = in_features, out_features, levels
         self.bits = 4 if levels == "nf4" else int(levels[3:])
         self.group = in_features if group == "channel" else min(int(group[1:]), in_features)
         groups = -(-in_features // self.group)
-        buffer = lambda width, dtype: torch.zeros(out_features, width, dtype=dtype, device=like["device"])
-        self.register_buffer("codes", buffer((in_features * self.bits + 7) // 8, torch.uint8))
-        self.register_buffer("scales", buffer(groups, torch.float16))
-        self.register_buffer("zeros", buffer((groups * self.bits + 7) // 8, torch.uint8) if asym else None)
+        self.register_buffer("codes", _unfilled(out_features, (in_features * self.bits + 7) // 8))
+        self.register_buffer("scales", torch.full((out_features, groups), float("nan"), dtype=torch.float16))
+        self.register_buffer("zeros", _unfilled(out_features, (groups * self.bits + 7) // 8) if asym else None)
         self.bias = nn.Parameter(torch.zeros(out_features, **like)) if bias else None
+
+    def cheap_checks(self):
+        checks = {"codes": _is_filled(self.codes), "scales": self.scales.isfinite().all()}
+        if self.zeros is not None:
+            checks["zeros"] = _is_filled(self.zeros)
+        return checks
 
     def weight(self):
         codes, scales = _unpack(self.codes, self.bits, self.in_features), self.scales.float()
@@ -59,6 +116,8 @@ class QuantizedLinear(nn.Module):
         return (codes - spread(_unpack(self.zeros, self.bits, scales.shape[1]))) * spread(scales)
 
     def forward(self, x):
+        if not self.is_filled:
+            self.check(x)
         return nn.functional.linear(x, self.weight().to(x.dtype), self.bias)
 
 
@@ -66,40 +125,61 @@ def _make(quantized, name, shape, bias, like):
     """The linear that stands at `name` in the checkpoint."""
     out_features, in_features = shape
     if name in quantized:
-        return QuantizedLinear(out_features, in_features, quantized[name]["scheme"], bias, like)
+        return QuantizedLinear(name, out_features, in_features, quantized[name]["scheme"], bias, like)
     return nn.Linear(in_features, out_features, bias=bias, **like)
 
 
 class LowRankLinear(nn.Module):
-    """`y = base(x) + lr_b(lr_a(x))`: lr_a is (rank, in), lr_b is (out, rank). The base, or else lr_b, has the bias."""
+    """`y = lr_b(lr_a(x))`: lr_a is (rank, in), lr_b is (out, rank) and has the bias."""
 
-    def __init__(self, make, shape, bias, rank, has_base):
+    def __init__(self, make, shape, bias, rank):
         super().__init__()
-        out_features, in_features = shape
-        self.base = make(".base", shape, bias) if has_base else None
-        self.lr_a = make(".lr_a", (rank, in_features), False)
-        self.lr_b = make(".lr_b", (out_features, rank), bias and not has_base)
+        self.out_features, self.in_features = shape
+        self.lr_a = make(".lr_a", (rank, self.in_features), False)
+        self.lr_b = make(".lr_b", (self.out_features, rank), bias)
 
     def forward(self, x):
-        y = self.lr_b(self.lr_a(x))
-        return y if self.base is None else self.base(x) + y
+        return self.lr_b(self.lr_a(x))
 
 
-class PivotLinear(nn.Module):
+class CompensatedLinear(nn.Module):
+    """`y = base(x) + lr_b(lr_a(x))`; the base has the bias. vLLM multiplies by base and lr_a at once, by this very line."""
+
+    def __init__(self, make, shape, bias, rank):
+        super().__init__()
+        self.out_features, self.in_features = shape
+        self.base = make(".base", shape, bias)
+        self.lr_a = make(".lr_a", (rank, self.in_features), False)
+        self.lr_b = make(".lr_b", (self.out_features, rank), False)
+
+    def forward(self, x):
+        return self.base(x) + self.lr_b(self.lr_a(x))
+
+
+class PivotLinear(CheckedModule):
     """`y = concat(p, lr_t(p))[lr_order] + bias` with `p = lr_p(x)`: some rows of the matrix, and the others in terms of them.
 
     lr_p is (rank, in), lr_t is (out - rank, rank), lr_order (out) holds the place of each output.
     """
 
-    def __init__(self, make, shape, bias, rank, device):
-        super().__init__()
-        out_features, in_features = shape
-        self.lr_p = make(".lr_p", (rank, in_features), False)
-        self.lr_t = make(".lr_t", (out_features - rank, rank), False)
-        self.register_buffer("lr_order", torch.zeros(out_features, dtype=torch.int32, device=device))
+    def __init__(self, name, make, shape, bias, rank):
+        super().__init__(name)
+        self.out_features, self.in_features = shape
+        self.lr_p = make(".lr_p", (rank, self.in_features), False)
+        self.lr_t = make(".lr_t", (self.out_features - rank, rank), False)
+        self.register_buffer("lr_order", torch.full((self.out_features,), -1, dtype=torch.int32))
         self.bias = bias
 
+    def cheap_checks(self):
+        return {"lr_order": self.lr_order.amax() == self.out_features - 1}
+
+    def other_checks(self):
+        places = torch.arange(self.out_features, device=self.lr_order.device)
+        return {"lr_order": (self.lr_order.sort().values == places).all()}
+
     def forward(self, x):
+        if not self.is_filled:
+            self.check(x)
         p = self.lr_p(x)
         y = torch.cat([p, self.lr_t(p)], dim=-1).index_select(-1, self.lr_order)
         return y if self.bias is None else y + self.bias
@@ -109,9 +189,10 @@ class SplitLinear(nn.ModuleDict):
     """A linear whose rows are shared out to parts: one part below the other, or (`run`) so many rows of each by turns."""
 
     def __init__(self, linear, entry):
-        (_, in_features), weight = _shape(linear), linear.weight
+        (out_features, in_features), weight = _shape(linear), linear.weight
         like = {"dtype": weight.dtype, "device": weight.device}
         super().__init__({name: nn.Linear(in_features, rows, bias=False, **like) for name, rows in entry["parts"].items()})
+        self.in_features, self.out_features = in_features, out_features
         self.run, self.bias = entry["run"], linear.bias
 
     def forward(self, x):
@@ -190,8 +271,29 @@ def _replacement(name, linear, entry, quantized):
     if "rank" not in entry:
         return make("", shape, bias)
     if entry.get("layout", "factors") == "pivot":
-        return PivotLinear(make, shape, linear.bias, entry["rank"], like["device"])
-    return LowRankLinear(make, shape, bias, entry["rank"], entry.get("base", False))
+        return PivotLinear(name, make, shape, linear.bias, entry["rank"])
+    return (CompensatedLinear if entry.get("base") else LowRankLinear)(make, shape, bias, entry["rank"])
+
+
+@functools.cache
+def _variant(cls, pattern):
+    """A class like `cls`, for those of its instances whose linears are of the kinds in `pattern`."""
+    reduce = lambda module: (_new_variant, (cls, pattern), module.__dict__)
+    return type(cls.__name__, (cls,), {"__module__": cls.__module__, "__doc__": cls.__doc__, "__reduce__": reduce})
+
+
+def _new_variant(cls, pattern):
+    variant = _variant(cls, pattern)
+    return variant.__new__(variant)
+
+
+def _tell_apart(model):
+    """Gives parents of replaced linears one class per pattern: vLLM rewrites all modules of a class as it does the first."""
+    own = (QuantizedLinear, LowRankLinear, CompensatedLinear, PivotLinear, SplitLinear)
+    for module in list(model.modules()):
+        pattern = tuple((name, type(child)) for name, child in module.named_children() if isinstance(child, own))
+        if pattern and not isinstance(module, transformers.PreTrainedModel):
+            module.__class__ = _variant(type(module), pattern)
 
 
 def _compress(model):
@@ -212,6 +314,7 @@ def _compress(model):
             continue  # a head, in a model loaded without one
         parent, _, child = found.rpartition(".")
         setattr(model.get_submodule(parent), child, _replacement(name, linear, entry, lrc.get("quantized", {})))
+    _tell_apart(model)
 
 
 class LrcConfig(_BaseConfig):
