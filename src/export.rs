@@ -6,7 +6,7 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use rayon::prelude::*;
 
-use crate::checkpoint::{Checkpoint, OutputFolder};
+use crate::checkpoint::{Checkpoint, OutputFolder, read_file};
 use crate::formats::{self, Base, Entry, Files, Format, Output, Pair, Source};
 use crate::model::Layout;
 use crate::model::inventory::{self, LinearInfo, Stored};
@@ -68,7 +68,7 @@ pub fn export(job: &ExportJob<'_>, progress: &dyn Progress) -> Result<ExportRepo
         library: exporter.library(),
     };
     output.finish(&folder, &LEFT)?;
-    let compressed = std::fs::read(checkpoint.root().join(REPORT_FILE)).ok();
+    let compressed = read_file(&checkpoint.root().join(REPORT_FILE)).ok();
     let mut report = ExportReport {
         schema_version: SCHEMA_VERSION,
         lrc_version: LRC_VERSION.into(),

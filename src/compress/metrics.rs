@@ -57,7 +57,7 @@ impl Metrics<'_> {
             }
             Form::SquaredGradient => {
                 let (statistics, id) = self.of(linear)?;
-                Metric::diagonal(statistics.squared_gradient_output(id)?)
+                Metric::diagonal(statistics.squared_gradient_output(id, linear.out_features)?)
             }
             Form::Magnitude { .. } | Form::GramDiagonal => unreachable!("invariant: these forms are of inputs"),
         })
@@ -90,7 +90,7 @@ impl Metrics<'_> {
             }
             Form::Magnitude { alpha } => {
                 let (statistics, id) = self.of(linear)?;
-                let magnitudes = statistics.input_magnitude(id)?;
+                let magnitudes = statistics.input_magnitude(id, linear.in_features)?;
                 f(&Metric::diagonal(magnitudes.into_iter().map(|v| v.powf(2.0 * alpha)).collect()))
             }
             Form::GramDiagonal => {
@@ -99,7 +99,7 @@ impl Metrics<'_> {
             }
             Form::SquaredGradient => {
                 let (statistics, id) = self.of(linear)?;
-                f(&Metric::diagonal(statistics.squared_gradient_input(id)?))
+                f(&Metric::diagonal(statistics.squared_gradient_input(id, linear.in_features)?))
             }
         }
     }

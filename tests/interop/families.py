@@ -109,7 +109,7 @@ def cell(make, limit=LIMIT):
     except Exception as e:
         lines = str(e).splitlines()
         text = next((line for line in lines if line.startswith("error: ")), lines[0])
-        refused = "cannot be stored" in text or "no compressed-tensors of this" in text or "no gguf of this" in text
+        refused = "cannot be stored" in text or "cannot be written as" in text
         print(e, file=sys.stderr)
         return ("refused" if refused else "**failed**"), refused
 
