@@ -377,7 +377,7 @@ fn gguf_files_of_other_tools_are_called_so() {
             &run,
             4,
             &[
-                "tensor `blk.1.ssm_dt.weight`",
+                "tensor `blk.1.ssm_in.weight`",
                 "GGUF files of other tools are not supported yet",
                 "hint: give the Hugging Face",
             ],
