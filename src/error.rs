@@ -12,7 +12,7 @@ use crate::linalg::LinalgError;
 pub enum ExitClass {
     /// The command line or the recipe is wrong.
     Usage = 2,
-    /// A `--fail-if` gate did not hold.
+    /// A `--fail-if` condition was met.
     Gate = 3,
     /// The input is not supported, or does not match itself.
     Unsupported = 4,
@@ -86,6 +86,29 @@ pub fn exit_class(error: &anyhow::Error) -> ExitClass {
     ExitClass::Unsupported
 }
 
+/// What a person reads of an error and of its causes: one line, but for the snippets of recipes that do not parse.
+pub fn message(error: &anyhow::Error) -> String {
+    let text = |cause: &(dyn std::error::Error + 'static)| match cause.downcast_ref::<candle_core::Error>() {
+        Some(error) => candle_message(error),
+        None => cause.to_string(),
+    };
+    let causes: Vec<String> = error.chain().map(text).collect();
+    // Names come from files, which may hold what a terminal would obey.
+    let visible = |c: char| if c.is_control() && c != '\n' { c.escape_default().to_string() } else { c.to_string() };
+    causes.join(": ").chars().map(visible).collect()
+}
+
+/// Without the backtrace that candle's own text has behind it where `RUST_BACKTRACE` is set.
+fn candle_message(error: &candle_core::Error) -> String {
+    match error {
+        candle_core::Error::WithBacktrace { inner, .. } => candle_message(inner),
+        candle_core::Error::WithPath { inner, path } => format!("{} (`{}`)", candle_message(inner), path.display()),
+        candle_core::Error::Context { inner, context } => format!("{context}: {}", candle_message(inner)),
+        candle_core::Error::WrappedContext { wrapped, context } => format!("{context}: {wrapped}"),
+        other => other.to_string().lines().map(str::trim).collect::<Vec<_>>().join(" "),
+    }
+}
+
 /// The hint of an error, by the first cause that has one.
 pub fn hint(error: &anyhow::Error) -> Option<String> {
     // A failure that was given as context is no cause of its own.
@@ -96,7 +119,17 @@ pub fn hint(error: &anyhow::Error) -> Option<String> {
         if let Some(failure) = cause.downcast_ref::<Failure>() {
             return failure.hint.clone();
         }
-        cause.downcast_ref::<CheckpointError>().and_then(CheckpointError::hint)
+        let of_system = || cause.downcast_ref::<std::io::Error>().and_then(system_hint);
+        cause.downcast_ref::<CheckpointError>().and_then(CheckpointError::hint).or_else(of_system)
+    })
+}
+
+/// What can be done where the machine has reached a limit.
+fn system_hint(error: &std::io::Error) -> Option<String> {
+    Some(match error.kind() {
+        std::io::ErrorKind::StorageFull => "free some space, or write to another disk".into(),
+        std::io::ErrorKind::FileTooLarge => "raise the limit on the size of files: `ulimit -f unlimited`".into(),
+        _ => return None,
     })
 }
 
@@ -105,6 +138,21 @@ mod tests {
     use anyhow::Context;
 
     use super::*;
+
+    #[test]
+    fn causes_of_candle_are_one_line_with_and_without_a_backtrace() {
+        let inner = || candle_core::Error::Msg("shapes differ".into());
+        let backtrace = Box::new(std::backtrace::Backtrace::force_capture());
+        let traced = candle_core::Error::WithBacktrace { inner: Box::new(inner()), backtrace };
+        assert!(traced.to_string().lines().count() > 1);
+        for error in [inner(), traced] {
+            let error = anyhow::Error::new(error).context("load `q_proj`");
+            assert_eq!(message(&error), "load `q_proj`: shapes differ");
+        }
+        let error = anyhow::Error::new(inner().context("tensor"));
+        assert_eq!(message(&error), "tensor: shapes differ");
+        assert_eq!(message(&anyhow::anyhow!("tensor `\u{1b}[2J`")), "tensor `\\u{1b}[2J`");
+    }
 
     #[test]
     fn the_class_survives_context() {

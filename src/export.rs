@@ -6,7 +6,7 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use rayon::prelude::*;
 
-use crate::checkpoint::{Checkpoint, OutputFolder, expect_apart};
+use crate::checkpoint::{Checkpoint, OutputFolder, expect_apart, read_file};
 use crate::formats::{self, Base, CURVES_FILES, Entry, Files, Format, Output, Pair, Source};
 use crate::model::Layout;
 use crate::model::inventory::{self, LinearInfo, Stored};
@@ -79,7 +79,7 @@ pub fn export(job: &ExportJob<'_>, progress: &dyn Progress) -> Result<ExportRepo
         library: exporter.library(),
     };
     let left_out = output.finish(&folder, &REPLACED)?.left_out;
-    let compressed = std::fs::read(checkpoint.root().join(REPORT_FILE)).ok();
+    let compressed = read_file(&checkpoint.root().join(REPORT_FILE)).ok();
     let mut report = ExportReport {
         schema_version: SCHEMA_VERSION,
         lrc_version: LRC_VERSION.into(),

@@ -189,17 +189,17 @@ fn parse(bytes: &[u8], path: &Path) -> Option<Piece> {
     let n_header = usize::try_from(u64::from_le_bytes(length.try_into().ok()?)).ok()?;
     let (header, mut values) = rest.split_at_checked(n_header)?;
     let mut header: Value = serde_json::from_slice(header).ok()?;
-    let lengths: Vec<usize> = serde_json::from_value(header["lengths"].take()).ok()?;
+    let lengths: Vec<usize> = serde_json::from_value(header.get_mut("lengths")?.take()).ok()?;
     let path = Arc::new(path.to_path_buf());
     let mut arrays = Vec::new();
     let mut offset = (PREFIX + n_header) as u64;
     for len in lengths {
-        let (own, others) = values.split_at_checked(4 * len)?;
+        let (own, others) = values.split_at_checked(len.checked_mul(4)?)?;
         values = others;
         arrays.push(Array { values: floats(own), place: Some(Place { path: Arc::clone(&path), offset, len }) });
         offset += 4 * len as u64;
     }
-    Some(Piece { fields: header["fields"].take(), arrays })
+    Some(Piece { fields: header.get_mut("fields")?.take(), arrays })
 }
 
 #[cfg(test)]

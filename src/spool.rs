@@ -92,9 +92,8 @@ impl Spool {
             Spooled::File { offset, len } => {
                 let file = self.file.as_mut().expect("invariant: spooled arrays have a file");
                 let mut bytes = vec![0; len * 4];
-                file.seek(SeekFrom::Start(*offset))?;
-                file.read_exact(&mut bytes)
-                    .with_context(|| format!("read a work file in `{}`", self.folder.display()))?;
+                let read = file.seek(SeekFrom::Start(*offset)).and_then(|_| file.read_exact(&mut bytes));
+                read.with_context(|| format!("read a work file in `{}`", self.folder.display()))?;
                 Ok(cast::decode(Dtype::F32, &bytes).expect("invariant: f32 is a float dtype"))
             }
         }
@@ -132,9 +131,8 @@ impl Spool {
             self.file = Some(tempfile::tempfile_in(&self.folder).with_context(context)?);
         }
         let file = self.file.as_mut().expect("invariant: the file was just made");
-        file.seek(SeekFrom::Start(*offset))?;
         let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
-        file.write_all(&bytes).with_context(context)
+        file.seek(SeekFrom::Start(*offset)).and_then(|_| file.write_all(&bytes)).with_context(context)
     }
 }
 

@@ -324,6 +324,7 @@ fn usage_errors_come_before_any_work() {
         (&["--recipe", path(&recipe)], "kepe"),
         (&["--keep", "0.8", "--recipe", "no-such-file.toml"], "no-such-file.toml"),
         (&["--keep", "0.8", "--calibration", "no-such-file.txt"], "no-such-file.txt"),
+        (&["--keep", "0.8", "--calibration", TRAIN, "--seq-len", "1"], "`--seq-len 1` is too short"),
     ] {
         let run = lrc(&[&compress[..], extra].concat());
         assert_eq!(run.code, 2, "{extra:?}: {}", run.stderr);

@@ -41,7 +41,7 @@ const ARROWS: &[(&str, &[&str])] = &[
         ],
     ),
     ("eval", &["model", "text", "report", "checkpoint", "error", "progress"]),
-    ("inspect", &["compress", "model", "report", "linalg", "checkpoint", "progress"]),
+    ("inspect", &["compress", "model", "report", "linalg", "checkpoint", "error", "progress"]),
     ("calibrate", &["model", "text", "linalg", "checkpoint", "error", "progress", "spool", "journal"]),
     ("export", &["formats", "model", "quantize", "report", "checkpoint", "progress"]),
     ("formats", &["model", "quantize", "linalg", "checkpoint", "error"]),

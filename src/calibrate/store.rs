@@ -61,6 +61,25 @@ impl Header {
     pub fn n_windows(&self) -> usize {
         self.parts.iter().map(|p| p.windows).sum()
     }
+
+    /// What no run of `lrc calibrate` writes, in words.
+    fn fault(&self) -> Option<String> {
+        if self.lrc_statistics_version != Self::VERSION {
+            return Some(format!("version {}", self.lrc_statistics_version));
+        }
+        let is_hash = |text: &str| text.len() == 64 && text.bytes().all(|b| b.is_ascii_hexdigit());
+        let is_sound = |p: &&Part| {
+            let (i, n) = p.part;
+            // Sums of all parts are far from the largest integer.
+            let is_small = [p.samples, p.seq_len, p.windows, p.tokens, n].iter().all(|&n| n < 1 << 40);
+            is_hash(&p.text_sha256) && 1 <= i && i <= n && is_small
+        };
+        let broken = self.parts.iter().find(|part| !is_sound(part));
+        if let Some(Part { text_sha256, part: (i, n), .. }) = broken {
+            return Some(format!("part {i}/{n} of a text of hash `{text_sha256}` is none that was measured"));
+        }
+        self.parts.is_empty().then(|| "it is of no text".into())
+    }
 }
 
 /// Sums over all parts, by name.
@@ -130,8 +149,8 @@ impl Statistics {
         }
         let header = file.with_bytes(HEADER, |bytes| serde_json::from_slice::<Header>(bytes))?;
         let header = header.map_err(|e| foreign(&e.to_string()))?;
-        if header.lrc_statistics_version != Header::VERSION {
-            return Err(foreign(&format!("version {}", header.lrc_statistics_version)).into());
+        if let Some(fault) = header.fault() {
+            return Err(foreign(&fault).into());
         }
         Ok(Self { header, source: Source::File(file), pooled: Mutex::default() })
     }
@@ -197,7 +216,7 @@ impl Statistics {
     /// # Errors
     /// They were not counted.
     pub fn expert_tokens(&self, id: LinearId) -> Result<Option<f64>> {
-        let count = |expert| Ok(self.vector(Key::ExpertTokens(expert), id.block)?.first().copied().unwrap_or(0.0));
+        let count = |expert| Ok(self.vector(Key::ExpertTokens(expert), id.block, 1)?[0]);
         id.slot.expert.map(count).transpose()
     }
 
@@ -233,17 +252,17 @@ impl Statistics {
     /// `Σ |x| / n_seen`, (n), of the inputs of a linear.
     ///
     /// # Errors
-    /// It was not measured.
-    pub fn input_magnitude(&self, id: LinearId) -> Result<Vec<f64>> {
+    /// It was not measured, or has another size.
+    pub fn input_magnitude(&self, id: LinearId, n: usize) -> Result<Vec<f64>> {
         let scale = 1.0 / self.n_seen(id)?;
-        Ok(self.vector(Key::InputMagnitude(id.slot.site()), id.block)?.into_iter().map(|v| v * scale).collect())
+        Ok(self.vector(Key::InputMagnitude(id.slot.site()), id.block, n)?.into_iter().map(|v| v * scale).collect())
     }
 
     /// What a statistic sums up to in the mean of its features over all experts of a block, and the tokens that they saw: of a
     /// Gram the diagonal counts. `key` names it for an expert.
     ///
     /// # Errors
-    /// It was not measured.
+    /// It was not measured, or has another size.
     pub fn pooled(&self, block: usize, key: &dyn Fn(usize) -> Key) -> Result<Pooled> {
         let cache = || self.pooled.lock().expect("invariant: no holder of the cache panics");
         let cached = key(0).name(block);
@@ -253,7 +272,7 @@ impl Statistics {
         let mut pooled = Pooled::default();
         while self.has(&Key::ExpertTokens(pooled.members).name(block)) {
             pooled.sum += self.mean_feature(key(pooled.members), block)?;
-            pooled.tokens += f64::from(self.array(&Key::ExpertTokens(pooled.members).name(block))?[0]);
+            pooled.tokens += self.vector(Key::ExpertTokens(pooled.members), block, 1)?[0];
             pooled.members += 1;
         }
         cache().insert(cached, pooled);
@@ -307,21 +326,27 @@ impl Statistics {
     /// `Σ (∂L/∂W)²` over sequences and outputs: one value an input feature, (n).
     ///
     /// # Errors
-    /// It was not measured.
-    pub fn squared_gradient_input(&self, id: LinearId) -> Result<Vec<f64>> {
-        self.vector(Key::SquaredGradientInput(id.slot), id.block)
+    /// It was not measured, or has another size.
+    pub fn squared_gradient_input(&self, id: LinearId, n: usize) -> Result<Vec<f64>> {
+        self.vector(Key::SquaredGradientInput(id.slot), id.block, n)
     }
 
     /// `Σ (∂L/∂W)²` over sequences and inputs: one value an output feature, (m).
     ///
     /// # Errors
-    /// It was not measured.
-    pub fn squared_gradient_output(&self, id: LinearId) -> Result<Vec<f64>> {
-        self.vector(Key::SquaredGradientOutput(id.slot), id.block)
+    /// It was not measured, or has another size.
+    pub fn squared_gradient_output(&self, id: LinearId, m: usize) -> Result<Vec<f64>> {
+        self.vector(Key::SquaredGradientOutput(id.slot), id.block, m)
     }
 
-    fn vector(&self, key: Key, block: usize) -> Result<Vec<f64>> {
-        Ok(self.array(&key.name(block))?.into_iter().map(f64::from).collect())
+    fn vector(&self, key: Key, block: usize, n: usize) -> Result<Vec<f64>> {
+        let name = key.name(block);
+        let values = self.array(&name)?;
+        if values.len() != n {
+            let message = format!("statistic `{name}` has {} values, expected {n}", values.len());
+            return Err(Failure::unsupported(message).hint("calibrate the model again").into());
+        }
+        Ok(values.into_iter().map(f64::from).collect())
     }
 
     /// Writes `path`, whole or not at all.

@@ -82,7 +82,7 @@ impl Windows {
         let tokenizer = Tokenizer::open(checkpoint.root())?;
         let text = Text::read(&settings.text, &settings.field, checkpoint.root())?;
         let objective = Decoder::open(checkpoint)?.objective();
-        let seq_len = window_length(checkpoint, settings.seq_len, DEFAULT_SEQ_LEN);
+        let seq_len = window_length(checkpoint, settings.seq_len, Some(DEFAULT_SEQ_LEN))?;
         let (bos, n_added) = match objective {
             Objective::NextToken => (Bos::Auto, 0),
             Objective::Masked | Objective::Pooled => (Bos::Never, tokenizer.n_added()),

@@ -84,6 +84,32 @@ pub enum Element {
     Block(BlockType),
 }
 
+impl Element {
+    /// GGUF's number of a type that is written.
+    ///
+    /// # Panics
+    /// When it is no float, which callers rule out.
+    pub(super) fn type_id(self) -> u32 {
+        match self {
+            Self::Plain(Dtype::F32) => 0,
+            Self::Plain(Dtype::F16) => 1,
+            Self::Plain(Dtype::BF16) => 30,
+            Self::Plain(other) => unreachable!("invariant: only float tensors are written, got {other:?}"),
+            Self::Block(block) => block.id,
+        }
+    }
+
+    /// The inverse of [`Self::type_id`]; none of types that are not read.
+    pub(super) fn of_type_id(id: u32) -> Option<Self> {
+        match id {
+            0 => Some(Self::Plain(Dtype::F32)),
+            1 => Some(Self::Plain(Dtype::F16)),
+            30 => Some(Self::Plain(Dtype::BF16)),
+            id => BlockType::of_id(id).map(Self::Block),
+        }
+    }
+}
+
 /// A decoded tensor.
 pub(super) enum Decoded {
     Quantized(Quantized),
@@ -333,8 +359,16 @@ impl View {
                 "BF16" => Dtype::BF16,
                 _ => Dtype::F32,
             };
-            let ([rows, cols], groups) = (entry.shape, scheme.n_groups(entry.shape[1]));
-            let bits = scheme.levels.bits();
+            let ([rows, cols], bits) = (entry.shape, scheme.levels.bits());
+            // What is sized by the entry is bounded by the codes that are there.
+            let width = self.shape(&name(CODES), path)?[1];
+            if rows == 0 || cols == 0 || cols > width.saturating_mul(8) {
+                return Err(broken(format!(
+                    "rows of {width} bytes do not hold the {cols} columns of shape {:?}",
+                    entry.shape
+                )));
+            }
+            let groups = scheme.n_groups(cols);
             let mut parts = vec![(CODES, bits::row_bytes(cols, bits, 1)), (SCALES, groups)];
             if scheme.levels.has_zeros() {
                 parts.push((ZEROS, bits::row_bytes(groups, bits, 1)));
@@ -366,6 +400,9 @@ impl View {
             let [_, groups] = self.shape(&name("weight_scale"), path)?;
             let cols = self.tensors.get(&name("weight_shape")).and_then(|info| info.row_of_i64.get(1).copied());
             let cols = cols.ok_or_else(|| broken("its `weight_shape` is absent"))?;
+            if rows == 0 || cols == 0 || cols > words.saturating_mul(8) {
+                return Err(broken("its codes do not have the columns of its `weight_shape`"));
+            }
             let bits = [4u32, 8].into_iter().find(|&bits| bits::row_bytes(cols, bits, 4) == 4 * words);
             let bits = bits.ok_or_else(|| broken("it does not have 4 or 8 bits a weight"))?;
             if groups == 0 || !cols.is_multiple_of(groups) {
@@ -391,7 +428,7 @@ impl View {
                 tensor: name("qweight"),
                 reason: reason.into(),
             };
-            if groups == 0 || !cols.is_multiple_of(groups) {
+            if groups == 0 || rows == 0 || cols == 0 || !cols.is_multiple_of(groups) {
                 return Err(broken("its scales do not divide its columns"));
             }
             let group = cols / groups;

@@ -16,6 +16,18 @@ pub enum CheckpointError {
     #[error("`{}` is not a checkpoint: {reason}", path.display())]
     NotACheckpoint { path: PathBuf, reason: String },
 
+    #[error("`{}` is {kind}, not a file", path.display())]
+    NotAFile { path: PathBuf, kind: &'static str },
+
+    #[error("`{}` is a Git LFS pointer: the file that it stands for was not downloaded", path.display())]
+    LfsPointer { path: PathBuf },
+
+    #[error("`{}` was not written by lrc: {reason}; GGUF files of other tools are not supported yet", path.display())]
+    ForeignGguf { path: PathBuf, reason: String },
+
+    #[error("`{entry}` in `{}` {reason}", path.display())]
+    ConfigEntry { path: PathBuf, entry: String, reason: String },
+
     #[error("cannot {action} `{}`", path.display())]
     Io { action: &'static str, path: PathBuf, source: std::io::Error },
 
@@ -30,6 +42,9 @@ pub enum CheckpointError {
 
     #[error("`{}` has a header that cannot be parsed: {reason}", path.display())]
     Header { path: PathBuf, reason: String },
+
+    #[error("`{}` is no GGUF file that can be read: {reason}", path.display())]
+    GgufHeader { path: PathBuf, reason: String },
 
     #[error("tensor `{tensor}` in `{}` has data offsets [{begin}, {end}], outside of the {available} bytes of data", path.display())]
     OffsetsOutOfRange { path: PathBuf, tensor: String, begin: u64, end: u64, available: u64 },
@@ -129,10 +144,15 @@ impl CheckpointError {
         use CheckpointError::*;
         Some(match self {
             NotACheckpoint { .. } => "give a folder that holds `model.safetensors` or `model.safetensors.index.json`, or a hub id such as `org/name`".into(),
+            NotAFile { .. } => "the files of a checkpoint must be regular files, or links to them".into(),
+            LfsPointer { .. } => "run `git lfs pull` in the repository, or download it from the hub".into(),
+            ForeignGguf { .. } => "give the Hugging Face checkpoint that it was converted from".into(),
+            ConfigEntry { .. } => "the output was changed or damaged after it was written; make it again".into(),
             Truncated { .. } | HeaderLength { .. } | TrailingBytes { .. } => "download the file again; an interrupted copy looks like this".into(),
             Header { .. } | OffsetsOutOfRange { .. } | OffsetsNotContiguous { .. } | TensorSize { .. } => {
                 "the file is damaged or was not written by a safetensors library; get it again from its source".into()
             }
+            GgufHeader { .. } => "the file is damaged; get it again from its source".into(),
             DuplicateTensor { .. } => "remove the shard that does not belong to this checkpoint".into(),
             Json { .. } => "the file must be valid JSON; compare it with the one of the original repository".into(),
             MissingShard { .. } | FewShards { .. } | TensorAbsentFromShard { .. } => {
@@ -174,9 +194,6 @@ impl CheckpointError {
             HubUntrusted { .. } => "check `HF_ENDPOINT`, and tell who runs that server; what it sent was not kept".into(),
             Revision { .. } => "give letters, digits and `._/-`, without `..`; as `main`, `v1.0` or `refs/pr/5`".into(),
             HubDisabled { .. } => "check the path, or build with `--features hub`".into(),
-            Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => {
-                "free some space, or write to another disk".into()
-            }
             Io { .. } => return None,
         })
     }

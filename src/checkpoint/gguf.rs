@@ -1,22 +1,21 @@
 //! GGUF files, version 3: names, row orders, reading and writing.
 //!
 //! llama.cpp has its own names for tensors, and rotates neighbouring rows of a head where Hugging Face rotates halves: q and k
-//! of the Llama family are stored with their rows in another order. Candle reads the headers; the writer is our own, because
-//! candle's needs all tensors at once.
+//! of the Llama family are stored with their rows in another order. The writer is our own, because candle's needs all tensors at
+//! once; so is the reader of headers (`gguf_header`), because candle's trusts them.
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{Cursor, Seek, SeekFrom, Write};
+use std::io::{Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
-use candle_core::quantized::GgmlDType;
-use candle_core::quantized::gguf_file::Content;
 use serde_json::{Map, Value as Json};
 
-use super::cast::{self, Dtype};
+use super::cast;
 use super::encoded::{Element, Encoded, model_dtype};
 use super::error::{CheckpointError, Result, io};
-use super::index::TensorInfo;
+use super::gguf_header;
+use super::index::{TensorInfo, is_sane};
 use super::place::open_to_write;
 use crate::quantize::BlockType;
 
@@ -215,7 +214,9 @@ impl Arrangement {
         match self {
             Self::Same | Self::PlusOne => (0..rows).collect(),
             // Rows that are no heads are as they are.
-            Self::Interleaved { heads } if heads == 0 || !rows.is_multiple_of(2 * heads) => (0..rows).collect(),
+            Self::Interleaved { heads } if heads == 0 || !rows.is_multiple_of(heads.saturating_mul(2)) => {
+                (0..rows).collect()
+            }
             Self::Interleaved { heads } => {
                 let width = rows / heads;
                 let row = |i: usize| i / width * width + (i % 2) * (width / 2) + i % width / 2;
@@ -325,16 +326,6 @@ impl GgufTensor {
             }
         }
     }
-
-    fn type_id(&self) -> u32 {
-        match self.element {
-            Element::Plain(Dtype::F32) => 0,
-            Element::Plain(Dtype::F16) => 1,
-            Element::Plain(Dtype::BF16) => 30,
-            Element::Plain(other) => unreachable!("invariant: only float tensors are written, got {other:?}"),
-            Element::Block(block) => block.id,
-        }
-    }
 }
 
 /// Writes a GGUF file tensor by tensor, in any order.
@@ -365,7 +356,7 @@ fn header(metadata: &[(String, Value)], tensors: &[GgufTensor]) -> (Vec<u8>, Vec
         text(&mut bytes, &tensor.name);
         bytes.extend((tensor.shape.len() as u32).to_le_bytes());
         tensor.shape.iter().rev().for_each(|&d| bytes.extend((d as u64).to_le_bytes()));
-        bytes.extend(tensor.type_id().to_le_bytes());
+        bytes.extend(tensor.element.type_id().to_le_bytes());
         bytes.extend(offset.to_le_bytes());
         offsets.push(offset);
         offset = (offset + tensor.n_bytes()).next_multiple_of(ALIGNMENT);
@@ -439,31 +430,35 @@ pub(super) fn read_header(
     shard_idx: usize,
     config: &Map<String, Json>,
 ) -> Result<Vec<TensorInfo>> {
-    let broken = |reason: String| CheckpointError::Header { path: path.into(), reason };
-    let content = Content::read(&mut Cursor::new(file)).map_err(|e| broken(e.to_string()))?;
+    let broken = |reason: String| CheckpointError::GgufHeader { path: path.into(), reason };
+    let foreign = |reason: String| CheckpointError::ForeignGguf { path: path.into(), reason };
+    let header = gguf_header::read(file).map_err(broken)?;
     let mut tensors = Vec::new();
-    for (name, stored) in content.tensor_infos.iter().filter(|(name, _)| *name != ROPE_FACTORS) {
+    for stored in header.tensors.iter().filter(|stored| stored.name != ROPE_FACTORS) {
+        let (name, shape) = (&stored.name, stored.shape.clone());
         // Factors of an adapter have their own suffixes, and the row order of what they add to.
         let (stem, suffix) = match name.rsplit_once('.') {
             Some((stem, suffix @ ("lora_a" | "lora_b"))) => (stem, suffix),
             _ => (name.as_str(), ""),
         };
         let ours = from_gguf(stem, config)
-            .ok_or_else(|| broken(format!("tensor `{name}` belongs to no family that lrc knows")))?;
-        let shape = stored.shape.dims().to_vec();
-        let element = match stored.ggml_dtype {
-            GgmlDType::F32 => Element::Plain(Dtype::F32),
-            GgmlDType::F16 => Element::Plain(Dtype::F16),
-            GgmlDType::BF16 => Element::Plain(Dtype::BF16),
-            other => BlockType::of_dtype(other)
-                .map(Element::Block)
-                .ok_or_else(|| broken(format!("type {other:?} of `{name}`")))?,
-        };
-        if shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d)).is_none_or(|n| n > file.len() * 8) {
+            .ok_or_else(|| foreign(format!("tensor `{name}` has no name in a checkpoint of this `model_type`")))?;
+        let element = Element::of_type_id(stored.type_id)
+            .ok_or_else(|| foreign(format!("tensor `{name}` is of type {}", stored.type_id)))?;
+        let n_elements = shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d));
+        if !is_sane(&shape) || n_elements.is_none_or(|n| n > file.len() * 8) {
             return Err(broken(format!("tensor `{name}` of shape {shape:?} is larger than the file")));
         }
+        if let (Element::Block(block), cols) = (element, shape.last().copied().unwrap_or(1))
+            && !block.divides(cols)
+        {
+            return Err(broken(format!(
+                "rows of {cols} values of tensor `{name}` are no whole blocks of `{}`",
+                block.name
+            )));
+        }
         let plain = GgufTensor { name: name.clone(), element, shape: shape.clone() };
-        let begin = content.tensor_data_offset.saturating_add(stored.offset).min(file.len() as u64) as usize;
+        let begin = header.data_begin.saturating_add(stored.offset).min(file.len() as u64) as usize;
         let end = begin + plain.n_bytes() as usize;
         if end > file.len() {
             return Err(CheckpointError::Truncated {
@@ -494,7 +489,11 @@ pub(super) fn read_header(
 
 #[cfg(test)]
 mod tests {
+    use candle_core::quantized::gguf_file::Content;
+
+    use super::super::cast::Dtype;
     use super::*;
+    use crate::quantize::BlockType;
 
     #[test]
     fn names_go_both_ways() {
@@ -561,8 +560,15 @@ mod tests {
         writer.finish().unwrap();
         let file = std::fs::read(&path).unwrap();
         assert_eq!(file.len() as u64, file_bytes(&metadata, &tensors));
-        let content = Content::read(&mut Cursor::new(&file)).unwrap();
+        // Another reader agrees.
+        let content = Content::read(&mut std::io::Cursor::new(&file)).unwrap();
         assert_eq!(content.metadata["e"].to_u32().unwrap(), 7);
+        let header = gguf_header::read(&file).unwrap();
+        assert_eq!(content.tensor_data_offset, header.data_begin);
+        for entry in &header.tensors {
+            let theirs = &content.tensor_infos[&entry.name];
+            assert_eq!((theirs.shape.dims(), theirs.offset), (entry.shape.as_slice(), entry.offset));
+        }
         assert_eq!(content.metadata["c"].to_vec().unwrap().len(), 2);
         let config = serde_json::json!({"num_attention_heads": 2});
         let infos = read_header(&path, &file, 0, config.as_object().unwrap()).unwrap();

@@ -63,8 +63,13 @@ impl TensorInfo {
 pub fn read_header(path: &Path, file: &[u8], shard_idx: usize) -> Result<Vec<TensorInfo>> {
     let (header_len, metadata) = SafeTensors::read_metadata(file).map_err(|error| diagnose(path, file, &error))?;
     let data_begin = PREFIX + header_len;
-    let mut infos: Vec<TensorInfo> = metadata
-        .tensors()
+    let tensors = metadata.tensors();
+    if let Some((tensor, info)) = tensors.iter().filter(|(_, info)| !is_sane(&info.shape)).min_by_key(|(name, _)| *name)
+    {
+        let reason = format!("tensor `{tensor}` is empty, and has shape {:?}", info.shape);
+        return Err(CheckpointError::Header { path: path.into(), reason });
+    }
+    let mut infos: Vec<TensorInfo> = tensors
         .into_iter()
         .map(|(name, info)| TensorInfo {
             name,
@@ -80,6 +85,12 @@ pub fn read_header(path: &Path, file: &[u8], shard_idx: usize) -> Result<Vec<Ten
     // Empty tensors share an offset with their neighbour: the name settles the order.
     infos.sort_by(|x, y| (x.begin, x.end, &x.name).cmp(&(y.begin, y.end, &y.name)));
     Ok(infos)
+}
+
+/// Whether sizes can be computed with: an empty tensor may claim any dimensions beside its zero, and no file bounds them.
+pub(super) fn is_sane(shape: &[usize]) -> bool {
+    let n = shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d.max(1)));
+    n.is_some_and(|n| n <= 1 << 48)
 }
 
 /// The values of a shape or of a group index: i64 or i32 vectors, and no other tensor.

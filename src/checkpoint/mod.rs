@@ -8,6 +8,7 @@ pub mod encoded;
 mod error;
 mod folder;
 pub mod gguf;
+mod gguf_header;
 pub mod hub;
 mod index;
 mod job;
@@ -40,6 +41,7 @@ pub use index::TensorInfo;
 pub use place::{check_file, expect_apart, expect_folder};
 pub(crate) use place::{create_file, folder_of};
 use reader::Shard;
+pub use reader::read_file;
 pub use side::{LeftOut, Side};
 pub use unfinished::abandon;
 pub use writer::{
@@ -91,12 +93,27 @@ impl Stack {
 }
 
 /// The stacks whose matrices an output of `lrc` stores apart: `lrc.stacks` of its config.
-fn stored_stacks(config: Option<&Map<String, Value>>) -> Vec<Stack> {
-    let listed = config.and_then(|config| config.get("lrc")?.get("stacks")?.as_object());
-    let stack = |(tensor, shape): (&String, &Value)| {
-        Some(Stack { tensor: tensor.clone(), shape: serde_json::from_value(shape.clone()).ok()? })
+///
+/// # Errors
+/// One is no stack of as many matrices as there could be among `n_tensors` tensors.
+fn stored_stacks(config: Option<&Map<String, Value>>, n_tensors: usize, path: &Path) -> Result<Vec<Stack>> {
+    let Some(listed) = config.and_then(|config| config.get("lrc")?.get("stacks")) else { return Ok(Vec::new()) };
+    let refuse = |entry: String, reason: &str| {
+        Err(CheckpointError::ConfigEntry { path: path.join(CONFIG_FILE), entry, reason: reason.into() })
     };
-    listed.into_iter().flatten().filter_map(stack).collect()
+    let Some(listed) = listed.as_object() else { return refuse("lrc.stacks".into(), "is no object") };
+    let mut stacks = Vec::new();
+    for (tensor, shape) in listed {
+        let entry = format!("lrc.stacks.{tensor}");
+        let Ok(shape) = serde_json::from_value::<[usize; 3]>(shape.clone()) else {
+            return refuse(entry, "is no shape of three dimensions");
+        };
+        if shape.contains(&0) || shape[0] > n_tensors || !index::is_sane(&shape) {
+            return refuse(entry, &format!("is {shape:?}, and the files hold {n_tensors} tensors"));
+        }
+        stacks.push(Stack { tensor: tensor.clone(), shape });
+    }
+    Ok(stacks)
 }
 
 /// SHA-256 of the config and of every weight file, by file name.
@@ -183,7 +200,7 @@ impl Checkpoint {
             view.adapt(adapter);
         }
         let View { tensors, order } = view;
-        let stacks = stored_stacks(config.as_ref());
+        let stacks = stored_stacks(config.as_ref(), tensors.len(), &layout.root)?;
         let equal = Mutex::default();
         let is_alone = layout.is_file && config.is_none();
         Ok(Self { root: layout.root, config, config_error: None, equal, shards, tensors, order, stacks, is_alone })
@@ -501,9 +518,9 @@ fn read_header(shard: &Shard, shard_idx: usize, config: Option<&Map<String, Valu
     if !is_gguf(shard.path()) {
         return index::read_header(shard.path(), shard.bytes(), shard_idx);
     }
-    let config = config.ok_or_else(|| CheckpointError::NotACheckpoint {
+    let config = config.ok_or_else(|| CheckpointError::ForeignGguf {
         path: shard.path().into(),
-        reason: "a GGUF file needs the `config.json` of its model beside it".into(),
+        reason: "there is no `config.json` beside it".into(),
     })?;
     gguf::read_header(shard.path(), shard.bytes(), shard_idx, config)
 }
@@ -513,12 +530,12 @@ fn is_gguf(path: &Path) -> bool {
 }
 
 fn read_config(path: &Path) -> Result<Option<Map<String, Value>>> {
-    match std::fs::read(path) {
+    match read_file(path) {
         Ok(bytes) => json::parse(&bytes)
             .map(Some)
             .map_err(|e| CheckpointError::Json { path: path.into(), reason: e.to_string() }),
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(e) => Err(io("read", path)(e)),
+        Err(CheckpointError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(e),
     }
 }
 
@@ -557,8 +574,11 @@ impl Layout {
             expect_whole(path)?;
             return Ok(Self { root: folder_of(path).into(), files: vec![path.into()], index: None, is_file: true });
         }
-        if !path.is_dir() {
+        if !path.exists() {
             return refuse("there is no such folder");
+        }
+        if !path.is_dir() {
+            return refuse("it is neither a folder nor a regular file");
         }
         let root = path.to_path_buf();
         if path.join(ADAPTER_CONFIG).exists() {
@@ -607,7 +627,7 @@ impl Layout {
     }
 
     fn sharded(root: PathBuf, index_path: PathBuf) -> Result<Self> {
-        let bytes = std::fs::read(&index_path).map_err(io("read", &index_path))?;
+        let bytes = read_file(&index_path)?;
         let index: ShardIndex = json::parse(&bytes)
             .map_err(|e| CheckpointError::Json { path: index_path.clone(), reason: e.to_string() })?;
         let mut names: Vec<&String> = index.weight_map.values().collect();

@@ -1,11 +1,55 @@
-//! Memory-mapped weight files, one tensor at a time. The only `unsafe` of the crate.
+//! Files of a checkpoint: weights memory-mapped, one tensor at a time, small ones read whole. The only `unsafe` of the crate.
 
-use std::fs::File;
+use std::fs::{File, FileType};
 use std::path::{Path, PathBuf};
 
 use memmap2::{Mmap, UncheckedAdvice};
 
-use super::error::{Result, io};
+use super::error::{CheckpointError, Result, io};
+
+/// Reads a small file that a checkpoint is described by.
+///
+/// # Errors
+/// It is absent, no regular file, the pointer that Git LFS leaves in its place, or cannot be read.
+pub fn read_file(path: &Path) -> Result<Vec<u8>> {
+    expect_file(path)?;
+    let bytes = std::fs::read(path).map_err(io("read", path))?;
+    refuse_pointer(path, &bytes)?;
+    Ok(bytes)
+}
+
+/// Refuses what is not read like a file: to open a pipe is to wait for who writes it, and a device may have no end.
+fn expect_file(path: &Path) -> Result<()> {
+    let kind = std::fs::metadata(path).map_err(io("open", path))?.file_type();
+    if kind.is_file() {
+        return Ok(());
+    }
+    Err(CheckpointError::NotAFile { path: path.into(), kind: name_of(kind) })
+}
+
+fn name_of(kind: FileType) -> &'static str {
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::FileTypeExt;
+        if kind.is_fifo() {
+            return "a named pipe";
+        }
+        if kind.is_socket() {
+            return "a socket";
+        }
+        if kind.is_char_device() || kind.is_block_device() {
+            return "a device";
+        }
+    }
+    if kind.is_dir() { "a folder" } else { "something else" }
+}
+
+/// What Git LFS leaves in the place of a file that it has not fetched begins with this.
+const LFS_POINTER: &[u8] = b"version https://git-lfs.github.com/spec/";
+
+fn refuse_pointer(path: &Path, bytes: &[u8]) -> Result<()> {
+    if bytes.starts_with(LFS_POINTER) { Err(CheckpointError::LfsPointer { path: path.into() }) } else { Ok(()) }
+}
 
 /// One mapped weight file.
 #[derive(Debug)]
@@ -18,13 +62,15 @@ impl Shard {
     /// Maps `path`; no page of it is read yet.
     ///
     /// # Errors
-    /// The file cannot be opened or mapped.
+    /// The file cannot be opened or mapped, or is none that holds weights.
     pub fn open(path: &Path) -> Result<Self> {
+        expect_file(path)?;
         let file = File::open(path).map_err(io("open", path))?;
         // SAFETY: the map is read-only and private to this process. Another process that truncates the file
         // while we read could end us with SIGBUS, as it would end every program that maps checkpoints;
         // nothing in this process writes to it.
         let map = unsafe { Mmap::map(&file) }.map_err(io("map", path))?;
+        refuse_pointer(path, &map)?;
         Ok(Self { path: path.to_path_buf(), map })
     }
 

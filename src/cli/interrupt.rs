@@ -11,6 +11,24 @@ use crate::checkpoint::abandon;
 /// The shell's code of a program that SIGINT ended.
 const INTERRUPTED: i32 = 130;
 
+/// Makes errors of what the system would end the process by: a file that outgrows `ulimit -f` is a write that fails, and an
+/// allocation that fails, which aborts behind a line of the standard library, has the exit code of resources.
+pub(super) fn outlive_limits() {
+    #[cfg(unix)]
+    {
+        use std::sync::Arc;
+        use std::sync::atomic::AtomicBool;
+
+        use nix::sys::signal::{SigSet, Signal};
+
+        // Where either is refused, the signal ends the process as before.
+        let _ = SigSet::from(Signal::SIGXFSZ).thread_block();
+        let code = crate::error::ExitClass::Resources as i32;
+        let always = Arc::new(AtomicBool::new(true));
+        let _ = signal_hook::flag::register_conditional_shutdown(Signal::SIGABRT as i32, code, always);
+    }
+}
+
 /// Listens from now on.
 pub(super) fn listen(quiet: bool, format: LogFormat) {
     let end = move || {

@@ -21,13 +21,13 @@ use serde::Serialize;
 use serde_json::json;
 
 use crate::checkpoint::{Checkpoint, hub};
-use crate::error;
+use crate::error::{self, ExitClass, Failure};
 use crate::progress::Progress;
 use crate::report::gate::{self, Gate};
 
 /// Low-rank compression of Hugging Face checkpoints
 ///
-/// Exit codes: 0 done; 2 usage; 3 a gate of `--fail-if` did not hold; 4 unsupported or unmatched input; 5 numeric (non-finite,
+/// Exit codes: 0 done; 2 usage; 3 a `--fail-if` condition was met; 4 unsupported or unmatched input; 5 numeric (non-finite,
 /// did not converge); 6 resources (disk, memory, network); 130 interrupted.
 #[derive(Debug, Parser)]
 #[command(version, max_term_width = 100)]
@@ -91,7 +91,7 @@ impl ModelArgs {
 /// Opens a folder, a file or a hub id.
 fn open(model: &str, revision: &str, progress: &dyn Progress) -> Result<Checkpoint> {
     let folder = hub::resolve(model, revision, progress)?;
-    Ok(Checkpoint::open(&folder)?)
+    crate::model::open(&folder)
 }
 
 /// How much memory may grow with the text.
@@ -127,8 +127,11 @@ impl GateArgs {
 /// # Errors
 /// Whatever went wrong, for [`fail`].
 pub fn run(cli: &Cli) -> Result<()> {
+    // Before any thread: each has the signal mask of the one that started it.
+    interrupt::outlive_limits();
     let progress = terminal::start(cli.quiet, cli.verbose, cli.log_format);
     interrupt::listen(cli.quiet, cli.log_format);
+    start_threads()?;
     match &cli.command {
         Command::Compress(args) => compress::run(args, cli.quiet, &progress),
         Command::Calibrate(args) => calibrate::run(args, cli.quiet, &progress),
@@ -142,23 +145,33 @@ pub fn run(cli: &Cli) -> Result<()> {
     }
 }
 
+/// Starts the threads that all work is done on; left to the first of it, a system that refuses them would end the process.
+fn start_threads() -> Result<()> {
+    let Err(error) = rayon::ThreadPoolBuilder::new().build_global() else { return Ok(()) };
+    // Without a cause they run already: tests run commands in one process.
+    let Some(cause) = std::error::Error::source(&error) else { return Ok(()) };
+    Err(Failure::new(ExitClass::Resources, format!("cannot start as many threads as there are cores: {cause}"))
+        .hint("ask for fewer with `RAYON_NUM_THREADS`, or raise the limits of the process (`ulimit -v`, `ulimit -u`)")
+        .into())
+}
+
 /// Prints an error with its hint, and gives its exit code.
 pub fn fail(error: &anyhow::Error, cli: &Cli) -> ExitCode {
-    // A reader that has seen enough (`| head`) is no failure.
-    let is_closed_pipe = |e: &std::io::Error| e.kind() == std::io::ErrorKind::BrokenPipe;
-    if error.downcast_ref::<std::io::Error>().is_some_and(is_closed_pipe) {
-        return ExitCode::SUCCESS;
-    }
-    let (code, hint) = (error::exit_class(error) as u8, error::hint(error));
-    match (cli.log_format, hint) {
+    let (code, message, hint) = (error::exit_class(error) as u8, error::message(error), error::hint(error));
+    write_error(&match (cli.log_format, hint) {
         (LogFormat::Json, hint) => {
-            let line = json!({"level": "ERROR", "message": format!("{error:#}"), "hint": hint, "exit_code": code});
-            eprintln!("{line}");
+            let line = json!({"level": "ERROR", "message": message, "hint": hint, "exit_code": code});
+            format!("{line}\n")
         }
-        (LogFormat::Text, Some(hint)) => eprintln!("error: {error:#}\nhint: {hint}"),
-        (LogFormat::Text, None) => eprintln!("error: {error:#}"),
-    }
+        (LogFormat::Text, Some(hint)) => format!("error: {message}\nhint: {hint}\n"),
+        (LogFormat::Text, None) => format!("error: {message}\n"),
+    });
     ExitCode::from(code)
+}
+
+/// Writes to stderr. Where that cannot be written, the exit code is all that is left to say.
+fn write_error(text: &str) {
+    let _ = std::io::stderr().lock().write_all(text.as_bytes());
 }
 
 /// Prints a record as JSON on stdout.
@@ -168,6 +181,10 @@ fn print_json(record: &impl Serialize) -> Result<()> {
 
 fn print(text: &str) -> Result<()> {
     let mut stdout = std::io::stdout().lock();
-    stdout.write_all(text.as_bytes())?;
-    Ok(stdout.flush()?)
+    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
+        // A reader that has seen enough (`| head`) is no failure.
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        Err(error) => Err(Failure::new(ExitClass::Resources, format!("cannot write to stdout: {error}")).into()),
+        Ok(()) => Ok(()),
+    }
 }

@@ -27,7 +27,8 @@ pub(super) fn start(quiet: bool, verbose: u8, format: LogFormat) -> Bars {
         false => ProgressDrawTarget::hidden(),
     });
     let above = bars.clone();
-    let logger = tracing_subscriber::fmt().with_env_filter(filter).with_writer(move || AboveBars(above.clone()));
+    let logger = tracing_subscriber::fmt().with_env_filter(filter).log_internal_errors(false);
+    let logger = logger.with_writer(move || AboveBars(above.clone()));
     // A second call (tests run commands in one process) keeps the first logger.
     let _ = match format {
         LogFormat::Text => logger.with_ansi(use_colour).without_time().with_target(false).try_init(),
@@ -36,16 +37,17 @@ pub(super) fn start(quiet: bool, verbose: u8, format: LogFormat) -> Bars {
     Bars { bars }
 }
 
-/// stderr, while the bars step aside.
+/// stderr, while the bars step aside. What cannot be written there is lost, and changes nothing else.
 struct AboveBars(MultiProgress);
 
 impl Write for AboveBars {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        self.0.suspend(|| std::io::stderr().write(bytes))
+        let _ = self.0.suspend(|| std::io::stderr().write_all(bytes));
+        Ok(bytes.len())
     }
 
     fn flush(&mut self) -> std::io::Result<()> {
-        std::io::stderr().flush()
+        Ok(())
     }
 }
 
@@ -75,7 +77,10 @@ impl Progress for Bars {
             },
         );
         let bar = self.bars.add(ProgressBar::new(total).with_style(style).with_prefix(name.to_string()));
-        bar.enable_steady_tick(Duration::from_millis(200));
+        // A tick is a thread: none for a bar that nobody sees.
+        if !self.bars.is_hidden() {
+            bar.enable_steady_tick(Duration::from_millis(200));
+        }
         tracing::debug!(stage = name, total, unit, "begins");
         Box::new(Bar { bar, name: name.into(), unit, started: Instant::now() })
     }

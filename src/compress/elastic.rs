@@ -23,8 +23,8 @@ use super::rounding::{self, Side, Sides};
 use super::study::{Allocation, Study};
 use super::{pivot, record};
 use crate::checkpoint::{
-    CONFIG_FILE, Checkpoint, Dtype, OutputFolder, SafetensorsWriter, TensorSpec, cast, expect_apart, json, write_file,
-    writer_bytes,
+    CONFIG_FILE, Checkpoint, CheckpointError, Dtype, OutputFolder, SafetensorsWriter, TensorSpec, cast, expect_apart, json,
+    read_file, write_file, writer_bytes,
 };
 use crate::error::Failure;
 use crate::formats::{self, CURVES_FILES, Entry, Format, Module, OutTensor, Pair, Parts, Source};
@@ -149,6 +149,8 @@ fn write(folder: &OutputFolder, all: &BTreeMap<String, Elastic>) -> Result<()> {
     write_file(&folder.path().join(CURVES_FILES[0]), &specs, |spec| Ok(arrays[&spec.name].2.clone()))
 }
 
+const DESCRIBED: &str = "invariant: the config of an output describes every linear of low rank";
+
 /// A linear of low rank that may be shortened.
 struct Shortening {
     linear: LinearInfo,
@@ -171,6 +173,7 @@ pub fn truncate(job: &TruncateJob<'_>, progress: &dyn Progress) -> Result<Compre
     inventory::expect_blocks(checkpoint)?;
     let mut report = read_report(root)?;
     let mut shortenings = shortenings(checkpoint)?;
+    check_report(&report, &shortenings, root)?;
     share_out(&mut shortenings, &report, job.keep)?;
 
     warn_of_diagonals(&report, &shortenings);
@@ -232,12 +235,13 @@ pub fn truncate(job: &TruncateJob<'_>, progress: &dyn Progress) -> Result<Compre
     let replaced = [REPORT_FILE, PAGE_FILE, "README.md", CURVES_FILES[0], CURVES_FILES[1]];
     let left_out = formats::copy_side(checkpoint, &folder, &replaced)?;
     report.left_out = left_out.into_iter().map(Into::into).collect();
-    let mut config = checkpoint.config().context("invariant: a compressed checkpoint has a config")?.clone();
+    let mut config = checkpoint.config().context(DESCRIBED)?.clone();
     let loading =
         Loading { text: formats::loading(exporter, &native_config(&config), false), library: exporter.library() };
     folder.write("README.md", card::render(&report, checkpoint, &loading).as_bytes())?;
     for s in &shortenings {
-        config["lrc"]["modules"][&s.linear.module]["rank"] = json!(s.new_rank);
+        let entry = config.get_mut("lrc").and_then(|lrc| lrc.get_mut("modules")?.get_mut(&s.linear.module));
+        *entry.and_then(|entry| entry.get_mut("rank")).context(DESCRIBED)? = json!(s.new_rank);
     }
     folder.write(CONFIG_FILE, json::text(&config)?.as_bytes())?;
     folder.write(PAGE_FILE, page::compress(&report, &[])?.as_bytes())?;
@@ -272,8 +276,41 @@ fn read_report(root: &Path) -> Result<CompressReport> {
         Failure::unsupported(format!("`{}` cannot be read: {reason}", path.display()))
             .hint("`lrc truncate` shortens a folder that `lrc compress --format factored` wrote")
     };
-    let text = std::fs::read_to_string(&path).map_err(|e| unusable(e.to_string()))?;
-    Ok(serde_json::from_str(&text).map_err(|e| unusable(e.to_string()))?)
+    let bytes = read_file(&path).map_err(|error| match error {
+        CheckpointError::Io { source, .. } => unusable(source.to_string()).into(),
+        error => anyhow::Error::from(error),
+    })?;
+    Ok(serde_json::from_slice(&bytes).map_err(|e| unusable(e.to_string()))?)
+}
+
+/// The report tells of the linears that are there, and its sums are theirs: budgets are computed from it.
+fn check_report(report: &CompressReport, shortenings: &[Shortening], root: &Path) -> Result<()> {
+    let path = root.join(REPORT_FILE);
+    let foreign = |reason: String| {
+        let message = format!("`{}` does not describe the tensors beside it: {reason}", path.display());
+        anyhow::Error::from(
+            Failure::unsupported(message).hint("one of the two was changed; compress the original anew"),
+        )
+    };
+    let mut before = Some(0u64);
+    for l in &report.linears {
+        let parameters = (l.shape[0] as u64).checked_mul(l.shape[1] as u64);
+        before = before.zip(parameters).and_then(|(sum, n)| sum.checked_add(n));
+        if parameters.is_none_or(|n| l.parameters_after > n) {
+            return Err(foreign(format!("`{}` of shape {:?} keeps {}", l.module, l.shape, l.parameters_after)));
+        }
+    }
+    if before.is_none_or(|n| n == 0 || n != report.sizes.linear_parameters_before) {
+        return Err(foreign("`linear_parameters_before` is not the sum of its linears".into()));
+    }
+    let is_told = |s: &Shortening| {
+        let record = report.linears.iter().find(|l| l.module == s.linear.module);
+        record.is_some_and(|l| l.rank == Some(s.rank) && l.shape == [s.linear.out_features, s.linear.in_features])
+    };
+    match shortenings.iter().find(|s| !is_told(s)) {
+        Some(s) => Err(foreign(format!("`{}` has rank {} in shape {:?}", s.linear.module, s.rank, s.linear.shape()))),
+        None => Ok(()),
+    }
 }
 
 fn shortenings(checkpoint: &Checkpoint) -> Result<Vec<Shortening>> {

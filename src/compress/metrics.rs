@@ -57,7 +57,7 @@ impl Metrics<'_> {
             }
             Form::SquaredGradient => {
                 let (statistics, id) = self.of(linear)?;
-                Metric::diagonal(statistics.squared_gradient_output(id)?)
+                Metric::diagonal(statistics.squared_gradient_output(id, linear.out_features)?)
             }
             Form::Magnitude { .. } | Form::GramDiagonal => unreachable!("invariant: these forms are of inputs"),
         };
@@ -93,7 +93,7 @@ impl Metrics<'_> {
             }
             Form::Magnitude { alpha } => {
                 let (statistics, id) = self.of(linear)?;
-                let magnitudes = statistics.input_magnitude(id)?;
+                let magnitudes = statistics.input_magnitude(id, linear.in_features)?;
                 f(&sized(Metric::diagonal(magnitudes.into_iter().map(|v| v.powf(2.0 * alpha)).collect()))?)
             }
             Form::GramDiagonal => {
@@ -102,7 +102,7 @@ impl Metrics<'_> {
             }
             Form::SquaredGradient => {
                 let (statistics, id) = self.of(linear)?;
-                f(&sized(Metric::diagonal(statistics.squared_gradient_input(id)?))?)
+                f(&sized(Metric::diagonal(statistics.squared_gradient_input(id, linear.in_features)?))?)
             }
         }
     }

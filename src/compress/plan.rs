@@ -45,10 +45,19 @@ impl Plan {
             is_wanted && !recipe.exclude.matches(&linear.module)
         };
         let mut linears: Vec<LinearInfo> = all.into_iter().filter(is_target).collect();
+        let unread = inventory::unread(checkpoint);
         if linears.is_empty() {
-            return Err(Failure::unsupported(format!("`{}` has no linear to compress", checkpoint.root().display()))
-                .hint("linears are 16- or 32-bit float matrices named `*.weight`; `lrc inspect MODEL` lists them")
-                .into());
+            let unread = unread
+                .map_or(String::new(), |told| format!(": its matrices are of dtypes that lrc does not read, {told}"));
+            return Err(Failure::unsupported(format!(
+                "`{}` has no linear to compress{unread}",
+                checkpoint.root().display()
+            ))
+            .hint("linears are 16- or 32-bit float matrices named `*.weight`; `lrc inspect MODEL` lists them")
+            .into());
+        }
+        if let Some(told) = unread {
+            tracing::warn!("matrices of these dtypes are not read, and are passed through: {told}");
         }
         let is_coded =
             |l: &&LinearInfo| checkpoint.info(&l.weight_name()).is_some_and(|t| t.is_encoded() && !t.is_picked());

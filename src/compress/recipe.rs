@@ -438,8 +438,15 @@ fn window_settings(options: &RecipeOptions) -> Result<Option<WindowSettings>> {
         seq_len: options.seq_len,
         seed: options.seed.unwrap_or(0),
     };
-    if settings.samples == 0 || settings.seq_len == Some(0) {
-        return Err(Failure::usage("`--samples` and `--seq-len` must be at least 1").into());
+    if settings.samples == 0 {
+        return Err(Failure::usage("`--samples` must be at least 1").into());
+    }
+    if let Some(seq_len) = settings.seq_len.filter(|&n| n < 2) {
+        let message =
+            format!("`--seq-len {seq_len}` is too short: a window of 2 tokens is the least that predicts one");
+        return Err(Failure::usage(message)
+            .hint("leave it out for windows of 512 tokens, at most the model's context")
+            .into());
     }
     Ok(Some(settings))
 }
@@ -494,6 +501,10 @@ mod tests {
         check(RecipeOptions { samples: Some(8), ..keep(0.5) }, "nothing without `--calibration FILE`");
         let text = Some(PathBuf::from("t"));
         check(RecipeOptions { method: Some(Method::Svd), calibration: text.clone(), ..keep(0.5) }, "nothing uses it");
+        for seq_len in [0, 1] {
+            let short = RecipeOptions { seq_len: Some(seq_len), calibration: text.clone(), ..keep(0.5) };
+            check(short, "is too short");
+        }
         check(RecipeOptions { samples: Some(0), calibration: text, ..keep(0.5) }, "at least 1");
         check(RecipeOptions { targets: vec!["[".into()], ..keep(0.5) }, "not a glob");
     }

@@ -52,7 +52,7 @@ pub fn encoder(
     }
     let tokenizer = Tokenizer::open(checkpoint.root())?;
     let text = Text::read(&settings.text, &settings.field, checkpoint.root())?;
-    let seq_len = window_length(checkpoint, settings.seq_len, DEFAULT_SEQ_LEN);
+    let seq_len = window_length(checkpoint, settings.seq_len, Some(DEFAULT_SEQ_LEN))?;
     let n_of_text = seq_len.saturating_sub(tokenizer.n_added()).max(1);
     let tokens = tokenizer.encode(&text.joined(), Bos::Never)?;
     let pieces = tokens.ids.chunks(n_of_text).take(settings.max_windows.unwrap_or(usize::MAX));

@@ -80,7 +80,7 @@ impl Prepared {
         }
         let tokenizer = Tokenizer::open(checkpoint.root())?;
         let text = Text::read(&settings.text, &settings.field, checkpoint.root())?;
-        let seq_len = window_length(checkpoint, settings.seq_len, rules.default_seq_len().unwrap_or(usize::MAX));
+        let seq_len = window_length(checkpoint, settings.seq_len, rules.default_seq_len())?;
         let stride = settings.stride.unwrap_or(DEFAULT_STRIDE.min(seq_len / 2).max(1));
         if stride > seq_len {
             let message = format!("a stride of {stride} leaves out what lies between windows of {seq_len}");

@@ -38,7 +38,7 @@ pub(super) fn exchange_scheme(linear: &LinearInfo, entry: &Entry) -> Result<Sche
     }
     let n = linear.in_features;
     if !n.is_multiple_of(scheme.group_of(n)) {
-        return Err(format!("groups of {} do not divide its {n} inputs", scheme.group_of(n)));
+        return Err(format!("groups of {} do not divide {n} inputs", scheme.group_of(n)));
     }
     Ok(scheme)
 }

@@ -12,10 +12,10 @@ use super::{
 use crate::checkpoint::cast::{self, Dtype};
 use crate::checkpoint::encoded::Element;
 use crate::checkpoint::gguf::Arrangement;
-use crate::checkpoint::{TensorInfo, gguf};
+use crate::checkpoint::{TensorInfo, gguf, read_file};
 use crate::linalg;
 use crate::model::config::rope_factors;
-use crate::model::{architectures, inventory};
+use crate::model::{ModelConfig, architectures, inventory};
 use crate::quantize::{BlockType, Grouped, Levels, Quantized, Storage};
 
 pub(super) struct Gguf;
@@ -96,6 +96,10 @@ impl Exporter for Gguf {
         let Some(family) = gguf::family(&source.config) else {
             return Some("the family of the model has no table of GGUF names here".into());
         };
+        // Its numbers size what is written.
+        if let Err(error) = ModelConfig::of(source.checkpoint) {
+            return Some(format!("{error:#}"));
+        }
         let number = |key: &str| source.config.get(key).and_then(Json::as_f64);
         if let (Some(asked), "gemma2") = (number("query_pre_attn_scalar"), family.architecture) {
             // The largest of the family is known by its number of blocks.
@@ -205,7 +209,7 @@ impl Exporter for Gguf {
     }
 
     fn extras(&self, source: &Source<'_>) -> Vec<(OutTensor, Vec<u8>)> {
-        let Some(factors) = rope_factors(&source.config) else { return Vec::new() };
+        let Some(factors) = rope_factors(source.checkpoint) else { return Vec::new() };
         let bytes = cast::encode(Dtype::F32, &factors).expect("invariant: f32 holds every f32");
         vec![(OutTensor::plain(gguf::ROPE_FACTORS.into(), Dtype::F32, vec![factors.len()]), bytes)]
     }
@@ -322,7 +326,7 @@ const BYTE: i32 = 6;
 /// The vocabulary, from `tokenizer.json` of a byte-pair model; without one, none: the file then serves token ids only.
 fn vocabulary(source: &Source<'_>) -> Vec<(String, Value)> {
     let key = |name: &str| format!("tokenizer.ggml.{name}");
-    let file = std::fs::read(source.checkpoint.root().join("tokenizer.json"));
+    let file = read_file(&source.checkpoint.root().join("tokenizer.json"));
     let tokenizer: Option<Json> = file.ok().and_then(|bytes| serde_json::from_slice(&bytes).ok());
     let model = tokenizer.as_ref().map(|t| &t["model"]).filter(|m| m["vocab"].is_object());
     let (Some(tokenizer), Some(model)) = (&tokenizer, model) else {

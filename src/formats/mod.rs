@@ -8,6 +8,7 @@ mod gguf;
 mod gptq;
 mod output;
 mod parts;
+mod refusal;
 
 use std::collections::BTreeSet;
 

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use anyhow::Result;
 use serde_json::{Map, Value};
 
-use super::{Container, Entry, Exporter, Format, NamedBytes, OutTensor, Source, Target, stacks_apart};
+use super::{Container, Entry, Exporter, Format, NamedBytes, OutTensor, Source, Target, refusal, stacks_apart};
 use crate::checkpoint::encoded::{ADAPTER_FILE, ADAPTER_FOLDER, Element};
 use crate::checkpoint::gguf::{self, GgufTensor, GgufWriter};
 use crate::checkpoint::{
@@ -92,39 +92,38 @@ impl<'a> Files<'a> {
         let exporter = format.exporter();
         if !matches!(format, Format::Factored | Format::Dense) && config::is_multimodal(&source.config) {
             let message = format!(
-                "no {} of this: it is a multimodal model, whose runtimes name modules otherwise than its files do",
+                "`{}` cannot be written as {}: it is a multimodal model, whose runtimes name modules otherwise than its files do",
+                source.checkpoint.root().display(),
                 format.name()
             );
             return Err(Failure::unsupported(message)
                 .hint("`factored` and `dense` keep the names of the files")
                 .into());
         }
-        let hint = "`lrc export` and `lrc compress` write `factored` and `dense` of everything; `--exclude` leaves a linear dense";
-        for (linear, entry) in modules {
-            if let Some(reason) = exporter.refusal(source, linear, entry) {
-                let message = format!("`{}` cannot be stored as {}: {reason}", linear.module, format.name());
-                return Err(Failure::unsupported(message).hint(hint).into());
-            }
+        if let Some(failure) = refusal::of_linears(source, format, modules) {
+            return Err(failure.into());
         }
+        let whole = |reason: String| {
+            let model = source.checkpoint.root().display();
+            Failure::unsupported(format!("`{model}` cannot be written as {}: {reason}", format.name()))
+        };
         if format != Format::Factored
             && let Some(part) = inventory::linears(source.checkpoint)
                 .iter()
                 .find(|linear| inventory::is_part(source.checkpoint, linear))
         {
-            let message = format!("no {} of this: `{}` is a part of a matrix", format.name(), part.module);
-            return Err(Failure::unsupported(message).hint("compress with `--fused joint`").into());
+            let reason = format!("`{}` is a part of a matrix", part.module);
+            return Err(whole(reason).hint("compress with `--fused joint`").into());
         }
         if format != Format::Factored
             && !exporter.joins_stacks()
             && let Some(stack) = source.checkpoint.stacks().first()
         {
-            let message = format!("no {} of this: `{}` is stored as its matrices", format.name(), stack.tensor);
-            return Err(Failure::unsupported(message).hint("`lrc export --format dense` stacks them again").into());
+            let reason = format!("`{}` is stored as its matrices", stack.tensor);
+            return Err(whole(reason).hint("`lrc export --format dense` stacks them again").into());
         }
         match exporter.refusal_of_all(source, modules) {
-            Some(reason) => {
-                Err(Failure::unsupported(format!("no {} of this: {reason}", format.name())).hint(hint).into())
-            }
+            Some(reason) => Err(whole(reason).hint(refusal::STORE_EVERYTHING).into()),
             None => Ok(()),
         }
     }

@@ -15,7 +15,9 @@ use crate::checkpoint::{Checkpoint, Dtype, TensorSpec, write_file};
 use crate::compress::low_rank::{ErrorCurve, error_curve};
 use crate::compress::metric::MetricPair;
 use crate::compress::spectra::Weighted;
+use crate::error::Failure;
 use crate::linalg;
+use crate::model::inventory;
 use crate::progress::Progress;
 use crate::report::{InspectReport, LRC_VERSION, SCHEMA_VERSION, Spectrum, SpectrumRecord};
 use matrices::Matrix;
@@ -25,14 +27,24 @@ pub use spectrum::{ENERGY_SHARES, WELORE_THRESHOLDS};
 /// of linears in a metric, by module, with its name.
 ///
 /// # Errors
-/// A weight is broken.
+/// There is no matrix, or a weight is broken.
 pub fn inspect(
     checkpoint: &Checkpoint,
     model: &str,
     weighted: Option<(String, BTreeMap<String, Weighted>)>,
     progress: &dyn Progress,
 ) -> Result<(InspectReport, Vec<Spectrum>)> {
-    let matrices = matrices::of(checkpoint);
+    let (matrices, unread) = (matrices::of(checkpoint), inventory::unread(checkpoint));
+    if matrices.is_empty() {
+        let told = unread.unwrap_or_else(|| "none of them is a matrix of floats".into());
+        let message = format!("`{model}` holds no matrix that can be inspected among its tensors: {told}");
+        return Err(Failure::unsupported(message)
+            .hint("matrices of F32, F16 and BF16 are read: convert the checkpoint to one of these")
+            .into());
+    }
+    if let Some(told) = unread {
+        tracing::warn!("matrices of these dtypes are not read, and are left out: {told}");
+    }
     let stage = progress.stage("inspect", matrices.len() as u64, "matrices");
     let record = |matrix: &Matrix| -> Result<(SpectrumRecord, Spectrum)> {
         stage.note(&matrix.module);

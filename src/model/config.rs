@@ -7,6 +7,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use super::architectures::{self, Architecture, Sliding};
+use super::bounds;
 use super::mlp::Activation;
 use super::rope::{RopeKind, RopeScaling, RopeSettings};
 use super::text_config;
@@ -143,24 +144,23 @@ pub fn native_config(config: &Map<String, Value>) -> Map<String, Value> {
     native
 }
 
-/// Positions that a model was made for; unbounded where its config does not say.
-fn context(checkpoint: &Checkpoint) -> usize {
-    let fields = fields(checkpoint);
-    let of = |name: &str| fields.get(name)?.as_u64();
-    let field = of("max_position_embeddings").or_else(|| of("n_positions"));
-    // Encoders count the rows of their table that stand for no position.
-    let encoder = model_type(checkpoint).and_then(architectures::find).filter(|a| a.encoder.is_some());
-    let unused = encoder.and_then(|a| a.embed_positions).map_or(0, |(_, first)| first);
-    field.map_or(usize::MAX, |n| usize::try_from(n).unwrap_or(usize::MAX).saturating_sub(unused))
-}
+/// Tokens in a window where neither the user, a convention nor the config says; that of lm-evaluation-harness.
+const DEFAULT_CONTEXT: usize = 2048;
 
 /// Tokens in a window: as `asked`, else `default`, at most the model's context. Longer windows are run, with a warning.
-pub fn window_length(checkpoint: &Checkpoint, asked: Option<usize>, default: usize) -> usize {
-    let context = context(checkpoint);
-    if let Some(asked) = asked.filter(|&n| n > context) {
+///
+/// # Errors
+/// The config is broken.
+pub fn window_length(checkpoint: &Checkpoint, asked: Option<usize>, default: Option<usize>) -> Result<usize> {
+    let (config, architecture) = ModelConfig::of(checkpoint)?;
+    let context = config.context(architecture);
+    if let (Some(asked), Some(context)) = (asked, context)
+        && asked > context
+    {
         tracing::warn!("windows of {asked} tokens are longer than the model's context of {context}");
     }
-    asked.unwrap_or(default.min(context))
+    let longest = |default: usize| context.map_or(default, |context| default.min(context));
+    Ok(asked.unwrap_or_else(|| default.map_or(context.unwrap_or(DEFAULT_CONTEXT), longest)))
 }
 
 impl ModelConfig {
@@ -190,7 +190,9 @@ impl ModelConfig {
                 architectures::known_types().join(", ")
             ))
         })?;
-        Ok((Self::parse(&text_config::fields(config, MODEL_TYPE_PREFIX), architecture, &path)?, architecture))
+        let config = Self::parse(&text_config::fields(config, MODEL_TYPE_PREFIX), architecture, &path)?;
+        bounds::check_sizes(&config, architecture, checkpoint).with_context(|| format!("`{}`", path.display()))?;
+        Ok((config, architecture))
     }
 
     fn parse(fields: &Map<String, Value>, architecture: &Architecture, path: &Path) -> Result<Self> {
@@ -210,6 +212,8 @@ impl ModelConfig {
             ("num_hidden_layers", self.num_hidden_layers),
             ("num_attention_heads", self.num_attention_heads),
             ("num_key_value_heads", self.num_key_value_heads()),
+            // With no heads at all, the field before the last is named.
+            ("head_dim", self.head_dim.unwrap_or(self.hidden_size / self.num_attention_heads.max(1))),
         ];
         if let Some((field, _)) = positive.iter().find(|(_, value)| *value == 0) {
             return Err(Failure::unsupported(format!("`{field}` is 0")).into());
@@ -225,6 +229,11 @@ impl ModelConfig {
         if architecture.experts.is_some() && !(1..=self.num_experts).contains(&self.num_experts_per_tok) {
             let (asked, there) = (self.num_experts_per_tok, self.num_experts);
             return Err(Failure::unsupported(format!("`num_experts_per_tok` is {asked} of {there} experts")).into());
+        }
+        if let Some(context) = self.context(architecture).filter(|&context| context < 2) {
+            let message =
+                format!("`max_position_embeddings` leaves room for {context} tokens, and predicting one takes 2");
+            return Err(Failure::unsupported(message).into());
         }
         let width = self.rotary_width();
         if architecture.is_rotary && (width == 0 || !width.is_multiple_of(2) || width > self.head_dim()) {
@@ -246,6 +255,13 @@ impl ModelConfig {
                 .into());
         }
         Ok(())
+    }
+
+    /// Positions that the model was made for, where its config says.
+    fn context(&self, architecture: &Architecture) -> Option<usize> {
+        // Encoders count the rows of their table that stand for no position.
+        let unused = architecture.encoder.as_ref().and(architecture.embed_positions).map_or(0, |(_, first)| first);
+        self.max_position_embeddings.map(|n| (n as usize).saturating_sub(unused))
     }
 
     /// Whether a block has experts, in a family that has them.
@@ -354,10 +370,9 @@ impl ModelConfig {
     }
 }
 
-/// By how much the rotary frequencies of a config are divided, where that differs from frequency to frequency.
-pub fn rope_factors(config: &Map<String, Value>) -> Option<Vec<f32>> {
-    let architecture = architectures::find(config.get("model_type")?.as_str()?)?;
-    let rope = ModelConfig::parse(config, architecture, Path::new(CONFIG_FILE)).ok()?.rope();
+/// By how much the rotary frequencies of a model are divided, where that differs from frequency to frequency.
+pub fn rope_factors(checkpoint: &Checkpoint) -> Option<Vec<f32>> {
+    let rope = ModelConfig::of(checkpoint).ok()?.0.rope();
     if rope.rope_type() != "llama3" {
         return None;
     }

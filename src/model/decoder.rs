@@ -126,15 +126,7 @@ impl<'w> Decoder<'w> {
                     norm(&format!("{block}.{name}"), width, "`num_attention_heads` and `head_dim`")?;
                 }
             }
-            let is_split = |whole: &str| is_split(self.weights, &format!("{block}.{whole}"));
-            for slot in names.slots(config, block_idx, &is_split) {
-                let module = names.module(prefix, LinearId { block: block_idx, slot });
-                let (shape, fields) = slot.shape(config);
-                // Parts leave their biases where they were.
-                let is_whole = names.whole(slot.role).is_none();
-                let kind = (is_whole && names.has_bias(slot.role, config), is_whole && names.is_conv1d);
-                linear::expect_shape(checkpoint, &module, shape, kind, fields)?;
-            }
+            // Before all that there is one of for each expert.
             if let Some(experts) = names.experts.as_ref().filter(|_| config.has_experts(block_idx)) {
                 let shape = [config.num_experts, config.hidden_size];
                 let fields = "`num_experts` and `hidden_size`";
@@ -145,6 +137,15 @@ impl<'w> Decoder<'w> {
                     (false, false),
                     fields,
                 )?;
+            }
+            let is_split = |whole: &str| is_split(self.weights, &format!("{block}.{whole}"));
+            for slot in names.slots(config, block_idx, &is_split) {
+                let module = names.module(prefix, LinearId { block: block_idx, slot });
+                let (shape, fields) = slot.shape(config);
+                // Parts leave their biases where they were.
+                let is_whole = names.whole(slot.role).is_none();
+                let kind = (is_whole && names.has_bias(slot.role, config), is_whole && names.is_conv1d);
+                linear::expect_shape(checkpoint, &module, shape, kind, fields)?;
             }
         }
         if let Some(last) = self.last_norm() {

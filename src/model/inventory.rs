@@ -1,6 +1,6 @@
 //! Which tensors of a checkpoint are linears: by name and shape, for every family, known or not.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::Result;
 
@@ -245,9 +245,23 @@ pub fn expect_blocks(checkpoint: &Checkpoint) -> Result<()> {
     missing_blocks(checkpoint).map_or(Ok(()), |missing| Err(Failure::unsupported(missing).hint(HINT).into()))
 }
 
+/// Matrices of floats that are not read here, by dtype, in words: `F64 (12)`; none where all are.
+pub fn unread(checkpoint: &Checkpoint) -> Option<String> {
+    let mut counts: BTreeMap<String, usize> = BTreeMap::new();
+    for info in checkpoint.tensors() {
+        let dtype = format!("{:?}", info.dtype);
+        let is_matrix = info.shape.len() >= 2 && info.n_elements() > 0;
+        if is_matrix && dtype.starts_with('F') && !cast::is_float(info.dtype) {
+            *counts.entry(dtype).or_default() += 1;
+        }
+    }
+    let told: Vec<String> = counts.iter().map(|(dtype, count)| format!("{dtype} ({count})")).collect();
+    (!told.is_empty()).then(|| told.join(", "))
+}
+
 /// Whether a tensor is a stack of the matrices of experts. Which side is out is not written in a file: it is taken as stored.
 pub fn is_stack(info: &TensorInfo) -> bool {
-    matches!(info.shape.as_slice(), &[_, rows, columns] if rows > 1 && columns > 1)
+    matches!(info.shape.as_slice(), &[n, rows, columns] if n > 0 && rows > 1 && columns > 1)
         && cast::is_float(info.dtype)
         && info.name.contains("expert")
 }

@@ -3,6 +3,7 @@
 pub mod architectures;
 mod attention;
 mod block;
+mod bounds;
 pub mod config;
 mod decoder;
 mod experts;
@@ -23,6 +24,7 @@ mod weights;
 
 pub use architectures::{Architecture, InputSite, LinearId, Role, Slot};
 pub use block::{Block, Observer};
+pub use bounds::open;
 pub use config::ModelConfig;
 pub use decoder::{Decoder, Objective};
 pub use head::{Head, Pooler};

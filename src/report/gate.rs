@@ -101,7 +101,7 @@ pub fn expect_fields<T: JsonSchema>(gates: &[Gate], absent: &[(Vec<Field>, &str)
     }
     let known = fields::<T>();
     for gate in gates {
-        let refused = |reason: String| Failure::usage(format!("gate `{gate}`: {reason}"));
+        let refused = |reason: String| Failure::usage(format!("--fail-if `{gate}`: {reason}"));
         let Some(field) = known.iter().find(|field| field.name() == gate.field) else {
             let names: Vec<String> = known.iter().filter(|f| f.is_comparable()).map(Field::name).collect();
             return Err(refused(format!("the report has no field `{}`", gate.field))
@@ -133,7 +133,7 @@ fn hint(unknown: &str, names: &[String]) -> String {
 /// Checks a finished report.
 ///
 /// # Errors
-/// Class [`ExitClass::Gate`], with every gate that did not hold and the value that it met.
+/// Class [`ExitClass::Gate`], with every condition that was met and the value that met it.
 pub fn check(gates: &[Gate], report: &impl Serialize) -> Result<()> {
     if gates.is_empty() {
         return Ok(());
@@ -144,13 +144,13 @@ pub fn check(gates: &[Gate], report: &impl Serialize) -> Result<()> {
 }
 
 impl Gate {
-    /// What a person should read, where the gate does not hold.
+    /// What a person should read, where the condition is met.
     fn failure(&self, report: &Value) -> Option<String> {
         let parts: Vec<&str> = self.field.split('.').collect();
         let mut values = Vec::new();
         leaves(report, &parts, String::new(), None, &mut values);
         if values.is_empty() {
-            return Some(format!("gate `{self}` did not hold: there is no `{}` in this report", self.field));
+            return Some(format!("--fail-if `{self}`: there is no `{}` in this report", self.field));
         }
         let number = |value: &Value| value.as_f64().or_else(|| value.as_bool().map(|b| f64::from(u8::from(b))));
         // In a list an element without the figure (a dense linear has no rank) is none to judge; alone it is.
@@ -163,7 +163,7 @@ impl Gate {
         let (path, owner, value) = bad.first()?;
         let of = owner.as_ref().map_or(String::new(), |owner| format!(" of `{owner}`"));
         let more = if bad.len() > 1 { format!(" (and {} more)", bad.len() - 1) } else { String::new() };
-        Some(format!("gate `{self}` did not hold: `{path}`{of} is {value}{more}"))
+        Some(format!("--fail-if `{self}`: `{path}`{of} is {value}{more}"))
     }
 }
 
@@ -233,26 +233,23 @@ mod tests {
             {"module": "a", "rank": 3, "error": 0.1, "unknown": null}, {"module": "b", "rank": null, "error": 0.3, "unknown": null}]});
         let failure = |text: &str| gate(text).failure(&report);
         for (text, expected) in [
-            ("ppl > 12", Some("gate `ppl > 12` did not hold: `ppl` is 12.5")),
+            ("ppl > 12", Some("--fail-if `ppl > 12`: `ppl` is 12.5")),
             ("ppl > 12.5", None),
-            ("ppl >= 12.5", Some("gate `ppl >= 12.5` did not hold: `ppl` is 12.5")),
-            ("kl.mean < 0.6", Some("gate `kl.mean < 0.6` did not hold: `kl.mean` is 0.5")),
-            ("is == false", Some("gate `is == false` did not hold: `is` is false")),
+            ("ppl >= 12.5", Some("--fail-if `ppl >= 12.5`: `ppl` is 12.5")),
+            ("kl.mean < 0.6", Some("--fail-if `kl.mean < 0.6`: `kl.mean` is 0.5")),
+            ("is == false", Some("--fail-if `is == false`: `is` is false")),
             ("is != false", None),
-            ("linears.error > 0.2", Some("gate `linears.error > 0.2` did not hold: `linears[1].error` of `b` is 0.3")),
-            (
-                "linears.error > 0",
-                Some("gate `linears.error > 0` did not hold: `linears[0].error` of `a` is 0.1 (and 1 more)"),
-            ),
-            ("linears.rank < 4", Some("gate `linears.rank < 4` did not hold: `linears[0].rank` of `a` is 3")),
+            ("linears.error > 0.2", Some("--fail-if `linears.error > 0.2`: `linears[1].error` of `b` is 0.3")),
+            ("linears.error > 0", Some("--fail-if `linears.error > 0`: `linears[0].error` of `a` is 0.1 (and 1 more)")),
+            ("linears.rank < 4", Some("--fail-if `linears.rank < 4`: `linears[0].rank` of `a` is 3")),
             ("linears.rank > 4", None),
             (
                 "linears.unknown > 4",
-                Some("gate `linears.unknown > 4` did not hold: `linears[0].unknown` of `a` is null (and 1 more)"),
+                Some("--fail-if `linears.unknown > 4`: `linears[0].unknown` of `a` is null (and 1 more)"),
             ),
             // A number that is not finite is null in JSON.
-            ("nan > 1", Some("gate `nan > 1` did not hold: `nan` is null")),
-            ("absent > 1", Some("gate `absent > 1` did not hold: there is no `absent` in this report")),
+            ("nan > 1", Some("--fail-if `nan > 1`: `nan` is null")),
+            ("absent > 1", Some("--fail-if `absent > 1`: there is no `absent` in this report")),
         ] {
             assert_eq!(failure(text).as_deref(), expected, "{text}");
         }

@@ -14,8 +14,9 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use sha2::{Digest, Sha256};
 
-use crate::checkpoint::{json, sha256_file};
+use crate::checkpoint::{hex, json, read_file, sha256_file};
 use crate::error::Failure;
 use chat::ChatTemplate;
 pub use documents::DEFAULT_FIELD;
@@ -111,16 +112,17 @@ impl Tokenizer {
     /// It is absent or cannot be parsed.
     pub fn open(model: &Path) -> Result<Self> {
         let path = model.join("tokenizer.json");
-        if !path.is_file() {
+        if !path.exists() {
             return Err(Failure::unsupported(format!("`{}` is missing", path.display()))
                 .hint("text needs the model's fast tokenizer; save it with transformers' `AutoTokenizer(..., use_fast=True)`")
                 .into());
         }
         let unusable = |e| Failure::unsupported(format!("`{}` cannot be used: {e}", path.display()));
-        let mut inner = tokenizers::Tokenizer::from_file(&path).map_err(unusable)?;
+        let bytes = read_file(&path)?;
+        let mut inner = tokenizers::Tokenizer::from_bytes(&bytes).map_err(unusable)?;
         // A stream is cut into windows here, whatever the file says of single inputs.
         inner.with_padding(None).with_truncation(None).map_err(unusable)?;
-        let sha256 = sha256_file(&path)?;
+        let sha256 = hex(&Sha256::digest(&bytes));
         let (prefix, suffix) = added(&inner)?;
         let boundary = boundary(model, &inner);
         let mask = mask(model, &inner);
@@ -182,7 +184,7 @@ impl Tokenizer {
 
 /// `bos_token`, else `eos_token`, of `tokenizer_config.json`; where neither is named, the ids of `config.json`.
 fn boundary(model: &Path, tokenizer: &tokenizers::Tokenizer) -> Option<u32> {
-    let json = |name: &str| -> Option<Value> { json::parse(&std::fs::read(model.join(name)).ok()?).ok() };
+    let json = |name: &str| -> Option<Value> { json::parse(&read_file(&model.join(name)).ok()?).ok() };
     let named = |fields: &Value, key: &str| {
         let token = fields.get(key)?;
         let text = token.get("content").unwrap_or(token).as_str()?;
@@ -202,7 +204,7 @@ fn boundary(model: &Path, tokenizer: &tokenizers::Tokenizer) -> Option<u32> {
 
 /// `mask_token` of `tokenizer_config.json`, or one of its usual names.
 fn mask(model: &Path, tokenizer: &tokenizers::Tokenizer) -> Option<u32> {
-    let file = std::fs::read(model.join("tokenizer_config.json")).ok();
+    let file = read_file(&model.join("tokenizer_config.json")).ok();
     let fields: Option<Value> = file.and_then(|bytes| json::parse(&bytes).ok());
     let named = fields.as_ref().and_then(|fields| fields.get("mask_token"));
     let named = named.and_then(|token| token.get("content").unwrap_or(token).as_str());

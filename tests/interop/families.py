@@ -110,7 +110,7 @@ def cell(make, limit=LIMIT):
     except Exception as e:
         lines = str(e).splitlines()
         text = next((line for line in lines if line.startswith("error: ")), lines[0])
-        refused = "cannot be stored" in text or re.search(r"no (compressed-tensors|gguf|peft) of this", text) is not None
+        refused = "cannot be stored" in text or "cannot be written as" in text
         print(e, file=sys.stderr)
         return ("refused" if refused else "**failed**"), refused
 

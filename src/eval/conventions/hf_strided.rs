@@ -26,7 +26,7 @@ impl Rules for HfStrided {
         let mut windows = Vec::new();
         let mut reached = 1usize;
         for start in (0..n).step_by(stride) {
-            let end = (start + seq_len).min(n);
+            let end = start.saturating_add(seq_len).min(n);
             // Where windows do not overlap, the first token of each has no context.
             let first = reached.saturating_sub(start).max(1);
             if start + first < end {

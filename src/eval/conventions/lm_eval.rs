@@ -37,8 +37,8 @@ impl Rules for LmEval {
         let mut windows = Vec::new();
         let mut reached = 1;
         while reached < n {
-            let end = (reached + seq_len).min(n);
-            let start = end.saturating_sub(seq_len + 1);
+            let end = reached.saturating_add(seq_len).min(n);
+            let start = end.saturating_sub(seq_len.saturating_add(1));
             windows.push(stream.window(start..end, reached - start));
             reached = end;
         }

@@ -476,7 +476,7 @@ impl Architecture {
             // A multiple of another field: `"4 hidden_size"`.
             let multiple = || {
                 let (times, field) = value.as_str()?.split_once(' ')?;
-                Some(Value::from(times.parse::<u64>().ok()? * fields.get(field)?.as_u64()?))
+                Some(Value::from(times.parse::<u64>().ok()?.saturating_mul(fields.get(field)?.as_u64()?)))
             };
             if !is_given(fields.get(&name)) {
                 let value = multiple().unwrap_or(value);

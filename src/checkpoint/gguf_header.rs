@@ -1,0 +1,226 @@
+//! The header of a GGUF file, versions 2 and 3: read within its bounds and in its own order.
+//!
+//! Every count and length comes from the file, so nothing is allocated by them: what they announce must fit into the bytes that
+//! are there.
+
+/// What a file says of its tensors.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Header {
+    pub tensors: Vec<Entry>,
+    /// First byte of the data of all tensors.
+    pub data_begin: u64,
+}
+
+/// One tensor.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    pub name: String,
+    /// (out, in), as everywhere here.
+    pub shape: Vec<usize>,
+    /// GGUF's number of its type.
+    pub type_id: u32,
+    /// From `data_begin`.
+    pub offset: u64,
+}
+
+const MAGIC: &[u8] = b"GGUF";
+const DEFAULT_ALIGNMENT: u64 = 32;
+const MAX_DIMENSIONS: u32 = 4;
+/// Arrays of arrays of arrays are all that a writer may think of.
+const MAX_DEPTH: usize = 4;
+
+/// Numbers by which a file knows the types of its metadata.
+mod kind {
+    pub const U32: u32 = 4;
+    pub const TEXT: u32 = 8;
+    pub const ARRAY: u32 = 9;
+}
+
+/// Reads the header of a whole file.
+///
+/// # Errors
+/// What is wrong with it, in words.
+pub fn read(file: &[u8]) -> Result<Header, String> {
+    let mut bytes = Bytes { file, at: 0 };
+    if bytes.take(4)? != MAGIC {
+        return Err("it does not begin with `GGUF`".into());
+    }
+    let version = bytes.u32()?;
+    if !(2..=3).contains(&version) {
+        return Err(format!("it has version {version}, expected 2 or 3"));
+    }
+    let (n_tensors, n_values) = (bytes.u64()?, bytes.u64()?);
+    let mut alignment = DEFAULT_ALIGNMENT;
+    for _ in 0..n_values {
+        let key = bytes.text()?;
+        match (key.as_str(), bytes.u32()?) {
+            ("general.alignment", kind::U32) => alignment = bytes.u32()?.into(),
+            (_, kind) => bytes.skip_value(kind, 0)?,
+        }
+    }
+    if !alignment.is_power_of_two() {
+        return Err(format!("`general.alignment` is {alignment}, which is no power of two"));
+    }
+    let mut tensors: Vec<Entry> = Vec::new();
+    for _ in 0..n_tensors {
+        tensors.push(bytes.entry()?);
+    }
+    let mut names: Vec<&str> = tensors.iter().map(|entry| entry.name.as_str()).collect();
+    names.sort_unstable();
+    if let Some(twice) = names.windows(2).find(|pair| pair[0] == pair[1]) {
+        return Err(format!("it describes tensor `{}` twice", twice[0]));
+    }
+    let data_begin = (bytes.at as u64).next_multiple_of(alignment);
+    Ok(Header { tensors, data_begin })
+}
+
+/// A file, and how far it has been read.
+struct Bytes<'a> {
+    file: &'a [u8],
+    at: usize,
+}
+
+impl<'a> Bytes<'a> {
+    fn take(&mut self, n: u64) -> Result<&'a [u8], String> {
+        let end = usize::try_from(n).ok().and_then(|n| self.at.checked_add(n)).filter(|&end| end <= self.file.len());
+        let end = end.ok_or_else(|| {
+            let left = self.file.len() - self.at;
+            format!("its header announces {n} bytes at byte {}, and {left} are left", self.at)
+        })?;
+        let taken = &self.file[self.at..end];
+        self.at = end;
+        Ok(taken)
+    }
+
+    fn array<const N: usize>(&mut self) -> Result<[u8; N], String> {
+        let taken = self.take(N as u64)?;
+        Ok(taken.try_into().expect("invariant: as many bytes were taken"))
+    }
+
+    fn u32(&mut self) -> Result<u32, String> {
+        Ok(u32::from_le_bytes(self.array()?))
+    }
+
+    fn u64(&mut self) -> Result<u64, String> {
+        Ok(u64::from_le_bytes(self.array()?))
+    }
+
+    fn text(&mut self) -> Result<String, String> {
+        let len = self.u64()?;
+        Ok(String::from_utf8_lossy(self.take(len)?).into_owned())
+    }
+
+    fn skip_value(&mut self, kind: u32, depth: usize) -> Result<(), String> {
+        if let Some(size) = size_of(kind) {
+            return self.take(size).map(drop);
+        }
+        match kind {
+            kind::TEXT => self.text().map(drop),
+            kind::ARRAY if depth < MAX_DEPTH => {
+                let (of, len) = (self.u32()?, self.u64()?);
+                match size_of(of) {
+                    Some(size) => self.take(len.saturating_mul(size)).map(drop),
+                    // Each takes bytes, so that the end of the file bounds the loop.
+                    None => (0..len).try_for_each(|_| self.skip_value(of, depth + 1)),
+                }
+            }
+            kind::ARRAY => Err("its metadata nest too deep".into()),
+            other => Err(format!("its metadata have a value of type {other}, which is unknown")),
+        }
+    }
+
+    fn entry(&mut self) -> Result<Entry, String> {
+        let name = self.text()?;
+        let n_dimensions = self.u32()?;
+        if n_dimensions > MAX_DIMENSIONS {
+            return Err(format!("tensor `{name}` has {n_dimensions} dimensions"));
+        }
+        let size = |size: u64| usize::try_from(size).map_err(|_| format!("tensor `{name}` has a dimension of {size}"));
+        let mut shape = (0..n_dimensions).map(|_| size(self.u64()?)).collect::<Result<Vec<_>, _>>()?;
+        shape.reverse();
+        Ok(Entry { shape, type_id: self.u32()?, offset: self.u64()?, name })
+    }
+}
+
+/// Bytes of a value of one size.
+fn size_of(kind: u32) -> Option<u64> {
+    match kind {
+        0 | 1 | 7 => Some(1),
+        2 | 3 => Some(2),
+        4..=6 => Some(4),
+        10..=12 => Some(8),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn text(text: &str) -> Vec<u8> {
+        [&(text.len() as u64).to_le_bytes(), text.as_bytes()].concat()
+    }
+
+    /// A file with one value and one tensor.
+    fn file(key: &str, kind: u32, value: &[u8]) -> Vec<u8> {
+        let mut bytes = [MAGIC, &3u32.to_le_bytes(), &1u64.to_le_bytes(), &1u64.to_le_bytes()].concat();
+        bytes.extend([text(key), kind.to_le_bytes().to_vec(), value.to_vec()].concat());
+        bytes.extend([text("a"), 2u32.to_le_bytes().to_vec()].concat());
+        bytes.extend([3u64, 2].map(u64::to_le_bytes).concat());
+        bytes.extend([0u32.to_le_bytes().to_vec(), 64u64.to_le_bytes().to_vec()].concat());
+        bytes
+    }
+
+    fn check(bytes: &[u8], expected: &str) {
+        let reason = read(bytes).unwrap_err();
+        assert!(reason.contains(expected), "`{reason}` does not contain `{expected}`");
+    }
+
+    #[test]
+    fn headers_are_read_in_their_order() {
+        let found = read(&file("general.alignment", kind::U32, &64u32.to_le_bytes())).unwrap();
+        assert_eq!(found.tensors, [Entry { name: "a".into(), shape: vec![2, 3], type_id: 0, offset: 64 }]);
+        assert!(found.data_begin.is_multiple_of(64));
+        let texts = [kind::TEXT.to_le_bytes().to_vec(), 2u64.to_le_bytes().to_vec(), text("x"), text("yz")].concat();
+        assert_eq!(read(&file("names", kind::ARRAY, &texts)).unwrap().tensors, found.tensors);
+    }
+
+    #[test]
+    fn announced_sizes_are_bounded_by_the_file() {
+        for alignment in [0u32, 3, 48] {
+            check(&file("general.alignment", kind::U32, &alignment.to_le_bytes()), "no power of two");
+        }
+        check(b"GGU", "4 bytes");
+        check(b"GGML\x03\0\0\0", "does not begin");
+        check(&file("a", 99, &[]), "type 99");
+        let mut many = file("a", 0, &[1]);
+        many[8..16].copy_from_slice(&u64::MAX.to_le_bytes());
+        check(&many, "are left");
+        many[16..24].copy_from_slice(&u64::MAX.to_le_bytes());
+        check(&many, "are left");
+        check(&file("a", kind::TEXT, &u64::MAX.to_le_bytes()), "are left");
+        for of in [0, kind::TEXT, kind::ARRAY, 12] {
+            let huge = [of.to_le_bytes().to_vec(), (u64::MAX / 2).to_le_bytes().to_vec()].concat();
+            assert!(read(&file("a", kind::ARRAY, &huge)).is_err());
+        }
+        let nested: Vec<u8> =
+            (0..9).flat_map(|_| [kind::ARRAY.to_le_bytes().to_vec(), 1u64.to_le_bytes().to_vec()].concat()).collect();
+        check(&file("a", kind::ARRAY, &nested), "nest too deep");
+        let mut twice = file("a", 0, &[1]);
+        twice[8] = 2;
+        twice.extend_from_within(twice.len() - 41..);
+        check(&twice, "tensor `a` twice");
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn damaged_headers_never_panic(noise in proptest::collection::vec(proptest::prelude::any::<(usize, u8)>(), 1..6)) {
+            let mut bytes = file("general.alignment", kind::U32, &64u32.to_le_bytes());
+            for (at, byte) in noise {
+                let at = at % bytes.len();
+                bytes[at] = byte;
+            }
+            let _ = read(&bytes);
+        }
+    }
+}

@@ -1,0 +1,132 @@
+//! What a config claims, held against the tensors that are there, in one place and before anything is sized by it.
+
+use std::path::Path;
+
+use anyhow::Result;
+use serde_json::Value;
+
+use super::architectures::{self, Architecture};
+use super::config::{self, ModelConfig};
+use super::inventory::{self, LinearInfo, Stored};
+use super::linear::{self, LR_A, LR_B, LR_COEFFICIENTS, LR_ORDER, LR_PIVOT};
+use crate::checkpoint::{CONFIG_FILE, Checkpoint, CheckpointError};
+use crate::error::Failure;
+
+/// Opens a folder or a file, and checks what its config says of an output of `lrc` against its tensors.
+///
+/// # Errors
+/// As [`Checkpoint::open`], or the config describes other tensors.
+pub fn open(path: &Path) -> Result<Checkpoint> {
+    let checkpoint = Checkpoint::open(path)?;
+    check_parts(&checkpoint)?;
+    check_description(&checkpoint)?;
+    Ok(checkpoint)
+}
+
+/// A size may be this many times the largest dimension of any tensor: a config that is wrong by less is refused with the tensor that
+/// contradicts it.
+const SLACK: usize = 16;
+
+/// Refuses sizes that no tensor could have.
+///
+/// # Errors
+/// Names the field and its value.
+pub(super) fn check_sizes(config: &ModelConfig, architecture: &Architecture, checkpoint: &Checkpoint) -> Result<()> {
+    let (mut largest, mut n_tensors) = (1, 0);
+    for info in checkpoint.tensors() {
+        largest = info.shape.iter().copied().fold(largest, usize::max);
+        n_tensors += 1;
+    }
+    let limit = SLACK.saturating_mul(largest);
+    let heads = config.num_attention_heads.saturating_mul(config.head_dim());
+    let sizes = [
+        ("`vocab_size`", config.vocab_size, limit),
+        ("`hidden_size`", config.hidden_size, limit),
+        ("`intermediate_size`", config.intermediate_size, limit),
+        ("`word_embed_proj_dim`", config.embedding_size(), limit),
+        ("`num_attention_heads` · `head_dim`", heads, limit),
+        // Every block has tensors of its own.
+        ("`num_hidden_layers`", config.num_hidden_layers, n_tensors),
+        ("`num_experts`", if architecture.experts.is_some() { config.num_experts } else { 0 }, limit),
+        ("`moe_intermediate_size`", config.expert_width(), limit),
+    ];
+    let Some((field, value, _)) = sizes.into_iter().find(|&(_, value, limit)| value > limit) else { return Ok(()) };
+    let message = format!("{field} is {value}, and the largest dimension of the {n_tensors} tensors is {largest}");
+    Err(Failure::unsupported(message).hint("check `config.json`, and that all shards are there").into())
+}
+
+/// Every linear of low rank has all of its parts, in the shapes of one matrix.
+fn check_parts(checkpoint: &Checkpoint) -> Result<()> {
+    for info in checkpoint.tensors() {
+        for (first, others) in [
+            (LR_A, [format!("{LR_B}.weight"), format!("{LR_B}.weight")]),
+            (LR_PIVOT, [format!("{LR_COEFFICIENTS}.weight"), LR_ORDER.into()]),
+        ] {
+            let Some(module) = info.name.strip_suffix(&format!(".{first}.weight")) else { continue };
+            for part in others {
+                checkpoint.require(&format!("{module}.{part}"))?;
+            }
+        }
+    }
+    let architecture = config::model_type(checkpoint).and_then(architectures::find);
+    for linear in inventory::linears(checkpoint).iter().filter(|linear| linear.is_low_rank()) {
+        let is_turned = architecture.is_some_and(|a| a.stores_turned(&linear.module));
+        let shape = [linear.out_features, linear.in_features];
+        linear::expect_shape(checkpoint, &linear.module, shape, (false, is_turned), "the shape of the linear")?;
+    }
+    Ok(())
+}
+
+/// `lrc` of the config of an output describes the linears that are there.
+fn check_description(checkpoint: &Checkpoint) -> Result<()> {
+    let Some(described) = checkpoint.config().and_then(|config| config.get("lrc")) else { return Ok(()) };
+    let refuse = |entry: String, reason: String| {
+        let path = checkpoint.root().join(CONFIG_FILE);
+        Err(CheckpointError::ConfigEntry { path, entry, reason }.into())
+    };
+    let Some(described) = described.as_object() else { return refuse("lrc".into(), "is no object".into()) };
+    let Some(modules) = described.get("modules").and_then(Value::as_object) else {
+        return refuse("lrc.modules".into(), "is no object".into());
+    };
+    let linears = inventory::linears(checkpoint);
+    let find = |module: &str| linears.iter().find(|linear| linear.module == module);
+    for (module, entry) in modules {
+        let name = format!("lrc.modules.{module}");
+        let Some(entry) = entry.as_object() else { return refuse(name, "is no object".into()) };
+        let found = find(module).and_then(rank);
+        let said = entry.get("rank").map(Value::as_u64);
+        match (said, find(module)) {
+            (_, None) => return refuse(name, "is no linear of the weight files".into()),
+            (Some(None), _) => return refuse(format!("{name}.rank"), "is no rank".into()),
+            (said, _) if said.flatten() != found => {
+                let of = |rank: Option<u64>| rank.map_or("none".into(), |rank| rank.to_string());
+                return refuse(
+                    format!("{name}.rank"),
+                    format!("is {}, and its tensors have {}", of(said.flatten()), of(found)),
+                );
+            }
+            _ => {}
+        }
+    }
+    let undescribed = |linear: &&LinearInfo| linear.is_low_rank() && !modules.contains_key(&linear.module);
+    if let Some(linear) = linears.iter().find(undescribed) {
+        return refuse(format!("lrc.modules.{}", linear.module), "is absent".into());
+    }
+    for stack in checkpoint.stacks() {
+        let [n, rows, columns] = stack.shape;
+        let is_there =
+            |index: usize| find(&stack.module(index)).is_some_and(|linear| linear.shape() == (rows, columns));
+        if let Some(absent) = (0..n).find(|&index| !is_there(index)) {
+            let reason = format!("is {:?}, and `{}` is no such matrix", stack.shape, stack.module(absent));
+            return refuse(format!("lrc.stacks.{}", stack.tensor), reason);
+        }
+    }
+    Ok(())
+}
+
+fn rank(linear: &LinearInfo) -> Option<u64> {
+    match linear.stored {
+        Stored::LowRank { rank, .. } => Some(rank as u64),
+        Stored::Dense | Stored::DenseTransposed => None,
+    }
+}
