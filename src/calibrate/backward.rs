@@ -76,6 +76,7 @@ pub(super) fn run(
 enum Loss {
     Tokens(Head),
     Pooled(Pooler),
+    Sentence(Pooler),
 }
 
 impl Loss {
@@ -83,6 +84,7 @@ impl Loss {
         Ok(match decoder.objective() {
             Objective::NextToken | Objective::Masked => Self::Tokens(decoder.head()?),
             Objective::Pooled => Self::Pooled(decoder.pooler()?),
+            Objective::Sentence => Self::Sentence(decoder.pooler()?),
         })
     }
 
@@ -91,6 +93,7 @@ impl Loss {
         match self {
             Self::Tokens(head) => head.loss_gradient(x, &targets.rows, &targets.tokens),
             Self::Pooled(pooler) => pooler.norm_gradient(x),
+            Self::Sentence(pooler) => pooler.probe_gradient(x, targets.probe),
         }
     }
 }

@@ -1,16 +1,19 @@
 //! A language model: embed, blocks, norm, head. Encoders are run by the same parts. Blocks are loaded one at a time; see [`super::Walk`].
 
+use std::sync::Arc;
+
 use anyhow::Result;
 use candle_core::{Device, Tensor};
 
 use super::architectures::{Architecture, EncoderNames, LinearId, MaskedHead, Slot};
 use super::block::Block;
 use super::config::ModelConfig;
-use super::head::{Head, Pooler, Transform};
+use super::head::{Head, Kind, Pooler, Transform};
 use super::linear::{self, BASE, LR_A, LR_B, LR_PIVOT, Linear};
 use super::norm::{self, Norm, NormKind};
 use super::ops::Kernels;
 use super::rope::Rope;
+use super::sentence::SentenceModules;
 use super::weights::Weights;
 use crate::checkpoint::Checkpoint;
 use crate::error::Failure;
@@ -21,6 +24,8 @@ pub struct Decoder<'w> {
     pub architecture: &'static Architecture,
     /// The family's, or what the files have of it.
     prefix: &'static str,
+    /// Of an encoder in a folder of sentence-transformers.
+    sentence: Option<Arc<SentenceModules>>,
     weights: &'w dyn Weights,
     kernels: Kernels,
 }
@@ -34,6 +39,8 @@ pub enum Objective {
     Masked,
     /// Half the squared norm of the pooled output of an encoder without a head.
     Pooled,
+    /// The embedding that sentence-transformers makes of an encoder's states.
+    Sentence,
 }
 
 /// The way from tokens to hidden states.
@@ -60,19 +67,30 @@ impl<'w> Decoder<'w> {
         let (config, architecture) = ModelConfig::of(checkpoint)?;
         let has = |prefix: &str| checkpoint.info(&format!("{prefix}{}.weight", architecture.embed_tokens)).is_some();
         let prefix = architecture.prefixes().find(|prefix| has(prefix)).unwrap_or(architecture.prefix);
-        let decoder = Self { config, architecture, prefix, weights: checkpoint, kernels: Kernels::Fused };
+        let sentence = match &architecture.encoder {
+            Some(_) => SentenceModules::read(checkpoint.root(), config.hidden_size)?.map(Arc::new),
+            None => None,
+        };
+        let decoder = Self { config, architecture, prefix, sentence, weights: checkpoint, kernels: Kernels::Fused };
         decoder.check_coverage(checkpoint)?;
         Ok(decoder)
     }
 
     /// The same model with other weights: `weights` must hold what [`Self::open`] checked.
     pub fn with_weights<'v>(&self, weights: &'v dyn Weights) -> Decoder<'v> {
-        Decoder { config: self.config.clone(), weights, ..*self }
+        Decoder { config: self.config.clone(), sentence: self.sentence.clone(), weights, ..*self }
     }
 
     /// A model of variables, through which gradients flow.
     pub fn of_variables(config: ModelConfig, architecture: &'static Architecture, weights: &'w dyn Weights) -> Self {
-        Self { config, architecture, prefix: architecture.prefix, weights, kernels: Kernels::Differentiable }
+        Self {
+            config,
+            architecture,
+            prefix: architecture.prefix,
+            sentence: None,
+            weights,
+            kernels: Kernels::Differentiable,
+        }
     }
 
     fn check_coverage(&self, checkpoint: &Checkpoint) -> Result<()> {
@@ -189,6 +207,7 @@ impl<'w> Decoder<'w> {
     pub fn objective(&self) -> Objective {
         match &self.architecture.encoder {
             None => Objective::NextToken,
+            Some(_) if self.sentence.is_some() => Objective::Sentence,
             Some(_) if self.has_head() => Objective::Masked,
             Some(_) => Objective::Pooled,
         }
@@ -206,13 +225,24 @@ impl<'w> Decoder<'w> {
         biases.iter().any(|bias| self.weights.contains(&format!("{name}.{bias}"))).then_some(name)
     }
 
-    /// Loads what makes one vector of an encoder's states.
+    /// The modules of sentence-transformers beside an encoder.
+    pub fn sentence(&self) -> Option<&SentenceModules> {
+        self.sentence.as_deref()
+    }
+
+    /// Loads what makes one vector of an encoder's states: the modules of sentence-transformers where the folder has them,
+    /// else the checkpoint's own pooler, else the mean.
     ///
     /// # Errors
     /// A tensor is broken.
     pub fn pooler(&self) -> Result<Pooler> {
-        let dense = self.pooler_name().map(|name| Linear::load(self.weights, &name, true, false));
-        Ok(Pooler { dense: dense.transpose()? })
+        Ok(Pooler(match (&self.sentence, self.pooler_name()) {
+            (Some(modules), _) => {
+                Kind::Sentence { pooler: modules.load()?, name: modules.name(), is_by_cosine: modules.is_by_cosine }
+            }
+            (None, Some(name)) => Kind::Learned(Linear::load(self.weights, &name, true, false)?),
+            (None, None) => Kind::Mean,
+        }))
     }
 
     pub fn n_blocks(&self) -> usize {
