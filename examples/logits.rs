@@ -1,4 +1,5 @@
 //! Writes the logits of a model over given tokens: `logits MODEL IDS.json OUT.safetensors`, tensor `logits` (n_tokens, vocab_size).
+//! Of an encoder in a folder of sentence-transformers it is the embedding, tensor `embedding` (width).
 //!
 //! What `tests/interop` holds other runtimes against.
 
@@ -14,11 +15,16 @@ fn main() -> Result<()> {
     let [model, ids, out] = args.as_slice() else { anyhow::bail!("usage: logits MODEL IDS.json OUT.safetensors") };
     let ids: Vec<u32> = serde_json::from_slice(&std::fs::read(ids)?).context("the ids are a JSON list of numbers")?;
     let checkpoint = Checkpoint::open(Path::new(model))?;
-    let logits = Decoder::open(&checkpoint)?.logits(&Tensor::new(&ids[..], &Device::Cpu)?.unsqueeze(0)?)?;
-    let shape = logits.dims()[1..].to_vec();
-    let values: Vec<f32> = logits.flatten_all()?.to_vec1()?;
-    let spec = TensorSpec { name: "logits".into(), dtype: Dtype::F32, shape };
+    let decoder = Decoder::open(&checkpoint)?;
+    let ids = Tensor::new(&ids[..], &Device::Cpu)?.unsqueeze(0)?;
+    let (name, found) = match decoder.sentence() {
+        Some(_) => ("embedding", decoder.pooler()?.pool(&decoder.states(&ids)?.squeeze(0)?)?),
+        None => ("logits", decoder.logits(&ids)?.squeeze(0)?),
+    };
+    let shape = found.dims().to_vec();
+    let values: Vec<f32> = found.flatten_all()?.to_vec1()?;
+    let spec = TensorSpec { name: name.into(), dtype: Dtype::F32, shape };
     write_file(Path::new(out), &[spec], |_| {
-        cast::encode(Dtype::F32, &values).map_err(|at| anyhow::anyhow!("logit {at} is not finite"))
+        cast::encode(Dtype::F32, &values).map_err(|at| anyhow::anyhow!("value {at} is not finite"))
     })
 }

@@ -158,7 +158,7 @@ fn gradients_reach_every_linear_and_are_those_of_torch() {
             None => Targets::next(&ids),
             Some(asked) => {
                 let rows: Vec<u32> = asked.iter().map(|row| row.as_u64().unwrap() as u32).collect();
-                Targets { tokens: rows.iter().map(|&row| ids[row as usize]).collect(), rows }
+                Targets { tokens: rows.iter().map(|&row| ids[row as usize]).collect(), rows, probe: 0 }
             }
         };
         check_gradients(family, &decoder, ids, targets, &expected["squared_gradients"]);

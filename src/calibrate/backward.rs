@@ -77,6 +77,7 @@ pub(super) fn run(
 enum Loss {
     Tokens(Head),
     Pooled(Pooler),
+    Sentence(Pooler),
 }
 
 impl Loss {
@@ -84,6 +85,7 @@ impl Loss {
         Ok(match decoder.objective() {
             Objective::NextToken | Objective::Masked => Self::Tokens(decoder.head()?),
             Objective::Pooled => Self::Pooled(decoder.pooler()?),
+            Objective::Sentence => Self::Sentence(decoder.pooler()?),
         })
     }
 
@@ -92,6 +94,7 @@ impl Loss {
         match self {
             Self::Tokens(head) => head.loss_gradient(x, &targets.rows, &targets.tokens),
             Self::Pooled(pooler) => pooler.norm_gradient(x),
+            Self::Sentence(pooler) => pooler.probe_gradient(x, targets.probe),
         }
     }
 }

@@ -11,8 +11,8 @@ use super::store::Part;
 use crate::checkpoint::Checkpoint;
 use crate::error::Failure;
 use crate::model::config::window_length;
-use crate::model::{Decoder, Objective};
-use crate::text::{Bos, Text, Tokenizer};
+use crate::model::{Decoder, Objective, SentenceModules};
+use crate::text::{Bos, Text, Tokenizer, draw};
 
 /// Tokens in a window where the user names none; what the field's tools take, capped by the model's context.
 const DEFAULT_SEQ_LEN: usize = 512;
@@ -40,18 +40,21 @@ pub struct Windows {
     pub text: String,
 }
 
-/// Tokens that a model foretells, each from the state in its row of a window; none where the loss is of no token.
+/// What the loss of a window is of: target tokens and the rows that they are predicted from, or an embedding.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Targets {
+    /// Empty where the loss is of no token.
     pub rows: Vec<u32>,
     pub tokens: Vec<u32>,
+    /// Seeds the direction in which the gradient of an embedding is taken.
+    pub probe: u64,
 }
 
 impl Targets {
     /// Every token of a window but the first, from the state before it.
     pub fn next(ids: &[u32]) -> Self {
         let tokens = ids.get(1..).unwrap_or_default().to_vec();
-        Self { rows: (0..tokens.len() as u32).collect(), tokens }
+        Self { rows: (0..tokens.len() as u32).collect(), tokens, ..Self::default() }
     }
 
     /// Hides a share of the tokens of a window in `places`, and asks for them; `generator` draws which.
@@ -65,7 +68,7 @@ impl Targets {
         rows.truncate(n_hidden);
         rows.sort_unstable();
         let tokens = rows.iter().map(|&row| std::mem::replace(&mut ids[row as usize], mask)).collect();
-        Self { rows, tokens }
+        Self { rows, tokens, ..Self::default() }
     }
 }
 
@@ -81,19 +84,26 @@ impl Windows {
     pub fn load(checkpoint: &Checkpoint, settings: &WindowSettings, (part, n_parts): (usize, usize)) -> Result<Self> {
         let tokenizer = Tokenizer::open(checkpoint.root())?;
         let text = Text::read(&settings.text, &settings.field, checkpoint.root())?;
-        let objective = Decoder::open(checkpoint)?.objective();
-        let seq_len = window_length(checkpoint, settings.seq_len, Some(DEFAULT_SEQ_LEN))?;
+        let decoder = Decoder::open(checkpoint)?;
+        let objective = decoder.objective();
+        let longest = decoder.sentence().and_then(|modules| modules.max_seq_length).unwrap_or(DEFAULT_SEQ_LEN);
+        let seq_len = window_length(checkpoint, settings.seq_len, Some(longest.min(DEFAULT_SEQ_LEN)))?;
         let (bos, n_added) = match objective {
             Objective::NextToken => (Bos::Auto, 0),
-            Objective::Masked | Objective::Pooled => (Bos::Never, tokenizer.n_added()),
+            Objective::Masked | Objective::Pooled | Objective::Sentence => (Bos::Never, tokenizer.n_added()),
         };
         let n_of_text = seq_len.saturating_sub(n_added);
         if n_of_text == 0 {
             let message = format!("windows of {seq_len} tokens hold nothing but the {n_added} that the tokenizer adds");
             return Err(Failure::usage(message).hint("give a larger `--seq-len`").into());
         }
-        let tokens = tokenizer.encode(&text.joined(), bos)?;
-        let drawn = tokens.sample(n_of_text, settings.samples, settings.seed);
+        let drawn = match decoder.sentence() {
+            Some(modules) => {
+                modules.warn_of_ignored();
+                sentences(&tokenizer, &text, modules, settings, (n_of_text, n_added))?
+            }
+            None => tokenizer.encode(&text.joined(), bos)?.sample(n_of_text, settings.samples, settings.seed),
+        };
         let mut generator = ChaCha8Rng::seed_from_u64(settings.seed);
         let target = |window: Vec<u32>| -> Result<(Vec<u32>, Targets)> {
             if objective == Objective::NextToken {
@@ -101,15 +111,17 @@ impl Windows {
                 return Ok((window, targets));
             }
             let (mut window, places) = tokenizer.wrap(&window);
-            if objective == Objective::Pooled {
-                return Ok((window, Targets::default()));
-            }
-            let targets = Targets::masked(&mut window, places, tokenizer.mask()?, &mut generator);
+            let targets = match objective {
+                Objective::Sentence => Targets { probe: generator.next_u64(), ..Targets::default() },
+                Objective::Masked => Targets::masked(&mut window, places, tokenizer.mask()?, &mut generator),
+                Objective::Pooled | Objective::NextToken => Targets::default(),
+            };
             Ok((window, targets))
         };
         let mut windows = drawn.into_iter().map(target).collect::<Result<Vec<_>>>()?;
         if windows.len() < n_parts {
-            return Err(text.too_short(tokens.ids.len(), seq_len * n_parts).into());
+            let n_tokens = tokenizer.encode(&text.joined(), bos)?.ids.len();
+            return Err(text.too_short(n_tokens, seq_len * n_parts).into());
         }
         if windows.len() < settings.samples {
             tracing::warn!(
@@ -128,9 +140,52 @@ impl Windows {
             seed: settings.seed,
             part: (part, n_parts),
             windows: windows.len(),
-            tokens: windows.len() * seq_len,
+            tokens: windows.iter().map(|(ids, _)| ids.len()).sum(),
         };
         let (windows, targets) = windows.into_iter().unzip();
         Ok(Self { windows, targets, part, text: settings.text.display().to_string() })
     }
+}
+
+/// The shortest piece of a text that is embedded, with what the tokenizer adds.
+const SHORTEST_PIECE: usize = 16;
+
+/// Texts as a model of sentence embeddings reads them, without what the tokenizer adds, about `samples` × `seq_len` tokens in
+/// all: the documents of a file that has many, each cut at the longest window; else pieces of the one text. Errors of a short
+/// text's embedding are not those of a long one's, so pieces have lengths from [`SHORTEST_PIECE`] on, each twice that
+/// before it, up to the longest window, and every length has the same share of the tokens.
+fn sentences(
+    tokenizer: &Tokenizer,
+    text: &Text,
+    modules: &SentenceModules,
+    settings: &WindowSettings,
+    (n_of_text, n_added): (usize, usize),
+) -> Result<Vec<Vec<u32>>> {
+    let encode = |text: String| Ok::<_, anyhow::Error>(tokenizer.encode(&modules.prepare(text), Bos::Never)?);
+    let seq_len = n_of_text + n_added;
+    let mut budget = settings.samples * seq_len;
+    let mut drawn = Vec::new();
+    if text.documents.len() > 1 {
+        for i in draw(text.documents.len(), text.documents.len(), settings.seed) {
+            let mut ids = encode(text.documents[i].clone())?.ids;
+            ids.truncate(n_of_text);
+            budget = budget.saturating_sub(ids.len() + n_added);
+            drawn.push(ids);
+            if budget == 0 {
+                break;
+            }
+        }
+        // Those of one length travel together.
+        drawn.sort_by_key(Vec::len);
+        return Ok(drawn);
+    }
+    let tokens = encode(text.joined())?;
+    let longer = |&length: &usize| Some(2 * length);
+    let shorter = std::iter::successors(Some(SHORTEST_PIECE.max(n_added + 1)), longer);
+    let lengths: Vec<usize> = shorter.take_while(|&length| length < seq_len).chain([seq_len]).collect();
+    for &length in &lengths {
+        let n_pieces = (budget / lengths.len() / length).max(1);
+        drawn.extend(tokens.sample(length - n_added, n_pieces, settings.seed));
+    }
+    Ok(drawn)
 }

@@ -259,8 +259,7 @@ fn show_encoder(r: &EncoderReport) -> String {
         let cosine = |a: &Agreement| format!("{}, {}", fixed(a.cosine_mean, 6), fixed(a.cosine_min, 6));
         rows.push(("hidden states: cosine, mean and least", cosine(&f.states)));
         rows.push(("  relative error", format!("{:.6}", f.states.relative_error)));
-        let of = if f.pooling == "mean" { "mean of states" } else { "pooler" };
-        rows.push(("pooled: cosine, mean and least", format!("{} ({of})", cosine(&f.pooled))));
+        rows.push(("pooled: cosine, mean and least", format!("{} ({})", cosine(&f.pooled), f.pooling)));
         rows.push(("  relative error", format!("{:.6}", f.pooled.relative_error)));
     }
     if let Some(p) = &r.pseudo {

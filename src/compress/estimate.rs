@@ -84,7 +84,8 @@ fn pass(checkpoint: &Checkpoint, windows: &Windows) -> Result<f64> {
     let block = decoder.block(0)?;
     let started = Instant::now();
     walk.branch(&hidden, &decoder, &block, &mut |_, _| Ok(()), &Silent)?;
-    let share = windows.windows.len() as f64 / some.len() as f64;
+    let n_tokens = |windows: &[Vec<u32>]| windows.iter().map(Vec::len).sum::<usize>().max(1) as f64;
+    let share = n_tokens(&windows.windows) / n_tokens(some);
     Ok(started.elapsed().as_secs_f64() * share * decoder.n_blocks() as f64)
 }
 

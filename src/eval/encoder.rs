@@ -9,7 +9,7 @@ use super::{EvalSettings, Reference, expect_same_tokens, mean, standard_error};
 use crate::checkpoint::Checkpoint;
 use crate::error::Failure;
 use crate::model::config::window_length;
-use crate::model::{Decoder, Hidden, Objective, Walk, WalkLimits};
+use crate::model::{Decoder, Hidden, Objective, SentenceModules, Walk, WalkLimits};
 use crate::progress::Progress;
 use crate::report::{
     Agreement, EncoderReport, FidelityRecord, LRC_VERSION, PseudoPerplexity, SCHEMA_VERSION, peak_memory_bytes,
@@ -26,7 +26,9 @@ pub enum Masking {
     Always,
 }
 
-/// Measures an encoder over a text, in windows as the tokenizer wraps them; the last one may be shorter.
+/// Measures an encoder over a text, in windows as the tokenizer wraps them; the last one may be shorter. In a folder of
+/// sentence-transformers texts are what that embeds: of a file with many documents each is a window, cut at the longest
+/// text that the model reads.
 ///
 /// # Errors
 /// A model cannot be run or is no encoder, the reference has another tokenizer or width, or there is no head for what is
@@ -52,19 +54,25 @@ pub fn encoder(
     }
     let tokenizer = Tokenizer::open(checkpoint.root())?;
     let text = Text::read(&settings.text, &settings.field, checkpoint.root())?;
-    let seq_len = window_length(checkpoint, settings.seq_len, Some(DEFAULT_SEQ_LEN))?;
+    let original = reference.map(|reference| Decoder::open(reference.checkpoint)).transpose()?;
+    // The folder of an output may lack the modules of its source.
+    let modules = original.as_ref().and_then(Decoder::sentence).or(decoder.sentence());
+    let longest = modules.and_then(|modules| modules.max_seq_length).unwrap_or(DEFAULT_SEQ_LEN);
+    let seq_len = window_length(checkpoint, settings.seq_len, Some(longest.min(DEFAULT_SEQ_LEN)))?;
     let n_of_text = seq_len.saturating_sub(tokenizer.n_added()).max(1);
-    let tokens = tokenizer.encode(&text.joined(), Bos::Never)?;
-    let pieces = tokens.ids.chunks(n_of_text).take(settings.max_windows.unwrap_or(usize::MAX));
+    if let Some(modules) = modules {
+        modules.warn_of_ignored();
+    }
+    let (n_tokens, pieces) = pieces(&tokenizer, &text, modules, n_of_text)?;
+    let pieces = pieces.iter().take(settings.max_windows.unwrap_or(usize::MAX));
     let wrapped: Vec<(Vec<u32>, std::ops::Range<usize>)> = pieces.map(|piece| tokenizer.wrap(piece)).collect();
     if wrapped.is_empty() {
-        return Err(text.too_short(tokens.ids.len(), n_of_text).into());
+        return Err(text.too_short(n_tokens, n_of_text).into());
     }
     let windows: Vec<Vec<u32>> = wrapped.iter().map(|(ids, _)| ids.clone()).collect();
     let limits = WalkLimits::new(settings.memory_bytes / 2, std::env::temp_dir());
-    let fidelity = match reference {
-        Some(reference) => {
-            let original = Decoder::open(reference.checkpoint)?;
+    let fidelity = match reference.zip(original) {
+        Some((reference, original)) => {
             if original.objective() == Objective::NextToken || original.config.hidden_size != decoder.config.hidden_size
             {
                 let message = format!("`{}` is no encoder with states like the model's", reference.name);
@@ -97,6 +105,33 @@ pub fn encoder(
         elapsed_seconds: started.elapsed().as_secs_f64(),
         peak_memory_bytes: peak_memory_bytes(),
     })
+}
+
+/// The pieces of a text that are windows, without what the tokenizer adds, and the tokens of the text.
+fn pieces(
+    tokenizer: &Tokenizer,
+    text: &Text,
+    modules: Option<&SentenceModules>,
+    n_of_text: usize,
+) -> Result<(usize, Vec<Vec<u32>>)> {
+    let encode = |text: String| {
+        let text = match modules {
+            Some(modules) => modules.prepare(text),
+            None => text,
+        };
+        Ok::<_, anyhow::Error>(tokenizer.encode(&text, Bos::Never)?.ids)
+    };
+    if modules.is_none() || text.documents.len() == 1 {
+        let tokens = encode(text.joined())?;
+        return Ok((tokens.len(), tokens.chunks(n_of_text).map(<[u32]>::to_vec).collect()));
+    }
+    let documents = text.documents.iter().map(|document| encode(document.clone())).collect::<Result<Vec<_>>>()?;
+    let n_tokens = documents.iter().map(Vec::len).sum();
+    let cut = |mut ids: Vec<u32>| {
+        ids.truncate(n_of_text);
+        ids
+    };
+    Ok((n_tokens, documents.into_iter().map(cut).collect()))
 }
 
 /// Sends windows through all blocks.
@@ -166,7 +201,10 @@ fn fidelity(
     let stage = progress.stage("compare", n_steps as u64, "tokens");
     let (mut walk, hidden) = last_states(original, windows, limits, stage.as_ref())?;
     let (mut other_walk, other_hidden) = last_states(model, windows, limits, stage.as_ref())?;
-    let (pooler, other_pooler) = (original.pooler()?, model.pooler()?);
+    let pooler = original.pooler()?;
+    // Modules beside the checkpoint are never compressed: those of the reference hold for both.
+    let own = if pooler.is_of_sentences() { None } else { Some(model.pooler()?) };
+    let other_pooler = own.as_ref().unwrap_or(&pooler);
     let (mut states, mut pooled) = (Comparison::default(), Comparison::default());
     for window_idx in 0..windows.len() {
         let (reference, x) = (walk.window(&hidden, window_idx)?, other_walk.window(&other_hidden, window_idx)?);
@@ -177,7 +215,7 @@ fn fidelity(
         reference: name.into(),
         states: states.record()?,
         pooled: pooled.record()?,
-        pooling: if pooler.is_learned() { "pooler" } else { "mean" }.into(),
+        pooling: pooler.name().into(),
     })
 }
 

@@ -1,17 +1,20 @@
 //! A language model: embed, blocks, norm, head. Encoders are run by the same parts. Blocks are loaded one at a time; see [`super::Walk`].
 
+use std::sync::Arc;
+
 use anyhow::Result;
 use candle_core::{Device, Tensor};
 
 use super::architectures::{Architecture, EncoderNames, LinearId, MaskedHead, Slot};
 use super::block::Block;
 use super::config::ModelConfig;
-use super::head::{Head, Pooler, Transform};
+use super::head::{Head, Kind, Pooler, Transform};
 use super::linear::{self, BASE, LR_A, LR_B, LR_PIVOT, Linear};
 use super::names::Names;
 use super::norm::{self, Norm, NormKind};
 use super::ops::Kernels;
 use super::rope::Rope;
+use super::sentence::SentenceModules;
 use super::tie::Vocabulary;
 use super::weights::Weights;
 use crate::checkpoint::Checkpoint;
@@ -24,6 +27,8 @@ pub struct Decoder<'w> {
     /// Where the files have its modules.
     pub names: Names,
     vocabulary: Vocabulary,
+    /// Of an encoder in a folder of sentence-transformers.
+    sentence: Option<Arc<SentenceModules>>,
     weights: &'w dyn Weights,
     kernels: Kernels,
 }
@@ -37,6 +42,8 @@ pub enum Objective {
     Masked,
     /// Half the squared norm of the pooled output of an encoder without a head.
     Pooled,
+    /// The embedding that sentence-transformers makes of an encoder's states.
+    Sentence,
 }
 
 /// The way from tokens to hidden states.
@@ -63,21 +70,25 @@ impl<'w> Decoder<'w> {
         let (config, architecture) = ModelConfig::of(checkpoint)?;
         let names = Names::of(checkpoint, architecture);
         let vocabulary = Vocabulary::of(checkpoint, config.tie_word_embeddings, architecture, &names)?;
-        let decoder = Self { config, architecture, names, vocabulary, weights: checkpoint, kernels: Kernels::Fused };
+        let sentence = match &architecture.encoder {
+            Some(_) => SentenceModules::read(checkpoint.root(), config.hidden_size)?.map(Arc::new),
+            None => None,
+        };
+        let kernels = Kernels::Fused;
+        let decoder = Self { config, architecture, names, vocabulary, sentence, weights: checkpoint, kernels };
         decoder.check_coverage(checkpoint)?;
         Ok(decoder)
     }
 
     /// The same model with other weights: `weights` must hold what [`Self::open`] checked.
     pub fn with_weights<'v>(&self, weights: &'v dyn Weights) -> Decoder<'v> {
-        let (config, architecture, kernels) = (self.config.clone(), self.architecture, self.kernels);
         Decoder {
-            config,
-            architecture,
+            config: self.config.clone(),
             names: self.names.clone(),
             vocabulary: self.vocabulary.clone(),
+            sentence: self.sentence.clone(),
             weights,
-            kernels,
+            ..*self
         }
     }
 
@@ -85,7 +96,7 @@ impl<'w> Decoder<'w> {
     pub fn of_variables(config: ModelConfig, architecture: &'static Architecture, weights: &'w dyn Weights) -> Self {
         let (names, kernels) = (Names::native(architecture), Kernels::Differentiable);
         let vocabulary = Vocabulary::native(architecture, config.tie_word_embeddings == Some(true));
-        Self { config, architecture, names, vocabulary, weights, kernels }
+        Self { config, architecture, names, vocabulary, sentence: None, weights, kernels }
     }
 
     fn check_coverage(&self, checkpoint: &Checkpoint) -> Result<()> {
@@ -203,6 +214,7 @@ impl<'w> Decoder<'w> {
     pub fn objective(&self) -> Objective {
         match &self.architecture.encoder {
             None => Objective::NextToken,
+            Some(_) if self.sentence.is_some() => Objective::Sentence,
             Some(_) if self.has_head() => Objective::Masked,
             Some(_) => Objective::Pooled,
         }
@@ -221,13 +233,24 @@ impl<'w> Decoder<'w> {
         biases.iter().any(|bias| self.weights.contains(&format!("{name}.{bias}"))).then_some(name)
     }
 
-    /// Loads what makes one vector of an encoder's states.
+    /// The modules of sentence-transformers beside an encoder.
+    pub fn sentence(&self) -> Option<&SentenceModules> {
+        self.sentence.as_deref()
+    }
+
+    /// Loads what makes one vector of an encoder's states: the modules of sentence-transformers where the folder has them,
+    /// else the checkpoint's own pooler, else the mean.
     ///
     /// # Errors
     /// A tensor is broken.
     pub fn pooler(&self) -> Result<Pooler> {
-        let dense = self.pooler_name().map(|name| Linear::load(self.weights, &name, true, false));
-        Ok(Pooler { dense: dense.transpose()? })
+        Ok(Pooler(match (&self.sentence, self.pooler_name()) {
+            (Some(modules), _) => {
+                Kind::Sentence { pooler: modules.load()?, name: modules.name(), is_by_cosine: modules.is_by_cosine }
+            }
+            (None, Some(name)) => Kind::Learned(Linear::load(self.weights, &name, true, false)?),
+            (None, None) => Kind::Mean,
+        }))
     }
 
     pub fn n_blocks(&self) -> usize {

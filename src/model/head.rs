@@ -3,12 +3,15 @@
 use anyhow::{Context, Result};
 use candle_core::{Device, Tensor, Var};
 use pulp::Arch;
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{RngCore, SeedableRng};
 use rayon::prelude::*;
 
 use super::linear::Linear;
 use super::mlp::Activation;
 use super::norm::Norm;
 use super::ops::{Kernels, is_finite};
+use super::sentence::SentencePooler;
 use super::softmax::{log_sum_exp, softmax_in_place};
 use crate::error::{Failure, NON_FINITE_HINT};
 
@@ -31,10 +34,16 @@ pub(super) struct Transform {
     pub norm: Norm,
 }
 
-/// What makes one vector of an encoder's last states: tanh of a linear of the first token's, or the mean of all where a
-/// checkpoint has no such linear.
-pub struct Pooler {
-    pub(super) dense: Option<Linear>,
+/// What makes one vector of an encoder's last states.
+pub struct Pooler(pub(super) Kind);
+
+pub(super) enum Kind {
+    /// The modules that sentence-transformers keeps beside the checkpoint.
+    Sentence { pooler: SentencePooler, name: String, is_by_cosine: bool },
+    /// tanh of the checkpoint's own linear of the first token's state.
+    Learned(Linear),
+    /// The mean of the states, where there is neither.
+    Mean,
 }
 
 /// Logits held at a time, in bytes.
@@ -156,17 +165,32 @@ impl Head {
 impl Pooler {
     /// Whether the vector is that of the checkpoint's own linear.
     pub fn is_learned(&self) -> bool {
-        self.dense.is_some()
+        matches!(self.0, Kind::Learned(_))
     }
 
-    /// One vector (hidden_size) of the states of a window, (n_tokens, hidden_size).
+    /// Whether the vector is made by modules beside the checkpoint.
+    pub fn is_of_sentences(&self) -> bool {
+        matches!(self.0, Kind::Sentence { .. })
+    }
+
+    /// How reports call it.
+    pub fn name(&self) -> &str {
+        match &self.0 {
+            Kind::Sentence { name, .. } => name,
+            Kind::Learned(_) => "pooler",
+            Kind::Mean => "mean",
+        }
+    }
+
+    /// One vector (width) of the states of a window, (n_tokens, hidden_size).
     ///
     /// # Errors
     /// Shapes that do not match.
     pub fn pool(&self, x: &Tensor) -> Result<Tensor> {
-        match &self.dense {
-            Some(dense) => Ok(dense.forward(&x.narrow(0, 0, 1)?)?.tanh()?.squeeze(0)?),
-            None => Ok(x.mean(0)?),
+        match &self.0 {
+            Kind::Sentence { pooler, .. } => pooler.pool(x),
+            Kind::Learned(dense) => Ok(dense.forward(&x.narrow(0, 0, 1)?)?.tanh()?.squeeze(0)?),
+            Kind::Mean => Ok(x.mean(0)?),
         }
     }
 
@@ -178,6 +202,23 @@ impl Pooler {
         let variable = Var::from_tensor(x)?;
         let pooled = self.pool(&variable)?;
         gradient_of((pooled.sqr()? * 0.5)?.sum_all()?, &variable)
+    }
+
+    /// The gradient of `uᵀ e` with respect to `x` (n_tokens, hidden_size): e is the embedding, scaled to length 1 where
+    /// embeddings are compared by their cosine, and u random signs drawn by `seed`. Over many u the mean of `g gᵀ` is
+    /// `Jᵀ J`, J the Jacobian of e: the metric of a squared error of e, which is 2 − 2 cos where e has length 1.
+    ///
+    /// # Errors
+    /// The gradient is not finite, or the embedding is zero and has no direction.
+    pub fn probe_gradient(&self, x: &Tensor, seed: u64) -> Result<Tensor> {
+        let variable = Var::from_tensor(x)?;
+        let e = self.pool(&variable)?;
+        let mut generator = ChaCha8Rng::seed_from_u64(seed);
+        let sign = |_| if generator.next_u32() & 1 == 0 { 1.0f32 } else { -1.0 };
+        let signs: Vec<f32> = (0..e.dim(0)?).map(sign).collect();
+        let product = (&e * Tensor::new(signs, &Device::Cpu)?)?.sum_all()?;
+        let is_by_cosine = matches!(&self.0, Kind::Sentence { is_by_cosine: true, .. });
+        gradient_of(if is_by_cosine { (product / e.sqr()?.sum_all()?.sqrt()?)? } else { product }, &variable)
     }
 }
 

@@ -93,9 +93,9 @@ pub struct FidelityRecord {
     pub reference: String,
     /// Of the last hidden states, a vector a token.
     pub states: Agreement,
-    /// Of the pooled embeddings, a vector a window.
+    /// Of the pooled embeddings, one vector per window.
     pub pooled: Agreement,
-    /// What these are: of the model's own `pooler`, or the `mean` of the states.
+    /// By the folder's modules of sentence-transformers (`mean, normalised` and the like), the model's `pooler`, or as the `mean` of states.
     pub pooling: String,
 }
 

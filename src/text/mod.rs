@@ -233,17 +233,23 @@ impl Tokens {
     /// them if there are fewer.
     pub fn sample(&self, seq_len: usize, n_windows: usize, seed: u64) -> Vec<Vec<u32>> {
         let windows: Vec<&[u32]> = self.ids.chunks_exact(seq_len).collect();
-        let mut order: Vec<usize> = (0..windows.len()).collect();
-        let mut generator = ChaCha8Rng::seed_from_u64(seed);
-        let n_drawn = n_windows.min(order.len());
-        for i in 0..n_drawn {
-            let rest = (order.len() - i) as u64;
-            order.swap(i, i + (generator.next_u64() % rest) as usize);
-        }
-        order.truncate(n_drawn);
+        let mut order = draw(windows.len(), n_windows, seed);
         order.sort_unstable();
         order.into_iter().map(|i| windows[i].to_vec()).collect()
     }
+}
+
+/// `n_drawn` of the numbers below `n`, or all of them if there are fewer, drawn without replacement by a seeded generator.
+pub fn draw(n: usize, n_drawn: usize, seed: u64) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..n).collect();
+    let mut generator = ChaCha8Rng::seed_from_u64(seed);
+    let n_drawn = n_drawn.min(n);
+    for i in 0..n_drawn {
+        let rest = (n - i) as u64;
+        order.swap(i, i + (generator.next_u64() % rest) as usize);
+    }
+    order.truncate(n_drawn);
+    order
 }
 
 #[cfg(test)]

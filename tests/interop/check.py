@@ -69,6 +69,16 @@ def dequantised(folder):
     return causal(folder, quantization_config=CompressedTensorsConfig(dequantize=True))
 
 
+def sentence_transformers(folder, ids):
+    """The embedding of one text."""
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(folder), trust_remote_code=True, device="cpu")
+    ids = torch.tensor([ids])
+    with torch.no_grad():
+        return model({"input_ids": ids, "attention_mask": torch.ones_like(ids)})["sentence_embedding"].numpy()
+
+
 def with_adapter(model, folder, ids):
     from peft import PeftModel
 
@@ -135,6 +145,15 @@ CASES = [
     ("gguf", ["--quant", "rtn-int8-g32", *LORC], llama_cpp, "llama_cpp", KL_8BIT),
     ("gguf", ["--quant", "rtn-int2-g32", *LORC], llama_cpp, "llama_cpp", KL_8BIT),
 ]
+# Of encoders in folders of sentence-transformers: embeddings of length 1.
+EMBEDDING = 1e-5
+SENTENCES = [
+    ("factored", ["--keep", "0.8"], sentence_transformers, "sentence-transformers", EMBEDDING),
+    ("factored", ["--keep", "0.8", "--layout", "factors"], sentence_transformers, "sentence-transformers", EMBEDDING),
+    ("factored", ["--keep", "0.8", "--quant-factors", "int8"], sentence_transformers, "sentence-transformers", EMBEDDING),
+    ("factored", ["--quant", "rtn-int8-channel"], sentence_transformers, "sentence-transformers", EMBEDDING),
+    ("dense", ["--keep", "0.8"], sentence_transformers, "sentence-transformers", EMBEDDING),
+]
 
 
 def tokens(model, folder):
@@ -163,9 +182,12 @@ def check(model, case, folder, index):
     (folder / "ids.json").write_text(json.dumps(ids))
     run(ROOT / "target/release/lrc", "compress", model, "-o", out, "--format", form, *flags, "-q")
     run(ROOT / "target/release/examples/logits", out, folder / "ids.json", folder / "logits.safetensors")
-    own = load_file(folder / "logits.safetensors")["logits"]
+    own = load_file(folder / "logits.safetensors")
+    own = own["embedding"] if runtime is sentence_transformers else own["logits"]
     found = runtime(out, ids)
     error = float(np.abs(own - found).max())
+    if runtime is sentence_transformers:
+        return error, None, limit, error <= limit
     p, q = softmax(own.astype(np.float64)), softmax(found.astype(np.float64))
     kl = float((np.exp(p) * (p - q)).sum(-1).mean())
     # transformers dequantises to the dtype of the scales: those of a 16-bit source round the weights.
@@ -180,11 +202,13 @@ def show(line=""):
 
 
 def main():
-    packages = ["torch", "transformers", "peft", "compressed-tensors", "gptqmodel", "optimum", "gguf", "llama-cpp-python"]
+    packages = ["torch", "transformers", "peft", "compressed-tensors", "gptqmodel", "optimum", "gguf", "llama-cpp-python",
+                "sentence-transformers"]
     show("# Written formats in their runtimes\n")
     show("[families.md](families.md) has the table of every family.\n")
     show("Made by `tests/interop/run.sh`. Logits of lrc (f32) and of the runtime on the same random tokens; `limit` is on the")
-    show("largest difference of a logit, for llama.cpp, which quantises activations, on the mean KL divergence in nats.\n")
+    show("largest difference of a logit, for llama.cpp, which quantises activations, on the mean KL divergence in nats; for")
+    show("sentence-transformers on the largest difference in an embedding.\n")
     versions = []
     for name in packages:
         try:
@@ -197,10 +221,15 @@ def main():
         show(f"## {Path(model).parent.name}/{Path(model).name}\n")
         show("| format | flags | runtime | largest logit error | KL | limit | |\n|---|---|---|---:|---:|---:|---|")
         with tempfile.TemporaryDirectory() as folder:
-            cases = list(CASES)
+            embeds = (Path(model) / "modules.json").is_file()
+            cases = list(SENTENCES if embeds else CASES)
             for index, case in enumerate(cases):
                 form, flags, runtime, package, limit = case
-                name = {"llama_cpp": "llama.cpp", "half": "transformers, gptqmodel"}.get(runtime.__name__, "transformers")
+                name = {
+                    "llama_cpp": "llama.cpp",
+                    "half": "transformers, gptqmodel",
+                    "sentence_transformers": "sentence-transformers",
+                }.get(runtime.__name__, "transformers")
                 name += ", peft" if "adapter" in runtime.__name__ else ""
                 row = f"| {form} | `{' '.join(flags)}` | {name} |"
                 if package != "transformers" and importlib.util.find_spec(package.replace("-", "_")) is None:
@@ -209,7 +238,7 @@ def main():
                 try:
                     error, kl, limit, passed = check(model, case, Path(folder), index)
                     failures += not passed
-                    show(f"{row} {error:.1e} | {kl:.1e} | {limit:.0e} | {'ok' if passed else '**FAILED**'} |")
+                    show(f"{row} {error:.1e} | {'' if kl is None else f'{kl:.1e}'} | {limit:.0e} | {'ok' if passed else '**FAILED**'} |")
                 except Exception as e:
                     # What lrc refuses is shown as it is, and tried without the linears that do not fit; else it is a failure.
                     refused = "cannot be stored" in str(e) or "no targeted linear" in str(e)
@@ -218,7 +247,7 @@ def main():
                     show(f"{row} | | | {'refused' if refused else '**FAILED**'}: {text} |")
                     if "cannot be stored" in str(e):
                         cases.append((form, [*flags, "--exclude", "*.mlp.*"], runtime, package, limit))
-            if importlib.util.find_spec("llama_cpp"):
+            if importlib.util.find_spec("llama_cpp") and not embeds:
                 lines, different = tokens(model, Path(folder))
                 failures += different > 0
                 show(f"\nllama.cpp's tokens of {lines} lines of text, from the vocabulary in `model.gguf`: {different} lines differ.")

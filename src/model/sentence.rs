@@ -1,0 +1,362 @@
+//! How a folder of sentence-transformers makes one vector of a text: `modules.json` names a pooling of the last states and
+//! what follows it. The vector is that of `SentenceTransformer.encode` for one text, without padding. Reimers & Gurevych
+//! 2019, arXiv:1908.10084.
+
+use std::path::{Path, PathBuf};
+use std::sync::Once;
+
+use anyhow::Result;
+use candle_core::{D, Tensor};
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value};
+
+use super::linear::Linear;
+use super::mlp::Activation;
+use super::weights::Weights;
+use crate::checkpoint::Checkpoint;
+use crate::error::Failure;
+
+const MODULES: &str = "modules.json";
+const CONFIG: &str = "config.json";
+/// Settings of the first module, by the class that wrote them.
+const TRANSFORMER_CONFIGS: [&str; 4] = [
+    "sentence_bert_config.json",
+    "sentence_roberta_config.json",
+    "sentence_distilbert_config.json",
+    "sentence_transformers_config.json",
+];
+
+/// What makes one vector of the states of a text, in the names of `1_Pooling/config.json`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PoolingMode {
+    /// The state of the first token.
+    Cls,
+    /// The largest value of every feature.
+    Max,
+    Mean,
+    /// The sum of the states over the root of their number.
+    MeanSqrtLenTokens,
+    /// A mean in which the n-th token counts n times.
+    #[serde(rename = "weightedmean")]
+    WeightedMean,
+    #[serde(rename = "lasttoken")]
+    LastToken,
+}
+
+/// The modules of a folder, read and checked; no weight is loaded yet.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SentenceModules {
+    /// Concatenated in this order.
+    pub modes: Vec<PoolingMode>,
+    steps: Vec<Step>,
+    /// Tokens of a text that are read, those that the tokenizer adds among them.
+    pub max_seq_length: Option<usize>,
+    /// Whether texts are lowercased before the tokenizer sees them.
+    pub lowercases: bool,
+    /// Whether embeddings are compared by their cosine, and not by a measure that their lengths enter.
+    pub is_by_cosine: bool,
+    /// A module that is not run here; with all that follow it, it is left out.
+    ignored: Option<String>,
+}
+
+/// What follows the pooling.
+#[derive(Debug, Clone, PartialEq)]
+enum Step {
+    Normalize,
+    Dense { folder: PathBuf, shape: [usize; 2], has_bias: bool, activation: DenseActivation },
+}
+
+/// Activations of a `Dense` module, by the last part of torch's name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum DenseActivation {
+    Identity,
+    Tanh,
+    Sigmoid,
+    Of(Activation),
+}
+
+/// The same with its weights.
+#[derive(Debug, Clone)]
+pub(super) struct SentencePooler {
+    modes: Vec<PoolingMode>,
+    steps: Vec<LoadedStep>,
+}
+
+#[derive(Debug, Clone)]
+enum LoadedStep {
+    Normalize,
+    Dense(Linear, DenseActivation),
+}
+
+#[derive(Deserialize)]
+struct ModuleEntry {
+    #[serde(default)]
+    path: String,
+    #[serde(rename = "type")]
+    class: String,
+}
+
+impl SentenceModules {
+    /// Reads `modules.json` beside a checkpoint whose states are `hidden_size` wide; none where there is no such file, or no
+    /// pooling in it.
+    ///
+    /// # Errors
+    /// A file is broken, names a pooling that is not known, or does not fit the model.
+    pub fn read(root: &Path, hidden_size: usize) -> Result<Option<Self>> {
+        let path = root.join(MODULES);
+        if !path.is_file() {
+            return Ok(None);
+        }
+        let entries: Vec<ModuleEntry> = read_json(&path)?;
+        let class = |entry: &ModuleEntry| entry.class.rsplit('.').next().unwrap_or_default().to_string();
+        let classes: Vec<String> = entries.iter().map(class).collect();
+        if classes.len() < 2 || classes[0] != "Transformer" || classes[1] != "Pooling" {
+            // A decoder is opened more than once a run.
+            static WARNED: Once = Once::new();
+            WARNED.call_once(|| {
+                tracing::warn!("`{}` names no pooling behind a transformer, and is ignored", path.display());
+            });
+            return Ok(None);
+        }
+        let (max_seq_length, lowercases) = transformer_settings(root)?;
+        let modes = pooling_modes(&root.join(&entries[1].path).join(CONFIG), hidden_size)?;
+        let mut width = modes.len() * hidden_size;
+        let mut steps = Vec::new();
+        let mut ignored = None;
+        for (entry, class) in entries.iter().zip(&classes).skip(2) {
+            let folder = root.join(&entry.path);
+            match class.as_str() {
+                "Normalize" => steps.push(Step::Normalize),
+                "Dropout" => {}
+                "Dense" => match dense(&folder, width)? {
+                    Ok((step, out)) => {
+                        steps.push(step);
+                        width = out;
+                    }
+                    Err(reason) => ignored = Some(format!("`{}`: {reason}", entry.path)),
+                },
+                _ => ignored = Some(format!("`{}` of class `{}`", entry.path, entry.class)),
+            }
+            if ignored.is_some() {
+                break;
+            }
+        }
+        let is_by_cosine = is_by_cosine(root)?;
+        Ok(Some(Self { modes, steps, max_seq_length, lowercases, is_by_cosine, ignored }))
+    }
+
+    /// Says which module is left out, once a run.
+    pub fn warn_of_ignored(&self) {
+        if let Some(module) = &self.ignored {
+            tracing::warn!("a module of `{MODULES}` is not run, {module}: embeddings are compared as they enter it");
+        }
+    }
+
+    /// The text as the tokenizer gets it.
+    pub fn prepare(&self, text: String) -> String {
+        if self.lowercases { text.to_lowercase() } else { text }
+    }
+
+    /// `mean`, or `cls+mean, normalised`: how reports name it.
+    pub fn name(&self) -> String {
+        let modes: Vec<&str> = self.modes.iter().map(|mode| mode.name()).collect();
+        let steps = self.steps.iter().map(|step| match step {
+            Step::Normalize => ", normalised",
+            Step::Dense { .. } => ", dense",
+        });
+        modes.join("+") + &steps.collect::<String>()
+    }
+
+    /// Loads the weights of the modules that have some.
+    ///
+    /// # Errors
+    /// A tensor is absent, broken, or has another shape than its config gives.
+    pub(super) fn load(&self) -> Result<SentencePooler> {
+        let load = |step: &Step| -> Result<LoadedStep> {
+            let Step::Dense { folder, shape, has_bias, activation } = step else { return Ok(LoadedStep::Normalize) };
+            let weights = Checkpoint::open(&folder.join("model.safetensors"))?;
+            weights.expect_shape("linear.weight", shape, "`out_features` and `in_features`")?;
+            let bias = has_bias.then(|| weights.tensor("linear.bias")).transpose()?;
+            Ok(LoadedStep::Dense(Linear::dense(weights.tensor("linear.weight")?, bias), *activation))
+        };
+        Ok(SentencePooler {
+            modes: self.modes.clone(),
+            steps: self.steps.iter().map(load).collect::<Result<Vec<_>>>()?,
+        })
+    }
+}
+
+impl PoolingMode {
+    /// In the order in which the flags of older files are concatenated.
+    const ALL: [(Self, &str, &str); 6] = [
+        (Self::Cls, "cls", "pooling_mode_cls_token"),
+        (Self::Max, "max", "pooling_mode_max_tokens"),
+        (Self::Mean, "mean", "pooling_mode_mean_tokens"),
+        (Self::MeanSqrtLenTokens, "mean_sqrt_len_tokens", "pooling_mode_mean_sqrt_len_tokens"),
+        (Self::WeightedMean, "weightedmean", "pooling_mode_weightedmean_tokens"),
+        (Self::LastToken, "lasttoken", "pooling_mode_lasttoken"),
+    ];
+
+    fn name(self) -> &'static str {
+        Self::ALL.iter().find(|(mode, ..)| *mode == self).map_or("", |(_, name, _)| name)
+    }
+
+    /// One vector (hidden_size) of states (n_tokens, hidden_size).
+    fn of(self, x: &Tensor) -> Result<Tensor> {
+        let n_tokens = x.dim(0)?;
+        Ok(match self {
+            Self::Cls => x.get(0)?,
+            Self::LastToken => x.get(n_tokens - 1)?,
+            Self::Max => x.max(0)?,
+            Self::Mean => x.mean(0)?,
+            Self::MeanSqrtLenTokens => (x.sum(0)? / (n_tokens as f64).sqrt())?,
+            Self::WeightedMean => {
+                let total = (n_tokens * (n_tokens + 1) / 2) as f32;
+                let weights: Vec<f32> = (1..=n_tokens).map(|n| n as f32 / total).collect();
+                x.broadcast_mul(&Tensor::from_vec(weights, (n_tokens, 1), x.device())?)?.sum(0)?
+            }
+        })
+    }
+}
+
+impl SentencePooler {
+    /// The embedding (width) of states (n_tokens, hidden_size).
+    pub(super) fn pool(&self, x: &Tensor) -> Result<Tensor> {
+        let parts = self.modes.iter().map(|mode| mode.of(x)).collect::<Result<Vec<_>>>()?;
+        let mut e = Tensor::cat(&parts, 0)?;
+        for step in &self.steps {
+            e = match step {
+                LoadedStep::Normalize => e.broadcast_div(&(e.sqr()?.sum_keepdim(D::Minus1)?.sqrt()? + 1e-12)?)?,
+                LoadedStep::Dense(linear, activation) => {
+                    let y = linear.forward(&e.unsqueeze(0)?)?.squeeze(0)?;
+                    match activation {
+                        DenseActivation::Identity => y,
+                        DenseActivation::Tanh => y.tanh()?,
+                        DenseActivation::Sigmoid => (((y / 2.0)?.tanh()? + 1.0)? / 2.0)?,
+                        DenseActivation::Of(activation) => activation.apply(&y)?,
+                    }
+                }
+            };
+        }
+        Ok(e)
+    }
+}
+
+/// `max_seq_length` (that of the tokenizer where the module names none) and `do_lower_case`.
+fn transformer_settings(root: &Path) -> Result<(Option<usize>, bool)> {
+    #[derive(Default, Deserialize)]
+    struct Settings {
+        max_seq_length: Option<usize>,
+        #[serde(default)]
+        do_lower_case: bool,
+    }
+    #[derive(Deserialize)]
+    struct TokenizerSettings {
+        // A huge float where there is no limit.
+        model_max_length: Option<f64>,
+    }
+    let path = TRANSFORMER_CONFIGS.iter().map(|name| root.join(name)).find(|path| path.is_file());
+    let settings: Settings = path.map(|path| read_json(&path)).transpose()?.unwrap_or_default();
+    let mut length = settings.max_seq_length;
+    let tokenizer = root.join("tokenizer_config.json");
+    if length.is_none() && tokenizer.is_file() {
+        let limit = read_json::<TokenizerSettings>(&tokenizer)?.model_max_length;
+        length = limit.filter(|limit| (1.0..1e9).contains(limit)).map(|limit| limit as usize);
+    }
+    Ok((length, settings.do_lower_case))
+}
+
+/// Whether the similarity of the folder is the cosine, as it is where none is named.
+fn is_by_cosine(root: &Path) -> Result<bool> {
+    #[derive(Deserialize)]
+    struct Settings {
+        similarity_fn_name: Option<String>,
+    }
+    let path = root.join("config_sentence_transformers.json");
+    let name = if path.is_file() { read_json::<Settings>(&path)?.similarity_fn_name } else { None };
+    Ok(name.is_none_or(|name| name == "cosine"))
+}
+
+/// The modes of a pooling's config: `pooling_mode`, one name or a list, or else the flags of older files.
+fn pooling_modes(path: &Path, hidden_size: usize) -> Result<Vec<PoolingMode>> {
+    let fields: Map<String, Value> = read_json(path)?;
+    let width = ["embedding_dimension", "word_embedding_dimension"].iter().find_map(|name| fields.get(*name));
+    if let Some(width) = width.and_then(Value::as_u64).filter(|&width| width != hidden_size as u64) {
+        let message = format!("`{}` pools states of width {width}, the model's are {hidden_size} wide", path.display());
+        return Err(Failure::unsupported(message).hint("the pooling belongs to another model").into());
+    }
+    let unknown = |mode: &dyn std::fmt::Display| {
+        let names: Vec<String> = PoolingMode::ALL.iter().map(|(_, name, _)| format!("`{name}`")).collect();
+        Failure::unsupported(format!("`{}` has the unknown pooling mode {mode}", path.display()))
+            .hint(format!("known are {}; without `{MODULES}` the states are pooled by the model", names.join(", ")))
+    };
+    let named = |mode: &Value| PoolingMode::deserialize(mode).map_err(|_| unknown(mode));
+    let modes: Vec<PoolingMode> = match fields.get("pooling_mode") {
+        Some(Value::Array(modes)) => modes.iter().map(named).collect::<Result<_, _>>()?,
+        Some(mode) => vec![named(mode)?],
+        None => {
+            let is_set = |flag: &str| fields.get(flag).and_then(Value::as_bool).unwrap_or(false);
+            let known = |flag: &str| PoolingMode::ALL.iter().any(|(.., name)| *name == flag);
+            if let Some(flag) = fields.keys().find(|f| f.starts_with("pooling_mode_") && is_set(f) && !known(f)) {
+                return Err(unknown(&format!("`{flag}`")).into());
+            }
+            PoolingMode::ALL.iter().filter(|(.., flag)| is_set(flag)).map(|(mode, ..)| *mode).collect()
+        }
+    };
+    // sentence-transformers takes the mean where no flag is set.
+    Ok(if modes.is_empty() { vec![PoolingMode::Mean] } else { modes })
+}
+
+/// A `Dense` module and its width, or why it is not run.
+fn dense(folder: &Path, width: usize) -> Result<Result<(Step, usize), &'static str>> {
+    #[derive(Deserialize)]
+    struct Config {
+        in_features: usize,
+        out_features: usize,
+        #[serde(default = "yes")]
+        bias: bool,
+        activation_function: Option<String>,
+        module_input_name: Option<String>,
+        module_output_name: Option<String>,
+        #[serde(default)]
+        use_residual: bool,
+    }
+    const fn yes() -> bool {
+        true
+    }
+    let path = folder.join(CONFIG);
+    let config: Config = read_json(&path)?;
+    if config.in_features != width {
+        let message = format!("`{}` reads {} features, its input has {width}", path.display(), config.in_features);
+        return Err(Failure::unsupported(message).hint("the module belongs to another model").into());
+    }
+    let of_embedding = |name: &Option<String>| name.as_deref().is_none_or(|name| name == "sentence_embedding");
+    if !of_embedding(&config.module_input_name) || !of_embedding(&config.module_output_name) || config.use_residual {
+        return Ok(Err("it is not a plain linear of the embedding"));
+    }
+    let activation = match config.activation_function.as_deref().and_then(|name| name.rsplit('.').next()) {
+        None | Some("Tanh") => DenseActivation::Tanh,
+        Some("Identity") => DenseActivation::Identity,
+        Some("Sigmoid") => DenseActivation::Sigmoid,
+        Some("GELU") => DenseActivation::Of(Activation::Gelu),
+        Some("ReLU") => DenseActivation::Of(Activation::Relu),
+        Some("SiLU") => DenseActivation::Of(Activation::Silu),
+        Some(_) => return Ok(Err("its activation is not known")),
+    };
+    if !folder.join("model.safetensors").is_file() {
+        return Ok(Err("its weights are not in safetensors"));
+    }
+    let (folder, shape) = (folder.to_path_buf(), [config.out_features, width]);
+    Ok(Ok((Step::Dense { folder, shape, has_bias: config.bias, activation }, config.out_features)))
+}
+
+fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
+    let unusable = |e: &dyn std::fmt::Display| {
+        Failure::unsupported(format!("`{}` cannot be used: {e}", path.display()))
+            .hint(format!("mend the file, or take `{MODULES}` away to pool without it"))
+    };
+    let bytes = std::fs::read(path).map_err(|e| unusable(&e))?;
+    Ok(serde_json::from_slice(&bytes).map_err(|e| unusable(&e))?)
+}
