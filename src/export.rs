@@ -29,15 +29,8 @@ pub struct ExportJob<'a> {
 }
 
 /// Files of a compressed folder that belong to its format, or are written anew.
-const REPLACED: [&str; 7] = [
-    "README.md",
-    REPORT_FILE,
-    PAGE_FILE,
-    "modeling_lrc.py",
-    "lrc-recipe.toml",
-    CURVES_FILES[0],
-    CURVES_FILES[1],
-];
+const REPLACED: [&str; 7] =
+    ["README.md", REPORT_FILE, PAGE_FILE, "modeling_lrc.py", "lrc-recipe.toml", CURVES_FILES[0], CURVES_FILES[1]];
 
 /// Writes a checkpoint, compressed or not, in another format.
 ///

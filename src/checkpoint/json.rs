@@ -18,8 +18,15 @@ const NAMES: [&str; 3] = ["NaN", "Infinity", "-Infinity"];
 /// # Errors
 /// It is no JSON, or not of the type.
 pub fn parse<T: DeserializeOwned>(bytes: &[u8]) -> serde_json::Result<T> {
-    let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes);
-    serde_json::from_slice(&marked(bytes))
+    serde_json::from_slice(&with_non_finite_as(bytes, |name| format!("\"{ESCAPED}{name}\"")))
+}
+
+/// The same of data that is only read: numbers that no f64 holds are null.
+///
+/// # Errors
+/// It is no JSON, or not of the type.
+pub fn parse_as_null<T: DeserializeOwned>(bytes: &[u8]) -> serde_json::Result<T> {
+    serde_json::from_slice(&with_non_finite_as(bytes, |_| "null".into()))
 }
 
 /// The text of a config, with indents and a line end, as Python writes it.
@@ -34,8 +41,9 @@ pub fn text(value: &impl Serialize) -> serde_json::Result<String> {
     Ok(text)
 }
 
-/// The bytes with every number that serde does not know as a marked string.
-fn marked(bytes: &[u8]) -> Vec<u8> {
+/// The bytes without a byte-order mark, and with a word of `spelling` for every number that serde does not know.
+fn with_non_finite_as(bytes: &[u8], spelling: impl Fn(&str) -> String) -> Vec<u8> {
+    let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes);
     let mut out = Vec::with_capacity(bytes.len());
     let mut rest = bytes;
     while let Some(&first) = rest.first() {
@@ -48,7 +56,7 @@ fn marked(bytes: &[u8]) -> Vec<u8> {
         // A key is no number.
         let is_key = || behind.trim_ascii_start().starts_with(b":");
         match non_finite(token).filter(|_| !is_key()) {
-            Some(name) => out.extend(format!("\"{ESCAPED}{name}\"").into_bytes()),
+            Some(name) => out.extend(spelling(name).into_bytes()),
             None => out.extend(token),
         }
         rest = behind;
@@ -103,6 +111,13 @@ mod tests {
             r#"{"a":Infinity,"b":[-Infinity,NaN,Infinity,-Infinity],"c":"NaN,Infinity\"-Infinity","d":0.0015}"#;
         assert_eq!(written, expected);
         assert_eq!(parse::<Value>(text(&config).unwrap().as_bytes()).unwrap(), Value::Object(config));
+    }
+
+    #[test]
+    fn data_has_null_for_numbers_that_are_not_finite() {
+        let source = "\u{feff}{\"text\": \"NaN, \\\"Infinity\\\" \\\\\", \"n\": NaN, \"b\": [-Infinity, 1e999]}";
+        let expected = serde_json::json!({"text": "NaN, \"Infinity\" \\", "n": null, "b": [null, null]});
+        assert_eq!(parse_as_null::<Value>(source.as_bytes()).unwrap(), expected);
     }
 
     #[test]

@@ -23,8 +23,8 @@ use super::rounding::{self, Side, Sides};
 use super::study::{Allocation, Study};
 use super::{pivot, record};
 use crate::checkpoint::{
-    CONFIG_FILE, Checkpoint, CheckpointError, Dtype, OutputFolder, SafetensorsWriter, TensorSpec, cast, expect_apart, json,
-    read_file, write_file, writer_bytes,
+    CONFIG_FILE, Checkpoint, CheckpointError, Dtype, OutputFolder, SafetensorsWriter, TensorSpec, cast, expect_apart,
+    json, read_file, write_file, writer_bytes,
 };
 use crate::error::Failure;
 use crate::formats::{self, CURVES_FILES, Entry, Format, Module, OutTensor, Pair, Parts, Source};

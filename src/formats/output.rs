@@ -9,8 +9,8 @@ use super::{Container, Entry, Exporter, Format, NamedBytes, OutTensor, Source, T
 use crate::checkpoint::encoded::{ADAPTER_FILE, ADAPTER_FOLDER, Element};
 use crate::checkpoint::gguf::{self, GgufTensor, GgufWriter};
 use crate::checkpoint::{
-    CONFIG_FILE, Checkpoint, CheckpointError, LeftOut, OutputFolder, SafetensorsWriter, Stack, TensorSpec, cast, io, json,
-    writer_bytes,
+    CONFIG_FILE, Checkpoint, CheckpointError, LeftOut, OutputFolder, SafetensorsWriter, Stack, TensorSpec, cast, io,
+    json, writer_bytes,
 };
 use crate::error::Failure;
 use crate::model::config;

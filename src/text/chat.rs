@@ -13,6 +13,7 @@ use serde_json::Map;
 use serde_json::Value as Json;
 use serde_json::ser::{Formatter, PrettyFormatter, Serializer};
 
+use crate::checkpoint::json::parse_as_null;
 use crate::error::Failure;
 
 /// Field of a document that holds a conversation.
@@ -44,7 +45,7 @@ impl ChatTemplate {
     pub fn open(model: &Path) -> Result<Self> {
         let read = |name: &str| -> Option<Map<String, Json>> {
             let text = std::fs::read_to_string(model.join(name)).ok()?;
-            super::json::parse(&text).ok()?.as_object().cloned()
+            parse_as_null(text.as_bytes()).ok()
         };
         let config = read("tokenizer_config.json").unwrap_or_default();
         let others = read("special_tokens_map.json").unwrap_or_default();

@@ -11,9 +11,10 @@ use parquet::record::Field;
 use parquet::schema::types::Type;
 use serde_json::{Map, Value};
 
+use super::chat;
 use super::kind::{self, Kind};
 use super::source::{Source, unpacked};
-use super::{chat, json};
+use crate::checkpoint::json::parse_as_null;
 use crate::error::Failure;
 
 /// Field of a document where the user names none, as `datasets` names it.
@@ -62,14 +63,14 @@ fn utf8(path: &Path, bytes: Vec<u8>) -> Result<String> {
 /// An array of documents, or a document a line.
 fn from_json(path: &Path, text: &str, field: &str) -> Result<Vec<Document>> {
     let line = |i: usize| format!("line {} of `{}`", i + 1, path.display());
-    match json::parse(text) {
+    match parse_as_null(text.as_bytes()) {
         Ok(Value::Array(values)) => {
             let place = |i: usize| format!("element {i} of `{}`", path.display());
             values.into_iter().enumerate().map(|(i, value)| document(value, field, || place(i))).collect()
         }
         Ok(value) => Ok(vec![document(value, field, || line(0))?]),
         Err(_) => {
-            let parsed = |(i, text): (usize, &str)| match json::parse(text) {
+            let parsed = |(i, text): (usize, &str)| match parse_as_null(text.as_bytes()) {
                 Ok(value) => document(value, field, || line(i)),
                 Err(e) => Err(Failure::unsupported(format!("{} is not JSON: {e}", line(i))).into()),
             };

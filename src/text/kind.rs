@@ -3,6 +3,9 @@
 
 use std::path::Path;
 
+use serde_json::Value;
+
+use crate::checkpoint::json::parse_as_null;
 use crate::error::Failure;
 
 /// What documents are kept in.
@@ -120,10 +123,11 @@ fn is_json(text: &str) -> bool {
     match text.as_bytes().first() {
         Some(b'{') => {
             let lines = text.lines().filter(|line| !line.trim().is_empty()).take(N_LINES);
-            let is_object = |line: &str| line.trim_start().starts_with('{') && super::json::parse(line).is_ok();
+            let is_object =
+                |line: &str| line.trim_start().starts_with('{') && parse_as_null::<Value>(line.as_bytes()).is_ok();
             lines.fold(true, |all, line| all && is_object(line))
         }
-        Some(b'[') => super::json::parse(text).is_ok_and(|value| {
+        Some(b'[') => parse_as_null::<Value>(text.as_bytes()).is_ok_and(|value| {
             value
                 .as_array()
                 .is_some_and(|values| !values.is_empty() && values.iter().all(|v| v.is_object() || v.is_string()))

@@ -2,7 +2,6 @@
 
 mod chat;
 mod documents;
-mod json;
 mod kind;
 mod source;
 
