@@ -17,7 +17,6 @@ use super::error::{CheckpointError, Result, io};
 use super::gguf_header;
 use super::index::{TensorInfo, is_sane};
 use super::place::open_to_write;
-use crate::quantize::BlockType;
 
 pub const MODEL_FILE: &str = "model.gguf";
 /// Scaling of rotary frequencies, computed from the config: no tensor of the checkpoint.

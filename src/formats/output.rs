@@ -1,6 +1,7 @@
 //! The files of an output, whatever the format: every tensor at its place, written as it comes.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
 
 use anyhow::Result;
 use serde_json::{Map, Value};
@@ -332,7 +333,7 @@ impl<'a> Output<'a> {
             folder.write(CONFIG_FILE, json::text(&config)?.as_bytes())?;
         } else if source.checkpoint.config_error().is_some() {
             // What cannot be read is still the source's.
-            folder.copy(&source.checkpoint.root().join(CONFIG_FILE), CONFIG_FILE)?;
+            folder.copy(&source.checkpoint.root().join(CONFIG_FILE), Path::new(CONFIG_FILE))?;
         }
         warn_of_non_finite(&non_finite);
         Ok(Finished { left_out, non_finite })

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
-use crate::checkpoint::{hex, json, read_file, sha256_file};
+use crate::checkpoint::{hex, json, read_file};
 use crate::error::Failure;
 use chat::ChatTemplate;
 pub use documents::DEFAULT_FIELD;
