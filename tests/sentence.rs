@@ -132,7 +132,7 @@ fn gradients_of_an_embedding_are_those_of_torch() {
     let by_linear: BTreeMap<String, Value> = serde_json::from_value(oracle["squared_gradients"].clone()).unwrap();
     assert_eq!(by_linear.len(), 12);
     for (module, expected) in by_linear {
-        let id = decoder.architecture.linear_id(&module).unwrap();
+        let id = decoder.linear_id(&module).unwrap();
         let gram = &sums[&format!("{}.{}.output_gram", id.block, id.slot.name())];
         let expected = floats(&expected);
         let scale = expected.iter().fold(0.0, |m: f64, v| m.max(*v));

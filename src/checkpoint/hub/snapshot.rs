@@ -24,8 +24,18 @@ use crate::progress::{Progress, Stage};
 
 /// What a checkpoint needs, with what its users need beside it, as `1_Pooling/config.json` of sentence-transformers; other
 /// frameworks' weights are not downloaded.
-const WANTED: &[&str] =
-    &["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*", "NOTICE*", "[0-9]*_*/*"];
+const WANTED: &[&str] = &[
+    "*.safetensors",
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.jinja",
+    "*.py",
+    "LICENSE*",
+    "NOTICE*",
+    "lrc-curves.arrays",
+    "[0-9]*_*/*",
+];
 /// Exports to other runtimes, states of training, and second copies of the weights: in folders other than numbered modules, or
 /// in Mistral's own form.
 const UNWANTED: &[&str] = &[
