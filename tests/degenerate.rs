@@ -275,13 +275,14 @@ fn rank_0_is_the_same_model_in_every_form_and_stays_shortenable() {
     let folder = tempfile::tempdir().unwrap();
     let model = ruined(folder.path());
     let [factored, dense, shorter, out] = ["factored", "dense", "shorter", "out"].map(|name| folder.path().join(name));
-    compress(&model, &factored, &["--keep", "0.8"]);
+    // The zeros alone are a quarter of all parameters.
+    compress(&model, &factored, &["--keep", "0.6"]);
     let expected = perplexity(path(&factored), HELD_OUT, "64");
     ok(&["export", path(&factored), "--format", "dense", "-o", path(&dense), "-q"]);
     assert!((perplexity(path(&dense), HELD_OUT, "64") - expected).abs() < 1e-4);
-    let report = ok(&["truncate", path(&factored), "--keep", "0.6", "-o", path(&shorter), "--json"]).json();
+    let report = ok(&["truncate", path(&factored), "--keep", "0.4", "-o", path(&shorter), "--json"]).json();
     check_zeros(&report);
-    assert!(report["keep"].as_f64().unwrap() <= 0.6 && perplexity(path(&shorter), HELD_OUT, "64").is_finite());
+    assert!(report["keep"].as_f64().unwrap() <= 0.4 && perplexity(path(&shorter), HELD_OUT, "64").is_finite());
     ok(&["inspect", path(&factored), "--json"]);
     // Of a dense copy of the source itself, zeros are zeros again.
     compress(&model, &out, &["--ranks", "full"]);
@@ -374,6 +375,7 @@ fn in_dtype(model: &Path, dtype: Dtype) {
     let names: Vec<(String, Vec<usize>)> = checkpoint.tensors().map(|t| (t.name.clone(), t.shape.clone())).collect();
     let values: Vec<Vec<f32>> = names.iter().map(|(name, _)| checkpoint.values(name).unwrap()).collect();
     drop(checkpoint);
+    std::fs::remove_file(model.join("model.safetensors")).unwrap();
     let specs: Vec<TensorSpec> = names.into_iter().map(|(name, shape)| TensorSpec { name, dtype, shape }).collect();
     let mut writer = SafetensorsWriter::create(model, &specs, u64::MAX).unwrap();
     for (spec, values) in specs.iter().zip(&values) {
@@ -444,7 +446,7 @@ fn an_output_that_is_larger_than_its_source_is_warned_of() {
     let full = ["compress", FIXTURE, "-o", path(&large), "--ranks", "full", "--layout", "factors"];
     assert!(warns(&full));
     assert!(
-        warns(&[&full[..], &["--dry-run"]].concat())
+        warns(&[&full[..], &["--dry-run", "--force"]].concat())
             && lrc(&[&full[..], &["-q", "--force"]].concat()).stderr.is_empty()
     );
     assert!(!warns(&["compress", FIXTURE, "-o", path(&small), "--keep", "0.6"]));

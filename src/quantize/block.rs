@@ -49,15 +49,15 @@ impl BlockType {
         Some(Scheme { levels: Levels::Int { bits, symmetric: true }, group: Some(32) })
     }
 
-    /// What a scale is at least multiplied with at the end of a block's range.
+    /// What an f16 scale is at least multiplied with at either end of a block's range. Below zero a block with a minimum reaches as
+    /// far as the code of that minimum.
     pub fn n_levels(self) -> f32 {
         match self.dtype {
             GgmlDType::Q4_0 => 8.0,
             GgmlDType::Q8_0 => 127.0,
-            GgmlDType::Q2K => 15.0 * 3.0,
+            GgmlDType::Q2K => 15.0,
             GgmlDType::Q3K => 31.0 * 4.0,
-            GgmlDType::Q4K => 63.0 * 15.0,
-            GgmlDType::Q5K => 63.0 * 31.0,
+            GgmlDType::Q4K | GgmlDType::Q5K => 63.0,
             _ => 127.0 * 31.0,
         }
     }
