@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 fn damaged_files_are_errors_and_never_panics() {
     // Panics are what is looked for: they are told below.
     std::panic::set_hook(Box::new(|_| {}));
-    let mut faults = Vec::new();
+    let (mut faults, mut unread) = (Vec::new(), Vec::new());
     for target in &TARGETS {
         let bench = Bench::new(target);
         let mut check = |what: String, input: &[u8]| {
@@ -29,14 +29,16 @@ fn damaged_files_are_errors_and_never_panics() {
             check(format!("{}", file.display()), &std::fs::read(&file).unwrap());
         }
         for (i, input) in bench.seeds().iter().enumerate() {
-            let outcome = check(format!("undamaged {i}"), input);
-            assert!(matches!(outcome, Outcome::Read), "{} undamaged {i} is read", target.name);
+            if !matches!(check(format!("undamaged {i}"), input), Outcome::Read) {
+                unread.push(format!("{} undamaged {i} is not read", target.name));
+            }
         }
         for number in 0..target.runs_in_ci {
             check(format!("seed 0, number {number}"), &bench.input(0, number));
         }
     }
     let _ = std::panic::take_hook();
+    faults.append(&mut unread);
     assert!(faults.is_empty(), "{}", faults.join("\n"));
 }
 
@@ -129,7 +131,7 @@ fn numbers_of_a_config_are_held_against_the_tensors() {
     let config = model.join("config.json");
     let whole = std::fs::read(&config).unwrap();
     for (field, value, expected) in [
-        ("num_hidden_layers", 1u64 << 40, "`num_hidden_layers` is 1099511627776"),
+        ("num_hidden_layers", 1u64 << 40, "1099511627776"),
         ("head_dim", 1 << 62, "`num_attention_heads` · `head_dim` is "),
         ("hidden_size", 1 << 63, "`hidden_size` is "),
         ("vocab_size", u64::MAX, "`vocab_size` is "),

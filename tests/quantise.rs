@@ -281,7 +281,7 @@ fn what_a_loader_would_misread_is_refused_before_any_work() {
         (&["--quant", "rtn-int3-g32", "--format", "compressed-tensors"], 4, "3 bits"),
         (&["--quant", "rtn-int2-g32", "--format", "gptq"], 4, "2 bits"),
         (&["--quant", "nf4", "--format", "gptq"], 4, "not nf4"),
-        (&["--quant", "rtn-int4-g64", "--format", "compressed-tensors"], 4, "do not divide its 96 inputs"),
+        (&["--quant", "rtn-int4-g64", "--format", "compressed-tensors"], 4, "do not divide 96 inputs"),
         (&["--quant", "q4_0", "--format", "compressed-tensors"], 4, "not quantised in groups"),
         (&["--quant", "q4_0"], 4, "block type of llama.cpp"),
         (&["--quant", "rtn-int4-g128", "--format", "gptq"], 4, "has other bits or groups"),

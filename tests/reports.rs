@@ -174,8 +174,8 @@ fn columns_are_the_same_wherever_they_are_shown() {
     let spectra = folder.path().join("spectra.safetensors");
     let calibrated = ["--calibration", TRAIN, "--samples", "8", "--spectra", path(&spectra)];
     let json = ok(&[&["inspect", FIXTURE, "--json"][..], &calibrated].concat()).json();
-    let csv =
-        ok(&[&["inspect", FIXTURE, "--csv", "--sort", "weighted.effective_rank"][..], &calibrated].concat()).stdout;
+    let csv = ["inspect", FIXTURE, "--csv", "--sort", "weighted.effective_rank", "--force"];
+    let csv = ok(&[&csv[..], &calibrated].concat()).stdout;
     let mut lines = csv.lines();
     let header: Vec<&str> = lines.next().unwrap().split(',').collect();
     let place = |name: &str| header.iter().position(|h| *h == name).unwrap();
@@ -224,7 +224,7 @@ fn inspect_refuses_what_it_cannot_show() {
         (&["--sort", "beta"][..], "columns are module, kind"),
         (&["--sort", "weighted.alpha"], "there is no `weighted.alpha` without a metric"),
         (&["--method", "svd-llm"], "`--method` is nothing without a text"),
-        (&["--html", "no/such/folder/page.html"], "there is no folder for"),
+        (&["--html", "no/such/folder/page.html"], "there is no folder `no/such/folder`"),
         (&["--fail-if", "linears.beta > 1"], "the report has no field `linears.beta`"),
     ] {
         let run = lrc(&[&["inspect", FIXTURE][..], args].concat());

@@ -171,12 +171,14 @@ impl ModelConfig {
     pub fn of(checkpoint: &Checkpoint) -> Result<(Self, &'static Architecture)> {
         let path = checkpoint.root().join(CONFIG_FILE);
         let config = checkpoint.config().ok_or_else(|| {
-            let message = match checkpoint.config_error() {
-                Some(error) => error.to_string(),
-                None => format!("`{}` is missing", path.display()),
-            };
-            Failure::unsupported(message)
-                .hint("a model is run from its config; data-free compression and inspection work without")
+            let hint = "a model is run from its config; data-free compression and inspection work without";
+            match checkpoint.config_error() {
+                Some(error) => {
+                    let mend = error.hint().map_or(String::new(), |mend| format!("{mend}; "));
+                    Failure::unsupported(error.to_string()).hint(mend + hint)
+                }
+                None => Failure::unsupported(format!("`{}` is missing", path.display())).hint(hint),
+            }
         })?;
         let model_type = model_type(checkpoint).unwrap_or_default();
         let architecture = architectures::find(model_type).ok_or_else(|| {

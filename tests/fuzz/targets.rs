@@ -350,7 +350,10 @@ fn of_outputs(bed: &Bed) -> Vec<Vec<u8>> {
         let folder = bed.lrc(&format!("outputs/{name}"), &[&common[..], flags].concat());
         let mut files: Vec<PathBuf> = fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path()).collect();
         files.sort();
-        for file in files.iter().filter(|f| f.extension().is_some_and(|e| e == "json" || e == "safetensors")) {
+        for file in files
+            .iter()
+            .filter(|f| f.extension().is_some_and(|e| ["json", "safetensors", "arrays"].iter().any(|kind| e == *kind)))
+        {
             let name = format!("{name}/{}", file.file_name().unwrap().to_str().unwrap());
             seeds.push([name.as_bytes(), b"\n", &fs::read(file).unwrap()].concat());
         }
