@@ -147,9 +147,15 @@ fn sixteen_bits_cost_little_and_a_sweep_knows_what_they_cost() {
             // Factors only where that is explained.
             assert_eq!(linear["layout"] == "factors", !linear["note"].is_null(), "{linear}");
         }
-        let short = folder.path().join(format!("{}-short", flags.len()));
-        ok(&["truncate", path(&out), "-o", path(&short), "--keep", "0.6", "-q"]);
-        assert!(ppl(&eval(&short, &[])) < 2.0 * ppl(&eval(&source, &[])));
+        let shortened = |source: &Path| {
+            let (long, short) = (folder.path().join("long"), folder.path().join("short"));
+            let args = ["compress", path(source), "-o", path(&long), "-q", "--keep", "0.8", "--force"];
+            ok(&[&args[..], flags, calibrated].concat());
+            ok(&["truncate", path(&long), "-o", path(&short), "--keep", "0.6", "-q", "--force"]);
+            ppl(&eval(&short, &[]))
+        };
+        let (of_bf16, of_f32) = (shortened(&source), shortened(Path::new(FIXTURE)));
+        assert!((of_bf16 / of_f32 - 1.0).abs() < 0.01, "{of_bf16} {of_f32}");
     }
 }
 

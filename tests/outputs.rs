@@ -367,3 +367,30 @@ fn everything_beside_the_weights_comes_along_or_is_named() {
         assert_eq!(listed.as_array().unwrap().len(), left.len() + links.len(), "{listed}");
     }
 }
+
+/// What is named as a run's work folder would be is somebody's, and stays; so does a model of that name.
+#[test]
+fn a_folder_in_the_place_of_the_work_is_never_removed() {
+    let folder = tempfile::tempdir().unwrap();
+    let (out, stranger) = (folder.path().join("out"), folder.path().join("out.partial"));
+    std::fs::create_dir_all(stranger.join("photos")).unwrap();
+    std::fs::write(stranger.join("photos/a.jpg"), "precious").unwrap();
+    copy(FIXTURE, &stranger);
+    for args in [
+        &["compress", FIXTURE, "-o", path(&out), "--keep", "0.8"][..],
+        &["compress", path(&stranger), "-o", path(&out), "--keep", "0.8", "--dry-run"],
+        &["compress", path(&stranger), "-o", path(&out), "--keep", "0.8", "--restart", "--force"],
+        &["export", path(&stranger), "-o", path(&out), "--format", "dense"],
+    ] {
+        let run = lrc(args);
+        assert!(run.code == 2 && run.stderr.contains("out.partial` is where its run would work"), "{}", run.stderr);
+        assert!(stranger.join("photos/a.jpg").is_file() && stranger.join("model.safetensors").is_file());
+    }
+    assert!(!out.exists());
+}
+
+#[test]
+fn a_device_is_no_file_to_replace() {
+    let run = lrc(&["inspect", FIXTURE, "--html", "/dev/null", "--force"]);
+    assert!(run.code == 2 && run.stderr.contains("it is a device or a pipe"), "{}", run.stderr);
+}

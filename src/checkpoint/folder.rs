@@ -22,6 +22,7 @@ use super::error::{CheckpointError, io};
 use super::job::compare;
 use super::moving::{self, rename, write_whole};
 use super::place::{self, WITHIN, create_file, open_to_write};
+use super::reader::expect_file;
 use super::unfinished::Unfinished;
 use super::{Fingerprint, sha256_file};
 
@@ -61,6 +62,7 @@ impl OutputFolder {
         let is_there = place::expect_folder(target)?;
         let partial = place::work_of(target);
         place::refuse_links(&partial)?;
+        refuse_strangers(target, &partial)?;
         if !is_there {
             return Ok(());
         }
@@ -142,6 +144,7 @@ impl OutputFolder {
         if let Ok(file) = File::open(&lock_path) {
             file.try_lock().map_err(|_| busy())?;
         }
+        refuse_strangers(target, &partial)?;
         if anew && partial.exists() {
             fs::remove_dir_all(&partial).map_err(io("remove", &partial))?;
         }
@@ -252,6 +255,7 @@ impl OutputFolder {
     pub fn copy(&self, source: &Path, name: &Path) -> Result<()> {
         let path = self.path().join(name);
         self.create_folder(name.parent().unwrap_or(Path::new("")))?;
+        expect_file(source)?;
         let mut from = File::open(source).map_err(io("open", source))?;
         let mut to = create_file(&path).map_err(io("create", &path))?;
         std::io::copy(&mut from, &mut to).map_err(io("write", &path))?;
@@ -364,10 +368,31 @@ fn is_held(partial: &Path) -> bool {
     File::open(partial.join(LOCK)).is_ok_and(|lock| lock.try_lock().is_err())
 }
 
+/// Refuses a work folder that holds anything but what a run leaves in one: it is somebody's, and would be removed.
+fn refuse_strangers(target: &Path, partial: &Path) -> Result<()> {
+    const OWN: [&str; 7] = [LOCK, JOB, PIECES, OUTPUT, SCRATCH, moving::MOVING, moving::REPLACED];
+    let is_own = |name: &std::ffi::OsString| {
+        let name = name.to_string_lossy();
+        // A file under construction is hidden.
+        OWN.contains(&name.as_ref()) || name.starts_with('.')
+    };
+    let is_strange = match fs::symlink_metadata(partial) {
+        Err(_) => false,
+        Ok(found) if !found.is_dir() => true,
+        Ok(_) => !place::names_in(partial)?.iter().all(is_own),
+    };
+    if is_strange {
+        let reason = format!("`{}` is where its run would work, and holds what lrc did not write", partial.display());
+        return Err(place::unusable(target, reason));
+    }
+    Ok(())
+}
+
 /// A run that was killed while it tidied up behind its output has left what is of no use to anyone.
 fn remove_remains(target: &Path) {
     let partial = place::work_of(target);
-    if target.exists() && partial.exists() && !partial.join(JOB).exists() && !is_held(&partial) {
+    let is_left = partial.exists() && refuse_strangers(target, &partial).is_ok();
+    if target.exists() && is_left && !partial.join(JOB).exists() && !is_held(&partial) {
         // It is in nobody's way: where it cannot be removed, it stays.
         let _ = fs::remove_dir_all(&partial);
     }

@@ -16,7 +16,7 @@ use super::place::{self, create_file};
 
 type Result<T, E = CheckpointError> = std::result::Result<T, E>;
 
-const MOVING: &str = "moving.json";
+pub(super) const MOVING: &str = "moving.json";
 /// Where an earlier output waits to be removed.
 pub(super) const REPLACED: &str = "replaced";
 

@@ -10,7 +10,7 @@ pub(super) const WITHIN: &str = ".lrc-partial";
 /// What the root of a fresh file system holds.
 const LOST_AND_FOUND: &str = "lost+found";
 
-fn unusable(path: &Path, reason: impl Into<String>) -> CheckpointError {
+pub(super) fn unusable(path: &Path, reason: impl Into<String>) -> CheckpointError {
     CheckpointError::OutputUnusable { path: path.into(), reason: reason.into() }
 }
 
@@ -67,6 +67,9 @@ pub fn check_file(path: &Path, force: bool) -> Result<()> {
     let typed = path.as_os_str().as_encoded_bytes();
     if path.is_dir() || typed.ends_with(b"/") || typed.ends_with(b"/.") {
         return Err(unusable(path, "it is a folder, and a file is to be written"));
+    }
+    if is_there && !path.is_file() {
+        return Err(unusable(path, "it is a device or a pipe, and a file is to be written"));
     }
     if is_there && !force {
         return Err(CheckpointError::FileExists { path: path.into() });

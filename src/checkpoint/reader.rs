@@ -19,7 +19,7 @@ pub fn read_file(path: &Path) -> Result<Vec<u8>> {
 }
 
 /// Refuses what is not read like a file: to open a pipe is to wait for who writes it, and a device may have no end.
-fn expect_file(path: &Path) -> Result<()> {
+pub(super) fn expect_file(path: &Path) -> Result<()> {
     let kind = std::fs::metadata(path).map_err(io("open", path))?.file_type();
     if kind.is_file() {
         return Ok(());

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use super::encoded::ADAPTER_CONFIG;
-use super::{CONFIG_FILE, Checkpoint, INDEX_FILE, Result, place, settings};
+use super::{CONFIG_FILE, Checkpoint, INDEX_FILE, Result, place, read_file, settings};
 
 /// Modules of sentence-transformers: a list whose `path` are folders.
 const MODULES_FILE: &str = "modules.json";
@@ -123,7 +123,7 @@ impl Checkpoint {
 
 /// The folders of the modules that a model is one of.
 fn modules(root: &Path) -> Vec<PathBuf> {
-    let list = fs::read(root.join(MODULES_FILE)).ok();
+    let list = read_file(&root.join(MODULES_FILE)).ok();
     let list: Option<Value> = list.and_then(|bytes| serde_json::from_slice(&bytes).ok());
     let paths =
         list.iter().flat_map(|list| list.as_array()).flatten().filter_map(|module| module.get("path")?.as_str());

@@ -13,7 +13,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use rayon::prelude::*;
-use serde_json::json;
+use serde_json::{Map, Value, json};
 
 use super::allocate::{self, Choice, Item, Price, Ranks, Rules};
 use super::low_rank::{self, ErrorCurve, LowRank};
@@ -149,7 +149,10 @@ fn write(folder: &OutputFolder, all: &BTreeMap<String, Elastic>) -> Result<()> {
     write_file(&folder.path().join(CURVES_FILES[0]), &specs, |spec| Ok(arrays[&spec.name].2.clone()))
 }
 
-const DESCRIBED: &str = "invariant: the config of an output describes every linear of low rank";
+/// The rank that the config of an output has for a module.
+fn rank_of<'c>(config: &'c mut Map<String, Value>, module: &str) -> Option<&'c mut Value> {
+    config.get_mut("lrc")?.get_mut("modules")?.get_mut(module)?.get_mut("rank")
+}
 
 /// A linear of low rank that may be shortened.
 struct Shortening {
@@ -174,6 +177,14 @@ pub fn truncate(job: &TruncateJob<'_>, progress: &dyn Progress) -> Result<Compre
     let mut report = read_report(root)?;
     let mut shortenings = shortenings(checkpoint)?;
     check_report(&report, &shortenings, root)?;
+    let mut config = checkpoint.config().cloned().unwrap_or_default();
+    for s in &shortenings {
+        if rank_of(&mut config, &s.linear.module).is_none() {
+            let (path, entry) = (root.join(CONFIG_FILE), format!("lrc.modules.{}.rank", s.linear.module));
+            let reason = "is absent, and its tensors are of low rank".into();
+            return Err(CheckpointError::ConfigEntry { path, entry, reason }.into());
+        }
+    }
     share_out(&mut shortenings, &report, job.keep)?;
 
     warn_of_diagonals(&report, &shortenings);
@@ -235,13 +246,11 @@ pub fn truncate(job: &TruncateJob<'_>, progress: &dyn Progress) -> Result<Compre
     let replaced = [REPORT_FILE, PAGE_FILE, "README.md", CURVES_FILES[0], CURVES_FILES[1]];
     let left_out = formats::copy_side(checkpoint, &folder, &replaced)?;
     report.left_out = left_out.into_iter().map(Into::into).collect();
-    let mut config = checkpoint.config().context(DESCRIBED)?.clone();
     let loading =
         Loading { text: formats::loading(exporter, &native_config(&config), false), library: exporter.library() };
     folder.write("README.md", card::render(&report, checkpoint, &loading).as_bytes())?;
     for s in &shortenings {
-        let entry = config.get_mut("lrc").and_then(|lrc| lrc.get_mut("modules")?.get_mut(&s.linear.module));
-        *entry.and_then(|entry| entry.get_mut("rank")).context(DESCRIBED)? = json!(s.new_rank);
+        *rank_of(&mut config, &s.linear.module).expect("invariant: every description was checked") = json!(s.new_rank);
     }
     folder.write(CONFIG_FILE, json::text(&config)?.as_bytes())?;
     folder.write(PAGE_FILE, page::compress(&report, &[])?.as_bytes())?;

@@ -35,11 +35,17 @@ pub(super) fn of_linears(source: &Source<'_>, format: Format, modules: &[(Linear
             format!("{} linears cannot be stored as {}: {}", all.len(), format.name(), told.join("; "))
         }
     };
+    let others = if matches!(format, Format::Factored | Format::Dense) { "" } else { STORE_EVERYTHING };
     let hint = if stored.is_empty() {
-        STORE_EVERYTHING.to_string()
+        if others.is_empty() {
+            "choose a quantiser whose groups or blocks divide the inputs".into()
+        } else {
+            others.to_string()
+        }
     } else {
         let flags: Vec<String> = patterns(&refused, &stored).iter().map(|p| format!("--exclude '{p}'")).collect();
-        format!("`lrc compress` with `{}` leaves them dense; {STORE_EVERYTHING}", flags.join(" "))
+        let leave = format!("`lrc compress` with `{}` leaves them dense", flags.join(" "));
+        if others.is_empty() { leave } else { format!("{leave}; {others}") }
     };
     Some(Failure::unsupported(message).hint(hint))
 }

@@ -14,7 +14,7 @@ use serde_json::{Map, Value};
 use super::linear::Linear;
 use super::mlp::Activation;
 use super::weights::Weights;
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, read_file};
 use crate::error::Failure;
 
 const MODULES: &str = "modules.json";
@@ -357,6 +357,6 @@ fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
         Failure::unsupported(format!("`{}` cannot be used: {e}", path.display()))
             .hint(format!("mend the file, or take `{MODULES}` away to pool without it"))
     };
-    let bytes = std::fs::read(path).map_err(|e| unusable(&e))?;
+    let bytes = read_file(path).map_err(|e| unusable(&e))?;
     Ok(serde_json::from_slice(&bytes).map_err(|e| unusable(&e))?)
 }

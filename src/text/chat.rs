@@ -14,6 +14,7 @@ use serde_json::Value as Json;
 use serde_json::ser::{Formatter, PrettyFormatter, Serializer};
 
 use crate::checkpoint::json::parse_as_null;
+use crate::checkpoint::read_file;
 use crate::error::Failure;
 
 /// Field of a document that holds a conversation.
@@ -43,10 +44,8 @@ impl ChatTemplate {
     /// # Errors
     /// The model has none.
     pub fn open(model: &Path) -> Result<Self> {
-        let read = |name: &str| -> Option<Map<String, Json>> {
-            let text = std::fs::read_to_string(model.join(name)).ok()?;
-            parse_as_null(text.as_bytes()).ok()
-        };
+        let read =
+            |name: &str| -> Option<Map<String, Json>> { parse_as_null(&read_file(&model.join(name)).ok()?).ok() };
         let config = read("tokenizer_config.json").unwrap_or_default();
         let others = read("special_tokens_map.json").unwrap_or_default();
         let token = |name: &str| {
@@ -54,7 +53,7 @@ impl ChatTemplate {
             token.get("content").unwrap_or(token).as_str().map(|text| (name.to_string(), Json::from(text)))
         };
         let tokens = TOKENS.iter().filter_map(|name| token(name)).collect();
-        let file = |name: &str| std::fs::read_to_string(model.join(name)).ok();
+        let file = |name: &str| String::from_utf8(read_file(&model.join(name)).ok()?).ok();
         if let Some(default) = file("chat_template.jinja") {
             let tool_use = file("additional_chat_templates/tool_use.jinja");
             return Ok(Self { path: model.join("chat_template.jinja"), default, tool_use, tokens });

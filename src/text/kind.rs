@@ -42,6 +42,10 @@ const MAGIC: &[(&[u8], &str, &[&str])] = &[
     (b"version https://git-lfs.github.com/spec/", "the pointer of Git LFS to a file that was not fetched", &[]),
     (b"<!doctype html", "a web page", &[]),
     (b"<html", "a web page", &[]),
+    (b"<?xml", "markup", &[]),
+    (b"<!--", "markup", &[]),
+    (b"<svg", "markup", &[]),
+    (b"<rss", "markup", &[]),
 ];
 
 /// Lines of a text that must all be JSON objects for it to be taken for documents.
@@ -64,7 +68,7 @@ pub(super) fn of_name(path: &Path) -> Result<(Packing, Kind), Failure> {
         "jsonl" | "ndjson" | "json" => Kind::Json,
         "parquet" => Kind::Parquet,
         ending @ ("csv" | "tsv" | "arrow" | "feather" | "orc" | "avro" | "xlsx" | "tar" | "tgz" | "zip" | "bz2"
-        | "xz" | "7z") => {
+        | "xz" | "7z" | "html" | "htm" | "xml" | "svg" | "yaml" | "yml" | "toml") => {
             let message = format!("`{}` ends in `.{ending}`, which is not read as a text", path.display());
             return Err(Failure::unsupported(message).hint(ENDINGS));
         }
@@ -100,6 +104,7 @@ pub(super) fn of_content(bytes: &[u8]) -> Kind {
 /// # Errors
 /// The first bytes are those of a known format, or the lines are JSON.
 pub(super) fn expect_prose(path: &Path, bytes: &[u8]) -> Result<(), Failure> {
+    let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes);
     let start = bytes[..bytes.len().min(64)].to_ascii_lowercase();
     let magic = MAGIC.iter().find(|(magic, ..)| start.starts_with(&magic.to_ascii_lowercase()));
     if let Some((_, what, endings)) = magic {
