@@ -42,10 +42,12 @@ fn damaged_files_are_errors_and_never_panics() {
     assert!(faults.is_empty(), "{}", faults.join("\n"));
 }
 
+type Change<'a> = &'a dyn Fn(&mut Value);
+
 /// Runs `lrc` behind a line of bash.
 fn under(shell: &str, args: &[&str]) -> Run {
     let words: Vec<String> = args.iter().map(|arg| format!("'{arg}'")).collect();
-    let script = format!("{}", shell.replace("LRC", &format!("'{}' {}", env!("CARGO_BIN_EXE_lrc"), words.join(" "))));
+    let script = shell.replace("LRC", &format!("'{}' {}", env!("CARGO_BIN_EXE_lrc"), words.join(" ")));
     finish(Command::new("bash").args(["-c", &script]).current_dir(env!("CARGO_MANIFEST_DIR")).stdin(Stdio::null()))
 }
 
@@ -208,7 +210,7 @@ fn a_description_that_does_not_fit_its_tensors_is_refused_by_every_command() {
     let config = out.join("config.json");
     let whole = std::fs::read(&config).unwrap();
     const MODULE: &str = "model.layers.0.mlp.down_proj";
-    let changes: [(&dyn Fn(&mut Value), &str); 8] = [
+    let changes: [(Change<'_>, &str); 8] = [
         (&|c| c["lrc"] = json!([1]), "`lrc` in"),
         (&|c| c["lrc"] = json!("1"), "`lrc` in"),
         (&|c| c["lrc"]["modules"] = json!(null), "`lrc.modules` in"),

@@ -102,7 +102,7 @@ pub struct Pooled {
 
 enum Source {
     Measured { spool: Mutex<Spool>, arrays: BTreeMap<String, Spooled> },
-    File(Checkpoint),
+    File(Box<Checkpoint>),
 }
 
 const HEADER: &str = "header";
@@ -152,7 +152,7 @@ impl Statistics {
         if let Some(fault) = header.fault() {
             return Err(foreign(&fault).into());
         }
-        Ok(Self { header, source: Source::File(file), pooled: Mutex::default() })
+        Ok(Self { header, source: Source::File(Box::new(file)), pooled: Mutex::default() })
     }
 
     /// Refuses statistics of another model.

@@ -161,7 +161,7 @@ fn sentences(
     settings: &WindowSettings,
     (n_of_text, n_added): (usize, usize),
 ) -> Result<Vec<Vec<u32>>> {
-    let encode = |text: String| Ok::<_, anyhow::Error>(tokenizer.encode(&modules.prepare(text), Bos::Never)?);
+    let encode = |text: String| tokenizer.encode(&modules.prepare(text), Bos::Never);
     let seq_len = n_of_text + n_added;
     let mut budget = settings.samples * seq_len;
     let mut drawn = Vec::new();

@@ -39,10 +39,12 @@ struct Kept {
     order: Vec<i32>,
 }
 
-/// By linear and rank that was asked for.
+/// A linear, and the rank that was asked for.
+type Asked = (usize, usize);
+
 #[derive(Default)]
 pub(super) struct Layouts {
-    made: Mutex<BTreeMap<(usize, usize), (Laid, Option<Kept>)>>,
+    made: Mutex<BTreeMap<Asked, (Laid, Option<Kept>)>>,
 }
 
 impl Layouts {
@@ -83,7 +85,7 @@ impl Study<'_> {
     /// # Errors
     /// The statistics cannot be read, or the work folder refuses.
     pub fn settle(&self, choices: &[(usize, Choice)], progress: &dyn Progress) -> Result<()> {
-        let is_kept = |key: &(usize, usize)| {
+        let is_kept = |key: &Asked| {
             let made = self.layouts.made.lock().expect("invariant: no holder of the layouts panics");
             made.get(key).is_some_and(|(_, kept)| kept.is_some())
         };
@@ -91,8 +93,8 @@ impl Study<'_> {
             Choice::Rank(rank) if rank > 0 => Some((i, rank)),
             Choice::Rank(_) | Choice::Dense | Choice::Coded { .. } => None,
         });
-        let is_rounded = |&(i, _): &(usize, usize)| self.recipe.rounds(self.plan.linears[i].dtype);
-        let wanted: Vec<(usize, usize)> = ranks.filter(is_rounded).filter(|key| !is_kept(key)).collect();
+        let is_rounded = |&(i, _): &Asked| self.recipe.rounds(self.plan.linears[i].dtype);
+        let wanted: Vec<Asked> = ranks.filter(is_rounded).filter(|key| !is_kept(key)).collect();
         if wanted.is_empty() {
             return Ok(());
         }

@@ -86,7 +86,7 @@ pub fn is_multimodal(config: &Map<String, Value>) -> bool {
 /// The field that holds the `model_type` of the language model, for messages.
 pub fn type_field(config: &Map<String, Value>) -> String {
     let of = |key: &&str| config.get(*key)?.get("model_type").map(|_| format!("{key}.model_type"));
-    KEYS.iter().find_map(|key| of(key)).unwrap_or_else(|| "model_type".into())
+    KEYS.iter().find_map(of).unwrap_or_else(|| "model_type".into())
 }
 
 fn renamed<'a>(table: &[(&str, &'static str)], name: &'a str) -> Option<&'a str> {

@@ -127,10 +127,10 @@ fn is_json(text: &str) -> bool {
     let text = text.trim_start_matches('\u{feff}').trim_start();
     match text.as_bytes().first() {
         Some(b'{') => {
-            let lines = text.lines().filter(|line| !line.trim().is_empty()).take(N_LINES);
+            let mut lines = text.lines().filter(|line| !line.trim().is_empty()).take(N_LINES);
             let is_object =
                 |line: &str| line.trim_start().starts_with('{') && parse_as_null::<Value>(line.as_bytes()).is_ok();
-            lines.fold(true, |all, line| all && is_object(line))
+            lines.all(is_object)
         }
         Some(b'[') => parse_as_null::<Value>(text.as_bytes()).is_ok_and(|value| {
             value
