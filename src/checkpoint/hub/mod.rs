@@ -1,7 +1,7 @@
 //! Checkpoints named by hub id: downloaded once into the Hugging Face cache, checked, then opened as a folder.
 //!
 //! The cache is that of `huggingface_hub`, by `hf-hub`: blobs by hash, snapshots of links to them, refs. Requests and files
-//! are ours, because what a server sends becomes part of paths: [`names`] says what may, before anything is written.
+//! are ours, because what a server sends becomes part of paths: `names` says what may, before anything is written.
 
 #[cfg(feature = "hub")]
 mod client;
