@@ -253,7 +253,7 @@ fn of_recipes(_: &Bed) -> Vec<Vec<u8>> {
         "keep = 0.8\nranks = \"welore\"\nlayout = \"pivot\"\nmax-shard-size = \"1 MiB\"\ntargets = [\"*.mlp.*\"]",
         "bits = 3.5\nquant = [\"rtn-int4-g32\", \"q4_k\", \"nf4\"]\ncompensate = \"eora\"\ncalibration = \"t.txt\"\nsamples = 8\nseq-len = 64",
         "target-size = \"350MiB\"\nmethod = \"kfac\"\ncalibration = \"t\"\nsequential = true\nanchor = 0.5\ndamping-input = 0.1",
-        "ranks = \"fixed:7\"\nexclude = [\"a\", \"[b-c]\"]\nformat = \"dense\"\nelastic = true\nseed = 1",
+        "ranks = \"fixed:7\"\nexclude = [\"a\", \"[b-c]\"]\nformat = \"factored\"\nelastic = true\nmax-shard-size = \"1MiB\"",
     ];
     recipes.iter().map(|text| text.as_bytes().to_vec()).collect()
 }
