@@ -167,7 +167,7 @@ fn a_broken_config() {
         let (model, config) = (broken.model(), broken.model().join("config.json"));
         std::fs::write(&config, broken_by).unwrap();
         let out = broken.folder.path().join("out");
-        let parts = ["config.json", "cannot be parsed", "hint: a model is run from its config"];
+        let parts = ["config.json", "cannot be parsed", "; a model is run from its config"];
         let statistics = broken.folder.path().join("statistics.safetensors");
         let compress = ["compress", path(&model), "-o", path(&out), "--keep", "0.8"];
         broken.check_one(&["eval", path(&model), "--text", HELD_OUT], 4, &parts);
