@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// Folders that an interrupt would leave behind, and whether a later run may go on with them.
+/// Folders that an interrupt would leave behind, and whether a later run may resume them.
 static UNFINISHED: Mutex<BTreeMap<PathBuf, bool>> = Mutex::new(BTreeMap::new());
 
 fn unfinished() -> MutexGuard<'static, BTreeMap<PathBuf, bool>> {
@@ -35,7 +35,7 @@ impl Drop for Unfinished {
 }
 
 /// To be called when the process is about to end early: removes the folders under construction, but for those that a later
-/// run may go on with, which it gives back.
+/// run may resume, which it gives back.
 pub fn abandon() -> Vec<PathBuf> {
     // Held for good: no folder is begun from here on.
     let folders = std::mem::ManuallyDrop::new(unfinished());
