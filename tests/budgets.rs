@@ -1,10 +1,8 @@
 //! Budgets: exact sizes, sweeps, divergence, truncation, the anchored mode.
 
-mod common;
-
 use std::path::Path;
 
-use common::{FIXTURE, HELD_OUT, TRAIN, lrc, ok, path, perplexity};
+use crate::common::{self, FIXTURE, HELD_OUT, TRAIN, lrc, ok, path, perplexity};
 use lrc::checkpoint::{Checkpoint, Dtype, SafetensorsWriter, TensorInfo, TensorSpec, cast};
 use serde_json::Value;
 

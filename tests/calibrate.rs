@@ -1,12 +1,10 @@
 //! Statistics: against torch and finite differences, merged, kept, refused.
 
-mod common;
-
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
+use crate::common::{self, FIXTURE, HELD_OUT, TRAIN, command, finish, lrc, ok, path};
 use candle_core::{Device, Tensor};
-use common::{FIXTURE, HELD_OUT, TRAIN, command, finish, lrc, ok, path};
 use lrc::calibrate::{Needs, Observation, Targets, observe};
 use lrc::checkpoint::Checkpoint;
 use lrc::journal::Journal;

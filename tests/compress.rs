@@ -1,11 +1,9 @@
 //! The real binary on the project's own trained model.
 
-mod common;
-
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use common::{FIXTURE, HELD_OUT, TRAIN, beside, command, finish, lrc, ok, path, perplexity};
+use crate::common::{self, FIXTURE, HELD_OUT, TRAIN, beside, command, finish, lrc, ok, path, perplexity};
 use lrc::checkpoint::Checkpoint;
 use serde_json::Value;
 use sha2::{Digest, Sha256};

@@ -1,10 +1,8 @@
 //! Valid models that are not in general position: matrices of zeros, dead channels, blocks that do nothing, the largest floats.
 
-mod common;
-
 use std::path::{Path, PathBuf};
 
-use common::{FIXTURE, HELD_OUT, TRAIN, copy, edit, lrc, ok, path, perplexity};
+use crate::common::{FIXTURE, HELD_OUT, TRAIN, copy, edit, lrc, ok, path, perplexity};
 use lrc::checkpoint::{Checkpoint, Dtype, SafetensorsWriter, TensorSpec, cast};
 use serde_json::Value;
 

@@ -1,12 +1,10 @@
 //! What the documents tell the reader to type works: every `sh` block of README and of `docs/choosing.md` is run line by line in a
 //! folder where `MODEL` is the fixture, and the script of `docs/ci.md` as it stands.
 
-mod common;
-
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use common::{FIXTURE, HELD_OUT, TRAIN, finish, path};
+use crate::common::{self, FIXTURE, HELD_OUT, TRAIN, finish, path};
 
 fn read(name: &str) -> String {
     std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(name)).unwrap()

@@ -1,11 +1,9 @@
 //! Bad input: one clear error that names the file and the tensor, the documented exit code, and nothing lost.
 
-mod common;
-
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use common::{FIXTURE, HELD_OUT, TRAIN, copy, lrc, ok, path};
+use crate::common::{FIXTURE, HELD_OUT, TRAIN, copy, lrc, ok, path};
 use lrc::checkpoint::Checkpoint;
 
 /// A copy of the fixture that a test may break.

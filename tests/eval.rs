@@ -1,12 +1,10 @@
 //! Conventions, texts and gates of `lrc eval`.
 
-mod common;
-
 use std::io::Write;
 use std::path::Path;
 use std::process::Stdio;
 
-use common::{FIXTURE, HELD_OUT, command, lrc, ok, path};
+use crate::common::{self, FIXTURE, HELD_OUT, command, lrc, ok, path};
 use serde_json::{Value, json};
 
 const JSONL: &str = "fixtures/text/documents.jsonl";

@@ -1,13 +1,11 @@
 //! Every family, by one contract: the logits and gradients of transformers; compressed at any budget in both layouts, factors and
 //! what they multiply out to are one model; what is tied stays tied, what is unknown passes through.
 
-mod common;
-
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
+use crate::common::{self, ok, path};
 use candle_core::{Device, Tensor};
-use common::{ok, path};
 use lrc::calibrate::{Needs, Observation, Targets, observe};
 use lrc::checkpoint::{Checkpoint, Dtype, SafetensorsWriter, TensorSpec, gguf};
 use lrc::journal::Journal;

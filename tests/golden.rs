@@ -1,4 +1,4 @@
-//! What people read, as it was agreed on: helps, errors and tables. `TRYCMD=overwrite cargo test --release --test golden` writes
+//! What people read, as it was agreed on: helps, errors and tables. `TRYCMD=overwrite cargo test --release --test suite golden` writes
 //! what is said now.
 
 #[test]

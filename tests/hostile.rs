@@ -1,13 +1,10 @@
 //! Input that nobody would write, and systems that refuse: an error that says what it is, in time, and the documented exit code.
 
-mod common;
-mod fuzz;
-
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use common::{FIXTURE, HELD_OUT, Run, TRAIN, copy, finish, lrc, ok, path};
-use fuzz::{Bench, Outcome, TARGETS};
+use crate::common::{FIXTURE, HELD_OUT, Run, TRAIN, copy, finish, lrc, ok, path};
+use crate::fuzz::{Bench, Outcome, TARGETS};
 use serde_json::{Value, json};
 
 /// Every target on its corpus, its undamaged inputs and some seconds of damage.

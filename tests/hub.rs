@@ -1,7 +1,4 @@
 //! Hub ids against a local server that speaks the hub's paths.
-#![cfg(feature = "hub")]
-
-mod common;
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
@@ -9,7 +6,7 @@ use std::net::{TcpListener, TcpStream};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
-use common::{FIXTURE, Run, command, finish, path};
+use crate::common::{self, FIXTURE, Run, command, finish, path};
 
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 
@@ -421,7 +418,11 @@ fn names_of_a_hostile_server_are_refused_before_anything_is_written() {
     let absolute = path(&outside.path().join("escape")).to_string();
     for name in hostile_names(&absolute) {
         let quoted = format!("\"{name}\"");
-        refused(Lie { etag: Some(quoted.clone()), ..Lie::default() }, Behaviour::Serve, &["ETag", "json"]);
+        refused(
+            Lie { etag: Some(quoted.clone()), ..Lie::default() },
+            Behaviour::Serve,
+            &["ETag", "`1_Pooling/config.json`"],
+        );
         refused(Lie { etag: Some(format!("W/{quoted}")), ..Lie::default() }, Behaviour::Serve, &["ETag"]);
         refused(Lie { linked_etag: Some(quoted.clone()), ..Lie::default() }, Behaviour::Serve, &["ETag"]);
         refused(Lie { etag: Some(quoted), ..Lie::default() }, Behaviour::Elsewhere(String::new()), &["ETag"]);

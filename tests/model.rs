@@ -1,11 +1,9 @@
 //! The decoder against transformers.
 
-mod common;
-
 use std::path::Path;
 
+use crate::common::{self, FIXTURE, beside, command, finish, lrc, path};
 use candle_core::{Device, Tensor};
-use common::{FIXTURE, beside, command, finish, lrc, path};
 use lrc::checkpoint::{Checkpoint, SafetensorsWriter, TensorSpec};
 use lrc::model::Decoder;
 use serde_json::Value;

@@ -1,10 +1,8 @@
 //! Where outputs go and where not, what comes along, and that nothing is lost.
 
-mod common;
-
 use std::path::Path;
 
-use common::{FIXTURE, HELD_OUT, TRAIN, command, copy, finish, lrc, ok, path, perplexity};
+use crate::common::{FIXTURE, HELD_OUT, TRAIN, command, copy, finish, lrc, ok, path, perplexity};
 use serde_json::Value;
 
 fn report(out: &Path) -> Value {

@@ -1,14 +1,12 @@
 //! Quantised bases, compensation, exact sizes, and every format that holds them.
 
-mod common;
-
 use std::collections::BTreeMap;
 use std::io::Cursor;
 use std::path::{Path, PathBuf};
 
+use crate::common::{FIXTURE, HELD_OUT, TRAIN, command, copy, finish, lrc, ok, path, perplexity};
 use candle_core::Device;
 use candle_core::quantized::gguf_file::Content;
-use common::{FIXTURE, HELD_OUT, TRAIN, command, copy, finish, lrc, ok, path, perplexity};
 use half::f16;
 use lrc::checkpoint::Checkpoint;
 use serde_json::Value;

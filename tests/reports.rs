@@ -1,11 +1,9 @@
 //! What is written for people and for scripts: schema, spectra, pages in a real browser, model cards, gates.
 
-mod common;
-
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use common::{FIXTURE, HELD_OUT, TRAIN, lrc, ok, path};
+use crate::common::{self, FIXTURE, HELD_OUT, TRAIN, lrc, ok, path};
 use lrc::checkpoint::{Dtype, TensorSpec, write_file};
 use serde_json::Value;
 

@@ -1,14 +1,12 @@
 //! Runs that are killed, interrupted, and gone on with.
 
-mod common;
-
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use common::{FIXTURE, TRAIN, command, copy, lrc, ok, path};
+use crate::common::{self, FIXTURE, TRAIN, command, copy, lrc, ok, path};
 use serde_json::Value;
 
 /// Every file of an output but what tells of time and memory.

@@ -1,12 +1,10 @@
 //! Sentence embeddings: encoders in folders of sentence-transformers, held against that. `tests/oracles/sentence.py` made the values.
 
-mod common;
-
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
+use crate::common::{lrc, ok, path};
 use candle_core::{Device, Tensor};
-use common::{lrc, ok, path};
 use lrc::calibrate::{Needs, Observation, Targets, observe};
 use lrc::checkpoint::{Checkpoint, Dtype, SafetensorsWriter, TensorSpec};
 use lrc::journal::Journal;

@@ -1,10 +1,8 @@
 //! Stacks of experts in one tensor of three dimensions, of a family that nobody knows: compressed by names and shapes.
 
-mod common;
-
 use std::path::{Path, PathBuf};
 
-use common::{lrc, ok, path};
+use crate::common::{lrc, ok, path};
 use lrc::checkpoint::{Checkpoint, Dtype, SafetensorsWriter, TensorSpec, cast};
 use lrc::model::inventory;
 use serde_json::{Value, json};

@@ -1,11 +1,9 @@
 //! What appears where: data on stdout, the rest on stderr, colour and bars on terminals alone; what shells and `man` are given.
 
-mod common;
-
 use std::path::Path;
 use std::process::Command;
 
-use common::{FIXTURE, TRAIN, command, finish, ok, path};
+use crate::common::{self, FIXTURE, TRAIN, command, finish, ok, path};
 use serde_json::Value;
 
 /// A compression that takes every stage, into a folder of its own.

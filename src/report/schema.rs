@@ -113,7 +113,7 @@ pub fn markdown() -> String {
         "# Fields of the JSON reports\n\n\
          Schema version {SCHEMA_VERSION}: it grows when a field changes its meaning or goes away; new fields may come without. `[]` marks lists, `{{}}` \
          maps, `?` fields that a report may lack or that may be null. `--fail-if` names fields by their path without the marks, \
-         `linears.rank` say, and then no element may hold. This page is made from the types by `LRC_OVERWRITE=1 cargo test --release --test reports`.\n"
+         `linears.rank` say, and then no element may hold. This page is made from the types by `LRC_OVERWRITE=1 cargo test --release --test suite reports`.\n"
     );
     let tables = [
         ("lrc compress --json, and `lrc-report.json`", fields::<CompressReport>()),

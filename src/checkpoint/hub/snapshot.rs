@@ -190,27 +190,28 @@ struct Transfer<'a> {
 }
 
 impl Transfer<'_> {
-    /// Downloads files, some at a time; the first failure ends the rest.
+    /// Downloads files, some at a time. A failure ends the rest; of several, that of the earliest file is kept: those before it
+    /// were begun, and are waited for.
     fn all(&self, files: Vec<Wanted>) -> Result<()> {
         let n_workers = N_WORKERS.min(files.len());
-        let queue = Mutex::new(VecDeque::from(files));
+        let queue = Mutex::new(VecDeque::from_iter(files.into_iter().enumerate()));
         let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
         let work = || {
-            while let Some(file) = next() {
+            while let Some((at, file)) = next() {
                 let mut told = 0;
                 if let Err(fault) = retried(|| self.one(&file, &mut told)) {
                     queue.lock().unwrap_or_else(PoisonError::into_inner).clear();
-                    return Err(fault);
+                    return Some((at, fault));
                 }
             }
-            Ok(())
+            None
         };
-        std::thread::scope(|scope| {
+        let faults = std::thread::scope(|scope| {
             let workers: Vec<_> = (0..n_workers).map(|_| scope.spawn(work)).collect();
             let ends = workers.into_iter().map(|worker| worker.join().expect("invariant: a transfer does not panic"));
-            // All are waited for, and the first failure is kept.
-            ends.fold(Ok(()), Result::and)
-        })
+            ends.collect::<Vec<_>>()
+        });
+        faults.into_iter().flatten().min_by_key(|(at, _)| *at).map_or(Ok(()), |(_, fault)| Err(fault))
     }
 
     /// Brings one file into the cache; `told` are the bytes of it that progress has heard of.
