@@ -5,10 +5,10 @@
 //!
 //! - Pivots are swapped until no coefficient exceeds 1.2: rounding `P` with feedback costs the geometric mean of the spectrum of
 //!   `Sᵀ G S`, and that is least where the volume of the pivots is largest.
-//! - `T` is rounded column by column ([`feed_back`]) in the metric `P C Pᵀ`.
+//! - `T` is rounded column by column ([`feed_back`]) in the metric `P C Pᵀ`, then value by value ([`descend`]).
 //! - `P` is fitted to the rounded `T̂`, `P − X P` with `X = (Ŝᵀ G Ŝ)⁻¹ Ŝᵀ G (Ŝ − S)`: what a row of length t lost becomes
 //!   smaller by √(1 + t²). `C` cancels.
-//! - `P` is rounded row by row in the metric `Ŝᵀ G Ŝ`.
+//! - `P` is rounded row by row, likewise, in the metric `Ŝᵀ G Ŝ`.
 //!
 //! Of factors, `B` is rounded to nearest (in their gauge both Grams are diagonal, so that feedback has nothing to give), and `A`
 //! fitted to it and rounded. Errors are second moments: those of values that were rounded apart are taken for independent.
@@ -22,7 +22,7 @@ use crate::checkpoint::{Dtype, cast};
 use crate::formats::Parts;
 use crate::linalg::{self, RowSkeleton};
 use crate::model::Layout;
-use crate::quantize::feed_back;
+use crate::quantize::{descend, feed_back};
 
 /// Bound on the coefficients where they are rounded.
 const TIGHT_BOUND: f64 = 1.2;
@@ -30,6 +30,10 @@ const TIGHT_BOUND: f64 = 1.2;
 /// Share of its mean eigenvalue that is added to a metric of feedback: it costs a hundredth of what rounding to nearest does, and
 /// keeps values that make up for others from growing.
 const RIDGE: f64 = 1e-4;
+
+/// Sweeps of coordinate descent after feedback: at most so many, and none after one that gained less than a share.
+const N_SWEEPS: usize = 3;
+const SMALL_GAIN: f64 = 0.05;
 
 /// What rounding is measured in: one side of the metric of a weight.
 pub(super) enum Side<'a> {
@@ -198,32 +202,44 @@ fn factors(pair: &LowRank, (m, n): (usize, usize), sides: &Sides<'_>, dtype: Dty
     Rounded { parts: Parts::Factors { rank, b: b.into(), a: a.into() }, squared_error }
 }
 
-/// Rounds the columns of `weights` with feedback in `metric` (cols, cols), of which they are those in `order`; with what that
-/// costs each row in the metric. None where the metric has no factor.
-fn columns_with_feedback(
-    mut weights: Mat<f32>,
-    order: &[usize],
-    metric: &Mat<f64>,
-    dtype: Dtype,
-) -> Option<(Mat<f32>, Vec<f64>)> {
+/// Rounds `weights` (rows, cols) in a `metric` (cols, cols) of the columns: with feedback, then by coordinate descent. With what
+/// that costs each row in the metric. None where the metric has no factor.
+fn columns_with_feedback(weights: &Mat<f64>, metric: &Mat<f64>, dtype: Dtype) -> Option<(Mat<f32>, Vec<f64>)> {
     let (rows, cols) = (weights.nrows(), weights.ncols());
+    let order = by_weight(weights, metric);
     let shift = RIDGE * mean_diagonal(metric);
-    let ordered = Mat::from_fn(cols, cols, |i, j| metric[(order[i], order[j])] + if i == j { shift } else { 0.0 });
-    let (upper, _) = linalg::inverse_cholesky(ordered.as_ref())?;
+    let metric = Mat::from_fn(cols, cols, |i, j| metric[(order[i], order[j])] + if i == j { shift } else { 0.0 });
+    let (upper, _) = linalg::inverse_cholesky(metric.as_ref())?;
     let upper = Mat::from_fn(cols, cols, |i, j| upper[(i, j)] as f32);
-    let mut costs = vec![0.0; rows];
+    let weights = Mat::from_fn(rows, cols, |i, j| weights[(i, order[j])] as f32);
+    let (mut found, mut costs) = (weights.clone(), vec![0.0; rows]);
     let spend = |errors: &[f32]| {
         costs.iter_mut().zip(errors).for_each(|(cost, &error)| *cost += f64::from(error) * f64::from(error));
     };
-    feed_back(weights.as_mut(), upper.as_ref(), |_, column| round(dtype, column), spend);
-    let is_finite = costs.iter().all(|cost| cost.is_finite());
-    is_finite.then_some((weights, costs))
+    feed_back(found.as_mut(), upper.as_ref(), |_, column| round(dtype, column), spend);
+    drop(upper);
+    let metric = Mat::from_fn(cols, cols, |i, j| metric[(i, j)] as f32);
+    for _ in 0..N_SWEEPS {
+        let before: f64 = costs.iter().sum();
+        descend(found.as_mut(), weights.as_ref(), metric.as_ref(), &mut costs, |_, column| round(dtype, column));
+        costs.iter_mut().for_each(|cost| *cost = cost.max(0.0));
+        if costs.iter().sum::<f64>() > (1.0 - SMALL_GAIN) * before {
+            break;
+        }
+    }
+    let mut result = Mat::zeros(rows, cols);
+    for (&at, column) in order.iter().zip(found.col_iter()) {
+        result.col_mut(at).copy_from(column);
+    }
+    costs.iter().all(|cost| cost.is_finite()).then_some((result, costs))
 }
 
-/// Columns by falling diagonal of their metric: what weighs most is rounded while most can still make up for it.
-fn by_weight(metric: &Mat<f64>) -> Vec<usize> {
-    let mut order: Vec<usize> = (0..metric.nrows()).collect();
-    order.sort_by(|&i, &j| metric[(j, j)].total_cmp(&metric[(i, i)]).then(i.cmp(&j)));
+/// Columns by what rounding them to nearest costs, most first: it is done while most can still make up for it.
+fn by_weight(weights: &Mat<f64>, metric: &Mat<f64>) -> Vec<usize> {
+    let costs: Vec<f64> =
+        weights.col_iter().enumerate().map(|(j, column)| metric[(j, j)] * column.squared_norm_l2()).collect();
+    let mut order: Vec<usize> = (0..costs.len()).collect();
+    order.sort_by(|&i, &j| costs[j].total_cmp(&costs[i]).then(i.cmp(&j)));
     order
 }
 
@@ -280,13 +296,6 @@ impl<'a> Skeleton<'a> {
         })
     }
 
-    /// `Pᵀ` (n, r) of the pivot rows `basis` of `B`, columns in `order`.
-    fn targets(&self, basis: &Mat<f64>, order: &[usize]) -> Mat<f32> {
-        let ordered = Mat::from_fn(self.rank, self.rank, |k, i| basis[(order[i], k)]);
-        let targets = linalg::product(self.a_t.as_ref(), ordered.as_ref());
-        Mat::from_fn(targets.nrows(), self.rank, |i, j| targets[(i, j)] as f32)
-    }
-
     fn parts(&self, pivots: Vec<f32>, coefficients: &Mat<f64>) -> Parts {
         Parts::Pivot {
             rank: self.rank,
@@ -317,13 +326,8 @@ impl<'a> Skeleton<'a> {
     /// Both parts rounded with feedback; none where a metric has no factor.
     fn fed_back(&self, dtype: Dtype) -> Option<Rounded> {
         let (outputs, inputs) = self.weights();
-        let order = by_weight(&self.right);
-        let weights = Mat::from_fn(outputs.len(), self.rank, |i, k| self.rows.coefficients[(i, order[k])] as f32);
-        let (t, costs) = columns_with_feedback(weights, &order, &self.right, dtype)?;
-        let mut coefficients = Mat::zeros(t.nrows(), self.rank);
-        for (k, column) in t.col_iter().enumerate() {
-            coefficients.col_mut(order[k]).iter_mut().zip(column.iter()).for_each(|(to, from)| *to = f64::from(*from));
-        }
+        let (t, costs) = columns_with_feedback(&self.rows.coefficients, &self.right, dtype)?;
+        let coefficients = Mat::from_fn(t.nrows(), self.rank, |i, k| f64::from(t[(i, k)]));
         let fit = match &self.sides.output {
             Side::Whole(output) => {
                 let before = self.left_t(&self.rows.coefficients);
@@ -336,14 +340,9 @@ impl<'a> Skeleton<'a> {
                 squared_error: costs.iter().zip(&outputs).map(|(cost, weight)| cost * weight).sum(),
             },
         };
-        let order = by_weight(&fit.left);
-        let targets = self.targets(&fit.of(self.basis.as_ref()), &order);
-        let (p, costs) = columns_with_feedback(targets, &order, &fit.left, dtype)?;
-        let n = p.nrows();
-        let mut pivots = vec![0.0; self.rank * n];
-        for (k, column) in p.col_iter().enumerate() {
-            pivots[order[k] * n..][..n].iter_mut().zip(column.iter()).for_each(|(to, from)| *to = *from);
-        }
+        let targets = linalg::product(self.a_t.as_ref(), fit.of(self.basis.as_ref()).transpose()); // (n, r)
+        let (p, costs) = columns_with_feedback(&targets, &fit.left, dtype)?;
+        let pivots = p.col_iter().flat_map(|column| column.iter().copied()).collect();
         let of_pivots: f64 = costs.iter().zip(&inputs).map(|(cost, weight)| cost * weight).sum();
         Some(Rounded { parts: self.parts(pivots, &coefficients), squared_error: fit.squared_error + of_pivots })
     }
@@ -394,11 +393,11 @@ mod tests {
         }
     }
 
-    fn weight(m: usize, n: usize) -> Mat<f64> {
+    fn weight(m: usize, n: usize, seed: u64) -> Mat<f64> {
         let k = m.min(n);
-        let left = linalg::orthonormal_columns(noise(m, k, 11));
+        let left = linalg::orthonormal_columns(noise(m, k, seed + 11));
         let faded = Mat::from_fn(m, k, |i, j| left[(i, j)] * (1.0 + j as f64).powf(-0.5));
-        faded * linalg::orthonormal_columns(noise(n, k, 12)).transpose()
+        faded * linalg::orthonormal_columns(noise(n, k, seed + 12)).transpose()
     }
 
     struct Case {
@@ -410,8 +409,8 @@ mod tests {
     }
 
     impl Case {
-        fn new((m, n): (usize, usize), rank: usize, output: &str, input: &str) -> Self {
-            let (weight, output, input) = (weight(m, n), form(output, m, 1), form(input, n, 2));
+        fn new((m, n): (usize, usize), rank: usize, output: &str, input: &str, seed: u64) -> Self {
+            let (weight, output, input) = (weight(m, n, seed), form(output, m, seed + 1), form(input, n, seed + 2));
             let metric = MetricPair { output: &output, input: &input };
             let decomposition = low_rank::decompose(weight.as_ref(), metric, rank).unwrap();
             let pair = decomposition.truncate(weight.as_ref(), rank);
@@ -456,37 +455,44 @@ mod tests {
 
     #[test]
     fn feedback_beats_rounding_in_all_nine_metrics_and_knows_its_error() {
-        let mut gains = [Vec::new(), Vec::new()];
+        let (mut gains, mut ratios) = ([Vec::new(), Vec::new()], Vec::new());
         for shape in [(48, 96), (96, 48), (64, 64)] {
             let rank = Layout::Pivot.largest_saving_rank(shape) * 7 / 10;
             for output in ["identity", "diagonal", "full"] {
                 for input in ["identity", "diagonal", "full"] {
-                    let case = Case::new(shape, rank, output, input);
+                    // Where one input outweighs all others chance decides a single case.
+                    let cases: Vec<Case> =
+                        (0..6).map(|seed| Case::new(shape, rank, output, input, 100 * seed)).collect();
                     for layout in [Layout::Pivot, Layout::Factors] {
-                        let rounded = case.rounded(layout);
-                        let (found, plain) = (case.error(&rounded.parts), case.plain(layout));
-                        let expected = (rounded.squared_error / case.decomposition.curve.squared_error(0)).sqrt();
-                        let name = format!("{shape:?} {output} {input} {layout:?}: {found} {plain} {expected}");
-                        // Of factors little is to be gained, and chance decides where one input outweighs all others.
-                        let (bound, gains) = match layout {
-                            Layout::Pivot => (1.0, &mut gains[0]),
-                            Layout::Factors => (1.4, &mut gains[1]),
-                        };
-                        assert!(found < bound * plain, "{name}");
-                        gains.push(plain / found);
-                        assert!((0.6..1.6).contains(&(expected / found)), "{name}");
+                        let (mut found, mut plain, mut expected) = (0.0, 0.0, 0.0);
+                        for case in &cases {
+                            let rounded = case.rounded(layout);
+                            found += case.error(&rounded.parts).powi(2);
+                            plain += case.plain(layout).powi(2);
+                            expected += rounded.squared_error / case.decomposition.curve.squared_error(0);
+                        }
+                        let (gain, ratio) = ((plain / found).sqrt(), (expected / found).sqrt());
+                        let name = format!("{shape:?} {output} {input} {layout:?}");
+                        assert!((0.4..2.5).contains(&ratio), "{name}: {ratio}");
+                        println!("{name}: {gain} {ratio}");
+                        ratios.push(ratio);
+                        gains[usize::from(layout == Layout::Factors)].push(gain);
                     }
                 }
             }
         }
-        let means = gains.map(|gains| gains.iter().sum::<f64>() / gains.len() as f64);
+        let means = gains.each_ref().map(|gains| gains.iter().sum::<f64>() / gains.len() as f64);
+        let least = gains.map(|gains| gains.into_iter().fold(f64::INFINITY, f64::min));
         assert!(means[0] > 1.5 && means[1] > 1.0, "{means:?}");
+        assert!(least[0] > 1.0 && least[1] > 0.9, "{least:?}");
+        let ratio = ratios.iter().sum::<f64>() / ratios.len() as f64;
+        assert!((0.9..1.1).contains(&ratio), "{ratio}");
     }
 
     #[test]
     fn long_coefficients_cost_no_more_than_twice_what_a_dense_weight_does() {
         for shape in [(160, 560), (560, 160)] {
-            let case = Case::new(shape, 120, "full", "full");
+            let case = Case::new(shape, 120, "full", "full", 0);
             let metric = MetricPair { output: &case.output, input: &case.input };
             let dense = Mat::from_fn(shape.0, shape.1, |i, j| {
                 case.weight[(i, j)] - f64::from(cast::nearest(DTYPE, case.weight[(i, j)] as f32))
@@ -540,7 +546,7 @@ mod tests {
                 }
             }
         }
-        let case = Case::new((6, 9), 6, "full", "full");
+        let case = Case::new((6, 9), 6, "full", "full", 0);
         assert!(case.error(&case.rounded(Layout::Pivot).parts) < 4e-3);
     }
 }

@@ -1,10 +1,13 @@
 //! Rows that span all rows, with small coefficients: the maximum-volume submatrix (Goreinov, Oseledets, Savostyanov,
 //! Tyrtyshnikov & Zamarashkin 2010).
 
-use faer::linalg::triangular_solve::solve_unit_upper_triangular_in_place;
-use faer::{Mat, MatRef, Par};
+use std::cmp::Ordering;
 
-use super::orthonormal_columns;
+use faer::linalg::matmul::matmul;
+use faer::linalg::triangular_solve::{solve_lower_triangular_in_place, solve_upper_triangular_in_place};
+use faer::{Accum, Mat, MatRef, Par};
+
+use super::{orthonormal_columns, product};
 
 /// `B = P [B_pivot; T B_pivot]`: r of the rows of a matrix (m, r), and the others in terms of them.
 #[derive(Debug, Clone)]
@@ -20,24 +23,38 @@ pub struct RowSkeleton {
 /// A loose bound on the coefficients. A swap under way to it doubles the volume of the pivot rows, so few are needed.
 pub const COEFFICIENT_BOUND: f64 = 2.0;
 
-/// Under this share of the largest pivot of the LU factorisation, columns are taken for dependent.
-const DEPENDENT_SHARE: f64 = 1e-10;
+/// Under this share of the squared norm of the first pivot row, the rest of a row is taken for rounding errors. That of a row of
+/// orthonormal columns never is: those left have at least 1 / (m − r).
+const DEPENDENT_SHARE: f64 = 1e-8;
+
+/// Pivots that are picked between two products.
+const BLOCK: usize = 64;
+
+/// Rows that a block is picked from.
+const CANDIDATES: usize = 4 * BLOCK;
+
+/// A pivot may be this much shorter, squared, than the longest row that was not among the candidates when they were measured.
+const NEAR_LONGEST: f64 = 0.9;
 
 /// The skeleton of `basis` (m, r), m ≥ r, with coefficients up to `bound` > 1 in size; dependent columns are replaced by independent ones first.
 ///
-/// LU with partial pivoting picks the rows, `T = L₂ L₁⁻¹`; then, while an entry of `T` exceeds the bound, its row and its
-/// pivot change places.
+/// Pivots are the rows with the longest rest beside those before them, columns being of equal length: the pivoted Cholesky
+/// factorisation of `B Bᵀ`, in blocks. Then `T = L₂ L₁⁻¹`, and while an entry of `T` exceeds the bound, its row and its pivot
+/// change places. LU with partial pivoting looks at one column at a time, and its rows have less volume: on random matrices
+/// their `‖T‖²` is larger by a third.
 pub fn row_skeleton(basis: MatRef<'_, f64>, bound: f64) -> RowSkeleton {
-    let (m, r) = (basis.nrows(), basis.ncols());
-    assert!(m >= r, "invariant: a basis has no more columns than rows");
-    let (lu, permutation) = lu(basis.to_owned()).unwrap_or_else(|| {
-        lu(orthonormal_columns(basis.to_owned())).expect("invariant: orthonormal columns are independent")
+    assert!(basis.nrows() >= basis.ncols(), "invariant: a basis has no more columns than rows");
+    let (l_t, mut pivots) = pivoted_cholesky(&with_unit_columns(basis)).unwrap_or_else(|| {
+        pivoted_cholesky(&orthonormal_columns(basis.to_owned()))
+            .expect("invariant: what is left of orthonormal columns is long")
     });
+    let mut is_pivot = vec![false; basis.nrows()];
+    pivots.iter().for_each(|&row| is_pivot[row] = true);
+    let mut others: Vec<usize> = (0..basis.nrows()).filter(|&row| !is_pivot[row]).collect();
     // T L₁ = L₂, solved as L₁ᵀ Tᵀ = L₂ᵀ.
-    let mut transposed = lu.subrows(r, m - r).transpose().to_owned(); // (r, m - r)
-    solve_unit_upper_triangular_in_place(lu.subrows(0, r).transpose(), transposed.as_mut(), Par::Seq);
+    let mut transposed = columns(l_t.as_ref(), &others);
+    solve_upper_triangular_in_place(columns(l_t.as_ref(), &pivots).as_ref(), transposed.as_mut(), Par::Seq);
     let mut coefficients = transposed.transpose().to_owned();
-    let (mut pivots, mut others) = (permutation[..r].to_vec(), permutation[r..].to_vec());
     while let Some((i, j)) = largest_above(&coefficients, bound) {
         swap(&mut coefficients, i, j);
         std::mem::swap(&mut others[i], &mut pivots[j]);
@@ -45,13 +62,92 @@ pub fn row_skeleton(basis: MatRef<'_, f64>, bound: f64) -> RowSkeleton {
     RowSkeleton { pivots, others, coefficients }
 }
 
-/// `P A = L U`, and the row order; none where a pivot vanishes.
-fn lu(mut matrix: Mat<f64>) -> Option<(Mat<f64>, Vec<usize>)> {
-    let order = super::solve::lu(&mut matrix);
-    let pivots: Vec<f64> = (0..matrix.ncols()).map(|i| matrix[(i, i)].abs()).collect();
-    let largest = pivots.iter().copied().fold(0.0, f64::max);
-    let is_sound = pivots.iter().all(|&p| p > DEPENDENT_SHARE * largest);
-    is_sound.then_some((matrix, order))
+fn with_unit_columns(matrix: MatRef<'_, f64>) -> Mat<f64> {
+    let mut matrix = matrix.to_owned();
+    for column in matrix.col_iter_mut() {
+        let norm = column.norm_l2();
+        if norm > 0.0 {
+            column.iter_mut().for_each(|v| *v /= norm);
+        }
+    }
+    matrix
+}
+
+fn columns(matrix: MatRef<'_, f64>, of: &[usize]) -> Mat<f64> {
+    Mat::from_fn(matrix.nrows(), of.len(), |i, j| matrix[(i, of[j])])
+}
+
+/// `Lᵀ` (r, m) of `B Bᵀ = L Lᵀ`, and the r rows in whose order `L` is lower triangular; none where columns depend on each other.
+fn pivoted_cholesky(basis: &Mat<f64>) -> Option<(Mat<f64>, Vec<usize>)> {
+    let (m, r) = (basis.nrows(), basis.ncols());
+    let basis_t = basis.transpose().to_owned();
+    let mut l_t = Mat::zeros(r, m);
+    let mut pivots: Vec<usize> = Vec::with_capacity(r);
+    // Squared norms of what is left of the rows; that of a pivot is never looked at again.
+    let mut rest: Vec<f64> = basis_t.col_iter().map(|row| row.squared_norm_l2()).collect();
+    let mut open: Vec<usize> = (0..m).collect();
+    let smallest = DEPENDENT_SHARE * rest.iter().copied().fold(0.0, f64::max);
+    while pivots.len() < r {
+        let longest_first = |i: &usize, j: &usize| rest[*j].total_cmp(&rest[*i]).then(i.cmp(j));
+        let mut others_longest = 0.0;
+        if open.len() > CANDIDATES {
+            let (_, next, _) = open.select_nth_unstable_by(CANDIDATES, longest_first);
+            others_longest = rest[*next];
+        }
+        let candidates = &mut open[..CANDIDATES.min(m - pivots.len())];
+        candidates.sort_unstable_by(longest_first);
+        let done = l_t.subrows(0, pivots.len());
+        let of_candidates = [columns(basis_t.as_ref(), candidates), columns(done, candidates)];
+        let gram = rests(&of_candidates, of_candidates.each_ref().map(Mat::as_ref));
+        let (picked, factor) = pick(gram, BLOCK.min(r - pivots.len()), NEAR_LONGEST * others_longest, smallest)?;
+        let of_block = of_candidates.map(|rows| columns(rows.as_ref(), &picked));
+        let mut rows = rests(&of_block, [basis_t.as_ref(), done]); // (b, m)
+        solve_lower_triangular_in_place(factor.as_ref(), rows.as_mut(), Par::Seq);
+        for (rest, row) in rest.iter_mut().zip(rows.col_iter()) {
+            *rest = (*rest - row.squared_norm_l2()).max(0.0);
+        }
+        let block: Vec<usize> = picked.iter().map(|&at| candidates[at]).collect();
+        l_t.subrows_mut(pivots.len(), block.len()).copy_from(&rows);
+        open.retain(|row| !block.contains(row));
+        pivots.extend(block);
+    }
+    Some((l_t, pivots))
+}
+
+/// Products of what is left of rows `a` with what is left of rows `b`: `Bᵀ` and the finished part of `Lᵀ`, columns of both.
+fn rests(a: &[Mat<f64>; 2], b: [MatRef<'_, f64>; 2]) -> Mat<f64> {
+    let mut products = product(a[0].transpose(), b[0]);
+    matmul(products.as_mut(), Accum::Add, a[1].transpose(), b[1], -1.0, Par::Seq);
+    products
+}
+
+/// Up to `n` pivots of a Gram, longest rest first, until it falls below `near`; with their Cholesky factor. None where it is
+/// under `smallest`.
+fn pick(mut gram: Mat<f64>, n: usize, near: f64, smallest: f64) -> Option<(Vec<usize>, Mat<f64>)> {
+    let size = gram.nrows();
+    let mut picked: Vec<usize> = Vec::with_capacity(n);
+    let mut factor = Mat::zeros(size, n);
+    while picked.len() < n {
+        let open = (0..size).filter(|at| !picked.contains(at));
+        let at = open.max_by(|&i, &j| gram[(i, i)].total_cmp(&gram[(j, j)]).then(j.cmp(&i)));
+        let longest = at.map_or(0.0, |at| gram[(at, at)]);
+        if !picked.is_empty() && longest < near {
+            break;
+        }
+        let at = at.filter(|_| longest > smallest)?;
+        let scale = 1.0 / longest.sqrt();
+        let column: Vec<f64> = gram.col(at).iter().map(|v| v * scale).collect();
+        for (target, &c) in gram.col_iter_mut().zip(&column) {
+            target.iter_mut().zip(&column).for_each(|(v, d)| *v -= c * d);
+        }
+        factor.col_mut(picked.len()).iter_mut().zip(&column).for_each(|(v, c)| *v = *c);
+        picked.push(at);
+    }
+    let rows = Mat::from_fn(picked.len(), picked.len(), |i, j| match i.cmp(&j) {
+        Ordering::Less => 0.0,
+        _ => factor[(picked[i], j)],
+    });
+    Some((picked, rows))
 }
 
 /// The largest entry of a matrix, where it exceeds `bound` in size.

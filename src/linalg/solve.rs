@@ -6,7 +6,7 @@ use faer::linalg::triangular_solve::{solve_unit_lower_triangular_in_place, solve
 use faer::{Mat, MatRef, Par};
 
 /// `P A = L U` in place of `matrix` (m, n), m ≥ n, with partial pivoting; gives the order of the rows.
-pub(super) fn lu(matrix: &mut Mat<f64>) -> Vec<usize> {
+fn lu(matrix: &mut Mat<f64>) -> Vec<usize> {
     let (m, n) = (matrix.nrows(), matrix.ncols());
     let (mut forward, mut inverse) = (vec![0usize; m], vec![0usize; m]);
     let scratch = lu_in_place_scratch::<usize, f64>(m, n, Par::Seq, Default::default());
