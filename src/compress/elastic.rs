@@ -420,7 +420,7 @@ impl Shortening {
         let b = pair.b.clone();
         let parts = match (self.layout, self.linear.dtype) {
             (Layout::Pivot, dtype @ (Dtype::F16 | Dtype::BF16)) => {
-                let sides = Sides { output: Side::Whole(&output), input: Side::Whole(&input), energies: &[] };
+                let sides = Sides { output: &output, input: Side::Whole(&input), energies: &[] };
                 rounding::lay_out(self.layout, &pair, (m, n), &sides, dtype).parts
             }
             _ => pivot::lay_out(self.layout, pair, (m, n)),

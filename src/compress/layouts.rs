@@ -191,31 +191,19 @@ impl Study<'_> {
         })
     }
 
-    /// Calls `f` with the metric of the `i`-th linear. Of the larger side a Gram is not read: its diagonal is kept with the pair.
+    /// Calls `f` with the metric of the `i`-th linear. Of a larger input side a Gram is not read: its diagonal is kept with the
+    /// pair.
     fn with_sides<T>(&self, i: usize, f: impl FnOnce(&Sides<'_>) -> Result<T>) -> Result<T> {
         let linear = &self.plan.linears[i];
         let basis = self.bases.get(i).expect("invariant: a linear of low rank was decomposed");
         let (metrics, energies) = (self.metrics(), basis.curve.energies());
-        let (of_outputs, of_inputs) = &basis.diagonals;
-        if linear.out_features <= linear.in_features {
-            let output = metrics.output(linear)?;
-            let output = Side::Whole(&output);
-            if metrics.preset.input == Form::Gram {
-                let input = Side::Diagonal(Metric::diagonal(of_inputs.clone()));
-                return f(&Sides { output, input, energies });
-            }
-            return metrics.with_input(linear, &SharedInputs::new(&[linear]), |input| {
-                f(&Sides { output, input: Side::Whole(input), energies })
-            });
+        let output = &metrics.output(linear)?;
+        if linear.out_features <= linear.in_features && metrics.preset.input == Form::Gram {
+            let input = Side::Diagonal(Metric::diagonal(basis.diagonals.1.clone()));
+            return f(&Sides { output, input, energies });
         }
         metrics.with_input(linear, &SharedInputs::new(&[linear]), |input| {
-            let input = Side::Whole(input);
-            if metrics.preset.output == Form::Gram {
-                let output = Side::Diagonal(Metric::diagonal(of_outputs.clone()));
-                return f(&Sides { output, input, energies });
-            }
-            let output = metrics.output(linear)?;
-            f(&Sides { output: Side::Whole(&output), input, energies })
+            f(&Sides { output, input: Side::Whole(input), energies })
         })
     }
 }

@@ -35,7 +35,7 @@ const RIDGE: f64 = 1e-4;
 const N_SWEEPS: usize = 3;
 const SMALL_GAIN: f64 = 0.05;
 
-/// What rounding is measured in: one side of the metric of a weight.
+/// One side of the metric of a weight that rounding is measured in.
 pub(super) enum Side<'a> {
     Whole(&'a Metric),
     /// The diagonal of a Gram that is too large to be worth its while. Of the pair it is known all the same: see [`Sides::grams`].
@@ -49,18 +49,14 @@ impl Side<'_> {
             Self::Diagonal(metric) => metric,
         }
     }
-
-    fn is_whole(&self) -> bool {
-        matches!(self, Self::Whole(_))
-    }
 }
 
-/// Both sides of the metric that a pair was made in, at most one of them as a diagonal.
+/// Both sides of the metric that a pair was made in.
 pub(super) struct Sides<'a> {
-    pub output: Side<'a>,
+    pub output: &'a Metric,
     pub input: Side<'a>,
     /// `λ_k` of the pair's terms: `Bᵀ G B` and `A C Aᵀ` are diagonal, and this is their product. Not asked for where both sides
-    /// are whole.
+    /// are whole, and the output side is no Gram.
     pub energies: &'a [f64],
 }
 
@@ -78,24 +74,28 @@ struct Grams {
 }
 
 impl Sides<'_> {
-    /// The Grams of a pair `b_t` (r, m), `a` (r, n). That of a side of which only the diagonal is at hand follows from the other.
+    /// The Grams of a pair `b_t` (r, m), `a` (r, n). That of a side which is large, or of which only the diagonal is at hand,
+    /// follows from the other.
     fn grams(&self, b_t: MatRef<'_, f64>, a: MatRef<'_, f64>) -> Grams {
-        let gram = |side: &Side<'_>, x: MatRef<'_, f64>| {
-            linalg::product_symmetric(side.metric().times(x).as_ref(), x.transpose())
-        };
+        let gram =
+            |metric: &Metric, x: MatRef<'_, f64>| linalg::product_symmetric(metric.times(x).as_ref(), x.transpose());
         let dual = |gram: &Mat<f64>| {
             Mat::from_fn(gram.nrows(), gram.nrows(), |i, j| match gram[(i, i)] {
                 size if i == j && size > 0.0 => self.energies[i] / size,
                 _ => 0.0,
             })
         };
-        if self.input.is_whole() {
-            let right = gram(&self.input, a);
-            let left = if self.output.is_whole() { gram(&self.output, b_t) } else { dual(&right) };
-            return Grams { left, right };
+        match (&self.input, self.output) {
+            (Side::Whole(input), Metric::Full(_)) => {
+                let right = gram(input, a);
+                Grams { left: dual(&right), right }
+            }
+            (Side::Whole(input), output) => Grams { left: gram(output, b_t), right: gram(input, a) },
+            (Side::Diagonal(_), output) => {
+                let left = gram(output, b_t);
+                Grams { right: dual(&left), left }
+            }
         }
-        let left = gram(&self.output, b_t);
-        Grams { right: dual(&left), left }
     }
 }
 
@@ -159,17 +159,18 @@ struct Fit {
 }
 
 impl Fit {
-    /// Of the rounded left part `left_t` (r, m), that before it, and the Gram of the right part; none where it is singular.
-    fn new(output: &Metric, left_t: MatRef<'_, f64>, before: MatRef<'_, f64>, right: &Mat<f64>) -> Option<Self> {
-        let moved = left_t - before;
-        let weighted = output.times(moved.as_ref()); // (Ŝ − S)ᵀ G
-        let left = linalg::product_symmetric(output.times(left_t).as_ref(), left_t.transpose());
+    /// Of a left part `S`, transposed (r, m), which rounding moved; with the Grams `Sᵀ G S` and that of the right part. None
+    /// where the rounded one is singular.
+    fn new(output: &Metric, left_t: MatRef<'_, f64>, moved_t: MatRef<'_, f64>, grams: &Grams) -> Option<Self> {
+        let weighted = output.times(moved_t); // (Ŝ − S)ᵀ G
+        let cross = linalg::product(weighted.as_ref(), left_t.transpose());
+        let own = linalg::product_symmetric(weighted.as_ref(), moved_t.transpose());
+        let left = &grams.left + &cross + cross.transpose() + &own;
+        let image = cross + &own; // (Ŝ − S)ᵀ G Ŝ
         let shift = RIDGE * RIDGE * mean_diagonal(&left);
-        let image = linalg::product(weighted.as_ref(), left_t.transpose()); // (Ŝ − S)ᵀ G Ŝ
         let x = linalg::solve(shifted(left.clone(), shift).as_ref(), image.transpose())?;
-        let before = linalg::product_symmetric(weighted.as_ref(), moved.transpose());
         let gained = linalg::product_symmetric(image.as_ref(), x.as_ref());
-        let squared_error = (trace_of_product(&before, right) - trace_of_product(&gained, right)).max(0.0);
+        let squared_error = (trace_of_product(&own, &grams.right) - trace_of_product(&gained, &grams.right)).max(0.0);
         Some(Self { x, left, squared_error })
     }
 
@@ -183,19 +184,18 @@ fn factors(pair: &LowRank, (m, n): (usize, usize), sides: &Sides<'_>, dtype: Dty
     let rank = pair.rank;
     let b_t = linalg::transposed_from_row_major(&pair.b, m, rank); // (r, m)
     let a_t = linalg::transposed_from_row_major(&pair.a, rank, n); // (n, r)
-    let Grams { left, right } = sides.grams(b_t.as_ref(), a_t.transpose());
+    let grams = sides.grams(b_t.as_ref(), a_t.transpose());
     let b = rounded(dtype, &pair.b);
-    let outputs = sides.output.metric().to_diagonal(m);
-    let of_a =
-        |a: &[f32], target: &[f32]| weighted_error(a, target, &diagonal(&left), &sides.input.metric().to_diagonal(n));
+    let inputs = sides.input.metric().to_diagonal(n);
+    let of_a = |a: &[f32], target: &[f32]| weighted_error(a, target, &diagonal(&grams.left), &inputs);
     let plain = || {
         let a = rounded(dtype, &pair.a);
-        let squared_error = weighted_error(&b, &pair.b, &outputs, &diagonal(&right)) + of_a(&a, &pair.a);
+        let of_b = weighted_error(&b, &pair.b, &sides.output.to_diagonal(m), &diagonal(&grams.right));
+        let squared_error = of_b + of_a(&a, &pair.a);
         Rounded { parts: Parts::Factors { rank, b: b.clone().into(), a: a.into() }, squared_error }
     };
-    let Side::Whole(output) = &sides.output else { return plain() };
-    let left_t = linalg::transposed_from_row_major(&b, m, rank);
-    let Some(fit) = Fit::new(output, left_t.as_ref(), b_t.as_ref(), &right) else { return plain() };
+    let moved_t = linalg::transposed_from_row_major(&b, m, rank) - &b_t;
+    let Some(fit) = Fit::new(sides.output, b_t.as_ref(), moved_t.as_ref(), &grams) else { return plain() };
     let target = linalg::to_row_major(fit.of(a_t.transpose()).as_ref());
     let a = rounded(dtype, &target);
     let squared_error = fit.squared_error + of_a(&a, &target);
@@ -292,7 +292,7 @@ impl<'a> Skeleton<'a> {
         };
         of_basis().unwrap_or_else(|| {
             let left_t = self.left_t(&self.rows.coefficients);
-            linalg::product_symmetric(self.sides.output.metric().times(left_t.as_ref()).as_ref(), left_t.transpose())
+            linalg::product_symmetric(self.sides.output.times(left_t.as_ref()).as_ref(), left_t.transpose())
         })
     }
 
@@ -307,7 +307,7 @@ impl<'a> Skeleton<'a> {
 
     /// Weights of errors in the rows of `T`, and in the columns of `P`.
     fn weights(&self) -> (Vec<f64>, Vec<f64>) {
-        let (outputs, inputs) = (self.sides.output.metric().to_diagonal(self.shape.0), self.sides.input.metric());
+        let (outputs, inputs) = (self.sides.output.to_diagonal(self.shape.0), self.sides.input.metric());
         (self.rows.others.iter().map(|&row| outputs[row]).collect(), inputs.to_diagonal(self.shape.1))
     }
 
@@ -325,21 +325,14 @@ impl<'a> Skeleton<'a> {
 
     /// Both parts rounded with feedback; none where a metric has no factor.
     fn fed_back(&self, dtype: Dtype) -> Option<Rounded> {
-        let (outputs, inputs) = self.weights();
-        let (t, costs) = columns_with_feedback(&self.rows.coefficients, &self.right, dtype)?;
+        let (_, inputs) = self.weights();
+        let (t, _) = columns_with_feedback(&self.rows.coefficients, &self.right, dtype)?;
         let coefficients = Mat::from_fn(t.nrows(), self.rank, |i, k| f64::from(t[(i, k)]));
-        let fit = match &self.sides.output {
-            Side::Whole(output) => {
-                let before = self.left_t(&self.rows.coefficients);
-                Fit::new(output, self.left_t(&coefficients).as_ref(), before.as_ref(), &self.right)?
-            }
-            // Fitting would take all of `G`.
-            Side::Diagonal(_) => Fit {
-                x: Mat::zeros(self.rank, self.rank),
-                left: self.left(),
-                squared_error: costs.iter().zip(&outputs).map(|(cost, weight)| cost * weight).sum(),
-            },
-        };
+        let mut moved_t = self.left_t(&coefficients);
+        let left_t = self.left_t(&self.rows.coefficients);
+        moved_t -= &left_t;
+        let grams = Grams { left: self.left(), right: self.right.clone() };
+        let fit = Fit::new(self.sides.output, left_t.as_ref(), moved_t.as_ref(), &grams)?;
         let targets = linalg::product(self.a_t.as_ref(), fit.of(self.basis.as_ref()).transpose()); // (n, r)
         let (p, costs) = columns_with_feedback(&targets, &fit.left, dtype)?;
         let pivots = p.col_iter().flat_map(|column| column.iter().copied()).collect();
@@ -417,18 +410,14 @@ mod tests {
             Self { weight, output, input, decomposition, pair }
         }
 
-        /// As a study knows them: of the larger side only the diagonal of a Gram.
+        /// As a study knows them: of a larger input side only the diagonal of a Gram.
         fn sides(&self) -> Sides<'_> {
             let (m, n) = (self.weight.nrows(), self.weight.ncols());
-            let diagonal = |metric: &Metric, n| Side::Diagonal(Metric::diagonal(metric.to_diagonal(n)));
-            let is_full = |metric: &Metric| matches!(metric, Metric::Full(_));
-            let (mut output, mut input) = (Side::Whole(&self.output), Side::Whole(&self.input));
-            if m <= n && is_full(&self.input) {
-                input = diagonal(&self.input, n);
-            } else if m > n && is_full(&self.output) {
-                output = diagonal(&self.output, m);
-            }
-            Sides { output, input, energies: self.decomposition.curve.energies() }
+            let input = match &self.input {
+                Metric::Full(_) if m <= n => Side::Diagonal(Metric::diagonal(self.input.to_diagonal(n))),
+                input => Side::Whole(input),
+            };
+            Sides { output: &self.output, input, energies: self.decomposition.curve.energies() }
         }
 
         /// Error of parts beside the pair, over the norm of the weight, both in the metric.
@@ -476,15 +465,18 @@ mod tests {
                         assert!((0.4..2.5).contains(&ratio), "{name}: {ratio}");
                         println!("{name}: {gain} {ratio}");
                         ratios.push(ratio);
-                        gains[usize::from(layout == Layout::Factors)].push(gain);
+                        // With an outlier on both sides a single number is nearly all of the error of factors.
+                        if layout == Layout::Pivot || (output, input) != ("full", "full") {
+                            gains[usize::from(layout == Layout::Factors)].push(gain);
+                        }
                     }
                 }
             }
         }
         let means = gains.each_ref().map(|gains| gains.iter().sum::<f64>() / gains.len() as f64);
         let least = gains.map(|gains| gains.into_iter().fold(f64::INFINITY, f64::min));
-        assert!(means[0] > 1.5 && means[1] > 1.0, "{means:?}");
-        assert!(least[0] > 1.0 && least[1] > 0.9, "{least:?}");
+        assert!(means[0] > 3.0 && means[1] > 1.1, "{means:?}");
+        assert!(least[0] > 1.0 && least[1] > 1.0, "{least:?}");
         let ratio = ratios.iter().sum::<f64>() / ratios.len() as f64;
         assert!((0.9..1.1).contains(&ratio), "{ratio}");
     }
@@ -511,11 +503,7 @@ mod tests {
         let a = [0.71f32, -1.3, 2.9];
         let pair = LowRank { rank: 1, b: vec![short, long], a: a.to_vec() };
         let energies = [f64::from(long * long + short * short)];
-        let sides = Sides {
-            output: Side::Whole(&Metric::Identity),
-            input: Side::Whole(&Metric::Identity),
-            energies: &energies,
-        };
+        let sides = Sides { output: &Metric::Identity, input: Side::Whole(&Metric::Identity), energies: &energies };
         let Parts::Pivot { pivots, coefficients, order, .. } =
             lay_out(Layout::Pivot, &pair, (2, 3), &sides, DTYPE).parts
         else {
@@ -534,11 +522,8 @@ mod tests {
         for (b, a) in [(vec![0.0; 12], vec![0.0; 10]), (vec![0.3; 12], vec![0.7; 10])] {
             let pair = LowRank { rank: 2, b, a };
             for layout in [Layout::Pivot, Layout::Factors] {
-                let sides = Sides {
-                    output: Side::Whole(&Metric::Identity),
-                    input: Side::Whole(&Metric::Identity),
-                    energies: &[0.0; 2],
-                };
+                let sides =
+                    Sides { output: &Metric::Identity, input: Side::Whole(&Metric::Identity), energies: &[0.0; 2] };
                 let rounded = lay_out(layout, &pair, (6, 5), &sides, DTYPE);
                 let exact = linalg::product_row_major(&pair.b, &pair.a, 6, 2, 5);
                 for (found, exact) in rounded.parts.product(6, 5).iter().zip(exact) {
