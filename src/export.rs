@@ -8,9 +8,9 @@ use rayon::prelude::*;
 
 use crate::checkpoint::{Checkpoint, OutputFolder, expect_apart, read_file};
 use crate::formats::{self, Base, CURVES_FILES, Entry, Files, Format, Output, Pair, Source};
-use crate::model::Layout;
 use crate::model::inventory::{self, LinearInfo, Stored};
 use crate::model::linear::{LR_B, LR_PIVOT};
+use crate::model::{Layout, coverage};
 use crate::progress::Progress;
 use crate::quantize::Storage;
 use crate::report::card::{self, Loading};
@@ -41,7 +41,7 @@ pub fn export(job: &ExportJob<'_>, progress: &dyn Progress) -> Result<ExportRepo
     let checkpoint = job.checkpoint;
     OutputFolder::check(job.output, job.force, REPORT_FILE)?;
     expect_apart(job.output, [checkpoint.root()])?;
-    inventory::expect_blocks(checkpoint)?;
+    coverage::expect_whole(checkpoint)?;
     let source = Source::new(checkpoint);
     let linears = inventory::linears(checkpoint);
     let entries = linears.iter().map(|linear| entry(checkpoint, linear)).collect::<Result<Vec<_>>>()?;

@@ -281,6 +281,8 @@ fn things_that_are_not_checkpoints() {
     broken.check(4, &["not in safetensors form"]);
     std::fs::remove_file(empty.join("pytorch_model.bin")).unwrap();
     std::fs::write(empty.join("model.safetensors"), "{}").unwrap();
+    broken.check(4, &["is no safetensors file, but a text"]);
+    std::fs::write(empty.join("model.safetensors"), [1, 2, 3]).unwrap();
     broken.check(4, &["truncated"]);
     let run = lrc(&["inspect", "no/such/folder"]);
     assert_eq!(run.code, 4);
@@ -461,6 +463,147 @@ fn a_config_with_more_blocks_than_the_file_is_named() {
     broken.check_one(&["eval", path(&model), "--text", HELD_OUT], 4, &["model.layers.4.", "hint:"]);
     let run = ok(&["inspect", path(&model)]);
     assert!(run.stderr.contains("4 of the 6 blocks"), "{}", run.stderr);
+}
+
+#[test]
+fn tensors_that_a_config_asks_for_are_named_where_they_are_absent() {
+    let check = |absent: &[(&str, &str)], parts: &[&str]| {
+        let broken = Broken::new();
+        absent.iter().for_each(|(from, to)| broken.edit_header(from, to));
+        let (model, out) = (broken.model(), broken.folder.path().join("out"));
+        let out = ["-o", path(&out)];
+        let parts =
+            [parts, &["half a checkpoint", "in no weight file", "hint: check that all shards are there"]].concat();
+        for command in [
+            &["compress", path(&model), "--keep", "0.8"][..],
+            &["compress", path(&model), "--keep", "0.8", "--dry-run"],
+            &["compress", path(&model), "--quant", "rtn-int4-g32", "--format", "dense"],
+            &["export", path(&model), "--format", "dense"],
+            &["sweep", path(&model), "--keep", "0.8", "--text", HELD_OUT],
+        ] {
+            broken.check_one(&[command, &out].concat(), 4, &parts);
+        }
+        let told = ok(&["inspect", path(&model)]).stderr;
+        assert!(told.contains("half a checkpoint") && told.contains(parts[0]), "{told}");
+    };
+    check(
+        &[("model.layers.1.mlp.down_proj.weight", "model.layers.1.mlp.dawn_proj.weight")],
+        &["tensor `model.layers.1.mlp.down_proj.weight` is in no"],
+    );
+    check(&[("model.embed_tokens.weight", "model.embed_tokems.weight")], &["tensor `model.embed_tokens.weight`"]);
+    check(&[("\"model.norm.weight", "\"model.nurm.weight")], &["tensor `model.norm.weight`"]);
+    check(
+        &[
+            ("model.layers.0.input_layernorm.weight", "model.layers.0.input_layernurm.weight"),
+            ("model.layers.2.self_attn.q_proj.weight", "model.layers.2.self_attn.k_praj.weight"),
+            ("model.layers.2.self_attn.v_proj.weight", "model.layers.2.self_attn.v_praj.weight"),
+            ("model.layers.3.self_attn.o_proj.weight", "model.layers.3.self_attn.o_praj.weight"),
+        ],
+        &[
+            "tensors `model.layers.0.input_layernorm.weight`, `model.layers.2.self_attn.q_proj.weight`",
+            "and 1 more are in",
+        ],
+    );
+    // Nothing is known of other families.
+    let broken = Broken::new();
+    broken.edit_header("model.layers.1.mlp.down_proj.weight", "model.layers.1.mlp.dawn_proj.weight");
+    broken.edit_config("\"llama\"", "\"no_such_family\"");
+    let out = broken.folder.path().join("out");
+    let run = ok(&["compress", path(&broken.model()), "--keep", "0.8", "-o", path(&out)]);
+    assert!(!run.stderr.contains("half a checkpoint"), "{}", run.stderr);
+}
+
+/// A model that is saved without its head is whole.
+#[test]
+fn a_head_may_be_absent_without_a_text() {
+    let broken = Broken { folder: tempfile::tempdir().unwrap() };
+    copy("fixtures/pico/llama", &broken.model());
+    broken.edit_header("\"lm_head.weight", "\"lm_heed.weight");
+    let out = broken.folder.path().join("out");
+    let run = ok(&["compress", path(&broken.model()), "--keep", "0.8", "-o", path(&out)]);
+    assert!(!run.stderr.contains("half a checkpoint"), "{}", run.stderr);
+}
+
+#[test]
+#[cfg(unix)]
+fn a_config_that_is_no_file_is_refused_before_any_work() {
+    for kind in ["folder", "pipe"] {
+        let broken = Broken::new();
+        let (model, out) = (broken.model(), broken.folder.path().join("out"));
+        let config = model.join("config.json");
+        std::fs::remove_file(&config).unwrap();
+        match kind {
+            "folder" => std::fs::create_dir(&config).unwrap(),
+            _ => assert!(std::process::Command::new("mkfifo").arg(&config).status().unwrap().success()),
+        }
+        for args in [
+            &["inspect", path(&model)][..],
+            &["compress", path(&model), "-o", path(&out), "--keep", "0.8"],
+            &["export", path(&model), "-o", path(&out), "--format", "dense"],
+        ] {
+            broken.check_one(args, 4, &["config.json` is a", kind, "not a file", "hint:"]);
+        }
+    }
+}
+
+#[test]
+fn outputs_of_a_later_version_are_refused_before_any_work() {
+    let folder = tempfile::tempdir().unwrap();
+    let [out, next] = ["out", "next"].map(|name| folder.path().join(name));
+    let coded = folder.path().join("coded");
+    ok(&["compress", FIXTURE, "-o", path(&out), "-q", "--keep", "0.8"]);
+    ok(&["compress", FIXTURE, "-o", path(&coded), "-q", "--quant", "rtn-int4-g32"]);
+    const DOWN: &str = "model.layers.0.mlp.down_proj";
+    type Change<'a> = &'a dyn Fn(&mut serde_json::Value);
+    let newer = "hint: a newer lrc wrote it: update lrc";
+    let changed = "hint: the output was changed";
+    let changes: [(&PathBuf, Change<'_>, &str, &str); 6] = [
+        (&out, &|lrc| lrc["version"] = 2.into(), "`lrc.version` in", newer),
+        (&coded, &|lrc| lrc["version"] = 2.into(), "is 2, and this lrc knows 1", newer),
+        (&out, &|lrc| lrc["version"] = "1".into(), "`lrc.version` in", changed),
+        (&out, &|lrc| drop(lrc.as_object_mut().unwrap().remove("version")), "`lrc.version` in", changed),
+        (&out, &|lrc| lrc["modules"][DOWN]["layout"] = "tucker".into(), "knows `factors` and `pivot`", newer),
+        (
+            &out,
+            &|lrc| lrc["modules"][DOWN]["layout"] = "factors".into(),
+            "its tensors are laid out as `pivot`",
+            changed,
+        ),
+    ];
+    for (model, change, expected, hint) in changes {
+        let config = model.join("config.json");
+        let whole = std::fs::read(&config).unwrap();
+        let mut fields: serde_json::Value = serde_json::from_slice(&whole).unwrap();
+        change(&mut fields["lrc"]);
+        std::fs::write(&config, fields.to_string()).unwrap();
+        for args in [
+            &["inspect", path(model)][..],
+            &["eval", path(model), "--text", HELD_OUT],
+            &["eval", FIXTURE, "--reference", path(model), "--text", HELD_OUT],
+            &["compress", path(model), "-o", path(&next), "--keep", "0.5"],
+            &["truncate", path(model), "-o", path(&next), "--keep", "0.5"],
+            &["export", path(model), "-o", path(&next), "--format", "dense"],
+        ] {
+            let run = lrc(args);
+            assert_eq!(run.code, 4, "{args:?}: {}", run.stderr);
+            for part in ["config.json", expected, hint] {
+                assert!(run.stderr.contains(part), "{args:?}: `{part}` is not in {}", run.stderr);
+            }
+            assert!(!next.exists() && !folder.path().join("next.partial").exists());
+        }
+        std::fs::write(config, whole).unwrap();
+    }
+    // The report, from which `truncate` goes.
+    let report = out.join("lrc-report.json");
+    let mut fields: serde_json::Value = serde_json::from_slice(&std::fs::read(&report).unwrap()).unwrap();
+    fields["schema_version"] = 99.into();
+    std::fs::write(&report, fields.to_string()).unwrap();
+    let run = lrc(&["truncate", path(&out), "-o", path(&next), "--keep", "0.5"]);
+    assert!(
+        run.code == 4 && run.stderr.contains("`schema_version` in") && run.stderr.contains(newer),
+        "{}",
+        run.stderr
+    );
 }
 
 /// Moves the settings of a quantised output out of its config, as other tools have them.

@@ -124,6 +124,103 @@ fn a_pointer_of_git_lfs_is_called_one() {
 }
 
 #[test]
+fn files_under_a_wrong_name_are_called_what_they_are() {
+    const PAGE: &[u8] = b"\n<!DOCTYPE html><html><body>Sign in</body></html>";
+    const ZIP: &[u8] = b"PK\x03\x04\x14\0\0\0\0\0\0\0";
+    const PICKLE: &[u8] = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.";
+    const GGUF: &[u8] = b"GGUF\x03\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0";
+    let folder = tempfile::tempdir().unwrap();
+    let model = model(folder.path());
+    let safetensors = std::fs::read(model.join("model.safetensors")).unwrap();
+    let out = folder.path().join("out");
+    for (bytes, what, hint) in [
+        (PAGE, "a web page", "the site answered with a page"),
+        (ZIP, "a zip archive", "PyTorch's files are such archives"),
+        (PICKLE, "a pickle of Python", "get the safetensors of the model"),
+        (GGUF, "a GGUF file", "give it a name that ends in `.gguf`"),
+        (b"\x1f\x8b\x08\0\0\0\0\0\0\x03", "packed with gzip", "unpack it first"),
+        (b"Invalid credentials in Authorization header", "a text", "the site answered with a page"),
+        (b"{\"error\": \"Repository not found\"}", "a text", "the site answered with a page"),
+        (&[0; 4096], "a file of zeros", "the download was interrupted"),
+    ] {
+        std::fs::write(model.join("model.safetensors"), bytes).unwrap();
+        for args in [
+            &["inspect", path(&model)][..],
+            &["compress", path(&model), "-o", path(&out), "--keep", "0.8"],
+            &["eval", path(&model), "--text", HELD_OUT],
+        ] {
+            let expected = format!("model.safetensors` is no safetensors file, but {what}");
+            refused(&lrc(args), 4, &[&expected, &format!("hint: {hint}")]);
+        }
+        let gguf = folder.path().join("m.gguf");
+        std::fs::write(&gguf, bytes).unwrap();
+        let (found, parts) = (lrc(&["inspect", path(&gguf)]), format!("m.gguf` is no GGUF file, but {what}"));
+        if what == "a GGUF file" {
+            refused(&found, 4, &["m.gguf"])
+        } else {
+            refused(&found, 4, &[&parts])
+        }
+        // Texts are opened by their endings too.
+        for name in ["t.parquet", "t.jsonl", "t.txt"] {
+            let text = folder.path().join(name);
+            std::fs::write(&text, bytes).unwrap();
+            if !["a text", "a file of zeros"].contains(&what) {
+                refused(&lrc(&["eval", FIXTURE, "--text", path(&text)]), 4, &[name, &format!("but {what}"), "hint: "]);
+            }
+        }
+    }
+    std::fs::write(model.join("model.gguf"), safetensors).unwrap();
+    let run = lrc(&["inspect", path(&model.join("model.gguf"))]);
+    refused(&run, 4, &["model.gguf` is no GGUF file, but a safetensors file", "ends in `.safetensors`"]);
+    // Statistics are such a file as well.
+    let statistics = folder.path().join("stats.safetensors");
+    std::fs::write(&statistics, ZIP).unwrap();
+    let args = ["compress", FIXTURE, "-o", path(&out), "--keep", "0.8", "--statistics", path(&statistics)];
+    refused(&lrc(&args), 4, &["stats.safetensors` is no safetensors file, but a zip archive"]);
+}
+
+/// A change of the entry of a tensor in a GGUF header: its bytes from the number of dimensions on.
+fn edit_entry(file: &[u8], tensor: &str, change: impl FnOnce(&mut [u8])) -> Vec<u8> {
+    let mut file = file.to_vec();
+    let name = [&(tensor.len() as u64).to_le_bytes()[..], tensor.as_bytes()].concat();
+    let at = file.windows(name.len()).position(|bytes| bytes == name).unwrap() + name.len();
+    change(&mut file[at..]);
+    file
+}
+
+#[test]
+fn tensors_of_a_gguf_file_have_places_of_their_own() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out");
+    ok(&["export", "fixtures/pico/llama", "--format", "gguf", "-o", path(&out), "-q"]);
+    let (model, next) = (out.join("model.gguf"), folder.path().join("next"));
+    let file = std::fs::read(&model).unwrap();
+    // Of a vector: one dimension, the type, the offset; of a matrix there is one dimension more.
+    let (norm, query) = ("blk.1.attn_norm.weight", "blk.1.attn_q.weight");
+    let put = |bytes: &mut [u8], at: usize, value: u64| bytes[at..at + 8].copy_from_slice(&value.to_le_bytes());
+    let get = |bytes: &[u8], at: usize| u64::from_le_bytes(*bytes[at..].first_chunk().unwrap());
+    for (broken, expected) in [
+        (edit_entry(&file, norm, |e| put(e, 4, 0)), "tensor `blk.1.attn_norm.weight` is empty, and has shape [0]"),
+        (edit_entry(&file, norm, |e| e[0] = 0), "tensor `blk.1.attn_norm.weight` has 0 dimensions"),
+        (
+            edit_entry(&file, query, |e| put(e, 24, get(e, 24) + 4)),
+            "tensor `blk.1.attn_q.weight` begins at data offset",
+        ),
+        (edit_entry(&file, query, |e| put(e, 24, get(e, 24) - 32)), "`blk.1.attn_q.weight` overlap"),
+        (edit_entry(&file, query, |e| put(e, 24, 0)), "overlap"),
+    ] {
+        std::fs::write(&model, broken).unwrap();
+        for args in [
+            &["inspect", path(&out)][..],
+            &["eval", path(&out), "--text", HELD_OUT],
+            &["export", path(&out), "--format", "dense", "-o", path(&next)],
+        ] {
+            refused(&lrc(args), 4, &["model.gguf` is no GGUF file that can be read", expected, "hint: "]);
+        }
+    }
+}
+
+#[test]
 fn numbers_of_a_config_are_held_against_the_tensors() {
     let folder = tempfile::tempdir().unwrap();
     let model = model(folder.path());
@@ -321,15 +418,22 @@ fn limits_of_the_system_are_exit_code_6() {
         &["model.safetensors", "File too large", "run the same command again"],
     );
     ok(&compress);
-    // Somewhere between nothing at all and enough, an allocation fails; where it does, the standard library says so.
-    let mut n_aborted = 0;
+    // Somewhere between nothing at all and enough, an allocation fails: the standard library says how large it was.
+    let (mut n_aborted, mut n_told) = (0, 0);
     for kib in (40_000..400_000).step_by(20_000) {
         let run = under(&format!("ulimit -v {kib}; LRC"), &["inspect", FIXTURE, "--csv"]);
         // The linker of the system may be the first to refuse.
         assert!([0, 6, 127].contains(&run.code), "{kib}: {} {}", run.code, run.stderr);
         n_aborted += usize::from(run.code == 6);
+        let is_told = run.stderr.contains("memory allocation of");
+        assert!(
+            !is_told || run.stderr.contains("error: not enough memory") && run.stderr.contains("hint: "),
+            "{}",
+            run.stderr
+        );
+        n_told += usize::from(is_told);
     }
-    assert!(n_aborted > 0);
+    assert!(n_aborted > 0 && n_told > 0, "{n_aborted} {n_told}");
 }
 
 #[test]
@@ -406,6 +510,27 @@ fn all_linears_that_a_format_cannot_hold_are_named_with_the_flags_that_leave_the
     let flags: Vec<&str> = hint.split(' ').map(|word| word.trim_matches('\'')).collect();
     ok(&[&args[..], &flags].concat());
     assert!(out.exists());
+}
+
+/// Groups that are longer than some rows are those rows, and a GPTQ checkpoint has groups of one size.
+#[test]
+fn all_linears_whose_groups_differ_are_named_with_the_flags_that_leave_them_out() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out");
+    let args = ["compress", FIXTURE, "-o", path(&out), "--quant", "rtn-int4", "--format", "gptq", "-q"];
+    let run = lrc(&args);
+    refused(
+        &run,
+        4,
+        &[
+            "24 linears have 4 bits in groups of a whole row",
+            "`model.layers.2.mlp.down_proj` and 1 more have 4 bits in groups of 128",
+            "--exclude 'model.layers.*.mlp.down_proj'",
+        ],
+    );
+    let hint = run.stderr.split("`lrc compress` with `").nth(1).unwrap().split('`').next().unwrap();
+    let flags: Vec<&str> = hint.split(' ').map(|word| word.trim_matches('\'')).collect();
+    ok(&[&args[..], &flags].concat());
 }
 
 #[test]

@@ -44,6 +44,7 @@ fn an_output_that_cannot_be_is_refused_before_a_model_is_looked_for() {
             ("foreign", "it exists, and is not an output of lrc"),
             ("foreign/.", "it exists, and is not an output of lrc"),
             ("no-such/..", "it does not name a folder"),
+            ("no-such/../out", "there is no folder"),
         ] {
             for force in [&[][..], &["--force"]] {
                 let out = format!("{}/{name}", path(folder.path()));
@@ -77,7 +78,7 @@ fn an_output_that_cannot_be_is_refused_before_a_model_is_looked_for() {
     }
     assert_eq!(std::fs::read(at("file")).unwrap(), b"theirs");
     assert_eq!(std::fs::read(at("there.safetensors")).unwrap(), b"theirs");
-    assert!(at("foreign/thesis.txt").exists() && !at("nowhere").exists());
+    assert!(at("foreign/thesis.txt").exists() && !at("nowhere").exists() && !at("no-such").exists());
 }
 
 #[test]
@@ -102,10 +103,10 @@ fn no_output_replaces_what_is_read_whatever_is_forced() {
     ] {
         refused(&[command, &[path(file), "--force"]].concat(), 2, &["is read by the same command"]);
     }
-    // A folder that holds what is read.
+    // A folder that holds what is read, such as a text that came along from the source.
+    copy(HELD_OUT.rsplit_once('/').unwrap().0, &model.join("texts"));
     let out = folder.path().join("out");
-    ok(&["compress", FIXTURE, "-o", path(&out), "-q", "--keep", "0.8"]);
-    copy(HELD_OUT.rsplit_once('/').unwrap().0, &out.join("texts"));
+    ok(&["compress", path(&model), "-o", path(&out), "-q", "--keep", "0.8"]);
     let held_out = out.join("texts/held-out.txt");
     for command in [
         &["truncate", path(&out), "--keep", "0.7"][..],
@@ -300,17 +301,28 @@ fn everything_beside_the_weights_comes_along_or_is_named() {
     std::fs::create_dir(source.join("1_Pooling")).unwrap();
     symlink("../../../blobs/pooling", source.join("1_Pooling/config.json")).unwrap();
     std::fs::create_dir(source.join("3_Normalize")).unwrap();
-    let copied =
-        ["2_Dense/model.safetensors", "2_Dense/pytorch_model.bin", "assets/deep/a.txt", "LICENSE", "vocab.bin"];
+    let copied = [
+        "2_Dense/model.safetensors",
+        "2_Dense/pytorch_model.bin",
+        "assets/deep/a.txt",
+        "LICENSE",
+        "vocab.bin",
+        "original/params.json",
+        "original/config.json",
+        "assets/coreml/weights/README.md",
+        "onnx/tokenizer.json",
+    ];
     copied.iter().for_each(|name| write(name, name));
     let left = [
         ("pytorch_model.bin", "weights in another format"),
         ("tf_model.h5", "weights in another format"),
         ("model-q4.gguf", "weights in another format"),
         ("consolidated.safetensors", "weights that this model is not made of"),
-        ("onnx/model.onnx", "a folder of other weights"),
-        ("openvino/openvino_model.bin", "a folder of other weights"),
-        ("assets/coreml/weights/weight.bin", "a folder of other weights"),
+        ("onnx/model.onnx", "weights in another format"),
+        ("openvino/openvino_model.bin", "weights in another format"),
+        ("original/consolidated.safetensors", "weights that this model is not made of"),
+        ("assets/coreml/weights/weight.bin", "weights in another format"),
+        ("earlier/lrc-report.json", "another output of lrc"),
         ("optimizer.pt", "the state of a training"),
         (".gitattributes", "hidden"),
         (".git/config", "hidden"),
@@ -334,7 +346,10 @@ fn everything_beside_the_weights_comes_along_or_is_named() {
     let table =
         ok(&["compress", path(&source), "-o", path(&compressed), "--keep", "0.8", "--layout", "factors"]).stdout;
     assert!(
-        table.contains("left out (weights in another format): model-q4.gguf, pytorch_model.bin, tf_model.h5"),
+        table.contains(
+            "left out (weights in another format): assets/coreml/weights/weight.bin, model-q4.gguf, onnx/model.onnx, \
+             openvino/openvino_model.bin, pytorch_model.bin, tf_model.h5"
+        ),
         "{table}"
     );
     ok(&["truncate", path(&compressed), "-o", path(&shorter), "-q", "--keep", "0.7"]);
@@ -350,19 +365,79 @@ fn everything_beside_the_weights_comes_along_or_is_named() {
         }
     }
     let top = |name: &str| name.split_inclusive('/').next().unwrap_or(name).to_string();
-    for out in [&compressed, &dense] {
-        let listed = report(out)["left_out"].clone();
+    let other = at("other");
+    let dry = ["compress", path(&source), "-o", path(&other), "--keep", "0.8", "--dry-run"];
+    assert!(ok(&dry).stdout.contains("left out (another output of lrc): earlier/"));
+    let dry = ok(&[&dry[..], &["--json"]].concat()).json();
+    for listed in [report(&compressed), report(&dense), dry].map(|report| report["left_out"].clone()) {
         let reason =
             |path: &str| listed.as_array().unwrap().iter().find(|l| l["path"] == path).map(|l| l["reason"].clone());
         for (name, expected) in left.iter().chain(&links) {
             let path = match *name {
-                "assets/coreml/weights/weight.bin" => "assets/coreml/weights/".to_string(),
-                name if name.starts_with("assets") => name.to_string(),
-                name => top(name),
+                name if [".git/", "earlier/"].iter().any(|folder| name.starts_with(folder)) => top(name),
+                name => name.to_string(),
             };
             assert_eq!(reason(&path), Some(Value::from(*expected)), "{name} in {listed}");
         }
         assert_eq!(listed.as_array().unwrap().len(), left.len() + links.len(), "{listed}");
+    }
+}
+
+/// Commands that write a folder, each with what it writes there from.
+fn writers(source: &Path, compressed: &Path) -> [Vec<String>; 4] {
+    let words = |words: &[&str]| words.iter().map(|word| (*word).to_string()).collect();
+    [
+        words(&["compress", path(source), "--keep", "0.8", "--layout", "factors", "-q"]),
+        words(&["truncate", path(compressed), "--keep", "0.7", "-q"]),
+        words(&["export", path(source), "--format", "dense", "-q"]),
+        words(&["sweep", path(source), "--keep", "0.8", "--text", HELD_OUT, "--max-windows", "2"]),
+    ]
+}
+
+#[test]
+fn force_replaces_what_lrc_wrote_and_nothing_else() {
+    let folder = tempfile::tempdir().unwrap();
+    let [source, compressed, out] = ["source", "compressed", "out"].map(|name| folder.path().join(name));
+    copy(FIXTURE, &source);
+    std::fs::create_dir_all(source.join("1_Pooling/deep")).unwrap();
+    std::fs::create_dir_all(source.join("2_Empty")).unwrap();
+    std::fs::write(source.join("1_Pooling/deep/config.json"), "{}").unwrap();
+    let writers = writers(&source, &compressed);
+    ok(&writers[0].iter().map(String::as_str).chain(["-o", path(&compressed)]).collect::<Vec<_>>());
+    for writer in &writers {
+        let args: Vec<&str> = writer.iter().map(String::as_str).chain(["-o", path(&out)]).collect();
+        let forced = [&args[..], &["--force"]].concat();
+        ok(&args);
+        // Side files of the source are ours too.
+        ok(&forced);
+        let before = names(&out);
+        for (stranger, told) in [
+            ("notes.txt", "holds `notes.txt`,"),
+            (".git/HEAD", "holds `.git/`,"),
+            ("photos/2024/a.jpg", "holds `photos/`,"),
+            ("1_Pooling/mine.txt", "holds `1_Pooling/"),
+        ] {
+            let stranger = out.join(stranger);
+            let is_new = !stranger.parent().unwrap().exists();
+            std::fs::create_dir_all(stranger.parent().unwrap()).unwrap();
+            std::fs::write(&stranger, "precious").unwrap();
+            refused(&forced, 2, &[told, "which lrc did not write", "hint: move it elsewhere"]);
+            assert_eq!(std::fs::read(&stranger).unwrap(), b"precious");
+            std::fs::remove_file(&stranger).unwrap();
+            if is_new {
+                std::fs::remove_dir_all(out.join(stranger.strip_prefix(&out).unwrap().iter().next().unwrap())).unwrap();
+            }
+        }
+        // Where the earlier output would wait.
+        let waiting = folder.path().join("out.partial-replaced");
+        std::fs::create_dir(&waiting).unwrap();
+        std::fs::write(waiting.join("thesis.txt"), "all of it").unwrap();
+        refused(&forced, 2, &["out.partial-replaced` is where the earlier output would wait", "hint: "]);
+        assert!(waiting.join("thesis.txt").exists() && names(&out) == before);
+        std::fs::remove_dir_all(waiting).unwrap();
+        ok(&forced);
+        assert_eq!(names(folder.path()), ["compressed", "out", "source"]);
+        std::fs::remove_dir_all(&out).unwrap();
     }
 }
 

@@ -282,7 +282,7 @@ fn what_a_loader_would_misread_is_refused_before_any_work() {
         (&["--quant", "rtn-int4-g64", "--format", "compressed-tensors"], 4, "do not divide 96 inputs"),
         (&["--quant", "q4_0", "--format", "compressed-tensors"], 4, "not quantised in groups"),
         (&["--quant", "q4_0"], 4, "block type of llama.cpp"),
-        (&["--quant", "rtn-int4-g128", "--format", "gptq"], 4, "has other bits or groups"),
+        (&["--quant", "rtn-int4-g128", "--format", "gptq"], 4, "24 linears have 4 bits in groups of a whole row"),
         (&["--quant", "nf4", "--format", "gguf"], 4, "no block type"),
         (&["--quant", "rtn-int4-asym", "--format", "gguf"], 4, "no block type"),
         (&["--quant", "rtn-int4-g16", "--format", "gguf"], 4, "not made of blocks"),

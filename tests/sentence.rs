@@ -250,6 +250,50 @@ fn ranks_follow_the_pooled_output() {
 }
 
 #[test]
+fn statistics_of_one_pooling_are_refused_for_another() {
+    let folder = tempfile::tempdir().unwrap();
+    let case = oracle()["cases"][0].clone();
+    let model = folder_of(&case["files"], &folder.path().join("model"));
+    let [stats, text, out] = ["stats.safetensors", "text.txt", "out"].map(|name| folder.path().join(name));
+    std::fs::write(&text, texts().join("\n").repeat(40)).unwrap();
+    let calibrate = ["calibrate", path(&model), "--text", path(&text), "--samples", "2", "--seq-len", "16", "-q"];
+    ok(&[&calibrate[..], &["-o", path(&stats)]].concat());
+    let compress = ["compress", path(&model), "-o", path(&out), "--keep", "0.6", "--statistics", path(&stats), "-q"];
+    ok(&compress);
+    let other = |file: &str, content: Option<Value>| {
+        let at = model.join(file);
+        let before = std::fs::read(&at).ok();
+        match content {
+            Some(content) => std::fs::write(&at, content.to_string()).unwrap(),
+            None => std::fs::remove_file(&at).unwrap(),
+        }
+        for args in
+            [&[&compress[..], &["--force"]].concat()[..], &["inspect", path(&model), "--statistics", path(&stats)]]
+        {
+            let run = lrc(args);
+            assert_eq!(run.code, 4, "{file}: {}", run.stderr);
+            for part in ["belongs to another model (differs in: ", file, "hint: calibrate this model"] {
+                assert!(run.stderr.contains(part), "{}", run.stderr);
+            }
+        }
+        let again = folder.path().join("again.safetensors");
+        ok(&[&calibrate[..], &["-o", path(&again)]].concat());
+        let merged = folder.path().join("merged.safetensors");
+        let run = lrc(&["calibrate", "--merge", path(&stats), path(&again), "-o", path(&merged)]);
+        assert!(run.code == 4 && run.stderr.contains("belongs to another model"), "{}", run.stderr);
+        std::fs::remove_file(again).unwrap();
+        match before {
+            Some(before) => std::fs::write(&at, before).unwrap(),
+            None => std::fs::remove_file(&at).unwrap(),
+        }
+    };
+    other("1_Pooling/config.json", Some(json!({"word_embedding_dimension": 16, "pooling_mode": "mean"})));
+    other("modules.json", None);
+    other("config_sentence_transformers.json", Some(json!({"similarity_fn_name": "dot"})));
+    ok(&[&compress[..], &["--force"]].concat());
+}
+
+#[test]
 fn modules_that_are_not_run_are_named() {
     let folder = tempfile::tempdir().unwrap();
     let [documents, _] = write_texts(folder.path());

@@ -24,7 +24,7 @@ use crate::spool::{Spool, Spooled};
 #[serde(deny_unknown_fields)]
 pub struct Header {
     pub lrc_statistics_version: u32,
-    /// SHA-256 of the model's config and weight files.
+    /// SHA-256 of the files that the sums depend on (`model::fingerprint`).
     pub model: Fingerprint,
     pub needs: Needs,
     pub clip_gradients: bool,
@@ -163,10 +163,11 @@ impl Statistics {
         if self.header.model == *fingerprint {
             return Ok(());
         }
-        let files = fingerprint.iter().filter(|&(name, hash)| self.header.model.get(name) != Some(hash));
-        let files: Vec<&str> = files.map(|(name, _)| name.as_str()).collect();
+        let names: BTreeSet<&String> = fingerprint.keys().chain(self.header.model.keys()).collect();
+        let differs = |name: &&String| self.header.model.get(*name) != fingerprint.get(*name);
+        let files: Vec<&str> = names.into_iter().filter(differs).map(String::as_str).collect();
         Err(Failure::unsupported(format!("`{named}` belongs to another model (differs in: {})", files.join(", ")))
-            .hint("calibrate this model; a changed config or weight file makes another model")
+            .hint("calibrate this model; a changed config, pooling or weight file makes another model")
             .into())
     }
 

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
+use super::magic::{Kind, WEIGHTS};
 use super::{INDEX_FILE, place};
 
 /// Why a checkpoint could not be read or written.
@@ -21,6 +22,12 @@ pub enum CheckpointError {
 
     #[error("`{}` is a Git LFS pointer: the file that it stands for was not downloaded", path.display())]
     LfsPointer { path: PathBuf },
+
+    #[error("`{}` is no {expected}, but {}", path.display(), found.what)]
+    WrongKind { path: PathBuf, expected: &'static str, found: &'static Kind },
+
+    #[error("`{entry}` in `{}` is {found}, and this lrc knows {known}", path.display())]
+    Newer { path: PathBuf, entry: String, found: String, known: String },
 
     #[error("`{}` was not written by lrc: {reason}; GGUF files of other tools are not supported yet", path.display())]
     ForeignGguf { path: PathBuf, reason: String },
@@ -107,6 +114,9 @@ pub enum CheckpointError {
     #[error("`{}` cannot be the output: {reason}", path.display())]
     OutputUnusable { path: PathBuf, reason: String },
 
+    #[error("`{}` holds `{first}`{}, which lrc did not write", path.display(), more(*others))]
+    Strangers { path: PathBuf, first: String, others: usize },
+
     #[error("`{}` is neither a file nor a folder, and lrc makes nothing else in `{}`", path.display(), work.display())]
     StrangeWork { path: PathBuf, work: PathBuf },
 
@@ -146,6 +156,8 @@ impl CheckpointError {
             NotACheckpoint { .. } => "give a folder that holds `model.safetensors` or `model.safetensors.index.json`, or a hub id such as `org/name`".into(),
             NotAFile { .. } => "the files of a checkpoint must be regular files, or links to them".into(),
             LfsPointer { .. } => "run `git lfs pull` in the repository, or download it from the hub".into(),
+            WrongKind { found, .. } => found.hint(&WEIGHTS),
+            Newer { .. } => "a newer lrc wrote it: update lrc, or write it again with this one".into(),
             ForeignGguf { .. } => "give the Hugging Face checkpoint that it was converted from".into(),
             ConfigEntry { .. } => "the output was changed or damaged after it was written; make it again".into(),
             Truncated { .. } | HeaderLength { .. } | TrailingBytes { .. } => "download the file again; an interrupted copy looks like this".into(),
@@ -181,6 +193,7 @@ impl CheckpointError {
             OutputExists { .. } => "choose another folder, or give `--force` to replace it".into(),
             FileExists { .. } => "choose another name, or replace the file with `--force`".into(),
             OutputUnusable { .. } => "choose a name that is free, or for a folder one that is empty".into(),
+            Strangers { .. } => "move it elsewhere, or choose another folder; `--force` replaces what lrc wrote and nothing else".into(),
             StrangeWork { work, .. } => format!("lrc follows no links there; remove `{}` if nobody needs it", work.display()),
             NotMoved { path, .. } => format!("nothing is lost: `{}` is whole, and can be moved by hand", path.display()),
             OutputBusy { path } => format!("wait for the other run; if there is none, remove `{}`", path.display()),
@@ -223,12 +236,18 @@ impl CheckpointError {
             OutputExists { .. }
                 | FileExists { .. }
                 | OutputUnusable { .. }
+                | Strangers { .. }
                 | StrangeWork { .. }
                 | Unfinished { .. }
                 | OtherJob { .. }
                 | Revision { .. }
         )
     }
+}
+
+/// How many there are besides the one that is named, in words.
+fn more(others: usize) -> String {
+    if others == 0 { String::new() } else { format!(" and {others} more") }
 }
 
 pub type Result<T, E = CheckpointError> = std::result::Result<T, E>;

@@ -24,7 +24,7 @@ use super::moving::{self, rename, write_whole};
 use super::place::{self, WITHIN, create_file, open_to_write};
 use super::reader::expect_file;
 use super::unfinished::Unfinished;
-use super::{Fingerprint, sha256_file};
+use super::{Fingerprint, sha256_file, strangers};
 
 type Result<T, E = CheckpointError> = std::result::Result<T, E>;
 
@@ -42,18 +42,18 @@ pub struct OutputFolder {
     unfinished: Unfinished,
 }
 
-const LOCK: &str = "lock";
+pub(super) const LOCK: &str = "lock";
 pub(super) const OUTPUT: &str = "output";
-const SCRATCH: &str = "scratch";
-const JOB: &str = "job.json";
-const PIECES: &str = "pieces";
+pub(super) const SCRATCH: &str = "scratch";
+pub(super) const JOB: &str = "job.json";
+pub(super) const PIECES: &str = "pieces";
 
 impl OutputFolder {
     /// Checks that `target` may be written, before any work.
     ///
     /// # Errors
-    /// It exists and `force` is false, or it exists and is not an output of `lrc` (`mark` is a file that those have), or it can be
-    /// no folder. One that is empty may be written.
+    /// It exists and `force` is false, or it exists and is not an output of `lrc` (`mark` is a file that those have) or holds more
+    /// than that, or it can be no folder. One that is empty may be written.
     pub fn check(target: &Path, force: bool, mark: &str) -> Result<()> {
         Self::expect_free(&place::named(target), force, mark)
     }
@@ -62,19 +62,22 @@ impl OutputFolder {
         let is_there = place::expect_folder(target)?;
         let partial = place::work_of(target);
         place::refuse_links(&partial)?;
-        refuse_strangers(target, &partial)?;
+        strangers::refuse_in_work(target, &partial)?;
+        if force {
+            strangers::refuse_in_replaced(target, &strangers::replaced_of(&partial), mark)?;
+        }
         if !is_there {
             return Ok(());
         }
         if moving::is_midway(&partial) && !is_held(&partial) {
             moving::undo(target, &partial)?;
         }
-        if place::is_vacant(target) || was_stopped_at_the_end(target) {
+        if place::is_vacant(target) || (was_stopped_at_the_end(target) && !force) {
             return Ok(());
         }
         let is_ours = target.join(mark).is_file();
         if force && is_ours {
-            return Ok(());
+            return strangers::refuse_in_output(target, mark);
         }
         remove_remains(target);
         Err(if is_ours { CheckpointError::OutputExists { path: target.into() } } else { place::foreign(target) })
@@ -144,7 +147,7 @@ impl OutputFolder {
         if let Ok(file) = File::open(&lock_path) {
             file.try_lock().map_err(|_| busy())?;
         }
-        refuse_strangers(target, &partial)?;
+        strangers::refuse_in_work(target, &partial)?;
         if anew && partial.exists() {
             fs::remove_dir_all(&partial).map_err(io("remove", &partial))?;
         }
@@ -192,10 +195,16 @@ impl OutputFolder {
         self.partial == self.target.join(WITHIN)
     }
 
-    /// Whether a path is the output, or what is made of it: no part of any source.
-    pub fn is_own(&self, path: &Path) -> bool {
+    /// Whether a path is the output of a run to `target`, or the folder that it works in: no part of any source.
+    pub fn is_own(target: &Path, path: &Path) -> bool {
+        let target = place::named(target);
         let is_same = |own: &Path| fs::canonicalize(own).is_ok_and(|own| own == *path);
-        is_same(&self.target) || is_same(&self.partial)
+        is_same(&target) || is_same(&place::work_of(&target))
+    }
+
+    /// Where the output appears.
+    pub fn target(&self) -> &Path {
+        &self.target
     }
 
     /// Whether a folder is what a run works in, or what a run that was killed left of it.
@@ -297,10 +306,10 @@ impl OutputFolder {
     pub fn finish(mut self) -> Result<()> {
         // An interrupt leaves all that the last step needs.
         self.unfinished.set_resumable();
-        let moved = match self.is_within() {
+        let moved = self.expect_own_target().and_then(|()| match self.is_within() {
             true => moving::move_up(&self.target, &self.partial, &self.mark, self.force),
             false => self.rename(),
-        };
+        });
         if let Err(error) = moved {
             self.is_kept = true;
             let source = std::error::Error::source(&error).map_or(String::new(), |source| format!(": {source}"));
@@ -313,7 +322,7 @@ impl OutputFolder {
         }
         let replaced = self.replaced();
         if self.force && replaced.exists() {
-            fs::remove_dir_all(&replaced).map_err(io("remove", &replaced))?;
+            strangers::remove_output(&replaced, &self.mark)?;
         }
         // The rename itself must survive a power cut; folders cannot be synced on every system.
         let changed = if self.is_within() { &self.target } else { place::folder_of(&self.target) };
@@ -328,15 +337,28 @@ impl OutputFolder {
         if self.is_within() {
             return self.partial.join(moving::REPLACED);
         }
-        let mut replaced = self.partial.as_os_str().to_owned();
-        replaced.push("-replaced");
-        PathBuf::from(replaced)
+        strangers::replaced_of(&self.partial)
+    }
+
+    /// What others wrote meanwhile into the output that is replaced, or where it waits, stays.
+    fn expect_own_target(&self) -> Result<()> {
+        if !self.force {
+            return Ok(());
+        }
+        if !self.is_within() {
+            strangers::refuse_in_replaced(&self.target, &self.replaced(), &self.mark)?;
+        }
+        if self.target.exists() { strangers::refuse_in_output(&self.target, &self.mark) } else { Ok(()) }
     }
 
     fn rename(&self) -> Result<()> {
         let (output, replaced) = (self.path(), self.replaced());
         let has_earlier = self.force && self.target.exists();
         if has_earlier {
+            // Left by a run that was killed while it removed it.
+            if replaced.exists() {
+                strangers::remove_output(&replaced, &self.mark)?;
+            }
             rename(&self.target, &replaced)?;
         }
         rename(&output, &self.target).inspect_err(|_| {
@@ -368,30 +390,10 @@ fn is_held(partial: &Path) -> bool {
     File::open(partial.join(LOCK)).is_ok_and(|lock| lock.try_lock().is_err())
 }
 
-/// Refuses a work folder that holds anything but what a run leaves in one: it is somebody's, and would be removed.
-fn refuse_strangers(target: &Path, partial: &Path) -> Result<()> {
-    const OWN: [&str; 7] = [LOCK, JOB, PIECES, OUTPUT, SCRATCH, moving::MOVING, moving::REPLACED];
-    let is_own = |name: &std::ffi::OsString| {
-        let name = name.to_string_lossy();
-        // A file under construction is hidden.
-        OWN.contains(&name.as_ref()) || name.starts_with('.')
-    };
-    let is_strange = match fs::symlink_metadata(partial) {
-        Err(_) => false,
-        Ok(found) if !found.is_dir() => true,
-        Ok(_) => !place::names_in(partial)?.iter().all(is_own),
-    };
-    if is_strange {
-        let reason = format!("`{}` is where its run would work, and holds what lrc did not write", partial.display());
-        return Err(place::unusable(target, reason));
-    }
-    Ok(())
-}
-
 /// A run that was killed while it tidied up behind its output has left what is of no use to anyone.
 fn remove_remains(target: &Path) {
     let partial = place::work_of(target);
-    let is_left = partial.exists() && refuse_strangers(target, &partial).is_ok();
+    let is_left = partial.exists() && strangers::refuse_in_work(target, &partial).is_ok();
     if target.exists() && is_left && !partial.join(JOB).exists() && !is_held(&partial) {
         // It is in nobody's way: where it cannot be removed, it stays.
         let _ = fs::remove_dir_all(&partial);
@@ -468,6 +470,9 @@ mod tests {
         assert!(matches!(OutputFolder::check(&target, true, "other"), Err(CheckpointError::OutputUnusable { .. })));
         let folder = OutputFolder::create(&target, true, "mark").unwrap();
         folder.write("new", b"2").unwrap();
+        // Left by a run that was killed while it removed what it had replaced.
+        fs::create_dir(parent.path().join("out.partial-replaced")).unwrap();
+        fs::write(parent.path().join("out.partial-replaced/mark"), "0").unwrap();
         folder.finish().unwrap();
         assert!(target.join("new").exists() && !target.join("mark").exists());
         assert_eq!(fs::read_dir(parent.path()).unwrap().count(), 1);
@@ -517,5 +522,23 @@ mod tests {
         let output = folder.path();
         assert!(matches!(folder.finish(), Err(CheckpointError::NotMoved { .. })));
         assert!(target.path().join("theirs").exists() && output.join("mark").exists());
+    }
+
+    #[test]
+    fn what_others_write_meanwhile_into_an_output_that_is_replaced_stays() {
+        let parent = tempfile::tempdir().unwrap();
+        let (beside, within) = (parent.path().join("out"), parent.path().join("volume"));
+        fs::create_dir(&within).unwrap();
+        for target in [beside, within] {
+            let folder = OutputFolder::create(&target, true, "mark").unwrap();
+            folder.write("mark", b"1").unwrap();
+            folder.finish().unwrap();
+            let folder = OutputFolder::create(&target, true, "mark").unwrap();
+            folder.write("mark", b"2").unwrap();
+            fs::write(target.join("theirs"), "3").unwrap();
+            let output = folder.path();
+            assert!(matches!(folder.finish(), Err(CheckpointError::NotMoved { .. })));
+            assert!(target.join("theirs").exists() && output.join("mark").exists());
+        }
     }
 }

@@ -432,7 +432,7 @@ pub(super) fn read_header(
     let broken = |reason: String| CheckpointError::GgufHeader { path: path.into(), reason };
     let foreign = |reason: String| CheckpointError::ForeignGguf { path: path.into(), reason };
     let header = gguf_header::read(file).map_err(broken)?;
-    let mut tensors = Vec::new();
+    let (mut tensors, mut places) = (Vec::new(), Vec::new());
     for stored in header.tensors.iter().filter(|stored| stored.name != ROPE_FACTORS) {
         let (name, shape) = (&stored.name, stored.shape.clone());
         // Factors of an adapter have their own suffixes, and the row order of what they add to.
@@ -466,6 +466,7 @@ pub(super) fn read_header(
                 found: file.len() as u64,
             });
         }
+        places.push((begin, end, stored.name.as_str()));
         let order = if suffix == "lora_a" { Arrangement::Same } else { Arrangement::of(&ours, config) };
         let dtype = match element {
             Element::Plain(dtype) => dtype,
@@ -483,6 +484,10 @@ pub(super) fn read_header(
         tensors.push(TensorInfo { encoded, ..info });
     }
     tensors.sort_by_key(|info| info.begin);
+    places.sort_unstable();
+    if let Some([(.., first), (.., second)]) = places.array_windows().find(|[(_, end, _), (begin, ..)]| begin < end) {
+        return Err(broken(format!("tensors `{first}` and `{second}` overlap")));
+    }
     Ok(tensors)
 }
 

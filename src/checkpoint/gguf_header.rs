@@ -36,6 +36,11 @@ mod kind {
     pub const ARRAY: u32 = 9;
 }
 
+/// Whether a file begins as GGUF files do.
+pub fn is_begun(file: &[u8]) -> bool {
+    file.starts_with(MAGIC)
+}
+
 /// Reads the header of a whole file.
 ///
 /// # Errors
@@ -69,6 +74,9 @@ pub fn read(file: &[u8]) -> Result<Header, String> {
     names.sort_unstable();
     if let Some(twice) = names.windows(2).find(|pair| pair[0] == pair[1]) {
         return Err(format!("it describes tensor `{}` twice", twice[0]));
+    }
+    if let Some(Entry { name, offset, .. }) = tensors.iter().find(|entry| !entry.offset.is_multiple_of(alignment)) {
+        return Err(format!("tensor `{name}` begins at data offset {offset}, which is no multiple of {alignment}"));
     }
     let data_begin = (bytes.at as u64).next_multiple_of(alignment);
     Ok(Header { tensors, data_begin })
@@ -132,12 +140,15 @@ impl<'a> Bytes<'a> {
     fn entry(&mut self) -> Result<Entry, String> {
         let name = self.text()?;
         let n_dimensions = self.u32()?;
-        if n_dimensions > MAX_DIMENSIONS {
+        if !(1..=MAX_DIMENSIONS).contains(&n_dimensions) {
             return Err(format!("tensor `{name}` has {n_dimensions} dimensions"));
         }
         let size = |size: u64| usize::try_from(size).map_err(|_| format!("tensor `{name}` has a dimension of {size}"));
         let mut shape = (0..n_dimensions).map(|_| size(self.u64()?)).collect::<Result<Vec<_>, _>>()?;
         shape.reverse();
+        if shape.contains(&0) {
+            return Err(format!("tensor `{name}` is empty, and has shape {shape:?}"));
+        }
         Ok(Entry { shape, type_id: self.u32()?, offset: self.u64()?, name })
     }
 }

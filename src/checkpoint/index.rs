@@ -11,6 +11,7 @@ use serde_json::Value;
 use super::cast;
 use super::encoded::Encoded;
 use super::error::{CheckpointError, Result};
+use super::magic::{self, Kind};
 use crate::quantize::Storage;
 
 /// Where a tensor lies and what it is.
@@ -108,6 +109,9 @@ const PREFIX: usize = 8;
 
 fn diagnose(path: &Path, file: &[u8], error: &SafeTensorError) -> CheckpointError {
     let path = path.to_path_buf();
+    if let Some(found) = Kind::of_no_weights(file).filter(|kind| **kind != magic::SAFETENSORS) {
+        return CheckpointError::WrongKind { path, expected: "safetensors file", found };
+    }
     let unparsable = |reason: String| CheckpointError::Header { path: path.clone(), reason };
     let Some(prefix) = file.first_chunk::<PREFIX>() else {
         return CheckpointError::Truncated { path, expected: PREFIX as u64, found: file.len() as u64 };

@@ -4,6 +4,7 @@
 //! back, so that memory does not grow with the size of the checkpoint.
 
 pub mod cast;
+mod described;
 pub mod encoded;
 mod error;
 mod folder;
@@ -13,11 +14,13 @@ pub mod hub;
 mod index;
 mod job;
 pub mod json;
+pub mod magic;
 mod moving;
 mod place;
 mod reader;
 mod settings;
 mod side;
+mod strangers;
 mod unfinished;
 mod writer;
 
@@ -32,12 +35,14 @@ use sha2::{Digest, Sha256};
 
 use crate::quantize::{Quantized, Storage};
 pub use cast::Dtype;
+pub use described::FORMAT_VERSION;
 pub use encoded::Rows;
 use encoded::{ADAPTER_BASE, ADAPTER_CONFIG, ADAPTER_FILE, ADAPTER_FOLDER, Decoded, Encoded, View};
 pub(crate) use error::io;
 pub use error::{CheckpointError, Result};
 pub use folder::OutputFolder;
 pub use index::TensorInfo;
+use magic::Kind;
 pub use place::{check_file, expect_apart, expect_folder};
 pub(crate) use place::{create_file, folder_of};
 use reader::Shard;
@@ -52,6 +57,9 @@ pub use writer::{
 pub const SINGLE_FILE: &str = "model.safetensors";
 pub const INDEX_FILE: &str = "model.safetensors.index.json";
 pub const CONFIG_FILE: &str = "config.json";
+
+/// The report of an output of `lrc`, by which one is known.
+pub const REPORT_FILE: &str = "lrc-report.json";
 
 /// An opened checkpoint: every header read and checked, no weight loaded.
 #[derive(Debug)]
@@ -92,30 +100,6 @@ impl Stack {
     }
 }
 
-/// The stacks whose matrices an output of `lrc` stores apart: `lrc.stacks` of its config.
-///
-/// # Errors
-/// One is no stack of as many matrices as there could be among `n_tensors` tensors.
-fn stored_stacks(config: Option<&Map<String, Value>>, n_tensors: usize, path: &Path) -> Result<Vec<Stack>> {
-    let Some(listed) = config.and_then(|config| config.get("lrc")?.get("stacks")) else { return Ok(Vec::new()) };
-    let refuse = |entry: String, reason: &str| {
-        Err(CheckpointError::ConfigEntry { path: path.join(CONFIG_FILE), entry, reason: reason.into() })
-    };
-    let Some(listed) = listed.as_object() else { return refuse("lrc.stacks".into(), "is no object") };
-    let mut stacks = Vec::new();
-    for (tensor, shape) in listed {
-        let entry = format!("lrc.stacks.{tensor}");
-        let Ok(shape) = serde_json::from_value::<[usize; 3]>(shape.clone()) else {
-            return refuse(entry, "is no shape of three dimensions");
-        };
-        if shape.contains(&0) || shape[0] > n_tensors || !index::is_sane(&shape) {
-            return refuse(entry, &format!("is {shape:?}, and the files hold {n_tensors} tensors"));
-        }
-        stacks.push(Stack { tensor: tensor.clone(), shape });
-    }
-    Ok(stacks)
-}
-
 /// SHA-256 of the config and of every weight file, by file name.
 pub type Fingerprint = BTreeMap<String, String>;
 
@@ -136,10 +120,17 @@ impl Checkpoint {
         let layout = Layout::find(path)?;
         let (config, config_error) = match read_config(&layout.root.join(CONFIG_FILE)) {
             Ok(config) => (config, None),
-            // GGUF files are read by it.
-            Err(error) if layout.files.iter().any(|file| is_gguf(file)) => return Err(error),
-            Err(error) => (None, Some(error)),
+            // Text that is no JSON can be copied, and all else be done without it; GGUF files are read by it.
+            Err(error @ (CheckpointError::Json { .. } | CheckpointError::LfsPointer { .. }))
+                if !layout.files.iter().any(|file| is_gguf(file)) =>
+            {
+                (None, Some(error))
+            }
+            Err(error) => return Err(error),
         };
+        if let Some(config) = &config {
+            described::expect_known_version(config, &layout.root)?;
+        }
         if let Some(error) = &config_error {
             tracing::warn!("{error}: going by the names and shapes of tensors alone");
         }
@@ -200,7 +191,7 @@ impl Checkpoint {
             view.adapt(adapter);
         }
         let View { tensors, order } = view;
-        let stacks = stored_stacks(config.as_ref(), tensors.len(), &layout.root)?;
+        let stacks = described::stored_stacks(config.as_ref(), tensors.len(), &layout.root)?;
         let equal = Mutex::default();
         let is_alone = layout.is_file && config.is_none();
         Ok(Self { root: layout.root, config, config_error: None, equal, shards, tensors, order, stacks, is_alone })
@@ -515,14 +506,20 @@ fn file_name(path: &Path) -> String {
 
 /// The header of a file in either of the formats, by its name.
 fn read_header(shard: &Shard, shard_idx: usize, config: Option<&Map<String, Value>>) -> Result<Vec<TensorInfo>> {
-    if !is_gguf(shard.path()) {
-        return index::read_header(shard.path(), shard.bytes(), shard_idx);
+    let (path, bytes) = (shard.path(), shard.bytes());
+    if !is_gguf(path) {
+        return index::read_header(path, bytes, shard_idx);
+    }
+    if !gguf_header::is_begun(bytes)
+        && let Some(found) = Kind::of_no_weights(bytes)
+    {
+        return Err(CheckpointError::WrongKind { path: path.into(), expected: "GGUF file", found });
     }
     let config = config.ok_or_else(|| CheckpointError::ForeignGguf {
-        path: shard.path().into(),
+        path: path.into(),
         reason: "there is no `config.json` beside it".into(),
     })?;
-    gguf::read_header(shard.path(), shard.bytes(), shard_idx, config)
+    gguf::read_header(path, bytes, shard_idx, config)
 }
 
 fn is_gguf(path: &Path) -> bool {

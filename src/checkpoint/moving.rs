@@ -17,6 +17,8 @@ use super::place::{self, create_file};
 type Result<T, E = CheckpointError> = std::result::Result<T, E>;
 
 pub(super) const MOVING: &str = "moving.json";
+/// The ending of a small file of the work folder while it is written.
+pub(super) const TORN: &str = ".partial";
 /// Where an earlier output waits to be removed.
 pub(super) const REPLACED: &str = "replaced";
 
@@ -87,7 +89,7 @@ pub(super) fn rename(from: &Path, to: &Path) -> Result<()> {
 
 /// Writes a small file of the work folder, whole or not at all.
 pub(super) fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
-    let torn = path.with_extension("partial");
+    let torn = path.with_extension(&TORN[1..]);
     let mut file = create_file(&torn).map_err(io("create", &torn))?;
     file.write_all(bytes).map_err(io("write", &torn))?;
     file.sync_all().map_err(io("sync", &torn))?;

@@ -40,6 +40,14 @@ pub fn expect_folder(target: &Path) -> Result<bool> {
     if !exists && target.file_name().is_none() {
         return Err(unusable(target, "it does not name a folder"));
     }
+    // The way up out of a folder that is not there: what is missing is made on the way down only.
+    let mut above = PathBuf::new();
+    for part in target.components() {
+        if part == Component::ParentDir && !above.as_os_str().is_empty() && !above.is_dir() {
+            return Err(unusable(target, format!("there is no folder `{}`", above.display())));
+        }
+        above.push(part);
+    }
     Ok(exists)
 }
 

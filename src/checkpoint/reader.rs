@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use memmap2::{Mmap, UncheckedAdvice};
 
 use super::error::{CheckpointError, Result, io};
+use super::magic::LFS_POINTER;
 
 /// Reads a small file that a checkpoint is described by.
 ///
@@ -43,9 +44,6 @@ fn name_of(kind: FileType) -> &'static str {
     }
     if kind.is_dir() { "a folder" } else { "something else" }
 }
-
-/// What Git LFS leaves in the place of a file that it has not fetched begins with this.
-const LFS_POINTER: &[u8] = b"version https://git-lfs.github.com/spec/";
 
 fn refuse_pointer(path: &Path, bytes: &[u8]) -> Result<()> {
     if bytes.starts_with(LFS_POINTER) { Err(CheckpointError::LfsPointer { path: path.into() }) } else { Ok(()) }

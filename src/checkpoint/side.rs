@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use super::encoded::ADAPTER_CONFIG;
-use super::{CONFIG_FILE, Checkpoint, INDEX_FILE, Result, place, read_file, settings};
+use super::{CONFIG_FILE, Checkpoint, INDEX_FILE, REPORT_FILE, Result, place, read_file, settings};
 
 /// Modules of sentence-transformers: a list whose `path` are folders.
 const MODULES_FILE: &str = "modules.json";
@@ -31,7 +31,7 @@ pub struct LeftOut {
 const HIDDEN: &str = "hidden";
 const OTHER_FORMAT: &str = "weights in another format";
 const OTHER_WEIGHTS: &str = "weights that this model is not made of";
-const OTHER_MODEL: &str = "a folder of other weights";
+const OTHER_OUTPUT: &str = "another output of lrc";
 const TRAINING: &str = "the state of a training";
 const SETTINGS: &str = "settings of the quantiser of the source";
 const STRAY_LINK: &str = "a link out of the checkpoint";
@@ -195,33 +195,36 @@ impl Walk<'_> {
             return Fate::LeftOut(STRAY_LINK);
         }
         match (found.is_dir(), found.is_file()) {
-            (true, _) => self.fate_of_folder(path, &full, real),
+            (true, _) => self.fate_of_folder(&full, real),
             (_, true) => self.fate_of_file(path, &name),
             _ => Fate::LeftOut(STRANGE),
         }
     }
 
-    fn fate_of_folder(&mut self, path: &Path, full: &Path, real: PathBuf) -> Fate {
+    fn fate_of_folder(&mut self, full: &Path, real: PathBuf) -> Fate {
         if !self.seen.insert(real) {
             return Fate::LeftOut(LOOP);
         }
-        let Ok(names) = place::names_in(full) else { return Fate::LeftOut(UNREADABLE) };
-        // An adapter that is a part of the model.
-        if self.weights.iter().any(|file| file.parent() == Some(path)) {
-            return Fate::Replaced;
+        if place::names_in(full).is_err() {
+            return Fate::LeftOut(UNREADABLE);
         }
         if super::OutputFolder::is_unfinished(full) {
             return Fate::LeftOut(WORK);
         }
-        let holds_weights = names.iter().any(|name| is_weight_file(&name.to_string_lossy()));
-        if holds_weights && !self.is_module(path) { Fate::LeftOut(OTHER_MODEL) } else { Fate::Walked }
+        if full.join(REPORT_FILE).is_file() {
+            return Fate::LeftOut(OTHER_OUTPUT);
+        }
+        Fate::Walked
     }
 
     fn fate_of_file(&self, path: &Path, name: &str) -> Fate {
         let is_at_top = path.components().count() == 1;
         let is_setting = settings::FILES.iter().any(|(file, _)| name == *file);
+        // An adapter that is a part of the model.
+        let is_of_adapter = || self.weights.iter().any(|file| file.parent() == path.parent());
         match name {
             CONFIG_FILE | INDEX_FILE if is_at_top => Fate::Replaced,
+            ADAPTER_CONFIG if !is_at_top && is_of_adapter() => Fate::Replaced,
             name if is_training_state(name) && is_weight_file(name) => Fate::LeftOut(TRAINING),
             _ if is_setting && is_at_top && self.is_coded => Fate::LeftOut(SETTINGS),
             name if !is_weight_file(name) || self.is_module(path) => Fate::Copied,

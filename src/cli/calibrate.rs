@@ -14,7 +14,7 @@ use crate::compress::presets::Method;
 use crate::compress::recipe::DEFAULT_SAMPLES;
 use crate::error::Failure;
 use crate::journal::Journal;
-use crate::model::{Decoder, WalkLimits};
+use crate::model::{Decoder, WalkLimits, fingerprint};
 use crate::report::{CalibrateReport, LRC_VERSION, SCHEMA_VERSION, peak_memory_bytes};
 use crate::text::DEFAULT_FIELD;
 
@@ -144,7 +144,7 @@ fn measure(
     // Statistics of large models fill disks: they are kept where the output goes.
     let folder = folder_of(&args.output).to_path_buf();
     let limits = WalkLimits::new(args.memory.memory.as_u64(), folder.clone());
-    let header = Header::new(checkpoint.fingerprint()?, observation, vec![windows.part.clone()]);
+    let header = Header::new(fingerprint(&checkpoint)?, observation, vec![windows.part.clone()]);
     let mut statistics = Statistics::new(header.clone(), limits.activation_bytes, &folder);
     let seconds = calibrate::observe(
         &decoder,

@@ -101,9 +101,10 @@ fn show_dry_run(report: &DryRunReport) -> String {
     let memory = ByteSize(report.expected_memory_bytes);
     let time = HumanDuration(Duration::from_secs_f64(report.expected_seconds));
     format!(
-        "{}{}expected memory: {memory}\nexpected time: about {time}\nnothing was written\n",
+        "{}{}{}expected memory: {memory}\nexpected time: about {time}\nnothing was written\n",
         tables(&report.linears, &report.sizes),
-        passed_through(&report.passed_through)
+        passed_through(&report.passed_through),
+        left_out(&report.left_out)
     )
 }
 

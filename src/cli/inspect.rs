@@ -14,7 +14,7 @@ use crate::compress::recipe::Recipe;
 use crate::compress::spectra::weighted_curves;
 use crate::error::Failure;
 use crate::inspect;
-use crate::model::inventory::missing_blocks;
+use crate::model::coverage::missing;
 use crate::report::columns::{self, COLUMNS, Cell, Chosen};
 use crate::report::{InspectReport, SpectrumRecord, gate, page};
 
@@ -126,7 +126,7 @@ pub(super) fn run(args: &InspectArgs, progress: &Bars) -> Result<()> {
         return Err(Failure::usage("`--html` and `--spectra` name the same file").into());
     }
     let checkpoint = args.model.open(progress)?;
-    if let Some(missing) = missing_blocks(&checkpoint) {
+    if let Some(missing) = missing(&checkpoint) {
         tracing::warn!("{missing}");
     }
     let read = checkpoint.read_files();

@@ -128,7 +128,7 @@ impl GateArgs {
 /// Whatever went wrong, for [`fail`].
 pub fn run(cli: &Cli) -> Result<()> {
     // Before any thread: each has the signal mask of the one that started it.
-    interrupt::outlive_limits();
+    interrupt::outlive_limits(cli.log_format);
     let progress = terminal::start(cli.quiet, cli.verbose, cli.log_format);
     interrupt::listen(cli.quiet, cli.log_format);
     start_threads()?;
@@ -158,15 +158,20 @@ fn start_threads() -> Result<()> {
 /// Prints an error with its hint, and gives its exit code.
 pub fn fail(error: &anyhow::Error, cli: &Cli) -> ExitCode {
     let (code, message, hint) = (error::exit_class(error) as u8, error::message(error), error::hint(error));
-    write_error(&match (cli.log_format, hint) {
+    write_error(&error_text(cli.log_format, &message, hint.as_deref(), code));
+    ExitCode::from(code)
+}
+
+/// An error as it is written to stderr.
+fn error_text(format: LogFormat, message: &str, hint: Option<&str>, code: u8) -> String {
+    match (format, hint) {
         (LogFormat::Json, hint) => {
             let line = json!({"level": "ERROR", "message": message, "hint": hint, "exit_code": code});
             format!("{line}\n")
         }
         (LogFormat::Text, Some(hint)) => format!("error: {message}\nhint: {hint}\n"),
         (LogFormat::Text, None) => format!("error: {message}\n"),
-    });
-    ExitCode::from(code)
+    }
 }
 
 /// Writes to stderr. Where that cannot be written, the exit code is all that is left to say.

@@ -29,13 +29,13 @@ use crate::checkpoint::{
 use crate::error::Failure;
 use crate::formats::{self, CURVES_FILES, Entry, Format, Module, OutTensor, Pair, Parts, Source};
 use crate::linalg;
-use crate::model::Layout;
 use crate::model::config::native_config;
 use crate::model::inventory::{self, LinearInfo, Stored};
+use crate::model::{Layout, coverage};
 use crate::progress::Progress;
 use crate::report::card::{self, Loading};
 use crate::report::page::{self, PAGE_FILE};
-use crate::report::{CompressReport, REPORT_FILE, TruncationRecord, peak_memory_bytes};
+use crate::report::{CompressReport, REPORT_FILE, SCHEMA_VERSION, TruncationRecord, peak_memory_bytes};
 
 /// What is shortened, and where to.
 pub struct TruncateJob<'a> {
@@ -173,7 +173,7 @@ pub fn truncate(job: &TruncateJob<'_>, progress: &dyn Progress) -> Result<Compre
     let root = checkpoint.root();
     OutputFolder::check(job.output, job.force, REPORT_FILE)?;
     expect_apart(job.output, [root])?;
-    inventory::expect_blocks(checkpoint)?;
+    coverage::expect_whole(checkpoint)?;
     let mut report = read_report(root)?;
     let mut shortenings = shortenings(checkpoint)?;
     check_report(&report, &shortenings, root)?;
@@ -289,7 +289,12 @@ fn read_report(root: &Path) -> Result<CompressReport> {
         CheckpointError::Io { source, .. } => unusable(source.to_string()).into(),
         error => anyhow::Error::from(error),
     })?;
-    Ok(serde_json::from_slice(&bytes).map_err(|e| unusable(e.to_string()))?)
+    let report: Value = serde_json::from_slice(&bytes).map_err(|e| unusable(e.to_string()))?;
+    if let Some(version) = report["schema_version"].as_u64().filter(|&version| version > SCHEMA_VERSION.into()) {
+        let (found, known) = (version.to_string(), SCHEMA_VERSION.to_string());
+        return Err(CheckpointError::Newer { path, entry: "schema_version".into(), found, known }.into());
+    }
+    Ok(serde_json::from_value(report).map_err(|e| unusable(e.to_string()))?)
 }
 
 /// The report tells of the linears that are there, and its sums are theirs: budgets are computed from it.

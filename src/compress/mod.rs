@@ -40,7 +40,7 @@ use crate::checkpoint::{Checkpoint, Fingerprint, OutputFolder, expect_apart};
 use crate::error::{ExitClass, Failure, exit_class};
 use crate::formats::{self, Entry, Format, Output, Source};
 use crate::journal::Journal;
-use crate::model::inventory;
+use crate::model::{fingerprint, inventory};
 use crate::progress::Progress;
 use crate::report::{CompressReport, DryRunReport, REPORT_FILE};
 use allocate::Choice;
@@ -99,7 +99,7 @@ pub fn compress(job: &Job<'_>, progress: &dyn Progress) -> Result<CompressReport
     let source = Source::new(checkpoint);
     plan.check_format(&source, recipe)?;
     let inputs = Inputs::load(checkpoint, recipe, &plan)?;
-    let source_files = checkpoint.fingerprint()?;
+    let source_files = fingerprint(checkpoint)?;
     let description = record::job(job, &source_files, &inputs)?;
     let mut folder = OutputFolder::resume(job.output, job.force, REPORT_FILE, &description, job.restart)?;
     let run = Run { job, plan, source, source_files, started };
@@ -211,5 +211,8 @@ pub fn dry_run(job: &Job<'_>, progress: &dyn Progress) -> Result<DryRunReport> {
     let records = plan.linears.iter().zip(&entries).map(|(linear, &entry)| record::linear(linear, entry));
     let sizes = record::sizes(&source, recipe, &plan, &entries);
     formats::warn_of_growth(checkpoint.file_bytes(), sizes.file_bytes_after);
-    Ok(record::dry_run(job, records.collect(), sizes, (memory, seconds)))
+    let mut report = record::dry_run(job, records.collect(), sizes, (memory, seconds));
+    let left_out = formats::side(checkpoint, job.output, &output::REPLACED)?.left_out;
+    report.left_out = left_out.into_iter().map(Into::into).collect();
+    Ok(report)
 }

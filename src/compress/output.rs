@@ -24,6 +24,8 @@ use crate::spool::Spooled;
 
 const RECIPE_FILE: &str = "lrc-recipe.toml";
 const CARD_FILE: &str = "README.md";
+/// Side files of the source that the output has its own of.
+pub(super) const REPLACED: [&str; 5] = [CARD_FILE, REPORT_FILE, RECIPE_FILE, PAGE_FILE, CURVES_FILES[0]];
 
 /// What writing a linear found.
 pub(super) struct Written {
@@ -114,7 +116,7 @@ pub(super) fn finish(
         text: formats::loading(exporter, &config, output.files().has_adapter()),
         library: exporter.library(),
     };
-    let finished = output.finish(folder, &[CARD_FILE, REPORT_FILE, RECIPE_FILE, PAGE_FILE, CURVES_FILES[0]])?;
+    let finished = output.finish(folder, &REPLACED)?;
     report.non_finite = finished.non_finite;
     report.left_out = finished.left_out.into_iter().map(Into::into).collect();
     let recipe = toml::to_string(&recipe.to_options())?;

@@ -12,7 +12,7 @@ use crate::error::Failure;
 use crate::formats::{Base, Entry, Files, Format, Pair, Source};
 use crate::model::inventory::{self, LinearInfo};
 use crate::model::tie::is_tied_head;
-use crate::model::{Layout, ModelConfig, config};
+use crate::model::{Layout, ModelConfig, config, coverage};
 use crate::quantize::Quant;
 
 /// The linears that a recipe compresses, in the order of the checkpoint's blocks.
@@ -26,7 +26,7 @@ impl Plan {
     /// # Errors
     /// No linear matches, a pattern matches nothing, or a target cannot be compressed.
     pub fn new(checkpoint: &Checkpoint, recipe: &Recipe) -> Result<Self> {
-        inventory::expect_blocks(checkpoint)?;
+        coverage::expect_whole(checkpoint)?;
         let all = inventory::linears(checkpoint);
         let modules: Vec<&str> = all.iter().map(|l| l.module.as_str()).collect();
         for (flag, patterns) in [("--targets", &recipe.targets), ("--exclude", &recipe.exclude)] {

@@ -252,6 +252,7 @@ pub(super) fn dry_run(
         sizes,
         passed_through: passed_through(job, &linears),
         linears,
+        left_out: Vec::new(),
         expected_memory_bytes,
         expected_seconds,
     }

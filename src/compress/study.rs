@@ -24,7 +24,7 @@ use crate::formats::{Entry, Matrix, Module, Parts, Source};
 use crate::journal::Journal;
 use crate::linalg;
 use crate::model::inventory::{self, LinearInfo};
-use crate::model::{Decoder, Layout, WalkLimits};
+use crate::model::{Decoder, Layout, WalkLimits, fingerprint};
 use crate::progress::Progress;
 use crate::quantize::Quant;
 use crate::report::{CalibrationRecord, Timings};
@@ -44,7 +44,7 @@ impl Inputs {
         let statistics = recipe.statistics.as_deref().map(Statistics::open).transpose()?;
         if let (Some(statistics), Some(path)) = (&statistics, &recipe.statistics) {
             let named = path.display().to_string();
-            statistics.expect_model(&checkpoint.fingerprint()?, &named)?;
+            statistics.expect_model(&fingerprint(checkpoint)?, &named)?;
             statistics.expect_needs(recipe.needs(), &named)?;
             let texts = &statistics.header.parts;
             if let Some(windows) = &windows

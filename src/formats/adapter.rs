@@ -5,8 +5,9 @@
 use serde_json::{Map, Value, json};
 
 use super::dense::{weight, weight_bytes};
+use super::refusal::listed;
 use super::{
-    CheckpointError, Entry, Exporter, LinearInfo, Module, NamedBytes, OutTensor, Parts, Source, Target, encode,
+    CheckpointError, Entry, Exporter, LinearInfo, Module, NamedBytes, OutTensor, Parts, Refusal, Source, Target, encode,
 };
 use crate::checkpoint::encoded::{ADAPTER_BASE, ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_PREFIX};
 use crate::model::config;
@@ -20,7 +21,7 @@ impl Exporter for Peft {
         refusal(entry)
     }
 
-    fn refusal_of_all(&self, _: &Source<'_>, modules: &[(LinearInfo, Entry)]) -> Option<String> {
+    fn refusal_of_all(&self, _: &Source<'_>, modules: &[(LinearInfo, Entry)]) -> Option<Refusal> {
         refusal_of_all(modules)
     }
 
@@ -65,21 +66,26 @@ pub(super) fn refusal(entry: &Entry) -> Option<String> {
 }
 
 /// Why the factors of several linears cannot be one adapter: transformers stacks the experts of a block, and PEFT their factors.
-pub(super) fn refusal_of_all(modules: &[(LinearInfo, Entry)]) -> Option<String> {
-    let with_factors =
-        || modules.iter().filter_map(|(linear, entry)| Some((linear, linear.id?.slot, entry.pair?.rank)));
+pub(super) fn refusal_of_all(modules: &[(LinearInfo, Entry)]) -> Option<Refusal> {
+    let with_factors = || {
+        modules.iter().filter_map(|(linear, entry)| Some((linear.module.as_str(), linear.id?.slot, entry.pair?.rank)))
+    };
     let mut of_experts = with_factors().filter(|(_, slot, _)| slot.expert.is_some());
     let (first, _, rank) = of_experts.next()?;
-    if let Some((other, ..)) = of_experts.find(|(_, _, r)| *r != rank) {
-        return Some(format!(
-            "`{}` has factors of another rank than `{}`, and PEFT takes one for all experts: give a `--compensate-rank`",
-            other.module, first.module
-        ));
+    let others: Vec<&str> = of_experts.filter(|(_, _, r)| *r != rank).map(|(module, ..)| module).collect();
+    if !others.is_empty() {
+        return Some(Refusal::whole(format!(
+            "factors of {} have another rank than those of `{first}`, and PEFT takes one for all experts: give a `--compensate-rank`",
+            listed(&others)
+        )));
     }
     // PEFT renames the targets of a model with experts, and then no longer finds those of dense blocks.
     let is_mlp = |slot: &Slot| slot.expert.is_none() && matches!(slot.site(), InputSite::GateUp | InputSite::Down);
-    let (dense, ..) = with_factors().find(|(_, slot, _)| is_mlp(slot))?;
-    Some(format!("PEFT does not find `{}` in a model with experts in other blocks", dense.module))
+    let dense: Vec<&str> = with_factors().filter(|(_, slot, _)| is_mlp(slot)).map(|(module, ..)| module).collect();
+    (!dense.is_empty()).then(|| Refusal {
+        reason: format!("PEFT does not find {} in a model with experts in other blocks", listed(&dense)),
+        of: dense.into_iter().map(String::from).collect(),
+    })
 }
 
 fn names(linear: &LinearInfo) -> [String; 2] {

@@ -6,7 +6,8 @@ use std::collections::BTreeMap;
 use serde_json::{Map, Value, json};
 
 use super::{
-    CheckpointError, Entry, Exporter, LinearInfo, Matrix, Module, NamedBytes, OutTensor, Source, adapter, encode,
+    CheckpointError, Entry, Exporter, LinearInfo, Matrix, Module, NamedBytes, OutTensor, Refusal, Source, adapter,
+    encode,
 };
 use crate::checkpoint::Dtype;
 use crate::model::architectures;
@@ -48,7 +49,7 @@ impl Exporter for CompressedTensors {
         exchange_scheme(linear, entry).err()
     }
 
-    fn refusal_of_all(&self, _: &Source<'_>, modules: &[(LinearInfo, Entry)]) -> Option<String> {
+    fn refusal_of_all(&self, _: &Source<'_>, modules: &[(LinearInfo, Entry)]) -> Option<Refusal> {
         adapter::refusal_of_all(modules)
     }
 

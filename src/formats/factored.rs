@@ -16,7 +16,7 @@ use super::{
     stacks_apart,
 };
 use crate::checkpoint::encoded::{CODES, PackedEntry, SCALES, ZEROS};
-use crate::checkpoint::{Checkpoint, Dtype};
+use crate::checkpoint::{Checkpoint, Dtype, FORMAT_VERSION};
 use crate::model::config::MODEL_TYPE_PREFIX;
 use crate::model::inventory::{self, Stored};
 use crate::model::linear::{BASE, LR_A, LR_B, LR_COEFFICIENTS, LR_ORDER, LR_PIVOT};
@@ -27,9 +27,6 @@ pub(super) struct Factored;
 
 const MODELING_FILE: &str = "modeling_lrc.py";
 const MODELING_TEMPLATE: &str = include_str!("modeling_lrc.py");
-
-/// Version of the `lrc` entry in `config.json`.
-const VERSION: u32 = 1;
 
 /// The transformers class that the output extends, and its own: `LlamaForCausalLM`, `LrcForCausalLM`.
 struct Classes {
@@ -242,7 +239,7 @@ impl Exporter for Factored {
             }
         }
         let mut lrc = Map::new();
-        lrc.insert("version".into(), json!(VERSION));
+        lrc.insert("version".into(), json!(FORMAT_VERSION));
         // What the source was, so that it can be exported again.
         if let Some(classes) = source.config.get("architectures") {
             lrc.insert("architectures".into(), classes.clone());

@@ -7,7 +7,7 @@ use serde_json::{Map, Value as Json};
 
 use super::{
     Base, CheckpointError, Container, Entry, Exporter, GgufValue as Value, LinearInfo, Matrix, Module, NamedBytes,
-    OutTensor, Parts, Source, Target, adapter, encode,
+    OutTensor, Parts, Refusal, Source, Target, adapter, encode,
 };
 use crate::checkpoint::cast::{self, Dtype};
 use crate::checkpoint::encoded::Element;
@@ -78,6 +78,47 @@ fn blocks(base: &Grouped) -> Vec<u8> {
     bytes
 }
 
+/// Why llama.cpp would not read a model, whatever is compressed of it.
+fn unwritten(source: &Source<'_>) -> Option<String> {
+    let Some(family) = gguf::family(&source.config) else {
+        return Some("the family of the model has no table of GGUF names here".into());
+    };
+    // Its numbers size what is written.
+    if let Err(error) = ModelConfig::of(source.checkpoint) {
+        return Some(format!("{error:#}"));
+    }
+    let number = |key: &str| source.config.get(key).and_then(Json::as_f64);
+    if let (Some(asked), "gemma2") = (number("query_pre_attn_scalar"), family.architecture) {
+        // The largest of the family is known by its number of blocks.
+        let is_largest = number("num_hidden_layers") == Some(46.0);
+        let of_heads = number("hidden_size").zip(number("num_attention_heads")).map(|(width, heads)| width / heads);
+        let taken = if is_largest { of_heads } else { number("head_dim").or(Some(256.0)) };
+        if let Some(taken) = taken.filter(|taken| *taken != asked) {
+            return Some(format!("`query_pre_attn_scalar` is {asked}, and llama.cpp takes {taken}"));
+        }
+    }
+    let rope = rope_fields(&source.config);
+    let kind = rope.and_then(|r| r.get("rope_type").or_else(|| r.get("type"))).and_then(Json::as_str);
+    if let Some(kind) = kind.filter(|kind| !["default", "linear", "llama3"].contains(kind)) {
+        return Some(format!("rotary scaling of type `{kind}` is not written"));
+    }
+    let unknown = source.checkpoint.tensors().find(|t| {
+        let is_part = t.name.contains(".lr_") || t.name.contains(".base.");
+        !is_part && !family.is_left_out(&t.name) && gguf::to_gguf(&t.name, Some(family)).is_none()
+    });
+    if let Some(info) = unknown {
+        return Some(format!("tensor `{}` has no name in GGUF", info.name));
+    }
+    if let Some((first, _)) = inventory::blocks_behind(source.checkpoint) {
+        return Some(format!(
+            "block {first} is behind the last of `num_hidden_layers`, and llama.cpp expects no such block"
+        ));
+    }
+    let is_table = |name: &str| gguf::to_gguf(name, Some(family)).as_deref() == Some("token_embd.weight");
+    let has_table = source.checkpoint.tensors().any(|info| is_table(&info.name));
+    (!has_table).then(|| "its embeddings are stored as its head alone, and llama.cpp looks for them".into())
+}
+
 impl Exporter for Gguf {
     fn refusal(&self, _: &Source<'_>, linear: &LinearInfo, entry: &Entry) -> Option<String> {
         if let Some(reason) = adapter::refusal(entry) {
@@ -92,44 +133,8 @@ impl Exporter for Gguf {
         }
     }
 
-    fn refusal_of_all(&self, source: &Source<'_>, _: &[(LinearInfo, Entry)]) -> Option<String> {
-        let Some(family) = gguf::family(&source.config) else {
-            return Some("the family of the model has no table of GGUF names here".into());
-        };
-        // Its numbers size what is written.
-        if let Err(error) = ModelConfig::of(source.checkpoint) {
-            return Some(format!("{error:#}"));
-        }
-        let number = |key: &str| source.config.get(key).and_then(Json::as_f64);
-        if let (Some(asked), "gemma2") = (number("query_pre_attn_scalar"), family.architecture) {
-            // The largest of the family is known by its number of blocks.
-            let is_largest = number("num_hidden_layers") == Some(46.0);
-            let of_heads = number("hidden_size").zip(number("num_attention_heads")).map(|(width, heads)| width / heads);
-            let taken = if is_largest { of_heads } else { number("head_dim").or(Some(256.0)) };
-            if let Some(taken) = taken.filter(|taken| *taken != asked) {
-                return Some(format!("`query_pre_attn_scalar` is {asked}, and llama.cpp takes {taken}"));
-            }
-        }
-        let rope = rope_fields(&source.config);
-        let kind = rope.and_then(|r| r.get("rope_type").or_else(|| r.get("type"))).and_then(Json::as_str);
-        if let Some(kind) = kind.filter(|kind| !["default", "linear", "llama3"].contains(kind)) {
-            return Some(format!("rotary scaling of type `{kind}` is not written"));
-        }
-        let unknown = source.checkpoint.tensors().find(|t| {
-            let is_part = t.name.contains(".lr_") || t.name.contains(".base.");
-            !is_part && !family.is_left_out(&t.name) && gguf::to_gguf(&t.name, Some(family)).is_none()
-        });
-        if let Some(info) = unknown {
-            return Some(format!("tensor `{}` has no name in GGUF", info.name));
-        }
-        if let Some((first, _)) = inventory::blocks_behind(source.checkpoint) {
-            return Some(format!(
-                "block {first} is behind the last of `num_hidden_layers`, and llama.cpp expects no such block"
-            ));
-        }
-        let is_table = |name: &str| gguf::to_gguf(name, Some(family)).as_deref() == Some("token_embd.weight");
-        let has_table = source.checkpoint.tensors().any(|info| is_table(&info.name));
-        (!has_table).then(|| "its embeddings are stored as its head alone, and llama.cpp looks for them".into())
+    fn refusal_of_all(&self, source: &Source<'_>, _: &[(LinearInfo, Entry)]) -> Option<Refusal> {
+        unwritten(source).map(Refusal::whole)
     }
 
     fn tensors(&self, linear: &LinearInfo, entry: &Entry) -> Vec<OutTensor> {

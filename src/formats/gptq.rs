@@ -1,11 +1,15 @@
 //! GPTQ, version 1 of its files: `X.qweight` i32 (in · bits / 32, out), packed along the inputs, `X.qzeros` i32 (n_groups,
 //! out · bits / 32) of zeros less one, `X.scales` f16 (n_groups, out), `X.g_idx` i32 (in). Symmetric, 4 and 8 bits.
 
+use std::collections::BTreeMap;
+
 use serde_json::{Map, Value, json};
 
 use super::compressed_tensors::exchange_scheme;
+use super::refusal::listed;
 use super::{
-    CheckpointError, Entry, Exporter, LinearInfo, Matrix, Module, NamedBytes, OutTensor, Source, adapter, encode,
+    CheckpointError, Entry, Exporter, LinearInfo, Matrix, Module, NamedBytes, OutTensor, Refusal, Source, adapter,
+    encode,
 };
 use crate::checkpoint::Dtype;
 use crate::checkpoint::encoded::transposed_words;
@@ -17,6 +21,37 @@ pub(super) struct Gptq;
 
 /// Groups that kernels are written for.
 const GROUPS: [usize; 4] = [16, 32, 64, 128];
+
+/// Bits, and the columns of a group where a row has several.
+type Setting = (u32, Option<usize>);
+
+/// A GPTQ checkpoint has one number of bits and one group: the linears that differ from most of the others. Groups that a row does not
+/// fill are whole rows.
+fn one_setting(modules: &[(LinearInfo, Entry)]) -> Option<Refusal> {
+    let mut by_setting: BTreeMap<Setting, Vec<&str>> = BTreeMap::new();
+    for (linear, entry) in modules {
+        let (scheme, n) = (exchange_scheme(linear, entry).ok()?, linear.in_features);
+        let group = scheme.group.filter(|&group| group < n);
+        by_setting.entry((scheme.levels.bits(), group)).or_default().push(&linear.module);
+    }
+    let told = |(bits, group): &Setting| match group {
+        Some(group) => format!("{bits} bits in groups of {group}"),
+        None => format!("{bits} bits in groups of a whole row"),
+    };
+    let kept = *by_setting.iter().max_by_key(|(_, names)| names.len())?.0;
+    let n_kept = by_setting.remove(&kept)?.len();
+    if by_setting.is_empty() {
+        return None;
+    }
+    let others: Vec<String> =
+        by_setting.iter().map(|(setting, names)| format!("{} have {}", listed(names), told(setting))).collect();
+    let reason = format!(
+        "a GPTQ checkpoint has one number of bits and one group: {n_kept} linears have {}, and {}",
+        told(&kept),
+        others.join(", ")
+    );
+    Some(Refusal { reason, of: by_setting.into_values().flatten().map(String::from).collect() })
+}
 
 impl Exporter for Gptq {
     fn refusal(&self, _: &Source<'_>, linear: &LinearInfo, entry: &Entry) -> Option<String> {
@@ -35,21 +70,8 @@ impl Exporter for Gptq {
         (group != n && !GROUPS.contains(&group)).then(|| format!("no kernel has groups of {group}"))
     }
 
-    fn refusal_of_all(&self, _: &Source<'_>, modules: &[(LinearInfo, Entry)]) -> Option<String> {
-        if let Some(reason) = adapter::refusal_of_all(modules) {
-            return Some(reason);
-        }
-        let setting = |(linear, entry): &(LinearInfo, Entry)| {
-            let scheme = exchange_scheme(linear, entry).ok()?;
-            let n = linear.in_features;
-            Some((scheme.levels.bits(), (scheme.group.is_some_and(|group| group < n)).then(|| scheme.group_of(n))))
-        };
-        let first = modules.first().and_then(setting)?;
-        let other = modules.iter().find(|module| setting(module) != Some(first))?;
-        Some(format!(
-            "`{}` has other bits or groups than `{}`: a GPTQ checkpoint has one of each",
-            other.0.module, modules[0].0.module
-        ))
+    fn refusal_of_all(&self, _: &Source<'_>, modules: &[(LinearInfo, Entry)]) -> Option<Refusal> {
+        adapter::refusal_of_all(modules).or_else(|| one_setting(modules))
     }
 
     fn tensors(&self, linear: &LinearInfo, entry: &Entry) -> Vec<OutTensor> {

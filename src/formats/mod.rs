@@ -26,8 +26,9 @@ use crate::model::config::native_config;
 use crate::model::inventory::LinearInfo;
 
 pub use factored::load;
-pub use output::{Files, Finished, Output, copy_side, warn_of_growth, warn_of_non_finite};
+pub use output::{Files, Finished, Output, copy_side, side, warn_of_growth, warn_of_non_finite};
 pub use parts::{Base, Entry, Matrix, Module, Pair, Parts};
+pub use refusal::Refusal;
 
 /// Error curves beside factored weights, for `lrc truncate`: their name, and that of older versions. The ending is one that no
 /// runtime looks for: vLLM reads every `*.safetensors` of a folder as weights, in object stores those of subfolders too.
@@ -138,7 +139,7 @@ pub trait Exporter: Sync {
     fn refusal(&self, source: &Source<'_>, linear: &LinearInfo, entry: &Entry) -> Option<String>;
 
     /// The same for all linears together.
-    fn refusal_of_all(&self, _: &Source<'_>, _: &[(LinearInfo, Entry)]) -> Option<String> {
+    fn refusal_of_all(&self, _: &Source<'_>, _: &[(LinearInfo, Entry)]) -> Option<Refusal> {
         None
     }
 

@@ -10,8 +10,8 @@ use super::{Container, Entry, Exporter, Format, NamedBytes, OutTensor, Source, T
 use crate::checkpoint::encoded::{ADAPTER_FILE, ADAPTER_FOLDER, Element};
 use crate::checkpoint::gguf::{self, GgufTensor, GgufWriter};
 use crate::checkpoint::{
-    CONFIG_FILE, Checkpoint, CheckpointError, LeftOut, OutputFolder, SafetensorsWriter, Stack, TensorSpec, cast, io,
-    json, writer_bytes,
+    CONFIG_FILE, Checkpoint, CheckpointError, LeftOut, OutputFolder, SafetensorsWriter, Side, Stack, TensorSpec, cast,
+    io, json, writer_bytes,
 };
 use crate::error::Failure;
 use crate::model::config;
@@ -124,7 +124,10 @@ impl<'a> Files<'a> {
             return Err(whole(reason).hint("`lrc export --format dense` stacks them again").into());
         }
         match exporter.refusal_of_all(source, modules) {
-            Some(reason) => Err(whole(reason).hint(refusal::STORE_EVERYTHING).into()),
+            Some(refusal) => {
+                let hint = refusal.hint(format, modules);
+                Err(whole(refusal.reason).hint(hint).into())
+            }
             None => Ok(()),
         }
     }
@@ -364,6 +367,14 @@ pub fn warn_of_growth(before: u64, after: u64) {
     }
 }
 
+/// What lies beside the weights of a checkpoint, but for `replaced` and for an output to `target`.
+///
+/// # Errors
+/// A folder cannot be listed.
+pub fn side(checkpoint: &Checkpoint, target: &Path, replaced: &[&str]) -> Result<Side, CheckpointError> {
+    checkpoint.side(replaced, &|path| OutputFolder::is_own(target, path))
+}
+
 /// Copies what lies beside the weights of a checkpoint, but for `replaced`. What was left out, and why.
 ///
 /// # Errors
@@ -373,7 +384,7 @@ pub fn copy_side(
     folder: &OutputFolder,
     replaced: &[&str],
 ) -> Result<Vec<LeftOut>, CheckpointError> {
-    let side = checkpoint.side(replaced, &|path| folder.is_own(path))?;
+    let side = side(checkpoint, folder.target(), replaced)?;
     for name in &side.empty_folders {
         folder.create_folder(name)?;
     }

@@ -6,10 +6,30 @@ use super::{Entry, Format, Source};
 use crate::error::Failure;
 use crate::model::inventory::LinearInfo;
 
-pub(super) const STORE_EVERYTHING: &str = "`--format factored` and `--format dense` store everything";
-
 /// Names in a message; the others are counted.
 const SHOWN: usize = 3;
+
+/// Why a format cannot store linears together.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refusal {
+    pub reason: String,
+    /// The modules without which it could.
+    pub of: Vec<String>,
+}
+
+impl Refusal {
+    /// One that no linear is the cause of.
+    pub(super) fn whole(reason: impl Into<String>) -> Self {
+        Self { reason: reason.into(), of: Vec::new() }
+    }
+
+    /// What to do about it.
+    pub(super) fn hint(&self, format: Format, modules: &[(LinearInfo, Entry)]) -> String {
+        let refused: Vec<&str> = self.of.iter().map(String::as_str).collect();
+        let stored = modules.iter().map(|(linear, _)| linear.module.as_str());
+        hint(format, &refused, &stored.filter(|name| !refused.contains(name)).collect::<Vec<_>>())
+    }
+}
 
 /// The linears that `format` refuses, by reason; none where it stores all.
 pub(super) fn of_linears(source: &Source<'_>, format: Format, modules: &[(LinearInfo, Entry)]) -> Option<Failure> {
@@ -35,22 +55,24 @@ pub(super) fn of_linears(source: &Source<'_>, format: Format, modules: &[(Linear
             format!("{} linears cannot be stored as {}: {}", all.len(), format.name(), told.join("; "))
         }
     };
-    let others = if matches!(format, Format::Factored | Format::Dense) { "" } else { STORE_EVERYTHING };
-    let hint = if stored.is_empty() {
-        if others.is_empty() {
-            "choose a quantiser whose groups or blocks divide the inputs".into()
-        } else {
-            others.to_string()
-        }
-    } else {
-        let flags: Vec<String> = patterns(&refused, &stored).iter().map(|p| format!("--exclude '{p}'")).collect();
-        let leave = format!("`lrc compress` with `{}` leaves them dense", flags.join(" "));
-        if others.is_empty() { leave } else { format!("{leave}; {others}") }
-    };
-    Some(Failure::unsupported(message).hint(hint))
+    Some(Failure::unsupported(message).hint(hint(format, &refused, &stored)))
 }
 
-fn listed(names: &[&str]) -> String {
+/// The flags that leave `refused` out, and what stores everything.
+fn hint(format: Format, refused: &[&str], stored: &[&str]) -> String {
+    const STORE_EVERYTHING: &str = "`--format factored` and `--format dense` store everything";
+    let others = if matches!(format, Format::Factored | Format::Dense) { "" } else { STORE_EVERYTHING };
+    if refused.is_empty() || stored.is_empty() {
+        let is_all = others.is_empty();
+        return if is_all { "choose a quantiser whose groups or blocks divide the inputs" } else { others }.into();
+    }
+    let flags: Vec<String> = patterns(refused, stored).iter().map(|p| format!("--exclude '{p}'")).collect();
+    let leave = format!("`lrc compress` with `{}` leaves them dense", flags.join(" "));
+    if others.is_empty() { leave } else { format!("{leave}; {others}") }
+}
+
+/// Names in a message: the first few, and how many more there are.
+pub(super) fn listed(names: &[&str]) -> String {
     let shown: Vec<String> = names.iter().take(SHOWN).map(|name| format!("`{name}`")).collect();
     match names.len() - shown.len() {
         0 => shown.join(", "),

@@ -3,11 +3,13 @@
 use std::path::Path;
 
 use anyhow::Result;
+use serde::Deserialize;
 use serde_json::Value;
 
 use super::architectures::{self, Architecture};
 use super::config::{self, ModelConfig};
 use super::inventory::{self, LinearInfo, Stored};
+use super::layout::Layout;
 use super::linear::{self, LR_A, LR_B, LR_COEFFICIENTS, LR_ORDER, LR_PIVOT};
 use crate::checkpoint::{CONFIG_FILE, Checkpoint, CheckpointError};
 use crate::error::Failure;
@@ -93,6 +95,9 @@ fn check_description(checkpoint: &Checkpoint) -> Result<()> {
     for (module, entry) in modules {
         let name = format!("lrc.modules.{module}");
         let Some(entry) = entry.as_object() else { return refuse(name, "is no object".into()) };
+        if let Some(layout) = entry.get("layout") {
+            check_layout(checkpoint, format!("{name}.layout"), layout, find(module))?;
+        }
         let found = find(module).and_then(rank);
         let said = entry.get("rank").map(Value::as_u64);
         match (said, find(module)) {
@@ -122,6 +127,22 @@ fn check_description(checkpoint: &Checkpoint) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// A layout is one that is known, and that of the tensors.
+fn check_layout(checkpoint: &Checkpoint, entry: String, said: &Value, linear: Option<&LinearInfo>) -> Result<()> {
+    let path = checkpoint.root().join(CONFIG_FILE);
+    let Ok(layout) = Layout::deserialize(said) else {
+        let known = Layout::ALL.map(|layout| format!("`{}`", layout.name())).join(" and ");
+        return Err(CheckpointError::Newer { path, entry, found: said.to_string(), known }.into());
+    };
+    match linear.map(|linear| linear.stored) {
+        Some(Stored::LowRank { layout: stored, .. }) if stored != layout => {
+            let reason = format!("is {said}, and its tensors are laid out as `{}`", stored.name());
+            Err(CheckpointError::ConfigEntry { path, entry, reason }.into())
+        }
+        _ => Ok(()),
+    }
 }
 
 fn rank(linear: &LinearInfo) -> Option<u64> {

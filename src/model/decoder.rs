@@ -5,13 +5,14 @@ use std::sync::Arc;
 use anyhow::Result;
 use candle_core::{Device, Tensor};
 
-use super::architectures::{Architecture, EncoderNames, LinearId, MaskedHead, Slot};
+use super::architectures::{Architecture, LinearId, MaskedHead, Slot};
 use super::block::Block;
 use super::config::ModelConfig;
+use super::coverage;
 use super::head::{Head, Kind, Pooler, Transform};
-use super::linear::{self, BASE, LR_A, LR_B, LR_PIVOT, Linear};
+use super::linear::{BASE, LR_A, LR_B, LR_PIVOT, Linear};
 use super::names::Names;
-use super::norm::{self, Norm, NormKind};
+use super::norm::Norm;
 use super::ops::Kernels;
 use super::rope::Rope;
 use super::sentence::SentenceModules;
@@ -26,7 +27,7 @@ pub struct Decoder<'w> {
     pub architecture: &'static Architecture,
     /// Where the files have its modules.
     pub names: Names,
-    vocabulary: Vocabulary,
+    pub(super) vocabulary: Vocabulary,
     /// Of an encoder in a folder of sentence-transformers.
     sentence: Option<Arc<SentenceModules>>,
     weights: &'w dyn Weights,
@@ -76,8 +77,19 @@ impl<'w> Decoder<'w> {
         };
         let kernels = Kernels::Fused;
         let decoder = Self { config, architecture, names, vocabulary, sentence, weights: checkpoint, kernels };
-        decoder.check_coverage(checkpoint)?;
-        Ok(decoder)
+        match coverage::faults(&decoder, checkpoint).into_iter().next() {
+            Some(fault) => Err(fault),
+            None => Ok(decoder),
+        }
+    }
+
+    /// A model of which tensors may be absent: for [`coverage`] alone.
+    pub(super) fn unchecked(checkpoint: &'w Checkpoint) -> Result<Self> {
+        let (config, architecture) = ModelConfig::of(checkpoint)?;
+        let names = Names::of(checkpoint, architecture);
+        let vocabulary = Vocabulary::without_head(checkpoint, config.tie_word_embeddings, architecture, &names);
+        let kernels = Kernels::Fused;
+        Ok(Self { config, architecture, names, vocabulary, sentence: None, weights: checkpoint, kernels })
     }
 
     /// The same model with other weights: `weights` must hold what [`Self::open`] checked.
@@ -99,115 +111,17 @@ impl<'w> Decoder<'w> {
         Self { config, architecture, names, vocabulary, sentence: None, weights, kernels }
     }
 
-    fn check_coverage(&self, checkpoint: &Checkpoint) -> Result<()> {
-        let (config, names, prefix) = (&self.config, self.architecture, self.names.prefix.as_str());
-        let vocabulary = "`vocab_size` and `hidden_size`";
-        let embeddings = [config.vocab_size, config.embedding_size()];
-        if let Some([into, out]) = self.projections() {
-            let (hidden, fields) = (config.hidden_size, "`word_embed_proj_dim` and `hidden_size`");
-            linear::expect_shape(checkpoint, &into, [hidden, embeddings[1]], (false, false), fields)?;
-            linear::expect_shape(checkpoint, &out, [embeddings[1], hidden], (false, false), fields)?;
-        }
-        checkpoint.expect_shape(&format!("{}.weight", self.vocabulary.table), &embeddings, vocabulary)?;
-        if let Some((table, _)) = names.embed_positions {
-            let n_rows = checkpoint.require(&format!("{prefix}{table}.weight"))?.shape.first().copied().unwrap_or(0);
-            checkpoint.expect_shape(
-                &format!("{prefix}{table}.weight"),
-                &[n_rows, config.hidden_size],
-                "`hidden_size`",
-            )?;
-        }
-        let norm = |module: &str, width: usize, fields: &str| -> Result<()> {
-            let [weight, bias] = norm::names(module, |name| checkpoint.info(name).is_some());
-            checkpoint.expect_shape(&weight, &[width], fields)?;
-            if names.norm_kind == NormKind::Layer {
-                checkpoint.expect_shape(&bias, &[width], fields)?;
-            }
-            Ok(())
-        };
-        for block_idx in 0..config.num_hidden_layers {
-            let block = names.block(prefix, block_idx);
-            for name in names.norms.of_states() {
-                norm(&format!("{block}.{name}"), config.hidden_size, "`hidden_size`")?;
-            }
-            if let Some(of) = &names.norms.query_key {
-                let (queries, keys) = config.attention_widths();
-                for (name, width) in [(of.query, queries), (of.key, keys)] {
-                    let width = if of.is_per_head { config.head_dim() } else { width };
-                    norm(&format!("{block}.{name}"), width, "`num_attention_heads` and `head_dim`")?;
-                }
-            }
-            // Before all that there is one of for each expert.
-            if let Some(experts) = names.experts.as_ref().filter(|_| config.has_experts(block_idx)) {
-                let shape = [config.num_experts, config.hidden_size];
-                let fields = "`num_experts` and `hidden_size`";
-                linear::expect_shape(
-                    checkpoint,
-                    &format!("{block}.{}", experts.router),
-                    shape,
-                    (false, false),
-                    fields,
-                )?;
-            }
-            let is_split = |whole: &str| is_split(self.weights, &format!("{block}.{whole}"));
-            for slot in names.slots(config, block_idx, &is_split) {
-                let module = names.module(prefix, LinearId { block: block_idx, slot });
-                let (shape, fields) = slot.shape(config);
-                // Parts leave their biases where they were.
-                let is_whole = names.whole(slot.role).is_none();
-                let kind = (is_whole && names.has_bias(slot.role, config), is_whole && names.is_conv1d);
-                linear::expect_shape(checkpoint, &module, shape, kind, fields)?;
-            }
-        }
-        if let Some(last) = self.last_norm() {
-            norm(&last, config.hidden_size, "`hidden_size`")?;
-        }
-        if let Some(encoder) = &names.encoder {
-            self.check_encoder(checkpoint, encoder, &norm)?;
-        }
-        if let Some(head) = self.vocabulary.head.as_ref().filter(|_| self.has_head()) {
-            linear::expect_shape(checkpoint, head, embeddings, (false, false), vocabulary)?;
-        }
-        Ok(())
-    }
-
     /// The norm behind the last block.
-    fn last_norm(&self) -> Option<String> {
+    pub(super) fn last_norm(&self) -> Option<String> {
         let name = self.architecture.norm.filter(|_| !self.config.norms_are_behind());
         name.map(|name| format!("{}{name}", self.names.prefix))
     }
 
     /// The linears into the blocks and out of them, where embeddings have a width of their own.
-    fn projections(&self) -> Option<[String; 2]> {
+    pub(super) fn projections(&self) -> Option<[String; 2]> {
         let names = self.architecture.embed_projections;
         let names = names.filter(|_| self.config.embedding_size() != self.config.hidden_size);
         names.map(|(into, out)| [into, out].map(|name| format!("{}{name}", self.names.prefix)))
-    }
-
-    /// What an encoder has besides its blocks.
-    fn check_encoder(
-        &self,
-        checkpoint: &Checkpoint,
-        names: &EncoderNames,
-        norm: &dyn Fn(&str, usize, &str) -> Result<()>,
-    ) -> Result<()> {
-        let (width, fields) = (self.config.hidden_size, "`hidden_size`");
-        norm(&format!("{}{}", self.names.prefix, names.embed_norm), width, fields)?;
-        if let Some(types) = names.embed_types {
-            let table = format!("{}{types}.weight", self.names.prefix);
-            let n_rows = checkpoint.require(&table)?.shape.first().copied().unwrap_or(0);
-            checkpoint.expect_shape(&table, &[n_rows, width], fields)?;
-        }
-        if let Some(pooler) = self.pooler_name() {
-            linear::expect_shape(checkpoint, &pooler, [width, width], (true, false), fields)?;
-        }
-        if self.has_head() {
-            let (head, name) = (&names.masked_head, |part: &str| format!("{}{part}", self.names.head));
-            linear::expect_shape(checkpoint, &name(head.dense), [width, width], (true, false), fields)?;
-            norm(&name(head.norm), width, fields)?;
-            checkpoint.expect_shape(&name(head.bias), &[self.config.vocab_size], "`vocab_size`")?;
-        }
-        Ok(())
     }
 
     /// What gradients are of.
@@ -226,7 +140,7 @@ impl<'w> Decoder<'w> {
         self.architecture.encoder.as_ref().is_none_or(|encoder| is_there(encoder.masked_head.bias))
     }
 
-    fn pooler_name(&self) -> Option<String> {
+    pub(super) fn pooler_name(&self) -> Option<String> {
         let name = format!("{}{}", self.names.prefix, self.architecture.encoder.as_ref()?.pooler?);
         // Compressed it may have its bias elsewhere.
         let biases = ["bias".to_string(), format!("{LR_B}.bias"), format!("{BASE}.bias")];

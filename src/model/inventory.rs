@@ -222,27 +222,11 @@ impl Places {
     }
 }
 
-/// What is missing of a checkpoint whose config counts more blocks than its files hold, in words; none where all are there, or where
-/// the family is not known.
-pub fn missing_blocks(checkpoint: &Checkpoint) -> Option<String> {
+/// How many blocks the config of a known family counts, and those that the files hold.
+pub(super) fn blocks(checkpoint: &Checkpoint) -> Option<(usize, BTreeSet<usize>)> {
     let places = Places::of(checkpoint);
     let count = places.architecture.and(places.n_blocks)?;
-    let found: BTreeSet<usize> = checkpoint.tensors().filter_map(|info| places.block_of(&info.name)).collect();
-    let missing = (0..count).find(|block| !found.contains(block)).filter(|_| !found.is_empty())?;
-    let root = checkpoint.root().display();
-    let of = found.range(..count).count();
-    Some(format!(
-        "`{root}` is half a checkpoint: it has {of} of the {count} blocks of its config, and no block {missing}"
-    ))
-}
-
-/// Refuses a checkpoint that lacks blocks.
-///
-/// # Errors
-/// See [`missing_blocks`].
-pub fn expect_blocks(checkpoint: &Checkpoint) -> Result<()> {
-    const HINT: &str = "check that all shards are there, and `num_hidden_layers` in `config.json`";
-    missing_blocks(checkpoint).map_or(Ok(()), |missing| Err(Failure::unsupported(missing).hint(HINT).into()))
+    Some((count, checkpoint.tensors().filter_map(|info| places.block_of(&info.name)).collect()))
 }
 
 /// Matrices of floats that are not read here, by dtype, in words: `F64 (12)`; none where all are.

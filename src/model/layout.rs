@@ -15,6 +15,8 @@ pub enum Layout {
 }
 
 impl Layout {
+    pub const ALL: [Self; 2] = [Self::Factors, Self::Pivot];
+
     /// As flags and reports spell it.
     pub fn name(self) -> &'static str {
         match self {

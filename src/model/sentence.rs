@@ -11,14 +11,17 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
+use super::config::ModelConfig;
 use super::linear::Linear;
 use super::mlp::Activation;
 use super::weights::Weights;
-use crate::checkpoint::{Checkpoint, read_file};
+use crate::checkpoint::{Checkpoint, Fingerprint, SINGLE_FILE, read_file, sha256_file};
 use crate::error::Failure;
 
 const MODULES: &str = "modules.json";
 const CONFIG: &str = "config.json";
+/// How embeddings are compared.
+const SETTINGS: &str = "config_sentence_transformers.json";
 /// Settings of the first module, by the class that wrote them.
 const TRANSFORMER_CONFIGS: [&str; 4] = [
     "sentence_bert_config.json",
@@ -57,6 +60,8 @@ pub struct SentenceModules {
     pub lowercases: bool,
     /// Whether embeddings are compared by their cosine, and not by a measure that their lengths enter.
     pub is_by_cosine: bool,
+    /// What the embedding depends on, from the root of the checkpoint.
+    files: Vec<PathBuf>,
     /// A module that is not run here; with all that follow it, it is left out.
     ignored: Option<String>,
 }
@@ -98,6 +103,21 @@ struct ModuleEntry {
     class: String,
 }
 
+/// SHA-256 of all files that gradients of a model depend on: its config and weights, and of an encoder those that make its embedding.
+/// A pooling that is broken is none: it is refused where a model is run.
+///
+/// # Errors
+/// A file cannot be read.
+pub fn fingerprint(checkpoint: &Checkpoint) -> Result<Fingerprint> {
+    let mut fingerprint = checkpoint.fingerprint()?;
+    let encoder = ModelConfig::of(checkpoint).ok().filter(|(_, architecture)| architecture.encoder.is_some());
+    let modules = encoder.and_then(|(config, _)| SentenceModules::read(checkpoint.root(), config.hidden_size).ok()?);
+    if let Some(modules) = modules {
+        fingerprint.extend(modules.fingerprint(checkpoint.root())?);
+    }
+    Ok(fingerprint)
+}
+
 impl SentenceModules {
     /// Reads `modules.json` beside a checkpoint whose states are `hidden_size` wide; none where there is no such file, or no
     /// pooling in it.
@@ -121,7 +141,11 @@ impl SentenceModules {
             return Ok(None);
         }
         let (max_seq_length, lowercases) = transformer_settings(root)?;
-        let modes = pooling_modes(&root.join(&entries[1].path).join(CONFIG), hidden_size)?;
+        let pooling = Path::new(&entries[1].path).join(CONFIG);
+        let modes = pooling_modes(&root.join(&pooling), hidden_size)?;
+        let settings = TRANSFORMER_CONFIGS.iter().chain([&SETTINGS]).map(PathBuf::from);
+        let mut files = vec![PathBuf::from(MODULES), pooling];
+        files.extend(settings.filter(|file| root.join(file).is_file()));
         let mut width = modes.len() * hidden_size;
         let mut steps = Vec::new();
         let mut ignored = None;
@@ -132,6 +156,7 @@ impl SentenceModules {
                 "Dropout" => {}
                 "Dense" => match dense(&folder, width)? {
                     Ok((step, out)) => {
+                        files.extend([CONFIG, SINGLE_FILE].map(|file| Path::new(&entry.path).join(file)));
                         steps.push(step);
                         width = out;
                     }
@@ -144,7 +169,16 @@ impl SentenceModules {
             }
         }
         let is_by_cosine = is_by_cosine(root)?;
-        Ok(Some(Self { modes, steps, max_seq_length, lowercases, is_by_cosine, ignored }))
+        Ok(Some(Self { modes, steps, max_seq_length, lowercases, is_by_cosine, files, ignored }))
+    }
+
+    /// SHA-256 of the files that the embedding depends on besides the model's own.
+    ///
+    /// # Errors
+    /// One cannot be read.
+    fn fingerprint(&self, root: &Path) -> Result<Fingerprint> {
+        let hash = |file: &PathBuf| Ok((file.to_string_lossy().into_owned(), sha256_file(&root.join(file))?));
+        self.files.iter().map(hash).collect()
     }
 
     /// Says which module is left out, once a run.
@@ -176,7 +210,7 @@ impl SentenceModules {
     pub(super) fn load(&self) -> Result<SentencePooler> {
         let load = |step: &Step| -> Result<LoadedStep> {
             let Step::Dense { folder, shape, has_bias, activation } = step else { return Ok(LoadedStep::Normalize) };
-            let weights = Checkpoint::open(&folder.join("model.safetensors"))?;
+            let weights = Checkpoint::open(&folder.join(SINGLE_FILE))?;
             weights.expect_shape("linear.weight", shape, "`out_features` and `in_features`")?;
             let bias = has_bias.then(|| weights.tensor("linear.bias")).transpose()?;
             Ok(LoadedStep::Dense(Linear::dense(weights.tensor("linear.weight")?, bias), *activation))
@@ -274,7 +308,7 @@ fn is_by_cosine(root: &Path) -> Result<bool> {
     struct Settings {
         similarity_fn_name: Option<String>,
     }
-    let path = root.join("config_sentence_transformers.json");
+    let path = root.join(SETTINGS);
     let name = if path.is_file() { read_json::<Settings>(&path)?.similarity_fn_name } else { None };
     Ok(name.is_none_or(|name| name == "cosine"))
 }
@@ -345,7 +379,7 @@ fn dense(folder: &Path, width: usize) -> Result<Result<(Step, usize), &'static s
         Some("SiLU") => DenseActivation::Of(Activation::Silu),
         Some(_) => return Ok(Err("its activation is not known")),
     };
-    if !folder.join("model.safetensors").is_file() {
+    if !folder.join(SINGLE_FILE).is_file() {
         return Ok(Err("its weights are not in safetensors"));
     }
     let (folder, shape) = (folder.to_path_buf(), [config.out_features, width]);

@@ -26,6 +26,19 @@ impl Vocabulary {
         Self { table: names.embeddings(architecture), head }
     }
 
+    /// The table that a model reads its tokens from, whether or not the head is one of its own: models are saved without heads.
+    pub fn without_head(
+        checkpoint: &Checkpoint,
+        tie: Option<bool>,
+        architecture: &Architecture,
+        names: &Names,
+    ) -> Self {
+        let (table, head) = (names.embeddings(architecture), names.lm_head(architecture));
+        let [has_table, has_head] = [&table, &head].map(|module| names::is_stored(checkpoint, module));
+        let is_head = tie == Some(true) && has_head && !has_table;
+        Self { table: if is_head { head } else { table }, head: None }
+    }
+
     /// Compares the two where both are stored and the config ties them.
     ///
     /// # Errors

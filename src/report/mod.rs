@@ -21,8 +21,8 @@ pub use eval::{
 };
 pub use inspect::{BelowThreshold, EnergyRank, Figures, InspectReport, PowerLaw, Spectrum, SpectrumRecord};
 
-/// Name of the report in an output folder; also the mark by which `--force` knows a folder of ours.
-pub const REPORT_FILE: &str = "lrc-report.json";
+/// Also the mark by which `--force` knows a folder of ours.
+pub use crate::checkpoint::REPORT_FILE;
 
 /// Grows when a field changes its meaning or goes away.
 pub const SCHEMA_VERSION: u32 = 2;
@@ -272,6 +272,8 @@ pub struct DryRunReport {
     pub linears: Vec<LinearRecord>,
     /// Tensors of the source that hold no matrix of a targeted linear: passed through.
     pub passed_through: Vec<String>,
+    /// Files and folders beside the weights of the source that would not be in the output.
+    pub left_out: Vec<LeftOutRecord>,
     pub expected_memory_bytes: u64,
     /// On this machine, from its measured speed and the operations that the job takes.
     pub expected_seconds: f64,

@@ -42,8 +42,16 @@ pub(super) fn read(path: &Path, field: &str) -> Result<(Vec<Document>, String)> 
     let kind = named.map_or_else(|| kind::of_content(&bytes), |(_, kind)| kind);
     tracing::debug!("`{}` is read as {kind:?}, {packing:?}", path.display());
     let documents = match kind {
-        Kind::Json => from_json(path, &utf8(path, bytes)?, field)?,
-        Kind::Parquet => from_parquet(path, bytes, field)?,
+        Kind::Json => {
+            kind::refuse_other(path, "JSON text", &bytes)?;
+            from_json(path, &utf8(path, bytes)?, field)?
+        }
+        Kind::Parquet => {
+            if !bytes.starts_with(b"PAR1") {
+                kind::refuse_other(path, "Parquet file", &bytes)?;
+            }
+            from_parquet(path, bytes, field)?
+        }
         Kind::Plain => {
             kind::expect_prose(path, &bytes)?;
             vec![Document::Text(utf8(path, bytes)?)]

@@ -6,6 +6,7 @@ use std::path::Path;
 use serde_json::Value;
 
 use crate::checkpoint::json::parse_as_null;
+use crate::checkpoint::magic;
 use crate::error::Failure;
 
 /// What documents are kept in.
@@ -29,24 +30,8 @@ pub(super) enum Packing {
 const ENDINGS: &str =
     "documents are read from `.jsonl`, `.ndjson`, `.json` and `.parquet`, packed as `.gz` or `.zst` or not";
 
-/// The first bytes of files that hold no text, what they are, and the endings that are read.
-const MAGIC: &[(&[u8], &str, &[&str])] = &[
-    (b"PAR1", "a Parquet file", &["parquet"]),
-    (b"\x1f\x8b", "packed with gzip", &["gz"]),
-    (b"\x28\xb5\x2f\xfd", "packed with zstd", &["zst"]),
-    (b"BZh", "packed with bzip2", &[]),
-    (b"\xfd7zXZ\0", "packed with xz", &[]),
-    (b"PK\x03\x04", "a zip archive", &[]),
-    (b"ARROW1", "an Arrow file", &[]),
-    (b"SQLite format 3\0", "a database", &[]),
-    (b"version https://git-lfs.github.com/spec/", "the pointer of Git LFS to a file that was not fetched", &[]),
-    (b"<!doctype html", "a web page", &[]),
-    (b"<html", "a web page", &[]),
-    (b"<?xml", "markup", &[]),
-    (b"<!--", "markup", &[]),
-    (b"<svg", "markup", &[]),
-    (b"<rss", "markup", &[]),
-];
+/// Endings of texts that are no prose.
+const READ: [&str; 3] = ["parquet", "gz", "zst"];
 
 /// Lines of a text that must all be JSON objects for it to be taken for documents.
 const N_LINES: usize = 10;
@@ -99,20 +84,23 @@ pub(super) fn of_content(bytes: &[u8]) -> Kind {
     }
 }
 
+/// Refuses what has the first bytes of another format than its name says.
+///
+/// # Errors
+/// It has.
+pub(super) fn refuse_other(path: &Path, expected: &str, bytes: &[u8]) -> Result<(), Failure> {
+    let Some(found) = magic::Kind::of(bytes) else { return Ok(()) };
+    let message = format!("`{}` is not a {expected}, but {}", path.display(), found.what);
+    Err(Failure::unsupported(message).hint(found.name_hint(&READ).unwrap_or_else(|| ENDINGS.into())))
+}
+
 /// Refuses what is no prose under the name of prose.
 ///
 /// # Errors
 /// The first bytes are those of a known format, or the lines are JSON.
 pub(super) fn expect_prose(path: &Path, bytes: &[u8]) -> Result<(), Failure> {
     let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes);
-    let start = bytes[..bytes.len().min(64)].to_ascii_lowercase();
-    let magic = MAGIC.iter().find(|(magic, ..)| start.starts_with(&magic.to_ascii_lowercase()));
-    if let Some((_, what, endings)) = magic {
-        let message = format!("`{}` is not a text, but {what}", path.display());
-        let hint =
-            endings.first().map_or_else(|| ENDINGS.into(), |ending| format!("give it a name that ends in `.{ending}`"));
-        return Err(Failure::unsupported(message).hint(hint));
-    }
+    refuse_other(path, "text", bytes)?;
     if std::str::from_utf8(bytes).is_ok_and(is_json) {
         let message = format!("`{}` holds JSON, which would be scored with all its braces and quotes", path.display());
         return Err(

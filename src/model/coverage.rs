@@ -1,0 +1,192 @@
+//! Which tensors a model has to have, held against the headers of a checkpoint.
+
+use anyhow::{Error, Result};
+
+use super::architectures::{EncoderNames, LinearId};
+use super::decoder::{Decoder, is_split};
+use super::inventory::{self, is_stack};
+use super::linear;
+use super::norm::{self, NormKind};
+use crate::checkpoint::{Checkpoint, CheckpointError};
+use crate::error::Failure;
+
+/// What is missing of a checkpoint by its config, in words: blocks, or single tensors. None where all is there, and where the family
+/// is not known, or none of its names is found.
+pub fn missing(checkpoint: &Checkpoint) -> Option<String> {
+    /// Names in a message; the others are counted.
+    const SHOWN: usize = 3;
+    let (count, found) = inventory::blocks(checkpoint)?;
+    let root = checkpoint.root().display();
+    if found.is_empty() {
+        return None;
+    }
+    if let Some(block) = (0..count).find(|block| !found.contains(block)) {
+        let of = found.range(..count).count();
+        return Some(format!(
+            "`{root}` is half a checkpoint: it has {of} of the {count} blocks of its config, and no block {block}"
+        ));
+    }
+    let absent = absent(checkpoint);
+    let shown: Vec<String> = absent.iter().take(SHOWN).map(|name| format!("`{name}`")).collect();
+    let shown = shown.join(", ");
+    let told = match absent.len() {
+        0 => return None,
+        1 => format!("tensor {shown} is"),
+        n if n <= SHOWN => format!("tensors {shown} are"),
+        n => format!("tensors {shown} and {} more are", n - SHOWN),
+    };
+    Some(format!("`{root}` is half a checkpoint: {told} in no weight file"))
+}
+
+/// Refuses a checkpoint that lacks blocks or tensors.
+///
+/// # Errors
+/// See [`missing`].
+pub fn expect_whole(checkpoint: &Checkpoint) -> Result<()> {
+    const HINT: &str = "check that all shards are there, and `num_hidden_layers` and `model_type` in `config.json`";
+    missing(checkpoint).map_or(Ok(()), |missing| Err(Failure::unsupported(missing).hint(HINT).into()))
+}
+
+/// The tensors that a model of a known family lacks, by name, but for its head: models are saved without. None where the family is not
+/// known, or its config leaves open what belongs to it.
+fn absent(checkpoint: &Checkpoint) -> Vec<String> {
+    let Ok(decoder) = Decoder::unchecked(checkpoint) else { return Vec::new() };
+    let name = |fault: Error| match fault.downcast() {
+        Ok(CheckpointError::TensorAbsent { tensor, .. }) => Some(tensor),
+        _ => None,
+    };
+    let absent = faults(&decoder, checkpoint).into_iter().filter_map(name);
+    // Experts in a stack have no tensors of their own.
+    let has_stacks = !checkpoint.stacks().is_empty() || checkpoint.tensors().any(is_stack);
+    let experts = decoder.architecture.experts.as_ref().filter(|_| has_stacks);
+    let is_of_experts = |name: &String| {
+        experts.is_some_and(|e| [e.router, e.list].iter().any(|part| name.contains(&format!(".{part}."))))
+    };
+    absent.filter(|name| !is_of_experts(name)).collect()
+}
+
+/// What is wrong with the tensors of a model, in the order of the forward pass; of a linear or a norm the first fault.
+pub(super) fn faults(decoder: &Decoder<'_>, checkpoint: &Checkpoint) -> Vec<Error> {
+    let mut coverage = Coverage { decoder, checkpoint, faults: Vec::new() };
+    coverage.embeddings();
+    for block_idx in 0..decoder.config.num_hidden_layers {
+        coverage.block(block_idx);
+    }
+    if let Some(last) = decoder.last_norm() {
+        coverage.norm(&last, decoder.config.hidden_size, "`hidden_size`");
+    }
+    if let Some(encoder) = &decoder.architecture.encoder {
+        coverage.encoder(encoder);
+    }
+    if let Some(head) = decoder.vocabulary.head.as_ref().filter(|_| decoder.has_head()) {
+        let shape = [decoder.config.vocab_size, decoder.config.embedding_size()];
+        coverage.linear(head, shape, (false, false), VOCABULARY);
+    }
+    coverage.faults
+}
+
+const VOCABULARY: &str = "`vocab_size` and `hidden_size`";
+
+struct Coverage<'a> {
+    decoder: &'a Decoder<'a>,
+    checkpoint: &'a Checkpoint,
+    faults: Vec<Error>,
+}
+
+impl Coverage<'_> {
+    fn note<E: Into<Error>>(&mut self, found: Result<(), E>) {
+        self.faults.extend(found.err().map(Into::into));
+    }
+
+    fn linear(&mut self, module: &str, shape: [usize; 2], kind: (bool, bool), fields: &str) {
+        self.note(linear::expect_shape(self.checkpoint, module, shape, kind, fields));
+    }
+
+    fn norm(&mut self, module: &str, width: usize, fields: &str) {
+        let [weight, bias] = norm::names(module, |name| self.checkpoint.info(name).is_some());
+        self.note(self.checkpoint.expect_shape(&weight, &[width], fields));
+        if self.decoder.architecture.norm_kind == NormKind::Layer {
+            self.note(self.checkpoint.expect_shape(&bias, &[width], fields));
+        }
+    }
+
+    /// A table of any number of rows.
+    fn table(&mut self, name: &str) {
+        let n_rows = self.checkpoint.require(name).map(|info| info.shape.first().copied().unwrap_or(0));
+        let checked = n_rows
+            .and_then(|n| self.checkpoint.expect_shape(name, &[n, self.decoder.config.hidden_size], "`hidden_size`"));
+        self.note(checked);
+    }
+
+    fn embeddings(&mut self) {
+        let decoder = self.decoder;
+        let (config, names) = (&decoder.config, decoder.architecture);
+        let [n_rows, width] = [config.vocab_size, config.embedding_size()];
+        if let Some([into, out]) = self.decoder.projections() {
+            let (hidden, fields) = (config.hidden_size, "`word_embed_proj_dim` and `hidden_size`");
+            self.linear(&into, [hidden, width], (false, false), fields);
+            self.linear(&out, [width, hidden], (false, false), fields);
+        }
+        let table = format!("{}.weight", self.decoder.vocabulary.table);
+        self.note(self.checkpoint.expect_shape(&table, &[n_rows, width], VOCABULARY));
+        if let Some((positions, _)) = names.embed_positions {
+            self.table(&format!("{}{positions}.weight", self.decoder.names.prefix));
+        }
+    }
+
+    fn block(&mut self, block_idx: usize) {
+        let decoder = self.decoder;
+        let (config, names) = (&decoder.config, decoder.architecture);
+        let prefix = decoder.names.prefix.as_str();
+        let block = names.block(prefix, block_idx);
+        for name in names.norms.of_states() {
+            self.norm(&format!("{block}.{name}"), config.hidden_size, "`hidden_size`");
+        }
+        if let Some(of) = &names.norms.query_key {
+            let (queries, keys) = config.attention_widths();
+            for (name, width) in [(of.query, queries), (of.key, keys)] {
+                let width = if of.is_per_head { config.head_dim() } else { width };
+                self.norm(&format!("{block}.{name}"), width, "`num_attention_heads` and `head_dim`");
+            }
+        }
+        // The router bears out the number of experts, or nothing is asked of each.
+        let mut has_router = true;
+        if let Some(experts) = names.experts.as_ref().filter(|_| config.has_experts(block_idx)) {
+            let n_faults = self.faults.len();
+            let shape = [config.num_experts, config.hidden_size];
+            let router = format!("{block}.{}", experts.router);
+            self.linear(&router, shape, (false, false), "`num_experts` and `hidden_size`");
+            has_router = self.faults.len() == n_faults;
+        }
+        let is_split = |whole: &str| is_split(self.checkpoint, &format!("{block}.{whole}"));
+        let slots = if has_router { names.slots(config, block_idx, &is_split) } else { Vec::new() };
+        for slot in slots {
+            let module = names.module(prefix, LinearId { block: block_idx, slot });
+            let (shape, fields) = slot.shape(config);
+            // Parts leave their biases where they were.
+            let is_whole = names.whole(slot.role).is_none();
+            let kind = (is_whole && names.has_bias(slot.role, config), is_whole && names.is_conv1d);
+            self.linear(&module, shape, kind, fields);
+        }
+    }
+
+    /// What an encoder has besides its blocks.
+    fn encoder(&mut self, names: &EncoderNames) {
+        let (decoder, fields) = (self.decoder, "`hidden_size`");
+        let (prefix, width) = (&decoder.names.prefix, decoder.config.hidden_size);
+        self.norm(&format!("{prefix}{}", names.embed_norm), width, fields);
+        if let Some(types) = names.embed_types {
+            self.table(&format!("{prefix}{types}.weight"));
+        }
+        if let Some(pooler) = decoder.pooler_name() {
+            self.linear(&pooler, [width, width], (true, false), fields);
+        }
+        if decoder.has_head() {
+            let (head, name) = (&names.masked_head, |part: &str| format!("{}{part}", decoder.names.head));
+            self.linear(&name(head.dense), [width, width], (true, false), fields);
+            self.norm(&name(head.norm), width, fields);
+            let bias = self.checkpoint.expect_shape(&name(head.bias), &[decoder.config.vocab_size], "`vocab_size`");
+            self.note(bias);
+        }
+    }
+}
