@@ -328,3 +328,21 @@ fn the_modelling_file_makes_buffers_on_the_default_device_and_checks_that_they_w
     assert!(code.contains("    _tell_apart(model)\n"));
     assert_eq!(lines().filter(|line| line.starts_with("self.out_features, self.in_features = ")).count(), 3);
 }
+
+/// vLLM splits a linear by the first rule that its name begins with: without one of its own a part gets that of the whole matrix.
+#[test]
+fn the_modelling_file_plans_every_part_of_a_linear_for_tensor_parallelism() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out");
+    compress(FIXTURE, &out, &["--keep", "0.8", "--ranks", "uniform"]);
+    let code = std::fs::read_to_string(out.join("modeling_lrc.py")).unwrap();
+    let parts: std::collections::BTreeSet<&str> =
+        code.split("make(\".").skip(1).map(|rest| rest.split('"').next().unwrap()).collect();
+    assert_eq!(parts.into_iter().collect::<Vec<_>>(), ["base", "lr_a", "lr_b", "lr_p", "lr_t"]);
+    let planned = code.lines().find(|line| line.trim().starts_with("parts = {")).unwrap();
+    for part in ["base", "lr_a", "lr_b", "lr_p", "lr_t"] {
+        assert!(planned.contains(&format!("\"{part}\": ")), "{planned}");
+    }
+    // The parts' rules come first, and transformers, which would add up the outputs of whole modules, refuses the last.
+    assert!(code.contains("model._tp_plan = rules | plan | dict.fromkeys(replaced, _NOT_IN_TRANSFORMERS)\n"));
+}

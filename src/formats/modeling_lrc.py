@@ -5,6 +5,8 @@ Load with `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`
 """
 
 import functools
+import re
+import sys
 
 import torch
 import transformers
@@ -30,6 +32,9 @@ _NF4 = [
 
 def _unpack(packed, bits, columns):
     """Codes (rows, columns) from rows of bytes, low bits first; a code may run across bytes."""
+    if 8 % bits == 0:
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+        return ((packed.unsqueeze(-1) >> shifts) & (2**bits - 1)).flatten(1)[:, :columns].int()
     bit = torch.arange(8, device=packed.device)
     stream = ((packed.to(torch.int32).unsqueeze(-1) >> bit) & 1).flatten(1)[:, : columns * bits]
     return (stream.view(packed.shape[0], columns, bits) << bit[:bits]).sum(-1)
@@ -114,7 +119,7 @@ class QuantizedLinear(CheckedModule):
         codes, scales = _unpack(self.codes, self.bits, self.in_features), self.scales.float()
         spread = lambda per_group: per_group.repeat_interleave(self.group, dim=1)[:, : self.in_features]
         if self.levels == "nf4":
-            return torch.tensor(_NF4, device=codes.device)[codes] * spread(scales)
+            return torch.tensor(_NF4, device=codes.device)[codes.long()] * spread(scales)
         if self.zeros is None:
             return (codes - 2 ** (self.bits - 1)) * spread(scales)
         return (codes - spread(_unpack(self.zeros, self.bits, scales.shape[1]))) * spread(scales)
@@ -163,11 +168,13 @@ class CompensatedLinear(nn.Module):
 class PivotLinear(CheckedModule):
     """`y = concat(p, lr_t(p))[lr_order] + bias` with `p = lr_p(x)`: some rows of the matrix, and the others in terms of them.
 
-    lr_p is (rank, in), lr_t is (out - rank, rank), lr_order (out) holds the place of each output.
+    lr_p is (rank, in), lr_t is (out - rank, rank), lr_order (out) holds the place of each output. `share` is None, or the
+    rank of this device among so many, each of which computes all outputs and keeps those of its own.
     """
 
     def __init__(self, name, make, shape, bias, rank):
         super().__init__(name)
+        self.share = None
         self.out_features, self.in_features = shape
         self.lr_p = make(".lr_p", (rank, self.in_features), False)
         self.lr_t = make(".lr_t", (self.out_features - rank, rank), False)
@@ -184,9 +191,13 @@ class PivotLinear(CheckedModule):
     def forward(self, x):
         if not self.is_filled:
             self.check(x)
-        p = self.lr_p(x)
-        y = torch.cat([p, self.lr_t(p)], dim=-1).index_select(-1, self.lr_order)
-        return y if self.bias is None else y + self.bias
+        p, order, bias = self.lr_p(x), self.lr_order, self.bias
+        if self.share is not None:
+            rank, size = self.share
+            order = order.chunk(size)[rank]
+            bias = None if bias is None else bias.chunk(size)[rank]
+        y = torch.cat([p, self.lr_t(p)], dim=-1).index_select(-1, order)
+        return y if bias is None else y + bias
 
 
 class SplitLinear(nn.ModuleDict):
@@ -312,6 +323,58 @@ def _unfill(model):
             buffer.copy_(_unfilled(buffer.shape, buffer.dtype))
 
 
+# A style that transformers does not have: its own tensor parallelism goes by rules for all blocks alike, and must refuse these models.
+_NOT_IN_TRANSFORMERS = "lrc_not_split_by_transformers"
+
+
+def _style(plan, name):
+    """What a plan says of a dense linear."""
+    matches = lambda rule: re.fullmatch(re.escape(rule).replace(r"\*", r"\d+"), name)
+    return next((style for rule, style in plan.items() if matches(rule)), "replicate")
+
+
+def _rules(name, module, style):
+    """What a plan says of the parts of what replaced a linear of that style."""
+    first = style if style.startswith("rowwise") else "replicate"
+    last = style if style.startswith("colwise") else "replicate"
+    parts = {"base": style, "lr_a": first, "lr_b": last, "lr_p": first, "lr_t": "replicate"}
+    return {f"{name}.{part}": parts.get(part, "replicate") for part, _ in module.named_children()}
+
+
+def _tensor_parallel():
+    """The rank of this device, and how many there are, where vLLM or SGLang split linears across devices."""
+    for name in ("vllm.distributed.parallel_state", "sglang.srt.distributed.parallel_state"):
+        state = sys.modules.get(name)
+        if state is not None and state.model_parallel_is_initialized():
+            return state.get_tensor_model_parallel_rank(), state.get_tensor_model_parallel_world_size()
+    return 0, 1
+
+
+def _split(model, replaced):
+    """Plans the tensor parallelism of replaced linears, and refuses those that would compute something else under it."""
+    plan, rules = model._tp_plan or {}, {}
+    for name, module in replaced.items():
+        rules |= _rules(name, module, _style(plan, name))
+    # vLLM takes the first rule that a name begins with, so that of a part precedes that of the whole.
+    model._tp_plan = rules | plan | dict.fromkeys(replaced, _NOT_IN_TRANSFORMERS)
+    rank, size = _tensor_parallel()
+    if size == 1:
+        return
+    heads = getattr(model.config.get_text_config(), "num_key_value_heads", None) or size
+    if heads % size:
+        raise ValueError(f"{heads} heads of keys and values cannot be split across {size} devices")
+    for name, module in replaced.items():
+        if not isinstance(module, (LowRankLinear, PivotLinear)) or any(
+            isinstance(child, QuantizedLinear) for child in module.modules()
+        ):
+            raise ValueError(
+                f"`{name}` cannot be split across {size} devices, which factors and pivots that are not quantised can be: "
+                "run it on one, or write it with `lrc export FOLDER --format dense -o OUT`"
+            )
+        if isinstance(module, PivotLinear) and _style(plan, name) == "colwise":
+            module.share = (rank, size)
+
+
 def _compress(model):
     lrc = model.config.lrc
     if lrc.get("stacks"):
@@ -320,16 +383,20 @@ def _compress(model):
             "`lrc export FOLDER --format dense -o OUT` stacks them again"
         )
     _inherit_renames(keep_stacks=not _unstack(model, lrc["modules"]))
+    replaced = {}
     for name, entry in lrc.get("split", {}).items():
         found, linear = _find(model, name)
         parent, _, child = found.rpartition(".")
-        setattr(model.get_submodule(parent), child, SplitLinear(linear, entry))
+        replaced[found] = SplitLinear(linear, entry)
+        setattr(model.get_submodule(parent), child, replaced[found])
     for name, entry in lrc["modules"].items():
         found, linear = _find(model, name)
         if found is None:
             continue  # a head, in a model loaded without one
         parent, _, child = found.rpartition(".")
-        setattr(model.get_submodule(parent), child, _replacement(name, linear, entry, lrc.get("quantized", {})))
+        replaced[found] = _replacement(name, linear, entry, lrc.get("quantized", {}))
+        setattr(model.get_submodule(parent), child, replaced[found])
+    _split(model, replaced)
     _tell_apart(model)
 
 

@@ -2,7 +2,8 @@
 
     cargo build --release --bin lrc --example logits && python tests/interop/families.py [FAMILY ...]
 
-needs what `tests/interop/run.sh` installs, and llama.cpp's `llama-perplexity`, whose path LLAMA_PERPLEXITY has. Numbers are largest
+needs what `tests/interop/run.sh` installs, and llama.cpp's `llama-perplexity`, whose path LLAMA_PERPLEXITY has: without it GGUF is
+written, and not run. Numbers are largest
 differences of a logit, over the largest logit; for GGUF, the difference of perplexities over the perplexity. The limit is 1e-4
 (GGUF: 2e-4, for llama.cpp keeps keys and values in f16).
 """
@@ -36,6 +37,10 @@ COLUMNS = [
     ("compressed-tensors", "compressed-tensors", ["--quant", "rtn-int8-channel"]),
     ("peft", "peft", COMPENSATED),
 ]
+
+
+class NotRun(Exception):
+    """A runtime is not at hand."""
 
 
 def run(*command):
@@ -78,9 +83,6 @@ def apart(a, b):
 
 def in_llama_cpp(model, work):
     """Without sliding windows, which llama.cpp's graphs of these families do not have; of letters, which every tokenizer splits alike."""
-    runtime = os.environ.get("LLAMA_PERPLEXITY")
-    if not runtime:
-        raise RuntimeError("LLAMA_PERPLEXITY names no program")
     config = json.loads((model / "config.json").read_text())
     if config["model_type"] == "gemma2":  # whose windows llama.cpp has, but no other scale than the width of a head
         config["query_pre_attn_scalar"] = config["head_dim"]
@@ -92,6 +94,9 @@ def in_llama_cpp(model, work):
     text.write_text("".join(draw.choice("abcdefghijklmnopqrstuvwxyz0123456789.,!?") for _ in range(3000)))
     lrc = ROOT / "target/release/lrc"
     run(lrc, "compress", model, "-o", out, "-q", "--format", "gguf", "--quant", "rtn-int8-channel", "--exclude", "*att*")
+    runtime = os.environ.get("LLAMA_PERPLEXITY")
+    if not runtime:
+        raise NotRun("LLAMA_PERPLEXITY names no program")
     report = json.loads(run(lrc, "eval", out, "--text", text, "--convention", "llamacpp", "--seq-len", "32", "--json", "-q"))
     for _ in range(5):  # its logger writes beside the program, and at times loses the last lines of a short run
         said = subprocess.run([runtime, "-m", out / "model.gguf", "-f", text, "-c", "32", "-b", "32"], capture_output=True, text=True)
@@ -107,6 +112,9 @@ def cell(make, limit=LIMIT):
     try:
         error = make()
         return f"{error:.1e}", error <= limit
+    except NotRun as e:
+        print(e, file=sys.stderr)
+        return "not run", True
     except Exception as e:
         lines = str(e).splitlines()
         text = next((line for line in lines if line.startswith("error: ")), lines[0])

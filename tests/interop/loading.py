@@ -1,17 +1,20 @@
 """Everything that transformers does with a model, done with folders that `lrc compress` wrote in the factored format.
 
-    python tests/interop/loading.py FOLDER...
+    python tests/interop/loading.py FOLDER... [--only compiled planned]
 
-Each folder is loaded on `meta` and elsewhere, with and without its head, saved, copied, pickled, compiled, and loaded without one of
-its tensors, which must be refused or reported. Prints a line each; the exit code is that of the worst.
+Each folder is loaded on `meta` and elsewhere, with and without its head, saved, copied, pickled, compiled, split across devices by its
+plan, and loaded without one of its tensors, which must be refused or reported. Prints a line each; the exit code is that of the worst.
 """
 
+import argparse
 import copy
 import io
 import pickle
+import re
 import sys
 import tempfile
 import traceback
+import types
 from pathlib import Path
 
 import torch
@@ -137,14 +140,66 @@ def damaged(folder, expected):
                     raise AssertionError(f"ran with {name} {case}")
 
 
+def across(rank, size, make):
+    """What is made where vLLM, of which the modelling code looks at one module alone, splits linears across devices."""
+    state = types.ModuleType("vllm.distributed.parallel_state")
+    state.model_parallel_is_initialized = lambda: True
+    state.get_tensor_model_parallel_rank = lambda: rank
+    state.get_tensor_model_parallel_world_size = lambda: size
+    sys.modules[state.__name__] = state
+    try:
+        return make()
+    finally:
+        del sys.modules[state.__name__]
+
+
+def planned(folder, expected):
+    """By the rule of vLLM, the first whose pattern a name begins with, parts get the styles that the dense linear calls for."""
+    from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES
+
+    model = causal(folder)
+    plan = model.tp_plan
+    assert not set(plan.values()) <= set(ALL_PARALLEL_STYLES), "transformers does not refuse to split it"
+    dense = {f"{model.base_model_prefix}.{rule}": style for rule, style in (type(model.config).base_model_tp_plan or {}).items()}
+    style_in = lambda rules, name: next((style for rule, style in rules.items() if re.match(rule, name)), "replicate")
+    replaced = {name: module for name, module in model.named_modules() if type(module).__name__ in ("LowRankLinear", "PivotLinear")}
+    for name, module in replaced.items():
+        style = style_in(dense, name)
+        first = style if style == "rowwise" else "replicate"
+        last = style if style == "colwise" and hasattr(module, "lr_b") else "replicate"
+        found = [style_in(plan, f"{name}.{part}") for part, _ in module.named_children()]
+        assert found == [first, last], f"{name}, {style}: {found}"
+    heads, is_quantized = model.config.num_key_value_heads, "quantized" in model.config.lrc
+    if heads % 2 or is_quantized:
+        try:
+            across(0, 2, lambda: causal(folder))
+        except ValueError as e:
+            assert "cannot be split across 2 devices" in str(e), e
+        else:
+            raise AssertionError("made for two devices")
+        return
+    x = lambda module: torch.linspace(-1.0, 1.0, module.in_features)[None]
+    ranks = [across(rank, 2, lambda: causal(folder)) for rank in range(2)]
+    for name, module in replaced.items():
+        if type(module).__name__ == "PivotLinear" and style_in(dense, name) == "colwise":
+            parts = [rank.get_submodule(name)(x(module)) for rank in ranks]
+            equal(torch.cat(parts, -1), module(x(module)))
+
+
 def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folders", nargs="+")
+    parser.add_argument("--only", nargs="+", help="names of checks")
+    args = parser.parse_args()
     print(f"torch {torch.__version__}, transformers {transformers.__version__}")
     failures = 0
-    for folder in sys.argv[1:]:
+    for folder in args.folders:
         model = causal(folder)
         apart(model)
         expected = logits(model)
-        for check in (on_meta, round_trip, copies, generate, headless, placed, damaged, compiled):
+        for check in (on_meta, round_trip, copies, generate, headless, placed, damaged, planned, compiled):
+            if args.only and check.__name__ not in args.only:
+                continue
             try:
                 check(folder, expected)
                 print(f"{folder}: {check.__name__}: ok", flush=True)

