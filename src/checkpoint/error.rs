@@ -144,7 +144,7 @@ impl CheckpointError {
         use CheckpointError::*;
         Some(match self {
             NotACheckpoint { .. } => "give a folder that holds `model.safetensors` or `model.safetensors.index.json`, or a hub id such as `org/name`".into(),
-            NotAFile { .. } => "the files of a checkpoint must be regular files, or links to them".into(),
+            NotAFile { .. } => "give a regular file, or a link to one".into(),
             LfsPointer { .. } => "run `git lfs pull` in the repository, or download it from the hub".into(),
             ForeignGguf { .. } => "give the Hugging Face checkpoint that it was converted from".into(),
             ConfigEntry { .. } => "the output was changed or damaged after it was written; make it again".into(),

@@ -222,12 +222,16 @@ impl Places {
     }
 }
 
-/// What is missing of a checkpoint whose config counts more blocks than its files hold, in words; none where all are there, or where
-/// the family is not known.
+/// What is missing of a checkpoint whose config counts more blocks than its files hold, or none at all, in words; none where all are
+/// there, or where the family is not known.
 pub fn missing_blocks(checkpoint: &Checkpoint) -> Option<String> {
     let places = Places::of(checkpoint);
-    let count = places.architecture.and(places.n_blocks)?;
     let found: BTreeSet<usize> = checkpoint.tensors().filter_map(|info| places.block_of(&info.name)).collect();
+    if places.n_blocks == Some(0) && !found.is_empty() {
+        let root = checkpoint.root().display();
+        return Some(format!("`{root}` has {} blocks, and `num_hidden_layers` of its config is 0", found.len()));
+    }
+    let count = places.architecture.and(places.n_blocks)?;
     let missing = (0..count).find(|block| !found.contains(block)).filter(|_| !found.is_empty())?;
     let root = checkpoint.root().display();
     let of = found.range(..count).count();
