@@ -198,6 +198,22 @@ fn an_absent_config_is_no_hindrance_without_a_text() {
     ok(&["truncate", path(&out), "-o", path(&next), "-q", "--force", "--keep", "0.5"]);
 }
 
+/// A config that counts no blocks is wrong for a model that has some, whether it is run or not; `lrc inspect` warns.
+#[test]
+fn a_config_without_blocks() {
+    let broken = Broken::new();
+    broken.edit_config("\"num_hidden_layers\": 4", "\"num_hidden_layers\": 0");
+    let (model, out) = (broken.model(), broken.folder.path().join("out"));
+    broken.check_one(
+        &["eval", path(&model), "--text", HELD_OUT],
+        4,
+        &["config.json", "`num_hidden_layers` is 0", "hint: "],
+    );
+    let parts = ["model` has 4 blocks, and `num_hidden_layers` of its config is 0", "hint: check"];
+    broken.check_one(&["compress", path(&model), "-o", path(&out), "--keep", "0.8"], 4, &parts);
+    assert!(ok(&["inspect", path(&model)]).stderr.contains(parts[0]));
+}
+
 /// Configs as Python writes them: numbers that JSON has no words for, a byte-order mark.
 #[test]
 fn configs_of_python_are_read_and_written() {
@@ -229,7 +245,22 @@ fn configs_of_python_are_read_and_written() {
     std::fs::write(model.join("config.json"), text.replace("\"rope_theta\": 10000.0", "\"rope_theta\": Infinity"))
         .unwrap();
     std::fs::remove_dir_all(&out).unwrap();
-    broken.check_one(&["eval", path(&model), "--text", HELD_OUT], 4, &["config.json", "Infinity"]);
+    let expected =
+        ["config.json`: `rope_theta`: invalid type: number `Infinity`, expected a finite number", "hint: compare"];
+    broken.check_one(&["eval", path(&model), "--text", HELD_OUT], 4, &expected);
+    for (value, expected) in [
+        ("0.0", "config.json`: `rope_theta` is 0, expected a positive number"),
+        ("-5, \"rope_scaling\": {\"type\": \"linear\", \"factor\": 2}", "`rope_theta` is -5, expected"),
+        ("1e4, \"rope_scaling\": {\"type\": \"linear\", \"factor\": 0}", "`rope_scaling.factor` is 0, expected"),
+        (
+            "1e4, \"rope_scaling\": {\"type\": \"yarn\", \"factor\": NaN}",
+            "`rope_scaling.factor`: invalid type: number `NaN`",
+        ),
+    ] {
+        let changed = text.replace("\"rope_theta\": 10000.0", &format!("\"rope_theta\": {value}"));
+        std::fs::write(model.join("config.json"), changed).unwrap();
+        broken.check_one(&["eval", path(&model), "--text", HELD_OUT], 4, &["config.json", expected, "hint: compare"]);
+    }
     // The index of shards.
     let sharded = Broken::sharded();
     let index = sharded.model().join("model.safetensors.index.json");

@@ -115,6 +115,22 @@ fn documents_are_documents_under_every_name_of_theirs() {
     assert_eq!(figures(&eval(path(&text))), figures(&eval(HELD_OUT)));
 }
 
+const POINTER: &[u8] = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 123\n";
+
+#[test]
+fn documents_without_a_text_are_left_out_with_a_warning() {
+    let folder = tempfile::tempdir().unwrap();
+    let lines = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(JSONL)).unwrap();
+    let text = folder.path().join("a.jsonl");
+    let n = lines.lines().count() + 2;
+    std::fs::write(&text, format!("{{\"text\": null}}\n{lines}{{\"text\": \"\"}}\n")).unwrap();
+    let eval = |text: &str| ok(&["eval", FIXTURE, "--text", text, "--seq-len", "64", "--json"]);
+    let run = eval(path(&text));
+    assert_eq!(figures(&run.json()), figures(&eval(JSONL).json()));
+    assert!(run.stderr.contains(&format!("2 of the {n} documents of")), "{}", run.stderr);
+    assert!(!eval(JSONL).stderr.contains("left out"));
+}
+
 #[test]
 fn data_under_the_name_of_prose_is_refused_with_the_right_name() {
     let folder = tempfile::tempdir().unwrap();
@@ -130,8 +146,38 @@ fn data_under_the_name_of_prose_is_refused_with_the_right_name() {
         ("b.txt", parquet, "a Parquet file", "ends in `.parquet`"),
         ("c.txt", packed(b"a", "gz"), "packed with gzip", "ends in `.gz`"),
         ("d.txt", packed(b"a", "zst"), "packed with zstd", "ends in `.zst`"),
-        ("e.txt", b"version https://git-lfs.github.com/spec/v1\n".to_vec(), "Git LFS", "`.jsonl`"),
-        ("f.jsonl.gz", lines, "cannot be unpacked", ""),
+        ("e.txt", POINTER.to_vec(), "a Git LFS pointer", "git lfs pull"),
+        ("e.jsonl", POINTER.to_vec(), "a Git LFS pointer", "git lfs pull"),
+        ("e.parquet", POINTER.to_vec(), "a Git LFS pointer", "git lfs pull"),
+        ("e.jsonl.gz", POINTER.to_vec(), "a Git LFS pointer", "git lfs pull"),
+        ("f.jsonl.gz", lines.clone(), "cannot be unpacked", ""),
+        ("g.jsonl.gz.gz", packed(&packed(&lines, "gz"), "gz"), "packed more than once", "packed once"),
+        ("g.jsonl.gz", packed(&packed(&lines, "gz"), "gz"), "packed with gzip", "packed once"),
+        ("g.jsonl.zst", packed(&packed(&lines, "gz"), "zst"), "packed with gzip", "packed once"),
+        (
+            "h.jsonl",
+            b"{\"text\": null}\n{\"text\": \"\"}\n".to_vec(),
+            "`text` is empty or null in every document",
+            "--field",
+        ),
+        ("h.json", b"[{\"text\": null}]".to_vec(), "`text` is empty or null in every document", "--field"),
+        ("i.txt", [b"\xef\xbb\xbf", &lines[..]].concat(), "holds JSON", "ends in `.jsonl`"),
+        ("i.md", b"- text: Once\n- text: Twice\n".to_vec(), "holds YAML", "make it the `text` of a document"),
+        (
+            "j.txt",
+            b"id\ttext\n1\tOnce\n2\tTwice\n".to_vec(),
+            "is a table with tabs",
+            "make it the `text` of a document",
+        ),
+        ("k.txt", b"id,text\n1,Once\n2,Twice\n".to_vec(), "is a table with commas", "make it the `text` of a document"),
+        ("l.txt.gz", packed(b"{'text': 'a'}\n{'text': 'b'}\n", "gz"), "holds Python literals", "make it the `text` of"),
+        ("m.txt", b"\"{\\\"text\\\": 1}\"\n\"a\\n\"\n".to_vec(), "holds JSON", "make it the `text` of a document"),
+        (
+            "n.txt",
+            b"<p>Once</p>\n<p>Twice</p>\n".to_vec(),
+            "is written in HTML or XML",
+            "make it the `text` of a document",
+        ),
     ] {
         let text = folder.path().join(name);
         std::fs::write(&text, bytes).unwrap();
@@ -281,6 +327,24 @@ fn conversations_go_through_the_chat_template_of_the_model() {
     for expected in ["chat_template.jinja", "line 1 of", "chats.jsonl", "only the system may speak"] {
         assert!(refused.stderr.contains(expected), "{expected}: {}", refused.stderr);
     }
+    // A template that fills memory is stopped.
+    for grows in ["n.x ~ n.x", "[n.x, n.x] | join", "n.x * 16", "n.x.replace('a', n.x)", "n.l + n.l"] {
+        let template = format!(
+            "{{% set n = namespace(x='abcd', l=[1]) %}}{{% for i in range(99) %}}{{% set n.{} = {grows} %}}{{% endfor %}}{{{{ n }}}}",
+            if grows.contains("n.l") { "l" } else { "x" }
+        );
+        std::fs::write(model.join("chat_template.jinja"), template).unwrap();
+        let started = std::time::Instant::now();
+        let stopped = lrc(&["eval", path(&model), "--text", &chats]);
+        assert_eq!(stopped.code, 4, "{grows}: {}", stopped.stderr);
+        for expected in
+            ["chat_template.jinja` does not end, or needs too much memory", "line 1 of", "chats.jsonl", "hint: "]
+        {
+            assert!(stopped.stderr.contains(expected), "{grows}: {}", stopped.stderr);
+        }
+        assert!(started.elapsed().as_secs() < 60, "{grows}");
+    }
+    std::fs::write(model.join("chat_template.jinja"), "{{ raise_exception('only the system may speak') }}").unwrap();
     // Statistics and compression read texts in the same way.
     let statistics = folder.path().join("stats.safetensors");
     let run = lrc(&[

@@ -21,10 +21,13 @@ fn damaged_files_are_errors_and_never_panics() {
             outcome
         };
         let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/corpus").join(target.name);
+        let mut n_cases = 0;
         for entry in std::fs::read_dir(corpus).into_iter().flatten() {
             let file = entry.unwrap().path();
             check(format!("{}", file.display()), &std::fs::read(&file).unwrap());
+            n_cases += 1;
         }
+        assert!(n_cases > 0, "`{}` has a corpus", target.name);
         for (i, input) in bench.seeds().iter().enumerate() {
             if !matches!(check(format!("undamaged {i}"), input), Outcome::Read) {
                 unread.push(format!("{} undamaged {i} is not read", target.name));
@@ -104,6 +107,17 @@ fn what_is_no_file_is_named_and_never_waited_for() {
     let shard = folder.path().join("x.safetensors");
     assert!(Command::new("mkfifo").arg(&shard).status().unwrap().success());
     refused(&under("timeout 20 LRC", &["inspect", path(&shard)]), 4, &["neither a folder nor a regular file"]);
+    // Statistics.
+    let out = folder.path().join("out");
+    for (statistics, kind) in [(path(&shard), "a named pipe"), ("/dev/zero", "a device"), (path(&model), "a folder")] {
+        for args in [
+            &["compress", FIXTURE, "-o", path(&out), "--keep", "0.8", "--statistics", statistics][..],
+            &["inspect", FIXTURE, "--statistics", statistics],
+            &["calibrate", "--merge", statistics, statistics, "-o", path(&out)],
+        ] {
+            refused(&under("timeout 20 LRC", args), 4, &[statistics, &format!("is {kind}, not a file"), "hint: "]);
+        }
+    }
 }
 
 #[test]
@@ -415,7 +429,7 @@ fn limits_of_the_system_are_exit_code_6() {
     refused(
         &under("ulimit -f 500; LRC", &compress),
         6,
-        &["model.safetensors", "File too large", "run the same command again"],
+        &["model.safetensors", "File too large", "hint: raise the limit", "ulimit -f", "run the same command again"],
     );
     ok(&compress);
     // Somewhere between nothing at all and enough, an allocation fails: the standard library says how large it was.

@@ -148,6 +148,47 @@ fn a_head_that_differs_from_the_embeddings_is_not_tied_and_one_alone_is_both() {
     }
 }
 
+/// The figures are those of the head that is stored, as if the config did not tie it; transformers 5 gives the same (`oracles/untied.py`).
+#[test]
+fn the_perplexity_of_a_head_that_differs_is_that_of_the_untied_config() {
+    let folder = tempfile::tempdir().unwrap();
+    // Other in direction than the table, and not a multiple of it.
+    let turned = |bytes: &[u8]| -> Vec<u8> {
+        let values: Vec<f32> = bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+        let head = (0..values.len()).map(|i| 0.9 * values[i] + 0.1 * values[(i + 96) % values.len()]);
+        head.flat_map(f32::to_le_bytes).collect()
+    };
+    let with_head = |name: &str, tie: Option<bool>| {
+        let model = folder.path().join(name);
+        rewrite(Path::new(FIXTURE), &model, |name, bytes| match name {
+            EMBEDDINGS if tie.is_some() => {
+                let head = ("lm_head.weight".to_string(), turned(&bytes));
+                vec![(name.into(), bytes), head]
+            }
+            _ => vec![(name.into(), bytes)],
+        });
+        let file = model.join("config.json");
+        let mut config: Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+        config["tie_word_embeddings"] = tie.unwrap_or(true).into();
+        std::fs::write(&file, config.to_string()).unwrap();
+        model
+    };
+    let [says_tied, untied, tied] =
+        [("says-tied", Some(true)), ("untied", Some(false)), ("tied", None)].map(|(name, tie)| with_head(name, tie));
+    let figure = |model: &Path| {
+        let run = common::ok(&["eval", path(model), "--text", common::HELD_OUT, "--json"]);
+        let told = run.stderr.matches("`lm_head.weight` differs from `model.embed_tokens.weight`").count();
+        (run.json()["ppl"].as_f64().unwrap(), told)
+    };
+    let ((found, warnings), (of_untied, none), (of_tied, none_either)) =
+        (figure(&says_tied), figure(&untied), figure(&tied));
+    assert_eq!((warnings, none, none_either), (1, 0, 0));
+    assert_eq!(found, of_untied);
+    for (found, expected) in [(found, 1.573261), (of_tied, 1.550431)] {
+        assert!((found - expected).abs() < 1e-5, "{found}, transformers has {expected}");
+    }
+}
+
 /// What trainers and wrappers put in front of names: the modules are found, and nothing is renamed.
 #[test]
 fn names_under_the_prefixes_of_wrappers_are_found_and_kept() {

@@ -134,7 +134,7 @@ impl Statistics {
     /// # Errors
     /// It is broken, or holds no statistics.
     pub fn open(path: &Path) -> Result<Self> {
-        if !path.is_file() {
+        if !path.exists() {
             return Err(Failure::usage(format!("there is no file of statistics `{}`", path.display()))
                 .hint("`lrc calibrate MODEL --text FILE -o STATISTICS` makes one")
                 .into());

@@ -21,7 +21,7 @@ const DEFAULT_SEQ_LEN: usize = 512;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct WindowSettings {
     pub text: PathBuf,
-    /// Of the documents of a `.jsonl` or `.parquet` file.
+    /// Of the documents of a file that holds several.
     pub field: String,
     pub samples: usize,
     /// By default 512, at most the model's context.

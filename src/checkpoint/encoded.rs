@@ -325,7 +325,8 @@ impl View {
                 let version = quantization.get("checkpoint_format").and_then(Value::as_str).unwrap_or("gptq");
                 match bits {
                     Some(bits @ (2 | 4 | 8)) if version == "gptq" => self.gptq(bits as u32, model_dtype(config), path),
-                    _ => refuse(&format!(", {} bits, version `{version}`", bits.unwrap_or(0))),
+                    Some(bits) => refuse(&format!(", {bits} bits, version `{version}`")),
+                    None => refuse(", which does not say of how many bits"),
                 }
             }
             _ => refuse(""),

@@ -154,7 +154,7 @@ impl CheckpointError {
         use CheckpointError::*;
         Some(match self {
             NotACheckpoint { .. } => "give a folder that holds `model.safetensors` or `model.safetensors.index.json`, or a hub id such as `org/name`".into(),
-            NotAFile { .. } => "the files of a checkpoint must be regular files, or links to them".into(),
+            NotAFile { .. } => "give a regular file, or a link to one".into(),
             LfsPointer { .. } => "run `git lfs pull` in the repository, or download it from the hub".into(),
             WrongKind { found, .. } => found.hint(&WEIGHTS),
             Newer { .. } => "a newer lrc wrote it: update lrc, or write it again with this one".into(),

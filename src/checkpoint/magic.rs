@@ -5,8 +5,8 @@
 pub struct Kind {
     /// In words that follow "is": `a web page`.
     pub what: &'static str,
-    /// The ending of such files, without its dot.
-    ending: &'static str,
+    /// The ending of such files, without its dot; none of pointers and texts.
+    pub ending: &'static str,
     /// What to do with one that was given for weights.
     mend: &'static str,
 }
@@ -28,7 +28,7 @@ const fn kind(what: &'static str, ending: &'static str, mend: &'static str) -> K
 /// Git LFS leaves a file that begins so in the place of one that it has not fetched.
 pub(super) const LFS_POINTER: &[u8] = b"version https://git-lfs.github.com/spec/";
 
-static MAGIC: [(&[u8], Kind); 28] = [
+static MAGIC: [(&[u8], Kind); 29] = [
     (b"PAR1", kind("a Parquet file", "parquet", ELSEWHERE)),
     (b"\x1f\x8b", kind("packed with gzip", "gz", UNPACK)),
     (b"\x28\xb5\x2f\xfd", kind("packed with zstd", "zst", UNPACK)),
@@ -56,8 +56,9 @@ static MAGIC: [(&[u8], Kind); 28] = [
     (b"ARROW1", kind("an Arrow file", "arrow", ELSEWHERE)),
     (b"SQLite format 3\0", kind("a database", "sqlite", ELSEWHERE)),
     (b"%PDF-", kind("a PDF document", "pdf", ELSEWHERE)),
+    (b"{\\rtf", kind("an RTF document", "rtf", ELSEWHERE)),
     (b"\x7fELF", kind("a program", "so", ELSEWHERE)),
-    (LFS_POINTER, kind("the pointer of Git LFS to a file that was not fetched", "", "run `git lfs pull`")),
+    (LFS_POINTER, kind("a Git LFS pointer to a file that was not downloaded", "", "run `git lfs pull`")),
     (b"<!doctype html", kind("a web page", "html", DOWNLOAD)),
     (b"<html", kind("a web page", "html", DOWNLOAD)),
     (b"<?xml", kind("markup", "xml", DOWNLOAD)),
@@ -137,7 +138,7 @@ mod tests {
             (b"\x80\x02\x8a\x0al\xfc", "a pickle of Python"),
             (b"GGUF\x03\0\0\0", "a GGUF file"),
             (b"PAR1\x15\0", "a Parquet file"),
-            (b"version https://git-lfs.github.com/spec/v1\n", "the pointer of Git LFS to a file that was not fetched"),
+            (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer to a file that was not downloaded"),
             (b"\x02\0\0\0\0\0\0\0{}", "a safetensors file"),
             (&[0; 99], "a file of zeros"),
             (b"Entry not found", "a text"),

@@ -37,11 +37,11 @@ pub(super) struct CalibrateArgs {
     #[arg(long, default_value = "main", value_name = "REV")]
     revision: String,
 
-    /// Text to observe: UTF-8, `.jsonl` or `.parquet`
+    /// Text to observe: prose in UTF-8, or documents in `.jsonl`, `.ndjson`, `.json` or `.parquet`; each also as `.gz` or `.zst`
     #[arg(long, value_name = "FILE", required_unless_present = "merge")]
     text: Option<PathBuf>,
 
-    /// Field of the documents of a `.jsonl` or `.parquet` text
+    /// Field that holds the text of a document
     #[arg(long, value_name = "NAME", default_value = DEFAULT_FIELD)]
     field: String,
 

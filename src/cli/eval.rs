@@ -36,11 +36,11 @@ pub(super) struct EvalArgs {
     #[command(flatten)]
     model: ModelArgs,
 
-    /// Text to score: UTF-8, `.jsonl` or `.parquet`
+    /// Text to score: prose in UTF-8, or documents in `.jsonl`, `.ndjson`, `.json` or `.parquet`; each also as `.gz` or `.zst`
     #[arg(long, value_name = "FILE")]
     text: PathBuf,
 
-    /// Field of the documents of a `.jsonl` or `.parquet` text
+    /// Field that holds the text of a document
     #[arg(long, value_name = "NAME", default_value = DEFAULT_FIELD)]
     field: String,
 

@@ -35,11 +35,11 @@ pub(super) struct InspectArgs {
     #[command(flatten)]
     model: ModelArgs,
 
-    /// Text whose activations and gradients make the metric: UTF-8, `.jsonl` or `.parquet`
+    /// Text whose activations and gradients make the metric: prose in UTF-8, or documents in `.jsonl`, `.ndjson`, `.json` or `.parquet`; each also as `.gz` or `.zst`
     #[arg(long, value_name = "FILE")]
     calibration: Option<PathBuf>,
 
-    /// Field of the documents of a `.jsonl` or `.parquet` text [default: text]
+    /// Field that holds the text of a document [default: text]
     #[arg(long, value_name = "NAME", requires = "calibration")]
     field: Option<String>,
 

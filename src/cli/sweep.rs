@@ -32,7 +32,7 @@ pub(super) struct SweepArgs {
     #[command(flatten)]
     model: ModelArgs,
 
-    /// Text to score: UTF-8, `.jsonl` or `.parquet`
+    /// Text to score: prose in UTF-8, or documents in `.jsonl`, `.ndjson`, `.json` or `.parquet`; each also as `.gz` or `.zst`
     #[arg(long, value_name = "FILE")]
     text: PathBuf,
 

@@ -37,7 +37,7 @@ use std::time::Instant;
 use anyhow::Result;
 
 use crate::checkpoint::{Checkpoint, Fingerprint, OutputFolder, expect_apart};
-use crate::error::{ExitClass, Failure, exit_class};
+use crate::error::{self, ExitClass, Failure, exit_class};
 use crate::formats::{self, Entry, Format, Output, Source};
 use crate::journal::Journal;
 use crate::model::{fingerprint, inventory};
@@ -112,8 +112,9 @@ pub fn compress(job: &Job<'_>, progress: &dyn Progress) -> Result<CompressReport
             if exit_class(&error) == ExitClass::Resources
                 && let Some(kept) = folder.keep()
             {
-                let hint =
-                    format!("what is finished is kept in `{}`: run the same command again to go on", kept.display());
+                let mend = error::hint(&error).map_or(String::new(), |mend| format!("{mend}; "));
+                let kept = kept.display();
+                let hint = format!("{mend}what is finished is kept in `{kept}`: run the same command again to go on");
                 return Err(error.context(Failure::new(ExitClass::Resources, "stopped").hint(hint)));
             }
             Err(error)

@@ -111,12 +111,12 @@ pub struct RecipeOptions {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub format: Option<Format>,
 
-    /// Text whose activations and gradients make the metric: UTF-8, `.jsonl` or `.parquet`
+    /// Text whose activations and gradients make the metric: prose in UTF-8, or documents in `.jsonl`, `.ndjson`, `.json` or `.parquet`; each also as `.gz` or `.zst`
     #[arg(long, value_name = "FILE")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub calibration: Option<PathBuf>,
 
-    /// Field of the documents of a `.jsonl` or `.parquet` text [default: text]
+    /// Field that holds the text of a document [default: text]
     #[arg(long, value_name = "NAME")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub field: Option<String>,

@@ -82,9 +82,17 @@ impl Plan {
         }
         if let Some((first, last)) = inventory::blocks_behind(checkpoint) {
             let n_blocks = config::n_blocks(checkpoint).unwrap_or_default();
+            let (blocks, rest) = match first == last {
+                true => {
+                    (format!("block {first} is"), "it is no part of the model that is run, and passes through as it is")
+                }
+                false => (
+                    format!("blocks {first} to {last} are"),
+                    "they are no part of the model that is run, and pass through as they are",
+                ),
+            };
             tracing::warn!(
-                "blocks {first} to {last} are behind the {n_blocks} of `num_hidden_layers`: they are no part of the model that is run, \
-                 and pass through as they are unless `--targets` names them"
+                "{blocks} behind the {n_blocks} of `num_hidden_layers`: {rest}, unless `--targets` says otherwise"
             );
         }
         // Blocks in order, whatever the order of the files; stable within a block.

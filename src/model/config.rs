@@ -97,6 +97,8 @@ fn yes() -> bool {
 
 const DEFAULT_ROPE_THETA: f64 = 10_000.0;
 
+const CONFIG_HINT: &str = "compare `config.json` with the one of the original repository";
+
 /// The family of a checkpoint's language model, when its config has one: its `model_type`, without the prefix that `lrc` adds.
 pub fn model_type(checkpoint: &Checkpoint) -> Option<&str> {
     text_config::model_type(checkpoint.config()?, MODEL_TYPE_PREFIX)
@@ -198,10 +200,13 @@ impl ModelConfig {
     }
 
     fn parse(fields: &Map<String, Value>, architecture: &Architecture, path: &Path) -> Result<Self> {
-        let config: Self = serde_json::from_value(Value::Object(architecture.in_common_words(fields)))
-            // A number that is not finite is told by its name.
-            .map_err(|e| e.to_string().replace(&json::MARK.escape_debug().to_string(), ""))
-            .map_err(|e| Failure::unsupported(format!("`{}`: {e}", path.display())))?;
+        let config: Self = deserialize(architecture.in_common_words(fields)).map_err(|(field, reason)| {
+            // The name that the config has for it.
+            let own = architecture.aliases.iter().find(|(own, common)| *common == field && fields.contains_key(*own));
+            let field = own.map_or(field.as_str(), |(own, _)| own);
+            let place = if field.is_empty() { String::new() } else { format!("`{field}`: ") };
+            Failure::unsupported(format!("`{}`: {place}{reason}", path.display())).hint(CONFIG_HINT)
+        })?;
         config.check(architecture).with_context(|| format!("`{}`", path.display()))?;
         Ok(config)
     }
@@ -218,7 +223,11 @@ impl ModelConfig {
             ("head_dim", self.head_dim.unwrap_or(self.hidden_size / self.num_attention_heads.max(1))),
         ];
         if let Some((field, _)) = positive.iter().find(|(_, value)| *value == 0) {
-            return Err(Failure::unsupported(format!("`{field}` is 0")).into());
+            return Err(Failure::unsupported(format!("`{field}` is 0")).hint(CONFIG_HINT).into());
+        }
+        if let Some((field, value)) = self.not_positive(architecture) {
+            let message = format!("`{field}` is {value}, expected a positive number");
+            return Err(Failure::unsupported(message).hint(CONFIG_HINT).into());
         }
         if !self.num_attention_heads.is_multiple_of(self.num_key_value_heads()) {
             let message = format!(
@@ -257,6 +266,28 @@ impl ModelConfig {
                 .into());
         }
         Ok(())
+    }
+
+    /// The first number that is not positive, where the formulas need it to be, and its name.
+    fn not_positive(&self, architecture: &Architecture) -> Option<(String, f64)> {
+        let of_rotary = |value: Option<f64>| value.filter(|_| architecture.is_rotary);
+        let numbers = [
+            ("rope_theta", of_rotary(self.rope_theta)),
+            ("rope_local_base_freq", of_rotary(self.rope_local_base_freq)),
+            ("partial_rotary_factor", of_rotary(self.partial_rotary_factor)),
+            ("original_max_position_embeddings", of_rotary(self.original_max_position_embeddings)),
+            ("query_pre_attn_scalar", self.query_pre_attn_scalar),
+            ("attn_logit_softcapping", self.attn_logit_softcapping),
+            ("final_logit_softcapping", self.final_logit_softcapping),
+        ];
+        let own = numbers.into_iter().find_map(|(name, value)| Some((name.to_string(), value.filter(|&v| v <= 0.0)?)));
+        let scalings = [("rope_scaling", &self.rope_scaling), ("rope_parameters", &self.rope_parameters)];
+        own.or_else(|| {
+            scalings.into_iter().filter(|_| architecture.is_rotary).find_map(|(field, scaling)| {
+                let (name, value) = scaling.as_ref()?.not_positive()?;
+                Some((format!("{field}.{name}"), value))
+            })
+        })
     }
 
     /// Positions that the model was made for, where its config says.
@@ -372,6 +403,53 @@ impl ModelConfig {
     }
 }
 
+/// Reads a config; of one that is broken, the field and the reason.
+fn deserialize(fields: Map<String, Value>) -> std::result::Result<ModelConfig, (String, String)> {
+    let read = |fields: &Map<String, Value>| serde_json::from_value::<ModelConfig>(Value::Object(fields.clone()));
+    read(&fields).map_err(|error| {
+        let reason = error.to_string();
+        // What is absent is named by the reason, and no field is broken.
+        let is_broken = |fields: &Map<String, Value>| read(fields).is_err_and(|error| error.to_string() == reason);
+        let field = if is_broken(&Map::new()) { None } else { first_broken(&fields, &is_broken) };
+        (field.unwrap_or_default(), in_words(&reason))
+    })
+}
+
+/// The first field with which those up to it are broken, as `rope_scaling.factor`.
+fn first_broken(fields: &Map<String, Value>, is_broken: &dyn Fn(&Map<String, Value>) -> bool) -> Option<String> {
+    let mut before = Map::new();
+    for (name, value) in fields {
+        let with = |value: Value| {
+            let mut fields = before.clone();
+            fields.insert(name.clone(), value);
+            fields
+        };
+        if is_broken(&with(value.clone())) {
+            let within = |inner: &Map<String, Value>| is_broken(&with(Value::Object(inner.clone())));
+            let inner = value.as_object().and_then(|inner| first_broken(inner, &within));
+            return Some(inner.map_or(name.clone(), |inner| format!("{name}.{inner}")));
+        }
+        before.insert(name.clone(), value.clone());
+    }
+    None
+}
+
+/// What serde says of a value, where numbers that are not finite are strings with a mark.
+fn in_words(reason: &str) -> String {
+    let mark = json::MARK.escape_debug().to_string();
+    let reason = reason.replace(&format!("string \"{mark}"), "number \"").replace(&mark, "").replace(json::MARK, "");
+    let reason = ["NaN", "Infinity", "-Infinity"]
+        .iter()
+        .fold(reason, |reason, name| reason.replace(&format!("number \"{name}\""), &format!("number `{name}`")));
+    [
+        ("expected f64", "expected a finite number"),
+        ("expected usize", "expected a whole number"),
+        ("expected u8", "expected a whole number"),
+    ]
+    .iter()
+    .fold(reason, |reason, (from, to)| reason.replace(from, to))
+}
+
 /// By how much the rotary frequencies of a model are divided, where that differs from frequency to frequency.
 pub fn rope_factors(checkpoint: &Checkpoint) -> Option<Vec<f32>> {
     let rope = ModelConfig::of(checkpoint).ok()?.0.rope();
@@ -405,11 +483,63 @@ mod tests {
             (json!({"head_dim": 7}), "`head_dim` 7"),
             (json!({"hidden_act": "swish9"}), "`swish9`"),
             (json!({"hidden_size": 0}), "`hidden_size` is 0"),
-            (json!({"vocab_size": "many"}), "config.json"),
+            (
+                json!({"vocab_size": "many"}),
+                "`config.json`: `vocab_size`: invalid type: string \"many\", expected a whole number",
+            ),
+            (json!({"vocab_size": -1}), "`vocab_size`: invalid value: integer `-1`"),
+            (json!({"rope_theta": 0}), "`rope_theta` is 0, expected a positive number"),
+            (json!({"rope_theta": -1e4}), "`rope_theta` is -10000, expected a positive number"),
+            (json!({"rope_scaling": {"type": "linear", "factor": 0.0}}), "`rope_scaling.factor` is 0, expected"),
+            (
+                json!({"rope_parameters": {"rope_type": "yarn", "factor": -2}}),
+                "`rope_parameters.factor` is -2, expected",
+            ),
+            (json!({"rope_parameters": {"rope_theta": 0.0}}), "`rope_parameters.rope_theta` is 0, expected"),
+            (
+                json!({"rope_parameters": {"full_attention": {"factor": 0}, "sliding_attention": {}}}),
+                "`rope_parameters.full_attention.factor` is 0",
+            ),
+            (
+                json!({"rope_scaling": {"type": "longrope", "short_factor": [1, 0], "long_factor": [1, 1]}}),
+                "`rope_scaling.short_factor` is 0",
+            ),
+            (json!({"rope_scaling": {"type": "llama3", "low_freq_factor": 0}}), "`rope_scaling.low_freq_factor` is 0"),
+            (json!({"final_logit_softcapping": 0.0}), "`final_logit_softcapping` is 0"),
+            (
+                json!({"rope_scaling": {"type": "linear", "factor": "2"}}),
+                "`rope_scaling.factor`: invalid type: string \"2\"",
+            ),
+            (json!({"layer_types": "all"}), "`layer_types`: invalid type"),
         ] {
             let error = format!("{:#}", config(extra).unwrap_err());
             assert!(error.contains(expected), "{error}");
         }
+    }
+
+    #[test]
+    fn numbers_that_are_not_finite_are_called_so() {
+        for (field, name, expected) in [
+            ("rope_theta", "Infinity", "`rope_theta`: invalid type: number `Infinity`, expected a finite number"),
+            ("rope_theta", "1e999", "`rope_theta`: invalid type: number `Infinity`, expected a finite number"),
+            ("rms_norm_eps", "NaN", "`rms_norm_eps`: invalid type: number `NaN`, expected a finite number"),
+            ("vocab_size", "-Infinity", "`vocab_size`: invalid type: number `-Infinity`, expected a whole number"),
+            (
+                "rope_scaling",
+                "{\"factor\": Infinity}",
+                "`rope_scaling.factor`: invalid type: number `Infinity`, expected",
+            ),
+            ("hidden_act", "NaN", "`hidden_act`: unknown variant `NaN`"),
+        ] {
+            let extra: Value = json::parse(format!("{{\"{field}\": {name}}}").as_bytes()).unwrap();
+            let error = format!("{:#}", config(extra).unwrap_err());
+            assert!(error.starts_with(&format!("`config.json`: {expected}")), "{error}");
+            assert!(!error.contains(['\0', '\\']), "{error}");
+        }
+        let gpt2 = architectures::find("gpt2").unwrap();
+        let fields = json!({"model_type": "gpt2", "n_embd": "wide"});
+        let error = ModelConfig::parse(fields.as_object().unwrap(), gpt2, Path::new("c")).unwrap_err().to_string();
+        assert!(error.starts_with("`c`: `n_embd`: invalid type"), "{error}");
     }
 
     #[test]

@@ -20,6 +20,9 @@ pub fn missing(checkpoint: &Checkpoint) -> Option<String> {
     if found.is_empty() {
         return None;
     }
+    if count == 0 {
+        return Some(format!("`{root}` has {} blocks, and `num_hidden_layers` of its config is 0", found.len()));
+    }
     if let Some(block) = (0..count).find(|block| !found.contains(block)) {
         let of = found.range(..count).count();
         return Some(format!(

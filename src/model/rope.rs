@@ -41,6 +41,30 @@ impl RopeScaling {
         self.rope_type.as_deref().or(self.older_type.as_deref())
     }
 
+    /// The first of its numbers that is not positive, where the formulas need it to be, and its name.
+    pub fn not_positive(&self) -> Option<(String, f64)> {
+        let numbers = [
+            ("rope_theta", self.rope_theta),
+            ("factor", self.factor),
+            ("low_freq_factor", self.low_freq_factor),
+            ("high_freq_factor", self.high_freq_factor),
+            ("original_max_position_embeddings", self.original_max_position_embeddings),
+            ("attention_factor", self.attention_factor),
+            ("partial_rotary_factor", self.partial_rotary_factor),
+        ];
+        let of_list = |list: &Option<Vec<f64>>| list.iter().flatten().copied().find(|&value| value <= 0.0);
+        let lists = [("short_factor", &self.short_factor), ("long_factor", &self.long_factor)];
+        let own = numbers.into_iter().find_map(|(name, value)| Some((name.to_string(), value.filter(|&v| v <= 0.0)?)));
+        let own = own.or_else(|| lists.into_iter().find_map(|(name, list)| Some((name.to_string(), of_list(list)?))));
+        let kinds = [("full_attention", &self.full_attention), ("sliding_attention", &self.sliding_attention)];
+        own.or_else(|| {
+            kinds.into_iter().find_map(|(kind, scaling)| {
+                let (name, value) = scaling.as_ref()?.not_positive()?;
+                Some((format!("{kind}.{name}"), value))
+            })
+        })
+    }
+
     /// Whether it holds one embedding for each kind of block.
     pub fn is_by_kind(&self) -> bool {
         self.full_attention.is_some() || self.sliding_attention.is_some()

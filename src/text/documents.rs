@@ -13,6 +13,7 @@ use serde_json::{Map, Value};
 
 use super::chat;
 use super::kind::{self, Kind};
+use super::shape;
 use super::source::{Source, unpacked};
 use crate::checkpoint::json::parse_as_null;
 use crate::error::Failure;
@@ -20,7 +21,7 @@ use crate::error::Failure;
 /// Field of a document where the user names none, as `datasets` names it.
 pub const DEFAULT_FIELD: &str = "text";
 
-const FIELD_HINT: &str = "name the field that holds the text with `--field`";
+pub(super) const FIELD_HINT: &str = "name the field that holds the text with `--field`";
 
 /// A document as it is stored.
 #[derive(Debug, PartialEq)]
@@ -28,6 +29,16 @@ pub(super) enum Document {
     Text(String),
     /// A record with `messages`, and where it is.
     Chat(String, Map<String, Value>),
+}
+
+impl Document {
+    /// That of a document that is no record.
+    pub fn text(self) -> Option<String> {
+        match self {
+            Self::Text(text) => Some(text),
+            Self::Chat(..) => None,
+        }
+    }
 }
 
 /// Reads the documents of `path`, in order, and the sha256 of its bytes.
@@ -38,23 +49,18 @@ pub(super) fn read(path: &Path, field: &str) -> Result<(Vec<Document>, String)> 
     let Source { bytes, sha256, is_pipe } = Source::read(path, "text file")?;
     let named = if is_pipe { None } else { Some(kind::of_name(path)?) };
     let packing = named.map_or_else(|| kind::of_bytes(&bytes), |(packing, _)| packing);
+    packing.expect(path, &bytes)?;
     let bytes = unpacked(path, bytes, packing)?;
     let kind = named.map_or_else(|| kind::of_content(&bytes), |(_, kind)| kind);
     tracing::debug!("`{}` is read as {kind:?}, {packing:?}", path.display());
+    kind.expect(path, &bytes)?;
     let documents = match kind {
-        Kind::Json => {
-            kind::refuse_other(path, "JSON text", &bytes)?;
-            from_json(path, &utf8(path, bytes)?, field)?
-        }
-        Kind::Parquet => {
-            if !bytes.starts_with(b"PAR1") {
-                kind::refuse_other(path, "Parquet file", &bytes)?;
-            }
-            from_parquet(path, bytes, field)?
-        }
+        Kind::Json => from_json(path, &utf8(path, bytes)?, field)?,
+        Kind::Parquet => from_parquet(path, bytes, field)?,
         Kind::Plain => {
-            kind::expect_prose(path, &bytes)?;
-            vec![Document::Text(utf8(path, bytes)?)]
+            let text = utf8(path, bytes)?;
+            shape::expect_prose(path, &text)?;
+            Some(text).filter(|text| !text.is_empty()).map(Document::Text).into_iter().collect()
         }
     };
     Ok((documents, sha256))
@@ -95,13 +101,14 @@ fn document(value: Value, field: &str, place: impl Fn() -> String) -> Result<Doc
         Value::Object(fields) => fields,
         _ => return Err(absent().into()),
     };
-    match fields.get(field) {
-        Some(Value::String(text)) => return Ok(Document::Text(text.clone())),
-        Some(Value::Null) => return Ok(Document::Text(String::new())),
-        _ => {}
+    if let Some(Value::String(text)) = fields.get(field) {
+        return Ok(Document::Text(text.clone()));
     }
     if (field == DEFAULT_FIELD || field == chat::MESSAGES) && fields.get(chat::MESSAGES).is_some_and(Value::is_array) {
         return Ok(Document::Chat(place(), fields));
+    }
+    if fields.get(field).is_some_and(Value::is_null) {
+        return Ok(Document::Text(String::new()));
     }
     Err(absent().into())
 }
@@ -193,6 +200,8 @@ mod tests {
         let chat = "{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}]}";
         assert!(matches!(&read(chat).unwrap()[..], [Document::Chat(place, _)] if place == "line 1 of `x.jsonl`"));
         assert_eq!(read("{\"messages\": [], \"text\": \"a\"}").unwrap(), [Document::Text("a".into())]);
+        let null = chat.replacen('{', "{\"text\": null, ", 1);
+        assert!(matches!(read(&null).unwrap()[..], [Document::Chat(..)]));
         assert!(from_json(Path::new("x"), chat, "body").is_err());
     }
 }

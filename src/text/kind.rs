@@ -1,11 +1,9 @@
 //! What a text is: by the ending of its name, in any case of its letters; of a pipe, by its first bytes. A name that does not
-//! fit its content is refused, for markup that is scored as prose gives a figure that means nothing.
+//! fit the first bytes is refused.
 
 use std::path::Path;
 
-use serde_json::Value;
-
-use crate::checkpoint::json::parse_as_null;
+use super::shape;
 use crate::checkpoint::magic;
 use crate::error::Failure;
 
@@ -27,14 +25,61 @@ pub(super) enum Packing {
     Zstd,
 }
 
-const ENDINGS: &str =
+impl Packing {
+    /// The packing that a name ends in, and the name without it.
+    fn of_name(name: &str) -> (Self, &str) {
+        let endings = [(".gz", Self::Gzip), (".gzip", Self::Gzip), (".zst", Self::Zstd), (".zstd", Self::Zstd)];
+        let found = endings.iter().find_map(|(ending, packing)| Some((*packing, name.strip_suffix(ending)?)));
+        found.unwrap_or((Self::None, name))
+    }
+
+    fn ending(self) -> &'static str {
+        match self {
+            Self::None => "txt",
+            Self::Gzip => "gz",
+            Self::Zstd => "zst",
+        }
+    }
+}
+
+pub(super) const ENDINGS: &str =
     "documents are read from `.jsonl`, `.ndjson`, `.json` and `.parquet`, packed as `.gz` or `.zst` or not";
 
-/// Endings of texts that are no prose.
+/// Endings of the files that are read and are no prose.
 const READ: [&str; 3] = ["parquet", "gz", "zst"];
 
-/// Lines of a text that must all be JSON objects for it to be taken for documents.
-const N_LINES: usize = 10;
+impl Packing {
+    /// Refuses what is packed otherwise than its name says.
+    ///
+    /// # Errors
+    /// See above.
+    pub fn expect(self, path: &Path, bytes: &[u8]) -> Result<(), Failure> {
+        if self == Self::None { Ok(()) } else { expect(path, bytes, self.ending()) }
+    }
+}
+
+impl Kind {
+    /// Refuses what the first bytes, now unpacked, call something else.
+    ///
+    /// # Errors
+    /// See above.
+    pub fn expect(self, path: &Path, bytes: &[u8]) -> Result<(), Failure> {
+        expect(path, bytes, if self == Self::Parquet { "parquet" } else { "txt" })
+    }
+}
+
+/// Refuses what by its first bytes is another file than those of the ending `expected`.
+fn expect(path: &Path, bytes: &[u8], expected: &str) -> Result<(), Failure> {
+    let Some(found) = magic::Kind::of(bytes).filter(|found| found.ending != expected) else { return Ok(()) };
+    let is_packed = |name: Result<(Packing, Kind), Failure>| name.is_ok_and(|(packing, _)| packing != Packing::None);
+    let hint = match found.ending {
+        // A pointer.
+        "" => found.hint(&READ),
+        "gz" | "zst" if is_packed(of_name(path)) => "unpack it until it is packed once".into(),
+        _ => found.name_hint(&READ).unwrap_or_else(|| ENDINGS.into()),
+    };
+    Err(Failure::unsupported(format!("`{}` is not a text, but {}", path.display(), found.what)).hint(hint))
+}
 
 /// What the name of a file says.
 ///
@@ -42,13 +87,11 @@ const N_LINES: usize = 10;
 /// It ends as a table or an archive does that is not read.
 pub(super) fn of_name(path: &Path) -> Result<(Packing, Kind), Failure> {
     let name = path.file_name().map(|name| name.to_string_lossy().to_lowercase()).unwrap_or_default();
-    let (name, packing) = if let Some(rest) = name.strip_suffix(".gz").or_else(|| name.strip_suffix(".gzip")) {
-        (rest, Packing::Gzip)
-    } else if let Some(rest) = name.strip_suffix(".zst").or_else(|| name.strip_suffix(".zstd")) {
-        (rest, Packing::Zstd)
-    } else {
-        (name.as_str(), Packing::None)
-    };
+    let (packing, name) = Packing::of_name(&name);
+    if Packing::of_name(name).0 != Packing::None {
+        let message = format!("`{}` is packed more than once, by its name", path.display());
+        return Err(Failure::unsupported(message).hint("unpack it until it is packed once"));
+    }
     let kind = match name.rsplit_once('.').map_or("", |(_, ending)| ending) {
         "jsonl" | "ndjson" | "json" => Kind::Json,
         "parquet" => Kind::Parquet,
@@ -77,55 +120,10 @@ pub(super) fn of_bytes(bytes: &[u8]) -> Packing {
 pub(super) fn of_content(bytes: &[u8]) -> Kind {
     if bytes.starts_with(b"PAR1") {
         Kind::Parquet
-    } else if std::str::from_utf8(bytes).is_ok_and(is_json) {
+    } else if std::str::from_utf8(bytes).is_ok_and(shape::is_documents) {
         Kind::Json
     } else {
         Kind::Plain
-    }
-}
-
-/// Refuses what has the first bytes of another format than its name says.
-///
-/// # Errors
-/// It has.
-pub(super) fn refuse_other(path: &Path, expected: &str, bytes: &[u8]) -> Result<(), Failure> {
-    let Some(found) = magic::Kind::of(bytes) else { return Ok(()) };
-    let message = format!("`{}` is not a {expected}, but {}", path.display(), found.what);
-    Err(Failure::unsupported(message).hint(found.name_hint(&READ).unwrap_or_else(|| ENDINGS.into())))
-}
-
-/// Refuses what is no prose under the name of prose.
-///
-/// # Errors
-/// The first bytes are those of a known format, or the lines are JSON.
-pub(super) fn expect_prose(path: &Path, bytes: &[u8]) -> Result<(), Failure> {
-    let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes);
-    refuse_other(path, "text", bytes)?;
-    if std::str::from_utf8(bytes).is_ok_and(is_json) {
-        let message = format!("`{}` holds JSON, which would be scored with all its braces and quotes", path.display());
-        return Err(
-            Failure::unsupported(message).hint("give it a name that ends in `.jsonl` to have its documents read")
-        );
-    }
-    Ok(())
-}
-
-/// Whether a text is documents: its first lines are all objects of JSON, or it is an array of objects or strings.
-fn is_json(text: &str) -> bool {
-    let text = text.trim_start_matches('\u{feff}').trim_start();
-    match text.as_bytes().first() {
-        Some(b'{') => {
-            let mut lines = text.lines().filter(|line| !line.trim().is_empty()).take(N_LINES);
-            let is_object =
-                |line: &str| line.trim_start().starts_with('{') && parse_as_null::<Value>(line.as_bytes()).is_ok();
-            lines.all(is_object)
-        }
-        Some(b'[') => parse_as_null::<Value>(text.as_bytes()).is_ok_and(|value| {
-            value
-                .as_array()
-                .is_some_and(|values| !values.is_empty() && values.iter().all(|v| v.is_object() || v.is_string()))
-        }),
-        _ => false,
     }
 }
 
@@ -147,40 +145,39 @@ mod tests {
         ] {
             assert_eq!(of_name(Path::new(name)).unwrap(), expected, "{name}");
         }
-        for name in ["a.csv", "a.TSV.gz", "a.tar.zst", "a.zip"] {
+        for name in ["a.csv", "a.TSV.gz", "a.tar.zst", "a.zip", "a.jsonl.gz.gz", "a.gz.zst", "a.txt.ZST.gz"] {
             assert!(of_name(Path::new(name)).is_err(), "{name}");
         }
     }
 
     #[test]
-    fn prose_is_not_taken_for_data() {
-        let check = |text: &[u8]| expect_prose(Path::new("x.txt"), text).map_err(|e| e.message);
-        for prose in [
-            "",
-            "[1] Smith, J. A title.",
-            "{ is a brace",
-            "{\n  \"a\": 1\n}\n",
-            "[\"a\", and so on]",
-            "[]",
-            "{\"a\": 1}\nis an object",
-            "1\n2\n3",
-            "The file begins with PAR1",
-            "<poem>",
-            "\"quoted\"",
+    fn first_bytes_that_contradict_the_name_are_named() {
+        let gzip = &b"\x1f\x8b\x08"[..];
+        let pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0";
+        for (name, bytes, expected, hint) in [
+            ("x.txt", &b"PAR1\0\0"[..], "a Parquet file", "`.parquet`"),
+            ("x.jsonl", b"PAR1\0\0", "a Parquet file", "`.parquet`"),
+            ("x.txt", gzip, "packed with gzip", "`.gz`"),
+            ("x.jsonl", gzip, "packed with gzip", "`.gz`"),
+            ("x.parquet", gzip, "packed with gzip", "`.gz`"),
+            ("x.jsonl.gz", gzip, "packed with gzip", "packed once"),
+            ("x.txt", b"\x28\xb5\x2f\xfd", "packed with zstd", "`.zst`"),
+            ("x.txt", pointer, "a Git LFS pointer", "git lfs pull"),
+            ("x.jsonl", pointer, "a Git LFS pointer", "git lfs pull"),
+            ("x.parquet", pointer, "a Git LFS pointer", "git lfs pull"),
+            ("x.txt", b"%PDF-1.7", "a PDF document", "`.jsonl`"),
+            ("x.txt", b"\xef\xbb\xbf<!DOCTYPE html><html>", "a web page", "`.jsonl`"),
         ] {
-            check(prose.as_bytes()).unwrap();
+            let (_, kind) = of_name(Path::new(name)).unwrap();
+            let error = kind.expect(Path::new(name), bytes).unwrap_err();
+            assert!(error.message.contains(expected), "{name}: {}", error.message);
+            assert!(error.hint.unwrap().contains(hint), "{name}: {hint}");
         }
-        for data in [
-            &b"PAR1\0\0"[..],
-            b"\x1f\x8b\x08",
-            b"\x28\xb5\x2f\xfd",
-            b"{\"text\": \"a\"}\n{\"text\": NaN}\n",
-            b"\xef\xbb\xbf{\"text\": \"a\"}",
-            b"[{\"text\": \"a\"},\n {\"text\": \"b\"}]",
-            b"<!DOCTYPE html><html>",
-            b"version https://git-lfs.github.com/spec/v1\noid sha256:0",
-        ] {
-            assert!(check(data).is_err(), "{}", String::from_utf8_lossy(data));
-        }
+        let packed = |bytes| Packing::Gzip.expect(Path::new("x.jsonl.gz"), bytes);
+        packed(gzip).unwrap();
+        packed(b"{\"text\": 1}").unwrap();
+        assert!(packed(pointer).is_err() && packed(b"\x28\xb5\x2f\xfd").is_err());
+        Kind::Parquet.expect(Path::new("x.parquet"), b"PAR1").unwrap();
+        Kind::Plain.expect(Path::new("x.txt"), b"The file begins with PAR1").unwrap();
     }
 }

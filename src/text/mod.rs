@@ -3,6 +3,7 @@
 mod chat;
 mod documents;
 mod kind;
+mod shape;
 mod source;
 
 use std::path::{Path, PathBuf};
@@ -79,26 +80,33 @@ impl Text {
         self.documents.join(BETWEEN_DOCUMENTS)
     }
 
-    /// Reads a UTF-8 text, or the documents of a `.jsonl`, `.json` or `.parquet` file: their field `field`, or their `messages`
+    /// Reads a UTF-8 text, or the documents of a `.jsonl`, `.ndjson`, `.json` or `.parquet` file: their field `field`, or their `messages`
     /// in the chat template of `model`.
     ///
     /// # Errors
     /// It cannot be read, is not what it says, is empty, or the model takes no such messages.
     pub fn read(path: &Path, field: &str, model: &Path) -> Result<Self> {
         let (documents, sha256) = documents::read(path, field)?;
-        let has_chats = documents.iter().any(|document| matches!(document, Document::Chat(..)));
-        let template = has_chats.then(|| ChatTemplate::open(model)).transpose()?;
-        let rendered = |document: Document| match document {
-            Document::Text(text) => Ok(text),
-            Document::Chat(place, record) => {
-                let template = template.as_ref().expect("invariant: a template is read where there are chats");
-                template.render(&place, &record)
-            }
+        let n_documents = documents.len();
+        let mut documents = match documents.iter().any(|document| matches!(document, Document::Chat(..))) {
+            true => ChatTemplate::open(model)?.render_all(documents)?,
+            false => documents.into_iter().filter_map(Document::text).collect(),
         };
-        let mut documents = documents.into_iter().map(rendered).collect::<Result<Vec<_>>>()?;
         documents.retain(|document| !document.is_empty());
+        let path_shown = path.display();
         if documents.is_empty() {
-            return Err(Failure::unsupported(format!("text file `{}` is empty", path.display())).into());
+            let empty = || Failure::unsupported(format!("text file `{path_shown}` is empty"));
+            let blank = || {
+                let message = format!("`{path_shown}` has no text: `{field}` is empty or null in every document");
+                Failure::unsupported(message).hint(documents::FIELD_HINT)
+            };
+            return Err(if n_documents == 0 { empty() } else { blank() }.into());
+        }
+        let n_blank = n_documents - documents.len();
+        if n_blank > 0 {
+            tracing::warn!(
+                "{n_blank} of the {n_documents} documents of `{path_shown}` are empty or null, and are left out"
+            );
         }
         Ok(Self { path: path.into(), documents, sha256 })
     }

@@ -195,10 +195,27 @@ fn change_fields(fields: &mut Map<String, Value>, random: &mut Random) {
     }
 }
 
-/// Changes the header of a safetensors file by its structure, with its length put right; others by their bytes.
+/// Floats whose squares, sums or inverses leave f32, or are no numbers.
+const FLOATS: [f32; 10] = [0.0, -0.0, 1e-45, 1e-20, 2e19, -2e19, 3.3e38, f32::MAX, f32::INFINITY, f32::NAN];
+
+/// Changes a run of values to others, or to ever the same one.
+fn floats(data: &mut [u8], random: &mut Random) {
+    let n = data.len() / 4;
+    let first = random.below(n);
+    let len = if random.one_in(2) { n } else { random.below(n) };
+    let value = random.pick(&FLOATS);
+    for word in data.chunks_exact_mut(4).skip(if len == n { 0 } else { first }).take(len) {
+        let value = if random.one_in(4) { random.pick(&FLOATS) } else { value };
+        // Half as wide it is a number as well.
+        word.copy_from_slice(&value.to_le_bytes());
+    }
+}
+
+/// Changes the header of a safetensors file by its structure, with its length put right, or its values; others by their bytes.
 pub fn safetensors(file: &mut Vec<u8>, random: &mut Random) {
-    let header = file.first_chunk::<8>().map(|n| u64::from_le_bytes(*n) as usize).filter(|n| 8 + n <= file.len());
-    match header {
+    let header = file.first_chunk::<8>().map(|n| u64::from_le_bytes(*n) as usize);
+    match header.filter(|n| n.checked_add(8).is_some_and(|end| end <= file.len())) {
+        Some(n) if random.one_in(4) => floats(&mut file[8 + n..], random),
         Some(n) if !random.one_in(3) => {
             let mut header = file[8..8 + n].to_vec();
             json(&mut header, random);
@@ -250,6 +267,37 @@ pub fn piece(file: &mut Vec<u8>, random: &mut Random) {
     if file.len() >= PREFIX && !random.one_in(8) {
         let checksum = crc32fast::hash(&file[PREFIX..]);
         file[8..PREFIX].copy_from_slice(&checksum.to_le_bytes());
+    }
+}
+
+/// Changes a template of Jinja: pieces that grow, nest or never end behind some of its tags, or bytes.
+pub fn template(text: &mut Vec<u8>, random: &mut Random) {
+    // No sums of lists: threads that they leave behind would fill the memory of this process.
+    const PIECES: [&str; 15] = [
+        "{% set ns = namespace(x='ab', l=[1]) %}",
+        "{% for i in range(99999) %}",
+        "{% for i in range(300) %}",
+        "{% endfor %}",
+        "{% set ns.x = ns.x ~ ns.x %}",
+        "{% set ns.l = [ns.l, ns.l] %}",
+        "{% set ns.l = ns %}",
+        "{{ ns }}",
+        "{{ ns.l | tojson(indent=9) }}",
+        "{{ messages | tojson | replace('', 'abcabcabc') }}",
+        "{{ 'x' * 99999999 }}",
+        "{{ ns.x[::-1] }}",
+        "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}",
+        "{{ messages | map(attribute='content') | list | join(ns.x) }}",
+        "{{ (1 << 62) // 0 }}{{ 9223372036854775807 * 9 }}{{ 2 ** 9999 }}",
+    ];
+    if random.one_in(4) {
+        return bytes(text, random);
+    }
+    for _ in 0..=random.below(8) {
+        let ends: Vec<usize> = (2..=text.len()).filter(|&at| matches!(&text[at - 2..at], b"%}" | b"}}")).collect();
+        let at = if ends.is_empty() || random.one_in(6) { 0 } else { random.pick(&ends) };
+        let piece = random.pick(&PIECES);
+        text.splice(at..at, piece.bytes());
     }
 }
 

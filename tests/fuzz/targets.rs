@@ -8,7 +8,7 @@ use clap::Parser;
 use lrc::calibrate::Statistics;
 use lrc::checkpoint::Checkpoint;
 use lrc::compress::recipe::{Recipe, RecipeOptions};
-use lrc::compress::{TruncateJob, truncate};
+use lrc::compress::{Job, TruncateJob, compress, truncate};
 use lrc::eval::conventions::Convention;
 use lrc::eval::{EvalSettings, perplexity};
 use lrc::export::{ExportJob, export};
@@ -17,7 +17,7 @@ use lrc::inspect::inspect;
 use lrc::journal::Journal;
 use lrc::model::{Decoder, inventory};
 use lrc::progress::Silent;
-use lrc::text::Bos;
+use lrc::text::{Bos, Text};
 
 use super::mutate::{self, Random};
 
@@ -31,8 +31,8 @@ pub struct Target {
     pub run: fn(&Bed, &[u8]) -> bool,
 }
 
-pub static TARGETS: [Target; 7] = [
-    Target { name: "safetensors", runs_in_ci: 1000, seeds: of_weights, mutate: mutate::safetensors, run: read_weights },
+pub static TARGETS: [Target; 9] = [
+    Target { name: "safetensors", runs_in_ci: 300, seeds: of_weights, mutate: mutate::safetensors, run: read_weights },
     Target { name: "gguf", runs_in_ci: 1000, seeds: of_gguf, mutate: mutate::bytes, run: read_gguf },
     Target { name: "config", runs_in_ci: 1000, seeds: of_configs, mutate: mutate::named, run: read_config },
     Target { name: "recipe", runs_in_ci: 2000, seeds: of_recipes, mutate: mutate::toml, run: read_recipe },
@@ -45,6 +45,8 @@ pub static TARGETS: [Target; 7] = [
         run: read_statistics,
     },
     Target { name: "outputs", runs_in_ci: 150, seeds: of_outputs, mutate: mutate::named, run: read_output },
+    Target { name: "texts", runs_in_ci: 1000, seeds: of_texts, mutate: mutate::named, run: read_text },
+    Target { name: "templates", runs_in_ci: 60, seeds: of_templates, mutate: mutate::template, run: read_template },
 ];
 
 /// Where the files of a target are.
@@ -143,13 +145,39 @@ fn of_weights(_: &Bed) -> Vec<Vec<u8>> {
                 "e.experts.v":{"dtype":"F16","shape":[0,2,2],"data_offsets":[16,16]}}"#,
             &[60; 16],
         ),
+        file(
+            r#"{"l.0.q_proj.weight":{"dtype":"F32","shape":[6,8],"data_offsets":[0,192]},
+                "l.0.k_proj.weight":{"dtype":"BF16","shape":[8,6],"data_offsets":[192,288]}}"#,
+            &(0..72u32).flat_map(|i| (1.0 + (i * i % 17) as f32).to_le_bytes()).collect::<Vec<u8>>(),
+        ),
     ]
 }
 
 fn read_weights(bed: &Bed, input: &[u8]) -> bool {
     let folder = bed.folder("weights", &[("model.safetensors", input)]);
     let Ok(checkpoint) = lrc::model::open(&folder) else { return false };
+    let _ = inspect(&checkpoint, "m", None, &Silent);
+    compress_all(bed, &checkpoint);
     read_all(&checkpoint) && inventory::split_stacks(checkpoint).is_ok_and(|split| read_all(&split))
+}
+
+/// By names and shapes, into factors and into codes.
+fn compress_all(bed: &Bed, checkpoint: &Checkpoint) {
+    for settings in ["keep = 0.7\nranks = \"uniform\"", "quant = [\"rtn-int4-channel\"]\nformat = \"dense\""] {
+        let options: RecipeOptions = toml::from_str(settings).unwrap();
+        let recipe = Recipe::new(&options).unwrap();
+        let output = bed.path("compressed");
+        let job = Job {
+            checkpoint,
+            source: "m",
+            recipe: &recipe,
+            output: &output,
+            force: true,
+            restart: true,
+            memory_bytes: 1 << 24,
+        };
+        let _ = compress(&job, &Silent);
+    }
 }
 
 fn of_gguf(bed: &Bed) -> Vec<Vec<u8>> {
@@ -174,14 +202,16 @@ fn read_gguf(bed: &Bed, input: &[u8]) -> bool {
     lrc::model::open(&folder).is_ok_and(|checkpoint| read_all(&checkpoint))
 }
 
-const FAMILIES: [&str; 17] = [
+const FAMILIES: [&str; 21] = [
     "bert",
     "distilbert",
     "gemma2",
+    "gemma3",
     "gemma3_text",
     "gpt2",
     "gpt_neox",
     "llama",
+    "llava",
     "mistral",
     "mixtral",
     "olmo2",
@@ -189,9 +219,11 @@ const FAMILIES: [&str; 17] = [
     "opt-350m",
     "phi3",
     "qwen2",
+    "qwen2_5_vl",
     "qwen3",
     "qwen3_moe",
     "smollm3",
+    "smolvlm",
 ];
 
 /// `llama.json`, then its config.
@@ -394,4 +426,51 @@ fn read_output(bed: &Bed, input: &[u8]) -> bool {
     }
     fs::write(&path, original).unwrap();
     is_read
+}
+
+/// `a.jsonl`, then that file.
+fn of_texts(bed: &Bed) -> Vec<Vec<u8>> {
+    let folder = bed.folder("chats", &[]);
+    fs::write(folder.join("chat_template.jinja"), "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+        .unwrap();
+    let lines = "{\"text\": \"Once upon a time\", \"n\": NaN}\n{\"text\": null}\n\"a string\"\n";
+    let chat = "{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}], \"tools\": [{\"name\": \"f\"}]}\n";
+    let array = format!("[{}, {}]", lines.lines().next().unwrap().replace("NaN", "1"), chat.trim());
+    let packed = zstd::encode_all(lines.as_bytes(), 1).unwrap();
+    let parquet = fs::read(fixture("text/documents.parquet")).unwrap();
+    let file = |name: &str, content: &[u8]| [name.as_bytes(), b"\n", content].concat();
+    vec![
+        file("a.jsonl", lines.as_bytes()),
+        file("b.jsonl", chat.as_bytes()),
+        file("c.json", array.as_bytes()),
+        file("d.txt", "Once upon a time: there was\ta dog, and\n- a cat\n".as_bytes()),
+        file("e.jsonl.zst", &packed),
+        file("f.parquet", &parquet),
+    ]
+}
+
+fn read_text(bed: &Bed, input: &[u8]) -> bool {
+    let Some((name, content)) = split_name(input) else { return false };
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || c == '.';
+    if !name.chars().all(is_plain) || !name.contains('.') || name.starts_with('.') {
+        return false;
+    }
+    let folder = bed.folder("texts", &[(name, content)]);
+    Text::read(&folder.join(name), "text", &bed.path("chats")).is_ok()
+}
+
+/// Templates that `tests/oracles/chat_templates.py` holds, where they take a plain conversation.
+fn of_templates(bed: &Bed) -> Vec<Vec<u8>> {
+    let chat = r#"{"messages": [{"role": "user", "content": "a 'b'"}, {"role": "assistant", "content": "c\n"}],
+        "tools": [{"name": "f", "parameters": {"x": [1, 2.5, null]}}]}"#;
+    bed.folder("templates", &[("chat.json", chat.as_bytes())]);
+    let cases: serde_json::Value = serde_json::from_str(include_str!("../oracles/chat_templates.json")).unwrap();
+    let templates = cases.as_array().unwrap().iter().filter_map(|case| case["template"].as_str());
+    let all: Vec<Vec<u8>> = templates.map(|template| template.as_bytes().to_vec()).collect();
+    all.into_iter().filter(|template| read_template(bed, template)).collect()
+}
+
+fn read_template(bed: &Bed, input: &[u8]) -> bool {
+    let folder = bed.folder("templates", &[("chat_template.jinja", input)]);
+    Text::read(&folder.join("chat.json"), "text", &folder).is_ok()
 }

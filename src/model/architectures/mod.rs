@@ -452,12 +452,6 @@ impl Architecture {
         Some(LinearId { block: block.parse().ok()?, slot })
     }
 
-    /// The block that a tensor belongs to, under any of the prefixes.
-    pub fn block_of(&self, tensor: &str) -> Option<usize> {
-        let inner = |prefix: &str| tensor.strip_prefix(prefix)?.strip_prefix(self.layers)?.strip_prefix('.');
-        self.prefixes().find_map(inner)?.split('.').next()?.parse().ok()
-    }
-
     /// A config with our names for its fields, and with what it leaves out.
     ///
     /// # Panics
