@@ -31,7 +31,8 @@ pub(super) fn expect_prose(path: &Path, text: &str) -> Result<(), Failure> {
     if is_documents(text) {
         return refuse("holds JSON", "give it a name that ends in `.jsonl` to have its documents read".into());
     }
-    let shapes: [(fn(&str) -> bool, &str); 6] = [
+    type Shape = (fn(&str) -> bool, &'static str);
+    let shapes: [Shape; 6] = [
         (is_json, "holds JSON"),
         (is_python, "holds Python literals"),
         (is_yaml, "holds YAML"),
