@@ -108,12 +108,12 @@ fn what_is_no_file_is_named_and_never_waited_for() {
     assert!(Command::new("mkfifo").arg(&shard).status().unwrap().success());
     refused(&under("timeout 20 LRC", &["inspect", path(&shard)]), 4, &["neither a folder nor a regular file"]);
     // Statistics.
-    let out = folder.path().join("out");
+    let (out, merged) = (folder.path().join("out"), folder.path().join("merged.safetensors"));
     for (statistics, kind) in [(path(&shard), "a named pipe"), ("/dev/zero", "a device"), (path(&model), "a folder")] {
         for args in [
             &["compress", FIXTURE, "-o", path(&out), "--keep", "0.8", "--statistics", statistics][..],
             &["inspect", FIXTURE, "--statistics", statistics],
-            &["calibrate", "--merge", statistics, statistics, "-o", path(&out)],
+            &["calibrate", "--merge", statistics, statistics, "-o", path(&merged)],
         ] {
             refused(&under("timeout 20 LRC", args), 4, &[statistics, &format!("is {kind}, not a file"), "hint: "]);
         }
