@@ -2,18 +2,24 @@
 
 use std::path::Path;
 
-use crate::common::{self, FIXTURE, HELD_OUT, TRAIN, lrc, ok, path, perplexity};
+use crate::common::{self, FIXTURE, HELD_OUT, TRAIN, lrc, ok, path};
 use lrc::checkpoint::{Checkpoint, Dtype, SafetensorsWriter, TensorInfo, TensorSpec, cast};
 use serde_json::Value;
 
-const CALIBRATED: &[&str] = &["--calibration", TRAIN, "--samples", "32", "--seq-len", "128"];
+const CALIBRATED: &[&str] = &["--calibration", TRAIN, "--samples", "16", "--seq-len", "128"];
 
 fn compress(out: &Path, extra: &[&str]) -> Value {
     ok(&[&["compress", FIXTURE, "-o", path(out), "-q", "--json"], extra].concat()).json()
 }
 
 fn eval(model: &Path, extra: &[&str]) -> Value {
-    ok(&[&["eval", path(model), "--text", HELD_OUT, "--seq-len", "128", "--json"], extra].concat()).json()
+    ok(&[&["eval", path(model), "--text", HELD_OUT, "--seq-len", "128", "--max-windows", "64", "--json"], extra]
+        .concat())
+    .json()
+}
+
+fn perplexity(model: &Path) -> f64 {
+    eval(model, &[])["ppl"].as_f64().unwrap()
 }
 
 /// Bytes of all weight files of a folder.
@@ -35,7 +41,7 @@ fn target_sizes_are_met_from_below() {
         let found = weight_bytes(&out);
         assert_eq!(report["sizes"]["file_bytes_after"], found);
         assert!(found <= target && found as f64 >= 0.999 * target as f64, "{found} for {target}");
-        let ppl = perplexity(path(&out), HELD_OUT, "128");
+        let ppl = perplexity(&out);
         assert!(ppl < last, "{target}: {ppl} after {last}");
         last = ppl;
     }
@@ -86,7 +92,8 @@ fn a_sweep_is_compress_and_eval_at_every_budget() {
         &["--layout", "pivot", "--sequential=false"][..],
         &["--method", "svd-llm", "--ranks", "welore", "--layout", "factors"],
     ] {
-        let args = ["sweep", FIXTURE, "--text", HELD_OUT, "--eval-seq-len", "128", "--keep", "0.9,0.6"];
+        let args =
+            ["sweep", FIXTURE, "--text", HELD_OUT, "--eval-seq-len", "128", "--max-windows", "64", "--keep", "0.9,0.6"];
         let report = ok(&[&args[..], flags, CALIBRATED, &["--json"]].concat()).json();
         assert_eq!(report["points"].as_array().unwrap().len(), 2);
         for point in report["points"].as_array().unwrap() {
@@ -131,8 +138,8 @@ fn sixteen_bits_cost_little_and_a_sweep_knows_what_they_cost() {
     let ppl = |run: &Value| run["ppl"].as_f64().unwrap();
     for flags in [&["--sequential=false"][..], &["--method", "svd", "--ranks", "uniform", "--elastic"]] {
         let calibrated = if flags.len() == 1 { CALIBRATED } else { &[] };
-        let args = ["sweep", path(&source), "--text", HELD_OUT, "--eval-seq-len", "128", "--keep", "0.8", "--json"];
-        let sweep = ok(&[&args[..], flags, calibrated].concat()).json();
+        let args = ["sweep", path(&source), "--text", HELD_OUT, "--eval-seq-len", "128", "--max-windows", "64"];
+        let sweep = ok(&[&args[..], &["--keep", "0.8", "--json"], flags, calibrated].concat()).json();
         let out = folder.path().join(flags.len().to_string());
         let args = ["compress", path(&source), "-o", path(&out), "-q", "--json", "--keep", "0.8"];
         let report = ok(&[&args[..], flags, calibrated].concat()).json();
@@ -209,7 +216,7 @@ fn truncation_needs_no_source_and_is_exact_where_the_order_is_kept() {
         ok(&["truncate", path(&long), "-o", path(&direct), "--keep", "0.4", "-q"]);
         ok(&["truncate", path(&short), "-o", path(&step), "--keep", "0.45", "-q"]);
         ok(&["truncate", path(&step), "-o", path(&stepped), "--keep", "0.4", "-q"]);
-        let ppl = |model: &Path| perplexity(path(model), HELD_OUT, "128");
+        let ppl = perplexity;
         assert!((ppl(&direct) / ppl(&stepped) - 1.0).abs() < 1e-3, "{layout}: {} {}", ppl(&direct), ppl(&stepped));
         assert!(ppl(&long) < ppl(&short) && ppl(&short) < ppl(&direct));
     }
@@ -219,7 +226,7 @@ fn truncation_needs_no_source_and_is_exact_where_the_order_is_kept() {
         let (long, short) = (at(&format!("svd-{name}")), at(&format!("svd-{name}-short")));
         compress(&long, &[&["--keep", "0.9", "--ranks", "uniform"], flags].concat());
         ok(&["truncate", path(&long), "-o", path(&short), "--keep", "0.7", "-q"]);
-        perplexities.push(perplexity(path(&short), HELD_OUT, "128"));
+        perplexities.push(perplexity(&short));
     }
     assert!((perplexities[0] / perplexities[1] - 1.0).abs() < 1e-4, "{perplexities:?}");
 
@@ -288,7 +295,7 @@ fn anchoring_beats_shifted_inputs_alone() {
         let out = folder.path().join(name);
         let common = ["--keep", "0.5", "--method", "svd-llm", "--ranks", "uniform"];
         compress(&out, &[&common[..], CALIBRATED, flags].concat());
-        perplexity(path(&out), HELD_OUT, "128")
+        perplexity(&out)
     };
     let (alone, anchored) = (ppl("0", &["--sequential", "--anchor", "0"]), ppl("0.5", &["--sequential"]));
     assert!(anchored < alone, "{anchored} {alone}");
@@ -304,7 +311,7 @@ fn anchoring_at_full_rank_changes_nothing() {
         &out,
         &[&["--ranks", "full", "--method", "svd-llm", "--sequential", "--anchor", "1"], CALIBRATED].concat(),
     );
-    let (found, dense) = (perplexity(path(&out), HELD_OUT, "128"), perplexity(FIXTURE, HELD_OUT, "128"));
+    let (found, dense) = (perplexity(&out), perplexity(Path::new(FIXTURE)));
     // δ of the closed form shrinks targets by a hundredth of the mean eigenvalue.
     assert!((found / dense - 1.0).abs() < 0.01, "{found} {dense}");
 }
