@@ -53,7 +53,9 @@ impl Reader {
     fn run(&self, line: &str) -> common::Run {
         let binary = PathBuf::from(env!("CARGO_BIN_EXE_lrc"));
         let search = format!("{}:{}", path(binary.parent().unwrap()), std::env::var("PATH").unwrap());
-        finish(Command::new("bash").args(["-c", line]).current_dir(self.folder.path()).env("PATH", search))
+        let mut bash = Command::new("bash");
+        bash.args(["-c", line]).current_dir(self.folder.path()).env("PATH", search);
+        finish(bash.env(common::THREADS[0], common::THREADS[1]))
     }
 
     /// Runs a command of a document: what an earlier one wrote under the same name goes first.

@@ -27,10 +27,14 @@ impl Run {
     }
 }
 
+/// Threads of a run: tests run side by side and have the cores for themselves, and no bytes depend on it.
+pub const THREADS: [&str; 2] = ["RAYON_NUM_THREADS", "1"];
+
 /// The binary with arguments, ready to run in the project's folder.
 pub fn command(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_lrc"));
     command.args(args).current_dir(env!("CARGO_MANIFEST_DIR"));
+    command.env(THREADS[0], THREADS[1]);
     command
 }
 
