@@ -40,8 +40,7 @@ const NEAR_LONGEST: f64 = 0.9;
 ///
 /// Pivots are the rows with the longest rest beside those before them, columns being of equal length: the pivoted Cholesky
 /// factorisation of `B Bᵀ`, in blocks. Then `T = L₂ L₁⁻¹`, and while an entry of `T` exceeds the bound, its row and its pivot
-/// change places. LU with partial pivoting looks at one column at a time, and its rows have less volume: on random matrices
-/// their `‖T‖²` is larger by a third.
+/// change places. LU with partial pivoting looks at one column at a time, and its rows have less volume.
 pub fn row_skeleton(basis: MatRef<'_, f64>, bound: f64) -> RowSkeleton {
     assert!(basis.nrows() >= basis.ncols(), "invariant: a basis has no more columns than rows");
     let (l_t, mut pivots) = pivoted_cholesky(&with_unit_columns(basis)).unwrap_or_else(|| {

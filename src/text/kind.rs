@@ -107,18 +107,16 @@ pub(super) fn of_name(path: &Path) -> Result<(Packing, Kind), Failure> {
 
 /// What a pipe holds, by its first bytes.
 pub(super) fn of_bytes(bytes: &[u8]) -> Packing {
-    if bytes.starts_with(b"\x1f\x8b") {
-        Packing::Gzip
-    } else if bytes.starts_with(b"\x28\xb5\x2f\xfd") {
-        Packing::Zstd
-    } else {
-        Packing::None
+    match magic::Kind::of(bytes).map(|found| found.ending) {
+        Some("gz") => Packing::Gzip,
+        Some("zst") => Packing::Zstd,
+        _ => Packing::None,
     }
 }
 
 /// The kind of what a pipe holds, when it is unpacked.
 pub(super) fn of_content(bytes: &[u8]) -> Kind {
-    if bytes.starts_with(b"PAR1") {
+    if magic::Kind::of(bytes).is_some_and(|found| found.ending == "parquet") {
         Kind::Parquet
     } else if std::str::from_utf8(bytes).is_ok_and(shape::is_documents) {
         Kind::Json
