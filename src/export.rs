@@ -7,10 +7,10 @@ use anyhow::{Context, Result};
 use rayon::prelude::*;
 
 use crate::checkpoint::{Checkpoint, OutputFolder, expect_apart, read_file};
-use crate::formats::{self, Base, CURVES_FILES, Entry, Files, Format, Output, Pair, Source};
+use crate::formats::{self, CURVES_FILES, Files, Format, Output, Source};
+use crate::model::coverage;
 use crate::model::inventory::{self, LinearInfo, Stored};
-use crate::model::linear::{LR_B, LR_PIVOT};
-use crate::model::{Layout, coverage};
+use crate::operator::{Element, Form, Forms, Right, part_name};
 use crate::progress::Progress;
 use crate::quantize::Storage;
 use crate::report::card::{self, Loading};
@@ -44,9 +44,9 @@ pub fn export(job: &ExportJob<'_>, progress: &dyn Progress) -> Result<ExportRepo
     coverage::expect_whole(checkpoint)?;
     let source = Source::new(checkpoint);
     let linears = inventory::linears(checkpoint);
-    let entries = linears.iter().map(|linear| entry(checkpoint, linear)).collect::<Result<Vec<_>>>()?;
-    let modules: Vec<(LinearInfo, Entry)> =
-        linears.into_iter().zip(entries).filter_map(|(linear, entry)| Some((linear, entry?))).collect();
+    let all = linears.iter().map(|linear| forms(checkpoint, linear)).collect::<Result<Vec<_>>>()?;
+    let modules: Vec<(LinearInfo, Forms)> =
+        linears.into_iter().zip(all).filter_map(|(linear, forms)| Some((linear, forms?))).collect();
     Files::check(&source, job.format, &modules)?;
 
     let folder = OutputFolder::create(job.output, job.force, REPORT_FILE)?;
@@ -57,10 +57,10 @@ pub fn export(job: &ExportJob<'_>, progress: &dyn Progress) -> Result<ExportRepo
     let stage = progress.stage("export", modules.len() as u64, "matrices");
     let exporter = job.format.exporter();
     for linears in modules.chunks(rayon::current_num_threads().max(1)) {
-        let encode = |(linear, _): &(LinearInfo, Entry)| {
+        let encode = |(linear, _): &(LinearInfo, Forms)| {
             stage.note(&linear.module);
-            let module = formats::load(checkpoint, linear)?.context("invariant: the linear is compressed")?;
-            exporter.bytes(&source, linear, &module).with_context(|| format!("export `{}`", linear.module))
+            let operator = formats::load(checkpoint, linear)?.context("invariant: the linear is compressed")?;
+            exporter.bytes(&source, linear, &operator).with_context(|| format!("export `{}`", linear.module))
         };
         for tensors in linears.par_iter().map(encode).collect::<Result<Vec<_>>>()? {
             output.put(&tensors)?;
@@ -96,7 +96,7 @@ pub fn export(job: &ExportJob<'_>, progress: &dyn Progress) -> Result<ExportRepo
 }
 
 /// How a linear is stored; none where it is dense.
-fn entry(checkpoint: &Checkpoint, linear: &LinearInfo) -> Result<Option<Entry>> {
+fn forms(checkpoint: &Checkpoint, linear: &LinearInfo) -> Result<Option<Forms>> {
     let storage = |name: &str| -> Result<Option<Storage>> {
         let storage = checkpoint.storage(name)?;
         // What other formats know too is taken for that, as `formats::load` does.
@@ -105,18 +105,15 @@ fn entry(checkpoint: &Checkpoint, linear: &LinearInfo) -> Result<Option<Entry>> 
             Storage::Grouped(_) => storage,
         }))
     };
-    let Stored::LowRank { rank, layout, has_base } = linear.stored else {
+    let Stored::Structured { kind, size, has_base } = linear.stored else {
         let base = storage(&linear.weight_name())?;
-        return Ok(base.map(|base| Entry { base: Some(Base::Quantized(base)), pair: None }));
+        return Ok(base.map(|base| Forms { base: Some(Forms::base(Some(base))), over: None }));
     };
     let base = match has_base {
-        true => Some(storage(&linear.base_name())?.map_or(Base::Dense, Base::Quantized)),
+        true => Some(Forms::base(storage(&linear.base_name())?)),
         false => None,
     };
-    let left = if layout == Layout::Pivot { LR_PIVOT } else { LR_B };
-    let scheme = match storage(&format!("{}.{left}.weight", linear.module))? {
-        Some(Storage::Grouped(scheme)) => Some(scheme),
-        _ => None,
-    };
-    Ok(Some(Entry { base, pair: Some(Pair { rank, layout, scheme }) }))
+    let (suffix, _) = kind.structure().suffixes()[0];
+    let codes = storage(&format!("{}.{}", linear.module, part_name(suffix, Element::Float)))?;
+    Ok(Some(Forms { base, over: Some(Form { kind, size, storage: codes, right: Right::Own }) }))
 }

@@ -16,6 +16,7 @@
 //!
 //! The map with its arrows and invariants is `docs/architecture.md`.
 
+pub mod approx;
 pub mod calibrate;
 pub mod checkpoint;
 pub mod cli;
@@ -25,11 +26,13 @@ pub mod eval;
 pub mod export;
 pub mod formats;
 pub mod inspect;
-pub mod journal;
 pub mod linalg;
 pub mod model;
+pub mod operator;
 pub mod progress;
 pub mod quantize;
 pub mod report;
-mod spool;
+pub mod session;
+pub mod store;
 pub mod text;
+pub mod truncate;

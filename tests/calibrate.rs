@@ -7,9 +7,9 @@ use crate::common::{self, FIXTURE, HELD_OUT, TRAIN, command, finish, lrc, ok, pa
 use candle_core::{Device, Tensor};
 use lrc::calibrate::{Needs, Observation, Targets, observe};
 use lrc::checkpoint::Checkpoint;
-use lrc::journal::Journal;
 use lrc::model::{Decoder, Overlay, WalkLimits};
 use lrc::progress::Silent;
+use lrc::store::Journal;
 use serde_json::Value;
 
 const PICO: &str = "fixtures/pico-llama";
@@ -22,7 +22,7 @@ fn sums(checkpoint: &Checkpoint, windows: &[Vec<u32>]) -> HashMap<String, Vec<f3
     let mut all = HashMap::new();
     let targets: Vec<Targets> = windows.iter().map(|ids| Targets::next(ids)).collect();
     observe(&decoder, (windows, &targets), observation, &limits, &Journal::default(), &Silent, &mut |sums| {
-        all.extend(sums.into_iter().map(|(name, array)| (name, array.values)));
+        all.extend(sums.into_iter().map(|(name, array)| (name, array.values.f32s().unwrap())));
         Ok(())
     })
     .unwrap();

@@ -8,9 +8,9 @@ use crate::common::{self, ok, path};
 use candle_core::{Device, Tensor};
 use lrc::calibrate::{Needs, Observation, Targets, observe};
 use lrc::checkpoint::{Checkpoint, Dtype, SafetensorsWriter, TensorSpec, gguf};
-use lrc::journal::Journal;
 use lrc::model::{Decoder, WalkLimits, architectures, inventory};
 use lrc::progress::Silent;
+use lrc::store::Journal;
 use serde_json::Value;
 
 /// Largest difference of logits, over the largest logit.
@@ -169,7 +169,7 @@ fn check_gradients(family: &str, decoder: &Decoder<'_>, ids: Vec<u32>, targets: 
     let limits = WalkLimits::new(1 << 30, std::env::temp_dir());
     let mut sums = HashMap::new();
     observe(decoder, (&[ids], &[targets]), observation, &limits, &Journal::default(), &Silent, &mut |found| {
-        sums.extend(found.into_iter().map(|(name, array)| (name, array.values)));
+        sums.extend(found.into_iter().map(|(name, array)| (name, array.values.f32s().unwrap())));
         Ok(())
     })
     .unwrap();

@@ -7,9 +7,9 @@ use crate::common::{lrc, ok, path};
 use candle_core::{Device, Tensor};
 use lrc::calibrate::{Needs, Observation, Targets, observe};
 use lrc::checkpoint::{Checkpoint, Dtype, SafetensorsWriter, TensorSpec};
-use lrc::journal::Journal;
 use lrc::model::{Decoder, Objective, WalkLimits};
 use lrc::progress::Silent;
+use lrc::store::Journal;
 use lrc::text::{Bos, Tokenizer};
 use serde_json::{Value, json};
 
@@ -123,7 +123,7 @@ fn gradients_of_an_embedding_are_those_of_torch() {
     let limits = WalkLimits::new(1 << 30, std::env::temp_dir());
     let mut sums = HashMap::new();
     observe(&decoder, (&[ids], &[targets]), observation, &limits, &Journal::default(), &Silent, &mut |found| {
-        sums.extend(found.into_iter().map(|(name, array)| (name, array.values)));
+        sums.extend(found.into_iter().map(|(name, array)| (name, array.values.f32s().unwrap())));
         Ok(())
     })
     .unwrap();

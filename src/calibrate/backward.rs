@@ -9,9 +9,9 @@ use super::observe::{Keep, Observation, Pass, named, settle};
 use super::statistics::Sums;
 use super::windows::Targets;
 use crate::error::{Failure, NON_FINITE_HINT};
-use crate::journal::Journal;
 use crate::model::{Block, Decoder, Head, Hidden, InputSite, Kernels, Objective, Pooler, Rope, Walk, is_finite};
 use crate::progress::Progress;
+use crate::store::Journal;
 
 /// Sends gradients back through all blocks. `last` are the states behind the last block, `entered` those that entered
 /// each.
@@ -36,7 +36,7 @@ pub(super) fn run(
     let mut gradient = match journal.get(&at_input(n_left))? {
         Some(piece) => {
             stage.advance((walk.n_tokens() * (entered.len() + 1 - n_left)) as u64);
-            walk.restore(piece.arrays)?
+            walk.restore(piece.rest())?
         }
         None => {
             anyhow::ensure!(n_left == entered.len(), "the gradient of block {n_left} is torn: `--restart`");

@@ -8,9 +8,9 @@ use serde_json::json;
 use super::backward;
 use super::statistics::{Needs, Sums};
 use super::windows::Targets;
-use crate::journal::{Array, Journal, Piece};
 use crate::model::{Decoder, Hidden, Walk, WalkLimits};
 use crate::progress::Progress;
+use crate::store::{Array, Journal, Piece, Values};
 
 /// What is observed, and how.
 #[derive(Debug, Clone, Copy)]
@@ -66,7 +66,7 @@ pub fn observe(
             let after = if let Some((sums, after)) = done {
                 keep(named(sums)?)?;
                 stage.advance(walk.n_tokens() as u64);
-                walk.restore(after.arrays)?
+                walk.restore(after.rest())?
             } else {
                 let block = decoder.block(block_idx)?;
                 let mut sums = Sums::for_inputs(&decoder.linears(block_idx), needs);
@@ -129,12 +129,13 @@ fn replay(journal: &Journal, n_blocks: usize, needs: Needs, keep: &mut Keep<'_>)
 
 /// The sums of a block, kept in the journal.
 pub(super) fn settle(journal: &Journal, pass: Pass, block_idx: usize, sums: Sums) -> Result<Vec<(String, Array)>> {
-    let (names, arrays): (Vec<String>, Vec<Vec<f32>>) = sums.pack(block_idx)?.into_iter().unzip();
+    let sums = sums.pack(block_idx)?.into_iter().map(|(name, values)| (name, Values::from(values)));
+    let (names, arrays): (Vec<String>, Vec<Values>) = sums.unzip();
     named(journal.put(&pass.key(block_idx), json!(names), arrays)?)
 }
 
 /// The sums of a piece.
 pub(super) fn named(piece: Piece) -> Result<Vec<(String, Array)>> {
-    let names: Vec<String> = serde_json::from_value(piece.fields)?;
-    Ok(names.into_iter().zip(piece.arrays).collect())
+    let names: Vec<String> = serde_json::from_value(piece.fields.clone())?;
+    Ok(names.into_iter().zip(piece.rest()).collect())
 }

@@ -5,19 +5,19 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
-use std::sync::Mutex;
+use std::sync::{Mutex, MutexGuard};
 
 use anyhow::{Context, Result};
 use faer::Mat;
 use serde::{Deserialize, Serialize};
+use serde_json::json;
 
-use super::observe::Observation;
+use super::observe::{Observation, Pass, named};
 use super::statistics::{Key, Needs, unpack_gram};
 use crate::checkpoint::{Checkpoint, Dtype, Fingerprint, TensorSpec, cast, check_file, write_file};
 use crate::error::Failure;
-use crate::journal::Array;
-use crate::model::LinearId;
-use crate::spool::{Spool, Spooled};
+use crate::model::{InputSite, LinearId};
+use crate::store::{Array, Journal, Spool, Spooled, Values};
 
 /// What the sums are of.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -101,8 +101,54 @@ pub struct Pooled {
 }
 
 enum Source {
-    Measured { spool: Mutex<Spool>, arrays: BTreeMap<String, Spooled> },
+    Measured(Mutex<Measured>),
     File(Box<Checkpoint>),
+}
+
+/// Statistics that were measured by this run.
+struct Measured {
+    spool: Spool,
+    arrays: BTreeMap<String, Spooled>,
+}
+
+impl Measured {
+    fn keep(&mut self, name: String, values: Array) -> Result<()> {
+        let kept = self.spool.push(values)?;
+        self.arrays.insert(name, kept);
+        Ok(())
+    }
+
+    fn release(&mut self, name: &str) {
+        if let Some(array) = self.arrays.remove(name) {
+            self.spool.release(array);
+        }
+    }
+
+    fn array(&mut self, name: &str) -> Result<Vec<f32>> {
+        let array = self.arrays.get(name).with_context(|| format!("statistic `{name}` was not measured"))?;
+        self.spool.get(array)?.f32s()
+    }
+
+    /// The diagonal of a Gram that was dropped.
+    fn forgotten(&mut self, name: &str) -> Result<Option<Vec<f32>>> {
+        let Some(array) = self.arrays.get(&diagonal_name(name)) else { return Ok(None) };
+        self.spool.get(array)?.f32s().map(Some)
+    }
+}
+
+fn lock(measured: &Mutex<Measured>) -> MutexGuard<'_, Measured> {
+    measured.lock().expect("invariant: no holder of the statistics panics")
+}
+
+/// Where the diagonal of a dropped Gram is.
+fn diagonal_name(name: &str) -> String {
+    format!("{name}.diagonal")
+}
+
+/// The diagonal of a packed Gram.
+fn diagonal(values: &[f32]) -> Vec<f32> {
+    let ends = (0..).map(|i| i * (i + 3) / 2).take_while(|&at| at < values.len());
+    ends.map(|at| values[at]).collect()
 }
 
 const HEADER: &str = "header";
@@ -110,8 +156,9 @@ const HEADER: &str = "header";
 impl Statistics {
     /// None yet; they are kept in memory up to `memory_bytes`, in a file in `work_folder` past it.
     pub fn new(header: Header, memory_bytes: usize, work_folder: &Path) -> Self {
-        let spool = Mutex::new(Spool::new(memory_bytes, work_folder.into()));
-        Self { header, source: Source::Measured { spool, arrays: BTreeMap::new() }, pooled: Mutex::default() }
+        let spool = Spool::new(memory_bytes, work_folder.into());
+        let measured = Measured { spool, arrays: BTreeMap::new() };
+        Self { header, source: Source::Measured(Mutex::new(measured)), pooled: Mutex::default() }
     }
 
     /// Keeps the sums of a block.
@@ -119,14 +166,44 @@ impl Statistics {
     /// # Errors
     /// The work folder refuses.
     pub fn keep(&mut self, sums: Vec<(String, Array)>) -> Result<()> {
-        let Source::Measured { spool, arrays } = &mut self.source else {
+        let Source::Measured(measured) = &mut self.source else {
             unreachable!("invariant: sums are kept in what was begun by `new`")
         };
-        let spool = spool.get_mut().expect("invariant: no holder of the spool panics");
-        for (name, values) in sums {
-            arrays.insert(name, spool.push_array(values)?);
+        let measured = measured.get_mut().expect("invariant: no holder of the statistics panics");
+        sums.into_iter().try_for_each(|(name, values)| measured.keep(name, values))
+    }
+
+    /// Drops Grams of inputs that nothing later reads, from memory and from the piece of a `journal` that has them. Their
+    /// diagonals stay: scales of other blocks are made of those. Statistics of a file stay as they are.
+    ///
+    /// # Errors
+    /// The piece cannot be read or written.
+    pub fn forget_inputs(&self, journal: &Journal, block: usize, sites: &BTreeSet<InputSite>) -> Result<()> {
+        let Source::Measured(measured) = &self.source else { return Ok(()) };
+        let mut measured = measured.lock().expect("invariant: no holder of the statistics panics");
+        let names = sites.iter().map(|&site| Key::InputGram(site).name(block));
+        let names: BTreeSet<String> = names.filter(|name| measured.arrays.contains_key(name)).collect();
+        if names.is_empty() {
+            return Ok(());
         }
-        Ok(())
+        let mut left: Vec<(String, Values)> = Vec::new();
+        let of_block = format!("{block}.");
+        let own: Vec<String> = measured.arrays.keys().filter(|name| name.starts_with(&of_block)).cloned().collect();
+        let in_journal = journal.get(&Pass::Forward.key(block))?.map(named).transpose()?.unwrap_or_default();
+        for name in own {
+            let is_forward = in_journal.iter().any(|(kept, _)| *kept == name);
+            if names.contains(&name) {
+                let values = measured.array(&name)?;
+                measured.release(&name);
+                left.push((diagonal_name(&name), diagonal(&values).into()));
+            } else if is_forward {
+                left.push((name.clone(), measured.array(&name)?.into()));
+                measured.release(&name);
+            }
+        }
+        let (names, arrays): (Vec<String>, Vec<Values>) = left.into_iter().unzip();
+        let kept = named(journal.put(&Pass::Forward.key(block), json!(names), arrays)?)?;
+        kept.into_iter().try_for_each(|(name, values)| measured.keep(name, values))
     }
 
     /// Opens a file of [`Self::write`].
@@ -186,7 +263,7 @@ impl Statistics {
 
     fn names(&self) -> Vec<String> {
         match &self.source {
-            Source::Measured { arrays, .. } => arrays.keys().cloned().collect(),
+            Source::Measured(measured) => lock(measured).arrays.keys().cloned().collect(),
             Source::File(file) => {
                 let mut names: Vec<String> = file.tensors().map(|t| t.name.clone()).filter(|n| n != HEADER).collect();
                 names.sort();
@@ -197,17 +274,17 @@ impl Statistics {
 
     fn has(&self, name: &str) -> bool {
         match &self.source {
-            Source::Measured { arrays, .. } => arrays.contains_key(name),
+            Source::Measured(measured) => {
+                let arrays = &lock(measured).arrays;
+                arrays.contains_key(name) || arrays.contains_key(&diagonal_name(name))
+            }
             Source::File(file) => file.info(name).is_some(),
         }
     }
 
     fn array(&self, name: &str) -> Result<Vec<f32>> {
         match &self.source {
-            Source::Measured { spool, arrays } => {
-                let array = arrays.get(name).with_context(|| format!("statistic `{name}` was not measured"))?;
-                spool.lock().expect("invariant: no holder of the spool panics").get(array)
-            }
+            Source::Measured(measured) => lock(measured).array(name),
             Source::File(file) => Ok(file.values(name)?),
         }
     }
@@ -313,14 +390,17 @@ impl Statistics {
 
     /// The mean of a statistic over its features: of a Gram that of its diagonal.
     fn mean_feature(&self, key: Key, block: usize) -> Result<f64> {
-        let values = self.array(&key.name(block))?;
-        let is_gram = matches!(key, Key::InputGram(_) | Key::OutputGram(_));
-        let features: Vec<f64> = if is_gram {
-            let ends = (0..).map(|i| i * (i + 3) / 2).take_while(|&at| at < values.len());
-            ends.map(|at| f64::from(values[at])).collect()
-        } else {
-            values.into_iter().map(f64::from).collect()
+        let (name, is_gram) = (key.name(block), matches!(key, Key::InputGram(_) | Key::OutputGram(_)));
+        let forgotten = match &self.source {
+            Source::Measured(measured) => lock(measured).forgotten(&name)?,
+            Source::File(_) => None,
         };
+        let features = match forgotten {
+            Some(diagonal) => diagonal,
+            None if is_gram => diagonal(&self.array(&name)?),
+            None => self.array(&name)?,
+        };
+        let features: Vec<f64> = features.into_iter().map(f64::from).collect();
         Ok(features.iter().sum::<f64>() / features.len().max(1) as f64)
     }
 

@@ -13,9 +13,9 @@ use crate::checkpoint::{expect_apart, folder_of};
 use crate::compress::presets::Method;
 use crate::compress::recipe::DEFAULT_SAMPLES;
 use crate::error::Failure;
-use crate::journal::Journal;
 use crate::model::{Decoder, WalkLimits, fingerprint};
 use crate::report::{CalibrateReport, LRC_VERSION, SCHEMA_VERSION, peak_memory_bytes};
+use crate::store::Journal;
 use crate::text::DEFAULT_FIELD;
 
 /// Measure the statistics that metrics are made of, once, and keep them

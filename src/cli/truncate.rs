@@ -11,9 +11,9 @@ use super::terminal::Bars;
 use super::{ModelArgs, print, print_json};
 use crate::checkpoint::OutputFolder;
 use crate::compress::recipe::DEFAULT_SHARD_BYTES;
-use crate::compress::{TruncateJob, truncate};
 use crate::error::Failure;
 use crate::report::REPORT_FILE;
+use crate::truncate::{TruncateJob, truncate};
 
 /// Shorten a compressed checkpoint, without its source
 ///

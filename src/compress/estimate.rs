@@ -8,11 +8,11 @@ use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
 use faer::Mat;
 
-use super::low_rank;
-use super::metric::MetricPair;
+use super::budget::max_ranks;
 use super::plan::Plan;
 use super::recipe::Recipe;
-use super::study::max_ranks;
+use crate::approx::low_rank;
+use crate::approx::metric::MetricPair;
 use crate::calibrate::Windows;
 use crate::checkpoint::Checkpoint;
 use crate::linalg;

@@ -6,8 +6,8 @@ use std::sync::OnceLock;
 use anyhow::{Context, Result};
 use faer::Mat;
 
-use super::metric::Metric;
 use super::presets::{Form, Preset};
+use crate::approx::metric::Metric;
 use crate::calibrate::{Key, Pooled, Statistics};
 use crate::model::inventory::LinearInfo;
 use crate::model::{InputSite, LinearId, Slot};

@@ -1,35 +1,33 @@
 //! Compression: every targeted linear becomes a matrix of low rank, in a metric, under a budget.
 //!
 //! [`compress`] is the whole algorithm on one screen. Methods are rows of [`presets`]; the mathematics is
-//! [`low_rank`]; ranks come from [`allocate`].
+//! [`crate::approx::low_rank`]; ranks come from [`allocate`].
 
 pub mod allocate;
-mod bases;
+mod allocation;
+mod budget;
 pub mod compensate;
-mod control;
-mod elastic;
+mod curves;
+mod equal_bytes;
 mod estimate;
-mod factors;
-mod layouts;
-pub mod low_rank;
-pub mod metric;
+mod fits;
+mod inputs;
 mod metrics;
-mod offers;
 pub mod options;
 mod output;
-mod pivot;
 mod plan;
 pub mod presets;
 pub mod recipe;
 mod record;
-mod residual;
-mod rounding;
+mod refine;
+mod requirements;
+mod scale;
 mod sensitivity;
-mod sequential;
+mod solution;
 pub mod spectra;
 mod study;
 mod sweep;
-mod variants;
+mod trials;
 
 use std::path::Path;
 use std::time::Instant;
@@ -38,17 +36,22 @@ use anyhow::Result;
 
 use crate::checkpoint::{Checkpoint, Fingerprint, OutputFolder, expect_apart};
 use crate::error::{self, ExitClass, Failure, exit_class};
-use crate::formats::{self, Entry, Format, Output, Source};
-use crate::journal::Journal;
+use crate::formats::{self, Format, Output, Source};
 use crate::model::{fingerprint, inventory};
+use crate::operator::Forms;
 use crate::progress::Progress;
 use crate::report::{CompressReport, DryRunReport, REPORT_FILE};
-use allocate::Choice;
-pub use elastic::{TruncateJob, truncate};
-use plan::Plan;
+use crate::session::Session;
+use crate::store::Journal;
+use budget::known_choices;
+pub(crate) use curves::{KeptCurve, write as write_curves};
+use inputs::Inputs;
+use plan::{Fitted, Plan};
 use recipe::{Fused, Recipe};
-pub use sensitivity::{DepthWeight, Sensitivity};
-use study::{Inputs, Study, known_choices};
+pub(crate) use record::summary as linear_summary;
+pub use scale::{DepthWeight, Sensitivity};
+use solution::Solution;
+use study::Study;
 pub use sweep::{SweepSettings, sweep};
 
 /// What is compressed, and where to.
@@ -140,39 +143,48 @@ impl Run<'_> {
         // Full disks show before the work.
         let n_tokens = inputs.windows.as_ref().map_or(0, |w| w.part.tokens);
         folder.require_space(plan.least_output_bytes(checkpoint) + plan.kept_bytes(checkpoint, recipe, n_tokens))?;
-        let kept = (folder.work(), Journal::new(folder.pieces()));
-        let mut study = Study::run(checkpoint, recipe, &plan, inputs, job.memory_bytes, kept, progress)?;
+        let journal = Journal::new(folder.pieces());
+        let session = Session::new(checkpoint, job.memory_bytes, folder.work(), journal, progress);
+        let mut study = Study::run(&session, recipe, &plan, inputs)?;
+        let mut timings = study.timings;
+
         let allocating = Instant::now();
-        let allocation = study.allocate(recipe.budget, progress)?;
-        study.timings.allocate += allocating.elapsed().as_secs_f64();
-        let choices = &allocation.choices;
-        if let Some(mu) = recipe.anchor {
-            let anchoring = Instant::now();
-            sequential::anchor(&mut study, choices, mu, progress)?;
-            study.timings.anchor = anchoring.elapsed().as_secs_f64();
-        }
+        let sensitivities = sensitivity::of(&study)?;
+        let allocation = sensitivity::allocate(&study, &sensitivities, recipe.budget)?;
+        timings.allocate = allocating.elapsed().as_secs_f64();
+        let planned: Vec<Option<Forms>> =
+            allocation.choices.iter().enumerate().map(|(i, &choice)| study.planned(i, choice)).collect();
+        let quantizing = Instant::now();
+        let menus = equal_bytes::menus(&study, &planned);
+        let first = menus.map(|menus| equal_bytes::quantize(&mut study, &menus)).transpose()?;
+        timings.control = quantizing.elapsed().as_secs_f64();
+
+        let refining = Instant::now();
+        let mut solution = Solution::new(&study, allocation.choices.clone());
+        solution.refine()?;
+        timings.anchor = if recipe.anchor.is_some() { refining.elapsed().as_secs_f64() } else { 0.0 };
 
         let writing = Instant::now();
-        let compressed: Vec<(usize, Choice)> = choices.iter().copied().enumerate().collect();
-        study.settle(&compressed, progress)?;
-        let entries = study.stored_entries(choices);
-        let mut output = Output::create(folder, plan.files(&source, recipe, &entries))?;
-        let written = output::put_all(&mut output, &study, choices, progress)?;
+        solution.settle(&solution.compressed(), progress)?;
+        let forms = solution.all_forms();
+        let mut output = Output::create(folder, plan.files(&source, recipe, &forms))?;
+        let written = output::put_all(&mut output, &solution)?;
         if recipe.format == Format::Factored && recipe.quant.is_empty() && recipe.quant_factors.is_none() {
-            elastic::write_curves(folder, &study, &allocation, &written)?;
+            curves::write_of(folder, &solution, &allocation.sensitivities, &written)?;
         }
-        study.timings.write = writing.elapsed().as_secs_f64();
-        let controlling = Instant::now();
+        timings.write = writing.elapsed().as_secs_f64();
+
+        let comparing = Instant::now();
         let squared = |i: usize| written.get(&i).and_then(|w| w.relative_error).map_or(0.0, |error| error * error);
-        let control = control::at_equal_bytes(&mut study, &allocation, &squared, progress)?;
-        study.timings.control = controlling.elapsed().as_secs_f64();
-        let sizes = record::sizes(&source, recipe, &plan, &entries);
+        let baseline = first.map(|first| equal_bytes::compare(&solution, &allocation, &first, &squared)).transpose()?;
+        timings.control += comparing.elapsed().as_secs_f64();
+        let sizes = record::sizes(&source, recipe, &plan, &forms);
         formats::warn_of_growth(checkpoint.file_bytes(), sizes.file_bytes_after);
-        let linears = record::linears(&study, &allocation, &written)?;
-        let mut report = record::report(job, source_files, linears, sizes, calibration, study.timings);
-        report.control = control;
-        let lines = record::error_lines(&study, choices);
-        drop(study);
+        let linears = record::linears(&solution, &allocation.sensitivities, &written)?;
+        let mut report = record::report(job, source_files, linears, sizes, calibration, timings);
+        report.control = baseline;
+        let lines = record::error_lines(&solution);
+        drop(solution);
         output::finish(output, folder, job, &lines, &mut report, started)?;
         Ok(report)
     }
@@ -191,26 +203,22 @@ pub fn dry_run(job: &Job<'_>, progress: &dyn Progress) -> Result<DryRunReport> {
     let inputs = Inputs::load(checkpoint, recipe, &plan)?;
     let memory = plan.expected_memory(checkpoint, recipe, job.memory_bytes, rayon::current_num_threads());
     let seconds = estimate::seconds(checkpoint, recipe, &plan, inputs.windows.as_ref())?;
-    let entries: Vec<Option<Entry>> = match known_choices(recipe, &plan) {
+    let forms: Vec<Option<Forms>> = match known_choices(recipe, &plan) {
         Some(choices) => {
-            choices.into_iter().map(|choice| Plan::entry(recipe, choice, recipe.quant.first().copied())).collect()
+            let fitted = recipe.quant.first().map_or(Fitted::Layout, |&quant| Fitted::Base(quant));
+            let of = |(linear, choice)| Plan::forms(recipe, linear, choice, fitted);
+            plan.linears.iter().zip(choices).map(of).collect()
         }
         None => {
             let work = tempfile::tempdir()?;
-            let study = Study::run(
-                checkpoint,
-                recipe,
-                &plan,
-                inputs,
-                job.memory_bytes,
-                (work.path().into(), Journal::default()),
-                progress,
-            )?;
-            study.entries(&study.allocate(recipe.budget, progress)?.choices)
+            let session = Session::new(checkpoint, job.memory_bytes, work.path().into(), Journal::default(), progress);
+            let study = Study::run(&session, recipe, &plan, inputs)?;
+            let allocation = sensitivity::allocate(&study, &sensitivity::of(&study)?, recipe.budget)?;
+            allocation.choices.iter().enumerate().map(|(i, &choice)| study.planned(i, choice)).collect()
         }
     };
-    let records = plan.linears.iter().zip(&entries).map(|(linear, &entry)| record::linear(linear, entry));
-    let sizes = record::sizes(&source, recipe, &plan, &entries);
+    let records = plan.linears.iter().zip(&forms).map(|(linear, &forms)| record::linear(linear, forms));
+    let sizes = record::sizes(&source, recipe, &plan, &forms);
     formats::warn_of_growth(checkpoint.file_bytes(), sizes.file_bytes_after);
     let mut report = record::dry_run(job, records.collect(), sizes, (memory, seconds));
     let left_out = formats::side(checkpoint, job.output, &output::REPLACED)?.left_out;

@@ -10,10 +10,10 @@ use serde::{Deserialize, Serialize, Serializer};
 use super::allocate::Ranks;
 use super::compensate::{Compensate, CompensateRank};
 use super::presets::Method;
-use super::sensitivity::{DepthWeight, Sensitivity};
+use super::scale::{DepthWeight, Sensitivity};
 use crate::error::{ExitClass, Failure};
 use crate::formats::Format;
-use crate::model::Layout;
+use crate::operator::Kind;
 use crate::quantize::{Levels, Quant, Scheme};
 use crate::text::read_recipe;
 
@@ -69,10 +69,10 @@ pub struct RecipeOptions {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ranks: Option<Ranks>,
 
-    /// How a matrix of low rank is stored [default: pivot]
-    #[arg(long, value_enum)]
+    /// How a matrix of low rank is stored: factors, pivot or monarch [default: pivot]
+    #[arg(long)]
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub layout: Option<Layout>,
+    pub layout: Option<Kind>,
 
     /// What the knapsack takes a unit of error of a matrix to cost the model
     /// [default: second-order for kfac, measured with `--calibration`, else energy]
@@ -140,6 +140,11 @@ pub struct RecipeOptions {
     #[arg(long, value_enum)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub fused: Option<Fused>,
+
+    /// Let q, k and v, or gate and up, share their right factor where that gives a lower error for the same size
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub share: Option<bool>,
 
     /// Keep the order of ranks beside a pivot layout, r² values a matrix, so that `lrc truncate` is exact
     #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL")]
@@ -261,6 +266,7 @@ impl RecipeOptions {
             damping_input: self.damping_input.or(other.damping_input),
             damping_output: self.damping_output.or(other.damping_output),
             clip_gradients: self.clip_gradients.or(other.clip_gradients),
+            share: self.share.or(other.share),
             elastic: self.elastic.or(other.elastic),
             fused: self.fused.or(other.fused),
             sequential: self.sequential.or(other.sequential),

@@ -9,18 +9,15 @@ use rayon::prelude::*;
 use serde_json::json;
 
 use super::Job;
-use super::allocate::Choice;
-use super::pivot;
-use super::study::Study;
+use super::plan::Choice;
+use super::solution::Solution;
 use crate::checkpoint::OutputFolder;
 use crate::formats::{self, CURVES_FILES, Output};
-use crate::journal::{Array, Piece};
 use crate::model::config::native_config;
-use crate::progress::Progress;
 use crate::report::card::{self, Loading};
 use crate::report::page::{self, ErrorLine, PAGE_FILE};
 use crate::report::{CompressReport, REPORT_FILE, peak_memory_bytes};
-use crate::spool::Spooled;
+use crate::store::{Piece, Spooled, Values};
 
 const RECIPE_FILE: &str = "lrc-recipe.toml";
 const CARD_FILE: &str = "README.md";
@@ -32,69 +29,66 @@ pub(super) struct Written {
     /// Measured where codes are involved; elsewhere the curve tells it.
     pub relative_error: Option<f64>,
     /// For `elastic`.
-    pub order: Option<Spooled>,
+    pub rank_factor: Option<Spooled>,
 }
 
 impl Written {
     /// From its piece of the journal.
-    fn of(piece: Piece, study: &Study<'_>) -> Result<Self> {
-        let [error, order] = <[Array; 2]>::try_from(piece.arrays)
-            .map_err(|_| anyhow::anyhow!("a piece has another number of arrays"))?;
-        let relative_error = error.f64s().first().copied().filter(|error| !error.is_nan());
-        let order = if piece.fields == true { Some(study.bases.keep(order)?) } else { None };
-        Ok(Self { relative_error, order })
+    fn of(mut piece: Piece, solution: &Solution<'_>) -> Result<Self> {
+        let (error, has_factor): (Option<u64>, bool) = serde_json::from_value(piece.fields.take())?;
+        let mut spool = solution.study.fits.spool.lock().expect("invariant: no holder of the spool panics");
+        let rank_factor = has_factor.then(|| spool.push(piece.next()?)).transpose()?;
+        Ok(Self { relative_error: error.map(f64::from_bits), rank_factor })
     }
 }
 
-/// Makes and writes every compressed linear, many at once; by linear of the plan, what was found.
+/// Makes and writes every compressed linear, many at once; by linear of the plan, what was found. Pieces that a written linear was
+/// made of are removed.
 ///
 /// # Errors
-/// A value does not fit the dtype, or a disk refuses.
-pub(super) fn put_all(
-    output: &mut Output<'_>,
-    study: &Study<'_>,
-    choices: &[Choice],
-    progress: &dyn Progress,
-) -> Result<BTreeMap<usize, Written>> {
-    let compressed: Vec<(usize, Choice)> =
-        choices.iter().copied().enumerate().filter(|(_, choice)| *choice != Choice::Dense).collect();
-    let stage = progress.stage("write", compressed.len() as u64, "matrices");
+/// A value does not fit the dtype, or the disk is full.
+pub(super) fn put_all(output: &mut Output<'_>, solution: &Solution<'_>) -> Result<BTreeMap<usize, Written>> {
+    let session = solution.study.session;
+    let compressed = solution.compressed();
+    let stage = session.progress.stage("write", compressed.len() as u64, "matrices");
     let output = Mutex::new(output);
-    let key = |i: usize| format!("written-{i}");
-    let put = |&(i, choice): &(usize, Choice)| -> Result<(usize, Written)> {
-        let linear = &study.plan.linears[i];
+    let put = |&i: &usize| -> Result<(usize, Written)> {
+        let linear = &solution.study.plan.linears[i];
         stage.note(&linear.module);
-        if let Some(piece) = study.journal.get(&key(i))? {
-            let entry = study.stored_entry(i, choice).expect("invariant: only compressed linears are written");
-            output.lock().expect("invariant: no holder of the output panics").skip(linear, &entry);
-            stage.advance(1);
-            return Ok((i, Written::of(piece, study)?));
-        }
-        let module = study.module(i, choice)?.expect("invariant: only compressed linears are written");
-        let order = match (choice, &module.parts) {
-            (Choice::Rank(rank), Some(parts)) if study.recipe.elastic => {
-                pivot::order_of_ranks(parts, &study.bases.pair(i, rank)?.b)
+        let key = format!("written-{i}");
+        let piece = match session.journal.get(&key)? {
+            Some(piece) => {
+                let forms = solution.forms(i).expect("invariant: only compressed linears are written");
+                output.lock().expect("invariant: no holder of the output panics").skip(linear, &forms);
+                piece
             }
-            _ => None,
+            None => put_one(&output, solution, i, &key).with_context(|| format!("write `{}`", linear.module))?,
         };
-        // Where codes are involved no curve foretells the error.
-        let is_coded = module.base.is_some() || study.recipe.quant_factors.is_some();
-        let relative_error = is_coded
-            .then(|| study.relative_squared_error(i, choice, &module))
-            .transpose()?
-            .map(|error| error.max(0.0).sqrt());
-        let tensors = study.recipe.format.exporter().bytes(&study.source, linear, &module);
-        let tensors = tensors.with_context(|| format!("write `{}`", linear.module))?;
-        output.lock().expect("invariant: no holder of the output panics").put(&tensors)?;
-        let piece = study.journal.put(
-            &key(i),
-            json!(order.is_some()),
-            vec![Array::bits(&[relative_error.unwrap_or(f64::NAN)]), order.unwrap_or_default()],
-        )?;
         stage.advance(1);
-        Ok((i, Written::of(piece, study)?))
+        Ok((i, Written::of(piece, solution)?))
     };
     compressed.par_iter().map(put).collect()
+}
+
+/// Writes one linear, and tells the journal.
+fn put_one(output: &Mutex<&mut Output<'_>>, solution: &Solution<'_>, i: usize, key: &str) -> Result<Piece> {
+    let study = solution.study;
+    let linear = &study.plan.linears[i];
+    let operator = solution.operator(i)?.expect("invariant: only compressed linears are written");
+    let rank_factor = match (solution.choices[i], &operator.over) {
+        (Choice::Fitted { .. }, Some(term)) if study.recipe.elastic => {
+            term.form.kind.fitting().rank_factor(&term.parts, &solution.pair(i)?.b)
+        }
+        _ => None,
+    };
+    // No curve predicts the error of codes.
+    let is_quantized = operator.forms().is_quantized();
+    let squared = is_quantized.then(|| solution.relative_squared_error(i, &operator)).transpose()?;
+    let relative_error = squared.map(|error| error.max(0.0).sqrt());
+    let tensors = study.recipe.format.exporter().bytes(&study.source, linear, &operator)?;
+    output.lock().expect("invariant: no holder of the output panics").put(&tensors)?;
+    let fields = json!([relative_error.map(f64::to_bits), rank_factor.is_some()]);
+    study.session.journal.put(key, fields, rank_factor.map(Values::from).into_iter().collect())
 }
 
 /// Copies everything that was not compressed, and writes the side files and the report.

@@ -2,18 +2,46 @@
 
 use anyhow::Result;
 
-use super::allocate::Choice;
 use super::compensate::{Compensate, CompensateRank};
-use super::recipe::{FactorBits, Recipe};
-use super::residual::largest_rank;
-use super::study::max_ranks;
+use super::recipe::Recipe;
 use crate::checkpoint::Checkpoint;
 use crate::error::Failure;
-use crate::formats::{Base, Entry, Files, Format, Pair, Source};
+use crate::formats::{Files, Format, Source};
 use crate::model::inventory::{self, LinearInfo};
 use crate::model::tie::is_tied_head;
-use crate::model::{Layout, ModelConfig, config, coverage};
-use crate::quantize::Quant;
+use crate::model::{config, coverage};
+use crate::operator::{Form, Forms, Kind, Right, Shape};
+use crate::quantize::{Quant, Storage};
+
+/// What becomes of one linear.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Choice {
+    /// Left as it is.
+    Dense,
+    /// Weights that are all zero: rank 0.
+    Zeros,
+    /// Of its fits the one with this number, at this rank; 0: a base without factors.
+    Fitted { fit: usize, rank: usize },
+}
+
+/// What kind of fit a choice is of.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Fitted {
+    /// Low rank in the layout of the recipe.
+    Layout,
+    /// A quantized base, with or without factors.
+    Base(Quant),
+    /// Factors of which the right one is shared.
+    Shared(Right),
+}
+
+/// Ranks that `--compensate-rank auto` offers cost up to this share of the parameters of a linear: 4 bits a weight in 16-bit factors.
+const LARGEST_SHARE: f64 = 0.25;
+
+/// Largest rank of factors on top of a base that `auto` offers.
+pub(super) fn largest_compensation((m, n): Shape) -> usize {
+    ((LARGEST_SHARE * (m * n) as f64 / (m + n) as f64) as usize).max(1)
+}
 
 /// The linears that a recipe compresses, in the order of the checkpoint's blocks.
 pub struct Plan {
@@ -101,26 +129,29 @@ impl Plan {
         Ok(Self { linears, are_zero })
     }
 
-    /// The files of the output where `entries` (one a linear, none where it stays as it is) are chosen.
-    pub(super) fn files<'a>(&self, source: &'a Source<'a>, recipe: &Recipe, entries: &[Option<Entry>]) -> Files<'a> {
-        let modules = self.linears.iter().zip(entries);
-        let modules = modules.filter_map(|(linear, entry)| Some((linear.clone(), (*entry)?))).collect();
+    /// The files of the output where `forms` (one a linear, none where it stays as it is) are chosen.
+    pub(super) fn files<'a>(&self, source: &'a Source<'a>, recipe: &Recipe, forms: &[Option<Forms>]) -> Files<'a> {
+        let modules = self.linears.iter().zip(forms);
+        let modules = modules.filter_map(|(linear, forms)| Some((linear.clone(), (*forms)?))).collect();
         Files::new(source, recipe.format, modules, recipe.max_shard_bytes)
     }
 
-    /// What a choice makes of a linear; `quant` is that of its variant.
-    pub(super) fn entry(recipe: &Recipe, choice: Choice, quant: Option<Quant>) -> Option<Entry> {
-        let scheme = recipe.quant_factors.map(FactorBits::scheme);
-        let pair = |rank, layout| Pair { rank, layout, scheme };
-        match choice {
-            Choice::Dense => None,
-            // Two empty factors: pivots have an order of rows, and codes have scales.
-            Choice::Rank(0) => Some(Entry::low_rank(0, Layout::Factors)),
-            Choice::Rank(rank) => Some(Entry { base: None, pair: Some(pair(rank, recipe.layout)) }),
-            Choice::Coded { rank, .. } => {
-                let storage = quant.expect("invariant: a quantised base has a quantiser").storage();
-                let pair = (rank > 0).then(|| pair(rank, Layout::Factors));
-                Some(Entry { base: Some(Base::Quantized(storage)), pair })
+    /// What a choice of a fit makes of a linear.
+    pub(super) fn forms(recipe: &Recipe, linear: &LinearInfo, choice: Choice, fitted: Fitted) -> Option<Forms> {
+        let factor_storage = recipe.quant_factors.map(|bits| Storage::Grouped(bits.scheme()));
+        let shape = linear.shape();
+        let of_rank = |rank, kind| Form { storage: factor_storage, ..Form::of_rank(kind, rank, shape) };
+        match (choice, fitted) {
+            (Choice::Dense, _) => None,
+            // Two empty factors: codes have scales.
+            (Choice::Zeros, _) => Some(Forms::of_rank(Kind::FACTORS, 0, shape)),
+            (Choice::Fitted { rank, .. }, Fitted::Layout) => Some(Forms::of(of_rank(rank, recipe.layout))),
+            (Choice::Fitted { rank, .. }, Fitted::Shared(right)) => {
+                Some(Forms::of(Form { right, ..of_rank(rank, Kind::FACTORS) }))
+            }
+            (Choice::Fitted { rank, .. }, Fitted::Base(quant)) => {
+                let over = (rank > 0).then(|| of_rank(rank, Kind::FACTORS));
+                Some(Forms { base: Some(Forms::base(Some(quant.storage()))), over })
             }
         }
     }
@@ -137,10 +168,12 @@ impl Plan {
                 // Ranks that differ.
                 (_, CompensateRank::Auto) => 1 + i % 2,
             };
-            let entry = |i| Self::entry(recipe, Choice::Coded { variant: 0, rank: rank(i) }, Some(quant));
+            let forms = |(i, linear)| {
+                Self::forms(recipe, linear, Choice::Fitted { fit: 0, rank: rank(i) }, Fitted::Base(quant))
+            };
             let fitting = self.linears.iter().filter(|linear| quant.storage().fits(linear.in_features));
-            let modules = fitting.enumerate().filter_map(|(i, linear)| Some((linear.clone(), entry(i)?)));
-            let modules: Vec<(LinearInfo, Entry)> = modules.collect();
+            let modules = fitting.enumerate().filter_map(|(i, linear)| Some((linear.clone(), forms((i, linear))?)));
+            let modules: Vec<(LinearInfo, Forms)> = modules.collect();
             if modules.is_empty() {
                 let message = format!("no targeted linear is made of whole blocks of `{quant}`");
                 return Err(Failure::unsupported(message)
@@ -161,86 +194,5 @@ impl Plan {
     pub fn least_output_bytes(&self, checkpoint: &Checkpoint) -> u64 {
         let targeted = self.linears.iter().filter_map(|l| checkpoint.info(&l.weight_name())).map(|t| t.n_bytes());
         checkpoint.n_bytes() - targeted.sum::<u64>()
-    }
-
-    /// Bytes of what a run keeps between its stages, in memory or on disk: the pairs of all linears, statistics, and the states
-    /// of `n_tokens` (those that enter each block, where gradients are asked for).
-    pub fn kept_bytes(&self, checkpoint: &Checkpoint, recipe: &Recipe, n_tokens: usize) -> u64 {
-        let needs = recipe.needs();
-        let pair =
-            |(linear, rank): (&LinearInfo, usize)| 4 * (rank * (linear.out_features + linear.in_features)) as u64;
-        // Beside it as it is stored.
-        let pairs = |(linear, rank): (&LinearInfo, usize)| {
-            pair((linear, rank)) * if recipe.rounds(linear.dtype) { 2 } else { 1 }
-        };
-        let triangle = |n: usize| 2 * (n * (n + 1)) as u64;
-        let sums = |linear: &LinearInfo| {
-            let (m, n) = linear.shape();
-            let input = if needs.input_gram { triangle(n) } else { 0 };
-            input + if needs.output_gram { triangle(m) } else { 0 }
-        };
-        let linears = self.linears.iter();
-        let measured = if recipe.measures_statistics() { linears.clone().map(sums).sum() } else { 0 };
-        let states = match ModelConfig::of(checkpoint) {
-            Ok((config, _)) if n_tokens > 0 => {
-                let copies = if needs.gradients() { config.num_hidden_layers + 2 } else { 1 };
-                4 * (n_tokens * config.hidden_size * copies) as u64
-            }
-            _ => 0,
-        };
-        let coded = |linear: &LinearInfo| -> u64 {
-            let (m, n) = linear.shape();
-            let rank = match (recipe.compensate, recipe.compensate_rank) {
-                (Compensate::None, _) => 0,
-                (_, CompensateRank::Fixed(rank)) => rank.min(m).min(n),
-                (_, CompensateRank::Auto) => largest_rank((m, n)),
-            };
-            let base = |quant: &Quant| quant.storage().n_bytes(m, n) + pair((linear, rank));
-            recipe.quant.iter().map(base).sum()
-        };
-        let bases: u64 = linears.clone().map(coded).sum();
-        linears.zip(max_ranks(recipe, self)).map(pairs).sum::<u64>() + bases + measured + states
-    }
-
-    /// Peak memory of a run: the largest decompositions, one a thread, each with weight, image, Gram, eigenvectors with their
-    /// workspace, the output metric and the factors; the input metrics of a block; one block that is run, with its sums; and
-    /// what grows with the text or is kept, up to `memory_bytes`.
-    pub fn expected_memory(
-        &self,
-        checkpoint: &Checkpoint,
-        recipe: &Recipe,
-        memory_bytes: u64,
-        n_threads: usize,
-    ) -> u64 {
-        let needs = recipe.needs();
-        let square = |n: usize| 8 * (n * n) as u64;
-        let decomposition = |linear: &LinearInfo| {
-            let (m, n) = linear.shape();
-            let (small, weight) = (m.min(n), (m * n) as u64);
-            let output = if needs.output_gram { 3 * square(m) } else { 0 };
-            4 * weight + 16 * weight + 4 * square(small) + 8 * (small * (m + n)) as u64 + output
-        };
-        let mut sizes: Vec<u64> = self.linears.iter().map(decomposition).collect();
-        sizes.sort_unstable_by(|x, y| y.cmp(x));
-        let decompositions: u64 = sizes.iter().take(n_threads).sum();
-        let kept = sizes.len() as u64 * 4 * 1024 + memory_bytes / 4;
-        let Some(Ok((config, architecture))) = recipe.calibration.is_some().then(|| ModelConfig::of(checkpoint)) else {
-            return decompositions + kept.min(memory_bytes);
-        };
-        let (queries, _) = config.attention_widths();
-        // The last block is the one with experts, in families that have both kinds.
-        let slots = architecture.slots(&config, config.num_hidden_layers - 1, &|_| false);
-        let shapes = || slots.iter().map(|slot| slot.shape(&config).0);
-        let block: u64 = shapes().map(|[m, n]| (m * n) as u64).sum();
-        // Every expert has inputs of its own.
-        let n_experts = slots.iter().filter_map(|slot| slot.expert).max().map_or(0, |last| last as u64 + 1);
-        let of_experts = n_experts * (square(config.hidden_size) + square(config.expert_width()));
-        let of_mlp = if n_experts == 0 { square(config.intermediate_size) } else { 0 };
-        let inputs = 2 * square(config.hidden_size) + square(queries) + of_mlp + of_experts;
-        let outputs: u64 = shapes().map(|[m, _]| square(m)).sum();
-        let sums = if needs.output_gram { inputs.max(outputs) } else { inputs };
-        let observing = 4 * block + sums + sums / 2;
-        let decomposing = decompositions + 2 * inputs;
-        observing.max(decomposing) + memory_bytes
     }
 }

@@ -10,12 +10,12 @@ use super::allocate::Ranks;
 use super::compensate::{Compensate, CompensateRank};
 pub use super::options::{FactorBits, Fused, RecipeOptions};
 use super::presets::{Form, Method};
-use super::sensitivity::{DepthWeight, Sensitivity};
+use super::scale::{DepthWeight, Sensitivity};
 use crate::calibrate::{Needs, WindowSettings};
 use crate::checkpoint::Dtype;
 use crate::error::Failure;
 use crate::formats::Format;
-use crate::model::Layout;
+use crate::operator::Kind;
 use crate::quantize::Quant;
 use crate::text::DEFAULT_FIELD;
 
@@ -24,7 +24,7 @@ use crate::text::DEFAULT_FIELD;
 pub struct Recipe {
     pub method: Method,
     pub ranks: Ranks,
-    pub layout: Layout,
+    pub layout: Kind,
     pub budget: Budget,
     pub sensitivity: Option<Sensitivity>,
     pub depth_weight: DepthWeight,
@@ -48,6 +48,8 @@ pub struct Recipe {
     pub compensate: Compensate,
     pub compensate_rank: CompensateRank,
     pub quant_factors: Option<FactorBits>,
+    /// Whether linears of one input may share their right part.
+    pub share: bool,
 }
 
 /// What may be spent.
@@ -156,12 +158,13 @@ impl Recipe {
             method,
             ranks,
             // Bases take factors, adapters hold nothing else.
-            layout: options.layout.unwrap_or(if is_quantised { Layout::Factors } else { Layout::default() }),
+            layout: options.layout.unwrap_or(if is_quantised { Kind::FACTORS } else { Kind::default() }),
             budget: budget(options, ranks)?,
             quant: options.quant.clone(),
             compensate: options.compensate.unwrap_or_default(),
             compensate_rank: options.compensate_rank.unwrap_or(CompensateRank::Auto),
             quant_factors: options.quant_factors,
+            share: options.share.unwrap_or(false),
             sensitivity: sensitivity(options, ranks, method)?,
             depth_weight: options.depth_weight.unwrap_or(DepthWeight::Fixed(0.0)),
             rank_floor: share("--rank-floor", options.rank_floor, 0.0)?,
@@ -228,11 +231,12 @@ impl Recipe {
             }
             return Ok(());
         }
+        let layout = format!("--layout {}", self.layout);
         let given = [
             ("--ranks", options.ranks.is_some_and(|ranks| ranks != Ranks::Knapsack)),
             ("--rank-floor", options.rank_floor.is_some_and(|floor| floor > 0.0)),
             ("--rank-multiple", options.rank_multiple.is_some_and(|multiple| multiple > 1)),
-            ("--layout pivot", self.layout == Layout::Pivot),
+            (layout.as_str(), !self.layout.structure().takes_base()),
             ("--elastic", self.elastic),
             ("--sequential", self.anchor.is_some()),
             ("--sensitivity measured", self.sensitivity == Some(Sensitivity::Measured)),
@@ -297,7 +301,7 @@ impl Recipe {
         if self.elastic && self.quant_factors.is_some() {
             return Err(usage("`--elastic` is nothing with `--quant-factors`", "codes have no order of ranks"));
         }
-        if self.elastic && (self.layout, self.format) != (Layout::Pivot, Format::Factored) {
+        if self.elastic && (self.layout.fitting().is_nested() || self.format != Format::Factored) {
             return Err(usage(
                 "`--elastic` is nothing here",
                 "factors keep their order as they are; the dense format has no ranks",
@@ -360,6 +364,7 @@ impl Recipe {
             damping_input: damping(preset.input, self.damping_input),
             damping_output: damping(preset.output, self.damping_output),
             clip_gradients: self.clip_gradients.then_some(true),
+            share: self.share.then_some(true),
             elastic: self.elastic.then_some(true),
             fused: Some(self.fused).filter(|fused| *fused != Fused::default()),
             sequential: Some(self.anchor.is_some()),
@@ -485,7 +490,7 @@ mod tests {
         check(RecipeOptions { damping_input: Some(0.1), ..keep(0.5) }, "no Gram on that side");
         check(RecipeOptions { clip_gradients: Some(true), ..keep(0.5) }, "no Gram of gradients");
         check(
-            RecipeOptions { elastic: Some(true), layout: Some(Layout::Factors), ..keep(0.5) },
+            RecipeOptions { elastic: Some(true), layout: Some(Kind::FACTORS), ..keep(0.5) },
             "`--elastic` is nothing",
         );
         check(RecipeOptions { rank_multiple: Some(0), ..keep(0.5) }, "at least 1");

@@ -6,16 +6,17 @@ use anyhow::Result;
 use serde_json::{Value, json};
 
 use super::Job;
-use super::allocate::Choice;
+use super::inputs::Inputs;
 use super::output::Written;
-use super::plan::Plan;
+use super::plan::{Choice, Plan};
 use super::recipe::Recipe;
-use super::study::{Allocation, Inputs, Study};
+use super::solution::Solution;
 use sha2::{Digest, Sha256};
 
 use crate::checkpoint::{Fingerprint, hex, sha256_file};
-use crate::formats::{Base, Entry, Format, Source};
+use crate::formats::{Format, Source};
 use crate::model::inventory::LinearInfo;
+use crate::operator::Forms;
 use crate::quantize::Storage;
 use crate::report::page::ErrorLine;
 use crate::report::{
@@ -24,31 +25,30 @@ use crate::report::{
 };
 
 /// A linear before it is worked on: no error yet, no seconds.
-pub(super) fn linear(linear: &LinearInfo, entry: Option<Entry>) -> LinearRecord {
+pub(super) fn linear(linear: &LinearInfo, forms: Option<Forms>) -> LinearRecord {
     let shape = linear.shape();
-    let pair = entry.and_then(|entry| entry.pair);
-    let rank = pair.map(|pair| pair.rank);
-    let (base, factors) = entry.map_or((linear.n_bytes(), 0), |entry| entry.n_bytes(linear));
+    let over = forms.and_then(|forms| forms.over);
+    let rank = over.and_then(|form| form.size.rank());
+    let (base, factors) = forms.map_or((linear.n_bytes(), 0), |forms| linear.bytes_as(&forms));
     let bits = |bytes: u64| 8.0 * bytes as f64 / linear.n_parameters() as f64;
-    let quant = match entry.and_then(|entry| entry.base) {
-        Some(Base::Quantized(Storage::Grouped(scheme))) => Some(scheme.to_string()),
-        Some(Base::Quantized(Storage::Block(block_type))) => Some(block_type.name.to_string()),
-        Some(Base::Dense) | None => None,
-    };
+    let quant = forms.and_then(|forms| forms.base?.storage).map(|storage| match storage {
+        Storage::Grouped(scheme) => scheme.to_string(),
+        Storage::Block(block_type) => block_type.name.to_string(),
+    });
     LinearRecord {
         module: linear.module.clone(),
         block: linear.block,
         shape: [shape.0, shape.1],
         dtype: format!("{:?}", linear.dtype),
         rank,
-        layout: pair.map(|pair| pair.layout.name().to_string()),
+        layout: over.map(|form| form.kind.name().to_string()),
         component: if rank.is_none() { Component::NotLowRank } else { Component::LowRank },
         quant,
         bits_base: bits(base),
         bits_factors: bits(factors),
         parameters_before: linear.n_parameters(),
-        parameters_after: entry.map_or(linear.n_parameters(), |entry| entry.n_parameters(linear)),
-        relative_error: entry.is_none().then_some(0.0),
+        parameters_after: forms.map_or(linear.n_parameters(), |forms| linear.parameters_as(&forms)),
+        relative_error: forms.is_none().then_some(0.0),
         note: None,
         expert_tokens: None,
         storage_error: None,
@@ -57,82 +57,82 @@ pub(super) fn linear(linear: &LinearInfo, entry: Option<Entry>) -> LinearRecord 
     }
 }
 
-/// Every linear of a study, with its error.
+/// Every linear of a solution, with its error.
 ///
 /// # Errors
 /// The statistics cannot be read.
 pub(super) fn linears(
-    study: &Study<'_>,
-    allocation: &Allocation,
+    solution: &Solution<'_>,
+    sensitivities: &[f64],
     written: &BTreeMap<usize, Written>,
 ) -> Result<Vec<LinearRecord>> {
-    let choices = &allocation.choices;
-    let record = |i: usize| -> Result<LinearRecord> {
-        let mut record = linear(&study.plan.linears[i], study.stored_entry(i, choices[i]));
+    let study = solution.study;
+    let one = |i: usize| -> Result<LinearRecord> {
+        let linear_info = &study.plan.linears[i];
+        let mut record = linear(linear_info, solution.forms(i));
         let mut notes: Vec<String> = Vec::new();
-        if let Choice::Coded { variant, .. } = choices[i] {
-            let variant = &study.residuals.of(i)[variant];
-            record.seconds = variant.seconds;
-            record.quant = Some(variant.quant.to_string());
-            notes.extend(variant.fallback.map(|fallback| format!("rounded to nearest: {}", fallback.reason())));
-            notes.extend(study.residuals.plain_sides(i).note());
+        let fitted = study.fits.chosen(i, solution.choices[i]).map(|fit| &*fit.fitted);
+        if let Some(fitted) = fitted.or_else(|| study.fits.low_rank(i)) {
+            let details = fitted.details();
+            record.seconds = details.seconds;
+            record.quant = fitted.quant().map(|quant| quant.to_string());
+            notes.extend(details.fallback.map(|fallback| format!("rounded to nearest: {}", fallback.reason())));
+            notes.extend(solution.plain_sides(i).note());
         }
-        if let Some(basis) = study.bases.get(i) {
-            record.seconds = basis.seconds;
-            record.relative_error = Some(record.rank.map_or(0.0, |rank| basis.curve.relative_error(rank)));
-            notes.extend(basis.plain_sides.note());
+        if let Some(curve) = solution.curve(i) {
+            record.relative_error = Some(record.rank.map_or(0.0, |rank| curve.relative_error(rank)));
         }
-        if let (Choice::Rank(rank), Format::Factored) = (choices[i], study.recipe.format) {
-            let laid = study.laid(i, rank);
-            record.storage_error = Some(laid.storage_error);
-            notes.extend(laid.note);
+        let is_laid = matches!(solution.choices[i], Choice::Fitted { .. }) && record.quant.is_none();
+        if is_laid && study.recipe.format == Format::Factored {
+            let laid = solution.laid(i);
+            record.storage_error = Some(laid.as_ref().map_or(0.0, |laid| laid.storage_error));
+            notes.extend(laid.and_then(|laid| laid.note));
         }
         if let Some(error) = written.get(&i).and_then(|w| w.relative_error) {
             record.relative_error = Some(error);
         }
-        let linear = &study.plan.linears[i];
-        record.expert_tokens = study.expert_tokens(linear)?;
-        if let Some(seen) = study.metrics().too_few_tokens(linear)? {
-            let inputs = linear.in_features;
+        record.expert_tokens = study.expert_tokens(linear_info)?;
+        if let Some(seen) = study.metrics().too_few_tokens(linear_info)? {
+            let inputs = linear_info.in_features;
             notes.push(format!("data-free metric: its expert saw {seen} tokens, fewer than its {inputs} inputs"));
         }
-        if choices[i] == Choice::Rank(0) {
+        if solution.choices[i] == Choice::Zeros {
             record.relative_error = Some(0.0);
+            record.storage_error = (study.recipe.format == Format::Factored).then_some(0.0);
             notes.push("all of its weights are zero".into());
         }
         record.note = (!notes.is_empty()).then(|| notes.join("; "));
-        record.sensitivity = study.recipe.sensitivity.map(|_| allocation.sensitivities[i]);
+        record.sensitivity = study.recipe.sensitivity.map(|_| sensitivities[i]);
         Ok(record)
     };
-    (0..choices.len()).map(record).collect()
+    (0..solution.choices.len()).map(one).collect()
 }
 
-/// Sizes of a checkpoint whose linears become `entries`.
-pub(super) fn sizes(source: &Source<'_>, recipe: &Recipe, plan: &Plan, entries: &[Option<Entry>]) -> Sizes {
-    let files = plan.files(source, recipe, entries);
+/// Sizes of a checkpoint whose linears become `all`.
+pub(super) fn sizes(source: &Source<'_>, recipe: &Recipe, plan: &Plan, all: &[Option<Forms>]) -> Sizes {
+    let files = plan.files(source, recipe, all);
     let linears = &plan.linears;
     let before: u64 = linears.iter().map(LinearInfo::n_parameters).sum();
-    let parameters = |(linear, entry): (&LinearInfo, &Option<Entry>)| {
-        entry.map_or(linear.n_parameters(), |entry| entry.n_parameters(linear))
+    let parameters = |(linear, forms): (&LinearInfo, &Option<Forms>)| {
+        forms.map_or(linear.n_parameters(), |forms| linear.parameters_as(&forms))
     };
-    let after: u64 = linears.iter().zip(entries).map(parameters).sum();
+    let after: u64 = linears.iter().zip(all).map(parameters).sum();
     let stored_before: u64 = linears.iter().map(LinearInfo::n_bytes).sum();
-    let bytes = |(linear, entry): (&LinearInfo, &Option<Entry>)| match entry {
+    let bytes = |(linear, forms): (&LinearInfo, &Option<Forms>)| match forms {
         None => (linear.n_bytes(), 0),
-        Some(entry) => {
+        Some(forms) => {
             // A format may pad, or store what it cannot pack: that is the base's.
-            let (_, factors) = entry.n_bytes(linear);
-            (recipe.format.n_bytes(linear, entry).saturating_sub(factors), factors)
+            let (_, factors) = linear.bytes_as(forms);
+            (recipe.format.n_bytes(linear, forms).saturating_sub(factors), factors)
         }
     };
-    let stored = linears.iter().zip(entries).map(bytes);
+    let stored = linears.iter().zip(all).map(bytes);
     let (base, factors) = stored.fold((0, 0), |sum, bytes| (sum.0 + bytes.0, sum.1 + bytes.1));
     let (elements_after, bytes_after) = files.n_elements_and_bytes();
     // Packed codes are not parameters.
-    let is_coded = |entry: &Entry| entry.base.is_some() || entry.pair.is_some_and(|pair| pair.scheme.is_some());
     let parameters_before = source.checkpoint.n_elements();
     let parameters_after =
-        if entries.iter().flatten().any(is_coded) { parameters_before - before + after } else { elements_after };
+        if all.iter().flatten().any(Forms::is_quantized) { parameters_before - before + after } else { elements_after };
     let bits = |bytes: u64| 8.0 * bytes as f64 / before as f64;
     Sizes {
         linear_parameters_before: before,
@@ -151,23 +151,23 @@ pub(super) fn sizes(source: &Source<'_>, recipe: &Recipe, plan: &Plan, entries: 
 }
 
 /// How the error of every decomposed linear falls with its rank, for the page.
-pub(super) fn error_lines(study: &Study<'_>, choices: &[Choice]) -> Vec<ErrorLine> {
+pub(super) fn error_lines(solution: &Solution<'_>) -> Vec<ErrorLine> {
     let line = |i: usize| {
-        let (linear, curve) = (&study.plan.linears[i], &study.bases.get(i)?.curve);
+        let (linear, curve) = (&solution.study.plan.linears[i], solution.curve(i)?);
         let at = |rank: usize| (rank, curve.relative_error(rank));
-        let stored = study.stored_entry(i, choices[i]).and_then(|entry| entry.pair);
+        let rank = solution.forms(i).and_then(|forms| forms.rank());
         Some(ErrorLine {
             module: linear.module.clone(),
             block: linear.block,
             points: ErrorLine::ranks(curve.energies().len()).into_iter().map(at).collect(),
-            chosen: stored.map(|pair| at(pair.rank)),
+            chosen: rank.map(at),
             break_even_rank: linear.break_even_rank(),
         })
     };
-    (0..choices.len()).filter_map(line).collect()
+    (0..solution.choices.len()).filter_map(line).collect()
 }
 
-pub(super) fn summary(linears: &[LinearRecord]) -> LinearSummary {
+pub(crate) fn summary(linears: &[LinearRecord]) -> LinearSummary {
     let errors: Vec<f64> = linears.iter().filter_map(|l| l.relative_error).collect();
     LinearSummary {
         count: linears.len(),

@@ -1,70 +1,15 @@
 //! What a unit of squared error of a linear costs the model: the scale between matrices, on which the knapsack lives.
 
-use std::fmt;
-use std::str::FromStr;
-
 use anyhow::Result;
-use clap::ValueEnum;
-use serde::{Deserialize, Serialize};
 
-use super::allocate::{Choice, Ranks};
+use super::allocate::Ranks;
+use super::allocation::{self, Allocation};
+use super::plan::Choice;
+use super::recipe::Budget;
+use super::scale::{DepthWeight, GAMMAS, Sensitivity};
+use super::solution::Solution;
 use super::study::Study;
-use crate::progress::Progress;
-
-/// Where the scale comes from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Sensitivity {
-    /// The curves as they are: with kfac they estimate the change of the loss to second order
-    SecondOrder,
-    /// Divergence of the model's output when one matrix alone is cut to a probe rank, over its error there
-    Measured,
-    /// One over the energy of the matrix: relative errors count alike
-    Energy,
-}
-
-/// How much more errors of early blocks count.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum DepthWeight {
-    /// γ.
-    Fixed(f64),
-    /// The γ of a few whose ranks diverge least on the calibration text.
-    Auto,
-}
-
-/// What `auto` tries.
-pub(super) const GAMMAS: [f64; 5] = [0.0, 0.25, 0.5, 1.0, 2.0];
-
-impl fmt::Display for DepthWeight {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Fixed(gamma) => write!(f, "{gamma}"),
-            Self::Auto => f.write_str("auto"),
-        }
-    }
-}
-
-impl FromStr for DepthWeight {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let gamma = || text.parse().ok().filter(|gamma: &f64| *gamma >= 0.0 && gamma.is_finite()).map(Self::Fixed);
-        let parsed = if text == "auto" { Some(Self::Auto) } else { gamma() };
-        parsed.ok_or_else(|| format!("`{text}` is neither `auto` nor a number from 0 on"))
-    }
-}
-
-impl Serialize for DepthWeight {
-    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
-    }
-}
-
-impl<'de> Deserialize<'de> for DepthWeight {
-    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
-    }
-}
+use super::trials::mean_kl;
 
 /// A probe keeps this share of the parameters of its matrix: a tenth of what keeping 80 % everywhere would.
 const PROBE_KEEP: f64 = 0.08;
@@ -72,21 +17,47 @@ const PROBE_KEEP: f64 = 0.08;
 /// Tokens that probes are run on; the divergence of a cut so deep shows on few.
 const PROBE_TOKENS: usize = 8192;
 
-/// One value a linear of the plan.
+/// What a unit of squared error of every linear costs the model, before depth weights.
 ///
 /// # Errors
 /// A probe fails.
-pub(super) fn of(study: &Study<'_>, progress: &dyn Progress) -> Result<Vec<f64>> {
+pub(super) fn of(study: &Study<'_>) -> Result<Vec<f64>> {
     let n = study.plan.linears.len();
     if study.recipe.ranks != Ranks::Knapsack {
         return Ok(vec![1.0; n]);
     }
-    let energy = |i: usize| study.bases.get(i).map_or(1.0, |basis| basis.curve.squared_error(0));
+    let energy = |i: usize| study.fits.low_rank(i).and_then(|fit| fit.curve()).map_or(1.0, |c| c.squared_error(0));
     Ok(match study.recipe.sensitivity {
         None | Some(Sensitivity::SecondOrder) => vec![1.0; n],
         Some(Sensitivity::Energy) => (0..n).map(|i| reciprocal(energy(i))).collect(),
-        Some(Sensitivity::Measured) => measured(study, progress)?,
+        Some(Sensitivity::Measured) => measured(study)?,
     })
+}
+
+/// The allocation of a budget; where the recipe leaves the depth weight open, the one that diverges least.
+///
+/// # Errors
+/// A size in bytes that cannot be reached, or a probe fails.
+pub(super) fn allocate(study: &Study<'_>, sensitivities: &[f64], budget: Budget) -> Result<Allocation> {
+    let gammas = match study.recipe.depth_weight {
+        DepthWeight::Fixed(gamma) => vec![gamma],
+        DepthWeight::Auto => GAMMAS.to_vec(),
+    };
+    let at = |&gamma: &f64| -> Result<Allocation> {
+        let weights = depth_weights(study, gamma);
+        let sensitivities: Vec<f64> = sensitivities.iter().zip(weights).map(|(s, w)| s * w).collect();
+        Ok(Allocation { choices: allocation::choose(study, budget, &sensitivities)?, sensitivities })
+    };
+    let mut allocations = gammas.iter().map(at).collect::<Result<Vec<_>>>()?;
+    if allocations.len() == 1 {
+        return Ok(allocations.remove(0));
+    }
+    let trials: Vec<Solution<'_>> = allocations.iter().map(|a| Solution::new(study, a.choices.clone())).collect();
+    let kl = mean_kl(study, probe_windows(study), &trials.iter().collect::<Vec<_>>(), "depth weight")?;
+    drop(trials);
+    let best = (0..kl.len()).reduce(|best, i| if kl[i] < kl[best] { i } else { best }).unwrap_or(0);
+    tracing::info!("depth weight {} diverges least: {:.6}", gammas[best], kl[best]);
+    Ok(allocations.swap_remove(best))
 }
 
 /// The windows that probes are run on.
@@ -96,27 +67,26 @@ pub(super) fn probe_windows<'a>(study: &'a Study<'_>) -> &'a [Vec<u32>] {
 }
 
 /// Divergence of the probe of each linear over its error.
-fn measured(study: &Study<'_>, progress: &dyn Progress) -> Result<Vec<f64>> {
-    let ranks: Vec<usize> = study
-        .plan
-        .linears
-        .iter()
-        .zip(&study.plan.are_zero)
+fn measured(study: &Study<'_>) -> Result<Vec<f64>> {
+    let linears = study.plan.linears.iter().zip(&study.plan.are_zero);
+    let ranks: Vec<usize> = linears
         .map(|(linear, is_zero)| {
             let (m, n) = linear.shape();
             let rank = (PROBE_KEEP * (m * n) as f64 / (m + n) as f64) as usize;
-            if *is_zero { 0 } else { rank.max(1).min(study.recipe.layout.largest_saving_rank((m, n))) }
+            let most = study.recipe.layout.fitting().largest_saving_rank((m, n));
+            if *is_zero { 0 } else { rank.max(1).min(most) }
         })
         .collect();
     let n = ranks.len();
-    let probe = |i: usize| -> Vec<Choice> {
-        (0..n).map(|j| if i == j && ranks[i] > 0 { Choice::Rank(ranks[i]) } else { Choice::Dense }).collect()
+    let probe = |i: usize| {
+        let choice = |j| if i == j && ranks[i] > 0 { Choice::Fitted { fit: 0, rank: ranks[i] } } else { Choice::Dense };
+        Solution::new(study, (0..n).map(choice).collect())
     };
-    let probes: Vec<Vec<Choice>> = (0..n).map(probe).collect();
-    let kl = study.mean_kl(probe_windows(study), &probes, "probe", progress)?;
+    let probes: Vec<Solution<'_>> = (0..n).map(probe).collect();
+    let kl = mean_kl(study, probe_windows(study), &probes.iter().collect::<Vec<_>>(), "probe")?;
     let scale = |(i, kl): (usize, f64)| {
-        let error = study.bases.get(i).map_or(0.0, |basis| basis.curve.squared_error(ranks[i]));
-        kl * reciprocal(error)
+        let curve = study.fits.low_rank(i).and_then(|fit| fit.curve());
+        kl * reciprocal(curve.map_or(0.0, |curve| curve.squared_error(ranks[i])))
     };
     Ok(kl.into_iter().enumerate().map(scale).collect())
 }
@@ -126,7 +96,7 @@ fn reciprocal(value: f64) -> f64 {
 }
 
 /// The depth weight of every linear of the plan.
-pub(super) fn depth_weights(study: &Study<'_>, gamma: f64) -> Vec<f64> {
+fn depth_weights(study: &Study<'_>, gamma: f64) -> Vec<f64> {
     let linears = &study.plan.linears;
     let n_blocks = linears.iter().filter_map(|l| l.block).max().map_or(0, |last| last + 1);
     linears.iter().map(|linear| depth_weight(gamma, linear.block, n_blocks)).collect()

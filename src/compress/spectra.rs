@@ -5,18 +5,18 @@ use std::collections::BTreeMap;
 use anyhow::{Context, Result};
 use rayon::prelude::*;
 
-use super::low_rank::{self, ErrorCurve};
-use super::metric::MetricPair;
+use super::inputs::Inputs;
 use super::metrics::SharedInputs;
 use super::plan::Plan;
 use super::recipe::Recipe;
-use super::study::{Inputs, statistics_metrics};
+use crate::approx::low_rank::{self, ErrorCurve};
+use crate::approx::metric::MetricPair;
 use crate::checkpoint::Checkpoint;
-use crate::journal::Journal;
 use crate::linalg;
-use crate::model::WalkLimits;
 use crate::model::inventory;
 use crate::progress::Progress;
+use crate::session::Session;
+use crate::store::Journal;
 
 /// A curve in a metric, and what was plain in that.
 pub struct Weighted {
@@ -37,9 +37,9 @@ pub fn weighted_curves(
     let plan = Plan::new(checkpoint, recipe)?;
     let mut inputs = Inputs::load(checkpoint, recipe, &plan)?;
     let work = tempfile::tempdir()?;
-    let limits = WalkLimits::new(memory_bytes, work.path().into());
-    inputs.measure(checkpoint, recipe, &limits, &Journal::default(), progress)?;
-    let metrics = statistics_metrics(recipe, &inputs);
+    let session = Session::new(checkpoint, memory_bytes, work.path().into(), Journal::default(), progress);
+    inputs.measure(&session, recipe)?;
+    let metrics = inputs.metrics(recipe);
     let stage = progress.stage("weigh", plan.linears.len() as u64, "matrices");
     let mut curves = BTreeMap::new();
     for block in plan.linears.chunk_by(|a, b| a.block == b.block) {

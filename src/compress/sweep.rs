@@ -4,18 +4,23 @@ use std::time::Instant;
 
 use anyhow::Result;
 
+use super::inputs::Inputs;
 use super::plan::Plan;
 use super::recipe::{Budget, Recipe};
 use super::record;
-use super::study::{Inputs, Study};
+use super::sensitivity;
+use super::solution::Solution;
+use super::study::Study;
+use super::trials::{Text, diverge};
 use crate::checkpoint::Checkpoint;
 use crate::error::Failure;
 use crate::eval::{EvalSettings, Prepared};
-use crate::formats::Entry;
-use crate::journal::Journal;
 use crate::model::inventory::LinearInfo;
+use crate::operator::Forms;
 use crate::progress::Progress;
 use crate::report::{LRC_VERSION, SCHEMA_VERSION, SweepPoint, SweepReport, peak_memory_bytes};
+use crate::session::Session;
+use crate::store::Journal;
 
 /// What is swept.
 pub struct SweepSettings<'a> {
@@ -43,29 +48,34 @@ pub fn sweep(settings: &SweepSettings<'_>, progress: &dyn Progress) -> Result<Sw
     let prepared = Prepared::new(checkpoint, &settings.eval)?;
     let work = tempfile::tempdir()?;
     let memory = settings.eval.memory_bytes;
-    let mut study =
-        Study::run(checkpoint, recipe, &plan, inputs, memory, (work.path().into(), Journal::default()), progress)?;
+    let session = Session::new(checkpoint, memory, work.path().into(), Journal::default(), progress);
+    let study = Study::run(&session, recipe, &plan, inputs)?;
+    let mut timings = study.timings;
     let allocating = Instant::now();
-    let allocate = |&keep: &f64| Ok(study.allocate(Budget::Keep(keep), progress)?.choices);
-    let choices = keeps.iter().map(allocate).collect::<Result<Vec<_>>>()?;
-    study.timings.allocate += allocating.elapsed().as_secs_f64();
+    let sensitivities = sensitivity::of(&study)?;
+    let solve = |&keep: &f64| {
+        let allocation = sensitivity::allocate(&study, &sensitivities, Budget::Keep(keep))?;
+        Ok(Solution::new(&study, allocation.choices))
+    };
+    let solutions = keeps.iter().map(solve).collect::<Result<Vec<_>>>()?;
+    timings.allocate += allocating.elapsed().as_secs_f64();
     let evaluating = Instant::now();
-    let divergences =
-        study.diverge(&prepared.windows, &study.limits, &prepared.scored, &choices, "evaluate", progress)?;
+    let text = Text { windows: &prepared.windows, scored: &prepared.scored, limits: session.limits.clone() };
+    let divergences = diverge(&study, &text, &solutions.iter().collect::<Vec<_>>(), "evaluate")?;
     let evaluate_seconds = evaluating.elapsed().as_secs_f64();
     let mut points = Vec::new();
-    for ((&keep, choices), divergence) in keeps.iter().zip(&choices).zip(&divergences) {
+    for ((&keep, solution), divergence) in keeps.iter().zip(&solutions).zip(&divergences) {
         // Making them has settled how they are stored.
-        let entries = study.stored_entries(choices);
-        let rank = |(linear, entry): (&LinearInfo, &Option<Entry>)| {
-            (linear.module.clone(), entry.and_then(|entry| entry.pair).map(|pair| pair.rank))
+        let forms = solution.all_forms();
+        let rank = |(linear, forms): (&LinearInfo, &Option<Forms>)| {
+            (linear.module.clone(), forms.and_then(|forms| forms.rank()))
         };
         points.push(SweepPoint {
             keep,
             ppl: divergence.perplexity(),
             divergence: divergence.record(&settings.eval.model),
-            sizes: record::sizes(&study.source, recipe, &plan, &entries),
-            ranks: plan.linears.iter().zip(&entries).map(rank).collect(),
+            sizes: record::sizes(&study.source, recipe, &plan, &forms),
+            ranks: plan.linears.iter().zip(&forms).map(rank).collect(),
         });
     }
     Ok(SweepReport {
@@ -78,7 +88,7 @@ pub fn sweep(settings: &SweepSettings<'_>, progress: &dyn Progress) -> Result<Sw
         text_sha256: prepared.text.sha256.clone(),
         dense_ppl: points.first().map(|p| p.divergence.reference_ppl),
         points,
-        timings: study.timings,
+        timings,
         evaluate_seconds,
         elapsed_seconds: started.elapsed().as_secs_f64(),
         peak_memory_bytes: peak_memory_bytes(),

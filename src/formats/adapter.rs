@@ -7,42 +7,48 @@ use serde_json::{Map, Value, json};
 use super::dense::{weight, weight_bytes};
 use super::refusal::listed;
 use super::{
-    CheckpointError, Entry, Exporter, LinearInfo, Module, NamedBytes, OutTensor, Parts, Refusal, Source, Target, encode,
+    CheckpointError, Exporter, Forms, LinearInfo, NamedBytes, Operator, OutTensor, Refusal, Source, Target, encode,
 };
 use crate::checkpoint::encoded::{ADAPTER_BASE, ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_PREFIX};
 use crate::model::config;
 use crate::model::inventory::Stored;
-use crate::model::{InputSite, Layout, Slot};
+use crate::model::{InputSite, Slot};
+use crate::operator::Kind;
 
 pub(super) struct Peft;
 
 impl Exporter for Peft {
-    fn refusal(&self, _: &Source<'_>, _: &LinearInfo, entry: &Entry) -> Option<String> {
-        refusal(entry)
+    fn refusal(&self, _: &Source<'_>, _: &LinearInfo, forms: &Forms) -> Option<String> {
+        refusal(forms)
     }
 
-    fn refusal_of_all(&self, _: &Source<'_>, modules: &[(LinearInfo, Entry)]) -> Option<Refusal> {
+    fn refusal_of_all(&self, _: &Source<'_>, modules: &[(LinearInfo, Forms)]) -> Option<Refusal> {
         refusal_of_all(modules)
     }
 
-    fn tensors(&self, linear: &LinearInfo, entry: &Entry) -> Vec<OutTensor> {
+    fn tensors(&self, linear: &LinearInfo, forms: &Forms) -> Vec<OutTensor> {
         let mut out = vec![weight(linear)];
-        out.extend(tensors(linear, entry));
+        out.extend(tensors(linear, forms));
         out
     }
 
-    fn bytes(&self, _: &Source<'_>, linear: &LinearInfo, module: &Module) -> Result<Vec<NamedBytes>, CheckpointError> {
-        let base = module.base.as_ref().expect("invariant: modules without a base are refused");
-        let mut out = vec![weight_bytes(linear, base.values().into_owned())?];
-        out.extend(bytes(linear, module)?);
+    fn bytes(
+        &self,
+        _: &Source<'_>,
+        linear: &LinearInfo,
+        operator: &Operator,
+    ) -> Result<Vec<NamedBytes>, CheckpointError> {
+        let base = operator.base.as_ref().expect("invariant: operators without a base are refused");
+        let mut out = vec![weight_bytes(linear, base.product(linear.shape()))?];
+        out.extend(bytes(linear, operator)?);
         Ok(out)
     }
 
-    fn config(&self, source: &Source<'_>, _: &[(LinearInfo, Entry)]) -> Map<String, Value> {
+    fn config(&self, source: &Source<'_>, _: &[(LinearInfo, Forms)]) -> Map<String, Value> {
         source.config.clone()
     }
 
-    fn side_files(&self, source: &Source<'_>, modules: &[(LinearInfo, Entry)]) -> Vec<(String, String)> {
+    fn side_files(&self, source: &Source<'_>, modules: &[(LinearInfo, Forms)]) -> Vec<(String, String)> {
         side_files(source, modules)
     }
 
@@ -57,19 +63,20 @@ impl Exporter for Peft {
 }
 
 /// Why a linear cannot be a base with an adapter over it.
-pub(super) fn refusal(entry: &Entry) -> Option<String> {
-    match (entry.base, entry.pair) {
+pub(super) fn refusal(forms: &Forms) -> Option<String> {
+    match (forms.base, forms.over) {
         (None, _) => Some("it is of low rank without a base".into()),
-        (_, Some(pair)) if pair.layout != Layout::Factors => Some("adapters hold factors, not pivots".into()),
+        (_, Some(form)) if form.kind != Kind::FACTORS => {
+            Some(format!("adapters hold factors, not the layout `{}`", form.kind))
+        }
         _ => None,
     }
 }
 
 /// Why the factors of several linears cannot be one adapter: transformers stacks the experts of a block, and PEFT their factors.
-pub(super) fn refusal_of_all(modules: &[(LinearInfo, Entry)]) -> Option<Refusal> {
-    let with_factors = || {
-        modules.iter().filter_map(|(linear, entry)| Some((linear.module.as_str(), linear.id?.slot, entry.pair?.rank)))
-    };
+pub(super) fn refusal_of_all(modules: &[(LinearInfo, Forms)]) -> Option<Refusal> {
+    let with_factors =
+        || modules.iter().filter_map(|(linear, forms)| Some((linear.module.as_str(), linear.id?.slot, forms.rank()?)));
     let mut of_experts = with_factors().filter(|(_, slot, _)| slot.expert.is_some());
     let (first, _, rank) = of_experts.next()?;
     let others: Vec<&str> = of_experts.filter(|(_, _, r)| *r != rank).map(|(module, ..)| module).collect();
@@ -93,25 +100,26 @@ fn names(linear: &LinearInfo) -> [String; 2] {
 }
 
 /// The factors of a linear.
-pub(super) fn tensors(linear: &LinearInfo, entry: &Entry) -> Vec<OutTensor> {
-    let Some(pair) = entry.pair else { return Vec::new() };
+pub(super) fn tensors(linear: &LinearInfo, forms: &Forms) -> Vec<OutTensor> {
+    let Some(rank) = forms.rank() else { return Vec::new() };
     let (out, input) = linear.shape();
-    let shapes = [vec![pair.rank, input], vec![out, pair.rank]];
+    let shapes = [vec![rank, input], vec![out, rank]];
     let tensor = |(name, shape)| OutTensor { target: Target::Adapter, ..OutTensor::plain(name, linear.dtype, shape) };
     names(linear).into_iter().zip(shapes).map(tensor).collect()
 }
 
-/// Their bytes. Quantised factors are stored as the floats that they stand for: adapters know no codes.
-pub(super) fn bytes(linear: &LinearInfo, module: &Module) -> Result<Vec<NamedBytes>, CheckpointError> {
-    let Some(Parts::Factors { b, a, .. }) = &module.parts else { return Ok(Vec::new()) };
+/// Their bytes. Quantized factors are stored as floats: adapters know no codes.
+pub(super) fn bytes(linear: &LinearInfo, operator: &Operator) -> Result<Vec<NamedBytes>, CheckpointError> {
+    let factors = operator.over.as_ref().and_then(|term| term.form.kind.structure().adapter(&term.parts));
+    let Some([a, b]) = factors else { return Ok(Vec::new()) };
     let tensor = |(name, values)| Ok(NamedBytes { target: Target::Adapter, ..encode(name, linear.dtype, values)? });
     names(linear).into_iter().zip([&*a.values(), &*b.values()]).map(tensor).collect()
 }
 
 /// `adapter/adapter_config.json`, where there is a factor.
-pub(super) fn side_files(source: &Source<'_>, modules: &[(LinearInfo, Entry)]) -> Vec<(String, String)> {
+pub(super) fn side_files(source: &Source<'_>, modules: &[(LinearInfo, Forms)]) -> Vec<(String, String)> {
     let ranks: Map<String, Value> =
-        modules.iter().filter_map(|(l, e)| Some((l.module.clone(), json!(e.pair?.rank)))).collect();
+        modules.iter().filter_map(|(l, e)| Some((l.module.clone(), json!(e.rank()?)))).collect();
     let Some(largest) = ranks.values().filter_map(Value::as_u64).max() else { return Vec::new() };
     let is_turned = modules.iter().any(|(linear, _)| linear.stored == Stored::DenseTransposed);
     let config = json!({

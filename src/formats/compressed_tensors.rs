@@ -6,27 +6,25 @@ use std::collections::BTreeMap;
 use serde_json::{Map, Value, json};
 
 use super::{
-    CheckpointError, Entry, Exporter, LinearInfo, Matrix, Module, NamedBytes, OutTensor, Refusal, Source, adapter,
-    encode,
+    CheckpointError, Exporter, Forms, LinearInfo, NamedBytes, Operator, OutTensor, Refusal, Source, adapter, encode,
 };
 use crate::checkpoint::Dtype;
 use crate::model::architectures;
 use crate::model::inventory::{self, Stored};
-use crate::quantize::{Levels, Quantized, Scheme, Storage, bits};
-
-use super::Base;
+use crate::operator::{Matrix, Term};
+use crate::quantize::{Grouped, Levels, Quantized, Scheme, bits};
 
 pub(super) struct CompressedTensors;
 
 /// The scheme of a base that both exchange formats can hold, or why they cannot.
-pub(super) fn exchange_scheme(linear: &LinearInfo, entry: &Entry) -> Result<Scheme, String> {
-    if let Some(reason) = adapter::refusal(entry) {
+pub(super) fn exchange_scheme(linear: &LinearInfo, forms: &Forms) -> Result<Scheme, String> {
+    if let Some(reason) = adapter::refusal(forms) {
         return Err(reason);
     }
     if linear.stored == Stored::DenseTransposed {
         return Err("its weight is stored (in, out), which loaders of this format do not expect".into());
     }
-    let Some(Base::Quantized(Storage::Grouped(scheme))) = entry.base else {
+    let Some(scheme) = forms.base.and_then(|base| base.scheme()) else {
         return Err("its base is not quantised in groups".into());
     };
     match scheme.levels {
@@ -44,17 +42,25 @@ pub(super) fn exchange_scheme(linear: &LinearInfo, entry: &Entry) -> Result<Sche
     Ok(scheme)
 }
 
+/// The codes of a base that [`exchange_scheme`] has let pass.
+pub(super) fn grouped_base(operator: &Operator) -> &Grouped {
+    match operator.base.as_ref().map(|Term { parts, .. }| parts.as_slice()) {
+        Some([Matrix::Quantized(Quantized::Grouped(base))]) => base,
+        _ => unreachable!("invariant: what is not quantized in groups is refused"),
+    }
+}
+
 impl Exporter for CompressedTensors {
-    fn refusal(&self, _: &Source<'_>, linear: &LinearInfo, entry: &Entry) -> Option<String> {
-        exchange_scheme(linear, entry).err()
+    fn refusal(&self, _: &Source<'_>, linear: &LinearInfo, forms: &Forms) -> Option<String> {
+        exchange_scheme(linear, forms).err()
     }
 
-    fn refusal_of_all(&self, _: &Source<'_>, modules: &[(LinearInfo, Entry)]) -> Option<Refusal> {
+    fn refusal_of_all(&self, _: &Source<'_>, modules: &[(LinearInfo, Forms)]) -> Option<Refusal> {
         adapter::refusal_of_all(modules)
     }
 
-    fn tensors(&self, linear: &LinearInfo, entry: &Entry) -> Vec<OutTensor> {
-        let scheme = exchange_scheme(linear, entry).expect("invariant: what is not stored is refused");
+    fn tensors(&self, linear: &LinearInfo, forms: &Forms) -> Vec<OutTensor> {
+        let scheme = exchange_scheme(linear, forms).expect("invariant: what is not stored is refused");
         let (m, n) = linear.shape();
         let name = |part: &str| format!("{}.{part}", linear.module);
         let words = bits::row_bytes(n, scheme.levels.bits(), 4) / 4;
@@ -63,14 +69,17 @@ impl Exporter for CompressedTensors {
             OutTensor::plain(name("weight_scale"), linear.dtype, vec![m, scheme.n_groups(n)]),
             OutTensor::plain(name("weight_shape"), Dtype::I64, vec![2]),
         ];
-        tensors.extend(adapter::tensors(linear, entry));
+        tensors.extend(adapter::tensors(linear, forms));
         tensors
     }
 
-    fn bytes(&self, _: &Source<'_>, linear: &LinearInfo, module: &Module) -> Result<Vec<NamedBytes>, CheckpointError> {
-        let Some(Matrix::Quantized(Quantized::Grouped(base))) = &module.base else {
-            unreachable!("invariant: what is not quantised in groups is refused")
-        };
+    fn bytes(
+        &self,
+        _: &Source<'_>,
+        linear: &LinearInfo,
+        operator: &Operator,
+    ) -> Result<Vec<NamedBytes>, CheckpointError> {
+        let base = grouped_base(operator);
         let name = |part: &str| format!("{}.{part}", linear.module);
         let packed = bits::pack(&base.codes, base.cols, base.scheme.levels.bits(), 4);
         let shape = [base.rows as i64, base.cols as i64].map(i64::to_le_bytes).concat();
@@ -79,18 +88,18 @@ impl Exporter for CompressedTensors {
             encode(name("weight_scale"), linear.dtype, &base.scales)?,
             NamedBytes::of(name("weight_shape"), shape),
         ];
-        tensors.extend(adapter::bytes(linear, module)?);
+        tensors.extend(adapter::bytes(linear, operator)?);
         Ok(tensors)
     }
 
-    fn config(&self, source: &Source<'_>, modules: &[(LinearInfo, Entry)]) -> Map<String, Value> {
+    fn config(&self, source: &Source<'_>, modules: &[(LinearInfo, Forms)]) -> Map<String, Value> {
         let mut config = source.config.clone();
         if modules.is_empty() {
             return config;
         }
         let mut by_scheme: BTreeMap<(u32, Option<usize>), Vec<&str>> = BTreeMap::new();
-        for (linear, entry) in modules {
-            let scheme = exchange_scheme(linear, entry).expect("invariant: what is not stored is refused");
+        for (linear, forms) in modules {
+            let scheme = exchange_scheme(linear, forms).expect("invariant: what is not stored is refused");
             let group = (scheme.n_groups(linear.in_features) > 1).then(|| scheme.group_of(linear.in_features));
             by_scheme.entry((scheme.levels.bits(), group)).or_default().push(&linear.module);
         }
@@ -130,7 +139,7 @@ impl Exporter for CompressedTensors {
         config
     }
 
-    fn side_files(&self, source: &Source<'_>, modules: &[(LinearInfo, Entry)]) -> Vec<(String, String)> {
+    fn side_files(&self, source: &Source<'_>, modules: &[(LinearInfo, Forms)]) -> Vec<(String, String)> {
         adapter::side_files(source, modules)
     }
 
@@ -151,8 +160,8 @@ impl Exporter for CompressedTensors {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::formats::Pair;
-    use crate::model::Layout;
+    use crate::operator::Kind;
+    use crate::quantize::Storage;
 
     #[test]
     fn what_loaders_misread_is_told_apart() {
@@ -166,23 +175,25 @@ mod tests {
             id: None,
             is_default_target: true,
         };
-        let entry = |bits, symmetric, group| Entry {
-            base: Some(Base::Quantized(Storage::Grouped(Scheme { levels: Levels::Int { bits, symmetric }, group }))),
-            pair: None,
+        let forms = |bits, symmetric, group| {
+            let storage = Storage::Grouped(Scheme { levels: Levels::Int { bits, symmetric }, group });
+            Forms { base: Some(Forms::base(Some(storage))), over: None }
         };
-        let check = |stored, entry: Entry, expected: &str| {
-            let found = exchange_scheme(&linear(stored), &entry);
+        let check = |stored, forms: Forms, expected: &str| {
+            let found = exchange_scheme(&linear(stored), &forms);
             assert!(found.as_ref().is_err_and(|reason| reason.contains(expected)), "{found:?}");
         };
-        let good = entry(4, true, Some(32));
+        let good = forms(4, true, Some(32));
         assert!(exchange_scheme(&linear(Stored::Dense), &good).is_ok());
         // GPT-2's Conv1D.
         check(Stored::DenseTransposed, good, "(in, out)");
-        check(Stored::Dense, entry(4, false, Some(32)), "asymmetric");
-        check(Stored::Dense, entry(3, true, Some(32)), "3 bits");
-        check(Stored::Dense, entry(4, true, Some(24)), "do not divide");
-        check(Stored::Dense, Entry::low_rank(4, Layout::Factors), "without a base");
-        let pivots = Some(Pair { rank: 4, layout: Layout::Pivot, scheme: None });
-        check(Stored::Dense, Entry { pair: pivots, ..good }, "not pivots");
+        check(Stored::Dense, forms(4, false, Some(32)), "asymmetric");
+        check(Stored::Dense, forms(3, true, Some(32)), "3 bits");
+        check(Stored::Dense, forms(4, true, Some(24)), "do not divide");
+        check(Stored::Dense, Forms::of_rank(Kind::FACTORS, 4, (64, 64)), "without a base");
+        let others = Kind::layouts().filter(|kind| *kind != Kind::FACTORS);
+        for other in others.map(|kind| Forms::of_rank(kind, 4, (64, 64))) {
+            check(Stored::Dense, Forms { over: other.over, ..good }, "adapters hold factors");
+        }
     }
 }

@@ -2,35 +2,39 @@
 
 use serde_json::{Map, Value};
 
-use super::{CheckpointError, Entry, Exporter, LinearInfo, Module, NamedBytes, OutTensor, Source, encode};
+use super::{CheckpointError, Exporter, Forms, LinearInfo, NamedBytes, Operator, OutTensor, Source, encode};
 use crate::linalg;
 use crate::model::inventory::Stored;
 
 pub(super) struct Dense;
 
 impl Exporter for Dense {
-    fn refusal(&self, _: &Source<'_>, _: &LinearInfo, _: &Entry) -> Option<String> {
+    fn refusal(&self, _: &Source<'_>, _: &LinearInfo, _: &Forms) -> Option<String> {
         None
     }
 
-    fn tensors(&self, linear: &LinearInfo, _: &Entry) -> Vec<OutTensor> {
+    fn tensors(&self, linear: &LinearInfo, _: &Forms) -> Vec<OutTensor> {
         vec![weight(linear)]
     }
 
-    fn bytes(&self, _: &Source<'_>, linear: &LinearInfo, module: &Module) -> Result<Vec<NamedBytes>, CheckpointError> {
-        let (m, n) = linear.shape();
-        Ok(vec![weight_bytes(linear, module.product(m, n))?])
+    fn bytes(
+        &self,
+        _: &Source<'_>,
+        linear: &LinearInfo,
+        operator: &Operator,
+    ) -> Result<Vec<NamedBytes>, CheckpointError> {
+        Ok(vec![weight_bytes(linear, operator.product(linear.shape()))?])
     }
 
     fn joins_stacks(&self) -> bool {
         true
     }
 
-    fn config(&self, source: &Source<'_>, _: &[(LinearInfo, Entry)]) -> Map<String, Value> {
+    fn config(&self, source: &Source<'_>, _: &[(LinearInfo, Forms)]) -> Map<String, Value> {
         source.config.clone()
     }
 
-    fn side_files(&self, _: &Source<'_>, _: &[(LinearInfo, Entry)]) -> Vec<(String, String)> {
+    fn side_files(&self, _: &Source<'_>, _: &[(LinearInfo, Forms)]) -> Vec<(String, String)> {
         Vec::new()
     }
 

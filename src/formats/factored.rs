@@ -1,8 +1,7 @@
 //! Low-rank parts as they are: a Hugging Face repository with its own small modelling file.
 //!
-//! In the layout of factors, module `X` becomes `X.lr_a.weight` (r, in) and `X.lr_b.weight` (out, r), its bias `X.lr_b.bias`.
-//! In that of pivots it becomes `X.lr_p.weight` (r, in), `X.lr_t.weight` (out − r, r) and `X.lr_order` (out), an i32 for each
-//! output: its place among pivots, then others; its bias stays `X.bias`. The `model_type` gets
+//! A module `X` becomes the parts of its structure, `X.lr_a.weight` and the like, as the files of `operator/` say; indices are i32
+//! without `.weight`. Its bias is that of the part which the structure names, or stays `X.bias`. The `model_type` gets
 //! the prefix `lrc_`: with the native one, a user who forgets `trust_remote_code` would get random weights and no error.
 //!
 //! A base below factors is `X.base`. A quantised matrix `P.weight` (`X`, `X.base` or one of the parts) is stored as `P.codes` u8,
@@ -12,16 +11,15 @@ use anyhow::Result;
 use serde_json::{Map, Value, json};
 
 use super::{
-    Base, CheckpointError, Entry, Exporter, LinearInfo, Matrix, Module, NamedBytes, OutTensor, Parts, Source, encode,
-    stacks_apart,
+    CheckpointError, Exporter, Forms, LinearInfo, NamedBytes, Operator, OutTensor, Source, encode, stacks_apart,
 };
 use crate::checkpoint::encoded::{CODES, PackedEntry, SCALES, ZEROS};
 use crate::checkpoint::{Checkpoint, Dtype, FORMAT_VERSION};
+use crate::model::ModelConfig;
 use crate::model::config::MODEL_TYPE_PREFIX;
 use crate::model::inventory::{self, Stored};
-use crate::model::linear::{BASE, LR_A, LR_B, LR_COEFFICIENTS, LR_ORDER, LR_PIVOT};
-use crate::model::{Layout, ModelConfig};
-use crate::quantize::{Quantized, Scheme, Storage, bits};
+use crate::operator::{BASE, Element, Form, Kind, Matrix, Part, Size, Term};
+use crate::quantize::{Quantized, Storage, bits};
 
 pub(super) struct Factored;
 
@@ -81,79 +79,73 @@ fn split(source: &Source<'_>) -> Map<String, Value> {
     split
 }
 
-/// The matrices of a module: name, shape, and how each is quantised.
-fn matrices(linear: &LinearInfo, entry: &Entry) -> Vec<(String, [usize; 2], Option<Scheme>)> {
-    let (out, input) = linear.shape();
-    let mut matrices = Vec::new();
-    let scheme = match entry.base {
-        Some(Base::Quantized(Storage::Grouped(scheme))) => Some(scheme),
-        _ => None,
-    };
-    if entry.base.is_some() {
-        matrices.push((base_name(linear, entry), [out, input], scheme));
-    }
-    if let Some(pair) = entry.pair {
-        let rank = pair.rank;
-        let parts = match pair.layout {
-            Layout::Factors => [(LR_A, [rank, input]), (LR_B, [out, rank])],
-            Layout::Pivot => [(LR_PIVOT, [rank, input]), (LR_COEFFICIENTS, [out - rank, rank])],
+/// The stored matrices of a module by name, base first, with the form that each belongs to.
+fn parts(linear: &LinearInfo, forms: &Forms) -> Vec<(String, Part, Form)> {
+    let of = |form: Form| {
+        let name = move |part: Part| match (form.kind == Kind::DENSE, forms.over) {
+            (true, None) => linear.module.clone(),
+            (true, Some(_)) => part_name(linear, BASE),
+            (false, _) => part_name(linear, part.suffix),
         };
-        matrices.extend(parts.map(|(part, shape)| (part_name(linear, part), shape, pair.scheme)));
-    }
-    matrices
-}
-
-/// Where the base of a module is: at its own place, or below its factors.
-fn base_name(linear: &LinearInfo, entry: &Entry) -> String {
-    if entry.pair.is_some() { part_name(linear, BASE) } else { linear.module.clone() }
+        form.parts(linear.shape()).into_iter().map(move |part| (name(part), part, form))
+    };
+    forms.iter().flat_map(of).collect()
 }
 
 fn part_name(linear: &LinearInfo, part: &str) -> String {
     format!("{}.{part}", linear.module)
 }
 
-fn is_pivot(entry: &Entry) -> bool {
-    entry.pair.is_some_and(|pair| pair.layout == Layout::Pivot)
-}
-
 impl Exporter for Factored {
-    fn refusal(&self, _: &Source<'_>, _: &LinearInfo, entry: &Entry) -> Option<String> {
-        match entry.base {
-            Some(Base::Quantized(Storage::Block(block_type))) => {
+    fn refusal(&self, _: &Source<'_>, _: &LinearInfo, forms: &Forms) -> Option<String> {
+        match (forms.base.and_then(|base| base.storage), forms.over) {
+            (Some(Storage::Block(block_type)), _) => {
                 Some(format!("`{}` is a block type of llama.cpp; `--format gguf` stores it", block_type.name))
             }
-            Some(_) if is_pivot(entry) => Some("pivots stand alone, a base takes factors".into()),
+            (_, Some(form)) if forms.base.is_some() && !form.kind.structure().takes_base() => {
+                Some(format!("the layout `{}` stands alone, and a base takes factors", form.kind))
+            }
             _ => None,
         }
     }
 
-    fn tensors(&self, linear: &LinearInfo, entry: &Entry) -> Vec<OutTensor> {
+    fn tensors(&self, linear: &LinearInfo, forms: &Forms) -> Vec<OutTensor> {
         let mut tensors = Vec::new();
-        for (name, [rows, cols], scheme) in matrices(linear, entry) {
+        for (name, part, form) in parts(linear, forms) {
+            let [rows, cols] = part.shape;
             let tensor =
                 |part: &str, dtype, width| OutTensor::plain(format!("{name}.{part}"), dtype, vec![rows, width]);
-            let Some(scheme) = scheme else {
-                tensors.push(tensor("weight", linear.dtype, cols));
-                continue;
-            };
-            let (width, groups) = (scheme.levels.bits(), scheme.n_groups(cols));
-            tensors.push(tensor(CODES, Dtype::U8, bits::row_bytes(cols, width, 1)));
-            tensors.push(tensor(SCALES, Dtype::F16, groups));
-            if scheme.levels.has_zeros() {
-                tensors.push(tensor(ZEROS, Dtype::U8, bits::row_bytes(groups, width, 1)));
+            match (part.element, form.scheme()) {
+                (Element::Index, _) => tensors.push(OutTensor::plain(name, Dtype::I32, vec![rows])),
+                (Element::Float, None) => tensors.push(tensor("weight", linear.dtype, cols)),
+                (Element::Float, Some(scheme)) => {
+                    let (width, groups) = (scheme.levels.bits(), scheme.n_groups(cols));
+                    tensors.push(tensor(CODES, Dtype::U8, bits::row_bytes(cols, width, 1)));
+                    tensors.push(tensor(SCALES, Dtype::F16, groups));
+                    if scheme.levels.has_zeros() {
+                        tensors.push(tensor(ZEROS, Dtype::U8, bits::row_bytes(groups, width, 1)));
+                    }
+                }
             }
-        }
-        if is_pivot(entry) {
-            tensors.push(OutTensor::plain(part_name(linear, LR_ORDER), Dtype::I32, vec![linear.out_features]));
         }
         tensors
     }
 
-    fn bytes(&self, _: &Source<'_>, linear: &LinearInfo, module: &Module) -> Result<Vec<NamedBytes>, CheckpointError> {
+    fn bytes(
+        &self,
+        _: &Source<'_>,
+        linear: &LinearInfo,
+        operator: &Operator,
+    ) -> Result<Vec<NamedBytes>, CheckpointError> {
         let mut tensors = Vec::new();
-        let mut put = |name: String, matrix: &Matrix| -> Result<(), CheckpointError> {
+        let names = parts(linear, &operator.forms()).into_iter().map(|(name, ..)| name);
+        for (name, matrix) in names.zip(operator.terms().flat_map(|term| &term.parts)) {
             match matrix {
                 Matrix::Float(values) => tensors.push(encode(format!("{name}.weight"), linear.dtype, values)?),
+                Matrix::Indices(indices) => {
+                    let bytes = indices.iter().flat_map(|index| index.to_le_bytes()).collect();
+                    tensors.push(NamedBytes::of(name, bytes));
+                }
                 Matrix::Quantized(Quantized::Grouped(matrix)) => {
                     let (width, groups) = (matrix.scheme.levels.bits(), matrix.scheme.n_groups(matrix.cols));
                     let codes = bits::pack(&matrix.codes, matrix.cols, width, 1);
@@ -166,39 +158,18 @@ impl Exporter for Factored {
                 }
                 Matrix::Quantized(Quantized::Block(_)) => unreachable!("invariant: blocks are refused"),
             }
-            Ok(())
-        };
-        if let Some(base) = &module.base {
-            let name = if module.parts.is_some() { part_name(linear, BASE) } else { linear.module.clone() };
-            put(name, base)?;
-        }
-        match &module.parts {
-            None => {}
-            Some(Parts::Factors { b, a, .. }) => {
-                put(part_name(linear, LR_A), a)?;
-                put(part_name(linear, LR_B), b)?;
-            }
-            Some(Parts::Pivot { pivots, coefficients, order, .. }) => {
-                put(part_name(linear, LR_PIVOT), pivots)?;
-                put(part_name(linear, LR_COEFFICIENTS), coefficients)?;
-                let bytes = order.iter().flat_map(|place| place.to_le_bytes()).collect();
-                tensors.push(NamedBytes::of(part_name(linear, LR_ORDER), bytes));
-            }
         }
         Ok(tensors)
     }
 
-    fn bias_name(&self, linear: &LinearInfo, entry: &Entry) -> String {
-        match entry.pair {
-            Some(pair) if pair.layout == Layout::Factors && entry.base.is_none() => {
-                format!("{}.bias", part_name(linear, LR_B))
-            }
-            Some(pair) if pair.layout == Layout::Factors => format!("{}.bias", part_name(linear, BASE)),
-            _ => format!("{}.bias", linear.module),
+    fn bias_name(&self, linear: &LinearInfo, forms: &Forms) -> String {
+        match forms.bias_part() {
+            Some(part) => format!("{}.bias", part_name(linear, part)),
+            None => format!("{}.bias", linear.module),
         }
     }
 
-    fn config(&self, source: &Source<'_>, modules: &[(LinearInfo, Entry)]) -> Map<String, Value> {
+    fn config(&self, source: &Source<'_>, modules: &[(LinearInfo, Forms)]) -> Map<String, Value> {
         let mut config = source.config.clone();
         let split = split(source);
         let stacks = stacks_apart(source, modules).into_iter();
@@ -222,18 +193,10 @@ impl Exporter for Factored {
             config.insert("auto_map".into(), Value::Object(auto_map));
         }
         let (mut entries, mut quantized) = (Map::new(), Map::new());
-        for (linear, entry) in modules {
-            let mut described = Map::new();
-            if entry.base.is_some() {
-                described.insert("base".into(), json!(true));
-            }
-            if let Some(pair) = entry.pair {
-                described.insert("rank".into(), json!(pair.rank));
-                described.insert("layout".into(), json!(pair.layout));
-            }
-            entries.insert(linear.module.clone(), Value::Object(described));
-            for (name, shape, scheme) in matrices(linear, entry) {
-                let Some(scheme) = scheme else { continue };
+        for (linear, forms) in modules {
+            entries.insert(linear.module.clone(), Value::Object(described(forms)));
+            for (name, Part { element, shape, .. }, form) in parts(linear, forms) {
+                let Some(scheme) = form.scheme().filter(|_| element == Element::Float) else { continue };
                 let packed = PackedEntry { scheme: scheme.to_string(), shape, dtype: format!("{:?}", linear.dtype) };
                 quantized.insert(name, json!(packed));
             }
@@ -257,7 +220,7 @@ impl Exporter for Factored {
         config
     }
 
-    fn side_files(&self, source: &Source<'_>, _: &[(LinearInfo, Entry)]) -> Vec<(String, String)> {
+    fn side_files(&self, source: &Source<'_>, _: &[(LinearInfo, Forms)]) -> Vec<(String, String)> {
         let Some(classes) = Classes::of(&source.config) else { return Vec::new() };
         let own = if classes.own == "Lrc" { "LrcHeadless" } else { &classes.own };
         let code = MODELING_TEMPLATE.replace("@BASE@", &classes.base).replace("LrcForCausalLM", own);
@@ -273,48 +236,66 @@ impl Exporter for Factored {
     }
 }
 
+/// What `config.json` says of a module.
+fn described(forms: &Forms) -> Map<String, Value> {
+    let mut described = Map::new();
+    if forms.base.is_some() {
+        described.insert("base".into(), json!(true));
+    }
+    if let Some(form) = forms.over {
+        described.insert("rank".into(), json!(form.size.rank()));
+        described.insert("layout".into(), json!(form.kind));
+        if let Size::Blocks { count, .. } = form.size {
+            described.insert("blocks".into(), json!(count));
+        }
+    }
+    described
+}
+
 /// A linear of a compressed checkpoint as it is stored there, codes and all; none where it is plain.
 ///
 /// # Errors
 /// A tensor is absent or broken.
-pub fn load(checkpoint: &Checkpoint, linear: &LinearInfo) -> Result<Option<Module>> {
-    let matrix = |name: &str| -> Result<Matrix> {
-        Ok(match checkpoint.quantized(name)? {
+pub fn load(checkpoint: &Checkpoint, linear: &LinearInfo) -> Result<Option<Operator>> {
+    let quantized = |name: &str| -> Result<Option<Quantized>> {
+        Ok(checkpoint.quantized(name)?.map(|matrix| match matrix {
             // What other formats know too is taken for that.
-            Some(Quantized::Block(blocks)) => {
+            Quantized::Block(blocks) => {
                 let grouped = blocks.to_grouped().map(Quantized::Grouped);
-                Matrix::Quantized(grouped.unwrap_or(Quantized::Block(blocks)))
+                grouped.unwrap_or(Quantized::Block(blocks))
             }
-            Some(matrix) => Matrix::Quantized(matrix),
-            None => Matrix::Float(checkpoint.values(name)?),
-        })
+            Quantized::Grouped(_) => matrix,
+        }))
     };
-    let part = |part: &str| matrix(&format!("{}.weight", part_name(linear, part)));
-    let Stored::LowRank { rank, layout, has_base } = linear.stored else {
-        let base = matrix(&linear.weight_name())?;
-        let is_quantized = matches!(base, Matrix::Quantized(_));
-        return Ok(is_quantized.then_some(Module { base: Some(base), parts: None }));
+    let base = |matrix: Quantized| {
+        let storage = Some(matrix.storage());
+        Term::base(Matrix::Quantized(matrix), storage)
     };
-    let parts = match layout {
-        Layout::Factors => Parts::Factors { rank, b: part(LR_B)?, a: part(LR_A)? },
-        Layout::Pivot => {
-            let order = inventory::order(checkpoint, &part_name(linear, LR_ORDER))?;
-            let order = order.into_iter().map(|place| place as i32).collect();
-            Parts::Pivot { rank, pivots: part(LR_PIVOT)?, coefficients: part(LR_COEFFICIENTS)?, order }
+    let Stored::Structured { has_base, .. } = linear.stored else {
+        return Ok(quantized(&linear.weight_name())?.map(|matrix| Operator { base: Some(base(matrix)), over: None }));
+    };
+    let mut over = inventory::term(checkpoint, linear)?;
+    for (&(suffix, _), part) in over.form.kind.structure().suffixes().iter().zip(&mut over.parts) {
+        if let Some(codes) = quantized(&format!("{}.weight", part_name(linear, suffix)))? {
+            over.form.storage = Some(codes.storage());
+            *part = Matrix::Quantized(codes);
         }
+    }
+    let base = match has_base {
+        false => None,
+        true => Some(match quantized(&linear.base_name())? {
+            Some(codes) => base(codes),
+            None => Term::base(Matrix::Float(inventory::base_values(checkpoint, linear)?), None),
+        }),
     };
-    let base = match has_base.then(|| part(BASE)).transpose()? {
-        Some(Matrix::Float(_)) => Some(Matrix::Float(inventory::base_values(checkpoint, linear)?)),
-        other => other,
-    };
-    Ok(Some(Module { base, parts: Some(parts) }))
+    Ok(Some(Operator { base, over: Some(over) }))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    use crate::quantize::Levels;
+    use crate::quantize::{Levels, Scheme};
 
     fn config(class: &str) -> Map<String, Value> {
         json!({"architectures": [class], "model_type": "llama", "keep": {"b": 1, "a": 2}}).as_object().unwrap().clone()
@@ -331,9 +312,10 @@ mod tests {
         let mut linears = inventory::linears(&checkpoint).into_iter().filter(|l| l.is_default_target);
         let (first, second) = (linears.next().unwrap(), linears.next().unwrap());
         let scheme = Scheme { levels: Levels::Int { bits: 4, symmetric: false }, group: Some(32) };
-        let quantised =
-            Entry { base: Some(Base::Quantized(Storage::Grouped(scheme))), ..Entry::low_rank(5, Layout::Factors) };
-        let modules = [(first.clone(), Entry::low_rank(3, Layout::Pivot)), (second.clone(), quantised)];
+        let over = Forms::of_rank(Kind::FACTORS, 5, second.shape());
+        let quantized = Forms { base: Some(Forms::base(Some(Storage::Grouped(scheme)))), ..over };
+        let pivots = Forms::of_rank("pivot".parse().unwrap(), 3, first.shape());
+        let modules = [(first.clone(), pivots), (second.clone(), quantized)];
         let written = Factored.config(&source, &modules);
         assert_eq!(written["model_type"], "lrc_llama");
         assert_eq!(written["architectures"], json!(["LrcForCausalLM"]));

@@ -6,8 +6,8 @@
 use serde_json::{Map, Value as Json};
 
 use super::{
-    Base, CheckpointError, Container, Entry, Exporter, GgufValue as Value, LinearInfo, Matrix, Module, NamedBytes,
-    OutTensor, Parts, Refusal, Source, Target, adapter, encode,
+    CheckpointError, Container, Exporter, Forms, GgufValue as Value, LinearInfo, NamedBytes, Operator, OutTensor,
+    Refusal, Source, Target, adapter, encode,
 };
 use crate::checkpoint::cast::{self, Dtype};
 use crate::checkpoint::encoded::Element;
@@ -16,6 +16,7 @@ use crate::checkpoint::{TensorInfo, gguf, read_file};
 use crate::linalg;
 use crate::model::config::rope_factors;
 use crate::model::{ModelConfig, architectures, inventory};
+use crate::operator::Matrix;
 use crate::quantize::{BlockType, Grouped, Levels, Quantized, Storage};
 
 pub(super) struct Gguf;
@@ -120,39 +121,33 @@ fn unwritten(source: &Source<'_>) -> Option<String> {
 }
 
 impl Exporter for Gguf {
-    fn refusal(&self, _: &Source<'_>, linear: &LinearInfo, entry: &Entry) -> Option<String> {
-        if let Some(reason) = adapter::refusal(entry) {
+    fn refusal(&self, _: &Source<'_>, linear: &LinearInfo, forms: &Forms) -> Option<String> {
+        if let Some(reason) = adapter::refusal(forms) {
             return Some(reason);
         }
         if gguf::to_gguf(&linear.weight_name(), None).is_none() {
             return Some("its family has no table of GGUF names here".into());
         }
-        match entry.base {
-            Some(Base::Quantized(storage)) => element(linear, storage).err(),
-            _ => None,
-        }
+        element(linear, forms.base?.storage?).err()
     }
 
-    fn refusal_of_all(&self, source: &Source<'_>, _: &[(LinearInfo, Entry)]) -> Option<Refusal> {
+    fn refusal_of_all(&self, source: &Source<'_>, _: &[(LinearInfo, Forms)]) -> Option<Refusal> {
         unwritten(source).map(Refusal::whole)
     }
 
-    fn tensors(&self, linear: &LinearInfo, entry: &Entry) -> Vec<OutTensor> {
+    fn tensors(&self, linear: &LinearInfo, forms: &Forms) -> Vec<OutTensor> {
         let (m, n) = linear.shape();
-        let element = match entry.base {
-            Some(Base::Quantized(storage)) => {
-                element(linear, storage).expect("invariant: what is not stored is refused")
-            }
-            _ => None,
-        };
+        let storage = forms.base.and_then(|base| base.storage);
+        let element =
+            storage.and_then(|storage| element(linear, storage).expect("invariant: what is not stored is refused"));
         let weight = gguf_name(&linear.weight_name());
         let plain = |name: String, shape| OutTensor::plain(name, linear.dtype, shape);
         let mut tensors = vec![OutTensor {
             element: element.unwrap_or(Element::Plain(linear.dtype)),
             ..plain(weight.clone(), vec![m, n])
         }];
-        if let Some(pair) = entry.pair {
-            for (part, shape) in [("lora_a", vec![pair.rank, n]), ("lora_b", vec![m, pair.rank])] {
+        if let Some(rank) = forms.rank() {
+            for (part, shape) in [("lora_a", vec![rank, n]), ("lora_b", vec![m, rank])] {
                 let name = format!("{weight}.{part}");
                 tensors
                     .push(OutTensor { target: Target::Adapter, ..OutTensor::plain(name, factor_dtype(linear), shape) });
@@ -165,19 +160,20 @@ impl Exporter for Gguf {
         &self,
         source: &Source<'_>,
         linear: &LinearInfo,
-        module: &Module,
+        operator: &Operator,
     ) -> Result<Vec<NamedBytes>, CheckpointError> {
         let name = linear.weight_name();
         let (m, order) = (linear.out_features, Arrangement::of(&name, &source.config));
         let weight = gguf_name(&name);
-        let base = module.base.as_ref().expect("invariant: modules without a base are refused");
-        let bytes = match base {
+        let base = operator.base.as_ref().expect("invariant: operators without a base are refused");
+        let bytes = match &base.parts[0] {
             Matrix::Quantized(Quantized::Block(blocks)) => blocks.bytes.clone(),
             Matrix::Quantized(Quantized::Grouped(base)) if base.cols.is_multiple_of(BLOCK) => blocks(base),
             base => encode(name, linear.dtype, &base.values())?.bytes,
         };
         let mut tensors = vec![NamedBytes::of(weight.clone(), order.to_file(bytes, m))];
-        if let Some(Parts::Factors { b, a, .. }) = &module.parts {
+        let factors = operator.over.as_ref().and_then(|term| term.form.kind.structure().adapter(&term.parts));
+        if let Some([a, b]) = factors {
             let factor = |part: &str, values: &[f32]| encode(format!("{weight}.{part}"), factor_dtype(linear), values);
             let (a, b) = (factor("lora_a", &a.values())?, factor("lora_b", &b.values())?);
             let b = NamedBytes { bytes: order.to_file(b.bytes, m), ..b };
@@ -186,7 +182,7 @@ impl Exporter for Gguf {
         Ok(tensors)
     }
 
-    fn bias_name(&self, linear: &LinearInfo, _: &Entry) -> String {
+    fn bias_name(&self, linear: &LinearInfo, _: &Forms) -> String {
         gguf_name(&format!("{}.bias", linear.module))
     }
 
@@ -236,11 +232,11 @@ impl Exporter for Gguf {
         Container::Gguf { model, adapter }
     }
 
-    fn config(&self, source: &Source<'_>, _: &[(LinearInfo, Entry)]) -> Map<String, Json> {
+    fn config(&self, source: &Source<'_>, _: &[(LinearInfo, Forms)]) -> Map<String, Json> {
         source.config.clone()
     }
 
-    fn side_files(&self, _: &Source<'_>, _: &[(LinearInfo, Entry)]) -> Vec<(String, String)> {
+    fn side_files(&self, _: &Source<'_>, _: &[(LinearInfo, Forms)]) -> Vec<(String, String)> {
         Vec::new()
     }
 

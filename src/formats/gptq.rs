@@ -5,17 +5,16 @@ use std::collections::BTreeMap;
 
 use serde_json::{Map, Value, json};
 
-use super::compressed_tensors::exchange_scheme;
+use super::compressed_tensors::{exchange_scheme, grouped_base};
 use super::refusal::listed;
 use super::{
-    CheckpointError, Entry, Exporter, LinearInfo, Matrix, Module, NamedBytes, OutTensor, Refusal, Source, adapter,
-    encode,
+    CheckpointError, Exporter, Forms, LinearInfo, NamedBytes, Operator, OutTensor, Refusal, Source, adapter, encode,
 };
 use crate::checkpoint::Dtype;
 use crate::checkpoint::encoded::transposed_words;
 use crate::linalg;
 use crate::model::inventory;
-use crate::quantize::{Quantized, bits};
+use crate::quantize::bits;
 
 pub(super) struct Gptq;
 
@@ -27,10 +26,10 @@ type Setting = (u32, Option<usize>);
 
 /// A GPTQ checkpoint has one number of bits and one group: the linears that differ from most of the others. Groups that a row does not
 /// fill are whole rows.
-fn one_setting(modules: &[(LinearInfo, Entry)]) -> Option<Refusal> {
+fn one_setting(modules: &[(LinearInfo, Forms)]) -> Option<Refusal> {
     let mut by_setting: BTreeMap<Setting, Vec<&str>> = BTreeMap::new();
-    for (linear, entry) in modules {
-        let (scheme, n) = (exchange_scheme(linear, entry).ok()?, linear.in_features);
+    for (linear, forms) in modules {
+        let (scheme, n) = (exchange_scheme(linear, forms).ok()?, linear.in_features);
         let group = scheme.group.filter(|&group| group < n);
         by_setting.entry((scheme.levels.bits(), group)).or_default().push(&linear.module);
     }
@@ -54,8 +53,8 @@ fn one_setting(modules: &[(LinearInfo, Entry)]) -> Option<Refusal> {
 }
 
 impl Exporter for Gptq {
-    fn refusal(&self, _: &Source<'_>, linear: &LinearInfo, entry: &Entry) -> Option<String> {
-        let scheme = match exchange_scheme(linear, entry) {
+    fn refusal(&self, _: &Source<'_>, linear: &LinearInfo, forms: &Forms) -> Option<String> {
+        let scheme = match exchange_scheme(linear, forms) {
             Ok(scheme) => scheme,
             Err(reason) => return Some(reason),
         };
@@ -70,12 +69,12 @@ impl Exporter for Gptq {
         (group != n && !GROUPS.contains(&group)).then(|| format!("no kernel has groups of {group}"))
     }
 
-    fn refusal_of_all(&self, _: &Source<'_>, modules: &[(LinearInfo, Entry)]) -> Option<Refusal> {
+    fn refusal_of_all(&self, _: &Source<'_>, modules: &[(LinearInfo, Forms)]) -> Option<Refusal> {
         adapter::refusal_of_all(modules).or_else(|| one_setting(modules))
     }
 
-    fn tensors(&self, linear: &LinearInfo, entry: &Entry) -> Vec<OutTensor> {
-        let scheme = exchange_scheme(linear, entry).expect("invariant: what is not stored is refused");
+    fn tensors(&self, linear: &LinearInfo, forms: &Forms) -> Vec<OutTensor> {
+        let scheme = exchange_scheme(linear, forms).expect("invariant: what is not stored is refused");
         let (m, n) = linear.shape();
         let (bits, groups) = (scheme.levels.bits() as usize, scheme.n_groups(n));
         let tensor = |part: &str, dtype, shape| OutTensor::plain(format!("{}.{part}", linear.module), dtype, shape);
@@ -85,14 +84,17 @@ impl Exporter for Gptq {
             tensor("scales", Dtype::F16, vec![groups, m]),
             tensor("g_idx", Dtype::I32, vec![n]),
         ];
-        tensors.extend(adapter::tensors(linear, entry));
+        tensors.extend(adapter::tensors(linear, forms));
         tensors
     }
 
-    fn bytes(&self, _: &Source<'_>, linear: &LinearInfo, module: &Module) -> Result<Vec<NamedBytes>, CheckpointError> {
-        let Some(Matrix::Quantized(Quantized::Grouped(base))) = &module.base else {
-            unreachable!("invariant: what is not quantised in groups is refused")
-        };
+    fn bytes(
+        &self,
+        _: &Source<'_>,
+        linear: &LinearInfo,
+        operator: &Operator,
+    ) -> Result<Vec<NamedBytes>, CheckpointError> {
+        let base = grouped_base(operator);
         let (m, n, width) = (base.rows, base.cols, base.scheme.levels.bits());
         let (groups, group) = (base.scheme.n_groups(n), base.scheme.group_of(n));
         let name = |part: &str| format!("{}.{part}", linear.module);
@@ -106,14 +108,14 @@ impl Exporter for Gptq {
             encode(name("scales"), Dtype::F16, &scales)?,
             NamedBytes::of(name("g_idx"), places),
         ];
-        tensors.extend(adapter::bytes(linear, module)?);
+        tensors.extend(adapter::bytes(linear, operator)?);
         Ok(tensors)
     }
 
-    fn config(&self, source: &Source<'_>, modules: &[(LinearInfo, Entry)]) -> Map<String, Value> {
+    fn config(&self, source: &Source<'_>, modules: &[(LinearInfo, Forms)]) -> Map<String, Value> {
         let mut config = source.config.clone();
-        let Some((first, entry)) = modules.first() else { return config };
-        let scheme = exchange_scheme(first, entry).expect("invariant: what is not stored is refused");
+        let Some((first, forms)) = modules.first() else { return config };
+        let scheme = exchange_scheme(first, forms).expect("invariant: what is not stored is refused");
         let group = scheme.group.filter(|&group| group < first.in_features).map_or(-1, |group| group as i64);
         let mut quantization = json!({
             "quant_method": "gptq",
@@ -142,7 +144,7 @@ impl Exporter for Gptq {
         config
     }
 
-    fn side_files(&self, source: &Source<'_>, modules: &[(LinearInfo, Entry)]) -> Vec<(String, String)> {
+    fn side_files(&self, source: &Source<'_>, modules: &[(LinearInfo, Forms)]) -> Vec<(String, String)> {
         adapter::side_files(source, modules)
     }
 

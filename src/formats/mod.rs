@@ -7,7 +7,6 @@ mod factored;
 mod gguf;
 mod gptq;
 mod output;
-mod parts;
 mod refusal;
 
 use std::collections::BTreeSet;
@@ -24,10 +23,10 @@ use crate::checkpoint::{
 };
 use crate::model::config::native_config;
 use crate::model::inventory::LinearInfo;
+use crate::operator::{Forms, Operator};
 
 pub use factored::load;
 pub use output::{Files, Finished, Output, copy_side, side, warn_of_growth, warn_of_non_finite};
-pub use parts::{Base, Entry, Matrix, Module, Pair, Parts};
 pub use refusal::Refusal;
 
 /// Error curves beside factored weights, for `lrc truncate`: their name, and that of older versions. The ending is one that no
@@ -136,15 +135,15 @@ pub enum Container {
 /// How a format stores one compressed linear, and what it says in `config.json`.
 pub trait Exporter: Sync {
     /// Why a linear cannot be stored so that its runtime reads what was meant; every linear is asked before any work.
-    fn refusal(&self, source: &Source<'_>, linear: &LinearInfo, entry: &Entry) -> Option<String>;
+    fn refusal(&self, source: &Source<'_>, linear: &LinearInfo, forms: &Forms) -> Option<String>;
 
     /// The same for all linears together.
-    fn refusal_of_all(&self, _: &Source<'_>, _: &[(LinearInfo, Entry)]) -> Option<Refusal> {
+    fn refusal_of_all(&self, _: &Source<'_>, _: &[(LinearInfo, Forms)]) -> Option<Refusal> {
         None
     }
 
     /// The tensors that take the place of the weight of `linear`.
-    fn tensors(&self, linear: &LinearInfo, entry: &Entry) -> Vec<OutTensor>;
+    fn tensors(&self, linear: &LinearInfo, forms: &Forms) -> Vec<OutTensor>;
 
     /// Their bytes.
     ///
@@ -154,11 +153,11 @@ pub trait Exporter: Sync {
         &self,
         source: &Source<'_>,
         linear: &LinearInfo,
-        module: &Module,
+        operator: &Operator,
     ) -> Result<Vec<NamedBytes>, CheckpointError>;
 
     /// Where the bias of a compressed linear goes.
-    fn bias_name(&self, linear: &LinearInfo, _: &Entry) -> String {
+    fn bias_name(&self, linear: &LinearInfo, _: &Forms) -> String {
         format!("{}.bias", linear.module)
     }
 
@@ -193,10 +192,10 @@ pub trait Exporter: Sync {
     }
 
     /// `config.json` of the output.
-    fn config(&self, source: &Source<'_>, modules: &[(LinearInfo, Entry)]) -> Map<String, Value>;
+    fn config(&self, source: &Source<'_>, modules: &[(LinearInfo, Forms)]) -> Map<String, Value>;
 
     /// Files that the runtime needs beside the weights: (path in the folder, content).
-    fn side_files(&self, source: &Source<'_>, modules: &[(LinearInfo, Entry)]) -> Vec<(String, String)>;
+    fn side_files(&self, source: &Source<'_>, modules: &[(LinearInfo, Forms)]) -> Vec<(String, String)>;
 
     /// How each runtime loads the output, for the model card.
     fn loading(&self, has_adapter: bool) -> String;
@@ -208,7 +207,7 @@ pub trait Exporter: Sync {
 }
 
 /// Stacks of which a matrix is compressed: what stores low rank has them apart, all others are written whole.
-fn stacks_apart<'a>(source: &'a Source<'_>, modules: &[(LinearInfo, Entry)]) -> Vec<&'a Stack> {
+fn stacks_apart<'a>(source: &'a Source<'_>, modules: &[(LinearInfo, Forms)]) -> Vec<&'a Stack> {
     let compressed: BTreeSet<&str> = modules.iter().map(|(linear, _)| linear.module.as_str()).collect();
     let is_apart = |stack: &&Stack| (0..stack.shape[0]).any(|i| compressed.contains(stack.module(i).as_str()));
     source.checkpoint.stacks().iter().filter(is_apart).collect()
@@ -233,20 +232,20 @@ impl Format {
     }
 
     /// Bytes that a linear takes: its tensors, but for formats that multiply out, where it is what the factored one would take.
-    pub fn n_bytes(self, linear: &LinearInfo, entry: &Entry) -> u64 {
+    pub fn n_bytes(self, linear: &LinearInfo, forms: &Forms) -> u64 {
         match self {
             Self::Factored | Self::Dense | Self::Peft => {
-                let (base, pair) = entry.n_bytes(linear);
-                base + pair
+                let (base, over) = linear.bytes_as(forms);
+                base + over
             }
-            _ => self.exporter().tensors(linear, entry).iter().map(OutTensor::n_bytes).sum(),
+            _ => self.exporter().tensors(linear, forms).iter().map(OutTensor::n_bytes).sum(),
         }
     }
 
     /// The same with what its tensors take in the header of a file of about `file_bytes`; none: of the linear as it is.
-    pub fn n_bytes_in_file(self, linear: &LinearInfo, entry: Option<&Entry>, file_bytes: u64) -> u64 {
-        let tensors = match entry {
-            Some(entry) => self.exporter().tensors(linear, entry),
+    pub fn n_bytes_in_file(self, linear: &LinearInfo, forms: Option<&Forms>, file_bytes: u64) -> u64 {
+        let tensors = match forms {
+            Some(forms) => self.exporter().tensors(linear, forms),
             None => vec![OutTensor::plain(
                 linear.weight_name(),
                 linear.dtype,

@@ -141,11 +141,11 @@ def _make(quantized, name, shape, bias, like):
 class LowRankLinear(nn.Module):
     """`y = lr_b(lr_a(x))`: lr_a is (rank, in), lr_b is (out, rank) and has the bias."""
 
-    def __init__(self, make, shape, bias, rank):
+    def __init__(self, name, make, shape, bias, entry):
         super().__init__()
         self.out_features, self.in_features = shape
-        self.lr_a = make(".lr_a", (rank, self.in_features), False)
-        self.lr_b = make(".lr_b", (self.out_features, rank), bias)
+        self.lr_a = make(".lr_a", (entry["rank"], self.in_features), False)
+        self.lr_b = make(".lr_b", (self.out_features, entry["rank"]), bias is not None)
 
     def forward(self, x):
         return self.lr_b(self.lr_a(x))
@@ -154,12 +154,12 @@ class LowRankLinear(nn.Module):
 class CompensatedLinear(nn.Module):
     """`y = base(x) + lr_b(lr_a(x))`; the base has the bias. vLLM multiplies by base and lr_a at once, by this very line."""
 
-    def __init__(self, make, shape, bias, rank):
+    def __init__(self, name, make, shape, bias, entry):
         super().__init__()
         self.out_features, self.in_features = shape
-        self.base = make(".base", shape, bias)
-        self.lr_a = make(".lr_a", (rank, self.in_features), False)
-        self.lr_b = make(".lr_b", (self.out_features, rank), False)
+        self.base = make(".base", shape, bias is not None)
+        self.lr_a = make(".lr_a", (entry["rank"], self.in_features), False)
+        self.lr_b = make(".lr_b", (self.out_features, entry["rank"]), False)
 
     def forward(self, x):
         return self.base(x) + self.lr_b(self.lr_a(x))
@@ -172,10 +172,10 @@ class PivotLinear(CheckedModule):
     rank of this device among so many, each of which computes all outputs and keeps those of its own.
     """
 
-    def __init__(self, name, make, shape, bias, rank):
+    def __init__(self, name, make, shape, bias, entry):
         super().__init__(name)
         self.share = None
-        self.out_features, self.in_features = shape
+        (self.out_features, self.in_features), rank = shape, entry["rank"]
         self.lr_p = make(".lr_p", (rank, self.in_features), False)
         self.lr_t = make(".lr_t", (self.out_features - rank, rank), False)
         self.register_buffer("lr_order", _unfilled((self.out_features,), torch.int32))
@@ -198,6 +198,35 @@ class PivotLinear(CheckedModule):
             bias = None if bias is None else bias.chunk(size)[rank]
         y = torch.cat([p, self.lr_t(p)], dim=-1).index_select(-1, order)
         return y if bias is None else y + bias
+
+
+class MonarchLinear(nn.Module):
+    """A matrix of `blocks` by `blocks` blocks of one rank, as two block-diagonal ones with a permutation between them.
+
+    lr_r is (blocks * blocks * rank, in / blocks), rows in the order (input slice, output slice, rank); lr_l is
+    (out, blocks * rank), columns in the order (input slice, rank).
+    """
+
+    def __init__(self, name, make, shape, bias, entry):
+        super().__init__()
+        (self.out_features, self.in_features), self.blocks, rank = shape, entry["blocks"], entry["rank"]
+        self.lr_r = make(".lr_r", (self.blocks**2 * rank, self.in_features // self.blocks), False)
+        self.lr_l = make(".lr_l", (self.out_features, self.blocks * rank), False)
+        self.bias = bias
+
+    def forward(self, x):
+        right, left = (_weight(part).to(x.dtype).unflatten(0, (self.blocks, -1)) for part in (self.lr_r, self.lr_l))
+        p = torch.einsum("...in,irn->...ir", x.unflatten(-1, (self.blocks, -1)), right)
+        p = p.unflatten(-1, (self.blocks, -1)).transpose(-3, -2).flatten(-2)
+        y = torch.einsum("...jr,jmr->...jm", p, left).flatten(-2)
+        return y if self.bias is None else y + self.bias
+
+
+def _weight(linear):
+    return linear.weight() if isinstance(linear, QuantizedLinear) else linear.weight
+
+
+_LAYOUTS = {"factors": LowRankLinear, "pivot": PivotLinear, "monarch": MonarchLinear}
 
 
 class SplitLinear(nn.ModuleDict):
@@ -285,9 +314,8 @@ def _replacement(name, linear, entry, quantized):
     make = lambda part, shape, bias: _make(quantized, name + part, shape, bias, like)
     if "rank" not in entry:
         return make("", shape, bias)
-    if entry.get("layout", "factors") == "pivot":
-        return PivotLinear(name, make, shape, linear.bias, entry["rank"])
-    return (CompensatedLinear if entry.get("base") else LowRankLinear)(make, shape, bias, entry["rank"])
+    layout = CompensatedLinear if entry.get("base") else _LAYOUTS[entry.get("layout", "factors")]
+    return layout(name, make, shape, linear.bias, entry)
 
 
 @functools.cache
@@ -305,7 +333,7 @@ def _new_variant(cls, pattern):
 
 def _tell_apart(model):
     """Gives parents of replaced linears one class per pattern: vLLM rewrites all modules of a class as it does the first."""
-    own = (QuantizedLinear, LowRankLinear, CompensatedLinear, PivotLinear, SplitLinear)
+    own = (QuantizedLinear, CompensatedLinear, SplitLinear, *_LAYOUTS.values())
     kind = lambda cls: (cls.__name__, getattr(cls, "lrc_pattern", ()))
     for module in reversed(list(model.modules())):  # children before their parents
         pattern = tuple((name, *kind(type(child))) for name, child in module.named_children() if isinstance(child, own))

@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::Result;
 use serde_json::{Map, Value};
 
-use super::{Container, Entry, Exporter, Format, NamedBytes, OutTensor, Source, Target, refusal, stacks_apart};
+use super::{Container, Exporter, Format, NamedBytes, OutTensor, Source, Target, refusal, stacks_apart};
 use crate::checkpoint::encoded::{ADAPTER_FILE, ADAPTER_FOLDER, Element};
 use crate::checkpoint::gguf::{self, GgufTensor, GgufWriter};
 use crate::checkpoint::{
@@ -16,6 +16,7 @@ use crate::checkpoint::{
 use crate::error::Failure;
 use crate::model::config;
 use crate::model::inventory::{self, LinearInfo};
+use crate::operator::Forms;
 
 /// A tensor of the output and where it comes from.
 #[derive(Debug, Clone)]
@@ -38,7 +39,7 @@ enum Origin {
 pub struct Files<'a> {
     source: &'a Source<'a>,
     exporter: &'static dyn Exporter,
-    modules: Vec<(LinearInfo, Entry)>,
+    modules: Vec<(LinearInfo, Forms)>,
     tensors: Vec<Planned>,
     container: Container,
     max_shard_bytes: u64,
@@ -50,7 +51,7 @@ impl<'a> Files<'a> {
     pub fn new(
         source: &'a Source<'a>,
         format: Format,
-        modules: Vec<(LinearInfo, Entry)>,
+        modules: Vec<(LinearInfo, Forms)>,
         max_shard_bytes: u64,
     ) -> Self {
         let exporter = format.exporter();
@@ -66,16 +67,16 @@ impl<'a> Files<'a> {
         for info in source.checkpoint.tensors() {
             if let Some(&i) = owners.get(&info.name) {
                 if !std::mem::replace(&mut placed[i], true) {
-                    let (linear, entry) = &modules[i];
-                    let own = exporter.tensors(linear, entry).into_iter();
+                    let (linear, forms) = &modules[i];
+                    let own = exporter.tensors(linear, forms).into_iter();
                     tensors.extend(own.map(|tensor| Planned { tensor, origin: Origin::Module }));
                 }
                 continue;
             }
             let Some(mut tensor) = exporter.other(source, info) else { continue };
             if let Some(&i) = biases.get(&info.name) {
-                let (linear, entry) = &modules[i];
-                tensor.name = exporter.bias_name(linear, entry);
+                let (linear, forms) = &modules[i];
+                tensor.name = exporter.bias_name(linear, forms);
             }
             tensors.push(Planned { tensor, origin: Origin::Source(info.name.clone()) });
         }
@@ -89,7 +90,7 @@ impl<'a> Files<'a> {
     ///
     /// # Errors
     /// It would not, with the reason.
-    pub fn check(source: &Source<'_>, format: Format, modules: &[(LinearInfo, Entry)]) -> Result<()> {
+    pub fn check(source: &Source<'_>, format: Format, modules: &[(LinearInfo, Forms)]) -> Result<()> {
         let exporter = format.exporter();
         if !matches!(format, Format::Factored | Format::Dense) && config::is_multimodal(&source.config) {
             let message = format!(
@@ -136,7 +137,7 @@ impl<'a> Files<'a> {
     fn config(&self) -> Result<Map<String, Value>> {
         let mut config = self.exporter.config(self.source, &self.modules);
         // A head that is compressed is one of its own, whatever the config says of it; loaders would look for the table.
-        let is_head = |(linear, _): &(LinearInfo, Entry)| linear.id.is_none() && linear.module.ends_with("lm_head");
+        let is_head = |(linear, _): &(LinearInfo, Forms)| linear.id.is_none() && linear.module.ends_with("lm_head");
         if self.modules.iter().any(is_head) {
             untie(&mut config);
             config.get_mut("text_config").and_then(Value::as_object_mut).map(untie);
@@ -281,8 +282,8 @@ impl<'a> Output<'a> {
     }
 
     /// Takes the tensors of a compressed linear for written: an earlier run wrote them into the same files.
-    pub fn skip(&mut self, linear: &LinearInfo, entry: &Entry) {
-        for tensor in self.files.exporter.tensors(linear, entry) {
+    pub fn skip(&mut self, linear: &LinearInfo, forms: &Forms) {
+        for tensor in self.files.exporter.tensors(linear, forms) {
             match tensor.target {
                 Target::Model => self.model.skip(&tensor.name),
                 Target::Adapter => self.adapter.as_mut().expect("invariant: an adapter was planned").skip(&tensor.name),

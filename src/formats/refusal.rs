@@ -2,7 +2,7 @@
 
 use globset::Glob;
 
-use super::{Entry, Format, Source};
+use super::{Format, Forms, Source};
 use crate::error::Failure;
 use crate::model::inventory::LinearInfo;
 
@@ -24,7 +24,7 @@ impl Refusal {
     }
 
     /// What to do about it.
-    pub(super) fn hint(&self, format: Format, modules: &[(LinearInfo, Entry)]) -> String {
+    pub(super) fn hint(&self, format: Format, modules: &[(LinearInfo, Forms)]) -> String {
         let refused: Vec<&str> = self.of.iter().map(String::as_str).collect();
         let stored = modules.iter().map(|(linear, _)| linear.module.as_str());
         hint(format, &refused, &stored.filter(|name| !refused.contains(name)).collect::<Vec<_>>())
@@ -32,12 +32,12 @@ impl Refusal {
 }
 
 /// The linears that `format` refuses, by reason; none where it stores all.
-pub(super) fn of_linears(source: &Source<'_>, format: Format, modules: &[(LinearInfo, Entry)]) -> Option<Failure> {
+pub(super) fn of_linears(source: &Source<'_>, format: Format, modules: &[(LinearInfo, Forms)]) -> Option<Failure> {
     let exporter = format.exporter();
     let (mut reasons, mut stored): (Vec<(String, Vec<&str>)>, Vec<&str>) = (Vec::new(), Vec::new());
-    for (linear, entry) in modules {
+    for (linear, forms) in modules {
         let name = linear.module.as_str();
-        match exporter.refusal(source, linear, entry) {
+        match exporter.refusal(source, linear, forms) {
             None => stored.push(name),
             Some(reason) => match reasons.iter_mut().find(|(known, _)| *known == reason) {
                 Some((_, names)) => names.push(name),

@@ -6,8 +6,8 @@ use anyhow::Result;
 use faer::MatRef;
 
 use super::power_law::hill;
-use crate::compress::low_rank::error_curve;
-use crate::compress::metric::MetricPair;
+use crate::approx::low_rank::error_curve;
+use crate::approx::metric::MetricPair;
 
 /// Side of a window, where the matrix is as large.
 const SIDE: usize = 128;

@@ -4,7 +4,7 @@ use anyhow::Result;
 
 use crate::checkpoint::{Checkpoint, Dtype, TensorInfo};
 use crate::model::inventory::{self, LinearInfo, Stored};
-use crate::model::layout::break_even_rank;
+use crate::operator::Kind;
 
 /// A matrix of a checkpoint.
 pub(super) struct Matrix {
@@ -43,7 +43,7 @@ const FUSED: [(&str, &str); 8] = [
 
 impl Matrix {
     pub fn break_even_rank(&self) -> usize {
-        break_even_rank(self.shape.0, self.shape.1)
+        Kind::FACTORS.fitting().largest_saving_rank(self.shape)
     }
 
     /// Tensors of the checkpoint that it is made of.
@@ -84,7 +84,7 @@ pub(super) fn of(checkpoint: &Checkpoint) -> Vec<Matrix> {
         shape: linear.shape(),
         dtype: linear.dtype,
         stored_rank: match linear.stored {
-            Stored::LowRank { rank, .. } => Some(rank),
+            Stored::Structured { size, .. } => size.rank(),
             Stored::Dense | Stored::DenseTransposed => None,
         },
         source: Source::Linear(linear),

@@ -11,9 +11,9 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use rayon::prelude::*;
 
+use crate::approx::low_rank::{ErrorCurve, error_curve};
+use crate::approx::metric::MetricPair;
 use crate::checkpoint::{Checkpoint, Dtype, TensorSpec, write_file};
-use crate::compress::low_rank::{ErrorCurve, error_curve};
-use crate::compress::metric::MetricPair;
 use crate::compress::spectra::Weighted;
 use crate::error::Failure;
 use crate::linalg;

@@ -2,7 +2,7 @@
 
 use super::matrices::Matrix;
 use super::power_law;
-use crate::compress::low_rank::ErrorCurve;
+use crate::approx::low_rank::ErrorCurve;
 use crate::compress::spectra::Weighted;
 use crate::report::{BelowThreshold, EnergyRank, Figures, SpectrumRecord};
 

@@ -9,10 +9,10 @@ use serde_json::Value;
 use super::architectures::{self, Architecture};
 use super::config::{self, ModelConfig};
 use super::inventory::{self, LinearInfo, Stored};
-use super::layout::Layout;
-use super::linear::{self, LR_A, LR_B, LR_COEFFICIENTS, LR_ORDER, LR_PIVOT};
+use super::linear;
 use crate::checkpoint::{CONFIG_FILE, Checkpoint, CheckpointError};
 use crate::error::Failure;
+use crate::operator::{Kind, part_name};
 
 /// Opens a folder or a file, and checks what its config says of an output of `lrc` against its tensors.
 ///
@@ -60,15 +60,14 @@ pub(super) fn check_sizes(config: &ModelConfig, architecture: &Architecture, che
 /// Every linear of low rank has all of its parts, in the shapes of one matrix.
 fn check_parts(checkpoint: &Checkpoint) -> Result<()> {
     for info in checkpoint.tensors() {
-        for (first, others) in [
-            (LR_A, [format!("{LR_B}.weight"), format!("{LR_B}.weight")]),
-            (LR_PIVOT, [format!("{LR_COEFFICIENTS}.weight"), LR_ORDER.into()]),
-        ] {
-            let Some(module) = info.name.strip_suffix(&format!(".{first}.weight")) else { continue };
-            for part in others {
-                checkpoint.require(&format!("{module}.{part}"))?;
-            }
+        let Some((module, first)) = info.name.strip_suffix(".weight").and_then(|stem| stem.rsplit_once('.')) else {
+            continue;
+        };
+        let Some(kind) = Kind::stored(|part| part.strip_suffix(".weight") == Some(first)) else { continue };
+        for &(suffix, element) in kind.structure().suffixes() {
+            checkpoint.require(&format!("{module}.{}", part_name(suffix, element)))?;
         }
+        linear::expect_parts(checkpoint, module, kind)?;
     }
     let architecture = config::model_type(checkpoint).and_then(architectures::find);
     for linear in inventory::linears(checkpoint).iter().filter(|linear| linear.is_low_rank()) {
@@ -132,12 +131,13 @@ fn check_description(checkpoint: &Checkpoint) -> Result<()> {
 /// A layout is one that is known, and that of the tensors.
 fn check_layout(checkpoint: &Checkpoint, entry: String, said: &Value, linear: Option<&LinearInfo>) -> Result<()> {
     let path = checkpoint.root().join(CONFIG_FILE);
-    let Ok(layout) = Layout::deserialize(said) else {
-        let known = Layout::ALL.map(|layout| format!("`{}`", layout.name())).join(" and ");
+    let Ok(layout) = Kind::deserialize(said) else {
+        let known: Vec<String> = Kind::layouts().map(|kind| format!("`{kind}`")).collect();
+        let known = known.join(", ");
         return Err(CheckpointError::Newer { path, entry, found: said.to_string(), known }.into());
     };
     match linear.map(|linear| linear.stored) {
-        Some(Stored::LowRank { layout: stored, .. }) if stored != layout => {
+        Some(Stored::Structured { kind: stored, .. }) if stored != layout => {
             let reason = format!("is {said}, and its tensors are laid out as `{}`", stored.name());
             Err(CheckpointError::ConfigEntry { path, entry, reason }.into())
         }
@@ -147,7 +147,7 @@ fn check_layout(checkpoint: &Checkpoint, entry: String, said: &Value, linear: Op
 
 fn rank(linear: &LinearInfo) -> Option<u64> {
     match linear.stored {
-        Stored::LowRank { rank, .. } => Some(rank as u64),
+        Stored::Structured { size, .. } => size.rank().map(|rank| rank as u64),
         Stored::Dense | Stored::DenseTransposed => None,
     }
 }

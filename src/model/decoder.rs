@@ -10,7 +10,7 @@ use super::block::Block;
 use super::config::ModelConfig;
 use super::coverage;
 use super::head::{Head, Kind, Pooler, Transform};
-use super::linear::{BASE, LR_A, LR_B, LR_PIVOT, Linear};
+use super::linear::Linear;
 use super::names::Names;
 use super::norm::Norm;
 use super::ops::Kernels;
@@ -20,6 +20,7 @@ use super::tie::Vocabulary;
 use super::weights::Weights;
 use crate::checkpoint::Checkpoint;
 use crate::error::Failure;
+use crate::operator;
 
 /// A model whose tensors are all there and have the shapes that its config gives; no weight is loaded yet.
 pub struct Decoder<'w> {
@@ -143,8 +144,7 @@ impl<'w> Decoder<'w> {
     pub(super) fn pooler_name(&self) -> Option<String> {
         let name = format!("{}{}", self.names.prefix, self.architecture.encoder.as_ref()?.pooler?);
         // Compressed it may have its bias elsewhere.
-        let biases = ["bias".to_string(), format!("{LR_B}.bias"), format!("{BASE}.bias")];
-        biases.iter().any(|bias| self.weights.contains(&format!("{name}.{bias}"))).then_some(name)
+        operator::bias_parts().any(|bias| self.weights.contains(&format!("{name}.{bias}"))).then_some(name)
     }
 
     /// The modules of sentence-transformers beside an encoder.
@@ -311,8 +311,7 @@ impl<'w> Decoder<'w> {
 
 /// Whether the parts of a module that is several in one stand for it.
 pub(super) fn is_split(weights: &dyn Weights, module: &str) -> bool {
-    let kinds = ["weight".to_string(), format!("{LR_A}.weight"), format!("{LR_PIVOT}.weight")];
-    let has = |part: &str| kinds.iter().any(|kind| weights.contains(&format!("{module}.{part}.{kind}")));
+    let has = |part: &str| operator::first_parts().any(|stored| weights.contains(&format!("{module}.{part}.{stored}")));
     has("q") || has("gate")
 }
 

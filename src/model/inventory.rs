@@ -6,12 +6,12 @@ use anyhow::Result;
 
 use super::architectures::{self, Architecture, LinearId, Role};
 use super::config::{self, ModelConfig};
-use super::layout::{Layout, break_even_rank, expand_pivots};
-use super::linear::{BASE, LR_A, LR_B, LR_COEFFICIENTS, LR_ORDER, LR_PIVOT};
 use super::names::Names;
+use super::weights::order;
 use crate::checkpoint::{Checkpoint, Dtype, TensorInfo, cast};
 use crate::error::Failure;
 use crate::linalg;
+use crate::operator::{self, BASE, Element, Forms, Kind, Matrix, Operator, Part, Right, Shape, Size, Term, part_name};
 
 /// A linear layer of a checkpoint.
 #[derive(Debug, Clone)]
@@ -39,8 +39,8 @@ pub enum Stored {
     Dense,
     /// `X.weight` (in, out), as GPT-2's Conv1D has it.
     DenseTransposed,
-    /// Low rank, in one of the layouts of `formats::factored`; on top of a dense base (out, in), `X.base.weight`, or alone.
-    LowRank { rank: usize, layout: Layout, has_base: bool },
+    /// A structure of `operator`; on top of a base (out, in), `X.base.weight`, or alone.
+    Structured { kind: Kind, size: Size, has_base: bool },
 }
 
 /// Parts of a name that tell a table or a vector from a linear.
@@ -72,13 +72,12 @@ impl LinearInfo {
 
     /// Every name that a tensor of its matrix may have, dense or compressed.
     pub fn tensor_names(&self) -> Vec<String> {
-        let parts = [LR_A, LR_B, LR_PIVOT, LR_COEFFICIENTS, BASE].map(|part| format!("{}.{part}.weight", self.module));
-        [self.weight_name(), format!("{}.{LR_ORDER}", self.module)].into_iter().chain(parts).collect()
+        operator::all_parts().into_iter().map(|part| format!("{}.{part}", self.module)).collect()
     }
 
     /// Every name that its bias may have.
-    pub fn bias_names(&self) -> [String; 3] {
-        ["bias".into(), format!("{BASE}.bias"), format!("{LR_B}.bias")].map(|part| format!("{}.{part}", self.module))
+    pub fn bias_names(&self) -> Vec<String> {
+        operator::bias_parts().map(|part| format!("{}.{part}", self.module)).collect()
     }
 
     /// (out, in).
@@ -88,12 +87,22 @@ impl LinearInfo {
 
     /// Largest rank at which two factors have fewer parameters than the matrix: r (m + n) < m n.
     pub fn break_even_rank(&self) -> usize {
-        break_even_rank(self.out_features, self.in_features)
+        Kind::FACTORS.fitting().largest_saving_rank(self.shape())
+    }
+
+    /// Parameters that `forms` have in its place.
+    pub fn parameters_as(&self, forms: &Forms) -> u64 {
+        forms.n_parameters(self.shape())
+    }
+
+    /// Bytes of base and structure that `forms` have in its place, in the project's own packing.
+    pub fn bytes_as(&self, forms: &Forms) -> (u64, u64) {
+        forms.n_bytes(self.shape(), self.dtype)
     }
 
     /// Whether it is stored in low rank.
     pub fn is_low_rank(&self) -> bool {
-        matches!(self.stored, Stored::LowRank { .. })
+        matches!(self.stored, Stored::Structured { .. })
     }
 }
 
@@ -113,21 +122,10 @@ pub fn linears(checkpoint: &Checkpoint) -> Vec<LinearInfo> {
     for info in checkpoint.tensors() {
         let &[rows, columns] = info.shape.as_slice() else { continue };
         let Some(stem) = info.name.strip_suffix(".weight") else { continue };
-        let is_second_part = [LR_B, LR_COEFFICIENTS, BASE].iter().any(|part| stem.ends_with(&format!(".{part}")));
-        if !cast::is_float(info.dtype) || is_second_part {
+        if !cast::is_float(info.dtype) || operator::is_second_part(stem) {
             continue;
         }
-        let low_rank = |part: &str, layout: Layout| {
-            let module = stem.strip_suffix(&format!(".{part}"))?;
-            let rows_of = |name: String| checkpoint.info(&name)?.shape.first().copied();
-            let out_features = match layout {
-                Layout::Factors => rows_of(format!("{module}.{LR_B}.weight"))?,
-                Layout::Pivot => rows_of(format!("{module}.{LR_ORDER}"))?,
-            };
-            let has_base = checkpoint.info(&format!("{module}.{BASE}.weight")).is_some();
-            Some((module, Stored::LowRank { rank: rows, layout, has_base }, out_features, columns))
-        };
-        let found = low_rank(LR_A, Layout::Factors).or_else(|| low_rank(LR_PIVOT, Layout::Pivot));
+        let found = structured(checkpoint, stem);
         let (module, stored, out_features, in_features) = if let Some(found) = found {
             found
         } else if is_conv1d(stem) && !info.is_encoded() {
@@ -155,6 +153,29 @@ pub fn linears(checkpoint: &Checkpoint) -> Vec<LinearInfo> {
         });
     }
     linears
+}
+
+/// The module whose first part is stored as `stem`, how it is stored, and its shape (out, in).
+fn structured<'n>(checkpoint: &Checkpoint, stem: &'n str) -> Option<(&'n str, Stored, usize, usize)> {
+    let (module, first) = stem.rsplit_once('.')?;
+    let kind = Kind::stored(|part| part.strip_suffix(".weight") == Some(first))?;
+    let (size, (m, n)) = stored_size(checkpoint, module, kind)?;
+    let has_base = checkpoint.info(&format!("{module}.{BASE}.weight")).is_some();
+    Some((module, Stored::Structured { kind, size, has_base }, m, n))
+}
+
+/// Size and shape of a module by the shapes of its parts; none where a part is absent, or they are not those of one matrix.
+pub(super) fn stored_size(checkpoint: &Checkpoint, module: &str, kind: Kind) -> Option<(Size, Shape)> {
+    let shape = |&(suffix, element): &(&str, Element)| match (
+        element,
+        checkpoint.info(&format!("{module}.{}", part_name(suffix, element)))?.shape.as_slice(),
+    ) {
+        (Element::Float, &[rows, columns]) => Some([rows, columns]),
+        (Element::Index, &[length]) => Some([length, 1]),
+        _ => None,
+    };
+    let shapes = kind.structure().suffixes().iter().map(shape).collect::<Option<Vec<_>>>()?;
+    kind.structure().measure(&shapes)
 }
 
 /// The first and the last of the blocks that a checkpoint holds behind those of its config's `num_hidden_layers`: a config that
@@ -314,15 +335,12 @@ pub fn weight(checkpoint: &Checkpoint, linear: &LinearInfo) -> Result<Vec<f32>> 
             let values = checkpoint.values(&linear.weight_name())?;
             Ok(linalg::transpose_row_major(&values, linear.in_features, linear.out_features))
         }
-        Stored::LowRank { has_base, .. } => {
-            let (m, n) = linear.shape();
-            let (rank, b, a) = factors(checkpoint, linear)?;
-            let mut product = linalg::product_row_major(&b, &a, m, rank, n);
-            if has_base {
-                let base = base_values(checkpoint, linear)?;
-                product.iter_mut().zip(base).for_each(|(p, b)| *p += b);
+        Stored::Structured { .. } => {
+            let mut operator = Operator { base: None, over: Some(term(checkpoint, linear)?) };
+            if let Stored::Structured { has_base: true, .. } = linear.stored {
+                operator.base = Some(Term::base(base_values(checkpoint, linear)?.into(), None));
             }
-            Ok(product)
+            Ok(operator.product(linear.shape()))
         }
     }
 }
@@ -341,48 +359,27 @@ pub fn base_values(checkpoint: &Checkpoint, linear: &LinearInfo) -> Result<Vec<f
     Ok(if is_turned { linalg::transpose_row_major(&values, n, m) } else { values })
 }
 
-/// A linear of low rank as factors, whatever its layout: its rank r, `B` (out, r) and `A` (r, in), row-major. Of a pivot layout
-/// `A` are the pivot rows, and `B` has the rows of a unit matrix at their places.
+/// The structure of a linear with its values, dequantized.
 ///
 /// # Errors
 /// A tensor is absent or broken.
 ///
 /// # Panics
 /// When the linear is dense.
-pub fn factors(checkpoint: &Checkpoint, linear: &LinearInfo) -> Result<(usize, Vec<f32>, Vec<f32>)> {
-    let Stored::LowRank { rank, layout, .. } = linear.stored else { panic!("invariant: the linear is of low rank") };
-    let (m, n) = linear.shape();
-    let part = |part: &str, shape: [usize; 2]| -> Result<Vec<f32>> {
-        let name = format!("{}.{part}.weight", linear.module);
-        checkpoint.expect_shape(&name, &shape, "the ranks under `lrc`")?;
-        Ok(checkpoint.values(&name)?)
-    };
-    match layout {
-        Layout::Factors => Ok((rank, part(LR_B, [m, rank])?, part(LR_A, [rank, n])?)),
-        Layout::Pivot => {
-            let pivots = part(LR_PIVOT, [rank, n])?;
-            let coefficients = part(LR_COEFFICIENTS, [m - rank, rank])?;
-            let name = format!("{}.{LR_ORDER}", linear.module);
-            checkpoint.expect_shape(&name, &[m], "the shape of the linear")?;
-            Ok((rank, expand_pivots(&order(checkpoint, &name)?, &coefficients, rank), pivots))
+pub fn term(checkpoint: &Checkpoint, linear: &LinearInfo) -> Result<Term> {
+    let Stored::Structured { kind, size, .. } = linear.stored else { panic!("invariant: the linear is a structure") };
+    let form = operator::Form { kind, size, storage: None, right: Right::Own };
+    let part = |Part { suffix, element, shape: [rows, columns] }: Part| -> Result<Matrix> {
+        let name = format!("{}.{}", linear.module, part_name(suffix, element));
+        if element == Element::Index {
+            checkpoint.expect_shape(&name, &[rows], "the shape of the linear")?;
+            return Ok(Matrix::Indices(order(checkpoint, &name)?.into_iter().map(|place| place as i32).collect()));
         }
-    }
-}
-
-/// The row order of a linear in pivot layout: where each of its outputs stands in the list of pivots, then others.
-///
-/// # Errors
-/// The tensor is absent, or is no permutation.
-pub fn order(checkpoint: &Checkpoint, name: &str) -> Result<Vec<usize>> {
-    let info = checkpoint.require(name)?;
-    let broken = || Failure::unsupported(format!("tensor `{name}` is no permutation of rows"));
-    let (&[m], Dtype::I32) = (info.shape.as_slice(), info.dtype) else { return Err(broken().into()) };
-    let order: Vec<usize> = checkpoint.with_bytes(name, |bytes| {
-        bytes.as_chunks::<4>().0.iter().map(|&b| usize::try_from(i32::from_le_bytes(b)).unwrap_or(usize::MAX)).collect()
-    })?;
-    let mut seen = vec![false; m];
-    let is_new = |&i: &usize| i < m && !std::mem::replace(&mut seen[i], true);
-    if order.iter().all(is_new) { Ok(order) } else { Err(broken().into()) }
+        checkpoint.expect_shape(&name, &[rows, columns], "the ranks under `lrc`")?;
+        Ok(checkpoint.values(&name)?.into())
+    };
+    let parts = form.parts(linear.shape()).into_iter().map(part).collect::<Result<_>>()?;
+    Ok(Term { form, parts })
 }
 
 #[cfg(test)]
@@ -433,8 +430,8 @@ mod tests {
             ("moe.gate", false, Stored::Dense),
             ("lm_head", false, Stored::Dense),
             ("encoder.layer.0.query", true, Stored::Dense),
-            ("x", true, Stored::LowRank { rank: 1, layout: Layout::Factors, has_base: true }),
-            ("y", true, Stored::LowRank { rank: 2, layout: Layout::Pivot, has_base: false }),
+            ("x", true, Stored::Structured { kind: Kind::FACTORS, size: Size::Rank(1), has_base: true }),
+            ("y", true, Stored::Structured { kind: Kind::default(), size: Size::Rank(2), has_base: false }),
         ];
         for &(module, is_default, stored) in &expected {
             assert!(found.contains(&(module.into(), is_default, stored)), "{module} in {found:?}");

@@ -1,38 +1,31 @@
-//! A linear layer `y = base·x + L·x + bias`, of which `base` or the low-rank part `L` may be absent.
+//! A linear layer `y = Σ terms(x) + bias`: the weight itself, a structure in its place, or a structure over a base.
 
 use std::sync::{Arc, Mutex};
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, Shape, Storage, Tensor, bail};
 
+use super::inventory::stored_size;
 use super::weights::Weights;
+use crate::checkpoint::Checkpoint;
 use crate::error::Failure;
-
-/// Suffixes of the tensors of a compressed linear; see `formats::factored`.
-pub const LR_A: &str = "lr_a";
-pub const LR_B: &str = "lr_b";
-pub const LR_PIVOT: &str = "lr_p";
-pub const LR_COEFFICIENTS: &str = "lr_t";
-pub const LR_ORDER: &str = "lr_order";
-pub const BASE: &str = "base";
+use crate::operator::{BASE, Element, Form, Forms, Kind, Right, part_name};
 
 #[derive(Debug, Clone)]
 pub struct Linear {
-    /// (out, in)
-    base: Option<Tensor>,
-    low_rank: Option<LowRank>,
+    /// Base first.
+    terms: Vec<Applied>,
     /// (out)
     bias: Option<Tensor>,
     tap: Option<GradientTap>,
 }
 
+/// A structure that is ready to be applied.
 #[derive(Debug, Clone)]
-enum LowRank {
-    /// `b` (out, r), `a` (r, in).
-    Factors { b: Tensor, a: Tensor },
-    /// `pivots` (r, in), `coefficients` (out − r, r), `order` (out).
-    Pivot { pivots: Tensor, coefficients: Tensor, order: Tensor },
+struct Applied {
+    kind: Kind,
+    parts: Vec<Tensor>,
 }
 
 /// Keeps the gradient at the output of a linear when the backward pass comes by.
@@ -53,28 +46,29 @@ impl Linear {
     /// A tensor is absent or broken.
     pub fn load(weights: &dyn Weights, module: &str, has_bias: bool, is_conv1d: bool) -> Result<Self> {
         let name = |part: &str| format!("{module}.{part}");
-        let tensor = |part: &str| weights.tensor(&name(&format!("{part}.weight")));
-        let contains = |part: &str| weights.contains(&name(&format!("{part}.weight")));
-        let bias = |holder: &str| has_bias.then(|| weights.tensor(&name(holder))).transpose();
-        if contains(LR_PIVOT) {
-            let (pivots, coefficients) = (tensor(LR_PIVOT)?, tensor(LR_COEFFICIENTS)?);
-            let order = weights.indices(&name(LR_ORDER))?;
-            let low_rank = Some(LowRank::Pivot { pivots, coefficients, order });
-            return Ok(Self { base: None, low_rank, bias: bias("bias")?, tap: None });
-        }
-        if !contains(LR_A) {
+        let bias = |part: &str| has_bias.then(|| weights.tensor(&name(part))).transpose();
+        let Some(kind) = Kind::stored(|part| weights.contains(&name(part))) else {
             return Ok(Self::dense(weights.matrix(&name("weight"), is_conv1d)?, bias("bias")?));
+        };
+        let base = format!("{BASE}.weight");
+        let mut terms = Vec::new();
+        if weights.contains(&name(&base)) {
+            terms.push(Applied { kind: Kind::DENSE, parts: vec![weights.matrix(&name(&base), is_conv1d)?] });
         }
-        let low_rank = Some(LowRank::Factors { b: tensor(LR_B)?, a: tensor(LR_A)? });
-        let has_base = contains(BASE);
-        let base = has_base.then(|| weights.matrix(&name(&format!("{BASE}.weight")), is_conv1d)).transpose()?;
-        let bias = bias(&format!("{}.bias", if has_base { BASE } else { LR_B }))?;
-        Ok(Self { base, low_rank, bias, tap: None })
+        let holder = if terms.is_empty() { kind.structure().bias_part() } else { Some(BASE) };
+        let part = |&(suffix, element): &(&str, Element)| match element {
+            Element::Float => weights.tensor(&name(&part_name(suffix, element))),
+            Element::Index => weights.indices(&name(suffix)),
+        };
+        let parts = kind.structure().suffixes().iter().map(part).collect::<Result<_>>()?;
+        terms.push(Applied { kind, parts });
+        let bias = bias(&holder.map_or("bias".to_string(), |part| format!("{part}.bias")))?;
+        Ok(Self { terms, bias, tap: None })
     }
 
     /// A dense linear of `weight` (out, in).
     pub fn dense(weight: Tensor, bias: Option<Tensor>) -> Self {
-        Self { base: Some(weight), low_rank: None, bias, tap: None }
+        Self { terms: vec![Applied { kind: Kind::DENSE, parts: vec![weight] }], bias, tap: None }
     }
 
     /// The same with a bias (out) that is stored elsewhere.
@@ -89,20 +83,33 @@ impl Linear {
 
     /// Width of its outputs.
     pub fn out_features(&self) -> usize {
-        match (&self.base, &self.low_rank) {
-            (Some(t), _) | (None, Some(LowRank::Factors { b: t, .. } | LowRank::Pivot { order: t, .. })) => t.dims()[0],
-            (None, None) => 0,
+        let shape = |part: &Tensor| match *part.dims() {
+            [rows, columns] => [rows, columns],
+            ref dims => [dims.first().copied().unwrap_or(0), 1],
+        };
+        let of = |term: &Applied| {
+            let shapes: Vec<[usize; 2]> = term.parts.iter().map(shape).collect();
+            term.kind.structure().measure(&shapes).map(|(_, (out, _))| out)
+        };
+        self.terms.first().and_then(of).unwrap_or(0)
+    }
+
+    /// The weight (out, in), where that is all there is.
+    fn weight(&self) -> Option<&Tensor> {
+        match self.terms.as_slice() {
+            [Applied { kind: Kind::DENSE, parts }] => parts.first(),
+            _ => None,
         }
     }
 
     /// The gradient (rows, in) at the input from that at the output, (rows, out), of a dense linear.
     ///
     /// # Errors
-    /// The linear has a low-rank part.
+    /// The linear is compressed.
     pub(super) fn backward(&self, gradient: &Tensor) -> Result<Tensor> {
-        match (&self.base, &self.low_rank) {
-            (Some(weight), None) => Ok(gradient.matmul(weight)?),
-            _ => Err(Failure::unsupported("gradients need dense weights; the head is compressed already").into()),
+        match self.weight() {
+            Some(weight) => Ok(gradient.matmul(weight)?),
+            None => Err(Failure::unsupported("gradients need dense weights; the head is compressed already").into()),
         }
     }
 
@@ -114,48 +121,22 @@ impl Linear {
         let dims = x.dims().to_vec();
         let (rows, width) = (dims[..dims.len() - 1].iter().product::<usize>(), dims[dims.len() - 1]);
         let x = x.reshape((rows, width))?; // (rows, in)
-        let dense = |w: &Tensor| -> Result<Tensor> {
-            Ok(match &self.tap {
-                Some(tap) => x.apply_op1(TappedProduct { weight: w.clone(), tap: tap.clone() })?,
-                None => x.matmul(&w.t()?)?,
-            })
-        };
-        let mut y = self.base.as_ref().map(dense).transpose()?; // (rows, out)
-        if let Some(low_rank) = &self.low_rank {
-            let low = low_rank.forward(&x)?; // (rows, out)
-            y = Some(match y {
-                Some(y) => (y + low)?,
-                None => low,
-            });
+        let mut terms = self.terms.iter().map(|term| match (&self.tap, term.kind) {
+            (Some(tap), Kind::DENSE) => {
+                Ok(x.apply_op1(TappedProduct { weight: term.parts[0].clone(), tap: tap.clone() })?)
+            }
+            _ => term.kind.structure().apply(&term.parts, &x),
+        });
+        let mut y = terms.next().expect("invariant: a linear has a term")?; // (rows, out)
+        for term in terms {
+            y = (y + term?)?;
         }
-        let Some(mut y) = y else { unreachable!("invariant: a linear has a base or a low-rank part") };
         if let Some(bias) = &self.bias {
             y = y.broadcast_add(bias)?;
         }
         let mut out_dims = dims;
         *out_dims.last_mut().expect("invariant: activations have a width") = y.dim(1)?;
         Ok(y.reshape(out_dims)?)
-    }
-}
-
-impl LowRank {
-    /// `x` (rows, in) to (rows, out).
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        match self {
-            // Of rank 0: zeros.
-            Self::Factors { b, a } if a.dim(0)? == 0 => {
-                Ok(Tensor::zeros((x.dim(0)?, b.dim(0)?), x.dtype(), x.device())?)
-            }
-            Self::Factors { b, a } => Ok(x.matmul(&a.t()?)?.matmul(&b.t()?)?),
-            Self::Pivot { pivots, coefficients, order } => {
-                let p = x.matmul(&pivots.t()?)?; // (rows, r)
-                if coefficients.dim(0)? == 0 {
-                    return Ok(p.index_select(order, 1)?);
-                }
-                let others = p.matmul(&coefficients.t()?)?; // (rows, out - r)
-                Ok(Tensor::cat(&[&p, &others], 1)?.index_select(order, 1)?)
-            }
-        }
     }
 }
 
@@ -187,58 +168,76 @@ impl CustomOp1 for TappedProduct {
     }
 }
 
+/// Checks that the parts of a module are those of one matrix, from headers alone.
+///
+/// # Errors
+/// Names all of them, with their shapes.
+pub(super) fn expect_parts(checkpoint: &Checkpoint, module: &str, kind: Kind) -> Result<()> {
+    if stored_size(checkpoint, module, kind).is_some() {
+        return Ok(());
+    }
+    let (mut parts, mut file) = (Vec::new(), String::new());
+    for &(suffix, element) in kind.structure().suffixes() {
+        let info = checkpoint.require(&format!("{module}.{}", part_name(suffix, element)))?;
+        parts.push(format!("`{}` {:?}", info.name, info.shape));
+        file = checkpoint.file_of(info).display().to_string();
+    }
+    let parts = parts.join(", ");
+    Err(Failure::unsupported(format!(
+        "the parts of `{module}` in `{file}` are not those of one `{kind}` matrix: {parts}"
+    ))
+    .hint("one of them was changed; compress the original again")
+    .into())
+}
+
 /// Checks the shape of a linear in whichever form it is stored, from headers alone.
 ///
 /// # Errors
 /// A tensor is absent, or has another shape than (out, in).
 pub(super) fn expect_shape(
-    checkpoint: &crate::checkpoint::Checkpoint,
+    checkpoint: &Checkpoint,
     module: &str,
     [out, input]: [usize; 2],
     (has_bias, is_conv1d): (bool, bool),
     fields: &str,
 ) -> Result<()> {
-    let pivots = format!("{module}.{LR_PIVOT}.weight");
-    // (out, in), but for weights that a family stores turned, and that are not codes.
+    // (out, in), but for weights that a family stores transposed, and that are not codes.
     let expect_weight = |name: &str| {
-        let is_turned = is_conv1d && checkpoint.info(name).is_some_and(|info| !info.is_encoded());
-        checkpoint.expect_shape(name, &if is_turned { [input, out] } else { [out, input] }, fields)
+        let is_transposed = is_conv1d && checkpoint.info(name).is_some_and(|info| !info.is_encoded());
+        checkpoint.expect_shape(name, &if is_transposed { [input, out] } else { [out, input] }, fields)
     };
-    if let Some(info) = checkpoint.info(&pivots) {
-        ensure!(
-            info.shape.len() == 2 && info.shape[0] <= out,
-            "tensor `{pivots}` is not a matrix of at most {out} rows"
-        );
-        let rank = info.shape[0];
-        let ranks = format!("the ranks under `lrc` and {fields}");
-        checkpoint.expect_shape(&pivots, &[rank, input], &ranks)?;
-        checkpoint.expect_shape(&format!("{module}.{LR_COEFFICIENTS}.weight"), &[out - rank, rank], &ranks)?;
-        checkpoint.expect_shape(&format!("{module}.{LR_ORDER}"), &[out], &ranks)?;
-        if has_bias {
-            checkpoint.expect_shape(&format!("{module}.bias"), &[out], fields)?;
+    let name = |part: &str| format!("{module}.{part}");
+    let stored = Kind::stored(|part| checkpoint.info(&name(part)).is_some());
+    let over = match stored {
+        None => {
+            expect_weight(&name("weight"))?;
+            None
         }
-        return Ok(());
-    }
-    let lr_a = format!("{module}.{LR_A}.weight");
-    let Some(a) = checkpoint.info(&lr_a) else {
-        expect_weight(&format!("{module}.weight"))?;
-        if has_bias {
-            checkpoint.expect_shape(&format!("{module}.bias"), &[out], fields)?;
+        Some(kind) => {
+            expect_parts(checkpoint, module, kind)?;
+            let size = stored_size(checkpoint, module, kind).map(|(size, _)| size);
+            Some(Form {
+                kind,
+                size: size.expect("invariant: the parts were checked"),
+                storage: None,
+                right: Right::Own,
+            })
         }
-        return Ok(());
     };
-    ensure!(a.shape.len() == 2, "tensor `{lr_a}` is not a matrix");
-    let rank = a.shape[0];
     let ranks = format!("the ranks under `lrc` and {fields}");
-    checkpoint.expect_shape(&lr_a, &[rank, input], &ranks)?;
-    checkpoint.expect_shape(&format!("{module}.{LR_B}.weight"), &[out, rank], &ranks)?;
-    let has_base = checkpoint.info(&format!("{module}.{BASE}.weight")).is_some();
+    for part in over.iter().flat_map(|form| form.parts((out, input))) {
+        let dims = &part.shape[..if part.element == Element::Index { 1 } else { 2 }];
+        checkpoint.expect_shape(&name(&part_name(part.suffix, part.element)), dims, &ranks)?;
+    }
+    let base = name(&format!("{BASE}.weight"));
+    let has_base = over.is_some() && checkpoint.info(&base).is_some();
     if has_base {
-        expect_weight(&format!("{module}.{BASE}.weight"))?;
+        expect_weight(&base)?;
     }
     if has_bias {
-        let holder = if has_base { BASE } else { LR_B };
-        checkpoint.expect_shape(&format!("{module}.{holder}.bias"), &[out], fields)?;
+        let holder = Forms { base: has_base.then(|| Forms::base(None)), over }.bias_part();
+        let bias = holder.map_or(name("bias"), |part| name(&format!("{part}.bias")));
+        checkpoint.expect_shape(&bias, &[out], fields)?;
     }
     Ok(())
 }

@@ -7,8 +7,8 @@
 use std::collections::BTreeMap;
 
 use super::architectures::Architecture;
-use super::linear::{LR_A, LR_PIVOT};
 use crate::checkpoint::Checkpoint;
+use crate::operator;
 
 /// What is put in front of the names of a family's modules.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -72,8 +72,7 @@ fn head_of<'p>(checkpoint: &Checkpoint, architecture: &Architecture, prefix: &'p
 
 /// Whether the weight of a linear is stored, dense or compressed.
 pub(super) fn is_stored(checkpoint: &Checkpoint, module: &str) -> bool {
-    let forms = ["weight".to_string(), format!("{LR_A}.weight"), format!("{LR_PIVOT}.weight")];
-    forms.iter().any(|form| checkpoint.info(&format!("{module}.{form}")).is_some())
+    operator::first_parts().any(|part| checkpoint.info(&format!("{module}.{part}")).is_some())
 }
 
 /// What is in front of the family's own prefix.

@@ -12,9 +12,8 @@ use super::config::ModelConfig;
 use super::decoder::Decoder;
 use super::rope::Rope;
 use crate::error::{Failure, NON_FINITE_HINT};
-use crate::journal::{Array, Journal};
 use crate::progress::Stage;
-use crate::spool::{Spool, Spooled};
+use crate::store::{Array, Journal, Spool, Spooled, Values};
 
 /// How much memory a walk may use for what grows with the text.
 #[derive(Debug, Clone)]
@@ -147,7 +146,7 @@ impl<'a> Walk<'a> {
     ) -> Result<()> {
         for i in 0..self.batches.len() {
             let y = self.forward(hidden, i, decoder, block, observe, progress)?;
-            self.spool.set(&mut hidden.0[i], y)?;
+            self.spool.set(&mut hidden.0[i], y.into())?;
         }
         Ok(())
     }
@@ -209,7 +208,7 @@ impl<'a> Walk<'a> {
     pub fn batch(&mut self, hidden: &Hidden, batch_idx: usize) -> Result<Tensor> {
         let range = &self.batches[batch_idx];
         let shape = (range.len(), self.windows[range.start].len(), ());
-        Ok(Tensor::new(self.spool.get(&hidden.0[batch_idx])?, &Device::Cpu)?.reshape(shape)?)
+        Ok(Tensor::new(self.spool.get(&hidden.0[batch_idx])?.f32s()?, &Device::Cpu)?.reshape(shape)?)
     }
 
     /// The states (n_tokens, hidden_size) of one window.
@@ -257,7 +256,7 @@ impl<'a> Walk<'a> {
             for (i, window) in self.windows[self.batches[batch_idx].clone()].iter().enumerate() {
                 replaced.extend(values(&f(window, &states.get(i)?, &others.get(i)?)?)?);
             }
-            self.spool.set(&mut hidden.0[batch_idx], replaced)?;
+            self.spool.set(&mut hidden.0[batch_idx], replaced.into())?;
         }
         Ok(())
     }
@@ -280,14 +279,14 @@ impl<'a> Walk<'a> {
     /// The work folder refuses.
     pub(crate) fn restore(&mut self, batches: Vec<Array>) -> Result<Hidden> {
         anyhow::ensure!(batches.len() == self.batches.len(), "invariant: a walk is gone on with in the same batches");
-        Ok(Hidden(batches.into_iter().map(|batch| self.spool.push_array(batch)).collect::<Result<_>>()?))
+        Ok(Hidden(batches.into_iter().map(|batch| self.spool.push(batch)).collect::<Result<_>>()?))
     }
 
     /// The values of states, batch after batch.
     ///
     /// # Errors
     /// The work folder refuses.
-    pub(crate) fn arrays(&mut self, hidden: &Hidden) -> Result<Vec<Vec<f32>>> {
+    pub(crate) fn arrays(&mut self, hidden: &Hidden) -> Result<Vec<Values>> {
         hidden.0.iter().map(|array| self.spool.get(array)).collect()
     }
 
@@ -302,7 +301,7 @@ impl<'a> Walk<'a> {
         let batches = self.arrays(&hidden)?;
         self.release(hidden);
         let piece = journal.put(key, serde_json::Value::Null, batches)?;
-        self.restore(piece.arrays)
+        self.restore(piece.rest())
     }
 
     /// Gives the place of states back.

@@ -5,8 +5,8 @@ use std::collections::HashMap;
 use anyhow::{Context, Result};
 use candle_core::{Device, Tensor};
 
-use super::inventory;
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, Dtype};
+use crate::error::Failure;
 
 /// A source of f32 tensors by name.
 pub trait Weights {
@@ -51,7 +51,7 @@ impl Weights for Checkpoint {
     }
 
     fn indices(&self, name: &str) -> Result<Tensor> {
-        let order = inventory::order(self, name)?;
+        let order = order(self, name)?;
         let values: Vec<u32> = order.into_iter().map(|i| i as u32).collect();
         Ok(Tensor::new(values, &Device::Cpu)?)
     }
@@ -94,4 +94,20 @@ impl Weights for HashMap<String, Tensor> {
     fn indices(&self, name: &str) -> Result<Tensor> {
         self.tensor(name)
     }
+}
+
+/// A permutation as it is stored: the place of every row.
+///
+/// # Errors
+/// The tensor is absent, or is no permutation.
+pub(super) fn order(checkpoint: &Checkpoint, name: &str) -> Result<Vec<usize>> {
+    let info = checkpoint.require(name)?;
+    let broken = || Failure::unsupported(format!("tensor `{name}` is no permutation of rows"));
+    let (&[m], Dtype::I32) = (info.shape.as_slice(), info.dtype) else { return Err(broken().into()) };
+    let order: Vec<usize> = checkpoint.with_bytes(name, |bytes| {
+        bytes.as_chunks::<4>().0.iter().map(|&b| usize::try_from(i32::from_le_bytes(b)).unwrap_or(usize::MAX)).collect()
+    })?;
+    let mut seen = vec![false; m];
+    let is_new = |&i: &usize| i < m && !std::mem::replace(&mut seen[i], true);
+    if order.iter().all(is_new) { Ok(order) } else { Err(broken().into()) }
 }

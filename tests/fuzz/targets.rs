@@ -8,16 +8,17 @@ use clap::Parser;
 use lrc::calibrate::Statistics;
 use lrc::checkpoint::Checkpoint;
 use lrc::compress::recipe::{Recipe, RecipeOptions};
-use lrc::compress::{Job, TruncateJob, compress, truncate};
+use lrc::compress::{Job, compress};
 use lrc::eval::conventions::Convention;
 use lrc::eval::{EvalSettings, perplexity};
 use lrc::export::{ExportJob, export};
 use lrc::formats::Format;
 use lrc::inspect::inspect;
-use lrc::journal::Journal;
 use lrc::model::{Decoder, inventory};
 use lrc::progress::Silent;
+use lrc::store::Journal;
 use lrc::text::{Bos, Text};
+use lrc::truncate::{TruncateJob, truncate};
 
 use super::mutate::{self, Random};
 
@@ -304,7 +305,8 @@ fn read_recipe(bed: &Bed, input: &[u8]) -> bool {
 
 fn of_pieces(bed: &Bed) -> Vec<Vec<u8>> {
     let folder = bed.folder("journal", &[]);
-    let arrays = vec![vec![1.5, -0.0], Vec::new(), vec![f32::NAN; 9]];
+    let arrays =
+        vec![vec![1.5f32, -0.0].into(), Vec::<u8>::new().into(), vec![f64::NAN; 9].into(), vec![3i32, -1].into()];
     Journal::new(folder.clone()).put("piece", serde_json::json!({"n": 3, "s": ["a"]}), arrays).unwrap();
     vec![fs::read(folder.join("piece")).unwrap()]
 }
@@ -312,10 +314,10 @@ fn of_pieces(bed: &Bed) -> Vec<Vec<u8>> {
 fn read_piece(bed: &Bed, input: &[u8]) -> bool {
     let folder = bed.folder("journal", &[("piece", input)]);
     let Ok(Some(piece)) = Journal::new(folder).get("piece") else { return false };
-    for array in &piece.arrays {
-        let _ = array.f64s();
+    for array in piece.rest() {
         let read = array.place.as_ref().unwrap().read().unwrap();
-        assert_eq!(read.len(), array.values.len());
+        assert_eq!(read.n_bytes(), array.values.n_bytes());
+        let _ = array.values.f64s();
     }
     true
 }

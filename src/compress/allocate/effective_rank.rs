@@ -1,8 +1,8 @@
 //! Ranks in proportion to `√(erank / (m + n))`, where the effective rank is exp of the entropy of `σ² / Σ σ²` and m + n the
 //! parameters of a rank (D-Rank, Mi et al. 2025). One factor of proportion for all, as large as the budget pays for.
 
-use super::{Allocator, Choice, Item, Rules, Spectra, largest_affordable};
-use crate::compress::low_rank::ErrorCurve;
+use super::{Allocator, Item, Pick, Rules, Spectra, largest_affordable};
+use crate::approx::low_rank::ErrorCurve;
 
 pub(super) struct EffectiveRank;
 
@@ -11,15 +11,15 @@ impl Allocator for EffectiveRank {
         Spectra::Metric
     }
 
-    fn choices(&self, items: &[Item<'_>], rules: &Rules) -> Vec<Choice> {
-        let weight = |item: &Item<'_>| (effective_rank(item.curve()) / (item.shape.0 + item.shape.1) as f64).sqrt();
+    fn choices(&self, items: &[Item<'_>], rules: &Rules) -> Vec<Pick> {
+        let weight = |item: &Item<'_>| (effective_rank(item.curve()) / item.rank_weight).sqrt();
         let weights: Vec<f64> = items.iter().map(weight).collect();
         // At t = 1 every rank is past its matrix.
-        let full = |(item, weight): (&Item<'_>, &f64)| item.shape.0.min(item.shape.1) as f64 / weight;
+        let full = |(item, weight): (&Item<'_>, &f64)| item.largest_rank() as f64 / weight;
         let largest = items.iter().zip(&weights).map(full).fold(0.0, f64::max);
         largest_affordable(items, rules, |t| {
             let rank = |weight: f64| ((t * largest * weight) as usize).max(1);
-            items.iter().zip(&weights).map(|(item, &weight)| item.choice(rank(weight), rules)).collect()
+            items.iter().zip(&weights).map(|(item, &weight)| item.pick(rank(weight), rules)).collect()
         })
     }
 }
@@ -33,27 +33,28 @@ fn effective_rank(curve: &ErrorCurve) -> f64 {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Price;
     use super::*;
-    use crate::model::Layout;
 
     #[test]
     fn ranks_are_in_proportion_to_the_root_of_effective_ranks() {
         // 16 equal energies, and 4: effective ranks 16 and 4, so ranks 2 : 1.
         let curve = |k: usize| ErrorCurve::new((0..64).map(|i| f64::from(u8::from(i < k))).collect());
         let curves = [curve(16), curve(4)];
+        let parameters: Vec<u64> = (0..=64).map(|rank| 128 * rank).collect();
         let item = |curve| Item {
-            shape: (64, 64),
-            layout: Layout::Factors,
+            n_weights: 4096,
+            parameters: &parameters,
+            saving_rank: 31,
+            rank_weight: 128.0,
+            bytes: None,
             curve: Some(curve),
             sensitivity: 1.0,
-            price: Price::Parameters,
-            coded: &[],
+            offers: &[],
             is_zero: false,
         };
         let items = [item(&curves[0]), item(&curves[1])];
         let choices = EffectiveRank.choices(&items, &Rules::of_keep(&items, 0.5));
-        let [Choice::Rank(first), Choice::Rank(second)] = choices[..] else { panic!("{choices:?}") };
+        let [Pick::Rank(first), Pick::Rank(second)] = choices[..] else { panic!("{choices:?}") };
         assert!(first.abs_diff(2 * second) <= 1 && first + second >= 30, "{first} {second}");
     }
 }

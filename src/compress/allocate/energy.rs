@@ -1,8 +1,8 @@
 //! The smallest ranks that keep one share τ of the energy `Σ σ²` everywhere (LiteASR, Kamahori et al. 2025, keeps 0.99 of
 //! attention and 0.999 of feed-forward layers). Under a budget τ is the largest share that it pays for.
 
-use super::{Allocator, Choice, Item, Rules, Spectra, cost, largest_affordable};
-use crate::compress::low_rank::ErrorCurve;
+use super::{Allocator, Item, Pick, Rules, Spectra, cost, largest_affordable};
+use crate::approx::low_rank::ErrorCurve;
 
 pub(super) struct Energy {
     pub share: Option<f64>,
@@ -13,9 +13,9 @@ impl Allocator for Energy {
         Spectra::Metric
     }
 
-    fn choices(&self, items: &[Item<'_>], rules: &Rules) -> Vec<Choice> {
-        let at = |share: f64| -> Vec<Choice> {
-            items.iter().map(|item| item.choice(smallest_rank(item.curve(), share), rules)).collect()
+    fn choices(&self, items: &[Item<'_>], rules: &Rules) -> Vec<Pick> {
+        let at = |share: f64| -> Vec<Pick> {
+            items.iter().map(|item| item.pick(smallest_rank(item.curve(), share), rules)).collect()
         };
         let asked = at(self.share.unwrap_or(1.0));
         if cost(items, &asked) <= rules.budget { asked } else { largest_affordable(items, rules, at) }

@@ -1,6 +1,6 @@
 //! One rank for every linear, whether it saves parameters or not; at full rank, a check that factoring loses nothing.
 
-use super::{Allocator, Choice, Item, Rules, Spectra};
+use super::{Allocator, Item, Pick, Rules, Spectra};
 
 pub(super) struct Fixed {
     pub rank: usize,
@@ -11,7 +11,7 @@ impl Allocator for Fixed {
         Spectra::None
     }
 
-    fn choices(&self, items: &[Item<'_>], _: &Rules) -> Vec<Choice> {
-        items.iter().map(|item| Choice::Rank(self.rank.min(item.shape.0).min(item.shape.1))).collect()
+    fn choices(&self, items: &[Item<'_>], _: &Rules) -> Vec<Pick> {
+        items.iter().map(|item| Pick::Rank(self.rank.min(item.largest_rank()))).collect()
     }
 }

@@ -4,14 +4,14 @@
 //! along the hulls are taken in the order of error saved per cost, which is the optimum of the Lagrangian relaxation (Everett
 //! 1963). What then is left of the budget goes to the single changes that save most.
 
-use super::{Allocator, Choice, Item, Rules, Spectra};
+use super::{Allocator, Item, Pick, Rules, Spectra};
 
 pub(super) struct Knapsack;
 
 /// A choice with its cost and its error.
 #[derive(Debug, Clone, Copy)]
 struct Candidate {
-    choice: Choice,
+    pick: Pick,
     cost: u64,
     error: f64,
 }
@@ -21,7 +21,7 @@ impl Allocator for Knapsack {
         Spectra::Metric
     }
 
-    fn choices(&self, items: &[Item<'_>], rules: &Rules) -> Vec<Choice> {
+    fn choices(&self, items: &[Item<'_>], rules: &Rules) -> Vec<Pick> {
         let candidates: Vec<Vec<Candidate>> = items.iter().map(|item| candidates(item, rules)).collect();
         let hulls: Vec<Vec<Candidate>> = candidates.iter().map(|c| lower_hull(c)).collect();
         let mut chosen: Vec<Candidate> = hulls.iter().map(|hull| hull[0]).collect();
@@ -49,7 +49,7 @@ impl Allocator for Knapsack {
             chosen[i] = to;
         };
         // The steps of quantised bases are wide: what is left over them is worth exchanging for.
-        let is_coarse = items.iter().any(|item| !item.coded.is_empty()) && left >= 0;
+        let is_coarse = items.iter().any(|item| !item.offers.is_empty()) && left >= 0;
         let mut exchanges = if is_coarse { EXCHANGES } else { 0 };
         loop {
             while let Some((i, better)) = best_change(&candidates, &chosen, left) {
@@ -61,14 +61,14 @@ impl Allocator for Knapsack {
             change(&mut chosen, &mut left, j, worse);
             exchanges -= 1;
         }
-        chosen.into_iter().map(|c| c.choice).collect()
+        chosen.into_iter().map(|c| c.pick).collect()
     }
 }
 
 /// Every rank that saves, from the floor up, then dense, in ascending cost and falling error.
 fn candidates(item: &Item<'_>, rules: &Rules) -> Vec<Candidate> {
-    if !item.coded.is_empty() {
-        return coded_candidates(item);
+    if !item.offers.is_empty() {
+        return offered_candidates(item);
     }
     let energies = item.curve().energies();
     // tail[r] = Σ_{i ≥ r} σ_i²
@@ -77,11 +77,10 @@ fn candidates(item: &Item<'_>, rules: &Rules) -> Vec<Candidate> {
         tail[i] = tail[i + 1] + energy;
     }
     let error = |rank: usize| item.sensitivity * tail[rank.min(energies.len())];
-    let largest = item.layout.largest_saving_rank(item.shape);
-    let dense = Candidate { choice: Choice::Dense, cost: item.cost(Choice::Dense), error: 0.0 };
-    let mut candidates: Vec<Candidate> = (item.smallest_rank(rules)..=largest)
+    let dense = Candidate { pick: Pick::Dense, cost: item.dense_cost(), error: 0.0 };
+    let mut candidates: Vec<Candidate> = (item.smallest_rank(rules)..=item.saving_rank)
         .step_by(rules.multiple)
-        .map(|rank| Candidate { choice: Choice::Rank(rank), cost: item.cost(Choice::Rank(rank)), error: error(rank) })
+        .map(|rank| Candidate { pick: Pick::Rank(rank), cost: item.cost(Pick::Rank(rank)), error: error(rank) })
         .filter(|candidate| candidate.cost < dense.cost)
         .collect();
     candidates.push(dense);
@@ -89,11 +88,13 @@ fn candidates(item: &Item<'_>, rules: &Rules) -> Vec<Candidate> {
 }
 
 /// Of all quantised bases and ranks, and dense, those that nothing beats in both cost and error, in ascending cost.
-fn coded_candidates(item: &Item<'_>) -> Vec<Candidate> {
-    let coded = item.coded.iter();
-    let mut candidates: Vec<Candidate> =
-        coded.map(|c| Candidate { choice: c.choice, cost: c.cost, error: item.sensitivity * c.error }).collect();
-    candidates.push(Candidate { choice: Choice::Dense, cost: item.cost(Choice::Dense), error: 0.0 });
+fn offered_candidates(item: &Item<'_>) -> Vec<Candidate> {
+    let offered = |at: usize| {
+        let pick = Pick::Offer(at);
+        Candidate { pick, cost: item.cost(pick), error: item.error(pick) }
+    };
+    let mut candidates: Vec<Candidate> = (0..item.offers.len()).map(offered).collect();
+    candidates.push(Candidate { pick: Pick::Dense, cost: item.dense_cost(), error: 0.0 });
     candidates.sort_by(|x, y| x.cost.cmp(&y.cost).then(x.error.total_cmp(&y.error)));
     let mut least = f64::INFINITY;
     candidates.retain(|c| {
@@ -175,14 +176,24 @@ fn best_exchange(candidates: &[Vec<Candidate>], chosen: &[Candidate], left: i128
     best.map(|(_, exchange)| exchange)
 }
 
+/// The largest error that one step of a hull saves: how far the knapsack may be from the optimum.
+#[cfg(test)]
+pub(super) fn widest_step(items: &[Item<'_>], rules: &Rules) -> f64 {
+    let steps = items.iter().flat_map(|item| {
+        let hull = lower_hull(&candidates(item, rules));
+        hull.windows(2).map(|pair| pair[0].error - pair[1].error).collect::<Vec<_>>()
+    });
+    steps.fold(0.0, f64::max)
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
 
-    use super::super::{Coded, Price, cost};
+    use super::super::{Offer, cost};
     use super::*;
-    use crate::compress::low_rank::ErrorCurve;
-    use crate::model::Layout;
+    use crate::approx::low_rank::ErrorCurve;
+    use crate::operator::Kind;
 
     proptest! {
         /// Against every combination of choices.
@@ -190,11 +201,16 @@ mod tests {
         fn it_is_within_one_step_of_the_optimum(
             linears in proptest::collection::vec((3usize..7, 3usize..7, 0.2f64..0.99, 0.1f64..10.0), 1..4), keep in 0.3f64..1.0,
         ) {
-            for layout in [Layout::Factors, Layout::Pivot] {
+            for layout in Kind::layouts() {
                 let curves: Vec<ErrorCurve> =
                     linears.iter().map(|&(m, n, decay, _)| ErrorCurve::new((0..m.min(n)).map(|i| decay.powi(i as i32)).collect())).collect();
-                let items: Vec<Item<'_>> = linears.iter().zip(&curves)
-                    .map(|(&(m, n, _, sensitivity), curve)| Item { shape: (m, n), layout, curve: Some(curve), sensitivity, price: Price::Parameters, coded: &[], is_zero: false })
+                let parameters: Vec<Vec<u64>> = linears.iter()
+                    .map(|&(m, n, ..)| (0..=layout.fitting().largest_rank((m, n))).map(|rank| layout.n_parameters(rank, (m, n))).collect()).collect();
+                let items: Vec<Item<'_>> = linears.iter().zip(&curves).zip(&parameters)
+                    .map(|((&(m, n, _, sensitivity), curve), parameters)| Item {
+                        n_weights: (m * n) as u64, parameters, saving_rank: layout.fitting().largest_saving_rank((m, n)),
+                        rank_weight: (m + n) as f64, bytes: None, curve: Some(curve), sensitivity, offers: &[], is_zero: false,
+                    })
                     .collect();
                 let rules = Rules::of_keep(&items, keep);
                 let all: Vec<Vec<Candidate>> = items.iter().map(|item| candidates(item, &rules)).collect();
@@ -207,11 +223,8 @@ mod tests {
                 let choices = Knapsack.choices(&items, &rules);
                 if let Some(best) = best {
                     prop_assert!(cost(&items, &choices) <= rules.budget);
-                    let found: f64 = items.iter().zip(&choices).map(|(item, c)| {
-                        c.rank().map_or(0.0, |r| item.sensitivity * item.curve().squared_error(r))
-                    }).sum();
-                    let widest = all.iter().flat_map(|c| lower_hull(c).windows(2).map(|p| p[0].error - p[1].error).collect::<Vec<_>>())
-                        .fold(0.0, f64::max);
+                    let found: f64 = items.iter().zip(&choices).map(|(item, &pick)| item.error(pick)).sum();
+                    let widest = widest_step(&items, &rules);
                     prop_assert!(found <= best + widest + 1e-12, "{} {} {}", found, best, widest);
                 }
             }
@@ -219,18 +232,19 @@ mod tests {
     }
 
     #[test]
-    fn quantised_bases_are_chosen_by_error_for_their_bytes() {
-        let coded = |variant, rank, cost, error| Coded { choice: Choice::Coded { variant, rank }, cost, error };
+    fn offers_are_chosen_by_error_for_their_bytes() {
+        let offer = |cost, error| Offer { cost, error };
         // Dear and bad, dominated, and the two on the hull.
-        let menu = [coded(0, 0, 20, 8.0), coded(0, 4, 50, 7.0), coded(1, 0, 40, 2.0), coded(1, 4, 45, 2.5)];
-        let ranks = [];
+        let menu = [offer(20, 8.0), offer(50, 7.0), offer(40, 2.0), offer(45, 2.5)];
         let item = |sensitivity| Item {
-            shape: (10, 10),
-            layout: Layout::Factors,
+            n_weights: 100,
+            parameters: &[],
+            saving_rank: 0,
+            rank_weight: 20.0,
+            bytes: Some((200, &[])),
             curve: None,
             sensitivity,
-            price: Price::Bytes { dense: 200, ranks: &ranks },
-            coded: &menu,
+            offers: &menu,
             is_zero: false,
         };
         let items = [item(1.0), item(10.0)];
@@ -238,17 +252,17 @@ mod tests {
             let rules = Rules { budget, ..Rules::of_keep(&items, 0.5) };
             Knapsack.choices(&items, &rules)
         };
-        let (small, large) = (Choice::Coded { variant: 0, rank: 0 }, Choice::Coded { variant: 1, rank: 0 });
+        let (small, large) = (Pick::Offer(0), Pick::Offer(2));
         assert_eq!(chosen(40), [small, small]);
         assert_eq!(chosen(79), [small, large]);
         assert_eq!(chosen(80), [large, large]);
-        assert_eq!(chosen(240), [large, Choice::Dense]);
-        assert_eq!(chosen(400), [Choice::Dense, Choice::Dense]);
+        assert_eq!(chosen(240), [large, Pick::Dense]);
+        assert_eq!(chosen(400), [Pick::Dense, Pick::Dense]);
     }
 
     #[test]
     fn hulls_are_convex() {
-        let point = |cost, error| Candidate { choice: Choice::Dense, cost, error };
+        let point = |cost, error| Candidate { pick: Pick::Dense, cost, error };
         let hull = lower_hull(&[point(1, 10.0), point(2, 9.0), point(3, 3.0), point(4, 3.5), point(9, 0.0)]);
         assert_eq!(hull.iter().map(|c| c.cost).collect::<Vec<_>>(), [1, 3, 9]);
     }

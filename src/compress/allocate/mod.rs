@@ -13,101 +13,85 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use super::low_rank::ErrorCurve;
-use crate::model::Layout;
+use crate::approx::low_rank::ErrorCurve;
 
-/// What becomes of one linear.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Choice {
-    /// Left as it is.
+/// What an item gets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pick {
+    /// It stays as it is.
     Dense,
-    /// Low rank, in the layout of the recipe.
+    /// All of its weights are zero: rank 0.
+    Zeros,
+    /// A rank.
     Rank(usize),
-    /// A quantised base, and factors of some rank (or none, for 0) on top: of its variants the one with this number.
-    Coded { variant: usize, rank: usize },
+    /// The offer with this number.
+    Offer(usize),
 }
 
-/// (out, in).
-pub type Shape = (usize, usize);
-
-impl Choice {
-    /// Its rank, if it is of low rank or has factors.
-    pub fn rank(self) -> Option<usize> {
-        match self {
-            Self::Dense | Self::Coded { rank: 0, .. } => None,
-            Self::Rank(rank) | Self::Coded { rank, .. } => Some(rank),
-        }
-    }
-
-    /// Parameters of the linear after the choice.
-    pub fn n_parameters(self, layout: Layout, shape: Shape) -> u64 {
-        match self {
-            Self::Dense => (shape.0 * shape.1) as u64,
-            Self::Rank(r) => layout.n_parameters(r, shape),
-            Self::Coded { rank, .. } => (shape.0 * shape.1 + rank * (shape.0 + shape.1)) as u64,
-        }
-    }
-}
-
-/// One linear, as allocators see it.
+/// What a budget is spent on, by costs and errors alone.
 #[derive(Debug, Clone, Copy)]
 pub struct Item<'a> {
-    pub shape: Shape,
-    pub layout: Layout,
+    /// Numbers in it as it is.
+    pub n_weights: u64,
+    /// Numbers in it at every rank from 0 to the largest that there is.
+    pub parameters: &'a [u64],
+    /// Largest rank with fewer numbers.
+    pub saving_rank: usize,
+    /// What a rank weighs beside those of other items: rows and columns.
+    pub rank_weight: f64,
+    /// Where the budget counts bytes: those of the item as it is and at every rank from 0 on.
+    pub bytes: Option<(u64, &'a [u64])>,
     /// The spectrum that the allocator asked for.
     pub curve: Option<&'a ErrorCurve>,
-    /// What a unit of squared error costs the model: the scale between matrices.
+    /// What a unit of squared error costs the model: the scale between items.
     pub sensitivity: f64,
-    pub price: Price<'a>,
-    /// What it may become with a quantised base; where there is any, it may not become low rank alone.
-    pub coded: &'a [Coded],
+    /// What it may become besides a rank; where there is any, it gets no rank.
+    pub offers: &'a [Offer],
     /// Whether all of its weights are zero: it then gets rank 0, and needs no spectrum.
     pub is_zero: bool,
 }
 
-/// A linear with a quantised base, as allocators see it.
-#[derive(Debug, Clone, Copy)]
-pub struct Coded {
-    pub choice: Choice,
+/// Something that an item may become.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Offer {
     /// In the unit of the budget.
     pub cost: u64,
     /// Squared error, in the metric of the curves.
     pub error: f64,
 }
 
-/// What choices cost, in the unit of the budget.
-#[derive(Debug, Clone, Copy)]
-pub enum Price<'a> {
-    /// The budget counts parameters.
-    Parameters,
-    /// It counts bytes: of the dense linear, and of every rank from 0 on.
-    Bytes { dense: u64, ranks: &'a [u64] },
-}
-
 impl Item<'_> {
-    /// What a choice costs.
+    /// What it costs as it is.
+    pub fn dense_cost(&self) -> u64 {
+        self.bytes.map_or(self.n_weights, |(dense, _)| dense)
+    }
+
+    /// What a pick costs.
     ///
     /// # Panics
-    /// When it may not be chosen.
-    pub fn cost(&self, choice: Choice) -> u64 {
-        match (choice, self.price) {
-            (Choice::Coded { .. }, _) => {
-                self.coded.iter().find(|coded| coded.choice == choice).expect("invariant: the choice is offered").cost
-            }
-            (choice, Price::Parameters) => choice.n_parameters(self.layout, self.shape),
-            (Choice::Dense, Price::Bytes { dense, .. }) => dense,
-            (Choice::Rank(rank), Price::Bytes { ranks, .. }) => ranks[rank],
+    /// When it may not be picked.
+    pub fn cost(&self, pick: Pick) -> u64 {
+        let ranks = self.bytes.map_or(self.parameters, |(_, ranks)| ranks);
+        match pick {
+            Pick::Dense => self.dense_cost(),
+            Pick::Zeros => ranks.first().copied().unwrap_or(0),
+            Pick::Rank(rank) => ranks[rank],
+            Pick::Offer(at) => self.offers[at].cost,
         }
     }
 
+    /// Largest rank that there is.
+    fn largest_rank(&self) -> usize {
+        self.parameters.len().saturating_sub(1)
+    }
+
     /// `rank`, rounded down to the rules' multiple; dense where low rank would save nothing.
-    fn choice(&self, rank: usize, rules: &Rules) -> Choice {
-        if rank > self.layout.largest_saving_rank(self.shape) {
-            return Choice::Dense;
+    fn pick(&self, rank: usize, rules: &Rules) -> Pick {
+        if rank > self.saving_rank {
+            return Pick::Dense;
         }
         let rank = rules.round_down(rank).max(self.smallest_rank(rules));
-        if rank > self.layout.largest_saving_rank(self.shape) { Choice::Dense } else { Choice::Rank(rank) }
+        if rank > self.saving_rank { Pick::Dense } else { Pick::Rank(rank) }
     }
 
     /// The floor: a share of the uniform rank, at least 1 and at least the multiple.
@@ -118,6 +102,15 @@ impl Item<'_> {
 
     fn curve(&self) -> &ErrorCurve {
         self.curve.expect("invariant: an allocator gets the spectra that it asks for")
+    }
+
+    /// Weighted squared error of a pick.
+    fn error(&self, pick: Pick) -> f64 {
+        match pick {
+            Pick::Dense | Pick::Zeros => 0.0,
+            Pick::Rank(rank) => self.sensitivity * self.curve().squared_error(rank),
+            Pick::Offer(at) => self.sensitivity * self.offers[at].error,
+        }
     }
 }
 
@@ -139,7 +132,7 @@ pub struct Rules {
 impl Rules {
     /// A budget of `keep` of the parameters of all items: ⌊keep · Σ m n⌋.
     pub fn of_keep(items: &[Item<'_>], keep: f64) -> Self {
-        let total: u64 = items.iter().map(|item| item.cost(Choice::Dense)).sum();
+        let total: u64 = items.iter().map(Item::dense_cost).sum();
         // A hair above, so that 0.7 of 10 is 7 and not 6.
         let budget = (keep * total as f64 + 1e-6).floor() as u64;
         Self { budget, keep, floor: 0.0, multiple: 1, fill: false }
@@ -166,14 +159,14 @@ pub trait Allocator {
     fn spectra(&self) -> Spectra;
 
     /// The choices, one an item.
-    fn choices(&self, items: &[Item<'_>], rules: &Rules) -> Vec<Choice>;
+    fn choices(&self, items: &[Item<'_>], rules: &Rules) -> Vec<Pick>;
 }
 
 /// The choices of `ranks` under the budget. Where even the smallest ranks cost more, those. What is all zeros gets rank 0, and
 /// leaves its share of the budget to the others.
-pub fn allocate(ranks: Ranks, items: &[Item<'_>], rules: &Rules) -> Vec<Choice> {
+pub fn allocate(ranks: Ranks, items: &[Item<'_>], rules: &Rules) -> Vec<Pick> {
     if rules.keep >= 1.0 && ranks.is_budgeted() {
-        return vec![Choice::Dense; items.len()];
+        return vec![Pick::Dense; items.len()];
     }
     let others: Vec<Item<'_>> = items.iter().filter(|item| !item.is_zero).copied().collect();
     let mut found = ranks.allocator().choices(&others, rules);
@@ -182,27 +175,26 @@ pub fn allocate(ranks: Ranks, items: &[Item<'_>], rules: &Rules) -> Vec<Choice> 
     }
     let mut found = found.into_iter();
     let mut next = || found.next().expect("invariant: an allocator makes a choice an item");
-    items.iter().map(|item| if item.is_zero { Choice::Rank(0) } else { next() }).collect()
+    items.iter().map(|item| if item.is_zero { Pick::Zeros } else { next() }).collect()
 }
 
 /// Total cost of choices.
-pub fn cost(items: &[Item<'_>], choices: &[Choice]) -> u64 {
+pub fn cost(items: &[Item<'_>], choices: &[Pick]) -> u64 {
     items.iter().zip(choices).map(|(item, &choice)| item.cost(choice)).sum()
 }
 
 /// Spends what is left of the budget, a step of rank at a time, where it gains most for its cost.
-fn fill(items: &[Item<'_>], rules: &Rules, choices: &mut [Choice]) {
+fn fill(items: &[Item<'_>], rules: &Rules, choices: &mut [Pick]) {
     let mut left = rules.budget.saturating_sub(cost(items, choices));
     loop {
         let step = |(i, item): (usize, &Item<'_>)| {
-            let Choice::Rank(rank) = choices[i] else { return None };
-            let next = item.choice(rank + rules.multiple, rules);
+            let Pick::Rank(rank) = choices[i] else { return None };
+            let next = item.pick(rank + rules.multiple, rules);
             let extra = item.cost(next).checked_sub(item.cost(choices[i]))?;
-            let error = |choice: Choice| match (item.curve, choice) {
-                (_, Choice::Dense | Choice::Coded { .. }) => 0.0,
-                (Some(curve), Choice::Rank(r)) => item.sensitivity * curve.squared_error(r),
+            let error = |pick: Pick| match (item.curve, pick) {
                 // Without a spectrum, ranks grow evenly.
-                (None, Choice::Rank(r)) => 1.0 / (r + 1) as f64,
+                (None, Pick::Rank(r)) => 1.0 / (r + 1) as f64,
+                (_, pick) => item.error(pick),
             };
             let gain = (error(choices[i]) - error(next)) / extra.max(1) as f64;
             (extra <= left && next != choices[i]).then_some((gain, i, next, extra))
@@ -216,7 +208,7 @@ fn fill(items: &[Item<'_>], rules: &Rules, choices: &mut [Choice]) {
 }
 
 /// The choices `at(t)` of the largest t in [0, 1] that the budget pays for, where cost grows with t; else those of 0.
-fn largest_affordable(items: &[Item<'_>], rules: &Rules, at: impl Fn(f64) -> Vec<Choice>) -> Vec<Choice> {
+fn largest_affordable(items: &[Item<'_>], rules: &Rules, at: impl Fn(f64) -> Vec<Pick>) -> Vec<Pick> {
     let (mut low, mut high) = (0.0, 1.0);
     let mut best = at(low);
     for _ in 0..60 {
@@ -268,7 +260,7 @@ impl Ranks {
     }
 }
 
-/// The rank that stands for «all of them».
+/// All ranks.
 const FULL: usize = usize::MAX;
 
 impl fmt::Display for Ranks {
@@ -327,6 +319,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::operator::{Kind, Shape};
 
     const BUDGETED: [Ranks; 5] =
         [Ranks::Uniform, Ranks::Welore, Ranks::Energy(None), Ranks::EffectiveRank, Ranks::Knapsack];
@@ -342,48 +335,51 @@ mod tests {
         }
     }
 
+    /// Shape, curve and sensitivity of a linear.
+    type Linear = (Shape, ErrorCurve, f64);
+
     prop_compose! {
         fn linear()(m in 2usize..80, n in 2usize..80)
             (values in proptest::collection::vec(0.0f64..1e6, m.min(n)), m in Just(m), n in Just(n), s in 0.1f64..10.0)
-            -> (Shape, ErrorCurve, f64) {
+            -> Linear {
             let mut values = values;
             values.sort_by(|x, y| y.total_cmp(x));
             ((m, n), ErrorCurve::new(values), s)
         }
     }
 
-    /// Two bytes a parameter, with what a header or an order may add.
-    fn bytes(linears: &[(Shape, ErrorCurve, f64)], layout: Layout) -> Vec<(u64, Vec<u64>)> {
-        let of = |(shape, ..): &(Shape, ErrorCurve, f64)| {
-            let ranks = 0..=shape.0.min(shape.1);
-            let cost = |r: usize| 2 * layout.n_parameters(r, *shape) + 200;
-            (2 * (shape.0 * shape.1) as u64 + 90, ranks.map(cost).collect())
-        };
-        linears.iter().map(of).collect()
+    /// What the ranks of linears cost, in parameters and in bytes.
+    struct Costs {
+        parameters: Vec<Vec<u64>>,
+        bytes: Vec<(u64, Vec<u64>)>,
     }
 
-    fn items<'a>(
-        linears: &'a [(Shape, ErrorCurve, f64)],
-        layout: Layout,
-        bytes: Option<&'a [(u64, Vec<u64>)]>,
-    ) -> Vec<Item<'a>> {
-        let price = |i: usize| match bytes {
-            Some(bytes) => Price::Bytes { dense: bytes[i].0, ranks: &bytes[i].1 },
-            None => Price::Parameters,
-        };
-        linears
-            .iter()
-            .enumerate()
-            .map(|(i, (shape, curve, s))| Item {
-                shape: *shape,
-                layout,
+    impl Costs {
+        /// Two bytes a parameter, with what a header or an order may add.
+        fn of(linears: &[Linear], kind: Kind) -> Self {
+            let ranks = |shape: Shape| 0..=kind.fitting().largest_rank(shape);
+            let parameters = |(shape, ..): &Linear| ranks(*shape).map(|r| kind.n_parameters(r, *shape)).collect();
+            let bytes = |(shape, ..): &Linear| {
+                let cost = |r: usize| 2 * kind.n_parameters(r, *shape) + 200;
+                (2 * (shape.0 * shape.1) as u64 + 90, ranks(*shape).map(cost).collect())
+            };
+            Self { parameters: linears.iter().map(parameters).collect(), bytes: linears.iter().map(bytes).collect() }
+        }
+
+        fn items<'a>(&'a self, linears: &'a [Linear], kind: Kind, in_bytes: bool) -> Vec<Item<'a>> {
+            let item = |(i, (shape, curve, sensitivity)): (usize, &'a Linear)| Item {
+                n_weights: (shape.0 * shape.1) as u64,
+                parameters: &self.parameters[i],
+                saving_rank: kind.fitting().largest_saving_rank(*shape),
+                rank_weight: (shape.0 + shape.1) as f64,
+                bytes: in_bytes.then(|| (self.bytes[i].0, &self.bytes[i].1[..])),
                 curve: Some(curve),
-                sensitivity: *s,
-                price: price(i),
-                coded: &[],
+                sensitivity: *sensitivity,
+                offers: &[],
                 is_zero: false,
-            })
-            .collect()
+            };
+            linears.iter().enumerate().map(item).collect()
+        }
     }
 
     proptest! {
@@ -392,33 +388,33 @@ mod tests {
             linears in proptest::collection::vec(linear(), 1..12), keep in 0.05f64..1.2,
             multiple in 1usize..5, floor in 0.0f64..0.6, in_bytes: bool,
         ) {
-            for layout in [Layout::Factors, Layout::Pivot] {
-                let prices = bytes(&linears, layout);
-                let items = items(&linears, layout, in_bytes.then_some(&prices[..]));
+            for kind in Kind::layouts() {
+                let costs = Costs::of(&linears, kind);
+                let items = costs.items(&linears, kind, in_bytes);
                 for ranks in BUDGETED {
                     let rules = Rules { floor, multiple, fill: in_bytes, ..Rules::of_keep(&items, keep) };
-                    let choices = allocate(ranks, &items, &rules);
-                    prop_assert_eq!(choices.len(), items.len());
+                    let picks = allocate(ranks, &items, &rules);
+                    prop_assert_eq!(picks.len(), items.len());
                     // Every linear keeps its smallest rank, which very small budgets cannot pay for.
-                    let floor: u64 = items.iter().map(|i| i.cost(i.choice(i.smallest_rank(&rules), &rules))).sum();
-                    let spent = cost(&items, &choices);
+                    let floor: u64 = items.iter().map(|i| i.cost(i.pick(i.smallest_rank(&rules), &rules))).sum();
+                    let spent = cost(&items, &picks);
                     prop_assert!(spent <= rules.budget.max(floor), "{} spends {} of {}", ranks, spent, rules.budget);
-                    for (choice, item) in choices.iter().zip(&items) {
-                        if let Choice::Rank(r) = choice {
-                            prop_assert!(*r >= item.smallest_rank(&rules) && *r <= layout.largest_saving_rank(item.shape));
+                    for (pick, item) in picks.iter().zip(&items) {
+                        if let Pick::Rank(r) = pick {
+                            prop_assert!(*r >= item.smallest_rank(&rules) && *r <= item.saving_rank);
                             prop_assert_eq!(r % multiple, 0);
                         }
                         if keep >= 1.0 {
-                            prop_assert_eq!(*choice, Choice::Dense);
+                            prop_assert_eq!(*pick, Pick::Dense);
                         }
                     }
                     if rules.fill && spent <= rules.budget {
                         // No step of rank is left that the budget would pay for.
                         let left = rules.budget - spent;
-                        for (&choice, item) in choices.iter().zip(&items) {
-                            if let Choice::Rank(r) = choice {
-                                let next = item.choice(r + multiple, &rules);
-                                prop_assert!(item.cost(next) <= item.cost(choice) || item.cost(next) - item.cost(choice) > left);
+                        for (&pick, item) in picks.iter().zip(&items) {
+                            if let Pick::Rank(r) = pick {
+                                let next = item.pick(r + multiple, &rules);
+                                prop_assert!(item.cost(next) <= item.cost(pick) || item.cost(next) - item.cost(pick) > left);
                             }
                         }
                     }
@@ -428,21 +424,22 @@ mod tests {
 
         #[test]
         fn no_allocator_beats_the_knapsack(linears in proptest::collection::vec(linear(), 1..12), keep in 0.3f64..1.0) {
-            for layout in [Layout::Factors, Layout::Pivot] {
-                let items = items(&linears, layout, None);
+            for kind in Kind::layouts() {
+                let costs = Costs::of(&linears, kind);
+                let items = costs.items(&linears, kind, false);
                 let rules = Rules::of_keep(&items, keep);
-                let error = |ranks| -> f64 {
-                    let choices = allocate(ranks, &items, &rules);
-                    let error = |(item, choice): (&Item<'_>, &Choice)| {
-                        choice.rank().map_or(0.0, |r| item.sensitivity * item.curve().squared_error(r))
-                    };
-                    items.iter().zip(&choices).map(error).sum()
+                let spend = |ranks| {
+                    let picks = allocate(ranks, &items, &rules);
+                    let error: f64 = items.iter().zip(&picks).map(|(item, &pick)| item.error(pick)).sum();
+                    (cost(&items, &picks), error)
                 };
-                let affordable = cost(&items, &allocate(Ranks::Knapsack, &items, &rules)) <= rules.budget;
-                // The knapsack is optimal up to the one step that did not fit.
-                let step = items.iter().map(|i| i.sensitivity * i.curve().squared_error(0)).fold(0.0, f64::max);
+                let (spent, least) = spend(Ranks::Knapsack);
+                prop_assume!(spent <= rules.budget);
+                // It is optimal up to the one step of a hull that did not fit.
+                let step = knapsack::widest_step(&items, &rules);
                 for other in [Ranks::Uniform, Ranks::Welore, Ranks::Energy(None), Ranks::EffectiveRank] {
-                    prop_assert!(!affordable || error(Ranks::Knapsack) <= error(other) + step, "{}", other);
+                    let (cost, error) = spend(other);
+                    prop_assert!(cost > rules.budget || least <= error + step, "{}: {} {} {}", other, least, error, step);
                 }
             }
         }

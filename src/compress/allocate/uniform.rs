@@ -1,7 +1,7 @@
 //! The same share of parameters everywhere: the largest rank that costs no more than `keep` of the matrix,
 //! `⌊keep · m n / (m + n)⌋` for factors, what every published tool ships.
 
-use super::{Allocator, Choice, Item, Rules, Spectra, largest_affordable};
+use super::{Allocator, Item, Pick, Rules, Spectra, largest_affordable};
 
 pub(super) struct Uniform;
 
@@ -10,10 +10,9 @@ impl Allocator for Uniform {
         Spectra::None
     }
 
-    fn choices(&self, items: &[Item<'_>], rules: &Rules) -> Vec<Choice> {
-        let at = |keep: f64| -> Vec<Choice> {
-            items.iter().map(|item| item.choice(rank(item, keep).max(1), rules)).collect()
-        };
+    fn choices(&self, items: &[Item<'_>], rules: &Rules) -> Vec<Pick> {
+        let at =
+            |keep: f64| -> Vec<Pick> { items.iter().map(|item| item.pick(rank(item, keep).max(1), rules)).collect() };
         let choices = at(rules.keep);
         // A budget in bytes also pays for headers.
         if super::cost(items, &choices) <= rules.budget { choices } else { largest_affordable(items, rules, at) }
@@ -22,47 +21,45 @@ impl Allocator for Uniform {
 
 /// Largest rank with at most `keep` of the parameters of the matrix.
 pub(super) fn rank(item: &Item<'_>, keep: f64) -> usize {
-    let (m, n) = item.shape;
+    let largest = item.largest_rank();
     if keep >= 1.0 {
-        return m.min(n);
+        return largest;
     }
-    let budget = (keep * (m * n) as f64 + 1e-6).floor() as u64;
-    let (mut low, mut high) = (0, m.min(n));
-    while low < high {
-        let middle = (low + high).div_ceil(2);
-        if item.layout.n_parameters(middle, item.shape) <= budget { low = middle } else { high = middle - 1 }
-    }
-    low
+    let budget = (keep * item.n_weights as f64 + 1e-6).floor() as u64;
+    item.parameters.partition_point(|&parameters| parameters <= budget).saturating_sub(1).min(largest)
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::Price;
     use super::*;
-    use crate::model::Layout;
+    use crate::operator::Kind;
 
     #[test]
     fn ranks_follow_the_formula() {
         for (shape, keep, factors, pivot) in [
-            ((64, 64), 0.8, Choice::Rank(25), Choice::Rank(35)),
-            ((172, 64), 0.8, Choice::Rank(37), Choice::Rank(46)),
-            ((2048, 5632), 0.8, Choice::Rank(1201), Choice::Rank(1490)),
-            ((64, 64), 0.999, Choice::Rank(31), Choice::Rank(61)),
-            ((1000, 2), 0.5, Choice::Rank(1), Choice::Rank(1)),
+            ((64, 64), 0.8, Pick::Rank(25), Pick::Rank(35)),
+            ((172, 64), 0.8, Pick::Rank(37), Pick::Rank(46)),
+            ((2048, 5632), 0.8, Pick::Rank(1201), Pick::Rank(1490)),
+            ((64, 64), 0.999, Pick::Rank(31), Pick::Rank(61)),
+            ((1000, 2), 0.5, Pick::Rank(1), Pick::Rank(1)),
         ] {
-            for (layout, expected) in [(Layout::Factors, factors), (Layout::Pivot, pivot)] {
+            for (kind, expected) in [(Kind::FACTORS, factors), (Kind::default(), pivot)] {
+                let largest = kind.fitting().largest_rank(shape);
+                let parameters: Vec<u64> = (0..=largest).map(|rank| kind.n_parameters(rank, shape)).collect();
                 let item = Item {
-                    shape,
-                    layout,
+                    n_weights: (shape.0 * shape.1) as u64,
+                    parameters: &parameters,
+                    saving_rank: kind.fitting().largest_saving_rank(shape),
+                    rank_weight: (shape.0 + shape.1) as f64,
+                    bytes: None,
                     curve: None,
                     sensitivity: 1.0,
-                    price: Price::Parameters,
-                    coded: &[],
+                    offers: &[],
                     is_zero: false,
                 };
-                let choices =
+                let picks =
                     super::super::allocate(super::super::Ranks::Uniform, &[item], &Rules::of_keep(&[item], keep));
-                assert_eq!(choices, [expected], "{shape:?} at {keep} {layout:?}");
+                assert_eq!(picks, [expected], "{shape:?} at {keep} {kind:?}");
             }
         }
     }

@@ -1,12 +1,12 @@
 //! WeLore's rank selection (Jaiswal et al. 2024, «From GaLore to WeLore», section 3): one threshold k for all linears on
-//! their normalised singular values `(s − s_min) / (s_max − s_min)`; a linear keeps those at or above k.
+//! their normalized singular values `(s − s_min) / (s_max − s_min)`; a linear keeps those at or above k.
 //!
 //! The paper fixes k by hand for each model and counts ranks. Here k is the smallest threshold under which the
 //! **parameter** budget holds, and a linear is factored only where that saves parameters. Linears that end factored are
 //! the paper's LRCs (low-rank components), those left dense its N-LRCs. As in the paper the singular values are those of
 //! the plain weight, whatever the metric of the truncation: no text decides the ranks.
 
-use super::{Allocator, Choice, ErrorCurve, Item, Rules, Spectra, cost};
+use super::{Allocator, ErrorCurve, Item, Pick, Rules, Spectra, cost};
 
 pub(super) struct Welore;
 
@@ -15,14 +15,14 @@ impl Allocator for Welore {
         Spectra::Plain
     }
 
-    fn choices(&self, items: &[Item<'_>], rules: &Rules) -> Vec<Choice> {
-        let normalised: Vec<Vec<f64>> = items.iter().map(|item| normalise(item.curve())).collect();
-        let at = |k: f64| -> Vec<Choice> {
+    fn choices(&self, items: &[Item<'_>], rules: &Rules) -> Vec<Pick> {
+        let normalized: Vec<Vec<f64>> = items.iter().map(|item| normalize(item.curve())).collect();
+        let at = |k: f64| -> Vec<Pick> {
             let rank = |values: &Vec<f64>| values.partition_point(|&s| s >= k).max(1);
-            normalised.iter().zip(items).map(|(values, item)| item.choice(rank(values), rules)).collect()
+            normalized.iter().zip(items).map(|(values, item)| item.pick(rank(values), rules)).collect()
         };
         // Ranks change only where k passes a singular value: bisect over those.
-        let mut thresholds: Vec<f64> = normalised.concat();
+        let mut thresholds: Vec<f64> = normalized.concat();
         thresholds.sort_by(f64::total_cmp);
         thresholds.dedup();
         let first = thresholds.partition_point(|&k| cost(items, &at(k)) > rules.budget);
@@ -31,7 +31,7 @@ impl Allocator for Welore {
 }
 
 /// Singular values mapped to [0, 1], descending; all 1 where they are equal.
-fn normalise(curve: &ErrorCurve) -> Vec<f64> {
+fn normalize(curve: &ErrorCurve) -> Vec<f64> {
     let values: Vec<f64> = curve.singular_values().collect();
     let (max, min) = (values.first().copied().unwrap_or(0.0), values.last().copied().unwrap_or(0.0));
     let span = max - min;
@@ -40,39 +40,55 @@ fn normalise(curve: &ErrorCurve) -> Vec<f64> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Price;
     use super::*;
-    use crate::model::Layout;
 
-    fn items(linears: &[((usize, usize), ErrorCurve)]) -> Vec<Item<'_>> {
-        let item = |(shape, curve)| Item {
-            shape,
-            layout: Layout::Factors,
-            curve: Some(curve),
-            sensitivity: 1.0,
-            price: Price::Parameters,
-            coded: &[],
-            is_zero: false,
-        };
-        linears.iter().map(|(shape, curve)| item((*shape, curve))).collect()
+    struct Linear {
+        curve: ErrorCurve,
+        parameters: Vec<u64>,
+        shape: (usize, usize),
+    }
+
+    impl Linear {
+        fn new(shape: (usize, usize), curve: ErrorCurve) -> Self {
+            let cost = |rank: usize| (rank * (shape.0 + shape.1)) as u64;
+            Self { curve, parameters: (0..=shape.0.min(shape.1)).map(cost).collect(), shape }
+        }
+    }
+
+    fn items(linears: &[Linear]) -> Vec<Item<'_>> {
+        fn item(Linear { curve, parameters, shape: (m, n) }: &Linear) -> Item<'_> {
+            Item {
+                n_weights: (m * n) as u64,
+                parameters,
+                saving_rank: (m * n - 1) / (m + n),
+                rank_weight: (m + n) as f64,
+                bytes: None,
+                curve: Some(curve),
+                sensitivity: 1.0,
+                offers: &[],
+                is_zero: false,
+            }
+        }
+        linears.iter().map(item).collect()
     }
 
     #[test]
     fn steep_spectra_give_their_ranks_to_flat_ones() {
         let steep = ErrorCurve::new((0..40).map(|i| 0.5f64.powi(i)).collect());
         let flat = ErrorCurve::new((0..40).map(|i| 1.0 - 0.01 * f64::from(i)).collect());
-        let linears = [((40, 40), steep), ((40, 40), flat)];
+        let linears = [Linear::new((40, 40), steep), Linear::new((40, 40), flat)];
         let items = items(&linears);
         let choices = Welore.choices(&items, &Rules::of_keep(&items, 0.7));
-        let Choice::Rank(rank) = choices[0] else { panic!("the steep one is factored") };
+        let Pick::Rank(rank) = choices[0] else { panic!("the steep one is factored") };
         assert!(rank < 10, "{rank}");
-        assert_eq!(choices[1], Choice::Dense);
+        assert_eq!(choices[1], Pick::Dense);
     }
 
     #[test]
     fn a_looser_budget_never_takes_a_rank_away() {
         let curve = |decay: f64| ErrorCurve::new((0..30).map(|i| decay.powi(i)).collect());
-        let linears = [((30, 60), curve(0.9)), ((60, 30), curve(0.8)), ((30, 30), curve(0.95))];
+        let linears =
+            [((30, 60), 0.9), ((60, 30), 0.8), ((30, 30), 0.95)].map(|(shape, decay)| Linear::new(shape, curve(decay)));
         let items = items(&linears);
         let mut last = vec![0; 3];
         for keep in [0.1, 0.3, 0.5, 0.7, 0.9, 1.0] {

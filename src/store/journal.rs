@@ -1,4 +1,4 @@
-//! Finished pieces of a long run, kept on disk, so that a run that was killed goes on from the last of them.
+//! Finished pieces of a long run, kept on disk, so that a run that was killed resumes after the last of them.
 //!
 //! One file a piece: a few values as JSON, and arrays. A piece appears whole or not at all (it is written under another name
 //! and renamed), and a checksum tells one that a power cut tore. The same job makes the same pieces, so that one may be
@@ -12,6 +12,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
+use super::values::Values;
 use crate::checkpoint::create_file;
 
 /// Where pieces are kept; the default keeps none.
@@ -23,58 +24,59 @@ pub struct Journal {
 /// An array, and its place in the journal if there is one.
 #[derive(Debug, Clone)]
 pub struct Array {
-    pub values: Vec<f32>,
+    pub values: Values,
     pub place: Option<Place>,
 }
 
-/// A place in a file of a journal, which is not changed as long as the journal is in use.
+/// A place in a file of a journal, which does not change as long as the piece is kept.
 #[derive(Debug, Clone)]
 pub struct Place {
     path: Arc<PathBuf>,
     offset: u64,
     len: usize,
+    type_name: &'static str,
 }
 
 /// A finished piece.
 #[derive(Debug)]
 pub struct Piece {
     pub fields: Value,
-    pub arrays: Vec<Array>,
+    arrays: std::vec::IntoIter<Array>,
 }
 
-impl Array {
-    /// `f64`s as the bit patterns of floats, with which nothing is computed.
-    pub fn bits(values: &[f64]) -> Vec<f32> {
-        values.iter().flat_map(|v| [v.to_bits() as u32, (v.to_bits() >> 32) as u32].map(f32::from_bits)).collect()
+impl Piece {
+    /// The next array.
+    ///
+    /// # Errors
+    /// There is none left.
+    pub fn next(&mut self) -> Result<Array> {
+        self.arrays.next().context("a piece has too few arrays")
     }
 
-    /// What [`Self::bits`] was made of.
-    pub fn f64s(&self) -> Vec<f64> {
-        let word = |v: f32| u64::from(v.to_bits());
-        self.values
-            .as_chunks::<2>()
-            .0
-            .iter()
-            .map(|&[low, high]| f64::from_bits(word(low) | (word(high) << 32)))
-            .collect()
+    /// The arrays that are left.
+    pub fn rest(self) -> Vec<Array> {
+        self.arrays.collect()
+    }
+}
+
+impl<V: Into<Values>> From<V> for Array {
+    /// An array that no journal has.
+    fn from(values: V) -> Self {
+        Self { values: values.into(), place: None }
     }
 }
 
 impl Place {
     /// # Errors
-    /// The file is gone, or the disk refuses.
-    pub fn read(&self) -> Result<Vec<f32>> {
+    /// The file is gone or cannot be read.
+    pub fn read(&self) -> Result<Values> {
         let context = || format!("read `{}`", self.path.display());
         let mut file = File::open(&*self.path).with_context(context)?;
         file.seek(SeekFrom::Start(self.offset)).with_context(context)?;
-        let mut bytes = vec![0; 4 * self.len];
+        let mut bytes = vec![0; self.len];
         file.read_exact(&mut bytes).with_context(context)?;
-        Ok(floats(&bytes))
+        Values::decode(self.type_name, &bytes).context("invariant: what was written is decoded")
     }
-}
-
-fn floats(bytes: &[u8]) -> Vec<f32> {
-    bytes.as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b)).collect()
 }
 
 /// Length of a header and checksum of what follows, in front of the header.
@@ -98,8 +100,8 @@ impl Journal {
     /// The piece `key`, if an earlier run finished it, or else that of `make`, which is kept.
     ///
     /// # Errors
-    /// That of `make`, or the disk refuses.
-    pub fn piece(&self, key: &str, make: impl FnOnce() -> Result<(Value, Vec<Vec<f32>>)>) -> Result<Piece> {
+    /// That of `make`, or the piece cannot be written.
+    pub fn piece(&self, key: &str, make: impl FnOnce() -> Result<(Value, Vec<Values>)>) -> Result<Piece> {
         match self.get(key)? {
             Some(piece) => Ok(piece),
             None => {
@@ -115,13 +117,13 @@ impl Journal {
     }
 
     /// # Errors
-    /// The disk refuses.
+    /// The piece cannot be read.
     pub fn get(&self, key: &str) -> Result<Option<Piece>> {
         let Some(path) = self.path(key).filter(|path| path.is_file()) else { return Ok(None) };
         let bytes = fs::read(&path).with_context(|| format!("read `{}`", path.display()))?;
         let piece = parse(&bytes, &path);
         if piece.is_none() {
-            tracing::warn!("`{}` is torn: it is made again", path.display());
+            tracing::warn!("`{}` is torn and is made again", path.display());
         }
         Ok(piece)
     }
@@ -129,54 +131,55 @@ impl Journal {
     /// Keeps a piece.
     ///
     /// # Errors
-    /// The disk refuses.
-    pub fn put(&self, key: &str, fields: Value, arrays: Vec<Vec<f32>>) -> Result<Piece> {
+    /// The disk is full or cannot be written.
+    pub fn put(&self, key: &str, fields: Value, arrays: Vec<Values>) -> Result<Piece> {
         let Some(path) = self.path(key) else {
-            let arrays = arrays.into_iter().map(|values| Array { values, place: None }).collect();
-            return Ok(Piece { fields, arrays });
+            let arrays: Vec<Array> = arrays.into_iter().map(Array::from).collect();
+            return Ok(Piece { fields, arrays: arrays.into_iter() });
         };
-        let lengths: Vec<usize> = arrays.iter().map(Vec::len).collect();
-        let header = json!({"fields": fields, "lengths": lengths}).to_string();
-        let partial = path.with_extension("partial");
-        let write = || -> std::io::Result<()> {
-            let mut file = BufWriter::with_capacity(1 << 20, create_file(&partial)?);
-            let mut checksum = crc32fast::Hasher::new();
-            file.write_all(&[0; PREFIX])?;
-            let mut both = |file: &mut BufWriter<File>, bytes: &[u8]| {
-                checksum.update(bytes);
-                file.write_all(bytes)
-            };
-            both(&mut file, header.as_bytes())?;
-            for values in &arrays {
-                for chunk in values.chunks(1 << 16) {
-                    let bytes: Vec<u8> = chunk.iter().flat_map(|v| v.to_le_bytes()).collect();
-                    both(&mut file, &bytes)?;
-                }
-            }
-            file.seek(SeekFrom::Start(0))?;
-            file.write_all(&(header.len() as u64).to_le_bytes())?;
-            file.write_all(&checksum.finalize().to_le_bytes())?;
-            file.into_inner()?;
-            fs::rename(&partial, &path)
-        };
-        write().with_context(|| format!("write `{}`", path.display()))?;
+        let stored: Vec<(&str, usize)> = arrays.iter().map(|values| (values.type_name(), values.n_bytes())).collect();
+        let header = json!({"fields": fields, "arrays": stored}).to_string();
+        write(&path, &header, &arrays).with_context(|| format!("write `{}`", path.display()))?;
         let shared = Arc::new(path);
         let mut offset = (PREFIX + header.len()) as u64;
-        let place = |values: Vec<f32>| {
-            let place = Place { path: Arc::clone(&shared), offset, len: values.len() };
-            offset += 4 * values.len() as u64;
+        let place = |values: Values| {
+            let len = values.n_bytes();
+            let place = Place { path: Arc::clone(&shared), offset, len, type_name: values.type_name() };
+            offset += len as u64;
             Array { values, place: Some(place) }
         };
-        Ok(Piece { fields, arrays: arrays.into_iter().map(place).collect() })
+        let arrays: Vec<Array> = arrays.into_iter().map(place).collect();
+        Ok(Piece { fields, arrays: arrays.into_iter() })
     }
 
-    /// Throws a piece away that no later one is made of.
+    /// Throws a piece away that nothing later is made of.
     pub fn remove(&self, key: &str) {
         if let Some(path) = self.path(key) {
             // What cannot be removed now goes with the folder.
             let _ = fs::remove_file(path);
         }
     }
+}
+
+/// Writes a piece under another name, and renames it.
+fn write(path: &Path, header: &str, arrays: &[Values]) -> std::io::Result<()> {
+    let partial = path.with_extension("partial");
+    let mut file = BufWriter::with_capacity(1 << 20, create_file(&partial)?);
+    let mut checksum = crc32fast::Hasher::new();
+    file.write_all(&[0; PREFIX])?;
+    checksum.update(header.as_bytes());
+    file.write_all(header.as_bytes())?;
+    for values in arrays {
+        values.for_each_run(|run| {
+            checksum.update(run);
+            file.write_all(run)
+        })?;
+    }
+    file.seek(SeekFrom::Start(0))?;
+    file.write_all(&(header.len() as u64).to_le_bytes())?;
+    file.write_all(&checksum.finalize().to_le_bytes())?;
+    file.into_inner()?;
+    fs::rename(&partial, path)
 }
 
 /// A piece from its file; none where it is torn.
@@ -189,17 +192,19 @@ fn parse(bytes: &[u8], path: &Path) -> Option<Piece> {
     let n_header = usize::try_from(u64::from_le_bytes(length.try_into().ok()?)).ok()?;
     let (header, mut values) = rest.split_at_checked(n_header)?;
     let mut header: Value = serde_json::from_slice(header).ok()?;
-    let lengths: Vec<usize> = serde_json::from_value(header.get_mut("lengths")?.take()).ok()?;
+    let stored: Vec<(String, usize)> = serde_json::from_value(header.get_mut("arrays")?.take()).ok()?;
     let path = Arc::new(path.to_path_buf());
     let mut arrays = Vec::new();
     let mut offset = (PREFIX + n_header) as u64;
-    for len in lengths {
-        let (own, others) = values.split_at_checked(len.checked_mul(4)?)?;
+    for (type_name, len) in stored {
+        let (own, others) = values.split_at_checked(len)?;
         values = others;
-        arrays.push(Array { values: floats(own), place: Some(Place { path: Arc::clone(&path), offset, len }) });
-        offset += 4 * len as u64;
+        let own = Values::decode(&type_name, own)?;
+        let place = Place { path: Arc::clone(&path), offset, len, type_name: own.type_name() };
+        arrays.push(Array { values: own, place: Some(place) });
+        offset += len as u64;
     }
-    Some(Piece { fields: header.get_mut("fields")?.take(), arrays })
+    Some(Piece { fields: header.get_mut("fields")?.take(), arrays: arrays.into_iter() })
 }
 
 #[cfg(test)]
@@ -210,17 +215,18 @@ mod tests {
     fn pieces_come_back_and_torn_ones_are_made_again() {
         let folder = tempfile::tempdir().unwrap();
         let journal = Journal::new(folder.path().into());
-        let exact = [f64::MIN_POSITIVE, -0.1, f64::from_bits(0x7ff0_0000_0000_0001), 1e300];
-        let make = || Ok((json!({"n": 3}), vec![vec![1.5, -0.0], Vec::new(), Array::bits(&exact)]));
+        let exact = vec![f64::MIN_POSITIVE, -0.1, 1e300];
+        let make =
+            || Ok((json!({"n": 3}), vec![vec![1.5f32, -0.0].into(), Vec::<u8>::new().into(), exact.clone().into()]));
         let made = journal.piece("a", make).unwrap();
-        let unmade = || -> Result<(Value, Vec<Vec<f32>>)> { panic!("it is there") };
+        let unmade = || -> Result<(Value, Vec<Values>)> { panic!("it is there") };
         let found = Journal::new(folder.path().into()).piece("a", unmade).unwrap();
-        assert_eq!((&found.fields, found.arrays.len()), (&json!({"n": 3}), 3));
-        assert_eq!(found.arrays[2].f64s().iter().map(|v| v.to_bits()).collect::<Vec<_>>(), exact.map(f64::to_bits));
-        for (made, found) in made.arrays.iter().zip(&found.arrays) {
-            let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
-            assert_eq!(bits(&made.values), bits(&found.values));
-            assert_eq!(bits(&found.place.as_ref().unwrap().read().unwrap()), bits(&found.values));
+        assert_eq!(found.fields, json!({"n": 3}));
+        let (made, found) = (made.rest(), found.rest());
+        assert_eq!((found.len(), found[2].values.clone().f64s().unwrap()), (3, exact.clone()));
+        for (made, found) in made.iter().zip(&found) {
+            assert_eq!(made.values, found.values);
+            assert_eq!(found.place.as_ref().unwrap().read().unwrap(), found.values);
         }
         let path = folder.path().join("a");
         let whole = fs::read(&path).unwrap();
@@ -231,6 +237,7 @@ mod tests {
         journal.piece("a", make).unwrap();
         assert_eq!(fs::read(&path).unwrap(), whole);
         journal.remove("a");
-        assert!(!journal.has("a") && Journal::default().piece("a", make).unwrap().arrays[0].place.is_none());
+        assert!(!journal.has("a") && Journal::default().piece("a", make).unwrap().rest()[0].place.is_none());
+        assert!(journal.put("b", Value::Null, Vec::new()).unwrap().next().is_err());
     }
 }

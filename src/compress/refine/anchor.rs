@@ -17,76 +17,129 @@ use faer::Mat;
 use rayon::prelude::*;
 use serde_json::{Value, json};
 
-use super::allocate::Choice;
-use super::low_rank::{self, ErrorCurve, LowRank};
-use super::metric::{Metric, MetricPair, PlainSides, mean_diagonal, shifted};
-use super::study::Study;
-use crate::journal::{Array, Piece};
+use super::Refine;
+use crate::approx::low_rank::ErrorCurve;
+use crate::approx::metric::{Metric, MetricPair, PlainSides, mean_diagonal, shifted};
+use crate::compress::plan::Choice;
+use crate::compress::solution::Solution;
 use crate::linalg;
 use crate::model::inventory::{self, LinearInfo};
 use crate::model::{Block, Decoder, Hidden, InputSite, Walk};
-use crate::progress::{Progress, Silent};
+use crate::operator::Fit;
+use crate::progress::Silent;
+use crate::session::Session;
+use crate::store::{Piece, Values};
 
 /// Share of its mean eigenvalue that `C_x̂x̂` is damped with before it is inverted.
 const DAMPING: f64 = 1e-2;
 
-/// Replaces the pairs of a study by anchored ones, of the same ranks.
-///
-/// # Errors
-/// The model cannot be run, an eigenproblem fails, or the work folder refuses.
-pub(super) fn anchor(study: &mut Study<'_>, choices: &[Choice], mu: f64, progress: &dyn Progress) -> Result<()> {
-    study.layouts.clear();
-    let decoder = Decoder::open(study.checkpoint)?;
-    let text = study.inputs.windows.as_ref().context("invariant: a sequential recipe has a text")?;
-    let (windows, text) = (text.windows.clone(), text.text.clone());
-    let mut walk = Walk::new(&decoder, &windows, &study.limits.one_window())?.of_text(&text);
-    let mut original = walk.embed(&decoder)?;
-    let mut shifted = walk.copy(&original)?;
-    let stage = progress.stage("anchor", (walk.n_tokens() * decoder.n_blocks()) as u64, "tokens");
-    let n_done = go_on(study, &mut walk, (&mut original, &mut shifted))?;
-    stage.advance((walk.n_tokens() * n_done) as u64);
-    for block_idx in n_done..decoder.n_blocks() {
-        stage.note(&format!("block {block_idx}"));
-        let compressed = study.compressed_in(block_idx, choices);
-        let dense = decoder.block(block_idx)?;
-        let mut done: Vec<(usize, Choice)> = Vec::new();
-        let mut made: BTreeMap<usize, (ErrorCurve, LowRank, PlainSides)> = BTreeMap::new();
-        let places = places(study, &compressed)?;
-        for group in groups(&places, study.limits.activation_bytes) {
+/// Refits every linear of low rank, of the same rank, to what the compressed linears before it give.
+pub(super) struct Anchor {
+    /// μ.
+    pub mu: f64,
+}
+
+/// A linear as it was refitted: its place in the plan, its fit, and where its metric was plain for want of inputs.
+type Made = (usize, Fit, PlainSides);
+
+impl Refine for Anchor {
+    fn refine(&self, solution: &mut Solution<'_>) -> Result<()> {
+        let session = solution.study.session;
+        let decoder = Decoder::open(session.checkpoint)?;
+        let text = solution.study.inputs.windows.as_ref().context("invariant: a sequential recipe has a text")?;
+        let mut walk = Walk::new(&decoder, &text.windows, &session.limits.one_window())?.of_text(&text.text);
+        let mut original = walk.embed(&decoder)?;
+        let mut shifted = walk.copy(&original)?;
+        let stage = session.progress.stage("anchor", (walk.n_tokens() * decoder.n_blocks()) as u64, "tokens");
+        let n_done = resume(solution, &mut walk, (&mut original, &mut shifted))?;
+        stage.advance((walk.n_tokens() * n_done) as u64);
+        for block_idx in n_done..decoder.n_blocks() {
+            stage.note(&format!("block {block_idx}"));
+            let dense = decoder.block(block_idx)?;
+            let streams = Streams { decoder: &decoder, original: (&dense, &original), shifted: &shifted };
+            let made = self.refit_block(solution, &mut walk, &streams, block_idx)?;
+            let done = solution.compressed_in(block_idx);
+            let overlay = solution.overlay(&done)?;
+            let block = decoder.with_weights(&overlay).block(block_idx)?;
+            walk.advance(&mut original, &decoder, &dense, &mut |_, _| Ok(()), &Silent)?;
+            walk.advance(&mut shifted, &decoder, &block, &mut |_, _| Ok(()), stage.as_ref())?;
+            drop(overlay);
+            keep(session, solution, &mut walk, block_idx, [&original, &shifted], made)?;
+        }
+        if let Some(last) = decoder.n_blocks().checked_sub(1) {
+            session.journal.remove(&states_key(last));
+        }
+        Ok(())
+    }
+}
+
+/// Both streams in front of a block.
+struct Streams<'b> {
+    decoder: &'b Decoder<'b>,
+    original: (&'b Block, &'b Hidden),
+    shifted: &'b Hidden,
+}
+
+impl Anchor {
+    /// Refits the linears of a block, in the order of the forward pass.
+    fn refit_block(
+        &self,
+        solution: &mut Solution<'_>,
+        walk: &mut Walk<'_>,
+        streams: &Streams<'_>,
+        block_idx: usize,
+    ) -> Result<Vec<Made>> {
+        let mut done: Vec<usize> = Vec::new();
+        let mut made: Vec<Made> = Vec::new();
+        let places = places(solution, &solution.compressed_in(block_idx))?;
+        for group in groups(&places, solution.study.session.limits.activation_bytes) {
             let moments = {
-                let overlay = study.overlay(&done)?;
-                let so_far = decoder.with_weights(&overlay).block(block_idx)?;
-                Moments::observe(&mut walk, &decoder, (&dense, &original), (&so_far, &shifted), group)?
+                let overlay = solution.overlay(&done)?;
+                let so_far = streams.decoder.with_weights(&overlay).block(block_idx)?;
+                Moments::observe(walk, streams.decoder, streams.original, (&so_far, streams.shifted), group)?
             };
             for (place, moments) in group.iter().zip(moments) {
                 // An expert that sees too little stays as it is.
                 let is_enough = place.site.expert().is_none() || moments.n_seen >= place.n;
-                let pairs = if is_enough { moments.approximate(study, &place.anchored, mu)? } else { Vec::new() };
-                for (&(i, _), (curve, pair, plain)) in place.anchored.iter().zip(pairs) {
-                    let array = |values: &[f32]| Array { values: values.to_vec(), place: None };
-                    study.bases.replace(i, curve.clone(), (pair.rank, plain), (array(&pair.b), array(&pair.a)))?;
-                    made.insert(i, (curve, pair, plain));
+                let fits =
+                    if is_enough { moments.approximate(solution, &place.anchored, self.mu)? } else { Vec::new() };
+                for (&i, (fit, plain)) in place.anchored.iter().zip(fits) {
+                    let Fit { curve, pair } = &fit;
+                    let parts = [pair.b.clone().into(), pair.a.clone().into()];
+                    solution.refit(i, curve.clone(), plain, pair.rank, parts)?;
+                    made.push((i, fit, plain));
                 }
-                study.settle(&place.readers, &Silent)?;
+                solution.settle(&place.readers, &Silent)?;
                 done.extend(&place.readers);
             }
         }
-        let overlay = study.overlay(&done)?;
-        let block = decoder.with_weights(&overlay).block(block_idx)?;
-        walk.advance(&mut original, &decoder, &dense, &mut |_, _| Ok(()), &Silent)?;
-        walk.advance(&mut shifted, &decoder, &block, &mut |_, _| Ok(()), stage.as_ref())?;
-        drop(overlay);
-        if study.journal.keeps() {
-            let batches = [walk.arrays(&original)?, walk.arrays(&shifted)?].concat();
-            study.journal.put(&states_key(block_idx), Value::Null, batches)?;
-            let arrays = made.values().flat_map(|(c, p, _)| [Array::bits(c.energies()), p.b.clone(), p.a.clone()]);
-            let ranks: Vec<(usize, (usize, PlainSides))> =
-                made.iter().map(|(&i, (_, pair, plain))| (i, (pair.rank, *plain))).collect();
-            let piece = study.journal.put(&pairs_key(block_idx), json!(ranks), arrays.collect())?;
-            take(study, piece)?;
-            block_idx.checked_sub(1).into_iter().for_each(|before| study.journal.remove(&states_key(before)));
-        }
+        made.sort_by_key(|(i, ..)| *i);
+        Ok(made)
     }
+}
+
+/// Keeps the fits of a block, and the states of both streams behind it.
+fn keep(
+    session: &Session<'_>,
+    solution: &mut Solution<'_>,
+    walk: &mut Walk<'_>,
+    block_idx: usize,
+    [original, shifted]: [&Hidden; 2],
+    made: Vec<Made>,
+) -> Result<()> {
+    if !session.journal.keeps() {
+        return Ok(());
+    }
+    let batches = [walk.arrays(original)?, walk.arrays(shifted)?].concat();
+    session.journal.put(&states_key(block_idx), Value::Null, batches)?;
+    let ranks: Vec<(usize, (usize, PlainSides))> =
+        made.iter().map(|(i, fit, plain)| (*i, (fit.pair.rank, *plain))).collect();
+    let arrays = made.into_iter().flat_map(|(_, Fit { curve, pair }, _)| {
+        [Values::from(curve.energies().to_vec()), pair.b.into(), pair.a.into()]
+    });
+    let piece = session.journal.put(&fits_key(block_idx), json!(ranks), arrays.collect())?;
+    take(solution, piece)?;
+    block_idx.checked_sub(1).into_iter().for_each(|before| session.journal.remove(&states_key(before)));
     Ok(())
 }
 
@@ -95,15 +148,16 @@ struct Place {
     site: InputSite,
     /// Features of the input.
     n: usize,
-    readers: Vec<(usize, Choice)>,
+    readers: Vec<usize>,
     /// Of these, those that are anchored: all but weights of zeros, and experts that calibration had too few tokens for.
-    anchored: Vec<(usize, Choice)>,
+    anchored: Vec<usize>,
 }
 
 /// The places of input of a block, in the order of the forward pass.
-fn places(study: &Study<'_>, compressed: &[(usize, Choice)]) -> Result<Vec<Place>> {
+fn places(solution: &Solution<'_>, compressed: &[usize]) -> Result<Vec<Place>> {
+    let study = solution.study;
     let mut places: BTreeMap<(u8, InputSite), Place> = BTreeMap::new();
-    for &(i, choice) in compressed {
+    for &i in compressed {
         let linear = &study.plan.linears[i];
         let Some(id) = linear.id else { continue };
         let site = id.slot.site();
@@ -116,9 +170,9 @@ fn places(study: &Study<'_>, compressed: &[(usize, Choice)]) -> Result<Vec<Place
         };
         let place = Place { site, n: linear.in_features, readers: Vec::new(), anchored: Vec::new() };
         let place = places.entry((stage, site)).or_insert(place);
-        place.readers.push((i, choice));
-        if choice != Choice::Rank(0) && study.metrics().too_few_tokens(linear)?.is_none() {
-            place.anchored.push((i, choice));
+        place.readers.push(i);
+        if solution.choices[i] != Choice::Zeros && study.metrics().too_few_tokens(linear)?.is_none() {
+            place.anchored.push(i);
         }
     }
     Ok(places.into_values().collect())
@@ -133,8 +187,8 @@ fn groups(places: &[Place], bytes: usize) -> impl Iterator<Item = &[Place]> {
     places.chunk_by(is_alike).flat_map(move |run| run.chunks(at_once(run)))
 }
 
-/// Under which the journal has the pairs of a block, and the states of both streams behind it.
-fn pairs_key(block_idx: usize) -> String {
+/// Under which the journal has the fits of a block, and the states of both streams behind it.
+fn fits_key(block_idx: usize) -> String {
     format!("anchor-{block_idx}")
 }
 
@@ -143,18 +197,23 @@ fn states_key(block_idx: usize) -> String {
 }
 
 /// Takes the blocks that an earlier run anchored, and the states behind the last of them; gives their number.
-fn go_on(study: &mut Study<'_>, walk: &mut Walk<'_>, (original, shifted): (&mut Hidden, &mut Hidden)) -> Result<usize> {
+fn resume(
+    solution: &mut Solution<'_>,
+    walk: &mut Walk<'_>,
+    (original, shifted): (&mut Hidden, &mut Hidden),
+) -> Result<usize> {
+    let journal = &solution.study.session.journal;
     let mut done = Vec::new();
-    while let Some(pairs) = study.journal.get(&pairs_key(done.len()))? {
-        done.push(pairs);
+    while let Some(fits) = journal.get(&fits_key(done.len()))? {
+        done.push(fits);
     }
-    let states = done.len().checked_sub(1).map(|last| study.journal.get(&states_key(last))).transpose()?.flatten();
+    let states = done.len().checked_sub(1).map(|last| journal.get(&states_key(last))).transpose()?.flatten();
     let Some(states) = states else { return Ok(0) };
     let n_done = done.len();
-    for pairs in done {
-        take(study, pairs)?;
+    for fits in done {
+        take(solution, fits)?;
     }
-    let mut first = states.arrays;
+    let mut first = states.rest();
     let second = first.split_off(walk.n_batches());
     for (hidden, batches) in [(original, first), (shifted, second)] {
         let before = std::mem::replace(hidden, walk.restore(batches)?);
@@ -163,14 +222,13 @@ fn go_on(study: &mut Study<'_>, walk: &mut Walk<'_>, (original, shifted): (&mut 
     Ok(n_done)
 }
 
-/// The pairs of a block's anchored linears.
-fn take(study: &mut Study<'_>, piece: Piece) -> Result<()> {
-    let ranks: Vec<(usize, (usize, PlainSides))> = serde_json::from_value(piece.fields)?;
-    let mut arrays = piece.arrays.into_iter();
-    for (i, rank) in ranks {
-        let mut next = || arrays.next().context("a piece has too few arrays");
-        let (curve, b, a) = (next()?, next()?, next()?);
-        study.bases.replace(i, ErrorCurve::new(curve.f64s()), rank, (b, a))?;
+/// The fits of a block's anchored linears.
+fn take(solution: &mut Solution<'_>, mut piece: Piece) -> Result<()> {
+    let ranks: Vec<(usize, (usize, PlainSides))> = serde_json::from_value(piece.fields.take())?;
+    for (i, (rank, plain)) in ranks {
+        let curve = ErrorCurve::new(piece.next()?.values.f64s()?);
+        let parts = [piece.next()?, piece.next()?];
+        solution.refit(i, curve, plain, rank, parts)?;
     }
     Ok(())
 }
@@ -246,36 +304,31 @@ impl Moments {
         Ok(())
     }
 
-    /// The pairs of the linears `here` (with their ranks), each with its error curve, and where its metric was plain for want of
-    /// inputs.
-    fn approximate(
-        &self,
-        study: &Study<'_>,
-        here: &[(usize, Choice)],
-        mu: f64,
-    ) -> Result<Vec<(ErrorCurve, LowRank, PlainSides)>> {
+    /// The fits of the linears `here`, and where their metrics were plain for want of inputs.
+    fn approximate(&self, solution: &Solution<'_>, here: &[usize], mu: f64) -> Result<Vec<(Fit, PlainSides)>> {
         let invertible = shifted(self.shifted.clone(), DAMPING * mean_diagonal(&self.shifted));
-        let input = Metric::damped(self.shifted.clone(), study.recipe.damping_input);
-        here.par_iter()
-            .map(|&(i, choice)| {
-                let rank = choice.rank().expect("invariant: the anchored mode is for low rank");
-                let linear = &study.plan.linears[i];
-                self.one(study, linear, rank, mu, &invertible, &input)
-                    .with_context(|| format!("anchor `{}`", linear.module))
-            })
-            .collect()
+        let input = Metric::damped(self.shifted.clone(), solution.study.recipe.damping_input);
+        let one = |&i: &usize| {
+            let Choice::Fitted { rank, .. } = solution.choices[i] else {
+                unreachable!("invariant: what is anchored is of low rank")
+            };
+            let linear = &solution.study.plan.linears[i];
+            let fit = self.fit(solution, linear, rank, (mu, &invertible), &input);
+            fit.with_context(|| format!("anchor `{}`", linear.module))
+        };
+        here.par_iter().map(one).collect()
     }
 
-    fn one(
+    fn fit(
         &self,
-        study: &Study<'_>,
+        solution: &Solution<'_>,
         linear: &LinearInfo,
         rank: usize,
-        mu: f64,
-        invertible: &Mat<f64>,
+        (mu, invertible): (f64, &Mat<f64>),
         input: &Metric,
-    ) -> Result<(ErrorCurve, LowRank, PlainSides)> {
-        let values = inventory::weight(study.checkpoint, linear)?; // (out, in)
+    ) -> Result<(Fit, PlainSides)> {
+        let study = solution.study;
+        let values = inventory::weight(study.session.checkpoint, linear)?; // (out, in)
         let transposed = linalg::transposed_from_row_major(&values, linear.out_features, linear.in_features);
         let weight = transposed.transpose();
         let output = study.metrics().output(linear)?;
@@ -289,8 +342,7 @@ impl Moments {
             weight.to_owned()
         };
         let metric = MetricPair { output: &output, input };
-        let decomposition = low_rank::decompose(target.as_ref(), metric, rank)?;
-        let pair = decomposition.truncate(target.as_ref(), rank);
-        Ok((decomposition.curve, pair, metric.plain_sides()))
+        let fit = study.recipe.layout.fitting().fit(target.as_ref(), metric, rank)?;
+        Ok((fit, metric.plain_sides()))
     }
 }

@@ -4,6 +4,7 @@
 //! moment `G = Σ g gᵀ / n_tokens`, the error `E` of a weight is measured as `tr(Gᵀ E C Eᵀ)`: the mean squared change of the
 //! output for `G = I`, the generalised Fisher estimate of the change of the loss for both. Plain SVD is `G = C = I`.
 
+use std::ops::Range;
 use std::sync::OnceLock;
 
 use faer::{Mat, MatRef};
@@ -88,7 +89,7 @@ impl Metric {
     ///
     /// # Errors
     /// That of `size`.
-    pub(super) fn sized<E>(self, size: impl FnOnce() -> Result<f64, E>) -> Result<Self, E> {
+    pub(crate) fn sized<E>(self, size: impl FnOnce() -> Result<f64, E>) -> Result<Self, E> {
         Ok(match self {
             Self::Plain { .. } => Self::Plain { size: size()? },
             measured => measured,
@@ -96,7 +97,7 @@ impl Metric {
     }
 
     /// `X M`, of `x` (rows, n).
-    pub(super) fn times(&self, x: MatRef<'_, f64>) -> Mat<f64> {
+    pub(crate) fn times(&self, x: MatRef<'_, f64>) -> Mat<f64> {
         match self {
             Self::Identity => x.to_owned(),
             Self::Plain { size } => scale_columns(x, |_| *size),
@@ -106,7 +107,7 @@ impl Metric {
     }
 
     /// `X H`, where `M = H Hᵀ`.
-    pub(super) fn times_root(&self, x: MatRef<'_, f64>) -> Result<Mat<f64>, LinalgError> {
+    pub(crate) fn times_root(&self, x: MatRef<'_, f64>) -> Result<Mat<f64>, LinalgError> {
         Ok(match self {
             Self::Identity => x.to_owned(),
             Self::Plain { size } => scale_columns(x, |_| size.sqrt()),
@@ -116,7 +117,7 @@ impl Metric {
     }
 
     /// `H V`, of `v` (n, r).
-    pub(super) fn root_times(&self, v: MatRef<'_, f64>) -> Result<Mat<f64>, LinalgError> {
+    pub(crate) fn root_times(&self, v: MatRef<'_, f64>) -> Result<Mat<f64>, LinalgError> {
         Ok(match self {
             Self::Identity => v.to_owned(),
             Self::Plain { size } => scale_rows(v, |_| size.sqrt()),
@@ -126,7 +127,7 @@ impl Metric {
     }
 
     /// `H⁻ᵀ V`, of `v` (n, r): the dual of [`Self::root_times`].
-    pub(super) fn dual_root_times(&self, v: MatRef<'_, f64>) -> Result<Mat<f64>, LinalgError> {
+    pub(crate) fn dual_root_times(&self, v: MatRef<'_, f64>) -> Result<Mat<f64>, LinalgError> {
         Ok(match self {
             Self::Identity => v.to_owned(),
             Self::Plain { size } => scale_rows(v, |_| 1.0 / size.sqrt()),
@@ -139,7 +140,7 @@ impl Metric {
     }
 
     /// Whether `H⁻ᵀ` may be used: digits that it costs are none that an f32 has.
-    pub(super) fn is_well_conditioned(&self) -> Result<bool, LinalgError> {
+    pub(crate) fn is_well_conditioned(&self) -> Result<bool, LinalgError> {
         let is_spread_little = |largest: f64, smallest: f64| smallest > CONDITION_SHARE * largest;
         Ok(match self {
             Self::Identity | Self::Plain { .. } => true,
@@ -165,11 +166,29 @@ impl Metric {
             Self::Full(full) => (0..n).map(|i| full.gram[(i, i)]).collect(),
         }
     }
+
+    /// The part of the form that a run of rows and columns has.
+    pub(crate) fn slice(&self, range: Range<usize>) -> Self {
+        match self {
+            Self::Identity => Self::Identity,
+            Self::Plain { size } => Self::Plain { size: *size },
+            Self::Diagonal(values) => Self::Diagonal(values[range].to_vec()),
+            Self::Full(full) => {
+                let len = range.len();
+                Self::full(full.gram.submatrix(range.start, range.start, len, len).to_owned())
+            }
+        }
+    }
 }
 
 impl MetricPair<'_> {
     /// Both sides plain.
     pub const IDENTITY: MetricPair<'static> = MetricPair { output: &Metric::Identity, input: &Metric::Identity };
+
+    /// Whether a side is a Gram, so that rows or columns of an error count together.
+    pub(crate) fn has_gram(&self) -> bool {
+        [self.output, self.input].iter().any(|side| matches!(side, Metric::Full(_)))
+    }
 
     /// The sides that are plain for want of a form.
     pub fn plain_sides(&self) -> PlainSides {
@@ -206,7 +225,7 @@ impl PlainSides {
 }
 
 /// `M + shift · I`.
-pub(super) fn shifted(mut gram: Mat<f64>, shift: f64) -> Mat<f64> {
+pub(crate) fn shifted(mut gram: Mat<f64>, shift: f64) -> Mat<f64> {
     for i in 0..gram.nrows() {
         gram[(i, i)] += shift;
     }
@@ -214,7 +233,7 @@ pub(super) fn shifted(mut gram: Mat<f64>, shift: f64) -> Mat<f64> {
 }
 
 /// The mean eigenvalue of a form.
-pub(super) fn mean_diagonal(gram: &Mat<f64>) -> f64 {
+pub(crate) fn mean_diagonal(gram: &Mat<f64>) -> f64 {
     (0..gram.nrows()).map(|i| gram[(i, i)]).sum::<f64>() / gram.nrows().max(1) as f64
 }
 
@@ -252,7 +271,7 @@ impl FullMetric {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::compress::low_rank::decompose;
+    use crate::approx::low_rank::decompose;
 
     fn matrix(m: usize, n: usize, seed: usize) -> Mat<f64> {
         Mat::from_fn(m, n, |i, j| ((i * 31 + j * 17 + i * j * (seed + 5) + seed) % 29) as f64 - 14.0)

@@ -1,10 +1,9 @@
-//! Elastic outputs: a compressed checkpoint is shortened again without its source.
+//! Truncation of a compressed checkpoint to a smaller size, without its source.
 //!
-//! Beside the weights every factored output has `lrc-curves.arrays`: for each linear of low rank its relative energies
-//! `σ_i² / Σ σ²` up to its rank, what all of its energy costs the model, and the diagonals of its metric. Factors are in order
-//! of significance, so a prefix is the optimal smaller pair. Pivot rows have lost that order. With `--elastic` it is kept
-//! beside them (r² values a matrix), and the pair is found again; else the matrix they stand for is decomposed again in
-//! the diagonals of its metric, which is exact for svd, asvd and fwsvd and an approximation for metrics of full Grams.
+//! The left and right parts of factors are in order of significance, so that a prefix of them is the best smaller pair. Pivot rows
+//! have lost that order. Where `--elastic` kept what restores it (r² values a matrix) the pair is found again; else their product
+//! is decomposed again in the diagonals of its metric, which is exact for svd, asvd and fwsvd and an approximation for metrics of
+//! full Grams.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -15,23 +14,21 @@ use anyhow::{Context, Result};
 use rayon::prelude::*;
 use serde_json::{Map, Value, json};
 
-use super::allocate::{self, Choice, Item, Price, Ranks, Rules};
-use super::low_rank::{self, ErrorCurve, LowRank};
-use super::metric::{Metric, MetricPair};
-use super::output::Written;
-use super::rounding::{self, Side, Sides};
-use super::study::{Allocation, Study};
-use super::{pivot, record};
+use crate::approx::low_rank::{ErrorCurve, LowRank};
+use crate::approx::metric::{Metric, MetricPair};
 use crate::checkpoint::{
     CONFIG_FILE, Checkpoint, CheckpointError, Dtype, OutputFolder, SafetensorsWriter, TensorSpec, cast, expect_apart,
-    json, read_file, write_file, writer_bytes,
+    json, read_file, writer_bytes,
 };
+use crate::compress::allocate::{self, Item, Pick, Ranks, Rules};
+use crate::compress::{KeptCurve, linear_summary, write_curves};
 use crate::error::Failure;
-use crate::formats::{self, CURVES_FILES, Entry, Format, Module, OutTensor, Pair, Parts, Source};
+use crate::formats::{self, CURVES_FILES, Format, OutTensor, Source};
 use crate::linalg;
 use crate::model::config::native_config;
+use crate::model::coverage;
 use crate::model::inventory::{self, LinearInfo, Stored};
-use crate::model::{Layout, coverage};
+use crate::operator::{self, Forms, Kind, Operator, Side, Sides, Term};
 use crate::progress::Progress;
 use crate::report::card::{self, Loading};
 use crate::report::page::{self, PAGE_FILE};
@@ -47,108 +44,6 @@ pub struct TruncateJob<'a> {
     pub max_shard_bytes: u64,
 }
 
-/// What is known of a linear of low rank without its source.
-#[derive(Debug, Clone)]
-struct Elastic {
-    /// `σ_i² / Σ σ²` of the ranks that are there.
-    energies: Vec<f32>,
-    /// What `Σ σ²` costs the model. An f64: the squares of weights that an f32 holds are not always numbers that it holds.
-    scale: f64,
-    /// Diagonals of the metric: output (m) and input (n).
-    output: Vec<f32>,
-    input: Vec<f32>,
-    /// Pivot rows in the ranks of the pair, (r, r); empty where they were not kept.
-    order: Vec<f32>,
-}
-
-const PARTS: [&str; 5] = ["energies", "scale", "output_metric", "input_metric", "order"];
-
-impl Elastic {
-    /// Name, dtype, length and bytes of each part.
-    fn arrays(&self) -> [(&'static str, Dtype, usize, Vec<u8>); 5] {
-        let [energies, scale, output, input, order] = PARTS;
-        let floats = |part, values: &[f32]| {
-            let bytes = cast::encode(Dtype::F32, values).expect("invariant: curves are relative, and orders finite");
-            (part, Dtype::F32, values.len(), bytes)
-        };
-        [
-            floats(energies, &self.energies),
-            (scale, Dtype::F64, 1, self.scale.to_le_bytes().to_vec()),
-            floats(output, &self.output),
-            floats(input, &self.input),
-            floats(order, &self.order),
-        ]
-    }
-
-    fn read(curves: &Checkpoint, module: &str) -> Result<Self> {
-        let [energies, scale, output, input, order] = PARTS.map(|part| format!("{module}.{part}"));
-        let [energies, output, input, order] = [energies, output, input, order].map(|name| curves.values(&name));
-        let scale = scale_of(curves, &scale)?.with_context(|| format!("the curves have no scale for `{module}`"))?;
-        Ok(Self { energies: energies?, scale, output: output?, input: input?, order: order? })
-    }
-}
-
-/// A scale: an f64, or an f32 as the first versions wrote it.
-fn scale_of(curves: &Checkpoint, name: &str) -> Result<Option<f64>> {
-    if curves.require(name)?.dtype != Dtype::F64 {
-        return Ok(curves.values(name)?.first().copied().map(f64::from));
-    }
-    let scale = curves.with_bytes(name, |bytes| bytes.first_chunk().map(|&b| f64::from_le_bytes(b)))?;
-    Ok(scale.filter(|scale| scale.is_finite()))
-}
-
-/// The curves of a compression.
-pub(super) fn write_curves(
-    folder: &OutputFolder,
-    study: &Study<'_>,
-    allocation: &Allocation,
-    written: &BTreeMap<usize, Written>,
-) -> Result<()> {
-    let mut all = BTreeMap::new();
-    for (i, choice) in allocation.choices.iter().enumerate() {
-        let pair = study.stored_entry(i, *choice).and_then(|entry| entry.pair);
-        let (Some(Pair { rank, .. }), Some(basis)) = (pair, study.bases.get(i)) else { continue };
-        let total = basis.curve.squared_error(0);
-        let relative = |energy: &f64| if total > 0.0 { (energy / total) as f32 } else { 0.0 };
-        let (output, input) = &basis.diagonals;
-        let order = written.get(&i).and_then(|w| w.order.as_ref());
-        let elastic = Elastic {
-            energies: basis.curve.energies()[..rank].iter().map(relative).collect(),
-            scale: total * allocation.sensitivities[i],
-            output: relative_to_mean(output),
-            input: relative_to_mean(input),
-            order: order.map(|order| study.bases.kept(order)).transpose()?.unwrap_or_default(),
-        };
-        all.insert(study.plan.linears[i].module.clone(), elastic);
-    }
-    write(folder, &all)
-}
-
-/// Metrics matter up to a factor: `values` over their mean, which f32 holds whatever the size of gradients.
-fn relative_to_mean(values: &[f64]) -> Vec<f32> {
-    let mean = values.iter().sum::<f64>() / values.len().max(1) as f64;
-    values.iter().map(|v| if mean > 0.0 { (v / mean) as f32 } else { 1.0 }).collect()
-}
-
-fn write(folder: &OutputFolder, all: &BTreeMap<String, Elastic>) -> Result<()> {
-    if all.is_empty() {
-        return Ok(());
-    }
-    let mut arrays = BTreeMap::new();
-    for (module, elastic) in all {
-        for (part, dtype, length, bytes) in elastic.arrays() {
-            arrays.insert(format!("{module}.{part}"), (dtype, length, bytes));
-        }
-    }
-    let spec = |(name, (dtype, length, _)): (&String, &(Dtype, usize, Vec<u8>))| TensorSpec {
-        name: name.clone(),
-        dtype: *dtype,
-        shape: vec![*length],
-    };
-    let specs: Vec<TensorSpec> = arrays.iter().map(spec).collect();
-    write_file(&folder.path().join(CURVES_FILES[0]), &specs, |spec| Ok(arrays[&spec.name].2.clone()))
-}
-
 /// The rank that the config of an output has for a module.
 fn rank_of<'c>(config: &'c mut Map<String, Value>, module: &str) -> Option<&'c mut Value> {
     config.get_mut("lrc")?.get_mut("modules")?.get_mut(module)?.get_mut("rank")
@@ -158,8 +53,8 @@ fn rank_of<'c>(config: &'c mut Map<String, Value>, module: &str) -> Option<&'c m
 struct Shortening {
     linear: LinearInfo,
     rank: usize,
-    layout: Layout,
-    elastic: Elastic,
+    kind: Kind,
+    curve: KeptCurve,
     new_rank: usize,
 }
 
@@ -199,20 +94,20 @@ pub fn truncate(job: &TruncateJob<'_>, progress: &dyn Progress) -> Result<Compre
         match of(&info.name) {
             None => specs.push(TensorSpec { name: info.name.clone(), dtype: info.dtype, shape: info.shape.clone() }),
             Some(s) => {
-                let new = exporter.tensors(&s.linear, &Entry::low_rank(s.new_rank, s.layout));
+                let new = exporter.tensors(&s.linear, &Forms::of_rank(s.kind, s.new_rank, s.linear.shape()));
                 specs.extend(new.iter().map(OutTensor::spec).filter(|spec| spec.name == info.name));
             }
         }
     }
     folder.require_space(specs.iter().map(TensorSpec::n_bytes).sum())?;
     let writer = Mutex::new(SafetensorsWriter::create(&folder.path(), &specs, job.max_shard_bytes)?);
-    let orders: Mutex<BTreeMap<String, Vec<f32>>> = Mutex::default();
+    let rank_factors: Mutex<BTreeMap<String, Vec<f32>>> = Mutex::default();
     let stage = progress.stage("truncate", changed.len() as u64, "matrices");
     changed.par_iter().try_for_each(|(module, shortening)| -> Result<()> {
         stage.note(module);
-        let (parts, order) = shortening.shorten(checkpoint).with_context(|| format!("truncate `{module}`"))?;
-        orders.lock().expect("invariant: no holder of the orders panics").insert((*module).to_string(), order);
-        let tensors = exporter.bytes(&source, &shortening.linear, &Module::of_parts(parts))?;
+        let (term, factor) = shortening.shorten(checkpoint).with_context(|| format!("truncate `{module}`"))?;
+        rank_factors.lock().expect("invariant: no holder of the factors panics").insert((*module).to_string(), factor);
+        let tensors = exporter.bytes(&source, &shortening.linear, &Operator::of(term))?;
         let mut writer = writer.lock().expect("invariant: no holder of the writer panics");
         for tensor in tensors {
             writer.write(&tensor.name, &tensor.bytes)?;
@@ -235,14 +130,14 @@ pub fn truncate(job: &TruncateJob<'_>, progress: &dyn Progress) -> Result<Compre
 
     update(&mut report, &shortenings, checkpoint, &specs, job)?;
     formats::warn_of_growth(checkpoint.file_bytes(), report.sizes.file_bytes_after);
-    let mut orders = orders.into_inner().expect("invariant: no holder of the orders panics");
-    let mut elastics = BTreeMap::new();
+    let mut rank_factors = rank_factors.into_inner().expect("invariant: no holder of the factors panics");
+    let mut curves = BTreeMap::new();
     for s in &shortenings {
-        let order = orders.remove(&s.linear.module).unwrap_or_else(|| s.elastic.order.clone());
-        let elastic = Elastic { energies: s.elastic.energies[..s.new_rank].to_vec(), order, ..s.elastic.clone() };
-        elastics.insert(s.linear.module.clone(), elastic);
+        let rank_factor = rank_factors.remove(&s.linear.module).unwrap_or_else(|| s.curve.rank_factor.clone());
+        let curve = KeptCurve { energies: s.curve.energies[..s.new_rank].to_vec(), rank_factor, ..s.curve.clone() };
+        curves.insert(s.linear.module.clone(), curve);
     }
-    write(&folder, &elastics)?;
+    write_curves(&folder, &curves)?;
     let replaced = [REPORT_FILE, PAGE_FILE, "README.md", CURVES_FILES[0], CURVES_FILES[1]];
     let left_out = formats::copy_side(checkpoint, &folder, &replaced)?;
     report.left_out = left_out.into_iter().map(Into::into).collect();
@@ -266,7 +161,7 @@ pub fn truncate(job: &TruncateJob<'_>, progress: &dyn Progress) -> Result<Compre
 fn warn_of_diagonals(report: &CompressReport, shortenings: &[Shortening]) {
     let is_full = !["svd", "asvd", "fwsvd"].iter().any(|method| report.recipe["method"] == *method);
     let is_anchored = !report.recipe["anchor"].is_null();
-    let is_lost = |s: &Shortening| s.layout == Layout::Pivot && s.elastic.order.is_empty() && s.new_rank < s.rank;
+    let is_lost = |s: &Shortening| !s.is_prefix() && s.new_rank < s.rank;
     if (is_full || is_anchored) && shortenings.iter().any(is_lost) {
         tracing::warn!(
             "pivots are decomposed again in the diagonals of their metric, which costs accuracy; outputs of `lrc compress --elastic` keep the order of their ranks"
@@ -276,7 +171,8 @@ fn warn_of_diagonals(report: &CompressReport, shortenings: &[Shortening]) {
 
 /// Whether a tensor is one of the low-rank parts of a module; biases stay.
 fn is_part_of(name: &str, module: &str) -> bool {
-    name.strip_prefix(module).is_some_and(|rest| rest.starts_with(".lr_") && !rest.ends_with(".bias"))
+    let part = name.strip_prefix(module).and_then(|rest| rest.strip_prefix('.'));
+    part.is_some_and(|part| part != "weight" && operator::all_parts().iter().any(|known| known == part))
 }
 
 fn read_report(root: &Path) -> Result<CompressReport> {
@@ -337,20 +233,21 @@ fn shortenings(checkpoint: &Checkpoint) -> Result<Vec<Shortening>> {
     let curves = Checkpoint::open_arrays(path)?;
     let mut shortenings = Vec::new();
     for linear in inventory::linears(checkpoint) {
-        let Stored::LowRank { rank, layout, has_base: false } = linear.stored else { continue };
+        let Stored::Structured { kind, size, has_base: false } = linear.stored else { continue };
+        let Some(rank) = size.rank() else { continue };
         // Weights of zeros: there is nothing to drop, and nothing to drop it by.
         if rank == 0 {
             continue;
         }
-        let elastic = Elastic::read(&curves, &linear.module)?;
+        let curve = KeptCurve::read(&curves, &linear.module)?;
         let (m, n) = linear.shape();
         let is_of = |length: usize, expected: usize| length == 0 || length == expected;
-        let fits = (elastic.energies.len(), elastic.output.len(), elastic.input.len()) == (rank, m, n);
-        if !fits || !is_of(elastic.order.len(), rank * rank) {
+        let fits = (curve.energies.len(), curve.output.len(), curve.input.len()) == (rank, m, n);
+        if !fits || !is_of(curve.rank_factor.len(), rank * rank) {
             let message = format!("`{}` does not belong to `{}`", path.display(), linear.module);
             return Err(Failure::unsupported(message).hint("one of the two files was changed").into());
         }
-        shortenings.push(Shortening { linear, rank, layout, elastic, new_rank: rank });
+        shortenings.push(Shortening { linear, rank, kind, curve, new_rank: rank });
     }
     Ok(shortenings)
 }
@@ -359,23 +256,13 @@ fn shortenings(checkpoint: &Checkpoint) -> Result<Vec<Shortening>> {
 fn share_out(shortenings: &mut [Shortening], report: &CompressReport, keep: f64) -> Result<()> {
     let before = report.sizes.linear_parameters_before;
     let dense: u64 = report.linears.iter().filter(|l| l.rank.is_none()).map(|l| l.parameters_after).sum();
-    let curve = |s: &Shortening| ErrorCurve::new(s.elastic.energies.iter().map(|&e| f64::from(e)).collect());
+    let curve = |s: &Shortening| ErrorCurve::new(s.curve.energies.iter().map(|&e| f64::from(e)).collect());
     let curves: Vec<ErrorCurve> = shortenings.iter().map(curve).collect();
-    let items: Vec<Item<'_>> = shortenings
-        .iter()
-        .zip(&curves)
-        .map(|(s, curve)| Item {
-            shape: s.linear.shape(),
-            layout: s.layout,
-            curve: Some(curve),
-            sensitivity: s.elastic.scale,
-            price: Price::Parameters,
-            coded: &[],
-            is_zero: false,
-        })
-        .collect();
+    let parameters: Vec<Vec<u64>> = shortenings.iter().map(Shortening::parameters).collect();
+    let items: Vec<Item<'_>> =
+        (0..shortenings.len()).map(|i| shortenings[i].item(&curves[i], &parameters[i])).collect();
     let cost = |rank: &dyn Fn(&Shortening) -> usize| -> u64 {
-        dense + shortenings.iter().zip(&items).map(|(s, item)| item.cost(Choice::Rank(rank(s)))).sum::<u64>()
+        dense + shortenings.iter().zip(&items).map(|(s, item)| item.cost(Pick::Rank(rank(s)))).sum::<u64>()
     };
     let budget = (keep * before as f64 + 1e-6).floor() as u64;
     let (now, least) = (cost(&|s| s.rank), cost(&|_| 1));
@@ -393,45 +280,75 @@ fn share_out(shortenings: &mut [Shortening], report: &CompressReport, keep: f64)
         return Err(Failure::usage(message).hint("what was left dense stays dense; compress the original anew").into());
     }
     let rules = Rules { budget: budget - dense, fill: false, ..Rules::of_keep(&items, 0.999) };
-    let choices = allocate::allocate(Ranks::Knapsack, &items, &rules);
-    for (shortening, choice) in shortenings.iter_mut().zip(choices) {
-        shortening.new_rank = choice.rank().unwrap_or(usize::MAX).min(shortening.rank);
+    let picks = allocate::allocate(Ranks::Knapsack, &items, &rules);
+    for (shortening, pick) in shortenings.iter_mut().zip(picks) {
+        if let Pick::Rank(rank) = pick {
+            shortening.new_rank = rank.min(shortening.rank);
+        }
     }
     Ok(())
 }
 
 impl Shortening {
-    /// The new parts, and the new order of their ranks if the old one was kept.
-    fn shorten(&self, checkpoint: &Checkpoint) -> Result<(Parts, Vec<f32>)> {
+    /// Parameters at every rank that there is.
+    fn parameters(&self) -> Vec<u64> {
+        let shape = self.linear.shape();
+        (0..=self.kind.fitting().largest_rank(shape)).map(|rank| self.kind.n_parameters(rank, shape)).collect()
+    }
+
+    /// The linear as the knapsack sees it.
+    fn item<'a>(&self, curve: &'a ErrorCurve, parameters: &'a [u64]) -> Item<'a> {
         let (m, n) = self.linear.shape();
-        let (rank, b, a) = inventory::factors(checkpoint, &self.linear)?;
-        let pair = LowRank { rank, b, a };
+        Item {
+            n_weights: self.linear.n_parameters(),
+            parameters,
+            saving_rank: self.kind.fitting().largest_saving_rank((m, n)),
+            rank_weight: (m + n) as f64,
+            bytes: None,
+            curve: Some(curve),
+            sensitivity: self.curve.scale,
+            offers: &[],
+            is_zero: false,
+        }
+    }
+
+    /// Whether the smaller fit is a selection of the larger.
+    fn is_prefix(&self) -> bool {
+        self.kind.fitting().is_nested() || !self.curve.rank_factor.is_empty()
+    }
+
+    /// The smaller structure, and what restores the order of its ranks if that of the larger one was kept.
+    fn shorten(&self, checkpoint: &Checkpoint) -> Result<(Term, Vec<f32>)> {
+        let (shape, fitting) = (self.linear.shape(), self.kind.fitting());
+        let stored = inventory::term(checkpoint, &self.linear)?;
+        let pair = fitting.pair(&stored.parts, stored.form.size, shape);
         let diagonal = |values: &[f32]| Metric::diagonal(values.iter().map(|&v| f64::from(v)).collect());
-        let (output, input) = (diagonal(&self.elastic.output), diagonal(&self.elastic.input));
-        let pair = match self.layout {
-            Layout::Factors => pair.prefix(self.new_rank),
-            Layout::Pivot if !self.elastic.order.is_empty() => {
-                let pair = pivot::reordered(pair, &self.elastic.order, (m, n));
-                pair.context("the order of its ranks is singular")?.prefix(self.new_rank)
-            }
-            Layout::Pivot => {
-                let values = linalg::product_row_major(&pair.b, &pair.a, m, rank, n);
-                let transposed = linalg::transposed_from_row_major(&values, m, n);
-                let metric = MetricPair { output: &output, input: &input };
-                let decomposition = low_rank::decompose(transposed.transpose(), metric, self.new_rank)?;
-                decomposition.truncate(transposed.transpose(), self.new_rank)
-            }
+        let (output, input) = (diagonal(&self.curve.output), diagonal(&self.curve.input));
+        let pair = if fitting.is_nested() {
+            fitting.prefix(&pair, self.new_rank, shape)
+        } else if self.is_prefix() {
+            let whole = fitting.restored(pair, &self.curve.rank_factor, shape);
+            fitting.prefix(&whole.context("the order of its ranks is singular")?, self.new_rank, shape)
+        } else {
+            let LowRank { rank, b, a } = pair;
+            let values = linalg::product_row_major(&b, &a, shape.0, rank, shape.1);
+            let transposed = linalg::transposed_from_row_major(&values, shape.0, shape.1);
+            let metric = MetricPair { output: &output, input: &input };
+            fitting.fit(transposed.transpose(), metric, self.new_rank)?.pair
         };
         let b = pair.b.clone();
-        let parts = match (self.layout, self.linear.dtype) {
-            (Layout::Pivot, dtype @ (Dtype::F16 | Dtype::BF16)) => {
+        let term = match self.linear.dtype {
+            // What is nested stays as it was rounded.
+            dtype @ (Dtype::F16 | Dtype::BF16) if !fitting.is_nested() => {
                 let sides = Sides { output: &output, input: Side::Whole(&input), energies: &[] };
-                rounding::lay_out(self.layout, &pair, (m, n), &sides, dtype).parts
+                let form = operator::Form::of_rank(self.kind, self.new_rank, shape);
+                Term { form, parts: fitting.round(&pair, shape, &sides, dtype).parts }
             }
-            _ => pivot::lay_out(self.layout, pair, (m, n)),
+            _ => Term::laid_out(self.kind, pair, shape),
         };
-        let order = if self.elastic.order.is_empty() { None } else { pivot::order_of_ranks(&parts, &b) };
-        Ok((parts, order.unwrap_or_default()))
+        let is_kept = !self.curve.rank_factor.is_empty();
+        let rank_factor = if is_kept { fitting.rank_factor(&term.parts, &b) } else { None };
+        Ok((term, rank_factor.unwrap_or_default()))
     }
 }
 
@@ -446,11 +363,10 @@ fn update(
     for s in shortenings.iter().filter(|s| s.new_rank < s.rank) {
         let Some(record) = report.linears.iter_mut().find(|l| l.module == s.linear.module) else { continue };
         (record.rank, record.storage_error) = (Some(s.new_rank), None);
-        record.parameters_after = s.layout.n_parameters(s.new_rank, s.linear.shape());
-        let dropped: f64 = s.elastic.energies[s.new_rank..].iter().map(|&e| f64::from(e)).sum();
+        record.parameters_after = s.kind.n_parameters(s.new_rank, s.linear.shape());
+        let dropped: f64 = s.curve.energies[s.new_rank..].iter().map(|&e| f64::from(e)).sum();
         // Pivots were decomposed again in another metric: the curve is a bound no more.
-        let is_prefix = s.layout == Layout::Factors || !s.elastic.order.is_empty();
-        record.relative_error = record.relative_error.filter(|_| is_prefix).map(|e| (e * e + dropped).sqrt());
+        record.relative_error = record.relative_error.filter(|_| s.is_prefix()).map(|e| (e * e + dropped).sqrt());
     }
     let sizes = &mut report.sizes;
     let bytes_after: u64 = specs.iter().map(TensorSpec::n_bytes).sum();
@@ -462,7 +378,7 @@ fn update(
     sizes.bytes_after = bytes_after;
     sizes.file_bytes_after = writer_bytes(specs, job.max_shard_bytes);
     (report.size_bytes, report.keep) = (sizes.file_bytes_after, sizes.keep);
-    report.linear = record::summary(&report.linears);
+    report.linear = linear_summary(&report.linears);
     report.truncated = Some(TruncationRecord { keep: job.keep, source_files: checkpoint.fingerprint()? });
     Ok(())
 }

@@ -1,0 +1,4 @@
+//! The mathematics of replacing a matrix: metrics of its error, and the best approximation in them. No files, no names, no threads.
+
+pub mod low_rank;
+pub mod metric;

@@ -1,0 +1,406 @@
+//! What every unit becomes under a budget: fits are priced, an allocator picks among costs and errors, and a size is met by one search.
+
+use anyhow::Result;
+
+use super::allocate::{self, Item, Offer, Pick, Ranks, Rules, Spectra};
+use super::budget::{self, known_choices};
+use super::fits::{Unit, units_to_share};
+use super::plan::{Choice, Plan};
+use super::recipe::{Budget, Recipe};
+use super::study::Study;
+use crate::error::Failure;
+use crate::model::inventory::LinearInfo;
+use crate::operator::Forms;
+
+/// What becomes of every linear of the plan.
+pub(super) struct Allocation {
+    pub choices: Vec<Choice>,
+    /// What a unit of squared error was taken to cost, depth weights included.
+    pub sensitivities: Vec<f64>,
+}
+
+/// What a linear takes of the budget, by its forms; none: as it is.
+type Price<'p> = dyn Fn(&LinearInfo, Option<&Forms>) -> u64 + 'p;
+
+/// Units with what they may become, priced in the unit of a budget.
+pub(super) struct Problem<'a> {
+    recipe: &'a Recipe,
+    plan: &'a Plan,
+    units: Vec<PricedUnit>,
+    curves: Vec<Option<&'a crate::approx::low_rank::ErrorCurve>>,
+    sensitivities: &'a [f64],
+    counts_bytes: bool,
+}
+
+/// A unit with its costs.
+struct PricedUnit {
+    unit: Unit,
+    parameters: Vec<u64>,
+    bytes: (u64, Vec<u64>),
+    offers: Vec<Offer>,
+    /// What each offer makes of the members.
+    choices: Vec<Vec<Choice>>,
+}
+
+impl<'a> Problem<'a> {
+    /// The ranks of every linear, and what several may become together; at `price` where the budget counts bytes, else in parameters.
+    fn of_ranks(study: &'a Study<'_>, price: Option<&Price<'_>>, sensitivities: &'a [f64]) -> Self {
+        let (recipe, plan) = (study.recipe, study.plan);
+        let spectra = recipe.ranks.allocator().spectra();
+        let curve = |i: usize| {
+            let fitted = study.fits.low_rank(i)?;
+            match spectra {
+                Spectra::None => None,
+                Spectra::Plain => fitted.plain_curve(),
+                Spectra::Metric => fitted.curve(),
+            }
+        };
+        let one = |i: usize| {
+            let linear = &plan.linears[i];
+            let forms = |rank| {
+                let choice = if rank == 0 { Choice::Zeros } else { Choice::Fitted { fit: 0, rank } };
+                study.planned(i, choice)
+            };
+            let parameters = budget::parameters(recipe, linear);
+            let ranks = price.map_or(Vec::new(), |price| {
+                let largest = linear.out_features.min(linear.in_features).min(parameters.len() - 1);
+                (0..=largest).map(|rank| price(linear, forms(rank).as_ref())).collect()
+            });
+            let dense = price.map_or(0, |price| price(linear, None));
+            PricedUnit {
+                unit: Unit { members: vec![i] },
+                parameters,
+                bytes: (dense, ranks),
+                offers: Vec::new(),
+                choices: Vec::new(),
+            }
+        };
+        let curves: Vec<_> = (0..plan.linears.len()).map(curve).collect();
+        let mut units: Vec<PricedUnit> = (0..plan.linears.len()).map(one).collect();
+        if recipe.share {
+            let cost = |linear: &LinearInfo, forms: Option<&Forms>| match (price, forms) {
+                (Some(price), forms) => price(linear, forms),
+                (None, Some(forms)) => linear.parameters_as(forms),
+                (None, None) => linear.n_parameters(),
+            };
+            units = together(study, units, &curves, sensitivities, &cost);
+        }
+        Self { recipe, plan, units, curves, sensitivities, counts_bytes: price.is_some() }
+    }
+
+    /// The quantized bases of every linear from number `first` on, with their ranks.
+    pub fn of_bases(
+        study: &'a Study<'_>,
+        first: &dyn Fn(usize) -> usize,
+        price: &Price<'_>,
+        sensitivities: &'a [f64],
+    ) -> Self {
+        let plan = study.plan;
+        let one = |i: usize| {
+            let mut priced = PricedUnit {
+                unit: Unit { members: vec![i] },
+                parameters: Vec::new(),
+                bytes: (price(&plan.linears[i], None), Vec::new()),
+                offers: Vec::new(),
+                choices: Vec::new(),
+            };
+            for (fit, of) in study.fits.of(i).iter().enumerate().skip(first(i)) {
+                for (rank, error) in of.fitted.errors() {
+                    let choice = Choice::Fitted { fit, rank };
+                    let cost = price(&plan.linears[i], study.planned(i, choice).as_ref());
+                    priced.offers.push(Offer { cost, error });
+                    priced.choices.push(vec![choice]);
+                }
+            }
+            priced
+        };
+        let curves = vec![None; plan.linears.len()];
+        let units = (0..plan.linears.len()).map(one).collect();
+        Self { recipe: study.recipe, plan, units, curves, sensitivities, counts_bytes: true }
+    }
+
+    fn item<'i>(&'i self, priced: &'i PricedUnit) -> Item<'i> {
+        let i = priced.unit.members[0];
+        let item = budget::item(self.recipe, self.plan, i, &priced.parameters);
+        let is_alone = priced.unit.members.len() == 1;
+        let dense: u64 = priced.unit.members.iter().map(|&i| self.plan.linears[i].n_parameters()).sum();
+        Item {
+            n_weights: dense,
+            bytes: self.counts_bytes.then_some((priced.bytes.0, &priced.bytes.1[..])),
+            curve: self.curves[i],
+            // Offers of several linears are weighted already.
+            sensitivity: if is_alone { self.sensitivities[i] } else { 1.0 },
+            offers: &priced.offers,
+            is_zero: item.is_zero && priced.offers.is_empty(),
+            ..item
+        }
+    }
+
+    fn items(&self) -> Vec<Item<'_>> {
+        self.units.iter().map(|priced| self.item(priced)).collect()
+    }
+
+    fn choices(&self, picks: &[Pick]) -> Vec<Choice> {
+        let mut choices = vec![Choice::Dense; self.plan.linears.len()];
+        for (priced, &pick) in self.units.iter().zip(picks) {
+            let members = priced.unit.members.iter();
+            match pick {
+                Pick::Offer(at) => members.zip(&priced.choices[at]).for_each(|(&i, &choice)| choices[i] = choice),
+                pick => members.for_each(|&i| choices[i] = budget::choice(pick, 0)),
+            }
+        }
+        choices
+    }
+
+    /// Bytes of all linears as they are.
+    fn dense_bytes(&self) -> u64 {
+        self.units.iter().map(|priced| priced.bytes.0).sum()
+    }
+
+    fn n_weights(&self) -> u64 {
+        self.plan.linears.iter().map(LinearInfo::n_parameters).sum()
+    }
+
+    /// The choices of the recipe's allocator under a budget of parameters or bytes, and what they take.
+    fn of_recipe(&self, budget: Budget) -> (Vec<Choice>, u64) {
+        let items = self.items();
+        let picks = allocate::allocate(self.recipe.ranks, &items, &budget::rules(self.recipe, &items, budget));
+        (self.choices(&picks), allocate::cost(&items, &picks))
+    }
+
+    /// The choices among bases with the least error that `bytes` pay for, and what they take: more than `bytes`, if nothing is so
+    /// small. What fits no quantizer stays dense.
+    pub fn least_error(&self, bytes: u64) -> (Vec<Choice>, u64) {
+        let (offered, others): (Vec<&PricedUnit>, Vec<&PricedUnit>) =
+            self.units.iter().partition(|priced| !priced.offers.is_empty());
+        let fixed: u64 = others.iter().map(|priced| priced.bytes.0).sum();
+        let items: Vec<Item<'_>> = offered.iter().map(|priced| self.item(priced)).collect();
+        let rules = Rules { budget: bytes.saturating_sub(fixed), ..Rules::of_keep(&items, 0.5) };
+        let picks = allocate::allocate(Ranks::Knapsack, &items, &rules);
+        let mut choices = vec![Choice::Dense; self.plan.linears.len()];
+        for (priced, &pick) in offered.iter().zip(&picks) {
+            if let Pick::Offer(at) = pick {
+                choices[priced.unit.members[0]] = priced.choices[at][0];
+            }
+        }
+        (choices, fixed + allocate::cost(&items, &picks))
+    }
+
+    /// Mean bits of a weight that takes its part of `bytes`.
+    pub fn bits(&self, bytes: u64) -> f64 {
+        8.0 * bytes as f64 / self.n_weights() as f64
+    }
+}
+
+/// Joins the units whose members share: offers are the best of their members apart at every cost, and all of them together.
+fn together(
+    study: &Study<'_>,
+    alone: Vec<PricedUnit>,
+    curves: &[Option<&crate::approx::low_rank::ErrorCurve>],
+    sensitivities: &[f64],
+    cost: &Price<'_>,
+) -> Vec<PricedUnit> {
+    let mut units = Vec::new();
+    let sharing = units_to_share(study.plan);
+    let is_joined = |i: usize| sharing.iter().any(|unit| unit.members.contains(&i));
+    for unit in &sharing {
+        let linears = || unit.members.iter().map(|&i| &study.plan.linears[i]);
+        let dense: u64 = linears().map(|linear| cost(linear, None)).sum();
+        let mut joined = PricedUnit {
+            unit: unit.clone(),
+            parameters: vec![0],
+            bytes: (dense, Vec::new()),
+            offers: Vec::new(),
+            choices: Vec::new(),
+        };
+        let points = |i: usize| -> Vec<(u64, f64, Choice)> {
+            let largest = study.recipe.layout.fitting().largest_saving_rank(study.plan.linears[i].shape());
+            let of = |rank: usize| {
+                let choice = Choice::Fitted { fit: 0, rank };
+                let error = curves[i].map_or(0.0, |curve| sensitivities[i] * curve.squared_error(rank));
+                (cost(&study.plan.linears[i], study.planned(i, choice).as_ref()), error, choice)
+            };
+            let dense = (cost(&study.plan.linears[i], None), 0.0, Choice::Dense);
+            let step = study.recipe.rank_multiple;
+            (step..=largest).step_by(step).map(of).chain([dense]).collect()
+        };
+        for (cost, error, choices) in frontier(&unit.members.iter().map(|&i| points(i)).collect::<Vec<_>>()) {
+            joined.offers.push(Offer { cost, error });
+            joined.choices.push(choices);
+        }
+        let first = unit.members[0];
+        for (fit, of) in study.fits.of(first).iter().enumerate().filter(|(_, fit)| fit.fitted.curve().is_none()) {
+            for (rank, error) in of.fitted.errors() {
+                // Members have the fit at the same place: their own decomposition is before it.
+                let choice = Choice::Fitted { fit, rank };
+                let all = unit.members.iter().map(|&i| cost(&study.plan.linears[i], study.planned(i, choice).as_ref()));
+                joined.offers.push(Offer { cost: all.sum(), error: sensitivities[first] * error });
+                joined.choices.push(vec![choice; unit.members.len()]);
+            }
+        }
+        units.push(joined);
+    }
+    units.extend(alone.into_iter().filter(|priced| !is_joined(priced.unit.members[0])));
+    units
+}
+
+/// The sums of one point of each list that are best for some price of cost, in ascending cost.
+fn frontier(lists: &[Vec<(u64, f64, Choice)>]) -> Vec<(u64, f64, Vec<Choice>)> {
+    let hulls: Vec<Vec<(u64, f64, Choice)>> = lists.iter().map(|points| hull(points)).collect();
+    let mut steps: Vec<(f64, usize, usize)> = Vec::new();
+    for (list, hull) in hulls.iter().enumerate() {
+        let slope = |pair: &[(u64, f64, Choice)]| (pair[0].1 - pair[1].1) / (pair[1].0 - pair[0].0) as f64;
+        steps.extend(hull.windows(2).enumerate().map(|(at, pair)| (slope(pair), list, at + 1)));
+    }
+    steps.sort_by(|x, y| y.0.total_cmp(&x.0).then((x.1, x.2).cmp(&(y.1, y.2))));
+    let mut at = vec![0; hulls.len()];
+    let sum = |at: &[usize]| {
+        let points = || hulls.iter().zip(at).map(|(hull, &at)| hull[at]);
+        (points().map(|p| p.0).sum(), points().map(|p| p.1).sum(), points().map(|p| p.2).collect())
+    };
+    let mut sums = vec![sum(&at)];
+    for (_, list, next) in steps {
+        at[list] = next;
+        sums.push(sum(&at));
+    }
+    sums
+}
+
+/// The lower convex hull of points, in ascending cost and falling error.
+fn hull(points: &[(u64, f64, Choice)]) -> Vec<(u64, f64, Choice)> {
+    let mut sorted = points.to_vec();
+    sorted.sort_by(|x, y| x.0.cmp(&y.0).then(x.1.total_cmp(&y.1)));
+    let mut hull: Vec<(u64, f64, Choice)> = Vec::new();
+    for new in sorted {
+        if hull.last().is_some_and(|last| last.1 <= new.1 || last.0 == new.0) {
+            continue;
+        }
+        while let [.., first, second] = hull[..] {
+            let slope = |a: (u64, f64, Choice), b: (u64, f64, Choice)| (a.1 - b.1) / (b.0 - a.0) as f64;
+            if slope(first, second) > slope(second, new) {
+                break;
+            }
+            hull.pop();
+        }
+        hull.push(new);
+    }
+    hull
+}
+
+/// The choices of a recipe's budget, errors weighted by `sensitivities`.
+///
+/// # Errors
+/// The budget cannot be met.
+pub(super) fn choose(study: &Study<'_>, budget: Budget, sensitivities: &[f64]) -> Result<Vec<Choice>> {
+    if !study.recipe.quant.is_empty() {
+        return choose_bases(study, budget, sensitivities);
+    }
+    let format = study.recipe.format;
+    let bytes =
+        |linear: &LinearInfo, forms: Option<&Forms>| forms.map_or(linear.n_bytes(), |f| format.n_bytes(linear, f));
+    let counts_bytes = matches!(budget, Budget::Bytes(_) | Budget::Bits(_));
+    let problem = Problem::of_ranks(study, counts_bytes.then_some(&bytes), sensitivities);
+    match budget {
+        Budget::Bytes(target) => {
+            meet(study, target, problem.dense_bytes(), &|bytes| problem.of_recipe(Budget::Bytes(bytes)).0)
+        }
+        Budget::Bits(bits) => {
+            let bytes = (bits * problem.n_weights() as f64 / 8.0 + 1e-6) as u64;
+            let (choices, spent) = problem.of_recipe(Budget::Bytes(bytes));
+            if spent > bytes {
+                let least = problem.bits(spent);
+                return Err(Failure::usage(format!("`--bits {bits}` cannot be reached: {least:.3} are the least"))
+                    .hint("target more linears, or lower `--rank-floor`")
+                    .into());
+            }
+            Ok(choices)
+        }
+        Budget::Keep(_) | Budget::None => Ok(problem.of_recipe(budget).0),
+    }
+}
+
+/// The same among quantized bases and their ranks.
+fn choose_bases(study: &Study<'_>, budget: Budget, sensitivities: &[f64]) -> Result<Vec<Choice>> {
+    if let Some(choices) = known_choices(study.recipe, study.plan) {
+        return Ok(choices);
+    }
+    let format = study.recipe.format;
+    let price = |linear: &LinearInfo, forms: Option<&Forms>| match (forms, budget) {
+        (forms, Budget::Bytes(target)) => format.n_bytes_in_file(linear, forms, target),
+        (Some(forms), _) => format.n_bytes(linear, forms),
+        (None, _) => linear.n_bytes(),
+    };
+    let problem = Problem::of_bases(study, &|_| 0, &price, sensitivities);
+    let bytes = match budget {
+        Budget::Bytes(target) => {
+            return meet(study, target, problem.dense_bytes(), &|bytes| problem.least_error(bytes).0);
+        }
+        Budget::Bits(bits) => (bits * problem.n_weights() as f64 / 8.0 + 1e-6) as u64,
+        Budget::Keep(keep) => (keep * problem.dense_bytes() as f64 + 1e-6) as u64,
+        Budget::None => unreachable!("invariant: without a budget the choice is known"),
+    };
+    let (choices, spent) = problem.least_error(bytes);
+    if spent > bytes {
+        let least = problem.bits(spent);
+        return Err(Failure::usage(format!("the budget cannot be reached: {least:.3} bits per weight are the least"))
+            .hint("offer fewer bits with `--quant`, or target more linears")
+            .into());
+    }
+    Ok(choices)
+}
+
+/// The choices of `at`, which spends a number of bytes on linears that take `dense_bytes` as they are, whose weight files come closest
+/// to `target` bytes from below. Headers have no price of their own: the budget is corrected by what they turn out to take.
+fn meet(study: &Study<'_>, target: u64, dense_bytes: u64, at: &dyn Fn(u64) -> Vec<Choice>) -> Result<Vec<Choice>> {
+    const ROUNDS: usize = 24;
+    let dense = vec![Choice::Dense; study.plan.linears.len()];
+    let whole = file_bytes(study, &dense);
+    if whole <= target {
+        tracing::warn!("`--target-size` is not below the {whole} bytes of the source: nothing is compressed");
+        return Ok(dense);
+    }
+    let others = i128::from(whole) - i128::from(dense_bytes);
+    let mut budget = i128::from(target) - others;
+    let mut best: Option<(u64, Vec<Choice>)> = None;
+    let mut smallest = u64::MAX;
+    // A budget that was too large, and the largest that was not: what is left lies between.
+    let (mut fits, mut too_large) = (None::<i128>, None::<i128>);
+    for _ in 0..ROUNDS {
+        let choices = at(u64::try_from(budget.max(0)).unwrap_or(0));
+        let bytes = file_bytes(study, &choices);
+        smallest = smallest.min(bytes);
+        if bytes <= target {
+            fits = fits.max(Some(budget));
+            if best.as_ref().is_none_or(|(most, _)| bytes > *most) {
+                best = Some((bytes, choices));
+            }
+        } else {
+            too_large = Some(too_large.map_or(budget, |least| least.min(budget)));
+        }
+        let next = budget + i128::from(target) - i128::from(bytes);
+        let is_inside = |next: i128| fits.is_none_or(|f| next > f) && too_large.is_none_or(|t| next < t);
+        budget = match (fits, too_large) {
+            _ if is_inside(next) => next,
+            (Some(fits), Some(too_large)) if too_large - fits > 1 => (fits + too_large) / 2,
+            (None, _) if budget > 0 => next.min(budget / 2),
+            _ => break,
+        };
+    }
+    let Some((bytes, choices)) = best else {
+        return Err(Failure::usage(format!(
+            "`--target-size` of {target} bytes cannot be reached: {smallest} is the least"
+        ))
+        .hint("untargeted weights keep their size; target more linears, lower `--rank-floor`, or offer fewer bits with `--quant`")
+        .into());
+    };
+    if (target - bytes) as f64 > 0.001 * target as f64 && study.recipe.ranks.is_budgeted() {
+        tracing::warn!("`--target-size` is missed by {} bytes: no step is that small", target - bytes);
+    }
+    Ok(choices)
+}
+
+/// Bytes of the weight files under choices.
+fn file_bytes(study: &Study<'_>, choices: &[Choice]) -> u64 {
+    let forms: Vec<Option<Forms>> = choices.iter().enumerate().map(|(i, &c)| study.planned(i, c)).collect();
+    study.plan.files(&study.source, study.recipe, &forms).file_bytes()
+}

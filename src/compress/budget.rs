@@ -1,0 +1,94 @@
+//! What a recipe's budget allows, from shapes alone: choices that need no fit to be known, and the largest ranks that may be asked for.
+
+use super::allocate::{self, Item, Rules, Spectra};
+use super::compensate::{Compensate, CompensateRank};
+use super::plan::{Choice, Plan};
+use super::recipe::{Budget, Recipe};
+use crate::model::inventory::LinearInfo;
+
+/// The choices, where no spectrum is needed to know them.
+pub(super) fn known_choices(recipe: &Recipe, plan: &Plan) -> Option<Vec<Choice>> {
+    if let (&[quant], Budget::None) = (recipe.quant.as_slice(), recipe.budget) {
+        let choice = |linear: &LinearInfo| {
+            let rank = match (recipe.compensate, recipe.compensate_rank) {
+                (Compensate::None, _) | (_, CompensateRank::Auto) => 0,
+                (_, CompensateRank::Fixed(rank)) => rank.min(linear.out_features).min(linear.in_features),
+            };
+            if quant.storage().fits(linear.in_features) { Choice::Fitted { fit: 0, rank } } else { Choice::Dense }
+        };
+        return Some(plan.linears.iter().map(choice).collect());
+    }
+    let is_known = recipe.quant.is_empty()
+        && recipe.ranks.allocator().spectra() == Spectra::None
+        && !matches!(recipe.budget, Budget::Bytes(_) | Budget::Bits(_));
+    is_known.then(|| {
+        let costs: Vec<Vec<u64>> = plan.linears.iter().map(|linear| parameters(recipe, linear)).collect();
+        let items: Vec<Item<'_>> = (0..plan.linears.len()).map(|i| item(recipe, plan, i, &costs[i])).collect();
+        let picks = allocate::allocate(recipe.ranks, &items, &rules(recipe, &items, recipe.budget));
+        picks.into_iter().map(|pick| choice(pick, 0)).collect()
+    })
+}
+
+/// A pick of a rank, as a choice of the fit with this number.
+pub(super) fn choice(pick: allocate::Pick, fit: usize) -> Choice {
+    match pick {
+        allocate::Pick::Dense => Choice::Dense,
+        allocate::Pick::Zeros => Choice::Zeros,
+        allocate::Pick::Rank(rank) => Choice::Fitted { fit, rank },
+        allocate::Pick::Offer(_) => unreachable!("invariant: offers are no ranks"),
+    }
+}
+
+/// The largest rank that each linear may get; 0 for those that are known to stay dense, or to be all zeros.
+pub(super) fn max_ranks(recipe: &Recipe, plan: &Plan) -> Vec<usize> {
+    if !recipe.quant.is_empty() {
+        return vec![0; plan.linears.len()];
+    }
+    let known = known_choices(recipe, plan);
+    let largest = |i: usize| match &known {
+        Some(choices) => match choices[i] {
+            Choice::Fitted { rank, .. } => rank,
+            Choice::Dense | Choice::Zeros => 0,
+        },
+        None if plan.are_zero[i] => 0,
+        None => recipe.layout.fitting().largest_saving_rank(plan.linears[i].shape()),
+    };
+    (0..plan.linears.len()).map(largest).collect()
+}
+
+/// Parameters of a linear at every rank from 0 to the largest that there is.
+pub(super) fn parameters(recipe: &Recipe, linear: &LinearInfo) -> Vec<u64> {
+    let largest = recipe.layout.fitting().largest_rank(linear.shape());
+    (0..=largest).map(|rank| recipe.layout.n_parameters(rank, linear.shape())).collect()
+}
+
+/// The `i`-th linear of a plan as allocators see it without spectra, priced in parameters.
+pub(super) fn item<'a>(recipe: &Recipe, plan: &Plan, i: usize, parameters: &'a [u64]) -> Item<'a> {
+    let linear = &plan.linears[i];
+    let (m, n) = linear.shape();
+    Item {
+        n_weights: linear.n_parameters(),
+        parameters,
+        saving_rank: recipe.layout.fitting().largest_saving_rank((m, n)),
+        rank_weight: (m + n) as f64,
+        bytes: None,
+        curve: None,
+        sensitivity: 1.0,
+        offers: &[],
+        is_zero: plan.are_zero[i],
+    }
+}
+
+/// The rules of a budget for items in its unit.
+pub(super) fn rules(recipe: &Recipe, items: &[Item<'_>], budget: Budget) -> Rules {
+    let rules = match budget {
+        Budget::Keep(keep) => Rules::of_keep(items, keep),
+        Budget::None => Rules { budget: u64::MAX, ..Rules::of_keep(items, 1.0) },
+        Budget::Bits(_) => unreachable!("invariant: bits were turned into bytes"),
+        Budget::Bytes(bytes) => {
+            let dense: u64 = items.iter().map(Item::dense_cost).sum();
+            Rules { budget: bytes, fill: true, ..Rules::of_keep(items, bytes as f64 / dense as f64) }
+        }
+    };
+    Rules { floor: recipe.rank_floor, multiple: recipe.rank_multiple, ..rules }
+}

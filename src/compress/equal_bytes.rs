@@ -1,0 +1,124 @@
+//! The baseline at equal bytes, without factors: compensation that does not beat it is better spent on bits.
+
+use std::collections::BTreeMap;
+
+use anyhow::Result;
+
+use super::allocation::{Allocation, Problem};
+use super::compensate::Compensate;
+use super::plan::Choice;
+use super::sensitivity::probe_windows;
+use super::solution::Solution;
+use super::study::Study;
+use super::trials::mean_kl;
+use crate::model::Decoder;
+use crate::model::inventory::LinearInfo;
+use crate::operator::Forms;
+use crate::quantize::{BLOCK_TYPES, Levels, Quant, Scale, Scheme, Storage};
+use crate::report::ControlRecord;
+
+/// Bits that the baseline may choose from, and the group besides that of the base.
+const BITS: [u32; 4] = [2, 3, 4, 8];
+const GROUP: usize = 32;
+
+/// The menus of bases, a linear, where the forms of an allocation have factors over codes, or coded factors; none elsewhere.
+pub(super) fn menus(study: &Study<'_>, all: &[Option<Forms>]) -> Option<Vec<Vec<Quant>>> {
+    let has_both = |forms: &Forms| forms.over.is_some() && forms.is_quantized();
+    if !all.iter().flatten().any(has_both) {
+        return None;
+    }
+    let one = |(linear, forms): (&LinearInfo, &Option<Forms>)| forms.map_or(Vec::new(), |f| menu(study, linear, &f));
+    Some(study.plan.linears.iter().zip(all).map(one).collect())
+}
+
+/// Adds the bases of the menus to those of a study; the number of the first of them, a linear.
+///
+/// # Errors
+/// As quantizing.
+pub(super) fn quantize(study: &mut Study<'_>, menus: &[Vec<Quant>]) -> Result<Vec<usize>> {
+    let first: Vec<usize> = (0..study.plan.linears.len()).map(|i| study.fits.of(i).len()).collect();
+    study.quantize(Compensate::None, &|i| menus[i].clone())?;
+    Ok(first)
+}
+
+/// Spends the bytes of a solution on bases without factors, which are those from number `first` on. `relative_errors` are the
+/// squared errors of what was written.
+///
+/// # Errors
+/// The model cannot be run.
+pub(super) fn compare(
+    solution: &Solution<'_>,
+    allocation: &Allocation,
+    first: &[usize],
+    relative_errors: &dyn Fn(usize) -> f64,
+) -> Result<ControlRecord> {
+    let study = solution.study;
+    // Formats differ in what they can store: both are counted in lrc's own packing.
+    let price = |linear: &LinearInfo, forms: Option<&Forms>| {
+        forms.map_or(linear.n_bytes(), |forms| linear.bytes_as(forms).0 + linear.bytes_as(forms).1)
+    };
+    let planned = (0..first.len()).map(|i| study.planned(i, allocation.choices[i]));
+    let budget: u64 = study.plan.linears.iter().zip(planned).map(|(linear, forms)| price(linear, forms.as_ref())).sum();
+    let problem = Problem::of_bases(study, &|i| first[i], &price, &allocation.sensitivities);
+    let (choices, spent) = problem.least_error(budget);
+    let squared = |(i, &choice): (usize, &Choice)| allocation.sensitivities[i] * study.fits.error(i, choice);
+    let error: f64 = choices.iter().enumerate().map(squared).sum();
+    let own = |i: usize| allocation.sensitivities[i] * study.fits.norm(i) * relative_errors(i);
+    let own_error: f64 = (0..choices.len()).map(own).sum();
+    let (mut kl, mut control_kl) = (None, None);
+    let quant = quantizers(study, &choices);
+    if study.inputs.windows.is_some() && Decoder::open(study.session.checkpoint)?.has_head() {
+        let baseline = Solution::new(study, choices);
+        let found = mean_kl(study, probe_windows(study), &[solution, &baseline], "control")?;
+        (kl, control_kl) = (Some(found[0]), Some(found[1]));
+    }
+    Ok(ControlRecord {
+        bits_per_weight: problem.bits(spent),
+        is_reachable: spent <= budget,
+        weighted_error_ratio: (error > 0.0).then_some(own_error / error),
+        kl,
+        control_kl,
+        quant,
+    })
+}
+
+/// The quantizer of every linear, by module.
+fn quantizers(study: &Study<'_>, choices: &[Choice]) -> BTreeMap<String, String> {
+    let name = |(i, &choice): (usize, &Choice)| {
+        let quant = study.fits.chosen(i, choice).and_then(|fit| fit.fitted.quant());
+        (study.plan.linears[i].module.clone(), quant.map_or("dense".into(), |quant| quant.to_string()))
+    };
+    choices.iter().enumerate().map(name).collect()
+}
+
+/// Bases that the baseline may choose for a linear: the quantisers of the menu at every number of bits from that of its base up to
+/// the first that takes what base and factors do.
+fn menu(study: &Study<'_>, linear: &LinearInfo, forms: &Forms) -> Vec<Quant> {
+    let int = |bits| Scheme { levels: Levels::Int { bits, symmetric: true }, group: Some(128) };
+    let families =
+        if study.recipe.quant.is_empty() { vec![Quant::Rtn(int(4), Scale::Mse)] } else { study.recipe.quant.clone() };
+    let mut menu = study.recipe.quant.clone();
+    for quant in families {
+        let Storage::Grouped(scheme) = quant.storage() else {
+            menu.extend(BLOCK_TYPES.map(Quant::Block));
+            continue;
+        };
+        let least = if forms.base.is_some() { scheme.levels.bits() } else { 0 };
+        let (base, factors) = linear.bytes_as(forms);
+        let spent = (8 * (base + factors)).div_ceil(linear.n_parameters()) as u32;
+        let last = BITS.into_iter().find(|&bits| bits >= spent).unwrap_or(8);
+        let bits = BITS.into_iter().filter(|bits| (least..=last).contains(bits));
+        let groups = [scheme.group, Some(GROUP)];
+        for (bits, group) in bits.flat_map(|bits| groups.map(|group| (bits, group))) {
+            // NF4 has one number of bits; above it there are integers.
+            menu.push(quant.with(bits, group).unwrap_or(Quant::Rtn(Scheme { group, ..int(bits) }, Scale::Mse)));
+        }
+    }
+    let mut seen: Vec<Quant> = Vec::new();
+    menu.retain(|quant| {
+        let is_new = !seen.contains(quant);
+        seen.push(*quant);
+        is_new
+    });
+    menu
+}

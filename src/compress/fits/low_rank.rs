@@ -1,0 +1,152 @@
+//! The decomposition of a linear in the metric of the method: of low rank, in the layout of the recipe.
+
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
+
+use anyhow::Result;
+use serde_json::{Value, json};
+
+use super::super::metrics::{Metrics, SharedInputs};
+use super::super::plan::Plan;
+use super::{Approximation, Details, Fitted, Method, Unit, floats};
+use crate::approx::low_rank::{ErrorCurve, LowRank};
+use crate::approx::metric::{MetricPair, PlainSides};
+use crate::checkpoint::Checkpoint;
+use crate::linalg;
+use crate::model::inventory::{self, LinearInfo};
+use crate::operator::{self, Kind, Shape};
+use crate::store::{Piece, Spool, Spooled, Values};
+
+struct Decomposition {
+    curve: ErrorCurve,
+    plain: Option<ErrorCurve>,
+    diagonals: (Vec<f64>, Vec<f64>),
+    details: Details,
+    layout: Kind,
+    shape: Shape,
+    max_rank: usize,
+    b: Spooled,
+    a: Spooled,
+}
+
+impl Fitted for Decomposition {
+    fn errors(&self) -> Vec<(usize, f64)> {
+        (0..=self.max_rank).map(|rank| (rank, self.curve.squared_error(rank))).collect()
+    }
+
+    fn values(&self, _: usize, rank: usize, spool: &Mutex<Spool>) -> Result<Approximation> {
+        if rank == 0 {
+            return Ok(Approximation { base: None, pair: Some(LowRank { rank, b: Vec::new(), a: Vec::new() }) });
+        }
+        let pair = LowRank { rank: self.max_rank, b: floats(spool, &self.b)?, a: floats(spool, &self.a)? };
+        let is_whole = rank == pair.rank;
+        let pair = if is_whole { pair } else { self.layout.fitting().prefix(&pair, rank, self.shape) };
+        Ok(Approximation { base: None, pair: Some(pair) })
+    }
+
+    fn curve(&self) -> Option<&ErrorCurve> {
+        Some(&self.curve)
+    }
+
+    fn plain_curve(&self) -> Option<&ErrorCurve> {
+        self.plain.as_ref()
+    }
+
+    fn diagonals(&self) -> Option<&(Vec<f64>, Vec<f64>)> {
+        Some(&self.diagonals)
+    }
+
+    fn details(&self) -> Details {
+        self.details
+    }
+}
+
+/// What is decomposed, and how.
+pub(in super::super) struct Decompose<'a> {
+    pub checkpoint: &'a Checkpoint,
+    pub plan: &'a Plan,
+    pub metrics: Metrics<'a>,
+    /// The largest rank that may be asked for, a linear; 0 for those left dense.
+    pub max_ranks: &'a [usize],
+    /// Whether allocators look at the curves of plain weights.
+    pub with_plain: bool,
+    pub layout: Kind,
+    /// Called with a block whose linears are decomposed.
+    pub after_block: &'a (dyn Fn(Option<usize>) -> Result<()> + Sync),
+}
+
+impl Method for Decompose<'_> {
+    type Fit = Arc<dyn Fitted>;
+    type Shared = SharedInputs;
+
+    fn verb(&self) -> &'static str {
+        "decompose"
+    }
+
+    fn key(&self, unit: &Unit) -> String {
+        pair_key(unit.members[0])
+    }
+
+    fn goes_by_block(&self) -> bool {
+        self.metrics.statistics.is_some()
+    }
+
+    fn shared(&self, linears: &[&LinearInfo]) -> SharedInputs {
+        SharedInputs::new(linears)
+    }
+
+    fn fit(&self, unit: &Unit, shared: &SharedInputs) -> Result<(Value, Vec<Values>)> {
+        let i = unit.members[0];
+        let (linear, max_rank) = (&self.plan.linears[i], self.max_ranks[i]);
+        let started = Instant::now();
+        let (m, n) = linear.shape();
+        let values = inventory::weight(self.checkpoint, linear)?; // (out, in)
+        let transposed = linalg::transposed_from_row_major(&values, m, n);
+        drop(values);
+        let target = transposed.transpose();
+        let output = self.metrics.output(linear)?;
+        let (fit, input_diagonal, plain_sides) = self.metrics.with_input(linear, shared, |input| {
+            let metric = MetricPair { output: &output, input };
+            let fit = self.layout.fitting().fit(target, metric, max_rank)?;
+            Ok((fit, input.to_diagonal(n), metric.plain_sides()))
+        })?;
+        let operator::Fit { curve, pair } = fit;
+        let plain = match self.with_plain {
+            true if self.metrics.statistics.is_some() => {
+                self.layout.fitting().curve(target, MetricPair::IDENTITY)?.energies().to_vec()
+            }
+            true => curve.energies().to_vec(),
+            false => Vec::new(),
+        };
+        let fields = json!([started.elapsed().as_secs_f64(), pair.rank, plain_sides]);
+        let curves = [curve.energies().to_vec(), plain, output.to_diagonal(m), input_diagonal].map(Values::from);
+        Ok((fields, curves.into_iter().chain([pair.b.into(), pair.a.into()]).collect()))
+    }
+
+    fn keep(&self, unit: &Unit, mut piece: Piece, spool: &mut Spool) -> Result<Arc<dyn Fitted>> {
+        let (seconds, max_rank, plain_sides): (f64, usize, PlainSides) = serde_json::from_value(piece.fields.take())?;
+        let mut next = || piece.next()?.values.f64s();
+        let (curve, plain) = (ErrorCurve::new(next()?), ErrorCurve::new(next()?));
+        let diagonals = (next()?, next()?);
+        Ok(Arc::new(Decomposition {
+            curve,
+            plain: self.with_plain.then_some(plain),
+            diagonals,
+            details: Details { seconds, plain_sides, ..Details::default() },
+            layout: self.layout,
+            shape: self.plan.linears[unit.members[0]].shape(),
+            max_rank,
+            b: spool.push(piece.next()?)?,
+            a: spool.push(piece.next()?)?,
+        }))
+    }
+
+    fn after_block(&self, unit: &Unit) -> Result<()> {
+        (self.after_block)(self.plan.linears[unit.members[0]].block)
+    }
+}
+
+/// Under which a journal has the decomposition of the `i`-th linear.
+pub(in super::super) fn pair_key(i: usize) -> String {
+    format!("decompose-{i}")
+}

@@ -1,0 +1,261 @@
+//! What every unit may become: fits, made once by one driver and kept, so that one pass serves every budget.
+//!
+//! A unit is what is replaced together: a linear, or several that share a part. A [`Fitted`] is one way to approximate it, with
+//! its error at every size. Which sizes a budget buys is decided in `allocation`, by costs and errors alone.
+
+mod low_rank;
+mod quantized;
+mod shared;
+
+use std::sync::{Arc, Mutex};
+
+use anyhow::{Context, Result};
+use rayon::prelude::*;
+use serde_json::Value;
+
+use super::plan::{Choice, Plan};
+use crate::approx::low_rank::{ErrorCurve, LowRank};
+use crate::approx::metric::PlainSides;
+use crate::model::inventory::LinearInfo;
+use crate::quantize::{Fallback, Quant, Quantized};
+use crate::session::Session;
+use crate::store::{Piece, Spool, Spooled, Values};
+
+pub(super) use low_rank::Decompose;
+pub(super) use quantized::Quantize;
+pub(super) use shared::{Share, units_to_share};
+
+/// What is replaced together, by places in the plan.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Unit {
+    pub members: Vec<usize>,
+}
+
+/// One way to approximate a unit.
+pub(super) trait Fitted: Send + Sync {
+    /// The ranks on offer, ascending, each with the squared error of the whole unit in the metric of the method.
+    fn errors(&self) -> Vec<(usize, f64)>;
+
+    /// Base and factors of a member.
+    ///
+    /// # Errors
+    /// The work folder cannot be read.
+    fn values(&self, member: usize, rank: usize, spool: &Mutex<Spool>) -> Result<Approximation>;
+
+    /// The error of every rank of a single linear, where it is not under a base.
+    fn curve(&self) -> Option<&ErrorCurve> {
+        None
+    }
+
+    /// The curve of the plain weight, where an allocator asked for it.
+    fn plain_curve(&self) -> Option<&ErrorCurve> {
+        None
+    }
+
+    /// Diagonals of the metric: output (m) and input (n); see `curves`.
+    fn diagonals(&self) -> Option<&(Vec<f64>, Vec<f64>)> {
+        None
+    }
+
+    /// Places in the plan of the linears that share a part; empty where there is one.
+    fn unit(&self) -> &[usize] {
+        &[]
+    }
+
+    /// The quantizer of the base.
+    fn quant(&self) -> Option<Quant> {
+        None
+    }
+
+    /// For the report.
+    fn details(&self) -> Details;
+}
+
+/// A base, factors, or both.
+pub(super) struct Approximation {
+    pub base: Option<Quantized>,
+    pub pair: Option<LowRank>,
+}
+
+/// What the report says of a fit.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Details {
+    pub seconds: f64,
+    /// Why the base was rounded to nearest.
+    pub fallback: Option<Fallback>,
+    /// Sides of the metric that are plain because their form was all zeros.
+    pub plain_sides: PlainSides,
+}
+
+/// A fit, and which of its members a linear is.
+#[derive(Clone)]
+pub(super) struct Fit {
+    pub fitted: Arc<dyn Fitted>,
+    pub member: usize,
+}
+
+/// The fits of every linear of the plan, in the order of their numbers.
+pub(super) struct Fits {
+    linears: Vec<Vec<Fit>>,
+    /// Squared norm of every linear in the metric of the method, where a base was quantized.
+    norms: Vec<f64>,
+    pub spool: Mutex<Spool>,
+}
+
+impl Fits {
+    pub fn new(n_linears: usize, spool: Spool) -> Self {
+        let linears = (0..n_linears).map(|_| Vec::new()).collect();
+        Self { linears, norms: vec![0.0; n_linears], spool: Mutex::new(spool) }
+    }
+
+    /// The fits of a linear, in the order of their numbers.
+    pub fn of(&self, i: usize) -> &[Fit] {
+        &self.linears[i]
+    }
+
+    /// The fit without a base, where there is one.
+    pub fn low_rank(&self, i: usize) -> Option<&dyn Fitted> {
+        self.linears[i].iter().map(|fit| &*fit.fitted).find(|fitted| fitted.curve().is_some())
+    }
+
+    /// The fit that was chosen.
+    pub fn chosen(&self, i: usize, choice: Choice) -> Option<&Fit> {
+        match choice {
+            Choice::Fitted { fit, .. } => self.linears[i].get(fit),
+            Choice::Dense | Choice::Zeros => None,
+        }
+    }
+
+    /// Squared norm of a linear in the metric of the method.
+    pub fn norm(&self, i: usize) -> f64 {
+        self.norms[i]
+    }
+
+    /// Squared error of a choice in the metric of the method, as it was estimated; that of its unit, where it shares a part.
+    pub fn error(&self, i: usize, choice: Choice) -> f64 {
+        let (Some(fit), Choice::Fitted { rank, .. }) = (self.chosen(i, choice), choice) else { return 0.0 };
+        if let Some(curve) = fit.fitted.curve() {
+            return curve.squared_error(rank);
+        }
+        let errors = fit.fitted.errors();
+        errors.iter().find(|(offered, _)| *offered == rank).expect("invariant: the rank is offered").1
+    }
+
+    /// Base and factors of a choice.
+    ///
+    /// # Errors
+    /// The work folder cannot be read.
+    pub fn values(&self, i: usize, choice: Choice) -> Result<Approximation> {
+        match (self.chosen(i, choice), choice) {
+            (Some(fit), Choice::Fitted { rank, .. }) => fit.fitted.values(fit.member, rank, &self.spool),
+            _ => Ok(Approximation { base: None, pair: None }),
+        }
+    }
+
+    /// Decomposes every linear that may become low rank.
+    ///
+    /// # Errors
+    /// A weight or a statistic is broken, an eigenproblem fails, or the work folder cannot be written.
+    pub fn decompose(&mut self, session: &Session<'_>, plan: &Plan, method: &Decompose<'_>) -> Result<()> {
+        let wanted = (0..plan.linears.len()).filter(|&i| method.max_ranks[i] > 0);
+        let units: Vec<Unit> = wanted.map(|i| Unit { members: vec![i] }).collect();
+        for (unit, fitted) in units.iter().zip(fit_all(session, plan, method, &units, &self.spool)?) {
+            self.add(unit, fitted);
+        }
+        Ok(())
+    }
+
+    /// Adds quantized bases, with the factors that compensate for them.
+    ///
+    /// # Errors
+    /// As [`Self::decompose`].
+    pub fn quantize(&mut self, session: &Session<'_>, plan: &Plan, method: &Quantize<'_>) -> Result<()> {
+        let units: Vec<Unit> = (0..plan.linears.len()).map(|i| Unit { members: vec![i] }).collect();
+        for (unit, (norm, all)) in units.iter().zip(fit_all(session, plan, method, &units, &self.spool)?) {
+            self.norms[unit.members[0]] = norm;
+            all.into_iter().for_each(|fitted| self.add(unit, fitted));
+        }
+        Ok(())
+    }
+
+    /// Adds fits of several linears that share their right part.
+    ///
+    /// # Errors
+    /// As [`Self::decompose`].
+    pub fn share(&mut self, session: &Session<'_>, plan: &Plan, method: &Share<'_>, units: &[Unit]) -> Result<()> {
+        for (unit, fitted) in units.iter().zip(fit_all(session, plan, method, units, &self.spool)?) {
+            self.add(unit, fitted);
+        }
+        Ok(())
+    }
+
+    fn add(&mut self, unit: &Unit, fitted: Arc<dyn Fitted>) {
+        for (member, &i) in unit.members.iter().enumerate() {
+            self.linears[i].push(Fit { fitted: Arc::clone(&fitted), member });
+        }
+    }
+}
+
+/// How units are fitted, one by one.
+trait Method: Sync {
+    type Fit: Send;
+    /// What the units of a block share while they are fitted.
+    type Shared: Sync;
+
+    /// As progress bars and errors name it.
+    fn verb(&self) -> &'static str;
+
+    /// Under which a journal has the fit of a unit.
+    fn key(&self, unit: &Unit) -> String;
+
+    /// Whether units are fitted block by block, because of what those of a block share.
+    fn goes_by_block(&self) -> bool;
+
+    fn shared(&self, linears: &[&LinearInfo]) -> Self::Shared;
+
+    /// Fits a unit: fields and arrays of its piece.
+    fn fit(&self, unit: &Unit, shared: &Self::Shared) -> Result<(Value, Vec<Values>)>;
+
+    /// The fit of a piece.
+    fn keep(&self, unit: &Unit, piece: Piece, spool: &mut Spool) -> Result<Self::Fit>;
+
+    /// Called when the units of a block are done.
+    fn after_block(&self, _unit: &Unit) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// The one driver: block after block, the units of a block in parallel, one thread each. Finished units are pieces of the journal.
+fn fit_all<M: Method>(
+    session: &Session<'_>,
+    plan: &Plan,
+    method: &M,
+    units: &[Unit],
+    spool: &Mutex<Spool>,
+) -> Result<Vec<M::Fit>> {
+    let stage = session.progress.stage(method.verb(), units.len() as u64, "matrices");
+    let first = |unit: &Unit| &plan.linears[unit.members[0]];
+    let mut fits = Vec::new();
+    for group in units.chunk_by(|a, b| !method.goes_by_block() || first(a).block == first(b).block) {
+        let members = group.iter().flat_map(|unit| &unit.members);
+        let shared = method.shared(&members.map(|&i| &plan.linears[i]).collect::<Vec<_>>());
+        let one = |unit: &Unit| -> Result<M::Fit> {
+            let module = &first(unit).module;
+            stage.note(module);
+            let piece = session.journal.piece(&method.key(unit), || method.fit(unit, &shared));
+            let fit = piece.and_then(|piece| {
+                method.keep(unit, piece, &mut spool.lock().expect("invariant: no holder of the spool panics"))
+            });
+            stage.advance(1);
+            fit.with_context(|| format!("{} `{module}`", method.verb()))
+        };
+        fits.extend(group.par_iter().map(one).collect::<Result<Vec<_>>>()?);
+        method.after_block(&group[0])?;
+    }
+    Ok(fits)
+}
+
+/// An array of floats from a spool.
+fn floats(spool: &Mutex<Spool>, array: &Spooled) -> Result<Vec<f32>> {
+    spool.lock().expect("invariant: no holder of the spool panics").get(array)?.f32s()
+}

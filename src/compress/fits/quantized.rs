@@ -1,0 +1,360 @@
+//! A quantized base of a linear, with the factors that compensate for what quantizing lost; one fit a quantizer of the menu.
+
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
+
+use anyhow::Result;
+use faer::Mat;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::super::compensate::{Compensate, CompensateRank};
+use super::super::metrics::{Metrics, SharedInputs};
+use super::super::plan::{Plan, largest_compensation};
+use super::{Approximation, Details, Fitted, Method, Unit, floats};
+use crate::approx::low_rank::{self, ErrorCurve, LowRank};
+use crate::approx::metric::{MetricPair, PlainSides};
+use crate::checkpoint::Checkpoint;
+use crate::error::Failure;
+use crate::linalg;
+use crate::model::inventory::{self, LinearInfo};
+use crate::operator::Shape;
+use crate::quantize::{Blocks, Fallback, Grouped, Quant, Quantized, Storage, bits};
+use crate::store::{Piece, Spool, Spooled, Values};
+
+/// One quantized base of a linear, with factors up to some rank.
+struct QuantizedBase {
+    quant: Quant,
+    details: Details,
+    /// Squared error in the metric of the method, by rank: of the ranks that may be chosen, the first 0 where that is one.
+    errors: Vec<(usize, f64)>,
+    shape: Shape,
+    codes: Spooled,
+    scales: Spooled,
+    zeros: Vec<u8>,
+    /// Rank, `B` and `A`.
+    pair: Option<(usize, Spooled, Spooled)>,
+}
+
+/// A base that was just made.
+struct Made {
+    quant: Quant,
+    fallback: Option<Fallback>,
+    errors: Vec<(usize, f64)>,
+    seconds: f64,
+    base: Quantized,
+    pair: Option<LowRank>,
+}
+
+/// What is kept of it besides its arrays: the errors of its ranks, codes, scales, zeros, `B` and `A`.
+#[derive(Serialize, Deserialize)]
+struct Record {
+    quant: Quant,
+    fallback: Option<Fallback>,
+    seconds: f64,
+    ranks: Vec<usize>,
+    /// Of the pair.
+    rank: Option<usize>,
+}
+
+impl Made {
+    fn record(&self) -> Record {
+        Record {
+            quant: self.quant,
+            fallback: self.fallback,
+            seconds: self.seconds,
+            ranks: self.errors.iter().map(|(rank, _)| *rank).collect(),
+            rank: self.pair.as_ref().map(|pair| pair.rank),
+        }
+    }
+
+    fn into_arrays(self) -> [Values; 6] {
+        let errors: Vec<f64> = self.errors.iter().map(|(_, error)| *error).collect();
+        let (codes, scales, zeros) = match self.base {
+            Quantized::Grouped(m) => (bits::pack(&m.codes, m.cols, m.scheme.levels.bits(), 1), m.scales, m.zeros),
+            Quantized::Block(blocks) => (blocks.bytes, Vec::new(), Vec::new()),
+        };
+        let (b, a) = self.pair.map_or_else(Default::default, |pair| (pair.b, pair.a));
+        [errors.into(), codes.into(), scales.into(), zeros.into(), b.into(), a.into()]
+    }
+}
+
+impl QuantizedBase {
+    fn keep(
+        record: Record,
+        plain_sides: PlainSides,
+        shape: Shape,
+        piece: &mut Piece,
+        spool: &mut Spool,
+    ) -> Result<Self> {
+        let errors = piece.next()?.values.f64s()?;
+        let (codes, scales) = (spool.push(piece.next()?)?, spool.push(piece.next()?)?);
+        let zeros = piece.next()?.values.bytes()?;
+        let (b, a) = (piece.next()?, piece.next()?);
+        let pair = record.rank.map(|rank| Ok((rank, spool.push(b)?, spool.push(a)?))).transpose();
+        let details = Details { seconds: record.seconds, fallback: record.fallback, plain_sides };
+        let errors = record.ranks.into_iter().zip(errors).collect();
+        let pair: Result<_> = pair;
+        Ok(Self { quant: record.quant, details, errors, shape, codes, scales, zeros, pair: pair? })
+    }
+
+    fn base(&self, spool: &mut Spool) -> Result<Quantized> {
+        let (rows, cols) = self.shape;
+        let bytes = spool.get(&self.codes)?.bytes()?;
+        Ok(match self.quant.storage() {
+            Storage::Grouped(scheme) => {
+                let codes = bits::unpack(&bytes, rows, cols, scheme.levels.bits(), 1);
+                let codes = codes.expect("invariant: what was packed is unpacked");
+                let scales = spool.get(&self.scales)?.f32s()?;
+                Quantized::Grouped(Grouped { rows, cols, scheme, codes, scales, zeros: self.zeros.clone() })
+            }
+            Storage::Block(block_type) => Quantized::Block(Blocks { rows, cols, block_type, bytes }),
+        })
+    }
+}
+
+impl Fitted for QuantizedBase {
+    fn errors(&self) -> Vec<(usize, f64)> {
+        self.errors.clone()
+    }
+
+    fn values(&self, _: usize, rank: usize, spool: &Mutex<Spool>) -> Result<Approximation> {
+        let base = self.base(&mut spool.lock().expect("invariant: no holder of the spool panics"))?;
+        let pair = match &self.pair {
+            Some((largest, b, a)) if rank > 0 => {
+                let pair = LowRank { rank: *largest, b: floats(spool, b)?, a: floats(spool, a)? };
+                Some(if rank == pair.rank { pair } else { pair.prefix(rank) })
+            }
+            _ => None,
+        };
+        Ok(Approximation { base: Some(base), pair })
+    }
+
+    fn quant(&self) -> Option<Quant> {
+        Some(self.quant)
+    }
+
+    fn details(&self) -> Details {
+        self.details
+    }
+}
+
+/// What is quantized, and how.
+pub(in super::super) struct Quantize<'a> {
+    pub checkpoint: &'a Checkpoint,
+    pub plan: &'a Plan,
+    /// The method's metric, in which errors are reported.
+    pub metrics: Metrics<'a>,
+    pub compensate: Compensate,
+    pub rank: CompensateRank,
+    /// The menu of a linear.
+    pub quants: &'a (dyn Fn(usize) -> Vec<Quant> + Sync),
+    /// How often bases were added before: the menu first, those of equal bytes after it.
+    pub round: usize,
+}
+
+impl Method for Quantize<'_> {
+    /// Squared norm in the metric of the method, and the bases.
+    type Fit = (f64, Vec<Arc<dyn Fitted>>);
+    /// Input metrics of the method and of the compensation.
+    type Shared = [SharedInputs; 2];
+
+    fn verb(&self) -> &'static str {
+        "quantize"
+    }
+
+    fn key(&self, unit: &Unit) -> String {
+        format!("quantize-{}-{}", self.round, unit.members[0])
+    }
+
+    fn goes_by_block(&self) -> bool {
+        true
+    }
+
+    fn shared(&self, linears: &[&LinearInfo]) -> [SharedInputs; 2] {
+        [SharedInputs::new(linears), SharedInputs::new(linears)]
+    }
+
+    fn fit(&self, unit: &Unit, shared: &[SharedInputs; 2]) -> Result<(Value, Vec<Values>)> {
+        let i = unit.members[0];
+        let (norm, plain, made) = self.make(&self.plan.linears[i], &(self.quants)(i), shared)?;
+        let records: Vec<Record> = made.iter().map(Made::record).collect();
+        let arrays = made.into_iter().flat_map(Made::into_arrays);
+        Ok((json!((plain, records)), std::iter::once(vec![norm].into()).chain(arrays).collect()))
+    }
+
+    fn keep(&self, unit: &Unit, mut piece: Piece, spool: &mut Spool) -> Result<Self::Fit> {
+        let (plain, records): (PlainSides, Vec<Record>) = serde_json::from_value(piece.fields.take())?;
+        let norm = piece.next()?.values.f64s()?.first().copied().unwrap_or(0.0);
+        let shape = self.plan.linears[unit.members[0]].shape();
+        let mut fits: Vec<Arc<dyn Fitted>> = Vec::new();
+        for record in records {
+            fits.push(Arc::new(QuantizedBase::keep(record, plain, shape, &mut piece, spool)?));
+        }
+        Ok((norm, fits))
+    }
+}
+
+impl Quantize<'_> {
+    /// Squared norm of a linear in the metric of the method, sides of its metrics that are plain, and its bases.
+    fn make(
+        &self,
+        linear: &LinearInfo,
+        quants: &[Quant],
+        [own, shared]: &[SharedInputs; 2],
+    ) -> Result<(f64, PlainSides, Vec<Made>)> {
+        let (m, n) = linear.shape();
+        let values = inventory::weight(self.checkpoint, linear)?; // (out, in)
+        let transposed = linalg::transposed_from_row_major(&values, m, n);
+        let gram = quants.iter().any(|q| q.needs_gram()).then(|| self.metrics.input_gram(linear)).transpose()?;
+        let compensating = self.metrics.with_preset(self.compensate.preset());
+        let output = self.metrics.output(linear)?;
+        let pair_output = compensating.output(linear)?;
+        let is_reported_in_pair = self.metrics.preset == compensating.preset
+            && self.metrics.damping_input == compensating.damping_input
+            && self.metrics.damping_output == compensating.damping_output;
+        self.metrics.with_input(linear, own, |input| {
+            let reported = MetricPair { output: &output, input };
+            compensating.with_input(linear, shared, |input| {
+                let pair = MetricPair { output: &pair_output, input };
+                let one = Attempt {
+                    values: &values,
+                    weight: &transposed,
+                    shape: (m, n),
+                    gram: gram.as_ref(),
+                    reported,
+                    pair,
+                    is_reported_in_pair,
+                };
+                let fitting = quants.iter().filter(|quant| quant.storage().fits(n));
+                check_range(fitting.clone(), &values)?;
+                let mut made = Vec::new();
+                for &quant in fitting {
+                    made.extend(self.bases(&one, quant)?);
+                }
+                let mut plain = reported.plain_sides().union(pair.plain_sides());
+                plain.input |= gram.as_ref().is_some_and(|gram| gram.norm_max() == 0.0);
+                Ok((reported.squared_norm(transposed.transpose()), plain, made))
+            })
+        })
+    }
+
+    /// One base whose factors serve every rank; where base and factors alternate, one a rank.
+    fn bases(&self, one: &Attempt<'_>, quant: Quant) -> Result<Vec<Made>> {
+        let most = one.shape.0.min(one.shape.1);
+        let (largest, offers_none) = match (self.compensate, self.rank) {
+            (Compensate::None, _) => (0, true),
+            (_, CompensateRank::Auto) => (largest_compensation(one.shape).min(most), true),
+            (_, CompensateRank::Fixed(rank)) => (rank.min(most), false),
+        };
+        let turns = self.compensate.turns();
+        let started = Instant::now();
+        let first = one.quantize(one.values, quant)?;
+        if turns == 1 || largest == 0 {
+            let ranks: Vec<usize> = if offers_none { (0..=largest).collect() } else { vec![largest] };
+            return Ok(vec![one.base(quant, first, &ranks, started)?]);
+        }
+        let ranks = if offers_none { vec![largest / 4, largest / 2, largest] } else { vec![largest] };
+        let mut made = Vec::new();
+        if offers_none {
+            made.push(one.base(quant, first.clone(), &[0], started)?);
+        }
+        for rank in ranks.into_iter().filter(|&rank| rank > 0) {
+            let started = Instant::now();
+            let best = one.alternate(quant, first.clone(), rank, turns)?;
+            made.push(one.base(quant, best, &[rank], started)?);
+        }
+        Ok(made)
+    }
+}
+
+/// Refuses weights that no scale reaches: they would be clipped to next to nothing.
+fn check_range<'a>(mut quants: impl Iterator<Item = &'a Quant>, values: &[f32]) -> Result<()> {
+    let largest = values.iter().fold(0f32, |largest, v| largest.max(v.abs()));
+    match quants.find(|quant| quant.largest() < largest) {
+        Some(quant) => Err(Failure::numeric(format!("a weight of {largest:e} is beyond the f16 scales of `{quant}`"))
+            .hint("leave the linear as it is with `--exclude`, or give no `--quant`")
+            .into()),
+        None => Ok(()),
+    }
+}
+
+/// One linear with two metrics: the one its factors are fitted in, and the one its error is reported in.
+struct Attempt<'a> {
+    values: &'a [f32],
+    /// The weight, (in, out).
+    weight: &'a Mat<f64>,
+    shape: Shape,
+    gram: Option<&'a Mat<f64>>,
+    /// The metric of the method.
+    reported: MetricPair<'a>,
+    /// That of the compensation.
+    pair: MetricPair<'a>,
+    is_reported_in_pair: bool,
+}
+
+type Base = (Quantized, Option<Fallback>);
+
+impl Attempt<'_> {
+    fn quantize(&self, values: &[f32], quant: Quant) -> Result<Base> {
+        quant.quantize(values, self.shape, self.gram)
+    }
+
+    /// `W − Q`, transposed: (in, out).
+    fn residual(&self, base: &Quantized) -> Mat<f64> {
+        let (m, n) = self.shape;
+        let quantized = linalg::transposed_from_row_major(&base.dequantize(), m, n);
+        self.weight - quantized
+    }
+
+    /// Alternates base and factors; the base whose factors leave the least error. The first turn is the one-shot method, so that
+    /// the result is never worse.
+    fn alternate(&self, quant: Quant, first: Base, rank: usize, turns: usize) -> Result<Base> {
+        let (m, n) = self.shape;
+        let (mut current, mut best): (Base, Option<(f64, Base)>) = (first, None);
+        for turn in 0..turns {
+            let residual = self.residual(&current.0);
+            let decomposition = low_rank::decompose(residual.transpose(), self.pair, rank)?;
+            let error = decomposition.curve.squared_error(rank);
+            if best.as_ref().is_some_and(|(least, _)| error >= *least) {
+                break;
+            }
+            if turn + 1 < turns {
+                let LowRank { b, a, .. } = decomposition.truncate(residual.transpose(), rank);
+                let product = linalg::product_row_major(&b, &a, m, rank, n);
+                let left: Vec<f32> = self.values.iter().zip(product).map(|(w, p)| w - p).collect();
+                let next = self.quantize(&left, quant)?;
+                best = Some((error, std::mem::replace(&mut current, next)));
+            } else {
+                return Ok(current);
+            }
+        }
+        Ok(best.expect("invariant: the first turn is kept").1)
+    }
+
+    /// A base with factors of the largest of `ranks`, and the errors of all of them.
+    fn base(&self, quant: Quant, (base, fallback): Base, ranks: &[usize], started: Instant) -> Result<Made> {
+        let residual = self.residual(&base);
+        let alone = self.reported.squared_norm(residual.transpose());
+        let largest = ranks.iter().copied().max().unwrap_or(0);
+        let decomposed =
+            (largest > 0).then(|| low_rank::decompose(residual.transpose(), self.pair, largest)).transpose()?;
+        let curve = decomposed.as_ref().map(|d| &d.curve);
+        let errors = ranks.iter().map(|&rank| (rank, self.error(alone, curve, rank))).collect();
+        let pair = decomposed.map(|d| d.truncate(residual.transpose(), largest));
+        Ok(Made { quant, fallback, errors, seconds: started.elapsed().as_secs_f64(), base, pair })
+    }
+
+    /// Squared error in the metric of the method. Factors made in another metric are taken to save the same share of it as of
+    /// their own; what is written is measured.
+    fn error(&self, alone: f64, curve: Option<&ErrorCurve>, rank: usize) -> f64 {
+        match curve {
+            Some(curve) if rank > 0 && self.is_reported_in_pair => curve.squared_error(rank),
+            Some(curve) if rank > 0 => {
+                let total = curve.squared_error(0);
+                if total > 0.0 { alone * curve.squared_error(rank) / total } else { 0.0 }
+            }
+            _ => alone,
+        }
+    }
+}

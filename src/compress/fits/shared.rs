@@ -1,0 +1,210 @@
+//! Several linears of one input with one right part: `W_l ≈ B_l A`, for q, k and v, or gate and up.
+//!
+//! With `C = H Hᵀ` the metric of the common input and `G_l` that of each output, the best `A` has the top eigenvectors of
+//! `Hᵀ (Σ_l W_lᵀ G_l W_l) H`, and `B_l = W_l H V` (Basis Sharing, Wang et al. 2024, has G = I): that is the decomposition of the
+//! weights stacked below each other, `K_lᵀ W_l`, in the metric of the inputs alone, and `B_l = K_l⁻ᵀ` of its rows. The inputs' `A`
+//! counts once. It is an offer beside those of each linear by itself, never forced: mostly they are better.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
+
+use anyhow::Result;
+use faer::Mat;
+use serde_json::{Value, json};
+
+use super::super::metrics::{Metrics, SharedInputs};
+use super::super::plan::Plan;
+use super::{Approximation, Details, Fitted, Method, Unit, floats};
+use crate::approx::low_rank::{self, ErrorCurve, LowRank};
+use crate::approx::metric::{Metric, MetricPair};
+use crate::checkpoint::Checkpoint;
+use crate::linalg;
+use crate::model::inventory::{self, LinearInfo};
+use crate::store::{Piece, Spool, Spooled, Values};
+
+struct SharedRight {
+    unit: Vec<usize>,
+    errors: ErrorCurve,
+    details: Details,
+    max_rank: usize,
+    /// `B_l` (m_l, r).
+    left: Vec<Spooled>,
+    /// `A` (r, n).
+    right: Spooled,
+}
+
+impl Fitted for SharedRight {
+    fn errors(&self) -> Vec<(usize, f64)> {
+        (1..=self.max_rank).map(|rank| (rank, self.errors.squared_error(rank))).collect()
+    }
+
+    fn values(&self, member: usize, rank: usize, spool: &Mutex<Spool>) -> Result<Approximation> {
+        let pair =
+            LowRank { rank: self.max_rank, b: floats(spool, &self.left[member])?, a: floats(spool, &self.right)? };
+        Ok(Approximation { base: None, pair: Some(pair.prefix(rank)) })
+    }
+
+    fn unit(&self) -> &[usize] {
+        &self.unit
+    }
+
+    fn details(&self) -> Details {
+        self.details
+    }
+}
+
+/// The linears that read the same input of a block, where there are several: q, k and v; gate and up.
+pub(in super::super) fn units_to_share(plan: &Plan) -> Vec<Unit> {
+    let mut sites: BTreeMap<_, Vec<usize>> = BTreeMap::new();
+    for (i, linear) in plan.linears.iter().enumerate() {
+        if let Some(id) = linear.id.filter(|_| !plan.are_zero[i]) {
+            sites.entry((id.block, id.slot.site())).or_default().push(i);
+        }
+    }
+    let units = sites.into_values().filter(|members| members.len() > 1);
+    units.map(|members| Unit { members }).collect()
+}
+
+/// Which linears share, and how.
+pub(in super::super) struct Share<'a> {
+    pub checkpoint: &'a Checkpoint,
+    pub plan: &'a Plan,
+    pub metrics: Metrics<'a>,
+}
+
+impl Method for Share<'_> {
+    type Fit = Arc<dyn Fitted>;
+    type Shared = SharedInputs;
+
+    fn verb(&self) -> &'static str {
+        "share"
+    }
+
+    fn key(&self, unit: &Unit) -> String {
+        format!("share-{}", unit.members[0])
+    }
+
+    fn goes_by_block(&self) -> bool {
+        true
+    }
+
+    fn shared(&self, linears: &[&LinearInfo]) -> SharedInputs {
+        SharedInputs::new(linears)
+    }
+
+    fn fit(&self, unit: &Unit, shared: &SharedInputs) -> Result<(Value, Vec<Values>)> {
+        let started = Instant::now();
+        let linears: Vec<&LinearInfo> = unit.members.iter().map(|&i| &self.plan.linears[i]).collect();
+        let n = linears[0].in_features;
+        let heights: Vec<usize> = linears.iter().map(|linear| linear.out_features).collect();
+        let outputs = linears.iter().map(|linear| self.metrics.output(linear)).collect::<Result<Vec<_>>>()?;
+        let mut weights = Vec::new();
+        for linear in &linears {
+            weights.push(linalg::transposed_from_row_major(
+                &inventory::weight(self.checkpoint, linear)?,
+                linear.out_features,
+                n,
+            ));
+        }
+        let stacked = stacked(&weights, &outputs)?; // (Σ m_l, n)
+        let max_rank = largest_saving_rank(&heights, n);
+        let (curve, pair, plain_sides) = self.metrics.with_input(linears[0], shared, |input| {
+            let metric = MetricPair { output: &Metric::Identity, input };
+            let decomposition = low_rank::decompose(stacked.as_ref(), metric, max_rank)?;
+            let pair = decomposition.truncate(stacked.as_ref(), max_rank);
+            let plain = outputs.iter().map(|output| MetricPair { output, input }.plain_sides());
+            Ok((decomposition.curve, pair, plain.reduce(|a, b| a.union(b)).unwrap_or_default()))
+        })?;
+        let mut arrays: Vec<Values> = vec![curve.energies().to_vec().into()];
+        let mut first = 0;
+        for (output, &height) in outputs.iter().zip(&heights) {
+            let rows = &pair.b[first * max_rank..][..height * max_rank];
+            arrays.push(unwhitened(rows, height, max_rank, output)?.into());
+            first += height;
+        }
+        arrays.push(pair.a.into());
+        Ok((json!([started.elapsed().as_secs_f64(), max_rank, plain_sides]), arrays))
+    }
+
+    fn keep(&self, unit: &Unit, mut piece: Piece, spool: &mut Spool) -> Result<Arc<dyn Fitted>> {
+        let (seconds, max_rank, plain_sides) = serde_json::from_value(piece.fields.take())?;
+        let errors = ErrorCurve::new(piece.next()?.values.f64s()?);
+        let left = unit.members.iter().map(|_| spool.push(piece.next()?)).collect::<Result<_>>()?;
+        let details = Details { seconds, plain_sides, ..Details::default() };
+        Ok(Arc::new(SharedRight {
+            unit: unit.members.clone(),
+            errors,
+            details,
+            max_rank,
+            left,
+            right: spool.push(piece.next()?)?,
+        }))
+    }
+}
+
+/// Largest rank at which one right part and all left parts have fewer parameters than the weights: r (n + Σ m) < n Σ m.
+fn largest_saving_rank(heights: &[usize], n: usize) -> usize {
+    let sum: usize = heights.iter().sum();
+    ((n * sum).saturating_sub(1) / (n + sum).max(1)).min(n).min(sum)
+}
+
+/// `K_lᵀ W_l` below each other, of transposed weights (n, m_l).
+fn stacked(weights: &[Mat<f64>], outputs: &[Metric]) -> Result<Mat<f64>> {
+    let n = weights.first().map_or(0, Mat::nrows);
+    let mut stacked = Mat::zeros(weights.iter().map(Mat::ncols).sum(), n);
+    let mut first = 0;
+    for (weight, output) in weights.iter().zip(outputs) {
+        let height = weight.ncols();
+        let whitened = match output {
+            Metric::Identity => weight.clone(),
+            output => output.times_root(weight.as_ref())?, // (n, m)
+        };
+        stacked.subrows_mut(first, height).copy_from(whitened.transpose());
+        first += height;
+    }
+    Ok(stacked)
+}
+
+/// `K⁻ᵀ B` (m, r), row-major, of rows of the whitened left part.
+fn unwhitened(rows: &[f32], height: usize, rank: usize, output: &Metric) -> Result<Vec<f32>> {
+    Ok(match output {
+        Metric::Identity => rows.to_vec(),
+        output => {
+            let b_t = linalg::transposed_from_row_major(rows, height, rank); // (r, m)
+            linalg::to_row_major(output.dual_root_times(b_t.transpose())?.as_ref())
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_right_part_is_the_best_for_all_in_their_metrics() {
+        let value = |i: usize, j: usize, k: usize| (((i * 31 + j * 17 + k * 7 + i * j) % 23) as f64 - 11.0) / 7.0;
+        let weights = [Mat::from_fn(9, 6, |i, j| value(i, j, 1)), Mat::from_fn(9, 4, |i, j| value(i, j, 2))]; // (n, m)
+        let samples = |n: usize, k: usize| Mat::from_fn(40, n, |i, j| value(3 * i + 1, j, k));
+        let gram = |n, k| Metric::damped(samples(n, k).transpose() * samples(n, k), 0.05);
+        let (outputs, input) = ([gram(6, 3), gram(4, 4)], gram(9, 5));
+        let stacked = stacked(&weights, &outputs).unwrap();
+        let metric = MetricPair { output: &Metric::Identity, input: &input };
+        let decomposition = low_rank::decompose(stacked.as_ref(), metric, 9).unwrap();
+        for rank in [1, 3, 9] {
+            let pair = decomposition.truncate(stacked.as_ref(), rank);
+            let (mut found, mut first) = (0.0, 0);
+            for (weight, output) in weights.iter().zip(&outputs) {
+                let height = weight.ncols();
+                let b = unwhitened(&pair.b[first * rank..][..height * rank], height, rank, output).unwrap();
+                let product = linalg::product_row_major(&b, &pair.a, height, rank, 9);
+                let error = weight - linalg::transposed_from_row_major(&product, height, 9);
+                found += MetricPair { output, input: &input }.squared_norm(error.transpose());
+                first += height;
+            }
+            let (expected, total) = (decomposition.curve.squared_error(rank), decomposition.curve.squared_error(0));
+            assert!((found - expected).abs() < 1e-5 * total, "{rank}: {found} {expected}");
+        }
+        assert_eq!(largest_saving_rank(&[6, 4], 9), 4);
+    }
+}

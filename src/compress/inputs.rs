@@ -1,0 +1,112 @@
+//! What a run reads besides the weights: texts and statistics, checked before any work.
+
+use anyhow::{Context, Result};
+
+use super::metrics::Metrics;
+use super::plan::Plan;
+use super::recipe::Recipe;
+use crate::calibrate::{self, Header, Observation, Statistics, Windows};
+use crate::checkpoint::{Checkpoint, Fingerprint};
+use crate::error::Failure;
+use crate::model::{Decoder, fingerprint};
+use crate::report::CalibrationRecord;
+use crate::session::Session;
+
+pub(super) struct Inputs {
+    pub windows: Option<Windows>,
+    pub statistics: Option<Statistics>,
+}
+
+impl Inputs {
+    /// # Errors
+    /// A text, a tokenizer or a file of statistics is broken or does not belong here, or the model cannot be run.
+    pub fn load(checkpoint: &Checkpoint, recipe: &Recipe, plan: &Plan) -> Result<Self> {
+        let windows = recipe.calibration.as_ref().map(|c| Windows::load(checkpoint, c, (1, 1))).transpose()?;
+        let statistics = recipe.statistics.as_deref().map(Statistics::open).transpose()?;
+        let inputs = Self { windows, statistics };
+        inputs.check_statistics(checkpoint, recipe)?;
+        if inputs.windows.is_some() || inputs.statistics.is_some() {
+            let decoder = Decoder::open(checkpoint)?;
+            if recipe.probes() && !decoder.has_head() {
+                return Err(Failure::unsupported("the model has no head, and so no logits to compare trials by")
+                    .hint("leave `--sensitivity measured` and `--depth-weight auto` out")
+                    .into());
+            }
+            if let Some(outside) = plan.linears.iter().find(|l| l.id.is_none()) {
+                let message =
+                    format!("`{}` is outside of the blocks, and has no calibration statistics", outside.module);
+                return Err(Failure::unsupported(message)
+                    .hint("compress it with `--method svd`, or leave it out")
+                    .into());
+            }
+        }
+        Ok(inputs)
+    }
+
+    /// Statistics from a file are those of this model, of this text, and sufficient.
+    fn check_statistics(&self, checkpoint: &Checkpoint, recipe: &Recipe) -> Result<()> {
+        let (Some(statistics), Some(path)) = (&self.statistics, &recipe.statistics) else { return Ok(()) };
+        let named = path.display().to_string();
+        statistics.expect_model(&fingerprint(checkpoint)?, &named)?;
+        statistics.expect_needs(recipe.needs(), &named)?;
+        let texts = &statistics.header.parts;
+        if let Some(windows) = &self.windows
+            && texts.iter().all(|part| part.text_sha256 != windows.part.text_sha256)
+        {
+            return Err(Failure::unsupported(format!("`{named}` was not measured on the text of `--calibration`"))
+                .hint("give the text that was calibrated on")
+                .into());
+        }
+        Ok(())
+    }
+
+    /// Measures the statistics that the method needs, where they are not read from a file.
+    ///
+    /// # Errors
+    /// The model cannot be run, a number is not finite, or the work folder cannot be written.
+    pub fn measure(&mut self, session: &Session<'_>, recipe: &Recipe) -> Result<calibrate::Seconds> {
+        if !recipe.measures_statistics() {
+            return Ok(calibrate::Seconds::default());
+        }
+        let windows = self.windows.as_ref().expect("invariant: a recipe that needs a text has one");
+        let decoder = Decoder::open(session.checkpoint)?;
+        let observation = Observation { needs: recipe.needs(), clip_gradients: recipe.clip_gradients };
+        let header = Header::new(Fingerprint::new(), observation, vec![windows.part.clone()]);
+        let limits = &session.limits;
+        let mut statistics = Statistics::new(header, limits.activation_bytes, &limits.work_folder);
+        let seconds = calibrate::observe(
+            &decoder,
+            (&windows.windows, &windows.targets),
+            observation,
+            limits,
+            &session.journal,
+            session.progress,
+            &mut |sums| statistics.keep(sums),
+        );
+        let seconds = seconds.with_context(|| format!("calibrate on `{}`", windows.text))?;
+        self.statistics = Some(statistics);
+        Ok(seconds)
+    }
+
+    /// The metric of every linear, once its statistics are there.
+    pub fn metrics(&self, recipe: &Recipe) -> Metrics<'_> {
+        Metrics {
+            preset: recipe.method.preset(),
+            damping_output: recipe.damping_output,
+            damping_input: recipe.damping_input,
+            statistics: self.statistics.as_ref(),
+        }
+    }
+
+    /// For the report.
+    pub fn record(&self, recipe: &Recipe) -> Option<CalibrationRecord> {
+        let own = self.windows.as_ref().map(|w| vec![w.part.clone()]);
+        let kept = self.statistics.as_ref().map(|s| s.header.parts.clone());
+        let parts = if recipe.statistics.is_some() { kept } else { own }?;
+        Some(CalibrationRecord {
+            text_sha256: parts.iter().map(|p| p.text_sha256.clone()).collect(),
+            windows: parts.iter().map(|p| p.windows).sum(),
+            tokens: parts.iter().map(|p| p.tokens).sum(),
+        })
+    }
+}

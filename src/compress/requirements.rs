@@ -1,0 +1,93 @@
+//! What a run needs of disk and memory, from headers and recipe alone.
+
+use super::budget::max_ranks;
+use super::compensate::{Compensate, CompensateRank};
+use super::plan::{Plan, largest_compensation};
+use super::recipe::Recipe;
+use crate::checkpoint::Checkpoint;
+use crate::model::ModelConfig;
+use crate::model::inventory::LinearInfo;
+use crate::quantize::Quant;
+
+impl Plan {
+    /// Bytes of what a run keeps between its stages, in memory or on disk: the pairs of all linears, statistics, and the states
+    /// of `n_tokens` (those that enter each block, where gradients are asked for).
+    pub fn kept_bytes(&self, checkpoint: &Checkpoint, recipe: &Recipe, n_tokens: usize) -> u64 {
+        let needs = recipe.needs();
+        let pair =
+            |(linear, rank): (&LinearInfo, usize)| 4 * (rank * (linear.out_features + linear.in_features)) as u64;
+        // Beside it as it is stored.
+        let pairs = |(linear, rank): (&LinearInfo, usize)| {
+            pair((linear, rank)) * if recipe.rounds(linear.dtype) { 2 } else { 1 }
+        };
+        let triangle = |n: usize| 2 * (n * (n + 1)) as u64;
+        let sums = |linear: &LinearInfo| {
+            let (m, n) = linear.shape();
+            let input = if needs.input_gram { triangle(n) } else { 0 };
+            input + if needs.output_gram { triangle(m) } else { 0 }
+        };
+        let linears = self.linears.iter();
+        let measured = if recipe.measures_statistics() { linears.clone().map(sums).sum() } else { 0 };
+        let states = match ModelConfig::of(checkpoint) {
+            Ok((config, _)) if n_tokens > 0 => {
+                let copies = if needs.gradients() { config.num_hidden_layers + 2 } else { 1 };
+                4 * (n_tokens * config.hidden_size * copies) as u64
+            }
+            _ => 0,
+        };
+        let coded = |linear: &LinearInfo| -> u64 {
+            let (m, n) = linear.shape();
+            let rank = match (recipe.compensate, recipe.compensate_rank) {
+                (Compensate::None, _) => 0,
+                (_, CompensateRank::Fixed(rank)) => rank.min(m).min(n),
+                (_, CompensateRank::Auto) => largest_compensation((m, n)),
+            };
+            let base = |quant: &Quant| quant.storage().n_bytes(m, n) + pair((linear, rank));
+            recipe.quant.iter().map(base).sum()
+        };
+        let bases: u64 = linears.clone().map(coded).sum();
+        linears.zip(max_ranks(recipe, self)).map(pairs).sum::<u64>() + bases + measured + states
+    }
+
+    /// Peak memory of a run: the largest decompositions, one a thread, each with weight, image, Gram, eigenvectors with their
+    /// workspace, the output metric and the factors; the input metrics of a block; one block that is run, with its sums; and
+    /// what grows with the text or is kept, up to `memory_bytes`.
+    pub fn expected_memory(
+        &self,
+        checkpoint: &Checkpoint,
+        recipe: &Recipe,
+        memory_bytes: u64,
+        n_threads: usize,
+    ) -> u64 {
+        let needs = recipe.needs();
+        let square = |n: usize| 8 * (n * n) as u64;
+        let decomposition = |linear: &LinearInfo| {
+            let (m, n) = linear.shape();
+            let (small, weight) = (m.min(n), (m * n) as u64);
+            let output = if needs.output_gram { 3 * square(m) } else { 0 };
+            4 * weight + 16 * weight + 4 * square(small) + 8 * (small * (m + n)) as u64 + output
+        };
+        let mut sizes: Vec<u64> = self.linears.iter().map(decomposition).collect();
+        sizes.sort_unstable_by(|x, y| y.cmp(x));
+        let decompositions: u64 = sizes.iter().take(n_threads).sum();
+        let kept = sizes.len() as u64 * 4 * 1024 + memory_bytes / 4;
+        let Some(Ok((config, architecture))) = recipe.calibration.is_some().then(|| ModelConfig::of(checkpoint)) else {
+            return decompositions + kept.min(memory_bytes);
+        };
+        let (queries, _) = config.attention_widths();
+        // The last block is the one with experts, in families that have both kinds.
+        let slots = architecture.slots(&config, config.num_hidden_layers - 1, &|_| false);
+        let shapes = || slots.iter().map(|slot| slot.shape(&config).0);
+        let block: u64 = shapes().map(|[m, n]| (m * n) as u64).sum();
+        // Every expert has inputs of its own.
+        let n_experts = slots.iter().filter_map(|slot| slot.expert).max().map_or(0, |last| last as u64 + 1);
+        let of_experts = n_experts * (square(config.hidden_size) + square(config.expert_width()));
+        let of_mlp = if n_experts == 0 { square(config.intermediate_size) } else { 0 };
+        let inputs = 2 * square(config.hidden_size) + square(queries) + of_mlp + of_experts;
+        let outputs: u64 = shapes().map(|[m, _]| square(m)).sum();
+        let sums = if needs.output_gram { inputs.max(outputs) } else { inputs };
+        let observing = 4 * block + sums + sums / 2;
+        let decomposing = decompositions + 2 * inputs;
+        observing.max(decomposing) + memory_bytes
+    }
+}

@@ -1,0 +1,62 @@
+//! How errors of different linears compare, as a user names it: the scale that the knapsack lives on, and its weights by depth.
+
+use std::fmt;
+use std::str::FromStr;
+
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
+
+/// Where the scale comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Sensitivity {
+    /// The curves as they are: with kfac they estimate the change of the loss to second order
+    SecondOrder,
+    /// Divergence of the model's output when one matrix alone is cut to a probe rank, over its error there
+    Measured,
+    /// One over the energy of the matrix: relative errors count alike
+    Energy,
+}
+
+/// How much more errors of early blocks count.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum DepthWeight {
+    /// γ.
+    Fixed(f64),
+    /// The γ of a few whose ranks diverge least on the calibration text.
+    Auto,
+}
+
+/// What `auto` tries.
+pub(super) const GAMMAS: [f64; 5] = [0.0, 0.25, 0.5, 1.0, 2.0];
+
+impl fmt::Display for DepthWeight {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Fixed(gamma) => write!(f, "{gamma}"),
+            Self::Auto => f.write_str("auto"),
+        }
+    }
+}
+
+impl FromStr for DepthWeight {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let gamma = || text.parse().ok().filter(|gamma: &f64| *gamma >= 0.0 && gamma.is_finite()).map(Self::Fixed);
+        let parsed = if text == "auto" { Some(Self::Auto) } else { gamma() };
+        parsed.ok_or_else(|| format!("`{text}` is neither `auto` nor a number from 0 on"))
+    }
+}
+
+impl Serialize for DepthWeight {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for DepthWeight {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+    }
+}

@@ -1,0 +1,346 @@
+//! What was chosen, before it is written: an operator for every compressed linear.
+//!
+//! Fits are laid out and rounded when they are first asked for, or all at once by [`Solution::settle`]; from then on every reader
+//! of a linear, be it the output, a probe or a sweep, is given the same values. Refinements change values, never forms.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+
+use anyhow::{Context, Result};
+use rayon::prelude::*;
+use serde_json::json;
+
+use super::metrics::SharedInputs;
+use super::plan::Choice;
+use super::presets::Form as MetricForm;
+use super::refine::{self, Refine};
+use super::study::Study;
+use crate::approx::low_rank::{ErrorCurve, LowRank};
+use crate::approx::metric::{Metric, MetricPair, PlainSides};
+use crate::linalg;
+use crate::model::inventory;
+use crate::operator::{Element, Form, Forms, Kind, Matrix, Operator, Rounded, Side, Sides, Term};
+use crate::progress::Progress;
+use crate::store::{Array, Piece, Spooled, Values};
+
+/// What a fit became.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Laid {
+    pub form: Form,
+    /// Error of rounding to the dtype, over the norm of the weight, in the metric.
+    pub storage_error: f64,
+    /// Why it is not what was asked for.
+    pub note: Option<String>,
+}
+
+/// The stored matrices that were settled on.
+type Kept = Vec<(Element, Spooled)>;
+
+/// A fit that a refinement made in place of the one that was chosen.
+struct Refitted {
+    curve: ErrorCurve,
+    /// Further sides of its metric that were plain.
+    plain_sides: PlainSides,
+    rank: usize,
+    b: Spooled,
+    a: Spooled,
+}
+
+pub(super) struct Solution<'s> {
+    pub study: &'s Study<'s>,
+    pub choices: Vec<Choice>,
+    refinements: Arc<[Box<dyn Refine>]>,
+    refitted: BTreeMap<usize, Refitted>,
+    laid: Mutex<BTreeMap<usize, (Laid, Option<Kept>)>>,
+}
+
+impl<'s> Solution<'s> {
+    /// The operators of `choices`, one a linear of the plan.
+    pub fn new(study: &'s Study<'s>, choices: Vec<Choice>) -> Self {
+        let refinements = refine::of(study.recipe).into();
+        Self { study, choices, refinements, refitted: BTreeMap::new(), laid: Mutex::default() }
+    }
+
+    /// Lets every refinement of the recipe see the solution as a whole.
+    ///
+    /// # Errors
+    /// That of a refinement.
+    pub fn refine(&mut self) -> Result<()> {
+        Arc::clone(&self.refinements).iter().try_for_each(|refinement| refinement.refine(self))
+    }
+
+    /// Takes another fit of the same rank for a linear.
+    ///
+    /// # Errors
+    /// The work folder cannot be written.
+    pub fn refit(
+        &mut self,
+        i: usize,
+        curve: ErrorCurve,
+        plain_sides: PlainSides,
+        rank: usize,
+        [b, a]: [Array; 2],
+    ) -> Result<()> {
+        let mut spool = self.study.fits.spool.lock().expect("invariant: no holder of the spool panics");
+        let refitted = Refitted { curve, plain_sides, rank, b: spool.push(b)?, a: spool.push(a)? };
+        if let Some(before) = self.refitted.insert(i, refitted) {
+            spool.release(before.b);
+            spool.release(before.a);
+        }
+        self.laid.get_mut().expect("invariant: no holder of the layouts panics").remove(&i);
+        Ok(())
+    }
+
+    /// The error of every rank of a linear, as it was fitted last; none under a base.
+    pub fn curve(&self, i: usize) -> Option<&ErrorCurve> {
+        match self.refitted.get(&i) {
+            Some(refitted) => Some(&refitted.curve),
+            None => self.study.fits.low_rank(i)?.curve(),
+        }
+    }
+
+    /// Sides of its metric that are plain because their form was all zeros.
+    pub fn plain_sides(&self, i: usize) -> PlainSides {
+        let fit = self.study.fits.chosen(i, self.choices[i]);
+        let fitted = fit.map(|fit| &*fit.fitted).or_else(|| self.study.fits.low_rank(i));
+        let own = fitted.map_or(PlainSides::default(), |fitted| fitted.details().plain_sides);
+        self.refitted.get(&i).map_or(own, |refitted| own.union(refitted.plain_sides))
+    }
+
+    /// The compressed linears of the plan.
+    pub fn compressed(&self) -> Vec<usize> {
+        (0..self.choices.len()).filter(|&i| self.choices[i] != Choice::Dense).collect()
+    }
+
+    /// Those of a block.
+    pub fn compressed_in(&self, block_idx: usize) -> Vec<usize> {
+        let is_here = |i: &usize| self.study.plan.linears[*i].id.is_some_and(|id| id.block == block_idx);
+        self.compressed().into_iter().filter(is_here).collect()
+    }
+
+    /// How the `i`-th linear is stored: as it was settled, or as it is planned.
+    pub fn forms(&self, i: usize) -> Option<Forms> {
+        let mut forms = self.study.planned(i, self.choices[i])?;
+        let laid = self.laid.lock().expect("invariant: no holder of the layouts panics");
+        if let (Some(over), Some((laid, _))) = (&mut forms.over, laid.get(&i)) {
+            *over = Form { storage: over.storage, ..laid.form };
+        }
+        Some(forms)
+    }
+
+    /// The same for all linears.
+    pub fn all_forms(&self) -> Vec<Option<Forms>> {
+        (0..self.choices.len()).map(|i| self.forms(i)).collect()
+    }
+
+    /// What is known of the layout of a linear without a base, once it was made.
+    pub fn laid(&self, i: usize) -> Option<Laid> {
+        let laid = self.laid.lock().expect("invariant: no holder of the layouts panics");
+        laid.get(&i).map(|(laid, _)| laid.clone())
+    }
+
+    /// The fit of a linear without a base: its own, or that of a refinement.
+    ///
+    /// # Errors
+    /// The work folder cannot be read.
+    pub fn pair(&self, i: usize) -> Result<LowRank> {
+        if let Some(Refitted { rank, b, a, .. }) = self.refitted.get(&i) {
+            let mut spool = self.study.fits.spool.lock().expect("invariant: no holder of the spool panics");
+            return Ok(LowRank { rank: *rank, b: spool.get(b)?.f32s()?, a: spool.get(a)?.f32s()? });
+        }
+        let found = self.study.fits.values(i, self.choices[i])?.pair;
+        Ok(found.expect("invariant: a linear of low rank has a fit"))
+    }
+
+    /// Lays out and rounds `linears`, many at once, and keeps what becomes of them.
+    ///
+    /// # Errors
+    /// The statistics cannot be read, or the work folder cannot be written.
+    pub fn settle(&self, linears: &[usize], progress: &dyn Progress) -> Result<()> {
+        let is_settled = |i: usize| {
+            let laid = self.laid.lock().expect("invariant: no holder of the layouts panics");
+            laid.get(&i).is_some_and(|(_, kept)| kept.is_some())
+        };
+        let is_rounded =
+            |i: usize| self.asked(i).is_some() && self.study.recipe.rounds(self.study.plan.linears[i].dtype);
+        let wanted: Vec<usize> = linears.iter().copied().filter(|&i| is_rounded(i) && !is_settled(i)).collect();
+        if wanted.is_empty() {
+            return Ok(());
+        }
+        let stage = progress.stage("round", wanted.len() as u64, "matrices");
+        wanted.par_iter().try_for_each(|&i| {
+            let linear = &self.study.plan.linears[i];
+            stage.note(&linear.module);
+            let piece = self.study.session.journal.piece(&rounded_key(i), || {
+                let (laid, term) = self.make(i)?;
+                let arrays = term.parts.into_iter().map(array);
+                let fields = json!([laid.form.kind, laid.form.size.rank(), laid.note, laid.storage_error.to_bits()]);
+                Ok((fields, arrays.collect()))
+            });
+            let (laid, kept) = self.take_rounded(i, piece.with_context(|| format!("round `{}`", linear.module))?)?;
+            if let Some(note) = &laid.note {
+                tracing::info!("`{}`: {note}", linear.module);
+            }
+            self.laid.lock().expect("invariant: no holder of the layouts panics").insert(i, (laid, Some(kept)));
+            stage.advance(1);
+            Ok(())
+        })
+    }
+
+    fn take_rounded(&self, i: usize, mut piece: Piece) -> Result<(Laid, Kept)> {
+        let (kind, rank, note, error): (Kind, usize, _, u64) = serde_json::from_value(piece.fields.take())?;
+        let planned = self.asked(i).context("invariant: a linear of low rank is planned")?;
+        let form = Form { right: planned.right, ..Form::of_rank(kind, rank, self.study.plan.linears[i].shape()) };
+        let mut spool = self.study.fits.spool.lock().expect("invariant: no holder of the spool panics");
+        let mut kept = Kept::new();
+        for &(_, element) in kind.structure().suffixes() {
+            kept.push((element, spool.push(piece.next()?)?));
+        }
+        Ok((Laid { form, storage_error: f64::from_bits(error), note }, kept))
+    }
+
+    /// The form that a linear of low rank without a base is asked for in.
+    fn asked(&self, i: usize) -> Option<Form> {
+        let Choice::Fitted { .. } = self.choices[i] else { return None };
+        let forms = self.study.planned(i, self.choices[i])?;
+        forms.over.filter(|_| forms.base.is_none()).map(|form| Form { storage: None, ..form })
+    }
+
+    /// A linear of low rank without a base, as it is stored.
+    fn lay_out(&self, i: usize) -> Result<Term> {
+        let settled = self.laid.lock().expect("invariant: no holder of the layouts panics");
+        if let Some((laid, Some(kept))) = settled.get(&i) {
+            let mut spool = self.study.fits.spool.lock().expect("invariant: no holder of the spool panics");
+            let matrix = |(element, array): &(Element, Spooled)| -> Result<Matrix> {
+                let values = spool.get(array)?;
+                Ok(match element {
+                    Element::Float => values.f32s()?.into(),
+                    Element::Index => Matrix::Indices(values.i32s()?),
+                })
+            };
+            return Ok(Term { form: laid.form, parts: kept.iter().map(matrix).collect::<Result<_>>()? });
+        }
+        drop(settled);
+        let (laid, term) = self.make(i)?;
+        self.laid.lock().expect("invariant: no holder of the layouts panics").insert(i, (laid, None));
+        Ok(term)
+    }
+
+    fn make(&self, i: usize) -> Result<(Laid, Term)> {
+        let linear = &self.study.plan.linears[i];
+        let (shape, pair) = (linear.shape(), self.pair(i)?);
+        let form = self.asked(i).context("invariant: a linear of low rank is planned")?;
+        let kind = form.kind;
+        let asked = Laid { form, storage_error: 0.0, note: None };
+        if !self.study.recipe.rounds(linear.dtype) || form.right != Default::default() {
+            return Ok((asked, Term { form, parts: kind.fitting().lay_out(pair, shape) }));
+        }
+        let curve = self.curve(i).expect("invariant: a linear of low rank was decomposed");
+        let truncated = |rank: usize| curve.squared_error(rank);
+        let relative = |squared: f64| if truncated(0) > 0.0 { (squared / truncated(0)).sqrt() } else { 0.0 };
+        self.with_sides(i, |sides| {
+            let Rounded { parts, squared_error } = kind.fitting().round(&pair, shape, sides, linear.dtype);
+            let rounded = Laid { storage_error: relative(squared_error), ..asked };
+            // Another structure of as many parameters is worth a try where it truncates less than rounding costs.
+            let Some(other) = kind.fitting().alternative() else { return Ok((rounded, Term { form, parts })) };
+            let fewer = kind.n_parameters(pair.rank, shape) / other.n_parameters(1, shape);
+            let fewer = fewer as usize / self.study.recipe.rank_multiple * self.study.recipe.rank_multiple;
+            if fewer == 0 || squared_error <= truncated(fewer) - truncated(pair.rank) {
+                return Ok((rounded, Term { form, parts }));
+            }
+            let smaller = kind.fitting().prefix(&pair, fewer, shape);
+            let of_other = other.fitting().round(&smaller, shape, sides, linear.dtype);
+            let error = relative(truncated(pair.rank) + squared_error);
+            let other_error = relative(truncated(fewer) + of_other.squared_error);
+            if other_error >= error {
+                return Ok((rounded, Term { form, parts }));
+            }
+            let note = format!(
+                "stored as `{other}` of rank {fewer}, not as `{kind}` of rank {}: in {:?} their errors are {other_error:.2e} and {error:.2e}",
+                pair.rank, linear.dtype,
+            );
+            let form = Form::of_rank(other, fewer, shape);
+            let laid = Laid { form, storage_error: relative(of_other.squared_error), note: Some(note) };
+            Ok((laid, Term { form, parts: of_other.parts }))
+        })
+    }
+
+    /// Calls `f` with the metric of the `i`-th linear. The Gram of a larger input side is not read: its diagonal is kept with the
+    /// fit.
+    fn with_sides<T>(&self, i: usize, f: impl FnOnce(&Sides<'_>) -> Result<T>) -> Result<T> {
+        let linear = &self.study.plan.linears[i];
+        let energies = self.curve(i).expect("invariant: a linear of low rank was decomposed").energies();
+        let metrics = self.study.metrics();
+        let output = &metrics.output(linear)?;
+        if linear.out_features <= linear.in_features && metrics.preset.input == MetricForm::Gram {
+            let diagonals = self.study.fits.low_rank(i).and_then(|fitted| fitted.diagonals());
+            let (_, inputs) = diagonals.expect("invariant: a decomposition has the diagonals of its metric");
+            return f(&Sides { output, input: Side::Diagonal(Metric::diagonal(inputs.clone())), energies });
+        }
+        metrics.with_input(linear, &SharedInputs::new(&[linear]), |input| {
+            f(&Sides { output, input: Side::Whole(input), energies })
+        })
+    }
+
+    /// What takes the place of the `i`-th linear; none where it stays as it is.
+    ///
+    /// # Errors
+    /// The work folder cannot be read, or that of a refinement.
+    pub fn operator(&self, i: usize) -> Result<Option<Operator>> {
+        let choice = self.choices[i];
+        let Some(forms) = self.study.planned(i, choice) else { return Ok(None) };
+        let mut operator = match (choice, forms.base) {
+            (Choice::Zeros | Choice::Dense, _) => return Ok(Some(Operator::of(Term::zeros()))),
+            (_, None) => Operator::of(self.lay_out(i)?),
+            (_, Some(_)) => {
+                let found = self.study.fits.values(i, choice)?;
+                let base = found.base.expect("invariant: a quantized base has codes");
+                let storage = Some(base.storage());
+                let over =
+                    found.pair.map(|pair| Term::laid_out(Kind::FACTORS, pair, self.study.plan.linears[i].shape()));
+                Operator { base: Some(Term::base(Matrix::Quantized(base), storage)), over }
+            }
+        };
+        for refinement in self.refinements.iter() {
+            operator = refinement.operator(self, i, operator)?;
+        }
+        Ok(Some(operator))
+    }
+
+    /// Squared error of an operator of the `i`-th linear in the metric of the method, over the squared norm of the weight in it.
+    ///
+    /// # Errors
+    /// The weight or the statistics cannot be read.
+    pub fn relative_squared_error(&self, i: usize, operator: &Operator) -> Result<f64> {
+        let study = self.study;
+        if operator.over.is_none() {
+            // A base alone was measured when it was made.
+            let norm = study.fits.norm(i);
+            return Ok(if norm > 0.0 { study.fits.error(i, self.choices[i]) / norm } else { 0.0 });
+        }
+        let linear = &study.plan.linears[i];
+        let (m, n) = linear.shape();
+        let values = inventory::weight(study.session.checkpoint, linear)?;
+        let weight = linalg::transposed_from_row_major(&values, m, n);
+        let error = &weight - linalg::transposed_from_row_major(&operator.product((m, n)), m, n);
+        let output = study.metrics().output(linear)?;
+        study.metrics().with_input(linear, &SharedInputs::new(&[linear]), |input| {
+            let metric = MetricPair { output: &output, input };
+            let norm = metric.squared_norm(weight.transpose());
+            Ok(if norm > 0.0 { metric.squared_norm(error.transpose()) / norm } else { 0.0 })
+        })
+    }
+}
+
+/// Under which a journal has the layout of the `i`-th linear.
+pub(super) fn rounded_key(i: usize) -> String {
+    format!("rounded-{i}")
+}
+
+fn array(matrix: Matrix) -> Values {
+    match matrix {
+        Matrix::Float(values) => values.into(),
+        Matrix::Quantized(codes) => codes.dequantize().into(),
+        Matrix::Indices(indices) => indices.into(),
+    }
+}

@@ -1,0 +1,35 @@
+//! The weight itself, (out, in): a base, or what was not compressed.
+
+use anyhow::Result;
+use candle_core::Tensor;
+
+use super::{Element, Matrix, Shape, Size, Structure};
+
+pub(super) struct Dense;
+
+impl Structure for Dense {
+    fn name(&self) -> &'static str {
+        "dense"
+    }
+
+    fn suffixes(&self) -> &'static [(&'static str, Element)] {
+        &[("", Element::Float)]
+    }
+
+    fn shapes(&self, _: Size, (m, n): Shape) -> Vec<[usize; 2]> {
+        vec![[m, n]]
+    }
+
+    fn measure(&self, stored: &[[usize; 2]]) -> Option<(Size, Shape)> {
+        let &[[m, n]] = stored else { return None };
+        Some((Size::Whole, (m, n)))
+    }
+
+    fn apply(&self, parts: &[Tensor], x: &Tensor) -> Result<Tensor> {
+        Ok(x.matmul(&parts[0].t()?)?)
+    }
+
+    fn product(&self, parts: &[Matrix], _: Size, _: Shape) -> Vec<f32> {
+        parts[0].values().into_owned()
+    }
+}

@@ -1,0 +1,161 @@
+//! `B·A` (m, n) of rank r as it is: `lr_a` is `A` (r, n), `lr_b` is `B` (m, r); r (m + n) parameters. The bias is that of `lr_b`.
+//!
+//! Of factors rounded to 16 bits `B` is rounded to nearest (in their gauge both Grams are diagonal, so that feedback has nothing to
+//! give), and `A` is fitted to it and rounded.
+
+use anyhow::{Context, Result};
+use candle_core::Tensor;
+use faer::{Mat, MatRef};
+
+use super::rounding::{Rounded, Sides, diagonal, refit_right, round_to_nearest, weighted_error};
+use super::{Element, Fit, Fitting, Matrix, Shape, Size, Structure};
+use crate::approx::low_rank::{self, ErrorCurve, LowRank};
+use crate::approx::metric::{Metric, MetricPair};
+use crate::checkpoint::Dtype;
+use crate::linalg::{self, LinalgError};
+use crate::quantize::Scheme;
+
+pub(super) struct Factors;
+
+impl Structure for Factors {
+    fn name(&self) -> &'static str {
+        "factors"
+    }
+
+    fn suffixes(&self) -> &'static [(&'static str, Element)] {
+        &[("lr_a", Element::Float), ("lr_b", Element::Float)]
+    }
+
+    fn shapes(&self, size: Size, (m, n): Shape) -> Vec<[usize; 2]> {
+        let rank = size.rank().unwrap_or(0);
+        vec![[rank, n], [m, rank]]
+    }
+
+    fn measure(&self, stored: &[[usize; 2]]) -> Option<(Size, Shape)> {
+        let &[[rank, n], [m, columns]] = stored else { return None };
+        (rank == columns).then_some((Size::Rank(rank), (m, n)))
+    }
+
+    fn apply(&self, parts: &[Tensor], x: &Tensor) -> Result<Tensor> {
+        let [a, b] = parts else { unreachable!("invariant: factors are two matrices") };
+        if a.dim(0)? == 0 {
+            return Ok(Tensor::zeros((x.dim(0)?, b.dim(0)?), x.dtype(), x.device())?);
+        }
+        Ok(x.matmul(&a.t()?)?.matmul(&b.t()?)?)
+    }
+
+    fn product(&self, parts: &[Matrix], size: Size, (m, n): Shape) -> Vec<f32> {
+        linalg::product_row_major(&parts[1].values(), &parts[0].values(), m, size.rank().unwrap_or(0), n)
+    }
+
+    fn bias_part(&self) -> Option<&'static str> {
+        Some("lr_b")
+    }
+
+    fn takes_base(&self) -> bool {
+        true
+    }
+
+    fn adapter<'p>(&self, parts: &'p [Matrix]) -> Option<[&'p Matrix; 2]> {
+        Some([&parts[0], &parts[1]])
+    }
+
+    fn fitting(&self) -> Option<&dyn Fitting> {
+        Some(self)
+    }
+}
+
+/// The best pair in a metric, and its error at every rank.
+pub(super) fn fit(target: MatRef<'_, f64>, metric: MetricPair<'_>, largest_rank: usize) -> Result<Fit, LinalgError> {
+    let decomposition = low_rank::decompose(target, metric, largest_rank)?;
+    let pair = decomposition.truncate(target, largest_rank);
+    Ok(Fit { curve: decomposition.curve, pair })
+}
+
+/// The best right part `(Bᵀ G B)⁻¹ Bᵀ G T`, (r, n) row-major, of a left part `b` (m, r): for any metric of the inputs, which cancels.
+///
+/// # Errors
+/// The left part has dependent columns.
+pub(super) fn right_part(b: &[f32], rank: usize, target: MatRef<'_, f64>, output: &Metric) -> Result<Vec<f32>> {
+    let b_t = linalg::transposed_from_row_major(b, target.nrows(), rank); // (r, m)
+    let weighted = output.times(b_t.as_ref()); // Bᵀ G
+    let normal: Mat<f64> = linalg::product(weighted.as_ref(), b_t.transpose());
+    let right = linalg::product(weighted.as_ref(), target);
+    // A column that was rounded to zeros takes no part: any positive diagonal gives it zeros on the right.
+    let least = 1e-9 * (0..rank).map(|i| normal[(i, i)]).fold(0.0, f64::max).max(f64::MIN_POSITIVE);
+    let normal = Mat::from_fn(rank, rank, |i, j| normal[(i, j)] + if i == j { least } else { 0.0 });
+    let solved =
+        linalg::solve(normal.as_ref(), right.as_ref()).context("the quantized factor has dependent columns")?;
+    Ok(linalg::to_row_major(solved.as_ref()))
+}
+
+impl Fitting for Factors {
+    fn size(&self, rank: usize, _: Shape) -> Size {
+        Size::Rank(rank)
+    }
+
+    /// r (m + n) < m n.
+    fn largest_saving_rank(&self, (m, n): Shape) -> usize {
+        (m * n).saturating_sub(1) / (m + n).max(1)
+    }
+
+    fn largest_rank(&self, (m, n): Shape) -> usize {
+        m.min(n)
+    }
+
+    fn fit(&self, target: MatRef<'_, f64>, metric: MetricPair<'_>, largest_rank: usize) -> Result<Fit, LinalgError> {
+        fit(target, metric, largest_rank)
+    }
+
+    fn curve(&self, target: MatRef<'_, f64>, metric: MetricPair<'_>) -> Result<ErrorCurve, LinalgError> {
+        low_rank::error_curve(target, metric)
+    }
+
+    fn prefix(&self, pair: &LowRank, rank: usize, _: Shape) -> LowRank {
+        pair.prefix(rank)
+    }
+
+    fn lay_out(&self, LowRank { b, a, .. }: LowRank, _: Shape) -> Vec<Matrix> {
+        vec![a.into(), b.into()]
+    }
+
+    fn round(&self, pair: &LowRank, (m, n): Shape, sides: &Sides<'_>, dtype: Dtype) -> Rounded {
+        let rank = pair.rank;
+        let b_t = linalg::transposed_from_row_major(&pair.b, m, rank); // (r, m)
+        let a_t = linalg::transposed_from_row_major(&pair.a, rank, n); // (n, r)
+        let grams = sides.grams(b_t.as_ref(), a_t.transpose());
+        let b = round_to_nearest(dtype, &pair.b);
+        let moved_t = linalg::transposed_from_row_major(&b, m, rank) - &b_t;
+        let fitted = refit_right(sides.output, b_t.as_ref(), moved_t.as_ref(), &grams);
+        let (target, of_b) = match fitted {
+            Some(fitted) => (linalg::to_row_major(fitted.of(a_t.transpose()).as_ref()), fitted.squared_error),
+            None => {
+                let outputs = sides.output.to_diagonal(m);
+                (pair.a.clone(), weighted_error(&b, &pair.b, &outputs, &diagonal(&grams.right)))
+            }
+        };
+        let a = round_to_nearest(dtype, &target);
+        let inputs = sides.input.metric().to_diagonal(n);
+        let squared_error = of_b + weighted_error(&a, &target, &diagonal(&grams.left), &inputs);
+        Rounded { parts: vec![a.into(), b.into()], squared_error }
+    }
+
+    fn quantize(
+        &self,
+        parts: &[Matrix],
+        size: Size,
+        target: MatRef<'_, f64>,
+        output: &Metric,
+        scheme: Scheme,
+    ) -> Result<Vec<Matrix>> {
+        let ((m, n), rank) = (target.shape(), size.rank().unwrap_or(0));
+        let b = Matrix::quantized(&parts[1].values(), m, rank, scheme);
+        let a = right_part(&b.values(), rank, target, output)?;
+        Ok(vec![Matrix::quantized(&a, rank, n, scheme), b])
+    }
+
+    fn pair(&self, parts: &[Matrix], size: Size, _: Shape) -> LowRank {
+        let values = |part: &Matrix| part.values().into_owned();
+        LowRank { rank: size.rank().unwrap_or(0), b: values(&parts[1]), a: values(&parts[0]) }
+    }
+}

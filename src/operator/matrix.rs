@@ -1,0 +1,65 @@
+//! One stored matrix of a structure.
+
+use std::borrow::Cow;
+
+use crate::checkpoint::{Dtype, cast};
+use crate::quantize::{Grouped, Quantized, Scale, Scheme};
+
+/// A matrix as it is stored, row-major.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Matrix {
+    Float(Vec<f32>),
+    Quantized(Quantized),
+    /// A permutation: the place of every row.
+    Indices(Vec<i32>),
+}
+
+impl Matrix {
+    /// Rounds `values` (rows, cols) to `scheme`, with the scale of the least squared error in every group.
+    pub fn quantized(values: &[f32], rows: usize, cols: usize, scheme: Scheme) -> Self {
+        Self::Quantized(Quantized::Grouped(Grouped::round(values, rows, cols, scheme, Scale::Mse)))
+    }
+
+    /// Its values, dequantized if need be.
+    ///
+    /// # Panics
+    /// When they are indices.
+    pub fn values(&self) -> Cow<'_, [f32]> {
+        match self {
+            Self::Float(values) => Cow::Borrowed(values),
+            Self::Quantized(matrix) => Cow::Owned(matrix.dequantize()),
+            Self::Indices(_) => unreachable!("invariant: indices are no values"),
+        }
+    }
+
+    /// Its indices.
+    ///
+    /// # Panics
+    /// When they are values.
+    pub fn indices(&self) -> &[i32] {
+        match self {
+            Self::Indices(indices) => indices,
+            Self::Float(_) | Self::Quantized(_) => unreachable!("invariant: values are no indices"),
+        }
+    }
+
+    /// The matrix with its floats rounded to `dtype`; codes and indices do not change.
+    ///
+    /// # Errors
+    /// The place of the first value that does not fit.
+    pub fn rounded(&self, dtype: Dtype) -> Result<Self, usize> {
+        Ok(match self {
+            Self::Float(values) => {
+                let bytes = cast::encode(dtype, values)?;
+                Self::Float(cast::decode(dtype, &bytes).expect("invariant: what was encoded is decoded"))
+            }
+            Self::Quantized(_) | Self::Indices(_) => self.clone(),
+        })
+    }
+}
+
+impl From<Vec<f32>> for Matrix {
+    fn from(values: Vec<f32>) -> Self {
+        Self::Float(values)
+    }
+}

@@ -1,0 +1,204 @@
+//! Parts in the values of a 16-bit float, rounded so that they err about as little as a dense weight does: what structures share.
+//!
+//! A left part is rounded first. The right part is then fitted to it, `A − X A` with `X = (Ŝᵀ G Ŝ)⁻¹ Ŝᵀ G (Ŝ − S)`, and rounded
+//! last; the metric of the inputs cancels in the fit. Matrices whose columns can make up for each other are rounded column by
+//! column with feedback ([`feed_back`]), then value by value ([`descend`]). Errors are second moments: those of values that were
+//! rounded apart are taken for independent.
+
+use faer::{Mat, MatRef};
+
+use super::Matrix;
+use crate::approx::metric::{Metric, mean_diagonal, shifted};
+use crate::checkpoint::{Dtype, cast};
+use crate::linalg;
+use crate::quantize::{descend, feed_back};
+
+/// Share of its mean eigenvalue that is added to a metric of feedback: it costs a hundredth of what rounding to nearest does, and
+/// keeps values that make up for others from growing.
+const RIDGE: f64 = 1e-4;
+
+/// Sweeps of coordinate descent after feedback: at most so many, and none after one that gained less than a share.
+const N_SWEEPS: usize = 3;
+const SMALL_GAIN: f64 = 0.05;
+
+/// One side of the metric of a weight that rounding is measured in.
+pub enum Side<'a> {
+    Whole(&'a Metric),
+    /// The diagonal of a Gram that is too large to be worth its while. Of the pair it is known all the same: see [`Sides::grams`].
+    Diagonal(Metric),
+}
+
+impl Side<'_> {
+    pub(super) fn metric(&self) -> &Metric {
+        match self {
+            Self::Whole(metric) => metric,
+            Self::Diagonal(metric) => metric,
+        }
+    }
+}
+
+/// Both sides of the metric that a pair was made in.
+pub struct Sides<'a> {
+    pub output: &'a Metric,
+    pub input: Side<'a>,
+    /// `λ_k` of the pair's terms: `Bᵀ G B` and `A C Aᵀ` are diagonal, and this is their product. Not asked for where both sides
+    /// are whole, and the output side is no Gram.
+    pub energies: &'a [f64],
+}
+
+/// Parts whose values are all of the dtype, and the squared error of rounding in the metric.
+#[derive(Debug, Clone)]
+pub struct Rounded {
+    pub parts: Vec<Matrix>,
+    pub squared_error: f64,
+}
+
+/// `Bᵀ G B` and `A C Aᵀ`, (r, r).
+pub(super) struct Grams {
+    pub left: Mat<f64>,
+    pub right: Mat<f64>,
+}
+
+impl Sides<'_> {
+    /// The Grams of a pair `b_t` (r, m), `a` (r, n). That of a side which is large, or of which only the diagonal is at hand,
+    /// follows from the other.
+    pub(super) fn grams(&self, b_t: MatRef<'_, f64>, a: MatRef<'_, f64>) -> Grams {
+        let gram =
+            |metric: &Metric, x: MatRef<'_, f64>| linalg::product_symmetric(metric.times(x).as_ref(), x.transpose());
+        let dual = |gram: &Mat<f64>| {
+            Mat::from_fn(gram.nrows(), gram.nrows(), |i, j| match gram[(i, i)] {
+                size if i == j && size > 0.0 => self.energies[i] / size,
+                _ => 0.0,
+            })
+        };
+        match (&self.input, self.output) {
+            (Side::Whole(input), Metric::Full(_)) => {
+                let right = gram(input, a);
+                Grams { left: dual(&right), right }
+            }
+            (Side::Whole(input), output) => Grams { left: gram(output, b_t), right: gram(input, a) },
+            (Side::Diagonal(_), output) => {
+                let left = gram(output, b_t);
+                Grams { right: dual(&left), left }
+            }
+        }
+    }
+}
+
+/// Rounds to nearest; what overflows is left as it is, to be refused where it is written.
+fn round(dtype: Dtype, values: &mut [f32]) {
+    for value in values {
+        let nearest = cast::nearest(dtype, *value);
+        if nearest.is_finite() {
+            *value = nearest;
+        }
+    }
+}
+
+/// Values, rounded to nearest.
+pub(super) fn round_to_nearest(dtype: Dtype, values: &[f32]) -> Vec<f32> {
+    let mut values = values.to_vec();
+    round(dtype, &mut values);
+    values
+}
+
+/// `Σ_ij rows_i columns_j (x_ij − y_ij)²` of row-major matrices.
+pub(super) fn weighted_error(x: &[f32], y: &[f32], rows: &[f64], columns: &[f64]) -> f64 {
+    let row = |(x, y): (&[f32], &[f32])| -> f64 {
+        let squared = |((x, y), weight): ((&f32, &f32), &f64)| weight * (f64::from(*x) - f64::from(*y)).powi(2);
+        x.iter().zip(y).zip(columns).map(squared).sum()
+    };
+    let width = columns.len().max(1);
+    x.chunks_exact(width).zip(y.chunks_exact(width)).zip(rows).map(|(pair, weight)| weight * row(pair)).sum()
+}
+
+pub(super) fn diagonal(matrix: &Mat<f64>) -> Vec<f64> {
+    (0..matrix.nrows()).map(|i| matrix[(i, i)]).collect()
+}
+
+/// `tr(X Y)` of symmetric matrices.
+fn trace_of_product(x: &Mat<f64>, y: &Mat<f64>) -> f64 {
+    x.col_iter().zip(y.col_iter()).map(|(x, y)| x.iter().zip(y.iter()).map(|(x, y)| x * y).sum::<f64>()).sum()
+}
+
+/// The best right part for a left part that was rounded.
+pub(super) struct Refit {
+    /// `A − X A` is the best that there is.
+    x: Mat<f64>,
+    /// `Ŝᵀ G Ŝ`.
+    pub left: Mat<f64>,
+    /// Squared error of the rounded left part with it.
+    pub squared_error: f64,
+}
+
+/// Refits a right part to a left part `S`, transposed (r, m), that rounding moved by `moved_t`; `grams` are those of the exact
+/// parts. None where the rounded left part is singular.
+pub(super) fn refit_right(
+    output: &Metric,
+    left_t: MatRef<'_, f64>,
+    moved_t: MatRef<'_, f64>,
+    grams: &Grams,
+) -> Option<Refit> {
+    let weighted = output.times(moved_t); // (Ŝ − S)ᵀ G
+    let cross = linalg::product(weighted.as_ref(), left_t.transpose());
+    let own = linalg::product_symmetric(weighted.as_ref(), moved_t.transpose());
+    let left = &grams.left + &cross + cross.transpose() + &own;
+    let image = cross + &own; // (Ŝ − S)ᵀ G Ŝ
+    let shift = RIDGE * RIDGE * mean_diagonal(&left);
+    let x = linalg::solve(shifted(left.clone(), shift).as_ref(), image.transpose())?;
+    let gained = linalg::product_symmetric(image.as_ref(), x.as_ref());
+    let squared_error = (trace_of_product(&own, &grams.right) - trace_of_product(&gained, &grams.right)).max(0.0);
+    Some(Refit { x, left, squared_error })
+}
+
+impl Refit {
+    /// `A − X A`.
+    pub fn of(&self, a: MatRef<'_, f64>) -> Mat<f64> {
+        a - linalg::product(self.x.as_ref(), a)
+    }
+}
+
+/// Rounds `weights` (rows, cols) in a `metric` (cols, cols) of the columns: with feedback, then by coordinate descent. With what
+/// that costs each row in the metric. None where the metric has no factor.
+pub(super) fn columns_with_feedback(
+    weights: &Mat<f64>,
+    metric: &Mat<f64>,
+    dtype: Dtype,
+) -> Option<(Mat<f32>, Vec<f64>)> {
+    let (rows, cols) = (weights.nrows(), weights.ncols());
+    let order = by_weight(weights, metric);
+    let shift = RIDGE * mean_diagonal(metric);
+    let metric = Mat::from_fn(cols, cols, |i, j| metric[(order[i], order[j])] + if i == j { shift } else { 0.0 });
+    let (upper, _) = linalg::inverse_cholesky(metric.as_ref())?;
+    let upper = Mat::from_fn(cols, cols, |i, j| upper[(i, j)] as f32);
+    let weights = Mat::from_fn(rows, cols, |i, j| weights[(i, order[j])] as f32);
+    let (mut found, mut costs) = (weights.clone(), vec![0.0; rows]);
+    let spend = |errors: &[f32]| {
+        costs.iter_mut().zip(errors).for_each(|(cost, &error)| *cost += f64::from(error) * f64::from(error));
+    };
+    feed_back(found.as_mut(), upper.as_ref(), |_, column| round(dtype, column), spend);
+    drop(upper);
+    let metric = Mat::from_fn(cols, cols, |i, j| metric[(i, j)] as f32);
+    for _ in 0..N_SWEEPS {
+        let before: f64 = costs.iter().sum();
+        descend(found.as_mut(), weights.as_ref(), metric.as_ref(), &mut costs, |_, column| round(dtype, column));
+        costs.iter_mut().for_each(|cost| *cost = cost.max(0.0));
+        if costs.iter().sum::<f64>() > (1.0 - SMALL_GAIN) * before {
+            break;
+        }
+    }
+    let mut result = Mat::zeros(rows, cols);
+    for (&at, column) in order.iter().zip(found.col_iter()) {
+        result.col_mut(at).copy_from(column);
+    }
+    costs.iter().all(|cost| cost.is_finite()).then_some((result, costs))
+}
+
+/// Columns by what rounding them to nearest costs, most first: it is done while most can still make up for it.
+fn by_weight(weights: &Mat<f64>, metric: &Mat<f64>) -> Vec<usize> {
+    let costs: Vec<f64> =
+        weights.col_iter().enumerate().map(|(j, column)| metric[(j, j)] * column.squared_norm_l2()).collect();
+    let mut order: Vec<usize> = (0..costs.len()).collect();
+    order.sort_by(|&i, &j| costs[j].total_cmp(&costs[i]).then(i.cmp(&j)));
+    order
+}

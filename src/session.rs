@@ -1,0 +1,34 @@
+//! One run: what it works on, where it keeps what outgrows memory or has to outlive a kill, and whom it tells how far it is.
+
+use std::path::PathBuf;
+
+use crate::checkpoint::Checkpoint;
+use crate::model::WalkLimits;
+use crate::progress::Progress;
+use crate::store::{Journal, Spool};
+
+/// What every step of a run is given.
+pub struct Session<'a> {
+    pub checkpoint: &'a Checkpoint,
+    pub limits: WalkLimits,
+    pub journal: Journal,
+    pub progress: &'a dyn Progress,
+}
+
+impl<'a> Session<'a> {
+    /// A run within `memory_bytes`, with its files in `work_folder`.
+    pub fn new(
+        checkpoint: &'a Checkpoint,
+        memory_bytes: u64,
+        work_folder: PathBuf,
+        journal: Journal,
+        progress: &'a dyn Progress,
+    ) -> Self {
+        Self { checkpoint, limits: WalkLimits::new(memory_bytes, work_folder), journal, progress }
+    }
+
+    /// An empty spool with a quarter of the memory.
+    pub(crate) fn spool(&self) -> Spool {
+        Spool::new(self.limits.activation_bytes, self.limits.work_folder.clone())
+    }
+}
