@@ -7,6 +7,7 @@ use anyhow::Result;
 use super::allocation::{Allocation, Problem};
 use super::compensate::Compensate;
 use super::plan::Choice;
+use super::refine;
 use super::sensitivity::probe_windows;
 use super::solution::Solution;
 use super::study::Study;
@@ -68,7 +69,7 @@ pub(super) fn compare(
     let (mut kl, mut control_kl) = (None, None);
     let quant = quantizers(study, &choices);
     if study.inputs.windows.is_some() && Decoder::open(study.session.checkpoint)?.has_head() {
-        let baseline = Solution::new(study, choices);
+        let baseline = Solution::new(study, choices, &refine::of(study.recipe));
         let found = mean_kl(study, probe_windows(study), &[solution, &baseline], "control")?;
         (kl, control_kl) = (Some(found[0]), Some(found[1]));
     }

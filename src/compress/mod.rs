@@ -15,6 +15,7 @@ mod inputs;
 mod metrics;
 pub mod options;
 mod output;
+mod pieces;
 mod plan;
 pub mod presets;
 pub mod recipe;
@@ -160,7 +161,7 @@ impl Run<'_> {
         timings.control = quantizing.elapsed().as_secs_f64();
 
         let refining = Instant::now();
-        let mut solution = Solution::new(&study, allocation.choices.clone());
+        let mut solution = Solution::new(&study, allocation.choices.clone(), &refine::of(recipe));
         solution.refine()?;
         timings.anchor = if recipe.anchor.is_some() { refining.elapsed().as_secs_f64() } else { 0.0 };
 

@@ -9,6 +9,8 @@ use rayon::prelude::*;
 use serde_json::json;
 
 use super::Job;
+use super::fits::values_key;
+use super::pieces;
 use super::plan::Choice;
 use super::solution::Solution;
 use crate::checkpoint::OutputFolder;
@@ -55,14 +57,13 @@ pub(super) fn put_all(output: &mut Output<'_>, solution: &Solution<'_>) -> Resul
     let put = |&i: &usize| -> Result<(usize, Written)> {
         let linear = &solution.study.plan.linears[i];
         stage.note(&linear.module);
-        let key = format!("written-{i}");
-        let piece = match session.journal.get(&key)? {
+        let piece = match session.journal.get(&pieces::written(i))? {
             Some(piece) => {
                 let forms = solution.forms(i).expect("invariant: only compressed linears are written");
                 output.lock().expect("invariant: no holder of the output panics").skip(linear, &forms);
                 piece
             }
-            None => put_one(&output, solution, i, &key).with_context(|| format!("write `{}`", linear.module))?,
+            None => put_one(&output, solution, i).with_context(|| format!("write `{}`", linear.module))?,
         };
         stage.advance(1);
         Ok((i, Written::of(piece, solution)?))
@@ -71,7 +72,7 @@ pub(super) fn put_all(output: &mut Output<'_>, solution: &Solution<'_>) -> Resul
 }
 
 /// Writes one linear, and tells the journal.
-fn put_one(output: &Mutex<&mut Output<'_>>, solution: &Solution<'_>, i: usize, key: &str) -> Result<Piece> {
+fn put_one(output: &Mutex<&mut Output<'_>>, solution: &Solution<'_>, i: usize) -> Result<Piece> {
     let study = solution.study;
     let linear = &study.plan.linears[i];
     let operator = solution.operator(i)?.expect("invariant: only compressed linears are written");
@@ -88,7 +89,14 @@ fn put_one(output: &Mutex<&mut Output<'_>>, solution: &Solution<'_>, i: usize, k
     let tensors = study.recipe.format.exporter().bytes(&study.source, linear, &operator)?;
     output.lock().expect("invariant: no holder of the output panics").put(&tensors)?;
     let fields = json!([relative_error.map(f64::to_bits), rank_factor.is_some()]);
-    study.session.journal.put(key, fields, rank_factor.map(Values::from).into_iter().collect())
+    let journal = &study.session.journal;
+    let piece = journal.put(&pieces::written(i), fields, rank_factor.map(Values::from).into_iter().collect())?;
+    journal.remove(&pieces::rounded(i));
+    // Codes are compared with the baseline at equal bytes after they are written.
+    if !is_quantized {
+        journal.remove(&values_key(&pieces::decomposed(i)));
+    }
+    Ok(piece)
 }
 
 /// Copies everything that was not compressed, and writes the side files and the report.

@@ -6,6 +6,7 @@ use super::allocate::Ranks;
 use super::allocation::{self, Allocation};
 use super::plan::Choice;
 use super::recipe::Budget;
+use super::refine;
 use super::scale::{DepthWeight, GAMMAS, Sensitivity};
 use super::solution::Solution;
 use super::study::Study;
@@ -52,7 +53,9 @@ pub(super) fn allocate(study: &Study<'_>, sensitivities: &[f64], budget: Budget)
     if allocations.len() == 1 {
         return Ok(allocations.remove(0));
     }
-    let trials: Vec<Solution<'_>> = allocations.iter().map(|a| Solution::new(study, a.choices.clone())).collect();
+    let refinements = refine::of(study.recipe);
+    let trials: Vec<Solution<'_>> =
+        allocations.iter().map(|a| Solution::new(study, a.choices.clone(), &refinements)).collect();
     let kl = mean_kl(study, probe_windows(study), &trials.iter().collect::<Vec<_>>(), "depth weight")?;
     drop(trials);
     let best = (0..kl.len()).reduce(|best, i| if kl[i] < kl[best] { i } else { best }).unwrap_or(0);
@@ -77,10 +80,10 @@ fn measured(study: &Study<'_>) -> Result<Vec<f64>> {
             if *is_zero { 0 } else { rank.max(1).min(most) }
         })
         .collect();
-    let n = ranks.len();
+    let (n, refinements) = (ranks.len(), refine::of(study.recipe));
     let probe = |i: usize| {
         let choice = |j| if i == j && ranks[i] > 0 { Choice::Fitted { fit: 0, rank: ranks[i] } } else { Choice::Dense };
-        Solution::new(study, (0..n).map(choice).collect())
+        Solution::new(study, (0..n).map(choice).collect(), &refinements)
     };
     let probes: Vec<Solution<'_>> = (0..n).map(probe).collect();
     let kl = mean_kl(study, probe_windows(study), &probes.iter().collect::<Vec<_>>(), "probe")?;

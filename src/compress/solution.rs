@@ -8,12 +8,13 @@ use std::sync::{Arc, Mutex};
 
 use anyhow::{Context, Result};
 use rayon::prelude::*;
-use serde_json::json;
+use serde_json::{Value, json};
 
+use super::fits::values_key;
 use super::metrics::SharedInputs;
+use super::pieces;
 use super::plan::Choice;
 use super::presets::Form as MetricForm;
-use super::refine::{self, Refine};
 use super::study::Study;
 use crate::approx::low_rank::{ErrorCurve, LowRank};
 use crate::approx::metric::{Metric, MetricPair, PlainSides};
@@ -42,23 +43,44 @@ struct Refitted {
     /// Further sides of its metric that were plain.
     plain_sides: PlainSides,
     rank: usize,
-    b: Spooled,
-    a: Spooled,
+    /// `B` and `A`, unless it was laid out already.
+    parts: Option<[Spooled; 2]>,
 }
+
+/// Changes the values of a solution, never its forms.
+pub(super) trait Refine: Send + Sync {
+    /// Sees the solution as a whole, once, before it is written.
+    ///
+    /// # Errors
+    /// Whatever keeps it from its work.
+    fn refine(&self, _solution: &mut Solution<'_>) -> Result<()> {
+        Ok(())
+    }
+
+    /// Sees the operator of the `i`-th linear of the plan whenever it is made.
+    ///
+    /// # Errors
+    /// Whatever keeps it from its work.
+    fn operator(&self, _solution: &Solution<'_>, _i: usize, operator: Operator) -> Result<Operator> {
+        Ok(operator)
+    }
+}
+
+/// Refinements in the order in which they are applied.
+pub(super) type Refinements = Arc<[Box<dyn Refine>]>;
 
 pub(super) struct Solution<'s> {
     pub study: &'s Study<'s>,
     pub choices: Vec<Choice>,
-    refinements: Arc<[Box<dyn Refine>]>,
+    refinements: Refinements,
     refitted: BTreeMap<usize, Refitted>,
     laid: Mutex<BTreeMap<usize, (Laid, Option<Kept>)>>,
 }
 
 impl<'s> Solution<'s> {
     /// The operators of `choices`, one a linear of the plan.
-    pub fn new(study: &'s Study<'s>, choices: Vec<Choice>) -> Self {
-        let refinements = refine::of(study.recipe).into();
-        Self { study, choices, refinements, refitted: BTreeMap::new(), laid: Mutex::default() }
+    pub fn new(study: &'s Study<'s>, choices: Vec<Choice>, refinements: &Refinements) -> Self {
+        Self { study, choices, refinements: Arc::clone(refinements), refitted: BTreeMap::new(), laid: Mutex::default() }
     }
 
     /// Lets every refinement of the recipe see the solution as a whole.
@@ -69,7 +91,13 @@ impl<'s> Solution<'s> {
         Arc::clone(&self.refinements).iter().try_for_each(|refinement| refinement.refine(self))
     }
 
-    /// Takes another fit of the same rank for a linear.
+    /// Whether a linear was laid out, and its values are kept.
+    pub fn is_settled(&self, i: usize) -> bool {
+        let laid = self.laid.lock().expect("invariant: no holder of the layouts panics");
+        laid.get(&i).is_some_and(|(_, kept)| kept.is_some())
+    }
+
+    /// Takes another fit of the same rank for a linear; without parts where it was laid out already.
     ///
     /// # Errors
     /// The work folder cannot be written.
@@ -79,15 +107,18 @@ impl<'s> Solution<'s> {
         curve: ErrorCurve,
         plain_sides: PlainSides,
         rank: usize,
-        [b, a]: [Array; 2],
+        parts: Option<[Array; 2]>,
     ) -> Result<()> {
         let mut spool = self.study.fits.spool.lock().expect("invariant: no holder of the spool panics");
-        let refitted = Refitted { curve, plain_sides, rank, b: spool.push(b)?, a: spool.push(a)? };
-        if let Some(before) = self.refitted.insert(i, refitted) {
-            spool.release(before.b);
-            spool.release(before.a);
+        let is_new = parts.is_some();
+        let parts = parts.map(|[b, a]| Ok([spool.push(b)?, spool.push(a)?])).transpose();
+        let parts: Result<_> = parts;
+        if let Some(before) = self.refitted.insert(i, Refitted { curve, plain_sides, rank, parts: parts? }) {
+            before.parts.into_iter().flatten().for_each(|part| spool.release(part));
         }
-        self.laid.get_mut().expect("invariant: no holder of the layouts panics").remove(&i);
+        if is_new {
+            self.laid.get_mut().expect("invariant: no holder of the layouts panics").remove(&i);
+        }
         Ok(())
     }
 
@@ -144,7 +175,8 @@ impl<'s> Solution<'s> {
     /// # Errors
     /// The work folder cannot be read.
     pub fn pair(&self, i: usize) -> Result<LowRank> {
-        if let Some(Refitted { rank, b, a, .. }) = self.refitted.get(&i) {
+        if let Some(Refitted { rank, parts, .. }) = self.refitted.get(&i) {
+            let [b, a] = parts.as_ref().context("invariant: what was laid out is not laid out again")?;
             let mut spool = self.study.fits.spool.lock().expect("invariant: no holder of the spool panics");
             return Ok(LowRank { rank: *rank, b: spool.get(b)?.f32s()?, a: spool.get(a)?.f32s()? });
         }
@@ -157,13 +189,9 @@ impl<'s> Solution<'s> {
     /// # Errors
     /// The statistics cannot be read, or the work folder cannot be written.
     pub fn settle(&self, linears: &[usize], progress: &dyn Progress) -> Result<()> {
-        let is_settled = |i: usize| {
-            let laid = self.laid.lock().expect("invariant: no holder of the layouts panics");
-            laid.get(&i).is_some_and(|(_, kept)| kept.is_some())
-        };
         let is_rounded =
             |i: usize| self.asked(i).is_some() && self.study.recipe.rounds(self.study.plan.linears[i].dtype);
-        let wanted: Vec<usize> = linears.iter().copied().filter(|&i| is_rounded(i) && !is_settled(i)).collect();
+        let wanted: Vec<usize> = linears.iter().copied().filter(|&i| is_rounded(i) && !self.is_settled(i)).collect();
         if wanted.is_empty() {
             return Ok(());
         }
@@ -171,32 +199,49 @@ impl<'s> Solution<'s> {
         wanted.par_iter().try_for_each(|&i| {
             let linear = &self.study.plan.linears[i];
             stage.note(&linear.module);
-            let piece = self.study.session.journal.piece(&rounded_key(i), || {
-                let (laid, term) = self.make(i)?;
-                let arrays = term.parts.into_iter().map(array);
-                let fields = json!([laid.form.kind, laid.form.size.rank(), laid.note, laid.storage_error.to_bits()]);
-                Ok((fields, arrays.collect()))
-            });
-            let (laid, kept) = self.take_rounded(i, piece.with_context(|| format!("round `{}`", linear.module))?)?;
+            let settled = self.settled(i).with_context(|| format!("round `{}`", linear.module));
+            let (laid, kept) = settled?;
             if let Some(note) = &laid.note {
                 tracing::info!("`{}`: {note}", linear.module);
             }
-            self.laid.lock().expect("invariant: no holder of the layouts panics").insert(i, (laid, Some(kept)));
+            self.laid.lock().expect("invariant: no holder of the layouts panics").insert(i, (laid, kept));
             stage.advance(1);
             Ok(())
         })
     }
 
-    fn take_rounded(&self, i: usize, mut piece: Piece) -> Result<(Laid, Kept)> {
+    /// How a linear is laid out, and its values where they are not written yet: from the journal, or made now. Its pair is then
+    /// read no more, unless the order of its ranks is to be kept.
+    fn settled(&self, i: usize) -> Result<(Laid, Option<Kept>)> {
+        let journal = &self.study.session.journal;
+        if let Some(piece) = journal.get(&pieces::laid(i))? {
+            let values = journal.get(&pieces::rounded(i))?;
+            if values.is_some() || journal.has(&pieces::written(i)) {
+                return self.take_laid(i, piece, values);
+            }
+        }
+        let (laid, term) = self.make(i)?;
+        let fields = json!([laid.form.kind, laid.form.size.rank(), laid.note, laid.storage_error.to_bits()]);
+        let values = journal.put(&pieces::rounded(i), Value::Null, term.parts.into_iter().map(array).collect())?;
+        let settled = self.take_laid(i, journal.put(&pieces::laid(i), fields, Vec::new())?, Some(values))?;
+        if !self.study.recipe.elastic {
+            journal.remove(&values_key(&pieces::decomposed(i)));
+        }
+        Ok(settled)
+    }
+
+    fn take_laid(&self, i: usize, mut piece: Piece, values: Option<Piece>) -> Result<(Laid, Option<Kept>)> {
         let (kind, rank, note, error): (Kind, usize, _, u64) = serde_json::from_value(piece.fields.take())?;
         let planned = self.asked(i).context("invariant: a linear of low rank is planned")?;
         let form = Form { right: planned.right, ..Form::of_rank(kind, rank, self.study.plan.linears[i].shape()) };
+        let laid = Laid { form, storage_error: f64::from_bits(error), note };
+        let Some(mut values) = values else { return Ok((laid, None)) };
         let mut spool = self.study.fits.spool.lock().expect("invariant: no holder of the spool panics");
         let mut kept = Kept::new();
         for &(_, element) in kind.structure().suffixes() {
-            kept.push((element, spool.push(piece.next()?)?));
+            kept.push((element, spool.push(values.next()?)?));
         }
-        Ok((Laid { form, storage_error: f64::from_bits(error), note }, kept))
+        Ok((laid, Some(kept)))
     }
 
     /// The form that a linear of low rank without a base is asked for in.
@@ -330,11 +375,6 @@ impl<'s> Solution<'s> {
             Ok(if norm > 0.0 { metric.squared_norm(error.transpose()) / norm } else { 0.0 })
         })
     }
-}
-
-/// Under which a journal has the layout of the `i`-th linear.
-pub(super) fn rounded_key(i: usize) -> String {
-    format!("rounded-{i}")
 }
 
 fn array(matrix: Matrix) -> Values {

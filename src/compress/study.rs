@@ -53,6 +53,10 @@ impl<'a> Study<'a> {
             max_ranks: &max_ranks,
             with_plain: recipe.ranks.allocator().spectra() == Spectra::Plain,
             layout: recipe.layout,
+            // The sequential mode makes pairs of its own, but for experts that see too little.
+            keeps_pair: &|linear| {
+                recipe.anchor.is_none() || recipe.probes() || linear.id.is_some_and(|id| id.slot.expert.is_some())
+            },
             after_block: &forget,
         };
         fits.decompose(session, plan, &decompose)?;

@@ -8,6 +8,7 @@ use super::inputs::Inputs;
 use super::plan::Plan;
 use super::recipe::{Budget, Recipe};
 use super::record;
+use super::refine;
 use super::sensitivity;
 use super::solution::Solution;
 use super::study::Study;
@@ -53,9 +54,10 @@ pub fn sweep(settings: &SweepSettings<'_>, progress: &dyn Progress) -> Result<Sw
     let mut timings = study.timings;
     let allocating = Instant::now();
     let sensitivities = sensitivity::of(&study)?;
+    let refinements = refine::of(recipe);
     let solve = |&keep: &f64| {
         let allocation = sensitivity::allocate(&study, &sensitivities, Budget::Keep(keep))?;
-        Ok(Solution::new(&study, allocation.choices))
+        Ok(Solution::new(&study, allocation.choices, &refinements))
     };
     let solutions = keeps.iter().map(solve).collect::<Result<Vec<_>>>()?;
     timings.allocate += allocating.elapsed().as_secs_f64();

@@ -3,19 +3,20 @@
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
-use anyhow::Result;
-use serde_json::{Value, json};
+use anyhow::{Context, Result};
+use serde_json::json;
 
 use super::super::metrics::{Metrics, SharedInputs};
+use super::super::pieces;
 use super::super::plan::Plan;
-use super::{Approximation, Details, Fitted, Method, Unit, floats};
+use super::{Approximation, Details, Fitted, Made, Method, Unit, floats};
 use crate::approx::low_rank::{ErrorCurve, LowRank};
 use crate::approx::metric::{MetricPair, PlainSides};
 use crate::checkpoint::Checkpoint;
 use crate::linalg;
 use crate::model::inventory::{self, LinearInfo};
 use crate::operator::{self, Kind, Shape};
-use crate::store::{Piece, Spool, Spooled, Values};
+use crate::store::{Journal, Piece, Spool, Spooled, Values};
 
 struct Decomposition {
     curve: ErrorCurve,
@@ -25,8 +26,8 @@ struct Decomposition {
     layout: Kind,
     shape: Shape,
     max_rank: usize,
-    b: Spooled,
-    a: Spooled,
+    /// `B` and `A`, until nothing reads them any more.
+    parts: Option<[Spooled; 2]>,
 }
 
 impl Fitted for Decomposition {
@@ -38,7 +39,8 @@ impl Fitted for Decomposition {
         if rank == 0 {
             return Ok(Approximation { base: None, pair: Some(LowRank { rank, b: Vec::new(), a: Vec::new() }) });
         }
-        let pair = LowRank { rank: self.max_rank, b: floats(spool, &self.b)?, a: floats(spool, &self.a)? };
+        let [b, a] = self.parts.as_ref().context("invariant: what was written is not read again")?;
+        let pair = LowRank { rank: self.max_rank, b: floats(spool, b)?, a: floats(spool, a)? };
         let is_whole = rank == pair.rank;
         let pair = if is_whole { pair } else { self.layout.fitting().prefix(&pair, rank, self.shape) };
         Ok(Approximation { base: None, pair: Some(pair) })
@@ -71,6 +73,8 @@ pub(in super::super) struct Decompose<'a> {
     /// Whether allocators look at the curves of plain weights.
     pub with_plain: bool,
     pub layout: Kind,
+    /// Whether anything will read the pair of a linear, and not its curve alone.
+    pub keeps_pair: &'a (dyn Fn(&LinearInfo) -> bool + Sync),
     /// Called with a block whose linears are decomposed.
     pub after_block: &'a (dyn Fn(Option<usize>) -> Result<()> + Sync),
 }
@@ -84,7 +88,7 @@ impl Method for Decompose<'_> {
     }
 
     fn key(&self, unit: &Unit) -> String {
-        pair_key(unit.members[0])
+        pieces::decomposed(unit.members[0])
     }
 
     fn goes_by_block(&self) -> bool {
@@ -95,7 +99,7 @@ impl Method for Decompose<'_> {
         SharedInputs::new(linears)
     }
 
-    fn fit(&self, unit: &Unit, shared: &SharedInputs) -> Result<(Value, Vec<Values>)> {
+    fn fit(&self, unit: &Unit, shared: &SharedInputs) -> Result<Made> {
         let i = unit.members[0];
         let (linear, max_rank) = (&self.plan.linears[i], self.max_ranks[i]);
         let started = Instant::now();
@@ -119,34 +123,40 @@ impl Method for Decompose<'_> {
             false => Vec::new(),
         };
         let fields = json!([started.elapsed().as_secs_f64(), pair.rank, plain_sides]);
-        let curves = [curve.energies().to_vec(), plain, output.to_diagonal(m), input_diagonal].map(Values::from);
-        Ok((fields, curves.into_iter().chain([pair.b.into(), pair.a.into()]).collect()))
+        let kept = [curve.energies().to_vec(), plain, output.to_diagonal(m), input_diagonal].map(Values::from).into();
+        let values = if (self.keeps_pair)(linear) { vec![pair.b.into(), pair.a.into()] } else { Vec::new() };
+        Ok(Made { fields, kept, values })
     }
 
-    fn keep(&self, unit: &Unit, mut piece: Piece, spool: &mut Spool) -> Result<Arc<dyn Fitted>> {
+    fn keep(&self, unit: &Unit, mut piece: Piece, values: Option<Piece>, spool: &mut Spool) -> Result<Arc<dyn Fitted>> {
+        let linear = &self.plan.linears[unit.members[0]];
         let (seconds, max_rank, plain_sides): (f64, usize, PlainSides) = serde_json::from_value(piece.fields.take())?;
         let mut next = || piece.next()?.values.f64s();
         let (curve, plain) = (ErrorCurve::new(next()?), ErrorCurve::new(next()?));
         let diagonals = (next()?, next()?);
+        let parts = match values {
+            Some(mut values) if (self.keeps_pair)(linear) => {
+                Some([spool.push(values.next()?)?, spool.push(values.next()?)?])
+            }
+            _ => None,
+        };
         Ok(Arc::new(Decomposition {
             curve,
             plain: self.with_plain.then_some(plain),
             diagonals,
             details: Details { seconds, plain_sides, ..Details::default() },
             layout: self.layout,
-            shape: self.plan.linears[unit.members[0]].shape(),
+            shape: linear.shape(),
             max_rank,
-            b: spool.push(piece.next()?)?,
-            a: spool.push(piece.next()?)?,
+            parts,
         }))
+    }
+
+    fn is_spent(&self, unit: &Unit, journal: &Journal) -> bool {
+        pieces::is_laid(unit.members[0], journal)
     }
 
     fn after_block(&self, unit: &Unit) -> Result<()> {
         (self.after_block)(self.plan.linears[unit.members[0]].block)
     }
-}
-
-/// Under which a journal has the decomposition of the `i`-th linear.
-pub(in super::super) fn pair_key(i: usize) -> String {
-    format!("decompose-{i}")
 }

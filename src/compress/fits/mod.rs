@@ -19,7 +19,7 @@ use crate::approx::metric::PlainSides;
 use crate::model::inventory::LinearInfo;
 use crate::quantize::{Fallback, Quant, Quantized};
 use crate::session::Session;
-use crate::store::{Piece, Spool, Spooled, Values};
+use crate::store::{Journal, Piece, Spool, Spooled, Values};
 
 pub(super) use low_rank::Decompose;
 pub(super) use quantized::Quantize;
@@ -196,6 +196,20 @@ impl Fits {
     }
 }
 
+/// A fit that was just made.
+struct Made {
+    fields: Value,
+    /// Arrays that are asked for to the end: errors, diagonals.
+    kept: Vec<Values>,
+    /// Arrays that nothing reads once the unit is written.
+    values: Vec<Values>,
+}
+
+/// Under which a journal has the values of a fit whose piece is `key`.
+pub(super) fn values_key(key: &str) -> String {
+    format!("{key}-values")
+}
+
 /// How units are fitted, one by one.
 trait Method: Sync {
     type Fit: Send;
@@ -213,11 +227,15 @@ trait Method: Sync {
 
     fn shared(&self, linears: &[&LinearInfo]) -> Self::Shared;
 
-    /// Fits a unit: fields and arrays of its piece.
-    fn fit(&self, unit: &Unit, shared: &Self::Shared) -> Result<(Value, Vec<Values>)>;
+    fn fit(&self, unit: &Unit, shared: &Self::Shared) -> Result<Made>;
 
-    /// The fit of a piece.
-    fn keep(&self, unit: &Unit, piece: Piece, spool: &mut Spool) -> Result<Self::Fit>;
+    /// The fit of its pieces; the second is absent where nothing reads it any more.
+    fn keep(&self, unit: &Unit, piece: Piece, values: Option<Piece>, spool: &mut Spool) -> Result<Self::Fit>;
+
+    /// Whether the values of a unit were written already, so that nothing reads them any more.
+    fn is_spent(&self, _unit: &Unit, _journal: &Journal) -> bool {
+        false
+    }
 
     /// Called when the units of a block are done.
     fn after_block(&self, _unit: &Unit) -> Result<()> {
@@ -242,9 +260,8 @@ fn fit_all<M: Method>(
         let one = |unit: &Unit| -> Result<M::Fit> {
             let module = &first(unit).module;
             stage.note(module);
-            let piece = session.journal.piece(&method.key(unit), || method.fit(unit, &shared));
-            let fit = piece.and_then(|piece| {
-                method.keep(unit, piece, &mut spool.lock().expect("invariant: no holder of the spool panics"))
+            let fit = pieces(&session.journal, method, unit, &shared).and_then(|(piece, values)| {
+                method.keep(unit, piece, values, &mut spool.lock().expect("invariant: no holder of the spool panics"))
             });
             stage.advance(1);
             fit.with_context(|| format!("{} `{module}`", method.verb()))
@@ -253,6 +270,21 @@ fn fit_all<M: Method>(
         method.after_block(&group[0])?;
     }
     Ok(fits)
+}
+
+/// The pieces of a unit: those of an earlier run, or made now.
+fn pieces<M: Method>(journal: &Journal, method: &M, unit: &Unit, shared: &M::Shared) -> Result<(Piece, Option<Piece>)> {
+    let key = method.key(unit);
+    if let Some(piece) = journal.get(&key)? {
+        let values = journal.get(&values_key(&key))?;
+        if values.is_some() || method.is_spent(unit, journal) {
+            return Ok((piece, values));
+        }
+    }
+    let Made { fields, kept, values } = method.fit(unit, shared)?;
+    // The values first: where the other piece is, they are.
+    let values = journal.put(&values_key(&key), Value::Null, values)?;
+    Ok((journal.put(&key, fields, kept)?, Some(values)))
 }
 
 /// An array of floats from a spool.

@@ -3,10 +3,10 @@
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use faer::Mat;
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::super::compensate::{Compensate, CompensateRank};
 use super::super::metrics::{Metrics, SharedInputs};
@@ -175,21 +175,22 @@ impl Method for Quantize<'_> {
         [SharedInputs::new(linears), SharedInputs::new(linears)]
     }
 
-    fn fit(&self, unit: &Unit, shared: &[SharedInputs; 2]) -> Result<(Value, Vec<Values>)> {
+    fn fit(&self, unit: &Unit, shared: &[SharedInputs; 2]) -> Result<super::Made> {
         let i = unit.members[0];
         let (norm, plain, made) = self.make(&self.plan.linears[i], &(self.quants)(i), shared)?;
         let records: Vec<Record> = made.iter().map(Made::record).collect();
-        let arrays = made.into_iter().flat_map(Made::into_arrays);
-        Ok((json!((plain, records)), std::iter::once(vec![norm].into()).chain(arrays).collect()))
+        let values = made.into_iter().flat_map(Made::into_arrays).collect();
+        Ok(super::Made { fields: json!((plain, records)), kept: vec![vec![norm].into()], values })
     }
 
-    fn keep(&self, unit: &Unit, mut piece: Piece, spool: &mut Spool) -> Result<Self::Fit> {
+    fn keep(&self, unit: &Unit, mut piece: Piece, values: Option<Piece>, spool: &mut Spool) -> Result<Self::Fit> {
+        let mut values = values.context("invariant: quantized bases are kept to the end")?;
         let (plain, records): (PlainSides, Vec<Record>) = serde_json::from_value(piece.fields.take())?;
         let norm = piece.next()?.values.f64s()?.first().copied().unwrap_or(0.0);
         let shape = self.plan.linears[unit.members[0]].shape();
         let mut fits: Vec<Arc<dyn Fitted>> = Vec::new();
         for record in records {
-            fits.push(Arc::new(QuantizedBase::keep(record, plain, shape, &mut piece, spool)?));
+            fits.push(Arc::new(QuantizedBase::keep(record, plain, shape, &mut values, spool)?));
         }
         Ok((norm, fits))
     }

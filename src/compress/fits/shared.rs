@@ -9,13 +9,13 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use faer::Mat;
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::super::metrics::{Metrics, SharedInputs};
 use super::super::plan::Plan;
-use super::{Approximation, Details, Fitted, Method, Unit, floats};
+use super::{Approximation, Details, Fitted, Made, Method, Unit, floats};
 use crate::approx::low_rank::{self, ErrorCurve, LowRank};
 use crate::approx::metric::{Metric, MetricPair};
 use crate::checkpoint::Checkpoint;
@@ -93,7 +93,7 @@ impl Method for Share<'_> {
         SharedInputs::new(linears)
     }
 
-    fn fit(&self, unit: &Unit, shared: &SharedInputs) -> Result<(Value, Vec<Values>)> {
+    fn fit(&self, unit: &Unit, shared: &SharedInputs) -> Result<Made> {
         let started = Instant::now();
         let linears: Vec<&LinearInfo> = unit.members.iter().map(|&i| &self.plan.linears[i]).collect();
         let n = linears[0].in_features;
@@ -116,21 +116,23 @@ impl Method for Share<'_> {
             let plain = outputs.iter().map(|output| MetricPair { output, input }.plain_sides());
             Ok((decomposition.curve, pair, plain.reduce(|a, b| a.union(b)).unwrap_or_default()))
         })?;
-        let mut arrays: Vec<Values> = vec![curve.energies().to_vec().into()];
+        let mut values: Vec<Values> = Vec::new();
         let mut first = 0;
         for (output, &height) in outputs.iter().zip(&heights) {
             let rows = &pair.b[first * max_rank..][..height * max_rank];
-            arrays.push(unwhitened(rows, height, max_rank, output)?.into());
+            values.push(unwhitened(rows, height, max_rank, output)?.into());
             first += height;
         }
-        arrays.push(pair.a.into());
-        Ok((json!([started.elapsed().as_secs_f64(), max_rank, plain_sides]), arrays))
+        values.push(pair.a.into());
+        let fields = json!([started.elapsed().as_secs_f64(), max_rank, plain_sides]);
+        Ok(Made { fields, kept: vec![curve.energies().to_vec().into()], values })
     }
 
-    fn keep(&self, unit: &Unit, mut piece: Piece, spool: &mut Spool) -> Result<Arc<dyn Fitted>> {
+    fn keep(&self, unit: &Unit, mut piece: Piece, values: Option<Piece>, spool: &mut Spool) -> Result<Arc<dyn Fitted>> {
+        let mut values = values.context("invariant: shared parts are kept to the end")?;
         let (seconds, max_rank, plain_sides) = serde_json::from_value(piece.fields.take())?;
         let errors = ErrorCurve::new(piece.next()?.values.f64s()?);
-        let left = unit.members.iter().map(|_| spool.push(piece.next()?)).collect::<Result<_>>()?;
+        let left = unit.members.iter().map(|_| spool.push(values.next()?)).collect::<Result<_>>()?;
         let details = Details { seconds, plain_sides, ..Details::default() };
         Ok(Arc::new(SharedRight {
             unit: unit.members.clone(),
@@ -138,7 +140,7 @@ impl Method for Share<'_> {
             details,
             max_rank,
             left,
-            right: spool.push(piece.next()?)?,
+            right: spool.push(values.next()?)?,
         }))
     }
 }

@@ -17,11 +17,10 @@ use faer::Mat;
 use rayon::prelude::*;
 use serde_json::{Value, json};
 
-use super::Refine;
 use crate::approx::low_rank::ErrorCurve;
 use crate::approx::metric::{Metric, MetricPair, PlainSides, mean_diagonal, shifted};
 use crate::compress::plan::Choice;
-use crate::compress::solution::Solution;
+use crate::compress::solution::{Refine, Solution};
 use crate::linalg;
 use crate::model::inventory::{self, LinearInfo};
 use crate::model::{Block, Decoder, Hidden, InputSite, Walk};
@@ -106,7 +105,7 @@ impl Anchor {
                 for (&i, (fit, plain)) in place.anchored.iter().zip(fits) {
                     let Fit { curve, pair } = &fit;
                     let parts = [pair.b.clone().into(), pair.a.clone().into()];
-                    solution.refit(i, curve.clone(), plain, pair.rank, parts)?;
+                    solution.refit(i, curve.clone(), plain, pair.rank, Some(parts))?;
                     made.push((i, fit, plain));
                 }
                 solution.settle(&place.readers, &Silent)?;
@@ -132,12 +131,16 @@ fn keep(
     }
     let batches = [walk.arrays(original)?, walk.arrays(shifted)?].concat();
     session.journal.put(&states_key(block_idx), Value::Null, batches)?;
-    let ranks: Vec<(usize, (usize, PlainSides))> =
-        made.iter().map(|(i, fit, plain)| (*i, (fit.pair.rank, *plain))).collect();
-    let arrays = made.into_iter().flat_map(|(_, Fit { curve, pair }, _)| {
-        [Values::from(curve.energies().to_vec()), pair.b.into(), pair.a.into()]
+    // What is laid out is read from there, unless the order of its ranks is to be kept.
+    let is_spent = |i: usize| solution.is_settled(i) && !solution.study.recipe.elastic;
+    let fields: Vec<(usize, usize, PlainSides, bool)> =
+        made.iter().map(|(i, fit, plain)| (*i, fit.pair.rank, *plain, !is_spent(*i))).collect();
+    let arrays = made.into_iter().flat_map(|(i, Fit { curve, pair }, _)| {
+        let parts = if is_spent(i) { Vec::new() } else { vec![Values::from(pair.b), pair.a.into()] };
+        std::iter::once(Values::from(curve.energies().to_vec())).chain(parts).collect::<Vec<_>>()
     });
-    let piece = session.journal.put(&fits_key(block_idx), json!(ranks), arrays.collect())?;
+    let arrays: Vec<Values> = arrays.collect();
+    let piece = session.journal.put(&fits_key(block_idx), json!(fields), arrays)?;
     take(solution, piece)?;
     block_idx.checked_sub(1).into_iter().for_each(|before| session.journal.remove(&states_key(before)));
     Ok(())
@@ -224,10 +227,10 @@ fn resume(
 
 /// The fits of a block's anchored linears.
 fn take(solution: &mut Solution<'_>, mut piece: Piece) -> Result<()> {
-    let ranks: Vec<(usize, (usize, PlainSides))> = serde_json::from_value(piece.fields.take())?;
-    for (i, (rank, plain)) in ranks {
+    let fields: Vec<(usize, usize, PlainSides, bool)> = serde_json::from_value(piece.fields.take())?;
+    for (i, rank, plain, has_parts) in fields {
         let curve = ErrorCurve::new(piece.next()?.values.f64s()?);
-        let parts = [piece.next()?, piece.next()?];
+        let parts = if has_parts { Some([piece.next()?, piece.next()?]) } else { None };
         solution.refit(i, curve, plain, rank, parts)?;
     }
     Ok(())

@@ -2,8 +2,7 @@
 
 use anyhow::Result;
 
-use super::Refine;
-use crate::compress::solution::Solution;
+use crate::compress::solution::{Refine, Solution};
 use crate::linalg;
 use crate::model::inventory;
 use crate::operator::Operator;
