@@ -10,16 +10,13 @@ use crate::model::inventory::LinearInfo;
 use crate::quantize::Quant;
 
 impl Plan {
-    /// Bytes of what a run keeps between its stages, in memory or on disk: the pairs of all linears, statistics, and the states
-    /// of `n_tokens` (those that enter each block, where gradients are asked for).
+    /// Bytes of what a run keeps between its stages, in memory or on disk: the pairs of all linears (or what they are rounded to,
+    /// for which they are dropped), statistics, and the states of `n_tokens` (those that enter each block, where gradients are asked
+    /// for). `docs/performance.md` has the formula.
     pub fn kept_bytes(&self, checkpoint: &Checkpoint, recipe: &Recipe, n_tokens: usize) -> u64 {
         let needs = recipe.needs();
         let pair =
             |(linear, rank): (&LinearInfo, usize)| 4 * (rank * (linear.out_features + linear.in_features)) as u64;
-        // Beside it as it is stored.
-        let pairs = |(linear, rank): (&LinearInfo, usize)| {
-            pair((linear, rank)) * if recipe.rounds(linear.dtype) { 2 } else { 1 }
-        };
         let triangle = |n: usize| 2 * (n * (n + 1)) as u64;
         let sums = |linear: &LinearInfo| {
             let (m, n) = linear.shape();
@@ -46,7 +43,7 @@ impl Plan {
             recipe.quant.iter().map(base).sum()
         };
         let bases: u64 = linears.clone().map(coded).sum();
-        linears.zip(max_ranks(recipe, self)).map(pairs).sum::<u64>() + bases + measured + states
+        linears.zip(max_ranks(recipe, self)).map(pair).sum::<u64>() + bases + measured + states
     }
 
     /// Peak memory of a run: the largest decompositions, one a thread, each with weight, image, Gram, eigenvectors with their
