@@ -5,7 +5,9 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 use super::error::{CheckpointError, Result};
-use super::{CONFIG_FILE, Stack, index};
+use super::paths::CONFIG_FILE;
+use super::stack::Stack;
+use super::tensor::is_sane;
 
 /// `lrc.version`: that of all that stands beside it.
 pub const FORMAT_VERSION: u64 = 1;
@@ -44,7 +46,7 @@ pub(super) fn stored_stacks(config: Option<&Map<String, Value>>, n_tensors: usiz
         let Ok(shape) = serde_json::from_value::<[usize; 3]>(shape.clone()) else {
             return refuse(entry, "is no shape of three dimensions");
         };
-        if shape.contains(&0) || shape[0] > n_tensors || !index::is_sane(&shape) {
+        if shape.contains(&0) || shape[0] > n_tensors || !is_sane(&shape) {
             return refuse(entry, &format!("is {shape:?}, and the files hold {n_tensors} tensors"));
         }
         stacks.push(Stack { tensor: tensor.clone(), shape });

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use thiserror::Error;
 
 use super::magic::{Kind, WEIGHTS};
-use super::{INDEX_FILE, place};
+use super::paths::{INDEX_FILE, folder_of};
 
 /// Why a checkpoint could not be read or written.
 #[derive(Debug, Error)]
@@ -93,7 +93,7 @@ pub enum CheckpointError {
     Dtype { path: PathBuf, tensor: String, dtype: String },
 
     #[error("`{}` is quantised by {method}, which lrc does not read", path.display())]
-    Quantised { path: PathBuf, method: String },
+    Quantized { path: PathBuf, method: String },
     #[error("tensor `{tensor}` in `{}` is packed by a quantiser, and no file there says which", path.display())]
     Packed { path: PathBuf, tensor: String },
 
@@ -170,8 +170,8 @@ impl CheckpointError {
             MissingShard { .. } | FewShards { .. } | TensorAbsentFromShard { .. } => {
                 "the download is incomplete: get the missing shard, or download the repository again".into()
             }
-            LoneShard { path, .. } if place::folder_of(path).join(INDEX_FILE).is_file() => {
-                format!("give the folder of all shards, `{}`", place::folder_of(path).display())
+            LoneShard { path, .. } if folder_of(path).join(INDEX_FILE).is_file() => {
+                format!("give the folder of all shards, `{}`", folder_of(path).display())
             }
             LoneShard { .. } => format!("the download is incomplete: get the other shards and `{INDEX_FILE}`, and give the folder"),
             ShardOutside { .. } => "an index may only name files beside itself; do not use this checkpoint".into(),
@@ -181,7 +181,7 @@ impl CheckpointError {
             TensorAbsent { .. } => "check that all shards are there and that `model_type` in `config.json` is right".into(),
             Shape { fields, .. } => format!("check {fields} in `config.json`"),
             Dtype { .. } => "quantised checkpoints must be dequantised first; give the original 16- or 32-bit weights".into(),
-            Quantised { .. } => {
+            Quantized { .. } => {
                 "give the original 16- or 32-bit checkpoint; lrc reads its own formats, symmetric compressed-tensors and GPTQ".into()
             }
             Packed { .. } => {

@@ -19,34 +19,31 @@ use rayon::prelude::*;
 use serde_json::Value;
 
 use super::error::{CheckpointError, io};
+use super::hash::{Fingerprint, sha256_file};
 use super::job::compare;
 use super::moving::{self, rename, write_whole};
+use super::paths::file_name;
 use super::place::{self, WITHIN, create_file, open_to_write};
 use super::reader::expect_file;
+use super::strangers;
 use super::unfinished::Unfinished;
-use super::{Fingerprint, sha256_file, strangers};
+use super::work::{JOB, LOCK, OUTPUT, PIECES, SCRATCH, replaced_of};
 
 type Result<T, E = CheckpointError> = std::result::Result<T, E>;
 
 /// An output folder under construction, of which [`OutputFolder::finish`] makes the output; removed when dropped.
 #[derive(Debug)]
 pub struct OutputFolder {
-    target: PathBuf,
-    partial: PathBuf,
+    pub(super) target: PathBuf,
+    pub(super) partial: PathBuf,
     /// The file that an output has, and a part of one does not.
-    mark: String,
+    pub(super) mark: String,
     /// Held as long as the folder is written.
     _lock: File,
-    force: bool,
-    is_kept: bool,
-    unfinished: Unfinished,
+    pub(super) force: bool,
+    pub(super) is_kept: bool,
+    pub(super) unfinished: Unfinished,
 }
-
-pub(super) const LOCK: &str = "lock";
-pub(super) const OUTPUT: &str = "output";
-pub(super) const SCRATCH: &str = "scratch";
-pub(super) const JOB: &str = "job.json";
-pub(super) const PIECES: &str = "pieces";
 
 impl OutputFolder {
     /// Checks that `target` may be written, before any work.
@@ -64,7 +61,7 @@ impl OutputFolder {
         place::refuse_links(&partial)?;
         strangers::refuse_in_work(target, &partial)?;
         if force {
-            strangers::refuse_in_replaced(target, &strangers::replaced_of(&partial), mark)?;
+            strangers::refuse_in_replaced(target, &replaced_of(&partial), mark)?;
         }
         if !is_there {
             return Ok(());
@@ -172,7 +169,7 @@ impl OutputFolder {
         let output = self.path();
         for name in place::names_in(&output)? {
             let path = output.join(name);
-            if super::file_name(&path).starts_with('.') {
+            if file_name(&path).starts_with('.') {
                 let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
                 removed.map_err(io("remove", &path))?;
             }
@@ -191,7 +188,7 @@ impl OutputFolder {
     }
 
     /// Whether the target stays where it is, with the work inside of it.
-    fn is_within(&self) -> bool {
+    pub(super) fn is_within(&self) -> bool {
         self.partial == self.target.join(WITHIN)
     }
 
@@ -205,11 +202,6 @@ impl OutputFolder {
     /// Where the output appears.
     pub fn target(&self) -> &Path {
         &self.target
-    }
-
-    /// Whether a folder is what a run works in, or what a run that was killed left of it.
-    pub(super) fn is_unfinished(folder: &Path) -> bool {
-        folder.join(LOCK).is_file() && folder.join(PIECES).is_dir() | folder.join(OUTPUT).is_dir()
     }
 
     /// Where files go until [`Self::finish`].
@@ -297,75 +289,6 @@ impl OutputFolder {
         files.retain(|path| *path != output.join(report));
         let name = |path: &Path| path.strip_prefix(&output).unwrap_or(path).to_string_lossy().into_owned();
         files.par_iter().map(|path| Ok((name(path), sha256_file(path)?))).collect()
-    }
-
-    /// Makes the output appear at its target: from here on it is there, and whole.
-    ///
-    /// # Errors
-    /// The disk refuses; what was made then stays where it was.
-    pub fn finish(mut self) -> Result<()> {
-        // An interrupt leaves all that the last step needs.
-        self.unfinished.set_resumable();
-        let moved = self.expect_own_target().and_then(|()| match self.is_within() {
-            true => moving::move_up(&self.target, &self.partial, &self.mark, self.force),
-            false => self.rename(),
-        });
-        if let Err(error) = moved {
-            self.is_kept = true;
-            let source = std::error::Error::source(&error).map_or(String::new(), |source| format!(": {source}"));
-            let (path, reason) = (self.path(), format!("{error}{source}"));
-            return Err(CheckpointError::NotMoved { path, target: self.target.clone(), reason });
-        }
-        let job = self.partial.join(JOB);
-        if job.exists() {
-            fs::remove_file(&job).map_err(io("remove", &job))?;
-        }
-        let replaced = self.replaced();
-        if self.force && replaced.exists() {
-            strangers::remove_output(&replaced, &self.mark)?;
-        }
-        // The rename itself must survive a power cut; folders cannot be synced on every system.
-        let changed = if self.is_within() { &self.target } else { place::folder_of(&self.target) };
-        if let Ok(changed) = File::open(changed) {
-            let _ = changed.sync_all();
-        }
-        Ok(())
-    }
-
-    /// Where an earlier output waits to be removed.
-    fn replaced(&self) -> PathBuf {
-        if self.is_within() {
-            return self.partial.join(moving::REPLACED);
-        }
-        strangers::replaced_of(&self.partial)
-    }
-
-    /// What others wrote meanwhile into the output that is replaced, or where it waits, stays.
-    fn expect_own_target(&self) -> Result<()> {
-        if !self.force {
-            return Ok(());
-        }
-        if !self.is_within() {
-            strangers::refuse_in_replaced(&self.target, &self.replaced(), &self.mark)?;
-        }
-        if self.target.exists() { strangers::refuse_in_output(&self.target, &self.mark) } else { Ok(()) }
-    }
-
-    fn rename(&self) -> Result<()> {
-        let (output, replaced) = (self.path(), self.replaced());
-        let has_earlier = self.force && self.target.exists();
-        if has_earlier {
-            // Left by a run that was killed while it removed it.
-            if replaced.exists() {
-                strangers::remove_output(&replaced, &self.mark)?;
-            }
-            rename(&self.target, &replaced)?;
-        }
-        rename(&output, &self.target).inspect_err(|_| {
-            if has_earlier {
-                let _ = fs::rename(&replaced, &self.target);
-            }
-        })
     }
 }
 

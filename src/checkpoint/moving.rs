@@ -9,18 +9,12 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use super::CONFIG_FILE;
 use super::error::{CheckpointError, io};
-use super::folder::OUTPUT;
+use super::paths::CONFIG_FILE;
 use super::place::{self, create_file};
+use super::work::{MOVING, OUTPUT, REPLACED, TORN};
 
 type Result<T, E = CheckpointError> = std::result::Result<T, E>;
-
-pub(super) const MOVING: &str = "moving.json";
-/// The ending of a small file of the work folder while it is written.
-pub(super) const TORN: &str = ".partial";
-/// Where an earlier output waits to be removed.
-pub(super) const REPLACED: &str = "replaced";
 
 /// Moves what is finished into the target, and with `force` what was there out of it.
 pub(super) fn move_up(target: &Path, partial: &Path, mark: &str, force: bool) -> Result<()> {

@@ -4,6 +4,7 @@ use std::fs::{self, File, OpenOptions};
 use std::path::{Component, Path, PathBuf};
 
 use super::error::{CheckpointError, Result, io};
+use super::paths::folder_of;
 
 /// The folder that a run works in, inside of an output folder that has to stay where it is.
 pub(super) const WITHIN: &str = ".lrc-partial";
@@ -21,11 +22,6 @@ pub(super) fn named(target: &Path) -> PathBuf {
         Some(Component::Normal(_)) => plain,
         _ => fs::canonicalize(&plain).unwrap_or(plain),
     }
-}
-
-/// The folder of a file; that of a bare name is the current one.
-pub(crate) fn folder_of(file: &Path) -> &Path {
-    file.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 /// Refuses what cannot become an output folder: links that lead nowhere, files, names of nothing. Whether the folder is there.

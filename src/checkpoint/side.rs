@@ -6,8 +6,13 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use super::encoded::ADAPTER_CONFIG;
-use super::{CONFIG_FILE, Checkpoint, INDEX_FILE, REPORT_FILE, Result, place, read_file, settings};
+use super::error::Result;
+use super::open::Checkpoint;
+use super::paths::{CONFIG_FILE, INDEX_FILE, REPORT_FILE, SETTINGS_FILES, file_name, is_weight_file};
+use super::place;
+use super::reader::read_file;
+use super::work::is_unfinished;
+use crate::codecs::peft;
 
 /// Modules of sentence-transformers: a list whose `path` are folders.
 const MODULES_FILE: &str = "modules.json";
@@ -41,36 +46,6 @@ const UNREADABLE: &str = "it cannot be read";
 const STRANGE: &str = "neither a file nor a folder";
 const WORK: &str = "an unfinished output";
 
-/// Weights in any format, and what describes them.
-pub(super) fn is_weight_file(name: &str) -> bool {
-    const SUFFIXES: &[&str] = &[
-        ".safetensors",
-        ".safetensors.index.json",
-        ".bin",
-        ".bin.index.json",
-        ".pt",
-        ".pth",
-        ".ckpt",
-        ".gguf",
-        ".ggml",
-        ".h5",
-        ".h5.index.json",
-        ".msgpack",
-        ".msgpack.index.json",
-        ".onnx",
-        ".onnx_data",
-        ".onnx.data",
-        ".ot",
-        ".tflite",
-        ".mlmodel",
-        ".pdparams",
-        ".nemo",
-        ".llamafile",
-    ];
-    let is_vocabulary = ["tokenizer", "vocab"].iter().any(|word| name.contains(word));
-    SUFFIXES.iter().any(|suffix| name.ends_with(suffix)) && !is_vocabulary
-}
-
 /// What a training leaves beside a model to go on from.
 fn is_training_state(name: &str) -> bool {
     let stem = name.split('.').next().unwrap_or(name);
@@ -94,7 +69,7 @@ impl Checkpoint {
         let read = self.shards.iter().map(|shard| shard.path()).chain([config.as_path()]);
         let within = |file: &Path| match file.strip_prefix(&self.root) {
             Ok(path) => path.to_path_buf(),
-            Err(_) => super::file_name(file).into(),
+            Err(_) => file_name(file).into(),
         };
         let mut walk = Walk {
             root: &self.root,
@@ -115,8 +90,8 @@ impl Checkpoint {
     /// Files that are read when the model is: outputs keep off them.
     pub fn read_files(&self) -> Vec<PathBuf> {
         let weights = self.shards.iter().map(|shard| shard.path().to_path_buf());
-        let others = [CONFIG_FILE, INDEX_FILE, "tokenizer.json", "tokenizer_config.json", ADAPTER_CONFIG];
-        let settings = settings::FILES.iter().map(|(name, _)| *name);
+        let others = [CONFIG_FILE, INDEX_FILE, "tokenizer.json", "tokenizer_config.json", peft::CONFIG_FILE];
+        let settings = SETTINGS_FILES.iter().map(|(name, _)| *name);
         weights.chain(others.into_iter().chain(settings).map(|name| self.root.join(name))).collect()
     }
 }
@@ -176,7 +151,7 @@ impl Walk<'_> {
     }
 
     fn fate(&mut self, path: &Path) -> Fate {
-        let (full, name) = (self.root.join(path), super::file_name(path));
+        let (full, name) = (self.root.join(path), file_name(path));
         if self.replaced.iter().any(|replaced| path == Path::new(replaced))
             || self.weights.iter().any(|file| file == path)
         {
@@ -208,7 +183,7 @@ impl Walk<'_> {
         if place::names_in(full).is_err() {
             return Fate::LeftOut(UNREADABLE);
         }
-        if super::OutputFolder::is_unfinished(full) {
+        if is_unfinished(full) {
             return Fate::LeftOut(WORK);
         }
         if full.join(REPORT_FILE).is_file() {
@@ -219,12 +194,12 @@ impl Walk<'_> {
 
     fn fate_of_file(&self, path: &Path, name: &str) -> Fate {
         let is_at_top = path.components().count() == 1;
-        let is_setting = settings::FILES.iter().any(|(file, _)| name == *file);
+        let is_setting = SETTINGS_FILES.iter().any(|(file, _)| name == *file);
         // An adapter that is a part of the model.
         let is_of_adapter = || self.weights.iter().any(|file| file.parent() == path.parent());
         match name {
             CONFIG_FILE | INDEX_FILE if is_at_top => Fate::Replaced,
-            ADAPTER_CONFIG if !is_at_top && is_of_adapter() => Fate::Replaced,
+            peft::CONFIG_FILE if !is_at_top && is_of_adapter() => Fate::Replaced,
             name if is_training_state(name) && is_weight_file(name) => Fate::LeftOut(TRAINING),
             _ if is_setting && is_at_top && self.is_coded => Fate::LeftOut(SETTINGS),
             name if !is_weight_file(name) || self.is_module(path) => Fate::Copied,

@@ -3,14 +3,14 @@
 use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde_json::Value;
 
 use super::error::{CheckpointError, Result, io};
-use super::folder::{JOB, LOCK, OUTPUT, PIECES, SCRATCH};
-use super::moving::{self, TORN};
-use super::{place, read_file};
+use super::place;
+use super::reader::read_file;
+use super::work::{JOB, LOCK, MOVING, OUTPUT, PIECES, REPLACED, SCRATCH, TORN};
 
 /// Refuses to replace an earlier output that holds what its run did not write.
 ///
@@ -65,7 +65,7 @@ fn walk(output: &Path, at: &Path, own: &BTreeSet<String>, strangers: &mut Vec<St
 /// # Errors
 /// [`CheckpointError::OutputUnusable`].
 pub(super) fn refuse_in_work(target: &Path, partial: &Path) -> Result<()> {
-    const OWN: [&str; 7] = [LOCK, JOB, PIECES, OUTPUT, SCRATCH, moving::MOVING, moving::REPLACED];
+    const OWN: [&str; 7] = [LOCK, JOB, PIECES, OUTPUT, SCRATCH, MOVING, REPLACED];
     let is_own = |name: &OsString| {
         let name = name.to_string_lossy();
         // A file under construction, and one that a network file system keeps until it is closed.
@@ -82,13 +82,6 @@ pub(super) fn refuse_in_work(target: &Path, partial: &Path) -> Result<()> {
         return Err(place::unusable(target, reason));
     }
     Ok(())
-}
-
-/// Where an earlier output waits to be removed, while the new one takes its place.
-pub(super) fn replaced_of(partial: &Path) -> PathBuf {
-    let mut replaced = partial.as_os_str().to_owned();
-    replaced.push("-replaced");
-    PathBuf::from(replaced)
 }
 
 /// Refuses what is there and no earlier output, nor what is left of one.
@@ -126,6 +119,7 @@ pub(super) fn remove_output(output: &Path, mark: &str) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::work::replaced_of;
     use super::*;
 
     const MARK: &str = "report.json";

@@ -11,11 +11,12 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, json};
 
-use super::cast::{self, Dtype};
 use super::error::{CheckpointError, io};
-use super::place::{create_file, folder_of, open_to_write};
+use super::files::ShardIndex;
+use super::paths::{INDEX_FILE, SINGLE_FILE, file_name, folder_of};
+use super::place::{create_file, open_to_write};
 use super::unfinished::Unfinished;
-use super::{INDEX_FILE, SINGLE_FILE, ShardIndex};
+use crate::codecs::cast::{self, Dtype};
 
 type Result<T, E = CheckpointError> = std::result::Result<T, E>;
 
@@ -150,7 +151,7 @@ impl SafetensorsWriter {
         for (path, file) in &self.files {
             file.sync_all().map_err(io("sync", path))?;
         }
-        let mut names: Vec<String> = self.files.iter().map(|(path, _)| super::file_name(path)).collect();
+        let mut names: Vec<String> = self.files.iter().map(|(path, _)| file_name(path)).collect();
         if names.len() > 1 {
             let total_size: u64 = self.slots.values().map(|s| s.n_bytes).sum();
             let index = ShardIndex {

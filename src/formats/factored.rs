@@ -15,13 +15,14 @@ use super::{
     Base, CheckpointError, Entry, Exporter, LinearInfo, Matrix, Module, NamedBytes, OutTensor, Parts, Source, encode,
     stacks_apart,
 };
-use crate::checkpoint::encoded::{CODES, PackedEntry, SCALES, ZEROS};
 use crate::checkpoint::{Checkpoint, Dtype, FORMAT_VERSION};
+use crate::codecs::packed::{self, PackedEntry};
+use crate::codecs::{Values, Written};
 use crate::model::config::MODEL_TYPE_PREFIX;
 use crate::model::inventory::{self, Stored};
 use crate::model::linear::{BASE, LR_A, LR_B, LR_COEFFICIENTS, LR_ORDER, LR_PIVOT};
 use crate::model::{Layout, ModelConfig};
-use crate::quantize::{Quantized, Scheme, Storage, bits};
+use crate::quantize::{Quantized, Scheme, Storage};
 
 pub(super) struct Factored;
 
@@ -130,17 +131,13 @@ impl Exporter for Factored {
     fn tensors(&self, linear: &LinearInfo, entry: &Entry) -> Vec<OutTensor> {
         let mut tensors = Vec::new();
         for (name, [rows, cols], scheme) in matrices(linear, entry) {
-            let tensor =
-                |part: &str, dtype, width| OutTensor::plain(format!("{name}.{part}"), dtype, vec![rows, width]);
-            let Some(scheme) = scheme else {
-                tensors.push(tensor("weight", linear.dtype, cols));
-                continue;
-            };
-            let (width, groups) = (scheme.levels.bits(), scheme.n_groups(cols));
-            tensors.push(tensor(CODES, Dtype::U8, bits::row_bytes(cols, width, 1)));
-            tensors.push(tensor(SCALES, Dtype::F16, groups));
-            if scheme.levels.has_zeros() {
-                tensors.push(tensor(ZEROS, Dtype::U8, bits::row_bytes(groups, width, 1)));
+            match scheme {
+                None => tensors.push(OutTensor::plain(format!("{name}.weight"), linear.dtype, vec![rows, cols])),
+                Some(scheme) => {
+                    tensors.extend(packed::tensors(scheme, [rows, cols]).into_iter().map(|packed| {
+                        OutTensor::plain(format!("{name}.{}", packed.suffix), packed.dtype, packed.shape)
+                    }))
+                }
             }
         }
         if is_pivot(entry) {
@@ -155,13 +152,12 @@ impl Exporter for Factored {
             match matrix {
                 Matrix::Float(values) => tensors.push(encode(format!("{name}.weight"), linear.dtype, values)?),
                 Matrix::Quantized(Quantized::Grouped(matrix)) => {
-                    let (width, groups) = (matrix.scheme.levels.bits(), matrix.scheme.n_groups(matrix.cols));
-                    let codes = bits::pack(&matrix.codes, matrix.cols, width, 1);
-                    tensors.push(NamedBytes::of(format!("{name}.{CODES}"), codes));
-                    tensors.push(encode(format!("{name}.{SCALES}"), Dtype::F16, &matrix.scales)?);
-                    if matrix.scheme.levels.has_zeros() {
-                        let zeros = bits::pack(&matrix.zeros, groups, width, 1);
-                        tensors.push(NamedBytes::of(format!("{name}.{ZEROS}"), zeros));
+                    for Written { suffix, dtype, values } in packed::write(matrix) {
+                        let name = format!("{name}.{suffix}");
+                        tensors.push(match values {
+                            Values::Bytes(bytes) => NamedBytes::of(name, bytes),
+                            Values::Floats(floats) => encode(name, dtype, &floats)?,
+                        });
                     }
                 }
                 Matrix::Quantized(Quantized::Block(_)) => unreachable!("invariant: blocks are refused"),
@@ -234,8 +230,7 @@ impl Exporter for Factored {
             entries.insert(linear.module.clone(), Value::Object(described));
             for (name, shape, scheme) in matrices(linear, entry) {
                 let Some(scheme) = scheme else { continue };
-                let packed = PackedEntry { scheme: scheme.to_string(), shape, dtype: format!("{:?}", linear.dtype) };
-                quantized.insert(name, json!(packed));
+                quantized.insert(name, json!(PackedEntry::new(scheme, shape, linear.dtype)));
             }
         }
         let mut lrc = Map::new();

@@ -1,21 +1,17 @@
-//! GPTQ, version 1 of its files: `X.qweight` i32 (in · bits / 32, out), packed along the inputs, `X.qzeros` i32 (n_groups,
-//! out · bits / 32) of zeros less one, `X.scales` f16 (n_groups, out), `X.g_idx` i32 (in). Symmetric, 4 and 8 bits.
+//! GPTQ, version 1 of its files ([`codecs::gptq`]): symmetric codes of 4 and 8 bits.
 
 use std::collections::BTreeMap;
 
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 
-use super::compressed_tensors::exchange_scheme;
+use super::compressed_tensors::{coded, coded_bytes, exchange_scheme};
 use super::refusal::listed;
 use super::{
     CheckpointError, Entry, Exporter, LinearInfo, Matrix, Module, NamedBytes, OutTensor, Refusal, Source, adapter,
-    encode,
 };
-use crate::checkpoint::Dtype;
-use crate::checkpoint::encoded::transposed_words;
-use crate::linalg;
+use crate::codecs;
 use crate::model::inventory;
-use crate::quantize::{Quantized, bits};
+use crate::quantize::Quantized;
 
 pub(super) struct Gptq;
 
@@ -76,15 +72,7 @@ impl Exporter for Gptq {
 
     fn tensors(&self, linear: &LinearInfo, entry: &Entry) -> Vec<OutTensor> {
         let scheme = exchange_scheme(linear, entry).expect("invariant: what is not stored is refused");
-        let (m, n) = linear.shape();
-        let (bits, groups) = (scheme.levels.bits() as usize, scheme.n_groups(n));
-        let tensor = |part: &str, dtype, shape| OutTensor::plain(format!("{}.{part}", linear.module), dtype, shape);
-        let mut tensors = vec![
-            tensor("qweight", Dtype::I32, vec![n * bits / 32, m]),
-            tensor("qzeros", Dtype::I32, vec![groups, m * bits / 32]),
-            tensor("scales", Dtype::F16, vec![groups, m]),
-            tensor("g_idx", Dtype::I32, vec![n]),
-        ];
+        let mut tensors = coded(linear, codecs::gptq::tensors(scheme, linear.shape().into()));
         tensors.extend(adapter::tensors(linear, entry));
         tensors
     }
@@ -93,19 +81,7 @@ impl Exporter for Gptq {
         let Some(Matrix::Quantized(Quantized::Grouped(base))) = &module.base else {
             unreachable!("invariant: what is not quantised in groups is refused")
         };
-        let (m, n, width) = (base.rows, base.cols, base.scheme.levels.bits());
-        let (groups, group) = (base.scheme.n_groups(n), base.scheme.group_of(n));
-        let name = |part: &str| format!("{}.{part}", linear.module);
-        let rows = bits::pack(&base.codes, n, width, 4); // (out, words)
-        let zeros = vec![(1u8 << (width - 1)) - 1; groups * m];
-        let places = (0..n).flat_map(|i| ((i / group) as i32).to_le_bytes()).collect();
-        let scales = linalg::transpose_row_major(&base.scales, m, groups); // (n_groups, out)
-        let mut tensors = vec![
-            NamedBytes::of(name("qweight"), transposed_words(&rows, rows.len() / 4 / m.max(1))),
-            NamedBytes::of(name("qzeros"), bits::pack(&zeros, m, width, 4)),
-            encode(name("scales"), Dtype::F16, &scales)?,
-            NamedBytes::of(name("g_idx"), places),
-        ];
+        let mut tensors = coded_bytes(linear, codecs::gptq::write(base))?;
         tensors.extend(adapter::bytes(linear, module)?);
         Ok(tensors)
     }
@@ -114,30 +90,13 @@ impl Exporter for Gptq {
         let mut config = source.config.clone();
         let Some((first, entry)) = modules.first() else { return config };
         let scheme = exchange_scheme(first, entry).expect("invariant: what is not stored is refused");
-        let group = scheme.group.filter(|&group| group < first.in_features).map_or(-1, |group| group as i64);
-        let mut quantization = json!({
-            "quant_method": "gptq",
-            "bits": scheme.levels.bits(),
-            "group_size": group,
-            "desc_act": false,
-            "sym": true,
-            "checkpoint_format": "gptq",
-            "lm_head": false,
-            "pack_dtype": "int32",
-        });
-        // Linears that stayed dense; the loader would look for codes.
-        let is_compressed = |name: &str| modules.iter().any(|(linear, _)| linear.module == name);
-        let dense: Map<String, Value> = inventory::linears(source.checkpoint)
-            .into_iter()
-            .filter(|l| l.is_default_target && !is_compressed(&l.module))
-            .map(|l| (format!("-:^{}$", l.module.replace('.', "\\.")), json!({})))
-            .collect();
-        if !dense.is_empty() {
-            // gptqmodel and vLLM read the one, transformers by way of optimum the other.
-            quantization["dynamic"] = Value::Object(dense);
-            let names: Vec<&str> = modules.iter().map(|(linear, _)| linear.module.as_str()).collect();
-            quantization["modules_in_block_to_quantize"] = json!([names]);
-        }
+        let group = scheme.group.filter(|&group| group < first.in_features);
+        let quantized: Vec<&str> = modules.iter().map(|(linear, _)| linear.module.as_str()).collect();
+        // Loaders look for codes in every linear that is not named as dense.
+        let linears = inventory::linears(source.checkpoint);
+        let dense = linears.iter().filter(|l| l.is_default_target).map(|l| l.module.as_str());
+        let dense: Vec<&str> = dense.filter(|module| !quantized.contains(module)).collect();
+        let quantization = codecs::gptq::settings(scheme.levels.bits(), group, &quantized, &dense);
         config.insert("quantization_config".into(), quantization);
         config
     }

@@ -17,9 +17,9 @@ use crate::error::Failure;
 /// Opens a folder or a file, and checks what its config says of an output of `lrc` against its tensors.
 ///
 /// # Errors
-/// As [`Checkpoint::open`], or the config describes other tensors.
+/// As [`Checkpoint::open_with`], or the config describes other tensors.
 pub fn open(path: &Path) -> Result<Checkpoint> {
-    let checkpoint = Checkpoint::open(path)?;
+    let checkpoint = Checkpoint::open_with(path, architectures::gguf_family)?;
     check_parts(&checkpoint)?;
     check_description(&checkpoint)?;
     Ok(checkpoint)

@@ -16,7 +16,7 @@ use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
 use super::super::error::{CheckpointError, io};
-use super::super::hex;
+use super::super::hash::hex;
 use super::client::{Answer, Client, Fault, Result};
 use super::names;
 use super::names::shown;

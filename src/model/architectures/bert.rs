@@ -46,5 +46,6 @@ pub(super) const BERT: Architecture = Architecture {
     is_rotary: false,
     aliases: &[("layer_norm_eps", "rms_norm_eps")],
     defaults: r#"{"hidden_act": "gelu", "rms_norm_eps": 1e-12, "attention_bias": true, "mlp_bias": true}"#,
+    gguf: None,
     ..LLAMA
 };

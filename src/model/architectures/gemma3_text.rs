@@ -12,5 +12,6 @@ pub(super) const GEMMA3_TEXT: Architecture = Architecture {
     aliases: &[("hidden_activation", "hidden_act"), ("_sliding_window_pattern", "sliding_window_pattern")],
     defaults: r#"{"hidden_act": "gelu_pytorch_tanh", "head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 4096,
                   "rope_theta": 1000000.0, "rope_local_base_freq": 10000.0, "tie_word_embeddings": true}"#,
+    gguf: None,
     ..GEMMA2
 };

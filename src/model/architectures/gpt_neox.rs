@@ -26,5 +26,6 @@ pub(super) const GPT_NEOX: Architecture = Architecture {
     ],
     defaults: r#"{"hidden_act": "gelu", "rms_norm_eps": 1e-5, "partial_rotary_factor": 0.25, "use_parallel_residual": true,
                   "attention_bias": true, "mlp_bias": true, "tie_word_embeddings": false}"#,
+    gguf: None,
     ..LLAMA
 };

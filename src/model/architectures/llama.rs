@@ -2,6 +2,7 @@
 //! Touvron et al. 2023, arXiv:2302.13971.
 
 use super::{Architecture, FusedQkv, Norms, Role, Sliding};
+use crate::codecs::gguf;
 use crate::model::norm::NormKind;
 
 pub(super) const LLAMA: Architecture = Architecture {
@@ -41,4 +42,5 @@ pub(super) const LLAMA: Architecture = Architecture {
     scales_embeddings: false,
     aliases: &[],
     defaults: "{}",
+    gguf: Some(gguf::Family { architecture: "llama", ..gguf::Family::COMMON }),
 };

@@ -12,5 +12,6 @@ pub(super) const MIXTRAL: Architecture = Architecture {
     }),
     aliases: &[("num_local_experts", "num_experts")],
     defaults: r#"{"num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": true, "rms_norm_eps": 1e-5}"#,
+    gguf: None,
     ..MISTRAL
 };

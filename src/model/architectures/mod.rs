@@ -26,6 +26,7 @@ use super::config::ModelConfig;
 use super::mlp::Activation;
 use super::norm::NormKind;
 use crate::checkpoint::Rows;
+use crate::codecs::gguf;
 
 /// Every family that `lrc` can run.
 const ALL: &[&Architecture] = &[
@@ -89,6 +90,8 @@ pub struct Architecture {
     pub aliases: &'static [(&'static str, &'static str)],
     /// Fields that a config may leave out, as JSON.
     pub defaults: &'static str,
+    /// How GGUF files store the family; `None` if they are neither written nor read.
+    pub gguf: Option<gguf::Family>,
 }
 
 /// The parts of an encoder that decoders do not have. Names under `masked_head` have no prefix.
@@ -385,11 +388,11 @@ impl Architecture {
         Some(match (whole, self.fused_qkv) {
             (Role::QkvProj, FusedQkv::Interleaved) => {
                 let run = config.head_dim();
-                Rows { first: at * run, count, run, stride: sizes.len() * run, is_turned: self.is_conv1d }
+                Rows { first: at * run, count, run, stride: sizes.len() * run, is_transposed: self.is_conv1d }
             }
             _ => {
                 let first = sizes[..at].iter().map(|(_, size)| size).sum();
-                Rows { first, count, run: count, stride: 0, is_turned: self.is_conv1d }
+                Rows { first, count, run: count, stride: 0, is_transposed: self.is_conv1d }
             }
         })
     }
@@ -493,6 +496,18 @@ pub fn known_types() -> Vec<&'static str> {
     ALL.iter().map(|a| a.model_type).collect()
 }
 
+/// How GGUF files store the family of a `model_type`.
+pub fn gguf_family(model_type: &str) -> Option<&'static gguf::Family> {
+    find(model_type)?.gguf.as_ref()
+}
+
+/// The GGUF name of a tensor of any family, for callers that know it to be one of a linear: these have the same name in every family
+/// that has it.
+pub fn gguf_name(tensor: &str) -> Option<String> {
+    let own = || ALL.iter().find_map(|architecture| architecture.gguf.as_ref()?.to_gguf(tensor));
+    gguf::Family::COMMON.to_gguf(tensor).or_else(own)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -517,6 +532,32 @@ mod tests {
             architecture.in_common_words(&Map::new());
             assert_eq!(architecture.linear_id("", architecture.lm_head), None);
             assert_eq!(architecture.linear_id("model.", "model.layers.x.mlp.down_proj"), None);
+        }
+    }
+
+    #[test]
+    fn gguf_tables_are_not_inherited_by_accident() {
+        let known: Vec<&str> = known_types().into_iter().filter(|t| gguf_family(t).is_some()).collect();
+        assert_eq!(known, ["llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "gpt2"]);
+    }
+
+    #[test]
+    fn gguf_names_are_those_of_the_family() {
+        let to = |model_type, tensor: &str| gguf_family(model_type).unwrap().to_gguf(tensor);
+        let from = |model_type, tensor: &str| gguf_family(model_type).unwrap().from_gguf(tensor);
+        for (model_type, ours) in
+            [("phi3", "model.layers.1.mlp.gate_up_proj.weight"), ("qwen2", "model.layers.1.mlp.up_proj.weight")]
+        {
+            assert_eq!(gguf_name(ours).as_deref(), Some("blk.1.ffn_up.weight"));
+            assert_eq!(from(model_type, "blk.1.ffn_up.weight").as_deref(), Some(ours));
+        }
+        // A name that two families give to different things, and one without its prefix.
+        let norm = "model.layers.3.post_attention_layernorm.weight";
+        assert_eq!(to("llama", norm).as_deref(), Some("blk.3.ffn_norm.weight"));
+        assert_eq!(to("gemma2", norm).as_deref(), Some("blk.3.post_attention_norm.weight"));
+        for name in ["transformer.h.2.attn.c_attn.bias", "h.2.attn.c_attn.bias"] {
+            assert_eq!(to("gpt2", name).as_deref(), Some("blk.2.attn_qkv.bias"));
+            assert_eq!(gguf_name(name).as_deref(), Some("blk.2.attn_qkv.bias"));
         }
     }
 }

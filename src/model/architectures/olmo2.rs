@@ -15,5 +15,6 @@ pub(super) const OLMO2: Architecture = Architecture {
         query_key: Some(QueryKeyNorm { query: "self_attn.q_norm", key: "self_attn.k_norm", is_per_head: false }),
     },
     defaults: r#"{"rms_norm_eps": 1e-5}"#,
+    gguf: None,
     ..LLAMA
 };

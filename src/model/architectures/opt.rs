@@ -32,5 +32,6 @@ pub(super) const OPT: Architecture = Architecture {
         ("enable_bias", "mlp_bias"),
     ],
     defaults: r#"{"hidden_act": "relu", "rms_norm_eps": 1e-5, "attention_bias": true, "mlp_bias": true}"#,
+    gguf: None,
     ..LLAMA
 };

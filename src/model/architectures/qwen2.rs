@@ -2,10 +2,15 @@
 
 use super::llama::LLAMA;
 use super::{Architecture, Role};
+use crate::codecs::gguf;
+
+pub(super) const GGUF: gguf::Family =
+    gguf::Family { architecture: "qwen2", is_interleaved: false, pre_tokenizer: Some("qwen2"), ..gguf::Family::COMMON };
 
 pub(super) const QWEN2: Architecture = Architecture {
     model_type: "qwen2",
     biased: &[Role::QProj, Role::KProj, Role::VProj],
     defaults: r#"{"use_sliding_window": false}"#,
+    gguf: Some(GGUF),
     ..LLAMA
 };

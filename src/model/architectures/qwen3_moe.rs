@@ -12,5 +12,6 @@ pub(super) const QWEN3_MOE: Architecture = Architecture {
     }),
     aliases: &[("num_local_experts", "num_experts")],
     defaults: r#"{"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "use_sliding_window": false}"#,
+    gguf: None,
     ..QWEN3
 };

@@ -6,5 +6,6 @@ use super::llama::LLAMA;
 pub(super) const SMOLLM3: Architecture = Architecture {
     model_type: "smollm3",
     defaults: r#"{"no_rope_layer_interval": 4, "rope_theta": 2000000.0, "use_sliding_window": false}"#,
+    gguf: None,
     ..LLAMA
 };
