@@ -407,7 +407,9 @@ fn fused_matrices_are_split_into_their_parts() {
             for linear in &linears {
                 let values = inventory::weight(&compressed, linear).unwrap();
                 let (m, n) = linear.shape();
-                let rows = |id: lrc::model::LinearId| decoder.architecture.rows_of(id.slot.role, &decoder.config);
+                let rows = |id: lrc::model::LinearId| {
+                    decoder.architecture.rows_of(id.slot.role, &decoder.config.widths(id.block))
+                };
                 let Some(rows) = linear.id.and_then(rows) else {
                     above.insert(linear.weight_name(), Tensor::from_vec(values, (m, n), &Device::Cpu).unwrap());
                     continue;

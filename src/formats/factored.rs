@@ -72,10 +72,11 @@ fn split(source: &Source<'_>) -> Map<String, Value> {
     let Ok((config, architecture)) = ModelConfig::of(source.checkpoint) else { return Map::new() };
     let mut split: Map<String, Value> = Map::new();
     for linear in inventory::linears(source.checkpoint) {
-        let role = linear.id.filter(|id| id.slot.expert.is_none()).map(|id| id.slot.role);
-        let Some((_, _, part)) = role.and_then(|role| architecture.whole(role)) else { continue };
+        let Some(id) = linear.id.filter(|id| id.slot.expert.is_none()) else { continue };
+        let Some((_, _, part)) = architecture.whole(id.slot.role) else { continue };
         let whole = linear.module.strip_suffix(&format!(".{part}")).unwrap_or(&linear.module);
-        let run = role.and_then(|role| architecture.rows_of(role, &config)).filter(|rows| rows.stride > 0);
+        let rows = architecture.rows_of(id.slot.role, &config.widths(id.block));
+        let run = rows.filter(|rows| rows.stride > 0);
         let entry = split.entry(whole).or_insert_with(|| json!({"parts": {}, "run": run.map(|rows| rows.run)}));
         entry["parts"][part] = json!(linear.out_features);
     }

@@ -7,11 +7,12 @@ use faer::{Accum, MatMut, MatRef, Par};
 use pulp::Arch;
 use rayon::prelude::*;
 
-use super::architectures::{FusedQkv, Role};
+use super::architectures::table::FusedQkv;
 use super::linear::Linear;
 use super::norm::Norm;
 use super::ops::Kernels;
 use super::rope::{Rope, RopeKind};
+use super::slot::Role;
 use super::softmax::softmax_in_place;
 
 #[derive(Debug, Clone)]

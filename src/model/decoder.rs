@@ -5,19 +5,19 @@ use std::sync::Arc;
 use anyhow::Result;
 use candle_core::{Device, Tensor};
 
-use super::architectures::{Architecture, LinearId, MaskedHead, Slot};
+use super::architectures::table::{Architecture, MaskedHead};
 use super::block::Block;
 use super::config::ModelConfig;
-use super::coverage;
 use super::head::{Head, Kind, Pooler, Transform};
-use super::linear::{BASE, LR_A, LR_B, LR_PIVOT, Linear};
+use super::linear::{BASE, LR_B, Linear};
 use super::names::Names;
 use super::norm::Norm;
 use super::ops::Kernels;
 use super::rope::Rope;
 use super::sentence::SentenceModules;
+use super::slot::{LinearId, Slot};
 use super::tie::Vocabulary;
-use super::weights::Weights;
+use super::weights::{Weights, is_split};
 use crate::checkpoint::Checkpoint;
 use crate::error::Failure;
 
@@ -63,11 +63,8 @@ pub struct Embeddings {
 }
 
 impl<'w> Decoder<'w> {
-    /// Checks every tensor of the model in the headers.
-    ///
-    /// # Errors
-    /// The family is unknown, or a tensor is absent or has another shape than the config gives.
-    pub fn open(checkpoint: &'w Checkpoint) -> Result<Self> {
+    /// A model whose tensors are not checked yet: [`Self::open`] does that.
+    pub(super) fn unchecked(checkpoint: &'w Checkpoint) -> Result<Self> {
         let (config, architecture) = ModelConfig::of(checkpoint)?;
         let names = Names::of(checkpoint, architecture);
         let vocabulary = Vocabulary::of(checkpoint, config.tie_word_embeddings, architecture, &names)?;
@@ -76,15 +73,11 @@ impl<'w> Decoder<'w> {
             None => None,
         };
         let kernels = Kernels::Fused;
-        let decoder = Self { config, architecture, names, vocabulary, sentence, weights: checkpoint, kernels };
-        match coverage::faults(&decoder, checkpoint).into_iter().next() {
-            Some(fault) => Err(fault),
-            None => Ok(decoder),
-        }
+        Ok(Self { config, architecture, names, vocabulary, sentence, weights: checkpoint, kernels })
     }
 
-    /// A model of which tensors may be absent: for [`coverage`] alone.
-    pub(super) fn unchecked(checkpoint: &'w Checkpoint) -> Result<Self> {
+    /// The same without its head, which a checkpoint may lack.
+    pub(super) fn headless(checkpoint: &'w Checkpoint) -> Result<Self> {
         let (config, architecture) = ModelConfig::of(checkpoint)?;
         let names = Names::of(checkpoint, architecture);
         let vocabulary = Vocabulary::without_head(checkpoint, config.tie_word_embeddings, architecture, &names);
@@ -113,7 +106,7 @@ impl<'w> Decoder<'w> {
 
     /// The norm behind the last block.
     pub(super) fn last_norm(&self) -> Option<String> {
-        let name = self.architecture.norm.filter(|_| !self.config.norms_are_behind());
+        let name = self.architecture.norm.filter(|_| !self.config.is_post_norm());
         name.map(|name| format!("{}{name}", self.names.prefix))
     }
 
@@ -180,8 +173,9 @@ impl<'w> Decoder<'w> {
     pub fn linears(&self, block_idx: usize) -> Vec<(Slot, [usize; 2])> {
         let block = self.architecture.block(&self.names.prefix, block_idx);
         let is_split = |whole: &str| is_split(self.weights, &format!("{block}.{whole}"));
-        let slots = self.architecture.slots(&self.config, block_idx, &is_split);
-        slots.into_iter().map(|slot| (slot, slot.shape(&self.config).0)).collect()
+        let widths = self.config.widths(block_idx);
+        let slots = self.architecture.slots(&widths, &is_split);
+        slots.into_iter().map(|slot| (slot, widths.shape(slot).0)).collect()
     }
 
     /// The module of a linear: `model.layers.3.mlp.down_proj`.
@@ -307,13 +301,6 @@ impl<'w> Decoder<'w> {
     pub fn logits(&self, ids: &Tensor) -> Result<Tensor> {
         self.head()?.logits(&self.states(ids)?)
     }
-}
-
-/// Whether the parts of a module that is several in one stand for it.
-pub(super) fn is_split(weights: &dyn Weights, module: &str) -> bool {
-    let kinds = ["weight".to_string(), format!("{LR_A}.weight"), format!("{LR_PIVOT}.weight")];
-    let has = |part: &str| kinds.iter().any(|kind| weights.contains(&format!("{module}.{part}.{kind}")));
-    has("q") || has("gate")
 }
 
 impl Embeddings {

@@ -5,9 +5,9 @@ use anyhow::Result;
 use candle_core::{D, DType, Device, Tensor};
 use candle_nn::ops;
 
-use super::architectures::{InputSite, Role};
 use super::linear::Linear;
 use super::mlp::Mlp;
+use super::slot::{InputSite, Role};
 
 #[derive(Debug, Clone)]
 pub struct Experts {
@@ -17,7 +17,7 @@ pub struct Experts {
     /// Experts that see a token.
     pub(super) n_active: usize,
     /// Whether the weights of these sum to one.
-    pub(super) is_normalised: bool,
+    pub(super) is_normalized: bool,
 }
 
 /// The tokens that each expert sees, ascending.
@@ -43,7 +43,7 @@ impl Experts {
             tokens.iter().for_each(|&token| picked[token as usize * self.experts.len() + expert] = 1.0);
         }
         let mut weights = (&shares * Tensor::from_vec(picked, shares.shape(), &Device::Cpu)?)?;
-        if self.is_normalised {
+        if self.is_normalized {
             weights = weights.broadcast_div(&weights.sum_keepdim(D::Minus1)?)?;
         }
         let mut y = x.zeros_like()?;

@@ -7,8 +7,8 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 use rayon::prelude::*;
 
+use super::activation::Activation;
 use super::linear::Linear;
-use super::mlp::Activation;
 use super::norm::Norm;
 use super::ops::{Kernels, is_finite};
 use super::sentence::SentencePooler;

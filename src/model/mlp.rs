@@ -2,36 +2,10 @@
 
 use anyhow::Result;
 use candle_core::{D, Tensor};
-use serde::Deserialize;
 
-use super::architectures::Role;
+use super::activation::Activation;
 use super::linear::Linear;
-
-/// In the names of `config.json`.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Activation {
-    #[default]
-    #[serde(alias = "swish")]
-    Silu,
-    /// With the error function.
-    Gelu,
-    /// With the approximation by tanh.
-    #[serde(alias = "gelu_pytorch_tanh", alias = "gelu_fast")]
-    GeluNew,
-    Relu,
-}
-
-impl Activation {
-    pub(super) fn apply(self, x: &Tensor) -> Result<Tensor> {
-        Ok(match self {
-            Self::Silu => x.silu()?,
-            Self::Gelu => x.gelu_erf()?,
-            Self::GeluNew => x.gelu()?,
-            Self::Relu => x.relu()?,
-        })
-    }
-}
+use super::slot::Role;
 
 #[derive(Debug, Clone)]
 pub struct Mlp {

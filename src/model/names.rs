@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 
-use super::architectures::Architecture;
+use super::architectures::table::Architecture;
 use super::linear::{LR_A, LR_PIVOT};
 use crate::checkpoint::Checkpoint;
 

@@ -11,9 +11,9 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
+use super::activation::Activation;
 use super::config::ModelConfig;
 use super::linear::Linear;
-use super::mlp::Activation;
 use super::weights::Weights;
 use crate::checkpoint::{Checkpoint, Fingerprint, SINGLE_FILE, read_file, sha256_file};
 use crate::error::Failure;

@@ -43,7 +43,8 @@ impl WalkLimits {
     /// Windows that go through a block at once.
     pub fn batch_size(&self, config: &ModelConfig, n_tokens: usize) -> usize {
         // What lives at the widest point of a block: input, normed, q, k, v, mixed, or gate, up, product.
-        let per_token = 4 * (6 * config.hidden_size + 3 * config.intermediate_size);
+        let inner = config.block_widths().distinct().map(|widths| widths.intermediate_size).max().unwrap_or(0);
+        let per_token = 4 * (6 * config.hidden_size + 3 * inner);
         (self.activation_bytes / (per_token * n_tokens.max(1))).max(1)
     }
 }

@@ -6,6 +6,7 @@ use anyhow::{Context, Result};
 use candle_core::{Device, Tensor};
 
 use super::inventory;
+use super::linear::{LR_A, LR_PIVOT};
 use crate::checkpoint::Checkpoint;
 
 /// A source of f32 tensors by name.
@@ -94,4 +95,11 @@ impl Weights for HashMap<String, Tensor> {
     fn indices(&self, name: &str) -> Result<Tensor> {
         self.tensor(name)
     }
+}
+
+/// Whether a fused module is stored as its split parts.
+pub(super) fn is_split(weights: &dyn Weights, module: &str) -> bool {
+    let kinds = ["weight".to_string(), format!("{LR_A}.weight"), format!("{LR_PIVOT}.weight")];
+    let has = |part: &str| kinds.iter().any(|kind| weights.contains(&format!("{module}.{part}.{kind}")));
+    has("q") || has("gate")
 }

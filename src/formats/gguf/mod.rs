@@ -77,8 +77,14 @@ fn unwritten(source: &Source<'_>) -> Option<String> {
         return Some("the family of the model has no table of GGUF names here".into());
     };
     // Its numbers size what is written.
-    if let Err(error) = ModelConfig::of(source.checkpoint) {
-        return Some(format!("{error:#}"));
+    match ModelConfig::of(source.checkpoint) {
+        Err(error) => return Some(format!("{error:#}")),
+        Ok((config, _)) if config.block_widths().others().next().is_some() => {
+            return Some(
+                "blocks have widths of their own (`per_layer_config`), and llama.cpp reads one for all".into(),
+            );
+        }
+        Ok(_) => {}
     }
     if let Some(reason) = (family.misread)(&source.config) {
         return Some(reason);

@@ -2,8 +2,8 @@
 //! arXiv:1810.04805.
 
 use super::llama::LLAMA;
-use super::{Architecture, EncoderNames, MaskedHead, Norms, Role};
-use crate::model::norm::NormKind;
+use super::table::{Architecture, EncoderNames, MaskedHead, NormKind, Norms};
+use crate::model::slot::Role;
 
 pub(super) const ENCODER: EncoderNames = EncoderNames {
     embed_types: Some("embeddings.token_type_embeddings"),

@@ -4,9 +4,8 @@
 use serde_json::{Map, Value};
 
 use super::llama::LLAMA;
-use super::{Architecture, Norms, Sliding};
+use super::table::{Architecture, NormKind, Norms, Sliding};
 use crate::codecs::gguf;
-use crate::model::norm::NormKind;
 
 pub(super) const GEMMA2: Architecture = Architecture {
     model_type: "gemma2",

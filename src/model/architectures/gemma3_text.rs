@@ -3,7 +3,7 @@
 
 use super::gemma2::GEMMA2;
 use super::qwen3::HEAD_NORMS;
-use super::{Architecture, Norms, Sliding};
+use super::table::{Architecture, Norms, Sliding};
 
 pub(super) const GEMMA3_TEXT: Architecture = Architecture {
     model_type: "gemma3_text",

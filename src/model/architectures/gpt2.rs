@@ -1,9 +1,9 @@
 //! GPT-2: learned positions, layer norms, fused queries, keys and values, weights stored (in, out). Radford et al. 2019.
 
 use super::llama::LLAMA;
-use super::{Architecture, Norms, Role};
+use super::table::{Architecture, NormKind, Norms};
 use crate::codecs::gguf;
-use crate::model::norm::NormKind;
+use crate::model::slot::Role;
 
 pub(super) const GPT2: Architecture = Architecture {
     model_type: "gpt2",

@@ -2,8 +2,8 @@
 //! head. Black et al. 2022, arXiv:2204.06745.
 
 use super::llama::LLAMA;
-use super::{Architecture, FusedQkv, Role};
-use crate::model::norm::NormKind;
+use super::table::{Architecture, FusedQkv, NormKind};
+use crate::model::slot::Role;
 
 pub(super) const GPT_NEOX: Architecture = Architecture {
     model_type: "gpt_neox",

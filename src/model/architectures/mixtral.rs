@@ -1,7 +1,8 @@
 //! Mixtral: Mistral with experts in place of the feed-forward layer. Jiang et al. 2024, arXiv:2401.04088.
 
 use super::mistral::MISTRAL;
-use super::{Architecture, ExpertNames, Role};
+use super::table::{Architecture, ExpertNames};
+use crate::model::slot::Role;
 
 pub(super) const MIXTRAL: Architecture = Architecture {
     model_type: "mixtral",

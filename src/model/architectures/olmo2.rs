@@ -2,7 +2,7 @@
 //! arXiv:2501.00656.
 
 use super::llama::LLAMA;
-use super::{Architecture, Norms, QueryKeyNorm};
+use super::table::{Architecture, Norms, QueryKeyNorm};
 
 pub(super) const OLMO2: Architecture = Architecture {
     model_type: "olmo2",

@@ -2,8 +2,9 @@
 //! arXiv:2404.14219.
 
 use super::llama::LLAMA;
-use super::{Architecture, Role, Sliding};
+use super::table::{Architecture, Sliding};
 use crate::codecs::gguf;
+use crate::model::slot::Role;
 
 pub(super) const PHI3: Architecture = Architecture {
     model_type: "phi3",

@@ -1,7 +1,8 @@
 //! Qwen 3: Llama with norms over the heads of queries and keys. Yang et al. 2025, arXiv:2505.09388.
 
 use super::llama::LLAMA;
-use super::{Architecture, Norms, QueryKeyNorm, qwen2};
+use super::qwen2;
+use super::table::{Architecture, Norms, QueryKeyNorm};
 use crate::codecs::gguf;
 
 pub(super) const HEAD_NORMS: QueryKeyNorm =

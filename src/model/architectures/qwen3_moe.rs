@@ -1,7 +1,8 @@
 //! Qwen 3 with experts in most blocks. Yang et al. 2025, arXiv:2505.09388.
 
 use super::qwen3::QWEN3;
-use super::{Architecture, ExpertNames, Role};
+use super::table::{Architecture, ExpertNames};
+use crate::model::slot::Role;
 
 pub(super) const QWEN3_MOE: Architecture = Architecture {
     model_type: "qwen3_moe",

@@ -1,7 +1,7 @@
 //! SmolLM3: Llama without a rotary embedding in every fourth block (NoPE, Yang et al. 2025, arXiv:2501.18795).
 
-use super::Architecture;
 use super::llama::LLAMA;
+use super::table::Architecture;
 
 pub(super) const SMOLLM3: Architecture = Architecture {
     model_type: "smollm3",
