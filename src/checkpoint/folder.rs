@@ -1,30 +1,26 @@
-//! The output folder that appears whole or not at all, and what is left of it when a run is killed.
+//! The output folder, which appears whole or not at all, and what a killed run leaves of it.
 //!
 //! ```text
 //! OUT.partial/lock      held by the run that writes
 //! OUT.partial/output/   becomes OUT
 //! OUT.partial/scratch/  files of this run alone
-//! OUT.partial/job.json  which run it is, where it can be gone on with, and
+//! OUT.partial/job.json  which run it is, if it can be resumed
 //! OUT.partial/pieces/   what it has finished
 //! ```
 //!
-//! A folder that has to stay where it is (see [`place::work_of`]) has all of that inside, in `OUT/.lrc-partial`, and finished files
-//! are moved up (see [`moving`]).
+//! A folder that has to stay where it is (see [`place::work_of`]) has all of that in `OUT/.lrc-partial`, and finished files are moved
+//! up (see [`moving`]).
 
 use std::fs::{self, File};
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use rayon::prelude::*;
 use serde_json::Value;
 
 use super::error::{CheckpointError, io};
-use super::hash::{Fingerprint, sha256_file};
 use super::job::compare;
 use super::moving::{self, rename, write_whole};
 use super::paths::file_name;
-use super::place::{self, WITHIN, create_file, open_to_write};
-use super::reader::expect_file;
+use super::place::{self, WITHIN, open_to_write};
 use super::strangers;
 use super::unfinished::Unfinished;
 use super::work::{JOB, LOCK, OUTPUT, PIECES, SCRATCH, replaced_of};
@@ -43,6 +39,13 @@ pub struct OutputFolder {
     pub(super) force: bool,
     pub(super) is_kept: bool,
     pub(super) unfinished: Unfinished,
+}
+
+/// What is done with what an earlier run left.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Earlier {
+    Resumed,
+    Discarded,
 }
 
 impl OutputFolder {
@@ -83,8 +86,7 @@ impl OutputFolder {
     /// Begins an output, replacing what a killed run left of it.
     ///
     /// # Errors
-    /// `target` may not be written (see [`Self::check`]), another run writes it, an unfinished run could still be gone on with,
-    /// or the disk refuses.
+    /// `target` may not be written (see [`Self::check`]), another run writes it, or an unfinished run could still be resumed.
     pub fn create(target: &Path, force: bool, mark: &str) -> Result<Self> {
         let target = &place::named(target);
         Self::expect_free(target, force, mark)?;
@@ -95,21 +97,20 @@ impl OutputFolder {
         if partial.join(JOB).is_file() {
             return Err(CheckpointError::Unfinished { path: partial });
         }
-        Self::begin(target, force, mark, partial, true)
+        Self::begin(target, force, mark, partial, Earlier::Discarded)
     }
 
-    /// Begins the output of `job`, or goes on with it where a run of the same job was stopped; with `restart` what it left is
-    /// thrown away.
+    /// Begins the output of `job`, or resumes it where a run of the same job was stopped.
     ///
     /// # Errors
     /// As [`Self::create`], or what is there belongs to another job.
-    pub fn resume(target: &Path, force: bool, mark: &str, job: &Value, restart: bool) -> Result<Self> {
+    pub fn resume(target: &Path, force: bool, mark: &str, job: &Value, earlier: Earlier) -> Result<Self> {
         let target = &place::named(target);
         Self::expect_free(target, force, mark)?;
         let partial = place::work_of(target);
         let path = partial.join(JOB);
-        let found = fs::read(&path).ok().filter(|_| !restart);
-        // A description that a power cut tore is of nobody's.
+        let found = fs::read(&path).ok().filter(|_| earlier == Earlier::Resumed);
+        // A job file truncated by a power cut matches no job.
         let found: Option<Value> = found.and_then(|bytes| serde_json::from_slice(&bytes).ok());
         let mut differences = Vec::new();
         if let Some(found) = &found {
@@ -123,7 +124,8 @@ impl OutputFolder {
         if !differences.is_empty() {
             return Err(CheckpointError::OtherJob { path: partial, differences: differences.join(", ") });
         }
-        let folder = Self::begin(target, force, mark, partial, found.is_none())?;
+        let earlier = if found.is_some() { Earlier::Resumed } else { Earlier::Discarded };
+        let folder = Self::begin(target, force, mark, partial, earlier)?;
         if is_ended && is_same {
             folder.take_back()?;
         }
@@ -133,19 +135,19 @@ impl OutputFolder {
             fs::create_dir_all(&pieces).map_err(io("create", &pieces))?;
             write_whole(&path, job.to_string().as_bytes())?;
         } else {
-            tracing::info!("going on with `{}`", folder.partial.display());
+            tracing::info!("resuming `{}`", folder.partial.display());
         }
         Ok(folder)
     }
 
-    fn begin(target: &Path, force: bool, mark: &str, partial: PathBuf, anew: bool) -> Result<Self> {
+    fn begin(target: &Path, force: bool, mark: &str, partial: PathBuf, earlier: Earlier) -> Result<Self> {
         let lock_path = partial.join(LOCK);
         let busy = || CheckpointError::OutputBusy { path: partial.clone() };
         if let Ok(file) = File::open(&lock_path) {
             file.try_lock().map_err(|_| busy())?;
         }
         strangers::refuse_in_work(target, &partial)?;
-        if anew && partial.exists() {
+        if earlier == Earlier::Discarded && partial.exists() {
             fs::remove_dir_all(&partial).map_err(io("remove", &partial))?;
         }
         fs::create_dir_all(&partial).map_err(io("create", &partial))?;
@@ -225,71 +227,6 @@ impl OutputFolder {
         self.is_kept = pieces.next().is_some();
         self.is_kept.then_some(&self.partial)
     }
-
-    /// Fails early when the disk cannot hold `needed` more bytes.
-    ///
-    /// # Errors
-    /// [`CheckpointError::NoSpace`].
-    pub fn require_space(&self, needed: u64) -> Result<()> {
-        let available = fs4::available_space(&self.partial).map_err(io("measure the disk of", &self.partial))?;
-        if available < needed {
-            return Err(CheckpointError::NoSpace { path: self.target.clone(), needed, available });
-        }
-        Ok(())
-    }
-
-    /// Writes and syncs one small file.
-    ///
-    /// # Errors
-    /// The disk refuses.
-    pub fn write(&self, name: &str, bytes: &[u8]) -> Result<()> {
-        let path = self.path().join(name);
-        let mut file = create_file(&path).map_err(io("create", &path))?;
-        file.write_all(bytes).map_err(io("write", &path))?;
-        file.sync_all().map_err(io("sync", &path))
-    }
-
-    /// Copies a file of the source to `name`, which may be in folders.
-    ///
-    /// # Errors
-    /// The file cannot be read or written.
-    pub fn copy(&self, source: &Path, name: &Path) -> Result<()> {
-        let path = self.path().join(name);
-        self.create_folder(name.parent().unwrap_or(Path::new("")))?;
-        expect_file(source)?;
-        let mut from = File::open(source).map_err(io("open", source))?;
-        let mut to = create_file(&path).map_err(io("create", &path))?;
-        std::io::copy(&mut from, &mut to).map_err(io("write", &path))?;
-        to.sync_all().map_err(io("sync", &path))
-    }
-
-    /// Makes a folder of the output.
-    ///
-    /// # Errors
-    /// The disk refuses.
-    pub fn create_folder(&self, name: &Path) -> Result<()> {
-        let path = self.path().join(name);
-        fs::create_dir_all(&path).map_err(io("create", &path))
-    }
-
-    /// SHA-256 of every file so far but `report`, those of folders included. The report tells of the others, and a run that was
-    /// killed at its end may have left one.
-    ///
-    /// # Errors
-    /// A file cannot be read.
-    pub fn hashes(&self, report: &str) -> Result<Fingerprint> {
-        let output = self.path();
-        let mut files = Vec::new();
-        let mut folders = vec![output.clone()];
-        while let Some(at) = folders.pop() {
-            for path in place::names_in(&at)?.into_iter().map(|name| at.join(name)) {
-                if path.is_dir() { folders.push(path) } else { files.push(path) }
-            }
-        }
-        files.retain(|path| *path != output.join(report));
-        let name = |path: &Path| path.strip_prefix(&output).unwrap_or(path).to_string_lossy().into_owned();
-        files.par_iter().map(|path| Ok((name(path), sha256_file(path)?))).collect()
-    }
 }
 
 impl Drop for OutputFolder {
@@ -327,27 +264,28 @@ fn remove_remains(target: &Path) {
 mod tests {
     use serde_json::json;
 
+    use super::Earlier::{Discarded, Resumed};
     use super::*;
 
     #[test]
     fn what_can_be_gone_on_with_is_kept_for_its_own_job() {
         let folder = tempfile::tempdir().unwrap();
         let target = folder.path().join("out");
-        let resume = |n: u32, restart| OutputFolder::resume(&target, false, "x", &json!({"n": n}), restart);
-        let mut first = resume(1, false).unwrap();
+        let resume = |n: u32, earlier| OutputFolder::resume(&target, false, "x", &json!({"n": n}), earlier);
+        let mut first = resume(1, Resumed).unwrap();
         fs::write(first.pieces().join("a"), "a").unwrap();
         fs::write(first.path().join("tensors"), "t").unwrap();
         fs::create_dir(first.path().join(".made-under-another-name")).unwrap();
         first.keep();
         drop(first);
-        assert!(matches!(resume(2, false), Err(CheckpointError::OtherJob { .. })));
+        assert!(matches!(resume(2, Resumed), Err(CheckpointError::OtherJob { .. })));
         assert!(matches!(OutputFolder::create(&target, false, "x"), Err(CheckpointError::Unfinished { .. })));
-        let mut again = resume(1, false).unwrap();
+        let mut again = resume(1, Resumed).unwrap();
         assert!(again.pieces().join("a").exists() && again.path().join("tensors").exists());
         assert!(!again.path().join(".made-under-another-name").exists());
         again.keep();
         drop(again);
-        let anew = resume(2, true).unwrap();
+        let anew = resume(2, Discarded).unwrap();
         assert!(!anew.pieces().join("a").exists() && !anew.path().join("tensors").exists());
         anew.finish().unwrap();
         assert!(target.is_dir() && !place::work_of(&target).exists());
@@ -357,17 +295,17 @@ mod tests {
     fn a_run_killed_after_its_last_step_is_gone_on_with_too() {
         let folder = tempfile::tempdir().unwrap();
         let target = folder.path().join("out");
-        let resume = |n: u32, restart| OutputFolder::resume(&target, false, "x", &json!({"n": n}), restart);
-        let mut first = resume(1, false).unwrap();
+        let resume = |n: u32, earlier| OutputFolder::resume(&target, false, "x", &json!({"n": n}), earlier);
+        let mut first = resume(1, Resumed).unwrap();
         fs::write(first.pieces().join("a"), "a").unwrap();
         fs::write(first.path().join("tensors"), "t").unwrap();
         fs::rename(first.path(), &target).unwrap();
         first.keep();
         drop(first);
-        for (n, restart) in [(2, false), (1, true)] {
-            assert!(matches!(resume(n, restart), Err(CheckpointError::OutputExists { .. })));
+        for (n, earlier) in [(2, Resumed), (1, Discarded)] {
+            assert!(matches!(resume(n, earlier), Err(CheckpointError::OutputExists { .. })));
         }
-        let again = resume(1, false).unwrap();
+        let again = resume(1, Resumed).unwrap();
         assert!(!target.exists() && again.path().join("tensors").exists());
         again.finish().unwrap();
         assert!(target.join("tensors").exists() && !place::work_of(&target).exists());
@@ -421,7 +359,7 @@ mod tests {
         assert_eq!(place::names_in(&target).unwrap(), ["lost+found"]);
 
         let job = json!({"n": 1});
-        let resume = || OutputFolder::resume(&target, false, "mark", &job, false);
+        let resume = || OutputFolder::resume(&target, false, "mark", &job, Resumed);
         let mut folder = resume().unwrap();
         fs::write(folder.pieces().join("a"), "a").unwrap();
         folder.write("mark", b"1").unwrap();

@@ -3,6 +3,7 @@
 //! [`Checkpoint::open`] reads headers only. Tensors are mapped and cast one at a time, and their pages are given
 //! back, so that memory does not grow with the size of the checkpoint.
 
+mod contents;
 mod described;
 mod error;
 mod files;
@@ -36,7 +37,7 @@ pub use crate::codecs::cast::{self, Dtype};
 pub use described::FORMAT_VERSION;
 pub(crate) use error::io;
 pub use error::{CheckpointError, Result};
-pub use folder::OutputFolder;
+pub use folder::{Earlier, OutputFolder};
 pub use gguf::GgufWriter;
 pub(crate) use hash::hex;
 pub use hash::{Fingerprint, sha256_file};

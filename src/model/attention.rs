@@ -163,7 +163,6 @@ impl Attention {
     /// stay in the cache. Heads are shared out to threads; each is computed in one order.
     fn attend_fused(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
         let (_, _, n_tokens, head_dim) = q.dims4()?;
-        let values = |t: &Tensor| t.flatten_all()?.to_vec1::<f32>();
         let mixed = attend_all(&values(q)?, &values(k)?, &values(v)?, n_tokens, head_dim, self.scoring);
         Ok(Tensor::from_vec(mixed, q.shape(), &Device::Cpu)?)
     }
@@ -224,7 +223,6 @@ impl CustomOp3 for RecomputingAttention {
         let n_tokens = q.dim(2)?;
         let head_len = n_tokens * self.head_dim;
         let heads_per_group = self.n_heads / k.dim(1)?;
-        let values = |t: &Tensor| t.flatten_all()?.to_vec1::<f32>();
         let (q_values, k_values, v_values) = (values(q)?, values(k)?, values(v)?);
         let (mixed, gradient) = (values(mixed)?, values(gradient)?);
         let arch = Arch::new();
@@ -251,6 +249,10 @@ impl CustomOp3 for RecomputingAttention {
         let tensor = |values: Vec<f32>, like: &Tensor| Tensor::from_vec(values, like.shape(), &Device::Cpu);
         Ok((Some(tensor(dq, q)?), Some(tensor(dk, k)?), Some(tensor(dv, v)?)))
     }
+}
+
+fn values(tensor: &Tensor) -> candle_core::Result<Vec<f32>> {
+    tensor.flatten_all()?.to_vec1::<f32>()
 }
 
 fn slice<'a>(storage: &'a CpuStorage, layout: &Layout) -> candle_core::Result<&'a [f32]> {

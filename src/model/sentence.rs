@@ -321,26 +321,30 @@ fn pooling_modes(path: &Path, hidden_size: usize) -> Result<Vec<PoolingMode>> {
         let message = format!("`{}` pools states of width {width}, the model's are {hidden_size} wide", path.display());
         return Err(Failure::unsupported(message).hint("the pooling belongs to another model").into());
     }
-    let unknown = |mode: &dyn std::fmt::Display| {
-        let names: Vec<String> = PoolingMode::ALL.iter().map(|(_, name, _)| format!("`{name}`")).collect();
-        Failure::unsupported(format!("`{}` has the unknown pooling mode {mode}", path.display()))
-            .hint(format!("known are {}; without `{MODULES}` the states are pooled by the model", names.join(", ")))
-    };
-    let named = |mode: &Value| PoolingMode::deserialize(mode).map_err(|_| unknown(mode));
     let modes: Vec<PoolingMode> = match fields.get("pooling_mode") {
-        Some(Value::Array(modes)) => modes.iter().map(named).collect::<Result<_, _>>()?,
-        Some(mode) => vec![named(mode)?],
+        Some(Value::Array(modes)) => modes.iter().map(|mode| named_mode(mode, path)).collect::<Result<_>>()?,
+        Some(mode) => vec![named_mode(mode, path)?],
         None => {
             let is_set = |flag: &str| fields.get(flag).and_then(Value::as_bool).unwrap_or(false);
             let known = |flag: &str| PoolingMode::ALL.iter().any(|(.., name)| *name == flag);
             if let Some(flag) = fields.keys().find(|f| f.starts_with("pooling_mode_") && is_set(f) && !known(f)) {
-                return Err(unknown(&format!("`{flag}`")).into());
+                return Err(unknown_mode(&format!("`{flag}`"), path).into());
             }
             PoolingMode::ALL.iter().filter(|(.., flag)| is_set(flag)).map(|(mode, ..)| *mode).collect()
         }
     };
-    // sentence-transformers takes the mean where no flag is set.
+    // sentence-transformers takes the mean if no flag is set.
     Ok(if modes.is_empty() { vec![PoolingMode::Mean] } else { modes })
+}
+
+fn named_mode(mode: &Value, path: &Path) -> Result<PoolingMode> {
+    Ok(PoolingMode::deserialize(mode).map_err(|_| unknown_mode(mode, path))?)
+}
+
+fn unknown_mode(mode: &dyn std::fmt::Display, path: &Path) -> Failure {
+    let names: Vec<String> = PoolingMode::ALL.iter().map(|(_, name, _)| format!("`{name}`")).collect();
+    Failure::unsupported(format!("`{}` has the unknown pooling mode {mode}", path.display()))
+        .hint(format!("known are {}; without `{MODULES}` the states are pooled by the model", names.join(", ")))
 }
 
 /// A `Dense` module and its width, or why it is not run.

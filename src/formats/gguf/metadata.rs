@@ -49,8 +49,8 @@ pub(super) fn hyperparameters(config: &Map<String, Json>, family: &Family) -> Ve
     ];
     let integers = integers.into_iter().map(|(key, value)| (key, value.map(Value::U32)));
     let floats = floats.into_iter().map(|(key, value)| (key, value.map(Value::F32)));
-    let is_written = |key: &str| !OPTIONAL.contains(&key) || family.metadata.contains(&key);
-    let values = integers.chain(floats).filter(|(key, _)| is_written(key));
+    let values = integers.chain(floats);
+    let values = values.filter(|(key, _)| !OPTIONAL.contains(key) || family.metadata.contains(key));
     let values = values.filter_map(|(key, value)| Some((format!("{architecture}.{key}"), value?)));
     let mut metadata = vec![("general.architecture".to_string(), Value::Text(architecture.into()))];
     metadata.extend(values);

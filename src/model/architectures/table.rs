@@ -210,14 +210,10 @@ impl Architecture {
             _ => vec![Slot::shared(role)],
         };
         let shared = self.linears.iter().flat_map(parts);
-        match &self.experts {
-            Some(names) if widths.num_experts > 0 => {
-                let of = |expert| names.linears.iter().map(move |&(role, _)| Slot { role, expert: Some(expert) });
-                let is_attention = |slot: &Slot| matches!(slot.site(), InputSite::Qkv | InputSite::O);
-                shared.filter(is_attention).chain((0..widths.num_experts).flat_map(of)).collect()
-            }
-            _ => shared.collect(),
-        }
+        let Some(names) = self.experts.as_ref().filter(|_| widths.num_experts > 0) else { return shared.collect() };
+        let of_expert = |expert| names.linears.iter().map(move |&(role, _)| Slot { role, expert: Some(expert) });
+        let of_attention = shared.filter(|slot| matches!(slot.site(), InputSite::Qkv | InputSite::O));
+        of_attention.chain((0..widths.num_experts).flat_map(of_expert)).collect()
     }
 
     /// The prefixes that files have: the family's, and what is left of it where they leave out its first words.
@@ -245,7 +241,6 @@ impl Architecture {
     pub fn linear_id(&self, prefix: &str, module: &str) -> Option<LinearId> {
         let rest = module.strip_prefix(prefix)?.strip_prefix(self.layers)?.strip_prefix('.')?;
         let (block, name) = rest.split_once('.')?;
-        let find = |linears: &[(Role, &'static str)], name: &str| linears.iter().find(|(_, n)| *n == name).map(|l| l.0);
         let of_expert = || {
             let names = self.experts.as_ref()?;
             let (expert, name) = name.strip_prefix(names.list)?.strip_prefix('.')?.split_once('.')?;
@@ -253,8 +248,7 @@ impl Architecture {
         };
         let of_whole = || {
             let (whole, part) = name.rsplit_once('.')?;
-            let parts = find(self.linears, whole)?.parts();
-            find(parts, part)
+            find(find(self.linears, whole)?.parts(), part)
         };
         let slot = find(self.linears, name).or_else(of_whole).map(Slot::shared).or_else(of_expert)?;
         Some(LinearId { block: block.parse().ok()?, slot })
@@ -289,4 +283,9 @@ impl Architecture {
         fields.retain(|_, value| !value.is_null());
         fields
     }
+}
+
+/// The role with a name in a list.
+fn find(linears: &[(Role, &'static str)], name: &str) -> Option<Role> {
+    linears.iter().find(|(_, own)| *own == name).map(|(role, _)| *role)
 }
