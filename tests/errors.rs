@@ -312,7 +312,7 @@ fn things_that_are_not_checkpoints() {
     broken.check(4, &["not in safetensors form"]);
     std::fs::remove_file(empty.join("pytorch_model.bin")).unwrap();
     std::fs::write(empty.join("model.safetensors"), "{}").unwrap();
-    broken.check(4, &["is no safetensors file, but a text"]);
+    broken.check(4, &["is not a safetensors file but a text"]);
     std::fs::write(empty.join("model.safetensors"), [1, 2, 3]).unwrap();
     broken.check(4, &["truncated"]);
     let run = lrc(&["inspect", "no/such/folder"]);
@@ -676,8 +676,8 @@ fn settings_of_a_quantiser_are_found_where_other_tools_have_them() {
         let out = broken.folder.path().join("out");
         broken.check_one(&["export", path(&broken.model()), "--format", "dense", "-o", path(&out)], 4, parts);
     };
-    check("quantize_config.json", &|settings| settings["bits"] = 3.into(), &["quantised by gptq, 3 bits", "hint:"]);
-    check("quant_config.json", &|_| {}, &["quantised by awq", "hint:"]);
-    check("hf_quant_config.json", &|_| {}, &["quantised by modelopt", "hint:"]);
-    check("elsewhere.json", &|_| {}, &[".qweight`", "packed by a quantiser", "hint: get `quantize_config.json`"]);
+    check("quantize_config.json", &|settings| settings["bits"] = 3.into(), &["quantized by gptq, 3 bits", "hint:"]);
+    check("quant_config.json", &|_| {}, &["quantized by awq", "hint:"]);
+    check("hf_quant_config.json", &|_| {}, &["quantized by modelopt", "hint:"]);
+    check("elsewhere.json", &|_| {}, &[".qweight`", "packed by a quantizer", "hint: get `quantize_config.json`"]);
 }

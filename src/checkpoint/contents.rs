@@ -1,4 +1,4 @@
-//! What goes into an output folder under construction, besides weights.
+//! Files of an output folder under construction, except weights.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -26,9 +26,6 @@ impl OutputFolder {
     }
 
     /// Writes and syncs one small file.
-    ///
-    /// # Errors
-    /// The disk refuses.
     pub fn write(&self, name: &str, bytes: &[u8]) -> Result<()> {
         let path = self.path().join(name);
         let mut file = create_file(&path).map_err(io("create", &path))?;
@@ -51,16 +48,13 @@ impl OutputFolder {
     }
 
     /// Makes a folder of the output.
-    ///
-    /// # Errors
-    /// The disk refuses.
     pub fn create_folder(&self, name: &Path) -> Result<()> {
         let path = self.path().join(name);
         fs::create_dir_all(&path).map_err(io("create", &path))
     }
 
-    /// SHA-256 of every file so far but `report`, those of folders included. The report tells of the others, and a run that was
-    /// killed at its end may have left one.
+    /// SHA-256 of every file so far except `report`, including those in folders. The report lists the others, and a run that was killed
+    /// at its end may have left one.
     ///
     /// # Errors
     /// A file cannot be read.

@@ -13,10 +13,10 @@ use super::work::{self, JOB};
 type Result<T, E = CheckpointError> = std::result::Result<T, E>;
 
 impl OutputFolder {
-    /// Makes the output appear at its target: from here on it is there, and whole.
+    /// Makes the complete output appear at its target.
     ///
     /// # Errors
-    /// The disk refuses; what was made then stays where it was.
+    /// It cannot be moved; it then stays where it was made.
     pub fn finish(mut self) -> Result<()> {
         // An interrupt leaves all that the last step needs.
         self.unfinished.set_resumable();
@@ -54,7 +54,7 @@ impl OutputFolder {
         work::replaced_of(&self.partial)
     }
 
-    /// What others wrote meanwhile into the output that is replaced, or where it waits, stays.
+    /// Refuses to remove files that others wrote meanwhile into the output that is replaced, or where it waits.
     fn expect_own_target(&self) -> Result<()> {
         if !self.force {
             return Ok(());

@@ -27,12 +27,12 @@ use super::work::{JOB, LOCK, OUTPUT, PIECES, SCRATCH, replaced_of};
 
 type Result<T, E = CheckpointError> = std::result::Result<T, E>;
 
-/// An output folder under construction, of which [`OutputFolder::finish`] makes the output; removed when dropped.
+/// An output folder under construction; removed when dropped, unless [`OutputFolder::finish`] made it the output.
 #[derive(Debug)]
 pub struct OutputFolder {
     pub(super) target: PathBuf,
     pub(super) partial: PathBuf,
-    /// The file that an output has, and a part of one does not.
+    /// The file that only a complete output has.
     pub(super) mark: String,
     /// Held as long as the folder is written.
     _lock: File,
@@ -41,7 +41,7 @@ pub struct OutputFolder {
     pub(super) unfinished: Unfinished,
 }
 
-/// What is done with what an earlier run left.
+/// Whether the remains of an earlier run are used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Earlier {
     Resumed,
@@ -52,8 +52,8 @@ impl OutputFolder {
     /// Checks that `target` may be written, before any work.
     ///
     /// # Errors
-    /// It exists and `force` is false, or it exists and is not an output of `lrc` (`mark` is a file that those have) or holds more
-    /// than that, or it can be no folder. One that is empty may be written.
+    /// It exists and `force` is false, or it exists and is not an output of `lrc` (which has a file `mark`) or holds other files, or it
+    /// cannot be a folder. An empty folder may be written.
     pub fn check(target: &Path, force: bool, mark: &str) -> Result<()> {
         Self::expect_free(&place::named(target), force, mark)
     }
@@ -83,7 +83,7 @@ impl OutputFolder {
         Err(if is_ours { CheckpointError::OutputExists { path: target.into() } } else { place::foreign(target) })
     }
 
-    /// Begins an output, replacing what a killed run left of it.
+    /// Begins an output, and discards the remains of a killed run.
     ///
     /// # Errors
     /// `target` may not be written (see [`Self::check`]), another run writes it, or an unfinished run could still be resumed.
@@ -166,7 +166,7 @@ impl OutputFolder {
         Ok(folder)
     }
 
-    /// Files that were being made under other names when an earlier run was killed.
+    /// Removes files that an earlier run was writing under temporary names when it was killed.
     fn remove_hidden(&self) -> Result<()> {
         let output = self.path();
         for name in place::names_in(&output)? {
@@ -179,7 +179,7 @@ impl OutputFolder {
         Ok(())
     }
 
-    /// An output that is there is made the one under construction again.
+    /// Takes a finished output back under construction.
     fn take_back(&self) -> Result<()> {
         if self.is_within() {
             return moving::undo(&self.target, &self.partial);
@@ -189,12 +189,12 @@ impl OutputFolder {
         rename(&self.target, &output)
     }
 
-    /// Whether the target stays where it is, with the work inside of it.
+    /// Whether the work folder is inside the target.
     pub(super) fn is_within(&self) -> bool {
         self.partial == self.target.join(WITHIN)
     }
 
-    /// Whether a path is the output of a run to `target`, or the folder that it works in: no part of any source.
+    /// Whether a path is the output of a run to `target`, or its work folder: such paths are never part of a source.
     pub fn is_own(target: &Path, path: &Path) -> bool {
         let target = place::named(target);
         let is_same = |own: &Path| fs::canonicalize(own).is_ok_and(|own| own == *path);
@@ -206,22 +206,22 @@ impl OutputFolder {
         &self.target
     }
 
-    /// Where files go until [`Self::finish`].
+    /// Holds the files of the output until [`Self::finish`].
     pub fn path(&self) -> PathBuf {
         self.partial.join(OUTPUT)
     }
 
-    /// For files that no other run needs.
+    /// For temporary files of this run.
     pub fn work(&self) -> PathBuf {
         self.partial.join(SCRATCH)
     }
 
-    /// For what a later run may go on from.
+    /// For pieces that a later run can resume from.
     pub fn pieces(&self) -> PathBuf {
         self.partial.join(PIECES)
     }
 
-    /// Leaves the folder to a later run that goes on, where there is anything to go on from: where that is.
+    /// Keeps the folder for a later run to resume, if it has pieces; its path then.
     pub fn keep(&mut self) -> Option<&Path> {
         let mut pieces = std::fs::read_dir(self.pieces()).ok()?;
         self.is_kept = pieces.next().is_some();
@@ -250,12 +250,12 @@ fn is_held(partial: &Path) -> bool {
     File::open(partial.join(LOCK)).is_ok_and(|lock| lock.try_lock().is_err())
 }
 
-/// A run that was killed while it tidied up behind its output has left what is of no use to anyone.
+/// Removes the useless remains of a run that was killed while it cleaned up after its output.
 fn remove_remains(target: &Path) {
     let partial = place::work_of(target);
     let is_left = partial.exists() && strangers::refuse_in_work(target, &partial).is_ok();
     if target.exists() && is_left && !partial.join(JOB).exists() && !is_held(&partial) {
-        // It is in nobody's way: where it cannot be removed, it stays.
+        // It does no harm: if it cannot be removed, it stays.
         let _ = fs::remove_dir_all(&partial);
     }
 }
@@ -268,7 +268,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_can_be_gone_on_with_is_kept_for_its_own_job() {
+    fn what_can_be_resumed_is_kept_for_its_own_job() {
         let folder = tempfile::tempdir().unwrap();
         let target = folder.path().join("out");
         let resume = |n: u32, earlier| OutputFolder::resume(&target, false, "x", &json!({"n": n}), earlier);
@@ -292,7 +292,7 @@ mod tests {
     }
 
     #[test]
-    fn a_run_killed_after_its_last_step_is_gone_on_with_too() {
+    fn a_run_killed_after_its_last_step_is_resumed_too() {
         let folder = tempfile::tempdir().unwrap();
         let target = folder.path().join("out");
         let resume = |n: u32, earlier| OutputFolder::resume(&target, false, "x", &json!({"n": n}), earlier);
@@ -365,7 +365,7 @@ mod tests {
         folder.write("mark", b"1").unwrap();
         folder.keep();
         drop(folder);
-        // Killed behind its last step, with the same job to come.
+        // Killed after its last step, before the same job runs again.
         moving::move_up(&target, &target.join(WITHIN), "mark", false).unwrap();
         assert!(matches!(OutputFolder::create(&target, false, "mark"), Err(CheckpointError::OutputExists { .. })));
         let folder = resume().unwrap();

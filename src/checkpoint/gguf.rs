@@ -24,9 +24,6 @@ pub struct GgufWriter {
 
 impl GgufWriter {
     /// Writes the header of a file whose tensors come later.
-    ///
-    /// # Errors
-    /// The disk refuses.
     pub fn create(path: &Path, metadata: &[(String, Value)], tensors: &[GgufTensor]) -> Result<Self> {
         let (header, offsets) = gguf::write(metadata, tensors);
         let mut file = open_to_write(path)?;
@@ -43,9 +40,6 @@ impl GgufWriter {
 
     /// Writes the bytes of one tensor at its place.
     ///
-    /// # Errors
-    /// The disk refuses.
-    ///
     /// # Panics
     /// When `name` was not announced, was written before, or has another size: faults of the caller.
     pub fn write(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
@@ -57,9 +51,6 @@ impl GgufWriter {
     }
 
     /// Syncs the file.
-    ///
-    /// # Errors
-    /// The disk refuses.
     ///
     /// # Panics
     /// When an announced tensor was never written: a fault of the caller.

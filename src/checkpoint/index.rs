@@ -1,4 +1,4 @@
-//! The header of one safetensors file, checked before anything is believed.
+//! The header of one safetensors file, checked before it is used.
 //!
 //! The `safetensors` crate is the judge; when it refuses a file, [`diagnose`] finds the file's broken
 //! rule again in order to name the tensor, which the crate's error does not.
@@ -44,7 +44,7 @@ pub fn read_header(path: &Path, file: &[u8], shard_idx: usize) -> Result<Vec<Ten
     Ok(infos)
 }
 
-/// The values of a shape or of a group index: i64 or i32 vectors, and no other tensor.
+/// The values of an i64 or i32 vector, such as a shape or group indices; empty for other tensors.
 fn integers(info: &safetensors::tensor::TensorInfo, bytes: &[u8]) -> Vec<usize> {
     let clamped = |v: i64| usize::try_from(v).unwrap_or(usize::MAX);
     match (info.dtype, info.shape.len()) {

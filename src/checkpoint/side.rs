@@ -1,4 +1,4 @@
-//! What lies beside the weights of a checkpoint, folders included: what goes into an output as it is, and what does not, and why.
+//! The files beside the weights of a checkpoint, including folders: which are copied into an output, and why the others are not.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -17,7 +17,7 @@ use crate::codecs::peft;
 /// Modules of sentence-transformers: a list whose `path` are folders.
 const MODULES_FILE: &str = "modules.json";
 
-/// What lies beside the weights. Paths begin at the root of the checkpoint.
+/// The files beside the weights. Paths are relative to the root of the checkpoint.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Side {
     pub files: Vec<PathBuf>,
@@ -25,10 +25,10 @@ pub struct Side {
     pub left_out: Vec<LeftOut>,
 }
 
-/// A file, or a folder with all that it holds, that is not copied.
+/// A file or a whole folder that is not copied.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LeftOut {
-    /// Its path, which of a folder ends in `/`.
+    /// Its path; a folder's ends in `/`.
     pub path: String,
     pub reason: &'static str,
 }
@@ -38,7 +38,7 @@ const OTHER_FORMAT: &str = "weights in another format";
 const OTHER_WEIGHTS: &str = "weights that this model is not made of";
 const OTHER_OUTPUT: &str = "another output of lrc";
 const TRAINING: &str = "the state of a training";
-const SETTINGS: &str = "settings of the quantiser of the source";
+const SETTINGS: &str = "settings of the quantizer of the source";
 const STRAY_LINK: &str = "a link out of the checkpoint";
 const DEAD_LINK: &str = "a link that leads nowhere";
 const LOOP: &str = "a link to a folder that is there already";
@@ -46,17 +46,17 @@ const UNREADABLE: &str = "it cannot be read";
 const STRANGE: &str = "neither a file nor a folder";
 const WORK: &str = "an unfinished output";
 
-/// What a training leaves beside a model to go on from.
+/// Whether a file holds the state of a training run.
 fn is_training_state(name: &str) -> bool {
     let stem = name.split('.').next().unwrap_or(name);
     ["optimizer", "scheduler", "scaler", "training_args"].contains(&stem) || stem.starts_with("rng_state")
 }
 
 impl Checkpoint {
-    /// Everything in the folder of the checkpoint but what an output has its own of: weights and config, `replaced` (files and
-    /// folders), and what `is_own` knows by its real path.
+    /// Everything in the folder of the checkpoint except what an output has of its own: weights, config, `replaced` (files and folders),
+    /// and real paths for which `is_own` holds.
     ///
-    /// Links are followed to where the weights are, as in the hub's cache, whose files are all links, and nowhere else.
+    /// Links are followed only to folders that hold the weights, as in the hub's cache, where every file is a link.
     ///
     /// # Errors
     /// The folder cannot be listed.
@@ -87,7 +87,7 @@ impl Checkpoint {
         Ok(walk.side)
     }
 
-    /// Files that are read when the model is: outputs keep off them.
+    /// The files that are read with the model; outputs must not overwrite them.
     pub fn read_files(&self) -> Vec<PathBuf> {
         let weights = self.shards.iter().map(|shard| shard.path().to_path_buf());
         let others = [CONFIG_FILE, INDEX_FILE, "tokenizer.json", "tokenizer_config.json", peft::CONFIG_FILE];
@@ -96,7 +96,7 @@ impl Checkpoint {
     }
 }
 
-/// The folders of the modules that a model is one of.
+/// The folders of the modules listed beside a model.
 fn modules(root: &Path) -> Vec<PathBuf> {
     let list = read_file(&root.join(MODULES_FILE)).ok();
     let list: Option<Value> = list.and_then(|bytes| serde_json::from_slice(&bytes).ok());
@@ -111,16 +111,16 @@ struct Walk<'a> {
     is_own: &'a dyn Fn(&Path) -> bool,
     /// The weight files that the checkpoint is made of, from its root.
     weights: Vec<PathBuf>,
-    /// Where links may lead.
+    /// Folders that links may lead into.
     homes: Vec<PathBuf>,
     modules: Vec<PathBuf>,
     is_coded: bool,
-    /// Real paths of folders.
+    /// Real paths of the folders visited.
     seen: BTreeSet<PathBuf>,
     side: Side,
 }
 
-/// What becomes of something beside the weights.
+/// What is done with a file or folder beside the weights.
 enum Fate {
     Copied,
     Walked,
@@ -129,7 +129,7 @@ enum Fate {
 }
 
 impl Walk<'_> {
-    /// Sorts what a folder holds.
+    /// Decides on everything in a folder.
     fn folder(&mut self, at: &Path) -> Result<()> {
         let names = place::names_in(&self.root.join(at))?;
         if names.is_empty() {
@@ -208,7 +208,7 @@ impl Walk<'_> {
         }
     }
 
-    /// Whether a path is that of a module, or within one: its weights are its own, in whatever format.
+    /// Whether a path is a module or inside one: its weights belong to it, in any format.
     fn is_module(&self, path: &Path) -> bool {
         self.modules.iter().any(|module| path.starts_with(module))
     }

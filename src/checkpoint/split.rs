@@ -12,13 +12,13 @@ impl Checkpoint {
         &self.stacks
     }
 
-    /// Shows a stack of matrices of plain floats as these, in its place.
+    /// Shows a stack of plain floats as its matrices.
     ///
     /// # Errors
     /// [`CheckpointError::TensorAbsent`].
     ///
     /// # Panics
-    /// When it is no such stack.
+    /// If it is not such a stack.
     pub fn split_stack(mut self, tensor: &str) -> Result<Self> {
         let from = self.require(tensor)?.clone();
         let &[n, rows, columns] = from.shape.as_slice() else { panic!("invariant: a stack has three dimensions") };
@@ -38,13 +38,13 @@ impl Checkpoint {
         Ok(self)
     }
 
-    /// Shows a matrix of floats, (out, in) or turned, as several of some of its rows, (count, in) each, in its place.
+    /// Shows a matrix of floats, (out, in) or transposed, as its parts: some of its rows, (count, in) each.
     ///
     /// # Errors
     /// [`CheckpointError::TensorAbsent`].
     ///
     /// # Panics
-    /// When it is no matrix of plain floats, or has not as many rows.
+    /// If it is not a matrix of plain floats, or does not have that many rows.
     pub fn split(mut self, tensor: &str, parts: &[(String, Rows)]) -> Result<Self> {
         let from = self.require(tensor)?.clone();
         let &[m, n] = from.shape.as_slice() else { panic!("invariant: only matrices are split") };

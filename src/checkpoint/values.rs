@@ -32,7 +32,7 @@ impl Checkpoint {
         value
     }
 
-    /// The matrix behind a tensor that is stored in codes; none for floats.
+    /// The quantized matrix of a tensor; `None` for floats.
     ///
     /// # Errors
     /// The tensor is absent, or its parts are broken.
@@ -43,7 +43,7 @@ impl Checkpoint {
         })
     }
 
-    /// How a tensor is coded; none for floats. Read from the header where that tells all.
+    /// How a tensor is quantized; `None` for floats. Reads the header only, if that decides it.
     ///
     /// # Errors
     /// The tensor is absent, or its parts are broken.
@@ -85,7 +85,7 @@ impl Checkpoint {
         self.finite(info, values)
     }
 
-    /// Whether every value of a float tensor is zero. Of plain tensors no more is read than tells.
+    /// Whether every value of a float tensor is zero. Reading stops at the first that is not.
     ///
     /// # Errors
     /// As [`Self::values`].
@@ -98,7 +98,7 @@ impl Checkpoint {
         }
     }
 
-    /// The values of one of the matrices that a float tensor of three dimensions is a stack of, row-major, every one finite.
+    /// The values of one matrix of a float tensor of three dimensions, row-major, every one finite.
     ///
     /// # Errors
     /// As [`Self::values`].
@@ -107,7 +107,7 @@ impl Checkpoint {
         let len: usize = info.shape.iter().skip(1).product();
         let bits = len * info.dtype.bitsize();
         if self.decoded(info)?.is_some() || !cast::is_float(info.dtype) {
-            // Codes have no place of their own for a matrix.
+            // Codes are decoded as a whole.
             return Ok(self.values(name)?[index * len..(index + 1) * len].to_vec());
         }
         let bytes = index * bits / 8..(index + 1) * bits / 8;
@@ -115,7 +115,7 @@ impl Checkpoint {
         self.finite(info, values.expect("invariant: the dtype is a float"))
     }
 
-    /// Whether two tensors are of one shape and hold the same values, and whether that is asked for the first time.
+    /// Whether two tensors have the same shape and values, and whether this is the first time that is asked.
     ///
     /// # Errors
     /// As [`Self::values`].

@@ -5,7 +5,7 @@
 
 use super::element::Element;
 
-/// What a file says of its tensors.
+/// The tensors that a file describes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Header {
     pub tensors: Vec<Entry>,
@@ -46,7 +46,7 @@ pub fn is_begun(file: &[u8]) -> bool {
 /// Reads the header of a whole file.
 ///
 /// # Errors
-/// What is wrong with it, in words.
+/// A sentence that says what is wrong with it.
 pub fn read(file: &[u8]) -> Result<Header, String> {
     let mut bytes = Bytes { file, at: 0 };
     if bytes.take(4)? != MAGIC {

@@ -17,7 +17,7 @@ pub enum Arrangement {
 }
 
 impl Arrangement {
-    /// That of a tensor of a checkpoint with this config.
+    /// The arrangement of a tensor of a checkpoint with this config.
     pub fn of(tensor: &str, family: &Family, config: &Map<String, Value>) -> Self {
         if !family.is_interleaved {
             let is_shifted = family.has_whole_norms && tensor.ends_with("norm.weight");
