@@ -27,7 +27,7 @@ pub(super) fn exchange_scheme(linear: &LinearInfo, entry: &Entry) -> Result<Sche
         return Err("its weight is stored (in, out), which loaders of this format do not expect".into());
     }
     let Some(Base::Quantized(Storage::Grouped(scheme))) = entry.base else {
-        return Err("its base is not quantised in groups".into());
+        return Err("its base is not quantized in groups".into());
     };
     match scheme.levels {
         Levels::Int { bits: 4 | 8, symmetric: true } => {}
@@ -86,7 +86,7 @@ impl Exporter for CompressedTensors {
 
     fn bytes(&self, _: &Source<'_>, linear: &LinearInfo, module: &Module) -> Result<Vec<NamedBytes>, CheckpointError> {
         let Some(Matrix::Quantized(Quantized::Grouped(base))) = &module.base else {
-            unreachable!("invariant: what is not quantised in groups is refused")
+            unreachable!("invariant: what is not quantized in groups is refused")
         };
         let mut tensors = coded_bytes(linear, codecs::compressed_tensors::write(base, linear.dtype))?;
         tensors.extend(adapter::bytes(linear, module)?);
@@ -131,7 +131,7 @@ impl Exporter for CompressedTensors {
              from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained(\"FOLDER\")\n```\n",
         );
         if has_adapter {
-            text += "\n**An adapter over this base needs dequantised weights**: load the base with\n\
+            text += "\n**An adapter over this base needs dequantized weights**: load the base with\n\
                  `quantization_config=CompressedTensorsConfig(dequantize=True)`, or run it once before the adapter is put on.\n";
             text += &adapter::loading();
         }
@@ -147,7 +147,7 @@ mod tests {
     use crate::model::Layout;
 
     #[test]
-    fn what_loaders_misread_is_told_apart() {
+    fn what_loaders_misread_is_refused() {
         let linear = |stored| LinearInfo {
             module: "m".into(),
             out_features: 64,

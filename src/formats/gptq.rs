@@ -30,7 +30,7 @@ fn one_setting(modules: &[(LinearInfo, Entry)]) -> Option<Refusal> {
         let group = scheme.group.filter(|&group| group < n);
         by_setting.entry((scheme.levels.bits(), group)).or_default().push(&linear.module);
     }
-    let told = |(bits, group): &Setting| match group {
+    let named = |(bits, group): &Setting| match group {
         Some(group) => format!("{bits} bits in groups of {group}"),
         None => format!("{bits} bits in groups of a whole row"),
     };
@@ -40,10 +40,10 @@ fn one_setting(modules: &[(LinearInfo, Entry)]) -> Option<Refusal> {
         return None;
     }
     let others: Vec<String> =
-        by_setting.iter().map(|(setting, names)| format!("{} have {}", listed(names), told(setting))).collect();
+        by_setting.iter().map(|(setting, names)| format!("{} have {}", listed(names), named(setting))).collect();
     let reason = format!(
         "a GPTQ checkpoint has one number of bits and one group: {n_kept} linears have {}, and {}",
-        told(&kept),
+        named(&kept),
         others.join(", ")
     );
     Some(Refusal { reason, of: by_setting.into_values().flatten().map(String::from).collect() })
@@ -79,7 +79,7 @@ impl Exporter for Gptq {
 
     fn bytes(&self, _: &Source<'_>, linear: &LinearInfo, module: &Module) -> Result<Vec<NamedBytes>, CheckpointError> {
         let Some(Matrix::Quantized(Quantized::Grouped(base))) = &module.base else {
-            unreachable!("invariant: what is not quantised in groups is refused")
+            unreachable!("invariant: what is not quantized in groups is refused")
         };
         let mut tensors = coded_bytes(linear, codecs::gptq::write(base))?;
         tensors.extend(adapter::bytes(linear, module)?);

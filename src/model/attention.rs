@@ -19,32 +19,32 @@ use super::softmax::softmax_in_place;
 pub struct Attention {
     pub(super) qkv: Qkv,
     pub(super) o_proj: Linear,
-    /// Of queries and keys, and whether over each head or over all together.
+    /// Norms of queries and keys, and whether each head has its own.
     pub(super) query_key_norm: Option<((Norm, Norm), bool)>,
     pub(super) n_heads: usize,
     pub(super) n_kv_heads: usize,
     pub(super) head_dim: usize,
-    /// Of queries.
+    /// Factor of the queries.
     pub(super) scale: f64,
     pub(super) scoring: Scoring,
     pub(super) rope: Option<RopeKind>,
 }
 
-/// Where queries, keys and values come from.
+/// The linears of queries, keys and values.
 #[derive(Debug, Clone)]
 pub(super) enum Qkv {
     Apart { q_proj: Linear, k_proj: Linear, v_proj: Linear },
     Fused { qkv_proj: Linear, order: FusedQkv },
 }
 
-/// How scores become weights, besides softmax.
+/// How scores become weights, apart from softmax.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Scoring {
-    /// Keys that a query sees, its own included; none: all before it.
+    /// Keys that a query sees, including its own; `None`: all before it.
     pub window: Option<usize>,
     /// Scores s become `cap · tanh(s / cap)`.
     pub cap: Option<f32>,
-    /// Queries see what comes behind them too.
+    /// Queries also see later keys.
     pub is_bidirectional: bool,
 }
 
@@ -81,7 +81,7 @@ impl Scoring {
 
 impl Qkv {
     /// # Errors
-    /// That of `load`.
+    /// The error of `load`.
     pub fn load(has: impl Fn(Role) -> bool, load: impl Fn(Role) -> Result<Linear>, order: FusedQkv) -> Result<Self> {
         Ok(if has(Role::QkvProj) {
             Self::Fused { qkv_proj: load(Role::QkvProj)?, order }
@@ -159,8 +159,8 @@ impl Attention {
         Ok(mixed.transpose(1, 2)?.reshape((batch, n_tokens, self.n_heads * self.head_dim))?)
     }
 
-    /// Attention a block of queries at a time: scores of a future that is not seen are never computed, and those of the past
-    /// stay in the cache. Heads are shared out to threads; each is computed in one order.
+    /// Attention over one block of queries at a time: scores of unseen keys are never computed, and the others stay in the cache. Heads
+    /// are divided among threads; each is computed in a fixed order.
     fn attend_fused(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
         let (_, _, n_tokens, head_dim) = q.dims4()?;
         let mixed = attend_all(&values(q)?, &values(k)?, &values(v)?, n_tokens, head_dim, self.scoring);
@@ -260,7 +260,7 @@ fn slice<'a>(storage: &'a CpuStorage, layout: &Layout) -> candle_core::Result<&'
     Ok(&storage.as_slice::<f32>()?[begin..end])
 }
 
-/// What the forward pass of one head left, all (n_tokens, head_dim) row-major.
+/// Inputs and output of the forward pass of one head, all (n_tokens, head_dim) row-major.
 struct Head<'a> {
     q: &'a [f32],
     k: &'a [f32],
@@ -358,7 +358,7 @@ mod tests {
 
     use super::*;
 
-    /// The same in candle's operations: what the hand-written kernels are held against.
+    /// The same in candle's operations, as the reference for the hand-written kernels.
     fn attend_in_candle(q: &Tensor, k: &Tensor, v: &Tensor, scoring: Scoring) -> Tensor {
         let ((batch, n_heads, n_tokens, head_dim), n_kv_heads) = (q.dims4().unwrap(), k.dim(1).unwrap());
         let n_groups = batch * n_kv_heads;

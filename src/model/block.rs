@@ -43,7 +43,7 @@ pub type Observer<'a> = dyn FnMut(InputSite, &Tensor) -> Result<()> + 'a;
 /// Whether a forward pass continues after what it has just shown.
 type GoesOn = bool;
 
-/// Where the tensors of one block come from.
+/// Loads the parts of one block.
 struct Loader<'a> {
     weights: &'a dyn Weights,
     config: &'a ModelConfig,
@@ -180,8 +180,7 @@ impl Block {
         self.index
     }
 
-    /// Where a pass of `x` (batch, n_tokens, hidden_size) first meets values that are not finite: the place of input before which
-    /// they arise; none where it is behind the last.
+    /// The first input site of a pass of `x` (batch, n_tokens, hidden_size) whose values are not finite; `None` if all are.
     ///
     /// # Errors
     /// Shapes that do not match.
@@ -214,7 +213,7 @@ impl Block {
         taps
     }
 
-    /// Its experts, where it has any.
+    /// Its experts, if it has any.
     pub fn experts(&self) -> Option<&Experts> {
         match &self.feed_forward {
             FeedForward::Experts(experts) => Some(experts),
@@ -222,7 +221,7 @@ impl Block {
         }
     }
 
-    /// The input (batch, n_tokens, in) of the linears at `site`, which is no expert's: as much of [`Self::forward`] as comes before it.
+    /// The input (batch, n_tokens, in) of the linears at `site`, not that of an expert: runs [`Self::forward`] up to it.
     ///
     /// # Errors
     /// Shapes that do not match.
@@ -266,7 +265,7 @@ impl Block {
         if !observe(InputSite::O, &mixed)? {
             return Ok(None);
         }
-        // `y` behind a sublayer, added to what it is added to.
+        // The output `y` of a sublayer, added to its residual.
         let add = |to: &Tensor, y: &Tensor, after: &Option<Norm>| -> Result<Tensor> {
             if self.are_norms_of_sums { norm(after, &(to + y)?) } else { Ok((to + norm(after, y)?)?) }
         };

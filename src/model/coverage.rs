@@ -1,4 +1,4 @@
-//! Which tensors a model has to have, held against the headers of a checkpoint.
+//! The tensors that a model must have, compared with the headers of a checkpoint.
 
 use anyhow::{Error, Result};
 
@@ -12,8 +12,8 @@ use super::weights::is_split;
 use crate::checkpoint::{Checkpoint, CheckpointError};
 use crate::error::Failure;
 
-/// What is missing of a checkpoint by its config, in words: blocks, or single tensors. None where all is there, and where the family
-/// is not known, or none of its names is found.
+/// A sentence on the blocks or tensors that a checkpoint lacks by its config; `None` if it lacks none, if its family is unknown, or if
+/// none of the family's names is found.
 pub fn missing(checkpoint: &Checkpoint) -> Option<String> {
     /// Names in a message; the others are counted.
     const SHOWN: usize = 3;
@@ -28,19 +28,19 @@ pub fn missing(checkpoint: &Checkpoint) -> Option<String> {
     if let Some(block) = (0..count).find(|block| !found.contains(block)) {
         let of = found.range(..count).count();
         return Some(format!(
-            "`{root}` is half a checkpoint: it has {of} of the {count} blocks of its config, and no block {block}"
+            "`{root}` is incomplete: it has {of} of the {count} blocks of its config, and no block {block}"
         ));
     }
     let absent = absent(checkpoint);
     let shown: Vec<String> = absent.iter().take(SHOWN).map(|name| format!("`{name}`")).collect();
     let shown = shown.join(", ");
-    let told = match absent.len() {
+    let listed = match absent.len() {
         0 => return None,
         1 => format!("tensor {shown} is"),
         n if n <= SHOWN => format!("tensors {shown} are"),
         n => format!("tensors {shown} and {} more are", n - SHOWN),
     };
-    Some(format!("`{root}` is half a checkpoint: {told} in no weight file"))
+    Some(format!("`{root}` is incomplete: {listed} in no weight file"))
 }
 
 /// Refuses a checkpoint that lacks blocks or tensors.
@@ -52,8 +52,8 @@ pub fn expect_whole(checkpoint: &Checkpoint) -> Result<()> {
     missing(checkpoint).map_or(Ok(()), |missing| Err(Failure::unsupported(missing).hint(HINT).into()))
 }
 
-/// The tensors that a model of a known family lacks, by name, but for its head: models are saved without. None where the family is not
-/// known, or its config leaves open what belongs to it.
+/// The names of the tensors that a model of a known family lacks, except those of its head, which may be left out. Empty if the family
+/// is unknown or its config is broken.
 fn absent(checkpoint: &Checkpoint) -> Vec<String> {
     let Ok(decoder) = Decoder::headless(checkpoint) else { return Vec::new() };
     let name = |fault: Error| match fault.downcast() {
@@ -84,7 +84,7 @@ impl<'w> Decoder<'w> {
     }
 }
 
-/// What is wrong with the tensors of a model, in the order of the forward pass; of a linear or a norm the first fault.
+/// The faults of the tensors of a model in the order of the forward pass, at most one for each linear and norm.
 fn faults(decoder: &Decoder<'_>, checkpoint: &Checkpoint) -> Vec<Error> {
     let mut coverage = Coverage { decoder, checkpoint, faults: Vec::new() };
     coverage.embeddings();
@@ -129,7 +129,7 @@ impl Coverage<'_> {
         }
     }
 
-    /// A table of any number of rows.
+    /// A table with any number of rows.
     fn table(&mut self, name: &str) {
         let n_rows = self.checkpoint.require(name).map(|info| info.shape.first().copied().unwrap_or(0));
         let checked = n_rows
@@ -168,7 +168,7 @@ impl Coverage<'_> {
                 self.norm(&format!("{block}.{name}"), width, "`num_attention_heads` and `head_dim`");
             }
         }
-        // The router bears out the number of experts, or nothing is asked of each.
+        // Experts are only checked if the shape of the router confirms their number.
         let mut has_router = true;
         if let Some(experts) = names.experts.as_ref().filter(|_| widths.num_experts > 0) {
             let n_faults = self.faults.len();
@@ -182,14 +182,14 @@ impl Coverage<'_> {
         for slot in slots {
             let module = names.module(prefix, LinearId { block: block_idx, slot });
             let (shape, fields) = widths.shape(slot);
-            // Parts leave their biases where they were.
+            // The bias of a fused module stays whole.
             let is_whole = names.whole(slot.role).is_none();
             let kind = (is_whole && config.has_bias(names, slot.role), is_whole && names.is_conv1d);
             self.linear(&module, shape, kind, fields);
         }
     }
 
-    /// What an encoder has besides its blocks.
+    /// The parts of an encoder outside its blocks.
     fn encoder(&mut self, names: &EncoderNames) {
         let (decoder, fields) = (self.decoder, "`hidden_size`");
         let (prefix, width) = (&decoder.names.prefix, decoder.config.hidden_size);

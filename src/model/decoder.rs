@@ -25,21 +25,21 @@ use crate::error::Failure;
 pub struct Decoder<'w> {
     pub config: ModelConfig,
     pub architecture: &'static Architecture,
-    /// Where the files have its modules.
+    /// The names of its modules in the files.
     pub names: Names,
     pub(super) vocabulary: Vocabulary,
-    /// Of an encoder in a folder of sentence-transformers.
+    /// For an encoder in a folder of sentence-transformers.
     sentence: Option<Arc<SentenceModules>>,
     weights: &'w dyn Weights,
     kernels: Kernels,
 }
 
-/// What the gradients of a model are of.
+/// The function whose gradients are taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Objective {
     /// The negative log-likelihood of every next token.
     NextToken,
-    /// That of tokens that are hidden from an encoder.
+    /// The negative log-likelihood of masked tokens of an encoder.
     Masked,
     /// Half the squared norm of the pooled output of an encoder without a head.
     Pooled,
@@ -51,12 +51,12 @@ pub enum Objective {
 pub struct Embeddings {
     /// (vocab_size, hidden_size)
     table: Tensor,
-    /// (n_positions, hidden_size), where positions are learned.
+    /// (n_positions, hidden_size), if positions are learned.
     positions: Option<Tensor>,
     scale: Option<f64>,
-    /// To hidden_size, where the table has a width of its own.
+    /// To hidden_size, if the table has another width.
     projection: Option<Linear>,
-    /// Of encoders, (hidden_size), added to every token.
+    /// For encoders, (hidden_size), added to every token.
     first_type: Option<Tensor>,
     norm: Option<Norm>,
     kernels: Kernels,
@@ -104,20 +104,20 @@ impl<'w> Decoder<'w> {
         Self { config, architecture, names, vocabulary, sentence: None, weights, kernels }
     }
 
-    /// The norm behind the last block.
+    /// The norm after the last block.
     pub(super) fn last_norm(&self) -> Option<String> {
         let name = self.architecture.norm.filter(|_| !self.config.is_post_norm());
         name.map(|name| format!("{}{name}", self.names.prefix))
     }
 
-    /// The linears into the blocks and out of them, where embeddings have a width of their own.
+    /// The linears into the blocks and out of them, if embeddings have another width.
     pub(super) fn projections(&self) -> Option<[String; 2]> {
         let names = self.architecture.embed_projections;
         let names = names.filter(|_| self.config.embedding_size() != self.config.hidden_size);
         names.map(|(into, out)| [into, out].map(|name| format!("{}{name}", self.names.prefix)))
     }
 
-    /// What gradients are of.
+    /// The function whose gradients are taken.
     pub fn objective(&self) -> Objective {
         match &self.architecture.encoder {
             None => Objective::NextToken,
@@ -304,7 +304,7 @@ impl<'w> Decoder<'w> {
 }
 
 impl Embeddings {
-    /// Of windows that share a length: (batch, n_tokens, hidden_size).
+    /// Embeds windows of equal length: (batch, n_tokens, hidden_size).
     ///
     /// # Errors
     /// An id is outside of the vocabulary, or a window is longer than the table of positions.
@@ -319,7 +319,7 @@ impl Embeddings {
         self.of(&Tensor::from_vec(ids, (windows.len(), n_tokens), &Device::Cpu)?)
     }
 
-    /// Of `ids` (batch, n_tokens).
+    /// Embeds `ids` (batch, n_tokens).
     fn of(&self, ids: &Tensor) -> Result<Tensor> {
         let (batch, n_tokens) = ids.dims2()?;
         let mut x = self.table.embedding(&ids.flatten_all()?)?.reshape((batch, n_tokens, ()))?;

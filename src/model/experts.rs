@@ -14,7 +14,7 @@ pub struct Experts {
     /// (n_experts, hidden_size)
     pub(super) router: Linear,
     pub(super) experts: Vec<Mlp>,
-    /// Experts that see a token.
+    /// Experts per token.
     pub(super) n_active: usize,
     /// Whether the weights of these sum to one.
     pub(super) is_normalized: bool,
@@ -24,8 +24,7 @@ pub struct Experts {
 pub type Routes = Vec<Vec<u32>>;
 
 impl Experts {
-    /// `x` (batch, n_tokens, hidden_size) to the same shape, window by window: what an expert computes does not depend on which
-    /// windows travel together. `observe` gets the inputs of experts that see tokens, (1, n_seen, in).
+    /// `x` (batch, n_tokens, hidden_size) to the same shape, window by window, so that results do not depend on the batch. `observe` gets the inputs of experts that see tokens, (1, n_seen, in).
     ///
     /// # Errors
     /// Shapes that do not match, or the observer's error.
@@ -62,7 +61,7 @@ impl Experts {
         Ok(y)
     }
 
-    /// Where the tokens of one window, `x` (n_tokens, hidden_size), go.
+    /// The experts that the tokens of one window, `x` (n_tokens, hidden_size), are routed to.
     ///
     /// # Errors
     /// Shapes that do not match.
@@ -81,13 +80,13 @@ impl Experts {
         Ok(routes)
     }
 
-    /// What the linears at the `site` of an expert read, (n_seen, in), of the `tokens` of a window `x` (n_tokens, hidden_size).
+    /// The input (n_seen, in) of the linears at the `site` of an expert, for the `tokens` of a window `x` (n_tokens, hidden_size).
     ///
     /// # Errors
     /// Shapes that do not match.
     ///
     /// # Panics
-    /// When the site is no expert's.
+    /// If the site is not that of an expert.
     pub fn input_at(&self, site: InputSite, x: &Tensor, tokens: &[u32]) -> Result<Tensor> {
         let seen = x.index_select(&Tensor::new(tokens, &Device::Cpu)?, 0)?;
         match site {

@@ -14,7 +14,7 @@ pub struct Mlp {
     activation: Activation,
 }
 
-/// What stands before `down_proj`.
+/// The linears before `down_proj`.
 #[derive(Debug, Clone)]
 enum Inner {
     Gated {
@@ -32,7 +32,7 @@ enum Inner {
 
 impl Inner {
     /// # Errors
-    /// That of `load`.
+    /// The error of `load`.
     fn load(has: impl Fn(Role) -> bool, load: impl Fn(Role) -> Result<Linear>) -> Result<Self> {
         Ok(if has(Role::GateUpProj) {
             Self::Fused { gate_up_proj: load(Role::GateUpProj)? }
@@ -54,7 +54,7 @@ impl Inner {
 
 impl Mlp {
     /// # Errors
-    /// That of `load`.
+    /// The error of `load`.
     pub(super) fn load(
         has: impl Fn(Role) -> bool,
         load: impl Fn(Role) -> Result<Linear>,

@@ -1,4 +1,4 @@
-//! What the tensors mean: families of models, and a decoder that runs them a block at a time.
+//! The meaning of the tensors: families of models, and a decoder that runs them one block at a time.
 
 mod activation;
 pub mod architectures;

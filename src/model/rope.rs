@@ -1,5 +1,5 @@
-//! Rotary embeddings (Su et al. 2021), and the ways in which they are stretched to longer contexts. Formulas are those of
-//! transformers' `modeling_rope_utils`, which models were trained or adapted with.
+//! Rotary embeddings (Su et al. 2021), and how they are stretched to longer contexts. The formulas are those of transformers'
+//! `modeling_rope_utils`, which models were trained or adapted with.
 
 use std::f64::consts::PI;
 
@@ -14,7 +14,7 @@ use crate::error::Failure;
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 pub struct RopeScaling {
     rope_type: Option<String>,
-    /// The older name of `rope_type`. transformers writes both, and reads this one where the other is absent.
+    /// The older name of `rope_type`. transformers writes both, and reads this one if the other is absent.
     #[serde(rename = "type")]
     older_type: Option<String>,
     pub rope_theta: Option<f64>,
@@ -31,7 +31,7 @@ pub struct RopeScaling {
     truncate: Option<bool>,
     short_factor: Option<Vec<f64>>,
     long_factor: Option<Vec<f64>>,
-    /// In families whose kinds of blocks have rotary embeddings of their own: one for each kind, and nothing else.
+    /// In families with a rotary embedding for each kind of block: one for each kind, and nothing else.
     pub full_attention: Option<Box<RopeScaling>>,
     pub sliding_attention: Option<Box<RopeScaling>>,
 }
@@ -41,7 +41,7 @@ impl RopeScaling {
         self.rope_type.as_deref().or(self.older_type.as_deref())
     }
 
-    /// The first of its numbers that is not positive, where the formulas need it to be, and its name.
+    /// The first of its numbers that is not positive although the formulas need it to be, and its name.
     pub fn not_positive(&self) -> Option<(String, f64)> {
         let numbers = [
             ("rope_theta", self.rope_theta),
@@ -78,7 +78,7 @@ pub struct RopeSettings {
     /// Values of a head that are rotated, from the first.
     pub width: usize,
     pub scaling: Option<RopeScaling>,
-    /// `max_position_embeddings`, and the same before the context was stretched, where the config has it apart.
+    /// `max_position_embeddings`, and its value before the context was stretched, if the config has it.
     pub context: Option<f64>,
     pub original_context: Option<f64>,
 }
@@ -91,7 +91,7 @@ impl RopeSettings {
 
     pub fn rope_type(&self) -> &str {
         match self.scaling.as_ref().and_then(RopeScaling::named).unwrap_or("default") {
-            // Sections of a head are rotated by the places of a token in time, height and width; of text the three are equal.
+            // Sections of a head are rotated by the positions of a token in time, height and width, which are equal for text.
             "mrope" => "default",
             kind => kind,
         }
@@ -226,11 +226,11 @@ fn llama3_frequency(frequency: f64, factor: f64, low: f64, high: f64, context: f
     }
 }
 
-/// Which rotary embedding a block uses.
+/// The rotary embedding of a block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RopeKind {
     Global,
-    /// That of blocks with a sliding window, where they have their own.
+    /// The one of blocks with a sliding window, if they have their own.
     Local,
 }
 
@@ -268,8 +268,8 @@ impl Rope {
         if width == head_dim {
             return kernels.rope(x, &cos, &sin);
         }
-        let turned = kernels.rope(&x.narrow(3, 0, width)?.contiguous()?, &cos, &sin)?;
-        Ok(Tensor::cat(&[&turned, &x.narrow(3, width, head_dim - width)?], 3)?)
+        let rotated = kernels.rope(&x.narrow(3, 0, width)?.contiguous()?, &cos, &sin)?;
+        Ok(Tensor::cat(&[&rotated, &x.narrow(3, width, head_dim - width)?], 3)?)
     }
 }
 

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-/// What a linear does in its block.
+/// The role of a linear in its block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Role {
@@ -19,7 +19,7 @@ pub enum Role {
     DownProj,
 }
 
-/// What a fused matrix is split into: the role of each part, and its name under that of the whole.
+/// The parts of fused matrices: the role of each, and its name below that of the whole.
 const PARTS: &[(Role, &[(Role, &str)])] = &[
     (Role::QkvProj, &[(Role::QProj, "q"), (Role::KProj, "k"), (Role::VProj, "v")]),
     (Role::GateUpProj, &[(Role::GateProj, "gate"), (Role::UpProj, "up")]),
@@ -28,15 +28,15 @@ const PARTS: &[(Role, &[(Role, &str)])] = &[
 /// A place in a block whose activations are the input of one or more linears; Grams are keyed by it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum InputSite {
-    /// The normalised hidden states, read by q, k and v.
+    /// The normalized hidden states, read by q, k and v.
     Qkv,
     /// The mixed values, read by o.
     O,
-    /// The normalised hidden states, read by gate and up, or by the router of experts.
+    /// The normalized hidden states, read by gate and up, or by the router of experts.
     GateUp,
     /// The gated activations, read by down.
     Down,
-    /// Those of `GateUp` that go to an expert.
+    /// The states of `GateUp` that are routed to an expert.
     ExpertGateUp(usize),
     /// The gated activations of an expert.
     ExpertDown(usize),
@@ -93,7 +93,7 @@ impl Slot {
         }
     }
 
-    /// Where its input comes from.
+    /// The site of its input.
     pub fn site(self) -> InputSite {
         match (self.role.site(), self.expert) {
             (InputSite::GateUp, Some(expert)) => InputSite::ExpertGateUp(expert),
@@ -124,7 +124,7 @@ impl Role {
         }
     }
 
-    /// Where its input comes from, outside of experts.
+    /// The site of its input, outside experts.
     pub(super) fn site(self) -> InputSite {
         match self {
             Self::QProj | Self::KProj | Self::VProj | Self::QkvProj => InputSite::Qkv,

@@ -59,9 +59,9 @@ impl Weights for Checkpoint {
 
     fn matrix(&self, name: &str, is_conv1d: bool) -> Result<Tensor> {
         let weight = self.tensor(name)?;
-        // Codes stand for (out, in) in every family.
-        let is_turned = is_conv1d && !self.require(name)?.is_encoded();
-        Ok(if is_turned { weight.t()?.contiguous()? } else { weight })
+        // Encoded weights are shown as (out, in) in every family.
+        let is_transposed = is_conv1d && !self.require(name)?.is_encoded();
+        Ok(if is_transposed { weight.t()?.contiguous()? } else { weight })
     }
 }
 

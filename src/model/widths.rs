@@ -21,7 +21,7 @@ pub struct Widths {
     pub moe_intermediate_size: usize,
 }
 
-/// What a config says of the widths of one block, where they differ from those of the others.
+/// The entry of one block in `per_layer_config`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Override {
@@ -47,7 +47,7 @@ impl BlockWidths {
         Self { common, others: others.filter(|(_, widths)| *widths != common).collect() }
     }
 
-    /// The widths of the blocks that differ in nothing.
+    /// The widths of all blocks without an entry of their own.
     pub fn common(&self) -> &Widths {
         &self.common
     }
@@ -83,12 +83,12 @@ impl Widths {
         }
     }
 
-    /// Of all queries together.
+    /// Width of all queries together.
     pub fn queries(&self) -> usize {
         self.num_attention_heads.saturating_mul(self.head_dim)
     }
 
-    /// Of all keys together, and of all values.
+    /// Width of all keys together; that of all values is the same.
     pub fn keys(&self) -> usize {
         self.num_key_value_heads.saturating_mul(self.head_dim)
     }

@@ -18,7 +18,7 @@ const fn row(name: &'static str, dtype: GgmlDType, id: u32) -> BlockType {
     BlockType { name, dtype, id }
 }
 
-/// Those that quantise weights.
+/// The block types that quantize weights.
 pub const BLOCK_TYPES: [BlockType; 7] = [
     row("q4_0", GgmlDType::Q4_0, 2),
     row("q8_0", GgmlDType::Q8_0, 8),
@@ -39,7 +39,7 @@ impl BlockType {
         BLOCK_TYPES.into_iter().find(|t| t.id == id)
     }
 
-    /// The scheme of the same levels; none for types that are more than codes and scales.
+    /// The scheme of the same levels; `None` for types that hold more than codes and scales.
     pub fn as_scheme(self) -> Option<Scheme> {
         let bits = match self.dtype {
             GgmlDType::Q4_0 => 4,
@@ -49,8 +49,8 @@ impl BlockType {
         Some(Scheme { levels: Levels::Int { bits, symmetric: true }, group: Some(32) })
     }
 
-    /// What an f16 scale is at least multiplied with at either end of a block's range. Below zero a block with a minimum reaches as
-    /// far as the code of that minimum.
+    /// The smallest factor of an f16 scale at either end of a block's range. In blocks with a minimum, the negative end is the code of
+    /// that minimum.
     pub fn n_levels(self) -> f32 {
         match self.dtype {
             GgmlDType::Q4_0 => 8.0,
@@ -87,8 +87,8 @@ impl Blocks {
     /// Rows are not made of whole blocks.
     pub fn quantize(values: &[f32], rows: usize, cols: usize, block_type: BlockType) -> Result<Self> {
         let tensor = Tensor::from_slice(values, (rows, cols), &Device::Cpu)?;
-        let quantised = QTensor::quantize(&tensor, block_type.dtype)?;
-        Ok(Self { rows, cols, block_type, bytes: quantised.data()?.into_owned() })
+        let quantized = QTensor::quantize(&tensor, block_type.dtype)?;
+        Ok(Self { rows, cols, block_type, bytes: quantized.data()?.into_owned() })
     }
 
     /// Symmetric codes as blocks, exactly: up to 4 bits as Q4_0, up to 8 as Q8_0; `None` if their groups are not made of whole blocks.
@@ -121,7 +121,7 @@ impl Blocks {
         Some(Self { rows, cols, block_type, bytes })
     }
 
-    /// The same matrix as codes in groups of 32; none for types that are more than codes and scales.
+    /// The same matrix as codes in groups of 32; `None` for types that hold more than codes and scales.
     pub fn to_grouped(&self) -> Option<Grouped> {
         let scheme = self.block_type.as_scheme()?;
         let size = self.block_type.dtype.type_size();
@@ -158,7 +158,7 @@ impl Blocks {
             let storage = QStorage::from_data(self.bytes.as_slice().into(), &Device::Cpu, self.block_type.dtype)?;
             QTensor::new(storage, (self.rows, self.cols))?.dequantize(&Device::Cpu)?.flatten_all()?.to_vec1()
         };
-        values().expect("invariant: whole blocks are dequantised")
+        values().expect("invariant: whole blocks are dequantized")
     }
 }
 

@@ -1,4 +1,4 @@
-//! OLMo 2: norms behind attention and feed-forward instead of before, and over all queries and keys. OLMo team 2025,
+//! OLMo 2: norms after attention and feed-forward instead of before, and over all queries and keys. OLMo team 2025,
 //! arXiv:2501.00656.
 
 use super::llama::LLAMA;

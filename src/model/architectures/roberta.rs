@@ -1,4 +1,4 @@
-//! RoBERTa: BERT with positions behind two rows that are not used, and another head. Liu et al. 2019, arXiv:1907.11692.
+//! RoBERTa: BERT with positions after two unused rows, and another head. Liu et al. 2019, arXiv:1907.11692.
 
 use super::bert::{BERT, ENCODER};
 use super::table::{Architecture, EncoderNames, MaskedHead};

@@ -9,31 +9,31 @@ use crate::checkpoint::Rows;
 use crate::codecs::gguf;
 
 /// The names of a family's modules, and its options; the names of tensors are these with `.weight` or `.bias`. Most families are
-/// Llama but for a few fields.
+/// Llama except for a few fields.
 #[derive(Debug)]
 pub struct Architecture {
     pub model_type: &'static str,
     /// Before the names of all modules but the head; some files leave it out.
     pub prefix: &'static str,
     pub embed_tokens: &'static str,
-    /// Linears between the embeddings and the blocks, and between these and the head, where embeddings have a width of their own.
+    /// Linears between the embeddings and the blocks, and between the blocks and the head, for embeddings of another width.
     pub embed_projections: Option<(&'static str, &'static str)>,
     /// The table of learned positions, and its row for the first token.
     pub embed_positions: Option<(&'static str, usize)>,
-    /// Of the blocks: `layers` for `model.layers.0`.
+    /// The list of blocks: `layers` for `model.layers.0`.
     pub layers: &'static str,
     pub norms: Norms,
-    /// Behind the last block.
+    /// After the last block.
     pub norm: Option<&'static str>,
-    /// Of encoders the part of the masked-language-model head that is tied to the embeddings.
+    /// For encoders, the part of the masked-language-model head that is tied to the embeddings.
     pub lm_head: &'static str,
-    /// What encoders have besides; their attention looks both ways.
+    /// The parts that only encoders have; their attention looks both ways.
     pub encoder: Option<EncoderNames>,
     /// The linears of a block without experts, in the order of the forward pass.
     pub linears: &'static [(Role, &'static str)],
-    /// What stands for the feed-forward layer in blocks with experts.
+    /// Replace the feed-forward layer in blocks with experts.
     pub experts: Option<ExpertNames>,
-    /// Of these, those that have a bias whatever the config says.
+    /// Linears that have a bias whatever the config says.
     pub biased: &'static [Role],
     /// Weights of the linears are stored (in, out), as GPT-2's Conv1D has them.
     pub is_conv1d: bool,
@@ -41,7 +41,7 @@ pub struct Architecture {
     /// Rows of a fused matrix of queries, keys and values.
     pub fused_qkv: FusedQkv,
     pub is_rotary: bool,
-    /// Which blocks have a sliding window, where the config has one and does not list them.
+    /// The blocks with a sliding window, if the config has one and does not list them.
     pub sliding: Sliding,
     /// Embeddings are multiplied by √hidden_size.
     pub scales_embeddings: bool,
@@ -69,13 +69,13 @@ pub struct EncoderNames {
 #[derive(Debug)]
 pub struct MaskedHead {
     pub dense: &'static str,
-    /// That of the blocks, if none is named.
+    /// `None`: that of the blocks.
     pub activation: Option<Activation>,
     pub norm: &'static str,
     pub bias: &'static str,
 }
 
-/// Gated feed-forward layers of which every token sees a few.
+/// Gated feed-forward layers, a few of which are active per token.
 #[derive(Debug)]
 pub struct ExpertNames {
     pub router: &'static str,
@@ -84,7 +84,7 @@ pub struct ExpertNames {
     pub linears: &'static [(Role, &'static str)],
 }
 
-/// Norms of a block by name; none where a family has none there.
+/// The norms of a block by name; `None` if a family has none there.
 #[derive(Debug)]
 pub struct Norms {
     pub before_attention: Option<&'static str>,
@@ -97,7 +97,7 @@ pub struct Norms {
 }
 
 impl Norms {
-    /// Names of those of hidden states, in the order of the forward pass.
+    /// The norms of hidden states, in the order of the forward pass.
     pub fn of_states(&self) -> impl Iterator<Item = &'static str> {
         [self.before_attention, self.after_attention, self.before_mlp, self.after_mlp].into_iter().flatten()
     }
@@ -108,7 +108,7 @@ impl Norms {
 pub struct QueryKeyNorm {
     pub query: &'static str,
     pub key: &'static str,
-    /// Over each head, or over all of them together.
+    /// Whether each head is normalized by itself.
     pub is_per_head: bool,
 }
 
@@ -121,7 +121,7 @@ pub enum FusedQkv {
     Interleaved,
 }
 
-/// Which blocks slide.
+/// The blocks with a sliding window.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Sliding {
     All,
@@ -136,7 +136,7 @@ pub enum Sliding {
 pub enum NormKind {
     /// RMSNorm (Zhang & Sennrich 2019).
     Rms,
-    /// The same, with weights stored less 1 (Gemma).
+    /// RMSNorm with weights stored less 1 (Gemma).
     RmsPlusOne,
     /// Layer norm with a bias (Ba et al. 2016).
     Layer,
@@ -177,7 +177,7 @@ impl Architecture {
         })
     }
 
-    /// Whether the weight of a module is stored as (in, out): parts of what was split never are.
+    /// Whether the weight of a module is stored as (in, out): split parts never are.
     pub fn stores_turned(&self, module: &str) -> bool {
         let id = self.split_name(module).and_then(|(prefix, ..)| self.linear_id(prefix, module));
         self.is_conv1d && id.is_some_and(|id| self.whole(id.slot.role).is_none())
@@ -221,12 +221,12 @@ impl Architecture {
         std::iter::successors(Some(self.prefix), |prefix| prefix.split_once('.').map(|(_, rest)| rest))
     }
 
-    /// The name of a module or tensor in a block, whatever is in front: what that is, the block, and the name in the block, which
-    /// begins with that of a linear.
+    /// Splits the name of a module or tensor of a block into its prefix, the number of the block, and the name in the block, which begins
+    /// with that of a linear.
     pub fn split_name<'n>(&self, name: &'n str) -> Option<(&'n str, usize, &'n str)> {
         let of_experts = self.experts.iter().map(|names| names.list);
         let begins = |rest: &str, part: &str| {
-            rest.strip_prefix(part).is_some_and(|behind| behind.is_empty() || behind.starts_with('.'))
+            rest.strip_prefix(part).is_some_and(|after| after.is_empty() || after.starts_with('.'))
         };
         name.match_indices(self.layers).find_map(|(at, layers)| {
             let prefix = name[..at].is_empty() || name[..at].ends_with('.');
@@ -237,7 +237,7 @@ impl Architecture {
         })
     }
 
-    /// The linear that a module name means, where modules have `prefix` in front.
+    /// The linear with a module name that begins with `prefix`.
     pub fn linear_id(&self, prefix: &str, module: &str) -> Option<LinearId> {
         let rest = module.strip_prefix(prefix)?.strip_prefix(self.layers)?.strip_prefix('.')?;
         let (block, name) = rest.split_once('.')?;
@@ -254,10 +254,10 @@ impl Architecture {
         Some(LinearId { block: block.parse().ok()?, slot })
     }
 
-    /// A config with our names for its fields, and with what it leaves out.
+    /// A config with our names for its fields, and with defaults for those that it leaves out.
     ///
     /// # Panics
-    /// When `defaults` is no JSON, which a test rules out.
+    /// If `defaults` is not JSON, which a test rules out.
     pub fn in_common_words(&self, config: &Map<String, Value>) -> Map<String, Value> {
         let is_given = |value: Option<&Value>| value.is_some_and(|value| !value.is_null());
         let mut fields = config.clone();
@@ -279,7 +279,7 @@ impl Architecture {
                 fields.insert(name, value);
             }
         }
-        // What is null is not given.
+        // A field that is null is absent.
         fields.retain(|_, value| !value.is_null());
         fields
     }

@@ -1,4 +1,4 @@
-//! What a config claims: its fields against each other, and its sizes against the tensors that are there.
+//! Checks of a config: its fields against each other, and its sizes against the tensors.
 
 use anyhow::{Context, Result};
 

@@ -25,7 +25,7 @@ use crate::error::Failure;
 /// A `model_type` that `lrc` writes is this prefix and the native one.
 pub const MODEL_TYPE_PREFIX: &str = "lrc_";
 
-/// What the decoder needs to know of a model. Families that call a field otherwise say so in their `Architecture::aliases`.
+/// The config of a model, as far as the decoder needs it. Other names of a field are in `Architecture::aliases` of the family.
 #[derive(Debug, Clone, Deserialize)]
 pub struct ModelConfig {
     pub model_type: String,
@@ -38,13 +38,13 @@ pub struct ModelConfig {
     head_dim: Option<usize>,
     #[serde(default)]
     pub hidden_act: Activation,
-    /// Of all norms.
+    /// ε of all norms.
     #[serde(default = "default_norm_eps")]
     pub rms_norm_eps: f64,
     max_position_embeddings: Option<f64>,
     rope_theta: Option<f64>,
     rope_scaling: Option<RopeScaling>,
-    /// Where transformers 5 keeps `rope_theta` and `rope_scaling` together.
+    /// `rope_theta` and `rope_scaling` together, as in transformers 5.
     rope_parameters: Option<RopeScaling>,
     /// θ of blocks with a sliding window.
     rope_local_base_freq: Option<f64>,
@@ -74,14 +74,14 @@ pub struct ModelConfig {
     pub mlp_bias: bool,
     #[serde(default)]
     num_experts: usize,
-    /// Experts that see a token.
+    /// Experts per token.
     #[serde(default)]
     pub num_experts_per_tok: usize,
     /// The weights of these sum to one.
     #[serde(default)]
     pub norm_topk_prob: bool,
     moe_intermediate_size: Option<usize>,
-    /// What differs in single blocks, in the schema of transformers.
+    /// Fields of single blocks, in the schema of transformers.
     #[serde(default)]
     per_layer_config: BTreeMap<usize, Override>,
     #[serde(skip)]
@@ -90,9 +90,9 @@ pub struct ModelConfig {
     decoder_sparse_step: Option<usize>,
     #[serde(default)]
     mlp_only_layers: Vec<usize>,
-    /// What the config says, which its files may belie: [`super::tie`].
+    /// What the config says; its files may contradict it, see [`super::tie`].
     pub(super) tie_word_embeddings: Option<bool>,
-    /// What changes the architecture, in ways that not every family has.
+    /// Fields that change the architecture in some families.
     is_decoder: Option<bool>,
     position_embedding_type: Option<String>,
     word_embed_proj_dim: Option<usize>,
@@ -123,7 +123,7 @@ fn fields(checkpoint: &Checkpoint) -> Map<String, Value> {
     }
 }
 
-/// Blocks of the language model, by its config: a file may hold more, as those that predict several tokens do.
+/// Blocks of the language model by its config; a file may hold more, for models that predict several tokens.
 pub fn n_blocks(checkpoint: &Checkpoint) -> Option<usize> {
     usize::try_from(fields(checkpoint).get("num_hidden_layers")?.as_u64()?).ok()
 }
@@ -156,7 +156,7 @@ pub fn native_config(config: &Map<String, Value>) -> Map<String, Value> {
     native
 }
 
-/// Tokens in a window where neither the user, a convention nor the config says; that of lm-evaluation-harness.
+/// Tokens in a window if neither the user, a convention nor the config decides; the default of lm-evaluation-harness.
 const DEFAULT_CONTEXT: usize = 2048;
 
 /// Tokens in a window: as `asked`, else `default`, at most the model's context. Longer windows are run, with a warning.
@@ -248,9 +248,9 @@ impl ModelConfig {
         }
     }
 
-    /// Positions that the model was made for, where its config says.
+    /// Positions that the model was made for, if its config says.
     fn context(&self, architecture: &Architecture) -> Option<usize> {
-        // Encoders count the rows of their table that stand for no position.
+        // Encoders count the unused rows of their table.
         let unused = architecture.encoder.as_ref().and(architecture.embed_positions).map_or(0, |(_, first)| first);
         self.max_position_embeddings.map(|n| (n as usize).saturating_sub(unused))
     }
@@ -262,7 +262,7 @@ impl ModelConfig {
         Widths { num_experts, ..widths }
     }
 
-    /// Those of all blocks, as far as they differ.
+    /// The widths of all blocks.
     pub fn block_widths(&self) -> &BlockWidths {
         &self.widths
     }
@@ -291,7 +291,7 @@ impl ModelConfig {
     }
 }
 
-/// By how much the rotary frequencies of a model are divided, where that differs from frequency to frequency.
+/// The divisors of the rotary frequencies of a model, if they differ among frequencies.
 pub fn rope_factors(checkpoint: &Checkpoint) -> Option<Vec<f32>> {
     let rope = ModelConfig::of(checkpoint).ok()?.0.rope();
     if rope.rope_type() != "llama3" {

@@ -35,7 +35,7 @@ impl ModelConfig {
         self.rope_settings(self.rope_theta, self.global_scaling())
     }
 
-    /// That of blocks with a sliding window, if they have their own.
+    /// The rotary embedding of blocks with a sliding window, if they have their own.
     pub fn local_rope(&self) -> Option<RopeSettings> {
         if let Some(scaling) = self.rope_parameters.as_ref().filter(|scaling| scaling.is_by_kind()) {
             return Some(self.rope_settings(self.rope_local_base_freq, scaling.sliding_attention.as_deref()));
@@ -43,7 +43,7 @@ impl ModelConfig {
         self.rope_local_base_freq.map(|theta| self.rope_settings(Some(theta), None))
     }
 
-    /// Which rotary embedding a block has, if any.
+    /// The kind of rotary embedding of a block, if any.
     pub fn rope_kind(&self, architecture: &Architecture, block_idx: usize) -> Option<RopeKind> {
         let is_without = match (&self.no_rope_layers, self.no_rope_layer_interval) {
             (Some(layers), _) => layers.get(block_idx) == Some(&0),
