@@ -503,8 +503,7 @@ fn tensors_that_a_config_asks_for_are_named_where_they_are_absent() {
         absent.iter().for_each(|(from, to)| broken.edit_header(from, to));
         let (model, out) = (broken.model(), broken.folder.path().join("out"));
         let out = ["-o", path(&out)];
-        let parts =
-            [parts, &["is incomplete", "in no weight file", "hint: check that all shards are there"]].concat();
+        let parts = [parts, &["is incomplete", "in no weight file", "hint: check that all shards are there"]].concat();
         for command in [
             &["compress", path(&model), "--keep", "0.8"][..],
             &["compress", path(&model), "--keep", "0.8", "--dry-run"],

@@ -34,7 +34,7 @@ pub struct Attention {
 #[derive(Debug, Clone)]
 pub(super) enum Qkv {
     Apart { q_proj: Linear, k_proj: Linear, v_proj: Linear },
-    Fused { qkv_proj: Linear, order: FusedQkv },
+    Fused { qkv_proj: Linear, rows: FusedQkv },
 }
 
 /// How scores become weights, apart from softmax.
@@ -82,9 +82,9 @@ impl Scoring {
 impl Qkv {
     /// # Errors
     /// The error of `load`.
-    pub fn load(has: impl Fn(Role) -> bool, load: impl Fn(Role) -> Result<Linear>, order: FusedQkv) -> Result<Self> {
+    pub fn load(has: impl Fn(Role) -> bool, load: impl Fn(Role) -> Result<Linear>, rows: FusedQkv) -> Result<Self> {
         Ok(if has(Role::QkvProj) {
-            Self::Fused { qkv_proj: load(Role::QkvProj)?, order }
+            Self::Fused { qkv_proj: load(Role::QkvProj)?, rows }
         } else {
             Self::Apart { q_proj: load(Role::QProj)?, k_proj: load(Role::KProj)?, v_proj: load(Role::VProj)? }
         })
@@ -104,12 +104,12 @@ impl Qkv {
         let (batch, n_tokens, _) = x.dims3()?;
         match self {
             Self::Apart { q_proj, k_proj, v_proj } => Ok([q_proj.forward(x)?, k_proj.forward(x)?, v_proj.forward(x)?]),
-            Self::Fused { qkv_proj, order: FusedQkv::Concatenated } => {
+            Self::Fused { qkv_proj, rows: FusedQkv::Concatenated } => {
                 let y = qkv_proj.forward(x)?;
                 let [q, k, v] = heads.map(|n| n * head_dim);
                 Ok([y.narrow(2, 0, q)?, y.narrow(2, q, k)?, y.narrow(2, q + k, v)?])
             }
-            Self::Fused { qkv_proj, order: FusedQkv::Interleaved } => {
+            Self::Fused { qkv_proj, rows: FusedQkv::Interleaved } => {
                 let y = qkv_proj.forward(x)?.reshape((batch, n_tokens, heads[0], 3, head_dim))?;
                 let part = |i: usize| -> Result<Tensor> { Ok(y.narrow(3, i, 1)?.reshape((batch, n_tokens, ()))?) };
                 Ok([part(0)?, part(1)?, part(2)?])

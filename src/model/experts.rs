@@ -73,9 +73,9 @@ impl Experts {
     fn pick(&self, shares: &Tensor) -> Result<Routes> {
         let mut routes = vec![Vec::new(); self.experts.len()];
         for (token, shares) in shares.to_dtype(DType::F32)?.to_vec2::<f32>()?.into_iter().enumerate() {
-            let mut order: Vec<usize> = (0..shares.len()).collect();
-            order.sort_by(|&i, &j| shares[j].total_cmp(&shares[i]));
-            order.into_iter().take(self.n_active).for_each(|expert| routes[expert].push(token as u32));
+            let mut by_share: Vec<usize> = (0..shares.len()).collect();
+            by_share.sort_by(|&i, &j| shares[j].total_cmp(&shares[i]));
+            by_share.into_iter().take(self.n_active).for_each(|expert| routes[expert].push(token as u32));
         }
         Ok(routes)
     }
