@@ -363,7 +363,7 @@ fn broken_codes_are_an_error_that_names_them() {
     compress(&out, &["--quant", "rtn-int4-g32"]);
     let config = out.join("config.json");
     let text = std::fs::read_to_string(&config).unwrap();
-    for (from, to, expected) in [("int4-g32", "int3-g32", "codes"), ("int4-g32", "int9", "no scheme")] {
+    for (from, to, expected) in [("int4-g32", "int3-g32", "codes"), ("int4-g32", "int9", "not a known scheme")] {
         std::fs::write(&config, text.replace(from, to)).unwrap();
         let run = lrc(&["inspect", path(&out)]);
         assert!(

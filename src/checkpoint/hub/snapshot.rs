@@ -36,8 +36,8 @@ const WANTED: &[&str] = &[
     "lrc-curves.arrays",
     "[0-9]*_*/*",
 ];
-/// Exports to other runtimes, states of training, and second copies of the weights: in folders other than numbered modules, or
-/// in Mistral's own form.
+/// Exports to other runtimes, training states, and second copies of the weights: in folders other than numbered modules, or in the
+/// form of their publisher.
 const UNWANTED: &[&str] = &[
     "onnx/*",
     "openvino/*",

@@ -359,6 +359,26 @@ mod tests {
 
     proptest::proptest! {
         #[test]
+        fn headers_survive_a_round_trip(texts in proptest::collection::vec("[a-zß.]{0,9}", 0..4),
+                                        numbers in proptest::collection::vec(proptest::prelude::any::<i32>(), 0..4),
+                                        shapes in proptest::collection::vec(proptest::collection::vec(1usize..9, 1..5), 0..5)) {
+            let metadata = [
+                ("texts".to_string(), Value::Texts(texts)),
+                ("numbers".into(), Value::I32s(numbers.clone())),
+                ("floats".into(), Value::F32s(numbers.iter().map(|&n| n as f32).collect())),
+                ("bool".into(), Value::Bool(numbers.is_empty())),
+            ];
+            let element = Element::Plain(Dtype::F16);
+            let tensor = |(i, shape): (usize, Vec<usize>)| GgufTensor { name: format!("t.{i}"), element, shape };
+            let tensors: Vec<GgufTensor> = shapes.into_iter().enumerate().map(tensor).collect();
+            let (file, offsets) = write(&metadata, &tensors);
+            let header = read(&file).unwrap();
+            let found = header.tensors.iter().map(|t| (t.name.as_str(), &t.shape, t.type_id, header.data_begin + t.offset));
+            let expected = tensors.iter().zip(&offsets).map(|(t, &at)| (t.name.as_str(), &t.shape, element.type_id(), at));
+            proptest::prop_assert!(found.eq(expected));
+        }
+
+        #[test]
         fn damaged_headers_never_panic(noise in proptest::collection::vec(proptest::prelude::any::<(usize, u8)>(), 1..6)) {
             let mut bytes = file("general.alignment", kind::U32, &64u32.to_le_bytes());
             for (at, byte) in noise {
