@@ -693,3 +693,24 @@ fn check_the_rest(family: &str, source: &Path, output: &Path) {
     };
     assert_eq!(has_head(&before), has_head(&after), "{family}: what is tied stays tied");
 }
+
+/// What is known of a family is in its table: files and byte layouts are the same for all.
+#[test]
+fn checkpoints_and_codecs_name_no_family() {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut paths = vec![source.join("checkpoint"), source.join("codecs")];
+    let mut n_files = 0;
+    while let Some(path) = paths.pop() {
+        if path.is_dir() {
+            paths.extend(std::fs::read_dir(path).unwrap().map(|entry| entry.unwrap().path()));
+            continue;
+        }
+        n_files += 1;
+        let text = std::fs::read_to_string(&path).unwrap();
+        let words: Vec<&str> = text.split(|c: char| !c.is_alphanumeric() && c != '_' && c != '.').collect();
+        for family in architectures::known_types() {
+            assert!(!words.iter().any(|word| word.eq_ignore_ascii_case(family)), "{} names `{family}`", path.display());
+        }
+    }
+    assert!(n_files > 40);
+}
