@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 pub struct Family {
     /// `general.architecture`.
     pub architecture: &'static str,
-    /// (module of the checkpoint, module of the file), with `{}` for the number of the block; searched before [`COMMON_NAMES`].
+    /// (module of the checkpoint, module of the file), with `{}` for the number of the block; searched before the names that all families share.
     pub names: &'static [(&'static str, &'static str)],
     /// A prefix of module names that early files of the family leave out.
     pub optional_prefix: Option<&'static str>,
