@@ -3,6 +3,7 @@
 //! | room | what it knows |
 //! |---|---|
 //! | [`checkpoint`] | files on disk: names, dtypes, shapes, bytes |
+//! | [`codecs`] | byte layouts of quantized weights: the reader and the writer of each |
 //! | [`model`] | what the tensors mean; a decoder that runs a block at a time |
 //! | [`text`] | a model's tokenizer, windows of tokens |
 //! | [`calibrate`] | what flows through the linears |
@@ -20,6 +21,7 @@ pub mod approx;
 pub mod calibrate;
 pub mod checkpoint;
 pub mod cli;
+pub mod codecs;
 pub mod compress;
 pub mod error;
 pub mod eval;

@@ -312,7 +312,7 @@ fn things_that_are_not_checkpoints() {
     broken.check(4, &["not in safetensors form"]);
     std::fs::remove_file(empty.join("pytorch_model.bin")).unwrap();
     std::fs::write(empty.join("model.safetensors"), "{}").unwrap();
-    broken.check(4, &["is no safetensors file, but a text"]);
+    broken.check(4, &["is not a safetensors file but a text"]);
     std::fs::write(empty.join("model.safetensors"), [1, 2, 3]).unwrap();
     broken.check(4, &["truncated"]);
     let run = lrc(&["inspect", "no/such/folder"]);
@@ -482,7 +482,7 @@ fn a_config_with_more_blocks_than_the_file_is_named() {
     broken.edit_config("\"num_hidden_layers\": 4", "\"num_hidden_layers\": 6");
     let (model, out) = (broken.model(), broken.folder.path().join("out"));
     let out = ["-o", path(&out)];
-    let parts = ["half a checkpoint", "4 of the 6 blocks", "no block 4", "hint: check that all shards are there"];
+    let parts = ["is incomplete", "4 of the 6 blocks", "no block 4", "hint: check that all shards are there"];
     for command in [
         &["compress", path(&model), "--keep", "0.8"][..],
         &["compress", path(&model), "--keep", "0.8", "--calibration", TRAIN],
@@ -503,8 +503,7 @@ fn tensors_that_a_config_asks_for_are_named_where_they_are_absent() {
         absent.iter().for_each(|(from, to)| broken.edit_header(from, to));
         let (model, out) = (broken.model(), broken.folder.path().join("out"));
         let out = ["-o", path(&out)];
-        let parts =
-            [parts, &["half a checkpoint", "in no weight file", "hint: check that all shards are there"]].concat();
+        let parts = [parts, &["is incomplete", "in no weight file", "hint: check that all shards are there"]].concat();
         for command in [
             &["compress", path(&model), "--keep", "0.8"][..],
             &["compress", path(&model), "--keep", "0.8", "--dry-run"],
@@ -515,7 +514,7 @@ fn tensors_that_a_config_asks_for_are_named_where_they_are_absent() {
             broken.check_one(&[command, &out].concat(), 4, &parts);
         }
         let told = ok(&["inspect", path(&model)]).stderr;
-        assert!(told.contains("half a checkpoint") && told.contains(parts[0]), "{told}");
+        assert!(told.contains("is incomplete") && told.contains(parts[0]), "{told}");
     };
     check(
         &[("model.layers.1.mlp.down_proj.weight", "model.layers.1.mlp.dawn_proj.weight")],
@@ -541,7 +540,7 @@ fn tensors_that_a_config_asks_for_are_named_where_they_are_absent() {
     broken.edit_config("\"llama\"", "\"no_such_family\"");
     let out = broken.folder.path().join("out");
     let run = ok(&["compress", path(&broken.model()), "--keep", "0.8", "-o", path(&out)]);
-    assert!(!run.stderr.contains("half a checkpoint"), "{}", run.stderr);
+    assert!(!run.stderr.contains("is incomplete"), "{}", run.stderr);
 }
 
 /// A model that is saved without its head is whole.
@@ -552,7 +551,7 @@ fn a_head_may_be_absent_without_a_text() {
     broken.edit_header("\"lm_head.weight", "\"lm_heed.weight");
     let out = broken.folder.path().join("out");
     let run = ok(&["compress", path(&broken.model()), "--keep", "0.8", "-o", path(&out)]);
-    assert!(!run.stderr.contains("half a checkpoint"), "{}", run.stderr);
+    assert!(!run.stderr.contains("is incomplete"), "{}", run.stderr);
 }
 
 #[test]
@@ -676,8 +675,8 @@ fn settings_of_a_quantiser_are_found_where_other_tools_have_them() {
         let out = broken.folder.path().join("out");
         broken.check_one(&["export", path(&broken.model()), "--format", "dense", "-o", path(&out)], 4, parts);
     };
-    check("quantize_config.json", &|settings| settings["bits"] = 3.into(), &["quantised by gptq, 3 bits", "hint:"]);
-    check("quant_config.json", &|_| {}, &["quantised by awq", "hint:"]);
-    check("hf_quant_config.json", &|_| {}, &["quantised by modelopt", "hint:"]);
-    check("elsewhere.json", &|_| {}, &[".qweight`", "packed by a quantiser", "hint: get `quantize_config.json`"]);
+    check("quantize_config.json", &|settings| settings["bits"] = 3.into(), &["quantized by gptq, 3 bits", "hint:"]);
+    check("quant_config.json", &|_| {}, &["quantized by awq", "hint:"]);
+    check("hf_quant_config.json", &|_| {}, &["quantized by modelopt", "hint:"]);
+    check("elsewhere.json", &|_| {}, &[".qweight`", "packed by a quantizer", "hint: get `quantize_config.json`"]);
 }

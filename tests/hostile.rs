@@ -163,12 +163,12 @@ fn files_under_a_wrong_name_are_called_what_they_are() {
             &["compress", path(&model), "-o", path(&out), "--keep", "0.8"],
             &["eval", path(&model), "--text", HELD_OUT],
         ] {
-            let expected = format!("model.safetensors` is no safetensors file, but {what}");
+            let expected = format!("model.safetensors` is not a safetensors file but {what}");
             refused(&lrc(args), 4, &[&expected, &format!("hint: {hint}")]);
         }
         let gguf = folder.path().join("m.gguf");
         std::fs::write(&gguf, bytes).unwrap();
-        let (found, parts) = (lrc(&["inspect", path(&gguf)]), format!("m.gguf` is no GGUF file, but {what}"));
+        let (found, parts) = (lrc(&["inspect", path(&gguf)]), format!("m.gguf` is not a GGUF file but {what}"));
         if what == "a GGUF file" {
             refused(&found, 4, &["m.gguf"])
         } else {
@@ -185,12 +185,12 @@ fn files_under_a_wrong_name_are_called_what_they_are() {
     }
     std::fs::write(model.join("model.gguf"), safetensors).unwrap();
     let run = lrc(&["inspect", path(&model.join("model.gguf"))]);
-    refused(&run, 4, &["model.gguf` is no GGUF file, but a safetensors file", "ends in `.safetensors`"]);
+    refused(&run, 4, &["model.gguf` is not a GGUF file but a safetensors file", "ends in `.safetensors`"]);
     // Statistics are such a file as well.
     let statistics = folder.path().join("stats.safetensors");
     std::fs::write(&statistics, ZIP).unwrap();
     let args = ["compress", FIXTURE, "-o", path(&out), "--keep", "0.8", "--statistics", path(&statistics)];
-    refused(&lrc(&args), 4, &["stats.safetensors` is no safetensors file, but a zip archive"]);
+    refused(&lrc(&args), 4, &["stats.safetensors` is not a safetensors file but a zip archive"]);
 }
 
 /// A change of the entry of a tensor in a GGUF header: its bytes from the number of dimensions on.
@@ -229,7 +229,7 @@ fn tensors_of_a_gguf_file_have_places_of_their_own() {
             &["eval", path(&out), "--text", HELD_OUT],
             &["export", path(&out), "--format", "dense", "-o", path(&next)],
         ] {
-            refused(&lrc(args), 4, &["model.gguf` is no GGUF file that can be read", expected, "hint: "]);
+            refused(&lrc(args), 4, &["model.gguf` cannot be read as a GGUF file", expected, "hint: "]);
         }
     }
 }

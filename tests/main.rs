@@ -24,3 +24,4 @@ mod resume;
 mod sentence;
 mod stacks;
 mod terminal;
+mod widths;

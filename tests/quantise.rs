@@ -220,7 +220,7 @@ fn every_format_is_the_same_model() {
             let run = lrc(&["export", path(&at(from)), "--format", to, "-o", path(&out), "--force", "-q"]);
             // A dense base has lost its codes, and pure dense has nothing left to be refused.
             if from == "peft" && matches!(to, "compressed-tensors" | "gptq") {
-                assert!(run.code == 4 && run.stderr.contains("not quantised in groups"), "{}", run.stderr);
+                assert!(run.code == 4 && run.stderr.contains("not quantized in groups"), "{}", run.stderr);
                 continue;
             }
             assert_eq!(run.code, 0, "{from} to {to}: {}", run.stderr);
@@ -280,7 +280,7 @@ fn what_a_loader_would_misread_is_refused_before_any_work() {
         (&["--quant", "rtn-int2-g32", "--format", "gptq"], 4, "2 bits"),
         (&["--quant", "nf4", "--format", "gptq"], 4, "not nf4"),
         (&["--quant", "rtn-int4-g64", "--format", "compressed-tensors"], 4, "do not divide 96 inputs"),
-        (&["--quant", "q4_0", "--format", "compressed-tensors"], 4, "not quantised in groups"),
+        (&["--quant", "q4_0", "--format", "compressed-tensors"], 4, "not quantized in groups"),
         (&["--quant", "q4_0"], 4, "block type of llama.cpp"),
         (&["--quant", "rtn-int4-g128", "--format", "gptq"], 4, "24 linears have 4 bits in groups of a whole row"),
         (&["--quant", "nf4", "--format", "gguf"], 4, "no block type"),
@@ -297,7 +297,7 @@ fn what_a_loader_would_misread_is_refused_before_any_work() {
         (&["--quant", "gptq-int4"], 2, "needs `--calibration"),
         (&["--quant", "rtn-int2", "--bits", "1.5"], 2, "are the least"),
         (&["--bits", "3", "--keep", "0.5"], 2, "cannot be used with"),
-        (&["--quant", "int5"], 2, "is no quantiser"),
+        (&["--quant", "int5"], 2, "is not a quantizer"),
     ];
     for (flags, code, expected) in cases {
         let run = lrc(&[&["compress", FIXTURE, "-o", path(&out)], *flags].concat());
@@ -363,7 +363,7 @@ fn broken_codes_are_an_error_that_names_them() {
     compress(&out, &["--quant", "rtn-int4-g32"]);
     let config = out.join("config.json");
     let text = std::fs::read_to_string(&config).unwrap();
-    for (from, to, expected) in [("int4-g32", "int3-g32", "codes"), ("int4-g32", "int9", "no scheme")] {
+    for (from, to, expected) in [("int4-g32", "int3-g32", "codes"), ("int4-g32", "int9", "not a known scheme")] {
         std::fs::write(&config, text.replace(from, to)).unwrap();
         let run = lrc(&["inspect", path(&out)]);
         assert!(

@@ -310,7 +310,10 @@ fn modules_that_are_not_run_are_named() {
     let run = check("class", &|f| f["modules.json"][2]["type"] = class.into(), 0, class);
     assert_eq!(run.json()["pooling"], "mean", "what stands before it is compared");
     let no_pooling = |f: &mut Value| f["modules.json"][1]["type"] = class.into();
-    assert_eq!(check("no-pooling", &no_pooling, 0, "names no pooling").json()["pooling"], "pooler");
+    assert_eq!(
+        check("no-pooling", &no_pooling, 0, "does not list a transformer and a pooling").json()["pooling"],
+        "pooler"
+    );
     let residual = |f: &mut Value| f["2_Dense/config.json"]["use_residual"] = true.into();
     check("residual", &residual, 0, "`2_Dense`: it is not a plain linear");
     let mode = |f: &mut Value| f["1_Pooling/config.json"] = json!({ "pooling_mode": "median" });

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use thiserror::Error;
 
 use super::magic::{Kind, WEIGHTS};
-use super::{INDEX_FILE, place};
+use super::paths::{INDEX_FILE, folder_of};
 
 /// Why a checkpoint could not be read or written.
 #[derive(Debug, Error)]
@@ -20,10 +20,10 @@ pub enum CheckpointError {
     #[error("`{}` is {kind}, not a file", path.display())]
     NotAFile { path: PathBuf, kind: &'static str },
 
-    #[error("`{}` is a Git LFS pointer: the file that it stands for was not downloaded", path.display())]
+    #[error("`{}` is a Git LFS pointer: the file itself was not downloaded", path.display())]
     LfsPointer { path: PathBuf },
 
-    #[error("`{}` is no {expected}, but {}", path.display(), found.what)]
+    #[error("`{}` is not a {expected} but {}", path.display(), found.what)]
     WrongKind { path: PathBuf, expected: &'static str, found: &'static Kind },
 
     #[error("`{entry}` in `{}` is {found}, and this lrc knows {known}", path.display())]
@@ -50,7 +50,7 @@ pub enum CheckpointError {
     #[error("`{}` has a header that cannot be parsed: {reason}", path.display())]
     Header { path: PathBuf, reason: String },
 
-    #[error("`{}` is no GGUF file that can be read: {reason}", path.display())]
+    #[error("`{}` cannot be read as a GGUF file: {reason}", path.display())]
     GgufHeader { path: PathBuf, reason: String },
 
     #[error("tensor `{tensor}` in `{}` has data offsets [{begin}, {end}], outside of the {available} bytes of data", path.display())]
@@ -62,7 +62,7 @@ pub enum CheckpointError {
     #[error("tensor `{tensor}` in `{}` has {found} bytes, {needs}", path.display())]
     TensorSize { path: PathBuf, tensor: String, found: u64, needs: String },
 
-    #[error("tensor `{tensor}` stands in both `{}` and `{}`", first.display(), second.display())]
+    #[error("tensor `{tensor}` is defined in both `{}` and `{}`", first.display(), second.display())]
     DuplicateTensor { tensor: String, first: PathBuf, second: PathBuf },
 
     #[error("`{}` cannot be parsed: {reason}", path.display())]
@@ -71,7 +71,7 @@ pub enum CheckpointError {
     #[error("`{}` names shard `{shard}`, which is not in the folder", path.display())]
     MissingShard { path: PathBuf, shard: String },
 
-    #[error("`{}` is one of {count} shards, and half a model without the others", path.display())]
+    #[error("`{}` is only one of {count} shards of a model", path.display())]
     LoneShard { path: PathBuf, count: usize },
 
     #[error("`{}` names {found} shards, but `{}` is one of {count}", path.display(), first.display())]
@@ -92,9 +92,9 @@ pub enum CheckpointError {
     #[error("tensor `{tensor}` in `{}` has dtype {dtype}, expected F32, F16 or BF16", path.display())]
     Dtype { path: PathBuf, tensor: String, dtype: String },
 
-    #[error("`{}` is quantised by {method}, which lrc does not read", path.display())]
-    Quantised { path: PathBuf, method: String },
-    #[error("tensor `{tensor}` in `{}` is packed by a quantiser, and no file there says which", path.display())]
+    #[error("`{}` is quantized by {method}, which lrc does not read", path.display())]
+    Quantized { path: PathBuf, method: String },
+    #[error("tensor `{tensor}` in `{}` is packed by a quantizer, and no file in the folder says which", path.display())]
     Packed { path: PathBuf, tensor: String },
 
     #[error("tensor `{tensor}` in `{}` cannot be decoded: {reason}", path.display())]
@@ -159,7 +159,7 @@ impl CheckpointError {
             WrongKind { found, .. } => found.hint(&WEIGHTS),
             Newer { .. } => "a newer lrc wrote it: update lrc, or write it again with this one".into(),
             ForeignGguf { .. } => "give the Hugging Face checkpoint that it was converted from".into(),
-            ConfigEntry { .. } => "the output was changed or damaged after it was written; make it again".into(),
+            ConfigEntry { .. } => "the output was changed or damaged after it was written; write it again".into(),
             Truncated { .. } | HeaderLength { .. } | TrailingBytes { .. } => "download the file again; an interrupted copy looks like this".into(),
             Header { .. } | OffsetsOutOfRange { .. } | OffsetsNotContiguous { .. } | TensorSize { .. } => {
                 "the file is damaged or was not written by a safetensors library; get it again from its source".into()
@@ -170,8 +170,8 @@ impl CheckpointError {
             MissingShard { .. } | FewShards { .. } | TensorAbsentFromShard { .. } => {
                 "the download is incomplete: get the missing shard, or download the repository again".into()
             }
-            LoneShard { path, .. } if place::folder_of(path).join(INDEX_FILE).is_file() => {
-                format!("give the folder of all shards, `{}`", place::folder_of(path).display())
+            LoneShard { path, .. } if folder_of(path).join(INDEX_FILE).is_file() => {
+                format!("give the folder of all shards, `{}`", folder_of(path).display())
             }
             LoneShard { .. } => format!("the download is incomplete: get the other shards and `{INDEX_FILE}`, and give the folder"),
             ShardOutside { .. } => "an index may only name files beside itself; do not use this checkpoint".into(),
@@ -180,8 +180,8 @@ impl CheckpointError {
             }
             TensorAbsent { .. } => "check that all shards are there and that `model_type` in `config.json` is right".into(),
             Shape { fields, .. } => format!("check {fields} in `config.json`"),
-            Dtype { .. } => "quantised checkpoints must be dequantised first; give the original 16- or 32-bit weights".into(),
-            Quantised { .. } => {
+            Dtype { .. } => "dequantize quantized checkpoints first, or give the original 16- or 32-bit weights".into(),
+            Quantized { .. } => {
                 "give the original 16- or 32-bit checkpoint; lrc reads its own formats, symmetric compressed-tensors and GPTQ".into()
             }
             Packed { .. } => {
@@ -194,24 +194,24 @@ impl CheckpointError {
             FileExists { .. } => "choose another name, or replace the file with `--force`".into(),
             OutputUnusable { .. } => "choose a name that is free, or for a folder one that is empty".into(),
             Strangers { .. } => "move it elsewhere, or choose another folder; `--force` replaces what lrc wrote and nothing else".into(),
-            StrangeWork { work, .. } => format!("lrc follows no links there; remove `{}` if nobody needs it", work.display()),
+            StrangeWork { work, .. } => format!("lrc does not follow links there; remove `{}` if nobody needs it", work.display()),
             NotMoved { path, .. } => format!("nothing is lost: `{}` is whole, and can be moved by hand", path.display()),
             OutputBusy { path } => format!("wait for the other run; if there is none, remove `{}`", path.display()),
             Unfinished { path } => format!("finish it with the command that began it, or remove `{}`", path.display()),
-            OtherJob { .. } => "go on with the arguments and the source of that run, or begin anew with `--restart`".into(),
+            OtherJob { .. } => "resume it with its own arguments and source, or discard it with `--restart`".into(),
             NoSpace { .. } => "free some space, or write to another disk".into(),
             Hub { network: true, .. } => {
                 "check the network, `HF_ENDPOINT` and `HF_HUB_OFFLINE`; if a folder was meant, there is none of this name".into()
             }
             Hub { .. } => "check the path, or the name and `--revision`; private and gated repositories need `HF_TOKEN`".into(),
-            HubUntrusted { .. } => "check `HF_ENDPOINT`, and tell who runs that server; what it sent was not kept".into(),
+            HubUntrusted { .. } => "check `HF_ENDPOINT`, and report this to whoever runs that server; nothing that it sent was kept".into(),
             Revision { .. } => "give letters, digits and `._/-`, without `..`; as `main`, `v1.0` or `refs/pr/5`".into(),
             HubDisabled { .. } => "check the path, or build with `--features hub`".into(),
             Io { .. } => return None,
         })
     }
 
-    /// True when the machine, not the input, is at fault: disk, memory, network.
+    /// True when the machine, not the input, is the cause: disk, memory, network.
     pub fn is_resource(&self) -> bool {
         match self {
             Self::NoSpace { .. }
@@ -223,12 +223,12 @@ impl CheckpointError {
         }
     }
 
-    /// True when a number is at fault.
+    /// True when a number is the cause.
     pub fn is_numeric(&self) -> bool {
         matches!(self, Self::NonFinite { .. } | Self::Overflow { .. })
     }
 
-    /// True when the command itself is at fault.
+    /// True when the command itself is the cause.
     pub fn is_usage(&self) -> bool {
         use CheckpointError::*;
         matches!(
@@ -245,7 +245,7 @@ impl CheckpointError {
     }
 }
 
-/// How many there are besides the one that is named, in words.
+/// The count of those that are not named.
 fn more(others: usize) -> String {
     if others == 0 { String::new() } else { format!(" and {others} more") }
 }

@@ -1,59 +1,59 @@
-//! The output folder that appears whole or not at all, and what is left of it when a run is killed.
+//! The output folder, which appears whole or not at all, and what a killed run leaves of it.
 //!
 //! ```text
 //! OUT.partial/lock      held by the run that writes
 //! OUT.partial/output/   becomes OUT
 //! OUT.partial/scratch/  files of this run alone
-//! OUT.partial/job.json  which run it is, where it can be gone on with, and
+//! OUT.partial/job.json  which run it is, if it can be resumed
 //! OUT.partial/pieces/   what it has finished
 //! ```
 //!
-//! A folder that has to stay where it is (see [`place::work_of`]) has all of that inside, in `OUT/.lrc-partial`, and finished files
-//! are moved up (see [`moving`]).
+//! A folder that has to stay where it is (see [`place::work_of`]) has all of that in `OUT/.lrc-partial`, and finished files are moved
+//! up (see [`moving`]).
 
 use std::fs::{self, File};
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use rayon::prelude::*;
 use serde_json::Value;
 
 use super::error::{CheckpointError, io};
 use super::job::compare;
 use super::moving::{self, rename, write_whole};
-use super::place::{self, WITHIN, create_file, open_to_write};
-use super::reader::expect_file;
+use super::paths::file_name;
+use super::place::{self, WITHIN, open_to_write};
+use super::strangers;
 use super::unfinished::Unfinished;
-use super::{Fingerprint, sha256_file, strangers};
+use super::work::{JOB, LOCK, OUTPUT, PIECES, SCRATCH, replaced_of};
 
 type Result<T, E = CheckpointError> = std::result::Result<T, E>;
 
-/// An output folder under construction, of which [`OutputFolder::finish`] makes the output; removed when dropped.
+/// An output folder under construction; removed when dropped, unless [`OutputFolder::finish`] made it the output.
 #[derive(Debug)]
 pub struct OutputFolder {
-    target: PathBuf,
-    partial: PathBuf,
-    /// The file that an output has, and a part of one does not.
-    mark: String,
+    pub(super) target: PathBuf,
+    pub(super) partial: PathBuf,
+    /// The file that only a complete output has.
+    pub(super) mark: String,
     /// Held as long as the folder is written.
     _lock: File,
-    force: bool,
-    is_kept: bool,
-    unfinished: Unfinished,
+    pub(super) force: bool,
+    pub(super) is_kept: bool,
+    pub(super) unfinished: Unfinished,
 }
 
-pub(super) const LOCK: &str = "lock";
-pub(super) const OUTPUT: &str = "output";
-pub(super) const SCRATCH: &str = "scratch";
-pub(super) const JOB: &str = "job.json";
-pub(super) const PIECES: &str = "pieces";
+/// Whether the remains of an earlier run are used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Earlier {
+    Resumed,
+    Discarded,
+}
 
 impl OutputFolder {
     /// Checks that `target` may be written, before any work.
     ///
     /// # Errors
-    /// It exists and `force` is false, or it exists and is not an output of `lrc` (`mark` is a file that those have) or holds more
-    /// than that, or it can be no folder. One that is empty may be written.
+    /// It exists and `force` is false, or it exists and is not an output of `lrc` (which has a file `mark`) or holds other files, or it
+    /// cannot be a folder. An empty folder may be written.
     pub fn check(target: &Path, force: bool, mark: &str) -> Result<()> {
         Self::expect_free(&place::named(target), force, mark)
     }
@@ -64,7 +64,7 @@ impl OutputFolder {
         place::refuse_links(&partial)?;
         strangers::refuse_in_work(target, &partial)?;
         if force {
-            strangers::refuse_in_replaced(target, &strangers::replaced_of(&partial), mark)?;
+            strangers::refuse_in_replaced(target, &replaced_of(&partial), mark)?;
         }
         if !is_there {
             return Ok(());
@@ -83,11 +83,10 @@ impl OutputFolder {
         Err(if is_ours { CheckpointError::OutputExists { path: target.into() } } else { place::foreign(target) })
     }
 
-    /// Begins an output, replacing what a killed run left of it.
+    /// Begins an output, and discards the remains of a killed run.
     ///
     /// # Errors
-    /// `target` may not be written (see [`Self::check`]), another run writes it, an unfinished run could still be gone on with,
-    /// or the disk refuses.
+    /// `target` may not be written (see [`Self::check`]), another run writes it, or an unfinished run could still be resumed.
     pub fn create(target: &Path, force: bool, mark: &str) -> Result<Self> {
         let target = &place::named(target);
         Self::expect_free(target, force, mark)?;
@@ -98,21 +97,20 @@ impl OutputFolder {
         if partial.join(JOB).is_file() {
             return Err(CheckpointError::Unfinished { path: partial });
         }
-        Self::begin(target, force, mark, partial, true)
+        Self::begin(target, force, mark, partial, Earlier::Discarded)
     }
 
-    /// Begins the output of `job`, or goes on with it where a run of the same job was stopped; with `restart` what it left is
-    /// thrown away.
+    /// Begins the output of `job`, or resumes it where a run of the same job was stopped.
     ///
     /// # Errors
     /// As [`Self::create`], or what is there belongs to another job.
-    pub fn resume(target: &Path, force: bool, mark: &str, job: &Value, restart: bool) -> Result<Self> {
+    pub fn resume(target: &Path, force: bool, mark: &str, job: &Value, earlier: Earlier) -> Result<Self> {
         let target = &place::named(target);
         Self::expect_free(target, force, mark)?;
         let partial = place::work_of(target);
         let path = partial.join(JOB);
-        let found = fs::read(&path).ok().filter(|_| !restart);
-        // A description that a power cut tore is of nobody's.
+        let found = fs::read(&path).ok().filter(|_| earlier == Earlier::Resumed);
+        // A job file truncated by a power cut matches no job.
         let found: Option<Value> = found.and_then(|bytes| serde_json::from_slice(&bytes).ok());
         let mut differences = Vec::new();
         if let Some(found) = &found {
@@ -126,7 +124,8 @@ impl OutputFolder {
         if !differences.is_empty() {
             return Err(CheckpointError::OtherJob { path: partial, differences: differences.join(", ") });
         }
-        let folder = Self::begin(target, force, mark, partial, found.is_none())?;
+        let earlier = if found.is_some() { Earlier::Resumed } else { Earlier::Discarded };
+        let folder = Self::begin(target, force, mark, partial, earlier)?;
         if is_ended && is_same {
             folder.take_back()?;
         }
@@ -136,19 +135,19 @@ impl OutputFolder {
             fs::create_dir_all(&pieces).map_err(io("create", &pieces))?;
             write_whole(&path, job.to_string().as_bytes())?;
         } else {
-            tracing::info!("going on with `{}`", folder.partial.display());
+            tracing::info!("resuming `{}`", folder.partial.display());
         }
         Ok(folder)
     }
 
-    fn begin(target: &Path, force: bool, mark: &str, partial: PathBuf, anew: bool) -> Result<Self> {
+    fn begin(target: &Path, force: bool, mark: &str, partial: PathBuf, earlier: Earlier) -> Result<Self> {
         let lock_path = partial.join(LOCK);
         let busy = || CheckpointError::OutputBusy { path: partial.clone() };
         if let Ok(file) = File::open(&lock_path) {
             file.try_lock().map_err(|_| busy())?;
         }
         strangers::refuse_in_work(target, &partial)?;
-        if anew && partial.exists() {
+        if earlier == Earlier::Discarded && partial.exists() {
             fs::remove_dir_all(&partial).map_err(io("remove", &partial))?;
         }
         fs::create_dir_all(&partial).map_err(io("create", &partial))?;
@@ -167,12 +166,12 @@ impl OutputFolder {
         Ok(folder)
     }
 
-    /// Files that were being made under other names when an earlier run was killed.
+    /// Removes files that an earlier run was writing under temporary names when it was killed.
     fn remove_hidden(&self) -> Result<()> {
         let output = self.path();
         for name in place::names_in(&output)? {
             let path = output.join(name);
-            if super::file_name(&path).starts_with('.') {
+            if file_name(&path).starts_with('.') {
                 let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
                 removed.map_err(io("remove", &path))?;
             }
@@ -180,7 +179,7 @@ impl OutputFolder {
         Ok(())
     }
 
-    /// An output that is there is made the one under construction again.
+    /// Takes a finished output back under construction.
     fn take_back(&self) -> Result<()> {
         if self.is_within() {
             return moving::undo(&self.target, &self.partial);
@@ -190,12 +189,12 @@ impl OutputFolder {
         rename(&self.target, &output)
     }
 
-    /// Whether the target stays where it is, with the work inside of it.
-    fn is_within(&self) -> bool {
+    /// Whether the work folder is inside the target.
+    pub(super) fn is_within(&self) -> bool {
         self.partial == self.target.join(WITHIN)
     }
 
-    /// Whether a path is the output of a run to `target`, or the folder that it works in: no part of any source.
+    /// Whether a path is the output of a run to `target`, or its work folder: such paths are never part of a source.
     pub fn is_own(target: &Path, path: &Path) -> bool {
         let target = place::named(target);
         let is_same = |own: &Path| fs::canonicalize(own).is_ok_and(|own| own == *path);
@@ -207,165 +206,26 @@ impl OutputFolder {
         &self.target
     }
 
-    /// Whether a folder is what a run works in, or what a run that was killed left of it.
-    pub(super) fn is_unfinished(folder: &Path) -> bool {
-        folder.join(LOCK).is_file() && folder.join(PIECES).is_dir() | folder.join(OUTPUT).is_dir()
-    }
-
-    /// Where files go until [`Self::finish`].
+    /// Holds the files of the output until [`Self::finish`].
     pub fn path(&self) -> PathBuf {
         self.partial.join(OUTPUT)
     }
 
-    /// For files that no other run needs.
+    /// For temporary files of this run.
     pub fn work(&self) -> PathBuf {
         self.partial.join(SCRATCH)
     }
 
-    /// For what a later run may go on from.
+    /// For pieces that a later run can resume from.
     pub fn pieces(&self) -> PathBuf {
         self.partial.join(PIECES)
     }
 
-    /// Leaves the folder to a later run that goes on, where there is anything to go on from: where that is.
+    /// Keeps the folder for a later run to resume, if it has pieces; its path then.
     pub fn keep(&mut self) -> Option<&Path> {
         let mut pieces = std::fs::read_dir(self.pieces()).ok()?;
         self.is_kept = pieces.next().is_some();
         self.is_kept.then_some(&self.partial)
-    }
-
-    /// Fails early when the disk cannot hold `needed` more bytes.
-    ///
-    /// # Errors
-    /// [`CheckpointError::NoSpace`].
-    pub fn require_space(&self, needed: u64) -> Result<()> {
-        let available = fs4::available_space(&self.partial).map_err(io("measure the disk of", &self.partial))?;
-        if available < needed {
-            return Err(CheckpointError::NoSpace { path: self.target.clone(), needed, available });
-        }
-        Ok(())
-    }
-
-    /// Writes and syncs one small file.
-    ///
-    /// # Errors
-    /// The disk refuses.
-    pub fn write(&self, name: &str, bytes: &[u8]) -> Result<()> {
-        let path = self.path().join(name);
-        let mut file = create_file(&path).map_err(io("create", &path))?;
-        file.write_all(bytes).map_err(io("write", &path))?;
-        file.sync_all().map_err(io("sync", &path))
-    }
-
-    /// Copies a file of the source to `name`, which may be in folders.
-    ///
-    /// # Errors
-    /// The file cannot be read or written.
-    pub fn copy(&self, source: &Path, name: &Path) -> Result<()> {
-        let path = self.path().join(name);
-        self.create_folder(name.parent().unwrap_or(Path::new("")))?;
-        expect_file(source)?;
-        let mut from = File::open(source).map_err(io("open", source))?;
-        let mut to = create_file(&path).map_err(io("create", &path))?;
-        std::io::copy(&mut from, &mut to).map_err(io("write", &path))?;
-        to.sync_all().map_err(io("sync", &path))
-    }
-
-    /// Makes a folder of the output.
-    ///
-    /// # Errors
-    /// The disk refuses.
-    pub fn create_folder(&self, name: &Path) -> Result<()> {
-        let path = self.path().join(name);
-        fs::create_dir_all(&path).map_err(io("create", &path))
-    }
-
-    /// SHA-256 of every file so far but `report`, those of folders included. The report tells of the others, and a run that was
-    /// killed at its end may have left one.
-    ///
-    /// # Errors
-    /// A file cannot be read.
-    pub fn hashes(&self, report: &str) -> Result<Fingerprint> {
-        let output = self.path();
-        let mut files = Vec::new();
-        let mut folders = vec![output.clone()];
-        while let Some(at) = folders.pop() {
-            for path in place::names_in(&at)?.into_iter().map(|name| at.join(name)) {
-                if path.is_dir() { folders.push(path) } else { files.push(path) }
-            }
-        }
-        files.retain(|path| *path != output.join(report));
-        let name = |path: &Path| path.strip_prefix(&output).unwrap_or(path).to_string_lossy().into_owned();
-        files.par_iter().map(|path| Ok((name(path), sha256_file(path)?))).collect()
-    }
-
-    /// Makes the output appear at its target: from here on it is there, and whole.
-    ///
-    /// # Errors
-    /// The disk refuses; what was made then stays where it was.
-    pub fn finish(mut self) -> Result<()> {
-        // An interrupt leaves all that the last step needs.
-        self.unfinished.set_resumable();
-        let moved = self.expect_own_target().and_then(|()| match self.is_within() {
-            true => moving::move_up(&self.target, &self.partial, &self.mark, self.force),
-            false => self.rename(),
-        });
-        if let Err(error) = moved {
-            self.is_kept = true;
-            let source = std::error::Error::source(&error).map_or(String::new(), |source| format!(": {source}"));
-            let (path, reason) = (self.path(), format!("{error}{source}"));
-            return Err(CheckpointError::NotMoved { path, target: self.target.clone(), reason });
-        }
-        let job = self.partial.join(JOB);
-        if job.exists() {
-            fs::remove_file(&job).map_err(io("remove", &job))?;
-        }
-        let replaced = self.replaced();
-        if self.force && replaced.exists() {
-            strangers::remove_output(&replaced, &self.mark)?;
-        }
-        // The rename itself must survive a power cut; folders cannot be synced on every system.
-        let changed = if self.is_within() { &self.target } else { place::folder_of(&self.target) };
-        if let Ok(changed) = File::open(changed) {
-            let _ = changed.sync_all();
-        }
-        Ok(())
-    }
-
-    /// Where an earlier output waits to be removed.
-    fn replaced(&self) -> PathBuf {
-        if self.is_within() {
-            return self.partial.join(moving::REPLACED);
-        }
-        strangers::replaced_of(&self.partial)
-    }
-
-    /// What others wrote meanwhile into the output that is replaced, or where it waits, stays.
-    fn expect_own_target(&self) -> Result<()> {
-        if !self.force {
-            return Ok(());
-        }
-        if !self.is_within() {
-            strangers::refuse_in_replaced(&self.target, &self.replaced(), &self.mark)?;
-        }
-        if self.target.exists() { strangers::refuse_in_output(&self.target, &self.mark) } else { Ok(()) }
-    }
-
-    fn rename(&self) -> Result<()> {
-        let (output, replaced) = (self.path(), self.replaced());
-        let has_earlier = self.force && self.target.exists();
-        if has_earlier {
-            // Left by a run that was killed while it removed it.
-            if replaced.exists() {
-                strangers::remove_output(&replaced, &self.mark)?;
-            }
-            rename(&self.target, &replaced)?;
-        }
-        rename(&output, &self.target).inspect_err(|_| {
-            if has_earlier {
-                let _ = fs::rename(&replaced, &self.target);
-            }
-        })
     }
 }
 
@@ -390,12 +250,12 @@ fn is_held(partial: &Path) -> bool {
     File::open(partial.join(LOCK)).is_ok_and(|lock| lock.try_lock().is_err())
 }
 
-/// A run that was killed while it tidied up behind its output has left what is of no use to anyone.
+/// Removes the useless remains of a run that was killed while it cleaned up after its output.
 fn remove_remains(target: &Path) {
     let partial = place::work_of(target);
     let is_left = partial.exists() && strangers::refuse_in_work(target, &partial).is_ok();
     if target.exists() && is_left && !partial.join(JOB).exists() && !is_held(&partial) {
-        // It is in nobody's way: where it cannot be removed, it stays.
+        // It does no harm: if it cannot be removed, it stays.
         let _ = fs::remove_dir_all(&partial);
     }
 }
@@ -404,47 +264,48 @@ fn remove_remains(target: &Path) {
 mod tests {
     use serde_json::json;
 
+    use super::Earlier::{Discarded, Resumed};
     use super::*;
 
     #[test]
-    fn what_can_be_gone_on_with_is_kept_for_its_own_job() {
+    fn what_can_be_resumed_is_kept_for_its_own_job() {
         let folder = tempfile::tempdir().unwrap();
         let target = folder.path().join("out");
-        let resume = |n: u32, restart| OutputFolder::resume(&target, false, "x", &json!({"n": n}), restart);
-        let mut first = resume(1, false).unwrap();
+        let resume = |n: u32, earlier| OutputFolder::resume(&target, false, "x", &json!({"n": n}), earlier);
+        let mut first = resume(1, Resumed).unwrap();
         fs::write(first.pieces().join("a"), "a").unwrap();
         fs::write(first.path().join("tensors"), "t").unwrap();
         fs::create_dir(first.path().join(".made-under-another-name")).unwrap();
         first.keep();
         drop(first);
-        assert!(matches!(resume(2, false), Err(CheckpointError::OtherJob { .. })));
+        assert!(matches!(resume(2, Resumed), Err(CheckpointError::OtherJob { .. })));
         assert!(matches!(OutputFolder::create(&target, false, "x"), Err(CheckpointError::Unfinished { .. })));
-        let mut again = resume(1, false).unwrap();
+        let mut again = resume(1, Resumed).unwrap();
         assert!(again.pieces().join("a").exists() && again.path().join("tensors").exists());
         assert!(!again.path().join(".made-under-another-name").exists());
         again.keep();
         drop(again);
-        let anew = resume(2, true).unwrap();
+        let anew = resume(2, Discarded).unwrap();
         assert!(!anew.pieces().join("a").exists() && !anew.path().join("tensors").exists());
         anew.finish().unwrap();
         assert!(target.is_dir() && !place::work_of(&target).exists());
     }
 
     #[test]
-    fn a_run_killed_after_its_last_step_is_gone_on_with_too() {
+    fn a_run_killed_after_its_last_step_is_resumed_too() {
         let folder = tempfile::tempdir().unwrap();
         let target = folder.path().join("out");
-        let resume = |n: u32, restart| OutputFolder::resume(&target, false, "x", &json!({"n": n}), restart);
-        let mut first = resume(1, false).unwrap();
+        let resume = |n: u32, earlier| OutputFolder::resume(&target, false, "x", &json!({"n": n}), earlier);
+        let mut first = resume(1, Resumed).unwrap();
         fs::write(first.pieces().join("a"), "a").unwrap();
         fs::write(first.path().join("tensors"), "t").unwrap();
         fs::rename(first.path(), &target).unwrap();
         first.keep();
         drop(first);
-        for (n, restart) in [(2, false), (1, true)] {
-            assert!(matches!(resume(n, restart), Err(CheckpointError::OutputExists { .. })));
+        for (n, earlier) in [(2, Resumed), (1, Discarded)] {
+            assert!(matches!(resume(n, earlier), Err(CheckpointError::OutputExists { .. })));
         }
-        let again = resume(1, false).unwrap();
+        let again = resume(1, Resumed).unwrap();
         assert!(!target.exists() && again.path().join("tensors").exists());
         again.finish().unwrap();
         assert!(target.join("tensors").exists() && !place::work_of(&target).exists());
@@ -498,13 +359,13 @@ mod tests {
         assert_eq!(place::names_in(&target).unwrap(), ["lost+found"]);
 
         let job = json!({"n": 1});
-        let resume = || OutputFolder::resume(&target, false, "mark", &job, false);
+        let resume = || OutputFolder::resume(&target, false, "mark", &job, Resumed);
         let mut folder = resume().unwrap();
         fs::write(folder.pieces().join("a"), "a").unwrap();
         folder.write("mark", b"1").unwrap();
         folder.keep();
         drop(folder);
-        // Killed behind its last step, with the same job to come.
+        // Killed after its last step, before the same job runs again.
         moving::move_up(&target, &target.join(WITHIN), "mark", false).unwrap();
         assert!(matches!(OutputFolder::create(&target, false, "mark"), Err(CheckpointError::OutputExists { .. })));
         let folder = resume().unwrap();

@@ -1,4 +1,4 @@
-//! The header of one safetensors file, checked before anything is believed.
+//! The header of one safetensors file, checked before it is used.
 //!
 //! The `safetensors` crate is the judge; when it refuses a file, [`diagnose`] finds the file's broken
 //! rule again in order to name the tensor, which the crate's error does not.
@@ -8,54 +8,10 @@ use std::path::Path;
 use safetensors::{Dtype, SafeTensorError, SafeTensors};
 use serde_json::Value;
 
-use super::cast;
-use super::encoded::Encoded;
 use super::error::{CheckpointError, Result};
 use super::magic::{self, Kind};
-use crate::quantize::Storage;
-
-/// Where a tensor lies and what it is.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct TensorInfo {
-    pub name: String,
-    pub dtype: Dtype,
-    pub shape: Vec<usize>,
-    /// Index of the shard among those of the checkpoint.
-    pub shard_idx: usize,
-    /// First byte in the shard's file.
-    pub begin: usize,
-    /// One past the last byte in the shard's file.
-    pub end: usize,
-    /// Where it is put together from stored ones; then the place is that of the first.
-    pub(super) encoded: Option<Box<Encoded>>,
-    /// The values of a short vector of integers, which describes other tensors.
-    pub(super) row_of_i64: Vec<usize>,
-}
-
-impl TensorInfo {
-    pub fn n_bytes(&self) -> u64 {
-        self.encoded.as_ref().map_or((self.end - self.begin) as u64, |encoded| encoded.n_bytes())
-    }
-
-    /// How its values are coded; none for floats.
-    pub fn storage(&self) -> Option<Storage> {
-        self.encoded.as_ref().and_then(|encoded| encoded.storage())
-    }
-
-    /// Whether its bytes in the file are not those of its dtype and shape.
-    pub fn is_encoded(&self) -> bool {
-        self.encoded.is_some()
-    }
-
-    /// Whether it is made of some rows of a stored matrix.
-    pub fn is_picked(&self) -> bool {
-        self.encoded.as_ref().is_some_and(|encoded| encoded.is_picked())
-    }
-
-    pub fn n_elements(&self) -> u64 {
-        self.shape.iter().map(|&d| d as u64).product()
-    }
-}
+use super::tensor::{TensorInfo, is_sane};
+use crate::codecs::cast;
 
 /// Reads the header of `file` (the whole mapped file); tensors in the order of their data.
 ///
@@ -88,13 +44,7 @@ pub fn read_header(path: &Path, file: &[u8], shard_idx: usize) -> Result<Vec<Ten
     Ok(infos)
 }
 
-/// Whether sizes can be computed with: an empty tensor may claim any dimensions beside its zero, and no file bounds them.
-pub(super) fn is_sane(shape: &[usize]) -> bool {
-    let n = shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d.max(1)));
-    n.is_some_and(|n| n <= 1 << 48)
-}
-
-/// The values of a shape or of a group index: i64 or i32 vectors, and no other tensor.
+/// The values of an i64 or i32 vector, such as a shape or group indices; empty for other tensors.
 fn integers(info: &safetensors::tensor::TensorInfo, bytes: &[u8]) -> Vec<usize> {
     let clamped = |v: i64| usize::try_from(v).unwrap_or(usize::MAX);
     match (info.dtype, info.shape.len()) {

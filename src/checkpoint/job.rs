@@ -1,8 +1,8 @@
-//! Which job an unfinished output belongs to.
+//! Comparing the job of an unfinished output with the one to run.
 
 use serde_json::Value;
 
-/// Where two descriptions of a job differ, in words.
+/// Adds the differences between two descriptions of a job, as phrases for a message.
 pub(super) fn compare(was: &Value, is: &Value, at: &str, differences: &mut Vec<String>) {
     match (was, is) {
         (Value::Object(was), Value::Object(is)) => {

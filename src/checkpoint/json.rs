@@ -6,7 +6,7 @@
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-/// What no string of a config begins with.
+/// A prefix that no string of a config has.
 pub const MARK: char = '\0';
 
 /// The mark in a JSON string.
@@ -16,7 +16,7 @@ const NAMES: [&str; 3] = ["NaN", "Infinity", "-Infinity"];
 /// Reads what Python reads.
 ///
 /// # Errors
-/// It is no JSON, or not of the type.
+/// It is not JSON, or not of the type.
 pub fn parse<T: DeserializeOwned>(bytes: &[u8]) -> serde_json::Result<T> {
     serde_json::from_slice(&with_non_finite_as(bytes, |name| format!("\"{ESCAPED}{name}\"")))
 }
@@ -24,7 +24,7 @@ pub fn parse<T: DeserializeOwned>(bytes: &[u8]) -> serde_json::Result<T> {
 /// The same of data that is only read: numbers that no f64 holds are null.
 ///
 /// # Errors
-/// It is no JSON, or not of the type.
+/// It is not JSON, or not of the type.
 pub fn parse_as_null<T: DeserializeOwned>(bytes: &[u8]) -> serde_json::Result<T> {
     serde_json::from_slice(&with_non_finite_as(bytes, |_| "null".into()))
 }
@@ -53,7 +53,7 @@ fn with_non_finite_as(bytes: &[u8], spelling: impl Fn(&str) -> String) -> Vec<u8
             _ => 1,
         };
         let (token, behind) = rest.split_at(len);
-        // A key is no number.
+        // A key is not a number.
         let is_key = || behind.trim_ascii_start().starts_with(b":");
         match non_finite(token).filter(|_| !is_key()) {
             Some(name) => out.extend(spelling(name).into_bytes()),

@@ -1,13 +1,13 @@
-//! What files are by their first bytes, whatever their names say: the one table of them, for weights and for texts.
+//! Kinds of files by their first bytes, whatever their names: the one table for weights and for texts.
 
-/// What a file is.
+/// A kind of file.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Kind {
-    /// In words that follow "is": `a web page`.
+    /// A noun phrase for messages: `a web page`.
     pub what: &'static str,
-    /// The ending of such files, without its dot; none of pointers and texts.
+    /// The extension of such files, without its dot; empty for pointers and texts.
     pub ending: &'static str,
-    /// What to do with one that was given for weights.
+    /// The hint if one was given as weights.
     mend: &'static str,
 }
 
@@ -18,14 +18,14 @@ const TORCH: &str =
 const UNPACK: &str = "unpack it first";
 const ELSEWHERE: &str = "get the file again from its source";
 
-/// Endings that weights are read from.
+/// Extensions of files that weights are read from.
 pub const WEIGHTS: [&str; 2] = ["safetensors", "gguf"];
 
 const fn kind(what: &'static str, ending: &'static str, mend: &'static str) -> Kind {
     Kind { what, ending, mend }
 }
 
-/// Git LFS leaves a file that begins so in the place of one that it has not fetched.
+/// How the file begins that Git LFS leaves in place of one that it has not fetched.
 pub(super) const LFS_POINTER: &[u8] = b"version https://git-lfs.github.com/spec/";
 
 static MAGIC: [(&[u8], Kind); 29] = [
@@ -71,16 +71,16 @@ pub(super) static SAFETENSORS: Kind = kind("a safetensors file", "safetensors", 
 static ZEROS: Kind = kind("a file of zeros", "", "the download was interrupted; get the file again from its source");
 static TEXT: Kind = kind("a text", "", DOWNLOAD);
 
-/// Bytes that are looked at.
+/// Bytes that are examined.
 const START: usize = 64;
 
 impl Kind {
-    /// What a file with a magic number is; none for texts, and for what the table does not have.
+    /// The kind of a file with a magic number; `None` for texts and for kinds that are not in the table.
     pub fn of(bytes: &[u8]) -> Option<&'static Self> {
         let start = &bytes[..bytes.len().min(START)];
         let text = start.strip_prefix(b"\xef\xbb\xbf").unwrap_or(start).trim_ascii_start();
         let is_of = |magic: &[u8]| match magic.first() {
-            // Markup, in any case of its letters and behind blanks.
+            // Markup, in any letter case and after blanks.
             Some(b'<') => text.get(..magic.len()).is_some_and(|text| text.eq_ignore_ascii_case(magic)),
             _ => start.starts_with(magic),
         };
@@ -93,14 +93,14 @@ impl Kind {
         is_safetensors.then_some(&SAFETENSORS)
     }
 
-    /// What a file is that should hold weights, and does not: also a text, or nothing but zeros.
+    /// The kind of a file that should hold weights but does not: this includes texts, and files of zeros.
     pub fn of_no_weights(bytes: &[u8]) -> Option<&'static Self> {
         let start = &bytes[..bytes.len().min(START)];
         let is_text = |byte: &u8| matches!(byte, b'\t' | b'\n' | b'\r' | b' '..=b'~') || !byte.is_ascii();
         let other = || match start {
             [] => None,
             start if start.len() == START && start.iter().all(|&byte| byte == 0) => Some(&ZEROS),
-            // Cut at any place, it is UTF-8 but for its last character.
+            // It may be cut within its last character.
             start if start.iter().all(is_text) => match std::str::from_utf8(start) {
                 Err(error) if error.error_len().is_some() => None,
                 _ => Some(&TEXT),
@@ -110,12 +110,12 @@ impl Kind {
         Self::of(bytes).or_else(other)
     }
 
-    /// What to do with it where files of `endings` are read.
+    /// The hint if files with these extensions were expected.
     pub fn hint(&self, endings: &[&str]) -> String {
         if endings.contains(&self.ending) { self.renamed() } else { self.mend.into() }
     }
 
-    /// The hint to name it by what it is, where files of `endings` are read.
+    /// The hint to give it the right extension, if that is one of `endings`.
     pub fn name_hint(&self, endings: &[&str]) -> Option<String> {
         endings.contains(&self.ending).then(|| self.renamed())
     }

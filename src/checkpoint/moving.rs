@@ -1,5 +1,5 @@
-//! The last step of an output whose folder has to stay where it is: finished files are moved up into it, and an earlier output out
-//! of it. `moving.json` lists the files, so that a run that is killed meanwhile is undone by the next.
+//! The last step of an output whose folder has to stay: finished files are moved up into it, and an earlier output out of it.
+//! `moving.json` lists the files, so that the next run can undo a move that was interrupted.
 
 use std::cmp::Reverse;
 use std::ffi::OsStr;
@@ -9,23 +9,17 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use super::CONFIG_FILE;
 use super::error::{CheckpointError, io};
-use super::folder::OUTPUT;
+use super::paths::CONFIG_FILE;
 use super::place::{self, create_file};
+use super::work::{MOVING, OUTPUT, REPLACED, TORN};
 
 type Result<T, E = CheckpointError> = std::result::Result<T, E>;
-
-pub(super) const MOVING: &str = "moving.json";
-/// The ending of a small file of the work folder while it is written.
-pub(super) const TORN: &str = ".partial";
-/// Where an earlier output waits to be removed.
-pub(super) const REPLACED: &str = "replaced";
 
 /// Moves what is finished into the target, and with `force` what was there out of it.
 pub(super) fn move_up(target: &Path, partial: &Path, mark: &str, force: bool) -> Result<()> {
     if !force && !place::is_vacant(target) {
-        // Someone wrote into it meanwhile.
+        // Somebody wrote into it meanwhile.
         return Err(place::foreign(target));
     }
     let moves = moves(target, partial, mark)?;
@@ -39,7 +33,7 @@ pub(super) fn move_up(target: &Path, partial: &Path, mark: &str, force: bool) ->
     })
 }
 
-/// What is moved, from where to where; [`undo`] knows of it from here on. Without its mark and its config no folder looks whole: an
+/// The files to move, as (from, to), also listed in a file for [`undo`]. A folder looks complete only with its mark and its config: an
 /// earlier output loses them first, the new one gets them last.
 fn moves(target: &Path, partial: &Path, mark: &str) -> Result<Vec<(PathBuf, PathBuf)>> {
     let (output, replaced) = (partial.join(OUTPUT), partial.join(REPLACED));
@@ -60,7 +54,7 @@ pub(super) fn is_midway(partial: &Path) -> bool {
     partial.join(MOVING).is_file() && partial.join(OUTPUT).is_dir()
 }
 
-/// Takes back what [`move_up`] did, all of it or the part that it came to.
+/// Undoes [`move_up`], complete or not.
 pub(super) fn undo(target: &Path, partial: &Path) -> Result<()> {
     let (moving, output, replaced) = (partial.join(MOVING), partial.join(OUTPUT), partial.join(REPLACED));
     place::refuse_links(partial)?;

@@ -4,10 +4,11 @@ use std::fs::{self, File, OpenOptions};
 use std::path::{Component, Path, PathBuf};
 
 use super::error::{CheckpointError, Result, io};
+use super::paths::folder_of;
 
 /// The folder that a run works in, inside of an output folder that has to stay where it is.
 pub(super) const WITHIN: &str = ".lrc-partial";
-/// What the root of a fresh file system holds.
+/// Present in the root of a new file system.
 const LOST_AND_FOUND: &str = "lost+found";
 
 pub(super) fn unusable(path: &Path, reason: impl Into<String>) -> CheckpointError {
@@ -23,12 +24,7 @@ pub(super) fn named(target: &Path) -> PathBuf {
     }
 }
 
-/// The folder of a file; that of a bare name is the current one.
-pub(crate) fn folder_of(file: &Path) -> &Path {
-    file.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
-}
-
-/// Refuses what cannot become an output folder: links that lead nowhere, files, names of nothing. Whether the folder is there.
+/// Refuses a path that cannot become an output folder: a dangling link, a file, an empty name. Returns whether the folder exists.
 ///
 /// # Errors
 /// It cannot, with the reason.
@@ -40,7 +36,7 @@ pub fn expect_folder(target: &Path) -> Result<bool> {
     if !exists && target.file_name().is_none() {
         return Err(unusable(target, "it does not name a folder"));
     }
-    // The way up out of a folder that is not there: what is missing is made on the way down only.
+    // `..` out of a folder that does not exist: missing folders are only made on the way down.
     let mut above = PathBuf::new();
     for part in target.components() {
         if part == Component::ParentDir && !above.as_os_str().is_empty() && !above.is_dir() {
@@ -96,7 +92,7 @@ pub fn check_file(path: &Path, force: bool) -> Result<()> {
 /// # Errors
 /// It does.
 pub fn expect_apart<'a>(output: &Path, reads: impl IntoIterator<Item = &'a Path>) -> Result<()> {
-    // What is not there yet holds nothing.
+    // A path that does not exist holds nothing.
     let Ok(own) = fs::canonicalize(output) else { return Ok(()) };
     match reads.into_iter().find(|read| fs::canonicalize(read).is_ok_and(|read| read.starts_with(&own))) {
         Some(read) => Err(unusable(output, format!("`{}` is read by the same command", read.display()))),
@@ -113,7 +109,7 @@ pub(super) fn names_in(folder: &Path) -> Result<Vec<std::ffi::OsString>> {
     Ok(names)
 }
 
-/// Names in an output folder but for what is no part of any output.
+/// Names in an output folder, except those that are never part of an output.
 pub(super) fn output_names(target: &Path) -> Result<Vec<std::ffi::OsString>> {
     let mut names = names_in(target)?;
     names.retain(|name| name != WITHIN && name != LOST_AND_FOUND);
@@ -125,8 +121,8 @@ pub(super) fn is_vacant(target: &Path) -> bool {
     target.is_dir() && output_names(target).is_ok_and(|names| names.is_empty())
 }
 
-/// Where the run of a target works: beside it, and renamed at the end; inside of it where the folder is there and has to stay,
-/// because it is mounted, or a link, or made by someone who may be in it.
+/// The work folder for a target: beside it, and renamed at the end; or inside it, if the folder exists and has to stay because it is
+/// mounted, or a link, or may be in use.
 pub(super) fn work_of(target: &Path) -> PathBuf {
     let within = target.join(WITHIN);
     let mut beside = target.as_os_str().to_owned();
@@ -144,7 +140,7 @@ fn is_mounted(folder: &Path) -> bool {
     if path.parent().is_none_or(|parent| device(parent) != device(&path)) {
         return true;
     }
-    // A folder of the same device may be bound to another place; Linux lists it, with octal numbers for blanks.
+    // A folder of the same device may be a bind mount; Linux lists it, with octal escapes for blanks.
     let Some(name) = path.to_str() else { return false };
     let escaped = [('\\', r"\134"), (' ', r"\040"), ('\t', r"\011"), ('\n', r"\012")]
         .iter()
@@ -158,7 +154,7 @@ fn is_mounted(_: &Path) -> bool {
     false
 }
 
-/// Refuses a work folder that holds anything but files and folders: lrc makes no links there, so someone else did.
+/// Refuses a work folder that holds anything but files and folders: lrc makes no links there, so somebody else did.
 pub(super) fn refuse_links(work: &Path) -> Result<()> {
     let mut paths = vec![work.to_path_buf()];
     while let Some(path) = paths.pop() {

@@ -19,7 +19,7 @@ pub fn read_file(path: &Path) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Refuses what is not read like a file: to open a pipe is to wait for who writes it, and a device may have no end.
+/// Refuses anything but a regular file: opening a pipe would wait for its writer, and a device may be endless.
 pub(super) fn expect_file(path: &Path) -> Result<()> {
     let kind = std::fs::metadata(path).map_err(io("open", path))?.file_type();
     if kind.is_file() {
@@ -60,7 +60,7 @@ impl Shard {
     /// Maps `path`; no page of it is read yet.
     ///
     /// # Errors
-    /// The file cannot be opened or mapped, or is none that holds weights.
+    /// The file cannot be opened or mapped, or is not a regular file.
     pub fn open(path: &Path) -> Result<Self> {
         expect_file(path)?;
         let file = File::open(path).map_err(io("open", path))?;

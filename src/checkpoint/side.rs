@@ -1,4 +1,4 @@
-//! What lies beside the weights of a checkpoint, folders included: what goes into an output as it is, and what does not, and why.
+//! The files beside the weights of a checkpoint, including folders: which are copied into an output, and why the others are not.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -6,13 +6,18 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use super::encoded::ADAPTER_CONFIG;
-use super::{CONFIG_FILE, Checkpoint, INDEX_FILE, REPORT_FILE, Result, place, read_file, settings};
+use super::error::Result;
+use super::open::Checkpoint;
+use super::paths::{CONFIG_FILE, INDEX_FILE, REPORT_FILE, SETTINGS_FILES, file_name, is_weight_file};
+use super::place;
+use super::reader::read_file;
+use super::work::is_unfinished;
+use crate::codecs::peft;
 
 /// Modules of sentence-transformers: a list whose `path` are folders.
 const MODULES_FILE: &str = "modules.json";
 
-/// What lies beside the weights. Paths begin at the root of the checkpoint.
+/// The files beside the weights. Paths are relative to the root of the checkpoint.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Side {
     pub files: Vec<PathBuf>,
@@ -20,10 +25,10 @@ pub struct Side {
     pub left_out: Vec<LeftOut>,
 }
 
-/// A file, or a folder with all that it holds, that is not copied.
+/// A file or a whole folder that is not copied.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LeftOut {
-    /// Its path, which of a folder ends in `/`.
+    /// Its path; a folder's ends in `/`.
     pub path: String,
     pub reason: &'static str,
 }
@@ -33,7 +38,7 @@ const OTHER_FORMAT: &str = "weights in another format";
 const OTHER_WEIGHTS: &str = "weights that this model is not made of";
 const OTHER_OUTPUT: &str = "another output of lrc";
 const TRAINING: &str = "the state of a training";
-const SETTINGS: &str = "settings of the quantiser of the source";
+const SETTINGS: &str = "settings of the quantizer of the source";
 const STRAY_LINK: &str = "a link out of the checkpoint";
 const DEAD_LINK: &str = "a link that leads nowhere";
 const LOOP: &str = "a link to a folder that is there already";
@@ -41,47 +46,17 @@ const UNREADABLE: &str = "it cannot be read";
 const STRANGE: &str = "neither a file nor a folder";
 const WORK: &str = "an unfinished output";
 
-/// Weights in any format, and what describes them.
-pub(super) fn is_weight_file(name: &str) -> bool {
-    const SUFFIXES: &[&str] = &[
-        ".safetensors",
-        ".safetensors.index.json",
-        ".bin",
-        ".bin.index.json",
-        ".pt",
-        ".pth",
-        ".ckpt",
-        ".gguf",
-        ".ggml",
-        ".h5",
-        ".h5.index.json",
-        ".msgpack",
-        ".msgpack.index.json",
-        ".onnx",
-        ".onnx_data",
-        ".onnx.data",
-        ".ot",
-        ".tflite",
-        ".mlmodel",
-        ".pdparams",
-        ".nemo",
-        ".llamafile",
-    ];
-    let is_vocabulary = ["tokenizer", "vocab"].iter().any(|word| name.contains(word));
-    SUFFIXES.iter().any(|suffix| name.ends_with(suffix)) && !is_vocabulary
-}
-
-/// What a training leaves beside a model to go on from.
+/// Whether a file holds the state of a training run.
 fn is_training_state(name: &str) -> bool {
     let stem = name.split('.').next().unwrap_or(name);
     ["optimizer", "scheduler", "scaler", "training_args"].contains(&stem) || stem.starts_with("rng_state")
 }
 
 impl Checkpoint {
-    /// Everything in the folder of the checkpoint but what an output has its own of: weights and config, `replaced` (files and
-    /// folders), and what `is_own` knows by its real path.
+    /// Everything in the folder of the checkpoint except what an output has of its own: weights, config, `replaced` (files and folders),
+    /// and real paths for which `is_own` holds.
     ///
-    /// Links are followed to where the weights are, as in the hub's cache, whose files are all links, and nowhere else.
+    /// Links are followed only to folders that hold the weights, as in the hub's cache, where every file is a link.
     ///
     /// # Errors
     /// The folder cannot be listed.
@@ -94,7 +69,7 @@ impl Checkpoint {
         let read = self.shards.iter().map(|shard| shard.path()).chain([config.as_path()]);
         let within = |file: &Path| match file.strip_prefix(&self.root) {
             Ok(path) => path.to_path_buf(),
-            Err(_) => super::file_name(file).into(),
+            Err(_) => file_name(file).into(),
         };
         let mut walk = Walk {
             root: &self.root,
@@ -112,16 +87,16 @@ impl Checkpoint {
         Ok(walk.side)
     }
 
-    /// Files that are read when the model is: outputs keep off them.
+    /// The files that are read with the model; outputs must not overwrite them.
     pub fn read_files(&self) -> Vec<PathBuf> {
         let weights = self.shards.iter().map(|shard| shard.path().to_path_buf());
-        let others = [CONFIG_FILE, INDEX_FILE, "tokenizer.json", "tokenizer_config.json", ADAPTER_CONFIG];
-        let settings = settings::FILES.iter().map(|(name, _)| *name);
+        let others = [CONFIG_FILE, INDEX_FILE, "tokenizer.json", "tokenizer_config.json", peft::CONFIG_FILE];
+        let settings = SETTINGS_FILES.iter().map(|(name, _)| *name);
         weights.chain(others.into_iter().chain(settings).map(|name| self.root.join(name))).collect()
     }
 }
 
-/// The folders of the modules that a model is one of.
+/// The folders of the modules listed beside a model.
 fn modules(root: &Path) -> Vec<PathBuf> {
     let list = read_file(&root.join(MODULES_FILE)).ok();
     let list: Option<Value> = list.and_then(|bytes| serde_json::from_slice(&bytes).ok());
@@ -136,16 +111,16 @@ struct Walk<'a> {
     is_own: &'a dyn Fn(&Path) -> bool,
     /// The weight files that the checkpoint is made of, from its root.
     weights: Vec<PathBuf>,
-    /// Where links may lead.
+    /// Folders that links may lead into.
     homes: Vec<PathBuf>,
     modules: Vec<PathBuf>,
     is_coded: bool,
-    /// Real paths of folders.
+    /// Real paths of the folders visited.
     seen: BTreeSet<PathBuf>,
     side: Side,
 }
 
-/// What becomes of something beside the weights.
+/// What is done with a file or folder beside the weights.
 enum Fate {
     Copied,
     Walked,
@@ -154,7 +129,7 @@ enum Fate {
 }
 
 impl Walk<'_> {
-    /// Sorts what a folder holds.
+    /// Decides on everything in a folder.
     fn folder(&mut self, at: &Path) -> Result<()> {
         let names = place::names_in(&self.root.join(at))?;
         if names.is_empty() {
@@ -176,7 +151,7 @@ impl Walk<'_> {
     }
 
     fn fate(&mut self, path: &Path) -> Fate {
-        let (full, name) = (self.root.join(path), super::file_name(path));
+        let (full, name) = (self.root.join(path), file_name(path));
         if self.replaced.iter().any(|replaced| path == Path::new(replaced))
             || self.weights.iter().any(|file| file == path)
         {
@@ -208,7 +183,7 @@ impl Walk<'_> {
         if place::names_in(full).is_err() {
             return Fate::LeftOut(UNREADABLE);
         }
-        if super::OutputFolder::is_unfinished(full) {
+        if is_unfinished(full) {
             return Fate::LeftOut(WORK);
         }
         if full.join(REPORT_FILE).is_file() {
@@ -219,12 +194,12 @@ impl Walk<'_> {
 
     fn fate_of_file(&self, path: &Path, name: &str) -> Fate {
         let is_at_top = path.components().count() == 1;
-        let is_setting = settings::FILES.iter().any(|(file, _)| name == *file);
+        let is_setting = SETTINGS_FILES.iter().any(|(file, _)| name == *file);
         // An adapter that is a part of the model.
         let is_of_adapter = || self.weights.iter().any(|file| file.parent() == path.parent());
         match name {
             CONFIG_FILE | INDEX_FILE if is_at_top => Fate::Replaced,
-            ADAPTER_CONFIG if !is_at_top && is_of_adapter() => Fate::Replaced,
+            peft::CONFIG_FILE if !is_at_top && is_of_adapter() => Fate::Replaced,
             name if is_training_state(name) && is_weight_file(name) => Fate::LeftOut(TRAINING),
             _ if is_setting && is_at_top && self.is_coded => Fate::LeftOut(SETTINGS),
             name if !is_weight_file(name) || self.is_module(path) => Fate::Copied,
@@ -233,7 +208,7 @@ impl Walk<'_> {
         }
     }
 
-    /// Whether a path is that of a module, or within one: its weights are its own, in whatever format.
+    /// Whether a path is a module or inside one: its weights belong to it, in any format.
     fn is_module(&self, path: &Path) -> bool {
         self.modules.iter().any(|module| path.starts_with(module))
     }

@@ -1,16 +1,16 @@
-//! What lrc did not write, in folders that it would replace or work in: it is somebody's, and is never removed.
+//! Files that lrc did not write, in folders that it would replace or work in: they are never removed.
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde_json::Value;
 
 use super::error::{CheckpointError, Result, io};
-use super::folder::{JOB, LOCK, OUTPUT, PIECES, SCRATCH};
-use super::moving::{self, TORN};
-use super::{place, read_file};
+use super::place;
+use super::reader::read_file;
+use super::work::{JOB, LOCK, MOVING, OUTPUT, PIECES, REPLACED, SCRATCH, TORN};
 
 /// Refuses to replace an earlier output that holds what its run did not write.
 ///
@@ -24,14 +24,14 @@ pub(super) fn refuse_in_output(output: &Path, mark: &str) -> Result<()> {
     }
 }
 
-/// What an output holds beside the files that its report lists. A folder of nothing else is named as a whole; one that is empty is
-/// nobody's loss.
+/// The files of an output that its report does not list. A folder that holds only such files is named once; empty folders do not
+/// count.
 fn in_output(output: &Path, mark: &str) -> Result<Vec<String>> {
     let report: Option<Value> =
         read_file(&output.join(mark)).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok());
     let listed = report.as_ref().and_then(|report| report.get("output_files")?.as_object());
     let listed = listed.into_iter().flat_map(|files| files.keys().cloned());
-    // The report of a sweep lists nothing: there is the page beside it, of the same name.
+    // The report of a sweep lists no files; its page has the same name.
     let page = Path::new(mark).with_extension("html").to_string_lossy().into_owned();
     let own: BTreeSet<String> = listed.chain([mark.to_string(), page]).collect();
     let mut strangers = Vec::new();
@@ -60,15 +60,15 @@ fn walk(output: &Path, at: &Path, own: &BTreeSet<String>, strangers: &mut Vec<St
     Ok(())
 }
 
-/// Refuses a work folder that holds anything but what a run leaves in one.
+/// Refuses a work folder that holds files no run leaves in one.
 ///
 /// # Errors
 /// [`CheckpointError::OutputUnusable`].
 pub(super) fn refuse_in_work(target: &Path, partial: &Path) -> Result<()> {
-    const OWN: [&str; 7] = [LOCK, JOB, PIECES, OUTPUT, SCRATCH, moving::MOVING, moving::REPLACED];
+    const OWN: [&str; 7] = [LOCK, JOB, PIECES, OUTPUT, SCRATCH, MOVING, REPLACED];
     let is_own = |name: &OsString| {
         let name = name.to_string_lossy();
-        // A file under construction, and one that a network file system keeps until it is closed.
+        // A file under construction, or one that a network file system keeps until it is closed.
         let is_torn = name.strip_suffix(TORN).is_some_and(|stem| OWN.contains(&format!("{stem}.json").as_str()));
         OWN.contains(&name.as_ref()) || is_torn || name.starts_with(".nfs")
     };
@@ -84,14 +84,7 @@ pub(super) fn refuse_in_work(target: &Path, partial: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Where an earlier output waits to be removed, while the new one takes its place.
-pub(super) fn replaced_of(partial: &Path) -> PathBuf {
-    let mut replaced = partial.as_os_str().to_owned();
-    replaced.push("-replaced");
-    PathBuf::from(replaced)
-}
-
-/// Refuses what is there and no earlier output, nor what is left of one.
+/// Refuses a path that is neither an earlier output nor the remains of one.
 ///
 /// # Errors
 /// [`CheckpointError::OutputUnusable`].
@@ -108,7 +101,7 @@ pub(super) fn refuse_in_replaced(target: &Path, replaced: &Path, mark: &str) -> 
     Err(place::unusable(target, reason))
 }
 
-/// Removes an earlier output. Its report goes last: without it nobody knows whose the rest is.
+/// Removes an earlier output. Its report goes last, because it identifies the rest.
 pub(super) fn remove_output(output: &Path, mark: &str) -> Result<()> {
     let remove = |path: &Path| {
         let is_folder = fs::symlink_metadata(path).is_ok_and(|found| found.is_dir());
@@ -126,6 +119,7 @@ pub(super) fn remove_output(output: &Path, mark: &str) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::work::replaced_of;
     use super::*;
 
     const MARK: &str = "report.json";

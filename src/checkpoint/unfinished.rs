@@ -1,18 +1,18 @@
-//! Folders under construction, for whoever ends the process early.
+//! Folders under construction, to clean up if the process ends early.
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// Folders that an interrupt would leave behind, and whether a later run may resume them.
+/// Folders that an interrupt would leave, and whether a later run may resume them.
 static UNFINISHED: Mutex<BTreeMap<PathBuf, bool>> = Mutex::new(BTreeMap::new());
 
 fn unfinished() -> MutexGuard<'static, BTreeMap<PathBuf, bool>> {
     UNFINISHED.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A folder that goes when the process is interrupted.
+/// A folder that is removed when the process is interrupted.
 #[derive(Debug)]
 pub(super) struct Unfinished(PathBuf);
 
@@ -22,7 +22,7 @@ impl Unfinished {
         Self(path.into())
     }
 
-    /// It stays, for a later run.
+    /// Keeps it for a later run.
     pub fn set_resumable(&self) {
         unfinished().insert(self.0.clone(), true);
     }
@@ -34,14 +34,14 @@ impl Drop for Unfinished {
     }
 }
 
-/// To be called when the process is about to end early: removes the folders under construction, but for those that a later
-/// run may resume, which it gives back.
+/// Removes the folders under construction, except those that a later run may resume, which are returned. Call it when the process is
+/// about to end early.
 pub fn abandon() -> Vec<PathBuf> {
-    // Held for good: no folder is begun from here on.
+    // Held for good, so that no folder is begun from now on.
     let folders = std::mem::ManuallyDrop::new(unfinished());
     let (kept, removed): (Vec<_>, Vec<_>) = folders.iter().partition(|(_, is_resumable)| **is_resumable);
     for (path, _) in removed {
-        // Other threads may still be writing: what they make meanwhile takes another try.
+        // Other threads may still write into it, which takes another try.
         for _ in 0..3 {
             if fs::remove_dir_all(path).is_ok() {
                 break;

@@ -11,11 +11,12 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, json};
 
-use super::cast::{self, Dtype};
 use super::error::{CheckpointError, io};
-use super::place::{create_file, folder_of, open_to_write};
+use super::files::ShardIndex;
+use super::paths::{INDEX_FILE, SINGLE_FILE, file_name, folder_of};
+use super::place::{create_file, open_to_write};
 use super::unfinished::Unfinished;
-use super::{INDEX_FILE, SINGLE_FILE, ShardIndex};
+use crate::codecs::cast::{self, Dtype};
 
 type Result<T, E = CheckpointError> = std::result::Result<T, E>;
 
@@ -58,17 +59,11 @@ pub struct SafetensorsWriter {
 
 impl SafetensorsWriter {
     /// Lays out `specs`, in their order, over shards of at most `max_shard_bytes` and writes the headers. Tensors that an earlier run wrote into the same shards stay there.
-    ///
-    /// # Errors
-    /// The disk refuses.
     pub fn create(folder: &Path, specs: &[TensorSpec], max_shard_bytes: u64) -> Result<Self> {
         Self::create_named(folder, SINGLE_FILE, specs, max_shard_bytes)
     }
 
     /// The same, where a single shard is named `single`.
-    ///
-    /// # Errors
-    /// The disk refuses.
     pub fn create_named(folder: &Path, single: &str, specs: &[TensorSpec], max_shard_bytes: u64) -> Result<Self> {
         let shards = split(specs, max_shard_bytes);
         let mut files = Vec::new();
@@ -90,7 +85,7 @@ impl SafetensorsWriter {
         Ok(Self { folder: folder.into(), files, slots })
     }
 
-    /// From now on `parts` of one size are written under names of their own, one behind the other, in the place of a tensor.
+    /// Lets a tensor be written as `parts` of equal size, one after the other, under names of their own.
     ///
     /// # Panics
     /// When it was not announced, or cannot be divided: faults of the caller.
@@ -110,7 +105,7 @@ impl SafetensorsWriter {
         }
     }
 
-    /// Takes a tensor for written: an earlier run did.
+    /// Counts a tensor as written, by an earlier run.
     ///
     /// # Panics
     /// When `name` was not announced: a fault of the caller.
@@ -120,9 +115,6 @@ impl SafetensorsWriter {
     }
 
     /// Writes the bytes of one tensor at its place.
-    ///
-    /// # Errors
-    /// The disk refuses.
     ///
     /// # Panics
     /// When `name` was not announced, was written before, or has another size: faults of the caller.
@@ -138,9 +130,6 @@ impl SafetensorsWriter {
 
     /// Syncs the shards and writes the index, when there is more than one. Gives back the names of the files.
     ///
-    /// # Errors
-    /// The disk refuses.
-    ///
     /// # Panics
     /// When an announced tensor was never written: a fault of the caller.
     pub fn finish(self) -> Result<Vec<String>> {
@@ -150,7 +139,7 @@ impl SafetensorsWriter {
         for (path, file) in &self.files {
             file.sync_all().map_err(io("sync", path))?;
         }
-        let mut names: Vec<String> = self.files.iter().map(|(path, _)| super::file_name(path)).collect();
+        let mut names: Vec<String> = self.files.iter().map(|(path, _)| file_name(path)).collect();
         if names.len() > 1 {
             let total_size: u64 = self.slots.values().map(|s| s.n_bytes).sum();
             let index = ShardIndex {
@@ -170,7 +159,7 @@ impl SafetensorsWriter {
 /// Writes one file of tensors under a name of its own, whole or not at all.
 ///
 /// # Errors
-/// The disk refuses, or that of `bytes`.
+/// That of `bytes`, or the file cannot be written.
 pub fn write_file<E: From<CheckpointError>>(
     path: &Path,
     specs: &[TensorSpec],
@@ -188,9 +177,6 @@ pub fn write_file<E: From<CheckpointError>>(
 }
 
 /// Writes a text file, whole or not at all.
-///
-/// # Errors
-/// The disk refuses.
 pub fn write_text(path: &Path, text: &str) -> Result<()> {
     let folder = beside(path)?;
     let _unfinished = Unfinished::new(folder.path());
@@ -243,7 +229,7 @@ fn split(specs: &[TensorSpec], max_shard_bytes: u64) -> Vec<Vec<&TensorSpec>> {
     shards
 }
 
-/// The header with its length, padded to 8 bytes, and every tensor's offset behind it. Wide dtypes come first, so
+/// The header with its length, padded to 8 bytes, and every tensor's offset after it. Wide dtypes come first, so
 /// that every tensor is aligned to its element.
 fn header<'a>(shard: &[&'a TensorSpec]) -> (Vec<u8>, Vec<(&'a TensorSpec, u64)>) {
     let mut ordered: Vec<&TensorSpec> = shard.to_vec();

@@ -35,7 +35,7 @@ use std::time::Instant;
 
 use anyhow::Result;
 
-use crate::checkpoint::{Checkpoint, Fingerprint, OutputFolder, expect_apart};
+use crate::checkpoint::{Checkpoint, Earlier, Fingerprint, OutputFolder, expect_apart};
 use crate::error::{self, ExitClass, Failure, exit_class};
 use crate::formats::{self, Format, Output, Source};
 use crate::model::{fingerprint, inventory};
@@ -105,7 +105,8 @@ pub fn compress(job: &Job<'_>, progress: &dyn Progress) -> Result<CompressReport
     let inputs = Inputs::load(checkpoint, recipe, &plan)?;
     let source_files = fingerprint(checkpoint)?;
     let description = record::job(job, &source_files, &inputs)?;
-    let mut folder = OutputFolder::resume(job.output, job.force, REPORT_FILE, &description, job.restart)?;
+    let earlier = if job.restart { Earlier::Discarded } else { Earlier::Resumed };
+    let mut folder = OutputFolder::resume(job.output, job.force, REPORT_FILE, &description, earlier)?;
     let run = Run { job, plan, source, source_files, started };
     match run.into_folder(&folder, inputs, progress) {
         Ok(report) => {

@@ -71,17 +71,22 @@ impl Plan {
         let Some(Ok((config, architecture))) = recipe.calibration.is_some().then(|| ModelConfig::of(checkpoint)) else {
             return decompositions + kept.min(memory_bytes);
         };
-        let (queries, _) = config.attention_widths();
-        // The last block is the one with experts, in families that have both kinds.
-        let slots = architecture.slots(&config, config.num_hidden_layers - 1, &|_| false);
-        let shapes = || slots.iter().map(|slot| slot.shape(&config).0);
-        let block: u64 = shapes().map(|[m, n]| (m * n) as u64).sum();
-        // Every expert has inputs of its own.
-        let n_experts = slots.iter().filter_map(|slot| slot.expert).max().map_or(0, |last| last as u64 + 1);
-        let of_experts = n_experts * (square(config.hidden_size) + square(config.expert_width()));
-        let of_mlp = if n_experts == 0 { square(config.intermediate_size) } else { 0 };
-        let inputs = 2 * square(config.hidden_size) + square(queries) + of_mlp + of_experts;
-        let outputs: u64 = shapes().map(|[m, _]| square(m)).sum();
+        let of_block = |block_idx: usize| {
+            let widths = config.widths(block_idx);
+            let slots = architecture.slots(&widths, &|_| false);
+            let shapes = || slots.iter().map(|&slot| widths.shape(slot).0);
+            let block: u64 = shapes().map(|[m, n]| (m * n) as u64).sum();
+            // Every expert has inputs of its own.
+            let of_mlp = match widths.num_experts as u64 {
+                0 => square(widths.intermediate_size),
+                n => n * (square(widths.hidden_size) + square(widths.moe_intermediate_size)),
+            };
+            let inputs = 2 * square(widths.hidden_size) + square(widths.queries()) + of_mlp;
+            let outputs: u64 = shapes().map(|[m, _]| square(m)).sum();
+            (block, inputs, outputs)
+        };
+        let largest = (0..config.num_hidden_layers).map(of_block).max_by_key(|(block, inputs, _)| block + inputs);
+        let (block, inputs, outputs) = largest.unwrap_or_default();
         let sums = if needs.output_gram { inputs.max(outputs) } else { inputs };
         let observing = 4 * block + sums + sums / 2;
         let decomposing = decompositions + 2 * inputs;

@@ -1,6 +1,4 @@
-//! PEFT adapters: low-rank parts as LoRA factors in a folder of their own, over a base that loads without them.
-//!
-//! `B·A` is applied with scale `alpha / r`: with `alpha_pattern` = `rank_pattern` the scale is 1 at every rank.
+//! PEFT adapters ([`peft`]): low-rank parts as LoRA factors in a folder of their own, over a base that loads without them.
 
 use serde_json::{Map, Value, json};
 
@@ -9,7 +7,7 @@ use super::refusal::listed;
 use super::{
     CheckpointError, Exporter, Forms, LinearInfo, NamedBytes, Operator, OutTensor, Refusal, Source, Target, encode,
 };
-use crate::checkpoint::encoded::{ADAPTER_BASE, ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_PREFIX};
+use crate::codecs::peft::{self, Fan};
 use crate::model::config;
 use crate::model::inventory::Stored;
 use crate::model::{InputSite, Slot};
@@ -95,17 +93,13 @@ pub(super) fn refusal_of_all(modules: &[(LinearInfo, Forms)]) -> Option<Refusal>
     })
 }
 
-fn names(linear: &LinearInfo) -> [String; 2] {
-    ["lora_A", "lora_B"].map(|part| format!("{ADAPTER_PREFIX}{}.{part}.weight", linear.module))
-}
-
 /// The factors of a linear.
 pub(super) fn tensors(linear: &LinearInfo, forms: &Forms) -> Vec<OutTensor> {
     let Some(rank) = forms.rank() else { return Vec::new() };
     let (out, input) = linear.shape();
     let shapes = [vec![rank, input], vec![out, rank]];
     let tensor = |(name, shape)| OutTensor { target: Target::Adapter, ..OutTensor::plain(name, linear.dtype, shape) };
-    names(linear).into_iter().zip(shapes).map(tensor).collect()
+    peft::names(&linear.module).into_iter().zip(shapes).map(tensor).collect()
 }
 
 /// Their bytes. Quantized factors are stored as floats: adapters know no codes.
@@ -113,31 +107,19 @@ pub(super) fn bytes(linear: &LinearInfo, operator: &Operator) -> Result<Vec<Name
     let factors = operator.over.as_ref().and_then(|term| term.form.kind.structure().adapter(&term.parts));
     let Some([a, b]) = factors else { return Ok(Vec::new()) };
     let tensor = |(name, values)| Ok(NamedBytes { target: Target::Adapter, ..encode(name, linear.dtype, values)? });
-    names(linear).into_iter().zip([&*a.values(), &*b.values()]).map(tensor).collect()
+    peft::names(&linear.module).into_iter().zip([&*a.values(), &*b.values()]).map(tensor).collect()
 }
 
 /// `adapter/adapter_config.json`, where there is a factor.
 pub(super) fn side_files(source: &Source<'_>, modules: &[(LinearInfo, Forms)]) -> Vec<(String, String)> {
     let ranks: Map<String, Value> =
         modules.iter().filter_map(|(l, e)| Some((l.module.clone(), json!(e.rank()?)))).collect();
-    let Some(largest) = ranks.values().filter_map(Value::as_u64).max() else { return Vec::new() };
     let is_turned = modules.iter().any(|(linear, _)| linear.stored == Stored::DenseTransposed);
-    let config = json!({
-        "peft_type": "LORA",
-        "task_type": if config::is_encoder(&source.config) { None } else { Some("CAUSAL_LM") },
-        "base_model_name_or_path": ADAPTER_BASE,
-        "r": largest,
-        "lora_alpha": largest,
-        "rank_pattern": ranks,
-        "alpha_pattern": ranks,
-        "target_modules": ranks.keys().collect::<Vec<_>>(),
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": is_turned,
-        "inference_mode": true,
-    });
+    let fan = if is_turned { Fan::InOut } else { Fan::OutIn };
+    let task = (!config::is_encoder(&source.config)).then_some("CAUSAL_LM");
+    let Some(config) = peft::config(ranks, task, fan) else { return Vec::new() };
     let text = serde_json::to_string_pretty(&config).expect("invariant: a config is valid JSON");
-    vec![(format!("{ADAPTER_FOLDER}/{ADAPTER_CONFIG}"), text + "\n")]
+    vec![(format!("{}/{}", peft::FOLDER, peft::CONFIG_FILE), text + "\n")]
 }
 
 /// How an adapter is put on a loaded model.

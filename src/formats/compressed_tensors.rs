@@ -1,18 +1,18 @@
-//! compressed-tensors, `pack-quantized`: `X.weight_packed` i32 (out, in · bits / 32) of codes, low bits first, `X.weight_scale`
-//! (out, n_groups) and `X.weight_shape`. Symmetric, 4 and 8 bits: what transformers and vLLM load without a doubt.
+//! compressed-tensors, `pack-quantized` ([`codecs::compressed_tensors`]): symmetric codes of 4 and 8 bits, which transformers and vLLM
+//! both load.
 
 use std::collections::BTreeMap;
 
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 
 use super::{
     CheckpointError, Exporter, Forms, LinearInfo, NamedBytes, Operator, OutTensor, Refusal, Source, adapter, encode,
 };
-use crate::checkpoint::Dtype;
+use crate::codecs::{self, Values, Written};
 use crate::model::architectures;
 use crate::model::inventory::{self, Stored};
 use crate::operator::{Matrix, Term};
-use crate::quantize::{Grouped, Levels, Quantized, Scheme, bits};
+use crate::quantize::{Grouped, Levels, Quantized, Scheme};
 
 pub(super) struct CompressedTensors;
 
@@ -25,7 +25,7 @@ pub(super) fn exchange_scheme(linear: &LinearInfo, forms: &Forms) -> Result<Sche
         return Err("its weight is stored (in, out), which loaders of this format do not expect".into());
     }
     let Some(scheme) = forms.base.and_then(|base| base.scheme()) else {
-        return Err("its base is not quantised in groups".into());
+        return Err("its base is not quantized in groups".into());
     };
     match scheme.levels {
         Levels::Int { bits: 4 | 8, symmetric: true } => {}
@@ -50,6 +50,29 @@ pub(super) fn grouped_base(operator: &Operator) -> &Grouped {
     }
 }
 
+/// The tensors of a quantized base.
+pub(super) fn coded(linear: &LinearInfo, tensors: Vec<codecs::Tensor>) -> Vec<OutTensor> {
+    let tensor = |tensor: codecs::Tensor| {
+        OutTensor::plain(format!("{}.{}", linear.module, tensor.suffix), tensor.dtype, tensor.shape)
+    };
+    tensors.into_iter().map(tensor).collect()
+}
+
+/// Their bytes.
+///
+/// # Errors
+/// A scale does not fit its dtype.
+pub(super) fn coded_bytes(linear: &LinearInfo, tensors: Vec<Written>) -> Result<Vec<NamedBytes>, CheckpointError> {
+    let bytes = |tensor: Written| {
+        let name = format!("{}.{}", linear.module, tensor.suffix);
+        match tensor.values {
+            Values::Bytes(bytes) => Ok(NamedBytes::of(name, bytes)),
+            Values::Floats(floats) => encode(name, tensor.dtype, &floats),
+        }
+    };
+    tensors.into_iter().map(bytes).collect()
+}
+
 impl Exporter for CompressedTensors {
     fn refusal(&self, _: &Source<'_>, linear: &LinearInfo, forms: &Forms) -> Option<String> {
         exchange_scheme(linear, forms).err()
@@ -61,14 +84,8 @@ impl Exporter for CompressedTensors {
 
     fn tensors(&self, linear: &LinearInfo, forms: &Forms) -> Vec<OutTensor> {
         let scheme = exchange_scheme(linear, forms).expect("invariant: what is not stored is refused");
-        let (m, n) = linear.shape();
-        let name = |part: &str| format!("{}.{part}", linear.module);
-        let words = bits::row_bytes(n, scheme.levels.bits(), 4) / 4;
-        let mut tensors = vec![
-            OutTensor::plain(name("weight_packed"), Dtype::I32, vec![m, words]),
-            OutTensor::plain(name("weight_scale"), linear.dtype, vec![m, scheme.n_groups(n)]),
-            OutTensor::plain(name("weight_shape"), Dtype::I64, vec![2]),
-        ];
+        let stored = codecs::compressed_tensors::tensors(scheme, linear.shape().into(), linear.dtype);
+        let mut tensors = coded(linear, stored);
         tensors.extend(adapter::tensors(linear, forms));
         tensors
     }
@@ -80,14 +97,7 @@ impl Exporter for CompressedTensors {
         operator: &Operator,
     ) -> Result<Vec<NamedBytes>, CheckpointError> {
         let base = grouped_base(operator);
-        let name = |part: &str| format!("{}.{part}", linear.module);
-        let packed = bits::pack(&base.codes, base.cols, base.scheme.levels.bits(), 4);
-        let shape = [base.rows as i64, base.cols as i64].map(i64::to_le_bytes).concat();
-        let mut tensors = vec![
-            NamedBytes::of(name("weight_packed"), packed),
-            encode(name("weight_scale"), linear.dtype, &base.scales)?,
-            NamedBytes::of(name("weight_shape"), shape),
-        ];
+        let mut tensors = coded_bytes(linear, codecs::compressed_tensors::write(base, linear.dtype))?;
         tensors.extend(adapter::bytes(linear, operator)?);
         Ok(tensors)
     }
@@ -103,17 +113,6 @@ impl Exporter for CompressedTensors {
             let group = (scheme.n_groups(linear.in_features) > 1).then(|| scheme.group_of(linear.in_features));
             by_scheme.entry((scheme.levels.bits(), group)).or_default().push(&linear.module);
         }
-        let is_one = by_scheme.len() == 1;
-        let mut groups = Map::new();
-        for (i, ((bits, group), names)) in by_scheme.into_iter().enumerate() {
-            let mut weights = json!({"num_bits": bits, "type": "int", "symmetric": true});
-            weights["strategy"] = json!(if group.is_some() { "group" } else { "channel" });
-            if let Some(group) = group {
-                weights["group_size"] = json!(group);
-            }
-            let targets = if is_one { json!(["Linear"]) } else { json!(names) };
-            groups.insert(format!("group_{i}"), json!({"targets": targets, "weights": weights}));
-        }
         let is_compressed = |name: &str| modules.iter().any(|(linear, _)| linear.module == name);
         let linears = inventory::linears(source.checkpoint);
         let mut ignore: Vec<String> = linears.into_iter().map(|l| l.module).filter(|m| !is_compressed(m)).collect();
@@ -126,16 +125,8 @@ impl Exporter for CompressedTensors {
                 ignore.push(head.into());
             }
         }
-        config.insert(
-            "quantization_config".into(),
-            json!({
-                "quant_method": "compressed-tensors",
-                "format": "pack-quantized",
-                "quantization_status": "compressed",
-                "config_groups": groups,
-                "ignore": ignore,
-            }),
-        );
+        let by_scheme: Vec<_> = by_scheme.into_iter().collect();
+        config.insert("quantization_config".into(), codecs::compressed_tensors::settings(&by_scheme, &ignore));
         config
     }
 
@@ -149,7 +140,7 @@ impl Exporter for CompressedTensors {
              from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained(\"FOLDER\")\n```\n",
         );
         if has_adapter {
-            text += "\n**An adapter over this base needs dequantised weights**: load the base with\n\
+            text += "\n**An adapter over this base needs dequantized weights**: load the base with\n\
                  `quantization_config=CompressedTensorsConfig(dequantize=True)`, or run it once before the adapter is put on.\n";
             text += &adapter::loading();
         }
@@ -160,11 +151,12 @@ impl Exporter for CompressedTensors {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::checkpoint::Dtype;
     use crate::operator::Kind;
     use crate::quantize::Storage;
 
     #[test]
-    fn what_loaders_misread_is_told_apart() {
+    fn what_loaders_misread_is_refused() {
         let linear = |stored| LinearInfo {
             module: "m".into(),
             out_features: 64,

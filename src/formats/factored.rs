@@ -13,13 +13,14 @@ use serde_json::{Map, Value, json};
 use super::{
     CheckpointError, Exporter, Forms, LinearInfo, NamedBytes, Operator, OutTensor, Source, encode, stacks_apart,
 };
-use crate::checkpoint::encoded::{CODES, PackedEntry, SCALES, ZEROS};
 use crate::checkpoint::{Checkpoint, Dtype, FORMAT_VERSION};
+use crate::codecs::packed::{self, PackedEntry};
+use crate::codecs::{Values, Written};
 use crate::model::ModelConfig;
 use crate::model::config::MODEL_TYPE_PREFIX;
 use crate::model::inventory::{self, Stored};
 use crate::operator::{BASE, Element, Form, Kind, Matrix, Part, Size, Term};
-use crate::quantize::{Quantized, Storage, bits};
+use crate::quantize::{Quantized, Storage};
 
 pub(super) struct Factored;
 
@@ -69,10 +70,11 @@ fn split(source: &Source<'_>) -> Map<String, Value> {
     let Ok((config, architecture)) = ModelConfig::of(source.checkpoint) else { return Map::new() };
     let mut split: Map<String, Value> = Map::new();
     for linear in inventory::linears(source.checkpoint) {
-        let role = linear.id.filter(|id| id.slot.expert.is_none()).map(|id| id.slot.role);
-        let Some((_, _, part)) = role.and_then(|role| architecture.whole(role)) else { continue };
+        let Some(id) = linear.id.filter(|id| id.slot.expert.is_none()) else { continue };
+        let Some((_, _, part)) = architecture.whole(id.slot.role) else { continue };
         let whole = linear.module.strip_suffix(&format!(".{part}")).unwrap_or(&linear.module);
-        let run = role.and_then(|role| architecture.rows_of(role, &config)).filter(|rows| rows.stride > 0);
+        let rows = architecture.rows_of(id.slot.role, &config.widths(id.block));
+        let run = rows.filter(|rows| rows.stride > 0);
         let entry = split.entry(whole).or_insert_with(|| json!({"parts": {}, "run": run.map(|rows| rows.run)}));
         entry["parts"][part] = json!(linear.out_features);
     }
@@ -113,18 +115,15 @@ impl Exporter for Factored {
         let mut tensors = Vec::new();
         for (name, part, form) in parts(linear, forms) {
             let [rows, cols] = part.shape;
-            let tensor =
-                |part: &str, dtype, width| OutTensor::plain(format!("{name}.{part}"), dtype, vec![rows, width]);
             match (part.element, form.scheme()) {
                 (Element::Index, _) => tensors.push(OutTensor::plain(name, Dtype::I32, vec![rows])),
-                (Element::Float, None) => tensors.push(tensor("weight", linear.dtype, cols)),
+                (Element::Float, None) => {
+                    tensors.push(OutTensor::plain(format!("{name}.weight"), linear.dtype, vec![rows, cols]));
+                }
                 (Element::Float, Some(scheme)) => {
-                    let (width, groups) = (scheme.levels.bits(), scheme.n_groups(cols));
-                    tensors.push(tensor(CODES, Dtype::U8, bits::row_bytes(cols, width, 1)));
-                    tensors.push(tensor(SCALES, Dtype::F16, groups));
-                    if scheme.levels.has_zeros() {
-                        tensors.push(tensor(ZEROS, Dtype::U8, bits::row_bytes(groups, width, 1)));
-                    }
+                    tensors.extend(packed::tensors(scheme, [rows, cols]).into_iter().map(|packed| {
+                        OutTensor::plain(format!("{name}.{}", packed.suffix), packed.dtype, packed.shape)
+                    }));
                 }
             }
         }
@@ -147,13 +146,12 @@ impl Exporter for Factored {
                     tensors.push(NamedBytes::of(name, bytes));
                 }
                 Matrix::Quantized(Quantized::Grouped(matrix)) => {
-                    let (width, groups) = (matrix.scheme.levels.bits(), matrix.scheme.n_groups(matrix.cols));
-                    let codes = bits::pack(&matrix.codes, matrix.cols, width, 1);
-                    tensors.push(NamedBytes::of(format!("{name}.{CODES}"), codes));
-                    tensors.push(encode(format!("{name}.{SCALES}"), Dtype::F16, &matrix.scales)?);
-                    if matrix.scheme.levels.has_zeros() {
-                        let zeros = bits::pack(&matrix.zeros, groups, width, 1);
-                        tensors.push(NamedBytes::of(format!("{name}.{ZEROS}"), zeros));
+                    for Written { suffix, dtype, values } in packed::write(matrix) {
+                        let name = format!("{name}.{suffix}");
+                        tensors.push(match values {
+                            Values::Bytes(bytes) => NamedBytes::of(name, bytes),
+                            Values::Floats(floats) => encode(name, dtype, &floats)?,
+                        });
                     }
                 }
                 Matrix::Quantized(Quantized::Block(_)) => unreachable!("invariant: blocks are refused"),
@@ -197,8 +195,7 @@ impl Exporter for Factored {
             entries.insert(linear.module.clone(), Value::Object(described(forms)));
             for (name, Part { element, shape, .. }, form) in parts(linear, forms) {
                 let Some(scheme) = form.scheme().filter(|_| element == Element::Float) else { continue };
-                let packed = PackedEntry { scheme: scheme.to_string(), shape, dtype: format!("{:?}", linear.dtype) };
-                quantized.insert(name, json!(packed));
+                quantized.insert(name, json!(PackedEntry::new(scheme, shape, linear.dtype)));
             }
         }
         let mut lrc = Map::new();

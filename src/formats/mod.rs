@@ -16,11 +16,8 @@ use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::checkpoint::encoded::Element;
-use crate::checkpoint::{
-    Checkpoint, CheckpointError, Dtype, Stack, TensorInfo, TensorSpec, cast, gguf::GgufTensor,
-    gguf::Value as GgufValue, header_entry_bytes,
-};
+use crate::checkpoint::{Checkpoint, CheckpointError, Dtype, Stack, TensorInfo, TensorSpec, cast, header_entry_bytes};
+use crate::codecs::gguf::{Element, GgufTensor, Value as GgufValue};
 use crate::model::config::native_config;
 use crate::model::inventory::LinearInfo;
 use crate::operator::{Forms, Operator};

@@ -7,12 +7,12 @@ use anyhow::Result;
 use serde_json::{Map, Value};
 
 use super::{Container, Exporter, Format, NamedBytes, OutTensor, Source, Target, refusal, stacks_apart};
-use crate::checkpoint::encoded::{ADAPTER_FILE, ADAPTER_FOLDER, Element};
-use crate::checkpoint::gguf::{self, GgufTensor, GgufWriter};
 use crate::checkpoint::{
-    CONFIG_FILE, Checkpoint, CheckpointError, LeftOut, OutputFolder, SafetensorsWriter, Side, Stack, TensorSpec, cast,
-    io, json, writer_bytes,
+    CONFIG_FILE, Checkpoint, CheckpointError, GgufWriter, LeftOut, OutputFolder, SafetensorsWriter, Side, Stack,
+    TensorSpec, cast, io, json, writer_bytes,
 };
+use crate::codecs::gguf::{self, Element, GgufTensor};
+use crate::codecs::peft;
 use crate::error::Failure;
 use crate::model::config;
 use crate::model::inventory::{self, LinearInfo};
@@ -249,10 +249,15 @@ impl<'a> Output<'a> {
                 let specs = files.specs(Target::Model);
                 let mut model = SafetensorsWriter::create(&folder.path(), &specs, files.max_shard_bytes)?;
                 files.joined_stacks().into_iter().for_each(|s| model.divide(&s.tensor, &s.parts()));
-                let adapter = folder.path().join(ADAPTER_FOLDER);
+                let adapter = folder.path().join(peft::FOLDER);
                 let adapter = files.has_adapter().then(|| -> Result<_, CheckpointError> {
                     std::fs::create_dir_all(&adapter).map_err(io("create", &adapter))?;
-                    SafetensorsWriter::create_named(&adapter, ADAPTER_FILE, &files.specs(Target::Adapter), u64::MAX)
+                    SafetensorsWriter::create_named(
+                        &adapter,
+                        peft::WEIGHTS_FILE,
+                        &files.specs(Target::Adapter),
+                        u64::MAX,
+                    )
                 });
                 (Writer::Safetensors(model), adapter.transpose()?.map(Writer::Safetensors))
             }

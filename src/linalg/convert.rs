@@ -48,13 +48,6 @@ pub fn transpose_row_major(values: &[f32], n_rows: usize, n_cols: usize) -> Vec<
     transposed
 }
 
-/// `B·A`, (m, r) · (r, n), all row-major, multiplied in f64 and rounded once.
-pub fn product_row_major(b: &[f32], a: &[f32], m: usize, r: usize, n: usize) -> Vec<f32> {
-    let b_t = transposed_from_row_major(b, m, r);
-    let a_t = transposed_from_row_major(a, r, n);
-    to_row_major(super::product(b_t.transpose(), a_t.transpose()).as_ref())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

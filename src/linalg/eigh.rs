@@ -6,7 +6,7 @@ use faer::dyn_stack::{MemBuffer, MemStack};
 use faer::linalg::evd::{ComputeEigenvectors, self_adjoint_evd, self_adjoint_evd_scratch};
 use faer::{Mat, MatRef, Par};
 
-use super::LinalgError;
+use super::error::LinalgError;
 
 /// `A = U diag(values) Uᵀ`, largest eigenvalue first.
 #[derive(Debug, Clone)]

@@ -1,8 +1,10 @@
-//! Matrix products, and those whose result is symmetric, of which half is computed.
+//! Matrix products; only half is computed of those whose result is symmetric.
 
 use faer::linalg::matmul::matmul;
 use faer::linalg::matmul::triangular::{self, BlockStructure};
 use faer::{Accum, Mat, MatRef, Par};
+
+use super::convert::{to_row_major, transpose_row_major, transposed_from_row_major};
 
 /// `a · b`, (m, k) · (k, n).
 pub fn product(a: MatRef<'_, f64>, b: MatRef<'_, f64>) -> Mat<f64> {
@@ -49,7 +51,7 @@ pub fn mirror_lower(matrix: &mut Mat<f64>) {
 pub fn add_gram_f32(sum: &mut Mat<f64>, x: &[f32], n_tokens: usize) {
     let n = sum.nrows();
     // Tokens are what is summed over: side by side in memory they are packed without long strides.
-    let x = super::transpose_row_major(x, n_tokens, n);
+    let x = transpose_row_major(x, n_tokens, n);
     let x = MatRef::from_column_major_slice(&x, n_tokens, n); // (n_tokens, n)
     let mut chunk = Mat::<f32>::zeros(n, n);
     triangular::matmul(
@@ -81,13 +83,20 @@ pub fn add_gram_f32(sum: &mut Mat<f64>, x: &[f32], n_tokens: usize) {
 /// When the chunks are not made of rows of `n`.
 pub fn add_product_f32(sum: &mut Mat<f64>, x: &[f32], y: &[f32], n: usize) {
     let n_tokens = x.len() / n;
-    let (x, y) = (super::transpose_row_major(x, n_tokens, n), super::transpose_row_major(y, n_tokens, n));
+    let (x, y) = (transpose_row_major(x, n_tokens, n), transpose_row_major(y, n_tokens, n));
     let matrix = |values| MatRef::from_column_major_slice(values, n_tokens, n);
     let mut chunk = Mat::<f32>::zeros(n, n);
     matmul(&mut chunk, Accum::Replace, matrix(&x).transpose(), matrix(&y), 1.0, Par::rayon(0));
     for (to, from) in sum.col_iter_mut().zip(chunk.col_iter()) {
         to.iter_mut().zip(from.iter()).for_each(|(to, from)| *to += f64::from(*from));
     }
+}
+
+/// `B·A`, (m, r) · (r, n), all row-major, multiplied in f64 and rounded once.
+pub fn product_row_major(b: &[f32], a: &[f32], m: usize, r: usize, n: usize) -> Vec<f32> {
+    let b_t = transposed_from_row_major(b, m, r);
+    let a_t = transposed_from_row_major(a, r, n);
+    to_row_major(product(b_t.transpose(), a_t.transpose()).as_ref())
 }
 
 #[cfg(test)]
@@ -128,7 +137,7 @@ mod tests {
     #[test]
     fn grams_add_over_chunks() {
         let x = test_matrix(50, 12);
-        let rows = super::super::to_row_major(x.as_ref());
+        let rows = to_row_major(x.as_ref());
         let mut sum = Mat::zeros(12, 12);
         for chunk in rows.chunks(20 * 12) {
             add_gram_f32(&mut sum, chunk, chunk.len() / 12);

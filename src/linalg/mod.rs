@@ -7,26 +7,17 @@
 mod cholesky;
 mod convert;
 mod eigh;
+mod error;
 mod gram;
 mod qr;
 mod skeleton;
 mod solve;
 
 pub use cholesky::inverse_cholesky;
-pub use convert::{product_row_major, to_row_major, transpose_row_major, transposed_from_row_major};
+pub use convert::{to_row_major, transpose_row_major, transposed_from_row_major};
 pub use eigh::{Eigh, eigenvalues, eigh};
-pub use gram::{add_gram_f32, add_product_f32, mirror_lower, product, product_symmetric};
+pub use error::LinalgError;
+pub use gram::{add_gram_f32, add_product_f32, mirror_lower, product, product_row_major, product_symmetric};
 pub use qr::orthonormal_columns;
 pub use skeleton::{COEFFICIENT_BOUND, RowSkeleton, row_skeleton};
 pub use solve::solve;
-
-use thiserror::Error;
-
-/// Why a factorisation has no result.
-#[derive(Debug, Error, Clone, Copy, PartialEq, Eq)]
-pub enum LinalgError {
-    #[error("the {n} x {n} eigenproblem did not converge")]
-    NotConverged { n: usize },
-    #[error("the {n} x {n} eigenproblem holds NaN or infinity")]
-    NonFinite { n: usize },
-}

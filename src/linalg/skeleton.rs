@@ -7,7 +7,8 @@ use faer::linalg::matmul::matmul;
 use faer::linalg::triangular_solve::{solve_lower_triangular_in_place, solve_upper_triangular_in_place};
 use faer::{Accum, Mat, MatRef, Par};
 
-use super::{orthonormal_columns, product};
+use super::gram::product;
+use super::qr::orthonormal_columns;
 
 /// `B = P [B_pivot; T B_pivot]`: r of the rows of a matrix (m, r), and the others in terms of them.
 #[derive(Debug, Clone)]

@@ -7,43 +7,44 @@ use faer::{Accum, MatMut, MatRef, Par};
 use pulp::Arch;
 use rayon::prelude::*;
 
-use super::architectures::{FusedQkv, Role};
+use super::architectures::table::FusedQkv;
 use super::linear::Linear;
 use super::norm::Norm;
 use super::ops::Kernels;
 use super::rope::{Rope, RopeKind};
+use super::slot::Role;
 use super::softmax::softmax_in_place;
 
 #[derive(Debug, Clone)]
 pub struct Attention {
     pub(super) qkv: Qkv,
     pub(super) o_proj: Linear,
-    /// Of queries and keys, and whether over each head or over all together.
+    /// Norms of queries and keys, and whether each head has its own.
     pub(super) query_key_norm: Option<((Norm, Norm), bool)>,
     pub(super) n_heads: usize,
     pub(super) n_kv_heads: usize,
     pub(super) head_dim: usize,
-    /// Of queries.
+    /// Factor of the queries.
     pub(super) scale: f64,
     pub(super) scoring: Scoring,
     pub(super) rope: Option<RopeKind>,
 }
 
-/// Where queries, keys and values come from.
+/// The linears of queries, keys and values.
 #[derive(Debug, Clone)]
 pub(super) enum Qkv {
     Apart { q_proj: Linear, k_proj: Linear, v_proj: Linear },
-    Fused { qkv_proj: Linear, order: FusedQkv },
+    Fused { qkv_proj: Linear, rows: FusedQkv },
 }
 
-/// How scores become weights, besides softmax.
+/// How scores become weights, apart from softmax.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Scoring {
-    /// Keys that a query sees, its own included; none: all before it.
+    /// Keys that a query sees, including its own; `None`: all before it.
     pub window: Option<usize>,
     /// Scores s become `cap · tanh(s / cap)`.
     pub cap: Option<f32>,
-    /// Queries see what comes behind them too.
+    /// Queries also see later keys.
     pub is_bidirectional: bool,
 }
 
@@ -80,10 +81,10 @@ impl Scoring {
 
 impl Qkv {
     /// # Errors
-    /// That of `load`.
-    pub fn load(has: impl Fn(Role) -> bool, load: impl Fn(Role) -> Result<Linear>, order: FusedQkv) -> Result<Self> {
+    /// The error of `load`.
+    pub fn load(has: impl Fn(Role) -> bool, load: impl Fn(Role) -> Result<Linear>, rows: FusedQkv) -> Result<Self> {
         Ok(if has(Role::QkvProj) {
-            Self::Fused { qkv_proj: load(Role::QkvProj)?, order }
+            Self::Fused { qkv_proj: load(Role::QkvProj)?, rows }
         } else {
             Self::Apart { q_proj: load(Role::QProj)?, k_proj: load(Role::KProj)?, v_proj: load(Role::VProj)? }
         })
@@ -103,12 +104,12 @@ impl Qkv {
         let (batch, n_tokens, _) = x.dims3()?;
         match self {
             Self::Apart { q_proj, k_proj, v_proj } => Ok([q_proj.forward(x)?, k_proj.forward(x)?, v_proj.forward(x)?]),
-            Self::Fused { qkv_proj, order: FusedQkv::Concatenated } => {
+            Self::Fused { qkv_proj, rows: FusedQkv::Concatenated } => {
                 let y = qkv_proj.forward(x)?;
                 let [q, k, v] = heads.map(|n| n * head_dim);
                 Ok([y.narrow(2, 0, q)?, y.narrow(2, q, k)?, y.narrow(2, q + k, v)?])
             }
-            Self::Fused { qkv_proj, order: FusedQkv::Interleaved } => {
+            Self::Fused { qkv_proj, rows: FusedQkv::Interleaved } => {
                 let y = qkv_proj.forward(x)?.reshape((batch, n_tokens, heads[0], 3, head_dim))?;
                 let part = |i: usize| -> Result<Tensor> { Ok(y.narrow(3, i, 1)?.reshape((batch, n_tokens, ()))?) };
                 Ok([part(0)?, part(1)?, part(2)?])
@@ -158,11 +159,10 @@ impl Attention {
         Ok(mixed.transpose(1, 2)?.reshape((batch, n_tokens, self.n_heads * self.head_dim))?)
     }
 
-    /// Attention a block of queries at a time: scores of a future that is not seen are never computed, and those of the past
-    /// stay in the cache. Heads are shared out to threads; each is computed in one order.
+    /// Attention over one block of queries at a time: scores of unseen keys are never computed, and the others stay in the cache. Heads
+    /// are divided among threads; each is computed in a fixed order.
     fn attend_fused(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
         let (_, _, n_tokens, head_dim) = q.dims4()?;
-        let values = |t: &Tensor| t.flatten_all()?.to_vec1::<f32>();
         let mixed = attend_all(&values(q)?, &values(k)?, &values(v)?, n_tokens, head_dim, self.scoring);
         Ok(Tensor::from_vec(mixed, q.shape(), &Device::Cpu)?)
     }
@@ -223,7 +223,6 @@ impl CustomOp3 for RecomputingAttention {
         let n_tokens = q.dim(2)?;
         let head_len = n_tokens * self.head_dim;
         let heads_per_group = self.n_heads / k.dim(1)?;
-        let values = |t: &Tensor| t.flatten_all()?.to_vec1::<f32>();
         let (q_values, k_values, v_values) = (values(q)?, values(k)?, values(v)?);
         let (mixed, gradient) = (values(mixed)?, values(gradient)?);
         let arch = Arch::new();
@@ -252,12 +251,16 @@ impl CustomOp3 for RecomputingAttention {
     }
 }
 
+fn values(tensor: &Tensor) -> candle_core::Result<Vec<f32>> {
+    tensor.flatten_all()?.to_vec1::<f32>()
+}
+
 fn slice<'a>(storage: &'a CpuStorage, layout: &Layout) -> candle_core::Result<&'a [f32]> {
     let Some((begin, end)) = layout.contiguous_offsets() else { bail!("attention needs contiguous tensors") };
     Ok(&storage.as_slice::<f32>()?[begin..end])
 }
 
-/// What the forward pass of one head left, all (n_tokens, head_dim) row-major.
+/// Inputs and output of the forward pass of one head, all (n_tokens, head_dim) row-major.
 struct Head<'a> {
     q: &'a [f32],
     k: &'a [f32],
@@ -355,7 +358,7 @@ mod tests {
 
     use super::*;
 
-    /// The same in candle's operations: what the hand-written kernels are held against.
+    /// The same in candle's operations, as the reference for the hand-written kernels.
     fn attend_in_candle(q: &Tensor, k: &Tensor, v: &Tensor, scoring: Scoring) -> Tensor {
         let ((batch, n_heads, n_tokens, head_dim), n_kv_heads) = (q.dims4().unwrap(), k.dim(1).unwrap());
         let n_groups = batch * n_kv_heads;

@@ -1,19 +1,20 @@
-//! One block: attention and feed-forward, each behind or before a norm, each added to its input.
+//! One block: attention and feed-forward, each before or after a norm, each added to its input.
 
 use anyhow::{Context, Result};
 use candle_core::Tensor;
 
-use super::architectures::{Architecture, InputSite, LinearId, Role, Slot};
+use super::architectures::Architecture;
 use super::attention::{Attention, Qkv, Scoring};
 use super::config::ModelConfig;
-use super::decoder;
 use super::experts::Experts;
 use super::linear::{GradientTap, Linear};
 use super::mlp::Mlp;
 use super::norm::Norm;
 use super::ops::{Kernels, is_finite};
 use super::rope::Rope;
-use super::weights::Weights;
+use super::slot::{InputSite, LinearId, Role, Slot};
+use super::weights::{Weights, is_split};
+use super::widths::Widths;
 
 #[derive(Debug, Clone)]
 pub struct Block {
@@ -24,7 +25,7 @@ pub struct Block {
     before_mlp: Option<Norm>,
     feed_forward: FeedForward,
     after_mlp: Option<Norm>,
-    /// Norms behind a sublayer are of its sum with its input.
+    /// Post-norm: the norm is applied after the residual addition.
     are_norms_of_sums: bool,
     /// Attention and feed-forward both read the input of the block.
     is_parallel: bool,
@@ -39,8 +40,112 @@ enum FeedForward {
 /// Sees the input of every linear: (batch, n_tokens, in); of those of an expert (1, n_seen, in), a window at a time.
 pub type Observer<'a> = dyn FnMut(InputSite, &Tensor) -> Result<()> + 'a;
 
-/// Whether a forward pass goes on behind what it has just shown.
+/// Whether a forward pass continues after what it has just shown.
 type GoesOn = bool;
+
+/// Loads the parts of one block.
+struct Loader<'a> {
+    weights: &'a dyn Weights,
+    config: &'a ModelConfig,
+    architecture: &'static Architecture,
+    prefix: &'a str,
+    block_idx: usize,
+    widths: Widths,
+    slots: Vec<Slot>,
+}
+
+impl<'a> Loader<'a> {
+    fn new(
+        weights: &'a dyn Weights,
+        config: &'a ModelConfig,
+        architecture: &'static Architecture,
+        prefix: &'a str,
+        block_idx: usize,
+    ) -> Self {
+        let (block, widths) = (architecture.block(prefix, block_idx), config.widths(block_idx));
+        let slots = architecture.slots(&widths, &|whole| is_split(weights, &format!("{block}.{whole}")));
+        Self { weights, config, architecture, prefix, block_idx, widths, slots }
+    }
+
+    /// The name of a module of the block.
+    fn name(&self, part: &str) -> String {
+        format!("{}.{part}", self.architecture.block(self.prefix, self.block_idx))
+    }
+
+    fn has(&self, role: Role) -> bool {
+        self.slots.contains(&Slot::shared(role))
+    }
+
+    fn linear(&self, role: Role) -> Result<Linear> {
+        self.slot(Slot::shared(role))
+    }
+
+    fn slot(&self, slot: Slot) -> Result<Linear> {
+        let module = self.architecture.module(self.prefix, LinearId { block: self.block_idx, slot });
+        self.module(&module, slot).with_context(|| format!("load `{module}`"))
+    }
+
+    fn module(&self, module: &str, slot: Slot) -> Result<Linear> {
+        let (weights, architecture) = (self.weights, self.architecture);
+        let Some((role, whole, _)) = architecture.whole(slot.role).filter(|_| slot.expert.is_none()) else {
+            let has_bias = self.config.has_bias(architecture, slot.role);
+            return Linear::load(weights, module, has_bias, architecture.is_conv1d);
+        };
+        let part = Linear::load(weights, module, false, false)?;
+        if !self.config.has_bias(architecture, role) {
+            return Ok(part);
+        }
+        // The bias of a fused matrix stays whole.
+        let rows = architecture.rows_of(slot.role, &self.widths).context("invariant: a part has rows")?;
+        let rows: Vec<u32> = rows.indices().map(|row| row as u32).collect();
+        let bias = weights.tensor(&self.name(&format!("{whole}.bias")))?;
+        Ok(part.with_bias(bias.index_select(&Tensor::new(rows, bias.device())?, 0)?))
+    }
+
+    fn norm(&self, name: Option<&str>) -> Result<Option<Norm>> {
+        let (kind, eps) = (self.architecture.norm_kind, self.config.rms_norm_eps);
+        name.map(|name| Norm::load(self.weights, &self.name(name), kind, eps)).transpose()
+    }
+
+    fn attention(&self) -> Result<Attention> {
+        let (config, architecture, block_idx) = (self.config, self.architecture, self.block_idx);
+        let query_key_norm = match &architecture.norms.query_key {
+            Some(of) => self.norm(Some(of.query))?.zip(self.norm(Some(of.key))?).map(|norms| (norms, of.is_per_head)),
+            None => None,
+        };
+        Ok(Attention {
+            qkv: Qkv::load(|role| self.has(role), |role| self.linear(role), architecture.fused_qkv)?,
+            o_proj: self.linear(Role::OProj)?,
+            query_key_norm,
+            n_heads: self.widths.num_attention_heads,
+            n_kv_heads: self.widths.num_key_value_heads,
+            head_dim: self.widths.head_dim,
+            scale: config.attention_scale(block_idx),
+            scoring: Scoring {
+                window: config.window(architecture, block_idx),
+                cap: config.attn_logit_softcapping.map(|cap| cap as f32),
+                is_bidirectional: architecture.encoder.is_some(),
+            },
+            rope: config.rope_kind(architecture, block_idx),
+        })
+    }
+
+    fn feed_forward(&self) -> Result<FeedForward> {
+        let activation = self.config.hidden_act;
+        let Some(names) = self.architecture.experts.as_ref().filter(|_| self.widths.num_experts > 0) else {
+            let mlp = Mlp::load(|role| self.has(role), |role| self.linear(role), activation)?;
+            return Ok(FeedForward::Mlp(mlp));
+        };
+        let has = |role| names.linears.iter().any(|(own, _)| *own == role);
+        let expert = |expert| Mlp::load(has, |role| self.slot(Slot { role, expert: Some(expert) }), activation);
+        Ok(FeedForward::Experts(Experts {
+            router: Linear::load(self.weights, &self.name(names.router), false, false)?,
+            experts: (0..self.widths.num_experts).map(expert).collect::<Result<_>>()?,
+            n_active: self.config.num_experts_per_tok,
+            is_normalized: self.config.norm_topk_prob,
+        }))
+    }
+}
 
 impl Block {
     /// # Errors
@@ -48,82 +153,24 @@ impl Block {
     pub fn load(
         weights: &dyn Weights,
         config: &ModelConfig,
-        architecture: &Architecture,
+        architecture: &'static Architecture,
         prefix: &str,
         block_idx: usize,
     ) -> Result<Self> {
-        let block = architecture.block(prefix, block_idx);
-        let load_slot = |slot: Slot| {
-            let module = architecture.module(prefix, LinearId { block: block_idx, slot });
-            let has_bias = architecture.has_bias(slot.role, config);
-            let context = || format!("load `{module}`");
-            let Some((role, whole, _)) = architecture.whole(slot.role).filter(|_| slot.expert.is_none()) else {
-                return Linear::load(weights, &module, has_bias, architecture.is_conv1d).with_context(context);
-            };
-            let part = Linear::load(weights, &module, false, false).with_context(context)?;
-            if !architecture.has_bias(role, config) {
-                return Ok(part);
-            }
-            let rows = architecture.rows_of(slot.role, config).context("invariant: a part has rows")?;
-            let rows: Vec<u32> = rows.indices().map(|row| row as u32).collect();
-            let bias = weights.tensor(&format!("{block}.{whole}.bias"))?;
-            Ok(part.with_bias(bias.index_select(&Tensor::new(rows, bias.device())?, 0)?))
-        };
-        let load = |role: Role| load_slot(Slot::shared(role));
-        let is_split = |whole: &str| decoder::is_split(weights, &format!("{block}.{whole}"));
-        let slots = architecture.slots(config, block_idx, &is_split);
-        let has = |role: Role| slots.contains(&Slot::shared(role));
-        let norm = |name: Option<&str>| {
-            let module = |name: &str| format!("{}.{name}", architecture.block(prefix, block_idx));
-            name.map(|n| Norm::load(weights, &module(n), architecture.norm_kind, config.rms_norm_eps)).transpose()
-        };
-        let feed_forward = match &architecture.experts {
-            Some(names) if config.has_experts(block_idx) => {
-                let router = format!("{}.{}", architecture.block(prefix, block_idx), names.router);
-                let of = |expert: usize| {
-                    let load = |role: Role| load_slot(Slot { role, expert: Some(expert) });
-                    Mlp::load(|role| names.linears.iter().any(|(r, _)| *r == role), load, config.hidden_act)
-                };
-                FeedForward::Experts(Experts {
-                    router: Linear::load(weights, &router, false, false)?,
-                    experts: (0..config.num_experts).map(of).collect::<Result<_>>()?,
-                    n_active: config.num_experts_per_tok,
-                    is_normalised: config.norm_topk_prob,
-                })
-            }
-            _ => FeedForward::Mlp(Mlp::load(has, load, config.hidden_act)?),
-        };
+        let loader = Loader::new(weights, config, architecture, prefix, block_idx);
         let names = &architecture.norms;
-        let query_key_norm = match &names.query_key {
-            Some(of) => norm(Some(of.query))?.zip(norm(Some(of.key))?).map(|norms| (norms, of.is_per_head)),
-            None => None,
-        };
-        let are_behind = config.norms_are_behind();
+        let is_post_norm = config.is_post_norm();
         let [attention, mlp] = [(names.before_attention, names.after_attention), (names.before_mlp, names.after_mlp)]
-            .map(|(before, after)| if are_behind { (None, before) } else { (before, after) });
+            .map(|(before, after)| if is_post_norm { (None, before) } else { (before, after) });
         Ok(Self {
             index: block_idx,
-            before_attention: norm(attention.0)?,
-            attention: Attention {
-                qkv: Qkv::load(has, load, architecture.fused_qkv)?,
-                o_proj: load(Role::OProj)?,
-                query_key_norm,
-                n_heads: config.num_attention_heads,
-                n_kv_heads: config.num_key_value_heads(),
-                head_dim: config.head_dim(),
-                scale: config.attention_scale(block_idx),
-                scoring: Scoring {
-                    window: config.window(architecture, block_idx),
-                    cap: config.attn_logit_softcapping.map(|cap| cap as f32),
-                    is_bidirectional: architecture.encoder.is_some(),
-                },
-                rope: config.rope_kind(architecture, block_idx),
-            },
-            after_attention: norm(attention.1)?,
-            before_mlp: norm(mlp.0)?,
-            feed_forward,
-            after_mlp: norm(mlp.1)?,
-            are_norms_of_sums: names.are_of_sums || are_behind,
+            before_attention: loader.norm(attention.0)?,
+            attention: loader.attention()?,
+            after_attention: loader.norm(attention.1)?,
+            before_mlp: loader.norm(mlp.0)?,
+            feed_forward: loader.feed_forward()?,
+            after_mlp: loader.norm(mlp.1)?,
+            are_norms_of_sums: names.are_of_sums || is_post_norm,
             is_parallel: config.use_parallel_residual,
         })
     }
@@ -133,8 +180,7 @@ impl Block {
         self.index
     }
 
-    /// Where a pass of `x` (batch, n_tokens, hidden_size) first meets values that are not finite: the place of input before which
-    /// they arise; none where it is behind the last.
+    /// The first input site of a pass of `x` (batch, n_tokens, hidden_size) whose values are not finite; `None` if all are.
     ///
     /// # Errors
     /// Shapes that do not match.
@@ -167,7 +213,7 @@ impl Block {
         taps
     }
 
-    /// Its experts, where it has any.
+    /// Its experts, if it has any.
     pub fn experts(&self) -> Option<&Experts> {
         match &self.feed_forward {
             FeedForward::Experts(experts) => Some(experts),
@@ -175,7 +221,7 @@ impl Block {
         }
     }
 
-    /// The input (batch, n_tokens, in) of the linears at `site`, which is no expert's: as much of [`Self::forward`] as comes before it.
+    /// The input (batch, n_tokens, in) of the linears at `site`, not that of an expert: runs [`Self::forward`] up to it.
     ///
     /// # Errors
     /// Shapes that do not match.
@@ -219,7 +265,7 @@ impl Block {
         if !observe(InputSite::O, &mixed)? {
             return Ok(None);
         }
-        // `y` behind a sublayer, added to what it is added to.
+        // The output `y` of a sublayer, added to its residual.
         let add = |to: &Tensor, y: &Tensor, after: &Option<Norm>| -> Result<Tensor> {
             if self.are_norms_of_sums { norm(after, &(to + y)?) } else { Ok((to + norm(after, y)?)?) }
         };

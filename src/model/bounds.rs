@@ -6,55 +6,22 @@ use anyhow::Result;
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::architectures::{self, Architecture};
-use super::config::{self, ModelConfig};
+use super::architectures;
+use super::config;
 use super::inventory::{self, LinearInfo, Stored};
 use super::linear;
 use crate::checkpoint::{CONFIG_FILE, Checkpoint, CheckpointError};
-use crate::error::Failure;
 use crate::operator::{Kind, part_name};
 
 /// Opens a folder or a file, and checks what its config says of an output of `lrc` against its tensors.
 ///
 /// # Errors
-/// As [`Checkpoint::open`], or the config describes other tensors.
+/// As [`Checkpoint::open_with`], or the config describes other tensors.
 pub fn open(path: &Path) -> Result<Checkpoint> {
-    let checkpoint = Checkpoint::open(path)?;
+    let checkpoint = Checkpoint::open_with(path, architectures::gguf_family)?;
     check_parts(&checkpoint)?;
     check_description(&checkpoint)?;
     Ok(checkpoint)
-}
-
-/// A size may be this many times the largest dimension of any tensor: a config that is wrong by less is refused with the tensor that
-/// contradicts it.
-const SLACK: usize = 16;
-
-/// Refuses sizes that no tensor could have.
-///
-/// # Errors
-/// Names the field and its value.
-pub(super) fn check_sizes(config: &ModelConfig, architecture: &Architecture, checkpoint: &Checkpoint) -> Result<()> {
-    let (mut largest, mut n_tensors) = (1, 0);
-    for info in checkpoint.tensors() {
-        largest = info.shape.iter().copied().fold(largest, usize::max);
-        n_tensors += 1;
-    }
-    let limit = SLACK.saturating_mul(largest);
-    let heads = config.num_attention_heads.saturating_mul(config.head_dim());
-    let sizes = [
-        ("`vocab_size`", config.vocab_size, limit),
-        ("`hidden_size`", config.hidden_size, limit),
-        ("`intermediate_size`", config.intermediate_size, limit),
-        ("`word_embed_proj_dim`", config.embedding_size(), limit),
-        ("`num_attention_heads` · `head_dim`", heads, limit),
-        // Every block has tensors of its own.
-        ("`num_hidden_layers`", config.num_hidden_layers, n_tensors),
-        ("`num_experts`", if architecture.experts.is_some() { config.num_experts } else { 0 }, limit),
-        ("`moe_intermediate_size`", config.expert_width(), limit),
-    ];
-    let Some((field, value, _)) = sizes.into_iter().find(|&(_, value, limit)| value > limit) else { return Ok(()) };
-    let message = format!("{field} is {value}, and the largest dimension of the {n_tensors} tensors is {largest}");
-    Err(Failure::unsupported(message).hint("check `config.json`, and that all shards are there").into())
 }
 
 /// Every linear of low rank has all of its parts, in the shapes of one matrix.

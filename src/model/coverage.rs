@@ -1,17 +1,19 @@
-//! Which tensors a model has to have, held against the headers of a checkpoint.
+//! The tensors that a model must have, compared with the headers of a checkpoint.
 
 use anyhow::{Error, Result};
 
-use super::architectures::{EncoderNames, LinearId};
-use super::decoder::{Decoder, is_split};
+use super::architectures::table::{EncoderNames, NormKind};
+use super::decoder::Decoder;
 use super::inventory::{self, is_stack};
 use super::linear;
-use super::norm::{self, NormKind};
+use super::norm;
+use super::slot::LinearId;
+use super::weights::is_split;
 use crate::checkpoint::{Checkpoint, CheckpointError};
 use crate::error::Failure;
 
-/// What is missing of a checkpoint by its config, in words: blocks, or single tensors. None where all is there, and where the family
-/// is not known, or none of its names is found.
+/// A sentence on the blocks or tensors that a checkpoint lacks by its config; `None` if it lacks none, if its family is unknown, or if
+/// none of the family's names is found.
 pub fn missing(checkpoint: &Checkpoint) -> Option<String> {
     /// Names in a message; the others are counted.
     const SHOWN: usize = 3;
@@ -26,19 +28,19 @@ pub fn missing(checkpoint: &Checkpoint) -> Option<String> {
     if let Some(block) = (0..count).find(|block| !found.contains(block)) {
         let of = found.range(..count).count();
         return Some(format!(
-            "`{root}` is half a checkpoint: it has {of} of the {count} blocks of its config, and no block {block}"
+            "`{root}` is incomplete: it has {of} of the {count} blocks of its config, and no block {block}"
         ));
     }
     let absent = absent(checkpoint);
     let shown: Vec<String> = absent.iter().take(SHOWN).map(|name| format!("`{name}`")).collect();
     let shown = shown.join(", ");
-    let told = match absent.len() {
+    let listed = match absent.len() {
         0 => return None,
         1 => format!("tensor {shown} is"),
         n if n <= SHOWN => format!("tensors {shown} are"),
         n => format!("tensors {shown} and {} more are", n - SHOWN),
     };
-    Some(format!("`{root}` is half a checkpoint: {told} in no weight file"))
+    Some(format!("`{root}` is incomplete: {listed} in no weight file"))
 }
 
 /// Refuses a checkpoint that lacks blocks or tensors.
@@ -50,10 +52,10 @@ pub fn expect_whole(checkpoint: &Checkpoint) -> Result<()> {
     missing(checkpoint).map_or(Ok(()), |missing| Err(Failure::unsupported(missing).hint(HINT).into()))
 }
 
-/// The tensors that a model of a known family lacks, by name, but for its head: models are saved without. None where the family is not
-/// known, or its config leaves open what belongs to it.
+/// The names of the tensors that a model of a known family lacks, except those of its head, which may be left out. Empty if the family
+/// is unknown or its config is broken.
 fn absent(checkpoint: &Checkpoint) -> Vec<String> {
-    let Ok(decoder) = Decoder::unchecked(checkpoint) else { return Vec::new() };
+    let Ok(decoder) = Decoder::headless(checkpoint) else { return Vec::new() };
     let name = |fault: Error| match fault.downcast() {
         Ok(CheckpointError::TensorAbsent { tensor, .. }) => Some(tensor),
         _ => None,
@@ -68,8 +70,22 @@ fn absent(checkpoint: &Checkpoint) -> Vec<String> {
     absent.filter(|name| !is_of_experts(name)).collect()
 }
 
-/// What is wrong with the tensors of a model, in the order of the forward pass; of a linear or a norm the first fault.
-pub(super) fn faults(decoder: &Decoder<'_>, checkpoint: &Checkpoint) -> Vec<Error> {
+impl<'w> Decoder<'w> {
+    /// Checks every tensor of the model in the headers.
+    ///
+    /// # Errors
+    /// The family is unknown, or a tensor is absent or has another shape than the config gives.
+    pub fn open(checkpoint: &'w Checkpoint) -> Result<Self> {
+        let decoder = Self::unchecked(checkpoint)?;
+        match faults(&decoder, checkpoint).into_iter().next() {
+            Some(fault) => Err(fault),
+            None => Ok(decoder),
+        }
+    }
+}
+
+/// The faults of the tensors of a model in the order of the forward pass, at most one for each linear and norm.
+fn faults(decoder: &Decoder<'_>, checkpoint: &Checkpoint) -> Vec<Error> {
     let mut coverage = Coverage { decoder, checkpoint, faults: Vec::new() };
     coverage.embeddings();
     for block_idx in 0..decoder.config.num_hidden_layers {
@@ -113,7 +129,7 @@ impl Coverage<'_> {
         }
     }
 
-    /// A table of any number of rows.
+    /// A table with any number of rows.
     fn table(&mut self, name: &str) {
         let n_rows = self.checkpoint.require(name).map(|info| info.shape.first().copied().unwrap_or(0));
         let checked = n_rows
@@ -140,40 +156,40 @@ impl Coverage<'_> {
     fn block(&mut self, block_idx: usize) {
         let decoder = self.decoder;
         let (config, names) = (&decoder.config, decoder.architecture);
-        let prefix = decoder.names.prefix.as_str();
+        let (prefix, widths) = (decoder.names.prefix.as_str(), config.widths(block_idx));
         let block = names.block(prefix, block_idx);
         for name in names.norms.of_states() {
             self.norm(&format!("{block}.{name}"), config.hidden_size, "`hidden_size`");
         }
         if let Some(of) = &names.norms.query_key {
-            let (queries, keys) = config.attention_widths();
+            let (queries, keys) = (widths.queries(), widths.keys());
             for (name, width) in [(of.query, queries), (of.key, keys)] {
-                let width = if of.is_per_head { config.head_dim() } else { width };
+                let width = if of.is_per_head { widths.head_dim } else { width };
                 self.norm(&format!("{block}.{name}"), width, "`num_attention_heads` and `head_dim`");
             }
         }
-        // The router bears out the number of experts, or nothing is asked of each.
+        // Experts are only checked if the shape of the router confirms their number.
         let mut has_router = true;
-        if let Some(experts) = names.experts.as_ref().filter(|_| config.has_experts(block_idx)) {
+        if let Some(experts) = names.experts.as_ref().filter(|_| widths.num_experts > 0) {
             let n_faults = self.faults.len();
-            let shape = [config.num_experts, config.hidden_size];
+            let shape = [widths.num_experts, config.hidden_size];
             let router = format!("{block}.{}", experts.router);
             self.linear(&router, shape, (false, false), "`num_experts` and `hidden_size`");
             has_router = self.faults.len() == n_faults;
         }
         let is_split = |whole: &str| is_split(self.checkpoint, &format!("{block}.{whole}"));
-        let slots = if has_router { names.slots(config, block_idx, &is_split) } else { Vec::new() };
+        let slots = if has_router { names.slots(&widths, &is_split) } else { Vec::new() };
         for slot in slots {
             let module = names.module(prefix, LinearId { block: block_idx, slot });
-            let (shape, fields) = slot.shape(config);
-            // Parts leave their biases where they were.
+            let (shape, fields) = widths.shape(slot);
+            // The bias of a fused module stays whole.
             let is_whole = names.whole(slot.role).is_none();
-            let kind = (is_whole && names.has_bias(slot.role, config), is_whole && names.is_conv1d);
+            let kind = (is_whole && config.has_bias(names, slot.role), is_whole && names.is_conv1d);
             self.linear(&module, shape, kind, fields);
         }
     }
 
-    /// What an encoder has besides its blocks.
+    /// The parts of an encoder outside its blocks.
     fn encoder(&mut self, names: &EncoderNames) {
         let (decoder, fields) = (self.decoder, "`hidden_size`");
         let (prefix, width) = (&decoder.names.prefix, decoder.config.hidden_size);

@@ -5,10 +5,9 @@ use std::sync::Arc;
 use anyhow::Result;
 use candle_core::{Device, Tensor};
 
-use super::architectures::{Architecture, LinearId, MaskedHead, Slot};
+use super::architectures::table::{Architecture, MaskedHead};
 use super::block::Block;
 use super::config::ModelConfig;
-use super::coverage;
 use super::head::{Head, Kind, Pooler, Transform};
 use super::linear::Linear;
 use super::names::Names;
@@ -16,8 +15,9 @@ use super::norm::Norm;
 use super::ops::Kernels;
 use super::rope::Rope;
 use super::sentence::SentenceModules;
+use super::slot::{LinearId, Slot};
 use super::tie::Vocabulary;
-use super::weights::Weights;
+use super::weights::{Weights, is_split};
 use crate::checkpoint::Checkpoint;
 use crate::error::Failure;
 use crate::operator;
@@ -26,21 +26,21 @@ use crate::operator;
 pub struct Decoder<'w> {
     pub config: ModelConfig,
     pub architecture: &'static Architecture,
-    /// Where the files have its modules.
+    /// The names of its modules in the files.
     pub names: Names,
     pub(super) vocabulary: Vocabulary,
-    /// Of an encoder in a folder of sentence-transformers.
+    /// For an encoder in a folder of sentence-transformers.
     sentence: Option<Arc<SentenceModules>>,
     weights: &'w dyn Weights,
     kernels: Kernels,
 }
 
-/// What the gradients of a model are of.
+/// The function whose gradients are taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Objective {
     /// The negative log-likelihood of every next token.
     NextToken,
-    /// That of tokens that are hidden from an encoder.
+    /// The negative log-likelihood of masked tokens of an encoder.
     Masked,
     /// Half the squared norm of the pooled output of an encoder without a head.
     Pooled,
@@ -52,23 +52,20 @@ pub enum Objective {
 pub struct Embeddings {
     /// (vocab_size, hidden_size)
     table: Tensor,
-    /// (n_positions, hidden_size), where positions are learned.
+    /// (n_positions, hidden_size), if positions are learned.
     positions: Option<Tensor>,
     scale: Option<f64>,
-    /// To hidden_size, where the table has a width of its own.
+    /// To hidden_size, if the table has another width.
     projection: Option<Linear>,
-    /// Of encoders, (hidden_size), added to every token.
+    /// For encoders, (hidden_size), added to every token.
     first_type: Option<Tensor>,
     norm: Option<Norm>,
     kernels: Kernels,
 }
 
 impl<'w> Decoder<'w> {
-    /// Checks every tensor of the model in the headers.
-    ///
-    /// # Errors
-    /// The family is unknown, or a tensor is absent or has another shape than the config gives.
-    pub fn open(checkpoint: &'w Checkpoint) -> Result<Self> {
+    /// A model whose tensors are not checked yet: [`Self::open`] does that.
+    pub(super) fn unchecked(checkpoint: &'w Checkpoint) -> Result<Self> {
         let (config, architecture) = ModelConfig::of(checkpoint)?;
         let names = Names::of(checkpoint, architecture);
         let vocabulary = Vocabulary::of(checkpoint, config.tie_word_embeddings, architecture, &names)?;
@@ -77,15 +74,11 @@ impl<'w> Decoder<'w> {
             None => None,
         };
         let kernels = Kernels::Fused;
-        let decoder = Self { config, architecture, names, vocabulary, sentence, weights: checkpoint, kernels };
-        match coverage::faults(&decoder, checkpoint).into_iter().next() {
-            Some(fault) => Err(fault),
-            None => Ok(decoder),
-        }
+        Ok(Self { config, architecture, names, vocabulary, sentence, weights: checkpoint, kernels })
     }
 
-    /// A model of which tensors may be absent: for [`coverage`] alone.
-    pub(super) fn unchecked(checkpoint: &'w Checkpoint) -> Result<Self> {
+    /// The same without its head, which a checkpoint may lack.
+    pub(super) fn headless(checkpoint: &'w Checkpoint) -> Result<Self> {
         let (config, architecture) = ModelConfig::of(checkpoint)?;
         let names = Names::of(checkpoint, architecture);
         let vocabulary = Vocabulary::without_head(checkpoint, config.tie_word_embeddings, architecture, &names);
@@ -112,20 +105,20 @@ impl<'w> Decoder<'w> {
         Self { config, architecture, names, vocabulary, sentence: None, weights, kernels }
     }
 
-    /// The norm behind the last block.
+    /// The norm after the last block.
     pub(super) fn last_norm(&self) -> Option<String> {
-        let name = self.architecture.norm.filter(|_| !self.config.norms_are_behind());
+        let name = self.architecture.norm.filter(|_| !self.config.is_post_norm());
         name.map(|name| format!("{}{name}", self.names.prefix))
     }
 
-    /// The linears into the blocks and out of them, where embeddings have a width of their own.
+    /// The linears into the blocks and out of them, if embeddings have another width.
     pub(super) fn projections(&self) -> Option<[String; 2]> {
         let names = self.architecture.embed_projections;
         let names = names.filter(|_| self.config.embedding_size() != self.config.hidden_size);
         names.map(|(into, out)| [into, out].map(|name| format!("{}{name}", self.names.prefix)))
     }
 
-    /// What gradients are of.
+    /// The function whose gradients are taken.
     pub fn objective(&self) -> Objective {
         match &self.architecture.encoder {
             None => Objective::NextToken,
@@ -180,8 +173,9 @@ impl<'w> Decoder<'w> {
     pub fn linears(&self, block_idx: usize) -> Vec<(Slot, [usize; 2])> {
         let block = self.architecture.block(&self.names.prefix, block_idx);
         let is_split = |whole: &str| is_split(self.weights, &format!("{block}.{whole}"));
-        let slots = self.architecture.slots(&self.config, block_idx, &is_split);
-        slots.into_iter().map(|slot| (slot, slot.shape(&self.config).0)).collect()
+        let widths = self.config.widths(block_idx);
+        let slots = self.architecture.slots(&widths, &is_split);
+        slots.into_iter().map(|slot| (slot, widths.shape(slot).0)).collect()
     }
 
     /// The module of a linear: `model.layers.3.mlp.down_proj`.
@@ -309,14 +303,8 @@ impl<'w> Decoder<'w> {
     }
 }
 
-/// Whether the parts of a module that is several in one stand for it.
-pub(super) fn is_split(weights: &dyn Weights, module: &str) -> bool {
-    let has = |part: &str| operator::first_parts().any(|stored| weights.contains(&format!("{module}.{part}.{stored}")));
-    has("q") || has("gate")
-}
-
 impl Embeddings {
-    /// Of windows that share a length: (batch, n_tokens, hidden_size).
+    /// Embeds windows of equal length: (batch, n_tokens, hidden_size).
     ///
     /// # Errors
     /// An id is outside of the vocabulary, or a window is longer than the table of positions.
@@ -331,7 +319,7 @@ impl Embeddings {
         self.of(&Tensor::from_vec(ids, (windows.len(), n_tokens), &Device::Cpu)?)
     }
 
-    /// Of `ids` (batch, n_tokens).
+    /// Embeds `ids` (batch, n_tokens).
     fn of(&self, ids: &Tensor) -> Result<Tensor> {
         let (batch, n_tokens) = ids.dims2()?;
         let mut x = self.table.embedding(&ids.flatten_all()?)?.reshape((batch, n_tokens, ()))?;

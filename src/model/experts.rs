@@ -5,27 +5,26 @@ use anyhow::Result;
 use candle_core::{D, DType, Device, Tensor};
 use candle_nn::ops;
 
-use super::architectures::{InputSite, Role};
 use super::linear::Linear;
 use super::mlp::Mlp;
+use super::slot::{InputSite, Role};
 
 #[derive(Debug, Clone)]
 pub struct Experts {
     /// (n_experts, hidden_size)
     pub(super) router: Linear,
     pub(super) experts: Vec<Mlp>,
-    /// Experts that see a token.
+    /// Experts per token.
     pub(super) n_active: usize,
     /// Whether the weights of these sum to one.
-    pub(super) is_normalised: bool,
+    pub(super) is_normalized: bool,
 }
 
 /// The tokens that each expert sees, ascending.
 pub type Routes = Vec<Vec<u32>>;
 
 impl Experts {
-    /// `x` (batch, n_tokens, hidden_size) to the same shape, window by window: what an expert computes does not depend on which
-    /// windows travel together. `observe` gets the inputs of experts that see tokens, (1, n_seen, in).
+    /// `x` (batch, n_tokens, hidden_size) to the same shape, window by window, so that results do not depend on the batch. `observe` gets the inputs of experts that see tokens, (1, n_seen, in).
     ///
     /// # Errors
     /// Shapes that do not match, or the observer's error.
@@ -43,7 +42,7 @@ impl Experts {
             tokens.iter().for_each(|&token| picked[token as usize * self.experts.len() + expert] = 1.0);
         }
         let mut weights = (&shares * Tensor::from_vec(picked, shares.shape(), &Device::Cpu)?)?;
-        if self.is_normalised {
+        if self.is_normalized {
             weights = weights.broadcast_div(&weights.sum_keepdim(D::Minus1)?)?;
         }
         let mut y = x.zeros_like()?;
@@ -62,7 +61,7 @@ impl Experts {
         Ok(y)
     }
 
-    /// Where the tokens of one window, `x` (n_tokens, hidden_size), go.
+    /// The experts that the tokens of one window, `x` (n_tokens, hidden_size), are routed to.
     ///
     /// # Errors
     /// Shapes that do not match.
@@ -74,20 +73,20 @@ impl Experts {
     fn pick(&self, shares: &Tensor) -> Result<Routes> {
         let mut routes = vec![Vec::new(); self.experts.len()];
         for (token, shares) in shares.to_dtype(DType::F32)?.to_vec2::<f32>()?.into_iter().enumerate() {
-            let mut order: Vec<usize> = (0..shares.len()).collect();
-            order.sort_by(|&i, &j| shares[j].total_cmp(&shares[i]));
-            order.into_iter().take(self.n_active).for_each(|expert| routes[expert].push(token as u32));
+            let mut by_share: Vec<usize> = (0..shares.len()).collect();
+            by_share.sort_by(|&i, &j| shares[j].total_cmp(&shares[i]));
+            by_share.into_iter().take(self.n_active).for_each(|expert| routes[expert].push(token as u32));
         }
         Ok(routes)
     }
 
-    /// What the linears at the `site` of an expert read, (n_seen, in), of the `tokens` of a window `x` (n_tokens, hidden_size).
+    /// The input (n_seen, in) of the linears at the `site` of an expert, for the `tokens` of a window `x` (n_tokens, hidden_size).
     ///
     /// # Errors
     /// Shapes that do not match.
     ///
     /// # Panics
-    /// When the site is no expert's.
+    /// If the site is not that of an expert.
     pub fn input_at(&self, site: InputSite, x: &Tensor, tokens: &[u32]) -> Result<Tensor> {
         let seen = x.index_select(&Tensor::new(tokens, &Device::Cpu)?, 0)?;
         match site {

@@ -7,8 +7,8 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 use rayon::prelude::*;
 
+use super::activation::Activation;
 use super::linear::Linear;
-use super::mlp::Activation;
 use super::norm::Norm;
 use super::ops::{Kernels, is_finite};
 use super::sentence::SentencePooler;
@@ -18,7 +18,7 @@ use crate::error::{Failure, NON_FINITE_HINT};
 /// The final norm and the head.
 pub struct Head {
     pub(super) norm: Option<Norm>,
-    /// To the width of the embeddings, where that is their own.
+    /// To the width of the embeddings, if that differs.
     pub(super) projection: Option<Linear>,
     pub(super) transform: Option<Transform>,
     pub(super) lm_head: Linear,
@@ -27,22 +27,22 @@ pub struct Head {
     pub(super) kernels: Kernels,
 }
 
-/// What the states of an encoder go through before its matrix of the vocabulary.
+/// The layers of an encoder's head before its vocabulary matrix.
 pub(super) struct Transform {
     pub dense: Linear,
     pub activation: Activation,
     pub norm: Norm,
 }
 
-/// What makes one vector of an encoder's last states.
+/// Pools an encoder's last states into one vector.
 pub struct Pooler(pub(super) Kind);
 
 pub(super) enum Kind {
-    /// The modules that sentence-transformers keeps beside the checkpoint.
+    /// The modules of sentence-transformers beside the checkpoint.
     Sentence { pooler: SentencePooler, name: String, is_by_cosine: bool },
     /// tanh of the checkpoint's own linear of the first token's state.
     Learned(Linear),
-    /// The mean of the states, where there is neither.
+    /// The mean of the states, if there is neither.
     Mean,
 }
 
@@ -50,7 +50,7 @@ pub(super) enum Kind {
 const LOGIT_BYTES: usize = 64 << 20;
 
 impl Head {
-    /// What the matrix of the vocabulary reads, in the shape of `x` (..., hidden_size).
+    /// The input of the vocabulary matrix, in the shape of `x` (..., hidden_size).
     fn before_vocabulary(&self, kernels: Kernels, x: &Tensor) -> Result<Tensor> {
         let mut x = match &self.norm {
             Some(norm) => norm.apply(kernels, x)?,
@@ -81,7 +81,7 @@ impl Head {
     /// row's index and the chunk, row-major.
     ///
     /// # Errors
-    /// That of `f`.
+    /// The error of `f`.
     pub fn for_each_logits(&self, x: &Tensor, mut f: impl FnMut(usize, Vec<f32>) -> Result<()>) -> Result<()> {
         let n = x.dim(0)?;
         let rows_at_once = self.rows_at_once();
@@ -102,7 +102,7 @@ impl Head {
     }
 
     /// The gradient (n, hidden_size) with respect to `x` (n, hidden_size) of the summed negative log-likelihood of
-    /// `targets`, each foretold by the state in its one of `rows`.
+    /// `targets`, each predicted from the state in its one of `rows`.
     ///
     /// # Errors
     /// A logit is not finite.
@@ -141,7 +141,7 @@ impl Head {
         gradient_of((before * gradient)?.sum_all()?, &variable)
     }
 
-    /// Negative log-likelihoods in nats of `targets` (n), each foretold by its row of `x` (n, hidden_size).
+    /// Negative log-likelihoods in nats of `targets` (n), each predicted from its row of `x` (n, hidden_size).
     /// Logits are made a chunk at a time: memory is never n × vocabulary.
     ///
     /// # Errors
@@ -168,7 +168,7 @@ impl Pooler {
         matches!(self.0, Kind::Learned(_))
     }
 
-    /// Whether the vector is made by modules beside the checkpoint.
+    /// Whether modules of sentence-transformers make the vector.
     pub fn is_of_sentences(&self) -> bool {
         matches!(self.0, Kind::Sentence { .. })
     }

@@ -4,9 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::Result;
 
-use super::architectures::{self, Architecture, LinearId, Role};
+use super::architectures::{self, Architecture};
 use super::config::{self, ModelConfig};
 use super::names::Names;
+use super::slot::{LinearId, Role};
 use super::weights::order;
 use crate::checkpoint::{Checkpoint, Dtype, TensorInfo, cast};
 use crate::error::Failure;
@@ -296,7 +297,8 @@ pub fn split_fused(mut checkpoint: Checkpoint) -> Result<Checkpoint> {
         if linear.is_low_rank() || checkpoint.require(&name)?.is_encoded() {
             continue;
         }
-        let (expected, fields) = linear.id.map_or(([0, 0], ""), |id| id.slot.shape(&config));
+        let (widths, slot) = linear.id.map(|id| (config.widths(id.block), id.slot)).expect("invariant: it has a role");
+        let (expected, fields) = widths.shape(slot);
         if linear.shape() != expected.into() {
             let (path, (m, n)) = (checkpoint.file_of(checkpoint.require(&name)?).display().to_string(), linear.shape());
             let message = format!("tensor `{name}` in `{path}` has {m} outputs and {n} inputs, and cannot be split");
@@ -305,7 +307,7 @@ pub fn split_fused(mut checkpoint: Checkpoint) -> Result<Checkpoint> {
                 .into());
         }
         let part = |&(role, part): &(Role, &str)| {
-            let rows = architecture.rows_of(role, &config).expect("invariant: a part has rows");
+            let rows = architecture.rows_of(role, &widths).expect("invariant: a part has rows");
             (format!("{}.{part}.weight", linear.module), rows)
         };
         checkpoint = checkpoint.split(&name, &parts.iter().map(part).collect::<Vec<_>>())?;

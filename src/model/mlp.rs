@@ -2,36 +2,10 @@
 
 use anyhow::Result;
 use candle_core::{D, Tensor};
-use serde::Deserialize;
 
-use super::architectures::Role;
+use super::activation::Activation;
 use super::linear::Linear;
-
-/// In the names of `config.json`.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Activation {
-    #[default]
-    #[serde(alias = "swish")]
-    Silu,
-    /// With the error function.
-    Gelu,
-    /// With the approximation by tanh.
-    #[serde(alias = "gelu_pytorch_tanh", alias = "gelu_fast")]
-    GeluNew,
-    Relu,
-}
-
-impl Activation {
-    pub(super) fn apply(self, x: &Tensor) -> Result<Tensor> {
-        Ok(match self {
-            Self::Silu => x.silu()?,
-            Self::Gelu => x.gelu_erf()?,
-            Self::GeluNew => x.gelu()?,
-            Self::Relu => x.relu()?,
-        })
-    }
-}
+use super::slot::Role;
 
 #[derive(Debug, Clone)]
 pub struct Mlp {
@@ -40,7 +14,7 @@ pub struct Mlp {
     activation: Activation,
 }
 
-/// What stands before `down_proj`.
+/// The linears before `down_proj`.
 #[derive(Debug, Clone)]
 enum Inner {
     Gated {
@@ -58,7 +32,7 @@ enum Inner {
 
 impl Inner {
     /// # Errors
-    /// That of `load`.
+    /// The error of `load`.
     fn load(has: impl Fn(Role) -> bool, load: impl Fn(Role) -> Result<Linear>) -> Result<Self> {
         Ok(if has(Role::GateUpProj) {
             Self::Fused { gate_up_proj: load(Role::GateUpProj)? }
@@ -80,7 +54,7 @@ impl Inner {
 
 impl Mlp {
     /// # Errors
-    /// That of `load`.
+    /// The error of `load`.
     pub(super) fn load(
         has: impl Fn(Role) -> bool,
         load: impl Fn(Role) -> Result<Linear>,

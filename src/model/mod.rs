@@ -1,5 +1,6 @@
-//! What the tensors mean: families of models, and a decoder that runs them a block at a time.
+//! The meaning of the tensors: families of models, and a decoder that runs them one block at a time.
 
+mod activation;
 pub mod architectures;
 mod attention;
 mod block;
@@ -17,13 +18,15 @@ mod norm;
 mod ops;
 mod rope;
 mod sentence;
+mod slot;
 mod softmax;
 mod text_config;
 pub mod tie;
 mod walk;
 mod weights;
+pub mod widths;
 
-pub use architectures::{Architecture, InputSite, LinearId, Role, Slot};
+pub use architectures::Architecture;
 pub use block::{Block, Observer};
 pub use bounds::open;
 pub use config::ModelConfig;
@@ -33,6 +36,7 @@ pub use linear::{GradientTap, Linear};
 pub use ops::{Kernels, is_finite};
 pub use rope::Rope;
 pub use sentence::{PoolingMode, SentenceModules, fingerprint};
+pub use slot::{InputSite, LinearId, Role, Slot};
 pub use softmax::{RowDivergence, row_divergence};
 pub use walk::{Hidden, Scored, Walk, WalkLimits};
 pub use weights::{Overlay, Weights};

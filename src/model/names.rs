@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 
-use super::architectures::Architecture;
+use super::architectures::table::Architecture;
 use crate::checkpoint::Checkpoint;
 use crate::operator;
 

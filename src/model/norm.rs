@@ -3,19 +3,9 @@
 use anyhow::Result;
 use candle_core::Tensor;
 
+use super::architectures::table::NormKind;
 use super::ops::Kernels;
 use super::weights::Weights;
-
-/// How values are normalised.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum NormKind {
-    /// RMSNorm (Zhang & Sennrich 2019).
-    Rms,
-    /// The same, with weights stored less 1 (Gemma).
-    RmsPlusOne,
-    /// Layer norm with a bias (Ba et al. 2016).
-    Layer,
-}
 
 #[derive(Debug, Clone)]
 pub struct Norm {

@@ -11,7 +11,7 @@ pub fn is_finite(x: &Tensor) -> Result<bool> {
     Ok(x.flatten_all()?.to_vec1::<f32>()?.iter().all(|v| v.is_finite()))
 }
 
-/// Which kernels a forward pass uses.
+/// The kernels of a forward pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kernels {
     /// Fast, no gradients.

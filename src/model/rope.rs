@@ -1,5 +1,5 @@
-//! Rotary embeddings (Su et al. 2021), and the ways in which they are stretched to longer contexts. Formulas are those of
-//! transformers' `modeling_rope_utils`, which models were trained or adapted with.
+//! Rotary embeddings (Su et al. 2021), and how they are stretched to longer contexts. The formulas are those of transformers'
+//! `modeling_rope_utils`, which models were trained or adapted with.
 
 use std::f64::consts::PI;
 
@@ -14,7 +14,7 @@ use crate::error::Failure;
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 pub struct RopeScaling {
     rope_type: Option<String>,
-    /// The older name of `rope_type`. transformers writes both, and reads this one where the other is absent.
+    /// The older name of `rope_type`. transformers writes both, and reads this one if the other is absent.
     #[serde(rename = "type")]
     older_type: Option<String>,
     pub rope_theta: Option<f64>,
@@ -31,7 +31,7 @@ pub struct RopeScaling {
     truncate: Option<bool>,
     short_factor: Option<Vec<f64>>,
     long_factor: Option<Vec<f64>>,
-    /// In families whose kinds of blocks have rotary embeddings of their own: one for each kind, and nothing else.
+    /// In families with a rotary embedding for each kind of block: one for each kind, and nothing else.
     pub full_attention: Option<Box<RopeScaling>>,
     pub sliding_attention: Option<Box<RopeScaling>>,
 }
@@ -41,7 +41,7 @@ impl RopeScaling {
         self.rope_type.as_deref().or(self.older_type.as_deref())
     }
 
-    /// The first of its numbers that is not positive, where the formulas need it to be, and its name.
+    /// The first of its numbers that is not positive although the formulas need it to be, and its name.
     pub fn not_positive(&self) -> Option<(String, f64)> {
         let numbers = [
             ("rope_theta", self.rope_theta),
@@ -78,7 +78,7 @@ pub struct RopeSettings {
     /// Values of a head that are rotated, from the first.
     pub width: usize,
     pub scaling: Option<RopeScaling>,
-    /// `max_position_embeddings`, and the same before the context was stretched, where the config has it apart.
+    /// `max_position_embeddings`, and its value before the context was stretched, if the config has it.
     pub context: Option<f64>,
     pub original_context: Option<f64>,
 }
@@ -91,39 +91,26 @@ impl RopeSettings {
 
     pub fn rope_type(&self) -> &str {
         match self.scaling.as_ref().and_then(RopeScaling::named).unwrap_or("default") {
-            // Sections of a head are rotated by the places of a token in time, height and width; of text the three are equal.
+            // Sections of a head are rotated by the positions of a token in time, height and width, which are equal for text.
             "mrope" => "default",
             kind => kind,
         }
     }
 
-    /// Inverse frequencies (width / 2) for windows of up to `n_positions`, and what cosines and sines are multiplied by.
+    /// Inverse frequencies (width / 2) for windows of up to `n_positions`, and the factor of cosines and sines.
     ///
     /// # Errors
     /// The kind of scaling is not supported, or lacks a field.
     pub fn frequencies(&self, n_positions: usize) -> Result<(Vec<f64>, f64)> {
         let plain = self.plain();
         let Some(s) = &self.scaling else { return Ok((plain, 1.0)) };
-        let field = |name: &str, value: Option<f64>| {
-            value.ok_or_else(|| Failure::unsupported(format!("`rope_scaling` lacks `{name}`")))
-        };
-        // transformers prefers the field beside `rope_scaling`, which Phi-3 has, and without any takes the context.
-        let original = || {
-            let given = self.original_context.or(s.original_max_position_embeddings).or(self.context);
-            field("original_max_position_embeddings", given)
-        };
-        // Where the factor is absent, it is the ratio of the contexts.
-        let stretch = || match s.factor {
-            Some(factor) => Ok(factor),
-            None => Ok::<_, anyhow::Error>(field("factor", self.context)? / original()?),
-        };
         match self.rope_type() {
             "default" => Ok((plain, 1.0)),
             "linear" => {
                 let factor = field("factor", s.factor)?;
                 Ok((plain.into_iter().map(|f| f / factor).collect(), 1.0))
             }
-            // Positions past the context turn slower, all the more the longer the window (NTK-aware, «dynamic»).
+            // Past the context, frequencies fall with the length of the window (NTK-aware, "dynamic").
             "dynamic" => {
                 let (factor, context) = (field("factor", s.factor)?, field("max_position_embeddings", self.context)?);
                 let length = (n_positions as f64).max(context);
@@ -135,50 +122,68 @@ impl RopeSettings {
                 let factor = field("factor", s.factor)?;
                 let (low, high) =
                     (field("low_freq_factor", s.low_freq_factor)?, field("high_freq_factor", s.high_freq_factor)?);
-                let context = original()?;
+                let context = self.original(s)?;
                 Ok((plain.into_iter().map(|f| llama3_frequency(f, factor, low, high, context)).collect(), 1.0))
             }
             "yarn" => {
-                let factor = stretch()?;
-                let frequencies = self.yarn(s, plain, factor, original()?);
-                let scale = |mscale: f64| if factor <= 1.0 { 1.0 } else { 0.1 * mscale * factor.ln() + 1.0 };
+                let factor = self.stretch(s)?;
+                let frequencies = self.yarn(s, plain, factor, self.original(s)?);
                 let own = match (s.mscale, s.mscale_all_dim) {
-                    (Some(own), Some(all)) if own != 0.0 && all != 0.0 => scale(own) / scale(all),
-                    _ => scale(1.0),
+                    (Some(own), Some(all)) if own != 0.0 && all != 0.0 => {
+                        yarn_scale(own, factor) / yarn_scale(all, factor)
+                    }
+                    _ => yarn_scale(1.0, factor),
                 };
                 Ok((frequencies, s.attention_factor.unwrap_or(own)))
             }
-            "longrope" | "su" => {
-                let context = original()?;
-                let (name, factors) = match n_positions as f64 > context {
-                    true => ("long_factor", &s.long_factor),
-                    false => ("short_factor", &s.short_factor),
-                };
-                let Some(factors) = factors.as_ref().filter(|f| f.len() == plain.len()) else {
-                    return Err(Failure::unsupported(format!(
-                        "`{name}` of `rope_scaling` has not {} values",
-                        plain.len()
-                    ))
-                    .into());
-                };
-                let factor = stretch()?;
-                let own = if factor <= 1.0 { 1.0 } else { (1.0 + factor.ln() / context.ln()).sqrt() };
-                let frequencies = plain.into_iter().zip(factors).map(|(f, by)| f / by).collect();
-                Ok((frequencies, s.attention_factor.unwrap_or(own)))
-            }
+            "longrope" | "su" => self.longrope(s, plain, n_positions),
             other => Err(Failure::unsupported(format!("`rope_scaling` of type `{other}` is not supported"))
                 .hint("supported: default, linear, dynamic, llama3, yarn, longrope")
                 .into()),
         }
     }
 
-    /// YaRN (Peng et al. 2023, «NTK-by-parts»): frequencies that turn often in the original context are kept, those that turn
+    /// The context before it was stretched. transformers prefers the field beside `rope_scaling`, which some configs have, and without
+    /// either takes the context.
+    fn original(&self, s: &RopeScaling) -> Result<f64> {
+        let given = self.original_context.or(s.original_max_position_embeddings).or(self.context);
+        field("original_max_position_embeddings", given)
+    }
+
+    /// The factor, or the ratio of the contexts if there is none.
+    fn stretch(&self, s: &RopeScaling) -> Result<f64> {
+        match s.factor {
+            Some(factor) => Ok(factor),
+            None => Ok(field("factor", self.context)? / self.original(s)?),
+        }
+    }
+
+    /// LongRoPE (Ding et al. 2024): a divisor for each frequency, by whether windows exceed the original context.
+    fn longrope(&self, s: &RopeScaling, plain: Vec<f64>, n_positions: usize) -> Result<(Vec<f64>, f64)> {
+        let context = self.original(s)?;
+        let (name, divisors) = match n_positions as f64 > context {
+            true => ("long_factor", &s.long_factor),
+            false => ("short_factor", &s.short_factor),
+        };
+        let Some(divisors) = divisors.as_ref().filter(|f| f.len() == plain.len()) else {
+            let message = format!("`{name}` of `rope_scaling` does not have {} values", plain.len());
+            return Err(Failure::unsupported(message).into());
+        };
+        let factor = self.stretch(s)?;
+        let own = if factor <= 1.0 { 1.0 } else { (1.0 + factor.ln() / context.ln()).sqrt() };
+        let frequencies = plain.into_iter().zip(divisors).map(|(f, by)| f / by).collect();
+        Ok((frequencies, s.attention_factor.unwrap_or(own)))
+    }
+
+    /// YaRN (Peng et al. 2023, "NTK-by-parts"): frequencies that turn often in the original context are kept, those that turn
     /// seldom are stretched, those between are blended along a ramp.
     fn yarn(&self, s: &RopeScaling, plain: Vec<f64>, factor: f64, context: f64) -> Vec<f64> {
         let width = self.width as f64;
         let dimension = |turns: f64| width * (context / (turns * 2.0 * PI)).ln() / (2.0 * self.theta.ln());
-        let non_zero = |value: Option<f64>, default: f64| value.filter(|&v| v != 0.0).unwrap_or(default);
-        let (mut low, mut high) = (dimension(non_zero(s.beta_fast, 32.0)), dimension(non_zero(s.beta_slow, 1.0)));
+        // 0 counts as absent, as in transformers.
+        let [fast, slow] = [(s.beta_fast, 32.0), (s.beta_slow, 1.0)]
+            .map(|(given, default)| given.filter(|&v| v != 0.0).unwrap_or(default));
+        let (mut low, mut high) = (dimension(fast), dimension(slow));
         if s.truncate.unwrap_or(true) {
             (low, high) = (low.floor(), high.ceil());
         }
@@ -192,6 +197,15 @@ impl RopeSettings {
         };
         plain.into_iter().enumerate().map(blend).collect()
     }
+}
+
+fn field(name: &str, value: Option<f64>) -> Result<f64> {
+    value.ok_or_else(|| Failure::unsupported(format!("`rope_scaling` lacks `{name}`")).into())
+}
+
+/// YaRN's factor of cosines and sines.
+fn yarn_scale(mscale: f64, factor: f64) -> f64 {
+    if factor <= 1.0 { 1.0 } else { 0.1 * mscale * factor.ln() + 1.0 }
 }
 
 fn inverse_frequencies(theta: f64, width: usize) -> Vec<f64> {
@@ -212,11 +226,11 @@ fn llama3_frequency(frequency: f64, factor: f64, low: f64, high: f64, context: f
     }
 }
 
-/// Which rotary embedding a block uses.
+/// The rotary embedding of a block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RopeKind {
     Global,
-    /// That of blocks with a sliding window, where they have their own.
+    /// The one of blocks with a sliding window, if they have their own.
     Local,
 }
 
@@ -254,8 +268,8 @@ impl Rope {
         if width == head_dim {
             return kernels.rope(x, &cos, &sin);
         }
-        let turned = kernels.rope(&x.narrow(3, 0, width)?.contiguous()?, &cos, &sin)?;
-        Ok(Tensor::cat(&[&turned, &x.narrow(3, width, head_dim - width)?], 3)?)
+        let rotated = kernels.rope(&x.narrow(3, 0, width)?.contiguous()?, &cos, &sin)?;
+        Ok(Tensor::cat(&[&rotated, &x.narrow(3, width, head_dim - width)?], 3)?)
     }
 }
 

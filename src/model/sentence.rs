@@ -11,9 +11,9 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
+use super::activation::Activation;
 use super::config::ModelConfig;
 use super::linear::Linear;
-use super::mlp::Activation;
 use super::weights::Weights;
 use crate::checkpoint::{Checkpoint, Fingerprint, SINGLE_FILE, read_file, sha256_file};
 use crate::error::Failure;
@@ -30,7 +30,7 @@ const TRANSFORMER_CONFIGS: [&str; 4] = [
     "sentence_transformers_config.json",
 ];
 
-/// What makes one vector of the states of a text, in the names of `1_Pooling/config.json`.
+/// How the states of a text become one vector, in the names of `1_Pooling/config.json`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum PoolingMode {
@@ -60,13 +60,13 @@ pub struct SentenceModules {
     pub lowercases: bool,
     /// Whether embeddings are compared by their cosine, and not by a measure that their lengths enter.
     pub is_by_cosine: bool,
-    /// What the embedding depends on, from the root of the checkpoint.
+    /// The files that decide the embedding, relative to the root of the checkpoint.
     files: Vec<PathBuf>,
-    /// A module that is not run here; with all that follow it, it is left out.
+    /// A module that is not run here, and is left out with all that follow it.
     ignored: Option<String>,
 }
 
-/// What follows the pooling.
+/// A step after the pooling.
 #[derive(Debug, Clone, PartialEq)]
 enum Step {
     Normalize,
@@ -82,7 +82,7 @@ enum DenseActivation {
     Of(Activation),
 }
 
-/// The same with its weights.
+/// Pooling and steps with their weights.
 #[derive(Debug, Clone)]
 pub(super) struct SentencePooler {
     modes: Vec<PoolingMode>,
@@ -119,8 +119,8 @@ pub fn fingerprint(checkpoint: &Checkpoint) -> Result<Fingerprint> {
 }
 
 impl SentenceModules {
-    /// Reads `modules.json` beside a checkpoint whose states are `hidden_size` wide; none where there is no such file, or no
-    /// pooling in it.
+    /// Reads `modules.json` beside a checkpoint whose states are `hidden_size` wide; `None` if there is no such file, or it lists no
+    /// pooling.
     ///
     /// # Errors
     /// A file is broken, names a pooling that is not known, or does not fit the model.
@@ -136,7 +136,7 @@ impl SentenceModules {
             // A decoder is opened more than once a run.
             static WARNED: Once = Once::new();
             WARNED.call_once(|| {
-                tracing::warn!("`{}` names no pooling behind a transformer, and is ignored", path.display());
+                tracing::warn!("`{}` does not list a transformer and a pooling first, and is ignored", path.display());
             });
             return Ok(None);
         }
@@ -172,7 +172,7 @@ impl SentenceModules {
         Ok(Some(Self { modes, steps, max_seq_length, lowercases, is_by_cosine, files, ignored }))
     }
 
-    /// SHA-256 of the files that the embedding depends on besides the model's own.
+    /// SHA-256 of the files that decide the embedding, except those of the model.
     ///
     /// # Errors
     /// One cannot be read.
@@ -181,7 +181,7 @@ impl SentenceModules {
         self.files.iter().map(hash).collect()
     }
 
-    /// Says which module is left out, once a run.
+    /// Warns of the module that is left out, once per run.
     pub fn warn_of_ignored(&self) {
         if let Some(module) = &self.ignored {
             tracing::warn!("a module of `{MODULES}` is not run, {module}: embeddings are compared as they enter it");
@@ -288,7 +288,7 @@ fn transformer_settings(root: &Path) -> Result<(Option<usize>, bool)> {
     }
     #[derive(Deserialize)]
     struct TokenizerSettings {
-        // A huge float where there is no limit.
+        // A huge float if there is no limit.
         model_max_length: Option<f64>,
     }
     let path = TRANSFORMER_CONFIGS.iter().map(|name| root.join(name)).find(|path| path.is_file());
@@ -302,7 +302,7 @@ fn transformer_settings(root: &Path) -> Result<(Option<usize>, bool)> {
     Ok((length, settings.do_lower_case))
 }
 
-/// Whether the similarity of the folder is the cosine, as it is where none is named.
+/// Whether the similarity of the folder is the cosine, which is the default.
 fn is_by_cosine(root: &Path) -> Result<bool> {
     #[derive(Deserialize)]
     struct Settings {
@@ -321,26 +321,30 @@ fn pooling_modes(path: &Path, hidden_size: usize) -> Result<Vec<PoolingMode>> {
         let message = format!("`{}` pools states of width {width}, the model's are {hidden_size} wide", path.display());
         return Err(Failure::unsupported(message).hint("the pooling belongs to another model").into());
     }
-    let unknown = |mode: &dyn std::fmt::Display| {
-        let names: Vec<String> = PoolingMode::ALL.iter().map(|(_, name, _)| format!("`{name}`")).collect();
-        Failure::unsupported(format!("`{}` has the unknown pooling mode {mode}", path.display()))
-            .hint(format!("known are {}; without `{MODULES}` the states are pooled by the model", names.join(", ")))
-    };
-    let named = |mode: &Value| PoolingMode::deserialize(mode).map_err(|_| unknown(mode));
     let modes: Vec<PoolingMode> = match fields.get("pooling_mode") {
-        Some(Value::Array(modes)) => modes.iter().map(named).collect::<Result<_, _>>()?,
-        Some(mode) => vec![named(mode)?],
+        Some(Value::Array(modes)) => modes.iter().map(|mode| named_mode(mode, path)).collect::<Result<_>>()?,
+        Some(mode) => vec![named_mode(mode, path)?],
         None => {
             let is_set = |flag: &str| fields.get(flag).and_then(Value::as_bool).unwrap_or(false);
             let known = |flag: &str| PoolingMode::ALL.iter().any(|(.., name)| *name == flag);
             if let Some(flag) = fields.keys().find(|f| f.starts_with("pooling_mode_") && is_set(f) && !known(f)) {
-                return Err(unknown(&format!("`{flag}`")).into());
+                return Err(unknown_mode(&format!("`{flag}`"), path).into());
             }
             PoolingMode::ALL.iter().filter(|(.., flag)| is_set(flag)).map(|(mode, ..)| *mode).collect()
         }
     };
-    // sentence-transformers takes the mean where no flag is set.
+    // sentence-transformers takes the mean if no flag is set.
     Ok(if modes.is_empty() { vec![PoolingMode::Mean] } else { modes })
+}
+
+fn named_mode(mode: &Value, path: &Path) -> Result<PoolingMode> {
+    Ok(PoolingMode::deserialize(mode).map_err(|_| unknown_mode(mode, path))?)
+}
+
+fn unknown_mode(mode: &dyn std::fmt::Display, path: &Path) -> Failure {
+    let names: Vec<String> = PoolingMode::ALL.iter().map(|(_, name, _)| format!("`{name}`")).collect();
+    Failure::unsupported(format!("`{}` has the unknown pooling mode {mode}", path.display()))
+        .hint(format!("known modes: {}; without `{MODULES}` the states are pooled by the model", names.join(", ")))
 }
 
 /// A `Dense` module and its width, or why it is not run.
@@ -389,7 +393,7 @@ fn dense(folder: &Path, width: usize) -> Result<Result<(Step, usize), &'static s
 fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
     let unusable = |e: &dyn std::fmt::Display| {
         Failure::unsupported(format!("`{}` cannot be used: {e}", path.display()))
-            .hint(format!("mend the file, or take `{MODULES}` away to pool without it"))
+            .hint(format!("repair the file, or remove `{MODULES}` to pool without it"))
     };
     let bytes = read_file(path).map_err(|e| unusable(&e))?;
     Ok(serde_json::from_slice(&bytes).map_err(|e| unusable(&e))?)

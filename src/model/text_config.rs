@@ -1,16 +1,16 @@
 //! The language model in the config of a model that sees or hears as well.
 //!
 //! Wrappers keep its config apart (`text_config`), and leave out what is the default of its class; Qwen2-VL has it among its own
-//! fields. Its files are found by [`super::names`]; towers and projectors are no part of it.
+//! fields. Its files are found by [`super::names`]; towers and projectors do not belong to it.
 
 use serde_json::{Map, Value};
 
-/// Where wrappers keep the config of their language model.
+/// Entries in which wrappers keep the config of their language model.
 const KEYS: [&str; 3] = ["text_config", "llm_config", "language_config"];
-/// The configs of what wrappers have besides.
+/// The configs of the other parts of wrappers.
 const OTHERS: [&str; 2] = ["vision_config", "audio_config"];
 
-/// By the `model_type` of a wrapper, that of its language model where its config is silent.
+/// The `model_type` of the language model by that of the wrapper, if the config does not name it.
 const OF_WRAPPERS: &[(&str, &str)] = &[
     ("gemma3", "gemma3_text"),
     ("idefics3", "llama"),
@@ -27,10 +27,10 @@ const OF_WRAPPERS: &[(&str, &str)] = &[
     ("voxtral", "llama"),
 ];
 
-/// Language models that are a family of their own name but for what they see: of text alone, they are that family.
+/// Language models of wrappers that, for text alone, are another family.
 const SAME: &[(&str, &str)] = &[("qwen2_vl_text", "qwen2"), ("qwen2_5_vl_text", "qwen2"), ("qwen3_vl_text", "qwen3")];
 
-/// What the classes of language models take where `text_config` is silent, in transformers 5.
+/// Defaults of the classes of language models in transformers 5, for fields that `text_config` leaves out.
 const DEFAULTS: &[(&str, &str)] = &[
     (
         "llama",
@@ -73,7 +73,7 @@ const QWEN_VL: &str = r#"{"vocab_size": 152064, "hidden_size": 8192, "intermedia
     "num_attention_heads": 64, "num_key_value_heads": 8, "max_position_embeddings": 32768, "rms_norm_eps": 1e-5,
     "rope_theta": 1000000.0}"#;
 
-/// The part of a config that is of its language model; none where it is all of that.
+/// The config of the language model within a config; `None` if it is the whole.
 fn nested(config: &Map<String, Value>) -> Option<&Map<String, Value>> {
     KEYS.iter().find_map(|key| config.get(*key)?.as_object())
 }
@@ -110,7 +110,7 @@ pub fn model_type<'a>(config: &'a Map<String, Value>, prefix: &str) -> Option<&'
     Some(renamed(SAME, own).unwrap_or(own))
 }
 
-/// The fields of the language model, with what its class takes where a wrapper is silent.
+/// The fields of the language model, with the defaults of its class for those that a wrapper leaves out.
 pub fn fields(config: &Map<String, Value>, prefix: &str) -> Map<String, Value> {
     if !is_multimodal(config) {
         return config.clone();
@@ -154,7 +154,7 @@ const TOWERS: &[&str] = &[
     "sam_model",
 ];
 
-/// Whether a module of a multimodal model is none of its language model, by its name: for families that are not known.
+/// Whether a module of a multimodal model lies outside its language model, by its name; for unknown families.
 pub fn is_of_tower(module: &str) -> bool {
     module.split('.').any(|part| TOWERS.iter().any(|tower| part.starts_with(tower) || part.ends_with(tower)))
 }
@@ -191,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn towers_are_told_by_their_names() {
+    fn towers_are_recognized_by_their_names() {
         for module in [
             "vision_tower.encoder.layers.0.fc1",
             "model.visual.blocks.1.mlp",

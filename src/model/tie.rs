@@ -1,7 +1,7 @@
 //! Whether the head of a model is its table of embeddings.
 //!
-//! As transformers 5 has it: what the config says holds where one of the two is stored, or both are equal. A head that is stored
-//! with other values is a head of its own, whatever the config says; earlier versions overwrote it.
+//! As in transformers 5: the config decides if only one of the two is stored, or both are equal. A head that is stored with other
+//! values is not tied, whatever the config says; earlier versions overwrote it.
 
 use anyhow::Result;
 
@@ -10,12 +10,12 @@ use super::config;
 use super::names::{self, Names};
 use crate::checkpoint::Checkpoint;
 
-/// Where the two matrices of a vocabulary are.
+/// The modules of the two matrices of a vocabulary.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Vocabulary {
     /// The module that holds the table of embeddings.
     pub table: String,
-    /// The module that makes logits; none where that is the table.
+    /// The module that makes logits; `None` if that is the table.
     pub head: Option<String>,
 }
 
@@ -26,7 +26,7 @@ impl Vocabulary {
         Self { table: names.embeddings(architecture), head }
     }
 
-    /// The table that a model reads its tokens from, whether or not the head is one of its own: models are saved without heads.
+    /// The table that a model embeds its tokens with, for a checkpoint that may lack its head.
     pub fn without_head(
         checkpoint: &Checkpoint,
         tie: Option<bool>,
@@ -39,14 +39,14 @@ impl Vocabulary {
         Self { table: if is_head { head } else { table }, head: None }
     }
 
-    /// Compares the two where both are stored and the config ties them.
+    /// Compares the two if both are stored and the config ties them.
     ///
     /// # Errors
     /// A tensor is broken.
     pub fn of(checkpoint: &Checkpoint, tie: Option<bool>, architecture: &Architecture, names: &Names) -> Result<Self> {
         let (table, head) = (names.embeddings(architecture), names.lm_head(architecture));
         let [has_table, has_head] = [&table, &head].map(|module| names::is_stored(checkpoint, module));
-        // Without a word on it, a model is tied that has no head.
+        // If the config does not say, a model without a head is tied.
         let is_tied = tie.unwrap_or(!has_head);
         Ok(match (is_tied, has_table, has_head) {
             (true, true, true) if !are_equal(checkpoint, &table, &head)? => Self { table, head: Some(head) },
@@ -57,10 +57,10 @@ impl Vocabulary {
     }
 }
 
-/// Says so where they are not.
+/// Warns if they are not.
 fn are_equal(checkpoint: &Checkpoint, table: &str, head: &str) -> Result<bool> {
     let [first, second] = [table, head].map(|module| format!("{module}.weight"));
-    // A head of low rank is no table.
+    // A head of low rank is not the table.
     if checkpoint.info(&second).is_none() {
         return Ok(false);
     }
@@ -73,7 +73,7 @@ fn are_equal(checkpoint: &Checkpoint, table: &str, head: &str) -> Result<bool> {
     Ok(is_equal)
 }
 
-/// Whether a module is a head that is no matrix of its own: the table of embeddings under another name, or once more.
+/// Whether a module is a head without a matrix of its own: the table of embeddings under another name, or a copy of it.
 ///
 /// # Errors
 /// A tensor is broken.

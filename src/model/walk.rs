@@ -42,7 +42,8 @@ impl WalkLimits {
     /// Windows that go through a block at once.
     pub fn batch_size(&self, config: &ModelConfig, n_tokens: usize) -> usize {
         // What lives at the widest point of a block: input, normed, q, k, v, mixed, or gate, up, product.
-        let per_token = 4 * (6 * config.hidden_size + 3 * config.intermediate_size);
+        let inner = config.block_widths().distinct().map(|widths| widths.intermediate_size).max().unwrap_or(0);
+        let per_token = 4 * (6 * config.hidden_size + 3 * inner);
         (self.activation_bytes / (per_token * n_tokens.max(1))).max(1)
     }
 }
@@ -65,7 +66,7 @@ pub struct Hidden(Vec<Spooled>);
 /// The tokens of a window that are scored.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Scored {
-    /// Their places in the window, none of them 0; the state before each foretells it. The last may be one past the window.
+    /// Positions of the scored tokens, never 0. Each is predicted from the state before it, so the last may equal the window length.
     pub places: Range<usize>,
     pub tokens: Vec<u32>,
 }
@@ -76,7 +77,7 @@ impl Scored {
         windows.iter().map(|ids| Self { places: 1..ids.len(), tokens: ids[1..].to_vec() }).collect()
     }
 
-    /// The states (n_scored, hidden_size) that foretell them, of those of a window.
+    /// The states (n_scored, hidden_size) of a window that predict them.
     ///
     /// # Errors
     /// The window is too short.
@@ -97,7 +98,7 @@ impl<'a> Walk<'a> {
         Ok(Self { windows, batches, spool, rope: decoder.rope(longest)?, text: None })
     }
 
-    /// The same, with the text that the windows are of named in errors.
+    /// Names the text of the windows in errors.
     #[must_use]
     pub fn of_text(mut self, text: &str) -> Self {
         self.text = Some(text.into());
@@ -151,7 +152,7 @@ impl<'a> Walk<'a> {
         Ok(())
     }
 
-    /// As [`Self::advance`], but the states that enter the block are kept beside those that leave it.
+    /// Like [`Self::advance`], but keeps the states that enter the block as well.
     ///
     /// # Errors
     /// As [`Self::advance`].
@@ -192,7 +193,7 @@ impl<'a> Walk<'a> {
         let place = self.place()(self.batches[batch_idx].start + window_in_batch);
         let what = match reader {
             Some((slot, _)) => format!("the inputs of `{}`", decoder.module(block.index(), slot)),
-            None => format!("the states behind `{}`", decoder.block_name(block.index())),
+            None => format!("the states after `{}`", decoder.block_name(block.index())),
         };
         Err(Failure::numeric(format!("{place}: {what} are not finite")).hint(NON_FINITE_HINT).into())
     }
@@ -224,7 +225,7 @@ impl<'a> Walk<'a> {
     /// Calls `f` with every window's tokens and the states of all `streams` at it, (n_tokens, hidden_size) each.
     ///
     /// # Errors
-    /// That of `f`, or the work folder's.
+    /// The error of `f`, or that of the work folder.
     pub fn for_each_window(
         &mut self,
         streams: &[&Hidden],
@@ -240,7 +241,7 @@ impl<'a> Walk<'a> {
         Ok(())
     }
 
-    /// As [`Self::for_each_window`] over one stream, whose states `f` replaces by others of the same shape.
+    /// Like [`Self::for_each_window`] over one stream; `f` returns the states that replace its own, in the same shape.
     ///
     /// # Errors
     /// As [`Self::for_each_window`].
@@ -278,7 +279,7 @@ impl<'a> Walk<'a> {
     /// # Errors
     /// The work folder refuses.
     pub(crate) fn restore(&mut self, batches: Vec<Array>) -> Result<Hidden> {
-        anyhow::ensure!(batches.len() == self.batches.len(), "invariant: a walk is gone on with in the same batches");
+        anyhow::ensure!(batches.len() == self.batches.len(), "invariant: a walk is resumed in the same batches");
         Ok(Hidden(batches.into_iter().map(|batch| self.spool.push(batch)).collect::<Result<_>>()?))
     }
 

@@ -7,6 +7,7 @@ use candle_core::{Device, Tensor};
 
 use crate::checkpoint::{Checkpoint, Dtype};
 use crate::error::Failure;
+use crate::operator;
 
 /// A source of f32 tensors by name.
 pub trait Weights {
@@ -58,9 +59,9 @@ impl Weights for Checkpoint {
 
     fn matrix(&self, name: &str, is_conv1d: bool) -> Result<Tensor> {
         let weight = self.tensor(name)?;
-        // Codes stand for (out, in) in every family.
-        let is_turned = is_conv1d && !self.require(name)?.is_encoded();
-        Ok(if is_turned { weight.t()?.contiguous()? } else { weight })
+        // Encoded weights are shown as (out, in) in every family.
+        let is_transposed = is_conv1d && !self.require(name)?.is_encoded();
+        Ok(if is_transposed { weight.t()?.contiguous()? } else { weight })
     }
 }
 
@@ -110,4 +111,10 @@ pub(super) fn order(checkpoint: &Checkpoint, name: &str) -> Result<Vec<usize>> {
     let mut seen = vec![false; m];
     let is_new = |&i: &usize| i < m && !std::mem::replace(&mut seen[i], true);
     if order.iter().all(is_new) { Ok(order) } else { Err(broken().into()) }
+}
+
+/// Whether a fused module is stored as its split parts.
+pub(super) fn is_split(weights: &dyn Weights, module: &str) -> bool {
+    let has = |part: &str| operator::first_parts().any(|stored| weights.contains(&format!("{module}.{part}.{stored}")));
+    has("q") || has("gate")
 }

@@ -1,6 +1,6 @@
-//! Codes of a few bits, packed low bits first: rows of a matrix, each padded to whole bytes or words.
+//! Codes of a few bits, packed with low bits first: rows of a matrix, each padded to whole bytes or words.
 //!
-//! In bytes of 2, 4 and 8 bits this is the order of every packer there is, little-endian words included; codes of 3 bits run
+//! For codes of 2, 4 and 8 bits this is the order of every packer there is, little-endian words included; codes of 3 bits run
 //! across bytes.
 
 /// Bytes of a row of `n` codes, padded to a multiple of `align` bytes.
@@ -32,7 +32,7 @@ pub fn pack(codes: &[u8], n: usize, bits: u32, align: usize) -> Vec<u8> {
     bytes
 }
 
-/// Unpacks `rows` rows of `n` codes; none where there are not that many bytes.
+/// Unpacks `rows` rows of `n` codes; `None` if the number of bytes does not match.
 pub fn unpack(bytes: &[u8], rows: usize, n: usize, bits: u32, align: usize) -> Option<Vec<u8>> {
     let width = row_bytes(n, bits, align);
     if bytes.len() != rows * width {

@@ -18,7 +18,7 @@ const fn row(name: &'static str, dtype: GgmlDType, id: u32) -> BlockType {
     BlockType { name, dtype, id }
 }
 
-/// Those that quantise weights.
+/// The block types that quantize weights.
 pub const BLOCK_TYPES: [BlockType; 7] = [
     row("q4_0", GgmlDType::Q4_0, 2),
     row("q8_0", GgmlDType::Q8_0, 8),
@@ -39,7 +39,7 @@ impl BlockType {
         BLOCK_TYPES.into_iter().find(|t| t.id == id)
     }
 
-    /// The scheme of the same levels; none for types that are more than codes and scales.
+    /// The scheme of the same levels; `None` for types that hold more than codes and scales.
     pub fn as_scheme(self) -> Option<Scheme> {
         let bits = match self.dtype {
             GgmlDType::Q4_0 => 4,
@@ -49,8 +49,8 @@ impl BlockType {
         Some(Scheme { levels: Levels::Int { bits, symmetric: true }, group: Some(32) })
     }
 
-    /// What an f16 scale is at least multiplied with at either end of a block's range. Below zero a block with a minimum reaches as
-    /// far as the code of that minimum.
+    /// The smallest factor of an f16 scale at either end of a block's range. In blocks with a minimum, the negative end is the code of
+    /// that minimum.
     pub fn n_levels(self) -> f32 {
         match self.dtype {
             GgmlDType::Q4_0 => 8.0,
@@ -87,11 +87,41 @@ impl Blocks {
     /// Rows are not made of whole blocks.
     pub fn quantize(values: &[f32], rows: usize, cols: usize, block_type: BlockType) -> Result<Self> {
         let tensor = Tensor::from_slice(values, (rows, cols), &Device::Cpu)?;
-        let quantised = QTensor::quantize(&tensor, block_type.dtype)?;
-        Ok(Self { rows, cols, block_type, bytes: quantised.data()?.into_owned() })
+        let quantized = QTensor::quantize(&tensor, block_type.dtype)?;
+        Ok(Self { rows, cols, block_type, bytes: quantized.data()?.into_owned() })
     }
 
-    /// The same matrix as codes in groups of 32; none for types that are more than codes and scales.
+    /// Symmetric codes as blocks, exactly: up to 4 bits as Q4_0, up to 8 as Q8_0; `None` if their groups are not made of whole blocks.
+    pub fn of_grouped(matrix: &Grouped) -> Option<Self> {
+        const BLOCK: usize = 32;
+        let Levels::Int { bits, symmetric: true } = matrix.scheme.levels else { return None };
+        let (rows, cols) = (matrix.rows, matrix.cols);
+        let (group, n_groups) = (matrix.scheme.group_of(cols), matrix.scheme.n_groups(cols));
+        if !cols.is_multiple_of(BLOCK) || !group.is_multiple_of(BLOCK) {
+            return None;
+        }
+        let block_type = BlockType::named(if bits <= 4 { "q4_0" } else { "q8_0" })?;
+        let mut bytes = Vec::with_capacity(block_type.n_bytes(rows, cols) as usize);
+        for (row, codes) in matrix.codes.chunks_exact(cols.max(1)).enumerate() {
+            for (at, codes) in codes.chunks_exact(BLOCK).enumerate() {
+                let scale = matrix.scales[row * n_groups + at * BLOCK / group];
+                bytes.extend(half::f16::from_f32(scale).to_le_bytes());
+                if bits > 4 {
+                    // From the middle of `bits` to 0.
+                    let middle = 1u8 << (bits - 1);
+                    bytes.extend(codes.iter().map(|code| code.wrapping_sub(middle)));
+                    continue;
+                }
+                // From the middle of fewer bits to that of four. The low nibbles are the first half of the block.
+                let shift = 8 - (1u8 << (bits - 1));
+                let (first, second) = codes.split_at(BLOCK / 2);
+                bytes.extend(first.iter().zip(second).map(|(low, high)| (low + shift) | ((high + shift) << 4)));
+            }
+        }
+        Some(Self { rows, cols, block_type, bytes })
+    }
+
+    /// The same matrix as codes in groups of 32; `None` for types that hold more than codes and scales.
     pub fn to_grouped(&self) -> Option<Grouped> {
         let scheme = self.block_type.as_scheme()?;
         let size = self.block_type.dtype.type_size();
@@ -128,13 +158,35 @@ impl Blocks {
             let storage = QStorage::from_data(self.bytes.as_slice().into(), &Device::Cpu, self.block_type.dtype)?;
             QTensor::new(storage, (self.rows, self.cols))?.dequantize(&Device::Cpu)?.flatten_all()?.to_vec1()
         };
-        values().expect("invariant: whole blocks are dequantised")
+        values().expect("invariant: whole blocks are dequantized")
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::quantize::Scale;
+
+    #[test]
+    fn symmetric_codes_are_blocks_exactly() {
+        let (rows, cols) = (3, 128);
+        let values: Vec<f32> = (0..rows * cols).map(|i| ((i * 7919) % 1009) as f32 / 504.5 - 1.0).collect();
+        for bits in 2..=8 {
+            for group in [Some(32), Some(64), None] {
+                let scheme = Scheme { levels: Levels::Int { bits, symmetric: true }, group };
+                let matrix = Grouped::round(&values, rows, cols, scheme, Scale::Mse);
+                let blocks = Blocks::of_grouped(&matrix).unwrap();
+                assert_eq!(blocks.dequantize(), matrix.dequantize(), "{scheme}");
+                if group == Some(32) && [4, 8].contains(&bits) {
+                    assert_eq!(blocks.to_grouped().unwrap(), matrix);
+                }
+            }
+        }
+        let other = |group, symmetric| Scheme { levels: Levels::Int { bits: 4, symmetric }, group };
+        for scheme in [other(Some(24), true), other(None, false), Scheme { levels: Levels::Nf4, group: None }] {
+            assert!(Blocks::of_grouped(&Grouped::round(&values, rows, cols, scheme, Scale::Mse)).is_none());
+        }
+    }
 
     #[test]
     fn blocks_come_back_close_and_in_their_bytes() {

@@ -6,7 +6,7 @@
 //! - By coordinate descent (Behdin et al. 2023, QuantEase): with all others as they are, column j is best rounded from
 //!   `x_j + R_j / H_jj`, `R = (W − X) H`. No step makes the error larger.
 //!
-//! What values a column may take is not their concern.
+//! They do not decide which values a column may take.
 
 use faer::linalg::matmul::matmul;
 use faer::{Accum, Mat, MatMut, MatRef, Par, RowRef};

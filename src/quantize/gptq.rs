@@ -1,6 +1,6 @@
-//! GPTQ (Frantar et al. 2022): columns are quantised one after another, and the error of each is made up for by those that
-//! are still to come ([`feed_back`]), in the metric of the inputs' Gram `H`. Columns go in the order of falling `H_jj`, over groups
-//! whose scales were fixed before ("act-order with static groups"), so that no index of groups needs to be stored.
+//! GPTQ (Frantar et al. 2022): columns are quantized one after another, and the columns that follow compensate the error of each
+//! ([`feed_back`]), in the metric of the inputs' Gram `H`. Columns go in the order of falling `H_jj`, with scales of groups that are
+//! fixed before ("act-order with static groups"), so that no index of groups needs to be stored.
 
 use faer::linalg::matmul::matmul;
 use faer::{Accum, Mat, MatRef, Par};
@@ -32,7 +32,7 @@ impl Fallback {
     }
 }
 
-/// Quantises `values` (rows, cols), row-major, with the Gram `H` (cols, cols) of their inputs; rounds to nearest, and says why,
+/// Quantizes `values` (rows, cols), row-major, with the Gram `H` (cols, cols) of their inputs; rounds to nearest, and says why,
 /// where that is all that can be done or is better.
 ///
 /// # Panics
@@ -46,37 +46,21 @@ pub fn gptq(
     scale: Scale,
 ) -> (Grouped, Option<Fallback>) {
     assert_eq!((values.len(), gram.nrows()), (rows * cols, cols), "invariant: the Gram is that of the inputs");
-    let mut order: Vec<usize> = (0..cols).collect();
-    order.sort_by(|&i, &j| gram[(j, j)].total_cmp(&gram[(i, i)]).then(i.cmp(&j)));
-    let unit = to_unit_mean((0..cols).map(|i| gram[(i, i)]).sum::<f64>() / cols.max(1) as f64);
-    let mean = (0..cols).map(|i| gram[(i, i)] * unit).sum::<f64>() / cols.max(1) as f64;
-    let damped = Mat::from_fn(cols, cols, |i, j| {
-        let value = gram[(order[i], order[j])] * unit;
-        // A dead input costs nothing; any positive diagonal leaves it out of the others' way.
-        if i != j {
-            value
-        } else if value == 0.0 {
-            1.0
-        } else {
-            value + DAMPING * mean
-        }
-    });
+    let permutation = falling_diagonal(gram);
     let rounded = || Grouped::round(values, rows, cols, scheme, scale);
-    let Some((upper, factor)) = linalg::inverse_cholesky(damped.as_ref()) else {
+    let Some((upper, factor)) = linalg::inverse_cholesky(damped(gram, &permutation).as_ref()) else {
         return (rounded(), Some(Fallback::NotDefinite));
     };
-    drop(damped);
-    let single = |matrix: &Mat<f64>| Mat::from_fn(cols, cols, |i, j| matrix[(i, j)] as f32);
     let grids = grids(values, cols, scheme, scale);
     let n_groups = scheme.n_groups(cols);
     let group = scheme.group_of(cols);
 
-    let mut weights = Mat::from_fn(rows, cols, |i, j| values[i * cols + order[j]]);
+    let mut weights = Mat::from_fn(rows, cols, |i, j| values[i * cols + permutation[j]]);
     let upper = single(&upper);
     let mut codes = vec![0u8; rows * cols];
     let mut loss = 0.0f64;
     let round = |j: usize, weight: &mut [f32]| {
-        let column = order[j];
+        let column = permutation[j];
         for (i, weight) in weight.iter_mut().enumerate() {
             let grid = &grids[i * n_groups + column / group];
             let code = grid.code(*weight);
@@ -84,27 +68,57 @@ pub fn gptq(
             *weight = grid.value(code);
         }
     };
-    let spend = |error: &[f32]| loss += error.iter().map(|&e| f64::from(e) * f64::from(e)).sum::<f64>();
-    feed_back(weights.as_mut(), upper.as_ref(), round, spend);
+    feed_back(weights.as_mut(), upper.as_ref(), round, |error: &[f32]| {
+        loss += error.iter().map(|&e| f64::from(e) * f64::from(e)).sum::<f64>();
+    });
     let rounded = rounded();
-    if squared_error(values, &rounded, &single(&factor), &order) <= loss {
+    if squared_error(values, &rounded, &single(&factor), &permutation) <= loss {
         return (rounded, Some(Fallback::NoGain));
     }
     (Grouped::of_codes(codes, rows, cols, scheme, &grids), None)
 }
 
-/// A power of 4 that brings the mean diagonal of a Gram to about 1, so that what is made of it fits an f32 whatever its scale:
-/// roots of such a scale are exact, and change no code.
+/// Columns in the order of falling `H_jj`.
+fn falling_diagonal(gram: MatRef<'_, f64>) -> Vec<usize> {
+    let mut permutation: Vec<usize> = (0..gram.nrows()).collect();
+    permutation.sort_by(|&i, &j| gram[(j, j)].total_cmp(&gram[(i, i)]).then(i.cmp(&j)));
+    permutation
+}
+
+/// `H` in this order and with a mean diagonal of about 1, damped.
+fn damped(gram: MatRef<'_, f64>, permutation: &[usize]) -> Mat<f64> {
+    let cols = gram.nrows();
+    let unit = to_unit_mean((0..cols).map(|i| gram[(i, i)]).sum::<f64>() / cols.max(1) as f64);
+    let mean = (0..cols).map(|i| gram[(i, i)] * unit).sum::<f64>() / cols.max(1) as f64;
+    Mat::from_fn(cols, cols, |i, j| {
+        let value = gram[(permutation[i], permutation[j])] * unit;
+        // A dead input costs nothing; any positive diagonal keeps it from affecting the others.
+        if i != j {
+            value
+        } else if value == 0.0 {
+            1.0
+        } else {
+            value + DAMPING * mean
+        }
+    })
+}
+
+fn single(matrix: &Mat<f64>) -> Mat<f32> {
+    Mat::from_fn(matrix.nrows(), matrix.ncols(), |i, j| matrix[(i, j)] as f32)
+}
+
+/// A power of 4 that brings the mean diagonal of a Gram to about 1, so that its factors fit an f32 whatever its scale. Roots of such
+/// a power are exact, so no code changes.
 fn to_unit_mean(mean: f64) -> f64 {
     if mean > 0.0 { 4f64.powi((-0.5 * mean.log2()).round().clamp(-500.0, 500.0) as i32) } else { 1.0 }
 }
 
-/// `tr(E H Eᵀ) = ‖E F‖²` of the error of a quantised matrix, with `H = F Fᵀ` in the order of the columns.
-fn squared_error(values: &[f32], quantised: &Grouped, factor: &Mat<f32>, order: &[usize]) -> f64 {
-    let (rows, cols) = (quantised.rows, quantised.cols);
-    let back = quantised.dequantize();
+/// `tr(E H Eᵀ) = ‖E F‖²` of the error of a quantized matrix, with `H = F Fᵀ` in the order of the columns.
+fn squared_error(values: &[f32], quantized: &Grouped, factor: &Mat<f32>, permutation: &[usize]) -> f64 {
+    let (rows, cols) = (quantized.rows, quantized.cols);
+    let back = quantized.dequantize();
     let errors = Mat::from_fn(rows, cols, |i, j| {
-        let at = i * cols + order[j];
+        let at = i * cols + permutation[j];
         values[at] - back[at]
     });
     let mut image = Mat::<f32>::zeros(rows, cols);
@@ -134,10 +148,10 @@ mod tests {
         x.transpose() * &x * faer::Scale(1.0 / n_tokens as f64)
     }
 
-    fn error(values: &[f32], quantised: &Grouped, gram: &Mat<f64>) -> f64 {
-        let back = quantised.dequantize();
-        let e = Mat::from_fn(quantised.rows, quantised.cols, |i, j| {
-            f64::from(values[i * quantised.cols + j] - back[i * quantised.cols + j])
+    fn error(values: &[f32], quantized: &Grouped, gram: &Mat<f64>) -> f64 {
+        let back = quantized.dequantize();
+        let e = Mat::from_fn(quantized.rows, quantized.cols, |i, j| {
+            f64::from(values[i * quantized.cols + j] - back[i * quantized.cols + j])
         });
         (&e * gram * e.transpose()).diagonal().column_vector().iter().sum()
     }

@@ -1,4 +1,4 @@
-//! Matrices of small codes, of which runs of columns share a scale: what `rtn`, `gptq` and `nf4` all make.
+//! Matrices of small codes in which runs of columns share a scale: the result of `rtn`, `gptq` and `nf4`.
 //!
 //! `W[i, j] = scale[i, j / group] · level(code[i, j])`, where a level is `code − zero` of an integer grid or an entry of a
 //! table. Scales are kept as f16 values, which every format can hold.
@@ -21,7 +21,7 @@ pub enum Levels {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Scheme {
     pub levels: Levels,
-    /// Columns that share a scale, the last run may be shorter; none: a whole row.
+    /// Columns that share a scale, the last run may be shorter; `None`: a whole row.
     pub group: Option<usize>,
 }
 
@@ -30,7 +30,7 @@ pub struct Scheme {
 pub enum Scale {
     /// The weight of the largest magnitude is the end of the grid.
     Absmax,
-    /// Of clipped grids the one with the least squared error.
+    /// The clipped grid with the least squared error.
     Mse,
 }
 
@@ -200,7 +200,7 @@ impl Grid {
         }
     }
 
-    /// What a code stands for.
+    /// The value of a code.
     #[inline(always)]
     pub fn value(&self, code: u8) -> f32 {
         match self.levels {
@@ -336,7 +336,7 @@ mod tests {
                 for (q, v) in back.iter().zip(&values) {
                     prop_assert!(f64::from((q - v).abs()) <= step, "{scheme:?} {q} {v}");
                 }
-                // Clipping is chosen where it is better in the mean, and quantising twice changes nothing.
+                // Clipping is chosen where it is better in the mean, and quantizing twice changes nothing.
                 let clipped = Grouped::round(&values, rows, cols, scheme, Scale::Mse);
                 prop_assert!(error(&clipped, &values) <= error(&matrix, &values) * (1.0 + 1e-5));
             }

@@ -1,6 +1,6 @@
-//! Quantised matrices: what they are made of and how they are made. No files, no tensor names.
+//! Quantized matrices and the quantizers that make them. No files, no tensor names.
 //!
-//! A quantiser has a name of words joined by dashes: `rtn-int4-g128`, `gptq-int3-channel-asym`, `nf4-g64`, `q4_k`.
+//! A quantizer has a name of words joined by dashes: `rtn-int4-g128`, `gptq-int3-channel-asym`, `nf4-g64`, `q4_k`.
 
 pub mod bits;
 mod block;
@@ -20,7 +20,7 @@ pub use feedback::{descend, feed_back};
 pub use gptq::Fallback;
 pub use grouped::{Grouped, Levels, Scale, Scheme};
 
-/// A quantiser with its settings.
+/// A quantizer with its settings.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Quant {
     /// Round to nearest.
@@ -31,14 +31,14 @@ pub enum Quant {
     Block(BlockType),
 }
 
-/// How a quantised matrix is stored.
+/// How a quantized matrix is stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Storage {
     Grouped(Scheme),
     Block(BlockType),
 }
 
-/// A matrix in one of the storages.
+/// A quantized matrix.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Quantized {
     Grouped(Grouped),
@@ -98,15 +98,15 @@ impl Quant {
         half::f16::MAX.to_f32() * levels
     }
 
-    /// Whether it is made in the metric of the inputs.
+    /// Whether it minimizes the error in the metric of the inputs.
     pub fn needs_gram(self) -> bool {
         matches!(self, Self::Gptq(..))
     }
 
-    /// Quantises `values` (rows, cols), row-major; `gram` (cols, cols) is that of the inputs. Tells where GPTQ fell back.
+    /// Quantizes `values` (rows, cols), row-major; `gram` (cols, cols) is that of the inputs. Returns as well whether GPTQ fell back.
     ///
     /// # Errors
-    /// Rows are not made of whole blocks, or there is no Gram where one is needed.
+    /// Rows are not made of whole blocks, or the Gram is missing.
     pub fn quantize(
         self,
         values: &[f32],
@@ -116,7 +116,7 @@ impl Quant {
         Ok(match self {
             Self::Rtn(scheme, scale) => (Quantized::Grouped(Grouped::round(values, rows, cols, scheme, scale)), None),
             Self::Gptq(scheme, scale) => {
-                let gram = gram.context("invariant: a quantiser that needs a Gram gets it")?;
+                let gram = gram.context("invariant: a quantizer that needs a Gram gets it")?;
                 let (matrix, fallback) = gptq::gptq(values, rows, cols, gram.as_ref(), scheme, scale);
                 (Quantized::Grouped(matrix), fallback)
             }
@@ -124,7 +124,7 @@ impl Quant {
         })
     }
 
-    /// The same quantiser at other bits and groups; none where its type has one number of bits.
+    /// The same quantizer at other bits and groups; `None` if its type has a fixed number of bits.
     pub fn with(self, bits: u32, group: Option<usize>) -> Option<Self> {
         let scheme = |scheme: Scheme| match scheme.levels {
             Levels::Int { symmetric, .. } => Some(Scheme { levels: Levels::Int { bits, symmetric }, group }),
@@ -138,7 +138,7 @@ impl Quant {
     }
 }
 
-/// Columns that share a scale, where none are named; for `nf4`.
+/// Columns that share a scale by default, and for `nf4`.
 const DEFAULT_GROUP: usize = 128;
 const DEFAULT_NF4_GROUP: usize = 64;
 
@@ -179,7 +179,7 @@ impl FromStr for Quant {
         let error = || {
             let blocks: Vec<&str> = BLOCK_TYPES.iter().map(|t| t.name).collect();
             format!(
-                "`{text}` is no quantiser: expected [rtn|gptq]-int8|int4|int3|int2 or nf4, then any of -g32, -g64, -g128, \
+                "`{text}` is not a quantizer: expected [rtn|gptq]-int8|int4|int3|int2 or nf4, then any of -g32, -g64, -g128, \
                  -channel, -sym, -asym, -absmax, -mse; or one of {}",
                 blocks.join(", ")
             )

@@ -1,4 +1,4 @@
-"""Prints the inverse frequencies that transformers gives to `llama3` rope scaling; they stand in `model/config.rs`."""
+"""Prints the inverse frequencies that transformers gives to `llama3` rope scaling; see `model/config/mod.rs`."""
 
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding

@@ -24,7 +24,7 @@ pub(super) enum Fault {
     Network(String),
     /// The hub does not give it.
     Refused(String),
-    /// What the hub sent is not to be used.
+    /// The answer of the hub must not be used.
     Untrusted(String),
     /// The cache cannot be written.
     Local(CheckpointError),
@@ -47,7 +47,7 @@ pub(super) struct Answer {
     body: Body,
     pub etag: Option<String>,
     pub commit: Option<String>,
-    /// Of the whole file.
+    /// Bytes of the whole file.
     pub size: Option<u64>,
     /// Where in the file the body begins.
     pub begin: u64,
@@ -55,10 +55,10 @@ pub(super) struct Answer {
 
 impl Client {
     /// # Errors
-    /// The endpoint is no address.
+    /// The endpoint is not an address.
     pub fn new(endpoint: String, token: Option<String>, timeout: Duration) -> Result<Self> {
         let uri: Uri = endpoint.parse().map_err(|e| {
-            Fault::Refused(format!("`HF_ENDPOINT` is `{}`, which is no address: {e}", shown(&endpoint)))
+            Fault::Refused(format!("`HF_ENDPOINT` is `{}`, which is not an address: {e}", shown(&endpoint)))
         })?;
         let agent = Agent::config_builder()
             .user_agent(concat!("lrc/", env!("CARGO_PKG_VERSION")))
@@ -114,7 +114,8 @@ impl Client {
 
     /// The answer at the end of all redirects, and the headers of all answers on the way there.
     fn follow(&self, url: &str, begin: u64) -> Result<(Response<Body>, Vec<HeaderMap>)> {
-        let mut uri: Uri = url.parse().map_err(|e| Fault::Refused(format!("`{}` is no address: {e}", shown(url))))?;
+        let mut uri: Uri =
+            url.parse().map_err(|e| Fault::Refused(format!("`{}` is not an address: {e}", shown(url))))?;
         let mut said = Vec::new();
         for _ in 0..MOST_REDIRECTS {
             let mut request = self.agent.get(&uri).header(ACCEPT_ENCODING, "identity");
@@ -153,7 +154,7 @@ fn header(headers: &HeaderMap, name: &str) -> Option<String> {
     headers.get(name).map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned())
 }
 
-/// What a status means, with the hub's own words for it.
+/// The meaning of a status, with the hub's own message.
 fn refusal(status: StatusCode, headers: &HeaderMap, uri: &Uri) -> Fault {
     let words = header(headers, "x-error-message").or_else(|| header(headers, "x-error-code"));
     let words = words.map(|words| format!(" ({})", shown(&words))).unwrap_or_default();

@@ -1,4 +1,4 @@
-//! Which strings may become part of a path or a URL: those of a user, and those of a server that may be hostile.
+//! Checks of strings before they become part of a path or a URL: those of a user, and those of a possibly hostile server.
 
 /// Longest name that is taken from a server, in bytes.
 const LONGEST: usize = 255;
@@ -55,7 +55,7 @@ fn is_hex(text: &str) -> bool {
     text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
 }
 
-/// What came, for an error of one line.
+/// A received string, shortened and escaped for a one-line error.
 pub(super) fn shown(text: &str) -> String {
     const MOST: usize = 100;
     let mut shown: String = text.chars().take(MOST).flat_map(char::escape_debug).collect();

@@ -16,13 +16,13 @@ use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
 use super::super::error::{CheckpointError, io};
-use super::super::hex;
+use super::super::hash::hex;
 use super::client::{Answer, Client, Fault, Result};
 use super::names;
 use super::names::shown;
 use crate::progress::{Progress, Stage};
 
-/// What a checkpoint needs, with what its users need beside it, as `1_Pooling/config.json` of sentence-transformers; other
+/// The files of a checkpoint and those that its users need with it, such as `1_Pooling/config.json` of sentence-transformers; other
 /// frameworks' weights are not downloaded.
 const WANTED: &[&str] = &[
     "*.safetensors",
@@ -36,8 +36,8 @@ const WANTED: &[&str] = &[
     "lrc-curves.arrays",
     "[0-9]*_*/*",
 ];
-/// Exports to other runtimes, states of training, and second copies of the weights: in folders other than numbered modules, or
-/// in Mistral's own form.
+/// Exports to other runtimes, training states, and second copies of the weights: in folders other than numbered modules, or in the
+/// form of their publisher.
 const UNWANTED: &[&str] = &[
     "onnx/*",
     "openvino/*",
@@ -81,7 +81,7 @@ struct Lfs {
 struct Wanted {
     name: String,
     size: Option<u64>,
-    /// Of its content; large files have one in the listing, and are called by it in the cache.
+    /// SHA-256 of its content; the listing has one for large files, which the cache uses as their names.
     sha256: Option<String>,
 }
 
@@ -139,7 +139,7 @@ pub(super) fn download(repo: &Repo, cache: &Cache, client: &Client, progress: &d
 fn wanted(siblings: Vec<Sibling>) -> Result<Vec<Wanted>> {
     if let Some(sibling) = siblings.iter().find(|sibling| !names::is_file(&sibling.rfilename)) {
         let name = shown(&sibling.rfilename);
-        return Err(Fault::Untrusted(format!("its listing has a file `{name}`, which is no path in a repository")));
+        return Err(Fault::Untrusted(format!("its listing has a file `{name}`, which is not a path in a repository")));
     }
     let (wanted, unwanted) = (globs(WANTED), globs(UNWANTED));
     let needed = |sibling: &Sibling| wanted.is_match(&sibling.rfilename) && !unwanted.is_match(&sibling.rfilename);
@@ -181,7 +181,7 @@ fn local(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Fa
 
 struct Transfer<'a> {
     repo: &'a Repo,
-    /// Of the repository in the cache.
+    /// The folder of the repository in the cache.
     root: PathBuf,
     locks: PathBuf,
     commit: &'a str,
@@ -198,8 +198,8 @@ impl Transfer<'_> {
         let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
         let work = || {
             while let Some((at, file)) = next() {
-                let mut told = 0;
-                if let Err(fault) = retried(|| self.one(&file, &mut told)) {
+                let mut reported = 0;
+                if let Err(fault) = retried(|| self.one(&file, &mut reported)) {
                     queue.lock().unwrap_or_else(PoisonError::into_inner).clear();
                     return Some((at, fault));
                 }
@@ -214,15 +214,15 @@ impl Transfer<'_> {
         faults.into_iter().flatten().min_by_key(|(at, _)| *at).map_or(Ok(()), |(_, fault)| Err(fault))
     }
 
-    /// Brings one file into the cache; `told` are the bytes of it that progress has heard of.
-    fn one(&self, file: &Wanted, told: &mut u64) -> Result<()> {
+    /// Brings one file into the cache; `reported` are its bytes that are already counted as progress.
+    fn one(&self, file: &Wanted, reported: &mut u64) -> Result<()> {
         let known =
             file.sha256.as_deref().map(|name| self.lock(name).map(|lock| (name.to_string(), lock))).transpose()?;
         let partial = known.as_ref().map(|(name, _)| self.partial(name));
         if let Some((name, _)) = known.as_ref().filter(|(name, _)| self.has_blob(name, file.size)) {
             return self.link(&file.name, name);
         }
-        // What an earlier run left is continued only where the hash will tell whether it was right.
+        // The remains of an earlier run are continued only if a hash can verify the result.
         let begun = partial.as_ref().and_then(|path| fs::metadata(path).ok()).map_or(0, |metadata| metadata.len());
         let begin = if file.size.is_some_and(|size| begun < size) { begun } else { 0 };
         let mut answer = self.client.file(&self.repo.url(), self.commit, &file.name, begin)?;
@@ -233,7 +233,7 @@ impl Transfer<'_> {
         };
         if !self.has_blob(&name, file.size.or(answer.size)) {
             let begin = answer.begin;
-            if let Err(fault) = self.write(&mut answer, file, (&name, &etag), told) {
+            if let Err(fault) = self.write(&mut answer, file, (&name, &etag), reported) {
                 let Fault::Untrusted(reason) = fault else { return Err(fault) };
                 // Not to be continued; a file that is not there is as good.
                 let _ = fs::remove_file(self.partial(&name));
@@ -270,7 +270,7 @@ impl Transfer<'_> {
     }
 
     /// Writes a body beside its blob, and makes it the blob when its size and its hashes are right.
-    fn write(&self, answer: &mut Answer, file: &Wanted, (name, etag): (&str, &str), told: &mut u64) -> Result<()> {
+    fn write(&self, answer: &mut Answer, file: &Wanted, (name, etag): (&str, &str), reported: &mut u64) -> Result<()> {
         let (path, blob) = (self.partial(name), self.blob(name));
         let folder = path.parent().expect("invariant: a blob lies in a folder");
         fs::create_dir_all(folder).map_err(local("create", folder))?;
@@ -301,8 +301,8 @@ impl Transfer<'_> {
             }
             hasher.update(&chunk[..n]);
             out.write_all(&chunk[..n]).map_err(local("write", &path))?;
-            self.stage.advance(at.saturating_sub(*told));
-            *told = at.max(*told);
+            self.stage.advance(at.saturating_sub(*reported));
+            *reported = at.max(*reported);
         }
         if let Some(size) = size.filter(|&size| at < size) {
             return Err(Fault::Network(format!("`{}` ended after {at} of {size} bytes", file.name)));

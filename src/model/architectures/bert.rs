@@ -2,8 +2,8 @@
 //! arXiv:1810.04805.
 
 use super::llama::LLAMA;
-use super::{Architecture, EncoderNames, MaskedHead, Norms, Role};
-use crate::model::norm::NormKind;
+use super::table::{Architecture, EncoderNames, MaskedHead, NormKind, Norms};
+use crate::model::slot::Role;
 
 pub(super) const ENCODER: EncoderNames = EncoderNames {
     embed_types: Some("embeddings.token_type_embeddings"),
@@ -46,5 +46,6 @@ pub(super) const BERT: Architecture = Architecture {
     is_rotary: false,
     aliases: &[("layer_norm_eps", "rms_norm_eps")],
     defaults: r#"{"hidden_act": "gelu", "rms_norm_eps": 1e-12, "attention_bias": true, "mlp_bias": true}"#,
+    gguf: None,
     ..LLAMA
 };

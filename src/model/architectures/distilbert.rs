@@ -1,7 +1,8 @@
 //! DistilBERT: half of BERT's blocks, without token types and without a pooler. Sanh et al. 2019, arXiv:1910.01108.
 
 use super::bert::{BERT, ENCODER};
-use super::{Architecture, EncoderNames, MaskedHead, Norms, Role};
+use super::table::{Architecture, EncoderNames, MaskedHead, Norms};
+use crate::model::slot::Role;
 
 pub(super) const DISTILBERT: Architecture = Architecture {
     model_type: "distilbert",

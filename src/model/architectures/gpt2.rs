@@ -1,8 +1,9 @@
 //! GPT-2: learned positions, layer norms, fused queries, keys and values, weights stored (in, out). Radford et al. 2019.
 
 use super::llama::LLAMA;
-use super::{Architecture, Norms, Role};
-use crate::model::norm::NormKind;
+use super::table::{Architecture, NormKind, Norms};
+use crate::codecs::gguf;
+use crate::model::slot::Role;
 
 pub(super) const GPT2: Architecture = Architecture {
     model_type: "gpt2",
@@ -32,5 +33,26 @@ pub(super) const GPT2: Architecture = Architecture {
     ],
     defaults: r#"{"intermediate_size": "4 hidden_size", "hidden_act": "gelu_new", "rms_norm_eps": 1e-5, "attention_bias": true,
                   "mlp_bias": true}"#,
+    gguf: Some(gguf::Family {
+        architecture: "gpt2",
+        names: &[
+            ("transformer.wte", "token_embd"),
+            ("transformer.wpe", "position_embd"),
+            ("transformer.ln_f", "output_norm"),
+            ("transformer.h.{}.ln_1", "blk.{}.attn_norm"),
+            ("transformer.h.{}.attn.c_attn", "blk.{}.attn_qkv"),
+            ("transformer.h.{}.attn.c_proj", "blk.{}.attn_output"),
+            ("transformer.h.{}.ln_2", "blk.{}.ffn_norm"),
+            ("transformer.h.{}.mlp.c_fc", "blk.{}.ffn_up"),
+            ("transformer.h.{}.mlp.c_proj", "blk.{}.ffn_down"),
+        ],
+        optional_prefix: Some("transformer."),
+        is_interleaved: false,
+        transposed: &["c_attn", "c_proj", "c_fc"],
+        buffers: &["attn.bias", "attn.masked_bias"],
+        metadata: &["attention.layer_norm_epsilon"],
+        pre_tokenizer: Some("gpt-2"),
+        ..gguf::Family::COMMON
+    }),
     ..LLAMA
 };

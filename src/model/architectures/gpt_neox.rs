@@ -2,8 +2,8 @@
 //! head. Black et al. 2022, arXiv:2204.06745.
 
 use super::llama::LLAMA;
-use super::{Architecture, FusedQkv, Role};
-use crate::model::norm::NormKind;
+use super::table::{Architecture, FusedQkv, NormKind};
+use crate::model::slot::Role;
 
 pub(super) const GPT_NEOX: Architecture = Architecture {
     model_type: "gpt_neox",
@@ -26,5 +26,6 @@ pub(super) const GPT_NEOX: Architecture = Architecture {
     ],
     defaults: r#"{"hidden_act": "gelu", "rms_norm_eps": 1e-5, "partial_rotary_factor": 0.25, "use_parallel_residual": true,
                   "attention_bias": true, "mlp_bias": true, "tie_word_embeddings": false}"#,
+    gguf: None,
     ..LLAMA
 };

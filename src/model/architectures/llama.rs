@@ -1,8 +1,9 @@
 //! Llama 1 to 3 and every checkpoint in its layout: grouped-query attention, rotary embedding, RMSNorm, SwiGLU.
 //! Touvron et al. 2023, arXiv:2302.13971.
 
-use super::{Architecture, FusedQkv, Norms, Role, Sliding};
-use crate::model::norm::NormKind;
+use super::table::{Architecture, FusedQkv, NormKind, Norms, Sliding};
+use crate::codecs::gguf;
+use crate::model::slot::Role;
 
 pub(super) const LLAMA: Architecture = Architecture {
     model_type: "llama",
@@ -41,4 +42,5 @@ pub(super) const LLAMA: Architecture = Architecture {
     scales_embeddings: false,
     aliases: &[],
     defaults: "{}",
+    gguf: Some(gguf::Family { architecture: "llama", ..gguf::Family::COMMON }),
 };

@@ -2,6 +2,6 @@
 //! arXiv:2310.06825.
 
 use super::llama::LLAMA;
-use super::{Architecture, Sliding};
+use super::table::{Architecture, Sliding};
 
 pub(super) const MISTRAL: Architecture = Architecture { model_type: "mistral", sliding: Sliding::All, ..LLAMA };

@@ -1,7 +1,8 @@
 //! Mixtral: Mistral with experts in place of the feed-forward layer. Jiang et al. 2024, arXiv:2401.04088.
 
 use super::mistral::MISTRAL;
-use super::{Architecture, ExpertNames, Role};
+use super::table::{Architecture, ExpertNames};
+use crate::model::slot::Role;
 
 pub(super) const MIXTRAL: Architecture = Architecture {
     model_type: "mixtral",
@@ -12,5 +13,6 @@ pub(super) const MIXTRAL: Architecture = Architecture {
     }),
     aliases: &[("num_local_experts", "num_experts")],
     defaults: r#"{"num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": true, "rms_norm_eps": 1e-5}"#,
+    gguf: None,
     ..MISTRAL
 };

@@ -1,8 +1,8 @@
-//! OLMo 2: norms behind attention and feed-forward instead of before, and over all queries and keys. OLMo team 2025,
+//! OLMo 2: norms after attention and feed-forward instead of before, and over all queries and keys. OLMo team 2025,
 //! arXiv:2501.00656.
 
 use super::llama::LLAMA;
-use super::{Architecture, Norms, QueryKeyNorm};
+use super::table::{Architecture, Norms, QueryKeyNorm};
 
 pub(super) const OLMO2: Architecture = Architecture {
     model_type: "olmo2",
@@ -15,5 +15,6 @@ pub(super) const OLMO2: Architecture = Architecture {
         query_key: Some(QueryKeyNorm { query: "self_attn.q_norm", key: "self_attn.k_norm", is_per_head: false }),
     },
     defaults: r#"{"rms_norm_eps": 1e-5}"#,
+    gguf: None,
     ..LLAMA
 };

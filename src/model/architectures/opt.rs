@@ -1,8 +1,8 @@
-//! OPT: learned positions behind two rows that are not used, layer norms (behind sublayers in the 350M), ReLU. Zhang et al. 2022, arXiv:2205.01068.
+//! OPT: learned positions after two unused rows, layer norms (post-norm in the 350M), ReLU. Zhang et al. 2022, arXiv:2205.01068.
 
 use super::llama::LLAMA;
-use super::{Architecture, Norms, Role};
-use crate::model::norm::NormKind;
+use super::table::{Architecture, NormKind, Norms};
+use crate::model::slot::Role;
 
 pub(super) const OPT: Architecture = Architecture {
     model_type: "opt",
@@ -32,5 +32,6 @@ pub(super) const OPT: Architecture = Architecture {
         ("enable_bias", "mlp_bias"),
     ],
     defaults: r#"{"hidden_act": "relu", "rms_norm_eps": 1e-5, "attention_bias": true, "mlp_bias": true}"#,
+    gguf: None,
     ..LLAMA
 };

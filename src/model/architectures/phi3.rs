@@ -2,7 +2,9 @@
 //! arXiv:2404.14219.
 
 use super::llama::LLAMA;
-use super::{Architecture, Role, Sliding};
+use super::table::{Architecture, Sliding};
+use crate::codecs::gguf;
+use crate::model::slot::Role;
 
 pub(super) const PHI3: Architecture = Architecture {
     model_type: "phi3",
@@ -14,5 +16,15 @@ pub(super) const PHI3: Architecture = Architecture {
     ],
     sliding: Sliding::All,
     defaults: r#"{"original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5}"#,
+    gguf: Some(gguf::Family {
+        architecture: "phi3",
+        names: &[
+            ("model.layers.{}.self_attn.qkv_proj", "blk.{}.attn_qkv"),
+            ("model.layers.{}.mlp.gate_up_proj", "blk.{}.ffn_up"),
+        ],
+        is_interleaved: false,
+        metadata: &["attention.sliding_window"],
+        ..gguf::Family::COMMON
+    }),
     ..LLAMA
 };

@@ -1,7 +1,9 @@
 //! Qwen 3: Llama with norms over the heads of queries and keys. Yang et al. 2025, arXiv:2505.09388.
 
 use super::llama::LLAMA;
-use super::{Architecture, Norms, QueryKeyNorm};
+use super::qwen2;
+use super::table::{Architecture, Norms, QueryKeyNorm};
+use crate::codecs::gguf;
 
 pub(super) const HEAD_NORMS: QueryKeyNorm =
     QueryKeyNorm { query: "self_attn.q_norm", key: "self_attn.k_norm", is_per_head: true };
@@ -10,5 +12,13 @@ pub(super) const QWEN3: Architecture = Architecture {
     model_type: "qwen3",
     norms: Norms { query_key: Some(HEAD_NORMS), ..LLAMA.norms },
     defaults: r#"{"use_sliding_window": false}"#,
+    gguf: Some(gguf::Family {
+        architecture: "qwen3",
+        names: &[
+            ("model.layers.{}.self_attn.q_norm", "blk.{}.attn_q_norm"),
+            ("model.layers.{}.self_attn.k_norm", "blk.{}.attn_k_norm"),
+        ],
+        ..qwen2::GGUF
+    }),
     ..LLAMA
 };

@@ -1,8 +1,8 @@
-//! RoBERTa: BERT with positions behind two rows that are not used, and another head. Liu et al. 2019, arXiv:1907.11692.
+//! RoBERTa: BERT with positions after two unused rows, and another head. Liu et al. 2019, arXiv:1907.11692.
 
 use super::bert::{BERT, ENCODER};
-use super::{Architecture, EncoderNames, MaskedHead};
-use crate::model::mlp::Activation;
+use super::table::{Architecture, EncoderNames, MaskedHead};
+use crate::model::activation::Activation;
 
 pub(super) const ROBERTA: Architecture = Architecture {
     model_type: "roberta",

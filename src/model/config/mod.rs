@@ -1,43 +1,50 @@
 //! `config.json` in its own field names, with the defaults of transformers.
 
+mod check;
+mod fields;
+mod positions;
+
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::{Context, Result};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use super::architectures::{self, Architecture, Sliding};
-use super::bounds;
-use super::mlp::Activation;
-use super::rope::{RopeKind, RopeScaling, RopeSettings};
+use super::activation::Activation;
+use super::architectures;
+use super::architectures::table::Architecture;
+use super::rope::RopeScaling;
+use super::slot::{InputSite, Role, Slot};
 use super::text_config;
 pub use super::text_config::{is_multimodal, is_of_tower};
-use crate::checkpoint::{CONFIG_FILE, Checkpoint, json};
+use super::widths::{BlockWidths, Override, Widths};
+use crate::checkpoint::{CONFIG_FILE, Checkpoint};
 use crate::error::Failure;
 
 /// A `model_type` that `lrc` writes is this prefix and the native one.
 pub const MODEL_TYPE_PREFIX: &str = "lrc_";
 
-/// What the decoder needs to know of a model. Families that call a field otherwise say so in their `Architecture::aliases`.
+/// The config of a model, as far as the decoder needs it. Other names of a field are in `Architecture::aliases` of the family.
 #[derive(Debug, Clone, Deserialize)]
 pub struct ModelConfig {
     pub model_type: String,
     pub vocab_size: usize,
     pub hidden_size: usize,
-    pub intermediate_size: usize,
+    intermediate_size: usize,
     pub num_hidden_layers: usize,
-    pub num_attention_heads: usize,
+    num_attention_heads: usize,
     num_key_value_heads: Option<usize>,
     head_dim: Option<usize>,
     #[serde(default)]
     pub hidden_act: Activation,
-    /// Of all norms.
+    /// ε of all norms.
     #[serde(default = "default_norm_eps")]
     pub rms_norm_eps: f64,
     max_position_embeddings: Option<f64>,
     rope_theta: Option<f64>,
     rope_scaling: Option<RopeScaling>,
-    /// Where transformers 5 keeps `rope_theta` and `rope_scaling` together.
+    /// `rope_theta` and `rope_scaling` together, as in transformers 5.
     rope_parameters: Option<RopeScaling>,
     /// θ of blocks with a sliding window.
     rope_local_base_freq: Option<f64>,
@@ -66,21 +73,26 @@ pub struct ModelConfig {
     #[serde(default)]
     pub mlp_bias: bool,
     #[serde(default)]
-    pub num_experts: usize,
-    /// Experts that see a token.
+    num_experts: usize,
+    /// Experts per token.
     #[serde(default)]
     pub num_experts_per_tok: usize,
     /// The weights of these sum to one.
     #[serde(default)]
     pub norm_topk_prob: bool,
     moe_intermediate_size: Option<usize>,
-    /// One block in so many has experts, but for those that are listed.
+    /// Fields of single blocks, in the schema of transformers.
+    #[serde(default)]
+    per_layer_config: BTreeMap<usize, Override>,
+    #[serde(skip)]
+    widths: BlockWidths,
+    /// One block in so many has experts, except those that are listed.
     decoder_sparse_step: Option<usize>,
     #[serde(default)]
     mlp_only_layers: Vec<usize>,
-    /// What the config says, which its files may belie: [`super::tie`].
+    /// What the config says; its files may contradict it, see [`super::tie`].
     pub(super) tie_word_embeddings: Option<bool>,
-    /// What changes the architecture, in ways that not every family has.
+    /// Fields that change the architecture in some families.
     is_decoder: Option<bool>,
     position_embedding_type: Option<String>,
     word_embed_proj_dim: Option<usize>,
@@ -94,8 +106,6 @@ fn default_norm_eps() -> f64 {
 fn yes() -> bool {
     true
 }
-
-const DEFAULT_ROPE_THETA: f64 = 10_000.0;
 
 const CONFIG_HINT: &str = "compare `config.json` with the one of the original repository";
 
@@ -113,7 +123,7 @@ fn fields(checkpoint: &Checkpoint) -> Map<String, Value> {
     }
 }
 
-/// Blocks of the language model, by its config: a file may hold more, as those that predict several tokens do.
+/// Blocks of the language model by its config; a file may hold more, for models that predict several tokens.
 pub fn n_blocks(checkpoint: &Checkpoint) -> Option<usize> {
     usize::try_from(fields(checkpoint).get("num_hidden_layers")?.as_u64()?).ok()
 }
@@ -146,7 +156,7 @@ pub fn native_config(config: &Map<String, Value>) -> Map<String, Value> {
     native
 }
 
-/// Tokens in a window where neither the user, a convention nor the config says; that of lm-evaluation-harness.
+/// Tokens in a window if neither the user, a convention nor the config decides; the default of lm-evaluation-harness.
 const DEFAULT_CONTEXT: usize = 2048;
 
 /// Tokens in a window: as `asked`, else `default`, at most the model's context. Longer windows are run, with a warning.
@@ -163,6 +173,20 @@ pub fn window_length(checkpoint: &Checkpoint, asked: Option<usize>, default: Opt
     }
     let longest = |default: usize| context.map_or(default, |context| default.min(context));
     Ok(asked.unwrap_or_else(|| default.map_or(context.unwrap_or(DEFAULT_CONTEXT), longest)))
+}
+
+/// A config with our names for its fields, those of single blocks included.
+fn in_common_words(fields: &Map<String, Value>, architecture: &Architecture) -> Map<String, Value> {
+    let mut fields = architecture.in_common_words(fields);
+    for own in fields.get_mut("per_layer_config").and_then(Value::as_object_mut).into_iter().flat_map(Map::values_mut) {
+        let Some(own) = own.as_object_mut() else { continue };
+        for (theirs, ours) in architecture.aliases {
+            if let Some(value) = own.shift_remove(*theirs) {
+                own.insert((*ours).into(), value);
+            }
+        }
+    }
+    fields
 }
 
 impl ModelConfig {
@@ -195,117 +219,65 @@ impl ModelConfig {
             ))
         })?;
         let config = Self::parse(&text_config::fields(config, MODEL_TYPE_PREFIX), architecture, &path)?;
-        bounds::check_sizes(&config, architecture, checkpoint).with_context(|| format!("`{}`", path.display()))?;
+        config.check_sizes(checkpoint).with_context(|| format!("`{}`", path.display()))?;
         Ok((config, architecture))
     }
 
     fn parse(fields: &Map<String, Value>, architecture: &Architecture, path: &Path) -> Result<Self> {
-        let config: Self = deserialize(architecture.in_common_words(fields)).map_err(|(field, reason)| {
+        let mut config: Self = fields::read(&in_common_words(fields, architecture)).map_err(|(field, reason)| {
             // The name that the config has for it.
             let own = architecture.aliases.iter().find(|(own, common)| *common == field && fields.contains_key(*own));
             let field = own.map_or(field.as_str(), |(own, _)| own);
             let place = if field.is_empty() { String::new() } else { format!("`{field}`: ") };
             Failure::unsupported(format!("`{}`: {place}{reason}", path.display())).hint(CONFIG_HINT)
         })?;
+        config.widths = BlockWidths::new(config.common_widths(architecture), &config.per_layer_config);
         config.check(architecture).with_context(|| format!("`{}`", path.display()))?;
         Ok(config)
     }
 
-    fn check(&self, architecture: &Architecture) -> Result<()> {
-        let positive = [
-            ("vocab_size", self.vocab_size),
-            ("hidden_size", self.hidden_size),
-            ("intermediate_size", self.intermediate_size),
-            ("num_hidden_layers", self.num_hidden_layers),
-            ("num_attention_heads", self.num_attention_heads),
-            ("num_key_value_heads", self.num_key_value_heads()),
-            // With no heads at all, the field before the last is named.
-            ("head_dim", self.head_dim.unwrap_or(self.hidden_size / self.num_attention_heads.max(1))),
-        ];
-        if let Some((field, _)) = positive.iter().find(|(_, value)| *value == 0) {
-            return Err(Failure::unsupported(format!("`{field}` is 0")).hint(CONFIG_HINT).into());
+    fn common_widths(&self, architecture: &Architecture) -> Widths {
+        Widths {
+            hidden_size: self.hidden_size,
+            intermediate_size: self.intermediate_size,
+            num_attention_heads: self.num_attention_heads,
+            num_key_value_heads: self.num_key_value_heads.unwrap_or(self.num_attention_heads),
+            head_dim: self.head_dim.unwrap_or(self.hidden_size / self.num_attention_heads.max(1)),
+            num_experts: if architecture.experts.is_some() { self.num_experts } else { 0 },
+            moe_intermediate_size: self.moe_intermediate_size.unwrap_or(self.intermediate_size),
         }
-        if let Some((field, value)) = self.not_positive(architecture) {
-            let message = format!("`{field}` is {value}, expected a positive number");
-            return Err(Failure::unsupported(message).hint(CONFIG_HINT).into());
-        }
-        if !self.num_attention_heads.is_multiple_of(self.num_key_value_heads()) {
-            let message = format!(
-                "`num_attention_heads` {} is not a multiple of `num_key_value_heads` {}",
-                self.num_attention_heads,
-                self.num_key_value_heads()
-            );
-            return Err(Failure::unsupported(message).into());
-        }
-        if architecture.experts.is_some() && !(1..=self.num_experts).contains(&self.num_experts_per_tok) {
-            let (asked, there) = (self.num_experts_per_tok, self.num_experts);
-            return Err(Failure::unsupported(format!("`num_experts_per_tok` is {asked} of {there} experts")).into());
-        }
-        if let Some(context) = self.context(architecture).filter(|&context| context < 2) {
-            let message =
-                format!("`max_position_embeddings` leaves room for {context} tokens, and predicting one takes 2");
-            return Err(Failure::unsupported(message).into());
-        }
-        let width = self.rotary_width();
-        if architecture.is_rotary && (width == 0 || !width.is_multiple_of(2) || width > self.head_dim()) {
-            return Err(
-                Failure::unsupported(format!("{width} of `head_dim` {} cannot be rotated", self.head_dim())).into()
-            );
-        }
-        let apart = [
-            (
-                "word_embed_proj_dim",
-                architecture.embed_projections.is_none() && self.embedding_size() != self.hidden_size,
-            ),
-            ("is_decoder", architecture.encoder.is_some() && self.is_decoder == Some(true)),
-            ("position_embedding_type", self.position_embedding_type.as_deref().is_some_and(|t| t != "absolute")),
-        ];
-        if let Some((field, _)) = apart.iter().find(|(_, is_so)| *is_so) {
-            return Err(Failure::unsupported(format!("`{field}` has a value that lrc cannot run"))
-                .hint("data-free compression and inspection work without running the model")
-                .into());
-        }
-        Ok(())
     }
 
-    /// The first number that is not positive, where the formulas need it to be, and its name.
-    fn not_positive(&self, architecture: &Architecture) -> Option<(String, f64)> {
-        let of_rotary = |value: Option<f64>| value.filter(|_| architecture.is_rotary);
-        let numbers = [
-            ("rope_theta", of_rotary(self.rope_theta)),
-            ("rope_local_base_freq", of_rotary(self.rope_local_base_freq)),
-            ("partial_rotary_factor", of_rotary(self.partial_rotary_factor)),
-            ("original_max_position_embeddings", of_rotary(self.original_max_position_embeddings)),
-            ("query_pre_attn_scalar", self.query_pre_attn_scalar),
-            ("attn_logit_softcapping", self.attn_logit_softcapping),
-            ("final_logit_softcapping", self.final_logit_softcapping),
-        ];
-        let own = numbers.into_iter().find_map(|(name, value)| Some((name.to_string(), value.filter(|&v| v <= 0.0)?)));
-        let scalings = [("rope_scaling", &self.rope_scaling), ("rope_parameters", &self.rope_parameters)];
-        own.or_else(|| {
-            scalings.into_iter().filter(|_| architecture.is_rotary).find_map(|(field, scaling)| {
-                let (name, value) = scaling.as_ref()?.not_positive()?;
-                Some((format!("{field}.{name}"), value))
-            })
-        })
-    }
-
-    /// Positions that the model was made for, where its config says.
+    /// Positions that the model was made for, if its config says.
     fn context(&self, architecture: &Architecture) -> Option<usize> {
-        // Encoders count the rows of their table that stand for no position.
+        // Encoders count the unused rows of their table.
         let unused = architecture.encoder.as_ref().and(architecture.embed_positions).map_or(0, |(_, first)| first);
         self.max_position_embeddings.map(|n| (n as usize).saturating_sub(unused))
     }
 
-    /// Whether a block has experts, in a family that has them.
-    pub fn has_experts(&self, block_idx: usize) -> bool {
-        let every = self.decoder_sparse_step.unwrap_or(1).max(1);
-        self.num_experts > 0 && (block_idx + 1).is_multiple_of(every) && !self.mlp_only_layers.contains(&block_idx)
+    /// The widths of a block.
+    pub fn widths(&self, block_idx: usize) -> Widths {
+        let widths = self.widths.block(block_idx);
+        let num_experts = if self.has_experts(block_idx) { widths.num_experts } else { 0 };
+        Widths { num_experts, ..widths }
     }
 
-    /// Features between the linears of an expert.
-    pub fn expert_width(&self) -> usize {
-        self.moe_intermediate_size.unwrap_or(self.intermediate_size)
+    /// The widths of all blocks.
+    pub fn block_widths(&self) -> &BlockWidths {
+        &self.widths
+    }
+
+    /// Whether a block has experts, in a family that has them.
+    fn has_experts(&self, block_idx: usize) -> bool {
+        let every = self.decoder_sparse_step.unwrap_or(1).max(1);
+        (block_idx + 1).is_multiple_of(every) && !self.mlp_only_layers.contains(&block_idx)
+    }
+
+    /// Whether a linear has a bias.
+    pub fn has_bias(&self, architecture: &Architecture, role: Role) -> bool {
+        let is_of_attention = matches!(Slot::shared(role).site(), InputSite::Qkv | InputSite::O);
+        let of_config = if is_of_attention { self.attention_bias } else { self.mlp_bias };
+        of_config || architecture.biased.contains(&role)
     }
 
     /// Width of the embeddings.
@@ -313,144 +285,13 @@ impl ModelConfig {
         self.word_embed_proj_dim.unwrap_or(self.hidden_size)
     }
 
-    /// Whether the norms of a block stand behind its sublayers and their sums, and none behind the last block, in a family
-    /// that has them in front.
-    pub fn norms_are_behind(&self) -> bool {
+    /// Whether a block has post-norms and the model no final norm, in a family that otherwise has pre-norms.
+    pub fn is_post_norm(&self) -> bool {
         self.do_layer_norm_before == Some(false)
     }
-
-    pub fn num_key_value_heads(&self) -> usize {
-        self.num_key_value_heads.unwrap_or(self.num_attention_heads)
-    }
-
-    pub fn head_dim(&self) -> usize {
-        self.head_dim.unwrap_or(self.hidden_size / self.num_attention_heads)
-    }
-
-    /// Width of the queries, and of the keys and values.
-    pub fn attention_widths(&self) -> (usize, usize) {
-        (self.num_attention_heads * self.head_dim(), self.num_key_value_heads() * self.head_dim())
-    }
-
-    /// The settings of blocks that see everything: `rope_scaling`, or else `rope_parameters`.
-    fn global_scaling(&self) -> Option<&RopeScaling> {
-        let given = |scaling: &&RopeScaling| **scaling != RopeScaling::default();
-        let scaling = self.rope_scaling.as_ref().filter(given).or(self.rope_parameters.as_ref())?;
-        if scaling.is_by_kind() { scaling.full_attention.as_deref() } else { Some(scaling) }
-    }
-
-    fn rotary_width(&self) -> usize {
-        let nested = self.global_scaling().and_then(|scaling| scaling.partial_rotary_factor);
-        let share = nested.or(self.partial_rotary_factor).unwrap_or(1.0);
-        (self.head_dim() as f64 * share) as usize
-    }
-
-    fn rope_settings(&self, theta: Option<f64>, scaling: Option<&RopeScaling>) -> RopeSettings {
-        RopeSettings {
-            theta: scaling.and_then(|s| s.rope_theta).or(theta).unwrap_or(DEFAULT_ROPE_THETA),
-            width: self.rotary_width(),
-            scaling: scaling.cloned(),
-            context: self.max_position_embeddings,
-            original_context: self.original_max_position_embeddings,
-        }
-    }
-
-    /// The rotary embedding of the blocks.
-    pub fn rope(&self) -> RopeSettings {
-        self.rope_settings(self.rope_theta, self.global_scaling())
-    }
-
-    /// That of blocks with a sliding window, where they have their own.
-    pub fn local_rope(&self) -> Option<RopeSettings> {
-        if let Some(scaling) = self.rope_parameters.as_ref().filter(|scaling| scaling.is_by_kind()) {
-            return Some(self.rope_settings(self.rope_local_base_freq, scaling.sliding_attention.as_deref()));
-        }
-        self.rope_local_base_freq.map(|theta| self.rope_settings(Some(theta), None))
-    }
-
-    /// Which rotary embedding a block has, if any.
-    pub fn rope_kind(&self, architecture: &Architecture, block_idx: usize) -> Option<RopeKind> {
-        let is_without = match (&self.no_rope_layers, self.no_rope_layer_interval) {
-            (Some(layers), _) => layers.get(block_idx) == Some(&0),
-            (None, Some(interval)) => interval > 0 && (block_idx + 1).is_multiple_of(interval),
-            (None, None) => false,
-        };
-        let kind = if self.window(architecture, block_idx).is_some() { RopeKind::Local } else { RopeKind::Global };
-        (architecture.is_rotary && !is_without).then_some(kind)
-    }
-
-    /// Tokens that a block's attention reaches back to, the own one included; none where it reaches all.
-    pub fn window(&self, architecture: &Architecture, block_idx: usize) -> Option<usize> {
-        let slides = match (&self.layer_types, architecture.sliding) {
-            _ if self.use_sliding_window == Some(false) => false,
-            (Some(types), _) => types.get(block_idx).is_some_and(|t| t == "sliding_attention"),
-            (None, Sliding::All) => true,
-            (None, Sliding::OnRequest) => {
-                self.use_sliding_window == Some(true) && block_idx >= self.max_window_layers.unwrap_or(0)
-            }
-            (None, Sliding::AllBut(every)) => {
-                !(block_idx + 1).is_multiple_of(self.sliding_window_pattern.unwrap_or(every).max(1))
-            }
-        };
-        self.sliding_window.filter(|_| slides)
-    }
-
-    /// What the products of queries and keys of a block are multiplied by.
-    pub fn attention_scale(&self, block_idx: usize) -> f64 {
-        let width = self.query_pre_attn_scalar.unwrap_or(self.head_dim() as f64);
-        let scale = if self.scale_attn_weights { width.powf(-0.5) } else { 1.0 };
-        if self.scale_attn_by_inverse_layer_idx { scale / (block_idx + 1) as f64 } else { scale }
-    }
 }
 
-/// Reads a config; of one that is broken, the field and the reason.
-fn deserialize(fields: Map<String, Value>) -> std::result::Result<ModelConfig, (String, String)> {
-    let read = |fields: &Map<String, Value>| serde_json::from_value::<ModelConfig>(Value::Object(fields.clone()));
-    read(&fields).map_err(|error| {
-        let reason = error.to_string();
-        // What is absent is named by the reason, and no field is broken.
-        let is_broken = |fields: &Map<String, Value>| read(fields).is_err_and(|error| error.to_string() == reason);
-        let field = if is_broken(&Map::new()) { None } else { first_broken(&fields, &is_broken) };
-        (field.unwrap_or_default(), in_words(&reason))
-    })
-}
-
-/// The first field with which those up to it are broken, as `rope_scaling.factor`.
-fn first_broken(fields: &Map<String, Value>, is_broken: &dyn Fn(&Map<String, Value>) -> bool) -> Option<String> {
-    let mut before = Map::new();
-    for (name, value) in fields {
-        let with = |value: Value| {
-            let mut fields = before.clone();
-            fields.insert(name.clone(), value);
-            fields
-        };
-        if is_broken(&with(value.clone())) {
-            let within = |inner: &Map<String, Value>| is_broken(&with(Value::Object(inner.clone())));
-            let inner = value.as_object().and_then(|inner| first_broken(inner, &within));
-            return Some(inner.map_or(name.clone(), |inner| format!("{name}.{inner}")));
-        }
-        before.insert(name.clone(), value.clone());
-    }
-    None
-}
-
-/// What serde says of a value, where numbers that are not finite are strings with a mark.
-fn in_words(reason: &str) -> String {
-    let mark = json::MARK.escape_debug().to_string();
-    let reason = reason.replace(&format!("string \"{mark}"), "number \"").replace(&mark, "").replace(json::MARK, "");
-    let reason = ["NaN", "Infinity", "-Infinity"]
-        .iter()
-        .fold(reason, |reason, name| reason.replace(&format!("number \"{name}\""), &format!("number `{name}`")));
-    [
-        ("expected f64", "expected a finite number"),
-        ("expected usize", "expected a whole number"),
-        ("expected u8", "expected a whole number"),
-    ]
-    .iter()
-    .fold(reason, |reason, (from, to)| reason.replace(from, to))
-}
-
-/// By how much the rotary frequencies of a model are divided, where that differs from frequency to frequency.
+/// The divisors of the rotary frequencies of a model, if they differ among frequencies.
 pub fn rope_factors(checkpoint: &Checkpoint) -> Option<Vec<f32>> {
     let rope = ModelConfig::of(checkpoint).ok()?.0.rope();
     if rope.rope_type() != "llama3" {
@@ -465,6 +306,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::checkpoint::json as python_json;
 
     fn config(extra: Value) -> Result<ModelConfig> {
         let mut fields = json!({
@@ -531,7 +373,7 @@ mod tests {
             ),
             ("hidden_act", "NaN", "`hidden_act`: unknown variant `NaN`"),
         ] {
-            let extra: Value = json::parse(format!("{{\"{field}\": {name}}}").as_bytes()).unwrap();
+            let extra: Value = python_json::parse(format!("{{\"{field}\": {name}}}").as_bytes()).unwrap();
             let error = format!("{:#}", config(extra).unwrap_err());
             assert!(error.starts_with(&format!("`config.json`: {expected}")), "{error}");
             assert!(!error.contains(['\0', '\\']), "{error}");

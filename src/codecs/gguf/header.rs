@@ -1,9 +1,11 @@
-//! The header of a GGUF file, versions 2 and 3: read within its bounds and in its own order.
+//! The header of a GGUF file: versions 2 and 3 are read, version 3 is written.
 //!
 //! Every count and length comes from the file, so nothing is allocated by them: what they announce must fit into the bytes that
-//! are there.
+//! are there. The writer is our own because candle's needs all tensors at once, the reader because candle's trusts the file.
 
-/// What a file says of its tensors.
+use super::element::Element;
+
+/// The tensors that a file describes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Header {
     pub tensors: Vec<Entry>,
@@ -26,7 +28,7 @@ pub struct Entry {
 const MAGIC: &[u8] = b"GGUF";
 const DEFAULT_ALIGNMENT: u64 = 32;
 const MAX_DIMENSIONS: u32 = 4;
-/// Arrays of arrays of arrays are all that a writer may think of.
+/// Deeper arrays of arrays are refused.
 const MAX_DEPTH: usize = 4;
 
 /// Numbers by which a file knows the types of its metadata.
@@ -44,7 +46,7 @@ pub fn is_begun(file: &[u8]) -> bool {
 /// Reads the header of a whole file.
 ///
 /// # Errors
-/// What is wrong with it, in words.
+/// A sentence that says what is wrong with it.
 pub fn read(file: &[u8]) -> Result<Header, String> {
     let mut bytes = Bytes { file, at: 0 };
     if bytes.take(4)? != MAGIC {
@@ -64,7 +66,7 @@ pub fn read(file: &[u8]) -> Result<Header, String> {
         }
     }
     if !alignment.is_power_of_two() {
-        return Err(format!("`general.alignment` is {alignment}, which is no power of two"));
+        return Err(format!("`general.alignment` is {alignment}, which is not a power of two"));
     }
     let mut tensors: Vec<Entry> = Vec::new();
     for _ in 0..n_tensors {
@@ -76,10 +78,107 @@ pub fn read(file: &[u8]) -> Result<Header, String> {
         return Err(format!("it describes tensor `{}` twice", twice[0]));
     }
     if let Some(Entry { name, offset, .. }) = tensors.iter().find(|entry| !entry.offset.is_multiple_of(alignment)) {
-        return Err(format!("tensor `{name}` begins at data offset {offset}, which is no multiple of {alignment}"));
+        return Err(format!("tensor `{name}` begins at data offset {offset}, which is not a multiple of {alignment}"));
     }
     let data_begin = (bytes.at as u64).next_multiple_of(alignment);
     Ok(Header { tensors, data_begin })
+}
+
+/// A value of the metadata.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Value {
+    U32(u32),
+    F32(f32),
+    Bool(bool),
+    Text(String),
+    Texts(Vec<String>),
+    F32s(Vec<f32>),
+    I32s(Vec<i32>),
+}
+
+impl Value {
+    fn write(&self, to: &mut Vec<u8>) {
+        let array = |to: &mut Vec<u8>, kind: u32, len: usize| {
+            to.extend(9u32.to_le_bytes());
+            to.extend(kind.to_le_bytes());
+            to.extend((len as u64).to_le_bytes());
+        };
+        match self {
+            Self::U32(v) => to.extend([4u32.to_le_bytes(), v.to_le_bytes()].as_flattened()),
+            Self::F32(v) => to.extend([6u32.to_le_bytes(), v.to_le_bytes()].as_flattened()),
+            Self::Bool(v) => {
+                to.extend(7u32.to_le_bytes());
+                to.push(u8::from(*v));
+            }
+            Self::Text(v) => {
+                to.extend(8u32.to_le_bytes());
+                put_text(to, v);
+            }
+            Self::Texts(v) => {
+                array(to, 8, v.len());
+                v.iter().for_each(|v| put_text(to, v));
+            }
+            Self::F32s(v) => {
+                array(to, 6, v.len());
+                to.extend(v.iter().flat_map(|v| v.to_le_bytes()));
+            }
+            Self::I32s(v) => {
+                array(to, 5, v.len());
+                to.extend(v.iter().flat_map(|v| v.to_le_bytes()));
+            }
+        }
+    }
+}
+
+fn put_text(to: &mut Vec<u8>, text: &str) {
+    to.extend((text.len() as u64).to_le_bytes());
+    to.extend(text.as_bytes());
+}
+
+/// A tensor to write. Its shape is (out, in), as everywhere here; GGUF reverses it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GgufTensor {
+    pub name: String,
+    pub element: Element,
+    pub shape: Vec<usize>,
+}
+
+impl GgufTensor {
+    pub fn n_bytes(&self) -> u64 {
+        self.element.n_bytes(&self.shape)
+    }
+}
+
+/// The header of a file, padded up to its data, and the offset of every tensor in the file.
+pub fn write(metadata: &[(String, Value)], tensors: &[GgufTensor]) -> (Vec<u8>, Vec<u64>) {
+    let mut bytes = MAGIC.to_vec();
+    bytes.extend(3u32.to_le_bytes());
+    bytes.extend((tensors.len() as u64).to_le_bytes());
+    bytes.extend((metadata.len() as u64).to_le_bytes());
+    for (key, value) in metadata {
+        put_text(&mut bytes, key);
+        value.write(&mut bytes);
+    }
+    let (mut offset, mut offsets) = (0u64, Vec::new());
+    for tensor in tensors {
+        put_text(&mut bytes, &tensor.name);
+        bytes.extend((tensor.shape.len() as u32).to_le_bytes());
+        tensor.shape.iter().rev().for_each(|&d| bytes.extend((d as u64).to_le_bytes()));
+        bytes.extend(tensor.element.type_id().to_le_bytes());
+        bytes.extend(offset.to_le_bytes());
+        offsets.push(offset);
+        offset = (offset + tensor.n_bytes()).next_multiple_of(DEFAULT_ALIGNMENT);
+    }
+    bytes.resize(bytes.len().next_multiple_of(DEFAULT_ALIGNMENT as usize), 0);
+    let begin = bytes.len() as u64;
+    (bytes, offsets.into_iter().map(|offset| begin + offset).collect())
+}
+
+/// Bytes of a file with this header and its data.
+pub fn file_bytes(metadata: &[(String, Value)], tensors: &[GgufTensor]) -> u64 {
+    let (header, offsets) = write(metadata, tensors);
+    let end = |(offset, tensor): (&u64, &GgufTensor)| (offset + tensor.n_bytes()).next_multiple_of(DEFAULT_ALIGNMENT);
+    offsets.iter().zip(tensors).next_back().map_or(header.len() as u64, end)
 }
 
 /// A file, and how far it has been read.
@@ -132,7 +231,7 @@ impl<'a> Bytes<'a> {
                     None => (0..len).try_for_each(|_| self.skip_value(of, depth + 1)),
                 }
             }
-            kind::ARRAY => Err("its metadata nest too deep".into()),
+            kind::ARRAY => Err("its metadata are nested too deeply".into()),
             other => Err(format!("its metadata have a value of type {other}, which is unknown")),
         }
     }
@@ -166,6 +265,9 @@ fn size_of(kind: u32) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
+    use candle_core::quantized::gguf_file::Content;
+
+    use super::super::super::cast::Dtype;
     use super::*;
 
     fn text(text: &str) -> Vec<u8> {
@@ -199,7 +301,7 @@ mod tests {
     #[test]
     fn announced_sizes_are_bounded_by_the_file() {
         for alignment in [0u32, 3, 48] {
-            check(&file("general.alignment", kind::U32, &alignment.to_le_bytes()), "no power of two");
+            check(&file("general.alignment", kind::U32, &alignment.to_le_bytes()), "not a power of two");
         }
         check(b"GGU", "4 bytes");
         check(b"GGML\x03\0\0\0", "does not begin");
@@ -216,14 +318,66 @@ mod tests {
         }
         let nested: Vec<u8> =
             (0..9).flat_map(|_| [kind::ARRAY.to_le_bytes().to_vec(), 1u64.to_le_bytes().to_vec()].concat()).collect();
-        check(&file("a", kind::ARRAY, &nested), "nest too deep");
+        check(&file("a", kind::ARRAY, &nested), "nested too deeply");
         let mut twice = file("a", 0, &[1]);
         twice[8] = 2;
         twice.extend_from_within(twice.len() - 41..);
         check(&twice, "tensor `a` twice");
     }
 
+    #[test]
+    fn files_survive_a_round_trip_and_another_reader_agrees() {
+        let block = crate::quantize::BlockType::named("q8_0").unwrap();
+        let tensors = [
+            GgufTensor { name: "token_embd.weight".into(), element: Element::Plain(Dtype::F32), shape: vec![3, 5] },
+            GgufTensor { name: "blk.0.attn_q.weight".into(), element: Element::Block(block), shape: vec![4, 64] },
+        ];
+        let metadata = [
+            ("general.architecture".to_string(), Value::Text("x".into())),
+            ("a".into(), Value::Texts(vec!["x".into(), "yz".into()])),
+            ("b".into(), Value::F32s(vec![1.0])),
+            ("c".into(), Value::I32s(vec![-1, 2])),
+            ("d".into(), Value::Bool(true)),
+            ("e".into(), Value::U32(7)),
+            ("f".into(), Value::F32(0.5)),
+        ];
+        let (mut file, offsets) = write(&metadata, &tensors);
+        file.resize(file_bytes(&metadata, &tensors) as usize, 0);
+        let header = read(&file).unwrap();
+        let theirs = Content::read(&mut std::io::Cursor::new(&file)).unwrap();
+        assert_eq!(theirs.metadata["e"].to_u32().unwrap(), 7);
+        assert_eq!(theirs.metadata["c"].to_vec().unwrap().len(), 2);
+        assert_eq!(theirs.tensor_data_offset, header.data_begin);
+        assert_eq!(header.tensors.len(), tensors.len());
+        for ((entry, tensor), offset) in header.tensors.iter().zip(&tensors).zip(offsets) {
+            assert_eq!((&entry.name, &entry.shape), (&tensor.name, &tensor.shape));
+            assert_eq!((entry.type_id, header.data_begin + entry.offset), (tensor.element.type_id(), offset));
+            let theirs = &theirs.tensor_infos[&entry.name];
+            assert_eq!((theirs.shape.dims(), theirs.offset), (entry.shape.as_slice(), entry.offset));
+        }
+    }
+
     proptest::proptest! {
+        #[test]
+        fn headers_survive_a_round_trip(texts in proptest::collection::vec("[a-zß.]{0,9}", 0..4),
+                                        numbers in proptest::collection::vec(proptest::prelude::any::<i32>(), 0..4),
+                                        shapes in proptest::collection::vec(proptest::collection::vec(1usize..9, 1..5), 0..5)) {
+            let metadata = [
+                ("texts".to_string(), Value::Texts(texts)),
+                ("numbers".into(), Value::I32s(numbers.clone())),
+                ("floats".into(), Value::F32s(numbers.iter().map(|&n| n as f32).collect())),
+                ("bool".into(), Value::Bool(numbers.is_empty())),
+            ];
+            let element = Element::Plain(Dtype::F16);
+            let tensor = |(i, shape): (usize, Vec<usize>)| GgufTensor { name: format!("t.{i}"), element, shape };
+            let tensors: Vec<GgufTensor> = shapes.into_iter().enumerate().map(tensor).collect();
+            let (file, offsets) = write(&metadata, &tensors);
+            let header = read(&file).unwrap();
+            let found = header.tensors.iter().map(|t| (t.name.as_str(), &t.shape, t.type_id, header.data_begin + t.offset));
+            let expected = tensors.iter().zip(&offsets).map(|(t, &at)| (t.name.as_str(), &t.shape, element.type_id(), at));
+            proptest::prop_assert!(found.eq(expected));
+        }
+
         #[test]
         fn damaged_headers_never_panic(noise in proptest::collection::vec(proptest::prelude::any::<(usize, u8)>(), 1..6)) {
             let mut bytes = file("general.alignment", kind::U32, &64u32.to_le_bytes());

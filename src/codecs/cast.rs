@@ -80,8 +80,8 @@ fn narrow<const N: usize>(values: &[f32], convert: impl Fn(f32) -> ([u8; N], boo
     Ok(bytes)
 }
 
-/// Whether all values in `bytes` are zero, of either sign; none where `dtype` is not one of [`is_float`]. Reads up to the first
-/// that is not.
+/// Whether all values in `bytes` are zero, of either sign; `None` if `dtype` is not one of [`is_float`]. Stops at the first that is
+/// not.
 pub fn is_zero(dtype: Dtype, bytes: &[u8]) -> Option<bool> {
     // Little endian: the sign is the top bit of the last byte.
     let is_zero =
@@ -89,7 +89,7 @@ pub fn is_zero(dtype: Dtype, bytes: &[u8]) -> Option<bool> {
     is_float(dtype).then(|| bytes.chunks_exact(dtype.bitsize() / 8).all(is_zero))
 }
 
-/// Whether some value in `bytes` is NaN or infinite: its exponent has all bits set. False of dtypes that are no IEEE floats.
+/// Whether some value in `bytes` is NaN or infinite: its exponent has all bits set. False for dtypes that are not IEEE floats.
 pub fn holds_non_finite(dtype: Dtype, bytes: &[u8]) -> bool {
     match dtype {
         Dtype::F64 => bytes.as_chunks::<8>().0.iter().any(|&b| !f64::from_le_bytes(b).is_finite()),

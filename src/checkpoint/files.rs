@@ -1,0 +1,161 @@
+//! Which files of a folder are the checkpoint.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use super::error::{CheckpointError, Result, io};
+use super::json;
+use super::paths::{INDEX_FILE, SINGLE_FILE, file_name, folder_of, is_gguf, is_weight_file};
+use super::reader::read_file;
+use crate::codecs::{gguf, peft};
+
+/// The `weight_map` of `model.safetensors.index.json`.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct ShardIndex {
+    #[serde(default)]
+    pub metadata: Map<String, Value>,
+    pub weight_map: BTreeMap<String, String>,
+}
+
+/// The object in a JSON file; `None` if there is no such file.
+pub(super) fn read_config(path: &Path) -> Result<Option<Map<String, Value>>> {
+    match read_file(path) {
+        Ok(bytes) => json::parse(&bytes)
+            .map(Some)
+            .map_err(|e| CheckpointError::Json { path: path.into(), reason: e.to_string() }),
+        Err(CheckpointError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(e),
+    }
+}
+
+/// Which files of a folder are the checkpoint.
+#[derive(Debug)]
+pub(super) struct CheckpointFiles {
+    pub root: PathBuf,
+    pub files: Vec<PathBuf>,
+    pub index: Option<(PathBuf, ShardIndex)>,
+    /// The path names a file, not a folder.
+    pub is_file: bool,
+}
+
+/// Number and count of a shard that is named by them: 1 and 2 of `model-00001-of-00002.safetensors`.
+fn shard_number(path: &Path) -> Option<(usize, usize)> {
+    let stem = path.file_stem()?.to_str()?;
+    let (rest, count) = stem.rsplit_once("-of-")?;
+    let (_, number) = rest.rsplit_once('-')?;
+    Some((number.parse().ok()?, count.parse().ok()?))
+}
+
+/// Refuses one of several shards as if it were all of them.
+fn expect_whole(file: &Path) -> Result<()> {
+    match shard_number(file) {
+        Some((_, count)) if count > 1 => Err(CheckpointError::LoneShard { path: file.into(), count }),
+        _ => Ok(()),
+    }
+}
+
+impl CheckpointFiles {
+    /// # Errors
+    /// The path is not a checkpoint, or is an incomplete one.
+    pub fn find(path: &Path) -> Result<Self> {
+        let refuse = |reason: &str| Err(CheckpointError::NotACheckpoint { path: path.into(), reason: reason.into() });
+        if path.is_file() {
+            if path.extension().is_none_or(|e| e != "safetensors") && !is_gguf(path) {
+                return refuse("it is a file, and neither a `.safetensors` nor a `.gguf` file");
+            }
+            expect_whole(path)?;
+            return Ok(Self { root: folder_of(path).into(), files: vec![path.into()], index: None, is_file: true });
+        }
+        if !path.exists() {
+            return refuse("there is no such folder");
+        }
+        if !path.is_dir() {
+            return refuse("it is neither a folder nor a regular file");
+        }
+        if path.join(peft::CONFIG_FILE).exists() {
+            return refuse("it is an adapter; give the folder of its base, with the adapter in `adapter/`");
+        }
+        let index_path = path.join(INDEX_FILE);
+        if let Some(single) =
+            [SINGLE_FILE, gguf::MODEL_FILE].map(|name| path.join(name)).into_iter().find(|f| f.exists())
+        {
+            return Ok(Self::of_folder(path, vec![single]));
+        }
+        if index_path.exists() {
+            return Self::sharded(path.into(), index_path);
+        }
+        Self::unnamed(path)
+    }
+
+    fn of_folder(root: &Path, files: Vec<PathBuf>) -> Self {
+        Self { root: root.into(), files, index: None, is_file: false }
+    }
+
+    /// The only safetensors file of a folder, whatever its name.
+    fn unnamed(root: &Path) -> Result<Self> {
+        let refuse = |reason: &str| Err(CheckpointError::NotACheckpoint { path: root.into(), reason: reason.into() });
+        let names: Vec<PathBuf> = std::fs::read_dir(root)
+            .map_err(io("list", root))?
+            .filter_map(|entry| entry.ok().map(|e| e.path()))
+            .collect();
+        let is_safetensors = |path: &&PathBuf| path.extension().is_some_and(|e| e == "safetensors");
+        let weights: Vec<PathBuf> = names.iter().filter(is_safetensors).cloned().collect();
+        match weights.as_slice() {
+            [only] => {
+                expect_whole(only)?;
+                Ok(Self::of_folder(root, weights))
+            }
+            [] if names.iter().any(|p| is_weight_file(&file_name(p))) => {
+                refuse("its weights are not in safetensors form; convert them first")
+            }
+            [] => refuse("it holds no `.safetensors` file"),
+            _ => refuse("it holds several `.safetensors` files and no `model.safetensors.index.json`"),
+        }
+    }
+
+    /// The adapter in the folder of its base, in the format of the base, if it names that folder as its base.
+    pub fn adapter(&self) -> Option<PathBuf> {
+        let is_ours = |name: &str| self.files.iter().any(|file| file.file_name().is_some_and(|n| n == name));
+        if is_ours(gguf::MODEL_FILE) {
+            let path = self.root.join(gguf::LORA_FILE);
+            return path.exists().then_some(path);
+        }
+        let folder = self.root.join(peft::FOLDER);
+        let config = read_config(&folder.join(peft::CONFIG_FILE)).ok()??;
+        peft::is_over_its_folder(&config).then(|| folder.join(peft::WEIGHTS_FILE)).filter(|path| path.exists())
+    }
+
+    fn sharded(root: PathBuf, index_path: PathBuf) -> Result<Self> {
+        let bytes = read_file(&index_path)?;
+        let index: ShardIndex = json::parse(&bytes)
+            .map_err(|e| CheckpointError::Json { path: index_path.clone(), reason: e.to_string() })?;
+        let mut names: Vec<&String> = index.weight_map.values().collect();
+        names.sort();
+        names.dedup();
+        let mut files = Vec::new();
+        for shard in names {
+            if Path::new(shard).components().count() != 1 || Path::new(shard).file_name().is_none() {
+                return Err(CheckpointError::ShardOutside { path: index_path, shard: shard.clone() });
+            }
+            let file = root.join(shard);
+            if !file.exists() {
+                return Err(CheckpointError::MissingShard { path: index_path, shard: shard.clone() });
+            }
+            files.push(file);
+        }
+        if let Some((file, (_, count))) = files.iter().find_map(|file| Some((file, shard_number(file)?)))
+            && files.len() < count
+        {
+            return Err(CheckpointError::FewShards {
+                path: index_path,
+                count,
+                found: files.len(),
+                first: file.clone(),
+            });
+        }
+        Ok(Self { root, files, index: Some((index_path, index)), is_file: false })
+    }
+}

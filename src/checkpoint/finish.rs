@@ -1,0 +1,84 @@
+//! The last step of an output: what was made appears at its target, whole, and what was there is removed.
+
+use std::fs::{self, File};
+use std::path::PathBuf;
+
+use super::error::{CheckpointError, io};
+use super::folder::OutputFolder;
+use super::moving::{self, rename};
+use super::paths::folder_of;
+use super::strangers;
+use super::work::{self, JOB};
+
+type Result<T, E = CheckpointError> = std::result::Result<T, E>;
+
+impl OutputFolder {
+    /// Makes the complete output appear at its target.
+    ///
+    /// # Errors
+    /// It cannot be moved; it then stays where it was made.
+    pub fn finish(mut self) -> Result<()> {
+        // An interrupt leaves all that the last step needs.
+        self.unfinished.set_resumable();
+        let moved = self.expect_own_target().and_then(|()| match self.is_within() {
+            true => moving::move_up(&self.target, &self.partial, &self.mark, self.force),
+            false => self.rename(),
+        });
+        if let Err(error) = moved {
+            self.is_kept = true;
+            let source = std::error::Error::source(&error).map_or(String::new(), |source| format!(": {source}"));
+            let (path, reason) = (self.path(), format!("{error}{source}"));
+            return Err(CheckpointError::NotMoved { path, target: self.target.clone(), reason });
+        }
+        let job = self.partial.join(JOB);
+        if job.exists() {
+            fs::remove_file(&job).map_err(io("remove", &job))?;
+        }
+        let replaced = self.replaced();
+        if self.force && replaced.exists() {
+            strangers::remove_output(&replaced, &self.mark)?;
+        }
+        // The rename itself must survive a power cut; folders cannot be synced on every system.
+        let changed = if self.is_within() { &self.target } else { folder_of(&self.target) };
+        if let Ok(changed) = File::open(changed) {
+            let _ = changed.sync_all();
+        }
+        Ok(())
+    }
+
+    /// Where an earlier output waits to be removed.
+    fn replaced(&self) -> PathBuf {
+        if self.is_within() {
+            return self.partial.join(work::REPLACED);
+        }
+        work::replaced_of(&self.partial)
+    }
+
+    /// Refuses to remove files that others wrote meanwhile into the output that is replaced, or where it waits.
+    fn expect_own_target(&self) -> Result<()> {
+        if !self.force {
+            return Ok(());
+        }
+        if !self.is_within() {
+            strangers::refuse_in_replaced(&self.target, &self.replaced(), &self.mark)?;
+        }
+        if self.target.exists() { strangers::refuse_in_output(&self.target, &self.mark) } else { Ok(()) }
+    }
+
+    fn rename(&self) -> Result<()> {
+        let (output, replaced) = (self.path(), self.replaced());
+        let has_earlier = self.force && self.target.exists();
+        if has_earlier {
+            // Left by a run that was killed while it removed it.
+            if replaced.exists() {
+                strangers::remove_output(&replaced, &self.mark)?;
+            }
+            rename(&self.target, &replaced)?;
+        }
+        rename(&output, &self.target).inspect_err(|_| {
+            if has_earlier {
+                let _ = fs::rename(&replaced, &self.target);
+            }
+        })
+    }
+}

@@ -1,0 +1,219 @@
+//! Opening a checkpoint: its files, their headers, and the tensors that these show.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+
+use serde_json::{Map, Value};
+
+use super::error::{CheckpointError, Result};
+use super::files::{CheckpointFiles, ShardIndex, read_config};
+use super::magic::Kind;
+use super::paths::{CONFIG_FILE, folder_of, is_gguf};
+use super::reader::Shard;
+use super::stack::Stack;
+use super::tensor::TensorInfo;
+use super::view::View;
+use super::{described, gguf, index, settings};
+use crate::codecs::gguf::FamilyOf;
+
+/// An opened checkpoint: every header read and checked, no weight loaded.
+#[derive(Debug)]
+pub struct Checkpoint {
+    pub(super) root: PathBuf,
+    pub(super) config: Option<Map<String, Value>>,
+    /// Why a config that is there is not read.
+    pub(super) config_error: Option<CheckpointError>,
+    /// Whether pairs of tensors are equal, as far as that was asked.
+    pub(super) equal: Mutex<BTreeMap<[String; 2], bool>>,
+    pub(super) shards: Vec<Shard>,
+    pub(super) tensors: BTreeMap<String, TensorInfo>,
+    /// Tensor names in the order of the files.
+    pub(super) order: Vec<String>,
+    pub(super) stacks: Vec<Stack>,
+    /// A file without a config: other files beside it do not belong to it.
+    pub(super) is_alone: bool,
+}
+
+impl Checkpoint {
+    /// Opens a folder of safetensors (or one such file) and checks every header.
+    ///
+    /// # Errors
+    /// Every rule of the format has its own [`CheckpointError`]. GGUF files need [`Self::open_with`].
+    pub fn open(path: &Path) -> Result<Self> {
+        Self::open_files(path, None)
+    }
+
+    /// Like [`Self::open`], and opens GGUF files as well: `families` gives the table of names of a `model_type`.
+    ///
+    /// # Errors
+    /// As [`Self::open`], or a tensor of a GGUF file has no name in the checkpoints of its family.
+    pub fn open_with(path: &Path, families: FamilyOf) -> Result<Self> {
+        Self::open_files(path, Some(families))
+    }
+
+    fn open_files(path: &Path, families: Option<FamilyOf>) -> Result<Self> {
+        let files = CheckpointFiles::find(path)?;
+        let (config, config_error) = match read_config(&files.root.join(CONFIG_FILE)) {
+            Ok(config) => (config, None),
+            // A config that is not JSON can be copied, and safetensors can be read without it; GGUF files cannot.
+            Err(error @ (CheckpointError::Json { .. } | CheckpointError::LfsPointer { .. }))
+                if !files.files.iter().any(|file| is_gguf(file)) =>
+            {
+                (None, Some(error))
+            }
+            Err(error) => return Err(error),
+        };
+        if let Some(config) = &config {
+            described::expect_known_version(config, &files.root)?;
+        }
+        if let Some(error) = &config_error {
+            tracing::warn!("{error}: going by the names and shapes of tensors alone");
+        }
+        let opened = Self::of_files(files, config, families)?;
+        Ok(Self { config_error, ..opened })
+    }
+
+    /// Opens one file of arrays that are not a model, whatever its name: nothing beside it is read.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn open_arrays(path: &Path) -> Result<Self> {
+        let files =
+            CheckpointFiles { root: folder_of(path).into(), files: vec![path.into()], index: None, is_file: true };
+        Self::of_files(files, None, None)
+    }
+
+    fn of_files(
+        files: CheckpointFiles,
+        config: Option<Map<String, Value>>,
+        families: Option<FamilyOf>,
+    ) -> Result<Self> {
+        let mut shards = files.files.iter().map(|file| Shard::open(file)).collect::<Result<Vec<_>>>()?;
+        let mut view = View::default();
+        for (shard_idx, shard) in shards.iter().enumerate() {
+            for info in read_header(shard, shard_idx, config.as_ref(), families)? {
+                view.order.push(info.name.clone());
+                if let Some(first) = view.tensors.insert(info.name.clone(), info) {
+                    return Err(CheckpointError::DuplicateTensor {
+                        tensor: first.name,
+                        first: shards[first.shard_idx].path().to_path_buf(),
+                        second: shard.path().to_path_buf(),
+                    });
+                }
+            }
+        }
+        if let Some((path, index)) = &files.index {
+            expect_indexed(path, index, &view, &shards)?;
+        }
+        if view.tensors.is_empty() {
+            return Err(CheckpointError::NotACheckpoint { path: files.root, reason: "it holds no tensor".into() });
+        }
+        let quantization = settings::find(&files.root, config.as_ref(), &view.order)?;
+        view.decode(config.as_ref().unwrap_or(&Map::new()), quantization.as_ref(), &files.root)?;
+        // An adapter in the folder of its base is part of the model.
+        if let Some(path) = files.adapter() {
+            let (shard, shard_idx) = (Shard::open(&path)?, shards.len());
+            let adapter = read_header(&shard, shard_idx, config.as_ref(), families)?;
+            shards.push(shard);
+            view.adapt(adapter);
+        }
+        let View { tensors, order } = view;
+        let stacks = described::stored_stacks(config.as_ref(), tensors.len(), &files.root)?;
+        let equal = Mutex::default();
+        let is_alone = files.is_file && config.is_none();
+        Ok(Self { root: files.root, config, config_error: None, equal, shards, tensors, order, stacks, is_alone })
+    }
+
+    /// The folder of the checkpoint.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// The content of `config.json` in its own order, if it is there.
+    pub fn config(&self) -> Option<&Map<String, Value>> {
+        self.config.as_ref()
+    }
+
+    /// Why there is no [`Self::config`], if the file is broken.
+    pub fn config_error(&self) -> Option<&CheckpointError> {
+        self.config_error.as_ref()
+    }
+
+    /// Every tensor, in the order of the files.
+    pub fn tensors(&self) -> impl Iterator<Item = &TensorInfo> {
+        self.order.iter().map(|name| &self.tensors[name])
+    }
+
+    pub fn info(&self, name: &str) -> Option<&TensorInfo> {
+        self.tensors.get(name)
+    }
+
+    /// Like [`Self::info`], but an absent tensor is an error.
+    ///
+    /// # Errors
+    /// [`CheckpointError::TensorAbsent`].
+    pub fn require(&self, name: &str) -> Result<&TensorInfo> {
+        self.info(name)
+            .ok_or_else(|| CheckpointError::TensorAbsent { path: self.root.clone(), tensor: name.to_string() })
+    }
+
+    /// The file that holds a tensor.
+    pub fn file_of(&self, info: &TensorInfo) -> &Path {
+        self.shards[info.shard_idx].path()
+    }
+
+    /// Bytes of the weight files, headers included.
+    pub fn file_bytes(&self) -> u64 {
+        self.shards.iter().map(|shard| shard.bytes().len() as u64).sum()
+    }
+
+    /// Bytes of all tensors together.
+    pub fn n_bytes(&self) -> u64 {
+        self.tensors.values().map(TensorInfo::n_bytes).sum()
+    }
+
+    /// Number of elements of all tensors together.
+    pub fn n_elements(&self) -> u64 {
+        self.tensors.values().map(TensorInfo::n_elements).sum()
+    }
+}
+
+/// Checks that every tensor of an index is in the shard that it names.
+fn expect_indexed(path: &Path, index: &ShardIndex, view: &View, shards: &[Shard]) -> Result<()> {
+    for (tensor, shard) in &index.weight_map {
+        let found = view.tensors.get(tensor).and_then(|info| shards[info.shard_idx].path().file_name());
+        if found.is_none_or(|name| name != shard.as_str()) {
+            let (path, tensor, shard) = (path.into(), tensor.clone(), shard.clone());
+            return Err(CheckpointError::TensorAbsentFromShard { path, tensor, shard });
+        }
+    }
+    Ok(())
+}
+
+/// The header of a file in either of the formats, by its name.
+fn read_header(
+    shard: &Shard,
+    shard_idx: usize,
+    config: Option<&Map<String, Value>>,
+    families: Option<FamilyOf>,
+) -> Result<Vec<TensorInfo>> {
+    let (path, bytes) = (shard.path(), shard.bytes());
+    if !is_gguf(path) {
+        return index::read_header(path, bytes, shard_idx);
+    }
+    if !crate::codecs::gguf::is_begun(bytes)
+        && let Some(found) = Kind::of_no_weights(bytes)
+    {
+        return Err(CheckpointError::WrongKind { path: path.into(), expected: "GGUF file", found });
+    }
+    let config = config.ok_or_else(|| CheckpointError::ForeignGguf {
+        path: path.into(),
+        reason: "there is no `config.json` beside it".into(),
+    })?;
+    let families = families.ok_or_else(|| CheckpointError::NotACheckpoint {
+        path: path.into(),
+        reason: "it is a GGUF file, and the caller gave no table of its names".into(),
+    })?;
+    gguf::read_header(path, bytes, shard_idx, config, families)
+}

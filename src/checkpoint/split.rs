@@ -1,0 +1,64 @@
+//! Matrices shown as several: stacks as their matrices, fused ones as their parts.
+
+use super::error::Result;
+use super::open::Checkpoint;
+use super::stack::Stack;
+use super::tensor::{Encoded, Rows, TensorInfo};
+use crate::codecs::cast;
+
+impl Checkpoint {
+    /// Stacks that are shown or stored as their matrices.
+    pub fn stacks(&self) -> &[Stack] {
+        &self.stacks
+    }
+
+    /// Shows a stack of plain floats as its matrices.
+    ///
+    /// # Errors
+    /// [`CheckpointError::TensorAbsent`].
+    ///
+    /// # Panics
+    /// If it is not such a stack.
+    pub fn split_stack(mut self, tensor: &str) -> Result<Self> {
+        let from = self.require(tensor)?.clone();
+        let &[n, rows, columns] = from.shape.as_slice() else { panic!("invariant: a stack has three dimensions") };
+        assert!(!from.is_encoded() && cast::is_float(from.dtype), "invariant: only plain floats are split");
+        let stack = Stack { tensor: tensor.into(), shape: [n, rows, columns] };
+        let place = self.order.iter().position(|name| name == tensor).unwrap_or(self.order.len());
+        self.tensors.remove(tensor);
+        self.order.splice(place..=place, stack.parts());
+        let n_bytes = (from.end - from.begin) / n.max(1);
+        for (index, name) in stack.parts().into_iter().enumerate() {
+            let begin = from.begin + index * n_bytes;
+            let shape = vec![rows, columns];
+            let part = TensorInfo { name: name.clone(), shape, begin, end: begin + n_bytes, ..from.clone() };
+            self.tensors.insert(name, part);
+        }
+        self.stacks.push(stack);
+        Ok(self)
+    }
+
+    /// Shows a matrix of floats, (out, in) or transposed, as its parts: some of its rows, (count, in) each.
+    ///
+    /// # Errors
+    /// [`CheckpointError::TensorAbsent`].
+    ///
+    /// # Panics
+    /// If it is not a matrix of plain floats, or does not have that many rows.
+    pub fn split(mut self, tensor: &str, parts: &[(String, Rows)]) -> Result<Self> {
+        let from = self.require(tensor)?.clone();
+        let &[m, n] = from.shape.as_slice() else { panic!("invariant: only matrices are split") };
+        assert!(!from.is_encoded() && cast::is_float(from.dtype), "invariant: only plain floats are split");
+        let place = self.order.iter().position(|name| name == tensor).unwrap_or(self.order.len());
+        self.tensors.remove(tensor);
+        self.order.splice(place..=place, parts.iter().map(|(name, _)| name.clone()));
+        for (name, rows) in parts {
+            let (out, input) = if rows.is_transposed { (n, m) } else { (m, n) };
+            assert!(rows.indices().all(|row| row < out), "invariant: a part has rows of the whole");
+            let encoded = Some(Box::new(Encoded::picked(*rows, from.clone())));
+            let shape = vec![rows.count, input];
+            self.tensors.insert(name.clone(), TensorInfo { name: name.clone(), shape, encoded, ..from.clone() });
+        }
+        Ok(self)
+    }
+}

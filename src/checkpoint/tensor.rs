@@ -1,0 +1,185 @@
+//! What is known of a tensor from headers, and how it is made from the tensors that are stored.
+//!
+//! Quantized, renamed and reordered tensors are shown as the weights that they encode: `X.weight`, however the file stores it.
+
+use crate::codecs::cast::{self, Dtype};
+use crate::codecs::gguf::{Arrangement, Element};
+use crate::codecs::{compressed_tensors, gptq, packed};
+use crate::quantize::{Blocks, Grouped, Quantized, Scheme, Storage};
+
+/// Where a tensor lies and what it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TensorInfo {
+    pub name: String,
+    pub dtype: Dtype,
+    pub shape: Vec<usize>,
+    /// Index of the shard among those of the checkpoint.
+    pub shard_idx: usize,
+    /// First byte in the shard's file.
+    pub begin: usize,
+    /// One past the last byte in the shard's file.
+    pub end: usize,
+    /// How it is made from stored tensors, if it is; its place is then that of the first.
+    pub(super) encoded: Option<Box<Encoded>>,
+    /// The values of a vector of integers, which describes other tensors.
+    pub(super) row_of_i64: Vec<usize>,
+}
+
+impl TensorInfo {
+    pub fn n_bytes(&self) -> u64 {
+        self.encoded.as_ref().map_or((self.end - self.begin) as u64, |encoded| encoded.n_bytes())
+    }
+
+    /// How its values are coded; none for floats.
+    pub fn storage(&self) -> Option<Storage> {
+        self.encoded.as_ref().and_then(|encoded| encoded.storage())
+    }
+
+    /// Whether its bytes in the file are not those of its dtype and shape.
+    pub fn is_encoded(&self) -> bool {
+        self.encoded.is_some()
+    }
+
+    /// Whether it is made of some rows of a stored matrix.
+    pub fn is_picked(&self) -> bool {
+        self.encoded.as_ref().is_some_and(|encoded| encoded.is_picked())
+    }
+
+    pub fn n_elements(&self) -> u64 {
+        self.shape.iter().map(|&d| d as u64).product()
+    }
+}
+
+/// Whether sizes can be computed without overflow: an empty tensor may claim any dimensions beside its zero.
+pub(super) fn is_sane(shape: &[usize]) -> bool {
+    let n = shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d.max(1)));
+    n.is_some_and(|n| n <= 1 << 48)
+}
+
+/// How a tensor is made from stored ones.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Encoded {
+    codec: Codec,
+    parts: Vec<TensorInfo>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Codec {
+    Packed(Scheme),
+    CompressedTensors(Scheme),
+    Gptq(Scheme),
+    /// Floats or blocks of GGUF, in another arrangement.
+    Rows(Element, Arrangement),
+    /// Some rows of a matrix of floats.
+    Picked(Rows),
+}
+
+/// Some rows of a larger matrix (or columns, if it is stored transposed): runs of `run`, one every `stride`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Rows {
+    pub first: usize,
+    pub count: usize,
+    pub run: usize,
+    pub stride: usize,
+    /// The larger matrix is stored as (in, out).
+    pub is_transposed: bool,
+}
+
+impl Rows {
+    /// These rows of a larger matrix of stored rows of `width`, row-major.
+    fn of(self, values: &[f32], width: usize) -> Vec<f32> {
+        let row = |i: usize| -> Vec<f32> {
+            match self.is_transposed {
+                false => values[i * width..(i + 1) * width].to_vec(),
+                true => values.iter().skip(i).step_by(width).copied().collect(),
+            }
+        };
+        self.indices().flat_map(row).collect()
+    }
+
+    /// The rows in order.
+    pub fn indices(self) -> impl Iterator<Item = usize> {
+        let run = self.run.max(1);
+        (0..self.count).map(move |row| self.first + row / run * self.stride + row % run)
+    }
+}
+
+/// A decoded tensor.
+pub(super) enum Decoded {
+    Quantized(Quantized),
+    Values(Vec<f32>),
+}
+
+impl Encoded {
+    pub fn new(codec: Codec, parts: Vec<TensorInfo>) -> Self {
+        Self { codec, parts }
+    }
+
+    pub fn rows(element: Element, arrangement: Arrangement, part: TensorInfo) -> Self {
+        Self::new(Codec::Rows(element, arrangement), vec![part])
+    }
+
+    /// The matrix of some rows of a stored one.
+    pub fn picked(rows: Rows, from: TensorInfo) -> Self {
+        Self::new(Codec::Picked(rows), vec![from])
+    }
+
+    pub fn is_picked(&self) -> bool {
+        matches!(self.codec, Codec::Picked(_))
+    }
+
+    pub fn n_bytes(&self) -> u64 {
+        let all: u64 = self.parts.iter().map(TensorInfo::n_bytes).sum();
+        match (self.codec, self.parts.first().map(|from| from.shape.as_slice())) {
+            (Codec::Picked(rows), Some(&[m, n])) => {
+                all / (if rows.is_transposed { n } else { m }).max(1) as u64 * rows.count as u64
+            }
+            _ => all,
+        }
+    }
+
+    pub fn storage(&self) -> Option<Storage> {
+        match self.codec {
+            Codec::Packed(scheme) | Codec::CompressedTensors(scheme) | Codec::Gptq(scheme) => {
+                Some(Storage::Grouped(scheme))
+            }
+            Codec::Rows(Element::Block(block_type), _) => Some(Storage::Block(block_type)),
+            Codec::Rows(Element::Plain(_), _) | Codec::Picked(_) => None,
+        }
+    }
+
+    /// Whether [`Self::storage`] is final: GPTQ shows only when its zeros are read whether they are symmetric.
+    pub fn is_known_from_header(&self) -> bool {
+        !matches!(self.codec, Codec::Gptq(_))
+    }
+
+    /// Decodes a tensor of `shape` from its parts, whose bytes `read` gives; `None` if their sizes do not match.
+    pub fn decode(&self, shape: &[usize], read: &dyn Fn(&TensorInfo) -> Vec<u8>) -> Option<Decoded> {
+        let (&cols, leading) = shape.split_last()?;
+        let rows: usize = leading.iter().product();
+        let parts: Vec<(Dtype, Vec<u8>)> = self.parts.iter().map(|info| (info.dtype, read(info))).collect();
+        let grouped = |matrix: Option<Grouped>| matrix.map(|matrix| Decoded::Quantized(Quantized::Grouped(matrix)));
+        match self.codec {
+            Codec::Packed(scheme) => grouped(packed::read([rows, cols], scheme, &parts)),
+            Codec::CompressedTensors(scheme) => grouped(compressed_tensors::read([rows, cols], scheme, &parts)),
+            Codec::Gptq(scheme) => grouped(gptq::read([rows, cols], scheme, &parts)),
+            Codec::Picked(picked) => {
+                let (dtype, bytes) = parts.first()?;
+                let &[_, width] = self.parts.first()?.shape.as_slice() else { return None };
+                Some(Decoded::Values(picked.of(&cast::decode(*dtype, bytes)?, width)))
+            }
+            Codec::Rows(element, arrangement) => {
+                // A vector is a matrix of one column.
+                let (rows, cols) = if leading.is_empty() { (cols, 1) } else { (rows, cols) };
+                let bytes = arrangement.to_model(&parts.first()?.1, rows);
+                match element {
+                    Element::Plain(dtype) => cast::decode(dtype, &bytes).map(Decoded::Values),
+                    Element::Block(block_type) if bytes.len() as u64 == block_type.n_bytes(rows, cols) => {
+                        Some(Decoded::Quantized(Quantized::Block(Blocks { rows, cols, block_type, bytes })))
+                    }
+                    Element::Block(_) => None,
+                }
+            }
+        }
+    }
+}

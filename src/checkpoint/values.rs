@@ -1,0 +1,190 @@
+//! The bytes and values of the tensors of a checkpoint, one tensor at a time.
+
+use rayon::prelude::*;
+use sha2::{Digest, Sha256};
+
+use super::error::{CheckpointError, Result};
+use super::hash::{Fingerprint, hex, sha256_file};
+use super::open::Checkpoint;
+use super::paths::{CONFIG_FILE, file_name};
+use super::tensor::{Decoded, TensorInfo};
+use crate::codecs::cast;
+use crate::quantize::{Quantized, Storage};
+
+/// Bytes of a weight file that are hashed at a time.
+const HASH_CHUNK: usize = 16 << 20;
+
+impl Checkpoint {
+    /// Calls `f` with the stored bytes of a tensor, then gives its pages back.
+    ///
+    /// # Errors
+    /// [`CheckpointError::TensorAbsent`].
+    pub fn with_bytes<T>(&self, name: &str, f: impl FnOnce(&[u8]) -> T) -> Result<T> {
+        let info = self.require(name)?;
+        debug_assert!(!info.is_encoded(), "invariant: only plain tensors are passed through");
+        Ok(self.stored(info, f))
+    }
+
+    fn stored<T>(&self, info: &TensorInfo, f: impl FnOnce(&[u8]) -> T) -> T {
+        let shard = &self.shards[info.shard_idx];
+        let value = f(&shard.bytes()[info.begin..info.end]);
+        shard.release(info.begin, info.end);
+        value
+    }
+
+    /// The quantized matrix of a tensor; `None` for floats.
+    ///
+    /// # Errors
+    /// The tensor is absent, or its parts are broken.
+    pub fn quantized(&self, name: &str) -> Result<Option<Quantized>> {
+        Ok(match self.decoded(self.require(name)?)? {
+            Some(Decoded::Quantized(matrix)) => Some(matrix),
+            _ => None,
+        })
+    }
+
+    /// How a tensor is quantized; `None` for floats. Reads the header only, if that decides it.
+    ///
+    /// # Errors
+    /// The tensor is absent, or its parts are broken.
+    pub fn storage(&self, name: &str) -> Result<Option<Storage>> {
+        let info = self.require(name)?;
+        match &info.encoded {
+            Some(encoded) if !encoded.is_known_from_header() => {
+                Ok(self.quantized(name)?.map(|matrix| matrix.storage()))
+            }
+            _ => Ok(info.storage()),
+        }
+    }
+
+    fn decoded(&self, info: &TensorInfo) -> Result<Option<Decoded>> {
+        let Some(encoded) = &info.encoded else { return Ok(None) };
+        let decoded = encoded.decode(&info.shape, &|part| self.stored(part, <[u8]>::to_vec));
+        decoded.map(Some).ok_or_else(|| self.broken(info))
+    }
+
+    fn broken(&self, info: &TensorInfo) -> CheckpointError {
+        let reason = "its codes and scales do not have the sizes of its shape".into();
+        CheckpointError::Encoding { path: self.file_of(info).into(), tensor: info.name.clone(), reason }
+    }
+
+    /// The values of a float tensor, row-major, every one finite.
+    ///
+    /// # Errors
+    /// The tensor is absent, not a float tensor, or holds NaN or infinity.
+    pub fn values(&self, name: &str) -> Result<Vec<f32>> {
+        let info = self.require(name)?;
+        let path = || self.file_of(info).to_path_buf();
+        let not_float =
+            || CheckpointError::Dtype { path: path(), tensor: name.into(), dtype: format!("{:?}", info.dtype) };
+        let values = match self.decoded(info)? {
+            Some(Decoded::Values(values)) => values,
+            Some(Decoded::Quantized(matrix)) => matrix.dequantize(),
+            None => self.stored(info, |bytes| cast::decode(info.dtype, bytes)).ok_or_else(not_float)?,
+        };
+        self.finite(info, values)
+    }
+
+    /// Whether every value of a float tensor is zero. Reading stops at the first that is not.
+    ///
+    /// # Errors
+    /// As [`Self::values`].
+    pub fn is_zero(&self, name: &str) -> Result<bool> {
+        let info = self.require(name)?;
+        let plain = if info.is_encoded() { None } else { self.stored(info, |bytes| cast::is_zero(info.dtype, bytes)) };
+        match plain {
+            Some(is_zero) => Ok(is_zero),
+            None => Ok(self.values(name)?.iter().all(|&v| v == 0.0)),
+        }
+    }
+
+    /// The values of one matrix of a float tensor of three dimensions, row-major, every one finite.
+    ///
+    /// # Errors
+    /// As [`Self::values`].
+    pub fn slice_values(&self, name: &str, index: usize) -> Result<Vec<f32>> {
+        let info = self.require(name)?;
+        let len: usize = info.shape.iter().skip(1).product();
+        let bits = len * info.dtype.bitsize();
+        if self.decoded(info)?.is_some() || !cast::is_float(info.dtype) {
+            // Codes are decoded as a whole.
+            return Ok(self.values(name)?[index * len..(index + 1) * len].to_vec());
+        }
+        let bytes = index * bits / 8..(index + 1) * bits / 8;
+        let values = self.stored(info, |all| cast::decode(info.dtype, &all[bytes]));
+        self.finite(info, values.expect("invariant: the dtype is a float"))
+    }
+
+    /// Whether two tensors have the same shape and values, and whether this is the first time that is asked.
+    ///
+    /// # Errors
+    /// As [`Self::values`].
+    pub fn are_equal(&self, first: &str, second: &str) -> Result<(bool, bool)> {
+        let key = [first, second].map(String::from);
+        let mut known = self.equal.lock().expect("invariant: no holder of the list panics");
+        if let Some(&is_equal) = known.get(&key) {
+            return Ok((is_equal, false));
+        }
+        let [one, other] = [self.require(first)?, self.require(second)?];
+        let is_plain = !one.is_encoded() && !other.is_encoded() && one.dtype == other.dtype;
+        let is_equal = one.shape == other.shape
+            && match is_plain && self.stored(one, |bytes| self.stored(other, |others| bytes == others)) {
+                true => true,
+                false => self.values(first)? == self.values(second)?,
+            };
+        known.insert(key, is_equal);
+        Ok((is_equal, true))
+    }
+
+    fn finite(&self, info: &TensorInfo, values: Vec<f32>) -> Result<Vec<f32>> {
+        let is_broken = |v: &f32| !v.is_finite();
+        if let Some(first) = values.iter().position(is_broken) {
+            let count = values.iter().filter(|v| is_broken(v)).count();
+            let path = self.file_of(info).to_path_buf();
+            return Err(CheckpointError::NonFinite { path, tensor: info.name.clone(), count, first });
+        }
+        Ok(values)
+    }
+
+    /// Checks a tensor's shape; `fields` names the config fields that decide it, for the hint.
+    ///
+    /// # Errors
+    /// The tensor is absent or has another shape.
+    pub fn expect_shape(&self, name: &str, expected: &[usize], fields: &str) -> Result<()> {
+        let info = self.require(name)?;
+        if info.shape == expected {
+            return Ok(());
+        }
+        Err(CheckpointError::Shape {
+            path: self.file_of(info).to_path_buf(),
+            tensor: name.into(),
+            found: info.shape.clone(),
+            expected: expected.to_vec(),
+            fields: fields.into(),
+        })
+    }
+
+    /// SHA-256 of the config and of every weight file.
+    ///
+    /// # Errors
+    /// The config cannot be read.
+    pub fn fingerprint(&self) -> Result<Fingerprint> {
+        let mut fingerprint: Fingerprint = self
+            .shards
+            .par_iter()
+            .map(|shard| {
+                let mut hasher = Sha256::new();
+                for (i, chunk) in shard.bytes().chunks(HASH_CHUNK).enumerate() {
+                    hasher.update(chunk);
+                    shard.release(i * HASH_CHUNK, i * HASH_CHUNK + chunk.len());
+                }
+                (file_name(shard.path()), hex(&hasher.finalize()))
+            })
+            .collect();
+        let config = self.root.join(CONFIG_FILE);
+        if self.config.is_some() {
+            fingerprint.insert(CONFIG_FILE.into(), sha256_file(&config)?);
+        }
+        Ok(fingerprint)
+    }
+}

@@ -1,0 +1,89 @@
+//! A quantized matrix as a layout stores it: a few tensors, told apart by the suffixes of their names.
+
+use super::cast::{self, Dtype};
+use crate::quantize::Grouped;
+
+/// A stored tensor, from headers alone.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tensor {
+    /// What follows the name of the module: `qweight`.
+    pub suffix: &'static str,
+    pub dtype: Dtype,
+    pub shape: Vec<usize>,
+}
+
+/// The values of a stored tensor.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Values {
+    Bytes(Vec<u8>),
+    /// To be rounded to the dtype of the tensor.
+    Floats(Vec<f32>),
+}
+
+/// A stored tensor with its values.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Written {
+    pub suffix: &'static str,
+    pub dtype: Dtype,
+    pub values: Values,
+}
+
+impl Written {
+    pub(super) fn bytes(suffix: &'static str, dtype: Dtype, bytes: Vec<u8>) -> Self {
+        Self { suffix, dtype, values: Values::Bytes(bytes) }
+    }
+
+    pub(super) fn floats(suffix: &'static str, dtype: Dtype, floats: Vec<f32>) -> Self {
+        Self { suffix, dtype, values: Values::Floats(floats) }
+    }
+
+    /// Its bytes in a file.
+    ///
+    /// # Errors
+    /// The index of the first value that the dtype cannot hold.
+    pub fn into_bytes(self) -> Result<Vec<u8>, usize> {
+        match self.values {
+            Values::Bytes(bytes) => Ok(bytes),
+            Values::Floats(floats) => cast::encode(self.dtype, &floats),
+        }
+    }
+}
+
+/// `matrix` if it has the scales and zeros of its shape.
+pub(super) fn checked(matrix: Grouped) -> Option<Grouped> {
+    let n_entries = matrix.rows * matrix.scheme.n_groups(matrix.cols);
+    let n_zeros = if matrix.scheme.levels.has_zeros() { n_entries } else { 0 };
+    ((matrix.scales.len(), matrix.zeros.len()) == (n_entries, n_zeros)).then_some(matrix)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::quantize::{Scale, Scheme};
+
+    /// A matrix of (rows, cols) that depends on `seed`.
+    pub fn matrix(rows: usize, cols: usize, scheme: Scheme, seed: u64) -> Grouped {
+        let value = |i: usize| ((i as u64 * 7919 + seed % 10_007 * 31) % 1009) as f32 / 504.5 - 1.0;
+        let values: Vec<f32> = (0..rows * cols).map(value).collect();
+        Grouped::round(&values, rows, cols, scheme, Scale::Absmax)
+    }
+
+    /// The parts that a reader gets of what a writer gave.
+    pub fn stored(written: Vec<Written>) -> Vec<(Dtype, Vec<u8>)> {
+        written.into_iter().map(|tensor| (tensor.dtype, tensor.into_bytes().unwrap())).collect()
+    }
+
+    /// The tensors of a header agree with those that are written, in order and in bytes.
+    pub fn check_sizes(tensors: &[Tensor], written: &[Written]) {
+        assert_eq!(tensors.len(), written.len());
+        for (tensor, written) in tensors.iter().zip(written) {
+            assert_eq!((tensor.suffix, tensor.dtype), (written.suffix, written.dtype));
+            let n_bytes = cast::n_bytes(tensor.dtype, tensor.shape.iter().product()).unwrap();
+            assert_eq!(written.clone().into_bytes().unwrap().len() as u64, n_bytes, "{}", tensor.suffix);
+        }
+    }
+}
+
+/// For the round trips of every layout.
+#[cfg(test)]
+pub(super) use tests::{check_sizes, matrix, stored};

@@ -1,0 +1,62 @@
+//! What a tensor of a GGUF file is made of.
+
+use super::super::cast::{self, Dtype};
+use crate::quantize::BlockType;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Element {
+    Plain(Dtype),
+    Block(BlockType),
+}
+
+impl Element {
+    /// GGUF's number of a type that is written.
+    ///
+    /// # Panics
+    /// If it is not a float type, which callers rule out.
+    pub fn type_id(self) -> u32 {
+        match self {
+            Self::Plain(Dtype::F32) => 0,
+            Self::Plain(Dtype::F16) => 1,
+            Self::Plain(Dtype::BF16) => 30,
+            Self::Plain(other) => unreachable!("invariant: only float tensors are written, got {other:?}"),
+            Self::Block(block) => block.id,
+        }
+    }
+
+    /// The inverse of [`Self::type_id`]; `None` for types that are not read.
+    pub fn of_type_id(id: u32) -> Option<Self> {
+        match id {
+            0 => Some(Self::Plain(Dtype::F32)),
+            1 => Some(Self::Plain(Dtype::F16)),
+            30 => Some(Self::Plain(Dtype::BF16)),
+            id => BlockType::of_id(id).map(Self::Block),
+        }
+    }
+
+    /// Bytes of a tensor of this shape, (out, in) for a matrix.
+    pub fn n_bytes(self, shape: &[usize]) -> u64 {
+        match (self, shape.split_last()) {
+            (Self::Block(block), Some((&cols, rows))) => block.n_bytes(rows.iter().product(), cols),
+            (Self::Block(_), None) => 0,
+            (Self::Plain(dtype), _) => {
+                cast::n_bytes(dtype, shape.iter().product()).expect("invariant: an output tensor fits in memory")
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::quantize::BLOCK_TYPES;
+
+    #[test]
+    fn type_ids_are_read_back() {
+        let plain = [Dtype::F32, Dtype::F16, Dtype::BF16].map(Element::Plain);
+        for element in plain.into_iter().chain(BLOCK_TYPES.map(Element::Block)) {
+            assert_eq!(Element::of_type_id(element.type_id()), Some(element));
+        }
+        assert_eq!(Element::of_type_id(99), None);
+    }
+}

@@ -1,0 +1,140 @@
+//! What GGUF calls the tensors of a checkpoint, by the table of its family. The tables themselves belong to the families.
+
+use serde_json::{Map, Value};
+
+/// How one family of models is stored in GGUF files. Most families are [`Family::COMMON`] except for a few fields.
+#[derive(Debug, Clone, Copy)]
+pub struct Family {
+    /// `general.architecture`.
+    pub architecture: &'static str,
+    /// (module of the checkpoint, module of the file), with `{}` for the number of the block; searched before the names that all families share.
+    pub names: &'static [(&'static str, &'static str)],
+    /// A prefix of module names that early files of the family leave out.
+    pub optional_prefix: Option<&'static str>,
+    /// Rows of queries and keys are stored in the order of pairs that rotate together.
+    pub is_interleaved: bool,
+    /// Norm weights are stored with 1 added, which the checkpoint leaves out.
+    pub has_whole_norms: bool,
+    /// Last parts of the modules whose weights the checkpoint stores as (in, out).
+    pub transposed: &'static [&'static str],
+    /// Last parts of the names of buffers that a checkpoint may have and GGUF files do not.
+    pub buffers: &'static [&'static str],
+    /// Keys of metadata, below the architecture, that not every family has.
+    pub metadata: &'static [&'static str],
+    /// `tokenizer.ggml.pre` of its byte-level tokenizer, unless the tokenizer file decides it.
+    pub pre_tokenizer: Option<&'static str>,
+    /// Why llama.cpp would misread a model with this config.
+    pub misread: fn(&Map<String, Value>) -> Option<String>,
+}
+
+/// Finds the table of a `model_type`.
+pub type FamilyOf = fn(&str) -> Option<&'static Family>;
+
+/// Names that most families share.
+const COMMON_NAMES: &[(&str, &str)] = &[
+    ("model.embed_tokens", "token_embd"),
+    ("model.norm", "output_norm"),
+    ("lm_head", "output"),
+    ("model.layers.{}.input_layernorm", "blk.{}.attn_norm"),
+    ("model.layers.{}.post_attention_layernorm", "blk.{}.ffn_norm"),
+    ("model.layers.{}.self_attn.q_proj", "blk.{}.attn_q"),
+    ("model.layers.{}.self_attn.k_proj", "blk.{}.attn_k"),
+    ("model.layers.{}.self_attn.v_proj", "blk.{}.attn_v"),
+    ("model.layers.{}.self_attn.o_proj", "blk.{}.attn_output"),
+    ("model.layers.{}.mlp.gate_proj", "blk.{}.ffn_gate"),
+    ("model.layers.{}.mlp.up_proj", "blk.{}.ffn_up"),
+    ("model.layers.{}.mlp.down_proj", "blk.{}.ffn_down"),
+];
+
+impl Family {
+    /// What a family is unless its table says otherwise.
+    pub const COMMON: Self = Self {
+        architecture: "",
+        names: &[],
+        optional_prefix: None,
+        is_interleaved: true,
+        has_whole_norms: false,
+        transposed: &[],
+        buffers: &[],
+        metadata: &[],
+        pre_tokenizer: None,
+        misread: |_| None,
+    };
+
+    /// The table for a config: that of its `model_type`, or [`Self::COMMON`].
+    pub fn of(config: &Map<String, Value>, find: FamilyOf) -> &'static Self {
+        config.get("model_type").and_then(Value::as_str).and_then(find).unwrap_or(&Self::COMMON)
+    }
+
+    /// The GGUF name of a tensor of a checkpoint.
+    pub fn to_gguf(&self, tensor: &str) -> Option<String> {
+        let (module, suffix) = tensor.rsplit_once('.')?;
+        let names = || self.names.iter().chain(COMMON_NAMES).copied();
+        let with_prefix = || renamed(&format!("{}{module}", self.optional_prefix?), names());
+        let whole = renamed(module, names()).or_else(with_prefix)?;
+        Some(format!("{whole}.{suffix}"))
+    }
+
+    /// The name in a checkpoint of a tensor of a GGUF file.
+    pub fn from_gguf(&self, tensor: &str) -> Option<String> {
+        let (module, suffix) = tensor.rsplit_once('.')?;
+        let names = self.names.iter().chain(COMMON_NAMES).map(|&(ours, theirs)| (theirs, ours));
+        Some(format!("{}.{suffix}", renamed(module, names)?))
+    }
+
+    /// Whether the checkpoint stores a tensor as (in, out), which GGUF transposes.
+    pub fn is_transposed(&self, tensor: &str) -> bool {
+        let module = tensor.strip_suffix(".weight");
+        module.is_some_and(|module| ends_with_part(module, self.transposed))
+    }
+
+    /// Whether a tensor of a checkpoint is a buffer that is left out.
+    pub fn is_left_out(&self, tensor: &str) -> bool {
+        ends_with_part(tensor, self.buffers)
+    }
+}
+
+fn ends_with_part(name: &str, parts: &[&str]) -> bool {
+    parts.iter().any(|part| name.strip_suffix(part).is_some_and(|before| before.ends_with('.')))
+}
+
+/// `module` by a table of (from, to).
+fn renamed(module: &str, mut names: impl Iterator<Item = (&'static str, &'static str)>) -> Option<String> {
+    let block = module.split('.').find(|part| part.parse::<usize>().is_ok());
+    let pattern = block.map_or(module.to_string(), |block| module.replacen(&format!(".{block}."), ".{}.", 1));
+    let (_, to) = names.find(|(from, _)| *from == pattern)?;
+    Some(to.replace("{}", block.unwrap_or_default()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_survive_a_round_trip() {
+        for (ours, theirs) in [
+            ("model.layers.12.self_attn.q_proj.weight", "blk.12.attn_q.weight"),
+            ("model.layers.3.mlp.down_proj.bias", "blk.3.ffn_down.bias"),
+            ("model.embed_tokens.weight", "token_embd.weight"),
+            ("lm_head.weight", "output.weight"),
+        ] {
+            assert_eq!(Family::COMMON.to_gguf(ours).as_deref(), Some(theirs));
+            assert_eq!(Family::COMMON.from_gguf(theirs).as_deref(), Some(ours));
+        }
+        assert_eq!(Family::COMMON.to_gguf("model.layers.3.self_attn.rotary.weight"), None);
+    }
+
+    #[test]
+    fn a_table_comes_before_the_common_names() {
+        let family = Family { names: &[("model.layers.{}.mlp.both", "blk.{}.ffn_up")], ..Family::COMMON };
+        assert_eq!(family.to_gguf("model.layers.1.mlp.both.weight").as_deref(), Some("blk.1.ffn_up.weight"));
+        assert_eq!(family.from_gguf("blk.1.ffn_up.weight").as_deref(), Some("model.layers.1.mlp.both.weight"));
+        let family = Family { names: &[("t.h.{}.c", "blk.{}.ffn_up")], optional_prefix: Some("t."), ..Family::COMMON };
+        for name in ["t.h.2.c.bias", "h.2.c.bias"] {
+            assert_eq!(family.to_gguf(name).as_deref(), Some("blk.2.ffn_up.bias"));
+        }
+        let family = Family { transposed: &["c_fc"], buffers: &["attn.bias"], ..Family::COMMON };
+        assert!(family.is_transposed("h.0.c_fc.weight") && !family.is_transposed("h.0.c_fc.bias"));
+        assert!(family.is_left_out("h.0.attn.bias") && !family.is_left_out("h.0.c_attn.bias"));
+    }
+}

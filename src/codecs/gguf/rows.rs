@@ -1,0 +1,112 @@
+//! The order of rows, and what is added to values, in tensors of a GGUF file.
+
+use serde_json::{Map, Value};
+
+use super::names::Family;
+
+/// How the values of a tensor are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Arrangement {
+    Same,
+    /// Within each head, rows of the two halves alternate.
+    Interleaved {
+        heads: usize,
+    },
+    /// 1 is added; in f32, as GGUF stores vectors.
+    PlusOne,
+}
+
+impl Arrangement {
+    /// The arrangement of a tensor of a checkpoint with this config.
+    pub fn of(tensor: &str, family: &Family, config: &Map<String, Value>) -> Self {
+        if !family.is_interleaved {
+            let is_shifted = family.has_whole_norms && tensor.ends_with("norm.weight");
+            return if is_shifted { Self::PlusOne } else { Self::Same };
+        }
+        let number = |key: &str| config.get(key).and_then(Value::as_u64).map(|n| n as usize);
+        let queries = number("num_attention_heads");
+        let heads = if tensor.contains(".self_attn.q_proj.") {
+            queries
+        } else if tensor.contains(".self_attn.k_proj.") {
+            number("num_key_value_heads").or(queries)
+        } else {
+            None
+        };
+        heads.map_or(Self::Same, |heads| Self::Interleaved { heads })
+    }
+
+    /// For every stored row, the row of the model.
+    fn rows(self, rows: usize) -> Vec<usize> {
+        match self {
+            Self::Same | Self::PlusOne => (0..rows).collect(),
+            // Rows that do not divide into heads keep their order.
+            Self::Interleaved { heads } if heads == 0 || !rows.is_multiple_of(heads.saturating_mul(2)) => {
+                (0..rows).collect()
+            }
+            Self::Interleaved { heads } => {
+                let width = rows / heads;
+                let row = |i: usize| i / width * width + (i % 2) * (width / 2) + i % width / 2;
+                (0..rows).map(row).collect()
+            }
+        }
+    }
+
+    /// Bytes of `rows` rows as the model has them, as the file does.
+    pub fn to_file(self, bytes: Vec<u8>, rows: usize) -> Vec<u8> {
+        if self == Self::PlusOne {
+            return add(&bytes, 1.0);
+        }
+        if self == Self::Same || rows == 0 {
+            return bytes;
+        }
+        let width = bytes.len() / rows;
+        self.rows(rows).into_iter().flat_map(|row| &bytes[row * width..][..width]).copied().collect()
+    }
+
+    /// The inverse of [`Self::to_file`].
+    pub fn to_model(self, bytes: &[u8], rows: usize) -> Vec<u8> {
+        if self == Self::PlusOne {
+            return add(bytes, -1.0);
+        }
+        let mut reordered = bytes.to_vec();
+        if self != Self::Same && rows > 0 {
+            let width = bytes.len() / rows;
+            for (stored, row) in self.rows(rows).into_iter().enumerate() {
+                reordered[row * width..][..width].copy_from_slice(&bytes[stored * width..][..width]);
+            }
+        }
+        reordered
+    }
+}
+
+/// f32 values with `shift` added to each.
+fn add(bytes: &[u8], shift: f32) -> Vec<u8> {
+    bytes.as_chunks::<4>().0.iter().flat_map(|&b| (f32::from_le_bytes(b) + shift).to_le_bytes()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_of_halves_are_interleaved_and_back() {
+        let order = Arrangement::Interleaved { heads: 2 };
+        let bytes: Vec<u8> = (0..24).collect();
+        // Heads of 4 rows of 3 bytes: rows 0, 2, 1, 3, then 4, 6, 5, 7.
+        let stored = order.to_file(bytes.clone(), 8);
+        let firsts: Vec<u8> = stored.chunks(3).map(|row| row[0] / 3).collect();
+        assert_eq!(firsts, [0, 2, 1, 3, 4, 6, 5, 7]);
+        assert_eq!(order.to_model(&stored, 8), bytes);
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn rows_survive_a_round_trip(heads in 0usize..4, half in 1usize..4, n_heads in 1usize..4, width in 1usize..5, seed: u8) {
+            let rows = 2 * half * n_heads;
+            let bytes: Vec<u8> = (0..rows * width).map(|i| (i as u8).wrapping_mul(31).wrapping_add(seed)).collect();
+            for arrangement in [Arrangement::Same, Arrangement::Interleaved { heads }] {
+                proptest::prop_assert_eq!(arrangement.to_model(&arrangement.to_file(bytes.clone(), rows), rows), bytes.clone());
+            }
+        }
+    }
+}

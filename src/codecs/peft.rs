@@ -1,0 +1,95 @@
+//! PEFT adapters: LoRA factors `A` (r, in) and `B` (out, r) under `base_model.model.X.lora_A.weight` and `….lora_B.weight`.
+//!
+//! `B·A` is applied with scale `alpha / r`: with `alpha_pattern` = `rank_pattern` the scale is 1 at every rank.
+
+use serde_json::{Map, Value, json};
+
+/// Folder of an adapter beside its base, and the files in it.
+pub const FOLDER: &str = "adapter";
+pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
+pub const CONFIG_FILE: &str = "adapter_config.json";
+/// Where an adapter says that its base is: in the folder above. PEFT is told the place of the base when it loads one.
+const BASE: &str = "..";
+/// What PEFT puts before the names of modules.
+const PREFIX: &str = "base_model.model.";
+
+/// One of the two factors of a pair.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Factor {
+    A,
+    B,
+}
+
+/// The tensors of `A` and `B` of a module.
+pub fn names(module: &str) -> [String; 2] {
+    ["lora_A", "lora_B"].map(|part| format!("{PREFIX}{module}.{part}.weight"))
+}
+
+/// The module that a tensor is a factor of. Factors of GGUF, under the names of a checkpoint, end in `.weight.lora_a`.
+pub fn parse(tensor: &str) -> Option<(&str, Factor)> {
+    let rest = tensor.strip_prefix(PREFIX).unwrap_or(tensor);
+    let suffixes = [
+        (".lora_A.weight", Factor::A),
+        (".lora_B.weight", Factor::B),
+        (".weight.lora_a", Factor::A),
+        (".weight.lora_b", Factor::B),
+    ];
+    suffixes.into_iter().find_map(|(suffix, factor)| Some((rest.strip_suffix(suffix)?, factor)))
+}
+
+/// Whether a weight is stored as (out, in), or as (in, out).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fan {
+    OutIn,
+    InOut,
+}
+
+/// `adapter_config.json` of an adapter with these ranks by module; `None` if there is none.
+pub fn config(ranks: Map<String, Value>, task: Option<&str>, fan: Fan) -> Option<Value> {
+    let largest = ranks.values().filter_map(Value::as_u64).max()?;
+    Some(json!({
+        "peft_type": "LORA",
+        "task_type": task,
+        "base_model_name_or_path": BASE,
+        "r": largest,
+        "lora_alpha": largest,
+        "rank_pattern": ranks,
+        "alpha_pattern": ranks,
+        "target_modules": ranks.keys().collect::<Vec<_>>(),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": fan == Fan::InOut,
+        "inference_mode": true,
+    }))
+}
+
+/// Whether an `adapter_config.json` names the folder above as its base.
+pub fn is_over_its_folder(config: &Map<String, Value>) -> bool {
+    config.get("base_model_name_or_path").is_some_and(|base| base == BASE)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    proptest::proptest! {
+        #[test]
+        fn names_survive_a_round_trip(module in "[a-z_]{1,9}(\\.[a-z0-9_]{1,9}){0,4}") {
+            let [a, b] = names(&module);
+            proptest::prop_assert_eq!(parse(&a), Some((module.as_str(), Factor::A)));
+            proptest::prop_assert_eq!(parse(&b), Some((module.as_str(), Factor::B)));
+            let [factor, weight] = ["weight.lora_b", "weight"].map(|suffix| format!("{module}.{suffix}"));
+            proptest::prop_assert_eq!(parse(&factor), Some((module.as_str(), Factor::B)));
+            proptest::prop_assert_eq!(parse(&weight), None);
+        }
+    }
+
+    #[test]
+    fn a_written_config_is_over_its_folder() {
+        let ranks = json!({"a": 3, "b": 7}).as_object().unwrap().clone();
+        let written = config(ranks, None, Fan::OutIn).unwrap();
+        assert!(is_over_its_folder(written.as_object().unwrap()));
+        assert_eq!((&written["r"], &written["fan_in_fan_out"]), (&json!(7), &json!(false)));
+        assert_eq!(config(Map::new(), None, Fan::OutIn), None);
+    }
+}

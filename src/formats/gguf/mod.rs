@@ -1,0 +1,256 @@
+//! GGUF for llama.cpp and runtimes built on it: `model.gguf`, and `model-lora.gguf` if there is compensation.
+//!
+//! Symmetric codes in groups of whole blocks are stored exactly, as Q4_0 up to 4 bits and as Q8_0 up to 8. Matrices whose rows are
+//! not made of whole blocks stay in the dtype of the source.
+
+mod metadata;
+mod vocabulary;
+
+use serde_json::{Map, Value as Json};
+
+use self::metadata::{hyperparameters, rope_fields, rope_type};
+use self::vocabulary::vocabulary;
+use super::{
+    CheckpointError, Container, Exporter, Forms, GgufValue as Value, LinearInfo, NamedBytes, Operator, OutTensor,
+    Refusal, Source, Target, adapter, encode,
+};
+use crate::checkpoint::TensorInfo;
+use crate::codecs::cast::{self, Dtype};
+use crate::codecs::gguf::{self, Arrangement, Element, Family};
+use crate::linalg;
+use crate::model::architectures::{self, gguf_family};
+use crate::model::config::rope_factors;
+use crate::model::{ModelConfig, inventory};
+use crate::operator::Matrix;
+use crate::quantize::{BlockType, Blocks, Levels, Quantized, Storage};
+
+pub(super) struct Gguf;
+
+const BLOCK: usize = 32;
+
+fn block(name: &str) -> BlockType {
+    BlockType::named(name).expect("invariant: the type is in the table")
+}
+
+/// What a base is stored as; none: in the dtype of the source, because its rows are not made of whole blocks.
+fn element(linear: &LinearInfo, storage: Storage) -> Result<Option<Element>, String> {
+    let n = linear.in_features;
+    let scheme = match storage {
+        Storage::Block(block_type) => return Ok(Some(Element::Block(block_type))),
+        Storage::Grouped(scheme) => scheme,
+    };
+    let name = match scheme.levels {
+        Levels::Int { bits: ..=4, symmetric: true } => "q4_0",
+        Levels::Int { symmetric: true, .. } => "q8_0",
+        _ => return Err(format!("`{scheme}` has no block type of the same levels; symmetric integers have")),
+    };
+    let group = scheme.group_of(n);
+    Ok(match (n.is_multiple_of(BLOCK), group.is_multiple_of(BLOCK)) {
+        (false, _) => None,
+        (true, false) => return Err(format!("groups of {group} are not made of blocks of {BLOCK}")),
+        (true, true) => Some(Element::Block(block(name))),
+    })
+}
+
+/// Floats as GGUF files hold them beside weights of `dtype`: vectors in f32.
+fn float(dtype: Dtype, shape: &[usize]) -> Dtype {
+    if shape.len() < 2 { Dtype::F32 } else { dtype }
+}
+
+/// The name of a tensor of a linear.
+fn gguf_name(tensor: &str) -> String {
+    architectures::gguf_name(tensor).unwrap_or_else(|| tensor.to_string())
+}
+
+/// How files store the family of the source; `None` if they do not.
+fn family(source: &Source<'_>) -> Option<&'static Family> {
+    gguf_family(source.config.get("model_type")?.as_str()?)
+}
+
+/// That of the source, or what is common to families.
+fn arrangement(tensor: &str, source: &Source<'_>) -> Arrangement {
+    Arrangement::of(tensor, family(source).unwrap_or(&Family::COMMON), &source.config)
+}
+
+/// Why llama.cpp would not read a model, whatever is compressed of it.
+fn unwritten(source: &Source<'_>) -> Option<String> {
+    let Some(family) = family(source) else {
+        return Some("the family of the model has no table of GGUF names here".into());
+    };
+    // Its numbers size what is written.
+    match ModelConfig::of(source.checkpoint) {
+        Err(error) => return Some(format!("{error:#}")),
+        Ok((config, _)) if config.block_widths().others().next().is_some() => {
+            return Some(
+                "blocks have widths of their own (`per_layer_config`), and llama.cpp reads one for all".into(),
+            );
+        }
+        Ok(_) => {}
+    }
+    if let Some(reason) = (family.misread)(&source.config) {
+        return Some(reason);
+    }
+    let kind = rope_fields(&source.config).and_then(rope_type);
+    if let Some(kind) = kind.filter(|kind| !["default", "linear", "llama3"].contains(kind)) {
+        return Some(format!("rotary scaling of type `{kind}` is not written"));
+    }
+    let unknown = source.checkpoint.tensors().find(|t| {
+        let is_part = t.name.contains(".lr_") || t.name.contains(".base.");
+        !is_part && !family.is_left_out(&t.name) && family.to_gguf(&t.name).is_none()
+    });
+    if let Some(info) = unknown {
+        return Some(format!("tensor `{}` has no name in GGUF", info.name));
+    }
+    if let Some((first, _)) = inventory::blocks_behind(source.checkpoint) {
+        return Some(format!(
+            "block {first} is behind the last of `num_hidden_layers`, and llama.cpp expects no such block"
+        ));
+    }
+    let is_table = |name: &str| family.to_gguf(name).as_deref() == Some("token_embd.weight");
+    let has_table = source.checkpoint.tensors().any(|info| is_table(&info.name));
+    (!has_table).then(|| "its embeddings are stored as its head alone, and llama.cpp looks for them".into())
+}
+
+impl Exporter for Gguf {
+    fn refusal(&self, _: &Source<'_>, linear: &LinearInfo, forms: &Forms) -> Option<String> {
+        if let Some(reason) = adapter::refusal(forms) {
+            return Some(reason);
+        }
+        if architectures::gguf_name(&linear.weight_name()).is_none() {
+            return Some("its family has no table of GGUF names here".into());
+        }
+        element(linear, forms.base?.storage?).err()
+    }
+
+    fn refusal_of_all(&self, source: &Source<'_>, _: &[(LinearInfo, Forms)]) -> Option<Refusal> {
+        unwritten(source).map(Refusal::whole)
+    }
+
+    fn tensors(&self, linear: &LinearInfo, forms: &Forms) -> Vec<OutTensor> {
+        let (m, n) = linear.shape();
+        let storage = forms.base.and_then(|base| base.storage);
+        let element =
+            storage.and_then(|storage| element(linear, storage).expect("invariant: what is not stored is refused"));
+        let weight = gguf_name(&linear.weight_name());
+        let plain = |name: String, shape| OutTensor::plain(name, linear.dtype, shape);
+        let mut tensors = vec![OutTensor {
+            element: element.unwrap_or(Element::Plain(linear.dtype)),
+            ..plain(weight.clone(), vec![m, n])
+        }];
+        if let Some(rank) = forms.rank() {
+            for (part, shape) in [("lora_a", vec![rank, n]), ("lora_b", vec![m, rank])] {
+                let name = format!("{weight}.{part}");
+                tensors
+                    .push(OutTensor { target: Target::Adapter, ..OutTensor::plain(name, factor_dtype(linear), shape) });
+            }
+        }
+        tensors
+    }
+
+    fn bytes(
+        &self,
+        source: &Source<'_>,
+        linear: &LinearInfo,
+        operator: &Operator,
+    ) -> Result<Vec<NamedBytes>, CheckpointError> {
+        let name = linear.weight_name();
+        let (m, order) = (linear.out_features, arrangement(&name, source));
+        let weight = gguf_name(&name);
+        let base = operator.base.as_ref().expect("invariant: operators without a base are refused");
+        let bytes = match &base.parts[0] {
+            Matrix::Quantized(Quantized::Block(blocks)) => blocks.bytes.clone(),
+            Matrix::Quantized(Quantized::Grouped(base)) if base.cols.is_multiple_of(BLOCK) => {
+                Blocks::of_grouped(base).expect("invariant: what is not stored in blocks is refused").bytes
+            }
+            base => encode(name, linear.dtype, &base.values())?.bytes,
+        };
+        let mut tensors = vec![NamedBytes::of(weight.clone(), order.to_file(bytes, m))];
+        let factors = operator.over.as_ref().and_then(|term| term.form.kind.structure().adapter(&term.parts));
+        if let Some([a, b]) = factors {
+            let factor = |part: &str, values: &[f32]| encode(format!("{weight}.{part}"), factor_dtype(linear), values);
+            let (a, b) = (factor("lora_a", &a.values())?, factor("lora_b", &b.values())?);
+            let b = NamedBytes { bytes: order.to_file(b.bytes, m), ..b };
+            tensors.extend([a, b].map(|factor| NamedBytes { target: Target::Adapter, ..factor }));
+        }
+        Ok(tensors)
+    }
+
+    fn bias_name(&self, linear: &LinearInfo, _: &Forms) -> String {
+        gguf_name(&format!("{}.bias", linear.module))
+    }
+
+    fn other(&self, source: &Source<'_>, info: &TensorInfo) -> Option<OutTensor> {
+        let family = family(source);
+        if family.is_some_and(|family| family.is_left_out(&info.name)) {
+            return None;
+        }
+        let mut shape = info.shape.clone();
+        if is_transposed(source, info) {
+            shape.reverse();
+        }
+        let name = family.and_then(|family| family.to_gguf(&info.name)).unwrap_or_else(|| info.name.clone());
+        Some(OutTensor::plain(name, float(info.dtype, &shape), shape))
+    }
+
+    fn other_bytes(&self, source: &Source<'_>, info: &TensorInfo) -> Result<Vec<u8>, CheckpointError> {
+        let mut values = source.checkpoint.values(&info.name)?;
+        if let (true, &[rows, columns]) = (is_transposed(source, info), info.shape.as_slice()) {
+            values = linalg::transpose_row_major(&values, rows, columns);
+        }
+        let bytes = encode(info.name.clone(), float(info.dtype, &info.shape), &values)?.bytes;
+        let rows = info.shape.first().copied().unwrap_or(1);
+        Ok(arrangement(&info.name, source).to_file(bytes, rows))
+    }
+
+    fn extras(&self, source: &Source<'_>) -> Vec<(OutTensor, Vec<u8>)> {
+        let Some(factors) = rope_factors(source.checkpoint) else { return Vec::new() };
+        let bytes = cast::encode(Dtype::F32, &factors).expect("invariant: f32 holds every f32");
+        vec![(OutTensor::plain(gguf::ROPE_FACTORS.into(), Dtype::F32, vec![factors.len()]), bytes)]
+    }
+
+    fn container(&self, source: &Source<'_>) -> Container {
+        let text = |key: &str, value: &str| (key.to_string(), Value::Text(value.into()));
+        let family = family(source).unwrap_or(&Family::COMMON);
+        let adapter = vec![
+            text("general.architecture", family.architecture),
+            text("general.type", "adapter"),
+            text("adapter.type", "lora"),
+            // 0 is a scale of exactly 1 at every rank; one alpha would be right for one rank only.
+            ("adapter.lora.alpha".into(), Value::F32(0.0)),
+        ];
+        let common = source.config.get("model_type").and_then(Json::as_str).and_then(architectures::find);
+        let common = common.map_or_else(|| source.config.clone(), |a| a.in_common_words(&source.config));
+        let mut model = hyperparameters(&common, family);
+        model.extend(vocabulary(source.checkpoint.root(), &source.config, family));
+        Container::Gguf { model, adapter }
+    }
+
+    fn config(&self, source: &Source<'_>, _: &[(LinearInfo, Forms)]) -> Map<String, Json> {
+        source.config.clone()
+    }
+
+    fn side_files(&self, _: &Source<'_>, _: &[(LinearInfo, Forms)]) -> Vec<(String, String)> {
+        Vec::new()
+    }
+
+    fn loading(&self, has_adapter: bool) -> String {
+        let lora = if has_adapter { " --lora model-lora.gguf" } else { "" };
+        format!(
+            "llama.cpp:\n\n```sh\nllama-cli -m model.gguf{lora}\n```\n\nWithout Python, to measure: `lrc eval FOLDER --text FILE`.\n"
+        )
+    }
+
+    fn library(&self) -> &'static str {
+        "llama.cpp"
+    }
+}
+
+/// Whether a tensor of the source is stored as (in, out); codes never are.
+fn is_transposed(source: &Source<'_>, info: &TensorInfo) -> bool {
+    family(source).is_some_and(|family| family.is_transposed(&info.name)) && !info.is_encoded()
+}
+
+/// llama.cpp has no bf16 adapters.
+fn factor_dtype(linear: &LinearInfo) -> Dtype {
+    if linear.dtype == Dtype::BF16 { Dtype::F16 } else { linear.dtype }
+}
