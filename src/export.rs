@@ -78,7 +78,7 @@ pub fn export(job: &ExportJob<'_>, progress: &dyn Progress) -> Result<ExportRepo
         lrc_version: LRC_VERSION.into(),
         source: job.source.into(),
         source_files: checkpoint.fingerprint()?,
-        format: job.format.name(),
+        format: job.format.name().into(),
         linears: modules.into_iter().map(|(linear, _)| linear.module).collect(),
         bytes_before: checkpoint.n_bytes(),
         bytes_after,

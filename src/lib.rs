@@ -18,6 +18,7 @@
 
 pub mod calibrate;
 pub mod checkpoint;
+#[cfg(feature = "cli")]
 pub mod cli;
 pub mod compress;
 pub mod error;

@@ -12,7 +12,7 @@ use crate::model::Decoder;
 use crate::model::inventory::LinearInfo;
 use crate::progress::Progress;
 use crate::quantize::{BLOCK_TYPES, Levels, Quant, Scale, Scheme, Storage};
-use crate::report::ControlRecord;
+use crate::report::EqualBytesBaseline;
 
 /// Bits that the control may choose from, and the group besides that of the base.
 const BITS: [u32; 4] = [2, 3, 4, 8];
@@ -28,7 +28,7 @@ pub(super) fn at_equal_bytes(
     allocation: &Allocation,
     relative_errors: &dyn Fn(usize) -> f64,
     progress: &dyn Progress,
-) -> Result<Option<ControlRecord>> {
+) -> Result<Option<EqualBytesBaseline>> {
     let entries = study.entries(&allocation.choices);
     let has_codes = |entry: &Entry| entry.base.is_some() || entry.pair.is_some_and(|pair| pair.scheme.is_some());
     if !entries.iter().flatten().any(|entry| entry.pair.is_some() && has_codes(entry)) {
@@ -66,12 +66,12 @@ pub(super) fn at_equal_bytes(
         };
         (study.plan.linears[i].module.clone(), quant)
     };
-    Ok(Some(ControlRecord {
+    Ok(Some(EqualBytesBaseline {
         bits_per_weight: 8.0 * spent as f64 / offers.n_weights() as f64,
         is_reachable: spent <= budget,
         weighted_error_ratio: (control_error > 0.0).then_some(own_error / control_error),
         kl,
-        control_kl,
+        baseline_kl: control_kl,
         quant: control.iter().enumerate().map(name).collect(),
     }))
 }
@@ -80,9 +80,12 @@ pub(super) fn at_equal_bytes(
 /// the first that takes what base and factors do.
 fn menu(study: &Study<'_>, linear: &LinearInfo, entry: &Entry) -> Vec<Quant> {
     let int = |bits| Scheme { levels: Levels::Int { bits, symmetric: true }, group: Some(128) };
-    let families =
-        if study.recipe.quant.is_empty() { vec![Quant::Rtn(int(4), Scale::Mse)] } else { study.recipe.quant.clone() };
-    let mut menu = study.recipe.quant.clone();
+    let families = if study.recipe.quant().is_empty() {
+        vec![Quant::Rtn(int(4), Scale::Mse)]
+    } else {
+        study.recipe.quant().to_vec()
+    };
+    let mut menu = study.recipe.quant().to_vec();
     for quant in families {
         let Storage::Grouped(scheme) = quant.storage() else {
             menu.extend(BLOCK_TYPES.map(Quant::Block));

@@ -62,7 +62,7 @@ impl Study<'_> {
     }
 
     fn asked(&self, rank: usize) -> Laid {
-        Laid { layout: self.recipe.layout, rank, storage_error: 0.0, note: None }
+        Laid { layout: self.recipe.layout(), rank, storage_error: 0.0, note: None }
     }
 
     /// How the `i`-th linear is stored, once it was settled; [`Self::entry`] is what it was planned to be.
@@ -172,7 +172,7 @@ impl Study<'_> {
         self.with_sides(i, |sides| {
             let Rounded { parts, squared_error } = rounding::lay_out(asked.layout, &pair, shape, sides, linear.dtype);
             let fewer = asked.layout.n_parameters(rank, shape) as usize / (shape.0 + shape.1);
-            let fewer = fewer / self.recipe.rank_multiple * self.recipe.rank_multiple;
+            let fewer = fewer / self.recipe.rank_multiple() * self.recipe.rank_multiple();
             // Factors of as many parameters are worth a try where they truncate less than rounding costs.
             if asked.layout == Layout::Pivot && fewer > 0 && squared_error > truncated(fewer) - truncated(rank) {
                 let factors = rounding::lay_out(Layout::Factors, &pair.prefix(fewer), shape, sides, linear.dtype);

@@ -143,10 +143,10 @@ impl Run<'_> {
         let kept = (folder.work(), Journal::new(folder.pieces()));
         let mut study = Study::run(checkpoint, recipe, &plan, inputs, job.memory_bytes, kept, progress)?;
         let allocating = Instant::now();
-        let allocation = study.allocate(recipe.budget, progress)?;
+        let allocation = study.allocate(recipe.budget(), progress)?;
         study.timings.allocate += allocating.elapsed().as_secs_f64();
         let choices = &allocation.choices;
-        if let Some(mu) = recipe.anchor {
+        if let Some(mu) = recipe.anchor() {
             let anchoring = Instant::now();
             sequential::anchor(&mut study, choices, mu, progress)?;
             study.timings.anchor = anchoring.elapsed().as_secs_f64();
@@ -158,19 +158,19 @@ impl Run<'_> {
         let entries = study.stored_entries(choices);
         let mut output = Output::create(folder, plan.files(&source, recipe, &entries))?;
         let written = output::put_all(&mut output, &study, choices, progress)?;
-        if recipe.format == Format::Factored && recipe.quant.is_empty() && recipe.quant_factors.is_none() {
+        if recipe.format == Format::Factored && recipe.quant().is_empty() && recipe.quant_factors().is_none() {
             elastic::write_curves(folder, &study, &allocation, &written)?;
         }
         study.timings.write = writing.elapsed().as_secs_f64();
         let controlling = Instant::now();
         let squared = |i: usize| written.get(&i).and_then(|w| w.relative_error).map_or(0.0, |error| error * error);
         let control = control::at_equal_bytes(&mut study, &allocation, &squared, progress)?;
-        study.timings.control = controlling.elapsed().as_secs_f64();
+        study.timings.equal_bytes_baseline = controlling.elapsed().as_secs_f64();
         let sizes = record::sizes(&source, recipe, &plan, &entries);
         formats::warn_of_growth(checkpoint.file_bytes(), sizes.file_bytes_after);
         let linears = record::linears(&study, &allocation, &written)?;
         let mut report = record::report(job, source_files, linears, sizes, calibration, study.timings);
-        report.control = control;
+        report.equal_bytes_baseline = control;
         let lines = record::error_lines(&study, choices);
         drop(study);
         output::finish(output, folder, job, &lines, &mut report, started)?;
@@ -193,7 +193,7 @@ pub fn dry_run(job: &Job<'_>, progress: &dyn Progress) -> Result<DryRunReport> {
     let seconds = estimate::seconds(checkpoint, recipe, &plan, inputs.windows.as_ref())?;
     let entries: Vec<Option<Entry>> = match known_choices(recipe, &plan) {
         Some(choices) => {
-            choices.into_iter().map(|choice| Plan::entry(recipe, choice, recipe.quant.first().copied())).collect()
+            choices.into_iter().map(|choice| Plan::entry(recipe, choice, recipe.quant().first().copied())).collect()
         }
         None => {
             let work = tempfile::tempdir()?;
@@ -206,7 +206,7 @@ pub fn dry_run(job: &Job<'_>, progress: &dyn Progress) -> Result<DryRunReport> {
                 (work.path().into(), Journal::default()),
                 progress,
             )?;
-            study.entries(&study.allocate(recipe.budget, progress)?.choices)
+            study.entries(&study.allocate(recipe.budget(), progress)?.choices)
         }
     };
     let records = plan.linears.iter().zip(&entries).map(|(linear, &entry)| record::linear(linear, entry));

@@ -72,13 +72,13 @@ pub(super) fn put_all(
         }
         let module = study.module(i, choice)?.expect("invariant: only compressed linears are written");
         let order = match (choice, &module.parts) {
-            (Choice::Rank(rank), Some(parts)) if study.recipe.elastic => {
+            (Choice::Rank(rank), Some(parts)) if study.recipe.elastic() => {
                 pivot::order_of_ranks(parts, &study.bases.pair(i, rank)?.b)
             }
             _ => None,
         };
         // Where codes are involved no curve foretells the error.
-        let is_coded = module.base.is_some() || study.recipe.quant_factors.is_some();
+        let is_coded = module.base.is_some() || study.recipe.quant_factors().is_some();
         let relative_error = is_coded
             .then(|| study.relative_squared_error(i, choice, &module))
             .transpose()?

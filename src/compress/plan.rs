@@ -110,13 +110,13 @@ impl Plan {
 
     /// What a choice makes of a linear; `quant` is that of its variant.
     pub(super) fn entry(recipe: &Recipe, choice: Choice, quant: Option<Quant>) -> Option<Entry> {
-        let scheme = recipe.quant_factors.map(FactorBits::scheme);
+        let scheme = recipe.quant_factors().map(FactorBits::scheme);
         let pair = |rank, layout| Pair { rank, layout, scheme };
         match choice {
             Choice::Dense => None,
             // Two empty factors: pivots have an order of rows, and codes have scales.
             Choice::Rank(0) => Some(Entry::low_rank(0, Layout::Factors)),
-            Choice::Rank(rank) => Some(Entry { base: None, pair: Some(pair(rank, recipe.layout)) }),
+            Choice::Rank(rank) => Some(Entry { base: None, pair: Some(pair(rank, recipe.layout())) }),
             Choice::Coded { rank, .. } => {
                 let storage = quant.expect("invariant: a quantised base has a quantiser").storage();
                 let pair = (rank > 0).then(|| pair(rank, Layout::Factors));
@@ -130,8 +130,8 @@ impl Plan {
     /// # Errors
     /// It cannot, with the reason.
     pub fn check_format(&self, source: &Source<'_>, recipe: &Recipe) -> Result<()> {
-        for &quant in &recipe.quant {
-            let rank = |i: usize| match (recipe.compensate, recipe.compensate_rank) {
+        for &quant in recipe.quant() {
+            let rank = |i: usize| match (recipe.compensate(), recipe.compensate_rank()) {
                 (Compensate::None, _) => 0,
                 (_, CompensateRank::Fixed(_)) => 1,
                 // Ranks that differ.
@@ -149,7 +149,7 @@ impl Plan {
             }
             Files::check(source, recipe.format, &modules)?;
         }
-        if recipe.format == Format::Gptq && recipe.quant.len() > 1 {
+        if recipe.format == Format::Gptq && recipe.quant().len() > 1 {
             return Err(Failure::usage("a GPTQ checkpoint has one number of bits and one group")
                 .hint("give one `--quant`, or `--format compressed-tensors`")
                 .into());
@@ -190,13 +190,13 @@ impl Plan {
         };
         let coded = |linear: &LinearInfo| -> u64 {
             let (m, n) = linear.shape();
-            let rank = match (recipe.compensate, recipe.compensate_rank) {
+            let rank = match (recipe.compensate(), recipe.compensate_rank()) {
                 (Compensate::None, _) => 0,
                 (_, CompensateRank::Fixed(rank)) => rank.min(m).min(n),
                 (_, CompensateRank::Auto) => largest_rank((m, n)),
             };
             let base = |quant: &Quant| quant.storage().n_bytes(m, n) + pair((linear, rank));
-            recipe.quant.iter().map(base).sum()
+            recipe.quant().iter().map(base).sum()
         };
         let bases: u64 = linears.clone().map(coded).sum();
         linears.zip(max_ranks(recipe, self)).map(pairs).sum::<u64>() + bases + measured + states

@@ -1,12 +1,12 @@
 //! The published methods, as rows of a table: each is the one kernel in a metric.
 
-use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
 use crate::calibrate::Needs;
 
 /// A published method.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 #[serde(rename_all = "kebab-case")]
 pub enum Method {
     /// Plain truncated SVD; needs no text (Greenformers; LoRD in its weight form)
@@ -48,6 +48,18 @@ pub struct Preset {
 }
 
 impl Method {
+    /// As flags and recipes spell it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Svd => "svd",
+            Self::Fwsvd => "fwsvd",
+            Self::Asvd => "asvd",
+            Self::SvdLlm => "svd-llm",
+            Self::Kfac => "kfac",
+        }
+    }
+
+    /// Its metric.
     pub fn preset(self) -> Preset {
         let preset = |output, input| Preset { output, input, damping: 0.0 };
         match self {

@@ -4,7 +4,6 @@ use std::fmt;
 use std::str::FromStr;
 
 use anyhow::Result;
-use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
 use super::allocate::{Choice, Ranks};
@@ -12,7 +11,8 @@ use super::study::Study;
 use crate::progress::Progress;
 
 /// Where the scale comes from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 #[serde(rename_all = "kebab-case")]
 pub enum Sensitivity {
     /// The curves as they are: with kfac they estimate the change of the loss to second order
@@ -78,11 +78,11 @@ const PROBE_TOKENS: usize = 8192;
 /// A probe fails.
 pub(super) fn of(study: &Study<'_>, progress: &dyn Progress) -> Result<Vec<f64>> {
     let n = study.plan.linears.len();
-    if study.recipe.ranks != Ranks::Knapsack {
+    if study.recipe.ranks() != Ranks::Knapsack {
         return Ok(vec![1.0; n]);
     }
     let energy = |i: usize| study.bases.get(i).map_or(1.0, |basis| basis.curve.squared_error(0));
-    Ok(match study.recipe.sensitivity {
+    Ok(match study.recipe.sensitivity() {
         None | Some(Sensitivity::SecondOrder) => vec![1.0; n],
         Some(Sensitivity::Energy) => (0..n).map(|i| reciprocal(energy(i))).collect(),
         Some(Sensitivity::Measured) => measured(study, progress)?,
@@ -105,7 +105,7 @@ fn measured(study: &Study<'_>, progress: &dyn Progress) -> Result<Vec<f64>> {
         .map(|(linear, is_zero)| {
             let (m, n) = linear.shape();
             let rank = (PROBE_KEEP * (m * n) as f64 / (m + n) as f64) as usize;
-            if *is_zero { 0 } else { rank.max(1).min(study.recipe.layout.largest_saving_rank((m, n))) }
+            if *is_zero { 0 } else { rank.max(1).min(study.recipe.layout().largest_saving_rank((m, n))) }
         })
         .collect();
     let n = ranks.len();

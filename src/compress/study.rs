@@ -153,7 +153,7 @@ impl<'a> Study<'a> {
         let seconds = inputs.measure(checkpoint, recipe, &limits, &journal, progress)?;
         (timings.calibrate_forward, timings.calibrate_backward) = (seconds.forward, seconds.backward);
         let started = Instant::now();
-        let spectra = recipe.ranks.allocator().spectra();
+        let spectra = recipe.ranks().allocator().spectra();
         let max_ranks = max_ranks(recipe, plan);
         let decompose = Decompose {
             checkpoint,
@@ -182,10 +182,10 @@ impl<'a> Study<'a> {
             timings,
             journal,
         };
-        if !recipe.quant.is_empty() {
+        if !recipe.quant().is_empty() {
             let started = Instant::now();
-            study.quantise(recipe.compensate, &|_| recipe.quant.clone(), progress)?;
-            study.timings.quantise = started.elapsed().as_secs_f64();
+            study.quantise(recipe.compensate(), &|_| recipe.quant().to_vec(), progress)?;
+            study.timings.quantize = started.elapsed().as_secs_f64();
         }
         let started = Instant::now();
         study.sensitivities = sensitivity::of(&study, progress)?;
@@ -216,7 +216,7 @@ impl<'a> Study<'a> {
         quants: &(dyn Fn(usize) -> Vec<Quant> + Sync),
         progress: &dyn Progress,
     ) -> Result<()> {
-        let (checkpoint, plan, rank) = (self.checkpoint, self.plan, self.recipe.compensate_rank);
+        let (checkpoint, plan, rank) = (self.checkpoint, self.plan, self.recipe.compensate_rank());
         let metrics = metrics(self.recipe, self.inputs.statistics.as_ref());
         Quantise { checkpoint, plan, metrics, compensate, rank, journal: &self.journal }.run(
             &mut self.residuals,
@@ -252,12 +252,12 @@ impl<'a> Study<'a> {
             Choice::Coded { variant, rank } => {
                 let (base, pair) = self.residuals.parts(i, variant, rank)?;
                 let parts = pair.map(|pair| pivot::lay_out(Layout::Factors, pair, shape));
-                (Some(base), parts, self.metrics().with_preset(self.recipe.compensate.preset()))
+                (Some(base), parts, self.metrics().with_preset(self.recipe.compensate().preset()))
             }
         };
-        if let (Some(found), Some(bits)) = (&parts, self.recipe.quant_factors) {
+        if let (Some(found), Some(bits)) = (&parts, self.recipe.quant_factors()) {
             // What the pair stands for; the anchored mode moves targets, and there it is all that is known of them.
-            let target = match (&base, self.recipe.anchor) {
+            let target = match (&base, self.recipe.anchor()) {
                 (None, Some(_)) => found.product(shape.0, shape.1),
                 (None, None) => inventory::weight(self.checkpoint, linear)?,
                 (Some(base), _) => {
@@ -299,7 +299,7 @@ impl<'a> Study<'a> {
     /// # Errors
     /// A size in bytes that cannot be reached, or a probe fails.
     pub fn allocate(&self, budget: Budget, progress: &dyn Progress) -> Result<Allocation> {
-        let gammas = match self.recipe.depth_weight {
+        let gammas = match self.recipe.depth_weight() {
             DepthWeight::Fixed(gamma) => vec![gamma],
             DepthWeight::Auto => sensitivity::GAMMAS.to_vec(),
         };
@@ -321,10 +321,10 @@ impl<'a> Study<'a> {
     }
 
     fn share_out(&self, budget: Budget, sensitivities: &[f64]) -> Result<Vec<Choice>> {
-        if !self.recipe.quant.is_empty() {
+        if !self.recipe.quant().is_empty() {
             return self.share_out_coded(budget, sensitivities);
         }
-        let spectra = self.recipe.ranks.allocator().spectra();
+        let spectra = self.recipe.ranks().allocator().spectra();
         let prices = self.byte_prices(budget);
         let items: Vec<Item<'_>> = (0..self.plan.linears.len())
             .map(|i| {
@@ -342,7 +342,7 @@ impl<'a> Study<'a> {
             Budget::Bytes(target) => self.meet(target, &items),
             Budget::Bits(bits) => self.within_bits(bits, &items),
             Budget::Keep(_) | Budget::None => {
-                Ok(allocate::allocate(self.recipe.ranks, &items, &rules(self.recipe, &items, budget)))
+                Ok(allocate::allocate(self.recipe.ranks(), &items, &rules(self.recipe, &items, budget)))
             }
         }
     }
@@ -397,7 +397,7 @@ impl<'a> Study<'a> {
     fn within_bits(&self, bits: f64, items: &[Item<'_>]) -> Result<Vec<Choice>> {
         let weights: u64 = self.plan.linears.iter().map(LinearInfo::n_parameters).sum();
         let rules = rules(self.recipe, items, Budget::Bytes((bits * weights as f64 / 8.0 + 1e-6) as u64));
-        let choices = allocate::allocate(self.recipe.ranks, items, &rules);
+        let choices = allocate::allocate(self.recipe.ranks(), items, &rules);
         let spent = allocate::cost(items, &choices);
         if spent > rules.budget {
             let least = 8.0 * spent as f64 / weights as f64;
@@ -419,7 +419,7 @@ impl<'a> Study<'a> {
         let dense = allocate::cost(items, &vec![Choice::Dense; items.len()]);
         self.meet_with(target, dense, &|bytes| {
             let rules = rules(self.recipe, items, Budget::Bytes(bytes));
-            allocate::allocate(self.recipe.ranks, items, &rules)
+            allocate::allocate(self.recipe.ranks(), items, &rules)
         })
     }
 
@@ -466,7 +466,7 @@ impl<'a> Study<'a> {
             .hint("what is not targeted stays as it is; target more linears, lower `--rank-floor`, or offer fewer bits with `--quant`")
             .into());
         };
-        if (target - bytes) as f64 > 0.001 * target as f64 && self.recipe.ranks.is_budgeted() {
+        if (target - bytes) as f64 > 0.001 * target as f64 && self.recipe.ranks().is_budgeted() {
             tracing::warn!("`--target-size` is missed by {} bytes: no step is that small", target - bytes);
         }
         Ok(choices)
@@ -475,9 +475,9 @@ impl<'a> Study<'a> {
 
 /// The choices, where no spectrum is needed to know them.
 pub(super) fn known_choices(recipe: &Recipe, plan: &Plan) -> Option<Vec<Choice>> {
-    if let (&[quant], Budget::None) = (recipe.quant.as_slice(), recipe.budget) {
+    if let (&[quant], Budget::None) = (recipe.quant(), recipe.budget()) {
         let choice = |linear: &LinearInfo| {
-            let rank = match (recipe.compensate, recipe.compensate_rank) {
+            let rank = match (recipe.compensate(), recipe.compensate_rank()) {
                 (Compensate::None, _) | (_, CompensateRank::Auto) => 0,
                 (_, CompensateRank::Fixed(rank)) => rank.min(linear.out_features).min(linear.in_features),
             };
@@ -485,18 +485,18 @@ pub(super) fn known_choices(recipe: &Recipe, plan: &Plan) -> Option<Vec<Choice>>
         };
         return Some(plan.linears.iter().map(choice).collect());
     }
-    let is_known = recipe.quant.is_empty()
-        && recipe.ranks.allocator().spectra() == Spectra::None
-        && !matches!(recipe.budget, Budget::Bytes(_) | Budget::Bits(_));
+    let is_known = recipe.quant().is_empty()
+        && recipe.ranks().allocator().spectra() == Spectra::None
+        && !matches!(recipe.budget(), Budget::Bytes(_) | Budget::Bits(_));
     is_known.then(|| {
         let items: Vec<Item<'_>> = (0..plan.linears.len()).map(|i| item(recipe, plan, i, None)).collect();
-        allocate::allocate(recipe.ranks, &items, &rules(recipe, &items, recipe.budget))
+        allocate::allocate(recipe.ranks(), &items, &rules(recipe, &items, recipe.budget()))
     })
 }
 
 /// The largest rank that each linear may get; 0 for those that are known to stay dense, or to be all zeros.
 pub(super) fn max_ranks(recipe: &Recipe, plan: &Plan) -> Vec<usize> {
-    if !recipe.quant.is_empty() {
+    if !recipe.quant().is_empty() {
         return vec![0; plan.linears.len()];
     }
     match known_choices(recipe, plan) {
@@ -504,7 +504,7 @@ pub(super) fn max_ranks(recipe: &Recipe, plan: &Plan) -> Vec<usize> {
         None => {
             let linears = plan.linears.iter().zip(&plan.are_zero);
             let largest = |(linear, is_zero): (&LinearInfo, &bool)| {
-                if *is_zero { 0 } else { recipe.layout.largest_saving_rank(linear.shape()) }
+                if *is_zero { 0 } else { recipe.layout().largest_saving_rank(linear.shape()) }
             };
             linears.map(largest).collect()
         }
@@ -519,7 +519,7 @@ fn item<'a>(recipe: &Recipe, plan: &Plan, i: usize, bytes: Option<&'a (u64, Vec<
     };
     Item {
         shape: plan.linears[i].shape(),
-        layout: recipe.layout,
+        layout: recipe.layout(),
         curve: None,
         sensitivity: 1.0,
         price,
@@ -538,7 +538,7 @@ fn rules(recipe: &Recipe, items: &[Item<'_>], budget: Budget) -> Rules {
             Rules { budget: bytes, fill: true, ..Rules::of_keep(items, bytes as f64 / dense as f64) }
         }
     };
-    Rules { floor: recipe.rank_floor, multiple: recipe.rank_multiple, ..rules }
+    Rules { floor: recipe.rank_floor(), multiple: recipe.rank_multiple(), ..rules }
 }
 
 /// The metric of every linear, once its statistics are there.

@@ -1,10 +1,10 @@
 //! The two ways to store a matrix of low rank.
 
-use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
 /// How `B·A` (m, n) of rank r is stored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 #[serde(rename_all = "kebab-case")]
 pub enum Layout {
     /// `B` (m, r) and `A` (r, n): r (m + n) parameters, fewer than the matrix up to rank m n / (m + n)

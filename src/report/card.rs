@@ -134,12 +134,12 @@ fn errors(report: &CompressReport) -> String {
         "Relative errors of the linears in the metric of `{method}`: {:.4} in the mean, at most {:.4}; {} of {} were compressed.\n",
         l.mean_error, l.max_error, l.compressed, l.count
     );
-    if let Some((kl, control)) = report.control.as_ref().and_then(|c| Some((c.kl?, c.control_kl?))) {
+    if let Some((kl, baseline)) = report.equal_bytes_baseline.as_ref().and_then(|b| b.kl.zip(b.baseline_kl)) {
         let _ = writeln!(
             text,
-            "KL(original ‖ this) on the calibration text: {} nats; {} for the same bytes without factors.",
+            "KL(original ‖ this) on the calibration text: {} nats; {} for a model of the same size without factors.",
             fixed(kl, 5),
-            fixed(control, 5)
+            fixed(baseline, 5)
         );
     }
     let mut worst: Vec<_> = report.linears.iter().filter_map(|l| Some((l.relative_error?, l))).collect();

@@ -61,9 +61,9 @@ pub struct CompressReport {
     /// Files and folders beside the weights of the source that are not in the output.
     #[serde(default)]
     pub left_out: Vec<LeftOutRecord>,
-    /// Where quantised linears have factors: the same bytes without.
-    #[serde(skip_serializing_if = "Option::is_none", default)]
-    pub control: Option<ControlRecord>,
+    /// Where quantized linears have factors: a model of the same size without factors.
+    #[serde(rename = "control", skip_serializing_if = "Option::is_none", default)]
+    pub equal_bytes_baseline: Option<EqualBytesBaseline>,
     /// Where `lrc truncate` shortened an earlier output.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub truncated: Option<TruncationRecord>,
@@ -86,19 +86,21 @@ pub struct LinearSummary {
     pub mean_error: f64,
 }
 
-/// The control of a compensation: its bytes, shared out over bases without factors.
+/// The baseline of a compensation: a model of the same size, with all bytes spent on quantized bases.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
-pub struct ControlRecord {
+pub struct EqualBytesBaseline {
     /// Mean over the targeted linears; at most that of the output.
     pub bits_per_weight: f64,
-    /// False where nothing without factors is as small.
+    /// False if no choice of bases is this small.
     pub is_reachable: bool,
-    /// Error of the output over that of the control, squared and weighted as the budget was shared out: below 1 factors pay.
+    /// Squared error of the output over that of the baseline, weighted as in the allocation. Below 1, factors pay off.
     pub weighted_error_ratio: Option<f64>,
-    /// KL(original ‖ output) and KL(original ‖ control) in nats, on windows of the calibration text.
+    /// KL(original ‖ output) in nats, on windows of the calibration text.
     pub kl: Option<f64>,
-    pub control_kl: Option<f64>,
-    /// The base of every linear of the control.
+    /// KL(original ‖ baseline) in nats, on the same windows.
+    #[serde(rename = "control_kl")]
+    pub baseline_kl: Option<f64>,
+    /// The quantizer of every linear of the baseline.
     pub quant: BTreeMap<String, String>,
 }
 
@@ -163,17 +165,17 @@ pub struct Timings {
     pub calibrate_forward: f64,
     pub calibrate_backward: f64,
     pub decompose: f64,
-    /// Quantising, with what makes up for it.
-    #[serde(default)]
-    pub quantise: f64,
+    /// Quantization, with compensation.
+    #[serde(rename = "quantise", default)]
+    pub quantize: f64,
     /// Sensitivities and ranks.
     pub allocate: f64,
-    /// The anchored sequential mode.
+    /// The sequential mode.
     pub anchor: f64,
     pub write: f64,
-    /// The control without factors.
-    #[serde(default)]
-    pub control: f64,
+    /// The equal-bytes baseline without factors.
+    #[serde(rename = "control", default)]
+    pub equal_bytes_baseline: f64,
 }
 
 /// Sizes before and after, in the units that tools disagree about, side by side.

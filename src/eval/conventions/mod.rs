@@ -8,14 +8,14 @@ mod lm_eval;
 
 use std::ops::Range;
 
-use clap::ValueEnum;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::text::Tokens;
 
 /// The conventions, as a user names them.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 #[serde(rename_all = "kebab-case")]
 pub enum Convention {
     /// Disjoint windows, all tokens but the first of each scored (GPTQ, AWQ, SVD-LLM)
