@@ -32,15 +32,21 @@ const RIGHT: f64 = 10.0;
 const TOP: f64 = 8.0;
 const BOTTOM: f64 = 34.0;
 
+impl Axes {
+    /// A y value on the axis: its logarithm if the axis is logarithmic.
+    fn scaled(&self, y: f64) -> f64 {
+        if self.has_log_y { y.max(f64::MIN_POSITIVE).log10() } else { y }
+    }
+}
+
 /// Lines in one pair of axes.
 pub fn lines(series: &[Series], axes: &Axes) -> String {
-    let shown = |y: f64| if axes.has_log_y { y.max(f64::MIN_POSITIVE).log10() } else { y };
     let all = series.iter().flat_map(|s| s.points.iter().chain(&s.dots));
-    let (xs, ys): (Vec<f64>, Vec<f64>) = all.map(|&(x, y)| (x, shown(y))).filter(|(_, y)| y.is_finite()).unzip();
+    let (xs, ys): (Vec<f64>, Vec<f64>) = all.map(|&(x, y)| (x, axes.scaled(y))).filter(|(_, y)| y.is_finite()).unzip();
     let (x0, x1) = axes.x_range.unwrap_or_else(|| range(&xs));
-    let (y0, y1) = axes.y_range.map_or_else(|| range(&ys), |(low, high)| (shown(low), shown(high)));
+    let (y0, y1) = axes.y_range.map_or_else(|| range(&ys), |(low, high)| (axes.scaled(low), axes.scaled(high)));
     let x_of = |x: f64| LEFT + (x - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT);
-    let y_of = |y: f64| TOP + (y1 - shown(y).clamp(y0, y1)) / (y1 - y0) * (HEIGHT - TOP - BOTTOM);
+    let y_of = |y: f64| TOP + (y1 - axes.scaled(y).clamp(y0, y1)) / (y1 - y0) * (HEIGHT - TOP - BOTTOM);
     let mut svg = open(HEIGHT, axes.y_label);
     for tick in ticks(y0, y1) {
         let value = if axes.has_log_y { 10f64.powf(tick) } else { tick };
