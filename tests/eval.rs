@@ -169,8 +169,18 @@ fn data_under_the_name_of_prose_is_refused_with_the_right_name() {
             "is a tab-separated table",
             "put it in the `text` of a document",
         ),
-        ("k.txt", b"id,text\n1,Once\n2,Twice\n".to_vec(), "is a comma-separated table", "put it in the `text` of a document"),
-        ("l.txt.gz", packed(b"{'text': 'a'}\n{'text': 'b'}\n", "gz"), "contains Python literals", "put it in the `text` of"),
+        (
+            "k.txt",
+            b"id,text\n1,Once\n2,Twice\n".to_vec(),
+            "is a comma-separated table",
+            "put it in the `text` of a document",
+        ),
+        (
+            "l.txt.gz",
+            packed(b"{'text': 'a'}\n{'text': 'b'}\n", "gz"),
+            "contains Python literals",
+            "put it in the `text` of",
+        ),
         ("m.txt", b"\"{\\\"text\\\": 1}\"\n\"a\\n\"\n".to_vec(), "contains JSON", "put it in the `text` of a document"),
         (
             "n.txt",
@@ -257,7 +267,8 @@ fn a_named_pipe_is_read_to_its_end_and_never_waited_for_in_vain() {
         let run = lrc(args);
         assert_eq!(run.code, code, "{}", run.stderr);
         assert!(
-            run.stderr.contains("error: the pipe `") && run.stderr.contains(path(&pipe))
+            run.stderr.contains("error: the pipe `")
+                && run.stderr.contains(path(&pipe))
                 && run.stderr.contains("has no writer"),
             "{}",
             run.stderr

@@ -461,11 +461,7 @@ fn dtypes_that_are_not_read_are_named() {
         let file = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &vec![0; 16 * width]].concat();
         std::fs::write(model.join("model.safetensors"), file).unwrap();
         let expected = format!("{dtype} (1)");
-        refused(
-            &lrc(&["inspect", path(&model)]),
-            4,
-            &["no matrix to inspect", &expected, "hint: matrices of F32"],
-        );
+        refused(&lrc(&["inspect", path(&model)]), 4, &["no matrix to inspect", &expected, "hint: matrices of F32"]);
         let out = folder.path().join("out");
         refused(
             &lrc(&["compress", path(&model), "-o", path(&out), "--keep", "0.5"]),

@@ -61,8 +61,8 @@ pub enum Rule {
 pub enum Storage {
     /// In the dtype of the weight.
     Plain(Layout),
-    /// Pivots with their order of ranks beside them, so that truncation is exact (`--elastic`).
-    ElasticPivot,
+    /// With the order of ranks beside it, so that truncation is exact (`--elastic`). Never factors, which have that order themselves.
+    Elastic(Layout),
     /// As integers.
     Quantized(Layout, FactorBits),
 }
@@ -212,8 +212,9 @@ impl Approach {
     /// The layout of pairs.
     pub fn layout(&self) -> Layout {
         match self {
-            Self::LowRank(LowRank { storage: Storage::Plain(layout) | Storage::Quantized(layout, _), .. }) => *layout,
-            Self::LowRank(LowRank { storage: Storage::ElasticPivot, .. }) => Layout::Pivot,
+            Self::LowRank(LowRank { storage, .. }) => match storage {
+                Storage::Plain(layout) | Storage::Elastic(layout) | Storage::Quantized(layout, _) => *layout,
+            },
             Self::Quantized(_) => Layout::Factors,
         }
     }
@@ -266,8 +267,8 @@ impl Approach {
         }
     }
 
-    /// Whether pivots are stored with their order of ranks.
+    /// Whether the order of ranks is stored beside the layout.
     pub fn is_elastic(&self) -> bool {
-        matches!(self, Self::LowRank(LowRank { storage: Storage::ElasticPivot, .. }))
+        matches!(self, Self::LowRank(LowRank { storage: Storage::Elastic(_), .. }))
     }
 }

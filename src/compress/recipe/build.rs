@@ -247,17 +247,28 @@ fn storage(options: &RecipeOptions, format: Format) -> Result<Storage> {
             "`--elastic` cannot be combined with `--quant-factors`: quantized factors cannot be truncated by rank",
             REMOVE_ONE,
         )),
-        (true, None) if layout != Layout::Pivot => {
-            Err(usage("`--elastic` has no effect with `--layout factors`", "factors can be truncated as they are"))
+        (true, None) if is_nested(layout) => {
+            let message = format!("`--elastic` has no effect with `--layout {}`", layout.name());
+            Err(usage(message, "this layout can be truncated as it is"))
         }
         (true, None) if format != Format::Factored => {
             let message = format!("`--elastic` has no effect with `--format {}`", format.name());
             Err(usage(message, "only `--format factored` stores ranks that can be truncated"))
         }
-        (true, None) => Ok(Storage::ElasticPivot),
+        (true, None) => Ok(Storage::Elastic(layout)),
         (false, Some(bits)) => Ok(Storage::Quantized(layout, bits)),
         (false, None) => Ok(Storage::Plain(layout)),
     }
+}
+
+/// Whether a pair of a lower rank is a prefix of the stored one.
+fn is_nested(layout: Layout) -> bool {
+    layout == Layout::Factors
+}
+
+/// Whether the layout can be added to a base.
+fn takes_base(layout: Layout) -> bool {
+    layout == Layout::Factors
 }
 
 fn check_rank_multiple(basics: &Basics) -> Result<()> {
@@ -317,11 +328,12 @@ fn quantized(options: &RecipeOptions, basics: &Basics, menu: &[Quant]) -> Result
 
 /// Refuses the flags that are for low rank without a base.
 fn check_low_rank_flags(options: &RecipeOptions, basics: &Basics) -> Result<()> {
+    let layout = options.layout.filter(|layout| !takes_base(*layout));
     let given = [
         ("--ranks", basics.ranks != Ranks::Knapsack),
         ("--rank-floor", basics.rank_floor > 0.0),
         ("--rank-multiple", basics.rank_multiple > 1),
-        ("--layout pivot", options.layout == Some(Layout::Pivot)),
+        (&format!("--layout {}", layout.unwrap_or_default().name()), layout.is_some()),
         ("--elastic", options.elastic == Some(true)),
         ("--sequential", basics.anchor.is_some()),
         ("--sensitivity measured", basics.sensitivity == Some(Sensitivity::Measured)),
