@@ -160,7 +160,7 @@ impl InspectArgs {
     }
 }
 
-/// Whatever can be checked before a model is opened.
+/// Everything that can be checked before the model is opened.
 fn check(args: &InspectArgs) -> Result<()> {
     gate::expect_fields::<InspectReport>(&args.gates.fail_if, &[])?;
     let has_metric = args.has_metric();

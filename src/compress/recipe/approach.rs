@@ -1,4 +1,4 @@
-//! What replaces the targeted linears. A knob exists only in the variant where it acts.
+//! The structure that replaces the targeted linears. Each setting exists only in the variants where it has an effect.
 
 use super::{CompensateRank, DepthWeight, FactorBits, Sensitivity};
 use crate::compress::allocate::Ranks;
@@ -6,7 +6,7 @@ use crate::compress::compensate::Compensate;
 use crate::model::Layout;
 use crate::quantize::Quant;
 
-/// The structure that stands in for a weight `W` (out, in).
+/// The structure that replaces a weight `W` (out, in).
 #[derive(Debug, Clone, PartialEq)]
 pub enum Approach {
     /// `W ≈ B·A`.
@@ -39,7 +39,7 @@ pub enum Allocation {
     },
 }
 
-/// An allocator with what it spends.
+/// An allocator with its limit.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Rule {
     Uniform(Limit),
@@ -71,7 +71,7 @@ pub enum Storage {
 #[derive(Debug, Clone, PartialEq)]
 pub struct Quantized {
     pub bases: Bases,
-    /// Never `Measured`: probes truncate a weight, and there is nothing to truncate.
+    /// Never `Measured`, whose probes truncate weights to a low rank.
     pub sensitivity: Sensitivity,
     /// γ of the depth weight.
     pub gamma: f64,
@@ -95,7 +95,7 @@ pub struct Factors<R> {
     pub bits: Option<FactorBits>,
 }
 
-/// What may be spent.
+/// A limit on the size of the output.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Limit {
     /// Share of the parameters of the targeted linears; of their bytes where bases are quantized. In (0, 1].
@@ -106,7 +106,7 @@ pub enum Limit {
     Bits(f64),
 }
 
-/// What allocators may spend: a [`Limit`], or nothing to decide.
+/// The budget of allocators: a [`Limit`], or none.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Budget {
     /// As [`Limit::Keep`].
@@ -200,7 +200,7 @@ impl Approach {
         }
     }
 
-    /// What may be spent.
+    /// The budget.
     pub fn budget(&self) -> Budget {
         match self {
             Self::LowRank(LowRank { allocation: Allocation::PerLinear { rule, .. }, .. }) => rule.limit().into(),

@@ -36,7 +36,7 @@ fn share(flag: &str, value: Option<f64>, default: f64) -> Result<f64> {
     }
 }
 
-/// What several settings depend on, with the defaults of one option that follow from others.
+/// The settings on which others depend, with their defaults.
 struct Basics {
     method: Method,
     ranks: Ranks,
@@ -63,7 +63,7 @@ impl Basics {
         });
         let by_knapsack = method == Method::Kfac || is_quantized;
         let ranks = options.ranks.unwrap_or(if by_knapsack { Ranks::Knapsack } else { Ranks::Welore });
-        // The setting that was measured best. Fixed ranks may be full, and then there is no error to correct.
+        // The best setting measured. Excluded for fixed ranks, which may be full and leave no error to correct.
         let by_default =
             method == Method::Kfac && options.calibration.is_some() && ranks.takes_budget() && !is_quantized;
         let is_sequential = options.sequential.unwrap_or(by_default);
@@ -122,7 +122,7 @@ impl Recipe {
         Ok(recipe)
     }
 
-    /// What a format or a way of storing rules out.
+    /// Checks the format against the other settings.
     fn check_format(&self, limit: Option<Limit>) -> Result<()> {
         let format = self.format.name();
         if matches!(limit, Some(Limit::Bytes(_))) && matches!(self.format, Format::Dense | Format::Peft) {
@@ -144,7 +144,7 @@ impl Recipe {
         Ok(())
     }
 
-    /// Whether the data that is given is used, and the data that is used is given.
+    /// Checks that all data in the recipe is used, and that all data that is used is there.
     fn check_data(&self) -> Result<()> {
         if self.statistics.is_some() && self.needs() == Needs::default() {
             return Err(usage(

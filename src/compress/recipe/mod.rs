@@ -49,14 +49,14 @@ pub struct Recipe {
     pub max_shard_bytes: u64,
 }
 
-/// The settings of the approach; where it has none of a kind, what an approach without it would have.
+/// The settings of the approach, with neutral values for those that it does not have.
 impl Recipe {
     /// The allocator.
     pub fn ranks(&self) -> Ranks {
         self.approach.ranks()
     }
 
-    /// What may be spent.
+    /// The budget.
     pub fn budget(&self) -> Budget {
         self.approach.budget()
     }
@@ -118,7 +118,7 @@ impl Recipe {
 }
 
 impl Recipe {
-    /// Whether parts of linears of `dtype` are rounded with feedback: where they are stored as they are, in 16 bits.
+    /// Whether factors of linears of `dtype` are rounded with feedback: those that are stored in 16 bits.
     pub fn rounds(&self, dtype: Dtype) -> bool {
         let is_stored = self.format == Format::Factored && self.quant_factors().is_none();
         is_stored && matches!(dtype, Dtype::F16 | Dtype::BF16)
@@ -145,7 +145,7 @@ impl Recipe {
         self.needs() != Needs::default() && self.statistics.is_none()
     }
 
-    /// The statistics that metrics and quantizers are made of.
+    /// The statistics that the metrics and quantizers need.
     pub fn needs(&self) -> Needs {
         let gptq = Needs { input_gram: self.quant().iter().any(|q| q.needs_gram()), ..Needs::default() };
         self.method.preset().needs().union(self.compensate().preset().needs()).union(gptq)

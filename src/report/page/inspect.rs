@@ -60,7 +60,7 @@ fn maps(report: &InspectReport) -> Vec<Map> {
     with_values.map(map).collect()
 }
 
-/// What is drawn over the share of the rank.
+/// The quantity that is drawn against the share of the rank.
 #[derive(Clone, Copy)]
 enum Scale {
     /// σ / σ₁, on a logarithmic axis.
