@@ -8,6 +8,7 @@ use bytesize::ByteSize;
 use clap::Args;
 use indicatif::HumanDuration;
 
+use super::options::RecipeArgs;
 use super::terminal::{Bars, fixed, grouped, table};
 use super::{GateArgs, MemoryArgs, ModelArgs};
 use crate::checkpoint::OutputFolder;
@@ -37,7 +38,7 @@ pub(super) struct CompressArgs {
     model: ModelArgs,
 
     #[command(flatten)]
-    options: RecipeOptions,
+    options: RecipeArgs,
 
     /// Output folder
     #[arg(short, long, value_name = "OUT", help_heading = "Output", display_order = 0)]
@@ -77,7 +78,7 @@ pub(super) fn run(args: &CompressArgs, quiet: bool, progress: &Bars) -> Result<(
         gate::expect_fields::<CompressReport>(&args.gates.fail_if, &[])?;
     }
     let file = args.recipe.as_deref().map(RecipeOptions::read).transpose()?.unwrap_or_default();
-    let recipe = Recipe::new(&args.options.clone().or(file))?;
+    let recipe = Recipe::new(&args.options.0.clone().or(file))?;
     // Before a model is downloaded.
     OutputFolder::check(&args.output, args.force, REPORT_FILE)?;
     let checkpoint = compress::view(args.model.open(progress)?, &recipe)?;

@@ -7,6 +7,7 @@ mod eval;
 mod export;
 mod inspect;
 mod interrupt;
+mod options;
 mod sweep;
 mod terminal;
 mod truncate;

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::{ArgAction, ArgMatches, Args, FromArgMatches};
 
+use super::options::RecipeArgs;
 use super::terminal::{Bars, fixed, grouped, table};
 use super::{GateArgs, MemoryArgs, ModelArgs};
 use crate::checkpoint::{OutputFolder, expect_apart};
@@ -93,7 +94,7 @@ struct SweptOptions {
 
 impl Args for SweptOptions {
     fn augment_args(command: clap::Command) -> clap::Command {
-        RecipeOptions::augment_args(command)
+        RecipeArgs::augment_args(command)
             .mut_arg("keep", |keep| {
                 keep.action(ArgAction::Append)
                     .value_delimiter(',')

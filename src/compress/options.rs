@@ -45,165 +45,154 @@ impl<T> Setting for Vec<T> {
     }
 }
 
-/// Declares [`RecipeOptions`], in groups under the headings of `--help`. In brackets: arguments of clap, used with the feature `cli`.
-/// (Attributes on the fields would repeat `cfg_attr`, the heading, and serde's rule three lines per option, and the merge a fourth time.)
+/// Declares [`RecipeOptions`]. A row has the help, the name, the type, the heading of the help, and in brackets further arguments of
+/// clap. (Attributes on the fields would repeat `cfg_attr` and serde's rule for every option, and the merge its name.)
 macro_rules! recipe_options {
-    ($($heading:literal { $($(#[$attribute:meta])* $option:ident: $type:ty [$($argument:tt)*],)* })*) => {
+    ($($(#[$attribute:meta])* $option:ident: $type:ty, $heading:literal [$($argument:tt)*],)*) => {
         /// The options of a compression. All are optional; [`Recipe::new`](super::recipe::Recipe::new) fills in the defaults.
         #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
         #[cfg_attr(feature = "cli", derive(clap::Args))]
         #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
         pub struct RecipeOptions {
-            $($(
+            $(
                 $(#[$attribute])*
                 #[cfg_attr(feature = "cli", arg(long, help_heading = $heading, $($argument)*))]
                 #[serde(skip_serializing_if = "Setting::is_absent")]
                 pub $option: $type,
-            )*)*
+            )*
         }
 
         impl RecipeOptions {
             /// Each option of `self`, or that of `other` where `self` has none.
             fn or_each(self, other: Self) -> Self {
-                Self { $($($option: Setting::or(self.$option, other.$option),)*)* }
+                Self { $($option: Setting::or(self.$option, other.$option),)* }
             }
         }
     };
 }
 
+// In the order of recipe files and reports.
 recipe_options! {
-    "Model" {
-        /// Modules to compress, as globs (`*.mlp.*`) [default: all linears]
-        ///
-        /// Globs match module names. By default every linear is compressed except heads and routers.
-        targets: Vec<String> [value_name = "GLOB", num_args = 1],
+    /// Share of the targeted parameters to keep, in (0, 1]
+    ///
+    /// If bases are quantized, the share of their bytes.
+    keep: Option<f64>, "Budget" [value_name = "SHARE"],
 
-        /// Modules to leave unchanged, as globs; overrides `--targets`
-        exclude: Vec<String> [value_name = "GLOB", num_args = 1],
+    /// Size of the weight files, never exceeded (`350MiB`)
+    #[serde(serialize_with = "bytes_exactly")]
+    target_size: Option<ByteSize>, "Budget" [value_name = "SIZE", conflicts_with = "keep"],
 
-        /// Whether fused matrices (QKV, gate/up) are compressed jointly or split [default: joint]
-        fused: Option<Fused> [hide_short_help = true],
-    }
+    /// Mean bits per weight of the targeted linears
+    ///
+    /// Counts everything that is stored for them: codes, scales, factors and dense weights.
+    bits: Option<f64>, "Budget" [value_name = "BITS", conflicts_with_all = ["keep", "target_size"]],
 
-    "Budget" {
-        /// Share of the targeted parameters to keep, in (0, 1]
-        ///
-        /// If bases are quantized, the share of their bytes.
-        keep: Option<f64> [value_name = "SHARE"],
+    /// Quantizers to choose from (`gptq-int4`, `rtn-int4,rtn-int8`)
+    ///
+    /// rtn or gptq with a type, as in gptq-int4: int8, int4, int3, int2; or nf4; each with any of the suffixes -g32, -g64, -g128,
+    /// -channel, -asym, -absmax, -mse. Or a block format of GGUF: q8_0, q4_0, q2_k, q3_k, q4_k, q5_k, q6_k. With several, the
+    /// budget chooses one per linear.
+    quant: Vec<Quant>, "Quantization" [value_name = "QUANT", value_delimiter = ',', num_args = 1],
 
-        /// Size of the weight files, never exceeded (`350MiB`)
-        #[serde(serialize_with = "bytes_exactly")]
-        target_size: Option<ByteSize> [value_name = "SIZE", conflicts_with = "keep"],
+    /// Low-rank factors for the quantization error [default: none]
+    compensate: Option<Compensate>, "Quantization" [value_name = "METHOD"],
 
-        /// Mean bits per weight of the targeted linears
-        ///
-        /// Counts everything that is stored for them: codes, scales, factors and dense weights.
-        bits: Option<f64> [value_name = "BITS", conflicts_with_all = ["keep", "target_size"]],
-    }
+    /// Rank of these factors, or `auto`: chosen by the budget
+    ///
+    /// With `auto`, the default if there is a budget, each linear gets its own rank, which may be 0.
+    compensate_rank: Option<CompensateRank>, "Quantization" [value_name = "RANK"],
 
-    "Method" {
-        /// Approximation method [default: kfac with data, else svd]
-        ///
-        /// Also the metric in which errors are reported. The default is kfac with `--calibration` or `--statistics` (svd-llm if bases
-        /// are quantized without a budget), and svd without.
-        method: Option<Method> [],
+    /// Quantize the factors too
+    quant_factors: Option<FactorBits>, "Quantization" [value_name = "TYPE"],
 
-        /// How ranks are chosen [default: knapsack for kfac, else welore]
-        ///
-        /// One of uniform, welore, energy, energy:SHARE, effective-rank, knapsack, full, fixed:RANK.
-        ranks: Option<Ranks> [],
+    /// Approximation method [default: kfac with data, else svd]
+    ///
+    /// Also the metric in which errors are reported. The default is kfac with `--calibration` or `--statistics` (svd-llm if bases
+    /// are quantized without a budget), and svd without.
+    method: Option<Method>, "Method" [],
 
-        /// How low-rank matrices are stored [default: pivot]
-        layout: Option<Layout> [],
+    /// How ranks are chosen [default: knapsack for kfac, else welore]
+    ///
+    /// One of uniform, welore, energy, energy:SHARE, effective-rank, knapsack, full, fixed:RANK.
+    ranks: Option<Ranks>, "Method" [],
 
-        /// Compress block by block, on the inputs from compressed blocks
-        ///
-        /// Each block is fitted to the inputs that the compressed blocks before it produce. Default: true for kfac with `--calibration`.
-        sequential: Option<bool> [num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL"],
+    /// How low-rank matrices are stored [default: pivot]
+    layout: Option<Layout>, "Method" [],
 
-        /// How far the targets of `--sequential` move towards the outputs of the original model, 0 to 1 [default: 0.5]
-        anchor: Option<f64> [value_name = "MU", hide_short_help = true],
+    /// How the knapsack weighs errors of different matrices
+    /// [default: second-order for kfac, measured with `--calibration`, else energy]
+    sensitivity: Option<Sensitivity>, "Method" [hide_short_help = true],
 
-        /// How the knapsack weighs errors of different matrices
-        /// [default: second-order for kfac, measured with `--calibration`, else energy]
-        sensitivity: Option<Sensitivity> [hide_short_help = true],
+    /// Multiply the error of block b by 1 + γ Σ_{k ≥ b} 1/(k + 1); `auto` tries a few γ on the calibration text [default: 0]
+    depth_weight: Option<DepthWeight>, "Method" [value_name = "GAMMA", hide_short_help = true],
 
-        /// Multiply the error of block b by 1 + γ Σ_{k ≥ b} 1/(k + 1); `auto` tries a few γ on the calibration text [default: 0]
-        depth_weight: Option<DepthWeight> [value_name = "GAMMA", hide_short_help = true],
+    /// Share of the uniform rank that every low-rank matrix keeps [default: 0]
+    rank_floor: Option<f64>, "Method" [value_name = "SHARE", hide_short_help = true],
 
-        /// Share of the uniform rank that every low-rank matrix keeps [default: 0]
-        rank_floor: Option<f64> [value_name = "SHARE", hide_short_help = true],
+    /// Make ranks multiples of N; 8 or 16 may run faster [default: 1]
+    rank_multiple: Option<usize>, "Method" [value_name = "N", hide_short_help = true],
 
-        /// Make ranks multiples of N; 8 or 16 may run faster [default: 1]
-        rank_multiple: Option<usize> [value_name = "N", hide_short_help = true],
+    /// Modules to compress, as globs (`*.mlp.*`) [default: all linears]
+    ///
+    /// Globs match module names. By default every linear is compressed except heads and routers.
+    targets: Vec<String>, "Model" [value_name = "GLOB", num_args = 1],
 
-        /// Store the order of ranks beside each pivot layout, so that `lrc truncate` is exact; takes r² values per matrix
-        elastic: Option<bool> [
-            num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL", hide_short_help = true
-        ],
-    }
+    /// Modules to leave unchanged, as globs; overrides `--targets`
+    exclude: Vec<String>, "Model" [value_name = "GLOB", num_args = 1],
 
-    "Quantization" {
-        /// Quantizers to choose from (`gptq-int4`, `rtn-int4,rtn-int8`)
-        ///
-        /// rtn or gptq with a type, as in gptq-int4: int8, int4, int3, int2; or nf4; each with any of the suffixes -g32, -g64, -g128,
-        /// -channel, -asym, -absmax, -mse. Or a block format of GGUF: q8_0, q4_0, q2_k, q3_k, q4_k, q5_k, q6_k. With several, the
-        /// budget chooses one per linear.
-        quant: Vec<Quant> [value_name = "QUANT", value_delimiter = ',', num_args = 1],
+    /// Format of the output [default: factored]
+    format: Option<Format>, "Output" [],
 
-        /// Low-rank factors for the quantization error [default: none]
-        compensate: Option<Compensate> [value_name = "METHOD"],
+    /// Text for activations and gradients (`.txt`, `.jsonl`, `.parquet`)
+    ///
+    /// Prose in UTF-8, or documents in `.jsonl`, `.ndjson`, `.json` or `.parquet`; each also as `.gz` or `.zst`.
+    calibration: Option<PathBuf>, "Calibration" [value_name = "FILE"],
 
-        /// Rank of these factors, or `auto`: chosen by the budget
-        ///
-        /// With `auto`, the default if there is a budget, each linear gets its own rank, which may be 0.
-        compensate_rank: Option<CompensateRank> [value_name = "RANK"],
+    /// Field of a document that holds its text [default: text]
+    field: Option<String>, "Calibration" [value_name = "NAME", hide_short_help = true],
 
-        /// Quantize the factors too
-        quant_factors: Option<FactorBits> [value_name = "TYPE"],
-    }
+    /// Use statistics from `lrc calibrate` instead of measuring them
+    statistics: Option<PathBuf>, "Calibration" [value_name = "FILE"],
 
-    "Calibration" {
-        /// Text for activations and gradients (`.txt`, `.jsonl`, `.parquet`)
-        ///
-        /// Prose in UTF-8, or documents in `.jsonl`, `.ndjson`, `.json` or `.parquet`; each also as `.gz` or `.zst`.
-        calibration: Option<PathBuf> [value_name = "FILE"],
+    /// Damping of Grams of inputs, as a share of their mean eigenvalue [default: 0.01 for kfac, else 0]
+    damping_input: Option<f64>, "Calibration" [value_name = "SHARE", hide_short_help = true],
 
-        /// Use statistics from `lrc calibrate` instead of measuring them
-        statistics: Option<PathBuf> [value_name = "FILE"],
+    /// Damping of Grams of output gradients, as a share of their mean eigenvalue [default: 0.01]
+    damping_output: Option<f64>, "Calibration" [value_name = "SHARE", hide_short_help = true],
 
-        /// Number of calibration windows [default: 64]
-        samples: Option<usize> [value_name = "N"],
+    /// Whether fused matrices (QKV, gate/up) are compressed jointly or split [default: joint]
+    fused: Option<Fused>, "Model" [hide_short_help = true],
 
-        /// Tokens per window [default: 512, at most the model's context]
-        seq_len: Option<usize> [value_name = "N"],
+    /// Store the order of ranks beside each pivot layout, so that `lrc truncate` is exact; takes r² values per matrix
+    elastic: Option<bool>, "Method" [
+        num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL", hide_short_help = true
+    ],
 
-        /// Field of a document that holds its text [default: text]
-        field: Option<String> [value_name = "NAME", hide_short_help = true],
+    /// Clip per-token gradients to 0.1 to 10 times their mean norm
+    clip_gradients: Option<bool>, "Calibration" [
+        num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL", hide_short_help = true
+    ],
 
-        /// Seed for the choice of windows [default: 0]
-        seed: Option<u64> [value_name = "N", hide_short_help = true],
+    /// Compress block by block, on the inputs from compressed blocks
+    ///
+    /// Each block is fitted to the inputs that the compressed blocks before it produce. Default: true for kfac with `--calibration`.
+    sequential: Option<bool>, "Method" [num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL"],
 
-        /// Damping of Grams of inputs, as a share of their mean eigenvalue [default: 0.01 for kfac, else 0]
-        damping_input: Option<f64> [value_name = "SHARE", hide_short_help = true],
+    /// How far the targets of `--sequential` move towards the outputs of the original model, 0 to 1 [default: 0.5]
+    anchor: Option<f64>, "Method" [value_name = "MU", hide_short_help = true],
 
-        /// Damping of Grams of output gradients, as a share of their mean eigenvalue [default: 0.01]
-        damping_output: Option<f64> [value_name = "SHARE", hide_short_help = true],
+    /// Number of calibration windows [default: 64]
+    samples: Option<usize>, "Calibration" [value_name = "N"],
 
-        /// Clip per-token gradients to 0.1 to 10 times their mean norm
-        clip_gradients: Option<bool> [
-            num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL", hide_short_help = true
-        ],
-    }
+    /// Tokens per window [default: 512, at most the model's context]
+    seq_len: Option<usize>, "Calibration" [value_name = "N"],
 
-    "Output" {
-        /// Format of the output [default: factored]
-        format: Option<Format> [],
+    /// Seed for the choice of windows [default: 0]
+    seed: Option<u64>, "Calibration" [value_name = "N", hide_short_help = true],
 
-        /// Largest size of an output file (`500MB`, `2GiB`) [default: 4GB]
-        #[serde(serialize_with = "bytes_exactly")]
-        max_shard_size: Option<ByteSize> [value_name = "SIZE", hide_short_help = true],
-    }
+    /// Largest size of an output file (`500MB`, `2GiB`) [default: 4GB]
+    #[serde(serialize_with = "bytes_exactly")]
+    max_shard_size: Option<ByteSize>, "Output" [value_name = "SIZE", hide_short_help = true],
 }
 
 /// A size that reads back as the same number of bytes.

@@ -231,7 +231,8 @@ mod tests {
     /// Made by `tests/oracles/chat_templates.py`.
     #[test]
     fn conversations_are_rendered_as_transformers_renders_them() {
-        let cases: Vec<Case> = serde_json::from_str(include_str!("../../../tests/oracles/chat_templates.json")).unwrap();
+        let cases: Vec<Case> =
+            serde_json::from_str(include_str!("../../../tests/oracles/chat_templates.json")).unwrap();
         assert!(cases.len() > 10);
         for case in cases {
             let template =
