@@ -74,7 +74,7 @@ pub(super) struct CalibrateArgs {
     /// Add up files of statistics instead of measuring
     #[arg(
         long,
-        value_name = "STATISTICS",
+        value_name = "FILE",
         num_args = 2..,
         conflicts_with_all = ["model", "text", "method", "samples", "seq_len", "seed", "part"],
         help_heading = "Statistics"

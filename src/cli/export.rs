@@ -10,7 +10,6 @@ use super::compress::left_out;
 use super::terminal::{Bars, grouped};
 use super::{ModelArgs, print, print_json};
 use crate::checkpoint::OutputFolder;
-use crate::compress::recipe::DEFAULT_SHARD_BYTES;
 use crate::export::{ExportJob, export};
 use crate::formats::Format;
 use crate::report::REPORT_FILE;
@@ -38,7 +37,7 @@ pub(super) struct ExportArgs {
     format: Format,
 
     /// Largest size of an output file (`500MB`, `2GiB`)
-    #[arg(long, value_name = "SIZE", default_value_t = ByteSize(DEFAULT_SHARD_BYTES), help_heading = "Output")]
+    #[arg(long, value_name = "SIZE", default_value = "4GB", help_heading = "Output")]
     max_shard_size: ByteSize,
 
     /// Replace an output folder written by an earlier run

@@ -33,13 +33,6 @@ pub(super) struct SweepArgs {
     #[command(flatten)]
     model: ModelArgs,
 
-    #[command(flatten)]
-    options: SweptOptions,
-
-    /// Read options from a TOML file; flags override it
-    #[arg(long, value_name = "FILE", help_heading = "Model", display_order = 0)]
-    recipe: Option<PathBuf>,
-
     /// Text to score (`.txt`, `.jsonl`, `.json`, `.parquet`)
     ///
     /// Prose in UTF-8, or documents in `.jsonl`, `.ndjson`, `.json` or `.parquet`; each also as `.gz` or `.zst`.
@@ -59,6 +52,13 @@ pub(super) struct SweepArgs {
     /// Score only the first N windows
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..), help_heading = "Evaluation")]
     max_windows: Option<u32>,
+
+    #[command(flatten)]
+    options: SweptOptions,
+
+    /// Read options from a TOML file; flags override it
+    #[arg(long, value_name = "FILE", help_heading = "Model", display_order = 0)]
+    recipe: Option<PathBuf>,
 
     #[command(flatten)]
     memory: MemoryArgs,

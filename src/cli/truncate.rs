@@ -29,7 +29,7 @@ pub(super) struct TruncateArgs {
     model: ModelArgs,
 
     /// Share of the original targeted parameters to keep, in (0, 1)
-    #[arg(long, value_name = "SHARE")]
+    #[arg(long, value_name = "SHARE", help_heading = "Budget")]
     keep: f64,
 
     /// Output folder

@@ -75,7 +75,7 @@ macro_rules! recipe_options {
 recipe_options! {
     /// Share of the targeted parameters to keep, in (0, 1]
     ///
-    /// If bases are quantized, the share of their bytes.
+    /// If bases are quantized, the share of the bytes of the targeted linears.
     keep: Option<f64>, "Budget" [value_name = "SHARE"],
 
     /// Size of the weight files, never exceeded (`350MiB`)

@@ -84,3 +84,38 @@ fn a_written_recipe_reads_back_the_same() {
         assert_eq!(Recipe::new(&again).unwrap().to_options(), full);
     }
 }
+
+#[test]
+fn recipes_are_written_in_full_and_in_one_order() {
+    for (options, expected) in [
+        (
+            "ranks = \"uniform\"\nkeep = 0.7",
+            "keep = 0.7\nmethod = \"svd\"\nranks = \"uniform\"\nlayout = \"pivot\"\nrank-floor = 0.0\nrank-multiple = 1\n\
+             format = \"factored\"\nsequential = false\nmax-shard-size = \"4000000000 B\"\n",
+        ),
+        (
+            "quant-factors = \"int8\"\ncompensate = \"lorc\"\nbits = 5\nquant = [\"rtn-int4-g32\", \"rtn-int8-g32\"]",
+            "bits = 5.0\nquant = [\"rtn-int4-g32\", \"rtn-int8-g32\"]\ncompensate = \"lorc\"\ncompensate-rank = \"auto\"\n\
+             quant-factors = \"int8\"\nmethod = \"svd\"\nranks = \"knapsack\"\nlayout = \"factors\"\nsensitivity = \"energy\"\n\
+             depth-weight = \"0\"\nformat = \"factored\"\nsequential = false\nmax-shard-size = \"4000000000 B\"\n",
+        ),
+    ] {
+        let options: RecipeOptions = toml::from_str(options).unwrap();
+        assert_eq!(toml::to_string(&Recipe::new(&options).unwrap().to_options()).unwrap(), expected);
+    }
+}
+
+#[test]
+fn settings_are_neutral_where_the_approach_has_none() {
+    let recipe = |text: &str| Recipe::new(&toml::from_str(text).unwrap()).unwrap();
+    let fixed = recipe("ranks = \"fixed:8\"");
+    assert_eq!((fixed.budget(), fixed.rank_floor(), fixed.rank_multiple()), (Budget::None, 0.0, 1));
+    assert_eq!((fixed.sensitivity(), fixed.depth_weight()), (None, DepthWeight::Fixed(0.0)));
+    assert_eq!((fixed.quant(), fixed.compensate()), (&[][..], Compensate::None));
+    let quantized = recipe("quant = [\"rtn-int4-g32\"]\ncompensate = \"lorc\"\ncompensate-rank = \"4\"");
+    assert_eq!((quantized.budget(), quantized.ranks()), (Budget::None, Ranks::Knapsack));
+    assert_eq!((quantized.layout(), quantized.anchor(), quantized.elastic()), (Layout::Factors, None, false));
+    assert_eq!(quantized.compensate_rank(), CompensateRank::Fixed(4));
+    let energy = recipe("ranks = \"energy:0.9\"");
+    assert_eq!((energy.budget(), energy.rank_multiple()), (Budget::None, 1));
+}
