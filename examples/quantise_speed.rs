@@ -7,9 +7,9 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use faer::Mat;
-use lrc::checkpoint::Checkpoint;
 use lrc::approx::low_rank;
 use lrc::approx::metric::{Metric, MetricPair};
+use lrc::checkpoint::Checkpoint;
 use lrc::linalg;
 use lrc::quantize::{Quant, Quantized};
 use serde_json::json;

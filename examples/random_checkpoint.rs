@@ -59,8 +59,9 @@ fn main() -> Result<()> {
         for norm in names.norms.of_states() {
             shapes.push((format!("{}.{norm}", names.block(prefix, block)), vec![config.hidden_size]));
         }
-        for slot in names.slots(&config, block, &|_| false) {
-            shapes.push((names.module(prefix, LinearId { block, slot }), slot.shape(&config).0.to_vec()));
+        let widths = config.widths(block);
+        for slot in names.slots(&widths, &|_| false) {
+            shapes.push((names.module(prefix, LinearId { block, slot }), widths.shape(slot).0.to_vec()));
         }
     }
     shapes.extend(names.norm.map(|norm| (format!("{prefix}{norm}"), vec![config.hidden_size])));

@@ -1,7 +1,7 @@
-//! What a failure means to a script: the exit code, and the hint for a person.
+//! Errors for the command line: the exit code for scripts, and the hint for people.
 //!
-//! `checkpoint` and `linalg` have error enums of their own; the other rooms speak [`anyhow`] and raise a [`Failure`]
-//! where they know what is to be done.
+//! `checkpoint` and `linalg` have their own error enums. The other rooms use [`anyhow`], and return a [`Failure`] where the class and a hint
+//! are known.
 
 use crate::checkpoint::CheckpointError;
 use crate::linalg::LinalgError;
@@ -14,7 +14,7 @@ pub enum ExitClass {
     Usage = 2,
     /// A `--fail-if` condition was met.
     Gate = 3,
-    /// The input is not supported, or does not match itself.
+    /// The input is not supported, or is inconsistent.
     Unsupported = 4,
     /// A number is not finite, or an iteration did not converge.
     Numeric = 5,
@@ -22,8 +22,8 @@ pub enum ExitClass {
     Resources = 6,
 }
 
-/// What to do where a model gives numbers that are not finite.
-pub const NON_FINITE_HINT: &str = "the checkpoint is broken, or overflows in f32";
+/// The hint for results that are not finite.
+pub const NON_FINITE_HINT: &str = "the checkpoint is damaged, or overflows in f32";
 
 /// An error with its class and a hint.
 #[derive(Debug, thiserror::Error)]
@@ -58,7 +58,7 @@ impl Failure {
     }
 }
 
-/// The class of an error, by the first cause that knows it.
+/// The class of an error, from the first cause that has one.
 pub fn exit_class(error: &anyhow::Error) -> ExitClass {
     if let Some(failure) = error.downcast_ref::<Failure>() {
         return failure.class;
@@ -86,19 +86,19 @@ pub fn exit_class(error: &anyhow::Error) -> ExitClass {
     ExitClass::Unsupported
 }
 
-/// What a person reads of an error and of its causes: one line, but for the snippets of recipes that do not parse.
+/// The text of an error with its causes: one line, except for recipes that do not parse.
 pub fn message(error: &anyhow::Error) -> String {
     let text = |cause: &(dyn std::error::Error + 'static)| match cause.downcast_ref::<candle_core::Error>() {
         Some(error) => candle_message(error),
         None => cause.to_string(),
     };
     let causes: Vec<String> = error.chain().map(text).collect();
-    // Names come from files, which may hold what a terminal would obey.
+    // Names come from files, and may contain control sequences of terminals.
     let visible = |c: char| if c.is_control() && c != '\n' { c.escape_default().to_string() } else { c.to_string() };
     causes.join(": ").chars().map(visible).collect()
 }
 
-/// Without the backtrace that candle's own text has behind it where `RUST_BACKTRACE` is set.
+/// The text of an error of candle, without the backtrace that it appends if `RUST_BACKTRACE` is set.
 fn candle_message(error: &candle_core::Error) -> String {
     match error {
         candle_core::Error::WithBacktrace { inner, .. } => candle_message(inner),
@@ -109,9 +109,9 @@ fn candle_message(error: &candle_core::Error) -> String {
     }
 }
 
-/// The hint of an error, by the first cause that has one.
+/// The hint of an error, from the first cause that has one.
 pub fn hint(error: &anyhow::Error) -> Option<String> {
-    // A failure that was given as context is no cause of its own.
+    // A failure that was attached as context is not in the chain of causes.
     if let Some(Failure { hint: Some(hint), .. }) = error.downcast_ref() {
         return Some(hint.clone());
     }
@@ -124,11 +124,11 @@ pub fn hint(error: &anyhow::Error) -> Option<String> {
     })
 }
 
-/// What can be done where the machine has reached a limit.
+/// The hint for a limit of the system.
 fn system_hint(error: &std::io::Error) -> Option<String> {
     Some(match error.kind() {
         std::io::ErrorKind::StorageFull => "free some space, or write to another disk".into(),
-        std::io::ErrorKind::FileTooLarge => "raise the limit on the size of files: `ulimit -f unlimited`".into(),
+        std::io::ErrorKind::FileTooLarge => "raise the limit on file sizes: `ulimit -f unlimited`".into(),
         _ => return None,
     })
 }
@@ -140,7 +140,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn causes_of_candle_are_one_line_with_and_without_a_backtrace() {
+    fn errors_of_candle_are_one_line_with_and_without_a_backtrace() {
         let inner = || candle_core::Error::Msg("shapes differ".into());
         let backtrace = Box::new(std::backtrace::Backtrace::force_capture());
         let traced = candle_core::Error::WithBacktrace { inner: Box::new(inner()), backtrace };
@@ -163,7 +163,7 @@ mod tests {
         assert_eq!(exit_class(&error), ExitClass::Usage);
         assert_eq!(hint(&error).as_deref(), Some("use another"));
         let full = std::io::Error::from(std::io::ErrorKind::StorageFull);
-        let stopped = Failure::new(ExitClass::Resources, "stopped").hint("go on");
-        assert_eq!(hint(&anyhow::Error::new(full).context(stopped)).as_deref(), Some("go on"));
+        let stopped = Failure::new(ExitClass::Resources, "stopped").hint("resume");
+        assert_eq!(hint(&anyhow::Error::new(full).context(stopped)).as_deref(), Some("resume"));
     }
 }

@@ -1,4 +1,4 @@
-//! One format into another, without compressing anew: codes stay codes, factors stay factors.
+//! Converts a compressed checkpoint to another format without recompressing: codes stay codes, factors stay factors.
 
 use std::path::Path;
 use std::time::Instant;
@@ -17,7 +17,7 @@ use crate::report::card::{self, Loading};
 use crate::report::page::PAGE_FILE;
 use crate::report::{ExportReport, LRC_VERSION, REPORT_FILE, SCHEMA_VERSION};
 
-/// What is exported, and where to.
+/// An export.
 pub struct ExportJob<'a> {
     pub checkpoint: &'a Checkpoint,
     /// The model as the user named it.
@@ -28,14 +28,14 @@ pub struct ExportJob<'a> {
     pub max_shard_bytes: u64,
 }
 
-/// Files of a compressed folder that belong to its format, or are written anew.
+/// Files of a compressed folder that belong to its format, or are rewritten.
 const REPLACED: [&str; 7] =
     ["README.md", REPORT_FILE, PAGE_FILE, "modeling_lrc.py", "lrc-recipe.toml", CURVES_FILES[0], CURVES_FILES[1]];
 
 /// Writes a checkpoint, compressed or not, in another format.
 ///
 /// # Errors
-/// The format cannot hold it, a tensor is broken, or the disk refuses.
+/// The format cannot store a module, a tensor cannot be read, or the output cannot be written.
 pub fn export(job: &ExportJob<'_>, progress: &dyn Progress) -> Result<ExportReport> {
     let started = Instant::now();
     let checkpoint = job.checkpoint;
@@ -60,7 +60,7 @@ pub fn export(job: &ExportJob<'_>, progress: &dyn Progress) -> Result<ExportRepo
         let encode = |(linear, _): &(LinearInfo, Forms)| {
             stage.note(&linear.module);
             let operator = formats::load(checkpoint, linear)?.context("invariant: the linear is compressed")?;
-            exporter.bytes(&source, linear, &operator).with_context(|| format!("export `{}`", linear.module))
+            exporter.bytes(&source, linear, &operator).with_context(|| format!("exporting `{}`", linear.module))
         };
         for tensors in linears.par_iter().map(encode).collect::<Result<Vec<_>>>()? {
             output.put(&tensors)?;
@@ -78,7 +78,7 @@ pub fn export(job: &ExportJob<'_>, progress: &dyn Progress) -> Result<ExportRepo
         lrc_version: LRC_VERSION.into(),
         source: job.source.into(),
         source_files: checkpoint.fingerprint()?,
-        format: job.format.name(),
+        format: job.format.name().into(),
         linears: modules.into_iter().map(|(linear, _)| linear.module).collect(),
         bytes_before: checkpoint.n_bytes(),
         bytes_after,
@@ -95,11 +95,11 @@ pub fn export(job: &ExportJob<'_>, progress: &dyn Progress) -> Result<ExportRepo
     Ok(report)
 }
 
-/// How a linear is stored; none where it is dense.
+/// The stored form of a linear; none if it is dense.
 fn forms(checkpoint: &Checkpoint, linear: &LinearInfo) -> Result<Option<Forms>> {
     let storage = |name: &str| -> Result<Option<Storage>> {
         let storage = checkpoint.storage(name)?;
-        // What other formats know too is taken for that, as `formats::load` does.
+        // Blocks that other formats also have are read as groups, as in `formats::load`.
         Ok(storage.map(|storage| match storage {
             Storage::Block(block_type) => block_type.as_scheme().map_or(storage, Storage::Grouped),
             Storage::Grouped(_) => storage,

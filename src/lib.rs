@@ -20,6 +20,7 @@
 pub mod approx;
 pub mod calibrate;
 pub mod checkpoint;
+#[cfg(feature = "cli")]
 pub mod cli;
 pub mod codecs;
 pub mod compress;

@@ -1,11 +1,9 @@
-//! Parse, run, turn an error into an exit code. Nothing else.
+//! Parses the command line, runs it, and turns an error into an exit code.
 
 use std::process::ExitCode;
 
-use clap::Parser;
-
 fn main() -> ExitCode {
-    let cli = lrc::cli::Cli::parse();
+    let cli = lrc::cli::parse();
     match lrc::cli::run(&cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => lrc::cli::fail(&error, &cli),

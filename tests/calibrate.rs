@@ -134,7 +134,7 @@ fn merged_parts_are_the_whole() {
     // Nothing is counted twice, and nothing is overwritten.
     let twice = merge("twice", &["1", "2", "1"]);
     assert_eq!(twice.code, 2, "{}", twice.stderr);
-    assert!(twice.stderr.contains("part 1/3 of one text would be counted twice"), "{}", twice.stderr);
+    assert!(twice.stderr.contains("part 1/3 of a text would be counted twice"), "{}", twice.stderr);
     let again = merge("merged", &["1", "2"]);
     assert!(again.code == 2 && again.stderr.contains("--force"), "{}", again.stderr);
     assert!(!file("twice").exists() && std::fs::read_dir(folder.path()).unwrap().count() == 5);
@@ -199,8 +199,8 @@ fn statistics_that_do_not_belong_are_refused() {
         let run = lrc(&["compress", FIXTURE, "-o", path(&out), "--keep", "0.8", "--statistics", statistics]);
         (run.code, run.stderr)
     };
-    check(args("no-such-file.safetensors"), 2, "there is no file of statistics");
+    check(args("no-such-file.safetensors"), 2, "statistics file `no-such-file.safetensors` does not exist");
     check(args("fixtures/pico-llama/model.safetensors"), 4, "it has no header");
     let run = lrc(&["calibrate", FIXTURE, "--text", TRAIN, "-o", "statistics.bin"]);
-    check((run.code, run.stderr), 2, "let its name end in `.safetensors`");
+    check((run.code, run.stderr), 2, "must end in `.safetensors`, not `");
 }

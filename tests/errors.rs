@@ -348,7 +348,7 @@ fn usage_errors_come_before_any_work() {
     let compress = ["compress", FIXTURE, "-o", path(&out)];
     for (extra, expected) in [
         (&[][..], "`--keep` or `--target-size` is missing"),
-        (&["--keep", "1.5"], "outside of (0, 1]"),
+        (&["--keep", "1.5"], "outside (0, 1]"),
         (&["--keep", "0.8", "--method", "svd-llm"], "needs `--calibration FILE`"),
         (&["--keep", "0.8", "--ranks", "best"], "welore"),
         (&["--keep", "0.8", "--targets", "*.qproj"], "matches no linear"),

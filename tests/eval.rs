@@ -139,10 +139,10 @@ fn data_under_the_name_of_prose_is_refused_with_the_right_name() {
     for (name, bytes, expected, hint) in [
         ("a.csv", b"id,text\n1,a\n".to_vec(), "ends in `.csv`", "`.jsonl`"),
         ("a.TSV.gz", packed(b"id\ttext\n", "gz"), "ends in `.tsv`", "`.jsonl`"),
-        ("a.txt", lines.clone(), "holds JSON", "ends in `.jsonl`"),
-        ("a.raw", lines.clone(), "holds JSON", "ends in `.jsonl`"),
-        ("a", b"[{\"text\": \"a\"}]".to_vec(), "holds JSON", "ends in `.jsonl`"),
-        ("b.txt.gz", packed(&lines, "gz"), "holds JSON", "ends in `.jsonl`"),
+        ("a.txt", lines.clone(), "contains JSON", "to end in `.jsonl`"),
+        ("a.raw", lines.clone(), "contains JSON", "to end in `.jsonl`"),
+        ("a", b"[{\"text\": \"a\"}]".to_vec(), "contains JSON", "to end in `.jsonl`"),
+        ("b.txt.gz", packed(&lines, "gz"), "contains JSON", "to end in `.jsonl`"),
         ("b.txt", parquet, "a Parquet file", "ends in `.parquet`"),
         ("c.txt", packed(b"a", "gz"), "packed with gzip", "ends in `.gz`"),
         ("d.txt", packed(b"a", "zst"), "packed with zstd", "ends in `.zst`"),
@@ -150,10 +150,10 @@ fn data_under_the_name_of_prose_is_refused_with_the_right_name() {
         ("e.jsonl", POINTER.to_vec(), "a Git LFS pointer", "git lfs pull"),
         ("e.parquet", POINTER.to_vec(), "a Git LFS pointer", "git lfs pull"),
         ("e.jsonl.gz", POINTER.to_vec(), "a Git LFS pointer", "git lfs pull"),
-        ("f.jsonl.gz", lines.clone(), "cannot be unpacked", ""),
-        ("g.jsonl.gz.gz", packed(&packed(&lines, "gz"), "gz"), "packed more than once", "packed once"),
-        ("g.jsonl.gz", packed(&packed(&lines, "gz"), "gz"), "packed with gzip", "packed once"),
-        ("g.jsonl.zst", packed(&packed(&lines, "gz"), "zst"), "packed with gzip", "packed once"),
+        ("f.jsonl.gz", lines.clone(), "cannot be decompressed", ""),
+        ("g.jsonl.gz.gz", packed(&packed(&lines, "gz"), "gz"), "compressed more than once", "compressed once"),
+        ("g.jsonl.gz", packed(&packed(&lines, "gz"), "gz"), "packed with gzip", "compressed once"),
+        ("g.jsonl.zst", packed(&packed(&lines, "gz"), "zst"), "packed with gzip", "compressed once"),
         (
             "h.jsonl",
             b"{\"text\": null}\n{\"text\": \"\"}\n".to_vec(),
@@ -161,22 +161,32 @@ fn data_under_the_name_of_prose_is_refused_with_the_right_name() {
             "--field",
         ),
         ("h.json", b"[{\"text\": null}]".to_vec(), "`text` is empty or null in every document", "--field"),
-        ("i.txt", [b"\xef\xbb\xbf", &lines[..]].concat(), "holds JSON", "ends in `.jsonl`"),
-        ("i.md", b"- text: Once\n- text: Twice\n".to_vec(), "holds YAML", "make it the `text` of a document"),
+        ("i.txt", [b"\xef\xbb\xbf", &lines[..]].concat(), "contains JSON", "to end in `.jsonl`"),
+        ("i.md", b"- text: Once\n- text: Twice\n".to_vec(), "contains YAML", "put it in the `text` of a document"),
         (
             "j.txt",
             b"id\ttext\n1\tOnce\n2\tTwice\n".to_vec(),
-            "is a table with tabs",
-            "make it the `text` of a document",
+            "is a tab-separated table",
+            "put it in the `text` of a document",
         ),
-        ("k.txt", b"id,text\n1,Once\n2,Twice\n".to_vec(), "is a table with commas", "make it the `text` of a document"),
-        ("l.txt.gz", packed(b"{'text': 'a'}\n{'text': 'b'}\n", "gz"), "holds Python literals", "make it the `text` of"),
-        ("m.txt", b"\"{\\\"text\\\": 1}\"\n\"a\\n\"\n".to_vec(), "holds JSON", "make it the `text` of a document"),
+        (
+            "k.txt",
+            b"id,text\n1,Once\n2,Twice\n".to_vec(),
+            "is a comma-separated table",
+            "put it in the `text` of a document",
+        ),
+        (
+            "l.txt.gz",
+            packed(b"{'text': 'a'}\n{'text': 'b'}\n", "gz"),
+            "contains Python literals",
+            "put it in the `text` of",
+        ),
+        ("m.txt", b"\"{\\\"text\\\": 1}\"\n\"a\\n\"\n".to_vec(), "contains JSON", "put it in the `text` of a document"),
         (
             "n.txt",
             b"<p>Once</p>\n<p>Twice</p>\n".to_vec(),
-            "is written in HTML or XML",
-            "make it the `text` of a document",
+            "contains HTML or XML",
+            "put it in the `text` of a document",
         ),
     ] {
         let text = folder.path().join(name);
@@ -257,7 +267,9 @@ fn a_named_pipe_is_read_to_its_end_and_never_waited_for_in_vain() {
         let run = lrc(args);
         assert_eq!(run.code, code, "{}", run.stderr);
         assert!(
-            run.stderr.contains("error: nobody writes to the pipe") && run.stderr.contains(path(&pipe)),
+            run.stderr.contains("error: the pipe `")
+                && run.stderr.contains(path(&pipe))
+                && run.stderr.contains("has no writer"),
             "{}",
             run.stderr
         );
@@ -403,7 +415,7 @@ fn gates_end_with_code_3_and_unknown_fields_before_any_work() {
     for (gate, expected) in [
         ("perplexity > 1", "the report has no field `perplexity`"),
         ("kl.mean > 1", "`--reference MODEL` measures it"),
-        ("text > 1", "`text` is no number"),
+        ("text > 1", "`text` is not a number"),
     ] {
         let run = eval("no/such/model", &[gate]);
         assert_eq!(run.code, 2, "{}", run.stderr);
@@ -411,5 +423,5 @@ fn gates_end_with_code_3_and_unknown_fields_before_any_work() {
     }
     assert_eq!(eval(FIXTURE, &["ppl"]).code, 2);
     let stride = lrc(&["eval", FIXTURE, "--text", HELD_OUT, "--stride", "8"]);
-    assert!(stride.code == 2 && stride.stderr.contains("`--stride` is nothing in the convention `gptq`"));
+    assert!(stride.code == 2 && stride.stderr.contains("`--stride` has no effect with `--convention gptq`"));
 }

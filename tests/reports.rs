@@ -220,8 +220,8 @@ fn columns_are_the_same_wherever_they_are_shown() {
 fn inspect_refuses_what_it_cannot_show() {
     for (args, expected) in [
         (&["--sort", "beta"][..], "columns are module, kind"),
-        (&["--sort", "weighted.alpha"], "there is no `weighted.alpha` without a metric"),
-        (&["--method", "svd-llm"], "`--method` is nothing without a text"),
+        (&["--sort", "weighted.alpha"], "column `weighted.alpha` needs a calibration metric"),
+        (&["--method", "svd-llm"], "`--method` has no effect without"),
         (&["--html", "no/such/folder/page.html"], "there is no folder `no/such/folder`"),
         (&["--fail-if", "linears.beta > 1"], "the report has no field `linears.beta`"),
     ] {

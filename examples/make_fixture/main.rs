@@ -107,9 +107,10 @@ fn shapes(config: &ModelConfig, architecture: &lrc::model::Architecture) -> Vec<
         for name in architecture.norms.of_states() {
             shapes.push(norm(format!("{}.{name}", architecture.block(prefix, block))));
         }
-        for slot in architecture.slots(config, block, &|_| false) {
+        let widths = config.widths(block);
+        for slot in architecture.slots(&widths, &|_| false) {
             let module = architecture.module(prefix, lrc::model::LinearId { block, slot });
-            shapes.push((format!("{module}.weight"), slot.shape(config).0.to_vec()));
+            shapes.push((format!("{module}.weight"), widths.shape(slot).0.to_vec()));
         }
     }
     shapes.extend(architecture.norm.map(|name| norm(format!("{prefix}{name}"))));

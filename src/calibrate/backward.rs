@@ -1,4 +1,4 @@
-//! The way back: gradients of the summed loss, a block at a time from the last to the first.
+//! The backward pass: gradients of the summed loss, one block at a time from the last to the first.
 
 use std::collections::BTreeMap;
 
@@ -13,8 +13,7 @@ use crate::model::{Block, Decoder, Head, Hidden, InputSite, Kernels, Objective, 
 use crate::progress::Progress;
 use crate::store::Journal;
 
-/// Sends gradients back through all blocks. `last` are the states behind the last block, `entered` those that entered
-/// each.
+/// Propagates gradients back through all blocks. `last` are the states after the last block, `entered` the inputs of each block.
 pub(super) fn run(
     decoder: &Decoder<'_>,
     (walk, targets): (&mut Walk<'_>, &[Targets]),
@@ -25,13 +24,15 @@ pub(super) fn run(
     keep: &mut Keep<'_>,
 ) -> Result<()> {
     let stage = progress.stage("gradients", (walk.n_tokens() * (decoder.n_blocks() + 1)) as u64, "tokens");
-    // The gradient at the input of a block is kept before its sums are, so that it is there where they are.
+    // The gradient at the input of a block is stored before its sums, so that wherever there are sums there is a gradient.
     let at_input = |block_idx: usize| format!("gradient-{block_idx}");
     let is_done = |block_idx: usize| journal.has(&Pass::Backward.key(block_idx));
     let n_left = (0..entered.len()).rev().find(|&block_idx| !is_done(block_idx)).map_or(0, |last| last + 1);
     for block_idx in n_left..entered.len() {
         let piece = journal.get(&Pass::Backward.key(block_idx))?;
-        keep(named(piece.with_context(|| format!("the sums of block {block_idx} are torn: `--restart`"))?)?)?;
+        keep(named(piece.with_context(|| {
+            format!("the stored sums of block {block_idx} are damaged; start over with `--restart`")
+        })?)?)?;
     }
     let mut gradient = match journal.get(&at_input(n_left))? {
         Some(piece) => {
@@ -39,7 +40,10 @@ pub(super) fn run(
             walk.restore(piece.rest())?
         }
         None => {
-            anyhow::ensure!(n_left == entered.len(), "the gradient of block {n_left} is torn: `--restart`");
+            anyhow::ensure!(
+                n_left == entered.len(),
+                "the stored gradient of block {n_left} is damaged; start over with `--restart`"
+            );
             stage.note("head");
             let mut gradient = walk.copy(&last)?;
             let loss = Loss::of(decoder)?;
@@ -73,7 +77,7 @@ pub(super) fn run(
     Ok(())
 }
 
-/// What is differentiated first.
+/// The loss, as a function of the last states.
 enum Loss {
     Tokens(Head),
     Pooled(Pooler),
@@ -89,7 +93,7 @@ impl Loss {
         })
     }
 
-    /// With respect to the last states of a window, (n_tokens, hidden_size).
+    /// The gradient with respect to the last states of a window, (n_tokens, hidden_size).
     fn gradient(&self, x: &Tensor, targets: &Targets) -> Result<Tensor> {
         match self {
             Self::Tokens(head) => head.loss_gradient(x, &targets.rows, &targets.tokens),
@@ -99,7 +103,7 @@ impl Loss {
     }
 }
 
-/// The gradient at the input of a block from that at its output, for one window (n_tokens, hidden_size).
+/// The gradient at the input of a block, given that at its output, for one window (n_tokens, hidden_size).
 fn through_block(
     decoder: &Decoder<'_>,
     block: &mut Block,
@@ -121,14 +125,14 @@ fn through_block(
     let mut broken = None;
     for (slot, tap) in taps {
         let Some(x) = inputs.get(&slot.site()) else {
-            // An expert that sees no token of this window has no input.
-            anyhow::ensure!(slot.expert.is_some(), "invariant: `{}` was shown its input", slot.name());
+            // An expert without tokens in this window has no input.
+            anyhow::ensure!(slot.expert.is_some(), "invariant: `{}` observed its input", slot.name());
             continue;
         };
-        // candle stops gradients in silence where an operation has no backward pass.
+        // candle silently stops gradients at operations without a backward pass.
         let gradient = tap.take().with_context(|| format!("no gradient reached `{}`", slot.name()))?;
         if !is_finite(&gradient)? {
-            // The way back goes through later linears first.
+            // The backward pass reaches later linears first.
             broken = broken.max(Some((slot.site(), slot)));
         }
         if observation.needs.output_gram {

@@ -1,4 +1,4 @@
-//! What flows through the linears of a model: the statistics that metrics are made of.
+//! Calibration: the statistics of inputs and gradients of linears from which metrics are computed.
 
 mod backward;
 mod observe;

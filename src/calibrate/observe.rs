@@ -1,4 +1,4 @@
-//! The passes that fill the statistics: forward through the blocks, and back where gradients are asked for.
+//! The passes that collect statistics: forward through the blocks, and backward if gradients are needed.
 
 use std::time::Instant;
 
@@ -12,11 +12,11 @@ use crate::model::{Decoder, Hidden, Walk, WalkLimits};
 use crate::progress::Progress;
 use crate::store::{Array, Journal, Piece, Values};
 
-/// What is observed, and how.
+/// The statistics to collect.
 #[derive(Debug, Clone, Copy)]
 pub struct Observation {
     pub needs: Needs,
-    /// Whether the gradients of tokens are clipped.
+    /// Whether per-token gradients are clipped.
     pub clip_gradients: bool,
 }
 
@@ -27,16 +27,16 @@ pub struct Seconds {
     pub backward: f64,
 }
 
-/// Receives the statistics of one block after another, by name: of the inputs on the way up, of the gradients on the way down.
+/// Receives the statistics of one block after another, by name: of inputs in the forward pass, of gradients in the backward pass.
 pub type Keep<'a> = dyn FnMut(Vec<(String, Array)>) -> Result<()> + 'a;
 
-/// Sends windows through the model, and the gradient of the summed loss of their targets back where it is needed.
+/// Runs windows forward through the model, and the gradient of the summed loss of their targets backward if it is needed.
 ///
-/// Gradients are those of one block at a time: the states that enter the blocks are kept (on disk past the cap of
-/// `limits`), and each block is run again with candle's autograd. What `journal` has of a block is not made again.
+/// The backward pass works on one block at a time: the inputs of all blocks are stored (on disk beyond the cap of `limits`), and each
+/// block is run again with candle's autograd. Blocks whose sums are in `journal` are not run again.
 ///
 /// # Errors
-/// A value is not finite, a linear gets no gradient, or the work folder refuses.
+/// A value is not finite, a linear receives no gradient, or the work folder cannot be written.
 pub fn observe(
     decoder: &Decoder<'_>,
     (windows, targets): (&[Vec<u32>], &[Targets]),
@@ -55,7 +55,7 @@ pub fn observe(
     }
     let mut walk = Walk::new(decoder, windows, limits)?;
     let mut hidden = walk.embed(decoder)?;
-    // The states that enter each block, where the way back needs them.
+    // The inputs of each block, for the backward pass.
     let mut entered: Vec<Hidden> = Vec::new();
     {
         let stage = progress.stage("calibrate", (walk.n_tokens() * n_blocks) as u64, "tokens");
@@ -95,7 +95,7 @@ pub fn observe(
     Ok(Seconds { forward, backward })
 }
 
-/// The ways through the model.
+/// A pass through the model.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Pass {
     Forward,
@@ -103,7 +103,7 @@ pub(super) enum Pass {
 }
 
 impl Pass {
-    /// Under which the journal has the sums of a block.
+    /// The key of the sums of a block in the journal.
     pub fn key(self, block_idx: usize) -> String {
         match self {
             Self::Forward => format!("forward-{block_idx}"),
@@ -116,25 +116,26 @@ fn remove_states(journal: &Journal, blocks: impl IntoIterator<Item = usize>) {
     blocks.into_iter().for_each(|block_idx| journal.remove(&format!("states-{block_idx}")));
 }
 
-/// The sums of a calibration that was finished before.
+/// The sums of a calibration that is complete in the journal.
 fn replay(journal: &Journal, n_blocks: usize, needs: Needs, keep: &mut Keep<'_>) -> Result<Seconds> {
     let passes = [Pass::Forward, Pass::Backward].into_iter().take(1 + usize::from(needs.gradients()));
     for key in passes.flat_map(|pass| (0..n_blocks).map(move |block_idx| pass.key(block_idx))) {
-        let torn = || format!("the piece `{key}` of the unfinished run is torn: begin anew with `--restart`");
-        keep(named(journal.get(&key)?.with_context(torn)?)?)?;
+        let damaged =
+            || format!("the stored piece `{key}` of the interrupted run is damaged; start over with `--restart`");
+        keep(named(journal.get(&key)?.with_context(damaged)?)?)?;
     }
     remove_states(journal, 0..n_blocks);
     Ok(Seconds::default())
 }
 
-/// The sums of a block, kept in the journal.
+/// Stores the sums of a block in the journal.
 pub(super) fn settle(journal: &Journal, pass: Pass, block_idx: usize, sums: Sums) -> Result<Vec<(String, Array)>> {
     let sums = sums.pack(block_idx)?.into_iter().map(|(name, values)| (name, Values::from(values)));
     let (names, arrays): (Vec<String>, Vec<Values>) = sums.unzip();
     named(journal.put(&pass.key(block_idx), json!(names), arrays)?)
 }
 
-/// The sums of a piece.
+/// The sums in a piece.
 pub(super) fn named(piece: Piece) -> Result<Vec<(String, Array)>> {
     let names: Vec<String> = serde_json::from_value(piece.fields.clone())?;
     Ok(names.into_iter().zip(piece.rest()).collect())

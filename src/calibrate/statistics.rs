@@ -1,4 +1,4 @@
-//! Plain data: sums over tokens, so parts measured apart add up.
+//! Sums over tokens, so that parts measured separately can be added.
 
 use std::collections::BTreeMap;
 
@@ -36,7 +36,7 @@ impl Needs {
         self.output_gram || self.squared_gradient
     }
 
-    /// Whether everything that `self` asks for is in `other`.
+    /// Whether `other` includes all of `self`.
     pub fn are_met_by(self, other: Self) -> bool {
         self.union(other) == other
     }
@@ -58,16 +58,16 @@ pub enum Key {
     InputGram(InputSite),
     InputMagnitude(InputSite),
     OutputGram(Slot),
-    /// Column sums: one value an input feature.
+    /// Column sums: one value per input feature.
     SquaredGradientInput(Slot),
-    /// Row sums: one value an output feature.
+    /// Row sums: one value per output feature.
     SquaredGradientOutput(Slot),
-    /// Tokens that an expert saw, (1).
+    /// Number of tokens routed to an expert, (1).
     ExpertTokens(usize),
 }
 
 impl Key {
-    /// Its name in a file of statistics: `3.gate_up.input_gram`.
+    /// The name in a file of statistics, such as `3.gate_up.input_gram`.
     pub fn name(self, block: usize) -> String {
         let (place, statistic) = match self {
             Self::InputGram(site) => (site.name(), "input_gram"),
@@ -81,8 +81,8 @@ impl Key {
     }
 }
 
-/// Sums over the tokens of one block. Grams are lower triangles in f64; what is added at a time is the product of one
-/// window in f32, so that sums do not depend on how windows travel together.
+/// Sums over the tokens of one block. Grams are lower triangles in f64. The product of each window is computed in f32 and added on its own, so
+/// that sums do not depend on the batches.
 #[derive(Debug, Default)]
 pub struct Sums {
     grams: BTreeMap<Key, Mat<f64>>,
@@ -90,7 +90,7 @@ pub struct Sums {
 }
 
 impl Sums {
-    /// Zeros where the inputs of experts are added, of which some may see no token; others come with the first.
+    /// Zeros for the inputs of experts, which may see no token. Sums of other linears are created with their first input.
     pub fn for_inputs(linears: &[(Slot, [usize; 2])], needs: Needs) -> Self {
         let mut sums = Self::default();
         for (slot, [_, n]) in linears.iter().filter(|(slot, _)| slot.expert.is_some()) {
@@ -107,7 +107,7 @@ impl Sums {
         sums
     }
 
-    /// The same where their gradients are added.
+    /// The same for gradients.
     pub fn for_gradients(linears: &[(Slot, [usize; 2])], needs: Needs) -> Self {
         let mut sums = Self::default();
         for &(slot, [m, n]) in linears.iter().filter(|(slot, _)| slot.expert.is_some()) {
@@ -130,10 +130,10 @@ impl Sums {
         self.vectors.entry(key).or_insert_with(|| vec![0.0; n])
     }
 
-    /// Adds the inputs `x` (batch, n_tokens, n) at `site`.
+    /// Adds inputs `x` (batch, n_tokens, n) at `site`.
     ///
     /// # Errors
-    /// A shape that does not match.
+    /// The shape does not match.
     pub fn add_inputs(&mut self, site: InputSite, x: &Tensor, needs: Needs) -> Result<()> {
         let (batch, n_tokens, n) = x.dims3()?;
         if let InputSite::ExpertGateUp(expert) = site {
@@ -157,10 +157,10 @@ impl Sums {
         Ok(())
     }
 
-    /// Adds the gradients (n_tokens, m) of one window at the output of a linear; with `clip`, norms of tokens are bounded.
+    /// Adds the gradients (n_tokens, m) of one window at the output of a linear. `clip` bounds the norms of its tokens.
     ///
     /// # Errors
-    /// A shape that does not match.
+    /// The shape does not match.
     pub fn add_output_gradients(&mut self, slot: Slot, gradient: &Tensor, clip: bool) -> Result<()> {
         let (n_tokens, m) = gradient.dims2()?;
         let mut values = gradient.flatten_all()?.to_vec1::<f32>()?;
@@ -174,7 +174,7 @@ impl Sums {
     /// Adds the squares of one sequence's weight gradient, from its inputs (n_tokens, n) and output gradients (n_tokens, m).
     ///
     /// # Errors
-    /// A shape that does not match.
+    /// The shape does not match.
     pub fn add_squared_gradient(&mut self, slot: Slot, x: &Tensor, gradient: &Tensor) -> Result<()> {
         let (m, n) = (gradient.dim(1)?, x.dim(1)?);
         let weight_gradient = gradient.t()?.contiguous()?.matmul(x)?; // ∂L/∂W (m, n)
@@ -200,7 +200,7 @@ impl Sums {
         linalg::add_gram_f32(self.gram(key, n), rows, n_tokens);
     }
 
-    /// Every sum as it is kept: f32, Grams as their lower triangle, row after row.
+    /// All sums as they are stored: in f32, Grams as lower triangles, row by row.
     ///
     /// # Errors
     /// A sum is not finite.
@@ -213,18 +213,20 @@ impl Sums {
         let vectors = vectors.map(|(key, sum)| (key.name(block), sum.into_iter().map(|v| v as f32).collect()));
         let packed: Vec<(String, Vec<f32>)> = grams.chain(vectors).collect();
         if let Some((name, _)) = packed.iter().find(|(_, values)| values.iter().any(|v| !v.is_finite())) {
-            return Err(Failure::numeric(format!("calibration met values that are not finite (statistic `{name}`)"))
-                .hint(NON_FINITE_HINT)
-                .into());
+            return Err(Failure::numeric(format!(
+                "calibration produced values that are not finite (statistic `{name}`)"
+            ))
+            .hint(NON_FINITE_HINT)
+            .into());
         }
         Ok(packed)
     }
 }
 
-/// A Gram (n, n) from its packed lower triangle, times `scale`.
+/// A Gram (n, n) from its packed lower triangle, multiplied by `scale`.
 ///
 /// # Errors
-/// The length belongs to no triangle of size `n`.
+/// The length is not that of a triangle of size `n`.
 pub fn unpack_gram(packed: &[f32], n: usize, scale: f64) -> Result<Mat<f64>> {
     ensure!(packed.len() == n * (n + 1) / 2, "a Gram of {n} has {} values, not {}", n * (n + 1) / 2, packed.len());
     let mut gram = Mat::zeros(n, n);
@@ -238,8 +240,8 @@ pub fn unpack_gram(packed: &[f32], n: usize, scale: f64) -> Result<Mat<f64>> {
     Ok(gram)
 }
 
-/// Scales the rows of `gradients` (n_tokens, m) so that their norms lie between 0.1 and 10 times the mean norm of the
-/// window: a few tokens do not make the metric. Rows of zeros stay.
+/// Scales the rows of `gradients` (n_tokens, m) so that their norms are between 0.1 and 10 times the mean norm of the window, which keeps a
+/// few tokens from dominating the metric. Rows of zeros are kept.
 fn clip_tokens(gradients: &mut [f32], m: usize) {
     let norm = |row: &[f32]| row.iter().map(|&v| f64::from(v) * f64::from(v)).sum::<f64>().sqrt();
     let norms: Vec<f64> = gradients.chunks_exact(m).map(norm).collect();
@@ -260,7 +262,7 @@ mod tests {
     use crate::model::Role;
 
     #[test]
-    fn sums_are_those_of_outer_products_whatever_the_batch() {
+    fn sums_are_those_of_outer_products_for_any_batch() {
         let values: Vec<f32> = (0..4 * 3 * 5).map(|i| ((i * 37) % 19) as f32 - 9.0).collect();
         let x = Tensor::from_slice(&values, (4, 3, 5), &Device::Cpu).unwrap();
         let observe = |batches: &[(usize, usize)]| {
@@ -309,7 +311,7 @@ mod tests {
     }
 
     #[test]
-    fn experts_that_see_nothing_have_sums() {
+    fn experts_without_tokens_have_sums() {
         let slot = |expert| Slot { role: Role::DownProj, expert: Some(expert) };
         let linears = [(slot(0), [3, 2]), (slot(1), [3, 2])];
         let mut sums = Sums::for_inputs(&linears, Needs::ALL);

@@ -1,7 +1,7 @@
-//! Statistics of a whole model: just measured, or read from a file of `lrc calibrate`.
+//! Statistics of a whole model, measured or read from a file of `lrc calibrate`.
 //!
-//! The file is safetensors: one f32 array a statistic (Grams as packed lower triangles) and `header`, JSON as bytes, with
-//! the fingerprint of the model and the parts of texts that were summed.
+//! The file is safetensors: one f32 array per statistic (Grams as packed lower triangles), and `header`, JSON as bytes, with the
+//! fingerprint of the model and the text parts that were summed.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -19,12 +19,12 @@ use crate::error::Failure;
 use crate::model::{InputSite, LinearId};
 use crate::store::{Array, Journal, Spool, Spooled, Values};
 
-/// What the sums are of.
+/// The origin of the sums.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Header {
     pub lrc_statistics_version: u32,
-    /// SHA-256 of the files that the sums depend on (`model::fingerprint`).
+    /// SHA-256 of the files on which the sums depend (`model::fingerprint`).
     pub model: Fingerprint,
     pub needs: Needs,
     pub clip_gradients: bool,
@@ -36,11 +36,11 @@ pub struct Header {
 #[serde(deny_unknown_fields)]
 pub struct Part {
     pub text_sha256: String,
-    /// Windows asked for, of which these are the `part`.
+    /// Number of windows requested for all parts.
     pub samples: usize,
     pub seq_len: usize,
     pub seed: u64,
-    /// (i, n): the i-th of n parts, from 1.
+    /// (i, n): the i-th of n parts, counted from 1.
     pub part: (usize, usize),
     pub windows: usize,
     pub tokens: usize,
@@ -62,7 +62,7 @@ impl Header {
         self.parts.iter().map(|p| p.windows).sum()
     }
 
-    /// What no run of `lrc calibrate` writes, in words.
+    /// Describes a header that no run of `lrc calibrate` writes.
     fn fault(&self) -> Option<String> {
         if self.lrc_statistics_version != Self::VERSION {
             return Some(format!("version {}", self.lrc_statistics_version));
@@ -70,15 +70,15 @@ impl Header {
         let is_hash = |text: &str| text.len() == 64 && text.bytes().all(|b| b.is_ascii_hexdigit());
         let is_sound = |p: &&Part| {
             let (i, n) = p.part;
-            // Sums of all parts are far from the largest integer.
+            // Small enough that sums over parts do not overflow.
             let is_small = [p.samples, p.seq_len, p.windows, p.tokens, n].iter().all(|&n| n < 1 << 40);
             is_hash(&p.text_sha256) && 1 <= i && i <= n && is_small
         };
         let broken = self.parts.iter().find(|part| !is_sound(part));
         if let Some(Part { text_sha256, part: (i, n), .. }) = broken {
-            return Some(format!("part {i}/{n} of a text of hash `{text_sha256}` is none that was measured"));
+            return Some(format!("part {i}/{n} of a text with hash `{text_sha256}` is not valid"));
         }
-        self.parts.is_empty().then(|| "it is of no text".into())
+        self.parts.is_empty().then(|| "it has no text parts".into())
     }
 }
 
@@ -86,17 +86,18 @@ impl Header {
 pub struct Statistics {
     pub header: Header,
     source: Source,
-    /// What [`Self::pooled`] found, by the name of the first expert's, and [`Self::pooled_over_blocks`] by a star and that of block 0.
+    /// Results of [`Self::pooled`] by the name of the first expert's statistic, and of [`Self::pooled_over_blocks`] by a star and the name in
+    /// block 0.
     pooled: Mutex<BTreeMap<String, Pooled>>,
 }
 
-/// A statistic of all experts of a block together, or of one place in all blocks.
+/// A statistic pooled over the experts of a block, or over all blocks.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Pooled {
-    /// Over members and tokens, a feature in the mean.
+    /// Sum over members and tokens of the mean over features.
     pub sum: f64,
     pub tokens: f64,
-    /// Experts, or blocks.
+    /// Number of experts or blocks.
     pub members: usize,
 }
 
@@ -154,20 +155,20 @@ fn diagonal(values: &[f32]) -> Vec<f32> {
 const HEADER: &str = "header";
 
 impl Statistics {
-    /// None yet; they are kept in memory up to `memory_bytes`, in a file in `work_folder` past it.
+    /// Empty statistics. They are held in memory up to `memory_bytes`, and beyond that in a file in `work_folder`.
     pub fn new(header: Header, memory_bytes: usize, work_folder: &Path) -> Self {
         let spool = Spool::new(memory_bytes, work_folder.into());
         let measured = Measured { spool, arrays: BTreeMap::new() };
         Self { header, source: Source::Measured(Mutex::new(measured)), pooled: Mutex::default() }
     }
 
-    /// Keeps the sums of a block.
+    /// Adds the sums of a block.
     ///
     /// # Errors
-    /// The work folder refuses.
+    /// The work folder cannot be written.
     pub fn keep(&mut self, sums: Vec<(String, Array)>) -> Result<()> {
         let Source::Measured(measured) = &mut self.source else {
-            unreachable!("invariant: sums are kept in what was begun by `new`")
+            unreachable!("invariant: sums are added to statistics made by `new`")
         };
         let measured = measured.get_mut().expect("invariant: no holder of the statistics panics");
         sums.into_iter().try_for_each(|(name, values)| measured.keep(name, values))
@@ -206,20 +207,20 @@ impl Statistics {
         kept.into_iter().try_for_each(|(name, values)| measured.keep(name, values))
     }
 
-    /// Opens a file of [`Self::write`].
+    /// Opens a file written by [`Self::write`].
     ///
     /// # Errors
-    /// It is broken, or holds no statistics.
+    /// The file is damaged, or is not statistics.
     pub fn open(path: &Path) -> Result<Self> {
         if !path.exists() {
-            return Err(Failure::usage(format!("there is no file of statistics `{}`", path.display()))
-                .hint("`lrc calibrate MODEL --text FILE -o STATISTICS` makes one")
+            return Err(Failure::usage(format!("statistics file `{}` does not exist", path.display()))
+                .hint("`lrc calibrate MODEL --text FILE -o STATISTICS` writes one")
                 .into());
         }
         let file = Checkpoint::open_arrays(path)?;
         let foreign = |reason: &str| {
-            Failure::unsupported(format!("`{}` holds no statistics of this version: {reason}", path.display()))
-                .hint("`lrc calibrate MODEL --text FILE -o STATISTICS` makes them")
+            Failure::unsupported(format!("`{}` is not a statistics file of this version: {reason}", path.display()))
+                .hint("`lrc calibrate MODEL --text FILE -o STATISTICS` writes one")
         };
         if file.info(HEADER).is_none() {
             return Err(foreign("it has no header").into());
@@ -232,10 +233,10 @@ impl Statistics {
         Ok(Self { header, source: Source::File(Box::new(file)), pooled: Mutex::default() })
     }
 
-    /// Refuses statistics of another model.
+    /// Checks that the statistics are those of a model.
     ///
     /// # Errors
-    /// The fingerprint differs.
+    /// The fingerprints differ.
     pub fn expect_model(&self, fingerprint: &Fingerprint, named: &str) -> Result<()> {
         if self.header.model == *fingerprint {
             return Ok(());
@@ -244,20 +245,20 @@ impl Statistics {
         let differs = |name: &&String| self.header.model.get(*name) != fingerprint.get(*name);
         let files: Vec<&str> = names.into_iter().filter(differs).map(String::as_str).collect();
         Err(Failure::unsupported(format!("`{named}` belongs to another model (differs in: {})", files.join(", ")))
-            .hint("calibrate this model; a changed config, pooling or weight file makes another model")
+            .hint("calibrate this model; a changed config, pooling or weight file counts as another model")
             .into())
     }
 
-    /// Refuses statistics that lack what a method asks for.
+    /// Checks that the statistics include those that a method needs.
     ///
     /// # Errors
-    /// Something is missing.
+    /// Some are missing.
     pub fn expect_needs(&self, needs: Needs, named: &str) -> Result<()> {
         if needs.are_met_by(self.header.needs) {
             return Ok(());
         }
         Err(Failure::unsupported(format!("`{named}` lacks statistics that this method needs"))
-            .hint("`lrc calibrate` without `--method` collects those of every method")
+            .hint("`lrc calibrate` without `--method` collects statistics for every method")
             .into())
     }
 
@@ -289,22 +290,22 @@ impl Statistics {
         }
     }
 
-    /// Tokens that an expert saw; none for a linear that sees all of them.
+    /// Number of tokens routed to the expert of a linear; none for linears outside experts.
     ///
     /// # Errors
-    /// They were not counted.
+    /// It was not measured.
     pub fn expert_tokens(&self, id: LinearId) -> Result<Option<f64>> {
         let count = |expert| Ok(self.vector(Key::ExpertTokens(expert), id.block, 1)?[0]);
         id.slot.expert.map(count).transpose()
     }
 
-    /// Tokens that a linear saw, at least 1 to divide by.
+    /// Number of tokens that a linear saw, at least 1 (a divisor).
     fn n_seen(&self, id: LinearId) -> Result<f64> {
         Ok(self.expert_tokens(id)?.unwrap_or(self.header.n_tokens() as f64).max(1.0))
     }
 
-    /// `C = Σ x xᵀ / n_tokens`, (n, n), of the inputs of a linear. Tokens that go to other experts count as zeros: errors are
-    /// means over the text.
+    /// `C = Σ x xᵀ / n_tokens`, (n, n), of the inputs of a linear. Tokens routed to other experts count as zeros, so that errors are means over
+    /// the text.
     ///
     /// # Errors
     /// It was not measured, or has another size.
@@ -313,8 +314,8 @@ impl Statistics {
         self.gram(Key::InputGram(id.slot.site()), id, n, scale)
     }
 
-    /// `G = Σ g gᵀ / n_seen`, (m, m), of the gradients at the output of a linear: a mean over the tokens that it saw, so that
-    /// the share of an expert is counted once in `G ⊗ C`.
+    /// `G = Σ g gᵀ / n_seen`, (m, m), of the gradients at the output of a linear. A mean over the tokens that it saw, so that the share of an
+    /// expert enters `G ⊗ C` once.
     ///
     /// # Errors
     /// It was not measured, or has another size.
@@ -336,8 +337,8 @@ impl Statistics {
         Ok(self.vector(Key::InputMagnitude(id.slot.site()), id.block, n)?.into_iter().map(|v| v * scale).collect())
     }
 
-    /// What a statistic sums up to in the mean of its features over all experts of a block, and the tokens that they saw: of a
-    /// Gram the diagonal counts. `key` names it for an expert.
+    /// Pools a statistic over all experts of a block: the sum of its mean over features (for a Gram, of its diagonal), and the tokens that the
+    /// experts saw. `key` gives the statistic of an expert.
     ///
     /// # Errors
     /// It was not measured, or has another size.
@@ -357,10 +358,10 @@ impl Statistics {
         Ok(pooled)
     }
 
-    /// The same of one place (of `expert`, where it is one's) over all blocks in which it is not all zeros.
+    /// Pools a statistic over all blocks in which it is not zero; `expert` is given for statistics of an expert.
     ///
     /// # Errors
-    /// A statistic is broken.
+    /// A statistic cannot be read.
     pub fn pooled_over_blocks(&self, key: Key, expert: Option<usize>) -> Result<Pooled> {
         let cache = || self.pooled.lock().expect("invariant: no holder of the cache panics");
         let cached = format!("*{}", key.name(0));
@@ -388,7 +389,7 @@ impl Statistics {
         Ok(pooled)
     }
 
-    /// The mean of a statistic over its features: of a Gram that of its diagonal.
+    /// The mean of a statistic over its features; for a Gram, of its diagonal.
     fn mean_feature(&self, key: Key, block: usize) -> Result<f64> {
         let (name, is_gram) = (key.name(block), matches!(key, Key::InputGram(_) | Key::OutputGram(_)));
         let forgotten = match &self.source {
@@ -404,7 +405,7 @@ impl Statistics {
         Ok(features.iter().sum::<f64>() / features.len().max(1) as f64)
     }
 
-    /// `Σ (∂L/∂W)²` over sequences and outputs: one value an input feature, (n).
+    /// `Σ (∂L/∂W)²` over sequences and outputs: one value per input feature, (n).
     ///
     /// # Errors
     /// It was not measured, or has another size.
@@ -412,7 +413,7 @@ impl Statistics {
         self.vector(Key::SquaredGradientInput(id.slot), id.block, n)
     }
 
-    /// `Σ (∂L/∂W)²` over sequences and inputs: one value an output feature, (m).
+    /// `Σ (∂L/∂W)²` over sequences and inputs: one value per output feature, (m).
     ///
     /// # Errors
     /// It was not measured, or has another size.
@@ -430,20 +431,20 @@ impl Statistics {
         Ok(values.into_iter().map(f64::from).collect())
     }
 
-    /// Writes `path`, whole or not at all.
+    /// Writes `path` atomically.
     ///
     /// # Errors
-    /// It exists and `force` is false, or the disk refuses.
+    /// It exists and `force` is false, or cannot be written.
     pub fn write(&self, path: &Path, force: bool) -> Result<()> {
         let names = self.names();
         let lengths = names.iter().map(|name| Ok(self.array(name)?.len())).collect::<Result<Vec<_>>>()?;
         write(path, force, &self.header, &names, &lengths, |name| self.array(name))
     }
 
-    /// Adds statistics measured apart and writes the sum to `path`.
+    /// Adds statistics that were measured separately, and writes the sum to `path`.
     ///
     /// # Errors
-    /// The files are of different models or kinds, share a part, or the disk refuses.
+    /// The files belong to different models, hold different statistics or share a part, or `path` cannot be written.
     pub fn merge(files: &[(String, Self)], path: &Path, force: bool) -> Result<Header> {
         let ((first_name, first), rest) = files.split_first().context("nothing to merge")?;
         let mut header = first.header.clone();
@@ -451,7 +452,7 @@ impl Statistics {
             other.expect_model(&first.header.model, name)?;
             let is_alike = other.header.needs == header.needs && other.header.clip_gradients == header.clip_gradients;
             if !is_alike || other.names() != first.names() {
-                return Err(Failure::unsupported(format!("`{name}` and `{first_name}` hold different statistics"))
+                return Err(Failure::unsupported(format!("`{name}` and `{first_name}` contain different statistics"))
                     .hint("calibrate both with the same settings")
                     .into());
             }
@@ -460,8 +461,8 @@ impl Statistics {
         header.parts.sort();
         if let Some(twice) = header.parts.windows(2).find(|pair| pair[0] == pair[1]) {
             let (i, n) = twice[0].part;
-            return Err(Failure::usage(format!("part {i}/{n} of one text would be counted twice"))
-                .hint("give every file once; `lrc calibrate --part I/N` measures parts")
+            return Err(Failure::usage(format!("part {i}/{n} of a text would be counted twice"))
+                .hint("give each file once; `lrc calibrate --part I/N` measures separate parts")
                 .into());
         }
         let names = first.names();
@@ -470,7 +471,7 @@ impl Statistics {
             let mut sum: Vec<f64> = first.array(name)?.into_iter().map(f64::from).collect();
             for (other_name, other) in rest {
                 let values = other.array(name)?;
-                anyhow::ensure!(values.len() == sum.len(), "statistic `{name}` of `{other_name}` has another size");
+                anyhow::ensure!(values.len() == sum.len(), "statistic `{name}` of `{other_name}` has a different size");
                 sum.iter_mut().zip(values).for_each(|(s, v)| *s += f64::from(v));
             }
             Ok(sum.into_iter().map(|v| v as f32).collect())
@@ -479,15 +480,18 @@ impl Statistics {
     }
 }
 
-/// Fails where [`Statistics::write`] would, before any work.
+/// Checks before any work that [`Statistics::write`] can write `path`.
 ///
 /// # Errors
-/// The file exists and `force` is false, or its name does not say what it is.
+/// The file exists and `force` is false, or its name does not end in `.safetensors`.
 pub fn check_output(path: &Path, force: bool) -> Result<()> {
     if path.extension().is_none_or(|e| e != "safetensors") {
-        return Err(Failure::usage(format!("`{}` is no name for statistics", path.display()))
-            .hint("the file is safetensors: let its name end in `.safetensors`")
-            .into());
+        return Err(Failure::usage(format!(
+            "the name of a statistics file must end in `.safetensors`, not `{}`",
+            path.display()
+        ))
+        .hint("for example `-o stats.safetensors`")
+        .into());
     }
     Ok(check_file(path, force)?)
 }

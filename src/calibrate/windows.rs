@@ -1,4 +1,4 @@
-//! Which windows of which text are observed.
+//! The calibration windows and their targets.
 
 use std::ops::Range;
 use std::path::PathBuf;
@@ -14,36 +14,36 @@ use crate::model::config::window_length;
 use crate::model::{Decoder, Objective, SentenceModules};
 use crate::text::{Bos, Text, Tokenizer, draw};
 
-/// Tokens in a window where the user names none; what the field's tools take, capped by the model's context.
+/// Default tokens per window, capped by the model's context.
 const DEFAULT_SEQ_LEN: usize = 512;
 
-/// Which text is observed, and how much of it.
+/// The calibration text, and how much of it is used.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct WindowSettings {
     pub text: PathBuf,
-    /// Of the documents of a file that holds several.
+    /// Field of a document that holds its text.
     pub field: String,
     pub samples: usize,
-    /// By default 512, at most the model's context.
+    /// Tokens per window; none: 512, at most the model's context.
     pub seq_len: Option<usize>,
     pub seed: u64,
 }
 
-/// Calibration text cut into windows, ready before a weight is read.
+/// A calibration text cut into windows.
 #[derive(Debug, Clone)]
 pub struct Windows {
     pub windows: Vec<Vec<u32>>,
-    /// What the loss of each is of.
+    /// The targets of the loss of each window.
     pub targets: Vec<Targets>,
     pub part: Part,
     /// The text as the user named it.
     pub text: String,
 }
 
-/// What the loss of a window is of: target tokens and the rows that they are predicted from, or an embedding.
+/// The targets of the loss of a window: tokens with the rows they are predicted from, or an embedding.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Targets {
-    /// Empty where the loss is of no token.
+    /// Empty if the loss has no token targets.
     pub rows: Vec<u32>,
     pub tokens: Vec<u32>,
     /// Seeds the direction in which the gradient of an embedding is taken.
@@ -51,33 +51,32 @@ pub struct Targets {
 }
 
 impl Targets {
-    /// Every token of a window but the first, from the state before it.
+    /// All tokens of a window but the first, each predicted from the state before it.
     pub fn next(ids: &[u32]) -> Self {
         let tokens = ids.get(1..).unwrap_or_default().to_vec();
         Self { rows: (0..tokens.len() as u32).collect(), tokens, ..Self::default() }
     }
 
-    /// Hides a share of the tokens of a window in `places`, and asks for them; `generator` draws which.
+    /// Masks a random share of the tokens in `places`, which become the targets.
     fn masked(ids: &mut [u32], places: Range<usize>, mask: u32, generator: &mut ChaCha8Rng) -> Self {
-        let n_hidden = (places.len() * HIDDEN_PERCENT).div_ceil(100);
+        let n_masked = (places.len() * MASKED_PERCENT).div_ceil(100);
         let mut rows: Vec<u32> = places.map(|place| place as u32).collect();
-        for i in 0..n_hidden {
+        for i in 0..n_masked {
             let rest = (rows.len() - i) as u64;
             rows.swap(i, i + (generator.next_u64() % rest) as usize);
         }
-        rows.truncate(n_hidden);
+        rows.truncate(n_masked);
         rows.sort_unstable();
         let tokens = rows.iter().map(|&row| std::mem::replace(&mut ids[row as usize], mask)).collect();
         Self { rows, tokens, ..Self::default() }
     }
 }
 
-/// Of the tokens of a text, hidden from an encoder: as BERT was trained, but for the few of these that it was shown in
-/// another way (Devlin et al. 2019).
-const HIDDEN_PERCENT: usize = 15;
+/// Percentage of masked tokens: as in the training of BERT, which however replaces some of them differently (Devlin et al. 2019).
+const MASKED_PERCENT: usize = 15;
 
 impl Windows {
-    /// Draws windows, and takes the `part`-th (from 1) of `n_parts` equal runs of them.
+    /// Draws windows, and keeps the `part`-th (from 1) of `n_parts` equal parts.
     ///
     /// # Errors
     /// The text or the tokenizer cannot be read, or the text is too short.
@@ -94,7 +93,8 @@ impl Windows {
         };
         let n_of_text = seq_len.saturating_sub(n_added);
         if n_of_text == 0 {
-            let message = format!("windows of {seq_len} tokens hold nothing but the {n_added} that the tokenizer adds");
+            let message =
+                format!("a window of {seq_len} tokens has no room beside the {n_added} that the tokenizer adds");
             return Err(Failure::usage(message).hint("give a larger `--seq-len`").into());
         }
         let drawn = match decoder.sentence() {
@@ -125,7 +125,7 @@ impl Windows {
         }
         if windows.len() < settings.samples {
             tracing::warn!(
-                "`{}` has {} windows, fewer than `--samples {}`",
+                "`{}` has only {} windows, fewer than `--samples {}`",
                 settings.text.display(),
                 windows.len(),
                 settings.samples
@@ -147,13 +147,13 @@ impl Windows {
     }
 }
 
-/// The shortest piece of a text that is embedded, with what the tokenizer adds.
+/// Tokens of the shortest piece of a text, including those that the tokenizer adds.
 const SHORTEST_PIECE: usize = 16;
 
-/// Texts as a model of sentence embeddings reads them, without what the tokenizer adds, about `samples` × `seq_len` tokens in
-/// all: the documents of a file that has many, each cut at the longest window; else pieces of the one text. Errors of a short
-/// text's embedding are not those of a long one's, so pieces have lengths from [`SHORTEST_PIECE`] on, each twice that
-/// before it, up to the longest window, and every length has the same share of the tokens.
+/// Texts for a model of sentence embeddings, without the tokens that the tokenizer adds; about `samples` × `seq_len` tokens in total. They are
+/// the documents of a file, truncated to the longest window, or pieces of a single text. Embeddings of short and of long texts have
+/// different errors, so the lengths of pieces double from [`SHORTEST_PIECE`] to the longest window, and every length has the same share
+/// of the tokens.
 fn sentences(
     tokenizer: &Tokenizer,
     text: &Text,
@@ -175,7 +175,7 @@ fn sentences(
                 break;
             }
         }
-        // Those of one length travel together.
+        // Windows of equal length share a batch.
         drawn.sort_by_key(Vec::len);
         return Ok(drawn);
     }

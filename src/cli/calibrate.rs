@@ -18,9 +18,9 @@ use crate::report::{CalibrateReport, LRC_VERSION, SCHEMA_VERSION, peak_memory_by
 use crate::store::Journal;
 use crate::text::DEFAULT_FIELD;
 
-/// Measure the statistics that metrics are made of, once, and keep them
+/// Measure calibration statistics once and save them
 ///
-/// Sums over tokens: parts measured apart, on several machines, add up.
+/// Statistics are sums over tokens. Parts of a text can be measured on several machines and merged.
 ///
 /// Examples:
 ///   lrc calibrate MODEL --text text.txt -o stats.safetensors
@@ -29,69 +29,77 @@ use crate::text::DEFAULT_FIELD;
 #[derive(Debug, Args)]
 #[command(verbatim_doc_comment)]
 pub(super) struct CalibrateArgs {
-    /// Folder of a checkpoint, a `.safetensors` file, or a hub id (`org/name`)
+    /// Checkpoint: a folder, a `.safetensors` or `.gguf` file, or a hub id (`org/name`)
     #[arg(required_unless_present = "merge")]
     model: Option<String>,
 
     /// Branch, tag or commit of a hub id
-    #[arg(long, default_value = "main", value_name = "REV")]
+    #[arg(long, default_value = "main", value_name = "REV", help_heading = "Model")]
     revision: String,
 
-    /// Text to observe: prose in UTF-8, or documents in `.jsonl`, `.ndjson`, `.json` or `.parquet`; each also as `.gz` or `.zst`
-    #[arg(long, value_name = "FILE", required_unless_present = "merge")]
+    /// Text to measure on (`.txt`, `.jsonl`, `.json`, `.parquet`)
+    ///
+    /// Prose in UTF-8, or documents in `.jsonl`, `.ndjson`, `.json` or `.parquet`; each also as `.gz` or `.zst`.
+    #[arg(long, value_name = "FILE", required_unless_present = "merge", help_heading = "Text")]
     text: Option<PathBuf>,
 
-    /// Field that holds the text of a document
-    #[arg(long, value_name = "NAME", default_value = DEFAULT_FIELD)]
+    /// Field of a document that holds its text
+    #[arg(long, value_name = "NAME", default_value = DEFAULT_FIELD, help_heading = "Text")]
     field: String,
 
-    /// Output file
-    #[arg(short, long, value_name = "STATISTICS")]
-    output: PathBuf,
-
-    /// Add files of statistics, instead of measuring
-    #[arg(long, value_name = "STATISTICS", num_args = 2.., conflicts_with_all = ["model", "text", "method", "samples", "seq_len", "seed", "part"])]
-    merge: Vec<PathBuf>,
-
-    /// Methods to collect for [default: all]
-    #[arg(long, value_enum, num_args = 1)]
-    method: Vec<Method>,
-
-    /// Windows to draw [default: 64]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    /// Number of windows [default: 64]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..), help_heading = "Text")]
     samples: Option<u32>,
 
-    /// Tokens in a window [default: 512, at most the model's context]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(2..))]
+    /// Tokens per window [default: 512, at most the model's context]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(2..), help_heading = "Text")]
     seq_len: Option<u32>,
 
-    /// Seed of the choice of windows [default: 0]
-    #[arg(long, value_name = "N")]
+    /// Seed for the choice of windows [default: 0]
+    #[arg(long, value_name = "N", help_heading = "Text")]
     seed: Option<u64>,
 
-    /// Observe the I-th of N equal parts of the windows drawn
-    #[arg(long, value_name = "I/N", value_parser = part)]
+    /// Measure only the I-th of N equal parts of the windows
+    #[arg(long, value_name = "I/N", value_parser = part, help_heading = "Text")]
     part: Option<(usize, usize)>,
 
-    /// Clip gradients of tokens to 0.1 to 10 times their mean norm
-    #[arg(long, conflicts_with = "merge")]
+    /// Methods to collect statistics for [default: all]
+    #[arg(long, value_enum, num_args = 1, help_heading = "Statistics")]
+    method: Vec<Method>,
+
+    /// Clip per-token gradients to 0.1 to 10 times their mean norm
+    #[arg(long, conflicts_with = "merge", help_heading = "Statistics")]
     clip_gradients: bool,
+
+    /// Add up files of statistics instead of measuring
+    #[arg(
+        long,
+        value_name = "FILE",
+        num_args = 2..,
+        conflicts_with_all = ["model", "text", "method", "samples", "seq_len", "seed", "part"],
+        help_heading = "Statistics"
+    )]
+    merge: Vec<PathBuf>,
 
     #[command(flatten)]
     memory: MemoryArgs,
 
+    /// Output file, ending in `.safetensors`
+    #[arg(short, long, value_name = "STATISTICS", help_heading = "Output")]
+    output: PathBuf,
+
     /// Replace the output file
-    #[arg(long)]
+    #[arg(long, help_heading = "Output")]
     force: bool,
 
     /// Print the report as JSON
-    #[arg(long)]
+    #[arg(long, help_heading = "Output")]
     json: bool,
 }
 
 fn part(text: &str) -> Result<(usize, usize), String> {
     let parsed = text.split_once('/').and_then(|(i, n)| Some((i.parse().ok()?, n.parse().ok()?)));
-    parsed.filter(|&(i, n)| 1 <= i && i <= n).ok_or_else(|| "write I/N, 1 to N of N parts: `1/4`".into())
+    parsed.filter(|&(i, n)| 1 <= i && i <= n).ok_or_else(|| "expected I/N with 1 ≤ I ≤ N, such as `1/4`".into())
 }
 
 pub(super) fn run(args: &CalibrateArgs, quiet: bool, progress: &Bars) -> Result<()> {
@@ -130,7 +138,9 @@ fn measure(
     let decoder = Decoder::open(&checkpoint)?;
     let needs = args.method.iter().map(|m| m.preset().needs()).reduce(Needs::union).unwrap_or(Needs::ALL);
     if needs == Needs::default() {
-        return Err(Failure::usage("`--method svd` needs no statistics").hint("name another method, or none").into());
+        return Err(Failure::usage("`--method svd` uses no statistics")
+            .hint("name another method, or leave `--method` out to collect for all")
+            .into());
     }
     let observation = Observation { needs, clip_gradients: args.clip_gradients };
     let settings = WindowSettings {
@@ -141,7 +151,7 @@ fn measure(
         seed: args.seed.unwrap_or(0),
     };
     let windows = Windows::load(&checkpoint, &settings, args.part.unwrap_or((1, 1)))?;
-    // Statistics of large models fill disks: they are kept where the output goes.
+    // Statistics of large models need much space: they are spooled to the disk of the output.
     let folder = folder_of(&args.output).to_path_buf();
     let limits = WalkLimits::new(args.memory.memory.as_u64(), folder.clone());
     let header = Header::new(fingerprint(&checkpoint)?, observation, vec![windows.part.clone()]);
@@ -155,7 +165,7 @@ fn measure(
         progress,
         &mut |sums| statistics.keep(sums),
     )
-    .with_context(|| format!("calibrate on `{}`", windows.text))?;
+    .with_context(|| format!("calibrating on `{}`", windows.text))?;
     statistics.write(&args.output, args.force)?;
     Ok((header, seconds))
 }
@@ -170,7 +180,7 @@ fn show(args: &CalibrateArgs, report: &CalibrateReport) -> String {
     let mut rows = vec![
         ("windows", report.windows.to_string()),
         ("tokens", grouped(report.tokens as u64)),
-        ("parts of texts", report.parts.join(", ")),
+        ("text parts", report.parts.join(", ")),
         ("size", ByteSize(report.size_bytes).to_string()),
     ];
     if args.merge.is_empty() {

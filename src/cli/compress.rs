@@ -8,18 +8,21 @@ use bytesize::ByteSize;
 use clap::Args;
 use indicatif::HumanDuration;
 
+use super::options::RecipeArgs;
 use super::terminal::{Bars, fixed, grouped, table};
 use super::{GateArgs, MemoryArgs, ModelArgs};
 use crate::checkpoint::OutputFolder;
 use crate::compress::recipe::{Recipe, RecipeOptions};
 use crate::compress::{self, Job};
 use crate::report::gate;
-use crate::report::{CompressReport, ControlRecord, DryRunReport, LeftOutRecord, LinearRecord, REPORT_FILE, Sizes};
+use crate::report::{
+    CompressReport, DryRunReport, EqualBytesBaseline, LeftOutRecord, LinearRecord, REPORT_FILE, Sizes,
+};
 
 /// Compress a checkpoint
 ///
-/// Replaces linears by low-rank factors, by quantised matrices, or by both, and writes safetensors with a report.
-/// The output folder appears whole or not at all.
+/// Replaces linears with low-rank factors, quantized matrices, or both, and writes the weights with a report.
+/// The output folder appears only when it is complete. An interrupted run is resumed by the same command.
 ///
 /// Examples:
 ///   lrc compress MODEL -o OUT --keep 0.8
@@ -34,37 +37,37 @@ pub(super) struct CompressArgs {
     #[command(flatten)]
     model: ModelArgs,
 
+    #[command(flatten)]
+    options: RecipeArgs,
+
     /// Output folder
-    #[arg(short, long, value_name = "OUT")]
+    #[arg(short, long, value_name = "OUT", help_heading = "Output", display_order = 0)]
     output: PathBuf,
 
-    #[command(flatten)]
-    options: RecipeOptions,
-
-    /// TOML file with these settings; flags win
-    #[arg(long, value_name = "FILE")]
+    /// Read options from a TOML file; flags override it
+    #[arg(long, value_name = "FILE", help_heading = "Model", display_order = 0)]
     recipe: Option<PathBuf>,
 
     #[command(flatten)]
     memory: MemoryArgs,
 
-    /// Show ranks, sizes, expected memory and time, and write nothing
-    #[arg(long)]
+    /// Show ranks, sizes, expected memory and time; write nothing
+    #[arg(long, help_heading = "Output")]
     dry_run: bool,
 
-    /// Replace an output folder that an earlier run wrote
-    #[arg(long)]
+    /// Replace an output folder written by an earlier run
+    #[arg(long, help_heading = "Output")]
     force: bool,
 
-    /// Throw away what an interrupted run left, and begin anew
-    #[arg(long)]
+    /// Discard the progress of an interrupted run and start over
+    #[arg(long, help_heading = "Output")]
     restart: bool,
 
     #[command(flatten)]
     gates: GateArgs,
 
     /// Print the report as JSON
-    #[arg(long)]
+    #[arg(long, help_heading = "Output")]
     json: bool,
 }
 
@@ -75,7 +78,7 @@ pub(super) fn run(args: &CompressArgs, quiet: bool, progress: &Bars) -> Result<(
         gate::expect_fields::<CompressReport>(&args.gates.fail_if, &[])?;
     }
     let file = args.recipe.as_deref().map(RecipeOptions::read).transpose()?.unwrap_or_default();
-    let recipe = Recipe::new(&args.options.clone().or(file))?;
+    let recipe = Recipe::new(&args.options.0.clone().or(file))?;
     // Before a model is downloaded.
     OutputFolder::check(&args.output, args.force, REPORT_FILE)?;
     let checkpoint = compress::view(args.model.open(progress)?, &recipe)?;
@@ -101,7 +104,7 @@ fn show_dry_run(report: &DryRunReport) -> String {
     let memory = ByteSize(report.expected_memory_bytes);
     let time = HumanDuration(Duration::from_secs_f64(report.expected_seconds));
     format!(
-        "{}{}{}expected memory: {memory}\nexpected time: about {time}\nnothing was written\n",
+        "{}{}{}expected memory: {memory}\nexpected time: about {time}\ndry run: nothing was written\n",
         tables(&report.linears, &report.sizes),
         passed_through(&report.passed_through),
         left_out(&report.left_out)
@@ -114,7 +117,7 @@ pub(super) fn show(report: &CompressReport, output: &Path) -> String {
         .linears
         .iter()
         .filter_map(|l| Some(format!("{}: {}\n", l.module, l.note.as_ref()?)))
-        .chain(report.control.as_ref().map(control))
+        .chain(report.equal_bytes_baseline.as_ref().map(equal_bytes_baseline))
         .collect();
     format!(
         "{}{}{}{notes}wrote `{}` in {:.1} s{memory}\n",
@@ -126,19 +129,19 @@ pub(super) fn show(report: &CompressReport, output: &Path) -> String {
     )
 }
 
-/// What of the source is not in the output, by reason.
+/// Files of the source that are not in the output, by reason.
 pub(super) fn left_out(records: &[LeftOutRecord]) -> String {
     let mut reasons: Vec<&str> = records.iter().map(|record| record.reason.as_str()).collect();
     reasons.sort_unstable();
     reasons.dedup();
     let line = |reason: &str| {
-        let of_reason = records.iter().filter(|record| record.reason == reason).map(|record| record.path.as_str());
-        format!("left out ({reason}): {}\n", of_reason.collect::<Vec<_>>().join(", "))
+        let paths = records.iter().filter(|record| record.reason == reason).map(|record| record.path.as_str());
+        format!("left out ({reason}): {}\n", paths.collect::<Vec<_>>().join(", "))
     };
     reasons.into_iter().map(line).collect()
 }
 
-/// Tensors that are copied, those of one name in many blocks together.
+/// The tensors that are passed through; those that differ only in their block are listed once.
 fn passed_through(names: &[String]) -> String {
     let mut counts: Vec<(String, usize)> = Vec::new();
     for name in names {
@@ -149,29 +152,29 @@ fn passed_through(names: &[String]) -> String {
             None => counts.push((pattern, 1)),
         }
     }
-    let told = |(pattern, count): &(String, usize)| match count {
+    let listed = |(pattern, count): &(String, usize)| match count {
         1 => pattern.clone(),
         count => format!("{pattern} ({count})"),
     };
-    let told: Vec<String> = counts.iter().map(told).collect();
-    format!("passed through: {}\n", if told.is_empty() { "nothing".into() } else { told.join(", ") })
+    let listed: Vec<String> = counts.iter().map(listed).collect();
+    format!("passed through: {}\n", if listed.is_empty() { "nothing".into() } else { listed.join(", ") })
 }
 
-/// What the bytes of the factors would have bought otherwise.
-fn control(control: &ControlRecord) -> String {
-    if !control.is_reachable {
-        return "control without factors: nothing is as small\n".into();
+/// The comparison with a model of the same size without factors.
+fn equal_bytes_baseline(baseline: &EqualBytesBaseline) -> String {
+    if !baseline.is_reachable {
+        return "equal-bytes baseline without factors: none, the quantizers cannot make the model this small\n".into();
     }
-    let ratio = control.weighted_error_ratio.map_or("-".into(), |ratio| format!("{ratio:.3}"));
-    let kl = match (control.kl, control.control_kl) {
+    let ratio = baseline.weighted_error_ratio.map_or("-".into(), |ratio| format!("{ratio:.3}"));
+    let kl = match (baseline.kl, baseline.baseline_kl) {
         (Some(own), Some(other)) => {
-            format!("; KL {}, without factors {}, on the calibration text", fixed(own, 5), fixed(other, 5))
+            format!("; KL on the calibration text {}, baseline {}", fixed(own, 5), fixed(other, 5))
         }
         _ => String::new(),
     };
     format!(
-        "the same bytes without factors ({:.3} bits): the squared error here is {ratio} times as large{kl}\n",
-        control.bits_per_weight
+        "equal-bytes baseline without factors ({:.3} bits per weight): squared error {ratio} times the baseline's{kl}\n",
+        baseline.bits_per_weight
     )
 }
 
@@ -211,9 +214,9 @@ fn tables(linears: &[LinearRecord], sizes: &Sizes) -> String {
             ],
         ],
     );
-    let of = format!(
-        "of these bits {:.3} are in bases and dense linears, {:.3} in low-rank parts\n",
+    let bits = format!(
+        "{:.3} of these bits are in bases and dense linears, {:.3} in low-rank parts\n",
         sizes.bits_per_weight_base, sizes.bits_per_weight_factors
     );
-    format!("{linears}\n{totals}{of}")
+    format!("{linears}\n{totals}{bits}")
 }

@@ -1,4 +1,4 @@
-//! `lrc completions` and `lrc man`: what the command line says of itself to shells and to `man`.
+//! `lrc completions` and `lrc man`.
 
 use std::path::PathBuf;
 
@@ -10,7 +10,7 @@ use clap_mangen::Man;
 use super::Cli;
 use crate::checkpoint::expect_folder;
 
-/// Print completions for a shell
+/// Print shell completions
 ///
 /// Examples:
 ///   lrc completions bash > ~/.local/share/bash-completion/completions/lrc
@@ -19,7 +19,7 @@ use crate::checkpoint::expect_folder;
 #[derive(Debug, Args)]
 #[command(verbatim_doc_comment)]
 pub(super) struct CompletionsArgs {
-    /// The shell
+    /// Shell to complete for
     #[arg(value_enum)]
     shell: Shell,
 }
@@ -30,7 +30,7 @@ pub(super) fn completions(args: &CompletionsArgs) -> Result<()> {
     super::print(&String::from_utf8(script)?)
 }
 
-/// Print the manual page, or write one for every command
+/// Print the manual page, or write one page per command
 ///
 /// Examples:
 ///   lrc man | man -l -
@@ -50,7 +50,7 @@ pub(super) fn man(args: &ManArgs) -> Result<()> {
         return super::print(&String::from_utf8(page)?);
     };
     expect_folder(folder)?;
-    let written = || format!("cannot write manual pages to `{}`", folder.display());
-    std::fs::create_dir_all(folder).with_context(written)?;
-    clap_mangen::generate_to(Cli::command(), folder).with_context(written)
+    let failed = || format!("cannot write manual pages to `{}`", folder.display());
+    std::fs::create_dir_all(folder).with_context(failed)?;
+    clap_mangen::generate_to(Cli::command(), folder).with_context(failed)
 }

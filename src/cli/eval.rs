@@ -8,6 +8,7 @@ use clap::{Args, ValueEnum};
 
 use super::terminal::{Bars, fixed, grouped, table};
 use super::{GateArgs, MemoryArgs, ModelArgs, open};
+use crate::checkpoint::Checkpoint;
 use crate::error::Failure;
 use crate::eval::conventions::Convention;
 use crate::eval::{self, EvalSettings, Masking, Reference};
@@ -20,10 +21,10 @@ use crate::report::{
 };
 use crate::text::{Bos, DEFAULT_FIELD};
 
-/// Measure perplexity in a named convention, and how far a model is from a reference
+/// Measure perplexity, and the divergence from a reference model
 ///
-/// Reads plain checkpoints and everything that `lrc compress` writes, one block at a time. Of encoders hidden states and pooled
-/// embeddings are compared.
+/// Reads plain checkpoints and every output of `lrc compress`, one block at a time. For encoders, compares hidden states
+/// and pooled embeddings with those of the reference.
 ///
 /// Examples:
 ///   lrc eval MODEL --text wiki.test.raw
@@ -36,36 +37,44 @@ pub(super) struct EvalArgs {
     #[command(flatten)]
     model: ModelArgs,
 
-    /// Text to score: prose in UTF-8, or documents in `.jsonl`, `.ndjson`, `.json` or `.parquet`; each also as `.gz` or `.zst`
-    #[arg(long, value_name = "FILE")]
-    text: PathBuf,
-
-    /// Field that holds the text of a document
-    #[arg(long, value_name = "NAME", default_value = DEFAULT_FIELD)]
-    field: String,
-
-    /// Model to measure the divergence from, usually the original
-    #[arg(long, value_name = "MODEL")]
+    /// Reference for the divergence, usually the original model
+    #[arg(long, value_name = "MODEL", help_heading = "Model")]
     reference: Option<String>,
 
-    /// How the text is cut and scored [default: gptq; of encoders masked, or none with a reference]
-    #[arg(long, value_enum)]
+    /// Text to score (`.txt`, `.jsonl`, `.json`, `.parquet`)
+    ///
+    /// Prose in UTF-8, or documents in `.jsonl`, `.ndjson`, `.json` or `.parquet`; each also as `.gz` or `.zst`.
+    #[arg(long, value_name = "FILE", help_heading = "Text")]
+    text: PathBuf,
+
+    /// Field of a document that holds its text
+    #[arg(long, value_name = "NAME", default_value = DEFAULT_FIELD, help_heading = "Text")]
+    field: String,
+
+    /// How the text is cut into windows and scored [default: gptq]
+    ///
+    /// For encoders the default is masked, or no scoring with `--reference`.
+    #[arg(long, value_enum, help_heading = "Text")]
     convention: Option<Asked>,
 
-    /// Tokens in a window [default: the convention's, at most the model's context]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(2..))]
+    /// Tokens per window [default: set by the convention]
+    ///
+    /// At most the model's context.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(2..), help_heading = "Text")]
     seq_len: Option<u32>,
 
-    /// Tokens between the beginnings of windows, in `hf-strided` [default: 512, at most half a window]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    /// Tokens between window starts, for `hf-strided` [default: 512]
+    ///
+    /// The default is at most half a window.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..), help_heading = "Text")]
     stride: Option<u32>,
 
-    /// Score only the first windows
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    /// Score only the first N windows
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..), help_heading = "Text")]
     max_windows: Option<u32>,
 
-    /// Whether the stream begins with BOS: auto where the tokenizer adds one
-    #[arg(long, value_enum, default_value_t)]
+    /// Whether the token stream begins with BOS
+    #[arg(long, value_enum, default_value_t, help_heading = "Text")]
     bos: Bos,
 
     #[command(flatten)]
@@ -75,11 +84,11 @@ pub(super) struct EvalArgs {
     gates: GateArgs,
 
     /// Print the report as JSON
-    #[arg(long)]
+    #[arg(long, help_heading = "Output")]
     json: bool,
 }
 
-/// A convention, or all of them.
+/// The values of `--convention`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Asked {
     One(Convention),
@@ -96,91 +105,62 @@ impl ValueEnum for Asked {
     fn to_possible_value(&self) -> Option<PossibleValue> {
         match self {
             Self::One(convention) => convention.to_possible_value(),
-            Self::All => Some(PossibleValue::new("all").help("One after another: gptq, hf-strided, llamacpp and lm-eval")),
+            Self::All => Some(PossibleValue::new("all").help("All of gptq, hf-strided, llamacpp and lm-eval")),
             Self::Masked => Some(PossibleValue::new("masked").help(
-                "Of encoders with a masked-LM head, pseudo-perplexity: every token hidden in turn (Salazar et al. 2020)",
+                "Pseudo-perplexity of encoders with a masked-LM head: each token is masked in turn (Salazar et al. 2020)",
             )),
         }
     }
 }
 
 pub(super) fn run(args: &EvalArgs, progress: &Bars) -> Result<()> {
-    let gates = &args.gates.fail_if;
-    let asked = args.convention.unwrap_or(Asked::One(Convention::Gptq));
-    let absent = match args.reference {
-        Some(_) => vec![],
-        None => vec![(fields::<DivergenceRecord>(), "`--reference MODEL` measures it")],
-    };
-    // What is measured depends on the model, which is opened after what can be known without.
-    let of_encoder = || gate::expect_fields::<EncoderReport>(gates, &of_encoder_absent(args));
-    match asked {
-        Asked::Masked => of_encoder()?,
-        Asked::One(_) => {
-            gate::expect_fields::<PerplexityReport>(gates, &absent).or_else(|e| of_encoder().map_err(|_| e))?
-        }
-        Asked::All => {
-            let names = ["gptq", "hf-strided", "llamacpp", "lm-eval"];
-            let within = |(fields, hint): (Vec<Field>, _)| {
-                let of = |name: &str| -> Vec<Field> { fields.iter().map(|field| field.within(name)).collect() };
-                (names.iter().flat_map(|name| of(name)).collect(), hint)
-            };
-            gate::expect_fields::<AllConventionsReport>(
-                gates,
-                &absent.iter().cloned().map(within).collect::<Vec<_>>(),
-            )?;
-        }
-    }
+    check_gates(args)?;
     let checkpoint = args.model.open(progress)?;
     let is_encoder = ModelConfig::of(&checkpoint)?.1.encoder.is_some();
-    let settings = |convention| EvalSettings {
-        model: args.model.model.clone(),
-        text: args.text.clone(),
-        field: args.field.clone(),
-        convention,
-        seq_len: args.seq_len.map(|n| n as usize),
-        // Among all it is one convention's.
-        stride: args.stride.map(|n| n as usize).filter(|_| asked != Asked::All || takes_stride(convention)),
-        max_windows: args.max_windows.map(|n| n as usize),
-        bos: args.bos,
-        memory_bytes: args.memory.memory.as_u64(),
-    };
-    let reference = args.reference.as_deref().map(|name| open(name, "main", progress)).transpose()?;
-    let named = args.reference.as_deref().unwrap_or_default();
-    let reference = reference.as_ref().map(|checkpoint| Reference { checkpoint, name: named });
-    let one = |convention| eval::perplexity(&checkpoint, reference.as_ref(), &settings(convention), progress);
-    if is_encoder && matches!(args.convention, None | Some(Asked::Masked)) {
-        of_encoder()?;
-        let masking = match (args.convention, &reference) {
-            (None, Some(_)) => Masking::Never,
-            _ => Masking::Always,
-        };
-        let report = eval::encoder(&checkpoint, reference.as_ref(), masking, &settings(Convention::Gptq), progress)?;
-        return args.gates.conclude(&report, args.json, show_encoder);
-    }
-    match asked {
-        Asked::Masked => {
-            Err(Failure::unsupported("the convention `masked` is for encoders: this model sees no future tokens")
-                .hint("leave `--convention` out, or name that of a causal model")
+    let original = args.reference.as_deref().map(|name| open(name, "main", progress)).transpose()?;
+    let name = args.reference.as_deref().unwrap_or_default();
+    let reference = original.as_ref().map(|checkpoint| Reference { checkpoint, name });
+    let run = Run { args, checkpoint: &checkpoint, reference: reference.as_ref(), progress };
+    match args.convention {
+        None | Some(Asked::Masked) if is_encoder => run.encoder(),
+        Some(Asked::Masked) => {
+            Err(Failure::unsupported("`--convention masked` is for encoders: this model does not see future tokens")
+                .hint("leave `--convention` out, or choose one for causal models")
                 .into())
         }
-        Asked::One(convention) => {
-            gate::expect_fields::<PerplexityReport>(gates, &absent)?;
-            args.gates.conclude(&one(convention)?, args.json, show)
+        Some(Asked::All) => run.all(),
+        None => run.one(Convention::Gptq),
+        Some(Asked::One(convention)) => run.one(convention),
+    }
+}
+
+/// Checks the fields of the gates before the model is opened. The report depends on the model: a field of either kind will do.
+fn check_gates(args: &EvalArgs) -> Result<()> {
+    let gates = &args.gates.fail_if;
+    let for_encoders = || gate::expect_fields::<EncoderReport>(gates, &absent_for_encoders(args));
+    match args.convention {
+        Some(Asked::Masked) => for_encoders(),
+        None | Some(Asked::One(_)) => {
+            gate::expect_fields::<PerplexityReport>(gates, &absent(args)).or_else(|e| for_encoders().map_err(|_| e))
         }
-        Asked::All => {
-            let report = AllConventionsReport {
-                gptq: one(Convention::Gptq)?,
-                hf_strided: one(Convention::HfStrided)?,
-                llamacpp: one(Convention::Llamacpp)?,
-                lm_eval: one(Convention::LmEval)?,
-            };
-            args.gates.conclude(&report, args.json, show_all)
+        Some(Asked::All) => {
+            let absent: Vec<_> =
+                absent(args).into_iter().map(|(fields, hint)| (in_all_conventions(&fields), hint)).collect();
+            gate::expect_fields::<AllConventionsReport>(gates, &absent)
         }
     }
 }
 
+/// Fields of a report of perplexity that this run does not fill, with what would fill them.
+fn absent(args: &EvalArgs) -> Vec<(Vec<Field>, &'static str)> {
+    match args.reference {
+        Some(_) => vec![],
+        None => vec![(fields::<DivergenceRecord>(), "`--reference MODEL` measures it")],
+    }
+}
+
 /// Fields of an encoder's report that this run does not fill.
-fn of_encoder_absent(args: &EvalArgs) -> Vec<(Vec<Field>, &'static str)> {
+fn absent_for_encoders(args: &EvalArgs) -> Vec<(Vec<Field>, &'static str)> {
     let mut absent = Vec::new();
     if args.reference.is_none() {
         absent.push((fields::<FidelityRecord>(), "`--reference MODEL` measures it"));
@@ -190,8 +170,68 @@ fn of_encoder_absent(args: &EvalArgs) -> Vec<(Vec<Field>, &'static str)> {
     absent
 }
 
-fn takes_stride(convention: Convention) -> bool {
-    convention.rules().takes_stride()
+/// The fields below the name of each convention.
+fn in_all_conventions(fields: &[Field]) -> Vec<Field> {
+    let names = ["gptq", "hf-strided", "llamacpp", "lm-eval"];
+    names.iter().flat_map(|name| fields.iter().map(|field| field.within(name))).collect()
+}
+
+/// A model with what it is measured against.
+struct Run<'a> {
+    args: &'a EvalArgs,
+    checkpoint: &'a Checkpoint,
+    reference: Option<&'a Reference<'a>>,
+    progress: &'a Bars,
+}
+
+impl Run<'_> {
+    fn one(&self, convention: Convention) -> Result<()> {
+        let gates = &self.args.gates;
+        gate::expect_fields::<PerplexityReport>(&gates.fail_if, &absent(self.args))?;
+        gates.conclude(&self.perplexity(convention)?, self.args.json, show)
+    }
+
+    fn all(&self) -> Result<()> {
+        let report = AllConventionsReport {
+            gptq: self.perplexity(Convention::Gptq)?,
+            hf_strided: self.perplexity(Convention::HfStrided)?,
+            llamacpp: self.perplexity(Convention::Llamacpp)?,
+            lm_eval: self.perplexity(Convention::LmEval)?,
+        };
+        self.args.gates.conclude(&report, self.args.json, show_all)
+    }
+
+    fn encoder(&self) -> Result<()> {
+        let gates = &self.args.gates;
+        gate::expect_fields::<EncoderReport>(&gates.fail_if, &absent_for_encoders(self.args))?;
+        let masking = match (self.args.convention, self.reference) {
+            (None, Some(_)) => Masking::Never,
+            _ => Masking::Always,
+        };
+        let settings = self.settings(Convention::Gptq);
+        let report = eval::encoder(self.checkpoint, self.reference, masking, &settings, self.progress)?;
+        gates.conclude(&report, self.args.json, show_encoder)
+    }
+
+    fn perplexity(&self, convention: Convention) -> Result<PerplexityReport> {
+        eval::perplexity(self.checkpoint, self.reference, &self.settings(convention), self.progress)
+    }
+
+    fn settings(&self, convention: Convention) -> EvalSettings {
+        let args = self.args;
+        let takes_stride = args.convention != Some(Asked::All) || convention.rules().takes_stride();
+        EvalSettings {
+            model: args.model.model.clone(),
+            text: args.text.clone(),
+            field: args.field.clone(),
+            convention,
+            seq_len: args.seq_len.map(|n| n as usize),
+            stride: args.stride.map(|n| n as usize).filter(|_| takes_stride),
+            max_windows: args.max_windows.map(|n| n as usize),
+            bos: args.bos,
+            memory_bytes: args.memory.memory.as_u64(),
+        }
+    }
 }
 
 fn show_all(report: &AllConventionsReport) -> String {
@@ -208,9 +248,9 @@ fn show_all(report: &AllConventionsReport) -> String {
             format!("{} × {}", r.windows, r.seq_len),
         ]
     };
-    let header = ["convention", "perplexity", "a token", "bits per byte", "KL", "scored tokens", "windows × length"];
+    let header = ["convention", "perplexity", "per token", "bits per byte", "KL", "scored tokens", "windows × length"];
     let table = table(&header, all.iter().map(row).collect());
-    format!("{table}`lm-eval` has the perplexity of a word, the others of a token\n")
+    format!("{table}`lm-eval` reports word perplexity, the others token perplexity\n")
 }
 
 fn show(r: &PerplexityReport) -> String {
@@ -219,14 +259,14 @@ fn show(r: &PerplexityReport) -> String {
         ("auto", false) => "auto (the tokenizer adds none)",
         _ => "never",
     };
-    let is_of_words = r.ppl != r.token_ppl;
+    let is_by_word = r.ppl != r.token_ppl;
     let windows = match r.stride {
-        Some(stride) => format!("{} × {}, {stride} apart", r.windows, r.seq_len),
+        Some(stride) => format!("{} × {}, stride {stride}", r.windows, r.seq_len),
         None => format!("{} × {}", r.windows, r.seq_len),
     };
     let mut rows = vec![
         (
-            if is_of_words { "perplexity of a word" } else { "perplexity" },
+            if is_by_word { "word perplexity" } else { "perplexity" },
             format!("{:.5} ± {:.5}", r.ppl, r.ppl_standard_error),
         ),
         ("bits per byte", format!("{:.5}", r.bits_per_byte)),
@@ -235,15 +275,15 @@ fn show(r: &PerplexityReport) -> String {
         ("windows × length", windows),
         ("convention", r.convention.clone()),
         ("BOS", bos.into()),
-        ("computed in", r.compute_dtype.clone()),
+        ("compute dtype", r.compute_dtype.clone()),
         ("text", format!("{} (sha256 {}…)", r.text, &r.text_sha256[..12])),
         ("tokenizer", format!("sha256 {}…", &r.tokenizer_sha256[..12])),
         ("parameters", grouped(r.parameters)),
         ("bytes", grouped(r.size_bytes)),
         ("time", format!("{:.2} s, {:.0} tokens/s", r.elapsed_seconds, r.tokens_per_second)),
     ];
-    if is_of_words {
-        rows.insert(1, ("perplexity of a token", format!("{:.5}", r.token_ppl)));
+    if is_by_word {
+        rows.insert(1, ("token perplexity", format!("{:.5}", r.token_ppl)));
         rows.insert(2, ("words", grouped(r.scored_words)));
     }
     if let Some(d) = &r.divergence {
@@ -257,9 +297,9 @@ fn show_encoder(r: &EncoderReport) -> String {
     if let Some(f) = &r.fidelity {
         rows.push(("reference", f.reference.clone()));
         let cosine = |a: &Agreement| format!("{}, {}", fixed(a.cosine_mean, 6), fixed(a.cosine_min, 6));
-        rows.push(("hidden states: cosine, mean and least", cosine(&f.states)));
+        rows.push(("hidden states: cosine, mean and min", cosine(&f.states)));
         rows.push(("  relative error", format!("{:.6}", f.states.relative_error)));
-        rows.push(("pooled: cosine, mean and least", format!("{} ({})", cosine(&f.pooled), f.pooling)));
+        rows.push(("pooled: cosine, mean and min", format!("{} ({})", cosine(&f.pooled), f.pooling)));
         rows.push(("  relative error", format!("{:.6}", f.pooled.relative_error)));
     }
     if let Some(p) = &r.pseudo {
@@ -269,7 +309,7 @@ fn show_encoder(r: &EncoderReport) -> String {
     rows.extend([
         ("tokens", grouped(r.tokens)),
         ("windows × length", format!("{} × {}", r.windows, r.seq_len)),
-        ("computed in", r.compute_dtype.clone()),
+        ("compute dtype", r.compute_dtype.clone()),
         ("text", format!("{} (sha256 {}…)", r.text, &r.text_sha256[..12])),
         ("tokenizer", format!("sha256 {}…", &r.tokenizer_sha256[..12])),
         ("parameters", grouped(r.parameters)),
@@ -295,6 +335,6 @@ fn divergence_rows(d: &DivergenceRecord) -> Vec<(&'static str, String)> {
             format!("{} %, {} %, {} %", fixed(low, 3), fixed(median, 3), fixed(high, 3))
         }),
         ("same top 1", format!("{} %", fixed(100.0 * d.same_top_1, 3))),
-        ("top 5 in common", format!("{} %", fixed(100.0 * d.top_5_agreement, 3))),
+        ("top 5 agreement", format!("{} %", fixed(100.0 * d.top_5_agreement, 3))),
     ]
 }

@@ -10,15 +10,14 @@ use super::compress::left_out;
 use super::terminal::{Bars, grouped};
 use super::{ModelArgs, print, print_json};
 use crate::checkpoint::OutputFolder;
-use crate::compress::recipe::DEFAULT_SHARD_BYTES;
 use crate::export::{ExportJob, export};
 use crate::formats::Format;
 use crate::report::REPORT_FILE;
 
-/// Write a compressed checkpoint in another format, without compressing anew
+/// Convert a compressed checkpoint to another format, without recompressing
 ///
-/// Codes stay codes and factors stay factors; what a format cannot hold is refused.
-/// `--format dense` multiplies out and dequantises.
+/// Codes and factors are kept as they are; a format that cannot store them is refused.
+/// `--format dense` multiplies factors out and dequantizes.
 ///
 /// Examples:
 ///   lrc export COMPRESSED --format dense -o OUT
@@ -29,24 +28,24 @@ pub(super) struct ExportArgs {
     #[command(flatten)]
     model: ModelArgs,
 
-    /// How the output is laid down
-    #[arg(long, value_enum)]
-    format: Format,
-
     /// Output folder
-    #[arg(short, long, value_name = "OUT")]
+    #[arg(short, long, value_name = "OUT", help_heading = "Output")]
     output: PathBuf,
 
+    /// Format of the output
+    #[arg(long, value_enum, help_heading = "Output")]
+    format: Format,
+
     /// Largest size of an output file (`500MB`, `2GiB`)
-    #[arg(long, value_name = "SIZE", default_value_t = ByteSize(DEFAULT_SHARD_BYTES))]
+    #[arg(long, value_name = "SIZE", default_value = "4GB", help_heading = "Output")]
     max_shard_size: ByteSize,
 
-    /// Replace an output folder that an earlier run wrote
-    #[arg(long)]
+    /// Replace an output folder written by an earlier run
+    #[arg(long, help_heading = "Output")]
     force: bool,
 
     /// Print the report as JSON
-    #[arg(long)]
+    #[arg(long, help_heading = "Output")]
     json: bool,
 }
 
@@ -70,7 +69,7 @@ pub(super) fn run(args: &ExportArgs, quiet: bool, progress: &Bars) -> Result<()>
         return Ok(());
     }
     print(&format!(
-        "{} linears stored as {}, {} bytes of tensors before, {} after\n{}wrote `{}` in {:.1} s\n",
+        "{} linears stored as {}; bytes of tensors: {} before, {} after\n{}wrote `{}` in {:.1} s\n",
         report.linears.len(),
         report.format,
         grouped(report.bytes_before),

@@ -1,17 +1,19 @@
 //! `lrc inspect`.
 
-use std::path::PathBuf;
+use std::cmp::Ordering;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
-use clap::{Args, ValueEnum};
+use clap::Args;
 
 use super::terminal::{self, Bars, grouped, sparkline, table};
 use super::{GateArgs, MemoryArgs, ModelArgs, print, print_json};
-use crate::checkpoint::{check_file, expect_apart, write_text};
+use crate::checkpoint::{Checkpoint, check_file, expect_apart, write_text};
 use crate::compress::options::RecipeOptions;
 use crate::compress::presets::Method;
 use crate::compress::recipe::Recipe;
-use crate::compress::spectra::weighted_curves;
+use crate::compress::spectra::{Weighted, weighted_curves};
 use crate::error::Failure;
 use crate::inspect;
 use crate::model::coverage::missing;
@@ -20,9 +22,9 @@ use crate::report::{InspectReport, SpectrumRecord, gate, page};
 
 /// Show the spectrum of every linear
 ///
-/// Works on any safetensors checkpoint, known architecture or not: matrices are found by their names and shapes, fused
-/// ones and the experts of stacks are named as such. With a text or statistics, spectra of linears in the calibration metric
-/// stand beside the raw ones, in columns `weighted.*`.
+/// Works on any safetensors checkpoint, of a known architecture or not: matrices are found by name and shape, and fused
+/// matrices and stacked experts are marked. With a text or statistics, columns `weighted.*` show spectra in the
+/// calibration metric.
 ///
 /// Examples:
 ///   lrc inspect MODEL
@@ -35,73 +37,79 @@ pub(super) struct InspectArgs {
     #[command(flatten)]
     model: ModelArgs,
 
-    /// Text whose activations and gradients make the metric: prose in UTF-8, or documents in `.jsonl`, `.ndjson`, `.json` or `.parquet`; each also as `.gz` or `.zst`
-    #[arg(long, value_name = "FILE")]
+    /// Text for activations and gradients (`.txt`, `.jsonl`, `.parquet`)
+    ///
+    /// Prose in UTF-8, or documents in `.jsonl`, `.ndjson`, `.json` or `.parquet`; each also as `.gz` or `.zst`.
+    #[arg(long, value_name = "FILE", help_heading = "Calibration")]
     calibration: Option<PathBuf>,
 
-    /// Field that holds the text of a document [default: text]
-    #[arg(long, value_name = "NAME", requires = "calibration")]
-    field: Option<String>,
-
-    /// Statistics of `lrc calibrate`, instead of measuring them
-    #[arg(long, value_name = "FILE", conflicts_with = "calibration")]
+    /// Use statistics from `lrc calibrate` instead of measuring them
+    #[arg(long, value_name = "FILE", conflicts_with = "calibration", help_heading = "Calibration")]
     statistics: Option<PathBuf>,
 
-    /// Method whose metric is taken [default: kfac]
-    #[arg(long, value_enum)]
+    /// Method that defines the calibration metric [default: kfac]
+    #[arg(long, value_enum, help_heading = "Calibration")]
     method: Option<Method>,
 
-    /// Calibration windows [default: 64]
-    #[arg(long, value_name = "N", requires = "calibration")]
+    /// Number of calibration windows [default: 64]
+    #[arg(long, value_name = "N", requires = "calibration", help_heading = "Calibration")]
     samples: Option<usize>,
+
+    /// Field of a document that holds its text [default: text]
+    #[arg(long, value_name = "NAME", requires = "calibration", help_heading = "Calibration", hide_short_help = true)]
+    field: Option<String>,
 
     #[command(flatten)]
     memory: MemoryArgs,
 
-    /// Sort the table by this column, largest first (`alpha`, `weighted.effective_rank`)
-    #[arg(long, value_name = "COLUMN", value_parser = column)]
+    /// Sort by this column, largest first (`alpha`)
+    #[arg(long, value_name = "COLUMN", value_parser = column, help_heading = "Output")]
     sort: Option<Chosen>,
 
-    /// Smallest first
-    #[arg(long, requires = "sort")]
+    /// Sort smallest first
+    #[arg(long, requires = "sort", help_heading = "Output")]
     reverse: bool,
 
-    /// Column of the heat map of blocks and modules
-    #[arg(long, value_name = "COLUMN", value_parser = column, default_value = "break_even_error")]
+    /// Column of the heat map
+    #[arg(long, value_name = "COLUMN", value_parser = column, default_value = "break_even_error", help_heading = "Output")]
     map: Chosen,
 
-    /// Write a page with curves, heat map and a sortable table
-    #[arg(long, value_name = "FILE")]
+    /// Write an HTML page with curves, heat maps and a sortable table
+    #[arg(long, value_name = "FILE", help_heading = "Output")]
     html: Option<PathBuf>,
 
-    /// Write the singular values themselves
-    #[arg(long, value_name = "FILE.safetensors")]
+    /// Write all singular values
+    #[arg(long, value_name = "FILE.safetensors", help_heading = "Output")]
     spectra: Option<PathBuf>,
 
     /// Replace the files of `--html` and `--spectra`
-    #[arg(long)]
+    #[arg(long, help_heading = "Output")]
     force: bool,
 
     #[command(flatten)]
     gates: GateArgs,
 
     /// Print the report as JSON
-    #[arg(long, conflicts_with = "csv")]
+    #[arg(long, conflicts_with = "csv", help_heading = "Output")]
     json: bool,
 
-    /// Print one line a matrix, comma-separated
-    #[arg(long)]
+    /// Print CSV, one line per matrix
+    #[arg(long, help_heading = "Output")]
     csv: bool,
 }
 
 fn column(name: &str) -> Result<Chosen, String> {
     Chosen::find(name).ok_or_else(|| {
         let names: Vec<&str> = COLUMNS.iter().map(|column| column.name).collect();
-        format!("columns are {}, and those of spectra behind `{}`", names.join(", "), columns::WEIGHTED)
+        format!(
+            "columns are {}; `{}` before a column of spectra selects the calibration metric",
+            names.join(", "),
+            columns::WEIGHTED
+        )
     })
 }
 
-/// Every column with what it means.
+/// The columns with their definitions.
 fn definitions() -> String {
     let width = COLUMNS.iter().map(|column| column.name.len()).max().unwrap_or(0);
     let line = |column: &columns::Column| format!("  {:width$}  {}\n", column.name, column.meaning);
@@ -109,64 +117,27 @@ fn definitions() -> String {
 }
 
 pub(super) fn run(args: &InspectArgs, progress: &Bars) -> Result<()> {
-    gate::expect_fields::<InspectReport>(&args.gates.fail_if, &[])?;
-    let is_weighted = args.calibration.is_some() || args.statistics.is_some();
-    if let Some(chosen) = args.sort.iter().chain([&args.map]).find(|chosen| chosen.is_weighted && !is_weighted) {
-        let message = format!("there is no `{}` without a metric", chosen.name());
-        return Err(Failure::usage(message).hint("give `--calibration` or `--statistics`").into());
-    }
-    if args.method.is_some() && !is_weighted {
-        return Err(Failure::usage("`--method` is nothing without a text or statistics").into());
-    }
-    let outputs = || args.html.iter().chain(&args.spectra).map(PathBuf::as_path);
-    for path in outputs() {
-        check_file(path, args.force)?;
-    }
-    if args.html.is_some() && args.html == args.spectra {
-        return Err(Failure::usage("`--html` and `--spectra` name the same file").into());
-    }
+    check(args)?;
     let checkpoint = args.model.open(progress)?;
     if let Some(missing) = missing(&checkpoint) {
         tracing::warn!("{missing}");
     }
     let read = checkpoint.read_files();
-    for path in outputs() {
+    for path in args.outputs() {
         let inputs = read.iter().chain(&args.calibration).chain(&args.statistics);
         expect_apart(path, inputs.map(PathBuf::as_path))?;
     }
-    let weighted = if is_weighted {
-        let method = args.method.unwrap_or(Method::Kfac);
-        let options = RecipeOptions {
-            keep: Some(1.0),
-            method: Some(method),
-            calibration: args.calibration.clone(),
-            field: args.field.clone(),
-            statistics: args.statistics.clone(),
-            samples: args.samples,
-            ..RecipeOptions::default()
-        };
-        let recipe = Recipe::new(&options)?;
-        Some((
-            method.to_possible_value().expect("invariant: no method is hidden").get_name().to_string(),
-            weighted_curves(&checkpoint, &recipe, args.memory.memory.as_u64(), progress)?,
-        ))
-    } else {
-        None
-    };
+    let weighted = if args.has_metric() { Some(weighted(args, &checkpoint, progress)?) } else { None };
     let (mut report, spectra) = inspect::inspect(&checkpoint, &args.model.model, weighted, progress)?;
     if let Some(path) = &args.spectra {
         inspect::write_spectra(path, &spectra)?;
     }
     if let Some(path) = &args.html {
-        let page = page::inspect(&report, &spectra)?;
-        write_text(path, &page)?;
+        write_text(path, &page::inspect(&report, &spectra)?)?;
     }
     let map = heat_map(&report, args.map);
     if let Some(chosen) = args.sort {
-        let mut order: Vec<usize> = (0..report.linears.len()).collect();
-        let key = |i: &usize| chosen.of(&report.linears[*i]);
-        order.sort_by(|i, j| if args.reverse { ascending(&key(i), &key(j)) } else { descending(&key(i), &key(j)) });
-        report.linears = order.iter().map(|&i| report.linears[i].clone()).collect();
+        sort(&mut report.linears, chosen, if args.reverse { ascending } else { descending });
     }
     if args.json {
         print_json(&report)?;
@@ -178,18 +149,76 @@ pub(super) fn run(args: &InspectArgs, progress: &Bars) -> Result<()> {
     gate::check(&args.gates.fail_if, &report)
 }
 
-/// Numbers from the largest, texts by the alphabet; what has no value comes last.
-fn descending(a: &Cell, b: &Cell) -> std::cmp::Ordering {
+impl InspectArgs {
+    /// Whether spectra in the calibration metric are asked for.
+    fn has_metric(&self) -> bool {
+        self.calibration.is_some() || self.statistics.is_some()
+    }
+
+    fn outputs(&self) -> impl Iterator<Item = &Path> {
+        self.html.iter().chain(&self.spectra).map(PathBuf::as_path)
+    }
+}
+
+/// Everything that can be checked before the model is opened.
+fn check(args: &InspectArgs) -> Result<()> {
+    gate::expect_fields::<InspectReport>(&args.gates.fail_if, &[])?;
+    let has_metric = args.has_metric();
+    if let Some(chosen) = args.sort.iter().chain([&args.map]).find(|chosen| chosen.is_weighted && !has_metric) {
+        let message = format!("column `{}` needs a calibration metric", chosen.name());
+        return Err(Failure::usage(message).hint("add `--calibration` or `--statistics`").into());
+    }
+    if args.method.is_some() && !has_metric {
+        return Err(Failure::usage("`--method` has no effect without `--calibration` or `--statistics`").into());
+    }
+    for path in args.outputs() {
+        check_file(path, args.force)?;
+    }
+    if args.html.is_some() && args.html == args.spectra {
+        return Err(Failure::usage("`--html` and `--spectra` name the same file").into());
+    }
+    Ok(())
+}
+
+/// The name of the metric, and the curves in it.
+fn weighted(
+    args: &InspectArgs,
+    checkpoint: &Checkpoint,
+    progress: &Bars,
+) -> Result<(String, BTreeMap<String, Weighted>)> {
+    let method = args.method.unwrap_or(Method::Kfac);
+    let options = RecipeOptions {
+        keep: Some(1.0),
+        method: Some(method),
+        calibration: args.calibration.clone(),
+        field: args.field.clone(),
+        statistics: args.statistics.clone(),
+        samples: args.samples,
+        ..RecipeOptions::default()
+    };
+    let curves = weighted_curves(checkpoint, &Recipe::new(&options)?, args.memory.memory.as_u64(), progress)?;
+    Ok((method.name().into(), curves))
+}
+
+/// Sorts records by a column.
+fn sort(records: &mut Vec<SpectrumRecord>, by: Chosen, compare: fn(&Cell, &Cell) -> Ordering) {
+    let mut keyed: Vec<(Cell, SpectrumRecord)> = records.drain(..).map(|record| (by.of(&record), record)).collect();
+    keyed.sort_by(|(a, _), (b, _)| compare(a, b));
+    records.extend(keyed.into_iter().map(|(_, record)| record));
+}
+
+/// Numbers from the largest, texts in alphabetical order, absent values last.
+fn descending(a: &Cell, b: &Cell) -> Ordering {
     match (a.number(), b.number()) {
         (Some(a), Some(b)) => b.total_cmp(&a),
-        (Some(_), None) => std::cmp::Ordering::Less,
-        (None, Some(_)) => std::cmp::Ordering::Greater,
+        (Some(_), None) => Ordering::Less,
+        (None, Some(_)) => Ordering::Greater,
         (None, None) => a.exact().cmp(&b.exact()),
     }
 }
 
-/// The other way round; what has no value comes last all the same.
-fn ascending(a: &Cell, b: &Cell) -> std::cmp::Ordering {
+/// The reverse, with absent values still last.
+fn ascending(a: &Cell, b: &Cell) -> Ordering {
     match (a.number(), b.number()) {
         (Some(_), Some(_)) => descending(b, a),
         (None, None) => b.exact().cmp(&a.exact()),
@@ -197,7 +226,7 @@ fn ascending(a: &Cell, b: &Cell) -> std::cmp::Ordering {
     }
 }
 
-/// Columns of the table, in their order.
+/// Columns of the table, in order.
 const SHOWN: [&str; 10] = [
     "rank",
     "stable_rank",
@@ -210,7 +239,7 @@ const SHOWN: [&str; 10] = [
     "break_even_rank",
     "break_even_error",
 ];
-/// The same in the calibration metric, where there is one.
+/// Further columns if there is a calibration metric.
 const SHOWN_WEIGHTED: [&str; 2] = ["weighted.effective_rank", "weighted.break_even_error"];
 
 fn show(report: &InspectReport, map: &str) -> String {
@@ -240,7 +269,7 @@ fn show(report: &InspectReport, map: &str) -> String {
     )
 }
 
-/// Blocks down, modules of a block across; empty where no matrix is in a block.
+/// Rows are blocks, columns the modules of a block. Empty if no matrix belongs to a block.
 fn heat_map(report: &InspectReport, chosen: Chosen) -> String {
     let grid = page::Grid::of(
         report.linears.iter().filter_map(|r| Some((r.block?, page::within_block(&r.module, r.block?), chosen.of(r)))),
@@ -269,7 +298,7 @@ fn csv(report: &InspectReport) -> String {
     names.join(",") + "\n" + &report.linears.iter().map(line).collect::<String>()
 }
 
-/// A field that a comma, a quote or a line break cannot split.
+/// A CSV field, quoted if it contains a comma, a quote or a line break.
 fn quoted(field: &str) -> String {
     if field.contains(['"', ',', '\n']) { format!("\"{}\"", field.replace('"', "\"\"")) } else { field.to_string() }
 }

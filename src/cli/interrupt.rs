@@ -1,4 +1,4 @@
-//! Ctrl-C, and the signals that ask a process to end: what cannot be gone on with is removed, and the user is told how to go on.
+//! Ctrl-C and termination signals: removes what cannot be resumed, and prints how to resume the rest.
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -10,11 +10,11 @@ use crate::checkpoint::abandon;
 #[cfg(unix)]
 use crate::error::ExitClass;
 
-/// The shell's code of a program that SIGINT ended.
+/// The exit code that shells give a program ended by SIGINT.
 const INTERRUPTED: i32 = 130;
 
-/// Makes errors of what the system would end the process by: a file that outgrows `ulimit -f` is a write that fails, and an
-/// allocation that fails, which aborts behind a line of the standard library, has an error line and the exit code of resources.
+/// Turns fatal signals into errors: a file that exceeds `ulimit -f` becomes a failed write, and a failed allocation, which aborts
+/// after a line of the standard library, gets an error line and the exit code of resources.
 pub(super) fn outlive_limits(format: LogFormat) {
     #[cfg(unix)]
     {
@@ -24,12 +24,12 @@ pub(super) fn outlive_limits(format: LogFormat) {
 
         use nix::sys::signal::{SigSet, Signal};
 
-        // Where anything of this is refused, the signal ends the process as before.
+        // If any of this fails, the signal ends the process as before.
         let _ = SigSet::from(Signal::SIGXFSZ).thread_block();
         // Tests run commands in one process.
         static LISTENING: Once = Once::new();
         LISTENING.call_once(|| {
-            let _ = aborts::tell(format);
+            let _ = aborts::report(format);
             let code = ExitClass::Resources as i32;
             let always = Arc::new(AtomicBool::new(true));
             let _ = signal_hook::flag::register_conditional_shutdown(Signal::SIGABRT as i32, code, always);
@@ -37,8 +37,8 @@ pub(super) fn outlive_limits(format: LogFormat) {
     }
 }
 
-/// What is said where the process is aborted. A handler of signals may not print: it wakes a thread that does, and holds the thread
-/// that aborts until the process is gone.
+/// The error line of an abort. A signal handler must not print: it wakes a thread that does, and blocks the aborting thread until
+/// the process has ended.
 #[cfg(unix)]
 mod aborts {
     use std::fs::File;
@@ -52,14 +52,14 @@ mod aborts {
     use super::{ExitClass, LogFormat};
     use crate::cli::error_text;
 
-    const MESSAGE: &str = "not enough memory: the line above says how much was asked for";
-    const HINT: &str = "raise the limit (`ulimit -v`); fewer threads (`RAYON_NUM_THREADS`) work on fewer matrices at a time, and \
-                        `--memory` caps what grows with a text";
+    const MESSAGE: &str = "out of memory: the line above gives the size of the failed allocation";
+    const HINT: &str = "raise the limit (`ulimit -v`), use fewer threads (`RAYON_NUM_THREADS`) to hold fewer matrices at a time, or lower \
+                        `--memory`, which caps what grows with the text";
     /// The thread only writes; its thread-local values are on the stack too.
     const STACK_BYTES: usize = 256 << 10;
 
-    pub fn tell(format: LogFormat) -> Result<()> {
-        // Made now: there may be no memory then, and who holds the lock of stderr may be the one that aborts.
+    pub fn report(format: LogFormat) -> Result<()> {
+        // Formatted in advance: at that point memory may be exhausted, and the aborting thread may hold the lock of stderr.
         let text = error_text(format, MESSAGE, Some(HINT), ExitClass::Resources as u8);
         let mut stderr = File::from(std::io::stderr().as_fd().try_clone_to_owned()?);
         let (mut woken, wake) = std::io::pipe()?;
@@ -73,7 +73,7 @@ mod aborts {
         };
         std::thread::Builder::new().stack_size(STACK_BYTES).spawn(listen)?;
         pipe::register(Signal::SIGABRT as i32, wake)?;
-        // Handlers run in this order: the second writes to a pipe that is full, and so waits.
+        // Handlers run in this order. The second writes to a full pipe, and so blocks.
         pipe::register(Signal::SIGABRT as i32, full.try_clone()?)?;
         for chunk in [&[0; 4096][..], &[0]] {
             while full.write(chunk).is_ok() {}
@@ -83,16 +83,16 @@ mod aborts {
     }
 }
 
-/// Listens from now on.
+/// Installs the listener.
 pub(super) fn listen(quiet: bool, format: LogFormat) {
     let end = move || {
         let kept = abandon();
         if !quiet {
-            let go_on = |path: PathBuf| {
+            let resume = |path: PathBuf| {
                 let path = path.display();
-                format!("what is finished is kept in `{path}`; run the same command again to go on from there")
+                format!("finished work is kept in `{path}`; run the same command again to resume")
             };
-            let hints: Vec<String> = kept.into_iter().map(go_on).collect();
+            let hints: Vec<String> = kept.into_iter().map(resume).collect();
             let mut stderr = std::io::stderr().lock();
             let _ = match format {
                 LogFormat::Json => {
@@ -101,7 +101,7 @@ pub(super) fn listen(quiet: bool, format: LogFormat) {
                         json!({"level": "ERROR", "message": "interrupted", "hint": hint, "exit_code": INTERRUPTED});
                     writeln!(stderr, "{line}")
                 }
-                // A bar may stand on the line.
+                // The line may hold a progress bar.
                 LogFormat::Text => {
                     let hints: String = hints.iter().map(|hint| format!("hint: {hint}\n")).collect();
                     write!(stderr, "\ninterrupted\n{hints}")
@@ -110,6 +110,6 @@ pub(super) fn listen(quiet: bool, format: LogFormat) {
         }
         std::process::exit(INTERRUPTED);
     };
-    // Tests run commands in one process: the first listener stays.
+    // Tests run several commands in one process: the first listener stays.
     let _ = ctrlc::set_handler(end);
 }

@@ -7,6 +7,7 @@ mod eval;
 mod export;
 mod inspect;
 mod interrupt;
+mod options;
 mod sweep;
 mod terminal;
 mod truncate;
@@ -16,7 +17,8 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use bytesize::ByteSize;
-use clap::{Args, Parser, Subcommand};
+use clap::error::ErrorKind;
+use clap::{Args, Command as Parser, CommandFactory, FromArgMatches, Subcommand};
 use serde::Serialize;
 use serde_json::json;
 
@@ -29,32 +31,32 @@ use crate::report::gate::{self, Gate};
 ///
 /// Exit codes: 0 done; 2 usage; 3 a `--fail-if` condition was met; 4 unsupported or unmatched input; 5 numeric (non-finite,
 /// did not converge); 6 resources (disk, memory, network); 130 interrupted.
-#[derive(Debug, Parser)]
+#[derive(Debug, clap::Parser)]
 #[command(version, max_term_width = 100)]
 pub struct Cli {
     #[command(subcommand)]
     command: Command,
 
-    /// Print nothing but data and errors
+    /// Print only data and errors
     #[arg(short, long, global = true)]
     quiet: bool,
 
-    /// Print what is being done (-v), and every detail (-vv)
+    /// Log each step (-v) or every detail (-vv)
     #[arg(short, long, global = true, action = clap::ArgAction::Count)]
     verbose: u8,
 
-    /// How logs, warnings and errors are written to stderr
+    /// Format of logs, warnings and errors on stderr
     #[arg(long, value_enum, default_value_t, global = true, value_name = "FORMAT")]
     log_format: LogFormat,
 }
 
-/// How stderr is written.
+/// The format of stderr.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum LogFormat {
-    /// For eyes, with progress bars where stderr is a terminal
+    /// For people, with progress bars if stderr is a terminal
     #[default]
     Text,
-    /// One JSON object a line: `level`, `message`, and for errors `hint` and `exit_code`
+    /// One JSON object per line: `level`, `message`, and for errors `hint` and `exit_code`
     Json,
 }
 
@@ -71,14 +73,14 @@ enum Command {
     Man(documents::ManArgs),
 }
 
-/// Which model.
+/// The model.
 #[derive(Debug, Args)]
 struct ModelArgs {
-    /// Folder of a checkpoint, a `.safetensors` file, or a hub id (`org/name`)
+    /// Checkpoint: a folder, a `.safetensors` or `.gguf` file, or a hub id (`org/name`)
     model: String,
 
     /// Branch, tag or commit of a hub id
-    #[arg(long, default_value = "main", value_name = "REV")]
+    #[arg(long, default_value = "main", value_name = "REV", help_heading = "Model")]
     revision: String,
 }
 
@@ -94,24 +96,26 @@ fn open(model: &str, revision: &str, progress: &dyn Progress) -> Result<Checkpoi
     crate::model::open(&folder)
 }
 
-/// How much memory may grow with the text.
+/// The cap of memory that grows with the text.
 #[derive(Debug, Args)]
 struct MemoryArgs {
-    /// Memory for hidden states and activations; past it they go to disk
-    #[arg(long, default_value = "1GiB", value_name = "SIZE")]
+    /// Memory for hidden states and activations; the rest goes to disk
+    #[arg(long, default_value = "1GiB", value_name = "SIZE", hide_short_help = true)]
     memory: ByteSize,
 }
 
 /// Gates for scripts.
 #[derive(Debug, Args)]
 struct GateArgs {
-    /// Exit with code 3 if this holds of the report: FIELD OP VALUE (`ppl > 12`, `size_bytes > 4GiB`); may be repeated
-    #[arg(long, value_name = "EXPR", num_args = 1)]
+    /// Exit with code 3 if the report meets this condition (`ppl > 12`)
+    ///
+    /// FIELD OP VALUE, where OP is one of > >= < <= == != and sizes may have units (`size_bytes > 4GiB`). May be repeated.
+    #[arg(long, value_name = "EXPR", num_args = 1, help_heading = "Output")]
     fail_if: Vec<Gate>,
 }
 
 impl GateArgs {
-    /// Prints a report, as JSON or by `show`, and judges it.
+    /// Prints a report, as JSON or by `show`, and checks the gates.
     fn conclude<T: Serialize>(&self, report: &T, json: bool, show: impl FnOnce(&T) -> String) -> Result<()> {
         if json {
             print_json(report)?
@@ -122,10 +126,28 @@ impl GateArgs {
     }
 }
 
+/// Parses the command line; prints help and usage errors, and exits, as clap does.
+pub fn parse() -> Cli {
+    let matches = Cli::command().try_get_matches().unwrap_or_else(|error| {
+        let is_long = std::env::args_os().any(|word| word == "--help" || word == "help");
+        if error.kind() == ErrorKind::DisplayHelp && !is_long {
+            without_values(Cli::command()).get_matches()
+        } else {
+            error.exit()
+        }
+    });
+    Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit())
+}
+
+/// `-h` fits a screen because the lists of values are left to `--help`, where each has its explanation.
+fn without_values(command: Parser) -> Parser {
+    command.mut_args(|arg| arg.hide_possible_values(true)).mut_subcommands(without_values)
+}
+
 /// Runs the command that was parsed.
 ///
 /// # Errors
-/// Whatever went wrong, for [`fail`].
+/// Any error of the command, for [`fail`].
 pub fn run(cli: &Cli) -> Result<()> {
     // Before any thread: each has the signal mask of the one that started it.
     interrupt::outlive_limits(cli.log_format);
@@ -145,24 +167,24 @@ pub fn run(cli: &Cli) -> Result<()> {
     }
 }
 
-/// Starts the threads that all work is done on; left to the first of it, a system that refuses them would end the process.
+/// Starts the global thread pool. Started lazily by the first parallel loop, it would panic where the system refuses threads.
 fn start_threads() -> Result<()> {
     let Err(error) = rayon::ThreadPoolBuilder::new().build_global() else { return Ok(()) };
-    // Without a cause they run already: tests run commands in one process.
+    // Without a cause the pool is running already: tests run several commands in one process.
     let Some(cause) = std::error::Error::source(&error) else { return Ok(()) };
-    Err(Failure::new(ExitClass::Resources, format!("cannot start as many threads as there are cores: {cause}"))
-        .hint("ask for fewer with `RAYON_NUM_THREADS`, or raise the limits of the process (`ulimit -v`, `ulimit -u`)")
+    Err(Failure::new(ExitClass::Resources, format!("cannot start one thread per core: {cause}"))
+        .hint("use fewer threads (`RAYON_NUM_THREADS`), or raise the limits of the process (`ulimit -v`, `ulimit -u`)")
         .into())
 }
 
-/// Prints an error with its hint, and gives its exit code.
+/// Prints an error with its hint, and returns its exit code.
 pub fn fail(error: &anyhow::Error, cli: &Cli) -> ExitCode {
     let (code, message, hint) = (error::exit_class(error) as u8, error::message(error), error::hint(error));
     write_error(&error_text(cli.log_format, &message, hint.as_deref(), code));
     ExitCode::from(code)
 }
 
-/// An error as it is written to stderr.
+/// The text of an error on stderr.
 fn error_text(format: LogFormat, message: &str, hint: Option<&str>, code: u8) -> String {
     match (format, hint) {
         (LogFormat::Json, hint) => {
@@ -174,7 +196,7 @@ fn error_text(format: LogFormat, message: &str, hint: Option<&str>, code: u8) ->
     }
 }
 
-/// Writes to stderr. Where that cannot be written, the exit code is all that is left to say.
+/// Writes to stderr. A failure is ignored: there is nowhere left to report it, and the exit code is set.
 fn write_error(text: &str) {
     let _ = std::io::stderr().lock().write_all(text.as_bytes());
 }
@@ -187,7 +209,7 @@ fn print_json(record: &impl Serialize) -> Result<()> {
 fn print(text: &str) -> Result<()> {
     let mut stdout = std::io::stdout().lock();
     match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
-        // A reader that has seen enough (`| head`) is no failure.
+        // A reader that closes the pipe early (`| head`) is not a failure.
         Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
         Err(error) => Err(Failure::new(ExitClass::Resources, format!("cannot write to stdout: {error}")).into()),
         Ok(()) => Ok(()),

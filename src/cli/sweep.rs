@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::{ArgAction, ArgMatches, Args, FromArgMatches};
 
+use super::options::RecipeArgs;
 use super::terminal::{Bars, fixed, grouped, table};
 use super::{GateArgs, MemoryArgs, ModelArgs};
 use crate::checkpoint::{OutputFolder, expect_apart};
@@ -18,9 +19,9 @@ use crate::report::page::{self, PAGE_FILE};
 use crate::report::{REPORT_FILE, SweepReport, gate};
 use crate::text::{Bos, DEFAULT_FIELD};
 
-/// Evaluate one method at many budgets, from one decomposition
+/// Evaluate one method at several budgets, with a single decomposition
 ///
-/// No model is written: the table shows what `lrc compress` and `lrc eval --reference` would give.
+/// Writes no model: the table shows the results of `lrc compress` and `lrc eval --reference` at every budget.
 ///
 /// Examples:
 ///   lrc sweep MODEL --text held-out.txt --keep 0.9,0.8,0.6
@@ -32,51 +33,57 @@ pub(super) struct SweepArgs {
     #[command(flatten)]
     model: ModelArgs,
 
-    /// Text to score: prose in UTF-8, or documents in `.jsonl`, `.ndjson`, `.json` or `.parquet`; each also as `.gz` or `.zst`
-    #[arg(long, value_name = "FILE")]
+    /// Text to score (`.txt`, `.jsonl`, `.json`, `.parquet`)
+    ///
+    /// Prose in UTF-8, or documents in `.jsonl`, `.ndjson`, `.json` or `.parquet`; each also as `.gz` or `.zst`.
+    #[arg(long, value_name = "FILE", help_heading = "Evaluation")]
     text: PathBuf,
+
+    /// How the text is cut into windows and scored
+    #[arg(long, value_enum, default_value_t, help_heading = "Evaluation")]
+    convention: Convention,
+
+    /// Tokens per scored window [default: set by the convention]
+    ///
+    /// At most the model's context.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(2..), help_heading = "Evaluation")]
+    eval_seq_len: Option<u32>,
+
+    /// Score only the first N windows
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..), help_heading = "Evaluation")]
+    max_windows: Option<u32>,
 
     #[command(flatten)]
     options: SweptOptions,
 
-    /// TOML file with these settings; flags win
-    #[arg(long, value_name = "FILE")]
+    /// Read options from a TOML file; flags override it
+    #[arg(long, value_name = "FILE", help_heading = "Model", display_order = 0)]
     recipe: Option<PathBuf>,
-
-    /// How the text is cut and scored
-    #[arg(long, value_enum, default_value_t)]
-    convention: Convention,
-
-    /// Tokens in a scored window [default: the convention's, at most the model's context]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(2..))]
-    eval_seq_len: Option<u32>,
-
-    /// Score only the first windows
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
-    max_windows: Option<u32>,
 
     #[command(flatten)]
     memory: MemoryArgs,
 
     /// Folder for `lrc-report.json` and `lrc-report.html`
-    #[arg(short, long, value_name = "OUT")]
+    #[arg(short, long, value_name = "OUT", help_heading = "Output")]
     output: Option<PathBuf>,
 
-    /// Replace an output folder that an earlier run wrote
-    #[arg(long, requires = "output")]
+    /// Replace an output folder written by an earlier run
+    #[arg(long, requires = "output", help_heading = "Output")]
     force: bool,
 
     #[command(flatten)]
     gates: GateArgs,
 
     /// Print the report as JSON
-    #[arg(long, conflicts_with = "csv")]
+    #[arg(long, conflicts_with = "csv", help_heading = "Output")]
     json: bool,
 
-    /// Print one line a budget as CSV
-    #[arg(long)]
+    /// Print CSV, one line per budget
+    #[arg(long, help_heading = "Output")]
     csv: bool,
 }
+
+const KEEPS: &str = "Shares of the targeted parameters to keep, separated by commas";
 
 /// [`RecipeOptions`] whose `--keep` is a list.
 #[derive(Debug)]
@@ -87,18 +94,19 @@ struct SweptOptions {
 
 impl Args for SweptOptions {
     fn augment_args(command: clap::Command) -> clap::Command {
-        RecipeOptions::augment_args(command)
+        RecipeArgs::augment_args(command)
             .mut_arg("keep", |keep| {
                 keep.action(ArgAction::Append)
                     .value_delimiter(',')
                     .value_name("SHARES")
                     .required(true)
-                    .help("Shares of the parameters of the targeted linears to keep, separated by commas")
+                    .help(KEEPS)
+                    .long_help(KEEPS)
             })
-            // What is written is not swept.
+            // A sweep writes no weights.
             .mut_args(|arg| {
-                let is_of_output = ["target_size", "format", "max_shard_size"].contains(&arg.get_id().as_str());
-                if is_of_output { arg.hide(true) } else { arg }
+                let is_hidden = ["target_size", "format", "max_shard_size"].contains(&arg.get_id().as_str());
+                if is_hidden { arg.hide(true) } else { arg }
             })
     }
 
@@ -123,21 +131,21 @@ pub(super) fn run(args: &SweepArgs, progress: &Bars) -> Result<()> {
     gate::expect_fields::<SweepReport>(&args.gates.fail_if, &[])?;
     let file = args.recipe.as_deref().map(RecipeOptions::read).transpose()?.unwrap_or_default();
     if args.options.keeps.is_empty() {
-        return Err(Failure::usage("a sweep needs shares").hint("`--keep 0.9,0.8,0.6`, say").into());
+        return Err(Failure::usage("a sweep needs budgets").hint("for example `--keep 0.9,0.8,0.6`").into());
     }
     if let Some(keep) = args.options.keeps.iter().find(|&&keep| !(keep > 0.0 && keep <= 1.0)) {
-        return Err(Failure::usage(format!("`--keep {keep}` is outside of (0, 1]")).into());
+        return Err(Failure::usage(format!("`--keep {keep}` is outside (0, 1]")).into());
     }
     let mut options = args.options.options.clone().or(file);
     options.target_size = None;
-    // A sequential run decomposes anew for every budget; a sweep does it once for all.
+    // The sequential mode must redo the decomposition for each budget; a sweep decomposes once.
     options.sequential = options.sequential.or(Some(false));
     let recipe = Recipe::new(&options)?;
     if let Some(output) = &args.output {
         OutputFolder::check(output, args.force, REPORT_FILE)?;
     }
     let checkpoint = crate::compress::view(args.model.open(progress)?, &recipe)?;
-    // Begun before the work, which is not to be lost where there is no place for it.
+    // Created first, so that the work is not lost for lack of an output folder.
     let folder = args.output.as_deref().map(|output| -> Result<OutputFolder> {
         expect_apart(output, recipe.inputs().chain([args.text.as_path(), checkpoint.root()]))?;
         Ok(OutputFolder::create(output, args.force, REPORT_FILE)?)
@@ -209,8 +217,8 @@ fn show(report: &SweepReport) -> String {
     let header = ["keep", "perplexity", "ratio", "KL", "same top 1", "kept", "parameters", "bytes"];
     let t = &report.timings;
     format!(
-        "{}dense perplexity {:.5}, convention {}, windows of {}\n\
-         calibrated in {:.1} + {:.1} s, decomposed in {:.1} s, allocated in {:.1} s, evaluated in {:.1} s\n",
+        "{}perplexity of the original: {:.5} (convention {}, windows of {} tokens)\n\
+         seconds: calibrate {:.1} forward and {:.1} backward, decompose {:.1}, allocate {:.1}, evaluate {:.1}\n",
         table(&header, rows.collect()),
         report.dense_ppl.unwrap_or(f64::NAN),
         report.convention,

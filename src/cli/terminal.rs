@@ -11,7 +11,7 @@ use super::LogFormat;
 use crate::progress::{Progress, Stage};
 pub(super) use crate::report::columns::{fixed, grouped};
 
-/// Begins to log warnings (and with `-v` more) to stderr, and gives the bars, which logs go around.
+/// Starts logging warnings (and with `-v` more) to stderr, and returns the progress bars that logs are printed above.
 pub(super) fn start(quiet: bool, verbose: u8, format: LogFormat) -> Bars {
     let level = match (quiet, verbose) {
         (true, _) => "error",
@@ -20,7 +20,7 @@ pub(super) fn start(quiet: bool, verbose: u8, format: LogFormat) -> Bars {
         (false, _) => "lrc=debug",
     };
     let filter = EnvFilter::try_from_env("LRC_LOG").unwrap_or_else(|_| EnvFilter::new(level));
-    let use_colour = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+    let use_color = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
     let has_bars = !quiet && format == LogFormat::Text;
     let bars = MultiProgress::with_draw_target(match has_bars {
         true => ProgressDrawTarget::stderr_with_hz(10),
@@ -31,13 +31,13 @@ pub(super) fn start(quiet: bool, verbose: u8, format: LogFormat) -> Bars {
     let logger = logger.with_writer(move || AboveBars(above.clone()));
     // A second call (tests run commands in one process) keeps the first logger.
     let _ = match format {
-        LogFormat::Text => logger.with_ansi(use_colour).without_time().with_target(false).try_init(),
+        LogFormat::Text => logger.with_ansi(use_color).without_time().with_target(false).try_init(),
         LogFormat::Json => logger.json().flatten_event(true).with_target(false).try_init(),
     };
     Bars { bars }
 }
 
-/// stderr, while the bars step aside. What cannot be written there is lost, and changes nothing else.
+/// stderr, with the bars suspended. Failed writes are ignored.
 struct AboveBars(MultiProgress);
 
 impl Write for AboveBars {
@@ -51,7 +51,7 @@ impl Write for AboveBars {
     }
 }
 
-/// Bars on stderr, where that is a terminal; a line in the log for every stage.
+/// Bars on stderr if it is a terminal, and a log line per stage.
 pub(super) struct Bars {
     bars: MultiProgress,
 }
@@ -77,7 +77,7 @@ impl Progress for Bars {
             },
         );
         let bar = self.bars.add(ProgressBar::new(total).with_style(style).with_prefix(name.to_string()));
-        // A tick is a thread: none for a bar that nobody sees.
+        // A steady tick is a thread: none for hidden bars.
         if !self.bars.is_hidden() {
             bar.enable_steady_tick(Duration::from_millis(200));
         }
@@ -105,7 +105,7 @@ impl Drop for Bar {
     }
 }
 
-/// One line under the header, no others: long tables are read by row.
+/// One line below the header and no others: long tables are read by row.
 const STYLE: TableStyle = TableStyle::new().header_separator(LineStyle::none().fill('─').junction('─'));
 
 /// A table of `rows` under `header`; the first column is text, the others are numbers.
@@ -122,19 +122,19 @@ pub(super) fn table(header: &[&str], rows: Vec<Vec<String>>) -> String {
     format!("{}\n", table.trim_fmt())
 }
 
-/// One character a value in [0, 1].
+/// One character per value in [0, 1].
 pub(super) fn sparkline(values: &[f64]) -> String {
     const BARS: [char; 8] = ['▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
     values.iter().map(|v| BARS[((v.clamp(0.0, 1.0) * 8.0) as usize).min(7)]).collect()
 }
 
-/// A cell of a heat map: on a terminal with colours shaded by `share` in [0, 1], elsewhere behind a sign that says the same.
+/// A cell of a heat map, shaded by `share` in [0, 1]: with a color on terminals that have them, else with a character.
 pub(super) fn shaded(text: &str, share: f64) -> String {
     if console::colors_enabled() {
-        // The blue-to-red ramp of the 256 colours, on which dark text can be read.
+        // A blue-to-red ramp of the 256 colors on which dark text is legible.
         const RAMP: [u8; 7] = [153, 159, 194, 230, 223, 216, 210];
-        let colour = RAMP[((share.clamp(0.0, 1.0) * RAMP.len() as f64) as usize).min(RAMP.len() - 1)];
-        return console::style(text).black().on_color256(colour).to_string();
+        let color = RAMP[((share.clamp(0.0, 1.0) * RAMP.len() as f64) as usize).min(RAMP.len() - 1)];
+        return console::style(text).black().on_color256(color).to_string();
     }
     const SHADES: [char; 5] = [' ', '░', '▒', '▓', '█'];
     let shade = SHADES[((share.clamp(0.0, 1.0) * SHADES.len() as f64) as usize).min(SHADES.len() - 1)];

@@ -15,10 +15,10 @@ use crate::error::Failure;
 use crate::report::REPORT_FILE;
 use crate::truncate::{TruncateJob, truncate};
 
-/// Shorten a compressed checkpoint, without its source
+/// Reduce the ranks of a compressed checkpoint, without its source
 ///
-/// Drops trailing ranks where the stored curves lose least. Exact for the layout of factors; pivots are decomposed
-/// again, in the diagonals of their metric.
+/// Drops trailing ranks where the stored error curves lose least. Exact for the factors layout and for pivots compressed
+/// with `--elastic`; other pivots are refactored in a diagonal approximation of their metric.
 ///
 /// Examples:
 ///   lrc truncate COMPRESSED -o OUT --keep 0.7
@@ -28,30 +28,30 @@ pub(super) struct TruncateArgs {
     #[command(flatten)]
     model: ModelArgs,
 
-    /// Output folder
-    #[arg(short, long, value_name = "OUT")]
-    output: PathBuf,
-
-    /// Share of the parameters of the originally targeted linears to keep
-    #[arg(long, value_name = "SHARE")]
+    /// Share of the original targeted parameters to keep, in (0, 1)
+    #[arg(long, value_name = "SHARE", help_heading = "Budget")]
     keep: f64,
 
+    /// Output folder
+    #[arg(short, long, value_name = "OUT", help_heading = "Output")]
+    output: PathBuf,
+
     /// Largest size of an output file (`500MB`, `2GiB`) [default: 4GB]
-    #[arg(long, value_name = "SIZE")]
+    #[arg(long, value_name = "SIZE", help_heading = "Output")]
     max_shard_size: Option<ByteSize>,
 
-    /// Replace an output folder that an earlier run wrote
-    #[arg(long)]
+    /// Replace an output folder written by an earlier run
+    #[arg(long, help_heading = "Output")]
     force: bool,
 
     /// Print the report as JSON
-    #[arg(long)]
+    #[arg(long, help_heading = "Output")]
     json: bool,
 }
 
 pub(super) fn run(args: &TruncateArgs, quiet: bool, progress: &Bars) -> Result<()> {
     if !(args.keep > 0.0 && args.keep < 1.0) {
-        return Err(Failure::usage(format!("`--keep {}` is outside of (0, 1)", args.keep)).into());
+        return Err(Failure::usage(format!("`--keep {}` is outside (0, 1)", args.keep)).into());
     }
     // Before a model is downloaded.
     OutputFolder::check(&args.output, args.force, REPORT_FILE)?;

@@ -46,7 +46,7 @@ impl<'a> Problem<'a> {
     /// The ranks of every linear, and what several may become together; at `price` where the budget counts bytes, else in parameters.
     fn of_ranks(study: &'a Study<'_>, price: Option<&Price<'_>>, sensitivities: &'a [f64]) -> Self {
         let (recipe, plan) = (study.recipe, study.plan);
-        let spectra = recipe.ranks.allocator().spectra();
+        let spectra = recipe.ranks().allocator().spectra();
         let curve = |i: usize| {
             let fitted = study.fits.low_rank(i)?;
             match spectra {
@@ -77,7 +77,7 @@ impl<'a> Problem<'a> {
         };
         let curves: Vec<_> = (0..plan.linears.len()).map(curve).collect();
         let mut units: Vec<PricedUnit> = (0..plan.linears.len()).map(one).collect();
-        if recipe.share {
+        if recipe.share() {
             let cost = |linear: &LinearInfo, forms: Option<&Forms>| match (price, forms) {
                 (Some(price), forms) => price(linear, forms),
                 (None, Some(forms)) => linear.parameters_as(forms),
@@ -164,7 +164,7 @@ impl<'a> Problem<'a> {
     /// The choices of the recipe's allocator under a budget of parameters or bytes, and what they take.
     fn of_recipe(&self, budget: Budget) -> (Vec<Choice>, u64) {
         let items = self.items();
-        let picks = allocate::allocate(self.recipe.ranks, &items, &budget::rules(self.recipe, &items, budget));
+        let picks = allocate::allocate(self.recipe.ranks(), &items, &budget::rules(self.recipe, &items, budget));
         (self.choices(&picks), allocate::cost(&items, &picks))
     }
 
@@ -214,14 +214,14 @@ fn together(
             choices: Vec::new(),
         };
         let points = |i: usize| -> Vec<(u64, f64, Choice)> {
-            let largest = study.recipe.layout.fitting().largest_saving_rank(study.plan.linears[i].shape());
+            let largest = study.recipe.layout().fitting().largest_saving_rank(study.plan.linears[i].shape());
             let of = |rank: usize| {
                 let choice = Choice::Fitted { fit: 0, rank };
                 let error = curves[i].map_or(0.0, |curve| sensitivities[i] * curve.squared_error(rank));
                 (cost(&study.plan.linears[i], study.planned(i, choice).as_ref()), error, choice)
             };
             let dense = (cost(&study.plan.linears[i], None), 0.0, Choice::Dense);
-            let step = study.recipe.rank_multiple;
+            let step = study.recipe.rank_multiple();
             (step..=largest).step_by(step).map(of).chain([dense]).collect()
         };
         for (cost, error, choices) in frontier(&unit.members.iter().map(|&i| points(i)).collect::<Vec<_>>()) {
@@ -292,7 +292,7 @@ fn hull(points: &[(u64, f64, Choice)]) -> Vec<(u64, f64, Choice)> {
 /// # Errors
 /// The budget cannot be met.
 pub(super) fn choose(study: &Study<'_>, budget: Budget, sensitivities: &[f64]) -> Result<Vec<Choice>> {
-    if !study.recipe.quant.is_empty() {
+    if !study.recipe.quant().is_empty() {
         return choose_bases(study, budget, sensitivities);
     }
     let format = study.recipe.format;
@@ -393,7 +393,7 @@ fn meet(study: &Study<'_>, target: u64, dense_bytes: u64, at: &dyn Fn(u64) -> Ve
         .hint("untargeted weights keep their size; target more linears, lower `--rank-floor`, or offer fewer bits with `--quant`")
         .into());
     };
-    if (target - bytes) as f64 > 0.001 * target as f64 && study.recipe.ranks.is_budgeted() {
+    if (target - bytes) as f64 > 0.001 * target as f64 && study.recipe.ranks().is_budgeted() {
         tracing::warn!("`--target-size` is missed by {} bytes: no step is that small", target - bytes);
     }
     Ok(choices)

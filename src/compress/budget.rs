@@ -8,9 +8,9 @@ use crate::model::inventory::LinearInfo;
 
 /// The choices, where no spectrum is needed to know them.
 pub(super) fn known_choices(recipe: &Recipe, plan: &Plan) -> Option<Vec<Choice>> {
-    if let (&[quant], Budget::None) = (recipe.quant.as_slice(), recipe.budget) {
+    if let (&[quant], Budget::None) = (recipe.quant(), recipe.budget()) {
         let choice = |linear: &LinearInfo| {
-            let rank = match (recipe.compensate, recipe.compensate_rank) {
+            let rank = match (recipe.compensate(), recipe.compensate_rank()) {
                 (Compensate::None, _) | (_, CompensateRank::Auto) => 0,
                 (_, CompensateRank::Fixed(rank)) => rank.min(linear.out_features).min(linear.in_features),
             };
@@ -18,13 +18,13 @@ pub(super) fn known_choices(recipe: &Recipe, plan: &Plan) -> Option<Vec<Choice>>
         };
         return Some(plan.linears.iter().map(choice).collect());
     }
-    let is_known = recipe.quant.is_empty()
-        && recipe.ranks.allocator().spectra() == Spectra::None
-        && !matches!(recipe.budget, Budget::Bytes(_) | Budget::Bits(_));
+    let is_known = recipe.quant().is_empty()
+        && recipe.ranks().allocator().spectra() == Spectra::None
+        && !matches!(recipe.budget(), Budget::Bytes(_) | Budget::Bits(_));
     is_known.then(|| {
         let costs: Vec<Vec<u64>> = plan.linears.iter().map(|linear| parameters(recipe, linear)).collect();
         let items: Vec<Item<'_>> = (0..plan.linears.len()).map(|i| item(recipe, plan, i, &costs[i])).collect();
-        let picks = allocate::allocate(recipe.ranks, &items, &rules(recipe, &items, recipe.budget));
+        let picks = allocate::allocate(recipe.ranks(), &items, &rules(recipe, &items, recipe.budget()));
         picks.into_iter().map(|pick| choice(pick, 0)).collect()
     })
 }
@@ -41,7 +41,7 @@ pub(super) fn choice(pick: allocate::Pick, fit: usize) -> Choice {
 
 /// The largest rank that each linear may get; 0 for those that are known to stay dense, or to be all zeros.
 pub(super) fn max_ranks(recipe: &Recipe, plan: &Plan) -> Vec<usize> {
-    if !recipe.quant.is_empty() {
+    if !recipe.quant().is_empty() {
         return vec![0; plan.linears.len()];
     }
     let known = known_choices(recipe, plan);
@@ -51,15 +51,15 @@ pub(super) fn max_ranks(recipe: &Recipe, plan: &Plan) -> Vec<usize> {
             Choice::Dense | Choice::Zeros => 0,
         },
         None if plan.are_zero[i] => 0,
-        None => recipe.layout.fitting().largest_saving_rank(plan.linears[i].shape()),
+        None => recipe.layout().fitting().largest_saving_rank(plan.linears[i].shape()),
     };
     (0..plan.linears.len()).map(largest).collect()
 }
 
 /// Parameters of a linear at every rank from 0 to the largest that there is.
 pub(super) fn parameters(recipe: &Recipe, linear: &LinearInfo) -> Vec<u64> {
-    let largest = recipe.layout.fitting().largest_rank(linear.shape());
-    (0..=largest).map(|rank| recipe.layout.n_parameters(rank, linear.shape())).collect()
+    let largest = recipe.layout().fitting().largest_rank(linear.shape());
+    (0..=largest).map(|rank| recipe.layout().n_parameters(rank, linear.shape())).collect()
 }
 
 /// The `i`-th linear of a plan as allocators see it without spectra, priced in parameters.
@@ -69,7 +69,7 @@ pub(super) fn item<'a>(recipe: &Recipe, plan: &Plan, i: usize, parameters: &'a [
     Item {
         n_weights: linear.n_parameters(),
         parameters,
-        saving_rank: recipe.layout.fitting().largest_saving_rank((m, n)),
+        saving_rank: recipe.layout().fitting().largest_saving_rank((m, n)),
         rank_weight: (m + n) as f64,
         bytes: None,
         curve: None,
@@ -90,5 +90,5 @@ pub(super) fn rules(recipe: &Recipe, items: &[Item<'_>], budget: Budget) -> Rule
             Rules { budget: bytes, fill: true, ..Rules::of_keep(items, bytes as f64 / dense as f64) }
         }
     };
-    Rules { floor: recipe.rank_floor, multiple: recipe.rank_multiple, ..rules }
+    Rules { floor: recipe.rank_floor(), multiple: recipe.rank_multiple(), ..rules }
 }

@@ -1,18 +1,18 @@
-//! Low-rank compensation of a quantised base, `W ≈ Q + B·A`: published methods as rows of a table.
+//! Low-rank compensation of a quantized base, `W ≈ Q + B·A`: published methods as rows of a table.
 //!
-//! All of them minimise `tr(G E C Eᵀ)` of what quantising left, `E = W − Q − B·A`, with the one kernel; only the metric differs,
-//! and whether base and pair take turns.
+//! All minimize `tr(G E C Eᵀ)` of the error `E = W − Q − B·A` with the same kernel. They differ in the metric, and in whether they alternate
+//! between base and factors.
 
 use std::fmt;
 use std::str::FromStr;
 
-use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
 use super::presets::{Form, Preset};
 
-/// A published compensation.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum, Serialize, Deserialize)]
+/// A published method of compensation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 #[serde(rename_all = "kebab-case")]
 pub enum Compensate {
     /// No factors
@@ -20,24 +20,24 @@ pub enum Compensate {
     None,
     /// Plain SVD of the error (LoRC of ZeroQuant-V2, Yao et al. 2023)
     Lorc,
-    /// Inputs weighted by their mean magnitude (L²QER, Zhang et al. 2024)
+    /// Weights inputs by their mean magnitude (L²QER, Zhang et al. 2024)
     Lqer,
-    /// Inputs weighted by their root mean square (QERA-approx, Zhang et al. 2024)
+    /// Weights inputs by their root mean square (QERA-approx, Zhang et al. 2024)
     QeraApprox,
-    /// The metric of calibration inputs (EoRA, Liu et al. 2024; QERA-exact has the same optimum)
+    /// Minimizes the output error on calibration inputs (EoRA, Liu et al. 2024; same optimum as QERA-exact)
     Eora,
-    /// The metrics of calibration inputs and of loss gradients, as `--method kfac` has them
+    /// Minimizes the loss to second order, as `--method kfac` does
     Kfac,
-    /// Plain, base and factors by turns (LoftQ, Li et al. 2023)
+    /// Plain SVD, alternating between base and factors (LoftQ, Li et al. 2023)
     Loftq,
-    /// Weighted by Fisher information, base and factors by turns (LQ-LoRA, Guo et al. 2023)
+    /// Weights by Fisher information, alternating between base and factors (LQ-LoRA, Guo et al. 2023)
     LqLora,
 }
 
-/// Turns that the alternating ones take at most; LoftQ uses 1 to 5.
+/// Most iterations of the alternating methods; LoftQ uses 1 to 5.
 const TURNS: usize = 5;
 
-/// Share of its mean eigenvalue that Grams of both sides are damped with, as in `--method kfac`.
+/// Damping of Grams on both sides, as a share of their mean eigenvalue; that of `--method kfac`.
 const KFAC_DAMPING: f64 = 0.01;
 
 impl Compensate {
@@ -46,7 +46,7 @@ impl Compensate {
         let preset = |output, input| Preset { output, input, damping: 0.0 };
         match self {
             Self::None | Self::Lorc | Self::Loftq => preset(Form::Identity, Form::Identity),
-            // Columns are scaled by mean |x|; the paper's normalisation is one factor for all of them.
+            // Columns are scaled by mean |x|; the normalization in the paper is a common factor.
             Self::Lqer => preset(Form::Identity, Form::Magnitude { alpha: 1.0 }),
             Self::QeraApprox => preset(Form::Identity, Form::GramDiagonal),
             Self::Eora => preset(Form::Identity, Form::Gram),
@@ -55,7 +55,7 @@ impl Compensate {
         }
     }
 
-    /// How often base and factors are made, each for what the other leaves; the best is kept.
+    /// Iterations over base and factors, each fitted to the residual of the other; the best is kept.
     pub fn turns(self) -> usize {
         if matches!(self, Self::Loftq | Self::LqLora) { TURNS } else { 1 }
     }
@@ -64,7 +64,7 @@ impl Compensate {
 /// The rank of the factors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CompensateRank {
-    /// Each linear its own, 0 included, as the budget is best spent.
+    /// Allocated by the budget: a rank per linear, which may be 0.
     Auto,
     Fixed(usize),
 }
@@ -84,7 +84,7 @@ impl FromStr for CompensateRank {
     fn from_str(text: &str) -> Result<Self, String> {
         let rank = || text.parse().ok().filter(|&rank| rank > 0).map(Self::Fixed);
         let parsed = if text == "auto" { Some(Self::Auto) } else { rank() };
-        parsed.ok_or_else(|| format!("`{text}` is neither `auto` nor a rank from 1 on"))
+        parsed.ok_or_else(|| format!("`{text}` is neither `auto` nor a positive rank"))
     }
 }
 

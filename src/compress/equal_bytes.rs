@@ -16,7 +16,7 @@ use crate::model::Decoder;
 use crate::model::inventory::LinearInfo;
 use crate::operator::Forms;
 use crate::quantize::{BLOCK_TYPES, Levels, Quant, Scale, Scheme, Storage};
-use crate::report::ControlRecord;
+use crate::report::EqualBytesBaseline;
 
 /// Bits that the baseline may choose from, and the group besides that of the base.
 const BITS: [u32; 4] = [2, 3, 4, 8];
@@ -52,7 +52,7 @@ pub(super) fn compare(
     allocation: &Allocation,
     first: &[usize],
     relative_errors: &dyn Fn(usize) -> f64,
-) -> Result<ControlRecord> {
+) -> Result<EqualBytesBaseline> {
     let study = solution.study;
     // Formats differ in what they can store: both are counted in lrc's own packing.
     let price = |linear: &LinearInfo, forms: Option<&Forms>| {
@@ -66,19 +66,19 @@ pub(super) fn compare(
     let error: f64 = choices.iter().enumerate().map(squared).sum();
     let own = |i: usize| allocation.sensitivities[i] * study.fits.norm(i) * relative_errors(i);
     let own_error: f64 = (0..choices.len()).map(own).sum();
-    let (mut kl, mut control_kl) = (None, None);
+    let (mut kl, mut baseline_kl) = (None, None);
     let quant = quantizers(study, &choices);
     if study.inputs.windows.is_some() && Decoder::open(study.session.checkpoint)?.has_head() {
         let baseline = Solution::new(study, choices, &refine::of(study.recipe));
         let found = mean_kl(study, probe_windows(study), &[solution, &baseline], "control")?;
-        (kl, control_kl) = (Some(found[0]), Some(found[1]));
+        (kl, baseline_kl) = (Some(found[0]), Some(found[1]));
     }
-    Ok(ControlRecord {
+    Ok(EqualBytesBaseline {
         bits_per_weight: problem.bits(spent),
         is_reachable: spent <= budget,
         weighted_error_ratio: (error > 0.0).then_some(own_error / error),
         kl,
-        control_kl,
+        baseline_kl,
         quant,
     })
 }
@@ -96,9 +96,12 @@ fn quantizers(study: &Study<'_>, choices: &[Choice]) -> BTreeMap<String, String>
 /// the first that takes what base and factors do.
 fn menu(study: &Study<'_>, linear: &LinearInfo, forms: &Forms) -> Vec<Quant> {
     let int = |bits| Scheme { levels: Levels::Int { bits, symmetric: true }, group: Some(128) };
-    let families =
-        if study.recipe.quant.is_empty() { vec![Quant::Rtn(int(4), Scale::Mse)] } else { study.recipe.quant.clone() };
-    let mut menu = study.recipe.quant.clone();
+    let families = if study.recipe.quant().is_empty() {
+        vec![Quant::Rtn(int(4), Scale::Mse)]
+    } else {
+        study.recipe.quant().to_vec()
+    };
+    let mut menu = study.recipe.quant().to_vec();
     for quant in families {
         let Storage::Grouped(scheme) = quant.storage() else {
             menu.extend(BLOCK_TYPES.map(Quant::Block));

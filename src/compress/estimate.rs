@@ -115,7 +115,7 @@ pub(super) fn seconds(checkpoint: &Checkpoint, recipe: &Recipe, plan: &Plan, win
         }
         products * speed.product + eigen * speed.eigen
     };
-    let quantisers = recipe.quant.len().max(1) as f64;
+    let quantisers = recipe.quant().len().max(1) as f64;
     let ranks = max_ranks(recipe, plan);
     let decomposing: f64 = plan.linears.iter().zip(ranks).map(decompose).sum::<f64>() * quantisers / threads;
     let mut passes = 0.0;
@@ -127,7 +127,7 @@ pub(super) fn seconds(checkpoint: &Checkpoint, recipe: &Recipe, plan: &Plan, win
         let outputs: f64 = plan.linears.iter().map(|l| (l.out_features as f64).powi(2) / 2.0).sum();
         grams += f64::from(u8::from(needs.input_gram)) * inputs + f64::from(u8::from(needs.output_gram)) * outputs;
     }
-    if recipe.anchor.is_some() {
+    if recipe.anchor().is_some() {
         // Two streams, each through the block once for every place of input and once more; two Grams a place, and a decomposition.
         passes += 10.0;
         grams += plan.linears.iter().map(|l| (l.in_features as f64).powi(2)).sum::<f64>();
@@ -140,7 +140,7 @@ pub(super) fn seconds(checkpoint: &Checkpoint, recipe: &Recipe, plan: &Plan, win
         }
         _ => 0.0,
     };
-    let anchoring = if recipe.anchor.is_some() { decomposing } else { 0.0 };
+    let anchoring = if recipe.anchor().is_some() { decomposing } else { 0.0 };
     // What is read, hashed and written.
     const BYTES_A_SECOND: f64 = 3e8;
     let moving = 3.0 * checkpoint.n_bytes() as f64 / BYTES_A_SECOND;

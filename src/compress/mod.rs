@@ -152,26 +152,26 @@ impl Run<'_> {
 
         let allocating = Instant::now();
         let sensitivities = sensitivity::of(&study)?;
-        let allocation = sensitivity::allocate(&study, &sensitivities, recipe.budget)?;
+        let allocation = sensitivity::allocate(&study, &sensitivities, recipe.budget())?;
         timings.allocate = allocating.elapsed().as_secs_f64();
         let planned: Vec<Option<Forms>> =
             allocation.choices.iter().enumerate().map(|(i, &choice)| study.planned(i, choice)).collect();
         let quantizing = Instant::now();
         let menus = equal_bytes::menus(&study, &planned);
         let first = menus.map(|menus| equal_bytes::quantize(&mut study, &menus)).transpose()?;
-        timings.control = quantizing.elapsed().as_secs_f64();
+        timings.equal_bytes_baseline = quantizing.elapsed().as_secs_f64();
 
         let refining = Instant::now();
         let mut solution = Solution::new(&study, allocation.choices.clone(), &refine::of(recipe));
         solution.refine()?;
-        timings.anchor = if recipe.anchor.is_some() { refining.elapsed().as_secs_f64() } else { 0.0 };
+        timings.anchor = if recipe.anchor().is_some() { refining.elapsed().as_secs_f64() } else { 0.0 };
 
         let writing = Instant::now();
         solution.settle(&solution.compressed(), progress)?;
         let forms = solution.all_forms();
         let mut output = Output::create(folder, plan.files(&source, recipe, &forms))?;
         let written = output::put_all(&mut output, &solution)?;
-        if recipe.format == Format::Factored && recipe.quant.is_empty() && recipe.quant_factors.is_none() {
+        if recipe.format == Format::Factored && recipe.quant().is_empty() && recipe.quant_factors().is_none() {
             curves::write_of(folder, &solution, &allocation.sensitivities, &written)?;
         }
         timings.write = writing.elapsed().as_secs_f64();
@@ -179,12 +179,12 @@ impl Run<'_> {
         let comparing = Instant::now();
         let squared = |i: usize| written.get(&i).and_then(|w| w.relative_error).map_or(0.0, |error| error * error);
         let baseline = first.map(|first| equal_bytes::compare(&solution, &allocation, &first, &squared)).transpose()?;
-        timings.control += comparing.elapsed().as_secs_f64();
+        timings.equal_bytes_baseline += comparing.elapsed().as_secs_f64();
         let sizes = record::sizes(&source, recipe, &plan, &forms);
         formats::warn_of_growth(checkpoint.file_bytes(), sizes.file_bytes_after);
         let linears = record::linears(&solution, &allocation.sensitivities, &written)?;
         let mut report = record::report(job, source_files, linears, sizes, calibration, timings);
-        report.control = baseline;
+        report.equal_bytes_baseline = baseline;
         let lines = record::error_lines(&solution);
         drop(solution);
         output::finish(output, folder, job, &lines, &mut report, started)?;
@@ -207,7 +207,7 @@ pub fn dry_run(job: &Job<'_>, progress: &dyn Progress) -> Result<DryRunReport> {
     let seconds = estimate::seconds(checkpoint, recipe, &plan, inputs.windows.as_ref())?;
     let forms: Vec<Option<Forms>> = match known_choices(recipe, &plan) {
         Some(choices) => {
-            let fitted = recipe.quant.first().map_or(Fitted::Layout, |&quant| Fitted::Base(quant));
+            let fitted = recipe.quant().first().map_or(Fitted::Layout, |&quant| Fitted::Base(quant));
             let of = |(linear, choice)| Plan::forms(recipe, linear, choice, fitted);
             plan.linears.iter().zip(choices).map(of).collect()
         }
@@ -215,7 +215,7 @@ pub fn dry_run(job: &Job<'_>, progress: &dyn Progress) -> Result<DryRunReport> {
             let work = tempfile::tempdir()?;
             let session = Session::new(checkpoint, job.memory_bytes, work.path().into(), Journal::default(), progress);
             let study = Study::run(&session, recipe, &plan, inputs)?;
-            let allocation = sensitivity::allocate(&study, &sensitivity::of(&study)?, recipe.budget)?;
+            let allocation = sensitivity::allocate(&study, &sensitivity::of(&study)?, recipe.budget())?;
             allocation.choices.iter().enumerate().map(|(i, &choice)| study.planned(i, choice)).collect()
         }
     };

@@ -1,10 +1,10 @@
-//! What a user may say of a compression: flags and a TOML file are one struct, and flags win.
+//! The options of a compression. A row of [`recipe_options!`] declares one of them: the field, the key in a TOML recipe, the flag
+//! with its help, and how a flag overrides the file.
 
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use bytesize::ByteSize;
-use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize, Serializer};
 
 use super::allocate::Ranks;
@@ -17,175 +17,190 @@ use crate::operator::Kind;
 use crate::quantize::{Levels, Quant, Scheme};
 use crate::text::read_recipe;
 
-/// What a user may say; everything is optional, and the defaults are in [`super::recipe::Recipe::new`].
-#[derive(Debug, Clone, Default, PartialEq, Args, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
-pub struct RecipeOptions {
-    /// Share of the parameters of the targeted linears to keep, in (0, 1]
-    #[arg(long, value_name = "SHARE")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub keep: Option<f64>,
+/// An option that may be absent.
+trait Setting {
+    fn is_absent(&self) -> bool;
 
-    /// Bytes of the weight files to reach, instead of a share; met from below (`350MiB`)
-    #[arg(long, value_name = "SIZE", conflicts_with = "keep")]
-    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "bytes_exactly")]
-    pub target_size: Option<ByteSize>,
+    /// This one, or `other` where this one is absent.
+    fn or(self, other: Self) -> Self;
+}
 
-    /// Mean bits a weight of the targeted linears, everything counted, instead of a share
-    #[arg(long, value_name = "BITS", conflicts_with_all = ["keep", "target_size"])]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub bits: Option<f64>,
+impl<T> Setting for Option<T> {
+    fn is_absent(&self) -> bool {
+        self.is_none()
+    }
 
-    /// Quantise bases, with one of these: [rtn|gptq]-int8|int4|int3|int2 or nf4, then any of -g32, -g64, -g128, -channel, -asym,
-    /// -absmax, -mse; or q8_0, q4_0, q2_k, q3_k, q4_k, q5_k, q6_k. A budget chooses among several (`rtn-int4,rtn-int8`)
-    #[arg(long, value_name = "QUANT", value_delimiter = ',', num_args = 1)]
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub quant: Vec<Quant>,
+    fn or(self, other: Self) -> Self {
+        self.or(other)
+    }
+}
 
-    /// Low-rank factors that make up for what quantising loses [default: none]
-    #[arg(long, value_enum)]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub compensate: Option<Compensate>,
+impl<T> Setting for Vec<T> {
+    fn is_absent(&self) -> bool {
+        self.is_empty()
+    }
 
-    /// Their rank, or `auto`: each linear its own, 0 included, as the budget is best spent [default: auto with a budget]
-    #[arg(long, value_name = "RANK")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub compensate_rank: Option<CompensateRank>,
+    fn or(self, other: Self) -> Self {
+        if self.is_empty() { other } else { self }
+    }
+}
 
-    /// Quantise the factors too
-    #[arg(long, value_enum)]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub quant_factors: Option<FactorBits>,
+/// Declares [`RecipeOptions`]. A row has the help, the name, the type, the heading of the help, and in brackets further arguments of
+/// clap. (Attributes on the fields would repeat `cfg_attr` and serde's rule for every option, and the merge its name.)
+macro_rules! recipe_options {
+    ($($(#[$attribute:meta])* $option:ident: $type:ty, $heading:literal [$($argument:tt)*],)*) => {
+        /// The options of a compression. All are optional; [`Recipe::new`](super::recipe::Recipe::new) fills in the defaults.
+        #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+        #[cfg_attr(feature = "cli", derive(clap::Args))]
+        #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
+        pub struct RecipeOptions {
+            $(
+                $(#[$attribute])*
+                #[cfg_attr(feature = "cli", arg(long, help_heading = $heading, $($argument)*))]
+                #[serde(skip_serializing_if = "Setting::is_absent")]
+                pub $option: $type,
+            )*
+        }
 
-    /// How a weight is approximated, and its error told [default: kfac with `--calibration` or `--statistics`, svd-llm where a
-    /// base is quantised without a budget, else svd]
-    #[arg(long, value_enum)]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub method: Option<Method>,
+        impl RecipeOptions {
+            /// Each option of `self`, or that of `other` where `self` has none.
+            fn or_each(self, other: Self) -> Self {
+                Self { $($option: Setting::or(self.$option, other.$option),)* }
+            }
+        }
+    };
+}
 
-    /// How ranks are chosen: uniform, welore, energy, energy:SHARE, effective-rank, knapsack, full or fixed:RANK
-    /// [default: knapsack for kfac, else welore]
-    #[arg(long)]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub ranks: Option<Ranks>,
+// In the order of recipe files and reports.
+recipe_options! {
+    /// Share of the targeted parameters to keep, in (0, 1]
+    ///
+    /// If bases are quantized, the share of the bytes of the targeted linears.
+    keep: Option<f64>, "Budget" [value_name = "SHARE"],
 
-    /// How a matrix of low rank is stored: factors, pivot or monarch [default: pivot]
-    #[arg(long)]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub layout: Option<Kind>,
+    /// Size of the weight files, never exceeded (`350MiB`)
+    #[serde(serialize_with = "bytes_exactly")]
+    target_size: Option<ByteSize>, "Budget" [value_name = "SIZE", conflicts_with = "keep"],
 
-    /// What the knapsack takes a unit of error of a matrix to cost the model
+    /// Mean bits per weight of the targeted linears
+    ///
+    /// Counts everything that is stored for them: codes, scales, factors and dense weights.
+    bits: Option<f64>, "Budget" [value_name = "BITS", conflicts_with_all = ["keep", "target_size"]],
+
+    /// Quantizers to choose from (`gptq-int4`, `rtn-int4,rtn-int8`)
+    ///
+    /// rtn or gptq with a type, as in gptq-int4: int8, int4, int3, int2; or nf4; each with any of the suffixes -g32, -g64, -g128,
+    /// -channel, -asym, -absmax, -mse. Or a block format of GGUF: q8_0, q4_0, q2_k, q3_k, q4_k, q5_k, q6_k. With several, the
+    /// budget chooses one per linear.
+    quant: Vec<Quant>, "Quantization" [value_name = "QUANT", value_delimiter = ',', num_args = 1],
+
+    /// Low-rank factors for the quantization error [default: none]
+    compensate: Option<Compensate>, "Quantization" [value_name = "METHOD"],
+
+    /// Rank of these factors, or `auto`: chosen by the budget
+    ///
+    /// With `auto`, the default if there is a budget, each linear gets its own rank, which may be 0.
+    compensate_rank: Option<CompensateRank>, "Quantization" [value_name = "RANK"],
+
+    /// Quantize the factors too
+    quant_factors: Option<FactorBits>, "Quantization" [value_name = "TYPE"],
+
+    /// Approximation method [default: kfac with data, else svd]
+    ///
+    /// Also the metric in which errors are reported. The default is kfac with `--calibration` or `--statistics` (svd-llm if bases
+    /// are quantized without a budget), and svd without.
+    method: Option<Method>, "Method" [],
+
+    /// How ranks are chosen [default: knapsack for kfac, else welore]
+    ///
+    /// One of uniform, welore, energy, energy:SHARE, effective-rank, knapsack, full, fixed:RANK.
+    ranks: Option<Ranks>, "Method" [],
+
+    /// How low-rank matrices are stored: factors, pivot or monarch [default: pivot]
+    layout: Option<Kind>, "Method" [value_name = "LAYOUT"],
+
+    /// How the knapsack weighs errors of different matrices
     /// [default: second-order for kfac, measured with `--calibration`, else energy]
-    #[arg(long, value_enum)]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub sensitivity: Option<Sensitivity>,
+    sensitivity: Option<Sensitivity>, "Method" [hide_short_help = true],
 
-    /// Weight errors of early blocks by 1 + GAMMA Σ 1/(k + 1) over the blocks from theirs on; `auto` tries a few on the
-    /// calibration text [default: 0]
-    #[arg(long, value_name = "GAMMA")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub depth_weight: Option<DepthWeight>,
+    /// Multiply the error of block b by 1 + γ Σ_{k ≥ b} 1/(k + 1); `auto` tries a few γ on the calibration text [default: 0]
+    depth_weight: Option<DepthWeight>, "Method" [value_name = "GAMMA", hide_short_help = true],
 
-    /// Share of the uniform rank that every matrix of low rank keeps [default: 0]
-    #[arg(long, value_name = "SHARE")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub rank_floor: Option<f64>,
+    /// Share of the uniform rank that every low-rank matrix keeps [default: 0]
+    rank_floor: Option<f64>, "Method" [value_name = "SHARE", hide_short_help = true],
 
-    /// Ranks are multiples of this; 8 or 16 may run faster [default: 1]
-    #[arg(long, value_name = "N")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub rank_multiple: Option<usize>,
+    /// Make ranks multiples of N; 8 or 16 may run faster [default: 1]
+    rank_multiple: Option<usize>, "Method" [value_name = "N", hide_short_help = true],
 
-    /// Modules to compress, as globs on their names (`*.mlp.*`) [default: every linear but heads and routers]
-    #[arg(long, value_name = "GLOB", num_args = 1)]
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub targets: Vec<String>,
+    /// Modules to compress, as globs (`*.mlp.*`) [default: all linears]
+    ///
+    /// Globs match module names. By default every linear is compressed except heads and routers.
+    targets: Vec<String>, "Model" [value_name = "GLOB", num_args = 1],
 
-    /// Modules to leave alone, as globs; wins over `--targets`
-    #[arg(long, value_name = "GLOB", num_args = 1)]
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub exclude: Vec<String>,
+    /// Modules to leave unchanged, as globs; overrides `--targets`
+    exclude: Vec<String>, "Model" [value_name = "GLOB", num_args = 1],
 
-    /// How the output is laid down [default: factored]
-    #[arg(long, value_enum)]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub format: Option<Format>,
+    /// Format of the output [default: factored]
+    format: Option<Format>, "Output" [],
 
-    /// Text whose activations and gradients make the metric: prose in UTF-8, or documents in `.jsonl`, `.ndjson`, `.json` or `.parquet`; each also as `.gz` or `.zst`
-    #[arg(long, value_name = "FILE")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub calibration: Option<PathBuf>,
+    /// Text for activations and gradients (`.txt`, `.jsonl`, `.parquet`)
+    ///
+    /// Prose in UTF-8, or documents in `.jsonl`, `.ndjson`, `.json` or `.parquet`; each also as `.gz` or `.zst`.
+    calibration: Option<PathBuf>, "Calibration" [value_name = "FILE"],
 
-    /// Field that holds the text of a document [default: text]
-    #[arg(long, value_name = "NAME")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub field: Option<String>,
+    /// Field of a document that holds its text [default: text]
+    field: Option<String>, "Calibration" [value_name = "NAME", hide_short_help = true],
 
-    /// Statistics of `lrc calibrate`, instead of measuring them
-    #[arg(long, value_name = "FILE")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub statistics: Option<PathBuf>,
+    /// Use statistics from `lrc calibrate` instead of measuring them
+    statistics: Option<PathBuf>, "Calibration" [value_name = "FILE"],
 
-    /// Share of its mean eigenvalue that an input Gram is damped with [default: 0.01 for kfac, else 0]
-    #[arg(long, value_name = "SHARE")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub damping_input: Option<f64>,
+    /// Damping of Grams of inputs, as a share of their mean eigenvalue [default: 0.01 for kfac, else 0]
+    damping_input: Option<f64>, "Calibration" [value_name = "SHARE", hide_short_help = true],
 
-    /// The same for the Gram of output gradients [default: 0.01]
-    #[arg(long, value_name = "SHARE")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub damping_output: Option<f64>,
+    /// Damping of Grams of output gradients, as a share of their mean eigenvalue [default: 0.01]
+    damping_output: Option<f64>, "Calibration" [value_name = "SHARE", hide_short_help = true],
 
-    /// What becomes of matrices that are several in one, as phi3, gpt2 and gpt_neox have them [default: joint]
-    #[arg(long, value_enum)]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub fused: Option<Fused>,
+    /// Whether fused matrices (QKV, gate/up) are compressed jointly or split [default: joint]
+    fused: Option<Fused>, "Model" [hide_short_help = true],
 
-    /// Let q, k and v, or gate and up, share their right factor where that gives a lower error for the same size
-    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub share: Option<bool>,
+    /// Store the order of ranks beside each pivot layout, so that `lrc truncate` is exact; takes r² values per matrix
+    elastic: Option<bool>, "Method" [
+        num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL", hide_short_help = true
+    ],
 
-    /// Keep the order of ranks beside a pivot layout, r² values a matrix, so that `lrc truncate` is exact
-    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub elastic: Option<bool>,
+    /// Let q, k and v, or gate and up, share a right factor where that is better
+    ///
+    /// Sharing is offered to the knapsack beside a factorization of each matrix by itself, and taken where its error is lower for the
+    /// same size.
+    share: Option<bool>, "Method" [
+        num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL", hide_short_help = true
+    ],
 
-    /// Clip gradients of tokens to 0.1 to 10 times their mean norm
-    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub clip_gradients: Option<bool>,
+    /// Clip per-token gradients to 0.1 to 10 times their mean norm
+    clip_gradients: Option<bool>, "Calibration" [
+        num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL", hide_short_help = true
+    ],
 
-    /// Compress block after block, each on the inputs that the compressed ones before it give
-    /// [default: with kfac and `--calibration`]
-    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub sequential: Option<bool>,
+    /// Compress block by block, on the inputs from compressed blocks
+    ///
+    /// Each block is fitted to the inputs that the compressed blocks before it produce. Default: true for kfac with `--calibration`.
+    sequential: Option<bool>, "Method" [num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL"],
 
-    /// How far targets of `--sequential` move towards the outputs of the original, 0 to 1 [default: 0.5]
-    #[arg(long, value_name = "MU")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub anchor: Option<f64>,
+    /// How far the targets of `--sequential` move towards the outputs of the original model, 0 to 1 [default: 0.5]
+    anchor: Option<f64>, "Method" [value_name = "MU", hide_short_help = true],
 
-    /// Calibration windows [default: 64]
-    #[arg(long, value_name = "N")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub samples: Option<usize>,
+    /// Number of calibration windows [default: 64]
+    samples: Option<usize>, "Calibration" [value_name = "N"],
 
-    /// Tokens in a calibration window [default: 512, at most the model's context]
-    #[arg(long, value_name = "N")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub seq_len: Option<usize>,
+    /// Tokens per window [default: 512, at most the model's context]
+    seq_len: Option<usize>, "Calibration" [value_name = "N"],
 
-    /// Seed of the choice of windows [default: 0]
-    #[arg(long, value_name = "N")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub seed: Option<u64>,
+    /// Seed for the choice of windows [default: 0]
+    seed: Option<u64>, "Calibration" [value_name = "N", hide_short_help = true],
 
     /// Largest size of an output file (`500MB`, `2GiB`) [default: 4GB]
-    #[arg(long, value_name = "SIZE")]
-    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "bytes_exactly")]
-    pub max_shard_size: Option<ByteSize>,
+    #[serde(serialize_with = "bytes_exactly")]
+    max_shard_size: Option<ByteSize>, "Output" [value_name = "SIZE", hide_short_help = true],
 }
 
 /// A size that reads back as the same number of bytes.
@@ -193,19 +208,21 @@ fn bytes_exactly<S: Serializer>(size: &Option<ByteSize>, serializer: S) -> Resul
     serializer.collect_str(&format_args!("{} B", size.unwrap_or_default().as_u64()))
 }
 
-/// What becomes of matrices that are several in one.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum, Serialize, Deserialize)]
+/// How fused matrices are compressed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 #[serde(rename_all = "kebab-case")]
 pub enum Fused {
-    /// Compressed as the one matrix that they are
+    /// As one matrix, with one rank
     #[default]
     Joint,
-    /// Queries, keys and values, or gate and up, each with a rank of its own, as `X.q`, `X.k`, `X.v`, `X.gate`, `X.up`
+    /// Queries, keys and values, or gate and up, each with its own rank, as `X.q`, `X.k`, `X.v`, `X.gate`, `X.up`
     Split,
 }
 
-/// Bits of quantised factors: symmetric, in groups of 128.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+/// The integers of quantized factors: symmetric, in groups of 128.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 #[serde(rename_all = "kebab-case")]
 pub enum FactorBits {
     Int8,
@@ -226,55 +243,21 @@ impl RecipeOptions {
     /// Reads a recipe file.
     ///
     /// # Errors
-    /// It cannot be read, is not TOML, or has a key that no flag has.
+    /// It cannot be read, is not TOML, or has a key that is not an option.
     pub fn read(path: &Path) -> Result<Self> {
         let text = read_recipe(path).map_err(|failure| Failure { class: ExitClass::Usage, ..failure })?;
         toml::from_str(&text).map_err(|e| {
             Failure::usage(format!("recipe `{}`: {}", path.display(), e.to_string().trim_end()))
-                .hint("the keys are the long flags of `lrc compress`, without the dashes in front")
+                .hint("the keys are the long flags of `lrc compress`, without the leading dashes")
                 .into()
         })
     }
 
-    /// These options, with those of `other` where these are silent.
+    /// These options, with those of `other` where these have none. A budget replaces a budget of another kind.
     #[must_use]
     pub fn or(self, other: Self) -> Self {
-        let list = |a: Vec<String>, b: Vec<String>| if a.is_empty() { b } else { a };
-        // A budget is one thing, however it is said.
         let has_budget = self.keep.is_some() || self.target_size.is_some() || self.bits.is_some();
-        Self {
-            keep: if has_budget { self.keep } else { other.keep },
-            target_size: if has_budget { self.target_size } else { other.target_size },
-            bits: if has_budget { self.bits } else { other.bits },
-            quant: if self.quant.is_empty() { other.quant } else { self.quant },
-            compensate: self.compensate.or(other.compensate),
-            compensate_rank: self.compensate_rank.or(other.compensate_rank),
-            quant_factors: self.quant_factors.or(other.quant_factors),
-            method: self.method.or(other.method),
-            ranks: self.ranks.or(other.ranks),
-            layout: self.layout.or(other.layout),
-            sensitivity: self.sensitivity.or(other.sensitivity),
-            depth_weight: self.depth_weight.or(other.depth_weight),
-            rank_floor: self.rank_floor.or(other.rank_floor),
-            rank_multiple: self.rank_multiple.or(other.rank_multiple),
-            targets: list(self.targets, other.targets),
-            exclude: list(self.exclude, other.exclude),
-            format: self.format.or(other.format),
-            calibration: self.calibration.or(other.calibration),
-            field: self.field.or(other.field),
-            statistics: self.statistics.or(other.statistics),
-            damping_input: self.damping_input.or(other.damping_input),
-            damping_output: self.damping_output.or(other.damping_output),
-            clip_gradients: self.clip_gradients.or(other.clip_gradients),
-            share: self.share.or(other.share),
-            elastic: self.elastic.or(other.elastic),
-            fused: self.fused.or(other.fused),
-            sequential: self.sequential.or(other.sequential),
-            anchor: self.anchor.or(other.anchor),
-            samples: self.samples.or(other.samples),
-            seq_len: self.seq_len.or(other.seq_len),
-            seed: self.seed.or(other.seed),
-            max_shard_size: self.max_shard_size.or(other.max_shard_size),
-        }
+        let other = if has_budget { Self { keep: None, target_size: None, bits: None, ..other } } else { other };
+        self.or_each(other)
     }
 }

@@ -77,14 +77,15 @@ fn put_one(output: &Mutex<&mut Output<'_>>, solution: &Solution<'_>, i: usize) -
     let linear = &study.plan.linears[i];
     let operator = solution.operator(i)?.expect("invariant: only compressed linears are written");
     let rank_factor = match (solution.choices[i], &operator.over) {
-        (Choice::Fitted { .. }, Some(term)) if study.recipe.elastic => {
+        (Choice::Fitted { .. }, Some(term)) if study.recipe.elastic() => {
             term.form.kind.fitting().rank_factor(&term.parts, &solution.pair(i)?.b)
         }
         _ => None,
     };
-    // No curve predicts the error of codes.
+    // No curve predicts the error of codes, or of a member of a unit.
     let is_quantized = operator.forms().is_quantized();
-    let squared = is_quantized.then(|| solution.relative_squared_error(i, &operator)).transpose()?;
+    let is_measured = is_quantized || solution.curve(i).is_none() && solution.choices[i] != Choice::Zeros;
+    let squared = is_measured.then(|| solution.relative_squared_error(i, &operator)).transpose()?;
     let relative_error = squared.map(|error| error.max(0.0).sqrt());
     let tensors = study.recipe.format.exporter().bytes(&study.source, linear, &operator)?;
     output.lock().expect("invariant: no holder of the output panics").put(&tensors)?;

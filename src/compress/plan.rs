@@ -138,14 +138,14 @@ impl Plan {
 
     /// What a choice of a fit makes of a linear.
     pub(super) fn forms(recipe: &Recipe, linear: &LinearInfo, choice: Choice, fitted: Fitted) -> Option<Forms> {
-        let factor_storage = recipe.quant_factors.map(|bits| Storage::Grouped(bits.scheme()));
+        let factor_storage = recipe.quant_factors().map(|bits| Storage::Grouped(bits.scheme()));
         let shape = linear.shape();
         let of_rank = |rank, kind| Form { storage: factor_storage, ..Form::of_rank(kind, rank, shape) };
         match (choice, fitted) {
             (Choice::Dense, _) => None,
             // Two empty factors: codes have scales.
             (Choice::Zeros, _) => Some(Forms::of_rank(Kind::FACTORS, 0, shape)),
-            (Choice::Fitted { rank, .. }, Fitted::Layout) => Some(Forms::of(of_rank(rank, recipe.layout))),
+            (Choice::Fitted { rank, .. }, Fitted::Layout) => Some(Forms::of(of_rank(rank, recipe.layout()))),
             (Choice::Fitted { rank, .. }, Fitted::Shared(right)) => {
                 Some(Forms::of(Form { right, ..of_rank(rank, Kind::FACTORS) }))
             }
@@ -161,8 +161,8 @@ impl Plan {
     /// # Errors
     /// It cannot, with the reason.
     pub fn check_format(&self, source: &Source<'_>, recipe: &Recipe) -> Result<()> {
-        for &quant in &recipe.quant {
-            let rank = |i: usize| match (recipe.compensate, recipe.compensate_rank) {
+        for &quant in recipe.quant() {
+            let rank = |i: usize| match (recipe.compensate(), recipe.compensate_rank()) {
                 (Compensate::None, _) => 0,
                 (_, CompensateRank::Fixed(_)) => 1,
                 // Ranks that differ.
@@ -182,7 +182,7 @@ impl Plan {
             }
             Files::check(source, recipe.format, &modules)?;
         }
-        if recipe.format == Format::Gptq && recipe.quant.len() > 1 {
+        if recipe.format == Format::Gptq && recipe.quant().len() > 1 {
             return Err(Failure::usage("a GPTQ checkpoint has one number of bits and one group")
                 .hint("give one `--quant`, or `--format compressed-tensors`")
                 .into());

@@ -1,34 +1,34 @@
-//! The published methods, as rows of a table: each is the one kernel in a metric.
+//! Published methods as rows of a table: each is the same kernel in a different metric.
 
-use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
 use crate::calibrate::Needs;
 
 /// A published method.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 #[serde(rename_all = "kebab-case")]
 pub enum Method {
     /// Plain truncated SVD; needs no text (Greenformers; LoRD in its weight form)
     #[default]
     Svd,
-    /// Inputs weighted by the Fisher information of their weights (FWSVD, Hsu et al. 2022)
+    /// Weights inputs by the Fisher information of their weights (FWSVD, Hsu et al. 2022)
     Fwsvd,
-    /// Inputs weighted by their mean magnitude to the power 0.5 (ASVD, Yuan et al. 2023)
+    /// Weights inputs by the square root of their mean magnitude (ASVD, Yuan et al. 2023)
     Asvd,
-    /// The metric of calibration inputs (SVD-LLM, Wang et al. 2024; the same optimum as LoRD's AFM)
+    /// Minimizes the output error on calibration inputs (SVD-LLM, Wang et al. 2024; same optimum as AFM in LoRD)
     SvdLlm,
-    /// The metrics of calibration inputs and of loss gradients: the Kronecker-factored Fisher (GFWSVD, 2025)
+    /// Minimizes the loss to second order, with the Kronecker-factored Fisher of inputs and gradients (GFWSVD, 2025)
     Kfac,
 }
 
-/// What the form on one side of a weight is made of.
+/// The form on one side of a weight.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Form {
     Identity,
-    /// The Gram of the inputs; of the output gradients on the output side.
+    /// The Gram of the inputs, or of the output gradients on the output side.
     Gram,
-    /// Diagonal: that of the Gram, mean x².
+    /// Diagonal: the diagonal of the Gram, mean x².
     GramDiagonal,
     /// Diagonal: mean |x| to the power 2α, so that columns are scaled by mean |x|^α.
     Magnitude {
@@ -43,16 +43,28 @@ pub enum Form {
 pub struct Preset {
     pub output: Form,
     pub input: Form,
-    /// Share of its mean eigenvalue that a Gram is damped with, where the user names none.
+    /// Default damping of Grams, as a share of their mean eigenvalue.
     pub damping: f64,
 }
 
 impl Method {
+    /// As flags and recipes spell it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Svd => "svd",
+            Self::Fwsvd => "fwsvd",
+            Self::Asvd => "asvd",
+            Self::SvdLlm => "svd-llm",
+            Self::Kfac => "kfac",
+        }
+    }
+
+    /// Its metric.
     pub fn preset(self) -> Preset {
         let preset = |output, input| Preset { output, input, damping: 0.0 };
         match self {
             Self::Svd => preset(Form::Identity, Form::Identity),
-            // The paper's rows are input features: its matrices are (in, out).
+            // Rows in the paper are input features: its matrices are (in, out).
             Self::Fwsvd => preset(Form::Identity, Form::SquaredGradient),
             Self::Asvd => preset(Form::Identity, Form::Magnitude { alpha: 0.5 }),
             Self::SvdLlm => preset(Form::Identity, Form::Gram),
@@ -62,7 +74,7 @@ impl Method {
 }
 
 impl Preset {
-    /// The statistics that the metric is made of.
+    /// The statistics that the metric requires.
     pub fn needs(self) -> Needs {
         let Self { output, input, .. } = self;
         Needs {

@@ -102,7 +102,7 @@ pub(super) fn linears(
             notes.push("all of its weights are zero".into());
         }
         record.note = (!notes.is_empty()).then(|| notes.join("; "));
-        record.sensitivity = study.recipe.sensitivity.map(|_| sensitivities[i]);
+        record.sensitivity = study.recipe.sensitivity().map(|_| sensitivities[i]);
         Ok(record)
     };
     (0..solution.choices.len()).map(one).collect()
@@ -201,7 +201,7 @@ pub(super) fn report(
         non_finite: Vec::new(),
         left_out: Vec::new(),
         linears,
-        control: None,
+        equal_bytes_baseline: None,
         truncated: None,
         output_files: Fingerprint::new(),
         timings,

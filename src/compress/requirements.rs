@@ -34,13 +34,13 @@ impl Plan {
         };
         let coded = |linear: &LinearInfo| -> u64 {
             let (m, n) = linear.shape();
-            let rank = match (recipe.compensate, recipe.compensate_rank) {
+            let rank = match (recipe.compensate(), recipe.compensate_rank()) {
                 (Compensate::None, _) => 0,
                 (_, CompensateRank::Fixed(rank)) => rank.min(m).min(n),
                 (_, CompensateRank::Auto) => largest_compensation((m, n)),
             };
             let base = |quant: &Quant| quant.storage().n_bytes(m, n) + pair((linear, rank));
-            recipe.quant.iter().map(base).sum()
+            recipe.quant().iter().map(base).sum()
         };
         let bases: u64 = linears.clone().map(coded).sum();
         linears.zip(max_ranks(recipe, self)).map(pair).sum::<u64>() + bases + measured + states

@@ -24,11 +24,11 @@ const PROBE_TOKENS: usize = 8192;
 /// A probe fails.
 pub(super) fn of(study: &Study<'_>) -> Result<Vec<f64>> {
     let n = study.plan.linears.len();
-    if study.recipe.ranks != Ranks::Knapsack {
+    if study.recipe.ranks() != Ranks::Knapsack {
         return Ok(vec![1.0; n]);
     }
     let energy = |i: usize| study.fits.low_rank(i).and_then(|fit| fit.curve()).map_or(1.0, |c| c.squared_error(0));
-    Ok(match study.recipe.sensitivity {
+    Ok(match study.recipe.sensitivity() {
         None | Some(Sensitivity::SecondOrder) => vec![1.0; n],
         Some(Sensitivity::Energy) => (0..n).map(|i| reciprocal(energy(i))).collect(),
         Some(Sensitivity::Measured) => measured(study)?,
@@ -40,7 +40,7 @@ pub(super) fn of(study: &Study<'_>) -> Result<Vec<f64>> {
 /// # Errors
 /// A size in bytes that cannot be reached, or a probe fails.
 pub(super) fn allocate(study: &Study<'_>, sensitivities: &[f64], budget: Budget) -> Result<Allocation> {
-    let gammas = match study.recipe.depth_weight {
+    let gammas = match study.recipe.depth_weight() {
         DepthWeight::Fixed(gamma) => vec![gamma],
         DepthWeight::Auto => GAMMAS.to_vec(),
     };
@@ -76,7 +76,7 @@ fn measured(study: &Study<'_>) -> Result<Vec<f64>> {
         .map(|(linear, is_zero)| {
             let (m, n) = linear.shape();
             let rank = (PROBE_KEEP * (m * n) as f64 / (m + n) as f64) as usize;
-            let most = study.recipe.layout.fitting().largest_saving_rank((m, n));
+            let most = study.recipe.layout().fitting().largest_saving_rank((m, n));
             if *is_zero { 0 } else { rank.max(1).min(most) }
         })
         .collect();

@@ -126,7 +126,11 @@ impl<'s> Solution<'s> {
     pub fn curve(&self, i: usize) -> Option<&ErrorCurve> {
         match self.refitted.get(&i) {
             Some(refitted) => Some(&refitted.curve),
-            None => self.study.fits.low_rank(i)?.curve(),
+            None => match self.study.fits.chosen(i, self.choices[i]) {
+                // That of a unit is not that of one of its members.
+                Some(chosen) => chosen.fitted.curve(),
+                None => self.study.fits.low_rank(i)?.curve(),
+            },
         }
     }
 
@@ -224,7 +228,7 @@ impl<'s> Solution<'s> {
         let fields = json!([laid.form.kind, laid.form.size.rank(), laid.note, laid.storage_error.to_bits()]);
         let values = journal.put(&pieces::rounded(i), Value::Null, term.parts.into_iter().map(array).collect())?;
         let settled = self.take_laid(i, journal.put(&pieces::laid(i), fields, Vec::new())?, Some(values))?;
-        if !self.study.recipe.elastic {
+        if !self.study.recipe.elastic() {
             journal.remove(&values_key(&pieces::decomposed(i)));
         }
         Ok(settled)
@@ -289,7 +293,7 @@ impl<'s> Solution<'s> {
             // Another structure of as many parameters is worth a try where it truncates less than rounding costs.
             let Some(other) = kind.fitting().alternative() else { return Ok((rounded, Term { form, parts })) };
             let fewer = kind.n_parameters(pair.rank, shape) / other.n_parameters(1, shape);
-            let fewer = fewer as usize / self.study.recipe.rank_multiple * self.study.recipe.rank_multiple;
+            let fewer = fewer as usize / self.study.recipe.rank_multiple() * self.study.recipe.rank_multiple();
             if fewer == 0 || squared_error <= truncated(fewer) - truncated(pair.rank) {
                 return Ok((rounded, Term { form, parts }));
             }

@@ -51,26 +51,26 @@ impl<'a> Study<'a> {
             plan,
             metrics: inputs.metrics(recipe),
             max_ranks: &max_ranks,
-            with_plain: recipe.ranks.allocator().spectra() == Spectra::Plain,
-            layout: recipe.layout,
+            with_plain: recipe.ranks().allocator().spectra() == Spectra::Plain,
+            layout: recipe.layout(),
             // The sequential mode makes pairs of its own, but for experts that see too little.
             keeps_pair: &|linear| {
-                recipe.anchor.is_none() || recipe.probes() || linear.id.is_some_and(|id| id.slot.expert.is_some())
+                recipe.anchor().is_none() || recipe.probes() || linear.id.is_some_and(|id| id.slot.expert.is_some())
             },
             after_block: &forget,
         };
         fits.decompose(session, plan, &decompose)?;
-        if recipe.share {
+        if recipe.share() {
             let share = Share { checkpoint: session.checkpoint, plan, metrics: inputs.metrics(recipe) };
             fits.share(session, plan, &share, &units_to_share(plan))?;
         }
         timings.decompose = started.elapsed().as_secs_f64();
         let source = Source::new(session.checkpoint);
         let mut study = Self { session, recipe, plan, inputs, fits, source, timings, rounds: 0 };
-        if !recipe.quant.is_empty() {
+        if !recipe.quant().is_empty() {
             let started = Instant::now();
-            study.quantize(recipe.compensate, &|_| recipe.quant.clone())?;
-            study.timings.quantise = started.elapsed().as_secs_f64();
+            study.quantize(recipe.compensate(), &|_| recipe.quant().to_vec())?;
+            study.timings.quantize = started.elapsed().as_secs_f64();
         }
         Ok(study)
     }
@@ -98,7 +98,7 @@ impl<'a> Study<'a> {
             plan: self.plan,
             metrics: self.inputs.metrics(self.recipe),
             compensate,
-            rank: self.recipe.compensate_rank,
+            rank: self.recipe.compensate_rank(),
             quants,
             round: self.rounds,
         };
@@ -131,14 +131,14 @@ fn forget_inputs(
 ) -> Result<()> {
     let (Some(statistics), Some(block)) = (&inputs.statistics, block) else { return Ok(()) };
     // Factors above a base, shared parts and later bases are made from the Grams of all inputs.
-    if recipe.method.preset().input != MetricForm::Gram || !recipe.quant.is_empty() || recipe.share {
+    if recipe.method.preset().input != MetricForm::Gram || !recipe.quant().is_empty() || recipe.share() {
         return Ok(());
     }
     let here = || plan.linears.iter().filter(|linear| linear.block == Some(block));
     let site = |linear: &LinearInfo| linear.id.map(|id| id.slot.site());
     // Rounding looks at the whole Gram of the smaller side; errors of quantized factors are measured in both.
     let is_kept = |linear: &&LinearInfo| {
-        recipe.quant_factors.is_some() || recipe.rounds(linear.dtype) && linear.out_features > linear.in_features
+        recipe.quant_factors().is_some() || recipe.rounds(linear.dtype) && linear.out_features > linear.in_features
     };
     let kept: BTreeSet<_> = here().filter(is_kept).filter_map(site).collect();
     let done: BTreeSet<_> = here().filter_map(site).filter(|site| !kept.contains(site)).collect();

@@ -39,7 +39,7 @@ pub struct SweepSettings<'a> {
 pub fn sweep(settings: &SweepSettings<'_>, progress: &dyn Progress) -> Result<SweepReport> {
     let started = Instant::now();
     let &SweepSettings { checkpoint, recipe, keeps, .. } = settings;
-    if recipe.anchor.is_some() {
+    if recipe.anchor().is_some() {
         return Err(Failure::usage("`--sequential` decomposes anew for every budget, a sweep once for all")
             .hint("compress and evaluate the budgets one by one")
             .into());

@@ -1,4 +1,4 @@
-//! How far a model is from a reference, token by token and on average, in the terms of llama.cpp's `--kl-divergence`.
+//! The divergence of a model from a reference, per token and on average, with the figures of llama.cpp's `--kl-divergence`.
 
 use anyhow::Result;
 use candle_core::Tensor;
@@ -8,7 +8,7 @@ use crate::error::{Failure, NON_FINITE_HINT};
 use crate::model::{Head, RowDivergence, row_divergence};
 use crate::report::{Distribution, DivergenceRecord};
 
-/// What one scored token shows.
+/// The figures of one scored token.
 #[derive(Debug, Clone, Copy)]
 pub struct TokenDivergence {
     pub reference_nll: f64,
@@ -22,7 +22,7 @@ pub struct Divergence {
     tokens: Vec<TokenDivergence>,
 }
 
-/// Compares two models at the rows of their last states (n, hidden_size), each of which foretells its target.
+/// Compares two models at rows of their last states (n, hidden_size), each of which predicts a target.
 ///
 /// # Errors
 /// The vocabularies differ, or a logit is not finite.
@@ -37,7 +37,7 @@ pub fn compare(
     if vocab_size != model.vocab_size() {
         let message =
             format!("the vocabularies differ: {vocab_size} in the reference, {} in the model", model.vocab_size());
-        return Err(Failure::unsupported(message).hint("a reference must share its model's tokenizer").into());
+        return Err(Failure::unsupported(message).hint("the reference must share the model's tokenizer").into());
     }
     let mut tokens: Vec<TokenDivergence> = Vec::with_capacity(targets.len());
     let rows_at_once = reference.rows_at_once();
@@ -85,7 +85,7 @@ impl Divergence {
         self.mean(|t| t.nll).exp()
     }
 
-    /// Every figure.
+    /// All figures.
     pub fn record(&self, reference: &str) -> DivergenceRecord {
         let n = self.tokens.len() as f64;
         let (reference_mean, mean) = (self.mean(|t| t.reference_nll), self.mean(|t| t.nll));
@@ -93,7 +93,7 @@ impl Divergence {
             |f: &dyn Fn(&TokenDivergence) -> f64, g: &dyn Fn(&TokenDivergence) -> f64| self.mean(|t| f(t) * g(t));
         let (from_reference, from_model) =
             (|t: &TokenDivergence| t.reference_nll - reference_mean, |t: &TokenDivergence| t.nll - mean);
-        // The two are scored on the same tokens: Var(x − y) = Var x + Var y − 2 Cov(x, y).
+        // Both models are scored on the same tokens: Var(x − y) = Var x + Var y − 2 Cov(x, y).
         let variance = covariance(&from_model, &from_model) + covariance(&from_reference, &from_reference)
             - 2.0 * covariance(&from_model, &from_reference);
         let standard_error = if n > 1.0 { (variance.max(0.0) / (n - 1.0)).sqrt() } else { 0.0 };

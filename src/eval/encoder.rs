@@ -1,38 +1,37 @@
-//! Encoders: how close a model's states are to a reference's, and the pseudo-perplexity of a masked language model.
+//! Encoders: agreement of hidden states with those of a reference, and the pseudo-perplexity of a masked language model.
 
+use std::ops::Range;
 use std::time::Instant;
 
 use anyhow::Result;
 use candle_core::Tensor;
 
-use super::{EvalSettings, Reference, expect_same_tokens, mean, standard_error};
+use super::{EvalSettings, Reference, expect_same_tokens, last_states, mean, standard_error};
 use crate::checkpoint::Checkpoint;
-use crate::error::Failure;
+use crate::error::{Failure, NON_FINITE_HINT};
 use crate::model::config::window_length;
-use crate::model::{Decoder, Hidden, Objective, SentenceModules, Walk, WalkLimits};
+use crate::model::{Decoder, Objective, SentenceModules, Walk, WalkLimits};
 use crate::progress::Progress;
 use crate::report::{
     Agreement, EncoderReport, FidelityRecord, LRC_VERSION, PseudoPerplexity, SCHEMA_VERSION, peak_memory_bytes,
 };
 use crate::text::{Bos, Text, Tokenizer};
 
-/// Tokens in a window where the user names none; what encoders were trained on.
+/// Default tokens per window: the length that encoders were trained on.
 const DEFAULT_SEQ_LEN: usize = 512;
 
-/// Whether the pseudo-perplexity is asked for.
+/// Whether the pseudo-perplexity is measured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Masking {
     Never,
     Always,
 }
 
-/// Measures an encoder over a text, in windows as the tokenizer wraps them; the last one may be shorter. In a folder of
-/// sentence-transformers texts are what that embeds: of a file with many documents each is a window, cut at the longest
-/// text that the model reads.
+/// Measures an encoder over a text, in windows as the tokenizer wraps them; the last one may be shorter. For a sentence-transformers
+/// model and a file with several documents, each document is a window, truncated to the longest text that the model reads.
 ///
 /// # Errors
-/// A model cannot be run or is no encoder, the reference has another tokenizer or width, or there is no head for what is
-/// asked for.
+/// A model cannot be run or is not an encoder, the reference has another tokenizer or width, or the head for `masking` is missing.
 pub fn encoder(
     checkpoint: &Checkpoint,
     reference: Option<&Reference<'_>>,
@@ -42,7 +41,7 @@ pub fn encoder(
 ) -> Result<EncoderReport> {
     let started = Instant::now();
     if settings.stride.is_some() {
-        return Err(Failure::usage("`--stride` is nothing to an encoder").hint("leave it out").into());
+        return Err(Failure::usage("`--stride` has no effect on encoders").hint("remove `--stride`").into());
     }
     let decoder = Decoder::open(checkpoint)?;
     if masking == Masking::Always && !decoder.has_head() {
@@ -55,29 +54,16 @@ pub fn encoder(
     let tokenizer = Tokenizer::open(checkpoint.root())?;
     let text = Text::read(&settings.text, &settings.field, checkpoint.root())?;
     let original = reference.map(|reference| Decoder::open(reference.checkpoint)).transpose()?;
-    // The folder of an output may lack the modules of its source.
+    // The output folder may lack the modules of its source.
     let modules = original.as_ref().and_then(Decoder::sentence).or(decoder.sentence());
     let longest = modules.and_then(|modules| modules.max_seq_length).unwrap_or(DEFAULT_SEQ_LEN);
     let seq_len = window_length(checkpoint, settings.seq_len, Some(longest.min(DEFAULT_SEQ_LEN)))?;
-    let n_of_text = seq_len.saturating_sub(tokenizer.n_added()).max(1);
-    if let Some(modules) = modules {
-        modules.warn_of_ignored();
-    }
-    let (n_tokens, pieces) = pieces(&tokenizer, &text, modules, n_of_text)?;
-    let pieces = pieces.iter().take(settings.max_windows.unwrap_or(usize::MAX));
-    let wrapped: Vec<(Vec<u32>, std::ops::Range<usize>)> = pieces.map(|piece| tokenizer.wrap(piece)).collect();
-    if wrapped.is_empty() {
-        return Err(text.too_short(n_tokens, n_of_text).into());
-    }
+    let wrapped = wrapped(&tokenizer, &text, modules, seq_len, settings.max_windows)?;
     let windows: Vec<Vec<u32>> = wrapped.iter().map(|(ids, _)| ids.clone()).collect();
     let limits = WalkLimits::new(settings.memory_bytes / 2, std::env::temp_dir());
     let fidelity = match reference.zip(original) {
         Some((reference, original)) => {
-            if original.objective() == Objective::NextToken || original.config.hidden_size != decoder.config.hidden_size
-            {
-                let message = format!("`{}` is no encoder with states like the model's", reference.name);
-                return Err(Failure::unsupported(message).hint("give the model that was compressed").into());
-            }
+            expect_comparable(reference, &original, &decoder)?;
             expect_same_tokens(reference, checkpoint, &text)?;
             Some(fidelity(reference.name, [&original, &decoder], &windows, &limits, progress)?)
         }
@@ -107,7 +93,34 @@ pub fn encoder(
     })
 }
 
-/// The pieces of a text that are windows, without what the tokenizer adds, and the tokens of the text.
+/// Checks that the reference is an encoder of the same width.
+fn expect_comparable(reference: &Reference<'_>, original: &Decoder<'_>, decoder: &Decoder<'_>) -> Result<()> {
+    if original.objective() != Objective::NextToken && original.config.hidden_size == decoder.config.hidden_size {
+        return Ok(());
+    }
+    let message = format!("`{}` is not an encoder with the hidden size of the model", reference.name);
+    Err(Failure::unsupported(message).hint("give the model that was compressed").into())
+}
+
+/// Windows as the tokenizer wraps them, each with the positions of its text; at most `max_windows`.
+fn wrapped(
+    tokenizer: &Tokenizer,
+    text: &Text,
+    modules: Option<&SentenceModules>,
+    seq_len: usize,
+    max_windows: Option<usize>,
+) -> Result<Vec<(Vec<u32>, Range<usize>)>> {
+    let n_of_text = seq_len.saturating_sub(tokenizer.n_added()).max(1);
+    if let Some(modules) = modules {
+        modules.warn_of_ignored();
+    }
+    let (n_tokens, pieces) = pieces(tokenizer, text, modules, n_of_text)?;
+    let pieces = pieces.iter().take(max_windows.unwrap_or(usize::MAX));
+    let wrapped: Vec<(Vec<u32>, Range<usize>)> = pieces.map(|piece| tokenizer.wrap(piece)).collect();
+    if wrapped.is_empty() { Err(text.too_short(n_tokens, n_of_text).into()) } else { Ok(wrapped) }
+}
+
+/// The number of tokens of a text, and its pieces: windows without the tokens that the tokenizer adds.
 fn pieces(
     tokenizer: &Tokenizer,
     text: &Text,
@@ -134,24 +147,7 @@ fn pieces(
     Ok((n_tokens, documents.into_iter().map(cut).collect()))
 }
 
-/// Sends windows through all blocks.
-fn last_states<'a>(
-    decoder: &Decoder<'_>,
-    windows: &'a [Vec<u32>],
-    limits: &WalkLimits,
-    stage: &dyn crate::progress::Stage,
-) -> Result<(Walk<'a>, Hidden)> {
-    let mut walk = Walk::new(decoder, windows, limits)?;
-    let mut hidden = walk.embed(decoder)?;
-    for block_idx in 0..decoder.n_blocks() {
-        stage.note(&format!("block {block_idx}"));
-        let block = decoder.block(block_idx)?;
-        walk.advance(&mut hidden, decoder, &block, &mut |_, _| Ok(()), stage)?;
-    }
-    Ok((walk, hidden))
-}
-
-/// How far vectors are from those of a reference.
+/// Accumulates the agreement of vectors with those of a reference.
 #[derive(Default)]
 struct Comparison {
     cosines: Vec<f64>,
@@ -160,7 +156,7 @@ struct Comparison {
 }
 
 impl Comparison {
-    /// Adds the rows of `x` beside those of `reference`, (n, width) both.
+    /// Adds rows of `x` and of `reference`, both (n, width).
     fn add(&mut self, reference: &Tensor, x: &Tensor) -> Result<()> {
         let width = x.dim(1)?;
         let values = |t: &Tensor| t.flatten_all()?.to_vec1::<f32>();
@@ -177,8 +173,8 @@ impl Comparison {
 
     fn record(&self) -> Result<Agreement> {
         if !self.cosines.iter().all(|cosine| cosine.is_finite()) {
-            return Err(Failure::numeric("the states of one of the two models are not finite, or all zeros")
-                .hint("the checkpoint is broken, or overflows in f32")
+            return Err(Failure::numeric("hidden states of the model or the reference are not finite, or all zero")
+                .hint(NON_FINITE_HINT)
                 .into());
         }
         Ok(Agreement {
@@ -199,10 +195,10 @@ fn fidelity(
     let n_tokens: usize = windows.iter().map(Vec::len).sum();
     let n_steps = n_tokens * (original.n_blocks() + model.n_blocks());
     let stage = progress.stage("compare", n_steps as u64, "tokens");
-    let (mut walk, hidden) = last_states(original, windows, limits, stage.as_ref())?;
-    let (mut other_walk, other_hidden) = last_states(model, windows, limits, stage.as_ref())?;
+    let (mut walk, hidden) = last_states(original, Walk::new(original, windows, limits)?, stage.as_ref())?;
+    let (mut other_walk, other_hidden) = last_states(model, Walk::new(model, windows, limits)?, stage.as_ref())?;
     let pooler = original.pooler()?;
-    // Modules beside the checkpoint are never compressed: those of the reference hold for both.
+    // Sentence-transformers modules are never compressed: those of the reference apply to both.
     let own = if pooler.is_of_sentences() { None } else { Some(model.pooler()?) };
     let other_pooler = own.as_ref().unwrap_or(&pooler);
     let (mut states, mut pooled) = (Comparison::default(), Comparison::default());
@@ -219,20 +215,20 @@ fn fidelity(
     })
 }
 
-/// Every token of the text hidden in turn, and foretold from all others of its window (Salazar et al. 2020,
-/// arXiv:1910.14659): as many passes as there are tokens.
+/// Masks each token of the text in turn and predicts it from all others of its window (Salazar et al. 2020, arXiv:1910.14659). Takes one
+/// pass per token.
 fn pseudo_perplexity(
     decoder: &Decoder<'_>,
-    wrapped: &[(Vec<u32>, std::ops::Range<usize>)],
+    wrapped: &[(Vec<u32>, Range<usize>)],
     mask: u32,
     limits: &WalkLimits,
     progress: &dyn Progress,
 ) -> Result<PseudoPerplexity> {
     let head = decoder.head()?;
     let n_passes: usize = wrapped.iter().map(|(ids, places)| ids.len() * places.len()).sum();
-    let stage = progress.stage("foretell what is hidden", (n_passes * decoder.n_blocks()) as u64, "tokens");
+    let stage = progress.stage("masked tokens", (n_passes * decoder.n_blocks()) as u64, "tokens");
     let mut nlls = Vec::new();
-    // The copies of one window at a time: one for each of its tokens.
+    // One window at a time, with one copy per token.
     for (ids, places) in wrapped {
         let copy = |place: usize| {
             let mut copy = ids.clone();
@@ -240,7 +236,7 @@ fn pseudo_perplexity(
             copy
         };
         let copies: Vec<Vec<u32>> = places.clone().map(copy).collect();
-        let (mut walk, hidden) = last_states(decoder, &copies, limits, stage.as_ref())?;
+        let (mut walk, hidden) = last_states(decoder, Walk::new(decoder, &copies, limits)?, stage.as_ref())?;
         for (i, place) in places.clone().enumerate() {
             let x = walk.window(&hidden, i)?.narrow(0, place, 1)?;
             nlls.extend(head.negative_log_likelihoods(&x, &[ids[place]])?);

@@ -13,38 +13,38 @@ use anyhow::{Context, Result};
 use crate::checkpoint::Checkpoint;
 use crate::error::Failure;
 use crate::model::config::window_length;
-use crate::model::{Decoder, ModelConfig, Scored, Walk, WalkLimits};
-use crate::progress::Progress;
-use crate::report::{LRC_VERSION, PerplexityReport, SCHEMA_VERSION, peak_memory_bytes};
+use crate::model::{Decoder, Hidden, ModelConfig, Scored, Walk, WalkLimits};
+use crate::progress::{Progress, Stage};
+use crate::report::{DivergenceRecord, LRC_VERSION, PerplexityReport, SCHEMA_VERSION, peak_memory_bytes};
 use crate::text::{Bos, Text, Tokenizer};
 use conventions::{Convention, Lengths, Rules, Unit, Window};
 use divergence::Divergence;
 pub use encoder::{Masking, encoder};
 
-/// What is measured.
+/// The settings of an evaluation.
 #[derive(Debug, Clone)]
 pub struct EvalSettings {
     /// The model as the user named it.
     pub model: String,
     pub text: PathBuf,
-    /// Of the documents of a `.jsonl` or `.parquet` file.
+    /// Field of a document that holds its text.
     pub field: String,
     pub convention: Convention,
-    /// Window length; the convention's by default, capped by the model's context.
+    /// Tokens per window; none: set by the convention, at most the model's context.
     pub seq_len: Option<usize>,
-    /// Between the beginnings of windows that overlap.
+    /// Tokens between the starts of overlapping windows.
     pub stride: Option<usize>,
     pub max_windows: Option<usize>,
     pub bos: Bos,
     pub memory_bytes: u64,
 }
 
-/// Distance of overlapping windows where the user names none, as in transformers' guide; half a window if that is less.
+/// Default stride, as in the guide of transformers; half a window if that is less.
 const DEFAULT_STRIDE: usize = 512;
 
-/// A text cut into windows, by the rules of a convention.
+/// A text cut into windows by the rules of a convention.
 pub struct Prepared {
-    /// What goes through the model.
+    /// Tokens that the model reads.
     pub windows: Vec<Vec<u32>>,
     pub scored: Vec<Scored>,
     pub seq_len: usize,
@@ -52,7 +52,7 @@ pub struct Prepared {
     rules: &'static dyn Rules,
     stride: Option<usize>,
     total_tokens: usize,
-    /// Bytes and words of the text that the scored tokens stand for.
+    /// Bytes and words of the text that the scored tokens cover.
     n_bytes: usize,
     n_words: usize,
     bos_added: bool,
@@ -66,25 +66,25 @@ impl Prepared {
         let (config, architecture) = ModelConfig::of(checkpoint)?;
         if architecture.encoder.is_some() {
             let message = format!(
-                "a `{}` has no perplexity: it is an encoder, and sees the tokens that it would have to foretell",
+                "a `{}` has no perplexity: it is an encoder, which sees the tokens it would have to predict",
                 config.model_type
             );
             return Err(Failure::unsupported(message)
-                .hint("`lrc eval --reference MODEL` compares hidden states, `--convention masked` hides each token in turn")
+                .hint("`--reference MODEL` compares hidden states; `--convention masked` masks each token in turn")
                 .into());
         }
         let rules = settings.convention.rules();
         if settings.stride.is_some() && !rules.takes_stride() {
-            let message = format!("`--stride` is nothing in the convention `{}`", rules.name());
-            return Err(Failure::usage(message).hint("`--convention hf-strided` has windows that overlap").into());
+            let message = format!("`--stride` has no effect with `--convention {}`", rules.name());
+            return Err(Failure::usage(message).hint("only `--convention hf-strided` has overlapping windows").into());
         }
         let tokenizer = Tokenizer::open(checkpoint.root())?;
         let text = Text::read(&settings.text, &settings.field, checkpoint.root())?;
         let seq_len = window_length(checkpoint, settings.seq_len, rules.default_seq_len())?;
         let stride = settings.stride.unwrap_or(DEFAULT_STRIDE.min(seq_len / 2).max(1));
         if stride > seq_len {
-            let message = format!("a stride of {stride} leaves out what lies between windows of {seq_len}");
-            return Err(Failure::usage(message).hint("give a `--stride` of at most `--seq-len`").into());
+            let message = format!("a stride of {stride} leaves gaps between windows of {seq_len} tokens");
+            return Err(Failure::usage(message).hint("give a `--stride` no larger than `--seq-len`").into());
         }
         let bos = tokenizer.bos().filter(|_| settings.bos == Bos::Auto);
         let Cut { windows, total_tokens, n_bytes, n_words } =
@@ -97,7 +97,7 @@ impl Prepared {
             tokens: window.ids[window.scored.clone()].to_vec(),
         };
         let scored = windows.iter().map(scored).collect();
-        // The last token of a window may be foretold without being read.
+        // The last token of a window may be predicted without being read.
         let read = |mut window: Window| {
             window.ids.truncate(seq_len);
             window.ids
@@ -121,9 +121,14 @@ impl Prepared {
     pub fn convention(&self) -> &'static str {
         self.rules.name()
     }
+
+    /// Tokens of all windows.
+    fn n_tokens(&self) -> usize {
+        self.windows.iter().map(Vec::len).sum()
+    }
 }
 
-/// Windows, and what their scored tokens stand for.
+/// Windows, with the bytes and words that their scored tokens cover.
 #[derive(Default)]
 struct Cut {
     windows: Vec<Window>,
@@ -157,12 +162,12 @@ fn cut(
     Ok(cut)
 }
 
-/// Words that begin in a run of bytes of a text: the pieces between runs of white space, of which there is one even if it is
-/// empty, as Python's `re.split(r"\s+", text)` has it.
+/// Counts the words that begin in a range of bytes of a text. Words are the pieces between runs of white space, as in Python's
+/// `re.split(r"\s+", text)`: the first may be empty.
 fn words_in(text: &str, bytes: &Range<usize>) -> usize {
-    // Python's \s has the separators 0x1c to 0x1f besides what Unicode calls white space.
+    // Python's \s is Unicode white space and the separators 0x1c to 0x1f.
     let is_space = |c: char| c.is_whitespace() || ('\u{1c}'..='\u{1f}').contains(&c);
-    // Bytes of a token may end inside of a character: it belongs to where it begins.
+    // A token may end inside a character, which then belongs to the range where it begins.
     let (start, end) = (text.ceil_char_boundary(bytes.start), text.ceil_char_boundary(bytes.end));
     let before = text[..start].chars().next_back();
     let mut is_in_break = before.is_some_and(is_space);
@@ -174,14 +179,14 @@ fn words_in(text: &str, bytes: &Range<usize>) -> usize {
     n_words
 }
 
-/// A model to compare with, and its name.
+/// The model to compare with.
 pub struct Reference<'a> {
     pub checkpoint: &'a Checkpoint,
     pub name: &'a str,
 }
 
-/// Measures perplexity, and divergence where there is a reference; weights are read once, a block at a time, of both models
-/// together.
+/// Measures perplexity, and the divergence from a reference if there is one. Weights are read once, one block at a time, of both models
+/// in turn.
 ///
 /// # Errors
 /// A model cannot be run, the text is too short, a logit is not finite, or the reference has another tokenizer.
@@ -193,71 +198,95 @@ pub fn perplexity(
 ) -> Result<PerplexityReport> {
     let started = Instant::now();
     let decoder = Decoder::open(checkpoint)?;
-    let reference_decoder = reference.map(|r| Decoder::open(r.checkpoint)).transpose()?;
+    let original = reference.map(|r| Decoder::open(r.checkpoint)).transpose()?;
     let prepared = Prepared::new(checkpoint, settings)?;
     if let Some(reference) = reference {
         expect_same_tokens(reference, checkpoint, &prepared.text)?;
     }
-    let windows = &prepared.windows;
-    let n_tokens: usize = windows.iter().map(Vec::len).sum();
-    let decoders: Vec<&Decoder<'_>> = std::iter::once(&decoder).chain(&reference_decoder).collect();
+    let decoders: Vec<&Decoder<'_>> = std::iter::once(&decoder).chain(&original).collect();
     let n_steps: usize = decoders.iter().map(|d| d.n_blocks() + 1).sum();
-    let stage = progress.stage("evaluate", (n_tokens * n_steps) as u64, "tokens");
+    let stage = progress.stage("evaluate", (prepared.n_tokens() * n_steps) as u64, "tokens");
     let limits = WalkLimits::new(settings.memory_bytes / decoders.len() as u64, std::env::temp_dir());
-    let mut walks = Vec::new();
-    for decoder in &decoders {
-        let mut walk = Walk::new(decoder, windows, &limits)?.of_text(&settings.text.display().to_string());
-        let mut hidden = walk.embed(decoder)?;
-        for block_idx in 0..decoder.n_blocks() {
-            stage.note(&format!("block {block_idx}"));
-            let block = decoder.block(block_idx)?;
-            walk.advance(&mut hidden, decoder, &block, &mut |_, _| Ok(()), stage.as_ref())?;
-        }
-        walks.push((walk, hidden));
-    }
+    let text = settings.text.display().to_string();
+    let walk = |decoder| Ok::<_, anyhow::Error>(Walk::new(decoder, &prepared.windows, &limits)?.of_text(&text));
+    let mut walked = last_states(&decoder, walk(&decoder)?, stage.as_ref())?;
+    let original = match &original {
+        Some(original) => Some((original, last_states(original, walk(original)?, stage.as_ref())?)),
+        None => None,
+    };
     stage.note("head");
-    let (mut walk, hidden) = walks.remove(0);
-    let nlls: Vec<f64> = walk.score(&hidden, &decoder, &prepared.scored, stage.as_ref())?.concat();
-    let divergence = match (reference, &reference_decoder, walks.pop()) {
-        (Some(reference), Some(reference_decoder), Some((mut reference_walk, reference_hidden))) => {
-            let (head, reference_head) = (decoder.head()?, reference_decoder.head()?);
-            let mut divergence = Divergence::default();
-            for (i, scored) in prepared.scored.iter().enumerate() {
-                let x = scored.rows(&walk.window(&hidden, i)?)?;
-                let reference_x = scored.rows(&reference_walk.window(&reference_hidden, i)?)?;
-                let found = divergence::compare(&reference_head, &reference_x, &head, &x, &scored.tokens);
-                divergence.extend(found.with_context(|| walk.place()(i))?);
-                stage.advance(windows[i].len() as u64);
-            }
-            Some(divergence.record(reference.name))
+    let nlls = walked.0.score(&walked.1, &decoder, &prepared.scored, stage.as_ref())?.concat();
+    let divergence = match (reference, original) {
+        (Some(reference), Some((original, states))) => {
+            let found = diverge(&prepared, (&decoder, walked), (original, states), stage.as_ref())?;
+            Some(found.record(reference.name))
         }
         _ => None,
     };
+    Ok(report(checkpoint, settings, prepared, &nlls, divergence, started))
+}
 
+/// Runs the windows of a walk through all blocks.
+fn last_states<'a>(decoder: &Decoder<'_>, mut walk: Walk<'a>, stage: &dyn Stage) -> Result<(Walk<'a>, Hidden)> {
+    let mut hidden = walk.embed(decoder)?;
+    for block_idx in 0..decoder.n_blocks() {
+        stage.note(&format!("block {block_idx}"));
+        let block = decoder.block(block_idx)?;
+        walk.advance(&mut hidden, decoder, &block, &mut |_, _| Ok(()), stage)?;
+    }
+    Ok((walk, hidden))
+}
+
+/// Compares the logits of a model with those of the original, window by window.
+fn diverge(
+    prepared: &Prepared,
+    (decoder, (mut walk, hidden)): (&Decoder<'_>, (Walk<'_>, Hidden)),
+    (original, (mut original_walk, original_hidden)): (&Decoder<'_>, (Walk<'_>, Hidden)),
+    stage: &dyn Stage,
+) -> Result<Divergence> {
+    let (head, original_head) = (decoder.head()?, original.head()?);
+    let mut divergence = Divergence::default();
+    for (i, scored) in prepared.scored.iter().enumerate() {
+        let x = scored.rows(&walk.window(&hidden, i)?)?;
+        let original_x = scored.rows(&original_walk.window(&original_hidden, i)?)?;
+        let found = divergence::compare(&original_head, &original_x, &head, &x, &scored.tokens);
+        divergence.extend(found.with_context(|| walk.place()(i))?);
+        stage.advance(prepared.windows[i].len() as u64);
+    }
+    Ok(divergence)
+}
+
+fn report(
+    checkpoint: &Checkpoint,
+    settings: &EvalSettings,
+    prepared: Prepared,
+    nlls: &[f64],
+    divergence: Option<DivergenceRecord>,
+    started: Instant,
+) -> PerplexityReport {
     let elapsed_seconds = started.elapsed().as_secs_f64();
-    let mean = mean(&nlls);
+    let mean = mean(nlls);
     let nll_sum: f64 = nlls.iter().sum();
-    // Of one unit of the convention: a token, or a word.
     let n_units = match prepared.rules.unit() {
         Unit::Token => nlls.len(),
         Unit::Word => prepared.n_words,
     };
-    let per_unit = nlls.len() as f64 / n_units as f64;
-    let ppl = (mean * per_unit).exp();
-    Ok(PerplexityReport {
+    let tokens_per_unit = nlls.len() as f64 / n_units as f64;
+    let ppl = (mean * tokens_per_unit).exp();
+    PerplexityReport {
         schema_version: SCHEMA_VERSION,
         lrc_version: LRC_VERSION.into(),
         model: settings.model.clone(),
         convention: prepared.convention().into(),
         ppl,
-        ppl_standard_error: ppl * per_unit * standard_error(&nlls, mean),
+        ppl_standard_error: ppl * tokens_per_unit * standard_error(nlls, mean),
         nll_sum,
         token_ppl: mean.exp(),
         bits_per_byte: nll_sum / std::f64::consts::LN_2 / prepared.n_bytes as f64,
         scored_tokens: nlls.len() as u64,
         scored_words: prepared.n_words as u64,
         scored_bytes: prepared.n_bytes as u64,
-        windows: windows.len(),
+        windows: prepared.windows.len(),
         seq_len: prepared.seq_len,
         stride: prepared.stride,
         documents: prepared.text.documents.len(),
@@ -266,18 +295,18 @@ pub fn perplexity(
         bos_added: prepared.bos_added,
         compute_dtype: "f32".into(),
         text: settings.text.display().to_string(),
+        tokens_per_second: prepared.n_tokens() as f64 / elapsed_seconds,
         text_sha256: prepared.text.sha256,
         tokenizer_sha256: prepared.tokenizer_sha256,
         parameters: checkpoint.n_elements(),
         size_bytes: checkpoint.n_bytes(),
         divergence,
         elapsed_seconds,
-        tokens_per_second: n_tokens as f64 / elapsed_seconds,
         peak_memory_bytes: peak_memory_bytes(),
-    })
+    }
 }
 
-/// Both models must read the text as the same tokens.
+/// Checks that both models tokenize the text alike.
 fn expect_same_tokens(reference: &Reference<'_>, checkpoint: &Checkpoint, text: &Text) -> Result<()> {
     let (own, other) = (Tokenizer::open(checkpoint.root())?, Tokenizer::open(reference.checkpoint.root())?);
     if own.sha256 == other.sha256 {
@@ -285,8 +314,8 @@ fn expect_same_tokens(reference: &Reference<'_>, checkpoint: &Checkpoint, text: 
     }
     for document in &text.documents {
         if own.encode(document, Bos::Never)?.ids != other.encode(document, Bos::Never)?.ids {
-            let message = format!("`{}` cuts the text into other tokens than the model", reference.name);
-            return Err(Failure::unsupported(message).hint("a reference must share its model's tokenizer").into());
+            let message = format!("`{}` and the model tokenize the text differently", reference.name);
+            return Err(Failure::unsupported(message).hint("the reference must share the model's tokenizer").into());
         }
     }
     Ok(())
@@ -319,7 +348,7 @@ mod tests {
     fn words_are_counted_as_python_splits() {
         for (text, expected) in [("a b", 2), (" a  b\n", 4), ("", 0), ("a\u{a0}b\u{1c}", 3), ("one", 1)] {
             assert_eq!(words_in(text, &(0..text.len())), expected, "{text:?}");
-            // Wherever it is cut.
+            // The same wherever the text is cut.
             for at in 1..text.len() {
                 assert_eq!(words_in(text, &(0..at)) + words_in(text, &(at..text.len())), expected, "{text:?} at {at}");
             }

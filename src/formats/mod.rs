@@ -12,7 +12,6 @@ mod refusal;
 use std::collections::BTreeSet;
 
 use anyhow::Result;
-use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -31,7 +30,8 @@ pub use refusal::Refusal;
 pub const CURVES_FILES: [&str; 2] = ["lrc-curves.arrays", "lrc-curves.safetensors"];
 
 /// The formats, as a user names them.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 #[serde(rename_all = "kebab-case")]
 pub enum Format {
     /// Parts as they are; loads in transformers with `trust_remote_code`, and in lrc
@@ -262,8 +262,15 @@ impl Format {
     }
 
     /// Its name on the command line.
-    pub fn name(self) -> String {
-        self.to_possible_value().map_or(String::new(), |value| value.get_name().to_string())
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Factored => "factored",
+            Self::Dense => "dense",
+            Self::CompressedTensors => "compressed-tensors",
+            Self::Gptq => "gptq",
+            Self::Peft => "peft",
+            Self::Gguf => "gguf",
+        }
     }
 }
 

@@ -1,6 +1,6 @@
-//! FARMS: the tail exponent without the bias of the shape (Hu et al. 2025, «Eigenspectrum analysis of neural networks without
-//! aspect ratio bias»). A long matrix has a narrower spectrum than a square one of the same entries; so eigenvalues are those
-//! of square windows of the matrix, evenly spread over it, pooled, and α is Hill's over their larger half.
+//! FARMS: the tail exponent without the bias of the shape (Hu et al. 2025, "Eigenspectrum analysis of neural networks without aspect
+//! ratio bias"). A long matrix has a narrower spectrum than a square one with the same distribution of entries. So eigenvalues are those
+//! of square windows spread evenly over the matrix, pooled, and α is Hill's estimate over their larger half.
 
 use anyhow::Result;
 use faer::MatRef;
@@ -9,12 +9,12 @@ use super::power_law::hill;
 use crate::approx::low_rank::error_curve;
 use crate::approx::metric::MetricPair;
 
-/// Side of a window, where the matrix is as large.
+/// Largest side of a window.
 const SIDE: usize = 128;
-/// Windows along a side of the matrix, at most.
+/// Largest number of windows along a side of the matrix.
 const PLACES: usize = 6;
 
-/// α of `matrix` (m, n), or of its transpose: they have the same windows; none where eigenvalues do not differ.
+/// α of `matrix` (m, n), which is also that of its transpose; none if all eigenvalues are equal.
 ///
 /// # Errors
 /// An eigenproblem does not converge.
@@ -30,7 +30,7 @@ pub(super) fn alpha(matrix: MatRef<'_, f64>) -> Result<Option<f64>> {
     Ok(hill(pooled))
 }
 
-/// Where windows begin: the first at the start, the last at the end, as many as cover the side once, up to a limit.
+/// Start positions of windows that cover a side once, evenly spaced from end to end, at most [`PLACES`].
 fn places(length: usize, side: usize) -> Vec<usize> {
     let n = length.div_ceil(side.max(1)).clamp(1, PLACES);
     (0..n).map(|i| if n > 1 { i * (length - side) / (n - 1) } else { 0 }).collect()
@@ -51,16 +51,21 @@ mod tests {
         assert_eq!(places(1280, 128), [0, 230, 460, 691, 921, 1152]);
     }
 
-    /// Entries that are spread alike: a long matrix has the α of a square one, which its own eigenvalues do not have.
+    fn own(m: &Mat<f64>) -> f64 {
+        hill(error_curve(m.as_ref(), MetricPair::IDENTITY).unwrap().energies().to_vec()).unwrap()
+    }
+
+    fn farms(m: &Mat<f64>) -> f64 {
+        alpha(m.as_ref()).unwrap().unwrap()
+    }
+
+    /// With equally distributed entries, a long matrix has the α of a square one; its own eigenvalues do not give it.
     #[test]
-    fn the_shape_leaves_no_trace() {
+    fn alpha_does_not_depend_on_the_shape() {
         let mut random = ChaCha8Rng::seed_from_u64(1);
         let mut entries =
             |columns| Mat::from_fn(128, columns, |_, _| f64::from(random.next_u32()) / 2f64.powi(32) - 0.5);
         let (square, long) = (entries(128), entries(1024));
-        let own =
-            |m: &Mat<f64>| hill(error_curve(m.as_ref(), MetricPair::IDENTITY).unwrap().energies().to_vec()).unwrap();
-        let farms = |m: &Mat<f64>| alpha(m.as_ref()).unwrap().unwrap();
         assert!((farms(&square) - own(&square)).abs() < 1e-12, "one window is the matrix");
         let (bias, rest) = (own(&long) - own(&square), farms(&long) - farms(&square));
         assert!(bias.abs() > 10.0 * rest.abs() && bias > 1.0, "{bias} {rest}");

@@ -1,4 +1,4 @@
-//! What is inspected: the linears of the inventory, and the experts of stacks, each a matrix of its own.
+//! The matrices to inspect: linears of the inventory, and each expert of a stack.
 
 use anyhow::Result;
 
@@ -8,9 +8,9 @@ use crate::operator::Kind;
 
 /// A matrix of a checkpoint.
 pub(super) struct Matrix {
-    /// Its module; of an expert that of its stack and its number.
+    /// The module; for an expert, that of the stack with the index of the expert.
     pub module: String,
-    /// What it is: `linear`, or what is fused or stacked in it.
+    /// `linear`, or the parts of a fused or stacked matrix.
     pub kind: String,
     pub block: Option<usize>,
     /// (out, in).
@@ -22,14 +22,14 @@ pub(super) struct Matrix {
 
 enum Source {
     Linear(LinearInfo),
-    /// The `index`-th of the matrices of a tensor of three dimensions.
+    /// The `index`-th matrix of a tensor with three dimensions.
     Slice {
         tensor: String,
         index: usize,
     },
 }
 
-/// Names of matrices in which several are one below the other, with their parts.
+/// Names of fused matrices, with the parts that are stacked in their rows.
 const FUSED: [(&str, &str); 8] = [
     ("qkv_proj", "q, k, v"),
     ("query_key_value", "q, k, v"),
@@ -46,7 +46,7 @@ impl Matrix {
         Kind::FACTORS.fitting().largest_saving_rank(self.shape)
     }
 
-    /// Tensors of the checkpoint that it is made of.
+    /// Names of the tensors that store it.
     pub fn tensor_names(&self) -> Vec<String> {
         match &self.source {
             Source::Linear(linear) => linear.tensor_names(),
@@ -75,7 +75,7 @@ impl Matrix {
     }
 }
 
-/// All matrices, in the order of the files.
+/// All matrices, in file order.
 pub(super) fn of(checkpoint: &Checkpoint) -> Vec<Matrix> {
     let linears = inventory::linears(checkpoint).into_iter().map(|linear| Matrix {
         module: linear.module.clone(),
@@ -92,17 +92,17 @@ pub(super) fn of(checkpoint: &Checkpoint) -> Vec<Matrix> {
     linears.chain(checkpoint.tensors().flat_map(stack)).collect()
 }
 
-/// The experts of a stack; none of any other tensor.
+/// The experts of a stack; empty for other tensors.
 fn stack(info: &TensorInfo) -> Vec<Matrix> {
     let &[n, rows, columns] = info.shape.as_slice() else { return Vec::new() };
     let name = info.name.strip_suffix(".weight").unwrap_or(&info.name);
     if !inventory::is_stack(info) {
         return Vec::new();
     }
-    let of = fused(name).map_or(String::new(), |parts| format!(", fused {parts}"));
+    let parts = fused(name).map_or(String::new(), |parts| format!(", fused {parts}"));
     let expert = |index: usize| Matrix {
         module: format!("{name}[{index}]"),
-        kind: format!("expert {index} of {n}{of}"),
+        kind: format!("expert {index} of {n}{parts}"),
         block: name.split('.').find_map(|part| part.parse().ok()),
         shape: (rows, columns),
         dtype: info.dtype,

@@ -1,4 +1,4 @@
-//! Spectra of every matrix of a checkpoint, and the figures drawn from them.
+//! Spectra of every matrix of a checkpoint, and figures derived from them.
 
 mod farms;
 mod matrices;
@@ -11,7 +11,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use rayon::prelude::*;
 
-use crate::approx::low_rank::{ErrorCurve, error_curve};
+use crate::approx::low_rank::error_curve;
 use crate::approx::metric::MetricPair;
 use crate::checkpoint::{Checkpoint, Dtype, TensorSpec, write_file};
 use crate::compress::spectra::Weighted;
@@ -23,11 +23,11 @@ use crate::report::{InspectReport, LRC_VERSION, SCHEMA_VERSION, Spectrum, Spectr
 use matrices::Matrix;
 pub use spectrum::{ENERGY_SHARES, WELORE_THRESHOLDS};
 
-/// Computes the spectrum of every matrix, in parallel over matrices; works on any safetensors checkpoint. `weighted` are the curves
-/// of linears in a metric, by module, with its name.
+/// Computes the spectrum of every matrix, in parallel over matrices, for any safetensors checkpoint. `weighted` is the name of a metric with
+/// the error curves of linears in it, by module.
 ///
 /// # Errors
-/// There is no matrix, or a weight is broken.
+/// There is no matrix, or a weight cannot be read.
 pub fn inspect(
     checkpoint: &Checkpoint,
     model: &str,
@@ -36,34 +36,24 @@ pub fn inspect(
 ) -> Result<(InspectReport, Vec<Spectrum>)> {
     let (matrices, unread) = (matrices::of(checkpoint), inventory::unread(checkpoint));
     if matrices.is_empty() {
-        let told = unread.unwrap_or_else(|| "none of them is a matrix of floats".into());
-        let message = format!("`{model}` holds no matrix that can be inspected among its tensors: {told}");
+        let reason = unread.unwrap_or_else(|| "none of them is a matrix of floats".into());
+        let message = format!("`{model}` has no matrix to inspect among its tensors: {reason}");
         return Err(Failure::unsupported(message)
-            .hint("matrices of F32, F16 and BF16 are read: convert the checkpoint to one of these")
+            .hint("supported dtypes are F32, F16 and BF16: convert the checkpoint to one of these")
             .into());
     }
-    if let Some(told) = unread {
-        tracing::warn!("matrices of these dtypes are not read, and are left out: {told}");
+    if let Some(unread) = unread {
+        tracing::warn!("skipping matrices of unsupported dtypes: {unread}");
     }
     let stage = progress.stage("inspect", matrices.len() as u64, "matrices");
-    let record = |matrix: &Matrix| -> Result<(SpectrumRecord, Spectrum)> {
+    let found = matrices.par_iter().map(|matrix| {
         stage.note(&matrix.module);
-        let values = matrix.values(checkpoint).with_context(|| format!("load `{}`", matrix.module))?;
-        let (m, n) = matrix.shape;
-        let transposed = linalg::transposed_from_row_major(&values, m, n);
-        drop(values);
-        let context = || format!("inspect `{}`", matrix.module);
-        let curve = error_curve(transposed.transpose(), MetricPair::IDENTITY).with_context(context)?;
-        let alpha_farms = farms::alpha(transposed.as_ref()).with_context(context)?;
         let weighted = weighted.as_ref().and_then(|(_, curves)| curves.get(&matrix.module));
+        let found = inspect_matrix(checkpoint, matrix, weighted);
         stage.advance(1);
-        let sigma = |curve: &ErrorCurve| curve.singular_values().collect();
-        let spectrum =
-            Spectrum { module: matrix.module.clone(), raw: sigma(&curve), weighted: weighted.map(|w| sigma(&w.curve)) };
-        Ok((spectrum::record(matrix, &curve, alpha_farms, weighted), spectrum))
-    };
-    let (linears, spectra): (Vec<_>, Vec<_>) =
-        matrices.par_iter().map(record).collect::<Result<Vec<_>>>()?.into_iter().unzip();
+        found
+    });
+    let (linears, spectra): (Vec<_>, Vec<_>) = found.collect::<Result<Vec<_>>>()?.into_iter().unzip();
     let owned: BTreeSet<String> = matrices.iter().flat_map(Matrix::tensor_names).collect();
     let report = InspectReport {
         schema_version: SCHEMA_VERSION,
@@ -78,10 +68,30 @@ pub fn inspect(
     Ok((report, spectra))
 }
 
+fn inspect_matrix(
+    checkpoint: &Checkpoint,
+    matrix: &Matrix,
+    weighted: Option<&Weighted>,
+) -> Result<(SpectrumRecord, Spectrum)> {
+    let values = matrix.values(checkpoint).with_context(|| format!("loading `{}`", matrix.module))?;
+    let (m, n) = matrix.shape;
+    let transposed = linalg::transposed_from_row_major(&values, m, n);
+    drop(values);
+    let context = || format!("inspecting `{}`", matrix.module);
+    let curve = error_curve(transposed.transpose(), MetricPair::IDENTITY).with_context(context)?;
+    let alpha_farms = farms::alpha(transposed.as_ref()).with_context(context)?;
+    let spectrum = Spectrum {
+        module: matrix.module.clone(),
+        raw: curve.singular_values().collect(),
+        weighted: weighted.map(|weighted| weighted.curve.singular_values().collect()),
+    };
+    Ok((spectrum::record(matrix, &curve, alpha_farms, weighted), spectrum))
+}
+
 /// Writes singular values as a safetensors file: `MODULE` (min(out, in)) in f64, and `MODULE.weighted`.
 ///
 /// # Errors
-/// The disk refuses.
+/// The file cannot be written.
 pub fn write_spectra(path: &Path, spectra: &[Spectrum]) -> Result<()> {
     let mut arrays: BTreeMap<String, &[f64]> = BTreeMap::new();
     for spectrum in spectra {

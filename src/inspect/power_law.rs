@@ -2,9 +2,9 @@
 
 use crate::report::PowerLaw;
 
-/// Fits `p(λ) ∝ λ^−α` to the eigenvalues from `xmin` on (Clauset, Shalizi & Newman 2009, eqs. 3.1 and 3.9): of all `xmin`
-/// but the largest value that with the least Kolmogorov–Smirnov distance, α by maximum likelihood. So does WeightWatcher
-/// (Martin & Mahoney 2021). `descending` are eigenvalues σ²; none where fewer than two differ.
+/// Fits `p(λ) ∝ λ^−α` to the eigenvalues from `xmin` on (Clauset, Shalizi & Newman 2009, eqs. 3.1 and 3.9), as WeightWatcher does (Martin
+/// & Mahoney 2021): α by maximum likelihood, with the `xmin` of the smallest Kolmogorov–Smirnov distance among all values but the
+/// largest. `descending` holds eigenvalues σ². None if all are equal.
 pub(super) fn fit(descending: &[f64]) -> Option<PowerLaw> {
     let values: Vec<f64> = descending.iter().rev().copied().filter(|&v| v > 0.0).collect();
     let logs: Vec<f64> = values.iter().map(|v| v.ln()).collect();
@@ -20,7 +20,7 @@ pub(super) fn fit(descending: &[f64]) -> Option<PowerLaw> {
         let alpha = 1.0 + n / excess;
         let bound = best.as_ref().map_or(f64::INFINITY, |best| best.distance);
         let distance = distance(&logs[i..], alpha, bound);
-        // Of equals the longest tail, as numpy's argmin has it.
+        // Of equal distances the longest tail, as with numpy's argmin.
         if distance <= bound {
             let n_spikes = values[i..].iter().filter(|&&v| v > values[i]).count();
             best = Some(PowerLaw { alpha, xmin: values[i], distance, n_spikes });
@@ -29,8 +29,8 @@ pub(super) fn fit(descending: &[f64]) -> Option<PowerLaw> {
     best
 }
 
-/// Largest distance of the power law's distribution function from that of the values, whose logarithms ascend; given up where it
-/// exceeds `bound`.
+/// Kolmogorov–Smirnov distance between the power law and the values, given as ascending logarithms. Returns early with a larger value once
+/// it exceeds `bound`.
 fn distance(logs: &[f64], alpha: f64, bound: f64) -> f64 {
     let n = logs.len() as f64;
     let mut largest: f64 = 0.0;
@@ -44,7 +44,7 @@ fn distance(logs: &[f64], alpha: f64, bound: f64) -> f64 {
     largest
 }
 
-/// Hill's estimate of α over the larger half: `1 + k / Σ ln(λ_i / λ_k)` (AlphaPruning, Lu et al. 2024); none where they are equal.
+/// Hill's estimate of α over the larger half: `1 + k / Σ ln(λ_i / λ_k)` (AlphaPruning, Lu et al. 2024). None if all are equal.
 pub(super) fn hill(mut eigenvalues: Vec<f64>) -> Option<f64> {
     eigenvalues.retain(|&v| v > 0.0);
     eigenvalues.sort_unstable_by(|a, b| b.total_cmp(a));
@@ -60,7 +60,7 @@ mod tests {
 
     use super::*;
 
-    /// The spectra of `tests/oracles/spectra.py`, descending.
+    /// The spectra in `tests/oracles/spectra.py`, descending.
     fn spectrum(kind: &str, n: usize) -> Vec<f64> {
         let value = |i: usize| {
             let u = (i as f64 * 0.618_033_988_749_894_9).fract();
@@ -77,7 +77,7 @@ mod tests {
     }
 
     #[test]
-    fn fits_are_those_of_weightwatcher() {
+    fn fits_equal_those_of_weightwatcher() {
         let oracle: Value = serde_json::from_str(include_str!("../../tests/oracles/spectra.json")).unwrap();
         let mut n_alike = 0;
         for (name, case) in oracle.as_object().unwrap() {
@@ -91,11 +91,11 @@ mod tests {
             assert_eq!(found.n_spikes as u64, case["spikes"].as_u64().unwrap(), "{name}");
             let hill = hill(values).unwrap();
             assert!((hill / case["hill"].as_f64().unwrap() - 1.0).abs() < 1e-9, "{name}");
-            // The powerlaw package takes no α above 3; below, all three are one.
+            // The powerlaw package does not fit α above 3; below, all three agree.
             let package: Vec<f64> = serde_json::from_value(case["powerlaw"].clone()).unwrap();
             n_alike += usize::from((found.alpha / package[0] - 1.0).abs() < 1e-9);
         }
-        assert!(n_alike >= 2, "{n_alike} fits are also those of the powerlaw package");
+        assert!(n_alike >= 2, "{n_alike} fits equal those of the powerlaw package");
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! The figures of one spectrum; their definitions stand at the fields of [`SpectrumRecord`] and [`Figures`].
+//! The figures of one spectrum, defined at the fields of [`SpectrumRecord`] and [`Figures`].
 
 use super::matrices::Matrix;
 use super::power_law;
@@ -6,16 +6,16 @@ use crate::approx::low_rank::ErrorCurve;
 use crate::compress::spectra::Weighted;
 use crate::report::{BelowThreshold, EnergyRank, Figures, SpectrumRecord};
 
-/// Shares of Σσ² for which the energy rank is given.
+/// Shares of Σσ² whose energy rank is reported.
 pub const ENERGY_SHARES: [f64; 5] = [0.5, 0.9, 0.95, 0.99, 0.999];
 
-/// Thresholds on the normalised spectrum under which values are counted.
+/// Thresholds below which values of the normalized spectrum are counted.
 pub const WELORE_THRESHOLDS: [f64; 3] = [0.05, 0.1, 0.25];
 
 /// Points of the sketch.
 const SKETCH_POINTS: usize = 24;
 
-/// The record of a matrix: its figures, and those of `weighted`, its curve in a metric.
+/// The record of a matrix, with figures in the calibration metric if `weighted` is given.
 pub(super) fn record(
     matrix: &Matrix,
     curve: &ErrorCurve,
@@ -47,8 +47,8 @@ fn figures(matrix: &Matrix, curve: &ErrorCurve) -> Figures {
     let energy = curve.squared_error(0);
     let first = sigma.first().copied().unwrap_or(0.0);
     let tolerance = first * matrix.shape.0.max(matrix.shape.1) as f64 * f64::from(f32::EPSILON);
-    let normalised = normalise(&sigma);
-    let below = |threshold: f64| normalised.iter().filter(|&&s| s < threshold).count();
+    let normalized = normalize(&sigma);
+    let below = |threshold: f64| normalized.iter().filter(|&&s| s < threshold).count();
     Figures {
         rank: sigma.iter().filter(|&&s| s > tolerance).count(),
         spectral_norm: first,
@@ -67,7 +67,7 @@ fn figures(matrix: &Matrix, curve: &ErrorCurve) -> Figures {
             .iter()
             .map(|&threshold| BelowThreshold { threshold, count: below(threshold) })
             .collect(),
-        knee: knee(&normalised),
+        knee: knee(&normalized),
         power_law: power_law::fit(curve.energies()),
         alpha_hill: power_law::hill(curve.energies().to_vec()),
         break_even_error: curve.relative_error(matrix.break_even_rank()),
@@ -75,17 +75,17 @@ fn figures(matrix: &Matrix, curve: &ErrorCurve) -> Figures {
     }
 }
 
-/// WeLore's normalised spectrum: `(σ − σ_min) / (σ_max − σ_min)`; all 1 where they are equal.
-fn normalise(sigma: &[f64]) -> Vec<f64> {
+/// WeLore's normalized spectrum: `(σ − σ_min) / (σ_max − σ_min)`; all 1 where they are equal.
+fn normalize(sigma: &[f64]) -> Vec<f64> {
     let (max, min) = (sigma.first().copied().unwrap_or(0.0), sigma.last().copied().unwrap_or(0.0));
     sigma.iter().map(|s| if max > min { (s - min) / (max - min) } else { 1.0 }).collect()
 }
 
-/// The rank where the normalised spectrum is farthest below the chord from its first value to its last.
-fn knee(normalised: &[f64]) -> usize {
-    let last = normalised.len().saturating_sub(1).max(1) as f64;
+/// The rank where the normalized spectrum is farthest below the chord from its first value to its last.
+fn knee(normalized: &[f64]) -> usize {
+    let last = normalized.len().saturating_sub(1).max(1) as f64;
     let below = |(i, s): (usize, &f64)| 1.0 - i as f64 / last - s;
-    let depths: Vec<f64> = normalised.iter().enumerate().map(below).collect();
+    let depths: Vec<f64> = normalized.iter().enumerate().map(below).collect();
     (0..depths.len()).reduce(|best, i| if depths[i] > depths[best] { i } else { best }).unwrap_or(0)
 }
 
@@ -95,7 +95,7 @@ fn entropy(weights: &[f64]) -> f64 {
     if sum <= 0.0 {
         return 0.0;
     }
-    // Without a sign where one value has all of the sum.
+    // + 0.0 removes the sign of −0, which occurs if one value has all of the sum.
     weights.iter().map(|w| w / sum).filter(|&p| p > 0.0).map(|p| -p * p.ln()).sum::<f64>() + 0.0
 }
 
@@ -148,7 +148,7 @@ mod tests {
         }
         let ranks: Vec<usize> = figures.energy_ranks.iter().map(|e| e.rank).collect();
         assert_eq!(ranks, [4, 8, 8, 8, 8]);
-        // Break-even of 8 × 10 is 4: half of the energy is behind it.
+        // The break-even rank of 8 × 10 is 4: half of the energy is beyond it.
         assert_eq!(record.break_even_rank, 4);
         assert!((figures.break_even_error - 0.5f64.sqrt()).abs() < 1e-12);
         assert!(figures.power_law.is_none() && figures.welore.iter().all(|w| w.count == 0));
@@ -158,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn figures_agree_with_their_closed_forms_on_two_values() {
+    fn figures_of_two_values_have_their_closed_forms() {
         // σ = (2, 1): energies (4, 1), p = (0.8, 0.2).
         let figures = record(2, 2, &[4.0, 1.0]).figures;
         assert!((figures.stable_rank - 1.25).abs() < 1e-12);
@@ -170,15 +170,15 @@ mod tests {
     }
 
     #[test]
-    fn the_knee_and_the_normalised_counts_are_where_the_spectrum_bends() {
-        // σ = 10, 2, 1, 0.5, 0: normalised 1, 0.2, 0.1, 0.05, 0, the chord 1, 0.75, 0.5, 0.25, 0.
+    fn the_knee_and_the_counts_are_at_the_bend_of_the_spectrum() {
+        // σ = 10, 2, 1, 0.5, 0: normalized 1, 0.2, 0.1, 0.05, 0, the chord 1, 0.75, 0.5, 0.25, 0.
         let figures = record(5, 5, &[100.0, 4.0, 1.0, 0.25, 0.0]).figures;
         assert_eq!(figures.knee, 1);
         assert_eq!(figures.welore.iter().map(|w| w.count).collect::<Vec<_>>(), [1, 2, 4]);
     }
 
     #[test]
-    fn one_strong_direction_stands_out_of_a_random_matrix() {
+    fn one_strong_direction_exceeds_the_edge_of_a_random_matrix() {
         let mut energies = vec![1.0; 100];
         energies[0] = 900.0;
         let record = record(100, 100, &energies);
@@ -188,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn a_matrix_of_zeros_has_figures_too() {
+    fn a_matrix_of_zeros_has_figures() {
         let figures = record(3, 3, &[0.0; 3]).figures;
         assert_eq!((figures.rank, figures.stable_rank, figures.effective_rank), (0, 0.0, 0.0));
         assert!(figures.sketch.iter().all(|s| *s == 0.0) && figures.log10_spectral_norm.is_none());

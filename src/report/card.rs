@@ -9,11 +9,11 @@ use super::columns::fixed;
 use super::{CompressReport, ExportReport};
 use crate::checkpoint::Checkpoint;
 
-/// What a card says of a format.
+/// How an output is loaded.
 pub struct Loading {
-    /// How each runtime loads it, as Markdown.
+    /// Instructions per runtime, as Markdown.
     pub text: String,
-    /// The hub's name of the library that loads it.
+    /// The hub's name of the library.
     pub library: &'static str,
 }
 
@@ -27,7 +27,7 @@ pub fn render(report: &CompressReport, source: &Checkpoint, loading: &Loading) -
     let _ = writeln!(card, "# Compression of {}\n", title(&report.source));
     let _ = writeln!(
         card,
-        "Made by lrc {}. Every number is in `lrc-report.json`, and to be looked at in `lrc-report.html`.\n\n## Size\n",
+        "Made by lrc {}. All figures are in `lrc-report.json`; `lrc-report.html` shows them.\n\n## Size\n",
         report.lrc_version
     );
     card.push_str(&sizes(report));
@@ -35,7 +35,7 @@ pub fn render(report: &CompressReport, source: &Checkpoint, loading: &Loading) -
     card.push_str(&errors(report));
     card.push_str("\n## Loading\n\n");
     card.push_str(&loading.text);
-    card.push_str("\n## Reproducing\n\nThe same bytes come of\n\n```sh\n");
+    card.push_str("\n## Reproducing\n\nThis command gives the same bytes:\n\n```sh\n");
     let words: Vec<String> = ["lrc", "compress", title(&report.source), "-o", "OUT"]
         .map(String::from)
         .into_iter()
@@ -46,11 +46,11 @@ pub fn render(report: &CompressReport, source: &Checkpoint, loading: &Loading) -
     if let Some(truncated) = &report.truncated {
         let _ = writeln!(card, "lrc truncate OUT -o SHORTER --keep {}", truncated.keep);
     }
-    card.push_str("```\n\nor of `--recipe lrc-recipe.toml` in place of the flags.\n");
+    card.push_str("```\n\n`--recipe lrc-recipe.toml` can replace the flags.\n");
     if let Some(calibration) = &report.calibration {
         let _ = writeln!(
             card,
-            "Calibration: {} windows, {} tokens, of the text with SHA-256 `{}`.",
+            "Calibration: {} windows ({} tokens) of the text with SHA-256 `{}`.",
             calibration.windows,
             calibration.tokens,
             calibration.text_sha256.join("`, `")
@@ -65,7 +65,7 @@ pub fn render_export(report: &ExportReport, source: &Checkpoint, loading: &Loadi
     let _ = writeln!(card, "# {} as {}\n", title(&report.source), report.format);
     let _ = writeln!(
         card,
-        "Exported by lrc {} without compressing anew; what was compressed, and how, is in `lrc-report.json`.\n\n## Size\n\n\
+        "Exported by lrc {} without recompressing; `lrc-report.json` includes the report of the compression.\n\n## Size\n\n\
          {} bytes of tensors; the source has {}.\n\n## Loading\n",
         report.lrc_version, report.bytes_after, report.bytes_before
     );
@@ -93,15 +93,17 @@ fn front_matter<'a>(
     front + "---\n\n"
 }
 
-/// The hub id of the source: its name, or what its config remembers of it. The hub refuses a card that names anything else.
+/// The hub id of the source: its name, or `_name_or_path` of its config. The hub rejects cards with anything else.
 fn base_model(named: &str, source: &Checkpoint) -> Option<String> {
-    let remembered = || source.config()?.get("_name_or_path")?.as_str().map(String::from);
-    let is_id = |id: &String| {
-        let is_word = |w: &str| !w.is_empty() && w.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c));
-        let words: Vec<&str> = id.split('/').collect();
-        words.len() == 2 && words.into_iter().all(|w| is_word(w) && !w.starts_with('.')) && !Path::new(id).exists()
-    };
-    Some(named.to_string()).filter(is_id).or_else(|| remembered().filter(is_id))
+    let in_config = || source.config()?.get("_name_or_path")?.as_str();
+    Some(named).filter(|id| is_hub_id(id)).or_else(|| in_config().filter(|id| is_hub_id(id))).map(String::from)
+}
+
+/// Whether `id` is `org/name`, and not a folder of that name.
+fn is_hub_id(id: &str) -> bool {
+    let is_word = |w: &str| !w.is_empty() && w.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c));
+    let words: Vec<&str> = id.split('/').collect();
+    words.len() == 2 && words.into_iter().all(|w| is_word(w) && !w.starts_with('.')) && !Path::new(id).exists()
 }
 
 fn sizes(report: &CompressReport) -> String {
@@ -125,21 +127,21 @@ fn sizes(report: &CompressReport) -> String {
     table
 }
 
-/// The whole, then the linears that err most.
+/// A summary, then the linears with the largest errors.
 fn errors(report: &CompressReport) -> String {
     const SHOWN: usize = 5;
     let method = report.recipe.get("method").and_then(Value::as_str).unwrap_or("svd");
     let l = &report.linear;
     let mut text = format!(
-        "Relative errors of the linears in the metric of `{method}`: {:.4} in the mean, at most {:.4}; {} of {} were compressed.\n",
+        "{2} of {3} linears were compressed. Relative error in the metric of `{method}`: mean {0:.4}, maximum {1:.4}.\n",
         l.mean_error, l.max_error, l.compressed, l.count
     );
-    if let Some((kl, control)) = report.control.as_ref().and_then(|c| Some((c.kl?, c.control_kl?))) {
+    if let Some((kl, baseline)) = report.equal_bytes_baseline.as_ref().and_then(|b| b.kl.zip(b.baseline_kl)) {
         let _ = writeln!(
             text,
-            "KL(original ‖ this) on the calibration text: {} nats; {} for the same bytes without factors.",
+            "KL(original ‖ this) on the calibration text: {} nats; {} for a model of the same size without factors.",
             fixed(kl, 5),
-            fixed(control, 5)
+            fixed(baseline, 5)
         );
     }
     let mut worst: Vec<_> = report.linears.iter().filter_map(|l| Some((l.relative_error?, l))).collect();
@@ -153,7 +155,7 @@ fn errors(report: &CompressReport) -> String {
     text
 }
 
-/// A recipe as flags. Paths are cut to their last part: a card should not tell where its author keeps files.
+/// A recipe as flags. Paths are reduced to their last part: a card should not reveal the folders of its author.
 fn flags(recipe: &Value) -> Vec<String> {
     let Some(fields) = recipe.as_object() else { return Vec::new() };
     let mut flags = Vec::new();
@@ -164,7 +166,7 @@ fn flags(recipe: &Value) -> Vec<String> {
             other => other.to_string(),
         };
         match value {
-            // Switches take their value after an equals sign.
+            // Switches require an equals sign before their value.
             Value::Bool(on) => flags.push(format!("--{name}={on}")),
             Value::Array(values) => {
                 flags.extend(values.iter().flat_map(|value| [format!("--{name}"), text(value)]));
@@ -175,7 +177,7 @@ fn flags(recipe: &Value) -> Vec<String> {
     flags
 }
 
-/// A word for a shell.
+/// A word quoted for a shell.
 fn quoted(word: &str) -> String {
     let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_.,:=/+".contains(c);
     if word.chars().all(is_plain) { word.into() } else { format!("'{}'", word.replace('\'', r"'\''")) }
@@ -193,11 +195,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_recipe_is_told_as_flags() {
+    fn a_recipe_is_written_as_flags() {
         let recipe =
             json!({"keep": 0.8, "calibration": "/home/me/it's mine.txt", "elastic": true, "targets": ["*.mlp.*", "x"]});
         let words: Vec<String> = flags(&recipe).iter().map(|word| quoted(word)).collect();
-        let told = r"--keep 0.8 --calibration 'it'\''s mine.txt' --elastic=true --targets '*.mlp.*' --targets x";
-        assert_eq!(words.join(" "), told);
+        let expected = r"--keep 0.8 --calibration 'it'\''s mine.txt' --elastic=true --targets '*.mlp.*' --targets x";
+        assert_eq!(words.join(" "), expected);
     }
 }

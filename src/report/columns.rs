@@ -1,21 +1,21 @@
-//! The columns of the figures of spectra: one list for the table, for CSV, for the page, and for what a user may sort by.
+//! The columns of spectral figures: one list for the table, CSV, the page, and `--sort`.
 
 use super::{Figures, InspectReport, SpectrumRecord};
 
 /// One column.
 pub struct Column {
-    /// By which a user asks for it, and its name in CSV.
+    /// The name in `--sort`, `--map` and CSV.
     pub name: &'static str,
-    /// Short, over a table.
+    /// The title in tables.
     pub title: &'static str,
-    /// What it is, for people.
+    /// The definition, for people.
     pub meaning: &'static str,
     of: Of,
 }
 
 enum Of {
     Matrix(fn(&SpectrumRecord) -> Cell),
-    /// Of a spectrum, raw or weighted.
+    /// A figure of a spectrum, raw or weighted.
     Spectrum(fn(&Figures) -> Cell),
 }
 
@@ -38,7 +38,7 @@ impl Cell {
         }
     }
 
-    /// With every digit.
+    /// With all digits.
     pub fn exact(&self) -> String {
         match self {
             Self::Text(text) => text.clone(),
@@ -48,7 +48,7 @@ impl Cell {
         }
     }
 
-    /// As many digits as a reader wants.
+    /// Rounded for reading.
     pub fn short(&self) -> String {
         match self {
             Self::Real(x) if *x != 0.0 && (x.abs() < 1e-3 || x.abs() >= 1e5) => format!("{x:.2e}"),
@@ -62,7 +62,7 @@ impl Cell {
     }
 }
 
-/// `value` with `digits` after the point; a zero has no sign, whatever was rounded to it.
+/// `value` with `digits` decimals; values that round to zero have no sign.
 pub fn fixed(value: f64, digits: usize) -> String {
     let text = format!("{value:.digits$}");
     match text.strip_prefix('-') {
@@ -71,7 +71,7 @@ pub fn fixed(value: f64, digits: usize) -> String {
     }
 }
 
-/// Digits in groups of three.
+/// `n` with its digits in groups of three.
 pub fn grouped(n: u64) -> String {
     let digits = n.to_string();
     let mut text = String::new();
@@ -109,7 +109,7 @@ impl<T: Into<Cell>> From<Option<T>> for Cell {
     }
 }
 
-/// A column of a matrix.
+/// A column with a figure of the matrix.
 const fn matrix(
     name: &'static str,
     title: &'static str,
@@ -119,30 +119,33 @@ const fn matrix(
     Column { name, title, meaning, of: Of::Matrix(of) }
 }
 
-/// A column of a spectrum.
+/// A column with a figure of a spectrum.
 const fn spectrum(name: &'static str, title: &'static str, meaning: &'static str, of: fn(&Figures) -> Cell) -> Column {
     Column { name, title, meaning, of: Of::Spectrum(of) }
 }
 
 macro_rules! energy_rank {
     ($i:literal, $name:literal, $title:literal) => {
-        spectrum($name, $title, "smallest rank that holds this share of Σσ²", |f| f.energy_ranks[$i].rank.into())
+        spectrum($name, $title, "smallest rank with this share of Σσ²", |f| f.energy_ranks[$i].rank.into())
     };
 }
 
 macro_rules! welore {
     ($i:literal, $name:literal, $title:literal) => {
-        spectrum($name, $title, "WeLore: values of (σ − σ_min) / (σ_max − σ_min) below this threshold", |f| {
-            f.welore[$i].count.into()
-        })
+        spectrum(
+            $name,
+            $title,
+            "WeLore: number of values of (σ − σ_min) / (σ_max − σ_min) below this threshold",
+            |f| f.welore[$i].count.into(),
+        )
     };
 }
 
 /// All columns, in the order of CSV.
 pub static COLUMNS: &[Column] = &[
-    matrix("module", "linear", "its name in the checkpoint", |r| (&r.module).into()),
-    matrix("kind", "kind", "linear, or what is fused or stacked in it", |r| (&r.kind).into()),
-    matrix("block", "block", "number of its block", |r| r.block.into()),
+    matrix("module", "linear", "name in the checkpoint", |r| (&r.module).into()),
+    matrix("kind", "kind", "linear, or the parts of a fused or stacked matrix", |r| (&r.kind).into()),
+    matrix("block", "block", "index of the block", |r| r.block.into()),
     matrix("out", "out", "rows m", |r| r.shape[0].into()),
     matrix("in", "in", "columns n", |r| r.shape[1].into()),
     matrix("dtype", "dtype", "as stored", |r| (&r.dtype).into()),
@@ -156,16 +159,16 @@ pub static COLUMNS: &[Column] = &[
     spectrum(
         "break_even_error",
         "error",
-        "√(share of Σσ² behind the break-even rank): where plain SVD begins to save",
+        "√(share of Σσ² beyond the break-even rank): relative error of plain SVD at that rank",
         |f| f.break_even_error.into(),
     ),
-    spectrum("rank", "rank", "singular values σ above σ₁ · max(m, n) · 2⁻²³", |f| f.rank.into()),
+    spectrum("rank", "rank", "number of singular values σ above σ₁ · max(m, n) · 2⁻²³", |f| f.rank.into()),
     spectrum("spectral_norm", "σ₁", "spectral norm, the largest σ", |f| f.spectral_norm.into()),
     spectrum("log10_spectral_norm", "log₁₀ σ₁", "its logarithm", |f| f.log10_spectral_norm.into()),
     spectrum("frobenius_norm", "‖W‖", "Frobenius norm, √Σσ²", |f| f.frobenius_norm.into()),
     spectrum("log10_frobenius_norm", "log₁₀ ‖W‖", "its logarithm", |f| f.log10_frobenius_norm.into()),
     spectrum("stable_rank", "stable", "stable rank, Σσ² / σ₁²", |f| f.stable_rank.into()),
-    spectrum("entropy", "entropy", "−Σ p ln p of p = σ² / Σσ², in nats", |f| f.entropy.into()),
+    spectrum("entropy", "entropy", "−Σ p ln p with p = σ² / Σσ², in nats", |f| f.entropy.into()),
     spectrum("effective_rank", "effective", "exp of the entropy of σ² / Σσ²", |f| f.effective_rank.into()),
     spectrum("effective_rank_sigma", "effective (σ)", "exp of the entropy of σ / Σσ (Roy & Vetterli 2007)", |f| {
         f.effective_rank_sigma.into()
@@ -181,34 +184,34 @@ pub static COLUMNS: &[Column] = &[
     spectrum(
         "knee",
         "knee",
-        "rank where the min–max-normalised spectrum is farthest below the chord between its ends",
+        "rank where the min–max-normalized spectrum is farthest below the chord between its ends",
         |f| f.knee.into(),
     ),
     spectrum(
         "alpha",
         "α",
-        "exponent of a power law in the tail of σ², as WeightWatcher fits it; it calls α < 2 over- and α > 6 under-trained",
+        "exponent of a power law in the tail of σ², fitted as in WeightWatcher, which calls α < 2 over-trained and α > 6 under-trained",
         |f| f.power_law.as_ref().map(|p| p.alpha).into(),
     ),
-    spectrum("xmin", "xmin", "σ² from which on that tail is fitted", |f| f.power_law.as_ref().map(|p| p.xmin).into()),
+    spectrum("xmin", "xmin", "smallest σ² of that tail", |f| f.power_law.as_ref().map(|p| p.xmin).into()),
     spectrum("distance", "D", "Kolmogorov–Smirnov distance of that fit", |f| {
         f.power_law.as_ref().map(|p| p.distance).into()
     }),
-    spectrum("spikes", "spikes", "σ² above xmin", |f| f.power_law.as_ref().map(|p| p.n_spikes).into()),
+    spectrum("spikes", "spikes", "number of σ² above xmin", |f| f.power_law.as_ref().map(|p| p.n_spikes).into()),
     spectrum("alpha_hill", "α Hill", "Hill's α of the larger half of σ²", |f| f.alpha_hill.into()),
     matrix(
         "alpha_farms",
         "α FARMS",
-        "the same, pooled over square windows: without the bias of the shape (Hu et al. 2025)",
+        "Hill's α of pooled square windows, free of the bias of the shape (Hu et al. 2025)",
         |r| r.alpha_farms.into(),
     ),
     matrix("mp_edge", "MP edge", "Marchenko–Pastur: largest σ² of a random matrix of this size and energy", |r| {
         r.mp_edge.into()
     }),
-    matrix("mp_spikes", "over MP", "σ² above that edge", |r| r.mp_spikes.into()),
+    matrix("mp_spikes", "over MP", "number of σ² above that edge", |r| r.mp_spikes.into()),
 ];
 
-/// In front of the names of columns in the calibration metric.
+/// Prefix of the names of columns in the calibration metric.
 pub const WEIGHTED: &str = "weighted.";
 
 /// A column, raw or in the calibration metric.
@@ -219,7 +222,7 @@ pub struct Chosen {
 }
 
 impl Chosen {
-    /// By the name that a user gave.
+    /// The column with a name, such as `alpha` or `weighted.alpha`.
     pub fn find(name: &str) -> Option<Self> {
         let (bare, is_weighted) = name.strip_prefix(WEIGHTED).map_or((name, false), |bare| (bare, true));
         let column = COLUMNS.iter().find(|column| column.name == bare)?;
@@ -250,13 +253,13 @@ impl std::fmt::Debug for Chosen {
 }
 
 impl Column {
-    /// Whether there is one in the calibration metric too.
+    /// Whether it also exists in the calibration metric.
     pub fn is_of_spectrum(&self) -> bool {
         matches!(self.of, Of::Spectrum(_))
     }
 }
 
-/// The columns that a report has values in.
+/// The columns for which a report has values.
 pub fn of(report: &InspectReport) -> Vec<Chosen> {
     let raw = COLUMNS.iter().map(|column| Chosen { column, is_weighted: false });
     let weighted = COLUMNS.iter().filter(|column| column.is_of_spectrum() && report.metric.is_some());
@@ -292,7 +295,7 @@ mod tests {
     }
 
     #[test]
-    fn names_of_columns_are_told_apart() {
+    fn names_of_columns_are_unique_and_known() {
         let names: std::collections::BTreeSet<&str> = COLUMNS.iter().map(|column| column.name).collect();
         assert_eq!(names.len(), COLUMNS.len());
         for (name, is_known) in [

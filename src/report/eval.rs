@@ -1,47 +1,48 @@
-//! What `lrc eval` found.
+//! The reports of `lrc eval`.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// `lrc eval`: one measurement of perplexity, with all that decides whether it can be compared with another.
+/// `lrc eval`: a perplexity, with everything that decides whether it can be compared with another.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 pub struct PerplexityReport {
     pub schema_version: u32,
     pub lrc_version: String,
     pub model: String,
     pub convention: String,
-    /// Perplexity: exp of the negative log-likelihood a token; in `lm-eval` a word.
+    /// Perplexity: exp of the mean negative log-likelihood per token; per word in `lm-eval`.
     pub ppl: f64,
     /// Standard error of `ppl`, from the spread over scored tokens.
     pub ppl_standard_error: f64,
-    /// exp of the mean negative log-likelihood of a token, whatever the convention.
+    /// exp of the mean negative log-likelihood per token, in every convention.
     pub token_ppl: f64,
     /// Σ negative log-likelihood in nats.
     pub nll_sum: f64,
     pub bits_per_byte: f64,
     pub scored_tokens: u64,
-    /// Words and bytes of the text that the scored tokens stand for.
+    /// Words of the text that the scored tokens cover.
     pub scored_words: u64,
+    /// Bytes of the text that the scored tokens cover.
     pub scored_bytes: u64,
     pub windows: usize,
     pub seq_len: usize,
-    /// Between the beginnings of windows that overlap.
+    /// Tokens between the starts of overlapping windows.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub stride: Option<usize>,
     pub documents: usize,
     pub total_tokens: usize,
-    /// The policy asked for: `auto` or `never`.
+    /// The requested policy: `auto` or `never`.
     pub bos: String,
-    /// What it meant with this tokenizer: whether a BOS token was there.
+    /// Whether a BOS token was added.
     pub bos_added: bool,
     pub compute_dtype: String,
     pub text: String,
     pub text_sha256: String,
     pub tokenizer_sha256: String,
     pub parameters: u64,
-    /// Bytes of all tensors, as stored.
+    /// Bytes of all tensors as stored.
     pub size_bytes: u64,
-    /// With `--reference`.
+    /// Set with `--reference`.
     #[serde(flatten, skip_serializing_if = "Option::is_none")]
     pub divergence: Option<DivergenceRecord>,
     pub elapsed_seconds: f64,
@@ -59,29 +60,29 @@ pub struct AllConventionsReport {
     pub lm_eval: PerplexityReport,
 }
 
-/// `lrc eval` of an encoder, which has no perplexity.
+/// `lrc eval` of an encoder. Encoders have no perplexity.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 pub struct EncoderReport {
     pub schema_version: u32,
     pub lrc_version: String,
     pub model: String,
-    /// With `--reference`.
+    /// Set with `--reference`.
     #[serde(flatten, skip_serializing_if = "Option::is_none")]
     pub fidelity: Option<FidelityRecord>,
-    /// With `--convention masked`, or without a reference.
+    /// Set with `--convention masked`, or without a reference.
     #[serde(flatten, skip_serializing_if = "Option::is_none")]
     pub pseudo: Option<PseudoPerplexity>,
     pub windows: usize,
-    /// Tokens in a window, with those that the tokenizer adds; the last window may be shorter.
+    /// Tokens per window, including those that the tokenizer adds; the last window may be shorter.
     pub seq_len: usize,
-    /// Of the text.
+    /// Tokens of the text.
     pub tokens: u64,
     pub compute_dtype: String,
     pub text: String,
     pub text_sha256: String,
     pub tokenizer_sha256: String,
     pub parameters: u64,
-    /// Bytes of all tensors, as stored.
+    /// Bytes of all tensors as stored.
     pub size_bytes: u64,
     pub elapsed_seconds: f64,
     pub peak_memory_bytes: Option<u64>,
@@ -91,28 +92,29 @@ pub struct EncoderReport {
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 pub struct FidelityRecord {
     pub reference: String,
-    /// Of the last hidden states, a vector a token.
+    /// Agreement of the last hidden states, one vector per token.
     pub states: Agreement,
-    /// Of the pooled embeddings, one vector per window.
+    /// Agreement of the pooled embeddings, one vector per window.
     pub pooled: Agreement,
-    /// By the folder's modules of sentence-transformers (`mean, normalised` and the like), the model's `pooler`, or as the `mean` of states.
+    /// The pooling: that of the sentence-transformers modules in the folder (such as `mean, normalised`), the model's `pooler`, or the
+    /// `mean` of the states.
     pub pooling: String,
 }
 
-/// How close vectors are to those of a reference.
+/// Agreement of vectors with those of a reference.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize, JsonSchema)]
 pub struct Agreement {
-    /// Over vectors.
+    /// Mean over vectors.
     pub cosine_mean: f64,
     pub cosine_min: f64,
     /// √(Σ‖x − reference‖² / Σ‖reference‖²).
     pub relative_error: f64,
 }
 
-/// Of a masked language model: every token hidden in turn (Salazar et al. 2020).
+/// Pseudo-perplexity of a masked language model: each token is masked in turn (Salazar et al. 2020).
 #[derive(Debug, Clone, Copy, Serialize, Deserialize, JsonSchema)]
 pub struct PseudoPerplexity {
-    /// exp of the mean negative log-likelihood of a token, given all others of its window.
+    /// exp of the mean negative log-likelihood of each token given all others of its window.
     pub pseudo_ppl: f64,
     pub pseudo_ppl_standard_error: f64,
     /// Σ negative log-likelihood in nats.
@@ -120,12 +122,12 @@ pub struct PseudoPerplexity {
     pub scored_tokens: u64,
 }
 
-/// How far a model is from a reference, over the scored tokens.
+/// The divergence of a model from a reference over the scored tokens.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 pub struct DivergenceRecord {
     pub reference: String,
     pub reference_ppl: f64,
-    /// ln(perplexity of the model / perplexity of the reference); its error knows that both are scored on the same tokens.
+    /// ln(perplexity of the model / perplexity of the reference). The standard error is that of paired differences.
     pub ln_ppl_ratio: f64,
     pub ln_ppl_ratio_standard_error: f64,
     pub ppl_ratio: f64,
@@ -134,16 +136,16 @@ pub struct DivergenceRecord {
     pub kl: Distribution,
     /// KL(model ‖ reference) in nats.
     pub reverse_kl: Distribution,
-    /// Change of the probability of the right token.
+    /// Change of the probability of the correct token.
     pub delta_p: Distribution,
     pub delta_p_rms: f64,
-    /// Share of tokens where both put the same token first.
+    /// Share of tokens where both models have the same most likely token.
     pub same_top_1: f64,
-    /// Mean share of the five first tokens that both have in common.
+    /// Mean overlap of the five most likely tokens, in [0, 1].
     pub top_5_agreement: f64,
 }
 
-/// A figure over tokens. Percentiles are interpolated between order statistics.
+/// The distribution of a figure over tokens. Percentiles are interpolated between order statistics.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 pub struct Distribution {
     pub mean: f64,
@@ -162,7 +164,7 @@ pub struct Distribution {
 }
 
 impl Distribution {
-    /// Of at least one value.
+    /// The distribution of `values`, at least one.
     pub fn of(mut values: Vec<f64>) -> Self {
         let n = values.len() as f64;
         let mean = values.iter().sum::<f64>() / n;

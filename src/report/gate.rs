@@ -1,8 +1,8 @@
-//! Gates: conditions on the fields of a report under which a script should fail.
+//! Gates: conditions on the fields of a report that make the command fail.
 //!
-//! `FIELD OP VALUE`, as in `ppl > 12`, `kl.mean >= 0.05` or `size_bytes > 4GiB`. A field inside of a list stands for every
-//! element, and one that holds is enough. What has no value (a number that is not finite, a field that this run lacks)
-//! cannot be known to be good, and fails too.
+//! A condition is `FIELD OP VALUE`, as in `ppl > 12`, `kl.mean >= 0.05` or `size_bytes > 4GiB`. In a list the condition applies to every
+//! element, and one match is enough. A field without a value (a number that is not finite, a field that this run lacks) fails the
+//! gate too, since it cannot be checked.
 
 use std::fmt;
 use std::str::FromStr;
@@ -36,7 +36,7 @@ enum Comparison {
     NotEqual,
 }
 
-/// Longer signs first: `>` begins `>=`.
+/// Longer operators first: `>` is a prefix of `>=`.
 const COMPARISONS: [(&str, Comparison); 6] = [
     (">=", Comparison::AtLeast),
     ("<=", Comparison::AtMost),
@@ -66,11 +66,11 @@ impl FromStr for Gate {
         let found = COMPARISONS.iter().filter_map(|&(sign, comparison)| Some((text.find(sign)?, sign, comparison)));
         let (at, sign, comparison) = found
             .min_by_key(|&(at, sign, _)| (at, usize::MAX - sign.len()))
-            .ok_or("write FIELD OP VALUE with one of > >= < <= == !=, as in `ppl > 12`")?;
+            .ok_or("expected FIELD OP VALUE with one of > >= < <= == !=, as in `ppl > 12`")?;
         let (field, value) = (text[..at].trim(), text[at + sign.len()..].trim());
         let field = field.replace("[]", "").replace("{}", "");
         if field.is_empty() || field.contains(char::is_whitespace) {
-            return Err(format!("`{field}` is no name of a field"));
+            return Err(format!("`{field}` is not a field name"));
         }
         let number = match value {
             "true" => Some(1.0),
@@ -90,11 +90,11 @@ impl fmt::Display for Gate {
     }
 }
 
-/// Checks that reports of type `T` have the fields that `gates` name, before any work; `absent` are fields that this run will
-/// lack, with what would give them.
+/// Checks before any work that reports of type `T` have the fields of the gates; `absent` lists fields that this run will not fill, each
+/// with a hint.
 ///
 /// # Errors
-/// A field is unknown, holds no number, or will be absent.
+/// A field is unknown, is not a number, or will be absent.
 pub fn expect_fields<T: JsonSchema>(gates: &[Gate], absent: &[(Vec<Field>, &str)]) -> Result<()> {
     if gates.is_empty() {
         return Ok(());
@@ -109,16 +109,18 @@ pub fn expect_fields<T: JsonSchema>(gates: &[Gate], absent: &[(Vec<Field>, &str)
                 .into());
         };
         if !field.is_comparable() {
-            return Err(refused(format!("`{}` is no number", gate.field)).hint("compare a number or a size").into());
+            return Err(refused(format!("`{}` is not a number", gate.field))
+                .hint("choose a field with a number or a size")
+                .into());
         }
         if let Some((_, needed)) = absent.iter().find(|(fields, _)| fields.iter().any(|f| f.name() == gate.field)) {
-            return Err(refused(format!("this run measures no `{}`", gate.field)).hint(*needed).into());
+            return Err(refused(format!("this run does not measure `{}`", gate.field)).hint(*needed).into());
         }
     }
     Ok(())
 }
 
-/// The known names that are most like one that is not.
+/// Lists the known names closest to `unknown`.
 fn hint(unknown: &str, names: &[String]) -> String {
     let last = |name: &str| name.rsplit('.').next().unwrap_or(name).to_string();
     let mut ranked: Vec<(usize, &String)> = names
@@ -127,13 +129,13 @@ fn hint(unknown: &str, names: &[String]) -> String {
         .collect();
     ranked.sort();
     let nearest: Vec<String> = ranked.iter().take(3).map(|(_, name)| format!("`{name}`")).collect();
-    format!("`docs/schema.md` lists all fields; the nearest are {}", nearest.join(", "))
+    format!("`docs/schema.md` lists all fields; the closest are {}", nearest.join(", "))
 }
 
 /// Checks a finished report.
 ///
 /// # Errors
-/// Class [`ExitClass::Gate`], with every condition that was met and the value that met it.
+/// Class [`ExitClass::Gate`], with every condition that is met and the value.
 pub fn check(gates: &[Gate], report: &impl Serialize) -> Result<()> {
     if gates.is_empty() {
         return Ok(());
@@ -144,20 +146,20 @@ pub fn check(gates: &[Gate], report: &impl Serialize) -> Result<()> {
 }
 
 impl Gate {
-    /// What a person should read, where the condition is met.
+    /// The message, if the condition is met.
     fn failure(&self, report: &Value) -> Option<String> {
         let parts: Vec<&str> = self.field.split('.').collect();
         let mut values = Vec::new();
         leaves(report, &parts, String::new(), None, &mut values);
         if values.is_empty() {
-            return Some(format!("--fail-if `{self}`: there is no `{}` in this report", self.field));
+            return Some(format!("--fail-if `{self}`: this report has no `{}`", self.field));
         }
         let number = |value: &Value| value.as_f64().or_else(|| value.as_bool().map(|b| f64::from(u8::from(b))));
-        // In a list an element without the figure (a dense linear has no rank) is none to judge; alone it is.
-        let is_judged = values.iter().any(|(_, _, value)| number(value).is_some());
+        // Elements of a list without a value (a dense linear has no rank) are skipped, unless no element has one.
+        let has_values = values.iter().any(|(_, _, value)| number(value).is_some());
         let is_bad = |value: &Value| match number(value) {
             Some(number) => self.comparison.holds(number, self.value),
-            None => !is_judged,
+            None => !has_values,
         };
         let bad: Vec<&(String, Option<String>, &Value)> = values.iter().filter(|(_, _, value)| is_bad(value)).collect();
         let (path, owner, value) = bad.first()?;
@@ -167,7 +169,7 @@ impl Gate {
     }
 }
 
-/// The values at a path; elements of lists are named by their `module`, if they have one.
+/// Collects the values at a path, with the `module` of the innermost list element that has one.
 fn leaves<'a>(
     value: &'a Value,
     parts: &[&str],
@@ -212,7 +214,7 @@ mod tests {
     }
 
     #[test]
-    fn gates_are_read_with_units_and_refused_without_sense() {
+    fn gates_are_parsed_with_units() {
         for (text, field, value) in [
             ("ppl > 12", "ppl", 12.0),
             ("kl.mean>=5e-2", "kl.mean", 0.05),
@@ -228,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn a_gate_names_what_it_met() {
+    fn a_gate_names_the_value_that_met_it() {
         let report = json!({"ppl": 12.5, "nan": null, "kl": {"mean": 0.5}, "is": false, "linears": [
             {"module": "a", "rank": 3, "error": 0.1, "unknown": null}, {"module": "b", "rank": null, "error": 0.3, "unknown": null}]});
         let failure = |text: &str| gate(text).failure(&report);
@@ -249,7 +251,7 @@ mod tests {
             ),
             // A number that is not finite is null in JSON.
             ("nan > 1", Some("--fail-if `nan > 1`: `nan` is null")),
-            ("absent > 1", Some("--fail-if `absent > 1`: there is no `absent` in this report")),
+            ("absent > 1", Some("--fail-if `absent > 1`: this report has no `absent`")),
         ] {
             assert_eq!(failure(text).as_deref(), expected, "{text}");
         }
@@ -262,6 +264,6 @@ mod tests {
         let error = check("kl.men > 1").unwrap_err();
         assert_eq!(crate::error::exit_class(&error), ExitClass::Usage);
         assert!(crate::error::hint(&error).unwrap().contains("`kl.mean`"));
-        assert!(check("convention > 1").unwrap_err().to_string().contains("no number"));
+        assert!(check("convention > 1").unwrap_err().to_string().contains("is not a number"));
     }
 }

@@ -1,4 +1,4 @@
-//! What `lrc inspect` found.
+//! The report of `lrc inspect`.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -11,10 +11,10 @@ pub struct InspectReport {
     pub model: String,
     pub parameters: u64,
     pub size_bytes: u64,
-    /// The calibration metric of `linears[].weighted`, where a text or statistics were given.
+    /// The calibration metric of `linears[].weighted`, if a text or statistics were given.
     pub metric: Option<String>,
     pub linears: Vec<SpectrumRecord>,
-    /// Tensors that were not taken for matrices.
+    /// Tensors that are not matrices.
     pub other_tensors: Vec<String>,
 }
 
@@ -22,7 +22,7 @@ pub struct InspectReport {
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 pub struct SpectrumRecord {
     pub module: String,
-    /// `linear`, or what is fused or stacked: `fused q, k, v`, `expert 3 of 8`.
+    /// `linear`, or the parts of a fused or stacked matrix: `fused q, k, v`, `expert 3 of 8`.
     pub kind: String,
     pub block: Option<usize>,
     /// (out, in).
@@ -36,14 +36,14 @@ pub struct SpectrumRecord {
     pub figures: Figures,
     /// Marchenko–Pastur: the largest σ² of a random matrix of this size and energy, Σσ²/(m n) · (√m + √n)².
     pub mp_edge: f64,
-    /// σ² above `mp_edge`: directions that no random matrix has.
+    /// Number of σ² above `mp_edge`: directions that a random matrix does not have.
     pub mp_spikes: usize,
-    /// FARMS: Hill's α of pooled square windows of at most 128, which the shape does not bias (Hu et al. 2025).
+    /// FARMS: Hill's α of pooled square windows of side at most 128, free of the bias of the shape (Hu et al. 2025).
     pub alpha_farms: Option<f64>,
     /// The same figures in the calibration metric.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub weighted: Option<Figures>,
-    /// Sides on which that metric is plain, because calibration measured only zeros there.
+    /// Sides on which the metric is the identity, because calibration measured only zeros.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub note: Option<String>,
 }
@@ -63,38 +63,38 @@ pub struct Figures {
     pub log10_frobenius_norm: Option<f64>,
     /// Σσ² / σ₁².
     pub stable_rank: f64,
-    /// −Σ p ln p of p = σ² / Σσ², in nats.
+    /// −Σ p ln p with p = σ² / Σσ², in nats.
     pub entropy: f64,
-    /// exp of the entropy of p = σ² / Σσ².
+    /// exp of the entropy of σ² / Σσ².
     pub effective_rank: f64,
-    /// exp of the entropy of p = σ / Σσ (Roy & Vetterli 2007).
+    /// exp of the entropy of σ / Σσ (Roy & Vetterli 2007).
     pub effective_rank_sigma: f64,
-    /// Smallest ranks that hold shares of Σσ².
+    /// Smallest ranks with given shares of Σσ².
     pub energy_ranks: Vec<EnergyRank>,
-    /// WeLore: values of (σ − σ_min) / (σ_max − σ_min) below thresholds.
+    /// WeLore: numbers of values of (σ − σ_min) / (σ_max − σ_min) below thresholds.
     pub welore: Vec<BelowThreshold>,
-    /// Rank where the min–max-normalised spectrum is farthest below the chord between its ends.
+    /// Rank where the min–max-normalized spectrum is farthest below the chord between its ends.
     pub knee: usize,
-    /// The tail of σ² as a power law; none where σ² do not differ.
+    /// Power-law fit of the tail of σ²; none if all σ² are equal.
     pub power_law: Option<PowerLaw>,
     /// Hill's α of the larger half of σ².
     pub alpha_hill: Option<f64>,
-    /// √(share of Σσ² behind the break-even rank): the error of plain SVD where it begins to save.
+    /// √(share of Σσ² beyond the break-even rank): the relative error of plain SVD at that rank.
     pub break_even_error: f64,
-    /// σ at evenly spaced positions, over σ₁: for a sparkline.
+    /// σ / σ₁ at evenly spaced positions, for a sparkline.
     pub sketch: Vec<f64>,
 }
 
-/// `p(λ) ∝ λ^−α` from `xmin` on, fitted to λ = σ² as WeightWatcher does; it calls α < 2 over- and α > 6 under-trained.
+/// `p(λ) ∝ λ^−α` from `xmin` on, fitted to λ = σ² as WeightWatcher does; WeightWatcher calls α < 2 over-trained and α > 6 under-trained.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct PowerLaw {
-    /// Exponent, by maximum likelihood.
+    /// Exponent, estimated by maximum likelihood.
     pub alpha: f64,
-    /// Where the tail begins.
+    /// Start of the tail.
     pub xmin: f64,
     /// Kolmogorov–Smirnov distance of the fit.
     pub distance: f64,
-    /// σ² above `xmin`.
+    /// Number of σ² above `xmin`.
     pub n_spikes: usize,
 }
 
@@ -105,7 +105,7 @@ pub struct BelowThreshold {
     pub count: usize,
 }
 
-/// A share of Σσ², and the smallest rank that holds it.
+/// A share of Σσ², and the smallest rank that has it.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct EnergyRank {
     pub share: f64,

@@ -1,4 +1,4 @@
-//! What the commands found, as records that serialise to JSON. Every number is computed here or below, never in `cli`.
+//! The results of the commands, as records that serialize to JSON. Every number is computed here or in the rooms below, never in `cli`.
 
 pub mod card;
 pub mod columns;
@@ -21,25 +21,25 @@ pub use eval::{
 };
 pub use inspect::{BelowThreshold, EnergyRank, Figures, InspectReport, PowerLaw, Spectrum, SpectrumRecord};
 
-/// Also the mark by which `--force` knows a folder of ours.
+/// Also marks a folder as an output of lrc, which `--force` may replace.
 pub use crate::checkpoint::REPORT_FILE;
 
-/// Grows when a field changes its meaning or goes away.
+/// Incremented when a field changes its meaning or is removed.
 pub const SCHEMA_VERSION: u32 = 2;
 
-/// Version of the tool that wrote a record.
+/// Version of lrc that wrote a record.
 pub const LRC_VERSION: &str = env!("CARGO_PKG_VERSION");
 
-/// `lrc-report.json`. Everything but the seconds and the peak memory is the same in every run.
+/// `lrc-report.json`. Identical in every run, except for seconds and peak memory.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 pub struct CompressReport {
     pub schema_version: u32,
     pub lrc_version: String,
-    /// The model as it was named.
+    /// The model as the user named it.
     pub source: String,
-    /// SHA-256 of the source's config and weight files.
+    /// SHA-256 of the config and weight files of the source.
     pub source_files: Fingerprint,
-    /// The recipe in full, in the words of its file.
+    /// The full recipe with all defaults, as a recipe file has it.
     pub recipe: Value,
     pub calibration: Option<CalibrationRecord>,
     /// Bytes of the weight files of the output: `sizes.file_bytes_after`.
@@ -52,26 +52,26 @@ pub struct CompressReport {
     #[serde(default)]
     pub linear: LinearSummary,
     pub linears: Vec<LinearRecord>,
-    /// Tensors of the source that hold no matrix of a targeted linear: passed through.
+    /// Tensors of the source that are copied unchanged, because they hold no matrix of a targeted linear.
     #[serde(default)]
     pub passed_through: Vec<String>,
-    /// Of these, tensors that hold NaN or infinite values: the model cannot be run.
+    /// Copied tensors with NaN or infinite values; the model cannot be run.
     #[serde(skip_serializing_if = "Vec::is_empty", default)]
     pub non_finite: Vec<String>,
-    /// Files and folders beside the weights of the source that are not in the output.
+    /// Files and folders of the source, other than weights, that are not in the output.
     #[serde(default)]
     pub left_out: Vec<LeftOutRecord>,
-    /// Where quantised linears have factors: the same bytes without.
-    #[serde(skip_serializing_if = "Option::is_none", default)]
-    pub control: Option<ControlRecord>,
-    /// Where `lrc truncate` shortened an earlier output.
+    /// Where quantized linears have factors: a model of the same size without factors.
+    #[serde(rename = "control", skip_serializing_if = "Option::is_none", default)]
+    pub equal_bytes_baseline: Option<EqualBytesBaseline>,
+    /// Set by `lrc truncate`.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub truncated: Option<TruncationRecord>,
     /// SHA-256 of every other file of the output.
     pub output_files: Fingerprint,
     pub timings: Timings,
     pub elapsed_seconds: f64,
-    /// Highest resident memory of the process, where the system tells.
+    /// Peak resident memory of the process; Linux only.
     pub peak_memory_bytes: Option<u64>,
 }
 
@@ -79,26 +79,29 @@ pub struct CompressReport {
 #[derive(Debug, Clone, Copy, Default, Serialize, Deserialize, JsonSchema)]
 pub struct LinearSummary {
     pub count: usize,
-    /// Of these, not left as they were.
+    /// Linears that are not left dense.
     pub compressed: usize,
-    /// Largest and mean relative error.
+    /// Largest relative error.
     pub max_error: f64,
+    /// Mean relative error.
     pub mean_error: f64,
 }
 
-/// The control of a compensation: its bytes, shared out over bases without factors.
+/// The baseline of a compensation: a model of the same size, with all bytes spent on quantized bases.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
-pub struct ControlRecord {
+pub struct EqualBytesBaseline {
     /// Mean over the targeted linears; at most that of the output.
     pub bits_per_weight: f64,
-    /// False where nothing without factors is as small.
+    /// False if no choice of bases is this small.
     pub is_reachable: bool,
-    /// Error of the output over that of the control, squared and weighted as the budget was shared out: below 1 factors pay.
+    /// Squared error of the output over that of the baseline, weighted as in the allocation. Below 1, factors pay off.
     pub weighted_error_ratio: Option<f64>,
-    /// KL(original ‖ output) and KL(original ‖ control) in nats, on windows of the calibration text.
+    /// KL(original ‖ output) in nats, on windows of the calibration text.
     pub kl: Option<f64>,
-    pub control_kl: Option<f64>,
-    /// The base of every linear of the control.
+    /// KL(original ‖ baseline) in nats, on the same windows.
+    #[serde(rename = "control_kl")]
+    pub baseline_kl: Option<f64>,
+    /// The quantizer of every linear of the baseline.
     pub quant: BTreeMap<String, String>,
 }
 
@@ -108,27 +111,27 @@ pub struct ExportReport {
     pub schema_version: u32,
     pub lrc_version: String,
     pub source: String,
-    /// SHA-256 of the source's config and weight files.
+    /// SHA-256 of the config and weight files of the source.
     pub source_files: Fingerprint,
     pub format: String,
-    /// Linears that were stored anew; all others, and all other tensors, were passed through.
+    /// Linears that were re-encoded; all other tensors were copied unchanged.
     pub linears: Vec<String>,
     pub bytes_before: u64,
     pub bytes_after: u64,
-    /// Files and folders beside the weights of the source that are not in the output.
+    /// Files and folders of the source, other than weights, that are not in the output.
     #[serde(default)]
     pub left_out: Vec<LeftOutRecord>,
-    /// The report of the compression that was exported, where the source had one.
+    /// The report of the exported compression, if the source has one.
     pub compressed: Option<Value>,
     /// SHA-256 of every other file of the output.
     pub output_files: Fingerprint,
     pub elapsed_seconds: f64,
 }
 
-/// A file, or a folder with all that it holds, that is not in the output.
+/// A file or folder that is not in the output.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 pub struct LeftOutRecord {
-    /// From the root of the source; that of a folder ends in `/`.
+    /// Path relative to the source; folders end in `/`.
     pub path: String,
     pub reason: String,
 }
@@ -139,66 +142,68 @@ impl From<LeftOut> for LeftOutRecord {
     }
 }
 
-/// What was observed.
+/// The calibration text.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 pub struct CalibrationRecord {
-    /// Of every text.
+    /// SHA-256 of each text.
     pub text_sha256: Vec<String>,
     pub windows: usize,
     pub tokens: usize,
 }
 
-/// What was shortened.
+/// A truncation.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 pub struct TruncationRecord {
-    /// The share that was asked for.
+    /// The requested share.
     pub keep: f64,
-    /// SHA-256 of the config and weight files that were shortened.
+    /// SHA-256 of the truncated config and weight files.
     pub source_files: Fingerprint,
 }
 
-/// Seconds of the stages of a compression.
+/// Seconds per stage of a compression.
 #[derive(Debug, Clone, Copy, Default, Serialize, Deserialize, JsonSchema)]
 pub struct Timings {
     pub calibrate_forward: f64,
     pub calibrate_backward: f64,
     pub decompose: f64,
-    /// Quantising, with what makes up for it.
-    #[serde(default)]
-    pub quantise: f64,
+    /// Quantization, with compensation.
+    #[serde(rename = "quantise", default)]
+    pub quantize: f64,
     /// Sensitivities and ranks.
     pub allocate: f64,
-    /// The anchored sequential mode.
+    /// The sequential mode.
     pub anchor: f64,
     pub write: f64,
-    /// The control without factors.
-    #[serde(default)]
-    pub control: f64,
+    /// The equal-bytes baseline without factors.
+    #[serde(rename = "control", default)]
+    pub equal_bytes_baseline: f64,
 }
 
-/// Sizes before and after, in the units that tools disagree about, side by side.
+/// Sizes before and after, in all units that tools use.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Sizes {
-    /// Parameters of the targeted linears: of the matrices, and of their factors or of what stayed dense. The dense format
-    /// multiplies factors out again; this counts them all the same.
+    /// Parameters of the targeted linears.
     pub linear_parameters_before: u64,
+    /// Parameters of their factors, and of the linears that stay dense. The dense format counts factors too, although it stores
+    /// their products.
     pub linear_parameters_after: u64,
-    /// `linear_parameters_after / linear_parameters_before`: what `--keep` asks for.
+    /// `linear_parameters_after / linear_parameters_before`, the target of `--keep`.
     pub keep: f64,
-    /// Elements of all tensors, as the checkpoint stores them; codes count as the parameters that they stand for.
+    /// Elements of all tensors as stored; a code counts as the parameter that it encodes.
     pub parameters_before: u64,
     pub parameters_after: u64,
-    /// Bytes of all tensors, as the checkpoint stores them.
+    /// Bytes of all tensors as stored.
     pub bytes_before: u64,
     pub bytes_after: u64,
-    /// Bytes of the weight files, headers included: what `--target-size` asks for.
+    /// Bytes of the weight files with their headers, the target of `--target-size`.
     pub file_bytes_after: u64,
     /// Stored bits of the targeted linears over their original number of weights.
     pub bits_per_weight_before: f64,
     pub bits_per_weight_after: f64,
-    /// Of these, bits of bases and of linears that stayed dense, and bits of low-rank parts.
+    /// The part of `bits_per_weight_after` in bases and in linears that stay dense.
     #[serde(default)]
     pub bits_per_weight_base: f64,
+    /// The part of `bits_per_weight_after` in low-rank factors.
     #[serde(default)]
     pub bits_per_weight_factors: f64,
 }
@@ -211,41 +216,42 @@ pub struct LinearRecord {
     /// (out, in).
     pub shape: [usize; 2],
     pub dtype: String,
-    /// Of the factors; none where the linear stays dense.
+    /// Rank of the factors; none if the linear stays dense.
     pub rank: Option<usize>,
-    /// How the factors are stored: `pivot` or `factors`.
+    /// Layout of the factors: `pivot` or `factors`.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub layout: Option<String>,
     pub component: Component,
-    /// The quantiser of the base, where there is one.
+    /// The quantizer of the base, if there is one.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub quant: Option<String>,
-    /// Stored bits over the number of weights: of the base (or the dense weight), and of the low-rank parts.
+    /// Stored bits of the base or the dense weight, per weight.
     #[serde(default)]
     pub bits_base: f64,
+    /// Stored bits of the low-rank factors, per weight.
     #[serde(default)]
     pub bits_factors: f64,
     pub parameters_before: u64,
     pub parameters_after: u64,
-    /// Error in the metric of the method over the norm of the weight in it; none in a dry run that did not need it.
+    /// Error over the norm of the weight, both in the metric of the method; none in a dry run that does not compute it.
     pub relative_error: Option<f64>,
-    /// What was done in another way than was asked for, and why.
+    /// How and why the result deviates from the recipe.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub note: Option<String>,
-    /// Tokens of the calibration that its expert saw.
+    /// Calibration tokens routed to this expert.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub expert_tokens: Option<u64>,
-    /// Error of rounding to the dtype in the metric of the method, over the norm of the weight in it; 0 in f32.
+    /// Error of rounding the factors to the dtype over the norm of the weight, both in the metric of the method; 0 in f32.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub storage_error: Option<f64>,
-    /// What the knapsack took a unit of squared error to cost the model.
+    /// The weight of a unit of squared error in the knapsack.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sensitivity: Option<f64>,
-    /// Of the decomposition.
+    /// Seconds of the decomposition.
     pub seconds: f64,
 }
 
-/// WeLore's words for what became of a linear (Jaiswal et al. 2024).
+/// WeLore's classification of a linear (Jaiswal et al. 2024).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum Component {
     /// Low-rank component: factored.
@@ -256,13 +262,13 @@ pub enum Component {
     NotLowRank,
 }
 
-/// What a compression would do.
+/// The outcome that a compression would have.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 pub struct DryRunReport {
     pub schema_version: u32,
     pub lrc_version: String,
     pub source: String,
-    /// The recipe in full, in the words of its file.
+    /// The full recipe with all defaults, as a recipe file has it.
     pub recipe: Value,
     /// Bytes of the weight files of the output: `sizes.file_bytes_after`.
     pub size_bytes: u64,
@@ -270,16 +276,16 @@ pub struct DryRunReport {
     pub keep: f64,
     pub sizes: Sizes,
     pub linears: Vec<LinearRecord>,
-    /// Tensors of the source that hold no matrix of a targeted linear: passed through.
+    /// Tensors of the source that are copied unchanged, because they hold no matrix of a targeted linear.
     pub passed_through: Vec<String>,
-    /// Files and folders beside the weights of the source that would not be in the output.
+    /// Files and folders of the source, other than weights, that would not be in the output.
     pub left_out: Vec<LeftOutRecord>,
     pub expected_memory_bytes: u64,
-    /// On this machine, from its measured speed and the operations that the job takes.
+    /// Estimate for this machine, from its measured speed and the number of operations.
     pub expected_seconds: f64,
 }
 
-/// Highest resident memory of this process so far; only Linux tells.
+/// Peak resident memory of this process so far; none except on Linux.
 pub fn peak_memory_bytes() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"))?;
@@ -301,13 +307,13 @@ pub struct CalibrateReport {
     pub peak_memory_bytes: Option<u64>,
 }
 
-/// `lrc sweep`: one method at many budgets.
+/// `lrc sweep`: one method at several budgets.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 pub struct SweepReport {
     pub schema_version: u32,
     pub lrc_version: String,
     pub model: String,
-    /// The recipe but for its budget.
+    /// The recipe without its budget.
     pub recipe: Value,
     pub convention: String,
     pub seq_len: usize,
@@ -323,13 +329,13 @@ pub struct SweepReport {
 /// One budget of a sweep.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 pub struct SweepPoint {
-    /// The share that was asked for; `sizes.keep` is what was reached.
+    /// The requested share; `sizes.keep` is the one reached.
     pub keep: f64,
     pub ppl: f64,
     #[serde(flatten)]
     pub divergence: DivergenceRecord,
     pub sizes: Sizes,
-    /// By module; none where it stays dense.
+    /// Rank per module; null if it stays dense.
     pub ranks: BTreeMap<String, Option<usize>>,
 }
 

@@ -1,4 +1,4 @@
-//! The fields of the reports, from their types: what a gate may name, and what `docs/schema.md` lists.
+//! The fields of the reports, derived from their types: for checking gates, and for `docs/schema.md`.
 
 use std::fmt::Write;
 
@@ -10,12 +10,12 @@ use super::{
     PerplexityReport, SCHEMA_VERSION, SweepReport,
 };
 
-/// A field of a report that holds one value.
+/// A field of a report that has a single value.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Field {
-    /// Names from the outside in; `[]` ends those that are lists, `{}` those that are maps.
+    /// Names from the outermost inwards; names of lists end in `[]`, those of maps in `{}`.
     pub path: Vec<String>,
-    /// Of the value: `number`, `integer`, `boolean`, `string`, or `any`.
+    /// `number`, `integer`, `boolean`, `string`, or `any`.
     pub kind: String,
     /// Whether a report may lack it.
     pub is_optional: bool,
@@ -28,13 +28,13 @@ impl Field {
         ["number", "integer", "boolean"].contains(&self.kind.as_str())
     }
 
-    /// The field of a record that stands under `name`.
+    /// This field in a record that is nested under `name`.
     #[must_use]
     pub fn within(&self, name: &str) -> Self {
         Self { path: [vec![name.to_string()], self.path.clone()].concat(), ..self.clone() }
     }
 
-    /// The name by which a gate asks for it: lists and maps stand for all that they hold.
+    /// The name in gates: the path without the marks of lists and maps.
     pub fn name(&self) -> String {
         let bare = |part: &String| part.trim_end_matches("[]").trim_end_matches("{}").to_string();
         self.path.iter().map(bare).collect::<Vec<_>>().join(".")
@@ -56,7 +56,7 @@ pub fn fields<T: JsonSchema>() -> Vec<Field> {
     fields
 }
 
-/// Adds the fields of `schema`, which stands at `at`.
+/// Adds the fields of `schema`, which is located at `at`.
 fn collect(root: &Value, schema: &Value, at: &Field, fields: &mut Vec<Field>) {
     if let Some(target) = schema.get("$ref").and_then(Value::as_str) {
         let found = root.pointer(target.trim_start_matches('#')).expect("invariant: references are to definitions");
@@ -99,7 +99,7 @@ fn collect(root: &Value, schema: &Value, at: &Field, fields: &mut Vec<Field>) {
                 let some = kinds.iter().filter_map(Value::as_str).find(|kind| *kind != "null");
                 (some.unwrap_or("any"), true)
             }
-            // A choice of names.
+            // An enum of names.
             _ if schema.get("oneOf").is_some() => ("string", false),
             _ => ("any", false),
         };
@@ -107,19 +107,20 @@ fn collect(root: &Value, schema: &Value, at: &Field, fields: &mut Vec<Field>) {
     }
 }
 
-/// `docs/schema.md`.
+/// Renders `docs/schema.md`.
 pub fn markdown() -> String {
     let mut text = format!(
         "# Fields of the JSON reports\n\n\
-         Schema version {SCHEMA_VERSION}: it grows when a field changes its meaning or goes away; new fields may come without. `[]` marks lists, `{{}}` \
-         maps, `?` fields that a report may lack or that may be null. `--fail-if` names fields by their path without the marks, \
-         `linears.rank` say, and then no element may hold. This page is made from the types by `LRC_OVERWRITE=1 cargo test --release --test suite reports`.\n"
+         Schema version {SCHEMA_VERSION}. The version is incremented when a field changes its meaning or is removed, but not for new fields. `[]` marks \
+         lists, `{{}}` maps, and `?` fields that may be absent or null. `--fail-if` takes the path of a field without these marks, such as \
+         `linears.rank`; in a list, one element that meets the condition is enough. This page is generated from the types by \
+         `LRC_OVERWRITE=1 cargo test --release --test suite reports`.\n"
     );
     let tables = [
         ("lrc compress --json, and `lrc-report.json`", fields::<CompressReport>()),
         ("lrc compress --dry-run --json", fields::<DryRunReport>()),
         ("lrc eval --json", fields::<PerplexityReport>()),
-        ("lrc eval --json, of an encoder", fields::<EncoderReport>()),
+        ("lrc eval --json, for encoders", fields::<EncoderReport>()),
         ("lrc eval --convention all --json", fields::<AllConventionsReport>()),
         ("lrc sweep --json", fields::<SweepReport>()),
         ("lrc inspect --json", fields::<InspectReport>()),
@@ -129,7 +130,9 @@ pub fn markdown() -> String {
     for (name, fields) in tables {
         let _ = writeln!(text, "\n## {name}\n");
         if name.contains("all") {
-            text.push_str("The fields of `lrc eval --json` under `gptq`, `hf-strided`, `llamacpp` and `lm-eval`.\n");
+            text.push_str(
+                "The fields of `lrc eval --json`, under each of `gptq`, `hf-strided`, `llamacpp` and `lm-eval`.\n",
+            );
             continue;
         }
         text.push_str("| field | type | meaning |\n|---|---|---|\n");

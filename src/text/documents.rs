@@ -1,11 +1,12 @@
-//! Documents of a text: `.jsonl`, `.ndjson`, `.json` and `.parquet` hold many, each in a field or as a conversation; any other
-//! text is one document.
+//! The documents of a text file. `.jsonl`, `.ndjson`, `.json` and `.parquet` contain several, each in a field or as a conversation; any other
+//! file is one document.
 
 use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::Result;
 use bytes::Bytes;
+use parquet::errors::ParquetError;
 use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::record::Field;
 use parquet::schema::types::Type;
@@ -18,21 +19,37 @@ use super::source::{Source, unpacked};
 use crate::checkpoint::json::parse_as_null;
 use crate::error::Failure;
 
-/// Field of a document where the user names none, as `datasets` names it.
+/// Default field of a document, as in `datasets`.
 pub const DEFAULT_FIELD: &str = "text";
 
-pub(super) const FIELD_HINT: &str = "name the field that holds the text with `--field`";
+pub(super) const FIELD_HINT: &str = "give the field of the text with `--field`";
 
-/// A document as it is stored.
+/// A document as stored.
 #[derive(Debug, PartialEq)]
 pub(super) enum Document {
     Text(String),
-    /// A record with `messages`, and where it is.
+    /// The location of a record with `messages`, and its fields.
     Chat(String, Map<String, Value>),
 }
 
 impl Document {
-    /// That of a document that is no record.
+    /// The location of a record; empty for texts.
+    pub fn place(&self) -> &str {
+        match self {
+            Self::Text(_) => "",
+            Self::Chat(place, _) => place,
+        }
+    }
+
+    /// The length of a record as JSON; 0 for texts.
+    pub fn record_bytes(&self) -> u64 {
+        match self {
+            Self::Text(_) => 0,
+            Self::Chat(_, record) => serde_json::to_string(record).map_or(0, |text| text.len() as u64),
+        }
+    }
+
+    /// The text; none for records.
     pub fn text(self) -> Option<String> {
         match self {
             Self::Text(text) => Some(text),
@@ -41,10 +58,10 @@ impl Document {
     }
 }
 
-/// Reads the documents of `path`, in order, and the sha256 of its bytes.
+/// Reads the documents of `path` in order, and the SHA-256 of its bytes.
 ///
 /// # Errors
-/// It cannot be read, is not what its name says, or has no such field.
+/// The file cannot be read, its content does not match its name, or a document lacks the field.
 pub(super) fn read(path: &Path, field: &str) -> Result<(Vec<Document>, String)> {
     let Source { bytes, sha256, is_pipe } = Source::read(path, "text file")?;
     let named = if is_pipe { None } else { Some(kind::of_name(path)?) };
@@ -69,31 +86,32 @@ pub(super) fn read(path: &Path, field: &str) -> Result<(Vec<Document>, String)> 
 fn utf8(path: &Path, bytes: Vec<u8>) -> Result<String> {
     let text = String::from_utf8(bytes).map_err(|e| {
         Failure::unsupported(format!("`{}` is not UTF-8 (byte {})", path.display(), e.utf8_error().valid_up_to()))
-            .hint("give a plain text in UTF-8, or documents in `.jsonl`, `.json` or `.parquet`")
+            .hint("give plain text in UTF-8, or documents in `.jsonl`, `.json` or `.parquet`")
     })?;
     Ok(text)
 }
 
-/// An array of documents, or a document a line.
+/// An array of documents, or one document per line.
 fn from_json(path: &Path, text: &str, field: &str) -> Result<Vec<Document>> {
     let line = |i: usize| format!("line {} of `{}`", i + 1, path.display());
     match parse_as_null(text.as_bytes()) {
         Ok(Value::Array(values)) => {
-            let place = |i: usize| format!("element {i} of `{}`", path.display());
-            values.into_iter().enumerate().map(|(i, value)| document(value, field, || place(i))).collect()
+            let element = |(i, value)| document(value, field, || format!("element {i} of `{}`", path.display()));
+            values.into_iter().enumerate().map(element).collect()
         }
         Ok(value) => Ok(vec![document(value, field, || line(0))?]),
         Err(_) => {
-            let parsed = |(i, text): (usize, &str)| match parse_as_null(text.as_bytes()) {
+            let lines = text.lines().enumerate().filter(|(_, text)| !text.trim().is_empty());
+            let documents = lines.map(|(i, text)| match parse_as_null(text.as_bytes()) {
                 Ok(value) => document(value, field, || line(i)),
                 Err(e) => Err(Failure::unsupported(format!("{} is not JSON: {e}", line(i))).into()),
-            };
-            text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()).map(parsed).collect()
+            });
+            documents.collect()
         }
     }
 }
 
-/// A string, an object with the field, or an object with `messages`.
+/// A document is a string, an object with the field, or an object with `messages`.
 fn document(value: Value, field: &str, place: impl Fn() -> String) -> Result<Document> {
     let absent = || Failure::unsupported(format!("{} has no string `{field}`", place())).hint(FIELD_HINT);
     let fields = match value {
@@ -114,38 +132,35 @@ fn document(value: Value, field: &str, place: impl Fn() -> String) -> Result<Doc
 }
 
 fn from_parquet(path: &Path, bytes: Vec<u8>, field: &str) -> Result<Vec<Document>> {
-    let broken = |e: &dyn std::fmt::Display| Failure::unsupported(format!("`{}` cannot be read: {e}", path.display()));
-    let reader = SerializedFileReader::new(Bytes::from(bytes)).map_err(|e| broken(&e))?;
+    let broken = |e: ParquetError| Failure::unsupported(format!("`{}` cannot be read: {e}", path.display()));
+    let reader = SerializedFileReader::new(Bytes::from(bytes)).map_err(broken)?;
     let schema = reader.metadata().file_metadata().schema();
     let column = |name: &str| schema.get_fields().iter().find(|column| column.name() == name);
-    let with_messages = || column(chat::MESSAGES).filter(|_| field == DEFAULT_FIELD);
-    let Some(column) = column(field).or_else(with_messages) else {
+    let messages = column(chat::MESSAGES).filter(|_| field == DEFAULT_FIELD);
+    let Some(column) = column(field).or(messages) else {
         let names: Vec<&str> = schema.get_fields().iter().map(|column| column.name()).collect();
-        let message = format!("`{}` has no column `{field}`, but {}", path.display(), names.join(", "));
+        let message = format!("`{}` has no column `{field}`; its columns are {}", path.display(), names.join(", "));
         return Err(Failure::unsupported(message).hint(FIELD_HINT).into());
     };
     let name = column.name().to_string();
     let projection = Type::group_type_builder(schema.name()).with_fields(vec![Arc::clone(column)]).build();
-    let rows = reader.get_row_iter(Some(projection.map_err(|e| broken(&e))?)).map_err(|e| broken(&e))?;
-    let document = |(i, row): (usize, parquet::errors::Result<parquet::record::Row>)| -> Result<Document> {
-        let row = row.map_err(|e| broken(&e))?;
-        match row.get_column_iter().next() {
-            Some((_, Field::Str(text))) => Ok(Document::Text(text.clone())),
-            Some((_, Field::Null)) | None => Ok(Document::Text(String::new())),
-            Some((_, messages @ Field::ListInternal(_))) if name == chat::MESSAGES => {
-                let fields = Map::from_iter([(name.clone(), value_of(messages))]);
-                Ok(Document::Chat(format!("row {i} of `{}`", path.display()), fields))
-            }
-            Some(_) => {
-                let message = format!("column `{name}` of `{}` holds no text", path.display());
-                Err(Failure::unsupported(message).hint(FIELD_HINT).into())
-            }
+    let rows = reader.get_row_iter(Some(projection.map_err(broken)?)).map_err(broken)?;
+    let documents = rows.enumerate().map(|(i, row)| match row.map_err(broken)?.get_column_iter().next() {
+        Some((_, Field::Str(text))) => Ok(Document::Text(text.clone())),
+        Some((_, Field::Null)) | None => Ok(Document::Text(String::new())),
+        Some((_, messages @ Field::ListInternal(_))) if name == chat::MESSAGES => {
+            let fields = Map::from_iter([(name.clone(), value_of(messages))]);
+            Ok(Document::Chat(format!("row {i} of `{}`", path.display()), fields))
         }
-    };
-    rows.enumerate().map(document).collect()
+        Some(_) => {
+            let message = format!("column `{name}` of `{}` is not text", path.display());
+            Err(Failure::unsupported(message).hint(FIELD_HINT).into())
+        }
+    });
+    documents.collect()
 }
 
-/// What messages are made of.
+/// Converts messages to JSON.
 fn value_of(field: &Field) -> Value {
     match field {
         Field::Str(text) => Value::from(text.as_str()),
@@ -168,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn json_gives_a_document_a_line_or_an_element() {
+    fn json_has_a_document_per_line_or_element() {
         let texts = |texts: &[&str]| texts.iter().map(|t| Document::Text((*t).into())).collect::<Vec<_>>();
         for (json, expected) in [
             ("{\"text\": \"a\\nb\"}\n\n{\"text\": \"c\", \"n\": 1}\n", &["a\nb", "c"][..]),
@@ -183,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn json_that_is_broken_is_named_by_its_line() {
+    fn errors_in_json_name_the_line() {
         for (text, expected) in [
             ("{\"text\": \"a\"}\n{\"body\": 1}", "line 2 of `x.jsonl` has no string `text`"),
             ("a", "line 1 of `x.jsonl` is not JSON"),
@@ -196,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn messages_are_read_where_there_is_no_text() {
+    fn messages_are_read_if_there_is_no_text() {
         let chat = "{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}]}";
         assert!(matches!(&read(chat).unwrap()[..], [Document::Chat(place, _)] if place == "line 1 of `x.jsonl`"));
         assert_eq!(read("{\"messages\": [], \"text\": \"a\"}").unwrap(), [Document::Text("a".into())]);

@@ -1,5 +1,5 @@
-//! What a text is: by the ending of its name, in any case of its letters; of a pipe, by its first bytes. A name that does not
-//! fit the first bytes is refused.
+//! The kind of a text: from the ending of its name, in upper or lower case; for a pipe, from its first bytes. A name that contradicts the
+//! first bytes is an error.
 
 use std::path::Path;
 
@@ -7,17 +7,17 @@ use super::shape;
 use crate::checkpoint::magic;
 use crate::error::Failure;
 
-/// What documents are kept in.
+/// The format of a text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Kind {
-    /// The whole is one document.
+    /// One document.
     Plain,
-    /// An array of documents, or a document a line.
+    /// An array of documents, or one document per line.
     Json,
     Parquet,
 }
 
-/// What a file is packed with.
+/// The compression of a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Packing {
     None,
@@ -26,7 +26,7 @@ pub(super) enum Packing {
 }
 
 impl Packing {
-    /// The packing that a name ends in, and the name without it.
+    /// The packing in the ending of a name, and the name without it.
     fn of_name(name: &str) -> (Self, &str) {
         let endings = [(".gz", Self::Gzip), (".gzip", Self::Gzip), (".zst", Self::Zstd), (".zstd", Self::Zstd)];
         let found = endings.iter().find_map(|(ending, packing)| Some((*packing, name.strip_suffix(ending)?)));
@@ -43,61 +43,61 @@ impl Packing {
 }
 
 pub(super) const ENDINGS: &str =
-    "documents are read from `.jsonl`, `.ndjson`, `.json` and `.parquet`, packed as `.gz` or `.zst` or not";
+    "documents are read from `.jsonl`, `.ndjson`, `.json` and `.parquet`, optionally compressed as `.gz` or `.zst`";
 
-/// Endings of the files that are read and are no prose.
+/// Endings of supported files other than prose.
 const READ: [&str; 3] = ["parquet", "gz", "zst"];
 
 impl Packing {
-    /// Refuses what is packed otherwise than its name says.
+    /// Checks that a file is compressed as its name says.
     ///
     /// # Errors
-    /// See above.
+    /// It is not.
     pub fn expect(self, path: &Path, bytes: &[u8]) -> Result<(), Failure> {
         if self == Self::None { Ok(()) } else { expect(path, bytes, self.ending()) }
     }
 }
 
 impl Kind {
-    /// Refuses what the first bytes, now unpacked, call something else.
+    /// Checks that a decompressed file has the format in its name.
     ///
     /// # Errors
-    /// See above.
+    /// It does not.
     pub fn expect(self, path: &Path, bytes: &[u8]) -> Result<(), Failure> {
         expect(path, bytes, if self == Self::Parquet { "parquet" } else { "txt" })
     }
 }
 
-/// Refuses what by its first bytes is another file than those of the ending `expected`.
+/// Checks that the first bytes are those of a file with the ending `expected`.
 fn expect(path: &Path, bytes: &[u8], expected: &str) -> Result<(), Failure> {
     let Some(found) = magic::Kind::of(bytes).filter(|found| found.ending != expected) else { return Ok(()) };
     let is_packed = |name: Result<(Packing, Kind), Failure>| name.is_ok_and(|(packing, _)| packing != Packing::None);
     let hint = match found.ending {
-        // A pointer.
+        // A Git LFS pointer.
         "" => found.hint(&READ),
-        "gz" | "zst" if is_packed(of_name(path)) => "unpack it until it is packed once".into(),
+        "gz" | "zst" if is_packed(of_name(path)) => "decompress it until it is compressed once".into(),
         _ => found.name_hint(&READ).unwrap_or_else(|| ENDINGS.into()),
     };
-    Err(Failure::unsupported(format!("`{}` is not a text, but {}", path.display(), found.what)).hint(hint))
+    Err(Failure::unsupported(format!("`{}` is not a text: it is {}", path.display(), found.what)).hint(hint))
 }
 
-/// What the name of a file says.
+/// The packing and kind in the name of a file.
 ///
 /// # Errors
-/// It ends as a table or an archive does that is not read.
+/// It is the name of a table or archive that is not supported.
 pub(super) fn of_name(path: &Path) -> Result<(Packing, Kind), Failure> {
     let name = path.file_name().map(|name| name.to_string_lossy().to_lowercase()).unwrap_or_default();
     let (packing, name) = Packing::of_name(&name);
     if Packing::of_name(name).0 != Packing::None {
-        let message = format!("`{}` is packed more than once, by its name", path.display());
-        return Err(Failure::unsupported(message).hint("unpack it until it is packed once"));
+        let message = format!("`{}` is compressed more than once, by its name", path.display());
+        return Err(Failure::unsupported(message).hint("decompress it until it is compressed once"));
     }
     let kind = match name.rsplit_once('.').map_or("", |(_, ending)| ending) {
         "jsonl" | "ndjson" | "json" => Kind::Json,
         "parquet" => Kind::Parquet,
         ending @ ("csv" | "tsv" | "arrow" | "feather" | "orc" | "avro" | "xlsx" | "tar" | "tgz" | "zip" | "bz2"
         | "xz" | "7z" | "html" | "htm" | "xml" | "svg" | "yaml" | "yml" | "toml") => {
-            let message = format!("`{}` ends in `.{ending}`, which is not read as a text", path.display());
+            let message = format!("`{}` ends in `.{ending}`, which is not a supported kind of text", path.display());
             return Err(Failure::unsupported(message).hint(ENDINGS));
         }
         _ => Kind::Plain,
@@ -105,7 +105,7 @@ pub(super) fn of_name(path: &Path) -> Result<(Packing, Kind), Failure> {
     Ok((packing, kind))
 }
 
-/// What a pipe holds, by its first bytes.
+/// The compression of a pipe, from its first bytes.
 pub(super) fn of_bytes(bytes: &[u8]) -> Packing {
     match magic::Kind::of(bytes).map(|found| found.ending) {
         Some("gz") => Packing::Gzip,
@@ -114,7 +114,7 @@ pub(super) fn of_bytes(bytes: &[u8]) -> Packing {
     }
 }
 
-/// The kind of what a pipe holds, when it is unpacked.
+/// The kind of the decompressed content of a pipe.
 pub(super) fn of_content(bytes: &[u8]) -> Kind {
     if magic::Kind::of(bytes).is_some_and(|found| found.ending == "parquet") {
         Kind::Parquet
@@ -130,7 +130,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_name_says_what_it_holds_in_any_case() {
+    fn names_are_read_in_upper_and_lower_case() {
         for (name, expected) in [
             ("a.txt", (Packing::None, Kind::Plain)),
             ("wiki.test.raw", (Packing::None, Kind::Plain)),
@@ -149,7 +149,7 @@ mod tests {
     }
 
     #[test]
-    fn first_bytes_that_contradict_the_name_are_named() {
+    fn first_bytes_that_contradict_the_name_are_errors() {
         let gzip = &b"\x1f\x8b\x08"[..];
         let pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0";
         for (name, bytes, expected, hint) in [
@@ -158,7 +158,7 @@ mod tests {
             ("x.txt", gzip, "packed with gzip", "`.gz`"),
             ("x.jsonl", gzip, "packed with gzip", "`.gz`"),
             ("x.parquet", gzip, "packed with gzip", "`.gz`"),
-            ("x.jsonl.gz", gzip, "packed with gzip", "packed once"),
+            ("x.jsonl.gz", gzip, "packed with gzip", "compressed once"),
             ("x.txt", b"\x28\xb5\x2f\xfd", "packed with zstd", "`.zst`"),
             ("x.txt", pointer, "a Git LFS pointer", "git lfs pull"),
             ("x.jsonl", pointer, "a Git LFS pointer", "git lfs pull"),

@@ -1,7 +1,7 @@
-//! Data under the name of prose, by its shape: markup that is scored as prose gives a figure that means nothing.
+//! Detects data in files that are named like prose: the perplexity of markup is meaningless.
 //!
-//! A shape must hold of every line that is looked at, or of the whole text, since prose, WikiText, Markdown, source code and
-//! transcripts may have a few lines of any shape.
+//! A shape must fit every line that is examined, or the whole text, because prose, WikiText, Markdown, source code and transcripts may have
+//! a few lines of any shape.
 
 use std::path::Path;
 
@@ -11,34 +11,34 @@ use super::kind::ENDINGS;
 use crate::checkpoint::json::parse_as_null;
 use crate::error::Failure;
 
-/// Lines that are looked at, blank ones not counted.
+/// Number of lines that are examined, not counting blank lines.
 const N_LINES: usize = 50;
 
-/// Lines that must be JSON for a text to be documents: one that is broken comes to light when they are read.
+/// Number of lines that must be JSON for a text to be documents. A later line that is not JSON is an error of the reader.
 const N_DOCUMENTS: usize = 10;
 
-/// Refuses what is no prose.
+/// Checks that a text is prose.
 ///
 /// # Errors
-/// Names what the text looks like.
+/// It has the shape of data; the error says which.
 pub(super) fn expect_prose(path: &Path, text: &str) -> Result<(), Failure> {
-    const AS_IT_IS: &str = "to score it as it is, make it the `text` of a document in `.jsonl`";
+    const AS_IT_IS: &str = "to score it as it is, put it in the `text` of a document in `.jsonl`";
     let path = path.display();
     let refuse = |what: &str, hint: String| {
-        Err(Failure::unsupported(format!("`{path}` {what}, which would be scored with all its markup")).hint(hint))
+        Err(Failure::unsupported(format!("`{path}` {what}, whose markup would be scored too")).hint(hint))
     };
     let text = trimmed(text);
     if is_documents(text) {
-        return refuse("holds JSON", "give it a name that ends in `.jsonl` to have its documents read".into());
+        return refuse("contains JSON", "rename it to end in `.jsonl` so that its documents are read".into());
     }
     type Shape = (fn(&str) -> bool, &'static str);
     let shapes: [Shape; 6] = [
-        (is_json, "holds JSON"),
-        (is_python, "holds Python literals"),
-        (is_yaml, "holds YAML"),
-        (is_tsv, "is a table with tabs between its columns"),
-        (is_csv, "is a table with commas between its columns"),
-        (is_markup, "is written in HTML or XML"),
+        (is_json, "contains JSON"),
+        (is_python, "contains Python literals"),
+        (is_yaml, "contains YAML"),
+        (is_tsv, "is a tab-separated table"),
+        (is_csv, "is a comma-separated table"),
+        (is_markup, "contains HTML or XML"),
     ];
     match shapes.iter().find(|(is_so, _)| is_so(text)) {
         Some((_, what)) => refuse(what, format!("{ENDINGS}; {AS_IT_IS}")),
@@ -58,12 +58,12 @@ fn json(text: &str) -> Option<Value> {
     parse_as_null(text.as_bytes()).ok()
 }
 
-/// Whether a text is documents: its first lines are all objects of JSON, or it is an array of objects or strings.
+/// Whether a text is documents: its first lines are all JSON objects, or it is an array of objects or strings.
 pub(super) fn is_documents(text: &str) -> bool {
     let text = trimmed(text);
     match text.as_bytes().first() {
         Some(b'{') => {
-            // The last may be cut off.
+            // The last line may be cut off.
             let last = text.lines().next_back();
             let is_document = |(i, line)| json(line).is_some() || i > 0 && Some(line) == last;
             let mut first = lines(text).take(N_DOCUMENTS).enumerate();
@@ -77,7 +77,7 @@ pub(super) fn is_documents(text: &str) -> bool {
     }
 }
 
-/// One object over many lines, a list a line, or strings a line of which some have what only JSON needs to write with a backslash.
+/// One object over many lines, one list per line, or one string per line with JSON escapes in some.
 fn is_json(text: &str) -> bool {
     match text.as_bytes().first() {
         Some(b'{') => json(text).is_some_and(|value| value.as_object().is_some_and(|fields| !fields.is_empty())),
@@ -94,25 +94,32 @@ fn is_json(text: &str) -> bool {
     }
 }
 
-/// As `print` writes records and lists of strings or of records.
+const QUOTES: [char; 2] = ['\'', '"'];
+
+/// Records, or lists of strings or records, as printed by Python.
 fn is_python(text: &str) -> bool {
-    let is_quoted = |text: &str| text.starts_with(['\'', '"']);
-    let is_record = |line: &str| {
-        let inner = line.trim().trim_end_matches(',').strip_prefix('{').and_then(|rest| rest.strip_suffix('}'));
-        inner
-            .is_some_and(|inner| is_quoted(inner.trim_start()) && ["': ", "\": "].iter().any(|end| inner.contains(end)))
-    };
-    let is_list = || {
-        let inner = text.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')).map(str::trim);
-        let is_strings =
-            |inner: &str| is_quoted(inner) && ["', '", "\", \""].iter().any(|between| inner.contains(between));
-        inner.is_some_and(|inner| is_strings(inner) && inner.ends_with(['\'', '"']) || inner.starts_with("{'"))
-    };
-    text.starts_with('{') && lines(text).all(is_record) || is_list()
+    text.starts_with('{') && lines(text).all(is_python_record) || is_python_list(text)
 }
 
-/// A list of mappings, a mapping that holds more than single lines, or documents behind `---`. The head of a Markdown file is followed by
-/// other lines, speakers of a play come again or begin with a capital, and tabs are of Makefiles.
+fn is_python_record(line: &str) -> bool {
+    let inner = line.trim().trim_end_matches(',').strip_prefix('{').and_then(|rest| rest.strip_suffix('}'));
+    inner.is_some_and(|inner| {
+        inner.trim_start().starts_with(QUOTES) && ["': ", "\": "].iter().any(|end| inner.contains(end))
+    })
+}
+
+fn is_python_list(text: &str) -> bool {
+    let Some(inner) = text.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')).map(str::trim) else {
+        return false;
+    };
+    let is_of_strings = inner.starts_with(QUOTES)
+        && inner.ends_with(QUOTES)
+        && ["', '", "\", \""].iter().any(|between| inner.contains(between));
+    is_of_strings || inner.starts_with("{'")
+}
+
+/// A list of mappings, a mapping with values longer than a line, or documents after `---`. Not YAML: the front matter of Markdown, which is
+/// followed by other lines; plays, whose speakers recur or are capitalized; Makefiles, which have tabs.
 fn is_yaml(text: &str) -> bool {
     let mut keys: Vec<&str> = Vec::new();
     let (mut n_items, mut is_nested) = (0, false);
@@ -133,7 +140,7 @@ fn is_yaml(text: &str) -> bool {
     n_items > 1 || is_nested || text.starts_with("---") && !keys.is_empty()
 }
 
-/// The key that a line begins with.
+/// The key at the start of a line.
 fn yaml_key(line: &str) -> Option<&str> {
     let (key, rest) = line.split_once(':')?;
     let key = key.trim_matches(['"', '\'']);
@@ -142,7 +149,7 @@ fn yaml_key(line: &str) -> Option<&str> {
     (is_name && (rest.is_empty() || rest.starts_with(' '))).then_some(key)
 }
 
-/// The same number of tabs in every line, those in front not counted.
+/// The same number of tabs in every line, not counting leading tabs.
 fn is_tsv(text: &str) -> bool {
     let n_tabs = |line: &str| line.trim_matches([' ', '\r']).trim_start_matches('\t').matches('\t').count();
     let mut counts = lines(text).map(n_tabs);
@@ -151,7 +158,7 @@ fn is_tsv(text: &str) -> bool {
     others.peek().is_some() && others.all(|n| n == first)
 }
 
-/// Names of columns, and as many fields in every record behind them.
+/// Names of columns, followed by records with as many fields.
 fn is_csv(text: &str) -> bool {
     let Some((head, rest)) = text.split_once('\n') else { return false };
     let is_name = |name: &str| {
@@ -160,7 +167,7 @@ fn is_csv(text: &str) -> bool {
     };
     ([',', ';'].into_iter()).any(|comma| {
         let n = head.split(comma).count();
-        // A blank behind a comma is of prose.
+        // A space after a comma is a sign of prose.
         n > 1 && !head.contains(", ") && head.split(comma).all(is_name) && {
             let counts = fields_of_records(rest, comma);
             !counts.is_empty() && counts.iter().all(|&count| count == n)
@@ -168,7 +175,7 @@ fn is_csv(text: &str) -> bool {
     })
 }
 
-/// Fields in each of the first records; those in quotes may hold commas and line ends.
+/// Number of fields in each of the first records; quoted fields may contain commas and line breaks.
 fn fields_of_records(text: &str, comma: char) -> Vec<usize> {
     let (mut counts, mut n, mut is_quoted, mut is_blank) = (Vec::new(), 1, false, true);
     for c in text.chars() {
@@ -194,7 +201,7 @@ fn fields_of_records(text: &str, comma: char) -> Vec<usize> {
     counts
 }
 
-/// Elements of HTML that a text may begin with.
+/// HTML elements at the start of a text.
 const ELEMENTS: &[&str] = &[
     "p",
     "div",
@@ -240,8 +247,8 @@ const ELEMENTS: &[&str] = &[
     "text",
 ];
 
-/// What begins with an element and ends with one, or has hardly a line that begins otherwise. Markdown may begin with some HTML, and
-/// texts with a token such as `<s>`.
+/// A text that begins and ends with an element, or whose lines nearly all begin with one. Not markup: Markdown with some HTML at the
+/// start, and texts with tokens such as `<s>`.
 fn is_markup(text: &str) -> bool {
     let mut text = text;
     while let Some((_, rest)) = text.strip_prefix("<!--").and_then(|rest| rest.split_once("-->")) {
@@ -262,7 +269,7 @@ fn is_markup(text: &str) -> bool {
         let is_whole = text.ends_with('>') && n_closing > 0 && !text.lines().any(|line| is_markdown(line.trim_start()));
         return is_tag && (is_whole || 10 * n_tags >= 9 * n && n_closing > 0);
     }
-    // One element with elements in it, whatever their names.
+    // One element that contains others, of any name.
     !name.is_empty()
         && name != "s"
         && is_tag
@@ -362,15 +369,15 @@ mod tests {
     #[test]
     fn data_is_refused_by_what_it_is() {
         for (text, expected) in [
-            ("{\"text\": \"a\"}\n{\"text\": NaN}\n", "holds JSON"),
-            ("\u{feff}{\"text\": \"a\"}", "holds JSON"),
-            ("{\"text\": \"a\"}\n{\"text\": \"b\"}\n{\"tex", "holds JSON"),
-            ("\u{feff}\u{feff}\n{\"text\": \"a\"}\n\n{\"text\": \"b\"}", "holds JSON"),
-            ("[{\"text\": \"a\"},\n {\"text\": \"b\"}]", "holds JSON"),
-            ("{\n  \"rows\": [\n    {\"text\": \"a\"}\n  ]\n}\n", "holds JSON"),
-            ("[\"a\", 1]\n[\"b\", 2]", "holds JSON"),
-            ("\"{\\\"text\\\": \\\"a\\\"}\"\n\"{\\\"text\\\": \\\"b\\\"}\"", "holds JSON"),
-            ("\"one line\\nanother\"\n\"a second text\"\n", "holds JSON"),
+            ("{\"text\": \"a\"}\n{\"text\": NaN}\n", "contains JSON"),
+            ("\u{feff}{\"text\": \"a\"}", "contains JSON"),
+            ("{\"text\": \"a\"}\n{\"text\": \"b\"}\n{\"tex", "contains JSON"),
+            ("\u{feff}\u{feff}\n{\"text\": \"a\"}\n\n{\"text\": \"b\"}", "contains JSON"),
+            ("[{\"text\": \"a\"},\n {\"text\": \"b\"}]", "contains JSON"),
+            ("{\n  \"rows\": [\n    {\"text\": \"a\"}\n  ]\n}\n", "contains JSON"),
+            ("[\"a\", 1]\n[\"b\", 2]", "contains JSON"),
+            ("\"{\\\"text\\\": \\\"a\\\"}\"\n\"{\\\"text\\\": \\\"b\\\"}\"", "contains JSON"),
+            ("\"one line\\nanother\"\n\"a second text\"\n", "contains JSON"),
             ("{'text': 'a', 'n': 1}\n{'text': \"it's\", 'n': None}\n", "Python literals"),
             ("[{'text': 'a'},\n {'text': 'b'}]", "Python literals"),
             ("['a', 'b']", "Python literals"),
@@ -380,10 +387,10 @@ mod tests {
             ("# data\ndocuments:\n  - text: a\n  - text: b\n", "YAML"),
             ("texts:\n- a b c\n- d e f\n", "YAML"),
             ("---\ntext: a\n---\ntext: b\n", "YAML"),
-            ("id\ttext\n1\tOnce upon a time\n2\tThe end\n", "tabs"),
-            ("1\tOnce upon a time\r\n2\tThe end\r\n", "tabs"),
-            ("id,text\n1,Once upon a time\n2,\"The end, they said,\nwas near\"\n", "commas"),
-            ("text;label\nOnce upon a time;1\nThe end;0\n", "commas"),
+            ("id\ttext\n1\tOnce upon a time\n2\tThe end\n", "tab-separated"),
+            ("1\tOnce upon a time\r\n2\tThe end\r\n", "tab-separated"),
+            ("id,text\n1,Once upon a time\n2,\"The end, they said,\nwas near\"\n", "comma-separated"),
+            ("text;label\nOnce upon a time;1\nThe end;0\n", "comma-separated"),
             ("<p>Once upon a time</p>\n<p>there was a dog.</p>\n", "HTML"),
             ("<p>\nOnce upon a time\nthere was a dog.\n</p>\n", "HTML"),
             ("<!-- a page -->\n<div class=\"x\"><p>Once</p>\n<p>there</p></div>", "HTML"),

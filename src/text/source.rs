@@ -1,4 +1,4 @@
-//! The bytes of a text: read once, hashed as they are read, and unpacked. A text may be a file, a pipe or a named pipe.
+//! Reads the bytes of a text once, hashes and decompresses them. A text may be a file, a pipe or a named pipe.
 
 use std::collections::BTreeMap;
 use std::fs::{File, Metadata};
@@ -13,29 +13,29 @@ use super::kind::Packing;
 use crate::checkpoint::hex;
 use crate::error::{ExitClass, Failure};
 
-/// How long a named pipe is waited for that nobody writes to.
+/// Time limit for a writer to open a named pipe.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 type Result<T, E = Failure> = std::result::Result<T, E>;
 
-/// What was read of pipes, by path: there is no second time, and a command may want a text in several conventions.
+/// Content of pipes by path: a pipe can be read only once, and a command may need the text for several conventions.
 static PIPES: Mutex<BTreeMap<PathBuf, Source>> = Mutex::new(BTreeMap::new());
 
-/// A text as it came.
+/// A text as stored.
 #[derive(Debug, Clone)]
 pub(super) struct Source {
     pub bytes: Vec<u8>,
-    /// Of these bytes.
+    /// SHA-256 of these bytes.
     pub sha256: String,
-    /// Its path says nothing of what it holds.
+    /// Whether the path does not reveal the kind of the text.
     pub is_pipe: bool,
 }
 
 impl Source {
-    /// Reads a file or a pipe to its end; `what` it is, for errors.
+    /// Reads a file or a pipe to its end; errors call it `what`.
     ///
     /// # Errors
-    /// There is none, it is neither, it cannot be read, or nobody writes to the pipe.
+    /// The path does not exist, is neither a file nor a pipe, or cannot be read, or the pipe has no writer.
     pub fn read(path: &Path, what: &'static str) -> Result<Self> {
         let metadata = std::fs::metadata(path).map_err(|e| unreadable(what, path, &e))?;
         let is_pipe = is_pipe(&metadata);
@@ -52,7 +52,7 @@ impl Source {
         let mut bytes = Vec::new();
         file?.read_to_end(&mut bytes).map_err(|e| unreadable(what, path, &e))?;
         let sha256 = hex(&Sha256::digest(&bytes));
-        // `/dev/stdin` may be a file, under a name that says as little.
+        // `/dev/stdin` may be a file, but its name reveals as little.
         let is_nameless = is_pipe || path.starts_with("/dev") || path.starts_with("/proc");
         let source = Self { bytes, sha256, is_pipe: is_nameless };
         if is_pipe {
@@ -62,19 +62,19 @@ impl Source {
     }
 }
 
-/// Reads a recipe; it may be a pipe.
+/// Reads a recipe from a file or a pipe.
 ///
 /// # Errors
-/// It cannot be read, is not UTF-8, or nobody writes to the pipe.
+/// It cannot be read, is not UTF-8, or the pipe has no writer.
 pub fn read_recipe(path: &Path) -> Result<String> {
     let source = Source::read(path, "recipe")?;
     String::from_utf8(source.bytes).map_err(|_| Failure::unsupported(format!("`{}` is not UTF-8", path.display())))
 }
 
-/// Unpacks `bytes`.
+/// Decompresses `bytes`.
 ///
 /// # Errors
-/// They are not packed in that way, or damaged.
+/// They are compressed differently, or corrupt.
 pub(super) fn unpacked(path: &Path, bytes: Vec<u8>, packing: Packing) -> Result<Vec<u8>> {
     let mut out = Vec::new();
     let result = match packing {
@@ -82,7 +82,7 @@ pub(super) fn unpacked(path: &Path, bytes: Vec<u8>, packing: Packing) -> Result<
         Packing::Gzip => flate2::read::MultiGzDecoder::new(bytes.as_slice()).read_to_end(&mut out),
         Packing::Zstd => zstd::stream::read::Decoder::new(bytes.as_slice()).and_then(|mut d| d.read_to_end(&mut out)),
     };
-    result.map_err(|e| Failure::unsupported(format!("`{}` cannot be unpacked: {e}", path.display())))?;
+    result.map_err(|e| Failure::unsupported(format!("`{}` cannot be decompressed: {e}", path.display())))?;
     Ok(out)
 }
 
@@ -91,18 +91,18 @@ fn unreadable(what: &str, path: &Path, error: &std::io::Error) -> Failure {
     Failure::new(class, format!("cannot read {what} `{}`: {error}", path.display()))
 }
 
-/// Opening a named pipe lasts until somebody writes to it: on a thread, which is left behind where nobody does.
+/// Opens a named pipe. That blocks until there is a writer, so it runs on a thread, which is abandoned if none comes.
 fn open_pipe(what: &str, path: &Path) -> Result<File> {
     let (sender, receiver) = mpsc::channel();
     let own = path.to_path_buf();
     std::thread::spawn(move || {
-        // The receiver is gone when nobody came in time.
+        // After the time limit there is no receiver.
         let _ = sender.send(File::open(own));
     });
     match receiver.recv_timeout(PATIENCE) {
         Ok(file) => file.map_err(|e| unreadable(what, path, &e)),
-        Err(_) => Err(Failure::unsupported(format!("nobody writes to the pipe `{}`", path.display()))
-            .hint("start what writes to it first, or give a file")),
+        Err(_) => Err(Failure::unsupported(format!("the pipe `{}` has no writer", path.display()))
+            .hint("start the writer first, or give a file")),
     }
 }
 

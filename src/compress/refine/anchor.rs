@@ -132,7 +132,7 @@ fn keep(
     let batches = [walk.arrays(original)?, walk.arrays(shifted)?].concat();
     session.journal.put(&states_key(block_idx), Value::Null, batches)?;
     // What is laid out is read from there, unless the order of its ranks is to be kept.
-    let is_spent = |i: usize| solution.is_settled(i) && !solution.study.recipe.elastic;
+    let is_spent = |i: usize| solution.is_settled(i) && !solution.study.recipe.elastic();
     let fields: Vec<(usize, usize, PlainSides, bool)> =
         made.iter().map(|(i, fit, plain)| (*i, fit.pair.rank, *plain, !is_spent(*i))).collect();
     let arrays = made.into_iter().flat_map(|(i, Fit { curve, pair }, _)| {
@@ -345,7 +345,7 @@ impl Moments {
             weight.to_owned()
         };
         let metric = MetricPair { output: &output, input };
-        let fit = study.recipe.layout.fitting().fit(target.as_ref(), metric, rank)?;
+        let fit = study.recipe.layout().fitting().fit(target.as_ref(), metric, rank)?;
         Ok((fit, metric.plain_sides()))
     }
 }

@@ -22,13 +22,13 @@ impl Refine for QuantizeFactors {
         let (linear, shape) = (&study.plan.linears[i], study.plan.linears[i].shape());
         let weight = || inventory::weight(study.session.checkpoint, linear);
         // The matrix that the factors approximate. Sequential mode moves it and does not keep it: there the product stands in.
-        let target = match (&base, study.recipe.anchor) {
+        let target = match (&base, study.recipe.anchor()) {
             (None, Some(_)) => over.product(shape),
             (None, None) => weight()?,
             (Some(base), _) => weight()?.iter().zip(base.product(shape)).map(|(w, q)| w - q).collect(),
         };
         let metrics = match base {
-            Some(_) => study.metrics().with_preset(study.recipe.compensate.preset()),
+            Some(_) => study.metrics().with_preset(study.recipe.compensate().preset()),
             None => study.metrics(),
         };
         let target = linalg::transposed_from_row_major(&target, shape.0, shape.1);

@@ -1,5 +1,5 @@
-//! GPTQ's: one stream, disjoint windows of 2048, tail dropped, no BOS per window, all tokens but the first of a window
-//! scored. All windows have one length, so the mean over windows is the mean over tokens. Frantar et al. 2022.
+//! GPTQ: one stream in disjoint windows of 2048 tokens, without the tail and without a BOS per window. All tokens but the first of a
+//! window are scored. Windows have the same length, so the mean over windows is the mean over tokens. Frantar et al. 2022.
 
 use super::{Lengths, Rules, Tokens, Window};
 

@@ -1,7 +1,7 @@
-//! transformers' guide "Perplexity of fixed-length models": windows of the model's context whose beginnings are `stride`
-//! apart; of each only the tokens that no window before it reached are scored, so that every token but the first of the
-//! stream is scored once, with the context that precedes it. The tail is kept. (The guide's own script weighs the mean of a
-//! window by a count that is one off; this is the mean over tokens.)
+//! The guide of transformers, "Perplexity of fixed-length models": windows of the model's context that start every `stride` tokens. Only
+//! tokens beyond the end of the previous window are scored, so that every token but the first of the stream is scored once, with its
+//! preceding context. The tail is kept. (The script of the guide weights the mean of a window by a count that is off by one; this is
+//! the mean over tokens.)
 
 use super::{Lengths, Rules, Tokens, Window};
 
@@ -27,7 +27,7 @@ impl Rules for HfStrided {
         let mut reached = 1usize;
         for start in (0..n).step_by(stride) {
             let end = start.saturating_add(seq_len).min(n);
-            // Where windows do not overlap, the first token of each has no context.
+            // Without overlap, the first token of each window has no context.
             let first = reached.saturating_sub(start).max(1);
             if start + first < end {
                 windows.push(tokens.window(start..end, first));

@@ -1,5 +1,5 @@
-//! llama.cpp's `llama-perplexity`: disjoint windows of 512, the first token of each overwritten by BOS where the tokenizer
-//! adds one, and only tokens with at least half a window of context scored: 257 to 511 of 512.
+//! llama.cpp's `llama-perplexity`: disjoint windows of 512 tokens, the first of which is overwritten by BOS if the tokenizer adds one.
+//! Only tokens with at least half a window of context are scored: 257 to 511 of 512.
 
 use super::{Lengths, Rules, Tokens, Window};
 
@@ -15,7 +15,7 @@ impl Rules for Llamacpp {
     }
 
     fn windows(&self, tokens: &Tokens, lengths: Lengths, bos: Option<u32>, _: Option<u32>) -> Vec<Window> {
-        // Logits at seq_len / 2 and after are scored; they foretell the next token.
+        // Logits from position seq_len / 2 on are scored; they predict the next token.
         let mut windows = tokens.disjoint_from(lengths.seq_len, lengths.seq_len / 2 + 1);
         if let Some(bos) = bos {
             windows.iter_mut().for_each(|window| window.ids[0] = bos);
@@ -29,7 +29,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_second_half_is_scored_behind_a_bos() {
+    fn the_second_half_is_scored_after_a_bos() {
         let tokens = Tokens { ids: (10..18).collect(), bytes_covered: (1..=8).collect() };
         let ids = |bos| -> Vec<Vec<u32>> {
             let windows = Llamacpp.windows(&tokens, Lengths { seq_len: 4, stride: 1 }, bos, None);

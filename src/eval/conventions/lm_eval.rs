@@ -1,9 +1,9 @@
-//! lm-evaluation-harness' rolling log-likelihood: a document at a time, behind the tokenizer's BOS (or else EOS), in windows
-//! of the model's context that share no scored token; the last is filled up with the context that precedes it. Perplexity is
-//! exp(−Σ log-likelihood / Σ words), words as `re.split(r"\s+", document)` counts them.
+//! The rolling log-likelihood of lm-evaluation-harness: one document at a time, after the tokenizer's BOS (or EOS if it has none), in
+//! windows of the model's context that share no scored token; the last window is extended backwards to full length. Perplexity is
+//! exp(−Σ log-likelihood / Σ words), with words counted as by `re.split(r"\s+", document)`.
 //!
-//! From version 0.4.10 on the harness also lets the tokenizer add its own BOS, which is then foretold from the first; with
-//! `--bos never` it does not, as before and with `add_bos_token=False`.
+//! From version 0.4.10 on the harness also lets the tokenizer add its own BOS, which is then predicted from the first. `--bos never`
+//! gives the earlier behavior, which is also that of `add_bos_token=False`.
 
 use super::{Lengths, Rules, Tokens, Unit, Window};
 
@@ -28,7 +28,7 @@ impl Rules for LmEval {
 
     fn windows(&self, tokens: &Tokens, lengths: Lengths, _: Option<u32>, boundary: Option<u32>) -> Vec<Window> {
         let seq_len = lengths.seq_len;
-        // One token of context in front of all others; the model sees `seq_len` tokens, and foretells as many.
+        // One token of context before all others: the model reads `seq_len` tokens and predicts as many.
         let stream = Tokens {
             ids: boundary.into_iter().chain(tokens.ids.iter().copied()).collect(),
             bytes_covered: boundary.map(|_| 0).into_iter().chain(tokens.bytes_covered.iter().copied()).collect(),
@@ -56,7 +56,7 @@ mod tests {
         let windows = LmEval.windows(&tokens, Lengths { seq_len: 4, stride: 1 }, None, Some(0));
         let found: Vec<(Vec<u32>, Vec<u32>)> =
             windows.into_iter().map(|w| (w.ids.clone(), w.ids[w.scored].to_vec())).collect();
-        // As `get_rolling_token_windows` and `make_disjoint_window` cut them: inputs are all but the last token.
+        // As cut by `get_rolling_token_windows` and `make_disjoint_window`: inputs are all but the last token.
         let expected = [
             (vec![0, 1, 2, 3, 4], vec![1, 2, 3, 4]),
             (vec![4, 5, 6, 7, 8], vec![5, 6, 7, 8]),

@@ -1,5 +1,5 @@
-//! How a text becomes windows, and which of their tokens are scored: tools disagree, and their numbers cannot be compared
-//! across conventions. One convention a file, one line in [`Convention::rules`].
+//! Conventions for cutting a text into windows and choosing the tokens to score. Perplexities are comparable within a convention only. One
+//! convention a file, one line in [`Convention::rules`].
 
 mod gptq;
 mod hf_strided;
@@ -8,38 +8,38 @@ mod lm_eval;
 
 use std::ops::Range;
 
-use clap::ValueEnum;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::text::Tokens;
 
 /// The conventions, as a user names them.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 #[serde(rename_all = "kebab-case")]
 pub enum Convention {
-    /// Disjoint windows, all tokens but the first of each scored (GPTQ, AWQ, SVD-LLM)
+    /// Disjoint windows; all tokens but the first of each are scored (GPTQ, AWQ, SVD-LLM)
     #[default]
     Gptq,
-    /// Windows of the model's context that overlap, every token scored once (transformers' guide to perplexity)
+    /// Overlapping windows of the model's context; every token is scored once (guide of transformers)
     HfStrided,
-    /// Disjoint windows that begin with BOS, second half scored (llama.cpp's perplexity tool)
+    /// Disjoint windows that begin with BOS; the second half is scored (llama.cpp's perplexity tool)
     Llamacpp,
-    /// A document at a time behind BOS, perplexity a word (lm-evaluation-harness)
+    /// Each document on its own, after BOS; word perplexity (lm-evaluation-harness)
     LmEval,
 }
 
-/// A piece of the text on its way through a model.
+/// A window of the text.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Window {
     pub ids: Vec<u32>,
-    /// Places in `ids` whose tokens are scored; never the first.
+    /// Positions of the scored tokens in `ids`, never 0.
     pub scored: Range<usize>,
-    /// Where the text that the scored tokens stand for lies in its document, in bytes.
+    /// The bytes of the document that the scored tokens cover.
     pub bytes: Range<usize>,
 }
 
-/// What a perplexity is the mean over.
+/// The unit that a perplexity is normalized by.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Unit {
     Token,
@@ -57,10 +57,10 @@ pub struct Lengths {
 pub trait Rules: Sync {
     fn name(&self) -> &'static str;
 
-    /// Window length where the user names none, capped by the model's context; none: the context.
+    /// Default tokens per window, capped by the model's context; none: the context.
     fn default_seq_len(&self) -> Option<usize>;
 
-    /// Whether documents are scored one by one, and not as one stream.
+    /// Whether documents are scored separately instead of as one stream.
     fn is_by_document(&self) -> bool {
         false
     }
@@ -69,12 +69,13 @@ pub trait Rules: Sync {
         Unit::Token
     }
 
-    /// Whether `--stride` says something.
+    /// Whether windows overlap by `--stride`.
     fn takes_stride(&self) -> bool {
         false
     }
 
-    /// Cuts a stream or a document; `bos` where the tokenizer adds one and the user allows it, `boundary` whether it does or not.
+    /// Cuts a stream or a document. `bos` is the BOS token if the tokenizer adds one and the user allows it; `boundary` is the BOS (or
+    /// EOS) token in any case.
     fn windows(&self, tokens: &Tokens, lengths: Lengths, bos: Option<u32>, boundary: Option<u32>) -> Vec<Window>;
 }
 
@@ -91,13 +92,13 @@ impl Convention {
 }
 
 impl Tokens {
-    /// The window of `range` whose tokens from `first` (a place in the window, not 0) on are scored.
+    /// The window of `range`; its tokens from position `first` (not 0) on are scored.
     fn window(&self, range: Range<usize>, first: usize) -> Window {
         let bytes = self.bytes_covered[range.start + first - 1]..self.bytes_covered[range.end - 1];
         Window { ids: self.ids[range.clone()].to_vec(), scored: first..range.len(), bytes }
     }
 
-    /// Disjoint windows of `seq_len`, tail dropped, scored from `first` on.
+    /// Disjoint windows of `seq_len`, scored from position `first` on; the tail is dropped.
     fn disjoint_from(&self, seq_len: usize, first: usize) -> Vec<Window> {
         (0..self.ids.len() / seq_len).map(|i| self.window(i * seq_len..(i + 1) * seq_len, first)).collect()
     }

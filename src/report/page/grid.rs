@@ -1,4 +1,4 @@
-//! Blocks down, modules of a block across: what heat maps are made of.
+//! The values of a heat map: a row per block, a column per module of a block.
 
 use std::collections::BTreeMap;
 
@@ -9,14 +9,14 @@ use crate::report::columns::Cell;
 /// A heat map.
 #[derive(Debug, Clone)]
 pub struct Grid {
-    /// Modules, in the order in which they come.
+    /// Modules, in order of appearance.
     pub columns: Vec<String>,
-    /// Block, and one cell a column.
+    /// Block, and one cell per column.
     pub rows: Vec<(usize, Vec<Option<Cell>>)>,
     range: Option<(f64, f64)>,
 }
 
-/// For a template.
+/// The form that templates read.
 #[derive(Debug, Serialize)]
 pub(super) struct Map {
     title: String,
@@ -32,12 +32,12 @@ struct Row {
 
 #[derive(Debug, Serialize)]
 struct Shade {
-    /// In [0, 1].
+    /// In [0, 1], as text.
     share: String,
     text: String,
 }
 
-/// The name of a module within its block, alike in all blocks; experts of a stack are one.
+/// The name of a module within its block, the same in all blocks and for all experts of a stack.
 pub fn within_block(module: &str, block: usize) -> String {
     let number = format!(".{block}.");
     let rest = module.split_once(&number).map_or(module, |(_, rest)| rest);
@@ -47,7 +47,7 @@ pub fn within_block(module: &str, block: usize) -> String {
 }
 
 impl Grid {
-    /// Of cells, each with its block and the name of its module there; of several at one place, experts, their mean.
+    /// Makes a grid of cells, each with its block and the name of its module there. Cells at the same place (experts) are averaged.
     pub fn of(cells: impl Iterator<Item = (usize, String, Cell)>) -> Self {
         let mut columns: Vec<String> = Vec::new();
         let mut places: BTreeMap<usize, BTreeMap<usize, Vec<Cell>>> = BTreeMap::new();
@@ -58,16 +58,16 @@ impl Grid {
             });
             places.entry(block).or_default().entry(column).or_default().push(cell);
         }
-        let row =
-            |cells: &BTreeMap<usize, Vec<Cell>>| (0..columns.len()).map(|i| cells.get(&i).map(|c| mean(c))).collect();
+        let row = |cells: &BTreeMap<usize, Vec<Cell>>| (0..columns.len()).map(|i| Some(mean(cells.get(&i)?))).collect();
         let rows: Vec<(usize, Vec<Option<Cell>>)> = places.iter().map(|(block, cells)| (*block, row(cells))).collect();
-        let numbers = || rows.iter().flat_map(|(_, cells)| cells.iter().flatten().filter_map(Cell::number));
-        let low = numbers().fold(f64::INFINITY, f64::min);
-        let high = numbers().fold(f64::NEG_INFINITY, f64::max);
+        let numbers = rows.iter().flat_map(|(_, cells)| cells.iter().flatten().filter_map(Cell::number));
+        let (low, high) = numbers.fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), value| {
+            (f64::min(low, value), f64::max(high, value))
+        });
         Self { columns, rows, range: (low < high).then_some((low, high)) }
     }
 
-    /// Where a cell lies between the smallest and the largest, in [0, 1].
+    /// The position of a cell between the smallest and the largest value, in [0, 1].
     pub fn share(&self, cell: &Cell) -> f64 {
         match (cell.number(), self.range) {
             (Some(value), Some((low, high))) => (value - low) / (high - low),

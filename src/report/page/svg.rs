@@ -1,4 +1,4 @@
-//! Plots as SVG, coloured by the style of the page around them.
+//! Plots as SVG; the style of the page gives the colors.
 
 use std::fmt::Write;
 
@@ -8,7 +8,7 @@ pub struct Series {
     pub points: Vec<(f64, f64)>,
     /// From pale (0) to full (1).
     pub strength: f64,
-    /// Points to stand out.
+    /// Highlighted points.
     pub dots: Vec<(f64, f64)>,
 }
 
@@ -18,9 +18,9 @@ pub struct Axes {
     pub x_label: &'static str,
     pub y_label: &'static str,
     pub has_log_y: bool,
-    /// Where a vertical line stands.
+    /// Position of a vertical line.
     pub mark: Option<f64>,
-    /// Ends of the axes, where they are not those of the values.
+    /// Ends of the axes; the range of the values if none.
     pub x_range: Option<(f64, f64)>,
     pub y_range: Option<(f64, f64)>,
 }
@@ -32,15 +32,21 @@ const RIGHT: f64 = 10.0;
 const TOP: f64 = 8.0;
 const BOTTOM: f64 = 34.0;
 
-/// Lines over common axes.
+impl Axes {
+    /// A y value on the axis: its logarithm if the axis is logarithmic.
+    fn scaled(&self, y: f64) -> f64 {
+        if self.has_log_y { y.max(f64::MIN_POSITIVE).log10() } else { y }
+    }
+}
+
+/// Lines in one pair of axes.
 pub fn lines(series: &[Series], axes: &Axes) -> String {
-    let shown = |y: f64| if axes.has_log_y { y.max(f64::MIN_POSITIVE).log10() } else { y };
     let all = series.iter().flat_map(|s| s.points.iter().chain(&s.dots));
-    let (xs, ys): (Vec<f64>, Vec<f64>) = all.map(|&(x, y)| (x, shown(y))).filter(|(_, y)| y.is_finite()).unzip();
+    let (xs, ys): (Vec<f64>, Vec<f64>) = all.map(|&(x, y)| (x, axes.scaled(y))).filter(|(_, y)| y.is_finite()).unzip();
     let (x0, x1) = axes.x_range.unwrap_or_else(|| range(&xs));
-    let (y0, y1) = axes.y_range.map_or_else(|| range(&ys), |(low, high)| (shown(low), shown(high)));
+    let (y0, y1) = axes.y_range.map_or_else(|| range(&ys), |(low, high)| (axes.scaled(low), axes.scaled(high)));
     let x_of = |x: f64| LEFT + (x - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT);
-    let y_of = |y: f64| TOP + (y1 - shown(y).clamp(y0, y1)) / (y1 - y0) * (HEIGHT - TOP - BOTTOM);
+    let y_of = |y: f64| TOP + (y1 - axes.scaled(y).clamp(y0, y1)) / (y1 - y0) * (HEIGHT - TOP - BOTTOM);
     let mut svg = open(HEIGHT, axes.y_label);
     for tick in ticks(y0, y1) {
         let value = if axes.has_log_y { 10f64.powf(tick) } else { tick };
@@ -72,7 +78,7 @@ pub fn lines(series: &[Series], axes: &Axes) -> String {
     svg + "</svg>"
 }
 
-/// One row a name: what it was, and what it is.
+/// Two bars per row (name, before, after), with `text` of the second.
 pub fn bars(rows: &[(String, f64, f64)], text: impl Fn(f64) -> String) -> String {
     const ROW: f64 = 30.0;
     const NAMES: f64 = 110.0;
@@ -105,7 +111,7 @@ fn escaped(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('"', "&quot;")
 }
 
-/// Ends of an axis that hold all values, and are not one.
+/// Distinct ends of an axis that contain all values.
 fn range(values: &[f64]) -> (f64, f64) {
     let low = values.iter().copied().fold(f64::INFINITY, f64::min);
     let high = values.iter().copied().fold(f64::NEG_INFINITY, f64::max);
@@ -116,7 +122,7 @@ fn range(values: &[f64]) -> (f64, f64) {
     }
 }
 
-/// Round numbers between the ends, about five.
+/// About five round numbers between the ends.
 fn ticks(low: f64, high: f64) -> Vec<f64> {
     let rough = (high - low) / 5.0;
     let power = 10f64.powf(rough.log10().floor());

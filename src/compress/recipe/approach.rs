@@ -1,0 +1,288 @@
+//! The structure that replaces the targeted linears. Each setting exists only in the variants where it has an effect.
+
+use super::{CompensateRank, DepthWeight, FactorBits, Sensitivity};
+use crate::compress::allocate::Ranks;
+use crate::compress::compensate::Compensate;
+use crate::operator::Kind;
+use crate::quantize::Quant;
+
+/// The structure that replaces a weight `W` (out, in).
+#[derive(Debug, Clone, PartialEq)]
+pub enum Approach {
+    /// `W ≈ B·A`.
+    LowRank(LowRank),
+    /// `W ≈ Q`, or `W ≈ Q + B·A`.
+    Quantized(Quantized),
+}
+
+/// Low rank without a base.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LowRank {
+    pub allocation: Allocation,
+    pub storage: Storage,
+    /// μ in [0, 1] of the sequential mode; none: all linears are decomposed against the original inputs.
+    pub anchor: Option<f64>,
+    pub sharing: Sharing,
+}
+
+/// Whether linears that read the same input may share their right factor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sharing {
+    None,
+    /// Where the knapsack finds it better.
+    Offered,
+}
+
+/// How ranks are allocated.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Allocation {
+    /// The same rank for every linear, at most its full rank.
+    Fixed(usize),
+    /// A rank per linear.
+    PerLinear {
+        rule: Rule,
+        /// Share of the uniform rank that every linear of low rank keeps, in [0, 1].
+        floor: f64,
+        /// Ranks are multiples of this, at least 1.
+        multiple: usize,
+    },
+}
+
+/// An allocator with its limit.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Rule {
+    Uniform(Limit),
+    Welore(Limit),
+    /// Smallest ranks that keep the largest affordable share of the energy.
+    Energy(Limit),
+    /// Smallest ranks that keep this share of the energy; lower where the limit requires it.
+    EnergyShare(f64, Option<Limit>),
+    EffectiveRank(Limit),
+    Knapsack {
+        limit: Limit,
+        sensitivity: Sensitivity,
+        depth_weight: DepthWeight,
+    },
+}
+
+/// How a pair is stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Storage {
+    /// In the dtype of the weight.
+    Plain(Kind),
+    /// With the order of ranks beside it, so that truncation is exact (`--elastic`). Never factors, which have that order themselves.
+    Elastic(Kind),
+    /// As integers.
+    Quantized(Kind, FactorBits),
+}
+
+/// A quantized base per linear, with or without factors for its error.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Quantized {
+    pub bases: Bases,
+    /// Never `Measured`, whose probes truncate weights to a low rank.
+    pub sensitivity: Sensitivity,
+    /// γ of the depth weight.
+    pub gamma: f64,
+}
+
+/// Which quantizers, and which factors.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Bases {
+    /// The same for every linear; no budget.
+    Fixed { quant: Quant, factors: Option<Factors<usize>> },
+    /// The limit chooses a quantizer per linear and, with [`CompensateRank::Auto`], the rank of its factors.
+    Chosen { menu: Vec<Quant>, factors: Option<Factors<CompensateRank>>, limit: Limit },
+}
+
+/// Factors that compensate the error of a base.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Factors<R> {
+    pub method: Compensate,
+    pub rank: R,
+    /// Integers instead of the dtype of the weight.
+    pub bits: Option<FactorBits>,
+}
+
+/// A limit on the size of the output.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Limit {
+    /// Share of the parameters of the targeted linears; of their bytes where bases are quantized. In (0, 1].
+    Keep(f64),
+    /// Bytes of the weight files.
+    Bytes(u64),
+    /// Mean bits per weight of the targeted linears, in (0, 32].
+    Bits(f64),
+}
+
+/// The budget of allocators: a [`Limit`], or none.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Budget {
+    /// As [`Limit::Keep`].
+    Keep(f64),
+    /// As [`Limit::Bytes`].
+    Bytes(u64),
+    /// As [`Limit::Bits`].
+    Bits(f64),
+    /// The recipe gives ranks or quantizers itself.
+    None,
+}
+
+impl From<Option<Limit>> for Budget {
+    fn from(limit: Option<Limit>) -> Self {
+        match limit {
+            Some(Limit::Keep(share)) => Self::Keep(share),
+            Some(Limit::Bytes(bytes)) => Self::Bytes(bytes),
+            Some(Limit::Bits(bits)) => Self::Bits(bits),
+            None => Self::None,
+        }
+    }
+}
+
+impl Rule {
+    fn ranks(self) -> Ranks {
+        match self {
+            Self::Uniform(_) => Ranks::Uniform,
+            Self::Welore(_) => Ranks::Welore,
+            Self::Energy(_) => Ranks::Energy(None),
+            Self::EnergyShare(share, _) => Ranks::Energy(Some(share)),
+            Self::EffectiveRank(_) => Ranks::EffectiveRank,
+            Self::Knapsack { .. } => Ranks::Knapsack,
+        }
+    }
+
+    fn limit(self) -> Option<Limit> {
+        match self {
+            Self::Uniform(limit)
+            | Self::Welore(limit)
+            | Self::Energy(limit)
+            | Self::EffectiveRank(limit)
+            | Self::Knapsack { limit, .. } => Some(limit),
+            Self::EnergyShare(_, limit) => limit,
+        }
+    }
+}
+
+impl Bases {
+    fn menu(&self) -> &[Quant] {
+        match self {
+            Self::Fixed { quant, .. } => std::slice::from_ref(quant),
+            Self::Chosen { menu, .. } => menu,
+        }
+    }
+
+    fn factors(&self) -> Option<Factors<CompensateRank>> {
+        match self {
+            Self::Fixed { factors, .. } => factors.map(|Factors { method, rank, bits }| Factors {
+                method,
+                rank: CompensateRank::Fixed(rank),
+                bits,
+            }),
+            Self::Chosen { factors, .. } => *factors,
+        }
+    }
+}
+
+impl Approach {
+    /// The menu of quantizers; empty for low rank alone.
+    pub fn quant(&self) -> &[Quant] {
+        match self {
+            Self::LowRank(_) => &[],
+            Self::Quantized(quantized) => quantized.bases.menu(),
+        }
+    }
+
+    /// The factors that compensate a quantized base.
+    pub fn factors(&self) -> Option<Factors<CompensateRank>> {
+        match self {
+            Self::LowRank(_) => None,
+            Self::Quantized(quantized) => quantized.bases.factors(),
+        }
+    }
+
+    /// The allocator; a knapsack over quantizers and ranks where bases are quantized.
+    pub fn ranks(&self) -> Ranks {
+        match self {
+            Self::LowRank(LowRank { allocation: Allocation::Fixed(rank), .. }) => Ranks::Fixed(*rank),
+            Self::LowRank(LowRank { allocation: Allocation::PerLinear { rule, .. }, .. }) => rule.ranks(),
+            Self::Quantized(_) => Ranks::Knapsack,
+        }
+    }
+
+    /// The budget.
+    pub fn budget(&self) -> Budget {
+        match self {
+            Self::LowRank(LowRank { allocation: Allocation::PerLinear { rule, .. }, .. }) => rule.limit().into(),
+            Self::Quantized(Quantized { bases: Bases::Chosen { limit, .. }, .. }) => Some(*limit).into(),
+            Self::LowRank(_) | Self::Quantized(_) => Budget::None,
+        }
+    }
+
+    /// The layout of pairs.
+    pub fn layout(&self) -> Kind {
+        match self {
+            Self::LowRank(LowRank { storage, .. }) => match storage {
+                Storage::Plain(layout) | Storage::Elastic(layout) | Storage::Quantized(layout, _) => *layout,
+            },
+            Self::Quantized(_) => Kind::FACTORS,
+        }
+    }
+
+    /// The integers that pairs are stored as; none: in the dtype of the weight.
+    pub fn quant_factors(&self) -> Option<FactorBits> {
+        match self {
+            Self::LowRank(LowRank { storage: Storage::Quantized(_, bits), .. }) => Some(*bits),
+            Self::LowRank(_) => None,
+            Self::Quantized(_) => self.factors().and_then(|factors| factors.bits),
+        }
+    }
+
+    /// Where the knapsack takes its scale between linears from; none for other allocators.
+    pub fn sensitivity(&self) -> Option<Sensitivity> {
+        self.knapsack().map(|(sensitivity, _)| sensitivity)
+    }
+
+    /// The depth weight of the knapsack; 0 for other allocators.
+    pub fn depth_weight(&self) -> DepthWeight {
+        self.knapsack().map_or(DepthWeight::Fixed(0.0), |(_, depth_weight)| depth_weight)
+    }
+
+    fn knapsack(&self) -> Option<(Sensitivity, DepthWeight)> {
+        match self {
+            Self::LowRank(LowRank { allocation: Allocation::PerLinear { rule, .. }, .. }) => match rule {
+                Rule::Knapsack { sensitivity, depth_weight, .. } => Some((*sensitivity, *depth_weight)),
+                _ => None,
+            },
+            Self::LowRank(_) => None,
+            Self::Quantized(Quantized { sensitivity, gamma, .. }) => Some((*sensitivity, DepthWeight::Fixed(*gamma))),
+        }
+    }
+
+    /// Floor (a share of the uniform rank) and multiple of ranks that are allocated per linear.
+    pub fn rank_steps(&self) -> Option<(f64, usize)> {
+        match self {
+            Self::LowRank(LowRank { allocation: Allocation::PerLinear { floor, multiple, .. }, .. }) => {
+                Some((*floor, *multiple))
+            }
+            Self::LowRank(_) | Self::Quantized(_) => None,
+        }
+    }
+
+    /// μ of the sequential mode.
+    pub fn anchor(&self) -> Option<f64> {
+        match self {
+            Self::LowRank(low_rank) => low_rank.anchor,
+            Self::Quantized(_) => None,
+        }
+    }
+
+    /// Whether sharing right factors is on offer.
+    pub fn shares(&self) -> bool {
+        matches!(self, Self::LowRank(LowRank { sharing: Sharing::Offered, .. }))
+    }
+
+    /// Whether the order of ranks is stored beside the layout.
+    pub fn is_elastic(&self) -> bool {
+        matches!(self, Self::LowRank(LowRank { storage: Storage::Elastic(_), .. }))
+    }
+}

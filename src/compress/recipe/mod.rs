@@ -1,0 +1,203 @@
+//! The settings of a compression: [`RecipeOptions`], checked against each other, with the defaults filled in.
+
+mod approach;
+mod build;
+mod patterns;
+#[cfg(test)]
+mod tests;
+
+use std::path::{Path, PathBuf};
+
+use bytesize::ByteSize;
+
+use super::allocate::Ranks;
+use super::compensate::{Compensate, CompensateRank};
+pub use super::options::{FactorBits, Fused, RecipeOptions};
+use super::presets::{Form, Method};
+use super::scale::{DepthWeight, Sensitivity};
+use crate::calibrate::{Needs, WindowSettings};
+use crate::checkpoint::Dtype;
+use crate::formats::Format;
+use crate::operator::Kind;
+use crate::quantize::Quant;
+use crate::text::DEFAULT_FIELD;
+pub use approach::{Allocation, Approach, Bases, Budget, Factors, Limit, LowRank, Quantized, Rule, Sharing, Storage};
+pub use patterns::Patterns;
+
+/// Calibration windows where the user names no number.
+pub const DEFAULT_SAMPLES: usize = 64;
+/// Bytes of an output file at most, where the user names none.
+pub const DEFAULT_SHARD_BYTES: u64 = 4_000_000_000;
+
+/// Validated settings.
+#[derive(Debug, Clone)]
+pub struct Recipe {
+    /// Defines the metric of the approximation, or of the reported errors where bases are quantized.
+    pub method: Method,
+    pub approach: Approach,
+    /// Shares of their mean eigenvalues that Grams of inputs are damped with, in [0, 1].
+    pub damping_input: f64,
+    /// The same for Grams of output gradients.
+    pub damping_output: f64,
+    pub clip_gradients: bool,
+    pub fused: Fused,
+    pub targets: Patterns,
+    pub exclude: Patterns,
+    pub format: Format,
+    pub calibration: Option<WindowSettings>,
+    pub statistics: Option<PathBuf>,
+    pub max_shard_bytes: u64,
+}
+
+/// The settings of the approach, with neutral values for those that it does not have.
+impl Recipe {
+    /// The allocator.
+    pub fn ranks(&self) -> Ranks {
+        self.approach.ranks()
+    }
+
+    /// The budget.
+    pub fn budget(&self) -> Budget {
+        self.approach.budget()
+    }
+
+    /// The layout of pairs.
+    pub fn layout(&self) -> Kind {
+        self.approach.layout()
+    }
+
+    /// Where the knapsack takes its scale between linears from; none for other allocators.
+    pub fn sensitivity(&self) -> Option<Sensitivity> {
+        self.approach.sensitivity()
+    }
+
+    /// How much more errors of early blocks count.
+    pub fn depth_weight(&self) -> DepthWeight {
+        self.approach.depth_weight()
+    }
+
+    /// Share of the uniform rank that every linear of low rank keeps.
+    pub fn rank_floor(&self) -> f64 {
+        self.approach.rank_steps().map_or(0.0, |(floor, _)| floor)
+    }
+
+    /// Ranks are multiples of this.
+    pub fn rank_multiple(&self) -> usize {
+        self.approach.rank_steps().map_or(1, |(_, multiple)| multiple)
+    }
+
+    /// Whether pivots are stored with their order of ranks.
+    pub fn elastic(&self) -> bool {
+        self.approach.is_elastic()
+    }
+
+    /// Whether linears of one input may share their right factor.
+    pub fn share(&self) -> bool {
+        self.approach.shares()
+    }
+
+    /// μ, where blocks are compressed one after another.
+    pub fn anchor(&self) -> Option<f64> {
+        self.approach.anchor()
+    }
+
+    /// The menu of quantizers of bases; empty for low rank alone.
+    pub fn quant(&self) -> &[Quant] {
+        self.approach.quant()
+    }
+
+    /// The method that makes factors for the error of a base.
+    pub fn compensate(&self) -> Compensate {
+        self.approach.factors().map_or(Compensate::None, |factors| factors.method)
+    }
+
+    /// The rank of these factors.
+    pub fn compensate_rank(&self) -> CompensateRank {
+        self.approach.factors().map_or(CompensateRank::Auto, |factors| factors.rank)
+    }
+
+    /// The integers that pairs are stored as; none: in the dtype of the weight.
+    pub fn quant_factors(&self) -> Option<FactorBits> {
+        self.approach.quant_factors()
+    }
+}
+
+impl Recipe {
+    /// Whether factors of linears of `dtype` are rounded with feedback: those that are stored in 16 bits.
+    pub fn rounds(&self, dtype: Dtype) -> bool {
+        let is_stored = self.format == Format::Factored && self.quant_factors().is_none();
+        is_stored && matches!(dtype, Dtype::F16 | Dtype::BF16)
+    }
+
+    /// Whether a text is observed: for the metric, for measured sensitivities, or by the sequential mode.
+    fn uses_text(&self) -> bool {
+        self.measures_statistics() || self.probes() || self.anchor().is_some()
+    }
+
+    /// Whether logits of trial models are compared.
+    pub fn probes(&self) -> bool {
+        self.sensitivity() == Some(Sensitivity::Measured) || self.depth_weight() == DepthWeight::Auto
+    }
+
+    /// Files that a run reads besides the model.
+    pub fn inputs(&self) -> impl Iterator<Item = &Path> {
+        let text = self.calibration.iter().map(|settings| settings.text.as_path());
+        text.chain(self.statistics.as_deref())
+    }
+
+    /// Whether the metric's statistics are measured, and not read from a file.
+    pub fn measures_statistics(&self) -> bool {
+        self.needs() != Needs::default() && self.statistics.is_none()
+    }
+
+    /// The statistics that the metrics and quantizers need.
+    pub fn needs(&self) -> Needs {
+        let gptq = Needs { input_gram: self.quant().iter().any(|q| q.needs_gram()), ..Needs::default() };
+        self.method.preset().needs().union(self.compensate().preset().needs()).union(gptq)
+    }
+
+    /// The recipe in full, defaults written out, as options that give it again.
+    pub fn to_options(&self) -> RecipeOptions {
+        let calibration = self.calibration.as_ref();
+        let preset = self.method.preset();
+        let damping = |form: Form, value: f64| (form == Form::Gram).then_some(value);
+        let budget = self.budget();
+        let factors = self.approach.factors();
+        let steps = self.approach.rank_steps();
+        let is_quantized = !self.quant().is_empty();
+        RecipeOptions {
+            keep: if let Budget::Keep(keep) = budget { Some(keep) } else { None },
+            target_size: if let Budget::Bytes(bytes) = budget { Some(ByteSize(bytes)) } else { None },
+            bits: if let Budget::Bits(bits) = budget { Some(bits) } else { None },
+            quant: self.quant().to_vec(),
+            compensate: is_quantized.then_some(self.compensate()),
+            compensate_rank: factors.map(|factors| factors.rank),
+            quant_factors: self.quant_factors(),
+            method: Some(self.method),
+            ranks: Some(self.ranks()),
+            layout: Some(self.layout()),
+            sensitivity: self.sensitivity(),
+            depth_weight: (self.ranks() == Ranks::Knapsack).then_some(self.depth_weight()),
+            rank_floor: steps.map(|(floor, _)| floor),
+            rank_multiple: steps.map(|(_, multiple)| multiple),
+            targets: self.targets.texts.clone(),
+            exclude: self.exclude.texts.clone(),
+            format: Some(self.format),
+            calibration: calibration.map(|c| c.text.clone()),
+            statistics: self.statistics.clone(),
+            damping_input: damping(preset.input, self.damping_input),
+            damping_output: damping(preset.output, self.damping_output),
+            clip_gradients: self.clip_gradients.then_some(true),
+            elastic: self.elastic().then_some(true),
+            fused: Some(self.fused).filter(|fused| *fused != Fused::default()),
+            sequential: Some(self.anchor().is_some()),
+            share: self.share().then_some(true),
+            anchor: self.anchor(),
+            field: calibration.map(|c| c.field.clone()).filter(|field| field != DEFAULT_FIELD),
+            samples: calibration.map(|c| c.samples),
+            seq_len: calibration.and_then(|c| c.seq_len),
+            seed: calibration.map(|c| c.seed),
+            max_shard_size: Some(ByteSize(self.max_shard_bytes)),
+        }
+    }
+}

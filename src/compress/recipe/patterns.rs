@@ -1,0 +1,38 @@
+//! Globs on module names.
+
+use anyhow::Result;
+use globset::{Glob, GlobSet, GlobSetBuilder};
+
+use crate::error::Failure;
+
+/// Globs on module names.
+#[derive(Debug, Clone)]
+pub struct Patterns {
+    pub texts: Vec<String>,
+    set: GlobSet,
+}
+
+impl Patterns {
+    pub(super) fn new(flag: &str, texts: &[String]) -> Result<Self> {
+        let mut builder = GlobSetBuilder::new();
+        for text in texts {
+            builder.add(Glob::new(text).map_err(|e| Failure::usage(format!("{flag} `{text}` is not a glob: {e}")))?);
+        }
+        let set = builder.build().map_err(|e| Failure::usage(format!("{flag}: {e}")))?;
+        Ok(Self { texts: texts.to_vec(), set })
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.texts.is_empty()
+    }
+
+    pub fn matches(&self, module: &str) -> bool {
+        self.set.is_match(module)
+    }
+
+    /// The patterns that match none of `modules`: most likely misspelled.
+    pub fn unmatched<'a>(&'a self, modules: &[&str]) -> Vec<&'a str> {
+        let is_matched = |i: usize| modules.iter().any(|m| self.set.matches(m).contains(&i));
+        (0..self.texts.len()).filter(|&i| !is_matched(i)).map(|i| self.texts[i].as_str()).collect()
+    }
+}

@@ -1,0 +1,121 @@
+use super::*;
+
+fn check(options: RecipeOptions, expected: &str) {
+    let error = Recipe::new(&options).unwrap_err().to_string();
+    assert!(error.contains(expected), "{error}");
+}
+
+#[test]
+fn contradictions_are_usage_errors() {
+    let keep = |keep: f64| RecipeOptions { keep: Some(keep), ..Default::default() };
+    check(RecipeOptions::default(), "is missing");
+    check(keep(0.0), "outside (0, 1]");
+    check(keep(f64::NAN), "outside (0, 1]");
+    check(RecipeOptions { ranks: Some(Ranks::Fixed(8)), ..keep(0.5) }, "cannot be combined");
+    check(RecipeOptions { target_size: Some(ByteSize(9)), ..keep(0.5) }, "cannot be combined");
+    check(
+        RecipeOptions { target_size: Some(ByteSize(9)), format: Some(Format::Dense), ..Default::default() },
+        "full-size weights",
+    );
+    check(RecipeOptions { anchor: Some(0.5), ..keep(0.5) }, "no effect without `--sequential`");
+    check(RecipeOptions { sequential: Some(true), ..keep(0.5) }, "need `--calibration FILE`");
+    check(
+        RecipeOptions { sensitivity: Some(Sensitivity::Energy), ..keep(0.5) },
+        "no effect without `--ranks knapsack`",
+    );
+    check(RecipeOptions { depth_weight: Some(DepthWeight::Auto), ..keep(0.5) }, "no effect without `--ranks knapsack`");
+    check(RecipeOptions { damping_input: Some(0.1), ..keep(0.5) }, "no Gram of inputs");
+    check(RecipeOptions { clip_gradients: Some(true), ..keep(0.5) }, "no Gram of gradients");
+    check(
+        RecipeOptions { elastic: Some(true), layout: Some(Kind::FACTORS), ..keep(0.5) },
+        "`--elastic` has no effect with `--layout factors`",
+    );
+    check(RecipeOptions { rank_multiple: Some(0), ..keep(0.5) }, "at least 1");
+    check(RecipeOptions { rank_floor: Some(1.5), ..keep(0.5) }, "outside [0, 1]");
+    let statistics = Some(PathBuf::from("s"));
+    check(
+        RecipeOptions { statistics: statistics.clone(), method: Some(Method::Svd), ..keep(0.5) },
+        "nothing in it uses activations",
+    );
+    let unused = RecipeOptions { statistics, calibration: Some("t".into()), sequential: Some(false), ..keep(0.5) };
+    check(unused, "`--calibration` has no effect");
+    check(RecipeOptions { method: Some(Method::SvdLlm), ..keep(0.5) }, "needs `--calibration FILE`");
+    check(RecipeOptions { samples: Some(8), ..keep(0.5) }, "no effect without `--calibration FILE`");
+    let text = Some(PathBuf::from("t"));
+    check(
+        RecipeOptions { method: Some(Method::Svd), calibration: text.clone(), ..keep(0.5) },
+        "`--calibration` has no effect",
+    );
+    for seq_len in [0, 1] {
+        let short = RecipeOptions { seq_len: Some(seq_len), calibration: text.clone(), ..keep(0.5) };
+        check(short, "is too short");
+    }
+    check(RecipeOptions { samples: Some(0), calibration: text, ..keep(0.5) }, "at least 1");
+    check(RecipeOptions { targets: vec!["[".into()], ..keep(0.5) }, "not a glob");
+}
+
+#[test]
+fn flags_win_over_the_file() {
+    let file: RecipeOptions = toml::from_str("keep = 0.5\nranks = \"welore\"\nmax-shard-size = \"1 MiB\"").unwrap();
+    let flags = RecipeOptions { keep: Some(0.9), ..Default::default() };
+    let recipe = Recipe::new(&flags.or(file)).unwrap();
+    let found = (recipe.budget(), recipe.ranks(), recipe.max_shard_bytes);
+    assert_eq!(found, (Budget::Keep(0.9), Ranks::Welore, 1 << 20));
+    assert!(toml::from_str::<RecipeOptions>("kep = 0.5").is_err());
+}
+
+#[test]
+fn a_written_recipe_reads_back_the_same() {
+    let plain = RecipeOptions { keep: Some(0.7), ..Default::default() };
+    let calibrated = RecipeOptions {
+        target_size: Some(ByteSize(1_000_001)),
+        calibration: Some("text.txt".into()),
+        targets: vec!["*.mlp.*".into()],
+        max_shard_size: Some(ByteSize(123_456_789)),
+        sequential: Some(true),
+        depth_weight: Some(DepthWeight::Auto),
+        ..Default::default()
+    };
+    let full = RecipeOptions { ranks: Some(Ranks::Fixed(7)), ..Default::default() };
+    for options in [plain, calibrated, full] {
+        let full = Recipe::new(&options).unwrap().to_options();
+        let again: RecipeOptions = toml::from_str(&toml::to_string(&full).unwrap()).unwrap();
+        assert_eq!(again, full);
+        assert_eq!(Recipe::new(&again).unwrap().to_options(), full);
+    }
+}
+
+#[test]
+fn recipes_are_written_in_full_and_in_one_order() {
+    for (options, expected) in [
+        (
+            "ranks = \"uniform\"\nkeep = 0.7",
+            "keep = 0.7\nmethod = \"svd\"\nranks = \"uniform\"\nlayout = \"pivot\"\nrank-floor = 0.0\nrank-multiple = 1\n\
+             format = \"factored\"\nsequential = false\nmax-shard-size = \"4000000000 B\"\n",
+        ),
+        (
+            "quant-factors = \"int8\"\ncompensate = \"lorc\"\nbits = 5\nquant = [\"rtn-int4-g32\", \"rtn-int8-g32\"]",
+            "bits = 5.0\nquant = [\"rtn-int4-g32\", \"rtn-int8-g32\"]\ncompensate = \"lorc\"\ncompensate-rank = \"auto\"\n\
+             quant-factors = \"int8\"\nmethod = \"svd\"\nranks = \"knapsack\"\nlayout = \"factors\"\nsensitivity = \"energy\"\n\
+             depth-weight = \"0\"\nformat = \"factored\"\nsequential = false\nmax-shard-size = \"4000000000 B\"\n",
+        ),
+    ] {
+        let options: RecipeOptions = toml::from_str(options).unwrap();
+        assert_eq!(toml::to_string(&Recipe::new(&options).unwrap().to_options()).unwrap(), expected);
+    }
+}
+
+#[test]
+fn settings_are_neutral_where_the_approach_has_none() {
+    let recipe = |text: &str| Recipe::new(&toml::from_str(text).unwrap()).unwrap();
+    let fixed = recipe("ranks = \"fixed:8\"");
+    assert_eq!((fixed.budget(), fixed.rank_floor(), fixed.rank_multiple()), (Budget::None, 0.0, 1));
+    assert_eq!((fixed.sensitivity(), fixed.depth_weight()), (None, DepthWeight::Fixed(0.0)));
+    assert_eq!((fixed.quant(), fixed.compensate()), (&[][..], Compensate::None));
+    let quantized = recipe("quant = [\"rtn-int4-g32\"]\ncompensate = \"lorc\"\ncompensate-rank = \"4\"");
+    assert_eq!((quantized.budget(), quantized.ranks()), (Budget::None, Ranks::Knapsack));
+    assert_eq!((quantized.layout(), quantized.anchor(), quantized.elastic()), (Kind::FACTORS, None, false));
+    assert_eq!(quantized.compensate_rank(), CompensateRank::Fixed(4));
+    let energy = recipe("ranks = \"energy:0.9\"");
+    assert_eq!((energy.budget(), energy.rank_multiple()), (Budget::None, 1));
+}
