@@ -18,6 +18,8 @@
 
 pub mod calibrate;
 pub mod checkpoint;
+// The one room that prints.
+#[allow(clippy::disallowed_methods)]
 pub mod cli;
 pub mod compress;
 pub mod error;

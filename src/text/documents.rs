@@ -2,17 +2,14 @@
 //! text is one document.
 
 use std::path::Path;
-use std::sync::Arc;
 
 use anyhow::Result;
-use bytes::Bytes;
-use parquet::file::reader::{FileReader, SerializedFileReader};
-use parquet::record::Field;
-use parquet::schema::types::Type;
 use serde_json::{Map, Value};
 
 use super::chat;
 use super::kind::{self, Kind};
+#[cfg(feature = "parquet")]
+use super::parquet::read as from_parquet;
 use super::shape;
 use super::source::{Source, unpacked};
 use crate::checkpoint::json::parse_as_null;
@@ -113,50 +110,11 @@ fn document(value: Value, field: &str, place: impl Fn() -> String) -> Result<Doc
     Err(absent().into())
 }
 
-fn from_parquet(path: &Path, bytes: Vec<u8>, field: &str) -> Result<Vec<Document>> {
-    let broken = |e: &dyn std::fmt::Display| Failure::unsupported(format!("`{}` cannot be read: {e}", path.display()));
-    let reader = SerializedFileReader::new(Bytes::from(bytes)).map_err(|e| broken(&e))?;
-    let schema = reader.metadata().file_metadata().schema();
-    let column = |name: &str| schema.get_fields().iter().find(|column| column.name() == name);
-    let with_messages = || column(chat::MESSAGES).filter(|_| field == DEFAULT_FIELD);
-    let Some(column) = column(field).or_else(with_messages) else {
-        let names: Vec<&str> = schema.get_fields().iter().map(|column| column.name()).collect();
-        let message = format!("`{}` has no column `{field}`, but {}", path.display(), names.join(", "));
-        return Err(Failure::unsupported(message).hint(FIELD_HINT).into());
-    };
-    let name = column.name().to_string();
-    let projection = Type::group_type_builder(schema.name()).with_fields(vec![Arc::clone(column)]).build();
-    let rows = reader.get_row_iter(Some(projection.map_err(|e| broken(&e))?)).map_err(|e| broken(&e))?;
-    let document = |(i, row): (usize, parquet::errors::Result<parquet::record::Row>)| -> Result<Document> {
-        let row = row.map_err(|e| broken(&e))?;
-        match row.get_column_iter().next() {
-            Some((_, Field::Str(text))) => Ok(Document::Text(text.clone())),
-            Some((_, Field::Null)) | None => Ok(Document::Text(String::new())),
-            Some((_, messages @ Field::ListInternal(_))) if name == chat::MESSAGES => {
-                let fields = Map::from_iter([(name.clone(), value_of(messages))]);
-                Ok(Document::Chat(format!("row {i} of `{}`", path.display()), fields))
-            }
-            Some(_) => {
-                let message = format!("column `{name}` of `{}` holds no text", path.display());
-                Err(Failure::unsupported(message).hint(FIELD_HINT).into())
-            }
-        }
-    };
-    rows.enumerate().map(document).collect()
-}
-
-/// What messages are made of.
-fn value_of(field: &Field) -> Value {
-    match field {
-        Field::Str(text) => Value::from(text.as_str()),
-        Field::Bool(flag) => Value::from(*flag),
-        Field::Int(n) => Value::from(*n),
-        Field::Long(n) => Value::from(*n),
-        Field::Double(x) => Value::from(*x),
-        Field::ListInternal(list) => list.elements().iter().map(value_of).collect(),
-        Field::Group(row) => row.get_column_iter().map(|(name, field)| (name.clone(), value_of(field))).collect(),
-        _ => Value::Null,
-    }
+#[cfg(not(feature = "parquet"))]
+fn from_parquet(path: &Path, _: Vec<u8>, _: &str) -> Result<Vec<Document>> {
+    let message =
+        format!("`{}` is a Parquet file, and this `lrc` was built without the feature `parquet`", path.display());
+    Err(Failure::unsupported(message).hint("build with `--features parquet`, or convert the text to `.jsonl`").into())
 }
 
 #[cfg(test)]
