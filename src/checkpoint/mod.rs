@@ -114,6 +114,15 @@ pub(crate) struct ShardIndex {
 impl Checkpoint {
     /// Opens a folder (or one `.safetensors` file) and checks every header.
     ///
+    /// ```
+    /// # fn main() -> Result<(), lrc::checkpoint::CheckpointError> {
+    /// let checkpoint = lrc::checkpoint::Checkpoint::open("fixtures/tiny-llama".as_ref())?;
+    /// let shape = &checkpoint.require("model.embed_tokens.weight")?.shape; // (vocab_size, hidden_size)
+    /// assert_eq!(checkpoint.values("model.embed_tokens.weight")?.len(), shape[0] * shape[1]);
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
     /// # Errors
     /// See [`CheckpointError`]: each rule of the format has its own.
     pub fn open(path: &Path) -> Result<Self> {

@@ -18,6 +18,13 @@ use crate::quantize::{Levels, Quant, Scheme};
 use crate::text::read_recipe;
 
 /// What a user may say; everything is optional, and the defaults are in [`super::recipe::Recipe::new`].
+///
+/// ```
+/// use lrc::compress::recipe::{Recipe, RecipeOptions};
+///
+/// let options = RecipeOptions { keep: Some(1.2), ..RecipeOptions::default() };
+/// assert!(Recipe::new(&options).is_err(), "a share is at most 1");
+/// ```
 #[derive(Debug, Clone, Default, PartialEq, Args, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 pub struct RecipeOptions {
