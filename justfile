@@ -11,7 +11,7 @@ check:
 
 # The library's tests and the suite, or the part of the suite that NAME names: `just test eval::`
 test NAME='':
-    cargo test --release --lib --bins --tests -- {{NAME}}
+    cargo test --release --lib --tests -- {{NAME}}
 
 # Tests that need something beside the repository: a browser, models, a terminal
 test-ignored NAME='':
