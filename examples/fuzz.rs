@@ -10,6 +10,8 @@
 //! written to `fuzz-TARGET-SEED-NUMBER` in the current folder; moved to `tests/corpus/TARGET/`, it is run by `tests/hostile.rs` from
 //! then on.
 
+#![allow(clippy::disallowed_methods, clippy::print_stdout, clippy::unwrap_used)]
+
 #[path = "../tests/fuzz/mod.rs"]
 mod fuzz;
 

@@ -2,6 +2,8 @@
 //!
 //! What `benchmarks/gptq.py` holds torch against. Two matrices are worked on at once, one thread each, as `lrc compress` does.
 
+#![allow(clippy::print_stdout)]
+
 use std::path::Path;
 use std::time::Instant;
 

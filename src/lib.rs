@@ -1,25 +1,95 @@
-//! `lrc` makes Hugging Face checkpoints smaller with low-rank structure: `W ≈ B·A` in a metric, under a budget.
+//! `lrc` makes Hugging Face checkpoints smaller: it replaces linear layers by low-rank factors, by quantized matrices, or by
+//! both, `W ≈ Q + B·A`, in a metric of your choice and under a budget.
+//!
+//! The command line is one user of this library. [`compress::compress`] is what `lrc compress` runs, [`eval::perplexity`] what
+//! `lrc eval` runs:
+//!
+//! ```
+//! use std::path::Path;
+//!
+//! use lrc::checkpoint::Checkpoint;
+//! use lrc::compress::recipe::{Recipe, RecipeOptions};
+//! use lrc::compress::{Job, compress};
+//! use lrc::progress::Silent;
+//!
+//! # fn main() -> anyhow::Result<()> {
+//! # let folder = tempfile::tempdir()?;
+//! # let output = folder.path().join("out");
+//! let recipe = Recipe::new(&RecipeOptions { keep: Some(0.8), ..RecipeOptions::default() })?;
+//! let checkpoint = Checkpoint::open(Path::new("fixtures/tiny-llama"))?;
+//! let job = Job {
+//!     checkpoint: &checkpoint,
+//!     source: "fixtures/tiny-llama", // as reports name it
+//!     recipe: &recipe,
+//!     output: &output, // appears whole or not at all
+//!     force: false,
+//!     restart: false,
+//!     memory_bytes: 1 << 30,
+//! };
+//! let report = compress(&job, &Silent)?;
+//! assert!(report.keep > 0.79 && report.keep <= 0.8);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! Perplexity in a convention of your choice, with a second model to compare with:
+//!
+//! ```no_run
+//! use std::path::Path;
+//!
+//! use lrc::checkpoint::Checkpoint;
+//! use lrc::eval::conventions::Convention;
+//! use lrc::eval::{EvalSettings, Reference, perplexity};
+//! use lrc::progress::Silent;
+//! use lrc::text::Bos;
+//!
+//! # fn main() -> anyhow::Result<()> {
+//! let original = Checkpoint::open(Path::new("MODEL"))?;
+//! let compressed = Checkpoint::open(Path::new("OUT"))?;
+//! let settings = EvalSettings {
+//!     model: "OUT".into(),
+//!     text: "held-out.txt".into(),
+//!     field: "text".into(),
+//!     convention: Convention::Gptq,
+//!     seq_len: None, // the convention's own
+//!     stride: None,
+//!     max_windows: Some(20),
+//!     bos: Bos::Auto,
+//!     memory_bytes: 1 << 30,
+//! };
+//! let reference = Reference { checkpoint: &original, name: "MODEL" };
+//! let report = perplexity(&compressed, Some(&reference), &settings, &Silent)?;
+//! println!("{:.3}", report.ppl);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! Errors are [`anyhow::Error`]s; [`error::exit_class`] says of what kind one is, and [`error::hint`] what a user can do.
 //!
 //! | room | what it knows |
 //! |---|---|
 //! | [`checkpoint`] | files on disk: names, dtypes, shapes, bytes |
 //! | [`codecs`] | byte layouts of quantized weights: the reader and the writer of each |
-//! | [`model`] | what the tensors mean; a decoder that runs a block at a time |
+//! | [`model`] | what the tensors mean; a decoder that runs one block at a time |
 //! | [`text`] | a model's tokenizer, windows of tokens |
 //! | [`calibrate`] | what flows through the linears |
 //! | [`linalg`] | dense numerical routines |
-//! | [`compress`] | recipe, kernel, metrics, allocation of ranks |
-//! | [`formats`] | how a compressed model is laid down for a runtime |
-//! | [`eval`] | perplexity |
+//! | [`quantize`] | quantized matrices and how they are made |
+//! | [`compress`] | recipe, metrics, decomposition, allocation of ranks |
+//! | [`formats`] | how a compressed model is stored for a runtime |
+//! | [`export`] | one format into another |
+//! | [`eval`] | perplexity and divergence |
 //! | [`inspect`] | spectra |
 //! | [`report`] | what the commands found, as records |
 //! | [`cli`] | flags, progress bars, tables; the only room that prints |
 //!
-//! The map with its arrows and invariants is `docs/architecture.md`.
+//! The map of the code with its dependencies and invariants is `docs/architecture.md`.
 
 pub mod approx;
 pub mod calibrate;
 pub mod checkpoint;
+// The one room that prints.
+#[allow(clippy::disallowed_methods)]
 #[cfg(feature = "cli")]
 pub mod cli;
 pub mod codecs;

@@ -287,17 +287,18 @@ fn blocks_behind_the_last_one_are_passed_through_and_told_of() {
     common::ok(&named);
 }
 
-fn stories_perplexity(model: &str, bos: &str) -> Option<(f64, u64)> {
-    let model = beside(&format!("models/stories260K/{model}"))?;
-    let text = beside("text/tinystories-eval-small.txt")?;
+fn stories_perplexity(model: &str, bos: &str) -> (f64, u64) {
+    let model = beside(&format!("models/stories260K/{model}"));
+    let text = beside("text/tinystories-eval-small.txt");
     let (model, text) = (model.to_str().unwrap(), text.to_str().unwrap());
     let run = lrc(&["eval", model, "--text", text, "--seq-len", "512", "--bos", bos, "--json"]);
     let report = run.json();
-    Some((report["ppl"].as_f64()?, report["scored_tokens"].as_u64()?))
+    (report["ppl"].as_f64().unwrap(), report["scored_tokens"].as_u64().unwrap())
 }
 
 /// Perplexities of a trained Llama by others, computed by transformers in f32.
 #[test]
+#[ignore = "needs ../shared/models/stories260K and ../shared/text"]
 fn perplexity_equals_that_of_transformers() {
     for (model, bos, expected) in [
         ("f32", "auto", 4.40181),
@@ -305,7 +306,7 @@ fn perplexity_equals_that_of_transformers() {
         ("f16", "never", 4.40272),
         ("f32-sharded3", "auto", 4.40181),
     ] {
-        let Some((ppl, scored_tokens)) = stories_perplexity(model, bos) else { return };
+        let (ppl, scored_tokens) = stories_perplexity(model, bos);
         assert_eq!(scored_tokens, 99_134);
         assert!((ppl - expected).abs() < 1.5e-5, "{model} {bos}: {ppl}, expected {expected}");
     }

@@ -38,33 +38,31 @@ fn logs_can_be_lines_of_json() {
     assert_eq!(run.json()["linear"]["count"], 28, "the report alone is on stdout");
 }
 
-/// Runs under a terminal of its own; says so where there is none to be had.
-fn on_a_terminal(line: &str, no_color: bool) -> Option<String> {
+/// Runs under a terminal of its own.
+fn on_a_terminal(line: &str, no_color: bool) -> String {
     let mut script = Command::new("script");
     script.args(["-qec", line, "/dev/null"]).current_dir(env!("CARGO_MANIFEST_DIR")).env("TERM", "xterm-256color");
     script.env_remove("NO_COLOR").env_remove("CLICOLOR_FORCE");
     if no_color {
         script.env("NO_COLOR", "1");
     }
-    let Ok(output) = script.output() else {
-        eprintln!("skipped: `script` (util-linux) is not there");
-        return None;
-    };
+    let output = script.output().expect("this test needs `script` (util-linux)");
     assert!(output.status.success());
-    Some(String::from_utf8(output.stdout).unwrap())
+    String::from_utf8(output.stdout).unwrap()
 }
 
 #[test]
 #[cfg(target_os = "linux")]
+#[ignore = "needs `script` (util-linux)"]
 fn terminals_have_bars_and_colour_and_can_do_without() {
     const COLOUR: &str = "\u{1b}[48;5;";
     let lrc = env!("CARGO_BIN_EXE_lrc");
     let inspect = format!("{lrc} inspect {FIXTURE}");
-    let Some(shown) = on_a_terminal(&inspect, false) else { return };
+    let shown = on_a_terminal(&inspect, false);
     assert!(shown.contains(COLOUR) && shown.contains("inspect ") && !shown.contains('▓'), "{shown}");
-    let plain = on_a_terminal(&inspect, true).unwrap();
+    let plain = on_a_terminal(&inspect, true);
     assert!(!plain.contains(COLOUR) && plain.contains('▓'), "{plain}");
-    let quiet = on_a_terminal(&format!("{inspect} -q"), false).unwrap();
+    let quiet = on_a_terminal(&format!("{inspect} -q"), false);
     assert!(!quiet.contains("eta"), "{quiet}");
 }
 

@@ -6,6 +6,8 @@
 //!
 //! Takes some minutes on two cores. The model runs through the library's own decoder, with its differentiable kernels.
 
+#![allow(clippy::print_stdout)]
+
 mod grammar;
 
 use std::collections::{HashMap, HashSet};

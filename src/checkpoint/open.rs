@@ -38,6 +38,15 @@ pub struct Checkpoint {
 impl Checkpoint {
     /// Opens a folder of safetensors (or one such file) and checks every header.
     ///
+    /// ```
+    /// # fn main() -> Result<(), lrc::checkpoint::CheckpointError> {
+    /// let checkpoint = lrc::checkpoint::Checkpoint::open("fixtures/tiny-llama".as_ref())?;
+    /// let shape = &checkpoint.require("model.embed_tokens.weight")?.shape; // (vocab_size, hidden_size)
+    /// assert_eq!(checkpoint.values("model.embed_tokens.weight")?.len(), shape[0] * shape[1]);
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
     /// # Errors
     /// Every rule of the format has its own [`CheckpointError`]. GGUF files need [`Self::open_with`].
     pub fn open(path: &Path) -> Result<Self> {

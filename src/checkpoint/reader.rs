@@ -67,6 +67,7 @@ impl Shard {
         // SAFETY: the map is read-only and private to this process. Another process that truncates the file
         // while we read could end us with SIGBUS, as it would end every program that maps checkpoints;
         // nothing in this process writes to it.
+        #[allow(unsafe_code)]
         let map = unsafe { Mmap::map(&file) }.map_err(io("map", path))?;
         refuse_pointer(path, &map)?;
         Ok(Self { path: path.to_path_buf(), map })
@@ -87,6 +88,7 @@ impl Shard {
         if end > begin {
             // SAFETY: the map is a shared read-only file mapping, so dropped pages are read again from the
             // file with the same content; no reference into the map changes its value.
+            #[allow(unsafe_code)]
             let result = unsafe { self.map.unchecked_advise_range(UncheckedAdvice::DontNeed, begin, end - begin) };
             if let Err(error) = result {
                 tracing::debug!(path = %self.path.display(), %error, "madvise was refused");

@@ -92,6 +92,8 @@ pub fn view(checkpoint: Checkpoint, recipe: &Recipe) -> Result<Checkpoint> {
 
 /// Runs a compression: measure, decompose, allocate, write. What a run that was killed has finished is not done again.
 ///
+/// There is an example at the top of the crate's documentation.
+///
 /// # Errors
 /// Anything wrong with the source, the recipe or the disk; the output folder then does not appear. Where a resource is at
 /// fault, what is finished stays beside it, for the next run of the same job.

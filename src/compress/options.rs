@@ -50,6 +50,13 @@ impl<T> Setting for Vec<T> {
 macro_rules! recipe_options {
     ($($(#[$attribute:meta])* $option:ident: $type:ty, $heading:literal [$($argument:tt)*],)*) => {
         /// The options of a compression. All are optional; [`Recipe::new`](super::recipe::Recipe::new) fills in the defaults.
+        ///
+        /// ```
+        /// use lrc::compress::recipe::{Recipe, RecipeOptions};
+        ///
+        /// let options = RecipeOptions { keep: Some(1.2), ..RecipeOptions::default() };
+        /// assert!(Recipe::new(&options).is_err(), "a share is at most 1");
+        /// ```
         #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
         #[cfg_attr(feature = "cli", derive(clap::Args))]
         #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]

@@ -2,18 +2,14 @@
 //! file is one document.
 
 use std::path::Path;
-use std::sync::Arc;
 
 use anyhow::Result;
-use bytes::Bytes;
-use parquet::errors::ParquetError;
-use parquet::file::reader::{FileReader, SerializedFileReader};
-use parquet::record::Field;
-use parquet::schema::types::Type;
 use serde_json::{Map, Value};
 
 use super::chat;
 use super::kind::{self, Kind};
+#[cfg(feature = "parquet")]
+use super::parquet::read as from_parquet;
 use super::shape;
 use super::source::{Source, unpacked};
 use crate::checkpoint::json::parse_as_null;
@@ -131,47 +127,11 @@ fn document(value: Value, field: &str, place: impl Fn() -> String) -> Result<Doc
     Err(absent().into())
 }
 
-fn from_parquet(path: &Path, bytes: Vec<u8>, field: &str) -> Result<Vec<Document>> {
-    let broken = |e: ParquetError| Failure::unsupported(format!("`{}` cannot be read: {e}", path.display()));
-    let reader = SerializedFileReader::new(Bytes::from(bytes)).map_err(broken)?;
-    let schema = reader.metadata().file_metadata().schema();
-    let column = |name: &str| schema.get_fields().iter().find(|column| column.name() == name);
-    let messages = column(chat::MESSAGES).filter(|_| field == DEFAULT_FIELD);
-    let Some(column) = column(field).or(messages) else {
-        let names: Vec<&str> = schema.get_fields().iter().map(|column| column.name()).collect();
-        let message = format!("`{}` has no column `{field}`; its columns are {}", path.display(), names.join(", "));
-        return Err(Failure::unsupported(message).hint(FIELD_HINT).into());
-    };
-    let name = column.name().to_string();
-    let projection = Type::group_type_builder(schema.name()).with_fields(vec![Arc::clone(column)]).build();
-    let rows = reader.get_row_iter(Some(projection.map_err(broken)?)).map_err(broken)?;
-    let documents = rows.enumerate().map(|(i, row)| match row.map_err(broken)?.get_column_iter().next() {
-        Some((_, Field::Str(text))) => Ok(Document::Text(text.clone())),
-        Some((_, Field::Null)) | None => Ok(Document::Text(String::new())),
-        Some((_, messages @ Field::ListInternal(_))) if name == chat::MESSAGES => {
-            let fields = Map::from_iter([(name.clone(), value_of(messages))]);
-            Ok(Document::Chat(format!("row {i} of `{}`", path.display()), fields))
-        }
-        Some(_) => {
-            let message = format!("column `{name}` of `{}` is not text", path.display());
-            Err(Failure::unsupported(message).hint(FIELD_HINT).into())
-        }
-    });
-    documents.collect()
-}
-
-/// Converts messages to JSON.
-fn value_of(field: &Field) -> Value {
-    match field {
-        Field::Str(text) => Value::from(text.as_str()),
-        Field::Bool(flag) => Value::from(*flag),
-        Field::Int(n) => Value::from(*n),
-        Field::Long(n) => Value::from(*n),
-        Field::Double(x) => Value::from(*x),
-        Field::ListInternal(list) => list.elements().iter().map(value_of).collect(),
-        Field::Group(row) => row.get_column_iter().map(|(name, field)| (name.clone(), value_of(field))).collect(),
-        _ => Value::Null,
-    }
+#[cfg(not(feature = "parquet"))]
+fn from_parquet(path: &Path, _: Vec<u8>, _: &str) -> Result<Vec<Document>> {
+    let message =
+        format!("`{}` is a Parquet file, and this `lrc` was built without the feature `parquet`", path.display());
+    Err(Failure::unsupported(message).hint("build with `--features parquet`, or convert the text to `.jsonl`").into())
 }
 
 #[cfg(test)]

@@ -3,6 +3,8 @@
 mod chat;
 mod documents;
 mod kind;
+#[cfg(feature = "parquet")]
+mod parquet;
 mod shape;
 mod source;
 

@@ -63,14 +63,11 @@ pub fn perplexity(model: &str, text: &str, seq_len: &str) -> f64 {
     ok(&["eval", model, "--text", text, "--seq-len", seq_len, "--json"]).json()["ppl"].as_f64().unwrap()
 }
 
-/// Something that stands beside the project on a developer's machine; says so when it does not.
-pub fn beside(name: &str) -> Option<PathBuf> {
+/// A model or a text that is not part of this repository, from `../shared` beside it. Tests that use one are ignored.
+pub fn beside(name: &str) -> PathBuf {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared").join(name);
-    if path.exists() {
-        return Some(path);
-    }
-    eprintln!("skipped: `../shared/{name}` is not there");
-    None
+    assert!(path.exists(), "this test needs `../shared/{name}`");
+    path
 }
 
 /// Copies a folder of plain files.
