@@ -15,7 +15,7 @@ use crate::progress::Progress;
 use crate::quantize::Storage;
 use crate::report::card::{self, Loading};
 use crate::report::page::PAGE_FILE;
-use crate::report::{ExportReport, LRC_VERSION, REPORT_FILE, SCHEMA_VERSION};
+use crate::report::{ExportReport, LRC_VERSION, REPORT_FILE, SCHEMA_VERSION, publish};
 
 /// An export.
 pub struct ExportJob<'a> {
@@ -87,10 +87,8 @@ pub fn export(job: &ExportJob<'_>, progress: &dyn Progress) -> Result<ExportRepo
         output_files: Default::default(),
         elapsed_seconds: 0.0,
     };
-    folder.write("README.md", card::render_export(&report, checkpoint, &loading).as_bytes())?;
-    report.output_files = folder.hashes(REPORT_FILE)?;
-    report.elapsed_seconds = started.elapsed().as_secs_f64();
-    folder.write(REPORT_FILE, (serde_json::to_string_pretty(&report)? + "\n").as_bytes())?;
+    let card = card::render_export(&report, checkpoint, &loading);
+    publish(&folder, &mut report, &[("README.md", card)], started)?;
     folder.finish()?;
     Ok(report)
 }

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use anyhow::{Context, Result};
 use candle_core::{Tensor, Var};
 
-use super::observe::{Keep, Observation, Pass, named, settle};
+use super::pieces::{Keep, Observation, Pass, named, settle};
 use super::statistics::Sums;
 use super::windows::Targets;
 use crate::error::{Failure, NON_FINITE_HINT};

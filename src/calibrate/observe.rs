@@ -3,22 +3,14 @@
 use std::time::Instant;
 
 use anyhow::{Context, Result};
-use serde_json::json;
 
 use super::backward;
+use super::pieces::{Keep, Observation, Pass, named, settle};
 use super::statistics::{Needs, Sums};
 use super::windows::Targets;
 use crate::model::{Decoder, Hidden, Walk, WalkLimits};
 use crate::progress::Progress;
-use crate::store::{Array, Journal, Piece, Values};
-
-/// The statistics to collect.
-#[derive(Debug, Clone, Copy)]
-pub struct Observation {
-    pub needs: Needs,
-    /// Whether per-token gradients are clipped.
-    pub clip_gradients: bool,
-}
+use crate::store::Journal;
 
 /// Seconds of a calibration.
 #[derive(Debug, Clone, Copy, Default)]
@@ -26,9 +18,6 @@ pub struct Seconds {
     pub forward: f64,
     pub backward: f64,
 }
-
-/// Receives the statistics of one block after another, by name: of inputs in the forward pass, of gradients in the backward pass.
-pub type Keep<'a> = dyn FnMut(Vec<(String, Array)>) -> Result<()> + 'a;
 
 /// Runs windows forward through the model, and the gradient of the summed loss of their targets backward if it is needed.
 ///
@@ -95,23 +84,6 @@ pub fn observe(
     Ok(Seconds { forward, backward })
 }
 
-/// A pass through the model.
-#[derive(Debug, Clone, Copy)]
-pub(super) enum Pass {
-    Forward,
-    Backward,
-}
-
-impl Pass {
-    /// The key of the sums of a block in the journal.
-    pub fn key(self, block_idx: usize) -> String {
-        match self {
-            Self::Forward => format!("forward-{block_idx}"),
-            Self::Backward => format!("backward-{block_idx}"),
-        }
-    }
-}
-
 fn remove_states(journal: &Journal, blocks: impl IntoIterator<Item = usize>) {
     blocks.into_iter().for_each(|block_idx| journal.remove(&format!("states-{block_idx}")));
 }
@@ -126,17 +98,4 @@ fn replay(journal: &Journal, n_blocks: usize, needs: Needs, keep: &mut Keep<'_>)
     }
     remove_states(journal, 0..n_blocks);
     Ok(Seconds::default())
-}
-
-/// Stores the sums of a block in the journal.
-pub(super) fn settle(journal: &Journal, pass: Pass, block_idx: usize, sums: Sums) -> Result<Vec<(String, Array)>> {
-    let sums = sums.pack(block_idx)?.into_iter().map(|(name, values)| (name, Values::from(values)));
-    let (names, arrays): (Vec<String>, Vec<Values>) = sums.unzip();
-    named(journal.put(&pass.key(block_idx), json!(names), arrays)?)
-}
-
-/// The sums in a piece.
-pub(super) fn named(piece: Piece) -> Result<Vec<(String, Array)>> {
-    let names: Vec<String> = serde_json::from_value(piece.fields.clone())?;
-    Ok(names.into_iter().zip(piece.rest()).collect())
 }

@@ -5,19 +5,19 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
-use std::sync::{Mutex, MutexGuard};
+use std::sync::Mutex;
 
 use anyhow::{Context, Result};
 use faer::Mat;
 use serde::{Deserialize, Serialize};
-use serde_json::json;
 
-use super::observe::{Observation, Pass, named};
+use super::measured::{Measured, diagonal, diagonal_name, lock};
+use super::pieces::Observation;
 use super::statistics::{Key, Needs, unpack_gram};
 use crate::checkpoint::{Checkpoint, Dtype, Fingerprint, TensorSpec, cast, check_file, write_file};
 use crate::error::Failure;
 use crate::model::{InputSite, LinearId};
-use crate::store::{Array, Journal, Spool, Spooled, Values};
+use crate::store::{Array, Journal, Spool};
 
 /// The origin of the sums.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -106,60 +106,13 @@ enum Source {
     File(Box<Checkpoint>),
 }
 
-/// Statistics that were measured by this run.
-struct Measured {
-    spool: Spool,
-    arrays: BTreeMap<String, Spooled>,
-}
-
-impl Measured {
-    fn keep(&mut self, name: String, values: Array) -> Result<()> {
-        let kept = self.spool.push(values)?;
-        self.arrays.insert(name, kept);
-        Ok(())
-    }
-
-    fn release(&mut self, name: &str) {
-        if let Some(array) = self.arrays.remove(name) {
-            self.spool.release(array);
-        }
-    }
-
-    fn array(&mut self, name: &str) -> Result<Vec<f32>> {
-        let array = self.arrays.get(name).with_context(|| format!("statistic `{name}` was not measured"))?;
-        self.spool.get(array)?.f32s()
-    }
-
-    /// The diagonal of a Gram that was dropped.
-    fn forgotten(&mut self, name: &str) -> Result<Option<Vec<f32>>> {
-        let Some(array) = self.arrays.get(&diagonal_name(name)) else { return Ok(None) };
-        self.spool.get(array)?.f32s().map(Some)
-    }
-}
-
-fn lock(measured: &Mutex<Measured>) -> MutexGuard<'_, Measured> {
-    measured.lock().expect("invariant: no holder of the statistics panics")
-}
-
-/// Where the diagonal of a dropped Gram is.
-fn diagonal_name(name: &str) -> String {
-    format!("{name}.diagonal")
-}
-
-/// The diagonal of a packed Gram.
-fn diagonal(values: &[f32]) -> Vec<f32> {
-    let ends = (0..).map(|i| i * (i + 3) / 2).take_while(|&at| at < values.len());
-    ends.map(|at| values[at]).collect()
-}
-
 const HEADER: &str = "header";
 
 impl Statistics {
     /// Empty statistics. They are held in memory up to `memory_bytes`, and beyond that in a file in `work_folder`.
     pub fn new(header: Header, memory_bytes: usize, work_folder: &Path) -> Self {
         let spool = Spool::new(memory_bytes, work_folder.into());
-        let measured = Measured { spool, arrays: BTreeMap::new() };
-        Self { header, source: Source::Measured(Mutex::new(measured)), pooled: Mutex::default() }
+        Self { header, source: Source::Measured(Mutex::new(Measured::new(spool))), pooled: Mutex::default() }
     }
 
     /// Adds the sums of a block.
@@ -180,31 +133,10 @@ impl Statistics {
     /// # Errors
     /// The piece cannot be read or written.
     pub fn forget_inputs(&self, journal: &Journal, block: usize, sites: &BTreeSet<InputSite>) -> Result<()> {
-        let Source::Measured(measured) = &self.source else { return Ok(()) };
-        let mut measured = measured.lock().expect("invariant: no holder of the statistics panics");
-        let names = sites.iter().map(|&site| Key::InputGram(site).name(block));
-        let names: BTreeSet<String> = names.filter(|name| measured.arrays.contains_key(name)).collect();
-        if names.is_empty() {
-            return Ok(());
+        match &self.source {
+            Source::Measured(measured) => lock(measured).forget(journal, block, sites),
+            Source::File(_) => Ok(()),
         }
-        let mut left: Vec<(String, Values)> = Vec::new();
-        let of_block = format!("{block}.");
-        let own: Vec<String> = measured.arrays.keys().filter(|name| name.starts_with(&of_block)).cloned().collect();
-        let in_journal = journal.get(&Pass::Forward.key(block))?.map(named).transpose()?.unwrap_or_default();
-        for name in own {
-            let is_forward = in_journal.iter().any(|(kept, _)| *kept == name);
-            if names.contains(&name) {
-                let values = measured.array(&name)?;
-                measured.release(&name);
-                left.push((diagonal_name(&name), diagonal(&values).into()));
-            } else if is_forward {
-                left.push((name.clone(), measured.array(&name)?.into()));
-                measured.release(&name);
-            }
-        }
-        let (names, arrays): (Vec<String>, Vec<Values>) = left.into_iter().unzip();
-        let kept = named(journal.put(&Pass::Forward.key(block), json!(names), arrays)?)?;
-        kept.into_iter().try_for_each(|(name, values)| measured.keep(name, values))
     }
 
     /// Opens a file written by [`Self::write`].

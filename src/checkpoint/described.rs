@@ -8,6 +8,7 @@ use super::error::{CheckpointError, Result};
 use super::paths::CONFIG_FILE;
 use super::stack::Stack;
 use super::tensor::is_sane;
+use super::view::View;
 
 /// `lrc.version`, the version of all entries of `lrc`.
 pub const FORMAT_VERSION: u64 = 1;
@@ -28,6 +29,28 @@ pub(super) fn expect_known_version(config: &Map<String, Value>, root: &Path) -> 
         }
         _ => CheckpointError::ConfigEntry { path, entry, reason: "is not a number".into() },
     })
+}
+
+/// Tensors that an output of `lrc` stores under another name, shared by several modules: `lrc.shared` of its config, name by name.
+///
+/// # Errors
+/// A name is taken, or there is no tensor of the other name.
+pub(super) fn shared(config: Option<&Map<String, Value>>, view: &View, root: &Path) -> Result<Vec<[String; 2]>> {
+    let Some(listed) = config.and_then(|config| config.get("lrc")?.get("shared")) else { return Ok(Vec::new()) };
+    let refuse = |entry: String, reason: &str| {
+        Err(CheckpointError::ConfigEntry { path: root.join(CONFIG_FILE), entry, reason: reason.into() })
+    };
+    let Some(listed) = listed.as_object() else { return refuse("lrc.shared".into(), "is not an object") };
+    let mut shared = Vec::new();
+    for (name, of) in listed {
+        let entry = format!("lrc.shared.{name}");
+        match of.as_str() {
+            Some(_) if view.tensors.contains_key(name) => return refuse(entry, "is stored as well"),
+            Some(of) if view.tensors.contains_key(of) => shared.push([name.clone(), of.to_string()]),
+            _ => return refuse(entry, "names no tensor of the weight files"),
+        }
+    }
+    Ok(shared)
 }
 
 /// The stacks that an output of `lrc` stores as separate matrices: `lrc.stacks` of its config.

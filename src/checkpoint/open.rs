@@ -1,6 +1,6 @@
 //! Opening a checkpoint: its files, their headers, and the tensors that these show.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
@@ -30,6 +30,8 @@ pub struct Checkpoint {
     pub(super) tensors: BTreeMap<String, TensorInfo>,
     /// Tensor names in the order of the files.
     pub(super) order: Vec<String>,
+    /// Names under which tensors are shown that are stored under others.
+    pub(super) borrowed: BTreeSet<String>,
     pub(super) stacks: Vec<Stack>,
     /// A file without a config: other files beside it do not belong to it.
     pub(super) is_alone: bool,
@@ -127,11 +129,13 @@ impl Checkpoint {
             shards.push(shard);
             view.adapt(adapter);
         }
+        let shared = described::shared(config.as_ref(), &view, &files.root)?;
+        let borrowed = view.share(shared);
         let View { tensors, order } = view;
         let stacks = described::stored_stacks(config.as_ref(), tensors.len(), &files.root)?;
         let equal = Mutex::default();
         let is_alone = files.is_file && config.is_none();
-        Ok(Self { root: files.root, config, config_error: None, equal, shards, tensors, order, stacks, is_alone })
+        Ok(Self { root: files.root, config, config_error: None, equal, shards, tensors, order, borrowed, stacks, is_alone })
     }
 
     /// The folder of the checkpoint.
@@ -152,6 +156,11 @@ impl Checkpoint {
     /// Every tensor, in the order of the files.
     pub fn tensors(&self) -> impl Iterator<Item = &TensorInfo> {
         self.order.iter().map(|name| &self.tensors[name])
+    }
+
+    /// Tensors that are stored under their own name.
+    fn stored(&self) -> impl Iterator<Item = &TensorInfo> {
+        self.tensors.values().filter(|info| !self.borrowed.contains(&info.name))
     }
 
     pub fn info(&self, name: &str) -> Option<&TensorInfo> {
@@ -179,12 +188,12 @@ impl Checkpoint {
 
     /// Bytes of all tensors together.
     pub fn n_bytes(&self) -> u64 {
-        self.tensors.values().map(TensorInfo::n_bytes).sum()
+        self.stored().map(TensorInfo::n_bytes).sum()
     }
 
     /// Number of elements of all tensors together.
     pub fn n_elements(&self) -> u64 {
-        self.tensors.values().map(TensorInfo::n_elements).sum()
+        self.stored().map(TensorInfo::n_elements).sum()
     }
 }
 

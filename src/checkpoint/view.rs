@@ -1,6 +1,6 @@
 //! The tensors of a checkpoint as they are shown: quantized ones as the weights that they encode, adapters over their base.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use serde::Deserialize;
@@ -21,6 +21,17 @@ pub(super) struct View {
 }
 
 impl View {
+    /// Shows tensors under a second name as well, each behind the one that it is; those names.
+    pub fn share(&mut self, shared: Vec<[String; 2]>) -> BTreeSet<String> {
+        for [name, of] in &shared {
+            let info = TensorInfo { name: name.clone(), ..self.tensors[of].clone() };
+            self.tensors.insert(name.clone(), info);
+            let at = self.order.iter().position(|other| other == of).map_or(self.order.len(), |at| at + 1);
+            self.order.insert(at, name.clone());
+        }
+        shared.into_iter().map(|[name, _]| name).collect()
+    }
+
     /// Replaces stored tensors, of which the first must exist, by `info`.
     fn replace(&mut self, stored: &[String], info: TensorInfo) {
         for name in stored {

@@ -8,6 +8,7 @@ use super::fits::{Unit, units_to_share};
 use super::plan::{Choice, Plan};
 use super::recipe::{Budget, Recipe};
 use super::study::Study;
+use crate::approx::low_rank::ErrorCurve;
 use crate::error::Failure;
 use crate::model::inventory::LinearInfo;
 use crate::operator::Forms;
@@ -27,7 +28,7 @@ pub(super) struct Problem<'a> {
     recipe: &'a Recipe,
     plan: &'a Plan,
     units: Vec<PricedUnit>,
-    curves: Vec<Option<&'a crate::approx::low_rank::ErrorCurve>>,
+    curves: Vec<Option<&'a ErrorCurve>>,
     sensitivities: &'a [f64],
     counts_bytes: bool,
 }
@@ -46,44 +47,10 @@ impl<'a> Problem<'a> {
     /// The ranks of every linear, and what several may become together; at `price` where the budget counts bytes, else in parameters.
     fn of_ranks(study: &'a Study<'_>, price: Option<&Price<'_>>, sensitivities: &'a [f64]) -> Self {
         let (recipe, plan) = (study.recipe, study.plan);
-        let spectra = recipe.ranks().allocator().spectra();
-        let curve = |i: usize| {
-            let fitted = study.fits.low_rank(i)?;
-            match spectra {
-                Spectra::None => None,
-                Spectra::Plain => fitted.plain_curve(),
-                Spectra::Metric => fitted.curve(),
-            }
-        };
-        let one = |i: usize| {
-            let linear = &plan.linears[i];
-            let forms = |rank| {
-                let choice = if rank == 0 { Choice::Zeros } else { Choice::Fitted { fit: 0, rank } };
-                study.planned(i, choice)
-            };
-            let parameters = budget::parameters(recipe, linear);
-            let ranks = price.map_or(Vec::new(), |price| {
-                let largest = linear.out_features.min(linear.in_features).min(parameters.len() - 1);
-                (0..=largest).map(|rank| price(linear, forms(rank).as_ref())).collect()
-            });
-            let dense = price.map_or(0, |price| price(linear, None));
-            PricedUnit {
-                unit: Unit { members: vec![i] },
-                parameters,
-                bytes: (dense, ranks),
-                offers: Vec::new(),
-                choices: Vec::new(),
-            }
-        };
-        let curves: Vec<_> = (0..plan.linears.len()).map(curve).collect();
-        let mut units: Vec<PricedUnit> = (0..plan.linears.len()).map(one).collect();
+        let curves: Vec<_> = (0..plan.linears.len()).map(|i| curve(study, i)).collect();
+        let mut units: Vec<PricedUnit> = (0..plan.linears.len()).map(|i| PricedUnit::of_ranks(study, i, price)).collect();
         if recipe.share() {
-            let cost = |linear: &LinearInfo, forms: Option<&Forms>| match (price, forms) {
-                (Some(price), forms) => price(linear, forms),
-                (None, Some(forms)) => linear.parameters_as(forms),
-                (None, None) => linear.n_parameters(),
-            };
-            units = together(study, units, &curves, sensitivities, &cost);
+            units = together(study, units, &Weighted { curves: &curves, sensitivities }, price);
         }
         Self { recipe, plan, units, curves, sensitivities, counts_bytes: price.is_some() }
     }
@@ -192,71 +159,119 @@ impl<'a> Problem<'a> {
     }
 }
 
+/// The spectrum of a linear that the recipe's allocator looks at.
+fn curve<'a>(study: &'a Study<'_>, i: usize) -> Option<&'a ErrorCurve> {
+    let fitted = study.fits.low_rank(i)?;
+    match study.recipe.ranks().allocator().spectra() {
+        Spectra::None => None,
+        Spectra::Plain => fitted.plain_curve(),
+        Spectra::Metric => fitted.curve(),
+    }
+}
+
+impl PricedUnit {
+    /// A linear at every rank.
+    fn of_ranks(study: &Study<'_>, i: usize, price: Option<&Price<'_>>) -> Self {
+        let linear = &study.plan.linears[i];
+        let parameters = budget::parameters(study.recipe, linear);
+        let bytes = |price: &Price<'_>| {
+            let ranks = (0..parameters.len()).map(|rank| {
+                let choice = if rank == 0 { Choice::Zeros } else { Choice::Fitted { fit: 0, rank } };
+                price(linear, study.planned(i, choice).as_ref())
+            });
+            (price(linear, None), ranks.collect())
+        };
+        let bytes = price.map_or((0, Vec::new()), bytes);
+        Self { unit: Unit { members: vec![i] }, parameters, bytes, offers: Vec::new(), choices: Vec::new() }
+    }
+
+    fn offer(&mut self, cost: u64, error: f64, choices: Vec<Choice>) {
+        self.offers.push(Offer { cost, error });
+        self.choices.push(choices);
+    }
+}
+
+/// The curves of all linears, and what a unit of each costs the model.
+struct Weighted<'w> {
+    curves: &'w [Option<&'w ErrorCurve>],
+    sensitivities: &'w [f64],
+}
+
+/// What a linear takes in the unit of a budget, parameters where it has no price in bytes.
+fn cost(price: Option<&Price<'_>>, linear: &LinearInfo, forms: Option<&Forms>) -> u64 {
+    match (price, forms) {
+        (Some(price), forms) => price(linear, forms),
+        (None, Some(forms)) => linear.parameters_as(forms),
+        (None, None) => linear.n_parameters(),
+    }
+}
+
 /// Joins the units whose members share: offers are the best of their members apart at every cost, and all of them together.
 fn together(
     study: &Study<'_>,
     alone: Vec<PricedUnit>,
-    curves: &[Option<&crate::approx::low_rank::ErrorCurve>],
-    sensitivities: &[f64],
-    cost: &Price<'_>,
+    weighted: &Weighted<'_>,
+    price: Option<&Price<'_>>,
 ) -> Vec<PricedUnit> {
-    let mut units = Vec::new();
     let sharing = units_to_share(study.plan);
+    let mut units: Vec<PricedUnit> = sharing.iter().map(|unit| joined(study, unit, weighted, price)).collect();
     let is_joined = |i: usize| sharing.iter().any(|unit| unit.members.contains(&i));
-    for unit in &sharing {
-        let linears = || unit.members.iter().map(|&i| &study.plan.linears[i]);
-        let dense: u64 = linears().map(|linear| cost(linear, None)).sum();
-        let mut joined = PricedUnit {
-            unit: unit.clone(),
-            parameters: vec![0],
-            bytes: (dense, Vec::new()),
-            offers: Vec::new(),
-            choices: Vec::new(),
-        };
-        let points = |i: usize| -> Vec<(u64, f64, Choice)> {
-            let largest = study.recipe.layout().fitting().largest_saving_rank(study.plan.linears[i].shape());
-            let of = |rank: usize| {
-                let choice = Choice::Fitted { fit: 0, rank };
-                let error = curves[i].map_or(0.0, |curve| sensitivities[i] * curve.squared_error(rank));
-                (cost(&study.plan.linears[i], study.planned(i, choice).as_ref()), error, choice)
-            };
-            let dense = (cost(&study.plan.linears[i], None), 0.0, Choice::Dense);
-            let step = study.recipe.rank_multiple();
-            (step..=largest).step_by(step).map(of).chain([dense]).collect()
-        };
-        for (cost, error, choices) in frontier(&unit.members.iter().map(|&i| points(i)).collect::<Vec<_>>()) {
-            joined.offers.push(Offer { cost, error });
-            joined.choices.push(choices);
-        }
-        let first = unit.members[0];
-        for (fit, of) in study.fits.of(first).iter().enumerate().filter(|(_, fit)| fit.fitted.curve().is_none()) {
-            for (rank, error) in of.fitted.errors() {
-                // Members have the fit at the same place: their own decomposition is before it.
-                let choice = Choice::Fitted { fit, rank };
-                let all = unit.members.iter().map(|&i| cost(&study.plan.linears[i], study.planned(i, choice).as_ref()));
-                joined.offers.push(Offer { cost: all.sum(), error: sensitivities[first] * error });
-                joined.choices.push(vec![choice; unit.members.len()]);
-            }
-        }
-        units.push(joined);
-    }
     units.extend(alone.into_iter().filter(|priced| !is_joined(priced.unit.members[0])));
     units
 }
 
+/// A unit with its members apart, and with what they share.
+fn joined(study: &Study<'_>, unit: &Unit, weighted: &Weighted<'_>, price: Option<&Price<'_>>) -> PricedUnit {
+    let linear = |i: usize| &study.plan.linears[i];
+    let dense: u64 = unit.members.iter().map(|&i| cost(price, linear(i), None)).sum();
+    let bytes = (dense, Vec::new());
+    let mut joined =
+        PricedUnit { unit: unit.clone(), parameters: vec![0], bytes, offers: Vec::new(), choices: Vec::new() };
+    let lists: Vec<Vec<Point>> = unit.members.iter().map(|&i| points(study, i, weighted, price)).collect();
+    for (cost, error, choices) in frontier(&lists) {
+        joined.offer(cost, error, choices);
+    }
+    let first = unit.members[0];
+    for (fit, of) in study.fits.of(first).iter().enumerate().filter(|(_, fit)| fit.fitted.curve().is_none()) {
+        for (rank, error) in of.fitted.errors() {
+            // Members have the fit at the same place: their own decomposition is before it.
+            let choice = Choice::Fitted { fit, rank };
+            let costs = unit.members.iter().map(|&i| cost(price, linear(i), study.planned(i, choice).as_ref()));
+            joined.offer(costs.sum(), weighted.sensitivities[first] * error, vec![choice; unit.members.len()]);
+        }
+    }
+    joined
+}
+
+/// Cost, weighted error and choice of a linear.
+type Point = (u64, f64, Choice);
+
+/// A linear by itself, at every rank that saves and as it is.
+fn points(study: &Study<'_>, i: usize, weighted: &Weighted<'_>, price: Option<&Price<'_>>) -> Vec<Point> {
+    let linear = &study.plan.linears[i];
+    let (largest, step) =
+        (study.recipe.layout().fitting().largest_saving_rank(linear.shape()), study.recipe.rank_multiple());
+    let of = |rank: usize| {
+        let choice = Choice::Fitted { fit: 0, rank };
+        let error = weighted.curves[i].map_or(0.0, |curve| weighted.sensitivities[i] * curve.squared_error(rank));
+        (cost(price, linear, study.planned(i, choice).as_ref()), error, choice)
+    };
+    let dense = (cost(price, linear, None), 0.0, Choice::Dense);
+    (step..=largest).step_by(step).map(of).chain([dense]).collect()
+}
+
 /// The sums of one point of each list that are best for some price of cost, in ascending cost.
-fn frontier(lists: &[Vec<(u64, f64, Choice)>]) -> Vec<(u64, f64, Vec<Choice>)> {
-    let hulls: Vec<Vec<(u64, f64, Choice)>> = lists.iter().map(|points| hull(points)).collect();
+fn frontier(lists: &[Vec<Point>]) -> Vec<(u64, f64, Vec<Choice>)> {
+    let hulls: Vec<Vec<Point>> = lists.iter().map(|points| hull(points)).collect();
     let mut steps: Vec<(f64, usize, usize)> = Vec::new();
     for (list, hull) in hulls.iter().enumerate() {
-        let slope = |pair: &[(u64, f64, Choice)]| (pair[0].1 - pair[1].1) / (pair[1].0 - pair[0].0) as f64;
-        steps.extend(hull.windows(2).enumerate().map(|(at, pair)| (slope(pair), list, at + 1)));
+        steps.extend(hull.windows(2).enumerate().map(|(at, pair)| (slope(pair[0], pair[1]), list, at + 1)));
     }
     steps.sort_by(|x, y| y.0.total_cmp(&x.0).then((x.1, x.2).cmp(&(y.1, y.2))));
     let mut at = vec![0; hulls.len()];
     let sum = |at: &[usize]| {
-        let points = || hulls.iter().zip(at).map(|(hull, &at)| hull[at]);
-        (points().map(|p| p.0).sum(), points().map(|p| p.1).sum(), points().map(|p| p.2).collect())
+        let points: Vec<Point> = hulls.iter().zip(at).map(|(hull, &at)| hull[at]).collect();
+        (points.iter().map(|p| p.0).sum(), points.iter().map(|p| p.1).sum(), points.iter().map(|p| p.2).collect())
     };
     let mut sums = vec![sum(&at)];
     for (_, list, next) in steps {
@@ -266,17 +281,21 @@ fn frontier(lists: &[Vec<(u64, f64, Choice)>]) -> Vec<(u64, f64, Vec<Choice>)> {
     sums
 }
 
+/// Error saved per cost between two points.
+fn slope(a: Point, b: Point) -> f64 {
+    (a.1 - b.1) / (b.0 - a.0) as f64
+}
+
 /// The lower convex hull of points, in ascending cost and falling error.
-fn hull(points: &[(u64, f64, Choice)]) -> Vec<(u64, f64, Choice)> {
+fn hull(points: &[Point]) -> Vec<Point> {
     let mut sorted = points.to_vec();
     sorted.sort_by(|x, y| x.0.cmp(&y.0).then(x.1.total_cmp(&y.1)));
-    let mut hull: Vec<(u64, f64, Choice)> = Vec::new();
+    let mut hull: Vec<Point> = Vec::new();
     for new in sorted {
         if hull.last().is_some_and(|last| last.1 <= new.1 || last.0 == new.0) {
             continue;
         }
         while let [.., first, second] = hull[..] {
-            let slope = |a: (u64, f64, Choice), b: (u64, f64, Choice)| (a.1 - b.1) / (b.0 - a.0) as f64;
             if slope(first, second) > slope(second, new) {
                 break;
             }

@@ -62,10 +62,9 @@ pub(super) fn compare(
     let budget: u64 = study.plan.linears.iter().zip(planned).map(|(linear, forms)| price(linear, forms.as_ref())).sum();
     let problem = Problem::of_bases(study, &|i| first[i], &price, &allocation.sensitivities);
     let (choices, spent) = problem.least_error(budget);
-    let squared = |(i, &choice): (usize, &Choice)| allocation.sensitivities[i] * study.fits.error(i, choice);
-    let error: f64 = choices.iter().enumerate().map(squared).sum();
-    let own = |i: usize| allocation.sensitivities[i] * study.fits.norm(i) * relative_errors(i);
-    let own_error: f64 = (0..choices.len()).map(own).sum();
+    let weighted = |i: usize, squared: f64| allocation.sensitivities[i] * squared;
+    let error: f64 = choices.iter().enumerate().map(|(i, &choice)| weighted(i, study.fits.error(i, choice))).sum();
+    let own_error: f64 = (0..choices.len()).map(|i| weighted(i, study.fits.norm(i) * relative_errors(i))).sum();
     let (mut kl, mut baseline_kl) = (None, None);
     let quant = quantizers(study, &choices);
     if study.inputs.windows.is_some() && Decoder::open(study.session.checkpoint)?.has_head() {

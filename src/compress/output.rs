@@ -18,7 +18,7 @@ use crate::formats::{self, CURVES_FILES, Output};
 use crate::model::config::native_config;
 use crate::report::card::{self, Loading};
 use crate::report::page::{self, ErrorLine, PAGE_FILE};
-use crate::report::{CompressReport, REPORT_FILE, peak_memory_bytes};
+use crate::report::{CompressReport, REPORT_FILE, publish};
 use crate::store::{Piece, Spooled, Values};
 
 const RECIPE_FILE: &str = "lrc-recipe.toml";
@@ -103,7 +103,7 @@ fn put_one(output: &Mutex<&mut Output<'_>>, solution: &Solution<'_>, i: usize) -
 /// Copies everything that was not compressed, and writes the side files and the report.
 ///
 /// # Errors
-/// The disk refuses.
+/// The disk is full or cannot be written.
 pub(super) fn finish(
     output: Output<'_>,
     folder: &OutputFolder,
@@ -123,12 +123,10 @@ pub(super) fn finish(
     report.non_finite = finished.non_finite;
     report.left_out = finished.left_out.into_iter().map(Into::into).collect();
     let recipe = toml::to_string(&recipe.to_options())?;
-    folder.write(RECIPE_FILE, format!("# lrc compress MODEL -o OUT --recipe {RECIPE_FILE}\n{recipe}").as_bytes())?;
-    folder.write(CARD_FILE, card::render(report, job.checkpoint, &loading).as_bytes())?;
-    folder.write(PAGE_FILE, page::compress(report, lines)?.as_bytes())?;
-    report.output_files = folder.hashes(REPORT_FILE)?;
-    report.elapsed_seconds = started.elapsed().as_secs_f64();
-    report.peak_memory_bytes = peak_memory_bytes();
-    folder.write(REPORT_FILE, (serde_json::to_string_pretty(report)? + "\n").as_bytes())?;
-    Ok(())
+    let pages = [
+        (RECIPE_FILE, format!("# lrc compress MODEL -o OUT --recipe {RECIPE_FILE}\n{recipe}")),
+        (CARD_FILE, card::render(report, job.checkpoint, &loading)),
+        (PAGE_FILE, page::compress(report, lines)?),
+    ];
+    publish(folder, report, &pages, started)
 }

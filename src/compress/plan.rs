@@ -56,14 +56,7 @@ impl Plan {
     pub fn new(checkpoint: &Checkpoint, recipe: &Recipe) -> Result<Self> {
         coverage::expect_whole(checkpoint)?;
         let all = inventory::linears(checkpoint);
-        let modules: Vec<&str> = all.iter().map(|l| l.module.as_str()).collect();
-        for (flag, patterns) in [("--targets", &recipe.targets), ("--exclude", &recipe.exclude)] {
-            if let Some(pattern) = patterns.unmatched(&modules).first() {
-                return Err(Failure::usage(format!("`{flag} {pattern}` matches no linear of this checkpoint"))
-                    .hint("`lrc inspect MODEL` lists the names of all linears")
-                    .into());
-            }
-        }
+        check_patterns(&all, recipe)?;
         let is_target = |linear: &LinearInfo| {
             let is_wanted = if recipe.targets.is_empty() {
                 linear.is_default_target
@@ -73,56 +66,8 @@ impl Plan {
             is_wanted && !recipe.exclude.matches(&linear.module)
         };
         let mut linears: Vec<LinearInfo> = all.into_iter().filter(is_target).collect();
-        let unread = inventory::unread(checkpoint);
-        if linears.is_empty() {
-            let unread = unread
-                .map_or(String::new(), |told| format!(": its matrices are of dtypes that lrc does not read, {told}"));
-            return Err(Failure::unsupported(format!(
-                "`{}` has no linear to compress{unread}",
-                checkpoint.root().display()
-            ))
-            .hint("linears are 16- or 32-bit float matrices named `*.weight`; `lrc inspect MODEL` lists them")
-            .into());
-        }
-        if let Some(told) = unread {
-            tracing::warn!("matrices of these dtypes are not read, and are passed through: {told}");
-        }
-        let is_coded =
-            |l: &&LinearInfo| checkpoint.info(&l.weight_name()).is_some_and(|t| t.is_encoded() && !t.is_picked());
-        if let Some(linear) = linears.iter().find(is_coded) {
-            return Err(Failure::unsupported(format!("`{}` is quantised already", linear.module))
-                .hint("compress the original checkpoint, or dequantise this one with `lrc export MODEL --format dense -o OUT`")
-                .into());
-        }
-        if let Some(linear) = linears.iter().find(|l| l.is_low_rank()) {
-            return Err(Failure::unsupported(format!("`{}` is of low rank already", linear.module))
-                .hint("compress the original checkpoint, or shorten this one with `lrc truncate`")
-                .into());
-        }
-        for LinearInfo { module, .. } in &linears {
-            if is_tied_head(checkpoint, module)? {
-                return Err(Failure::unsupported(format!(
-                    "`{module}` is tied to the embeddings and cannot be factored"
-                ))
-                .hint("leave it out of `--targets`")
-                .into());
-            }
-        }
-        if let Some((first, last)) = inventory::blocks_behind(checkpoint) {
-            let n_blocks = config::n_blocks(checkpoint).unwrap_or_default();
-            let (blocks, rest) = match first == last {
-                true => {
-                    (format!("block {first} is"), "it is no part of the model that is run, and passes through as it is")
-                }
-                false => (
-                    format!("blocks {first} to {last} are"),
-                    "they are no part of the model that is run, and pass through as they are",
-                ),
-            };
-            tracing::warn!(
-                "{blocks} behind the {n_blocks} of `num_hidden_layers`: {rest}, unless `--targets` says otherwise"
-            );
-        }
+        check_targets(checkpoint, &linears)?;
+        warn_of_blocks_behind(checkpoint);
         // Blocks in order, whatever the order of the files; stable within a block.
         linears.sort_by_key(|l| l.block);
         let are_zero = linears.iter().map(|l| checkpoint.is_zero(&l.weight_name())).collect::<Result<_, _>>()?;
@@ -195,4 +140,62 @@ impl Plan {
         let targeted = self.linears.iter().filter_map(|l| checkpoint.info(&l.weight_name())).map(|t| t.n_bytes());
         checkpoint.n_bytes() - targeted.sum::<u64>()
     }
+}
+
+/// Every pattern matches a linear: one that does not is most likely misspelt.
+fn check_patterns(all: &[LinearInfo], recipe: &Recipe) -> Result<()> {
+    let modules: Vec<&str> = all.iter().map(|l| l.module.as_str()).collect();
+    for (flag, patterns) in [("--targets", &recipe.targets), ("--exclude", &recipe.exclude)] {
+        if let Some(pattern) = patterns.unmatched(&modules).first() {
+            return Err(Failure::usage(format!("`{flag} {pattern}` matches no linear of this checkpoint"))
+                .hint("`lrc inspect MODEL` lists the names of all linears")
+                .into());
+        }
+    }
+    Ok(())
+}
+
+/// There are targets, and each of them can be compressed.
+fn check_targets(checkpoint: &Checkpoint, linears: &[LinearInfo]) -> Result<()> {
+    let unread = inventory::unread(checkpoint);
+    if linears.is_empty() {
+        let unread = unread.map_or(String::new(), |dtypes| format!(": its matrices have unsupported dtypes, {dtypes}"));
+        let message = format!("`{}` has no linear to compress{unread}", checkpoint.root().display());
+        return Err(Failure::unsupported(message)
+            .hint("linears are 16- or 32-bit float matrices named `*.weight`; `lrc inspect MODEL` lists them")
+            .into());
+    }
+    if let Some(dtypes) = unread {
+        tracing::warn!("matrices of unsupported dtypes are copied unchanged: {dtypes}");
+    }
+    let is_coded =
+        |l: &&LinearInfo| checkpoint.info(&l.weight_name()).is_some_and(|t| t.is_encoded() && !t.is_picked());
+    if let Some(linear) = linears.iter().find(is_coded) {
+        return Err(Failure::unsupported(format!("`{}` is already quantized", linear.module))
+            .hint("compress the original checkpoint, or dequantize this one with `lrc export MODEL --format dense -o OUT`")
+            .into());
+    }
+    if let Some(linear) = linears.iter().find(|l| l.is_low_rank()) {
+        return Err(Failure::unsupported(format!("`{}` is already low-rank", linear.module))
+            .hint("compress the original checkpoint, or reduce the ranks of this one with `lrc truncate`")
+            .into());
+    }
+    for LinearInfo { module, .. } in linears {
+        if is_tied_head(checkpoint, module)? {
+            return Err(Failure::unsupported(format!("`{module}` is tied to the embeddings and cannot be factored"))
+                .hint("leave it out of `--targets`")
+                .into());
+        }
+    }
+    Ok(())
+}
+
+/// Warns of blocks beyond `num_hidden_layers`, which no model runs.
+fn warn_of_blocks_behind(checkpoint: &Checkpoint) {
+    let Some((first, last)) = inventory::blocks_behind(checkpoint) else { return };
+    let n_blocks = config::n_blocks(checkpoint).unwrap_or_default();
+    let blocks = if first == last { format!("block {first} is") } else { format!("blocks {first} to {last} are") };
+    tracing::warn!(
+        "{blocks} beyond the {n_blocks} of `num_hidden_layers`, which no model runs: copied unchanged unless `--targets` matches"
+    );
 }

@@ -4,10 +4,12 @@ use super::budget::max_ranks;
 use super::compensate::{Compensate, CompensateRank};
 use super::plan::{Plan, largest_compensation};
 use super::recipe::Recipe;
+use crate::calibrate::Needs;
 use crate::checkpoint::Checkpoint;
-use crate::model::ModelConfig;
+use crate::model::widths::Widths;
+use crate::model::{ModelConfig, Slot};
 use crate::model::inventory::LinearInfo;
-use crate::quantize::Quant;
+use crate::operator::Shape;
 
 impl Plan {
     /// Bytes of what a run keeps between its stages, in memory or on disk: the pairs of all linears (or what they are rounded to,
@@ -15,16 +17,11 @@ impl Plan {
     /// for). `docs/performance.md` has the formula.
     pub fn kept_bytes(&self, checkpoint: &Checkpoint, recipe: &Recipe, n_tokens: usize) -> u64 {
         let needs = recipe.needs();
-        let pair =
-            |(linear, rank): (&LinearInfo, usize)| 4 * (rank * (linear.out_features + linear.in_features)) as u64;
-        let triangle = |n: usize| 2 * (n * (n + 1)) as u64;
-        let sums = |linear: &LinearInfo| {
-            let (m, n) = linear.shape();
-            let input = if needs.input_gram { triangle(n) } else { 0 };
-            input + if needs.output_gram { triangle(m) } else { 0 }
+        let measured: u64 = if recipe.measures_statistics() {
+            self.linears.iter().map(|linear| sum_bytes(needs, linear.shape())).sum()
+        } else {
+            0
         };
-        let linears = self.linears.iter();
-        let measured = if recipe.measures_statistics() { linears.clone().map(sums).sum() } else { 0 };
         let states = match ModelConfig::of(checkpoint) {
             Ok((config, _)) if n_tokens > 0 => {
                 let copies = if needs.gradients() { config.num_hidden_layers + 2 } else { 1 };
@@ -32,18 +29,10 @@ impl Plan {
             }
             _ => 0,
         };
-        let coded = |linear: &LinearInfo| -> u64 {
-            let (m, n) = linear.shape();
-            let rank = match (recipe.compensate(), recipe.compensate_rank()) {
-                (Compensate::None, _) => 0,
-                (_, CompensateRank::Fixed(rank)) => rank.min(m).min(n),
-                (_, CompensateRank::Auto) => largest_compensation((m, n)),
-            };
-            let base = |quant: &Quant| quant.storage().n_bytes(m, n) + pair((linear, rank));
-            recipe.quant().iter().map(base).sum()
-        };
-        let bases: u64 = linears.clone().map(coded).sum();
-        linears.zip(max_ranks(recipe, self)).map(pair).sum::<u64>() + bases + measured + states
+        let bases: u64 = self.linears.iter().map(|linear| base_bytes(recipe, linear.shape())).sum();
+        let pairs = self.linears.iter().zip(max_ranks(recipe, self));
+        let pairs: u64 = pairs.map(|(linear, rank)| pair_bytes(linear.shape(), rank)).sum();
+        pairs + bases + measured + states
     }
 
     /// Peak memory of a run: the largest decompositions, one a thread, each with weight, image, Gram, eigenvectors with their
@@ -57,7 +46,6 @@ impl Plan {
         n_threads: usize,
     ) -> u64 {
         let needs = recipe.needs();
-        let square = |n: usize| 8 * (n * n) as u64;
         let decomposition = |linear: &LinearInfo| {
             let (m, n) = linear.shape();
             let (small, weight) = (m.min(n), (m * n) as u64);
@@ -71,25 +59,54 @@ impl Plan {
         let Some(Ok((config, architecture))) = recipe.calibration.is_some().then(|| ModelConfig::of(checkpoint)) else {
             return decompositions + kept.min(memory_bytes);
         };
-        let of_block = |block_idx: usize| {
+        let blocks = (0..config.num_hidden_layers).map(|block_idx| {
             let widths = config.widths(block_idx);
-            let slots = architecture.slots(&widths, &|_| false);
-            let shapes = || slots.iter().map(|&slot| widths.shape(slot).0);
-            let block: u64 = shapes().map(|[m, n]| (m * n) as u64).sum();
-            // Every expert has inputs of its own.
-            let of_mlp = match widths.num_experts as u64 {
-                0 => square(widths.intermediate_size),
-                n => n * (square(widths.hidden_size) + square(widths.moe_intermediate_size)),
-            };
-            let inputs = 2 * square(widths.hidden_size) + square(widths.queries()) + of_mlp;
-            let outputs: u64 = shapes().map(|[m, _]| square(m)).sum();
-            (block, inputs, outputs)
-        };
-        let largest = (0..config.num_hidden_layers).map(of_block).max_by_key(|(block, inputs, _)| block + inputs);
+            block_numbers(&widths, &architecture.slots(&widths, &|_| false))
+        });
+        let largest = blocks.max_by_key(|(block, inputs, _)| block + inputs);
         let (block, inputs, outputs) = largest.unwrap_or_default();
         let sums = if needs.output_gram { inputs.max(outputs) } else { inputs };
         let observing = 4 * block + sums + sums / 2;
         let decomposing = decompositions + 2 * inputs;
         observing.max(decomposing) + memory_bytes
     }
+}
+
+/// Bytes of a square matrix of f64.
+fn square(n: usize) -> u64 {
+    8 * (n * n) as u64
+}
+
+/// Numbers of a block, and bytes of the Grams of its inputs and of its output gradients.
+fn block_numbers(widths: &Widths, slots: &[Slot]) -> (u64, u64, u64) {
+    let shapes = || slots.iter().map(|&slot| widths.shape(slot).0);
+    // Every expert has inputs of its own.
+    let of_mlp = match widths.num_experts as u64 {
+        0 => square(widths.intermediate_size),
+        n => n * (square(widths.hidden_size) + square(widths.moe_intermediate_size)),
+    };
+    let inputs = 2 * square(widths.hidden_size) + square(widths.queries()) + of_mlp;
+    (shapes().map(|[m, n]| (m * n) as u64).sum(), inputs, shapes().map(|[m, _]| square(m)).sum())
+}
+
+/// Bytes of the packed Grams of a linear.
+fn sum_bytes(needs: Needs, (m, n): Shape) -> u64 {
+    let triangle = |n: usize| 2 * (n * (n + 1)) as u64;
+    let input = if needs.input_gram { triangle(n) } else { 0 };
+    input + if needs.output_gram { triangle(m) } else { 0 }
+}
+
+/// Bytes of a pair of a rank.
+fn pair_bytes((m, n): Shape, rank: usize) -> u64 {
+    4 * (rank * (m + n)) as u64
+}
+
+/// Bytes of the bases of the menu, each with its factors.
+fn base_bytes(recipe: &Recipe, (m, n): Shape) -> u64 {
+    let rank = match (recipe.compensate(), recipe.compensate_rank()) {
+        (Compensate::None, _) => 0,
+        (_, CompensateRank::Fixed(rank)) => rank.min(m).min(n),
+        (_, CompensateRank::Auto) => largest_compensation((m, n)),
+    };
+    recipe.quant().iter().map(|quant| quant.storage().n_bytes(m, n) + pair_bytes((m, n), rank)).sum()
 }

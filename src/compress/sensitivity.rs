@@ -87,11 +87,11 @@ fn measured(study: &Study<'_>) -> Result<Vec<f64>> {
     };
     let probes: Vec<Solution<'_>> = (0..n).map(probe).collect();
     let kl = mean_kl(study, probe_windows(study), &probes.iter().collect::<Vec<_>>(), "probe")?;
-    let scale = |(i, kl): (usize, f64)| {
+    let scales = kl.into_iter().enumerate().map(|(i, kl)| {
         let curve = study.fits.low_rank(i).and_then(|fit| fit.curve());
         kl * reciprocal(curve.map_or(0.0, |curve| curve.squared_error(ranks[i])))
-    };
-    Ok(kl.into_iter().enumerate().map(scale).collect())
+    });
+    Ok(scales.collect())
 }
 
 fn reciprocal(value: f64) -> f64 {

@@ -15,6 +15,7 @@ use super::plan::{Choice, Fitted, Plan};
 use super::presets::Form as MetricForm;
 use super::recipe::Recipe;
 use crate::formats::Source;
+use crate::model::InputSite;
 use crate::model::inventory::LinearInfo;
 use crate::operator::{Forms, Right};
 use crate::quantize::Quant;
@@ -134,13 +135,18 @@ fn forget_inputs(
     if recipe.method.preset().input != MetricForm::Gram || !recipe.quant().is_empty() || recipe.share() {
         return Ok(());
     }
-    let here = || plan.linears.iter().filter(|linear| linear.block == Some(block));
-    let site = |linear: &LinearInfo| linear.id.map(|id| id.slot.site());
+    let here: Vec<&LinearInfo> = plan.linears.iter().filter(|linear| linear.block == Some(block)).collect();
+    let mut done: BTreeSet<InputSite> = here.iter().filter_map(|linear| site(linear)).collect();
     // Rounding looks at the whole Gram of the smaller side; errors of quantized factors are measured in both.
-    let is_kept = |linear: &&LinearInfo| {
+    let is_kept = |linear: &&&LinearInfo| {
         recipe.quant_factors().is_some() || recipe.rounds(linear.dtype) && linear.out_features > linear.in_features
     };
-    let kept: BTreeSet<_> = here().filter(is_kept).filter_map(site).collect();
-    let done: BTreeSet<_> = here().filter_map(site).filter(|site| !kept.contains(site)).collect();
+    here.iter().filter(is_kept).filter_map(|linear| site(linear)).for_each(|kept| {
+        done.remove(&kept);
+    });
     statistics.forget_inputs(&session.journal, block, &done)
+}
+
+fn site(linear: &LinearInfo) -> Option<InputSite> {
+    linear.id.map(|id| id.slot.site())
 }

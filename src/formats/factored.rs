@@ -19,7 +19,7 @@ use crate::codecs::{Values, Written};
 use crate::model::ModelConfig;
 use crate::model::config::MODEL_TYPE_PREFIX;
 use crate::model::inventory::{self, Stored};
-use crate::operator::{BASE, Element, Form, Kind, Matrix, Part, Size, Term};
+use crate::operator::{self, BASE, Element, Form, Kind, Matrix, Part, Right, Size, Term};
 use crate::quantize::{Quantized, Storage};
 
 pub(super) struct Factored;
@@ -89,7 +89,7 @@ fn parts(linear: &LinearInfo, forms: &Forms) -> Vec<(String, Part, Form)> {
             (true, Some(_)) => part_name(linear, BASE),
             (false, _) => part_name(linear, part.suffix),
         };
-        form.parts(linear.shape()).into_iter().map(move |part| (name(part), part, form))
+        form.own_parts(linear.shape()).into_iter().map(move |part| (name(part), part, form))
     };
     forms.iter().flat_map(of).collect()
 }
@@ -138,7 +138,7 @@ impl Exporter for Factored {
     ) -> Result<Vec<NamedBytes>, CheckpointError> {
         let mut tensors = Vec::new();
         let names = parts(linear, &operator.forms()).into_iter().map(|(name, ..)| name);
-        for (name, matrix) in names.zip(operator.terms().flat_map(|term| &term.parts)) {
+        for (name, matrix) in names.zip(operator.terms().flat_map(Term::own_parts)) {
             match matrix {
                 Matrix::Float(values) => tensors.push(encode(format!("{name}.weight"), linear.dtype, values)?),
                 Matrix::Indices(indices) => {
@@ -205,7 +205,7 @@ impl Exporter for Factored {
             lrc.insert("architectures".into(), classes.clone());
         }
         lrc.insert("modules".into(), Value::Object(entries));
-        for (key, listed) in [("split", split), ("stacks", stacks)] {
+        for (key, listed) in [("split", split), ("stacks", stacks), ("shared", shared(modules))] {
             if !listed.is_empty() {
                 lrc.insert(key.into(), Value::Object(listed));
             }
@@ -231,6 +231,21 @@ impl Exporter for Factored {
          The modelling code is `modeling_lrc.py` in this folder. `lrc eval FOLDER --text FILE` runs it without Python.\n"
             .into()
     }
+}
+
+/// Tensors that a module borrows from another, by their names.
+fn shared(modules: &[(LinearInfo, Forms)]) -> Map<String, Value> {
+    let right = |forms: &Forms| forms.over.map(|form| form.right);
+    let mut shared = Map::new();
+    for (linear, forms) in modules {
+        let (Some(over), Some(Right::Borrowed(unit))) = (forms.over, right(forms)) else { continue };
+        let lender = modules.iter().find(|(_, other)| right(other) == Some(Right::Lent(unit)));
+        let (lender, _) = lender.expect("invariant: what is borrowed is lent");
+        let (suffix, element) = over.kind.structure().suffixes()[0];
+        let name = |linear: &LinearInfo| format!("{}.{}", linear.module, operator::part_name(suffix, element));
+        shared.insert(name(linear), json!(name(lender)));
+    }
+    shared
 }
 
 /// What `config.json` says of a module.

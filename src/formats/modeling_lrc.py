@@ -151,6 +151,19 @@ class LowRankLinear(nn.Module):
         return self.lr_b(self.lr_a(x))
 
 
+class BorrowingLinear(nn.Module):
+    """`y = lr_b(owner.lr_a(x))`: lr_a is that of another linear of the same input, where it is stored."""
+
+    def __init__(self, name, make, shape, bias, entry):
+        super().__init__()
+        self.out_features, self.in_features = shape
+        self.owner = ()  # a tuple, so that its modules are not registered a second time
+        self.lr_b = make(".lr_b", (self.out_features, entry["rank"]), bias is not None)
+
+    def forward(self, x):
+        return self.lr_b(self.owner[0].lr_a(x))
+
+
 class CompensatedLinear(nn.Module):
     """`y = base(x) + lr_b(lr_a(x))`; the base has the bias. vLLM multiplies by base and lr_a at once, by this very line."""
 
@@ -308,13 +321,15 @@ def _find(model, name):
     return None, None
 
 
-def _replacement(name, linear, entry, quantized):
+def _replacement(name, linear, entry, quantized, shared):
     shape, bias = _shape(linear), linear.bias is not None
     like = {"dtype": linear.weight.dtype, "device": linear.weight.device}
     make = lambda part, shape, bias: _make(quantized, name + part, shape, bias, like)
     if "rank" not in entry:
         return make("", shape, bias)
     layout = CompensatedLinear if entry.get("base") else _LAYOUTS[entry.get("layout", "factors")]
+    if f"{name}.lr_a.weight" in shared:
+        layout = BorrowingLinear
     return layout(name, make, shape, linear.bias, entry)
 
 
@@ -333,7 +348,7 @@ def _new_variant(cls, pattern):
 
 def _tell_apart(model):
     """Gives parents of replaced linears one class per pattern: vLLM rewrites all modules of a class as it does the first."""
-    own = (QuantizedLinear, CompensatedLinear, SplitLinear, *_LAYOUTS.values())
+    own = (QuantizedLinear, BorrowingLinear, CompensatedLinear, SplitLinear, *_LAYOUTS.values())
     kind = lambda cls: (cls.__name__, getattr(cls, "lrc_pattern", ()))
     for module in reversed(list(model.modules())):  # children before their parents
         pattern = tuple((name, *kind(type(child))) for name, child in module.named_children() if isinstance(child, own))
@@ -417,13 +432,19 @@ def _compress(model):
         parent, _, child = found.rpartition(".")
         replaced[found] = SplitLinear(linear, entry)
         setattr(model.get_submodule(parent), child, replaced[found])
+    shared, by_name = lrc.get("shared", {}), {}
     for name, entry in lrc["modules"].items():
         found, linear = _find(model, name)
         if found is None:
             continue  # a head, in a model loaded without one
         parent, _, child = found.rpartition(".")
-        replaced[found] = _replacement(name, linear, entry, lrc.get("quantized", {}))
+        replaced[found] = _replacement(name, linear, entry, lrc.get("quantized", {}), shared)
         setattr(model.get_submodule(parent), child, replaced[found])
+        by_name[name] = replaced[found]
+    for part, owner in shared.items():
+        module = by_name.get(part.removesuffix(".lr_a.weight"))
+        if module is not None:
+            module.owner = (by_name[owner.removesuffix(".lr_a.weight")],)
     _split(model, replaced)
     _tell_apart(model)
 

@@ -7,7 +7,7 @@ use super::architectures::Architecture;
 use super::attention::{Attention, Qkv, Scoring};
 use super::config::ModelConfig;
 use super::experts::Experts;
-use super::linear::{GradientTap, Linear};
+use super::linear::{Bias, GradientTap, Linear, Order};
 use super::mlp::Mlp;
 use super::norm::Norm;
 use super::ops::{Kernels, is_finite};
@@ -89,9 +89,9 @@ impl<'a> Loader<'a> {
         let (weights, architecture) = (self.weights, self.architecture);
         let Some((role, whole, _)) = architecture.whole(slot.role).filter(|_| slot.expert.is_none()) else {
             let has_bias = self.config.has_bias(architecture, slot.role);
-            return Linear::load(weights, module, has_bias, architecture.is_conv1d);
+            return Linear::load(weights, module, Bias::of(has_bias), Order::of(architecture.is_conv1d));
         };
-        let part = Linear::load(weights, module, false, false)?;
+        let part = Linear::load(weights, module, Bias::None, Order::OutIn)?;
         if !self.config.has_bias(architecture, role) {
             return Ok(part);
         }
@@ -139,7 +139,7 @@ impl<'a> Loader<'a> {
         let has = |role| names.linears.iter().any(|(own, _)| *own == role);
         let expert = |expert| Mlp::load(has, |role| self.slot(Slot { role, expert: Some(expert) }), activation);
         Ok(FeedForward::Experts(Experts {
-            router: Linear::load(self.weights, &self.name(names.router), false, false)?,
+            router: Linear::load(self.weights, &self.name(names.router), Bias::None, Order::OutIn)?,
             experts: (0..self.widths.num_experts).map(expert).collect::<Result<_>>()?,
             n_active: self.config.num_experts_per_tok,
             is_normalized: self.config.norm_topk_prob,

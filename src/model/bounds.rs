@@ -9,7 +9,7 @@ use serde_json::Value;
 use super::architectures;
 use super::config;
 use super::inventory::{self, LinearInfo, Stored};
-use super::linear;
+use super::linear::{self, Bias, Order};
 use crate::checkpoint::{CONFIG_FILE, Checkpoint, CheckpointError};
 use crate::operator::{Kind, part_name};
 
@@ -40,59 +40,65 @@ fn check_parts(checkpoint: &Checkpoint) -> Result<()> {
     for linear in inventory::linears(checkpoint).iter().filter(|linear| linear.is_low_rank()) {
         let is_turned = architecture.is_some_and(|a| a.stores_turned(&linear.module));
         let shape = [linear.out_features, linear.in_features];
-        linear::expect_shape(checkpoint, &linear.module, shape, (false, is_turned), "the shape of the linear")?;
+        linear::expect_shape(checkpoint, &linear.module, shape, (Bias::None, Order::of(is_turned)), "the shape of the linear")?;
     }
     Ok(())
+}
+
+/// Refuses an entry of the config.
+fn refuse<T>(checkpoint: &Checkpoint, entry: String, reason: String) -> Result<T> {
+    let path = checkpoint.root().join(CONFIG_FILE);
+    Err(CheckpointError::ConfigEntry { path, entry, reason }.into())
 }
 
 /// `lrc` of the config of an output describes the linears that are there.
 fn check_description(checkpoint: &Checkpoint) -> Result<()> {
     let Some(described) = checkpoint.config().and_then(|config| config.get("lrc")) else { return Ok(()) };
-    let refuse = |entry: String, reason: String| {
-        let path = checkpoint.root().join(CONFIG_FILE);
-        Err(CheckpointError::ConfigEntry { path, entry, reason }.into())
+    let Some(described) = described.as_object() else {
+        return refuse(checkpoint, "lrc".into(), "is no object".into());
     };
-    let Some(described) = described.as_object() else { return refuse("lrc".into(), "is no object".into()) };
     let Some(modules) = described.get("modules").and_then(Value::as_object) else {
-        return refuse("lrc.modules".into(), "is no object".into());
+        return refuse(checkpoint, "lrc.modules".into(), "is no object".into());
     };
     let linears = inventory::linears(checkpoint);
     let find = |module: &str| linears.iter().find(|linear| linear.module == module);
     for (module, entry) in modules {
-        let name = format!("lrc.modules.{module}");
-        let Some(entry) = entry.as_object() else { return refuse(name, "is no object".into()) };
-        if let Some(layout) = entry.get("layout") {
-            check_layout(checkpoint, format!("{name}.layout"), layout, find(module))?;
-        }
-        let found = find(module).and_then(rank);
-        let said = entry.get("rank").map(Value::as_u64);
-        match (said, find(module)) {
-            (_, None) => return refuse(name, "is no linear of the weight files".into()),
-            (Some(None), _) => return refuse(format!("{name}.rank"), "is no rank".into()),
-            (said, _) if said.flatten() != found => {
-                let of = |rank: Option<u64>| rank.map_or("none".into(), |rank| rank.to_string());
-                return refuse(
-                    format!("{name}.rank"),
-                    format!("is {}, and its tensors have {}", of(said.flatten()), of(found)),
-                );
-            }
-            _ => {}
-        }
+        check_module(checkpoint, format!("lrc.modules.{module}"), entry, find(module))?;
     }
     let undescribed = |linear: &&LinearInfo| linear.is_low_rank() && !modules.contains_key(&linear.module);
     if let Some(linear) = linears.iter().find(undescribed) {
-        return refuse(format!("lrc.modules.{}", linear.module), "is absent".into());
+        return refuse(checkpoint, format!("lrc.modules.{}", linear.module), "is absent".into());
     }
     for stack in checkpoint.stacks() {
         let [n, rows, columns] = stack.shape;
-        let is_there =
-            |index: usize| find(&stack.module(index)).is_some_and(|linear| linear.shape() == (rows, columns));
-        if let Some(absent) = (0..n).find(|&index| !is_there(index)) {
-            let reason = format!("is {:?}, and `{}` is no such matrix", stack.shape, stack.module(absent));
-            return refuse(format!("lrc.stacks.{}", stack.tensor), reason);
+        let mut matrices = (0..n).map(|index| stack.module(index));
+        let absent = matrices.find(|module| find(module).is_none_or(|linear| linear.shape() != (rows, columns)));
+        if let Some(absent) = absent {
+            let reason = format!("is {:?}, and `{absent}` is no such matrix", stack.shape);
+            return refuse(checkpoint, format!("lrc.stacks.{}", stack.tensor), reason);
         }
     }
     Ok(())
+}
+
+/// The description of a module is that of its tensors.
+fn check_module(checkpoint: &Checkpoint, name: String, entry: &Value, linear: Option<&LinearInfo>) -> Result<()> {
+    let Some(entry) = entry.as_object() else { return refuse(checkpoint, name, "is no object".into()) };
+    if let Some(layout) = entry.get("layout") {
+        check_layout(checkpoint, format!("{name}.layout"), layout, linear)?;
+    }
+    let found = linear.and_then(rank);
+    let given = entry.get("rank").map(Value::as_u64);
+    let in_words = |rank: Option<u64>| rank.map_or("none".into(), |rank| rank.to_string());
+    match (given, linear) {
+        (_, None) => refuse(checkpoint, name, "is no linear of the weight files".into()),
+        (Some(None), _) => refuse(checkpoint, format!("{name}.rank"), "is no rank".into()),
+        (given, _) if given.flatten() != found => {
+            let reason = format!("is {}, and its tensors have {}", in_words(given.flatten()), in_words(found));
+            refuse(checkpoint, format!("{name}.rank"), reason)
+        }
+        _ => Ok(()),
+    }
 }
 
 /// A layout is one that is known, and that of the tensors.

@@ -9,7 +9,7 @@ use super::architectures::table::{Architecture, MaskedHead};
 use super::block::Block;
 use super::config::ModelConfig;
 use super::head::{Head, Kind, Pooler, Transform};
-use super::linear::Linear;
+use super::linear::{Bias, Linear, Order};
 use super::names::Names;
 use super::norm::Norm;
 use super::ops::Kernels;
@@ -155,7 +155,7 @@ impl<'w> Decoder<'w> {
             (Some(modules), _) => {
                 Kind::Sentence { pooler: modules.load()?, name: modules.name(), is_by_cosine: modules.is_by_cosine }
             }
-            (None, Some(name)) => Kind::Learned(Linear::load(self.weights, &name, true, false)?),
+            (None, Some(name)) => Kind::Learned(Linear::load(self.weights, &name, Bias::Stored, Order::OutIn)?),
             (None, None) => Kind::Mean,
         }))
     }
@@ -218,7 +218,7 @@ impl<'w> Decoder<'w> {
             Norm::load(self.weights, &name, self.architecture.norm_kind, self.config.rms_norm_eps)
         });
         let projection =
-            self.projections().map(|[into, _]| Linear::load(self.weights, &into, false, false)).transpose()?;
+            self.projections().map(|[into, _]| Linear::load(self.weights, &into, Bias::None, Order::OutIn)).transpose()?;
         Ok(Embeddings {
             projection,
             first_type: types.transpose()?,
@@ -255,7 +255,7 @@ impl<'w> Decoder<'w> {
         }
         let mut lm_head = match &self.vocabulary.head {
             None => Linear::dense(self.table()?, None),
-            Some(head) => Linear::load(self.weights, head, false, false)?,
+            Some(head) => Linear::load(self.weights, head, Bias::None, Order::OutIn)?,
         };
         let norm = |name: &str| Norm::load(self.weights, name, names.norm_kind, eps);
         let of_head = |part: &str| format!("{}{part}", self.names.head);
@@ -263,13 +263,13 @@ impl<'w> Decoder<'w> {
         if let Some(MaskedHead { dense, activation, norm: name, bias }) = names.encoder.as_ref().map(|e| &e.masked_head)
         {
             lm_head = lm_head.with_bias(self.weights.tensor(&of_head(bias))?);
-            let dense = Linear::load(self.weights, &of_head(dense), true, false)?;
+            let dense = Linear::load(self.weights, &of_head(dense), Bias::Stored, Order::OutIn)?;
             let activation = activation.unwrap_or(self.config.hidden_act);
             transform = Some(Transform { dense, activation, norm: norm(&of_head(name))? });
         }
         let last = self.last_norm().map(|name| norm(&name)).transpose()?;
         let projection =
-            self.projections().map(|[_, out]| Linear::load(self.weights, &out, false, false)).transpose()?;
+            self.projections().map(|[_, out]| Linear::load(self.weights, &out, Bias::None, Order::OutIn)).transpose()?;
         Ok(Head {
             norm: last,
             projection,

@@ -111,14 +111,8 @@ impl LinearInfo {
 pub fn linears(checkpoint: &Checkpoint) -> Vec<LinearInfo> {
     let places = Places::of(checkpoint);
     let architecture = places.architecture;
-    let is_conv1d = |module: &str| architecture.is_some_and(|a| a.stores_turned(module));
-    // The number of an expert is none of a block.
     let of_stacks: Vec<String> =
         checkpoint.stacks().iter().map(|s| format!("{}.", s.tensor.trim_end_matches(".weight"))).collect();
-    let block = |module: &str| {
-        let stack = of_stacks.iter().find(|stack| module.starts_with(stack.as_str()));
-        stack.map_or(module, |stack| stack.as_str()).split('.').find_map(|part| part.parse().ok())
-    };
     let mut linears = Vec::new();
     for info in checkpoint.tensors() {
         let &[rows, columns] = info.shape.as_slice() else { continue };
@@ -129,7 +123,7 @@ pub fn linears(checkpoint: &Checkpoint) -> Vec<LinearInfo> {
         let found = structured(checkpoint, stem);
         let (module, stored, out_features, in_features) = if let Some(found) = found {
             found
-        } else if is_conv1d(stem) && !info.is_encoded() {
+        } else if architecture.is_some_and(|a| a.stores_turned(stem)) && !info.is_encoded() {
             (stem, Stored::DenseTransposed, columns, rows)
         } else {
             (stem, Stored::Dense, rows, columns)
@@ -148,12 +142,18 @@ pub fn linears(checkpoint: &Checkpoint) -> Vec<LinearInfo> {
             in_features,
             dtype: info.dtype,
             stored,
-            block: block(module),
+            block: block_of(module, &of_stacks),
             id,
             is_default_target: id.is_some() || architecture.is_none() && !is_on_request(),
         });
     }
     linears
+}
+
+/// The block that a module belongs to by its name. The number of an expert of a stack is not that of a block.
+fn block_of(module: &str, of_stacks: &[String]) -> Option<usize> {
+    let stack = of_stacks.iter().find(|stack| module.starts_with(stack.as_str()));
+    stack.map_or(module, |stack| stack.as_str()).split('.').find_map(|part| part.parse().ok())
 }
 
 /// The module whose first part is stored as `stem`, how it is stored, and its shape (out, in).

@@ -12,6 +12,35 @@ use crate::checkpoint::Checkpoint;
 use crate::error::Failure;
 use crate::operator::{BASE, Element, Form, Forms, Kind, Right, part_name};
 
+/// Whether a linear has a bias.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Bias {
+    Stored,
+    None,
+}
+
+impl Bias {
+    /// As a family's table has it.
+    pub fn of(has_bias: bool) -> Self {
+        if has_bias { Self::Stored } else { Self::None }
+    }
+}
+
+/// How a family stores dense weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Order {
+    OutIn,
+    /// As GPT-2's Conv1D.
+    InOut,
+}
+
+impl Order {
+    /// As a family's table has it.
+    pub fn of(is_conv1d: bool) -> Self {
+        if is_conv1d { Self::InOut } else { Self::OutIn }
+    }
+}
+
 #[derive(Debug, Clone)]
 pub struct Linear {
     /// Base first.
@@ -44,11 +73,12 @@ impl Linear {
     ///
     /// # Errors
     /// A tensor is absent or broken.
-    pub fn load(weights: &dyn Weights, module: &str, has_bias: bool, is_conv1d: bool) -> Result<Self> {
+    pub fn load(weights: &dyn Weights, module: &str, bias: Bias, order: Order) -> Result<Self> {
         let name = |part: &str| format!("{module}.{part}");
-        let bias = |part: &str| has_bias.then(|| weights.tensor(&name(part))).transpose();
+        let load_bias = |part: &str| (bias == Bias::Stored).then(|| weights.tensor(&name(part))).transpose();
+        let is_conv1d = order == Order::InOut;
         let Some(kind) = Kind::stored(|part| weights.contains(&name(part))) else {
-            return Ok(Self::dense(weights.matrix(&name("weight"), is_conv1d)?, bias("bias")?));
+            return Ok(Self::dense(weights.matrix(&name("weight"), is_conv1d)?, load_bias("bias")?));
         };
         let base = format!("{BASE}.weight");
         let mut terms = Vec::new();
@@ -56,13 +86,13 @@ impl Linear {
             terms.push(Applied { kind: Kind::DENSE, parts: vec![weights.matrix(&name(&base), is_conv1d)?] });
         }
         let holder = if terms.is_empty() { kind.structure().bias_part() } else { Some(BASE) };
-        let part = |&(suffix, element): &(&str, Element)| match element {
+        let parts = kind.structure().suffixes().iter().map(|&(suffix, element)| match element {
             Element::Float => weights.tensor(&name(&part_name(suffix, element))),
             Element::Index => weights.indices(&name(suffix)),
-        };
-        let parts = kind.structure().suffixes().iter().map(part).collect::<Result<_>>()?;
+        });
+        let parts = parts.collect::<Result<_>>()?;
         terms.push(Applied { kind, parts });
-        let bias = bias(&holder.map_or("bias".to_string(), |part| format!("{part}.bias")))?;
+        let bias = load_bias(&holder.map_or("bias".to_string(), |part| format!("{part}.bias")))?;
         Ok(Self { terms, bias, tap: None })
     }
 
@@ -198,12 +228,12 @@ pub(super) fn expect_shape(
     checkpoint: &Checkpoint,
     module: &str,
     [out, input]: [usize; 2],
-    (has_bias, is_conv1d): (bool, bool),
+    (bias, order): (Bias, Order),
     fields: &str,
 ) -> Result<()> {
     // (out, in), but for weights that a family stores transposed, and that are not codes.
     let expect_weight = |name: &str| {
-        let is_transposed = is_conv1d && checkpoint.info(name).is_some_and(|info| !info.is_encoded());
+        let is_transposed = order == Order::InOut && checkpoint.info(name).is_some_and(|info| !info.is_encoded());
         checkpoint.expect_shape(name, &if is_transposed { [input, out] } else { [out, input] }, fields)
     };
     let name = |part: &str| format!("{module}.{part}");
@@ -234,7 +264,7 @@ pub(super) fn expect_shape(
     if has_base {
         expect_weight(&base)?;
     }
-    if has_bias {
+    if bias == Bias::Stored {
         let holder = Forms { base: has_base.then(|| Forms::base(None)), over }.bias_part();
         let bias = holder.map_or(name("bias"), |part| name(&format!("{part}.bias")));
         checkpoint.expect_shape(&bias, &[out], fields)?;
@@ -271,7 +301,7 @@ mod tests {
         ];
         for form in forms {
             let weights: HashMap<String, Tensor> = form.iter().map(|(n, t)| (n.to_string(), (*t).clone())).collect();
-            let linear = Linear::load(&weights, "m", true, false).unwrap();
+            let linear = Linear::load(&weights, "m", Bias::Stored, Order::OutIn).unwrap();
             let y = linear.forward(&tensor(&[1., 1., 0., 1.], &[1, 2, 2])).unwrap();
             assert_eq!(y.to_vec3::<f32>().unwrap(), [[[17., 34.], [14., 28.]]]);
         }

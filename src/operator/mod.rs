@@ -6,8 +6,11 @@
 
 mod dense;
 mod factors;
+mod forms;
 mod matrix;
+
 mod monarch;
+mod names;
 mod pivot;
 mod rounding;
 
@@ -23,9 +26,11 @@ use crate::approx::low_rank::{ErrorCurve, LowRank};
 use crate::approx::metric::{Metric, MetricPair};
 use crate::checkpoint::Dtype;
 use crate::linalg::LinalgError;
-use crate::quantize::{Scheme, Storage};
+use crate::quantize::Scheme;
 
+pub use forms::{Form, Forms, Operator, Right, Term};
 pub use matrix::Matrix;
+pub use names::{BASE, all_parts, bias_parts, first_parts, is_second_part, part_name};
 pub use rounding::{Rounded, Side, Sides};
 
 /// (out, in).
@@ -284,267 +289,6 @@ impl Size {
             Self::Rank(rank) | Self::Blocks { rank, .. } => Some(rank),
         }
     }
-}
-
-/// A structure of a size, before its values are known: what decides names, shapes and bytes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Form {
-    pub kind: Kind,
-    pub size: Size,
-    /// How its floats are stored; none: in the dtype of the weight.
-    pub storage: Option<Storage>,
-    pub right: Right,
-}
-
-/// Whose the part is that the input is multiplied by first.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Right {
-    /// Its own.
-    #[default]
-    Own,
-    /// Its own, and that of all borrowers of the same number.
-    Lent(usize),
-    /// That of the lender of the same number, who stores it.
-    Borrowed(usize),
-}
-
-impl Form {
-    /// A matrix of a rank in a layout.
-    pub fn of_rank(kind: Kind, rank: usize, shape: Shape) -> Self {
-        // Zeros have no rows to pick, and no blocks.
-        let kind = if rank == 0 { Kind::FACTORS } else { kind };
-        Self { kind, size: kind.fitting().size(rank, shape), storage: None, right: Right::Own }
-    }
-
-    /// Its matrices, in the order of the files; one that is borrowed is among them.
-    pub fn parts(&self, shape: Shape) -> Vec<Part> {
-        let structure = self.kind.structure();
-        let part = |(&(suffix, element), shape)| Part { suffix, element, shape };
-        structure.suffixes().iter().zip(structure.shapes(self.size, shape)).map(part).collect()
-    }
-
-    /// Those that are stored with the module itself.
-    pub fn own_parts(&self, shape: Shape) -> Vec<Part> {
-        let mut parts = self.parts(shape);
-        if let Right::Borrowed(_) = self.right {
-            parts.remove(0);
-        }
-        parts
-    }
-
-    /// Numbers in its stored matrices, indices apart.
-    pub fn n_parameters(&self, shape: Shape) -> u64 {
-        let size = |Part { element, shape: [rows, cols], .. }: Part| match element {
-            Element::Float => rows as u64 * cols as u64,
-            Element::Index => 0,
-        };
-        self.own_parts(shape).into_iter().map(size).sum()
-    }
-
-    /// Bytes of its stored matrices, floats in `dtype` or in the project's own packing.
-    pub fn n_bytes(&self, shape: Shape, dtype: Dtype) -> u64 {
-        let bytes = |Part { element, shape: [rows, cols], .. }: Part| match (element, self.storage) {
-            (Element::Index, _) => 4 * rows as u64,
-            (Element::Float, Some(storage)) => storage.n_bytes(rows, cols),
-            (Element::Float, None) => (rows * cols) as u64 * (dtype.bitsize() as u64 / 8),
-        };
-        self.own_parts(shape).into_iter().map(bytes).sum()
-    }
-
-    /// The scheme of its codes, where it is quantized in groups.
-    pub fn scheme(&self) -> Option<Scheme> {
-        match self.storage {
-            Some(Storage::Grouped(scheme)) => Some(scheme),
-            _ => None,
-        }
-    }
-}
-
-/// The terms that take the place of a weight, before their values are known: a base, a structure, or both.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Forms {
-    pub base: Option<Form>,
-    pub over: Option<Form>,
-}
-
-impl Forms {
-    /// A structure alone.
-    pub fn of(form: Form) -> Self {
-        Self { base: None, over: Some(form) }
-    }
-
-    /// Low rank alone, in the dtype of the weight.
-    pub fn of_rank(kind: Kind, rank: usize, shape: Shape) -> Self {
-        Self::of(Form::of_rank(kind, rank, shape))
-    }
-
-    /// A base, quantized or in the dtype of the weight.
-    pub fn base(storage: Option<Storage>) -> Form {
-        Form { kind: Kind::DENSE, size: Size::Whole, storage, right: Right::Own }
-    }
-
-    /// Base first.
-    pub fn iter(&self) -> impl Iterator<Item = Form> {
-        self.base.into_iter().chain(self.over)
-    }
-
-    /// Rank of the structure; none without one.
-    pub fn rank(&self) -> Option<usize> {
-        self.over.and_then(|form| form.size.rank())
-    }
-
-    /// Numbers in all terms, codes counted like floats.
-    pub fn n_parameters(&self, shape: Shape) -> u64 {
-        self.iter().map(|form| form.n_parameters(shape)).sum()
-    }
-
-    /// Bytes of the base and of what is above it.
-    pub fn n_bytes(&self, shape: Shape, dtype: Dtype) -> (u64, u64) {
-        let bytes = |form: Option<Form>| form.map_or(0, |form| form.n_bytes(shape, dtype));
-        (bytes(self.base), bytes(self.over))
-    }
-
-    /// Whether a term is stored as codes.
-    pub fn is_quantized(&self) -> bool {
-        self.base.is_some() || self.over.is_some_and(|form| form.storage.is_some())
-    }
-
-    /// Where the bias is: a part of the module, or the module itself.
-    pub fn bias_part(&self) -> Option<&'static str> {
-        match (self.base, self.over) {
-            (Some(_), Some(_)) => Some(BASE),
-            (None, Some(form)) => form.kind.structure().bias_part(),
-            (_, None) => None,
-        }
-    }
-}
-
-/// A structure with its values.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Term {
-    pub form: Form,
-    pub parts: Vec<Matrix>,
-}
-
-impl Term {
-    /// A base: the weight itself, or codes of it.
-    pub fn base(matrix: Matrix, storage: Option<Storage>) -> Self {
-        Self { form: Forms::base(storage), parts: vec![matrix] }
-    }
-
-    /// A matrix of zeros.
-    pub fn zeros() -> Self {
-        let form = Form { kind: Kind::FACTORS, size: Size::Rank(0), storage: None, right: Right::Own };
-        Self { form, parts: vec![Vec::new().into(), Vec::new().into()] }
-    }
-
-    /// A fit as it is stored.
-    pub fn laid_out(kind: Kind, pair: LowRank, shape: Shape) -> Self {
-        let form = Form::of_rank(kind, pair.rank, shape);
-        Self { form, parts: kind.fitting().lay_out(pair, shape) }
-    }
-
-    /// The matrix (out, in), row-major.
-    pub fn product(&self, shape: Shape) -> Vec<f32> {
-        self.form.kind.structure().product(&self.parts, self.form.size, shape)
-    }
-
-    /// The term with its floats rounded to `dtype`.
-    ///
-    /// # Errors
-    /// The place of the first value that does not fit, in its part.
-    pub fn rounded(&self, dtype: Dtype) -> Result<Self, usize> {
-        let parts = self.parts.iter().map(|part| part.rounded(dtype)).collect::<Result<_, _>>()?;
-        Ok(Self { form: self.form, parts })
-    }
-
-    /// The term in codes; see [`Fitting::quantize`].
-    ///
-    /// # Errors
-    /// The quantized part has dependent columns.
-    pub fn quantized(&self, target: MatRef<'_, f64>, output: &Metric, scheme: Scheme) -> Result<Self> {
-        let parts = self.form.kind.fitting().quantize(&self.parts, self.form.size, target, output, scheme)?;
-        Ok(Self { form: Form { storage: Some(Storage::Grouped(scheme)), ..self.form }, parts })
-    }
-}
-
-/// What takes the place of a weight: the sum of its terms.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Operator {
-    pub base: Option<Term>,
-    pub over: Option<Term>,
-}
-
-impl Operator {
-    /// A structure alone.
-    pub fn of(term: Term) -> Self {
-        Self { base: None, over: Some(term) }
-    }
-
-    /// Base first.
-    pub fn terms(&self) -> impl Iterator<Item = &Term> {
-        self.base.iter().chain(&self.over)
-    }
-
-    /// The forms of its terms.
-    pub fn forms(&self) -> Forms {
-        let form = |term: &Option<Term>| term.as_ref().map(|term| term.form);
-        Forms { base: form(&self.base), over: form(&self.over) }
-    }
-
-    /// The matrix (out, in), row-major.
-    ///
-    /// # Panics
-    /// When it has no term.
-    pub fn product(&self, shape: Shape) -> Vec<f32> {
-        // The structure first: adding the base to it is what the report's errors were always measured on.
-        let mut terms = self.over.iter().chain(&self.base);
-        let first = terms.next().expect("invariant: an operator has a term");
-        let mut values = first.product(shape);
-        for term in terms {
-            values.iter_mut().zip(term.product(shape)).for_each(|(sum, value)| *sum += value);
-        }
-        values
-    }
-}
-
-/// The place of a base below another term: `X.base.weight`.
-pub const BASE: &str = "base";
-
-/// Parts by any of which a module is known to be stored: `weight`, `lr_a.weight`, ...
-pub fn first_parts() -> impl Iterator<Item = String> {
-    std::iter::once("weight".to_string()).chain(Kind::layouts().map(Kind::weight_of_first_part))
-}
-
-/// Every part that a module may have, dense or compressed: `weight`, `lr_a.weight`, `lr_order`, ...
-pub fn all_parts() -> Vec<String> {
-    let mut parts = vec!["weight".to_string(), format!("{BASE}.weight")];
-    for kind in Kind::layouts() {
-        parts.extend(kind.structure().suffixes().iter().map(|&(suffix, element)| part_name(suffix, element)));
-    }
-    parts
-}
-
-/// Every part that may hold the bias of a module: `bias`, `base.bias`, ...
-pub fn bias_parts() -> impl Iterator<Item = String> {
-    let of_layouts = Kind::layouts().filter_map(|kind| kind.structure().bias_part());
-    let holders = std::iter::once(BASE).chain(of_layouts).map(|part| format!("{part}.bias"));
-    std::iter::once("bias".to_string()).chain(holders)
-}
-
-/// `lr_a.weight` of floats, `lr_order` of indices.
-pub fn part_name(suffix: &str, element: Element) -> String {
-    match element {
-        Element::Float => format!("{suffix}.weight"),
-        Element::Index => suffix.to_string(),
-    }
-}
-
-/// Whether the last part of a name is one that only follows the first part of a structure, or a base: no module of its own.
-pub fn is_second_part(stem: &str) -> bool {
-    let later = |kind: Kind| kind.structure().suffixes()[1..].iter().map(|(suffix, _)| *suffix);
-    let last = stem.rsplit('.').next().unwrap_or(stem);
-    last == BASE && stem != BASE || Kind::layouts().flat_map(later).any(|suffix| suffix == last && stem != suffix)
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@ mod eval;
 pub mod gate;
 mod inspect;
 pub mod page;
+mod publish;
 pub mod schema;
 
 use std::collections::BTreeMap;
@@ -15,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::checkpoint::{Fingerprint, LeftOut};
+pub use publish::{Published, publish};
 pub use eval::{
     Agreement, AllConventionsReport, Distribution, DivergenceRecord, EncoderReport, FidelityRecord, PerplexityReport,
     PseudoPerplexity,

@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use super::shape;
+use super::shape::{self, ENDINGS};
 use crate::checkpoint::magic;
 use crate::error::Failure;
 
@@ -41,9 +41,6 @@ impl Packing {
         }
     }
 }
-
-pub(super) const ENDINGS: &str =
-    "documents are read from `.jsonl`, `.ndjson`, `.json` and `.parquet`, optionally compressed as `.gz` or `.zst`";
 
 /// Endings of supported files other than prose.
 const READ: [&str; 3] = ["parquet", "gz", "zst"];

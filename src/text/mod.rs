@@ -1,6 +1,7 @@
 //! From text to tokens: reads the documents of a file, tokenizes them with the model's tokenizer, and cuts the stream into windows.
 
 mod chat;
+mod document;
 mod documents;
 mod kind;
 #[cfg(feature = "parquet")]
@@ -20,7 +21,7 @@ use sha2::{Digest, Sha256};
 use crate::checkpoint::{hex, json, read_file};
 use crate::error::Failure;
 use chat::ChatTemplate;
-pub use documents::DEFAULT_FIELD;
+pub use document::DEFAULT_FIELD;
 use documents::Document;
 pub use source::read_recipe;
 
@@ -101,7 +102,7 @@ impl Text {
                 return Err(Failure::unsupported(format!("text file `{path_shown}` is empty")).into());
             }
             let message = format!("`{path_shown}` has no text: `{field}` is empty or null in every document");
-            return Err(Failure::unsupported(message).hint(documents::FIELD_HINT).into());
+            return Err(Failure::unsupported(message).hint(document::FIELD_HINT).into());
         }
         let n_blank = n_documents - documents.len();
         if n_blank > 0 {

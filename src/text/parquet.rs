@@ -11,7 +11,7 @@ use parquet::schema::types::{Type, TypePtr};
 use serde_json::{Map, Value};
 
 use super::chat;
-use super::documents::{DEFAULT_FIELD, Document, FIELD_HINT};
+use super::document::{DEFAULT_FIELD, Document, FIELD_HINT};
 use crate::error::Failure;
 
 /// Reads the documents of `path`, whose content is `bytes`, from the column `field`.

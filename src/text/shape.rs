@@ -7,9 +7,12 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use super::kind::ENDINGS;
 use crate::checkpoint::json::parse_as_null;
 use crate::error::Failure;
+
+/// The hint of errors about files that are not read.
+pub(super) const ENDINGS: &str =
+    "documents are read from `.jsonl`, `.ndjson`, `.json` and `.parquet`, optionally compressed as `.gz` or `.zst`";
 
 /// Number of lines that are examined, not counting blank lines.
 const N_LINES: usize = 50;

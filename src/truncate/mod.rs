@@ -32,7 +32,7 @@ use crate::operator::{self, Forms, Kind, Operator, Side, Sides, Term};
 use crate::progress::Progress;
 use crate::report::card::{self, Loading};
 use crate::report::page::{self, PAGE_FILE};
-use crate::report::{CompressReport, REPORT_FILE, SCHEMA_VERSION, TruncationRecord, peak_memory_bytes};
+use crate::report::{CompressReport, REPORT_FILE, SCHEMA_VERSION, TruncationRecord, publish};
 
 /// What is shortened, and where to.
 pub struct TruncateJob<'a> {
@@ -73,22 +73,67 @@ pub fn truncate(job: &TruncateJob<'_>, progress: &dyn Progress) -> Result<Compre
     let mut shortenings = shortenings(checkpoint)?;
     check_report(&report, &shortenings, root)?;
     let mut config = checkpoint.config().cloned().unwrap_or_default();
+    check_config(&mut config, &shortenings, root)?;
+    allocate_ranks(&mut shortenings, &report, job.keep)?;
+    warn_of_diagonals(&report, &shortenings);
+
+    let folder = OutputFolder::create(job.output, job.force, REPORT_FILE)?;
+    let written = write_weights(job, &shortenings, &folder, progress)?;
+    update(&mut report, &shortenings, checkpoint, &written.specs, job)?;
+    formats::warn_of_growth(checkpoint.file_bytes(), report.sizes.file_bytes_after);
+    write_curves(&folder, &shortened_curves(&shortenings, written.rank_factors))?;
+    let replaced = [REPORT_FILE, PAGE_FILE, "README.md", CURVES_FILES[0], CURVES_FILES[1]];
+    let left_out = formats::copy_side(checkpoint, &folder, &replaced)?;
+    report.left_out = left_out.into_iter().map(Into::into).collect();
+    let exporter = Format::Factored.exporter();
+    let loading =
+        Loading { text: formats::loading(exporter, &native_config(&config), false), library: exporter.library() };
+    let card = card::render(&report, checkpoint, &loading);
     for s in &shortenings {
-        if rank_of(&mut config, &s.linear.module).is_none() {
+        *rank_of(&mut config, &s.linear.module).expect("invariant: every description was checked") = json!(s.new_rank);
+    }
+    let pages =
+        [("README.md", card), (CONFIG_FILE, json::text(&config)?), (PAGE_FILE, page::compress(&report, &[])?)];
+    publish(&folder, &mut report, &pages, started)?;
+    folder.finish()?;
+    Ok(report)
+}
+
+/// Every linear that may be truncated is described in the config, and has its right factor for itself.
+fn check_config(config: &mut Map<String, Value>, shortenings: &[Shortening], root: &Path) -> Result<()> {
+    let shared = config.get("lrc").and_then(|lrc| lrc.get("shared")?.as_object()?.keys().next());
+    if let Some(tensor) = shared {
+        let message = format!("`{tensor}` in `{}` is shared by several linears, and cannot be truncated", root.display());
+        return Err(Failure::unsupported(message).hint("compress the original again, to the smaller size").into());
+    }
+    for s in shortenings {
+        if rank_of(config, &s.linear.module).is_none() {
             let (path, entry) = (root.join(CONFIG_FILE), format!("lrc.modules.{}.rank", s.linear.module));
             let reason = "is absent, and its tensors are of low rank".into();
             return Err(CheckpointError::ConfigEntry { path, entry, reason }.into());
         }
     }
-    share_out(&mut shortenings, &report, job.keep)?;
+    Ok(())
+}
 
-    warn_of_diagonals(&report, &shortenings);
+/// What writing the weights found.
+struct WrittenWeights {
+    specs: Vec<TensorSpec>,
+    /// By module, what restores the order of its ranks; empty where that was not kept.
+    rank_factors: BTreeMap<String, Vec<f32>>,
+}
 
-    let folder = OutputFolder::create(job.output, job.force, REPORT_FILE)?;
-    let (source, exporter) = (Source::new(checkpoint), Format::Factored.exporter());
-    let changed: BTreeMap<&str, &Shortening> =
-        shortenings.iter().filter(|s| s.new_rank < s.rank).map(|s| (s.linear.module.as_str(), s)).collect();
-    let of = |name: &str| changed.iter().find(|(module, _)| is_part_of(name, module)).map(|(_, s)| *s);
+/// Writes the weight files: truncated linears as they are made, then all other tensors as they are.
+fn write_weights(
+    job: &TruncateJob<'_>,
+    shortenings: &[Shortening],
+    folder: &OutputFolder,
+    progress: &dyn Progress,
+) -> Result<WrittenWeights> {
+    let (checkpoint, exporter) = (job.checkpoint, Format::Factored.exporter());
+    let source = Source::new(checkpoint);
+    let changed: Vec<&Shortening> = shortenings.iter().filter(|s| s.new_rank < s.rank).collect();
+    let of = |name: &str| changed.iter().find(|s| is_part_of(name, &s.linear.module)).copied();
     let mut specs: Vec<TensorSpec> = Vec::new();
     for info in checkpoint.tensors() {
         match of(&info.name) {
@@ -101,20 +146,18 @@ pub fn truncate(job: &TruncateJob<'_>, progress: &dyn Progress) -> Result<Compre
     }
     folder.require_space(specs.iter().map(TensorSpec::n_bytes).sum())?;
     let writer = Mutex::new(SafetensorsWriter::create(&folder.path(), &specs, job.max_shard_bytes)?);
-    let rank_factors: Mutex<BTreeMap<String, Vec<f32>>> = Mutex::default();
     let stage = progress.stage("truncate", changed.len() as u64, "matrices");
-    changed.par_iter().try_for_each(|(module, shortening)| -> Result<()> {
+    let shorten = |s: &&Shortening| -> Result<(String, Vec<f32>)> {
+        let module = &s.linear.module;
         stage.note(module);
-        let (term, factor) = shortening.shorten(checkpoint).with_context(|| format!("truncate `{module}`"))?;
-        rank_factors.lock().expect("invariant: no holder of the factors panics").insert((*module).to_string(), factor);
-        let tensors = exporter.bytes(&source, &shortening.linear, &Operator::of(term))?;
+        let (term, factor) = s.shorten(checkpoint).with_context(|| format!("truncating `{module}`"))?;
+        let tensors = exporter.bytes(&source, &s.linear, &Operator::of(term))?;
         let mut writer = writer.lock().expect("invariant: no holder of the writer panics");
-        for tensor in tensors {
-            writer.write(&tensor.name, &tensor.bytes)?;
-        }
+        tensors.iter().try_for_each(|tensor| writer.write(&tensor.name, &tensor.bytes))?;
         stage.advance(1);
-        Ok(())
-    })?;
+        Ok((module.clone(), factor))
+    };
+    let rank_factors = changed.par_iter().map(shorten).collect::<Result<_>>()?;
     let mut writer = writer.into_inner().expect("invariant: no holder of the writer panics");
     let mut non_finite = Vec::new();
     for spec in specs.iter().filter(|spec| of(&spec.name).is_none()) {
@@ -127,37 +170,23 @@ pub fn truncate(job: &TruncateJob<'_>, progress: &dyn Progress) -> Result<Compre
     }
     formats::warn_of_non_finite(&non_finite);
     writer.finish()?;
-
-    update(&mut report, &shortenings, checkpoint, &specs, job)?;
-    formats::warn_of_growth(checkpoint.file_bytes(), report.sizes.file_bytes_after);
-    let mut rank_factors = rank_factors.into_inner().expect("invariant: no holder of the factors panics");
-    let mut curves = BTreeMap::new();
-    for s in &shortenings {
-        let rank_factor = rank_factors.remove(&s.linear.module).unwrap_or_else(|| s.curve.rank_factor.clone());
-        let curve = KeptCurve { energies: s.curve.energies[..s.new_rank].to_vec(), rank_factor, ..s.curve.clone() };
-        curves.insert(s.linear.module.clone(), curve);
-    }
-    write_curves(&folder, &curves)?;
-    let replaced = [REPORT_FILE, PAGE_FILE, "README.md", CURVES_FILES[0], CURVES_FILES[1]];
-    let left_out = formats::copy_side(checkpoint, &folder, &replaced)?;
-    report.left_out = left_out.into_iter().map(Into::into).collect();
-    let loading =
-        Loading { text: formats::loading(exporter, &native_config(&config), false), library: exporter.library() };
-    folder.write("README.md", card::render(&report, checkpoint, &loading).as_bytes())?;
-    for s in &shortenings {
-        *rank_of(&mut config, &s.linear.module).expect("invariant: every description was checked") = json!(s.new_rank);
-    }
-    folder.write(CONFIG_FILE, json::text(&config)?.as_bytes())?;
-    folder.write(PAGE_FILE, page::compress(&report, &[])?.as_bytes())?;
-    report.output_files = folder.hashes(REPORT_FILE)?;
-    report.elapsed_seconds = started.elapsed().as_secs_f64();
-    report.peak_memory_bytes = peak_memory_bytes();
-    folder.write(REPORT_FILE, (serde_json::to_string_pretty(&report)? + "\n").as_bytes())?;
-    folder.finish()?;
-    Ok(report)
+    Ok(WrittenWeights { specs, rank_factors })
 }
 
-/// Says so where pivots without their order stand for a metric that diagonals do not hold.
+/// The curves of the truncated linears.
+fn shortened_curves(
+    shortenings: &[Shortening],
+    mut rank_factors: BTreeMap<String, Vec<f32>>,
+) -> BTreeMap<String, KeptCurve> {
+    let curve = |s: &Shortening| {
+        let rank_factor = rank_factors.remove(&s.linear.module).unwrap_or_else(|| s.curve.rank_factor.clone());
+        let energies = s.curve.energies[..s.new_rank].to_vec();
+        (s.linear.module.clone(), KeptCurve { energies, rank_factor, ..s.curve.clone() })
+    };
+    shortenings.iter().map(curve).collect()
+}
+
+/// Warns when a layout that lost the order of its ranks is refactored in a diagonal approximation of its metric.
 fn warn_of_diagonals(report: &CompressReport, shortenings: &[Shortening]) {
     let is_full = !["svd", "asvd", "fwsvd"].iter().any(|method| report.recipe["method"] == *method);
     let is_anchored = !report.recipe["anchor"].is_null();
@@ -253,7 +282,7 @@ fn shortenings(checkpoint: &Checkpoint) -> Result<Vec<Shortening>> {
 }
 
 /// Chooses the new ranks.
-fn share_out(shortenings: &mut [Shortening], report: &CompressReport, keep: f64) -> Result<()> {
+fn allocate_ranks(shortenings: &mut [Shortening], report: &CompressReport, keep: f64) -> Result<()> {
     let before = report.sizes.linear_parameters_before;
     let dense: u64 = report.linears.iter().filter(|l| l.rank.is_none()).map(|l| l.parameters_after).sum();
     let curve = |s: &Shortening| ErrorCurve::new(s.curve.energies.iter().map(|&e| f64::from(e)).collect());
@@ -261,23 +290,20 @@ fn share_out(shortenings: &mut [Shortening], report: &CompressReport, keep: f64)
     let parameters: Vec<Vec<u64>> = shortenings.iter().map(Shortening::parameters).collect();
     let items: Vec<Item<'_>> =
         (0..shortenings.len()).map(|i| shortenings[i].item(&curves[i], &parameters[i])).collect();
-    let cost = |rank: &dyn Fn(&Shortening) -> usize| -> u64 {
-        dense + shortenings.iter().zip(&items).map(|(s, item)| item.cost(Pick::Rank(rank(s)))).sum::<u64>()
-    };
     let budget = (keep * before as f64 + 1e-6).floor() as u64;
-    let (now, least) = (cost(&|s| s.rank), cost(&|_| 1));
-    let share = |parameters: u64| parameters as f64 / before as f64;
+    let ranks = shortenings.iter().map(|s| s.rank);
+    let now = dense + items.iter().zip(ranks).map(|(item, rank)| item.cost(Pick::Rank(rank))).sum::<u64>();
+    let least = dense + items.iter().map(|item| item.cost(Pick::Rank(1))).sum::<u64>();
     if budget >= now {
-        return Err(Failure::usage(format!(
-            "`--keep {keep}` is not less than the {:.4} that is kept already",
-            share(now)
-        ))
-        .hint("`lrc truncate` only shortens")
-        .into());
+        let message =
+            format!("`--keep {keep}` is not less than the {:.4} that is kept already", now as f64 / before as f64);
+        return Err(Failure::usage(message).hint("`lrc truncate` only reduces ranks").into());
     }
     if budget < least {
-        let message = format!("`--keep {keep}` cannot be reached: {:.4} is the least", share(least));
-        return Err(Failure::usage(message).hint("what was left dense stays dense; compress the original anew").into());
+        let message = format!("`--keep {keep}` cannot be reached: {:.4} is the least", least as f64 / before as f64);
+        return Err(Failure::usage(message)
+            .hint("dense linears stay dense; compress the original again")
+            .into());
     }
     let rules = Rules { budget: budget - dense, fill: false, ..Rules::of_keep(&items, 0.999) };
     let picks = allocate::allocate(Ranks::Knapsack, &items, &rules);

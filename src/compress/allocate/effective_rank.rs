@@ -15,8 +15,8 @@ impl Allocator for EffectiveRank {
         let weight = |item: &Item<'_>| (effective_rank(item.curve()) / item.rank_weight).sqrt();
         let weights: Vec<f64> = items.iter().map(weight).collect();
         // At t = 1 every rank is past its matrix.
-        let full = |(item, weight): (&Item<'_>, &f64)| item.largest_rank() as f64 / weight;
-        let largest = items.iter().zip(&weights).map(full).fold(0.0, f64::max);
+        let full = items.iter().zip(&weights).map(|(item, weight)| item.largest_rank() as f64 / weight);
+        let largest = full.fold(0.0, f64::max);
         largest_affordable(items, rules, |t| {
             let rank = |weight: f64| ((t * largest * weight) as usize).max(1);
             items.iter().zip(&weights).map(|(item, &weight)| item.pick(rank(weight), rules)).collect()

@@ -16,7 +16,7 @@ use minijinja::{Error, ErrorKind};
 use serde_json::Map;
 use serde_json::Value as Json;
 
-use super::documents::Document;
+use super::document::Document;
 use crate::checkpoint::json::parse_as_null;
 use crate::checkpoint::read_file;
 use crate::error::{ExitClass, Failure};

@@ -1,0 +1,48 @@
+//! The sums of a block on their way from a pass to those who keep them, and in the journal.
+
+use anyhow::Result;
+use serde_json::json;
+
+use super::statistics::{Needs, Sums};
+use crate::store::{Array, Journal, Piece, Values};
+
+/// The statistics to collect.
+#[derive(Debug, Clone, Copy)]
+pub struct Observation {
+    pub needs: Needs,
+    /// Whether per-token gradients are clipped.
+    pub clip_gradients: bool,
+}
+
+/// Receives the statistics of one block after another, by name: of inputs in the forward pass, of gradients in the backward pass.
+pub type Keep<'a> = dyn FnMut(Vec<(String, Array)>) -> Result<()> + 'a;
+
+/// A pass through the model.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Pass {
+    Forward,
+    Backward,
+}
+
+impl Pass {
+    /// The key of the sums of a block in the journal.
+    pub fn key(self, block_idx: usize) -> String {
+        match self {
+            Self::Forward => format!("forward-{block_idx}"),
+            Self::Backward => format!("backward-{block_idx}"),
+        }
+    }
+}
+
+/// Stores the sums of a block in the journal.
+pub(super) fn settle(journal: &Journal, pass: Pass, block_idx: usize, sums: Sums) -> Result<Vec<(String, Array)>> {
+    let sums = sums.pack(block_idx)?.into_iter().map(|(name, values)| (name, Values::from(values)));
+    let (names, arrays): (Vec<String>, Vec<Values>) = sums.unzip();
+    named(journal.put(&pass.key(block_idx), json!(names), arrays)?)
+}
+
+/// The sums in a piece.
+pub(super) fn named(piece: Piece) -> Result<Vec<(String, Array)>> {
+    let names: Vec<String> = serde_json::from_value(piece.fields.clone())?;
+    Ok(names.into_iter().zip(piece.rest()).collect())
+}

@@ -1,0 +1,42 @@
+//! Names of stored parts: where the matrices and the bias of a module may be.
+
+use super::{Element, Kind};
+
+/// The place of a base below another term: `X.base.weight`.
+pub const BASE: &str = "base";
+
+/// Parts by any of which a module is known to be stored: `weight`, `lr_a.weight`, ...
+pub fn first_parts() -> impl Iterator<Item = String> {
+    std::iter::once("weight".to_string()).chain(Kind::layouts().map(Kind::weight_of_first_part))
+}
+
+/// Every part that a module may have, dense or compressed: `weight`, `lr_a.weight`, `lr_order`, ...
+pub fn all_parts() -> Vec<String> {
+    let mut parts = vec!["weight".to_string(), format!("{BASE}.weight")];
+    for kind in Kind::layouts() {
+        parts.extend(kind.structure().suffixes().iter().map(|&(suffix, element)| part_name(suffix, element)));
+    }
+    parts
+}
+
+/// Every part that may hold the bias of a module: `bias`, `base.bias`, ...
+pub fn bias_parts() -> impl Iterator<Item = String> {
+    let of_layouts = Kind::layouts().filter_map(|kind| kind.structure().bias_part());
+    let holders = std::iter::once(BASE).chain(of_layouts).map(|part| format!("{part}.bias"));
+    std::iter::once("bias".to_string()).chain(holders)
+}
+
+/// `lr_a.weight` of floats, `lr_order` of indices.
+pub fn part_name(suffix: &str, element: Element) -> String {
+    match element {
+        Element::Float => format!("{suffix}.weight"),
+        Element::Index => suffix.to_string(),
+    }
+}
+
+/// Whether the last part of a name is one that only follows the first part of a structure, or a base: no module of its own.
+pub fn is_second_part(stem: &str) -> bool {
+    let later = |kind: Kind| kind.structure().suffixes()[1..].iter().map(|(suffix, _)| *suffix);
+    let last = stem.rsplit('.').next().unwrap_or(stem);
+    last == BASE && stem != BASE || Kind::layouts().flat_map(later).any(|suffix| suffix == last && stem != suffix)
+}

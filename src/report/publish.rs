@@ -1,0 +1,46 @@
+//! The end of every command that writes a folder: its pages, the hashes of its files, and the report, which is written last.
+
+use std::time::Instant;
+
+use anyhow::Result;
+use serde::Serialize;
+
+use super::{CompressReport, ExportReport, REPORT_FILE, peak_memory_bytes};
+use crate::checkpoint::{Fingerprint, OutputFolder};
+
+/// A report that ends an output folder.
+pub trait Published: Serialize {
+    /// Takes what is known only when all else is written.
+    fn seal(&mut self, output_files: Fingerprint, elapsed_seconds: f64);
+}
+
+impl Published for CompressReport {
+    fn seal(&mut self, output_files: Fingerprint, elapsed_seconds: f64) {
+        (self.output_files, self.elapsed_seconds) = (output_files, elapsed_seconds);
+        self.peak_memory_bytes = peak_memory_bytes();
+    }
+}
+
+impl Published for ExportReport {
+    fn seal(&mut self, output_files: Fingerprint, elapsed_seconds: f64) {
+        (self.output_files, self.elapsed_seconds) = (output_files, elapsed_seconds);
+    }
+}
+
+/// Writes `pages` (name, content), and the report with the hashes of all other files of the folder.
+///
+/// # Errors
+/// The disk is full or cannot be written.
+pub fn publish(
+    folder: &OutputFolder,
+    report: &mut impl Published,
+    pages: &[(&str, String)],
+    started: Instant,
+) -> Result<()> {
+    for (name, content) in pages {
+        folder.write(name, content.as_bytes())?;
+    }
+    report.seal(folder.hashes(REPORT_FILE)?, started.elapsed().as_secs_f64());
+    folder.write(REPORT_FILE, (serde_json::to_string_pretty(report)? + "\n").as_bytes())?;
+    Ok(())
+}
