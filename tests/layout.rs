@@ -1,62 +1,11 @@
 //! The invariants of `docs/architecture.md` that can be read off the source.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-/// What a room may name of the crate, besides itself. `error`, `progress` and `spool` are named by all but the leaves.
-const ARROWS: &[(&str, &[&str])] = &[
-    (
-        "cli",
-        &[
-            "calibrate",
-            "checkpoint",
-            "compress",
-            "eval",
-            "export",
-            "formats",
-            "inspect",
-            "journal",
-            "model",
-            "report",
-            "text",
-            "error",
-            "progress",
-        ],
-    ),
-    (
-        "compress",
-        &[
-            "calibrate",
-            "eval",
-            "model",
-            "formats",
-            "quantize",
-            "report",
-            "linalg",
-            "checkpoint",
-            "text",
-            "error",
-            "progress",
-            "spool",
-            "journal",
-        ],
-    ),
-    ("eval", &["model", "text", "report", "checkpoint", "error", "progress"]),
-    ("inspect", &["compress", "model", "report", "linalg", "checkpoint", "error", "progress"]),
-    ("calibrate", &["model", "text", "linalg", "checkpoint", "error", "progress", "spool", "journal"]),
-    ("export", &["formats", "model", "quantize", "report", "checkpoint", "progress"]),
-    ("formats", &["model", "codecs", "quantize", "linalg", "checkpoint", "error"]),
-    ("model", &["linalg", "codecs", "checkpoint", "error", "progress", "spool", "journal"]),
-    ("report", &["checkpoint", "error"]),
-    ("text", &["checkpoint", "error"]),
-    ("checkpoint", &["codecs", "quantize", "progress"]),
-    ("codecs", &["quantize", "linalg"]),
-    ("quantize", &["linalg"]),
-    ("linalg", &[]),
-    ("spool", &["checkpoint", "journal"]),
-    ("journal", &["checkpoint"]),
-    ("error", &["checkpoint", "linalg"]),
-    ("progress", &[]),
-];
+/// Rooms whose files must not import each other in circles.
+const WITHOUT_CIRCLES: [&str; 8] =
+    ["compress", "calibrate", "checkpoint", "codecs", "operator", "approx", "store", "formats"];
 
 /// Every source file with its path below `src`, tests cut off.
 fn sources() -> Vec<(PathBuf, String)> {
@@ -67,10 +16,11 @@ fn sources() -> Vec<(PathBuf, String)> {
             let path = entry.unwrap().path();
             if path.is_dir() {
                 folders.push(path);
-            } else if path.extension().is_some_and(|e| e == "rs") {
+            } else if path.extension().is_some_and(|e| e == "rs") && path.file_stem().is_some_and(|s| s != "tests") {
                 let text = std::fs::read_to_string(&path).unwrap();
-                let code = text.split("#[cfg(test)]\nmod tests").next().unwrap().to_string();
-                files.push((path.strip_prefix(&root).unwrap().to_path_buf(), code));
+                let code = text.split("#[cfg(test)]\nmod tests").next().unwrap();
+                let code: Vec<&str> = code.lines().filter(|line| !line.trim_start().starts_with("//")).collect();
+                files.push((path.strip_prefix(&root).unwrap().to_path_buf(), code.join("\n")));
             }
         }
     }
@@ -83,51 +33,202 @@ fn room(path: &Path) -> String {
     first.trim_end_matches(".rs").to_string()
 }
 
-fn lines_with(needles: &[&str], except: impl Fn(&Path) -> bool) -> Vec<String> {
-    let mut found = Vec::new();
-    for (path, code) in sources().iter().filter(|(path, _)| !except(path)) {
-        for line in code.lines().filter(|l| !l.trim_start().starts_with("//")) {
-            if needles.iter().any(|n| line.contains(n)) {
-                found.push(format!("{}: {}", path.display(), line.trim()));
-            }
+/// The arrows of the architecture page: what each room may name of the crate besides itself.
+fn arrows() -> BTreeMap<String, BTreeSet<String>> {
+    let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/architecture.md");
+    let page = std::fs::read_to_string(page).unwrap();
+    let block = page.split("## Arrows").nth(1).unwrap().split("```").nth(1).unwrap();
+    let line = |line: &str| {
+        let (from, to) = line.split_once("->")?;
+        let names = |text: &str| text.split(',').map(|name| name.trim().to_string()).filter(|n| !n.is_empty()).collect();
+        Some((from.trim().to_string(), names(to)))
+    };
+    block.lines().filter_map(line).collect()
+}
+
+/// Names that follow `crate::` in a file: `crate::model::{...}` and `crate::{model, text}` alike.
+fn rooms_named(code: &str) -> BTreeSet<String> {
+    let mut names = BTreeSet::new();
+    for (at, _) in code.match_indices("crate::") {
+        let rest = &code[at + 7..];
+        let listed = rest.strip_prefix('{').map_or(rest, |list| list.split('}').next().unwrap());
+        let of = |text: &str| text.trim().chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect::<String>();
+        if rest.starts_with('{') {
+            names.extend(listed.split(',').map(of));
+        } else {
+            names.insert(of(listed));
         }
     }
-    found
+    names.retain(|name| !name.is_empty());
+    names
 }
 
 #[test]
-fn arrows_point_one_way() {
-    let mut seen = 0;
+fn arrows_are_those_of_the_architecture_page() {
+    let allowed = arrows();
+    let mut found: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
     for (path, code) in sources() {
         let room = room(&path);
         if room == "main" || room == "lib" {
             continue;
         }
-        let (_, allowed) =
-            ARROWS.iter().find(|(name, _)| *name == room).unwrap_or_else(|| panic!("`{room}` has no arrows"));
-        for (at, _) in code.match_indices("crate::") {
-            let name: String = code[at + 7..].chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect();
-            seen += 1;
-            assert!(name == room || allowed.contains(&name.as_str()), "{} names `{name}`", path.display());
+        let own = found.entry(room.clone()).or_default();
+        own.extend(rooms_named(&code).into_iter().filter(|name| *name != room));
+    }
+    let all: BTreeSet<&String> = found.keys().chain(allowed.keys()).collect();
+    for room in all {
+        assert_eq!(found.get(room), allowed.get(room), "what `{room}` names, and what docs/architecture.md says");
+    }
+    let circles = circles(&allowed);
+    assert!(circles.is_empty(), "rooms in circles: {circles:?}");
+}
+
+/// Sets of nodes that lead to each other.
+fn circles(edges: &BTreeMap<String, BTreeSet<String>>) -> BTreeSet<BTreeSet<String>> {
+    let reachable = |from: &String| {
+        let (mut seen, mut open) = (BTreeSet::new(), vec![from.clone()]);
+        while let Some(node) = open.pop() {
+            for next in edges.get(&node).into_iter().flatten() {
+                if seen.insert(next.clone()) {
+                    open.push(next.clone());
+                }
+            }
+        }
+        seen
+    };
+    let reach: BTreeMap<&String, BTreeSet<String>> = edges.keys().map(|node| (node, reachable(node))).collect();
+    let circle = |node: &&String| -> BTreeSet<String> {
+        let back = |other: &&&String| reach[**other].contains(*node);
+        reach.keys().filter(|other| reach[node].contains(**other)).filter(back).map(|other| (*other).clone()).collect()
+    };
+    edges.keys().map(|node| circle(&node)).filter(|circle| !circle.is_empty()).collect()
+}
+
+/// Modules of a room by path, `compress::fits::shared`, each with the modules that it names.
+fn imports(room: &str) -> BTreeMap<String, BTreeSet<String>> {
+    let module = |path: &Path| {
+        let text = path.with_extension("").to_str().unwrap().replace(std::path::MAIN_SEPARATOR, "::");
+        text.strip_suffix("::mod").unwrap_or(&text).to_string()
+    };
+    let files: BTreeMap<String, String> = sources()
+        .into_iter()
+        .map(|(path, code)| (module(&path), code))
+        .filter(|(name, _)| name == room || name.starts_with(&format!("{room}::")))
+        .collect();
+    let find = |path: &[&str]| (1..=path.len()).rev().map(|n| path[..n].join("::")).find(|m| files.contains_key(m));
+    let of = |(name, code): (&String, &String)| {
+        let mut named = BTreeSet::new();
+        for path in paths(name, code) {
+            let path: Vec<&str> = path.iter().map(String::as_str).collect();
+            named.extend(find(&path).filter(|target| target != name));
+        }
+        (name.clone(), named)
+    };
+    files.iter().map(of).collect()
+}
+
+/// Paths that begin with `super` or `crate`, from the root of the crate.
+fn paths(module: &str, code: &str) -> Vec<Vec<String>> {
+    let mut paths = Vec::new();
+    for (at, _) in code.match_indices("super::").chain(code.match_indices("crate::")) {
+        if code[..at].ends_with("::") || code[..at].ends_with(|c: char| c.is_alphanumeric() || c == '_') {
+            continue;
+        }
+        let is_path = |c: &char| c.is_alphanumeric() || matches!(c, '_' | ':');
+        let text: String = code[at..].chars().take_while(is_path).collect();
+        let mut base: Vec<String> = module.split("::").map(String::from).collect();
+        let mut parts = text.split("::").filter(|part| !part.is_empty()).peekable();
+        if parts.next_if_eq(&"crate").is_some() {
+            base.clear();
+        }
+        while parts.next_if_eq(&"super").is_some() {
+            base.pop();
+        }
+        base.extend(parts.map(String::from));
+        match code[at + text.len()..].strip_prefix('{') {
+            Some(list) => {
+                let names = list.split('}').next().unwrap().split(',');
+                let first = |name: &str| name.trim().split(|c: char| !is_path(&c)).next().unwrap().to_string();
+                let with = |name: &str| {
+                    let name = first(name);
+                    base.iter().cloned().chain(name.split("::").map(String::from)).collect()
+                };
+                paths.extend(names.map(with));
+            }
+            None => paths.push(base),
         }
     }
-    assert!(seen > 50);
-    // No circles: following arrows never leads back.
-    fn reaches(from: &str, to: &str) -> bool {
-        let (_, next) = ARROWS.iter().find(|(name, _)| *name == from).unwrap();
-        next.iter().any(|n| *n == to || reaches(n, to))
+    paths
+}
+
+#[test]
+fn files_of_a_room_are_in_no_circle() {
+    for room in WITHOUT_CIRCLES {
+        let edges = imports(room);
+        assert!(edges.values().any(|named| !named.is_empty()) || edges.len() < 3, "`{room}` is read");
+        let circles = circles(&edges);
+        assert!(circles.is_empty(), "files of `{room}` in circles: {circles:?}");
     }
-    assert!(ARROWS.iter().all(|(room, _)| !reaches(room, room)));
+    let chain = |pairs: &[(&str, &str)]| {
+        let mut edges: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+        for (from, to) in pairs {
+            edges.entry((*to).into()).or_default();
+            edges.entry((*from).into()).or_default().insert((*to).into());
+        }
+        circles(&edges).len()
+    };
+    assert_eq!((chain(&[("a", "b"), ("b", "c")]), chain(&[("a", "b"), ("b", "c"), ("c", "a")])), (0, 1));
+}
+
+fn lines_with(needles: &[&str], except: impl Fn(&Path) -> bool) -> Vec<String> {
+    let mut found = Vec::new();
+    for (path, code) in sources().iter().filter(|(path, _)| !except(path)) {
+        let hits = code.lines().filter(|line| needles.iter().any(|needle| line.contains(needle)));
+        found.extend(hits.map(|line| format!("{}: {}", path.display(), line.trim())));
+    }
+    found
+}
+
+#[test]
+fn only_operators_know_their_parts() {
+    let needles = ["Pivot", "Monarch", "\"lr_", ".lr_", "lr_order"];
+    assert_eq!(lines_with(&needles, |p| p.starts_with("operator")), Vec::<String>::new());
 }
 
 #[test]
 fn the_mathematics_does_no_input_or_output() {
-    let is_elsewhere = |p: &Path| {
-        let is_kernel = ["compress/metric.rs", "compress/low_rank.rs"].iter().any(|k| p == Path::new(k));
-        !(is_kernel || p.starts_with("linalg") || p.starts_with("compress/allocate"))
-    };
-    assert_eq!(
-        lines_with(&["std::fs", "std::io", "crate::checkpoint", ".weight\""], is_elsewhere),
-        Vec::<String>::new()
-    );
+    let is_elsewhere =
+        |p: &Path| !(p.starts_with("approx") || p.starts_with("linalg") || p.starts_with("compress/allocate"));
+    let needles = ["std::fs", "std::io", "crate::checkpoint", ".weight\""];
+    assert_eq!(lines_with(&needles, is_elsewhere), Vec::<String>::new());
+}
+
+#[test]
+fn files_and_functions_fit_a_screen_or_a_few() {
+    const FILE_LINES: usize = 450;
+    const FUNCTION_LINES: usize = 70;
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut too_long = Vec::new();
+    for (path, _) in sources() {
+        let text = std::fs::read_to_string(root.join(&path)).unwrap();
+        let n_lines = text.lines().count();
+        if n_lines > FILE_LINES {
+            too_long.push(format!("{}: {n_lines} lines", path.display()));
+        }
+        let code = text.split("#[cfg(test)]\nmod tests").next().unwrap();
+        let lines: Vec<&str> = code.lines().collect();
+        for (at, line) in lines.iter().enumerate() {
+            let indent = line.len() - line.trim_start().len();
+            let is_function = line.trim_start().split(' ').take(4).any(|word| word == "fn") && !line.trim_end().ends_with(';');
+            if !is_function || line.trim_start().starts_with("//") {
+                continue;
+            }
+            let close = format!("{}}}", " ".repeat(indent));
+            let end = lines[at..].iter().position(|line| **line == *close).unwrap_or(0);
+            if end + 1 > FUNCTION_LINES {
+                too_long.push(format!("{}:{}: a function of {} lines", path.display(), at + 1, end + 1));
+            }
+        }
+    }
+    assert_eq!(too_long, Vec::<String>::new());
 }

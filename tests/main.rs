@@ -26,5 +26,6 @@ mod reports;
 mod resume;
 mod sentence;
 mod stacks;
+mod structures;
 mod terminal;
 mod widths;

@@ -1,0 +1,85 @@
+//! Structures beyond factors and pivots, as outputs: block-diagonal pairs, and right factors that linears share.
+
+use std::path::Path;
+
+use lrc::checkpoint::Checkpoint;
+
+use crate::common::{FIXTURE, HELD_OUT, copy, edit, lrc, ok, path, perplexity};
+
+/// Perplexities of an output and of its export to the dense format agree.
+fn check_dense_twin(output: &Path, folder: &Path) {
+    let dense = folder.join("dense");
+    ok(&["export", path(output), "--format", "dense", "-o", path(&dense)]);
+    let [own, twin] = [output, &dense].map(|model| perplexity(path(model), HELD_OUT, "64"));
+    assert!((own / twin - 1.0).abs() < 1e-4, "{own} {twin}");
+}
+
+#[test]
+fn block_diagonal_pairs_are_written_run_exported_and_truncated() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = folder.path().join("out");
+    let report = ok(&["compress", FIXTURE, "-o", path(&output), "--layout", "monarch", "--keep", "0.7", "--json"]).json();
+    assert!(report["keep"].as_f64().unwrap() <= 0.7);
+    let checkpoint = Checkpoint::open(&output).unwrap();
+    let modules = checkpoint.config().unwrap()["lrc"]["modules"].as_object().unwrap();
+    let (module, entry) = modules.iter().find(|(_, entry)| entry["layout"] == "monarch").expect("some are of blocks");
+    let (blocks, rank) = (entry["blocks"].as_u64().unwrap() as usize, entry["rank"].as_u64().unwrap() as usize);
+    let shape = |part: &str| checkpoint.require(&format!("{module}.{part}.weight")).unwrap().shape.clone();
+    assert_eq!((shape("lr_r")[0], shape("lr_l")[1], blocks), (blocks * blocks * rank, blocks * rank, 4));
+    check_dense_twin(&output, folder.path());
+    let shorter = folder.path().join("shorter");
+    let report = ok(&["truncate", path(&output), "-o", path(&shorter), "--keep", "0.5", "--json"]).json();
+    assert!(report["keep"].as_f64().unwrap() <= 0.5);
+    let [full, short] = [&output, &shorter].map(|model| perplexity(path(model), HELD_OUT, "64"));
+    assert!(short > full && short.is_finite(), "{full} {short}");
+    // Codes of blocks are refitted, and run as well.
+    let coded = folder.path().join("coded");
+    ok(&["compress", FIXTURE, "-o", path(&coded), "--layout", "monarch", "--keep", "0.7", "--quant-factors", "int8"]);
+    let eight_bits = perplexity(path(&coded), HELD_OUT, "64");
+    assert!((eight_bits / full - 1.0).abs() < 0.05, "{full} {eight_bits}");
+    assert!(lrc(&["compress", FIXTURE, "-o", path(&coded), "--layout", "monarch", "--elastic", "--keep", "0.5"]).code == 2);
+}
+
+#[test]
+fn a_right_factor_is_shared_where_that_is_better() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = folder.path().join("model");
+    copy(FIXTURE, &model);
+    // Keys and values read what queries read: one right factor is as good as three.
+    let checkpoint = Checkpoint::open(&model).unwrap();
+    let blocks = 0..checkpoint.config().unwrap()["num_hidden_layers"].as_u64().unwrap();
+    for block in blocks {
+        let name = |part: &str| format!("model.layers.{block}.self_attn.{part}.weight");
+        let queries = checkpoint.values(&name("q_proj")).unwrap();
+        for part in ["k_proj", "v_proj"] {
+            edit(&model, &name(part), |i, _| queries[i]);
+        }
+    }
+    drop(checkpoint);
+    let recipe = ["--method", "svd", "--ranks", "knapsack", "--sensitivity", "energy", "--keep", "0.6", "--json"];
+    let compress = |output: &Path, more: &[&str]| {
+        ok(&[&["compress", path(&model), "-o", path(output)], &recipe[..], more].concat()).json()
+    };
+    let (shared, apart) = (folder.path().join("shared"), folder.path().join("apart"));
+    let (report, other) = (compress(&shared, &["--share"]), compress(&apart, &[]));
+    assert!(report["keep"].as_f64().unwrap() <= 0.6 && other["keep"].as_f64().unwrap() <= 0.6);
+    let checkpoint = Checkpoint::open(&shared).unwrap();
+    let borrowed = checkpoint.config().unwrap()["lrc"]["shared"].as_object().expect("sharing was better").clone();
+    for (name, owner) in &borrowed {
+        assert_eq!(checkpoint.values(name).unwrap(), checkpoint.values(owner.as_str().unwrap()).unwrap());
+        let index = std::fs::read(shared.join("model.safetensors")).unwrap();
+        let header = String::from_utf8_lossy(&index[8..8 + u64::from_le_bytes(index[..8].try_into().unwrap()) as usize]).into_owned();
+        assert!(!header.contains(&format!("\"{name}\"")), "`{name}` is stored once, as `{owner}`");
+    }
+    // What is stored is what was counted: a borrowed factor once, with its lender.
+    assert_eq!(report["sizes"]["parameters_after"].as_u64().unwrap(), checkpoint.n_elements());
+    check_dense_twin(&shared, folder.path());
+    let error = |report: &serde_json::Value| report["linear"]["mean_error"].as_f64().unwrap();
+    assert!(error(&report) < error(&other), "{} {}", error(&report), error(&other));
+    let truncated = lrc(&["truncate", path(&shared), "-o", path(&folder.path().join("t")), "--keep", "0.4"]);
+    assert!(truncated.code == 4 && truncated.stderr.contains("shared by several linears"), "{}", truncated.stderr);
+    for refused in [&["--sequential", "--calibration", "fixtures/text/train.txt"][..], &["--quant-factors", "int8"]] {
+        let args = [&["compress", path(&model), "-o", path(&apart), "--share", "--ranks", "knapsack", "--keep", "0.5"], refused].concat();
+        assert_eq!(lrc(&args).code, 2);
+    }
+}
