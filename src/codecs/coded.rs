@@ -56,6 +56,10 @@ pub(super) fn checked(matrix: Grouped) -> Option<Grouped> {
     ((matrix.scales.len(), matrix.zeros.len()) == (n_entries, n_zeros)).then_some(matrix)
 }
 
+/// For the round trips of every layout.
+#[cfg(test)]
+pub(super) use tests::{check_sizes, matrix, stored};
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -83,7 +87,3 @@ mod tests {
         }
     }
 }
-
-/// For the round trips of every layout.
-#[cfg(test)]
-pub(super) use tests::{check_sizes, matrix, stored};

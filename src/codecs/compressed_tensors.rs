@@ -30,16 +30,19 @@ pub fn expect_settings(settings: &Map<String, Value>) -> Result<(), String> {
     }
 }
 
-/// A `quantization_config` of linears by bits and columns of a group (`None`: a whole row), and of the modules that stay dense.
-pub fn settings(by_scheme: &[((u32, Option<usize>), Vec<&str>)], ignore: &[String]) -> Value {
+/// Bits, and columns of a group (`None`: a whole row).
+pub type Setting = (u32, Option<usize>);
+
+/// A `quantization_config` of modules by their setting, and of those that stay dense.
+pub fn settings(by_setting: &[(Setting, Vec<&str>)], ignore: &[String]) -> Value {
     let mut groups = Map::new();
-    for (i, ((bits, group), modules)) in by_scheme.iter().enumerate() {
+    for (i, ((bits, group), modules)) in by_setting.iter().enumerate() {
         let mut weights = json!({"num_bits": bits, "type": "int", "symmetric": true});
         weights["strategy"] = json!(if group.is_some() { "group" } else { "channel" });
         if let Some(group) = group {
             weights["group_size"] = json!(group);
         }
-        let targets = if by_scheme.len() == 1 { json!(["Linear"]) } else { json!(modules) };
+        let targets = if by_setting.len() == 1 { json!(["Linear"]) } else { json!(modules) };
         groups.insert(format!("group_{i}"), json!({"targets": targets, "weights": weights}));
     }
     json!({
