@@ -18,7 +18,8 @@ fn check_dense_twin(output: &Path, folder: &Path) {
 fn block_diagonal_pairs_are_written_run_exported_and_truncated() {
     let folder = tempfile::tempdir().unwrap();
     let output = folder.path().join("out");
-    let report = ok(&["compress", FIXTURE, "-o", path(&output), "--layout", "monarch", "--keep", "0.7", "--json"]).json();
+    let report =
+        ok(&["compress", FIXTURE, "-o", path(&output), "--layout", "monarch", "--keep", "0.7", "--json"]).json();
     assert!(report["keep"].as_f64().unwrap() <= 0.7);
     let checkpoint = Checkpoint::open(&output).unwrap();
     let modules = checkpoint.config().unwrap()["lrc"]["modules"].as_object().unwrap();
@@ -37,7 +38,9 @@ fn block_diagonal_pairs_are_written_run_exported_and_truncated() {
     ok(&["compress", FIXTURE, "-o", path(&coded), "--layout", "monarch", "--keep", "0.7", "--quant-factors", "int8"]);
     let eight_bits = perplexity(path(&coded), HELD_OUT, "64");
     assert!((eight_bits / full - 1.0).abs() < 0.05, "{full} {eight_bits}");
-    assert!(lrc(&["compress", FIXTURE, "-o", path(&coded), "--layout", "monarch", "--elastic", "--keep", "0.5"]).code == 2);
+    assert!(
+        lrc(&["compress", FIXTURE, "-o", path(&coded), "--layout", "monarch", "--elastic", "--keep", "0.5"]).code == 2
+    );
 }
 
 #[test]
@@ -68,7 +71,9 @@ fn a_right_factor_is_shared_where_that_is_better() {
     for (name, owner) in &borrowed {
         assert_eq!(checkpoint.values(name).unwrap(), checkpoint.values(owner.as_str().unwrap()).unwrap());
         let index = std::fs::read(shared.join("model.safetensors")).unwrap();
-        let header = String::from_utf8_lossy(&index[8..8 + u64::from_le_bytes(index[..8].try_into().unwrap()) as usize]).into_owned();
+        let header =
+            String::from_utf8_lossy(&index[8..8 + u64::from_le_bytes(index[..8].try_into().unwrap()) as usize])
+                .into_owned();
         assert!(!header.contains(&format!("\"{name}\"")), "`{name}` is stored once, as `{owner}`");
     }
     // What is stored is what was counted: a borrowed factor once, with its lender.
@@ -79,7 +84,11 @@ fn a_right_factor_is_shared_where_that_is_better() {
     let truncated = lrc(&["truncate", path(&shared), "-o", path(&folder.path().join("t")), "--keep", "0.4"]);
     assert!(truncated.code == 4 && truncated.stderr.contains("shared by several linears"), "{}", truncated.stderr);
     for refused in [&["--sequential", "--calibration", "fixtures/text/train.txt"][..], &["--quant-factors", "int8"]] {
-        let args = [&["compress", path(&model), "-o", path(&apart), "--share", "--ranks", "knapsack", "--keep", "0.5"], refused].concat();
+        let args = [
+            &["compress", path(&model), "-o", path(&apart), "--share", "--ranks", "knapsack", "--keep", "0.5"],
+            refused,
+        ]
+        .concat();
         assert_eq!(lrc(&args).code, 2);
     }
 }

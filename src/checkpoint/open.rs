@@ -135,7 +135,18 @@ impl Checkpoint {
         let stacks = described::stored_stacks(config.as_ref(), tensors.len(), &files.root)?;
         let equal = Mutex::default();
         let is_alone = files.is_file && config.is_none();
-        Ok(Self { root: files.root, config, config_error: None, equal, shards, tensors, order, borrowed, stacks, is_alone })
+        Ok(Self {
+            root: files.root,
+            config,
+            config_error: None,
+            equal,
+            shards,
+            tensors,
+            order,
+            borrowed,
+            stacks,
+            is_alone,
+        })
     }
 
     /// The folder of the checkpoint.
@@ -159,7 +170,7 @@ impl Checkpoint {
     }
 
     /// Tensors that are stored under their own name.
-    fn stored(&self) -> impl Iterator<Item = &TensorInfo> {
+    fn own_tensors(&self) -> impl Iterator<Item = &TensorInfo> {
         self.tensors.values().filter(|info| !self.borrowed.contains(&info.name))
     }
 
@@ -188,12 +199,12 @@ impl Checkpoint {
 
     /// Bytes of all tensors together.
     pub fn n_bytes(&self) -> u64 {
-        self.stored().map(TensorInfo::n_bytes).sum()
+        self.own_tensors().map(TensorInfo::n_bytes).sum()
     }
 
     /// Number of elements of all tensors together.
     pub fn n_elements(&self) -> u64 {
-        self.stored().map(TensorInfo::n_elements).sum()
+        self.own_tensors().map(TensorInfo::n_elements).sum()
     }
 }
 

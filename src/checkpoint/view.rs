@@ -160,11 +160,11 @@ impl View {
         for info in adapter {
             let Some((module, factor)) = peft::parse(&info.name) else { continue };
             for tensor in ["weight", "bias"] {
-                self.rename(&format!("{module}.{tensor}"), format!("{module}.base.{tensor}"));
+                self.rename(&format!("{module}.{tensor}"), format!("{module}.{}.{tensor}", peft::SHOWN_BASE));
             }
             let part = match factor {
-                Factor::A => "lr_a",
-                Factor::B => "lr_b",
+                Factor::A => peft::SHOWN[0],
+                Factor::B => peft::SHOWN[1],
             };
             let name = format!("{module}.{part}.weight");
             self.order.push(name.clone());

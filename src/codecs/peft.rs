@@ -8,6 +8,11 @@ use serde_json::{Map, Value, json};
 pub const FOLDER: &str = "adapter";
 pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 pub const CONFIG_FILE: &str = "adapter_config.json";
+/// Parts under which the factors `A` and `B` of an adapter are shown beside its base, as those of the layout `factors`.
+pub const SHOWN: [&str; 2] = ["lr_a", "lr_b"];
+/// The part under which the weight below an adapter is shown.
+pub const SHOWN_BASE: &str = "base";
+
 /// Where an adapter says that its base is: in the folder above. PEFT is told the place of the base when it loads one.
 const BASE: &str = "..";
 /// What PEFT puts before the names of modules.

@@ -48,7 +48,8 @@ impl<'a> Problem<'a> {
     fn of_ranks(study: &'a Study<'_>, price: Option<&Price<'_>>, sensitivities: &'a [f64]) -> Self {
         let (recipe, plan) = (study.recipe, study.plan);
         let curves: Vec<_> = (0..plan.linears.len()).map(|i| curve(study, i)).collect();
-        let mut units: Vec<PricedUnit> = (0..plan.linears.len()).map(|i| PricedUnit::of_ranks(study, i, price)).collect();
+        let mut units: Vec<PricedUnit> =
+            (0..plan.linears.len()).map(|i| PricedUnit::of_ranks(study, i, price)).collect();
         if recipe.share() {
             units = together(study, units, &Weighted { curves: &curves, sensitivities }, price);
         }

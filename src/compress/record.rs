@@ -88,7 +88,9 @@ pub(super) fn linears(
             record.storage_error = Some(laid.as_ref().map_or(0.0, |laid| laid.storage_error));
             notes.extend(laid.and_then(|laid| laid.note));
         }
-        if let Some(Right::Lent(unit) | Right::Borrowed(unit)) = solution.forms(i).and_then(|forms| Some(forms.over?.right)) {
+        if let Some(Right::Lent(unit) | Right::Borrowed(unit)) =
+            solution.forms(i).and_then(|forms| Some(forms.over?.right))
+        {
             notes.push(format!("shares its right factor, stored with `{}`", study.plan.linears[unit].module));
         }
         if let Some(error) = written.get(&i).and_then(|w| w.relative_error) {
@@ -116,9 +118,10 @@ pub(super) fn sizes(source: &Source<'_>, recipe: &Recipe, plan: &Plan, all: &[Op
     let files = plan.files(source, recipe, all);
     let linears = &plan.linears;
     let before: u64 = linears.iter().map(LinearInfo::n_parameters).sum();
-    let parameters = linears.iter().zip(all).map(|(linear, forms)| {
-        forms.map_or(linear.n_parameters(), |forms| linear.parameters_as(&forms))
-    });
+    let parameters = linears
+        .iter()
+        .zip(all)
+        .map(|(linear, forms)| forms.map_or(linear.n_parameters(), |forms| linear.parameters_as(&forms)));
     let after: u64 = parameters.sum();
     let stored_before: u64 = linears.iter().map(LinearInfo::n_bytes).sum();
     let bytes = |(linear, forms): (&LinearInfo, &Option<Forms>)| match forms {

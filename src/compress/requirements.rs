@@ -6,9 +6,9 @@ use super::plan::{Plan, largest_compensation};
 use super::recipe::Recipe;
 use crate::calibrate::Needs;
 use crate::checkpoint::Checkpoint;
+use crate::model::inventory::LinearInfo;
 use crate::model::widths::Widths;
 use crate::model::{ModelConfig, Slot};
-use crate::model::inventory::LinearInfo;
 use crate::operator::Shape;
 
 impl Plan {

@@ -40,7 +40,13 @@ fn check_parts(checkpoint: &Checkpoint) -> Result<()> {
     for linear in inventory::linears(checkpoint).iter().filter(|linear| linear.is_low_rank()) {
         let is_turned = architecture.is_some_and(|a| a.stores_turned(&linear.module));
         let shape = [linear.out_features, linear.in_features];
-        linear::expect_shape(checkpoint, &linear.module, shape, (Bias::None, Order::of(is_turned)), "the shape of the linear")?;
+        linear::expect_shape(
+            checkpoint,
+            &linear.module,
+            shape,
+            (Bias::None, Order::of(is_turned)),
+            "the shape of the linear",
+        )?;
     }
     Ok(())
 }

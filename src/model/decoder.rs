@@ -217,8 +217,10 @@ impl<'w> Decoder<'w> {
             let name = format!("{}{}", self.names.prefix, e.embed_norm);
             Norm::load(self.weights, &name, self.architecture.norm_kind, self.config.rms_norm_eps)
         });
-        let projection =
-            self.projections().map(|[into, _]| Linear::load(self.weights, &into, Bias::None, Order::OutIn)).transpose()?;
+        let projection = self
+            .projections()
+            .map(|[into, _]| Linear::load(self.weights, &into, Bias::None, Order::OutIn))
+            .transpose()?;
         Ok(Embeddings {
             projection,
             first_type: types.transpose()?,
@@ -268,8 +270,10 @@ impl<'w> Decoder<'w> {
             transform = Some(Transform { dense, activation, norm: norm(&of_head(name))? });
         }
         let last = self.last_norm().map(|name| norm(&name)).transpose()?;
-        let projection =
-            self.projections().map(|[_, out]| Linear::load(self.weights, &out, Bias::None, Order::OutIn)).transpose()?;
+        let projection = self
+            .projections()
+            .map(|[_, out]| Linear::load(self.weights, &out, Bias::None, Order::OutIn))
+            .transpose()?;
         Ok(Head {
             norm: last,
             projection,

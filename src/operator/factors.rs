@@ -12,6 +12,7 @@ use super::{Element, Fit, Fitting, Matrix, Shape, Size, Structure};
 use crate::approx::low_rank::{self, ErrorCurve, LowRank};
 use crate::approx::metric::{Metric, MetricPair};
 use crate::checkpoint::Dtype;
+use crate::codecs::peft;
 use crate::linalg::{self, LinalgError};
 use crate::quantize::Scheme;
 
@@ -23,7 +24,7 @@ impl Structure for Factors {
     }
 
     fn suffixes(&self) -> &'static [(&'static str, Element)] {
-        &[("lr_a", Element::Float), ("lr_b", Element::Float)]
+        const { &[(peft::SHOWN[0], Element::Float), (peft::SHOWN[1], Element::Float)] }
     }
 
     fn shapes(&self, size: Size, (m, n): Shape) -> Vec<[usize; 2]> {
@@ -49,7 +50,7 @@ impl Structure for Factors {
     }
 
     fn bias_part(&self) -> Option<&'static str> {
-        Some("lr_b")
+        Some(peft::SHOWN[1])
     }
 
     fn takes_base(&self) -> bool {

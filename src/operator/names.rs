@@ -1,9 +1,10 @@
 //! Names of stored parts: where the matrices and the bias of a module may be.
 
 use super::{Element, Kind};
+use crate::codecs::peft;
 
 /// The place of a base below another term: `X.base.weight`.
-pub const BASE: &str = "base";
+pub const BASE: &str = peft::SHOWN_BASE;
 
 /// Parts by any of which a module is known to be stored: `weight`, `lr_a.weight`, ...
 pub fn first_parts() -> impl Iterator<Item = String> {

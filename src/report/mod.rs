@@ -16,12 +16,12 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::checkpoint::{Fingerprint, LeftOut};
-pub use publish::{Published, publish};
 pub use eval::{
     Agreement, AllConventionsReport, Distribution, DivergenceRecord, EncoderReport, FidelityRecord, PerplexityReport,
     PseudoPerplexity,
 };
 pub use inspect::{BelowThreshold, EnergyRank, Figures, InspectReport, PowerLaw, Spectrum, SpectrumRecord};
+pub use publish::{Published, publish};
 
 /// Also marks a folder as an output of lrc, which `--force` may replace.
 pub use crate::checkpoint::REPORT_FILE;

@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use anyhow::Result;
-use serde_json::{Map, Value};
+use serde_json::Value;
 
 use super::chat;
 use super::document::{DEFAULT_FIELD, Document, FIELD_HINT};

@@ -22,7 +22,7 @@ use crate::checkpoint::{hex, json, read_file};
 use crate::error::Failure;
 use chat::ChatTemplate;
 pub use document::DEFAULT_FIELD;
-use documents::Document;
+use document::Document;
 pub use source::read_recipe;
 
 /// Separator of documents in one stream, as in GPTQ's scripts for WikiText.

@@ -92,8 +92,7 @@ pub fn truncate(job: &TruncateJob<'_>, progress: &dyn Progress) -> Result<Compre
     for s in &shortenings {
         *rank_of(&mut config, &s.linear.module).expect("invariant: every description was checked") = json!(s.new_rank);
     }
-    let pages =
-        [("README.md", card), (CONFIG_FILE, json::text(&config)?), (PAGE_FILE, page::compress(&report, &[])?)];
+    let pages = [("README.md", card), (CONFIG_FILE, json::text(&config)?), (PAGE_FILE, page::compress(&report, &[])?)];
     publish(&folder, &mut report, &pages, started)?;
     folder.finish()?;
     Ok(report)
@@ -103,7 +102,8 @@ pub fn truncate(job: &TruncateJob<'_>, progress: &dyn Progress) -> Result<Compre
 fn check_config(config: &mut Map<String, Value>, shortenings: &[Shortening], root: &Path) -> Result<()> {
     let shared = config.get("lrc").and_then(|lrc| lrc.get("shared")?.as_object()?.keys().next());
     if let Some(tensor) = shared {
-        let message = format!("`{tensor}` in `{}` is shared by several linears, and cannot be truncated", root.display());
+        let message =
+            format!("`{tensor}` in `{}` is shared by several linears, and cannot be truncated", root.display());
         return Err(Failure::unsupported(message).hint("compress the original again, to the smaller size").into());
     }
     for s in shortenings {
@@ -301,9 +301,7 @@ fn allocate_ranks(shortenings: &mut [Shortening], report: &CompressReport, keep:
     }
     if budget < least {
         let message = format!("`--keep {keep}` cannot be reached: {:.4} is the least", least as f64 / before as f64);
-        return Err(Failure::usage(message)
-            .hint("dense linears stay dense; compress the original again")
-            .into());
+        return Err(Failure::usage(message).hint("dense linears stay dense; compress the original again").into());
     }
     let rules = Rules { budget: budget - dense, fill: false, ..Rules::of_keep(&items, 0.999) };
     let picks = allocate::allocate(Ranks::Knapsack, &items, &rules);
