@@ -110,7 +110,7 @@ fn a_sweep_is_compress_and_eval_at_every_budget() {
     let args = ["sweep", FIXTURE, "--text", HELD_OUT, "--keep", "0.9,0.8", "--csv"];
     assert_eq!(ok(&args).stdout.lines().count(), 3);
     let run = lrc(&[&args[..], CALIBRATED, &["--sequential"]].concat());
-    assert!(run.code == 2 && run.stderr.contains("decomposes anew"), "{}", run.stderr);
+    assert!(run.code == 2 && run.stderr.contains("redo the decomposition"), "{}", run.stderr);
     assert_eq!(lrc(&["sweep", FIXTURE, "--text", HELD_OUT, "--keep", "0.9,1.8"]).code, 2);
 }
 

@@ -393,7 +393,7 @@ fn a_compressed_model_is_not_compressed_again() {
     broken.check_one(
         &["compress", path(&model), "-o", path(&out), "--keep", "0.5"],
         4,
-        &["is of low rank already", "hint:"],
+        &["is already of low rank", "hint:"],
     );
 }
 
@@ -416,7 +416,7 @@ fn a_full_disk_is_noticed_and_gone_on_from() {
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(6), "{stderr}");
     assert!(stderr.contains("error: stopped: cannot write") && stderr.contains("model.safetensors"), "{stderr}");
-    assert!(stderr.contains("run the same command again to go on"), "{stderr}");
+    assert!(stderr.contains("run the same command again to resume"), "{stderr}");
     assert!(!out.exists());
     ok(&["compress", FIXTURE, "-o", path(&out), "--keep", "0.8", "-q"]);
     let left: Vec<_> = std::fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();

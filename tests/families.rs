@@ -320,7 +320,7 @@ fn adapters_of_experts_are_refused_where_peft_would_lose_them() {
     let out = folder.path().join("out");
     for (family, flags, reason) in [
         ("qwen3_moe", &["--compensate-rank", "2"][..], "PEFT does not find `model.layers.0.mlp.down_proj`"),
-        ("mixtral", &["--compensate-rank", "auto", "--bits", "9"], "have another rank than those of"),
+        ("mixtral", &["--compensate-rank", "auto", "--bits", "9"], "but PEFT needs one rank for all experts"),
     ] {
         let model = fixture(family);
         let base = ["compress", path(&model), "-o", path(&out), "--format", "peft", "--quant", "rtn-int4-channel"];
@@ -436,7 +436,7 @@ fn fused_matrices_are_split_into_their_parts() {
             assert!(distance(&found, &logits(&model, &ids).unwrap()) > 1e-4, "{family}, {name} is compressed");
             let exported = folder.path().join("exported");
             let refused = common::lrc(&["export", path(&out), "--format", "dense", "-o", path(&exported)]);
-            assert!(refused.code == 4 && refused.stderr.contains("is a part of a matrix"), "{}", refused.stderr);
+            assert!(refused.code == 4 && refused.stderr.contains("is part of a fused matrix"), "{}", refused.stderr);
         }
         let out = folder.path().join("refused");
         let split = ["compress", path(&model), "-o", path(&out), "--keep", "0.7", "--fused", "split"];

@@ -350,7 +350,7 @@ fn a_description_that_does_not_fit_its_tensors_is_refused_by_every_command() {
     refused(
         &lrc(&["truncate", path(&out), "-o", path(&next), "--keep", "0.5"]),
         4,
-        &["lrc-report.json", "does not describe"],
+        &["lrc-report.json", "does not match the tensors"],
     );
 }
 
@@ -533,7 +533,7 @@ fn all_linears_whose_groups_differ_are_named_with_the_flags_that_leave_them_out(
         &run,
         4,
         &[
-            "24 linears have 4 bits in groups of a whole row",
+            "24 linears have 4 bits in one group per row",
             "`model.layers.2.mlp.down_proj` and 1 more have 4 bits in groups of 128",
             "--exclude 'model.layers.*.mlp.down_proj'",
         ],

@@ -329,7 +329,7 @@ pub(super) fn choose(study: &Study<'_>, budget: Budget, sensitivities: &[f64]) -
             let (choices, spent) = problem.of_recipe(Budget::Bytes(bytes));
             if spent > bytes {
                 let least = problem.bits(spent);
-                return Err(Failure::usage(format!("`--bits {bits}` cannot be reached: {least:.3} are the least"))
+                return Err(Failure::usage(format!("`--bits {bits}` cannot be reached: the minimum is {least:.3}"))
                     .hint("target more linears, or lower `--rank-floor`")
                     .into());
             }
@@ -362,8 +362,8 @@ fn choose_bases(study: &Study<'_>, budget: Budget, sensitivities: &[f64]) -> Res
     let (choices, spent) = problem.least_error(bytes);
     if spent > bytes {
         let least = problem.bits(spent);
-        return Err(Failure::usage(format!("the budget cannot be reached: {least:.3} bits per weight are the least"))
-            .hint("offer fewer bits with `--quant`, or target more linears")
+        return Err(Failure::usage(format!("the budget cannot be reached: the minimum is {least:.3} bits per weight"))
+            .hint("add a quantizer with fewer bits to `--quant`, or target more linears")
             .into());
     }
     Ok(choices)
@@ -376,7 +376,7 @@ fn meet(study: &Study<'_>, target: u64, dense_bytes: u64, at: &dyn Fn(u64) -> Ve
     let dense = vec![Choice::Dense; study.plan.linears.len()];
     let whole = file_bytes(study, &dense);
     if whole <= target {
-        tracing::warn!("`--target-size` is not below the {whole} bytes of the source: nothing is compressed");
+        tracing::warn!("`--target-size` is not less than the {whole} bytes of the source: nothing is compressed");
         return Ok(dense);
     }
     let others = i128::from(whole) - i128::from(dense_bytes);
@@ -408,13 +408,13 @@ fn meet(study: &Study<'_>, target: u64, dense_bytes: u64, at: &dyn Fn(u64) -> Ve
     }
     let Some((bytes, choices)) = best else {
         return Err(Failure::usage(format!(
-            "`--target-size` of {target} bytes cannot be reached: {smallest} is the least"
+            "`--target-size` of {target} bytes cannot be reached: the minimum is {smallest}"
         ))
-        .hint("untargeted weights keep their size; target more linears, lower `--rank-floor`, or offer fewer bits with `--quant`")
+        .hint("untargeted weights keep their size; target more linears, lower `--rank-floor`, or add a quantizer with fewer bits")
         .into());
     };
     if (target - bytes) as f64 > 0.001 * target as f64 && study.recipe.ranks().is_budgeted() {
-        tracing::warn!("`--target-size` is missed by {} bytes: no step is that small", target - bytes);
+        tracing::warn!("`--target-size` is missed by {} bytes: the ranks allow no smaller step", target - bytes);
     }
     Ok(choices)
 }

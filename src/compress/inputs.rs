@@ -28,15 +28,15 @@ impl Inputs {
         if inputs.windows.is_some() || inputs.statistics.is_some() {
             let decoder = Decoder::open(checkpoint)?;
             if recipe.probes() && !decoder.has_head() {
-                return Err(Failure::unsupported("the model has no head, and so no logits to compare trials by")
-                    .hint("leave `--sensitivity measured` and `--depth-weight auto` out")
+                return Err(Failure::unsupported("the model has no head, so there are no logits to compare trials by")
+                    .hint("remove `--sensitivity measured` and `--depth-weight auto`")
                     .into());
             }
             if let Some(outside) = plan.linears.iter().find(|l| l.id.is_none()) {
                 let message =
-                    format!("`{}` is outside of the blocks, and has no calibration statistics", outside.module);
+                    format!("`{}` is outside of the blocks, and so has no calibration statistics", outside.module);
                 return Err(Failure::unsupported(message)
-                    .hint("compress it with `--method svd`, or leave it out")
+                    .hint("compress it with `--method svd`, or leave it out with `--exclude`")
                     .into());
             }
         }
@@ -54,7 +54,7 @@ impl Inputs {
             && texts.iter().all(|part| part.text_sha256 != windows.part.text_sha256)
         {
             return Err(Failure::unsupported(format!("`{named}` was not measured on the text of `--calibration`"))
-                .hint("give the text that was calibrated on")
+                .hint("give the text that the statistics were measured on")
                 .into());
         }
         Ok(())
@@ -83,7 +83,7 @@ impl Inputs {
             session.progress,
             &mut |sums| statistics.keep(sums),
         );
-        let seconds = seconds.with_context(|| format!("calibrate on `{}`", windows.text))?;
+        let seconds = seconds.with_context(|| format!("calibrating on `{}`", windows.text))?;
         self.statistics = Some(statistics);
         Ok(seconds)
     }

@@ -121,7 +121,7 @@ pub fn compress(job: &Job<'_>, progress: &dyn Progress) -> Result<CompressReport
             {
                 let mend = error::hint(&error).map_or(String::new(), |mend| format!("{mend}; "));
                 let kept = kept.display();
-                let hint = format!("{mend}what is finished is kept in `{kept}`: run the same command again to go on");
+                let hint = format!("{mend}finished work is kept in `{kept}`; run the same command again to resume");
                 return Err(error.context(Failure::new(ExitClass::Resources, "stopped").hint(hint)));
             }
             Err(error)

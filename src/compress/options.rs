@@ -123,7 +123,10 @@ recipe_options! {
     /// One of uniform, welore, energy, energy:SHARE, effective-rank, knapsack, full, fixed:RANK.
     ranks: Option<Ranks>, "Method" [],
 
-    /// How low-rank matrices are stored: factors, pivot or monarch [default: pivot]
+    /// Structure of low-rank matrices [default: pivot]
+    ///
+    /// factors: `B` (m, r) and `A` (r, n), with r (m + n) parameters. pivot: r rows of the product and the coefficients of all other
+    /// rows in them (PIFA), with r (m + n - r) parameters. monarch: two block-diagonal matrices with a permutation between them.
     layout: Option<Kind>, "Method" [value_name = "LAYOUT"],
 
     /// How the knapsack weighs errors of different matrices

@@ -63,7 +63,7 @@ pub(super) fn put_all(output: &mut Output<'_>, solution: &Solution<'_>) -> Resul
                 output.lock().expect("invariant: no holder of the output panics").skip(linear, &forms);
                 piece
             }
-            None => put_one(&output, solution, i).with_context(|| format!("write `{}`", linear.module))?,
+            None => put_one(&output, solution, i).with_context(|| format!("writing `{}`", linear.module))?,
         };
         stage.advance(1);
         Ok((i, Written::of(piece, solution)?))

@@ -120,15 +120,15 @@ impl Plan {
             let modules = fitting.enumerate().filter_map(|(i, linear)| Some((linear.clone(), forms((i, linear))?)));
             let modules: Vec<(LinearInfo, Forms)> = modules.collect();
             if modules.is_empty() {
-                let message = format!("no targeted linear is made of whole blocks of `{quant}`");
+                let message = format!("no targeted linear has inputs that are a multiple of the blocks of `{quant}`");
                 return Err(Failure::unsupported(message)
-                    .hint("the K-quants have blocks of 256 inputs, others of 32")
+                    .hint("K-quants have blocks of 256 inputs, other types of 32")
                     .into());
             }
             Files::check(source, recipe.format, &modules)?;
         }
         if recipe.format == Format::Gptq && recipe.quant().len() > 1 {
-            return Err(Failure::usage("a GPTQ checkpoint has one number of bits and one group")
+            return Err(Failure::usage("a GPTQ checkpoint has a single bit width and group size")
                 .hint("give one `--quant`, or `--format compressed-tensors`")
                 .into());
         }

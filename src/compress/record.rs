@@ -99,12 +99,12 @@ pub(super) fn linears(
         record.expert_tokens = study.expert_tokens(linear_info)?;
         if let Some(seen) = study.metrics().too_few_tokens(linear_info)? {
             let inputs = linear_info.in_features;
-            notes.push(format!("data-free metric: its expert saw {seen} tokens, fewer than its {inputs} inputs"));
+            notes.push(format!("data-free metric: the expert saw {seen} tokens, fewer than its {inputs} inputs"));
         }
         if solution.choices[i] == Choice::Zeros {
             record.relative_error = Some(0.0);
             record.storage_error = (study.recipe.format == Format::Factored).then_some(0.0);
-            notes.push("all of its weights are zero".into());
+            notes.push("all weights are zero".into());
         }
         record.note = (!notes.is_empty()).then(|| notes.join("; "));
         record.sensitivity = study.recipe.sensitivity().map(|_| sensitivities[i]);

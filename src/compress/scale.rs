@@ -10,11 +10,11 @@ use serde::{Deserialize, Serialize};
 #[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 #[serde(rename_all = "kebab-case")]
 pub enum Sensitivity {
-    /// The curves as they are: with kfac they estimate the change of the loss to second order
+    /// Unscaled error curves; with kfac they estimate the loss to second order
     SecondOrder,
-    /// Divergence of the model's output when one matrix alone is cut to a probe rank, over its error there
+    /// Divergence of the output when only this matrix is truncated to a probe rank, over its error
     Measured,
-    /// One over the energy of the matrix: relative errors count alike
+    /// One over the energy of the matrix, so that relative errors count equally
     Energy,
 }
 
@@ -45,7 +45,7 @@ impl FromStr for DepthWeight {
     fn from_str(text: &str) -> Result<Self, String> {
         let gamma = || text.parse().ok().filter(|gamma: &f64| *gamma >= 0.0 && gamma.is_finite()).map(Self::Fixed);
         let parsed = if text == "auto" { Some(Self::Auto) } else { gamma() };
-        parsed.ok_or_else(|| format!("`{text}` is neither `auto` nor a number from 0 on"))
+        parsed.ok_or_else(|| format!("`{text}` is neither `auto` nor a non-negative number"))
     }
 }
 

@@ -59,7 +59,7 @@ pub(super) fn allocate(study: &Study<'_>, sensitivities: &[f64], budget: Budget)
     let kl = mean_kl(study, probe_windows(study), &trials.iter().collect::<Vec<_>>(), "depth weight")?;
     drop(trials);
     let best = (0..kl.len()).reduce(|best, i| if kl[i] < kl[best] { i } else { best }).unwrap_or(0);
-    tracing::info!("depth weight {} diverges least: {:.6}", gammas[best], kl[best]);
+    tracing::info!("depth weight {} has the lowest divergence: {:.6}", gammas[best], kl[best]);
     Ok(allocations.swap_remove(best))
 }
 

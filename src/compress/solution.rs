@@ -203,7 +203,7 @@ impl<'s> Solution<'s> {
         wanted.par_iter().try_for_each(|&i| {
             let linear = &self.study.plan.linears[i];
             stage.note(&linear.module);
-            let settled = self.settled(i).with_context(|| format!("round `{}`", linear.module));
+            let settled = self.settled(i).with_context(|| format!("rounding `{}`", linear.module));
             let (laid, kept) = settled?;
             if let Some(note) = &laid.note {
                 tracing::info!("`{}`: {note}", linear.module);

@@ -40,7 +40,7 @@ pub fn weighted_curves(
     let session = Session::new(checkpoint, memory_bytes, work.path().into(), Journal::default(), progress);
     inputs.measure(&session, recipe)?;
     let metrics = inputs.metrics(recipe);
-    let stage = progress.stage("weigh", plan.linears.len() as u64, "matrices");
+    let stage = progress.stage("metric", plan.linears.len() as u64, "matrices");
     let mut curves = BTreeMap::new();
     for block in plan.linears.chunk_by(|a, b| a.block == b.block) {
         let infos: Vec<_> = block.iter().collect();
@@ -56,7 +56,7 @@ pub fn weighted_curves(
                 Ok(Weighted { curve: low_rank::error_curve(weight.transpose(), metric)?, note })
             });
             stage.advance(1);
-            Ok((linear.module.clone(), curve.with_context(|| format!("weigh `{}`", linear.module))?))
+            Ok((linear.module.clone(), curve.with_context(|| format!("applying the metric to `{}`", linear.module))?))
         };
         curves.extend(infos.par_iter().map(one).collect::<Result<Vec<_>>>()?);
     }

@@ -40,9 +40,11 @@ pub fn sweep(settings: &SweepSettings<'_>, progress: &dyn Progress) -> Result<Sw
     let started = Instant::now();
     let &SweepSettings { checkpoint, recipe, keeps, .. } = settings;
     if recipe.anchor().is_some() {
-        return Err(Failure::usage("`--sequential` decomposes anew for every budget, a sweep once for all")
-            .hint("compress and evaluate the budgets one by one")
-            .into());
+        return Err(Failure::usage(
+            "`--sequential` cannot be used in a sweep: it must redo the decomposition for each budget",
+        )
+        .hint("run `lrc compress` and `lrc eval` for each budget")
+        .into());
     }
     let plan = Plan::new(checkpoint, recipe)?;
     let inputs = Inputs::load(checkpoint, recipe, &plan)?;

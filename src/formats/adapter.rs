@@ -63,9 +63,9 @@ impl Exporter for Peft {
 /// Why a linear cannot be a base with an adapter over it.
 pub(super) fn refusal(forms: &Forms) -> Option<String> {
     match (forms.base, forms.over) {
-        (None, _) => Some("it is of low rank without a base".into()),
+        (None, _) => Some("it has low-rank factors without a base".into()),
         (_, Some(form)) if form.kind != Kind::FACTORS => {
-            Some(format!("adapters hold factors, not the layout `{}`", form.kind))
+            Some(format!("adapters store factors, not the layout `{}`", form.kind))
         }
         _ => None,
     }
@@ -80,7 +80,7 @@ pub(super) fn refusal_of_all(modules: &[(LinearInfo, Forms)]) -> Option<Refusal>
     let others: Vec<&str> = of_experts.filter(|(_, _, r)| *r != rank).map(|(module, ..)| module).collect();
     if !others.is_empty() {
         return Some(Refusal::whole(format!(
-            "factors of {} have another rank than those of `{first}`, and PEFT takes one for all experts: give a `--compensate-rank`",
+            "the ranks of {} differ from that of `{first}`, but PEFT needs one rank for all experts: give a `--compensate-rank`",
             listed(&others)
         )));
     }
@@ -124,7 +124,7 @@ pub(super) fn side_files(source: &Source<'_>, modules: &[(LinearInfo, Forms)]) -
 
 /// How an adapter is put on a loaded model.
 pub(super) fn loading() -> String {
-    "\nThe low-rank compensation is an adapter over it:\n\n```python\nfrom peft import PeftModel\n\
+    "\nThe low-rank compensation is a separate adapter:\n\n```python\nfrom peft import PeftModel\n\
      model = PeftModel.from_pretrained(model, \"FOLDER/adapter\")\n```\n"
         .into()
 }

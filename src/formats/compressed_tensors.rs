@@ -33,7 +33,7 @@ pub(super) fn exchange_scheme(linear: &LinearInfo, forms: &Forms) -> Result<Sche
             return Err("asymmetric codes are misread by loaders of this format".into());
         }
         Levels::Int { bits, .. } => return Err(format!("{bits} bits are misread by loaders of this format")),
-        Levels::Nf4 => return Err("the format holds integers, not nf4".into()),
+        Levels::Nf4 => return Err("the format stores integers, not nf4".into()),
     }
     let n = linear.in_features;
     if !n.is_multiple_of(scheme.group_of(n)) {
@@ -136,12 +136,12 @@ impl Exporter for CompressedTensors {
 
     fn loading(&self, has_adapter: bool) -> String {
         let mut text = String::from(
-            "With `compressed-tensors` installed it loads as it is, in transformers and in vLLM:\n\n```python\n\
+            "With `compressed-tensors` installed, it loads in transformers and in vLLM:\n\n```python\n\
              from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained(\"FOLDER\")\n```\n",
         );
         if has_adapter {
             text += "\n**An adapter over this base needs dequantized weights**: load the base with\n\
-                 `quantization_config=CompressedTensorsConfig(dequantize=True)`, or run it once before the adapter is put on.\n";
+                 `quantization_config=CompressedTensorsConfig(dequantize=True)`, or run the model once before adding the adapter.\n";
             text += &adapter::loading();
         }
         text

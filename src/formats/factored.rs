@@ -105,7 +105,7 @@ impl Exporter for Factored {
                 Some(format!("`{}` is a block type of llama.cpp; `--format gguf` stores it", block_type.name))
             }
             (_, Some(form)) if forms.base.is_some() && !form.kind.structure().takes_base() => {
-                Some(format!("the layout `{}` stands alone, and a base takes factors", form.kind))
+                Some(format!("the layout `{}` cannot be combined with a base, which takes factors", form.kind))
             }
             _ => None,
         }
@@ -228,7 +228,7 @@ impl Exporter for Factored {
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\
          model = AutoModelForCausalLM.from_pretrained(\"FOLDER\", trust_remote_code=True)\n\
          tokenizer = AutoTokenizer.from_pretrained(\"FOLDER\", trust_remote_code=True)\n```\n\n\
-         The modelling code is `modeling_lrc.py` in this folder. `lrc eval FOLDER --text FILE` runs it without Python.\n"
+         The modeling code is `modeling_lrc.py` in this folder. `lrc eval FOLDER --text FILE` runs it without Python.\n"
             .into()
     }
 }

@@ -29,7 +29,7 @@ fn one_setting(modules: &[(LinearInfo, Forms)]) -> Option<Refusal> {
     }
     let named = |(bits, group): &Setting| match group {
         Some(group) => format!("{bits} bits in groups of {group}"),
-        None => format!("{bits} bits in groups of a whole row"),
+        None => format!("{bits} bits in one group per row"),
     };
     let kept = *by_setting.iter().max_by_key(|(_, names)| names.len())?.0;
     let n_kept = by_setting.remove(&kept)?.len();
@@ -39,7 +39,7 @@ fn one_setting(modules: &[(LinearInfo, Forms)]) -> Option<Refusal> {
     let others: Vec<String> =
         by_setting.iter().map(|(setting, names)| format!("{} have {}", listed(names), named(setting))).collect();
     let reason = format!(
-        "a GPTQ checkpoint has one number of bits and one group: {n_kept} linears have {}, and {}",
+        "a GPTQ checkpoint has a single bit width and group size, but {n_kept} linears have {}, and {}",
         named(&kept),
         others.join(", ")
     );
@@ -57,10 +57,10 @@ impl Exporter for Gptq {
         }
         let (m, n) = linear.shape();
         if !m.is_multiple_of(32) && !(m * scheme.levels.bits() as usize).is_multiple_of(32) || !n.is_multiple_of(32) {
-            return Some(format!("its shape [{m}, {n}] does not fill whole words"));
+            return Some(format!("its shape [{m}, {n}] is not a multiple of a packed word"));
         }
         let group = scheme.group_of(n);
-        (group != n && !GROUPS.contains(&group)).then(|| format!("no kernel has groups of {group}"))
+        (group != n && !GROUPS.contains(&group)).then(|| format!("no kernel supports groups of {group}"))
     }
 
     fn refusal_of_all(&self, _: &Source<'_>, modules: &[(LinearInfo, Forms)]) -> Option<Refusal> {
@@ -107,7 +107,7 @@ impl Exporter for Gptq {
 
     fn loading(&self, has_adapter: bool) -> String {
         let mut text = String::from(
-            "With `gptqmodel` and `optimum` installed it loads as it is in transformers; vLLM needs nothing more:\n\n```python\n\
+            "With `gptqmodel` and `optimum` installed, it loads in transformers; vLLM needs nothing else:\n\n```python\n\
              from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained(\"FOLDER\")\n```\n",
         );
         if has_adapter {

@@ -34,18 +34,18 @@ pub const CURVES_FILES: [&str; 2] = ["lrc-curves.arrays", "lrc-curves.safetensor
 #[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 #[serde(rename_all = "kebab-case")]
 pub enum Format {
-    /// Parts as they are; loads in transformers with `trust_remote_code`, and in lrc
+    /// Factors and codes as they are; loads in lrc, and in transformers with `trust_remote_code`
     #[default]
     Factored,
-    /// Multiplied out: loads everywhere, and is no smaller
+    /// Factors multiplied out: loads everywhere, but is no smaller
     Dense,
-    /// Packed int4 or int8 for transformers and vLLM; low-rank parts as a PEFT adapter beside it
+    /// Packed int4 or int8 for transformers and vLLM; factors in a separate PEFT adapter
     CompressedTensors,
-    /// GPTQ int4 or int8 for transformers with gptqmodel, and vLLM; low-rank parts as a PEFT adapter beside it
+    /// GPTQ int4 or int8 for vLLM, and transformers with gptqmodel; factors in a separate PEFT adapter
     Gptq,
-    /// A dense base with low-rank parts as a PEFT adapter beside it
+    /// Dequantized base; factors in a separate PEFT adapter
     Peft,
-    /// For llama.cpp and what is built on it; low-rank parts as a GGUF LoRA beside it
+    /// For llama.cpp and its derivatives; factors in a separate GGUF LoRA
     Gguf,
 }
 

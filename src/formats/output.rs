@@ -94,7 +94,7 @@ impl<'a> Files<'a> {
         let exporter = format.exporter();
         if !matches!(format, Format::Factored | Format::Dense) && config::is_multimodal(&source.config) {
             let message = format!(
-                "`{}` cannot be written as {}: it is a multimodal model, whose runtimes name modules otherwise than its files do",
+                "`{}` cannot be written as {}: it is a multimodal model, whose runtimes and files name modules differently",
                 source.checkpoint.root().display(),
                 format.name()
             );
@@ -114,15 +114,15 @@ impl<'a> Files<'a> {
                 .iter()
                 .find(|linear| inventory::is_part(source.checkpoint, linear))
         {
-            let reason = format!("`{}` is a part of a matrix", part.module);
+            let reason = format!("`{}` is part of a fused matrix", part.module);
             return Err(whole(reason).hint("compress with `--fused joint`").into());
         }
         if format != Format::Factored
             && !exporter.joins_stacks()
             && let Some(stack) = source.checkpoint.stacks().first()
         {
-            let reason = format!("`{}` is stored as its matrices", stack.tensor);
-            return Err(whole(reason).hint("`lrc export --format dense` stacks them again").into());
+            let reason = format!("`{}` is stored unstacked", stack.tensor);
+            return Err(whole(reason).hint("`lrc export --format dense` stacks it again").into());
         }
         match exporter.refusal_of_all(source, modules) {
             Some(refusal) => {

@@ -64,7 +64,7 @@ fn hint(format: Format, refused: &[&str], stored: &[&str]) -> String {
     let others = if matches!(format, Format::Factored | Format::Dense) { "" } else { STORE_EVERYTHING };
     if refused.is_empty() || stored.is_empty() {
         let is_all = others.is_empty();
-        return if is_all { "choose a quantiser whose groups or blocks divide the inputs" } else { others }.into();
+        return if is_all { "choose a quantizer whose groups or blocks divide the inputs" } else { others }.into();
     }
     let flags: Vec<String> = patterns(refused, stored).iter().map(|p| format!("--exclude '{p}'")).collect();
     let leave = format!("`lrc compress` with `{}` leaves them dense", flags.join(" "));

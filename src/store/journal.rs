@@ -50,7 +50,7 @@ impl Piece {
     /// # Errors
     /// There is none left.
     pub fn next(&mut self) -> Result<Array> {
-        self.arrays.next().context("a piece has too few arrays")
+        self.arrays.next().context("a stored piece has too few arrays")
     }
 
     /// The arrays that are left.
@@ -70,7 +70,7 @@ impl Place {
     /// # Errors
     /// The file is gone or cannot be read.
     pub fn read(&self) -> Result<Values> {
-        let context = || format!("read `{}`", self.path.display());
+        let context = || format!("reading `{}`", self.path.display());
         let mut file = File::open(&*self.path).with_context(context)?;
         file.seek(SeekFrom::Start(self.offset)).with_context(context)?;
         let mut bytes = vec![0; self.len];
@@ -120,10 +120,10 @@ impl Journal {
     /// The piece cannot be read.
     pub fn get(&self, key: &str) -> Result<Option<Piece>> {
         let Some(path) = self.path(key).filter(|path| path.is_file()) else { return Ok(None) };
-        let bytes = fs::read(&path).with_context(|| format!("read `{}`", path.display()))?;
+        let bytes = fs::read(&path).with_context(|| format!("reading `{}`", path.display()))?;
         let piece = parse(&bytes, &path);
         if piece.is_none() {
-            tracing::warn!("`{}` is torn and is made again", path.display());
+            tracing::warn!("`{}` is damaged and will be recomputed", path.display());
         }
         Ok(piece)
     }
@@ -139,7 +139,7 @@ impl Journal {
         };
         let stored: Vec<(&str, usize)> = arrays.iter().map(|values| (values.type_name(), values.n_bytes())).collect();
         let header = json!({"fields": fields, "arrays": stored}).to_string();
-        write(&path, &header, &arrays).with_context(|| format!("write `{}`", path.display()))?;
+        write(&path, &header, &arrays).with_context(|| format!("writing `{}`", path.display()))?;
         let shared = Arc::new(path);
         let mut offset = (PREFIX + header.len()) as u64;
         let place = |values: Values| {

@@ -73,7 +73,7 @@ impl Spool {
                 let file = self.file.as_mut().expect("invariant: spooled arrays have a file");
                 let mut bytes = vec![0; *len];
                 let read = file.seek(SeekFrom::Start(*offset)).and_then(|_| file.read_exact(&mut bytes));
-                read.with_context(|| format!("read a work file in `{}`", self.folder.display()))?;
+                read.with_context(|| format!("reading a work file in `{}`", self.folder.display()))?;
                 Ok(Values::decode(type_name, &bytes).expect("invariant: what was written is decoded"))
             }
         }
@@ -103,7 +103,7 @@ impl Spool {
     }
 
     fn write(&mut self, offset: u64, values: &Values) -> Result<()> {
-        let context = || format!("write a work file in `{}`", self.folder.display());
+        let context = || format!("writing a work file in `{}`", self.folder.display());
         if self.file.is_none() {
             self.file = Some(tempfile::tempfile_in(&self.folder).with_context(context)?);
         }

@@ -79,7 +79,7 @@ impl Values {
     }
 
     fn other(&self, expected: &str) -> Result<std::convert::Infallible> {
-        bail!("a piece has an array of {}, not of {expected}", self.type_name())
+        bail!("a stored piece has an array of {}, expected {expected}", self.type_name())
     }
 
     /// The values, if they are of this type.

@@ -109,7 +109,7 @@ fn check_config(config: &mut Map<String, Value>, shortenings: &[Shortening], roo
     for s in shortenings {
         if rank_of(config, &s.linear.module).is_none() {
             let (path, entry) = (root.join(CONFIG_FILE), format!("lrc.modules.{}.rank", s.linear.module));
-            let reason = "is absent, and its tensors are of low rank".into();
+            let reason = "is missing, although its tensors are of low rank".into();
             return Err(CheckpointError::ConfigEntry { path, entry, reason }.into());
         }
     }
@@ -193,7 +193,7 @@ fn warn_of_diagonals(report: &CompressReport, shortenings: &[Shortening]) {
     let is_lost = |s: &Shortening| !s.is_prefix() && s.new_rank < s.rank;
     if (is_full || is_anchored) && shortenings.iter().any(is_lost) {
         tracing::warn!(
-            "pivots are decomposed again in the diagonals of their metric, which costs accuracy; outputs of `lrc compress --elastic` keep the order of their ranks"
+            "pivots are refactored in a diagonal approximation of their metric, which costs accuracy; `lrc compress --elastic` avoids this by storing the order of ranks"
         );
     }
 }
@@ -208,7 +208,7 @@ fn read_report(root: &Path) -> Result<CompressReport> {
     let path = root.join(REPORT_FILE);
     let unusable = |reason: String| {
         Failure::unsupported(format!("`{}` cannot be read: {reason}", path.display()))
-            .hint("`lrc truncate` shortens a folder that `lrc compress --format factored` wrote")
+            .hint("`lrc truncate` takes a folder written by `lrc compress --format factored`")
     };
     let bytes = read_file(&path).map_err(|error| match error {
         CheckpointError::Io { source, .. } => unusable(source.to_string()).into(),
@@ -226,9 +226,9 @@ fn read_report(root: &Path) -> Result<CompressReport> {
 fn check_report(report: &CompressReport, shortenings: &[Shortening], root: &Path) -> Result<()> {
     let path = root.join(REPORT_FILE);
     let foreign = |reason: String| {
-        let message = format!("`{}` does not describe the tensors beside it: {reason}", path.display());
+        let message = format!("`{}` does not match the tensors in its folder: {reason}", path.display());
         anyhow::Error::from(
-            Failure::unsupported(message).hint("one of the two was changed; compress the original anew"),
+            Failure::unsupported(message).hint("one of the two was modified; compress the original again"),
         )
     };
     let mut before = Some(0u64);
@@ -256,7 +256,7 @@ fn shortenings(checkpoint: &Checkpoint) -> Result<Vec<Shortening>> {
     let paths = CURVES_FILES.map(|name| checkpoint.root().join(name));
     let Some(path) = paths.iter().find(|path| path.is_file()) else {
         return Err(Failure::unsupported(format!("`{}` is missing", paths[0].display()))
-            .hint("`lrc truncate` shortens a folder that `lrc compress --format factored` wrote")
+            .hint("`lrc truncate` takes a folder written by `lrc compress --format factored`")
             .into());
     };
     let curves = Checkpoint::open_arrays(path)?;
@@ -274,7 +274,7 @@ fn shortenings(checkpoint: &Checkpoint) -> Result<Vec<Shortening>> {
         let fits = (curve.energies.len(), curve.output.len(), curve.input.len()) == (rank, m, n);
         if !fits || !is_of(curve.rank_factor.len(), rank * rank) {
             let message = format!("`{}` does not belong to `{}`", path.display(), linear.module);
-            return Err(Failure::unsupported(message).hint("one of the two files was changed").into());
+            return Err(Failure::unsupported(message).hint("one of the two files was modified").into());
         }
         shortenings.push(Shortening { linear, rank, kind, curve, new_rank: rank });
     }
@@ -296,11 +296,11 @@ fn allocate_ranks(shortenings: &mut [Shortening], report: &CompressReport, keep:
     let least = dense + items.iter().map(|item| item.cost(Pick::Rank(1))).sum::<u64>();
     if budget >= now {
         let message =
-            format!("`--keep {keep}` is not less than the {:.4} that is kept already", now as f64 / before as f64);
+            format!("`--keep {keep}` is not less than the {:.4} that is already kept", now as f64 / before as f64);
         return Err(Failure::usage(message).hint("`lrc truncate` only reduces ranks").into());
     }
     if budget < least {
-        let message = format!("`--keep {keep}` cannot be reached: {:.4} is the least", least as f64 / before as f64);
+        let message = format!("`--keep {keep}` cannot be reached: the minimum is {:.4}", least as f64 / before as f64);
         return Err(Failure::usage(message).hint("dense linears stay dense; compress the original again").into());
     }
     let rules = Rules { budget: budget - dense, fill: false, ..Rules::of_keep(&items, 0.999) };
@@ -352,7 +352,7 @@ impl Shortening {
             fitting.prefix(&pair, self.new_rank, shape)
         } else if self.is_prefix() {
             let whole = fitting.restored(pair, &self.curve.rank_factor, shape);
-            fitting.prefix(&whole.context("the order of its ranks is singular")?, self.new_rank, shape)
+            fitting.prefix(&whole.context("its stored order of ranks is singular")?, self.new_rank, shape)
         } else {
             let LowRank { rank, b, a } = pair;
             let values = linalg::product_row_major(&b, &a, shape.0, rank, shape.1);

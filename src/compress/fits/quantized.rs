@@ -273,9 +273,11 @@ impl Quantize<'_> {
 fn check_range<'a>(mut quants: impl Iterator<Item = &'a Quant>, values: &[f32]) -> Result<()> {
     let largest = values.iter().fold(0f32, |largest, v| largest.max(v.abs()));
     match quants.find(|quant| quant.largest() < largest) {
-        Some(quant) => Err(Failure::numeric(format!("a weight of {largest:e} is beyond the f16 scales of `{quant}`"))
-            .hint("leave the linear as it is with `--exclude`, or give no `--quant`")
-            .into()),
+        Some(quant) => {
+            Err(Failure::numeric(format!("a weight of {largest:e} exceeds the range of the f16 scales of `{quant}`"))
+                .hint("leave the linear out with `--exclude`, or remove `--quant`")
+                .into())
+        }
         None => Ok(()),
     }
 }

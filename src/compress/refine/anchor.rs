@@ -317,7 +317,7 @@ impl Moments {
             };
             let linear = &solution.study.plan.linears[i];
             let fit = self.fit(solution, linear, rank, (mu, &invertible), &input);
-            fit.with_context(|| format!("anchor `{}`", linear.module))
+            fit.with_context(|| format!("refitting `{}`", linear.module))
         };
         here.par_iter().map(one).collect()
     }

@@ -42,12 +42,12 @@ fn element(linear: &LinearInfo, storage: Storage) -> Result<Option<Element>, Str
     let name = match scheme.levels {
         Levels::Int { bits: ..=4, symmetric: true } => "q4_0",
         Levels::Int { symmetric: true, .. } => "q8_0",
-        _ => return Err(format!("`{scheme}` has no block type of the same levels; symmetric integers have")),
+        _ => return Err(format!("no block type has the levels of `{scheme}`; symmetric integers have one")),
     };
     let group = scheme.group_of(n);
     Ok(match (n.is_multiple_of(BLOCK), group.is_multiple_of(BLOCK)) {
         (false, _) => None,
-        (true, false) => return Err(format!("groups of {group} are not made of blocks of {BLOCK}")),
+        (true, false) => return Err(format!("groups of {group} are not a multiple of blocks of {BLOCK}")),
         (true, true) => Some(Element::Block(block(name))),
     })
 }
@@ -75,7 +75,7 @@ fn arrangement(tensor: &str, source: &Source<'_>) -> Arrangement {
 /// Why llama.cpp would not read a model, whatever is compressed of it.
 fn unwritten(source: &Source<'_>) -> Option<String> {
     let Some(family) = family(source) else {
-        return Some("the family of the model has no table of GGUF names here".into());
+        return Some("lrc has no table of GGUF names for the family of the model".into());
     };
     // Its numbers size what is written.
     match ModelConfig::of(source.checkpoint) {
@@ -92,7 +92,7 @@ fn unwritten(source: &Source<'_>) -> Option<String> {
     }
     let kind = rope_fields(&source.config).and_then(rope_type);
     if let Some(kind) = kind.filter(|kind| !["default", "linear", "llama3"].contains(kind)) {
-        return Some(format!("rotary scaling of type `{kind}` is not written"));
+        return Some(format!("rotary scaling of type `{kind}` is not supported"));
     }
     let unknown = source.checkpoint.tensors().find(|t| {
         let is_part = t.name.contains(".lr_") || t.name.contains(".base.");
@@ -102,13 +102,11 @@ fn unwritten(source: &Source<'_>) -> Option<String> {
         return Some(format!("tensor `{}` has no name in GGUF", info.name));
     }
     if let Some((first, _)) = inventory::blocks_behind(source.checkpoint) {
-        return Some(format!(
-            "block {first} is behind the last of `num_hidden_layers`, and llama.cpp expects no such block"
-        ));
+        return Some(format!("block {first} is beyond `num_hidden_layers`, where llama.cpp expects no block"));
     }
     let is_table = |name: &str| family.to_gguf(name).as_deref() == Some("token_embd.weight");
     let has_table = source.checkpoint.tensors().any(|info| is_table(&info.name));
-    (!has_table).then(|| "its embeddings are stored as its head alone, and llama.cpp looks for them".into())
+    (!has_table).then(|| "its embeddings are stored only as its head, but llama.cpp requires them".into())
 }
 
 impl Exporter for Gguf {
@@ -117,7 +115,7 @@ impl Exporter for Gguf {
             return Some(reason);
         }
         if architectures::gguf_name(&linear.weight_name()).is_none() {
-            return Some("its family has no table of GGUF names here".into());
+            return Some("lrc has no table of GGUF names for its family".into());
         }
         element(linear, forms.base?.storage?).err()
     }
@@ -236,7 +234,7 @@ impl Exporter for Gguf {
     fn loading(&self, has_adapter: bool) -> String {
         let lora = if has_adapter { " --lora model-lora.gguf" } else { "" };
         format!(
-            "llama.cpp:\n\n```sh\nllama-cli -m model.gguf{lora}\n```\n\nWithout Python, to measure: `lrc eval FOLDER --text FILE`.\n"
+            "llama.cpp:\n\n```sh\nllama-cli -m model.gguf{lora}\n```\n\n`lrc eval FOLDER --text FILE` evaluates it without Python.\n"
         )
     }
 

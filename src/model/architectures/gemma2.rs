@@ -47,5 +47,5 @@ fn other_scale(config: &Map<String, Value>) -> Option<String> {
     let is_largest = number("num_hidden_layers") == Some(46.0);
     let of_heads = || Some(number("hidden_size")? / number("num_attention_heads")?);
     let taken = if is_largest { of_heads()? } else { number("head_dim").unwrap_or(256.0) };
-    (taken != asked).then(|| format!("`query_pre_attn_scalar` is {asked}, and llama.cpp takes {taken}"))
+    (taken != asked).then(|| format!("`query_pre_attn_scalar` is {asked}, but llama.cpp uses {taken}"))
 }
