@@ -339,9 +339,9 @@ fn the_modelling_file_plans_every_part_of_a_linear_for_tensor_parallelism() {
     let code = std::fs::read_to_string(out.join("modeling_lrc.py")).unwrap();
     let parts: std::collections::BTreeSet<&str> =
         code.split("make(\".").skip(1).map(|rest| rest.split('"').next().unwrap()).collect();
-    assert_eq!(parts.into_iter().collect::<Vec<_>>(), ["base", "lr_a", "lr_b", "lr_p", "lr_t"]);
+    assert_eq!(parts.into_iter().collect::<Vec<_>>(), ["base", "lr_a", "lr_b", "lr_l", "lr_p", "lr_r", "lr_t"]);
     let planned = code.lines().find(|line| line.trim().starts_with("parts = {")).unwrap();
-    for part in ["base", "lr_a", "lr_b", "lr_p", "lr_t"] {
+    for part in ["base", "lr_a", "lr_b", "lr_l", "lr_p", "lr_r", "lr_t"] {
         assert!(planned.contains(&format!("\"{part}\": ")), "{planned}");
     }
     // The parts' rules come first, and transformers, which would add up the outputs of whole modules, refuses the last.

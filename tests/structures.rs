@@ -59,7 +59,19 @@ fn a_right_factor_is_shared_where_that_is_better() {
         }
     }
     drop(checkpoint);
-    let recipe = ["--method", "svd", "--ranks", "knapsack", "--sensitivity", "energy", "--keep", "0.6", "--json"];
+    let recipe = [
+        "--method",
+        "svd",
+        "--layout",
+        "factors",
+        "--ranks",
+        "knapsack",
+        "--sensitivity",
+        "energy",
+        "--keep",
+        "0.6",
+        "--json",
+    ];
     let compress = |output: &Path, more: &[&str]| {
         ok(&[&["compress", path(&model), "-o", path(output)], &recipe[..], more].concat()).json()
     };

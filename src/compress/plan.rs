@@ -176,7 +176,7 @@ fn check_targets(checkpoint: &Checkpoint, linears: &[LinearInfo]) -> Result<()> 
             .into());
     }
     if let Some(linear) = linears.iter().find(|l| l.is_low_rank()) {
-        return Err(Failure::unsupported(format!("`{}` is already low-rank", linear.module))
+        return Err(Failure::unsupported(format!("`{}` is already of low rank", linear.module))
             .hint("compress the original checkpoint, or reduce the ranks of this one with `lrc truncate`")
             .into());
     }

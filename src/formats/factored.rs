@@ -287,7 +287,10 @@ pub fn load(checkpoint: &Checkpoint, linear: &LinearInfo) -> Result<Option<Opera
         return Ok(quantized(&linear.weight_name())?.map(|matrix| Operator { base: Some(base(matrix)), over: None }));
     };
     let mut over = inventory::term(checkpoint, linear)?;
-    for (&(suffix, _), part) in over.form.kind.structure().suffixes().iter().zip(&mut over.parts) {
+    for (&(suffix, element), part) in over.form.kind.structure().suffixes().iter().zip(&mut over.parts) {
+        if element == Element::Index {
+            continue;
+        }
         if let Some(codes) = quantized(&format!("{}.weight", part_name(linear, suffix)))? {
             over.form.storage = Some(codes.storage());
             *part = Matrix::Quantized(codes);

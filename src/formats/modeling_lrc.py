@@ -380,7 +380,7 @@ def _rules(name, module, style):
     """What a plan says of the parts of what replaced a linear of that style."""
     first = style if style.startswith("rowwise") else "replicate"
     last = style if style.startswith("colwise") else "replicate"
-    parts = {"base": style, "lr_a": first, "lr_b": last, "lr_p": first, "lr_t": "replicate"}
+    parts = {"base": style, "lr_a": first, "lr_b": last, "lr_p": first, "lr_t": "replicate", "lr_r": "replicate", "lr_l": "replicate"}
     return {f"{name}.{part}": parts.get(part, "replicate") for part, _ in module.named_children()}
 
 
