@@ -39,7 +39,7 @@ impl Written {
     fn of(mut piece: Piece, solution: &Solution<'_>) -> Result<Self> {
         let (error, has_factor): (Option<u64>, bool) = serde_json::from_value(piece.fields.take())?;
         let mut spool = solution.study.fits.spool.lock().expect("invariant: no holder of the spool panics");
-        let rank_factor = has_factor.then(|| spool.push(piece.next()?)).transpose()?;
+        let rank_factor = has_factor.then(|| spool.push(piece.take()?)).transpose()?;
         Ok(Self { relative_error: error.map(f64::from_bits), rank_factor })
     }
 }

@@ -243,7 +243,7 @@ impl<'s> Solution<'s> {
         let mut spool = self.study.fits.spool.lock().expect("invariant: no holder of the spool panics");
         let mut kept = Kept::new();
         for &(_, element) in kind.structure().suffixes() {
-            kept.push((element, spool.push(values.next()?)?));
+            kept.push((element, spool.push(values.take()?)?));
         }
         Ok((laid, Some(kept)))
     }

@@ -45,11 +45,11 @@ pub struct Piece {
 }
 
 impl Piece {
-    /// The next array.
+    /// Takes the next array.
     ///
     /// # Errors
     /// There is none left.
-    pub fn next(&mut self) -> Result<Array> {
+    pub fn take(&mut self) -> Result<Array> {
         self.arrays.next().context("a stored piece has too few arrays")
     }
 
@@ -238,6 +238,6 @@ mod tests {
         assert_eq!(fs::read(&path).unwrap(), whole);
         journal.remove("a");
         assert!(!journal.has("a") && Journal::default().piece("a", make).unwrap().rest()[0].place.is_none());
-        assert!(journal.put("b", Value::Null, Vec::new()).unwrap().next().is_err());
+        assert!(journal.put("b", Value::Null, Vec::new()).unwrap().take().is_err());
     }
 }

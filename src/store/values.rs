@@ -162,7 +162,11 @@ mod tests {
         for values in [long.into(), exact.into(), vec![i32::MIN, -1, 7].into(), (0..=250).collect::<Vec<u8>>().into()] {
             let values: Values = values;
             let mut bytes = Vec::new();
-            values.for_each_run(|run| Ok::<_, ()>(bytes.extend_from_slice(run))).unwrap();
+            let mut collect = |run: &[u8]| {
+                bytes.extend_from_slice(run);
+                Ok::<_, std::io::Error>(())
+            };
+            values.for_each_run(&mut collect).unwrap();
             assert_eq!(bytes.len(), values.n_bytes());
             let again = Values::decode(values.type_name(), &bytes).unwrap();
             assert_eq!(format!("{again:?}"), format!("{values:?}"));

@@ -131,12 +131,12 @@ impl Method for Decompose<'_> {
     fn keep(&self, unit: &Unit, mut piece: Piece, values: Option<Piece>, spool: &mut Spool) -> Result<Arc<dyn Fitted>> {
         let linear = &self.plan.linears[unit.members[0]];
         let (seconds, max_rank, plain_sides): (f64, usize, PlainSides) = serde_json::from_value(piece.fields.take())?;
-        let mut next = || piece.next()?.values.f64s();
+        let mut next = || piece.take()?.values.f64s();
         let (curve, plain) = (ErrorCurve::new(next()?), ErrorCurve::new(next()?));
         let diagonals = (next()?, next()?);
         let parts = match values {
             Some(mut values) if (self.keeps_pair)(linear) => {
-                Some([spool.push(values.next()?)?, spool.push(values.next()?)?])
+                Some([spool.push(values.take()?)?, spool.push(values.take()?)?])
             }
             _ => None,
         };

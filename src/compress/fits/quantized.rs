@@ -87,10 +87,10 @@ impl QuantizedBase {
         piece: &mut Piece,
         spool: &mut Spool,
     ) -> Result<Self> {
-        let errors = piece.next()?.values.f64s()?;
-        let (codes, scales) = (spool.push(piece.next()?)?, spool.push(piece.next()?)?);
-        let zeros = piece.next()?.values.bytes()?;
-        let (b, a) = (piece.next()?, piece.next()?);
+        let errors = piece.take()?.values.f64s()?;
+        let (codes, scales) = (spool.push(piece.take()?)?, spool.push(piece.take()?)?);
+        let zeros = piece.take()?.values.bytes()?;
+        let (b, a) = (piece.take()?, piece.take()?);
         let pair = record.rank.map(|rank| Ok((rank, spool.push(b)?, spool.push(a)?))).transpose();
         let details = Details { seconds: record.seconds, fallback: record.fallback, plain_sides };
         let errors = record.ranks.into_iter().zip(errors).collect();
@@ -186,7 +186,7 @@ impl Method for Quantize<'_> {
     fn keep(&self, unit: &Unit, mut piece: Piece, values: Option<Piece>, spool: &mut Spool) -> Result<Self::Fit> {
         let mut values = values.context("invariant: quantized bases are kept to the end")?;
         let (plain, records): (PlainSides, Vec<Record>) = serde_json::from_value(piece.fields.take())?;
-        let norm = piece.next()?.values.f64s()?.first().copied().unwrap_or(0.0);
+        let norm = piece.take()?.values.f64s()?.first().copied().unwrap_or(0.0);
         let shape = self.plan.linears[unit.members[0]].shape();
         let mut fits: Vec<Arc<dyn Fitted>> = Vec::new();
         for record in records {

@@ -131,8 +131,8 @@ impl Method for Share<'_> {
     fn keep(&self, unit: &Unit, mut piece: Piece, values: Option<Piece>, spool: &mut Spool) -> Result<Arc<dyn Fitted>> {
         let mut values = values.context("invariant: shared parts are kept to the end")?;
         let (seconds, max_rank, plain_sides) = serde_json::from_value(piece.fields.take())?;
-        let errors = ErrorCurve::new(piece.next()?.values.f64s()?);
-        let left = unit.members.iter().map(|_| spool.push(values.next()?)).collect::<Result<_>>()?;
+        let errors = ErrorCurve::new(piece.take()?.values.f64s()?);
+        let left = unit.members.iter().map(|_| spool.push(values.take()?)).collect::<Result<_>>()?;
         let details = Details { seconds, plain_sides, ..Details::default() };
         Ok(Arc::new(SharedRight {
             unit: unit.members.clone(),
@@ -140,7 +140,7 @@ impl Method for Share<'_> {
             details,
             max_rank,
             left,
-            right: spool.push(values.next()?)?,
+            right: spool.push(values.take()?)?,
         }))
     }
 }

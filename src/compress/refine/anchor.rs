@@ -229,8 +229,8 @@ fn resume(
 fn take(solution: &mut Solution<'_>, mut piece: Piece) -> Result<()> {
     let fields: Vec<(usize, usize, PlainSides, bool)> = serde_json::from_value(piece.fields.take())?;
     for (i, rank, plain, has_parts) in fields {
-        let curve = ErrorCurve::new(piece.next()?.values.f64s()?);
-        let parts = if has_parts { Some([piece.next()?, piece.next()?]) } else { None };
+        let curve = ErrorCurve::new(piece.take()?.values.f64s()?);
+        let parts = if has_parts { Some([piece.take()?, piece.take()?]) } else { None };
         solution.refit(i, curve, plain, rank, parts)?;
     }
     Ok(())
