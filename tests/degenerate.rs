@@ -392,7 +392,7 @@ fn what_is_not_finite_is_named_where_it_arises() {
         for part in expected {
             assert!(run.stderr.contains(part), "`{part}` is not in: {}", run.stderr);
         }
-        assert!(run.stderr.contains("hint: the checkpoint is broken, or overflows in f32"), "{}", run.stderr);
+        assert!(run.stderr.contains("hint: the checkpoint is damaged, or overflows in f32"), "{}", run.stderr);
     };
     let out = folder.path().join("out");
     let calibrated = [&["compress", path(&model), "-o", path(&out), "--keep", "0.8"], &CALIBRATED[..]].concat();

@@ -263,7 +263,7 @@ fn blocks_behind_the_last_one_are_passed_through_and_told_of() {
         let out = folder.path().join(format!("out-{i}"));
         let budget: &[&str] = if flags.contains(&"--quant") { &[] } else { &["--keep", "0.8"] };
         let run = common::ok(&[&["compress", path(&model), "-o", path(&out), "--json"], budget, flags].concat());
-        assert!(run.stderr.contains("block 3 is behind the 3 of `num_hidden_layers`"), "{}", run.stderr);
+        assert!(run.stderr.contains("block 3 is beyond the 3 of `num_hidden_layers`"), "{}", run.stderr);
         let report = run.json();
         assert_eq!(report["linears"].as_array().unwrap().len(), 21);
         let passed: Vec<&str> = report["passed_through"].as_array().unwrap().iter().filter_map(Value::as_str).collect();

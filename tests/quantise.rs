@@ -194,6 +194,29 @@ fn adapters_are_what_peft_expects() {
     assert!(run.code == 4 && run.stderr.contains("give the folder of its base"), "{}", run.stderr);
 }
 
+/// Below an adapter stands the weight as its family stores it, which in GPT-2 is (in, out); `factored` has every base (out, in).
+#[test]
+fn bases_below_adapters_are_turned_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let [adapter, factored, direct, through] =
+        ["adapter", "factored", "direct", "through"].map(|name| folder.path().join(name));
+    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/pico/gpt2");
+    let lorc = ["--quant", "rtn-int4-g8", "--compensate", "lorc", "--compensate-rank", "2", "--format", "peft"];
+    ok(&[&["compress", path(&model), "-o", path(&adapter)], &lorc[..]].concat());
+    for (from, format, to) in
+        [(&adapter, "dense", &direct), (&adapter, "factored", &factored), (&factored, "dense", &through)]
+    {
+        ok(&["export", path(from), "--format", format, "-o", path(to)]);
+    }
+    let [direct, through] = [&direct, &through].map(|folder| Checkpoint::open(folder).unwrap());
+    assert!(direct.tensors().any(|info| info.name.ends_with("c_attn.weight")));
+    for info in direct.tensors() {
+        let [once, twice] = [&direct, &through].map(|checkpoint| checkpoint.values(&info.name).unwrap());
+        let furthest = once.iter().zip(twice).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(furthest < 1e-6, "{}: {furthest}", info.name);
+    }
+}
+
 /// One compression in every format, and every format from every other: the same model.
 #[test]
 fn every_format_is_the_same_model() {

@@ -36,7 +36,7 @@ fn check_parts(checkpoint: &Checkpoint) -> Result<()> {
         }
         linear::expect_parts(checkpoint, module, kind)?;
     }
-    let architecture = config::model_type(checkpoint).and_then(architectures::find);
+    let architecture = config::architecture(checkpoint);
     for linear in inventory::linears(checkpoint).iter().filter(|linear| linear.is_low_rank()) {
         let is_turned = architecture.is_some_and(|a| a.stores_turned(&linear.module));
         let shape = [linear.out_features, linear.in_features];

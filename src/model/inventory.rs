@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::Result;
 
-use super::architectures::{self, Architecture};
+use super::architectures::Architecture;
 use super::config::{self, ModelConfig};
 use super::names::Names;
 use super::slot::{LinearId, Role};
@@ -28,8 +28,7 @@ pub struct LinearInfo {
     pub block: Option<usize>,
     /// Its place in the decoder, where the family is known.
     pub id: Option<LinearId>,
-    /// Heads, embeddings' twins and routers are linears, but compressed only on request; so is all that lies outside of the
-    /// blocks of a family that is known, or as far as names tell outside of the language model.
+    /// False for heads, routers, and what lies outside the blocks of a known family or of the language model: on request only.
     pub is_default_target: bool,
 }
 
@@ -200,7 +199,7 @@ struct Places {
 impl Places {
     fn of(checkpoint: &Checkpoint) -> Self {
         const EMBEDDINGS: &[&str] = &["embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight"];
-        let architecture = config::model_type(checkpoint).and_then(architectures::find);
+        let architecture = config::architecture(checkpoint);
         let before_embeddings = |info: &TensorInfo| {
             let prefix = EMBEDDINGS.iter().find_map(|table| info.name.strip_suffix(table))?;
             (prefix.is_empty() || prefix.ends_with('.')).then(|| prefix.to_string())
@@ -317,7 +316,7 @@ pub fn split_fused(mut checkpoint: Checkpoint) -> Result<Checkpoint> {
 
 /// Whether a linear is a part that stands for some rows of a matrix of its family.
 pub fn is_part(checkpoint: &Checkpoint, linear: &LinearInfo) -> bool {
-    let architecture = config::model_type(checkpoint).and_then(architectures::find);
+    let architecture = config::architecture(checkpoint);
     let role = linear.id.filter(|id| id.slot.expert.is_none()).map(|id| id.slot.role);
     architecture.zip(role).is_some_and(|(architecture, role)| architecture.whole(role).is_some())
 }
@@ -354,9 +353,10 @@ pub fn weight(checkpoint: &Checkpoint, linear: &LinearInfo) -> Result<Vec<f32>> 
 pub fn base_values(checkpoint: &Checkpoint, linear: &LinearInfo) -> Result<Vec<f32>> {
     let name = linear.base_name();
     let values = checkpoint.values(&name)?;
-    let architecture = config::model_type(checkpoint).and_then(architectures::find);
-    let is_conv1d = architecture.is_some_and(|a| a.stores_turned(&linear.module));
-    let is_turned = is_conv1d && !checkpoint.require(&name)?.is_encoded();
+    let is_conv1d = config::architecture(checkpoint).is_some_and(|a| a.stores_turned(&linear.module));
+    // Below an adapter stands the model's own weight; the factored format turns none.
+    let is_factored = checkpoint.config().is_some_and(|config| config.contains_key("lrc"));
+    let is_turned = is_conv1d && !is_factored && !checkpoint.require(&name)?.is_encoded();
     let (m, n) = linear.shape();
     Ok(if is_turned { linalg::transpose_row_major(&values, n, m) } else { values })
 }
@@ -380,8 +380,7 @@ pub fn term(checkpoint: &Checkpoint, linear: &LinearInfo) -> Result<Term> {
         checkpoint.expect_shape(&name, &[rows, columns], "the ranks under `lrc`")?;
         Ok(checkpoint.values(&name)?.into())
     };
-    let parts = form.parts(linear.shape()).into_iter().map(part).collect::<Result<_>>()?;
-    Ok(Term { form, parts })
+    Ok(Term { form, parts: form.parts(linear.shape()).into_iter().map(part).collect::<Result<_>>()? })
 }
 
 #[cfg(test)]
@@ -428,17 +427,16 @@ mod tests {
         );
         let found: Vec<_> =
             linears(&checkpoint).into_iter().map(|l| (l.module, l.is_default_target, l.stored)).collect();
+        let of_rank = |kind, rank, has_base| Stored::Structured { kind, size: Size::Rank(rank), has_base };
         let expected = [
             ("moe.gate", false, Stored::Dense),
             ("lm_head", false, Stored::Dense),
             ("encoder.layer.0.query", true, Stored::Dense),
-            ("x", true, Stored::Structured { kind: Kind::FACTORS, size: Size::Rank(1), has_base: true }),
-            ("y", true, Stored::Structured { kind: Kind::default(), size: Size::Rank(2), has_base: false }),
+            ("x", true, of_rank(Kind::FACTORS, 1, true)),
+            ("y", true, of_rank(Kind::default(), 2, false)),
         ];
-        for &(module, is_default, stored) in &expected {
-            assert!(found.contains(&(module.into(), is_default, stored)), "{module} in {found:?}");
-        }
-        assert_eq!(found.len(), expected.len());
+        let found: BTreeSet<String> = found.into_iter().map(|linear| format!("{linear:?}")).collect();
+        assert_eq!(found, expected.iter().map(|linear| format!("{linear:?}")).collect());
     }
 
     #[test]

@@ -5,7 +5,7 @@
 
 use anyhow::Result;
 
-use super::architectures::{self, Architecture};
+use super::architectures::Architecture;
 use super::config;
 use super::names::{self, Names};
 use crate::checkpoint::Checkpoint;
@@ -78,7 +78,7 @@ fn are_equal(checkpoint: &Checkpoint, table: &str, head: &str) -> Result<bool> {
 /// # Errors
 /// A tensor is broken.
 pub fn is_tied_head(checkpoint: &Checkpoint, module: &str) -> Result<bool> {
-    let architecture = config::model_type(checkpoint).and_then(architectures::find);
+    let architecture = config::architecture(checkpoint);
     if !module.ends_with(architecture.map_or("lm_head", |architecture| architecture.lm_head)) {
         return Ok(false);
     }

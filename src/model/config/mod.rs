@@ -114,10 +114,15 @@ pub fn model_type(checkpoint: &Checkpoint) -> Option<&str> {
     text_config::model_type(checkpoint.config()?, MODEL_TYPE_PREFIX)
 }
 
+/// The family of a checkpoint's language model, where it is known.
+pub fn architecture(checkpoint: &Checkpoint) -> Option<&'static Architecture> {
+    model_type(checkpoint).and_then(architectures::find)
+}
+
 /// The fields of a checkpoint's language model, under our names where its family is known.
 fn fields(checkpoint: &Checkpoint) -> Map<String, Value> {
     let fields = checkpoint.config().map(|config| text_config::fields(config, MODEL_TYPE_PREFIX)).unwrap_or_default();
-    match model_type(checkpoint).and_then(architectures::find) {
+    match architecture(checkpoint) {
         Some(architecture) => architecture.in_common_words(&fields),
         None => fields,
     }
