@@ -185,7 +185,7 @@ mod tests {
         check(Stored::Dense, Forms::of_rank(Kind::FACTORS, 4, (64, 64)), "without a base");
         let others = Kind::layouts().filter(|kind| *kind != Kind::FACTORS);
         for other in others.map(|kind| Forms::of_rank(kind, 4, (64, 64))) {
-            check(Stored::Dense, Forms { over: other.over, ..good }, "adapters hold factors");
+            check(Stored::Dense, Forms { over: other.over, ..good }, "adapters store factors");
         }
     }
 }

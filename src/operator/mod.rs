@@ -30,7 +30,7 @@ use crate::quantize::Scheme;
 
 pub use forms::{Form, Forms, Operator, Right, Term};
 pub use matrix::Matrix;
-pub use names::{BASE, all_parts, bias_parts, first_parts, is_second_part, part_name};
+pub use names::{BASE, all_parts, bias_parts, first_parts, is_compressed_part, is_second_part, part_name};
 pub use rounding::{Rounded, Side, Sides};
 
 /// (out, in).

@@ -172,6 +172,6 @@ mod tests {
             assert_eq!(format!("{again:?}"), format!("{values:?}"));
         }
         assert!(Values::decode("f64", &[0; 12]).is_none() && Values::decode("f16", &[0; 12]).is_none());
-        assert!(Values::from(vec![1.0f32]).f64s().unwrap_err().to_string().contains("f32, not of f64"));
+        assert!(Values::from(vec![1.0f32]).f64s().unwrap_err().to_string().contains("f32, expected f64"));
     }
 }

@@ -21,7 +21,7 @@ use crate::linalg;
 use crate::model::architectures::{self, gguf_family};
 use crate::model::config::rope_factors;
 use crate::model::{ModelConfig, inventory};
-use crate::operator::Matrix;
+use crate::operator::{self, Matrix};
 use crate::quantize::{BlockType, Blocks, Levels, Quantized, Storage};
 
 pub(super) struct Gguf;
@@ -95,8 +95,7 @@ fn unwritten(source: &Source<'_>) -> Option<String> {
         return Some(format!("rotary scaling of type `{kind}` is not supported"));
     }
     let unknown = source.checkpoint.tensors().find(|t| {
-        let is_part = t.name.contains(".lr_") || t.name.contains(".base.");
-        !is_part && !family.is_left_out(&t.name) && family.to_gguf(&t.name).is_none()
+        !operator::is_compressed_part(&t.name) && !family.is_left_out(&t.name) && family.to_gguf(&t.name).is_none()
     });
     if let Some(info) = unknown {
         return Some(format!("tensor `{}` has no name in GGUF", info.name));
