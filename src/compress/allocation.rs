@@ -1,4 +1,4 @@
-//! What every unit becomes under a budget: fits are priced, an allocator picks among costs and errors, and a size is met by one search.
+//! Chooses a fit for every unit under a budget: fits are priced, an allocator picks among costs and errors, and one search meets a size.
 
 use anyhow::Result;
 
@@ -13,17 +13,17 @@ use crate::error::Failure;
 use crate::model::inventory::LinearInfo;
 use crate::operator::Forms;
 
-/// What becomes of every linear of the plan.
+/// The choice for every linear of the plan.
 pub(super) struct Allocation {
     pub choices: Vec<Choice>,
-    /// What a unit of squared error was taken to cost, depth weights included.
+    /// Cost to the model of a unit of squared error, depth weights included.
     pub sensitivities: Vec<f64>,
 }
 
-/// What a linear takes of the budget, by its forms; none: as it is.
+/// Share of the budget that a linear in these forms takes; `None`: unchanged.
 type Price<'p> = dyn Fn(&LinearInfo, Option<&Forms>) -> u64 + 'p;
 
-/// Units with what they may become, priced in the unit of a budget.
+/// Units and their candidates, priced in the unit of the budget.
 pub(super) struct Problem<'a> {
     recipe: &'a Recipe,
     plan: &'a Plan,
@@ -39,7 +39,7 @@ struct PricedUnit {
     parameters: Vec<u64>,
     bytes: (u64, Vec<u64>),
     offers: Vec<Offer>,
-    /// What each offer makes of the members.
+    /// The choices of the members under each offer.
     choices: Vec<Vec<Choice>>,
 }
 
@@ -154,7 +154,7 @@ impl<'a> Problem<'a> {
         (choices, fixed + allocate::cost(&items, &picks))
     }
 
-    /// Mean bits of a weight that takes its part of `bytes`.
+    /// Mean bits per weight when `bytes` are spread evenly.
     pub fn bits(&self, bytes: u64) -> f64 {
         8.0 * bytes as f64 / self.n_weights() as f64
     }
@@ -247,7 +247,7 @@ fn joined(study: &Study<'_>, unit: &Unit, weighted: &Weighted<'_>, price: Option
 /// Cost, weighted error and choice of a linear.
 type Point = (u64, f64, Choice);
 
-/// A linear by itself, at every rank that saves and as it is.
+/// A linear by itself: dense, and at every rank that saves.
 fn points(study: &Study<'_>, i: usize, weighted: &Weighted<'_>, price: Option<&Price<'_>>) -> Vec<Point> {
     let linear = &study.plan.linears[i];
     let (largest, step) =
@@ -261,7 +261,7 @@ fn points(study: &Study<'_>, i: usize, weighted: &Weighted<'_>, price: Option<&P
     (step..=largest).step_by(step).map(of).chain([dense]).collect()
 }
 
-/// The sums of one point of each list that are best for some price of cost, in ascending cost.
+/// Sums of one point from each list that are optimal at some price of cost, in ascending order of cost.
 fn frontier(lists: &[Vec<Point>]) -> Vec<(u64, f64, Vec<Choice>)> {
     let hulls: Vec<Vec<Point>> = lists.iter().map(|points| hull(points)).collect();
     let mut steps: Vec<(f64, usize, usize)> = Vec::new();
@@ -339,7 +339,7 @@ pub(super) fn choose(study: &Study<'_>, budget: Budget, sensitivities: &[f64]) -
     }
 }
 
-/// The same among quantized bases and their ranks.
+/// As above, among quantized bases and their ranks.
 fn choose_bases(study: &Study<'_>, budget: Budget, sensitivities: &[f64]) -> Result<Vec<Choice>> {
     if let Some(choices) = known_choices(study.recipe, study.plan) {
         return Ok(choices);

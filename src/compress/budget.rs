@@ -1,4 +1,4 @@
-//! What a recipe's budget allows, from shapes alone: choices that need no fit to be known, and the largest ranks that may be asked for.
+//! What a budget allows, from shapes alone: choices that follow without any fit, and the largest ranks that can be requested.
 
 use super::allocate::{self, Item, Rules, Spectra};
 use super::compensate::{Compensate, CompensateRank};
@@ -6,7 +6,7 @@ use super::plan::{Choice, Plan};
 use super::recipe::{Budget, Recipe};
 use crate::model::inventory::LinearInfo;
 
-/// The choices, where no spectrum is needed to know them.
+/// The choices, if they follow without a spectrum.
 pub(super) fn known_choices(recipe: &Recipe, plan: &Plan) -> Option<Vec<Choice>> {
     if let (&[quant], Budget::None) = (recipe.quant(), recipe.budget()) {
         let choice = |linear: &LinearInfo| {
@@ -39,7 +39,7 @@ pub(super) fn choice(pick: allocate::Pick, fit: usize) -> Choice {
     }
 }
 
-/// The largest rank that each linear may get; 0 for those that are known to stay dense, or to be all zeros.
+/// The largest rank that each linear can get; 0 for those known to stay dense or to be all zeros.
 pub(super) fn max_ranks(recipe: &Recipe, plan: &Plan) -> Vec<usize> {
     if !recipe.quant().is_empty() {
         return vec![0; plan.linears.len()];
@@ -56,7 +56,7 @@ pub(super) fn max_ranks(recipe: &Recipe, plan: &Plan) -> Vec<usize> {
     (0..plan.linears.len()).map(largest).collect()
 }
 
-/// Parameters of a linear at every rank from 0 to the largest that there is.
+/// Parameters of a linear at every rank from 0 to full rank.
 pub(super) fn parameters(recipe: &Recipe, linear: &LinearInfo) -> Vec<u64> {
     let largest = recipe.layout().fitting().largest_rank(linear.shape());
     (0..=largest).map(|rank| recipe.layout().n_parameters(rank, linear.shape())).collect()

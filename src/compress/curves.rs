@@ -12,10 +12,10 @@ use super::solution::Solution;
 use crate::checkpoint::{Checkpoint, Dtype, OutputFolder, TensorSpec, cast, write_file};
 use crate::formats::CURVES_FILES;
 
-/// What is known of a linear of low rank without its source.
+/// What an output stores about a low-rank linear, so that the source is not needed.
 #[derive(Debug, Clone)]
 pub(crate) struct KeptCurve {
-    /// `σ_i² / Σ σ²` of the ranks that are there.
+    /// `σ_i² / Σ σ²` of the stored ranks.
     pub energies: Vec<f32>,
     /// What `Σ σ²` costs the model. An f64: the squares of weights that an f32 holds are not always numbers that it holds.
     pub scale: f64,

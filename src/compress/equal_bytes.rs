@@ -91,7 +91,7 @@ fn quantizers(study: &Study<'_>, choices: &[Choice]) -> BTreeMap<String, String>
     choices.iter().enumerate().map(name).collect()
 }
 
-/// Bases that the baseline may choose for a linear: the quantisers of the menu at every number of bits from that of its base up to
+/// Bases that the baseline may choose for a linear: the quantizers of the menu at every number of bits from that of its base up to
 /// the first that takes what base and factors do.
 fn menu(study: &Study<'_>, linear: &LinearInfo, forms: &Forms) -> Vec<Quant> {
     let int = |bits| Scheme { levels: Levels::Int { bits, symmetric: true }, group: Some(128) };

@@ -1,4 +1,4 @@
-//! How long a job will take: the operations that it needs, over the speed at which this machine did a few of each kind just now.
+//! How long a job will take: the number of operations over the speed that short trials on this machine have just measured.
 //!
 //! An estimate for planning, good to a factor of about two: caches, neighbours on the machine and disks are not modelled.
 
@@ -20,9 +20,9 @@ use crate::model::inventory::LinearInfo;
 use crate::model::{Decoder, ModelConfig, Walk, WalkLimits};
 use crate::progress::Silent;
 
-/// Seconds an operation takes.
+/// Seconds per operation.
 struct Speed {
-    /// A multiplication with its addition in f32, on all threads.
+    /// A multiply–add in f32, on all threads.
     gram: f64,
     /// The same in f64, on one thread.
     product: f64,
@@ -30,7 +30,7 @@ struct Speed {
     eigen: f64,
 }
 
-/// Sides of the trials: large enough to leave the caches of a core, small enough to be done at once.
+/// Matrix sizes of the trials: larger than the caches of a core, small enough to take no noticeable time.
 const GRAM: usize = 512;
 const PRODUCT: usize = 384;
 const EIGEN: usize = 320;

@@ -1,4 +1,4 @@
-//! What a run reads besides the weights: texts and statistics, checked before any work.
+//! Inputs besides the weights: texts and statistics, checked before any work.
 
 use anyhow::{Context, Result};
 
@@ -43,7 +43,7 @@ impl Inputs {
         Ok(inputs)
     }
 
-    /// Statistics from a file are those of this model, of this text, and sufficient.
+    /// Checks that statistics from a file belong to this model and text, and suffice.
     fn check_statistics(&self, checkpoint: &Checkpoint, recipe: &Recipe) -> Result<()> {
         let (Some(statistics), Some(path)) = (&self.statistics, &recipe.statistics) else { return Ok(()) };
         let named = path.display().to_string();
@@ -60,7 +60,7 @@ impl Inputs {
         Ok(())
     }
 
-    /// Measures the statistics that the method needs, where they are not read from a file.
+    /// Measures the statistics that the method needs, unless they come from a file.
     ///
     /// # Errors
     /// The model cannot be run, a number is not finite, or the work folder cannot be written.
@@ -88,7 +88,7 @@ impl Inputs {
         Ok(seconds)
     }
 
-    /// The metric of every linear, once its statistics are there.
+    /// The metric of every linear, from its statistics.
     pub fn metrics(&self, recipe: &Recipe) -> Metrics<'_> {
         Metrics {
             preset: recipe.method.preset(),

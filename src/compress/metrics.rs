@@ -12,7 +12,7 @@ use crate::calibrate::{Key, Pooled, Statistics};
 use crate::model::inventory::LinearInfo;
 use crate::model::{InputSite, LinearId, Slot};
 
-/// What metrics are made of.
+/// The statistics behind the metrics.
 #[derive(Clone, Copy)]
 pub(super) struct Metrics<'a> {
     pub preset: Preset,
@@ -27,7 +27,7 @@ enum Side {
     Output,
 }
 
-/// The input metrics of one block, each made when the first of its linears asks, and shared by those that follow.
+/// The input metrics of one block, each computed when first requested and shared by the linears with the same input.
 #[derive(Debug, Default)]
 pub(super) struct SharedInputs {
     by_site: BTreeMap<InputSite, OnceLock<Metric>>,

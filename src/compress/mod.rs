@@ -55,7 +55,7 @@ use solution::Solution;
 use study::Study;
 pub use sweep::{SweepSettings, sweep};
 
-/// What is compressed, and where to.
+/// The source and the output of a compression.
 pub struct Job<'a> {
     pub checkpoint: &'a Checkpoint,
     /// The model as the user named it.
@@ -63,7 +63,7 @@ pub struct Job<'a> {
     pub recipe: &'a Recipe,
     pub output: &'a Path,
     pub force: bool,
-    /// Whether what an interrupted run left is thrown away, and not gone on from.
+    /// Whether to discard the progress of an interrupted run instead of resuming it.
     pub restart: bool,
     pub memory_bytes: u64,
 }
@@ -90,7 +90,7 @@ pub fn view(checkpoint: Checkpoint, recipe: &Recipe) -> Result<Checkpoint> {
     }
 }
 
-/// Runs a compression: measure, decompose, allocate, write. What a run that was killed has finished is not done again.
+/// Runs a compression: measure, decompose, allocate, write. Resumes what a killed run had finished.
 ///
 /// There is an example at the top of the crate's documentation.
 ///
@@ -129,7 +129,7 @@ pub fn compress(job: &Job<'_>, progress: &dyn Progress) -> Result<CompressReport
     }
 }
 
-/// A compression whose inputs were checked.
+/// A compression whose inputs have been checked.
 struct Run<'a> {
     job: &'a Job<'a>,
     plan: Plan,
@@ -139,7 +139,7 @@ struct Run<'a> {
 }
 
 impl Run<'_> {
-    /// Everything but the last step, which makes an output of the folder.
+    /// Everything but the last step, which publishes the folder.
     fn into_folder(self, folder: &OutputFolder, inputs: Inputs, progress: &dyn Progress) -> Result<CompressReport> {
         let Self { job, plan, source, source_files, started } = self;
         let (checkpoint, recipe) = (job.checkpoint, job.recipe);
@@ -194,7 +194,7 @@ impl Run<'_> {
     }
 }
 
-/// What a compression would do: ranks, parameters, bytes, memory. Measures and decomposes only where ranks depend on it.
+/// What a compression would do: ranks, parameters, bytes, memory. Measures and decomposes only if ranks depend on it.
 ///
 /// # Errors
 /// As [`compress`].

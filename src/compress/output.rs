@@ -23,10 +23,10 @@ use crate::store::{Piece, Spooled, Values};
 
 const RECIPE_FILE: &str = "lrc-recipe.toml";
 const CARD_FILE: &str = "README.md";
-/// Side files of the source that the output has its own of.
+/// Side files that the output replaces with its own.
 pub(super) const REPLACED: [&str; 5] = [CARD_FILE, REPORT_FILE, RECIPE_FILE, PAGE_FILE, CURVES_FILES[0]];
 
-/// What writing a linear found.
+/// What is known once a linear is written.
 pub(super) struct Written {
     /// Measured where codes are involved; elsewhere the curve tells it.
     pub relative_error: Option<f64>,
@@ -71,7 +71,7 @@ pub(super) fn put_all(output: &mut Output<'_>, solution: &Solution<'_>) -> Resul
     compressed.par_iter().map(put).collect()
 }
 
-/// Writes one linear, and tells the journal.
+/// Writes one linear, and records it in the journal.
 fn put_one(output: &Mutex<&mut Output<'_>>, solution: &Solution<'_>, i: usize) -> Result<Piece> {
     let study = solution.study;
     let linear = &study.plan.linears[i];

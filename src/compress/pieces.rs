@@ -1,4 +1,4 @@
-//! Under which keys a journal has the pieces of a linear: what was rounded or written needs no pair any more.
+//! Journal keys of the pieces of a linear. Once a linear is rounded or written, nothing reads its pair.
 
 use crate::store::Journal;
 
@@ -7,7 +7,7 @@ pub(super) fn decomposed(i: usize) -> String {
     format!("decompose-{i}")
 }
 
-/// How it was laid out, and the values of that.
+/// Its form and stored values.
 pub(super) fn laid(i: usize) -> String {
     format!("laid-{i}")
 }
@@ -17,7 +17,7 @@ pub(super) fn rounded(i: usize) -> String {
     format!("rounded-{i}")
 }
 
-/// What writing it found.
+/// What is known once it is written.
 pub(super) fn written(i: usize) -> String {
     format!("written-{i}")
 }

@@ -1,4 +1,4 @@
-//! What will be done, from headers and recipe alone (and which weights are all zero): targets, ranks where shapes decide them, sizes, memory.
+//! The plan of a run, from headers and recipe alone (and which weights are all zero): targets, ranks that shapes decide, sizes, memory.
 
 use anyhow::Result;
 
@@ -13,25 +13,25 @@ use crate::model::{config, coverage};
 use crate::operator::{Form, Forms, Kind, Right, Shape};
 use crate::quantize::{Quant, Storage};
 
-/// What becomes of one linear.
+/// What to do with one linear.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Choice {
-    /// Left as it is.
+    /// Unchanged.
     Dense,
     /// Weights that are all zero: rank 0.
     Zeros,
-    /// Of its fits the one with this number, at this rank; 0: a base without factors.
+    /// The fit with this index, at this rank; rank 0: a base without factors.
     Fitted { fit: usize, rank: usize },
 }
 
-/// What kind of fit a choice is of.
+/// The kind of fit that a choice refers to.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Fitted {
     /// Low rank in the layout of the recipe.
     Layout,
     /// A quantized base, with or without factors.
     Base(Quant),
-    /// Factors of which the right one is shared.
+    /// Factors with a shared right factor.
     Shared(Right),
 }
 
@@ -46,7 +46,7 @@ pub(super) fn largest_compensation((m, n): Shape) -> usize {
 /// The linears that a recipe compresses, in the order of the checkpoint's blocks.
 pub struct Plan {
     pub linears: Vec<LinearInfo>,
-    /// Those whose weights are all zero.
+    /// Linears whose weights are all zero.
     pub are_zero: Vec<bool>,
 }
 
@@ -81,7 +81,7 @@ impl Plan {
         Files::new(source, recipe.format, modules, recipe.max_shard_bytes)
     }
 
-    /// What a choice of a fit makes of a linear.
+    /// The forms of a linear under a choice.
     pub(super) fn forms(recipe: &Recipe, linear: &LinearInfo, choice: Choice, fitted: Fitted) -> Option<Forms> {
         let factor_storage = recipe.quant_factors().map(|bits| Storage::Grouped(bits.scheme()));
         let shape = linear.shape();
@@ -101,7 +101,7 @@ impl Plan {
         }
     }
 
-    /// Checks that the format can store whatever may be chosen.
+    /// Checks that the format can store every possible choice.
     ///
     /// # Errors
     /// It cannot, with the reason.
@@ -135,14 +135,14 @@ impl Plan {
         Ok(())
     }
 
-    /// Bytes that every output has at least: what is not targeted.
+    /// Minimum size of any output in bytes: everything that is not targeted.
     pub fn least_output_bytes(&self, checkpoint: &Checkpoint) -> u64 {
         let targeted = self.linears.iter().filter_map(|l| checkpoint.info(&l.weight_name())).map(|t| t.n_bytes());
         checkpoint.n_bytes() - targeted.sum::<u64>()
     }
 }
 
-/// Every pattern matches a linear: one that does not is most likely misspelt.
+/// Checks that every pattern matches a linear: one that does not is probably misspelled.
 fn check_patterns(all: &[LinearInfo], recipe: &Recipe) -> Result<()> {
     let modules: Vec<&str> = all.iter().map(|l| l.module.as_str()).collect();
     for (flag, patterns) in [("--targets", &recipe.targets), ("--exclude", &recipe.exclude)] {
@@ -155,7 +155,7 @@ fn check_patterns(all: &[LinearInfo], recipe: &Recipe) -> Result<()> {
     Ok(())
 }
 
-/// There are targets, and each of them can be compressed.
+/// Checks that there are targets, and that each can be compressed.
 fn check_targets(checkpoint: &Checkpoint, linears: &[LinearInfo]) -> Result<()> {
     let unread = inventory::unread(checkpoint);
     if linears.is_empty() {

@@ -1,4 +1,4 @@
-//! What a compression tells of itself, as records of `report`.
+//! Fills in the records of `report` for a compression.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -24,7 +24,7 @@ use crate::report::{
     SCHEMA_VERSION, Sizes, Timings,
 };
 
-/// A linear before it is worked on: no error yet, no seconds.
+/// The record of a linear before any work: no error and no time yet.
 pub(super) fn linear(linear: &LinearInfo, forms: Option<Forms>) -> LinearRecord {
     let shape = linear.shape();
     let over = forms.and_then(|forms| forms.over);
@@ -156,7 +156,7 @@ pub(super) fn sizes(source: &Source<'_>, recipe: &Recipe, plan: &Plan, all: &[Op
     }
 }
 
-/// How the error of every decomposed linear falls with its rank, for the page.
+/// Error against rank of every decomposed linear, for the report page.
 pub(super) fn error_lines(solution: &Solution<'_>) -> Vec<ErrorLine> {
     let line = |i: usize| {
         let (linear, curve) = (&solution.study.plan.linears[i], solution.curve(i)?);
@@ -222,7 +222,7 @@ fn passed_through(job: &Job<'_>, linears: &[LinearRecord]) -> Vec<String> {
     job.checkpoint.tensors().map(|info| info.name.clone()).filter(|name| !weights.contains(name)).collect()
 }
 
-/// What makes a job this one and no other: a run goes on from what another left only where all of it is the same.
+/// The identity of a job: a run resumes another only if all of this is equal.
 ///
 /// # Errors
 /// The file of statistics cannot be read.

@@ -1,4 +1,4 @@
-//! What a run needs of disk and memory, from headers and recipe alone.
+//! Disk and memory that a run needs, from headers and recipe alone.
 
 use super::budget::max_ranks;
 use super::compensate::{Compensate, CompensateRank};

@@ -1,4 +1,4 @@
-//! How errors of different linears compare, as a user names it: the scale that the knapsack lives on, and its weights by depth.
+//! How errors of different linears compare: the scale of the knapsack, as users name it, and weights by depth.
 
 use std::fmt;
 use std::str::FromStr;
@@ -27,7 +27,7 @@ pub enum DepthWeight {
     Auto,
 }
 
-/// What `auto` tries.
+/// Values that `auto` tries.
 pub(super) const GAMMAS: [f64; 5] = [0.0, 0.25, 0.5, 1.0, 2.0];
 
 impl fmt::Display for DepthWeight {

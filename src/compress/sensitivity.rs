@@ -1,4 +1,4 @@
-//! What a unit of squared error of a linear costs the model: the scale between matrices, on which the knapsack lives.
+//! Cost to the model of a unit of squared error of each linear: the scale on which the knapsack compares matrices.
 
 use anyhow::Result;
 
@@ -18,7 +18,7 @@ const PROBE_KEEP: f64 = 0.08;
 /// Tokens that probes are run on; the divergence of a cut so deep shows on few.
 const PROBE_TOKENS: usize = 8192;
 
-/// What a unit of squared error of every linear costs the model, before depth weights.
+/// Cost to the model of a unit of squared error of each linear, before depth weights.
 ///
 /// # Errors
 /// A probe fails.
@@ -35,7 +35,7 @@ pub(super) fn of(study: &Study<'_>) -> Result<Vec<f64>> {
     })
 }
 
-/// The allocation of a budget; where the recipe leaves the depth weight open, the one that diverges least.
+/// The allocation under a budget; if the depth weight is `auto`, the one with the lowest divergence.
 ///
 /// # Errors
 /// A size in bytes that cannot be reached, or a probe fails.

@@ -1,4 +1,4 @@
-//! What was chosen, before it is written: an operator for every compressed linear.
+//! What was chosen, before it is written: one operator per compressed linear.
 //!
 //! Fits are laid out and rounded when they are first asked for, or all at once by [`Solution::settle`]; from then on every reader
 //! of a linear, be it the output, a probe or a sweep, is given the same values. Refinements change values, never forms.
@@ -24,20 +24,20 @@ use crate::operator::{Element, Form, Forms, Kind, Matrix, Operator, Rounded, Sid
 use crate::progress::Progress;
 use crate::store::{Array, Piece, Spooled, Values};
 
-/// What a fit became.
+/// A fit in its stored form.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Laid {
     pub form: Form,
     /// Error of rounding to the dtype, over the norm of the weight, in the metric.
     pub storage_error: f64,
-    /// Why it is not what was asked for.
+    /// Why it differs from what was requested.
     pub note: Option<String>,
 }
 
-/// The stored matrices that were settled on.
+/// The stored matrices, once settled.
 type Kept = Vec<(Element, Spooled)>;
 
-/// A fit that a refinement made in place of the one that was chosen.
+/// A fit by which a refinement replaces the chosen one.
 struct Refitted {
     curve: ErrorCurve,
     /// Further sides of its metric that were plain.
@@ -52,7 +52,7 @@ pub(super) trait Refine: Send + Sync {
     /// Sees the solution as a whole, once, before it is written.
     ///
     /// # Errors
-    /// Whatever keeps it from its work.
+    /// The refinement fails.
     fn refine(&self, _solution: &mut Solution<'_>) -> Result<()> {
         Ok(())
     }
@@ -60,13 +60,13 @@ pub(super) trait Refine: Send + Sync {
     /// Sees the operator of the `i`-th linear of the plan whenever it is made.
     ///
     /// # Errors
-    /// Whatever keeps it from its work.
+    /// The refinement fails.
     fn operator(&self, _solution: &Solution<'_>, _i: usize, operator: Operator) -> Result<Operator> {
         Ok(operator)
     }
 }
 
-/// Refinements in the order in which they are applied.
+/// Refinements, in order of application.
 pub(super) type Refinements = Arc<[Box<dyn Refine>]>;
 
 pub(super) struct Solution<'s> {
@@ -78,12 +78,12 @@ pub(super) struct Solution<'s> {
 }
 
 impl<'s> Solution<'s> {
-    /// The operators of `choices`, one a linear of the plan.
+    /// The operators of `choices`, one per linear of the plan.
     pub fn new(study: &'s Study<'s>, choices: Vec<Choice>, refinements: &Refinements) -> Self {
         Self { study, choices, refinements: Arc::clone(refinements), refitted: BTreeMap::new(), laid: Mutex::default() }
     }
 
-    /// Lets every refinement of the recipe see the solution as a whole.
+    /// Runs every refinement of the recipe on the solution as a whole.
     ///
     /// # Errors
     /// That of a refinement.

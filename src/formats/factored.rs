@@ -4,7 +4,7 @@
 //! without `.weight`. Its bias is that of the part which the structure names, or stays `X.bias`. The `model_type` gets
 //! the prefix `lrc_`: with the native one, a user who forgets `trust_remote_code` would get random weights and no error.
 //!
-//! A base below factors is `X.base`. A quantised matrix `P.weight` (`X`, `X.base` or one of the parts) is stored as `P.codes` u8,
+//! A base below factors is `X.base`. A quantized matrix `P.weight` (`X`, `X.base` or one of the parts) is stored as `P.codes` u8,
 //! rows of packed codes with low bits first, `P.scales` f16 (out, n_groups), and `P.zeros` where groups have their own.
 
 use anyhow::Result;

@@ -1,4 +1,4 @@
-//! How a compressed model is laid down for a runtime. One format a file, one line in [`Format::exporter`].
+//! How a compressed model is stored for a runtime. One format per file, one line in [`Format::exporter`].
 
 mod adapter;
 mod compressed_tensors;

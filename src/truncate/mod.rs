@@ -34,7 +34,7 @@ use crate::report::card::{self, Loading};
 use crate::report::page::{self, PAGE_FILE};
 use crate::report::{CompressReport, REPORT_FILE, SCHEMA_VERSION, TruncationRecord, publish};
 
-/// What is shortened, and where to.
+/// The source and the output of a truncation.
 pub struct TruncateJob<'a> {
     pub checkpoint: &'a Checkpoint,
     /// Share of the parameters of the originally targeted linears.
@@ -49,8 +49,8 @@ fn rank_of<'c>(config: &'c mut Map<String, Value>, module: &str) -> Option<&'c m
     config.get_mut("lrc")?.get_mut("modules")?.get_mut(module)?.get_mut("rank")
 }
 
-/// A linear of low rank that may be shortened.
-struct Shortening {
+/// A linear of low rank that may be truncated.
+struct Truncation {
     linear: LinearInfo,
     rank: usize,
     kind: Kind,
@@ -58,7 +58,7 @@ struct Shortening {
     new_rank: usize,
 }
 
-/// Shortens a compressed checkpoint: ranks are shared out by the knapsack over the stored curves.
+/// Truncates a compressed checkpoint: ranks are shared out by the knapsack over the stored curves.
 ///
 /// # Errors
 /// The checkpoint was not compressed, keeps less already, or cannot become so small; or the disk refuses.
@@ -70,18 +70,18 @@ pub fn truncate(job: &TruncateJob<'_>, progress: &dyn Progress) -> Result<Compre
     expect_apart(job.output, [root])?;
     coverage::expect_whole(checkpoint)?;
     let mut report = read_report(root)?;
-    let mut shortenings = shortenings(checkpoint)?;
-    check_report(&report, &shortenings, root)?;
+    let mut truncations = truncations(checkpoint)?;
+    check_report(&report, &truncations, root)?;
     let mut config = checkpoint.config().cloned().unwrap_or_default();
-    check_config(&mut config, &shortenings, root)?;
-    allocate_ranks(&mut shortenings, &report, job.keep)?;
-    warn_of_diagonals(&report, &shortenings);
+    check_config(&mut config, &truncations, root)?;
+    allocate_ranks(&mut truncations, &report, job.keep)?;
+    warn_of_diagonals(&report, &truncations);
 
     let folder = OutputFolder::create(job.output, job.force, REPORT_FILE)?;
-    let written = write_weights(job, &shortenings, &folder, progress)?;
-    update(&mut report, &shortenings, checkpoint, &written.specs, job)?;
+    let written = write_weights(job, &truncations, &folder, progress)?;
+    update(&mut report, &truncations, checkpoint, &written.specs, job)?;
     formats::warn_of_growth(checkpoint.file_bytes(), report.sizes.file_bytes_after);
-    write_curves(&folder, &shortened_curves(&shortenings, written.rank_factors))?;
+    write_curves(&folder, &truncated_curves(&truncations, written.rank_factors))?;
     let replaced = [REPORT_FILE, PAGE_FILE, "README.md", CURVES_FILES[0], CURVES_FILES[1]];
     let left_out = formats::copy_side(checkpoint, &folder, &replaced)?;
     report.left_out = left_out.into_iter().map(Into::into).collect();
@@ -89,7 +89,7 @@ pub fn truncate(job: &TruncateJob<'_>, progress: &dyn Progress) -> Result<Compre
     let loading =
         Loading { text: formats::loading(exporter, &native_config(&config), false), library: exporter.library() };
     let card = card::render(&report, checkpoint, &loading);
-    for s in &shortenings {
+    for s in &truncations {
         *rank_of(&mut config, &s.linear.module).expect("invariant: every description was checked") = json!(s.new_rank);
     }
     let pages = [("README.md", card), (CONFIG_FILE, json::text(&config)?), (PAGE_FILE, page::compress(&report, &[])?)];
@@ -99,14 +99,14 @@ pub fn truncate(job: &TruncateJob<'_>, progress: &dyn Progress) -> Result<Compre
 }
 
 /// Every linear that may be truncated is described in the config, and has its right factor for itself.
-fn check_config(config: &mut Map<String, Value>, shortenings: &[Shortening], root: &Path) -> Result<()> {
+fn check_config(config: &mut Map<String, Value>, truncations: &[Truncation], root: &Path) -> Result<()> {
     let shared = config.get("lrc").and_then(|lrc| lrc.get("shared")?.as_object()?.keys().next());
     if let Some(tensor) = shared {
         let message =
             format!("`{tensor}` in `{}` is shared by several linears, and cannot be truncated", root.display());
         return Err(Failure::unsupported(message).hint("compress the original again, to the smaller size").into());
     }
-    for s in shortenings {
+    for s in truncations {
         if rank_of(config, &s.linear.module).is_none() {
             let (path, entry) = (root.join(CONFIG_FILE), format!("lrc.modules.{}.rank", s.linear.module));
             let reason = "is missing, although its tensors are of low rank".into();
@@ -126,13 +126,13 @@ struct WrittenWeights {
 /// Writes the weight files: truncated linears as they are made, then all other tensors as they are.
 fn write_weights(
     job: &TruncateJob<'_>,
-    shortenings: &[Shortening],
+    truncations: &[Truncation],
     folder: &OutputFolder,
     progress: &dyn Progress,
 ) -> Result<WrittenWeights> {
     let (checkpoint, exporter) = (job.checkpoint, Format::Factored.exporter());
     let source = Source::new(checkpoint);
-    let changed: Vec<&Shortening> = shortenings.iter().filter(|s| s.new_rank < s.rank).collect();
+    let changed: Vec<&Truncation> = truncations.iter().filter(|s| s.new_rank < s.rank).collect();
     let of = |name: &str| changed.iter().find(|s| is_part_of(name, &s.linear.module)).copied();
     let mut specs: Vec<TensorSpec> = Vec::new();
     for info in checkpoint.tensors() {
@@ -147,17 +147,17 @@ fn write_weights(
     folder.require_space(specs.iter().map(TensorSpec::n_bytes).sum())?;
     let writer = Mutex::new(SafetensorsWriter::create(&folder.path(), &specs, job.max_shard_bytes)?);
     let stage = progress.stage("truncate", changed.len() as u64, "matrices");
-    let shorten = |s: &&Shortening| -> Result<(String, Vec<f32>)> {
+    let truncate = |s: &&Truncation| -> Result<(String, Vec<f32>)> {
         let module = &s.linear.module;
         stage.note(module);
-        let (term, factor) = s.shorten(checkpoint).with_context(|| format!("truncating `{module}`"))?;
+        let (term, factor) = s.truncate(checkpoint).with_context(|| format!("truncating `{module}`"))?;
         let tensors = exporter.bytes(&source, &s.linear, &Operator::of(term))?;
         let mut writer = writer.lock().expect("invariant: no holder of the writer panics");
         tensors.iter().try_for_each(|tensor| writer.write(&tensor.name, &tensor.bytes))?;
         stage.advance(1);
         Ok((module.clone(), factor))
     };
-    let rank_factors = changed.par_iter().map(shorten).collect::<Result<_>>()?;
+    let rank_factors = changed.par_iter().map(truncate).collect::<Result<_>>()?;
     let mut writer = writer.into_inner().expect("invariant: no holder of the writer panics");
     let mut non_finite = Vec::new();
     for spec in specs.iter().filter(|spec| of(&spec.name).is_none()) {
@@ -174,24 +174,24 @@ fn write_weights(
 }
 
 /// The curves of the truncated linears.
-fn shortened_curves(
-    shortenings: &[Shortening],
+fn truncated_curves(
+    truncations: &[Truncation],
     mut rank_factors: BTreeMap<String, Vec<f32>>,
 ) -> BTreeMap<String, KeptCurve> {
-    let curve = |s: &Shortening| {
+    let curve = |s: &Truncation| {
         let rank_factor = rank_factors.remove(&s.linear.module).unwrap_or_else(|| s.curve.rank_factor.clone());
         let energies = s.curve.energies[..s.new_rank].to_vec();
         (s.linear.module.clone(), KeptCurve { energies, rank_factor, ..s.curve.clone() })
     };
-    shortenings.iter().map(curve).collect()
+    truncations.iter().map(curve).collect()
 }
 
 /// Warns when a layout that lost the order of its ranks is refactored in a diagonal approximation of its metric.
-fn warn_of_diagonals(report: &CompressReport, shortenings: &[Shortening]) {
+fn warn_of_diagonals(report: &CompressReport, truncations: &[Truncation]) {
     let is_full = !["svd", "asvd", "fwsvd"].iter().any(|method| report.recipe["method"] == *method);
     let is_anchored = !report.recipe["anchor"].is_null();
-    let is_lost = |s: &Shortening| !s.is_prefix() && s.new_rank < s.rank;
-    if (is_full || is_anchored) && shortenings.iter().any(is_lost) {
+    let is_lost = |s: &Truncation| !s.is_prefix() && s.new_rank < s.rank;
+    if (is_full || is_anchored) && truncations.iter().any(is_lost) {
         tracing::warn!(
             "pivots are refactored in a diagonal approximation of their metric, which costs accuracy; `lrc compress --elastic` avoids this by storing the order of ranks"
         );
@@ -223,7 +223,7 @@ fn read_report(root: &Path) -> Result<CompressReport> {
 }
 
 /// The report tells of the linears that are there, and its sums are theirs: budgets are computed from it.
-fn check_report(report: &CompressReport, shortenings: &[Shortening], root: &Path) -> Result<()> {
+fn check_report(report: &CompressReport, truncations: &[Truncation], root: &Path) -> Result<()> {
     let path = root.join(REPORT_FILE);
     let foreign = |reason: String| {
         let message = format!("`{}` does not match the tensors in its folder: {reason}", path.display());
@@ -242,17 +242,17 @@ fn check_report(report: &CompressReport, shortenings: &[Shortening], root: &Path
     if before.is_none_or(|n| n == 0 || n != report.sizes.linear_parameters_before) {
         return Err(foreign("`linear_parameters_before` is not the sum of its linears".into()));
     }
-    let is_told = |s: &Shortening| {
+    let is_told = |s: &Truncation| {
         let record = report.linears.iter().find(|l| l.module == s.linear.module);
         record.is_some_and(|l| l.rank == Some(s.rank) && l.shape == [s.linear.out_features, s.linear.in_features])
     };
-    match shortenings.iter().find(|s| !is_told(s)) {
+    match truncations.iter().find(|s| !is_told(s)) {
         Some(s) => Err(foreign(format!("`{}` has rank {} in shape {:?}", s.linear.module, s.rank, s.linear.shape()))),
         None => Ok(()),
     }
 }
 
-fn shortenings(checkpoint: &Checkpoint) -> Result<Vec<Shortening>> {
+fn truncations(checkpoint: &Checkpoint) -> Result<Vec<Truncation>> {
     let paths = CURVES_FILES.map(|name| checkpoint.root().join(name));
     let Some(path) = paths.iter().find(|path| path.is_file()) else {
         return Err(Failure::unsupported(format!("`{}` is missing", paths[0].display()))
@@ -260,7 +260,7 @@ fn shortenings(checkpoint: &Checkpoint) -> Result<Vec<Shortening>> {
             .into());
     };
     let curves = Checkpoint::open_arrays(path)?;
-    let mut shortenings = Vec::new();
+    let mut truncations = Vec::new();
     for linear in inventory::linears(checkpoint) {
         let Stored::Structured { kind, size, has_base: false } = linear.stored else { continue };
         let Some(rank) = size.rank() else { continue };
@@ -276,22 +276,22 @@ fn shortenings(checkpoint: &Checkpoint) -> Result<Vec<Shortening>> {
             let message = format!("`{}` does not belong to `{}`", path.display(), linear.module);
             return Err(Failure::unsupported(message).hint("one of the two files was modified").into());
         }
-        shortenings.push(Shortening { linear, rank, kind, curve, new_rank: rank });
+        truncations.push(Truncation { linear, rank, kind, curve, new_rank: rank });
     }
-    Ok(shortenings)
+    Ok(truncations)
 }
 
 /// Chooses the new ranks.
-fn allocate_ranks(shortenings: &mut [Shortening], report: &CompressReport, keep: f64) -> Result<()> {
+fn allocate_ranks(truncations: &mut [Truncation], report: &CompressReport, keep: f64) -> Result<()> {
     let before = report.sizes.linear_parameters_before;
     let dense: u64 = report.linears.iter().filter(|l| l.rank.is_none()).map(|l| l.parameters_after).sum();
-    let curve = |s: &Shortening| ErrorCurve::new(s.curve.energies.iter().map(|&e| f64::from(e)).collect());
-    let curves: Vec<ErrorCurve> = shortenings.iter().map(curve).collect();
-    let parameters: Vec<Vec<u64>> = shortenings.iter().map(Shortening::parameters).collect();
+    let curve = |s: &Truncation| ErrorCurve::new(s.curve.energies.iter().map(|&e| f64::from(e)).collect());
+    let curves: Vec<ErrorCurve> = truncations.iter().map(curve).collect();
+    let parameters: Vec<Vec<u64>> = truncations.iter().map(Truncation::parameters).collect();
     let items: Vec<Item<'_>> =
-        (0..shortenings.len()).map(|i| shortenings[i].item(&curves[i], &parameters[i])).collect();
+        (0..truncations.len()).map(|i| truncations[i].item(&curves[i], &parameters[i])).collect();
     let budget = (keep * before as f64 + 1e-6).floor() as u64;
-    let ranks = shortenings.iter().map(|s| s.rank);
+    let ranks = truncations.iter().map(|s| s.rank);
     let now = dense + items.iter().zip(ranks).map(|(item, rank)| item.cost(Pick::Rank(rank))).sum::<u64>();
     let least = dense + items.iter().map(|item| item.cost(Pick::Rank(1))).sum::<u64>();
     if budget >= now {
@@ -305,15 +305,15 @@ fn allocate_ranks(shortenings: &mut [Shortening], report: &CompressReport, keep:
     }
     let rules = Rules { budget: budget - dense, fill: false, ..Rules::of_keep(&items, 0.999) };
     let picks = allocate::allocate(Ranks::Knapsack, &items, &rules);
-    for (shortening, pick) in shortenings.iter_mut().zip(picks) {
+    for (truncation, pick) in truncations.iter_mut().zip(picks) {
         if let Pick::Rank(rank) = pick {
-            shortening.new_rank = rank.min(shortening.rank);
+            truncation.new_rank = rank.min(truncation.rank);
         }
     }
     Ok(())
 }
 
-impl Shortening {
+impl Truncation {
     /// Parameters at every rank that there is.
     fn parameters(&self) -> Vec<u64> {
         let shape = self.linear.shape();
@@ -342,7 +342,7 @@ impl Shortening {
     }
 
     /// The smaller structure, and what restores the order of its ranks if that of the larger one was kept.
-    fn shorten(&self, checkpoint: &Checkpoint) -> Result<(Term, Vec<f32>)> {
+    fn truncate(&self, checkpoint: &Checkpoint) -> Result<(Term, Vec<f32>)> {
         let (shape, fitting) = (self.linear.shape(), self.kind.fitting());
         let stored = inventory::term(checkpoint, &self.linear)?;
         let pair = fitting.pair(&stored.parts, stored.form.size, shape);
@@ -376,15 +376,15 @@ impl Shortening {
     }
 }
 
-/// The report of the shortened checkpoint.
+/// The report of the truncated checkpoint.
 fn update(
     report: &mut CompressReport,
-    shortenings: &[Shortening],
+    truncations: &[Truncation],
     checkpoint: &Checkpoint,
     specs: &[TensorSpec],
     job: &TruncateJob<'_>,
 ) -> Result<()> {
-    for s in shortenings.iter().filter(|s| s.new_rank < s.rank) {
+    for s in truncations.iter().filter(|s| s.new_rank < s.rank) {
         let Some(record) = report.linears.iter_mut().find(|l| l.module == s.linear.module) else { continue };
         (record.rank, record.storage_error) = (Some(s.new_rank), None);
         record.parameters_after = s.kind.n_parameters(s.new_rank, s.linear.shape());
