@@ -119,7 +119,7 @@ fn check_zeros(report: &Value) {
         let linear = linear(report, &module(block, role));
         let zero = [&linear["rank"], &linear["parameters_after"], &linear["bits_base"], &linear["bits_factors"]];
         assert!(zero.iter().all(|value| value.as_f64() == Some(0.0)), "{linear}");
-        assert_eq!(linear["note"], "all of its weights are zero");
+        assert_eq!(linear["note"], "all weights are zero");
         assert_eq!(linear["relative_error"], 0.0);
     }
 }

@@ -334,7 +334,7 @@ fn texts_that_cannot_be_used() {
     std::fs::write(&text, [0xff, 0xfe]).unwrap();
     eval(&broken, 4, &["not UTF-8"]);
     std::fs::write(&text, "Too short.").unwrap();
-    eval(&broken, 4, &["tokens, a window needs 128", "hint: give more text"]);
+    eval(&broken, 4, &["tokens, but a window needs 128", "hint: give a longer text"]);
     std::fs::remove_file(model.join("tokenizer.json")).unwrap();
     eval(&broken, 4, &["tokenizer.json` is missing"]);
 }
@@ -415,7 +415,12 @@ fn a_full_disk_is_noticed_and_gone_on_from() {
         .unwrap();
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(6), "{stderr}");
-    assert!(stderr.contains("error: stopped: cannot write") && stderr.contains("model.safetensors"), "{stderr}");
+    assert!(
+        stderr.contains("error: stopped: ")
+            && stderr.contains("cannot write `")
+            && stderr.contains("model.safetensors"),
+        "{stderr}"
+    );
     assert!(stderr.contains("run the same command again to resume"), "{stderr}");
     assert!(!out.exists());
     ok(&["compress", FIXTURE, "-o", path(&out), "--keep", "0.8", "-q"]);
@@ -592,7 +597,7 @@ fn outputs_of_a_later_version_are_refused_before_any_work() {
         (&coded, &|lrc| lrc["version"] = 2.into(), "is 2, and this lrc knows 1", newer),
         (&out, &|lrc| lrc["version"] = "1".into(), "`lrc.version` in", changed),
         (&out, &|lrc| drop(lrc.as_object_mut().unwrap().remove("version")), "`lrc.version` in", changed),
-        (&out, &|lrc| lrc["modules"][DOWN]["layout"] = "tucker".into(), "knows `factors` and `pivot`", newer),
+        (&out, &|lrc| lrc["modules"][DOWN]["layout"] = "tucker".into(), "knows `factors`, `pivot`", newer),
         (
             &out,
             &|lrc| lrc["modules"][DOWN]["layout"] = "factors".into(),

@@ -127,7 +127,7 @@ fn documents_without_a_text_are_left_out_with_a_warning() {
     let eval = |text: &str| ok(&["eval", FIXTURE, "--text", text, "--seq-len", "64", "--json"]);
     let run = eval(path(&text));
     assert_eq!(figures(&run.json()), figures(&eval(JSONL).json()));
-    assert!(run.stderr.contains(&format!("2 of the {n} documents of")), "{}", run.stderr);
+    assert!(run.stderr.contains(&format!("2 of {n} documents of")), "{}", run.stderr);
     assert!(!eval(JSONL).stderr.contains("left out"));
 }
 
@@ -384,8 +384,8 @@ fn texts_that_are_no_texts_are_refused_by_name() {
     };
     for (text, field, expected) in [
         (JSONL.to_string(), "body", "line 1 of `fixtures/text/documents.jsonl` has no string `body`"),
-        (PARQUET.to_string(), "body", "has no column `body`, but id, text"),
-        (PARQUET.to_string(), "id", "column `id` of `fixtures/text/documents.parquet` holds no text"),
+        (PARQUET.to_string(), "body", "has no column `body`; its columns are id, text"),
+        (PARQUET.to_string(), "id", "column `id` of `fixtures/text/documents.parquet` is not text"),
         (write("a.parquet", "no parquet"), "text", "a.parquet` cannot be read"),
         (write("a.jsonl", "{\"text\": \"a\"}\n{"), "text", "line 2 of"),
         (write("b.jsonl", "\n"), "text", "is empty"),

@@ -179,7 +179,11 @@ fn files_under_a_wrong_name_are_called_what_they_are() {
             let text = folder.path().join(name);
             std::fs::write(&text, bytes).unwrap();
             if !["a text", "a file of zeros"].contains(&what) {
-                refused(&lrc(&["eval", FIXTURE, "--text", path(&text)]), 4, &[name, &format!("but {what}"), "hint: "]);
+                refused(
+                    &lrc(&["eval", FIXTURE, "--text", path(&text)]),
+                    4,
+                    &[name, &format!("is not a text: it is {what}"), "hint: "],
+                );
             }
         }
     }
@@ -387,7 +391,7 @@ fn statistics_of_no_text_are_refused() {
     });
     std::fs::write(&short, safetensors::serialize(views, None).unwrap()).unwrap();
     let args = ["calibrate", "--merge", path(&a), path(&short), "-o", path(&merged)];
-    refused(&lrc(&args), 4, &["b.safetensors", "of hash `abc`", "hint: "]);
+    refused(&lrc(&args), 4, &["b.safetensors", "with hash `abc`", "hint: "]);
 }
 
 #[test]
@@ -461,7 +465,11 @@ fn dtypes_that_are_not_read_are_named() {
         let file = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &vec![0; 16 * width]].concat();
         std::fs::write(model.join("model.safetensors"), file).unwrap();
         let expected = format!("{dtype} (1)");
-        refused(&lrc(&["inspect", path(&model)]), 4, &["no matrix to inspect", &expected, "hint: matrices of F32"]);
+        refused(
+            &lrc(&["inspect", path(&model)]),
+            4,
+            &["no matrix to inspect", &expected, "hint: supported dtypes are F32"],
+        );
         let out = folder.path().join("out");
         refused(
             &lrc(&["compress", path(&model), "-o", path(&out), "--keep", "0.5"]),

@@ -279,7 +279,7 @@ fn blocks_behind_the_last_one_are_passed_through_and_told_of() {
     let out = folder.path().join("gguf");
     std::fs::write(model.join("config.json"), cut).unwrap();
     let run = lrc(&["compress", path(&model), "-o", path(&out), "--quant", "rtn-int8-g32", "--format", "gguf"]);
-    assert!(run.code == 4 && run.stderr.contains("block 3 is behind the last"), "{}", run.stderr);
+    assert!(run.code == 4 && run.stderr.contains("block 3 is beyond `num_hidden_layers`"), "{}", run.stderr);
     // On request without a text; with one there is nothing to measure them by.
     let named = ["compress", path(&model), "-o", path(&out), "--keep", "0.8", "--targets", "*layers.3.*", "-q"];
     let run = lrc(&[&named[..], &calibration].concat());

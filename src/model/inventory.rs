@@ -8,7 +8,7 @@ use super::architectures::Architecture;
 use super::config::{self, ModelConfig};
 use super::names::Names;
 use super::slot::{LinearId, Role};
-use super::weights::order;
+use super::weights::{follows_family, order};
 use crate::checkpoint::{Checkpoint, Dtype, TensorInfo, cast};
 use crate::error::Failure;
 use crate::linalg;
@@ -354,9 +354,7 @@ pub fn base_values(checkpoint: &Checkpoint, linear: &LinearInfo) -> Result<Vec<f
     let name = linear.base_name();
     let values = checkpoint.values(&name)?;
     let is_conv1d = config::architecture(checkpoint).is_some_and(|a| a.stores_turned(&linear.module));
-    // Below an adapter stands the model's own weight; the factored format turns none.
-    let is_factored = checkpoint.config().is_some_and(|config| config.contains_key("lrc"));
-    let is_turned = is_conv1d && !is_factored && !checkpoint.require(&name)?.is_encoded();
+    let is_turned = is_conv1d && follows_family(checkpoint, &name);
     let (m, n) = linear.shape();
     Ok(if is_turned { linalg::transpose_row_major(&values, n, m) } else { values })
 }

@@ -7,7 +7,7 @@ use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, Shape, Storage, Tensor, bail};
 
 use super::inventory::stored_size;
-use super::weights::Weights;
+use super::weights::{Weights, follows_family};
 use crate::checkpoint::Checkpoint;
 use crate::error::Failure;
 use crate::operator::{BASE, Element, Form, Forms, Kind, Right, part_name};
@@ -231,9 +231,8 @@ pub(super) fn expect_shape(
     (bias, order): (Bias, Order),
     fields: &str,
 ) -> Result<()> {
-    // (out, in), but for weights that a family stores transposed, and that are not codes.
     let expect_weight = |name: &str| {
-        let is_transposed = order == Order::InOut && checkpoint.info(name).is_some_and(|info| !info.is_encoded());
+        let is_transposed = order == Order::InOut && follows_family(checkpoint, name);
         checkpoint.expect_shape(name, &if is_transposed { [input, out] } else { [out, input] }, fields)
     };
     let name = |part: &str| format!("{module}.{part}");

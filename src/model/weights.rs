@@ -5,9 +5,9 @@ use std::collections::HashMap;
 use anyhow::{Context, Result};
 use candle_core::{Device, Tensor};
 
-use crate::checkpoint::{Checkpoint, Dtype};
+use crate::checkpoint::{Checkpoint, Dtype, TensorInfo};
 use crate::error::Failure;
-use crate::operator;
+use crate::operator::{self, BASE};
 
 /// A source of f32 tensors by name.
 pub trait Weights {
@@ -59,8 +59,7 @@ impl Weights for Checkpoint {
 
     fn matrix(&self, name: &str, is_conv1d: bool) -> Result<Tensor> {
         let weight = self.tensor(name)?;
-        // Encoded weights are shown as (out, in) in every family.
-        let is_transposed = is_conv1d && !self.require(name)?.is_encoded();
+        let is_transposed = is_conv1d && follows_family(self, name);
         Ok(if is_transposed { weight.t()?.contiguous()? } else { weight })
     }
 }
@@ -95,6 +94,15 @@ impl Weights for HashMap<String, Tensor> {
     fn indices(&self, name: &str) -> Result<Tensor> {
         self.tensor(name)
     }
+}
+
+/// Whether a matrix is stored in the order of its family, (in, out) for a Conv1D. Codes are shown (out, in) in every family, and the
+/// factored format stores bases so.
+pub(super) fn follows_family(checkpoint: &Checkpoint, name: &str) -> bool {
+    let is_encoded = checkpoint.info(name).is_some_and(TensorInfo::is_encoded);
+    let is_base = || name.strip_suffix(".weight").is_some_and(|stem| stem.ends_with(&format!(".{BASE}")));
+    let is_factored = || checkpoint.config().is_some_and(|config| config.contains_key("lrc"));
+    !is_encoded && !(is_base() && is_factored())
 }
 
 /// A permutation as it is stored: the place of every row.
