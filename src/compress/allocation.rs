@@ -73,7 +73,8 @@ impl<'a> Problem<'a> {
                 choices: Vec::new(),
             };
             for (fit, of) in study.fits.of(i).iter().enumerate().skip(first(i)) {
-                for (rank, error) in of.fitted.errors() {
+                for (rank, errors) in of.fitted.errors() {
+                    let error = errors.iter().sum();
                     let choice = Choice::Fitted { fit, rank };
                     let cost = price(&plan.linears[i], study.planned(i, choice).as_ref());
                     priced.offers.push(Offer { cost, error });
@@ -234,11 +235,12 @@ fn joined(study: &Study<'_>, unit: &Unit, weighted: &Weighted<'_>, price: Option
     }
     let first = unit.members[0];
     for (fit, of) in study.fits.of(first).iter().enumerate().filter(|(_, fit)| fit.fitted.curve().is_none()) {
-        for (rank, error) in of.fitted.errors() {
+        for (rank, errors) in of.fitted.errors() {
             // Members have the fit at the same place: their own decomposition is before it.
             let choice = Choice::Fitted { fit, rank };
             let costs = unit.members.iter().map(|&i| cost(price, linear(i), study.planned(i, choice).as_ref()));
-            joined.offer(costs.sum(), weighted.sensitivities[first] * error, vec![choice; unit.members.len()]);
+            let weighted = unit.members.iter().zip(errors).map(|(&i, error)| weighted.sensitivities[i] * error);
+            joined.offer(costs.sum(), weighted.sum(), vec![choice; unit.members.len()]);
         }
     }
     joined

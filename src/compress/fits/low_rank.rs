@@ -31,8 +31,8 @@ struct Decomposition {
 }
 
 impl Fitted for Decomposition {
-    fn errors(&self) -> Vec<(usize, f64)> {
-        (0..=self.max_rank).map(|rank| (rank, self.curve.squared_error(rank))).collect()
+    fn errors(&self) -> Vec<(usize, Vec<f64>)> {
+        (0..=self.max_rank).map(|rank| (rank, vec![self.curve.squared_error(rank)])).collect()
     }
 
     fn values(&self, _: usize, rank: usize, spool: &Mutex<Spool>) -> Result<Approximation> {

@@ -33,8 +33,8 @@ pub(super) struct Unit {
 
 /// One way to approximate a unit.
 pub(super) trait Fitted: Send + Sync {
-    /// The ranks on offer, ascending, each with the squared error of the whole unit in the metric of the method.
-    fn errors(&self) -> Vec<(usize, f64)>;
+    /// The ranks on offer, ascending, each with the squared error of every member in the metric of the method.
+    fn errors(&self) -> Vec<(usize, Vec<f64>)>;
 
     /// Base and factors of a member.
     ///
@@ -131,14 +131,14 @@ impl Fits {
         self.norms[i]
     }
 
-    /// Squared error of a choice in the metric of the method, as it was estimated; that of its unit, where it shares a part.
+    /// Squared error of a choice in the metric of the method, as it was estimated.
     pub fn error(&self, i: usize, choice: Choice) -> f64 {
         let (Some(fit), Choice::Fitted { rank, .. }) = (self.chosen(i, choice), choice) else { return 0.0 };
         if let Some(curve) = fit.fitted.curve() {
             return curve.squared_error(rank);
         }
         let errors = fit.fitted.errors();
-        errors.iter().find(|(offered, _)| *offered == rank).expect("invariant: the rank is offered").1
+        errors.iter().find(|(offered, _)| *offered == rank).expect("invariant: the rank is offered").1[fit.member]
     }
 
     /// Base and factors of a choice.

@@ -114,8 +114,8 @@ impl QuantizedBase {
 }
 
 impl Fitted for QuantizedBase {
-    fn errors(&self) -> Vec<(usize, f64)> {
-        self.errors.clone()
+    fn errors(&self) -> Vec<(usize, Vec<f64>)> {
+        self.errors.iter().map(|&(rank, error)| (rank, vec![error])).collect()
     }
 
     fn values(&self, _: usize, rank: usize, spool: &Mutex<Spool>) -> Result<Approximation> {

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use anyhow::{Context, Result};
-use faer::Mat;
+use faer::{Mat, MatRef};
 use serde_json::json;
 
 use super::super::metrics::{Metrics, SharedInputs};
@@ -25,7 +25,8 @@ use crate::store::{Piece, Spool, Spooled, Values};
 
 struct SharedRight {
     unit: Vec<usize>,
-    errors: ErrorCurve,
+    /// Of every member, at the ranks of the common decomposition.
+    errors: Vec<ErrorCurve>,
     details: Details,
     max_rank: usize,
     /// `B_l` (m_l, r).
@@ -35,8 +36,9 @@ struct SharedRight {
 }
 
 impl Fitted for SharedRight {
-    fn errors(&self) -> Vec<(usize, f64)> {
-        (1..=self.max_rank).map(|rank| (rank, self.errors.squared_error(rank))).collect()
+    fn errors(&self) -> Vec<(usize, Vec<f64>)> {
+        let at = |rank| self.errors.iter().map(|curve| curve.squared_error(rank)).collect();
+        (1..=self.max_rank).map(|rank| (rank, at(rank))).collect()
     }
 
     fn values(&self, member: usize, rank: usize, spool: &Mutex<Spool>) -> Result<Approximation> {
@@ -109,12 +111,13 @@ impl Method for Share<'_> {
         }
         let stacked = stacked(&weights, &outputs)?; // (Σ m_l, n)
         let max_rank = largest_saving_rank(&heights, n);
-        let (curve, pair, plain_sides) = self.metrics.with_input(linears[0], shared, |input| {
+        let (curves, pair, plain_sides) = self.metrics.with_input(linears[0], shared, |input| {
             let metric = MetricPair { output: &Metric::Identity, input };
             let decomposition = low_rank::decompose(stacked.as_ref(), metric, max_rank)?;
             let pair = decomposition.truncate(stacked.as_ref(), max_rank);
             let plain = outputs.iter().map(|output| MetricPair { output, input }.plain_sides());
-            Ok((decomposition.curve, pair, plain.reduce(|a, b| a.union(b)).unwrap_or_default()))
+            let curves = member_curves(stacked.as_ref(), &heights, &decomposition.curve, &pair, metric);
+            Ok((curves, pair, plain.reduce(|a, b| a.union(b)).unwrap_or_default()))
         })?;
         let mut values: Vec<Values> = Vec::new();
         let mut first = 0;
@@ -125,13 +128,15 @@ impl Method for Share<'_> {
         }
         values.push(pair.a.into());
         let fields = json!([started.elapsed().as_secs_f64(), max_rank, plain_sides]);
-        Ok(Made { fields, kept: vec![curve.energies().to_vec().into()], values })
+        let kept = curves.into_iter().map(|curve| curve.energies().to_vec().into()).collect();
+        Ok(Made { fields, kept, values })
     }
 
     fn keep(&self, unit: &Unit, mut piece: Piece, values: Option<Piece>, spool: &mut Spool) -> Result<Arc<dyn Fitted>> {
         let mut values = values.context("invariant: shared parts are kept to the end")?;
         let (seconds, max_rank, plain_sides) = serde_json::from_value(piece.fields.take())?;
-        let errors = ErrorCurve::new(piece.take()?.values.f64s()?);
+        let errors = unit.members.iter().map(|_| Ok(ErrorCurve::new(piece.take()?.values.f64s()?)));
+        let errors = errors.collect::<Result<_>>()?;
         let left = unit.members.iter().map(|_| spool.push(values.take()?)).collect::<Result<_>>()?;
         let details = Details { seconds, plain_sides, ..Details::default() };
         Ok(Arc::new(SharedRight {
@@ -149,6 +154,33 @@ impl Method for Share<'_> {
 fn largest_saving_rank(heights: &[usize], n: usize) -> usize {
     let sum: usize = heights.iter().sum();
     ((n * sum).saturating_sub(1) / (n + sum).max(1)).min(n).min(sum)
+}
+
+/// The error of every member as ranks are added to the common decomposition: column i of the left part is σ_i u_i up to its scale, so
+/// that a member with rows `u_il` of `u_i` gains `σ_i² ‖u_il‖²`; what no rank up to the largest gains comes last.
+fn member_curves(
+    stacked: MatRef<'_, f64>,
+    heights: &[usize],
+    whole: &ErrorCurve,
+    pair: &LowRank,
+    metric: MetricPair<'_>,
+) -> Vec<ErrorCurve> {
+    let columns = linalg::transposed_from_row_major(&pair.b, stacked.nrows(), pair.rank); // (r, Σ m_l)
+    let mut first = 0;
+    let of_member = |&height: &usize| {
+        let norm = metric.squared_norm(stacked.subrows(first, height));
+        let share = |i: usize| {
+            let column = columns.row(i);
+            let all = column.squared_norm_l2();
+            if all > 0.0 { column.subcols(first, height).squared_norm_l2() / all } else { 0.0 }
+        };
+        let mut gains: Vec<f64> =
+            whole.energies().iter().take(pair.rank).enumerate().map(|(i, e)| e * share(i)).collect();
+        gains.push(norm - gains.iter().sum::<f64>());
+        first += height;
+        ErrorCurve::new(gains)
+    };
+    heights.iter().map(of_member).collect()
 }
 
 /// `K_lᵀ W_l` below each other, of transposed weights (n, m_l).
@@ -195,13 +227,17 @@ mod tests {
         let decomposition = low_rank::decompose(stacked.as_ref(), metric, 9).unwrap();
         for rank in [1, 3, 9] {
             let pair = decomposition.truncate(stacked.as_ref(), rank);
+            let curves = member_curves(stacked.as_ref(), &[6, 4], &decomposition.curve, &pair, metric);
             let (mut found, mut first) = (0.0, 0);
-            for (weight, output) in weights.iter().zip(&outputs) {
+            for ((weight, output), curve) in weights.iter().zip(&outputs).zip(curves) {
                 let height = weight.ncols();
                 let b = unwhitened(&pair.b[first * rank..][..height * rank], height, rank, output).unwrap();
                 let product = linalg::product_row_major(&b, &pair.a, height, rank, 9);
                 let error = weight - linalg::transposed_from_row_major(&product, height, 9);
-                found += MetricPair { output, input: &input }.squared_norm(error.transpose());
+                let of_member = MetricPair { output, input: &input }.squared_norm(error.transpose());
+                let (expected, total) = (curve.squared_error(rank), curve.squared_error(0));
+                assert!((of_member - expected).abs() < 1e-5 * total, "{rank}: {of_member} {expected}");
+                found += of_member;
                 first += height;
             }
             let (expected, total) = (decomposition.curve.squared_error(rank), decomposition.curve.squared_error(0));
