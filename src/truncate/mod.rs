@@ -70,9 +70,10 @@ pub fn truncate(job: &TruncateJob<'_>, progress: &dyn Progress) -> Result<Compre
     expect_apart(job.output, [root])?;
     coverage::expect_whole(checkpoint)?;
     let mut report = read_report(root)?;
+    let mut config = checkpoint.config().cloned().unwrap_or_default();
+    expect_own_factors(&config, root)?;
     let mut truncations = truncations(checkpoint)?;
     check_report(&report, &truncations, root)?;
-    let mut config = checkpoint.config().cloned().unwrap_or_default();
     check_config(&mut config, &truncations, root)?;
     allocate_ranks(&mut truncations, &report, job.keep)?;
     warn_of_diagonals(&report, &truncations);
@@ -98,14 +99,19 @@ pub fn truncate(job: &TruncateJob<'_>, progress: &dyn Progress) -> Result<Compre
     Ok(report)
 }
 
-/// Every linear that may be truncated is described in the config, and has its right factor for itself.
-fn check_config(config: &mut Map<String, Value>, truncations: &[Truncation], root: &Path) -> Result<()> {
+/// Checks that no linear shares its right factor with others.
+fn expect_own_factors(config: &Map<String, Value>, root: &Path) -> Result<()> {
     let shared = config.get("lrc").and_then(|lrc| lrc.get("shared")?.as_object()?.keys().next());
     if let Some(tensor) = shared {
         let message =
             format!("`{tensor}` in `{}` is shared by several linears, and cannot be truncated", root.display());
         return Err(Failure::unsupported(message).hint("compress the original again, to the smaller size").into());
     }
+    Ok(())
+}
+
+/// Every linear that may be truncated is described in the config.
+fn check_config(config: &mut Map<String, Value>, truncations: &[Truncation], root: &Path) -> Result<()> {
     for s in truncations {
         if rank_of(config, &s.linear.module).is_none() {
             let (path, entry) = (root.join(CONFIG_FILE), format!("lrc.modules.{}.rank", s.linear.module));
