@@ -102,7 +102,7 @@ pub(super) fn follows_family(checkpoint: &Checkpoint, name: &str) -> bool {
     let is_encoded = checkpoint.info(name).is_some_and(TensorInfo::is_encoded);
     let is_base = || name.strip_suffix(".weight").is_some_and(|stem| stem.ends_with(&format!(".{BASE}")));
     let is_factored = || checkpoint.config().is_some_and(|config| config.contains_key("lrc"));
-    !is_encoded && !(is_base() && is_factored())
+    !is_encoded && (!is_base() || !is_factored())
 }
 
 /// A permutation as it is stored: the place of every row.
