@@ -15,7 +15,7 @@ impl Checkpoint {
     /// Shows a stack of plain floats as its matrices.
     ///
     /// # Errors
-    /// [`CheckpointError::TensorAbsent`].
+    /// [`TensorAbsent`](super::CheckpointError::TensorAbsent).
     ///
     /// # Panics
     /// If it is not such a stack.
@@ -41,7 +41,7 @@ impl Checkpoint {
     /// Shows a matrix of floats, (out, in) or transposed, as its parts: some of its rows, (count, in) each.
     ///
     /// # Errors
-    /// [`CheckpointError::TensorAbsent`].
+    /// [`TensorAbsent`](super::CheckpointError::TensorAbsent).
     ///
     /// # Panics
     /// If it is not a matrix of plain floats, or does not have that many rows.

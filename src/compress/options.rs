@@ -1,4 +1,4 @@
-//! The options of a compression. A row of [`recipe_options!`] declares one of them: the field, the key in a TOML recipe, the flag
+//! The options of a compression. A row of `recipe_options!` declares one of them: the field, the key in a TOML recipe, the flag
 //! with its help, and how a flag overrides the file.
 
 use std::path::{Path, PathBuf};

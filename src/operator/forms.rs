@@ -189,7 +189,7 @@ impl Term {
         Ok(Self { form: self.form, parts })
     }
 
-    /// The term in codes; see [`Fitting::quantize`].
+    /// The term in codes; see [`Fitting::quantize`](super::Fitting::quantize).
     ///
     /// # Errors
     /// The quantized part has dependent columns.

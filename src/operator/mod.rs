@@ -1,6 +1,6 @@
 //! What takes the place of a weight: a sum of structures, each of them a few stored matrices and a way to apply them.
 //!
-//! One structure a file, one line in [`REGISTRY`]. Nothing outside of this room matches on a structure or knows the names of its
+//! One structure a file, one line in `REGISTRY`. Nothing outside of this room matches on a structure or knows the names of its
 //! parts; `docs/adding-a-structure.md` shows what a new one touches. A [`Form`] is a structure before its values are known: it
 //! decides names, shapes and bytes. A [`Term`] has the values, and an [`Operator`] is the sum of one or two of them.
 

@@ -24,7 +24,7 @@ const SMALL_GAIN: f64 = 0.05;
 /// One side of the metric of a weight that rounding is measured in.
 pub enum Side<'a> {
     Whole(&'a Metric),
-    /// The diagonal of a Gram that is too large to be worth its while. Of the pair it is known all the same: see [`Sides::grams`].
+    /// The diagonal of a Gram that is too large to be worth its while. Of the pair it is known all the same: see `Sides::grams`.
     Diagonal(Metric),
 }
 
