@@ -42,6 +42,7 @@ pub use gguf::GgufWriter;
 pub(crate) use hash::hex;
 pub use hash::{Fingerprint, sha256_file};
 pub use open::Checkpoint;
+#[cfg(feature = "cli")]
 pub(crate) use paths::folder_of;
 pub use paths::{CONFIG_FILE, INDEX_FILE, REPORT_FILE, SINGLE_FILE};
 pub(crate) use place::create_file;
