@@ -1,4 +1,4 @@
-//! How far long work has come, told to whoever asked. The command line draws bars; tests listen to nothing.
+//! Progress of long work, reported to whoever asked. The command line draws bars; tests ignore it.
 
 /// Receives progress.
 pub trait Progress: Sync {

@@ -195,7 +195,7 @@ fn add_tensors(source: &str, to: &Path) {
 }
 
 #[test]
-fn a_dry_run_foretells_the_sizes_and_writes_nothing() {
+fn a_dry_run_predicts_the_sizes_and_writes_nothing() {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("out");
     for ranks in ["uniform", "welore"] {

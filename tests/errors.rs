@@ -157,7 +157,7 @@ fn a_shape_that_contradicts_the_config() {
     broken.check_one(&["eval", path(&model), "--text", HELD_OUT], 4, &parts);
 }
 
-/// What needs no model to run needs no config: a broken one is told of, and passed through.
+/// What needs no model to run needs no config: a broken one gets a warning, and is copied.
 #[test]
 fn a_broken_config() {
     for broken_by in ["", "[]", "{\"model_type\": \"llama\",}", "\u{feff}", "{\"model_type\": Inf}"] {

@@ -565,7 +565,7 @@ fn encoders_without_a_head_are_measured_through_their_pooled_output() {
         assert!(error(&pooled, &wrapped) < 1e-5, "{family}");
         check_gradients(family, &decoder, ids, Targets::default(), &expected["pooled_squared_gradients"]);
 
-        // Compressed with every metric, and compared; there is nothing to foretell tokens with.
+        // Compressed with every metric, and compared; there is no head to predict tokens with.
         let text = folder.path().join("text.txt");
         std::fs::write(&text, "once upon a time there was a little dog. it liked to run! ".repeat(20)).unwrap();
         let calibration = ["--calibration", path(&text), "--samples", "4", "--seq-len", "24", "-q"];

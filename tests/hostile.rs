@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 /// Every target on its corpus, its undamaged inputs and some seconds of damage.
 #[test]
 fn damaged_files_are_errors_and_never_panics() {
-    // Panics are what is looked for: they are told below.
+    // Panics are what is looked for: they are reported below.
     std::panic::set_hook(Box::new(|_| {}));
     let (mut faults, mut unread) = (Vec::new(), Vec::new());
     for target in &TARGETS {

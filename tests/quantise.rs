@@ -139,7 +139,7 @@ fn gguf_files_hold_what_candle_reads_in_them() {
         let dense = folder.path().join(format!("{quant}-dense"));
         ok(&["export", path(&out), "--format", "dense", "-o", path(&dense), "-q"]);
         let dense = Checkpoint::open(&dense).unwrap();
-        // Rows of q and k are stored by turns from the two halves of a head; 6 heads of 16.
+        // Rows of q and k alternate between the two halves of a head; 6 heads of 16.
         let place = |i: usize| i / 16 * 16 + (i % 2) * 8 + i % 16 / 2;
         for (theirs, ours, is_turned) in [
             ("blk.1.ffn_down.weight", "model.layers.1.mlp.down_proj.weight", false),
@@ -433,7 +433,7 @@ fn codes_and_scales_that_do_not_fit_are_an_error() {
     }
 }
 
-/// In the full metric of the inputs: whoever knows more of it errs less, and taking turns never hurts.
+/// In the full metric of the inputs: whoever knows more of it errs less, and alternating never hurts.
 #[test]
 fn compensations_are_ordered_by_what_they_know() {
     let folder = tempfile::tempdir().unwrap();
@@ -560,7 +560,7 @@ fn the_same_input_gives_the_same_bytes_at_any_thread_count() {
 }
 
 #[test]
-fn a_dry_run_foretells_the_bytes() {
+fn a_dry_run_predicts_the_bytes() {
     let folder = tempfile::tempdir().unwrap();
     for flags in [
         &["--quant", "rtn-int4-g32", "--compensate", "lorc", "--compensate-rank", "8", "--format", "gptq"][..],

@@ -1,5 +1,5 @@
 //! A small grammar of stories. Names, things and places come back later in a story, so that a model must look back to
-//! foretell them.
+//! predict them.
 
 use std::collections::HashSet;
 

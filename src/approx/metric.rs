@@ -196,7 +196,7 @@ impl MetricPair<'_> {
         PlainSides { output: is_plain(self.output), input: is_plain(self.input) }
     }
 
-    /// `tr(G E C Eᵀ)` of an error `E` (m, n): what [`super::low_rank::ErrorCurve`] foretells.
+    /// `tr(G E C Eᵀ)` of an error `E` (m, n): the quantity that [`super::low_rank::ErrorCurve`] predicts.
     pub fn squared_norm(&self, error: MatRef<'_, f64>) -> f64 {
         let right = self.input.times(error); // E C
         let left = self.output.times(error.transpose()); // (G E)ᵀ

@@ -1,4 +1,4 @@
-//! A quantized matrix as a layout stores it: a few tensors, told apart by the suffixes of their names.
+//! A quantized matrix as a layout stores it: a few tensors, distinguished by the suffixes of their names.
 
 use super::cast::{self, Dtype};
 use crate::quantize::Grouped;

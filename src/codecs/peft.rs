@@ -13,7 +13,7 @@ pub const SHOWN: [&str; 2] = ["lr_a", "lr_b"];
 /// The part under which the weight below an adapter is shown.
 pub const SHOWN_BASE: &str = "base";
 
-/// Where an adapter says that its base is: in the folder above. PEFT is told the place of the base when it loads one.
+/// Where an adapter says that its base is: in the folder above. The caller gives PEFT the base when it loads an adapter.
 const BASE: &str = "..";
 /// What PEFT puts before the names of modules.
 const PREFIX: &str = "base_model.model.";

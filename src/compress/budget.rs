@@ -84,7 +84,7 @@ pub(super) fn rules(recipe: &Recipe, items: &[Item<'_>], budget: Budget) -> Rule
     let rules = match budget {
         Budget::Keep(keep) => Rules::of_keep(items, keep),
         Budget::None => Rules { budget: u64::MAX, ..Rules::of_keep(items, 1.0) },
-        Budget::Bits(_) => unreachable!("invariant: bits were turned into bytes"),
+        Budget::Bits(_) => unreachable!("invariant: bits were converted to bytes"),
         Budget::Bytes(bytes) => {
             let dense: u64 = items.iter().map(Item::dense_cost).sum();
             Rules { budget: bytes, fill: true, ..Rules::of_keep(items, bytes as f64 / dense as f64) }

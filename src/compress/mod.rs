@@ -76,7 +76,7 @@ impl Job<'_> {
     }
 }
 
-/// The checkpoint as a recipe sees it: with `--fused split` parts stand for what is several in one, and experts for their stacks
+/// The checkpoint as a recipe sees it: with `--fused split`, fused matrices are split into parts, and stacks into their experts
 /// where the format has a place for them.
 ///
 /// # Errors

@@ -2,11 +2,11 @@
 
 use super::budget::max_ranks;
 use super::compensate::{Compensate, CompensateRank};
+use super::fits::{shared, units_to_share};
 use super::plan::{Plan, largest_compensation};
 use super::recipe::Recipe;
 use crate::calibrate::Needs;
 use crate::checkpoint::Checkpoint;
-use crate::model::inventory::LinearInfo;
 use crate::model::widths::Widths;
 use crate::model::{ModelConfig, Slot};
 use crate::operator::Shape;
@@ -32,7 +32,8 @@ impl Plan {
         let bases: u64 = self.linears.iter().map(|linear| base_bytes(recipe, linear.shape())).sum();
         let pairs = self.linears.iter().zip(max_ranks(recipe, self));
         let pairs: u64 = pairs.map(|(linear, rank)| pair_bytes(linear.shape(), rank)).sum();
-        pairs + bases + measured + states
+        let shared: u64 = self.shared(recipe).iter().map(|(heights, n)| shared_bytes(heights, *n)).sum();
+        pairs + shared + bases + measured + states
     }
 
     /// Peak memory of a run: the largest decompositions, one a thread, each with weight, image, Gram, eigenvectors with their
@@ -46,13 +47,15 @@ impl Plan {
         n_threads: usize,
     ) -> u64 {
         let needs = recipe.needs();
-        let decomposition = |linear: &LinearInfo| {
-            let (m, n) = linear.shape();
+        let decomposition = |heights: &[usize], n: usize| {
+            let m: usize = heights.iter().sum();
             let (small, weight) = (m.min(n), (m * n) as u64);
-            let output = if needs.output_gram { 3 * square(m) } else { 0 };
+            let output = if needs.output_gram { 3 * heights.iter().map(|&m| square(m)).sum::<u64>() } else { 0 };
             4 * weight + 16 * weight + 4 * square(small) + 8 * (small * (m + n)) as u64 + output
         };
-        let mut sizes: Vec<u64> = self.linears.iter().map(decomposition).collect();
+        let alone = self.linears.iter().map(|linear| decomposition(&[linear.out_features], linear.in_features));
+        let shared = self.shared(recipe);
+        let mut sizes: Vec<u64> = alone.chain(shared.iter().map(|(heights, n)| decomposition(heights, *n))).collect();
         sizes.sort_unstable_by(|x, y| y.cmp(x));
         let decompositions: u64 = sizes.iter().take(n_threads).sum();
         let kept = sizes.len() as u64 * 4 * 1024 + memory_bytes / 4;
@@ -69,6 +72,12 @@ impl Plan {
         let observing = 4 * block + sums + sums / 2;
         let decomposing = decompositions + 2 * inputs;
         observing.max(decomposing) + memory_bytes
+    }
+
+    /// Outputs and inputs of the units that the recipe offers to share a right factor.
+    fn shared(&self, recipe: &Recipe) -> Vec<(Vec<usize>, usize)> {
+        let units = if recipe.share() { units_to_share(self) } else { Vec::new() };
+        units.iter().map(|unit| shared::heights(self, unit)).collect()
     }
 }
 
@@ -101,6 +110,11 @@ fn pair_bytes((m, n): Shape, rank: usize) -> u64 {
     4 * (rank * (m + n)) as u64
 }
 
+/// Bytes of the parts of a unit: one right part, and a left part for every member.
+fn shared_bytes(heights: &[usize], n: usize) -> u64 {
+    pair_bytes((heights.iter().sum(), n), shared::largest_saving_rank(heights, n))
+}
+
 /// Bytes of the bases of the menu, each with its factors.
 fn base_bytes(recipe: &Recipe, (m, n): Shape) -> u64 {
     let rank = match (recipe.compensate(), recipe.compensate_rank()) {
@@ -109,4 +123,31 @@ fn base_bytes(recipe: &Recipe, (m, n): Shape) -> u64 {
         (_, CompensateRank::Auto) => largest_compensation((m, n)),
     };
     recipe.quant().iter().map(|quant| quant.storage().n_bytes(m, n) + pair_bytes((m, n), rank)).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::compress::recipe::RecipeOptions;
+
+    #[test]
+    fn shared_parts_are_counted_where_they_are_offered() {
+        let checkpoint = Checkpoint::open("fixtures/tiny-llama".as_ref()).unwrap();
+        let kept = |share: bool| {
+            let options = RecipeOptions {
+                keep: Some(0.6),
+                ranks: "knapsack".parse().ok(),
+                share: Some(share),
+                ..Default::default()
+            };
+            let recipe = Recipe::new(&options).unwrap();
+            let plan = Plan::new(&checkpoint, &recipe).unwrap();
+            (plan.kept_bytes(&checkpoint, &recipe, 0), plan.expected_memory(&checkpoint, &recipe, 1 << 20, 2))
+        };
+        // 4 blocks of width 96: q, k and v have 96, 48 and 48 outputs, gate and up 256 each.
+        let numbers = |outputs: u64| (96 * outputs - 1) / (96 + outputs) * (96 + outputs);
+        let ((alone, memory_alone), (shared, memory_shared)) = (kept(false), kept(true));
+        assert_eq!(shared - alone, 4 * 4 * (numbers(192) + numbers(512)));
+        assert!(memory_shared > memory_alone);
+    }
 }

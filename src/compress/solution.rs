@@ -188,7 +188,7 @@ impl<'s> Solution<'s> {
         Ok(found.expect("invariant: a linear of low rank has a fit"))
     }
 
-    /// Lays out and rounds `linears`, many at once, and keeps what becomes of them.
+    /// Lays out and rounds `linears`, many at once, and keeps the results.
     ///
     /// # Errors
     /// The statistics cannot be read, or the work folder cannot be written.

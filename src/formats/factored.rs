@@ -65,7 +65,7 @@ pub(super) fn auto_class(config: &Map<String, Value>) -> String {
     of_head.unwrap_or_else(|| "AutoModelForCausalLM".into())
 }
 
-/// The modules whose parts stand for them, with the names of the parts and whether these take turns head by head.
+/// The modules that are stored as parts, with the names of the parts and whether these alternate head by head.
 fn split(source: &Source<'_>) -> Map<String, Value> {
     let Ok((config, architecture)) = ModelConfig::of(source.checkpoint) else { return Map::new() };
     let mut split: Map<String, Value> = Map::new();

@@ -158,7 +158,7 @@ pub trait Exporter: Sync {
         format!("{}.bias", linear.module)
     }
 
-    /// What becomes of a tensor that was not compressed: kept by name and bytes unless a format has its own, or no place for it.
+    /// How a tensor that was not compressed is stored: kept by name and bytes unless a format has its own, or no place for it.
     fn other(&self, _: &Source<'_>, info: &TensorInfo) -> Option<OutTensor> {
         Some(OutTensor::plain(info.name.clone(), info.dtype, info.shape.clone()))
     }

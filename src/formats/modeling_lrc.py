@@ -243,7 +243,7 @@ _LAYOUTS = {"factors": LowRankLinear, "pivot": PivotLinear, "monarch": MonarchLi
 
 
 class SplitLinear(nn.ModuleDict):
-    """A linear whose rows are shared out to parts: one part below the other, or (`run`) so many rows of each by turns."""
+    """A linear that is stored as parts: their rows one part after the other, or alternating in runs of `run` rows."""
 
     def __init__(self, linear, entry):
         (out_features, in_features), weight = _shape(linear), linear.weight

@@ -50,9 +50,9 @@ pub(super) fn of_linears(source: &Source<'_>, format: Format, modules: &[(Linear
         [] => return None,
         [one] => format!("`{one}` cannot be stored as {}: {}", format.name(), reasons[0].0),
         all => {
-            let told: Vec<String> =
+            let each: Vec<String> =
                 reasons.iter().map(|(reason, names)| format!("{}: {reason}", listed(names))).collect();
-            format!("{} linears cannot be stored as {}: {}", all.len(), format.name(), told.join("; "))
+            format!("{} linears cannot be stored as {}: {}", all.len(), format.name(), each.join("; "))
         }
     };
     Some(Failure::unsupported(message).hint(hint(format, &refused, &stored)))

@@ -44,7 +44,7 @@ pub fn mirror_lower(matrix: &mut Mat<f64>) {
 /// Adds `xᵀ x` to the lower triangle of `sum` (n, n), for a chunk `x` (n_tokens, n) in row-major order.
 ///
 /// The products of a chunk are summed in f32, chunks in f64: the error is that of one chunk, however many come.
-/// Uses all threads: they share out tiles of the result, never a sum, so the bytes do not depend on their number.
+/// Uses all threads: they divide the tiles of the result, never a sum, so the bytes do not depend on their number.
 ///
 /// # Panics
 /// When `x` is not made of rows of `n`.

@@ -260,8 +260,8 @@ pub fn unread(checkpoint: &Checkpoint) -> Option<String> {
             *counts.entry(dtype).or_default() += 1;
         }
     }
-    let told: Vec<String> = counts.iter().map(|(dtype, count)| format!("{dtype} ({count})")).collect();
-    (!told.is_empty()).then(|| told.join(", "))
+    let listed: Vec<String> = counts.iter().map(|(dtype, count)| format!("{dtype} ({count})")).collect();
+    (!listed.is_empty()).then(|| listed.join(", "))
 }
 
 /// Whether a tensor is a stack of the matrices of experts. Which side is out is not written in a file: it is taken as stored.
@@ -283,7 +283,7 @@ pub fn split_stacks(mut checkpoint: Checkpoint) -> Result<Checkpoint> {
     Ok(checkpoint)
 }
 
-/// Shows every matrix of a known family that is several in one as its parts, which have their rows.
+/// Shows every fused matrix of a known family as its parts, each with its rows.
 ///
 /// # Errors
 /// The config is broken.
@@ -314,7 +314,7 @@ pub fn split_fused(mut checkpoint: Checkpoint) -> Result<Checkpoint> {
     Ok(checkpoint)
 }
 
-/// Whether a linear is a part that stands for some rows of a matrix of its family.
+/// Whether a linear is a part of a fused matrix of its family.
 pub fn is_part(checkpoint: &Checkpoint, linear: &LinearInfo) -> bool {
     let architecture = config::architecture(checkpoint);
     let role = linear.id.filter(|id| id.slot.expert.is_none()).map(|id| id.slot.role);

@@ -58,7 +58,7 @@ struct Truncation {
     new_rank: usize,
 }
 
-/// Truncates a compressed checkpoint: ranks are shared out by the knapsack over the stored curves.
+/// Truncates a compressed checkpoint: the knapsack allocates ranks over the stored curves.
 ///
 /// # Errors
 /// The checkpoint was not compressed, keeps less already, or cannot become so small; or the disk refuses.

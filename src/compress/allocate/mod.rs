@@ -154,7 +154,7 @@ pub enum Spectra {
     Metric,
 }
 
-/// A way to share out ranks.
+/// A way to allocate ranks.
 pub trait Allocator {
     fn spectra(&self) -> Spectra;
 

@@ -5,7 +5,7 @@
 
 mod low_rank;
 mod quantized;
-mod shared;
+pub(super) mod shared;
 
 use std::sync::{Arc, Mutex};
 

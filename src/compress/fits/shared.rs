@@ -68,6 +68,12 @@ pub(in super::super) fn units_to_share(plan: &Plan) -> Vec<Unit> {
     units.map(|members| Unit { members }).collect()
 }
 
+/// Outputs of every member of a unit, and their common inputs.
+pub(in super::super) fn heights(plan: &Plan, unit: &Unit) -> (Vec<usize>, usize) {
+    let linear = |&i: &usize| &plan.linears[i];
+    (unit.members.iter().map(|i| linear(i).out_features).collect(), linear(&unit.members[0]).in_features)
+}
+
 /// Which linears share, and how.
 pub(in super::super) struct Share<'a> {
     pub checkpoint: &'a Checkpoint,
@@ -98,8 +104,7 @@ impl Method for Share<'_> {
     fn fit(&self, unit: &Unit, shared: &SharedInputs) -> Result<Made> {
         let started = Instant::now();
         let linears: Vec<&LinearInfo> = unit.members.iter().map(|&i| &self.plan.linears[i]).collect();
-        let n = linears[0].in_features;
-        let heights: Vec<usize> = linears.iter().map(|linear| linear.out_features).collect();
+        let (heights, n) = heights(self.plan, unit);
         let outputs = linears.iter().map(|linear| self.metrics.output(linear)).collect::<Result<Vec<_>>>()?;
         let mut weights = Vec::new();
         for linear in &linears {
@@ -151,7 +156,7 @@ impl Method for Share<'_> {
 }
 
 /// Largest rank at which one right part and all left parts have fewer parameters than the weights: r (n + Σ m) < n Σ m.
-fn largest_saving_rank(heights: &[usize], n: usize) -> usize {
+pub(in super::super) fn largest_saving_rank(heights: &[usize], n: usize) -> usize {
     let sum: usize = heights.iter().sum();
     ((n * sum).saturating_sub(1) / (n + sum).max(1)).min(n).min(sum)
 }
