@@ -1,4 +1,5 @@
-//! PEFT adapters ([`peft`]): low-rank parts as LoRA factors in a folder of their own, over a base that loads without them.
+//! PEFT adapters ([`peft`]): low-rank parts as LoRA factors in a separate folder, over a base that also loads without
+//! them.
 
 use serde_json::{Map, Value, json};
 
@@ -60,7 +61,7 @@ impl Exporter for Peft {
     }
 }
 
-/// Why a linear cannot be a base with an adapter over it.
+/// Why a linear cannot be stored as a base with an adapter; `None` if it can.
 pub(super) fn refusal(forms: &Forms) -> Option<String> {
     match (forms.base, forms.over) {
         (None, _) => Some("it has low-rank factors without a base".into()),
@@ -71,7 +72,8 @@ pub(super) fn refusal(forms: &Forms) -> Option<String> {
     }
 }
 
-/// Why the factors of several linears cannot be one adapter: transformers stacks the experts of a block, and PEFT their factors.
+/// Why the factors of several linears cannot form one adapter: transformers stacks the experts of a block, and PEFT
+/// their factors.
 pub(super) fn refusal_of_all(modules: &[(LinearInfo, Forms)]) -> Option<Refusal> {
     let with_factors =
         || modules.iter().filter_map(|(linear, forms)| Some((linear.module.as_str(), linear.id?.slot, forms.rank()?)));
@@ -84,7 +86,7 @@ pub(super) fn refusal_of_all(modules: &[(LinearInfo, Forms)]) -> Option<Refusal>
             listed(&others)
         )));
     }
-    // PEFT renames the targets of a model with experts, and then no longer finds those of dense blocks.
+    // PEFT renames the targets of a model with experts, and then does not find those of dense blocks.
     let is_mlp = |slot: &Slot| slot.expert.is_none() && matches!(slot.site(), InputSite::GateUp | InputSite::Down);
     let dense: Vec<&str> = with_factors().filter(|(_, slot, _)| is_mlp(slot)).map(|(module, ..)| module).collect();
     (!dense.is_empty()).then(|| Refusal {
@@ -93,7 +95,7 @@ pub(super) fn refusal_of_all(modules: &[(LinearInfo, Forms)]) -> Option<Refusal>
     })
 }
 
-/// The factors of a linear.
+/// The factor tensors of a linear.
 pub(super) fn tensors(linear: &LinearInfo, forms: &Forms) -> Vec<OutTensor> {
     let Some(rank) = forms.rank() else { return Vec::new() };
     let (out, input) = linear.shape();
@@ -102,7 +104,7 @@ pub(super) fn tensors(linear: &LinearInfo, forms: &Forms) -> Vec<OutTensor> {
     peft::names(&linear.module).into_iter().zip(shapes).map(tensor).collect()
 }
 
-/// Their bytes. Quantized factors are stored as floats: adapters know no codes.
+/// The bytes of [`tensors`]. Quantized factors are stored as floats, because adapters cannot store codes.
 pub(super) fn bytes(linear: &LinearInfo, operator: &Operator) -> Result<Vec<NamedBytes>, CheckpointError> {
     let factors = operator.over.as_ref().and_then(|term| term.form.kind.structure().adapter(&term.parts));
     let Some([a, b]) = factors else { return Ok(Vec::new()) };
@@ -110,7 +112,7 @@ pub(super) fn bytes(linear: &LinearInfo, operator: &Operator) -> Result<Vec<Name
     peft::names(&linear.module).into_iter().zip([&*a.values(), &*b.values()]).map(tensor).collect()
 }
 
-/// `adapter/adapter_config.json`, where there is a factor.
+/// `adapter/adapter_config.json`, if any linear has factors.
 pub(super) fn side_files(source: &Source<'_>, modules: &[(LinearInfo, Forms)]) -> Vec<(String, String)> {
     let ranks: Map<String, Value> =
         modules.iter().filter_map(|(l, e)| Some((l.module.clone(), json!(e.rank()?)))).collect();
@@ -122,7 +124,7 @@ pub(super) fn side_files(source: &Source<'_>, modules: &[(LinearInfo, Forms)]) -
     vec![(format!("{}/{}", peft::FOLDER, peft::CONFIG_FILE), text + "\n")]
 }
 
-/// How an adapter is put on a loaded model.
+/// How to apply an adapter to a loaded model.
 pub(super) fn loading() -> String {
     "\nThe low-rank compensation is a separate adapter:\n\n```python\nfrom peft import PeftModel\n\
      model = PeftModel.from_pretrained(model, \"FOLDER/adapter\")\n```\n"

@@ -1,5 +1,5 @@
-//! compressed-tensors, `pack-quantized` ([`codecs::compressed_tensors`]): symmetric codes of 4 and 8 bits, which transformers and vLLM
-//! both load.
+//! compressed-tensors, `pack-quantized` ([`codecs::compressed_tensors`]): symmetric codes of 4 and 8 bits, which both
+//! transformers and vLLM load.
 
 use std::collections::BTreeMap;
 
@@ -16,7 +16,7 @@ use crate::quantize::{Grouped, Levels, Quantized, Scheme};
 
 pub(super) struct CompressedTensors;
 
-/// The scheme of a base that both exchange formats can hold, or why they cannot.
+/// The scheme of a base that both exchange formats can store, or why they cannot.
 pub(super) fn exchange_scheme(linear: &LinearInfo, forms: &Forms) -> Result<Scheme, String> {
     if let Some(reason) = adapter::refusal(forms) {
         return Err(reason);
@@ -42,7 +42,7 @@ pub(super) fn exchange_scheme(linear: &LinearInfo, forms: &Forms) -> Result<Sche
     Ok(scheme)
 }
 
-/// The codes of a base that [`exchange_scheme`] has let pass.
+/// The codes of a base that [`exchange_scheme`] accepts.
 pub(super) fn grouped_base(operator: &Operator) -> &Grouped {
     match operator.base.as_ref().map(|Term { parts, .. }| parts.as_slice()) {
         Some([Matrix::Quantized(Quantized::Grouped(base))]) => base,
@@ -58,7 +58,7 @@ pub(super) fn coded(linear: &LinearInfo, tensors: Vec<codecs::Tensor>) -> Vec<Ou
     tensors.into_iter().map(tensor).collect()
 }
 
-/// Their bytes.
+/// The bytes of [`coded`].
 ///
 /// # Errors
 /// A scale does not fit its dtype.
@@ -116,9 +116,9 @@ impl Exporter for CompressedTensors {
         let is_compressed = |name: &str| modules.iter().any(|(linear, _)| linear.module == name);
         let linears = inventory::linears(source.checkpoint);
         let mut ignore: Vec<String> = linears.into_iter().map(|l| l.module).filter(|m| !is_compressed(m)).collect();
-        // A tied head is no linear of the checkpoint, but one of the model.
+        // A tied head is not a linear of the checkpoint, but it is a linear of the model.
         let model_type = config.get("model_type").and_then(Value::as_str);
-        // transformers may call the head otherwise than its file does.
+        // transformers may use another name for the head than the file does.
         let of_family = model_type.and_then(architectures::find).map(|a| a.lm_head);
         for head in std::iter::once("lm_head").chain(of_family) {
             if !is_compressed(head) && !ignore.iter().any(|name| name == head) {

@@ -1,4 +1,5 @@
-//! Low-rank parts multiplied out, in the dtype, names and config of the source: loads everywhere, and is no smaller.
+//! Low-rank parts multiplied out, in the dtype, names and config of the source: the output loads everywhere, but is no
+//! smaller.
 
 use serde_json::{Map, Value};
 
@@ -45,7 +46,7 @@ impl Exporter for Dense {
     }
 }
 
-/// The weight of a linear in the shape of the source.
+/// The weight of a linear in its shape in the source.
 pub(super) fn weight(linear: &LinearInfo) -> OutTensor {
     let (out, input) = linear.shape();
     let shape = if linear.stored == Stored::DenseTransposed { vec![input, out] } else { vec![out, input] };

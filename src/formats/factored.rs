@@ -1,11 +1,11 @@
-//! Low-rank parts as they are: a Hugging Face repository with its own small modelling file.
-//!
-//! A module `X` becomes the parts of its structure, `X.lr_a.weight` and the like, as the files of `operator/` say; indices are i32
-//! without `.weight`. Its bias is that of the part which the structure names, or stays `X.bias`. The `model_type` gets
-//! the prefix `lrc_`: with the native one, a user who forgets `trust_remote_code` would get random weights and no error.
-//!
-//! A base below factors is `X.base`. A quantized matrix `P.weight` (`X`, `X.base` or one of the parts) is stored as `P.codes` u8,
-//! rows of packed codes with low bits first, `P.scales` f16 (out, n_groups), and `P.zeros` where groups have their own.
+//! Low-rank parts stored as they are: a Hugging Face repository with its own small modelling file.
+//! \n A module `X` is stored as the parts of its structure, `X.lr_a.weight` and the like, which the files of
+//! `operator/` document; indices are i32 without `.weight`. Its bias belongs to the part that the structure names, or
+//! stays `X.bias`. The `model_type` gets the prefix `lrc_`: under the native one, a user who forgets
+//! `trust_remote_code` would get random weights and no error.
+//! \n A base under factors is `X.base`. A quantized matrix `P.weight` (`X`, `X.base` or one of the parts) is stored as
+//! `P.codes` u8, rows of packed codes with low bits first, `P.scales` f16 (out, n_groups), and `P.zeros` if groups have
+//! their own.
 
 use anyhow::Result;
 use serde_json::{Map, Value, json};
@@ -27,7 +27,7 @@ pub(super) struct Factored;
 const MODELING_FILE: &str = "modeling_lrc.py";
 const MODELING_TEMPLATE: &str = include_str!("modeling_lrc.py");
 
-/// The transformers class that the output extends, and its own: `LlamaForCausalLM`, `LrcForCausalLM`.
+/// The transformers class that the output extends, and its own class: `LlamaForCausalLM`, `LrcForCausalLM`.
 struct Classes {
     base: String,
     own: String,
@@ -37,7 +37,7 @@ impl Classes {
     fn of(source: &Map<String, Value>) -> Option<Self> {
         let base = source.get("architectures")?.get(0)?.as_str()?.to_string();
         let is_name = base.chars().all(|c| c.is_ascii_alphanumeric() || c == '_');
-        // GPT-2 and its age say `GPT2LMHeadModel` where others say `...ForCausalLM`.
+        // GPT-2 and other early models have `GPT2LMHeadModel` instead of `...ForCausalLM`.
         let head = match base.find("For") {
             Some(at) => &base[at..],
             None if base.ends_with("LMHeadModel") => "ForCausalLM",
@@ -46,10 +46,10 @@ impl Classes {
         is_name.then(|| Self { own: format!("Lrc{head}"), base: base.clone() })
     }
 
-    /// `AutoModelForCausalLM`, for a model with that head.
+    /// The auto class for the head of the model, such as `AutoModelForCausalLM`.
     fn auto_class(&self, config: &Map<String, Value>) -> String {
         match self.own.as_str() {
-            // What generates from more than text has no auto class of its class's name.
+            // Models that generate from more than text have no auto class named after their own class.
             "LrcForConditionalGeneration" if config.contains_key("vision_config") => {
                 "AutoModelForImageTextToText".into()
             }
@@ -59,13 +59,14 @@ impl Classes {
     }
 }
 
-/// The class of transformers that loads a model with `config`.
+/// The auto class of transformers that loads a model with `config`.
 pub(super) fn auto_class(config: &Map<String, Value>) -> String {
     let of_head = Classes::of(config).map(|classes| classes.auto_class(config));
     of_head.unwrap_or_else(|| "AutoModelForCausalLM".into())
 }
 
-/// The modules that are stored as parts, with the names of the parts and whether these alternate head by head.
+/// The modules that are stored as split parts, with the names of the parts and whether their rows alternate head by
+/// head.
 fn split(source: &Source<'_>) -> Map<String, Value> {
     let Ok((config, architecture)) = ModelConfig::of(source.checkpoint) else { return Map::new() };
     let mut split: Map<String, Value> = Map::new();
@@ -200,7 +201,7 @@ impl Exporter for Factored {
         }
         let mut lrc = Map::new();
         lrc.insert("version".into(), json!(FORMAT_VERSION));
-        // What the source was, so that it can be exported again.
+        // The classes of the source, so that the output can be exported again.
         if let Some(classes) = source.config.get("architectures") {
             lrc.insert("architectures".into(), classes.clone());
         }
@@ -233,7 +234,7 @@ impl Exporter for Factored {
     }
 }
 
-/// Tensors that a module borrows from another, by their names.
+/// The tensors that a module borrows, with the names of their owners.
 fn shared(modules: &[(LinearInfo, Forms)]) -> Map<String, Value> {
     let right = |forms: &Forms| forms.over.map(|form| form.right);
     let mut shared = Map::new();
@@ -248,7 +249,7 @@ fn shared(modules: &[(LinearInfo, Forms)]) -> Map<String, Value> {
     shared
 }
 
-/// What `config.json` says of a module.
+/// The entry of a module in `config.json`.
 fn described(forms: &Forms) -> Map<String, Value> {
     let mut described = Map::new();
     if forms.base.is_some() {
@@ -264,14 +265,14 @@ fn described(forms: &Forms) -> Map<String, Value> {
     described
 }
 
-/// A linear of a compressed checkpoint as it is stored there, codes and all; none where it is plain.
+/// The operator of a linear in a compressed checkpoint, with its codes; `None` if the linear is plain.
 ///
 /// # Errors
 /// A tensor is absent or broken.
 pub fn load(checkpoint: &Checkpoint, linear: &LinearInfo) -> Result<Option<Operator>> {
     let quantized = |name: &str| -> Result<Option<Quantized>> {
         Ok(checkpoint.quantized(name)?.map(|matrix| match matrix {
-            // What other formats know too is taken for that.
+            // Blocks that another codec can also express become groups.
             Quantized::Block(blocks) => {
                 let grouped = blocks.to_grouped().map(Quantized::Grouped);
                 grouped.unwrap_or(Quantized::Block(blocks))
@@ -341,7 +342,7 @@ mod tests {
         let shape = json!([second.out_features, second.in_features]);
         assert_eq!(codes, &json!({"scheme": "int4-g32-asym", "shape": shape, "dtype": "F32"}));
         assert_eq!(written["keep"], json!({"b": 1, "a": 2}));
-        // Nothing compressed: the source's config loads as it is. And what was added is taken away again.
+        // If nothing is compressed, the source's config loads unchanged. Whatever was added is removed again.
         assert_eq!(Factored.config(&source, &[]), source.config);
         assert_eq!(crate::model::config::native_config(&written), source.config);
     }

@@ -12,14 +12,14 @@ use crate::model::inventory;
 
 pub(super) struct Gptq;
 
-/// Groups that kernels are written for.
+/// Group sizes that kernels support.
 const GROUPS: [usize; 4] = [16, 32, 64, 128];
 
-/// Bits, and the columns of a group where a row has several.
+/// The bit width, and the group size if a row has several groups.
 type Setting = (u32, Option<usize>);
 
-/// A GPTQ checkpoint has one number of bits and one group: the linears that differ from most of the others. Groups that a row does not
-/// fill are whole rows.
+/// Refuses linears whose setting differs from the most common one, because a GPTQ checkpoint has one bit width and one
+/// group size. A group larger than a row means the whole row.
 fn one_setting(modules: &[(LinearInfo, Forms)]) -> Option<Refusal> {
     let mut by_setting: BTreeMap<Setting, Vec<&str>> = BTreeMap::new();
     for (linear, forms) in modules {
@@ -92,7 +92,7 @@ impl Exporter for Gptq {
         let scheme = exchange_scheme(first, forms).expect("invariant: what is not stored is refused");
         let group = scheme.group.filter(|&group| group < first.in_features);
         let quantized: Vec<&str> = modules.iter().map(|(linear, _)| linear.module.as_str()).collect();
-        // Loaders look for codes in every linear that is not named as dense.
+        // Loaders expect codes in every linear that is not listed as dense.
         let linears = inventory::linears(source.checkpoint);
         let dense = linears.iter().filter(|l| l.is_default_target).map(|l| l.module.as_str());
         let dense: Vec<&str> = dense.filter(|module| !quantized.contains(module)).collect();

@@ -25,11 +25,12 @@ pub use factored::load;
 pub use output::{Files, Finished, Output, copy_side, side, warn_of_growth, warn_of_non_finite};
 pub use refusal::Refusal;
 
-/// Error curves beside factored weights, for `lrc truncate`: their name, and that of older versions. The ending is one that no
-/// runtime looks for: vLLM reads every `*.safetensors` of a folder as weights, in object stores those of subfolders too.
+/// Error curves next to factored weights, for `lrc truncate`: the current file name and an older one. No runtime loads
+/// this extension: vLLM reads every `*.safetensors` of a folder as weights, and in object stores also those of
+/// subfolders.
 pub const CURVES_FILES: [&str; 2] = ["lrc-curves.arrays", "lrc-curves.safetensors"];
 
-/// The formats, as a user names them.
+/// The output formats, by their names on the command line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 #[serde(rename_all = "kebab-case")]
@@ -49,11 +50,11 @@ pub enum Format {
     Gguf,
 }
 
-/// Which file a tensor goes to.
+/// The file that a tensor goes to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Target {
     Model,
-    /// The adapter beside the model.
+    /// The adapter next to the model.
     Adapter,
 }
 
@@ -82,10 +83,10 @@ impl OutTensor {
         }
     }
 
-    /// As safetensors know it.
+    /// The tensor as safetensors describes it.
     ///
     /// # Panics
-    /// When it is made of blocks.
+    /// If it is made of blocks.
     pub fn spec(&self) -> TensorSpec {
         let Element::Plain(dtype) = self.element else { unreachable!("invariant: blocks are written to GGUF files") };
         TensorSpec { name: self.name.clone(), dtype, shape: self.shape.clone() }
@@ -108,7 +109,7 @@ impl NamedBytes {
 /// The model that is exported.
 pub struct Source<'a> {
     pub checkpoint: &'a Checkpoint,
-    /// `config.json` without what compression added to it.
+    /// `config.json` without the entries that compression added.
     pub config: Map<String, Value>,
 }
 
@@ -118,7 +119,7 @@ impl<'a> Source<'a> {
     }
 }
 
-/// What files a format is made of.
+/// The kind of files that a format writes.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Container {
     Safetensors,
@@ -129,20 +130,20 @@ pub enum Container {
     },
 }
 
-/// How a format stores one compressed linear, and what it says in `config.json`.
+/// How a format stores compressed linears and describes them in `config.json`.
 pub trait Exporter: Sync {
-    /// Why a linear cannot be stored so that its runtime reads what was meant; every linear is asked before any work.
+    /// Why the runtime could not read this linear as intended. Every linear is checked before any work.
     fn refusal(&self, source: &Source<'_>, linear: &LinearInfo, forms: &Forms) -> Option<String>;
 
-    /// The same for all linears together.
+    /// Why the runtime could not read these linears together.
     fn refusal_of_all(&self, _: &Source<'_>, _: &[(LinearInfo, Forms)]) -> Option<Refusal> {
         None
     }
 
-    /// The tensors that take the place of the weight of `linear`.
+    /// The tensors that replace the weight of `linear`.
     fn tensors(&self, linear: &LinearInfo, forms: &Forms) -> Vec<OutTensor>;
 
-    /// Their bytes.
+    /// The bytes of [`Self::tensors`].
     ///
     /// # Errors
     /// A value does not fit the dtype.
@@ -153,20 +154,21 @@ pub trait Exporter: Sync {
         operator: &Operator,
     ) -> Result<Vec<NamedBytes>, CheckpointError>;
 
-    /// Where the bias of a compressed linear goes.
+    /// The name of the bias of a compressed linear.
     fn bias_name(&self, linear: &LinearInfo, _: &Forms) -> String {
         format!("{}.bias", linear.module)
     }
 
-    /// How a tensor that was not compressed is stored: kept by name and bytes unless a format has its own, or no place for it.
+    /// How an uncompressed tensor is stored: under its own name with its own bytes, unless the format has its own name
+    /// for it, or none.
     fn other(&self, _: &Source<'_>, info: &TensorInfo) -> Option<OutTensor> {
         Some(OutTensor::plain(info.name.clone(), info.dtype, info.shape.clone()))
     }
 
-    /// Its bytes.
+    /// The bytes of [`Self::other`].
     ///
     /// # Errors
-    /// The tensor is broken.
+    /// The tensor is damaged.
     fn other_bytes(&self, source: &Source<'_>, info: &TensorInfo) -> Result<Vec<u8>, CheckpointError> {
         if !info.is_encoded() {
             return source.checkpoint.with_bytes(&info.name, <[u8]>::to_vec);
@@ -174,7 +176,7 @@ pub trait Exporter: Sync {
         Ok(encode(info.name.clone(), info.dtype, &source.checkpoint.values(&info.name)?)?.bytes)
     }
 
-    /// Whether stacks of experts, which the source may show as their matrices, are written whole.
+    /// Whether expert stacks are written whole, even if the source presents them as separate matrices.
     fn joins_stacks(&self) -> bool {
         false
     }
@@ -191,32 +193,32 @@ pub trait Exporter: Sync {
     /// `config.json` of the output.
     fn config(&self, source: &Source<'_>, modules: &[(LinearInfo, Forms)]) -> Map<String, Value>;
 
-    /// Files that the runtime needs beside the weights: (path in the folder, content).
+    /// Other files that the runtime needs: (path in the folder, content).
     fn side_files(&self, source: &Source<'_>, modules: &[(LinearInfo, Forms)]) -> Vec<(String, String)>;
 
     /// How each runtime loads the output, for the model card.
     fn loading(&self, has_adapter: bool) -> String;
 
-    /// The hub's name of the library that loads it.
+    /// The hub's name for the library that loads the output.
     fn library(&self) -> &'static str {
         "transformers"
     }
 }
 
-/// Stacks of which a matrix is compressed: what stores low rank has them apart, all others are written whole.
+/// Expert stacks with a compressed matrix: low-rank formats store them unstacked; the rest are written whole.
 fn stacks_apart<'a>(source: &'a Source<'_>, modules: &[(LinearInfo, Forms)]) -> Vec<&'a Stack> {
     let compressed: BTreeSet<&str> = modules.iter().map(|(linear, _)| linear.module.as_str()).collect();
     let is_apart = |stack: &&Stack| (0..stack.shape[0]).any(|i| compressed.contains(stack.module(i).as_str()));
     source.checkpoint.stacks().iter().filter(is_apart).collect()
 }
 
-/// How each runtime loads an output of a model with `config`, by the class that this one is of.
+/// How each runtime loads an output for a model with `config`, with the auto class of that model.
 pub fn loading(exporter: &dyn Exporter, config: &Map<String, Value>, has_adapter: bool) -> String {
     exporter.loading(has_adapter).replace("AutoModelForCausalLM", &factored::auto_class(config))
 }
 
 impl Format {
-    /// The exporter behind the name.
+    /// The exporter of the format.
     pub fn exporter(self) -> &'static dyn Exporter {
         match self {
             Self::Factored => &factored::Factored,
@@ -228,7 +230,7 @@ impl Format {
         }
     }
 
-    /// Bytes that a linear takes: its tensors, but for formats that multiply out, where it is what the factored one would take.
+    /// Bytes of a linear: of its tensors, or of the factored form for formats that multiply factors out.
     pub fn n_bytes(self, linear: &LinearInfo, forms: &Forms) -> u64 {
         match self {
             Self::Factored | Self::Dense | Self::Peft => {
@@ -239,7 +241,7 @@ impl Format {
         }
     }
 
-    /// The same with what its tensors take in the header of a file of about `file_bytes`; none: of the linear as it is.
+    /// The same, plus its share of the header of a file of about `file_bytes`; without forms, for the linear as it is.
     pub fn n_bytes_in_file(self, linear: &LinearInfo, forms: Option<&Forms>, file_bytes: u64) -> u64 {
         let tensors = match forms {
             Some(forms) => self.exporter().tensors(linear, forms),
@@ -256,7 +258,7 @@ impl Format {
         tensors.iter().map(|tensor| tensor.n_bytes() + header(tensor)).sum()
     }
 
-    /// Whether it stores parts of low rank without a base.
+    /// Whether the format stores low-rank parts without a base.
     pub fn stores_low_rank(self) -> bool {
         matches!(self, Self::Factored | Self::Dense)
     }

@@ -1,4 +1,4 @@
-//! The files of an output, whatever the format: every tensor at its place, written as it comes.
+//! The files of an output in any format: each tensor is written to its place as it arrives.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -27,7 +27,7 @@ struct Planned {
 
 #[derive(Debug, Clone)]
 enum Origin {
-    /// This tensor of the source.
+    /// A tensor of the source with this name.
     Source(String),
     /// A compressed linear.
     Module,
@@ -35,7 +35,7 @@ enum Origin {
     Extra(Vec<u8>),
 }
 
-/// What will be written, from headers and choices alone.
+/// The files to write, planned from headers and choices alone.
 pub struct Files<'a> {
     source: &'a Source<'a>,
     exporter: &'static dyn Exporter,
@@ -46,8 +46,8 @@ pub struct Files<'a> {
 }
 
 impl<'a> Files<'a> {
-    /// Lays out a checkpoint of which `modules` are compressed. What no module owns is passed through, but for buffers that a
-    /// format has no place for.
+    /// Plans a checkpoint whose `modules` are compressed. Tensors outside these modules are passed through, except for
+    /// buffers that the format cannot hold.
     pub fn new(
         source: &'a Source<'a>,
         format: Format,
@@ -55,7 +55,7 @@ impl<'a> Files<'a> {
         max_shard_bytes: u64,
     ) -> Self {
         let exporter = format.exporter();
-        // Every name that a linear may have in the source, dense or compressed before.
+        // All names that a linear may have in the source, whether dense or already compressed.
         let mut owners: BTreeMap<String, usize> = BTreeMap::new();
         let mut biases: BTreeMap<String, usize> = BTreeMap::new();
         for (i, (linear, _)) in modules.iter().enumerate() {
@@ -86,10 +86,10 @@ impl<'a> Files<'a> {
         Self { source, exporter, modules, tensors, container, max_shard_bytes }
     }
 
-    /// Checks that the runtime of the format will read what was meant.
+    /// Checks that the runtime of the format will read the output as intended.
     ///
     /// # Errors
-    /// It would not, with the reason.
+    /// It would not; the error gives the reason.
     pub fn check(source: &Source<'_>, format: Format, modules: &[(LinearInfo, Forms)]) -> Result<()> {
         let exporter = format.exporter();
         if !matches!(format, Format::Factored | Format::Dense) && config::is_multimodal(&source.config) {
@@ -133,10 +133,11 @@ impl<'a> Files<'a> {
         }
     }
 
-    /// `config.json` of the output; empty where the source has none and nothing is to be said.
+    /// `config.json` of the output; empty if the source has none and there is nothing to add.
     fn config(&self) -> Result<Map<String, Value>> {
         let mut config = self.exporter.config(self.source, &self.modules);
-        // A head that is compressed is one of its own, whatever the config says of it; loaders would look for the table.
+        // A compressed head is separate, even if the config ties it; otherwise loaders would look for the embedding
+        // table.
         let is_head = |(linear, _): &(LinearInfo, Forms)| linear.id.is_none() && linear.module.ends_with("lm_head");
         if self.modules.iter().any(is_head) {
             untie(&mut config);
@@ -161,7 +162,7 @@ impl<'a> Files<'a> {
         specs
     }
 
-    /// Stacks whose matrices are written in one tensor.
+    /// Stacks whose matrices are written as one tensor.
     fn joined_stacks(&self) -> Vec<&Stack> {
         let apart = if self.exporter.joins_stacks() { Vec::new() } else { stacks_apart(self.source, &self.modules) };
         self.source.checkpoint.stacks().iter().filter(|stack| !apart.contains(stack)).collect()
@@ -171,12 +172,12 @@ impl<'a> Files<'a> {
         self.of(target).map(OutTensor::gguf).collect()
     }
 
-    /// Whether there is an adapter beside the model.
+    /// Whether the output has an adapter.
     pub fn has_adapter(&self) -> bool {
         self.of(Target::Adapter).next().is_some()
     }
 
-    /// Elements of all tensors, and their bytes.
+    /// Elements and bytes of all tensors.
     pub fn n_elements_and_bytes(&self) -> (u64, u64) {
         let size = |t: &OutTensor| (t.shape.iter().map(|&d| d as u64).product::<u64>(), t.n_bytes());
         self.tensors.iter().map(|p| size(&p.tensor)).fold((0, 0), |sum, size| (sum.0 + size.0, sum.1 + size.1))
@@ -241,7 +242,7 @@ impl Writer {
 
 impl<'a> Output<'a> {
     /// # Errors
-    /// The disk is too small or refuses.
+    /// The disk has too little space, or cannot be written.
     pub fn create(folder: &OutputFolder, files: Files<'a>) -> Result<Self> {
         folder.require_space(files.file_bytes())?;
         let (model, adapter) = match &files.container {
@@ -279,14 +280,11 @@ impl<'a> Output<'a> {
     }
 
     /// Writes the tensors of one compressed linear.
-    ///
-    /// # Errors
-    /// The disk refuses.
     pub fn put(&mut self, tensors: &[NamedBytes]) -> Result<(), CheckpointError> {
         tensors.iter().try_for_each(|tensor| self.write(tensor.target, &tensor.name, &tensor.bytes))
     }
 
-    /// Takes the tensors of a compressed linear for written: an earlier run wrote them into the same files.
+    /// Marks the tensors of a compressed linear as written: an earlier run wrote them into the same files.
     pub fn skip(&mut self, linear: &LinearInfo, forms: &Forms) {
         for tensor in self.files.exporter.tensors(linear, forms) {
             match tensor.target {
@@ -303,11 +301,11 @@ impl<'a> Output<'a> {
         }
     }
 
-    /// Copies everything that was not compressed, and writes the config and what else the format needs; `replaced` are side files
-    /// and folders of the source that the output has its own of. Warns of copied tensors that are not finite.
-    ///
-    /// # Errors
-    /// The disk refuses, or a tensor of the source is broken.
+    /// Copies everything that was not compressed, and writes the config and whatever else the format needs. `replaced`
+    /// are side files and folders of the source that the output replaces. Warns about copied tensors that are not
+    /// finite.
+    /// \n # Errors
+    /// A tensor of the source is damaged, or the disk cannot be written.
     pub fn finish(mut self, folder: &OutputFolder, replaced: &[&str]) -> Result<Finished> {
         let (source, exporter) = (self.files.source, self.files.exporter);
         let mut non_finite = Vec::new();
@@ -341,7 +339,7 @@ impl<'a> Output<'a> {
         if !config.is_empty() {
             folder.write(CONFIG_FILE, json::text(&config)?.as_bytes())?;
         } else if source.checkpoint.config_error().is_some() {
-            // What cannot be read is still the source's.
+            // A config that cannot be parsed is copied unchanged.
             folder.copy(&source.checkpoint.root().join(CONFIG_FILE), Path::new(CONFIG_FILE))?;
         }
         warn_of_non_finite(&non_finite);
@@ -349,15 +347,16 @@ impl<'a> Output<'a> {
     }
 }
 
-/// What finishing an output found in its source.
+/// What `finish` found in the source.
 pub struct Finished {
-    /// Files and folders beside the weights that were not copied, and why.
+    /// Files and folders that were not copied, and why.
     pub left_out: Vec<LeftOut>,
     /// Copied tensors that hold NaN or infinite values.
     pub non_finite: Vec<String>,
 }
 
-/// Warns of copied tensors that hold NaN or infinite values: the model cannot be run, and was not by a run without a text.
+/// Warns about copied tensors that contain NaN or infinite values: the model cannot be run, which a run without a text
+/// does not notice.
 pub fn warn_of_non_finite(tensors: &[String]) {
     if tensors.is_empty() {
         return;
@@ -366,14 +365,14 @@ pub fn warn_of_non_finite(tensors: &[String]) {
     tracing::warn!("NaN or infinite values were copied in {}: the model cannot be run", named.join(", "));
 }
 
-/// Warns where the weight files of an output are larger than those of its source.
+/// Warns if the weight files of the output are larger than those of the source.
 pub fn warn_of_growth(before: u64, after: u64) {
     if after > before {
         tracing::warn!("the weight files of the output take {after} bytes, more than the {before} of the source");
     }
 }
 
-/// What lies beside the weights of a checkpoint, but for `replaced` and for an output to `target`.
+/// Side files of a checkpoint, without `replaced` and without an output to `target`.
 ///
 /// # Errors
 /// A folder cannot be listed.
@@ -381,10 +380,9 @@ pub fn side(checkpoint: &Checkpoint, target: &Path, replaced: &[&str]) -> Result
     checkpoint.side(replaced, &|path| OutputFolder::is_own(target, path))
 }
 
-/// Copies what lies beside the weights of a checkpoint, but for `replaced`. What was left out, and why.
-///
-/// # Errors
-/// A file cannot be read, or the disk refuses.
+/// Copies the side files of a checkpoint, without `replaced`. Returns what was left out, and why.
+/// \n # Errors
+/// A file cannot be read or written.
 pub fn copy_side(
     checkpoint: &Checkpoint,
     folder: &OutputFolder,

@@ -1,4 +1,4 @@
-//! What a format cannot store, named together: which linears, why, and the flags that leave them out.
+//! Reports what a format cannot store: which linears, why, and the flags that leave them out.
 
 use globset::Glob;
 
@@ -6,24 +6,24 @@ use super::{Format, Forms, Source};
 use crate::error::Failure;
 use crate::model::inventory::LinearInfo;
 
-/// Names in a message; the others are counted.
+/// The most names in a message; the rest are counted.
 const SHOWN: usize = 3;
 
 /// Why a format cannot store linears together.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Refusal {
     pub reason: String,
-    /// The modules without which it could.
+    /// The modules that cause it; without them the format could store the rest.
     pub of: Vec<String>,
 }
 
 impl Refusal {
-    /// One that no linear is the cause of.
+    /// A refusal that no particular linear causes.
     pub(super) fn whole(reason: impl Into<String>) -> Self {
         Self { reason: reason.into(), of: Vec::new() }
     }
 
-    /// What to do about it.
+    /// How to avoid it.
     pub(super) fn hint(&self, format: Format, modules: &[(LinearInfo, Forms)]) -> String {
         let refused: Vec<&str> = self.of.iter().map(String::as_str).collect();
         let stored = modules.iter().map(|(linear, _)| linear.module.as_str());
@@ -31,7 +31,7 @@ impl Refusal {
     }
 }
 
-/// The linears that `format` refuses, by reason; none where it stores all.
+/// The linears that `format` refuses, grouped by reason; `None` if it stores all of them.
 pub(super) fn of_linears(source: &Source<'_>, format: Format, modules: &[(LinearInfo, Forms)]) -> Option<Failure> {
     let exporter = format.exporter();
     let (mut reasons, mut stored): (Vec<(String, Vec<&str>)>, Vec<&str>) = (Vec::new(), Vec::new());
@@ -58,7 +58,7 @@ pub(super) fn of_linears(source: &Source<'_>, format: Format, modules: &[(Linear
     Some(Failure::unsupported(message).hint(hint(format, &refused, &stored)))
 }
 
-/// The flags that leave `refused` out, and what stores everything.
+/// Suggests the flags that leave `refused` out, and the formats that store everything.
 fn hint(format: Format, refused: &[&str], stored: &[&str]) -> String {
     const STORE_EVERYTHING: &str = "`--format factored` and `--format dense` store everything";
     let others = if matches!(format, Format::Factored | Format::Dense) { "" } else { STORE_EVERYTHING };
@@ -80,7 +80,7 @@ pub(super) fn listed(names: &[&str]) -> String {
     }
 }
 
-/// Patterns that match all of `wanted` and none of `others`: one for all blocks where that is possible.
+/// Patterns that match all of `wanted` and none of `others`: one pattern for all blocks if possible.
 fn patterns(wanted: &[&str], others: &[&str]) -> Vec<String> {
     let mut patterns: Vec<String> = Vec::new();
     for &name in wanted {

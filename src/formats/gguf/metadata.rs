@@ -1,4 +1,4 @@
-//! What a GGUF file says of the model, besides its vocabulary.
+//! The metadata of the model in a GGUF file, except for its vocabulary.
 
 use serde_json::{Map, Value as Json};
 
@@ -10,7 +10,7 @@ pub(super) fn rope_fields(config: &Map<String, Json>) -> Option<&Map<String, Jso
     given("rope_scaling").or_else(|| given("rope_parameters"))
 }
 
-/// Its type of scaling.
+/// The type of scaling in these fields.
 pub(super) fn rope_type(fields: &Map<String, Json>) -> Option<&str> {
     fields.get("rope_type").or_else(|| fields.get("type")).and_then(Json::as_str)
 }
@@ -18,7 +18,7 @@ pub(super) fn rope_type(fields: &Map<String, Json>) -> Option<&str> {
 /// Keys that are written only for families whose table lists them.
 const OPTIONAL: [&str; 2] = ["attention.sliding_window", "attention.layer_norm_epsilon"];
 
-/// Hyperparameters under their names in GGUF, from a config with our names for its fields.
+/// Hyperparameters under their GGUF names, from a config with our field names.
 pub(super) fn hyperparameters(config: &Map<String, Json>, family: &Family) -> Vec<(String, Value)> {
     let architecture = family.architecture;
     let number = |key: &str| config.get(key).and_then(Json::as_u64).map(|n| n as u32);
@@ -61,10 +61,10 @@ pub(super) fn hyperparameters(config: &Map<String, Json>, family: &Family) -> Ve
     metadata
 }
 
-/// What files say of the rotary embedding.
+/// The rotary embedding as GGUF files describe it.
 struct Rope {
     theta: f32,
-    /// The part of a head that is rotated.
+    /// The fraction of a head that is rotated.
     rotated: f32,
     linear_factor: Option<f32>,
 }

@@ -1,7 +1,7 @@
-//! GGUF for llama.cpp and runtimes built on it: `model.gguf`, and `model-lora.gguf` if there is compensation.
+//! GGUF for llama.cpp and runtimes built on it: `model.gguf`, and `model-lora.gguf` if there are factors.
 //!
-//! Symmetric codes in groups of whole blocks are stored exactly, as Q4_0 up to 4 bits and as Q8_0 up to 8. Matrices whose rows are
-//! not made of whole blocks stay in the dtype of the source.
+//! Symmetric codes in groups of whole blocks are stored exactly, as Q4_0 up to 4 bits and as Q8_0 up to 8. Matrices
+//! whose rows do not consist of whole blocks keep the dtype of the source.
 
 mod metadata;
 mod vocabulary;
@@ -32,7 +32,7 @@ fn block(name: &str) -> BlockType {
     BlockType::named(name).expect("invariant: the type is in the table")
 }
 
-/// What a base is stored as; none: in the dtype of the source, because its rows are not made of whole blocks.
+/// The element type of a base; `None` keeps the dtype of the source, because the rows do not consist of whole blocks.
 fn element(linear: &LinearInfo, storage: Storage) -> Result<Option<Element>, String> {
     let n = linear.in_features;
     let scheme = match storage {
@@ -52,32 +52,32 @@ fn element(linear: &LinearInfo, storage: Storage) -> Result<Option<Element>, Str
     })
 }
 
-/// Floats as GGUF files hold them beside weights of `dtype`: vectors in f32.
+/// The float dtype of a tensor in a file whose weights have `dtype`: vectors are f32.
 fn float(dtype: Dtype, shape: &[usize]) -> Dtype {
     if shape.len() < 2 { Dtype::F32 } else { dtype }
 }
 
-/// The name of a tensor of a linear.
+/// The GGUF name of a tensor of a linear.
 fn gguf_name(tensor: &str) -> String {
     architectures::gguf_name(tensor).unwrap_or_else(|| tensor.to_string())
 }
 
-/// How files store the family of the source; `None` if they do not.
+/// The GGUF table of the source's family, if it has one.
 fn family(source: &Source<'_>) -> Option<&'static Family> {
     gguf_family(source.config.get("model_type")?.as_str()?)
 }
 
-/// That of the source, or what is common to families.
+/// The arrangement of a tensor in the source's family, or the common one.
 fn arrangement(tensor: &str, source: &Source<'_>) -> Arrangement {
     Arrangement::of(tensor, family(source).unwrap_or(&Family::COMMON), &source.config)
 }
 
-/// Why llama.cpp would not read a model, whatever is compressed of it.
+/// Why llama.cpp would not read the model, no matter what is compressed.
 fn unwritten(source: &Source<'_>) -> Option<String> {
     let Some(family) = family(source) else {
         return Some("lrc has no table of GGUF names for the family of the model".into());
     };
-    // Its numbers size what is written.
+    // The numbers of the config size what is written.
     match ModelConfig::of(source.checkpoint) {
         Err(error) => return Some(format!("{error:#}")),
         Ok((config, _)) if config.block_widths().others().next().is_some() => {
@@ -212,7 +212,7 @@ impl Exporter for Gguf {
             text("general.architecture", family.architecture),
             text("general.type", "adapter"),
             text("adapter.type", "lora"),
-            // 0 is a scale of exactly 1 at every rank; one alpha would be right for one rank only.
+            // 0 means a scale of exactly 1 at every rank; an alpha would be right for one rank only.
             ("adapter.lora.alpha".into(), Value::F32(0.0)),
         ];
         let common = source.config.get("model_type").and_then(Json::as_str).and_then(architectures::find);

@@ -8,7 +8,7 @@ use serde_json::{Map, Value as Json};
 use crate::checkpoint::read_file;
 use crate::codecs::gguf::{Family, Value};
 
-/// Kinds of tokens, as llama.cpp numbers them.
+/// Token types, as llama.cpp numbers them.
 const NORMAL: i32 = 1;
 const UNKNOWN: i32 = 2;
 const CONTROL: i32 = 3;
@@ -16,10 +16,11 @@ const USER_DEFINED: i32 = 4;
 const UNUSED: i32 = 5;
 const BYTE: i32 = 6;
 
-/// A token and its kind.
+/// A token and its type.
 type Token = (String, i32);
 
-/// The vocabulary of the tokenizer in `folder`. Without one the file has none, and serves token ids only.
+/// The vocabulary of the tokenizer in `folder`. Without a tokenizer it is empty, and the file works with token ids
+/// only.
 pub(super) fn vocabulary(folder: &Path, config: &Map<String, Json>, family: &Family) -> Vec<(String, Value)> {
     let file = read_file(&folder.join("tokenizer.json"));
     let tokenizer: Option<Json> = file.ok().and_then(|bytes| serde_json::from_slice(&bytes).ok());
@@ -61,7 +62,7 @@ fn key(name: &str) -> String {
     format!("tokenizer.ggml.{name}")
 }
 
-/// The tokens by id; ids that the tokenizer does not use are filled up.
+/// The tokens by id; unused ids get placeholders.
 fn tokens(tokenizer: &Json, size: usize, is_spm: bool) -> Vec<Token> {
     let model = &tokenizer["model"];
     let mut tokens: Vec<Token> = (0..size).map(|i| (format!("[PAD{i}]"), UNUSED)).collect();
@@ -89,7 +90,7 @@ fn tokens(tokenizer: &Json, size: usize, is_spm: bool) -> Vec<Token> {
     tokens
 }
 
-/// A merge as older files write it, `left right`; newer ones have a pair.
+/// A merge, which older files write as `left right` and newer ones as a pair.
 fn merge(merge: &Json) -> Option<String> {
     match merge {
         Json::String(pair) => Some(pair.clone()),
