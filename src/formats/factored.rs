@@ -1,9 +1,11 @@
 //! Low-rank parts stored as they are: a Hugging Face repository with its own small modelling file.
-//! \n A module `X` is stored as the parts of its structure, `X.lr_a.weight` and the like, which the files of
+//!
+//! A module `X` is stored as the parts of its structure, `X.lr_a.weight` and the like, which the files of
 //! `operator/` document; indices are i32 without `.weight`. Its bias belongs to the part that the structure names, or
 //! stays `X.bias`. The `model_type` gets the prefix `lrc_`: under the native one, a user who forgets
 //! `trust_remote_code` would get random weights and no error.
-//! \n A base under factors is `X.base`. A quantized matrix `P.weight` (`X`, `X.base` or one of the parts) is stored as
+//!
+//! A base under factors is `X.base`. A quantized matrix `P.weight` (`X`, `X.base` or one of the parts) is stored as
 //! `P.codes` u8, rows of packed codes with low bits first, `P.scales` f16 (out, n_groups), and `P.zeros` if groups have
 //! their own.
 

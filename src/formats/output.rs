@@ -304,7 +304,8 @@ impl<'a> Output<'a> {
     /// Copies everything that was not compressed, and writes the config and whatever else the format needs. `replaced`
     /// are side files and folders of the source that the output replaces. Warns about copied tensors that are not
     /// finite.
-    /// \n # Errors
+    ///
+    /// # Errors
     /// A tensor of the source is damaged, or the disk cannot be written.
     pub fn finish(mut self, folder: &OutputFolder, replaced: &[&str]) -> Result<Finished> {
         let (source, exporter) = (self.files.source, self.files.exporter);
@@ -381,7 +382,8 @@ pub fn side(checkpoint: &Checkpoint, target: &Path, replaced: &[&str]) -> Result
 }
 
 /// Copies the side files of a checkpoint, without `replaced`. Returns what was left out, and why.
-/// \n # Errors
+///
+/// # Errors
 /// A file cannot be read or written.
 pub fn copy_side(
     checkpoint: &Checkpoint,

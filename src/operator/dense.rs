@@ -1,4 +1,4 @@
-//! The weight itself, (out, in): a base, or what was not compressed.
+//! The weight itself, (out, in): a base, or an uncompressed weight.
 
 use anyhow::Result;
 use candle_core::Tensor;

@@ -1,7 +1,8 @@
-//! `B·A` (m, n) of rank r as it is: `lr_a` is `A` (r, n), `lr_b` is `B` (m, r); r (m + n) parameters. The bias is that of `lr_b`.
+//! Factors `B·A` (m, n) of rank r: `lr_a` is `A` (r, n), `lr_b` is `B` (m, r); r (m + n) parameters. `lr_b` has the
+//! bias.
 //!
-//! Of factors rounded to 16 bits `B` is rounded to nearest (in their gauge both Grams are diagonal, so that feedback has nothing to
-//! give), and `A` is fitted to it and rounded.
+//! When factors are rounded to 16 bits, `B` is rounded to nearest (both Grams are diagonal in their gauge, so feedback
+//! gains nothing); `A` is fitted to the rounded `B`, and then rounded.
 
 use anyhow::{Context, Result};
 use candle_core::Tensor;
@@ -66,14 +67,15 @@ impl Structure for Factors {
     }
 }
 
-/// The best pair in a metric, and its error at every rank.
+/// The best factors in a metric, and the error at every rank.
 pub(super) fn fit(target: MatRef<'_, f64>, metric: MetricPair<'_>, largest_rank: usize) -> Result<Fit, LinalgError> {
     let decomposition = low_rank::decompose(target, metric, largest_rank)?;
     let pair = decomposition.truncate(target, largest_rank);
     Ok(Fit { curve: decomposition.curve, pair })
 }
 
-/// The best right part `(Bᵀ G B)⁻¹ Bᵀ G T`, (r, n) row-major, of a left part `b` (m, r): for any metric of the inputs, which cancels.
+/// The best right part `(Bᵀ G B)⁻¹ Bᵀ G T`, (r, n) row-major, for a left part `b` (m, r). It is the same for any input
+/// metric.
 ///
 /// # Errors
 /// The left part has dependent columns.
@@ -82,7 +84,7 @@ pub(super) fn right_part(b: &[f32], rank: usize, target: MatRef<'_, f64>, output
     let weighted = output.times(b_t.as_ref()); // Bᵀ G
     let normal: Mat<f64> = linalg::product(weighted.as_ref(), b_t.transpose());
     let right = linalg::product(weighted.as_ref(), target);
-    // A column that was rounded to zeros takes no part: any positive diagonal gives it zeros on the right.
+    // A column that was rounded to zeros takes no part: with any positive diagonal its row on the right is zero.
     let least = 1e-9 * (0..rank).map(|i| normal[(i, i)]).fold(0.0, f64::max).max(f64::MIN_POSITIVE);
     let normal = Mat::from_fn(rank, rank, |i, j| normal[(i, j)] + if i == j { least } else { 0.0 });
     let solved =

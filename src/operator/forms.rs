@@ -1,4 +1,4 @@
-//! Structures of a size, without and with their values: forms, terms, and the operator that takes the place of a weight.
+//! Structures of a given size, with and without their values: forms, terms, and the operator that replaces a weight.
 
 use anyhow::Result;
 use faer::MatRef;
@@ -9,44 +9,44 @@ use crate::approx::metric::Metric;
 use crate::checkpoint::Dtype;
 use crate::quantize::{Scheme, Storage};
 
-/// A structure of a size, before its values are known: what decides names, shapes and bytes.
+/// A structure of a given size before its values are known; it determines names, shapes and bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Form {
     pub kind: Kind,
     pub size: Size,
-    /// How its floats are stored; none: in the dtype of the weight.
+    /// How its floats are quantized; `None` keeps the dtype of the weight.
     pub storage: Option<Storage>,
     pub right: Right,
 }
 
-/// Whose the part is that the input is multiplied by first.
+/// The owner of the part that the input is multiplied by first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Right {
-    /// Its own.
+    /// The module has its own.
     #[default]
     Own,
-    /// Its own, and that of all borrowers of the same number.
+    /// The module has its own, and lends it to all borrowers with the same number.
     Lent(usize),
-    /// That of the lender of the same number, who stores it.
+    /// The module uses the part of the lender with the same number, which stores it.
     Borrowed(usize),
 }
 
 impl Form {
-    /// A matrix of a rank in a layout.
+    /// A form of this rank in a layout.
     pub fn of_rank(kind: Kind, rank: usize, shape: Shape) -> Self {
-        // Zeros have no rows to pick, and no blocks.
+        // Zeros have no pivot rows and no blocks.
         let kind = if rank == 0 { Kind::FACTORS } else { kind };
         Self { kind, size: kind.fitting().size(rank, shape), storage: None, right: Right::Own }
     }
 
-    /// Its matrices, in the order of the files; one that is borrowed is among them.
+    /// Its matrices in the order of the files, including a borrowed one.
     pub fn parts(&self, shape: Shape) -> Vec<Part> {
         let structure = self.kind.structure();
         let part = |(&(suffix, element), shape)| Part { suffix, element, shape };
         structure.suffixes().iter().zip(structure.shapes(self.size, shape)).map(part).collect()
     }
 
-    /// Those that are stored with the module itself.
+    /// The matrices that are stored with the module itself.
     pub fn own_parts(&self, shape: Shape) -> Vec<Part> {
         let mut parts = self.parts(shape);
         if let Right::Borrowed(_) = self.right {
@@ -55,7 +55,7 @@ impl Form {
         parts
     }
 
-    /// Numbers in its stored matrices, indices apart.
+    /// Values in its stored matrices, without indices.
     pub fn n_parameters(&self, shape: Shape) -> u64 {
         let size = |Part { element, shape: [rows, cols], .. }: Part| match element {
             Element::Float => rows as u64 * cols as u64,
@@ -64,7 +64,7 @@ impl Form {
         self.own_parts(shape).into_iter().map(size).sum()
     }
 
-    /// Bytes of its stored matrices, floats in `dtype` or in the project's own packing.
+    /// Bytes of its stored matrices, with floats in `dtype` or in the project's own packing.
     pub fn n_bytes(&self, shape: Shape, dtype: Dtype) -> u64 {
         let bytes = |Part { element, shape: [rows, cols], .. }: Part| match (element, self.storage) {
             (Element::Index, _) => 4 * rows as u64,
@@ -74,7 +74,7 @@ impl Form {
         self.own_parts(shape).into_iter().map(bytes).sum()
     }
 
-    /// The scheme of its codes, where it is quantized in groups.
+    /// The scheme of its codes, if it is quantized in groups.
     pub fn scheme(&self) -> Option<Scheme> {
         match self.storage {
             Some(Storage::Grouped(scheme)) => Some(scheme),
@@ -83,7 +83,7 @@ impl Form {
     }
 }
 
-/// The terms that take the place of a weight, before their values are known: a base, a structure, or both.
+/// The terms that replace a weight, before their values are known: a base, a structure, or both.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Forms {
     pub base: Option<Form>,
@@ -91,12 +91,12 @@ pub struct Forms {
 }
 
 impl Forms {
-    /// A structure alone.
+    /// A structure without a base.
     pub fn of(form: Form) -> Self {
         Self { base: None, over: Some(form) }
     }
 
-    /// Low rank alone, in the dtype of the weight.
+    /// Low rank without a base, in the dtype of the weight.
     pub fn of_rank(kind: Kind, rank: usize, shape: Shape) -> Self {
         Self::of(Form::of_rank(kind, rank, shape))
     }
@@ -106,22 +106,22 @@ impl Forms {
         Form { kind: Kind::DENSE, size: Size::Whole, storage, right: Right::Own }
     }
 
-    /// Base first.
+    /// The forms, base first.
     pub fn iter(&self) -> impl Iterator<Item = Form> {
         self.base.into_iter().chain(self.over)
     }
 
-    /// Rank of the structure; none without one.
+    /// Rank of the structure, if there is one.
     pub fn rank(&self) -> Option<usize> {
         self.over.and_then(|form| form.size.rank())
     }
 
-    /// Numbers in all terms, codes counted like floats.
+    /// Values in all terms; a code counts as one.
     pub fn n_parameters(&self, shape: Shape) -> u64 {
         self.iter().map(|form| form.n_parameters(shape)).sum()
     }
 
-    /// Bytes of the base and of what is above it.
+    /// Bytes of the base, and of the structure over it.
     pub fn n_bytes(&self, shape: Shape, dtype: Dtype) -> (u64, u64) {
         let bytes = |form: Option<Form>| form.map_or(0, |form| form.n_bytes(shape, dtype));
         (bytes(self.base), bytes(self.over))
@@ -132,7 +132,7 @@ impl Forms {
         self.base.is_some() || self.over.is_some_and(|form| form.storage.is_some())
     }
 
-    /// Where the bias is: a part of the module, or the module itself.
+    /// The part of the module that has the bias; `None` if the module itself has it.
     pub fn bias_part(&self) -> Option<&'static str> {
         match (self.base, self.over) {
             (Some(_), Some(_)) => Some(BASE),
@@ -142,7 +142,7 @@ impl Forms {
     }
 }
 
-/// A structure with its values.
+/// A structure with values.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Term {
     pub form: Form,
@@ -161,13 +161,13 @@ impl Term {
         Self { form, parts: vec![Vec::new().into(), Vec::new().into()] }
     }
 
-    /// A fit as it is stored.
+    /// A fit in its stored layout.
     pub fn laid_out(kind: Kind, pair: LowRank, shape: Shape) -> Self {
         let form = Form::of_rank(kind, pair.rank, shape);
         Self { form, parts: kind.fitting().lay_out(pair, shape) }
     }
 
-    /// The matrices that are stored with the module itself, as [`Form::own_parts`].
+    /// The matrices that are stored with the module itself, in the order of [`Form::own_parts`].
     pub fn own_parts(&self) -> &[Matrix] {
         match self.form.right {
             Right::Borrowed(_) => &self.parts[1..],
@@ -183,13 +183,13 @@ impl Term {
     /// The term with its floats rounded to `dtype`.
     ///
     /// # Errors
-    /// The place of the first value that does not fit, in its part.
+    /// The index, within its part, of the first value that does not fit.
     pub fn rounded(&self, dtype: Dtype) -> Result<Self, usize> {
         let parts = self.parts.iter().map(|part| part.rounded(dtype)).collect::<Result<_, _>>()?;
         Ok(Self { form: self.form, parts })
     }
 
-    /// The term in codes; see [`Fitting::quantize`](super::Fitting::quantize).
+    /// The term with quantized parts; see [`Fitting::quantize`](super::Fitting::quantize).
     ///
     /// # Errors
     /// The quantized part has dependent columns.
@@ -199,7 +199,7 @@ impl Term {
     }
 }
 
-/// What takes the place of a weight: the sum of its terms.
+/// The operator that replaces a weight: the sum of its terms.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Operator {
     pub base: Option<Term>,
@@ -207,12 +207,12 @@ pub struct Operator {
 }
 
 impl Operator {
-    /// A structure alone.
+    /// A structure without a base.
     pub fn of(term: Term) -> Self {
         Self { base: None, over: Some(term) }
     }
 
-    /// Base first.
+    /// The terms, base first.
     pub fn terms(&self) -> impl Iterator<Item = &Term> {
         self.base.iter().chain(&self.over)
     }
@@ -226,9 +226,9 @@ impl Operator {
     /// The matrix (out, in), row-major.
     ///
     /// # Panics
-    /// When it has no term.
+    /// If it has no term.
     pub fn product(&self, shape: Shape) -> Vec<f32> {
-        // The structure first: adding the base to it is what the report's errors were always measured on.
+        // The structure comes first: the errors in reports have always been measured in this order of addition.
         let mut terms = self.over.iter().chain(&self.base);
         let first = terms.next().expect("invariant: an operator has a term");
         let mut values = first.product(shape);

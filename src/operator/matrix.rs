@@ -10,20 +10,20 @@ use crate::quantize::{Grouped, Quantized, Scale, Scheme};
 pub enum Matrix {
     Float(Vec<f32>),
     Quantized(Quantized),
-    /// A permutation: the place of every row.
+    /// A permutation: the position of every row.
     Indices(Vec<i32>),
 }
 
 impl Matrix {
-    /// Rounds `values` (rows, cols) to `scheme`, with the scale of the least squared error in every group.
+    /// Rounds `values` (rows, cols) to `scheme`, with the scale of least squared error in every group.
     pub fn quantized(values: &[f32], rows: usize, cols: usize, scheme: Scheme) -> Self {
         Self::Quantized(Quantized::Grouped(Grouped::round(values, rows, cols, scheme, Scale::Mse)))
     }
 
-    /// Its values, dequantized if need be.
+    /// The values, dequantized if necessary.
     ///
     /// # Panics
-    /// When they are indices.
+    /// If they are indices.
     pub fn values(&self) -> Cow<'_, [f32]> {
         match self {
             Self::Float(values) => Cow::Borrowed(values),
@@ -32,10 +32,10 @@ impl Matrix {
         }
     }
 
-    /// Its indices.
+    /// The indices.
     ///
     /// # Panics
-    /// When they are values.
+    /// If they are values.
     pub fn indices(&self) -> &[i32] {
         match self {
             Self::Indices(indices) => indices,
@@ -46,7 +46,7 @@ impl Matrix {
     /// The matrix with its floats rounded to `dtype`; codes and indices do not change.
     ///
     /// # Errors
-    /// The place of the first value that does not fit.
+    /// The index of the first value that does not fit.
     pub fn rounded(&self, dtype: Dtype) -> Result<Self, usize> {
         Ok(match self {
             Self::Float(values) => {

@@ -1,8 +1,9 @@
-//! What takes the place of a weight: a sum of structures, each of them a few stored matrices and a way to apply them.
+//! Operators that replace weights: sums of structures, each a few stored matrices and a way to apply them.
 //!
-//! One structure a file, one line in `REGISTRY`. Nothing outside of this room matches on a structure or knows the names of its
-//! parts; `docs/adding-a-structure.md` shows what a new one touches. A [`Form`] is a structure before its values are known: it
-//! decides names, shapes and bytes. A [`Term`] has the values, and an [`Operator`] is the sum of one or two of them.
+//! Each structure is one file and one line in `REGISTRY`. Nothing outside this module matches on a structure or
+//! knows the names of its parts; `docs/adding-a-structure.md` shows what a new one touches. A [`Form`] is a structure
+//! before its values are known: it determines names, shapes and bytes. A [`Term`] has the values, and an [`Operator`]
+//! is the sum of one or two of them.
 
 mod dense;
 mod factors;
@@ -36,18 +37,18 @@ pub use rounding::{Rounded, Side, Sides};
 /// (out, in).
 pub type Shape = (usize, usize);
 
-/// How large a structure is.
+/// The size of a structure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Size {
-    /// All of the matrix.
+    /// The whole matrix.
     Whole,
-    /// Of low rank.
+    /// A low rank.
     Rank(usize),
     /// `count`² blocks, each of low rank.
     Blocks { count: usize, rank: usize },
 }
 
-/// What a stored matrix holds.
+/// The content of a stored matrix.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Element {
     /// Weights, which may be quantized.
@@ -59,75 +60,76 @@ pub enum Element {
 /// A stored matrix, before its values are known.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Part {
-    /// `lr_a` of the tensor `X.lr_a.weight`, or `lr_order` of `X.lr_order`; empty for `X.weight`.
+    /// `lr_a` for the tensor `X.lr_a.weight`, or `lr_order` for `X.lr_order`; empty for `X.weight`.
     pub suffix: &'static str,
     pub element: Element,
-    /// Rows and columns; indices have one column, and are stored as a vector.
+    /// Rows and columns; indices have one column and are stored as a vector.
     pub shape: [usize; 2],
 }
 
-/// A family of matrices: what is stored of one, and how it is applied.
+/// A kind of structured matrix: which parts are stored, and how they are applied.
 pub trait Structure: Sync {
-    /// As recipes, reports and configs spell it.
+    /// The name in recipes, reports and configs.
     fn name(&self) -> &'static str;
 
-    /// Suffixes of the stored matrices, in the order of the files. The first is found in no other structure.
+    /// Suffixes of the stored matrices, in the order of the files. No other structure has the first one.
     fn suffixes(&self) -> &'static [(&'static str, Element)];
 
     /// Shapes of the stored matrices, in the order of [`Self::suffixes`].
     fn shapes(&self, size: Size, shape: Shape) -> Vec<[usize; 2]>;
 
-    /// Size and shape (out, in) of the matrix whose stored matrices have these shapes; none where there is no such matrix.
+    /// Size and shape (out, in) of the matrix whose stored matrices have these shapes; `None` if there is no such
+    /// matrix.
     fn measure(&self, stored: &[[usize; 2]]) -> Option<(Size, Shape)>;
 
-    /// `x` (rows, in) to (rows, out), differentiable in `x` and in every part of floats.
+    /// Maps `x` (rows, in) to (rows, out), differentiable in `x` and in every float part.
     ///
     /// # Errors
-    /// Shapes that do not match.
+    /// The shapes do not match.
     fn apply(&self, parts: &[Tensor], x: &Tensor) -> Result<Tensor>;
 
     /// The matrix (out, in), row-major.
     fn product(&self, parts: &[Matrix], size: Size, shape: Shape) -> Vec<f32>;
 
-    /// The part that holds the bias, where it is not that of the module.
+    /// The part that has the bias, if it is not the module itself.
     fn bias_part(&self) -> Option<&'static str> {
         None
     }
 
-    /// Whether it may be added to a base.
+    /// Whether the structure may be added to a base.
     fn takes_base(&self) -> bool {
         false
     }
 
-    /// `A` (r, in) and `B` (out, r) of a LoRA adapter, where that is what the parts are.
+    /// The parts as `A` (r, in) and `B` (out, r) of a LoRA adapter, if they have that form.
     fn adapter<'p>(&self, _parts: &'p [Matrix]) -> Option<[&'p Matrix; 2]> {
         None
     }
 
-    /// How the structure is fitted to a weight; none where there is nothing to choose.
+    /// How the structure is fitted to a weight; `None` if there is nothing to choose.
     fn fitting(&self) -> Option<&dyn Fitting> {
         None
     }
 }
 
-/// A fit of a target: the best members of a structure, of every rank up to the largest that was asked for.
+/// A fit of a target: the best approximations in a structure, for every rank up to the largest requested.
 #[derive(Debug, Clone)]
 pub struct Fit {
-    /// Squared error of every rank.
+    /// Squared error at every rank.
     pub curve: ErrorCurve,
-    /// Left and right part of the largest rank, of which those of smaller ranks are a selection.
+    /// Left and right part at the largest rank; the parts for a smaller rank are a selection from these.
     pub pair: LowRank,
 }
 
-/// How compression makes a structure. Ranks are those of [`Size`]: of the matrix, or of each of its blocks.
+/// How a structure is fitted. Ranks are those in [`Size`]: of the matrix, or of each of its blocks.
 pub trait Fitting: Sync {
-    /// The size that a rank means for a matrix.
+    /// The size that a rank gives for a matrix.
     fn size(&self, rank: usize, shape: Shape) -> Size;
 
     /// Largest rank with fewer parameters than the matrix.
     fn largest_saving_rank(&self, shape: Shape) -> usize;
 
-    /// Largest rank that there is.
+    /// Largest possible rank.
     fn largest_rank(&self, shape: Shape) -> usize;
 
     /// Fits `target` (m, n) in a metric.
@@ -136,7 +138,7 @@ pub trait Fitting: Sync {
     /// See [`LinalgError`].
     fn fit(&self, target: MatRef<'_, f64>, metric: MetricPair<'_>, largest_rank: usize) -> Result<Fit, LinalgError>;
 
-    /// The error of every rank alone.
+    /// The error at every rank, without the fit.
     ///
     /// # Errors
     /// See [`LinalgError`].
@@ -145,19 +147,19 @@ pub trait Fitting: Sync {
     /// The fit of a smaller rank.
     fn prefix(&self, pair: &LowRank, rank: usize, shape: Shape) -> LowRank;
 
-    /// The stored matrices of a fit.
+    /// The matrices that store a fit.
     fn lay_out(&self, pair: LowRank, shape: Shape) -> Vec<Matrix>;
 
-    /// The same in values of `dtype`, with what rounding costs in the metric.
+    /// The matrices rounded to values of `dtype`, and the cost of rounding in the metric.
     fn round(&self, pair: &LowRank, shape: Shape, sides: &Sides<'_>, dtype: Dtype) -> Rounded;
 
-    /// Another structure that may lose less by rounding than this one at as many parameters.
+    /// Another structure that may lose less to rounding than this one does, with as many parameters.
     fn alternative(&self) -> Option<Kind> {
         None
     }
 
-    /// Quantizes the stored matrices of an approximation of `target` (m, n), in the metric of its outputs: what is multiplied
-    /// last is rounded first, and the rest fitted to it.
+    /// Quantizes the stored matrices of an approximation of `target` (m, n), in its output metric: the matrix that is
+    /// multiplied last is rounded first, and the rest is refitted to it.
     ///
     /// # Errors
     /// The quantized part has dependent columns.
@@ -170,39 +172,40 @@ pub trait Fitting: Sync {
         scheme: Scheme,
     ) -> Result<Vec<Matrix>>;
 
-    /// Left and right part of stored matrices, as [`Self::prefix`] takes them.
+    /// Left and right part from the stored matrices, as [`Self::prefix`] takes them.
     fn pair(&self, parts: &[Matrix], size: Size, shape: Shape) -> LowRank;
 
-    /// Whether the fit of a smaller rank is a selection of the stored matrices.
+    /// Whether a fit of a smaller rank is a selection from the stored matrices.
     fn is_nested(&self) -> bool {
         true
     }
 
-    /// Where it is not: the matrix (r, r) by which the fit, with the left part `b`, is found again from what is stored.
+    /// If it is not: the matrix (r, r) that recovers the fit, with left part `b`, from the stored matrices.
     fn rank_factor(&self, _parts: &[Matrix], _b: &[f32]) -> Option<Vec<f32>> {
         None
     }
 
-    /// The fit that [`Self::rank_factor`] was taken of, from [`Self::pair`]; none where it is singular.
+    /// Recovers from [`Self::pair`] the fit that [`Self::rank_factor`] was computed for; `None` if the factor is
+    /// singular.
     fn restored(&self, _pair: LowRank, _rank_factor: &[f32], _shape: Shape) -> Option<LowRank> {
         None
     }
 }
 
-/// Every structure, the dense weight first, then those of low rank in the order in which they are offered.
+/// Every structure: the dense weight, then low-rank structures in the order in which they are offered.
 static REGISTRY: &[&dyn Structure] = &[&dense::Dense, &factors::Factors, &pivot::Pivot, &monarch::Monarch];
 
-/// A structure by its place in the registry.
+/// A structure, by its index in the registry.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Kind(u8);
 
 impl Kind {
     /// The weight itself, or a base below another term.
     pub const DENSE: Self = Self(0);
-    /// `B·A`: what every runtime that knows low rank knows.
+    /// `B·A`: supported by every runtime with low rank.
     pub const FACTORS: Self = Self(1);
 
-    /// All that a weight may be approximated by, as `--layout` names them.
+    /// The structures that may approximate a weight, as `--layout` names them.
     pub fn layouts() -> impl Iterator<Item = Self> {
         (1..REGISTRY.len()).map(|at| Self(at as u8))
     }
@@ -212,20 +215,20 @@ impl Kind {
         REGISTRY[self.0 as usize]
     }
 
-    /// How it is fitted.
+    /// How the structure is fitted.
     ///
     /// # Panics
-    /// When it is [`Self::DENSE`].
+    /// If it is [`Self::DENSE`].
     pub fn fitting(self) -> &'static dyn Fitting {
         self.structure().fitting().expect("invariant: only layouts are fitted")
     }
 
-    /// As recipes, reports and configs spell it.
+    /// The name in recipes, reports and configs.
     pub fn name(self) -> &'static str {
         self.structure().name()
     }
 
-    /// The structure of a stored module: that of which `has` knows the first part.
+    /// The structure of a stored module, identified by the first part that `has` finds.
     pub fn stored(has: impl Fn(&str) -> bool) -> Option<Self> {
         Self::layouts().find(|kind| has(&kind.weight_of_first_part()))
     }
@@ -234,7 +237,7 @@ impl Kind {
         format!("{}.weight", self.structure().suffixes()[0].0)
     }
 
-    /// Parameters of a matrix of a rank.
+    /// Parameters of a matrix with this rank.
     pub fn n_parameters(self, rank: usize, shape: Shape) -> u64 {
         Form { kind: self, size: self.fitting().size(rank, shape), storage: None, right: Right::Own }
             .n_parameters(shape)
@@ -242,7 +245,7 @@ impl Kind {
 }
 
 impl Default for Kind {
-    /// Pivots: fewer parameters than factors at every rank.
+    /// The pivot layout, which has fewer parameters than factors at every rank.
     fn default() -> Self {
         Self(2)
     }
@@ -282,7 +285,7 @@ impl<'de> Deserialize<'de> for Kind {
 }
 
 impl Size {
-    /// Its rank, or that of its blocks.
+    /// The rank of the matrix, or of its blocks.
     pub fn rank(self) -> Option<usize> {
         match self {
             Self::Whole => None,

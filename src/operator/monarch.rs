@@ -1,13 +1,14 @@
 //! Block-diagonal pairs (Monarch, Dao et al. 2022): a matrix (m, n) of b² blocks (m / b, n / b), each of rank r.
 //!
-//! `y = L · P · R · x`: `R` multiplies each of b slices of the input by (b r, n / b), `P` gathers for every slice of the output what
-//! the inputs' slices have for it, and `L` multiplies that by (m / b, b r). Block (j, i) of the matrix is `L_ji R_ij`, so that the
-//! best one in the plain metric is the truncated SVD of every block by itself; Monarch matrices proper have r = 1, and their rows
-//! in another order. Stored are `lr_r` (b² r, n / b), rows in the order (i, j, rank), and `lr_l` (m, b r), columns in the order
-//! (i, rank); b r (m + n) parameters, of which a matrix of rank b r would have as many.
+//! `y = L · P · R · x`: `R` multiplies each of b slices of the input by (b r, n / b), `P` gathers for every slice of
+//! the output its share of all input slices, and `L` multiplies that by (m / b, b r). Block (j, i) of the matrix is
+//! `L_ji R_ij`, so in the plain metric the best approximation is the truncated SVD of each block; Monarch matrices
+//! proper have r = 1 and permuted rows. The stored parts are `lr_r` (b² r, n / b), with rows in the order (i, j, rank),
+//! and `lr_l` (m, b r), with columns in the order (i, rank); together b r (m + n) parameters, as many as factors of
+//! rank b r.
 //!
-//! In a metric with Grams every block is fitted in its own part of both. The error of all of them together is measured at a few
-//! ranks, and the curve between scaled by what that finds.
+//! In a metric with Grams each block is fitted in its own part of both. The joint error of all blocks is measured at a
+//! few ranks, and the curve is scaled to it in between.
 
 use anyhow::Result;
 use candle_core::Tensor;
@@ -24,7 +25,7 @@ use crate::quantize::Scheme;
 
 pub(super) struct Monarch;
 
-/// Slices of inputs and of outputs, at most.
+/// Most slices of inputs and of outputs.
 const MOST_SLICES: usize = 4;
 
 /// The largest power of two up to [`MOST_SLICES`] that divides both sides.
@@ -36,7 +37,7 @@ fn n_slices((m, n): Shape) -> usize {
     count
 }
 
-/// Slices, and rank of a block.
+/// The number of slices, and the rank of a block.
 fn blocks(size: Size) -> (usize, usize) {
     match size {
         Size::Blocks { count, rank } => (count, rank),
@@ -100,7 +101,7 @@ impl Structure for Monarch {
     }
 }
 
-/// Every block (j, i): slice of the output, slice of the input.
+/// All blocks (j, i): slice of the output, slice of the input.
 fn pairs(count: usize) -> impl Iterator<Item = (usize, usize)> {
     (0..count * count).map(move |at| (at / count, at % count))
 }
@@ -111,7 +112,7 @@ fn left_block(left: &[f32], count: usize, rank: usize, height: usize, (j, i): (u
     rows.flat_map(|row| &row[i * rank..][..rank]).copied().collect()
 }
 
-/// A target in blocks, with the part of the metric that each has.
+/// A target in blocks, each with its part of the metric.
 struct Blocks<'a> {
     target: MatRef<'a, f64>,
     count: usize,
@@ -135,7 +136,7 @@ impl<'a> Blocks<'a> {
         (target, MetricPair { output: &self.outputs[j], input: &self.inputs[i] })
     }
 
-    /// Energies of every rank, summed over the blocks.
+    /// Energies at every rank, summed over the blocks.
     fn sum(&self, curves: &[ErrorCurve]) -> ErrorCurve {
         let n_ranks = curves.iter().map(|curve| curve.energies().len()).max().unwrap_or(0);
         let energy = |at: usize| curves.iter().filter_map(|curve| curve.energies().get(at)).sum();
@@ -199,7 +200,7 @@ impl Fitting for Monarch {
         vec![a.into(), b.into()]
     }
 
-    /// Rounds to nearest: blocks are short, and so are their coefficients.
+    /// Rounds to nearest: blocks are small, so errors do not accumulate over long rows.
     fn round(&self, pair: &LowRank, shape: Shape, sides: &Sides<'_>, dtype: Dtype) -> Rounded {
         let parts: Vec<Matrix> =
             [&pair.a, &pair.b].map(|values| round_to_nearest(dtype, values).into()).into_iter().collect();
@@ -245,11 +246,12 @@ impl Fitting for Monarch {
     }
 }
 
-/// Shares of the largest rank at which the error of all blocks together is measured.
+/// Fractions of the largest rank at which the joint error of all blocks is measured.
 const MEASURED: [f64; 3] = [0.25, 0.5, 1.0];
 
 impl Monarch {
-    /// A curve of blocks that were fitted apart, scaled between the ranks at which their common error is measured.
+    /// The curve of blocks that were fitted separately, scaled between the ranks at which their joint error is
+    /// measured.
     fn measured(
         &self,
         apart: ErrorCurve,
@@ -257,7 +259,7 @@ impl Monarch {
         target: MatRef<'_, f64>,
         metric: MetricPair<'_>,
     ) -> ErrorCurve {
-        // Without Grams the blocks do not see each other.
+        // Without Grams the blocks are independent.
         if !metric.has_gram() || pair.rank == 0 {
             return apart;
         }
@@ -281,7 +283,7 @@ impl Monarch {
     }
 }
 
-/// The value at `x` on the lines between points, and that of the last behind it.
+/// Interpolates linearly between points at `x`; beyond the last point it has the value there.
 fn interpolated(points: &[(f64, f64)], x: f64) -> f64 {
     let after = points.iter().position(|&(at, _)| at >= x).unwrap_or(points.len() - 1).max(1);
     let ((x0, y0), (x1, y1)) = (points[after - 1], points[after]);

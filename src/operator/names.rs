@@ -1,12 +1,12 @@
-//! Names of stored parts: where the matrices and the bias of a module may be.
+//! Names of stored parts: the matrices of a module, and where its bias may be.
 
 use super::{Element, Kind};
 use crate::codecs::peft;
 
-/// The place of a base below another term: `X.base.weight`.
+/// The part that is a base under another term: `X.base.weight`.
 pub const BASE: &str = peft::SHOWN_BASE;
 
-/// Parts by any of which a module is known to be stored: `weight`, `lr_a.weight`, ...
+/// The parts that identify a stored module: `weight`, `lr_a.weight`, ...
 pub fn first_parts() -> impl Iterator<Item = String> {
     std::iter::once("weight".to_string()).chain(Kind::layouts().map(Kind::weight_of_first_part))
 }
@@ -34,7 +34,7 @@ pub fn is_compressed_part(tensor: &str) -> bool {
     parts.filter(|part| part != "weight" && part != "bias").any(is_part_of_it)
 }
 
-/// `lr_a.weight` of floats, `lr_order` of indices.
+/// `lr_a.weight` for floats, `lr_order` for indices.
 pub fn part_name(suffix: &str, element: Element) -> String {
     match element {
         Element::Float => format!("{suffix}.weight"),
@@ -42,7 +42,8 @@ pub fn part_name(suffix: &str, element: Element) -> String {
     }
 }
 
-/// Whether the last part of a name is one that only follows the first part of a structure, or a base: no module of its own.
+/// Whether the last part of a name can only follow the first part of a structure or a base, and so is not a module of
+/// its own.
 pub fn is_second_part(stem: &str) -> bool {
     let later = |kind: Kind| kind.structure().suffixes()[1..].iter().map(|(suffix, _)| *suffix);
     let last = stem.rsplit('.').next().unwrap_or(stem);

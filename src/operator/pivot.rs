@@ -1,17 +1,18 @@
-//! `B·A` (m, n) of rank r as r of its rows and the coefficients of the others in them (PIFA, Zhao et al. 2025): `lr_p` are the
-//! pivot rows `P` (r, n), `lr_t` the coefficients `T` (m − r, r), and `lr_order` (m) the place of every row among pivots, then
-//! others; r (m + n − r) parameters, fewer than the matrix at every rank. The bias stays that of the module.
+//! `B·A` (m, n) of rank r, stored as r of its rows and the coefficients of the other rows in terms of them (PIFA, Zhao
+//! et al. 2025): `lr_p` has the pivot rows `P` (r, n), `lr_t` the coefficients `T` (m − r, r), and `lr_order` (m) the
+//! position of every row among pivots, then others; r (m + n − r) parameters, fewer than the matrix at every rank. The
+//! bias stays with the module.
 //!
-//! Pivot rows have lost the order of significance that the columns of a pair have. With the pivot rows of `B` (r, r), kept
-//! beside them on request, the pair is found again.
+//! Pivot rows are not ordered by significance as the columns of factors are. The factors can be recovered with the
+//! pivot rows of `B` (r, r), which are stored on request.
 //!
-//! Rows of `T` are thousands of coefficients long, and in 16 bits both their own errors and those of `P` come out multiplied by
-//! their length. With `S = [I; T]`, so that the matrix is `S P`, and the metric `tr(G E C Eᵀ)`:
+//! Rows of `T` have thousands of coefficients, and in 16 bits both their own errors and those of `P` are multiplied by
+//! their norm. With `S = [I; T]`, so that the matrix is `S P`, and the metric `tr(G E C Eᵀ)`:
 //!
-//! - Pivots are swapped until no coefficient exceeds 1.2: rounding `P` with feedback costs the geometric mean of the spectrum of
-//!   `Sᵀ G S`, and that is least where the volume of the pivots is largest.
+//! - Pivots are swapped until no coefficient exceeds 1.2: rounding `P` with feedback costs the geometric mean of the
+//!   spectrum of `Sᵀ G S`, which is least where the volume of the pivots is largest.
 //! - `T` is rounded column by column in the metric `P C Pᵀ`.
-//! - `P` is fitted to the rounded `T̂`: what a row of length t lost becomes smaller by √(1 + t²).
+//! - `P` is fitted to the rounded `T̂`: the error of a row with norm t falls by √(1 + t²).
 //! - `P` is rounded row by row in the metric `Ŝᵀ G Ŝ`.
 
 use anyhow::Result;
@@ -31,7 +32,7 @@ use crate::quantize::Scheme;
 
 pub(super) struct Pivot;
 
-/// Bound on the coefficients where they are rounded.
+/// Bound on the coefficients if they are rounded.
 const TIGHT_BOUND: f64 = 1.2;
 
 impl Structure for Pivot {
@@ -106,7 +107,7 @@ impl Fitting for Pivot {
         pair.prefix(rank)
     }
 
-    /// Pivots are rows of the largest volume among the rows of `B`, so that no coefficient exceeds 2.
+    /// Pivots are the rows of `B` with the largest volume, so that no coefficient exceeds 2.
     fn lay_out(&self, LowRank { rank, b, a }: LowRank, (m, n): Shape) -> Vec<Matrix> {
         let b_t = linalg::transposed_from_row_major(&b, m, rank); // (r, m)
         let rows = linalg::row_skeleton(b_t.transpose(), linalg::COEFFICIENT_BOUND);
@@ -149,7 +150,7 @@ impl Fitting for Pivot {
         false
     }
 
-    /// The rows of `B` (m, r) that became pivots, in the order of the pivots.
+    /// The rows of `B` (m, r) that became pivots, in the order of the pivots: (r, r).
     fn rank_factor(&self, parts: &[Matrix], b: &[f32]) -> Option<Vec<f32>> {
         let order = parts[2].indices();
         let rank = b.len() / order.len().max(1);
@@ -176,7 +177,7 @@ fn parts(pivots: Vec<f32>, coefficients: Vec<f32>, rows: &RowSkeleton) -> Vec<Ma
     vec![pivots.into(), coefficients.into(), Matrix::Indices(permutation(&rows.pivots, &rows.others))]
 }
 
-/// The place of every row among pivots, then others.
+/// The position of every row among pivots, then others.
 fn permutation(pivots: &[usize], others: &[usize]) -> Vec<i32> {
     let mut places = vec![0; pivots.len() + others.len()];
     for (place, &row) in pivots.iter().chain(others).enumerate() {
@@ -185,7 +186,7 @@ fn permutation(pivots: &[usize], others: &[usize]) -> Vec<i32> {
     places
 }
 
-/// The factor `B` (m, r) whose other factor are the pivot rows, row-major: rows of a unit matrix at the pivots, coefficients elsewhere.
+/// The factor `B` (m, r) of pivot rows `A`, row-major: rows of a unit matrix at the pivots, coefficients elsewhere.
 fn expanded(order: &[i32], coefficients: &[f32], rank: usize) -> Vec<f32> {
     let mut b = vec![0.0; order.len() * rank];
     for (row, &place) in b.chunks_exact_mut(rank.max(1)).zip(order) {
@@ -198,7 +199,7 @@ fn expanded(order: &[i32], coefficients: &[f32], rank: usize) -> Vec<f32> {
     b
 }
 
-/// A pair as rows and coefficients, before anything is rounded.
+/// Factors as rows and coefficients, before rounding.
 struct Skeleton<'a> {
     rank: usize,
     shape: (usize, usize),
@@ -227,7 +228,7 @@ impl<'a> Skeleton<'a> {
         Self { rank, shape: (m, n), sides, rows, basis, a_t, of_basis: left, right }
     }
 
-    /// `Sᵀ` (r, m) of coefficients.
+    /// `Sᵀ` (r, m) from coefficients.
     fn left_t(&self, coefficients: &Mat<f64>) -> Mat<f64> {
         let mut left_t = Mat::zeros(self.rank, self.shape.0);
         for (place, &row) in self.rows.pivots.iter().enumerate() {
@@ -239,7 +240,7 @@ impl<'a> Skeleton<'a> {
         left_t
     }
 
-    /// `Sᵀ G S = B_p⁻ᵀ (Bᵀ G B) B_p⁻¹`, or in the diagonal of `G` where the pivot rows are singular.
+    /// `Sᵀ G S = B_p⁻ᵀ (Bᵀ G B) B_p⁻¹`, or with the diagonal of `G` if the pivot rows are singular.
     fn left(&self) -> Mat<f64> {
         let of_basis = || {
             let half = linalg::solve(self.basis.transpose(), self.of_basis.as_ref())?;
@@ -256,7 +257,7 @@ impl<'a> Skeleton<'a> {
         parts(pivots, coefficients, &self.rows)
     }
 
-    /// Weights of errors in the rows of `T`, and in the columns of `P`.
+    /// Weights of errors in the rows of `T` and in the columns of `P`.
     fn weights(&self) -> (Vec<f64>, Vec<f64>) {
         let (outputs, inputs) = (self.sides.output.to_diagonal(self.shape.0), self.sides.input.metric());
         (self.rows.others.iter().map(|&row| outputs[row]).collect(), inputs.to_diagonal(self.shape.1))
@@ -274,7 +275,7 @@ impl<'a> Skeleton<'a> {
         Rounded { parts: self.parts(p, &t.transpose().to_owned()), squared_error }
     }
 
-    /// Both parts rounded with feedback; none where a metric has no factor.
+    /// Both parts rounded with feedback; `None` if a metric has no Cholesky factor.
     fn fed_back(&self, dtype: Dtype) -> Option<Rounded> {
         let (_, inputs) = self.weights();
         let (t, _) = columns_with_feedback(&self.rows.coefficients, &self.right, dtype)?;

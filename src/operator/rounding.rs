@@ -1,9 +1,9 @@
-//! Parts in the values of a 16-bit float, rounded so that they err about as little as a dense weight does: what structures share.
+//! Rounds parts to 16-bit floats with about as little error as a dense weight has; shared by all structures.
 //!
-//! A left part is rounded first. The right part is then fitted to it, `A − X A` with `X = (Ŝᵀ G Ŝ)⁻¹ Ŝᵀ G (Ŝ − S)`, and rounded
-//! last; the metric of the inputs cancels in the fit. Matrices whose columns can make up for each other are rounded column by
-//! column with feedback ([`feed_back`]), then value by value ([`descend`]). Errors are second moments: those of values that were
-//! rounded apart are taken for independent.
+//! A left part is rounded first. The right part is then fitted to it, `A − X A` with `X = (Ŝᵀ G Ŝ)⁻¹ Ŝᵀ G (Ŝ − S)`, and
+//! rounded last; the input metric cancels in the fit. Matrices whose columns can compensate for each other are rounded
+//! column by column with feedback ([`feed_back`]), then value by value ([`descend`]). Errors are second moments, and
+//! values that are rounded separately are assumed to be independent.
 
 use faer::{Mat, MatRef};
 
@@ -13,18 +13,20 @@ use crate::checkpoint::{Dtype, cast};
 use crate::linalg;
 use crate::quantize::{descend, feed_back};
 
-/// Share of its mean eigenvalue that is added to a metric of feedback: it costs a hundredth of what rounding to nearest does, and
-/// keeps values that make up for others from growing.
+/// Fraction of the mean eigenvalue that is added to a metric for feedback: it costs a hundredth of what rounding to
+/// nearest does, and keeps compensating values from growing.
 const RIDGE: f64 = 1e-4;
 
-/// Sweeps of coordinate descent after feedback: at most so many, and none after one that gained less than a share.
+/// The most sweeps of coordinate descent after feedback. The last one is the first whose relative gain is below
+/// `SMALL_GAIN`.
 const N_SWEEPS: usize = 3;
 const SMALL_GAIN: f64 = 0.05;
 
-/// One side of the metric of a weight that rounding is measured in.
+/// One side of the metric in which rounding is measured.
 pub enum Side<'a> {
     Whole(&'a Metric),
-    /// The diagonal of a Gram that is too large to be worth its while. Of the pair it is known all the same: see `Sides::grams`.
+    /// The diagonal of a Gram that is too large to be worth reading. The Gram of the factors is known all the same: see
+    /// `Sides::grams`.
     Diagonal(Metric),
 }
 
@@ -37,16 +39,16 @@ impl Side<'_> {
     }
 }
 
-/// Both sides of the metric that a pair was made in.
+/// Both sides of the metric in which factors were fitted.
 pub struct Sides<'a> {
     pub output: &'a Metric,
     pub input: Side<'a>,
-    /// `λ_k` of the pair's terms: `Bᵀ G B` and `A C Aᵀ` are diagonal, and this is their product. Not asked for where both sides
-    /// are whole, and the output side is no Gram.
+    /// The energies `λ_k`: `Bᵀ G B` and `A C Aᵀ` are diagonal, and this is their product. Not read if both sides are
+    /// whole and the output side is not a Gram.
     pub energies: &'a [f64],
 }
 
-/// Parts whose values are all of the dtype, and the squared error of rounding in the metric.
+/// Parts whose values all have the dtype, and the squared error of rounding in the metric.
 #[derive(Debug, Clone)]
 pub struct Rounded {
     pub parts: Vec<Matrix>,
@@ -60,7 +62,7 @@ pub(super) struct Grams {
 }
 
 impl Sides<'_> {
-    /// The Grams of a pair `b_t` (r, m), `a` (r, n). That of a side which is large, or of which only the diagonal is at hand,
+    /// The Grams of factors `b_t` (r, m), `a` (r, n). If a side is large, or only its diagonal is known, its Gram
     /// follows from the other.
     pub(super) fn grams(&self, b_t: MatRef<'_, f64>, a: MatRef<'_, f64>) -> Grams {
         let gram =
@@ -85,7 +87,7 @@ impl Sides<'_> {
     }
 }
 
-/// Rounds to nearest; what overflows is left as it is, to be refused where it is written.
+/// Rounds to nearest; values that overflow are kept, and refused when they are written.
 fn round(dtype: Dtype, values: &mut [f32]) {
     for value in values {
         let nearest = cast::nearest(dtype, *value);
@@ -95,7 +97,7 @@ fn round(dtype: Dtype, values: &mut [f32]) {
     }
 }
 
-/// Values, rounded to nearest.
+/// `values` rounded to nearest.
 pub(super) fn round_to_nearest(dtype: Dtype, values: &[f32]) -> Vec<f32> {
     let mut values = values.to_vec();
     round(dtype, &mut values);
@@ -121,18 +123,18 @@ fn trace_of_product(x: &Mat<f64>, y: &Mat<f64>) -> f64 {
     x.col_iter().zip(y.col_iter()).map(|(x, y)| x.iter().zip(y.iter()).map(|(x, y)| x * y).sum::<f64>()).sum()
 }
 
-/// The best right part for a left part that was rounded.
+/// The best right part for a rounded left part.
 pub(super) struct Refit {
-    /// `A − X A` is the best that there is.
+    /// The best right part is `A − X A`.
     x: Mat<f64>,
     /// `Ŝᵀ G Ŝ`.
     pub left: Mat<f64>,
-    /// Squared error of the rounded left part with it.
+    /// Squared error of the rounded left part with that right part.
     pub squared_error: f64,
 }
 
-/// Refits a right part to a left part `S`, transposed (r, m), that rounding moved by `moved_t`; `grams` are those of the exact
-/// parts. None where the rounded left part is singular.
+/// Refits a right part to a left part `S`, transposed (r, m), that rounding moved by `moved_t`; `grams` belong to the
+/// exact parts. `None` if the rounded left part is singular.
 pub(super) fn refit_right(
     output: &Metric,
     left_t: MatRef<'_, f64>,
@@ -158,8 +160,8 @@ impl Refit {
     }
 }
 
-/// Rounds `weights` (rows, cols) in a `metric` (cols, cols) of the columns: with feedback, then by coordinate descent. With what
-/// that costs each row in the metric. None where the metric has no factor.
+/// Rounds `weights` (rows, cols) in a `metric` (cols, cols) of the columns: with feedback, then by coordinate descent.
+/// Also gives the cost of each row in the metric. `None` if the metric has no Cholesky factor.
 pub(super) fn columns_with_feedback(
     weights: &Mat<f64>,
     metric: &Mat<f64>,
@@ -194,7 +196,8 @@ pub(super) fn columns_with_feedback(
     costs.iter().all(|cost| cost.is_finite()).then_some((result, costs))
 }
 
-/// Columns by what rounding them to nearest costs, most first: it is done while most can still make up for it.
+/// Columns in falling order of the cost of rounding to nearest: the costly ones are rounded while most others can still
+/// compensate.
 fn by_weight(weights: &Mat<f64>, metric: &Mat<f64>) -> Vec<usize> {
     let costs: Vec<f64> =
         weights.col_iter().enumerate().map(|(j, column)| metric[(j, j)] * column.squared_norm_l2()).collect();

@@ -48,7 +48,7 @@ proptest! {
             let most = kind.fitting().largest_rank((m, n));
             let rank = ((share * most as f64) as usize).max(1);
             let term = Term::laid_out(kind, kind.fitting().prefix(&fit.pair, rank, (m, n)), (m, n));
-            // The number of parameters is that of the stored values, and the shapes tell the size.
+            // The number of parameters equals the number of stored values, and the shapes determine the size.
             let parts = term.form.parts((m, n));
             let stored: usize = parts.iter().zip(&term.parts).filter(|(part, _)| part.element == Element::Float)
                 .map(|(_, matrix)| matrix.values().len()).sum();
@@ -58,13 +58,13 @@ proptest! {
             // In the plain metric the curve is the error.
             let (found, expected) = (squared_error(&weight, &term, MetricPair::IDENTITY), fit.curve.squared_error(rank));
             prop_assert!((found - expected).abs() < 1e-4 * (1.0 + expected), "{:?} {} {}", kind, found, expected);
-            // All ranks reproduce the weight.
+            // Full rank reproduces the weight.
             let whole = Term::laid_out(kind, fit.pair.clone(), (m, n));
             prop_assert!(squared_error(&weight, &whole, MetricPair::IDENTITY) < 1e-6 * (m * n) as f64);
             let saving = kind.fitting().largest_saving_rank((m, n));
             prop_assert!(saving == 0 || kind.n_parameters(saving, (m, n)) < (m * n) as u64);
             prop_assert!(saving >= most || kind.n_parameters(saving + 1, (m, n)) >= (m * n) as u64);
-            // What was stored is the fit, in the order of its ranks.
+            // The stored parts give back the fit, in the order of its ranks.
             let pair = kind.fitting().pair(&term.parts, term.form.size, (m, n));
             let kept = kind.fitting().prefix(&fit.pair, rank, (m, n));
             let factor = kind.fitting().rank_factor(&term.parts, &kept.b);
@@ -93,7 +93,7 @@ proptest! {
             let expected = x.as_tensor().matmul(&product.t().unwrap()).unwrap();
             let largest = |t: Tensor| t.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
             prop_assert!(largest((&y - &expected).unwrap()) < 1e-3 * (1.0 + largest(expected)), "{:?}", kind);
-            // The output is linear in every part: along a part itself its change is the output, or a share of it.
+            // The output is linear in every part: its change along a part is the output, or a share of it.
             let gradients = y.sqr().unwrap().sum_all().unwrap().backward().unwrap();
             let energy = y.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap();
             let of_x = gradients.get(&x).unwrap();
@@ -116,7 +116,7 @@ proptest! {
     }
 }
 
-/// The parts of a term as tensors; those of floats are variables.
+/// The parts of a term as tensors; float parts are variables.
 fn variables(term: &Term, shape: Shape) -> Vec<(Tensor, Option<Var>)> {
     let one = |(part, matrix): (Part, &Matrix)| match matrix {
         Matrix::Indices(places) => {
@@ -148,7 +148,7 @@ fn blocks_are_fitted_by_themselves_and_their_common_error_is_known() {
             assert!((0.7..1.4).contains(&ratio), "{rank}: {ratio}");
         }
     }
-    // Exact where the matrix is made of such blocks: each of the sixteen is an outer product.
+    // The fit is exact if the matrix consists of such blocks: each of the sixteen is an outer product.
     let blocks = Mat::from_fn(8, 12, |i, j| {
         ((i % 2 + 1) * (j % 3 + 2)) as f64 + 10.0 * ((i / 2 * 4 + j / 3) as f64) * ((i % 2 + 1) * (j % 3 + 2)) as f64
     });
@@ -165,7 +165,7 @@ fn refitting_is_better_than_rounding_both() {
     let output = Metric::damped(gradients.transpose() * &gradients, 0.01);
     for metric in [&output, &Metric::Identity] {
         let pair = MetricPair { output: metric, input: &Metric::Identity };
-        // Blocks are refitted by themselves, each in its own part of a Gram.
+        // Blocks are refitted separately, each in its own part of a Gram.
         let is_seen_whole = |kind: &Kind| kind.name() != "monarch" || matches!(metric, Metric::Identity);
         for kind in Kind::layouts().filter(is_seen_whole) {
             let rank = kind.fitting().largest_rank((m, n)) / 4;
@@ -203,7 +203,7 @@ fn noise(rows: usize, cols: usize, seed: u64) -> Mat<f64> {
     })
 }
 
-/// Samples of `n` features whose spectrum falls, with one far above the others.
+/// Samples of `n` features with a falling spectrum, one value far above the others.
 fn samples(n: usize, seed: u64) -> Mat<f64> {
     let mixed = noise(3 * n, n, seed) * linalg::orthonormal_columns(noise(n, n, seed + 1)).transpose();
     let decay = |j: usize| if j == 0 { 8.0 } else { (1.0 + j as f64).powf(-0.5) };
@@ -245,7 +245,7 @@ impl Case {
         Self { weight, output, input, decomposition, pair }
     }
 
-    /// As a study knows them: of a larger input side only the diagonal of a Gram.
+    /// The sides as a study has them: for the larger input side, only the diagonal of a Gram.
     fn sides(&self) -> Sides<'_> {
         let (m, n) = (self.weight.nrows(), self.weight.ncols());
         let input = match &self.input {
@@ -255,7 +255,7 @@ impl Case {
         Sides { output: &self.output, input, energies: self.decomposition.curve.energies() }
     }
 
-    /// Error of parts beside the pair, over the norm of the weight, both in the metric.
+    /// Error of parts relative to the exact factors, over the norm of the weight, both in the metric.
     fn error(&self, term: &Term) -> f64 {
         let (m, n) = self.weight.shape();
         let pair = linalg::product_row_major(&self.pair.b, &self.pair.a, m, self.pair.rank, n);
@@ -286,7 +286,7 @@ fn feedback_beats_rounding_in_all_nine_metrics_and_knows_its_error() {
         let rank = pivot().fitting().largest_saving_rank(shape) * 7 / 10;
         for output in ["identity", "diagonal", "full"] {
             for input in ["identity", "diagonal", "full"] {
-                // Where one input outweighs all others chance decides a single case.
+                // If one input outweighs all others, a single case is decided by chance.
                 let cases: Vec<Case> = (0..6).map(|seed| Case::new(shape, rank, output, input, 100 * seed)).collect();
                 for layout in [pivot(), Kind::FACTORS] {
                     let (mut found, mut plain, mut expected) = (0.0, 0.0, 0.0);
@@ -300,7 +300,7 @@ fn feedback_beats_rounding_in_all_nine_metrics_and_knows_its_error() {
                     let name = format!("{shape:?} {output} {input} {layout:?}");
                     assert!((0.4..2.5).contains(&ratio), "{name}: {ratio}");
                     ratios.push(ratio);
-                    // With an outlier on both sides a single number is nearly all of the error of factors.
+                    // With an outlier on both sides a single value makes up nearly all of the error of factors.
                     if layout == pivot() || (output, input) != ("full", "full") {
                         gains[usize::from(layout == Kind::FACTORS)].push(gain);
                     }
@@ -350,7 +350,7 @@ fn a_pair_of_rank_one_is_rounded_as_by_hand() {
 
 #[test]
 fn what_cannot_be_fed_back_is_rounded() {
-    // Zeros have no metric; dependent columns have a singular one; full rank leaves no coefficients.
+    // Zeros have no metric, dependent columns have a singular one, and full rank leaves no coefficients.
     for (b, a) in [(vec![0.0; 12], vec![0.0; 10]), (vec![0.3; 12], vec![0.7; 10])] {
         let pair = LowRank { rank: 2, b, a };
         for layout in [pivot(), Kind::FACTORS] {
