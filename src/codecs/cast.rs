@@ -1,4 +1,4 @@
-//! Every cast between stored bytes and `f32` values. Little endian, as safetensors is.
+//! All casts between stored bytes and `f32` values; little endian, as in safetensors.
 
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
@@ -9,7 +9,7 @@ pub fn is_float(dtype: Dtype) -> bool {
     matches!(dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16)
 }
 
-/// Decodes `bytes` to `f32`; `None` where `dtype` is not one of [`is_float`].
+/// Decodes `bytes` to `f32`; `None` if `dtype` is not one of [`is_float`].
 pub fn decode(dtype: Dtype, bytes: &[u8]) -> Option<Vec<f32>> {
     match dtype {
         Dtype::F32 => Some(bytes.chunks_exact(4).map(|c| f32::from_le_bytes([c[0], c[1], c[2], c[3]])).collect()),
@@ -30,7 +30,7 @@ fn widen<H: Copy>(bytes: &[u8], read: fn([u8; 2]) -> H, convert: fn(&[H], &mut [
     values
 }
 
-/// Values converted at a time: small enough for the first-level cache.
+/// Number of values converted at a time: small enough for the first-level cache.
 const CAST_BLOCK: usize = 4096;
 
 /// Encodes `values` in `dtype`, rounding to nearest even.
@@ -39,14 +39,15 @@ const CAST_BLOCK: usize = 4096;
 /// The index of the first value that is not finite after rounding (an overflow of `F16`, say).
 ///
 /// # Panics
-/// When `dtype` is not one of [`is_float`]; callers choose it from a float tensor.
+/// If `dtype` is not one of [`is_float`]; callers choose it from a float tensor.
 pub fn encode(dtype: Dtype, values: &[f32]) -> Result<Vec<u8>, usize> {
     match dtype {
         Dtype::F32 => narrow(values, |v| (v.to_le_bytes(), v.is_finite())),
         Dtype::F16 => narrow(values, |v| (f16::from_f32(v).to_le_bytes(), f16::from_f32(v).is_finite())),
         Dtype::BF16 => narrow(values, |v| {
             let rounded = bf16::from_f32(v);
-            // The range of f32 ends half a step of bf16 above that of bf16: what rounds up to infinity there is the largest value.
+            // f32 extends half a step of bf16 beyond the largest bf16: values that would round up to infinity become
+            // the largest bf16.
             let stored = if rounded.is_infinite() && v.is_finite() { bf16::MAX.copysign(rounded) } else { rounded };
             (stored.to_le_bytes(), stored.is_finite())
         }),
@@ -54,10 +55,10 @@ pub fn encode(dtype: Dtype, values: &[f32]) -> Result<Vec<u8>, usize> {
     }
 }
 
-/// The value of `dtype` that is nearest to `value`, even on a tie; infinite where none is near.
+/// The value of `dtype` nearest to `value`, even on a tie; infinite if `value` is out of range.
 ///
 /// # Panics
-/// When `dtype` is not one of [`is_float`].
+/// If `dtype` is not one of [`is_float`].
 pub fn nearest(dtype: Dtype, value: f32) -> f32 {
     match dtype {
         Dtype::F32 => value,
@@ -67,7 +68,7 @@ pub fn nearest(dtype: Dtype, value: f32) -> f32 {
     }
 }
 
-/// Converts value by value; the index of the first that is not finite afterwards is the error.
+/// Converts value by value; the error is the index of the first value that is not finite afterwards.
 fn narrow<const N: usize>(values: &[f32], convert: impl Fn(f32) -> ([u8; N], bool)) -> Result<Vec<u8>, usize> {
     let mut bytes = Vec::with_capacity(values.len() * N);
     for (i, &value) in values.iter().enumerate() {
@@ -80,8 +81,8 @@ fn narrow<const N: usize>(values: &[f32], convert: impl Fn(f32) -> ([u8; N], boo
     Ok(bytes)
 }
 
-/// Whether all values in `bytes` are zero, of either sign; `None` if `dtype` is not one of [`is_float`]. Stops at the first that is
-/// not.
+/// Whether all values in `bytes` are zero, of either sign; `None` if `dtype` is not one of [`is_float`]. Stops at the
+/// first nonzero value.
 pub fn is_zero(dtype: Dtype, bytes: &[u8]) -> Option<bool> {
     // Little endian: the sign is the top bit of the last byte.
     let is_zero =

@@ -6,7 +6,7 @@ use crate::quantize::Grouped;
 /// A stored tensor, from headers alone.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Tensor {
-    /// What follows the name of the module: `qweight`.
+    /// The name after the module: `qweight`.
     pub suffix: &'static str,
     pub dtype: Dtype,
     pub shape: Vec<usize>,
@@ -16,7 +16,7 @@ pub struct Tensor {
 #[derive(Debug, Clone, PartialEq)]
 pub enum Values {
     Bytes(Vec<u8>),
-    /// To be rounded to the dtype of the tensor.
+    /// These are rounded to the dtype of the tensor.
     Floats(Vec<f32>),
 }
 
@@ -37,7 +37,7 @@ impl Written {
         Self { suffix, dtype, values: Values::Floats(floats) }
     }
 
-    /// Its bytes in a file.
+    /// The bytes in a file.
     ///
     /// # Errors
     /// The index of the first value that the dtype cannot hold.
@@ -49,14 +49,14 @@ impl Written {
     }
 }
 
-/// `matrix` if it has the scales and zeros of its shape.
+/// `matrix`, if its scales and zeros have the right shape.
 pub(super) fn checked(matrix: Grouped) -> Option<Grouped> {
     let n_entries = matrix.rows * matrix.scheme.n_groups(matrix.cols);
     let n_zeros = if matrix.scheme.levels.has_zeros() { n_entries } else { 0 };
     ((matrix.scales.len(), matrix.zeros.len()) == (n_entries, n_zeros)).then_some(matrix)
 }
 
-/// For the round trips of every layout.
+/// These serve the round-trip tests of every layout.
 #[cfg(test)]
 pub(super) use tests::{check_sizes, matrix, stored};
 
@@ -72,7 +72,7 @@ mod tests {
         Grouped::round(&values, rows, cols, scheme, Scale::Absmax)
     }
 
-    /// The parts that a reader gets of what a writer gave.
+    /// What a reader gets from a writer's tensors.
     pub fn stored(written: Vec<Written>) -> Vec<(Dtype, Vec<u8>)> {
         written.into_iter().map(|tensor| (tensor.dtype, tensor.into_bytes().unwrap())).collect()
     }

@@ -1,5 +1,5 @@
-//! compressed-tensors, `pack-quantized`: `X.weight_packed` i32 (out, in · bits / 32) of codes, low bits first, `X.weight_scale`
-//! (out, n_groups) and `X.weight_shape` i64 (2). Symmetric, 4 and 8 bits.
+//! compressed-tensors, `pack-quantized`: `X.weight_packed` i32 (out, in · bits / 32) with codes, low bits first,
+//! `X.weight_scale` (out, n_groups) and `X.weight_shape` i64 (2). Codes are symmetric, with 4 or 8 bits.
 
 use serde_json::{Map, Value, json};
 
@@ -7,22 +7,22 @@ use super::cast::{self, Dtype};
 use super::coded::{Tensor, Written, checked};
 use crate::quantize::{Grouped, Levels, Scheme, bits};
 
-/// What `quantization_config` calls the method.
+/// The name of the method in `quantization_config`.
 pub const METHOD: &str = "compressed-tensors";
 const FORMAT: &str = "pack-quantized";
 
 pub const PACKED: &str = "weight_packed";
 pub const SCALE: &str = "weight_scale";
 pub const SHAPE: &str = "weight_shape";
-/// Asymmetric codes have it; they are not read here.
+/// Asymmetric codes have this tensor; they are not read here.
 pub const ZERO_POINT: &str = "weight_zero_point";
-/// In the order in which [`read`] takes them.
+/// The suffixes in the order in which [`read`] takes the tensors.
 pub const SUFFIXES: [&str; 3] = [PACKED, SCALE, SHAPE];
 
 /// Whether a `quantization_config` describes this layout.
 ///
 /// # Errors
-/// It describes another one of the same library; what follows its name in a message.
+/// It describes another layout of the same library; the text follows the library's name in a message.
 pub fn expect_settings(settings: &Map<String, Value>) -> Result<(), String> {
     match settings.get("format").and_then(Value::as_str).unwrap_or("unknown") {
         FORMAT => Ok(()),
@@ -30,10 +30,10 @@ pub fn expect_settings(settings: &Map<String, Value>) -> Result<(), String> {
     }
 }
 
-/// Bits, and columns of a group (`None`: a whole row).
+/// Bits, and columns per group (`None`: a whole row).
 pub type Setting = (u32, Option<usize>);
 
-/// A `quantization_config` of modules by their setting, and of those that stay dense.
+/// A `quantization_config` with the modules of each setting, and those that stay dense.
 pub fn settings(by_setting: &[(Setting, Vec<&str>)], ignore: &[String]) -> Value {
     let mut groups = Map::new();
     for (i, ((bits, group), modules)) in by_setting.iter().enumerate() {
@@ -86,7 +86,7 @@ pub fn tensors(scheme: Scheme, [rows, cols]: [usize; 2], dtype: Dtype) -> Vec<Te
     ]
 }
 
-/// Their values, in the order of [`tensors`].
+/// The values of [`tensors`], in the same order.
 pub fn write(matrix: &Grouped, dtype: Dtype) -> Vec<Written> {
     let shape = [matrix.rows as i64, matrix.cols as i64].map(i64::to_le_bytes).concat();
     vec![

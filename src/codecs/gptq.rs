@@ -1,5 +1,5 @@
-//! GPTQ, version 1 of its files: `X.qweight` i32 (in · bits / 32, out), packed along the inputs, `X.qzeros` i32 (n_groups,
-//! out · bits / 32) of zeros less one, `X.scales` f16 (n_groups, out), `X.g_idx` i32 (in).
+//! GPTQ, version 1 of the file format: `X.qweight` i32 (in · bits / 32, out), packed along the inputs, `X.qzeros` i32
+//! (n_groups, out · bits / 32) with zeros minus one, `X.scales` f16 (n_groups, out), `X.g_idx` i32 (in).
 
 use serde_json::{Map, Value, json};
 
@@ -8,7 +8,7 @@ use super::coded::{Tensor, Written, checked};
 use crate::linalg;
 use crate::quantize::{Grouped, Levels, Scheme, bits};
 
-/// What `quantization_config` calls the method, and its version.
+/// The name of the method in `quantization_config`, and its version.
 pub const METHOD: &str = "gptq";
 const VERSION: &str = "gptq";
 
@@ -16,13 +16,13 @@ pub const CODES: &str = "qweight";
 pub const SCALES: &str = "scales";
 const ZEROS: &str = "qzeros";
 pub const GROUPS: &str = "g_idx";
-/// In the order in which [`read`] takes them.
+/// The suffixes in the order in which [`read`] takes the tensors.
 pub const SUFFIXES: [&str; 4] = [CODES, SCALES, ZEROS, GROUPS];
 
 /// The bits of a `quantization_config`.
 ///
 /// # Errors
-/// It describes another layout of the same method; what follows its name in a message.
+/// It describes another layout of the same method; the text follows the method's name in a message.
 pub fn bits_of(settings: &Map<String, Value>) -> Result<u32, String> {
     let version = settings.get("checkpoint_format").and_then(Value::as_str).unwrap_or(VERSION);
     match settings.get("bits").and_then(Value::as_u64) {
@@ -32,8 +32,8 @@ pub fn bits_of(settings: &Map<String, Value>) -> Result<u32, String> {
     }
 }
 
-/// A `quantization_config` of symmetric codes in groups of `group` columns (`None`: a whole row), for a model whose modules are all
-/// `quantized` except those that `dense` names.
+/// A `quantization_config` for symmetric codes in groups of `group` columns (`None`: a whole row), for a model whose
+/// modules are all `quantized` except the `dense` ones.
 pub fn settings(bits: u32, group: Option<usize>, quantized: &[&str], dense: &[&str]) -> Value {
     let mut settings = json!({
         "quant_method": METHOD,
@@ -46,7 +46,7 @@ pub fn settings(bits: u32, group: Option<usize>, quantized: &[&str], dense: &[&s
         "pack_dtype": "int32",
     });
     if !dense.is_empty() {
-        // gptqmodel and vLLM read the first, transformers with optimum the second.
+        // gptqmodel and vLLM read the first key, transformers with optimum the second.
         let pattern = |module: &&str| (format!("-:^{}$", module.replace('.', "\\.")), json!({}));
         settings["dynamic"] = Value::Object(dense.iter().map(pattern).collect());
         settings["modules_in_block_to_quantize"] = json!([quantized]);
@@ -54,8 +54,8 @@ pub fn settings(bits: u32, group: Option<usize>, quantized: &[&str], dense: &[&s
     settings
 }
 
-/// Shape and scheme of a matrix, from the shapes of its codes and scales, and the values of its `g_idx` if it is stored. Whether the
-/// codes are symmetric shows only when the zeros are read.
+/// Shape and scheme of a matrix, from the shapes of its codes and scales and the values of its `g_idx`, if it is
+/// stored. Only the zeros show whether the codes are symmetric.
 ///
 /// # Errors
 /// They contradict each other, or groups are not runs of columns.
@@ -89,7 +89,7 @@ pub fn tensors(scheme: Scheme, [rows, cols]: [usize; 2]) -> Vec<Tensor> {
     ]
 }
 
-/// Their values, in the order of [`tensors`].
+/// The values of [`tensors`], in the same order.
 pub fn write(matrix: &Grouped) -> Vec<Written> {
     let (rows, cols, bits) = (matrix.rows, matrix.cols, matrix.scheme.levels.bits());
     let (groups, group) = (matrix.scheme.n_groups(cols), matrix.scheme.group_of(cols));
@@ -108,14 +108,14 @@ pub fn write(matrix: &Grouped) -> Vec<Written> {
 /// The matrix (rows, cols) from the stored `parts`, in the order of [`SUFFIXES`]; `None` if their sizes do not match.
 pub fn read([rows, cols]: [usize; 2], scheme: Scheme, parts: &[(Dtype, Vec<u8>)]) -> Option<Grouped> {
     let (bits, groups) = (scheme.levels.bits(), scheme.n_groups(cols));
-    // (words, out) as stored; an output's codes follow each other after the transpose.
+    // Stored as (words, out); after the transpose an output's codes are contiguous.
     let words = transposed_words(&parts.first()?.1, rows);
     let codes = bits::unpack(&words, rows, cols, bits, 4)?;
     let (dtype, scales) = parts.get(1)?;
     let scales = cast::decode(*dtype, scales).filter(|scales| scales.len() == groups * rows)?;
     let zeros = bits::unpack(&parts.get(2)?.1, groups, rows, bits, 4)?;
     let top = (1u32 << bits) - 1;
-    // Version 1 stores zeros less one.
+    // Version 1 stores zeros minus one.
     let zeros: Vec<u8> = zeros.into_iter().map(|z| ((u32::from(z) + 1) & top) as u8).collect();
     let symmetric = zeros.iter().all(|&z| z == 1u8 << (bits - 1));
     let zeros = if symmetric { Vec::new() } else { transposed(&zeros, groups, rows) };
@@ -123,12 +123,12 @@ pub fn read([rows, cols]: [usize; 2], scheme: Scheme, parts: &[(Dtype, Vec<u8>)]
     checked(Grouped { rows, cols, scheme, codes, scales: transposed(&scales, groups, rows), zeros })
 }
 
-/// A row-major matrix (rows, cols) as row-major (cols, rows).
+/// Transposes a row-major matrix (rows, cols).
 fn transposed<T: Copy>(values: &[T], rows: usize, cols: usize) -> Vec<T> {
     (0..cols).flat_map(|j| (0..rows).map(move |i| values[i * cols + j])).collect()
 }
 
-/// The same for a matrix (n, cols) of 32-bit words.
+/// Transposes a matrix (n, cols) of 32-bit words.
 fn transposed_words(bytes: &[u8], cols: usize) -> Vec<u8> {
     let words = bytes.as_chunks::<4>().0;
     transposed(words, words.len() / cols.max(1), cols).into_flattened()
@@ -165,7 +165,7 @@ mod tests {
         let before = matrix(rows, cols, scheme, 1);
         let mut parts = stored(write(&before));
         parts.swap(1, 2);
-        // Stored less one: the zero of every row becomes 3.
+        // The stored zeros are one less: the zero of every row becomes 3.
         parts[2].1 = bits::pack(&[2; 8], rows, 4, 4);
         let after = read([rows, cols], scheme, &parts).unwrap();
         assert_eq!(after.scheme.levels, Levels::Int { bits: 4, symmetric: false });

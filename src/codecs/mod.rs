@@ -1,7 +1,7 @@
-//! Byte layouts of quantized and renamed weights: for each the reader and the writer, in one file.
+//! Byte layouts of quantized and renamed weights; the reader and the writer of each are in one file.
 //!
-//! Everything here maps headers and bytes to matrices and back. No file is opened, no module is named beyond the suffixes of its
-//! tensors, and no family of models is known: tables of names come from the caller.
+//! Everything here maps headers and bytes to matrices and back. No file is opened, only the suffixes of tensors are
+//! named, and no model family is known: the caller provides the tables of names.
 
 pub mod cast;
 mod coded;

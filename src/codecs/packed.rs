@@ -1,5 +1,5 @@
-//! The project's own packing of a matrix `P.weight` (out, in): `P.codes` u8, rows of packed codes with low bits first, `P.scales`
-//! f16 (out, n_groups), and `P.zeros` u8, packed like codes, if groups have zeros of their own.
+//! The project's own packing of a matrix `P.weight` (out, in): `P.codes` u8, rows of packed codes with low bits first,
+//! `P.scales` f16 (out, n_groups), and `P.zeros` u8, packed like codes, if groups have their own zeros.
 
 use serde::{Deserialize, Serialize};
 
@@ -11,14 +11,14 @@ const CODES: &str = "codes";
 const SCALES: &str = "scales";
 const ZEROS: &str = "zeros";
 
-/// What `lrc.quantized` in `config.json` says of a matrix.
+/// The entry of a matrix in `lrc.quantized` of `config.json`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PackedEntry {
     /// `int4-g128`, `nf4-g64`.
     pub scheme: String,
     /// (out, in).
     pub shape: [usize; 2],
-    /// That of the weight before it was quantized.
+    /// The dtype of the weight before quantization.
     pub dtype: String,
 }
 
@@ -30,7 +30,7 @@ impl PackedEntry {
     /// The inverse of [`Self::new`], for a matrix whose rows of codes have `width` bytes.
     ///
     /// # Errors
-    /// The scheme is unknown, or such rows cannot hold the columns.
+    /// The scheme is unknown, or rows of this width cannot hold the columns.
     pub fn read(&self, width: usize) -> Result<(Scheme, Dtype), String> {
         let Ok(Quant::Rtn(scheme, _)) = self.scheme.parse() else {
             return Err(format!("`{}` is not a known scheme", self.scheme));
@@ -64,7 +64,7 @@ pub fn tensors(scheme: Scheme, [rows, cols]: [usize; 2]) -> Vec<Tensor> {
     tensors
 }
 
-/// Their values, in the order of [`tensors`].
+/// The values of [`tensors`], in the same order.
 pub fn write(matrix: &Grouped) -> Vec<Written> {
     let (bits, groups) = (matrix.scheme.levels.bits(), matrix.scheme.n_groups(matrix.cols));
     let mut written = vec![

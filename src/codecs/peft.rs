@@ -1,24 +1,25 @@
-//! PEFT adapters: LoRA factors `A` (r, in) and `B` (out, r) under `base_model.model.X.lora_A.weight` and `….lora_B.weight`.
+//! PEFT adapters: LoRA factors `A` (r, in) and `B` (out, r), named `base_model.model.X.lora_A.weight` and
+//! `….lora_B.weight`.
 //!
-//! `B·A` is applied with scale `alpha / r`: with `alpha_pattern` = `rank_pattern` the scale is 1 at every rank.
+//! PEFT scales `B·A` by `alpha / r`: with `alpha_pattern` = `rank_pattern` the scale is 1 at every rank.
 
 use serde_json::{Map, Value, json};
 
-/// Folder of an adapter beside its base, and the files in it.
+/// The folder of an adapter next to its base, and the files in it.
 pub const FOLDER: &str = "adapter";
 pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 pub const CONFIG_FILE: &str = "adapter_config.json";
-/// Parts under which the factors `A` and `B` of an adapter are shown beside its base, as those of the layout `factors`.
+/// The part names under which an adapter's `A` and `B` appear next to their base, as in the layout `factors`.
 pub const SHOWN: [&str; 2] = ["lr_a", "lr_b"];
-/// The part under which the weight below an adapter is shown.
+/// The part name under which the weight below an adapter appears.
 pub const SHOWN_BASE: &str = "base";
 
-/// Where an adapter says that its base is: in the folder above. The caller gives PEFT the base when it loads an adapter.
+/// The base that an adapter names: the folder above. The caller gives PEFT the base when it loads an adapter.
 const BASE: &str = "..";
-/// What PEFT puts before the names of modules.
+/// The prefix that PEFT adds to module names.
 const PREFIX: &str = "base_model.model.";
 
-/// One of the two factors of a pair.
+/// One of the two factors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Factor {
     A,
@@ -30,7 +31,7 @@ pub fn names(module: &str) -> [String; 2] {
     ["lora_A", "lora_B"].map(|part| format!("{PREFIX}{module}.{part}.weight"))
 }
 
-/// The module that a tensor is a factor of. Factors of GGUF, under the names of a checkpoint, end in `.weight.lora_a`.
+/// The module and factor of a tensor. GGUF factors, renamed as in a checkpoint, end in `.weight.lora_a`.
 pub fn parse(tensor: &str) -> Option<(&str, Factor)> {
     let rest = tensor.strip_prefix(PREFIX).unwrap_or(tensor);
     let suffixes = [
@@ -42,14 +43,14 @@ pub fn parse(tensor: &str) -> Option<(&str, Factor)> {
     suffixes.into_iter().find_map(|(suffix, factor)| Some((rest.strip_suffix(suffix)?, factor)))
 }
 
-/// Whether a weight is stored as (out, in), or as (in, out).
+/// Whether a weight is stored as (out, in) or as (in, out).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fan {
     OutIn,
     InOut,
 }
 
-/// `adapter_config.json` of an adapter with these ranks by module; `None` if there is none.
+/// The `adapter_config.json` for these ranks by module; `None` if there are none.
 pub fn config(ranks: Map<String, Value>, task: Option<&str>, fan: Fan) -> Option<Value> {
     let largest = ranks.values().filter_map(Value::as_u64).max()?;
     Some(json!({

@@ -1,4 +1,4 @@
-//! What a tensor of a GGUF file is made of.
+//! The element type of a tensor in a GGUF file.
 
 use super::super::cast::{self, Dtype};
 use crate::quantize::BlockType;
@@ -10,7 +10,7 @@ pub enum Element {
 }
 
 impl Element {
-    /// GGUF's number of a type that is written.
+    /// GGUF's number for a type that is written.
     ///
     /// # Panics
     /// If it is not a float type, which callers rule out.

@@ -1,7 +1,8 @@
 //! The header of a GGUF file: versions 2 and 3 are read, version 3 is written.
 //!
-//! Every count and length comes from the file, so nothing is allocated by them: what they announce must fit into the bytes that
-//! are there. The writer is our own because candle's needs all tensors at once, the reader because candle's trusts the file.
+//! Every count and length comes from the file, so none of them sizes an allocation until it is known to fit into the
+//! bytes that are there. The writer is our own because candle's needs all tensors at once, and the reader because
+//! candle's trusts the file.
 
 use super::element::Element;
 
@@ -19,9 +20,9 @@ pub struct Entry {
     pub name: String,
     /// (out, in), as everywhere here.
     pub shape: Vec<usize>,
-    /// GGUF's number of its type.
+    /// GGUF's number for its type.
     pub type_id: u32,
-    /// From `data_begin`.
+    /// Relative to `data_begin`.
     pub offset: u64,
 }
 
@@ -31,14 +32,14 @@ const MAX_DIMENSIONS: u32 = 4;
 /// Deeper arrays of arrays are refused.
 const MAX_DEPTH: usize = 4;
 
-/// Numbers by which a file knows the types of its metadata.
+/// GGUF's numbers for the types of metadata.
 mod kind {
     pub const U32: u32 = 4;
     pub const TEXT: u32 = 8;
     pub const ARRAY: u32 = 9;
 }
 
-/// Whether a file begins as GGUF files do.
+/// Whether a file begins with GGUF's magic.
 pub fn is_begun(file: &[u8]) -> bool {
     file.starts_with(MAGIC)
 }
@@ -46,7 +47,7 @@ pub fn is_begun(file: &[u8]) -> bool {
 /// Reads the header of a whole file.
 ///
 /// # Errors
-/// A sentence that says what is wrong with it.
+/// A sentence that says what is wrong with the header.
 pub fn read(file: &[u8]) -> Result<Header, String> {
     let mut bytes = Bytes { file, at: 0 };
     if bytes.take(4)? != MAGIC {
@@ -84,7 +85,7 @@ pub fn read(file: &[u8]) -> Result<Header, String> {
     Ok(Header { tensors, data_begin })
 }
 
-/// A value of the metadata.
+/// A metadata value.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Value {
     U32(u32),
@@ -149,7 +150,7 @@ impl GgufTensor {
     }
 }
 
-/// The header of a file, padded up to its data, and the offset of every tensor in the file.
+/// The header of a file, padded to the start of its data, and the offset of every tensor in the file.
 pub fn write(metadata: &[(String, Value)], tensors: &[GgufTensor]) -> (Vec<u8>, Vec<u64>) {
     let mut bytes = MAGIC.to_vec();
     bytes.extend(3u32.to_le_bytes());
@@ -181,7 +182,7 @@ pub fn file_bytes(metadata: &[(String, Value)], tensors: &[GgufTensor]) -> u64 {
     offsets.iter().zip(tensors).next_back().map_or(header.len() as u64, end)
 }
 
-/// A file, and how far it has been read.
+/// The bytes of a file, and the position of the reader.
 struct Bytes<'a> {
     file: &'a [u8],
     at: usize,
@@ -227,7 +228,7 @@ impl<'a> Bytes<'a> {
                 let (of, len) = (self.u32()?, self.u64()?);
                 match size_of(of) {
                     Some(size) => self.take(len.saturating_mul(size)).map(drop),
-                    // Each takes bytes, so that the end of the file bounds the loop.
+                    // Each value takes bytes, so the end of the file bounds the loop.
                     None => (0..len).try_for_each(|_| self.skip_value(of, depth + 1)),
                 }
             }
@@ -252,7 +253,7 @@ impl<'a> Bytes<'a> {
     }
 }
 
-/// Bytes of a value of one size.
+/// Bytes of a value of fixed size.
 fn size_of(kind: u32) -> Option<u64> {
     match kind {
         0 | 1 | 7 => Some(1),

@@ -1,7 +1,7 @@
-//! GGUF: the header of a file, the types of its elements, row orders, and how tables of families give names to tensors.
+//! GGUF: file headers, element types, row orders, and how family tables name tensors.
 //!
-//! llama.cpp has names of its own for tensors, and rotates neighboring rows of a head where Hugging Face rotates halves: families
-//! with a rotary embedding of that kind store the rows of q and k in another order.
+//! llama.cpp has its own names for tensors. It rotates neighboring rows of a head where Hugging Face rotates halves, so
+//! families with that kind of rotary embedding store the rows of q and k in another order.
 
 mod element;
 mod header;
@@ -15,5 +15,5 @@ pub use rows::Arrangement;
 
 pub const MODEL_FILE: &str = "model.gguf";
 pub const LORA_FILE: &str = "model-lora.gguf";
-/// Scaling of rotary frequencies, computed from the config: no tensor of a checkpoint.
+/// Scaling of rotary frequencies. It is computed from the config, and no checkpoint stores it.
 pub const ROPE_FACTORS: &str = "rope_freqs.weight";

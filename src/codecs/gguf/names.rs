@@ -1,4 +1,5 @@
-//! What GGUF calls the tensors of a checkpoint, by the table of its family. The tables themselves belong to the families.
+//! The GGUF names of the tensors of a checkpoint, by the table of its family. The tables themselves are in the
+//! families.
 
 use serde_json::{Map, Value};
 
@@ -13,11 +14,11 @@ pub struct Family {
     pub optional_prefix: Option<&'static str>,
     /// Rows of queries and keys are stored in the order of pairs that rotate together.
     pub is_interleaved: bool,
-    /// Norm weights are stored with 1 added, which the checkpoint leaves out.
+    /// Norm weights are stored with the 1 added that the checkpoint leaves out.
     pub has_whole_norms: bool,
-    /// Last parts of the modules whose weights the checkpoint stores as (in, out).
+    /// Last parts of the names of modules whose weights the checkpoint stores as (in, out).
     pub transposed: &'static [&'static str],
-    /// Last parts of the names of buffers that a checkpoint may have and GGUF files do not.
+    /// Last parts of the names of buffers that checkpoints may have and GGUF files do not.
     pub buffers: &'static [&'static str],
     /// Keys of metadata, below the architecture, that not every family has.
     pub metadata: &'static [&'static str],
@@ -47,7 +48,7 @@ const COMMON_NAMES: &[(&str, &str)] = &[
 ];
 
 impl Family {
-    /// What a family is unless its table says otherwise.
+    /// The defaults of a family's table.
     pub const COMMON: Self = Self {
         architecture: "",
         names: &[],
@@ -61,7 +62,7 @@ impl Family {
         misread: |_| None,
     };
 
-    /// The table for a config: that of its `model_type`, or [`Self::COMMON`].
+    /// The table for a config: by its `model_type`, or [`Self::COMMON`].
     pub fn of(config: &Map<String, Value>, find: FamilyOf) -> &'static Self {
         config.get("model_type").and_then(Value::as_str).and_then(find).unwrap_or(&Self::COMMON)
     }
@@ -98,7 +99,7 @@ fn ends_with_part(name: &str, parts: &[&str]) -> bool {
     parts.iter().any(|part| name.strip_suffix(part).is_some_and(|before| before.ends_with('.')))
 }
 
-/// `module` by a table of (from, to).
+/// `module` renamed by a table of (from, to).
 fn renamed(module: &str, mut names: impl Iterator<Item = (&'static str, &'static str)>) -> Option<String> {
     let block = module.split('.').find(|part| part.parse::<usize>().is_ok());
     let pattern = block.map_or(module.to_string(), |block| module.replacen(&format!(".{block}."), ".{}.", 1));

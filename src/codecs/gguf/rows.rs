@@ -1,4 +1,4 @@
-//! The order of rows, and what is added to values, in tensors of a GGUF file.
+//! The order of rows in tensors of a GGUF file, and what is added to values.
 
 use serde_json::{Map, Value};
 
@@ -12,12 +12,12 @@ pub enum Arrangement {
     Interleaved {
         heads: usize,
     },
-    /// 1 is added; in f32, as GGUF stores vectors.
+    /// 1 is added to each value, in f32, because GGUF stores vectors in f32.
     PlusOne,
 }
 
 impl Arrangement {
-    /// The arrangement of a tensor of a checkpoint with this config.
+    /// The arrangement of a tensor, from the family and the config.
     pub fn of(tensor: &str, family: &Family, config: &Map<String, Value>) -> Self {
         if !family.is_interleaved {
             let is_shifted = family.has_whole_norms && tensor.ends_with("norm.weight");
@@ -35,11 +35,11 @@ impl Arrangement {
         heads.map_or(Self::Same, |heads| Self::Interleaved { heads })
     }
 
-    /// For every stored row, the row of the model.
+    /// For each stored row, the index of the model's row.
     fn rows(self, rows: usize) -> Vec<usize> {
         match self {
             Self::Same | Self::PlusOne => (0..rows).collect(),
-            // Rows that do not divide into heads keep their order.
+            // Rows that cannot be divided into heads keep their order.
             Self::Interleaved { heads } if heads == 0 || !rows.is_multiple_of(heads.saturating_mul(2)) => {
                 (0..rows).collect()
             }
@@ -51,7 +51,7 @@ impl Arrangement {
         }
     }
 
-    /// Bytes of `rows` rows as the model has them, as the file does.
+    /// Reorders the bytes of `rows` rows from the model's order to the file's.
     pub fn to_file(self, bytes: Vec<u8>, rows: usize) -> Vec<u8> {
         if self == Self::PlusOne {
             return add(&bytes, 1.0);
