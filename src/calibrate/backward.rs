@@ -13,7 +13,8 @@ use crate::model::{Block, Decoder, Head, Hidden, InputSite, Kernels, Objective, 
 use crate::progress::Progress;
 use crate::store::Journal;
 
-/// Propagates gradients back through all blocks. `last` are the states after the last block, `entered` the inputs of each block.
+/// Propagates gradients back through all blocks. `last` has the states after the last block, `entered` the inputs of
+/// each block.
 pub(super) fn run(
     decoder: &Decoder<'_>,
     (walk, targets): (&mut Walk<'_>, &[Targets]),
@@ -24,7 +25,7 @@ pub(super) fn run(
     keep: &mut Keep<'_>,
 ) -> Result<()> {
     let stage = progress.stage("gradients", (walk.n_tokens() * (decoder.n_blocks() + 1)) as u64, "tokens");
-    // The gradient at the input of a block is stored before its sums, so that wherever there are sums there is a gradient.
+    // The gradient at the input of a block is stored before the block's sums: if the sums exist, so does the gradient.
     let at_input = |block_idx: usize| format!("gradient-{block_idx}");
     let is_done = |block_idx: usize| journal.has(&Pass::Backward.key(block_idx));
     let n_left = (0..entered.len()).rev().find(|&block_idx| !is_done(block_idx)).map_or(0, |last| last + 1);
@@ -103,7 +104,7 @@ impl Loss {
     }
 }
 
-/// The gradient at the input of a block, given that at its output, for one window (n_tokens, hidden_size).
+/// The gradient at the input of a block from the gradient at its output, for one window (n_tokens, hidden_size).
 fn through_block(
     decoder: &Decoder<'_>,
     block: &mut Block,

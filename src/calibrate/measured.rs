@@ -1,4 +1,4 @@
-//! Statistics that were measured by this run: in memory up to a cap, in a file or the journal beyond it.
+//! Statistics measured in this run: in memory up to a cap, and beyond it in a file or the journal.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Mutex, MutexGuard};
@@ -11,7 +11,7 @@ use super::statistics::Key;
 use crate::model::InputSite;
 use crate::store::{Array, Journal, Spool, Spooled, Values};
 
-/// Statistics that were measured by this run.
+/// Statistics measured in this run.
 pub(super) struct Measured {
     spool: Spool,
     pub arrays: BTreeMap<String, Spooled>,
@@ -22,7 +22,7 @@ impl Measured {
         Self { spool, arrays: BTreeMap::new() }
     }
 
-    /// Drops the Grams of these inputs of a block, but for their diagonals; see `Statistics::forget_inputs`.
+    /// Drops the Grams of these inputs of a block, but keeps their diagonals; see `Statistics::forget_inputs`.
     pub fn forget(&mut self, journal: &Journal, block: usize, sites: &BTreeSet<InputSite>) -> Result<()> {
         let names = sites.iter().map(|&site| Key::InputGram(site).name(block));
         let names: BTreeSet<String> = names.filter(|name| self.arrays.contains_key(name)).collect();
@@ -66,7 +66,7 @@ impl Measured {
         self.spool.get(array)?.f32s()
     }
 
-    /// The diagonal of a Gram that was dropped.
+    /// The diagonal of a dropped Gram.
     pub fn forgotten(&mut self, name: &str) -> Result<Option<Vec<f32>>> {
         let Some(array) = self.arrays.get(&diagonal_name(name)) else { return Ok(None) };
         self.spool.get(array)?.f32s().map(Some)
@@ -77,7 +77,7 @@ pub(super) fn lock(measured: &Mutex<Measured>) -> MutexGuard<'_, Measured> {
     measured.lock().expect("invariant: no holder of the statistics panics")
 }
 
-/// Where the diagonal of a dropped Gram is.
+/// The name of the diagonal of a dropped Gram.
 pub(super) fn diagonal_name(name: &str) -> String {
     format!("{name}.diagonal")
 }

@@ -1,4 +1,4 @@
-//! The sums of a block on their way from a pass to those who keep them, and in the journal.
+//! The sums of a block, on their way from a pass to their receiver and in the journal.
 
 use anyhow::Result;
 use serde_json::json;
@@ -14,7 +14,8 @@ pub struct Observation {
     pub clip_gradients: bool,
 }
 
-/// Receives the statistics of one block after another, by name: of inputs in the forward pass, of gradients in the backward pass.
+/// Receives the statistics of each block in turn, by name: of inputs in the forward pass, of gradients in the backward
+/// pass.
 pub type Keep<'a> = dyn FnMut(Vec<(String, Array)>) -> Result<()> + 'a;
 
 /// A pass through the model.
@@ -25,7 +26,7 @@ pub(super) enum Pass {
 }
 
 impl Pass {
-    /// The key of the sums of a block in the journal.
+    /// The journal key of the sums of a block.
     pub fn key(self, block_idx: usize) -> String {
         match self {
             Self::Forward => format!("forward-{block_idx}"),
@@ -41,7 +42,7 @@ pub(super) fn settle(journal: &Journal, pass: Pass, block_idx: usize, sums: Sums
     named(journal.put(&pass.key(block_idx), json!(names), arrays)?)
 }
 
-/// The sums in a piece.
+/// The sums in a piece of the journal.
 pub(super) fn named(piece: Piece) -> Result<Vec<(String, Array)>> {
     let names: Vec<String> = serde_json::from_value(piece.fields.clone())?;
     Ok(names.into_iter().zip(piece.rest()).collect())

@@ -1,4 +1,4 @@
-//! Sums over tokens, so that parts measured separately can be added.
+//! Sums over tokens; sums over separate parts of a text can be added.
 
 use std::collections::BTreeMap;
 
@@ -21,7 +21,8 @@ pub struct Needs {
     pub input_magnitude: bool,
     /// `Σ g gᵀ` over tokens, (m, m), of the gradients of the summed loss at the output of every linear.
     pub output_gram: bool,
-    /// `Σ (∂L/∂W)²` over sequences, L the summed loss of one: its column sums (n) and its row sums (m).
+    /// `Σ (∂L/∂W)²` over sequences, where L is the summed loss of one sequence: its column sums (n) and its row sums
+    /// (m).
     pub squared_gradient: bool,
 }
 
@@ -107,7 +108,7 @@ impl Sums {
         sums
     }
 
-    /// The same for gradients.
+    /// Zeros for the gradients of experts.
     pub fn for_gradients(linears: &[(Slot, [usize; 2])], needs: Needs) -> Self {
         let mut sums = Self::default();
         for &(slot, [m, n]) in linears.iter().filter(|(slot, _)| slot.expert.is_some()) {
@@ -200,7 +201,7 @@ impl Sums {
         linalg::add_gram_f32(self.gram(key, n), rows, n_tokens);
     }
 
-    /// All sums as they are stored: in f32, Grams as lower triangles, row by row.
+    /// All sums in stored form: in f32, with Grams as lower triangles, row by row.
     ///
     /// # Errors
     /// A sum is not finite.

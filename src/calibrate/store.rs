@@ -86,8 +86,8 @@ impl Header {
 pub struct Statistics {
     pub header: Header,
     source: Source,
-    /// Results of [`Self::pooled`] by the name of the first expert's statistic, and of [`Self::pooled_over_blocks`] by a star and the name in
-    /// block 0.
+    /// Results of [`Self::pooled`] by the name of the first expert's statistic, and of [`Self::pooled_over_blocks`] by
+    /// `*` and the name in block 0.
     pooled: Mutex<BTreeMap<String, Pooled>>,
 }
 
@@ -127,8 +127,8 @@ impl Statistics {
         sums.into_iter().try_for_each(|(name, values)| measured.keep(name, values))
     }
 
-    /// Drops Grams of inputs that nothing later reads, from memory and from the piece of a `journal` that has them. Their
-    /// diagonals stay: scales of other blocks are made of those. Statistics of a file stay as they are.
+    /// Drops input Grams that nothing will read, from memory and from their piece of the `journal`. Their diagonals
+    /// stay, because the scales of other blocks depend on them. Statistics from a file are not changed.
     ///
     /// # Errors
     /// The piece cannot be read or written.
@@ -165,7 +165,7 @@ impl Statistics {
         Ok(Self { header, source: Source::File(Box::new(file)), pooled: Mutex::default() })
     }
 
-    /// Checks that the statistics are those of a model.
+    /// Checks that the statistics belong to a model.
     ///
     /// # Errors
     /// The fingerprints differ.
@@ -181,10 +181,10 @@ impl Statistics {
             .into())
     }
 
-    /// Checks that the statistics include those that a method needs.
+    /// Checks that the statistics include everything that a method needs.
     ///
     /// # Errors
-    /// Some are missing.
+    /// A statistic is missing.
     pub fn expect_needs(&self, needs: Needs, named: &str) -> Result<()> {
         if needs.are_met_by(self.header.needs) {
             return Ok(());
@@ -222,10 +222,10 @@ impl Statistics {
         }
     }
 
-    /// Number of tokens routed to the expert of a linear; none for linears outside experts.
+    /// Number of tokens routed to the expert of a linear; `None` for linears outside experts.
     ///
     /// # Errors
-    /// It was not measured.
+    /// The count was not measured.
     pub fn expert_tokens(&self, id: LinearId) -> Result<Option<f64>> {
         let count = |expert| Ok(self.vector(Key::ExpertTokens(expert), id.block, 1)?[0]);
         id.slot.expert.map(count).transpose()
