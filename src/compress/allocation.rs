@@ -1,4 +1,5 @@
-//! Chooses a fit for every unit under a budget: fits are priced, an allocator picks among costs and errors, and one search meets a size.
+//! Chooses a fit for every unit under a budget: fits are priced, an allocator chooses by cost and error, and one search
+//! meets a target size.
 
 use anyhow::Result;
 
@@ -16,11 +17,11 @@ use crate::operator::Forms;
 /// The choice for every linear of the plan.
 pub(super) struct Allocation {
     pub choices: Vec<Choice>,
-    /// Cost to the model of a unit of squared error, depth weights included.
+    /// Cost to the model of a unit of squared error, including depth weights.
     pub sensitivities: Vec<f64>,
 }
 
-/// Share of the budget that a linear in these forms takes; `None`: unchanged.
+/// Cost of a linear in these forms, in the unit of the budget; `None` is the unchanged linear.
 type Price<'p> = dyn Fn(&LinearInfo, Option<&Forms>) -> u64 + 'p;
 
 /// Units and their candidates, priced in the unit of the budget.
@@ -39,12 +40,13 @@ struct PricedUnit {
     parameters: Vec<u64>,
     bytes: (u64, Vec<u64>),
     offers: Vec<Offer>,
-    /// The choices of the members under each offer.
+    /// The choices of the members for each offer.
     choices: Vec<Vec<Choice>>,
 }
 
 impl<'a> Problem<'a> {
-    /// The ranks of every linear, and what several may become together; at `price` where the budget counts bytes, else in parameters.
+    /// The ranks of every linear, and the fits that several may share; in `price` if the budget is in bytes, else in
+    /// parameters.
     fn of_ranks(study: &'a Study<'_>, price: Option<&Price<'_>>, sensitivities: &'a [f64]) -> Self {
         let (recipe, plan) = (study.recipe, study.plan);
         let curves: Vec<_> = (0..plan.linears.len()).map(|i| curve(study, i)).collect();
@@ -56,7 +58,7 @@ impl<'a> Problem<'a> {
         Self { recipe, plan, units, curves, sensitivities, counts_bytes: price.is_some() }
     }
 
-    /// The quantized bases of every linear from number `first` on, with their ranks.
+    /// The quantized bases of every linear from index `first` on, with their ranks.
     pub fn of_bases(
         study: &'a Study<'_>,
         first: &dyn Fn(usize) -> usize,
@@ -97,7 +99,7 @@ impl<'a> Problem<'a> {
             n_weights: dense,
             bytes: self.counts_bytes.then_some((priced.bytes.0, &priced.bytes.1[..])),
             curve: self.curves[i],
-            // Offers of several linears are weighted already.
+            // Offers of several linears are already weighted.
             sensitivity: if is_alone { self.sensitivities[i] } else { 1.0 },
             offers: &priced.offers,
             is_zero: item.is_zero && priced.offers.is_empty(),
@@ -130,15 +132,15 @@ impl<'a> Problem<'a> {
         self.plan.linears.iter().map(LinearInfo::n_parameters).sum()
     }
 
-    /// The choices of the recipe's allocator under a budget of parameters or bytes, and what they take.
+    /// The choices of the recipe's allocator under a budget of parameters or bytes, and their cost.
     fn of_recipe(&self, budget: Budget) -> (Vec<Choice>, u64) {
         let items = self.items();
         let picks = allocate::allocate(self.recipe.ranks(), &items, &budget::rules(self.recipe, &items, budget));
         (self.choices(&picks), allocate::cost(&items, &picks))
     }
 
-    /// The choices among bases with the least error that `bytes` pay for, and what they take: more than `bytes`, if nothing is so
-    /// small. What fits no quantizer stays dense.
+    /// The choice of bases with the least error within `bytes`, and its cost, which exceeds `bytes` if nothing is that
+    /// small. Linears that fit no quantizer stay dense.
     pub fn least_error(&self, bytes: u64) -> (Vec<Choice>, u64) {
         let (offered, others): (Vec<&PricedUnit>, Vec<&PricedUnit>) =
             self.units.iter().partition(|priced| !priced.offers.is_empty());
@@ -155,13 +157,13 @@ impl<'a> Problem<'a> {
         (choices, fixed + allocate::cost(&items, &picks))
     }
 
-    /// Mean bits per weight when `bytes` are spread evenly.
+    /// Mean bits per weight if `bytes` are spread evenly.
     pub fn bits(&self, bytes: u64) -> f64 {
         8.0 * bytes as f64 / self.n_weights() as f64
     }
 }
 
-/// The spectrum of a linear that the recipe's allocator looks at.
+/// The spectrum of a linear that the recipe's allocator needs.
 fn curve<'a>(study: &'a Study<'_>, i: usize) -> Option<&'a ErrorCurve> {
     let fitted = study.fits.low_rank(i)?;
     match study.recipe.ranks().allocator().spectra() {
@@ -193,13 +195,13 @@ impl PricedUnit {
     }
 }
 
-/// The curves of all linears, and what a unit of each costs the model.
+/// The curves of all linears, and the cost to the model of a unit of each.
 struct Weighted<'w> {
     curves: &'w [Option<&'w ErrorCurve>],
     sensitivities: &'w [f64],
 }
 
-/// What a linear takes in the unit of a budget, parameters where it has no price in bytes.
+/// The cost of a linear in the unit of a budget; parameters without a price in bytes.
 fn cost(price: Option<&Price<'_>>, linear: &LinearInfo, forms: Option<&Forms>) -> u64 {
     match (price, forms) {
         (Some(price), forms) => price(linear, forms),
@@ -208,7 +210,8 @@ fn cost(price: Option<&Price<'_>>, linear: &LinearInfo, forms: Option<&Forms>) -
     }
 }
 
-/// Joins the units whose members share: offers are the best of their members apart at every cost, and all of them together.
+/// Joins the units whose members may share a part: offers are the best fits of separate members at every cost, and the
+/// joint fits.
 fn together(
     study: &Study<'_>,
     alone: Vec<PricedUnit>,
@@ -222,7 +225,7 @@ fn together(
     units
 }
 
-/// A unit with its members apart, and with what they share.
+/// A unit with its members fitted separately, and jointly.
 fn joined(study: &Study<'_>, unit: &Unit, weighted: &Weighted<'_>, price: Option<&Price<'_>>) -> PricedUnit {
     let linear = |i: usize| &study.plan.linears[i];
     let dense: u64 = unit.members.iter().map(|&i| cost(price, linear(i), None)).sum();
@@ -236,7 +239,7 @@ fn joined(study: &Study<'_>, unit: &Unit, weighted: &Weighted<'_>, price: Option
     let first = unit.members[0];
     for (fit, of) in study.fits.of(first).iter().enumerate().filter(|(_, fit)| fit.fitted.curve().is_none()) {
         for (rank, errors) in of.fitted.errors() {
-            // Members have the fit at the same place: their own decomposition is before it.
+            // The joint fit has the same index in all members, after their own decomposition.
             let choice = Choice::Fitted { fit, rank };
             let costs = unit.members.iter().map(|&i| cost(price, linear(i), study.planned(i, choice).as_ref()));
             let weighted = unit.members.iter().zip(errors).map(|(&i, error)| weighted.sensitivities[i] * error);
@@ -263,7 +266,7 @@ fn points(study: &Study<'_>, i: usize, weighted: &Weighted<'_>, price: Option<&P
     (step..=largest).step_by(step).map(of).chain([dense]).collect()
 }
 
-/// Sums of one point from each list that are optimal at some price of cost, in ascending order of cost.
+/// Sums of one point from each list that are optimal at some price, in ascending order of cost.
 fn frontier(lists: &[Vec<Point>]) -> Vec<(u64, f64, Vec<Choice>)> {
     let hulls: Vec<Vec<Point>> = lists.iter().map(|points| hull(points)).collect();
     let mut steps: Vec<(f64, usize, usize)> = Vec::new();
@@ -309,7 +312,7 @@ fn hull(points: &[Point]) -> Vec<Point> {
     hull
 }
 
-/// The choices of a recipe's budget, errors weighted by `sensitivities`.
+/// The choices under a recipe's budget, with errors weighted by `sensitivities`.
 ///
 /// # Errors
 /// The budget cannot be met.
@@ -341,7 +344,7 @@ pub(super) fn choose(study: &Study<'_>, budget: Budget, sensitivities: &[f64]) -
     }
 }
 
-/// As above, among quantized bases and their ranks.
+/// The same for quantized bases and their ranks.
 fn choose_bases(study: &Study<'_>, budget: Budget, sensitivities: &[f64]) -> Result<Vec<Choice>> {
     if let Some(choices) = known_choices(study.recipe, study.plan) {
         return Ok(choices);
@@ -371,8 +374,9 @@ fn choose_bases(study: &Study<'_>, budget: Budget, sensitivities: &[f64]) -> Res
     Ok(choices)
 }
 
-/// The choices of `at`, which spends a number of bytes on linears that take `dense_bytes` as they are, whose weight files come closest
-/// to `target` bytes from below. Headers have no price of their own: the budget is corrected by what they turn out to take.
+/// The choices of `at` whose weight files come closest to `target` bytes from below; `at` spends a number of bytes on
+/// linears that take `dense_bytes` as they are. Headers have no price of their own, so the budget is corrected by their
+/// actual size.
 fn meet(study: &Study<'_>, target: u64, dense_bytes: u64, at: &dyn Fn(u64) -> Vec<Choice>) -> Result<Vec<Choice>> {
     const ROUNDS: usize = 24;
     let dense = vec![Choice::Dense; study.plan.linears.len()];
@@ -385,7 +389,7 @@ fn meet(study: &Study<'_>, target: u64, dense_bytes: u64, at: &dyn Fn(u64) -> Ve
     let mut budget = i128::from(target) - others;
     let mut best: Option<(u64, Vec<Choice>)> = None;
     let mut smallest = u64::MAX;
-    // A budget that was too large, and the largest that was not: what is left lies between.
+    // The smallest budget known to be too large, and the largest known to fit; the answer is between them.
     let (mut fits, mut too_large) = (None::<i128>, None::<i128>);
     for _ in 0..ROUNDS {
         let choices = at(u64::try_from(budget.max(0)).unwrap_or(0));
@@ -421,7 +425,7 @@ fn meet(study: &Study<'_>, target: u64, dense_bytes: u64, at: &dyn Fn(u64) -> Ve
     Ok(choices)
 }
 
-/// Bytes of the weight files under choices.
+/// Bytes of the weight files for these choices.
 fn file_bytes(study: &Study<'_>, choices: &[Choice]) -> u64 {
     let forms: Vec<Option<Forms>> = choices.iter().enumerate().map(|(i, &c)| study.planned(i, c)).collect();
     study.plan.files(&study.source, study.recipe, &forms).file_bytes()

@@ -1,4 +1,4 @@
-//! What a budget allows, from shapes alone: choices that follow without any fit, and the largest ranks that can be requested.
+//! What a budget determines from shapes alone: choices that need no fit, and the largest ranks that can be requested.
 
 use super::allocate::{self, Item, Rules, Spectra};
 use super::compensate::{Compensate, CompensateRank};
@@ -6,7 +6,7 @@ use super::plan::{Choice, Plan};
 use super::recipe::{Budget, Recipe};
 use crate::model::inventory::LinearInfo;
 
-/// The choices, if they follow without a spectrum.
+/// The choices, if they can be made without a spectrum.
 pub(super) fn known_choices(recipe: &Recipe, plan: &Plan) -> Option<Vec<Choice>> {
     if let (&[quant], Budget::None) = (recipe.quant(), recipe.budget()) {
         let choice = |linear: &LinearInfo| {
@@ -29,7 +29,7 @@ pub(super) fn known_choices(recipe: &Recipe, plan: &Plan) -> Option<Vec<Choice>>
     })
 }
 
-/// A pick of a rank, as a choice of the fit with this number.
+/// A pick of an allocator as a choice, with the index of the fit.
 pub(super) fn choice(pick: allocate::Pick, fit: usize) -> Choice {
     match pick {
         allocate::Pick::Dense => Choice::Dense,
@@ -39,7 +39,7 @@ pub(super) fn choice(pick: allocate::Pick, fit: usize) -> Choice {
     }
 }
 
-/// The largest rank that each linear can get; 0 for those known to stay dense or to be all zeros.
+/// The largest rank that each linear can get; 0 if it is known to stay dense or is all zeros.
 pub(super) fn max_ranks(recipe: &Recipe, plan: &Plan) -> Vec<usize> {
     if !recipe.quant().is_empty() {
         return vec![0; plan.linears.len()];
@@ -62,7 +62,7 @@ pub(super) fn parameters(recipe: &Recipe, linear: &LinearInfo) -> Vec<u64> {
     (0..=largest).map(|rank| recipe.layout().n_parameters(rank, linear.shape())).collect()
 }
 
-/// The `i`-th linear of a plan as allocators see it without spectra, priced in parameters.
+/// The `i`-th linear of a plan as an item without spectra, priced in parameters.
 pub(super) fn item<'a>(recipe: &Recipe, plan: &Plan, i: usize, parameters: &'a [u64]) -> Item<'a> {
     let linear = &plan.linears[i];
     let (m, n) = linear.shape();
@@ -79,7 +79,7 @@ pub(super) fn item<'a>(recipe: &Recipe, plan: &Plan, i: usize, parameters: &'a [
     }
 }
 
-/// The rules of a budget for items in its unit.
+/// The rules of a budget, in the unit of the items' costs.
 pub(super) fn rules(recipe: &Recipe, items: &[Item<'_>], budget: Budget) -> Rules {
     let rules = match budget {
         Budget::Keep(keep) => Rules::of_keep(items, keep),

@@ -1,7 +1,8 @@
-//! Error curves beside the weights of a factored output, by which it is truncated further without its source.
+//! Error curves next to the weights of a factored output, with which it can be truncated further without its source.
 //!
-//! `lrc-curves.arrays` has for each linear of low rank its relative energies `σ_i² / Σ σ²` up to its rank, what all of its energy
-//! costs the model, the diagonals of its metric, and with `--elastic` what restores the order of its ranks.
+//! For each low-rank linear, `lrc-curves.arrays` has its relative energies `σ_i² / Σ σ²` up to its rank, the cost to
+//! the model of its total energy, the diagonals of its metric, and with `--elastic` the matrix that restores the order
+//! of its ranks.
 
 use std::collections::BTreeMap;
 
@@ -12,18 +13,18 @@ use super::solution::Solution;
 use crate::checkpoint::{Checkpoint, Dtype, OutputFolder, TensorSpec, cast, write_file};
 use crate::formats::CURVES_FILES;
 
-/// What an output stores about a low-rank linear, so that the source is not needed.
+/// The record of a low-rank linear that an output stores so that truncation does not need the source.
 #[derive(Debug, Clone)]
 pub(crate) struct KeptCurve {
     /// `σ_i² / Σ σ²` of the stored ranks.
     pub energies: Vec<f32>,
-    /// What `Σ σ²` costs the model. An f64: the squares of weights that an f32 holds are not always numbers that it holds.
+    /// The cost of `Σ σ²` to the model. It is an f64 because the squares of f32 weights may overflow f32.
     pub scale: f64,
     /// Diagonals of the metric: output (m) and input (n).
     pub output: Vec<f32>,
     pub input: Vec<f32>,
-    /// The matrix (r, r) by which the fit is found again where stored matrices have lost the order of ranks; empty where it was not
-    /// kept, or is not needed. See [`crate::operator::Fitting::rank_factor`].
+    /// The matrix (r, r) that recovers the fit from stored matrices without an order of ranks; empty if it was not kept
+    /// or is not needed. See [`crate::operator::Fitting::rank_factor`].
     pub rank_factor: Vec<f32>,
 }
 
@@ -48,7 +49,7 @@ impl KeptCurve {
     }
 
     /// # Errors
-    /// An array is absent or broken.
+    /// An array is absent or damaged.
     pub fn read(curves: &Checkpoint, module: &str) -> Result<Self> {
         let [energies, scale, output, input, order] = PARTS.map(|part| format!("{module}.{part}"));
         let [energies, output, input, order] = [energies, output, input, order].map(|name| curves.values(&name));
@@ -57,7 +58,7 @@ impl KeptCurve {
     }
 }
 
-/// A scale: an f64, or an f32 as the first versions wrote it.
+/// A scale: an f64, or an f32 in files of the first versions.
 fn scale_of(curves: &Checkpoint, name: &str) -> Result<Option<f64>> {
     if curves.require(name)?.dtype != Dtype::F64 {
         return Ok(curves.values(name)?.first().copied().map(f64::from));
@@ -66,7 +67,7 @@ fn scale_of(curves: &Checkpoint, name: &str) -> Result<Option<f64>> {
     Ok(scale.filter(|scale| scale.is_finite()))
 }
 
-/// The curves of a solution.
+/// Writes the curves of a solution.
 ///
 /// # Errors
 /// The work folder cannot be read, or the disk is full.
@@ -99,13 +100,13 @@ pub(super) fn write_of(
     write(folder, &all)
 }
 
-/// Metrics matter up to a factor: `values` over their mean, which f32 holds whatever the size of gradients.
+/// `values` divided by their mean, because metrics matter only up to a factor: f32 then holds gradients of any size.
 fn relative_to_mean(values: &[f64]) -> Vec<f32> {
     let mean = values.iter().sum::<f64>() / values.len().max(1) as f64;
     values.iter().map(|v| if mean > 0.0 { (v / mean) as f32 } else { 1.0 }).collect()
 }
 
-/// Writes curves by module; no file where there is none.
+/// Writes curves by module; writes no file if there are none.
 ///
 /// # Errors
 /// The disk is full or cannot be written.

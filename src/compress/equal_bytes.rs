@@ -1,4 +1,4 @@
-//! The baseline at equal bytes, without factors: compensation that does not beat it is better spent on bits.
+//! The equal-bytes baseline without factors: if compensation does not beat it, the bytes are better spent on bits.
 
 use std::collections::BTreeMap;
 
@@ -18,11 +18,11 @@ use crate::operator::Forms;
 use crate::quantize::{BLOCK_TYPES, Levels, Quant, Scale, Scheme, Storage};
 use crate::report::EqualBytesBaseline;
 
-/// Bits that the baseline may choose from, and the group besides that of the base.
+/// The bit widths of the baseline, and its group size besides that of the base.
 const BITS: [u32; 4] = [2, 3, 4, 8];
 const GROUP: usize = 32;
 
-/// The menus of bases, a linear, where the forms of an allocation have factors over codes, or coded factors; none elsewhere.
+/// The menu of bases of each linear with factors over codes, or with quantized factors; empty for others.
 pub(super) fn menus(study: &Study<'_>, all: &[Option<Forms>]) -> Option<Vec<Vec<Quant>>> {
     let has_both = |forms: &Forms| forms.over.is_some() && forms.is_quantized();
     if !all.iter().flatten().any(has_both) {
@@ -32,18 +32,18 @@ pub(super) fn menus(study: &Study<'_>, all: &[Option<Forms>]) -> Option<Vec<Vec<
     Some(study.plan.linears.iter().zip(all).map(one).collect())
 }
 
-/// Adds the bases of the menus to those of a study; the number of the first of them, a linear.
+/// Adds the bases of the menus to those of a study; returns the index of each linear's first new base.
 ///
 /// # Errors
-/// As quantizing.
+/// As for quantizing.
 pub(super) fn quantize(study: &mut Study<'_>, menus: &[Vec<Quant>]) -> Result<Vec<usize>> {
     let first: Vec<usize> = (0..study.plan.linears.len()).map(|i| study.fits.of(i).len()).collect();
     study.quantize(Compensate::None, &|i| menus[i].clone())?;
     Ok(first)
 }
 
-/// Spends the bytes of a solution on bases without factors, which are those from number `first` on. `relative_errors` are the
-/// squared errors of what was written.
+/// Spends the bytes of a solution on bases without factors, those from index `first` on. `relative_errors` are the
+/// squared errors of the written linears.
 ///
 /// # Errors
 /// The model cannot be run.
@@ -54,7 +54,7 @@ pub(super) fn compare(
     relative_errors: &dyn Fn(usize) -> f64,
 ) -> Result<EqualBytesBaseline> {
     let study = solution.study;
-    // Formats differ in what they can store: both are counted in lrc's own packing.
+    // Formats differ in what they can store, so both are counted in lrc's own packing.
     let price = |linear: &LinearInfo, forms: Option<&Forms>| {
         forms.map_or(linear.n_bytes(), |forms| linear.bytes_as(forms).0 + linear.bytes_as(forms).1)
     };
@@ -91,8 +91,8 @@ fn quantizers(study: &Study<'_>, choices: &[Choice]) -> BTreeMap<String, String>
     choices.iter().enumerate().map(name).collect()
 }
 
-/// Bases that the baseline may choose for a linear: the quantizers of the menu at every number of bits from that of its base up to
-/// the first that takes what base and factors do.
+/// The bases that the baseline may choose for a linear: the quantizers of the menu at every bit width, from that of its
+/// base up to the first that takes as many bytes as base and factors.
 fn menu(study: &Study<'_>, linear: &LinearInfo, forms: &Forms) -> Vec<Quant> {
     let int = |bits| Scheme { levels: Levels::Int { bits, symmetric: true }, group: Some(128) };
     let families = if study.recipe.quant().is_empty() {
@@ -113,7 +113,7 @@ fn menu(study: &Study<'_>, linear: &LinearInfo, forms: &Forms) -> Vec<Quant> {
         let bits = BITS.into_iter().filter(|bits| (least..=last).contains(bits));
         let groups = [scheme.group, Some(GROUP)];
         for (bits, group) in bits.flat_map(|bits| groups.map(|group| (bits, group))) {
-            // NF4 has one number of bits; above it there are integers.
+            // NF4 has a single bit width; above it there are integers.
             menu.push(quant.with(bits, group).unwrap_or(Quant::Rtn(Scheme { group, ..int(bits) }, Scale::Mse)));
         }
     }

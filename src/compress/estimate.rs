@@ -1,6 +1,7 @@
-//! How long a job will take: the number of operations over the speed that short trials on this machine have just measured.
+//! Estimates how long a job will take: the number of operations times the seconds per operation in short trials on this
+//! machine.
 //!
-//! An estimate for planning, good to a factor of about two: caches, neighbours on the machine and disks are not modelled.
+//! It is for planning, and good to a factor of about two: caches, other load and disks are not modeled.
 
 use std::time::Instant;
 
@@ -26,7 +27,7 @@ struct Speed {
     gram: f64,
     /// The same in f64, on one thread.
     product: f64,
-    /// Of an eigenproblem of size n, over n³, on one thread.
+    /// The same for an eigenproblem of size n, per n³, on one thread.
     eigen: f64,
 }
 
@@ -43,7 +44,7 @@ impl Speed {
             let _: () = drop(x.matmul(&x)?);
             Ok(())
         })? / cube(GRAM);
-        // Entries without zeros, which an eigensolver could skip.
+        // No entry is zero, because an eigensolver could skip zeros.
         let entry = |i: usize, j: usize| ((i * 7919 + j * 104_729) as f64 * 0.618_033_988_749_894_9).fract() - 0.5;
         let matrix = Mat::from_fn(PRODUCT, PRODUCT, entry);
         let product = fastest(|| {
@@ -72,7 +73,7 @@ fn fastest(trial: impl Fn() -> Result<()>) -> Result<f64> {
     Ok(seconds)
 }
 
-/// Seconds that all `windows` take through all blocks: as many of them as make a trial are sent through the first.
+/// Seconds of all `windows` through all blocks, extrapolated from enough of them for a trial in the first block.
 fn pass(checkpoint: &Checkpoint, windows: &Windows) -> Result<f64> {
     const TRIAL_TOKENS: usize = 2048;
     let decoder = Decoder::open(checkpoint)?;
@@ -98,7 +99,7 @@ pub(super) fn seconds(checkpoint: &Checkpoint, recipe: &Recipe, plan: &Plan, win
     let threads = rayon::current_num_threads().min(plan.linears.len()) as f64;
     let needs = recipe.needs();
     let cube = |n: usize| (n as f64).powi(3);
-    // One decomposition: roots of the metric, products with them, the eigenproblem, and the pair.
+    // One decomposition: roots of the metric, products with them, the eigenproblem, and the factors.
     let decompose = |(linear, rank): (&LinearInfo, usize)| {
         let (m, n) = linear.shape();
         let (small, weights) = (m.min(n), (m * n) as f64);
@@ -106,7 +107,7 @@ pub(super) fn seconds(checkpoint: &Checkpoint, recipe: &Recipe, plan: &Plan, win
         let mut eigen = if rank > 0 { cube(small) } else { 0.0 };
         if needs.input_gram {
             products += weights * 2.0 * n as f64;
-            // Linears of one input share its root.
+            // Linears with the same input share its root.
             eigen += cube(n) / 2.0;
         }
         if needs.output_gram {
@@ -121,14 +122,15 @@ pub(super) fn seconds(checkpoint: &Checkpoint, recipe: &Recipe, plan: &Plan, win
     let mut passes = 0.0;
     let mut grams = 0.0;
     if recipe.measures_statistics() {
-        // Forward, and where gradients are asked for forward again and back to the inputs.
+        // A forward pass; for gradients another one, and a backward pass to the inputs.
         passes += if needs.gradients() { 4.0 } else { 1.0 };
         let inputs: f64 = plan.linears.iter().map(|l| (l.in_features as f64).powi(2) / 4.0).sum();
         let outputs: f64 = plan.linears.iter().map(|l| (l.out_features as f64).powi(2) / 2.0).sum();
         grams += f64::from(u8::from(needs.input_gram)) * inputs + f64::from(u8::from(needs.output_gram)) * outputs;
     }
     if recipe.anchor().is_some() {
-        // Two streams, each through the block once for every place of input and once more; two Grams a place, and a decomposition.
+        // Two streams, each through the block once per input site and once more; two Grams per site, and a
+        // decomposition.
         passes += 10.0;
         grams += plan.linears.iter().map(|l| (l.in_features as f64).powi(2)).sum::<f64>();
     }
@@ -141,7 +143,7 @@ pub(super) fn seconds(checkpoint: &Checkpoint, recipe: &Recipe, plan: &Plan, win
         _ => 0.0,
     };
     let anchoring = if recipe.anchor().is_some() { decomposing } else { 0.0 };
-    // What is read, hashed and written.
+    // Reading, hashing and writing.
     const BYTES_A_SECOND: f64 = 3e8;
     let moving = 3.0 * checkpoint.n_bytes() as f64 / BYTES_A_SECOND;
     Ok(decomposing + walking + anchoring + moving)

@@ -1,5 +1,6 @@
-//! Ranks in proportion to `√(erank / (m + n))`, where the effective rank is exp of the entropy of `σ² / Σ σ²` and m + n the
-//! parameters of a rank (D-Rank, Mi et al. 2025). One factor of proportion for all, as large as the budget pays for.
+//! Ranks proportional to `√(erank / (m + n))`, where the effective rank is exp of the entropy of `σ² / Σ σ²`, and m + n
+//! is the number of parameters per rank (D-Rank, Mi et al. 2025). All linears share one factor, the largest that the
+//! budget allows.
 
 use super::{Allocator, Item, Pick, Rules, Spectra, largest_affordable};
 use crate::approx::low_rank::ErrorCurve;
@@ -14,7 +15,7 @@ impl Allocator for EffectiveRank {
     fn choices(&self, items: &[Item<'_>], rules: &Rules) -> Vec<Pick> {
         let weight = |item: &Item<'_>| (effective_rank(item.curve()) / item.rank_weight).sqrt();
         let weights: Vec<f64> = items.iter().map(weight).collect();
-        // At t = 1 every rank is past its matrix.
+        // At t = 1 no rank is below the full rank of its matrix.
         let full = items.iter().zip(&weights).map(|(item, weight)| item.largest_rank() as f64 / weight);
         let largest = full.fold(0.0, f64::max);
         largest_affordable(items, rules, |t| {
@@ -37,7 +38,7 @@ mod tests {
 
     #[test]
     fn ranks_are_in_proportion_to_the_root_of_effective_ranks() {
-        // 16 equal energies, and 4: effective ranks 16 and 4, so ranks 2 : 1.
+        // 16 and 4 equal energies: effective ranks 16 and 4, so ranks 2 : 1.
         let curve = |k: usize| ErrorCurve::new((0..64).map(|i| f64::from(u8::from(i < k))).collect());
         let curves = [curve(16), curve(4)];
         let parameters: Vec<u64> = (0..=64).map(|rank| 128 * rank).collect();

@@ -1,5 +1,5 @@
-//! The smallest ranks that keep one share τ of the energy `Σ σ²` everywhere (LiteASR, Kamahori et al. 2025, keeps 0.99 of
-//! attention and 0.999 of feed-forward layers). Under a budget τ is the largest share that it pays for.
+//! The smallest ranks that keep the same share τ of the energy `Σ σ²` in every linear (LiteASR, Kamahori et al. 2025,
+//! keeps 0.99 in attention and 0.999 in feed-forward layers). With a budget, τ is the largest share that it allows.
 
 use super::{Allocator, Item, Pick, Rules, Spectra, cost, largest_affordable};
 use crate::approx::low_rank::ErrorCurve;
@@ -22,7 +22,7 @@ impl Allocator for Energy {
     }
 }
 
-/// Smallest rank whose energies sum to `share` of all.
+/// Smallest rank whose energies sum to `share` of the total.
 fn smallest_rank(curve: &ErrorCurve, share: f64) -> usize {
     let allowed = (1.0 - share) * curve.squared_error(0);
     let mut dropped = 0.0;

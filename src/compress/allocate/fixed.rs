@@ -1,4 +1,4 @@
-//! One rank for every linear, whether it saves parameters or not; at full rank, a check that factoring loses nothing.
+//! One rank for every linear, whether or not it saves parameters; at full rank it checks that factoring loses nothing.
 
 use super::{Allocator, Item, Pick, Rules, Spectra};
 

@@ -1,8 +1,8 @@
-//! The least total error `Σ sensitivity · curve(rank)` for the budget: a knapsack with one candidate an item.
+//! Minimizes the total error `Σ sensitivity · curve(rank)` under the budget: a knapsack with one candidate per item.
 //!
-//! Each linear may have any rank that saves, or stay dense. Of its (cost, error) points the lower convex hull is kept; steps
-//! along the hulls are taken in the order of error saved per cost, which is the optimum of the Lagrangian relaxation (Everett
-//! 1963). What then is left of the budget goes to the single changes that save most.
+//! Each linear may have any rank that saves, or stay dense. Only the lower convex hull of its (cost, error) points is
+//! kept; steps along the hulls are taken in the order of error saved per cost, the optimum of the Lagrangian relaxation
+//! (Everett 1963). What remains of the budget is spent on the single changes that save most.
 
 use super::{Allocator, Item, Pick, Rules, Spectra};
 
@@ -27,7 +27,7 @@ impl Allocator for Knapsack {
         let mut chosen: Vec<Candidate> = hulls.iter().map(|hull| hull[0]).collect();
         let mut left = i128::from(rules.budget) - chosen.iter().map(|c| i128::from(c.cost)).sum::<i128>();
 
-        // (error saved per cost, item, place of the step on its hull); along a hull the savings fall.
+        // (error saved per cost, item, index of the step on its hull); along a hull the savings fall.
         let mut steps: Vec<(f64, usize, usize)> = Vec::new();
         for (i, hull) in hulls.iter().enumerate() {
             let saved = |pair: &[Candidate]| (pair[0].error - pair[1].error) / (pair[1].cost - pair[0].cost) as f64;
@@ -48,7 +48,7 @@ impl Allocator for Knapsack {
             *left -= i128::from(to.cost) - i128::from(chosen[i].cost);
             chosen[i] = to;
         };
-        // The steps of quantised bases are wide: what is left over them is worth exchanging for.
+        // The steps of quantized bases are wide, so enough may remain to be worth exchanging for.
         let is_coarse = items.iter().any(|item| !item.offers.is_empty()) && left >= 0;
         let mut exchanges = if is_coarse { EXCHANGES } else { 0 };
         loop {
@@ -65,7 +65,7 @@ impl Allocator for Knapsack {
     }
 }
 
-/// Every rank that saves, from the floor up, then dense, in ascending cost and falling error.
+/// All ranks that save, from the floor up, then dense; in ascending cost and falling error.
 fn candidates(item: &Item<'_>, rules: &Rules) -> Vec<Candidate> {
     if !item.offers.is_empty() {
         return offered_candidates(item);
@@ -87,7 +87,7 @@ fn candidates(item: &Item<'_>, rules: &Rules) -> Vec<Candidate> {
     candidates
 }
 
-/// Of all quantised bases and ranks, and dense, those that nothing beats in both cost and error, in ascending cost.
+/// The quantized bases and ranks, and dense, that no other candidate beats in both cost and error, in ascending cost.
 fn offered_candidates(item: &Item<'_>) -> Vec<Candidate> {
     let offered = |at: usize| {
         let pick = Pick::Offer(at);
@@ -105,7 +105,7 @@ fn offered_candidates(item: &Item<'_>) -> Vec<Candidate> {
     candidates
 }
 
-/// The points that are best for some price of cost, in ascending cost and falling error.
+/// The points that are optimal for some price per cost, in ascending cost and falling error.
 fn lower_hull(candidates: &[Candidate]) -> Vec<Candidate> {
     let mut hull: Vec<Candidate> = Vec::new();
     for &new in candidates {
@@ -124,11 +124,11 @@ fn lower_hull(candidates: &[Candidate]) -> Vec<Candidate> {
     hull
 }
 
-/// The one change, within what is left of the budget, that lowers the error most.
+/// The single change within the remaining budget that lowers the error most.
 fn best_change(candidates: &[Vec<Candidate>], chosen: &[Candidate], left: i128) -> Option<(usize, Candidate)> {
     let mut best: Option<(f64, usize, Candidate)> = None;
     for (i, candidates) in candidates.iter().enumerate() {
-        // Errors fall with cost: the dearest that can be paid is the best.
+        // Errors fall with cost, so the most expensive affordable candidate is the best.
         let affordable = i128::from(chosen[i].cost) + left;
         let Some(&candidate) = candidates.iter().rev().find(|c| i128::from(c.cost) <= affordable) else { continue };
         let saved = chosen[i].error - candidate.error;
@@ -139,18 +139,19 @@ fn best_change(candidates: &[Vec<Candidate>], chosen: &[Candidate], left: i128) 
     best.map(|(_, i, candidate)| (i, candidate))
 }
 
-/// Exchanges tried at most, and the work that looking for one may take: models of very many linears have steps enough.
+/// The most exchanges tried, and the most work for finding one: models with very many linears have fine enough steps.
 const EXCHANGES: usize = 200;
 const EXCHANGE_WORK: usize = 100_000_000;
 
-/// The pair of changes, one dearer and one cheaper, that together fit what is left of the budget and lower the error most.
+/// A pair of changes, one to a higher and one to a lower cost, that fits the remaining budget and lowers the error
+/// most.
 fn best_exchange(candidates: &[Vec<Candidate>], chosen: &[Candidate], left: i128) -> Option<[(usize, Candidate); 2]> {
     let n_candidates: usize = candidates.iter().map(Vec::len).sum();
     if n_candidates * candidates.len() > EXCHANGE_WORK {
         return None;
     }
-    // What gives up least while it frees some cost: candidates are in ascending cost and falling error, so it is the dearest
-    // that is cheap enough.
+    // Of the candidates that free enough cost, the one with the least error: as errors fall with cost, the most
+    // expensive.
     let give_up = |j: usize, freed: i128| {
         let most = i128::from(chosen[j].cost) - freed;
         candidates[j].iter().rev().find(|c| i128::from(c.cost) <= most).copied()
@@ -166,7 +167,7 @@ fn best_exchange(candidates: &[Vec<Candidate>], chosen: &[Candidate], left: i128
             for j in (0..candidates.len()).filter(|&j| j != i) {
                 let Some(worse) = give_up(j, missing) else { continue };
                 let gain = saved - (worse.error - chosen[j].error);
-                // A hair above 0, lest rounding goes round in circles.
+                // Slightly above 0, so that rounding errors cannot cause a cycle.
                 if gain > best.map_or(1e-9 * saved, |(most, _)| most) {
                     best = Some((gain, [(i, better), (j, worse)]));
                 }
@@ -176,7 +177,7 @@ fn best_exchange(candidates: &[Vec<Candidate>], chosen: &[Candidate], left: i128
     best.map(|(_, exchange)| exchange)
 }
 
-/// The largest error that one step of a hull saves: how far the knapsack may be from the optimum.
+/// The largest error that one step of a hull saves; the knapsack is at most this far from the optimum.
 #[cfg(test)]
 pub(super) fn widest_step(items: &[Item<'_>], rules: &Rules) -> f64 {
     let steps = items.iter().flat_map(|item| {
@@ -196,7 +197,7 @@ mod tests {
     use crate::operator::Kind;
 
     proptest! {
-        /// Against every combination of choices.
+        /// Compares with every combination of choices.
         #[test]
         fn it_is_within_one_step_of_the_optimum(
             linears in proptest::collection::vec((3usize..7, 3usize..7, 0.2f64..0.99, 0.1f64..10.0), 1..4), keep in 0.3f64..1.0,
@@ -234,7 +235,7 @@ mod tests {
     #[test]
     fn offers_are_chosen_by_error_for_their_bytes() {
         let offer = |cost, error| Offer { cost, error };
-        // Dear and bad, dominated, and the two on the hull.
+        // Expensive and inaccurate, dominated, and the two on the hull.
         let menu = [offer(20, 8.0), offer(50, 7.0), offer(40, 2.0), offer(45, 2.5)];
         let item = |sensitivity| Item {
             n_weights: 100,

@@ -1,4 +1,4 @@
-//! Which rank each linear gets, under a budget of parameters or bytes. One allocator a file, one line in
+//! Chooses a rank for each linear, under a budget of parameters or bytes. Each allocator is one file and one line in
 //! [`Ranks::allocator`].
 
 mod effective_rank;
@@ -15,43 +15,43 @@ use serde::{Deserialize, Serialize};
 
 use crate::approx::low_rank::ErrorCurve;
 
-/// What an item gets.
+/// The choice for an item.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Pick {
-    /// It stays as it is.
+    /// The item stays as it is.
     Dense,
-    /// All of its weights are zero: rank 0.
+    /// All weights of the item are zero: rank 0.
     Zeros,
-    /// A rank.
+    /// A low rank.
     Rank(usize),
-    /// The offer with this number.
+    /// The offer with this index.
     Offer(usize),
 }
 
-/// What a budget is spent on, by costs and errors alone.
+/// Something that a budget is spent on, described by costs and errors alone.
 #[derive(Debug, Clone, Copy)]
 pub struct Item<'a> {
-    /// Numbers in it as it is.
+    /// Number of weights as it is.
     pub n_weights: u64,
-    /// Numbers in it at every rank from 0 to the largest that there is.
+    /// Number of parameters at every rank from 0 to the largest possible.
     pub parameters: &'a [u64],
-    /// Largest rank with fewer numbers.
+    /// Largest rank with fewer parameters.
     pub saving_rank: usize,
-    /// What a rank weighs beside those of other items: rows and columns.
+    /// Weight of a rank relative to those of other items: rows plus columns.
     pub rank_weight: f64,
-    /// Where the budget counts bytes: those of the item as it is and at every rank from 0 on.
+    /// Bytes as it is, and at every rank from 0, if the budget is in bytes.
     pub bytes: Option<(u64, &'a [u64])>,
-    /// The spectrum that the allocator asked for.
+    /// The spectrum that the allocator needs.
     pub curve: Option<&'a ErrorCurve>,
-    /// What a unit of squared error costs the model: the scale between items.
+    /// Cost to the model of a unit of squared error; it makes errors of items comparable.
     pub sensitivity: f64,
-    /// What it may become besides a rank; where there is any, it gets no rank.
+    /// The alternatives to ranks; if there are any, the item gets no rank.
     pub offers: &'a [Offer],
-    /// Whether all of its weights are zero: it then gets rank 0, and needs no spectrum.
+    /// Whether all weights are zero: the item then gets rank 0, and needs no spectrum.
     pub is_zero: bool,
 }
 
-/// Something that an item may become.
+/// An alternative that an item may be replaced by.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Offer {
     /// In the unit of the budget.
@@ -61,15 +61,15 @@ pub struct Offer {
 }
 
 impl Item<'_> {
-    /// What it costs as it is.
+    /// The cost of the item as it is.
     pub fn dense_cost(&self) -> u64 {
         self.bytes.map_or(self.n_weights, |(dense, _)| dense)
     }
 
-    /// What a pick costs.
+    /// The cost of a pick.
     ///
     /// # Panics
-    /// When it may not be picked.
+    /// If it is not possible for the item.
     pub fn cost(&self, pick: Pick) -> u64 {
         let ranks = self.bytes.map_or(self.parameters, |(_, ranks)| ranks);
         match pick {
@@ -80,12 +80,12 @@ impl Item<'_> {
         }
     }
 
-    /// Largest rank that there is.
+    /// Largest possible rank.
     fn largest_rank(&self) -> usize {
         self.parameters.len().saturating_sub(1)
     }
 
-    /// `rank`, rounded down to the rules' multiple; dense where low rank would save nothing.
+    /// `rank`, rounded down to the rules' multiple; dense if low rank would not save anything.
     fn pick(&self, rank: usize, rules: &Rules) -> Pick {
         if rank > self.saving_rank {
             return Pick::Dense;
@@ -94,7 +94,7 @@ impl Item<'_> {
         if rank > self.saving_rank { Pick::Dense } else { Pick::Rank(rank) }
     }
 
-    /// The floor: a share of the uniform rank, at least 1 and at least the multiple.
+    /// The floor: a share of the uniform rank, and at least the multiple.
     fn smallest_rank(&self, rules: &Rules) -> usize {
         let uniform = uniform::rank(self, rules.keep);
         rules.round_down((rules.floor * uniform as f64) as usize).max(rules.multiple)
@@ -114,18 +114,18 @@ impl Item<'_> {
     }
 }
 
-/// What every allocator obeys.
+/// The rules for every allocator.
 #[derive(Debug, Clone, Copy)]
 pub struct Rules {
-    /// In the unit of the items' prices.
+    /// In the unit of the items' costs.
     pub budget: u64,
-    /// The budget as a share of what all items cost dense.
+    /// The budget as a share of the cost of all items when dense.
     pub keep: f64,
-    /// Share of the uniform rank that every linear of low rank keeps.
+    /// Share of the uniform rank that every low-rank linear keeps.
     pub floor: f64,
     /// Ranks are multiples of this.
     pub multiple: usize,
-    /// Whether what is left of the budget is spent rank by rank.
+    /// Whether the remaining budget is spent rank by rank.
     pub fill: bool,
 }
 
@@ -133,7 +133,7 @@ impl Rules {
     /// A budget of `keep` of the parameters of all items: ⌊keep · Σ m n⌋.
     pub fn of_keep(items: &[Item<'_>], keep: f64) -> Self {
         let total: u64 = items.iter().map(Item::dense_cost).sum();
-        // A hair above, so that 0.7 of 10 is 7 and not 6.
+        // Slightly above, so that 0.7 of 10 is 7 and not 6.
         let budget = (keep * total as f64 + 1e-6).floor() as u64;
         Self { budget, keep, floor: 0.0, multiple: 1, fill: false }
     }
@@ -143,14 +143,14 @@ impl Rules {
     }
 }
 
-/// The spectra that an allocator looks at.
+/// The spectra that an allocator needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Spectra {
-    /// None: shapes decide.
+    /// No spectra: shapes decide.
     None,
-    /// Of the plain weights.
+    /// Spectra of the plain weights.
     Plain,
-    /// Of the weights in the metric of the method.
+    /// Spectra of the weights in the metric of the method.
     Metric,
 }
 
@@ -158,12 +158,12 @@ pub enum Spectra {
 pub trait Allocator {
     fn spectra(&self) -> Spectra;
 
-    /// The choices, one an item.
+    /// The choices, one per item.
     fn choices(&self, items: &[Item<'_>], rules: &Rules) -> Vec<Pick>;
 }
 
-/// The choices of `ranks` under the budget. Where even the smallest ranks cost more, those. What is all zeros gets rank 0, and
-/// leaves its share of the budget to the others.
+/// The choices of `ranks` under the budget, or the smallest ranks if even they exceed it. Items of zeros get rank 0,
+/// which leaves their share of the budget to the others.
 pub fn allocate(ranks: Ranks, items: &[Item<'_>], rules: &Rules) -> Vec<Pick> {
     if rules.keep >= 1.0 && ranks.is_budgeted() {
         return vec![Pick::Dense; items.len()];
@@ -183,7 +183,7 @@ pub fn cost(items: &[Item<'_>], choices: &[Pick]) -> u64 {
     items.iter().zip(choices).map(|(item, &choice)| item.cost(choice)).sum()
 }
 
-/// Spends what is left of the budget, a step of rank at a time, where it gains most for its cost.
+/// Spends the remaining budget step by step, each time on the rank that gains most for its cost.
 fn fill(items: &[Item<'_>], rules: &Rules, choices: &mut [Pick]) {
     let mut left = rules.budget.saturating_sub(cost(items, choices));
     loop {
@@ -207,7 +207,8 @@ fn fill(items: &[Item<'_>], rules: &Rules, choices: &mut [Pick]) {
     }
 }
 
-/// The choices `at(t)` of the largest t in [0, 1] that the budget pays for, where cost grows with t; else those of 0.
+/// The choices `at(t)` for the largest affordable t in [0, 1], where cost grows with t; those at 0 if none is
+/// affordable.
 fn largest_affordable(items: &[Item<'_>], rules: &Rules, at: impl Fn(f64) -> Vec<Pick>) -> Vec<Pick> {
     let (mut low, mut high) = (0.0, 1.0);
     let mut best = at(low);
@@ -223,13 +224,13 @@ fn largest_affordable(items: &[Item<'_>], rules: &Rules, at: impl Fn(f64) -> Vec
     best
 }
 
-/// The allocators, as a user names them.
+/// The allocators, by their names on the command line.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub enum Ranks {
     #[default]
     Uniform,
     Welore,
-    /// Smallest ranks that keep this share of the energy; none: the largest share that the budget pays for.
+    /// Smallest ranks that keep this share of the energy; `None` means the largest share that the budget allows.
     Energy(Option<f64>),
     EffectiveRank,
     Knapsack,
@@ -237,7 +238,7 @@ pub enum Ranks {
 }
 
 impl Ranks {
-    /// The allocator behind the name.
+    /// The allocator with this name.
     pub fn allocator(self) -> Box<dyn Allocator> {
         match self {
             Self::Uniform => Box::new(uniform::Uniform),
@@ -254,13 +255,13 @@ impl Ranks {
         !matches!(self, Self::Fixed(_) | Self::Energy(Some(_)))
     }
 
-    /// Whether a budget may bound it.
+    /// Whether a budget may limit the allocator.
     pub fn takes_budget(self) -> bool {
         !matches!(self, Self::Fixed(_))
     }
 }
 
-/// All ranks.
+/// The rank that means full rank.
 const FULL: usize = usize::MAX;
 
 impl fmt::Display for Ranks {
@@ -348,14 +349,14 @@ mod tests {
         }
     }
 
-    /// What the ranks of linears cost, in parameters and in bytes.
+    /// The costs of the ranks of linears, in parameters and in bytes.
     struct Costs {
         parameters: Vec<Vec<u64>>,
         bytes: Vec<(u64, Vec<u64>)>,
     }
 
     impl Costs {
-        /// Two bytes a parameter, with what a header or an order may add.
+        /// Two bytes per parameter, and a constant as for a header or a permutation.
         fn of(linears: &[Linear], kind: Kind) -> Self {
             let ranks = |shape: Shape| 0..=kind.fitting().largest_rank(shape);
             let parameters = |(shape, ..): &Linear| ranks(*shape).map(|r| kind.n_parameters(r, *shape)).collect();
@@ -395,7 +396,7 @@ mod tests {
                     let rules = Rules { floor, multiple, fill: in_bytes, ..Rules::of_keep(&items, keep) };
                     let picks = allocate(ranks, &items, &rules);
                     prop_assert_eq!(picks.len(), items.len());
-                    // Every linear keeps its smallest rank, which very small budgets cannot pay for.
+                    // Every linear keeps its smallest rank, even if a very small budget cannot pay for it.
                     let floor: u64 = items.iter().map(|i| i.cost(i.pick(i.smallest_rank(&rules), &rules))).sum();
                     let spent = cost(&items, &picks);
                     prop_assert!(spent <= rules.budget.max(floor), "{} spends {} of {}", ranks, spent, rules.budget);
@@ -409,7 +410,7 @@ mod tests {
                         }
                     }
                     if rules.fill && spent <= rules.budget {
-                        // No step of rank is left that the budget would pay for.
+                        // No further step of rank is affordable.
                         let left = rules.budget - spent;
                         for (&pick, item) in picks.iter().zip(&items) {
                             if let Pick::Rank(r) = pick {
@@ -435,7 +436,7 @@ mod tests {
                 };
                 let (spent, least) = spend(Ranks::Knapsack);
                 prop_assume!(spent <= rules.budget);
-                // It is optimal up to the one step of a hull that did not fit.
+                // It is optimal up to the one hull step that did not fit.
                 let step = knapsack::widest_step(&items, &rules);
                 for other in [Ranks::Uniform, Ranks::Welore, Ranks::Energy(None), Ranks::EffectiveRank] {
                     let (cost, error) = spend(other);

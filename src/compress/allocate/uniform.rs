@@ -1,5 +1,5 @@
-//! The same share of parameters everywhere: the largest rank that costs no more than `keep` of the matrix,
-//! `⌊keep · m n / (m + n)⌋` for factors, what every published tool ships.
+//! The same share of parameters for every linear, as in all published tools: the largest rank that costs at most `keep`
+//! of the matrix, `⌊keep · m n / (m + n)⌋` for factors.
 
 use super::{Allocator, Item, Pick, Rules, Spectra, largest_affordable};
 
@@ -14,7 +14,7 @@ impl Allocator for Uniform {
         let at =
             |keep: f64| -> Vec<Pick> { items.iter().map(|item| item.pick(rank(item, keep).max(1), rules)).collect() };
         let choices = at(rules.keep);
-        // A budget in bytes also pays for headers.
+        // A budget in bytes also includes headers.
         if super::cost(items, &choices) <= rules.budget { choices } else { largest_affordable(items, rules, at) }
     }
 }

@@ -1,10 +1,10 @@
-//! WeLore's rank selection (Jaiswal et al. 2024, «From GaLore to WeLore», section 3): one threshold k for all linears on
-//! their normalized singular values `(s − s_min) / (s_max − s_min)`; a linear keeps those at or above k.
+//! WeLore's rank selection (Jaiswal et al. 2024, "From GaLore to WeLore", section 3): one threshold k for all linears
+//! on their normalized singular values `(s − s_min) / (s_max − s_min)`; a linear keeps those that are at least k.
 //!
-//! The paper fixes k by hand for each model and counts ranks. Here k is the smallest threshold under which the
-//! **parameter** budget holds, and a linear is factored only where that saves parameters. Linears that end factored are
-//! the paper's LRCs (low-rank components), those left dense its N-LRCs. As in the paper the singular values are those of
-//! the plain weight, whatever the metric of the truncation: no text decides the ranks.
+//! The paper fixes k by hand for each model and counts ranks. Here k is the smallest threshold that meets the
+//! **parameter** budget, and a linear is factored only if that saves parameters. Factored linears are the paper's LRCs
+//! (low-rank components), dense ones its N-LRCs. As in the paper the singular values are those of the plain weight,
+//! whatever the metric of the truncation: no text affects the ranks.
 
 use super::{Allocator, ErrorCurve, Item, Pick, Rules, Spectra, cost};
 
@@ -21,7 +21,7 @@ impl Allocator for Welore {
             let rank = |values: &Vec<f64>| values.partition_point(|&s| s >= k).max(1);
             normalized.iter().zip(items).map(|(values, item)| item.pick(rank(values), rules)).collect()
         };
-        // Ranks change only where k passes a singular value: bisect over those.
+        // Ranks change only where k passes a singular value, so bisect over those.
         let mut thresholds: Vec<f64> = normalized.concat();
         thresholds.sort_by(f64::total_cmp);
         thresholds.dedup();
@@ -30,7 +30,7 @@ impl Allocator for Welore {
     }
 }
 
-/// Singular values mapped to [0, 1], descending; all 1 where they are equal.
+/// Singular values mapped to [0, 1], descending; all 1 if they are equal.
 fn normalize(curve: &ErrorCurve) -> Vec<f64> {
     let values: Vec<f64> = curve.singular_values().collect();
     let (max, min) = (values.first().copied().unwrap_or(0.0), values.last().copied().unwrap_or(0.0));
