@@ -22,7 +22,7 @@ use crate::report::EqualBytesBaseline;
 const BITS: [u32; 4] = [2, 3, 4, 8];
 const GROUP: usize = 32;
 
-/// The menu of bases of each linear with factors over codes, or with quantized factors; empty for others.
+/// The menu of bases of each linear with factors and codes, empty for others; `None` if there is no such linear.
 pub(super) fn menus(study: &Study<'_>, all: &[Option<Forms>]) -> Option<Vec<Vec<Quant>>> {
     let has_both = |forms: &Forms| forms.over.is_some() && forms.is_quantized();
     if !all.iter().flatten().any(has_both) {

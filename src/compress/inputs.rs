@@ -19,7 +19,7 @@ pub(super) struct Inputs {
 
 impl Inputs {
     /// # Errors
-    /// A text, a tokenizer or a file of statistics is broken or does not belong here, or the model cannot be run.
+    /// A text, a tokenizer or a statistics file is damaged or belongs to another model, or the model cannot be run.
     pub fn load(checkpoint: &Checkpoint, recipe: &Recipe, plan: &Plan) -> Result<Self> {
         let windows = recipe.calibration.as_ref().map(|c| Windows::load(checkpoint, c, (1, 1))).transpose()?;
         let statistics = recipe.statistics.as_deref().map(Statistics::open).transpose()?;
@@ -43,7 +43,7 @@ impl Inputs {
         Ok(inputs)
     }
 
-    /// Checks that statistics from a file belong to this model and text, and suffice.
+    /// Checks that statistics from a file belong to this model and text, and are sufficient.
     fn check_statistics(&self, checkpoint: &Checkpoint, recipe: &Recipe) -> Result<()> {
         let (Some(statistics), Some(path)) = (&self.statistics, &recipe.statistics) else { return Ok(()) };
         let named = path.display().to_string();
@@ -63,7 +63,7 @@ impl Inputs {
     /// Measures the statistics that the method needs, unless they come from a file.
     ///
     /// # Errors
-    /// The model cannot be run, a number is not finite, or the work folder cannot be written.
+    /// The model cannot be run, a value is not finite, or the work folder cannot be written.
     pub fn measure(&mut self, session: &Session<'_>, recipe: &Recipe) -> Result<calibrate::Seconds> {
         if !recipe.measures_statistics() {
             return Ok(calibrate::Seconds::default());
@@ -98,7 +98,7 @@ impl Inputs {
         }
     }
 
-    /// For the report.
+    /// The record for the report.
     pub fn record(&self, recipe: &Recipe) -> Option<CalibrationRecord> {
         let own = self.windows.as_ref().map(|w| vec![w.part.clone()]);
         let kept = self.statistics.as_ref().map(|s| s.header.parts.clone());

@@ -12,7 +12,7 @@ use crate::calibrate::{Key, Pooled, Statistics};
 use crate::model::inventory::LinearInfo;
 use crate::model::{InputSite, LinearId, Slot};
 
-/// The statistics behind the metrics.
+/// The statistics that define the metrics.
 #[derive(Clone, Copy)]
 pub(super) struct Metrics<'a> {
     pub preset: Preset,
@@ -86,7 +86,7 @@ impl Metrics<'_> {
                 if let Some(metric) = cell.get() {
                     return f(metric);
                 }
-                // Two linears may read the Gram at once; the first to be done keeps it.
+                // Two linears may read the Gram at the same time; the first to finish keeps it.
                 let gram = statistics.input_gram(id, linear.in_features)?;
                 let metric = sized(Metric::damped(gram, self.damping_input))?;
                 f(cell.get_or_init(|| metric))
@@ -120,13 +120,13 @@ impl Metrics<'_> {
         statistics.input_gram(id, linear.in_features)
     }
 
-    /// Metrics of the same statistics by another row of the table, with its own damping.
+    /// The metrics of another preset from the same statistics, with the preset's damping.
     pub fn with_preset(self, preset: Preset) -> Self {
         Self { preset, damping_output: preset.damping, damping_input: preset.damping, ..self }
     }
 
-    /// Tokens that the expert of a linear saw, where they are too few for a metric: fewer than its inputs have features, so that
-    /// some directions were never met.
+    /// Number of tokens that the expert of a linear saw, if they are too few for a metric: fewer than its input
+    /// features, so that some directions do not occur.
     ///
     /// # Errors
     /// The statistics cannot be read.
@@ -136,9 +136,9 @@ impl Metrics<'_> {
         Ok(seen.filter(|&seen| seen < linear.in_features as f64).map(|seen| seen as u64))
     }
 
-    /// For an expert with too few tokens the metric is λ I, where λ is the mean diagonal over the experts of its block, as if each
-    /// had seen just enough. Errors stay comparable, and experts that the text never asked for are not cut away for free. None
-    /// for all other linears.
+    /// For an expert with too few tokens the metric is λ I, where λ is the mean diagonal over the experts of its block,
+    /// as if each had seen just enough. Errors stay comparable, and unused experts are not pruned for free. `None` for
+    /// all other linears.
     fn size_without_tokens(&self, linear: &LinearInfo, form: Form, side: Side) -> Result<Option<f64>> {
         if matches!(form, Form::Identity) || self.too_few_tokens(linear)?.is_none() {
             return Ok(None);
@@ -146,8 +146,8 @@ impl Metrics<'_> {
         self.usual_size(linear, form, side).map(Some)
     }
 
-    /// The mean diagonal of a form over the experts of a block, or over the linears of its kind in all blocks: the scale of the
-    /// plain metric where a linear has none of its own. 1 where none of them has.
+    /// The mean diagonal of a form over the experts of a block, or over the same linear in all blocks: the scale of a
+    /// plain metric for linears without statistics of their own. 1 if none of them has any.
     fn usual_size(&self, linear: &LinearInfo, form: Form, side: Side) -> Result<f64> {
         let (statistics, LinearId { block, slot }) = self.of(linear)?;
         let key = |slot: Slot| match (form, side) {
@@ -170,7 +170,7 @@ impl Metrics<'_> {
         let a_token = pooled.sum / pooled.tokens.max(1.0);
         Ok(match (form, side) {
             (Form::Magnitude { alpha }, _) => a_token.powf(2.0 * alpha),
-            // Gradients are summed over sequences, and not divided.
+            // Gradients are summed over sequences and not averaged.
             (Form::SquaredGradient, _) => pooled.sum / pooled.members.max(1) as f64,
             (_, Side::Input) if slot.expert.is_some() => {
                 a_token * linear.in_features as f64 / statistics.header.n_tokens().max(1) as f64

@@ -1,4 +1,5 @@
-//! Compression: every targeted linear becomes a matrix of low rank, in a metric, under a budget.
+//! Compression: every targeted linear is replaced by a low-rank or quantized operator, fitted in a metric, under a
+//! budget.
 //!
 //! [`compress`] is the whole algorithm on one screen. Methods are rows of [`presets`]; the mathematics is
 //! [`crate::approx::low_rank`]; ranks come from [`allocate`].
@@ -58,7 +59,7 @@ pub use sweep::{SweepSettings, sweep};
 /// The source and the output of a compression.
 pub struct Job<'a> {
     pub checkpoint: &'a Checkpoint,
-    /// The model as the user named it.
+    /// The model as the user names it.
     pub source: &'a str,
     pub recipe: &'a Recipe,
     pub output: &'a Path,
@@ -69,18 +70,18 @@ pub struct Job<'a> {
 }
 
 impl Job<'_> {
-    /// Refuses an output that may not be written, or that holds what is read.
+    /// Refuses an output that may not be overwritten, or that contains an input.
     fn check_output(&self) -> Result<()> {
         OutputFolder::check(self.output, self.force, REPORT_FILE)?;
         Ok(expect_apart(self.output, self.recipe.inputs().chain([self.checkpoint.root()]))?)
     }
 }
 
-/// The checkpoint as a recipe sees it: with `--fused split`, fused matrices are split into parts, and stacks into their experts
-/// where the format has a place for them.
+/// The checkpoint as a recipe sees it: with `--fused split`, fused matrices are split into parts, and expert stacks
+/// into experts if the format can store them.
 ///
 /// # Errors
-/// The family is not known, and so not what a matrix is made of.
+/// The family is unknown, so the parts of a matrix are too.
 pub fn view(checkpoint: Checkpoint, recipe: &Recipe) -> Result<Checkpoint> {
     let holds_experts = matches!(recipe.format, Format::Factored | Format::Dense);
     let checkpoint = if holds_experts { inventory::split_stacks(checkpoint)? } else { checkpoint };
@@ -90,13 +91,13 @@ pub fn view(checkpoint: Checkpoint, recipe: &Recipe) -> Result<Checkpoint> {
     }
 }
 
-/// Runs a compression: measure, decompose, allocate, write. Resumes what a killed run had finished.
+/// Runs a compression: measure, decompose, allocate, write. Resumes an interrupted run.
 ///
 /// There is an example at the top of the crate's documentation.
 ///
 /// # Errors
-/// Anything wrong with the source, the recipe or the disk; the output folder then does not appear. Where a resource is at
-/// fault, what is finished stays beside it, for the next run of the same job.
+/// Anything wrong with the source, the recipe or the disk; the output folder is not created then. If a resource is at
+/// fault, finished work is kept next to it for the next run of the same job.
 pub fn compress(job: &Job<'_>, progress: &dyn Progress) -> Result<CompressReport> {
     let started = Instant::now();
     let (checkpoint, recipe) = (job.checkpoint, job.recipe);
@@ -139,12 +140,12 @@ struct Run<'a> {
 }
 
 impl Run<'_> {
-    /// Everything but the last step, which publishes the folder.
+    /// All steps but the last, which publishes the folder.
     fn into_folder(self, folder: &OutputFolder, inputs: Inputs, progress: &dyn Progress) -> Result<CompressReport> {
         let Self { job, plan, source, source_files, started } = self;
         let (checkpoint, recipe) = (job.checkpoint, job.recipe);
         let calibration = inputs.record(recipe);
-        // Full disks show before the work.
+        // A full disk is reported before any work.
         let n_tokens = inputs.windows.as_ref().map_or(0, |w| w.part.tokens);
         folder.require_space(plan.least_output_bytes(checkpoint) + plan.kept_bytes(checkpoint, recipe, n_tokens))?;
         let journal = Journal::new(folder.pieces());
@@ -194,7 +195,8 @@ impl Run<'_> {
     }
 }
 
-/// What a compression would do: ranks, parameters, bytes, memory. Measures and decomposes only if ranks depend on it.
+/// Reports what a compression would do: ranks, parameters, bytes, memory. Measures and decomposes only if ranks depend
+/// on it.
 ///
 /// # Errors
 /// As [`compress`].

@@ -1,5 +1,5 @@
-//! The options of a compression. A row of `recipe_options!` declares one of them: the field, the key in a TOML recipe, the flag
-//! with its help, and how a flag overrides the file.
+//! The options of a compression. A row of `recipe_options!` declares one option: the field, the key in a TOML recipe,
+//! the flag with its help, and how a flag overrides the file.
 
 use std::path::{Path, PathBuf};
 
@@ -21,7 +21,7 @@ use crate::text::read_recipe;
 trait Setting {
     fn is_absent(&self) -> bool;
 
-    /// This one, or `other` where this one is absent.
+    /// This option, or `other` if this one is absent.
     fn or(self, other: Self) -> Self;
 }
 
@@ -45,8 +45,9 @@ impl<T> Setting for Vec<T> {
     }
 }
 
-/// Declares [`RecipeOptions`]. A row has the help, the name, the type, the heading of the help, and in brackets further arguments of
-/// clap. (Attributes on the fields would repeat `cfg_attr` and serde's rule for every option, and the merge its name.)
+/// Declares [`RecipeOptions`]. A row has the help, the name, the type, the heading of the help, and in brackets further
+/// arguments of clap. (Attributes on the fields would repeat `cfg_attr` and the serde rule for every option, and the
+/// merge would repeat its name.)
 macro_rules! recipe_options {
     ($($(#[$attribute:meta])* $option:ident: $type:ty, $heading:literal [$($argument:tt)*],)*) => {
         /// The options of a compression. All are optional; [`Recipe::new`](super::recipe::Recipe::new) fills in the defaults.
@@ -70,7 +71,7 @@ macro_rules! recipe_options {
         }
 
         impl RecipeOptions {
-            /// Each option of `self`, or that of `other` where `self` has none.
+            /// Each option of `self`, or that of `other` if `self` has none.
             fn or_each(self, other: Self) -> Self {
                 Self { $($option: Setting::or(self.$option, other.$option),)* }
             }
@@ -213,7 +214,7 @@ recipe_options! {
     max_shard_size: Option<ByteSize>, "Output" [value_name = "SIZE", hide_short_help = true],
 }
 
-/// A size that reads back as the same number of bytes.
+/// Serializes a size so that it is read back as the same number of bytes.
 fn bytes_exactly<S: Serializer>(size: &Option<ByteSize>, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.collect_str(&format_args!("{} B", size.unwrap_or_default().as_u64()))
 }
@@ -263,7 +264,7 @@ impl RecipeOptions {
         })
     }
 
-    /// These options, with those of `other` where these have none. A budget replaces a budget of another kind.
+    /// These options, completed from `other`. A budget replaces a budget of another kind.
     #[must_use]
     pub fn or(self, other: Self) -> Self {
         let has_budget = self.keep.is_some() || self.target_size.is_some() || self.bits.is_some();

@@ -1,4 +1,4 @@
-//! The output folder of a compression: weights streamed as they come, then side files, config and report.
+//! The output folder of a compression: weights are streamed first, then side files, config and report follow.
 
 use std::collections::BTreeMap;
 use std::sync::Mutex;
@@ -26,16 +26,16 @@ const CARD_FILE: &str = "README.md";
 /// Side files that the output replaces with its own.
 pub(super) const REPLACED: [&str; 5] = [CARD_FILE, REPORT_FILE, RECIPE_FILE, PAGE_FILE, CURVES_FILES[0]];
 
-/// What is known once a linear is written.
+/// What is known of a written linear.
 pub(super) struct Written {
-    /// Measured where codes are involved; elsewhere the curve tells it.
+    /// Measured for quantized linears and shared parts; for others the curve determines it.
     pub relative_error: Option<f64>,
-    /// For `elastic`.
+    /// The rank factor for `--elastic`.
     pub rank_factor: Option<Spooled>,
 }
 
 impl Written {
-    /// From its piece of the journal.
+    /// The record in a piece of the journal.
     fn of(mut piece: Piece, solution: &Solution<'_>) -> Result<Self> {
         let (error, has_factor): (Option<u64>, bool) = serde_json::from_value(piece.fields.take())?;
         let mut spool = solution.study.fits.spool.lock().expect("invariant: no holder of the spool panics");
@@ -44,8 +44,8 @@ impl Written {
     }
 }
 
-/// Makes and writes every compressed linear, many at once; by linear of the plan, what was found. Pieces that a written linear was
-/// made of are removed.
+/// Makes and writes all compressed linears, in parallel; returns a record by index in the plan. Removes the pieces that
+/// a written linear was made of.
 ///
 /// # Errors
 /// A value does not fit the dtype, or the disk is full.
@@ -82,7 +82,7 @@ fn put_one(output: &Mutex<&mut Output<'_>>, solution: &Solution<'_>, i: usize) -
         }
         _ => None,
     };
-    // No curve predicts the error of codes, or of a member of a unit.
+    // No curve predicts the error of codes, or of one member of a unit.
     let is_quantized = operator.forms().is_quantized();
     let is_measured = is_quantized || solution.curve(i).is_none() && solution.choices[i] != Choice::Zeros;
     let squared = is_measured.then(|| solution.relative_squared_error(i, &operator)).transpose()?;
@@ -93,7 +93,7 @@ fn put_one(output: &Mutex<&mut Output<'_>>, solution: &Solution<'_>, i: usize) -
     let journal = &study.session.journal;
     let piece = journal.put(&pieces::written(i), fields, rank_factor.map(Values::from).into_iter().collect())?;
     journal.remove(&pieces::rounded(i));
-    // Codes are compared with the baseline at equal bytes after they are written.
+    // Quantized linears are compared with the equal-bytes baseline after they are written.
     if !is_quantized {
         journal.remove(&values_key(&pieces::decomposed(i)));
     }

@@ -1,4 +1,5 @@
-//! The plan of a run, from headers and recipe alone (and which weights are all zero): targets, ranks that shapes decide, sizes, memory.
+//! The plan of a run, from headers and recipe alone (and which weights are all zero): targets, ranks determined by
+//! shapes, sizes, memory.
 
 use anyhow::Result;
 
@@ -35,10 +36,11 @@ pub(super) enum Fitted {
     Shared(Right),
 }
 
-/// Ranks that `--compensate-rank auto` offers cost up to this share of the parameters of a linear: 4 bits a weight in 16-bit factors.
+/// Ranks offered by `--compensate-rank auto` cost up to this share of the parameters of a linear: 4 bits per weight in
+/// 16-bit factors.
 const LARGEST_SHARE: f64 = 0.25;
 
-/// Largest rank of factors on top of a base that `auto` offers.
+/// Largest rank of factors over a base that `auto` offers.
 pub(super) fn largest_compensation((m, n): Shape) -> usize {
     ((LARGEST_SHARE * (m * n) as f64 / (m + n) as f64) as usize).max(1)
 }
@@ -68,13 +70,13 @@ impl Plan {
         let mut linears: Vec<LinearInfo> = all.into_iter().filter(is_target).collect();
         check_targets(checkpoint, &linears)?;
         warn_of_blocks_behind(checkpoint);
-        // Blocks in order, whatever the order of the files; stable within a block.
+        // Blocks in order, regardless of the order of the files; stable within a block.
         linears.sort_by_key(|l| l.block);
         let are_zero = linears.iter().map(|l| checkpoint.is_zero(&l.weight_name())).collect::<Result<_, _>>()?;
         Ok(Self { linears, are_zero })
     }
 
-    /// The files of the output where `forms` (one a linear, none where it stays as it is) are chosen.
+    /// The files of the output for these `forms`, one per linear; `None` keeps the linear as it is.
     pub(super) fn files<'a>(&self, source: &'a Source<'a>, recipe: &Recipe, forms: &[Option<Forms>]) -> Files<'a> {
         let modules = self.linears.iter().zip(forms);
         let modules = modules.filter_map(|(linear, forms)| Some((linear.clone(), (*forms)?))).collect();
@@ -88,7 +90,7 @@ impl Plan {
         let of_rank = |rank, kind| Form { storage: factor_storage, ..Form::of_rank(kind, rank, shape) };
         match (choice, fitted) {
             (Choice::Dense, _) => None,
-            // Two empty factors: codes have scales.
+            // Two empty factors, because codes would need scales.
             (Choice::Zeros, _) => Some(Forms::of_rank(Kind::FACTORS, 0, shape)),
             (Choice::Fitted { rank, .. }, Fitted::Layout) => Some(Forms::of(of_rank(rank, recipe.layout()))),
             (Choice::Fitted { rank, .. }, Fitted::Shared(right)) => {
@@ -104,13 +106,13 @@ impl Plan {
     /// Checks that the format can store every possible choice.
     ///
     /// # Errors
-    /// It cannot, with the reason.
+    /// It cannot; the error gives the reason.
     pub fn check_format(&self, source: &Source<'_>, recipe: &Recipe) -> Result<()> {
         for &quant in recipe.quant() {
             let rank = |i: usize| match (recipe.compensate(), recipe.compensate_rank()) {
                 (Compensate::None, _) => 0,
                 (_, CompensateRank::Fixed(_)) => 1,
-                // Ranks that differ.
+                // Ranks that differ between linears.
                 (_, CompensateRank::Auto) => 1 + i % 2,
             };
             let forms = |(i, linear)| {
@@ -142,7 +144,7 @@ impl Plan {
     }
 }
 
-/// Checks that every pattern matches a linear: one that does not is probably misspelled.
+/// Checks that every pattern matches a linear; one without a match is probably misspelled.
 fn check_patterns(all: &[LinearInfo], recipe: &Recipe) -> Result<()> {
     let modules: Vec<&str> = all.iter().map(|l| l.module.as_str()).collect();
     for (flag, patterns) in [("--targets", &recipe.targets), ("--exclude", &recipe.exclude)] {
@@ -190,7 +192,7 @@ fn check_targets(checkpoint: &Checkpoint, linears: &[LinearInfo]) -> Result<()> 
     Ok(())
 }
 
-/// Warns of blocks beyond `num_hidden_layers`, which no model runs.
+/// Warns about blocks beyond `num_hidden_layers`, which no model runs.
 fn warn_of_blocks_behind(checkpoint: &Checkpoint) {
     let Some((first, last)) = inventory::blocks_behind(checkpoint) else { return };
     let n_blocks = config::n_blocks(checkpoint).unwrap_or_default();

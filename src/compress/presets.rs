@@ -22,11 +22,11 @@ pub enum Method {
     Kfac,
 }
 
-/// The form on one side of a weight.
+/// The form of a metric on one side of a weight.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Form {
     Identity,
-    /// The Gram of the inputs, or of the output gradients on the output side.
+    /// The Gram of the inputs; on the output side, of the gradients.
     Gram,
     /// Diagonal: the diagonal of the Gram, mean x².
     GramDiagonal,
@@ -48,7 +48,7 @@ pub struct Preset {
 }
 
 impl Method {
-    /// As flags and recipes spell it.
+    /// The name in flags and recipes.
     pub fn name(self) -> &'static str {
         match self {
             Self::Svd => "svd",
@@ -64,7 +64,7 @@ impl Method {
         let preset = |output, input| Preset { output, input, damping: 0.0 };
         match self {
             Self::Svd => preset(Form::Identity, Form::Identity),
-            // Rows in the paper are input features: its matrices are (in, out).
+            // Rows in the paper are input features, because its matrices are (in, out).
             Self::Fwsvd => preset(Form::Identity, Form::SquaredGradient),
             Self::Asvd => preset(Form::Identity, Form::Magnitude { alpha: 0.5 }),
             Self::SvdLlm => preset(Form::Identity, Form::Gram),

@@ -1,4 +1,4 @@
-//! Fills in the records of `report` for a compression.
+//! Builds the records of `report` for a compression.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -24,7 +24,7 @@ use crate::report::{
     SCHEMA_VERSION, Sizes, Timings,
 };
 
-/// The record of a linear before any work: no error and no time yet.
+/// The record of a linear before any work, without error and time.
 pub(super) fn linear(linear: &LinearInfo, forms: Option<Forms>) -> LinearRecord {
     let shape = linear.shape();
     let over = forms.and_then(|forms| forms.over);
@@ -57,7 +57,7 @@ pub(super) fn linear(linear: &LinearInfo, forms: Option<Forms>) -> LinearRecord 
     }
 }
 
-/// Every linear of a solution, with its error.
+/// Records of all linears of a solution, with their errors.
 ///
 /// # Errors
 /// The statistics cannot be read.
@@ -113,7 +113,7 @@ pub(super) fn linears(
     (0..solution.choices.len()).map(one).collect()
 }
 
-/// Sizes of a checkpoint whose linears become `all`.
+/// Sizes of a checkpoint before and after its linears take the forms `all`.
 pub(super) fn sizes(source: &Source<'_>, recipe: &Recipe, plan: &Plan, all: &[Option<Forms>]) -> Sizes {
     let files = plan.files(source, recipe, all);
     let linears = &plan.linears;
@@ -127,7 +127,7 @@ pub(super) fn sizes(source: &Source<'_>, recipe: &Recipe, plan: &Plan, all: &[Op
     let bytes = |(linear, forms): (&LinearInfo, &Option<Forms>)| match forms {
         None => (linear.n_bytes(), 0),
         Some(forms) => {
-            // A format may pad, or store what it cannot pack: that is the base's.
+            // A format may pad, or store what it cannot pack; that counts as the base's.
             let (_, factors) = linear.bytes_as(forms);
             (recipe.format.n_bytes(linear, forms).saturating_sub(factors), factors)
         }
@@ -156,7 +156,7 @@ pub(super) fn sizes(source: &Source<'_>, recipe: &Recipe, plan: &Plan, all: &[Op
     }
 }
 
-/// Error against rank of every decomposed linear, for the report page.
+/// Error by rank of every decomposed linear, for the report page.
 pub(super) fn error_lines(solution: &Solution<'_>) -> Vec<ErrorLine> {
     let line = |i: usize| {
         let (linear, curve) = (&solution.study.plan.linears[i], solution.curve(i)?);
@@ -183,7 +183,7 @@ pub(crate) fn summary(linears: &[LinearRecord]) -> LinearSummary {
     }
 }
 
-/// A report whose output is still to be written: hashes, time and memory are filled in at the end.
+/// A report of an output that is not written yet: hashes, time and memory are filled in at the end.
 pub(super) fn report(
     job: &Job<'_>,
     source_files: Fingerprint,
@@ -216,16 +216,16 @@ pub(super) fn report(
     }
 }
 
-/// Tensors of the source that are no matrix of a targeted linear, in the order of its files.
+/// Tensors of the source that are not the matrix of a targeted linear, in the order of its files.
 fn passed_through(job: &Job<'_>, linears: &[LinearRecord]) -> Vec<String> {
     let weights: BTreeSet<String> = linears.iter().map(|linear| format!("{}.weight", linear.module)).collect();
     job.checkpoint.tensors().map(|info| info.name.clone()).filter(|name| !weights.contains(name)).collect()
 }
 
-/// The identity of a job: a run resumes another only if all of this is equal.
+/// The identity of a job: a run resumes an earlier one only if all of this is equal.
 ///
 /// # Errors
-/// The file of statistics cannot be read.
+/// The statistics file cannot be read.
 pub(super) fn job(job: &Job<'_>, source_files: &Fingerprint, inputs: &Inputs) -> Result<Value> {
     let windows = inputs.windows.as_ref().map(|w| {
         let ids: Vec<u8> = w.windows.iter().flatten().flat_map(|id| id.to_le_bytes()).collect();

@@ -12,9 +12,9 @@ use crate::model::{ModelConfig, Slot};
 use crate::operator::Shape;
 
 impl Plan {
-    /// Bytes of what a run keeps between its stages, in memory or on disk: the pairs of all linears (or what they are rounded to,
-    /// for which they are dropped), statistics, and the states of `n_tokens` (those that enter each block, where gradients are asked
-    /// for). `docs/performance.md` has the formula.
+    /// Bytes that a run keeps between its stages, in memory or on disk: the factors of all linears (or their rounded
+    /// values, which replace them), statistics, and the states of `n_tokens` (for gradients, the states that enter each
+    /// block). `docs/performance.md` has the formula.
     pub fn kept_bytes(&self, checkpoint: &Checkpoint, recipe: &Recipe, n_tokens: usize) -> u64 {
         let needs = recipe.needs();
         let measured: u64 = if recipe.measures_statistics() {
@@ -36,9 +36,9 @@ impl Plan {
         pairs + shared + bases + measured + states
     }
 
-    /// Peak memory of a run: the largest decompositions, one a thread, each with weight, image, Gram, eigenvectors with their
-    /// workspace, the output metric and the factors; the input metrics of a block; one block that is run, with its sums; and
-    /// what grows with the text or is kept, up to `memory_bytes`.
+    /// Peak memory of a run: the largest decompositions, one per thread, each with weight, image, Gram, eigenvectors
+    /// with their workspace, the output metric and the factors; the input metrics of a block; one running block with
+    /// its sums; and, up to `memory_bytes`, what grows with the text or is kept.
     pub fn expected_memory(
         &self,
         checkpoint: &Checkpoint,
@@ -74,22 +74,22 @@ impl Plan {
         observing.max(decomposing) + memory_bytes
     }
 
-    /// Outputs and inputs of the units that the recipe offers to share a right factor.
+    /// Output widths and input width of the units that the recipe offers to share a right factor.
     fn shared(&self, recipe: &Recipe) -> Vec<(Vec<usize>, usize)> {
         let units = if recipe.share() { units_to_share(self) } else { Vec::new() };
         units.iter().map(|unit| shared::heights(self, unit)).collect()
     }
 }
 
-/// Bytes of a square matrix of f64.
+/// Bytes of a square f64 matrix.
 fn square(n: usize) -> u64 {
     8 * (n * n) as u64
 }
 
-/// Numbers of a block, and bytes of the Grams of its inputs and of its output gradients.
+/// Number of weights in a block, and bytes of the Grams of its inputs and of its output gradients.
 fn block_numbers(widths: &Widths, slots: &[Slot]) -> (u64, u64, u64) {
     let shapes = || slots.iter().map(|&slot| widths.shape(slot).0);
-    // Every expert has inputs of its own.
+    // Every expert has its own inputs.
     let of_mlp = match widths.num_experts as u64 {
         0 => square(widths.intermediate_size),
         n => n * (square(widths.hidden_size) + square(widths.moe_intermediate_size)),
@@ -105,17 +105,17 @@ fn sum_bytes(needs: Needs, (m, n): Shape) -> u64 {
     input + if needs.output_gram { triangle(m) } else { 0 }
 }
 
-/// Bytes of a pair of a rank.
+/// Bytes of the factors at a rank.
 fn pair_bytes((m, n): Shape, rank: usize) -> u64 {
     4 * (rank * (m + n)) as u64
 }
 
-/// Bytes of the parts of a unit: one right part, and a left part for every member.
+/// Bytes of the parts of a unit: one right part, and a left part per member.
 fn shared_bytes(heights: &[usize], n: usize) -> u64 {
     pair_bytes((heights.iter().sum(), n), shared::largest_saving_rank(heights, n))
 }
 
-/// Bytes of the bases of the menu, each with its factors.
+/// Bytes of the bases of the menu, with their factors.
 fn base_bytes(recipe: &Recipe, (m, n): Shape) -> u64 {
     let rank = match (recipe.compensate(), recipe.compensate_rank()) {
         (Compensate::None, _) => 0,

@@ -1,11 +1,12 @@
-//! How errors of different linears compare: the scale of the knapsack, as users name it, and weights by depth.
+//! Scales that make errors of different linears comparable: the scale of the knapsack, by its name on the command line,
+//! and weights by depth.
 
 use std::fmt;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-/// Where the scale comes from.
+/// The source of the scale.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 #[serde(rename_all = "kebab-case")]
@@ -18,12 +19,12 @@ pub enum Sensitivity {
     Energy,
 }
 
-/// How much more errors of early blocks count.
+/// The additional weight of errors in early blocks.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum DepthWeight {
     /// γ.
     Fixed(f64),
-    /// The γ of a few whose ranks diverge least on the calibration text.
+    /// Tries a few γ, and takes the one whose ranks diverge least on the calibration text.
     Auto,
 }
 

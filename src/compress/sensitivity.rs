@@ -12,16 +12,16 @@ use super::solution::Solution;
 use super::study::Study;
 use super::trials::mean_kl;
 
-/// A probe keeps this share of the parameters of its matrix: a tenth of what keeping 80 % everywhere would.
+/// A trial keeps this share of the parameters of its matrix: a tenth of what keeping 80 % everywhere would.
 const PROBE_KEEP: f64 = 0.08;
 
-/// Tokens that probes are run on; the divergence of a cut so deep shows on few.
+/// Number of tokens in trials; the divergence of such a deep cut shows on few.
 const PROBE_TOKENS: usize = 8192;
 
 /// Cost to the model of a unit of squared error of each linear, before depth weights.
 ///
 /// # Errors
-/// A probe fails.
+/// A trial fails.
 pub(super) fn of(study: &Study<'_>) -> Result<Vec<f64>> {
     let n = study.plan.linears.len();
     if study.recipe.ranks() != Ranks::Knapsack {
@@ -38,7 +38,7 @@ pub(super) fn of(study: &Study<'_>) -> Result<Vec<f64>> {
 /// The allocation under a budget; if the depth weight is `auto`, the one with the lowest divergence.
 ///
 /// # Errors
-/// A size in bytes that cannot be reached, or a probe fails.
+/// A size in bytes cannot be reached, or a trial fails.
 pub(super) fn allocate(study: &Study<'_>, sensitivities: &[f64], budget: Budget) -> Result<Allocation> {
     let gammas = match study.recipe.depth_weight() {
         DepthWeight::Fixed(gamma) => vec![gamma],
@@ -63,13 +63,13 @@ pub(super) fn allocate(study: &Study<'_>, sensitivities: &[f64], budget: Budget)
     Ok(allocations.swap_remove(best))
 }
 
-/// The windows that probes are run on.
+/// The windows for trials.
 pub(super) fn probe_windows<'a>(study: &'a Study<'_>) -> &'a [Vec<u32>] {
     let windows = &study.inputs.windows.as_ref().expect("invariant: a recipe that probes has a text").windows;
     &windows[..(PROBE_TOKENS / windows[0].len().max(1)).clamp(1, windows.len())]
 }
 
-/// Divergence of the probe of each linear over its error.
+/// Divergence of the trial of each linear, divided by its error.
 fn measured(study: &Study<'_>) -> Result<Vec<f64>> {
     let linears = study.plan.linears.iter().zip(&study.plan.are_zero);
     let ranks: Vec<usize> = linears
@@ -105,7 +105,7 @@ fn depth_weights(study: &Study<'_>, gamma: f64) -> Vec<f64> {
     linears.iter().map(|linear| depth_weight(gamma, linear.block, n_blocks)).collect()
 }
 
-/// `1 + γ Σ_{k ≥ block} 1 / (k + 1)`: errors of early blocks travel through more of the model.
+/// `1 + γ Σ_{k ≥ block} 1 / (k + 1)`: errors of early blocks pass through more of the model.
 fn depth_weight(gamma: f64, block: Option<usize>, n_blocks: usize) -> f64 {
     block.map_or(1.0, |block| 1.0 + gamma * (block..n_blocks).map(|k| 1.0 / (k + 1) as f64).sum::<f64>())
 }

@@ -1,7 +1,7 @@
-//! What was chosen, before it is written: one operator per compressed linear.
+//! The operators that were chosen, one per compressed linear, before they are written.
 //!
-//! Fits are laid out and rounded when they are first asked for, or all at once by [`Solution::settle`]; from then on every reader
-//! of a linear, be it the output, a probe or a sweep, is given the same values. Refinements change values, never forms.
+//! Fits are laid out and rounded when they are first read, or all at once by [`Solution::settle`]; from then on every
+//! reader of a linear (the output, a trial or a sweep) gets the same values. Refinements change values, never forms.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
@@ -30,26 +30,26 @@ pub(super) struct Laid {
     pub form: Form,
     /// Error of rounding to the dtype, over the norm of the weight, in the metric.
     pub storage_error: f64,
-    /// Why it differs from what was requested.
+    /// The reason, if it differs from the request.
     pub note: Option<String>,
 }
 
 /// The stored matrices, once settled.
 type Kept = Vec<(Element, Spooled)>;
 
-/// A fit by which a refinement replaces the chosen one.
+/// A fit that replaces the chosen one after a refinement.
 struct Refitted {
     curve: ErrorCurve,
     /// Further sides of its metric that were plain.
     plain_sides: PlainSides,
     rank: usize,
-    /// `B` and `A`, unless it was laid out already.
+    /// `B` and `A`, unless it is already laid out.
     parts: Option<[Spooled; 2]>,
 }
 
 /// Changes the values of a solution, never its forms.
 pub(super) trait Refine: Send + Sync {
-    /// Sees the solution as a whole, once, before it is written.
+    /// Refines the whole solution once, before it is written.
     ///
     /// # Errors
     /// The refinement fails.
@@ -57,7 +57,7 @@ pub(super) trait Refine: Send + Sync {
         Ok(())
     }
 
-    /// Sees the operator of the `i`-th linear of the plan whenever it is made.
+    /// Refines the operator of the `i`-th linear of the plan whenever it is made.
     ///
     /// # Errors
     /// The refinement fails.
@@ -86,18 +86,18 @@ impl<'s> Solution<'s> {
     /// Runs every refinement of the recipe on the solution as a whole.
     ///
     /// # Errors
-    /// That of a refinement.
+    /// A refinement fails.
     pub fn refine(&mut self) -> Result<()> {
         Arc::clone(&self.refinements).iter().try_for_each(|refinement| refinement.refine(self))
     }
 
-    /// Whether a linear was laid out, and its values are kept.
+    /// Whether a linear is laid out, and its values are kept.
     pub fn is_settled(&self, i: usize) -> bool {
         let laid = self.laid.lock().expect("invariant: no holder of the layouts panics");
         laid.get(&i).is_some_and(|(_, kept)| kept.is_some())
     }
 
-    /// Takes another fit of the same rank for a linear; without parts where it was laid out already.
+    /// Replaces the fit of a linear by another of the same rank; without parts if it is already laid out.
     ///
     /// # Errors
     /// The work folder cannot be written.
@@ -122,12 +122,12 @@ impl<'s> Solution<'s> {
         Ok(())
     }
 
-    /// The error of every rank of a linear, as it was fitted last; none under a base.
+    /// The error of a linear at every rank, in its latest fit; `None` under a base.
     pub fn curve(&self, i: usize) -> Option<&ErrorCurve> {
         match self.refitted.get(&i) {
             Some(refitted) => Some(&refitted.curve),
             None => match self.study.fits.chosen(i, self.choices[i]) {
-                // That of a unit is not that of one of its members.
+                // The curve of a unit is not the curve of one of its members.
                 Some(chosen) => chosen.fitted.curve(),
                 None => self.study.fits.low_rank(i)?.curve(),
             },
@@ -147,13 +147,13 @@ impl<'s> Solution<'s> {
         (0..self.choices.len()).filter(|&i| self.choices[i] != Choice::Dense).collect()
     }
 
-    /// Those of a block.
+    /// The compressed linears of a block.
     pub fn compressed_in(&self, block_idx: usize) -> Vec<usize> {
         let is_here = |i: &usize| self.study.plan.linears[*i].id.is_some_and(|id| id.block == block_idx);
         self.compressed().into_iter().filter(is_here).collect()
     }
 
-    /// How the `i`-th linear is stored: as it was settled, or as it is planned.
+    /// How the `i`-th linear is stored: as settled, or as planned.
     pub fn forms(&self, i: usize) -> Option<Forms> {
         let mut forms = self.study.planned(i, self.choices[i])?;
         let laid = self.laid.lock().expect("invariant: no holder of the layouts panics");
@@ -168,13 +168,13 @@ impl<'s> Solution<'s> {
         (0..self.choices.len()).map(|i| self.forms(i)).collect()
     }
 
-    /// What is known of the layout of a linear without a base, once it was made.
+    /// The layout of a linear without a base, once it is made.
     pub fn laid(&self, i: usize) -> Option<Laid> {
         let laid = self.laid.lock().expect("invariant: no holder of the layouts panics");
         laid.get(&i).map(|(laid, _)| laid.clone())
     }
 
-    /// The fit of a linear without a base: its own, or that of a refinement.
+    /// The fit of a linear without a base: its own, or from a refinement.
     ///
     /// # Errors
     /// The work folder cannot be read.
@@ -188,7 +188,7 @@ impl<'s> Solution<'s> {
         Ok(found.expect("invariant: a linear of low rank has a fit"))
     }
 
-    /// Lays out and rounds `linears`, many at once, and keeps the results.
+    /// Lays out and rounds `linears` in parallel, and keeps the results.
     ///
     /// # Errors
     /// The statistics cannot be read, or the work folder cannot be written.
@@ -214,8 +214,8 @@ impl<'s> Solution<'s> {
         })
     }
 
-    /// How a linear is laid out, and its values where they are not written yet: from the journal, or made now. Its pair is then
-    /// read no more, unless the order of its ranks is to be kept.
+    /// The layout of a linear, and its values unless they are already written: from the journal, or newly made. After
+    /// that its factors are not read, unless the order of its ranks is kept.
     fn settled(&self, i: usize) -> Result<(Laid, Option<Kept>)> {
         let journal = &self.study.session.journal;
         if let Some(piece) = journal.get(&pieces::laid(i))? {
@@ -248,14 +248,14 @@ impl<'s> Solution<'s> {
         Ok((laid, Some(kept)))
     }
 
-    /// The form that a linear of low rank without a base is asked for in.
+    /// The requested form of a low-rank linear without a base.
     fn asked(&self, i: usize) -> Option<Form> {
         let Choice::Fitted { .. } = self.choices[i] else { return None };
         let forms = self.study.planned(i, self.choices[i])?;
         forms.over.filter(|_| forms.base.is_none()).map(|form| Form { storage: None, ..form })
     }
 
-    /// A linear of low rank without a base, as it is stored.
+    /// A low-rank linear without a base, as it is stored.
     fn lay_out(&self, i: usize) -> Result<Term> {
         let settled = self.laid.lock().expect("invariant: no holder of the layouts panics");
         if let Some((laid, Some(kept))) = settled.get(&i) {
@@ -290,7 +290,8 @@ impl<'s> Solution<'s> {
         self.with_sides(i, |sides| {
             let Rounded { parts, squared_error } = kind.fitting().round(&pair, shape, sides, linear.dtype);
             let rounded = Laid { storage_error: relative(squared_error), ..asked };
-            // Another structure of as many parameters is worth a try where it truncates less than rounding costs.
+            // Another structure with as many parameters may be better if its truncation error is below the cost of
+            // rounding.
             let Some(other) = kind.fitting().alternative() else { return Ok((rounded, Term { form, parts })) };
             let fewer = kind.n_parameters(pair.rank, shape) / other.n_parameters(1, shape);
             let fewer = fewer as usize / self.study.recipe.rank_multiple() * self.study.recipe.rank_multiple();
@@ -314,8 +315,8 @@ impl<'s> Solution<'s> {
         })
     }
 
-    /// Calls `f` with the metric of the `i`-th linear. The Gram of a larger input side is not read: its diagonal is kept with the
-    /// fit.
+    /// Calls `f` with the metric of the `i`-th linear. The Gram of a larger input side is not read, because its
+    /// diagonal is kept with the fit.
     fn with_sides<T>(&self, i: usize, f: impl FnOnce(&Sides<'_>) -> Result<T>) -> Result<T> {
         let linear = &self.study.plan.linears[i];
         let energies = self.curve(i).expect("invariant: a linear of low rank was decomposed").energies();
@@ -331,10 +332,10 @@ impl<'s> Solution<'s> {
         })
     }
 
-    /// What takes the place of the `i`-th linear; none where it stays as it is.
+    /// The operator that replaces the `i`-th linear; `None` if the linear stays as it is.
     ///
     /// # Errors
-    /// The work folder cannot be read, or that of a refinement.
+    /// The work folder cannot be read, or a refinement fails.
     pub fn operator(&self, i: usize) -> Result<Option<Operator>> {
         let choice = self.choices[i];
         let Some(forms) = self.study.planned(i, choice) else { return Ok(None) };
@@ -363,7 +364,7 @@ impl<'s> Solution<'s> {
     pub fn relative_squared_error(&self, i: usize, operator: &Operator) -> Result<f64> {
         let study = self.study;
         if operator.over.is_none() {
-            // A base alone was measured when it was made.
+            // The error of a base alone was measured when it was made.
             let norm = study.fits.norm(i);
             return Ok(if norm > 0.0 { study.fits.error(i, self.choices[i]) / norm } else { 0.0 });
         }

@@ -1,4 +1,4 @@
-//! Spectra in the metric of a method, for those who look before they compress.
+//! Spectra in the metric of a method, for inspection before compressing.
 
 use std::collections::BTreeMap;
 
@@ -18,13 +18,13 @@ use crate::progress::Progress;
 use crate::session::Session;
 use crate::store::Journal;
 
-/// A curve in a metric, and what was plain in that.
+/// A curve in a metric, and the sides of the metric that were plain.
 pub struct Weighted {
     pub curve: ErrorCurve,
     pub note: Option<String>,
 }
 
-/// The error curve of every linear that `recipe` targets, in the metric of its method; by module.
+/// The error curves of all linears that `recipe` targets, in the metric of its method, by module.
 ///
 /// # Errors
 /// As [`super::compress`], up to its decompositions.

@@ -1,4 +1,5 @@
-//! What is found out about a model before anything is chosen: statistics, fits of every linear, and how their errors compare.
+//! Everything learned about a model before a choice is made: statistics, fits of every linear, and how their errors
+//! compare.
 
 use std::collections::BTreeSet;
 use std::time::Instant;
@@ -30,7 +31,7 @@ pub(super) struct Study<'a> {
     pub fits: Fits,
     pub source: Source<'a>,
     pub timings: Timings,
-    /// How often quantized bases were added.
+    /// Number of times that quantized bases were added.
     rounds: usize,
 }
 
@@ -38,7 +39,7 @@ impl<'a> Study<'a> {
     /// Measures statistics and fits every linear.
     ///
     /// # Errors
-    /// A weight is broken, a number is not finite, or the work folder cannot be written.
+    /// A weight is damaged, a value is not finite, or the work folder cannot be written.
     pub fn run(session: &'a Session<'a>, recipe: &'a Recipe, plan: &'a Plan, mut inputs: Inputs) -> Result<Self> {
         let mut timings = Timings::default();
         let seconds = inputs.measure(session, recipe)?;
@@ -54,7 +55,7 @@ impl<'a> Study<'a> {
             max_ranks: &max_ranks,
             with_plain: recipe.ranks().allocator().spectra() == Spectra::Plain,
             layout: recipe.layout(),
-            // The sequential mode makes pairs of its own, but for experts that see too little.
+            // The sequential mode makes its own factors, except for experts that see too few tokens.
             keeps_pair: &|linear| {
                 recipe.anchor().is_none() || recipe.probes() || linear.id.is_some_and(|id| id.slot.expert.is_some())
             },
@@ -76,7 +77,7 @@ impl<'a> Study<'a> {
         Ok(study)
     }
 
-    /// Tokens of the calibration that the expert of a linear saw.
+    /// Number of calibration tokens that the expert of a linear saw.
     ///
     /// # Errors
     /// The statistics cannot be read.
@@ -89,10 +90,10 @@ impl<'a> Study<'a> {
         self.inputs.metrics(self.recipe)
     }
 
-    /// Adds quantized bases to those that there are, with factors that `compensate` makes.
+    /// Adds quantized bases to the existing ones, with factors fitted by `compensate`.
     ///
     /// # Errors
-    /// A weight is broken, a number is not finite, or the work folder cannot be written.
+    /// A weight is damaged, a value is not finite, or the work folder cannot be written.
     pub fn quantize(&mut self, compensate: Compensate, quants: &(dyn Fn(usize) -> Vec<Quant> + Sync)) -> Result<()> {
         let method = Quantize {
             checkpoint: self.session.checkpoint,
@@ -107,7 +108,7 @@ impl<'a> Study<'a> {
         self.fits.quantize(self.session, self.plan, &method)
     }
 
-    /// What a choice is planned to make of the `i`-th linear.
+    /// The planned forms of the `i`-th linear under a choice.
     pub fn planned(&self, i: usize, choice: Choice) -> Option<Forms> {
         let fitted = match self.fits.chosen(i, choice) {
             Some(fit) => match (fit.fitted.quant(), fit.fitted.unit()) {
@@ -122,7 +123,7 @@ impl<'a> Study<'a> {
     }
 }
 
-/// Drops the input Grams of a block that rounding will not ask for.
+/// Drops the input Grams of a block that rounding will not read.
 fn forget_inputs(
     session: &Session<'_>,
     recipe: &Recipe,
@@ -131,13 +132,13 @@ fn forget_inputs(
     block: Option<usize>,
 ) -> Result<()> {
     let (Some(statistics), Some(block)) = (&inputs.statistics, block) else { return Ok(()) };
-    // Factors above a base, shared parts and later bases are made from the Grams of all inputs.
+    // Factors over a base, shared parts and later bases need the Grams of all inputs.
     if recipe.method.preset().input != MetricForm::Gram || !recipe.quant().is_empty() || recipe.share() {
         return Ok(());
     }
     let here: Vec<&LinearInfo> = plan.linears.iter().filter(|linear| linear.block == Some(block)).collect();
     let mut done: BTreeSet<InputSite> = here.iter().filter_map(|linear| site(linear)).collect();
-    // Rounding looks at the whole Gram of the smaller side; errors of quantized factors are measured in both.
+    // Rounding reads the full Gram of the smaller side; errors of quantized factors are measured in both.
     let is_kept = |linear: &&&LinearInfo| {
         recipe.quant_factors().is_some() || recipe.rounds(linear.dtype) && linear.out_features > linear.in_features
     };

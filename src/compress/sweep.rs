@@ -1,4 +1,4 @@
-//! Many budgets from one decomposition: the Pareto curve of a method.
+//! Many budgets from a single decomposition: the Pareto curve of a method.
 
 use std::time::Instant;
 
@@ -23,16 +23,16 @@ use crate::report::{LRC_VERSION, SCHEMA_VERSION, SweepPoint, SweepReport, peak_m
 use crate::session::Session;
 use crate::store::Journal;
 
-/// What is swept.
+/// The settings of a sweep.
 pub struct SweepSettings<'a> {
     pub checkpoint: &'a Checkpoint,
-    /// The recipe but for its budget, which `keeps` replace.
+    /// The recipe; `keeps` replace its budget.
     pub recipe: &'a Recipe,
     pub keeps: &'a [f64],
     pub eval: EvalSettings,
 }
 
-/// Decomposes once, truncates for every budget, and evaluates all of them in one walk beside the original.
+/// Decomposes once, truncates for every budget, and evaluates all trials in one walk alongside the original.
 ///
 /// # Errors
 /// As [`super::compress`] and [`crate::eval::perplexity`].
@@ -69,7 +69,7 @@ pub fn sweep(settings: &SweepSettings<'_>, progress: &dyn Progress) -> Result<Sw
     let evaluate_seconds = evaluating.elapsed().as_secs_f64();
     let mut points = Vec::new();
     for ((&keep, solution), divergence) in keeps.iter().zip(&solutions).zip(&divergences) {
-        // Making them has settled how they are stored.
+        // The forms are settled now that the operators are made.
         let forms = solution.all_forms();
         let rank = |(linear, forms): (&LinearInfo, &Option<Forms>)| {
             (linear.module.clone(), forms.and_then(|forms| forms.rank()))

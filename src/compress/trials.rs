@@ -1,4 +1,4 @@
-//! Models with some linears replaced, run beside the original: all of them in one walk, so that weights are read once.
+//! Models with some linears replaced, run alongside the original: all in one walk, so that weights are read once.
 
 use std::collections::HashMap;
 
@@ -15,15 +15,15 @@ use crate::operator::{BASE, Kind, Matrix, part_name};
 use crate::progress::Silent;
 use crate::store::Values;
 
-/// What trials are run on.
+/// The text of a trial.
 pub(super) struct Text<'t> {
     pub windows: &'t [Vec<u32>],
     pub scored: &'t [Scored],
     pub limits: WalkLimits,
 }
 
-/// How far each of `trials` is from the original over a text, at its scored tokens. A trial shares the original's states until its
-/// first compressed block. `verb` names the progress bar.
+/// The divergence of each of `trials` from the original at the scored tokens of a text. A trial shares the original's
+/// states until its first compressed block. `verb` names the progress bar.
 ///
 /// # Errors
 /// The model cannot be run, a logit is not finite, or the work folder cannot be written.
@@ -77,7 +77,7 @@ pub(super) fn diverge(
     Ok(divergences)
 }
 
-/// Mean KL(original ‖ trial) in nats at every token of `windows` that has context, one window at a time.
+/// Mean KL(original ‖ trial) in nats over all tokens of `windows` that have context, one window at a time.
 ///
 /// # Errors
 /// As [`diverge`].
@@ -99,7 +99,7 @@ pub(super) fn mean_kl(
 }
 
 impl Solution<'_> {
-    /// The checkpoint with some linears as the factored format would store them, rounding included.
+    /// The checkpoint with some linears replaced as the factored format would store them, rounding included.
     pub fn overlay(&self, compressed: &[usize]) -> Result<Overlay<'_>> {
         let tensors: Vec<Vec<(String, Tensor)>> =
             compressed.par_iter().map(|&i| self.laid_over(i)).collect::<Result<_>>()?;
@@ -118,7 +118,7 @@ impl Solution<'_> {
         let overflow = |_| anyhow::anyhow!("`{}` has a value that {:?} cannot hold", linear.module, linear.dtype);
         let mut tensors = Vec::new();
         for term in operator.terms() {
-            // A base is taken as it is: dequantized, it is no value of the dtype.
+            // A base is used as it is, because its dequantized values are not values of the dtype.
             let term = if term.form.kind == Kind::DENSE {
                 term.clone()
             } else {

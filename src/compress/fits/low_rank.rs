@@ -1,4 +1,4 @@
-//! The decomposition of a linear in the metric of the method: of low rank, in the layout of the recipe.
+//! The decomposition of a linear in the metric of the method, in the layout of the recipe.
 
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
@@ -26,7 +26,7 @@ struct Decomposition {
     layout: Kind,
     shape: Shape,
     max_rank: usize,
-    /// `B` and `A`, until nothing reads them any more.
+    /// `B` and `A`, until nothing reads them anymore.
     parts: Option<[Spooled; 2]>,
 }
 
@@ -63,17 +63,17 @@ impl Fitted for Decomposition {
     }
 }
 
-/// What is decomposed, and how.
+/// The linears to decompose, and how.
 pub(in super::super) struct Decompose<'a> {
     pub checkpoint: &'a Checkpoint,
     pub plan: &'a Plan,
     pub metrics: Metrics<'a>,
-    /// The largest rank that may be asked for, a linear; 0 for those left dense.
+    /// The largest rank that may be requested, per linear; 0 for linears that stay dense.
     pub max_ranks: &'a [usize],
-    /// Whether allocators look at the curves of plain weights.
+    /// Whether allocators read the curves of plain weights.
     pub with_plain: bool,
     pub layout: Kind,
-    /// Whether anything will read the pair of a linear, and not its curve alone.
+    /// Whether anything will read the factors of a linear, and not only its curve.
     pub keeps_pair: &'a (dyn Fn(&LinearInfo) -> bool + Sync),
     /// Called with a block whose linears are decomposed.
     pub after_block: &'a (dyn Fn(Option<usize>) -> Result<()> + Sync),

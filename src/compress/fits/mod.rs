@@ -1,7 +1,7 @@
-//! What every unit may become: fits, made once by one driver and kept, so that one pass serves every budget.
+//! The fits of every unit: one driver makes them once and keeps them, so that one pass serves every budget.
 //!
-//! A unit is what is replaced together: a linear, or several that share a part. A [`Fitted`] is one way to approximate it, with
-//! its error at every size. Which sizes a budget buys is decided in `allocation`, by costs and errors alone.
+//! A unit is replaced as a whole: a linear, or several that share a part. A [`Fitted`] is one way to approximate it,
+//! with its error at every size. `allocation` decides which sizes fit a budget, by costs and errors alone.
 
 mod low_rank;
 mod quantized;
@@ -25,7 +25,7 @@ pub(super) use low_rank::Decompose;
 pub(super) use quantized::Quantize;
 pub(super) use shared::{Share, units_to_share};
 
-/// What is replaced together, by places in the plan.
+/// Linears that are replaced together, by index in the plan.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Unit {
     pub members: Vec<usize>,
@@ -33,7 +33,7 @@ pub(super) struct Unit {
 
 /// One way to approximate a unit.
 pub(super) trait Fitted: Send + Sync {
-    /// The ranks on offer, ascending, each with the squared error of every member in the metric of the method.
+    /// The available ranks, ascending, each with the squared error of every member in the metric of the method.
     fn errors(&self) -> Vec<(usize, Vec<f64>)>;
 
     /// Base and factors of a member.
@@ -42,12 +42,12 @@ pub(super) trait Fitted: Send + Sync {
     /// The work folder cannot be read.
     fn values(&self, member: usize, rank: usize, spool: &Mutex<Spool>) -> Result<Approximation>;
 
-    /// The error of every rank of a single linear, where it is not under a base.
+    /// The error of a single linear at every rank, if it has no base.
     fn curve(&self) -> Option<&ErrorCurve> {
         None
     }
 
-    /// The curve of the plain weight, where an allocator asked for it.
+    /// The curve of the plain weight, if an allocator needs it.
     fn plain_curve(&self) -> Option<&ErrorCurve> {
         None
     }
@@ -57,7 +57,7 @@ pub(super) trait Fitted: Send + Sync {
         None
     }
 
-    /// Places in the plan of the linears that share a part; empty where there is one.
+    /// Indices in the plan of the linears that share a part; empty for a single linear.
     fn unit(&self) -> &[usize] {
         &[]
     }
@@ -67,7 +67,7 @@ pub(super) trait Fitted: Send + Sync {
         None
     }
 
-    /// For the report.
+    /// The details for the report.
     fn details(&self) -> Details;
 }
 
@@ -77,27 +77,27 @@ pub(super) struct Approximation {
     pub pair: Option<LowRank>,
 }
 
-/// What the report says of a fit.
+/// Details of a fit for the report.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Details {
     pub seconds: f64,
-    /// Why the base was rounded to nearest.
+    /// The reason, if the base was rounded to nearest.
     pub fallback: Option<Fallback>,
     /// Sides of the metric that are plain because their form was all zeros.
     pub plain_sides: PlainSides,
 }
 
-/// A fit, and which of its members a linear is.
+/// A fit, and the index of a linear among its members.
 #[derive(Clone)]
 pub(super) struct Fit {
     pub fitted: Arc<dyn Fitted>,
     pub member: usize,
 }
 
-/// The fits of every linear of the plan, in the order of their numbers.
+/// The fits of every linear of the plan, by index.
 pub(super) struct Fits {
     linears: Vec<Vec<Fit>>,
-    /// Squared norm of every linear in the metric of the method, where a base was quantized.
+    /// Squared norm of every linear in the metric of the method, if a base was quantized.
     norms: Vec<f64>,
     pub spool: Mutex<Spool>,
 }
@@ -108,12 +108,12 @@ impl Fits {
         Self { linears, norms: vec![0.0; n_linears], spool: Mutex::new(spool) }
     }
 
-    /// The fits of a linear, in the order of their numbers.
+    /// The fits of a linear, by index.
     pub fn of(&self, i: usize) -> &[Fit] {
         &self.linears[i]
     }
 
-    /// The fit without a base, where there is one.
+    /// The fit without a base, if there is one.
     pub fn low_rank(&self, i: usize) -> Option<&dyn Fitted> {
         self.linears[i].iter().map(|fit| &*fit.fitted).find(|fitted| fitted.curve().is_some())
     }
@@ -131,7 +131,7 @@ impl Fits {
         self.norms[i]
     }
 
-    /// Squared error of a choice in the metric of the method, as it was estimated.
+    /// Estimated squared error of a choice in the metric of the method.
     pub fn error(&self, i: usize, choice: Choice) -> f64 {
         let (Some(fit), Choice::Fitted { rank, .. }) = (self.chosen(i, choice), choice) else { return 0.0 };
         if let Some(curve) = fit.fitted.curve() {
@@ -152,10 +152,10 @@ impl Fits {
         }
     }
 
-    /// Decomposes every linear that may become low rank.
+    /// Decomposes every linear that may become low-rank.
     ///
     /// # Errors
-    /// A weight or a statistic is broken, an eigenproblem fails, or the work folder cannot be written.
+    /// A weight or a statistic is damaged, an eigenproblem fails, or the work folder cannot be written.
     pub fn decompose(&mut self, session: &Session<'_>, plan: &Plan, method: &Decompose<'_>) -> Result<()> {
         let wanted = (0..plan.linears.len()).filter(|&i| method.max_ranks[i] > 0);
         let units: Vec<Unit> = wanted.map(|i| Unit { members: vec![i] }).collect();
@@ -196,43 +196,43 @@ impl Fits {
     }
 }
 
-/// A fit that was just made.
+/// A new fit.
 struct Made {
     fields: Value,
-    /// Arrays that are asked for to the end: errors, diagonals.
+    /// Arrays that are read until the end: errors, diagonals.
     kept: Vec<Values>,
-    /// Arrays that nothing reads once the unit is written.
+    /// Arrays that are not read once the unit is written.
     values: Vec<Values>,
 }
 
-/// Under which a journal has the values of a fit whose piece is `key`.
+/// The journal key of the values of a fit whose piece is `key`.
 pub(super) fn values_key(key: &str) -> String {
     format!("{key}-values")
 }
 
-/// How units are fitted, one by one.
+/// A way to fit units one by one.
 trait Method: Sync {
     type Fit: Send;
-    /// What the units of a block share while they are fitted.
+    /// Data that the units of a block share while they are fitted.
     type Shared: Sync;
 
-    /// As progress bars and errors name it.
+    /// The verb for progress bars and errors.
     fn verb(&self) -> &'static str;
 
-    /// Under which a journal has the fit of a unit.
+    /// The journal key of the fit of a unit.
     fn key(&self, unit: &Unit) -> String;
 
-    /// Whether units are fitted block by block, because of what those of a block share.
+    /// Whether units are fitted block by block, because those of a block share data.
     fn goes_by_block(&self) -> bool;
 
     fn shared(&self, linears: &[&LinearInfo]) -> Self::Shared;
 
     fn fit(&self, unit: &Unit, shared: &Self::Shared) -> Result<Made>;
 
-    /// The fit of its pieces; the second is absent where nothing reads it any more.
+    /// The fit from its pieces; the second is absent if nothing reads it anymore.
     fn keep(&self, unit: &Unit, piece: Piece, values: Option<Piece>, spool: &mut Spool) -> Result<Self::Fit>;
 
-    /// Whether the values of a unit were written already, so that nothing reads them any more.
+    /// Whether the values of a unit are already written, so that nothing reads them anymore.
     fn is_spent(&self, _unit: &Unit, _journal: &Journal) -> bool {
         false
     }
@@ -243,7 +243,8 @@ trait Method: Sync {
     }
 }
 
-/// The one driver: block after block, the units of a block in parallel, one thread each. Finished units are pieces of the journal.
+/// Fits units block by block, those of a block in parallel with one thread each. Finished units are pieces of the
+/// journal.
 fn fit_all<M: Method>(
     session: &Session<'_>,
     plan: &Plan,
@@ -272,7 +273,7 @@ fn fit_all<M: Method>(
     Ok(fits)
 }
 
-/// The pieces of a unit: those of an earlier run, or made now.
+/// The pieces of a unit, from an earlier run or newly made.
 fn pieces<M: Method>(journal: &Journal, method: &M, unit: &Unit, shared: &M::Shared) -> Result<(Piece, Option<Piece>)> {
     let key = method.key(unit);
     if let Some(piece) = journal.get(&key)? {
@@ -282,7 +283,7 @@ fn pieces<M: Method>(journal: &Journal, method: &M, unit: &Unit, shared: &M::Sha
         }
     }
     let Made { fields, kept, values } = method.fit(unit, shared)?;
-    // The values first: where the other piece is, they are.
+    // The values come first, so that they exist if the other piece does.
     let values = journal.put(&values_key(&key), Value::Null, values)?;
     Ok((journal.put(&key, fields, kept)?, Some(values)))
 }

@@ -1,4 +1,4 @@
-//! A quantized base of a linear, with the factors that compensate for what quantizing lost; one fit a quantizer of the menu.
+//! A quantized base of a linear, with factors that compensate its error; one fit per quantizer of the menu.
 
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
@@ -26,7 +26,7 @@ use crate::store::{Piece, Spool, Spooled, Values};
 struct QuantizedBase {
     quant: Quant,
     details: Details,
-    /// Squared error in the metric of the method, by rank: of the ranks that may be chosen, the first 0 where that is one.
+    /// Squared error in the metric of the method, for every available rank.
     errors: Vec<(usize, f64)>,
     shape: Shape,
     codes: Spooled,
@@ -36,7 +36,7 @@ struct QuantizedBase {
     pair: Option<(usize, Spooled, Spooled)>,
 }
 
-/// A base that was just made.
+/// A new base.
 struct Made {
     quant: Quant,
     fallback: Option<Fallback>,
@@ -46,14 +46,14 @@ struct Made {
     pair: Option<LowRank>,
 }
 
-/// What is kept of it besides its arrays: the errors of its ranks, codes, scales, zeros, `B` and `A`.
+/// The record of a base without its arrays: codes, scales, zeros, `B` and `A`.
 #[derive(Serialize, Deserialize)]
 struct Record {
     quant: Quant,
     fallback: Option<Fallback>,
     seconds: f64,
     ranks: Vec<usize>,
-    /// Of the pair.
+    /// The rank of the factors.
     rank: Option<usize>,
 }
 
@@ -139,7 +139,7 @@ impl Fitted for QuantizedBase {
     }
 }
 
-/// What is quantized, and how.
+/// The linears to quantize, and how.
 pub(in super::super) struct Quantize<'a> {
     pub checkpoint: &'a Checkpoint,
     pub plan: &'a Plan,
@@ -147,9 +147,9 @@ pub(in super::super) struct Quantize<'a> {
     pub metrics: Metrics<'a>,
     pub compensate: Compensate,
     pub rank: CompensateRank,
-    /// The menu of a linear.
+    /// The menu of the `i`-th linear.
     pub quants: &'a (dyn Fn(usize) -> Vec<Quant> + Sync),
-    /// How often bases were added before: the menu first, those of equal bytes after it.
+    /// Number of earlier rounds: the first adds the menu, the second the equal-bytes baseline.
     pub round: usize,
 }
 
@@ -197,7 +197,7 @@ impl Method for Quantize<'_> {
 }
 
 impl Quantize<'_> {
-    /// Squared norm of a linear in the metric of the method, sides of its metrics that are plain, and its bases.
+    /// Squared norm of a linear in the metric of the method, the plain sides of its metrics, and its bases.
     fn make(
         &self,
         linear: &LinearInfo,
@@ -240,7 +240,7 @@ impl Quantize<'_> {
         })
     }
 
-    /// One base whose factors serve every rank; where base and factors alternate, one a rank.
+    /// One base whose factors serve every rank; one per rank if base and factors alternate.
     fn bases(&self, one: &Attempt<'_>, quant: Quant) -> Result<Vec<Made>> {
         let most = one.shape.0.min(one.shape.1);
         let (largest, offers_none) = match (self.compensate, self.rank) {
@@ -269,7 +269,7 @@ impl Quantize<'_> {
     }
 }
 
-/// Refuses weights that no scale reaches: they would be clipped to next to nothing.
+/// Refuses weights that exceed the range of scales: they would be clipped to almost nothing.
 fn check_range<'a>(mut quants: impl Iterator<Item = &'a Quant>, values: &[f32]) -> Result<()> {
     let largest = values.iter().fold(0f32, |largest, v| largest.max(v.abs()));
     match quants.find(|quant| quant.largest() < largest) {
@@ -291,7 +291,7 @@ struct Attempt<'a> {
     gram: Option<&'a Mat<f64>>,
     /// The metric of the method.
     reported: MetricPair<'a>,
-    /// That of the compensation.
+    /// The metric of the compensation.
     pair: MetricPair<'a>,
     is_reported_in_pair: bool,
 }
@@ -310,8 +310,8 @@ impl Attempt<'_> {
         self.weight - quantized
     }
 
-    /// Alternates base and factors; the base whose factors leave the least error. The first turn is the one-shot method, so that
-    /// the result is never worse.
+    /// Alternates base and factors, and returns the base whose factors leave the least error. The first iteration is
+    /// the one-shot method, so the result is never worse than that.
     fn alternate(&self, quant: Quant, first: Base, rank: usize, turns: usize) -> Result<Base> {
         let (m, n) = self.shape;
         let (mut current, mut best): (Base, Option<(f64, Base)>) = (first, None);
@@ -335,7 +335,7 @@ impl Attempt<'_> {
         Ok(best.expect("invariant: the first turn is kept").1)
     }
 
-    /// A base with factors of the largest of `ranks`, and the errors of all of them.
+    /// A base with factors of the largest of `ranks`, and the errors at all of them.
     fn base(&self, quant: Quant, (base, fallback): Base, ranks: &[usize], started: Instant) -> Result<Made> {
         let residual = self.residual(&base);
         let alone = self.reported.squared_norm(residual.transpose());
@@ -348,8 +348,8 @@ impl Attempt<'_> {
         Ok(Made { quant, fallback, errors, seconds: started.elapsed().as_secs_f64(), base, pair })
     }
 
-    /// Squared error in the metric of the method. Factors made in another metric are taken to save the same share of it as of
-    /// their own; what is written is measured.
+    /// Squared error in the metric of the method. Factors fitted in another metric are assumed to save the same share
+    /// of it as of their own; the written values are measured.
     fn error(&self, alone: f64, curve: Option<&ErrorCurve>, rank: usize) -> f64 {
         match curve {
             Some(curve) if rank > 0 && self.is_reported_in_pair => curve.squared_error(rank),

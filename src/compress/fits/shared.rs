@@ -1,9 +1,9 @@
-//! Several linears of one input with one right part: `W_l ≈ B_l A`, for q, k and v, or gate and up.
+//! Several linears with the same input and one shared right factor: `W_l ≈ B_l A`, for q, k and v, or gate and up.
 //!
-//! With `C = H Hᵀ` the metric of the common input and `G_l` that of each output, the best `A` has the top eigenvectors of
-//! `Hᵀ (Σ_l W_lᵀ G_l W_l) H`, and `B_l = W_l H V` (Basis Sharing, Wang et al. 2024, has G = I): that is the decomposition of the
-//! weights stacked below each other, `K_lᵀ W_l`, in the metric of the inputs alone, and `B_l = K_l⁻ᵀ` of its rows. The inputs' `A`
-//! counts once. It is an offer beside those of each linear by itself, never forced: mostly they are better.
+//! With `C = H Hᵀ` the metric of the common input and `G_l` that of each output, the best `A` has the top eigenvectors
+//! of `Hᵀ (Σ_l W_lᵀ G_l W_l) H`, and `B_l = W_l H V` (Basis Sharing, Wang et al. 2024, has G = I). It is the
+//! decomposition of the stacked weights `K_lᵀ W_l` in the input metric alone, and `B_l` is `K_l⁻ᵀ` times its rows. `A`
+//! is counted once. Sharing is offered next to separate factors, which are usually better, and never forced.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
@@ -25,7 +25,7 @@ use crate::store::{Piece, Spool, Spooled, Values};
 
 struct SharedRight {
     unit: Vec<usize>,
-    /// Of every member, at the ranks of the common decomposition.
+    /// The error of every member, at the ranks of the common decomposition.
     errors: Vec<ErrorCurve>,
     details: Details,
     max_rank: usize,
@@ -56,7 +56,7 @@ impl Fitted for SharedRight {
     }
 }
 
-/// The linears that read the same input of a block, where there are several: q, k and v; gate and up.
+/// Units of several linears that read the same input of a block: q, k and v; gate and up.
 pub(in super::super) fn units_to_share(plan: &Plan) -> Vec<Unit> {
     let mut sites: BTreeMap<_, Vec<usize>> = BTreeMap::new();
     for (i, linear) in plan.linears.iter().enumerate() {
@@ -68,13 +68,13 @@ pub(in super::super) fn units_to_share(plan: &Plan) -> Vec<Unit> {
     units.map(|members| Unit { members }).collect()
 }
 
-/// Outputs of every member of a unit, and their common inputs.
+/// The output widths of the members of a unit, and their common input width.
 pub(in super::super) fn heights(plan: &Plan, unit: &Unit) -> (Vec<usize>, usize) {
     let linear = |&i: &usize| &plan.linears[i];
     (unit.members.iter().map(|i| linear(i).out_features).collect(), linear(&unit.members[0]).in_features)
 }
 
-/// Which linears share, and how.
+/// The linears that share, and how.
 pub(in super::super) struct Share<'a> {
     pub checkpoint: &'a Checkpoint,
     pub plan: &'a Plan,
@@ -155,14 +155,15 @@ impl Method for Share<'_> {
     }
 }
 
-/// Largest rank at which one right part and all left parts have fewer parameters than the weights: r (n + Σ m) < n Σ m.
+/// Largest rank at which one right part and all left parts together have fewer parameters than the weights: r (n + Σ m)
+/// < n Σ m.
 pub(in super::super) fn largest_saving_rank(heights: &[usize], n: usize) -> usize {
     let sum: usize = heights.iter().sum();
     ((n * sum).saturating_sub(1) / (n + sum).max(1)).min(n).min(sum)
 }
 
-/// The error of every member as ranks are added to the common decomposition: column i of the left part is σ_i u_i up to its scale, so
-/// that a member with rows `u_il` of `u_i` gains `σ_i² ‖u_il‖²`; what no rank up to the largest gains comes last.
+/// The error of every member by rank of the common decomposition. Column i of the left part is σ_i u_i up to its scale,
+/// so a member with rows `u_il` of `u_i` gains `σ_i² ‖u_il‖²`; the error left at the largest rank comes last.
 fn member_curves(
     stacked: MatRef<'_, f64>,
     heights: &[usize],
@@ -188,7 +189,7 @@ fn member_curves(
     heights.iter().map(of_member).collect()
 }
 
-/// `K_lᵀ W_l` below each other, of transposed weights (n, m_l).
+/// The stacked `K_lᵀ W_l`, from transposed weights (n, m_l).
 fn stacked(weights: &[Mat<f64>], outputs: &[Metric]) -> Result<Mat<f64>> {
     let n = weights.first().map_or(0, Mat::nrows);
     let mut stacked = Mat::zeros(weights.iter().map(Mat::ncols).sum(), n);
@@ -205,7 +206,7 @@ fn stacked(weights: &[Mat<f64>], outputs: &[Metric]) -> Result<Mat<f64>> {
     Ok(stacked)
 }
 
-/// `K⁻ᵀ B` (m, r), row-major, of rows of the whitened left part.
+/// `K⁻ᵀ B` (m, r), row-major, from rows of the whitened left part.
 fn unwhitened(rows: &[f32], height: usize, rank: usize, output: &Metric) -> Result<Vec<f32>> {
     Ok(match output {
         Metric::Identity => rows.to_vec(),

@@ -20,7 +20,7 @@ pub enum Approach {
 pub struct LowRank {
     pub allocation: Allocation,
     pub storage: Storage,
-    /// μ in [0, 1] of the sequential mode; none: all linears are decomposed against the original inputs.
+    /// μ in [0, 1] of the sequential mode; `None` decomposes all linears against the original inputs.
     pub anchor: Option<f64>,
     pub sharing: Sharing,
 }
@@ -29,7 +29,7 @@ pub struct LowRank {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Sharing {
     None,
-    /// Where the knapsack finds it better.
+    /// Right factors are shared if the knapsack finds that better.
     Offered,
 }
 
@@ -41,7 +41,7 @@ pub enum Allocation {
     /// A rank per linear.
     PerLinear {
         rule: Rule,
-        /// Share of the uniform rank that every linear of low rank keeps, in [0, 1].
+        /// Share of the uniform rank that every low-rank linear keeps, in [0, 1].
         floor: f64,
         /// Ranks are multiples of this, at least 1.
         multiple: usize,
@@ -55,7 +55,7 @@ pub enum Rule {
     Welore(Limit),
     /// Smallest ranks that keep the largest affordable share of the energy.
     Energy(Limit),
-    /// Smallest ranks that keep this share of the energy; lower where the limit requires it.
+    /// Smallest ranks that keep this share of the energy, or less if the limit requires it.
     EnergyShare(f64, Option<Limit>),
     EffectiveRank(Limit),
     Knapsack {
@@ -65,12 +65,13 @@ pub enum Rule {
     },
 }
 
-/// How a pair is stored.
+/// How factors are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Storage {
     /// In the dtype of the weight.
     Plain(Kind),
-    /// With the order of ranks beside it, so that truncation is exact (`--elastic`). Never factors, which have that order themselves.
+    /// With the order of ranks stored as well, so that truncation is exact (`--elastic`). Never the layout `factors`,
+    /// which is ordered itself.
     Elastic(Kind),
     /// As integers.
     Quantized(Kind, FactorBits),
@@ -80,13 +81,13 @@ pub enum Storage {
 #[derive(Debug, Clone, PartialEq)]
 pub struct Quantized {
     pub bases: Bases,
-    /// Never `Measured`, whose probes truncate weights to a low rank.
+    /// Never `Measured`, whose trials truncate weights to a low rank.
     pub sensitivity: Sensitivity,
     /// γ of the depth weight.
     pub gamma: f64,
 }
 
-/// Which quantizers, and which factors.
+/// The quantizers, and the factors.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Bases {
     /// The same for every linear; no budget.
@@ -107,7 +108,7 @@ pub struct Factors<R> {
 /// A limit on the size of the output.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Limit {
-    /// Share of the parameters of the targeted linears; of their bytes where bases are quantized. In (0, 1].
+    /// Share of the parameters of the targeted linears, or of their bytes if bases are quantized. In (0, 1].
     Keep(f64),
     /// Bytes of the weight files.
     Bytes(u64),
@@ -200,7 +201,7 @@ impl Approach {
         }
     }
 
-    /// The allocator; a knapsack over quantizers and ranks where bases are quantized.
+    /// The allocator; a knapsack over quantizers and ranks if bases are quantized.
     pub fn ranks(&self) -> Ranks {
         match self {
             Self::LowRank(LowRank { allocation: Allocation::Fixed(rank), .. }) => Ranks::Fixed(*rank),
@@ -218,7 +219,7 @@ impl Approach {
         }
     }
 
-    /// The layout of pairs.
+    /// The layout of factors.
     pub fn layout(&self) -> Kind {
         match self {
             Self::LowRank(LowRank { storage, .. }) => match storage {
@@ -228,7 +229,7 @@ impl Approach {
         }
     }
 
-    /// The integers that pairs are stored as; none: in the dtype of the weight.
+    /// The integers that factors are stored as; `None` keeps the dtype of the weight.
     pub fn quant_factors(&self) -> Option<FactorBits> {
         match self {
             Self::LowRank(LowRank { storage: Storage::Quantized(_, bits), .. }) => Some(*bits),
@@ -237,7 +238,7 @@ impl Approach {
         }
     }
 
-    /// Where the knapsack takes its scale between linears from; none for other allocators.
+    /// The source of the knapsack's scale between linears; `None` for other allocators.
     pub fn sensitivity(&self) -> Option<Sensitivity> {
         self.knapsack().map(|(sensitivity, _)| sensitivity)
     }
@@ -258,7 +259,7 @@ impl Approach {
         }
     }
 
-    /// Floor (a share of the uniform rank) and multiple of ranks that are allocated per linear.
+    /// Floor (a share of the uniform rank) and multiple, for ranks that are allocated per linear.
     pub fn rank_steps(&self) -> Option<(f64, usize)> {
         match self {
             Self::LowRank(LowRank { allocation: Allocation::PerLinear { floor, multiple, .. }, .. }) => {
@@ -276,12 +277,12 @@ impl Approach {
         }
     }
 
-    /// Whether sharing right factors is on offer.
+    /// Whether shared right factors are offered.
     pub fn shares(&self) -> bool {
         matches!(self, Self::LowRank(LowRank { sharing: Sharing::Offered, .. }))
     }
 
-    /// Whether the order of ranks is stored beside the layout.
+    /// Whether the order of ranks is stored with the layout.
     pub fn is_elastic(&self) -> bool {
         matches!(self, Self::LowRank(LowRank { storage: Storage::Elastic(_), .. }))
     }

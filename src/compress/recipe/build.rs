@@ -1,4 +1,4 @@
-//! From options to a recipe: every contradiction is an error here, before a model is opened.
+//! Builds a recipe from options: every contradiction is an error here, before a model is opened.
 
 use anyhow::Result;
 
@@ -40,7 +40,7 @@ struct Basics {
     method: Method,
     ranks: Ranks,
     limit: Option<Limit>,
-    /// Where the knapsack allocates.
+    /// Only for the knapsack.
     sensitivity: Option<Sensitivity>,
     depth_weight: DepthWeight,
     rank_floor: f64,
@@ -55,7 +55,7 @@ impl Basics {
         let has_limit = options.keep.is_some() || options.target_size.is_some() || options.bits.is_some();
         let has_data = options.calibration.is_some() || options.statistics.is_some();
         let method = options.method.unwrap_or(match has_data {
-            // Without an allocation the loss metric would only change the unit of the reported errors.
+            // Without an allocation, the loss metric would only change the unit of the reported errors.
             true if is_quantized && !has_limit => Method::SvdLlm,
             true => Method::Kfac,
             false => Method::Svd,
@@ -143,7 +143,7 @@ impl Recipe {
         Ok(())
     }
 
-    /// Checks that all data in the recipe is used, and that all data that is used is there.
+    /// Checks that the recipe uses all its data, and has all the data that it uses.
     fn check_data(&self) -> Result<()> {
         if self.statistics.is_some() && self.needs() == Needs::default() {
             return Err(usage(
@@ -222,7 +222,7 @@ fn low_rank(options: &RecipeOptions, basics: &Basics) -> Result<LowRank> {
     Ok(LowRank { allocation, storage, anchor: basics.anchor, sharing: sharing(options, basics, storage)? })
 }
 
-/// The allocator with its limit; none for fixed ranks.
+/// The allocator with its limit; `None` for fixed ranks.
 fn rule(basics: &Basics) -> Result<Option<Rule>> {
     let limit = || basics.limit.ok_or_else(|| usage("`--keep` or `--target-size` is missing", BUDGET_HINT));
     Ok(Some(match basics.ranks {
@@ -331,7 +331,7 @@ fn quantized(options: &RecipeOptions, basics: &Basics, menu: &[Quant]) -> Result
     Ok(Quantized { bases, sensitivity: basics.sensitivity.unwrap_or(Sensitivity::Energy), gamma })
 }
 
-/// Refuses the flags that are for low rank without a base.
+/// Refuses flags that only apply to low rank without a base.
 fn check_low_rank_flags(options: &RecipeOptions, basics: &Basics) -> Result<()> {
     let layout = options.layout.filter(|layout| !layout.structure().takes_base());
     let given = [

@@ -24,18 +24,18 @@ use crate::text::DEFAULT_FIELD;
 pub use approach::{Allocation, Approach, Bases, Budget, Factors, Limit, LowRank, Quantized, Rule, Sharing, Storage};
 pub use patterns::Patterns;
 
-/// Calibration windows where the user names no number.
+/// Default number of calibration windows.
 pub const DEFAULT_SAMPLES: usize = 64;
-/// Bytes of an output file at most, where the user names none.
+/// Default limit on the bytes of an output file.
 pub const DEFAULT_SHARD_BYTES: u64 = 4_000_000_000;
 
 /// Validated settings.
 #[derive(Debug, Clone)]
 pub struct Recipe {
-    /// Defines the metric of the approximation, or of the reported errors where bases are quantized.
+    /// Defines the metric of the approximation, or of the reported errors if bases are quantized.
     pub method: Method,
     pub approach: Approach,
-    /// Shares of their mean eigenvalues that Grams of inputs are damped with, in [0, 1].
+    /// Damping of input Grams, as a share of their mean eigenvalue, in [0, 1].
     pub damping_input: f64,
     /// The same for Grams of output gradients.
     pub damping_output: f64,
@@ -49,7 +49,7 @@ pub struct Recipe {
     pub max_shard_bytes: u64,
 }
 
-/// The settings of the approach, with neutral values for those that it does not have.
+/// The settings of the approach, with neutral values for those that it lacks.
 impl Recipe {
     /// The allocator.
     pub fn ranks(&self) -> Ranks {
@@ -61,22 +61,22 @@ impl Recipe {
         self.approach.budget()
     }
 
-    /// The layout of pairs.
+    /// The layout of factors.
     pub fn layout(&self) -> Kind {
         self.approach.layout()
     }
 
-    /// Where the knapsack takes its scale between linears from; none for other allocators.
+    /// The source of the knapsack's scale between linears; `None` for other allocators.
     pub fn sensitivity(&self) -> Option<Sensitivity> {
         self.approach.sensitivity()
     }
 
-    /// How much more errors of early blocks count.
+    /// The additional weight of errors in early blocks.
     pub fn depth_weight(&self) -> DepthWeight {
         self.approach.depth_weight()
     }
 
-    /// Share of the uniform rank that every linear of low rank keeps.
+    /// Share of the uniform rank that every low-rank linear keeps.
     pub fn rank_floor(&self) -> f64 {
         self.approach.rank_steps().map_or(0.0, |(floor, _)| floor)
     }
@@ -91,12 +91,12 @@ impl Recipe {
         self.approach.is_elastic()
     }
 
-    /// Whether linears of one input may share their right factor.
+    /// Whether linears with the same input may share their right factor.
     pub fn share(&self) -> bool {
         self.approach.shares()
     }
 
-    /// μ, where blocks are compressed one after another.
+    /// μ of the sequential mode, which compresses block after block.
     pub fn anchor(&self) -> Option<f64> {
         self.approach.anchor()
     }
@@ -106,7 +106,7 @@ impl Recipe {
         self.approach.quant()
     }
 
-    /// The method that makes factors for the error of a base.
+    /// The method that fits factors to the error of a base.
     pub fn compensate(&self) -> Compensate {
         self.approach.factors().map_or(Compensate::None, |factors| factors.method)
     }
@@ -116,20 +116,20 @@ impl Recipe {
         self.approach.factors().map_or(CompensateRank::Auto, |factors| factors.rank)
     }
 
-    /// The integers that pairs are stored as; none: in the dtype of the weight.
+    /// The integers that factors are stored as; `None` keeps the dtype of the weight.
     pub fn quant_factors(&self) -> Option<FactorBits> {
         self.approach.quant_factors()
     }
 }
 
 impl Recipe {
-    /// Whether factors of linears of `dtype` are rounded with feedback: those that are stored in 16 bits.
+    /// Whether factors of linears of `dtype` are rounded with feedback, as those stored in 16 bits are.
     pub fn rounds(&self, dtype: Dtype) -> bool {
         let is_stored = self.format == Format::Factored && self.quant_factors().is_none();
         is_stored && matches!(dtype, Dtype::F16 | Dtype::BF16)
     }
 
-    /// Whether a text is observed: for the metric, for measured sensitivities, or by the sequential mode.
+    /// Whether a text is run through the model: for the metric, for measured sensitivities, or in the sequential mode.
     fn uses_text(&self) -> bool {
         self.measures_statistics() || self.probes() || self.anchor().is_some()
     }
@@ -139,13 +139,13 @@ impl Recipe {
         self.sensitivity() == Some(Sensitivity::Measured) || self.depth_weight() == DepthWeight::Auto
     }
 
-    /// Files that a run reads besides the model.
+    /// Files that a run reads in addition to the model.
     pub fn inputs(&self) -> impl Iterator<Item = &Path> {
         let text = self.calibration.iter().map(|settings| settings.text.as_path());
         text.chain(self.statistics.as_deref())
     }
 
-    /// Whether the metric's statistics are measured, and not read from a file.
+    /// Whether the statistics of the metric are measured and not read from a file.
     pub fn measures_statistics(&self) -> bool {
         self.needs() != Needs::default() && self.statistics.is_none()
     }
@@ -156,7 +156,7 @@ impl Recipe {
         self.method.preset().needs().union(self.compensate().preset().needs()).union(gptq)
     }
 
-    /// The recipe in full, defaults written out, as options that give it again.
+    /// The complete recipe, with defaults written out, as options from which it can be rebuilt.
     pub fn to_options(&self) -> RecipeOptions {
         let calibration = self.calibration.as_ref();
         let preset = self.method.preset();

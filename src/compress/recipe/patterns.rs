@@ -30,7 +30,7 @@ impl Patterns {
         self.set.is_match(module)
     }
 
-    /// The patterns that match none of `modules`: most likely misspelled.
+    /// The patterns that match none of `modules`, which are probably misspelled.
     pub fn unmatched<'a>(&'a self, modules: &[&str]) -> Vec<&'a str> {
         let is_matched = |i: usize| modules.iter().any(|m| self.set.matches(m).contains(&i));
         (0..self.texts.len()).filter(|&i| !is_matched(i)).map(|i| self.texts[i].as_str()).collect()

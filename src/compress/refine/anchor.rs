@@ -1,13 +1,13 @@
-//! Anchored sequential compression: block after block, each linear made for the inputs that the compressed linears before
-//! it give, without losing sight of the original's.
+//! Anchored sequential compression: block after block, each linear is fitted to the inputs that the compressed linears
+//! before it produce, and anchored to the outputs of the original.
 //!
-//! Two streams go through the model: original states, and those of what is compressed so far. With inputs `x` of the
-//! first and `x̂` of the second, `C_xx̂ = Σ x x̂ᵀ / n_tokens` and `C_x̂x̂` alike, a linear's target is moved to
+//! Two streams go through the model: the original states, and those of the model compressed so far. With inputs `x` of
+//! the first and `x̂` of the second, `C_xx̂ = Σ x x̂ᵀ / n_tokens` and `C_x̂x̂` likewise, a linear's target is moved to
 //!
 //! `W̃ = W [(1 − μ) I + μ C_xx̂ (C_x̂x̂ + δ I)⁻¹]`, δ = 0.01 · mean diagonal,
 //!
-//! and approximated in the metric of `C_x̂x̂`. μ = 1 is AA-SVD's closed form: the best linear map from `x̂` to `W x`; μ = 0 knows
-//! the shifted inputs alone. Within a block the order is qkv, o, gate and up, down.
+//! and approximated in the metric of `C_x̂x̂`. μ = 1 is AA-SVD's closed form, the best linear map from `x̂` to `W x`; μ
+//! = 0 uses the shifted inputs alone. Within a block the order is qkv, o, gate and up, down.
 
 use std::collections::BTreeMap;
 
@@ -29,16 +29,17 @@ use crate::progress::Silent;
 use crate::session::Session;
 use crate::store::{Piece, Values};
 
-/// Share of its mean eigenvalue that `C_x̂x̂` is damped with before it is inverted.
+/// Damping of `C_x̂x̂` before it is inverted, as a share of its mean eigenvalue.
 const DAMPING: f64 = 1e-2;
 
-/// Refits every linear of low rank, of the same rank, to what the compressed linears before it give.
+/// Refits every low-rank linear, at the same rank, to the outputs of the compressed linears before it.
 pub(super) struct Anchor {
     /// μ.
     pub mu: f64,
 }
 
-/// A linear as it was refitted: its place in the plan, its fit, and where its metric was plain for want of inputs.
+/// A refitted linear: its index in the plan, its fit, and the sides whose metric was plain because their inputs were
+/// zero.
 type Made = (usize, Fit, PlainSides);
 
 impl Refine for Anchor {
@@ -72,7 +73,7 @@ impl Refine for Anchor {
     }
 }
 
-/// Both streams in front of a block.
+/// Both streams before a block.
 struct Streams<'b> {
     decoder: &'b Decoder<'b>,
     original: (&'b Block, &'b Hidden),
@@ -98,7 +99,7 @@ impl Anchor {
                 Moments::observe(walk, streams.decoder, streams.original, (&so_far, streams.shifted), group)?
             };
             for (place, moments) in group.iter().zip(moments) {
-                // An expert that sees too little stays as it is.
+                // An expert that sees too few tokens keeps its fit.
                 let is_enough = place.site.expert().is_none() || moments.n_seen >= place.n;
                 let fits =
                     if is_enough { moments.approximate(solution, &place.anchored, self.mu)? } else { Vec::new() };
@@ -117,7 +118,7 @@ impl Anchor {
     }
 }
 
-/// Keeps the fits of a block, and the states of both streams behind it.
+/// Keeps the fits of a block, and the states of both streams after it.
 fn keep(
     session: &Session<'_>,
     solution: &mut Solution<'_>,
@@ -131,7 +132,7 @@ fn keep(
     }
     let batches = [walk.arrays(original)?, walk.arrays(shifted)?].concat();
     session.journal.put(&states_key(block_idx), Value::Null, batches)?;
-    // What is laid out is read from there, unless the order of its ranks is to be kept.
+    // A settled linear is read from its layout, unless the order of its ranks is kept.
     let is_spent = |i: usize| solution.is_settled(i) && !solution.study.recipe.elastic();
     let fields: Vec<(usize, usize, PlainSides, bool)> =
         made.iter().map(|(i, fit, plain)| (*i, fit.pair.rank, *plain, !is_spent(*i))).collect();
@@ -146,17 +147,17 @@ fn keep(
     Ok(())
 }
 
-/// A place of input, and the compressed linears that read it.
+/// An input site, and the compressed linears that read it.
 struct Place {
     site: InputSite,
     /// Features of the input.
     n: usize,
     readers: Vec<usize>,
-    /// Of these, those that are anchored: all but weights of zeros, and experts that calibration had too few tokens for.
+    /// The readers that are anchored: all except weights of zeros, and experts with too few calibration tokens.
     anchored: Vec<usize>,
 }
 
-/// The places of input of a block, in the order of the forward pass.
+/// The input sites of a block, in the order of the forward pass.
 fn places(solution: &Solution<'_>, compressed: &[usize]) -> Result<Vec<Place>> {
     let study = solution.study;
     let mut places: BTreeMap<(u8, InputSite), Place> = BTreeMap::new();
@@ -164,7 +165,7 @@ fn places(solution: &Solution<'_>, compressed: &[usize]) -> Result<Vec<Place>> {
         let linear = &study.plan.linears[i];
         let Some(id) = linear.id else { continue };
         let site = id.slot.site();
-        // All experts' first linears, then all experts' last ones.
+        // First the first linears of all experts, then the last linears of all experts.
         let stage = match site {
             InputSite::Qkv => 0,
             InputSite::O => 1,
@@ -181,7 +182,8 @@ fn places(solution: &Solution<'_>, compressed: &[usize]) -> Result<Vec<Place>> {
     Ok(places.into_values().collect())
 }
 
-/// Places whose moments are taken in one pass: one, or as many experts of one kind as fit in `bytes`.
+/// Splits sites into groups whose moments are taken in one pass: a single site, or as many experts of one kind as fit
+/// in `bytes`.
 fn groups(places: &[Place], bytes: usize) -> impl Iterator<Item = &[Place]> {
     let is_alike = |a: &Place, b: &Place| {
         a.site.expert().is_some() && std::mem::discriminant(&a.site) == std::mem::discriminant(&b.site)
@@ -190,7 +192,7 @@ fn groups(places: &[Place], bytes: usize) -> impl Iterator<Item = &[Place]> {
     places.chunk_by(is_alike).flat_map(move |run| run.chunks(at_once(run)))
 }
 
-/// Under which the journal has the fits of a block, and the states of both streams behind it.
+/// The journal key of the fits of a block, and of the states of both streams after it.
 fn fits_key(block_idx: usize) -> String {
     format!("anchor-{block_idx}")
 }
@@ -199,7 +201,7 @@ fn states_key(block_idx: usize) -> String {
     format!("anchored-{block_idx}")
 }
 
-/// Takes the blocks that an earlier run anchored, and the states behind the last of them; gives their number.
+/// Restores the blocks that an earlier run anchored, and the states after the last of them; returns their number.
 fn resume(
     solution: &mut Solution<'_>,
     walk: &mut Walk<'_>,
@@ -225,7 +227,7 @@ fn resume(
     Ok(n_done)
 }
 
-/// The fits of a block's anchored linears.
+/// Restores the fits of a block's anchored linears.
 fn take(solution: &mut Solution<'_>, mut piece: Piece) -> Result<()> {
     let fields: Vec<(usize, usize, PlainSides, bool)> = serde_json::from_value(piece.fields.take())?;
     for (i, rank, plain, has_parts) in fields {
@@ -236,7 +238,7 @@ fn take(solution: &mut Solution<'_>, mut piece: Piece) -> Result<()> {
     Ok(())
 }
 
-/// Second moments of the two streams at one place, as means over tokens.
+/// Second moments of the two streams at one site, as means over tokens.
 struct Moments {
     /// `C_xx̂` (n, n).
     cross: Mat<f64>,
@@ -246,8 +248,8 @@ struct Moments {
 }
 
 impl Moments {
-    /// The moments at `places`, which are of one group. Experts see in both streams the tokens that the router of the second
-    /// sends them.
+    /// The moments at `places`, one group of sites. In both streams, experts see the tokens that the router of the
+    /// second stream sends them.
     fn observe(
         walk: &mut Walk<'_>,
         decoder: &Decoder<'_>,
@@ -307,7 +309,7 @@ impl Moments {
         Ok(())
     }
 
-    /// The fits of the linears `here`, and where their metrics were plain for want of inputs.
+    /// The fits of the linears `here`, and the sides whose metric was plain because their inputs were zero.
     fn approximate(&self, solution: &Solution<'_>, here: &[usize], mu: f64) -> Result<Vec<(Fit, PlainSides)>> {
         let invertible = shifted(self.shifted.clone(), DAMPING * mean_diagonal(&self.shifted));
         let input = Metric::damped(self.shifted.clone(), solution.study.recipe.damping_input);
@@ -335,7 +337,7 @@ impl Moments {
         let transposed = linalg::transposed_from_row_major(&values, linear.out_features, linear.in_features);
         let weight = transposed.transpose();
         let output = study.metrics().output(linear)?;
-        // Inputs that are all zero map to nothing: the target stays where it is.
+        // If all inputs are zero, the target is not moved.
         let target = if mu > 0.0 && !matches!(input, Metric::Plain { .. }) {
             let mapped = linalg::product(weight, self.cross.as_ref()); // W C_xx̂ (m, n)
             let mapped = linalg::solve(invertible.as_ref(), mapped.transpose());

@@ -1,4 +1,5 @@
-//! What changes the values of a solution after its forms are chosen. One refinement a file, one line in [`of`].
+//! Refinements, which change the values of a solution after its forms are chosen. Each is one file and one line in
+//! [`of`].
 
 mod anchor;
 mod quantize_factors;

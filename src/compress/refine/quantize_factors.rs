@@ -1,4 +1,4 @@
-//! Quantized factors: the part that is multiplied last is quantized first, and the rest refitted to it.
+//! Quantizes factors: the part that is multiplied last is quantized first, and the rest is refitted to it.
 
 use anyhow::Result;
 
@@ -21,7 +21,8 @@ impl Refine for QuantizeFactors {
         let study = solution.study;
         let (linear, shape) = (&study.plan.linears[i], study.plan.linears[i].shape());
         let weight = || inventory::weight(study.session.checkpoint, linear);
-        // The matrix that the factors approximate. Sequential mode moves it and does not keep it: there the product stands in.
+        // The matrix that the factors approximate. Sequential mode shifts the target and does not keep it, so the
+        // product is used.
         let target = match (&base, study.recipe.anchor()) {
             (None, Some(_)) => over.product(shape),
             (None, None) => weight()?,
