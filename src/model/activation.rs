@@ -4,7 +4,7 @@ use anyhow::Result;
 use candle_core::Tensor;
 use serde::Deserialize;
 
-/// In the names of `config.json`.
+/// Names as in `config.json`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Activation {

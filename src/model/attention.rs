@@ -1,4 +1,4 @@
-//! Grouped-query attention with a rotary embedding, over all of the past, a window of it, or both ways.
+//! Grouped-query attention with a rotary embedding: over all past tokens, a window of them, or in both directions.
 
 use anyhow::Result;
 use candle_core::{CpuStorage, CustomOp3, Device, Layout, Shape, Tensor, bail};
@@ -19,12 +19,12 @@ use super::softmax::softmax_in_place;
 pub struct Attention {
     pub(super) qkv: Qkv,
     pub(super) o_proj: Linear,
-    /// Norms of queries and keys, and whether each head has its own.
+    /// Norms of queries and keys, and whether each head is normalized separately.
     pub(super) query_key_norm: Option<((Norm, Norm), bool)>,
     pub(super) n_heads: usize,
     pub(super) n_kv_heads: usize,
     pub(super) head_dim: usize,
-    /// Factor of the queries.
+    /// Scale of the queries.
     pub(super) scale: f64,
     pub(super) scoring: Scoring,
     pub(super) rope: Option<RopeKind>,
@@ -37,10 +37,10 @@ pub(super) enum Qkv {
     Fused { qkv_proj: Linear, rows: FusedQkv },
 }
 
-/// How scores become weights, apart from softmax.
+/// How scores become weights, besides softmax.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Scoring {
-    /// Keys that a query sees, including its own; `None`: all before it.
+    /// Number of keys that a query sees, including its own; `None`: all keys before it.
     pub window: Option<usize>,
     /// Scores s become `cap · tanh(s / cap)`.
     pub cap: Option<f32>,
@@ -49,12 +49,12 @@ pub(super) struct Scoring {
 }
 
 impl Scoring {
-    /// Keys that some query before `end` sees, of `n_tokens`: these are scored.
+    /// Number of keys, out of `n_tokens`, that some query before `end` sees; only these are scored.
     fn n_keys(self, end: usize, n_tokens: usize) -> usize {
         if self.is_bidirectional { n_tokens } else { end }
     }
 
-    /// The keys that the query at `position` sees, of the `n_keys` that are scored.
+    /// The keys that the query at `position` sees, out of the `n_keys` that are scored.
     fn seen(self, position: usize, n_keys: usize) -> std::ops::Range<usize> {
         if self.is_bidirectional {
             return 0..n_keys;
@@ -63,7 +63,7 @@ impl Scoring {
         self.window.map_or(0, |window| end.saturating_sub(window))..end
     }
 
-    /// Turns rows of scores (n_rows, n_keys) of the queries from `first` on into weights, in place.
+    /// Converts scores (n_rows, n_keys) of the queries from `first` on into weights, in place.
     fn weigh(self, arch: Arch, scores: &mut [f32], n_keys: usize, first: usize) {
         if let Some(cap) = self.cap {
             scores.iter_mut().for_each(|s| *s = cap * (*s / cap).tanh());
@@ -118,14 +118,14 @@ impl Qkv {
     }
 }
 
-/// Queries whose scores are held at a time, for each thread.
+/// Number of queries whose scores are held at a time, per thread.
 const QUERY_BLOCK: usize = 64;
 
 impl Attention {
     /// Mixes the values of `x` (batch, n_tokens, hidden_size): everything before `o_proj`, (batch, n_tokens, queries).
     ///
     /// # Errors
-    /// Shapes that do not match.
+    /// The shapes do not match.
     pub(super) fn mix(&self, x: &Tensor, rope: &Rope, kernels: Kernels) -> Result<Tensor> {
         let (batch, n_tokens, _) = x.dims3()?;
         let [mut q, mut k, v] = self.qkv.forward(x, [self.n_heads, self.n_kv_heads, self.n_kv_heads], self.head_dim)?;
@@ -159,8 +159,8 @@ impl Attention {
         Ok(mixed.transpose(1, 2)?.reshape((batch, n_tokens, self.n_heads * self.head_dim))?)
     }
 
-    /// Attention over one block of queries at a time: scores of unseen keys are never computed, and the others stay in the cache. Heads
-    /// are divided among threads; each is computed in a fixed order.
+    /// Attention over one block of queries at a time: scores of unseen keys are never computed, and the others stay in
+    /// the cache. Threads share the heads; each head is computed in a fixed order.
     fn attend_fused(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
         let (_, _, n_tokens, head_dim) = q.dims4()?;
         let mixed = attend_all(&values(q)?, &values(k)?, &values(v)?, n_tokens, head_dim, self.scoring);
@@ -168,8 +168,9 @@ impl Attention {
     }
 }
 
-/// Attention of all heads: `q` (batch, heads, n_tokens, head_dim), `k` and `v` (batch, kv_heads, n_tokens, head_dim), to the
-/// shape of `q`. Heads and groups are nested in batches alike, so that they are counted over batches.
+/// Attention of all heads: `q` (batch, heads, n_tokens, head_dim), `k` and `v` (batch, kv_heads, n_tokens, head_dim);
+/// the result has the shape of `q`. Heads are indexed across batches, because heads and groups are nested in the same
+/// way.
 fn attend_all(q: &[f32], k: &[f32], v: &[f32], n_tokens: usize, head_dim: usize, scoring: Scoring) -> Vec<f32> {
     let head_len = n_tokens * head_dim;
     let heads_per_group = q.len() / k.len().max(1);
@@ -184,7 +185,7 @@ fn attend_all(q: &[f32], k: &[f32], v: &[f32], n_tokens: usize, head_dim: usize,
     mixed
 }
 
-/// Attention with a backward pass of its own: weights are computed again a block of queries at a time, as in
+/// Attention with its own backward pass: weights are recomputed for one block of queries at a time, as in
 /// FlashAttention (Dao et al. 2022), and no score matrix is kept.
 struct RecomputingAttention {
     n_heads: usize,
@@ -269,9 +270,9 @@ struct Head<'a> {
 }
 
 impl Head<'_> {
-    /// With `P = softmax(q kᵀ)` and `o = P v`: `dv = Pᵀ do`, `dS = P ⊙ (do vᵀ − rowsum(do ⊙ o))`, `dq = dS k`, `dk = dSᵀ q`.
-    /// `dk` and `dv` are added to: query heads share them.
-    /// Caps pass on `1 − (s / cap)²` of the gradient at a capped score s.
+    /// With `P = softmax(q kᵀ)` and `o = P v`: `dv = Pᵀ do`, `dS = P ⊙ (do vᵀ − rowsum(do ⊙ o))`, `dq = dS k`, `dk =
+    /// dSᵀ q`. Adds to `dk` and `dv`, which several query heads share. The gradient of a capped score s is multiplied
+    /// by `1 − (s / cap)²`.
     fn backward(
         &self,
         arch: Arch,
@@ -322,7 +323,8 @@ impl Head<'_> {
     }
 }
 
-/// `mixed = softmax(q kᵀ) v` of the keys that are seen, all (n_tokens, head_dim) row-major; `scores` is scratch.
+/// `mixed = softmax(q kᵀ) v` over the keys that are seen, all (n_tokens, head_dim) row-major; `scores` is scratch
+/// space.
 fn attend_one_head(
     arch: Arch,
     [q, k, v]: [&[f32]; 3],
@@ -358,7 +360,7 @@ mod tests {
 
     use super::*;
 
-    /// The same in candle's operations, as the reference for the hand-written kernels.
+    /// The same with candle's operations, as a reference for the hand-written kernels.
     fn attend_in_candle(q: &Tensor, k: &Tensor, v: &Tensor, scoring: Scoring) -> Tensor {
         let ((batch, n_heads, n_tokens, head_dim), n_kv_heads) = (q.dims4().unwrap(), k.dim(1).unwrap());
         let n_groups = batch * n_kv_heads;
@@ -410,8 +412,8 @@ mod tests {
                 Tensor::from_vec(values, (batch, n, n_tokens, head_dim), &Device::Cpu).unwrap()
             };
             let (q, k, v) = (tensor(n_heads, 1), tensor(n_kv_heads, 2), tensor(n_kv_heads, 3));
-            // With all keys in sight scores of these sizes would leave one key its weight, and gradients that are small
-            // differences of large terms.
+            // With all keys visible, scores of this size would give one key all the weight, and gradients would be
+            // small differences of large terms.
             let q = if scoring.is_bidirectional { (q * 0.25).unwrap() } else { q };
             let fused = attention.attend_fused(&q, &k, &v).unwrap();
             let slow = attend_in_candle(&q, &k, &v, scoring);

@@ -1,4 +1,4 @@
-//! One block: attention and feed-forward, each before or after a norm, each added to its input.
+//! One block: attention and feed-forward, each with a norm before or after it, and each added to its input.
 
 use anyhow::{Context, Result};
 use candle_core::Tensor;
@@ -27,7 +27,7 @@ pub struct Block {
     after_mlp: Option<Norm>,
     /// Post-norm: the norm is applied after the residual addition.
     are_norms_of_sums: bool,
-    /// Attention and feed-forward both read the input of the block.
+    /// Attention and feed-forward both read the block's input.
     is_parallel: bool,
 }
 
@@ -37,10 +37,10 @@ enum FeedForward {
     Experts(Experts),
 }
 
-/// Sees the input of every linear: (batch, n_tokens, in); of those of an expert (1, n_seen, in), a window at a time.
+/// Receives the input of every linear, (batch, n_tokens, in); for an expert (1, n_seen, in), one window at a time.
 pub type Observer<'a> = dyn FnMut(InputSite, &Tensor) -> Result<()> + 'a;
 
-/// Whether a forward pass continues after what it has just shown.
+/// Whether a forward pass continues after a site.
 type GoesOn = bool;
 
 /// Loads the parts of one block.
@@ -95,7 +95,7 @@ impl<'a> Loader<'a> {
         if !self.config.has_bias(architecture, role) {
             return Ok(part);
         }
-        // The bias of a fused matrix stays whole.
+        // The bias of a fused matrix is not split.
         let rows = architecture.rows_of(slot.role, &self.widths).context("invariant: a part has rows")?;
         let rows: Vec<u32> = rows.indices().map(|row| row as u32).collect();
         let bias = weights.tensor(&self.name(&format!("{whole}.bias")))?;
@@ -149,7 +149,7 @@ impl<'a> Loader<'a> {
 
 impl Block {
     /// # Errors
-    /// A tensor is absent or broken.
+    /// A tensor is absent or damaged.
     pub fn load(
         weights: &dyn Weights,
         config: &ModelConfig,
@@ -175,15 +175,16 @@ impl Block {
         })
     }
 
-    /// Its number in the model.
+    /// Its index in the model.
     pub fn index(&self) -> usize {
         self.index
     }
 
-    /// The first input site of a pass of `x` (batch, n_tokens, hidden_size) whose values are not finite; `None` if all are.
+    /// The first input site in a pass of `x` (batch, n_tokens, hidden_size) with values that are not finite; `None` if
+    /// all are finite.
     ///
     /// # Errors
-    /// Shapes that do not match.
+    /// The shapes do not match.
     pub fn first_non_finite(&self, x: &Tensor, rope: &Rope, kernels: Kernels) -> Result<Option<InputSite>> {
         let mut first = None;
         self.run(x, rope, kernels, &mut |site, input| {
@@ -221,10 +222,11 @@ impl Block {
         }
     }
 
-    /// The input (batch, n_tokens, in) of the linears at `site`, not that of an expert: runs [`Self::forward`] up to it.
+    /// The input (batch, n_tokens, in) of the linears at `site`, which is not an expert's: runs [`Self::forward`] up to
+    /// it.
     ///
     /// # Errors
-    /// Shapes that do not match.
+    /// The shapes do not match.
     pub fn input_at(&self, site: InputSite, x: &Tensor, rope: &Rope, kernels: Kernels) -> Result<Tensor> {
         let mut found = None;
         self.run(x, rope, kernels, &mut |at, input| {
@@ -236,16 +238,16 @@ impl Block {
         found.with_context(|| format!("the block has no site `{}`", site.name()))
     }
 
-    /// `x` (batch, n_tokens, hidden_size) to the same shape.
+    /// Maps `x` (batch, n_tokens, hidden_size) to the same shape.
     ///
     /// # Errors
-    /// Shapes that do not match, or the observer's error.
+    /// The shapes do not match, or the observer fails.
     pub fn forward(&self, x: &Tensor, rope: &Rope, kernels: Kernels, observe: &mut Observer<'_>) -> Result<Tensor> {
         let y = self.run(x, rope, kernels, &mut |site, input| observe(site, input).map(|()| true))?;
         y.context("invariant: a pass that is not stopped ends")
     }
 
-    /// The output of the block; none where `observe` stops the pass.
+    /// The output of the block; `None` if `observe` stops the pass.
     fn run(
         &self,
         x: &Tensor,
@@ -265,7 +267,7 @@ impl Block {
         if !observe(InputSite::O, &mixed)? {
             return Ok(None);
         }
-        // The output `y` of a sublayer, added to its residual.
+        // Adds the output `y` of a sublayer to its residual.
         let add = |to: &Tensor, y: &Tensor, after: &Option<Norm>| -> Result<Tensor> {
             if self.are_norms_of_sums { norm(after, &(to + y)?) } else { Ok((to + norm(after, y)?)?) }
         };

@@ -1,4 +1,4 @@
-//! What a config claims, held against the tensors that are there, in one place and before anything is sized by it.
+//! Checks a config against the tensors, in one place and before anything is sized by it.
 
 use std::path::Path;
 
@@ -13,7 +13,7 @@ use super::linear::{self, Bias, Order};
 use crate::checkpoint::{CONFIG_FILE, Checkpoint, CheckpointError};
 use crate::operator::{Kind, part_name};
 
-/// Opens a folder or a file, and checks what its config says of an output of `lrc` against its tensors.
+/// Opens a folder or a file; if it is an output of `lrc`, checks its config against its tensors.
 ///
 /// # Errors
 /// As [`Checkpoint::open_with`], or the config describes other tensors.
@@ -24,7 +24,7 @@ pub fn open(path: &Path) -> Result<Checkpoint> {
     Ok(checkpoint)
 }
 
-/// Every linear of low rank has all of its parts, in the shapes of one matrix.
+/// Checks that every low-rank linear has all of its parts, in the shapes of one matrix.
 fn check_parts(checkpoint: &Checkpoint) -> Result<()> {
     for info in checkpoint.tensors() {
         let Some((module, first)) = info.name.strip_suffix(".weight").and_then(|stem| stem.rsplit_once('.')) else {
@@ -57,7 +57,7 @@ fn refuse<T>(checkpoint: &Checkpoint, entry: String, reason: String) -> Result<T
     Err(CheckpointError::ConfigEntry { path, entry, reason }.into())
 }
 
-/// `lrc` of the config of an output describes the linears that are there.
+/// Checks that `lrc` in the config of an output describes the linears in the files.
 fn check_description(checkpoint: &Checkpoint) -> Result<()> {
     let Some(described) = checkpoint.config().and_then(|config| config.get("lrc")) else { return Ok(()) };
     let Some(described) = described.as_object() else {
@@ -87,7 +87,7 @@ fn check_description(checkpoint: &Checkpoint) -> Result<()> {
     Ok(())
 }
 
-/// The description of a module is that of its tensors.
+/// Checks that the description of a module matches its tensors.
 fn check_module(checkpoint: &Checkpoint, name: String, entry: &Value, linear: Option<&LinearInfo>) -> Result<()> {
     let Some(entry) = entry.as_object() else { return refuse(checkpoint, name, "is no object".into()) };
     if let Some(layout) = entry.get("layout") {
@@ -107,7 +107,7 @@ fn check_module(checkpoint: &Checkpoint, name: String, entry: &Value, linear: Op
     }
 }
 
-/// A layout is one that is known, and that of the tensors.
+/// Checks that a layout is known, and matches the tensors.
 fn check_layout(checkpoint: &Checkpoint, entry: String, said: &Value, linear: Option<&LinearInfo>) -> Result<()> {
     let path = checkpoint.root().join(CONFIG_FILE);
     let Ok(layout) = Kind::deserialize(said) else {

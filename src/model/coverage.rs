@@ -1,4 +1,4 @@
-//! The tensors that a model must have, compared with the headers of a checkpoint.
+//! Compares the tensors that a model must have with the headers of a checkpoint.
 
 use anyhow::{Error, Result};
 
@@ -12,10 +12,10 @@ use super::weights::is_split;
 use crate::checkpoint::{Checkpoint, CheckpointError};
 use crate::error::Failure;
 
-/// A sentence on the blocks or tensors that a checkpoint lacks by its config; `None` if it lacks none, if its family is unknown, or if
-/// none of the family's names is found.
+/// A sentence about the blocks or tensors that a checkpoint lacks; `None` if it lacks none, if its family is unknown,
+/// or if none of the family's names is found.
 pub fn missing(checkpoint: &Checkpoint) -> Option<String> {
-    /// Names in a message; the others are counted.
+    /// The most names in a message; the rest are counted.
     const SHOWN: usize = 3;
     let (count, found) = inventory::blocks(checkpoint)?;
     let root = checkpoint.root().display();
@@ -52,8 +52,8 @@ pub fn expect_whole(checkpoint: &Checkpoint) -> Result<()> {
     missing(checkpoint).map_or(Ok(()), |missing| Err(Failure::unsupported(missing).hint(HINT).into()))
 }
 
-/// The names of the tensors that a model of a known family lacks, except those of its head, which may be left out. Empty if the family
-/// is unknown or its config is broken.
+/// The names of the tensors that a model of a known family lacks, except for its head, which is optional. Empty if the
+/// family is unknown or its config is invalid.
 fn absent(checkpoint: &Checkpoint) -> Vec<String> {
     let Ok(decoder) = Decoder::headless(checkpoint) else { return Vec::new() };
     let name = |fault: Error| match fault.downcast() {
@@ -61,7 +61,7 @@ fn absent(checkpoint: &Checkpoint) -> Vec<String> {
         _ => None,
     };
     let absent = faults(&decoder, checkpoint).into_iter().filter_map(name);
-    // Experts in a stack have no tensors of their own.
+    // Stacked experts have no tensors of their own.
     let has_stacks = !checkpoint.stacks().is_empty() || checkpoint.tensors().any(is_stack);
     let experts = decoder.architecture.experts.as_ref().filter(|_| has_stacks);
     let is_of_experts = |name: &String| {
@@ -71,10 +71,10 @@ fn absent(checkpoint: &Checkpoint) -> Vec<String> {
 }
 
 impl<'w> Decoder<'w> {
-    /// Checks every tensor of the model in the headers.
+    /// Checks all tensors of the model in the headers.
     ///
     /// # Errors
-    /// The family is unknown, or a tensor is absent or has another shape than the config gives.
+    /// The family is unknown, or a tensor is absent or does not have the shape that the config gives.
     pub fn open(checkpoint: &'w Checkpoint) -> Result<Self> {
         let decoder = Self::unchecked(checkpoint)?;
         match faults(&decoder, checkpoint).into_iter().next() {
@@ -84,7 +84,7 @@ impl<'w> Decoder<'w> {
     }
 }
 
-/// The faults of the tensors of a model in the order of the forward pass, at most one for each linear and norm.
+/// Faults in the tensors of a model, in the order of the forward pass; at most one per linear and norm.
 fn faults(decoder: &Decoder<'_>, checkpoint: &Checkpoint) -> Vec<Error> {
     let mut coverage = Coverage { decoder, checkpoint, faults: Vec::new() };
     coverage.embeddings();
@@ -182,7 +182,7 @@ impl Coverage<'_> {
         for slot in slots {
             let module = names.module(prefix, LinearId { block: block_idx, slot });
             let (shape, fields) = widths.shape(slot);
-            // The bias of a fused module stays whole.
+            // The bias of a fused module is not split.
             let is_whole = names.whole(slot.role).is_none();
             let bias = Bias::of(is_whole && config.has_bias(names, slot.role));
             let kind = (bias, Order::of(is_whole && names.is_conv1d));

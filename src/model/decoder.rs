@@ -1,4 +1,5 @@
-//! A language model: embed, blocks, norm, head. Encoders are run by the same parts. Blocks are loaded one at a time; see [`super::Walk`].
+//! A language model: embeddings, blocks, norm, head. Encoders have the same parts. Blocks are loaded one at a time; see
+//! [`super::Walk`].
 
 use std::sync::Arc;
 
@@ -22,14 +23,14 @@ use crate::checkpoint::Checkpoint;
 use crate::error::Failure;
 use crate::operator;
 
-/// A model whose tensors are all there and have the shapes that its config gives; no weight is loaded yet.
+/// A model whose tensors are complete and have the shapes that its config gives; no weight is loaded yet.
 pub struct Decoder<'w> {
     pub config: ModelConfig,
     pub architecture: &'static Architecture,
     /// The names of its modules in the files.
     pub names: Names,
     pub(super) vocabulary: Vocabulary,
-    /// For an encoder in a folder of sentence-transformers.
+    /// Only for an encoder in a folder of sentence-transformers.
     sentence: Option<Arc<SentenceModules>>,
     weights: &'w dyn Weights,
     kernels: Kernels,
@@ -44,27 +45,27 @@ pub enum Objective {
     Masked,
     /// Half the squared norm of the pooled output of an encoder without a head.
     Pooled,
-    /// The embedding that sentence-transformers makes of an encoder's states.
+    /// The sentence-transformers embedding of an encoder's states.
     Sentence,
 }
 
-/// The way from tokens to hidden states.
+/// Maps tokens to hidden states.
 pub struct Embeddings {
     /// (vocab_size, hidden_size)
     table: Tensor,
     /// (n_positions, hidden_size), if positions are learned.
     positions: Option<Tensor>,
     scale: Option<f64>,
-    /// To hidden_size, if the table has another width.
+    /// Maps to hidden_size, if the table has another width.
     projection: Option<Linear>,
-    /// For encoders, (hidden_size), added to every token.
+    /// Only for encoders, (hidden_size): added to every token.
     first_type: Option<Tensor>,
     norm: Option<Norm>,
     kernels: Kernels,
 }
 
 impl<'w> Decoder<'w> {
-    /// A model whose tensors are not checked yet: [`Self::open`] does that.
+    /// A model whose tensors are not checked yet; [`Self::open`] checks them.
     pub(super) fn unchecked(checkpoint: &'w Checkpoint) -> Result<Self> {
         let (config, architecture) = ModelConfig::of(checkpoint)?;
         let names = Names::of(checkpoint, architecture);
@@ -77,7 +78,7 @@ impl<'w> Decoder<'w> {
         Ok(Self { config, architecture, names, vocabulary, sentence, weights: checkpoint, kernels })
     }
 
-    /// The same without its head, which a checkpoint may lack.
+    /// The same without its head, which may be absent.
     pub(super) fn headless(checkpoint: &'w Checkpoint) -> Result<Self> {
         let (config, architecture) = ModelConfig::of(checkpoint)?;
         let names = Names::of(checkpoint, architecture);
@@ -98,7 +99,7 @@ impl<'w> Decoder<'w> {
         }
     }
 
-    /// A model of variables, through which gradients flow.
+    /// A trainable model of variables.
     pub fn of_variables(config: ModelConfig, architecture: &'static Architecture, weights: &'w dyn Weights) -> Self {
         let (names, kernels) = (Names::native(architecture), Kernels::Differentiable);
         let vocabulary = Vocabulary::native(architecture, config.tie_word_embeddings == Some(true));
@@ -111,7 +112,7 @@ impl<'w> Decoder<'w> {
         name.map(|name| format!("{}{name}", self.names.prefix))
     }
 
-    /// The linears into the blocks and out of them, if embeddings have another width.
+    /// The linears before and after the blocks, if embeddings have another width.
     pub(super) fn projections(&self) -> Option<[String; 2]> {
         let names = self.architecture.embed_projections;
         let names = names.filter(|_| self.config.embedding_size() != self.config.hidden_size);
@@ -128,7 +129,7 @@ impl<'w> Decoder<'w> {
         }
     }
 
-    /// Whether logits can be made: encoders are often saved without their head.
+    /// Whether the model has logits: encoders are often saved without their head.
     pub fn has_head(&self) -> bool {
         let is_there = |bias: &str| self.weights.contains(&format!("{}{bias}", self.names.head));
         self.architecture.encoder.as_ref().is_none_or(|encoder| is_there(encoder.masked_head.bias))
@@ -136,17 +137,17 @@ impl<'w> Decoder<'w> {
 
     pub(super) fn pooler_name(&self) -> Option<String> {
         let name = format!("{}{}", self.names.prefix, self.architecture.encoder.as_ref()?.pooler?);
-        // Compressed it may have its bias elsewhere.
+        // If the head is compressed, its bias may be elsewhere.
         operator::bias_parts().any(|bias| self.weights.contains(&format!("{name}.{bias}"))).then_some(name)
     }
 
-    /// The modules of sentence-transformers beside an encoder.
+    /// The sentence-transformers modules of an encoder.
     pub fn sentence(&self) -> Option<&SentenceModules> {
         self.sentence.as_deref()
     }
 
-    /// Loads what makes one vector of an encoder's states: the modules of sentence-transformers where the folder has them,
-    /// else the checkpoint's own pooler, else the mean.
+    /// Loads the pooling of an encoder's states into one vector: the modules of sentence-transformers if the folder has
+    /// them, else the checkpoint's own pooler, else the mean.
     ///
     /// # Errors
     /// A tensor is broken.
@@ -164,7 +165,7 @@ impl<'w> Decoder<'w> {
         self.config.num_hidden_layers
     }
 
-    /// The linear of a block that a module of the checkpoint is.
+    /// The linear of a block for a module of the checkpoint.
     pub fn linear_id(&self, module: &str) -> Option<LinearId> {
         self.architecture.linear_id(&self.names.prefix, module).filter(|id| id.block < self.n_blocks())
     }

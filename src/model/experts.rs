@@ -1,4 +1,4 @@
-//! A mixture of experts: gated feed-forward layers, of which a router picks a few for every token (Shazeer et al. 2017,
+//! Mixture of experts: gated feed-forward layers, of which a router selects a few for every token (Shazeer et al. 2017,
 //! arXiv:1701.06538; with the top-k softmax of Mixtral, Jiang et al. 2024, arXiv:2401.04088).
 
 use anyhow::Result;
@@ -16,7 +16,7 @@ pub struct Experts {
     pub(super) experts: Vec<Mlp>,
     /// Experts per token.
     pub(super) n_active: usize,
-    /// Whether the weights of these sum to one.
+    /// Whether the weights of the active experts sum to one.
     pub(super) is_normalized: bool,
 }
 
@@ -24,16 +24,17 @@ pub struct Experts {
 pub type Routes = Vec<Vec<u32>>;
 
 impl Experts {
-    /// `x` (batch, n_tokens, hidden_size) to the same shape, window by window, so that results do not depend on the batch. `observe` gets the inputs of experts that see tokens, (1, n_seen, in).
+    /// Maps `x` (batch, n_tokens, hidden_size) to the same shape, window by window, so that results do not depend on
+    /// the batch. `observe` gets the inputs of experts that see tokens, (1, n_seen, in).
     ///
     /// # Errors
-    /// Shapes that do not match, or the observer's error.
+    /// The shapes do not match, or the observer fails.
     pub fn forward(&self, x: &Tensor, observe: &mut dyn FnMut(InputSite, &Tensor) -> Result<()>) -> Result<Tensor> {
         let windows = (0..x.dim(0)?).map(|i| self.window(&x.get(i)?, observe)).collect::<Result<Vec<_>>>()?;
         Ok(Tensor::stack(&windows, 0)?)
     }
 
-    /// `x` (n_tokens, hidden_size) to the same shape.
+    /// Maps `x` (n_tokens, hidden_size) to the same shape.
     fn window(&self, x: &Tensor, observe: &mut dyn FnMut(InputSite, &Tensor) -> Result<()>) -> Result<Tensor> {
         let shares = ops::softmax(&self.router.forward(x)?, D::Minus1)?; // (n_tokens, n_experts)
         let routes = self.pick(&shares)?;
@@ -64,12 +65,12 @@ impl Experts {
     /// The experts that the tokens of one window, `x` (n_tokens, hidden_size), are routed to.
     ///
     /// # Errors
-    /// Shapes that do not match.
+    /// The shapes do not match.
     pub fn route(&self, x: &Tensor) -> Result<Routes> {
         self.pick(&ops::softmax(&self.router.forward(x)?, D::Minus1)?)
     }
 
-    /// The experts with the largest `shares` (n_tokens, n_experts); of equal ones the first.
+    /// The experts with the largest `shares` (n_tokens, n_experts); ties go to the first.
     fn pick(&self, shares: &Tensor) -> Result<Routes> {
         let mut routes = vec![Vec::new(); self.experts.len()];
         for (token, shares) in shares.to_dtype(DType::F32)?.to_vec2::<f32>()?.into_iter().enumerate() {
@@ -80,13 +81,14 @@ impl Experts {
         Ok(routes)
     }
 
-    /// The input (n_seen, in) of the linears at the `site` of an expert, for the `tokens` of a window `x` (n_tokens, hidden_size).
+    /// The input (n_seen, in) of the linears at an expert's `site`, for the `tokens` of a window `x` (n_tokens,
+    /// hidden_size).
     ///
     /// # Errors
-    /// Shapes that do not match.
+    /// The shapes do not match.
     ///
     /// # Panics
-    /// If the site is not that of an expert.
+    /// If the site does not belong to an expert.
     pub fn input_at(&self, site: InputSite, x: &Tensor, tokens: &[u32]) -> Result<Tensor> {
         let seen = x.index_select(&Tensor::new(tokens, &Device::Cpu)?, 0)?;
         match site {

@@ -1,4 +1,4 @@
-//! From last states to logits and losses, and to the one vector that an encoder makes of a text.
+//! From the last states to logits and losses, or to the pooled vector of an encoder.
 
 use anyhow::{Context, Result};
 use candle_core::{Device, Tensor, Var};
@@ -18,7 +18,7 @@ use crate::error::{Failure, NON_FINITE_HINT};
 /// The final norm and the head.
 pub struct Head {
     pub(super) norm: Option<Norm>,
-    /// To the width of the embeddings, if that differs.
+    /// Maps to the width of the embeddings, if that differs.
     pub(super) projection: Option<Linear>,
     pub(super) transform: Option<Transform>,
     pub(super) lm_head: Linear,
@@ -38,15 +38,15 @@ pub(super) struct Transform {
 pub struct Pooler(pub(super) Kind);
 
 pub(super) enum Kind {
-    /// The modules of sentence-transformers beside the checkpoint.
+    /// The sentence-transformers modules next to the checkpoint.
     Sentence { pooler: SentencePooler, name: String, is_by_cosine: bool },
-    /// tanh of the checkpoint's own linear of the first token's state.
+    /// tanh of the checkpoint's own linear, applied to the first token's state.
     Learned(Linear),
-    /// The mean of the states, if there is neither.
+    /// The mean of the states, if there is no other pooling.
     Mean,
 }
 
-/// Logits held at a time, in bytes.
+/// Bytes of logits held at a time.
 const LOGIT_BYTES: usize = 64 << 20;
 
 impl Head {
@@ -65,10 +65,10 @@ impl Head {
         Ok(x)
     }
 
-    /// `x` (..., hidden_size) to (..., vocab_size).
+    /// Maps `x` (..., hidden_size) to (..., vocab_size).
     ///
     /// # Errors
-    /// Shapes that do not match.
+    /// The shapes do not match.
     pub fn logits(&self, x: &Tensor) -> Result<Tensor> {
         let logits = self.lm_head.forward(&self.before_vocabulary(self.kernels, x)?)?;
         Ok(match self.cap {
@@ -81,7 +81,7 @@ impl Head {
     /// row's index and the chunk, row-major.
     ///
     /// # Errors
-    /// The error of `f`.
+    /// `f` fails.
     pub fn for_each_logits(&self, x: &Tensor, mut f: impl FnMut(usize, Vec<f32>) -> Result<()>) -> Result<()> {
         let n = x.dim(0)?;
         let rows_at_once = self.rows_at_once();
@@ -92,7 +92,7 @@ impl Head {
         Ok(())
     }
 
-    /// Rows whose logits are held at a time.
+    /// Number of rows whose logits are held at a time.
     pub fn rows_at_once(&self) -> usize {
         (LOGIT_BYTES / (4 * self.vocab_size())).max(1)
     }
@@ -101,8 +101,8 @@ impl Head {
         self.lm_head.out_features()
     }
 
-    /// The gradient (n, hidden_size) with respect to `x` (n, hidden_size) of the summed negative log-likelihood of
-    /// `targets`, each predicted from the state in its one of `rows`.
+    /// The gradient (n, hidden_size), with respect to `x` (n, hidden_size), of the summed negative log-likelihood of
+    /// `targets`; each is predicted from the state in its row of `rows`.
     ///
     /// # Errors
     /// A logit is not finite.
@@ -142,7 +142,7 @@ impl Head {
     }
 
     /// Negative log-likelihoods in nats of `targets` (n), each predicted from its row of `x` (n, hidden_size).
-    /// Logits are made a chunk at a time: memory is never n × vocabulary.
+    /// Logits are computed in chunks: memory is never n × vocabulary.
     ///
     /// # Errors
     /// A logit is not finite.
@@ -163,17 +163,17 @@ impl Head {
 }
 
 impl Pooler {
-    /// Whether the vector is that of the checkpoint's own linear.
+    /// Whether the checkpoint's own linear makes the vector.
     pub fn is_learned(&self) -> bool {
         matches!(self.0, Kind::Learned(_))
     }
 
-    /// Whether modules of sentence-transformers make the vector.
+    /// Whether sentence-transformers modules make the vector.
     pub fn is_of_sentences(&self) -> bool {
         matches!(self.0, Kind::Sentence { .. })
     }
 
-    /// How reports call it.
+    /// The name in reports.
     pub fn name(&self) -> &str {
         match &self.0 {
             Kind::Sentence { name, .. } => name,
@@ -182,10 +182,10 @@ impl Pooler {
         }
     }
 
-    /// One vector (width) of the states of a window, (n_tokens, hidden_size).
+    /// Pools the states of a window, (n_tokens, hidden_size), into one vector (width).
     ///
     /// # Errors
-    /// Shapes that do not match.
+    /// The shapes do not match.
     pub fn pool(&self, x: &Tensor) -> Result<Tensor> {
         match &self.0 {
             Kind::Sentence { pooler, .. } => pooler.pool(x),
@@ -204,9 +204,9 @@ impl Pooler {
         gradient_of((pooled.sqr()? * 0.5)?.sum_all()?, &variable)
     }
 
-    /// The gradient of `uᵀ e` with respect to `x` (n_tokens, hidden_size): e is the embedding, scaled to length 1 where
-    /// embeddings are compared by their cosine, and u random signs drawn by `seed`. Over many u the mean of `g gᵀ` is
-    /// `Jᵀ J`, J the Jacobian of e: the metric of a squared error of e, which is 2 − 2 cos where e has length 1.
+    /// The gradient of `uᵀ e` with respect to `x` (n_tokens, hidden_size), where e is the embedding, scaled to length 1
+    /// if embeddings are compared by cosine, and u has random signs drawn by `seed`. Averaged over u, `g gᵀ` is `Jᵀ J`
+    /// with J the Jacobian of e: the metric of the squared error of e, which is 2 − 2 cos if e has length 1.
     ///
     /// # Errors
     /// The gradient is not finite, or the embedding is zero and has no direction.
@@ -230,7 +230,7 @@ fn gradient_of(loss: Tensor, variable: &Var) -> Result<Tensor> {
     Ok(gradient)
 }
 
-/// An error whose place the caller adds.
+/// An error; the caller adds the place.
 fn not_finite(message: String) -> anyhow::Error {
     Failure::numeric(message).hint(NON_FINITE_HINT).into()
 }

@@ -1,4 +1,4 @@
-//! Which tensors of a checkpoint are linears: by name and shape, for every family, known or not.
+//! Finds the linears of a checkpoint by name and shape, in known and unknown families.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -17,18 +17,19 @@ use crate::operator::{self, BASE, Element, Forms, Kind, Matrix, Operator, Part, 
 /// A linear layer of a checkpoint.
 #[derive(Debug, Clone)]
 pub struct LinearInfo {
-    /// Its module: `model.layers.3.mlp.down_proj`.
+    /// Its module name: `model.layers.3.mlp.down_proj`.
     pub module: String,
     pub out_features: usize,
     pub in_features: usize,
-    /// Of the stored weight or factors.
+    /// The dtype of the stored weight or factors.
     pub dtype: Dtype,
     pub stored: Stored,
-    /// The block it belongs to, where its name has a number.
+    /// The block it belongs to, if its name has a number.
     pub block: Option<usize>,
-    /// Its place in the decoder, where the family is known.
+    /// Its place in the decoder, if the family is known.
     pub id: Option<LinearId>,
-    /// False for heads, routers, and what lies outside the blocks of a known family or of the language model: on request only.
+    /// False for heads, routers, and anything outside the blocks of a known family or of the language model; these are
+    /// compressed on request only.
     pub is_default_target: bool,
 }
 
@@ -37,16 +38,16 @@ pub struct LinearInfo {
 pub enum Stored {
     /// `X.weight` (out, in).
     Dense,
-    /// `X.weight` (in, out), as GPT-2's Conv1D has it.
+    /// `X.weight` (in, out), as in GPT-2's Conv1D.
     DenseTransposed,
-    /// A structure of `operator`; on top of a base (out, in), `X.base.weight`, or alone.
+    /// A structure of `operator`, with or without a base `X.base.weight` (out, in).
     Structured { kind: Kind, size: Size, has_base: bool },
 }
 
-/// Parts of a name that tell a table or a vector from a linear.
+/// Parts of a name that distinguish a table or a vector from a linear.
 const NOT_LINEAR: &[&str] =
     &["embed", "norm", "wte", "wpe", "ln_", "position", "relative_attention_bias", "rotary", "shared.weight"];
-/// Last parts of a module's name that are linears, but not to be compressed without being asked for.
+/// Last parts of the names of modules that are linears, but are compressed only on request.
 const ON_REQUEST: &[&str] =
     &["lm_head", "embed_out", "output", "classifier", "score", "router", "gate", "head", "proj_out"];
 
@@ -60,22 +61,22 @@ impl LinearInfo {
         self.n_parameters() * self.dtype.bitsize() as u64 / 8
     }
 
-    /// The tensor that holds its weight, when it is dense.
+    /// The tensor of its weight, if it is dense.
     pub fn weight_name(&self) -> String {
         format!("{}.weight", self.module)
     }
 
-    /// The tensor that holds its base, when it is of low rank on top of one.
+    /// The tensor of its base, if it has one under a structure.
     pub fn base_name(&self) -> String {
         format!("{}.{BASE}.weight", self.module)
     }
 
-    /// Every name that a tensor of its matrix may have, dense or compressed.
+    /// All names that a tensor of its matrix may have, dense or compressed.
     pub fn tensor_names(&self) -> Vec<String> {
         operator::all_parts().into_iter().map(|part| format!("{}.{part}", self.module)).collect()
     }
 
-    /// Every name that its bias may have.
+    /// All names that its bias may have.
     pub fn bias_names(&self) -> Vec<String> {
         operator::bias_parts().map(|part| format!("{}.{part}", self.module)).collect()
     }
@@ -90,23 +91,23 @@ impl LinearInfo {
         Kind::FACTORS.fitting().largest_saving_rank(self.shape())
     }
 
-    /// Parameters that `forms` have in its place.
+    /// Parameters of `forms` in its place.
     pub fn parameters_as(&self, forms: &Forms) -> u64 {
         forms.n_parameters(self.shape())
     }
 
-    /// Bytes of base and structure that `forms` have in its place, in the project's own packing.
+    /// Bytes of the base and the structure of `forms` in its place, in the project's own packing.
     pub fn bytes_as(&self, forms: &Forms) -> (u64, u64) {
         forms.n_bytes(self.shape(), self.dtype)
     }
 
-    /// Whether it is stored in low rank.
+    /// Whether it is stored as a low-rank structure.
     pub fn is_low_rank(&self) -> bool {
         matches!(self.stored, Stored::Structured { .. })
     }
 }
 
-/// Every linear of a checkpoint, in the order of its files.
+/// All linears of a checkpoint, in the order of its files.
 pub fn linears(checkpoint: &Checkpoint) -> Vec<LinearInfo> {
     let places = Places::of(checkpoint);
     let architecture = places.architecture;
@@ -149,7 +150,7 @@ pub fn linears(checkpoint: &Checkpoint) -> Vec<LinearInfo> {
     linears
 }
 
-/// The block that a module belongs to by its name. The number of an expert of a stack is not that of a block.
+/// The block that a module's name belongs to. The index of an expert in a stack is not a block.
 fn block_of(module: &str, of_stacks: &[String]) -> Option<usize> {
     let stack = of_stacks.iter().find(|stack| module.starts_with(stack.as_str()));
     stack.map_or(module, |stack| stack.as_str()).split('.').find_map(|part| part.parse().ok())
@@ -164,7 +165,7 @@ fn structured<'n>(checkpoint: &Checkpoint, stem: &'n str) -> Option<(&'n str, St
     Some((module, Stored::Structured { kind, size, has_base }, m, n))
 }
 
-/// Size and shape of a module by the shapes of its parts; none where a part is absent, or they are not those of one matrix.
+/// Size and shape of a module, from the shapes of its parts; `None` if a part is absent or they do not fit one matrix.
 pub(super) fn stored_size(checkpoint: &Checkpoint, module: &str, kind: Kind) -> Option<(Size, Shape)> {
     let shape = |&(suffix, element): &(&str, Element)| match (
         element,
@@ -178,8 +179,8 @@ pub(super) fn stored_size(checkpoint: &Checkpoint, module: &str, kind: Kind) -> 
     kind.structure().measure(&shapes)
 }
 
-/// The first and the last of the blocks that a checkpoint holds behind those of its config's `num_hidden_layers`: a config that
-/// was cut short, or blocks that predict further tokens (MTP).
+/// The first and the last block that a checkpoint has beyond `num_hidden_layers` of its config: the config was
+/// truncated, or the blocks predict further tokens (MTP).
 pub fn blocks_behind(checkpoint: &Checkpoint) -> Option<(usize, usize)> {
     let places = Places::of(checkpoint);
     let behind = |block: &usize| places.n_blocks.is_some_and(|n_blocks| *block >= n_blocks);
@@ -187,12 +188,12 @@ pub fn blocks_behind(checkpoint: &Checkpoint) -> Option<(usize, usize)> {
     blocks().min().zip(blocks().max())
 }
 
-/// Where a checkpoint has its language model.
+/// The location of the language model in a checkpoint.
 struct Places {
     architecture: Option<&'static Architecture>,
     is_multimodal: bool,
     n_blocks: Option<usize>,
-    /// What is in front of the names of its modules; of families that are not known, what is in front of any embeddings.
+    /// The prefixes of its module names; for an unknown family, the prefixes of any embeddings.
     prefixes: BTreeSet<String>,
 }
 
@@ -215,21 +216,21 @@ impl Places {
         }
     }
 
-    /// The linear of a block of a known family that a module is.
+    /// The linear of a block of a known family for a module.
     fn linear_id(&self, module: &str) -> Option<LinearId> {
         let id = self.prefixes.iter().find_map(|prefix| self.architecture?.linear_id(prefix, module))?;
         self.n_blocks.is_none_or(|n_blocks| id.block < n_blocks).then_some(id)
     }
 
-    /// Whether a module of a family that is not known is none of its language model: of a tower or a projector, of blocks
-    /// that predict further tokens, or behind the last block.
+    /// Whether a module of an unknown family is outside its language model: in a tower or a projector, in blocks that
+    /// predict further tokens, or after the last block.
     fn is_besides(&self, module: &str) -> bool {
         self.is_multimodal && config::is_of_tower(module)
             || module.split('.').any(|part| part == "mtp" || part.starts_with("mtp_"))
             || self.block_of(module).is_some_and(|block| self.n_blocks.is_some_and(|n_blocks| block >= n_blocks))
     }
 
-    /// The block of the language model that a module or tensor is in: 61 of `model.layers.61.mlp.gate.weight`.
+    /// The block of the language model for a module or tensor: 61 for `model.layers.61.mlp.gate.weight`.
     fn block_of(&self, name: &str) -> Option<usize> {
         let of = |prefix: &String| {
             let rest = name.strip_prefix(prefix.as_str())?;
@@ -243,14 +244,14 @@ impl Places {
     }
 }
 
-/// How many blocks the config of a known family counts, and those that the files hold.
+/// The number of blocks in the config of a known family, and the blocks in the files.
 pub(super) fn blocks(checkpoint: &Checkpoint) -> Option<(usize, BTreeSet<usize>)> {
     let places = Places::of(checkpoint);
     let count = places.architecture.and(places.n_blocks)?;
     Some((count, checkpoint.tensors().filter_map(|info| places.block_of(&info.name)).collect()))
 }
 
-/// Matrices of floats that are not read here, by dtype, in words: `F64 (12)`; none where all are.
+/// Float matrices that cannot be read, by dtype, in words: `F64 (12)`; `None` if all can be read.
 pub fn unread(checkpoint: &Checkpoint) -> Option<String> {
     let mut counts: BTreeMap<String, usize> = BTreeMap::new();
     for info in checkpoint.tensors() {
@@ -264,17 +265,18 @@ pub fn unread(checkpoint: &Checkpoint) -> Option<String> {
     (!listed.is_empty()).then(|| listed.join(", "))
 }
 
-/// Whether a tensor is a stack of the matrices of experts. Which side is out is not written in a file: it is taken as stored.
+/// Whether a tensor is a stack of expert matrices. Files do not say which side is the output, so shapes are taken as
+/// stored.
 pub fn is_stack(info: &TensorInfo) -> bool {
     matches!(info.shape.as_slice(), &[n, rows, columns] if n > 0 && rows > 1 && columns > 1)
         && cast::is_float(info.dtype)
         && info.name.contains("expert")
 }
 
-/// Shows every stack of experts as the matrices that it is made of.
+/// Presents every expert stack as separate matrices.
 ///
 /// # Errors
-/// None but faults of the caller.
+/// Only an invalid call fails.
 pub fn split_stacks(mut checkpoint: Checkpoint) -> Result<Checkpoint> {
     let stacks = checkpoint.tensors().filter(|info| is_stack(info) && !info.is_encoded());
     for tensor in stacks.map(|info| info.name.clone()).collect::<Vec<_>>() {
@@ -283,10 +285,10 @@ pub fn split_stacks(mut checkpoint: Checkpoint) -> Result<Checkpoint> {
     Ok(checkpoint)
 }
 
-/// Shows every fused matrix of a known family as its parts, each with its rows.
+/// Presents every fused matrix of a known family as its parts, each with its rows.
 ///
 /// # Errors
-/// The config is broken.
+/// The config is invalid.
 pub fn split_fused(mut checkpoint: Checkpoint) -> Result<Checkpoint> {
     let (config, architecture) = ModelConfig::of(&checkpoint)?;
     let whole = |id: LinearId| architecture.linears.iter().find(|(role, _)| *role == id.slot.role).map(|l| l.0.parts());
@@ -325,10 +327,10 @@ fn last_part(module: &str) -> &str {
     module.rsplit('.').next().unwrap_or(module)
 }
 
-/// The matrix of a linear, (out, in) row-major, multiplied out if need be; every value finite.
+/// The matrix of a linear, (out, in) row-major, multiplied out if necessary; all values are finite.
 ///
 /// # Errors
-/// A tensor is absent or broken.
+/// A tensor is absent or damaged.
 pub fn weight(checkpoint: &Checkpoint, linear: &LinearInfo) -> Result<Vec<f32>> {
     match linear.stored {
         Stored::Dense => Ok(checkpoint.values(&linear.weight_name())?),
@@ -346,10 +348,10 @@ pub fn weight(checkpoint: &Checkpoint, linear: &LinearInfo) -> Result<Vec<f32>> 
     }
 }
 
-/// The base (out, in) below the factors of a linear, row-major.
+/// The base (out, in) under the factors of a linear, row-major.
 ///
 /// # Errors
-/// The tensor is absent or broken.
+/// The tensor is absent or damaged.
 pub fn base_values(checkpoint: &Checkpoint, linear: &LinearInfo) -> Result<Vec<f32>> {
     let name = linear.base_name();
     let values = checkpoint.values(&name)?;
@@ -362,10 +364,10 @@ pub fn base_values(checkpoint: &Checkpoint, linear: &LinearInfo) -> Result<Vec<f
 /// The structure of a linear with its values, dequantized.
 ///
 /// # Errors
-/// A tensor is absent or broken.
+/// A tensor is absent or damaged.
 ///
 /// # Panics
-/// When the linear is dense.
+/// If the linear is dense.
 pub fn term(checkpoint: &Checkpoint, linear: &LinearInfo) -> Result<Term> {
     let Stored::Structured { kind, size, .. } = linear.stored else { panic!("invariant: the linear is a structure") };
     let form = operator::Form { kind, size, storage: None, right: Right::Own };

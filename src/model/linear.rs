@@ -1,4 +1,4 @@
-//! A linear layer `y = Σ terms(x) + bias`: the weight itself, a structure in its place, or a structure over a base.
+//! A linear layer `y = Σ terms(x) + bias`: the weight itself, a structure that replaces it, or a structure over a base.
 
 use std::sync::{Arc, Mutex};
 
@@ -20,7 +20,7 @@ pub enum Bias {
 }
 
 impl Bias {
-    /// As a family's table has it.
+    /// As given by a family's table.
     pub fn of(has_bias: bool) -> Self {
         if has_bias { Self::Stored } else { Self::None }
     }
@@ -30,12 +30,12 @@ impl Bias {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Order {
     OutIn,
-    /// As GPT-2's Conv1D.
+    /// As in GPT-2's Conv1D.
     InOut,
 }
 
 impl Order {
-    /// As a family's table has it.
+    /// As given by a family's table.
     pub fn of(is_conv1d: bool) -> Self {
         if is_conv1d { Self::InOut } else { Self::OutIn }
     }
@@ -43,7 +43,7 @@ impl Order {
 
 #[derive(Debug, Clone)]
 pub struct Linear {
-    /// Base first.
+    /// The terms, base first.
     terms: Vec<Applied>,
     /// (out)
     bias: Option<Tensor>,
@@ -57,22 +57,22 @@ struct Applied {
     parts: Vec<Tensor>,
 }
 
-/// Keeps the gradient at the output of a linear when the backward pass comes by.
+/// Keeps the gradient at the output of a linear during the backward pass.
 #[derive(Debug, Clone, Default)]
 pub struct GradientTap(Arc<Mutex<Option<Tensor>>>);
 
 impl GradientTap {
-    /// The gradient (rows, out) of the last backward pass; none where it did not come by.
+    /// The gradient (rows, out) of the last backward pass; `None` if the pass did not reach the linear.
     pub fn take(&self) -> Option<Tensor> {
         self.0.lock().expect("invariant: no holder of the gradient panics").take()
     }
 }
 
 impl Linear {
-    /// Loads `module` in whichever form the weights hold it.
+    /// Loads `module` in the form in which it is stored.
     ///
     /// # Errors
-    /// A tensor is absent or broken.
+    /// A tensor is absent or damaged.
     pub fn load(weights: &dyn Weights, module: &str, bias: Bias, order: Order) -> Result<Self> {
         let name = |part: &str| format!("{module}.{part}");
         let load_bias = |part: &str| (bias == Bias::Stored).then(|| weights.tensor(&name(part))).transpose();
@@ -96,7 +96,7 @@ impl Linear {
         Ok(Self { terms, bias, tap: None })
     }
 
-    /// A dense linear of `weight` (out, in).
+    /// A dense linear with `weight` (out, in).
     pub fn dense(weight: Tensor, bias: Option<Tensor>) -> Self {
         Self { terms: vec![Applied { kind: Kind::DENSE, parts: vec![weight] }], bias, tap: None }
     }
@@ -106,7 +106,7 @@ impl Linear {
         Self { bias: Some(bias), ..self }
     }
 
-    /// From now on the gradient at the output goes to the tap that this returns, and none is computed for the weight.
+    /// From now on the tap that this returns receives the gradient at the output, and none is computed for the weight.
     pub fn tap_gradient(&mut self) -> GradientTap {
         self.tap.insert(GradientTap::default()).clone()
     }
@@ -124,7 +124,7 @@ impl Linear {
         self.terms.first().and_then(of).unwrap_or(0)
     }
 
-    /// The weight (out, in), where that is all there is.
+    /// The weight (out, in), if the linear is dense.
     fn weight(&self) -> Option<&Tensor> {
         match self.terms.as_slice() {
             [Applied { kind: Kind::DENSE, parts }] => parts.first(),
@@ -132,7 +132,7 @@ impl Linear {
         }
     }
 
-    /// The gradient (rows, in) at the input from that at the output, (rows, out), of a dense linear.
+    /// The gradient (rows, in) at the input from the gradient (rows, out) at the output of a dense linear.
     ///
     /// # Errors
     /// The linear is compressed.
@@ -143,10 +143,10 @@ impl Linear {
         }
     }
 
-    /// `x` (..., in) to (..., out).
+    /// Maps `x` (..., in) to (..., out).
     ///
     /// # Errors
-    /// Shapes that do not match.
+    /// The shapes do not match.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let dims = x.dims().to_vec();
         let (rows, width) = (dims[..dims.len() - 1].iter().product::<usize>(), dims[dims.len() - 1]);
@@ -170,8 +170,8 @@ impl Linear {
     }
 }
 
-/// `x Wᵀ` that tells the gradient of its result to a tap. candle's own product would also compute the gradient of `W`, at
-/// the price of the forward pass, and throw it away.
+/// `x Wᵀ`, which passes the gradient of its result to a tap. candle's own product would also compute the gradient of
+/// `W`, at the cost of another forward pass, and discard it.
 struct TappedProduct {
     /// (out, in)
     weight: Tensor,
@@ -198,10 +198,10 @@ impl CustomOp1 for TappedProduct {
     }
 }
 
-/// Checks that the parts of a module are those of one matrix, from headers alone.
+/// Checks from headers alone that the parts of a module fit one matrix.
 ///
 /// # Errors
-/// Names all of them, with their shapes.
+/// They do not; the error names all parts with their shapes.
 pub(super) fn expect_parts(checkpoint: &Checkpoint, module: &str, kind: Kind) -> Result<()> {
     if stored_size(checkpoint, module, kind).is_some() {
         return Ok(());
@@ -220,10 +220,10 @@ pub(super) fn expect_parts(checkpoint: &Checkpoint, module: &str, kind: Kind) ->
     .into())
 }
 
-/// Checks the shape of a linear in whichever form it is stored, from headers alone.
+/// Checks the shape of a linear from headers alone, in the form in which it is stored.
 ///
 /// # Errors
-/// A tensor is absent, or has another shape than (out, in).
+/// A tensor is absent, or does not have the shape (out, in).
 pub(super) fn expect_shape(
     checkpoint: &Checkpoint,
     module: &str,

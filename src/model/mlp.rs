@@ -1,4 +1,4 @@
-//! The feed-forward layer: gated (SwiGLU and its kin, Shazeer 2020), or two linears with an activation between.
+//! The feed-forward layer: gated (SwiGLU and variants, Shazeer 2020), or two linears with an activation between them.
 
 use anyhow::Result;
 use candle_core::{D, Tensor};
@@ -21,7 +21,7 @@ enum Inner {
         gate_proj: Linear,
         up_proj: Linear,
     },
-    /// The gate's outputs, then the others, of one matrix.
+    /// One matrix with the rows of the gate first, then the rows of up.
     Fused {
         gate_up_proj: Linear,
     },
@@ -69,10 +69,10 @@ impl Mlp {
         linears
     }
 
-    /// Everything before `down_proj`: (..., hidden_size) to (..., intermediate_size).
+    /// Runs everything before `down_proj`: (..., hidden_size) to (..., intermediate_size).
     ///
     /// # Errors
-    /// Shapes that do not match.
+    /// The shapes do not match.
     pub(super) fn gate(&self, x: &Tensor) -> Result<Tensor> {
         let activate = |x: &Tensor| self.activation.apply(x);
         match &self.inner {

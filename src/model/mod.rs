@@ -1,4 +1,4 @@
-//! The meaning of the tensors: families of models, and a decoder that runs them one block at a time.
+//! The meaning of tensors: model families, and a decoder that runs them one block at a time.
 
 mod activation;
 pub mod architectures;

@@ -1,8 +1,8 @@
-//! Where the files of a checkpoint have the modules of its language model.
+//! The module names of the language model in the files of a checkpoint.
 //!
-//! A family has its own prefix (`model.`), which early files leave out. Wrappers put more in front: `language_model.model.` and
-//! `model.language_model.` of multimodal models, `module.` and `_orig_mod.` of models that were saved inside of what trained them.
-//! Names are taken as they are found, and nothing is renamed.
+//! A family has its own prefix (`model.`), which early files leave out. Wrappers add more in front: multimodal models
+//! have `language_model.model.` and `model.language_model.`, models that were saved inside their training wrapper
+//! `module.` and `_orig_mod.`. Names are used as they are found, and nothing is renamed.
 
 use std::collections::BTreeMap;
 
@@ -10,23 +10,23 @@ use super::architectures::table::Architecture;
 use crate::checkpoint::Checkpoint;
 use crate::operator;
 
-/// What is put in front of the names of a family's modules.
+/// The prefixes of the names of a family's modules.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Names {
-    /// Before the names of all modules but the head.
+    /// The prefix of all module names except the head's.
     pub prefix: String,
-    /// Before those of the head.
+    /// The prefix of the head's name.
     pub head: String,
 }
 
 impl Names {
-    /// Those of the family itself.
+    /// The prefixes of the family itself.
     pub fn native(architecture: &Architecture) -> Self {
         Self { prefix: architecture.prefix.into(), head: String::new() }
     }
 
-    /// Those of a checkpoint: where its blocks are, and of several places the one that has embeddings or a last norm, which
-    /// towers of images and sounds do not have.
+    /// The prefixes in a checkpoint, found by its blocks. Among several places it takes the one that has embeddings or
+    /// a final norm, which image and audio towers lack.
     pub fn of(checkpoint: &Checkpoint, architecture: &Architecture) -> Self {
         let mut places: BTreeMap<&str, usize> = BTreeMap::new();
         for info in checkpoint.tensors() {
@@ -49,18 +49,18 @@ impl Names {
         Self { prefix: (*prefix).into(), head: head.into() }
     }
 
-    /// The module of the table of embeddings.
+    /// The module of the embedding table.
     pub fn embeddings(&self, architecture: &Architecture) -> String {
         format!("{}{}", self.prefix, architecture.embed_tokens)
     }
 
-    /// The module of the matrix that makes logits.
+    /// The module of the matrix that computes logits.
     pub fn lm_head(&self, architecture: &Architecture) -> String {
         format!("{}{}", self.head, architecture.lm_head)
     }
 }
 
-/// What is in front of the head: some of the words that are in front of the blocks. None where no head is stored.
+/// The prefix of the head: some of the leading words of the blocks' prefix. `None` if no head is stored.
 fn head_of<'p>(checkpoint: &Checkpoint, architecture: &Architecture, prefix: &'p str) -> Option<&'p str> {
     let is_stored = |words: &&str| match &architecture.encoder {
         Some(encoder) => checkpoint.info(&format!("{words}{}", encoder.masked_head.bias)).is_some(),
@@ -75,7 +75,7 @@ pub(super) fn is_stored(checkpoint: &Checkpoint, module: &str) -> bool {
     operator::first_parts().any(|part| checkpoint.info(&format!("{module}.{part}")).is_some())
 }
 
-/// What is in front of the family's own prefix.
+/// The part of a prefix before the family's own prefix.
 fn outer<'p>(architecture: &Architecture, prefix: &'p str) -> &'p str {
     let outer = |own: &'static str| prefix.strip_suffix(own).filter(|outer| outer.is_empty() || outer.ends_with('.'));
     architecture.prefixes().find_map(outer).unwrap_or("")

@@ -1,4 +1,4 @@
-//! Norms over the last dimension, in the kinds that families have.
+//! Norms over the last dimension, of the kinds that families use.
 
 use anyhow::Result;
 use candle_core::Tensor;
@@ -14,7 +14,7 @@ pub struct Norm {
     eps: f64,
 }
 
-/// Names of the weight and the bias of a norm; files of TensorFlow's age have `gamma` and `beta`.
+/// Names of the weight and the bias of a norm; files converted from TensorFlow have `gamma` and `beta`.
 pub(super) fn names(module: &str, contains: impl Fn(&str) -> bool) -> [String; 2] {
     let old = ["gamma", "beta"].map(|part| format!("{module}.{part}"));
     if contains(&old[0]) { old } else { ["weight", "bias"].map(|part| format!("{module}.{part}")) }
@@ -22,7 +22,7 @@ pub(super) fn names(module: &str, contains: impl Fn(&str) -> bool) -> [String; 2
 
 impl Norm {
     /// # Errors
-    /// A tensor is absent or broken.
+    /// A tensor is absent or damaged.
     pub fn load(weights: &dyn Weights, module: &str, kind: NormKind, eps: f64) -> Result<Self> {
         let [weight, bias] = names(module, |name| weights.contains(name));
         let weight = weights.tensor(&weight)?;
@@ -33,10 +33,10 @@ impl Norm {
         })
     }
 
-    /// `x` (..., width) to the same shape.
+    /// Normalizes `x` (..., width).
     ///
     /// # Errors
-    /// Shapes that do not match.
+    /// The shapes do not match.
     pub fn apply(&self, kernels: Kernels, x: &Tensor) -> Result<Tensor> {
         match &self.bias {
             None => kernels.rms_norm(x, &self.weight, self.eps),

@@ -1,12 +1,12 @@
-//! The few operations whose candle forms differ between evaluation and training.
+//! The few operations for which evaluation and training need different candle functions.
 //!
-//! candle's fused kernels have no backward pass and stop gradients in silence: they serve evaluation only.
+//! candle's fused kernels have no backward pass and silently stop gradients, so only evaluation uses them.
 
 use anyhow::Result;
 use candle_core::Tensor;
 use candle_nn::{ops, rotary_emb};
 
-/// Whether all values are finite; large ones, whose squares are not, are.
+/// Whether all values are finite, including large values whose squares overflow.
 pub fn is_finite(x: &Tensor) -> Result<bool> {
     Ok(x.flatten_all()?.to_vec1::<f32>()?.iter().all(|v| v.is_finite()))
 }

@@ -1,5 +1,5 @@
-//! Rotary embeddings (Su et al. 2021), and how they are stretched to longer contexts. The formulas are those of transformers'
-//! `modeling_rope_utils`, which models were trained or adapted with.
+//! Rotary embeddings (Su et al. 2021), and their scaling to longer contexts. The formulas are those of
+//! `modeling_rope_utils` in transformers, with which models were trained or adapted.
 
 use std::f64::consts::PI;
 
@@ -31,7 +31,7 @@ pub struct RopeScaling {
     truncate: Option<bool>,
     short_factor: Option<Vec<f64>>,
     long_factor: Option<Vec<f64>>,
-    /// In families with a rotary embedding for each kind of block: one for each kind, and nothing else.
+    /// In families with one rotary embedding per kind of block, only these two are present.
     pub full_attention: Option<Box<RopeScaling>>,
     pub sliding_attention: Option<Box<RopeScaling>>,
 }
@@ -41,7 +41,7 @@ impl RopeScaling {
         self.rope_type.as_deref().or(self.older_type.as_deref())
     }
 
-    /// The first of its numbers that is not positive although the formulas need it to be, and its name.
+    /// The first of its numbers that is not positive although formulas require it, with its name.
     pub fn not_positive(&self) -> Option<(String, f64)> {
         let numbers = [
             ("rope_theta", self.rope_theta),
@@ -65,7 +65,7 @@ impl RopeScaling {
         })
     }
 
-    /// Whether it holds one embedding for each kind of block.
+    /// Whether it has one embedding per kind of block.
     pub fn is_by_kind(&self) -> bool {
         self.full_attention.is_some() || self.sliding_attention.is_some()
     }
@@ -75,10 +75,10 @@ impl RopeScaling {
 #[derive(Debug, Clone)]
 pub struct RopeSettings {
     pub theta: f64,
-    /// Values of a head that are rotated, from the first.
+    /// Number of leading values of a head that are rotated.
     pub width: usize,
     pub scaling: Option<RopeScaling>,
-    /// `max_position_embeddings`, and its value before the context was stretched, if the config has it.
+    /// `max_position_embeddings`, and its value before the context was extended, if the config has it.
     pub context: Option<f64>,
     pub original_context: Option<f64>,
 }
@@ -91,16 +91,16 @@ impl RopeSettings {
 
     pub fn rope_type(&self) -> &str {
         match self.scaling.as_ref().and_then(RopeScaling::named).unwrap_or("default") {
-            // Sections of a head are rotated by the positions of a token in time, height and width, which are equal for text.
+            // Sections of a head are rotated by the time, height and width of a token, which are equal for text.
             "mrope" => "default",
             kind => kind,
         }
     }
 
-    /// Inverse frequencies (width / 2) for windows of up to `n_positions`, and the factor of cosines and sines.
+    /// Inverse frequencies (width / 2) for windows of up to `n_positions`, and the scale of cosines and sines.
     ///
     /// # Errors
-    /// The kind of scaling is not supported, or lacks a field.
+    /// The type of scaling is not supported, or a field is missing.
     pub fn frequencies(&self, n_positions: usize) -> Result<(Vec<f64>, f64)> {
         let plain = self.plain();
         let Some(s) = &self.scaling else { return Ok((plain, 1.0)) };
@@ -110,7 +110,7 @@ impl RopeSettings {
                 let factor = field("factor", s.factor)?;
                 Ok((plain.into_iter().map(|f| f / factor).collect(), 1.0))
             }
-            // Past the context, frequencies fall with the length of the window (NTK-aware, "dynamic").
+            // Beyond the context, frequencies fall with the length of the window (NTK-aware, "dynamic").
             "dynamic" => {
                 let (factor, context) = (field("factor", s.factor)?, field("max_position_embeddings", self.context)?);
                 let length = (n_positions as f64).max(context);
@@ -143,8 +143,8 @@ impl RopeSettings {
         }
     }
 
-    /// The context before it was stretched. transformers prefers the field beside `rope_scaling`, which some configs have, and without
-    /// either takes the context.
+    /// The context before it was extended. transformers prefers the field next to `rope_scaling`, which some configs
+    /// have; without either it uses the context.
     fn original(&self, s: &RopeScaling) -> Result<f64> {
         let given = self.original_context.or(s.original_max_position_embeddings).or(self.context);
         field("original_max_position_embeddings", given)
@@ -158,7 +158,7 @@ impl RopeSettings {
         }
     }
 
-    /// LongRoPE (Ding et al. 2024): a divisor for each frequency, by whether windows exceed the original context.
+    /// LongRoPE (Ding et al. 2024): a divisor per frequency, chosen by whether windows exceed the original context.
     fn longrope(&self, s: &RopeScaling, plain: Vec<f64>, n_positions: usize) -> Result<(Vec<f64>, f64)> {
         let context = self.original(s)?;
         let (name, divisors) = match n_positions as f64 > context {
@@ -175,8 +175,8 @@ impl RopeSettings {
         Ok((frequencies, s.attention_factor.unwrap_or(own)))
     }
 
-    /// YaRN (Peng et al. 2023, "NTK-by-parts"): frequencies that turn often in the original context are kept, those that turn
-    /// seldom are stretched, those between are blended along a ramp.
+    /// YaRN (Peng et al. 2023, "NTK-by-parts"): frequencies with many rotations in the original context are kept, those
+    /// with few are stretched, and those in between are blended along a ramp.
     fn yarn(&self, s: &RopeScaling, plain: Vec<f64>, factor: f64, context: f64) -> Vec<f64> {
         let width = self.width as f64;
         let dimension = |turns: f64| width * (context / (turns * 2.0 * PI)).ln() / (2.0 * self.theta.ln());
@@ -203,7 +203,7 @@ fn field(name: &str, value: Option<f64>) -> Result<f64> {
     value.ok_or_else(|| Failure::unsupported(format!("`rope_scaling` lacks `{name}`")).into())
 }
 
-/// YaRN's factor of cosines and sines.
+/// YaRN's scale of cosines and sines.
 fn yarn_scale(mscale: f64, factor: f64) -> f64 {
     if factor <= 1.0 { 1.0 } else { 0.1 * mscale * factor.ln() + 1.0 }
 }
@@ -212,8 +212,8 @@ fn inverse_frequencies(theta: f64, width: usize) -> Vec<f64> {
     (0..width / 2).map(|i| theta.powf(-2.0 * i as f64 / width as f64)).collect()
 }
 
-/// Llama 3.1's scaling: long wavelengths are stretched by `factor`, short ones kept, those between are blended by how
-/// many times they turn in the original context.
+/// Llama 3.1's scaling: long wavelengths are stretched by `factor`, short ones are kept, and those in between are
+/// blended by the number of rotations in the original context.
 fn llama3_frequency(frequency: f64, factor: f64, low: f64, high: f64, context: f64) -> f64 {
     let turns = context * frequency / (2.0 * PI);
     if turns < low {
@@ -230,11 +230,11 @@ fn llama3_frequency(frequency: f64, factor: f64, low: f64, high: f64, context: f
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RopeKind {
     Global,
-    /// The one of blocks with a sliding window, if they have their own.
+    /// The embedding of blocks with a sliding window, if they have their own.
     Local,
 }
 
-/// The rotary embeddings of a model, of every position up to a length.
+/// The rotary embeddings of a model for all positions up to a length.
 #[derive(Debug, Clone)]
 pub struct Rope {
     global: Turns,
@@ -250,7 +250,7 @@ struct Turns {
 
 impl Rope {
     /// # Errors
-    /// The config asks for a kind of scaling that is not supported.
+    /// The type of scaling is not supported.
     pub fn new(global: &RopeSettings, local: Option<&RopeSettings>, n_positions: usize) -> Result<Self> {
         let local = local.map(|settings| Turns::new(settings, n_positions)).transpose()?;
         Ok(Self { global: Turns::new(global, n_positions)?, local })

@@ -1,6 +1,6 @@
-//! How a folder of sentence-transformers makes one vector of a text: `modules.json` names a pooling of the last states and
-//! what follows it. The vector is that of `SentenceTransformer.encode` for one text, without padding. Reimers & Gurevych
-//! 2019, arXiv:1908.10084.
+//! Sentence embeddings as sentence-transformers computes them: `modules.json` names a pooling of the last states and
+//! the modules after it. The vector equals that of `SentenceTransformer.encode` for one text, without padding. Reimers
+//! & Gurevych 2019, arXiv:1908.10084.
 
 use std::path::{Path, PathBuf};
 use std::sync::Once;
@@ -20,9 +20,9 @@ use crate::error::Failure;
 
 const MODULES: &str = "modules.json";
 const CONFIG: &str = "config.json";
-/// How embeddings are compared.
+/// The file that says how embeddings are compared.
 const SETTINGS: &str = "config_sentence_transformers.json";
-/// Settings of the first module, by the class that wrote them.
+/// Settings of the first module, named after the class that wrote them.
 const TRANSFORMER_CONFIGS: [&str; 4] = [
     "sentence_bert_config.json",
     "sentence_roberta_config.json",
@@ -30,7 +30,7 @@ const TRANSFORMER_CONFIGS: [&str; 4] = [
     "sentence_transformers_config.json",
 ];
 
-/// How the states of a text become one vector, in the names of `1_Pooling/config.json`.
+/// How the states of a text are pooled, with names as in `1_Pooling/config.json`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum PoolingMode {
@@ -39,9 +39,9 @@ pub enum PoolingMode {
     /// The largest value of every feature.
     Max,
     Mean,
-    /// The sum of the states over the root of their number.
+    /// The sum of the states divided by the square root of their number.
     MeanSqrtLenTokens,
-    /// A mean in which the n-th token counts n times.
+    /// A mean in which the n-th token has weight n.
     #[serde(rename = "weightedmean")]
     WeightedMean,
     #[serde(rename = "lasttoken")]
@@ -51,18 +51,18 @@ pub enum PoolingMode {
 /// The modules of a folder, read and checked; no weight is loaded yet.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SentenceModules {
-    /// Concatenated in this order.
+    /// The results are concatenated in this order.
     pub modes: Vec<PoolingMode>,
     steps: Vec<Step>,
-    /// Tokens of a text that are read, those that the tokenizer adds among them.
+    /// Number of tokens of a text that are read, including those that the tokenizer adds.
     pub max_seq_length: Option<usize>,
-    /// Whether texts are lowercased before the tokenizer sees them.
+    /// Whether texts are lowercased before tokenization.
     pub lowercases: bool,
-    /// Whether embeddings are compared by their cosine, and not by a measure that their lengths enter.
+    /// Whether embeddings are compared by cosine, and not by a measure that depends on their lengths.
     pub is_by_cosine: bool,
-    /// The files that decide the embedding, relative to the root of the checkpoint.
+    /// The files that determine the embedding, relative to the root of the checkpoint.
     files: Vec<PathBuf>,
-    /// A module that is not run here, and is left out with all that follow it.
+    /// A module that is not supported; it and all modules after it are left out.
     ignored: Option<String>,
 }
 
@@ -73,7 +73,7 @@ enum Step {
     Dense { folder: PathBuf, shape: [usize; 2], has_bias: bool, activation: DenseActivation },
 }
 
-/// Activations of a `Dense` module, by the last part of torch's name.
+/// Activations of a `Dense` module, named by the last part of torch's name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum DenseActivation {
     Identity,
@@ -103,8 +103,8 @@ struct ModuleEntry {
     class: String,
 }
 
-/// SHA-256 of all files that gradients of a model depend on: its config and weights, and of an encoder those that make its embedding.
-/// A pooling that is broken is none: it is refused where a model is run.
+/// SHA-256 of all files that a model's gradients depend on: its config and weights and, for an encoder, the files that
+/// determine its embedding. An invalid pooling is left out here, and refused when the model is run.
 ///
 /// # Errors
 /// A file cannot be read.
@@ -119,11 +119,11 @@ pub fn fingerprint(checkpoint: &Checkpoint) -> Result<Fingerprint> {
 }
 
 impl SentenceModules {
-    /// Reads `modules.json` beside a checkpoint whose states are `hidden_size` wide; `None` if there is no such file, or it lists no
-    /// pooling.
+    /// Reads `modules.json` next to a checkpoint with states of width `hidden_size`; `None` if there is no such file,
+    /// or if it lists no pooling.
     ///
     /// # Errors
-    /// A file is broken, names a pooling that is not known, or does not fit the model.
+    /// A file is invalid, names an unknown pooling, or does not fit the model.
     pub fn read(root: &Path, hidden_size: usize) -> Result<Option<Self>> {
         let path = root.join(MODULES);
         if !path.is_file() {
@@ -133,7 +133,7 @@ impl SentenceModules {
         let class = |entry: &ModuleEntry| entry.class.rsplit('.').next().unwrap_or_default().to_string();
         let classes: Vec<String> = entries.iter().map(class).collect();
         if classes.len() < 2 || classes[0] != "Transformer" || classes[1] != "Pooling" {
-            // A decoder is opened more than once a run.
+            // A decoder is opened several times per run.
             static WARNED: Once = Once::new();
             WARNED.call_once(|| {
                 tracing::warn!("`{}` does not list a transformer and a pooling first, and is ignored", path.display());
@@ -172,28 +172,28 @@ impl SentenceModules {
         Ok(Some(Self { modes, steps, max_seq_length, lowercases, is_by_cosine, files, ignored }))
     }
 
-    /// SHA-256 of the files that decide the embedding, except those of the model.
+    /// SHA-256 of the files that determine the embedding, except those of the model.
     ///
     /// # Errors
-    /// One cannot be read.
+    /// A file cannot be read.
     fn fingerprint(&self, root: &Path) -> Result<Fingerprint> {
         let hash = |file: &PathBuf| Ok((file.to_string_lossy().into_owned(), sha256_file(&root.join(file))?));
         self.files.iter().map(hash).collect()
     }
 
-    /// Warns of the module that is left out, once per run.
+    /// Warns about a module that is left out, once per run.
     pub fn warn_of_ignored(&self) {
         if let Some(module) = &self.ignored {
             tracing::warn!("a module of `{MODULES}` is not run, {module}: embeddings are compared as they enter it");
         }
     }
 
-    /// The text as the tokenizer gets it.
+    /// Prepares a text for the tokenizer.
     pub fn prepare(&self, text: String) -> String {
         if self.lowercases { text.to_lowercase() } else { text }
     }
 
-    /// `mean`, or `cls+mean, normalised`: how reports name it.
+    /// The name in reports: `mean`, or `cls+mean, normalised`.
     pub fn name(&self) -> String {
         let modes: Vec<&str> = self.modes.iter().map(|mode| mode.name()).collect();
         let steps = self.steps.iter().map(|step| match step {
@@ -203,10 +203,10 @@ impl SentenceModules {
         modes.join("+") + &steps.collect::<String>()
     }
 
-    /// Loads the weights of the modules that have some.
+    /// Loads the weights of all modules that have them.
     ///
     /// # Errors
-    /// A tensor is absent, broken, or has another shape than its config gives.
+    /// A tensor is absent, damaged, or does not have the shape that its config gives.
     pub(super) fn load(&self) -> Result<SentencePooler> {
         let load = |step: &Step| -> Result<LoadedStep> {
             let Step::Dense { folder, shape, has_bias, activation } = step else { return Ok(LoadedStep::Normalize) };
@@ -223,7 +223,7 @@ impl SentenceModules {
 }
 
 impl PoolingMode {
-    /// In the order in which the flags of older files are concatenated.
+    /// The modes in the order in which the flags of older files are concatenated.
     const ALL: [(Self, &str, &str); 6] = [
         (Self::Cls, "cls", "pooling_mode_cls_token"),
         (Self::Max, "max", "pooling_mode_max_tokens"),
@@ -237,7 +237,7 @@ impl PoolingMode {
         Self::ALL.iter().find(|(mode, ..)| *mode == self).map_or("", |(_, name, _)| name)
     }
 
-    /// One vector (hidden_size) of states (n_tokens, hidden_size).
+    /// Pools states (n_tokens, hidden_size) into one vector (hidden_size).
     fn of(self, x: &Tensor) -> Result<Tensor> {
         let n_tokens = x.dim(0)?;
         Ok(match self {
@@ -278,7 +278,7 @@ impl SentencePooler {
     }
 }
 
-/// `max_seq_length` (that of the tokenizer where the module names none) and `do_lower_case`.
+/// `max_seq_length` (or the tokenizer's, if the module has none) and `do_lower_case`.
 fn transformer_settings(root: &Path) -> Result<(Option<usize>, bool)> {
     #[derive(Default, Deserialize)]
     struct Settings {
@@ -288,7 +288,7 @@ fn transformer_settings(root: &Path) -> Result<(Option<usize>, bool)> {
     }
     #[derive(Deserialize)]
     struct TokenizerSettings {
-        // A huge float if there is no limit.
+        // A huge float means no limit.
         model_max_length: Option<f64>,
     }
     let path = TRANSFORMER_CONFIGS.iter().map(|name| root.join(name)).find(|path| path.is_file());
@@ -302,7 +302,7 @@ fn transformer_settings(root: &Path) -> Result<(Option<usize>, bool)> {
     Ok((length, settings.do_lower_case))
 }
 
-/// Whether the similarity of the folder is the cosine, which is the default.
+/// Whether the folder's similarity is the cosine, which is the default.
 fn is_by_cosine(root: &Path) -> Result<bool> {
     #[derive(Deserialize)]
     struct Settings {
@@ -313,7 +313,7 @@ fn is_by_cosine(root: &Path) -> Result<bool> {
     Ok(name.is_none_or(|name| name == "cosine"))
 }
 
-/// The modes of a pooling's config: `pooling_mode`, one name or a list, or else the flags of older files.
+/// The modes in a pooling's config: `pooling_mode`, one name or a list, or else the flags of older files.
 fn pooling_modes(path: &Path, hidden_size: usize) -> Result<Vec<PoolingMode>> {
     let fields: Map<String, Value> = read_json(path)?;
     let width = ["embedding_dimension", "word_embedding_dimension"].iter().find_map(|name| fields.get(*name));
@@ -347,7 +347,7 @@ fn unknown_mode(mode: &dyn std::fmt::Display, path: &Path) -> Failure {
         .hint(format!("known modes: {}; without `{MODULES}` the states are pooled by the model", names.join(", ")))
 }
 
-/// A `Dense` module and its width, or why it is not run.
+/// A `Dense` module and its width, or why it is not supported.
 fn dense(folder: &Path, width: usize) -> Result<Result<(Step, usize), &'static str>> {
     #[derive(Deserialize)]
     struct Config {

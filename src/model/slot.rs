@@ -1,4 +1,4 @@
-//! The linears of a block by what they do, and the places that their inputs come from.
+//! The linears of a block by their role, and the sites of their inputs.
 
 use serde::{Deserialize, Serialize};
 
@@ -9,17 +9,17 @@ pub enum Role {
     QProj,
     KProj,
     VProj,
-    /// The three fused.
+    /// Queries, keys and values, fused.
     QkvProj,
     OProj,
     GateProj,
     UpProj,
-    /// The two fused.
+    /// Gate and up, fused.
     GateUpProj,
     DownProj,
 }
 
-/// The parts of fused matrices: the role of each, and its name below that of the whole.
+/// The parts of fused matrices: the role of each, and its name within the fused module.
 const PARTS: &[(Role, &[(Role, &str)])] = &[
     (Role::QkvProj, &[(Role::QProj, "q"), (Role::KProj, "k"), (Role::VProj, "v")]),
     (Role::GateUpProj, &[(Role::GateProj, "gate"), (Role::UpProj, "up")]),
@@ -42,7 +42,7 @@ pub enum InputSite {
     ExpertDown(usize),
 }
 
-/// A linear among those of its block.
+/// A linear within its block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Slot {
     pub role: Role,
@@ -104,7 +104,7 @@ impl Slot {
 }
 
 impl Role {
-    /// The parts of a fused matrix, by role and name; empty for others.
+    /// The parts of a fused matrix, by role and name; empty for other roles.
     pub fn parts(self) -> &'static [(Self, &'static str)] {
         PARTS.iter().find(|(whole, _)| *whole == self).map_or(&[], |(_, parts)| parts)
     }

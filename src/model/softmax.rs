@@ -1,7 +1,7 @@
-//! Softmax and log-sum-exp over rows, on the evaluation path: where attention and large vocabularies spend their time
-//! beside the matrix products.
+//! Softmax and log-sum-exp over rows for evaluation; besides matrix products, attention and large vocabularies spend
+//! most of their time here.
 //!
-//! Sums run over a fixed number of lanes, so that results do not depend on the width of the machine's vectors.
+//! Sums use a fixed number of lanes, so that results do not depend on the vector width of the machine.
 
 use std::array;
 
@@ -9,7 +9,7 @@ use pulp::Arch;
 
 const LANES: usize = 16;
 
-/// Turns `row` into exp(row) / Σ exp(row).
+/// Replaces `row` by exp(row) / Σ exp(row).
 pub(super) fn softmax_in_place(arch: Arch, row: &mut [f32]) {
     arch.dispatch(
         #[inline(always)]
@@ -34,7 +34,7 @@ pub(super) fn softmax_in_place(arch: Arch, row: &mut [f32]) {
     );
 }
 
-/// ln Σ exp(row), summed in f64. Not finite where an element is NaN or +∞.
+/// ln Σ exp(row), summed in f64. Not finite if an element is NaN or +∞.
 pub(super) fn log_sum_exp(arch: Arch, row: &[f32]) -> f64 {
     arch.dispatch(
         #[inline(always)]
@@ -54,18 +54,18 @@ pub(super) fn log_sum_exp(arch: Arch, row: &[f32]) -> f64 {
     )
 }
 
-/// How two rows of logits differ as distributions `p` (of a reference) and `q`.
+/// The difference of two rows of logits, as distributions `p` (the reference) and `q`.
 #[derive(Debug, Clone, Copy)]
 pub struct RowDivergence {
-    /// Of the reference, of the model.
+    /// For the reference, and for the model.
     pub log_sum_exp: (f64, f64),
     /// KL(p ‖ q), in nats.
     pub kl: f64,
     /// KL(q ‖ p), in nats.
     pub reverse_kl: f64,
-    /// Whether both have their largest logit at one place.
+    /// Whether both have their largest logit at the same index.
     pub same_top_1: bool,
-    /// Share of the five largest logits that both have in common.
+    /// Fraction of the five largest logits that both have in common.
     pub top_5_agreement: f64,
 }
 
@@ -100,7 +100,7 @@ pub fn row_divergence(reference: &[f32], model: &[f32]) -> RowDivergence {
     }
 }
 
-/// Places of the (up to) five largest values, the largest first.
+/// Indices of the five largest values (or fewer), in falling order.
 fn largest(row: &[f32]) -> Vec<usize> {
     let mut top: Vec<usize> = Vec::with_capacity(6);
     for (i, &v) in row.iter().enumerate() {
@@ -131,9 +131,9 @@ fn max(row: &[f32]) -> f32 {
 /// r with the coefficients of Cephes' `expf` (Moshier).
 #[inline(always)]
 fn exp(x: f32) -> f32 {
-    /// Below it exp is not a normal number; it is flushed to the smallest one, 1e-38.
+    /// Below this value exp is not a normal number; it is flushed to the smallest one, 1e-38.
     const LOWEST: f32 = -87.0;
-    /// Adding it leaves the nearest integer in the low bits of the mantissa.
+    /// Adding this leaves the nearest integer in the low bits of the mantissa.
     const ROUND: f32 = 12_582_912.0;
     const LN_2_HIGH: f32 = 0.693_359_4;
     const LN_2_LOW: f32 = -2.121_944_4e-4;

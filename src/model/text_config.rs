@@ -1,16 +1,16 @@
-//! The language model in the config of a model that sees or hears as well.
+//! The language model in the config of a multimodal model.
 //!
-//! Wrappers keep its config apart (`text_config`), and leave out what is the default of its class; Qwen2-VL has it among its own
-//! fields. Its files are found by [`super::names`]; towers and projectors do not belong to it.
+//! Wrappers keep its config in an entry of its own (`text_config`), and leave out fields with the default of its class;
+//! Qwen2-VL has it among its own fields. [`super::names`] finds its tensors; towers and projectors do not belong to it.
 
 use serde_json::{Map, Value};
 
 /// Entries in which wrappers keep the config of their language model.
 const KEYS: [&str; 3] = ["text_config", "llm_config", "language_config"];
-/// The configs of the other parts of wrappers.
+/// Entries with the configs of other parts of a wrapper.
 const OTHERS: [&str; 2] = ["vision_config", "audio_config"];
 
-/// The `model_type` of the language model by that of the wrapper, if the config does not name it.
+/// The `model_type` of the language model for that of the wrapper, if the config does not name it.
 const OF_WRAPPERS: &[(&str, &str)] = &[
     ("gemma3", "gemma3_text"),
     ("idefics3", "llama"),
@@ -27,7 +27,7 @@ const OF_WRAPPERS: &[(&str, &str)] = &[
     ("voxtral", "llama"),
 ];
 
-/// Language models of wrappers that, for text alone, are another family.
+/// Language models of wrappers that are another family if the input is only text.
 const SAME: &[(&str, &str)] = &[("qwen2_vl_text", "qwen2"), ("qwen2_5_vl_text", "qwen2"), ("qwen3_vl_text", "qwen3")];
 
 /// Defaults of the classes of language models in transformers 5, for fields that `text_config` leaves out.
@@ -73,17 +73,17 @@ const QWEN_VL: &str = r#"{"vocab_size": 152064, "hidden_size": 8192, "intermedia
     "num_attention_heads": 64, "num_key_value_heads": 8, "max_position_embeddings": 32768, "rms_norm_eps": 1e-5,
     "rope_theta": 1000000.0}"#;
 
-/// The config of the language model within a config; `None` if it is the whole.
+/// The config of the language model within a config; `None` if the config is not nested.
 fn nested(config: &Map<String, Value>) -> Option<&Map<String, Value>> {
     KEYS.iter().find_map(|key| config.get(*key)?.as_object())
 }
 
-/// Whether a model has more than its language model.
+/// Whether a model has more parts than its language model.
 pub fn is_multimodal(config: &Map<String, Value>) -> bool {
     nested(config).is_some() || OTHERS.iter().any(|key| config.get(*key).is_some_and(Value::is_object))
 }
 
-/// The field that holds the `model_type` of the language model, for messages.
+/// The field with the `model_type` of the language model, for messages.
 pub fn type_field(config: &Map<String, Value>) -> String {
     let of = |key: &&str| config.get(*key)?.get("model_type").map(|_| format!("{key}.model_type"));
     KEYS.iter().find_map(of).unwrap_or_else(|| "model_type".into())
@@ -93,7 +93,7 @@ fn renamed<'a>(table: &[(&str, &'static str)], name: &'a str) -> Option<&'a str>
     table.iter().find(|(from, _)| *from == name).map(|(_, to)| *to)
 }
 
-/// The `model_type` of the language model, as its config or its wrapper has it.
+/// The `model_type` of the language model, from its config or its wrapper.
 fn own_type<'a>(config: &'a Map<String, Value>, prefix: &str) -> Option<&'a str> {
     let of = |fields: &'a Map<String, Value>| fields.get("model_type").and_then(Value::as_str);
     if let Some(named) = nested(config).and_then(of) {
@@ -104,13 +104,13 @@ fn own_type<'a>(config: &'a Map<String, Value>, prefix: &str) -> Option<&'a str>
     Some(renamed(OF_WRAPPERS, wrapper).filter(|_| is_multimodal).unwrap_or(wrapper))
 }
 
-/// The family of the language model; `prefix` is what `lrc` puts in front of a `model_type`.
+/// The family of the language model; `prefix` is the one that `lrc` adds to a `model_type`.
 pub fn model_type<'a>(config: &'a Map<String, Value>, prefix: &str) -> Option<&'a str> {
     let own = own_type(config, prefix)?;
     Some(renamed(SAME, own).unwrap_or(own))
 }
 
-/// The fields of the language model, with the defaults of its class for those that a wrapper leaves out.
+/// The fields of the language model; those that a wrapper leaves out have the defaults of its class.
 pub fn fields(config: &Map<String, Value>, prefix: &str) -> Map<String, Value> {
     if !is_multimodal(config) {
         return config.clone();
@@ -133,7 +133,7 @@ pub fn tie_word_embeddings(config: &Map<String, Value>) -> Option<bool> {
     given.into_iter().flatten().reduce(|tie, other| tie || other)
 }
 
-/// Parts of the names of towers, projectors and what else is in front of a language model.
+/// Parts of the names of towers, projectors and other modules outside a language model.
 const TOWERS: &[&str] = &[
     "vision",
     "visual",
@@ -154,7 +154,7 @@ const TOWERS: &[&str] = &[
     "sam_model",
 ];
 
-/// Whether a module of a multimodal model lies outside its language model, by its name; for unknown families.
+/// Whether a module of a multimodal model is outside its language model, by its name; for unknown families.
 pub fn is_of_tower(module: &str) -> bool {
     module.split('.').any(|part| TOWERS.iter().any(|tower| part.starts_with(tower) || part.ends_with(tower)))
 }
@@ -176,7 +176,7 @@ mod tests {
 
     #[test]
     fn the_language_model_of_a_wrapper_is_found() {
-        // As hub configs have it: LLaVA 1.5, Gemma 3 4B, Qwen2-VL, Mistral Small 3.1.
+        // Configs as on the hub: LLaVA 1.5, Gemma 3 4B, Qwen2-VL, Mistral Small 3.1.
         let llava = json!({"model_type": "llava", "vision_config": {}, "text_config": {
             "model_type": "llama", "vocab_size": 32064, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}});
         check(llava, "llama", json!({"hidden_size": 4096, "vocab_size": 32064, "tie_word_embeddings": null}));

@@ -1,7 +1,7 @@
-//! Whether the head of a model is its table of embeddings.
+//! Determines whether the head of a model is tied to its embedding table.
 //!
-//! As in transformers 5: the config decides if only one of the two is stored, or both are equal. A head that is stored with other
-//! values is not tied, whatever the config says; earlier versions overwrote it.
+//! The rule is that of transformers 5: the config decides if only one of the two is stored, or if both are equal. A
+//! head stored with other values is not tied, whatever the config says; earlier versions overwrote it.
 
 use anyhow::Result;
 
@@ -10,12 +10,12 @@ use super::config;
 use super::names::{self, Names};
 use crate::checkpoint::Checkpoint;
 
-/// The modules of the two matrices of a vocabulary.
+/// The modules of the two vocabulary matrices.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Vocabulary {
-    /// The module that holds the table of embeddings.
+    /// The module of the embedding table.
     pub table: String,
-    /// The module that makes logits; `None` if that is the table.
+    /// The module that computes logits; `None` if it is the table.
     pub head: Option<String>,
 }
 
@@ -26,7 +26,7 @@ impl Vocabulary {
         Self { table: names.embeddings(architecture), head }
     }
 
-    /// The table that a model embeds its tokens with, for a checkpoint that may lack its head.
+    /// The embedding table of a checkpoint that may lack its head.
     pub fn without_head(
         checkpoint: &Checkpoint,
         tie: Option<bool>,
@@ -42,7 +42,7 @@ impl Vocabulary {
     /// Compares the two if both are stored and the config ties them.
     ///
     /// # Errors
-    /// A tensor is broken.
+    /// A tensor is damaged.
     pub fn of(checkpoint: &Checkpoint, tie: Option<bool>, architecture: &Architecture, names: &Names) -> Result<Self> {
         let (table, head) = (names.embeddings(architecture), names.lm_head(architecture));
         let [has_table, has_head] = [&table, &head].map(|module| names::is_stored(checkpoint, module));
@@ -57,10 +57,10 @@ impl Vocabulary {
     }
 }
 
-/// Warns if they are not.
+/// Whether the two are equal; warns if they are not.
 fn are_equal(checkpoint: &Checkpoint, table: &str, head: &str) -> Result<bool> {
     let [first, second] = [table, head].map(|module| format!("{module}.weight"));
-    // A head of low rank is not the table.
+    // A low-rank head is not the table.
     if checkpoint.info(&second).is_none() {
         return Ok(false);
     }
@@ -73,10 +73,10 @@ fn are_equal(checkpoint: &Checkpoint, table: &str, head: &str) -> Result<bool> {
     Ok(is_equal)
 }
 
-/// Whether a module is a head without a matrix of its own: the table of embeddings under another name, or a copy of it.
+/// Whether a module is a head without its own matrix: the embedding table under another name, or a copy of it.
 ///
 /// # Errors
-/// A tensor is broken.
+/// A tensor is damaged.
 pub fn is_tied_head(checkpoint: &Checkpoint, module: &str) -> Result<bool> {
     let architecture = config::architecture(checkpoint);
     if !module.ends_with(architecture.map_or("lm_head", |architecture| architecture.lm_head)) {

@@ -1,4 +1,4 @@
-//! The one engine of evaluation, calibration and compression: all windows through block 0, then all windows through
+//! The engine of evaluation, calibration and compression: all windows go through block 0, then all windows through
 //! block 1, and so on. Weights are read once, and memory holds one block and the hidden states.
 
 use std::ops::Range;
@@ -15,51 +15,51 @@ use crate::error::{Failure, NON_FINITE_HINT};
 use crate::progress::Stage;
 use crate::store::{Array, Journal, Spool, Spooled, Values};
 
-/// How much memory a walk may use for what grows with the text.
+/// Memory limits of a walk for data that grows with the text.
 #[derive(Debug, Clone)]
 pub struct WalkLimits {
     /// Cap for hidden states; the rest goes to a file in `work_folder`.
     pub hidden_bytes: usize,
-    /// Cap for the activations of one forward pass, which decides the batch.
+    /// Cap for the activations of one forward pass; it determines the batch size.
     pub activation_bytes: usize,
     pub work_folder: PathBuf,
 }
 
 impl WalkLimits {
-    /// Half of `memory_bytes` for hidden states, a quarter for activations; a quarter is left for weights.
+    /// Half of `memory_bytes` is for hidden states and a quarter for activations; the last quarter is left for weights.
     pub fn new(memory_bytes: u64, work_folder: PathBuf) -> Self {
         let memory = usize::try_from(memory_bytes).unwrap_or(usize::MAX);
         Self { hidden_bytes: memory / 2, activation_bytes: memory / 4, work_folder }
     }
 
-    /// One window at a time: products of very small ranks depend on the batch in their last digits, and what decides the
+    /// Limits for one window at a time: products of very small ranks depend on the batch in their last digits, and the
     /// output must not depend on memory.
     #[must_use]
     pub fn one_window(&self) -> Self {
         Self { activation_bytes: 0, ..self.clone() }
     }
 
-    /// Windows that go through a block at once.
+    /// Number of windows that go through a block at once.
     pub fn batch_size(&self, config: &ModelConfig, n_tokens: usize) -> usize {
-        // What lives at the widest point of a block: input, normed, q, k, v, mixed, or gate, up, product.
+        // Tensors alive at the widest point of a block: input, normed, q, k, v, mixed, or gate, up, product.
         let inner = config.block_widths().distinct().map(|widths| widths.intermediate_size).max().unwrap_or(0);
         let per_token = 4 * (6 * config.hidden_size + 3 * inner);
         (self.activation_bytes / (per_token * n_tokens.max(1))).max(1)
     }
 }
 
-/// Windows of tokens on their way through a model, and the place where their hidden states are kept.
+/// Windows of tokens on their way through a model, and the store of their hidden states.
 pub struct Walk<'a> {
     windows: &'a [Vec<u32>],
-    /// Windows of one length that travel together.
+    /// Windows of equal length that are processed together.
     batches: Vec<Range<usize>>,
     spool: Spool,
     rope: Rope,
-    /// The text that the windows are of, for messages.
+    /// The text of the windows, for messages.
     text: Option<String>,
 }
 
-/// The hidden states of all windows at one place of the model, a batch (batch, n_tokens, hidden_size) after another.
+/// The hidden states of all windows at one point of the model, batch after batch, (batch, n_tokens, hidden_size) each.
 #[derive(Debug)]
 pub struct Hidden(Vec<Spooled>);
 
@@ -72,12 +72,12 @@ pub struct Scored {
 }
 
 impl Scored {
-    /// Everything that has context, in each of `windows`.
+    /// All tokens that have context, in each of `windows`.
     pub fn all_but_first(windows: &[Vec<u32>]) -> Vec<Self> {
         windows.iter().map(|ids| Self { places: 1..ids.len(), tokens: ids[1..].to_vec() }).collect()
     }
 
-    /// The states (n_scored, hidden_size) of a window that predict them.
+    /// The states (n_scored, hidden_size) of a window that predict the scored tokens.
     ///
     /// # Errors
     /// The window is too short.
@@ -87,10 +87,10 @@ impl Scored {
 }
 
 impl<'a> Walk<'a> {
-    /// Prepares for `windows`; [`Self::embed`] sets out.
+    /// Prepares for `windows`; [`Self::embed`] starts the walk.
     ///
     /// # Errors
-    /// The config asks for a rotary embedding that is not supported.
+    /// The rotary embedding of the config is not supported.
     pub fn new(decoder: &Decoder<'_>, windows: &'a [Vec<u32>], limits: &WalkLimits) -> Result<Self> {
         let longest = windows.iter().map(Vec::len).max().unwrap_or(0);
         let spool = Spool::new(limits.hidden_bytes, limits.work_folder.clone());
@@ -119,10 +119,10 @@ impl<'a> Walk<'a> {
         self.windows.iter().map(Vec::len).sum()
     }
 
-    /// The embedded windows.
+    /// Embeds the windows.
     ///
     /// # Errors
-    /// A token is outside of the vocabulary, or the work folder refuses.
+    /// A token is outside the vocabulary, or the work folder cannot be written.
     pub fn embed(&mut self, decoder: &Decoder<'_>) -> Result<Hidden> {
         let embeddings = decoder.embeddings()?;
         let mut hidden = Vec::new();
@@ -133,10 +133,11 @@ impl<'a> Walk<'a> {
         Ok(Hidden(hidden))
     }
 
-    /// Sends all windows through `block`, in place; `observe` sees the inputs of its linears, batch after batch in order.
+    /// Runs all windows through `block`, in place; `observe` sees the inputs of its linears, batch after batch in
+    /// order.
     ///
     /// # Errors
-    /// Shapes that do not match, the observer's error, or the work folder's.
+    /// The shapes do not match, the observer fails, or the work folder cannot be used.
     pub fn advance(
         &mut self,
         hidden: &mut Hidden,
@@ -152,7 +153,7 @@ impl<'a> Walk<'a> {
         Ok(())
     }
 
-    /// Like [`Self::advance`], but keeps the states that enter the block as well.
+    /// Like [`Self::advance`], but also keeps the states that enter the block.
     ///
     /// # Errors
     /// As [`Self::advance`].
@@ -205,7 +206,7 @@ impl<'a> Walk<'a> {
     /// One batch (batch, n_tokens, hidden_size).
     ///
     /// # Errors
-    /// The work folder refuses.
+    /// The work folder cannot be read.
     pub fn batch(&mut self, hidden: &Hidden, batch_idx: usize) -> Result<Tensor> {
         let range = &self.batches[batch_idx];
         let shape = (range.len(), self.windows[range.start].len(), ());
@@ -215,17 +216,17 @@ impl<'a> Walk<'a> {
     /// The states (n_tokens, hidden_size) of one window.
     ///
     /// # Errors
-    /// The work folder refuses.
+    /// The work folder cannot be read.
     pub fn window(&mut self, hidden: &Hidden, window_idx: usize) -> Result<Tensor> {
         let batch_idx = self.batches.partition_point(|range| range.end <= window_idx);
         let first = self.batches[batch_idx].start;
         Ok(self.batch(hidden, batch_idx)?.get(window_idx - first)?)
     }
 
-    /// Calls `f` with every window's tokens and the states of all `streams` at it, (n_tokens, hidden_size) each.
+    /// Calls `f` with the tokens of every window and its states in all `streams`, (n_tokens, hidden_size) each.
     ///
     /// # Errors
-    /// The error of `f`, or that of the work folder.
+    /// `f` fails, or the work folder cannot be read.
     pub fn for_each_window(
         &mut self,
         streams: &[&Hidden],
@@ -241,7 +242,8 @@ impl<'a> Walk<'a> {
         Ok(())
     }
 
-    /// Like [`Self::for_each_window`] over one stream; `f` returns the states that replace its own, in the same shape.
+    /// Like [`Self::for_each_window`] over one stream; `f` returns the states that replace the window's, in the same
+    /// shape.
     ///
     /// # Errors
     /// As [`Self::for_each_window`].
@@ -262,10 +264,10 @@ impl<'a> Walk<'a> {
         Ok(())
     }
 
-    /// A copy of states.
+    /// Copies states.
     ///
     /// # Errors
-    /// The work folder refuses.
+    /// The work folder cannot be used.
     pub fn copy(&mut self, hidden: &Hidden) -> Result<Hidden> {
         let copies = hidden.0.iter().map(|array| {
             let values = self.spool.get(array)?;
@@ -274,19 +276,19 @@ impl<'a> Walk<'a> {
         Ok(Hidden(copies.collect::<Result<_>>()?))
     }
 
-    /// The states of an earlier walk over the same windows in the same batches.
+    /// Restores the states of an earlier walk over the same windows in the same batches.
     ///
     /// # Errors
-    /// The work folder refuses.
+    /// The work folder cannot be written.
     pub(crate) fn restore(&mut self, batches: Vec<Array>) -> Result<Hidden> {
         anyhow::ensure!(batches.len() == self.batches.len(), "invariant: a walk is resumed in the same batches");
         Ok(Hidden(batches.into_iter().map(|batch| self.spool.push(batch)).collect::<Result<_>>()?))
     }
 
-    /// The values of states, batch after batch.
+    /// The values of states, batch by batch.
     ///
     /// # Errors
-    /// The work folder refuses.
+    /// The work folder cannot be read.
     pub(crate) fn arrays(&mut self, hidden: &Hidden) -> Result<Vec<Values>> {
         hidden.0.iter().map(|array| self.spool.get(array)).collect()
     }
@@ -294,7 +296,7 @@ impl<'a> Walk<'a> {
     /// Keeps states in a journal, under `key`.
     ///
     /// # Errors
-    /// A disk refuses.
+    /// The work folder or the journal cannot be used.
     pub(crate) fn settle(&mut self, hidden: Hidden, journal: &Journal, key: &str) -> Result<Hidden> {
         if !journal.keeps() {
             return Ok(hidden);
@@ -305,12 +307,12 @@ impl<'a> Walk<'a> {
         self.restore(piece.rest())
     }
 
-    /// Gives the place of states back.
+    /// Releases the space of states.
     pub fn release(&mut self, hidden: Hidden) {
         hidden.0.into_iter().for_each(|array| self.spool.release(array));
     }
 
-    /// Negative log-likelihoods of the `scored` tokens of each window, a list a window.
+    /// Negative log-likelihoods of the `scored` tokens of each window, one list per window.
     ///
     /// # Errors
     /// A logit is not finite.
@@ -339,7 +341,7 @@ fn values(x: &Tensor) -> Result<Vec<f32>> {
     Ok(x.flatten_all()?.to_vec1()?)
 }
 
-/// Runs of at most `batch_size` windows of one length.
+/// Splits windows into runs of equal length, with at most `batch_size` windows each.
 fn split(windows: &[Vec<u32>], batch_size: usize) -> Vec<Range<usize>> {
     let mut batches: Vec<Range<usize>> = Vec::new();
     for i in 0..windows.len() {

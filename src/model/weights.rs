@@ -1,4 +1,4 @@
-//! Where a model's tensors come from: a checkpoint on disk, or variables under training.
+//! The source of a model's tensors: a checkpoint on disk, or variables in training.
 
 use std::collections::HashMap;
 
@@ -22,10 +22,10 @@ pub trait Weights {
     /// A permutation (n) of 0..n, in u32.
     ///
     /// # Errors
-    /// It is absent, or no permutation.
+    /// It is absent, or not a permutation.
     fn indices(&self, name: &str) -> Result<Tensor>;
 
-    /// The weight (out, in) of a linear; the flag is for families whose files hold it as (in, out).
+    /// The weight (out, in) of a linear; the flag is for families whose files store it as (in, out).
     ///
     /// # Errors
     /// As [`Self::tensor`].
@@ -34,7 +34,7 @@ pub trait Weights {
     }
 }
 
-/// A checkpoint with some tensors added; those win over the checkpoint's.
+/// A checkpoint with additional tensors, which take precedence over the checkpoint's.
 pub struct Overlay<'a> {
     pub below: &'a Checkpoint,
     pub above: HashMap<String, Tensor>,
@@ -96,8 +96,8 @@ impl Weights for HashMap<String, Tensor> {
     }
 }
 
-/// Whether a matrix is stored in the order of its family, (in, out) for a Conv1D. Codes are shown (out, in) in every family, and the
-/// factored format stores bases so.
+/// Whether a matrix is stored in the order of its family, (in, out) for a Conv1D. Codes are presented as (out, in) in
+/// every family, and the factored format stores bases like that.
 pub(super) fn follows_family(checkpoint: &Checkpoint, name: &str) -> bool {
     let is_encoded = checkpoint.info(name).is_some_and(TensorInfo::is_encoded);
     let is_base = || name.strip_suffix(".weight").is_some_and(|stem| stem.ends_with(&format!(".{BASE}")));
@@ -105,10 +105,10 @@ pub(super) fn follows_family(checkpoint: &Checkpoint, name: &str) -> bool {
     !is_encoded && (!is_base() || !is_factored())
 }
 
-/// A permutation as it is stored: the place of every row.
+/// A stored permutation: the position of every row.
 ///
 /// # Errors
-/// The tensor is absent, or is no permutation.
+/// The tensor is absent, or not a permutation.
 pub(super) fn order(checkpoint: &Checkpoint, name: &str) -> Result<Vec<usize>> {
     let info = checkpoint.require(name)?;
     let broken = || Failure::unsupported(format!("tensor `{name}` is no permutation of rows"));

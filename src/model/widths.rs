@@ -1,4 +1,4 @@
-//! The widths of a model, block by block: every shape of a linear, a norm or a head comes from here.
+//! The widths of a model, block by block; all shapes of linears, norms and heads derive from them.
 
 use std::collections::BTreeMap;
 
@@ -41,13 +41,13 @@ pub struct BlockWidths {
 }
 
 impl BlockWidths {
-    /// Blocks that `overrides` does not name have the `common` widths.
+    /// Blocks without an entry in `overrides` have the `common` widths.
     pub(super) fn new(common: Widths, overrides: &BTreeMap<usize, Override>) -> Self {
         let others = overrides.iter().map(|(&block, own)| (block, common.with(own)));
         Self { common, others: others.filter(|(_, widths)| *widths != common).collect() }
     }
 
-    /// The widths of all blocks without an entry of their own.
+    /// The widths of all blocks without their own entry.
     pub fn common(&self) -> &Widths {
         &self.common
     }
@@ -56,12 +56,12 @@ impl BlockWidths {
         self.others.get(&block_idx).copied().unwrap_or(self.common)
     }
 
-    /// The common widths, then those of the other blocks.
+    /// The common widths, then the widths of other blocks.
     pub fn distinct(&self) -> impl Iterator<Item = &Widths> {
         std::iter::once(&self.common).chain(self.others.values())
     }
 
-    /// The blocks whose widths are not the common ones.
+    /// The blocks with other widths than the common ones.
     pub fn others(&self) -> impl Iterator<Item = (usize, &Widths)> {
         self.others.iter().map(|(&block, widths)| (block, widths))
     }
@@ -88,12 +88,12 @@ impl Widths {
         self.num_attention_heads.saturating_mul(self.head_dim)
     }
 
-    /// Width of all keys together; that of all values is the same.
+    /// Width of all keys together, which is also that of all values.
     pub fn keys(&self) -> usize {
         self.num_key_value_heads.saturating_mul(self.head_dim)
     }
 
-    /// (out, in) of a linear, and the config fields that decide it.
+    /// (out, in) of a linear, and the config fields that determine it.
     pub fn shape(&self, slot: Slot) -> ([usize; 2], &'static str) {
         let (hidden, queries, keys) = (self.hidden_size, self.queries(), self.keys());
         let inner = if slot.expert.is_some() { self.moe_intermediate_size } else { self.intermediate_size };

@@ -1,5 +1,5 @@
-//! Gemma 2: norms before and after both halves of a block, weights of norms stored less 1, scaled embeddings, capped scores and
-//! logits, every other block with a sliding window. Gemma team 2024, arXiv:2408.00118.
+//! Gemma 2: norms before and after both halves of a block, norm weights stored minus 1, scaled embeddings, capped
+//! scores and logits, a sliding window in every other block. Gemma team 2024, arXiv:2408.00118.
 
 use serde_json::{Map, Value};
 
@@ -43,7 +43,7 @@ pub(super) const GEMMA2: Architecture = Architecture {
 fn other_scale(config: &Map<String, Value>) -> Option<String> {
     let number = |key: &str| config.get(key).and_then(Value::as_f64);
     let asked = number("query_pre_attn_scalar")?;
-    // It knows the largest model of the family by its number of blocks.
+    // llama.cpp recognizes the largest model of the family by its number of blocks.
     let is_largest = number("num_hidden_layers") == Some(46.0);
     let of_heads = || Some(number("hidden_size")? / number("num_attention_heads")?);
     let taken = if is_largest { of_heads()? } else { number("head_dim").unwrap_or(256.0) };

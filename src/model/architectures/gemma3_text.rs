@@ -1,5 +1,5 @@
-//! Gemma 3, the text model: Gemma 2 with norms over the heads of queries and keys instead of caps, five blocks with a sliding
-//! window and a rotary embedding of their own to one without. Gemma team 2025, arXiv:2503.19786.
+//! Gemma 3, the text model: Gemma 2 with norms over the heads of queries and keys instead of caps; five of six blocks
+//! have a sliding window and their own rotary embedding. Gemma team 2025, arXiv:2503.19786.
 
 use super::gemma2::GEMMA2;
 use super::qwen3::HEAD_NORMS;

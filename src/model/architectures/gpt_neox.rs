@@ -1,5 +1,5 @@
-//! GPT-NeoX and Pythia: attention and feed-forward side by side, part of each head rotated, queries, keys and values fused head by
-//! head. Black et al. 2022, arXiv:2204.06745.
+//! GPT-NeoX and Pythia: parallel attention and feed-forward, a partial rotary embedding, queries, keys and values fused
+//! head by head. Black et al. 2022, arXiv:2204.06745.
 
 use super::llama::LLAMA;
 use super::table::{Architecture, FusedQkv, NormKind};

@@ -1,4 +1,4 @@
-//! Mistral 7B and Nemo: Llama with a head width of its own and, in early ones, a sliding window. Jiang et al. 2023,
+//! Mistral 7B and Nemo: Llama with its own head width and, in early models, a sliding window. Jiang et al. 2023,
 //! arXiv:2310.06825.
 
 use super::llama::LLAMA;

@@ -1,4 +1,4 @@
-//! Mixtral: Mistral with experts in place of the feed-forward layer. Jiang et al. 2024, arXiv:2401.04088.
+//! Mixtral: Mistral with experts instead of the feed-forward layer. Jiang et al. 2024, arXiv:2401.04088.
 
 use super::mistral::MISTRAL;
 use super::table::{Architecture, ExpertNames};

@@ -1,4 +1,4 @@
-//! Families of models, as data: what their tensors are called, and the options of the decoder that they take. One file a family,
+//! Model families as data: the names of their tensors, and their options of the decoder. Each family is one file and
 //! one line in `ALL`.
 
 mod bert;
@@ -44,7 +44,7 @@ const ALL: &[&Architecture] = &[
     &distilbert::DISTILBERT,
 ];
 
-/// The family of a `model_type`.
+/// The family for a `model_type`.
 pub fn find(model_type: &str) -> Option<&'static Architecture> {
     ALL.iter().copied().find(|a| a.model_type == model_type)
 }
@@ -54,13 +54,12 @@ pub fn known_types() -> Vec<&'static str> {
     ALL.iter().map(|a| a.model_type).collect()
 }
 
-/// How GGUF files store the family of a `model_type`.
+/// How GGUF files store the family for a `model_type`.
 pub fn gguf_family(model_type: &str) -> Option<&'static gguf::Family> {
     find(model_type)?.gguf.as_ref()
 }
 
-/// The GGUF name of a tensor of any family, for callers that know it to be one of a linear: these have the same name in every family
-/// that has it.
+/// The GGUF name of a tensor of a linear, in any family: linears have the same name in every family that has them.
 pub fn gguf_name(tensor: &str) -> Option<String> {
     let own = || ALL.iter().find_map(|architecture| architecture.gguf.as_ref()?.to_gguf(tensor));
     gguf::Family::COMMON.to_gguf(tensor).or_else(own)
@@ -112,7 +111,7 @@ mod tests {
             assert_eq!(gguf_name(ours).as_deref(), Some("blk.1.ffn_up.weight"));
             assert_eq!(from(model_type, "blk.1.ffn_up.weight").as_deref(), Some(ours));
         }
-        // A name that two families give to different things, and one without its prefix.
+        // A name that means different things in two families, and one without its prefix.
         let norm = "model.layers.3.post_attention_layernorm.weight";
         assert_eq!(to("llama", norm).as_deref(), Some("blk.3.ffn_norm.weight"));
         assert_eq!(to("gemma2", norm).as_deref(), Some("blk.3.post_attention_norm.weight"));

@@ -1,5 +1,5 @@
-//! OLMo 2: norms after attention and feed-forward instead of before, and over all queries and keys. OLMo team 2025,
-//! arXiv:2501.00656.
+//! OLMo 2: norms after attention and feed-forward instead of before, and over queries and keys as a whole. OLMo team
+//! 2025, arXiv:2501.00656.
 
 use super::llama::LLAMA;
 use super::table::{Architecture, Norms, QueryKeyNorm};

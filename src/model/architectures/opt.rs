@@ -1,4 +1,5 @@
-//! OPT: learned positions after two unused rows, layer norms (post-norm in the 350M), ReLU. Zhang et al. 2022, arXiv:2205.01068.
+//! OPT: learned positions after two unused rows, layer norms (post-norm in OPT-350M), ReLU. Zhang et al. 2022,
+//! arXiv:2205.01068.
 
 use super::llama::LLAMA;
 use super::table::{Architecture, NormKind, Norms};

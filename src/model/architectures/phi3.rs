@@ -1,5 +1,5 @@
-//! Phi-3 and Phi-4: Llama with fused matrices, in long variants with a rotary embedding stretched by table. Abdin et al. 2024,
-//! arXiv:2404.14219.
+//! Phi-3 and Phi-4: Llama with fused matrices; long-context variants stretch the rotary embedding by a table. Abdin et
+//! al. 2024, arXiv:2404.14219.
 
 use super::llama::LLAMA;
 use super::table::{Architecture, Sliding};

@@ -1,4 +1,4 @@
-//! The table that describes a family of models, and what follows from it.
+//! The table that describes a model family, and functions of it.
 
 use serde_json::{Map, Value};
 
@@ -8,12 +8,12 @@ use super::super::widths::Widths;
 use crate::checkpoint::Rows;
 use crate::codecs::gguf;
 
-/// The names of a family's modules, and its options; the names of tensors are these with `.weight` or `.bias`. Most families are
-/// Llama except for a few fields.
+/// The names of a family's modules, and its options. Tensor names are module names with `.weight` or `.bias`. Most
+/// families are Llama except for a few fields.
 #[derive(Debug)]
 pub struct Architecture {
     pub model_type: &'static str,
-    /// Before the names of all modules but the head; some files leave it out.
+    /// The prefix of all module names except the head's; some files leave it out.
     pub prefix: &'static str,
     pub embed_tokens: &'static str,
     /// Linears between the embeddings and the blocks, and between the blocks and the head, for embeddings of another width.
@@ -23,7 +23,7 @@ pub struct Architecture {
     /// The list of blocks: `layers` for `model.layers.0`.
     pub layers: &'static str,
     pub norms: Norms,
-    /// After the last block.
+    /// The norm after the last block.
     pub norm: Option<&'static str>,
     /// For encoders, the part of the masked-language-model head that is tied to the embeddings.
     pub lm_head: &'static str,
@@ -31,14 +31,14 @@ pub struct Architecture {
     pub encoder: Option<EncoderNames>,
     /// The linears of a block without experts, in the order of the forward pass.
     pub linears: &'static [(Role, &'static str)],
-    /// Replace the feed-forward layer in blocks with experts.
+    /// These replace the feed-forward layer in blocks with experts.
     pub experts: Option<ExpertNames>,
     /// Linears that have a bias whatever the config says.
     pub biased: &'static [Role],
-    /// Weights of the linears are stored (in, out), as GPT-2's Conv1D has them.
+    /// Weights of linears are stored as (in, out), as in GPT-2's Conv1D.
     pub is_conv1d: bool,
     pub norm_kind: NormKind,
-    /// Rows of a fused matrix of queries, keys and values.
+    /// The order of rows in a fused matrix of queries, keys and values.
     pub fused_qkv: FusedQkv,
     pub is_rotary: bool,
     /// The blocks with a sliding window, if the config has one and does not list them.
@@ -56,9 +56,9 @@ pub struct Architecture {
 /// The parts of an encoder that decoders do not have. Names under `masked_head` have no prefix.
 #[derive(Debug)]
 pub struct EncoderNames {
-    /// The table of token types; every token is of the first.
+    /// The table of token types; every token has the first type.
     pub embed_types: Option<&'static str>,
-    /// Over the sum of all embeddings.
+    /// The norm over the sum of all embeddings.
     pub embed_norm: &'static str,
     pub masked_head: MaskedHead,
     /// The linear that the state of the first token goes through, before tanh.
@@ -69,17 +69,17 @@ pub struct EncoderNames {
 #[derive(Debug)]
 pub struct MaskedHead {
     pub dense: &'static str,
-    /// `None`: that of the blocks.
+    /// `None` uses the activation of the blocks.
     pub activation: Option<Activation>,
     pub norm: &'static str,
     pub bias: &'static str,
 }
 
-/// Gated feed-forward layers, a few of which are active per token.
+/// Gated feed-forward layers; a few of them are active per token.
 #[derive(Debug)]
 pub struct ExpertNames {
     pub router: &'static str,
-    /// Their list: `mlp.experts` for `mlp.experts.7.gate_proj`.
+    /// The module of the list: `mlp.experts` for `mlp.experts.7.gate_proj`.
     pub list: &'static str,
     pub linears: &'static [(Role, &'static str)],
 }
@@ -108,16 +108,16 @@ impl Norms {
 pub struct QueryKeyNorm {
     pub query: &'static str,
     pub key: &'static str,
-    /// Whether each head is normalized by itself.
+    /// Whether each head is normalized separately.
     pub is_per_head: bool,
 }
 
-/// The order of rows of a fused matrix.
+/// The order of rows in a fused matrix.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FusedQkv {
     /// All queries, all keys, all values.
     Concatenated,
-    /// Head by head its query, key and value.
+    /// Query, key and value of each head in turn.
     Interleaved,
 }
 
@@ -125,9 +125,9 @@ pub enum FusedQkv {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Sliding {
     All,
-    /// With `use_sliding_window`, those from `max_window_layers` on.
+    /// With `use_sliding_window`, the blocks from `max_window_layers` on.
     OnRequest,
-    /// All but one in so many.
+    /// All except each n-th block.
     AllBut(usize),
 }
 
@@ -136,7 +136,7 @@ pub enum Sliding {
 pub enum NormKind {
     /// RMSNorm (Zhang & Sennrich 2019).
     Rms,
-    /// RMSNorm with weights stored less 1 (Gemma).
+    /// RMSNorm with weights stored minus 1 (Gemma).
     RmsPlusOne,
     /// Layer norm with a bias (Ba et al. 2016).
     Layer,
@@ -151,7 +151,7 @@ impl Architecture {
     /// `model.layers.3.mlp.down_proj`.
     ///
     /// # Panics
-    /// When the family has no such role.
+    /// If the family has no such role.
     pub fn module(&self, prefix: &str, LinearId { block, slot }: LinearId) -> String {
         const INVARIANT: &str = "invariant: ids come from the family's list";
         let of =
@@ -169,7 +169,7 @@ impl Architecture {
         }
     }
 
-    /// The matrix that a role is a part of in this family, and the names of both: (`QkvProj`, `attn.c_attn`, `q`).
+    /// The fused matrix that contains a role in this family, and both names: (`QkvProj`, `attn.c_attn`, `q`).
     pub fn whole(&self, role: Role) -> Option<(Role, &'static str, &'static str)> {
         self.linears.iter().find_map(|&(whole, name)| {
             let (_, part) = whole.parts().iter().find(|(part, _)| *part == role)?;
@@ -177,7 +177,7 @@ impl Architecture {
         })
     }
 
-    /// Whether the weight of a module is stored as (in, out): split parts never are.
+    /// Whether the weight of a module is stored as (in, out); split parts never are.
     pub fn stores_turned(&self, module: &str) -> bool {
         let id = self.split_name(module).and_then(|(prefix, ..)| self.linear_id(prefix, module));
         self.is_conv1d && id.is_some_and(|id| self.whole(id.slot.role).is_none())
@@ -202,8 +202,8 @@ impl Architecture {
         })
     }
 
-    /// The linears of a block with these widths, in the order of the forward pass; `is_split` says whether a fused matrix is stored as
-    /// its parts.
+    /// The linears of a block with these widths, in the order of the forward pass; `is_split` tells whether a fused
+    /// matrix is stored as its parts.
     pub fn slots(&self, widths: &Widths, is_split: &dyn Fn(&str) -> bool) -> Vec<Slot> {
         let parts = |&(role, name): &(Role, &'static str)| match role.parts() {
             parts if !parts.is_empty() && is_split(name) => parts.iter().map(|(part, _)| Slot::shared(*part)).collect(),
@@ -216,13 +216,13 @@ impl Architecture {
         of_attention.chain((0..widths.num_experts).flat_map(of_expert)).collect()
     }
 
-    /// The prefixes that files have: the family's, and what is left of it where they leave out its first words.
+    /// The prefixes that files may have: the family's, and the same without its first words.
     pub fn prefixes(&self) -> impl Iterator<Item = &'static str> {
         std::iter::successors(Some(self.prefix), |prefix| prefix.split_once('.').map(|(_, rest)| rest))
     }
 
-    /// Splits the name of a module or tensor of a block into its prefix, the number of the block, and the name in the block, which begins
-    /// with that of a linear.
+    /// Splits the name of a module or tensor in a block into its prefix, the index of the block, and the rest, which
+    /// begins with the name of a linear.
     pub fn split_name<'n>(&self, name: &'n str) -> Option<(&'n str, usize, &'n str)> {
         let of_experts = self.experts.iter().map(|names| names.list);
         let begins = |rest: &str, part: &str| {
@@ -254,7 +254,7 @@ impl Architecture {
         Some(LinearId { block: block.parse().ok()?, slot })
     }
 
-    /// A config with our names for its fields, and with defaults for those that it leaves out.
+    /// A config with common field names, and with defaults for fields that it leaves out.
     ///
     /// # Panics
     /// If `defaults` is not JSON, which a test rules out.
@@ -279,13 +279,13 @@ impl Architecture {
                 fields.insert(name, value);
             }
         }
-        // A field that is null is absent.
+        // A null field counts as absent.
         fields.retain(|_, value| !value.is_null());
         fields
     }
 }
 
-/// The role with a name in a list.
+/// The role for a name in a list.
 fn find(linears: &[(Role, &'static str)], name: &str) -> Option<Role> {
     linears.iter().find(|(_, own)| *own == name).map(|(role, _)| *role)
 }

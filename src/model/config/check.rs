@@ -1,4 +1,4 @@
-//! Checks of a config: its fields against each other, and its sizes against the tensors.
+//! Checks a config: its fields against each other, and its sizes against the tensors.
 
 use anyhow::{Context, Result};
 
@@ -8,12 +8,12 @@ use super::{CONFIG_HINT, ModelConfig};
 use crate::checkpoint::Checkpoint;
 use crate::error::Failure;
 
-/// A size may be this many times the largest dimension of any tensor: a config that is wrong by less is refused with the tensor that
-/// contradicts it.
+/// A size may be this many times the largest dimension of any tensor; smaller mistakes are reported later, with the
+/// tensor that contradicts the config.
 const SLACK: usize = 16;
 
 impl ModelConfig {
-    /// Refuses fields that contradict each other, or that are not run here.
+    /// Refuses fields that contradict each other or are not supported.
     pub(super) fn check(&self, architecture: &Architecture) -> Result<()> {
         let sizes = [
             ("vocab_size", self.vocab_size),
@@ -56,7 +56,7 @@ impl ModelConfig {
             ("intermediate_size", widths.intermediate_size),
             ("num_attention_heads", widths.num_attention_heads),
             ("num_key_value_heads", widths.num_key_value_heads),
-            // Without heads it is 0 as well, so it comes after them.
+            // Without heads this is 0 as well, so heads are checked first.
             ("head_dim", widths.head_dim),
         ];
         if let Some((field, _)) = fields.iter().find(|(_, value)| *value == 0) {
@@ -81,7 +81,7 @@ impl ModelConfig {
         Ok(())
     }
 
-    /// A field that changes the architecture in a way that is not run here.
+    /// A field that changes the architecture in an unsupported way.
     fn unsupported_field(&self, architecture: &Architecture) -> Option<&'static str> {
         let has_own_width = self.embedding_size() != self.hidden_size;
         if architecture.embed_projections.is_none() && has_own_width {
@@ -94,7 +94,7 @@ impl ModelConfig {
         (!is_absolute).then_some("position_embedding_type")
     }
 
-    /// Refuses sizes that no tensor could have.
+    /// Refuses sizes that no tensor can have.
     pub(super) fn check_sizes(&self, checkpoint: &Checkpoint) -> Result<()> {
         let (mut largest, mut n_tensors) = (1, 0);
         for info in checkpoint.tensors() {
@@ -109,7 +109,7 @@ impl ModelConfig {
             ("`intermediate_size`", of(|w| w.intermediate_size), limit),
             ("`word_embed_proj_dim`", self.embedding_size(), limit),
             ("`num_attention_heads` · `head_dim`", of(Widths::queries), limit),
-            // Every block has tensors of its own.
+            // Every block has its own tensors.
             ("`num_hidden_layers`", self.num_hidden_layers, n_tensors),
             ("`num_experts`", of(|w| w.num_experts), limit),
             ("`moe_intermediate_size`", of(|w| w.moe_intermediate_size), limit),
@@ -119,7 +119,7 @@ impl ModelConfig {
         Err(Failure::unsupported(message).hint("check `config.json`, and that all shards are there").into())
     }
 
-    /// The first number that is not positive although the formulas need it to be, and its name.
+    /// The first number that is not positive although formulas require it, with its name.
     fn not_positive(&self, architecture: &Architecture) -> Option<(String, f64)> {
         let of_rotary = |value: Option<f64>| value.filter(|_| architecture.is_rotary);
         let numbers = [

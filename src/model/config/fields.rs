@@ -1,23 +1,23 @@
-//! Reading a value of JSON fields, with an error that names the field.
+//! Reads a value from JSON fields, with an error that names the field.
 
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use crate::checkpoint::json;
 
-/// Reads a value of its fields; the error is the name of the broken field, `""` if one is absent, and the reason.
+/// Reads a value from its fields; the error is the name of the invalid field (`""` if one is absent) and the reason.
 pub fn read<T: DeserializeOwned>(fields: &Map<String, Value>) -> Result<T, (String, String)> {
     let read = |fields: &Map<String, Value>| serde_json::from_value::<T>(Value::Object(fields.clone()));
     read(fields).map_err(|error| {
         let reason = error.to_string();
-        // The reason names an absent field, and no field is broken.
+        // If a field is absent, the reason names it, and no field is invalid.
         let is_broken = |fields: &Map<String, Value>| read(fields).is_err_and(|error| error.to_string() == reason);
         let field = if is_broken(&Map::new()) { None } else { first_broken(fields, &is_broken) };
         (field.unwrap_or_default(), in_words(&reason))
     })
 }
 
-/// The first field that makes those up to it unreadable: `rope_scaling.factor`.
+/// The first field that, with those before it, cannot be read: `rope_scaling.factor`.
 fn first_broken(fields: &Map<String, Value>, is_broken: &dyn Fn(&Map<String, Value>) -> bool) -> Option<String> {
     let mut before = Map::new();
     for (name, value) in fields {
@@ -36,7 +36,7 @@ fn first_broken(fields: &Map<String, Value>, is_broken: &dyn Fn(&Map<String, Val
     None
 }
 
-/// An error of serde in plain words; numbers that are not finite reach it as strings with a mark.
+/// An error of serde in plain words; numbers that are not finite appear in it as marked strings.
 fn in_words(reason: &str) -> String {
     let mark = json::MARK.escape_debug().to_string();
     let reason = reason.replace(&format!("string \"{mark}"), "number \"").replace(&mark, "").replace(json::MARK, "");

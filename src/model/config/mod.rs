@@ -1,4 +1,4 @@
-//! `config.json` in its own field names, with the defaults of transformers.
+//! `config.json` with its own field names and the defaults of transformers.
 
 mod check;
 mod fields;
@@ -22,10 +22,10 @@ use super::widths::{BlockWidths, Override, Widths};
 use crate::checkpoint::{CONFIG_FILE, Checkpoint};
 use crate::error::Failure;
 
-/// A `model_type` that `lrc` writes is this prefix and the native one.
+/// The prefix that `lrc` adds to the native `model_type`.
 pub const MODEL_TYPE_PREFIX: &str = "lrc_";
 
-/// The config of a model, as far as the decoder needs it. Other names of a field are in `Architecture::aliases` of the family.
+/// The config of a model, as far as the decoder needs it. Other names of its fields are in `Architecture::aliases`.
 #[derive(Debug, Clone, Deserialize)]
 pub struct ModelConfig {
     pub model_type: String,
@@ -46,11 +46,11 @@ pub struct ModelConfig {
     rope_scaling: Option<RopeScaling>,
     /// `rope_theta` and `rope_scaling` together, as in transformers 5.
     rope_parameters: Option<RopeScaling>,
-    /// θ of blocks with a sliding window.
+    /// θ for blocks with a sliding window.
     rope_local_base_freq: Option<f64>,
     partial_rotary_factor: Option<f64>,
     original_max_position_embeddings: Option<f64>,
-    /// By block, 0 where it has no rotary embedding; or one in so many.
+    /// One entry per block, 0 if it has no rotary embedding; the alternative is one block in every n.
     no_rope_layers: Option<Vec<u8>>,
     no_rope_layer_interval: Option<usize>,
     sliding_window: Option<usize>,
@@ -58,7 +58,7 @@ pub struct ModelConfig {
     max_window_layers: Option<usize>,
     sliding_window_pattern: Option<usize>,
     layer_types: Option<Vec<String>>,
-    /// Queries are scaled by its inverse root.
+    /// Queries are divided by its square root.
     query_pre_attn_scalar: Option<f64>,
     #[serde(default = "yes")]
     scale_attn_weights: bool,
@@ -77,20 +77,20 @@ pub struct ModelConfig {
     /// Experts per token.
     #[serde(default)]
     pub num_experts_per_tok: usize,
-    /// The weights of these sum to one.
+    /// The weights of the active experts sum to one.
     #[serde(default)]
     pub norm_topk_prob: bool,
     moe_intermediate_size: Option<usize>,
-    /// Fields of single blocks, in the schema of transformers.
+    /// Fields of individual blocks, in the schema of transformers.
     #[serde(default)]
     per_layer_config: BTreeMap<usize, Override>,
     #[serde(skip)]
     widths: BlockWidths,
-    /// One block in so many has experts, except those that are listed.
+    /// One block in every n has experts, except those that are listed.
     decoder_sparse_step: Option<usize>,
     #[serde(default)]
     mlp_only_layers: Vec<usize>,
-    /// What the config says; its files may contradict it, see [`super::tie`].
+    /// The value in the config; the files may contradict it, see [`super::tie`].
     pub(super) tie_word_embeddings: Option<bool>,
     /// Fields that change the architecture in some families.
     is_decoder: Option<bool>,
@@ -109,17 +109,18 @@ fn yes() -> bool {
 
 const CONFIG_HINT: &str = "compare `config.json` with the one of the original repository";
 
-/// The family of a checkpoint's language model, when its config has one: its `model_type`, without the prefix that `lrc` adds.
+/// The family of a checkpoint's language model, if its config names one: its `model_type`, without the prefix that
+/// `lrc` adds.
 pub fn model_type(checkpoint: &Checkpoint) -> Option<&str> {
     text_config::model_type(checkpoint.config()?, MODEL_TYPE_PREFIX)
 }
 
-/// The family of a checkpoint's language model, where it is known.
+/// The family of a checkpoint's language model, if it is known.
 pub fn architecture(checkpoint: &Checkpoint) -> Option<&'static Architecture> {
     model_type(checkpoint).and_then(architectures::find)
 }
 
-/// The fields of a checkpoint's language model, under our names where its family is known.
+/// The fields of a checkpoint's language model, under common names if its family is known.
 fn fields(checkpoint: &Checkpoint) -> Map<String, Value> {
     let fields = checkpoint.config().map(|config| text_config::fields(config, MODEL_TYPE_PREFIX)).unwrap_or_default();
     match architecture(checkpoint) {
@@ -128,7 +129,7 @@ fn fields(checkpoint: &Checkpoint) -> Map<String, Value> {
     }
 }
 
-/// Blocks of the language model by its config; a file may hold more, for models that predict several tokens.
+/// Number of blocks of the language model in its config; a file may have more, in models that predict several tokens.
 pub fn n_blocks(checkpoint: &Checkpoint) -> Option<usize> {
     usize::try_from(fields(checkpoint).get("num_hidden_layers")?.as_u64()?).ok()
 }
@@ -138,13 +139,13 @@ pub(super) fn tie(checkpoint: &Checkpoint) -> Option<bool> {
     fields(checkpoint).get("tie_word_embeddings")?.as_bool()
 }
 
-/// Whether a config is of an encoder that `lrc` can run.
+/// Whether a config describes an encoder that `lrc` can run.
 pub fn is_encoder(config: &Map<String, Value>) -> bool {
     let model_type = config.get("model_type").and_then(Value::as_str);
     model_type.and_then(architectures::find).is_some_and(|a| a.encoder.is_some())
 }
 
-/// A config without what compression added to it.
+/// A config without the entries that compression added.
 pub fn native_config(config: &Map<String, Value>) -> Map<String, Value> {
     let mut native = config.clone();
     native.shift_remove("quantization_config");
@@ -164,10 +165,10 @@ pub fn native_config(config: &Map<String, Value>) -> Map<String, Value> {
 /// Tokens in a window if neither the user, a convention nor the config decides; the default of lm-evaluation-harness.
 const DEFAULT_CONTEXT: usize = 2048;
 
-/// Tokens in a window: as `asked`, else `default`, at most the model's context. Longer windows are run, with a warning.
+/// Tokens in a window: `asked`, or else `default`, at most the model's context. Longer windows are run with a warning.
 ///
 /// # Errors
-/// The config is broken.
+/// The config is invalid.
 pub fn window_length(checkpoint: &Checkpoint, asked: Option<usize>, default: Option<usize>) -> Result<usize> {
     let (config, architecture) = ModelConfig::of(checkpoint)?;
     let context = config.context(architecture);
@@ -180,7 +181,7 @@ pub fn window_length(checkpoint: &Checkpoint, asked: Option<usize>, default: Opt
     Ok(asked.unwrap_or_else(|| default.map_or(context.unwrap_or(DEFAULT_CONTEXT), longest)))
 }
 
-/// A config with our names for its fields, those of single blocks included.
+/// A config with common field names, including the fields of individual blocks.
 fn in_common_words(fields: &Map<String, Value>, architecture: &Architecture) -> Map<String, Value> {
     let mut fields = architecture.in_common_words(fields);
     for own in fields.get_mut("per_layer_config").and_then(Value::as_object_mut).into_iter().flat_map(Map::values_mut) {
@@ -230,7 +231,7 @@ impl ModelConfig {
 
     fn parse(fields: &Map<String, Value>, architecture: &Architecture, path: &Path) -> Result<Self> {
         let mut config: Self = fields::read(&in_common_words(fields, architecture)).map_err(|(field, reason)| {
-            // The name that the config has for it.
+            // The name of the field in this config.
             let own = architecture.aliases.iter().find(|(own, common)| *common == field && fields.contains_key(*own));
             let field = own.map_or(field.as_str(), |(own, _)| own);
             let place = if field.is_empty() { String::new() } else { format!("`{field}`: ") };
@@ -253,7 +254,7 @@ impl ModelConfig {
         }
     }
 
-    /// Positions that the model was made for, if its config says.
+    /// Number of positions that the model was made for, if its config gives it.
     fn context(&self, architecture: &Architecture) -> Option<usize> {
         // Encoders count the unused rows of their table.
         let unused = architecture.encoder.as_ref().and(architecture.embed_positions).map_or(0, |(_, first)| first);
@@ -296,7 +297,7 @@ impl ModelConfig {
     }
 }
 
-/// The divisors of the rotary frequencies of a model, if they differ among frequencies.
+/// The divisors of a model's rotary frequencies, if they are not all equal.
 pub fn rope_factors(checkpoint: &Checkpoint) -> Option<Vec<f32>> {
     let rope = ModelConfig::of(checkpoint).ok()?.0.rope();
     if rope.rope_type() != "llama3" {
@@ -391,7 +392,7 @@ mod tests {
 
     #[test]
     fn llama3_scaling_agrees_with_transformers() {
-        // tests/oracles/rope.py: inv_freq of LlamaRotaryEmbedding with these fields.
+        // Made by tests/oracles/rope.py: inv_freq of LlamaRotaryEmbedding with these fields.
         let scaling = json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                              "original_max_position_embeddings": 8192});
         let expected =

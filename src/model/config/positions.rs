@@ -1,4 +1,4 @@
-//! Positions and reach of attention: rotary embeddings, sliding windows, the scale of scores.
+//! Positions and range of attention: rotary embeddings, sliding windows, the scale of scores.
 
 use super::super::architectures::table::{Architecture, Sliding};
 use super::super::rope::{RopeKind, RopeScaling, RopeSettings};
@@ -7,7 +7,7 @@ use super::ModelConfig;
 const DEFAULT_ROPE_THETA: f64 = 10_000.0;
 
 impl ModelConfig {
-    /// The settings of blocks with full attention: `rope_scaling`, or else `rope_parameters`.
+    /// The settings for blocks with full attention: `rope_scaling`, or else `rope_parameters`.
     fn global_scaling(&self) -> Option<&RopeScaling> {
         let given = |scaling: &&RopeScaling| **scaling != RopeScaling::default();
         let scaling = self.rope_scaling.as_ref().filter(given).or(self.rope_parameters.as_ref())?;
@@ -54,7 +54,7 @@ impl ModelConfig {
         (architecture.is_rotary && !is_without).then_some(kind)
     }
 
-    /// How many tokens back the attention of a block reaches, its own included; `None` if it reaches all.
+    /// Number of tokens that attention in a block sees, including its own; `None` if it sees all.
     pub fn window(&self, architecture: &Architecture, block_idx: usize) -> Option<usize> {
         let slides = match (&self.layer_types, architecture.sliding) {
             _ if self.use_sliding_window == Some(false) => false,
@@ -70,7 +70,7 @@ impl ModelConfig {
         self.sliding_window.filter(|_| slides)
     }
 
-    /// The factor of the products of queries and keys in a block.
+    /// The scale of the products of queries and keys in a block.
     pub fn attention_scale(&self, block_idx: usize) -> f64 {
         let width = self.query_pre_attn_scalar.unwrap_or(self.widths(block_idx).head_dim as f64);
         let scale = if self.scale_attn_weights { width.powf(-0.5) } else { 1.0 };
