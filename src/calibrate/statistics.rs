@@ -11,7 +11,7 @@ use crate::error::{Failure, NON_FINITE_HINT};
 use crate::linalg;
 use crate::model::{InputSite, Slot};
 
-/// Which statistics are collected.
+/// The statistics to collect.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Needs {

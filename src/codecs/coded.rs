@@ -72,7 +72,7 @@ mod tests {
         Grouped::round(&values, rows, cols, scheme, Scale::Absmax)
     }
 
-    /// What a reader gets from a writer's tensors.
+    /// The stored tensors as a reader gets them from a writer.
     pub fn stored(written: Vec<Written>) -> Vec<(Dtype, Vec<u8>)> {
         written.into_iter().map(|tensor| (tensor.dtype, tensor.into_bytes().unwrap())).collect()
     }

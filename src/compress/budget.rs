@@ -1,4 +1,4 @@
-//! What a budget determines from shapes alone: choices that need no fit, and the largest ranks that can be requested.
+//! Decisions that follow from shapes alone under a budget: choices without a fit, and the largest possible ranks.
 
 use super::allocate::{self, Item, Rules, Spectra};
 use super::compensate::{Compensate, CompensateRank};

@@ -26,7 +26,7 @@ const CARD_FILE: &str = "README.md";
 /// Side files that the output replaces with its own.
 pub(super) const REPLACED: [&str; 5] = [CARD_FILE, REPORT_FILE, RECIPE_FILE, PAGE_FILE, CURVES_FILES[0]];
 
-/// What is known of a written linear.
+/// The results of writing a linear.
 pub(super) struct Written {
     /// Measured for quantized linears and shared parts; for others the curve determines it.
     pub relative_error: Option<f64>,

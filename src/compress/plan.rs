@@ -14,7 +14,7 @@ use crate::model::{config, coverage};
 use crate::operator::{Form, Forms, Kind, Right, Shape};
 use crate::quantize::{Quant, Storage};
 
-/// What to do with one linear.
+/// The decision for one linear.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Choice {
     /// Unchanged.

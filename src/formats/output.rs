@@ -348,7 +348,7 @@ impl<'a> Output<'a> {
     }
 }
 
-/// What `finish` found in the source.
+/// The findings of `finish` in the source.
 pub struct Finished {
     /// Files and folders that were not copied, and why.
     pub left_out: Vec<LeftOut>,

@@ -44,7 +44,7 @@ pub enum Size {
     Whole,
     /// A low rank.
     Rank(usize),
-    /// `count`² blocks, each of low rank.
+    /// `count`² blocks, each with this rank.
     Blocks { count: usize, rank: usize },
 }
 

@@ -202,7 +202,7 @@ impl Architecture {
         })
     }
 
-    /// The linears of a block with these widths, in the order of the forward pass; `is_split` tells whether a fused
+    /// The linears of a block with these widths, in the order of the forward pass; `is_split` says whether a fused
     /// matrix is stored as its parts.
     pub fn slots(&self, widths: &Widths, is_split: &dyn Fn(&str) -> bool) -> Vec<Slot> {
         let parts = |&(role, name): &(Role, &'static str)| match role.parts() {
