@@ -1,4 +1,4 @@
-"""Runs a checkpoint whose linears were compressed by lrc: `W x` becomes `base x + B (A x)`, the rest is the base model's.
+"""Runs a checkpoint whose linears were compressed by lrc: `W x` becomes `base x + B (A x)`; the rest is the base model.
 
 Load with `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`. The modules listed under `lrc` in
 `config.json` are swapped for plain `nn.Linear`s and `QuantizedLinear`s, so that casts, device maps and saving work as usual.
@@ -73,12 +73,12 @@ class CheckedModule(nn.Module):
         return {}
 
 
-# Sixteen bytes with which no packed codes begin.
+# Sixteen bytes that never begin packed codes.
 _UNFILLED = list(b"\x9e\x37\x79\xb9\x7f\x4a\x7c\x15\xf3\x9c\xc0\x60\x5c\xed\xc8\x34")
 
 
 def _unfilled(shape, dtype):
-    """What lrc never writes: scales that are not numbers, places before the first, codes that begin with a mark."""
+    """Values that lrc never writes: scales that are NaN, negative positions, codes that begin with a mark."""
     if dtype != torch.uint8:
         return torch.full(shape, float("nan") if dtype.is_floating_point else -1, dtype=dtype)
     codes = torch.zeros(shape, dtype=dtype)
@@ -131,7 +131,7 @@ class QuantizedLinear(CheckedModule):
 
 
 def _make(quantized, name, shape, bias, like):
-    """The linear that stands at `name` in the checkpoint."""
+    """The linear that the checkpoint stores as `name`."""
     out_features, in_features = shape
     if name in quantized:
         return QuantizedLinear(name, out_features, in_features, quantized[name]["scheme"], bias, like)
@@ -152,7 +152,7 @@ class LowRankLinear(nn.Module):
 
 
 class BorrowingLinear(nn.Module):
-    """`y = lr_b(owner.lr_a(x))`: lr_a is that of another linear of the same input, where it is stored."""
+    """`y = lr_b(owner.lr_a(x))`: another linear with the same input owns and stores lr_a."""
 
     def __init__(self, name, make, shape, bias, entry):
         super().__init__()
@@ -181,8 +181,8 @@ class CompensatedLinear(nn.Module):
 class PivotLinear(CheckedModule):
     """`y = concat(p, lr_t(p))[lr_order] + bias` with `p = lr_p(x)`: some rows of the matrix, and the others in terms of them.
 
-    lr_p is (rank, in), lr_t is (out - rank, rank), lr_order (out) holds the place of each output. `share` is None, or the
-    rank of this device among so many, each of which computes all outputs and keeps those of its own.
+    lr_p is (rank, in), lr_t is (out - rank, rank), lr_order (out) has the position of each output. `share` is None, or the
+    rank of this device and the number of devices; each computes all outputs and keeps its own.
     """
 
     def __init__(self, name, make, shape, bias, entry):
@@ -243,7 +243,7 @@ _LAYOUTS = {"factors": LowRankLinear, "pivot": PivotLinear, "monarch": MonarchLi
 
 
 class SplitLinear(nn.ModuleDict):
-    """A linear that is stored as parts: their rows one part after the other, or alternating in runs of `run` rows."""
+    """A linear that is stored as parts, whose rows are concatenated or alternate in runs of `run` rows."""
 
     def __init__(self, linear, entry):
         (out_features, in_features), weight = _shape(linear), linear.weight
@@ -262,7 +262,7 @@ class SplitLinear(nn.ModuleDict):
 
 
 class Experts(nn.ModuleList):
-    """The experts of a block one by one, where transformers 5 stacks their weights: a few of them have other linears now."""
+    """The experts of a block as separate modules; transformers 5 stacks their weights, but some now have other linears."""
 
     def __init__(self, stacked, names):
         super().__init__()
@@ -284,7 +284,7 @@ class Experts(nn.ModuleList):
 
 
 def _unstack(model, modules):
-    """Takes experts apart, if any of them was compressed: all, for files are read by one set of names. Tells if it did."""
+    """Unstacks all experts if any was compressed, because files are read by one set of names. Returns whether it did."""
     compressed = [name.rsplit(".", 1)[1] for name in modules if ".experts." in name]
     stacked = [name for name, module in model.named_modules() if hasattr(module, "gate_up_proj") and name.endswith(".experts")]
     if not compressed or not stacked:
@@ -297,7 +297,7 @@ def _unstack(model, modules):
 
 
 def _renamed(model, name):
-    """The name in memory of a module of a multimodal model's files, by the table that transformers 5 loads them with."""
+    """The name in memory of a module in a multimodal model's files, by the table that transformers 5 loads them with."""
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightRenaming
@@ -310,7 +310,7 @@ def _renamed(model, name):
 
 
 def _find(model, name):
-    """The module of a checkpoint's name; base models are saved with and without their prefix."""
+    """The module for a name in the checkpoint; base models are saved with and without their prefix."""
     prefix = model.base_model_prefix + "."
     for known in (name, name.replace(".block_sparse_moe.", ".mlp."), _renamed(model, name)):
         for candidate in (known, prefix + known, known.removeprefix(prefix)):
@@ -335,7 +335,7 @@ def _replacement(name, linear, entry, quantized, shared):
 
 @functools.cache
 def _variant(cls, pattern):
-    """A class like `cls`, for those of its instances whose linears are of the kinds in `pattern`."""
+    """A class like `cls`, for its instances whose linears have the kinds in `pattern`."""
     reduce = lambda module: (_new_variant, (cls, pattern), module.__dict__)
     own = {"__module__": cls.__module__, "__doc__": cls.__doc__, "__reduce__": reduce, "lrc_pattern": pattern}
     return type(cls.__name__, (cls,), own)
@@ -347,7 +347,7 @@ def _new_variant(cls, pattern):
 
 
 def _tell_apart(model):
-    """Gives parents of replaced linears one class per pattern: vLLM rewrites all modules of a class as it does the first."""
+    """Gives parents of replaced linears one class per pattern: vLLM rewrites all modules of a class like the first."""
     own = (QuantizedLinear, BorrowingLinear, CompensatedLinear, SplitLinear, *_LAYOUTS.values())
     kind = lambda cls: (cls.__name__, getattr(cls, "lrc_pattern", ()))
     for module in reversed(list(model.modules())):  # children before their parents
@@ -357,7 +357,7 @@ def _tell_apart(model):
 
 
 def _unfill(model):
-    """Marks the buffers that transformers 5 did not find in the files, which it leaves as whatever was in memory."""
+    """Marks the buffers that transformers 5 did not find in the files, which otherwise keep whatever was in memory."""
     checked = [module for module in model.modules() if isinstance(module, CheckedModule)]
     buffers = [buffer for module in checked for buffer in module.buffers(recurse=False)]
     is_loaded = [getattr(buffer, "_is_hf_initialized", False) for buffer in buffers]
@@ -366,18 +366,18 @@ def _unfill(model):
             buffer.copy_(_unfilled(buffer.shape, buffer.dtype))
 
 
-# A style that transformers does not have: its own tensor parallelism goes by rules for all blocks alike, and must refuse these models.
+# A style that transformers does not have, so that it refuses these models: its rules for tensor parallelism are the same for all blocks.
 _NOT_IN_TRANSFORMERS = "lrc_not_split_by_transformers"
 
 
 def _style(plan, name):
-    """What a plan says of a dense linear."""
+    """The style of a dense linear in a plan."""
     matches = lambda rule: re.fullmatch(re.escape(rule).replace(r"\*", r"\d+"), name)
     return next((style for rule, style in plan.items() if matches(rule)), "replicate")
 
 
 def _rules(name, module, style):
-    """What a plan says of the parts of what replaced a linear of that style."""
+    """The styles of the parts of a module that replaced a linear of this style."""
     first = style if style.startswith("rowwise") else "replicate"
     last = style if style.startswith("colwise") else "replicate"
     parts = {"base": style, "lr_a": first, "lr_b": last, "lr_p": first, "lr_t": "replicate", "lr_r": "replicate", "lr_l": "replicate"}
@@ -385,7 +385,7 @@ def _rules(name, module, style):
 
 
 def _tensor_parallel():
-    """The rank of this device, and how many there are, where vLLM or SGLang split linears across devices."""
+    """The rank of this device and the number of devices, if vLLM or SGLang splits linears across devices."""
     for name in ("vllm.distributed.parallel_state", "sglang.srt.distributed.parallel_state"):
         state = sys.modules.get(name)
         if state is not None and state.model_parallel_is_initialized():
@@ -394,11 +394,11 @@ def _tensor_parallel():
 
 
 def _split(model, replaced):
-    """Plans the tensor parallelism of replaced linears, and refuses those that would compute something else under it."""
+    """Plans the tensor parallelism of replaced linears, and refuses those that would then compute something else."""
     plan, rules = model._tp_plan or {}, {}
     for name, module in replaced.items():
         rules |= _rules(name, module, _style(plan, name))
-    # vLLM takes the first rule that a name begins with, so that of a part precedes that of the whole.
+    # vLLM takes the first rule that a name begins with, so the rules of parts precede the rule of the whole.
     model._tp_plan = rules | plan | dict.fromkeys(replaced, _NOT_IN_TRANSFORMERS)
     rank, size = _tensor_parallel()
     if size == 1:
@@ -411,7 +411,7 @@ def _split(model, replaced):
             isinstance(child, QuantizedLinear) for child in module.modules()
         ):
             raise ValueError(
-                f"`{name}` cannot be split across {size} devices, which factors and pivots that are not quantised can be: "
+                f"`{name}` cannot be split across {size} devices, which factors and pivots that are not quantized can be: "
                 "run it on one, or write it with `lrc export FOLDER --format dense -o OUT`"
             )
         if isinstance(module, PivotLinear) and _style(plan, name) == "colwise":
@@ -487,7 +487,7 @@ def _inherit_renames(keep_stacks):
     for own, base in [*names, (LrcConfig.model_type, _BaseConfig.model_type)]:
         renames = conversion_mapping.get_checkpoint_conversion_mapping(base)
         if renames is None:
-            # An entry without renames would hide that of the model type, and so would one of a model that was loaded before.
+            # An entry without renames would hide the entry of the model type, and so would the entry of a model loaded earlier.
             (getattr(conversion_mapping, "_checkpoint_conversion_mapping_cache", None) or {}).pop(own, None)
             continue
         if not keep_stacks:
