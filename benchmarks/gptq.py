@@ -1,6 +1,6 @@
 """Seconds a matrix (4096 x 4096): rtn, gptq and eora of lrc beside GPTQ in torch, in one run, on the same matrix.
 
-    cargo build --release --example quantise_speed
+    cargo build --release --example quantize_speed
     python benchmarks/gptq.py [SIZE]
 
 Needs torch and safetensors. Both sides have two threads: lrc works on two matrices at a time with one thread each, torch on
@@ -63,7 +63,7 @@ weight, gram = problem()
 with tempfile.TemporaryDirectory() as folder:
     path = f"{folder}/model.safetensors"
     save_file({"weight": weight, "gram": gram}, path)
-    done = subprocess.run(["target/release/examples/quantise_speed", path], check=True, capture_output=True, text=True)
+    done = subprocess.run(["target/release/examples/quantize_speed", path], check=True, capture_output=True, text=True)
 print(f"{size} x {size}\n\n| | s a matrix | relative squared error |\n|---|---:|---:|")
 for name, found in json.loads(done.stdout).items():
     print(f"| lrc {name} | {found['seconds_a_matrix']:.2f} | {found['relative_squared_error']:.3e} |")

@@ -224,7 +224,7 @@ fn every_way_through_the_text_takes_zeros_and_dead_channels() {
 }
 
 #[test]
-fn quantised_bases_take_zeros_and_dead_channels() {
+fn quantized_bases_take_zeros_and_dead_channels() {
     let folder = tempfile::tempdir().unwrap();
     let model = ruined(folder.path());
     let statistics = statistics(folder.path(), &model);
@@ -255,7 +255,7 @@ fn quantised_bases_take_zeros_and_dead_channels() {
 }
 
 #[test]
-fn weights_beyond_the_scales_of_a_quantiser_are_refused() {
+fn weights_beyond_the_scales_of_a_quantizer_are_refused() {
     let folder = tempfile::tempdir().unwrap();
     let (model, out) = (folder.path().join("model"), folder.path().join("out"));
     copy(FIXTURE, &model);

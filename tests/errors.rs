@@ -641,7 +641,7 @@ fn outputs_of_a_later_version_are_refused_before_any_work() {
     );
 }
 
-/// Moves the settings of a quantised output out of its config, as other tools have them.
+/// Moves the settings of a quantized output out of its config, as other tools have them.
 fn move_settings(model: &Path, file: &str, change: impl Fn(&mut serde_json::Value)) {
     let path = model.join("config.json");
     let mut config: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
@@ -653,14 +653,14 @@ fn move_settings(model: &Path, file: &str, change: impl Fn(&mut serde_json::Valu
 }
 
 #[test]
-fn settings_of_a_quantiser_are_found_where_other_tools_have_them() {
-    let quantised = || {
+fn settings_of_a_quantizer_are_found_where_other_tools_have_them() {
+    let quantized = || {
         let broken = Broken { folder: tempfile::tempdir().unwrap() };
         ok(&["compress", FIXTURE, "-o", path(&broken.model()), "-q", "--quant", "rtn-int4-g32", "--format", "gptq"]);
         broken
     };
     // GPTQ as AutoGPTQ writes it is read like our own.
-    let broken = quantised();
+    let broken = quantized();
     let (model, out) = (broken.model(), broken.folder.path().join("out"));
     let eval = ["eval", path(&model), "--text", HELD_OUT, "--max-windows", "4", "--json"];
     let expected = ok(&eval).json()["ppl"].clone();
@@ -674,7 +674,7 @@ fn settings_of_a_quantiser_are_found_where_other_tools_have_them() {
     assert_eq!(ok(&eval).json()["ppl"], expected);
 
     let check = |file: &str, change: &dyn Fn(&mut serde_json::Value), parts: &[&str]| {
-        let broken = quantised();
+        let broken = quantized();
         move_settings(&broken.model(), file, change);
         broken.check(4, parts);
         let out = broken.folder.path().join("out");

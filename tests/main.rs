@@ -21,7 +21,7 @@ mod hub;
 mod layout;
 mod model;
 mod outputs;
-mod quantise;
+mod quantize;
 mod reports;
 mod resume;
 mod sentence;

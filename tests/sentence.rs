@@ -189,7 +189,7 @@ fn gradients_of_every_mode_are_those_of_finite_differences() {
 fn fidelity_is_that_of_the_embeddings_and_of_every_document() {
     let folder = tempfile::tempdir().unwrap();
     let [documents, long] = write_texts(folder.path());
-    for (i, pooling) in [(2, "mean"), (6, "cls, normalised"), (12, "mean, normalised"), (13, "mean, dense, normalised")]
+    for (i, pooling) in [(2, "mean"), (6, "cls, normalized"), (12, "mean, normalized"), (13, "mean, dense, normalized")]
     {
         let model = folder_of(&oracle()["cases"][i]["files"], &folder.path().join(i.to_string()));
         let out = folder.path().join(format!("{i}-out"));

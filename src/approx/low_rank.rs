@@ -168,7 +168,7 @@ pub fn decompose(
         let images = whiten_rows(images.as_ref(), metric.output)?; // S V
         let smallest = max_rank.checked_sub(1).map_or(0.0, |last| values[last]);
         let is_well_spread = smallest > ORTHOGONAL_SHARE * values[0];
-        let basis = if is_well_spread { normalised_columns(images) } else { linalg::orthonormal_columns(images) };
+        let basis = if is_well_spread { normalized_columns(images) } else { linalg::orthonormal_columns(images) };
         output_basis(metric.output, basis)?
     };
     Ok(Decomposition { curve: ErrorCurve::new(values), basis })
@@ -189,7 +189,7 @@ fn output_basis(output: &Metric, u: Mat<f64>) -> Result<Basis, LinalgError> {
 /// energy that is no longer below the rounding of f32, and the columns are orthogonalised.
 const ORTHOGONAL_SHARE: f64 = 1e-8;
 
-fn normalised_columns(mut matrix: Mat<f64>) -> Mat<f64> {
+fn normalized_columns(mut matrix: Mat<f64>) -> Mat<f64> {
     for column in matrix.col_iter_mut() {
         let norm = column.norm_l2();
         column.iter_mut().for_each(|v| *v /= norm);

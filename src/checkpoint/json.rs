@@ -32,7 +32,7 @@ pub fn parse_as_null<T: DeserializeOwned>(bytes: &[u8]) -> serde_json::Result<T>
 /// The text of a config, with indents and a line end, as Python writes it.
 ///
 /// # Errors
-/// The value cannot be serialised.
+/// The value cannot be serialized.
 pub fn text(value: &impl Serialize) -> serde_json::Result<String> {
     let mut text = serde_json::to_string_pretty(value)? + "\n";
     for name in NAMES {

@@ -52,6 +52,7 @@ pub use side::{LeftOut, Side};
 pub use stack::Stack;
 pub use tensor::{Rows, TensorInfo};
 pub use unfinished::abandon;
+pub use values::{Asked, Comparison};
 pub use writer::{
     SafetensorsWriter, TensorSpec, file_bytes as writer_bytes, header_entry_bytes, write_file, write_text,
 };

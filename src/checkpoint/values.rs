@@ -14,6 +14,21 @@ use crate::quantize::{Quantized, Storage};
 /// Bytes of a weight file that are hashed at a time.
 const HASH_CHUNK: usize = 16 << 20;
 
+/// Two tensors beside each other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Comparison {
+    /// Whether they have the same shape and values.
+    pub is_equal: bool,
+    pub asked: Asked,
+}
+
+/// Whether a question was asked before, so that a warning appears once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Asked {
+    First,
+    Before,
+}
+
 impl Checkpoint {
     /// Calls `f` with the stored bytes of a tensor, then gives its pages back.
     ///
@@ -115,15 +130,15 @@ impl Checkpoint {
         self.finite(info, values.expect("invariant: the dtype is a float"))
     }
 
-    /// Whether two tensors have the same shape and values, and whether this is the first time that is asked.
+    /// Compares the shapes and values of two tensors. Answers are remembered.
     ///
     /// # Errors
     /// As [`Self::values`].
-    pub fn are_equal(&self, first: &str, second: &str) -> Result<(bool, bool)> {
+    pub fn compare(&self, first: &str, second: &str) -> Result<Comparison> {
         let key = [first, second].map(String::from);
         let mut known = self.equal.lock().expect("invariant: no holder of the list panics");
         if let Some(&is_equal) = known.get(&key) {
-            return Ok((is_equal, false));
+            return Ok(Comparison { is_equal, asked: Asked::Before });
         }
         let [one, other] = [self.require(first)?, self.require(second)?];
         let is_plain = !one.is_encoded() && !other.is_encoded() && one.dtype == other.dtype;
@@ -133,7 +148,7 @@ impl Checkpoint {
                 false => self.values(first)? == self.values(second)?,
             };
         known.insert(key, is_equal);
-        Ok((is_equal, true))
+        Ok(Comparison { is_equal, asked: Asked::First })
     }
 
     fn finite(&self, info: &TensorInfo, values: Vec<f32>) -> Result<Vec<f32>> {

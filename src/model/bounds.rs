@@ -61,10 +61,10 @@ fn refuse<T>(checkpoint: &Checkpoint, entry: String, reason: String) -> Result<T
 fn check_description(checkpoint: &Checkpoint) -> Result<()> {
     let Some(described) = checkpoint.config().and_then(|config| config.get("lrc")) else { return Ok(()) };
     let Some(described) = described.as_object() else {
-        return refuse(checkpoint, "lrc".into(), "is no object".into());
+        return refuse(checkpoint, "lrc".into(), "is not an object".into());
     };
     let Some(modules) = described.get("modules").and_then(Value::as_object) else {
-        return refuse(checkpoint, "lrc.modules".into(), "is no object".into());
+        return refuse(checkpoint, "lrc.modules".into(), "is not an object".into());
     };
     let linears = inventory::linears(checkpoint);
     let find = |module: &str| linears.iter().find(|linear| linear.module == module);
@@ -89,7 +89,7 @@ fn check_description(checkpoint: &Checkpoint) -> Result<()> {
 
 /// Checks that the description of a module matches its tensors.
 fn check_module(checkpoint: &Checkpoint, name: String, entry: &Value, linear: Option<&LinearInfo>) -> Result<()> {
-    let Some(entry) = entry.as_object() else { return refuse(checkpoint, name, "is no object".into()) };
+    let Some(entry) = entry.as_object() else { return refuse(checkpoint, name, "is not an object".into()) };
     if let Some(layout) = entry.get("layout") {
         check_layout(checkpoint, format!("{name}.layout"), layout, linear)?;
     }
@@ -97,8 +97,8 @@ fn check_module(checkpoint: &Checkpoint, name: String, entry: &Value, linear: Op
     let given = entry.get("rank").map(Value::as_u64);
     let in_words = |rank: Option<u64>| rank.map_or("none".into(), |rank| rank.to_string());
     match (given, linear) {
-        (_, None) => refuse(checkpoint, name, "is no linear of the weight files".into()),
-        (Some(None), _) => refuse(checkpoint, format!("{name}.rank"), "is no rank".into()),
+        (_, None) => refuse(checkpoint, name, "names no linear of the weight files".into()),
+        (Some(None), _) => refuse(checkpoint, format!("{name}.rank"), "is not a rank".into()),
         (given, _) if given.flatten() != found => {
             let reason = format!("is {}, and its tensors have {}", in_words(given.flatten()), in_words(found));
             refuse(checkpoint, format!("{name}.rank"), reason)

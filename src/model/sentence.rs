@@ -193,11 +193,11 @@ impl SentenceModules {
         if self.lowercases { text.to_lowercase() } else { text }
     }
 
-    /// The name in reports: `mean`, or `cls+mean, normalised`.
+    /// The name in reports: `mean`, or `cls+mean, normalized`.
     pub fn name(&self) -> String {
         let modes: Vec<&str> = self.modes.iter().map(|mode| mode.name()).collect();
         let steps = self.steps.iter().map(|step| match step {
-            Step::Normalize => ", normalised",
+            Step::Normalize => ", normalized",
             Step::Dense { .. } => ", dense",
         });
         modes.join("+") + &steps.collect::<String>()

@@ -8,7 +8,7 @@ use anyhow::Result;
 use super::architectures::Architecture;
 use super::config;
 use super::names::{self, Names};
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Asked, Checkpoint, Comparison};
 
 /// The modules of the two vocabulary matrices.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -64,8 +64,8 @@ fn are_equal(checkpoint: &Checkpoint, table: &str, head: &str) -> Result<bool> {
     if checkpoint.info(&second).is_none() {
         return Ok(false);
     }
-    let (is_equal, is_news) = checkpoint.are_equal(&first, &second)?;
-    if is_news && !is_equal {
+    let Comparison { is_equal, asked } = checkpoint.compare(&first, &second)?;
+    if asked == Asked::First && !is_equal {
         tracing::warn!(
             "`tie_word_embeddings` is true, and `{second}` differs from `{first}`: they are not tied, as in transformers 5"
         );

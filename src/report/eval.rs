@@ -96,7 +96,7 @@ pub struct FidelityRecord {
     pub states: Agreement,
     /// Agreement of the pooled embeddings, one vector per window.
     pub pooled: Agreement,
-    /// The pooling: that of the sentence-transformers modules in the folder (such as `mean, normalised`), the model's `pooler`, or the
+    /// The pooling: that of the sentence-transformers modules in the folder (such as `mean, normalized`), the model's `pooler`, or the
     /// `mean` of the states.
     pub pooling: String,
 }

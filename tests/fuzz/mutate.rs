@@ -247,8 +247,8 @@ pub fn statistics(file: &mut Vec<u8>, random: &mut Random) {
         let view = safetensors::tensor::TensorView::new(*dtype, shape.clone(), data);
         (name.as_str(), view.unwrap())
     });
-    let serialised = safetensors::serialize(views, None).unwrap();
-    *file = serialised;
+    let serialized = safetensors::serialize(views, None).unwrap();
+    *file = serialized;
 }
 
 /// Changes a piece of a journal; often its checksum is put right.

@@ -64,7 +64,7 @@ def plain(folder, ids):
     return logits(causal(folder), ids)
 
 
-def dequantised(folder):
+def dequantized(folder):
     from transformers.utils.quantization_config import CompressedTensorsConfig
 
     return causal(folder, quantization_config=CompressedTensorsConfig(dequantize=True))
@@ -88,8 +88,8 @@ def adapter(folder, ids):
     return with_adapter(causal(folder), folder, ids)
 
 
-def dequantised_adapter(folder, ids):
-    return with_adapter(dequantised(folder), folder, ids)
+def dequantized_adapter(folder, ids):
+    return with_adapter(dequantized(folder), folder, ids)
 
 
 def half(folder, ids):
@@ -130,7 +130,7 @@ CASES = [
     ("compressed-tensors", ["--quant", "rtn-int4-g32"], plain, "compressed-tensors", EXACT),
     ("compressed-tensors", ["--quant", "rtn-int8-channel"], plain, "compressed-tensors", EXACT),
     ("compressed-tensors", ["--quant", "rtn-int4-g32,rtn-int8-g32", "--bits", "6"], plain, "compressed-tensors", EXACT),
-    ("compressed-tensors", ["--quant", "rtn-int4-g32", *LORC], dequantised_adapter, "peft", EXACT),
+    ("compressed-tensors", ["--quant", "rtn-int4-g32", *LORC], dequantized_adapter, "peft", EXACT),
     ("gptq", ["--quant", "rtn-int4-g32"], half, "gptqmodel", HALF),
     ("gptq", ["--quant", "rtn-int8-g32"], half, "gptqmodel", HALF),
     ("gptq", ["--quant", "rtn-int4-g32", "--exclude", "*.1.mlp.*"], half, "gptqmodel", HALF),
@@ -194,8 +194,8 @@ def check(model, case, folder, index):
     error = float(np.abs(own - found).max())
     p, q = softmax(own.astype(np.float64)), softmax(found.astype(np.float64))
     kl = float((np.exp(p) * (p - q)).sum(-1).mean())
-    # transformers dequantises to the dtype of the scales: those of a 16-bit source round the weights.
-    if runtime is dequantised_adapter and json.load(open(Path(model) / "config.json")).get("torch_dtype") != "float32":
+    # transformers dequantizes to the dtype of the scales: those of a 16-bit source round the weights.
+    if runtime is dequantized_adapter and json.load(open(Path(model) / "config.json")).get("torch_dtype") != "float32":
         limit = HALF
     passed = (kl if runtime is llama_cpp else error) <= limit
     return error, kl, limit, passed
@@ -245,7 +245,7 @@ def main():
     show("# Written formats in their runtimes\n")
     show("[families.md](families.md) has the table of every family.\n")
     show("Made by `tests/interop/run.sh`. Logits of lrc (f32) and of the runtime on the same random tokens; `limit` is on the")
-    show("largest difference of a logit, for llama.cpp, which quantises activations, on the mean KL divergence in nats; for")
+    show("largest difference of a logit, for llama.cpp, which quantizes activations, on the mean KL divergence in nats; for")
     show("sentence-transformers on the largest difference in an embedding.\n")
     versions = []
     for name in packages:

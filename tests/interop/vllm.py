@@ -77,7 +77,7 @@ CASES = [
 SPLIT = """Factors and pivots in floating point are split, each rank a process on one core. Where the dense linear is split by its
 outputs, `lr_a` and `lr_p` are whole on every rank, and `lr_b` is split; pivots compute all outputs and keep those of the rank. Where
 it is split by its inputs (`o_proj`, `down_proj`), `lr_a` and `lr_p` are, and the ranks add up r numbers instead of all outputs. What
-is quantised, fused parts apart, and heads of keys and values that the number of ranks does not divide are refused when the model is
+is quantized, fused parts apart, and heads of keys and values that the number of ranks does not divide are refused when the model is
 made. transformers' own tensor parallelism is refused when it loads.
 """
 INT8 = ["--quant", "rtn-int8-channel"]

@@ -1,5 +1,5 @@
 """Makes `tests/oracles/sentence.json`: embeddings that sentence-transformers makes with the weights of `fixtures/pico/bert`, under
-every mode of pooling, one by one and concatenated, as today's files name them and as older ones do; normalised, cut at
+every mode of pooling, one by one and concatenated, as today's files name them and as older ones do; normalized, cut at
 `max_seq_length`, and behind a `Dense` module. Each case has the files that make it so. Of one case also by linear the sums
 over tokens of the squared gradients of its outputs, of `signs · e / ‖e‖`, in f64.
 

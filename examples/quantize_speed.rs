@@ -1,4 +1,4 @@
-//! Seconds to quantise and compensate one matrix: `quantise_speed FILE.safetensors`, which holds `weight` (m, n) and `gram` (n, n).
+//! Seconds to quantize and compensate one matrix: `quantize_speed FILE.safetensors`, which holds `weight` (m, n) and `gram` (n, n).
 //!
 //! What `benchmarks/gptq.py` holds torch against. Two matrices are worked on at once, one thread each, as `lrc compress` does.
 
@@ -17,7 +17,7 @@ use lrc::quantize::{Quant, Quantized};
 use serde_json::json;
 
 fn main() -> Result<()> {
-    let path = std::env::args().nth(1).context("usage: quantise_speed FILE.safetensors")?;
+    let path = std::env::args().nth(1).context("usage: quantize_speed FILE.safetensors")?;
     let file = Checkpoint::open(Path::new(&path))?;
     let &[m, n] = file.require("weight")?.shape.as_slice() else { anyhow::bail!("`weight` is a matrix") };
     let weight = file.values("weight")?;
@@ -28,7 +28,7 @@ fn main() -> Result<()> {
     let input = Metric::full(gram.clone());
     let metric = MetricPair { output: &Metric::Identity, input: &input };
     let total = metric.squared_norm(transposed.transpose());
-    let quantise = |name: &str| -> Result<Quantized> {
+    let quantize = |name: &str| -> Result<Quantized> {
         let quant: Quant = name.parse().map_err(anyhow::Error::msg)?;
         Ok(quant.quantize(&weight, (m, n), Some(&gram))?.0)
     };
@@ -41,13 +41,13 @@ fn main() -> Result<()> {
     let mut found = serde_json::Map::new();
     for name in ["rtn-int4-g128-absmax", "rtn-int4-g128", "gptq-int4-g128-absmax", "gptq-int4-g128"] {
         let started = Instant::now();
-        let (one, other) = rayon::join(|| quantise(name), || quantise(name));
+        let (one, other) = rayon::join(|| quantize(name), || quantize(name));
         let seconds = started.elapsed().as_secs_f64() / 2.0;
         other?;
         let relative = error(&residual(&one?), &metric) / total;
         found.insert(name.into(), json!({"seconds_a_matrix": seconds, "relative_squared_error": relative}));
     }
-    let base = quantise("gptq-int4-g128")?;
+    let base = quantize("gptq-int4-g128")?;
     let started = Instant::now();
     let (one, other) = rayon::join(|| eora(&base), || eora(&base));
     let seconds = started.elapsed().as_secs_f64() / 2.0;

@@ -1,4 +1,4 @@
-//! Quantised bases, compensation, exact sizes, and every format that holds them.
+//! Quantized bases, compensation, exact sizes, and every format that holds them.
 
 use std::collections::BTreeMap;
 use std::io::Cursor;
@@ -329,14 +329,14 @@ fn what_a_loader_would_misread_is_refused_before_any_work() {
     }
     // K-quants have blocks of 256: of the fixture's linears only the down projections are so wide.
     let report = compress(&out, &["--quant", "q4_k", "--format", "gguf"]);
-    let quantised = |l: &&Value| !l["quant"].is_null();
+    let quantized = |l: &&Value| !l["quant"].is_null();
     let names: Vec<&str> =
-        report["linears"].as_array().unwrap().iter().filter(quantised).filter_map(|l| l["module"].as_str()).collect();
+        report["linears"].as_array().unwrap().iter().filter(quantized).filter_map(|l| l["module"].as_str()).collect();
     assert!(names.len() == 4 && names.iter().all(|name| name.ends_with("down_proj")), "{names:?}");
 }
 
 #[test]
-fn quantised_sources_are_recognised() {
+fn quantized_sources_are_recognized() {
     let folder = tempfile::tempdir().unwrap();
     for (format, flags) in [("factored", LORC), ("compressed-tensors", &[]), ("gptq", &[]), ("gguf", &[])] {
         let out = folder.path().join(format);
@@ -345,7 +345,7 @@ fn quantised_sources_are_recognised() {
         let run = lrc(&["compress", path(&out), "-o", path(&again), "--keep", "0.8"]);
         assert!(run.code == 4 && run.stderr.contains("already"), "{format}: {}", run.stderr);
         assert!(!again.exists());
-        // Dequantised it is a source like any other.
+        // Dequantized it is a source like any other.
         let dense = folder.path().join(format!("{format}-dense"));
         ok(&["export", path(&out), "--format", "dense", "-o", path(&dense), "-q"]);
         ok(&["compress", path(&dense), "-o", path(&again), "--keep", "0.8", "-q"]);
@@ -468,7 +468,7 @@ fn compensations_are_ordered_by_what_they_know() {
 }
 
 #[test]
-fn sizes_are_met_with_quantised_bases_and_factors() {
+fn sizes_are_met_with_quantized_bases_and_factors() {
     let folder = tempfile::tempdir().unwrap();
     let statistics = statistics(folder.path());
     let menu = "rtn-int2-g32,rtn-int3-g32,rtn-int4-g32,rtn-int4-g64,rtn-int8-g32";
