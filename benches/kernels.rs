@@ -60,7 +60,7 @@ fn decompose(bencher: Bencher<'_, '_>, n: usize) {
 fn gram_of_inputs(bencher: Bencher<'_, '_>, n: usize) {
     let inputs = values(N_ROWS * n);
     let mut sum = Mat::<f64>::zeros(n, n);
-    bencher.bench_local(|| linalg::add_gram_f32(&mut sum, black_box(&inputs), N_ROWS));
+    bencher.bench_local(|| linalg::add_lower(&mut sum, &linalg::gram_f32(black_box(&inputs), N_ROWS, n)));
 }
 
 /// Norm, queries, keys, values and attention of a block of the fixture, for one window of `n_tokens`.
@@ -73,7 +73,7 @@ fn attention(bencher: Bencher<'_, '_>, n_tokens: usize) {
     let rope = decoder.rope(n_tokens).expect("the fixture has positions");
     let width = checkpoint.require("model.norm.weight").expect("the fixture has a norm").shape[0];
     let x = Tensor::from_vec(values(n_tokens * width), (1, n_tokens, width), &Device::Cpu).expect("shapes agree");
-    bencher.bench_local(|| block.input_at(InputSite::O, black_box(&x), &rope, decoder.kernels()));
+    bencher.bench_local(|| block.input_at(InputSite::O, black_box(&x), &rope));
 }
 
 /// A matrix (256, n) in 4 bits, groups of 128.

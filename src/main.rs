@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
+    lrc::process::prepare();
     let cli = lrc::cli::parse();
     match lrc::cli::run(&cli) {
         Ok(()) => ExitCode::SUCCESS,

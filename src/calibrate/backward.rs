@@ -5,11 +5,12 @@ use std::collections::BTreeMap;
 use anyhow::{Context, Result};
 use candle_core::{Tensor, Var};
 
+use super::addend::{Addend, Multiply};
 use super::pieces::{Keep, Observation, Pass, named, settle};
 use super::statistics::Sums;
 use super::windows::Targets;
 use crate::error::{Failure, NON_FINITE_HINT};
-use crate::model::{Block, Decoder, Head, Hidden, InputSite, Kernels, Objective, Pooler, Rope, Walk, is_finite};
+use crate::model::{Block, Decoder, Head, Hidden, InputSite, Objective, Pooler, Rope, Walk, is_finite};
 use crate::progress::Progress;
 use crate::store::Journal;
 
@@ -17,9 +18,9 @@ use crate::store::Journal;
 /// each block.
 pub(super) fn run(
     decoder: &Decoder<'_>,
-    (walk, targets): (&mut Walk<'_>, &[Targets]),
+    (walk, targets): (&Walk<'_>, &[Targets]),
     (last, entered): (Hidden, Vec<Hidden>),
-    observation: Observation,
+    (observation, multiply): (Observation, Multiply),
     journal: &Journal,
     progress: &dyn Progress,
     keep: &mut Keep<'_>,
@@ -46,28 +47,31 @@ pub(super) fn run(
                 "the stored gradient of block {n_left} is damaged; start over with `--restart`"
             );
             stage.note("head");
-            let mut gradient = walk.copy(&last)?;
+            let gradient = walk.copy(&last)?;
             let loss = Loss::of(decoder)?;
-            let (mut targets, place) = (targets.iter().enumerate(), walk.place());
-            walk.replace_windows(&mut gradient, &last, |window, _, x| {
-                stage.advance(window.len() as u64);
-                let (window_idx, targets) = targets.next().context("invariant: every window has its targets")?;
-                loss.gradient(x, targets).with_context(|| place(window_idx))
-            })?;
+            let place = walk.place();
+            let at_head = |window_idx: usize, _: &Tensor, x: &Tensor| {
+                stage.advance(x.dim(0)? as u64);
+                Ok((loss.gradient(x, &targets[window_idx]).with_context(|| place(window_idx))?, ()))
+            };
+            walk.replace_windows(&gradient, &last, at_head, |()| Ok(()))?;
             walk.settle(gradient, journal, &at_input(n_left))?
         }
     };
     walk.release(last);
     for (block_idx, x) in entered.into_iter().enumerate().take(n_left).rev() {
         stage.note(&format!("block {block_idx}"));
-        let mut block = decoder.block(block_idx)?;
+        let block = decoder.block(block_idx)?;
         let mut sums = Sums::for_gradients(&decoder.linears(block_idx), observation.needs);
-        let (rope, place, mut window_idx) = (walk.rope().clone(), walk.place(), 0);
-        walk.replace_windows(&mut gradient, &x, |window, gradient, x| {
-            stage.advance(window.len() as u64);
-            let found = through_block(decoder, &mut block, &rope, x, gradient, observation, &mut sums);
-            window_idx += 1;
-            found.with_context(|| place(window_idx - 1))
+        let place = walk.place();
+        let through = |window_idx, gradient: &Tensor, x: &Tensor| {
+            stage.advance(x.dim(0)? as u64);
+            through_block(decoder, &block, walk.rope(), (x, gradient), (observation, multiply))
+                .with_context(|| place(window_idx))
+        };
+        walk.replace_windows(&gradient, &x, through, |addend| {
+            sums.add(addend);
+            Ok(())
         })?;
         walk.release(x);
         gradient = walk.settle(gradient, journal, &at_input(block_idx))?;
@@ -104,20 +108,22 @@ impl Loss {
     }
 }
 
-/// The gradient at the input of a block from the gradient at its output, for one window (n_tokens, hidden_size).
+/// The gradient at the input `x` of a block from the gradient at its output, for one window (n_tokens, hidden_size), and
+/// what the window adds to the sums.
 fn through_block(
     decoder: &Decoder<'_>,
-    block: &mut Block,
+    block: &Block,
     rope: &Rope,
-    x: &Tensor,
-    gradient: &Tensor,
-    observation: Observation,
-    sums: &mut Sums,
-) -> Result<Tensor> {
+    (x, gradient): (&Tensor, &Tensor),
+    (observation, multiply): (Observation, Multiply),
+) -> Result<(Tensor, Addend)> {
+    // Other windows go through the block at the same time, with taps of their own.
+    let mut block = block.clone();
+    let mut addend = Addend::default();
     let mut inputs: BTreeMap<InputSite, Tensor> = BTreeMap::new();
     let taps = block.tap_gradients();
     let variable = Var::from_tensor(&x.unsqueeze(0)?)?;
-    let y = block.forward(&variable, rope, Kernels::Differentiable, &mut |site, x| {
+    let y = block.forward(&variable, rope, &mut |site, x| {
         inputs.insert(site, x.squeeze(0)?.detach());
         Ok(())
     })?;
@@ -137,10 +143,10 @@ fn through_block(
             broken = broken.max(Some((slot.site(), slot)));
         }
         if observation.needs.output_gram {
-            sums.add_output_gradients(slot, &gradient, observation.clip_gradients)?;
+            addend.add_output_gradients(slot, &gradient, observation.clip_gradients, multiply)?;
         }
         if observation.needs.squared_gradient {
-            sums.add_squared_gradient(slot, x, &gradient)?;
+            addend.add_squared_gradient(slot, x, &gradient)?;
         }
     }
     let gradient = store.get(&variable).context("no gradient reached the input of the block")?.squeeze(0)?;
@@ -149,7 +155,7 @@ fn through_block(
         None if !is_finite(&gradient)? => {
             format!("the gradient at the input of `{}`", decoder.block_name(block.index()))
         }
-        None => return Ok(gradient),
+        None => return Ok((gradient, addend)),
     };
     Err(Failure::numeric(format!("{what} is not finite")).hint(NON_FINITE_HINT).into())
 }

@@ -6,8 +6,8 @@ use std::sync::{Mutex, MutexGuard};
 use anyhow::{Context, Result};
 use serde_json::json;
 
+use super::needs::Key;
 use super::pieces::{Pass, named};
-use super::statistics::Key;
 use crate::model::InputSite;
 use crate::store::{Array, Journal, Spool, Spooled, Values};
 

@@ -3,10 +3,13 @@
 use std::time::Instant;
 
 use anyhow::{Context, Result};
+use candle_core::Tensor;
 
+use super::addend::{Addend, Multiply};
 use super::backward;
+use super::needs::Needs;
 use super::pieces::{Keep, Observation, Pass, named, settle};
-use super::statistics::{Needs, Sums};
+use super::statistics::Sums;
 use super::windows::Targets;
 use crate::model::{Decoder, Hidden, Walk, WalkLimits};
 use crate::progress::Progress;
@@ -43,6 +46,8 @@ pub fn observe(
         return replay(journal, n_blocks, needs, keep);
     }
     let mut walk = Walk::new(decoder, windows, limits)?;
+    walk.reserve(gram_bytes(decoder, needs))?;
+    let multiply = if walk.workers().count() > 1 { Multiply::Now } else { Multiply::WhenAdded };
     let mut hidden = walk.embed(decoder)?;
     // The inputs of each block, for the backward pass.
     let mut entered: Vec<Hidden> = Vec::new();
@@ -59,8 +64,11 @@ pub fn observe(
             } else {
                 let block = decoder.block(block_idx)?;
                 let mut sums = Sums::for_inputs(&decoder.linears(block_idx), needs);
-                let mut observer = |site, x: &candle_core::Tensor| sums.add_inputs(site, x, needs);
-                let after = walk.branch(&hidden, decoder, &block, &mut observer, stage.as_ref())?;
+                let see = |addend: &mut Addend, site, x: &Tensor| addend.add_inputs(site, x, needs, multiply);
+                let after = walk.observe(&hidden, decoder, &block, stage.as_ref(), see, |addend| {
+                    sums.add(addend);
+                    Ok(())
+                })?;
                 let after = walk.settle(after, journal, &states)?;
                 keep(settle(journal, Pass::Forward, block_idx, sums)?)?;
                 after
@@ -77,11 +85,24 @@ pub fn observe(
     let forward = started.elapsed().as_secs_f64();
     let started = Instant::now();
     if needs.gradients() {
-        backward::run(decoder, (&mut walk, targets), (hidden, entered), observation, journal, progress, keep)?;
+        backward::run(decoder, (&walk, targets), (hidden, entered), (observation, multiply), journal, progress, keep)?;
     }
     remove_states(journal, 0..n_blocks);
     let backward = if needs.gradients() { started.elapsed().as_secs_f64() } else { 0.0 };
     Ok(Seconds { forward, backward })
+}
+
+/// Bytes of the Grams that one batch adds to the sums of a block, in the larger of the two passes.
+fn gram_bytes(decoder: &Decoder<'_>, needs: Needs) -> usize {
+    let of_block = |block_idx| {
+        let linears = decoder.linears(block_idx);
+        let mut inputs: Vec<_> = linears.iter().map(|&(slot, [_, n])| (slot.site(), n)).collect();
+        inputs.dedup();
+        let inputs: usize = inputs.iter().map(|(_, n)| n * n).sum();
+        let outputs: usize = linears.iter().map(|(_, [m, _])| m * m).sum();
+        4 * (inputs * usize::from(needs.input_gram)).max(outputs * usize::from(needs.output_gram))
+    };
+    (0..decoder.n_blocks()).map(of_block).max().unwrap_or(0)
 }
 
 fn remove_states(journal: &Journal, blocks: impl IntoIterator<Item = usize>) {

@@ -3,7 +3,8 @@
 use anyhow::Result;
 use serde_json::json;
 
-use super::statistics::{Needs, Sums};
+use super::needs::Needs;
+use super::statistics::Sums;
 use crate::store::{Array, Journal, Piece, Values};
 
 /// The statistics to collect.

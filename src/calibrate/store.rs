@@ -12,8 +12,9 @@ use faer::Mat;
 use serde::{Deserialize, Serialize};
 
 use super::measured::{Measured, diagonal, diagonal_name, lock};
+use super::needs::{Key, Needs};
 use super::pieces::Observation;
-use super::statistics::{Key, Needs, unpack_gram};
+use super::statistics::unpack_gram;
 use crate::checkpoint::{Checkpoint, Dtype, Fingerprint, TensorSpec, cast, check_file, write_file};
 use crate::error::Failure;
 use crate::model::{InputSite, LinearId};

@@ -80,11 +80,11 @@ fn pass(checkpoint: &Checkpoint, windows: &Windows) -> Result<f64> {
     let length = windows.windows.first().map_or(1, Vec::len).max(1);
     let some = &windows.windows[..TRIAL_TOKENS.div_ceil(length).min(windows.windows.len())];
     let folder = tempfile::tempdir()?;
-    let mut walk = Walk::new(&decoder, some, &WalkLimits::new(u64::MAX, folder.path().into()))?;
+    let walk = Walk::new(&decoder, some, &WalkLimits::new(u64::MAX, folder.path().into()))?;
     let hidden = walk.embed(&decoder)?;
     let block = decoder.block(0)?;
     let started = Instant::now();
-    walk.branch(&hidden, &decoder, &block, &mut |_, _| Ok(()), &Silent)?;
+    walk.branch(&hidden, &decoder, &block, &Silent)?;
     let n_tokens = |windows: &[Vec<u32>]| windows.iter().map(Vec::len).sum::<usize>().max(1) as f64;
     let share = n_tokens(&windows.windows) / n_tokens(some);
     Ok(started.elapsed().as_secs_f64() * share * decoder.n_blocks() as f64)
@@ -116,9 +116,9 @@ pub(super) fn seconds(checkpoint: &Checkpoint, recipe: &Recipe, plan: &Plan, win
         }
         products * speed.product + eigen * speed.eigen
     };
-    let quantisers = recipe.quant().len().max(1) as f64;
+    let quantizers = recipe.quant().len().max(1) as f64;
     let ranks = max_ranks(recipe, plan);
-    let decomposing: f64 = plan.linears.iter().zip(ranks).map(decompose).sum::<f64>() * quantisers / threads;
+    let decomposing: f64 = plan.linears.iter().zip(ranks).map(decompose).sum::<f64>() * quantizers / threads;
     let mut passes = 0.0;
     let mut grams = 0.0;
     if recipe.measures_statistics() {

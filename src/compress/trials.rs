@@ -34,8 +34,8 @@ pub(super) fn diverge(
     verb: &str,
 ) -> Result<Vec<Divergence>> {
     let decoder = Decoder::open(study.session.checkpoint)?;
-    let mut walk = Walk::new(&decoder, text.windows, &text.limits)?;
-    let mut original = walk.embed(&decoder)?;
+    let walk = Walk::new(&decoder, text.windows, &text.limits)?;
+    let original = walk.embed(&decoder)?;
     let mut streams: Vec<Option<Hidden>> = trials.iter().map(|_| None).collect();
     let n_steps = walk.n_tokens() * (decoder.n_blocks() + 1);
     let stage = study.session.progress.stage(verb, n_steps as u64, "tokens");
@@ -50,34 +50,35 @@ pub(super) fn diverge(
             let overlay = trial.overlay(&compressed)?;
             let block =
                 if compressed.is_empty() { dense.clone() } else { decoder.with_weights(&overlay).block(block_idx)? };
-            let observe = &mut |_, _: &Tensor| Ok(());
             match stream {
-                Some(hidden) => walk.advance(hidden, &decoder, &block, observe, &Silent)?,
-                none => *none = Some(walk.branch(&original, &decoder, &block, observe, &Silent)?),
+                Some(hidden) => walk.advance(hidden, &decoder, &block, &Silent)?,
+                none => *none = Some(walk.branch(&original, &decoder, &block, &Silent)?),
             }
         }
-        walk.advance(&mut original, &decoder, &dense, &mut |_, _| Ok(()), stage.as_ref())?;
+        walk.advance(&original, &decoder, &dense, stage.as_ref())?;
     }
     stage.note("head");
     let head = decoder.head()?;
     let all: Vec<&Hidden> =
         std::iter::once(&original).chain(streams.iter().map(|s| s.as_ref().unwrap_or(&original))).collect();
     let mut divergences: Vec<Divergence> = trials.iter().map(|_| Divergence::default()).collect();
-    let (mut scored, place) = (text.scored.iter().enumerate(), walk.place());
-    walk.for_each_window(&all, |window, states| {
-        let (window_idx, scored) = scored.next().expect("invariant: every window has its scored tokens");
+    let place = walk.place();
+    let compare = |window_idx: usize, states: &[Tensor]| {
+        let scored = &text.scored[window_idx];
         let reference = scored.rows(&states[0])?;
-        for (divergence, x) in divergences.iter_mut().zip(&states[1..]) {
-            let found = divergence::compare(&head, &reference, &head, &scored.rows(x)?, &scored.tokens);
-            divergence.extend(found.with_context(|| place(window_idx))?);
-        }
-        stage.advance(window.len() as u64);
+        let one = |x| divergence::compare(&head, &reference, &head, &scored.rows(x)?, &scored.tokens);
+        let found = states[1..].iter().map(one).collect::<Result<Vec<_>>>();
+        stage.advance(text.windows[window_idx].len() as u64);
+        found.with_context(|| place(window_idx))
+    };
+    walk.for_each_window(&all, compare, |_, found| {
+        divergences.iter_mut().zip(found).for_each(|(divergence, found)| divergence.extend(found));
         Ok(())
     })?;
     Ok(divergences)
 }
 
-/// Mean KL(original ‖ trial) in nats over all tokens of `windows` that have context, one window at a time.
+/// Mean KL(original ‖ trial) in nats over all tokens of `windows` that have context.
 ///
 /// # Errors
 /// As [`diverge`].
@@ -90,7 +91,7 @@ pub(super) fn mean_kl(
     let session = study.session;
     let mut piece = session.journal.piece(&verb.replace(' ', "-"), || {
         let scored = Scored::all_but_first(windows);
-        let text = Text { windows, scored: &scored, limits: session.limits.one_window() };
+        let text = Text { windows, scored: &scored, limits: session.limits.clone() };
         let found = diverge(study, &text, trials, verb)?;
         let kl: Vec<f64> = found.iter().map(Divergence::mean_kl).collect();
         Ok((serde_json::Value::Null, vec![Values::from(kl)]))

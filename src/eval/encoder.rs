@@ -195,8 +195,8 @@ fn fidelity(
     let n_tokens: usize = windows.iter().map(Vec::len).sum();
     let n_steps = n_tokens * (original.n_blocks() + model.n_blocks());
     let stage = progress.stage("compare", n_steps as u64, "tokens");
-    let (mut walk, hidden) = last_states(original, Walk::new(original, windows, limits)?, stage.as_ref())?;
-    let (mut other_walk, other_hidden) = last_states(model, Walk::new(model, windows, limits)?, stage.as_ref())?;
+    let (walk, hidden) = last_states(original, Walk::new(original, windows, limits)?, stage.as_ref())?;
+    let (other_walk, other_hidden) = last_states(model, Walk::new(model, windows, limits)?, stage.as_ref())?;
     let pooler = original.pooler()?;
     // Sentence-transformers modules are never compressed: those of the reference apply to both.
     let own = if pooler.is_of_sentences() { None } else { Some(model.pooler()?) };
@@ -236,7 +236,7 @@ fn pseudo_perplexity(
             copy
         };
         let copies: Vec<Vec<u32>> = places.clone().map(copy).collect();
-        let (mut walk, hidden) = last_states(decoder, Walk::new(decoder, &copies, limits)?, stage.as_ref())?;
+        let (walk, hidden) = last_states(decoder, Walk::new(decoder, &copies, limits)?, stage.as_ref())?;
         for (i, place) in places.clone().enumerate() {
             let x = walk.window(&hidden, i)?.narrow(0, place, 1)?;
             nlls.extend(head.negative_log_likelihoods(&x, &[ids[place]])?);

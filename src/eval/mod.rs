@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
+use candle_core::Tensor;
 
 use crate::checkpoint::Checkpoint;
 use crate::error::Failure;
@@ -209,7 +210,7 @@ pub fn perplexity(
     let limits = WalkLimits::new(settings.memory_bytes / decoders.len() as u64, std::env::temp_dir());
     let text = settings.text.display().to_string();
     let walk = |decoder| Ok::<_, anyhow::Error>(Walk::new(decoder, &prepared.windows, &limits)?.of_text(&text));
-    let mut walked = last_states(&decoder, walk(&decoder)?, stage.as_ref())?;
+    let walked = last_states(&decoder, walk(&decoder)?, stage.as_ref())?;
     let original = match &original {
         Some(original) => Some((original, last_states(original, walk(original)?, stage.as_ref())?)),
         None => None,
@@ -227,12 +228,12 @@ pub fn perplexity(
 }
 
 /// Runs the windows of a walk through all blocks.
-fn last_states<'a>(decoder: &Decoder<'_>, mut walk: Walk<'a>, stage: &dyn Stage) -> Result<(Walk<'a>, Hidden)> {
-    let mut hidden = walk.embed(decoder)?;
+fn last_states<'a>(decoder: &Decoder<'_>, walk: Walk<'a>, stage: &dyn Stage) -> Result<(Walk<'a>, Hidden)> {
+    let hidden = walk.embed(decoder)?;
     for block_idx in 0..decoder.n_blocks() {
         stage.note(&format!("block {block_idx}"));
         let block = decoder.block(block_idx)?;
-        walk.advance(&mut hidden, decoder, &block, &mut |_, _| Ok(()), stage)?;
+        walk.advance(&hidden, decoder, &block, stage)?;
     }
     Ok((walk, hidden))
 }
@@ -240,19 +241,24 @@ fn last_states<'a>(decoder: &Decoder<'_>, mut walk: Walk<'a>, stage: &dyn Stage)
 /// Compares the logits of a model with those of the original, window by window.
 fn diverge(
     prepared: &Prepared,
-    (decoder, (mut walk, hidden)): (&Decoder<'_>, (Walk<'_>, Hidden)),
-    (original, (mut original_walk, original_hidden)): (&Decoder<'_>, (Walk<'_>, Hidden)),
+    (decoder, (walk, hidden)): (&Decoder<'_>, (Walk<'_>, Hidden)),
+    (original, (original_walk, original_hidden)): (&Decoder<'_>, (Walk<'_>, Hidden)),
     stage: &dyn Stage,
 ) -> Result<Divergence> {
     let (head, original_head) = (decoder.head()?, original.head()?);
     let mut divergence = Divergence::default();
-    for (i, scored) in prepared.scored.iter().enumerate() {
-        let x = scored.rows(&walk.window(&hidden, i)?)?;
+    let compare = |i: usize, states: &[Tensor]| {
+        let scored = &prepared.scored[i];
+        let x = scored.rows(&states[0])?;
         let original_x = scored.rows(&original_walk.window(&original_hidden, i)?)?;
         let found = divergence::compare(&original_head, &original_x, &head, &x, &scored.tokens);
-        divergence.extend(found.with_context(|| walk.place()(i))?);
         stage.advance(prepared.windows[i].len() as u64);
-    }
+        found.with_context(|| walk.place()(i))
+    };
+    walk.for_each_window(&[&hidden], compare, |_, found| {
+        divergence.extend(found);
+        Ok(())
+    })?;
     Ok(divergence)
 }
 

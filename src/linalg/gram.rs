@@ -41,52 +41,61 @@ pub fn mirror_lower(matrix: &mut Mat<f64>) {
     }
 }
 
-/// Adds `xᵀ x` to the lower triangle of `sum` (n, n), for a chunk `x` (n_tokens, n) in row-major order.
+/// Columns of a Gram that are computed at once: wide enough for the speed of a full product, narrow enough that little of the
+/// upper triangle is computed.
+const GRAM_PANEL: usize = 96;
+
+/// Threads for one product: all of the pool that it runs in. They divide the tiles of the result, never a sum, so the
+/// bytes do not depend on their number.
+fn threads() -> Par {
+    if rayon::current_num_threads() > 1 { Par::rayon(0) } else { Par::Seq }
+}
+
+/// The lower triangle of `xᵀ x` (n, n) for a chunk `x` (n_tokens, n) in row-major order, summed in f32; the rest is 0.
 ///
-/// The products of a chunk are summed in f32, chunks in f64: the error is that of one chunk, however many come.
-/// Uses all threads: they divide the tiles of the result, never a sum, so the bytes do not depend on their number.
+/// Sums over several chunks are kept in f64 ([`add_lower`]), so that the error is that of one chunk, however many come.
 ///
 /// # Panics
 /// When `x` is not made of rows of `n`.
-pub fn add_gram_f32(sum: &mut Mat<f64>, x: &[f32], n_tokens: usize) {
-    let n = sum.nrows();
+pub fn gram_f32(x: &[f32], n_tokens: usize, n: usize) -> Mat<f32> {
     // Tokens are what is summed over: side by side in memory they are packed without long strides.
     let x = transpose_row_major(x, n_tokens, n);
     let x = MatRef::from_column_major_slice(&x, n_tokens, n); // (n_tokens, n)
-    let mut chunk = Mat::<f32>::zeros(n, n);
-    triangular::matmul(
-        &mut chunk,
-        BlockStructure::TriangularLower,
-        Accum::Replace,
-        x.transpose(),
-        BlockStructure::Rectangular,
-        x,
-        BlockStructure::Rectangular,
-        1.0,
-        Par::rayon(0),
-    );
-    for (to, from) in sum
-        .col_iter_mut()
-        .zip(chunk.col_iter())
-        .enumerate()
-        .map(|(j, (to, from))| (to.subrows_mut(j, n - j), from.subrows(j, n - j)))
-    {
-        for (to, from) in to.iter_mut().zip(from.iter()) {
-            *to += f64::from(*from);
-        }
+    let mut gram = Mat::<f32>::zeros(n, n);
+    // Panels of columns, each from its diagonal block down.
+    for first in (0..n).step_by(GRAM_PANEL) {
+        let width = GRAM_PANEL.min(n - first);
+        let panel = gram.as_mut().submatrix_mut(first, first, n - first, width);
+        let rows = x.subcols(first, n - first);
+        matmul(panel, Accum::Replace, rows.transpose(), x.subcols(first, width), 1.0, threads());
     }
+    gram
 }
 
-/// Adds `xᵀ y` to `sum` (n, n), for chunks `x` and `y` (n_tokens, n) in row-major order, summed as by [`add_gram_f32`].
+/// `xᵀ y` (n, n) for chunks `x` and `y` (n_tokens, n) in row-major order, summed in f32.
 ///
 /// # Panics
 /// When the chunks are not made of rows of `n`.
-pub fn add_product_f32(sum: &mut Mat<f64>, x: &[f32], y: &[f32], n: usize) {
+pub fn cross_f32(x: &[f32], y: &[f32], n: usize) -> Mat<f32> {
     let n_tokens = x.len() / n;
     let (x, y) = (transpose_row_major(x, n_tokens, n), transpose_row_major(y, n_tokens, n));
     let matrix = |values| MatRef::from_column_major_slice(values, n_tokens, n);
-    let mut chunk = Mat::<f32>::zeros(n, n);
-    matmul(&mut chunk, Accum::Replace, matrix(&x).transpose(), matrix(&y), 1.0, Par::rayon(0));
+    let mut cross = Mat::<f32>::zeros(n, n);
+    matmul(&mut cross, Accum::Replace, matrix(&x).transpose(), matrix(&y), 1.0, threads());
+    cross
+}
+
+/// Adds the lower triangle of `chunk` to that of `sum`, both (n, n).
+pub fn add_lower(sum: &mut Mat<f64>, chunk: &Mat<f32>) {
+    let n = sum.nrows();
+    for (j, (to, from)) in sum.col_iter_mut().zip(chunk.col_iter()).enumerate() {
+        let (to, from) = (to.subrows_mut(j, n - j), from.subrows(j, n - j));
+        to.iter_mut().zip(from.iter()).for_each(|(to, from)| *to += f64::from(*from));
+    }
+}
+
+/// Adds `chunk` to `sum`, both (n, n).
+pub fn add_all(sum: &mut Mat<f64>, chunk: &Mat<f32>) {
     for (to, from) in sum.col_iter_mut().zip(chunk.col_iter()) {
         to.iter_mut().zip(from.iter()).for_each(|(to, from)| *to += f64::from(*from));
     }
@@ -126,9 +135,7 @@ mod tests {
         let x: Vec<f32> = (0..333 * 301).map(|i| ((i * 7919) % 10_007) as f32 / 10_007.0 - 0.5).collect();
         let with_threads = |n: usize| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(n).build().unwrap();
-            let mut sum = Mat::zeros(301, 301);
-            pool.install(|| add_gram_f32(&mut sum, &x, 333));
-            sum
+            pool.install(|| gram_f32(&x, 333, 301))
         };
         let one = with_threads(1);
         assert!((2..5).all(|n| with_threads(n) == one));
@@ -140,7 +147,7 @@ mod tests {
         let rows = to_row_major(x.as_ref());
         let mut sum = Mat::zeros(12, 12);
         for chunk in rows.chunks(20 * 12) {
-            add_gram_f32(&mut sum, chunk, chunk.len() / 12);
+            add_lower(&mut sum, &gram_f32(chunk, chunk.len() / 12, 12));
         }
         mirror_lower(&mut sum);
         // Small integers: exact in f32 too.
@@ -148,7 +155,7 @@ mod tests {
         assert_eq!(sum, expected);
         let mut sum = Mat::zeros(12, 12);
         for chunk in rows.chunks(20 * 12) {
-            add_product_f32(&mut sum, chunk, chunk, 12);
+            add_all(&mut sum, &cross_f32(chunk, chunk, 12));
         }
         assert_eq!(sum, expected);
     }

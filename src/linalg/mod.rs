@@ -2,7 +2,8 @@
 //!
 //! Factorisations and their products run on one thread, with one fixed order of operations: parallelism lies in running
 //! many matrices at once, so that results do not depend on the number of threads, and small problems do not pay for
-//! splitting. Only [`add_gram_f32`], which is called between matrices, uses all threads itself.
+//! splitting. Only [`gram_f32`] and [`cross_f32`], which are called between matrices, use the threads of the pool that they
+//! run in.
 
 mod cholesky;
 mod convert;
@@ -17,7 +18,7 @@ pub use cholesky::inverse_cholesky;
 pub use convert::{to_row_major, transpose_row_major, transposed_from_row_major};
 pub use eigh::{Eigh, eigenvalues, eigh};
 pub use error::LinalgError;
-pub use gram::{add_gram_f32, add_product_f32, mirror_lower, product, product_row_major, product_symmetric};
+pub use gram::{add_all, add_lower, cross_f32, gram_f32, mirror_lower, product, product_row_major, product_symmetric};
 pub use qr::orthonormal_columns;
 pub use skeleton::{COEFFICIENT_BOUND, RowSkeleton, row_skeleton};
 pub use solve::solve;

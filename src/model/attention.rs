@@ -10,7 +10,6 @@ use rayon::prelude::*;
 use super::architectures::table::FusedQkv;
 use super::linear::Linear;
 use super::norm::Norm;
-use super::ops::Kernels;
 use super::rope::{Rope, RopeKind};
 use super::slot::Role;
 use super::softmax::softmax_in_place;
@@ -126,18 +125,18 @@ impl Attention {
     ///
     /// # Errors
     /// The shapes do not match.
-    pub(super) fn mix(&self, x: &Tensor, rope: &Rope, kernels: Kernels) -> Result<Tensor> {
+    pub(super) fn mix(&self, x: &Tensor, rope: &Rope) -> Result<Tensor> {
         let (batch, n_tokens, _) = x.dims3()?;
         let [mut q, mut k, v] = self.qkv.forward(x, [self.n_heads, self.n_kv_heads, self.n_kv_heads], self.head_dim)?;
         let split = |y: &Tensor, n: usize| y.reshape((batch, n_tokens, n, self.head_dim));
         match &self.query_key_norm {
             Some(((of_queries, of_keys), false)) => {
-                (q, k) = (of_queries.apply(kernels, &q)?, of_keys.apply(kernels, &k)?);
+                (q, k) = (of_queries.apply(&q)?, of_keys.apply(&k)?);
                 (q, k) = (split(&q, self.n_heads)?, split(&k, self.n_kv_heads)?);
             }
             Some(((of_queries, of_keys), true)) => {
                 (q, k) = (split(&q, self.n_heads)?, split(&k, self.n_kv_heads)?);
-                (q, k) = (of_queries.apply(kernels, &q)?, of_keys.apply(kernels, &k)?);
+                (q, k) = (of_queries.apply(&q)?, of_keys.apply(&k)?);
             }
             None => (q, k) = (split(&q, self.n_heads)?, split(&k, self.n_kv_heads)?),
         }
@@ -145,26 +144,12 @@ impl Attention {
         let heads_first = |y: &Tensor| -> Result<Tensor> { Ok(y.transpose(1, 2)?.contiguous()?) };
         let (mut q, mut k, v) = (heads_first(&q)?, heads_first(&k)?, heads_first(&v)?); // (batch, heads, n_tokens, head_dim)
         if let Some(kind) = self.rope {
-            (q, k) = (rope.rotate(kind, &q, kernels)?, rope.rotate(kind, &k, kernels)?);
+            (q, k) = (rope.rotate(kind, &q)?, rope.rotate(kind, &k)?);
         }
         let q = (q * self.scale)?;
-        let mixed = match kernels {
-            Kernels::Fused => self.attend_fused(&q, &k, &v)?,
-            Kernels::Differentiable => q.apply_op3(
-                &k,
-                &v,
-                RecomputingAttention { n_heads: self.n_heads, head_dim: self.head_dim, scoring: self.scoring },
-            )?,
-        }; // (batch, heads, n_tokens, head_dim)
+        let mix = RecomputingAttention { n_heads: self.n_heads, head_dim: self.head_dim, scoring: self.scoring };
+        let mixed = q.apply_op3(&k, &v, mix)?; // (batch, heads, n_tokens, head_dim)
         Ok(mixed.transpose(1, 2)?.reshape((batch, n_tokens, self.n_heads * self.head_dim))?)
-    }
-
-    /// Attention over one block of queries at a time: scores of unseen keys are never computed, and the others stay in
-    /// the cache. Threads share the heads; each head is computed in a fixed order.
-    fn attend_fused(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
-        let (_, _, n_tokens, head_dim) = q.dims4()?;
-        let mixed = attend_all(&values(q)?, &values(k)?, &values(v)?, n_tokens, head_dim, self.scoring);
-        Ok(Tensor::from_vec(mixed, q.shape(), &Device::Cpu)?)
     }
 }
 
@@ -386,7 +371,6 @@ mod tests {
 
     #[test]
     fn attention_and_its_gradients_are_those_of_candle() {
-        let linear = || Linear::dense(Tensor::zeros((1, 1), candle_core::DType::F32, &Device::Cpu).unwrap(), None);
         let shapes = [(2, 6, 3, 150, 8), (1, 4, 1, 64, 16), (3, 2, 2, 1, 4)];
         let of_past = [(None, None), (Some(70), None), (Some(5), Some(1.5)), (None, Some(0.7))];
         let of_past = of_past.map(|(window, cap)| Scoring { window, cap, is_bidirectional: false });
@@ -394,17 +378,6 @@ mod tests {
         for ((batch, n_heads, n_kv_heads, n_tokens, head_dim), scoring) in
             shapes.into_iter().flat_map(|shape| scorings.iter().map(move |&scoring| (shape, scoring)))
         {
-            let attention = Attention {
-                qkv: Qkv::Apart { q_proj: linear(), k_proj: linear(), v_proj: linear() },
-                o_proj: linear(),
-                query_key_norm: None,
-                n_heads,
-                n_kv_heads,
-                head_dim,
-                scale: 1.0,
-                scoring,
-                rope: None,
-            };
             let tensor = |n: usize, seed: usize| {
                 let values: Vec<f32> = (0..batch * n * n_tokens * head_dim)
                     .map(|i| ((i * 7919 + seed * 104_729) % 10_007) as f32 / 2500.0 - 2.0)
@@ -415,7 +388,8 @@ mod tests {
             // With all keys visible, scores of this size would give one key all the weight, and gradients would be
             // small differences of large terms.
             let q = if scoring.is_bidirectional { (q * 0.25).unwrap() } else { q };
-            let fused = attention.attend_fused(&q, &k, &v).unwrap();
+            let attend = || RecomputingAttention { n_heads, head_dim, scoring };
+            let fused = q.apply_op3(&k, &v, attend()).unwrap();
             let slow = attend_in_candle(&q, &k, &v, scoring);
             let distance =
                 |x: &Tensor, y: &Tensor| (x - y).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
@@ -424,7 +398,7 @@ mod tests {
             let [q, k, v] = [&variables[0], &variables[1], &variables[2]];
             let upstream = tensor(n_heads, 4);
             let gradients = |y: Tensor| (y * &upstream).unwrap().sum_all().unwrap().backward().unwrap();
-            let own = gradients(q.apply_op3(k, v, RecomputingAttention { n_heads, head_dim, scoring }).unwrap());
+            let own = gradients(q.apply_op3(k, v, attend()).unwrap());
             let candle = gradients(attend_in_candle(q, k, v, scoring));
             let max = |x: &Tensor| x.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
             for variable in &variables {

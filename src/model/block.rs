@@ -7,10 +7,10 @@ use super::architectures::Architecture;
 use super::attention::{Attention, Qkv, Scoring};
 use super::config::ModelConfig;
 use super::experts::Experts;
-use super::linear::{Bias, GradientTap, Linear, Order};
+use super::linear::{Bias, GradientTap, Linear, Order, Outputs};
 use super::mlp::Mlp;
 use super::norm::Norm;
-use super::ops::{Kernels, is_finite};
+use super::ops::is_finite;
 use super::rope::Rope;
 use super::slot::{InputSite, LinearId, Role, Slot};
 use super::weights::{Weights, is_split};
@@ -185,9 +185,9 @@ impl Block {
     ///
     /// # Errors
     /// The shapes do not match.
-    pub fn first_non_finite(&self, x: &Tensor, rope: &Rope, kernels: Kernels) -> Result<Option<InputSite>> {
+    pub fn first_non_finite(&self, x: &Tensor, rope: &Rope) -> Result<Option<InputSite>> {
         let mut first = None;
-        self.run(x, rope, kernels, &mut |site, input| {
+        self.run(x, rope, &mut |site, input| {
             if !is_finite(input)? {
                 first = Some(site);
             }
@@ -196,8 +196,10 @@ impl Block {
         Ok(first)
     }
 
-    /// Taps the gradients at the outputs of all linears.
+    /// Taps the gradients at the outputs of all linears. The last product of a pass, on which no gradient depends, is not
+    /// computed: the states that follow are wrong.
     pub fn tap_gradients(&mut self) -> Vec<(Slot, GradientTap)> {
+        let last = if self.are_norms_of_sums || self.after_mlp.is_some() { Outputs::Used } else { Outputs::Unused };
         let mut shared = self.attention.qkv.linears_mut();
         shared.push((Role::OProj, &mut self.attention.o_proj));
         let mut taps = Vec::new();
@@ -208,9 +210,14 @@ impl Block {
             }
             FeedForward::Experts(experts) => Some(experts),
         };
-        taps.extend(shared.into_iter().map(|(role, linear)| (Slot::shared(role), linear.tap_gradient())));
+        taps.extend(shared.into_iter().map(|(role, linear)| {
+            let outputs = if role == Role::DownProj { last } else { Outputs::Used };
+            (Slot::shared(role), linear.tap_gradient(outputs))
+        }));
         let of_experts = experts.into_iter().flat_map(Experts::linears_mut);
-        taps.extend(of_experts.map(|(expert, role, l)| (Slot { role, expert: Some(expert) }, l.tap_gradient())));
+        taps.extend(
+            of_experts.map(|(expert, role, l)| (Slot { role, expert: Some(expert) }, l.tap_gradient(Outputs::Used))),
+        );
         taps
     }
 
@@ -227,9 +234,9 @@ impl Block {
     ///
     /// # Errors
     /// The shapes do not match.
-    pub fn input_at(&self, site: InputSite, x: &Tensor, rope: &Rope, kernels: Kernels) -> Result<Tensor> {
+    pub fn input_at(&self, site: InputSite, x: &Tensor, rope: &Rope) -> Result<Tensor> {
         let mut found = None;
-        self.run(x, rope, kernels, &mut |at, input| {
+        self.run(x, rope, &mut |at, input| {
             if at == site {
                 found = Some(input.clone());
             }
@@ -242,8 +249,8 @@ impl Block {
     ///
     /// # Errors
     /// The shapes do not match, or the observer fails.
-    pub fn forward(&self, x: &Tensor, rope: &Rope, kernels: Kernels, observe: &mut Observer<'_>) -> Result<Tensor> {
-        let y = self.run(x, rope, kernels, &mut |site, input| observe(site, input).map(|()| true))?;
+    pub fn forward(&self, x: &Tensor, rope: &Rope, observe: &mut Observer<'_>) -> Result<Tensor> {
+        let y = self.run(x, rope, &mut |site, input| observe(site, input).map(|()| true))?;
         y.context("invariant: a pass that is not stopped ends")
     }
 
@@ -252,18 +259,17 @@ impl Block {
         &self,
         x: &Tensor,
         rope: &Rope,
-        kernels: Kernels,
         observe: &mut dyn FnMut(InputSite, &Tensor) -> Result<GoesOn>,
     ) -> Result<Option<Tensor>> {
         let norm = |norm: &Option<Norm>, x: &Tensor| match norm {
-            Some(norm) => norm.apply(kernels, x),
+            Some(norm) => norm.apply(x),
             None => Ok(x.clone()),
         };
         let normed = norm(&self.before_attention, x)?;
         if !observe(InputSite::Qkv, &normed)? {
             return Ok(None);
         }
-        let mixed = self.attention.mix(&normed, rope, kernels)?; // (batch, n_tokens, queries)
+        let mixed = self.attention.mix(&normed, rope)?; // (batch, n_tokens, queries)
         if !observe(InputSite::O, &mixed)? {
             return Ok(None);
         }

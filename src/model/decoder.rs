@@ -13,7 +13,6 @@ use super::head::{Head, Kind, Pooler, Transform};
 use super::linear::{Bias, Linear, Order};
 use super::names::Names;
 use super::norm::Norm;
-use super::ops::Kernels;
 use super::rope::Rope;
 use super::sentence::SentenceModules;
 use super::slot::{LinearId, Slot};
@@ -33,7 +32,6 @@ pub struct Decoder<'w> {
     /// Only for an encoder in a folder of sentence-transformers.
     sentence: Option<Arc<SentenceModules>>,
     weights: &'w dyn Weights,
-    kernels: Kernels,
 }
 
 /// The function whose gradients are taken.
@@ -61,7 +59,6 @@ pub struct Embeddings {
     /// Only for encoders, (hidden_size): added to every token.
     first_type: Option<Tensor>,
     norm: Option<Norm>,
-    kernels: Kernels,
 }
 
 impl<'w> Decoder<'w> {
@@ -74,8 +71,7 @@ impl<'w> Decoder<'w> {
             Some(_) => SentenceModules::read(checkpoint.root(), config.hidden_size)?.map(Arc::new),
             None => None,
         };
-        let kernels = Kernels::Fused;
-        Ok(Self { config, architecture, names, vocabulary, sentence, weights: checkpoint, kernels })
+        Ok(Self { config, architecture, names, vocabulary, sentence, weights: checkpoint })
     }
 
     /// The same without its head, which may be absent.
@@ -83,8 +79,7 @@ impl<'w> Decoder<'w> {
         let (config, architecture) = ModelConfig::of(checkpoint)?;
         let names = Names::of(checkpoint, architecture);
         let vocabulary = Vocabulary::without_head(checkpoint, config.tie_word_embeddings, architecture, &names);
-        let kernels = Kernels::Fused;
-        Ok(Self { config, architecture, names, vocabulary, sentence: None, weights: checkpoint, kernels })
+        Ok(Self { config, architecture, names, vocabulary, sentence: None, weights: checkpoint })
     }
 
     /// The same model with other weights: `weights` must hold what [`Self::open`] checked.
@@ -101,9 +96,9 @@ impl<'w> Decoder<'w> {
 
     /// A trainable model of variables.
     pub fn of_variables(config: ModelConfig, architecture: &'static Architecture, weights: &'w dyn Weights) -> Self {
-        let (names, kernels) = (Names::native(architecture), Kernels::Differentiable);
+        let names = Names::native(architecture);
         let vocabulary = Vocabulary::native(architecture, config.tie_word_embeddings == Some(true));
-        Self { config, architecture, names, vocabulary, sentence: None, weights, kernels }
+        Self { config, architecture, names, vocabulary, sentence: None, weights }
     }
 
     /// The norm after the last block.
@@ -189,10 +184,6 @@ impl<'w> Decoder<'w> {
         self.architecture.block(&self.names.prefix, block_idx)
     }
 
-    pub fn kernels(&self) -> Kernels {
-        self.kernels
-    }
-
     /// Rotary embedding for windows of up to `n_positions`.
     ///
     /// # Errors
@@ -226,7 +217,6 @@ impl<'w> Decoder<'w> {
             projection,
             first_type: types.transpose()?,
             norm: norm.transpose()?,
-            kernels: self.kernels,
             table: self.table()?,
             positions: positions.transpose()?,
             scale: self.architecture.scales_embeddings.then(|| (self.config.hidden_size as f64).sqrt()),
@@ -275,14 +265,7 @@ impl<'w> Decoder<'w> {
             .projections()
             .map(|[_, out]| Linear::load(self.weights, &out, Bias::None, Order::OutIn))
             .transpose()?;
-        Ok(Head {
-            norm: last,
-            projection,
-            transform,
-            lm_head,
-            cap: self.config.final_logit_softcapping,
-            kernels: self.kernels,
-        })
+        Ok(Head { norm: last, projection, transform, lm_head, cap: self.config.final_logit_softcapping })
     }
 
     /// The last states (batch, n_tokens, hidden_size) of token ids (batch, n_tokens), the whole model in memory.
@@ -293,7 +276,7 @@ impl<'w> Decoder<'w> {
         let rope = self.rope(ids.dim(1)?)?;
         let mut x = self.embeddings()?.of(ids)?;
         for block_idx in 0..self.n_blocks() {
-            x = self.block(block_idx)?.forward(&x, &rope, self.kernels, &mut |_, _| Ok(()))?;
+            x = self.block(block_idx)?.forward(&x, &rope, &mut |_, _| Ok(()))?;
         }
         Ok(x)
     }
@@ -348,7 +331,7 @@ impl Embeddings {
             x = x.broadcast_add(first_type)?;
         }
         match &self.norm {
-            Some(norm) => norm.apply(self.kernels, &x),
+            Some(norm) => norm.apply(&x),
             None => Ok(x),
         }
     }

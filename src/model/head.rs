@@ -10,7 +10,7 @@ use rayon::prelude::*;
 use super::activation::Activation;
 use super::linear::Linear;
 use super::norm::Norm;
-use super::ops::{Kernels, is_finite};
+use super::ops::is_finite;
 use super::sentence::SentencePooler;
 use super::softmax::{log_sum_exp, softmax_in_place};
 use crate::error::{Failure, NON_FINITE_HINT};
@@ -24,7 +24,6 @@ pub struct Head {
     pub(super) lm_head: Linear,
     /// Logits l become `cap · tanh(l / cap)`.
     pub(super) cap: Option<f64>,
-    pub(super) kernels: Kernels,
 }
 
 /// The layers of an encoder's head before its vocabulary matrix.
@@ -47,20 +46,20 @@ pub(super) enum Kind {
 }
 
 /// Bytes of logits held at a time.
-const LOGIT_BYTES: usize = 64 << 20;
+pub(super) const LOGIT_BYTES: usize = 32 << 20;
 
 impl Head {
     /// The input of the vocabulary matrix, in the shape of `x` (..., hidden_size).
-    fn before_vocabulary(&self, kernels: Kernels, x: &Tensor) -> Result<Tensor> {
+    fn before_vocabulary(&self, x: &Tensor) -> Result<Tensor> {
         let mut x = match &self.norm {
-            Some(norm) => norm.apply(kernels, x)?,
+            Some(norm) => norm.apply(x)?,
             None => x.clone(),
         };
         if let Some(projection) = &self.projection {
             x = projection.forward(&x)?;
         }
         if let Some(Transform { dense, activation, norm }) = &self.transform {
-            x = norm.apply(kernels, &activation.apply(&dense.forward(&x)?)?)?;
+            x = norm.apply(&activation.apply(&dense.forward(&x)?)?)?;
         }
         Ok(x)
     }
@@ -70,7 +69,7 @@ impl Head {
     /// # Errors
     /// The shapes do not match.
     pub fn logits(&self, x: &Tensor) -> Result<Tensor> {
-        let logits = self.lm_head.forward(&self.before_vocabulary(self.kernels, x)?)?;
+        let logits = self.lm_head.forward(&self.before_vocabulary(x)?)?;
         Ok(match self.cap {
             Some(cap) => ((logits / cap)?.tanh()? * cap)?,
             None => logits,
@@ -114,7 +113,7 @@ impl Head {
         let arch = Arch::new();
         let rows = Tensor::new(rows, &Device::Cpu)?;
         let variable = Var::from_tensor(x)?;
-        let before = self.before_vocabulary(Kernels::Differentiable, &variable.index_select(&rows, 0)?)?;
+        let before = self.before_vocabulary(&variable.index_select(&rows, 0)?)?;
         let mut gradients = Vec::new();
         self.for_each_logits(&x.index_select(&rows, 0)?, |first, mut logits| {
             if let Some(at) = logits.iter().position(|logit| !logit.is_finite()) {

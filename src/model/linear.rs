@@ -47,7 +47,7 @@ pub struct Linear {
     terms: Vec<Applied>,
     /// (out)
     bias: Option<Tensor>,
-    tap: Option<GradientTap>,
+    tap: Option<(GradientTap, Outputs)>,
 }
 
 /// A structure that is ready to be applied.
@@ -55,6 +55,14 @@ pub struct Linear {
 struct Applied {
     kind: Kind,
     parts: Vec<Tensor>,
+}
+
+/// Whether the outputs of a linear affect the gradients that are taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Outputs {
+    Used,
+    /// They are only added to what is differentiated: zeros take their place, and a product is saved.
+    Unused,
 }
 
 /// Keeps the gradient at the output of a linear during the backward pass.
@@ -107,8 +115,8 @@ impl Linear {
     }
 
     /// From now on the tap that this returns receives the gradient at the output, and none is computed for the weight.
-    pub fn tap_gradient(&mut self) -> GradientTap {
-        self.tap.insert(GradientTap::default()).clone()
+    pub(super) fn tap_gradient(&mut self, outputs: Outputs) -> GradientTap {
+        self.tap.insert((GradientTap::default(), outputs)).0.clone()
     }
 
     /// Width of its outputs.
@@ -152,8 +160,9 @@ impl Linear {
         let (rows, width) = (dims[..dims.len() - 1].iter().product::<usize>(), dims[dims.len() - 1]);
         let x = x.reshape((rows, width))?; // (rows, in)
         let mut terms = self.terms.iter().map(|term| match (&self.tap, term.kind) {
-            (Some(tap), Kind::DENSE) => {
-                Ok(x.apply_op1(TappedProduct { weight: term.parts[0].clone(), tap: tap.clone() })?)
+            (Some((tap, outputs)), Kind::DENSE) => {
+                let product = TappedProduct { weight: term.parts[0].clone(), tap: tap.clone(), outputs: *outputs };
+                Ok(x.apply_op1(product)?)
             }
             _ => term.kind.structure().apply(&term.parts, &x),
         });
@@ -176,6 +185,7 @@ struct TappedProduct {
     /// (out, in)
     weight: Tensor,
     tap: GradientTap,
+    outputs: Outputs,
 }
 
 impl CustomOp1 for TappedProduct {
@@ -186,6 +196,9 @@ impl CustomOp1 for TappedProduct {
     fn cpu_fwd(&self, x: &CpuStorage, layout: &candle_core::Layout) -> candle_core::Result<(CpuStorage, Shape)> {
         let (rows, n) = layout.shape().dims2()?;
         let m = self.weight.dim(0)?;
+        if self.outputs == Outputs::Unused {
+            return Ok((CpuStorage::F32(vec![0.0; rows * m]), Shape::from((rows, m))));
+        }
         let transposed = self.weight.t()?;
         let (storage, weight_layout) = transposed.storage_and_layout();
         let Storage::Cpu(weight) = &*storage else { bail!("gradients of linears are computed on the CPU") };

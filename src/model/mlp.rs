@@ -5,6 +5,7 @@ use candle_core::{D, Tensor};
 
 use super::activation::Activation;
 use super::linear::Linear;
+use super::ops;
 use super::slot::Role;
 
 #[derive(Debug, Clone)]
@@ -74,14 +75,15 @@ impl Mlp {
     /// # Errors
     /// The shapes do not match.
     pub(super) fn gate(&self, x: &Tensor) -> Result<Tensor> {
-        let activate = |x: &Tensor| self.activation.apply(x);
         match &self.inner {
-            Inner::Gated { gate_proj, up_proj } => Ok((activate(&gate_proj.forward(x)?)? * up_proj.forward(x)?)?),
+            Inner::Gated { gate_proj, up_proj } => {
+                ops::gated(self.activation, &gate_proj.forward(x)?, &up_proj.forward(x)?)
+            }
             Inner::Fused { gate_up_proj } => {
                 let halves = gate_up_proj.forward(x)?.chunk(2, D::Minus1)?;
-                Ok((activate(&halves[0].contiguous()?)? * &halves[1])?)
+                ops::gated(self.activation, &halves[0], &halves[1])
             }
-            Inner::Plain { up_proj } => activate(&up_proj.forward(x)?),
+            Inner::Plain { up_proj } => self.activation.apply(&up_proj.forward(x)?),
         }
     }
 }

@@ -3,6 +3,7 @@
 mod activation;
 pub mod architectures;
 mod attention;
+mod batches;
 mod block;
 mod bounds;
 pub mod config;
@@ -27,16 +28,18 @@ mod weights;
 pub mod widths;
 
 pub use architectures::Architecture;
+pub use batches::WalkLimits;
 pub use block::{Block, Observer};
 pub use bounds::open;
 pub use config::ModelConfig;
 pub use decoder::{Decoder, Objective};
+pub use experts::Experts;
 pub use head::{Head, Pooler};
 pub use linear::{GradientTap, Linear};
-pub use ops::{Kernels, is_finite};
+pub use ops::is_finite;
 pub use rope::Rope;
 pub use sentence::{PoolingMode, SentenceModules, fingerprint};
 pub use slot::{InputSite, LinearId, Role, Slot};
 pub use softmax::{RowDivergence, row_divergence};
-pub use walk::{Hidden, Scored, Walk, WalkLimits};
+pub use walk::{Hidden, Scored, Walk};
 pub use weights::{Overlay, Weights};

@@ -4,7 +4,7 @@ use anyhow::Result;
 use candle_core::Tensor;
 
 use super::architectures::table::NormKind;
-use super::ops::Kernels;
+use super::ops;
 use super::weights::Weights;
 
 #[derive(Debug, Clone)]
@@ -37,10 +37,10 @@ impl Norm {
     ///
     /// # Errors
     /// The shapes do not match.
-    pub fn apply(&self, kernels: Kernels, x: &Tensor) -> Result<Tensor> {
+    pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
         match &self.bias {
-            None => kernels.rms_norm(x, &self.weight, self.eps),
-            Some(bias) => kernels.layer_norm(x, &self.weight, bias, self.eps),
+            None => ops::rms_norm(x, &self.weight, self.eps),
+            Some(bias) => ops::layer_norm(x, &self.weight, bias, self.eps),
         }
     }
 }

@@ -7,7 +7,7 @@ use anyhow::Result;
 use candle_core::{Device, Tensor};
 use serde::Deserialize;
 
-use super::ops::Kernels;
+use super::ops;
 use crate::error::Failure;
 
 /// `rope_scaling` of transformers 4, `rope_parameters` of transformers 5.
@@ -257,7 +257,7 @@ impl Rope {
     }
 
     /// Rotates `x` (batch, heads, n_tokens, head_dim).
-    pub(super) fn rotate(&self, kind: RopeKind, x: &Tensor, kernels: Kernels) -> Result<Tensor> {
+    pub(super) fn rotate(&self, kind: RopeKind, x: &Tensor) -> Result<Tensor> {
         let turns = match (kind, &self.local) {
             (RopeKind::Local, Some(local)) => local,
             _ => &self.global,
@@ -266,9 +266,9 @@ impl Rope {
         let (cos, sin) = (turns.cos.narrow(0, 0, n_tokens)?, turns.sin.narrow(0, 0, n_tokens)?);
         let width = 2 * cos.dim(1)?;
         if width == head_dim {
-            return kernels.rope(x, &cos, &sin);
+            return ops::rope(x, &cos, &sin);
         }
-        let rotated = kernels.rope(&x.narrow(3, 0, width)?.contiguous()?, &cos, &sin)?;
+        let rotated = ops::rope(&x.narrow(3, 0, width)?.contiguous()?, &cos, &sin)?;
         Ok(Tensor::cat(&[&rotated, &x.narrow(3, width, head_dim - width)?], 3)?)
     }
 }

@@ -130,7 +130,7 @@ fn max(row: &[f32]) -> f32 {
 /// exp of a value ≤ 0, to 2 units in the last place; NaN stays NaN. x = n ln 2 + r, |r| ≤ ln 2 / 2, and a polynomial in
 /// r with the coefficients of Cephes' `expf` (Moshier).
 #[inline(always)]
-fn exp(x: f32) -> f32 {
+pub(super) fn exp(x: f32) -> f32 {
     /// Below this value exp is not a normal number; it is flushed to the smallest one, 1e-38.
     const LOWEST: f32 = -87.0;
     /// Adding this leaves the nearest integer in the low bits of the mantissa.

@@ -1,59 +1,32 @@
-//! The engine of evaluation, calibration and compression: all windows go through block 0, then all windows through
+//! The one engine of evaluation, calibration and compression: all windows through block 0, then all windows through
 //! block 1, and so on. Weights are read once, and memory holds one block and the hidden states.
 
 use std::ops::Range;
-use std::path::PathBuf;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result};
 use candle_core::{Device, Tensor};
 
-use super::block::{Block, Observer};
-use super::config::ModelConfig;
+use super::batches::{BATCH_TOKENS, WalkLimits, batch_bytes, split};
+use super::block::Block;
 use super::decoder::Decoder;
 use super::rope::Rope;
+use super::slot::InputSite;
 use crate::error::{Failure, NON_FINITE_HINT};
 use crate::progress::Stage;
 use crate::store::{Array, Journal, Spool, Spooled, Values};
+use crate::workers::Workers;
 
-/// Memory limits of a walk for data that grows with the text.
-#[derive(Debug, Clone)]
-pub struct WalkLimits {
-    /// Cap for hidden states; the rest goes to a file in `work_folder`.
-    pub hidden_bytes: usize,
-    /// Cap for the activations of one forward pass; it determines the batch size.
-    pub activation_bytes: usize,
-    pub work_folder: PathBuf,
-}
-
-impl WalkLimits {
-    /// Half of `memory_bytes` is for hidden states and a quarter for activations; the last quarter is left for weights.
-    pub fn new(memory_bytes: u64, work_folder: PathBuf) -> Self {
-        let memory = usize::try_from(memory_bytes).unwrap_or(usize::MAX);
-        Self { hidden_bytes: memory / 2, activation_bytes: memory / 4, work_folder }
-    }
-
-    /// Limits for one window at a time: products of very small ranks depend on the batch in their last digits, and the
-    /// output must not depend on memory.
-    #[must_use]
-    pub fn one_window(&self) -> Self {
-        Self { activation_bytes: 0, ..self.clone() }
-    }
-
-    /// Number of windows that go through a block at once.
-    pub fn batch_size(&self, config: &ModelConfig, n_tokens: usize) -> usize {
-        // Tensors alive at the widest point of a block: input, normed, q, k, v, mixed, or gate, up, product.
-        let inner = config.block_widths().distinct().map(|widths| widths.intermediate_size).max().unwrap_or(0);
-        let per_token = 4 * (6 * config.hidden_size + 3 * inner);
-        (self.activation_bytes / (per_token * n_tokens.max(1))).max(1)
-    }
-}
-
-/// Windows of tokens on their way through a model, and the store of their hidden states.
+/// Windows of tokens on their way through a model, and the store of their hidden states. Batches are independent:
+/// several go through a block at once, and their results are used in order.
 pub struct Walk<'a> {
     windows: &'a [Vec<u32>],
     /// Windows of equal length that are processed together.
     batches: Vec<Range<usize>>,
-    spool: Spool,
+    limits: WalkLimits,
+    batch_bytes: usize,
+    workers: Workers,
+    spool: Mutex<Spool>,
     rope: Rope,
     /// The text of the windows, for messages.
     text: Option<String>,
@@ -61,7 +34,21 @@ pub struct Walk<'a> {
 
 /// The hidden states of all windows at one point of the model, batch after batch, (batch, n_tokens, hidden_size) each.
 #[derive(Debug)]
-pub struct Hidden(Vec<Spooled>);
+pub struct Hidden(Vec<Mutex<Spooled>>);
+
+impl Hidden {
+    fn new(batches: impl IntoIterator<Item = Spooled>) -> Self {
+        Self(batches.into_iter().map(Mutex::new).collect())
+    }
+
+    fn lock(&self, batch_idx: usize) -> MutexGuard<'_, Spooled> {
+        self.0[batch_idx].lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn into_batches(self) -> impl Iterator<Item = Spooled> {
+        self.0.into_iter().map(|batch| batch.into_inner().unwrap_or_else(PoisonError::into_inner))
+    }
+}
 
 /// The tokens of a window that are scored.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -90,12 +77,30 @@ impl<'a> Walk<'a> {
     /// Prepares for `windows`; [`Self::embed`] starts the walk.
     ///
     /// # Errors
-    /// The rotary embedding of the config is not supported.
+    /// The rotary embedding of the config is not supported, or the system refuses threads.
     pub fn new(decoder: &Decoder<'_>, windows: &'a [Vec<u32>], limits: &WalkLimits) -> Result<Self> {
         let longest = windows.iter().map(Vec::len).max().unwrap_or(0);
-        let spool = Spool::new(limits.hidden_bytes, limits.work_folder.clone());
-        let batches = split(windows, limits.batch_size(&decoder.config, longest));
-        Ok(Self { windows, batches, spool, rope: decoder.rope(longest)?, text: None })
+        let spool = Mutex::new(Spool::new(limits.hidden_bytes, limits.work_folder.clone()));
+        let batches = split(windows);
+        let batch_bytes = batch_bytes(&decoder.config, longest.max(BATCH_TOKENS));
+        let workers = Workers::new(limits.batches_at_once(batch_bytes).min(batches.len()))?;
+        let rope = decoder.rope(longest)?;
+        Ok(Self { windows, batches, limits: limits.clone(), batch_bytes, workers, spool, rope, text: None })
+    }
+
+    /// Reserves memory for results of `bytes` per batch, which are kept until they are merged.
+    ///
+    /// # Errors
+    /// The system refuses threads.
+    pub fn reserve(&mut self, bytes: usize) -> Result<()> {
+        let at_once = self.limits.batches_at_once(self.batch_bytes + 2 * bytes);
+        self.workers = Workers::new(at_once.min(self.batches.len()))?;
+        Ok(())
+    }
+
+    /// The workers that share the batches.
+    pub fn workers(&self) -> &Workers {
+        &self.workers
     }
 
     /// Names the text of the windows in errors.
@@ -119,76 +124,97 @@ impl<'a> Walk<'a> {
         self.windows.iter().map(Vec::len).sum()
     }
 
+    fn spool(&self) -> MutexGuard<'_, Spool> {
+        self.spool.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Embeds the windows.
     ///
     /// # Errors
     /// A token is outside the vocabulary, or the work folder cannot be written.
-    pub fn embed(&mut self, decoder: &Decoder<'_>) -> Result<Hidden> {
+    pub fn embed(&self, decoder: &Decoder<'_>) -> Result<Hidden> {
         let embeddings = decoder.embeddings()?;
         let mut hidden = Vec::new();
         for range in &self.batches {
             let ids: Vec<&[u32]> = self.windows[range.clone()].iter().map(Vec::as_slice).collect();
-            hidden.push(self.spool.push(values(&embeddings.of_windows(&ids)?)?)?);
+            hidden.push(self.spool().push(values(&embeddings.of_windows(&ids)?)?)?);
         }
-        Ok(Hidden(hidden))
+        Ok(Hidden::new(hidden))
     }
 
-    /// Runs all windows through `block`, in place; `observe` sees the inputs of its linears, batch after batch in
-    /// order.
+    /// Sends all windows through `block`, in place.
     ///
     /// # Errors
-    /// The shapes do not match, the observer fails, or the work folder cannot be used.
-    pub fn advance(
-        &mut self,
-        hidden: &mut Hidden,
-        decoder: &Decoder<'_>,
-        block: &Block,
-        observe: &mut Observer<'_>,
-        progress: &dyn Stage,
-    ) -> Result<()> {
-        for i in 0..self.batches.len() {
-            let y = self.forward(hidden, i, decoder, block, observe, progress)?;
-            self.spool.set(&mut hidden.0[i], y.into())?;
-        }
-        Ok(())
+    /// The shapes do not match, a state is not finite, or the work folder cannot be written.
+    pub fn advance(&self, hidden: &Hidden, decoder: &Decoder<'_>, block: &Block, progress: &dyn Stage) -> Result<()> {
+        self.workers.in_order(
+            self.batches.len(),
+            |i| self.forward(hidden, i, decoder, block, &mut |_, _| Ok(()), progress),
+            |i, y| self.spool().set(&mut hidden.lock(i), y.into()),
+        )
     }
 
-    /// Like [`Self::advance`], but also keeps the states that enter the block.
+    /// Like [`Self::advance`], but keeps the states that enter the block as well.
     ///
     /// # Errors
     /// As [`Self::advance`].
     pub fn branch(
-        &mut self,
+        &self,
         hidden: &Hidden,
         decoder: &Decoder<'_>,
         block: &Block,
-        observe: &mut Observer<'_>,
         progress: &dyn Stage,
     ) -> Result<Hidden> {
+        self.observe(hidden, decoder, block, progress, |(), _, _| Ok(()), |()| Ok(()))
+    }
+
+    /// Like [`Self::branch`]; `see` collects from the inputs of the linears of one batch, and `merge` receives the
+    /// collections in the order of the batches.
+    ///
+    /// # Errors
+    /// As [`Self::advance`], and the errors of `see` and `merge`.
+    pub fn observe<S: Default + Send>(
+        &self,
+        hidden: &Hidden,
+        decoder: &Decoder<'_>,
+        block: &Block,
+        progress: &dyn Stage,
+        see: impl Fn(&mut S, InputSite, &Tensor) -> Result<()> + Sync,
+        mut merge: impl FnMut(S) -> Result<()> + Send,
+    ) -> Result<Hidden> {
         let mut after = Vec::new();
-        for i in 0..self.batches.len() {
-            let y = self.forward(hidden, i, decoder, block, observe, progress)?;
-            after.push(self.spool.push(y)?);
-        }
-        Ok(Hidden(after))
+        self.workers.in_order(
+            self.batches.len(),
+            |i| {
+                let mut seen = S::default();
+                let observe = &mut |site, x: &Tensor| see(&mut seen, site, x);
+                let y = self.forward(hidden, i, decoder, block, observe, progress)?;
+                Ok((y, seen))
+            },
+            |_, (y, seen)| {
+                after.push(self.spool().push(y)?);
+                merge(seen)
+            },
+        )?;
+        Ok(Hidden::new(after))
     }
 
     fn forward(
-        &mut self,
+        &self,
         hidden: &Hidden,
         batch_idx: usize,
         decoder: &Decoder<'_>,
         block: &Block,
-        observe: &mut Observer<'_>,
+        observe: &mut dyn FnMut(InputSite, &Tensor) -> Result<()>,
         progress: &dyn Stage,
     ) -> Result<Vec<f32>> {
         let x = self.batch(hidden, batch_idx)?;
-        let y = block.forward(&x, &self.rope, decoder.kernels(), observe)?;
+        let y = block.forward(&x, &self.rope, observe)?;
         progress.advance((y.dim(0)? * y.dim(1)?) as u64);
         let values = values(&y)?;
         let Some(at) = values.iter().position(|v| !v.is_finite()) else { return Ok(values) };
         let window_in_batch = at / (y.dim(1)? * y.dim(2)?).max(1);
-        let site = block.first_non_finite(&x.narrow(0, window_in_batch, 1)?, &self.rope, decoder.kernels())?;
+        let site = block.first_non_finite(&x.narrow(0, window_in_batch, 1)?, &self.rope)?;
         let reader =
             site.and_then(|site| decoder.linears(block.index()).into_iter().find(|(slot, _)| slot.site() == site));
         let place = self.place()(self.batches[batch_idx].start + window_in_batch);
@@ -207,97 +233,114 @@ impl<'a> Walk<'a> {
     ///
     /// # Errors
     /// The work folder cannot be read.
-    pub fn batch(&mut self, hidden: &Hidden, batch_idx: usize) -> Result<Tensor> {
+    pub fn batch(&self, hidden: &Hidden, batch_idx: usize) -> Result<Tensor> {
         let range = &self.batches[batch_idx];
         let shape = (range.len(), self.windows[range.start].len(), ());
-        Ok(Tensor::new(self.spool.get(&hidden.0[batch_idx])?.f32s()?, &Device::Cpu)?.reshape(shape)?)
+        let values = self.spool().get(&hidden.lock(batch_idx))?;
+        Ok(Tensor::from_vec(values.f32s()?, shape, &Device::Cpu)?)
     }
 
     /// The states (n_tokens, hidden_size) of one window.
     ///
     /// # Errors
     /// The work folder cannot be read.
-    pub fn window(&mut self, hidden: &Hidden, window_idx: usize) -> Result<Tensor> {
+    pub fn window(&self, hidden: &Hidden, window_idx: usize) -> Result<Tensor> {
         let batch_idx = self.batches.partition_point(|range| range.end <= window_idx);
         let first = self.batches[batch_idx].start;
         Ok(self.batch(hidden, batch_idx)?.get(window_idx - first)?)
     }
 
-    /// Calls `f` with the tokens of every window and its states in all `streams`, (n_tokens, hidden_size) each.
+    /// Calls `work` with the index of every window and its states (n_tokens, hidden_size) in all `streams`, and passes
+    /// the results to `merge` in the order of the windows.
     ///
     /// # Errors
-    /// `f` fails, or the work folder cannot be read.
-    pub fn for_each_window(
-        &mut self,
+    /// The error of `work` or `merge`, or the work folder cannot be read.
+    pub fn for_each_window<T: Send>(
+        &self,
         streams: &[&Hidden],
-        mut f: impl FnMut(&[u32], &[Tensor]) -> Result<()>,
+        work: impl Fn(usize, &[Tensor]) -> Result<T> + Sync,
+        mut merge: impl FnMut(usize, T) -> Result<()> + Send,
     ) -> Result<()> {
-        for batch_idx in 0..self.batches.len() {
-            let batches = streams.iter().map(|hidden| self.batch(hidden, batch_idx)).collect::<Result<Vec<_>>>()?;
-            for (i, window) in self.windows[self.batches[batch_idx].clone()].iter().enumerate() {
-                let states = batches.iter().map(|batch| Ok(batch.get(i)?)).collect::<Result<Vec<_>>>()?;
-                f(window, &states)?;
-            }
-        }
-        Ok(())
+        self.workers.in_order(
+            self.batches.len(),
+            |batch_idx| {
+                let batches = streams.iter().map(|hidden| self.batch(hidden, batch_idx)).collect::<Result<Vec<_>>>()?;
+                let one = |(i, window_idx)| {
+                    let states = batches.iter().map(|batch| Ok(batch.get(i)?)).collect::<Result<Vec<_>>>()?;
+                    Ok((window_idx, work(window_idx, &states)?))
+                };
+                self.batches[batch_idx].clone().enumerate().map(one).collect::<Result<Vec<_>>>()
+            },
+            |_, results| results.into_iter().try_for_each(|(window_idx, result)| merge(window_idx, result)),
+        )
     }
 
-    /// Like [`Self::for_each_window`] over one stream; `f` returns the states that replace the window's, in the same
-    /// shape.
+    /// Like [`Self::for_each_window`] for two streams; `work` also returns the states that replace those of the first.
     ///
     /// # Errors
-    /// As [`Self::for_each_window`].
-    pub fn replace_windows(
-        &mut self,
-        hidden: &mut Hidden,
-        kept: &Hidden,
-        mut f: impl FnMut(&[u32], &Tensor, &Tensor) -> Result<Tensor>,
+    /// As [`Self::for_each_window`], or the work folder cannot be written.
+    pub fn replace_windows<T: Send>(
+        &self,
+        replaced: &Hidden,
+        other: &Hidden,
+        work: impl Fn(usize, &Tensor, &Tensor) -> Result<(Tensor, T)> + Sync,
+        mut merge: impl FnMut(T) -> Result<()> + Send,
     ) -> Result<()> {
-        for batch_idx in 0..self.batches.len() {
-            let (states, others) = (self.batch(hidden, batch_idx)?, self.batch(kept, batch_idx)?);
-            let mut replaced = Vec::with_capacity(states.elem_count());
-            for (i, window) in self.windows[self.batches[batch_idx].clone()].iter().enumerate() {
-                replaced.extend(values(&f(window, &states.get(i)?, &others.get(i)?)?)?);
-            }
-            self.spool.set(&mut hidden.0[batch_idx], replaced.into())?;
+        self.workers.in_order(
+            self.batches.len(),
+            |batch_idx| {
+                let (states, others) = (self.batch(replaced, batch_idx)?, self.batch(other, batch_idx)?);
+                let (mut made, mut results) = (Vec::with_capacity(states.elem_count()), Vec::new());
+                for (i, window_idx) in self.batches[batch_idx].clone().enumerate() {
+                    let (states, result) = work(window_idx, &states.get(i)?, &others.get(i)?)?;
+                    made.extend(values(&states)?);
+                    results.push(result);
+                }
+                Ok((made, results))
+            },
+            |batch_idx, (made, results)| {
+                self.spool().set(&mut replaced.lock(batch_idx), made.into())?;
+                results.into_iter().try_for_each(&mut merge)
+            },
+        )
+    }
+
+    /// A copy of states.
+    ///
+    /// # Errors
+    /// The work folder cannot be read or written.
+    pub fn copy(&self, hidden: &Hidden) -> Result<Hidden> {
+        let mut copies = Vec::with_capacity(self.batches.len());
+        for values in self.arrays(hidden)? {
+            copies.push(self.spool().push(values)?);
         }
-        Ok(())
+        Ok(Hidden::new(copies))
     }
 
-    /// Copies states.
+    /// The states of an earlier walk over the same windows.
     ///
     /// # Errors
-    /// The work folder cannot be used.
-    pub fn copy(&mut self, hidden: &Hidden) -> Result<Hidden> {
-        let copies = hidden.0.iter().map(|array| {
-            let values = self.spool.get(array)?;
-            self.spool.push(values)
-        });
-        Ok(Hidden(copies.collect::<Result<_>>()?))
-    }
-
-    /// Restores the states of an earlier walk over the same windows in the same batches.
-    ///
-    /// # Errors
-    /// The work folder cannot be written.
-    pub(crate) fn restore(&mut self, batches: Vec<Array>) -> Result<Hidden> {
+    /// The work folder cannot be read or written.
+    pub(crate) fn restore(&self, batches: Vec<Array>) -> Result<Hidden> {
         anyhow::ensure!(batches.len() == self.batches.len(), "invariant: a walk is resumed in the same batches");
-        Ok(Hidden(batches.into_iter().map(|batch| self.spool.push(batch)).collect::<Result<_>>()?))
+        let mut spool = self.spool();
+        let batches = batches.into_iter().map(|batch| spool.push(batch)).collect::<Result<Vec<_>>>()?;
+        Ok(Hidden::new(batches))
     }
 
-    /// The values of states, batch by batch.
+    /// The values of states, batch after batch.
     ///
     /// # Errors
     /// The work folder cannot be read.
-    pub(crate) fn arrays(&mut self, hidden: &Hidden) -> Result<Vec<Values>> {
-        hidden.0.iter().map(|array| self.spool.get(array)).collect()
+    pub(crate) fn arrays(&self, hidden: &Hidden) -> Result<Vec<Values>> {
+        (0..self.batches.len()).map(|batch_idx| self.spool().get(&hidden.lock(batch_idx))).collect()
     }
 
     /// Keeps states in a journal, under `key`.
     ///
     /// # Errors
-    /// The work folder or the journal cannot be used.
-    pub(crate) fn settle(&mut self, hidden: Hidden, journal: &Journal, key: &str) -> Result<Hidden> {
+    /// A disk refuses.
+    pub(crate) fn settle(&self, hidden: Hidden, journal: &Journal, key: &str) -> Result<Hidden> {
         if !journal.keeps() {
             return Ok(hidden);
         }
@@ -307,9 +350,10 @@ impl<'a> Walk<'a> {
         self.restore(piece.rest())
     }
 
-    /// Releases the space of states.
-    pub fn release(&mut self, hidden: Hidden) {
-        hidden.0.into_iter().for_each(|array| self.spool.release(array));
+    /// Releases the storage of states.
+    pub fn release(&self, hidden: Hidden) {
+        let mut spool = self.spool();
+        hidden.into_batches().for_each(|array| spool.release(array));
     }
 
     /// Negative log-likelihoods of the `scored` tokens of each window, one list per window.
@@ -317,7 +361,7 @@ impl<'a> Walk<'a> {
     /// # Errors
     /// A logit is not finite.
     pub fn score(
-        &mut self,
+        &self,
         hidden: &Hidden,
         decoder: &Decoder<'_>,
         scored: &[Scored],
@@ -326,11 +370,14 @@ impl<'a> Walk<'a> {
         let head = decoder.head()?;
         let mut nlls = Vec::with_capacity(self.windows.len());
         let place = self.place();
-        self.for_each_window(&[hidden], |window, states| {
-            let scored = &scored[nlls.len()];
+        let score = |window_idx: usize, states: &[Tensor]| {
+            let scored: &Scored = &scored[window_idx];
             let found = head.negative_log_likelihoods(&scored.rows(&states[0])?, &scored.tokens);
-            nlls.push(found.with_context(|| place(nlls.len()))?);
-            progress.advance(window.len() as u64);
+            progress.advance(self.windows[window_idx].len() as u64);
+            found.with_context(|| place(window_idx))
+        };
+        self.for_each_window(&[hidden], score, |_, found| {
+            nlls.push(found);
             Ok(())
         })?;
         Ok(nlls)
@@ -339,29 +386,4 @@ impl<'a> Walk<'a> {
 
 fn values(x: &Tensor) -> Result<Vec<f32>> {
     Ok(x.flatten_all()?.to_vec1()?)
-}
-
-/// Splits windows into runs of equal length, with at most `batch_size` windows each.
-fn split(windows: &[Vec<u32>], batch_size: usize) -> Vec<Range<usize>> {
-    let mut batches: Vec<Range<usize>> = Vec::new();
-    for i in 0..windows.len() {
-        match batches.last_mut() {
-            Some(last) if last.len() < batch_size && windows[last.start].len() == windows[i].len() => last.end = i + 1,
-            _ => batches.push(i..i + 1),
-        }
-    }
-    batches
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn batches_cover_all_windows_and_share_a_length() {
-        let windows: Vec<Vec<u32>> = [4, 4, 4, 3, 3, 4].iter().map(|&n| vec![0; n]).collect();
-        assert_eq!(split(&windows, 2), [0..2, 2..3, 3..5, 5..6]);
-        assert_eq!(split(&windows, 9), [0..3, 3..5, 5..6]);
-        assert!(split(&[], 2).is_empty());
-    }
 }

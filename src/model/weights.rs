@@ -10,7 +10,7 @@ use crate::error::Failure;
 use crate::operator::{self, BASE};
 
 /// A source of f32 tensors by name.
-pub trait Weights {
+pub trait Weights: Sync {
     fn contains(&self, name: &str) -> bool;
 
     /// The tensor, in f32.
@@ -111,7 +111,7 @@ pub(super) fn follows_family(checkpoint: &Checkpoint, name: &str) -> bool {
 /// The tensor is absent, or not a permutation.
 pub(super) fn order(checkpoint: &Checkpoint, name: &str) -> Result<Vec<usize>> {
     let info = checkpoint.require(name)?;
-    let broken = || Failure::unsupported(format!("tensor `{name}` is no permutation of rows"));
+    let broken = || Failure::unsupported(format!("tensor `{name}` is not a permutation of rows"));
     let (&[m], Dtype::I32) = (info.shape.as_slice(), info.dtype) else { return Err(broken().into()) };
     let order: Vec<usize> = checkpoint.with_bytes(name, |bytes| {
         bytes.as_chunks::<4>().0.iter().map(|&b| usize::try_from(i32::from_le_bytes(b)).unwrap_or(usize::MAX)).collect()

@@ -12,11 +12,11 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Context, Result};
-use candle_core::Tensor;
 use faer::Mat;
 use rayon::prelude::*;
 use serde_json::{Value, json};
 
+use super::moments::{Moments, Place};
 use crate::approx::low_rank::ErrorCurve;
 use crate::approx::metric::{Metric, MetricPair, PlainSides, mean_diagonal, shifted};
 use crate::compress::plan::Choice;
@@ -47,30 +47,40 @@ impl Refine for Anchor {
         let session = solution.study.session;
         let decoder = Decoder::open(session.checkpoint)?;
         let text = solution.study.inputs.windows.as_ref().context("invariant: a sequential recipe has a text")?;
-        let mut walk = Walk::new(&decoder, &text.windows, &session.limits.one_window())?.of_text(&text.text);
+        let mut walk = Walk::new(&decoder, &text.windows, &session.limits)?.of_text(&text.text);
+        walk.reserve(moment_bytes(solution))?;
         let mut original = walk.embed(&decoder)?;
         let mut shifted = walk.copy(&original)?;
         let stage = session.progress.stage("anchor", (walk.n_tokens() * decoder.n_blocks()) as u64, "tokens");
-        let n_done = resume(solution, &mut walk, (&mut original, &mut shifted))?;
+        let n_done = resume(solution, &walk, (&mut original, &mut shifted))?;
         stage.advance((walk.n_tokens() * n_done) as u64);
         for block_idx in n_done..decoder.n_blocks() {
             stage.note(&format!("block {block_idx}"));
             let dense = decoder.block(block_idx)?;
             let streams = Streams { decoder: &decoder, original: (&dense, &original), shifted: &shifted };
-            let made = self.refit_block(solution, &mut walk, &streams, block_idx)?;
+            let made = self.refit_block(solution, &walk, &streams, block_idx)?;
             let done = solution.compressed_in(block_idx);
             let overlay = solution.overlay(&done)?;
             let block = decoder.with_weights(&overlay).block(block_idx)?;
-            walk.advance(&mut original, &decoder, &dense, &mut |_, _| Ok(()), &Silent)?;
-            walk.advance(&mut shifted, &decoder, &block, &mut |_, _| Ok(()), stage.as_ref())?;
+            walk.advance(&original, &decoder, &dense, &Silent)?;
+            walk.advance(&shifted, &decoder, &block, stage.as_ref())?;
             drop(overlay);
-            keep(session, solution, &mut walk, block_idx, [&original, &shifted], made)?;
+            keep(session, solution, &walk, block_idx, [&original, &shifted], made)?;
         }
         if let Some(last) = decoder.n_blocks().checked_sub(1) {
             session.journal.remove(&states_key(last));
         }
         Ok(())
     }
+}
+
+/// Bytes of the products of one window at the places of one group.
+fn moment_bytes(solution: &Solution<'_>) -> usize {
+    let linears = &solution.study.plan.linears;
+    let widest = linears.iter().map(|linear| linear.in_features).max().unwrap_or(0);
+    let has_experts = linears.iter().any(|linear| linear.id.is_some_and(|id| id.slot.expert.is_some()));
+    // The moments of a group of experts, which are in f64, fill the memory for activations.
+    if has_experts { solution.study.session.limits.activation_bytes / 2 } else { 8 * widest * widest }
 }
 
 /// Both streams before a block.
@@ -85,7 +95,7 @@ impl Anchor {
     fn refit_block(
         &self,
         solution: &mut Solution<'_>,
-        walk: &mut Walk<'_>,
+        walk: &Walk<'_>,
         streams: &Streams<'_>,
         block_idx: usize,
     ) -> Result<Vec<Made>> {
@@ -96,7 +106,7 @@ impl Anchor {
             let moments = {
                 let overlay = solution.overlay(&done)?;
                 let so_far = streams.decoder.with_weights(&overlay).block(block_idx)?;
-                Moments::observe(walk, streams.decoder, streams.original, (&so_far, streams.shifted), group)?
+                Moments::observe(walk, streams.original, (&so_far, streams.shifted), group)?
             };
             for (place, moments) in group.iter().zip(moments) {
                 // An expert that sees too few tokens keeps its fit.
@@ -122,7 +132,7 @@ impl Anchor {
 fn keep(
     session: &Session<'_>,
     solution: &mut Solution<'_>,
-    walk: &mut Walk<'_>,
+    walk: &Walk<'_>,
     block_idx: usize,
     [original, shifted]: [&Hidden; 2],
     made: Vec<Made>,
@@ -145,16 +155,6 @@ fn keep(
     take(solution, piece)?;
     block_idx.checked_sub(1).into_iter().for_each(|before| session.journal.remove(&states_key(before)));
     Ok(())
-}
-
-/// An input site, and the compressed linears that read it.
-struct Place {
-    site: InputSite,
-    /// Features of the input.
-    n: usize,
-    readers: Vec<usize>,
-    /// The readers that are anchored: all except weights of zeros, and experts with too few calibration tokens.
-    anchored: Vec<usize>,
 }
 
 /// The input sites of a block, in the order of the forward pass.
@@ -204,7 +204,7 @@ fn states_key(block_idx: usize) -> String {
 /// Restores the blocks that an earlier run anchored, and the states after the last of them; returns their number.
 fn resume(
     solution: &mut Solution<'_>,
-    walk: &mut Walk<'_>,
+    walk: &Walk<'_>,
     (original, shifted): (&mut Hidden, &mut Hidden),
 ) -> Result<usize> {
     let journal = &solution.study.session.journal;
@@ -238,77 +238,7 @@ fn take(solution: &mut Solution<'_>, mut piece: Piece) -> Result<()> {
     Ok(())
 }
 
-/// Second moments of the two streams at one site, as means over tokens.
-struct Moments {
-    /// `C_xx̂` (n, n).
-    cross: Mat<f64>,
-    /// `C_x̂x̂` (n, n).
-    shifted: Mat<f64>,
-    n_seen: usize,
-}
-
 impl Moments {
-    /// The moments at `places`, one group of sites. In both streams, experts see the tokens that the router of the
-    /// second stream sends them.
-    fn observe(
-        walk: &mut Walk<'_>,
-        decoder: &Decoder<'_>,
-        original: (&Block, &Hidden),
-        shifted: (&Block, &Hidden),
-        places: &[Place],
-    ) -> Result<Vec<Self>> {
-        let zeros = |place: &Place| Self {
-            cross: Mat::zeros(place.n, place.n),
-            shifted: Mat::zeros(place.n, place.n),
-            n_seen: 0,
-        };
-        let mut moments: Vec<Self> = places.iter().map(zeros).collect();
-        let (mut site, mut experts) = (places[0].site, None);
-        if site.expert().is_some() {
-            (site, experts) = (InputSite::GateUp, original.0.experts().zip(shifted.0.experts()));
-        }
-        let rope = walk.rope().clone();
-        for batch_idx in 0..walk.n_batches() {
-            let mut inputs = |(block, hidden): (&Block, &Hidden), site| {
-                block.input_at(site, &walk.batch(hidden, batch_idx)?, &rope, decoder.kernels())
-            };
-            let (x, shifted_x) = (inputs(original, site)?, inputs(shifted, site)?);
-            for window_idx in 0..x.dim(0)? {
-                let (x, shifted_x) = (x.get(window_idx)?, shifted_x.get(window_idx)?); // (n_tokens, n)
-                let routes = experts.map(|(_, experts)| experts.route(&shifted_x)).transpose()?;
-                for (place, moments) in places.iter().zip(&mut moments) {
-                    match (place.site.expert(), experts, &routes) {
-                        (Some(expert), Some((before, after)), Some(routes)) if !routes[expert].is_empty() => {
-                            let tokens = &routes[expert];
-                            let x = before.input_at(place.site, &x, tokens)?;
-                            moments.add(&x, &after.input_at(place.site, &shifted_x, tokens)?)?;
-                        }
-                        (Some(_), ..) => {}
-                        (None, ..) => moments.add(&x, &shifted_x)?,
-                    }
-                }
-            }
-        }
-        let scale = faer::Scale(1.0 / walk.n_tokens().max(1) as f64);
-        for moments in &mut moments {
-            linalg::mirror_lower(&mut moments.shifted);
-            moments.cross *= scale;
-            moments.shifted *= scale;
-        }
-        Ok(moments)
-    }
-
-    /// Adds the sums over `x` and `shifted` (n_seen, n).
-    fn add(&mut self, x: &Tensor, shifted: &Tensor) -> Result<()> {
-        let (n_seen, n) = x.dims2()?;
-        let rows = |x: &Tensor| x.flatten_all()?.to_vec1::<f32>();
-        let (x, shifted) = (rows(x)?, rows(shifted)?);
-        linalg::add_product_f32(&mut self.cross, &x, &shifted, n);
-        linalg::add_gram_f32(&mut self.shifted, &shifted, n_seen);
-        self.n_seen += n_seen;
-        Ok(())
-    }
-
     /// The fits of the linears `here`, and the sides whose metric was plain because their inputs were zero.
     fn approximate(&self, solution: &Solution<'_>, here: &[usize], mu: f64) -> Result<Vec<(Fit, PlainSides)>> {
         let invertible = shifted(self.shifted.clone(), DAMPING * mean_diagonal(&self.shifted));

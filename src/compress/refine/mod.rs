@@ -2,6 +2,7 @@
 //! [`of`].
 
 mod anchor;
+mod moments;
 mod quantize_factors;
 
 use super::recipe::Recipe;

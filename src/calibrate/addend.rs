@@ -1,0 +1,154 @@
+//! What one batch of windows adds to the sums of a block, computed beside other batches and added in order.
+
+use anyhow::Result;
+use candle_core::Tensor;
+use faer::Mat;
+
+use super::needs::{Key, Needs};
+use crate::linalg;
+use crate::model::{InputSite, Slot};
+
+/// When a Gram is computed from its rows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Multiply {
+    /// At once, beside other batches, at the price of the memory of the result.
+    Now,
+    /// When it is added: one at a time, each with all threads.
+    WhenAdded,
+}
+
+/// Addends of statistics, by key. A key may come more than once.
+#[derive(Debug, Default)]
+pub struct Addend {
+    pub(super) grams: Vec<(Key, Chunk)>,
+    pub(super) vectors: Vec<(Key, Vec<f64>)>,
+}
+
+/// The Gram of a few rows, before or after their multiplication.
+#[derive(Debug)]
+pub(super) enum Chunk {
+    /// (n_rows, n), row-major.
+    Rows { values: Vec<f32>, n_rows: usize, n: usize },
+    /// (n, n), a lower triangle.
+    Gram(Mat<f32>),
+}
+
+impl Chunk {
+    pub fn into_gram(self) -> Mat<f32> {
+        match self {
+            Self::Rows { values, n_rows, n } => linalg::gram_f32(&values, n_rows, n),
+            Self::Gram(gram) => gram,
+        }
+    }
+}
+
+impl Addend {
+    /// Adds inputs `x` (batch, n_tokens, n) at `site`.
+    ///
+    /// # Errors
+    /// The shape does not match.
+    pub fn add_inputs(&mut self, site: InputSite, x: &Tensor, needs: Needs, multiply: Multiply) -> Result<()> {
+        let (batch, n_tokens, n) = x.dims3()?;
+        if let InputSite::ExpertGateUp(expert) = site {
+            self.vectors.push((Key::ExpertTokens(expert), vec![(batch * n_tokens) as f64]));
+        }
+        if !needs.inputs() {
+            return Ok(());
+        }
+        let values = x.flatten_all()?.to_vec1::<f32>()?;
+        if needs.input_magnitude {
+            let mut sums = vec![0.0; n];
+            for row in values.chunks_exact(n) {
+                sums.iter_mut().zip(row).for_each(|(s, v)| *s += f64::from(v.abs()));
+            }
+            self.vectors.push((Key::InputMagnitude(site), sums));
+        }
+        if needs.input_gram {
+            self.add_gram(Key::InputGram(site), (values, n), multiply);
+        }
+        Ok(())
+    }
+
+    /// Adds the gradients (n_tokens, m) of one window at the output of a linear. `clip` bounds the norms of its tokens.
+    ///
+    /// # Errors
+    /// The shape does not match.
+    pub fn add_output_gradients(
+        &mut self,
+        slot: Slot,
+        gradient: &Tensor,
+        clip: bool,
+        multiply: Multiply,
+    ) -> Result<()> {
+        let (_, m) = gradient.dims2()?;
+        let mut values = gradient.flatten_all()?.to_vec1::<f32>()?;
+        if clip {
+            clip_tokens(&mut values, m);
+        }
+        self.add_gram(Key::OutputGram(slot), (values, m), multiply);
+        Ok(())
+    }
+
+    /// Adds the squares of one sequence's weight gradient, from its inputs (n_tokens, n) and output gradients (n_tokens, m).
+    ///
+    /// # Errors
+    /// The shape does not match.
+    pub fn add_squared_gradient(&mut self, slot: Slot, x: &Tensor, gradient: &Tensor) -> Result<()> {
+        let (m, n) = (gradient.dim(1)?, x.dim(1)?);
+        let weight_gradient = gradient.t()?.contiguous()?.matmul(x)?; // ∂L/∂W (m, n)
+        let values = weight_gradient.flatten_all()?.to_vec1::<f32>()?;
+        let mut columns = vec![0.0; n];
+        let mut rows = Vec::with_capacity(m);
+        for row in values.chunks_exact(n) {
+            let mut sum = 0.0;
+            for (column, &v) in columns.iter_mut().zip(row) {
+                let square = f64::from(v) * f64::from(v);
+                *column += square;
+                sum += square;
+            }
+            rows.push(sum);
+        }
+        self.vectors.push((Key::SquaredGradientInput(slot), columns));
+        self.vectors.push((Key::SquaredGradientOutput(slot), rows));
+        Ok(())
+    }
+
+    fn add_gram(&mut self, key: Key, (values, n): (Vec<f32>, usize), multiply: Multiply) {
+        let rows = Chunk::Rows { n_rows: values.len() / n.max(1), values, n };
+        let chunk = match multiply {
+            Multiply::Now => Chunk::Gram(rows.into_gram()),
+            Multiply::WhenAdded => rows,
+        };
+        self.grams.push((key, chunk));
+    }
+}
+
+/// Scales the rows of `gradients` (n_tokens, m) so that their norms are between 0.1 and 10 times the mean norm of the window, which keeps a
+/// few tokens from dominating the metric. Rows of zeros are kept.
+fn clip_tokens(gradients: &mut [f32], m: usize) {
+    let norm = |row: &[f32]| row.iter().map(|&v| f64::from(v) * f64::from(v)).sum::<f64>().sqrt();
+    let norms: Vec<f64> = gradients.chunks_exact(m).map(norm).collect();
+    let mean = norms.iter().sum::<f64>() / norms.len().max(1) as f64;
+    for (row, norm) in gradients.chunks_exact_mut(m).zip(norms) {
+        if norm > 0.0 {
+            let scale = (norm.clamp(0.1 * mean, 10.0 * mean) / norm) as f32;
+            row.iter_mut().for_each(|v| *v *= scale);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn clipping_bounds_the_norms_of_tokens() {
+        let mut gradients = vec![0.0; 100];
+        gradients[0] = 1000.0;
+        gradients[1] = 1e-3;
+        clip_tokens(&mut gradients, 1);
+        let mean = 1000.001 / 100.0;
+        assert!((gradients[0] - 10.0 * mean).abs() < 1e-3 && (gradients[1] - 0.1 * mean).abs() < 1e-5);
+        assert_eq!(gradients[2], 0.0);
+    }
+}

@@ -1,0 +1,76 @@
+//! Names of the statistics, and which of them are collected.
+
+use serde::{Deserialize, Serialize};
+
+use crate::model::{InputSite, Slot};
+
+/// The statistics to collect.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Needs {
+    /// `Σ x xᵀ` over tokens, (n, n), of the inputs of every linear.
+    pub input_gram: bool,
+    /// `Σ |x|` over tokens, (n).
+    pub input_magnitude: bool,
+    /// `Σ g gᵀ` over tokens, (m, m), of the gradients of the summed loss at the output of every linear.
+    pub output_gram: bool,
+    /// `Σ (∂L/∂W)²` over sequences, where L is the summed loss of one sequence: its column sums (n) and its row sums
+    /// (m).
+    pub squared_gradient: bool,
+}
+
+impl Needs {
+    pub const ALL: Self = Self { input_gram: true, input_magnitude: true, output_gram: true, squared_gradient: true };
+
+    pub fn inputs(self) -> bool {
+        self.input_gram || self.input_magnitude
+    }
+
+    pub fn gradients(self) -> bool {
+        self.output_gram || self.squared_gradient
+    }
+
+    /// Whether `other` includes all of `self`.
+    pub fn are_met_by(self, other: Self) -> bool {
+        self.union(other) == other
+    }
+
+    #[must_use]
+    pub fn union(self, other: Self) -> Self {
+        Self {
+            input_gram: self.input_gram || other.input_gram,
+            input_magnitude: self.input_magnitude || other.input_magnitude,
+            output_gram: self.output_gram || other.output_gram,
+            squared_gradient: self.squared_gradient || other.squared_gradient,
+        }
+    }
+}
+
+/// One statistic of a block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Key {
+    InputGram(InputSite),
+    InputMagnitude(InputSite),
+    OutputGram(Slot),
+    /// Column sums: one value per input feature.
+    SquaredGradientInput(Slot),
+    /// Row sums: one value per output feature.
+    SquaredGradientOutput(Slot),
+    /// Number of tokens routed to an expert, (1).
+    ExpertTokens(usize),
+}
+
+impl Key {
+    /// The name in a file of statistics, such as `3.gate_up.input_gram`.
+    pub fn name(self, block: usize) -> String {
+        let (place, statistic) = match self {
+            Self::InputGram(site) => (site.name(), "input_gram"),
+            Self::InputMagnitude(site) => (site.name(), "input_magnitude"),
+            Self::OutputGram(slot) => (slot.name(), "output_gram"),
+            Self::SquaredGradientInput(slot) => (slot.name(), "squared_gradient_input"),
+            Self::SquaredGradientOutput(slot) => (slot.name(), "squared_gradient_output"),
+            Self::ExpertTokens(expert) => (format!("experts.{expert}"), "tokens"),
+        };
+        format!("{block}.{place}.{statistic}")
+    }
+}

@@ -1,0 +1,142 @@
+//! Second moments of the inputs of linears in two streams: the original states, and those of the model compressed so far.
+
+use anyhow::Result;
+use candle_core::Tensor;
+use faer::Mat;
+
+use crate::linalg;
+use crate::model::{Block, Experts, Hidden, InputSite, Walk};
+
+/// An input site, and the compressed linears that read it.
+pub(super) struct Place {
+    pub site: InputSite,
+    /// Features of the input.
+    pub n: usize,
+    pub readers: Vec<usize>,
+    /// The readers that are anchored: all except weights of zeros, and experts with too few calibration tokens.
+    pub anchored: Vec<usize>,
+}
+
+/// Second moments of the two streams at one site, as means over tokens.
+pub(super) struct Moments {
+    /// `C_xx̂` (n, n).
+    pub cross: Mat<f64>,
+    /// `C_x̂x̂` (n, n).
+    pub shifted: Mat<f64>,
+    pub n_seen: usize,
+}
+
+impl Moments {
+    /// The moments at `places`, one group of sites. In both streams, experts see the tokens that the router of the
+    /// second stream sends them.
+    pub fn observe(
+        walk: &Walk<'_>,
+        original: (&Block, &Hidden),
+        shifted: (&Block, &Hidden),
+        places: &[Place],
+    ) -> Result<Vec<Self>> {
+        let zeros = |place: &Place| Self {
+            cross: Mat::zeros(place.n, place.n),
+            shifted: Mat::zeros(place.n, place.n),
+            n_seen: 0,
+        };
+        let mut moments: Vec<Self> = places.iter().map(zeros).collect();
+        let (mut site, mut experts) = (places[0].site, None);
+        if site.expert().is_some() {
+            (site, experts) = (InputSite::GateUp, original.0.experts().zip(shifted.0.experts()));
+        }
+        let inputs = |(block, hidden): (&Block, &Hidden), batch_idx| {
+            block.input_at(site, &walk.batch(hidden, batch_idx)?, walk.rope())
+        };
+        let are_many_at_once = walk.workers().count() > 1;
+        walk.workers().in_order(
+            walk.n_batches(),
+            |batch_idx| {
+                let (x, shifted_x) = (inputs(original, batch_idx)?, inputs(shifted, batch_idx)?);
+                let mut addends = Vec::new();
+                for window_idx in 0..x.dim(0)? {
+                    let streams = [x.get(window_idx)?, shifted_x.get(window_idx)?]; // (n_tokens, n) each
+                    addends.extend(Addend::of_window(streams, places, experts)?);
+                }
+                Ok(if are_many_at_once {
+                    addends.into_iter().map(|addend| addend.multiplied(places)).collect()
+                } else {
+                    addends
+                })
+            },
+            |_, addends: Vec<Addend>| {
+                addends.into_iter().for_each(|addend| moments[addend.place_idx].add(addend));
+                Ok(())
+            },
+        )?;
+        let scale = faer::Scale(1.0 / walk.n_tokens().max(1) as f64);
+        for moments in &mut moments {
+            linalg::mirror_lower(&mut moments.shifted);
+            moments.cross *= scale;
+            moments.shifted *= scale;
+        }
+        Ok(moments)
+    }
+
+    fn add(&mut self, addend: Addend) {
+        self.n_seen += addend.n_seen;
+        let [cross, shifted] = addend.inputs.products(self.cross.nrows());
+        linalg::add_all(&mut self.cross, &cross);
+        linalg::add_lower(&mut self.shifted, &shifted);
+    }
+}
+
+/// What one window adds to the moments at a place.
+struct Addend {
+    place_idx: usize,
+    n_seen: usize,
+    inputs: Inputs,
+}
+
+/// Inputs in both streams, before or after their multiplication.
+enum Inputs {
+    /// (n_seen, n) each, row-major.
+    Rows([Vec<f32>; 2]),
+    /// `x x̂ᵀ`, and the lower triangle of `x̂ x̂ᵀ`, (n, n) each.
+    Products([Mat<f32>; 2]),
+}
+
+impl Inputs {
+    fn products(self, n: usize) -> [Mat<f32>; 2] {
+        match self {
+            Self::Rows([x, shifted]) => {
+                [linalg::cross_f32(&x, &shifted, n), linalg::gram_f32(&shifted, shifted.len() / n, n)]
+            }
+            Self::Products(products) => products,
+        }
+    }
+}
+
+impl Addend {
+    /// The addends of the states or inputs (n_tokens, n) of one window in both streams.
+    fn of_window(
+        [x, shifted]: [Tensor; 2],
+        places: &[Place],
+        experts: Option<(&Experts, &Experts)>,
+    ) -> Result<Vec<Self>> {
+        let routes = experts.map(|(_, experts)| experts.route(&shifted)).transpose()?;
+        let rows = |x: &Tensor| x.flatten_all()?.to_vec1::<f32>();
+        let mut addends = Vec::new();
+        for (place_idx, place) in places.iter().enumerate() {
+            let [x, shifted] = match (place.site.expert(), experts, &routes) {
+                (Some(expert), Some((before, after)), Some(routes)) if !routes[expert].is_empty() => {
+                    let tokens = &routes[expert];
+                    [before.input_at(place.site, &x, tokens)?, after.input_at(place.site, &shifted, tokens)?]
+                }
+                (Some(_), ..) => continue,
+                (None, ..) => [x.clone(), shifted.clone()],
+            };
+            addends.push(Self { place_idx, n_seen: x.dim(0)?, inputs: Inputs::Rows([rows(&x)?, rows(&shifted)?]) });
+        }
+        Ok(addends)
+    }
+
+    fn multiplied(self, places: &[Place]) -> Self {
+        Self { inputs: Inputs::Products(self.inputs.products(places[self.place_idx].n)), ..self }
+    }
+}
