@@ -8,6 +8,7 @@ check:
     cargo fmt --check
     cargo clippy --release --all-targets -- -D warnings
     cargo check --release --no-default-features
+    cargo check --release --no-default-features --features cli
 
 # The library's tests and the suite, or the part of the suite that NAME names: `just test eval::`
 test NAME='':

@@ -55,6 +55,15 @@ fn decompose(bencher: Bencher<'_, '_>, n: usize) {
     bencher.bench_local(|| low_rank::decompose(black_box(weight.as_ref()), metric, n).map(drop));
 }
 
+/// `x wᵀ` of inputs (512, n) and a weight (n, n), by the kernel that candle uses: the peak that passes are held against,
+/// 1024 n² operations.
+#[divan::bench(args = [576, 1536, 4096], sample_count = 20)]
+fn product(bencher: Bencher<'_, '_>, n: usize) {
+    let tensor = |rows: usize| Tensor::from_vec(values(rows * n), (rows, n), &Device::Cpu).expect("the length fits");
+    let (x, weight) = (tensor(512), tensor(n).t().expect("a matrix has a transpose"));
+    bencher.bench_local(|| black_box(&x).matmul(&weight).map(drop));
+}
+
 /// Inputs (256, n).
 #[divan::bench(args = [256, 576, 1024])]
 fn gram_of_inputs(bencher: Bencher<'_, '_>, n: usize) {

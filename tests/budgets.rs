@@ -210,6 +210,17 @@ fn truncation_needs_no_source_and_is_exact_where_the_order_is_kept() {
         let checkpoint = Checkpoint::open(&short).unwrap();
         assert_eq!(report["sizes"]["bytes_after"], checkpoint.n_bytes());
         assert_eq!(report["sizes"]["file_bytes_after"], weight_bytes(&short));
+        // Bits by linear and in sum are those of the output.
+        let size = |field: &str| report["sizes"][field].as_f64().unwrap();
+        let bits = size("bits_per_weight_base") + size("bits_per_weight_factors");
+        assert!((bits - size("bits_per_weight_after")).abs() < 1e-9, "{layout}: {report}");
+        let linears = report["linears"].as_array().unwrap();
+        let stored = |l: &Value| {
+            (l["bits_base"].as_f64().unwrap() + l["bits_factors"].as_f64().unwrap())
+                * l["parameters_before"].as_f64().unwrap()
+        };
+        let mean = linears.iter().map(stored).sum::<f64>() / size("linear_parameters_before");
+        assert!((mean - bits).abs() < 1e-9, "{layout}: {mean} {bits}");
         // Once more, in two steps to one place: the same ranks, the same model.
         let (direct, step, stepped) =
             (at(&format!("{layout}-d")), at(&format!("{layout}-e")), at(&format!("{layout}-f")));

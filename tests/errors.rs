@@ -352,6 +352,8 @@ fn usage_errors_come_before_any_work() {
         (&["--keep", "0.8", "--method", "svd-llm"], "needs `--calibration FILE`"),
         (&["--keep", "0.8", "--ranks", "best"], "welore"),
         (&["--keep", "0.8", "--targets", "*.qproj"], "matches no linear"),
+        (&["--keep", "0.8", "--exclude", "*"], "`--exclude` leaves no linear to compress"),
+        (&["--keep", "0.8", "--share", "--ranks", "uniform"], "hint: add `--ranks knapsack`"),
         (&["--recipe", path(&recipe)], "kepe"),
         (&["--keep", "0.8", "--recipe", "no-such-file.toml"], "no-such-file.toml"),
         (&["--keep", "0.8", "--calibration", "no-such-file.txt"], "no-such-file.txt"),

@@ -210,6 +210,7 @@ fn the_mathematics_does_no_input_or_output() {
 fn files_and_functions_fit_a_screen_or_a_few() {
     const FILE_LINES: usize = 450;
     const FUNCTION_LINES: usize = 70;
+    const NAMED_CLOSURES: usize = 2;
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     let mut too_long = Vec::new();
     for (path, _) in sources() {
@@ -232,7 +233,20 @@ fn files_and_functions_fit_a_screen_or_a_few() {
             if end + 1 > FUNCTION_LINES {
                 too_long.push(format!("{}:{}: a function of {} lines", path.display(), at + 1, end + 1));
             }
+            let n_closures = lines[at..=at + end].iter().filter(|line| names_a_closure(line)).count();
+            if n_closures > NAMED_CLOSURES {
+                too_long.push(format!("{}:{}: {n_closures} named closures", path.display(), at + 1));
+            }
         }
     }
     assert_eq!(too_long, Vec::<String>::new());
+}
+
+/// Whether a line is `let name = |...` or `let name = move |...`.
+fn names_a_closure(line: &str) -> bool {
+    let Some((name, value)) = line.trim_start().strip_prefix("let ").and_then(|rest| rest.split_once(" =")) else {
+        return false;
+    };
+    let value = value.trim_start().trim_start_matches("&mut ").trim_start_matches("move ");
+    !name.contains(['(', ':']) && value.starts_with('|')
 }

@@ -1,6 +1,6 @@
 //! The kernel: the best `B·A` in a metric, for every rank at once.
 //!
-//! Minimises `tr(G E C Eᵀ)`, `E = T − B·A`, over `B` (m, r) and `A` (r, n). With roots `G = K Kᵀ`, `C = H Hᵀ` this is the
+//! Minimizes `tr(G E C Eᵀ)`, `E = T − B·A`, over `B` (m, r) and `A` (r, n). With roots `G = K Kᵀ`, `C = H Hᵀ` this is the
 //! truncated SVD of `S = Kᵀ T H`, un-whitened. The smaller of two eigenproblems is solved:
 //!
 //! - m ≤ n: `U` = top eigenvectors of `S Sᵀ = Kᵀ T C Tᵀ K`, and `B = K⁻ᵀ U`, `A = (K U)ᵀ T`. `C` is not rooted, let alone

@@ -1,4 +1,4 @@
-//! What one batch of windows adds to the sums of a block, computed beside other batches and added in order.
+//! Addends: each batch of windows contributes one to the sums of a block. They are computed side by side and added in order.
 
 use anyhow::Result;
 use candle_core::Tensor;

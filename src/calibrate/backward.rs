@@ -11,7 +11,7 @@ use super::statistics::Sums;
 use super::windows::Targets;
 use crate::error::{Failure, NON_FINITE_HINT};
 use crate::model::{Block, Decoder, Head, Hidden, InputSite, Objective, Pooler, Rope, Walk, is_finite};
-use crate::progress::Progress;
+use crate::progress::{Progress, Stage};
 use crate::store::Journal;
 
 /// Propagates gradients back through all blocks. `last` has the states after the last block, `entered` the inputs of
@@ -27,7 +27,6 @@ pub(super) fn run(
 ) -> Result<()> {
     let stage = progress.stage("gradients", (walk.n_tokens() * (decoder.n_blocks() + 1)) as u64, "tokens");
     // The gradient at the input of a block is stored before the block's sums: if the sums exist, so does the gradient.
-    let at_input = |block_idx: usize| format!("gradient-{block_idx}");
     let is_done = |block_idx: usize| journal.has(&Pass::Backward.key(block_idx));
     let n_left = (0..entered.len()).rev().find(|&block_idx| !is_done(block_idx)).map_or(0, |last| last + 1);
     for block_idx in n_left..entered.len() {
@@ -36,7 +35,7 @@ pub(super) fn run(
             format!("the stored sums of block {block_idx} are damaged; start over with `--restart`")
         })?)?)?;
     }
-    let mut gradient = match journal.get(&at_input(n_left))? {
+    let mut gradient = match journal.get(&gradient_key(n_left))? {
         Some(piece) => {
             stage.advance((walk.n_tokens() * (entered.len() + 1 - n_left)) as u64);
             walk.restore(piece.rest())?
@@ -47,15 +46,8 @@ pub(super) fn run(
                 "the stored gradient of block {n_left} is damaged; start over with `--restart`"
             );
             stage.note("head");
-            let gradient = walk.copy(&last)?;
-            let loss = Loss::of(decoder)?;
-            let place = walk.place();
-            let at_head = |window_idx: usize, _: &Tensor, x: &Tensor| {
-                stage.advance(x.dim(0)? as u64);
-                Ok((loss.gradient(x, &targets[window_idx]).with_context(|| place(window_idx))?, ()))
-            };
-            walk.replace_windows(&gradient, &last, at_head, |()| Ok(()))?;
-            walk.settle(gradient, journal, &at_input(n_left))?
+            let gradient = at_head(decoder, walk, targets, &last, stage.as_ref())?;
+            walk.settle(gradient, journal, &gradient_key(n_left))?
         }
     };
     walk.release(last);
@@ -74,12 +66,35 @@ pub(super) fn run(
             Ok(())
         })?;
         walk.release(x);
-        gradient = walk.settle(gradient, journal, &at_input(block_idx))?;
+        gradient = walk.settle(gradient, journal, &gradient_key(block_idx))?;
         keep(settle(journal, Pass::Backward, block_idx, sums)?)?;
-        journal.remove(&at_input(block_idx + 1));
+        journal.remove(&gradient_key(block_idx + 1));
     }
-    journal.remove(&at_input(0));
+    journal.remove(&gradient_key(0));
     Ok(())
+}
+
+/// The journal key of the gradient at the input of a block.
+fn gradient_key(block_idx: usize) -> String {
+    format!("gradient-{block_idx}")
+}
+
+/// The gradients of the loss with respect to the last states.
+fn at_head(
+    decoder: &Decoder<'_>,
+    walk: &Walk<'_>,
+    targets: &[Targets],
+    last: &Hidden,
+    stage: &dyn Stage,
+) -> Result<Hidden> {
+    let (gradient, loss) = (walk.copy(last)?, Loss::of(decoder)?);
+    let of_window = |window_idx: usize, _: &Tensor, x: &Tensor| {
+        stage.advance(x.dim(0)? as u64);
+        let gradient = loss.gradient(x, &targets[window_idx]);
+        Ok((gradient.with_context(|| walk.place()(window_idx))?, ()))
+    };
+    walk.replace_windows(&gradient, last, of_window, |()| Ok(()))?;
+    Ok(gradient)
 }
 
 /// The loss, as a function of the last states.

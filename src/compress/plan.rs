@@ -59,6 +59,7 @@ impl Plan {
         coverage::expect_whole(checkpoint)?;
         let all = inventory::linears(checkpoint);
         check_patterns(&all, recipe)?;
+        let has_linears = !all.is_empty();
         let is_target = |linear: &LinearInfo| {
             let is_wanted = if recipe.targets.is_empty() {
                 linear.is_default_target
@@ -68,6 +69,11 @@ impl Plan {
             is_wanted && !recipe.exclude.matches(&linear.module)
         };
         let mut linears: Vec<LinearInfo> = all.into_iter().filter(is_target).collect();
+        if linears.is_empty() && has_linears && !recipe.exclude.is_empty() {
+            return Err(Failure::usage("`--exclude` leaves no linear to compress")
+                .hint("`lrc inspect MODEL` lists the names of all linears")
+                .into());
+        }
         check_targets(checkpoint, &linears)?;
         warn_of_blocks_behind(checkpoint);
         // Blocks in order, regardless of the order of the files; stable within a block.

@@ -88,10 +88,12 @@ pub(super) fn linears(
             record.storage_error = Some(laid.as_ref().map_or(0.0, |laid| laid.storage_error));
             notes.extend(laid.and_then(|laid| laid.note));
         }
-        if let Some(Right::Lent(unit) | Right::Borrowed(unit)) =
-            solution.forms(i).and_then(|forms| Some(forms.over?.right))
-        {
-            notes.push(format!("shares its right factor, stored with `{}`", study.plan.linears[unit].module));
+        match solution.forms(i).and_then(|forms| Some(forms.over?.right)) {
+            Some(Right::Lent(_)) => notes.push("lends its right factor to others of the same input".into()),
+            Some(Right::Borrowed(unit)) => {
+                notes.push(format!("its right factor is that of `{}`", study.plan.linears[unit].module));
+            }
+            Some(Right::Own) | None => {}
         }
         if let Some(error) = written.get(&i).and_then(|w| w.relative_error) {
             record.relative_error = Some(error);

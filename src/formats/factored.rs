@@ -1,4 +1,4 @@
-//! Low-rank parts stored as they are: a Hugging Face repository with its own small modelling file.
+//! Low-rank parts stored as they are: a Hugging Face repository with its own small modeling file.
 //!
 //! A module `X` is stored as the parts of its structure, `X.lr_a.weight` and the like, which the files of
 //! `operator/` document; indices are i32 without `.weight`. Its bias belongs to the part that the structure names, or

@@ -8,7 +8,7 @@ use faer::{Mat, MatRef, Par};
 /// The upper triangular `U` (n, n) with `M⁻¹ = Uᵀ U`, and its inverse; none where `M` is not positive definite.
 ///
 /// With the order of rows and columns reversed, `M = L Lᵀ` is `M = Ũ Ũᵀ` of an upper triangular `Ũ`, and `U = Ũ⁻¹`: one
-/// factorisation and one triangular inverse, where inverting and factoring again costs three times as much.
+/// factorization and one triangular inverse, where inverting and factoring again costs three times as much.
 pub fn inverse_cholesky(matrix: MatRef<'_, f64>) -> Option<(Mat<f64>, Mat<f64>)> {
     let n = matrix.nrows();
     let mut lower = Mat::from_fn(n, n, |i, j| matrix[(n - 1 - i, n - 1 - j)]);

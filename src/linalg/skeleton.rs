@@ -40,7 +40,7 @@ const NEAR_LONGEST: f64 = 0.9;
 /// The skeleton of `basis` (m, r), m ≥ r, with coefficients up to `bound` > 1 in size; dependent columns are replaced by independent ones first.
 ///
 /// Pivots are the rows with the longest rest beside those before them, columns being of equal length: the pivoted Cholesky
-/// factorisation of `B Bᵀ`, in blocks. Then `T = L₂ L₁⁻¹`, and while an entry of `T` exceeds the bound, its row and its pivot
+/// factorization of `B Bᵀ`, in blocks. Then `T = L₂ L₁⁻¹`, and while an entry of `T` exceeds the bound, its row and its pivot
 /// change places. LU with partial pivoting looks at one column at a time, and its rows have less volume.
 pub fn row_skeleton(basis: MatRef<'_, f64>, bound: f64) -> RowSkeleton {
     assert!(basis.nrows() >= basis.ncols(), "invariant: a basis has no more columns than rows");

@@ -1,4 +1,4 @@
-//! Which windows travel together, and how many batches of them at once.
+//! Batches: windows that are processed together, and the number of batches in flight.
 
 use std::ops::Range;
 use std::path::PathBuf;

@@ -220,7 +220,7 @@ pub struct LinearRecord {
     pub dtype: String,
     /// Rank of the factors; none if the linear stays dense.
     pub rank: Option<usize>,
-    /// Layout of the factors: `pivot` or `factors`.
+    /// Layout of the factors: `pivot`, `factors` or `monarch`.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub layout: Option<String>,
     pub component: Component,

@@ -262,7 +262,9 @@ fn truncations(checkpoint: &Checkpoint) -> Result<Vec<Truncation>> {
     let paths = CURVES_FILES.map(|name| checkpoint.root().join(name));
     let Some(path) = paths.iter().find(|path| path.is_file()) else {
         return Err(Failure::unsupported(format!("`{}` is missing", paths[0].display()))
-            .hint("`lrc truncate` takes a folder written by `lrc compress --format factored`")
+            .hint(
+                "`lrc truncate` takes a folder written by `lrc compress --format factored`, without quantized bases or factors",
+            )
             .into());
     };
     let curves = Checkpoint::open_arrays(path)?;
@@ -394,6 +396,8 @@ fn update(
         let Some(record) = report.linears.iter_mut().find(|l| l.module == s.linear.module) else { continue };
         (record.rank, record.storage_error) = (Some(s.new_rank), None);
         record.parameters_after = s.kind.n_parameters(s.new_rank, s.linear.shape());
+        let (_, bytes) = s.linear.bytes_as(&Forms::of_rank(s.kind, s.new_rank, s.linear.shape()));
+        record.bits_factors = 8.0 * bytes as f64 / record.parameters_before as f64;
         let dropped: f64 = s.curve.energies[s.new_rank..].iter().map(|&e| f64::from(e)).sum();
         // Pivots were decomposed again in another metric: the curve is a bound no more.
         record.relative_error = record.relative_error.filter(|_| s.is_prefix()).map(|e| (e * e + dropped).sqrt());
@@ -401,7 +405,10 @@ fn update(
     let sizes = &mut report.sizes;
     let bytes_after: u64 = specs.iter().map(TensorSpec::n_bytes).sum();
     let saved_bits = 8.0 * (sizes.bytes_after as f64 - bytes_after as f64);
-    sizes.bits_per_weight_after -= saved_bits / sizes.linear_parameters_before as f64;
+    let saved = saved_bits / sizes.linear_parameters_before as f64;
+    sizes.bits_per_weight_after -= saved;
+    // Bases, and what was dense, stay.
+    sizes.bits_per_weight_factors -= saved;
     sizes.linear_parameters_after = report.linears.iter().map(|l| l.parameters_after).sum();
     sizes.keep = sizes.linear_parameters_after as f64 / sizes.linear_parameters_before as f64;
     sizes.parameters_after = specs.iter().map(TensorSpec::n_elements).sum();

@@ -20,6 +20,7 @@ const BUDGET_HINT: &str = "`--keep 0.8` keeps 80 % of the parameters of the targ
                            of the weight files; `--bits 4` sets the mean bits per weight";
 const FIXED_RANKS_HINT: &str = "fixed ranks already determine the size; remove one of the two";
 const REMOVE_ONE: &str = "remove one of the two";
+const ADD_KNAPSACK: &str = "add `--ranks knapsack`, or remove the option";
 
 fn usage(message: impl Into<String>, hint: &str) -> anyhow::Error {
     Failure::usage(message).hint(hint).into()
@@ -206,7 +207,7 @@ fn low_rank(options: &RecipeOptions, basics: &Basics) -> Result<LowRank> {
     }
     check_rank_multiple(basics)?;
     if basics.depth_weight != DepthWeight::Fixed(0.0) && basics.ranks != Ranks::Knapsack {
-        return Err(usage("`--depth-weight` has no effect without `--ranks knapsack`", REMOVE_ONE));
+        return Err(usage("`--depth-weight` has no effect without `--ranks knapsack`", ADD_KNAPSACK));
     }
     let allocation = match (rule, basics.ranks) {
         (Some(rule), _) => Allocation::PerLinear { rule, floor: basics.rank_floor, multiple: basics.rank_multiple },
@@ -244,8 +245,10 @@ fn sharing(options: &RecipeOptions, basics: &Basics, storage: Storage) -> Result
     if !options.share.unwrap_or(false) {
         return Ok(Sharing::None);
     }
+    if basics.ranks != Ranks::Knapsack {
+        return Err(usage("`--share` has no effect without `--ranks knapsack`", ADD_KNAPSACK));
+    }
     let refused = [
-        (basics.ranks != Ranks::Knapsack, "has no effect without `--ranks knapsack`, which chooses between the offers"),
         (basics.anchor.is_some(), "cannot be combined with `--sequential`, which fits every linear by itself"),
         (matches!(storage, Storage::Quantized(..)), "cannot be combined with `--quant-factors`"),
     ];
@@ -393,7 +396,7 @@ fn sensitivity(options: &RecipeOptions, ranks: Ranks, method: Method) -> Result<
         return Ok(Some(options.sensitivity.unwrap_or(default)));
     }
     match options.sensitivity {
-        Some(_) => Err(usage("`--sensitivity` has no effect without `--ranks knapsack`", REMOVE_ONE)),
+        Some(_) => Err(usage("`--sensitivity` has no effect without `--ranks knapsack`", ADD_KNAPSACK)),
         None => Ok(None),
     }
 }

@@ -86,7 +86,7 @@ impl Moments {
     }
 }
 
-/// What one window adds to the moments at a place.
+/// The contribution of one window to the moments at a place.
 struct Addend {
     place_idx: usize,
     n_seen: usize,
