@@ -41,7 +41,7 @@ impl Workers {
     }
 
     /// Computes `work(i)` for `i` from 0 to `n`, several at once, and passes the results to `merge` in order, one at a
-    /// time. At most [`Self::count`] finished results wait for their turn.
+    /// time. At most twice [`Self::count`] pieces are in flight or wait for their turn.
     ///
     /// # Errors
     /// The first error, in order, of `work` or `merge`.

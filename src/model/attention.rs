@@ -1,7 +1,7 @@
 //! Grouped-query attention with a rotary embedding: over all past tokens, a window of them, or in both directions.
 
 use anyhow::Result;
-use candle_core::{CpuStorage, CustomOp3, Device, Layout, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp3, Layout, Shape, Tensor};
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
 use pulp::Arch;
@@ -10,6 +10,7 @@ use rayon::prelude::*;
 use super::architectures::table::FusedQkv;
 use super::linear::Linear;
 use super::norm::Norm;
+use super::ops::{like, slice, values};
 use super::rope::{Rope, RopeKind};
 use super::slot::Role;
 use super::softmax::softmax_in_place;
@@ -153,7 +154,8 @@ impl Attention {
     }
 }
 
-/// Attention of all heads: `q` (batch, heads, n_tokens, head_dim), `k` and `v` (batch, kv_heads, n_tokens, head_dim);
+/// Attention of all heads, one block of queries at a time: scores of unseen keys are never computed, and the others stay
+/// in the cache. Threads share the heads, each of which is computed in a fixed order. Shapes: `q` (batch, heads, n_tokens, head_dim), `k` and `v` (batch, kv_heads, n_tokens, head_dim);
 /// the result has the shape of `q`. Heads are indexed across batches, because heads and groups are nested in the same
 /// way.
 fn attend_all(q: &[f32], k: &[f32], v: &[f32], n_tokens: usize, head_dim: usize, scoring: Scoring) -> Vec<f32> {
@@ -232,18 +234,8 @@ impl CustomOp3 for RecomputingAttention {
                 forward.backward(arch, (self.head_dim, self.scoring), &gradient[head(&gradient)], dq, dk, dv);
             }
         });
-        let tensor = |values: Vec<f32>, like: &Tensor| Tensor::from_vec(values, like.shape(), &Device::Cpu);
-        Ok((Some(tensor(dq, q)?), Some(tensor(dk, k)?), Some(tensor(dv, v)?)))
+        Ok((like(q, dq)?, like(k, dk)?, like(v, dv)?))
     }
-}
-
-fn values(tensor: &Tensor) -> candle_core::Result<Vec<f32>> {
-    tensor.flatten_all()?.to_vec1::<f32>()
-}
-
-fn slice<'a>(storage: &'a CpuStorage, layout: &Layout) -> candle_core::Result<&'a [f32]> {
-    let Some((begin, end)) = layout.contiguous_offsets() else { bail!("attention needs contiguous tensors") };
-    Ok(&storage.as_slice::<f32>()?[begin..end])
 }
 
 /// Inputs and output of the forward pass of one head, all (n_tokens, head_dim) row-major.
@@ -340,7 +332,7 @@ fn attend_one_head(
 
 #[cfg(test)]
 mod tests {
-    use candle_core::D;
+    use candle_core::{D, Device};
     use candle_nn::ops::softmax;
 
     use super::*;

@@ -6,7 +6,7 @@
 //! fixed order with a fixed number of lanes, so that results depend on neither threads nor vector width.
 
 use anyhow::Result;
-use candle_core::{CpuStorage, CustomOp2, CustomOp3, Device, Layout, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Shape, Tensor, bail};
 use candle_nn::{ops, rotary_emb};
 use pulp::Arch;
 
@@ -67,17 +67,20 @@ fn sum(a: &[f32], b: &[f32], f: impl Fn(f32, f32) -> f32) -> f32 {
     lanes.iter().sum::<f32>() + rest
 }
 
-fn slice<'a>(storage: &'a CpuStorage, layout: &Layout) -> candle_core::Result<&'a [f32]> {
-    let Some((begin, end)) = layout.contiguous_offsets() else { bail!("row-wise operations need contiguous tensors") };
+/// The values of a contiguous tensor.
+pub(super) fn slice<'a>(storage: &'a CpuStorage, layout: &Layout) -> candle_core::Result<&'a [f32]> {
+    let Some((begin, end)) = layout.contiguous_offsets() else { bail!("this operation needs contiguous tensors") };
     Ok(&storage.as_slice::<f32>()?[begin..end])
 }
 
-fn values(x: &Tensor) -> candle_core::Result<Vec<f32>> {
+/// A copy of the values of a tensor, row-major.
+pub(super) fn values(x: &Tensor) -> candle_core::Result<Vec<f32>> {
     x.flatten_all()?.to_vec1::<f32>()
 }
 
-fn like(x: &Tensor, values: Vec<f32>) -> candle_core::Result<Option<Tensor>> {
-    Tensor::from_vec(values, x.shape(), &Device::Cpu).map(Some)
+/// A gradient with respect to `x`: a tensor of its shape, on its device.
+pub(super) fn like(x: &Tensor, values: Vec<f32>) -> candle_core::Result<Option<Tensor>> {
+    Tensor::from_vec(values, x.shape(), x.device()).map(Some)
 }
 
 struct RmsNorm {
@@ -364,7 +367,7 @@ impl CustomOp2 for Gated {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::Var;
+    use candle_core::{Device, Var};
 
     use super::*;
 

@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use candle_core::{Device, Tensor};
 
 use super::batches::{BATCH_TOKENS, WalkLimits, batch_bytes, split};
-use super::block::Block;
+use super::block::{Block, Observer};
 use super::decoder::Decoder;
 use super::rope::Rope;
 use super::slot::InputSite;
@@ -205,7 +205,7 @@ impl<'a> Walk<'a> {
         batch_idx: usize,
         decoder: &Decoder<'_>,
         block: &Block,
-        observe: &mut dyn FnMut(InputSite, &Tensor) -> Result<()>,
+        observe: &mut Observer<'_>,
         progress: &dyn Stage,
     ) -> Result<Vec<f32>> {
         let x = self.batch(hidden, batch_idx)?;
