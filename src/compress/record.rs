@@ -20,7 +20,7 @@ use crate::operator::{Forms, Right};
 use crate::quantize::Storage;
 use crate::report::page::ErrorLine;
 use crate::report::{
-    CalibrationRecord, Component, CompressReport, DryRunReport, LRC_VERSION, LinearRecord, LinearSummary,
+    CalibrationRecord, Component, CompressReport, DryRunReport, LRC_VERSION, LinearRecord, LinearSummary, RankSource,
     SCHEMA_VERSION, Sizes, Timings,
 };
 
@@ -244,12 +244,8 @@ pub(super) fn job(job: &Job<'_>, source_files: &Fingerprint, inputs: &Inputs) ->
     }))
 }
 
-pub(super) fn dry_run(
-    job: &Job<'_>,
-    linears: Vec<LinearRecord>,
-    sizes: Sizes,
-    (expected_memory_bytes, expected_seconds): (u64, f64),
-) -> DryRunReport {
+/// The report of a dry run, before its estimates.
+pub(super) fn dry_run(job: &Job<'_>, linears: Vec<LinearRecord>, sizes: Sizes, ranks: RankSource) -> DryRunReport {
     DryRunReport {
         schema_version: SCHEMA_VERSION,
         lrc_version: LRC_VERSION.into(),
@@ -258,11 +254,14 @@ pub(super) fn dry_run(
         size_bytes: sizes.file_bytes_after,
         keep: sizes.keep,
         sizes,
+        ranks,
         passed_through: passed_through(job, &linears),
         linears,
         left_out: Vec::new(),
-        expected_memory_bytes,
-        expected_seconds,
+        expected_memory_bytes: 0,
+        expected_disk_bytes: 0,
+        expected_seconds: 0.0,
+        kept_in: None,
     }
 }
 
