@@ -13,6 +13,23 @@ pub fn product(a: MatRef<'_, f64>, b: MatRef<'_, f64>) -> Mat<f64> {
     result
 }
 
+/// `a · l`, (m, n) · (n, n), of a lower triangular `l`: half the work.
+pub fn product_with_lower(a: MatRef<'_, f64>, l: MatRef<'_, f64>) -> Mat<f64> {
+    let mut result = Mat::zeros(a.nrows(), l.ncols());
+    triangular::matmul(
+        &mut result,
+        BlockStructure::Rectangular,
+        Accum::Replace,
+        a,
+        BlockStructure::Rectangular,
+        l,
+        BlockStructure::TriangularLower,
+        1.0,
+        Par::Seq,
+    );
+    result
+}
+
 /// `a · b`, (n, k) · (k, n), where the result is known to be symmetric: half the work.
 pub fn product_symmetric(a: MatRef<'_, f64>, b: MatRef<'_, f64>) -> Mat<f64> {
     let n = a.nrows();
