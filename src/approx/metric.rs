@@ -4,13 +4,14 @@
 //! moment `G = Σ g gᵀ / n_tokens`, the error `E` of a weight is measured as `tr(Gᵀ E C Eᵀ)`: the mean squared change of the
 //! output for `G = I`, the generalised Fisher estimate of the change of the loss for both. Plain SVD is `G = C = I`.
 
+use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::OnceLock;
 
 use faer::{Mat, MatRef};
 use serde::{Deserialize, Serialize};
 
-use crate::linalg::{self, LinalgError};
+use crate::linalg::{self, LinalgError, Packed};
 
 /// A symmetric positive semidefinite form `M` on one side of a weight.
 #[derive(Debug)]
@@ -25,10 +26,77 @@ pub enum Metric {
     Full(FullMetric),
 }
 
-/// A Gram matrix and its root, which is computed once, when the first linear asks.
+/// A Gram (n, n).
+#[derive(Debug)]
+pub enum Gram {
+    Dense(Mat<f64>),
+    Packed(Packed),
+}
+
+impl From<Mat<f64>> for Gram {
+    fn from(gram: Mat<f64>) -> Self {
+        Self::Dense(gram)
+    }
+}
+
+impl From<Packed> for Gram {
+    fn from(gram: Packed) -> Self {
+        Self::Packed(gram)
+    }
+}
+
+impl Gram {
+    fn is_zero(&self) -> bool {
+        match self {
+            Self::Dense(gram) => gram.norm_max() == 0.0,
+            Self::Packed(gram) => gram.is_zero(),
+        }
+    }
+
+    fn damped(self, damping: f64) -> Self {
+        match self {
+            Self::Dense(gram) => {
+                let shift = damping * mean_diagonal(&gram);
+                shifted(gram * faer::Scale(1.0 - damping), shift).into()
+            }
+            Self::Packed(gram) => gram.damped(damping).into(),
+        }
+    }
+
+    /// `X M`, of `x` (rows, n).
+    fn left_times(&self, x: MatRef<'_, f64>) -> Mat<f64> {
+        match self {
+            Self::Dense(gram) => linalg::product(x, gram.as_ref()),
+            Self::Packed(gram) => gram.left_times(x),
+        }
+    }
+
+    fn diagonal(&self) -> Vec<f64> {
+        match self {
+            Self::Dense(gram) => (0..gram.nrows()).map(|i| gram[(i, i)]).collect(),
+            Self::Packed(gram) => gram.diagonal(),
+        }
+    }
+
+    fn slice(&self, range: Range<usize>) -> Self {
+        match self {
+            Self::Dense(gram) => gram.submatrix(range.start, range.start, range.len(), range.len()).to_owned().into(),
+            Self::Packed(gram) => gram.slice(range).into(),
+        }
+    }
+
+    fn dense(&self) -> Cow<'_, Mat<f64>> {
+        match self {
+            Self::Dense(gram) => Cow::Borrowed(gram),
+            Self::Packed(gram) => Cow::Owned(gram.to_dense()),
+        }
+    }
+}
+
+/// A Gram and its root, which is computed once, when the first linear asks.
 #[derive(Debug)]
 pub struct FullMetric {
-    gram: Mat<f64>,
+    gram: Gram,
     root: OnceLock<Result<Root, LinalgError>>,
 }
 
@@ -64,8 +132,9 @@ const CONDITION_SHARE: f64 = 1e-8;
 
 impl Metric {
     /// From a symmetric `gram` (n, n); plain where it is all zeros.
-    pub fn full(gram: Mat<f64>) -> Self {
-        if gram.norm_max() == 0.0 {
+    pub fn full(gram: impl Into<Gram>) -> Self {
+        let gram = gram.into();
+        if gram.is_zero() {
             return Self::Plain { size: 1.0 };
         }
         Self::Full(FullMetric { gram, root: OnceLock::new() })
@@ -82,9 +151,8 @@ impl Metric {
     }
 
     /// From a Gram (n, n), its eigenvalues drawn towards their mean: `(1 − damping) M + damping · mean(diag M) · I`.
-    pub fn damped(gram: Mat<f64>, damping: f64) -> Self {
-        let shift = damping * mean_diagonal(&gram);
-        Self::full(shifted(gram * faer::Scale(1.0 - damping), shift))
+    pub fn damped(gram: impl Into<Gram>, damping: f64) -> Self {
+        Self::full(gram.into().damped(damping))
     }
 
     /// The metric, of `size` where it is plain in place of a form of zeros.
@@ -104,7 +172,7 @@ impl Metric {
             Self::Identity => x.to_owned(),
             Self::Plain { size } => scale_columns(x, |_| *size),
             Self::Diagonal(d) => scale_columns(x, |j| d[j]),
-            Self::Full(full) => linalg::product(x, full.gram.as_ref()),
+            Self::Full(full) => full.gram.left_times(x),
         }
     }
 
@@ -172,7 +240,7 @@ impl Metric {
             Self::Identity => vec![1.0; n],
             Self::Plain { size } => vec![*size; n],
             Self::Diagonal(d) => d.clone(),
-            Self::Full(full) => (0..n).map(|i| full.gram[(i, i)]).collect(),
+            Self::Full(full) => full.gram.diagonal(),
         }
     }
 
@@ -182,10 +250,7 @@ impl Metric {
             Self::Identity => Self::Identity,
             Self::Plain { size } => Self::Plain { size: *size },
             Self::Diagonal(values) => Self::Diagonal(values[range].to_vec()),
-            Self::Full(full) => {
-                let len = range.len();
-                Self::full(full.gram.submatrix(range.start, range.start, len, len).to_owned())
-            }
+            Self::Full(full) => Self::full(full.gram.slice(range)),
         }
     }
 }
@@ -275,10 +340,11 @@ fn has_even_pivots(lower: &Mat<f64>) -> bool {
 impl FullMetric {
     fn root(&self) -> Result<&Root, LinalgError> {
         let root = self.root.get_or_init(|| {
-            if let Some(lower) = linalg::cholesky(self.gram.as_ref()).filter(has_even_pivots) {
+            let gram = self.gram.dense();
+            if let Some(lower) = linalg::cholesky(gram.as_ref().as_ref()).filter(has_even_pivots) {
                 return Ok(Root::Lower(lower));
             }
-            let linalg::Eigh { values, vectors } = linalg::eigh(self.gram.as_ref())?;
+            let linalg::Eigh { values, vectors } = linalg::eigh(gram.as_ref().as_ref())?;
             // A form of zeros is `Plain`, so the largest eigenvalue is positive.
             let floor = (values.first().copied().unwrap_or(0.0) * ROOT_FLOOR).max(f64::MIN_POSITIVE);
             let eigenvalues: Vec<f64> = values.into_iter().map(|v| v.max(floor)).collect();
