@@ -21,7 +21,7 @@ use crate::codecs::{Values, Written};
 use crate::model::ModelConfig;
 use crate::model::config::MODEL_TYPE_PREFIX;
 use crate::model::inventory::{self, Stored};
-use crate::operator::{self, BASE, Element, Form, Kind, Matrix, Part, Right, Size, Term};
+use crate::operator::{self, BASE, Element, Form, Kind, Matrix, Part, Right, Term};
 use crate::quantize::{Quantized, Storage};
 
 pub(super) struct Factored;
@@ -258,11 +258,7 @@ fn described(forms: &Forms) -> Map<String, Value> {
         described.insert("base".into(), json!(true));
     }
     if let Some(form) = forms.over {
-        described.insert("rank".into(), json!(form.size.rank()));
-        described.insert("layout".into(), json!(form.kind));
-        if let Size::Blocks { count, .. } = form.size {
-            described.insert("blocks".into(), json!(count));
-        }
+        described.extend(form.config_entry());
     }
     described
 }

@@ -9,7 +9,8 @@ use serde_json::Value;
 use super::architectures;
 use super::config;
 use super::inventory::{self, LinearInfo, Stored};
-use super::linear::{self, Bias, Order};
+use super::linear::{self, Bias};
+use super::weights::Order;
 use crate::checkpoint::{CONFIG_FILE, Checkpoint, CheckpointError};
 use crate::operator::{Kind, part_name};
 

@@ -5,10 +5,10 @@ use anyhow::{Error, Result};
 use super::architectures::table::{EncoderNames, NormKind};
 use super::decoder::Decoder;
 use super::inventory::{self, is_stack};
-use super::linear::{self, Bias, Order};
+use super::linear::{self, Bias};
 use super::norm;
 use super::slot::LinearId;
-use super::weights::is_split;
+use super::weights::{Order, is_split};
 use crate::checkpoint::{Checkpoint, CheckpointError};
 use crate::error::Failure;
 

@@ -9,7 +9,6 @@ mod dense;
 mod factors;
 mod forms;
 mod matrix;
-
 mod monarch;
 mod names;
 mod pivot;
