@@ -48,7 +48,7 @@ use crate::store::Journal;
 use budget::known_choices;
 pub(crate) use curves::{KeptCurve, write as write_curves};
 use inputs::Inputs;
-use plan::{Fitted, Plan};
+use plan::{FitKind, Plan};
 use recipe::{Fused, Recipe};
 pub(crate) use record::summary as linear_summary;
 pub use scale::{DepthWeight, Sensitivity};
@@ -211,8 +211,8 @@ pub fn dry_run(job: &Job<'_>, progress: &dyn Progress) -> Result<DryRunReport> {
     let seconds = estimate::seconds(checkpoint, recipe, &plan, inputs.windows.as_ref())?;
     let forms: Vec<Option<Forms>> = match known_choices(recipe, &plan) {
         Some(choices) => {
-            let fitted = recipe.quant().first().map_or(Fitted::Layout, |&quant| Fitted::Base(quant));
-            let of = |(linear, choice)| Plan::forms(recipe, linear, choice, fitted);
+            let kind = recipe.quant().first().map_or(FitKind::Layout, |&quant| FitKind::Base(quant));
+            let of = |(linear, choice)| Plan::forms(recipe, linear, choice, kind);
             plan.linears.iter().zip(choices).map(of).collect()
         }
         None => {

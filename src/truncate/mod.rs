@@ -339,7 +339,7 @@ impl Truncation {
             bytes: None,
             curve: Some(curve),
             sensitivity: self.curve.scale,
-            offers: &[],
+            candidates: &[],
             is_zero: false,
         }
     }
