@@ -34,7 +34,7 @@ fn usage_errors_come_before_any_work() {
     std::fs::write(&recipe, "kepe = 0.8").unwrap();
     let compress = ["compress", FIXTURE, "-o", path(&out)];
     for (extra, expected) in [
-        (&[][..], "`--keep` or `--target-size` is missing"),
+        (&[][..], "`--keep`, `--target-size` or `--bits` is missing"),
         (&["--keep", "1.5"], "outside (0, 1]"),
         (&["--keep", "0.8", "--method", "svd-llm"], "needs `--calibration FILE`"),
         (&["--keep", "0.8", "--ranks", "best"], "welore"),

@@ -225,7 +225,7 @@ fn low_rank(options: &RecipeOptions, basics: &Basics) -> Result<LowRankApproach>
 
 /// The allocator with its limit; `None` for fixed ranks.
 fn rule(basics: &Basics) -> Result<Option<Rule>> {
-    let limit = || basics.limit.ok_or_else(|| usage("`--keep` or `--target-size` is missing", BUDGET_HINT));
+    let limit = || basics.limit.ok_or_else(|| usage("`--keep`, `--target-size` or `--bits` is missing", BUDGET_HINT));
     Ok(Some(match basics.ranks {
         Ranks::Fixed(_) => return Ok(None),
         Ranks::Energy(Some(share)) => Rule::EnergyShare(share, basics.limit),
