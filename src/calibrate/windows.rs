@@ -40,6 +40,13 @@ pub struct Windows {
     pub text: String,
 }
 
+/// Windows, and the targets of the loss of each.
+#[derive(Debug, Clone, Copy)]
+pub struct TargetedWindows<'a> {
+    pub windows: &'a [Vec<u32>],
+    pub targets: &'a [Targets],
+}
+
 /// The targets of the loss of a window: tokens with the rows they are predicted from, or an embedding.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Targets {

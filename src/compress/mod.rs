@@ -36,7 +36,7 @@ use std::time::Instant;
 
 use anyhow::Result;
 
-use crate::checkpoint::{Checkpoint, Earlier, Fingerprint, OutputFolder, expect_apart};
+use crate::checkpoint::{Checkpoint, Earlier, Existing, Fingerprint, OutputFolder, expect_apart};
 use crate::error::{self, ExitClass, Failure, exit_class};
 use crate::formats::{self, Format, Output, Source};
 use crate::model::{fingerprint, inventory};
@@ -50,6 +50,7 @@ pub(crate) use curves::{KeptCurve, write as write_curves};
 use inputs::Inputs;
 use plan::{FitKind, Plan};
 use recipe::{Fused, Recipe};
+use record::Expected;
 pub(crate) use record::summary as linear_summary;
 pub use scale::{DepthWeight, Sensitivity};
 use solution::Solution;
@@ -72,7 +73,7 @@ pub struct Job<'a> {
 impl Job<'_> {
     /// Refuses an output that may not be overwritten, or that contains an input.
     fn check_output(&self) -> Result<()> {
-        OutputFolder::check(self.output, self.force, REPORT_FILE)?;
+        OutputFolder::check(self.output, Existing::of(self.force), REPORT_FILE)?;
         Ok(expect_apart(self.output, self.recipe.inputs().chain([self.checkpoint.root()]))?)
     }
 }
@@ -109,7 +110,7 @@ pub fn compress(job: &Job<'_>, progress: &dyn Progress) -> Result<CompressReport
     let source_files = fingerprint(checkpoint)?;
     let description = record::job(job, &source_files, &inputs)?;
     let earlier = if job.restart { Earlier::Discarded } else { Earlier::Resumed };
-    let mut folder = OutputFolder::resume(job.output, job.force, REPORT_FILE, &description, earlier)?;
+    let mut folder = OutputFolder::resume(job.output, Existing::of(job.force), REPORT_FILE, &description, earlier)?;
     let run = Run { job, plan, source, source_files, started };
     match run.into_folder(&folder, inputs, progress) {
         Ok(report) => {
@@ -207,8 +208,10 @@ pub fn dry_run(job: &Job<'_>, progress: &dyn Progress) -> Result<DryRunReport> {
     let source = Source::new(checkpoint);
     plan.check_format(&source, recipe)?;
     let inputs = Inputs::load(checkpoint, recipe, &plan)?;
-    let memory = plan.expected_memory(checkpoint, recipe, job.memory_bytes, rayon::current_num_threads());
-    let seconds = estimate::seconds(checkpoint, recipe, &plan, inputs.windows.as_ref())?;
+    let expected = Expected {
+        memory_bytes: plan.expected_memory(checkpoint, recipe, job.memory_bytes, rayon::current_num_threads()),
+        seconds: estimate::seconds(checkpoint, recipe, &plan, inputs.windows.as_ref())?,
+    };
     let forms: Vec<Option<Forms>> = match known_choices(recipe, &plan) {
         Some(choices) => {
             let kind = recipe.quant().first().map_or(FitKind::Layout, |&quant| FitKind::Base(quant));
@@ -226,7 +229,7 @@ pub fn dry_run(job: &Job<'_>, progress: &dyn Progress) -> Result<DryRunReport> {
     let records = plan.linears.iter().zip(&forms).map(|(linear, &forms)| record::linear(linear, forms));
     let sizes = record::sizes(&source, recipe, &plan, &forms);
     formats::warn_of_growth(checkpoint.file_bytes(), sizes.file_bytes_after);
-    let mut report = record::dry_run(job, records.collect(), sizes, (memory, seconds));
+    let mut report = record::dry_run(job, records.collect(), sizes, &expected);
     let left_out = formats::side(checkpoint, job.output, &output::REPLACED)?.left_out;
     report.left_out = left_out.into_iter().map(Into::into).collect();
     Ok(report)

@@ -244,12 +244,13 @@ pub(super) fn job(job: &Job<'_>, source_files: &Fingerprint, inputs: &Inputs) ->
     }))
 }
 
-pub(super) fn dry_run(
-    job: &Job<'_>,
-    linears: Vec<LinearRecord>,
-    sizes: Sizes,
-    (expected_memory_bytes, expected_seconds): (u64, f64),
-) -> DryRunReport {
+/// What a run is expected to take.
+pub(super) struct Expected {
+    pub memory_bytes: u64,
+    pub seconds: f64,
+}
+
+pub(super) fn dry_run(job: &Job<'_>, linears: Vec<LinearRecord>, sizes: Sizes, expected: &Expected) -> DryRunReport {
     DryRunReport {
         schema_version: SCHEMA_VERSION,
         lrc_version: LRC_VERSION.into(),
@@ -261,8 +262,8 @@ pub(super) fn dry_run(
         passed_through: passed_through(job, &linears),
         linears,
         left_out: Vec::new(),
-        expected_memory_bytes,
-        expected_seconds,
+        expected_memory_bytes: expected.memory_bytes,
+        expected_seconds: expected.seconds,
     }
 }
 

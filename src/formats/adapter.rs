@@ -6,7 +6,8 @@ use serde_json::{Map, Value, json};
 use super::dense::{weight, weight_bytes};
 use super::refusal::listed;
 use super::{
-    CheckpointError, Exporter, Forms, LinearInfo, NamedBytes, Operator, OutTensor, Refusal, Source, Target, encode,
+    Adapter, CheckpointError, Exporter, Forms, LinearInfo, NamedBytes, Operator, OutTensor, Refusal, Source, Target,
+    encode,
 };
 use crate::codecs::peft::{self, Fan};
 use crate::model::config;
@@ -51,9 +52,9 @@ impl Exporter for Peft {
         side_files(source, modules)
     }
 
-    fn loading(&self, has_adapter: bool) -> String {
+    fn loading(&self, adapter: Adapter) -> String {
         let load = "```python\nfrom transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained(\"FOLDER\")\n```\n";
-        format!("{load}{}", if has_adapter { loading() } else { String::new() })
+        format!("{load}{}", if adapter == Adapter::Written { loading() } else { String::new() })
     }
 
     fn library(&self) -> &'static str {

@@ -13,7 +13,8 @@ use anyhow::Result;
 use serde_json::{Map, Value, json};
 
 use super::{
-    CheckpointError, Exporter, Forms, LinearInfo, NamedBytes, Operator, OutTensor, Source, encode, stacks_apart,
+    Adapter, CheckpointError, Exporter, Forms, LinearInfo, NamedBytes, Operator, OutTensor, Source, encode,
+    stacks_apart,
 };
 use crate::checkpoint::{Checkpoint, Dtype, FORMAT_VERSION};
 use crate::codecs::packed::{self, PackedEntry};
@@ -227,7 +228,7 @@ impl Exporter for Factored {
         vec![(MODELING_FILE.into(), code)]
     }
 
-    fn loading(&self, _: bool) -> String {
+    fn loading(&self, _: Adapter) -> String {
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\
          model = AutoModelForCausalLM.from_pretrained(\"FOLDER\", trust_remote_code=True)\n\
          tokenizer = AutoTokenizer.from_pretrained(\"FOLDER\", trust_remote_code=True)\n```\n\n\

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use crate::common::{FIXTURE, HELD_OUT, TRAIN, copy, lrc, ok, path};
-use lrc::checkpoint::Checkpoint;
+use lrc::checkpoint::{Checkpoint, Existing, OutputFolder};
 
 use super::Broken;
 
@@ -124,7 +124,7 @@ fn logits_that_overflow_are_an_error_and_not_a_number() {
 fn a_folder_under_construction_is_left_to_its_owner() {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("out");
-    let owner = lrc::checkpoint::OutputFolder::create(&out, false, "x").unwrap();
+    let owner = OutputFolder::create(&out, Existing::Refuse, "x").unwrap();
     let run = lrc(&["compress", FIXTURE, "-o", path(&out), "--keep", "0.8"]);
     assert_eq!(run.code, 6, "{}", run.stderr);
     assert!(run.stderr.contains("being written by another run"));

@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor};
-use lrc::calibrate::{Needs, Observation, Targets, observe};
+use lrc::calibrate::{Needs, Observation, TargetedWindows, Targets, observe};
 use lrc::checkpoint::Checkpoint;
 use lrc::model::{Decoder, WalkLimits, architectures};
 use lrc::progress::Silent;
@@ -77,7 +77,8 @@ fn check_gradients(family: &str, decoder: &Decoder<'_>, ids: Vec<u32>, targets: 
     let observation = Observation { needs: Needs::ALL, clip_gradients: false };
     let limits = WalkLimits::new(1 << 30, std::env::temp_dir());
     let mut sums = HashMap::new();
-    observe(decoder, (&[ids], &[targets]), observation, &limits, &Journal::default(), &Silent, &mut |found| {
+    let windows = TargetedWindows { windows: &[ids], targets: &[targets] };
+    observe(decoder, windows, observation, &limits, &Journal::default(), &Silent, &mut |found| {
         sums.extend(found.into_iter().map(|(name, array)| (name, array.values.f32s().unwrap())));
         Ok(())
     })

@@ -4,6 +4,7 @@ use std::fs;
 use std::path::PathBuf;
 
 use lrc::calibrate::Statistics;
+use lrc::checkpoint::Existing;
 use lrc::compress::recipe::{Recipe, RecipeOptions};
 use lrc::export::{ExportJob, export};
 use lrc::formats::Format;
@@ -93,7 +94,7 @@ pub(super) fn read_statistics(bed: &Bed, input: &[u8]) -> bool {
     }
     let copy = || ("a".to_string(), Statistics::open(&path).unwrap());
     let merged = bed.path("merged.safetensors");
-    let _ = Statistics::merge(&[copy(), copy()], &merged, true);
+    let _ = Statistics::merge(&[copy(), copy()], &merged, Existing::Replace);
     true
 }
 
