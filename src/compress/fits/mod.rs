@@ -47,6 +47,11 @@ pub(super) trait Fitted: Send + Sync {
         None
     }
 
+    /// The error of a member at every rank up to the largest, if several linears share a part.
+    fn shared_curve(&self, _member: usize) -> Option<&ErrorCurve> {
+        None
+    }
+
     /// The curve of the plain weight, if an allocator needs it.
     fn plain_curve(&self) -> Option<&ErrorCurve> {
         None

@@ -47,6 +47,10 @@ impl Fitted for SharedRight {
         Ok(Approximation { base: None, pair: Some(pair.prefix(rank)) })
     }
 
+    fn shared_curve(&self, member: usize) -> Option<&ErrorCurve> {
+        self.errors.get(member)
+    }
+
     fn unit(&self) -> &[usize] {
         &self.unit
     }
