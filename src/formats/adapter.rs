@@ -117,8 +117,8 @@ pub(super) fn bytes(linear: &LinearInfo, operator: &Operator) -> Result<Vec<Name
 pub(super) fn side_files(source: &Source<'_>, modules: &[(LinearInfo, Forms)]) -> Vec<(String, String)> {
     let ranks: Map<String, Value> =
         modules.iter().filter_map(|(l, e)| Some((l.module.clone(), json!(e.rank()?)))).collect();
-    let is_turned = modules.iter().any(|(linear, _)| linear.stored == Stored::DenseTransposed);
-    let fan = if is_turned { Fan::InOut } else { Fan::OutIn };
+    let is_transposed = modules.iter().any(|(linear, _)| linear.stored == Stored::DenseTransposed);
+    let fan = if is_transposed { Fan::InOut } else { Fan::OutIn };
     let task = (!config::is_encoder(&source.config)).then_some("CAUSAL_LM");
     let Some(config) = peft::config(ranks, task, fan) else { return Vec::new() };
     let text = serde_json::to_string_pretty(&config).expect("invariant: a config is valid JSON");

@@ -125,7 +125,7 @@ pub fn linears(checkpoint: &Checkpoint) -> Vec<LinearInfo> {
         let found = structured(checkpoint, stem);
         let (module, stored, out_features, in_features) = if let Some(found) = found {
             found
-        } else if architecture.is_some_and(|a| a.stores_turned(stem)) && !info.is_encoded() {
+        } else if architecture.is_some_and(|a| a.stores_transposed(stem)) && !info.is_encoded() {
             (stem, Stored::DenseTransposed, columns, rows)
         } else {
             (stem, Stored::Dense, rows, columns)
@@ -357,10 +357,10 @@ pub fn weight(checkpoint: &Checkpoint, linear: &LinearInfo) -> Result<Vec<f32>> 
 pub fn base_values(checkpoint: &Checkpoint, linear: &LinearInfo) -> Result<Vec<f32>> {
     let name = linear.base_name();
     let values = checkpoint.values(&name)?;
-    let is_conv1d = config::architecture(checkpoint).is_some_and(|a| a.stores_turned(&linear.module));
-    let is_turned = is_conv1d && follows_family(checkpoint, &name);
+    let is_conv1d = config::architecture(checkpoint).is_some_and(|a| a.stores_transposed(&linear.module));
+    let is_transposed = is_conv1d && follows_family(checkpoint, &name);
     let (m, n) = linear.shape();
-    Ok(if is_turned { linalg::transpose_row_major(&values, n, m) } else { values })
+    Ok(if is_transposed { linalg::transpose_row_major(&values, n, m) } else { values })
 }
 
 /// The structure of a linear with its values, dequantized.

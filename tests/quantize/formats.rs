@@ -112,7 +112,7 @@ fn gguf_files_hold_what_candle_reads_in_them() {
         let dense = Checkpoint::open(&dense).unwrap();
         // Rows of q and k alternate between the two halves of a head; 6 heads of 16.
         let place = |i: usize| i / 16 * 16 + (i % 2) * 8 + i % 16 / 2;
-        for (theirs, ours, is_turned) in [
+        for (theirs, ours, is_transposed) in [
             ("blk.1.ffn_down.weight", "model.layers.1.mlp.down_proj.weight", false),
             ("blk.2.attn_q.weight", "model.layers.2.self_attn.q_proj.weight", true),
         ] {
@@ -131,7 +131,7 @@ fn gguf_files_hold_what_candle_reads_in_them() {
             }
             let expected = dense.values(ours).unwrap();
             for (i, row) in values.chunks(shape[1]).enumerate() {
-                let from = if is_turned { place(i) } else { i };
+                let from = if is_transposed { place(i) } else { i };
                 for (x, y) in row.iter().zip(&expected[from * shape[1]..]) {
                     assert!((x - y).abs() < 1e-5, "{quant} {theirs}: {x} {y}");
                 }

@@ -60,7 +60,7 @@ fn linears_are_told_from_tables_by_name_and_shape() {
 }
 
 #[test]
-fn conv1d_is_turned() {
+fn conv1d_is_transposed() {
     let (_folder, checkpoint) =
         checkpoint(r#"{"model_type": "gpt2"}"#, &[("h.0.attn.c_attn.weight", Dtype::F32, &[4, 12])], &[]);
     let linear = &linears(&checkpoint)[0];
