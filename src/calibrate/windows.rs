@@ -107,7 +107,7 @@ impl Windows {
         let drawn = match decoder.sentence() {
             Some(modules) => {
                 modules.warn_of_ignored();
-                sentences(&tokenizer, &text, modules, settings, (n_of_text, n_added))?
+                sentences(&tokenizer, &text, modules, settings, n_of_text, n_added)?
             }
             None => tokenizer.encode(&text.joined(), bos)?.sample(n_of_text, settings.samples, settings.seed),
         };
@@ -166,7 +166,8 @@ fn sentences(
     text: &Text,
     modules: &SentenceModules,
     settings: &WindowSettings,
-    (n_of_text, n_added): (usize, usize),
+    n_of_text: usize,
+    n_added: usize,
 ) -> Result<Vec<Vec<u32>>> {
     let encode = |text: String| tokenizer.encode(&modules.prepare(text), Bos::Never);
     let seq_len = n_of_text + n_added;

@@ -45,7 +45,8 @@ fn check_parts(checkpoint: &Checkpoint) -> Result<()> {
             checkpoint,
             &linear.module,
             shape,
-            (Bias::None, Order::of(is_transposed)),
+            Bias::None,
+            Order::of(is_transposed),
             "the shape of the linear",
         )?;
     }

@@ -225,7 +225,8 @@ pub(super) fn expect_shape(
     checkpoint: &Checkpoint,
     module: &str,
     [out, input]: [usize; 2],
-    (bias, order): (Bias, Order),
+    bias: Bias,
+    order: Order,
     fields: &str,
 ) -> Result<()> {
     let expect_weight = |name: &str| {
