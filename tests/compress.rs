@@ -198,18 +198,47 @@ fn add_tensors(source: &str, to: &Path) {
 fn a_dry_run_predicts_the_sizes_and_writes_nothing() {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("out");
-    for ranks in ["uniform", "welore"] {
-        let args = ["compress", FIXTURE, "-o", path(&out), "--keep", "0.75", "--ranks", ranks, "--json"];
-        let foretold = ok(&[&args[..], &["--dry-run"]].concat()).json();
-        assert!(!out.exists() && std::fs::read_dir(folder.path()).unwrap().count() == 0);
-        assert!(foretold["expected_memory_bytes"].as_u64().unwrap() > 0);
-        let done = ok(&args).json();
-        assert_eq!(foretold["sizes"], done["sizes"]);
-        let ranks = |report: &Value| {
-            report["linears"].as_array().unwrap().iter().map(|l| l["rank"].clone()).collect::<Vec<_>>()
+    let args = ["compress", FIXTURE, "-o", path(&out), "--keep", "0.75", "--ranks", "uniform", "--json"];
+    let predicted = ok(&[&args[..], &["--dry-run"]].concat()).json();
+    assert!(std::fs::read_dir(folder.path()).unwrap().count() == 0);
+    for field in ["expected_memory_bytes", "expected_disk_bytes"] {
+        assert!(predicted[field].as_u64().unwrap() > 0);
+    }
+    assert_eq!((&predicted["ranks"], &predicted["kept_in"]), (&Value::from("exact"), &Value::Null));
+    let done = ok(&args).json();
+    assert_eq!(predicted["sizes"], done["sizes"]);
+    assert_eq!(ranks(&predicted), ranks(&done));
+}
+
+fn ranks(report: &Value) -> Vec<Value> {
+    report["linears"].as_array().unwrap().iter().map(|l| l["rank"].clone()).collect()
+}
+
+#[test]
+fn a_full_dry_run_keeps_what_it_measured_for_the_run() {
+    let folder = tempfile::tempdir().unwrap();
+    let (out, other) = (folder.path().join("out"), folder.path().join("other"));
+    for limit in [["--keep", "0.75"], ["--target-size", "1.2MB"], ["--bits", "24"]] {
+        let args = |out| [&["compress", FIXTURE, "-o", path(out), "--json"], &limit[..], CALIBRATED].concat();
+        let plan = ok(&[&args(&out)[..], &["--dry-run"]].concat()).json();
+        assert_eq!((&plan["ranks"], plan["linears"][0]["relative_error"].as_f64()), (&Value::from("even"), None));
+        let full = ok(&[&args(&out)[..], &["--dry-run=full"]].concat()).json();
+        assert_eq!(full["kept_in"], path(&folder.path().join("out.partial")));
+        assert!(full["linears"][0]["relative_error"].as_f64().is_some_and(|error| error > 0.0));
+        let done = ok(&args(&out)).json();
+        assert_eq!((&full["sizes"], ranks(&full)), (&done["sizes"], ranks(&done)));
+        // The plan is close, though it knows no spectra.
+        let (planned, size) = (plan["size_bytes"].as_f64().unwrap(), done["size_bytes"].as_f64().unwrap());
+        assert!((planned / size - 1.0).abs() < 0.05, "{limit:?}: {planned} {size}");
+        let whole = ok(&args(&other)).json();
+        assert_eq!(content(&out), content(&other));
+        let measuring = |report: &Value| {
+            let seconds = |stage: &str| report["timings"][stage].as_f64().unwrap();
+            seconds("calibrate_forward") + seconds("calibrate_backward") + seconds("decompose")
         };
-        assert_eq!(ranks(&foretold), ranks(&done));
-        std::fs::remove_dir_all(&out).unwrap();
+        assert!(measuring(&done) < 0.5 * measuring(&whole), "it resumes: {} {}", done["timings"], whole["timings"]);
+        [&out, &other].iter().for_each(|out| std::fs::remove_dir_all(out).unwrap());
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
     }
 }
 

@@ -63,6 +63,8 @@ impl Reader {
         if !line.contains("--force")
             && let Some(out) = line.split(" -o ").nth(1).and_then(|rest| rest.split_whitespace().next())
         {
+            // What a full dry run keeps belongs to its own recipe.
+            let _ = std::fs::remove_dir_all(self.folder.path().join(format!("{out}.partial")));
             let out = self.folder.path().join(out);
             let _ = if out.is_dir() { std::fs::remove_dir_all(&out) } else { std::fs::remove_file(&out) };
         }

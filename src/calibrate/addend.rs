@@ -2,7 +2,6 @@
 
 use anyhow::Result;
 use candle_core::Tensor;
-use faer::Mat;
 
 use super::needs::{Key, Needs};
 use crate::linalg;
@@ -29,15 +28,30 @@ pub struct Addend {
 pub(super) enum Chunk {
     /// (n_rows, n), row-major.
     Rows { values: Vec<f32>, n_rows: usize, n: usize },
-    /// (n, n), a lower triangle.
-    Gram(Mat<f32>),
+    /// The lower triangle (n, n), row by row.
+    Gram { values: Vec<f32>, n: usize },
 }
 
 impl Chunk {
-    pub fn into_gram(self) -> Mat<f32> {
+    /// Features of its rows.
+    pub fn n(&self) -> usize {
         match self {
-            Self::Rows { values, n_rows, n } => linalg::gram_f32(&values, n_rows, n),
-            Self::Gram(gram) => gram,
+            Self::Rows { n, .. } | Self::Gram { n, .. } => *n,
+        }
+    }
+
+    fn multiplied(self) -> Self {
+        match self {
+            Self::Rows { values, n_rows, n } => Self::Gram { values: linalg::gram_f32(&values, n_rows, n), n },
+            gram @ Self::Gram { .. } => gram,
+        }
+    }
+
+    /// Adds the Gram to `sum`, a lower triangle.
+    pub fn add_to(&self, sum: &mut [f64]) {
+        match self {
+            Self::Rows { values, n_rows, n } => linalg::add_gram_f32(sum, values, *n_rows, *n),
+            Self::Gram { values, .. } => linalg::add_f32(sum, values),
         }
     }
 }
@@ -116,7 +130,7 @@ impl Addend {
     fn add_gram(&mut self, key: Key, (values, n): (Vec<f32>, usize), multiply: Multiply) {
         let rows = Chunk::Rows { n_rows: values.len() / n.max(1), values, n };
         let chunk = match multiply {
-            Multiply::Now => Chunk::Gram(rows.into_gram()),
+            Multiply::Now => rows.multiplied(),
             Multiply::WhenAdded => rows,
         };
         self.grams.push((key, chunk));

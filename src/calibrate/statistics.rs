@@ -2,8 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use anyhow::{Result, ensure};
-use faer::Mat;
+use anyhow::Result;
 
 use super::addend::Addend;
 use super::needs::{Key, Needs};
@@ -11,11 +10,11 @@ use crate::error::{Failure, NON_FINITE_HINT};
 use crate::linalg;
 use crate::model::Slot;
 
-/// Sums over the tokens of one block. Grams are lower triangles in f64, to which the product of each batch, computed in
-/// f32, is added in the order of the batches.
+/// Sums over the tokens of one block. Grams are lower triangles in f64, row by row, to which the product of each batch,
+/// computed in f32, is added in the order of the batches.
 #[derive(Debug, Default)]
 pub struct Sums {
-    grams: BTreeMap<Key, Mat<f64>>,
+    grams: BTreeMap<Key, Vec<f64>>,
     vectors: BTreeMap<Key, Vec<f64>>,
 }
 
@@ -52,8 +51,8 @@ impl Sums {
         sums
     }
 
-    fn gram(&mut self, key: Key, n: usize) -> &mut Mat<f64> {
-        self.grams.entry(key).or_insert_with(|| Mat::zeros(n, n))
+    fn gram(&mut self, key: Key, n: usize) -> &mut [f64] {
+        self.grams.entry(key).or_insert_with(|| vec![0.0; n * (n + 1) / 2])
     }
 
     fn vector(&mut self, key: Key, n: usize) -> &mut Vec<f64> {
@@ -63,8 +62,7 @@ impl Sums {
     /// Adds what comes of one batch. Grams are added in f64, one batch at a time.
     pub fn add(&mut self, addend: Addend) {
         for (key, chunk) in addend.grams {
-            let chunk = chunk.into_gram();
-            linalg::add_lower(self.gram(key, chunk.nrows()), &chunk);
+            chunk.add_to(self.gram(key, chunk.n()));
         }
         for (key, values) in addend.vectors {
             self.vector(key, values.len()).iter_mut().zip(values).for_each(|(s, v)| *s += v);
@@ -76,13 +74,9 @@ impl Sums {
     /// # Errors
     /// A sum is not finite.
     pub fn pack(self, block: usize) -> Result<Vec<(String, Vec<f32>)>> {
-        let grams = self.grams.into_iter().map(|(key, sum)| {
-            let n = sum.nrows();
-            (key.name(block), (0..n).flat_map(|i| (0..=i).map(move |j| (i, j))).map(|at| sum[at] as f32).collect())
-        });
-        let vectors = self.vectors.into_iter();
-        let vectors = vectors.map(|(key, sum)| (key.name(block), sum.into_iter().map(|v| v as f32).collect()));
-        let packed: Vec<(String, Vec<f32>)> = grams.chain(vectors).collect();
+        let sums = self.grams.into_iter().chain(self.vectors);
+        let packed = sums.map(|(key, sum)| (key.name(block), sum.into_iter().map(|v| v as f32).collect()));
+        let packed: Vec<(String, Vec<f32>)> = packed.collect();
         if let Some((name, _)) = packed.iter().find(|(_, values)| values.iter().any(|v| !v.is_finite())) {
             return Err(Failure::numeric(format!(
                 "calibration produced values that are not finite (statistic `{name}`)"
@@ -94,26 +88,10 @@ impl Sums {
     }
 }
 
-/// A Gram (n, n) from its packed lower triangle, multiplied by `scale`.
-///
-/// # Errors
-/// The length is not that of a triangle of size `n`.
-pub fn unpack_gram(packed: &[f32], n: usize, scale: f64) -> Result<Mat<f64>> {
-    ensure!(packed.len() == n * (n + 1) / 2, "a Gram of {n} has {} values, not {}", n * (n + 1) / 2, packed.len());
-    let mut gram = Mat::zeros(n, n);
-    let mut values = packed.iter();
-    for i in 0..n {
-        for (j, &value) in values.by_ref().take(i + 1).enumerate() {
-            gram[(i, j)] = f64::from(value) * scale;
-        }
-    }
-    linalg::mirror_lower(&mut gram);
-    Ok(gram)
-}
-
 #[cfg(test)]
 mod tests {
     use candle_core::{Device, Tensor};
+    use faer::Mat;
 
     use super::*;
     use crate::calibrate::addend::Multiply;
@@ -141,7 +119,7 @@ mod tests {
         assert_eq!(packed, observe(&[(0, 4)], Multiply::WhenAdded));
         let names: Vec<&str> = packed.iter().map(|(name, _)| name.as_str()).collect();
         assert_eq!(names, ["7.o.input_gram", "7.o.input_magnitude"]);
-        let mean = unpack_gram(&packed[0].1, 5, 1.0 / 12.0).unwrap();
+        let mean = linalg::unpack_lower(&packed[0].1, 5, 1.0 / 12.0);
         let expected =
             Mat::from_fn(5, 5, |i, j| values.chunks_exact(5).map(|row| f64::from(row[i] * row[j])).sum::<f64>() / 12.0);
         assert!((&mean - &expected).norm_max() < 1e-5);

@@ -8,15 +8,14 @@ use std::path::Path;
 use std::sync::Mutex;
 
 use anyhow::{Context, Result};
-use faer::Mat;
 use serde::{Deserialize, Serialize};
 
 use super::measured::{Measured, diagonal, diagonal_name, lock};
 use super::needs::{Key, Needs};
 use super::pieces::Observation;
-use super::statistics::unpack_gram;
 use crate::checkpoint::{Checkpoint, Dtype, Existing, Fingerprint, TensorSpec, cast, check_file, write_file};
 use crate::error::Failure;
+use crate::linalg::Packed;
 use crate::model::{InputSite, LinearId};
 use crate::store::{Array, Journal, Spool};
 
@@ -242,7 +241,7 @@ impl Statistics {
     ///
     /// # Errors
     /// It was not measured, or has another size.
-    pub fn input_gram(&self, id: LinearId, n: usize) -> Result<Mat<f64>> {
+    pub fn input_gram(&self, id: LinearId, n: usize) -> Result<Packed> {
         let scale = 1.0 / self.header.n_tokens().max(1) as f64;
         self.gram(Key::InputGram(id.slot.site()), id, n, scale)
     }
@@ -252,13 +251,16 @@ impl Statistics {
     ///
     /// # Errors
     /// It was not measured, or has another size.
-    pub fn output_gram(&self, id: LinearId, m: usize) -> Result<Mat<f64>> {
+    pub fn output_gram(&self, id: LinearId, m: usize) -> Result<Packed> {
         self.gram(Key::OutputGram(id.slot), id, m, 1.0 / self.n_seen(id)?)
     }
 
-    fn gram(&self, key: Key, id: LinearId, n: usize, scale: f64) -> Result<Mat<f64>> {
+    fn gram(&self, key: Key, id: LinearId, n: usize, scale: f64) -> Result<Packed> {
         let name = key.name(id.block);
-        unpack_gram(&self.array(&name)?, n, scale).with_context(|| format!("statistic `{name}`"))
+        let values = self.array(&name)?;
+        let len = values.len();
+        Packed::new(values, n, scale)
+            .with_context(|| format!("statistic `{name}`: a Gram of {n} has {} values, not {len}", n * (n + 1) / 2))
     }
 
     /// `Σ |x| / n_seen`, (n), of the inputs of a linear.

@@ -13,10 +13,10 @@ use super::terminal::{Bars, fixed, grouped, table};
 use super::{GateArgs, MemoryArgs, ModelArgs};
 use crate::checkpoint::{Existing, OutputFolder};
 use crate::compress::recipe::{Recipe, RecipeOptions};
-use crate::compress::{self, Job};
+use crate::compress::{self, DryRun, Job};
 use crate::report::gate;
 use crate::report::{
-    CompressReport, DryRunReport, EqualBytesBaseline, LeftOutRecord, LinearRecord, REPORT_FILE, Sizes,
+    CompressReport, DryRunReport, EqualBytesBaseline, LeftOutRecord, LinearRecord, REPORT_FILE, RankSource, Sizes,
 };
 
 /// Compress a checkpoint
@@ -31,6 +31,7 @@ use crate::report::{
 ///   lrc compress MODEL -o OUT --quant gptq-int4 --calibration text.txt --format gptq
 ///   lrc compress MODEL -o OUT --quant rtn-int2,rtn-int3,rtn-int4 --compensate eora --bits 3.25 --calibration text.txt
 ///   lrc compress MODEL -o OUT --recipe recipe.toml --dry-run
+///   lrc compress MODEL -o OUT --recipe recipe.toml --dry-run=full
 #[derive(Debug, Args)]
 #[command(verbatim_doc_comment)]
 pub(super) struct CompressArgs {
@@ -51,9 +52,9 @@ pub(super) struct CompressArgs {
     #[command(flatten)]
     memory: MemoryArgs,
 
-    /// Show ranks, sizes, expected memory and time; write nothing
-    #[arg(long, help_heading = "Output")]
-    dry_run: bool,
+    /// Show targets, sizes, memory, disk and time at once; `full` also measures, shows the ranks, and keeps its work for the run
+    #[arg(long, help_heading = "Output", value_name = "DEPTH", num_args = 0..=1, require_equals = true, default_missing_value = "plan", hide_possible_values = true)]
+    dry_run: Option<DryRun>,
 
     /// Replace an output folder written by an earlier run
     #[arg(long, help_heading = "Output")]
@@ -72,7 +73,7 @@ pub(super) struct CompressArgs {
 }
 
 pub(super) fn run(args: &CompressArgs, quiet: bool, progress: &Bars) -> Result<()> {
-    if args.dry_run {
+    if args.dry_run.is_some() {
         gate::expect_fields::<DryRunReport>(&args.gates.fail_if, &[])?;
     } else {
         gate::expect_fields::<CompressReport>(&args.gates.fail_if, &[])?;
@@ -91,8 +92,8 @@ pub(super) fn run(args: &CompressArgs, quiet: bool, progress: &Bars) -> Result<(
         restart: args.restart,
         memory_bytes: args.memory.memory.as_u64(),
     };
-    if args.dry_run {
-        let report = compress::dry_run(&job, progress)?;
+    if let Some(depth) = args.dry_run {
+        let report = compress::dry_run(&job, depth, progress)?;
         return args.gates.conclude(&report, args.json, show_dry_run);
     }
     let report = compress::compress(&job, progress)?;
@@ -101,10 +102,20 @@ pub(super) fn run(args: &CompressArgs, quiet: bool, progress: &Bars) -> Result<(
 }
 
 fn show_dry_run(report: &DryRunReport) -> String {
-    let memory = ByteSize(report.expected_memory_bytes);
+    let [memory, disk] = [report.expected_memory_bytes, report.expected_disk_bytes].map(ByteSize);
     let time = HumanDuration(Duration::from_secs_f64(report.expected_seconds));
+    let ranks = match report.ranks {
+        RankSource::Exact => "",
+        RankSource::Even => "ranks: the budget spread evenly; `--dry-run=full` measures, and shows those of the run\n",
+    };
+    let end = match &report.kept_in {
+        Some(folder) => {
+            format!("what was measured is kept in `{folder}`; the same command without `--dry-run` resumes from it")
+        }
+        None => "nothing was written".into(),
+    };
     format!(
-        "{}{}{}expected memory: {memory}\nexpected time: about {time}\ndry run: nothing was written\n",
+        "{}{}{}{ranks}expected memory: {memory}\nexpected disk: {disk}\nexpected time: about {time}\ndry run: {end}\n",
         tables(&report.linears, &report.sizes),
         passed_through(&report.passed_through),
         left_out(&report.left_out)

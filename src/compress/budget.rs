@@ -1,32 +1,38 @@
 //! Decisions that follow from shapes alone under a budget: choices without a fit, and the largest possible ranks.
 
-use super::allocate::{self, Item, Rules, Spectra};
+use super::allocate::{self, Item, Ranks, Rules, Spectra};
 use super::compensate::{Compensate, CompensateRank};
 use super::plan::{Choice, Plan};
 use super::recipe::{Budget, Recipe};
 use crate::model::inventory::LinearInfo;
+use crate::quantize::Quant;
 
 /// The choices, if they can be made without a spectrum.
 pub(super) fn known_choices(recipe: &Recipe, plan: &Plan) -> Option<Vec<Choice>> {
     if let (&[quant], Budget::None) = (recipe.quant(), recipe.budget()) {
-        let choice = |linear: &LinearInfo| {
-            let rank = match (recipe.compensate(), recipe.compensate_rank()) {
-                (Compensate::None, _) | (_, CompensateRank::Auto) => 0,
-                (_, CompensateRank::Fixed(rank)) => rank.min(linear.out_features).min(linear.in_features),
-            };
-            if quant.storage().fits(linear.in_features) { Choice::Fitted { fit: 0, rank } } else { Choice::Dense }
-        };
-        return Some(plan.linears.iter().map(choice).collect());
+        return Some(plan.linears.iter().map(|linear| quantized_choice(recipe, linear, quant)).collect());
     }
     let is_known = recipe.quant().is_empty()
         && recipe.ranks().allocator().spectra() == Spectra::None
         && !matches!(recipe.budget(), Budget::Bytes(_) | Budget::Bits(_));
-    is_known.then(|| {
-        let costs: Vec<Vec<u64>> = plan.linears.iter().map(|linear| parameters(recipe, linear)).collect();
-        let items: Vec<Item<'_>> = (0..plan.linears.len()).map(|i| item(recipe, plan, i, &costs[i])).collect();
-        let picks = allocate::allocate(recipe.ranks(), &items, &rules(recipe, &items, recipe.budget()));
-        picks.into_iter().map(|pick| choice(pick, 0)).collect()
-    })
+    is_known.then(|| choices_by_shape(recipe, plan, recipe.ranks(), recipe.budget()))
+}
+
+/// A linear in a quantizer, if its blocks fit; ranks that measurements decide are 0.
+pub(super) fn quantized_choice(recipe: &Recipe, linear: &LinearInfo, quant: Quant) -> Choice {
+    let rank = match (recipe.compensate(), recipe.compensate_rank()) {
+        (Compensate::None, _) | (_, CompensateRank::Auto) => 0,
+        (_, CompensateRank::Fixed(rank)) => rank.min(linear.out_features).min(linear.in_features),
+    };
+    if quant.storage().fits(linear.in_features) { Choice::Fitted { fit: 0, rank } } else { Choice::Dense }
+}
+
+/// The choices of an allocator that needs no spectra.
+pub(super) fn choices_by_shape(recipe: &Recipe, plan: &Plan, ranks: Ranks, budget: Budget) -> Vec<Choice> {
+    let costs: Vec<Vec<u64>> = plan.linears.iter().map(|linear| parameters(recipe, linear)).collect();
+    let items: Vec<Item<'_>> = (0..plan.linears.len()).map(|i| item(recipe, plan, i, &costs[i])).collect();
+    let picks = allocate::allocate(ranks, &items, &rules(recipe, &items, budget));
+    picks.into_iter().map(|pick| choice(pick, 0)).collect()
 }
 
 /// A pick of an allocator as a choice, with the index of the fit.

@@ -75,7 +75,7 @@ fn fastest(trial: impl Fn() -> Result<()>) -> Result<f64> {
 
 /// Seconds of all `windows` through all blocks, extrapolated from enough of them for a trial in the first block.
 fn pass(checkpoint: &Checkpoint, windows: &Windows) -> Result<f64> {
-    const TRIAL_TOKENS: usize = 2048;
+    const TRIAL_TOKENS: usize = 512;
     let decoder = Decoder::open(checkpoint)?;
     let length = windows.windows.first().map_or(1, Vec::len).max(1);
     let some = &windows.windows[..TRIAL_TOKENS.div_ceil(length).min(windows.windows.len())];

@@ -99,8 +99,8 @@ impl Metrics<'_> {
                 f(&sized(Metric::diagonal(magnitudes.into_iter().map(|v| v.powf(2.0 * alpha)).collect()))?)
             }
             MetricForm::GramDiagonal => {
-                let gram = self.input_gram(linear)?;
-                f(&sized(Metric::diagonal((0..linear.in_features).map(|i| gram[(i, i)]).collect()))?)
+                let (statistics, id) = self.of(linear)?;
+                f(&sized(Metric::diagonal(statistics.input_gram(id, linear.in_features)?.diagonal()))?)
             }
             MetricForm::SquaredGradient => {
                 let (statistics, id) = self.of(linear)?;
@@ -119,7 +119,7 @@ impl Metrics<'_> {
             return Ok(Mat::from_fn(n, n, |i, j| if i == j { size } else { 0.0 }));
         }
         let (statistics, id) = self.of(linear)?;
-        statistics.input_gram(id, linear.in_features)
+        Ok(statistics.input_gram(id, linear.in_features)?.to_dense())
     }
 
     /// The metrics of another preset from the same statistics, with the preset's damping.

@@ -9,6 +9,7 @@ mod allocation;
 mod budget;
 pub mod compensate;
 mod curves;
+mod dry_run;
 mod equal_bytes;
 mod estimate;
 mod fits;
@@ -42,15 +43,14 @@ use crate::formats::{self, Format, Output, Source};
 use crate::model::{fingerprint, inventory};
 use crate::operator::Forms;
 use crate::progress::Progress;
-use crate::report::{CompressReport, DryRunReport, REPORT_FILE};
+use crate::report::{CompressReport, REPORT_FILE};
 use crate::session::Session;
 use crate::store::Journal;
-use budget::known_choices;
 pub(crate) use curves::{KeptCurve, write as write_curves};
+pub use dry_run::{DryRun, dry_run};
 use inputs::Inputs;
-use plan::{FitKind, Plan};
+use plan::Plan;
 use recipe::{Fused, Recipe};
-use record::Expected;
 pub(crate) use record::summary as linear_summary;
 pub use scale::{DepthWeight, Sensitivity};
 use solution::Solution;
@@ -100,35 +100,28 @@ pub fn view(checkpoint: Checkpoint, recipe: &Recipe) -> Result<Checkpoint> {
 /// Anything wrong with the source, the recipe or the disk; the output folder is not created then. If a resource is at
 /// fault, finished work is kept next to it for the next run of the same job.
 pub fn compress(job: &Job<'_>, progress: &dyn Progress) -> Result<CompressReport> {
-    let started = Instant::now();
-    let (checkpoint, recipe) = (job.checkpoint, job.recipe);
-    job.check_output()?;
-    let plan = Plan::new(checkpoint, recipe)?;
-    let source = Source::new(checkpoint);
-    plan.check_format(&source, recipe)?;
-    let inputs = Inputs::load(checkpoint, recipe, &plan)?;
-    let source_files = fingerprint(checkpoint)?;
-    let description = record::job(job, &source_files, &inputs)?;
-    let earlier = if job.restart { Earlier::Discarded } else { Earlier::Resumed };
-    let mut folder = OutputFolder::resume(job.output, Existing::of(job.force), REPORT_FILE, &description, earlier)?;
-    let run = Run { job, plan, source, source_files, started };
-    match run.into_folder(&folder, inputs, progress) {
+    let run = Run::new(job)?;
+    let mut folder = run.folder()?;
+    match run.into_folder(&folder, progress) {
         Ok(report) => {
             folder.finish()?;
             Ok(report)
         }
-        Err(error) => {
-            if exit_class(&error) == ExitClass::Resources
-                && let Some(kept) = folder.keep()
-            {
-                let mend = error::hint(&error).map_or(String::new(), |mend| format!("{mend}; "));
-                let kept = kept.display();
-                let hint = format!("{mend}finished work is kept in `{kept}`; run the same command again to resume");
-                return Err(error.context(Failure::new(ExitClass::Resources, "stopped").hint(hint)));
-            }
-            Err(error)
-        }
+        Err(error) => Err(stopped(&mut folder, error)),
     }
+}
+
+/// The error of a run that stopped; if a resource is at fault, finished work is kept.
+fn stopped(folder: &mut OutputFolder, error: anyhow::Error) -> anyhow::Error {
+    if exit_class(&error) == ExitClass::Resources
+        && let Some(kept) = folder.keep()
+    {
+        let mend = error::hint(&error).map_or(String::new(), |mend| format!("{mend}; "));
+        let kept = kept.display();
+        let hint = format!("{mend}finished work is kept in `{kept}`; run the same command again to resume");
+        return error.context(Failure::new(ExitClass::Resources, "stopped").hint(hint));
+    }
+    error
 }
 
 /// A compression whose inputs have been checked.
@@ -136,21 +129,55 @@ struct Run<'a> {
     job: &'a Job<'a>,
     plan: Plan,
     source: Source<'a>,
+    inputs: Inputs,
     source_files: Fingerprint,
     started: Instant,
 }
 
-impl Run<'_> {
+impl<'a> Run<'a> {
+    fn new(job: &'a Job<'a>) -> Result<Self> {
+        let started = Instant::now();
+        let (checkpoint, recipe) = (job.checkpoint, job.recipe);
+        job.check_output()?;
+        let plan = Plan::new(checkpoint, recipe)?;
+        let source = Source::new(checkpoint);
+        plan.check_format(&source, recipe)?;
+        let inputs = Inputs::load(checkpoint, recipe, &plan)?;
+        Ok(Self { job, plan, source, inputs, source_files: fingerprint(checkpoint)?, started })
+    }
+
+    /// The folder of its output, with what an earlier run of the same job has finished. A full disk is reported before
+    /// any work.
+    fn folder(&self) -> Result<OutputFolder> {
+        let job = self.job;
+        let description = record::job(job, &self.source_files, &self.inputs)?;
+        let earlier = if job.restart { Earlier::Discarded } else { Earlier::Resumed };
+        let folder = OutputFolder::resume(job.output, Existing::of(job.force), REPORT_FILE, &description, earlier)?;
+        folder.require_space(self.disk_bytes())?;
+        Ok(folder)
+    }
+
+    /// Bytes on disk while it runs, for pieces of its work and the least output.
+    fn disk_bytes(&self) -> u64 {
+        let (checkpoint, recipe) = (self.job.checkpoint, self.job.recipe);
+        let n_tokens = self.inputs.windows.as_ref().map_or(0, |w| w.part.tokens);
+        self.plan.least_output_bytes(checkpoint) + self.plan.kept_bytes(checkpoint, recipe, n_tokens)
+    }
+
+    fn session<'s>(&self, folder: &OutputFolder, progress: &'s dyn Progress) -> Session<'s>
+    where
+        'a: 's,
+    {
+        let journal = Journal::new(folder.pieces());
+        Session::new(self.job.checkpoint, self.job.memory_bytes, folder.work(), journal, progress)
+    }
+
     /// All steps but the last, which publishes the folder.
-    fn into_folder(self, folder: &OutputFolder, inputs: Inputs, progress: &dyn Progress) -> Result<CompressReport> {
-        let Self { job, plan, source, source_files, started } = self;
+    fn into_folder(self, folder: &OutputFolder, progress: &dyn Progress) -> Result<CompressReport> {
+        let session = self.session(folder, progress);
+        let Self { job, plan, source, inputs, source_files, started } = self;
         let (checkpoint, recipe) = (job.checkpoint, job.recipe);
         let calibration = inputs.record(recipe);
-        // A full disk is reported before any work.
-        let n_tokens = inputs.windows.as_ref().map_or(0, |w| w.part.tokens);
-        folder.require_space(plan.least_output_bytes(checkpoint) + plan.kept_bytes(checkpoint, recipe, n_tokens))?;
-        let journal = Journal::new(folder.pieces());
-        let session = Session::new(checkpoint, job.memory_bytes, folder.work(), journal, progress);
         let mut study = Study::run(&session, recipe, &plan, inputs)?;
         let mut timings = study.timings;
 
@@ -194,43 +221,4 @@ impl Run<'_> {
         output::finish(output, folder, job, &lines, &mut report, started)?;
         Ok(report)
     }
-}
-
-/// Reports what a compression would do: ranks, parameters, bytes, memory. Measures and decomposes only if ranks depend
-/// on it.
-///
-/// # Errors
-/// As [`compress`].
-pub fn dry_run(job: &Job<'_>, progress: &dyn Progress) -> Result<DryRunReport> {
-    let (checkpoint, recipe) = (job.checkpoint, job.recipe);
-    job.check_output()?;
-    let plan = Plan::new(checkpoint, recipe)?;
-    let source = Source::new(checkpoint);
-    plan.check_format(&source, recipe)?;
-    let inputs = Inputs::load(checkpoint, recipe, &plan)?;
-    let expected = Expected {
-        memory_bytes: plan.expected_memory(checkpoint, recipe, job.memory_bytes, rayon::current_num_threads()),
-        seconds: estimate::seconds(checkpoint, recipe, &plan, inputs.windows.as_ref())?,
-    };
-    let forms: Vec<Option<Forms>> = match known_choices(recipe, &plan) {
-        Some(choices) => {
-            let kind = recipe.quant().first().map_or(FitKind::Layout, |&quant| FitKind::Base(quant));
-            let of = |(linear, choice)| Plan::forms(recipe, linear, choice, kind);
-            plan.linears.iter().zip(choices).map(of).collect()
-        }
-        None => {
-            let work = tempfile::tempdir()?;
-            let session = Session::new(checkpoint, job.memory_bytes, work.path().into(), Journal::default(), progress);
-            let study = Study::run(&session, recipe, &plan, inputs)?;
-            let allocation = sensitivity::allocate(&study, &sensitivity::of(&study)?, recipe.budget())?;
-            allocation.choices.iter().enumerate().map(|(i, &choice)| study.planned(i, choice)).collect()
-        }
-    };
-    let records = plan.linears.iter().zip(&forms).map(|(linear, &forms)| record::linear(linear, forms));
-    let sizes = record::sizes(&source, recipe, &plan, &forms);
-    formats::warn_of_growth(checkpoint.file_bytes(), sizes.file_bytes_after);
-    let mut report = record::dry_run(job, records.collect(), sizes, &expected);
-    let left_out = formats::side(checkpoint, job.output, &output::REPLACED)?.left_out;
-    report.left_out = left_out.into_iter().map(Into::into).collect();
-    Ok(report)
 }

@@ -20,7 +20,7 @@ use crate::operator::{Forms, Right};
 use crate::quantize::Storage;
 use crate::report::page::ErrorLine;
 use crate::report::{
-    CalibrationRecord, Component, CompressReport, DryRunReport, LRC_VERSION, LinearRecord, LinearSummary,
+    CalibrationRecord, Component, CompressReport, DryRunReport, LRC_VERSION, LinearRecord, LinearSummary, RankSource,
     SCHEMA_VERSION, Sizes, Timings,
 };
 
@@ -254,13 +254,8 @@ pub(super) fn job(job: &Job<'_>, source_files: &Fingerprint, inputs: &Inputs) ->
     }))
 }
 
-/// What a run is expected to take.
-pub(super) struct Expected {
-    pub memory_bytes: u64,
-    pub seconds: f64,
-}
-
-pub(super) fn dry_run(job: &Job<'_>, linears: Vec<LinearRecord>, sizes: Sizes, expected: &Expected) -> DryRunReport {
+/// The report of a dry run, before its estimates.
+pub(super) fn dry_run(job: &Job<'_>, linears: Vec<LinearRecord>, sizes: Sizes, ranks: RankSource) -> DryRunReport {
     DryRunReport {
         schema_version: SCHEMA_VERSION,
         lrc_version: LRC_VERSION.into(),
@@ -269,11 +264,14 @@ pub(super) fn dry_run(job: &Job<'_>, linears: Vec<LinearRecord>, sizes: Sizes, e
         size_bytes: sizes.file_bytes_after,
         keep: sizes.keep,
         sizes,
+        ranks,
         passed_through: passed_through(job, &linears),
         linears,
         left_out: Vec::new(),
-        expected_memory_bytes: expected.memory_bytes,
-        expected_seconds: expected.seconds,
+        expected_memory_bytes: 0,
+        expected_disk_bytes: 0,
+        expected_seconds: 0.0,
+        kept_in: None,
     }
 }
 

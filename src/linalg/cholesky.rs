@@ -1,9 +1,33 @@
-//! Cholesky factors of inverses.
+//! Cholesky factors, of matrices and of their inverses.
 
 use faer::dyn_stack::{MemBuffer, MemStack};
 use faer::linalg::cholesky::llt::factor::{cholesky_in_place, cholesky_in_place_scratch};
 use faer::linalg::triangular_inverse::invert_lower_triangular;
+use faer::linalg::triangular_solve::solve_upper_triangular_in_place;
 use faer::{Mat, MatRef, Par};
+
+/// The lower triangular `L` (n, n) of `M = L Lᵀ`, of which the lower triangle is read; none where `M` is not positive definite.
+pub fn cholesky(matrix: MatRef<'_, f64>) -> Option<Mat<f64>> {
+    let n = matrix.nrows();
+    let mut lower = Mat::from_fn(n, n, |i, j| if i >= j { matrix[(i, j)] } else { 0.0 });
+    factor(&mut lower)?;
+    Some(lower)
+}
+
+/// `L` in place of the lower triangle of `M`.
+fn factor(lower: &mut Mat<f64>) -> Option<()> {
+    let scratch = cholesky_in_place_scratch::<f64>(lower.nrows(), Par::Seq, Default::default());
+    let memory = &mut MemBuffer::new(scratch);
+    cholesky_in_place(lower.as_mut(), Default::default(), Par::Seq, MemStack::new(memory), Default::default()).ok()?;
+    Some(())
+}
+
+/// `L⁻ᵀ X` of a lower triangular `L` (n, n) and `x` (n, k).
+pub fn solve_transposed_lower(lower: MatRef<'_, f64>, x: MatRef<'_, f64>) -> Mat<f64> {
+    let mut solution = x.to_owned();
+    solve_upper_triangular_in_place(lower.transpose(), solution.as_mut(), Par::Seq);
+    solution
+}
 
 /// The upper triangular `U` (n, n) with `M⁻¹ = Uᵀ U`, and its inverse; none where `M` is not positive definite.
 ///
@@ -12,9 +36,7 @@ use faer::{Mat, MatRef, Par};
 pub fn inverse_cholesky(matrix: MatRef<'_, f64>) -> Option<(Mat<f64>, Mat<f64>)> {
     let n = matrix.nrows();
     let mut lower = Mat::from_fn(n, n, |i, j| matrix[(n - 1 - i, n - 1 - j)]);
-    let scratch = cholesky_in_place_scratch::<f64>(n, Par::Seq, Default::default());
-    let memory = &mut MemBuffer::new(scratch);
-    cholesky_in_place(lower.as_mut(), Default::default(), Par::Seq, MemStack::new(memory), Default::default()).ok()?;
+    factor(&mut lower)?;
     let mut inverse = Mat::zeros(n, n);
     invert_lower_triangular(inverse.as_mut(), lower.as_ref(), Par::Seq);
     let reversed =
@@ -28,14 +50,31 @@ pub fn inverse_cholesky(matrix: MatRef<'_, f64>) -> Option<(Mat<f64>, Mat<f64>)>
 mod tests {
     use super::*;
 
-    #[test]
-    fn the_factor_is_that_of_the_inverse() {
-        let n = 23;
+    fn samples(n: usize) -> Mat<f64> {
         let value = |i: usize| {
             let mixed = (i as u32 ^ 0x5bd1).wrapping_mul(2_654_435_761);
             f64::from((mixed ^ (mixed >> 15)).wrapping_mul(2_246_822_519) >> 8) / 8_388_608.0 - 1.0
         };
-        let x = Mat::from_fn(40, n, |i, j| value(i * n + j + 1));
+        Mat::from_fn(2 * n, n, |i, j| value(i * n + j + 1))
+    }
+
+    #[test]
+    fn a_matrix_is_the_product_of_its_factors() {
+        let n = 70;
+        let x = samples(n);
+        let gram = x.transpose() * &x;
+        let lower = cholesky(gram.as_ref()).unwrap();
+        assert!((0..n).all(|i| (i + 1..n).all(|j| lower[(i, j)] == 0.0)));
+        assert!((&lower * lower.transpose() - &gram).norm_max() < 1e-12 * gram.norm_max());
+        let solved = solve_transposed_lower(lower.as_ref(), x.transpose());
+        assert!((lower.transpose() * solved - x.transpose()).norm_max() < 1e-12);
+        assert!(cholesky(Mat::<f64>::zeros(2, 2).as_ref()).is_none());
+    }
+
+    #[test]
+    fn the_factor_is_that_of_the_inverse() {
+        let n = 23;
+        let x = samples(n);
         let gram = x.transpose() * &x;
         let (upper, inverse) = inverse_cholesky(gram.as_ref()).unwrap();
         assert!((0..n).all(|j| (j + 1..n).all(|i| upper[(i, j)] == 0.0)));

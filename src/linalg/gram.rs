@@ -13,6 +13,23 @@ pub fn product(a: MatRef<'_, f64>, b: MatRef<'_, f64>) -> Mat<f64> {
     result
 }
 
+/// `a · l`, (m, n) · (n, n), of a lower triangular `l`: half the work.
+pub fn product_with_lower(a: MatRef<'_, f64>, l: MatRef<'_, f64>) -> Mat<f64> {
+    let mut result = Mat::zeros(a.nrows(), l.ncols());
+    triangular::matmul(
+        &mut result,
+        BlockStructure::Rectangular,
+        Accum::Replace,
+        a,
+        BlockStructure::Rectangular,
+        l,
+        BlockStructure::TriangularLower,
+        1.0,
+        Par::Seq,
+    );
+    result
+}
+
 /// `a · b`, (n, k) · (k, n), where the result is known to be symmetric: half the work.
 pub fn product_symmetric(a: MatRef<'_, f64>, b: MatRef<'_, f64>) -> Mat<f64> {
     let n = a.nrows();
@@ -32,8 +49,17 @@ pub fn product_symmetric(a: MatRef<'_, f64>, b: MatRef<'_, f64>) -> Mat<f64> {
     result
 }
 
+/// Copies the upper triangle of a square matrix over its lower one.
+fn mirror_upper(matrix: &mut Mat<f64>) {
+    for j in 0..matrix.ncols() {
+        for i in j + 1..matrix.nrows() {
+            matrix[(i, j)] = matrix[(j, i)];
+        }
+    }
+}
+
 /// Copies the lower triangle of a square matrix over its upper one.
-pub fn mirror_lower(matrix: &mut Mat<f64>) {
+fn mirror_lower(matrix: &mut Mat<f64>) {
     for j in 0..matrix.ncols() {
         for i in j + 1..matrix.nrows() {
             matrix[(j, i)] = matrix[(i, j)];
@@ -51,25 +77,70 @@ fn threads() -> Par {
     if rayon::current_num_threads() > 1 { Par::rayon(0) } else { Par::Seq }
 }
 
-/// The lower triangle of `xᵀ x` (n, n) for a chunk `x` (n_tokens, n) in row-major order, summed in f32; the rest is 0.
+/// The lower triangle of `xᵀ x` (n, n), row by row, for a chunk `x` (n_tokens, n) in row-major order, summed in f32.
 ///
-/// Sums over several chunks are kept in f64 ([`add_lower`]), so that the error is that of one chunk, however many come.
+/// Sums over several chunks are kept in f64 ([`add_gram_f32`]), so that the error is that of one chunk, however many come.
 ///
 /// # Panics
 /// When `x` is not made of rows of `n`.
-pub fn gram_f32(x: &[f32], n_tokens: usize, n: usize) -> Mat<f32> {
+pub fn gram_f32(x: &[f32], n_tokens: usize, n: usize) -> Vec<f32> {
+    let mut gram = Vec::with_capacity(n * (n + 1) / 2);
+    for_each_row(x, n_tokens, n, |row| gram.extend_from_slice(row));
+    gram
+}
+
+/// Adds [`gram_f32`] to `sum`, a triangle of the same shape, without holding both.
+///
+/// # Panics
+/// When `x` is not made of rows of `n`.
+pub fn add_gram_f32(sum: &mut [f64], x: &[f32], n_tokens: usize, n: usize) {
+    let mut rest = sum;
+    for_each_row(x, n_tokens, n, |row| {
+        let (here, later) = std::mem::take(&mut rest).split_at_mut(row.len());
+        add_f32(here, row);
+        rest = later;
+    });
+}
+
+/// Calls `add` with the rows of the lower triangle of `xᵀ x`: row i has i + 1 entries.
+fn for_each_row(x: &[f32], n_tokens: usize, n: usize, mut add: impl FnMut(&[f32])) {
     // Tokens are what is summed over: side by side in memory they are packed without long strides.
     let x = transpose_row_major(x, n_tokens, n);
     let x = MatRef::from_column_major_slice(&x, n_tokens, n); // (n_tokens, n)
-    let mut gram = Mat::<f32>::zeros(n, n);
-    // Panels of columns, each from its diagonal block down.
+    let mut panel = Mat::<f32>::zeros(n, GRAM_PANEL.min(n));
     for first in (0..n).step_by(GRAM_PANEL) {
         let width = GRAM_PANEL.min(n - first);
-        let panel = gram.as_mut().submatrix_mut(first, first, n - first, width);
-        let rows = x.subcols(first, n - first);
-        matmul(panel, Accum::Replace, rows.transpose(), x.subcols(first, width), 1.0, threads());
+        // Its columns are rows of the Gram, up to the last diagonal entry among them.
+        let rows = panel.as_mut().submatrix_mut(0, 0, first + width, width);
+        matmul(rows, Accum::Replace, x.subcols(0, first + width).transpose(), x.subcols(first, width), 1.0, threads());
+        for (i, row) in panel.as_ref().subcols(0, width).col_iter().enumerate() {
+            let row = row.try_as_col_major().expect("invariant: an owned matrix is column-major");
+            add(&row.as_slice()[..=first + i]);
+        }
     }
-    gram
+}
+
+/// `sum += addend`.
+pub fn add_f32(sum: &mut [f64], addend: &[f32]) {
+    sum.iter_mut().zip(addend).for_each(|(sum, &value)| *sum += f64::from(value));
+}
+
+/// A symmetric matrix (n, n) times `scale`, from its lower triangle, row by row.
+///
+/// # Panics
+/// When the length is not that of a triangle of size `n`.
+pub fn unpack_lower<T: Copy + Into<f64>>(packed: &[T], n: usize, scale: f64) -> Mat<f64> {
+    assert_eq!(packed.len(), n * (n + 1) / 2, "invariant: a triangle of {n}");
+    let mut matrix = Mat::zeros(n, n);
+    let mut rest = packed;
+    // Rows of the lower triangle are columns of the upper one.
+    for i in 0..n {
+        let (row, later) = rest.split_at(i + 1);
+        matrix.col_mut(i).iter_mut().zip(row).for_each(|(to, &from)| *to = from.into() * scale);
+        rest = later;
+    }
+    mirror_upper(&mut matrix);
+    matrix
 }
 
 /// `xᵀ y` (n, n) for chunks `x` and `y` (n_tokens, n) in row-major order, summed in f32.
@@ -83,15 +154,6 @@ pub fn cross_f32(x: &[f32], y: &[f32], n: usize) -> Mat<f32> {
     let mut cross = Mat::<f32>::zeros(n, n);
     matmul(&mut cross, Accum::Replace, matrix(&x).transpose(), matrix(&y), 1.0, threads());
     cross
-}
-
-/// Adds the lower triangle of `chunk` to that of `sum`, both (n, n).
-pub fn add_lower(sum: &mut Mat<f64>, chunk: &Mat<f32>) {
-    let n = sum.nrows();
-    for (j, (to, from)) in sum.col_iter_mut().zip(chunk.col_iter()).enumerate() {
-        let (to, from) = (to.subrows_mut(j, n - j), from.subrows(j, n - j));
-        to.iter_mut().zip(from.iter()).for_each(|(to, from)| *to += f64::from(*from));
-    }
 }
 
 /// Adds `chunk` to `sum`, both (n, n).
@@ -131,6 +193,15 @@ mod tests {
     }
 
     #[test]
+    fn grams_have_the_entries_of_products() {
+        // Several panels, the last of them narrow.
+        let (n_tokens, n) = (30, 2 * GRAM_PANEL + 5);
+        let x = test_matrix(n_tokens, n);
+        let gram = gram_f32(&to_row_major(x.as_ref()), n_tokens, n);
+        assert_eq!(unpack_lower(&gram, n, 2.0), product(x.transpose(), x.as_ref()) * faer::Scale(2.0));
+    }
+
+    #[test]
     fn grams_are_the_same_bytes_at_any_thread_count() {
         let x: Vec<f32> = (0..333 * 301).map(|i| ((i * 7919) % 10_007) as f32 / 10_007.0 - 0.5).collect();
         let with_threads = |n: usize| {
@@ -145,14 +216,15 @@ mod tests {
     fn grams_add_over_chunks() {
         let x = test_matrix(50, 12);
         let rows = to_row_major(x.as_ref());
-        let mut sum = Mat::zeros(12, 12);
+        let [mut at_once, mut by_panels] = [(); 2].map(|()| vec![0.0; 12 * 13 / 2]);
         for chunk in rows.chunks(20 * 12) {
-            add_lower(&mut sum, &gram_f32(chunk, chunk.len() / 12, 12));
+            add_f32(&mut at_once, &gram_f32(chunk, chunk.len() / 12, 12));
+            add_gram_f32(&mut by_panels, chunk, chunk.len() / 12, 12);
         }
-        mirror_lower(&mut sum);
         // Small integers: exact in f32 too.
         let expected = product(x.transpose(), x.as_ref());
-        assert_eq!(sum, expected);
+        assert_eq!(unpack_lower(&at_once, 12, 1.0), expected);
+        assert_eq!(at_once, by_panels);
         let mut sum = Mat::zeros(12, 12);
         for chunk in rows.chunks(20 * 12) {
             add_all(&mut sum, &cross_f32(chunk, chunk, 12));

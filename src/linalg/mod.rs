@@ -10,15 +10,20 @@ mod convert;
 mod eigh;
 mod error;
 mod gram;
+mod packed;
 mod qr;
 mod skeleton;
 mod solve;
 
-pub use cholesky::inverse_cholesky;
+pub use cholesky::{cholesky, inverse_cholesky, solve_transposed_lower};
 pub use convert::{to_row_major, transpose_row_major, transposed_from_row_major};
 pub use eigh::{Eigh, eigenvalues, eigh};
 pub use error::LinalgError;
-pub use gram::{add_all, add_lower, cross_f32, gram_f32, mirror_lower, product, product_row_major, product_symmetric};
+pub use gram::{
+    add_all, add_f32, add_gram_f32, cross_f32, gram_f32, product, product_row_major, product_symmetric,
+    product_with_lower, unpack_lower,
+};
+pub use packed::Packed;
 pub use qr::orthonormal_columns;
 pub use skeleton::{COEFFICIENT_BOUND, RowSkeleton, row_skeleton};
 pub use solve::solve;

@@ -8,12 +8,15 @@
 //!
 //! They do not decide which values a column may take.
 
+use std::ops::Range;
+
 use faer::linalg::matmul::matmul;
 use faer::{Accum, Mat, MatMut, MatRef, Par, RowRef};
 use pulp::Arch;
 
-/// Columns that are finished before the others hear of them.
+/// Columns that are finished before those behind them hear of it, in two levels.
 const BLOCK: usize = 128;
+const PANEL: usize = 16;
 
 /// Rounds the columns of `weights` (rows, cols) in their order. `upper` is the `U` of their metric; `round` rounds the column of
 /// an index in place; `spend` is given its errors over `U_jj`, whose squares are what it costs each row.
@@ -62,6 +65,9 @@ pub fn descend(
 }
 
 /// Calls `step` with one column after another and with a place for what it moves the later ones by, times its row of `couplings`.
+///
+/// A column moves those of its panel at once, a panel those of its block, a block the rest: the first is bound by memory, the
+/// others are products.
 fn one_by_one(
     mut weights: MatMut<'_, f32>,
     couplings: MatRef<'_, f32>,
@@ -70,19 +76,33 @@ fn one_by_one(
     let (rows, cols) = (weights.nrows(), weights.ncols());
     let mut errors = Mat::<f32>::zeros(rows, BLOCK);
     for first in (0..cols).step_by(BLOCK) {
-        let width = BLOCK.min(cols - first);
-        for at in 0..width {
-            let j = first + at;
-            let (mut left, later) = weights.as_mut().subcols_mut(j, first + width - j).split_at_col_mut(1);
-            let error = contiguous(errors.as_mut(), at);
-            step(j, contiguous(left.as_mut(), 0), error);
-            spread(error, later, couplings.row(j).subcols(j + 1, first + width - j - 1));
+        let end = cols.min(first + BLOCK);
+        for panel in (first..end).step_by(PANEL) {
+            let panel_end = end.min(panel + PANEL);
+            for j in panel..panel_end {
+                let (mut left, later) = weights.as_mut().subcols_mut(j, panel_end - j).split_at_col_mut(1);
+                let error = contiguous(errors.as_mut(), j - first);
+                step(j, contiguous(left.as_mut(), 0), error);
+                spread(error, later, couplings.row(j).subcols(j + 1, panel_end - j - 1));
+            }
+            let moved = errors.as_ref().subcols(panel - first, panel_end - panel);
+            move_later(weights.as_mut(), couplings, moved, panel, panel_end..end);
         }
-        let rest = first + width;
-        let later = couplings.submatrix(first, rest, width, cols - rest);
-        let done = errors.as_ref().subcols(0, width);
-        matmul(weights.as_mut().subcols_mut(rest, cols - rest), Accum::Add, done, later, -1.0f32, Par::Seq);
+        move_later(weights.as_mut(), couplings, errors.as_ref().subcols(0, end - first), first, end..cols);
     }
+}
+
+/// `weights[:, later] −= errors · couplings[first.., later]`.
+fn move_later(
+    weights: MatMut<'_, f32>,
+    couplings: MatRef<'_, f32>,
+    errors: MatRef<'_, f32>,
+    first: usize,
+    later: Range<usize>,
+) {
+    let couplings = couplings.submatrix(first, later.start, errors.ncols(), later.len());
+    let weights = weights.subcols_mut(later.start, later.len());
+    matmul(weights, Accum::Add, errors, couplings, -1.0f32, Par::Seq);
 }
 
 fn contiguous(matrix: MatMut<'_, f32>, column: usize) -> &mut [f32] {

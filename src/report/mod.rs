@@ -277,14 +277,30 @@ pub struct DryRunReport {
     /// `sizes.keep`.
     pub keep: f64,
     pub sizes: Sizes,
+    /// Where the ranks in `linears`, and with them `sizes`, come from.
+    pub ranks: RankSource,
     pub linears: Vec<LinearRecord>,
     /// Tensors of the source that are copied unchanged, because they hold no matrix of a targeted linear.
     pub passed_through: Vec<String>,
     /// Files and folders of the source, other than weights, that would not be in the output.
     pub left_out: Vec<LeftOutRecord>,
     pub expected_memory_bytes: u64,
+    /// Largest size of the unfinished output, with the pieces of work that are kept beside it.
+    pub expected_disk_bytes: u64,
     /// Estimate for this machine, from its measured speed and the number of operations.
     pub expected_seconds: f64,
+    /// The folder with what `--dry-run=full` measured, from which the run itself resumes.
+    pub kept_in: Option<String>,
+}
+
+/// Where the ranks of a dry run come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum RankSource {
+    /// They are those of the run.
+    Exact,
+    /// The budget spread evenly; measurements decide, and `--dry-run=full` shows what.
+    Even,
 }
 
 /// Peak resident memory of this process so far; none except on Linux.

@@ -161,7 +161,7 @@ fn a_dry_run_predicts_the_bytes() {
         &["--quant", "q4_0", "--format", "gguf"],
     ] {
         let out = folder.path().join(flags.concat());
-        let planned = compress(&out, &[flags, &["--dry-run"]].concat());
+        let planned = compress(&out, &[flags, &["--dry-run=full"]].concat());
         assert!(!out.exists());
         assert_eq!(planned["sizes"], compress(&out, flags)["sizes"], "{flags:?}");
     }

@@ -37,12 +37,7 @@ impl Moments {
     /// The moments at `places`, one group of sites. In both streams, experts see the tokens that the router of the
     /// second stream sends them.
     pub fn observe(walk: &Walk<'_>, original: Stream<'_>, shifted: Stream<'_>, places: &[Place]) -> Result<Vec<Self>> {
-        let zeros = |place: &Place| Self {
-            cross: Mat::zeros(place.n, place.n),
-            shifted: Mat::zeros(place.n, place.n),
-            n_seen: 0,
-        };
-        let mut moments: Vec<Self> = places.iter().map(zeros).collect();
+        let mut sums: Vec<Sums> = places.iter().map(|place| Sums::zeros(place.n)).collect();
         let (mut site, mut experts) = (places[0].site, None);
         if site.expert().is_some() {
             (site, experts) = (InputSite::GateUp, original.block.experts().zip(shifted.block.experts()));
@@ -67,24 +62,38 @@ impl Moments {
                 })
             },
             |_, addends: Vec<Addend>| {
-                addends.into_iter().for_each(|addend| moments[addend.place_idx].add(addend));
+                addends.into_iter().for_each(|addend| sums[addend.place_idx].add(addend));
                 Ok(())
             },
         )?;
-        let scale = faer::Scale(1.0 / walk.n_tokens().max(1) as f64);
-        for moments in &mut moments {
-            linalg::mirror_lower(&mut moments.shifted);
-            moments.cross *= scale;
-            moments.shifted *= scale;
-        }
-        Ok(moments)
+        let scale = 1.0 / walk.n_tokens().max(1) as f64;
+        Ok(sums.into_iter().map(|sums| sums.scaled(scale)).collect())
+    }
+}
+
+/// Sums of moments over tokens.
+struct Sums {
+    cross: Mat<f64>,
+    /// The lower triangle, row by row.
+    shifted: Vec<f64>,
+    n_seen: usize,
+}
+
+impl Sums {
+    fn zeros(n: usize) -> Self {
+        Self { cross: Mat::zeros(n, n), shifted: vec![0.0; n * (n + 1) / 2], n_seen: 0 }
     }
 
     fn add(&mut self, addend: Addend) {
         self.n_seen += addend.n_seen;
-        let [cross, shifted] = addend.inputs.products(self.cross.nrows());
+        let Products { cross, shifted } = addend.inputs.products(self.cross.nrows());
         linalg::add_all(&mut self.cross, &cross);
-        linalg::add_lower(&mut self.shifted, &shifted);
+        linalg::add_f32(&mut self.shifted, &shifted);
+    }
+
+    fn scaled(self, scale: f64) -> Moments {
+        let shifted = linalg::unpack_lower(&self.shifted, self.cross.nrows(), scale);
+        Moments { cross: self.cross * faer::Scale(scale), shifted, n_seen: self.n_seen }
     }
 }
 
@@ -99,15 +108,22 @@ struct Addend {
 enum Inputs {
     /// (n_seen, n) each, row-major.
     Rows([Vec<f32>; 2]),
-    /// `x x̂ᵀ`, and the lower triangle of `x̂ x̂ᵀ`, (n, n) each.
-    Products([Mat<f32>; 2]),
+    Products(Products),
+}
+
+struct Products {
+    /// `x x̂ᵀ` (n, n).
+    cross: Mat<f32>,
+    /// The lower triangle of `x̂ x̂ᵀ` (n, n), row by row.
+    shifted: Vec<f32>,
 }
 
 impl Inputs {
-    fn products(self, n: usize) -> [Mat<f32>; 2] {
+    fn products(self, n: usize) -> Products {
         match self {
             Self::Rows([x, shifted]) => {
-                [linalg::cross_f32(&x, &shifted, n), linalg::gram_f32(&shifted, shifted.len() / n, n)]
+                let cross = linalg::cross_f32(&x, &shifted, n);
+                Products { cross, shifted: linalg::gram_f32(&shifted, shifted.len() / n, n) }
             }
             Self::Products(products) => products,
         }

@@ -1,0 +1,115 @@
+"""What decides the defaults, on a real model and held-out text: docs/results.md 23. Needs nothing but Python and the binary.
+
+    python benchmarks/defaults.py tokens|mixture|ablation|sequential MODEL FOLDER_OF_TEXTS WORK [LRC]
+
+`tokens`: perplexity by the number of calibration tokens. `mixture`: calibration on WikiText-2, on TinyStories and on both,
+evaluated on both. `ablation`: one setting changed at a time, in one shot. `sequential`: the sequential mode beside one shot.
+Statistics are kept in WORK and measured once. Every row is printed when it is known.
+"""
+
+import json
+import pathlib
+import subprocess
+import sys
+import time
+
+what, model, texts, work = sys.argv[1:5]
+lrc = sys.argv[5] if len(sys.argv) > 5 else "target/release/lrc"
+texts, work = pathlib.Path(texts), pathlib.Path(work)
+work.mkdir(parents=True, exist_ok=True)
+WIKI, STORIES = texts / "wikitext2-calibrate.txt", texts / "tinystories-train.txt"
+EVALUATED = {"WikiText-2": texts / "wikitext2-evaluate.txt", "TinyStories": texts / "tinystories-eval-small.txt"}
+# Windows of 1024 tokens that are scored.
+WINDOWS = "12"
+
+
+def run(*args):
+    return subprocess.run([lrc, *map(str, args)], check=True, capture_output=True, text=True).stdout
+
+
+def statistics(samples, parts=(WIKI,), flags=()):
+    """The statistics file of `samples` windows of 512 tokens, evenly from `parts`."""
+    name = "-".join([str(samples), *(part.stem for part in parts), *(flag.strip("-") for flag in flags)])
+    files = []
+    for part in parts:
+        file = work / (f"{name}.safetensors" if len(parts) == 1 else f"{name}-of-{part.stem}.safetensors")
+        if not file.exists():
+            run("calibrate", model, "--text", part, "--method", "kfac", "--samples", samples // len(parts), "--seq-len", 512,
+                "-o", file, "-q", *flags)
+        files.append(file)
+    if len(files) == 1:
+        return files[0]
+    merged = work / f"{name}.safetensors"
+    if not merged.exists():
+        run("calibrate", "--merge", *files, "-o", merged, "-q")
+    return merged
+
+
+def sweep(saved, flags=(), keeps=("0.9", "0.8", "0.6"), text="WikiText-2"):
+    report = json.loads(run("sweep", model, "--text", EVALUATED[text], "--eval-seq-len", 1024, "--max-windows", WINDOWS,
+                            "--statistics", saved, "--keep", ",".join(keeps), "--json", "-q", *flags))
+    return [f"{point['ppl']:.3f}" for point in report["points"]]
+
+
+def compressed(saved, keep, flags):
+    """Perplexity and seconds of a run of `lrc compress`."""
+    out = work / "out"
+    started = time.time()
+    run("compress", model, "-o", out, "--keep", keep, "--statistics", saved, "-q", "--force", *flags)
+    seconds = time.time() - started
+    report = run("eval", out, "--text", EVALUATED["WikiText-2"], "--seq-len", 1024, "--max-windows", WINDOWS, "--json", "-q")
+    return f"{json.loads(report)['ppl']:.3f} ({seconds:.0f} s)"
+
+
+def row(name, values):
+    print(f"| {name} | " + " | ".join(values) + " |", flush=True)
+
+
+def head(name, columns):
+    row(name, columns)
+    print("|---" * (len(columns) + 1) + "|")
+
+
+def tokens():
+    head("windows of 512 tokens", ["keep 0.9", "keep 0.8", "keep 0.6"])
+    for samples in [8, 16, 32, 64, 128]:
+        row(samples, sweep(statistics(samples)))
+
+
+def mixture():
+    head("32 windows of", [f"{text}, keep {keep}" for text in EVALUATED for keep in ("0.8", "0.6")])
+    for name, parts in {"WikiText-2": (WIKI,), "TinyStories": (STORIES,), "both, 16 each": (WIKI, STORIES)}.items():
+        saved = statistics(32, parts)
+        row(name, [ppl for text in EVALUATED for ppl in sweep(saved, keeps=("0.8", "0.6"), text=text)])
+
+
+def ablation():
+    saved = statistics(32)
+    head("change", ["keep 0.9", "keep 0.8", "keep 0.6"])
+    row("none (kfac, knapsack, pivot, one shot)", sweep(saved))
+    text = ["--calibration", WIKI, "--samples", 32, "--seq-len", 512]
+    changes = {f"damping {d} on both sides": ["--damping-input", d, "--damping-output", d] for d in ["0", "0.001", "0.1"]}
+    changes |= {f"depth weight {gamma}": ["--depth-weight", gamma] for gamma in ["0.25", "0.5"]}
+    changes |= {
+        "sensitivity energy": ["--sensitivity", "energy"],
+        "sensitivity measured": ["--sensitivity", "measured", *text],
+        "rank floor 0.3": ["--rank-floor", "0.3"],
+        "factors that may be shared": ["--layout", "factors", "--share"],
+        "factors": ["--layout", "factors"],
+    }
+    for name, flags in changes.items():
+        row(name, sweep(saved, flags))
+    row("gradients clipped", sweep(statistics(32, flags=("--clip-gradients",))))
+
+
+def sequential():
+    saved = statistics(32)
+    text = ["--calibration", WIKI, "--samples", 32, "--seq-len", 512]
+    modes = {"one shot": ["--sequential=false"]}
+    modes |= {f"sequential, μ = {mu}": ["--sequential", "--anchor", mu, *text] for mu in ["0.5", "0.25", "0.75"]}
+    head("mode", ["keep 0.9", "keep 0.8", "keep 0.6"])
+    for name, flags in modes.items():
+        row(name, [compressed(saved, keep, flags) for keep in ("0.9", "0.8", "0.6")])
+
+
+{"tokens": tokens, "mixture": mixture, "ablation": ablation, "sequential": sequential}[what]()
