@@ -7,7 +7,7 @@
 //! ```
 //!
 //! Inputs run in a second process under `ulimit -v`, so that one that aborts, or that never ends, is found as well. What is found is
-//! written to `fuzz-TARGET-SEED-NUMBER` in the current folder; moved to `tests/corpus/TARGET/`, it is run by `tests/hostile.rs` from
+//! written to `fuzz-TARGET-SEED-NUMBER` in the current folder; moved to `tests/corpus/TARGET/`, it is run by `tests/hostile/` from
 //! then on.
 
 #![allow(clippy::disallowed_methods, clippy::print_stdout, clippy::unwrap_used)]

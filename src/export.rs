@@ -6,7 +6,7 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use rayon::prelude::*;
 
-use crate::checkpoint::{Checkpoint, OutputFolder, expect_apart, read_file};
+use crate::checkpoint::{Checkpoint, Existing, OutputFolder, expect_apart, read_file};
 use crate::formats::{self, CURVES_FILES, Files, Format, Output, Source};
 use crate::model::coverage;
 use crate::model::inventory::{self, LinearInfo, Stored};
@@ -39,7 +39,7 @@ const REPLACED: [&str; 7] =
 pub fn export(job: &ExportJob<'_>, progress: &dyn Progress) -> Result<ExportReport> {
     let started = Instant::now();
     let checkpoint = job.checkpoint;
-    OutputFolder::check(job.output, job.force, REPORT_FILE)?;
+    OutputFolder::check(job.output, Existing::of(job.force), REPORT_FILE)?;
     expect_apart(job.output, [checkpoint.root()])?;
     coverage::expect_whole(checkpoint)?;
     let source = Source::new(checkpoint);
@@ -49,7 +49,7 @@ pub fn export(job: &ExportJob<'_>, progress: &dyn Progress) -> Result<ExportRepo
         linears.into_iter().zip(all).filter_map(|(linear, forms)| Some((linear, forms?))).collect();
     Files::check(&source, job.format, &modules)?;
 
-    let folder = OutputFolder::create(job.output, job.force, REPORT_FILE)?;
+    let folder = OutputFolder::create(job.output, Existing::of(job.force), REPORT_FILE)?;
     let files = Files::new(&source, job.format, modules.clone(), job.max_shard_bytes);
     let (_, bytes_after) = files.n_elements_and_bytes();
     formats::warn_of_growth(checkpoint.file_bytes(), files.file_bytes());
@@ -68,7 +68,7 @@ pub fn export(job: &ExportJob<'_>, progress: &dyn Progress) -> Result<ExportRepo
         }
     }
     let loading = Loading {
-        text: formats::loading(exporter, &source.config, output.files().has_adapter()),
+        text: formats::loading(exporter, &source.config, output.files().adapter()),
         library: exporter.library(),
     };
     let left_out = output.finish(&folder, &REPLACED)?.left_out;

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use crate::common::{self, FIXTURE, HELD_OUT, TRAIN, command, finish, lrc, ok, path};
 use candle_core::{Device, Tensor};
-use lrc::calibrate::{Needs, Observation, Targets, observe};
+use lrc::calibrate::{Needs, Observation, TargetedWindows, Targets, observe};
 use lrc::checkpoint::Checkpoint;
 use lrc::model::{Decoder, Overlay, WalkLimits};
 use lrc::progress::Silent;
@@ -21,7 +21,8 @@ fn sums(checkpoint: &Checkpoint, windows: &[Vec<u32>]) -> HashMap<String, Vec<f3
     let limits = WalkLimits::new(1 << 30, std::env::temp_dir());
     let mut all = HashMap::new();
     let targets: Vec<Targets> = windows.iter().map(|ids| Targets::next(ids)).collect();
-    observe(&decoder, (windows, &targets), observation, &limits, &Journal::default(), &Silent, &mut |sums| {
+    let windows = TargetedWindows { windows, targets: &targets };
+    observe(&decoder, windows, observation, &limits, &Journal::default(), &Silent, &mut |sums| {
         all.extend(sums.into_iter().map(|(name, array)| (name, array.values.f32s().unwrap())));
         Ok(())
     })

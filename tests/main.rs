@@ -1,4 +1,4 @@
-//! The real binary on real checkpoints: one test binary, since each links all of candle. A file is a subject.
+//! The real binary on real checkpoints: one test binary, since each links all of candle. A file or a folder is a subject.
 
 // clippy.toml allows these in tests, and not in what tests share.
 #![allow(clippy::print_stderr, clippy::unwrap_used)]

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use crate::common::{lrc, ok, path};
 use candle_core::{Device, Tensor};
-use lrc::calibrate::{Needs, Observation, Targets, observe};
+use lrc::calibrate::{Needs, Observation, TargetedWindows, Targets, observe};
 use lrc::checkpoint::{Checkpoint, Dtype, SafetensorsWriter, TensorSpec};
 use lrc::model::{Decoder, Objective, WalkLimits};
 use lrc::progress::Silent;
@@ -122,7 +122,8 @@ fn gradients_of_an_embedding_are_those_of_torch() {
     let observation = Observation { needs: Needs::ALL, clip_gradients: false };
     let limits = WalkLimits::new(1 << 30, std::env::temp_dir());
     let mut sums = HashMap::new();
-    observe(&decoder, (&[ids], &[targets]), observation, &limits, &Journal::default(), &Silent, &mut |found| {
+    let windows = TargetedWindows { windows: &[ids], targets: &[targets] };
+    observe(&decoder, windows, observation, &limits, &Journal::default(), &Silent, &mut |found| {
         sums.extend(found.into_iter().map(|(name, array)| (name, array.values.f32s().unwrap())));
         Ok(())
     })

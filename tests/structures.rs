@@ -14,6 +14,12 @@ fn check_dense_twin(output: &Path, folder: &Path) {
     assert!((own / twin - 1.0).abs() < 1e-4, "{own} {twin}");
 }
 
+/// Sharing is noted on the page of the report, and is no warning.
+fn check_page(output: &Path) {
+    let page = std::fs::read_to_string(output.join("lrc-report.html")).unwrap();
+    assert!(page.contains("<h2>Notes</h2>") && !page.contains("<h2>Warnings</h2>"));
+}
+
 #[test]
 fn block_diagonal_pairs_are_written_run_exported_and_truncated() {
     let folder = tempfile::tempdir().unwrap();
@@ -91,6 +97,7 @@ fn a_right_factor_is_shared_where_that_is_better() {
     // What is stored is what was counted: a borrowed factor once, with its lender.
     assert_eq!(report["sizes"]["parameters_after"].as_u64().unwrap(), checkpoint.n_elements());
     check_dense_twin(&shared, folder.path());
+    check_page(&shared);
     // What the knapsack minimizes: the squared error over all linears.
     let original = Checkpoint::open(&model).unwrap();
     let error = |report: &serde_json::Value| -> f64 {

@@ -10,91 +10,143 @@ use super::pieces::{Keep, Observation, Pass, named, settle};
 use super::statistics::Sums;
 use super::windows::Targets;
 use crate::error::{Failure, NON_FINITE_HINT};
-use crate::model::{Block, Decoder, Head, Hidden, InputSite, Objective, Pooler, Rope, Walk, is_finite};
+use crate::model::{Block, Decoder, Head, Hidden, InputSite, Objective, Pooler, Walk, is_finite};
 use crate::progress::{Progress, Stage};
 use crate::store::Journal;
 
-/// Propagates gradients back through all blocks. `last` has the states after the last block, `entered` the inputs of
-/// each block.
-pub(super) fn run(
-    decoder: &Decoder<'_>,
-    (walk, targets): (&Walk<'_>, &[Targets]),
-    (last, entered): (Hidden, Vec<Hidden>),
-    (observation, multiply): (Observation, Multiply),
-    journal: &Journal,
-    progress: &dyn Progress,
-    keep: &mut Keep<'_>,
-) -> Result<()> {
-    let stage = progress.stage("gradients", (walk.n_tokens() * (decoder.n_blocks() + 1)) as u64, "tokens");
-    // The gradient at the input of a block is stored before the block's sums: if the sums exist, so does the gradient.
-    let is_done = |block_idx: usize| journal.has(&Pass::Backward.key(block_idx));
-    let n_left = (0..entered.len()).rev().find(|&block_idx| !is_done(block_idx)).map_or(0, |last| last + 1);
-    for block_idx in n_left..entered.len() {
-        let piece = journal.get(&Pass::Backward.key(block_idx))?;
-        keep(named(piece.with_context(|| {
-            format!("the stored sums of block {block_idx} are damaged; start over with `--restart`")
-        })?)?)?;
-    }
-    let mut gradient = match journal.get(&gradient_key(n_left))? {
-        Some(piece) => {
-            stage.advance((walk.n_tokens() * (entered.len() + 1 - n_left)) as u64);
-            walk.restore(piece.rest())?
+/// The backward pass through all blocks.
+pub(super) struct Backward<'b, 'w> {
+    pub decoder: &'b Decoder<'b>,
+    pub walk: &'b Walk<'w>,
+    pub targets: &'b [Targets],
+    pub observation: Observation,
+    pub multiply: Multiply,
+}
+
+impl Backward<'_, '_> {
+    /// Propagates gradients back through all blocks. `last` has the states after the last block, `entered` the inputs of
+    /// each block.
+    pub fn run(
+        &self,
+        last: Hidden,
+        entered: Vec<Hidden>,
+        journal: &Journal,
+        progress: &dyn Progress,
+        keep: &mut Keep<'_>,
+    ) -> Result<()> {
+        let Self { decoder, walk, observation, .. } = *self;
+        let stage = progress.stage("gradients", (walk.n_tokens() * (decoder.n_blocks() + 1)) as u64, "tokens");
+        // The gradient at the input of a block is stored before the block's sums: if the sums exist, so does the gradient.
+        let is_done = |block_idx: usize| journal.has(&Pass::Backward.key(block_idx));
+        let n_left = (0..entered.len()).rev().find(|&block_idx| !is_done(block_idx)).map_or(0, |last| last + 1);
+        for block_idx in n_left..entered.len() {
+            let piece = journal.get(&Pass::Backward.key(block_idx))?;
+            keep(named(piece.with_context(|| {
+                format!("the stored sums of block {block_idx} are damaged; start over with `--restart`")
+            })?)?)?;
         }
-        None => {
-            anyhow::ensure!(
-                n_left == entered.len(),
-                "the stored gradient of block {n_left} is damaged; start over with `--restart`"
-            );
-            stage.note("head");
-            let gradient = at_head(decoder, walk, targets, &last, stage.as_ref())?;
-            walk.settle(gradient, journal, &gradient_key(n_left))?
-        }
-    };
-    walk.release(last);
-    for (block_idx, x) in entered.into_iter().enumerate().take(n_left).rev() {
-        stage.note(&format!("block {block_idx}"));
-        let block = decoder.block(block_idx)?;
-        let mut sums = Sums::for_gradients(&decoder.linears(block_idx), observation.needs);
-        let place = walk.place();
-        let through = |window_idx, gradient: &Tensor, x: &Tensor| {
-            stage.advance(x.dim(0)? as u64);
-            through_block(decoder, &block, walk.rope(), (x, gradient), (observation, multiply))
-                .with_context(|| place(window_idx))
+        let mut gradient = match journal.get(&gradient_key(n_left))? {
+            Some(piece) => {
+                stage.advance((walk.n_tokens() * (entered.len() + 1 - n_left)) as u64);
+                walk.restore(piece.rest())?
+            }
+            None => {
+                anyhow::ensure!(
+                    n_left == entered.len(),
+                    "the stored gradient of block {n_left} is damaged; start over with `--restart`"
+                );
+                stage.note("head");
+                let gradient = self.at_head(&last, stage.as_ref())?;
+                walk.settle(gradient, journal, &gradient_key(n_left))?
+            }
         };
-        walk.replace_windows(&gradient, &x, through, |addend| {
-            sums.add(addend);
+        walk.release(last);
+        for (block_idx, x) in entered.into_iter().enumerate().take(n_left).rev() {
+            stage.note(&format!("block {block_idx}"));
+            let block = decoder.block(block_idx)?;
+            let mut sums = Sums::for_gradients(&decoder.linears(block_idx), observation.needs);
+            let place = walk.place();
+            let through = |window_idx, gradient: &Tensor, x: &Tensor| {
+                stage.advance(x.dim(0)? as u64);
+                self.through_block(&block, x, gradient).with_context(|| place(window_idx))
+            };
+            walk.replace_windows(&gradient, &x, through, |addend| {
+                sums.add(addend);
+                Ok(())
+            })?;
+            walk.release(x);
+            gradient = walk.settle(gradient, journal, &gradient_key(block_idx))?;
+            keep(settle(journal, Pass::Backward, block_idx, sums)?)?;
+            journal.remove(&gradient_key(block_idx + 1));
+        }
+        journal.remove(&gradient_key(0));
+        Ok(())
+    }
+
+    /// The gradients of the loss with respect to the last states.
+    fn at_head(&self, last: &Hidden, stage: &dyn Stage) -> Result<Hidden> {
+        let Self { decoder, walk, targets, .. } = *self;
+        let (gradient, loss) = (walk.copy(last)?, Loss::of(decoder)?);
+        let of_window = |window_idx: usize, _: &Tensor, x: &Tensor| {
+            stage.advance(x.dim(0)? as u64);
+            let gradient = loss.gradient(x, &targets[window_idx]);
+            Ok((gradient.with_context(|| walk.place()(window_idx))?, ()))
+        };
+        walk.replace_windows(&gradient, last, of_window, |()| Ok(()))?;
+        Ok(gradient)
+    }
+
+    /// The gradient at the input `x` of a block from the gradient at its output, for one window (n_tokens, hidden_size), and
+    /// what the window adds to the sums.
+    fn through_block(&self, block: &Block, x: &Tensor, gradient: &Tensor) -> Result<(Tensor, Addend)> {
+        let Self { decoder, observation, multiply, .. } = *self;
+        // Other windows go through the block at the same time, with taps of their own.
+        let mut block = block.clone();
+        let mut addend = Addend::default();
+        let mut inputs: BTreeMap<InputSite, Tensor> = BTreeMap::new();
+        let taps = block.tap_gradients();
+        let variable = Var::from_tensor(&x.unsqueeze(0)?)?;
+        let y = block.forward(&variable, self.walk.rope(), &mut |site, x| {
+            inputs.insert(site, x.squeeze(0)?.detach());
             Ok(())
         })?;
-        walk.release(x);
-        gradient = walk.settle(gradient, journal, &gradient_key(block_idx))?;
-        keep(settle(journal, Pass::Backward, block_idx, sums)?)?;
-        journal.remove(&gradient_key(block_idx + 1));
+        // The derivative of Σ y ⊙ ∂L/∂y with respect to x is ∂L/∂x.
+        let store = (y * gradient.unsqueeze(0)?)?.sum_all()?.backward()?;
+        let mut broken = None;
+        for (slot, tap) in taps {
+            let Some(x) = inputs.get(&slot.site()) else {
+                // An expert without tokens in this window has no input.
+                anyhow::ensure!(slot.expert.is_some(), "invariant: `{}` observed its input", slot.name());
+                continue;
+            };
+            // candle silently stops gradients at operations without a backward pass.
+            let gradient = tap.take().with_context(|| format!("no gradient reached `{}`", slot.name()))?;
+            if !is_finite(&gradient)? {
+                // The backward pass reaches later linears first.
+                broken = broken.max(Some((slot.site(), slot)));
+            }
+            if observation.needs.output_gram {
+                addend.add_output_gradients(slot, &gradient, observation.clip_gradients, multiply)?;
+            }
+            if observation.needs.squared_gradient {
+                addend.add_squared_gradient(slot, x, &gradient)?;
+            }
+        }
+        let gradient = store.get(&variable).context("no gradient reached the input of the block")?.squeeze(0)?;
+        let what = match broken {
+            Some((_, slot)) => format!("the gradient at the output of `{}`", decoder.module(block.index(), slot)),
+            None if !is_finite(&gradient)? => {
+                format!("the gradient at the input of `{}`", decoder.block_name(block.index()))
+            }
+            None => return Ok((gradient, addend)),
+        };
+        Err(Failure::numeric(format!("{what} is not finite")).hint(NON_FINITE_HINT).into())
     }
-    journal.remove(&gradient_key(0));
-    Ok(())
 }
 
 /// The journal key of the gradient at the input of a block.
 fn gradient_key(block_idx: usize) -> String {
     format!("gradient-{block_idx}")
-}
-
-/// The gradients of the loss with respect to the last states.
-fn at_head(
-    decoder: &Decoder<'_>,
-    walk: &Walk<'_>,
-    targets: &[Targets],
-    last: &Hidden,
-    stage: &dyn Stage,
-) -> Result<Hidden> {
-    let (gradient, loss) = (walk.copy(last)?, Loss::of(decoder)?);
-    let of_window = |window_idx: usize, _: &Tensor, x: &Tensor| {
-        stage.advance(x.dim(0)? as u64);
-        let gradient = loss.gradient(x, &targets[window_idx]);
-        Ok((gradient.with_context(|| walk.place()(window_idx))?, ()))
-    };
-    walk.replace_windows(&gradient, last, of_window, |()| Ok(()))?;
-    Ok(gradient)
 }
 
 /// The loss, as a function of the last states.
@@ -121,56 +173,4 @@ impl Loss {
             Self::Sentence(pooler) => pooler.probe_gradient(x, targets.probe),
         }
     }
-}
-
-/// The gradient at the input `x` of a block from the gradient at its output, for one window (n_tokens, hidden_size), and
-/// what the window adds to the sums.
-fn through_block(
-    decoder: &Decoder<'_>,
-    block: &Block,
-    rope: &Rope,
-    (x, gradient): (&Tensor, &Tensor),
-    (observation, multiply): (Observation, Multiply),
-) -> Result<(Tensor, Addend)> {
-    // Other windows go through the block at the same time, with taps of their own.
-    let mut block = block.clone();
-    let mut addend = Addend::default();
-    let mut inputs: BTreeMap<InputSite, Tensor> = BTreeMap::new();
-    let taps = block.tap_gradients();
-    let variable = Var::from_tensor(&x.unsqueeze(0)?)?;
-    let y = block.forward(&variable, rope, &mut |site, x| {
-        inputs.insert(site, x.squeeze(0)?.detach());
-        Ok(())
-    })?;
-    // The derivative of Σ y ⊙ ∂L/∂y with respect to x is ∂L/∂x.
-    let store = (y * gradient.unsqueeze(0)?)?.sum_all()?.backward()?;
-    let mut broken = None;
-    for (slot, tap) in taps {
-        let Some(x) = inputs.get(&slot.site()) else {
-            // An expert without tokens in this window has no input.
-            anyhow::ensure!(slot.expert.is_some(), "invariant: `{}` observed its input", slot.name());
-            continue;
-        };
-        // candle silently stops gradients at operations without a backward pass.
-        let gradient = tap.take().with_context(|| format!("no gradient reached `{}`", slot.name()))?;
-        if !is_finite(&gradient)? {
-            // The backward pass reaches later linears first.
-            broken = broken.max(Some((slot.site(), slot)));
-        }
-        if observation.needs.output_gram {
-            addend.add_output_gradients(slot, &gradient, observation.clip_gradients, multiply)?;
-        }
-        if observation.needs.squared_gradient {
-            addend.add_squared_gradient(slot, x, &gradient)?;
-        }
-    }
-    let gradient = store.get(&variable).context("no gradient reached the input of the block")?.squeeze(0)?;
-    let what = match broken {
-        Some((_, slot)) => format!("the gradient at the output of `{}`", decoder.module(block.index(), slot)),
-        None if !is_finite(&gradient)? => {
-            format!("the gradient at the input of `{}`", decoder.block_name(block.index()))
-        }
-        None => return Ok((gradient, addend)),
-    };
-    Err(Failure::numeric(format!("{what} is not finite")).hint(NON_FINITE_HINT).into())
 }

@@ -15,4 +15,4 @@ pub use observe::{Seconds, observe};
 pub use pieces::{Keep, Observation};
 pub use statistics::Sums;
 pub use store::{Header, Part, Pooled, Statistics, check_output};
-pub use windows::{Targets, WindowSettings, Windows};
+pub use windows::{TargetedWindows, Targets, WindowSettings, Windows};

@@ -6,11 +6,11 @@ use anyhow::{Context, Result};
 use candle_core::Tensor;
 
 use super::addend::{Addend, Multiply};
-use super::backward;
+use super::backward::Backward;
 use super::needs::Needs;
 use super::pieces::{Keep, Observation, Pass, named, settle};
 use super::statistics::Sums;
-use super::windows::Targets;
+use super::windows::TargetedWindows;
 use crate::model::{Decoder, Hidden, Walk, WalkLimits};
 use crate::progress::Progress;
 use crate::store::Journal;
@@ -31,7 +31,7 @@ pub struct Seconds {
 /// A value is not finite, a linear receives no gradient, or the work folder cannot be written.
 pub fn observe(
     decoder: &Decoder<'_>,
-    (windows, targets): (&[Vec<u32>], &[Targets]),
+    TargetedWindows { windows, targets }: TargetedWindows<'_>,
     observation: Observation,
     limits: &WalkLimits,
     journal: &Journal,
@@ -85,7 +85,8 @@ pub fn observe(
     let forward = started.elapsed().as_secs_f64();
     let started = Instant::now();
     if needs.gradients() {
-        backward::run(decoder, (&walk, targets), (hidden, entered), (observation, multiply), journal, progress, keep)?;
+        let backward = Backward { decoder, walk: &walk, targets, observation, multiply };
+        backward.run(hidden, entered, journal, progress, keep)?;
     }
     remove_states(journal, 0..n_blocks);
     let backward = if needs.gradients() { started.elapsed().as_secs_f64() } else { 0.0 };

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::measured::{Measured, diagonal, diagonal_name, lock};
 use super::needs::{Key, Needs};
 use super::pieces::Observation;
-use crate::checkpoint::{Checkpoint, Dtype, Fingerprint, TensorSpec, cast, check_file, write_file};
+use crate::checkpoint::{Checkpoint, Dtype, Existing, Fingerprint, TensorSpec, cast, check_file, write_file};
 use crate::error::Failure;
 use crate::linalg::Packed;
 use crate::model::{InputSite, LinearId};
@@ -369,18 +369,18 @@ impl Statistics {
     /// Writes `path` atomically.
     ///
     /// # Errors
-    /// It exists and `force` is false, or cannot be written.
-    pub fn write(&self, path: &Path, force: bool) -> Result<()> {
+    /// It exists and is not to be replaced, or cannot be written.
+    pub fn write(&self, path: &Path, existing: Existing) -> Result<()> {
         let names = self.names();
         let lengths = names.iter().map(|name| Ok(self.array(name)?.len())).collect::<Result<Vec<_>>>()?;
-        write(path, force, &self.header, &names, &lengths, |name| self.array(name))
+        write(path, existing, &self.header, &names, &lengths, |name| self.array(name))
     }
 
     /// Adds statistics that were measured separately, and writes the sum to `path`.
     ///
     /// # Errors
     /// The files belong to different models, hold different statistics or share a part, or `path` cannot be written.
-    pub fn merge(files: &[(String, Self)], path: &Path, force: bool) -> Result<Header> {
+    pub fn merge(files: &[(String, Self)], path: &Path, existing: Existing) -> Result<Header> {
         let ((first_name, first), rest) = files.split_first().context("nothing to merge")?;
         let mut header = first.header.clone();
         for (name, other) in rest {
@@ -402,7 +402,7 @@ impl Statistics {
         }
         let names = first.names();
         let lengths = names.iter().map(|name| Ok(first.array(name)?.len())).collect::<Result<Vec<_>>>()?;
-        write(path, force, &header, &names, &lengths, |name| {
+        write(path, existing, &header, &names, &lengths, |name| {
             let mut sum: Vec<f64> = first.array(name)?.into_iter().map(f64::from).collect();
             for (other_name, other) in rest {
                 let values = other.array(name)?;
@@ -418,8 +418,8 @@ impl Statistics {
 /// Checks before any work that [`Statistics::write`] can write `path`.
 ///
 /// # Errors
-/// The file exists and `force` is false, or its name does not end in `.safetensors`.
-pub fn check_output(path: &Path, force: bool) -> Result<()> {
+/// The file exists and is not to be replaced, or its name does not end in `.safetensors`.
+pub fn check_output(path: &Path, existing: Existing) -> Result<()> {
     if path.extension().is_none_or(|e| e != "safetensors") {
         return Err(Failure::usage(format!(
             "the name of a statistics file must end in `.safetensors`, not `{}`",
@@ -428,18 +428,18 @@ pub fn check_output(path: &Path, force: bool) -> Result<()> {
         .hint("for example `-o stats.safetensors`")
         .into());
     }
-    Ok(check_file(path, force)?)
+    Ok(check_file(path, existing)?)
 }
 
 fn write(
     path: &Path,
-    force: bool,
+    existing: Existing,
     header: &Header,
     names: &[String],
     lengths: &[usize],
     values: impl Fn(&str) -> Result<Vec<f32>>,
 ) -> Result<()> {
-    check_output(path, force)?;
+    check_output(path, existing)?;
     let header = serde_json::to_vec(header)?;
     let arrays = names.iter().zip(lengths);
     let mut specs: Vec<TensorSpec> =

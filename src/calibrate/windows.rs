@@ -40,6 +40,13 @@ pub struct Windows {
     pub text: String,
 }
 
+/// Windows, and the targets of the loss of each.
+#[derive(Debug, Clone, Copy)]
+pub struct TargetedWindows<'a> {
+    pub windows: &'a [Vec<u32>],
+    pub targets: &'a [Targets],
+}
+
 /// The targets of the loss of a window: tokens with the rows they are predicted from, or an embedding.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Targets {
@@ -100,7 +107,7 @@ impl Windows {
         let drawn = match decoder.sentence() {
             Some(modules) => {
                 modules.warn_of_ignored();
-                sentences(&tokenizer, &text, modules, settings, (n_of_text, n_added))?
+                sentences(&tokenizer, &text, modules, settings, n_of_text, n_added)?
             }
             None => tokenizer.encode(&text.joined(), bos)?.sample(n_of_text, settings.samples, settings.seed),
         };
@@ -159,7 +166,8 @@ fn sentences(
     text: &Text,
     modules: &SentenceModules,
     settings: &WindowSettings,
-    (n_of_text, n_added): (usize, usize),
+    n_of_text: usize,
+    n_added: usize,
 ) -> Result<Vec<Vec<u32>>> {
     let encode = |text: String| tokenizer.encode(&modules.prepare(text), Bos::Never);
     let seq_len = n_of_text + n_added;

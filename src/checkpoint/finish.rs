@@ -7,6 +7,7 @@ use super::error::{CheckpointError, io};
 use super::folder::OutputFolder;
 use super::moving::{self, rename};
 use super::paths::folder_of;
+use super::place::Existing;
 use super::strangers;
 use super::work::{self, JOB};
 
@@ -21,7 +22,7 @@ impl OutputFolder {
         // An interrupt leaves all that the last step needs.
         self.unfinished.set_resumable();
         let moved = self.expect_own_target().and_then(|()| match self.is_within() {
-            true => moving::move_up(&self.target, &self.partial, &self.mark, self.force),
+            true => moving::move_up(&self.target, &self.partial, &self.mark, self.existing),
             false => self.rename(),
         });
         if let Err(error) = moved {
@@ -35,7 +36,7 @@ impl OutputFolder {
             fs::remove_file(&job).map_err(io("remove", &job))?;
         }
         let replaced = self.replaced();
-        if self.force && replaced.exists() {
+        if self.existing == Existing::Replace && replaced.exists() {
             strangers::remove_output(&replaced, &self.mark)?;
         }
         // The rename itself must survive a power cut; folders cannot be synced on every system.
@@ -56,7 +57,7 @@ impl OutputFolder {
 
     /// Refuses to remove files that others wrote meanwhile into the output that is replaced, or where it waits.
     fn expect_own_target(&self) -> Result<()> {
-        if !self.force {
+        if self.existing == Existing::Refuse {
             return Ok(());
         }
         if !self.is_within() {
@@ -67,7 +68,7 @@ impl OutputFolder {
 
     fn rename(&self) -> Result<()> {
         let (output, replaced) = (self.path(), self.replaced());
-        let has_earlier = self.force && self.target.exists();
+        let has_earlier = self.existing == Existing::Replace && self.target.exists();
         if has_earlier {
             // Left by a run that was killed while it removed it.
             if replaced.exists() {

@@ -20,7 +20,7 @@ use super::error::{CheckpointError, io};
 use super::job::compare;
 use super::moving::{self, rename, write_whole};
 use super::paths::file_name;
-use super::place::{self, WITHIN, open_to_write};
+use super::place::{self, Existing, WITHIN, open_to_write};
 use super::strangers;
 use super::unfinished::Unfinished;
 use super::work::{JOB, LOCK, OUTPUT, PIECES, SCRATCH, replaced_of};
@@ -36,7 +36,7 @@ pub struct OutputFolder {
     pub(super) mark: String,
     /// Held as long as the folder is written.
     _lock: File,
-    pub(super) force: bool,
+    pub(super) existing: Existing,
     pub(super) is_kept: bool,
     pub(super) unfinished: Unfinished,
 }
@@ -52,18 +52,18 @@ impl OutputFolder {
     /// Checks that `target` may be written, before any work.
     ///
     /// # Errors
-    /// It exists and `force` is false, or it exists and is not an output of `lrc` (which has a file `mark`) or holds other files, or it
-    /// cannot be a folder. An empty folder may be written.
-    pub fn check(target: &Path, force: bool, mark: &str) -> Result<()> {
-        Self::expect_free(&place::named(target), force, mark)
+    /// It exists and is not to be replaced, or is not an output of `lrc` (which has a file `mark`), or holds other files; or it cannot be a
+    /// folder. An empty folder may be written.
+    pub fn check(target: &Path, existing: Existing, mark: &str) -> Result<()> {
+        Self::expect_free(&place::named(target), existing, mark)
     }
 
-    fn expect_free(target: &Path, force: bool, mark: &str) -> Result<()> {
+    fn expect_free(target: &Path, existing: Existing, mark: &str) -> Result<()> {
         let is_there = place::expect_folder(target)?;
         let partial = place::work_of(target);
         place::refuse_links(&partial)?;
         strangers::refuse_in_work(target, &partial)?;
-        if force {
+        if existing == Existing::Replace {
             strangers::refuse_in_replaced(target, &replaced_of(&partial), mark)?;
         }
         if !is_there {
@@ -72,11 +72,11 @@ impl OutputFolder {
         if moving::is_midway(&partial) && !is_held(&partial) {
             moving::undo(target, &partial)?;
         }
-        if place::is_vacant(target) || (was_stopped_at_the_end(target) && !force) {
+        if place::is_vacant(target) || (was_stopped_at_the_end(target) && existing == Existing::Refuse) {
             return Ok(());
         }
         let is_ours = target.join(mark).is_file();
-        if force && is_ours {
+        if existing == Existing::Replace && is_ours {
             return strangers::refuse_in_output(target, mark);
         }
         remove_remains(target);
@@ -87,26 +87,26 @@ impl OutputFolder {
     ///
     /// # Errors
     /// `target` may not be written (see [`Self::check`]), another run writes it, or an unfinished run could still be resumed.
-    pub fn create(target: &Path, force: bool, mark: &str) -> Result<Self> {
+    pub fn create(target: &Path, existing: Existing, mark: &str) -> Result<Self> {
         let target = &place::named(target);
-        Self::expect_free(target, force, mark)?;
+        Self::expect_free(target, existing, mark)?;
         let partial = place::work_of(target);
-        if was_stopped_at_the_end(target) && !force {
+        if was_stopped_at_the_end(target) && existing == Existing::Refuse {
             return Err(CheckpointError::OutputExists { path: target.into() });
         }
         if partial.join(JOB).is_file() {
             return Err(CheckpointError::Unfinished { path: partial });
         }
-        Self::begin(target, force, mark, partial, Earlier::Discarded)
+        Self::begin(target, existing, mark, partial, Earlier::Discarded)
     }
 
     /// Begins the output of `job`, or resumes it where a run of the same job was stopped.
     ///
     /// # Errors
     /// As [`Self::create`], or what is there belongs to another job.
-    pub fn resume(target: &Path, force: bool, mark: &str, job: &Value, earlier: Earlier) -> Result<Self> {
+    pub fn resume(target: &Path, existing: Existing, mark: &str, job: &Value, earlier: Earlier) -> Result<Self> {
         let target = &place::named(target);
-        Self::expect_free(target, force, mark)?;
+        Self::expect_free(target, existing, mark)?;
         let partial = place::work_of(target);
         let path = partial.join(JOB);
         let found = fs::read(&path).ok().filter(|_| earlier == Earlier::Resumed);
@@ -118,14 +118,14 @@ impl OutputFolder {
         }
         let is_ended = was_stopped_at_the_end(target);
         let is_same = found.is_some() && differences.is_empty();
-        if is_ended && !is_same && !force {
+        if is_ended && !is_same && existing == Existing::Refuse {
             return Err(CheckpointError::OutputExists { path: target.into() });
         }
         if !differences.is_empty() {
             return Err(CheckpointError::OtherJob { path: partial, differences: differences.join(", ") });
         }
         let earlier = if found.is_some() { Earlier::Resumed } else { Earlier::Discarded };
-        let folder = Self::begin(target, force, mark, partial, earlier)?;
+        let folder = Self::begin(target, existing, mark, partial, earlier)?;
         if is_ended && is_same {
             folder.take_back()?;
         }
@@ -140,7 +140,7 @@ impl OutputFolder {
         Ok(folder)
     }
 
-    fn begin(target: &Path, force: bool, mark: &str, partial: PathBuf, earlier: Earlier) -> Result<Self> {
+    fn begin(target: &Path, existing: Existing, mark: &str, partial: PathBuf, earlier: Earlier) -> Result<Self> {
         let lock_path = partial.join(LOCK);
         let busy = || CheckpointError::OutputBusy { path: partial.clone() };
         if let Ok(file) = File::open(&lock_path) {
@@ -154,7 +154,7 @@ impl OutputFolder {
         let lock = open_to_write(&lock_path)?;
         lock.try_lock().map_err(|_| busy())?;
         let (unfinished, mark) = (Unfinished::new(&partial), mark.to_string());
-        let folder = Self { target: target.into(), partial, mark, _lock: lock, force, is_kept: false, unfinished };
+        let folder = Self { target: target.into(), partial, mark, _lock: lock, existing, is_kept: false, unfinished };
         let work = folder.work();
         if work.exists() {
             fs::remove_dir_all(&work).map_err(io("remove", &work))?;
@@ -265,13 +265,14 @@ mod tests {
     use serde_json::json;
 
     use super::Earlier::{Discarded, Resumed};
+    use super::Existing::{Refuse, Replace};
     use super::*;
 
     #[test]
     fn what_can_be_resumed_is_kept_for_its_own_job() {
         let folder = tempfile::tempdir().unwrap();
         let target = folder.path().join("out");
-        let resume = |n: u32, earlier| OutputFolder::resume(&target, false, "x", &json!({"n": n}), earlier);
+        let resume = |n: u32, earlier| OutputFolder::resume(&target, Refuse, "x", &json!({"n": n}), earlier);
         let mut first = resume(1, Resumed).unwrap();
         fs::write(first.pieces().join("a"), "a").unwrap();
         fs::write(first.path().join("tensors"), "t").unwrap();
@@ -279,7 +280,7 @@ mod tests {
         first.keep();
         drop(first);
         assert!(matches!(resume(2, Resumed), Err(CheckpointError::OtherJob { .. })));
-        assert!(matches!(OutputFolder::create(&target, false, "x"), Err(CheckpointError::Unfinished { .. })));
+        assert!(matches!(OutputFolder::create(&target, Refuse, "x"), Err(CheckpointError::Unfinished { .. })));
         let mut again = resume(1, Resumed).unwrap();
         assert!(again.pieces().join("a").exists() && again.path().join("tensors").exists());
         assert!(!again.path().join(".made-under-another-name").exists());
@@ -295,7 +296,7 @@ mod tests {
     fn a_run_killed_after_its_last_step_is_resumed_too() {
         let folder = tempfile::tempdir().unwrap();
         let target = folder.path().join("out");
-        let resume = |n: u32, earlier| OutputFolder::resume(&target, false, "x", &json!({"n": n}), earlier);
+        let resume = |n: u32, earlier| OutputFolder::resume(&target, Refuse, "x", &json!({"n": n}), earlier);
         let mut first = resume(1, Resumed).unwrap();
         fs::write(first.pieces().join("a"), "a").unwrap();
         fs::write(first.path().join("tensors"), "t").unwrap();
@@ -315,21 +316,21 @@ mod tests {
     fn the_folder_appears_whole_or_not_at_all() {
         let parent = tempfile::tempdir().unwrap();
         let target = parent.path().join("out");
-        let folder = OutputFolder::create(&target, false, "mark").unwrap();
+        let folder = OutputFolder::create(&target, Refuse, "mark").unwrap();
         folder.write("a", b"1").unwrap();
-        assert!(matches!(OutputFolder::create(&target, false, "mark"), Err(CheckpointError::OutputBusy { .. })));
+        assert!(matches!(OutputFolder::create(&target, Refuse, "mark"), Err(CheckpointError::OutputBusy { .. })));
         drop(folder);
         assert_eq!(fs::read_dir(parent.path()).unwrap().count(), 0);
 
-        let folder = OutputFolder::create(&target, false, "mark").unwrap();
+        let folder = OutputFolder::create(&target, Refuse, "mark").unwrap();
         folder.write("mark", b"1").unwrap();
         folder.finish().unwrap();
         assert_eq!(fs::read_dir(parent.path()).unwrap().count(), 1);
         assert_eq!(fs::read_dir(&target).unwrap().count(), 1);
 
-        assert!(matches!(OutputFolder::check(&target, false, "mark"), Err(CheckpointError::OutputExists { .. })));
-        assert!(matches!(OutputFolder::check(&target, true, "other"), Err(CheckpointError::OutputUnusable { .. })));
-        let folder = OutputFolder::create(&target, true, "mark").unwrap();
+        assert!(matches!(OutputFolder::check(&target, Refuse, "mark"), Err(CheckpointError::OutputExists { .. })));
+        assert!(matches!(OutputFolder::check(&target, Replace, "other"), Err(CheckpointError::OutputUnusable { .. })));
+        let folder = OutputFolder::create(&target, Replace, "mark").unwrap();
         folder.write("new", b"2").unwrap();
         // Left by a run that was killed while it removed what it had replaced.
         fs::create_dir(parent.path().join("out.partial-replaced")).unwrap();
@@ -342,7 +343,7 @@ mod tests {
     #[test]
     fn a_full_disk_is_noticed_before_work() {
         let parent = tempfile::tempdir().unwrap();
-        let folder = OutputFolder::create(&parent.path().join("out"), false, "mark").unwrap();
+        let folder = OutputFolder::create(&parent.path().join("out"), Refuse, "mark").unwrap();
         assert!(matches!(folder.require_space(u64::MAX), Err(CheckpointError::NoSpace { .. })));
         folder.require_space(1).unwrap();
     }
@@ -352,22 +353,22 @@ mod tests {
         let parent = tempfile::tempdir().unwrap();
         let target = parent.path().join("out");
         fs::create_dir_all(target.join("lost+found")).unwrap();
-        let folder = OutputFolder::create(&target, false, "mark").unwrap();
+        let folder = OutputFolder::create(&target, Refuse, "mark").unwrap();
         folder.write("mark", b"1").unwrap();
-        assert!(matches!(OutputFolder::create(&target, false, "mark"), Err(CheckpointError::OutputBusy { .. })));
+        assert!(matches!(OutputFolder::create(&target, Refuse, "mark"), Err(CheckpointError::OutputBusy { .. })));
         drop(folder);
         assert_eq!(place::names_in(&target).unwrap(), ["lost+found"]);
 
         let job = json!({"n": 1});
-        let resume = || OutputFolder::resume(&target, false, "mark", &job, Resumed);
+        let resume = || OutputFolder::resume(&target, Refuse, "mark", &job, Resumed);
         let mut folder = resume().unwrap();
         fs::write(folder.pieces().join("a"), "a").unwrap();
         folder.write("mark", b"1").unwrap();
         folder.keep();
         drop(folder);
         // Killed after its last step, before the same job runs again.
-        moving::move_up(&target, &target.join(WITHIN), "mark", false).unwrap();
-        assert!(matches!(OutputFolder::create(&target, false, "mark"), Err(CheckpointError::OutputExists { .. })));
+        moving::move_up(&target, &target.join(WITHIN), "mark", Refuse).unwrap();
+        assert!(matches!(OutputFolder::create(&target, Refuse, "mark"), Err(CheckpointError::OutputExists { .. })));
         let folder = resume().unwrap();
         assert!(folder.path().join("mark").exists() && !target.join("mark").exists());
         folder.finish().unwrap();
@@ -377,7 +378,7 @@ mod tests {
     #[test]
     fn what_others_write_into_the_folder_meanwhile_stays_and_so_does_the_work() {
         let target = tempfile::tempdir().unwrap();
-        let folder = OutputFolder::create(target.path(), false, "mark").unwrap();
+        let folder = OutputFolder::create(target.path(), Refuse, "mark").unwrap();
         folder.write("mark", b"1").unwrap();
         fs::write(target.path().join("theirs"), "2").unwrap();
         let output = folder.path();
@@ -391,10 +392,10 @@ mod tests {
         let (beside, within) = (parent.path().join("out"), parent.path().join("volume"));
         fs::create_dir(&within).unwrap();
         for target in [beside, within] {
-            let folder = OutputFolder::create(&target, true, "mark").unwrap();
+            let folder = OutputFolder::create(&target, Replace, "mark").unwrap();
             folder.write("mark", b"1").unwrap();
             folder.finish().unwrap();
-            let folder = OutputFolder::create(&target, true, "mark").unwrap();
+            let folder = OutputFolder::create(&target, Replace, "mark").unwrap();
             folder.write("mark", b"2").unwrap();
             fs::write(target.join("theirs"), "3").unwrap();
             let output = folder.path();

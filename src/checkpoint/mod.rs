@@ -46,7 +46,7 @@ pub use open::Checkpoint;
 pub(crate) use paths::folder_of;
 pub use paths::{CONFIG_FILE, INDEX_FILE, REPORT_FILE, SINGLE_FILE};
 pub(crate) use place::create_file;
-pub use place::{check_file, expect_apart, expect_folder};
+pub use place::{Existing, check_file, expect_apart, expect_folder};
 pub use reader::read_file;
 pub use side::{LeftOut, Side};
 pub use stack::Stack;

@@ -11,14 +11,14 @@ use serde_json::Value;
 
 use super::error::{CheckpointError, io};
 use super::paths::CONFIG_FILE;
-use super::place::{self, create_file};
+use super::place::{self, Existing, create_file};
 use super::work::{MOVING, OUTPUT, REPLACED, TORN};
 
 type Result<T, E = CheckpointError> = std::result::Result<T, E>;
 
-/// Moves what is finished into the target, and with `force` what was there out of it.
-pub(super) fn move_up(target: &Path, partial: &Path, mark: &str, force: bool) -> Result<()> {
-    if !force && !place::is_vacant(target) {
+/// Moves what is finished into the target, and what is replaced out of it.
+pub(super) fn move_up(target: &Path, partial: &Path, mark: &str, existing: Existing) -> Result<()> {
+    if existing == Existing::Refuse && !place::is_vacant(target) {
         // Somebody wrote into it meanwhile.
         return Err(place::foreign(target));
     }

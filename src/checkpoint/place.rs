@@ -62,11 +62,27 @@ pub(super) fn foreign(target: &Path) -> CheckpointError {
     unusable(target, "it exists, and is not an output of lrc")
 }
 
+/// What becomes of an output that is already there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Existing {
+    /// It stays, and its place is refused.
+    Refuse,
+    /// It is replaced, if lrc wrote it.
+    Replace,
+}
+
+impl Existing {
+    /// As `--force` says.
+    pub fn of(force: bool) -> Self {
+        if force { Self::Replace } else { Self::Refuse }
+    }
+}
+
 /// Checks that a file may be written: it is not there or may be replaced, and its folder takes files.
 ///
 /// # Errors
 /// It may not, with the reason.
-pub fn check_file(path: &Path, force: bool) -> Result<()> {
+pub fn check_file(path: &Path, existing: Existing) -> Result<()> {
     let is_there = exists(path)?;
     let typed = path.as_os_str().as_encoded_bytes();
     if path.is_dir() || typed.ends_with(b"/") || typed.ends_with(b"/.") {
@@ -75,7 +91,7 @@ pub fn check_file(path: &Path, force: bool) -> Result<()> {
     if is_there && !path.is_file() {
         return Err(unusable(path, "it is a device or a pipe, and a file is to be written"));
     }
-    if is_there && !force {
+    if is_there && existing == Existing::Refuse {
         return Err(CheckpointError::FileExists { path: path.into() });
     }
     let folder = folder_of(path);

@@ -8,8 +8,8 @@ use clap::Args;
 
 use super::terminal::{Bars, grouped, table};
 use super::{MemoryArgs, open, print, print_json};
-use crate::calibrate::{self, Header, Needs, Observation, Statistics, WindowSettings, Windows};
-use crate::checkpoint::{expect_apart, folder_of};
+use crate::calibrate::{self, Header, Needs, Observation, Statistics, TargetedWindows, WindowSettings, Windows};
+use crate::checkpoint::{Existing, expect_apart, folder_of};
 use crate::compress::presets::Method;
 use crate::compress::recipe::DEFAULT_SAMPLES;
 use crate::error::Failure;
@@ -103,7 +103,7 @@ fn part(text: &str) -> Result<(usize, usize), String> {
 }
 
 pub(super) fn run(args: &CalibrateArgs, quiet: bool, progress: &Bars) -> Result<()> {
-    calibrate::check_output(&args.output, args.force)?;
+    calibrate::check_output(&args.output, Existing::of(args.force))?;
     let (header, seconds) = match (&args.model, &args.text) {
         (Some(model), Some(text)) => measure(args, model, text, progress)?,
         _ => (merge(args)?, calibrate::Seconds::default()),
@@ -158,7 +158,7 @@ fn measure(
     let mut statistics = Statistics::new(header.clone(), limits.activation_bytes, &folder);
     let seconds = calibrate::observe(
         &decoder,
-        (&windows.windows, &windows.targets),
+        TargetedWindows { windows: &windows.windows, targets: &windows.targets },
         observation,
         &limits,
         &Journal::default(),
@@ -166,14 +166,14 @@ fn measure(
         &mut |sums| statistics.keep(sums),
     )
     .with_context(|| format!("calibrating on `{}`", windows.text))?;
-    statistics.write(&args.output, args.force)?;
+    statistics.write(&args.output, Existing::of(args.force))?;
     Ok((header, seconds))
 }
 
 fn merge(args: &CalibrateArgs) -> Result<Header> {
     let open = |path: &PathBuf| Ok((path.display().to_string(), Statistics::open(path)?));
     let files = args.merge.iter().map(open).collect::<Result<Vec<_>>>()?;
-    Statistics::merge(&files, &args.output, args.force)
+    Statistics::merge(&files, &args.output, Existing::of(args.force))
 }
 
 fn show(args: &CalibrateArgs, report: &CalibrateReport) -> String {

@@ -11,7 +11,7 @@ use indicatif::HumanDuration;
 use super::options::RecipeArgs;
 use super::terminal::{Bars, fixed, grouped, table};
 use super::{GateArgs, MemoryArgs, ModelArgs};
-use crate::checkpoint::OutputFolder;
+use crate::checkpoint::{Existing, OutputFolder};
 use crate::compress::recipe::{Recipe, RecipeOptions};
 use crate::compress::{self, DryRun, Job};
 use crate::report::gate;
@@ -81,7 +81,7 @@ pub(super) fn run(args: &CompressArgs, quiet: bool, progress: &Bars) -> Result<(
     let file = args.recipe.as_deref().map(RecipeOptions::read).transpose()?.unwrap_or_default();
     let recipe = Recipe::new(&args.options.0.clone().or(file))?;
     // Before a model is downloaded.
-    OutputFolder::check(&args.output, args.force, REPORT_FILE)?;
+    OutputFolder::check(&args.output, Existing::of(args.force), REPORT_FILE)?;
     let checkpoint = compress::view(args.model.open(progress)?, &recipe)?;
     let job = Job {
         checkpoint: &checkpoint,

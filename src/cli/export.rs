@@ -9,7 +9,7 @@ use clap::Args;
 use super::compress::left_out;
 use super::terminal::{Bars, grouped};
 use super::{ModelArgs, print, print_json};
-use crate::checkpoint::OutputFolder;
+use crate::checkpoint::{Existing, OutputFolder};
 use crate::export::{ExportJob, export};
 use crate::formats::Format;
 use crate::report::REPORT_FILE;
@@ -51,7 +51,7 @@ pub(super) struct ExportArgs {
 
 pub(super) fn run(args: &ExportArgs, quiet: bool, progress: &Bars) -> Result<()> {
     // Before a model is downloaded.
-    OutputFolder::check(&args.output, args.force, REPORT_FILE)?;
+    OutputFolder::check(&args.output, Existing::of(args.force), REPORT_FILE)?;
     let checkpoint = args.model.open(progress)?;
     let job = ExportJob {
         checkpoint: &checkpoint,

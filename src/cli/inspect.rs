@@ -9,7 +9,7 @@ use clap::Args;
 
 use super::terminal::{self, Bars, grouped, sparkline, table};
 use super::{GateArgs, MemoryArgs, ModelArgs, print, print_json};
-use crate::checkpoint::{Checkpoint, check_file, expect_apart, write_text};
+use crate::checkpoint::{Checkpoint, Existing, check_file, expect_apart, write_text};
 use crate::compress::options::RecipeOptions;
 use crate::compress::presets::Method;
 use crate::compress::recipe::Recipe;
@@ -172,7 +172,7 @@ fn check(args: &InspectArgs) -> Result<()> {
         return Err(Failure::usage("`--method` has no effect without `--calibration` or `--statistics`").into());
     }
     for path in args.outputs() {
-        check_file(path, args.force)?;
+        check_file(path, Existing::of(args.force))?;
     }
     if args.html.is_some() && args.html == args.spectra {
         return Err(Failure::usage("`--html` and `--spectra` name the same file").into());

@@ -9,7 +9,7 @@ use clap::{ArgAction, ArgMatches, Args, FromArgMatches};
 use super::options::RecipeArgs;
 use super::terminal::{Bars, fixed, grouped, table};
 use super::{GateArgs, MemoryArgs, ModelArgs};
-use crate::checkpoint::{OutputFolder, expect_apart};
+use crate::checkpoint::{Existing, OutputFolder, expect_apart};
 use crate::compress::recipe::{Recipe, RecipeOptions};
 use crate::compress::{SweepSettings, sweep};
 use crate::error::Failure;
@@ -142,13 +142,13 @@ pub(super) fn run(args: &SweepArgs, progress: &Bars) -> Result<()> {
     options.sequential = options.sequential.or(Some(false));
     let recipe = Recipe::new(&options)?;
     if let Some(output) = &args.output {
-        OutputFolder::check(output, args.force, REPORT_FILE)?;
+        OutputFolder::check(output, Existing::of(args.force), REPORT_FILE)?;
     }
     let checkpoint = crate::compress::view(args.model.open(progress)?, &recipe)?;
     // Created first, so that the work is not lost for lack of an output folder.
     let folder = args.output.as_deref().map(|output| -> Result<OutputFolder> {
         expect_apart(output, recipe.inputs().chain([args.text.as_path(), checkpoint.root()]))?;
-        Ok(OutputFolder::create(output, args.force, REPORT_FILE)?)
+        Ok(OutputFolder::create(output, Existing::of(args.force), REPORT_FILE)?)
     });
     let folder = folder.transpose()?;
     let eval = EvalSettings {

@@ -9,7 +9,7 @@ use clap::Args;
 use super::compress::show;
 use super::terminal::Bars;
 use super::{ModelArgs, print, print_json};
-use crate::checkpoint::OutputFolder;
+use crate::checkpoint::{Existing, OutputFolder};
 use crate::compress::recipe::DEFAULT_SHARD_BYTES;
 use crate::error::Failure;
 use crate::report::REPORT_FILE;
@@ -54,7 +54,7 @@ pub(super) fn run(args: &TruncateArgs, quiet: bool, progress: &Bars) -> Result<(
         return Err(Failure::usage(format!("`--keep {}` is outside (0, 1)", args.keep)).into());
     }
     // Before a model is downloaded.
-    OutputFolder::check(&args.output, args.force, REPORT_FILE)?;
+    OutputFolder::check(&args.output, Existing::of(args.force), REPORT_FILE)?;
     let checkpoint = args.model.open(progress)?;
     let job = TruncateJob {
         checkpoint: &checkpoint,

@@ -3,7 +3,7 @@
 
 use anyhow::Result;
 
-use super::allocate::{self, Item, Offer, Pick, Ranks, Rules, Spectra};
+use super::allocate::{self, Candidate, Item, Pick, Ranks, Rules, Spectra};
 use super::budget::{self, known_choices};
 use super::fits::{Unit, units_to_share};
 use super::plan::{Choice, Plan};
@@ -39,8 +39,8 @@ struct PricedUnit {
     unit: Unit,
     parameters: Vec<u64>,
     bytes: (u64, Vec<u64>),
-    offers: Vec<Offer>,
-    /// The choices of the members for each offer.
+    candidates: Vec<Candidate>,
+    /// The choices of the members for each candidate.
     choices: Vec<Vec<Choice>>,
 }
 
@@ -71,7 +71,7 @@ impl<'a> Problem<'a> {
                 unit: Unit { members: vec![i] },
                 parameters: Vec::new(),
                 bytes: (price(&plan.linears[i], None), Vec::new()),
-                offers: Vec::new(),
+                candidates: Vec::new(),
                 choices: Vec::new(),
             };
             for (fit, of) in study.fits.of(i).iter().enumerate().skip(first(i)) {
@@ -79,7 +79,7 @@ impl<'a> Problem<'a> {
                     let error = errors.iter().sum();
                     let choice = Choice::Fitted { fit, rank };
                     let cost = price(&plan.linears[i], study.planned(i, choice).as_ref());
-                    priced.offers.push(Offer { cost, error });
+                    priced.candidates.push(Candidate { cost, error });
                     priced.choices.push(vec![choice]);
                 }
             }
@@ -99,10 +99,10 @@ impl<'a> Problem<'a> {
             n_weights: dense,
             bytes: self.counts_bytes.then_some((priced.bytes.0, &priced.bytes.1[..])),
             curve: self.curves[i],
-            // Offers of several linears are already weighted.
+            // Candidates of several linears are already weighted.
             sensitivity: if is_alone { self.sensitivities[i] } else { 1.0 },
-            offers: &priced.offers,
-            is_zero: item.is_zero && priced.offers.is_empty(),
+            candidates: &priced.candidates,
+            is_zero: item.is_zero && priced.candidates.is_empty(),
             ..item
         }
     }
@@ -116,7 +116,7 @@ impl<'a> Problem<'a> {
         for (priced, &pick) in self.units.iter().zip(picks) {
             let members = priced.unit.members.iter();
             match pick {
-                Pick::Offer(at) => members.zip(&priced.choices[at]).for_each(|(&i, &choice)| choices[i] = choice),
+                Pick::Candidate(at) => members.zip(&priced.choices[at]).for_each(|(&i, &choice)| choices[i] = choice),
                 pick => members.for_each(|&i| choices[i] = budget::choice(pick, 0)),
             }
         }
@@ -142,15 +142,15 @@ impl<'a> Problem<'a> {
     /// The choice of bases with the least error within `bytes`, and its cost, which exceeds `bytes` if nothing is that
     /// small. Linears that fit no quantizer stay dense.
     pub fn least_error(&self, bytes: u64) -> (Vec<Choice>, u64) {
-        let (offered, others): (Vec<&PricedUnit>, Vec<&PricedUnit>) =
-            self.units.iter().partition(|priced| !priced.offers.is_empty());
+        let (open, others): (Vec<&PricedUnit>, Vec<&PricedUnit>) =
+            self.units.iter().partition(|priced| !priced.candidates.is_empty());
         let fixed: u64 = others.iter().map(|priced| priced.bytes.0).sum();
-        let items: Vec<Item<'_>> = offered.iter().map(|priced| self.item(priced)).collect();
+        let items: Vec<Item<'_>> = open.iter().map(|priced| self.item(priced)).collect();
         let rules = Rules { budget: bytes.saturating_sub(fixed), ..Rules::of_keep(&items, 0.5) };
         let picks = allocate::allocate(Ranks::Knapsack, &items, &rules);
         let mut choices = vec![Choice::Dense; self.plan.linears.len()];
-        for (priced, &pick) in offered.iter().zip(&picks) {
-            if let Pick::Offer(at) = pick {
+        for (priced, &pick) in open.iter().zip(&picks) {
+            if let Pick::Candidate(at) = pick {
                 choices[priced.unit.members[0]] = priced.choices[at][0];
             }
         }
@@ -186,11 +186,11 @@ impl PricedUnit {
             (price(linear, None), ranks.collect())
         };
         let bytes = price.map_or((0, Vec::new()), bytes);
-        Self { unit: Unit { members: vec![i] }, parameters, bytes, offers: Vec::new(), choices: Vec::new() }
+        Self { unit: Unit { members: vec![i] }, parameters, bytes, candidates: Vec::new(), choices: Vec::new() }
     }
 
-    fn offer(&mut self, cost: u64, error: f64, choices: Vec<Choice>) {
-        self.offers.push(Offer { cost, error });
+    fn add(&mut self, cost: u64, error: f64, choices: Vec<Choice>) {
+        self.candidates.push(Candidate { cost, error });
         self.choices.push(choices);
     }
 }
@@ -210,7 +210,7 @@ fn cost(price: Option<&Price<'_>>, linear: &LinearInfo, forms: Option<&Forms>) -
     }
 }
 
-/// Joins the units whose members may share a part: offers are the best fits of separate members at every cost, and the
+/// Joins the units whose members may share a part: candidates are the best fits of separate members at every cost, and the
 /// joint fits.
 fn together(
     study: &Study<'_>,
@@ -231,10 +231,10 @@ fn joined(study: &Study<'_>, unit: &Unit, weighted: &Weighted<'_>, price: Option
     let dense: u64 = unit.members.iter().map(|&i| cost(price, linear(i), None)).sum();
     let bytes = (dense, Vec::new());
     let mut joined =
-        PricedUnit { unit: unit.clone(), parameters: vec![0], bytes, offers: Vec::new(), choices: Vec::new() };
+        PricedUnit { unit: unit.clone(), parameters: vec![0], bytes, candidates: Vec::new(), choices: Vec::new() };
     let lists: Vec<Vec<Point>> = unit.members.iter().map(|&i| points(study, i, weighted, price)).collect();
     for (cost, error, choices) in frontier(&lists) {
-        joined.offer(cost, error, choices);
+        joined.add(cost, error, choices);
     }
     let first = unit.members[0];
     for (fit, of) in study.fits.of(first).iter().enumerate().filter(|(_, fit)| fit.fitted.curve().is_none()) {
@@ -243,7 +243,7 @@ fn joined(study: &Study<'_>, unit: &Unit, weighted: &Weighted<'_>, price: Option
             let choice = Choice::Fitted { fit, rank };
             let costs = unit.members.iter().map(|&i| cost(price, linear(i), study.planned(i, choice).as_ref()));
             let weighted = unit.members.iter().zip(errors).map(|(&i, error)| weighted.sensitivities[i] * error);
-            joined.offer(costs.sum(), weighted.sum(), vec![choice; unit.members.len()]);
+            joined.add(costs.sum(), weighted.sum(), vec![choice; unit.members.len()]);
         }
     }
     joined

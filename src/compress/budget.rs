@@ -41,7 +41,7 @@ pub(super) fn choice(pick: allocate::Pick, fit: usize) -> Choice {
         allocate::Pick::Dense => Choice::Dense,
         allocate::Pick::Zeros => Choice::Zeros,
         allocate::Pick::Rank(rank) => Choice::Fitted { fit, rank },
-        allocate::Pick::Offer(_) => unreachable!("invariant: offers are no ranks"),
+        allocate::Pick::Candidate(_) => unreachable!("invariant: candidates are no ranks"),
     }
 }
 
@@ -80,7 +80,7 @@ pub(super) fn item<'a>(recipe: &Recipe, plan: &Plan, i: usize, parameters: &'a [
         bytes: None,
         curve: None,
         sensitivity: 1.0,
-        offers: &[],
+        candidates: &[],
         is_zero: plan.are_zero[i],
     }
 }

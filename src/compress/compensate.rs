@@ -8,7 +8,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use super::presets::{Form, Preset};
+use super::presets::{MetricForm, Preset};
 
 /// A published method of compensation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -45,13 +45,13 @@ impl Compensate {
     pub fn preset(self) -> Preset {
         let preset = |output, input| Preset { output, input, damping: 0.0 };
         match self {
-            Self::None | Self::Lorc | Self::Loftq => preset(Form::Identity, Form::Identity),
+            Self::None | Self::Lorc | Self::Loftq => preset(MetricForm::Identity, MetricForm::Identity),
             // Columns are scaled by mean |x|; the normalization in the paper is a common factor.
-            Self::Lqer => preset(Form::Identity, Form::Magnitude { alpha: 1.0 }),
-            Self::QeraApprox => preset(Form::Identity, Form::GramDiagonal),
-            Self::Eora => preset(Form::Identity, Form::Gram),
-            Self::Kfac => Preset { damping: KFAC_DAMPING, ..preset(Form::Gram, Form::Gram) },
-            Self::LqLora => preset(Form::SquaredGradient, Form::SquaredGradient),
+            Self::Lqer => preset(MetricForm::Identity, MetricForm::Magnitude { alpha: 1.0 }),
+            Self::QeraApprox => preset(MetricForm::Identity, MetricForm::GramDiagonal),
+            Self::Eora => preset(MetricForm::Identity, MetricForm::Gram),
+            Self::Kfac => Preset { damping: KFAC_DAMPING, ..preset(MetricForm::Gram, MetricForm::Gram) },
+            Self::LqLora => preset(MetricForm::SquaredGradient, MetricForm::SquaredGradient),
         }
     }
 

@@ -4,7 +4,7 @@ use anyhow::Result;
 
 use super::allocate::Ranks;
 use super::budget::{choices_by_shape, known_choices, quantized_choice};
-use super::plan::{Choice, Fitted, Plan};
+use super::plan::{Choice, FitKind, Plan};
 use super::recipe::{Budget, Recipe};
 use super::study::Study;
 use super::{Job, Run, estimate, output, record, sensitivity, stopped};
@@ -56,8 +56,8 @@ fn planned(run: &Run<'_>) -> Result<DryRunReport> {
     let (recipe, plan) = (run.job.recipe, &run.plan);
     let (forms, ranks) = match known_choices(recipe, plan) {
         Some(choices) => {
-            let fitted = recipe.quant().first().map_or(Fitted::Layout, |&quant| Fitted::Base(quant));
-            (forms_of(recipe, plan, &choices, fitted), RankSource::Exact)
+            let kind = recipe.quant().first().map_or(FitKind::Layout, |&quant| FitKind::Base(quant));
+            (forms_of(recipe, plan, &choices, kind), RankSource::Exact)
         }
         None => (evenly(run)?, RankSource::Even),
     };
@@ -96,9 +96,9 @@ fn outcome(run: Run<'_>, folder: &OutputFolder, progress: &dyn Progress) -> Resu
     Ok(record::dry_run(job, (0..forms.len()).map(linear).collect(), sizes, RankSource::Exact))
 }
 
-fn forms_of(recipe: &Recipe, plan: &Plan, choices: &[Choice], fitted: Fitted) -> Vec<Option<Forms>> {
+fn forms_of(recipe: &Recipe, plan: &Plan, choices: &[Choice], kind: FitKind) -> Vec<Option<Forms>> {
     let linears = plan.linears.iter().zip(choices);
-    linears.map(|(linear, &choice)| Plan::forms(recipe, linear, choice, fitted)).collect()
+    linears.map(|(linear, &choice)| Plan::forms(recipe, linear, choice, kind)).collect()
 }
 
 /// Forms for an even spread of the budget, where measurements decide: the same share of every linear, or the quantizer
@@ -112,7 +112,7 @@ fn evenly(run: &Run<'_>) -> Result<Vec<Option<Forms>>> {
         match recipe.budget() {
             Budget::Keep(_) => {
                 let choices = choices_by_shape(recipe, plan, Ranks::Uniform, recipe.budget());
-                return Ok(forms_of(recipe, plan, &choices, Fitted::Layout));
+                return Ok(forms_of(recipe, plan, &choices, FitKind::Layout));
             }
             // Ranks are a matter of spectra alone; this is the largest output.
             Budget::None => return Ok(vec![None; plan.linears.len()]),
@@ -139,11 +139,11 @@ fn candidates(recipe: &Recipe, plan: &Plan) -> Vec<Vec<Option<Forms>>> {
     if recipe.quant().is_empty() {
         let share = |step: usize| Budget::Keep(step as f64 / STEPS as f64);
         let choices = (1..=STEPS).map(|step| choices_by_shape(recipe, plan, Ranks::Uniform, share(step)));
-        return choices.map(|choices| forms_of(recipe, plan, &choices, Fitted::Layout)).collect();
+        return choices.map(|choices| forms_of(recipe, plan, &choices, FitKind::Layout)).collect();
     }
     let of = |&quant: &Quant| {
         let choices: Vec<Choice> = plan.linears.iter().map(|linear| quantized_choice(recipe, linear, quant)).collect();
-        forms_of(recipe, plan, &choices, Fitted::Base(quant))
+        forms_of(recipe, plan, &choices, FitKind::Base(quant))
     };
     recipe.quant().iter().map(of).collect()
 }

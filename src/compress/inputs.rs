@@ -5,7 +5,7 @@ use anyhow::{Context, Result};
 use super::metrics::Metrics;
 use super::plan::Plan;
 use super::recipe::Recipe;
-use crate::calibrate::{self, Header, Observation, Statistics, Windows};
+use crate::calibrate::{self, Header, Observation, Statistics, TargetedWindows, Windows};
 use crate::checkpoint::{Checkpoint, Fingerprint};
 use crate::error::Failure;
 use crate::model::{Decoder, fingerprint};
@@ -76,7 +76,7 @@ impl Inputs {
         let mut statistics = Statistics::new(header, limits.activation_bytes, &limits.work_folder);
         let seconds = calibrate::observe(
             &decoder,
-            (&windows.windows, &windows.targets),
+            TargetedWindows { windows: &windows.windows, targets: &windows.targets },
             observation,
             limits,
             &session.journal,

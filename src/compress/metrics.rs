@@ -6,7 +6,7 @@ use std::sync::OnceLock;
 use anyhow::{Context, Result};
 use faer::Mat;
 
-use super::presets::{Form, Preset};
+use super::presets::{MetricForm, Preset};
 use crate::approx::metric::Metric;
 use crate::calibrate::{Key, Pooled, Statistics};
 use crate::model::inventory::LinearInfo;
@@ -50,16 +50,18 @@ impl Metrics<'_> {
             return Ok(Metric::diagonal(vec![size; linear.out_features]));
         }
         let metric = match self.preset.output {
-            Form::Identity => Metric::Identity,
-            Form::Gram => {
+            MetricForm::Identity => Metric::Identity,
+            MetricForm::Gram => {
                 let (statistics, id) = self.of(linear)?;
                 Metric::damped(statistics.output_gram(id, linear.out_features)?, self.damping_output)
             }
-            Form::SquaredGradient => {
+            MetricForm::SquaredGradient => {
                 let (statistics, id) = self.of(linear)?;
                 Metric::diagonal(statistics.squared_gradient_output(id, linear.out_features)?)
             }
-            Form::Magnitude { .. } | Form::GramDiagonal => unreachable!("invariant: these forms are of inputs"),
+            MetricForm::Magnitude { .. } | MetricForm::GramDiagonal => {
+                unreachable!("invariant: these forms are of inputs")
+            }
         };
         metric.sized(|| self.usual_size(linear, self.preset.output, Side::Output))
     }
@@ -79,8 +81,8 @@ impl Metrics<'_> {
         }
         let sized = |metric: Metric| metric.sized(|| self.usual_size(linear, self.preset.input, Side::Input));
         match self.preset.input {
-            Form::Identity => f(&Metric::Identity),
-            Form::Gram => {
+            MetricForm::Identity => f(&Metric::Identity),
+            MetricForm::Gram => {
                 let (statistics, id) = self.of(linear)?;
                 let cell = &shared.by_site[&id.slot.site()];
                 if let Some(metric) = cell.get() {
@@ -91,16 +93,16 @@ impl Metrics<'_> {
                 let metric = sized(Metric::damped(gram, self.damping_input))?;
                 f(cell.get_or_init(|| metric))
             }
-            Form::Magnitude { alpha } => {
+            MetricForm::Magnitude { alpha } => {
                 let (statistics, id) = self.of(linear)?;
                 let magnitudes = statistics.input_magnitude(id, linear.in_features)?;
                 f(&sized(Metric::diagonal(magnitudes.into_iter().map(|v| v.powf(2.0 * alpha)).collect()))?)
             }
-            Form::GramDiagonal => {
+            MetricForm::GramDiagonal => {
                 let (statistics, id) = self.of(linear)?;
                 f(&sized(Metric::diagonal(statistics.input_gram(id, linear.in_features)?.diagonal()))?)
             }
-            Form::SquaredGradient => {
+            MetricForm::SquaredGradient => {
                 let (statistics, id) = self.of(linear)?;
                 f(&sized(Metric::diagonal(statistics.squared_gradient_input(id, linear.in_features)?))?)
             }
@@ -112,7 +114,7 @@ impl Metrics<'_> {
     /// # Errors
     /// The statistics cannot be read.
     pub fn input_gram(&self, linear: &LinearInfo) -> Result<Mat<f64>> {
-        if let Some(size) = self.size_without_tokens(linear, Form::Gram, Side::Input)? {
+        if let Some(size) = self.size_without_tokens(linear, MetricForm::Gram, Side::Input)? {
             let n = linear.in_features;
             return Ok(Mat::from_fn(n, n, |i, j| if i == j { size } else { 0.0 }));
         }
@@ -139,8 +141,8 @@ impl Metrics<'_> {
     /// For an expert with too few tokens the metric is λ I, where λ is the mean diagonal over the experts of its block,
     /// as if each had seen just enough. Errors stay comparable, and unused experts are not pruned for free. `None` for
     /// all other linears.
-    fn size_without_tokens(&self, linear: &LinearInfo, form: Form, side: Side) -> Result<Option<f64>> {
-        if matches!(form, Form::Identity) || self.too_few_tokens(linear)?.is_none() {
+    fn size_without_tokens(&self, linear: &LinearInfo, form: MetricForm, side: Side) -> Result<Option<f64>> {
+        if matches!(form, MetricForm::Identity) || self.too_few_tokens(linear)?.is_none() {
             return Ok(None);
         }
         self.usual_size(linear, form, side).map(Some)
@@ -148,12 +150,12 @@ impl Metrics<'_> {
 
     /// The mean diagonal of a form over the experts of a block, or over the same linear in all blocks: the scale of a
     /// plain metric for linears without statistics of their own. 1 if none of them has any.
-    fn usual_size(&self, linear: &LinearInfo, form: Form, side: Side) -> Result<f64> {
+    fn usual_size(&self, linear: &LinearInfo, form: MetricForm, side: Side) -> Result<f64> {
         let (statistics, LinearId { block, slot }) = self.of(linear)?;
         let key = |slot: Slot| match (form, side) {
-            (Form::Magnitude { .. }, _) => Key::InputMagnitude(slot.site()),
-            (Form::SquaredGradient, Side::Input) => Key::SquaredGradientInput(slot),
-            (Form::SquaredGradient, Side::Output) => Key::SquaredGradientOutput(slot),
+            (MetricForm::Magnitude { .. }, _) => Key::InputMagnitude(slot.site()),
+            (MetricForm::SquaredGradient, Side::Input) => Key::SquaredGradientInput(slot),
+            (MetricForm::SquaredGradient, Side::Output) => Key::SquaredGradientOutput(slot),
             (_, Side::Input) => Key::InputGram(slot.site()),
             (_, Side::Output) => Key::OutputGram(slot),
         };
@@ -169,9 +171,9 @@ impl Metrics<'_> {
         }
         let a_token = pooled.sum / pooled.tokens.max(1.0);
         Ok(match (form, side) {
-            (Form::Magnitude { alpha }, _) => a_token.powf(2.0 * alpha),
+            (MetricForm::Magnitude { alpha }, _) => a_token.powf(2.0 * alpha),
             // Gradients are summed over sequences and not averaged.
-            (Form::SquaredGradient, _) => pooled.sum / pooled.members.max(1) as f64,
+            (MetricForm::SquaredGradient, _) => pooled.sum / pooled.members.max(1) as f64,
             (_, Side::Input) if slot.expert.is_some() => {
                 a_token * linear.in_features as f64 / statistics.header.n_tokens().max(1) as f64
             }

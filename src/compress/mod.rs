@@ -37,7 +37,7 @@ use std::time::Instant;
 
 use anyhow::Result;
 
-use crate::checkpoint::{Checkpoint, Earlier, Fingerprint, OutputFolder, expect_apart};
+use crate::checkpoint::{Checkpoint, Earlier, Existing, Fingerprint, OutputFolder, expect_apart};
 use crate::error::{self, ExitClass, Failure, exit_class};
 use crate::formats::{self, Format, Output, Source};
 use crate::model::{fingerprint, inventory};
@@ -73,7 +73,7 @@ pub struct Job<'a> {
 impl Job<'_> {
     /// Refuses an output that may not be overwritten, or that contains an input.
     fn check_output(&self) -> Result<()> {
-        OutputFolder::check(self.output, self.force, REPORT_FILE)?;
+        OutputFolder::check(self.output, Existing::of(self.force), REPORT_FILE)?;
         Ok(expect_apart(self.output, self.recipe.inputs().chain([self.checkpoint.root()]))?)
     }
 }
@@ -152,7 +152,7 @@ impl<'a> Run<'a> {
         let job = self.job;
         let description = record::job(job, &self.source_files, &self.inputs)?;
         let earlier = if job.restart { Earlier::Discarded } else { Earlier::Resumed };
-        let folder = OutputFolder::resume(job.output, job.force, REPORT_FILE, &description, earlier)?;
+        let folder = OutputFolder::resume(job.output, Existing::of(job.force), REPORT_FILE, &description, earlier)?;
         folder.require_space(self.disk_bytes())?;
         Ok(folder)
     }

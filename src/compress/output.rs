@@ -115,10 +115,8 @@ pub(super) fn finish(
     let recipe = job.recipe;
     let exporter = recipe.format.exporter();
     let config = job.checkpoint.config().map(native_config).unwrap_or_default();
-    let loading = Loading {
-        text: formats::loading(exporter, &config, output.files().has_adapter()),
-        library: exporter.library(),
-    };
+    let loading =
+        Loading { text: formats::loading(exporter, &config, output.files().adapter()), library: exporter.library() };
     let finished = output.finish(folder, &REPLACED)?;
     report.non_finite = finished.non_finite;
     report.left_out = finished.left_out.into_iter().map(Into::into).collect();

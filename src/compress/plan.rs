@@ -27,7 +27,7 @@ pub enum Choice {
 
 /// The kind of fit that a choice refers to.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum Fitted {
+pub(super) enum FitKind {
     /// Low rank in the layout of the recipe.
     Layout,
     /// A quantized base, with or without factors.
@@ -36,11 +36,11 @@ pub(super) enum Fitted {
     Shared(Right),
 }
 
-/// Ranks offered by `--compensate-rank auto` cost up to this share of the parameters of a linear: 4 bits per weight in
+/// The ranks that `--compensate-rank auto` tries cost up to this share of the parameters of a linear: 4 bits per weight in
 /// 16-bit factors.
 const LARGEST_SHARE: f64 = 0.25;
 
-/// Largest rank of factors over a base that `auto` offers.
+/// Largest rank of factors over a base that `auto` tries.
 pub(super) fn largest_compensation((m, n): Shape) -> usize {
     ((LARGEST_SHARE * (m * n) as f64 / (m + n) as f64) as usize).max(1)
 }
@@ -90,19 +90,19 @@ impl Plan {
     }
 
     /// The forms of a linear under a choice.
-    pub(super) fn forms(recipe: &Recipe, linear: &LinearInfo, choice: Choice, fitted: Fitted) -> Option<Forms> {
+    pub(super) fn forms(recipe: &Recipe, linear: &LinearInfo, choice: Choice, kind: FitKind) -> Option<Forms> {
         let factor_storage = recipe.quant_factors().map(|bits| Storage::Grouped(bits.scheme()));
         let shape = linear.shape();
         let of_rank = |rank, kind| Form { storage: factor_storage, ..Form::of_rank(kind, rank, shape) };
-        match (choice, fitted) {
+        match (choice, kind) {
             (Choice::Dense, _) => None,
             // Two empty factors, because codes would need scales.
             (Choice::Zeros, _) => Some(Forms::of_rank(Kind::FACTORS, 0, shape)),
-            (Choice::Fitted { rank, .. }, Fitted::Layout) => Some(Forms::of(of_rank(rank, recipe.layout()))),
-            (Choice::Fitted { rank, .. }, Fitted::Shared(right)) => {
+            (Choice::Fitted { rank, .. }, FitKind::Layout) => Some(Forms::of(of_rank(rank, recipe.layout()))),
+            (Choice::Fitted { rank, .. }, FitKind::Shared(right)) => {
                 Some(Forms::of(Form { right, ..of_rank(rank, Kind::FACTORS) }))
             }
-            (Choice::Fitted { rank, .. }, Fitted::Base(quant)) => {
+            (Choice::Fitted { rank, .. }, FitKind::Base(quant)) => {
                 let over = (rank > 0).then(|| of_rank(rank, Kind::FACTORS));
                 Some(Forms { base: Some(Forms::base(Some(quant.storage()))), over })
             }
@@ -122,7 +122,7 @@ impl Plan {
                 (_, CompensateRank::Auto) => 1 + i % 2,
             };
             let forms = |(i, linear)| {
-                Self::forms(recipe, linear, Choice::Fitted { fit: 0, rank: rank(i) }, Fitted::Base(quant))
+                Self::forms(recipe, linear, Choice::Fitted { fit: 0, rank: rank(i) }, FitKind::Base(quant))
             };
             let fitting = self.linears.iter().filter(|linear| quant.storage().fits(linear.in_features));
             let modules = fitting.enumerate().filter_map(|(i, linear)| Some((linear.clone(), forms((i, linear))?)));

@@ -24,7 +24,7 @@ pub enum Method {
 
 /// The form of a metric on one side of a weight.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Form {
+pub enum MetricForm {
     Identity,
     /// The Gram of the inputs; on the output side, of the gradients.
     Gram,
@@ -41,8 +41,8 @@ pub enum Form {
 /// A row of the table.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Preset {
-    pub output: Form,
-    pub input: Form,
+    pub output: MetricForm,
+    pub input: MetricForm,
     /// Default damping of Grams, as a share of their mean eigenvalue.
     pub damping: f64,
 }
@@ -63,12 +63,12 @@ impl Method {
     pub fn preset(self) -> Preset {
         let preset = |output, input| Preset { output, input, damping: 0.0 };
         match self {
-            Self::Svd => preset(Form::Identity, Form::Identity),
+            Self::Svd => preset(MetricForm::Identity, MetricForm::Identity),
             // Rows in the paper are input features, because its matrices are (in, out).
-            Self::Fwsvd => preset(Form::Identity, Form::SquaredGradient),
-            Self::Asvd => preset(Form::Identity, Form::Magnitude { alpha: 0.5 }),
-            Self::SvdLlm => preset(Form::Identity, Form::Gram),
-            Self::Kfac => Preset { damping: 0.01, ..preset(Form::Gram, Form::Gram) },
+            Self::Fwsvd => preset(MetricForm::Identity, MetricForm::SquaredGradient),
+            Self::Asvd => preset(MetricForm::Identity, MetricForm::Magnitude { alpha: 0.5 }),
+            Self::SvdLlm => preset(MetricForm::Identity, MetricForm::Gram),
+            Self::Kfac => Preset { damping: 0.01, ..preset(MetricForm::Gram, MetricForm::Gram) },
         }
     }
 }
@@ -78,10 +78,10 @@ impl Preset {
     pub fn needs(self) -> Needs {
         let Self { output, input, .. } = self;
         Needs {
-            input_gram: [Form::Gram, Form::GramDiagonal].contains(&input),
-            input_magnitude: matches!(input, Form::Magnitude { .. }),
-            output_gram: output == Form::Gram,
-            squared_gradient: [output, input].contains(&Form::SquaredGradient),
+            input_gram: [MetricForm::Gram, MetricForm::GramDiagonal].contains(&input),
+            input_magnitude: matches!(input, MetricForm::Magnitude { .. }),
+            output_gram: output == MetricForm::Gram,
+            squared_gradient: [output, input].contains(&MetricForm::SquaredGradient),
         }
     }
 }

@@ -161,13 +161,23 @@ pub(super) fn sizes(source: &Source<'_>, recipe: &Recipe, plan: &Plan, all: &[Op
 /// Error by rank of every decomposed linear, for the report page.
 pub(super) fn error_lines(solution: &Solution<'_>) -> Vec<ErrorLine> {
     let line = |i: usize| {
-        let (linear, curve) = (&solution.study.plan.linears[i], solution.curve(i)?);
+        let (study, linear) = (solution.study, &solution.study.plan.linears[i]);
+        let (curve, largest, full_rank) = match solution.curve(i) {
+            Some(curve) => (curve, curve.energies().len(), curve.energies().len()),
+            // The last energy is what all ranks of a shared factor leave.
+            None => {
+                let fit = study.fits.chosen(i, solution.choices[i])?;
+                let curve = fit.fitted.shared_curve(fit.member)?;
+                (curve, curve.energies().len() - 1, linear.out_features.min(linear.in_features))
+            }
+        };
         let at = |rank: usize| (rank, curve.relative_error(rank));
         let rank = solution.forms(i).and_then(|forms| forms.rank());
         Some(ErrorLine {
             module: linear.module.clone(),
             block: linear.block,
-            points: ErrorLine::ranks(curve.energies().len()).into_iter().map(at).collect(),
+            points: ErrorLine::ranks(largest).into_iter().map(at).collect(),
+            full_rank,
             chosen: rank.map(at),
             break_even_rank: linear.break_even_rank(),
         })

@@ -74,7 +74,7 @@ impl Plan {
         observing.max(decomposing) + memory_bytes
     }
 
-    /// Output widths and input width of the units that the recipe offers to share a right factor.
+    /// Output widths and input width of the units that the recipe allows to share a right factor.
     fn shared(&self, recipe: &Recipe) -> Vec<(Vec<usize>, usize)> {
         let units = if recipe.share() { units_to_share(self) } else { Vec::new() };
         units.iter().map(|unit| shared::heights(self, unit)).collect()

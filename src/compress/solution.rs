@@ -14,7 +14,7 @@ use super::fits::values_key;
 use super::metrics::SharedInputs;
 use super::pieces;
 use super::plan::Choice;
-use super::presets::Form as MetricForm;
+use super::presets::MetricForm;
 use super::study::Study;
 use crate::approx::low_rank::{ErrorCurve, LowRank};
 use crate::approx::metric::{Metric, MetricPair, PlainSides};

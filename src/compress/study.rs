@@ -12,8 +12,8 @@ use super::compensate::Compensate;
 use super::fits::{Decompose, Fits, Quantize, Share, units_to_share};
 use super::inputs::Inputs;
 use super::metrics::Metrics;
-use super::plan::{Choice, Fitted, Plan};
-use super::presets::Form as MetricForm;
+use super::plan::{Choice, FitKind, Plan};
+use super::presets::MetricForm;
 use super::recipe::Recipe;
 use crate::formats::Source;
 use crate::model::InputSite;
@@ -112,12 +112,12 @@ impl<'a> Study<'a> {
     pub fn planned(&self, i: usize, choice: Choice) -> Option<Forms> {
         let fitted = match self.fits.chosen(i, choice) {
             Some(fit) => match (fit.fitted.quant(), fit.fitted.unit()) {
-                (Some(quant), _) => Fitted::Base(quant),
-                (None, [first, _, ..]) if fit.member == 0 => Fitted::Shared(Right::Lent(*first)),
-                (None, [first, _, ..]) => Fitted::Shared(Right::Borrowed(*first)),
-                (None, _) => Fitted::Layout,
+                (Some(quant), _) => FitKind::Base(quant),
+                (None, [first, _, ..]) if fit.member == 0 => FitKind::Shared(Right::Lent(*first)),
+                (None, [first, _, ..]) => FitKind::Shared(Right::Borrowed(*first)),
+                (None, _) => FitKind::Layout,
             },
-            None => Fitted::Layout,
+            None => FitKind::Layout,
         };
         Plan::forms(self.recipe, &self.plan.linears[i], choice, fitted)
     }

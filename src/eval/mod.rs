@@ -89,7 +89,7 @@ impl Prepared {
         }
         let bos = tokenizer.bos().filter(|_| settings.bos == Bos::Auto);
         let Cut { windows, total_tokens, n_bytes, n_words } =
-            cut(rules, &text, &tokenizer, settings, (seq_len, stride))?;
+            cut(rules, &text, &tokenizer, settings, Lengths { seq_len, stride })?;
         if windows.is_empty() {
             return Err(text.too_short(total_tokens, seq_len).into());
         }
@@ -143,7 +143,7 @@ fn cut(
     text: &Text,
     tokenizer: &Tokenizer,
     settings: &EvalSettings,
-    (seq_len, stride): (usize, usize),
+    lengths: Lengths,
 ) -> Result<Cut> {
     let bos = tokenizer.bos().filter(|_| settings.bos == Bos::Auto);
     let most = settings.max_windows.unwrap_or(usize::MAX);
@@ -152,7 +152,7 @@ fn cut(
     for stream in &streams {
         let tokens = tokenizer.encode(stream, settings.bos)?;
         cut.total_tokens += tokens.ids.len();
-        let windows = rules.windows(&tokens, Lengths { seq_len, stride }, bos, tokenizer.boundary());
+        let windows = rules.windows(&tokens, lengths, bos, tokenizer.boundary());
         let scoring = windows.into_iter().filter(|window| !window.scored.is_empty());
         for window in scoring.take(most - cut.windows.len()) {
             cut.n_bytes += window.bytes.len();

@@ -6,7 +6,8 @@ use serde_json::{Map, Value, json};
 use super::dense::{weight, weight_bytes};
 use super::refusal::listed;
 use super::{
-    CheckpointError, Exporter, Forms, LinearInfo, NamedBytes, Operator, OutTensor, Refusal, Source, Target, encode,
+    Adapter, CheckpointError, Exporter, Forms, LinearInfo, NamedBytes, Operator, OutTensor, Refusal, Source, Target,
+    encode,
 };
 use crate::codecs::peft::{self, Fan};
 use crate::model::config;
@@ -51,9 +52,9 @@ impl Exporter for Peft {
         side_files(source, modules)
     }
 
-    fn loading(&self, has_adapter: bool) -> String {
+    fn loading(&self, adapter: Adapter) -> String {
         let load = "```python\nfrom transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained(\"FOLDER\")\n```\n";
-        format!("{load}{}", if has_adapter { loading() } else { String::new() })
+        format!("{load}{}", if adapter == Adapter::Written { loading() } else { String::new() })
     }
 
     fn library(&self) -> &'static str {
@@ -116,8 +117,8 @@ pub(super) fn bytes(linear: &LinearInfo, operator: &Operator) -> Result<Vec<Name
 pub(super) fn side_files(source: &Source<'_>, modules: &[(LinearInfo, Forms)]) -> Vec<(String, String)> {
     let ranks: Map<String, Value> =
         modules.iter().filter_map(|(l, e)| Some((l.module.clone(), json!(e.rank()?)))).collect();
-    let is_turned = modules.iter().any(|(linear, _)| linear.stored == Stored::DenseTransposed);
-    let fan = if is_turned { Fan::InOut } else { Fan::OutIn };
+    let is_transposed = modules.iter().any(|(linear, _)| linear.stored == Stored::DenseTransposed);
+    let fan = if is_transposed { Fan::InOut } else { Fan::OutIn };
     let task = (!config::is_encoder(&source.config)).then_some("CAUSAL_LM");
     let Some(config) = peft::config(ranks, task, fan) else { return Vec::new() };
     let text = serde_json::to_string_pretty(&config).expect("invariant: a config is valid JSON");

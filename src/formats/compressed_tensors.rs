@@ -6,7 +6,8 @@ use std::collections::BTreeMap;
 use serde_json::{Map, Value};
 
 use super::{
-    CheckpointError, Exporter, Forms, LinearInfo, NamedBytes, Operator, OutTensor, Refusal, Source, adapter, encode,
+    Adapter, CheckpointError, Exporter, Forms, LinearInfo, NamedBytes, Operator, OutTensor, Refusal, Source, adapter,
+    encode,
 };
 use crate::codecs::{self, Values, Written};
 use crate::model::architectures;
@@ -134,12 +135,12 @@ impl Exporter for CompressedTensors {
         adapter::side_files(source, modules)
     }
 
-    fn loading(&self, has_adapter: bool) -> String {
+    fn loading(&self, adapter: Adapter) -> String {
         let mut text = String::from(
             "With `compressed-tensors` installed, it loads in transformers and in vLLM:\n\n```python\n\
              from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained(\"FOLDER\")\n```\n",
         );
-        if has_adapter {
+        if adapter == Adapter::Written {
             text += "\n**An adapter over this base needs dequantized weights**: load the base with\n\
                  `quantization_config=CompressedTensorsConfig(dequantize=True)`, or run the model once before adding the adapter.\n";
             text += &adapter::loading();

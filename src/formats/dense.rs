@@ -3,7 +3,7 @@
 
 use serde_json::{Map, Value};
 
-use super::{CheckpointError, Exporter, Forms, LinearInfo, NamedBytes, Operator, OutTensor, Source, encode};
+use super::{Adapter, CheckpointError, Exporter, Forms, LinearInfo, NamedBytes, Operator, OutTensor, Source, encode};
 use crate::linalg;
 use crate::model::inventory::Stored;
 
@@ -39,7 +39,7 @@ impl Exporter for Dense {
         Vec::new()
     }
 
-    fn loading(&self, _: bool) -> String {
+    fn loading(&self, _: Adapter) -> String {
         "The weights are multiplied out: it loads wherever the original does (transformers, vLLM, ...).\n\n```python\n\
          from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained(\"FOLDER\")\n```\n"
             .into()

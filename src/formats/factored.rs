@@ -13,7 +13,8 @@ use anyhow::Result;
 use serde_json::{Map, Value, json};
 
 use super::{
-    CheckpointError, Exporter, Forms, LinearInfo, NamedBytes, Operator, OutTensor, Source, encode, stacks_apart,
+    Adapter, CheckpointError, Exporter, Forms, LinearInfo, NamedBytes, Operator, OutTensor, Source, encode,
+    stacks_apart,
 };
 use crate::checkpoint::{Checkpoint, Dtype, FORMAT_VERSION};
 use crate::codecs::packed::{self, PackedEntry};
@@ -21,7 +22,7 @@ use crate::codecs::{Values, Written};
 use crate::model::ModelConfig;
 use crate::model::config::MODEL_TYPE_PREFIX;
 use crate::model::inventory::{self, Stored};
-use crate::operator::{self, BASE, Element, Form, Kind, Matrix, Part, Right, Size, Term};
+use crate::operator::{self, BASE, Element, Form, Kind, Matrix, Part, Right, Term};
 use crate::quantize::{Quantized, Storage};
 
 pub(super) struct Factored;
@@ -227,7 +228,7 @@ impl Exporter for Factored {
         vec![(MODELING_FILE.into(), code)]
     }
 
-    fn loading(&self, _: bool) -> String {
+    fn loading(&self, _: Adapter) -> String {
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\
          model = AutoModelForCausalLM.from_pretrained(\"FOLDER\", trust_remote_code=True)\n\
          tokenizer = AutoTokenizer.from_pretrained(\"FOLDER\", trust_remote_code=True)\n```\n\n\
@@ -258,11 +259,7 @@ fn described(forms: &Forms) -> Map<String, Value> {
         described.insert("base".into(), json!(true));
     }
     if let Some(form) = forms.over {
-        described.insert("rank".into(), json!(form.size.rank()));
-        described.insert("layout".into(), json!(form.kind));
-        if let Size::Blocks { count, .. } = form.size {
-            described.insert("blocks".into(), json!(count));
-        }
+        described.extend(form.config_entry());
     }
     described
 }

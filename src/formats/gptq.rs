@@ -6,7 +6,9 @@ use serde_json::{Map, Value};
 
 use super::compressed_tensors::{coded, coded_bytes, exchange_scheme, grouped_base};
 use super::refusal::listed;
-use super::{CheckpointError, Exporter, Forms, LinearInfo, NamedBytes, Operator, OutTensor, Refusal, Source, adapter};
+use super::{
+    Adapter, CheckpointError, Exporter, Forms, LinearInfo, NamedBytes, Operator, OutTensor, Refusal, Source, adapter,
+};
 use crate::codecs;
 use crate::model::inventory;
 
@@ -105,12 +107,12 @@ impl Exporter for Gptq {
         adapter::side_files(source, modules)
     }
 
-    fn loading(&self, has_adapter: bool) -> String {
+    fn loading(&self, adapter: Adapter) -> String {
         let mut text = String::from(
             "With `gptqmodel` and `optimum` installed, it loads in transformers; vLLM needs nothing else:\n\n```python\n\
              from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained(\"FOLDER\")\n```\n",
         );
-        if has_adapter {
+        if adapter == Adapter::Written {
             text += &adapter::loading();
         }
         text

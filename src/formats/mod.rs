@@ -58,6 +58,13 @@ pub enum Target {
     Adapter,
 }
 
+/// Whether an adapter is beside the weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Adapter {
+    None,
+    Written,
+}
+
 /// A tensor of the output.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct OutTensor {
@@ -197,7 +204,7 @@ pub trait Exporter: Sync {
     fn side_files(&self, source: &Source<'_>, modules: &[(LinearInfo, Forms)]) -> Vec<(String, String)>;
 
     /// How each runtime loads the output, for the model card.
-    fn loading(&self, has_adapter: bool) -> String;
+    fn loading(&self, adapter: Adapter) -> String;
 
     /// The hub's name for the library that loads the output.
     fn library(&self) -> &'static str {
@@ -213,8 +220,8 @@ fn stacks_apart<'a>(source: &'a Source<'_>, modules: &[(LinearInfo, Forms)]) -> 
 }
 
 /// How each runtime loads an output for a model with `config`, with the auto class of that model.
-pub fn loading(exporter: &dyn Exporter, config: &Map<String, Value>, has_adapter: bool) -> String {
-    exporter.loading(has_adapter).replace("AutoModelForCausalLM", &factored::auto_class(config))
+pub fn loading(exporter: &dyn Exporter, config: &Map<String, Value>, adapter: Adapter) -> String {
+    exporter.loading(adapter).replace("AutoModelForCausalLM", &factored::auto_class(config))
 }
 
 impl Format {

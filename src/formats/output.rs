@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::Result;
 use serde_json::{Map, Value};
 
-use super::{Container, Exporter, Format, NamedBytes, OutTensor, Source, Target, refusal, stacks_apart};
+use super::{Adapter, Container, Exporter, Format, NamedBytes, OutTensor, Source, Target, refusal, stacks_apart};
 use crate::checkpoint::{
     CONFIG_FILE, Checkpoint, CheckpointError, GgufWriter, LeftOut, OutputFolder, SafetensorsWriter, Side, Stack,
     TensorSpec, cast, io, json, writer_bytes,
@@ -173,7 +173,11 @@ impl<'a> Files<'a> {
     }
 
     /// Whether the output has an adapter.
-    pub fn has_adapter(&self) -> bool {
+    pub fn adapter(&self) -> Adapter {
+        if self.has_adapter() { Adapter::Written } else { Adapter::None }
+    }
+
+    fn has_adapter(&self) -> bool {
         self.of(Target::Adapter).next().is_some()
     }
 

@@ -7,13 +7,13 @@ use super::architectures::Architecture;
 use super::attention::{Attention, Qkv, Scoring};
 use super::config::ModelConfig;
 use super::experts::Experts;
-use super::linear::{Bias, GradientTap, Linear, Order, Outputs};
+use super::linear::{Bias, GradientTap, Linear, Outputs};
 use super::mlp::Mlp;
 use super::norm::Norm;
 use super::ops::is_finite;
 use super::rope::Rope;
 use super::slot::{InputSite, LinearId, Role, Slot};
-use super::weights::{Weights, is_split};
+use super::weights::{Order, Weights, is_split};
 use super::widths::Widths;
 
 #[derive(Debug, Clone)]

@@ -9,7 +9,8 @@ use serde_json::Value;
 use super::architectures;
 use super::config;
 use super::inventory::{self, LinearInfo, Stored};
-use super::linear::{self, Bias, Order};
+use super::linear::{self, Bias};
+use super::weights::Order;
 use crate::checkpoint::{CONFIG_FILE, Checkpoint, CheckpointError};
 use crate::operator::{Kind, part_name};
 
@@ -38,13 +39,14 @@ fn check_parts(checkpoint: &Checkpoint) -> Result<()> {
     }
     let architecture = config::architecture(checkpoint);
     for linear in inventory::linears(checkpoint).iter().filter(|linear| linear.is_low_rank()) {
-        let is_turned = architecture.is_some_and(|a| a.stores_turned(&linear.module));
+        let is_transposed = architecture.is_some_and(|a| a.stores_transposed(&linear.module));
         let shape = [linear.out_features, linear.in_features];
         linear::expect_shape(
             checkpoint,
             &linear.module,
             shape,
-            (Bias::None, Order::of(is_turned)),
+            Bias::None,
+            Order::of(is_transposed),
             "the shape of the linear",
         )?;
     }

@@ -5,10 +5,10 @@ use anyhow::{Error, Result};
 use super::architectures::table::{EncoderNames, NormKind};
 use super::decoder::Decoder;
 use super::inventory::{self, is_stack};
-use super::linear::{self, Bias, Order};
+use super::linear::{self, Bias};
 use super::norm;
 use super::slot::LinearId;
-use super::weights::is_split;
+use super::weights::{Order, is_split};
 use crate::checkpoint::{Checkpoint, CheckpointError};
 use crate::error::Failure;
 
@@ -99,7 +99,7 @@ fn faults(decoder: &Decoder<'_>, checkpoint: &Checkpoint) -> Vec<Error> {
     }
     if let Some(head) = decoder.vocabulary.head.as_ref().filter(|_| decoder.has_head()) {
         let shape = [decoder.config.vocab_size, decoder.config.embedding_size()];
-        coverage.linear(head, shape, (Bias::None, Order::OutIn), VOCABULARY);
+        coverage.linear(head, shape, Bias::None, Order::OutIn, VOCABULARY);
     }
     coverage.faults
 }
@@ -117,8 +117,8 @@ impl Coverage<'_> {
         self.faults.extend(found.err().map(Into::into));
     }
 
-    fn linear(&mut self, module: &str, shape: [usize; 2], kind: (Bias, Order), fields: &str) {
-        self.note(linear::expect_shape(self.checkpoint, module, shape, kind, fields));
+    fn linear(&mut self, module: &str, shape: [usize; 2], bias: Bias, order: Order, fields: &str) {
+        self.note(linear::expect_shape(self.checkpoint, module, shape, bias, order, fields));
     }
 
     fn norm(&mut self, module: &str, width: usize, fields: &str) {
@@ -143,8 +143,8 @@ impl Coverage<'_> {
         let [n_rows, width] = [config.vocab_size, config.embedding_size()];
         if let Some([into, out]) = self.decoder.projections() {
             let (hidden, fields) = (config.hidden_size, "`word_embed_proj_dim` and `hidden_size`");
-            self.linear(&into, [hidden, width], (Bias::None, Order::OutIn), fields);
-            self.linear(&out, [width, hidden], (Bias::None, Order::OutIn), fields);
+            self.linear(&into, [hidden, width], Bias::None, Order::OutIn, fields);
+            self.linear(&out, [width, hidden], Bias::None, Order::OutIn, fields);
         }
         let table = format!("{}.weight", self.decoder.vocabulary.table);
         self.note(self.checkpoint.expect_shape(&table, &[n_rows, width], VOCABULARY));
@@ -174,7 +174,7 @@ impl Coverage<'_> {
             let n_faults = self.faults.len();
             let shape = [widths.num_experts, config.hidden_size];
             let router = format!("{block}.{}", experts.router);
-            self.linear(&router, shape, (Bias::None, Order::OutIn), "`num_experts` and `hidden_size`");
+            self.linear(&router, shape, Bias::None, Order::OutIn, "`num_experts` and `hidden_size`");
             has_router = self.faults.len() == n_faults;
         }
         let is_split = |whole: &str| is_split(self.checkpoint, &format!("{block}.{whole}"));
@@ -185,8 +185,8 @@ impl Coverage<'_> {
             // The bias of a fused module is not split.
             let is_whole = names.whole(slot.role).is_none();
             let bias = Bias::of(is_whole && config.has_bias(names, slot.role));
-            let kind = (bias, Order::of(is_whole && names.is_conv1d));
-            self.linear(&module, shape, kind, fields);
+            let order = Order::of(is_whole && names.is_conv1d);
+            self.linear(&module, shape, bias, order, fields);
         }
     }
 
@@ -199,11 +199,11 @@ impl Coverage<'_> {
             self.table(&format!("{prefix}{types}.weight"));
         }
         if let Some(pooler) = decoder.pooler_name() {
-            self.linear(&pooler, [width, width], (Bias::Stored, Order::OutIn), fields);
+            self.linear(&pooler, [width, width], Bias::Stored, Order::OutIn, fields);
         }
         if decoder.has_head() {
             let (head, name) = (&names.masked_head, |part: &str| format!("{}{part}", decoder.names.head));
-            self.linear(&name(head.dense), [width, width], (Bias::Stored, Order::OutIn), fields);
+            self.linear(&name(head.dense), [width, width], Bias::Stored, Order::OutIn, fields);
             self.norm(&name(head.norm), width, fields);
             let bias = self.checkpoint.expect_shape(&name(head.bias), &[decoder.config.vocab_size], "`vocab_size`");
             self.note(bias);

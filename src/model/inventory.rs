@@ -8,11 +8,13 @@ use super::architectures::Architecture;
 use super::config::{self, ModelConfig};
 use super::names::Names;
 use super::slot::{LinearId, Role};
-use super::weights::{follows_family, order};
+use super::weights::{follows_family, permutation};
 use crate::checkpoint::{Checkpoint, Dtype, TensorInfo, cast};
 use crate::error::Failure;
 use crate::linalg;
-use crate::operator::{self, BASE, Element, Forms, Kind, Matrix, Operator, Part, Right, Shape, Size, Term, part_name};
+use crate::operator::{
+    self, BASE, Element, Form, Forms, Kind, Matrix, Operator, Part, Right, Shape, Size, Term, part_name,
+};
 
 /// A linear layer of a checkpoint.
 #[derive(Debug, Clone)]
@@ -123,7 +125,7 @@ pub fn linears(checkpoint: &Checkpoint) -> Vec<LinearInfo> {
         let found = structured(checkpoint, stem);
         let (module, stored, out_features, in_features) = if let Some(found) = found {
             found
-        } else if architecture.is_some_and(|a| a.stores_turned(stem)) && !info.is_encoded() {
+        } else if architecture.is_some_and(|a| a.stores_transposed(stem)) && !info.is_encoded() {
             (stem, Stored::DenseTransposed, columns, rows)
         } else {
             (stem, Stored::Dense, rows, columns)
@@ -355,10 +357,10 @@ pub fn weight(checkpoint: &Checkpoint, linear: &LinearInfo) -> Result<Vec<f32>> 
 pub fn base_values(checkpoint: &Checkpoint, linear: &LinearInfo) -> Result<Vec<f32>> {
     let name = linear.base_name();
     let values = checkpoint.values(&name)?;
-    let is_conv1d = config::architecture(checkpoint).is_some_and(|a| a.stores_turned(&linear.module));
-    let is_turned = is_conv1d && follows_family(checkpoint, &name);
+    let is_conv1d = config::architecture(checkpoint).is_some_and(|a| a.stores_transposed(&linear.module));
+    let is_transposed = is_conv1d && follows_family(checkpoint, &name);
     let (m, n) = linear.shape();
-    Ok(if is_turned { linalg::transpose_row_major(&values, n, m) } else { values })
+    Ok(if is_transposed { linalg::transpose_row_major(&values, n, m) } else { values })
 }
 
 /// The structure of a linear with its values, dequantized.
@@ -370,12 +372,14 @@ pub fn base_values(checkpoint: &Checkpoint, linear: &LinearInfo) -> Result<Vec<f
 /// If the linear is dense.
 pub fn term(checkpoint: &Checkpoint, linear: &LinearInfo) -> Result<Term> {
     let Stored::Structured { kind, size, .. } = linear.stored else { panic!("invariant: the linear is a structure") };
-    let form = operator::Form { kind, size, storage: None, right: Right::Own };
+    let form = Form { kind, size, storage: None, right: Right::Own };
     let part = |Part { suffix, element, shape: [rows, columns] }: Part| -> Result<Matrix> {
         let name = format!("{}.{}", linear.module, part_name(suffix, element));
         if element == Element::Index {
             checkpoint.expect_shape(&name, &[rows], "the shape of the linear")?;
-            return Ok(Matrix::Indices(order(checkpoint, &name)?.into_iter().map(|place| place as i32).collect()));
+            return Ok(Matrix::Indices(
+                permutation(checkpoint, &name)?.into_iter().map(|place| place as i32).collect(),
+            ));
         }
         checkpoint.expect_shape(&name, &[rows, columns], "the ranks under `lrc`")?;
         Ok(checkpoint.values(&name)?.into())
@@ -384,67 +388,4 @@ pub fn term(checkpoint: &Checkpoint, linear: &LinearInfo) -> Result<Term> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::checkpoint::{SafetensorsWriter, TensorSpec};
-
-    fn checkpoint(config: &str, tensors: &[(&str, Dtype, &[usize])]) -> (tempfile::TempDir, Checkpoint) {
-        let folder = tempfile::tempdir().unwrap();
-        std::fs::write(folder.path().join("config.json"), config).unwrap();
-        let specs: Vec<_> = tensors
-            .iter()
-            .map(|&(name, dtype, shape)| TensorSpec { name: name.into(), dtype, shape: shape.into() })
-            .collect();
-        let mut writer = SafetensorsWriter::create(folder.path(), &specs, 1 << 20).unwrap();
-        for spec in &specs {
-            writer.write(&spec.name, &vec![0; spec.n_bytes() as usize]).unwrap();
-        }
-        writer.finish().unwrap();
-        let checkpoint = Checkpoint::open(folder.path()).unwrap();
-        (folder, checkpoint)
-    }
-
-    #[test]
-    fn linears_are_told_from_tables_by_name_and_shape() {
-        let (_folder, checkpoint) = checkpoint(
-            r#"{"model_type": "unheard_of"}"#,
-            &[
-                ("encoder.layer.0.query.weight", Dtype::F16, &[4, 6]),
-                ("encoder.layer.0.query.bias", Dtype::F16, &[4]),
-                ("encoder.layer.0.LayerNorm.weight", Dtype::F16, &[6]),
-                ("embeddings.word_embeddings.weight", Dtype::F16, &[9, 6]),
-                ("moe.gate.weight", Dtype::F32, &[4, 6]),
-                ("codes.weight", Dtype::I64, &[4, 6]),
-                ("conv.weight", Dtype::F32, &[4, 6, 3, 3]),
-                ("lm_head.weight", Dtype::F32, &[9, 6]),
-                ("x.lr_a.weight", Dtype::F32, &[1, 6]),
-                ("x.lr_b.weight", Dtype::F32, &[5, 1]),
-                ("x.base.weight", Dtype::F32, &[5, 6]),
-                ("y.lr_p.weight", Dtype::F32, &[2, 6]),
-                ("y.lr_t.weight", Dtype::F32, &[3, 2]),
-                ("y.lr_order", Dtype::I32, &[5]),
-            ],
-        );
-        let found: Vec<_> =
-            linears(&checkpoint).into_iter().map(|l| (l.module, l.is_default_target, l.stored)).collect();
-        let of_rank = |kind, rank, has_base| Stored::Structured { kind, size: Size::Rank(rank), has_base };
-        let expected = [
-            ("moe.gate", false, Stored::Dense),
-            ("lm_head", false, Stored::Dense),
-            ("encoder.layer.0.query", true, Stored::Dense),
-            ("x", true, of_rank(Kind::FACTORS, 1, true)),
-            ("y", true, of_rank(Kind::default(), 2, false)),
-        ];
-        let found: BTreeSet<String> = found.into_iter().map(|linear| format!("{linear:?}")).collect();
-        assert_eq!(found, expected.iter().map(|linear| format!("{linear:?}")).collect());
-    }
-
-    #[test]
-    fn conv1d_is_turned() {
-        let (_folder, checkpoint) =
-            checkpoint(r#"{"model_type": "gpt2"}"#, &[("h.0.attn.c_attn.weight", Dtype::F32, &[4, 12])]);
-        let linear = &linears(&checkpoint)[0];
-        assert_eq!((linear.out_features, linear.in_features, linear.block), (12, 4, Some(0)));
-        assert_eq!(weight(&checkpoint, linear).unwrap(), vec![0.0; 48]);
-    }
-}
+mod tests;

@@ -7,7 +7,7 @@ use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, Shape, Storage, Tensor, bail};
 
 use super::inventory::stored_size;
-use super::weights::{Weights, follows_family};
+use super::weights::{Order, Weights, follows_family};
 use crate::checkpoint::Checkpoint;
 use crate::error::Failure;
 use crate::operator::{BASE, Element, Form, Forms, Kind, Right, part_name};
@@ -23,21 +23,6 @@ impl Bias {
     /// As given by a family's table.
     pub fn of(has_bias: bool) -> Self {
         if has_bias { Self::Stored } else { Self::None }
-    }
-}
-
-/// How a family stores dense weights.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Order {
-    OutIn,
-    /// As in GPT-2's Conv1D.
-    InOut,
-}
-
-impl Order {
-    /// As given by a family's table.
-    pub fn of(is_conv1d: bool) -> Self {
-        if is_conv1d { Self::InOut } else { Self::OutIn }
     }
 }
 
@@ -84,14 +69,13 @@ impl Linear {
     pub fn load(weights: &dyn Weights, module: &str, bias: Bias, order: Order) -> Result<Self> {
         let name = |part: &str| format!("{module}.{part}");
         let load_bias = |part: &str| (bias == Bias::Stored).then(|| weights.tensor(&name(part))).transpose();
-        let is_conv1d = order == Order::InOut;
         let Some(kind) = Kind::stored(|part| weights.contains(&name(part))) else {
-            return Ok(Self::dense(weights.matrix(&name("weight"), is_conv1d)?, load_bias("bias")?));
+            return Ok(Self::dense(weights.matrix(&name("weight"), order)?, load_bias("bias")?));
         };
         let base = format!("{BASE}.weight");
         let mut terms = Vec::new();
         if weights.contains(&name(&base)) {
-            terms.push(Applied { kind: Kind::DENSE, parts: vec![weights.matrix(&name(&base), is_conv1d)?] });
+            terms.push(Applied { kind: Kind::DENSE, parts: vec![weights.matrix(&name(&base), order)?] });
         }
         let holder = if terms.is_empty() { kind.structure().bias_part() } else { Some(BASE) };
         let parts = kind.structure().suffixes().iter().map(|&(suffix, element)| match element {
@@ -241,7 +225,8 @@ pub(super) fn expect_shape(
     checkpoint: &Checkpoint,
     module: &str,
     [out, input]: [usize; 2],
-    (bias, order): (Bias, Order),
+    bias: Bias,
+    order: Order,
     fields: &str,
 ) -> Result<()> {
     let expect_weight = |name: &str| {
@@ -289,33 +274,55 @@ mod tests {
     use std::collections::HashMap;
 
     use candle_core::Device;
+    use faer::mat;
 
     use super::*;
+    use crate::approx::metric::MetricPair;
+    use crate::operator::{Matrix, Part, Term};
 
     fn tensor(values: &[f32], shape: &[usize]) -> Tensor {
         Tensor::from_slice(values, shape, &Device::Cpu).unwrap()
     }
 
+    /// The tensors of a module `m` (2, 2): a structure, over a base if there is one, and a bias.
+    fn stored(over: &Term, base: Option<&Tensor>, bias: &Tensor) -> HashMap<String, Tensor> {
+        let part = |(Part { suffix, element, shape }, matrix): (Part, &Matrix)| {
+            let values = match element {
+                Element::Float => tensor(&matrix.values(), &shape),
+                Element::Index => {
+                    let indices: Vec<u32> = matrix.indices().iter().map(|&i| i as u32).collect();
+                    Tensor::new(indices, &Device::Cpu).unwrap()
+                }
+            };
+            (format!("m.{}", part_name(suffix, element)), values)
+        };
+        let forms = Forms { base: base.map(|_| Forms::base(None)), over: Some(over.form) };
+        let mut tensors: HashMap<_, _> = over.form.parts((2, 2)).into_iter().zip(&over.parts).map(part).collect();
+        tensors.extend(base.map(|base| (format!("m.{BASE}.weight"), base.clone())));
+        let holder = forms.bias_part().map_or("m.bias".into(), |part| format!("m.{part}.bias"));
+        tensors.insert(holder, bias.clone());
+        tensors
+    }
+
     #[test]
     fn every_form_of_one_matrix_gives_one_output() {
-        // W = b·a with b = (1, 2)ᵀ, a = (3, 4): [[3, 4], [6, 8]]; bias (10, 20).
-        let (a, b) = (tensor(&[3., 4.], &[1, 2]), tensor(&[1., 2.], &[2, 1]));
-        let (w, zero) = (tensor(&[3., 4., 6., 8.], &[2, 2]), tensor(&[0.; 4], &[2, 2]));
-        let bias = tensor(&[10., 20.], &[2]);
-        // Row 1 is the pivot (6, 8), row 0 half of it.
-        let (pivots, half) = (tensor(&[6., 8.], &[1, 2]), tensor(&[0.5], &[1, 1]));
-        let order = Tensor::new(&[1u32, 0], &Device::Cpu).unwrap();
-        let forms: [&[(&str, &Tensor)]; 4] = [
-            &[("m.weight", &w), ("m.bias", &bias)],
-            &[("m.lr_a.weight", &a), ("m.lr_b.weight", &b), ("m.lr_b.bias", &bias)],
-            &[("m.lr_a.weight", &a), ("m.lr_b.weight", &b), ("m.base.weight", &zero), ("m.base.bias", &bias)],
-            &[("m.lr_p.weight", &pivots), ("m.lr_t.weight", &half), ("m.lr_order", &order), ("m.bias", &bias)],
-        ];
-        for form in forms {
-            let weights: HashMap<String, Tensor> = form.iter().map(|(n, t)| (n.to_string(), (*t).clone())).collect();
+        // Of rank 1, as are its blocks: any structure has it exactly. The bias is (10, 20).
+        let (weight, zeros) = (mat![[3.0, 4.0], [6.0, 8.0]], tensor(&[0.; 4], &[2, 2]));
+        let (w, bias) = (tensor(&[3., 4., 6., 8.], &[2, 2]), tensor(&[10., 20.], &[2]));
+        let mut forms: Vec<HashMap<String, Tensor>> =
+            vec![[("m.weight".to_string(), w), ("m.bias".to_string(), bias.clone())].into()];
+        for kind in Kind::layouts() {
+            let fit = kind.fitting().fit(weight.as_ref(), MetricPair::IDENTITY, 1).unwrap();
+            let term = Term::laid_out(kind, fit.pair, (2, 2));
+            forms.push(stored(&term, None, &bias));
+            forms.extend(kind.structure().takes_base().then(|| stored(&term, Some(&zeros), &bias)));
+        }
+        for weights in forms {
             let linear = Linear::load(&weights, "m", Bias::Stored, Order::OutIn).unwrap();
             let y = linear.forward(&tensor(&[1., 1., 0., 1.], &[1, 2, 2])).unwrap();
-            assert_eq!(y.to_vec3::<f32>().unwrap(), [[[17., 34.], [14., 28.]]]);
+            let found = y.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            let is_near = |(found, expected): (&f32, f32)| (found - expected).abs() < 1e-4;
+            assert!(found.iter().zip([17., 34., 14., 28.]).all(is_near), "{:?}: {found:?}", weights.keys());
         }
     }
 }

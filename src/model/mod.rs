@@ -42,4 +42,4 @@ pub use sentence::{PoolingMode, SentenceModules, fingerprint};
 pub use slot::{InputSite, LinearId, Role, Slot};
 pub use softmax::{RowDivergence, row_divergence};
 pub use walk::{Hidden, Scored, Walk};
-pub use weights::{Overlay, Weights};
+pub use weights::{Order, Overlay, Weights};

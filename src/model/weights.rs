@@ -9,6 +9,21 @@ use crate::checkpoint::{Checkpoint, Dtype, TensorInfo};
 use crate::error::Failure;
 use crate::operator::{self, BASE};
 
+/// How a family stores dense weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Order {
+    OutIn,
+    /// As in GPT-2's Conv1D.
+    InOut,
+}
+
+impl Order {
+    /// As given by a family's table.
+    pub fn of(is_conv1d: bool) -> Self {
+        if is_conv1d { Self::InOut } else { Self::OutIn }
+    }
+}
+
 /// A source of f32 tensors by name.
 pub trait Weights: Sync {
     fn contains(&self, name: &str) -> bool;
@@ -25,11 +40,11 @@ pub trait Weights: Sync {
     /// It is absent, or not a permutation.
     fn indices(&self, name: &str) -> Result<Tensor>;
 
-    /// The weight (out, in) of a linear; the flag is for families whose files store it as (in, out).
+    /// The weight (out, in) of a linear, from the order in which its family stores it.
     ///
     /// # Errors
     /// As [`Self::tensor`].
-    fn matrix(&self, name: &str, _is_conv1d: bool) -> Result<Tensor> {
+    fn matrix(&self, name: &str, _: Order) -> Result<Tensor> {
         self.tensor(name)
     }
 }
@@ -52,14 +67,13 @@ impl Weights for Checkpoint {
     }
 
     fn indices(&self, name: &str) -> Result<Tensor> {
-        let order = order(self, name)?;
-        let values: Vec<u32> = order.into_iter().map(|i| i as u32).collect();
+        let values: Vec<u32> = permutation(self, name)?.into_iter().map(|i| i as u32).collect();
         Ok(Tensor::new(values, &Device::Cpu)?)
     }
 
-    fn matrix(&self, name: &str, is_conv1d: bool) -> Result<Tensor> {
+    fn matrix(&self, name: &str, order: Order) -> Result<Tensor> {
         let weight = self.tensor(name)?;
-        let is_transposed = is_conv1d && follows_family(self, name);
+        let is_transposed = order == Order::InOut && follows_family(self, name);
         Ok(if is_transposed { weight.t()?.contiguous()? } else { weight })
     }
 }
@@ -77,8 +91,8 @@ impl Weights for Overlay<'_> {
         self.above.get(name).map_or_else(|| self.below.indices(name), |tensor| Ok(tensor.clone()))
     }
 
-    fn matrix(&self, name: &str, is_conv1d: bool) -> Result<Tensor> {
-        self.above.get(name).map_or_else(|| self.below.matrix(name, is_conv1d), |tensor| Ok(tensor.clone()))
+    fn matrix(&self, name: &str, order: Order) -> Result<Tensor> {
+        self.above.get(name).map_or_else(|| self.below.matrix(name, order), |tensor| Ok(tensor.clone()))
     }
 }
 
@@ -109,16 +123,16 @@ pub(super) fn follows_family(checkpoint: &Checkpoint, name: &str) -> bool {
 ///
 /// # Errors
 /// The tensor is absent, or not a permutation.
-pub(super) fn order(checkpoint: &Checkpoint, name: &str) -> Result<Vec<usize>> {
+pub(super) fn permutation(checkpoint: &Checkpoint, name: &str) -> Result<Vec<usize>> {
     let info = checkpoint.require(name)?;
     let broken = || Failure::unsupported(format!("tensor `{name}` is not a permutation of rows"));
     let (&[m], Dtype::I32) = (info.shape.as_slice(), info.dtype) else { return Err(broken().into()) };
-    let order: Vec<usize> = checkpoint.with_bytes(name, |bytes| {
+    let permutation: Vec<usize> = checkpoint.with_bytes(name, |bytes| {
         bytes.as_chunks::<4>().0.iter().map(|&b| usize::try_from(i32::from_le_bytes(b)).unwrap_or(usize::MAX)).collect()
     })?;
     let mut seen = vec![false; m];
     let is_new = |&i: &usize| i < m && !std::mem::replace(&mut seen[i], true);
-    if order.iter().all(is_new) { Ok(order) } else { Err(broken().into()) }
+    if permutation.iter().all(is_new) { Ok(permutation) } else { Err(broken().into()) }
 }
 
 /// Whether a fused module is stored as its split parts.

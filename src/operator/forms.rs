@@ -2,6 +2,7 @@
 
 use anyhow::Result;
 use faer::MatRef;
+use serde_json::{Map, Value, json};
 
 use super::{BASE, Element, Kind, Matrix, Part, Shape, Size};
 use crate::approx::low_rank::LowRank;
@@ -72,6 +73,17 @@ impl Form {
             (Element::Float, None) => (rows * cols) as u64 * (dtype.bitsize() as u64 / 8),
         };
         self.own_parts(shape).into_iter().map(bytes).sum()
+    }
+
+    /// The entry of a module in `config.json`: rank, layout, and whatever else the size needs.
+    pub fn config_entry(&self) -> Map<String, Value> {
+        let mut entry = Map::new();
+        entry.insert("rank".into(), json!(self.size.rank()));
+        entry.insert("layout".into(), json!(self.kind));
+        if let Size::Blocks { count, .. } = self.size {
+            entry.insert("blocks".into(), json!(count));
+        }
+        entry
     }
 
     /// The scheme of its codes, if it is quantized in groups.

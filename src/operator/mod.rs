@@ -9,7 +9,6 @@ mod dense;
 mod factors;
 mod forms;
 mod matrix;
-
 mod monarch;
 mod names;
 mod pivot;
@@ -192,7 +191,7 @@ pub trait Fitting: Sync {
     }
 }
 
-/// Every structure: the dense weight, then low-rank structures in the order in which they are offered.
+/// Every structure: the dense weight, then low-rank structures in the order in which messages list them.
 static REGISTRY: &[&dyn Structure] = &[&dense::Dense, &factors::Factors, &pivot::Pivot, &monarch::Monarch];
 
 /// A structure, by its index in the registry.

@@ -17,13 +17,13 @@ use serde_json::{Map, Value, json};
 use crate::approx::low_rank::{ErrorCurve, LowRank};
 use crate::approx::metric::{Metric, MetricPair};
 use crate::checkpoint::{
-    CONFIG_FILE, Checkpoint, CheckpointError, Dtype, OutputFolder, SafetensorsWriter, TensorSpec, cast, expect_apart,
-    json, read_file, writer_bytes,
+    CONFIG_FILE, Checkpoint, CheckpointError, Dtype, Existing, OutputFolder, SafetensorsWriter, TensorSpec, cast,
+    expect_apart, json, read_file, writer_bytes,
 };
 use crate::compress::allocate::{self, Item, Pick, Ranks, Rules};
 use crate::compress::{KeptCurve, linear_summary, write_curves};
 use crate::error::Failure;
-use crate::formats::{self, CURVES_FILES, Format, OutTensor, Source};
+use crate::formats::{self, Adapter, CURVES_FILES, Format, OutTensor, Source};
 use crate::linalg;
 use crate::model::config::native_config;
 use crate::model::coverage;
@@ -66,7 +66,7 @@ pub fn truncate(job: &TruncateJob<'_>, progress: &dyn Progress) -> Result<Compre
     let started = Instant::now();
     let checkpoint = job.checkpoint;
     let root = checkpoint.root();
-    OutputFolder::check(job.output, job.force, REPORT_FILE)?;
+    OutputFolder::check(job.output, Existing::of(job.force), REPORT_FILE)?;
     expect_apart(job.output, [root])?;
     coverage::expect_whole(checkpoint)?;
     let mut report = read_report(root)?;
@@ -78,7 +78,7 @@ pub fn truncate(job: &TruncateJob<'_>, progress: &dyn Progress) -> Result<Compre
     allocate_ranks(&mut truncations, &report, job.keep)?;
     warn_of_diagonals(&report, &truncations);
 
-    let folder = OutputFolder::create(job.output, job.force, REPORT_FILE)?;
+    let folder = OutputFolder::create(job.output, Existing::of(job.force), REPORT_FILE)?;
     let written = write_weights(job, &truncations, &folder, progress)?;
     update(&mut report, &truncations, checkpoint, &written.specs, job)?;
     formats::warn_of_growth(checkpoint.file_bytes(), report.sizes.file_bytes_after);
@@ -87,8 +87,10 @@ pub fn truncate(job: &TruncateJob<'_>, progress: &dyn Progress) -> Result<Compre
     let left_out = formats::copy_side(checkpoint, &folder, &replaced)?;
     report.left_out = left_out.into_iter().map(Into::into).collect();
     let exporter = Format::Factored.exporter();
-    let loading =
-        Loading { text: formats::loading(exporter, &native_config(&config), false), library: exporter.library() };
+    let loading = Loading {
+        text: formats::loading(exporter, &native_config(&config), Adapter::None),
+        library: exporter.library(),
+    };
     let card = card::render(&report, checkpoint, &loading);
     for s in &truncations {
         *rank_of(&mut config, &s.linear.module).expect("invariant: every description was checked") = json!(s.new_rank);
@@ -339,7 +341,7 @@ impl Truncation {
             bytes: None,
             curve: Some(curve),
             sensitivity: self.curve.scale,
-            offers: &[],
+            candidates: &[],
             is_zero: false,
         }
     }

@@ -1,4 +1,4 @@
-//! Fuzzing in two speeds: `tests/hostile.rs` runs every target for some seconds, `examples/fuzz.rs` for as long as it is left alone.
+//! Fuzzing in two speeds: `tests/hostile/` runs every target for some seconds, `examples/fuzz.rs` for as long as it is left alone.
 //!
 //! A run is a target, a seed and a number: they make the input, so that whatever is found is made again from these three.
 

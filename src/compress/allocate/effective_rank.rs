@@ -50,7 +50,7 @@ mod tests {
             bytes: None,
             curve: Some(curve),
             sensitivity: 1.0,
-            offers: &[],
+            candidates: &[],
             is_zero: false,
         };
         let items = [item(&curves[0]), item(&curves[1])];

@@ -10,7 +10,7 @@ pub(super) struct Knapsack;
 
 /// A choice with its cost and its error.
 #[derive(Debug, Clone, Copy)]
-struct Candidate {
+struct PricedPick {
     pick: Pick,
     cost: u64,
     error: f64,
@@ -22,15 +22,15 @@ impl Allocator for Knapsack {
     }
 
     fn choices(&self, items: &[Item<'_>], rules: &Rules) -> Vec<Pick> {
-        let candidates: Vec<Vec<Candidate>> = items.iter().map(|item| candidates(item, rules)).collect();
-        let hulls: Vec<Vec<Candidate>> = candidates.iter().map(|c| lower_hull(c)).collect();
-        let mut chosen: Vec<Candidate> = hulls.iter().map(|hull| hull[0]).collect();
+        let candidates: Vec<Vec<PricedPick>> = items.iter().map(|item| candidates(item, rules)).collect();
+        let hulls: Vec<Vec<PricedPick>> = candidates.iter().map(|c| lower_hull(c)).collect();
+        let mut chosen: Vec<PricedPick> = hulls.iter().map(|hull| hull[0]).collect();
         let mut left = i128::from(rules.budget) - chosen.iter().map(|c| i128::from(c.cost)).sum::<i128>();
 
         // (error saved per cost, item, index of the step on its hull); along a hull the savings fall.
         let mut steps: Vec<(f64, usize, usize)> = Vec::new();
         for (i, hull) in hulls.iter().enumerate() {
-            let saved = |pair: &[Candidate]| (pair[0].error - pair[1].error) / (pair[1].cost - pair[0].cost) as f64;
+            let saved = |pair: &[PricedPick]| (pair[0].error - pair[1].error) / (pair[1].cost - pair[0].cost) as f64;
             steps.extend(hull.windows(2).enumerate().map(|(at, pair)| (saved(pair), i, at + 1)));
         }
         steps.sort_by(|x, y| y.0.total_cmp(&x.0).then((x.1, x.2).cmp(&(y.1, y.2))));
@@ -44,12 +44,12 @@ impl Allocator for Knapsack {
                 chosen[i] = next;
             }
         }
-        let change = |chosen: &mut Vec<Candidate>, left: &mut i128, i: usize, to: Candidate| {
+        let change = |chosen: &mut Vec<PricedPick>, left: &mut i128, i: usize, to: PricedPick| {
             *left -= i128::from(to.cost) - i128::from(chosen[i].cost);
             chosen[i] = to;
         };
         // The steps of quantized bases are wide, so enough may remain to be worth exchanging for.
-        let is_coarse = items.iter().any(|item| !item.offers.is_empty()) && left >= 0;
+        let is_coarse = items.iter().any(|item| !item.candidates.is_empty()) && left >= 0;
         let mut exchanges = if is_coarse { EXCHANGES } else { 0 };
         loop {
             while let Some((i, better)) = best_change(&candidates, &chosen, left) {
@@ -66,9 +66,9 @@ impl Allocator for Knapsack {
 }
 
 /// All ranks that save, from the floor up, then dense; in ascending cost and falling error.
-fn candidates(item: &Item<'_>, rules: &Rules) -> Vec<Candidate> {
-    if !item.offers.is_empty() {
-        return offered_candidates(item);
+fn candidates(item: &Item<'_>, rules: &Rules) -> Vec<PricedPick> {
+    if !item.candidates.is_empty() {
+        return priced_candidates(item);
     }
     let energies = item.curve().energies();
     // tail[r] = Σ_{i ≥ r} σ_i²
@@ -77,10 +77,10 @@ fn candidates(item: &Item<'_>, rules: &Rules) -> Vec<Candidate> {
         tail[i] = tail[i + 1] + energy;
     }
     let error = |rank: usize| item.sensitivity * tail[rank.min(energies.len())];
-    let dense = Candidate { pick: Pick::Dense, cost: item.dense_cost(), error: 0.0 };
-    let mut candidates: Vec<Candidate> = (item.smallest_rank(rules)..=item.saving_rank)
+    let dense = PricedPick { pick: Pick::Dense, cost: item.dense_cost(), error: 0.0 };
+    let mut candidates: Vec<PricedPick> = (item.smallest_rank(rules)..=item.saving_rank)
         .step_by(rules.multiple)
-        .map(|rank| Candidate { pick: Pick::Rank(rank), cost: item.cost(Pick::Rank(rank)), error: error(rank) })
+        .map(|rank| PricedPick { pick: Pick::Rank(rank), cost: item.cost(Pick::Rank(rank)), error: error(rank) })
         .filter(|candidate| candidate.cost < dense.cost)
         .collect();
     candidates.push(dense);
@@ -88,13 +88,13 @@ fn candidates(item: &Item<'_>, rules: &Rules) -> Vec<Candidate> {
 }
 
 /// The quantized bases and ranks, and dense, that no other candidate beats in both cost and error, in ascending cost.
-fn offered_candidates(item: &Item<'_>) -> Vec<Candidate> {
-    let offered = |at: usize| {
-        let pick = Pick::Offer(at);
-        Candidate { pick, cost: item.cost(pick), error: item.error(pick) }
+fn priced_candidates(item: &Item<'_>) -> Vec<PricedPick> {
+    let priced = |at: usize| {
+        let pick = Pick::Candidate(at);
+        PricedPick { pick, cost: item.cost(pick), error: item.error(pick) }
     };
-    let mut candidates: Vec<Candidate> = (0..item.offers.len()).map(offered).collect();
-    candidates.push(Candidate { pick: Pick::Dense, cost: item.dense_cost(), error: 0.0 });
+    let mut candidates: Vec<PricedPick> = (0..item.candidates.len()).map(priced).collect();
+    candidates.push(PricedPick { pick: Pick::Dense, cost: item.dense_cost(), error: 0.0 });
     candidates.sort_by(|x, y| x.cost.cmp(&y.cost).then(x.error.total_cmp(&y.error)));
     let mut least = f64::INFINITY;
     candidates.retain(|c| {
@@ -106,14 +106,14 @@ fn offered_candidates(item: &Item<'_>) -> Vec<Candidate> {
 }
 
 /// The points that are optimal for some price per cost, in ascending cost and falling error.
-fn lower_hull(candidates: &[Candidate]) -> Vec<Candidate> {
-    let mut hull: Vec<Candidate> = Vec::new();
+fn lower_hull(candidates: &[PricedPick]) -> Vec<PricedPick> {
+    let mut hull: Vec<PricedPick> = Vec::new();
     for &new in candidates {
         if hull.last().is_some_and(|last| last.error <= new.error) {
             continue;
         }
         while let [.., first, second] = hull[..] {
-            let slope = |a: Candidate, b: Candidate| (a.error - b.error) / (b.cost - a.cost) as f64;
+            let slope = |a: PricedPick, b: PricedPick| (a.error - b.error) / (b.cost - a.cost) as f64;
             if slope(first, second) > slope(second, new) {
                 break;
             }
@@ -125,8 +125,8 @@ fn lower_hull(candidates: &[Candidate]) -> Vec<Candidate> {
 }
 
 /// The single change within the remaining budget that lowers the error most.
-fn best_change(candidates: &[Vec<Candidate>], chosen: &[Candidate], left: i128) -> Option<(usize, Candidate)> {
-    let mut best: Option<(f64, usize, Candidate)> = None;
+fn best_change(candidates: &[Vec<PricedPick>], chosen: &[PricedPick], left: i128) -> Option<(usize, PricedPick)> {
+    let mut best: Option<(f64, usize, PricedPick)> = None;
     for (i, candidates) in candidates.iter().enumerate() {
         // Errors fall with cost, so the most expensive affordable candidate is the best.
         let affordable = i128::from(chosen[i].cost) + left;
@@ -145,7 +145,11 @@ const EXCHANGE_WORK: usize = 100_000_000;
 
 /// A pair of changes, one to a higher and one to a lower cost, that fits the remaining budget and lowers the error
 /// most.
-fn best_exchange(candidates: &[Vec<Candidate>], chosen: &[Candidate], left: i128) -> Option<[(usize, Candidate); 2]> {
+fn best_exchange(
+    candidates: &[Vec<PricedPick>],
+    chosen: &[PricedPick],
+    left: i128,
+) -> Option<[(usize, PricedPick); 2]> {
     let n_candidates: usize = candidates.iter().map(Vec::len).sum();
     if n_candidates * candidates.len() > EXCHANGE_WORK {
         return None;
@@ -156,7 +160,7 @@ fn best_exchange(candidates: &[Vec<Candidate>], chosen: &[Candidate], left: i128
         let most = i128::from(chosen[j].cost) - freed;
         candidates[j].iter().rev().find(|c| i128::from(c.cost) <= most).copied()
     };
-    let mut best: Option<(f64, [(usize, Candidate); 2])> = None;
+    let mut best: Option<(f64, [(usize, PricedPick); 2])> = None;
     for (i, dearer) in candidates.iter().enumerate() {
         for &better in dearer.iter().filter(|c| c.cost > chosen[i].cost) {
             let missing = i128::from(better.cost) - i128::from(chosen[i].cost) - left;
@@ -191,7 +195,7 @@ pub(super) fn widest_step(items: &[Item<'_>], rules: &Rules) -> f64 {
 mod tests {
     use proptest::prelude::*;
 
-    use super::super::{Offer, cost};
+    use super::super::{Candidate, cost};
     use super::*;
     use crate::approx::low_rank::ErrorCurve;
     use crate::operator::Kind;
@@ -210,11 +214,11 @@ mod tests {
                 let items: Vec<Item<'_>> = linears.iter().zip(&curves).zip(&parameters)
                     .map(|((&(m, n, _, sensitivity), curve), parameters)| Item {
                         n_weights: (m * n) as u64, parameters, saving_rank: layout.fitting().largest_saving_rank((m, n)),
-                        rank_weight: (m + n) as f64, bytes: None, curve: Some(curve), sensitivity, offers: &[], is_zero: false,
+                        rank_weight: (m + n) as f64, bytes: None, curve: Some(curve), sensitivity, candidates: &[], is_zero: false,
                     })
                     .collect();
                 let rules = Rules::of_keep(&items, keep);
-                let all: Vec<Vec<Candidate>> = items.iter().map(|item| candidates(item, &rules)).collect();
+                let all: Vec<Vec<PricedPick>> = items.iter().map(|item| candidates(item, &rules)).collect();
                 let mut combinations = vec![(0u64, 0.0f64)];
                 for candidates in &all {
                     combinations = combinations.iter()
@@ -233,10 +237,10 @@ mod tests {
     }
 
     #[test]
-    fn offers_are_chosen_by_error_for_their_bytes() {
-        let offer = |cost, error| Offer { cost, error };
+    fn candidates_are_chosen_by_error_for_their_bytes() {
+        let candidate = |cost, error| Candidate { cost, error };
         // Expensive and inaccurate, dominated, and the two on the hull.
-        let menu = [offer(20, 8.0), offer(50, 7.0), offer(40, 2.0), offer(45, 2.5)];
+        let menu = [candidate(20, 8.0), candidate(50, 7.0), candidate(40, 2.0), candidate(45, 2.5)];
         let item = |sensitivity| Item {
             n_weights: 100,
             parameters: &[],
@@ -245,7 +249,7 @@ mod tests {
             bytes: Some((200, &[])),
             curve: None,
             sensitivity,
-            offers: &menu,
+            candidates: &menu,
             is_zero: false,
         };
         let items = [item(1.0), item(10.0)];
@@ -253,7 +257,7 @@ mod tests {
             let rules = Rules { budget, ..Rules::of_keep(&items, 0.5) };
             Knapsack.choices(&items, &rules)
         };
-        let (small, large) = (Pick::Offer(0), Pick::Offer(2));
+        let (small, large) = (Pick::Candidate(0), Pick::Candidate(2));
         assert_eq!(chosen(40), [small, small]);
         assert_eq!(chosen(79), [small, large]);
         assert_eq!(chosen(80), [large, large]);
@@ -263,7 +267,7 @@ mod tests {
 
     #[test]
     fn hulls_are_convex() {
-        let point = |cost, error| Candidate { pick: Pick::Dense, cost, error };
+        let point = |cost, error| PricedPick { pick: Pick::Dense, cost, error };
         let hull = lower_hull(&[point(1, 10.0), point(2, 9.0), point(3, 3.0), point(4, 3.5), point(9, 0.0)]);
         assert_eq!(hull.iter().map(|c| c.cost).collect::<Vec<_>>(), [1, 3, 9]);
     }

@@ -24,8 +24,8 @@ pub enum Pick {
     Zeros,
     /// A low rank.
     Rank(usize),
-    /// The offer with this index.
-    Offer(usize),
+    /// The candidate with this index.
+    Candidate(usize),
 }
 
 /// Something that a budget is spent on, described by costs and errors alone.
@@ -46,14 +46,14 @@ pub struct Item<'a> {
     /// Cost to the model of a unit of squared error; it makes errors of items comparable.
     pub sensitivity: f64,
     /// The alternatives to ranks; if there are any, the item gets no rank.
-    pub offers: &'a [Offer],
+    pub candidates: &'a [Candidate],
     /// Whether all weights are zero: the item then gets rank 0, and needs no spectrum.
     pub is_zero: bool,
 }
 
 /// An alternative that an item may be replaced by.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Offer {
+pub struct Candidate {
     /// In the unit of the budget.
     pub cost: u64,
     /// Squared error, in the metric of the curves.
@@ -76,7 +76,7 @@ impl Item<'_> {
             Pick::Dense => self.dense_cost(),
             Pick::Zeros => ranks.first().copied().unwrap_or(0),
             Pick::Rank(rank) => ranks[rank],
-            Pick::Offer(at) => self.offers[at].cost,
+            Pick::Candidate(at) => self.candidates[at].cost,
         }
     }
 
@@ -109,7 +109,7 @@ impl Item<'_> {
         match pick {
             Pick::Dense | Pick::Zeros => 0.0,
             Pick::Rank(rank) => self.sensitivity * self.curve().squared_error(rank),
-            Pick::Offer(at) => self.sensitivity * self.offers[at].error,
+            Pick::Candidate(at) => self.sensitivity * self.candidates[at].error,
         }
     }
 }
@@ -376,7 +376,7 @@ mod tests {
                 bytes: in_bytes.then(|| (self.bytes[i].0, &self.bytes[i].1[..])),
                 curve: Some(curve),
                 sensitivity: *sensitivity,
-                offers: &[],
+                candidates: &[],
                 is_zero: false,
             };
             linears.iter().enumerate().map(item).collect()

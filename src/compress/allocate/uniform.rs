@@ -54,7 +54,7 @@ mod tests {
                     bytes: None,
                     curve: None,
                     sensitivity: 1.0,
-                    offers: &[],
+                    candidates: &[],
                     is_zero: false,
                 };
                 let picks =

@@ -65,7 +65,7 @@ mod tests {
                 bytes: None,
                 curve: Some(curve),
                 sensitivity: 1.0,
-                offers: &[],
+                candidates: &[],
                 is_zero: false,
             }
         }

@@ -9,7 +9,7 @@ use serde_json::json;
 use super::super::metrics::{Metrics, SharedInputs};
 use super::super::pieces;
 use super::super::plan::Plan;
-use super::{Approximation, Details, Fitted, Made, Method, Unit, floats};
+use super::{Approximation, Details, Fitted, Fitter, Made, Unit, floats};
 use crate::approx::low_rank::{ErrorCurve, LowRank};
 use crate::approx::metric::{MetricPair, PlainSides};
 use crate::checkpoint::Checkpoint;
@@ -18,7 +18,7 @@ use crate::model::inventory::{self, LinearInfo};
 use crate::operator::{self, Kind, Shape};
 use crate::store::{Journal, Piece, Spool, Spooled, Values};
 
-struct Decomposition {
+struct Decomposed {
     curve: ErrorCurve,
     plain: Option<ErrorCurve>,
     diagonals: (Vec<f64>, Vec<f64>),
@@ -30,7 +30,7 @@ struct Decomposition {
     parts: Option<[Spooled; 2]>,
 }
 
-impl Fitted for Decomposition {
+impl Fitted for Decomposed {
     fn errors(&self) -> Vec<(usize, Vec<f64>)> {
         (0..=self.max_rank).map(|rank| (rank, vec![self.curve.squared_error(rank)])).collect()
     }
@@ -79,8 +79,8 @@ pub(in super::super) struct Decompose<'a> {
     pub after_block: &'a (dyn Fn(Option<usize>) -> Result<()> + Sync),
 }
 
-impl Method for Decompose<'_> {
-    type Fit = Arc<dyn Fitted>;
+impl Fitter for Decompose<'_> {
+    type Output = Arc<dyn Fitted>;
     type Shared = SharedInputs;
 
     fn verb(&self) -> &'static str {
@@ -140,7 +140,7 @@ impl Method for Decompose<'_> {
             }
             _ => None,
         };
-        Ok(Arc::new(Decomposition {
+        Ok(Arc::new(Decomposed {
             curve,
             plain: self.with_plain.then_some(plain),
             diagonals,

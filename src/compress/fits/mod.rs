@@ -47,6 +47,11 @@ pub(super) trait Fitted: Send + Sync {
         None
     }
 
+    /// The error of a member at every rank up to the largest, if several linears share a part.
+    fn shared_curve(&self, _member: usize) -> Option<&ErrorCurve> {
+        None
+    }
+
     /// The curve of the plain weight, if an allocator needs it.
     fn plain_curve(&self) -> Option<&ErrorCurve> {
         None
@@ -89,14 +94,14 @@ pub(super) struct Details {
 
 /// A fit, and the index of a linear among its members.
 #[derive(Clone)]
-pub(super) struct Fit {
+pub(super) struct MemberFit {
     pub fitted: Arc<dyn Fitted>,
     pub member: usize,
 }
 
 /// The fits of every linear of the plan, by index.
 pub(super) struct Fits {
-    linears: Vec<Vec<Fit>>,
+    linears: Vec<Vec<MemberFit>>,
     /// Squared norm of every linear in the metric of the method, if a base was quantized.
     norms: Vec<f64>,
     pub spool: Mutex<Spool>,
@@ -109,7 +114,7 @@ impl Fits {
     }
 
     /// The fits of a linear, by index.
-    pub fn of(&self, i: usize) -> &[Fit] {
+    pub fn of(&self, i: usize) -> &[MemberFit] {
         &self.linears[i]
     }
 
@@ -119,7 +124,7 @@ impl Fits {
     }
 
     /// The fit that was chosen.
-    pub fn chosen(&self, i: usize, choice: Choice) -> Option<&Fit> {
+    pub fn chosen(&self, i: usize, choice: Choice) -> Option<&MemberFit> {
         match choice {
             Choice::Fitted { fit, .. } => self.linears[i].get(fit),
             Choice::Dense | Choice::Zeros => None,
@@ -138,7 +143,7 @@ impl Fits {
             return curve.squared_error(rank);
         }
         let errors = fit.fitted.errors();
-        errors.iter().find(|(offered, _)| *offered == rank).expect("invariant: the rank is offered").1[fit.member]
+        errors.iter().find(|(available, _)| *available == rank).expect("invariant: the rank is available").1[fit.member]
     }
 
     /// Base and factors of a choice.
@@ -191,7 +196,7 @@ impl Fits {
 
     fn add(&mut self, unit: &Unit, fitted: Arc<dyn Fitted>) {
         for (member, &i) in unit.members.iter().enumerate() {
-            self.linears[i].push(Fit { fitted: Arc::clone(&fitted), member });
+            self.linears[i].push(MemberFit { fitted: Arc::clone(&fitted), member });
         }
     }
 }
@@ -211,8 +216,8 @@ pub(super) fn values_key(key: &str) -> String {
 }
 
 /// A way to fit units one by one.
-trait Method: Sync {
-    type Fit: Send;
+trait Fitter: Sync {
+    type Output: Send;
     /// Data that the units of a block share while they are fitted.
     type Shared: Sync;
 
@@ -230,7 +235,7 @@ trait Method: Sync {
     fn fit(&self, unit: &Unit, shared: &Self::Shared) -> Result<Made>;
 
     /// The fit from its pieces; the second is absent if nothing reads it anymore.
-    fn keep(&self, unit: &Unit, piece: Piece, values: Option<Piece>, spool: &mut Spool) -> Result<Self::Fit>;
+    fn keep(&self, unit: &Unit, piece: Piece, values: Option<Piece>, spool: &mut Spool) -> Result<Self::Output>;
 
     /// Whether the values of a unit are already written, so that nothing reads them anymore.
     fn is_spent(&self, _unit: &Unit, _journal: &Journal) -> bool {
@@ -245,44 +250,44 @@ trait Method: Sync {
 
 /// Fits units block by block, those of a block in parallel with one thread each. Finished units are pieces of the
 /// journal.
-fn fit_all<M: Method>(
+fn fit_all<F: Fitter>(
     session: &Session<'_>,
     plan: &Plan,
-    method: &M,
+    fitter: &F,
     units: &[Unit],
     spool: &Mutex<Spool>,
-) -> Result<Vec<M::Fit>> {
-    let stage = session.progress.stage(method.verb(), units.len() as u64, "matrices");
+) -> Result<Vec<F::Output>> {
+    let stage = session.progress.stage(fitter.verb(), units.len() as u64, "matrices");
     let first = |unit: &Unit| &plan.linears[unit.members[0]];
     let mut fits = Vec::new();
-    for group in units.chunk_by(|a, b| !method.goes_by_block() || first(a).block == first(b).block) {
+    for group in units.chunk_by(|a, b| !fitter.goes_by_block() || first(a).block == first(b).block) {
         let members = group.iter().flat_map(|unit| &unit.members);
-        let shared = method.shared(&members.map(|&i| &plan.linears[i]).collect::<Vec<_>>());
-        let one = |unit: &Unit| -> Result<M::Fit> {
+        let shared = fitter.shared(&members.map(|&i| &plan.linears[i]).collect::<Vec<_>>());
+        let one = |unit: &Unit| -> Result<F::Output> {
             let module = &first(unit).module;
             stage.note(module);
-            let fit = pieces(&session.journal, method, unit, &shared).and_then(|(piece, values)| {
-                method.keep(unit, piece, values, &mut spool.lock().expect("invariant: no holder of the spool panics"))
+            let fit = pieces(&session.journal, fitter, unit, &shared).and_then(|(piece, values)| {
+                fitter.keep(unit, piece, values, &mut spool.lock().expect("invariant: no holder of the spool panics"))
             });
             stage.advance(1);
-            fit.with_context(|| format!("{} `{module}`", method.verb()))
+            fit.with_context(|| format!("{} `{module}`", fitter.verb()))
         };
         fits.extend(group.par_iter().map(one).collect::<Result<Vec<_>>>()?);
-        method.after_block(&group[0])?;
+        fitter.after_block(&group[0])?;
     }
     Ok(fits)
 }
 
 /// The pieces of a unit, from an earlier run or newly made.
-fn pieces<M: Method>(journal: &Journal, method: &M, unit: &Unit, shared: &M::Shared) -> Result<(Piece, Option<Piece>)> {
-    let key = method.key(unit);
+fn pieces<F: Fitter>(journal: &Journal, fitter: &F, unit: &Unit, shared: &F::Shared) -> Result<(Piece, Option<Piece>)> {
+    let key = fitter.key(unit);
     if let Some(piece) = journal.get(&key)? {
         let values = journal.get(&values_key(&key))?;
-        if values.is_some() || method.is_spent(unit, journal) {
+        if values.is_some() || fitter.is_spent(unit, journal) {
             return Ok((piece, values));
         }
     }
-    let Made { fields, kept, values } = method.fit(unit, shared)?;
+    let Made { fields, kept, values } = fitter.fit(unit, shared)?;
     // The values come first, so that they exist if the other piece does.
     let values = journal.put(&values_key(&key), Value::Null, values)?;
     Ok((journal.put(&key, fields, kept)?, Some(values)))

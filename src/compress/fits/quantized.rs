@@ -11,7 +11,7 @@ use serde_json::json;
 use super::super::compensate::{Compensate, CompensateRank};
 use super::super::metrics::{Metrics, SharedInputs};
 use super::super::plan::{Plan, largest_compensation};
-use super::{Approximation, Details, Fitted, Method, Unit, floats};
+use super::{Approximation, Details, Fitted, Fitter, Unit, floats};
 use crate::approx::low_rank::{self, ErrorCurve, LowRank};
 use crate::approx::metric::{MetricPair, PlainSides};
 use crate::checkpoint::Checkpoint;
@@ -37,7 +37,7 @@ struct QuantizedBase {
 }
 
 /// A new base.
-struct Made {
+struct MadeBase {
     quant: Quant,
     fallback: Option<Fallback>,
     errors: Vec<(usize, f64)>,
@@ -57,7 +57,7 @@ struct Record {
     rank: Option<usize>,
 }
 
-impl Made {
+impl MadeBase {
     fn record(&self) -> Record {
         Record {
             quant: self.quant,
@@ -153,9 +153,9 @@ pub(in super::super) struct Quantize<'a> {
     pub round: usize,
 }
 
-impl Method for Quantize<'_> {
+impl Fitter for Quantize<'_> {
     /// Squared norm in the metric of the method, and the bases.
-    type Fit = (f64, Vec<Arc<dyn Fitted>>);
+    type Output = (f64, Vec<Arc<dyn Fitted>>);
     /// Input metrics of the method and of the compensation.
     type Shared = [SharedInputs; 2];
 
@@ -178,12 +178,12 @@ impl Method for Quantize<'_> {
     fn fit(&self, unit: &Unit, shared: &[SharedInputs; 2]) -> Result<super::Made> {
         let i = unit.members[0];
         let (norm, plain, made) = self.make(&self.plan.linears[i], &(self.quants)(i), shared)?;
-        let records: Vec<Record> = made.iter().map(Made::record).collect();
-        let values = made.into_iter().flat_map(Made::into_arrays).collect();
+        let records: Vec<Record> = made.iter().map(MadeBase::record).collect();
+        let values = made.into_iter().flat_map(MadeBase::into_arrays).collect();
         Ok(super::Made { fields: json!((plain, records)), kept: vec![vec![norm].into()], values })
     }
 
-    fn keep(&self, unit: &Unit, mut piece: Piece, values: Option<Piece>, spool: &mut Spool) -> Result<Self::Fit> {
+    fn keep(&self, unit: &Unit, mut piece: Piece, values: Option<Piece>, spool: &mut Spool) -> Result<Self::Output> {
         let mut values = values.context("invariant: quantized bases are kept to the end")?;
         let (plain, records): (PlainSides, Vec<Record>) = serde_json::from_value(piece.fields.take())?;
         let norm = piece.take()?.values.f64s()?.first().copied().unwrap_or(0.0);
@@ -203,7 +203,7 @@ impl Quantize<'_> {
         linear: &LinearInfo,
         quants: &[Quant],
         [own, shared]: &[SharedInputs; 2],
-    ) -> Result<(f64, PlainSides, Vec<Made>)> {
+    ) -> Result<(f64, PlainSides, Vec<MadeBase>)> {
         let (m, n) = linear.shape();
         let values = inventory::weight(self.checkpoint, linear)?; // (out, in)
         let transposed = linalg::transposed_from_row_major(&values, m, n);
@@ -241,9 +241,9 @@ impl Quantize<'_> {
     }
 
     /// One base whose factors serve every rank; one per rank if base and factors alternate.
-    fn bases(&self, one: &Attempt<'_>, quant: Quant) -> Result<Vec<Made>> {
+    fn bases(&self, one: &Attempt<'_>, quant: Quant) -> Result<Vec<MadeBase>> {
         let most = one.shape.0.min(one.shape.1);
-        let (largest, offers_none) = match (self.compensate, self.rank) {
+        let (largest, tries_none) = match (self.compensate, self.rank) {
             (Compensate::None, _) => (0, true),
             (_, CompensateRank::Auto) => (largest_compensation(one.shape).min(most), true),
             (_, CompensateRank::Fixed(rank)) => (rank.min(most), false),
@@ -252,12 +252,12 @@ impl Quantize<'_> {
         let started = Instant::now();
         let first = one.quantize(one.values, quant)?;
         if turns == 1 || largest == 0 {
-            let ranks: Vec<usize> = if offers_none { (0..=largest).collect() } else { vec![largest] };
+            let ranks: Vec<usize> = if tries_none { (0..=largest).collect() } else { vec![largest] };
             return Ok(vec![one.base(quant, first, &ranks, started)?]);
         }
-        let ranks = if offers_none { vec![largest / 4, largest / 2, largest] } else { vec![largest] };
+        let ranks = if tries_none { vec![largest / 4, largest / 2, largest] } else { vec![largest] };
         let mut made = Vec::new();
-        if offers_none {
+        if tries_none {
             made.push(one.base(quant, first.clone(), &[0], started)?);
         }
         for rank in ranks.into_iter().filter(|&rank| rank > 0) {
@@ -336,7 +336,7 @@ impl Attempt<'_> {
     }
 
     /// A base with factors of the largest of `ranks`, and the errors at all of them.
-    fn base(&self, quant: Quant, (base, fallback): Base, ranks: &[usize], started: Instant) -> Result<Made> {
+    fn base(&self, quant: Quant, (base, fallback): Base, ranks: &[usize], started: Instant) -> Result<MadeBase> {
         let residual = self.residual(&base);
         let alone = self.reported.squared_norm(residual.transpose());
         let largest = ranks.iter().copied().max().unwrap_or(0);
@@ -345,7 +345,7 @@ impl Attempt<'_> {
         let curve = decomposed.as_ref().map(|d| &d.curve);
         let errors = ranks.iter().map(|&rank| (rank, self.error(alone, curve, rank))).collect();
         let pair = decomposed.map(|d| d.truncate(residual.transpose(), largest));
-        Ok(Made { quant, fallback, errors, seconds: started.elapsed().as_secs_f64(), base, pair })
+        Ok(MadeBase { quant, fallback, errors, seconds: started.elapsed().as_secs_f64(), base, pair })
     }
 
     /// Squared error in the metric of the method. Factors fitted in another metric are assumed to save the same share

@@ -3,7 +3,7 @@
 //! With `C = H Hᵀ` the metric of the common input and `G_l` that of each output, the best `A` has the top eigenvectors
 //! of `Hᵀ (Σ_l W_lᵀ G_l W_l) H`, and `B_l = W_l H V` (Basis Sharing, Wang et al. 2024, has G = I). It is the
 //! decomposition of the stacked weights `K_lᵀ W_l` in the input metric alone, and `B_l` is `K_l⁻ᵀ` times its rows. `A`
-//! is counted once. Sharing is offered next to separate factors, which are usually better, and never forced.
+//! is counted once. Sharing is a candidate next to separate factors, which are usually better, and never forced.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
@@ -15,7 +15,7 @@ use serde_json::json;
 
 use super::super::metrics::{Metrics, SharedInputs};
 use super::super::plan::Plan;
-use super::{Approximation, Details, Fitted, Made, Method, Unit, floats};
+use super::{Approximation, Details, Fitted, Fitter, Made, Unit, floats};
 use crate::approx::low_rank::{self, ErrorCurve, LowRank};
 use crate::approx::metric::{Metric, MetricPair};
 use crate::checkpoint::Checkpoint;
@@ -45,6 +45,10 @@ impl Fitted for SharedRight {
         let pair =
             LowRank { rank: self.max_rank, b: floats(spool, &self.left[member])?, a: floats(spool, &self.right)? };
         Ok(Approximation { base: None, pair: Some(pair.prefix(rank)) })
+    }
+
+    fn shared_curve(&self, member: usize) -> Option<&ErrorCurve> {
+        self.errors.get(member)
     }
 
     fn unit(&self) -> &[usize] {
@@ -81,8 +85,8 @@ pub(in super::super) struct Share<'a> {
     pub metrics: Metrics<'a>,
 }
 
-impl Method for Share<'_> {
-    type Fit = Arc<dyn Fitted>;
+impl Fitter for Share<'_> {
+    type Output = Arc<dyn Fitted>;
     type Shared = SharedInputs;
 
     fn verb(&self) -> &'static str {

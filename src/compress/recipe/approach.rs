@@ -10,16 +10,16 @@ use crate::quantize::Quant;
 #[derive(Debug, Clone, PartialEq)]
 pub enum Approach {
     /// `W ≈ B·A`.
-    LowRank(LowRank),
+    LowRank(LowRankApproach),
     /// `W ≈ Q`, or `W ≈ Q + B·A`.
-    Quantized(Quantized),
+    Quantized(QuantizedApproach),
 }
 
 /// Low rank without a base.
 #[derive(Debug, Clone, PartialEq)]
-pub struct LowRank {
+pub struct LowRankApproach {
     pub allocation: Allocation,
-    pub storage: Storage,
+    pub storage: FactorStorage,
     /// μ in [0, 1] of the sequential mode; `None` decomposes all linears against the original inputs.
     pub anchor: Option<f64>,
     pub sharing: Sharing,
@@ -30,7 +30,7 @@ pub struct LowRank {
 pub enum Sharing {
     None,
     /// Right factors are shared if the knapsack finds that better.
-    Offered,
+    Allowed,
 }
 
 /// How ranks are allocated.
@@ -67,7 +67,7 @@ pub enum Rule {
 
 /// How factors are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Storage {
+pub enum FactorStorage {
     /// In the dtype of the weight.
     Plain(Kind),
     /// With the order of ranks stored as well, so that truncation is exact (`--elastic`). Never the layout `factors`,
@@ -79,7 +79,7 @@ pub enum Storage {
 
 /// A quantized base per linear, with or without factors for its error.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Quantized {
+pub struct QuantizedApproach {
     pub bases: Bases,
     /// Never `Measured`, whose trials truncate weights to a low rank.
     pub sensitivity: Sensitivity,
@@ -204,8 +204,8 @@ impl Approach {
     /// The allocator; a knapsack over quantizers and ranks if bases are quantized.
     pub fn ranks(&self) -> Ranks {
         match self {
-            Self::LowRank(LowRank { allocation: Allocation::Fixed(rank), .. }) => Ranks::Fixed(*rank),
-            Self::LowRank(LowRank { allocation: Allocation::PerLinear { rule, .. }, .. }) => rule.ranks(),
+            Self::LowRank(LowRankApproach { allocation: Allocation::Fixed(rank), .. }) => Ranks::Fixed(*rank),
+            Self::LowRank(LowRankApproach { allocation: Allocation::PerLinear { rule, .. }, .. }) => rule.ranks(),
             Self::Quantized(_) => Ranks::Knapsack,
         }
     }
@@ -213,8 +213,10 @@ impl Approach {
     /// The budget.
     pub fn budget(&self) -> Budget {
         match self {
-            Self::LowRank(LowRank { allocation: Allocation::PerLinear { rule, .. }, .. }) => rule.limit().into(),
-            Self::Quantized(Quantized { bases: Bases::Chosen { limit, .. }, .. }) => Some(*limit).into(),
+            Self::LowRank(LowRankApproach { allocation: Allocation::PerLinear { rule, .. }, .. }) => {
+                rule.limit().into()
+            }
+            Self::Quantized(QuantizedApproach { bases: Bases::Chosen { limit, .. }, .. }) => Some(*limit).into(),
             Self::LowRank(_) | Self::Quantized(_) => Budget::None,
         }
     }
@@ -222,8 +224,10 @@ impl Approach {
     /// The layout of factors.
     pub fn layout(&self) -> Kind {
         match self {
-            Self::LowRank(LowRank { storage, .. }) => match storage {
-                Storage::Plain(layout) | Storage::Elastic(layout) | Storage::Quantized(layout, _) => *layout,
+            Self::LowRank(LowRankApproach { storage, .. }) => match storage {
+                FactorStorage::Plain(layout) | FactorStorage::Elastic(layout) | FactorStorage::Quantized(layout, _) => {
+                    *layout
+                }
             },
             Self::Quantized(_) => Kind::FACTORS,
         }
@@ -232,7 +236,7 @@ impl Approach {
     /// The integers that factors are stored as; `None` keeps the dtype of the weight.
     pub fn quant_factors(&self) -> Option<FactorBits> {
         match self {
-            Self::LowRank(LowRank { storage: Storage::Quantized(_, bits), .. }) => Some(*bits),
+            Self::LowRank(LowRankApproach { storage: FactorStorage::Quantized(_, bits), .. }) => Some(*bits),
             Self::LowRank(_) => None,
             Self::Quantized(_) => self.factors().and_then(|factors| factors.bits),
         }
@@ -250,19 +254,21 @@ impl Approach {
 
     fn knapsack(&self) -> Option<(Sensitivity, DepthWeight)> {
         match self {
-            Self::LowRank(LowRank { allocation: Allocation::PerLinear { rule, .. }, .. }) => match rule {
+            Self::LowRank(LowRankApproach { allocation: Allocation::PerLinear { rule, .. }, .. }) => match rule {
                 Rule::Knapsack { sensitivity, depth_weight, .. } => Some((*sensitivity, *depth_weight)),
                 _ => None,
             },
             Self::LowRank(_) => None,
-            Self::Quantized(Quantized { sensitivity, gamma, .. }) => Some((*sensitivity, DepthWeight::Fixed(*gamma))),
+            Self::Quantized(QuantizedApproach { sensitivity, gamma, .. }) => {
+                Some((*sensitivity, DepthWeight::Fixed(*gamma)))
+            }
         }
     }
 
     /// Floor (a share of the uniform rank) and multiple, for ranks that are allocated per linear.
     pub fn rank_steps(&self) -> Option<(f64, usize)> {
         match self {
-            Self::LowRank(LowRank { allocation: Allocation::PerLinear { floor, multiple, .. }, .. }) => {
+            Self::LowRank(LowRankApproach { allocation: Allocation::PerLinear { floor, multiple, .. }, .. }) => {
                 Some((*floor, *multiple))
             }
             Self::LowRank(_) | Self::Quantized(_) => None,
@@ -277,13 +283,13 @@ impl Approach {
         }
     }
 
-    /// Whether shared right factors are offered.
+    /// Whether shared right factors are allowed.
     pub fn shares(&self) -> bool {
-        matches!(self, Self::LowRank(LowRank { sharing: Sharing::Offered, .. }))
+        matches!(self, Self::LowRank(LowRankApproach { sharing: Sharing::Allowed, .. }))
     }
 
     /// Whether the order of ranks is stored with the layout.
     pub fn is_elastic(&self) -> bool {
-        matches!(self, Self::LowRank(LowRank { storage: Storage::Elastic(_), .. }))
+        matches!(self, Self::LowRank(LowRankApproach { storage: FactorStorage::Elastic(_), .. }))
     }
 }

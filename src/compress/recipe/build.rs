@@ -3,13 +3,13 @@
 use anyhow::Result;
 
 use super::{
-    Allocation, Approach, Bases, DEFAULT_SAMPLES, DEFAULT_SHARD_BYTES, Factors, Fused, Limit, LowRank, Patterns,
-    Quantized, Recipe, RecipeOptions, Rule, Sharing, Storage,
+    Allocation, Approach, Bases, DEFAULT_SAMPLES, DEFAULT_SHARD_BYTES, FactorStorage, Factors, Fused, Limit,
+    LowRankApproach, Patterns, QuantizedApproach, Recipe, RecipeOptions, Rule, Sharing,
 };
 use crate::calibrate::{Needs, WindowSettings};
 use crate::compress::allocate::Ranks;
 use crate::compress::compensate::{Compensate, CompensateRank};
-use crate::compress::presets::{Form, Method};
+use crate::compress::presets::{Method, MetricForm};
 use crate::compress::scale::{DepthWeight, Sensitivity};
 use crate::error::Failure;
 use crate::formats::Format;
@@ -182,7 +182,7 @@ fn check_damping(options: &RecipeOptions, method: Method) -> Result<()> {
         ("--damping-input", options.damping_input, preset.input, "Gram of inputs"),
         ("--damping-output", options.damping_output, preset.output, "Gram of output gradients"),
     ] {
-        if value.is_some() && form != Form::Gram {
+        if value.is_some() && form != MetricForm::Gram {
             let message = format!("`{flag}` has no effect with `--method {}`: its metric has no {gram}", method.name());
             return Err(usage(message, "svd-llm has a Gram of inputs, kfac Grams of both sides"));
         }
@@ -191,7 +191,7 @@ fn check_damping(options: &RecipeOptions, method: Method) -> Result<()> {
 }
 
 /// The approach without `--quant`.
-fn low_rank(options: &RecipeOptions, basics: &Basics) -> Result<LowRank> {
+fn low_rank(options: &RecipeOptions, basics: &Basics) -> Result<LowRankApproach> {
     let rule = rule(basics)?;
     if options.compensate.is_some() || options.compensate_rank.is_some() {
         let flag = if options.compensate.is_some() { "--compensate" } else { "--compensate-rank" };
@@ -220,12 +220,12 @@ fn low_rank(options: &RecipeOptions, basics: &Basics) -> Result<LowRank> {
         (None, _) => unreachable!("invariant: only fixed ranks have no rule"),
     };
     let storage = storage(options, basics.format)?;
-    Ok(LowRank { allocation, storage, anchor: basics.anchor, sharing: sharing(options, basics, storage)? })
+    Ok(LowRankApproach { allocation, storage, anchor: basics.anchor, sharing: sharing(options, basics, storage)? })
 }
 
 /// The allocator with its limit; `None` for fixed ranks.
 fn rule(basics: &Basics) -> Result<Option<Rule>> {
-    let limit = || basics.limit.ok_or_else(|| usage("`--keep` or `--target-size` is missing", BUDGET_HINT));
+    let limit = || basics.limit.ok_or_else(|| usage("`--keep`, `--target-size` or `--bits` is missing", BUDGET_HINT));
     Ok(Some(match basics.ranks {
         Ranks::Fixed(_) => return Ok(None),
         Ranks::Energy(Some(share)) => Rule::EnergyShare(share, basics.limit),
@@ -241,7 +241,7 @@ fn rule(basics: &Basics) -> Result<Option<Rule>> {
     }))
 }
 
-fn sharing(options: &RecipeOptions, basics: &Basics, storage: Storage) -> Result<Sharing> {
+fn sharing(options: &RecipeOptions, basics: &Basics, storage: FactorStorage) -> Result<Sharing> {
     if !options.share.unwrap_or(false) {
         return Ok(Sharing::None);
     }
@@ -250,15 +250,15 @@ fn sharing(options: &RecipeOptions, basics: &Basics, storage: Storage) -> Result
     }
     let refused = [
         (basics.anchor.is_some(), "cannot be combined with `--sequential`, which fits every linear by itself"),
-        (matches!(storage, Storage::Quantized(..)), "cannot be combined with `--quant-factors`"),
+        (matches!(storage, FactorStorage::Quantized(..)), "cannot be combined with `--quant-factors`"),
     ];
     match refused.iter().find(|(is_refused, _)| *is_refused) {
         Some((_, reason)) => Err(usage(format!("`--share` {reason}"), REMOVE_ONE)),
-        None => Ok(Sharing::Offered),
+        None => Ok(Sharing::Allowed),
     }
 }
 
-fn storage(options: &RecipeOptions, format: Format) -> Result<Storage> {
+fn storage(options: &RecipeOptions, format: Format) -> Result<FactorStorage> {
     let layout = options.layout.unwrap_or_default();
     match (options.elastic.unwrap_or(false), options.quant_factors) {
         (true, Some(_)) => Err(usage(
@@ -273,9 +273,9 @@ fn storage(options: &RecipeOptions, format: Format) -> Result<Storage> {
             let message = format!("`--elastic` has no effect with `--format {}`", format.name());
             Err(usage(message, "only `--format factored` stores ranks that can be truncated"))
         }
-        (true, None) => Ok(Storage::Elastic(layout)),
-        (false, Some(bits)) => Ok(Storage::Quantized(layout, bits)),
-        (false, None) => Ok(Storage::Plain(layout)),
+        (true, None) => Ok(FactorStorage::Elastic(layout)),
+        (false, Some(bits)) => Ok(FactorStorage::Quantized(layout, bits)),
+        (false, None) => Ok(FactorStorage::Plain(layout)),
     }
 }
 
@@ -287,7 +287,7 @@ fn check_rank_multiple(basics: &Basics) -> Result<()> {
 }
 
 /// The approach with `--quant`.
-fn quantized(options: &RecipeOptions, basics: &Basics, menu: &[Quant]) -> Result<Quantized> {
+fn quantized(options: &RecipeOptions, basics: &Basics, menu: &[Quant]) -> Result<QuantizedApproach> {
     check_low_rank_flags(options, basics)?;
     check_rank_multiple(basics)?;
     let method = options.compensate.unwrap_or_default();
@@ -331,7 +331,7 @@ fn quantized(options: &RecipeOptions, basics: &Basics, menu: &[Quant]) -> Result
     let DepthWeight::Fixed(gamma) = basics.depth_weight else {
         unreachable!("invariant: `--depth-weight auto` was refused")
     };
-    Ok(Quantized { bases, sensitivity: basics.sensitivity.unwrap_or(Sensitivity::Energy), gamma })
+    Ok(QuantizedApproach { bases, sensitivity: basics.sensitivity.unwrap_or(Sensitivity::Energy), gamma })
 }
 
 /// Refuses flags that only apply to low rank without a base.

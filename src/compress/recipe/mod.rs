@@ -13,7 +13,7 @@ use bytesize::ByteSize;
 use super::allocate::Ranks;
 use super::compensate::{Compensate, CompensateRank};
 pub use super::options::{FactorBits, Fused, RecipeOptions};
-use super::presets::{Form, Method};
+use super::presets::{Method, MetricForm};
 use super::scale::{DepthWeight, Sensitivity};
 use crate::calibrate::{Needs, WindowSettings};
 use crate::checkpoint::Dtype;
@@ -21,7 +21,10 @@ use crate::formats::Format;
 use crate::operator::Kind;
 use crate::quantize::Quant;
 use crate::text::DEFAULT_FIELD;
-pub use approach::{Allocation, Approach, Bases, Budget, Factors, Limit, LowRank, Quantized, Rule, Sharing, Storage};
+pub use approach::{
+    Allocation, Approach, Bases, Budget, FactorStorage, Factors, Limit, LowRankApproach, QuantizedApproach, Rule,
+    Sharing,
+};
 pub use patterns::Patterns;
 
 /// Default number of calibration windows.
@@ -160,7 +163,7 @@ impl Recipe {
     pub fn to_options(&self) -> RecipeOptions {
         let calibration = self.calibration.as_ref();
         let preset = self.method.preset();
-        let damping = |form: Form, value: f64| (form == Form::Gram).then_some(value);
+        let damping = |form: MetricForm, value: f64| (form == MetricForm::Gram).then_some(value);
         let budget = self.budget();
         let factors = self.approach.factors();
         let steps = self.approach.rank_steps();

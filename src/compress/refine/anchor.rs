@@ -16,14 +16,14 @@ use faer::Mat;
 use rayon::prelude::*;
 use serde_json::{Value, json};
 
-use super::moments::{Moments, Place};
+use super::moments::{Moments, Place, Stream};
 use crate::approx::low_rank::ErrorCurve;
 use crate::approx::metric::{Metric, MetricPair, PlainSides, mean_diagonal, shifted};
 use crate::compress::plan::Choice;
 use crate::compress::solution::{Refine, Solution};
 use crate::linalg;
 use crate::model::inventory::{self, LinearInfo};
-use crate::model::{Block, Decoder, Hidden, InputSite, Walk};
+use crate::model::{Decoder, Hidden, InputSite, Walk};
 use crate::operator::Fit;
 use crate::progress::Silent;
 use crate::session::Session;
@@ -38,9 +38,14 @@ pub(super) struct Anchor {
     pub mu: f64,
 }
 
-/// A refitted linear: its index in the plan, its fit, and the sides whose metric was plain because their inputs were
-/// zero.
-type Made = (usize, Fit, PlainSides);
+/// An anchored linear.
+struct Anchored {
+    /// Its index in the plan.
+    i: usize,
+    fit: Fit,
+    /// Sides whose metric was plain because their inputs were zero.
+    plain: PlainSides,
+}
 
 impl Refine for Anchor {
     fn refine(&self, solution: &mut Solution<'_>) -> Result<()> {
@@ -52,12 +57,13 @@ impl Refine for Anchor {
         let mut original = walk.embed(&decoder)?;
         let mut shifted = walk.copy(&original)?;
         let stage = session.progress.stage("anchor", (walk.n_tokens() * decoder.n_blocks()) as u64, "tokens");
-        let n_done = resume(solution, &walk, (&mut original, &mut shifted))?;
+        let n_done = resume(solution, &walk, &mut original, &mut shifted)?;
         stage.advance((walk.n_tokens() * n_done) as u64);
         for block_idx in n_done..decoder.n_blocks() {
             stage.note(&format!("block {block_idx}"));
             let dense = decoder.block(block_idx)?;
-            let streams = Streams { decoder: &decoder, original: (&dense, &original), shifted: &shifted };
+            let before = Stream { block: &dense, states: &original };
+            let streams = Streams { decoder: &decoder, original: before, shifted: &shifted };
             let made = self.refit_block(solution, &walk, &streams, block_idx)?;
             let done = solution.compressed_in(block_idx);
             let overlay = solution.overlay(&done)?;
@@ -65,7 +71,7 @@ impl Refine for Anchor {
             walk.advance(&original, &decoder, &dense, &Silent)?;
             walk.advance(&shifted, &decoder, &block, stage.as_ref())?;
             drop(overlay);
-            keep(session, solution, &walk, block_idx, [&original, &shifted], made)?;
+            keep(session, solution, &walk, block_idx, &original, &shifted, made)?;
         }
         if let Some(last) = decoder.n_blocks().checked_sub(1) {
             session.journal.remove(&states_key(last));
@@ -86,7 +92,7 @@ fn moment_bytes(solution: &Solution<'_>) -> usize {
 /// Both streams before a block.
 struct Streams<'b> {
     decoder: &'b Decoder<'b>,
-    original: (&'b Block, &'b Hidden),
+    original: Stream<'b>,
     shifted: &'b Hidden,
 }
 
@@ -98,15 +104,16 @@ impl Anchor {
         walk: &Walk<'_>,
         streams: &Streams<'_>,
         block_idx: usize,
-    ) -> Result<Vec<Made>> {
+    ) -> Result<Vec<Anchored>> {
         let mut done: Vec<usize> = Vec::new();
-        let mut made: Vec<Made> = Vec::new();
+        let mut made: Vec<Anchored> = Vec::new();
         let places = places(solution, &solution.compressed_in(block_idx))?;
         for group in groups(&places, solution.study.session.limits.activation_bytes) {
             let moments = {
                 let overlay = solution.overlay(&done)?;
                 let so_far = streams.decoder.with_weights(&overlay).block(block_idx)?;
-                Moments::observe(walk, streams.original, (&so_far, streams.shifted), group)?
+                let shifted = Stream { block: &so_far, states: streams.shifted };
+                Moments::observe(walk, streams.original, shifted, group)?
             };
             for (place, moments) in group.iter().zip(moments) {
                 // An expert that sees too few tokens keeps its fit.
@@ -117,13 +124,13 @@ impl Anchor {
                     let Fit { curve, pair } = &fit;
                     let parts = [pair.b.clone().into(), pair.a.clone().into()];
                     solution.refit(i, curve.clone(), plain, pair.rank, Some(parts))?;
-                    made.push((i, fit, plain));
+                    made.push(Anchored { i, fit, plain });
                 }
                 solution.settle(&place.readers, &Silent)?;
                 done.extend(&place.readers);
             }
         }
-        made.sort_by_key(|(i, ..)| *i);
+        made.sort_by_key(|anchored| anchored.i);
         Ok(made)
     }
 }
@@ -134,8 +141,9 @@ fn keep(
     solution: &mut Solution<'_>,
     walk: &Walk<'_>,
     block_idx: usize,
-    [original, shifted]: [&Hidden; 2],
-    made: Vec<Made>,
+    original: &Hidden,
+    shifted: &Hidden,
+    made: Vec<Anchored>,
 ) -> Result<()> {
     if !session.journal.keeps() {
         return Ok(());
@@ -145,8 +153,8 @@ fn keep(
     // A settled linear is read from its layout, unless the order of its ranks is kept.
     let is_spent = |i: usize| solution.is_settled(i) && !solution.study.recipe.elastic();
     let fields: Vec<(usize, usize, PlainSides, bool)> =
-        made.iter().map(|(i, fit, plain)| (*i, fit.pair.rank, *plain, !is_spent(*i))).collect();
-    let arrays = made.into_iter().flat_map(|(i, Fit { curve, pair }, _)| {
+        made.iter().map(|made| (made.i, made.fit.pair.rank, made.plain, !is_spent(made.i))).collect();
+    let arrays = made.into_iter().flat_map(|Anchored { i, fit: Fit { curve, pair }, .. }| {
         let parts = if is_spent(i) { Vec::new() } else { vec![Values::from(pair.b), pair.a.into()] };
         std::iter::once(Values::from(curve.energies().to_vec())).chain(parts).collect::<Vec<_>>()
     });
@@ -202,11 +210,7 @@ fn states_key(block_idx: usize) -> String {
 }
 
 /// Restores the blocks that an earlier run anchored, and the states after the last of them; returns their number.
-fn resume(
-    solution: &mut Solution<'_>,
-    walk: &Walk<'_>,
-    (original, shifted): (&mut Hidden, &mut Hidden),
-) -> Result<usize> {
+fn resume(solution: &mut Solution<'_>, walk: &Walk<'_>, original: &mut Hidden, shifted: &mut Hidden) -> Result<usize> {
     let journal = &solution.study.session.journal;
     let mut done = Vec::new();
     while let Some(fits) = journal.get(&fits_key(done.len()))? {
@@ -248,7 +252,7 @@ impl Moments {
                 unreachable!("invariant: what is anchored is of low rank")
             };
             let linear = &solution.study.plan.linears[i];
-            let fit = self.fit(solution, linear, rank, (mu, &invertible), &input);
+            let fit = self.fit(solution, linear, rank, mu, &invertible, &input);
             fit.with_context(|| format!("refitting `{}`", linear.module))
         };
         here.par_iter().map(one).collect()
@@ -259,7 +263,8 @@ impl Moments {
         solution: &Solution<'_>,
         linear: &LinearInfo,
         rank: usize,
-        (mu, invertible): (f64, &Mat<f64>),
+        mu: f64,
+        invertible: &Mat<f64>,
         input: &Metric,
     ) -> Result<(Fit, PlainSides)> {
         let study = solution.study;

@@ -17,6 +17,13 @@ pub(super) struct Place {
     pub anchored: Vec<usize>,
 }
 
+/// States before a block, in one of the streams.
+#[derive(Clone, Copy)]
+pub(super) struct Stream<'b> {
+    pub block: &'b Block,
+    pub states: &'b Hidden,
+}
+
 /// Second moments of the two streams at one site, as means over tokens.
 pub(super) struct Moments {
     /// `C_xx̂` (n, n).
@@ -29,19 +36,14 @@ pub(super) struct Moments {
 impl Moments {
     /// The moments at `places`, one group of sites. In both streams, experts see the tokens that the router of the
     /// second stream sends them.
-    pub fn observe(
-        walk: &Walk<'_>,
-        original: (&Block, &Hidden),
-        shifted: (&Block, &Hidden),
-        places: &[Place],
-    ) -> Result<Vec<Self>> {
+    pub fn observe(walk: &Walk<'_>, original: Stream<'_>, shifted: Stream<'_>, places: &[Place]) -> Result<Vec<Self>> {
         let mut sums: Vec<Sums> = places.iter().map(|place| Sums::zeros(place.n)).collect();
         let (mut site, mut experts) = (places[0].site, None);
         if site.expert().is_some() {
-            (site, experts) = (InputSite::GateUp, original.0.experts().zip(shifted.0.experts()));
+            (site, experts) = (InputSite::GateUp, original.block.experts().zip(shifted.block.experts()));
         }
-        let inputs = |(block, hidden): (&Block, &Hidden), batch_idx| {
-            block.input_at(site, &walk.batch(hidden, batch_idx)?, walk.rope())
+        let inputs = |stream: Stream<'_>, batch_idx| {
+            stream.block.input_at(site, &walk.batch(stream.states, batch_idx)?, walk.rope())
         };
         let are_many_at_once = walk.workers().count() > 1;
         walk.workers().in_order(

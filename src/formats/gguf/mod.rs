@@ -11,8 +11,8 @@ use serde_json::{Map, Value as Json};
 use self::metadata::{hyperparameters, rope_fields, rope_type};
 use self::vocabulary::vocabulary;
 use super::{
-    CheckpointError, Container, Exporter, Forms, GgufValue as Value, LinearInfo, NamedBytes, Operator, OutTensor,
-    Refusal, Source, Target, adapter, encode,
+    Adapter, CheckpointError, Container, Exporter, Forms, GgufValue as Value, LinearInfo, NamedBytes, Operator,
+    OutTensor, Refusal, Source, Target, adapter, encode,
 };
 use crate::checkpoint::TensorInfo;
 use crate::codecs::cast::{self, Dtype};
@@ -230,8 +230,8 @@ impl Exporter for Gguf {
         Vec::new()
     }
 
-    fn loading(&self, has_adapter: bool) -> String {
-        let lora = if has_adapter { " --lora model-lora.gguf" } else { "" };
+    fn loading(&self, adapter: Adapter) -> String {
+        let lora = if adapter == Adapter::Written { " --lora model-lora.gguf" } else { "" };
         format!(
             "llama.cpp:\n\n```sh\nllama-cli -m model.gguf{lora}\n```\n\n`lrc eval FOLDER --text FILE` evaluates it without Python.\n"
         )

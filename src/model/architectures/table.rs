@@ -178,7 +178,7 @@ impl Architecture {
     }
 
     /// Whether the weight of a module is stored as (in, out); split parts never are.
-    pub fn stores_turned(&self, module: &str) -> bool {
+    pub fn stores_transposed(&self, module: &str) -> bool {
         let id = self.split_name(module).and_then(|(prefix, ..)| self.linear_id(prefix, module));
         self.is_conv1d && id.is_some_and(|id| self.whole(id.slot.role).is_none())
     }

@@ -23,6 +23,7 @@ pub fn compress(report: &CompressReport, errors: &[ErrorLine]) -> Result<String>
     let page = json!({
         "tiles": tiles(report),
         "warnings": warnings(report),
+        "notes": notes(report),
         "sizes": sizes(report),
         "bars": bars(report),
         "maps": maps(report),
@@ -93,7 +94,7 @@ fn maps(report: &CompressReport) -> Vec<Map> {
 }
 
 fn line(error: &ErrorLine) -> Line {
-    let full = error.points.last().map_or(1, |p| p.0).max(1) as f64;
+    let full = error.full_rank.max(1) as f64;
     let at = |&(rank, error): &(usize, f64)| (rank as f64 / full, error);
     Line {
         module: error.module.clone(),
@@ -120,11 +121,15 @@ fn row(l: &LinearRecord) -> Vec<Cell> {
     ]
 }
 
+/// How single linears were approximated, where it is not what the recipe says.
+fn notes(report: &CompressReport) -> Vec<String> {
+    report.linears.iter().filter_map(|l| Some(format!("{}: {}", l.module, l.note.as_ref()?))).collect()
+}
+
 fn warnings(report: &CompressReport) -> Vec<String> {
-    let mut warnings: Vec<String> =
-        report.linears.iter().filter_map(|l| Some(format!("{}: {}", l.module, l.note.as_ref()?))).collect();
     let broken = report.non_finite.iter();
-    warnings.extend(broken.map(|name| format!("{name}: contains NaN or infinite values, as in the source")));
+    let mut warnings: Vec<String> =
+        broken.map(|name| format!("{name}: contains NaN or infinite values, as in the source")).collect();
     if let Some(baseline) = &report.equal_bytes_baseline
         && baseline.weighted_error_ratio.is_some_and(|ratio| ratio > 1.0)
     {

@@ -34,17 +34,18 @@ pub const PAGE_FILE: &str = "lrc-report.html";
 pub struct ErrorLine {
     pub module: String,
     pub block: Option<usize>,
-    /// Rank and relative error, from rank 0 to the full rank.
+    /// Rank and relative error, from rank 0 to the largest that was fitted.
     pub points: Vec<(usize, f64)>,
+    pub full_rank: usize,
     /// The chosen rank and its error; none if the linear stays dense.
     pub chosen: Option<(usize, f64)>,
     pub break_even_rank: usize,
 }
 
 impl ErrorLine {
-    /// Ranks at which the error of a matrix of `full_rank` is drawn.
-    pub fn ranks(full_rank: usize) -> Vec<usize> {
-        let mut ranks: Vec<usize> = (0..=POINTS).map(|i| i * full_rank / POINTS).collect();
+    /// Ranks up to the largest at which an error is drawn.
+    pub fn ranks(largest: usize) -> Vec<usize> {
+        let mut ranks: Vec<usize> = (0..=POINTS).map(|i| i * largest / POINTS).collect();
         ranks.dedup();
         ranks
     }

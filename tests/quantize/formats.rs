@@ -1,43 +1,16 @@
-//! Quantized bases, compensation, exact sizes, and every format that holds them.
+//! Every format holds the same model, and what its documents say.
 
-use std::collections::BTreeMap;
 use std::io::Cursor;
 use std::path::{Path, PathBuf};
 
-use crate::common::{FIXTURE, HELD_OUT, TRAIN, command, copy, finish, lrc, ok, path, perplexity};
+use crate::common::{FIXTURE, HELD_OUT, lrc, ok, path};
 use candle_core::Device;
 use candle_core::quantized::gguf_file::Content;
 use half::f16;
 use lrc::checkpoint::Checkpoint;
 use serde_json::Value;
 
-const LORC: &[&str] = &["--compensate", "lorc", "--compensate-rank", "8"];
-
-/// Statistics of the fixture, with everything that any metric needs.
-fn statistics(folder: &Path) -> String {
-    let out = folder.join("statistics.safetensors");
-    let window = ["--samples", "16", "--seq-len", "128", "-q"];
-    ok(&[&["calibrate", FIXTURE, "--text", TRAIN, "-o", path(&out)][..], &window].concat());
-    path(&out).into()
-}
-
-fn compress(out: &Path, extra: &[&str]) -> Value {
-    ok(&[&["compress", FIXTURE, "-o", path(out), "-q", "--json"], extra].concat()).json()
-}
-
-fn ppl(model: &Path) -> f64 {
-    perplexity(path(model), HELD_OUT, "128")
-}
-
-/// Mean squared error of the linears in the metric of the method, relative to their norms.
-fn error(report: &Value) -> f64 {
-    let linears = report["linears"].as_array().unwrap();
-    linears.iter().map(|l| l["relative_error"].as_f64().unwrap().powi(2)).sum::<f64>() / linears.len() as f64
-}
-
-fn bits(report: &Value) -> f64 {
-    report["sizes"]["bits_per_weight_after"].as_f64().unwrap()
-}
+use super::{LORC, MODULE, compress, ppl};
 
 /// The tensors of a safetensors file as they lie there, read without the project's own decoding.
 struct Raw {
@@ -69,8 +42,6 @@ impl Raw {
         self.data(name).chunks(2).map(|b| f16::from_le_bytes(b.try_into().unwrap()).to_f32()).collect()
     }
 }
-
-const MODULE: &str = "model.layers.1.mlp.down_proj";
 
 /// The down projection of block 1 as `lrc` multiplies it out.
 fn multiplied_out(folder: &Path, model: &Path) -> Vec<f32> {
@@ -141,7 +112,7 @@ fn gguf_files_hold_what_candle_reads_in_them() {
         let dense = Checkpoint::open(&dense).unwrap();
         // Rows of q and k alternate between the two halves of a head; 6 heads of 16.
         let place = |i: usize| i / 16 * 16 + (i % 2) * 8 + i % 16 / 2;
-        for (theirs, ours, is_turned) in [
+        for (theirs, ours, is_transposed) in [
             ("blk.1.ffn_down.weight", "model.layers.1.mlp.down_proj.weight", false),
             ("blk.2.attn_q.weight", "model.layers.2.self_attn.q_proj.weight", true),
         ] {
@@ -160,7 +131,7 @@ fn gguf_files_hold_what_candle_reads_in_them() {
             }
             let expected = dense.values(ours).unwrap();
             for (i, row) in values.chunks(shape[1]).enumerate() {
-                let from = if is_turned { place(i) } else { i };
+                let from = if is_transposed { place(i) } else { i };
                 for (x, y) in row.iter().zip(&expected[from * shape[1]..]) {
                     assert!((x - y).abs() < 1e-5, "{quant} {theirs}: {x} {y}");
                 }
@@ -333,243 +304,4 @@ fn what_a_loader_would_misread_is_refused_before_any_work() {
     let names: Vec<&str> =
         report["linears"].as_array().unwrap().iter().filter(quantized).filter_map(|l| l["module"].as_str()).collect();
     assert!(names.len() == 4 && names.iter().all(|name| name.ends_with("down_proj")), "{names:?}");
-}
-
-#[test]
-fn quantized_sources_are_recognized() {
-    let folder = tempfile::tempdir().unwrap();
-    for (format, flags) in [("factored", LORC), ("compressed-tensors", &[]), ("gptq", &[]), ("gguf", &[])] {
-        let out = folder.path().join(format);
-        compress(&out, &[&["--quant", "rtn-int4-g32", "--format", format], flags].concat());
-        let again = folder.path().join("again");
-        let run = lrc(&["compress", path(&out), "-o", path(&again), "--keep", "0.8"]);
-        assert!(run.code == 4 && run.stderr.contains("already"), "{format}: {}", run.stderr);
-        assert!(!again.exists());
-        // Dequantized it is a source like any other.
-        let dense = folder.path().join(format!("{format}-dense"));
-        ok(&["export", path(&out), "--format", "dense", "-o", path(&dense), "-q"]);
-        ok(&["compress", path(&dense), "-o", path(&again), "--keep", "0.8", "-q"]);
-        std::fs::remove_dir_all(&again).unwrap();
-    }
-    let run = lrc(&[
-        "truncate",
-        path(&folder.path().join("factored")),
-        "-o",
-        path(&folder.path().join("t")),
-        "--keep",
-        "0.5",
-    ]);
-    assert!(run.code == 4 && run.stderr.contains("lrc-curves.arrays"), "{}", run.stderr);
-    // What others write and lrc does not read.
-    let model = folder.path().join("foreign");
-    copy(FIXTURE, &model);
-    let config = std::fs::read_to_string(model.join("config.json")).unwrap();
-    for (quantization, expected) in [
-        (r#"{"quant_method": "awq", "bits": 4}"#, "awq"),
-        (r#"{"quant_method": "bitsandbytes"}"#, "bitsandbytes"),
-        (r#"{"quant_method": "compressed-tensors", "format": "float-quantized"}"#, "float-quantized"),
-        (r#"{"quant_method": "gptq", "bits": 3}"#, "3 bits"),
-    ] {
-        let with = config.replacen('{', &format!("{{\"quantization_config\": {quantization},"), 1);
-        std::fs::write(model.join("config.json"), with).unwrap();
-        for command in [&["inspect"][..], &["eval", "--text", HELD_OUT]] {
-            let run = lrc(&[&command[..1], &[path(&model)], &command[1..]].concat());
-            assert!(run.code == 4 && run.stderr.contains(expected) && run.stderr.contains("hint"), "{}", run.stderr);
-        }
-    }
-}
-
-#[test]
-fn broken_codes_are_an_error_that_names_them() {
-    let folder = tempfile::tempdir().unwrap();
-    let out = folder.path().join("out");
-    compress(&out, &["--quant", "rtn-int4-g32"]);
-    let config = out.join("config.json");
-    let text = std::fs::read_to_string(&config).unwrap();
-    for (from, to, expected) in [("int4-g32", "int3-g32", "codes"), ("int4-g32", "int9", "not a known scheme")] {
-        std::fs::write(&config, text.replace(from, to)).unwrap();
-        let run = lrc(&["inspect", path(&out)]);
-        assert!(
-            run.code == 4 && run.stderr.contains(expected) && run.stderr.contains("model.layers"),
-            "{}",
-            run.stderr
-        );
-    }
-}
-
-/// Tensors of other sizes than their codes need: an error, and no panic.
-#[test]
-fn codes_and_scales_that_do_not_fit_are_an_error() {
-    let folder = tempfile::tempdir().unwrap();
-    for (format, part) in [("compressed-tensors", "weight_scale"), ("gptq", "scales"), ("gptq", "qzeros")] {
-        let out = folder.path().join(part);
-        compress(&out, &["--quant", "rtn-int4-g32", "--format", format]);
-        let file = out.join("model.safetensors");
-        let bytes = std::fs::read(&file).unwrap();
-        let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
-        let name = format!("{MODULE}.{part}");
-        // The same tensors, one of them a row short.
-        let views: Vec<(String, safetensors::tensor::TensorView<'_>)> = tensors
-            .tensors()
-            .into_iter()
-            .map(|(n, view)| {
-                if n != name {
-                    return (n, view);
-                }
-                let shape = vec![view.shape()[0] - 1, view.shape()[1]];
-                let len = view.data().len() / view.shape()[0] * shape[0];
-                let short = safetensors::tensor::TensorView::new(view.dtype(), shape, &view.data()[..len]).unwrap();
-                (n, short)
-            })
-            .collect();
-        std::fs::write(&file, safetensors::serialize(views, None).unwrap()).unwrap();
-        let run = lrc(&["inspect", path(&out)]);
-        assert!(
-            run.code == 4 && run.stderr.contains("model.layers.1.mlp.down_proj"),
-            "{format} {part}: {} {}",
-            run.code,
-            run.stderr
-        );
-    }
-}
-
-/// In the full metric of the inputs: whoever knows more of it errs less, and alternating never hurts.
-#[test]
-fn compensations_are_ordered_by_what_they_know() {
-    let folder = tempfile::tempdir().unwrap();
-    let statistics = statistics(folder.path());
-    let run = |method: &str, quant: &str, extra: &[&str]| -> (f64, Value) {
-        let out = folder.path().join("out");
-        let flags = ["--statistics", &statistics, "--method", method, "--quant", quant, "--force"];
-        let report = compress(&out, &[&flags[..], extra].concat());
-        (error(&report), report)
-    };
-    for quant in ["rtn-int2-g32", "rtn-int3-g32"] {
-        let with = |method: &str, name: &str| run(method, quant, &["--compensate", name, "--compensate-rank", "8"]).0;
-        let alone = run("svd-llm", quant, &[]).0;
-        let full = with("svd-llm", "eora");
-        for other in ["lorc", "lqer", "qera-approx"] {
-            let found = with("svd-llm", other);
-            assert!(full <= found && found < alone, "{quant} {other}: {full} {found} {alone}");
-        }
-        assert!(with("kfac", "kfac") <= with("kfac", "eora"));
-        // Turns are judged in the method's own metric: LoftQ's is that of the plain weight.
-        let plain = |extra: &[&str]| {
-            let out = folder.path().join("out");
-            error(&compress(&out, &[&["--method", "svd", "--quant", quant, "--force"], extra].concat()))
-        };
-        let one_shot = plain(LORC);
-        let turns = plain(&["--compensate", "loftq", "--compensate-rank", "8"]);
-        assert!(turns < one_shot, "{quant}: {turns} {one_shot}");
-        let (gptq, report) = run("svd-llm", &quant.replace("rtn", "gptq"), &[]);
-        assert!(gptq < alone, "{quant}: {gptq} {alone}");
-        assert!(report["linears"].as_array().unwrap().iter().all(|l| l["note"].is_null()));
-    }
-}
-
-#[test]
-fn sizes_are_met_with_quantized_bases_and_factors() {
-    let folder = tempfile::tempdir().unwrap();
-    let statistics = statistics(folder.path());
-    let menu = "rtn-int2-g32,rtn-int3-g32,rtn-int4-g32,rtn-int4-g64,rtn-int8-g32";
-    let mut last = f64::INFINITY;
-    for target in [300_000u64, 340_000, 390_000, 450_000, 520_000] {
-        let out = folder.path().join(target.to_string());
-        let size = format!("{target}B");
-        let flags = ["--quant", menu, "--compensate", "eora", "--quant-factors", "int8", "--target-size", &size];
-        let report = compress(&out, &[&flags[..], &["--statistics", &statistics]].concat());
-        let found = out.join("model.safetensors").metadata().unwrap().len();
-        assert_eq!(report["sizes"]["file_bytes_after"], found);
-        assert!(found <= target && found as f64 >= 0.999 * target as f64, "{found} for {target}");
-        let ppl = ppl(&out);
-        assert!(ppl < last, "{target}: {ppl} after {last}");
-        last = ppl;
-        let control = &report["control"];
-        if !control.is_null() {
-            assert!(control["bits_per_weight"].as_f64().unwrap() <= bits(&report) + 1e-9, "{control}");
-        }
-    }
-    // Bits and shares are budgets too, and none is exceeded.
-    for (flag, value, limit) in [("--bits", "3.5", 3.5), ("--keep", "0.2", 6.4)] {
-        let out = folder.path().join(flag);
-        let report = compress(&out, &["--quant", menu, "--compensate", "lorc", flag, value]);
-        assert!(bits(&report) <= limit && bits(&report) > 0.97 * limit, "{flag}: {}", bits(&report));
-        let sum = report["sizes"]["bits_per_weight_base"].as_f64().unwrap()
-            + report["sizes"]["bits_per_weight_factors"].as_f64().unwrap();
-        assert!((sum - bits(&report)).abs() < 1e-9);
-    }
-    // Low rank alone takes a budget of bits as well: 32 bits a weight are the source.
-    let report = compress(&folder.path().join("low-rank"), &["--bits", "16", "--quant-factors", "int8"]);
-    assert!(bits(&report) <= 16.0 && bits(&report) > 15.5, "{}", bits(&report));
-}
-
-#[test]
-fn the_control_has_the_same_bytes_and_no_factors() {
-    let folder = tempfile::tempdir().unwrap();
-    let out = folder.path().join("out");
-    let text = ["--calibration", TRAIN, "--samples", "16", "--seq-len", "128"];
-    let flags =
-        ["--quant", "rtn-int2-g32", "--compensate", "eora", "--compensate-rank", "4", "--quant-factors", "int8"];
-    let report = compress(&out, &[&flags[..], &text].concat());
-    let control = &report["control"];
-    assert!(control["is_reachable"] == true && control["bits_per_weight"].as_f64().unwrap() <= bits(&report) + 1e-9);
-    // The control, made for real, is what the report says.
-    let quant: BTreeMap<String, String> = serde_json::from_value(control["quant"].clone()).unwrap();
-    assert_eq!(quant.len(), 28);
-    let used: std::collections::BTreeSet<&str> = quant.values().map(String::as_str).collect();
-    let menu: Vec<&str> = used.iter().copied().filter(|quant| *quant != "dense").collect();
-    let budget = format!("{}", control["bits_per_weight"].as_f64().unwrap());
-    let made = compress(
-        &folder.path().join("control"),
-        &[&["--quant", &menu.join(","), "--bits", &budget][..], &text].concat(),
-    );
-    assert!((bits(&made) - control["bits_per_weight"].as_f64().unwrap()).abs() < 0.02, "{} {budget}", bits(&made));
-    for key in ["kl", "control_kl", "weighted_error_ratio"] {
-        assert!(control[key].as_f64().unwrap() > 0.0, "{control}");
-    }
-    // Without factors there is nothing to hold against.
-    assert!(made["control"].is_null());
-}
-
-#[test]
-fn the_same_input_gives_the_same_bytes_at_any_thread_count() {
-    let folder = tempfile::tempdir().unwrap();
-    let statistics = statistics(folder.path());
-    for (name, flags) in [
-        ("gptq", &["--quant", "gptq-int3-g32,rtn-int4-g32", "--compensate", "eora", "--bits", "4"][..]),
-        (
-            "turns",
-            &["--quant", "nf4-g32", "--compensate", "lq-lora", "--compensate-rank", "4", "--quant-factors", "int8"],
-        ),
-    ] {
-        let bytes = |threads: &str| {
-            let out = folder.path().join(format!("{name}-{threads}"));
-            let args = [&["compress", FIXTURE, "-o", path(&out), "-q", "--statistics", &statistics][..], flags];
-            let run = finish(command(&args.concat()).env("RAYON_NUM_THREADS", threads));
-            assert_eq!(run.code, 0, "{}", run.stderr);
-            ["model.safetensors", "config.json", "lrc-recipe.toml"].map(|file| std::fs::read(out.join(file)).unwrap())
-        };
-        let one = bytes("1");
-        assert!(["2", "5"].iter().all(|threads| bytes(threads) == one), "{name}");
-        // The recipe that was written gives it again.
-        let recipe = folder.path().join(format!("{name}-1/lrc-recipe.toml"));
-        let out = folder.path().join(format!("{name}-again"));
-        ok(&["compress", FIXTURE, "-o", path(&out), "-q", "--recipe", path(&recipe)]);
-        assert!(std::fs::read(out.join("model.safetensors")).unwrap() == one[0], "{name}");
-    }
-}
-
-#[test]
-fn a_dry_run_predicts_the_bytes() {
-    let folder = tempfile::tempdir().unwrap();
-    for flags in [
-        &["--quant", "rtn-int4-g32", "--compensate", "lorc", "--compensate-rank", "8", "--format", "gptq"][..],
-        &["--quant", "rtn-int3,rtn-int4", "--compensate", "lorc", "--bits", "4.5"],
-        &["--quant", "q4_0", "--format", "gguf"],
-    ] {
-        let out = folder.path().join(flags.concat());
-        let planned = compress(&out, &[flags, &["--dry-run=full"]].concat());
-        assert!(!out.exists());
-        assert_eq!(planned["sizes"], compress(&out, flags)["sizes"], "{flags:?}");
-    }
 }

@@ -1,66 +1,13 @@
-//! Conventions, texts and gates of `lrc eval`.
+//! Documents, prose, pipes, and what is no text.
 
 use std::io::Write;
 use std::path::Path;
 use std::process::Stdio;
 
-use crate::common::{self, FIXTURE, HELD_OUT, command, lrc, ok, path};
-use serde_json::{Value, json};
+use crate::common::{FIXTURE, HELD_OUT, command, lrc, ok, path};
+use serde_json::Value;
 
-const JSONL: &str = "fixtures/text/documents.jsonl";
-const PARQUET: &str = "fixtures/text/documents.parquet";
-
-/// Values of the tools themselves; `tests/oracles/conventions.py` made them.
-fn oracle() -> Value {
-    serde_json::from_str(include_str!("oracles/conventions.json")).unwrap()
-}
-
-#[test]
-fn conventions_give_the_numbers_of_their_tools() {
-    let oracle = oracle();
-    let check = |text: &str, convention: &str, of: &str, more: &[&str]| {
-        let args = [&["eval", FIXTURE, "--text", text, "--convention", convention, "--json"], more].concat();
-        let report = ok(&args).json();
-        let expected = &oracle[of];
-        for (field, theirs) in [
-            ("ppl", "ppl"),
-            ("bits_per_byte", "bits_per_byte"),
-            ("scored_tokens", "tokens"),
-            ("scored_words", "words"),
-            ("scored_bytes", "bytes"),
-        ] {
-            let Some(expected) = expected[theirs].as_f64() else { continue };
-            let found = report[field].as_f64().unwrap();
-            // llama.cpp prints four digits after the point, and has a kernel of its own.
-            let tolerance = if of == "llamacpp" { 2e-4 } else { 1e-6 };
-            assert!((found / expected - 1.0).abs() < tolerance, "{of}, {text}: {field} is {found}, theirs {expected}");
-        }
-        assert!(expected["ppl"].is_number(), "{of} has a value");
-    };
-    for text in [JSONL, PARQUET] {
-        check(text, "gptq", "gptq", &["--seq-len", "128"]);
-        check(text, "hf-strided", "hf-strided", &["--seq-len", "128", "--stride", "50"]);
-        check(text, "lm-eval", "lm-eval", &["--seq-len", "128"]);
-        check(text, "lm-eval", "lm-eval without BOS", &["--bos", "never"]);
-    }
-    let seq_len = oracle["llamacpp"]["seq_len"].to_string();
-    check(HELD_OUT, "llamacpp", "llamacpp", &["--seq-len", &seq_len]);
-}
-
-#[test]
-fn all_conventions_stand_side_by_side_and_can_be_gated() {
-    let all = ok(&["eval", FIXTURE, "--text", JSONL, "--convention", "all", "--json"]).json();
-    let names: Vec<&String> = all.as_object().unwrap().keys().collect();
-    assert_eq!(names, ["gptq", "hf-strided", "llamacpp", "lm-eval"]);
-    for name in names {
-        let one = ok(&["eval", FIXTURE, "--text", JSONL, "--convention", name, "--json"]).json();
-        assert_eq!((&all[name]["ppl"], &all[name]["convention"]), (&one["ppl"], &Value::from(name.as_str())));
-    }
-    let gated = lrc(&["eval", FIXTURE, "--text", JSONL, "--convention", "all", "--fail-if", "lm-eval.ppl > 2"]);
-    assert_eq!(gated.code, 3);
-    assert!(gated.stderr.contains("--fail-if `lm-eval.ppl > 2`: `lm-eval.ppl` is 2.52"), "{}", gated.stderr);
-    assert!(gated.stdout.contains("hf-strided"), "the report is printed all the same");
-}
+use super::{JSONL, PARQUET, figures};
 
 fn packed(bytes: &[u8], ending: &str) -> Vec<u8> {
     if ending == "zst" {
@@ -74,11 +21,6 @@ fn packed(bytes: &[u8], ending: &str) -> Vec<u8> {
 fn sha256(bytes: &[u8]) -> String {
     use sha2::Digest;
     sha2::Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
-/// The figures that tell one text from another.
-fn figures(report: &Value) -> Value {
-    json!([report["nll_sum"], report["scored_tokens"], report["total_tokens"], report["documents"]])
 }
 
 #[test]
@@ -282,99 +224,6 @@ fn a_named_pipe_is_read_to_its_end_and_never_waited_for_in_vain() {
 }
 
 #[test]
-fn conversations_go_through_the_chat_template_of_the_model() {
-    let folder = tempfile::tempdir().unwrap();
-    let model = folder.path().join("model");
-    common::copy(FIXTURE, &model);
-    let chat = |user: &str, answer: &str| {
-        json!({"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]}).to_string()
-    };
-    let texts = String::from_utf8(std::fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join(JSONL)).unwrap()).unwrap();
-    let texts: Vec<String> = texts
-        .lines()
-        .map(|line| serde_json::from_str::<Value>(line).unwrap()["text"].as_str().unwrap().trim().to_string())
-        .collect();
-    let write = |name: &str, content: String| {
-        let text = folder.path().join(name);
-        std::fs::write(&text, content).unwrap();
-        path(&text).to_string()
-    };
-    let pairs: Vec<&[String]> = texts.chunks_exact(2).collect();
-    assert!(pairs.len() > 2);
-    let chats = write("chats.jsonl", pairs.iter().map(|p| chat(&p[0], &p[1]) + "\n").collect());
-    let rendered = pairs
-        .iter()
-        .map(|p| json!({"text": format!("<s>user: {}\nassistant: {}</s>\n", p[0], p[1])}).to_string() + "\n");
-    let rendered = write("rendered.jsonl", rendered.collect());
-
-    let absent = lrc(&["eval", path(&model), "--text", &chats]);
-    assert!(absent.code == 4 && absent.stderr.contains("has no chat template"), "{}", absent.stderr);
-    assert!(absent.stderr.contains("hint: ") && absent.stderr.contains("chat_template.jinja"), "{}", absent.stderr);
-
-    let template = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}{% if loop.last %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}";
-    let config = model.join("tokenizer_config.json");
-    let mut fields: Value = serde_json::from_slice(&std::fs::read(&config).unwrap()).unwrap();
-    fields["chat_template"] = json!([{"name": "tool_use", "template": "-"}, {"name": "default", "template": template}]);
-    std::fs::write(&config, fields.to_string()).unwrap();
-    for convention in ["gptq", "lm-eval"] {
-        let eval = |text: &str| {
-            let args = ["eval", path(&model), "--text", text, "--convention", convention, "--seq-len", "64", "--json"];
-            figures(&ok(&args).json())
-        };
-        assert_eq!(eval(&chats), eval(&rendered), "{convention}");
-        // The file goes before the field, as in transformers.
-        std::fs::write(model.join("chat_template.jinja"), template.replace("m.role", "m.role | upper")).unwrap();
-        assert_ne!(eval(&chats), eval(&rendered), "{convention}");
-        std::fs::remove_file(model.join("chat_template.jinja")).unwrap();
-    }
-    // The template brings its BOS, and the tokenizer does not put a second in front.
-    let once = write("once.txt", format!("<s>{}", texts.join(" ")));
-    let without = write("without.txt", texts.join(" "));
-    let tokens = |text: &str| ok(&["eval", path(&model), "--text", text, "--json"]).json()["total_tokens"].clone();
-    assert_eq!(tokens(&once), tokens(&without));
-
-    std::fs::write(model.join("chat_template.jinja"), "{{ raise_exception('only the system may speak') }}").unwrap();
-    let refused = lrc(&["eval", path(&model), "--text", &chats]);
-    assert_eq!(refused.code, 4, "{}", refused.stderr);
-    for expected in ["chat_template.jinja", "line 1 of", "chats.jsonl", "only the system may speak"] {
-        assert!(refused.stderr.contains(expected), "{expected}: {}", refused.stderr);
-    }
-    // A template that fills memory is stopped.
-    for grows in ["n.x ~ n.x", "[n.x, n.x] | join", "n.x * 16", "n.x.replace('a', n.x)", "n.l + n.l"] {
-        let template = format!(
-            "{{% set n = namespace(x='abcd', l=[1]) %}}{{% for i in range(99) %}}{{% set n.{} = {grows} %}}{{% endfor %}}{{{{ n }}}}",
-            if grows.contains("n.l") { "l" } else { "x" }
-        );
-        std::fs::write(model.join("chat_template.jinja"), template).unwrap();
-        let started = std::time::Instant::now();
-        let stopped = lrc(&["eval", path(&model), "--text", &chats]);
-        assert_eq!(stopped.code, 4, "{grows}: {}", stopped.stderr);
-        for expected in
-            ["chat_template.jinja` does not end, or needs too much memory", "line 1 of", "chats.jsonl", "hint: "]
-        {
-            assert!(stopped.stderr.contains(expected), "{grows}: {}", stopped.stderr);
-        }
-        assert!(started.elapsed().as_secs() < 60, "{grows}");
-    }
-    std::fs::write(model.join("chat_template.jinja"), "{{ raise_exception('only the system may speak') }}").unwrap();
-    // Statistics and compression read texts in the same way.
-    let statistics = folder.path().join("stats.safetensors");
-    let run = lrc(&[
-        "calibrate",
-        path(&model),
-        "--text",
-        &chats,
-        "-o",
-        path(&statistics),
-        "--samples",
-        "4",
-        "--seq-len",
-        "32",
-    ]);
-    assert!(run.code == 4 && run.stderr.contains("only the system may speak"), "{}", run.stderr);
-}
-
-#[test]
 fn texts_that_are_no_texts_are_refused_by_name() {
     let folder = tempfile::tempdir().unwrap();
     let write = |name: &str, content: &str| {
@@ -394,34 +243,4 @@ fn texts_that_are_no_texts_are_refused_by_name() {
         assert_eq!(run.code, 4, "{text}: {}", run.stderr);
         assert!(run.stderr.contains(expected), "{text}: {}", run.stderr);
     }
-}
-
-#[test]
-fn gates_end_with_code_3_and_unknown_fields_before_any_work() {
-    let eval = |model: &str, gates: &[&str]| {
-        let gates = gates.iter().flat_map(|gate| ["--fail-if", gate]);
-        let args: Vec<&str> =
-            ["eval", model, "--text", HELD_OUT, "--max-windows", "2", "-q"].into_iter().chain(gates).collect();
-        lrc(&args)
-    };
-    assert_eq!(eval(FIXTURE, &["ppl > 100", "size_bytes > 4GiB"]).code, 0);
-    let failed = eval(FIXTURE, &["ppl > 1", "size_bytes > 1MiB", "ppl > 100"]);
-    assert_eq!(failed.code, 3);
-    for gate in ["ppl > 1", "size_bytes > 1MiB"] {
-        assert!(failed.stderr.contains(&format!("--fail-if `{gate}`: ")), "{}", failed.stderr);
-    }
-    assert!(!failed.stderr.contains("ppl > 100"));
-    // The model is not even looked for.
-    for (gate, expected) in [
-        ("perplexity > 1", "the report has no field `perplexity`"),
-        ("kl.mean > 1", "`--reference MODEL` measures it"),
-        ("text > 1", "`text` is not a number"),
-    ] {
-        let run = eval("no/such/model", &[gate]);
-        assert_eq!(run.code, 2, "{}", run.stderr);
-        assert!(run.stderr.contains(expected), "{}", run.stderr);
-    }
-    assert_eq!(eval(FIXTURE, &["ppl"]).code, 2);
-    let stride = lrc(&["eval", FIXTURE, "--text", HELD_OUT, "--stride", "8"]);
-    assert!(stride.code == 2 && stride.stderr.contains("`--stride` has no effect with `--convention gptq`"));
 }

@@ -1,0 +1,134 @@
+//! Runs that cannot be: wrong arguments, texts without use, a full disk, an output that another run writes.
+
+use std::path::Path;
+
+use crate::common::{FIXTURE, HELD_OUT, TRAIN, copy, lrc, ok, path};
+use lrc::checkpoint::{Checkpoint, Existing, OutputFolder};
+
+use super::Broken;
+
+#[test]
+fn texts_that_cannot_be_used() {
+    let broken = Broken::new();
+    let model = broken.model();
+    let text = broken.model().join("text.txt");
+    let eval = |broken: &Broken, code, parts: &[&str]| {
+        broken.check_one(&["eval", path(&model), "--text", path(&text)], code, parts)
+    };
+    eval(&broken, 2, &["text.txt"]);
+    std::fs::write(&text, "").unwrap();
+    eval(&broken, 4, &["is empty"]);
+    std::fs::write(&text, [0xff, 0xfe]).unwrap();
+    eval(&broken, 4, &["not UTF-8"]);
+    std::fs::write(&text, "Too short.").unwrap();
+    eval(&broken, 4, &["tokens, but a window needs 128", "hint: give a longer text"]);
+    std::fs::remove_file(model.join("tokenizer.json")).unwrap();
+    eval(&broken, 4, &["tokenizer.json` is missing"]);
+}
+
+#[test]
+fn usage_errors_come_before_any_work() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out");
+    let recipe = folder.path().join("recipe.toml");
+    std::fs::write(&recipe, "kepe = 0.8").unwrap();
+    let compress = ["compress", FIXTURE, "-o", path(&out)];
+    for (extra, expected) in [
+        (&[][..], "`--keep`, `--target-size` or `--bits` is missing"),
+        (&["--keep", "1.5"], "outside (0, 1]"),
+        (&["--keep", "0.8", "--method", "svd-llm"], "needs `--calibration FILE`"),
+        (&["--keep", "0.8", "--ranks", "best"], "welore"),
+        (&["--keep", "0.8", "--targets", "*.qproj"], "matches no linear"),
+        (&["--keep", "0.8", "--exclude", "*"], "`--exclude` leaves no linear to compress"),
+        (&["--keep", "0.8", "--share", "--ranks", "uniform"], "hint: add `--ranks knapsack`"),
+        (&["--recipe", path(&recipe)], "kepe"),
+        (&["--keep", "0.8", "--recipe", "no-such-file.toml"], "no-such-file.toml"),
+        (&["--keep", "0.8", "--calibration", "no-such-file.txt"], "no-such-file.txt"),
+        (&["--keep", "0.8", "--calibration", TRAIN, "--seq-len", "1"], "`--seq-len 1` is too short"),
+    ] {
+        let run = lrc(&[&compress[..], extra].concat());
+        assert_eq!(run.code, 2, "{extra:?}: {}", run.stderr);
+        assert!(run.stderr.contains(expected), "{extra:?}: {}", run.stderr);
+        assert!(!out.exists());
+    }
+    assert_eq!(lrc(&["eval", FIXTURE, "--text", HELD_OUT, "--seq-len", "1"]).code, 2);
+    assert_eq!(lrc(&["compress"]).code, 2);
+    assert_eq!(lrc(&["--help"]).code, 0);
+}
+
+#[test]
+fn a_dry_run_refuses_what_the_run_refuses() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out");
+    // A head has no calibration statistics.
+    let model = folder.path().join("model");
+    copy("fixtures/pico-llama", &model);
+    std::fs::copy(Path::new(FIXTURE).join("tokenizer.json"), model.join("tokenizer.json")).unwrap();
+    let args =
+        ["compress", path(&model), "-o", path(&out), "--keep", "0.8", "--targets", "*lm_head", "--calibration", TRAIN];
+    for extra in [&[][..], &["--dry-run"]] {
+        let run = lrc(&[&args[..], extra].concat());
+        assert_eq!(run.code, 4, "{}", run.stderr);
+        assert!(run.stderr.contains("`lm_head` is outside of the blocks"), "{}", run.stderr);
+        assert!(!out.exists());
+    }
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn a_full_disk_is_noticed_and_gone_on_from() {
+    // /dev/full cannot hold a folder; a limit on the size of files stands in for a disk that fills up in the middle.
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out");
+    let script = format!(
+        "ulimit -f 500; trap '' XFSZ; exec {} compress {FIXTURE} -o {} --keep 0.8 -q",
+        env!("CARGO_BIN_EXE_lrc"),
+        path(&out)
+    );
+    let output = std::process::Command::new("bash")
+        .args(["-c", &script])
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .output()
+        .unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(6), "{stderr}");
+    assert!(
+        stderr.contains("error: stopped: ")
+            && stderr.contains("cannot write `")
+            && stderr.contains("model.safetensors"),
+        "{stderr}"
+    );
+    assert!(stderr.contains("run the same command again to resume"), "{stderr}");
+    assert!(!out.exists());
+    ok(&["compress", FIXTURE, "-o", path(&out), "--keep", "0.8", "-q"]);
+    let left: Vec<_> = std::fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(left, ["out"]);
+}
+
+#[test]
+fn logits_that_overflow_are_an_error_and_not_a_number() {
+    let broken = Broken::new();
+    // Finite weights whose products are not: the last norm times 1e38.
+    let checkpoint = Checkpoint::open(&broken.model()).unwrap();
+    let info = checkpoint.info("model.norm.weight").unwrap().clone();
+    broken.edit_weights(|bytes| {
+        for value in bytes[info.begin..info.end].chunks_exact_mut(4) {
+            value.copy_from_slice(&3e38f32.to_le_bytes());
+        }
+    });
+    let model = broken.model();
+    broken.check_one(&["eval", path(&model), "--text", HELD_OUT], 5, &["logits are not finite"]);
+}
+
+#[test]
+fn a_folder_under_construction_is_left_to_its_owner() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out");
+    let owner = OutputFolder::create(&out, Existing::Refuse, "x").unwrap();
+    let run = lrc(&["compress", FIXTURE, "-o", path(&out), "--keep", "0.8"]);
+    assert_eq!(run.code, 6, "{}", run.stderr);
+    assert!(run.stderr.contains("being written by another run"));
+    assert!(owner.path().exists());
+    drop(owner);
+    ok(&["compress", FIXTURE, "-o", path(&out), "--keep", "0.8", "-q"]);
+}

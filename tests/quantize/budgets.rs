@@ -1,0 +1,168 @@
+//! Compensation and budgets: errors, exact sizes, the equal-bytes baseline, the same bytes again.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use crate::common::{FIXTURE, TRAIN, command, finish, ok, path};
+use serde_json::Value;
+
+use super::{LORC, compress, ppl};
+
+/// Statistics of the fixture, with everything that any metric needs.
+fn statistics(folder: &Path) -> String {
+    let out = folder.join("statistics.safetensors");
+    let window = ["--samples", "16", "--seq-len", "128", "-q"];
+    ok(&[&["calibrate", FIXTURE, "--text", TRAIN, "-o", path(&out)][..], &window].concat());
+    path(&out).into()
+}
+
+/// Mean squared error of the linears in the metric of the method, relative to their norms.
+fn error(report: &Value) -> f64 {
+    let linears = report["linears"].as_array().unwrap();
+    linears.iter().map(|l| l["relative_error"].as_f64().unwrap().powi(2)).sum::<f64>() / linears.len() as f64
+}
+
+fn bits(report: &Value) -> f64 {
+    report["sizes"]["bits_per_weight_after"].as_f64().unwrap()
+}
+
+/// In the full metric of the inputs: whoever knows more of it errs less, and alternating never hurts.
+#[test]
+fn compensations_are_ordered_by_what_they_know() {
+    let folder = tempfile::tempdir().unwrap();
+    let statistics = statistics(folder.path());
+    let run = |method: &str, quant: &str, extra: &[&str]| -> (f64, Value) {
+        let out = folder.path().join("out");
+        let flags = ["--statistics", &statistics, "--method", method, "--quant", quant, "--force"];
+        let report = compress(&out, &[&flags[..], extra].concat());
+        (error(&report), report)
+    };
+    for quant in ["rtn-int2-g32", "rtn-int3-g32"] {
+        let with = |method: &str, name: &str| run(method, quant, &["--compensate", name, "--compensate-rank", "8"]).0;
+        let alone = run("svd-llm", quant, &[]).0;
+        let full = with("svd-llm", "eora");
+        for other in ["lorc", "lqer", "qera-approx"] {
+            let found = with("svd-llm", other);
+            assert!(full <= found && found < alone, "{quant} {other}: {full} {found} {alone}");
+        }
+        assert!(with("kfac", "kfac") <= with("kfac", "eora"));
+        // Turns are judged in the method's own metric: LoftQ's is that of the plain weight.
+        let plain = |extra: &[&str]| {
+            let out = folder.path().join("out");
+            error(&compress(&out, &[&["--method", "svd", "--quant", quant, "--force"], extra].concat()))
+        };
+        let one_shot = plain(LORC);
+        let turns = plain(&["--compensate", "loftq", "--compensate-rank", "8"]);
+        assert!(turns < one_shot, "{quant}: {turns} {one_shot}");
+        let (gptq, report) = run("svd-llm", &quant.replace("rtn", "gptq"), &[]);
+        assert!(gptq < alone, "{quant}: {gptq} {alone}");
+        assert!(report["linears"].as_array().unwrap().iter().all(|l| l["note"].is_null()));
+    }
+}
+
+#[test]
+fn sizes_are_met_with_quantized_bases_and_factors() {
+    let folder = tempfile::tempdir().unwrap();
+    let statistics = statistics(folder.path());
+    let menu = "rtn-int2-g32,rtn-int3-g32,rtn-int4-g32,rtn-int4-g64,rtn-int8-g32";
+    let mut last = f64::INFINITY;
+    for target in [300_000u64, 340_000, 390_000, 450_000, 520_000] {
+        let out = folder.path().join(target.to_string());
+        let size = format!("{target}B");
+        let flags = ["--quant", menu, "--compensate", "eora", "--quant-factors", "int8", "--target-size", &size];
+        let report = compress(&out, &[&flags[..], &["--statistics", &statistics]].concat());
+        let found = out.join("model.safetensors").metadata().unwrap().len();
+        assert_eq!(report["sizes"]["file_bytes_after"], found);
+        assert!(found <= target && found as f64 >= 0.999 * target as f64, "{found} for {target}");
+        let ppl = ppl(&out);
+        assert!(ppl < last, "{target}: {ppl} after {last}");
+        last = ppl;
+        let control = &report["control"];
+        if !control.is_null() {
+            assert!(control["bits_per_weight"].as_f64().unwrap() <= bits(&report) + 1e-9, "{control}");
+        }
+    }
+    // Bits and shares are budgets too, and none is exceeded.
+    for (flag, value, limit) in [("--bits", "3.5", 3.5), ("--keep", "0.2", 6.4)] {
+        let out = folder.path().join(flag);
+        let report = compress(&out, &["--quant", menu, "--compensate", "lorc", flag, value]);
+        assert!(bits(&report) <= limit && bits(&report) > 0.97 * limit, "{flag}: {}", bits(&report));
+        let sum = report["sizes"]["bits_per_weight_base"].as_f64().unwrap()
+            + report["sizes"]["bits_per_weight_factors"].as_f64().unwrap();
+        assert!((sum - bits(&report)).abs() < 1e-9);
+    }
+    // Low rank alone takes a budget of bits as well: 32 bits a weight are the source.
+    let report = compress(&folder.path().join("low-rank"), &["--bits", "16", "--quant-factors", "int8"]);
+    assert!(bits(&report) <= 16.0 && bits(&report) > 15.5, "{}", bits(&report));
+}
+
+#[test]
+fn the_control_has_the_same_bytes_and_no_factors() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out");
+    let text = ["--calibration", TRAIN, "--samples", "16", "--seq-len", "128"];
+    let flags =
+        ["--quant", "rtn-int2-g32", "--compensate", "eora", "--compensate-rank", "4", "--quant-factors", "int8"];
+    let report = compress(&out, &[&flags[..], &text].concat());
+    let control = &report["control"];
+    assert!(control["is_reachable"] == true && control["bits_per_weight"].as_f64().unwrap() <= bits(&report) + 1e-9);
+    // The control, made for real, is what the report says.
+    let quant: BTreeMap<String, String> = serde_json::from_value(control["quant"].clone()).unwrap();
+    assert_eq!(quant.len(), 28);
+    let used: std::collections::BTreeSet<&str> = quant.values().map(String::as_str).collect();
+    let menu: Vec<&str> = used.iter().copied().filter(|quant| *quant != "dense").collect();
+    let budget = format!("{}", control["bits_per_weight"].as_f64().unwrap());
+    let made = compress(
+        &folder.path().join("control"),
+        &[&["--quant", &menu.join(","), "--bits", &budget][..], &text].concat(),
+    );
+    assert!((bits(&made) - control["bits_per_weight"].as_f64().unwrap()).abs() < 0.02, "{} {budget}", bits(&made));
+    for key in ["kl", "control_kl", "weighted_error_ratio"] {
+        assert!(control[key].as_f64().unwrap() > 0.0, "{control}");
+    }
+    // Without factors there is nothing to hold against.
+    assert!(made["control"].is_null());
+}
+
+#[test]
+fn the_same_input_gives_the_same_bytes_at_any_thread_count() {
+    let folder = tempfile::tempdir().unwrap();
+    let statistics = statistics(folder.path());
+    for (name, flags) in [
+        ("gptq", &["--quant", "gptq-int3-g32,rtn-int4-g32", "--compensate", "eora", "--bits", "4"][..]),
+        (
+            "turns",
+            &["--quant", "nf4-g32", "--compensate", "lq-lora", "--compensate-rank", "4", "--quant-factors", "int8"],
+        ),
+    ] {
+        let bytes = |threads: &str| {
+            let out = folder.path().join(format!("{name}-{threads}"));
+            let args = [&["compress", FIXTURE, "-o", path(&out), "-q", "--statistics", &statistics][..], flags];
+            let run = finish(command(&args.concat()).env("RAYON_NUM_THREADS", threads));
+            assert_eq!(run.code, 0, "{}", run.stderr);
+            ["model.safetensors", "config.json", "lrc-recipe.toml"].map(|file| std::fs::read(out.join(file)).unwrap())
+        };
+        let one = bytes("1");
+        assert!(["2", "5"].iter().all(|threads| bytes(threads) == one), "{name}");
+        // The recipe that was written gives it again.
+        let recipe = folder.path().join(format!("{name}-1/lrc-recipe.toml"));
+        let out = folder.path().join(format!("{name}-again"));
+        ok(&["compress", FIXTURE, "-o", path(&out), "-q", "--recipe", path(&recipe)]);
+        assert!(std::fs::read(out.join("model.safetensors")).unwrap() == one[0], "{name}");
+    }
+}
+
+#[test]
+fn a_dry_run_predicts_the_bytes() {
+    let folder = tempfile::tempdir().unwrap();
+    for flags in [
+        &["--quant", "rtn-int4-g32", "--compensate", "lorc", "--compensate-rank", "8", "--format", "gptq"][..],
+        &["--quant", "rtn-int3,rtn-int4", "--compensate", "lorc", "--bits", "4.5"],
+        &["--quant", "q4_0", "--format", "gguf"],
+    ] {
+        let out = folder.path().join(flags.concat());
+        let planned = compress(&out, &[flags, &["--dry-run=full"]].concat());
+        assert!(!out.exists());
+        assert_eq!(planned["sizes"], compress(&out, flags)["sizes"], "{flags:?}");
+    }
+}
