@@ -5,6 +5,14 @@ use serde::{Deserialize, Serialize};
 use crate::model::{InputSite, Slot};
 
 /// The statistics to collect.
+///
+/// ```
+/// use lrc::calibrate::Needs;
+///
+/// let gram = Needs { input_gram: true, ..Needs::default() };
+/// assert!(gram.inputs() && !gram.gradients());
+/// assert!(gram.are_met_by(Needs::ALL) && !Needs::ALL.are_met_by(gram));
+/// ```
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Needs {

@@ -189,6 +189,30 @@ pub struct Reference<'a> {
 /// Measures perplexity, and the divergence from a reference if there is one. Weights are read once, one block at a time, of both models
 /// in turn.
 ///
+/// ```
+/// # use lrc::checkpoint::Checkpoint;
+/// # use lrc::eval::{EvalSettings, Reference, conventions::Convention, perplexity};
+/// # use lrc::{progress::Silent, text::Bos};
+/// # let settings = EvalSettings {
+/// #     model: "tiny-llama".into(),
+/// #     text: "fixtures/text/held-out.txt".into(),
+/// #     field: "text".into(),
+/// #     convention: Convention::Gptq,
+/// #     seq_len: Some(32),
+/// #     stride: None,
+/// #     max_windows: Some(2),
+/// #     bos: Bos::Auto,
+/// #     memory_bytes: 1 << 30,
+/// # };
+/// let model = Checkpoint::open("fixtures/tiny-llama".as_ref())?;
+/// let reference = Reference { checkpoint: &model, name: "itself" };
+/// let report = perplexity(&model, Some(&reference), &settings, &Silent)?; // 2 windows of 32 tokens
+/// assert_eq!(report.scored_tokens, 2 * 31); // `gptq` does not score the first token of a window
+/// assert!((report.ppl - (report.nll_sum / 62.0).exp()).abs() < 1e-9);
+/// assert_eq!(report.divergence.expect("there is a reference").kl.mean, 0.0);
+/// # Ok::<(), anyhow::Error>(())
+/// ```
+///
 /// # Errors
 /// A model cannot be run, the text is too short, a logit is not finite, or the reference has another tokenizer.
 pub fn perplexity(

@@ -68,6 +68,16 @@ pub struct Part {
 }
 
 /// A kind of structured matrix: which parts are stored, and how they are applied.
+///
+/// ```
+/// use lrc::operator::{Kind, Size};
+///
+/// let factors = Kind::FACTORS.structure();
+/// let shapes = factors.shapes(Size::Rank(2), (6, 4)); // A (r, in), B (out, r)
+/// assert_eq!(shapes, [[2, 4], [6, 2]]);
+/// assert_eq!(factors.measure(&shapes), Some((Size::Rank(2), (6, 4))));
+/// assert_eq!(factors.measure(&[[2, 4], [6, 3]]), None);
+/// ```
 pub trait Structure: Sync {
     /// The name in recipes, reports and configs.
     fn name(&self) -> &'static str;
@@ -196,6 +206,16 @@ pub trait Fitting: Sync {
 static REGISTRY: &[&dyn Structure] = &[&dense::Dense, &factors::Factors, &pivot::Pivot, &monarch::Monarch];
 
 /// A structure, by its index in the registry.
+///
+/// ```
+/// use lrc::operator::Kind;
+///
+/// assert_eq!(Kind::layouts().map(Kind::name).collect::<Vec<_>>(), ["factors", "pivot", "monarch"]);
+/// let pivot: Kind = "pivot".parse()?;
+/// assert_eq!(Kind::FACTORS.n_parameters(2, (6, 4)), 2 * (6 + 4));
+/// assert_eq!(pivot.n_parameters(2, (6, 4)), 2 * (6 + 4 - 2));
+/// # Ok::<(), String>(())
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Kind(u8);
 

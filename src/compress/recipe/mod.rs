@@ -30,6 +30,17 @@ pub const DEFAULT_SAMPLES: usize = 64;
 pub const DEFAULT_SHARD_BYTES: u64 = 4_000_000_000;
 
 /// Validated settings.
+///
+/// ```
+/// use lrc::compress::recipe::{Budget, Recipe, RecipeOptions};
+///
+/// let recipe = Recipe::new(&RecipeOptions { keep: Some(0.8), ..RecipeOptions::default() })?;
+/// assert_eq!(recipe.budget(), Budget::Keep(0.8));
+/// assert!(!recipe.measures_statistics(), "plain SVD needs no text");
+/// let options = recipe.to_options(); // with every default written out
+/// assert_eq!(Recipe::new(&options)?.to_options(), options);
+/// # Ok::<(), anyhow::Error>(())
+/// ```
 #[derive(Debug, Clone)]
 pub struct Recipe {
     /// Defines the metric of the approximation, or of the reported errors if bases are quantized.
