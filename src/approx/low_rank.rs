@@ -71,8 +71,11 @@ impl ErrorCurve {
 /// ```
 #[derive(Debug, Clone, PartialEq)]
 pub struct LowRank {
+    /// r; 0 gives empty matrices.
     pub rank: usize,
+    /// `B` (m, r): one row per output.
     pub b: Vec<f32>,
+    /// `A` (r, n): one column per input.
     pub a: Vec<f32>,
 }
 
@@ -97,6 +100,7 @@ impl LowRank {
 /// Bases of the best subspaces of a target, and the error of each.
 #[derive(Debug, Clone)]
 pub struct Decomposition {
+    /// The error at every rank, beyond the kept bases too.
     pub curve: ErrorCurve,
     basis: Basis,
 }

@@ -63,14 +63,18 @@ struct Root {
 /// ```
 #[derive(Debug, Clone, Copy)]
 pub struct MetricPair<'a> {
+    /// `G`, from gradients of the loss at the output; plain in methods without a backward pass.
     pub output: &'a Metric,
+    /// `C`, from the inputs.
     pub input: &'a Metric,
 }
 
 /// The sides of a weight whose form was all zeros, so that the plain metric took its place.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PlainSides {
+    /// Calibration measured only zeros among the gradients.
     pub output: bool,
+    /// Calibration measured only zeros among the inputs.
     pub input: bool,
 }
 

@@ -19,6 +19,7 @@
 
 mod addend;
 mod backward;
+mod header;
 mod measured;
 mod needs;
 mod observe;
@@ -27,9 +28,10 @@ mod statistics;
 mod store;
 mod windows;
 
+pub use header::{Header, Part};
 pub use needs::{Key, Needs};
 pub use observe::{Seconds, observe};
 pub use pieces::{Keep, Observation};
 pub use statistics::Sums;
-pub use store::{Header, Part, Pooled, Statistics, check_output};
+pub use store::{Pooled, Statistics, check_output};
 pub use windows::{Targets, WindowSettings, Windows};

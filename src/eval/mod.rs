@@ -27,16 +27,21 @@ pub use encoder::{Masking, encoder};
 pub struct EvalSettings {
     /// The model as the user named it.
     pub model: String,
+    /// A text, or documents; see [`Text::read`].
     pub text: PathBuf,
     /// Field of a document that holds its text.
     pub field: String,
+    /// How the text is cut and what is scored. Figures of different conventions cannot be compared.
     pub convention: Convention,
     /// Tokens per window; none: set by the convention, at most the model's context.
     pub seq_len: Option<usize>,
     /// Tokens between the starts of overlapping windows.
     pub stride: Option<usize>,
+    /// Only the first windows are scored; none: all.
     pub max_windows: Option<usize>,
+    /// Whether the token stream begins with BOS.
     pub bos: Bos,
+    /// Memory for hidden states, of both models together; the rest goes to a temporary file.
     pub memory_bytes: u64,
 }
 
@@ -47,8 +52,11 @@ const DEFAULT_STRIDE: usize = 512;
 pub struct Prepared {
     /// Tokens that the model reads.
     pub windows: Vec<Vec<u32>>,
+    /// The scored tokens of each window.
     pub scored: Vec<Scored>,
+    /// Tokens per window, at most the model's context.
     pub seq_len: usize,
+    /// The text before it was cut.
     pub text: Text,
     rules: &'static dyn Rules,
     stride: Option<usize>,
@@ -119,6 +127,7 @@ impl Prepared {
         })
     }
 
+    /// The name of the convention, as on the command line.
     pub fn convention(&self) -> &'static str {
         self.rules.name()
     }
@@ -182,7 +191,9 @@ fn words_in(text: &str, bytes: &Range<usize>) -> usize {
 
 /// The model to compare with.
 pub struct Reference<'a> {
+    /// It must tokenize the text as the model does.
     pub checkpoint: &'a Checkpoint,
+    /// The reference as the user named it, for the report.
     pub name: &'a str,
 }
 

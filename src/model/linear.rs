@@ -15,7 +15,9 @@ use crate::operator::{BASE, Element, Form, Forms, Kind, Right, part_name};
 /// Whether a linear has a bias.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Bias {
+    /// `X.bias` (out) must be in the checkpoint.
     Stored,
+    /// A bias in the checkpoint is not read.
     None,
 }
 
@@ -29,6 +31,7 @@ impl Bias {
 /// How a family stores dense weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Order {
+    /// As in torch's `Linear`.
     OutIn,
     /// As in GPT-2's Conv1D.
     InOut,
@@ -41,6 +44,7 @@ impl Order {
     }
 }
 
+/// `x Wᵀ + b`, where `W` is the sum of the stored terms.
 #[derive(Debug, Clone)]
 pub struct Linear {
     /// The terms, base first.

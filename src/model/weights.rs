@@ -36,7 +36,9 @@ pub trait Weights: Sync {
 
 /// A checkpoint with additional tensors, which take precedence over the checkpoint's.
 pub struct Overlay<'a> {
+    /// Every tensor that is not replaced.
     pub below: &'a Checkpoint,
+    /// The replacements, by the name of the tensor.
     pub above: HashMap<String, Tensor>,
 }
 

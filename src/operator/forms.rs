@@ -24,10 +24,13 @@ use crate::quantize::{Scheme, Storage};
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Form {
+    /// The structure.
     pub kind: Kind,
+    /// Its rank, or that of its blocks.
     pub size: Size,
     /// How its floats are quantized; `None` keeps the dtype of the weight.
     pub storage: Option<Storage>,
+    /// Whether the first part is shared with other modules.
     pub right: Right,
 }
 
@@ -98,7 +101,9 @@ impl Form {
 /// The terms that replace a weight, before their values are known: a base, a structure, or both.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Forms {
+    /// Codes, or the dense weight; `None` for low rank alone.
     pub base: Option<Form>,
+    /// Low rank, added to the base if there is one.
     pub over: Option<Form>,
 }
 
@@ -169,7 +174,9 @@ impl Forms {
 /// ```
 #[derive(Debug, Clone, PartialEq)]
 pub struct Term {
+    /// The names and shapes of the parts.
     pub form: Form,
+    /// In the order of [`Form::parts`], a borrowed one included.
     pub parts: Vec<Matrix>,
 }
 
@@ -238,7 +245,9 @@ impl Term {
 /// ```
 #[derive(Debug, Clone, PartialEq)]
 pub struct Operator {
+    /// Codes, or the dense weight; `None` for low rank alone.
     pub base: Option<Term>,
+    /// Low rank, added to the base if there is one.
     pub over: Option<Term>,
 }
 

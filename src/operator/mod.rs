@@ -62,6 +62,7 @@ pub enum Element {
 pub struct Part {
     /// `lr_a` for the tensor `X.lr_a.weight`, or `lr_order` for `X.lr_order`; empty for `X.weight`.
     pub suffix: &'static str,
+    /// Weights or indices, which decides the dtype.
     pub element: Element,
     /// Rows and columns; indices have one column and are stored as a vector.
     pub shape: [usize; 2],

@@ -20,6 +20,7 @@ pub enum Levels {
 /// The layout of codes and scales.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Scheme {
+    /// The values that codes represent.
     pub levels: Levels,
     /// Columns that share a scale, the last run may be shorter; `None`: a whole row.
     pub group: Option<usize>,
@@ -37,8 +38,11 @@ pub enum Scale {
 /// A matrix (rows, cols).
 #[derive(Debug, Clone, PartialEq)]
 pub struct Grouped {
+    /// Outputs of the linear.
     pub rows: usize,
+    /// Inputs of the linear; the last group of a row may be shorter.
     pub cols: usize,
+    /// The layout of codes and scales.
     pub scheme: Scheme,
     /// (rows, cols)
     pub codes: Vec<u8>,
@@ -68,6 +72,7 @@ const NF4: [f32; 16] = [
 ];
 
 impl Levels {
+    /// Bits per code, at most 8.
     pub fn bits(self) -> u32 {
         match self {
             Self::Int { bits, .. } => bits,
@@ -87,6 +92,7 @@ impl Scheme {
         self.group.unwrap_or(cols).min(cols).max(1)
     }
 
+    /// Scales per row of `cols` weights.
     pub fn n_groups(&self, cols: usize) -> usize {
         cols.div_ceil(self.group_of(cols))
     }

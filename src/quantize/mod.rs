@@ -55,14 +55,18 @@ pub enum Quant {
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Storage {
+    /// Codes with a scale per group.
     Grouped(Scheme),
+    /// Blocks of llama.cpp.
     Block(BlockType),
 }
 
 /// A quantized matrix.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Quantized {
+    /// Codes with a scale per group.
     Grouped(Grouped),
+    /// Blocks of llama.cpp.
     Block(Blocks),
 }
 
@@ -93,6 +97,7 @@ impl Quantized {
         }
     }
 
+    /// The storage that holds this matrix exactly.
     pub fn storage(&self) -> Storage {
         match self {
             Self::Grouped(matrix) => Storage::Grouped(matrix.scheme),
@@ -102,6 +107,7 @@ impl Quantized {
 }
 
 impl Quant {
+    /// The storage of its results.
     pub fn storage(self) -> Storage {
         match self {
             Self::Rtn(scheme, _) | Self::Gptq(scheme, _) => Storage::Grouped(scheme),
