@@ -175,6 +175,7 @@ impl Checkpoint {
         self.tensors.values().filter(|info| !self.borrowed.contains(&info.name))
     }
 
+    /// A tensor by its name, fused and decoded ones included.
     pub fn info(&self, name: &str) -> Option<&TensorInfo> {
         self.tensors.get(name)
     }

@@ -241,6 +241,7 @@ pub enum FactorBits {
 }
 
 impl FactorBits {
+    /// The layout of codes and scales.
     pub fn scheme(self) -> Scheme {
         let bits = match self {
             Self::Int8 => 8,

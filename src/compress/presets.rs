@@ -25,6 +25,7 @@ pub enum Method {
 /// The form of a metric on one side of a weight.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Form {
+    /// Nothing is weighted.
     Identity,
     /// The Gram of the inputs; on the output side, of the gradients.
     Gram,
@@ -32,6 +33,7 @@ pub enum Form {
     GramDiagonal,
     /// Diagonal: mean |x| to the power 2α, so that columns are scaled by mean |x|^α.
     Magnitude {
+        /// α: 0.5 for ASVD, 1 for L²QER.
         alpha: f64,
     },
     /// Diagonal: squared gradients of the weights, summed over the outputs of an input feature.
@@ -41,7 +43,9 @@ pub enum Form {
 /// A row of the table.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Preset {
+    /// The form of the outputs, (m, m).
     pub output: Form,
+    /// The form of the inputs, (n, n).
     pub input: Form,
     /// Default damping of Grams, as a share of their mean eigenvalue.
     pub damping: f64,
