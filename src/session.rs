@@ -11,7 +11,6 @@ use crate::store::{Journal, Spool};
 pub struct Session<'a> {
     /// The source.
     pub checkpoint: &'a Checkpoint,
-    /// Memory for hidden states, and the folder for what exceeds it.
     pub limits: WalkLimits,
     /// Finished pieces; the default keeps none, so that nothing can be resumed.
     pub journal: Journal,

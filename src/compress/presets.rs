@@ -25,7 +25,6 @@ pub enum Method {
 /// The form of a metric on one side of a weight.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Form {
-    /// Nothing is weighted.
     Identity,
     /// The Gram of the inputs; on the output side, of the gradients.
     Gram,
@@ -43,9 +42,7 @@ pub enum Form {
 /// A row of the table.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Preset {
-    /// The form of the outputs, (m, m).
     pub output: Form,
-    /// The form of the inputs, (n, n).
     pub input: Form,
     /// Default damping of Grams, as a share of their mean eigenvalue.
     pub damping: f64,

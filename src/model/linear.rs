@@ -31,7 +31,6 @@ impl Bias {
 /// How a family stores dense weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Order {
-    /// As in torch's `Linear`.
     OutIn,
     /// As in GPT-2's Conv1D.
     InOut,
@@ -44,7 +43,6 @@ impl Order {
     }
 }
 
-/// `x Wᵀ + b`, where `W` is the sum of the stored terms.
 #[derive(Debug, Clone)]
 pub struct Linear {
     /// The terms, base first.

@@ -18,9 +18,7 @@ pub enum Approach {
 /// Low rank without a base.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LowRank {
-    /// The rule for ranks.
     pub allocation: Allocation,
-    /// The layout of factors.
     pub storage: Storage,
     /// μ in [0, 1] of the sequential mode; `None` decomposes all linears against the original inputs.
     pub anchor: Option<f64>,
@@ -92,7 +90,6 @@ pub enum Storage {
 /// A quantized base per linear, with or without factors for its error.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Quantized {
-    /// The quantizers, and the factors over them.
     pub bases: Bases,
     /// Never `Measured`, whose trials truncate weights to a low rank.
     pub sensitivity: Sensitivity,
