@@ -28,7 +28,10 @@ pub enum Metric {
     /// `M = I`.
     Identity,
     /// `M = size · I`, in place of a form of zeros, which has no scale: nothing was measured on that side.
-    Plain { size: f64 },
+    Plain {
+        /// The mean eigenvalue that this side has in other blocks; 1 unless it is known.
+        size: f64,
+    },
     /// `M = diag(d)`, `d` > 0.
     Diagonal(Vec<f64>),
     /// `M` as given.

@@ -200,6 +200,7 @@ pub trait Exporter: Sync {
         Vec::new()
     }
 
+    /// The kind of files, with the metadata that they need.
     fn container(&self, _: &Source<'_>) -> Container {
         Container::Safetensors
     }

@@ -11,6 +11,7 @@ use crate::operator::{self, BASE};
 
 /// A source of f32 tensors by name.
 pub trait Weights: Sync {
+    /// Whether there is a tensor of this name.
     fn contains(&self, name: &str) -> bool;
 
     /// The tensor, in f32.

@@ -45,7 +45,12 @@ pub enum Size {
     /// A low rank.
     Rank(usize),
     /// `count`² blocks, each with this rank.
-    Blocks { count: usize, rank: usize },
+    Blocks {
+        /// Blocks per side.
+        count: usize,
+        /// Rank of each block.
+        rank: usize,
+    },
 }
 
 /// The content of a stored matrix.

@@ -12,7 +12,12 @@ use super::bits;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Levels {
     /// `code − zero`, `code` < 2^bits; symmetric: `zero` is 2^(bits − 1), else one an entry of `scales`.
-    Int { bits: u32, symmetric: bool },
+    Int {
+        /// 2 to 8.
+        bits: u32,
+        /// Whether all groups have the same zero.
+        symmetric: bool,
+    },
     /// The 16 quantiles of a normal distribution of QLoRA (Dettmers et al. 2023), appendix E.
     Nf4,
 }

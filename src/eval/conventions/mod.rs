@@ -60,6 +60,7 @@ pub struct Lengths {
 
 /// The rules of a convention.
 pub trait Rules: Sync {
+    /// The name on the command line and in reports.
     fn name(&self) -> &'static str;
 
     /// Default tokens per window, capped by the model's context; none: the context.
@@ -70,6 +71,7 @@ pub trait Rules: Sync {
         false
     }
 
+    /// What the perplexity is normalized by.
     fn unit(&self) -> Unit {
         Unit::Token
     }

@@ -12,6 +12,7 @@ use crate::codecs::gguf;
 /// families are Llama except for a few fields.
 #[derive(Debug)]
 pub struct Architecture {
+    /// `model_type` in `config.json`.
     pub model_type: &'static str,
     /// The prefix of all module names except the head's; some files leave it out.
     pub prefix: &'static str,

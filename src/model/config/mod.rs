@@ -28,6 +28,7 @@ pub const MODEL_TYPE_PREFIX: &str = "lrc_";
 /// The config of a model, as far as the decoder needs it. Other names of its fields are in `Architecture::aliases`.
 #[derive(Debug, Clone, Deserialize)]
 pub struct ModelConfig {
+    /// The family, without the prefix `lrc_`.
     pub model_type: String,
     /// Rows of the embedding table.
     pub vocab_size: usize,
