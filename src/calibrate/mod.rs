@@ -1,6 +1,6 @@
 //! Calibration: the statistics of inputs and gradients of linears from which metrics are computed.
 //!
-//! Sums are kept under their names; a [`Statistics`] gives them as means, in full matrices:
+//! Sums are kept under their names; a [`Statistics`] gives them as means over tokens:
 //!
 //! ```
 //! use lrc::calibrate::{Header, Needs, Observation, Part, Statistics};
@@ -8,12 +8,12 @@
 //!
 //! let (text_sha256, part) = ("0".repeat(64), (1, 1));
 //! let part = Part { text_sha256, samples: 1, seq_len: 2, seed: 0, part, windows: 1, tokens: 2 };
-//! let observation = Observation { needs: Needs { input_gram: true, ..Needs::default() }, clip_gradients: false };
+//! let observation = Observation { needs: Needs { input_magnitude: true, ..Needs::default() }, clip_gradients: false };
 //! let header = Header::new(Default::default(), observation, vec![part]);
 //! let mut statistics = Statistics::new(header, 1 << 20, &std::env::temp_dir());
-//! statistics.keep(vec![("0.down.input_gram".into(), vec![2.0f32, 4.0, 6.0].into())])?; // a lower triangle
-//! let gram = statistics.input_gram(LinearId { block: 0, slot: Slot::shared(Role::DownProj) }, 2)?;
-//! assert_eq!((gram[(0, 0)], gram[(0, 1)], gram[(1, 1)]), (1.0, 2.0, 3.0)); // per token
+//! statistics.keep(vec![("0.down.input_magnitude".into(), vec![2.0f32, 4.0, 6.0].into())])?; // Σ |x| over 2 tokens
+//! let magnitude = statistics.input_magnitude(LinearId { block: 0, slot: Slot::shared(Role::DownProj) }, 3)?;
+//! assert_eq!(magnitude, [1.0, 2.0, 3.0]); // per token
 //! # Ok::<(), anyhow::Error>(())
 //! ```
 
