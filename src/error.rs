@@ -29,28 +29,36 @@ pub const NON_FINITE_HINT: &str = "the checkpoint is damaged, or overflows in f3
 #[derive(Debug, thiserror::Error)]
 #[error("{message}")]
 pub struct Failure {
+    /// Decides the exit code.
     pub class: ExitClass,
+    /// What was found and what was expected, in lower case without a full stop.
     pub message: String,
+    /// What a user can do about it.
     pub hint: Option<String>,
 }
 
 impl Failure {
+    /// A failure without a hint.
     pub fn new(class: ExitClass, message: impl Into<String>) -> Self {
         Self { class, message: message.into(), hint: None }
     }
 
+    /// [`ExitClass::Usage`] without a hint.
     pub fn usage(message: impl Into<String>) -> Self {
         Self::new(ExitClass::Usage, message)
     }
 
+    /// [`ExitClass::Unsupported`] without a hint.
     pub fn unsupported(message: impl Into<String>) -> Self {
         Self::new(ExitClass::Unsupported, message)
     }
 
+    /// [`ExitClass::Numeric`] without a hint.
     pub fn numeric(message: impl Into<String>) -> Self {
         Self::new(ExitClass::Numeric, message)
     }
 
+    /// The failure with this hint in place of any other.
     #[must_use]
     pub fn hint(mut self, hint: impl Into<String>) -> Self {
         self.hint = Some(hint.into());

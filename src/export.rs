@@ -19,12 +19,17 @@ use crate::report::{ExportReport, LRC_VERSION, REPORT_FILE, SCHEMA_VERSION, publ
 
 /// An export.
 pub struct ExportJob<'a> {
+    /// Dense, or an output of `lrc` in any format.
     pub checkpoint: &'a Checkpoint,
     /// The model as the user named it.
     pub source: &'a str,
+    /// The format to write.
     pub format: Format,
+    /// The output folder, which appears whole or not at all.
     pub output: &'a Path,
+    /// Whether an output of an earlier run is replaced.
     pub force: bool,
+    /// Largest size of a file of weights, except for a tensor that is larger by itself.
     pub max_shard_bytes: u64,
 }
 

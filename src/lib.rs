@@ -1,5 +1,5 @@
-//! `lrc` makes Hugging Face checkpoints smaller: it replaces linear layers by low-rank factors, by quantized matrices, or by
-//! both, `W ≈ Q + B·A`, in a metric of your choice and under a budget.
+//! `lrc` makes Hugging Face checkpoints smaller: it replaces linear layers with low-rank factors, with quantized matrices, or
+//! with both, `W ≈ Q + B·A`, in a metric of your choice and under a budget.
 //!
 //! The command line is one user of this library. [`compress::compress`] is what `lrc compress` runs, [`eval::perplexity`] what
 //! `lrc eval` runs:

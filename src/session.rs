@@ -9,9 +9,12 @@ use crate::store::{Journal, Spool};
 
 /// What every step of a run is given.
 pub struct Session<'a> {
+    /// The source.
     pub checkpoint: &'a Checkpoint,
     pub limits: WalkLimits,
+    /// Finished pieces; the default keeps none, so that nothing can be resumed.
     pub journal: Journal,
+    /// Receives the progress of every stage.
     pub progress: &'a dyn Progress,
 }
 

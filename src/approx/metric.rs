@@ -14,12 +14,25 @@ use serde::{Deserialize, Serialize};
 use crate::linalg::{self, LinalgError, Packed};
 
 /// A symmetric positive semidefinite form `M` on one side of a weight.
+///
+/// ```
+/// use faer::Mat;
+/// use lrc::approx::metric::Metric;
+///
+/// let gram = Mat::from_fn(2, 2, |i, j| if i == 0 && j == 0 { 4.0 } else { 0.0 });
+/// assert_eq!(Metric::full(gram.clone()).to_diagonal(2), [4.0, 0.0]);
+/// assert_eq!(Metric::damped(gram, 0.5).to_diagonal(2), [3.0, 1.0]); // the mean eigenvalue is 2
+/// assert_eq!(Metric::Identity.to_diagonal(2), [1.0, 1.0]);
+/// ```
 #[derive(Debug)]
 pub enum Metric {
     /// `M = I`.
     Identity,
     /// `M = size · I`, in place of a form of zeros, which has no scale: nothing was measured on that side.
-    Plain { size: f64 },
+    Plain {
+        /// The mean eigenvalue that this side has in other blocks; 1 unless it is known.
+        size: f64,
+    },
     /// `M = diag(d)`, `d` > 0.
     Diagonal(Vec<f64>),
     /// `M` as given.
@@ -110,16 +123,31 @@ enum Root {
 }
 
 /// The metric of a weight (m, n): `output` is (m, m), `input` (n, n).
+///
+/// ```
+/// use faer::Mat;
+/// use lrc::approx::metric::{Metric, MetricPair};
+///
+/// let (output, input) = (Metric::diagonal(vec![2.0]), Metric::diagonal(vec![1.0, 10.0]));
+/// let error = Mat::from_fn(1, 2, |_, j| [1.0, 3.0][j]);
+/// let metric = MetricPair { output: &output, input: &input };
+/// assert_eq!(metric.squared_norm(error.as_ref()), 2.0 * (1.0 * 1.0 + 10.0 * 9.0));
+/// assert_eq!(MetricPair::IDENTITY.squared_norm(error.as_ref()), 1.0 + 9.0);
+/// ```
 #[derive(Debug, Clone, Copy)]
 pub struct MetricPair<'a> {
+    /// `G`, from gradients of the loss at the output; plain in methods without a backward pass.
     pub output: &'a Metric,
+    /// `C`, from the inputs.
     pub input: &'a Metric,
 }
 
 /// The sides of a weight whose form was all zeros, so that the plain metric took its place.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PlainSides {
+    /// Calibration measured only zeros among the gradients.
     pub output: bool,
+    /// Calibration measured only zeros among the inputs.
     pub input: bool,
 }
 

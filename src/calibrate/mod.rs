@@ -1,7 +1,25 @@
 //! Calibration: the statistics of inputs and gradients of linears from which metrics are computed.
+//!
+//! Sums are kept under their names; a [`Statistics`] gives them as means over tokens:
+//!
+//! ```
+//! use lrc::calibrate::{Header, Needs, Observation, Part, Statistics};
+//! use lrc::model::{LinearId, Role, Slot};
+//!
+//! let (text_sha256, part) = ("0".repeat(64), (1, 1));
+//! let part = Part { text_sha256, samples: 1, seq_len: 2, seed: 0, part, windows: 1, tokens: 2 };
+//! let observation = Observation { needs: Needs { input_magnitude: true, ..Needs::default() }, clip_gradients: false };
+//! let header = Header::new(Default::default(), observation, vec![part]);
+//! let mut statistics = Statistics::new(header, 1 << 20, &std::env::temp_dir());
+//! statistics.keep(vec![("0.down.input_magnitude".into(), vec![2.0f32, 4.0, 6.0].into())])?; // Σ |x| over 2 tokens
+//! let magnitude = statistics.input_magnitude(LinearId { block: 0, slot: Slot::shared(Role::DownProj) }, 3)?;
+//! assert_eq!(magnitude, [1.0, 2.0, 3.0]); // per token
+//! # Ok::<(), anyhow::Error>(())
+//! ```
 
 mod addend;
 mod backward;
+mod header;
 mod measured;
 mod needs;
 mod observe;
@@ -10,9 +28,10 @@ mod statistics;
 mod store;
 mod windows;
 
+pub use header::{Header, Part};
 pub use needs::{Key, Needs};
 pub use observe::{Seconds, observe};
 pub use pieces::{Keep, Observation};
 pub use statistics::Sums;
-pub use store::{Header, Part, Pooled, Statistics, check_output};
+pub use store::{Pooled, Statistics, check_output};
 pub use windows::{TargetedWindows, Targets, WindowSettings, Windows};

@@ -5,6 +5,14 @@ use serde::{Deserialize, Serialize};
 use crate::model::{InputSite, Slot};
 
 /// The statistics to collect.
+///
+/// ```
+/// use lrc::calibrate::Needs;
+///
+/// let gram = Needs { input_gram: true, ..Needs::default() };
+/// assert!(gram.inputs() && !gram.gradients());
+/// assert!(gram.are_met_by(Needs::ALL) && !Needs::ALL.are_met_by(gram));
+/// ```
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Needs {
@@ -20,12 +28,15 @@ pub struct Needs {
 }
 
 impl Needs {
+    /// What every method together needs.
     pub const ALL: Self = Self { input_gram: true, input_magnitude: true, output_gram: true, squared_gradient: true };
 
+    /// Whether a forward pass collects anything.
     pub fn inputs(self) -> bool {
         self.input_gram || self.input_magnitude
     }
 
+    /// Whether a backward pass is needed.
     pub fn gradients(self) -> bool {
         self.output_gram || self.squared_gradient
     }
@@ -35,6 +46,7 @@ impl Needs {
         self.union(other) == other
     }
 
+    /// What either needs.
     #[must_use]
     pub fn union(self, other: Self) -> Self {
         Self {
@@ -49,8 +61,11 @@ impl Needs {
 /// One statistic of a block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Key {
+    /// `Σ x xᵀ` (n, n), stored as a lower triangle.
     InputGram(InputSite),
+    /// `Σ |x|` (n).
     InputMagnitude(InputSite),
+    /// `Σ g gᵀ` (m, m), stored as a lower triangle.
     OutputGram(Slot),
     /// Column sums: one value per input feature.
     SquaredGradientInput(Slot),

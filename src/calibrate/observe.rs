@@ -18,7 +18,9 @@ use crate::store::Journal;
 /// Seconds of a calibration.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Seconds {
+    /// Forward through all blocks.
     pub forward: f64,
+    /// Back through all blocks; 0 if no statistic is of gradients.
     pub backward: f64,
 }
 

@@ -7,7 +7,6 @@ use anyhow::Result;
 use super::addend::Addend;
 use super::needs::{Key, Needs};
 use crate::error::{Failure, NON_FINITE_HINT};
-use crate::linalg;
 use crate::model::Slot;
 
 /// Sums over the tokens of one block. Grams are lower triangles in f64, row by row, to which the product of each batch,

@@ -8,82 +8,19 @@ use std::path::Path;
 use std::sync::Mutex;
 
 use anyhow::{Context, Result};
-use serde::{Deserialize, Serialize};
 
+use super::header::Header;
 use super::measured::{Measured, diagonal, diagonal_name, lock};
 use super::needs::{Key, Needs};
-use super::pieces::Observation;
 use crate::checkpoint::{Checkpoint, Dtype, Existing, Fingerprint, TensorSpec, cast, check_file, write_file};
 use crate::error::Failure;
 use crate::linalg::Packed;
 use crate::model::{InputSite, LinearId};
 use crate::store::{Array, Journal, Spool};
 
-/// The origin of the sums.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Header {
-    pub lrc_statistics_version: u32,
-    /// SHA-256 of the files on which the sums depend (`model::fingerprint`).
-    pub model: Fingerprint,
-    pub needs: Needs,
-    pub clip_gradients: bool,
-    pub parts: Vec<Part>,
-}
-
-/// Windows of one text.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Part {
-    pub text_sha256: String,
-    /// Number of windows requested for all parts.
-    pub samples: usize,
-    pub seq_len: usize,
-    pub seed: u64,
-    /// (i, n): the i-th of n parts, counted from 1.
-    pub part: (usize, usize),
-    pub windows: usize,
-    pub tokens: usize,
-}
-
-impl Header {
-    pub const VERSION: u32 = 1;
-
-    pub fn new(model: Fingerprint, observation: Observation, parts: Vec<Part>) -> Self {
-        let Observation { needs, clip_gradients } = observation;
-        Self { lrc_statistics_version: Self::VERSION, model, needs, clip_gradients, parts }
-    }
-
-    pub fn n_tokens(&self) -> usize {
-        self.parts.iter().map(|p| p.tokens).sum()
-    }
-
-    pub fn n_windows(&self) -> usize {
-        self.parts.iter().map(|p| p.windows).sum()
-    }
-
-    /// Describes a header that no run of `lrc calibrate` writes.
-    fn fault(&self) -> Option<String> {
-        if self.lrc_statistics_version != Self::VERSION {
-            return Some(format!("version {}", self.lrc_statistics_version));
-        }
-        let is_hash = |text: &str| text.len() == 64 && text.bytes().all(|b| b.is_ascii_hexdigit());
-        let is_sound = |p: &&Part| {
-            let (i, n) = p.part;
-            // Small enough that sums over parts do not overflow.
-            let is_small = [p.samples, p.seq_len, p.windows, p.tokens, n].iter().all(|&n| n < 1 << 40);
-            is_hash(&p.text_sha256) && 1 <= i && i <= n && is_small
-        };
-        let broken = self.parts.iter().find(|part| !is_sound(part));
-        if let Some(Part { text_sha256, part: (i, n), .. }) = broken {
-            return Some(format!("part {i}/{n} of a text with hash `{text_sha256}` is not valid"));
-        }
-        self.parts.is_empty().then(|| "it has no text parts".into())
-    }
-}
-
 /// Sums over all parts, by name.
 pub struct Statistics {
+    /// The model, the texts, and which sums there are.
     pub header: Header,
     source: Source,
     /// Results of [`Self::pooled`] by the name of the first expert's statistic, and of [`Self::pooled_over_blocks`] by
@@ -96,6 +33,7 @@ pub struct Statistics {
 pub struct Pooled {
     /// Sum over members and tokens of the mean over features.
     pub sum: f64,
+    /// Tokens that the members saw, each counted once per member.
     pub tokens: f64,
     /// Number of experts or blocks.
     pub members: usize,

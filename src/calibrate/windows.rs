@@ -7,7 +7,7 @@ use anyhow::Result;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 
-use super::store::Part;
+use super::header::Part;
 use crate::checkpoint::Checkpoint;
 use crate::error::Failure;
 use crate::model::config::window_length;
@@ -20,21 +20,26 @@ const DEFAULT_SEQ_LEN: usize = 512;
 /// The calibration text, and how much of it is used.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct WindowSettings {
+    /// A text, or documents; see [`Text::read`].
     pub text: PathBuf,
     /// Field of a document that holds its text.
     pub field: String,
+    /// Windows to draw; a short text gives fewer.
     pub samples: usize,
     /// Tokens per window; none: 512, at most the model's context.
     pub seq_len: Option<usize>,
+    /// Seed of the draw: the same seed gives the same windows on every machine.
     pub seed: u64,
 }
 
 /// A calibration text cut into windows.
 #[derive(Debug, Clone)]
 pub struct Windows {
+    /// Token ids, at most `seq_len` per window.
     pub windows: Vec<Vec<u32>>,
     /// The targets of the loss of each window.
     pub targets: Vec<Targets>,
+    /// What a file of statistics records of these windows.
     pub part: Part,
     /// The text as the user named it.
     pub text: String,
@@ -52,6 +57,7 @@ pub struct TargetedWindows<'a> {
 pub struct Targets {
     /// Empty if the loss has no token targets.
     pub rows: Vec<u32>,
+    /// The token that each of `rows` should predict.
     pub tokens: Vec<u32>,
     /// Seeds the direction in which the gradient of an embedding is taken.
     pub probe: u64,

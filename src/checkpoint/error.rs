@@ -250,6 +250,7 @@ fn more(others: usize) -> String {
     if others == 0 { String::new() } else { format!(" and {others} more") }
 }
 
+/// A result with a [`CheckpointError`].
 pub type Result<T, E = CheckpointError> = std::result::Result<T, E>;
 
 /// Adds the action and the path to an [`std::io::Error`].

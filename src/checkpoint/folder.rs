@@ -44,7 +44,9 @@ pub struct OutputFolder {
 /// Whether the remains of an earlier run are used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Earlier {
+    /// Finished pieces are read, if the job is the same.
     Resumed,
+    /// They are deleted first.
     Discarded,
 }
 

@@ -40,13 +40,14 @@ pub struct Checkpoint {
 impl Checkpoint {
     /// Opens a folder of safetensors (or one such file) and checks every header.
     ///
-    /// ```no_run
-    /// # fn main() -> Result<(), lrc::checkpoint::CheckpointError> {
-    /// let checkpoint = lrc::checkpoint::Checkpoint::open("path/to/checkpoint".as_ref())?;
+    /// ```
+    /// use lrc::checkpoint::Checkpoint;
+    ///
+    /// let checkpoint = Checkpoint::open("fixtures/tiny-llama".as_ref())?;
     /// let shape = &checkpoint.require("model.embed_tokens.weight")?.shape; // (vocab_size, hidden_size)
     /// assert_eq!(checkpoint.values("model.embed_tokens.weight")?.len(), shape[0] * shape[1]);
-    /// # Ok(())
-    /// # }
+    /// assert!(Checkpoint::open("fixtures/text".as_ref()).is_err(), "a folder without weights");
+    /// # Ok::<(), lrc::checkpoint::CheckpointError>(())
     /// ```
     ///
     /// # Errors
@@ -174,6 +175,7 @@ impl Checkpoint {
         self.tensors.values().filter(|info| !self.borrowed.contains(&info.name))
     }
 
+    /// A tensor by its name, fused and decoded ones included.
     pub fn info(&self, name: &str) -> Option<&TensorInfo> {
         self.tensors.get(name)
     }

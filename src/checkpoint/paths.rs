@@ -4,7 +4,9 @@ use std::path::Path;
 
 /// Names that Hugging Face gives to the files of a checkpoint.
 pub const SINGLE_FILE: &str = "model.safetensors";
+/// The index of shards.
 pub const INDEX_FILE: &str = "model.safetensors.index.json";
+/// The config of the model.
 pub const CONFIG_FILE: &str = "config.json";
 
 /// The report of an output of `lrc`, which marks a folder as one.

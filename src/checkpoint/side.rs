@@ -20,8 +20,11 @@ const MODULES_FILE: &str = "modules.json";
 /// The files beside the weights. Paths are relative to the root of the checkpoint.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Side {
+    /// Files to copy.
     pub files: Vec<PathBuf>,
+    /// Folders without a file, which are made again.
     pub empty_folders: Vec<PathBuf>,
+    /// What is not copied.
     pub left_out: Vec<LeftOut>,
 }
 
@@ -30,6 +33,7 @@ pub struct Side {
 pub struct LeftOut {
     /// Its path; a folder's ends in `/`.
     pub path: String,
+    /// A noun phrase for the report: `weights in another format`.
     pub reason: &'static str,
 }
 

@@ -10,8 +10,11 @@ use crate::quantize::{Blocks, Grouped, Quantized, Scheme, Storage};
 /// Where a tensor lies and what it is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TensorInfo {
+    /// The name under which it is shown, which may differ from the name in the file.
     pub name: String,
+    /// The dtype of its values; for quantized weights the dtype before quantization.
     pub dtype: Dtype,
+    /// Weights of linears are (out, in), or (in, out) in families with Conv1D.
     pub shape: Vec<usize>,
     /// Index of the shard among those of the checkpoint.
     pub shard_idx: usize,
@@ -26,6 +29,7 @@ pub struct TensorInfo {
 }
 
 impl TensorInfo {
+    /// Bytes in the files, with everything that it is decoded from.
     pub fn n_bytes(&self) -> u64 {
         self.encoded.as_ref().map_or((self.end - self.begin) as u64, |encoded| encoded.n_bytes())
     }
@@ -45,6 +49,7 @@ impl TensorInfo {
         self.encoded.as_ref().is_some_and(|encoded| encoded.is_picked())
     }
 
+    /// The product of the shape.
     pub fn n_elements(&self) -> u64 {
         self.shape.iter().map(|&d| d as u64).product()
     }
@@ -77,9 +82,13 @@ pub(super) enum Codec {
 /// Some rows of a larger matrix (or columns, if it is stored transposed): runs of `run`, one every `stride`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Rows {
+    /// Index of the first row.
     pub first: usize,
+    /// Number of rows in all runs.
     pub count: usize,
+    /// Adjacent rows per run.
     pub run: usize,
+    /// Rows from the start of one run to the start of the next.
     pub stride: usize,
     /// The larger matrix is stored as (in, out).
     pub is_transposed: bool,

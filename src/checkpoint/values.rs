@@ -19,13 +19,16 @@ const HASH_CHUNK: usize = 16 << 20;
 pub struct Comparison {
     /// Whether they have the same shape and values.
     pub is_equal: bool,
+    /// Whether this pair was compared before.
     pub asked: Asked,
 }
 
 /// Whether a question was asked before, so that a warning appears once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Asked {
+    /// Now for the first time; a warning is due.
     First,
+    /// The answer was remembered.
     Before,
 }
 

@@ -23,16 +23,21 @@ type Result<T, E = CheckpointError> = std::result::Result<T, E>;
 /// A tensor that will be written.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TensorSpec {
+    /// The name in the file.
     pub name: String,
+    /// The dtype in the file.
     pub dtype: Dtype,
+    /// Row-major; empty for a scalar.
     pub shape: Vec<usize>,
 }
 
 impl TensorSpec {
+    /// The product of the shape.
     pub fn n_elements(&self) -> u64 {
         self.shape.iter().map(|&d| d as u64).product()
     }
 
+    /// Bytes of its values, without its entry in the header.
     pub fn n_bytes(&self) -> u64 {
         cast::n_bytes(self.dtype, self.shape.iter().product()).expect("invariant: an output tensor fits in memory")
     }

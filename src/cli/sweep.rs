@@ -103,9 +103,9 @@ impl Args for SweptOptions {
                     .help(KEEPS)
                     .long_help(KEEPS)
             })
-            // A sweep writes no weights.
+            // A sweep writes no weights, and `--keep` is its budget.
             .mut_args(|arg| {
-                let is_hidden = ["target_size", "format", "max_shard_size"].contains(&arg.get_id().as_str());
+                let is_hidden = ["target_size", "bits", "format", "max_shard_size"].contains(&arg.get_id().as_str());
                 if is_hidden { arg.hide(true) } else { arg }
             })
     }

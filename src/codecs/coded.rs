@@ -8,13 +8,16 @@ use crate::quantize::Grouped;
 pub struct Tensor {
     /// The name after the module: `qweight`.
     pub suffix: &'static str,
+    /// The dtype in the file; codes are packed into integers.
     pub dtype: Dtype,
+    /// The shape in the file.
     pub shape: Vec<usize>,
 }
 
 /// The values of a stored tensor.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Values {
+    /// Written as they are: codes and indices.
     Bytes(Vec<u8>),
     /// These are rounded to the dtype of the tensor.
     Floats(Vec<f32>),
@@ -23,8 +26,11 @@ pub enum Values {
 /// A stored tensor with its values.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Written {
+    /// The name after the module: `qweight`.
     pub suffix: &'static str,
+    /// The dtype in the file.
     pub dtype: Dtype,
+    /// Row-major.
     pub values: Values,
 }
 

@@ -11,8 +11,11 @@ use crate::quantize::{Grouped, Levels, Scheme, bits};
 pub const METHOD: &str = "compressed-tensors";
 const FORMAT: &str = "pack-quantized";
 
+/// Suffix of the codes, i32 (out, in · bits / 32).
 pub const PACKED: &str = "weight_packed";
+/// Suffix of the scales (out, n_groups), in the dtype of the weight.
 pub const SCALE: &str = "weight_scale";
+/// Suffix of the shape of the weight, i64 (2).
 pub const SHAPE: &str = "weight_shape";
 /// Asymmetric codes have this tensor; they are not read here.
 pub const ZERO_POINT: &str = "weight_zero_point";

@@ -12,9 +12,12 @@ use crate::quantize::{Grouped, Levels, Scheme, bits};
 pub const METHOD: &str = "gptq";
 const VERSION: &str = "gptq";
 
+/// Suffix of the codes, i32 (in · bits / 32, out).
 pub const CODES: &str = "qweight";
+/// Suffix of the scales, f16 (n_groups, out).
 pub const SCALES: &str = "scales";
 const ZEROS: &str = "qzeros";
+/// Suffix of the group of each input, i32 (in).
 pub const GROUPS: &str = "g_idx";
 /// The suffixes in the order in which [`read`] takes the tensors.
 pub const SUFFIXES: [&str; 4] = [CODES, SCALES, ZEROS, GROUPS];

@@ -23,6 +23,7 @@ pub struct PackedEntry {
 }
 
 impl PackedEntry {
+    /// The entry of a matrix (out, in) whose weight had `dtype`.
     pub fn new(scheme: Scheme, shape: [usize; 2], dtype: Dtype) -> Self {
         Self { scheme: scheme.to_string(), shape, dtype: format!("{dtype:?}") }
     }

@@ -7,7 +7,9 @@ use serde_json::{Map, Value, json};
 
 /// The folder of an adapter next to its base, and the files in it.
 pub const FOLDER: &str = "adapter";
+/// The factors of all modules.
 pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
+/// Ranks and scales; see [`config`].
 pub const CONFIG_FILE: &str = "adapter_config.json";
 /// The part names under which an adapter's `A` and `B` appear next to their base, as in the layout `factors`.
 pub const SHOWN: [&str; 2] = ["lr_a", "lr_b"];
@@ -22,7 +24,9 @@ const PREFIX: &str = "base_model.model.";
 /// One of the two factors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Factor {
+    /// (r, in), multiplied by the input.
     A,
+    /// (out, r).
     B,
 }
 
@@ -46,7 +50,9 @@ pub fn parse(tensor: &str) -> Option<(&str, Factor)> {
 /// Whether a weight is stored as (out, in) or as (in, out).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fan {
+    /// As in most models.
     OutIn,
+    /// As in GPT-2's Conv1D.
     InOut,
 }
 

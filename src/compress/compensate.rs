@@ -66,6 +66,7 @@ impl Compensate {
 pub enum CompensateRank {
     /// Allocated by the budget: a rank per linear, which may be 0.
     Auto,
+    /// The same rank for every linear, at most its full rank.
     Fixed(usize),
 }
 

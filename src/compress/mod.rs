@@ -59,14 +59,19 @@ pub use sweep::{SweepSettings, sweep};
 
 /// The source and the output of a compression.
 pub struct Job<'a> {
+    /// The source.
     pub checkpoint: &'a Checkpoint,
     /// The model as the user names it.
     pub source: &'a str,
+    /// All settings that determine the bytes of the output.
     pub recipe: &'a Recipe,
+    /// The output folder, which appears whole or not at all.
     pub output: &'a Path,
+    /// Whether an output of an earlier run is replaced.
     pub force: bool,
     /// Whether to discard the progress of an interrupted run instead of resuming it.
     pub restart: bool,
+    /// Memory for hidden states and activations; the rest goes to files in the work folder.
     pub memory_bytes: u64,
 }
 

@@ -241,6 +241,7 @@ pub enum FactorBits {
 }
 
 impl FactorBits {
+    /// The layout of codes and scales.
     pub fn scheme(self) -> Scheme {
         let bits = match self {
             Self::Int8 => 8,
@@ -265,6 +266,15 @@ impl RecipeOptions {
     }
 
     /// These options, completed from `other`. A budget replaces a budget of another kind.
+    ///
+    /// ```
+    /// use lrc::compress::recipe::RecipeOptions;
+    ///
+    /// let flags = RecipeOptions { bits: Some(4.0), ..RecipeOptions::default() };
+    /// let file = RecipeOptions { keep: Some(0.8), seed: Some(1), ..RecipeOptions::default() };
+    /// let both = flags.or(file);
+    /// assert_eq!((both.bits, both.keep, both.seed), (Some(4.0), None, Some(1)));
+    /// ```
     #[must_use]
     pub fn or(self, other: Self) -> Self {
         let has_budget = self.keep.is_some() || self.target_size.is_some() || self.bits.is_some();

@@ -32,6 +32,7 @@ pub enum MetricForm {
     GramDiagonal,
     /// Diagonal: mean |x| to the power 2α, so that columns are scaled by mean |x|^α.
     Magnitude {
+        /// α: 0.5 for ASVD, 1 for L²QER.
         alpha: f64,
     },
     /// Diagonal: squared gradients of the weights, summed over the outputs of an input feature.

@@ -20,7 +20,9 @@ use crate::store::Journal;
 
 /// A curve in a metric, and the sides of the metric that were plain.
 pub struct Weighted {
+    /// Squared singular values in the metric.
     pub curve: ErrorCurve,
+    /// Which sides were plain for want of calibration; `None` if none was.
     pub note: Option<String>,
 }
 

@@ -25,10 +25,13 @@ use crate::store::Journal;
 
 /// The settings of a sweep.
 pub struct SweepSettings<'a> {
+    /// The source.
     pub checkpoint: &'a Checkpoint,
     /// The recipe; `keeps` replace its budget.
     pub recipe: &'a Recipe,
+    /// Shares of the parameters of the targeted linears, each in (0, 1].
     pub keeps: &'a [f64],
+    /// How every trial, and the source, is evaluated.
     pub eval: EvalSettings,
 }
 

@@ -11,8 +11,11 @@ use crate::report::{Distribution, DivergenceRecord};
 /// The figures of one scored token.
 #[derive(Debug, Clone, Copy)]
 pub struct TokenDivergence {
+    /// −ln p of the target under the reference.
     pub reference_nll: f64,
+    /// −ln p of the target under the model.
     pub nll: f64,
+    /// What depends on the whole distribution and not on the target.
     pub rows: RowDivergence,
 }
 
@@ -67,6 +70,7 @@ pub fn compare(
 }
 
 impl Divergence {
+    /// Appends the tokens of the next window.
     pub fn extend(&mut self, tokens: Vec<TokenDivergence>) {
         self.tokens.extend(tokens);
     }

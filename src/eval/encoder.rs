@@ -23,7 +23,9 @@ const DEFAULT_SEQ_LEN: usize = 512;
 /// Whether the pseudo-perplexity is measured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Masking {
+    /// Only hidden states and embeddings are compared.
     Never,
+    /// Each token is masked in turn, which takes one pass per token of a window.
     Always,
 }
 

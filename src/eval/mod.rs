@@ -27,16 +27,21 @@ pub use encoder::{Masking, encoder};
 pub struct EvalSettings {
     /// The model as the user named it.
     pub model: String,
+    /// A text, or documents; see [`Text::read`].
     pub text: PathBuf,
     /// Field of a document that holds its text.
     pub field: String,
+    /// How the text is cut and what is scored. Figures of different conventions cannot be compared.
     pub convention: Convention,
     /// Tokens per window; none: set by the convention, at most the model's context.
     pub seq_len: Option<usize>,
     /// Tokens between the starts of overlapping windows.
     pub stride: Option<usize>,
+    /// Only the first windows are scored; none: all.
     pub max_windows: Option<usize>,
+    /// Whether the token stream begins with BOS.
     pub bos: Bos,
+    /// Memory for hidden states, of both models together; the rest goes to a temporary file.
     pub memory_bytes: u64,
 }
 
@@ -47,8 +52,11 @@ const DEFAULT_STRIDE: usize = 512;
 pub struct Prepared {
     /// Tokens that the model reads.
     pub windows: Vec<Vec<u32>>,
+    /// The scored tokens of each window.
     pub scored: Vec<Scored>,
+    /// Tokens per window, at most the model's context.
     pub seq_len: usize,
+    /// The text before it was cut.
     pub text: Text,
     rules: &'static dyn Rules,
     stride: Option<usize>,
@@ -119,6 +127,7 @@ impl Prepared {
         })
     }
 
+    /// The name of the convention, as on the command line.
     pub fn convention(&self) -> &'static str {
         self.rules.name()
     }
@@ -182,12 +191,38 @@ fn words_in(text: &str, bytes: &Range<usize>) -> usize {
 
 /// The model to compare with.
 pub struct Reference<'a> {
+    /// It must tokenize the text as the model does.
     pub checkpoint: &'a Checkpoint,
+    /// The reference as the user named it, for the report.
     pub name: &'a str,
 }
 
 /// Measures perplexity, and the divergence from a reference if there is one. Weights are read once, one block at a time, of both models
 /// in turn.
+///
+/// ```
+/// # use lrc::checkpoint::Checkpoint;
+/// # use lrc::eval::{EvalSettings, Reference, conventions::Convention, perplexity};
+/// # use lrc::{progress::Silent, text::Bos};
+/// # let settings = EvalSettings {
+/// #     model: "tiny-llama".into(),
+/// #     text: "fixtures/text/held-out.txt".into(),
+/// #     field: "text".into(),
+/// #     convention: Convention::Gptq,
+/// #     seq_len: Some(32),
+/// #     stride: None,
+/// #     max_windows: Some(2),
+/// #     bos: Bos::Auto,
+/// #     memory_bytes: 1 << 30,
+/// # };
+/// let model = Checkpoint::open("fixtures/tiny-llama".as_ref())?;
+/// let reference = Reference { checkpoint: &model, name: "itself" };
+/// let report = perplexity(&model, Some(&reference), &settings, &Silent)?; // 2 windows of 32 tokens
+/// assert_eq!(report.scored_tokens, 2 * 31); // `gptq` does not score the first token of a window
+/// assert!((report.ppl - (report.nll_sum / 62.0).exp()).abs() < 1e-9);
+/// assert_eq!(report.divergence.expect("there is a reference").kl.mean, 0.0);
+/// # Ok::<(), anyhow::Error>(())
+/// ```
 ///
 /// # Errors
 /// A model cannot be run, the text is too short, a logit is not finite, or the reference has another tokenizer.

@@ -53,6 +53,7 @@ pub enum Format {
 /// The file that a tensor goes to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Target {
+    /// The weights of the model.
     Model,
     /// The adapter next to the model.
     Adapter,
@@ -68,9 +69,13 @@ pub enum Adapter {
 /// A tensor of the output.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct OutTensor {
+    /// The file that it goes to.
     pub target: Target,
+    /// The name in that file.
     pub name: String,
+    /// The dtype or block type.
     pub element: Element,
+    /// As safetensors orders it; GGUF files reverse it.
     pub shape: Vec<usize>,
 }
 
@@ -83,6 +88,7 @@ impl OutTensor {
         GgufTensor { name: self.name.clone(), element: self.element, shape: self.shape.clone() }
     }
 
+    /// Bytes of its values, without header and padding.
     pub fn n_bytes(&self) -> u64 {
         match self.element {
             Element::Plain(_) => self.spec().n_bytes(),
@@ -102,8 +108,11 @@ impl OutTensor {
 
 /// A tensor with its bytes.
 pub struct NamedBytes {
+    /// The file that it goes to.
     pub target: Target,
+    /// The name of an [`OutTensor`] of that file.
     pub name: String,
+    /// Little-endian, as many as [`OutTensor::n_bytes`].
     pub bytes: Vec<u8>,
 }
 
@@ -115,12 +124,14 @@ impl NamedBytes {
 
 /// The model that is exported.
 pub struct Source<'a> {
+    /// Dense, or an output of `lrc`.
     pub checkpoint: &'a Checkpoint,
     /// `config.json` without the entries that compression added.
     pub config: Map<String, Value>,
 }
 
 impl<'a> Source<'a> {
+    /// The source with its config, which is empty if it has none.
     pub fn new(checkpoint: &'a Checkpoint) -> Self {
         Self { checkpoint, config: checkpoint.config().map(native_config).unwrap_or_default() }
     }
@@ -129,10 +140,13 @@ impl<'a> Source<'a> {
 /// The kind of files that a format writes.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Container {
+    /// Files of safetensors, in shards if they are large.
     Safetensors,
     /// Metadata of the model and of its adapter.
     Gguf {
+        /// Of the model.
         model: Vec<(String, GgufValue)>,
+        /// Of its LoRA adapter; not written if there are no factors.
         adapter: Vec<(String, GgufValue)>,
     },
 }
@@ -193,6 +207,7 @@ pub trait Exporter: Sync {
         Vec::new()
     }
 
+    /// The kind of files, with the metadata that they need.
     fn container(&self, _: &Source<'_>) -> Container {
         Container::Safetensors
     }

@@ -279,6 +279,7 @@ impl<'a> Output<'a> {
         Ok(Self { files, model, adapter })
     }
 
+    /// The files that are being written.
     pub fn files(&self) -> &Files<'a> {
         &self.files
     }

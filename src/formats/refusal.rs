@@ -12,6 +12,7 @@ const SHOWN: usize = 3;
 /// Why a format cannot store linears together.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Refusal {
+    /// A clause for the error: what the format cannot store.
     pub reason: String,
     /// The modules that cause it; without them the format could store the rest.
     pub of: Vec<String>,

@@ -26,6 +26,21 @@ pub use spectrum::{ENERGY_SHARES, WELORE_THRESHOLDS};
 /// Computes the spectrum of every matrix, in parallel over matrices, for any safetensors checkpoint. `weighted` is the name of a metric with
 /// the error curves of linears in it, by module.
 ///
+/// ```
+/// use lrc::checkpoint::Checkpoint;
+/// use lrc::progress::Silent;
+///
+/// let checkpoint = Checkpoint::open("fixtures/tiny-llama".as_ref())?;
+/// let (report, spectra) = lrc::inspect::inspect(&checkpoint, "tiny-llama", None, &Silent)?;
+/// for (linear, spectrum) in report.linears.iter().zip(&spectra) {
+///     let figures = &linear.figures;
+///     assert_eq!(spectrum.raw[0], figures.spectral_norm);
+///     let stable_rank = (figures.frobenius_norm / figures.spectral_norm).powi(2);
+///     assert!((figures.stable_rank - stable_rank).abs() < 1e-9 && stable_rank <= figures.rank as f64);
+/// }
+/// # Ok::<(), anyhow::Error>(())
+/// ```
+///
 /// # Errors
 /// There is no matrix, or a weight cannot be read.
 pub fn inspect(

@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use faer::linalg::matmul::matmul;
+use faer::reborrow::{IntoConst, ReborrowMut};
 use faer::{Accum, Mat, MatMut, MatRef, Par};
 
 use super::gram::unpack_lower;

@@ -8,6 +8,7 @@ use serde::Deserialize;
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Activation {
+    /// `x · sigmoid(x)`.
     #[default]
     #[serde(alias = "swish")]
     Silu,
@@ -16,6 +17,7 @@ pub enum Activation {
     /// With the approximation by tanh.
     #[serde(alias = "gelu_pytorch_tanh", alias = "gelu_fast")]
     GeluNew,
+    /// `max(x, 0)`.
     Relu,
 }
 

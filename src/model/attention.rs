@@ -15,6 +15,7 @@ use super::rope::{Rope, RopeKind};
 use super::slot::Role;
 use super::softmax::softmax_in_place;
 
+/// Attention with grouped queries: the linears, the norms of queries and keys, and what masks and scales the scores.
 #[derive(Debug, Clone)]
 pub struct Attention {
     pub(super) qkv: Qkv,

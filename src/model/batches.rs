@@ -17,6 +17,7 @@ pub struct WalkLimits {
     pub hidden_bytes: usize,
     /// Cap for the activations of all batches in flight; it determines how many there are.
     pub activation_bytes: usize,
+    /// The folder for unnamed files with what exceeds the caps.
     pub work_folder: PathBuf,
 }
 

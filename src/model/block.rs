@@ -16,6 +16,7 @@ use super::slot::{InputSite, LinearId, Role, Slot};
 use super::weights::{Order, Weights, is_split};
 use super::widths::Widths;
 
+/// One decoder or encoder layer with its weights loaded.
 #[derive(Debug, Clone)]
 pub struct Block {
     index: usize,

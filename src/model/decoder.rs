@@ -24,7 +24,9 @@ use crate::operator;
 
 /// A model whose tensors are complete and have the shapes that its config gives; no weight is loaded yet.
 pub struct Decoder<'w> {
+    /// The config of the language model.
     pub config: ModelConfig,
+    /// The table of its family.
     pub architecture: &'static Architecture,
     /// The names of its modules in the files.
     pub names: Names,
@@ -156,6 +158,7 @@ impl<'w> Decoder<'w> {
         }))
     }
 
+    /// Number of blocks, which are run one at a time.
     pub fn n_blocks(&self) -> usize {
         self.config.num_hidden_layers
     }

@@ -9,6 +9,7 @@ use super::linear::Linear;
 use super::mlp::Mlp;
 use super::slot::{InputSite, Role};
 
+/// The gated feed-forward layers of a block, and the router that chooses among them for each token.
 #[derive(Debug, Clone)]
 pub struct Experts {
     /// (n_experts, hidden_size)

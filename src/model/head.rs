@@ -96,6 +96,7 @@ impl Head {
         (LOGIT_BYTES / (4 * self.vocab_size())).max(1)
     }
 
+    /// Logits per row.
     pub fn vocab_size(&self) -> usize {
         self.lm_head.out_features()
     }

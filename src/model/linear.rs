@@ -15,7 +15,9 @@ use crate::operator::{BASE, Element, Form, Forms, Kind, Right, part_name};
 /// Whether a linear has a bias.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Bias {
+    /// `X.bias` (out) must be in the checkpoint.
     Stored,
+    /// A bias in the checkpoint is not read.
     None,
 }
 

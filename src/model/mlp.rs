@@ -8,6 +8,7 @@ use super::linear::Linear;
 use super::ops;
 use super::slot::Role;
 
+/// A feed-forward layer, gated or not.
 #[derive(Debug, Clone)]
 pub struct Mlp {
     inner: Inner,

@@ -7,6 +7,7 @@ use super::architectures::table::NormKind;
 use super::ops;
 use super::weights::Weights;
 
+/// RMSNorm or LayerNorm over the last dimension.
 #[derive(Debug, Clone)]
 pub struct Norm {
     weight: Tensor,

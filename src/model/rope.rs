@@ -17,7 +17,9 @@ pub struct RopeScaling {
     /// The older name of `rope_type`. transformers writes both, and reads this one if the other is absent.
     #[serde(rename = "type")]
     older_type: Option<String>,
+    /// θ, the base of the frequencies.
     pub rope_theta: Option<f64>,
+    /// Share of the values of a head that are rotated.
     pub partial_rotary_factor: Option<f64>,
     factor: Option<f64>,
     low_freq_factor: Option<f64>,
@@ -33,6 +35,7 @@ pub struct RopeScaling {
     long_factor: Option<Vec<f64>>,
     /// In families with one rotary embedding per kind of block, only these two are present.
     pub full_attention: Option<Box<RopeScaling>>,
+    /// For blocks with a sliding window.
     pub sliding_attention: Option<Box<RopeScaling>>,
 }
 
@@ -74,12 +77,15 @@ impl RopeScaling {
 /// One rotary embedding of a model.
 #[derive(Debug, Clone)]
 pub struct RopeSettings {
+    /// The base of the frequencies.
     pub theta: f64,
     /// Number of leading values of a head that are rotated.
     pub width: usize,
+    /// How frequencies are changed for long contexts.
     pub scaling: Option<RopeScaling>,
     /// `max_position_embeddings`, and its value before the context was extended, if the config has it.
     pub context: Option<f64>,
+    /// `original_max_position_embeddings`.
     pub original_context: Option<f64>,
 }
 
@@ -89,6 +95,7 @@ impl RopeSettings {
         inverse_frequencies(self.theta, self.width)
     }
 
+    /// `rope_type` of the scaling; `default` if there is none.
     pub fn rope_type(&self) -> &str {
         match self.scaling.as_ref().and_then(RopeScaling::named).unwrap_or("default") {
             // Sections of a head are rotated by the time, height and width of a token, which are equal for text.
@@ -229,6 +236,7 @@ fn llama3_frequency(frequency: f64, factor: f64, low: f64, high: f64, context: f
 /// The rotary embedding of a block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RopeKind {
+    /// The embedding of all other blocks.
     Global,
     /// The embedding of blocks with a sliding window, if they have their own.
     Local,

@@ -38,12 +38,14 @@ pub enum PoolingMode {
     Cls,
     /// The largest value of every feature.
     Max,
+    /// The mean over tokens.
     Mean,
     /// The sum of the states divided by the square root of their number.
     MeanSqrtLenTokens,
     /// A mean in which the n-th token has weight n.
     #[serde(rename = "weightedmean")]
     WeightedMean,
+    /// The state of the last token.
     #[serde(rename = "lasttoken")]
     LastToken,
 }

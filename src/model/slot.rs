@@ -6,16 +6,23 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Role {
+    /// Queries.
     QProj,
+    /// Keys.
     KProj,
+    /// Values.
     VProj,
     /// Queries, keys and values, fused.
     QkvProj,
+    /// The output of attention.
     OProj,
+    /// The gate of a gated feed-forward layer; its activation multiplies the output of `UpProj`.
     GateProj,
+    /// From the hidden size up to the intermediate size.
     UpProj,
     /// Gate and up, fused.
     GateUpProj,
+    /// From the intermediate size back to the hidden size.
     DownProj,
 }
 
@@ -45,6 +52,7 @@ pub enum InputSite {
 /// A linear within its block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Slot {
+    /// What it does in its block.
     pub role: Role,
     /// The expert that it belongs to.
     pub expert: Option<usize>,
@@ -53,7 +61,9 @@ pub struct Slot {
 /// One linear of a decoder block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct LinearId {
+    /// Index of the block, from 0.
     pub block: usize,
+    /// The linear in that block.
     pub slot: Slot,
 }
 

@@ -55,6 +55,7 @@ impl Hidden {
 pub struct Scored {
     /// Positions of the scored tokens, never 0. Each is predicted from the state before it, so the last may equal the window length.
     pub places: Range<usize>,
+    /// The tokens at these positions.
     pub tokens: Vec<u32>,
 }
 
@@ -116,10 +117,12 @@ impl<'a> Walk<'a> {
         move |window_idx| format!("window {window_idx}{text}")
     }
 
+    /// Rotary embeddings for the longest window.
     pub fn rope(&self) -> &Rope {
         &self.rope
     }
 
+    /// Tokens of all windows.
     pub fn n_tokens(&self) -> usize {
         self.windows.iter().map(Vec::len).sum()
     }
@@ -225,6 +228,7 @@ impl<'a> Walk<'a> {
         Err(Failure::numeric(format!("{place}: {what} are not finite")).hint(NON_FINITE_HINT).into())
     }
 
+    /// Batches of windows of one length; see [`Self::batch`].
     pub fn n_batches(&self) -> usize {
         self.batches.len()
     }

@@ -26,6 +26,7 @@ impl Order {
 
 /// A source of f32 tensors by name.
 pub trait Weights: Sync {
+    /// Whether there is a tensor of this name.
     fn contains(&self, name: &str) -> bool;
 
     /// The tensor, in f32.
@@ -51,7 +52,9 @@ pub trait Weights: Sync {
 
 /// A checkpoint with additional tensors, which take precedence over the checkpoint's.
 pub struct Overlay<'a> {
+    /// Every tensor that is not replaced.
     pub below: &'a Checkpoint,
+    /// The replacements, by the name of the tensor.
     pub above: HashMap<String, Tensor>,
 }
 

@@ -9,11 +9,15 @@ use super::slot::{Role, Slot};
 /// The widths of one block.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Widths {
+    /// Features of the states between blocks.
     pub hidden_size: usize,
     /// Features between the linears of a feed-forward layer without experts.
     pub intermediate_size: usize,
+    /// Heads of queries.
     pub num_attention_heads: usize,
+    /// Heads of keys and values; each serves as many heads of queries.
     pub num_key_value_heads: usize,
+    /// Features per head.
     pub head_dim: usize,
     /// 0 in a block without experts.
     pub num_experts: usize,
@@ -52,6 +56,7 @@ impl BlockWidths {
         &self.common
     }
 
+    /// The widths of a block.
     pub fn block(&self, block_idx: usize) -> Widths {
         self.others.get(&block_idx).copied().unwrap_or(self.common)
     }

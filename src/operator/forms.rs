@@ -11,12 +11,27 @@ use crate::checkpoint::Dtype;
 use crate::quantize::{Scheme, Storage};
 
 /// A structure of a given size before its values are known; it determines names, shapes and bytes.
+///
+/// ```
+/// use lrc::checkpoint::Dtype;
+/// use lrc::operator::{Form, Kind};
+///
+/// let shape = (6, 4);
+/// let form = Form::of_rank(Kind::default(), 2, shape); // pivot: P (2, 4), T (4, 2), and an i32 per row
+/// let suffixes: Vec<&str> = form.parts(shape).iter().map(|part| part.suffix).collect();
+/// assert_eq!(suffixes, ["lr_p", "lr_t", "lr_order"]);
+/// assert_eq!(form.n_parameters(shape), 16);
+/// assert_eq!(form.n_bytes(shape, Dtype::BF16), 16 * 2 + 6 * 4);
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Form {
+    /// The structure.
     pub kind: Kind,
+    /// Its rank, or that of its blocks.
     pub size: Size,
     /// How its floats are quantized; `None` keeps the dtype of the weight.
     pub storage: Option<Storage>,
+    /// Whether the first part is shared with other modules.
     pub right: Right,
 }
 
@@ -98,7 +113,9 @@ impl Form {
 /// The terms that replace a weight, before their values are known: a base, a structure, or both.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Forms {
+    /// Codes, or the dense weight; `None` for low rank alone.
     pub base: Option<Form>,
+    /// Low rank, added to the base if there is one.
     pub over: Option<Form>,
 }
 
@@ -155,9 +172,23 @@ impl Forms {
 }
 
 /// A structure with values.
+///
+/// ```
+/// use lrc::approx::low_rank::LowRank;
+/// use lrc::operator::{Kind, Term};
+///
+/// let pair = LowRank { rank: 1, b: vec![1.0, 2.0], a: vec![3.0, 4.0, 5.0] };
+/// let shape = (2, 3);
+/// for kind in [Kind::FACTORS, Kind::default()] {
+///     let term = Term::laid_out(kind, pair.clone(), shape);
+///     assert_eq!(term.product(shape), [3.0, 4.0, 5.0, 6.0, 8.0, 10.0]);
+/// }
+/// ```
 #[derive(Debug, Clone, PartialEq)]
 pub struct Term {
+    /// The names and shapes of the parts.
     pub form: Form,
+    /// In the order of [`Form::parts`], a borrowed one included.
     pub parts: Vec<Matrix>,
 }
 
@@ -212,9 +243,23 @@ impl Term {
 }
 
 /// The operator that replaces a weight: the sum of its terms.
+///
+/// ```
+/// use lrc::approx::low_rank::LowRank;
+/// use lrc::operator::{Kind, Operator, Term};
+///
+/// let base = Term::base(vec![1.0, 0.0, 0.0, 1.0].into(), None);
+/// let pair = LowRank { rank: 1, b: vec![1.0, 2.0], a: vec![3.0, 4.0] };
+/// let over = Term::laid_out(Kind::FACTORS, pair, (2, 2));
+/// let operator = Operator { base: Some(base), over: Some(over) }; // W = Q + B·A
+/// assert_eq!(operator.product((2, 2)), [4.0, 4.0, 6.0, 9.0]);
+/// assert_eq!(operator.forms().rank(), Some(1));
+/// ```
 #[derive(Debug, Clone, PartialEq)]
 pub struct Operator {
+    /// Codes, or the dense weight; `None` for low rank alone.
     pub base: Option<Term>,
+    /// Low rank, added to the base if there is one.
     pub over: Option<Term>,
 }
 

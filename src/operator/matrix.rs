@@ -8,7 +8,9 @@ use crate::quantize::{Grouped, Quantized, Scale, Scheme};
 /// A matrix as it is stored, row-major.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Matrix {
+    /// Values, stored in the dtype of the weight.
     Float(Vec<f32>),
+    /// Codes with scales, or blocks of llama.cpp.
     Quantized(Quantized),
     /// A permutation: the position of every row.
     Indices(Vec<i32>),

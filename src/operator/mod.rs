@@ -44,7 +44,12 @@ pub enum Size {
     /// A low rank.
     Rank(usize),
     /// `count`² blocks, each with this rank.
-    Blocks { count: usize, rank: usize },
+    Blocks {
+        /// Blocks per side.
+        count: usize,
+        /// Rank of each block.
+        rank: usize,
+    },
 }
 
 /// The content of a stored matrix.
@@ -61,12 +66,23 @@ pub enum Element {
 pub struct Part {
     /// `lr_a` for the tensor `X.lr_a.weight`, or `lr_order` for `X.lr_order`; empty for `X.weight`.
     pub suffix: &'static str,
+    /// Weights or indices, which decides the dtype.
     pub element: Element,
     /// Rows and columns; indices have one column and are stored as a vector.
     pub shape: [usize; 2],
 }
 
 /// A kind of structured matrix: which parts are stored, and how they are applied.
+///
+/// ```
+/// use lrc::operator::{Kind, Size};
+///
+/// let factors = Kind::FACTORS.structure();
+/// let shapes = factors.shapes(Size::Rank(2), (6, 4)); // A (r, in), B (out, r)
+/// assert_eq!(shapes, [[2, 4], [6, 2]]);
+/// assert_eq!(factors.measure(&shapes), Some((Size::Rank(2), (6, 4))));
+/// assert_eq!(factors.measure(&[[2, 4], [6, 3]]), None);
+/// ```
 pub trait Structure: Sync {
     /// The name in recipes, reports and configs.
     fn name(&self) -> &'static str;
@@ -195,6 +211,16 @@ pub trait Fitting: Sync {
 static REGISTRY: &[&dyn Structure] = &[&dense::Dense, &factors::Factors, &pivot::Pivot, &monarch::Monarch];
 
 /// A structure, by its index in the registry.
+///
+/// ```
+/// use lrc::operator::Kind;
+///
+/// assert_eq!(Kind::layouts().map(Kind::name).collect::<Vec<_>>(), ["factors", "pivot", "monarch"]);
+/// let pivot: Kind = "pivot".parse()?;
+/// assert_eq!(Kind::FACTORS.n_parameters(2, (6, 4)), 2 * (6 + 4));
+/// assert_eq!(pivot.n_parameters(2, (6, 4)), 2 * (6 + 4 - 2));
+/// # Ok::<(), String>(())
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Kind(u8);
 

@@ -24,6 +24,7 @@ const SMALL_GAIN: f64 = 0.05;
 
 /// One side of the metric in which rounding is measured.
 pub enum Side<'a> {
+    /// The metric in which the factors were fitted.
     Whole(&'a Metric),
     /// The diagonal of a Gram that is too large to be worth reading. The Gram of the factors is known all the same: see
     /// `Sides::grams`.
@@ -41,7 +42,9 @@ impl Side<'_> {
 
 /// Both sides of the metric in which factors were fitted.
 pub struct Sides<'a> {
+    /// `G` (m, m).
     pub output: &'a Metric,
+    /// `C` (n, n), or its diagonal.
     pub input: Side<'a>,
     /// The energies `λ_k`: `Bᵀ G B` and `A C Aᵀ` are diagonal, and this is their product. Not read if both sides are
     /// whole and the output side is not a Gram.
@@ -51,7 +54,9 @@ pub struct Sides<'a> {
 /// Parts whose values all have the dtype, and the squared error of rounding in the metric.
 #[derive(Debug, Clone)]
 pub struct Rounded {
+    /// In the order of [`Structure::suffixes`](super::Structure::suffixes).
     pub parts: Vec<Matrix>,
+    /// `tr(G E C Eᵀ)`, where `E` is the change of the matrix by rounding.
     pub squared_error: f64,
 }
 

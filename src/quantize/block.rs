@@ -9,8 +9,10 @@ use super::grouped::{Grouped, Levels, Scheme};
 /// A block type: its name, candle's name for it and the number by which GGUF files know it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BlockType {
+    /// The name in recipes and on the command line: `q4_k`.
     pub name: &'static str,
     dtype: GgmlDType,
+    /// The `ggml_type` in GGUF files.
     pub id: u32,
 }
 
@@ -30,6 +32,7 @@ pub const BLOCK_TYPES: [BlockType; 7] = [
 ];
 
 impl BlockType {
+    /// By its name: `q4_k`.
     pub fn named(name: &str) -> Option<Self> {
         BLOCK_TYPES.into_iter().find(|t| t.name == name)
     }
@@ -76,9 +79,13 @@ impl BlockType {
 /// A matrix (rows, cols) in blocks along its rows.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Blocks {
+    /// Outputs of the linear.
     pub rows: usize,
+    /// Inputs of the linear, a multiple of the block size.
     pub cols: usize,
+    /// The type of all blocks.
     pub block_type: BlockType,
+    /// The blocks row by row, as GGUF files store them.
     pub bytes: Vec<u8>,
 }
 

@@ -24,6 +24,7 @@ pub enum Fallback {
 }
 
 impl Fallback {
+    /// A clause for reports and logs.
     pub fn reason(self) -> &'static str {
         match self {
             Self::NotDefinite => "the Gram of its inputs has no Cholesky factor",

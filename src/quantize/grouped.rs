@@ -12,7 +12,12 @@ use super::bits;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Levels {
     /// `code − zero`, `code` < 2^bits; symmetric: `zero` is 2^(bits − 1), else one an entry of `scales`.
-    Int { bits: u32, symmetric: bool },
+    Int {
+        /// 2 to 8.
+        bits: u32,
+        /// Whether all groups have the same zero.
+        symmetric: bool,
+    },
     /// The 16 quantiles of a normal distribution of QLoRA (Dettmers et al. 2023), appendix E.
     Nf4,
 }
@@ -20,6 +25,7 @@ pub enum Levels {
 /// The layout of codes and scales.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Scheme {
+    /// The values that codes represent.
     pub levels: Levels,
     /// Columns that share a scale, the last run may be shorter; `None`: a whole row.
     pub group: Option<usize>,
@@ -37,8 +43,11 @@ pub enum Scale {
 /// A matrix (rows, cols).
 #[derive(Debug, Clone, PartialEq)]
 pub struct Grouped {
+    /// Outputs of the linear.
     pub rows: usize,
+    /// Inputs of the linear; the last group of a row may be shorter.
     pub cols: usize,
+    /// The layout of codes and scales.
     pub scheme: Scheme,
     /// (rows, cols)
     pub codes: Vec<u8>,
@@ -68,6 +77,7 @@ const NF4: [f32; 16] = [
 ];
 
 impl Levels {
+    /// Bits per code, at most 8.
     pub fn bits(self) -> u32 {
         match self {
             Self::Int { bits, .. } => bits,
@@ -87,6 +97,7 @@ impl Scheme {
         self.group.unwrap_or(cols).min(cols).max(1)
     }
 
+    /// Scales per row of `cols` weights.
     pub fn n_groups(&self, cols: usize) -> usize {
         cols.div_ceil(self.group_of(cols))
     }

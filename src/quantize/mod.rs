@@ -21,6 +21,18 @@ pub use gptq::Fallback;
 pub use grouped::{Grouped, Levels, Scale, Scheme};
 
 /// A quantizer with its settings.
+///
+/// ```
+/// use lrc::quantize::Quant;
+///
+/// let quant: Quant = "rtn-int4".parse().unwrap();
+/// assert_eq!(quant.to_string(), "rtn-int4-g128"); // with the default group
+/// let values: Vec<f32> = (-8..8).map(|code| code as f32 / 2.0).collect(); // 16 levels of one scale
+/// let (quantized, _) = quant.quantize(&values, (1, 16), None)?;
+/// assert_eq!(quantized.dequantize(), values);
+/// assert!("rtn-int5".parse::<Quant>().is_err());
+/// # Ok::<(), anyhow::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Quant {
     /// Round to nearest.
@@ -32,16 +44,29 @@ pub enum Quant {
 }
 
 /// How a quantized matrix is stored.
+///
+/// ```
+/// use lrc::quantize::Quant;
+///
+/// let storage = |name: &str| name.parse::<Quant>().unwrap().storage();
+/// assert_eq!(storage("rtn-int4-g128").n_bytes(1, 128), 128 / 2 + 2); // codes and an f16 scale
+/// assert_eq!(storage("q4_0").n_bytes(1, 128), 4 * 18); // blocks of 32 weights
+/// assert!(storage("nf4").fits(100) && !storage("q4_0").fits(100)); // rows of whole blocks only
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Storage {
+    /// Codes with a scale per group.
     Grouped(Scheme),
+    /// Blocks of llama.cpp.
     Block(BlockType),
 }
 
 /// A quantized matrix.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Quantized {
+    /// Codes with a scale per group.
     Grouped(Grouped),
+    /// Blocks of llama.cpp.
     Block(Blocks),
 }
 
@@ -72,6 +97,7 @@ impl Quantized {
         }
     }
 
+    /// The storage that holds this matrix exactly.
     pub fn storage(&self) -> Storage {
         match self {
             Self::Grouped(matrix) => Storage::Grouped(matrix.scheme),
@@ -81,6 +107,7 @@ impl Quantized {
 }
 
 impl Quant {
+    /// The storage of its results.
     pub fn storage(self) -> Storage {
         match self {
             Self::Rtn(scheme, _) | Self::Gptq(scheme, _) => Storage::Grouped(scheme),

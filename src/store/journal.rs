@@ -24,7 +24,9 @@ pub struct Journal {
 /// An array, and its place in the journal if there is one.
 #[derive(Debug, Clone)]
 pub struct Array {
+    /// The array itself, in memory.
     pub values: Values,
+    /// Where it can be read again; `None` if no journal has it.
     pub place: Option<Place>,
 }
 
@@ -40,6 +42,7 @@ pub struct Place {
 /// A finished piece.
 #[derive(Debug)]
 pub struct Piece {
+    /// The JSON that was stored with the arrays.
     pub fields: Value,
     arrays: std::vec::IntoIter<Array>,
 }

@@ -5,9 +5,13 @@ use anyhow::{Result, bail};
 /// Values of one type.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Values {
+    /// Matrices and hidden states.
     F32(Vec<f32>),
+    /// Error curves, and figures that enter reports.
     F64(Vec<f64>),
+    /// Permutations.
     I32(Vec<i32>),
+    /// Codes.
     U8(Vec<u8>),
 }
 

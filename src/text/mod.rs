@@ -31,6 +31,7 @@ const BETWEEN_DOCUMENTS: &str = "\n\n";
 /// A text.
 #[derive(Debug, Clone)]
 pub struct Text {
+    /// The file as the user named it.
     pub path: PathBuf,
     /// At least one, none empty.
     pub documents: Vec<String>,
@@ -53,6 +54,7 @@ pub enum Bos {
 /// The tokenizer of a checkpoint.
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
+    /// SHA-256 of `tokenizer.json`.
     pub sha256: String,
     /// Tokens that the tokenizer adds before and after a sequence.
     prefix: Vec<u32>,
@@ -66,6 +68,7 @@ pub struct Tokenizer {
 /// A token stream.
 #[derive(Debug, Clone)]
 pub struct Tokens {
+    /// Token ids, with BOS if one was asked for.
     pub ids: Vec<u32>,
     /// For each token, the bytes of the text that it and all tokens before it cover.
     pub bytes_covered: Vec<usize>,

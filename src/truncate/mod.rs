@@ -36,11 +36,15 @@ use crate::report::{CompressReport, REPORT_FILE, SCHEMA_VERSION, TruncationRecor
 
 /// The source and the output of a truncation.
 pub struct TruncateJob<'a> {
+    /// An output in the format `factored`.
     pub checkpoint: &'a Checkpoint,
     /// Share of the parameters of the originally targeted linears.
     pub keep: f64,
+    /// The output folder, which appears whole or not at all.
     pub output: &'a Path,
+    /// Whether an output of an earlier run is replaced.
     pub force: bool,
+    /// Largest size of a file of weights, except for a tensor that is larger by itself.
     pub max_shard_bytes: u64,
 }
 

@@ -3,9 +3,12 @@
 use super::super::cast::{self, Dtype};
 use crate::quantize::BlockType;
 
+/// The type of the values of a tensor in a GGUF file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Element {
+    /// One value after the other.
     Plain(Dtype),
+    /// Quantized blocks along the rows.
     Block(BlockType),
 }
 

@@ -9,6 +9,7 @@ use super::element::Element;
 /// The tensors that a file describes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Header {
+    /// In the order of the file.
     pub tensors: Vec<Entry>,
     /// First byte of the data of all tensors.
     pub data_begin: u64,
@@ -17,6 +18,7 @@ pub struct Header {
 /// One tensor.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Entry {
+    /// llama.cpp's name: `blk.0.attn_q.weight`.
     pub name: String,
     /// (out, in), as everywhere here.
     pub shape: Vec<usize>,
@@ -88,12 +90,19 @@ pub fn read(file: &[u8]) -> Result<Header, String> {
 /// A metadata value.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Value {
+    /// GGUF type 4.
     U32(u32),
+    /// GGUF type 6.
     F32(f32),
+    /// GGUF type 7.
     Bool(bool),
+    /// GGUF type 8, UTF-8.
     Text(String),
+    /// An array of type 8.
     Texts(Vec<String>),
+    /// An array of type 6.
     F32s(Vec<f32>),
+    /// An array of type 5.
     I32s(Vec<i32>),
 }
 
@@ -139,12 +148,16 @@ fn put_text(to: &mut Vec<u8>, text: &str) {
 /// A tensor to write. Its shape is (out, in), as everywhere here; GGUF reverses it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct GgufTensor {
+    /// llama.cpp's name: `blk.0.attn_q.weight`.
     pub name: String,
+    /// The type of its values.
     pub element: Element,
+    /// (out, in).
     pub shape: Vec<usize>,
 }
 
 impl GgufTensor {
+    /// Bytes of its values, without padding.
     pub fn n_bytes(&self) -> u64 {
         self.element.n_bytes(&self.shape)
     }

@@ -13,7 +13,9 @@ pub use header::{Entry, GgufTensor, Header, Value, file_bytes, is_begun, read, w
 pub use names::{Family, FamilyOf};
 pub use rows::Arrangement;
 
+/// The weights, in the output folder.
 pub const MODEL_FILE: &str = "model.gguf";
+/// The factors over quantized bases, for `--lora` of llama.cpp.
 pub const LORA_FILE: &str = "model-lora.gguf";
 /// Scaling of rotary frequencies. It is computed from the config, and no checkpoint stores it.
 pub const ROPE_FACTORS: &str = "rope_freqs.weight";

@@ -7,9 +7,11 @@ use super::names::Family;
 /// How the values of a tensor are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Arrangement {
+    /// As in a checkpoint.
     Same,
     /// Within each head, rows of the two halves alternate.
     Interleaved {
+        /// Heads of this tensor: of queries or of keys.
         heads: usize,
     },
     /// 1 is added to each value, in f32, because GGUF stores vectors in f32.

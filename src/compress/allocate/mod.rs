@@ -156,6 +156,7 @@ pub enum Spectra {
 
 /// A way to allocate ranks.
 pub trait Allocator {
+    /// The spectra that the choices depend on.
     fn spectra(&self) -> Spectra;
 
     /// The choices, one per item.

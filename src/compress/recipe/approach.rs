@@ -22,12 +22,14 @@ pub struct LowRankApproach {
     pub storage: FactorStorage,
     /// μ in [0, 1] of the sequential mode; `None` decomposes all linears against the original inputs.
     pub anchor: Option<f64>,
+    /// Whether right factors are shared.
     pub sharing: Sharing,
 }
 
 /// Whether linears that read the same input may share their right factor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Sharing {
+    /// Each linear has its own.
     None,
     /// Right factors are shared if the knapsack finds that better.
     Allowed,
@@ -40,6 +42,7 @@ pub enum Allocation {
     Fixed(usize),
     /// A rank per linear.
     PerLinear {
+        /// What decides each rank.
         rule: Rule,
         /// Share of the uniform rank that every low-rank linear keeps, in [0, 1].
         floor: f64,
@@ -51,16 +54,23 @@ pub enum Allocation {
 /// An allocator with its limit.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Rule {
+    /// The rank that keeps the same share of the parameters of every linear.
     Uniform(Limit),
+    /// The singular values of plain spectra above one threshold (WeLore, Jaiswal et al. 2024).
     Welore(Limit),
     /// Smallest ranks that keep the largest affordable share of the energy.
     Energy(Limit),
     /// Smallest ranks that keep this share of the energy, or less if the limit requires it.
     EnergyShare(f64, Option<Limit>),
+    /// Ranks in proportion to `√(effective rank / (m + n))` (D-Rank, Mi et al. 2025).
     EffectiveRank(Limit),
+    /// The least sum of errors, each times its sensitivity.
     Knapsack {
+        /// The most that the chosen candidates may cost together.
         limit: Limit,
+        /// How errors of different linears compare.
         sensitivity: Sensitivity,
+        /// Additional weight of errors in early blocks.
         depth_weight: DepthWeight,
     },
 }
@@ -99,7 +109,9 @@ pub enum Bases {
 /// Factors that compensate the error of a base.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Factors<R> {
+    /// Which error the factors minimize.
     pub method: Compensate,
+    /// r of `B` (out, r) and `A` (r, in).
     pub rank: R,
     /// Integers instead of the dtype of the weight.
     pub bits: Option<FactorBits>,

@@ -33,22 +33,42 @@ pub const DEFAULT_SAMPLES: usize = 64;
 pub const DEFAULT_SHARD_BYTES: u64 = 4_000_000_000;
 
 /// Validated settings.
+///
+/// ```
+/// use lrc::compress::recipe::{Budget, Recipe, RecipeOptions};
+///
+/// let recipe = Recipe::new(&RecipeOptions { keep: Some(0.8), ..RecipeOptions::default() })?;
+/// assert_eq!(recipe.budget(), Budget::Keep(0.8));
+/// assert!(!recipe.measures_statistics(), "plain SVD needs no text");
+/// let options = recipe.to_options(); // with every default written out
+/// assert_eq!(Recipe::new(&options)?.to_options(), options);
+/// # Ok::<(), anyhow::Error>(())
+/// ```
 #[derive(Debug, Clone)]
 pub struct Recipe {
     /// Defines the metric of the approximation, or of the reported errors if bases are quantized.
     pub method: Method,
+    /// Low rank or quantized bases, with the allocation and the budget.
     pub approach: Approach,
     /// Damping of input Grams, as a share of their mean eigenvalue, in [0, 1].
     pub damping_input: f64,
     /// The same for Grams of output gradients.
     pub damping_output: f64,
+    /// Whether per-token gradients are clipped to 0.1 to 10 times their mean norm.
     pub clip_gradients: bool,
+    /// Whether fused matrices are split.
     pub fused: Fused,
+    /// The linears to compress; without a pattern all but heads and routers.
     pub targets: Patterns,
+    /// Exceptions from `targets`.
     pub exclude: Patterns,
+    /// The format of the output.
     pub format: Format,
+    /// The text that is run through the model; `None` works by weights alone, or with `statistics`.
     pub calibration: Option<WindowSettings>,
+    /// A file of `lrc calibrate` in place of a forward and a backward pass.
     pub statistics: Option<PathBuf>,
+    /// Largest size of a file of weights, except for a tensor that is larger by itself.
     pub max_shard_bytes: u64,
 }
 

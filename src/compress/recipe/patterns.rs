@@ -8,6 +8,7 @@ use crate::error::Failure;
 /// Globs on module names.
 #[derive(Debug, Clone)]
 pub struct Patterns {
+    /// The globs as they were given.
     pub texts: Vec<String>,
     set: GlobSet,
 }
@@ -22,10 +23,12 @@ impl Patterns {
         Ok(Self { texts: texts.to_vec(), set })
     }
 
+    /// Whether no glob was given.
     pub fn is_empty(&self) -> bool {
         self.texts.is_empty()
     }
 
+    /// Whether any glob matches the whole name of a module.
     pub fn matches(&self, module: &str) -> bool {
         self.set.is_match(module)
     }

@@ -32,6 +32,7 @@ pub enum Convention {
 /// A window of the text.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Window {
+    /// Token ids. The last one may be scored without being read; then there is one more than `seq_len`.
     pub ids: Vec<u32>,
     /// Positions of the scored tokens in `ids`, never 0.
     pub scored: Range<usize>,
@@ -42,19 +43,24 @@ pub struct Window {
 /// The unit that a perplexity is normalized by.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Unit {
+    /// `exp` of the mean −ln p over scored tokens.
     Token,
+    /// `exp` of the sum over scored tokens divided by the number of words that they cover.
     Word,
 }
 
 /// The lengths that a user may set.
 #[derive(Debug, Clone, Copy)]
 pub struct Lengths {
+    /// Tokens per window.
     pub seq_len: usize,
+    /// Tokens between the starts of overlapping windows, at most `seq_len`.
     pub stride: usize,
 }
 
 /// The rules of a convention.
 pub trait Rules: Sync {
+    /// The name on the command line and in reports.
     fn name(&self) -> &'static str;
 
     /// Default tokens per window, capped by the model's context; none: the context.
@@ -65,6 +71,7 @@ pub trait Rules: Sync {
         false
     }
 
+    /// What the perplexity is normalized by.
     fn unit(&self) -> Unit {
         Unit::Token
     }

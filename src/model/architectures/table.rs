@@ -12,9 +12,11 @@ use crate::codecs::gguf;
 /// families are Llama except for a few fields.
 #[derive(Debug)]
 pub struct Architecture {
+    /// `model_type` in `config.json`.
     pub model_type: &'static str,
     /// The prefix of all module names except the head's; some files leave it out.
     pub prefix: &'static str,
+    /// The embedding table (vocab_size, hidden_size).
     pub embed_tokens: &'static str,
     /// Linears between the embeddings and the blocks, and between the blocks and the head, for embeddings of another width.
     pub embed_projections: Option<(&'static str, &'static str)>,
@@ -22,6 +24,7 @@ pub struct Architecture {
     pub embed_positions: Option<(&'static str, usize)>,
     /// The list of blocks: `layers` for `model.layers.0`.
     pub layers: &'static str,
+    /// The norms of a block.
     pub norms: Norms,
     /// The norm after the last block.
     pub norm: Option<&'static str>,
@@ -37,9 +40,11 @@ pub struct Architecture {
     pub biased: &'static [Role],
     /// Weights of linears are stored as (in, out), as in GPT-2's Conv1D.
     pub is_conv1d: bool,
+    /// How every norm of the model normalizes.
     pub norm_kind: NormKind,
     /// The order of rows in a fused matrix of queries, keys and values.
     pub fused_qkv: FusedQkv,
+    /// Queries and keys are rotated by position; if not, positions are learned.
     pub is_rotary: bool,
     /// The blocks with a sliding window, if the config has one and does not list them.
     pub sliding: Sliding,
@@ -60,6 +65,7 @@ pub struct EncoderNames {
     pub embed_types: Option<&'static str>,
     /// The norm over the sum of all embeddings.
     pub embed_norm: &'static str,
+    /// What is between the last state and the vocabulary matrix.
     pub masked_head: MaskedHead,
     /// The linear that the state of the first token goes through, before tanh.
     pub pooler: Option<&'static str>,
@@ -68,31 +74,41 @@ pub struct EncoderNames {
 /// A masked-language-model head: a linear, an activation and a norm, before the matrix of the vocabulary with its bias.
 #[derive(Debug)]
 pub struct MaskedHead {
+    /// The linear (hidden_size, hidden_size).
     pub dense: &'static str,
     /// `None` uses the activation of the blocks.
     pub activation: Option<Activation>,
+    /// The norm after the activation.
     pub norm: &'static str,
+    /// The tensor (vocab_size) that is added to the logits.
     pub bias: &'static str,
 }
 
 /// Gated feed-forward layers; a few of them are active per token.
 #[derive(Debug)]
 pub struct ExpertNames {
+    /// The linear (num_experts, hidden_size) that scores experts.
     pub router: &'static str,
     /// The module of the list: `mlp.experts` for `mlp.experts.7.gate_proj`.
     pub list: &'static str,
+    /// The linears of an expert, in the order of the forward pass.
     pub linears: &'static [(Role, &'static str)],
 }
 
 /// The norms of a block by name; `None` if a family has none there.
 #[derive(Debug)]
 pub struct Norms {
+    /// Of the input of attention.
     pub before_attention: Option<&'static str>,
+    /// Of the output of attention, before or after it is added.
     pub after_attention: Option<&'static str>,
+    /// Of the input of the feed-forward layer.
     pub before_mlp: Option<&'static str>,
+    /// Of the output of the feed-forward layer, before or after it is added.
     pub after_mlp: Option<&'static str>,
     /// Post-norm: the norm is applied after the residual addition.
     pub are_of_sums: bool,
+    /// Norms inside attention, before the rotation.
     pub query_key: Option<QueryKeyNorm>,
 }
 
@@ -106,7 +122,9 @@ impl Norms {
 /// Norms of queries and keys.
 #[derive(Debug)]
 pub struct QueryKeyNorm {
+    /// The norm of queries, by name within the block.
     pub query: &'static str,
+    /// The norm of keys, by name within the block.
     pub key: &'static str,
     /// Whether each head is normalized separately.
     pub is_per_head: bool,
@@ -124,6 +142,7 @@ pub enum FusedQkv {
 /// The blocks with a sliding window.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Sliding {
+    /// Every block.
     All,
     /// With `use_sliding_window`, the blocks from `max_window_layers` on.
     OnRequest,

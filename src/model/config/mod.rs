@@ -28,14 +28,19 @@ pub const MODEL_TYPE_PREFIX: &str = "lrc_";
 /// The config of a model, as far as the decoder needs it. Other names of its fields are in `Architecture::aliases`.
 #[derive(Debug, Clone, Deserialize)]
 pub struct ModelConfig {
+    /// The family, without the prefix `lrc_`.
     pub model_type: String,
+    /// Rows of the embedding table.
     pub vocab_size: usize,
+    /// Features of the states between blocks.
     pub hidden_size: usize,
     intermediate_size: usize,
+    /// Number of blocks.
     pub num_hidden_layers: usize,
     num_attention_heads: usize,
     num_key_value_heads: Option<usize>,
     head_dim: Option<usize>,
+    /// The activation of feed-forward layers.
     #[serde(default)]
     pub hidden_act: Activation,
     /// ε of all norms.
@@ -64,12 +69,17 @@ pub struct ModelConfig {
     scale_attn_weights: bool,
     #[serde(default)]
     scale_attn_by_inverse_layer_idx: bool,
+    /// Scores s of attention become `cap · tanh(s / cap)`.
     pub attn_logit_softcapping: Option<f64>,
+    /// Logits l become `cap · tanh(l / cap)`.
     pub final_logit_softcapping: Option<f64>,
+    /// Attention and feed-forward both read the block's input (GPT-NeoX).
     #[serde(default)]
     pub use_parallel_residual: bool,
+    /// Whether the linears of attention have a bias.
     #[serde(default)]
     pub attention_bias: bool,
+    /// Whether the linears of feed-forward layers have a bias.
     #[serde(default)]
     pub mlp_bias: bool,
     #[serde(default)]

@@ -1,0 +1,83 @@
+//! The header of statistics: the model and the texts that they were measured on.
+
+use serde::{Deserialize, Serialize};
+
+use super::needs::Needs;
+use super::pieces::Observation;
+use crate::checkpoint::Fingerprint;
+
+/// The origin of the sums.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Header {
+    /// [`Self::VERSION`] when it was written.
+    pub lrc_statistics_version: u32,
+    /// SHA-256 of the files on which the sums depend (`model::fingerprint`).
+    pub model: Fingerprint,
+    /// The statistics that were collected.
+    pub needs: Needs,
+    /// Whether per-token gradients were clipped to 0.1 to 10 times their mean norm.
+    pub clip_gradients: bool,
+    /// At least one; several after a merge.
+    pub parts: Vec<Part>,
+}
+
+/// Windows of one text.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Part {
+    /// SHA-256 of the file, before decompression, in 64 hexadecimal digits.
+    pub text_sha256: String,
+    /// Number of windows requested for all parts.
+    pub samples: usize,
+    /// Tokens per window.
+    pub seq_len: usize,
+    /// Seed of the choice of windows, the same for all parts.
+    pub seed: u64,
+    /// (i, n): the i-th of n parts, counted from 1.
+    pub part: (usize, usize),
+    /// Windows of this part.
+    pub windows: usize,
+    /// Tokens of these windows.
+    pub tokens: usize,
+}
+
+impl Header {
+    /// The version of the file format; files of others are refused.
+    pub const VERSION: u32 = 1;
+
+    /// The header of sums over `parts`, at this version.
+    pub fn new(model: Fingerprint, observation: Observation, parts: Vec<Part>) -> Self {
+        let Observation { needs, clip_gradients } = observation;
+        Self { lrc_statistics_version: Self::VERSION, model, needs, clip_gradients, parts }
+    }
+
+    /// Tokens of all parts.
+    pub fn n_tokens(&self) -> usize {
+        self.parts.iter().map(|p| p.tokens).sum()
+    }
+
+    /// Windows of all parts.
+    pub fn n_windows(&self) -> usize {
+        self.parts.iter().map(|p| p.windows).sum()
+    }
+
+    /// Describes a header that no run of `lrc calibrate` writes.
+    pub(super) fn fault(&self) -> Option<String> {
+        if self.lrc_statistics_version != Self::VERSION {
+            return Some(format!("version {}", self.lrc_statistics_version));
+        }
+        let is_hash = |text: &str| text.len() == 64 && text.bytes().all(|b| b.is_ascii_hexdigit());
+        let is_sound = |p: &&Part| {
+            let (i, n) = p.part;
+            // Small enough that sums over parts do not overflow.
+            let is_small = [p.samples, p.seq_len, p.windows, p.tokens, n].iter().all(|&n| n < 1 << 40);
+            is_hash(&p.text_sha256) && 1 <= i && i <= n && is_small
+        };
+        let broken = self.parts.iter().find(|part| !is_sound(part));
+        if let Some(Part { text_sha256, part: (i, n), .. }) = broken {
+            return Some(format!("part {i}/{n} of a text with hash `{text_sha256}` is not valid"));
+        }
+        self.parts.is_empty().then(|| "it has no text parts".into())
+    }
+}
