@@ -89,6 +89,7 @@ impl Sums {
 
 #[cfg(test)]
 mod tests {
+    use crate::linalg;
     use candle_core::{Device, Tensor};
     use faer::Mat;
 
