@@ -176,6 +176,7 @@ fn compress_all(bed: &Bed, checkpoint: &Checkpoint) {
             force: true,
             restart: true,
             memory_bytes: 1 << 24,
+            device: candle_core::Device::Cpu,
         };
         let _ = compress(&job, &Silent);
     }
@@ -275,6 +276,7 @@ fn evaluate(bed: &Bed, checkpoint: &Checkpoint) -> bool {
             max_windows: Some(1),
             bos: Bos::Auto,
             memory_bytes: 1 << 24,
+            device: candle_core::Device::Cpu,
         };
         is_well &= perplexity(checkpoint, None, &settings, &Silent).is_ok();
     }

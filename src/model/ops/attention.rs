@@ -8,13 +8,14 @@ use faer::{Accum, MatMut, MatRef, Par};
 use pulp::Arch;
 use rayon::prelude::*;
 
-use super::{like, slice, values};
+use super::{has_kernel, like, slice};
+use crate::device::to_host;
 use crate::model::softmax::softmax_in_place;
 
 /// Mixes values by `softmax(q kᵀ)`. Shapes: `q` (batch, heads, n_tokens, head_dim), `k` and `v` (batch, kv_heads, n_tokens,
 /// head_dim); the result has the shape of `q`.
 pub(in crate::model) fn attend(q: &Tensor, k: &Tensor, v: &Tensor, scoring: Scoring) -> Result<Tensor> {
-    if !q.device().is_cpu() {
+    if !has_kernel(q) {
         return portable_attend(q, k, v, scoring);
     }
     Ok(q.apply_op3(k, v, RecomputingAttention(scoring))?)
@@ -140,8 +141,8 @@ impl CustomOp3 for RecomputingAttention {
         let (_, n_heads, n_tokens, head_dim) = q.dims4()?;
         let head_len = n_tokens * head_dim;
         let heads_per_group = n_heads / k.dim(1)?;
-        let (q_values, k_values, v_values) = (values(q)?, values(k)?, values(v)?);
-        let (mixed, gradient) = (values(mixed)?, values(gradient)?);
+        let (q_values, k_values, v_values) = (to_host(q)?, to_host(k)?, to_host(v)?);
+        let (mixed, gradient) = (to_host(mixed)?, to_host(gradient)?);
         let arch = Arch::new();
         let (mut dq, mut dk, mut dv) =
             (vec![0f32; q_values.len()], vec![0f32; k_values.len()], vec![0f32; v_values.len()]);

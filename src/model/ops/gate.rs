@@ -4,13 +4,14 @@ use anyhow::Result;
 use candle_core::{CpuStorage, CustomOp2, Layout, Shape, Tensor};
 use pulp::Arch;
 
-use super::{like, slice, values};
+use super::{has_kernel, like, slice};
+use crate::device::to_host;
 use crate::model::activation::Activation;
 use crate::model::softmax::exp;
 
 /// `activation(gate) ⊙ up` of two tensors of one shape.
 pub(in crate::model) fn gated(activation: Activation, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
-    match Sigmoidal::of(activation).filter(|_| gate.device().is_cpu()) {
+    match Sigmoidal::of(activation).filter(|_| has_kernel(gate)) {
         Some(kind) => Ok(gate.contiguous()?.apply_op2(&up.contiguous()?, Gated(kind))?),
         None => portable_gated(activation, gate, up),
     }
@@ -84,7 +85,7 @@ impl CustomOp2 for Gated {
         _: &Tensor,
         gradient: &Tensor,
     ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
-        let (mut of_gate, mut of_up, g) = (values(gate)?, values(up)?, values(gradient)?);
+        let (mut of_gate, mut of_up, g) = (to_host(gate)?, to_host(up)?, to_host(gradient)?);
         Arch::new().dispatch(
             #[inline(always)]
             || {

@@ -10,12 +10,11 @@ mod attention;
 mod gate;
 mod norm;
 mod rope;
-#[cfg(test)]
-mod tests;
 
 use anyhow::Result;
 use candle_core::{CpuStorage, Layout, Tensor, bail};
 
+use crate::device::to_host;
 pub(super) use attention::{Scoring, attend};
 pub(super) use gate::gated;
 pub(super) use norm::{layer_norm, rms_norm};
@@ -23,7 +22,16 @@ pub(super) use rope::rope;
 
 /// Whether all values are finite, including large values whose squares overflow.
 pub fn is_finite(x: &Tensor) -> Result<bool> {
-    Ok(x.flatten_all()?.to_vec1::<f32>()?.iter().all(|v| v.is_finite()))
+    Ok(to_host(x)?.iter().all(|v| v.is_finite()))
+}
+
+/// Whether operations have kernels where their input is.
+fn has_kernel(x: &Tensor) -> bool {
+    #[cfg(test)]
+    if tests::ARE_PORTABLE.get() {
+        return false;
+    }
+    x.device().is_cpu()
 }
 
 /// Number of partial sums of a row.
@@ -49,12 +57,10 @@ fn slice<'a>(storage: &'a CpuStorage, layout: &Layout) -> candle_core::Result<&'
     Ok(&storage.as_slice::<f32>()?[begin..end])
 }
 
-/// A copy of the values of a tensor, row-major.
-fn values(x: &Tensor) -> candle_core::Result<Vec<f32>> {
-    x.flatten_all()?.to_vec1::<f32>()
-}
-
 /// A gradient with respect to `x`: a tensor of its shape, on its device.
 fn like(x: &Tensor, values: Vec<f32>) -> candle_core::Result<Option<Tensor>> {
     Tensor::from_vec(values, x.shape(), x.device()).map(Some)
 }
+
+#[cfg(test)]
+mod tests;

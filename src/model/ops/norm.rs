@@ -5,11 +5,12 @@ use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Shape, Tensor};
 use candle_nn::ops::{layer_norm_slow, rms_norm_slow};
 use pulp::Arch;
 
-use super::{like, slice, sum, values};
+use super::{has_kernel, like, slice, sum};
+use crate::device::to_host;
 
 /// RMSNorm (Zhang & Sennrich 2019) over the last dimension of `x` (..., n), times `weight` (n).
 pub(in crate::model) fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
-    if !x.device().is_cpu() {
+    if !has_kernel(x) {
         return portable_rms_norm(x, weight, eps);
     }
     Ok(x.contiguous()?.apply_op2(weight, RmsNorm { eps: eps as f32 })?)
@@ -22,7 +23,7 @@ pub(super) fn portable_rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result
 
 /// Layer norm (Ba et al. 2016) over the last dimension of `x` (..., n), times `weight` (n), plus `bias` (n).
 pub(in crate::model) fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
-    if !x.device().is_cpu() {
+    if !has_kernel(x) {
         return portable_layer_norm(x, weight, bias, eps);
     }
     Ok(x.contiguous()?.apply_op3(weight, bias, LayerNorm { eps: eps as f32 })?)
@@ -79,7 +80,7 @@ impl CustomOp2 for RmsNorm {
         _: &Tensor,
         gradient: &Tensor,
     ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
-        let (x_values, w, g) = (values(x)?, values(weight)?, values(gradient)?);
+        let (x_values, w, g) = (to_host(x)?, to_host(weight)?, to_host(gradient)?);
         let n = w.len();
         let (mut dx, mut dw, mut wg) = (vec![0f32; x_values.len()], vec![0f32; n], vec![0f32; n]);
         Arch::new().dispatch(
@@ -152,7 +153,7 @@ impl CustomOp3 for LayerNorm {
         _: &Tensor,
         gradient: &Tensor,
     ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let (x_values, w, g) = (values(x)?, values(weight)?, values(gradient)?);
+        let (x_values, w, g) = (to_host(x)?, to_host(weight)?, to_host(gradient)?);
         let n = w.len();
         let (mut dx, mut dw, mut db) = (vec![0f32; x_values.len()], vec![0f32; n], vec![0f32; n]);
         let (mut wg, mut z) = (vec![0f32; n], vec![0f32; n]);

@@ -5,11 +5,12 @@ use candle_core::{CpuStorage, CustomOp3, Layout, Shape, Tensor};
 use candle_nn::rotary_emb::rope_slow;
 use pulp::Arch;
 
-use super::{like, slice, values};
+use super::{has_kernel, like, slice};
+use crate::device::to_host;
 
 /// Rotates the halves of `x` (batch, heads, n_tokens, head_dim) by `cos` and `sin` (n_tokens, head_dim / 2).
 pub(in crate::model) fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
-    if !x.device().is_cpu() {
+    if !has_kernel(x) {
         return portable_rope(x, cos, sin);
     }
     Ok(x.contiguous()?.apply_op3(&cos.contiguous()?, &sin.contiguous()?, Rotation)?)
@@ -77,7 +78,7 @@ impl CustomOp3 for Rotation {
         _: &Tensor,
         gradient: &Tensor,
     ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let dx = Self::apply(&values(gradient)?, &values(cos)?, &values(sin)?, x.dim(3)?, -1.0);
+        let dx = Self::apply(&to_host(gradient)?, &to_host(cos)?, &to_host(sin)?, x.dim(3)?, -1.0);
         Ok((like(x, dx)?, None, None))
     }
 }

@@ -1,5 +1,8 @@
 //! Kernels against the portable forms: values and gradients.
 
+use std::cell::Cell;
+use std::path::Path;
+
 use candle_core::{Device, Var};
 
 use super::attention::portable_attend;
@@ -8,6 +11,12 @@ use super::norm::{portable_layer_norm, portable_rms_norm};
 use super::rope::portable_rope;
 use super::*;
 use crate::model::activation::Activation;
+use crate::model::{self, Decoder};
+
+thread_local! {
+    /// Whether this thread runs portable forms, as another device would.
+    pub(super) static ARE_PORTABLE: Cell<bool> = const { Cell::new(false) };
+}
 
 fn variable(shape: &[usize], seed: usize, largest: f32) -> Var {
     let n = shape.iter().product();
@@ -105,4 +114,17 @@ fn gates_have_their_closed_forms_far_out() {
         assert!(value.abs() < 1e-30 && slope.abs() < 1e-30);
         assert!(kind.value(f32::NAN).0.is_nan());
     }
+}
+
+#[test]
+fn a_model_of_portable_forms_has_the_logits_of_kernels() {
+    let checkpoint = model::open(Path::new("fixtures/tiny-llama")).unwrap();
+    let decoder = Decoder::open(&checkpoint).unwrap().on(&Device::Cpu);
+    let ids = Tensor::new(&[[1u32, 7, 30, 2, 19, 5, 44, 23], [3, 9, 4, 4, 60, 12, 8, 31]], &Device::Cpu).unwrap();
+    let of_kernels = decoder.logits(&ids).unwrap();
+    ARE_PORTABLE.set(true);
+    let portable = decoder.logits(&ids);
+    ARE_PORTABLE.set(false);
+    let distance = distance(&of_kernels, &portable.unwrap());
+    assert!(distance > 0.0 && distance < 1e-4, "{distance}");
 }
