@@ -14,16 +14,21 @@ pub const HOST: Device = Device::Cpu;
 pub enum DeviceChoice {
     #[default]
     Cpu,
+    /// The CUDA device of this number.
+    #[cfg(feature = "cuda")]
+    Cuda(usize),
 }
 
 impl DeviceChoice {
     /// Opens the device. Tensors can meet only on one that was opened once.
     ///
     /// # Errors
-    /// There is no such device.
+    /// There is no such device, or its driver fails.
     pub fn open(self) -> candle_core::Result<Device> {
         match self {
             Self::Cpu => Ok(HOST),
+            #[cfg(feature = "cuda")]
+            Self::Cuda(index) => Device::new_cuda(index),
         }
     }
 }
@@ -32,10 +37,26 @@ impl FromStr for DeviceChoice {
     type Err = String;
 
     fn from_str(name: &str) -> Result<Self, String> {
-        match name {
-            "cpu" => Ok(Self::Cpu),
-            _ => Err("expected `cpu`, the only device that this lrc was built for".into()),
+        #[cfg(feature = "cuda")]
+        if let Some(index) = cuda_index(name) {
+            return Ok(Self::Cuda(index));
         }
+        if name == "cpu" { Ok(Self::Cpu) } else { Err(EXPECTED.into()) }
+    }
+}
+
+const EXPECTED: &str = if cfg!(feature = "cuda") {
+    "expected `cpu`, `cuda` or `cuda:N`"
+} else {
+    "expected `cpu`, the only device that this lrc was built for"
+};
+
+/// 0 of `cuda`, N of `cuda:N`.
+#[cfg(feature = "cuda")]
+fn cuda_index(name: &str) -> Option<usize> {
+    match name.strip_prefix("cuda")? {
+        "" => Some(0),
+        rest => rest.strip_prefix(':')?.parse().ok(),
     }
 }
 
@@ -56,6 +77,9 @@ mod tests {
         assert_eq!("cpu".parse(), Ok(DeviceChoice::Cpu));
         for unknown in ["", "CPU", "gpu", "cuda:", "cuda:x", "cuda0"] {
             assert!(unknown.parse::<DeviceChoice>().is_err(), "{unknown}");
+        }
+        for gpu in ["cuda", "cuda:1"] {
+            assert_eq!(gpu.parse::<DeviceChoice>().is_ok(), cfg!(feature = "cuda"));
         }
     }
 
