@@ -10,6 +10,11 @@ check:
     cargo check --release --no-default-features
     cargo check --release --no-default-features --features cli
 
+# The code for NVIDIA GPUs, which needs no GPU to compile but nvcc, for example from PyPI (nvidia-cuda-nvcc, nvidia-cuda-runtime,
+# nvidia-cuda-cccl, nvidia-cuda-crt, nvidia-nvvm), with CUDA_HOME set to its folder
+check-cuda:
+    CUDA_COMPUTE_CAP=80 cargo check --release --features cuda
+
 # The library's tests and the suite, or the part of the suite that NAME names: `just test eval::`
 test NAME='':
     cargo test --release --lib --tests -- {{NAME}}

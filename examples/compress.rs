@@ -6,6 +6,7 @@ use anyhow::{Context, Result};
 use lrc::checkpoint::Checkpoint;
 use lrc::compress::recipe::{Recipe, RecipeOptions};
 use lrc::compress::{Job, compress, view};
+use lrc::device::DeviceChoice;
 use lrc::progress::Silent;
 
 fn main() -> Result<()> {
@@ -21,6 +22,7 @@ fn main() -> Result<()> {
         force: false,
         restart: false,
         memory_bytes: 4 << 30,
+        device: DeviceChoice::Cpu.open()?,
     };
     compress(&job, &Silent).map(drop)
 }

@@ -10,6 +10,7 @@
 //! use lrc::checkpoint::Checkpoint;
 //! use lrc::compress::recipe::{Recipe, RecipeOptions};
 //! use lrc::compress::{Job, compress};
+//! use lrc::device::DeviceChoice;
 //! use lrc::progress::Silent;
 //!
 //! # fn main() -> anyhow::Result<()> {
@@ -25,6 +26,7 @@
 //!     force: false,
 //!     restart: false,
 //!     memory_bytes: 1 << 30,
+//!     device: DeviceChoice::Cpu.open()?,
 //! };
 //! let report = compress(&job, &Silent)?;
 //! assert!(report.keep > 0.79 && report.keep <= 0.8);
@@ -38,6 +40,7 @@
 //! use std::path::Path;
 //!
 //! use lrc::checkpoint::Checkpoint;
+//! use lrc::device::DeviceChoice;
 //! use lrc::eval::conventions::Convention;
 //! use lrc::eval::{EvalSettings, Reference, perplexity};
 //! use lrc::progress::Silent;
@@ -56,6 +59,7 @@
 //!     max_windows: Some(20),
 //!     bos: Bos::Auto,
 //!     memory_bytes: 1 << 30,
+//!     device: DeviceChoice::Cpu.open()?,
 //! };
 //! let reference = Reference { checkpoint: &original, name: "MODEL" };
 //! let report = perplexity(&compressed, Some(&reference), &settings, &Silent)?;
@@ -70,6 +74,7 @@
 //! |---|---|
 //! | [`checkpoint`] | files on disk: names, dtypes, shapes, bytes |
 //! | [`codecs`] | byte layouts of quantized weights: the reader and the writer of each |
+//! | [`device`] | where a model runs |
 //! | [`model`] | what the tensors mean; a decoder that runs one block at a time |
 //! | [`text`] | a model's tokenizer, windows of tokens |
 //! | [`calibrate`] | what flows through the linears |
@@ -94,6 +99,7 @@ pub mod checkpoint;
 pub mod cli;
 pub mod codecs;
 pub mod compress;
+pub mod device;
 pub mod error;
 pub mod eval;
 pub mod export;

@@ -2,8 +2,11 @@
 
 use std::path::PathBuf;
 
+use anyhow::Result;
+
 use crate::checkpoint::Checkpoint;
-use crate::model::WalkLimits;
+use crate::device::Device;
+use crate::model::{Decoder, WalkLimits};
 use crate::progress::Progress;
 use crate::store::{Journal, Spool};
 
@@ -11,6 +14,8 @@ use crate::store::{Journal, Spool};
 pub struct Session<'a> {
     /// The source.
     pub checkpoint: &'a Checkpoint,
+    /// The device that runs the model.
+    pub device: Device,
     pub limits: WalkLimits,
     /// Finished pieces; the default keeps none, so that nothing can be resumed.
     pub journal: Journal,
@@ -19,15 +24,25 @@ pub struct Session<'a> {
 }
 
 impl<'a> Session<'a> {
-    /// A run within `memory_bytes`, with its files in `work_folder`.
+    /// A run on `device`, within `memory_bytes`, with its files in `work_folder`.
     pub fn new(
         checkpoint: &'a Checkpoint,
+        device: &Device,
         memory_bytes: u64,
         work_folder: PathBuf,
         journal: Journal,
         progress: &'a dyn Progress,
     ) -> Self {
-        Self { checkpoint, limits: WalkLimits::new(memory_bytes, work_folder), journal, progress }
+        let limits = WalkLimits::new(memory_bytes, work_folder);
+        Self { checkpoint, device: device.clone(), limits, journal, progress }
+    }
+
+    /// The model, on the device of the run.
+    ///
+    /// # Errors
+    /// As [`Decoder::open`].
+    pub fn decoder(&self) -> Result<Decoder<'a>> {
+        Ok(Decoder::open(self.checkpoint)?.on(&self.device))
     }
 
     /// An empty spool with a quarter of the memory.

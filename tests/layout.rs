@@ -228,6 +228,13 @@ fn only_operators_know_their_parts() {
 }
 
 #[test]
+fn the_device_enters_once() {
+    // Tensors are made on the device of others, or on the host by its name there, and values leave through `to_host`.
+    let needles = ["Device::Cpu", "Device::new_cuda", "to_vec1", "to_vec2", "to_vec3", "to_scalar"];
+    assert_eq!(lines_with(&needles, |p: &Path| p == Path::new("device.rs")), Vec::<String>::new());
+}
+
+#[test]
 fn the_mathematics_does_no_input_or_output() {
     let is_elsewhere =
         |p: &Path| !(p.starts_with("approx") || p.starts_with("linalg") || p.starts_with("compress/allocate"));

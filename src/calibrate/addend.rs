@@ -4,6 +4,7 @@ use anyhow::Result;
 use candle_core::Tensor;
 
 use super::needs::{Key, Needs};
+use crate::device::to_host;
 use crate::linalg;
 use crate::model::{InputSite, Slot};
 
@@ -69,7 +70,7 @@ impl Addend {
         if !needs.inputs() {
             return Ok(());
         }
-        let values = x.flatten_all()?.to_vec1::<f32>()?;
+        let values = to_host(x)?;
         if needs.input_magnitude {
             let mut sums = vec![0.0; n];
             for row in values.chunks_exact(n) {
@@ -95,7 +96,7 @@ impl Addend {
         multiply: Multiply,
     ) -> Result<()> {
         let (_, m) = gradient.dims2()?;
-        let mut values = gradient.flatten_all()?.to_vec1::<f32>()?;
+        let mut values = to_host(gradient)?;
         if clip {
             clip_tokens(&mut values, m);
         }
@@ -110,7 +111,7 @@ impl Addend {
     pub fn add_squared_gradient(&mut self, slot: Slot, x: &Tensor, gradient: &Tensor) -> Result<()> {
         let (m, n) = (gradient.dim(1)?, x.dim(1)?);
         let weight_gradient = gradient.t()?.contiguous()?.matmul(x)?; // ∂L/∂W (m, n)
-        let values = weight_gradient.flatten_all()?.to_vec1::<f32>()?;
+        let values = to_host(&weight_gradient)?;
         let mut columns = vec![0.0; n];
         let mut rows = Vec::with_capacity(m);
         for row in values.chunks_exact(n) {

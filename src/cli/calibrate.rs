@@ -7,7 +7,7 @@ use bytesize::ByteSize;
 use clap::Args;
 
 use super::terminal::{Bars, grouped, table};
-use super::{MemoryArgs, open, print, print_json};
+use super::{DeviceArgs, MemoryArgs, open, print, print_json};
 use crate::calibrate::{self, Header, Needs, Observation, Statistics, TargetedWindows, WindowSettings, Windows};
 use crate::checkpoint::{Existing, expect_apart, folder_of};
 use crate::compress::presets::Method;
@@ -84,6 +84,9 @@ pub(super) struct CalibrateArgs {
     #[command(flatten)]
     memory: MemoryArgs,
 
+    #[command(flatten)]
+    device: DeviceArgs,
+
     /// Output file, ending in `.safetensors`
     #[arg(short, long, value_name = "STATISTICS", help_heading = "Output")]
     output: PathBuf,
@@ -132,10 +135,11 @@ fn measure(
     text: &std::path::Path,
     progress: &Bars,
 ) -> Result<(Header, calibrate::Seconds)> {
+    let device = args.device.open()?;
     let checkpoint = open(model, &args.revision, progress)?;
     let read = checkpoint.read_files();
     expect_apart(&args.output, read.iter().map(PathBuf::as_path).chain([text]))?;
-    let decoder = Decoder::open(&checkpoint)?;
+    let decoder = Decoder::open(&checkpoint)?.on(&device);
     let needs = args.method.iter().map(|m| m.preset().needs()).reduce(Needs::union).unwrap_or(Needs::ALL);
     if needs == Needs::default() {
         return Err(Failure::usage("`--method svd` uses no statistics")

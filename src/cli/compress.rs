@@ -10,7 +10,7 @@ use indicatif::HumanDuration;
 
 use super::options::RecipeArgs;
 use super::terminal::{Bars, fixed, grouped, table};
-use super::{GateArgs, MemoryArgs, ModelArgs};
+use super::{DeviceArgs, GateArgs, MemoryArgs, ModelArgs};
 use crate::checkpoint::{Existing, OutputFolder};
 use crate::compress::recipe::{Recipe, RecipeOptions};
 use crate::compress::{self, DryRun, Job};
@@ -52,6 +52,9 @@ pub(super) struct CompressArgs {
     #[command(flatten)]
     memory: MemoryArgs,
 
+    #[command(flatten)]
+    device: DeviceArgs,
+
     /// Show targets, sizes, memory, disk and time at once; `full` also measures, shows the ranks, and keeps its work for the run
     #[arg(long, help_heading = "Output", value_name = "DEPTH", num_args = 0..=1, require_equals = true, default_missing_value = "plan", hide_possible_values = true)]
     dry_run: Option<DryRun>,
@@ -81,6 +84,7 @@ pub(super) fn run(args: &CompressArgs, quiet: bool, progress: &Bars) -> Result<(
     let file = args.recipe.as_deref().map(RecipeOptions::read).transpose()?.unwrap_or_default();
     let recipe = Recipe::new(&args.options.0.clone().or(file))?;
     // Before a model is downloaded.
+    let device = args.device.open()?;
     OutputFolder::check(&args.output, Existing::of(args.force), REPORT_FILE)?;
     let checkpoint = compress::view(args.model.open(progress)?, &recipe)?;
     let job = Job {
@@ -91,6 +95,7 @@ pub(super) fn run(args: &CompressArgs, quiet: bool, progress: &Bars) -> Result<(
         force: args.force,
         restart: args.restart,
         memory_bytes: args.memory.memory.as_u64(),
+        device,
     };
     if let Some(depth) = args.dry_run {
         let report = compress::dry_run(&job, depth, progress)?;

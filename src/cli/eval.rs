@@ -7,8 +7,9 @@ use clap::builder::PossibleValue;
 use clap::{Args, ValueEnum};
 
 use super::terminal::{Bars, fixed, grouped, table};
-use super::{GateArgs, MemoryArgs, ModelArgs, open};
+use super::{DeviceArgs, GateArgs, MemoryArgs, ModelArgs, open};
 use crate::checkpoint::Checkpoint;
+use crate::device::Device;
 use crate::error::Failure;
 use crate::eval::conventions::Convention;
 use crate::eval::{self, EvalSettings, Masking, Reference};
@@ -81,6 +82,9 @@ pub(super) struct EvalArgs {
     memory: MemoryArgs,
 
     #[command(flatten)]
+    device: DeviceArgs,
+
+    #[command(flatten)]
     gates: GateArgs,
 
     /// Print the report as JSON
@@ -115,12 +119,13 @@ impl ValueEnum for Asked {
 
 pub(super) fn run(args: &EvalArgs, progress: &Bars) -> Result<()> {
     check_gates(args)?;
+    let device = args.device.open()?;
     let checkpoint = args.model.open(progress)?;
     let is_encoder = ModelConfig::of(&checkpoint)?.1.encoder.is_some();
     let original = args.reference.as_deref().map(|name| open(name, "main", progress)).transpose()?;
     let name = args.reference.as_deref().unwrap_or_default();
     let reference = original.as_ref().map(|checkpoint| Reference { checkpoint, name });
-    let run = Run { args, checkpoint: &checkpoint, reference: reference.as_ref(), progress };
+    let run = Run { args, checkpoint: &checkpoint, reference: reference.as_ref(), device, progress };
     match args.convention {
         None | Some(Asked::Masked) if is_encoder => run.encoder(),
         Some(Asked::Masked) => {
@@ -181,6 +186,7 @@ struct Run<'a> {
     args: &'a EvalArgs,
     checkpoint: &'a Checkpoint,
     reference: Option<&'a Reference<'a>>,
+    device: Device,
     progress: &'a Bars,
 }
 
@@ -230,6 +236,7 @@ impl Run<'_> {
             max_windows: args.max_windows.map(|n| n as usize),
             bos: args.bos,
             memory_bytes: args.memory.memory.as_u64(),
+            device: self.device.clone(),
         }
     }
 }

@@ -8,12 +8,13 @@ use anyhow::Result;
 use clap::Args;
 
 use super::terminal::{self, Bars, grouped, sparkline, table};
-use super::{GateArgs, MemoryArgs, ModelArgs, print, print_json};
+use super::{DeviceArgs, GateArgs, MemoryArgs, ModelArgs, print, print_json};
 use crate::checkpoint::{Checkpoint, Existing, check_file, expect_apart, write_text};
 use crate::compress::options::RecipeOptions;
 use crate::compress::presets::Method;
 use crate::compress::recipe::Recipe;
 use crate::compress::spectra::{Weighted, weighted_curves};
+use crate::device::Device;
 use crate::error::Failure;
 use crate::inspect;
 use crate::model::coverage::missing;
@@ -61,6 +62,9 @@ pub(super) struct InspectArgs {
 
     #[command(flatten)]
     memory: MemoryArgs,
+
+    #[command(flatten)]
+    device: DeviceArgs,
 
     /// Sort by this column, largest first (`alpha`)
     #[arg(long, value_name = "COLUMN", value_parser = column, help_heading = "Output")]
@@ -118,6 +122,7 @@ fn definitions() -> String {
 
 pub(super) fn run(args: &InspectArgs, progress: &Bars) -> Result<()> {
     check(args)?;
+    let device = args.device.open()?;
     let checkpoint = args.model.open(progress)?;
     if let Some(missing) = missing(&checkpoint) {
         tracing::warn!("{missing}");
@@ -127,7 +132,7 @@ pub(super) fn run(args: &InspectArgs, progress: &Bars) -> Result<()> {
         let inputs = read.iter().chain(&args.calibration).chain(&args.statistics);
         expect_apart(path, inputs.map(PathBuf::as_path))?;
     }
-    let weighted = if args.has_metric() { Some(weighted(args, &checkpoint, progress)?) } else { None };
+    let weighted = if args.has_metric() { Some(weighted(args, &checkpoint, &device, progress)?) } else { None };
     let (mut report, spectra) = inspect::inspect(&checkpoint, &args.model.model, weighted, progress)?;
     if let Some(path) = &args.spectra {
         inspect::write_spectra(path, &spectra)?;
@@ -184,6 +189,7 @@ fn check(args: &InspectArgs) -> Result<()> {
 fn weighted(
     args: &InspectArgs,
     checkpoint: &Checkpoint,
+    device: &Device,
     progress: &Bars,
 ) -> Result<(String, BTreeMap<String, Weighted>)> {
     let method = args.method.unwrap_or(Method::Kfac);
@@ -196,7 +202,8 @@ fn weighted(
         samples: args.samples,
         ..RecipeOptions::default()
     };
-    let curves = weighted_curves(checkpoint, &Recipe::new(&options)?, args.memory.memory.as_u64(), progress)?;
+    let (recipe, memory_bytes) = (Recipe::new(&options)?, args.memory.memory.as_u64());
+    let curves = weighted_curves(checkpoint, &recipe, device, memory_bytes, progress)?;
     Ok((method.name().into(), curves))
 }
 

@@ -15,7 +15,7 @@ mod truncate;
 use std::io::Write;
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use bytesize::ByteSize;
 use clap::error::ErrorKind;
 use clap::{Args, Command as Parser, CommandFactory, FromArgMatches, Subcommand};
@@ -23,6 +23,7 @@ use serde::Serialize;
 use serde_json::json;
 
 use crate::checkpoint::{Checkpoint, hub};
+use crate::device::{Device, DeviceChoice};
 use crate::error::{self, ExitClass, Failure};
 use crate::progress::Progress;
 use crate::report::gate::{self, Gate};
@@ -102,6 +103,20 @@ struct MemoryArgs {
     /// Memory for hidden states and activations; the rest goes to disk
     #[arg(long, default_value = "1GiB", value_name = "SIZE", hide_short_help = true)]
     memory: ByteSize,
+}
+
+/// The device that runs the model.
+#[derive(Debug, Args)]
+struct DeviceArgs {
+    /// Device that runs the model
+    #[arg(long, default_value = "cpu", value_name = "DEVICE", hide_short_help = true)]
+    device: DeviceChoice,
+}
+
+impl DeviceArgs {
+    fn open(&self) -> Result<Device> {
+        self.device.open().context(Failure::new(ExitClass::Resources, "cannot open the device of `--device`"))
+    }
 }
 
 /// Gates for scripts.

@@ -8,7 +8,7 @@ use clap::{ArgAction, ArgMatches, Args, FromArgMatches};
 
 use super::options::RecipeArgs;
 use super::terminal::{Bars, fixed, grouped, table};
-use super::{GateArgs, MemoryArgs, ModelArgs};
+use super::{DeviceArgs, GateArgs, MemoryArgs, ModelArgs};
 use crate::checkpoint::{Existing, OutputFolder, expect_apart};
 use crate::compress::recipe::{Recipe, RecipeOptions};
 use crate::compress::{SweepSettings, sweep};
@@ -62,6 +62,9 @@ pub(super) struct SweepArgs {
 
     #[command(flatten)]
     memory: MemoryArgs,
+
+    #[command(flatten)]
+    device: DeviceArgs,
 
     /// Folder for `lrc-report.json` and `lrc-report.html`
     #[arg(short, long, value_name = "OUT", help_heading = "Output")]
@@ -141,6 +144,7 @@ pub(super) fn run(args: &SweepArgs, progress: &Bars) -> Result<()> {
     // The sequential mode must redo the decomposition for each budget; a sweep decomposes once.
     options.sequential = options.sequential.or(Some(false));
     let recipe = Recipe::new(&options)?;
+    let device = args.device.open()?;
     if let Some(output) = &args.output {
         OutputFolder::check(output, Existing::of(args.force), REPORT_FILE)?;
     }
@@ -161,6 +165,7 @@ pub(super) fn run(args: &SweepArgs, progress: &Bars) -> Result<()> {
         max_windows: args.max_windows.map(|n| n as usize),
         bos: Bos::Auto,
         memory_bytes: args.memory.memory.as_u64(),
+        device,
     };
     let settings = SweepSettings { checkpoint: &checkpoint, recipe: &recipe, keeps: &args.options.keeps, eval };
     let report = sweep(&settings, progress)?;

@@ -39,7 +39,7 @@ pub fn dry_run(job: &Job<'_>, depth: DryRun, progress: &dyn Progress) -> Result<
     let (checkpoint, recipe) = (job.checkpoint, job.recipe);
     let memory = run.plan.expected_memory(checkpoint, recipe, job.memory_bytes, rayon::current_num_threads());
     let disk = run.disk_bytes();
-    let seconds = estimate::seconds(checkpoint, recipe, &run.plan, run.inputs.windows.as_ref())?;
+    let seconds = estimate::seconds(job, &run.plan, run.inputs.windows.as_ref())?;
     let mut report = match depth {
         DryRun::Plan => planned(&run)?,
         DryRun::Full => measured(run, progress)?,

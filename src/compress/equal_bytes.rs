@@ -12,7 +12,6 @@ use super::sensitivity::probe_windows;
 use super::solution::Solution;
 use super::study::Study;
 use super::trials::mean_kl;
-use crate::model::Decoder;
 use crate::model::inventory::LinearInfo;
 use crate::operator::Forms;
 use crate::quantize::{BLOCK_TYPES, Levels, Quant, Scale, Scheme, Storage};
@@ -67,7 +66,7 @@ pub(super) fn compare(
     let own_error: f64 = (0..choices.len()).map(|i| weighted(i, study.fits.norm(i) * relative_errors(i))).sum();
     let (mut kl, mut baseline_kl) = (None, None);
     let quant = quantizers(study, &choices);
-    if study.inputs.windows.is_some() && Decoder::open(study.session.checkpoint)?.has_head() {
+    if study.inputs.windows.is_some() && study.session.decoder()?.has_head() {
         let baseline = Solution::new(study, choices, &refine::of(study.recipe));
         let found = mean_kl(study, probe_windows(study), &[solution, &baseline], "control")?;
         (kl, baseline_kl) = (Some(found[0]), Some(found[1]));

@@ -6,16 +6,16 @@
 use std::time::Instant;
 
 use anyhow::Result;
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 use faer::Mat;
 
+use super::Job;
 use super::budget::max_ranks;
 use super::plan::Plan;
-use super::recipe::Recipe;
 use crate::approx::low_rank;
 use crate::approx::metric::MetricPair;
 use crate::calibrate::Windows;
-use crate::checkpoint::Checkpoint;
+use crate::device::HOST;
 use crate::linalg;
 use crate::model::inventory::LinearInfo;
 use crate::model::{Decoder, ModelConfig, Walk, WalkLimits};
@@ -39,7 +39,8 @@ const EIGEN: usize = 320;
 impl Speed {
     fn measure() -> Result<Self> {
         let cube = |n: usize| (n * n * n) as f64;
-        let x = Tensor::ones((GRAM, GRAM), DType::F32, &Device::Cpu)?;
+        // Grams are computed from values that have left the device.
+        let x = Tensor::ones((GRAM, GRAM), DType::F32, &HOST)?;
         let gram = fastest(|| {
             let _: () = drop(x.matmul(&x)?);
             Ok(())
@@ -74,9 +75,9 @@ fn fastest(trial: impl Fn() -> Result<()>) -> Result<f64> {
 }
 
 /// Seconds of all `windows` through all blocks, extrapolated from enough of them for a trial in the first block.
-fn pass(checkpoint: &Checkpoint, windows: &Windows) -> Result<f64> {
+fn pass(job: &Job<'_>, windows: &Windows) -> Result<f64> {
     const TRIAL_TOKENS: usize = 512;
-    let decoder = Decoder::open(checkpoint)?;
+    let decoder = Decoder::open(job.checkpoint)?.on(&job.device);
     let length = windows.windows.first().map_or(1, Vec::len).max(1);
     let some = &windows.windows[..TRIAL_TOKENS.div_ceil(length).min(windows.windows.len())];
     let folder = tempfile::tempdir()?;
@@ -94,7 +95,8 @@ fn pass(checkpoint: &Checkpoint, windows: &Windows) -> Result<f64> {
 ///
 /// # Errors
 /// The trials fail.
-pub(super) fn seconds(checkpoint: &Checkpoint, recipe: &Recipe, plan: &Plan, windows: Option<&Windows>) -> Result<f64> {
+pub(super) fn seconds(job: &Job<'_>, plan: &Plan, windows: Option<&Windows>) -> Result<f64> {
+    let (checkpoint, recipe) = (job.checkpoint, job.recipe);
     let speed = Speed::measure()?;
     let threads = rayon::current_num_threads().min(plan.linears.len()) as f64;
     let needs = recipe.needs();
@@ -138,7 +140,7 @@ pub(super) fn seconds(checkpoint: &Checkpoint, recipe: &Recipe, plan: &Plan, win
         Some(windows) if passes > 0.0 => {
             let head = ModelConfig::of(checkpoint).map_or(0.0, |(c, _)| (c.hidden_size * c.vocab_size) as f64);
             let products = grams + if needs.gradients() { 2.0 * head } else { 0.0 };
-            passes * pass(checkpoint, windows)? + windows.part.tokens as f64 * products * speed.gram
+            passes * pass(job, windows)? + windows.part.tokens as f64 * products * speed.gram
         }
         _ => 0.0,
     };

@@ -69,7 +69,7 @@ impl Inputs {
             return Ok(calibrate::Seconds::default());
         }
         let windows = self.windows.as_ref().expect("invariant: a recipe that needs a text has one");
-        let decoder = Decoder::open(session.checkpoint)?;
+        let decoder = session.decoder()?;
         let observation = Observation { needs: recipe.needs(), clip_gradients: recipe.clip_gradients };
         let header = Header::new(Fingerprint::new(), observation, vec![windows.part.clone()]);
         let limits = &session.limits;

@@ -38,6 +38,7 @@ use std::time::Instant;
 use anyhow::Result;
 
 use crate::checkpoint::{Checkpoint, Earlier, Existing, Fingerprint, OutputFolder, expect_apart};
+use crate::device::Device;
 use crate::error::{self, ExitClass, Failure, exit_class};
 use crate::formats::{self, Format, Output, Source};
 use crate::model::{fingerprint, inventory};
@@ -73,6 +74,8 @@ pub struct Job<'a> {
     pub restart: bool,
     /// Memory for hidden states and activations; the rest goes to files in the work folder.
     pub memory_bytes: u64,
+    /// The device that runs the model.
+    pub device: Device,
 }
 
 impl Job<'_> {
@@ -174,7 +177,8 @@ impl<'a> Run<'a> {
         'a: 's,
     {
         let journal = Journal::new(folder.pieces());
-        Session::new(self.job.checkpoint, self.job.memory_bytes, folder.work(), journal, progress)
+        let job = self.job;
+        Session::new(job.checkpoint, &job.device, job.memory_bytes, folder.work(), journal, progress)
     }
 
     /// All steps but the last, which publishes the folder.

@@ -243,7 +243,7 @@ pub(super) fn job(job: &Job<'_>, source_files: &Fingerprint, inputs: &Inputs) ->
         let ids: Vec<u8> = w.windows.iter().flatten().flat_map(|id| id.to_le_bytes()).collect();
         json!({"text_sha256": w.part.text_sha256, "tokens_sha256": hex(&Sha256::digest(&ids))})
     });
-    Ok(json!({
+    let mut description = json!({
         "lrc_version": LRC_VERSION,
         "source": job.source,
         "source_files": source_files,
@@ -251,7 +251,12 @@ pub(super) fn job(job: &Job<'_>, source_files: &Fingerprint, inputs: &Inputs) ->
         "calibration": windows,
         "statistics_sha256": job.recipe.statistics.as_deref().map(sha256_file).transpose()?,
         "memory_bytes": job.memory_bytes,
-    }))
+    });
+    // What is measured on another device differs in its last digits.
+    if !job.device.is_cpu() {
+        description["device"] = json!("gpu");
+    }
+    Ok(description)
 }
 
 /// The report of a dry run, before its estimates.

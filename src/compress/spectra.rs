@@ -12,6 +12,7 @@ use super::recipe::Recipe;
 use crate::approx::low_rank::{self, ErrorCurve};
 use crate::approx::metric::MetricPair;
 use crate::checkpoint::Checkpoint;
+use crate::device::Device;
 use crate::linalg;
 use crate::model::inventory;
 use crate::progress::Progress;
@@ -33,13 +34,14 @@ pub struct Weighted {
 pub fn weighted_curves(
     checkpoint: &Checkpoint,
     recipe: &Recipe,
+    device: &Device,
     memory_bytes: u64,
     progress: &dyn Progress,
 ) -> Result<BTreeMap<String, Weighted>> {
     let plan = Plan::new(checkpoint, recipe)?;
     let mut inputs = Inputs::load(checkpoint, recipe, &plan)?;
     let work = tempfile::tempdir()?;
-    let session = Session::new(checkpoint, memory_bytes, work.path().into(), Journal::default(), progress);
+    let session = Session::new(checkpoint, device, memory_bytes, work.path().into(), Journal::default(), progress);
     inputs.measure(&session, recipe)?;
     let metrics = inputs.metrics(recipe);
     let stage = progress.stage("metric", plan.linears.len() as u64, "matrices");

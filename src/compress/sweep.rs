@@ -53,8 +53,8 @@ pub fn sweep(settings: &SweepSettings<'_>, progress: &dyn Progress) -> Result<Sw
     let inputs = Inputs::load(checkpoint, recipe, &plan)?;
     let prepared = Prepared::new(checkpoint, &settings.eval)?;
     let work = tempfile::tempdir()?;
-    let memory = settings.eval.memory_bytes;
-    let session = Session::new(checkpoint, memory, work.path().into(), Journal::default(), progress);
+    let (device, memory) = (&settings.eval.device, settings.eval.memory_bytes);
+    let session = Session::new(checkpoint, device, memory, work.path().into(), Journal::default(), progress);
     let study = Study::run(&session, recipe, &plan, inputs)?;
     let mut timings = study.timings;
     let allocating = Instant::now();

@@ -3,14 +3,15 @@
 use std::collections::HashMap;
 
 use anyhow::{Context, Result};
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 use rayon::prelude::*;
 
 use super::solution::Solution;
 use super::study::Study;
+use crate::device::HOST;
 use crate::eval::divergence::{self, Divergence};
 use crate::formats::Format;
-use crate::model::{Decoder, Hidden, Overlay, Scored, Walk, WalkLimits};
+use crate::model::{Hidden, Overlay, Scored, Walk, WalkLimits};
 use crate::operator::{BASE, Kind, Matrix, part_name};
 use crate::progress::Silent;
 use crate::store::Values;
@@ -33,7 +34,7 @@ pub(super) fn diverge(
     trials: &[&Solution<'_>],
     verb: &str,
 ) -> Result<Vec<Divergence>> {
-    let decoder = Decoder::open(study.session.checkpoint)?;
+    let decoder = study.session.decoder()?;
     let walk = Walk::new(&decoder, text.windows, &text.limits)?;
     let original = walk.embed(&decoder)?;
     let mut streams: Vec<Option<Hidden>> = trials.iter().map(|_| None).collect();
@@ -134,18 +135,16 @@ impl Solution<'_> {
                 };
                 let tensor = match matrix {
                     Matrix::Indices(places) => {
-                        Tensor::new(places.iter().map(|&place| place as u32).collect::<Vec<_>>(), &Device::Cpu)?
+                        Tensor::new(places.iter().map(|&place| place as u32).collect::<Vec<_>>(), &HOST)?
                     }
-                    matrix => {
-                        Tensor::from_vec(matrix.values().into_owned(), (part.shape[0], part.shape[1]), &Device::Cpu)?
-                    }
+                    matrix => Tensor::from_vec(matrix.values().into_owned(), (part.shape[0], part.shape[1]), &HOST)?,
                 };
                 tensors.push((name(&stored), tensor));
             }
         }
         let bias = name("bias");
         if self.study.session.checkpoint.info(&bias).is_some() {
-            let values = Tensor::new(self.study.session.checkpoint.values(&bias)?, &Device::Cpu)?;
+            let values = Tensor::new(self.study.session.checkpoint.values(&bias)?, &HOST)?;
             tensors.push((Format::Factored.exporter().bias_name(linear, &forms), values));
         }
         Ok(tensors)

@@ -4,6 +4,7 @@ use anyhow::Result;
 use candle_core::Tensor;
 use rayon::prelude::*;
 
+use crate::device::to_host;
 use crate::error::{Failure, NON_FINITE_HINT};
 use crate::model::{Head, RowDivergence, row_divergence};
 use crate::report::{Distribution, DivergenceRecord};
@@ -47,7 +48,7 @@ pub fn compare(
     for (chunk_idx, targets) in targets.chunks(rows_at_once).enumerate() {
         let logits = |head: &Head, x: &Tensor| -> Result<Vec<f32>> {
             let x = x.narrow(0, chunk_idx * rows_at_once, targets.len())?;
-            Ok(head.logits(&x)?.flatten_all()?.to_vec1::<f32>()?)
+            Ok(to_host(&head.logits(&x)?)?)
         };
         let (p, q) = (logits(reference, reference_x)?, logits(model, x)?);
         let rows = p.par_chunks_exact(vocab_size).zip(q.par_chunks_exact(vocab_size)).zip(targets);

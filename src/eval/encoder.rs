@@ -8,6 +8,7 @@ use candle_core::Tensor;
 
 use super::{EvalSettings, Reference, expect_same_tokens, last_states, mean, standard_error};
 use crate::checkpoint::Checkpoint;
+use crate::device::to_host;
 use crate::error::{Failure, NON_FINITE_HINT};
 use crate::model::config::window_length;
 use crate::model::{Decoder, Objective, SentenceModules, Walk, WalkLimits};
@@ -45,7 +46,7 @@ pub fn encoder(
     if settings.stride.is_some() {
         return Err(Failure::usage("`--stride` has no effect on encoders").hint("remove `--stride`").into());
     }
-    let decoder = Decoder::open(checkpoint)?;
+    let decoder = settings.decoder(checkpoint)?;
     if masking == Masking::Always && !decoder.has_head() {
         let message = format!(
             "`{}` is an encoder without a masked-language-model head: it has neither perplexity nor pseudo-perplexity",
@@ -55,7 +56,7 @@ pub fn encoder(
     }
     let tokenizer = Tokenizer::open(checkpoint.root())?;
     let text = Text::read(&settings.text, &settings.field, checkpoint.root())?;
-    let original = reference.map(|reference| Decoder::open(reference.checkpoint)).transpose()?;
+    let original = reference.map(|r| settings.decoder(r.checkpoint)).transpose()?;
     // The output folder may lack the modules of its source.
     let modules = original.as_ref().and_then(Decoder::sentence).or(decoder.sentence());
     let longest = modules.and_then(|modules| modules.max_seq_length).unwrap_or(DEFAULT_SEQ_LEN);
@@ -161,8 +162,7 @@ impl Comparison {
     /// Adds rows of `x` and of `reference`, both (n, width).
     fn add(&mut self, reference: &Tensor, x: &Tensor) -> Result<()> {
         let width = x.dim(1)?;
-        let values = |t: &Tensor| t.flatten_all()?.to_vec1::<f32>();
-        let (reference, x) = (values(reference)?, values(x)?);
+        let (reference, x) = (to_host(reference)?, to_host(x)?);
         for (r, x) in reference.chunks_exact(width).zip(x.chunks_exact(width)) {
             let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
             let (rr, xx, rx) = (dot(r, r), dot(x, x), dot(r, x));

@@ -12,6 +12,7 @@ use anyhow::{Context, Result};
 use candle_core::Tensor;
 
 use crate::checkpoint::Checkpoint;
+use crate::device::Device;
 use crate::error::Failure;
 use crate::model::config::window_length;
 use crate::model::{Decoder, Hidden, ModelConfig, Scored, Walk, WalkLimits};
@@ -43,6 +44,15 @@ pub struct EvalSettings {
     pub bos: Bos,
     /// Memory for hidden states, of both models together; the rest goes to a temporary file.
     pub memory_bytes: u64,
+    /// The device that runs the models.
+    pub device: Device,
+}
+
+impl EvalSettings {
+    /// A model on the device of the evaluation.
+    fn decoder<'c>(&self, checkpoint: &'c Checkpoint) -> Result<Decoder<'c>> {
+        Ok(Decoder::open(checkpoint)?.on(&self.device))
+    }
 }
 
 /// Default stride, as in the guide of transformers; half a window if that is less.
@@ -233,8 +243,8 @@ pub fn perplexity(
     progress: &dyn Progress,
 ) -> Result<PerplexityReport> {
     let started = Instant::now();
-    let decoder = Decoder::open(checkpoint)?;
-    let original = reference.map(|r| Decoder::open(r.checkpoint)).transpose()?;
+    let decoder = settings.decoder(checkpoint)?;
+    let original = reference.map(|r| settings.decoder(r.checkpoint)).transpose()?;
     let prepared = Prepared::new(checkpoint, settings)?;
     if let Some(reference) = reference {
         expect_same_tokens(reference, checkpoint, &prepared.text)?;

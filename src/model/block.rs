@@ -4,13 +4,13 @@ use anyhow::{Context, Result};
 use candle_core::Tensor;
 
 use super::architectures::Architecture;
-use super::attention::{Attention, Qkv, Scoring};
+use super::attention::{Attention, Qkv};
 use super::config::ModelConfig;
 use super::experts::Experts;
 use super::linear::{Bias, GradientTap, Linear, Outputs};
 use super::mlp::Mlp;
 use super::norm::Norm;
-use super::ops::is_finite;
+use super::ops::{Scoring, is_finite};
 use super::rope::Rope;
 use super::slot::{InputSite, LinearId, Role, Slot};
 use super::weights::{Order, Weights, is_split};

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use anyhow::Result;
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 
 use super::architectures::table::{Architecture, MaskedHead};
 use super::block::Block;
@@ -17,8 +17,9 @@ use super::rope::Rope;
 use super::sentence::SentenceModules;
 use super::slot::{LinearId, Slot};
 use super::tie::Vocabulary;
-use super::weights::{Order, Weights, is_split};
+use super::weights::{Order, Placed, Weights, is_split};
 use crate::checkpoint::Checkpoint;
+use crate::device::Device;
 use crate::error::Failure;
 use crate::operator;
 
@@ -33,7 +34,7 @@ pub struct Decoder<'w> {
     pub(super) vocabulary: Vocabulary,
     /// Only for an encoder in a folder of sentence-transformers.
     sentence: Option<Arc<SentenceModules>>,
-    weights: &'w dyn Weights,
+    weights: Placed<'w>,
 }
 
 /// The function whose gradients are taken.
@@ -73,7 +74,7 @@ impl<'w> Decoder<'w> {
             Some(_) => SentenceModules::read(checkpoint.root(), config.hidden_size)?.map(Arc::new),
             None => None,
         };
-        Ok(Self { config, architecture, names, vocabulary, sentence, weights: checkpoint })
+        Ok(Self { config, architecture, names, vocabulary, sentence, weights: Placed::on_host(checkpoint) })
     }
 
     /// The same without its head, which may be absent.
@@ -81,7 +82,19 @@ impl<'w> Decoder<'w> {
         let (config, architecture) = ModelConfig::of(checkpoint)?;
         let names = Names::of(checkpoint, architecture);
         let vocabulary = Vocabulary::without_head(checkpoint, config.tie_word_embeddings, architecture, &names);
-        Ok(Self { config, architecture, names, vocabulary, sentence: None, weights: checkpoint })
+        Ok(Self { config, architecture, names, vocabulary, sentence: None, weights: Placed::on_host(checkpoint) })
+    }
+
+    /// The same model on a device. Without this it runs on the CPU.
+    #[must_use]
+    pub fn on(mut self, device: &Device) -> Self {
+        self.weights.device = device.clone();
+        self
+    }
+
+    /// The device that it runs on.
+    pub fn device(&self) -> &Device {
+        &self.weights.device
     }
 
     /// The same model with other weights: `weights` must hold what [`Self::open`] checked.
@@ -91,7 +104,7 @@ impl<'w> Decoder<'w> {
             names: self.names.clone(),
             vocabulary: self.vocabulary.clone(),
             sentence: self.sentence.clone(),
-            weights,
+            weights: Placed { weights, device: self.device().clone() },
             ..*self
         }
     }
@@ -100,7 +113,7 @@ impl<'w> Decoder<'w> {
     pub fn of_variables(config: ModelConfig, architecture: &'static Architecture, weights: &'w dyn Weights) -> Self {
         let names = Names::native(architecture);
         let vocabulary = Vocabulary::native(architecture, config.tie_word_embeddings == Some(true));
-        Self { config, architecture, names, vocabulary, sentence: None, weights }
+        Self { config, architecture, names, vocabulary, sentence: None, weights: Placed::on_host(weights) }
     }
 
     /// The norm after the last block.
@@ -150,10 +163,12 @@ impl<'w> Decoder<'w> {
     /// A tensor is broken.
     pub fn pooler(&self) -> Result<Pooler> {
         Ok(Pooler(match (&self.sentence, self.pooler_name()) {
-            (Some(modules), _) => {
-                Kind::Sentence { pooler: modules.load()?, name: modules.name(), is_by_cosine: modules.is_by_cosine }
-            }
-            (None, Some(name)) => Kind::Learned(Linear::load(self.weights, &name, Bias::Stored, Order::OutIn)?),
+            (Some(modules), _) => Kind::Sentence {
+                pooler: modules.load(self.device())?,
+                name: modules.name(),
+                is_by_cosine: modules.is_by_cosine,
+            },
+            (None, Some(name)) => Kind::Learned(Linear::load(&self.weights, &name, Bias::Stored, Order::OutIn)?),
             (None, None) => Kind::Mean,
         }))
     }
@@ -171,7 +186,7 @@ impl<'w> Decoder<'w> {
     /// The linears of a block in the order of the forward pass, with their shapes (out, in).
     pub fn linears(&self, block_idx: usize) -> Vec<(Slot, [usize; 2])> {
         let block = self.architecture.block(&self.names.prefix, block_idx);
-        let is_split = |whole: &str| is_split(self.weights, &format!("{block}.{whole}"));
+        let is_split = |whole: &str| is_split(&self.weights, &format!("{block}.{whole}"));
         let widths = self.config.widths(block_idx);
         let slots = self.architecture.slots(&widths, &is_split);
         slots.into_iter().map(|slot| (slot, widths.shape(slot).0)).collect()
@@ -192,7 +207,7 @@ impl<'w> Decoder<'w> {
     /// # Errors
     /// See [`Rope::new`].
     pub fn rope(&self, n_positions: usize) -> Result<Rope> {
-        Rope::new(&self.config.rope(), self.config.local_rope().as_ref(), n_positions)
+        Rope::new(&self.config.rope(), self.config.local_rope().as_ref(), n_positions, self.device())
     }
 
     /// Loads the embeddings.
@@ -210,11 +225,11 @@ impl<'w> Decoder<'w> {
         });
         let norm = encoder.map(|e| {
             let name = format!("{}{}", self.names.prefix, e.embed_norm);
-            Norm::load(self.weights, &name, self.architecture.norm_kind, self.config.rms_norm_eps)
+            Norm::load(&self.weights, &name, self.architecture.norm_kind, self.config.rms_norm_eps)
         });
         let projection = self
             .projections()
-            .map(|[into, _]| Linear::load(self.weights, &into, Bias::None, Order::OutIn))
+            .map(|[into, _]| Linear::load(&self.weights, &into, Bias::None, Order::OutIn))
             .transpose()?;
         Ok(Embeddings {
             projection,
@@ -235,7 +250,7 @@ impl<'w> Decoder<'w> {
     /// # Errors
     /// A tensor is broken.
     pub fn block(&self, block_idx: usize) -> Result<Block> {
-        Block::load(self.weights, &self.config, self.architecture, &self.names.prefix, block_idx)
+        Block::load(&self.weights, &self.config, self.architecture, &self.names.prefix, block_idx)
     }
 
     /// Loads the final norm and the head.
@@ -251,22 +266,22 @@ impl<'w> Decoder<'w> {
         }
         let mut lm_head = match &self.vocabulary.head {
             None => Linear::dense(self.table()?, None),
-            Some(head) => Linear::load(self.weights, head, Bias::None, Order::OutIn)?,
+            Some(head) => Linear::load(&self.weights, head, Bias::None, Order::OutIn)?,
         };
-        let norm = |name: &str| Norm::load(self.weights, name, names.norm_kind, eps);
+        let norm = |name: &str| Norm::load(&self.weights, name, names.norm_kind, eps);
         let of_head = |part: &str| format!("{}{part}", self.names.head);
         let mut transform = None;
         if let Some(MaskedHead { dense, activation, norm: name, bias }) = names.encoder.as_ref().map(|e| &e.masked_head)
         {
             lm_head = lm_head.with_bias(self.weights.tensor(&of_head(bias))?);
-            let dense = Linear::load(self.weights, &of_head(dense), Bias::Stored, Order::OutIn)?;
+            let dense = Linear::load(&self.weights, &of_head(dense), Bias::Stored, Order::OutIn)?;
             let activation = activation.unwrap_or(self.config.hidden_act);
             transform = Some(Transform { dense, activation, norm: norm(&of_head(name))? });
         }
         let last = self.last_norm().map(|name| norm(&name)).transpose()?;
         let projection = self
             .projections()
-            .map(|[_, out]| Linear::load(self.weights, &out, Bias::None, Order::OutIn))
+            .map(|[_, out]| Linear::load(&self.weights, &out, Bias::None, Order::OutIn))
             .transpose()?;
         Ok(Head { norm: last, projection, transform, lm_head, cap: self.config.final_logit_softcapping })
     }
@@ -307,13 +322,14 @@ impl Embeddings {
             return Err(Failure::unsupported(message).hint("the tokenizer does not belong to this model").into());
         }
         let n_tokens = windows.first().map_or(0, |w| w.len());
-        self.of(&Tensor::from_vec(ids, (windows.len(), n_tokens), &Device::Cpu)?)
+        self.of(&Tensor::from_vec(ids, (windows.len(), n_tokens), self.table.device())?)
     }
 
-    /// Embeds `ids` (batch, n_tokens).
+    /// Embeds `ids` (batch, n_tokens), from whatever device.
     fn of(&self, ids: &Tensor) -> Result<Tensor> {
         let (batch, n_tokens) = ids.dims2()?;
-        let mut x = self.table.embedding(&ids.flatten_all()?)?.reshape((batch, n_tokens, ()))?;
+        let ids = ids.flatten_all()?.to_device(self.table.device())?;
+        let mut x = self.table.embedding(&ids)?.reshape((batch, n_tokens, ()))?;
         if let Some(scale) = self.scale {
             x = (x * scale)?;
         }

@@ -2,12 +2,13 @@
 //! arXiv:1701.06538; with the top-k softmax of Mixtral, Jiang et al. 2024, arXiv:2401.04088).
 
 use anyhow::Result;
-use candle_core::{D, DType, Device, Tensor};
+use candle_core::{D, Tensor};
 use candle_nn::ops;
 
 use super::linear::Linear;
 use super::mlp::Mlp;
 use super::slot::{InputSite, Role};
+use crate::device::to_host;
 
 /// The gated feed-forward layers of a block, and the router that chooses among them for each token.
 #[derive(Debug, Clone)]
@@ -43,7 +44,7 @@ impl Experts {
         for (expert, tokens) in routes.iter().enumerate() {
             tokens.iter().for_each(|&token| picked[token as usize * self.experts.len() + expert] = 1.0);
         }
-        let mut weights = (&shares * Tensor::from_vec(picked, shares.shape(), &Device::Cpu)?)?;
+        let mut weights = (&shares * Tensor::from_vec(picked, shares.shape(), x.device())?)?;
         if self.is_normalized {
             weights = weights.broadcast_div(&weights.sum_keepdim(D::Minus1)?)?;
         }
@@ -52,7 +53,7 @@ impl Experts {
             if tokens.is_empty() {
                 continue;
             }
-            let tokens = Tensor::new(tokens, &Device::Cpu)?;
+            let tokens = Tensor::new(tokens, x.device())?;
             let seen = x.index_select(&tokens, 0)?; // (n_seen, hidden_size)
             observe(InputSite::ExpertGateUp(expert), &seen.unsqueeze(0)?)?;
             let gated = mlp.gate(&seen)?; // (n_seen, expert width)
@@ -74,7 +75,7 @@ impl Experts {
     /// The experts with the largest `shares` (n_tokens, n_experts); ties go to the first.
     fn pick(&self, shares: &Tensor) -> Result<Routes> {
         let mut routes = vec![Vec::new(); self.experts.len()];
-        for (token, shares) in shares.to_dtype(DType::F32)?.to_vec2::<f32>()?.into_iter().enumerate() {
+        for (token, shares) in to_host(shares)?.chunks_exact(self.experts.len()).enumerate() {
             let mut by_share: Vec<usize> = (0..shares.len()).collect();
             by_share.sort_by(|&i, &j| shares[j].total_cmp(&shares[i]));
             by_share.into_iter().take(self.n_active).for_each(|expert| routes[expert].push(token as u32));
@@ -91,7 +92,7 @@ impl Experts {
     /// # Panics
     /// If the site does not belong to an expert.
     pub fn input_at(&self, site: InputSite, x: &Tensor, tokens: &[u32]) -> Result<Tensor> {
-        let seen = x.index_select(&Tensor::new(tokens, &Device::Cpu)?, 0)?;
+        let seen = x.index_select(&Tensor::new(tokens, x.device())?, 0)?;
         match site {
             InputSite::ExpertGateUp(_) => Ok(seen),
             InputSite::ExpertDown(expert) => self.experts[expert].gate(&seen),

@@ -1,7 +1,7 @@
 //! From the last states to logits and losses, or to the pooled vector of an encoder.
 
 use anyhow::{Context, Result};
-use candle_core::{Device, Tensor, Var};
+use candle_core::{Tensor, Var};
 use pulp::Arch;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
@@ -13,6 +13,7 @@ use super::norm::Norm;
 use super::ops::is_finite;
 use super::sentence::SentencePooler;
 use super::softmax::{log_sum_exp, softmax_in_place};
+use crate::device::to_host;
 use crate::error::{Failure, NON_FINITE_HINT};
 
 /// The final norm and the head.
@@ -86,7 +87,7 @@ impl Head {
         let rows_at_once = self.rows_at_once();
         for first in (0..n).step_by(rows_at_once) {
             let logits = self.logits(&x.narrow(0, first, rows_at_once.min(n - first))?)?; // (rows, vocab_size)
-            f(first, logits.flatten_all()?.to_vec1::<f32>()?)?;
+            f(first, to_host(&logits)?)?;
         }
         Ok(())
     }
@@ -112,7 +113,7 @@ impl Head {
         }
         let vocab_size = self.vocab_size();
         let arch = Arch::new();
-        let rows = Tensor::new(rows, &Device::Cpu)?;
+        let rows = Tensor::new(rows, x.device())?;
         let variable = Var::from_tensor(x)?;
         let before = self.before_vocabulary(&variable.index_select(&rows, 0)?)?;
         let mut gradients = Vec::new();
@@ -133,7 +134,7 @@ impl Head {
                 }
             });
             let n_rows = logits.len() / vocab_size;
-            let logits = Tensor::from_vec(logits, (n_rows, vocab_size), &Device::Cpu)?;
+            let logits = Tensor::from_vec(logits, (n_rows, vocab_size), x.device())?;
             gradients.push(self.lm_head.backward(&logits)?); // (n_rows, hidden_size)
             Ok(())
         })?;
@@ -216,7 +217,7 @@ impl Pooler {
         let mut generator = ChaCha8Rng::seed_from_u64(seed);
         let sign = |_| if generator.next_u32() & 1 == 0 { 1.0f32 } else { -1.0 };
         let signs: Vec<f32> = (0..e.dim(0)?).map(sign).collect();
-        let product = (&e * Tensor::new(signs, &Device::Cpu)?)?.sum_all()?;
+        let product = (&e * Tensor::new(signs, x.device())?)?.sum_all()?;
         let is_by_cosine = matches!(&self.0, Kind::Sentence { is_by_cosine: true, .. });
         gradient_of(if is_by_cosine { (product / e.sqr()?.sum_all()?.sqrt()?)? } else { product }, &variable)
     }

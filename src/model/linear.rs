@@ -3,8 +3,8 @@
 use std::sync::{Arc, Mutex};
 
 use anyhow::Result;
-use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CustomOp1, Shape, Storage, Tensor, bail};
+use candle_core::backend::{BackendDevice, BackendStorage};
+use candle_core::{CpuStorage, CudaStorage, CustomOp1, DType, Layout, Shape, Storage, Tensor, bail};
 
 use super::inventory::stored_size;
 use super::weights::{Order, Weights, follows_family};
@@ -174,21 +174,40 @@ struct TappedProduct {
     outputs: Outputs,
 }
 
+impl TappedProduct {
+    /// The product (rows, out) with `x` (rows, in), on the device of both.
+    fn of<S: BackendStorage>(
+        &self,
+        x: &S,
+        layout: &Layout,
+        weight: fn(&Storage) -> Option<&S>,
+    ) -> candle_core::Result<(S, Shape)>
+    where
+        S::Device: BackendDevice<Storage = S>,
+    {
+        let ((rows, n), m) = (layout.shape().dims2()?, self.weight.dim(0)?);
+        let shape = Shape::from((rows, m));
+        if self.outputs == Outputs::Unused {
+            return Ok((x.device().zeros_impl(&shape, DType::F32)?, shape));
+        }
+        let transposed = self.weight.t()?;
+        let (storage, weight_layout) = transposed.storage_and_layout();
+        let Some(weight) = weight(&storage) else { bail!("a weight is not on the device of its input") };
+        Ok((x.matmul(weight, (1, rows, m, n), layout, weight_layout)?, shape))
+    }
+}
+
 impl CustomOp1 for TappedProduct {
     fn name(&self) -> &'static str {
         "tapped-product"
     }
 
-    fn cpu_fwd(&self, x: &CpuStorage, layout: &candle_core::Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        let (rows, n) = layout.shape().dims2()?;
-        let m = self.weight.dim(0)?;
-        if self.outputs == Outputs::Unused {
-            return Ok((CpuStorage::F32(vec![0.0; rows * m]), Shape::from((rows, m))));
-        }
-        let transposed = self.weight.t()?;
-        let (storage, weight_layout) = transposed.storage_and_layout();
-        let Storage::Cpu(weight) = &*storage else { bail!("gradients of linears are computed on the CPU") };
-        Ok((x.matmul(weight, (1, rows, m, n), layout, weight_layout)?, Shape::from((rows, m))))
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        self.of(x, layout, |storage| if let Storage::Cpu(weight) = storage { Some(weight) } else { None })
+    }
+
+    fn cuda_fwd(&self, x: &CudaStorage, layout: &Layout) -> candle_core::Result<(CudaStorage, Shape)> {
+        self.of(x, layout, |storage| if let Storage::Cuda(weight) = storage { Some(weight) } else { None })
     }
 
     fn bwd(&self, _: &Tensor, _: &Tensor, gradient: &Tensor) -> candle_core::Result<Option<Tensor>> {

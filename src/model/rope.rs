@@ -4,10 +4,11 @@
 use std::f64::consts::PI;
 
 use anyhow::Result;
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 use serde::Deserialize;
 
 use super::ops;
+use crate::device::Device;
 use crate::error::Failure;
 
 /// `rope_scaling` of transformers 4, `rope_parameters` of transformers 5.
@@ -259,9 +260,14 @@ struct Turns {
 impl Rope {
     /// # Errors
     /// The type of scaling is not supported.
-    pub fn new(global: &RopeSettings, local: Option<&RopeSettings>, n_positions: usize) -> Result<Self> {
-        let local = local.map(|settings| Turns::new(settings, n_positions)).transpose()?;
-        Ok(Self { global: Turns::new(global, n_positions)?, local })
+    pub fn new(
+        global: &RopeSettings,
+        local: Option<&RopeSettings>,
+        n_positions: usize,
+        device: &Device,
+    ) -> Result<Self> {
+        let local = local.map(|settings| Turns::new(settings, n_positions, device)).transpose()?;
+        Ok(Self { global: Turns::new(global, n_positions, device)?, local })
     }
 
     /// Rotates `x` (batch, heads, n_tokens, head_dim).
@@ -282,13 +288,13 @@ impl Rope {
 }
 
 impl Turns {
-    fn new(settings: &RopeSettings, n_positions: usize) -> Result<Self> {
+    fn new(settings: &RopeSettings, n_positions: usize, device: &Device) -> Result<Self> {
         let (frequencies, scale) = settings.frequencies(n_positions)?;
         // Angles in f64: position × frequency loses digits in f32 at long contexts. transformers
         // multiplies in f32; the two differ by its rounding.
         let angles: Vec<f64> = (0..n_positions).flat_map(|p| frequencies.iter().map(move |f| p as f64 * f)).collect();
         let shape = (n_positions, frequencies.len());
-        let tensor = |values: Vec<f32>| Tensor::from_vec(values, shape, &Device::Cpu);
+        let tensor = |values: Vec<f32>| Tensor::from_vec(values, shape, device);
         Ok(Self {
             cos: tensor(angles.iter().map(|a| (scale * a.cos()) as f32).collect())?,
             sin: tensor(angles.iter().map(|a| (scale * a.sin()) as f32).collect())?,

@@ -14,8 +14,9 @@ use serde_json::{Map, Value};
 use super::activation::Activation;
 use super::config::ModelConfig;
 use super::linear::Linear;
-use super::weights::Weights;
+use super::weights::{Placed, Weights};
 use crate::checkpoint::{Checkpoint, Fingerprint, SINGLE_FILE, read_file, sha256_file};
+use crate::device::Device;
 use crate::error::Failure;
 
 const MODULES: &str = "modules.json";
@@ -205,15 +206,16 @@ impl SentenceModules {
         modes.join("+") + &steps.collect::<String>()
     }
 
-    /// Loads the weights of all modules that have them.
+    /// Loads the weights of all modules that have them, onto `device`.
     ///
     /// # Errors
     /// A tensor is absent, damaged, or does not have the shape that its config gives.
-    pub(super) fn load(&self) -> Result<SentencePooler> {
+    pub(super) fn load(&self, device: &Device) -> Result<SentencePooler> {
         let load = |step: &Step| -> Result<LoadedStep> {
             let Step::Dense { folder, shape, has_bias, activation } = step else { return Ok(LoadedStep::Normalize) };
-            let weights = Checkpoint::open(&folder.join(SINGLE_FILE))?;
-            weights.expect_shape("linear.weight", shape, "`out_features` and `in_features`")?;
+            let checkpoint = Checkpoint::open(&folder.join(SINGLE_FILE))?;
+            checkpoint.expect_shape("linear.weight", shape, "`out_features` and `in_features`")?;
+            let weights = Placed { weights: &checkpoint, device: device.clone() };
             let bias = has_bias.then(|| weights.tensor("linear.bias")).transpose()?;
             Ok(LoadedStep::Dense(Linear::dense(weights.tensor("linear.weight")?, bias), *activation))
         };

@@ -5,13 +5,14 @@ use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result};
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 
 use super::batches::{BATCH_TOKENS, WalkLimits, batch_bytes, split};
 use super::block::{Block, Observer};
 use super::decoder::Decoder;
 use super::rope::Rope;
 use super::slot::InputSite;
+use crate::device::{Device, to_host};
 use crate::error::{Failure, NON_FINITE_HINT};
 use crate::progress::Stage;
 use crate::store::{Array, Journal, Spool, Spooled, Values};
@@ -28,6 +29,7 @@ pub struct Walk<'a> {
     workers: Workers,
     spool: Mutex<Spool>,
     rope: Rope,
+    device: Device,
     /// The text of the windows, for messages.
     text: Option<String>,
 }
@@ -86,7 +88,8 @@ impl<'a> Walk<'a> {
         let batch_bytes = batch_bytes(&decoder.config, longest.max(BATCH_TOKENS));
         let workers = Workers::new(limits.batches_at_once(batch_bytes).min(batches.len()))?;
         let rope = decoder.rope(longest)?;
-        Ok(Self { windows, batches, limits: limits.clone(), batch_bytes, workers, spool, rope, text: None })
+        let device = decoder.device().clone();
+        Ok(Self { windows, batches, limits: limits.clone(), batch_bytes, workers, spool, rope, device, text: None })
     }
 
     /// Reserves memory for results of `bytes` per batch, which are kept until they are merged.
@@ -140,7 +143,7 @@ impl<'a> Walk<'a> {
         let mut hidden = Vec::new();
         for range in &self.batches {
             let ids: Vec<&[u32]> = self.windows[range.clone()].iter().map(Vec::as_slice).collect();
-            hidden.push(self.spool().push(values(&embeddings.of_windows(&ids)?)?)?);
+            hidden.push(self.spool().push(to_host(&embeddings.of_windows(&ids)?)?)?);
         }
         Ok(Hidden::new(hidden))
     }
@@ -214,7 +217,7 @@ impl<'a> Walk<'a> {
         let x = self.batch(hidden, batch_idx)?;
         let y = block.forward(&x, &self.rope, observe)?;
         progress.advance((y.dim(0)? * y.dim(1)?) as u64);
-        let values = values(&y)?;
+        let values = to_host(&y)?;
         let Some(at) = values.iter().position(|v| !v.is_finite()) else { return Ok(values) };
         let window_in_batch = at / (y.dim(1)? * y.dim(2)?).max(1);
         let site = block.first_non_finite(&x.narrow(0, window_in_batch, 1)?, &self.rope)?;
@@ -241,7 +244,7 @@ impl<'a> Walk<'a> {
         let range = &self.batches[batch_idx];
         let shape = (range.len(), self.windows[range.start].len(), ());
         let values = self.spool().get(&hidden.lock(batch_idx))?;
-        Ok(Tensor::from_vec(values.f32s()?, shape, &Device::Cpu)?)
+        Ok(Tensor::from_vec(values.f32s()?, shape, &self.device)?)
     }
 
     /// The states (n_tokens, hidden_size) of one window.
@@ -297,7 +300,7 @@ impl<'a> Walk<'a> {
                 let (mut made, mut results) = (Vec::with_capacity(states.elem_count()), Vec::new());
                 for (i, window_idx) in self.batches[batch_idx].clone().enumerate() {
                     let (states, result) = work(window_idx, &states.get(i)?, &others.get(i)?)?;
-                    made.extend(values(&states)?);
+                    made.extend(to_host(&states)?);
                     results.push(result);
                 }
                 Ok((made, results))
@@ -386,8 +389,4 @@ impl<'a> Walk<'a> {
         })?;
         Ok(nlls)
     }
-}
-
-fn values(x: &Tensor) -> Result<Vec<f32>> {
-    Ok(x.flatten_all()?.to_vec1()?)
 }

@@ -3,9 +3,10 @@
 use std::collections::HashMap;
 
 use anyhow::{Context, Result};
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 
 use crate::checkpoint::{Checkpoint, Dtype, TensorInfo};
+use crate::device::{Device, HOST};
 use crate::error::Failure;
 use crate::operator::{self, BASE};
 
@@ -58,6 +59,36 @@ pub struct Overlay<'a> {
     pub above: HashMap<String, Tensor>,
 }
 
+/// Weights that are put on a device as they are loaded.
+pub(super) struct Placed<'w> {
+    pub weights: &'w dyn Weights,
+    pub device: Device,
+}
+
+impl<'w> Placed<'w> {
+    pub fn on_host(weights: &'w dyn Weights) -> Self {
+        Self { weights, device: HOST }
+    }
+}
+
+impl Weights for Placed<'_> {
+    fn contains(&self, name: &str) -> bool {
+        self.weights.contains(name)
+    }
+
+    fn tensor(&self, name: &str) -> Result<Tensor> {
+        Ok(self.weights.tensor(name)?.to_device(&self.device)?)
+    }
+
+    fn indices(&self, name: &str) -> Result<Tensor> {
+        Ok(self.weights.indices(name)?.to_device(&self.device)?)
+    }
+
+    fn matrix(&self, name: &str, order: Order) -> Result<Tensor> {
+        Ok(self.weights.matrix(name, order)?.to_device(&self.device)?)
+    }
+}
+
 impl Weights for Checkpoint {
     fn contains(&self, name: &str) -> bool {
         self.info(name).is_some()
@@ -66,12 +97,12 @@ impl Weights for Checkpoint {
     fn tensor(&self, name: &str) -> Result<Tensor> {
         let values = self.values(name)?;
         let shape = self.require(name)?.shape.clone();
-        Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
+        Ok(Tensor::from_vec(values, shape, &HOST)?)
     }
 
     fn indices(&self, name: &str) -> Result<Tensor> {
         let values: Vec<u32> = permutation(self, name)?.into_iter().map(|i| i as u32).collect();
-        Ok(Tensor::new(values, &Device::Cpu)?)
+        Ok(Tensor::new(values, &HOST)?)
     }
 
     fn matrix(&self, name: &str, order: Order) -> Result<Tensor> {

@@ -1,10 +1,11 @@
 //! llama.cpp's block types, through candle's implementation of them.
 
 use anyhow::Result;
+use candle_core::Tensor;
 use candle_core::quantized::{GgmlDType, QStorage, QTensor};
-use candle_core::{Device, Tensor};
 
 use super::grouped::{Grouped, Levels, Scheme};
+use crate::device::{HOST, to_host};
 
 /// A block type: its name, candle's name for it and the number by which GGUF files know it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -93,7 +94,7 @@ impl Blocks {
     /// # Errors
     /// Rows are not made of whole blocks.
     pub fn quantize(values: &[f32], rows: usize, cols: usize, block_type: BlockType) -> Result<Self> {
-        let tensor = Tensor::from_slice(values, (rows, cols), &Device::Cpu)?;
+        let tensor = Tensor::from_slice(values, (rows, cols), &HOST)?;
         let quantized = QTensor::quantize(&tensor, block_type.dtype)?;
         Ok(Self { rows, cols, block_type, bytes: quantized.data()?.into_owned() })
     }
@@ -162,8 +163,8 @@ impl Blocks {
             return Vec::new();
         }
         let values = || -> candle_core::Result<Vec<f32>> {
-            let storage = QStorage::from_data(self.bytes.as_slice().into(), &Device::Cpu, self.block_type.dtype)?;
-            QTensor::new(storage, (self.rows, self.cols))?.dequantize(&Device::Cpu)?.flatten_all()?.to_vec1()
+            let storage = QStorage::from_data(self.bytes.as_slice().into(), &HOST, self.block_type.dtype)?;
+            QTensor::new(storage, (self.rows, self.cols))?.dequantize(&HOST).and_then(|values| to_host(&values))
         };
         values().expect("invariant: whole blocks are dequantized")
     }

@@ -50,7 +50,7 @@ struct Anchored {
 impl Refine for Anchor {
     fn refine(&self, solution: &mut Solution<'_>) -> Result<()> {
         let session = solution.study.session;
-        let decoder = Decoder::open(session.checkpoint)?;
+        let decoder = session.decoder()?;
         let text = solution.study.inputs.windows.as_ref().context("invariant: a sequential recipe has a text")?;
         let mut walk = Walk::new(&decoder, &text.windows, &session.limits)?.of_text(&text.text);
         walk.reserve(moment_bytes(solution))?;

@@ -4,6 +4,7 @@ use anyhow::Result;
 use candle_core::Tensor;
 use faer::Mat;
 
+use crate::device::to_host;
 use crate::linalg;
 use crate::model::{Block, Experts, Hidden, InputSite, Walk};
 
@@ -138,7 +139,6 @@ impl Addend {
         experts: Option<(&Experts, &Experts)>,
     ) -> Result<Vec<Self>> {
         let routes = experts.map(|(_, experts)| experts.route(&shifted)).transpose()?;
-        let rows = |x: &Tensor| x.flatten_all()?.to_vec1::<f32>();
         let mut addends = Vec::new();
         for (place_idx, place) in places.iter().enumerate() {
             let [x, shifted] = match (place.site.expert(), experts, &routes) {
@@ -149,7 +149,11 @@ impl Addend {
                 (Some(_), ..) => continue,
                 (None, ..) => [x.clone(), shifted.clone()],
             };
-            addends.push(Self { place_idx, n_seen: x.dim(0)?, inputs: Inputs::Rows([rows(&x)?, rows(&shifted)?]) });
+            addends.push(Self {
+                place_idx,
+                n_seen: x.dim(0)?,
+                inputs: Inputs::Rows([to_host(&x)?, to_host(&shifted)?]),
+            });
         }
         Ok(addends)
     }

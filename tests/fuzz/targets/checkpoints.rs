@@ -66,6 +66,7 @@ fn compress_all(bed: &Bed, checkpoint: &Checkpoint) {
             force: true,
             restart: true,
             memory_bytes: 1 << 24,
+            device: candle_core::Device::Cpu,
         };
         let _ = compress(&job, &Silent);
     }

@@ -139,6 +139,7 @@ fn evaluate(bed: &Bed, checkpoint: &Checkpoint) -> bool {
             max_windows: Some(1),
             bos: Bos::Auto,
             memory_bytes: 1 << 24,
+            device: candle_core::Device::Cpu,
         };
         is_well &= perplexity(checkpoint, None, &settings, &Silent).is_ok();
     }
