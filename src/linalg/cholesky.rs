@@ -9,8 +9,12 @@ use faer::{Mat, MatRef, Par};
 /// The lower triangular `L` (n, n) of `M = L Lᵀ`, of which the lower triangle is read; none where `M` is not positive definite.
 pub fn cholesky(matrix: MatRef<'_, f64>) -> Option<Mat<f64>> {
     let n = matrix.nrows();
-    let mut lower = Mat::from_fn(n, n, |i, j| if i >= j { matrix[(i, j)] } else { 0.0 });
+    let mut lower = matrix.to_owned();
     factor(&mut lower)?;
+    // The factorization works in blocks, and leaves something above the diagonal.
+    for j in 1..n {
+        lower.col_mut(j).subrows_mut(0, j).fill(0.0);
+    }
     Some(lower)
 }
 
