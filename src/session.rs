@@ -9,6 +9,7 @@ use crate::device::Device;
 use crate::model::{Decoder, WalkLimits};
 use crate::progress::Progress;
 use crate::store::{Journal, Spool};
+use crate::workers::Workers;
 
 /// What every step of a run is given.
 pub struct Session<'a> {
@@ -43,6 +44,15 @@ impl<'a> Session<'a> {
     /// As [`Decoder::open`].
     pub fn decoder(&self) -> Result<Decoder<'a>> {
         Ok(Decoder::open(self.checkpoint)?.on(&self.device))
+    }
+
+    /// Workers on matrices that each take up to `bytes`: as many as memory holds. One alone has all threads in its products.
+    ///
+    /// # Errors
+    /// The system refuses threads.
+    pub(crate) fn workers(&self, bytes: u64) -> Result<Workers> {
+        let at_once = self.limits.memory_bytes as u64 / bytes.max(1);
+        Workers::new(usize::try_from(at_once).unwrap_or(usize::MAX))
     }
 
     /// An empty spool with a quarter of the memory.

@@ -49,12 +49,39 @@ impl Workers {
         &self,
         n: usize,
         work: impl Fn(usize) -> Result<T> + Sync,
+        merge: impl FnMut(usize, T) -> Result<()> + Send,
+    ) -> Result<()> {
+        self.serve(n, 2 * self.count(), work, merge)
+    }
+
+    /// Computes `work(i)` for every index of `costs`, the most costly first, so that none is left for the end.
+    ///
+    /// # Errors
+    /// That of the most costly piece that fails.
+    pub fn collect<T: Send>(&self, costs: &[u64], work: impl Fn(usize) -> Result<T> + Sync) -> Result<Vec<T>> {
+        let mut order: Vec<usize> = (0..costs.len()).collect();
+        order.sort_by_key(|&i| std::cmp::Reverse(costs[i]));
+        let mut results: Vec<Option<T>> = costs.iter().map(|_| None).collect();
+        let keep = |at: usize, result| {
+            results[order[at]] = Some(result);
+            Ok(())
+        };
+        self.serve(order.len(), order.len(), |at| work(order[at]), keep)?;
+        Ok(results.into_iter().flatten().collect())
+    }
+
+    /// Hands out pieces, at most `ahead` before the first of them is merged.
+    fn serve<T: Send>(
+        &self,
+        n: usize,
+        ahead: usize,
+        work: impl Fn(usize) -> Result<T> + Sync,
         mut merge: impl FnMut(usize, T) -> Result<()> + Send,
     ) -> Result<()> {
         if self.pools.is_empty() || n < 2 {
             return (0..n).try_for_each(|i| merge(i, work(i)?));
         }
-        let queue = Queue { n, ahead: 2 * self.count(), state: Mutex::default(), changed: Condvar::new() };
+        let queue = Queue { n, ahead, state: Mutex::default(), changed: Condvar::new() };
         let merge = Mutex::new(merge);
         std::thread::scope(|scope| {
             for pool in &self.pools {
@@ -246,5 +273,23 @@ mod tests {
             })
         });
         assert!(panicked.is_err());
+    }
+
+    #[test]
+    fn results_are_collected_by_index_and_the_costly_come_first() {
+        let pool = ThreadPoolBuilder::new().num_threads(3).build().unwrap();
+        pool.install(|| {
+            let workers = Workers::new(usize::MAX).unwrap();
+            let costs: Vec<u64> = (0..50).map(|i| (i * 37) % 50).collect();
+            let begun = AtomicUsize::new(0);
+            let of = |i: usize| Ok((i, begun.fetch_add(1, Ordering::SeqCst)));
+            let results = workers.collect(&costs, of).unwrap();
+            assert!(results.iter().enumerate().all(|(i, result)| result.0 == i));
+            // Three are handed out at once.
+            assert!(results.iter().zip(&costs).all(|(result, &cost)| result.1.abs_diff(49 - cost as usize) < 6));
+            let failing = |i: usize| if costs[i] < 10 { anyhow::bail!("{}", costs[i]) } else { Ok(()) };
+            assert_eq!(workers.collect(&costs, failing).unwrap_err().to_string(), "9");
+            assert!(workers.collect(&[], |_| Ok(())).unwrap().is_empty());
+        });
     }
 }

@@ -135,20 +135,14 @@ impl Whitened {
         // The smaller side is rooted, the larger only multiplied with.
         if target.nrows() <= target.ncols() {
             let image = whiten_rows(target, metric.output)?;
-            let gram = match metric.input {
-                Metric::Identity => linalg::product_symmetric(image.as_ref(), image.transpose()),
-                input => linalg::product_symmetric(input.times(image.as_ref()).as_ref(), image.transpose()),
-            };
+            let gram = metric.input.quadratic(image.as_ref());
             return Ok(Self { image, gram });
         }
         let image = match metric.input {
             Metric::Identity => target.to_owned(),
             input => input.times_root(target)?,
         };
-        let gram = match metric.output {
-            Metric::Identity => linalg::product_symmetric(image.transpose(), image.as_ref()),
-            output => linalg::product_symmetric(output.times(image.transpose()).as_ref(), image.as_ref()),
-        };
+        let gram = metric.output.quadratic(image.transpose());
         Ok(Self { image, gram })
     }
 }
@@ -186,6 +180,8 @@ pub fn decompose(
     let (m, n) = (target.nrows(), target.ncols());
     let max_rank = max_rank.min(m).min(n);
     let Whitened { image, gram } = Whitened::new(target, metric)?;
+    // Only a fallback reads the image of a tall target again.
+    let image = if m > n && !metric.input.is_well_conditioned()? { Some(image) } else { None };
     let linalg::Eigh { values, vectors } = linalg::eigh(gram.as_ref())?;
     drop(gram);
     let vectors = vectors.subcols(0, max_rank);
@@ -193,16 +189,16 @@ pub fn decompose(
         output_basis(metric.output, vectors.to_owned())?
     } else if let Metric::Identity = metric.input {
         Basis::Input { basis: vectors.to_owned(), dual: None }
-    } else if metric.input.is_well_conditioned()? {
-        let dual = Some(metric.input.root_times(vectors)?);
-        Basis::Input { basis: metric.input.dual_root_times(vectors)?, dual }
-    } else {
+    } else if let Some(image) = image {
         let images = linalg::product(image.as_ref(), vectors); // T H V (m, max_rank)
         let images = whiten_rows(images.as_ref(), metric.output)?; // S V
         let smallest = max_rank.checked_sub(1).map_or(0.0, |last| values[last]);
         let is_well_spread = smallest > ORTHOGONAL_SHARE * values[0];
         let basis = if is_well_spread { normalized_columns(images) } else { linalg::orthonormal_columns(images) };
         output_basis(metric.output, basis)?
+    } else {
+        let dual = Some(metric.input.root_times(vectors)?);
+        Basis::Input { basis: metric.input.dual_root_times(vectors)?, dual }
     };
     Ok(Decomposition { curve: ErrorCurve::new(values), basis })
 }

@@ -204,6 +204,17 @@ impl Metric {
         }
     }
 
+    /// `X M Xᵀ`, of `x` (rows, n).
+    pub(crate) fn quadratic(&self, x: MatRef<'_, f64>) -> Mat<f64> {
+        match self {
+            Self::Identity => linalg::product_symmetric(x, x.transpose()),
+            Self::Full(FullMetric { gram: Gram::Packed(gram), .. }) => gram.quadratic(x),
+            Self::Plain { .. } | Self::Diagonal(_) | Self::Full(_) => {
+                linalg::product_symmetric(self.times(x).as_ref(), x.transpose())
+            }
+        }
+    }
+
     /// `X H`, where `M = H Hᵀ`.
     pub(crate) fn times_root(&self, x: MatRef<'_, f64>) -> Result<Mat<f64>, LinalgError> {
         Ok(match self {

@@ -47,17 +47,12 @@ impl Plan {
         n_threads: usize,
     ) -> u64 {
         let needs = recipe.needs();
-        let decomposition = |heights: &[usize], n: usize| {
-            let m: usize = heights.iter().sum();
-            let (small, weight) = (m.min(n), (m * n) as u64);
-            let output = if needs.output_gram { 3 * heights.iter().map(|&m| square(m)).sum::<u64>() } else { 0 };
-            4 * weight + 16 * weight + 4 * square(small) + 8 * (small * (m + n)) as u64 + output
-        };
-        let alone = self.linears.iter().map(|linear| decomposition(&[linear.out_features], linear.in_features));
+        let alone = self.linears.iter().map(|linear| fitting_bytes(&[linear.out_features], linear.in_features));
         let shared = self.shared(recipe);
-        let mut sizes: Vec<u64> = alone.chain(shared.iter().map(|(heights, n)| decomposition(heights, *n))).collect();
+        let mut sizes: Vec<u64> = alone.chain(shared.iter().map(|(heights, n)| fitting_bytes(heights, *n))).collect();
         sizes.sort_unstable_by(|x, y| y.cmp(x));
-        let decompositions: u64 = sizes.iter().take(n_threads).sum();
+        let at_once = (memory_bytes / sizes.first().copied().unwrap_or(0).max(1)).clamp(1, n_threads as u64);
+        let decompositions: u64 = sizes.iter().take(at_once as usize).sum();
         let kept = sizes.len() as u64 * 4 * 1024 + memory_bytes / 4;
         let Some(Ok((config, architecture))) = recipe.calibration.is_some().then(|| ModelConfig::of(checkpoint)) else {
             return decompositions + kept.min(memory_bytes);
@@ -79,6 +74,15 @@ impl Plan {
         let units = if recipe.share() { units_to_share(self) } else { Vec::new() };
         units.iter().map(|unit| shared::heights(self, unit)).collect()
     }
+}
+
+/// Bytes that the fit of a unit takes: weight and image, the output Grams in packed form, and the eigenproblem with its
+/// workspace and bases.
+pub(super) fn fitting_bytes(heights: &[usize], n: usize) -> u64 {
+    let m: usize = heights.iter().sum();
+    let small = m.min(n);
+    let grams: u64 = heights.iter().map(|&m| 2 * (m * m) as u64).sum();
+    20 * (m * n) as u64 + 4 * square(small) + 8 * (small * (m + n)) as u64 + grams
 }
 
 /// Bytes of a square f64 matrix.

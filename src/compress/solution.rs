@@ -7,7 +7,6 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
 use anyhow::{Context, Result};
-use rayon::prelude::*;
 use serde_json::{Value, json};
 
 use super::fits::values_key;
@@ -15,9 +14,11 @@ use super::metrics::SharedInputs;
 use super::pieces;
 use super::plan::Choice;
 use super::presets::MetricForm;
+use super::requirements::fitting_bytes;
 use super::study::Study;
 use crate::approx::low_rank::{ErrorCurve, LowRank};
 use crate::approx::metric::{Metric, MetricPair, PlainSides};
+use crate::checkpoint::{Dtype, cast};
 use crate::linalg;
 use crate::model::inventory;
 use crate::operator::{Element, Form, Forms, Kind, Matrix, Operator, Rounded, Side, Sides, Term};
@@ -200,7 +201,11 @@ impl<'s> Solution<'s> {
             return Ok(());
         }
         let stage = progress.stage("round", wanted.len() as u64, "matrices");
-        wanted.par_iter().try_for_each(|&i| {
+        let shape = |&i: &usize| self.study.plan.linears[i].shape();
+        let costs: Vec<u64> = wanted.iter().map(shape).map(|(m, n)| fitting_bytes(&[m], n)).collect();
+        let workers = self.study.session.workers(costs.iter().copied().max().unwrap_or(0))?;
+        let settle = |at: usize| {
+            let i = wanted[at];
             let linear = &self.study.plan.linears[i];
             stage.note(&linear.module);
             let settled = self.settled(i).with_context(|| format!("rounding `{}`", linear.module));
@@ -211,7 +216,8 @@ impl<'s> Solution<'s> {
             self.laid.lock().expect("invariant: no holder of the layouts panics").insert(i, (laid, kept));
             stage.advance(1);
             Ok(())
-        })
+        };
+        workers.collect(&costs, settle).map(drop)
     }
 
     /// The layout of a linear, and its values unless they are already written: from the journal, or newly made. After
@@ -226,7 +232,9 @@ impl<'s> Solution<'s> {
         }
         let (laid, term) = self.make(i)?;
         let fields = json!([laid.form.kind, laid.form.size.rank(), laid.note, laid.storage_error.to_bits()]);
-        let values = journal.put(&pieces::rounded(i), Value::Null, term.parts.into_iter().map(array).collect())?;
+        let dtype = self.study.plan.linears[i].dtype;
+        let parts = term.parts.into_iter().map(|part| narrowed(part, dtype));
+        let values = journal.put(&pieces::rounded(i), Value::Null, parts.collect())?;
         let settled = self.take_laid(i, journal.put(&pieces::laid(i), fields, Vec::new())?, Some(values))?;
         if !self.study.recipe.elastic() {
             journal.remove(&values_key(&pieces::decomposed(i)));
@@ -260,10 +268,11 @@ impl<'s> Solution<'s> {
         let settled = self.laid.lock().expect("invariant: no holder of the layouts panics");
         if let Some((laid, Some(kept))) = settled.get(&i) {
             let mut spool = self.study.fits.spool.lock().expect("invariant: no holder of the spool panics");
+            let dtype = self.study.plan.linears[i].dtype;
             let matrix = |(element, array): &(Element, Spooled)| -> Result<Matrix> {
                 let values = spool.get(array)?;
                 Ok(match element {
-                    Element::Float => values.f32s()?.into(),
+                    Element::Float => widened(values, dtype)?.into(),
                     Element::Index => Matrix::Indices(values.i32s()?),
                 })
             };
@@ -382,10 +391,22 @@ impl<'s> Solution<'s> {
     }
 }
 
-fn array(matrix: Matrix) -> Values {
+/// The values of a rounded part, in the dtype that they were rounded to.
+fn narrowed(matrix: Matrix, dtype: Dtype) -> Values {
     match matrix {
-        Matrix::Float(values) => values.into(),
+        Matrix::Float(values) => {
+            let is_exact = |bytes: &Vec<u8>| cast::decode(dtype, bytes).is_some_and(|back| back == *values);
+            cast::encode(dtype, &values).ok().filter(is_exact).map_or_else(|| values.into(), Values::from)
+        }
         Matrix::Quantized(codes) => codes.dequantize().into(),
         Matrix::Indices(indices) => indices.into(),
+    }
+}
+
+/// The values of [`narrowed`] in f32.
+fn widened(values: Values, dtype: Dtype) -> Result<Vec<f32>> {
+    match values {
+        Values::U8(bytes) => cast::decode(dtype, &bytes).context("invariant: what was narrowed is a float"),
+        values => values.f32s(),
     }
 }

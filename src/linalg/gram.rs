@@ -6,10 +6,20 @@ use faer::{Accum, Mat, MatRef, Par};
 
 use super::convert::{to_row_major, transpose_row_major, transposed_from_row_major};
 
+/// Multiplications of a product that is worth dividing among threads.
+const LARGE: usize = 1 << 30;
+
+/// Threads for a product of that many multiplications: those of the pool that it runs in if it is large. They divide the result,
+/// never a sum, so the bytes do not depend on their number.
+pub(super) fn threads_for(n_multiplications: usize) -> Par {
+    if n_multiplications >= LARGE { threads() } else { Par::Seq }
+}
+
 /// `a · b`, (m, k) · (k, n).
 pub fn product(a: MatRef<'_, f64>, b: MatRef<'_, f64>) -> Mat<f64> {
     let mut result = Mat::zeros(a.nrows(), b.ncols());
-    matmul(&mut result, Accum::Replace, a, b, 1.0, Par::Seq);
+    let threads = threads_for(a.nrows() * a.ncols() * b.ncols());
+    matmul(&mut result, Accum::Replace, a, b, 1.0, threads);
     result
 }
 
@@ -25,7 +35,7 @@ pub fn product_with_lower(a: MatRef<'_, f64>, l: MatRef<'_, f64>) -> Mat<f64> {
         l,
         BlockStructure::TriangularLower,
         1.0,
-        Par::Seq,
+        threads_for(a.nrows() * l.nrows() * l.ncols() / 2),
     );
     result
 }
@@ -43,7 +53,7 @@ pub fn product_symmetric(a: MatRef<'_, f64>, b: MatRef<'_, f64>) -> Mat<f64> {
         b,
         BlockStructure::Rectangular,
         1.0,
-        Par::Seq,
+        threads_for(n * n * a.ncols() / 2),
     );
     mirror_lower(&mut result);
     result
@@ -207,6 +217,19 @@ mod tests {
         let with_threads = |n: usize| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(n).build().unwrap();
             pool.install(|| gram_f32(&x, 333, 301))
+        };
+        let one = with_threads(1);
+        assert!((2..5).all(|n| with_threads(n) == one));
+    }
+
+    #[test]
+    fn large_products_are_the_same_bytes_at_any_thread_count() {
+        let value = |i: usize, j: usize| ((i * 7919 + j * 104_729) % 10_007) as f64 / 10_007.0 - 0.5;
+        let (a, b) = (Mat::from_fn(1200, 1100, value), Mat::from_fn(1100, 1100, value));
+        assert!(matches!(threads_for(a.nrows() * a.ncols() * b.ncols() / 2), Par::Seq));
+        let with_threads = |n: usize| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(n).build().unwrap();
+            pool.install(|| product(a.as_ref(), b.as_ref()))
         };
         let one = with_threads(1);
         assert!((2..5).all(|n| with_threads(n) == one));

@@ -1,9 +1,8 @@
 //! Dense numerical routines: nothing here knows of models, files or tensor names.
 //!
-//! Factorizations and their products run on one thread, with one fixed order of operations: parallelism lies in running
-//! many matrices at once, so that results do not depend on the number of threads, and small problems do not pay for
-//! splitting. Only [`gram_f32`] and [`cross_f32`], which are called between matrices, use the threads of the pool that they
-//! run in.
+//! Factorizations run on one thread, with one fixed order of operations: parallelism lies in running many matrices at
+//! once, so that results do not depend on the number of threads, and small problems do not pay for splitting. Products of
+//! large matrices, and those of calibration ([`gram_f32`], [`cross_f32`]), use the threads of the pool that they run in.
 
 mod cholesky;
 mod convert;

@@ -4,9 +4,9 @@ use std::ops::Range;
 
 use faer::linalg::matmul::matmul;
 use faer::reborrow::{IntoConst, ReborrowMut};
-use faer::{Accum, Mat, MatMut, MatRef, Par};
+use faer::{Accum, Mat, MatMut, MatRef};
 
-use super::gram::unpack_lower;
+use super::gram::{threads_for, unpack_lower};
 
 /// `scale · T + shift · I` (n, n), with the lower triangle of `T` row by row in f32: a quarter of the bytes of all its
 /// entries in f64.
@@ -77,7 +77,8 @@ impl Packed {
             let panel = panel.as_mut().submatrix_mut(0, 0, rows.end, rows.len());
             let panel = self.unpack(rows.clone(), panel);
             let add = |to: MatMut<'_, f64>, x: MatRef<'_, f64>, panel: MatRef<'_, f64>| {
-                matmul(to, Accum::Add, x, panel, self.scale, Par::Seq);
+                let threads = threads_for(x.nrows() * x.ncols() * panel.ncols());
+                matmul(to, Accum::Add, x, panel, self.scale, threads);
             };
             // The rows of the panel, up to the end of its diagonal block; and its columns, down to that block.
             add(result.as_mut().subcols_mut(0, rows.end), x.subcols(first, rows.len()), panel.transpose());
@@ -86,17 +87,46 @@ impl Packed {
         result
     }
 
+    /// `X M Xᵀ` (rows, rows), of `x` (rows, n). With `M = L + Lᵀ` it is `X L Xᵀ` and its transpose, a panel of `L` at a time: half
+    /// the products with `M`, and no `X M` is held.
+    pub fn quadratic(&self, x: MatRef<'_, f64>) -> Mat<f64> {
+        let mut half = Mat::zeros(x.nrows(), x.nrows());
+        let mut panel = Mat::zeros(self.n, PANEL.min(self.n));
+        let mut image = Mat::zeros(x.nrows(), PANEL.min(self.n));
+        for first in (0..self.n).step_by(PANEL) {
+            let rows = first..self.n.min(first + PANEL);
+            let mut panel = panel.as_mut().submatrix_mut(0, 0, rows.end, rows.len());
+            self.unpack_rows(rows.clone(), panel.rb_mut(), self.scale);
+            for i in 0..rows.len() {
+                let row = first + i;
+                panel[(row, i)] = 0.5 * (panel[(row, i)] + self.shift);
+                panel.rb_mut().col_mut(i).subrows_mut(row + 1, rows.end - row - 1).fill(0.0);
+            }
+            let mut image = image.as_mut().subcols_mut(0, rows.len()); // X Lᵀ, its columns of the panel
+            let threads = threads_for(x.nrows() * rows.end * rows.len());
+            matmul(image.rb_mut(), Accum::Replace, x.subcols(0, rows.end), panel.as_ref(), 1.0, threads);
+            let threads = threads_for(x.nrows() * x.nrows() * rows.len());
+            matmul(half.as_mut(), Accum::Add, x.subcols(first, rows.len()), image.transpose(), 1.0, threads);
+        }
+        &half + half.transpose()
+    }
+
     /// Entries `0..rows.end` of `rows` of `T`, as columns.
     fn unpack<'p>(&self, rows: Range<usize>, mut panel: MatMut<'p, f64>) -> MatRef<'p, f64> {
-        for (i, column) in rows.clone().zip(panel.rb_mut().col_iter_mut()) {
-            column.iter_mut().zip(self.row(i)).for_each(|(to, &from)| *to = f64::from(from));
-        }
+        self.unpack_rows(rows.clone(), panel.rb_mut(), 1.0);
         for i in 0..rows.len() {
             for j in i + 1..rows.len() {
                 panel[(rows.start + j, i)] = panel[(rows.start + i, j)];
             }
         }
         panel.into_const()
+    }
+
+    /// The triangle's entries of `rows` times `scale`, as columns; what is above the diagonal stays as it is.
+    fn unpack_rows(&self, rows: Range<usize>, panel: MatMut<'_, f64>, scale: f64) {
+        for (i, column) in rows.zip(panel.col_iter_mut()) {
+            column.iter_mut().zip(self.row(i)).for_each(|(to, &from)| *to = scale * f64::from(from));
+        }
     }
 }
 
@@ -115,6 +145,7 @@ mod tests {
             assert_eq!(packed.to_dense(), expected);
             let x = Mat::from_fn(5, n, |i, j| ((i * 5 + j * 3) % 7) as f64 - 3.0);
             assert_eq!(packed.left_times(x.as_ref()), &x * &expected);
+            assert_eq!(packed.quadratic(x.as_ref()), &x * &expected * x.transpose());
             let part = n / 3..n.div_ceil(2);
             let block = expected.submatrix(part.start, part.start, part.len(), part.len()).to_owned();
             assert_eq!(packed.slice(part).to_dense(), block);
@@ -124,6 +155,7 @@ mod tests {
             let expected = Mat::from_fn(n, n, |i, j| 0.75 * expected[(i, j)] + if i == j { 0.25 * mean } else { 0.0 });
             assert!((damped.to_dense() - &expected).norm_max() < 1e-12);
             assert!((damped.left_times(x.as_ref()) - &x * &expected).norm_max() < 1e-9);
+            assert!((damped.quadratic(x.as_ref()) - &x * &expected * x.transpose()).norm_max() < 1e-8);
             assert_eq!(damped.diagonal(), (0..n).map(|i| damped.to_dense()[(i, i)]).collect::<Vec<_>>());
         }
         assert!(Packed::new(vec![0.0; 5], 3, 1.0).is_none());

@@ -13,6 +13,8 @@ pub(super) const BATCH_TOKENS: usize = 512;
 /// How much memory a walk may use for what grows with the text.
 #[derive(Debug, Clone)]
 pub struct WalkLimits {
+    /// All of it, for matrices while nothing walks.
+    pub memory_bytes: usize,
     /// Cap for hidden states; the rest goes to a file in `work_folder`.
     pub hidden_bytes: usize,
     /// Cap for the activations of all batches in flight; it determines how many there are.
@@ -25,7 +27,7 @@ impl WalkLimits {
     /// Half of `memory_bytes` is for hidden states and a quarter for activations; the last quarter is left for weights.
     pub fn new(memory_bytes: u64, work_folder: PathBuf) -> Self {
         let memory = usize::try_from(memory_bytes).unwrap_or(usize::MAX);
-        Self { hidden_bytes: memory / 2, activation_bytes: memory / 4, work_folder }
+        Self { memory_bytes: memory, hidden_bytes: memory / 2, activation_bytes: memory / 4, work_folder }
     }
 
     /// Number of batches of `batch_bytes` that are in flight at once.

@@ -248,7 +248,7 @@ impl<'a> Skeleton<'a> {
         };
         of_basis().unwrap_or_else(|| {
             let left_t = self.left_t(&self.rows.coefficients);
-            linalg::product_symmetric(self.sides.output.times(left_t.as_ref()).as_ref(), left_t.transpose())
+            self.sides.output.quadratic(left_t.as_ref())
         })
     }
 

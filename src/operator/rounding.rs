@@ -70,8 +70,6 @@ impl Sides<'_> {
     /// The Grams of factors `b_t` (r, m), `a` (r, n). If a side is large, or only its diagonal is known, its Gram
     /// follows from the other.
     pub(super) fn grams(&self, b_t: MatRef<'_, f64>, a: MatRef<'_, f64>) -> Grams {
-        let gram =
-            |metric: &Metric, x: MatRef<'_, f64>| linalg::product_symmetric(metric.times(x).as_ref(), x.transpose());
         let dual = |gram: &Mat<f64>| {
             Mat::from_fn(gram.nrows(), gram.nrows(), |i, j| match gram[(i, i)] {
                 size if i == j && size > 0.0 => self.energies[i] / size,
@@ -80,12 +78,12 @@ impl Sides<'_> {
         };
         match (&self.input, self.output) {
             (Side::Whole(input), Metric::Full(_)) => {
-                let right = gram(input, a);
+                let right = input.quadratic(a);
                 Grams { left: dual(&right), right }
             }
-            (Side::Whole(input), output) => Grams { left: gram(output, b_t), right: gram(input, a) },
+            (Side::Whole(input), output) => Grams { left: output.quadratic(b_t), right: input.quadratic(a) },
             (Side::Diagonal(_), output) => {
-                let left = gram(output, b_t);
+                let left = output.quadratic(b_t);
                 Grams { right: dual(&left), left }
             }
         }

@@ -10,10 +10,10 @@ pub(super) mod shared;
 use std::sync::{Arc, Mutex};
 
 use anyhow::{Context, Result};
-use rayon::prelude::*;
 use serde_json::Value;
 
 use super::plan::{Choice, Plan};
+use super::requirements::fitting_bytes;
 use crate::approx::low_rank::{ErrorCurve, LowRank};
 use crate::approx::metric::PlainSides;
 use crate::model::inventory::LinearInfo;
@@ -248,7 +248,7 @@ trait Fitter: Sync {
     }
 }
 
-/// Fits units block by block, those of a block in parallel with one thread each. Finished units are pieces of the
+/// Fits units block by block, those of a block side by side as far as memory allows. Finished units are pieces of the
 /// journal.
 fn fit_all<F: Fitter>(
     session: &Session<'_>,
@@ -272,7 +272,13 @@ fn fit_all<F: Fitter>(
             stage.advance(1);
             fit.with_context(|| format!("{} `{module}`", fitter.verb()))
         };
-        fits.extend(group.par_iter().map(one).collect::<Result<Vec<_>>>()?);
+        let costs: Vec<u64> = group
+            .iter()
+            .map(|unit| shared::heights(plan, unit))
+            .map(|(heights, n)| fitting_bytes(&heights, n))
+            .collect();
+        let workers = session.workers(costs.iter().copied().max().unwrap_or(0))?;
+        fits.extend(workers.collect(&costs, |i| one(&group[i]))?);
         fitter.after_block(&group[0])?;
     }
     Ok(fits)
