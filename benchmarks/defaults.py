@@ -20,7 +20,7 @@ work.mkdir(parents=True, exist_ok=True)
 WIKI, STORIES = texts / "wikitext2-calibrate.txt", texts / "tinystories-train.txt"
 EVALUATED = {"WikiText-2": texts / "wikitext2-evaluate.txt", "TinyStories": texts / "tinystories-eval-small.txt"}
 # Windows of 1024 tokens that are scored.
-WINDOWS = "12"
+WINDOWS = "8"
 
 
 def run(*args):

@@ -255,7 +255,10 @@ fn checkpoints_and_codecs_name_no_family() {
         }
         n_files += 1;
         let text = std::fs::read_to_string(&path).unwrap();
-        let words: Vec<&str> = text.split(|c: char| !c.is_alphanumeric() && c != '_' && c != '.').collect();
+        // An example may open a fixture.
+        let lines = text.lines().filter(|line| !line.contains("\"fixtures/"));
+        let is_word = |c: char| c.is_alphanumeric() || c == '_' || c == '.';
+        let words: Vec<&str> = lines.flat_map(|line| line.split(|c| !is_word(c))).collect();
         for family in lrc::model::architectures::known_types() {
             assert!(!words.iter().any(|word| word.eq_ignore_ascii_case(family)), "{} names `{family}`", path.display());
         }

@@ -4,14 +4,14 @@
 //! moment `G = Σ g gᵀ / n_tokens`, the error `E` of a weight is measured as `tr(Gᵀ E C Eᵀ)`: the mean squared change of the
 //! output for `G = I`, the generalised Fisher estimate of the change of the loss for both. Plain SVD is `G = C = I`.
 
-use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::OnceLock;
 
 use faer::{Mat, MatRef};
 use serde::{Deserialize, Serialize};
 
-use crate::linalg::{self, LinalgError, Packed};
+use super::gram::Gram;
+use crate::linalg::{self, LinalgError};
 
 /// A symmetric positive semidefinite form `M` on one side of a weight.
 ///
@@ -37,73 +37,6 @@ pub enum Metric {
     Diagonal(Vec<f64>),
     /// `M` as given.
     Full(FullMetric),
-}
-
-/// A Gram (n, n).
-#[derive(Debug)]
-pub enum Gram {
-    Dense(Mat<f64>),
-    Packed(Packed),
-}
-
-impl From<Mat<f64>> for Gram {
-    fn from(gram: Mat<f64>) -> Self {
-        Self::Dense(gram)
-    }
-}
-
-impl From<Packed> for Gram {
-    fn from(gram: Packed) -> Self {
-        Self::Packed(gram)
-    }
-}
-
-impl Gram {
-    fn is_zero(&self) -> bool {
-        match self {
-            Self::Dense(gram) => gram.norm_max() == 0.0,
-            Self::Packed(gram) => gram.is_zero(),
-        }
-    }
-
-    fn damped(self, damping: f64) -> Self {
-        match self {
-            Self::Dense(gram) => {
-                let shift = damping * mean_diagonal(&gram);
-                shifted(gram * faer::Scale(1.0 - damping), shift).into()
-            }
-            Self::Packed(gram) => gram.damped(damping).into(),
-        }
-    }
-
-    /// `X M`, of `x` (rows, n).
-    fn left_times(&self, x: MatRef<'_, f64>) -> Mat<f64> {
-        match self {
-            Self::Dense(gram) => linalg::product(x, gram.as_ref()),
-            Self::Packed(gram) => gram.left_times(x),
-        }
-    }
-
-    fn diagonal(&self) -> Vec<f64> {
-        match self {
-            Self::Dense(gram) => (0..gram.nrows()).map(|i| gram[(i, i)]).collect(),
-            Self::Packed(gram) => gram.diagonal(),
-        }
-    }
-
-    fn slice(&self, range: Range<usize>) -> Self {
-        match self {
-            Self::Dense(gram) => gram.submatrix(range.start, range.start, range.len(), range.len()).to_owned().into(),
-            Self::Packed(gram) => gram.slice(range).into(),
-        }
-    }
-
-    fn dense(&self) -> Cow<'_, Mat<f64>> {
-        match self {
-            Self::Dense(gram) => Cow::Borrowed(gram),
-            Self::Packed(gram) => Cow::Owned(gram.to_dense()),
-        }
-    }
 }
 
 /// A Gram and its root, which is computed once, when the first linear asks.
@@ -335,19 +268,6 @@ impl PlainSides {
         };
         Some(format!("plain metric {sides}: calibration measured only zeros there"))
     }
-}
-
-/// `M + shift · I`.
-pub(crate) fn shifted(mut gram: Mat<f64>, shift: f64) -> Mat<f64> {
-    for i in 0..gram.nrows() {
-        gram[(i, i)] += shift;
-    }
-    gram
-}
-
-/// The mean eigenvalue of a form.
-pub(crate) fn mean_diagonal(gram: &Mat<f64>) -> f64 {
-    (0..gram.nrows()).map(|i| gram[(i, i)]).sum::<f64>() / gram.nrows().max(1) as f64
 }
 
 fn scale_columns(x: MatRef<'_, f64>, scale: impl Fn(usize) -> f64) -> Mat<f64> {

@@ -2,7 +2,7 @@
 
 use super::budget::max_ranks;
 use super::compensate::{Compensate, CompensateRank};
-use super::fits::{shared, units_to_share};
+use super::fits::{fitting_bytes, shared, units_to_share};
 use super::plan::{Plan, largest_compensation};
 use super::recipe::Recipe;
 use crate::calibrate::Needs;
@@ -74,15 +74,6 @@ impl Plan {
         let units = if recipe.share() { units_to_share(self) } else { Vec::new() };
         units.iter().map(|unit| shared::heights(self, unit)).collect()
     }
-}
-
-/// Bytes that the fit of a unit takes: weight and image, the output Grams in packed form, and the eigenproblem with its
-/// workspace and bases.
-pub(super) fn fitting_bytes(heights: &[usize], n: usize) -> u64 {
-    let m: usize = heights.iter().sum();
-    let small = m.min(n);
-    let grams: u64 = heights.iter().map(|&m| 2 * (m * m) as u64).sum();
-    20 * (m * n) as u64 + 4 * square(small) + 8 * (small * (m + n)) as u64 + grams
 }
 
 /// Bytes of a square f64 matrix.

@@ -9,12 +9,11 @@ use std::sync::{Arc, Mutex};
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
-use super::fits::values_key;
+use super::fits::{fitting_bytes, values_key};
 use super::metrics::SharedInputs;
 use super::pieces;
 use super::plan::Choice;
 use super::presets::MetricForm;
-use super::requirements::fitting_bytes;
 use super::study::Study;
 use crate::approx::low_rank::{ErrorCurve, LowRank};
 use crate::approx::metric::{Metric, MetricPair, PlainSides};

@@ -8,7 +8,8 @@
 use faer::{Mat, MatRef};
 
 use super::Matrix;
-use crate::approx::metric::{Metric, mean_diagonal, shifted};
+use crate::approx::gram::{mean_diagonal, shifted};
+use crate::approx::metric::Metric;
 use crate::checkpoint::{Dtype, cast};
 use crate::linalg;
 use crate::quantize::{descend, feed_back};

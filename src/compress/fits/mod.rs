@@ -13,7 +13,6 @@ use anyhow::{Context, Result};
 use serde_json::Value;
 
 use super::plan::{Choice, Plan};
-use super::requirements::fitting_bytes;
 use crate::approx::low_rank::{ErrorCurve, LowRank};
 use crate::approx::metric::PlainSides;
 use crate::model::inventory::LinearInfo;
@@ -246,6 +245,15 @@ trait Fitter: Sync {
     fn after_block(&self, _unit: &Unit) -> Result<()> {
         Ok(())
     }
+}
+
+/// Bytes that the fit of a unit takes: weight and image, the output Grams in packed form, and the eigenproblem with its
+/// workspace and bases.
+pub(super) fn fitting_bytes(heights: &[usize], n: usize) -> u64 {
+    let m: usize = heights.iter().sum();
+    let small = m.min(n);
+    let grams: u64 = heights.iter().map(|&m| 2 * (m * m) as u64).sum();
+    20 * (m * n) as u64 + 32 * (small * small) as u64 + 8 * (small * (m + n)) as u64 + grams
 }
 
 /// Fits units block by block, those of a block side by side as far as memory allows. Finished units are pieces of the

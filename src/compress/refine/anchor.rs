@@ -17,8 +17,9 @@ use rayon::prelude::*;
 use serde_json::{Value, json};
 
 use super::moments::{Moments, Place, Stream};
+use crate::approx::gram::{mean_diagonal, shifted};
 use crate::approx::low_rank::ErrorCurve;
-use crate::approx::metric::{Metric, MetricPair, PlainSides, mean_diagonal, shifted};
+use crate::approx::metric::{Metric, MetricPair, PlainSides};
 use crate::compress::plan::Choice;
 use crate::compress::solution::{Refine, Solution};
 use crate::linalg;
