@@ -1,4 +1,4 @@
-//! One run: what it works on, where it keeps what outgrows memory or has to outlive a kill, and whom it tells how far it is.
+//! One run: what it works on, where it keeps what outgrows memory or must outlive a kill, and where it reports progress.
 
 use std::path::PathBuf;
 

@@ -288,7 +288,7 @@ fn scale_rows(x: MatRef<'_, f64>, scale: impl Fn(usize) -> f64) -> Mat<f64> {
     x
 }
 
-/// Whether a Cholesky factor may stand for a root. The squares of its pivots lie between the eigenvalues and come near both
+/// Whether a Cholesky factor may serve as the root. The squares of its pivots lie between the eigenvalues and come near both
 /// ends; its condition is the square root of that of the form, so that solving with it costs no digit of an f32.
 fn has_even_pivots(lower: &Mat<f64>) -> bool {
     let pivots = (0..lower.nrows()).map(|i| lower[(i, i)] * lower[(i, i)]);

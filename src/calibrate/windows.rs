@@ -138,7 +138,7 @@ impl Windows {
         }
         if windows.len() < settings.samples {
             tracing::warn!(
-                "`{}` has only {} windows, fewer than `--samples {}`",
+                "`{}` yields only {} windows, fewer than `--samples {}`",
                 settings.text.display(),
                 windows.len(),
                 settings.samples

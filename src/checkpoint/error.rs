@@ -26,7 +26,7 @@ pub enum CheckpointError {
     #[error("`{}` is not a {expected} but {}", path.display(), found.what)]
     WrongKind { path: PathBuf, expected: &'static str, found: &'static Kind },
 
-    #[error("`{entry}` in `{}` is {found}, and this lrc knows {known}", path.display())]
+    #[error("`{entry}` in `{}` is {found}, but this version supports only {known}", path.display())]
     Newer { path: PathBuf, entry: String, found: String, known: String },
 
     #[error("`{}` was not written by lrc: {reason}; GGUF files of other tools are not supported yet", path.display())]
@@ -157,9 +157,9 @@ impl CheckpointError {
             NotAFile { .. } => "give a regular file, or a link to one".into(),
             LfsPointer { .. } => "run `git lfs pull` in the repository, or download it from the hub".into(),
             WrongKind { found, .. } => found.hint(&WEIGHTS),
-            Newer { .. } => "a newer lrc wrote it: update lrc, or write it again with this one".into(),
+            Newer { .. } => "a newer lrc wrote it: update lrc, or make it again with this one".into(),
             ForeignGguf { .. } => "give the Hugging Face checkpoint that it was converted from".into(),
-            ConfigEntry { .. } => "the output was changed or damaged after it was written; write it again".into(),
+            ConfigEntry { .. } => "the output was changed or damaged after it was written; make it again".into(),
             Truncated { .. } | HeaderLength { .. } | TrailingBytes { .. } => "download the file again; an interrupted copy looks like this".into(),
             Header { .. } | OffsetsOutOfRange { .. } | OffsetsNotContiguous { .. } | TensorSize { .. } => {
                 "the file is damaged or was not written by a safetensors library; get it again from its source".into()
@@ -192,7 +192,7 @@ impl CheckpointError {
             Overflow { .. } => "convert the checkpoint to a wider dtype (BF16 or F32) first".into(),
             OutputExists { .. } => "choose another folder, or give `--force` to replace it".into(),
             FileExists { .. } => "choose another name, or replace the file with `--force`".into(),
-            OutputUnusable { .. } => "choose a name that is free, or for a folder one that is empty".into(),
+            OutputUnusable { .. } => "choose an unused name, or an empty folder".into(),
             Strangers { .. } => "move it elsewhere, or choose another folder; `--force` replaces what lrc wrote and nothing else".into(),
             StrangeWork { work, .. } => format!("lrc does not follow links there; remove `{}` if nobody needs it", work.display()),
             NotMoved { path, .. } => format!("nothing is lost: `{}` is whole, and can be moved by hand", path.display()),

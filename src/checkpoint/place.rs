@@ -62,7 +62,7 @@ pub(super) fn foreign(target: &Path) -> CheckpointError {
     unusable(target, "it exists, and is not an output of lrc")
 }
 
-/// What becomes of an output that is already there.
+/// How an output that is already there is treated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Existing {
     /// It stays, and its place is refused.

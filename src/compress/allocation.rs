@@ -340,7 +340,15 @@ pub(super) fn choose(study: &Study<'_>, budget: Budget, sensitivities: &[f64]) -
             }
             Ok(choices)
         }
-        Budget::Keep(_) | Budget::None => Ok(problem.of_recipe(budget).0),
+        Budget::Keep(keep) => {
+            let (choices, spent) = problem.of_recipe(budget);
+            let kept = spent as f64 / problem.n_weights() as f64;
+            if kept > keep && spent > (keep * problem.n_weights() as f64).ceil() as u64 {
+                tracing::warn!("`--keep {keep}` is exceeded: the smallest ranks keep {kept:.4}");
+            }
+            Ok(choices)
+        }
+        Budget::None => Ok(problem.of_recipe(budget).0),
     }
 }
 

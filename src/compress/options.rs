@@ -181,8 +181,8 @@ recipe_options! {
 
     /// Let q, k and v, or gate and up, share a right factor where that is better
     ///
-    /// Sharing is offered to the knapsack beside a factorization of each matrix by itself, and taken where its error is lower for the
-    /// same size.
+    /// Sharing is a candidate for the knapsack beside a factorization of each matrix by itself, and taken where its error is lower for
+    /// the same size. Turns the sequential mode off.
     share: Option<bool>, "Method" [
         num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL", hide_short_help = true
     ],
@@ -194,7 +194,8 @@ recipe_options! {
 
     /// Compress block by block, on the inputs from compressed blocks
     ///
-    /// Each block is fitted to the inputs that the compressed blocks before it produce. Default: true for kfac with `--calibration`.
+    /// Each block is fitted to the inputs that the compressed blocks before it produce. Default: true for kfac with
+    /// `--calibration` and `--keep` below 0.7, or with `--anchor`.
     sequential: Option<bool>, "Method" [num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL"],
 
     /// How far the targets of `--sequential` move towards the outputs of the original model, 0 to 1 [default: 0.5]

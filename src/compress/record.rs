@@ -89,9 +89,9 @@ pub(super) fn linears(
             notes.extend(laid.and_then(|laid| laid.note));
         }
         match solution.forms(i).and_then(|forms| Some(forms.over?.right)) {
-            Some(Right::Lent(_)) => notes.push("lends its right factor to others of the same input".into()),
+            Some(Right::Lent(_)) => notes.push("shares its right factor with linears that have the same input".into()),
             Some(Right::Borrowed(unit)) => {
-                notes.push(format!("its right factor is that of `{}`", study.plan.linears[unit].module));
+                notes.push(format!("uses the right factor of `{}`", study.plan.linears[unit].module));
             }
             Some(Right::Own) | None => {}
         }

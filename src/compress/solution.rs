@@ -21,7 +21,7 @@ use crate::checkpoint::{Dtype, cast};
 use crate::linalg;
 use crate::model::inventory;
 use crate::operator::{Element, Form, Forms, Kind, Matrix, Operator, Rounded, Side, Sides, Term};
-use crate::progress::Progress;
+use crate::progress::{Progress, Stage};
 use crate::store::{Array, Piece, Spooled, Values};
 
 /// A fit in its stored form.
@@ -203,20 +203,19 @@ impl<'s> Solution<'s> {
         let shape = |&i: &usize| self.study.plan.linears[i].shape();
         let costs: Vec<u64> = wanted.iter().map(shape).map(|(m, n)| fitting_bytes(&[m], n)).collect();
         let workers = self.study.session.workers(costs.iter().copied().max().unwrap_or(0))?;
-        let settle = |at: usize| {
-            let i = wanted[at];
-            let linear = &self.study.plan.linears[i];
-            stage.note(&linear.module);
-            let settled = self.settled(i).with_context(|| format!("rounding `{}`", linear.module));
-            let (laid, kept) = settled?;
-            if let Some(note) = &laid.note {
-                tracing::info!("`{}`: {note}", linear.module);
-            }
-            self.laid.lock().expect("invariant: no holder of the layouts panics").insert(i, (laid, kept));
-            stage.advance(1);
-            Ok(())
-        };
-        workers.collect(&costs, settle).map(drop)
+        workers.collect(&costs, |at| self.settle_one(wanted[at], stage.as_ref())).map(drop)
+    }
+
+    fn settle_one(&self, i: usize, stage: &dyn Stage) -> Result<()> {
+        let module = &self.study.plan.linears[i].module;
+        stage.note(module);
+        let (laid, kept) = self.settled(i).with_context(|| format!("rounding `{module}`"))?;
+        if let Some(note) = &laid.note {
+            tracing::info!("`{module}`: {note}");
+        }
+        self.laid.lock().expect("invariant: no holder of the layouts panics").insert(i, (laid, kept));
+        stage.advance(1);
+        Ok(())
     }
 
     /// The layout of a linear, and its values unless they are already written: from the journal, or newly made. After

@@ -234,7 +234,7 @@ pub(super) fn expect_parts(checkpoint: &Checkpoint, module: &str, kind: Kind) ->
     Err(Failure::unsupported(format!(
         "the parts of `{module}` in `{file}` are not those of one `{kind}` matrix: {parts}"
     ))
-    .hint("one of them was changed; compress the original again")
+    .hint("one of them was changed; compress the source again")
     .into())
 }
 

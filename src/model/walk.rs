@@ -346,7 +346,7 @@ impl<'a> Walk<'a> {
     /// Keeps states in a journal, under `key`.
     ///
     /// # Errors
-    /// A disk refuses.
+    /// The journal or the work folder cannot be read or written.
     pub(crate) fn settle(&self, hidden: Hidden, journal: &Journal, key: &str) -> Result<Hidden> {
         if !journal.keeps() {
             return Ok(hidden);

@@ -1,7 +1,7 @@
 //! Finished pieces of a long run, kept on disk, so that a run that was killed resumes after the last of them.
 //!
 //! One file a piece: a few values as JSON, and arrays. A piece appears whole or not at all (it is written under another name
-//! and renamed), and a checksum tells one that a power cut tore. The same job makes the same pieces, so that one may be
+//! and renamed), and a checksum detects one that a power cut truncated. The same job makes the same pieces, so that one may be
 //! taken for the other; who opens a journal makes sure that it is the same job.
 
 use std::fs::{self, File};

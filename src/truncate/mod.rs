@@ -65,7 +65,7 @@ struct Truncation {
 /// Truncates a compressed checkpoint: the knapsack allocates ranks over the stored curves.
 ///
 /// # Errors
-/// The checkpoint was not compressed, keeps less already, or cannot become so small; or the disk refuses.
+/// The checkpoint was not compressed, keeps less already, or cannot become so small; or the output cannot be written.
 pub fn truncate(job: &TruncateJob<'_>, progress: &dyn Progress) -> Result<CompressReport> {
     let started = Instant::now();
     let checkpoint = job.checkpoint;
@@ -111,7 +111,7 @@ fn expect_own_factors(config: &Map<String, Value>, root: &Path) -> Result<()> {
     if let Some(tensor) = shared {
         let message =
             format!("`{tensor}` in `{}` is shared by several linears, and cannot be truncated", root.display());
-        return Err(Failure::unsupported(message).hint("compress the original again, to the smaller size").into());
+        return Err(Failure::unsupported(message).hint("compress the source again at the smaller size").into());
     }
     Ok(())
 }
@@ -240,7 +240,7 @@ fn check_report(report: &CompressReport, truncations: &[Truncation], root: &Path
     let foreign = |reason: String| {
         let message = format!("`{}` does not match the tensors in its folder: {reason}", path.display());
         anyhow::Error::from(
-            Failure::unsupported(message).hint("one of the two was modified; compress the original again"),
+            Failure::unsupported(message).hint("one of the two was modified; compress the source again"),
         )
     };
     let mut before = Some(0u64);
@@ -315,7 +315,7 @@ fn allocate_ranks(truncations: &mut [Truncation], report: &CompressReport, keep:
     }
     if budget < least {
         let message = format!("`--keep {keep}` cannot be reached: the minimum is {:.4}", least as f64 / before as f64);
-        return Err(Failure::usage(message).hint("dense linears stay dense; compress the original again").into());
+        return Err(Failure::usage(message).hint("dense linears stay dense; compress the source again").into());
     }
     let rules = Rules { budget: budget - dense, fill: false, ..Rules::of_keep(&items, 0.999) };
     let picks = allocate::allocate(Ranks::Knapsack, &items, &rules);

@@ -113,7 +113,7 @@ fn chat_templates_that_refuse_or_never_end_are_errors() {
         let stopped = all.eval();
         assert_eq!(stopped.code, 4, "{grows}: {}", stopped.stderr);
         for expected in
-            ["chat_template.jinja` does not end, or needs too much memory", "line 1 of", "chats.jsonl", "hint: "]
+            ["chat_template.jinja` does not terminate, or needs too much memory", "line 1 of", "chats.jsonl", "hint: "]
         {
             assert!(stopped.stderr.contains(expected), "{grows}: {}", stopped.stderr);
         }

@@ -19,6 +19,9 @@ use crate::text::DEFAULT_FIELD;
 const BUDGET_HINT: &str = "`--keep 0.8` keeps 80 % of the parameters of the targeted linears; `--target-size 350MiB` sets the size \
                            of the weight files; `--bits 4` sets the mean bits per weight";
 const FIXED_RANKS_HINT: &str = "fixed ranks already determine the size; remove one of the two";
+/// Below this share the sequential mode is the default: on SmolLM2-135M it wins at 0.6, and loses at 0.8 and 0.9
+/// (docs/results.md, section 23).
+const SEQUENTIAL_BELOW: f64 = 0.7;
 const REMOVE_ONE: &str = "remove one of the two";
 const ADD_KNAPSACK: &str = "add `--ranks knapsack`, or remove the option";
 
@@ -63,10 +66,11 @@ impl Basics {
         });
         let by_knapsack = method == Method::Kfac || is_quantized;
         let ranks = options.ranks.unwrap_or(if by_knapsack { Ranks::Knapsack } else { Ranks::Welore });
-        // The best setting measured. Excluded for fixed ranks, which may be full and leave no error to correct.
-        let by_default =
+        // Excluded for fixed ranks, which may be full and leave no error to correct.
+        let is_possible =
             method == Method::Kfac && options.calibration.is_some() && ranks.takes_budget() && !is_quantized;
-        let is_sequential = options.sequential.unwrap_or(by_default && options.share != Some(true));
+        let pays = options.anchor.is_some() || options.keep.is_some_and(|keep| keep < SEQUENTIAL_BELOW);
+        let is_sequential = options.sequential.unwrap_or(is_possible && pays && options.share != Some(true));
         if options.anchor.is_some() && !is_sequential {
             return Err(usage(
                 "`--anchor` has no effect without `--sequential`",

@@ -175,17 +175,18 @@ pub fn native_config(config: &Map<String, Value>) -> Map<String, Value> {
 /// Tokens in a window if neither the user, a convention nor the config decides; the default of lm-evaluation-harness.
 const DEFAULT_CONTEXT: usize = 2048;
 
-/// Tokens in a window: `asked`, or else `default`, at most the model's context. Longer windows are run with a warning.
+/// Tokens in a window: `asked`, or else `default`, at most the model's context.
 ///
 /// # Errors
-/// The config is invalid.
+/// The config is invalid, or `asked` exceeds the context.
 pub fn window_length(checkpoint: &Checkpoint, asked: Option<usize>, default: Option<usize>) -> Result<usize> {
     let (config, architecture) = ModelConfig::of(checkpoint)?;
     let context = config.context(architecture);
     if let (Some(asked), Some(context)) = (asked, context)
         && asked > context
     {
-        tracing::warn!("windows of {asked} tokens are longer than the model's context of {context}");
+        let message = format!("windows of {asked} tokens are longer than the model's context of {context}");
+        return Err(Failure::usage(message).hint(format!("give at most {context} tokens per window")).into());
     }
     let longest = |default: usize| context.map_or(default, |context| default.min(context));
     Ok(asked.unwrap_or_else(|| default.map_or(context.unwrap_or(DEFAULT_CONTEXT), longest)))
@@ -213,7 +214,7 @@ impl ModelConfig {
     pub fn of(checkpoint: &Checkpoint) -> Result<(Self, &'static Architecture)> {
         let path = checkpoint.root().join(CONFIG_FILE);
         let config = checkpoint.config().ok_or_else(|| {
-            let hint = "a model is run from its config; data-free compression and inspection work without";
+            let hint = "a model is run from its config; data-free compression and inspection work without it";
             match checkpoint.config_error() {
                 Some(error) => {
                     let mend = error.hint().map_or(String::new(), |mend| format!("{mend}; "));

@@ -139,7 +139,7 @@ impl ChatTemplate {
     fn endless(&self, place: &str, line: &str) -> Failure {
         let path = self.path.display();
         let message =
-            format!("the chat template in `{path}` does not end, or needs too much memory, for {place}{line}");
+            format!("the chat template in `{path}` does not terminate, or needs too much memory, for {place}{line}");
         Failure::unsupported(message).hint("use the template of the original model, or fix this one")
     }
 
@@ -295,7 +295,7 @@ mod tests {
             ),
             (
                 "{% set n = namespace(x=[]) %}{% for j in range(99) %}{% for i in range(90000) %}{% set n.x = [[[[[[[[n.x]]]]]]]] %}{% endfor %}{% endfor %}",
-                "does not end",
+                "does not terminate",
             ),
         ] {
             let error = render(template).unwrap_err().to_string();
