@@ -338,5 +338,7 @@ fn defaults_need_no_reading() {
     );
     let calibrated = recipe("calibrated", &[&["--keep", "0.8"], CALIBRATED].concat());
     assert_eq!((&calibrated["method"], &calibrated["ranks"]), (&"kfac".into(), &"knapsack".into()));
-    assert_eq!((&calibrated["sensitivity"], &calibrated["anchor"]), (&"second-order".into(), &0.5.into()));
+    assert_eq!((&calibrated["sensitivity"], &calibrated["anchor"]), (&"second-order".into(), &Value::Null));
+    let hard = recipe("hard", &[&["--keep", "0.6"], CALIBRATED].concat());
+    assert_eq!(hard["anchor"], 0.5, "hard budgets are met block by block");
 }

@@ -70,7 +70,7 @@ impl Reader {
         }
         let calibrates = line.contains("--calibration") && !line.contains("--samples");
         // Sizes are the fixture's: it is 1.7 MB, its context 128 tokens, its rows are shorter than a group of 128.
-        let line = line.replace("350MiB", "900kB").replace("--seq-len 1024", "--seq-len 128");
+        let line = line.replace("350MiB", "900kB").replace("seq-len 1024", "seq-len 128");
         let line = line.replace("gptq-int4 ", "gptq-int4-g32 ").replace("q4_k ", "q4_0 ");
         // As many windows as tell that it works.
         let line = if calibrates { format!("{line} --samples 8") } else { line };

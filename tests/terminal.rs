@@ -10,7 +10,19 @@ use serde_json::Value;
 fn compress(more: &[&str]) -> common::Run {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("out");
-    let args = ["compress", FIXTURE, "-o", path(&out), "--keep", "0.8", "--calibration", TRAIN, "--samples", "8"];
+    let args = [
+        "compress",
+        FIXTURE,
+        "-o",
+        path(&out),
+        "--keep",
+        "0.8",
+        "--calibration",
+        TRAIN,
+        "--samples",
+        "8",
+        "--sequential",
+    ];
     ok(&[&args[..], more].concat())
 }
 

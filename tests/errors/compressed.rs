@@ -35,7 +35,7 @@ fn outputs_of_a_later_version_are_refused_before_any_work() {
         (&coded, &|lrc| lrc["version"] = 2.into(), "is 2, but this version supports only 1", newer),
         (&out, &|lrc| lrc["version"] = "1".into(), "`lrc.version` in", changed),
         (&out, &|lrc| drop(lrc.as_object_mut().unwrap().remove("version")), "`lrc.version` in", changed),
-        (&out, &|lrc| lrc["modules"][DOWN]["layout"] = "tucker".into(), "knows `factors`, `pivot`", newer),
+        (&out, &|lrc| lrc["modules"][DOWN]["layout"] = "tucker".into(), "supports only `factors`, `pivot`", newer),
         (
             &out,
             &|lrc| lrc["modules"][DOWN]["layout"] = "factors".into(),

@@ -14,7 +14,7 @@ fn streams_that_cannot_be_written_change_no_exit_code() {
         (&["inspect", "no-such-folder"], 4),
         (&["inspect", "no-such-folder", "--log-format", "json"], 4),
         (&["compress", FIXTURE, "-o", path(&out), "--keep", "2"], 2),
-        (&["eval", FIXTURE, "--text", HELD_OUT, "--max-windows", "1", "--seq-len", "200"], 0),
+        (&["eval", FIXTURE, "--text", HELD_OUT, "--max-windows", "1", "-v"], 0),
         (&["inspect", FIXTURE, "--fail-if", "parameters > 1"], 3),
         (&["inspect", FIXTURE, "--no-such-flag"], 2),
     ] {
