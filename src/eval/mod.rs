@@ -224,6 +224,7 @@ pub struct Reference<'a> {
 /// #     max_windows: Some(2),
 /// #     bos: Bos::Auto,
 /// #     memory_bytes: 1 << 30,
+/// #     device: lrc::device::DeviceChoice::Cpu.open()?,
 /// # };
 /// let model = Checkpoint::open("fixtures/tiny-llama".as_ref())?;
 /// let reference = Reference { checkpoint: &model, name: "itself" };
