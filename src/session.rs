@@ -46,13 +46,15 @@ impl<'a> Session<'a> {
         Ok(Decoder::open(self.checkpoint)?.on(&self.device))
     }
 
-    /// Workers on matrices that each take up to `bytes`: as many as memory holds. One alone has all threads in its products.
+    /// Workers on matrices that take so many `bytes` each: as many as memory holds of the largest, and no more than there are
+    /// matrices. Threads that are left are in large products.
     ///
     /// # Errors
     /// The system refuses threads.
-    pub(crate) fn workers(&self, bytes: u64) -> Result<Workers> {
-        let at_once = self.limits.memory_bytes as u64 / bytes.max(1);
-        Workers::new(usize::try_from(at_once).unwrap_or(usize::MAX))
+    pub(crate) fn workers(&self, bytes: &[u64]) -> Result<Workers> {
+        let largest = bytes.iter().copied().max().unwrap_or(0).max(1);
+        let at_once = usize::try_from(self.limits.memory_bytes as u64 / largest).unwrap_or(usize::MAX);
+        Workers::new(at_once.min(bytes.len()))
     }
 
     /// An empty spool with a quarter of the memory.

@@ -342,9 +342,9 @@ pub(super) fn choose(study: &Study<'_>, budget: Budget, sensitivities: &[f64]) -
         }
         Budget::Keep(keep) => {
             let (choices, spent) = problem.of_recipe(budget);
-            let kept = spent as f64 / problem.n_weights() as f64;
-            if kept > keep && spent > (keep * problem.n_weights() as f64).ceil() as u64 {
-                tracing::warn!("`--keep {keep}` is exceeded: the smallest ranks keep {kept:.4}");
+            let n_weights = problem.n_weights() as f64;
+            if spent as f64 > (keep * n_weights).ceil() {
+                tracing::warn!("`--keep {keep}` is exceeded: the smallest ranks keep {:.4}", spent as f64 / n_weights);
             }
             Ok(choices)
         }

@@ -202,7 +202,7 @@ impl<'s> Solution<'s> {
         let stage = progress.stage("round", wanted.len() as u64, "matrices");
         let shape = |&i: &usize| self.study.plan.linears[i].shape();
         let costs: Vec<u64> = wanted.iter().map(shape).map(|(m, n)| fitting_bytes(&[m], n)).collect();
-        let workers = self.study.session.workers(costs.iter().copied().max().unwrap_or(0))?;
+        let workers = self.study.session.workers(&costs)?;
         workers.collect(&costs, |at| self.settle_one(wanted[at], stage.as_ref())).map(drop)
     }
 

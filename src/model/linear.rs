@@ -342,7 +342,7 @@ mod tests {
             let linear = Linear::load(&weights, "m", Bias::Stored, Order::OutIn).unwrap();
             let y = linear.forward(&tensor(&[1., 1., 0., 1.], &[1, 2, 2])).unwrap();
             let found = y.flatten_all().unwrap().to_vec1::<f32>().unwrap();
-            let is_near = |(found, expected): (&f32, f32)| (found - expected).abs() < 1e-4;
+            let is_near = |(found, expected): (&f32, f32)| (found - expected).abs() < 1e-6 * expected;
             assert!(found.iter().zip([17., 34., 14., 28.]).all(is_near), "{:?}: {found:?}", weights.keys());
         }
     }

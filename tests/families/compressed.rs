@@ -36,6 +36,7 @@ fn what_is_compressed_is_one_model_in_every_layout_and_format() {
             let calibration = ["--calibration", text, "--samples", "4", "--seq-len", "24"];
             let mut flags = vec!["--keep", "0.8", "--ranks", "uniform", "--layout", layout, "--method", method];
             flags.extend(calibration.iter().filter(|_| method != "svd"));
+            flags.extend(["--sequential"].iter().filter(|_| method == "kfac"));
             let factored = compress(&format!("{layout}-{method}"), &flags);
             flags.extend(["--format", "dense"]);
             let dense = compress(&format!("{layout}-{method}-dense"), &flags);
@@ -125,7 +126,7 @@ fn fused_matrices_are_split_into_their_parts() {
         let kept = error(&logits(&whole, &ids).unwrap(), &expected["cases"][0]["logits"]);
         assert!(kept < 1e-5, "{family} at keep 1: {kept}");
         let calibration = ["--calibration", path(&text), "--samples", "4", "--seq-len", "24"];
-        let kfac = [&["--keep", "0.7", "--layout", "factors"], &calibration[..]].concat();
+        let kfac = [&["--keep", "0.7", "--layout", "factors", "--sequential"], &calibration[..]].concat();
         let coded = ["--quant", "rtn-int4-channel", "--compensate", "lorc", "--compensate-rank", "2"];
         for (name, flags) in [("kfac", &kfac[..]), ("svd", &["--keep", "0.7"]), ("coded", &coded)] {
             let out = compress(name, flags);

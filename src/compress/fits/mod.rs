@@ -285,7 +285,7 @@ fn fit_all<F: Fitter>(
             .map(|unit| shared::heights(plan, unit))
             .map(|(heights, n)| fitting_bytes(&heights, n))
             .collect();
-        let workers = session.workers(costs.iter().copied().max().unwrap_or(0))?;
+        let workers = session.workers(&costs)?;
         fits.extend(workers.collect(&costs, |i| one(&group[i]))?);
         fitter.after_block(&group[0])?;
     }
