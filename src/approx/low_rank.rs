@@ -13,6 +13,7 @@
 //! (Kaushal et al. 2023); with both Grams that of the Kronecker-factored Fisher (GFWSVD, Chekalina et al. 2025).
 
 use faer::{Mat, MatRef};
+use serde::{Deserialize, Serialize};
 
 use super::metric::{Metric, MetricPair};
 use crate::linalg::{self, LinalgError};
@@ -102,16 +103,29 @@ impl LowRank {
 pub struct Decomposition {
     /// The error at every rank, beyond the kept bases too.
     pub curve: ErrorCurve,
-    basis: Basis,
+    /// Bases of the smaller side, from which the pair of any rank follows.
+    pub bases: Bases,
 }
 
-/// Two bases, dual to each other, of which the first r columns belong to the best pair of rank r.
+/// The side of a matrix that bases belong to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Space {
+    /// Outputs, m of them: `B` = `basis`, `A` = `dualᵀ T`.
+    Outputs,
+    /// Inputs, n of them: `Aᵀ` = `basis`, `B` = `T dual`.
+    Inputs,
+}
+
+/// Two bases that are dual to each other. Their first r columns and the target give the best pair of rank r, so they
+/// are kept in place of a pair: they have `2 min(m, n)` numbers a rank, a pair has `m + n`.
 #[derive(Debug, Clone)]
-enum Basis {
-    /// Of the outputs, (m, max_rank): `B` = `basis`, `A` = `dualᵀ T`. No dual: the basis is orthonormal.
-    Output { basis: Mat<f64>, dual: Option<Mat<f64>> },
-    /// Of the inputs, (n, max_rank): `Aᵀ` = `basis`, `B` = `T dual`. No dual: the basis is orthonormal.
-    Input { basis: Mat<f64>, dual: Option<Mat<f64>> },
+pub struct Bases {
+    space: Space,
+    /// (m or n, max_rank).
+    basis: Mat<f64>,
+    /// The same shape; `None` if the basis is orthonormal, and so its own dual.
+    dual: Option<Mat<f64>>,
 }
 
 /// The error curve of `target` (m, n) alone, without bases.
@@ -185,31 +199,32 @@ pub fn decompose(
     let linalg::Eigh { values, vectors } = linalg::eigh(gram.as_ref())?;
     drop(gram);
     let vectors = vectors.subcols(0, max_rank);
-    let basis = if m <= n {
-        output_basis(metric.output, vectors.to_owned())?
+    let bases = if m <= n {
+        output_bases(metric.output, vectors.to_owned())?
     } else if let Metric::Identity = metric.input {
-        Basis::Input { basis: vectors.to_owned(), dual: None }
+        Bases { space: Space::Inputs, basis: vectors.to_owned(), dual: None }
     } else if let Some(image) = image {
         let images = linalg::product(image.as_ref(), vectors); // T H V (m, max_rank)
         let images = whiten_rows(images.as_ref(), metric.output)?; // S V
         let smallest = max_rank.checked_sub(1).map_or(0.0, |last| values[last]);
         let is_well_spread = smallest > ORTHOGONAL_SHARE * values[0];
         let basis = if is_well_spread { normalized_columns(images) } else { linalg::orthonormal_columns(images) };
-        output_basis(metric.output, basis)?
+        output_bases(metric.output, basis)?
     } else {
         let dual = Some(metric.input.root_times(vectors)?);
-        Basis::Input { basis: metric.input.dual_root_times(vectors)?, dual }
+        Bases { space: Space::Inputs, basis: metric.input.dual_root_times(vectors)?, dual }
     };
-    Ok(Decomposition { curve: ErrorCurve::new(values), basis })
+    Ok(Decomposition { curve: ErrorCurve::new(values), bases })
 }
 
 /// Un-whitens orthonormal columns `U` (m, r) of the output side.
-fn output_basis(output: &Metric, u: Mat<f64>) -> Result<Basis, LinalgError> {
+fn output_bases(output: &Metric, u: Mat<f64>) -> Result<Bases, LinalgError> {
+    let space = Space::Outputs;
     Ok(match output {
-        Metric::Identity => Basis::Output { basis: u, dual: None },
+        Metric::Identity => Bases { space, basis: u, dual: None },
         output => {
             let dual = Some(output.root_times(u.as_ref())?);
-            Basis::Output { basis: output.dual_root_times(u.as_ref())?, dual }
+            Bases { space, basis: output.dual_root_times(u.as_ref())?, dual }
         }
     })
 }
@@ -227,22 +242,51 @@ fn normalized_columns(mut matrix: Mat<f64>) -> Mat<f64> {
 }
 
 impl Decomposition {
-    /// The best pair of `rank`, at most `max_rank`, for the target it was made from, with the norm of each rank-one
-    /// term shared evenly between its column and its row.
+    /// See [`Bases::truncate`].
     ///
     /// # Panics
-    /// When `rank` exceeds the kept basis.
+    /// When `rank` exceeds the kept bases.
     pub fn truncate(&self, target: MatRef<'_, f64>, rank: usize) -> LowRank {
-        let columns = |matrix: &Mat<f64>| matrix.subcols(0, rank).to_owned();
-        let (mut b, mut a_t) = match &self.basis {
-            Basis::Output { basis, dual } => {
-                let dual = dual.as_ref().unwrap_or(basis).subcols(0, rank);
-                (columns(basis), linalg::product(target.transpose(), dual)) // (m, r), (n, r)
-            }
-            Basis::Input { basis, dual } => {
-                let dual = dual.as_ref().unwrap_or(basis).subcols(0, rank);
-                (linalg::product(target, dual), columns(basis))
-            }
+        self.bases.truncate(target, rank)
+    }
+}
+
+impl Bases {
+    /// The largest rank that they give.
+    pub fn max_rank(&self) -> usize {
+        self.basis.ncols()
+    }
+
+    /// The space, the basis and its dual in f32, column by column; no dual if the basis is orthonormal.
+    pub fn to_arrays(&self) -> (Space, Vec<f32>, Vec<f32>) {
+        let dual = self.dual.as_ref().map_or_else(Vec::new, |dual| linalg::to_row_major(dual.transpose()));
+        (self.space, linalg::to_row_major(self.basis.transpose()), dual)
+    }
+
+    /// The first `rank` columns of the bases that [`Self::to_arrays`] gave for a target (m, n).
+    ///
+    /// # Panics
+    /// When the arrays have fewer columns.
+    pub fn from_arrays(space: Space, (m, n): (usize, usize), rank: usize, basis: &[f32], dual: &[f32]) -> Self {
+        let height = match space {
+            Space::Outputs => m,
+            Space::Inputs => n,
+        };
+        let columns = |values: &[f32]| linalg::transposed_from_row_major(&values[..rank * height], rank, height);
+        Self { space, basis: columns(basis), dual: (!dual.is_empty()).then(|| columns(dual)) }
+    }
+
+    /// The best pair of `rank`, at most `max_rank`, for the target that they were made from, with the norm of each
+    /// rank-one term shared evenly between its column and its row.
+    ///
+    /// # Panics
+    /// When `rank` exceeds that of the bases.
+    pub fn truncate(&self, target: MatRef<'_, f64>, rank: usize) -> LowRank {
+        let basis = self.basis.subcols(0, rank).to_owned();
+        let dual = self.dual.as_ref().unwrap_or(&self.basis).subcols(0, rank);
+        let (mut b, mut a_t) = match self.space {
+            Space::Outputs => (basis, linalg::product(target.transpose(), dual)), // (m, r), (n, r)
+            Space::Inputs => (linalg::product(target, dual), basis),
         };
         for (column, row) in b.col_iter_mut().zip(a_t.col_iter_mut()) {
             let (column_norm, row_norm) = (column.norm_l2(), row.norm_l2());

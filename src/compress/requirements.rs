@@ -30,10 +30,10 @@ impl Plan {
             _ => 0,
         };
         let bases: u64 = self.linears.iter().map(|linear| base_bytes(recipe, linear.shape())).sum();
-        let pairs = self.linears.iter().zip(max_ranks(recipe, self));
-        let pairs: u64 = pairs.map(|(linear, rank)| pair_bytes(linear.shape(), rank)).sum();
+        let fits = self.linears.iter().zip(max_ranks(recipe, self));
+        let fits: u64 = fits.map(|(linear, rank)| 4 * recipe.layout().fitting().n_values(rank, linear.shape())).sum();
         let shared: u64 = self.shared(recipe).iter().map(|(heights, n)| shared_bytes(heights, *n)).sum();
-        pairs + shared + bases + measured + states
+        fits + shared + bases + measured + states
     }
 
     /// Peak memory of a run: the largest decompositions, one per thread, each with weight, image, Gram, eigenvectors

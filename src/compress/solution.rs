@@ -184,7 +184,7 @@ impl<'s> Solution<'s> {
             let mut spool = self.study.fits.spool.lock().expect("invariant: no holder of the spool panics");
             return Ok(LowRank { rank: *rank, b: spool.get(b)?.f32s()?, a: spool.get(a)?.f32s()? });
         }
-        let found = self.study.fits.values(i, self.choices[i])?.pair;
+        let found = self.study.values(i, self.choices[i])?.pair;
         Ok(found.expect("invariant: a linear of low rank has a fit"))
     }
 
@@ -350,7 +350,7 @@ impl<'s> Solution<'s> {
             (Choice::Zeros | Choice::Dense, _) => return Ok(Some(Operator::of(Term::zeros()))),
             (_, None) => Operator::of(self.lay_out(i)?),
             (_, Some(_)) => {
-                let found = self.study.fits.values(i, choice)?;
+                let found = self.study.values(i, choice)?;
                 let base = found.base.expect("invariant: a quantized base has codes");
                 let storage = Some(base.storage());
                 let over =

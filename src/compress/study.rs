@@ -9,7 +9,7 @@ use anyhow::Result;
 use super::allocate::Spectra;
 use super::budget::max_ranks;
 use super::compensate::Compensate;
-use super::fits::{Decompose, Fits, Quantize, Share, units_to_share};
+use super::fits::{Approximation, Decompose, Fits, Quantize, Share, units_to_share};
 use super::inputs::Inputs;
 use super::metrics::Metrics;
 use super::plan::{Choice, FitKind, Plan};
@@ -56,7 +56,7 @@ impl<'a> Study<'a> {
             with_plain: recipe.ranks().allocator().spectra() == Spectra::Plain,
             layout: recipe.layout(),
             // The sequential mode makes its own factors, except for experts that see too few tokens.
-            keeps_pair: &|linear| {
+            keeps_values: &|linear| {
                 recipe.anchor().is_none() || recipe.probes() || linear.id.is_some_and(|id| id.slot.expert.is_some())
             },
             after_block: &forget,
@@ -106,6 +106,14 @@ impl<'a> Study<'a> {
         };
         self.rounds += 1;
         self.fits.quantize(self.session, self.plan, &method)
+    }
+
+    /// Base and factors of the `i`-th linear under a choice.
+    ///
+    /// # Errors
+    /// The source or the work folder cannot be read.
+    pub fn values(&self, i: usize, choice: Choice) -> Result<Approximation> {
+        self.fits.values(self.session.checkpoint, self.plan, i, choice)
     }
 
     /// The planned forms of the `i`-th linear under a choice.

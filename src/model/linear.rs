@@ -334,7 +334,7 @@ mod tests {
             vec![[("m.weight".to_string(), w), ("m.bias".to_string(), bias.clone())].into()];
         for kind in Kind::layouts() {
             let fit = kind.fitting().fit(weight.as_ref(), MetricPair::IDENTITY, 1).unwrap();
-            let term = Term::laid_out(kind, fit.pair, (2, 2));
+            let term = Term::laid_out(kind, fit.pair(kind, weight.as_ref(), 1), (2, 2));
             forms.push(stored(&term, None, &bias));
             forms.extend(kind.structure().takes_base().then(|| stored(&term, Some(&zeros), &bias)));
         }

@@ -9,8 +9,8 @@ use candle_core::Tensor;
 use faer::{Mat, MatRef};
 
 use super::rounding::{Rounded, Sides, diagonal, refit_right, round_to_nearest, weighted_error};
-use super::{Element, Fit, Fitting, Matrix, Shape, Size, Structure};
-use crate::approx::low_rank::{self, ErrorCurve, LowRank};
+use super::{Element, Fit, FitValues, Fitting, Matrix, Shape, Size, Structure};
+use crate::approx::low_rank::{self, Decomposition, ErrorCurve, LowRank};
 use crate::approx::metric::{Metric, MetricPair};
 use crate::checkpoint::Dtype;
 use crate::codecs::peft;
@@ -69,9 +69,8 @@ impl Structure for Factors {
 
 /// The best factors in a metric, and the error at every rank.
 pub(super) fn fit(target: MatRef<'_, f64>, metric: MetricPair<'_>, largest_rank: usize) -> Result<Fit, LinalgError> {
-    let decomposition = low_rank::decompose(target, metric, largest_rank)?;
-    let pair = decomposition.truncate(target, largest_rank);
-    Ok(Fit { curve: decomposition.curve, pair })
+    let Decomposition { curve, bases } = low_rank::decompose(target, metric, largest_rank)?;
+    Ok(Fit { curve, values: FitValues::Bases(bases) })
 }
 
 /// The best right part `(Bᵀ G B)⁻¹ Bᵀ G T`, (r, n) row-major, for a left part `b` (m, r). It is the same for any input

@@ -22,7 +22,7 @@ use candle_core::Tensor;
 use faer::MatRef;
 use serde::{Deserialize, Serialize};
 
-use crate::approx::low_rank::{ErrorCurve, LowRank};
+use crate::approx::low_rank::{Bases, ErrorCurve, LowRank};
 use crate::approx::metric::{Metric, MetricPair};
 use crate::checkpoint::Dtype;
 use crate::linalg::LinalgError;
@@ -132,8 +132,40 @@ pub trait Structure: Sync {
 pub struct Fit {
     /// Squared error at every rank.
     pub curve: ErrorCurve,
+    /// The values at every rank.
+    pub values: FitValues,
+}
+
+/// The values of a fit in the form that takes least space.
+#[derive(Debug, Clone)]
+pub enum FitValues {
+    /// Bases of the smaller side: the larger part follows from the target.
+    Bases(Bases),
     /// Left and right part at the largest rank; the parts for a smaller rank are a selection from these.
-    pub pair: LowRank,
+    Pair(LowRank),
+}
+
+impl Fit {
+    /// Left and right part at `rank`, for the target that was fitted.
+    ///
+    /// # Panics
+    /// When `rank` exceeds the largest that was requested.
+    pub fn pair(&self, kind: Kind, target: MatRef<'_, f64>, rank: usize) -> LowRank {
+        self.values.pair(kind, target, rank)
+    }
+}
+
+impl FitValues {
+    /// See [`Fit::pair`].
+    ///
+    /// # Panics
+    /// When `rank` exceeds the largest that was requested.
+    pub fn pair(&self, kind: Kind, target: MatRef<'_, f64>, rank: usize) -> LowRank {
+        match self {
+            Self::Bases(bases) => bases.truncate(target, rank),
+            Self::Pair(pair) => kind.fitting().prefix(pair, rank, target.shape()),
+        }
+    }
 }
 
 /// How a structure is fitted. Ranks are those in [`Size`]: of the matrix, or of each of its blocks.
@@ -153,13 +185,18 @@ pub trait Fitting: Sync {
     /// See [`LinalgError`].
     fn fit(&self, target: MatRef<'_, f64>, metric: MetricPair<'_>, largest_rank: usize) -> Result<Fit, LinalgError>;
 
+    /// Largest number of values in [`FitValues`] at a rank: those of two bases of the smaller side.
+    fn n_values(&self, rank: usize, (m, n): Shape) -> u64 {
+        2 * (rank * m.min(n)) as u64
+    }
+
     /// The error at every rank, without the fit.
     ///
     /// # Errors
     /// See [`LinalgError`].
     fn curve(&self, target: MatRef<'_, f64>, metric: MetricPair<'_>) -> Result<ErrorCurve, LinalgError>;
 
-    /// The fit of a smaller rank.
+    /// The parts at a smaller rank.
     fn prefix(&self, pair: &LowRank, rank: usize, shape: Shape) -> LowRank;
 
     /// The matrices that store a fit.

@@ -16,7 +16,7 @@ use faer::MatRef;
 
 use super::factors::right_part;
 use super::rounding::{Rounded, Sides, round_to_nearest};
-use super::{Element, Fit, Fitting, Matrix, Shape, Size, Structure};
+use super::{Element, Fit, FitValues, Fitting, Matrix, Shape, Size, Structure};
 use crate::approx::low_rank::{self, ErrorCurve, LowRank};
 use crate::approx::metric::{Metric, MetricPair};
 use crate::checkpoint::Dtype;
@@ -177,7 +177,11 @@ impl Fitting for Monarch {
         }
         let pair = LowRank { rank, b: left, a: right };
         let curve = self.measured(blocks.sum(&curves), &pair, target, metric);
-        Ok(Fit { curve, pair })
+        Ok(Fit { curve, values: FitValues::Pair(pair) })
+    }
+
+    fn n_values(&self, rank: usize, (m, n): Shape) -> u64 {
+        (n_slices((m, n)) * rank * (m + n)) as u64
     }
 
     fn curve(&self, target: MatRef<'_, f64>, metric: MetricPair<'_>) -> Result<ErrorCurve, LinalgError> {

@@ -47,7 +47,7 @@ proptest! {
         for (kind, fit) in fits(&weight, MetricPair::IDENTITY) {
             let most = kind.fitting().largest_rank((m, n));
             let rank = ((share * most as f64) as usize).max(1);
-            let term = Term::laid_out(kind, kind.fitting().prefix(&fit.pair, rank, (m, n)), (m, n));
+            let term = Term::laid_out(kind, fit.pair(kind, weight.as_ref(), rank), (m, n));
             // The number of parameters equals the number of stored values, and the shapes determine the size.
             let parts = term.form.parts((m, n));
             let stored: usize = parts.iter().zip(&term.parts).filter(|(part, _)| part.element == Element::Float)
@@ -55,18 +55,23 @@ proptest! {
             prop_assert_eq!(stored as u64, kind.n_parameters(rank, (m, n)));
             let shapes: Vec<[usize; 2]> = parts.iter().map(|part| part.shape).collect();
             prop_assert_eq!(kind.structure().measure(&shapes), Some((term.form.size, (m, n))));
+            let n_kept = match &fit.values {
+                FitValues::Bases(bases) => { let (_, basis, dual) = bases.to_arrays(); basis.len() + dual.len() }
+                FitValues::Pair(pair) => pair.b.len() + pair.a.len(),
+            };
+            prop_assert!(n_kept as u64 <= kind.fitting().n_values(most, (m, n)));
             // In the plain metric the curve is the error.
             let (found, expected) = (squared_error(&weight, &term, MetricPair::IDENTITY), fit.curve.squared_error(rank));
             prop_assert!((found - expected).abs() < 1e-4 * (1.0 + expected), "{:?} {} {}", kind, found, expected);
             // Full rank reproduces the weight.
-            let whole = Term::laid_out(kind, fit.pair.clone(), (m, n));
+            let whole = Term::laid_out(kind, fit.pair(kind, weight.as_ref(), most), (m, n));
             prop_assert!(squared_error(&weight, &whole, MetricPair::IDENTITY) < 1e-6 * (m * n) as f64);
             let saving = kind.fitting().largest_saving_rank((m, n));
             prop_assert!(saving == 0 || kind.n_parameters(saving, (m, n)) < (m * n) as u64);
             prop_assert!(saving >= most || kind.n_parameters(saving + 1, (m, n)) >= (m * n) as u64);
             // The stored parts give back the fit, in the order of its ranks.
             let pair = kind.fitting().pair(&term.parts, term.form.size, (m, n));
-            let kept = kind.fitting().prefix(&fit.pair, rank, (m, n));
+            let kept = fit.pair(kind, weight.as_ref(), rank);
             let factor = kind.fitting().rank_factor(&term.parts, &kept.b);
             let pair = match factor {
                 Some(factor) => kind.fitting().restored(pair, &factor, (m, n)),
@@ -84,7 +89,7 @@ proptest! {
         let weight = noise(m, n, seed);
         for (kind, fit) in fits(&weight, MetricPair::IDENTITY) {
             let rank = kind.fitting().largest_rank((m, n)).div_ceil(2);
-            let term = Term::laid_out(kind, kind.fitting().prefix(&fit.pair, rank, (m, n)), (m, n));
+            let term = Term::laid_out(kind, fit.pair(kind, weight.as_ref(), rank), (m, n));
             let parts = variables(&term, (m, n));
             let tensors: Vec<Tensor> = parts.iter().map(|(tensor, _)| tensor.clone()).collect();
             let x = Var::from_vec((0..3 * n).map(|i| ((i * 7 + 3) % 11) as f32 - 5.0).collect::<Vec<_>>(), (3, n), &Device::Cpu).unwrap();
@@ -142,7 +147,7 @@ fn blocks_are_fitted_by_themselves_and_their_common_error_is_known() {
         let most = kind.fitting().largest_rank((m, n));
         let fit = kind.fitting().fit(weight.as_ref(), metric, most).unwrap();
         for rank in 1..most {
-            let pair = kind.fitting().prefix(&fit.pair, rank, (m, n));
+            let pair = fit.pair(kind, weight.as_ref(), rank);
             let found = squared_error(&weight, &Term::laid_out(kind, pair, (m, n)), metric);
             let ratio = found / fit.curve.squared_error(rank);
             assert!((0.7..1.4).contains(&ratio), "{rank}: {ratio}");
@@ -154,7 +159,13 @@ fn blocks_are_fitted_by_themselves_and_their_common_error_is_known() {
     });
     let kind: Kind = "monarch".parse().unwrap();
     let fit = kind.fitting().fit(blocks.as_ref(), MetricPair::IDENTITY, 1).unwrap();
-    assert!(squared_error(&blocks, &Term::laid_out(kind, fit.pair, (8, 12)), MetricPair::IDENTITY) < 1e-6);
+    assert!(
+        squared_error(
+            &blocks,
+            &Term::laid_out(kind, fit.pair(kind, blocks.as_ref(), 1), (8, 12)),
+            MetricPair::IDENTITY
+        ) < 1e-6
+    );
 }
 
 #[test]
@@ -170,7 +181,7 @@ fn refitting_is_better_than_rounding_both() {
         for kind in Kind::layouts().filter(is_seen_whole) {
             let rank = kind.fitting().largest_rank((m, n)) / 4;
             let fit = kind.fitting().fit(weight.as_ref(), pair, rank).unwrap();
-            let term = Term::laid_out(kind, fit.pair, (m, n));
+            let term = Term::laid_out(kind, fit.pair(kind, weight.as_ref(), rank), (m, n));
             let floor = squared_error(&weight, &term, pair);
             for bits in [4, 8] {
                 let scheme = Scheme { levels: Levels::Int { bits, symmetric: true }, group: Some(128) };

@@ -372,7 +372,8 @@ impl Truncation {
             let values = linalg::product_row_major(&b, &a, shape.0, rank, shape.1);
             let transposed = linalg::transposed_from_row_major(&values, shape.0, shape.1);
             let metric = MetricPair { output: &output, input: &input };
-            fitting.fit(transposed.transpose(), metric, self.new_rank)?.pair
+            let fit = fitting.fit(transposed.transpose(), metric, self.new_rank)?;
+            fit.pair(self.kind, transposed.transpose(), self.new_rank)
         };
         let b = pair.b.clone();
         let term = match self.linear.dtype {

@@ -177,6 +177,21 @@ proptest! {
         })?;
     }
 
+    #[test]
+    fn bases_give_the_same_pair_from_their_arrays((weight, inputs, gradients, rank) in problem()) {
+        in_every_metric(&inputs, &gradients, |metric, _| {
+            let decomposition = decompose(weight.as_ref(), metric, usize::MAX).unwrap();
+            let (space, basis, dual) = decomposition.bases.to_arrays();
+            let read = Bases::from_arrays(space, weight.shape(), rank, &basis, &dual);
+            let (m, n) = weight.shape();
+            let [found, exact] = [read.truncate(weight.as_ref(), rank), decomposition.truncate(weight.as_ref(), rank)]
+                .map(|pair| product(&pair, m, n));
+            let (lost, norm) = (metric.squared_norm((found - exact).as_ref()), metric.squared_norm(weight.as_ref()));
+            prop_assert!(lost <= 1e-10 * norm, "{lost} {norm}");
+            Ok(())
+        })?;
+    }
+
     /// kfac with G = I is svd-llm, with both plain it is svd.
     #[test]
     fn the_general_metric_contains_the_simple_ones((weight, inputs, _, rank) in problem()) {

@@ -1,6 +1,6 @@
 //! The decomposition of a linear in the metric of the method, in the layout of the recipe.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
@@ -9,16 +9,18 @@ use serde_json::json;
 use super::super::metrics::{Metrics, SharedInputs};
 use super::super::pieces;
 use super::super::plan::Plan;
-use super::{Approximation, Details, Fitted, Fitter, Made, Unit, floats};
-use crate::approx::low_rank::{ErrorCurve, LowRank};
+use super::{Approximation, Details, Fitted, Fitter, Made, Origin, Unit, floats};
+use crate::approx::low_rank::{Bases, ErrorCurve, LowRank, Space};
 use crate::approx::metric::{MetricPair, PlainSides};
 use crate::checkpoint::Checkpoint;
 use crate::linalg;
 use crate::model::inventory::{self, LinearInfo};
-use crate::operator::{self, Kind, Shape};
+use crate::operator::{self, FitValues, Kind, Shape};
 use crate::store::{Journal, Piece, Spool, Spooled, Values};
 
 struct Decomposed {
+    /// Index in the plan.
+    linear: usize,
     curve: ErrorCurve,
     plain: Option<ErrorCurve>,
     diagonals: (Vec<f64>, Vec<f64>),
@@ -26,8 +28,10 @@ struct Decomposed {
     layout: Kind,
     shape: Shape,
     max_rank: usize,
-    /// `B` and `A`, until nothing reads them anymore.
-    parts: Option<[Spooled; 2]>,
+    /// The space of the bases; `None` if the values are a pair.
+    space: Option<Space>,
+    /// A basis and its dual, or `B` and `A`, until nothing reads them anymore.
+    values: Option<[Spooled; 2]>,
 }
 
 impl Fitted for Decomposed {
@@ -35,15 +39,18 @@ impl Fitted for Decomposed {
         (0..=self.max_rank).map(|rank| (rank, vec![self.curve.squared_error(rank)])).collect()
     }
 
-    fn values(&self, _: usize, rank: usize, spool: &Mutex<Spool>) -> Result<Approximation> {
+    fn values(&self, _: usize, rank: usize, origin: &Origin<'_>) -> Result<Approximation> {
         if rank == 0 {
             return Ok(Approximation { base: None, pair: Some(LowRank { rank, b: Vec::new(), a: Vec::new() }) });
         }
-        let [b, a] = self.parts.as_ref().context("invariant: what was written is not read again")?;
-        let pair = LowRank { rank: self.max_rank, b: floats(spool, b)?, a: floats(spool, a)? };
-        let is_whole = rank == pair.rank;
-        let pair = if is_whole { pair } else { self.layout.fitting().prefix(&pair, rank, self.shape) };
-        Ok(Approximation { base: None, pair: Some(pair) })
+        let [first, second] = self.values.as_ref().context("invariant: what was written is not read again")?;
+        let (first, second) = (floats(origin.spool, first)?, floats(origin.spool, second)?);
+        let values = match self.space {
+            Some(space) => FitValues::Bases(Bases::from_arrays(space, self.shape, rank, &first, &second)),
+            None => FitValues::Pair(LowRank { rank: self.max_rank, b: first, a: second }),
+        };
+        let transposed = origin.transposed(self.linear)?;
+        Ok(Approximation { base: None, pair: Some(values.pair(self.layout, transposed.transpose(), rank)) })
     }
 
     fn curve(&self) -> Option<&ErrorCurve> {
@@ -73,8 +80,8 @@ pub(in super::super) struct Decompose<'a> {
     /// Whether allocators read the curves of plain weights.
     pub with_plain: bool,
     pub layout: Kind,
-    /// Whether anything will read the factors of a linear, and not only its curve.
-    pub keeps_pair: &'a (dyn Fn(&LinearInfo) -> bool + Sync),
+    /// Whether anything will read the values of a fit, and not only its curve.
+    pub keeps_values: &'a (dyn Fn(&LinearInfo) -> bool + Sync),
     /// Called with a block whose linears are decomposed.
     pub after_block: &'a (dyn Fn(Option<usize>) -> Result<()> + Sync),
 }
@@ -114,7 +121,7 @@ impl Fitter for Decompose<'_> {
             let fit = self.layout.fitting().fit(target, metric, max_rank)?;
             Ok((fit, input.to_diagonal(n), metric.plain_sides()))
         })?;
-        let operator::Fit { curve, pair } = fit;
+        let operator::Fit { curve, values } = fit;
         let plain = match self.with_plain {
             true if self.metrics.statistics.is_some() => {
                 self.layout.fitting().curve(target, MetricPair::IDENTITY)?.energies().to_vec()
@@ -122,25 +129,34 @@ impl Fitter for Decompose<'_> {
             true => curve.energies().to_vec(),
             false => Vec::new(),
         };
-        let fields = json!([started.elapsed().as_secs_f64(), pair.rank, plain_sides]);
+        let (space, largest, arrays) = match values {
+            FitValues::Bases(bases) => {
+                let (space, basis, dual) = bases.to_arrays();
+                (Some(space), bases.max_rank(), [basis, dual])
+            }
+            FitValues::Pair(pair) => (None, pair.rank, [pair.b, pair.a]),
+        };
+        let fields = json!([started.elapsed().as_secs_f64(), largest, plain_sides, space]);
         let kept = [curve.energies().to_vec(), plain, output.to_diagonal(m), input_diagonal].map(Values::from).into();
-        let values = if (self.keeps_pair)(linear) { vec![pair.b.into(), pair.a.into()] } else { Vec::new() };
+        let values = if (self.keeps_values)(linear) { arrays.map(Values::from).into() } else { Vec::new() };
         Ok(Made { fields, kept, values })
     }
 
     fn keep(&self, unit: &Unit, mut piece: Piece, values: Option<Piece>, spool: &mut Spool) -> Result<Arc<dyn Fitted>> {
         let linear = &self.plan.linears[unit.members[0]];
-        let (seconds, max_rank, plain_sides): (f64, usize, PlainSides) = serde_json::from_value(piece.fields.take())?;
+        let (seconds, max_rank, plain_sides, space): (f64, usize, PlainSides, Option<Space>) =
+            serde_json::from_value(piece.fields.take())?;
         let mut next = || piece.take()?.values.f64s();
         let (curve, plain) = (ErrorCurve::new(next()?), ErrorCurve::new(next()?));
         let diagonals = (next()?, next()?);
-        let parts = match values {
-            Some(mut values) if (self.keeps_pair)(linear) => {
+        let values = match values {
+            Some(mut values) if (self.keeps_values)(linear) => {
                 Some([spool.push(values.take()?)?, spool.push(values.take()?)?])
             }
             _ => None,
         };
         Ok(Arc::new(Decomposed {
+            linear: unit.members[0],
             curve,
             plain: self.with_plain.then_some(plain),
             diagonals,
@@ -148,7 +164,8 @@ impl Fitter for Decompose<'_> {
             layout: self.layout,
             shape: linear.shape(),
             max_rank,
-            parts,
+            space,
+            values,
         }))
     }
 

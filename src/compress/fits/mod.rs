@@ -10,12 +10,15 @@ pub(super) mod shared;
 use std::sync::{Arc, Mutex};
 
 use anyhow::{Context, Result};
+use faer::Mat;
 use serde_json::Value;
 
 use super::plan::{Choice, Plan};
 use crate::approx::low_rank::{ErrorCurve, LowRank};
 use crate::approx::metric::PlainSides;
-use crate::model::inventory::LinearInfo;
+use crate::checkpoint::Checkpoint;
+use crate::linalg;
+use crate::model::inventory::{self, LinearInfo};
 use crate::quantize::{Fallback, Quant, Quantized};
 use crate::session::Session;
 use crate::store::{Journal, Piece, Spool, Spooled, Values};
@@ -38,8 +41,8 @@ pub(super) trait Fitted: Send + Sync {
     /// Base and factors of a member.
     ///
     /// # Errors
-    /// The work folder cannot be read.
-    fn values(&self, member: usize, rank: usize, spool: &Mutex<Spool>) -> Result<Approximation>;
+    /// The source or the work folder cannot be read.
+    fn values(&self, member: usize, rank: usize, origin: &Origin<'_>) -> Result<Approximation>;
 
     /// The error of a single linear at every rank, if it has no base.
     fn curve(&self) -> Option<&ErrorCurve> {
@@ -73,6 +76,25 @@ pub(super) trait Fitted: Send + Sync {
 
     /// The details for the report.
     fn details(&self) -> Details;
+}
+
+/// The places that the values of a fit are read from.
+pub(super) struct Origin<'a> {
+    pub checkpoint: &'a Checkpoint,
+    pub plan: &'a Plan,
+    pub spool: &'a Mutex<Spool>,
+}
+
+impl Origin<'_> {
+    /// The weight of the `i`-th linear, transposed: (n, m).
+    ///
+    /// # Errors
+    /// The source cannot be read.
+    pub fn transposed(&self, i: usize) -> Result<Mat<f64>> {
+        let linear = &self.plan.linears[i];
+        let (m, n) = linear.shape();
+        Ok(linalg::transposed_from_row_major(&inventory::weight(self.checkpoint, linear)?, m, n))
+    }
 }
 
 /// A base, factors, or both.
@@ -148,10 +170,12 @@ impl Fits {
     /// Base and factors of a choice.
     ///
     /// # Errors
-    /// The work folder cannot be read.
-    pub fn values(&self, i: usize, choice: Choice) -> Result<Approximation> {
+    /// The source or the work folder cannot be read.
+    pub fn values(&self, checkpoint: &Checkpoint, plan: &Plan, i: usize, choice: Choice) -> Result<Approximation> {
         match (self.chosen(i, choice), choice) {
-            (Some(fit), Choice::Fitted { rank, .. }) => fit.fitted.values(fit.member, rank, &self.spool),
+            (Some(fit), Choice::Fitted { rank, .. }) => {
+                fit.fitted.values(fit.member, rank, &Origin { checkpoint, plan, spool: &self.spool })
+            }
             _ => Ok(Approximation { base: None, pair: None }),
         }
     }

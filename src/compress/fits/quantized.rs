@@ -1,6 +1,6 @@
 //! A quantized base of a linear, with factors that compensate its error; one fit per quantizer of the menu.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
@@ -11,7 +11,7 @@ use serde_json::json;
 use super::super::compensate::{Compensate, CompensateRank};
 use super::super::metrics::{Metrics, SharedInputs};
 use super::super::plan::{Plan, largest_compensation};
-use super::{Approximation, Details, Fitted, Fitter, Unit, floats};
+use super::{Approximation, Details, Fitted, Fitter, Origin, Unit, floats};
 use crate::approx::low_rank::{self, ErrorCurve, LowRank};
 use crate::approx::metric::{MetricPair, PlainSides};
 use crate::checkpoint::Checkpoint;
@@ -118,7 +118,7 @@ impl Fitted for QuantizedBase {
         self.errors.iter().map(|&(rank, error)| (rank, vec![error])).collect()
     }
 
-    fn values(&self, _: usize, rank: usize, spool: &Mutex<Spool>) -> Result<Approximation> {
+    fn values(&self, _: usize, rank: usize, &Origin { spool, .. }: &Origin<'_>) -> Result<Approximation> {
         let base = self.base(&mut spool.lock().expect("invariant: no holder of the spool panics"))?;
         let pair = match &self.pair {
             Some((largest, b, a)) if rank > 0 => {

@@ -6,7 +6,7 @@
 //! is counted once. Sharing is a candidate next to separate factors, which are usually better, and never forced.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
@@ -15,7 +15,7 @@ use serde_json::json;
 
 use super::super::metrics::{Metrics, SharedInputs};
 use super::super::plan::Plan;
-use super::{Approximation, Details, Fitted, Fitter, Made, Unit, floats};
+use super::{Approximation, Details, Fitted, Fitter, Made, Origin, Unit, floats};
 use crate::approx::low_rank::{self, ErrorCurve, LowRank};
 use crate::approx::metric::{Metric, MetricPair};
 use crate::checkpoint::Checkpoint;
@@ -41,9 +41,9 @@ impl Fitted for SharedRight {
         (1..=self.max_rank).map(|rank| (rank, at(rank))).collect()
     }
 
-    fn values(&self, member: usize, rank: usize, spool: &Mutex<Spool>) -> Result<Approximation> {
-        let pair =
-            LowRank { rank: self.max_rank, b: floats(spool, &self.left[member])?, a: floats(spool, &self.right)? };
+    fn values(&self, member: usize, rank: usize, origin: &Origin<'_>) -> Result<Approximation> {
+        let (b, a) = (floats(origin.spool, &self.left[member])?, floats(origin.spool, &self.right)?);
+        let pair = LowRank { rank: self.max_rank, b, a };
         Ok(Approximation { base: None, pair: Some(pair.prefix(rank)) })
     }
 

@@ -18,14 +18,13 @@ use serde_json::{Value, json};
 
 use super::moments::{Moments, Place, Stream};
 use crate::approx::gram::{mean_diagonal, shifted};
-use crate::approx::low_rank::ErrorCurve;
+use crate::approx::low_rank::{ErrorCurve, LowRank};
 use crate::approx::metric::{Metric, MetricPair, PlainSides};
 use crate::compress::plan::Choice;
 use crate::compress::solution::{Refine, Solution};
 use crate::linalg;
 use crate::model::inventory::{self, LinearInfo};
 use crate::model::{Decoder, Hidden, InputSite, Walk};
-use crate::operator::Fit;
 use crate::progress::Silent;
 use crate::session::Session;
 use crate::store::{Piece, Values};
@@ -43,7 +42,12 @@ pub(super) struct Anchor {
 struct Anchored {
     /// Its index in the plan.
     i: usize,
-    fit: Fit,
+    refit: Refit,
+}
+
+struct Refit {
+    curve: ErrorCurve,
+    pair: LowRank,
     /// Sides whose metric was plain because their inputs were zero.
     plain: PlainSides,
 }
@@ -119,13 +123,13 @@ impl Anchor {
             for (place, moments) in group.iter().zip(moments) {
                 // An expert that sees too few tokens keeps its fit.
                 let is_enough = place.site.expert().is_none() || moments.n_seen >= place.n;
-                let fits =
+                let refits =
                     if is_enough { moments.approximate(solution, &place.anchored, self.mu)? } else { Vec::new() };
-                for (&i, (fit, plain)) in place.anchored.iter().zip(fits) {
-                    let Fit { curve, pair } = &fit;
+                for (&i, refit) in place.anchored.iter().zip(refits) {
+                    let Refit { curve, pair, plain } = &refit;
                     let parts = [pair.b.clone().into(), pair.a.clone().into()];
-                    solution.refit(i, curve.clone(), plain, pair.rank, Some(parts))?;
-                    made.push(Anchored { i, fit, plain });
+                    solution.refit(i, curve.clone(), *plain, pair.rank, Some(parts))?;
+                    made.push(Anchored { i, refit });
                 }
                 solution.settle(&place.readers, &Silent)?;
                 done.extend(&place.readers);
@@ -154,8 +158,8 @@ fn keep(
     // A settled linear is read from its layout, unless the order of its ranks is kept.
     let is_spent = |i: usize| solution.is_settled(i) && !solution.study.recipe.elastic();
     let fields: Vec<(usize, usize, PlainSides, bool)> =
-        made.iter().map(|made| (made.i, made.fit.pair.rank, made.plain, !is_spent(made.i))).collect();
-    let arrays = made.into_iter().flat_map(|Anchored { i, fit: Fit { curve, pair }, .. }| {
+        made.iter().map(|Anchored { i, refit }| (*i, refit.pair.rank, refit.plain, !is_spent(*i))).collect();
+    let arrays = made.into_iter().flat_map(|Anchored { i, refit: Refit { curve, pair, .. } }| {
         let parts = if is_spent(i) { Vec::new() } else { vec![Values::from(pair.b), pair.a.into()] };
         std::iter::once(Values::from(curve.energies().to_vec())).chain(parts).collect::<Vec<_>>()
     });
@@ -244,8 +248,8 @@ fn take(solution: &mut Solution<'_>, mut piece: Piece) -> Result<()> {
 }
 
 impl Moments {
-    /// The fits of the linears `here`, and the sides whose metric was plain because their inputs were zero.
-    fn approximate(&self, solution: &Solution<'_>, here: &[usize], mu: f64) -> Result<Vec<(Fit, PlainSides)>> {
+    /// The fits of the linears `here`.
+    fn approximate(&self, solution: &Solution<'_>, here: &[usize], mu: f64) -> Result<Vec<Refit>> {
         let invertible = shifted(self.shifted.clone(), DAMPING * mean_diagonal(&self.shifted));
         let input = Metric::damped(self.shifted.clone(), solution.study.recipe.damping_input);
         let one = |&i: &usize| {
@@ -253,8 +257,8 @@ impl Moments {
                 unreachable!("invariant: what is anchored is of low rank")
             };
             let linear = &solution.study.plan.linears[i];
-            let fit = self.fit(solution, linear, rank, mu, &invertible, &input);
-            fit.with_context(|| format!("refitting `{}`", linear.module))
+            let refit = self.fit(solution, linear, rank, mu, &invertible, &input);
+            refit.with_context(|| format!("refitting `{}`", linear.module))
         };
         here.par_iter().map(one).collect()
     }
@@ -267,7 +271,7 @@ impl Moments {
         mu: f64,
         invertible: &Mat<f64>,
         input: &Metric,
-    ) -> Result<(Fit, PlainSides)> {
+    ) -> Result<Refit> {
         let study = solution.study;
         let values = inventory::weight(study.session.checkpoint, linear)?; // (out, in)
         let transposed = linalg::transposed_from_row_major(&values, linear.out_features, linear.in_features);
@@ -283,7 +287,9 @@ impl Moments {
             weight.to_owned()
         };
         let metric = MetricPair { output: &output, input };
-        let fit = study.recipe.layout().fitting().fit(target.as_ref(), metric, rank)?;
-        Ok((fit, metric.plain_sides()))
+        let layout = study.recipe.layout();
+        let fit = layout.fitting().fit(target.as_ref(), metric, rank)?;
+        let pair = fit.pair(layout, target.as_ref(), rank);
+        Ok(Refit { curve: fit.curve, pair, plain: metric.plain_sides() })
     }
 }
