@@ -16,12 +16,17 @@ const PICO: &str = "fixtures/pico-llama";
 
 /// Every sum over `windows`, by name.
 fn sums(checkpoint: &Checkpoint, windows: &[Vec<u32>]) -> HashMap<String, Vec<f32>> {
+    sums_with_gradients(checkpoint, windows, windows.len())
+}
+
+/// Sums of inputs over `windows`, and of gradients over the first `n_gradients`.
+fn sums_with_gradients(checkpoint: &Checkpoint, windows: &[Vec<u32>], n_gradients: usize) -> HashMap<String, Vec<f32>> {
     let decoder = Decoder::open(checkpoint).unwrap();
     let observation = Observation { needs: Needs::ALL, clip_gradients: false };
     let limits = WalkLimits::new(1 << 30, std::env::temp_dir());
     let mut all = HashMap::new();
     let targets: Vec<Targets> = windows.iter().map(|ids| Targets::next(ids)).collect();
-    let windows = TargetedWindows { windows, targets: &targets };
+    let windows = TargetedWindows { windows, targets: &targets, n_gradients };
     observe(&decoder, windows, observation, &limits, &Journal::default(), &Silent, &mut |sums| {
         all.extend(sums.into_iter().map(|(name, array)| (name, array.values.f32s().unwrap())));
         Ok(())
@@ -98,6 +103,22 @@ fn squared_gradients_are_those_of_finite_differences() {
     }
 }
 
+#[test]
+fn gradients_may_be_of_some_windows() {
+    let checkpoint = Checkpoint::open(Path::new(PICO)).unwrap();
+    let windows: Vec<Vec<u32>> = (0..5u32).map(|i| (0..12).map(|j| (i * 7 + j * 5) % 32).collect()).collect();
+    let (all, few) = (sums(&checkpoint, &windows), sums(&checkpoint, &windows[..2]));
+    let found = sums_with_gradients(&checkpoint, &windows, 2);
+    assert_eq!(found.len(), all.len());
+    for (name, found) in &found {
+        let of_inputs = name.contains(".input_");
+        let expected = if of_inputs { &all[name] } else { &few[name] };
+        let scale = expected.iter().fold(0.0, |m: f32, v| m.max(v.abs()));
+        assert!(found.iter().zip(expected).all(|(f, e)| (f - e).abs() <= 1e-5 * scale), "{name}");
+        assert!(of_inputs || *found != all[name], "{name}");
+    }
+}
+
 const DRAWN: &[&str] = &["--samples", "12", "--seq-len", "64"];
 
 fn calibrate(out: &Path, extra: &[&str]) {
@@ -129,6 +150,23 @@ fn merged_parts_are_the_whole() {
     for (name, expected) in &whole {
         let scale = expected.iter().fold(0.0, |m: f32, v| m.max(v.abs()));
         for (found, expected) in merged[name].iter().zip(expected) {
+            assert!((found - expected).abs() <= 1e-6 * scale, "{name}: {found} {expected}");
+        }
+    }
+    // With gradients of two windows in twelve, of which one part has none.
+    let few = |name: &str, extra: &[&str]| {
+        let flags = ["--method", "kfac", "--gradient-samples", "2", "--force"];
+        calibrate(&file(name), &[&flags[..], extra].concat());
+        arrays(&file(name))
+    };
+    let whole = few("whole", &[]);
+    let parts = ["1", "2", "3"].map(|part| few(part, &["--part", &format!("{part}/3")]));
+    let is_zero = |part: &BTreeMap<String, Vec<f32>>| part["0.o_proj.output_gram"].iter().all(|&v| v == 0.0);
+    assert_eq!(parts.iter().filter(|part| is_zero(part)).count(), 1);
+    for (name, expected) in &whole {
+        let scale = expected.iter().fold(0.0, |m: f32, v| m.max(v.abs()));
+        for (i, expected) in expected.iter().enumerate() {
+            let found: f32 = parts.iter().map(|part| part[name][i]).sum();
             assert!((found - expected).abs() <= 1e-6 * scale, "{name}: {found} {expected}");
         }
     }

@@ -93,7 +93,7 @@ fn runs_killed_at_any_moment_go_on_to_the_same_bytes() {
     const KILLS: usize = 50;
     let calibrated = ["--calibration", TRAIN, "--samples", "8", "-q"];
     let recipes: [&[&str]; 3] = [
-        &["--keep", "0.8", "--sequential", "--elastic", "--max-shard-size", "500kB"],
+        &["--keep", "0.8", "--sequential", "--elastic", "--max-shard-size", "500kB", "--gradient-samples", "3"],
         &[
             "--quant",
             "gptq-int4-g32",

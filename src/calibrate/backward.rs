@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use candle_core::{Tensor, Var};
 
 use super::addend::{Addend, Multiply};
-use super::pieces::{Keep, Observation, Pass, named, settle};
+use super::pieces::{Keep, Observation, Pass, named, remove_states, settle};
 use super::statistics::Sums;
 use super::windows::Targets;
 use crate::error::{Failure, NON_FINITE_HINT};
@@ -61,6 +61,8 @@ impl Backward<'_, '_> {
             }
         };
         walk.release(last);
+        // What is behind the gradient is not read again.
+        remove_states(journal, n_left.saturating_sub(1)..entered.len());
         for (block_idx, x) in entered.into_iter().enumerate().take(n_left).rev() {
             stage.note(&format!("block {block_idx}"));
             let block = decoder.block(block_idx)?;
@@ -78,6 +80,7 @@ impl Backward<'_, '_> {
             gradient = walk.settle(gradient, journal, &gradient_key(block_idx))?;
             keep(settle(journal, Pass::Backward, block_idx, sums)?)?;
             journal.remove(&gradient_key(block_idx + 1));
+            remove_states(journal, block_idx.checked_sub(1));
         }
         journal.remove(&gradient_key(0));
         Ok(())
@@ -141,6 +144,16 @@ impl Backward<'_, '_> {
             None => return Ok((gradient, addend)),
         };
         Err(Failure::numeric(format!("{what} is not finite")).hint(NON_FINITE_HINT).into())
+    }
+}
+
+/// Whether the gradient at the output of a block of a journal is known, so that the states there are not read again; block
+/// `n_blocks` is the head.
+pub(super) fn is_passed(journal: &Journal, block_idx: usize, n_blocks: usize) -> bool {
+    let has_sums = |block_idx: usize| journal.has(&Pass::Backward.key(block_idx));
+    match block_idx < n_blocks {
+        true => has_sums(block_idx),
+        false => journal.has(&gradient_key(n_blocks)) || n_blocks.checked_sub(1).is_some_and(has_sums),
     }
 }
 

@@ -40,6 +40,26 @@ pub struct Part {
     pub windows: usize,
     /// Tokens of these windows.
     pub tokens: usize,
+    /// The windows whose gradients were taken; none: all of them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gradients: Option<Share>,
+}
+
+/// Some of the windows of a part.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Share {
+    /// Number of windows.
+    pub windows: usize,
+    /// Their tokens.
+    pub tokens: usize,
+}
+
+impl Part {
+    /// Windows and tokens whose gradients were taken.
+    pub fn with_gradients(&self) -> Share {
+        self.gradients.unwrap_or(Share { windows: self.windows, tokens: self.tokens })
+    }
 }
 
 impl Header {
@@ -57,6 +77,22 @@ impl Header {
         self.parts.iter().map(|p| p.tokens).sum()
     }
 
+    /// Tokens of all parts whose gradients were taken.
+    pub fn n_gradient_tokens(&self) -> usize {
+        self.parts.iter().map(|part| part.with_gradients().tokens).sum()
+    }
+
+    /// Windows whose gradients were taken, if not all.
+    pub fn gradient_windows(&self) -> Option<usize> {
+        Self::gradient_windows_of(&self.parts)
+    }
+
+    /// Windows of `parts` whose gradients were taken, if not all.
+    pub fn gradient_windows_of(parts: &[Part]) -> Option<usize> {
+        let is_part = parts.iter().any(|part| part.gradients.is_some());
+        is_part.then(|| parts.iter().map(|part| part.with_gradients().windows).sum())
+    }
+
     /// Windows of all parts.
     pub fn n_windows(&self) -> usize {
         self.parts.iter().map(|p| p.windows).sum()
@@ -72,7 +108,8 @@ impl Header {
             let (i, n) = p.part;
             // Small enough that sums over parts do not overflow.
             let is_small = [p.samples, p.seq_len, p.windows, p.tokens, n].iter().all(|&n| n < 1 << 40);
-            is_hash(&p.text_sha256) && 1 <= i && i <= n && is_small
+            let is_part = p.gradients.is_none_or(|g| g.windows <= p.windows && g.tokens <= p.tokens);
+            is_hash(&p.text_sha256) && 1 <= i && i <= n && is_small && is_part
         };
         let broken = self.parts.iter().find(|part| !is_sound(part));
         if let Some(Part { text_sha256, part: (i, n), .. }) = broken {

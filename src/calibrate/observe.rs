@@ -6,9 +6,9 @@ use anyhow::{Context, Result};
 use candle_core::Tensor;
 
 use super::addend::{Addend, Multiply};
-use super::backward::Backward;
+use super::backward::{Backward, is_passed};
 use super::needs::Needs;
-use super::pieces::{Keep, Observation, Pass, named, settle};
+use super::pieces::{Keep, Observation, Pass, entered_key, named, remove_states, settle, states_key};
 use super::statistics::Sums;
 use super::windows::TargetedWindows;
 use crate::model::{Decoder, Hidden, Walk, WalkLimits};
@@ -26,14 +26,15 @@ pub struct Seconds {
 
 /// Runs windows forward through the model, and the gradient of the summed loss of their targets backward if it is needed.
 ///
-/// The backward pass works on one block at a time: the inputs of all blocks are stored (on disk beyond the cap of `limits`), and each
-/// block is run again with candle's autograd. Blocks whose sums are in `journal` are not run again.
+/// The backward pass works on one block at a time: the inputs of all blocks are stored (on disk beyond the cap of `limits`) for the
+/// windows whose gradients are taken, and each block is run again with candle's autograd. Blocks whose sums are in `journal` are not run
+/// again.
 ///
 /// # Errors
 /// A value is not finite, a linear receives no gradient, or the work folder cannot be written.
 pub fn observe(
     decoder: &Decoder<'_>,
-    TargetedWindows { windows, targets }: TargetedWindows<'_>,
+    TargetedWindows { windows, targets, n_gradients }: TargetedWindows<'_>,
     observation: Observation,
     limits: &WalkLimits,
     journal: &Journal,
@@ -47,8 +48,9 @@ pub fn observe(
     if journal.has(&last) {
         return replay(journal, n_blocks, needs, keep);
     }
-    let mut walk = Walk::new(decoder, windows, limits)?;
+    let mut walk = Walk::in_two(decoder, windows, n_gradients, limits)?;
     walk.reserve(gram_bytes(decoder, needs))?;
+    let back = walk.first(n_gradients)?;
     let multiply = if walk.workers().count() > 1 { Multiply::Now } else { Multiply::WhenAdded };
     let mut hidden = walk.embed(decoder)?;
     // The inputs of each block, for the backward pass.
@@ -57,13 +59,23 @@ pub fn observe(
         let stage = progress.stage("calibrate", (walk.n_tokens() * n_blocks) as u64, "tokens");
         for block_idx in 0..n_blocks {
             stage.note(&format!("block {block_idx}"));
-            let states = format!("states-{block_idx}");
-            let done = journal.get(&Pass::Forward.key(block_idx))?.zip(journal.get(&states)?);
-            let after = if let Some((sums, after)) = done {
+            let states = states_key(block_idx);
+            let (done, whole) = (journal.get(&Pass::Forward.key(block_idx))?, journal.get(&states)?);
+            let few = if whole.is_none() { journal.get(&entered_key(block_idx + 1))? } else { None };
+            let after = match (whole, few) {
+                (Some(whole), _) => Some(walk.restore(whole.rest())?),
+                (None, Some(few)) => Some(back.restore(few.rest())?),
+                (None, None) => is_passed(journal, block_idx + 1, n_blocks).then(Hidden::default),
+            };
+            let after = if let (Some(sums), Some(after)) = (done, after) {
                 keep(named(sums)?)?;
                 stage.advance(walk.n_tokens() as u64);
-                walk.restore(after.rest())?
+                after
             } else {
+                anyhow::ensure!(
+                    hidden.n_batches() == walk.n_batches(),
+                    "the stored states before block {block_idx} are damaged; start over with `--restart`"
+                );
                 let block = decoder.block(block_idx)?;
                 let mut sums = Sums::for_inputs(&decoder.linears(block_idx), needs);
                 let see = |addend: &mut Addend, site, x: &Tensor| addend.add_inputs(site, x, needs, multiply);
@@ -77,7 +89,7 @@ pub fn observe(
             };
             let before = std::mem::replace(&mut hidden, after);
             if needs.gradients() {
-                entered.push(before);
+                entered.push(narrowed(&walk, &back, before, journal, block_idx)?);
             } else {
                 walk.release(before);
                 remove_states(journal, block_idx.checked_sub(1));
@@ -87,8 +99,8 @@ pub fn observe(
     let forward = started.elapsed().as_secs_f64();
     let started = Instant::now();
     if needs.gradients() {
-        let backward = Backward { decoder, walk: &walk, targets, observation, multiply };
-        backward.run(hidden, entered, journal, progress, keep)?;
+        let backward = Backward { decoder, walk: &back, targets, observation, multiply };
+        backward.run(back.narrow(hidden), entered, journal, progress, keep)?;
     }
     remove_states(journal, 0..n_blocks);
     let backward = if needs.gradients() { started.elapsed().as_secs_f64() } else { 0.0 };
@@ -108,8 +120,17 @@ fn gram_bytes(decoder: &Decoder<'_>, needs: Needs) -> usize {
     (0..decoder.n_blocks()).map(of_block).max().unwrap_or(0)
 }
 
-fn remove_states(journal: &Journal, blocks: impl IntoIterator<Item = usize>) {
-    blocks.into_iter().for_each(|block_idx| journal.remove(&format!("states-{block_idx}")));
+/// Of the states before a block, those of the windows that go back: the others are removed from the store and the journal.
+fn narrowed(walk: &Walk<'_>, back: &Walk<'_>, before: Hidden, journal: &Journal, block_idx: usize) -> Result<Hidden> {
+    if back.n_batches() == walk.n_batches() || before.n_batches() < walk.n_batches() {
+        return Ok(before);
+    }
+    let few = back.narrow(before);
+    // Embeddings are not in the journal.
+    let Some(previous) = block_idx.checked_sub(1) else { return Ok(few) };
+    let few = back.settle(few, journal, &entered_key(block_idx))?;
+    journal.remove(&states_key(previous));
+    Ok(few)
 }
 
 /// The sums of a calibration that is complete in the journal.

@@ -37,6 +37,24 @@ impl Pass {
     }
 }
 
+/// The journal key of the states of all windows after a block.
+pub(super) fn states_key(block_idx: usize) -> String {
+    format!("states-{block_idx}")
+}
+
+/// The journal key of the states that enter a block, of the windows whose gradients are taken, if they are not all.
+pub(super) fn entered_key(block_idx: usize) -> String {
+    format!("entered-{block_idx}")
+}
+
+/// Removes the states after some blocks from the journal.
+pub(super) fn remove_states(journal: &Journal, blocks: impl IntoIterator<Item = usize>) {
+    for block_idx in blocks {
+        journal.remove(&states_key(block_idx));
+        journal.remove(&entered_key(block_idx + 1));
+    }
+}
+
 /// Stores the sums of a block in the journal.
 pub(super) fn settle(journal: &Journal, pass: Pass, block_idx: usize, sums: Sums) -> Result<Vec<(String, Array)>> {
     let sums = sums.pack(block_idx)?.into_iter().map(|(name, values)| (name, Values::from(values)));

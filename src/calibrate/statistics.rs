@@ -35,10 +35,10 @@ impl Sums {
         sums
     }
 
-    /// Zeros for the gradients of experts.
+    /// Zeros for the gradients of all linears: an expert may see no token, and a part of a text no window that goes back.
     pub fn for_gradients(linears: &[(Slot, [usize; 2])], needs: Needs) -> Self {
         let mut sums = Self::default();
-        for &(slot, [m, n]) in linears.iter().filter(|(slot, _)| slot.expert.is_some()) {
+        for &(slot, [m, n]) in linears {
             if needs.output_gram {
                 sums.gram(Key::OutputGram(slot), m);
             }

@@ -184,13 +184,18 @@ impl Statistics {
         self.gram(Key::InputGram(id.slot.site()), id, n, scale)
     }
 
-    /// `G = Σ g gᵀ / n_seen`, (m, m), of the gradients at the output of a linear. A mean over the tokens that it saw, so that the share of an
-    /// expert enters `G ⊗ C` once.
+    /// `G = Σ g gᵀ / n_seen`, (m, m), of the gradients at the output of a linear. A mean over the tokens that it saw and
+    /// whose gradients were taken, so that the share of an expert enters `G ⊗ C` once.
     ///
     /// # Errors
     /// It was not measured, or has another size.
     pub fn output_gram(&self, id: LinearId, m: usize) -> Result<Packed> {
-        self.gram(Key::OutputGram(id.slot), id, m, 1.0 / self.n_seen(id)?)
+        let n_seen = match self.expert_tokens(id)? {
+            // The gradients of all tokens of experts are taken.
+            Some(seen) => seen,
+            None => self.header.n_gradient_tokens() as f64,
+        };
+        self.gram(Key::OutputGram(id.slot), id, m, 1.0 / n_seen.max(1.0))
     }
 
     fn gram(&self, key: Key, id: LinearId, n: usize, scale: f64) -> Result<Packed> {
@@ -253,6 +258,7 @@ impl Statistics {
                 pooled.sum += sum;
                 pooled.tokens += match expert {
                     Some(expert) => f64::from(self.array(&Key::ExpertTokens(expert).name(block))?[0]),
+                    None if matches!(key, Key::OutputGram(_)) => self.header.n_gradient_tokens() as f64,
                     None => self.header.n_tokens() as f64,
                 };
                 pooled.members += 1;

@@ -7,7 +7,8 @@ use anyhow::Result;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 
-use super::header::Part;
+use super::header::{Part, Share};
+use super::needs::Needs;
 use crate::checkpoint::Checkpoint;
 use crate::error::Failure;
 use crate::model::config::window_length;
@@ -26,19 +27,56 @@ pub struct WindowSettings {
     pub field: String,
     /// Windows to draw; a short text gives fewer.
     pub samples: usize,
+    /// Of these, windows whose gradients are taken, evenly spread; none: a share that suffices.
+    pub gradient_samples: Option<usize>,
     /// Tokens per window; none: 512, at most the model's context.
     pub seq_len: Option<usize>,
     /// Seed of the draw: the same seed gives the same windows on every machine.
     pub seed: u64,
 }
 
+/// One window in so many has its gradients taken, but at least [`FEWEST`].
+///
+/// A backward pass costs three times a forward pass, and its states are most of what a calibration keeps on disk. Grams of output
+/// gradients need fewer tokens than Grams of inputs (`docs/results.md` 23).
+const ONE_IN: usize = 4;
+const FEWEST: usize = 16;
+
+/// Number of windows of `n` whose gradients are taken: as requested, or a share for the Grams of a decoder without experts. Experts see
+/// few tokens, embeddings have one loss a window, and squared gradients are of whole windows: they take those of all.
+///
+/// # Errors
+/// A request for a model with experts, or for statistics without gradients.
+fn n_with_gradients(requested: Option<usize>, needs: Needs, decoder: &Decoder<'_>, n: usize) -> Result<usize> {
+    let linears = (0..decoder.n_blocks()).flat_map(|block| decoder.linears(block));
+    let has_experts = linears.into_iter().any(|(slot, _)| slot.expert.is_some());
+    let refused = match requested {
+        Some(_) if !needs.gradients() => "has no effect: no gradients are taken",
+        Some(_) if has_experts => "cannot be used for a model with experts, each of which sees few tokens",
+        Some(few) => return Ok(few.min(n)),
+        None => {
+            let takes_few = needs.gradients() && !needs.squared_gradient && !has_experts;
+            let is_causal = decoder.objective() == Objective::NextToken;
+            return Ok(if takes_few && is_causal { n.div_ceil(ONE_IN).max(FEWEST).min(n) } else { n });
+        }
+    };
+    Err(Failure::usage(format!("`--gradient-samples` {refused}")).hint("remove `--gradient-samples`").into())
+}
+
+/// Whether the `i`-th of `n` windows is one of `few` that are spread evenly.
+fn is_one_of(few: usize, i: usize, n: usize) -> bool {
+    (i + 1) * few / n > i * few / n
+}
+
 /// A calibration text cut into windows.
 #[derive(Debug, Clone)]
 pub struct Windows {
-    /// Token ids, at most `seq_len` per window.
+    /// Token ids, at most `seq_len` per window. Those with gradients come first.
     pub windows: Vec<Vec<u32>>,
     /// The targets of the loss of each window.
     pub targets: Vec<Targets>,
+    /// Number of windows whose gradients are taken.
+    pub n_gradients: usize,
     /// What a file of statistics records of these windows.
     pub part: Part,
     /// The text as the user named it.
@@ -48,8 +86,19 @@ pub struct Windows {
 /// Windows, and the targets of the loss of each.
 #[derive(Debug, Clone, Copy)]
 pub struct TargetedWindows<'a> {
+    /// Token ids.
     pub windows: &'a [Vec<u32>],
+    /// As many as there are windows.
     pub targets: &'a [Targets],
+    /// Number of windows, from the first, that also go backward.
+    pub n_gradients: usize,
+}
+
+impl Windows {
+    /// What [`super::observe`] reads.
+    pub fn targeted(&self) -> TargetedWindows<'_> {
+        TargetedWindows { windows: &self.windows, targets: &self.targets, n_gradients: self.n_gradients }
+    }
 }
 
 /// The targets of the loss of a window: tokens with the rows they are predicted from, or an embedding.
@@ -89,11 +138,16 @@ impl Targets {
 const MASKED_PERCENT: usize = 15;
 
 impl Windows {
-    /// Draws windows, and keeps the `part`-th (from 1) of `n_parts` equal parts.
+    /// Draws windows for statistics, and keeps the `part`-th (from 1) of `n_parts` equal parts.
     ///
     /// # Errors
-    /// The text or the tokenizer cannot be read, or the text is too short.
-    pub fn load(checkpoint: &Checkpoint, settings: &WindowSettings, (part, n_parts): (usize, usize)) -> Result<Self> {
+    /// The text or the tokenizer cannot be read, the text is too short, or the model takes no part of the gradients.
+    pub fn load(
+        checkpoint: &Checkpoint,
+        settings: &WindowSettings,
+        needs: Needs,
+        (part, n_parts): (usize, usize),
+    ) -> Result<Self> {
         let tokenizer = Tokenizer::open(checkpoint.root())?;
         let text = Text::read(&settings.text, &settings.field, checkpoint.root())?;
         let decoder = Decoder::open(checkpoint)?;
@@ -144,8 +198,13 @@ impl Windows {
                 settings.samples
             );
         }
+        let few = n_with_gradients(settings.gradient_samples, needs, &decoder, windows.len())?;
         let bound = |i: usize| i * windows.len() / n_parts;
-        windows = windows[bound(part - 1)..bound(part)].to_vec();
+        let of_part = (bound(part - 1)..bound(part)).map(|i| (is_one_of(few, i, windows.len()), windows[i].clone()));
+        let (first, rest): (Vec<_>, Vec<_>) = of_part.partition(|(has_gradients, _)| *has_gradients);
+        let n_gradients = first.len();
+        windows = first.into_iter().chain(rest).map(|(_, window)| window).collect();
+        let n_tokens = |windows: &[(Vec<u32>, Targets)]| windows.iter().map(|(ids, _)| ids.len()).sum();
         let part = Part {
             text_sha256: text.sha256,
             samples: settings.samples,
@@ -153,10 +212,12 @@ impl Windows {
             seed: settings.seed,
             part: (part, n_parts),
             windows: windows.len(),
-            tokens: windows.iter().map(|(ids, _)| ids.len()).sum(),
+            tokens: n_tokens(&windows),
+            gradients: (n_gradients < windows.len())
+                .then(|| Share { windows: n_gradients, tokens: n_tokens(&windows[..n_gradients]) }),
         };
         let (windows, targets) = windows.into_iter().unzip();
-        Ok(Self { windows, targets, part, text: settings.text.display().to_string() })
+        Ok(Self { windows, targets, n_gradients, part, text: settings.text.display().to_string() })
     }
 }
 

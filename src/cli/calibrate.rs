@@ -8,7 +8,7 @@ use clap::Args;
 
 use super::terminal::{Bars, grouped, table};
 use super::{DeviceArgs, MemoryArgs, open, print, print_json};
-use crate::calibrate::{self, Header, Needs, Observation, Statistics, TargetedWindows, WindowSettings, Windows};
+use crate::calibrate::{self, Header, Needs, Observation, Statistics, WindowSettings, Windows};
 use crate::checkpoint::{Existing, expect_apart, folder_of};
 use crate::compress::presets::Method;
 use crate::compress::recipe::DEFAULT_SAMPLES;
@@ -51,6 +51,12 @@ pub(super) struct CalibrateArgs {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..), help_heading = "Text")]
     samples: Option<u32>,
 
+    /// Windows whose gradients are taken [default: a quarter, at least 16]
+    ///
+    /// They are spread evenly. All windows for squared gradients, models with experts, and encoders.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..), help_heading = "Text", hide_short_help = true)]
+    gradient_samples: Option<u32>,
+
     /// Tokens per window [default: 512, at most the model's context]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(2..), help_heading = "Text")]
     seq_len: Option<u32>,
@@ -76,7 +82,7 @@ pub(super) struct CalibrateArgs {
         long,
         value_name = "FILE",
         num_args = 2..,
-        conflicts_with_all = ["model", "text", "method", "samples", "seq_len", "seed", "part"],
+        conflicts_with_all = ["model", "text", "method", "samples", "gradient_samples", "seq_len", "seed", "part"],
         help_heading = "Statistics"
     )]
     merge: Vec<PathBuf>,
@@ -117,6 +123,7 @@ pub(super) fn run(args: &CalibrateArgs, quiet: bool, progress: &Bars) -> Result<
         size_bytes: std::fs::metadata(&args.output).map_or(0, |m| m.len()),
         windows: header.n_windows(),
         tokens: header.n_tokens(),
+        gradient_windows: header.gradient_windows(),
         parts: header.parts.iter().map(|p| format!("{}/{} of {}", p.part.0, p.part.1, &p.text_sha256[..12])).collect(),
         forward_seconds: seconds.forward,
         backward_seconds: seconds.backward,
@@ -151,10 +158,11 @@ fn measure(
         text: text.into(),
         field: args.field.clone(),
         samples: args.samples.map_or(DEFAULT_SAMPLES, |n| n as usize),
+        gradient_samples: args.gradient_samples.map(|n| n as usize),
         seq_len: args.seq_len.map(|n| n as usize),
         seed: args.seed.unwrap_or(0),
     };
-    let windows = Windows::load(&checkpoint, &settings, args.part.unwrap_or((1, 1)))?;
+    let windows = Windows::load(&checkpoint, &settings, needs, args.part.unwrap_or((1, 1)))?;
     // Statistics of large models need much space: they are spooled to the disk of the output.
     let folder = folder_of(&args.output).to_path_buf();
     let limits = WalkLimits::new(args.memory.memory.as_u64(), folder.clone());
@@ -162,7 +170,7 @@ fn measure(
     let mut statistics = Statistics::new(header.clone(), limits.activation_bytes, &folder);
     let seconds = calibrate::observe(
         &decoder,
-        TargetedWindows { windows: &windows.windows, targets: &windows.targets },
+        windows.targeted(),
         observation,
         &limits,
         &Journal::default(),
@@ -187,6 +195,7 @@ fn show(args: &CalibrateArgs, report: &CalibrateReport) -> String {
         ("text parts", report.parts.join(", ")),
         ("size", ByteSize(report.size_bytes).to_string()),
     ];
+    rows.extend(report.gradient_windows.map(|n| ("windows with gradients", n.to_string())));
     if args.merge.is_empty() {
         rows.push(("forward", format!("{:.1} s", report.forward_seconds)));
         rows.push(("backward", format!("{:.1} s", report.backward_seconds)));

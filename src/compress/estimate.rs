@@ -123,12 +123,15 @@ pub(super) fn seconds(job: &Job<'_>, plan: &Plan, windows: Option<&Windows>) -> 
     let decomposing: f64 = plan.linears.iter().zip(ranks).map(decompose).sum::<f64>() * quantizers / threads;
     let mut passes = 0.0;
     let mut grams = 0.0;
+    let share = windows.map_or(1.0, |w| w.part.with_gradients().tokens as f64 / w.part.tokens.max(1) as f64);
+    let back = if needs.gradients() { share } else { 0.0 };
     if recipe.measures_statistics() {
         // A forward pass; for gradients another one, and a backward pass to the inputs.
-        passes += if needs.gradients() { 4.0 } else { 1.0 };
+        passes += 1.0 + 3.0 * back;
         let inputs: f64 = plan.linears.iter().map(|l| (l.in_features as f64).powi(2) / 4.0).sum();
         let outputs: f64 = plan.linears.iter().map(|l| (l.out_features as f64).powi(2) / 2.0).sum();
-        grams += f64::from(u8::from(needs.input_gram)) * inputs + f64::from(u8::from(needs.output_gram)) * outputs;
+        grams +=
+            f64::from(u8::from(needs.input_gram)) * inputs + f64::from(u8::from(needs.output_gram)) * back * outputs;
     }
     if recipe.anchor().is_some() {
         // Two streams, each through the block once per input site and once more; two Grams per site, and a
@@ -139,7 +142,7 @@ pub(super) fn seconds(job: &Job<'_>, plan: &Plan, windows: Option<&Windows>) -> 
     let walking = match windows {
         Some(windows) if passes > 0.0 => {
             let head = ModelConfig::of(checkpoint).map_or(0.0, |(c, _)| (c.hidden_size * c.vocab_size) as f64);
-            let products = grams + if needs.gradients() { 2.0 * head } else { 0.0 };
+            let products = grams + 2.0 * back * head;
             passes * pass(job, windows)? + windows.part.tokens as f64 * products * speed.gram
         }
         _ => 0.0,

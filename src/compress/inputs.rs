@@ -5,7 +5,7 @@ use anyhow::{Context, Result};
 use super::metrics::Metrics;
 use super::plan::Plan;
 use super::recipe::Recipe;
-use crate::calibrate::{self, Header, Observation, Statistics, TargetedWindows, Windows};
+use crate::calibrate::{self, Header, Observation, Statistics, Windows};
 use crate::checkpoint::{Checkpoint, Fingerprint};
 use crate::error::Failure;
 use crate::model::{Decoder, fingerprint};
@@ -21,7 +21,8 @@ impl Inputs {
     /// # Errors
     /// A text, a tokenizer or a statistics file is damaged or belongs to another model, or the model cannot be run.
     pub fn load(checkpoint: &Checkpoint, recipe: &Recipe, plan: &Plan) -> Result<Self> {
-        let windows = recipe.calibration.as_ref().map(|c| Windows::load(checkpoint, c, (1, 1))).transpose()?;
+        let windows =
+            recipe.calibration.as_ref().map(|c| Windows::load(checkpoint, c, recipe.needs(), (1, 1))).transpose()?;
         let statistics = recipe.statistics.as_deref().map(Statistics::open).transpose()?;
         let inputs = Self { windows, statistics };
         inputs.check_statistics(checkpoint, recipe)?;
@@ -76,7 +77,7 @@ impl Inputs {
         let mut statistics = Statistics::new(header, limits.activation_bytes, &limits.work_folder);
         let seconds = calibrate::observe(
             &decoder,
-            TargetedWindows { windows: &windows.windows, targets: &windows.targets },
+            windows.targeted(),
             observation,
             limits,
             &session.journal,
@@ -107,6 +108,7 @@ impl Inputs {
             text_sha256: parts.iter().map(|p| p.text_sha256.clone()).collect(),
             windows: parts.iter().map(|p| p.windows).sum(),
             tokens: parts.iter().map(|p| p.tokens).sum(),
+            gradient_windows: Header::gradient_windows_of(&parts),
         })
     }
 }

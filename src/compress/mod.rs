@@ -168,8 +168,9 @@ impl<'a> Run<'a> {
     /// Bytes on disk while it runs, for pieces of its work and the least output.
     fn disk_bytes(&self) -> u64 {
         let (checkpoint, recipe) = (self.job.checkpoint, self.job.recipe);
-        let n_tokens = self.inputs.windows.as_ref().map_or(0, |w| w.part.tokens);
-        self.plan.least_output_bytes(checkpoint) + self.plan.kept_bytes(checkpoint, recipe, n_tokens)
+        let part = self.inputs.windows.as_ref().map(|windows| &windows.part);
+        let tokens = part.map_or((0, 0), |part| (part.tokens, part.with_gradients().tokens));
+        self.plan.least_output_bytes(checkpoint) + self.plan.kept_bytes(checkpoint, recipe, tokens)
     }
 
     fn session<'s>(&self, folder: &OutputFolder, progress: &'s dyn Progress) -> Session<'s>

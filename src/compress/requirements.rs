@@ -13,9 +13,9 @@ use crate::operator::Shape;
 
 impl Plan {
     /// Bytes that a run keeps between its stages, in memory or on disk: the factors of all linears (or their rounded
-    /// values, which replace them), statistics, and the states of `n_tokens` (for gradients, the states that enter each
-    /// block). `docs/performance.md` has the formula.
-    pub fn kept_bytes(&self, checkpoint: &Checkpoint, recipe: &Recipe, n_tokens: usize) -> u64 {
+    /// values, which replace them), statistics, and the states of `tokens`: all of them, and those whose
+    /// gradients are taken (the states that enter each block). `docs/performance.md` has the formula.
+    pub fn kept_bytes(&self, checkpoint: &Checkpoint, recipe: &Recipe, tokens: (usize, usize)) -> u64 {
         let needs = recipe.needs();
         let measured: u64 = if recipe.measures_statistics() {
             self.linears.iter().map(|linear| sum_bytes(needs, linear.shape())).sum()
@@ -23,9 +23,10 @@ impl Plan {
             0
         };
         let states = match ModelConfig::of(checkpoint) {
-            Ok((config, _)) if n_tokens > 0 => {
-                let copies = if needs.gradients() { config.num_hidden_layers + 2 } else { 1 };
-                4 * (n_tokens * config.hidden_size * copies) as u64
+            Ok((config, _)) if recipe.measures_statistics() => {
+                let (all, back) = tokens;
+                let kept = if needs.gradients() { back * config.num_hidden_layers } else { 0 };
+                4 * ((kept + 2 * all) * config.hidden_size) as u64
             }
             _ => 0,
         };
@@ -137,7 +138,7 @@ mod tests {
             };
             let recipe = Recipe::new(&options).unwrap();
             let plan = Plan::new(&checkpoint, &recipe).unwrap();
-            (plan.kept_bytes(&checkpoint, &recipe, 0), plan.expected_memory(&checkpoint, &recipe, 1 << 20, 2))
+            (plan.kept_bytes(&checkpoint, &recipe, (0, 0)), plan.expected_memory(&checkpoint, &recipe, 1 << 20, 2))
         };
         // 4 blocks of width 96: q, k and v have 96, 48 and 48 outputs, gate and up 256 each.
         let numbers = |outputs: u64| (96 * outputs - 1) / (96 + outputs) * (96 + outputs);

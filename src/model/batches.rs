@@ -43,12 +43,14 @@ pub(super) fn batch_bytes(config: &ModelConfig, n_tokens: usize) -> usize {
     4 * (6 * config.hidden_size + 3 * inner) * n_tokens + LOGIT_BYTES
 }
 
-/// Runs of windows of one length; several windows together have at most [`BATCH_TOKENS`] tokens.
-pub(super) fn split(windows: &[Vec<u32>]) -> Vec<Range<usize>> {
+/// Runs of windows of one length; several windows together have at most [`BATCH_TOKENS`] tokens. No run has windows on both
+/// sides of `boundary`.
+pub(super) fn split(windows: &[Vec<u32>], boundary: usize) -> Vec<Range<usize>> {
     let mut batches: Vec<Range<usize>> = Vec::new();
     for (i, window) in windows.iter().enumerate() {
         let takes = |run: &Range<usize>| {
-            windows[run.start].len() == window.len() && (run.len() + 1) * window.len() <= BATCH_TOKENS
+            let is_alike = windows[run.start].len() == window.len() && i != boundary;
+            is_alike && (run.len() + 1) * window.len() <= BATCH_TOKENS
         };
         match batches.last_mut() {
             Some(last) if takes(last) => last.end = i + 1,
@@ -65,8 +67,9 @@ mod tests {
     #[test]
     fn batches_cover_all_windows_and_share_a_length() {
         let windows: Vec<Vec<u32>> = [200, 200, 200, 150, 150, 200, 900, 900].iter().map(|&n| vec![0; n]).collect();
-        assert_eq!(split(&windows), [0..2, 2..3, 3..5, 5..6, 6..7, 7..8]);
-        assert_eq!(split(&vec![vec![0; 4]; 130]), [0..128, 128..130]);
-        assert!(split(&[]).is_empty());
+        assert_eq!(split(&windows, 8), [0..2, 2..3, 3..5, 5..6, 6..7, 7..8]);
+        assert_eq!(split(&windows, 1), [0..1, 1..3, 3..5, 5..6, 6..7, 7..8]);
+        assert_eq!(split(&vec![vec![0; 4]; 130], 130), [0..128, 128..130]);
+        assert!(split(&[], 0).is_empty());
     }
 }

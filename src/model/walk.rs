@@ -2,7 +2,7 @@
 //! block 1, and so on. Weights are read once, and memory holds one block and the hidden states.
 
 use std::ops::Range;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result};
 use candle_core::Tensor;
@@ -27,20 +27,25 @@ pub struct Walk<'a> {
     limits: WalkLimits,
     batch_bytes: usize,
     workers: Workers,
-    spool: Mutex<Spool>,
-    rope: Rope,
+    spool: Arc<Mutex<Spool>>,
+    rope: Arc<Rope>,
     device: Device,
     /// The text of the windows, for messages.
     text: Option<String>,
 }
 
 /// The hidden states of all windows at one point of the model, batch after batch, (batch, n_tokens, hidden_size) each.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Hidden(Vec<Mutex<Spooled>>);
 
 impl Hidden {
     fn new(batches: impl IntoIterator<Item = Spooled>) -> Self {
         Self(batches.into_iter().map(Mutex::new).collect())
+    }
+
+    /// Batches that have states.
+    pub(crate) fn n_batches(&self) -> usize {
+        self.0.len()
     }
 
     fn lock(&self, batch_idx: usize) -> MutexGuard<'_, Spooled> {
@@ -82,14 +87,45 @@ impl<'a> Walk<'a> {
     /// # Errors
     /// The rotary embedding of the config is not supported, or the system refuses threads.
     pub fn new(decoder: &Decoder<'_>, windows: &'a [Vec<u32>], limits: &WalkLimits) -> Result<Self> {
+        Self::in_two(decoder, windows, windows.len(), limits)
+    }
+
+    /// Like [`Self::new`], for windows of which the first `n_first` also walk [by themselves](Self::first).
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn in_two(decoder: &Decoder<'_>, windows: &'a [Vec<u32>], n_first: usize, limits: &WalkLimits) -> Result<Self> {
         let longest = windows.iter().map(Vec::len).max().unwrap_or(0);
-        let spool = Mutex::new(Spool::new(limits.hidden_bytes, limits.work_folder.clone()));
-        let batches = split(windows);
+        let spool = Arc::new(Mutex::new(Spool::new(limits.hidden_bytes, limits.work_folder.clone())));
+        let batches = split(windows, n_first);
         let batch_bytes = batch_bytes(&decoder.config, longest.max(BATCH_TOKENS));
         let workers = Workers::new(limits.batches_at_once(batch_bytes).min(batches.len()))?;
-        let rope = decoder.rope(longest)?;
+        let rope = Arc::new(decoder.rope(longest)?);
         let device = decoder.device().clone();
         Ok(Self { windows, batches, limits: limits.clone(), batch_bytes, workers, spool, rope, device, text: None })
+    }
+
+    /// The walk of the first `n_first` windows, with states in the same store.
+    ///
+    /// # Errors
+    /// The system refuses threads.
+    ///
+    /// # Panics
+    /// When a batch has windows on both sides.
+    pub fn first(&self, n_first: usize) -> Result<Self> {
+        let batches: Vec<Range<usize>> = self.batches.iter().filter(|batch| batch.start < n_first).cloned().collect();
+        assert!(batches.last().is_none_or(|last| last.end == n_first), "invariant: no batch is in both walks");
+        Ok(Self {
+            windows: &self.windows[..n_first],
+            workers: Workers::new(self.workers.count().min(batches.len()))?,
+            batches,
+            limits: self.limits.clone(),
+            batch_bytes: self.batch_bytes,
+            spool: Arc::clone(&self.spool),
+            rope: Arc::clone(&self.rope),
+            device: self.device.clone(),
+            text: self.text.clone(),
+        })
     }
 
     /// Reserves memory for results of `bytes` per batch, which are kept until they are merged.
@@ -355,6 +391,14 @@ impl<'a> Walk<'a> {
         self.release(hidden);
         let piece = journal.put(key, serde_json::Value::Null, batches)?;
         self.restore(piece.rest())
+    }
+
+    /// Of states of a longer walk over the same store, those of this one; the others are released.
+    pub fn narrow(&self, mut hidden: Hidden) -> Hidden {
+        if hidden.n_batches() > self.batches.len() {
+            self.release(Hidden(hidden.0.split_off(self.batches.len())));
+        }
+        hidden
     }
 
     /// Releases the storage of states.

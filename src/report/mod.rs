@@ -151,6 +151,9 @@ pub struct CalibrationRecord {
     pub text_sha256: Vec<String>,
     pub windows: usize,
     pub tokens: usize,
+    /// Windows whose gradients were taken, if not all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gradient_windows: Option<usize>,
 }
 
 /// A truncation.
@@ -319,6 +322,9 @@ pub struct CalibrateReport {
     pub size_bytes: u64,
     pub windows: usize,
     pub tokens: usize,
+    /// Windows whose gradients were taken, if not all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gradient_windows: Option<usize>,
     pub parts: Vec<String>,
     pub forward_seconds: f64,
     pub backward_seconds: f64,

@@ -77,7 +77,7 @@ fn check_gradients(family: &str, decoder: &Decoder<'_>, ids: Vec<u32>, targets: 
     let observation = Observation { needs: Needs::ALL, clip_gradients: false };
     let limits = WalkLimits::new(1 << 30, std::env::temp_dir());
     let mut sums = HashMap::new();
-    let windows = TargetedWindows { windows: &[ids], targets: &[targets] };
+    let windows = TargetedWindows { windows: &[ids], targets: &[targets], n_gradients: 1 };
     observe(decoder, windows, observation, &limits, &Journal::default(), &Silent, &mut |found| {
         sums.extend(found.into_iter().map(|(name, array)| (name, array.values.f32s().unwrap())));
         Ok(())

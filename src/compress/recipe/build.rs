@@ -407,9 +407,10 @@ fn sensitivity(options: &RecipeOptions, ranks: Ranks, method: Method) -> Result<
 
 fn window_settings(options: &RecipeOptions) -> Result<Option<WindowSettings>> {
     let Some(text) = options.calibration.clone() else {
-        if options.samples.is_some() || options.seq_len.is_some() || options.seed.is_some() {
+        let counts = [options.samples, options.gradient_samples, options.seq_len];
+        if counts.iter().any(Option::is_some) || options.seed.is_some() {
             return Err(Failure::usage(
-                "`--samples`, `--seq-len` and `--seed` have no effect without `--calibration FILE`",
+                "`--samples`, `--gradient-samples`, `--seq-len` and `--seed` have no effect without `--calibration FILE`",
             )
             .into());
         }
@@ -419,11 +420,15 @@ fn window_settings(options: &RecipeOptions) -> Result<Option<WindowSettings>> {
         text,
         field: options.field.clone().unwrap_or_else(|| DEFAULT_FIELD.into()),
         samples: options.samples.unwrap_or(DEFAULT_SAMPLES),
+        gradient_samples: options.gradient_samples,
         seq_len: options.seq_len,
         seed: options.seed.unwrap_or(0),
     };
     if settings.samples == 0 {
         return Err(Failure::usage("`--samples` must be at least 1").into());
+    }
+    if settings.gradient_samples == Some(0) {
+        return Err(Failure::usage("`--gradient-samples` must be at least 1").into());
     }
     if let Some(seq_len) = settings.seq_len.filter(|&n| n < 2) {
         let message = format!("`--seq-len {seq_len}` is too short: a window needs 2 tokens to predict one");

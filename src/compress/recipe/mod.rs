@@ -218,6 +218,7 @@ impl Recipe {
             anchor: self.anchor(),
             field: calibration.map(|c| c.field.clone()).filter(|field| field != DEFAULT_FIELD),
             samples: calibration.map(|c| c.samples),
+            gradient_samples: calibration.and_then(|c| c.gradient_samples),
             seq_len: calibration.and_then(|c| c.seq_len),
             seed: calibration.map(|c| c.seed),
             max_shard_size: Some(ByteSize(self.max_shard_bytes)),
