@@ -59,15 +59,8 @@ pub fn observe(
         let stage = progress.stage("calibrate", (walk.n_tokens() * n_blocks) as u64, "tokens");
         for block_idx in 0..n_blocks {
             stage.note(&format!("block {block_idx}"));
-            let states = states_key(block_idx);
-            let (done, whole) = (journal.get(&Pass::Forward.key(block_idx))?, journal.get(&states)?);
-            let few = if whole.is_none() { journal.get(&entered_key(block_idx + 1))? } else { None };
-            let after = match (whole, few) {
-                (Some(whole), _) => Some(walk.restore(whole.rest())?),
-                (None, Some(few)) => Some(back.restore(few.rest())?),
-                (None, None) => is_passed(journal, block_idx + 1, n_blocks).then(Hidden::default),
-            };
-            let after = if let (Some(sums), Some(after)) = (done, after) {
+            let done = journal.get(&Pass::Forward.key(block_idx))?;
+            let after = if let Some((sums, after)) = done.zip(restored(&walk, &back, journal, block_idx, n_blocks)?) {
                 keep(named(sums)?)?;
                 stage.advance(walk.n_tokens() as u64);
                 after
@@ -83,7 +76,7 @@ pub fn observe(
                     sums.add(addend);
                     Ok(())
                 })?;
-                let after = walk.settle(after, journal, &states)?;
+                let after = walk.settle(after, journal, &states_key(block_idx))?;
                 keep(settle(journal, Pass::Forward, block_idx, sums)?)?;
                 after
             };
@@ -118,6 +111,23 @@ fn gram_bytes(decoder: &Decoder<'_>, needs: Needs) -> usize {
         4 * (inputs * usize::from(needs.input_gram)).max(outputs * usize::from(needs.output_gram))
     };
     (0..decoder.n_blocks()).map(of_block).max().unwrap_or(0)
+}
+
+/// The states after a block of an earlier run: of all windows, of those that go back, or of none if the gradient there is known.
+fn restored(
+    walk: &Walk<'_>,
+    back: &Walk<'_>,
+    journal: &Journal,
+    block_idx: usize,
+    n_blocks: usize,
+) -> Result<Option<Hidden>> {
+    if let Some(whole) = journal.get(&states_key(block_idx))? {
+        return walk.restore(whole.rest()).map(Some);
+    }
+    match journal.get(&entered_key(block_idx + 1))? {
+        Some(few) => back.restore(few.rest()).map(Some),
+        None => Ok(is_passed(journal, block_idx + 1, n_blocks).then(Hidden::default)),
+    }
 }
 
 /// Of the states before a block, those of the windows that go back: the others are removed from the store and the journal.

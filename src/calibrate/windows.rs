@@ -63,9 +63,24 @@ fn n_with_gradients(requested: Option<usize>, needs: Needs, decoder: &Decoder<'_
     Err(Failure::usage(format!("`--gradient-samples` {refused}")).hint("remove `--gradient-samples`").into())
 }
 
-/// Whether the `i`-th of `n` windows is one of `few` that are spread evenly.
-fn is_one_of(few: usize, i: usize, n: usize) -> bool {
-    (i + 1) * few / n > i * few / n
+/// The `part`-th of `n_parts` equal parts of windows, of which `few` have gradients: those that do come first, and how many they are.
+fn part_of(
+    windows: Vec<(Vec<u32>, Targets)>,
+    few: usize,
+    (part, n_parts): (usize, usize),
+) -> (Vec<(Vec<u32>, Targets)>, usize) {
+    let n = windows.len();
+    let bounds = (part - 1) * n / n_parts..part * n / n_parts;
+    // Spread evenly over all parts, so that the parts together have those of the whole.
+    let has_gradients = |i: &usize| (i + 1) * few / n > i * few / n;
+    let here = windows.into_iter().enumerate().filter(|(i, _)| bounds.contains(i));
+    let (first, rest): (Vec<_>, Vec<_>) = here.partition(|(i, _)| has_gradients(i));
+    let n_first = first.len();
+    (first.into_iter().chain(rest).map(|(_, window)| window).collect(), n_first)
+}
+
+fn n_tokens(windows: &[(Vec<u32>, Targets)]) -> usize {
+    windows.iter().map(|(ids, _)| ids.len()).sum()
 }
 
 /// A calibration text cut into windows.
@@ -185,7 +200,7 @@ impl Windows {
             };
             Ok((window, targets))
         };
-        let mut windows = drawn.into_iter().map(target).collect::<Result<Vec<_>>>()?;
+        let windows = drawn.into_iter().map(target).collect::<Result<Vec<_>>>()?;
         if windows.len() < n_parts {
             let n_tokens = tokenizer.encode(&text.joined(), bos)?.ids.len();
             return Err(text.too_short(n_tokens, seq_len * n_parts).into());
@@ -199,12 +214,7 @@ impl Windows {
             );
         }
         let few = n_with_gradients(settings.gradient_samples, needs, &decoder, windows.len())?;
-        let bound = |i: usize| i * windows.len() / n_parts;
-        let of_part = (bound(part - 1)..bound(part)).map(|i| (is_one_of(few, i, windows.len()), windows[i].clone()));
-        let (first, rest): (Vec<_>, Vec<_>) = of_part.partition(|(has_gradients, _)| *has_gradients);
-        let n_gradients = first.len();
-        windows = first.into_iter().chain(rest).map(|(_, window)| window).collect();
-        let n_tokens = |windows: &[(Vec<u32>, Targets)]| windows.iter().map(|(ids, _)| ids.len()).sum();
+        let (windows, n_gradients) = part_of(windows, few, (part, n_parts));
         let part = Part {
             text_sha256: text.sha256,
             samples: settings.samples,
