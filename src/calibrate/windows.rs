@@ -187,19 +187,7 @@ impl Windows {
             None => tokenizer.encode(&text.joined(), bos)?.sample(n_of_text, settings.samples, settings.seed),
         };
         let mut generator = ChaCha8Rng::seed_from_u64(settings.seed);
-        let target = |window: Vec<u32>| -> Result<(Vec<u32>, Targets)> {
-            if objective == Objective::NextToken {
-                let targets = Targets::next(&window);
-                return Ok((window, targets));
-            }
-            let (mut window, places) = tokenizer.wrap(&window);
-            let targets = match objective {
-                Objective::Sentence => Targets { probe: generator.next_u64(), ..Targets::default() },
-                Objective::Masked => Targets::masked(&mut window, places, tokenizer.mask()?, &mut generator),
-                Objective::Pooled | Objective::NextToken => Targets::default(),
-            };
-            Ok((window, targets))
-        };
+        let target = |window| targeted(window, objective, &tokenizer, &mut generator);
         let windows = drawn.into_iter().map(target).collect::<Result<Vec<_>>>()?;
         if windows.len() < n_parts {
             let n_tokens = tokenizer.encode(&text.joined(), bos)?.ids.len();
@@ -229,6 +217,26 @@ impl Windows {
         let (windows, targets) = windows.into_iter().unzip();
         Ok(Self { windows, targets, n_gradients, part, text: settings.text.display().to_string() })
     }
+}
+
+/// A window with the tokens that the tokenizer adds, and its targets.
+fn targeted(
+    window: Vec<u32>,
+    objective: Objective,
+    tokenizer: &Tokenizer,
+    generator: &mut ChaCha8Rng,
+) -> Result<(Vec<u32>, Targets)> {
+    if objective == Objective::NextToken {
+        let targets = Targets::next(&window);
+        return Ok((window, targets));
+    }
+    let (mut window, places) = tokenizer.wrap(&window);
+    let targets = match objective {
+        Objective::Sentence => Targets { probe: generator.next_u64(), ..Targets::default() },
+        Objective::Masked => Targets::masked(&mut window, places, tokenizer.mask()?, generator),
+        Objective::Pooled | Objective::NextToken => Targets::default(),
+    };
+    Ok((window, targets))
 }
 
 /// Tokens of the shortest piece of a text, including those that the tokenizer adds.
