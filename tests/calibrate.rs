@@ -180,6 +180,35 @@ fn merged_parts_are_the_whole() {
 }
 
 #[test]
+fn half_of_many_windows_have_gradients() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out.safetensors");
+    let report = |model: &str, extra: &[&str]| {
+        let fixed = ["calibrate", model, "--text", TRAIN, "-o", path(&out), "--json", "--force", "--seq-len", "16"];
+        lrc(&[&fixed[..], extra].concat())
+    };
+    let found = |model: &str, extra: &[&str]| {
+        let run = report(model, extra);
+        assert_eq!(run.code, 0, "{}", run.stderr);
+        let report: Value = serde_json::from_str(&run.stdout).unwrap();
+        (report["windows"].as_u64().unwrap(), report["gradient_windows"].as_u64())
+    };
+    assert_eq!(found(FIXTURE, &["--method", "kfac", "--samples", "41"]), (41, Some(21)));
+    assert_eq!(found(FIXTURE, &["--method", "kfac", "--samples", "20"]), (20, Some(16)));
+    assert_eq!(found(FIXTURE, &["--method", "kfac", "--samples", "15"]), (15, None));
+    // Squared gradients, experts and embeddings take those of all windows.
+    assert_eq!(found(FIXTURE, &["--samples", "40"]), (40, None));
+    assert_eq!(found("fixtures/pico/mixtral", &["--method", "kfac", "--samples", "40"]), (40, None));
+    assert_eq!(found("fixtures/pico/bert", &["--method", "kfac", "--samples", "40"]), (40, None));
+    for (model, method, expected) in
+        [(FIXTURE, "svd-llm", "no gradients are taken"), ("fixtures/pico/mixtral", "kfac", "a model with experts")]
+    {
+        let refused = report(model, &["--method", method, "--gradient-samples", "4"]);
+        assert!(refused.code == 2 && refused.stderr.contains(expected), "{}", refused.stderr);
+    }
+}
+
+#[test]
 fn statistics_do_not_depend_on_threads_or_memory_and_serve_compress() {
     let folder = tempfile::tempdir().unwrap();
     let file = |name: &str| folder.path().join(format!("{name}.safetensors"));

@@ -39,7 +39,7 @@ pub struct WindowSettings {
 ///
 /// A backward pass costs three times a forward pass, and its states are most of what a calibration keeps on disk. Grams of output
 /// gradients need fewer tokens than Grams of inputs (`docs/results.md` 23).
-const ONE_IN: usize = 4;
+const ONE_IN: usize = 2;
 const FEWEST: usize = 16;
 
 /// Number of windows of `n` whose gradients are taken: as requested, or a share for the Grams of a decoder without experts. Experts see

@@ -51,7 +51,7 @@ pub(super) struct CalibrateArgs {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..), help_heading = "Text")]
     samples: Option<u32>,
 
-    /// Windows whose gradients are taken [default: a quarter, at least 16]
+    /// Windows whose gradients are taken [default: half of them, at least 16]
     ///
     /// They are spread evenly. All windows for squared gradients, models with experts, and encoders.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..), help_heading = "Text", hide_short_help = true)]

@@ -204,7 +204,7 @@ recipe_options! {
     /// Number of calibration windows [default: 64]
     samples: Option<usize>, "Calibration" [value_name = "N"],
 
-    /// Windows whose gradients are taken [default: a quarter, at least 16]
+    /// Windows whose gradients are taken [default: half of them, at least 16]
     ///
     /// They are spread evenly. All windows for squared gradients, models with experts, and encoders.
     gradient_samples: Option<usize>, "Calibration" [value_name = "N", hide_short_help = true],

@@ -5,36 +5,35 @@ use super::compensate::{Compensate, CompensateRank};
 use super::fits::{fitting_bytes, shared, units_to_share};
 use super::plan::{Plan, largest_compensation};
 use super::recipe::Recipe;
-use crate::calibrate::Needs;
 use crate::checkpoint::Checkpoint;
+use crate::model::inventory::LinearInfo;
 use crate::model::widths::Widths;
 use crate::model::{ModelConfig, Slot};
 use crate::operator::Shape;
 
 impl Plan {
-    /// Bytes that a run keeps between its stages, in memory or on disk: the factors of all linears (or their rounded
-    /// values, which replace them), statistics, and the states of `tokens`: all of them, and those whose
-    /// gradients are taken (the states that enter each block). `docs/performance.md` has the formula.
+    /// Most bytes that a run keeps between its stages, in memory or on disk: statistics, the states of `tokens` (all of them, and
+    /// those whose gradients are taken: the states that enter each block), and fits, or their rounded values, which replace them.
+    /// `docs/performance.md` has the formula.
     pub fn kept_bytes(&self, checkpoint: &Checkpoint, recipe: &Recipe, tokens: (usize, usize)) -> u64 {
         let needs = recipe.needs();
-        let measured: u64 = if recipe.measures_statistics() {
-            self.linears.iter().map(|linear| sum_bytes(needs, linear.shape())).sum()
-        } else {
-            0
-        };
-        let states = match ModelConfig::of(checkpoint) {
-            Ok((config, _)) if recipe.measures_statistics() => {
-                let (all, back) = tokens;
-                let kept = if needs.gradients() { back * config.num_hidden_layers } else { 0 };
-                4 * ((kept + 2 * all) * config.hidden_size) as u64
-            }
-            _ => 0,
-        };
-        let bases: u64 = self.linears.iter().map(|linear| base_bytes(recipe, linear.shape())).sum();
+        let sum = |bytes: &dyn Fn(&LinearInfo) -> u64| self.linears.iter().map(bytes).sum::<u64>();
+        let (mut inputs, mut outputs, mut states) = (0, 0, 0);
+        if recipe.measures_statistics() {
+            inputs = u64::from(needs.input_gram) * sum(&|linear| triangle_bytes(linear.in_features));
+            outputs = u64::from(needs.output_gram) * sum(&|linear| triangle_bytes(linear.out_features));
+            let (all, back) = tokens;
+            let copies =
+                |config: &ModelConfig| 2 * all + usize::from(needs.gradients()) * back * config.num_hidden_layers;
+            states =
+                ModelConfig::of(checkpoint).map_or(0, |(config, _)| 4 * (copies(&config) * config.hidden_size) as u64);
+        }
+        let bases = sum(&|linear| base_bytes(recipe, linear.shape()));
         let fits = self.linears.iter().zip(max_ranks(recipe, self));
         let fits: u64 = fits.map(|(linear, rank)| 4 * recipe.layout().fitting().n_values(rank, linear.shape())).sum();
         let shared: u64 = self.shared(recipe).iter().map(|(heights, n)| shared_bytes(heights, *n)).sum();
-        fits + shared + bases + measured + states
+        // States go as Grams of output gradients come.
+        inputs + states.max(outputs + fits + shared + bases)
     }
 
     /// Peak memory of a run: the largest decompositions, one per thread, each with weight, image, Gram, eigenvectors
@@ -94,11 +93,9 @@ fn block_numbers(widths: &Widths, slots: &[Slot]) -> (u64, u64, u64) {
     (shapes().map(|[m, n]| (m * n) as u64).sum(), inputs, shapes().map(|[m, _]| square(m)).sum())
 }
 
-/// Bytes of the packed Grams of a linear.
-fn sum_bytes(needs: Needs, (m, n): Shape) -> u64 {
-    let triangle = |n: usize| 2 * (n * (n + 1)) as u64;
-    let input = if needs.input_gram { triangle(n) } else { 0 };
-    input + if needs.output_gram { triangle(m) } else { 0 }
+/// Bytes of a packed Gram.
+fn triangle_bytes(n: usize) -> u64 {
+    2 * (n * (n + 1)) as u64
 }
 
 /// Bytes of the factors at a rank.
