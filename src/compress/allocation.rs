@@ -3,7 +3,7 @@
 
 use anyhow::Result;
 
-use super::allocate::{self, Candidate, Item, Pick, Ranks, Rules, Spectra};
+use super::allocate::{self, Item, Ladder, Offer, Offers, Pick, Point, Ranks, Rules, Spectra, Statistic};
 use super::budget::{self, known_choices};
 use super::fits::{Unit, units_to_share};
 use super::plan::{Choice, Plan};
@@ -24,24 +24,29 @@ pub(super) struct Allocation {
 /// Cost of a linear in these forms, in the unit of the budget; `None` is the unchanged linear.
 type Price<'p> = dyn Fn(&LinearInfo, Option<&Forms>) -> u64 + 'p;
 
-/// Units and their candidates, priced in the unit of the budget.
+/// Units and their offers, priced in the unit of the budget.
 pub(super) struct Problem<'a> {
     recipe: &'a Recipe,
     plan: &'a Plan,
-    units: Vec<PricedUnit>,
-    curves: Vec<Option<&'a ErrorCurve>>,
-    sensitivities: &'a [f64],
-    counts_bytes: bool,
+    units: Vec<PricedUnit<'a>>,
 }
 
-/// A unit with its costs.
-struct PricedUnit {
+/// A unit with its costs and weighted errors.
+struct PricedUnit<'a> {
     unit: Unit,
-    parameters: Vec<u64>,
-    bytes: (u64, Vec<u64>),
-    candidates: Vec<Candidate>,
-    /// The choices of the members for each candidate.
-    choices: Vec<Vec<Choice>>,
+    dense_cost: u64,
+    offers: Vec<Offer>,
+    meaning: Meaning<'a>,
+}
+
+/// What the offers of a unit are.
+enum Meaning<'a> {
+    /// Only rank 0 of a linear of zeros.
+    Zeros,
+    /// All ranks of a linear, with their numbers of parameters and its spectrum.
+    Ranks { parameters: Vec<u64>, spectrum: Option<&'a ErrorCurve> },
+    /// The choices of all members, for each offer.
+    Choices(Vec<Vec<Choice>>),
 }
 
 impl<'a> Problem<'a> {
@@ -50,12 +55,13 @@ impl<'a> Problem<'a> {
     fn of_ranks(study: &'a Study<'_>, price: Option<&Price<'_>>, sensitivities: &'a [f64]) -> Self {
         let (recipe, plan) = (study.recipe, study.plan);
         let curves: Vec<_> = (0..plan.linears.len()).map(|i| curve(study, i)).collect();
-        let mut units: Vec<PricedUnit> =
-            (0..plan.linears.len()).map(|i| PricedUnit::of_ranks(study, i, price)).collect();
+        let weighted = Weighted { curves: &curves, sensitivities };
+        let mut units: Vec<PricedUnit<'_>> =
+            (0..plan.linears.len()).map(|i| PricedUnit::of_ranks(study, i, &weighted, price)).collect();
         if recipe.share() {
-            units = together(study, units, &Weighted { curves: &curves, sensitivities }, price);
+            units = together(study, units, &weighted, price);
         }
-        Self { recipe, plan, units, curves, sensitivities, counts_bytes: price.is_some() }
+        Self { recipe, plan, units }
     }
 
     /// The quantized bases of every linear from index `first` on, with their ranks.
@@ -67,57 +73,31 @@ impl<'a> Problem<'a> {
     ) -> Self {
         let plan = study.plan;
         let one = |i: usize| {
-            let mut priced = PricedUnit {
-                unit: Unit { members: vec![i] },
-                parameters: Vec::new(),
-                bytes: (price(&plan.linears[i], None), Vec::new()),
-                candidates: Vec::new(),
-                choices: Vec::new(),
-            };
+            let mut menu = Menu::default();
             for (fit, of) in study.fits.of(i).iter().enumerate().skip(first(i)) {
                 for (rank, errors) in of.fitted.errors() {
-                    let error = errors.iter().sum();
                     let choice = Choice::Fitted { fit, rank };
                     let cost = price(&plan.linears[i], study.planned(i, choice).as_ref());
-                    priced.candidates.push(Candidate { cost, error });
-                    priced.choices.push(vec![choice]);
+                    menu.add(cost, sensitivities[i] * errors.iter().sum::<f64>(), vec![choice]);
                 }
             }
-            priced
+            menu.of(Unit { members: vec![i] }, price(&plan.linears[i], None))
         };
-        let curves = vec![None; plan.linears.len()];
         let units = (0..plan.linears.len()).map(one).collect();
-        Self { recipe: study.recipe, plan, units, curves, sensitivities, counts_bytes: true }
-    }
-
-    fn item<'i>(&'i self, priced: &'i PricedUnit) -> Item<'i> {
-        let i = priced.unit.members[0];
-        let item = budget::item(self.recipe, self.plan, i, &priced.parameters);
-        let is_alone = priced.unit.members.len() == 1;
-        let dense: u64 = priced.unit.members.iter().map(|&i| self.plan.linears[i].n_parameters()).sum();
-        Item {
-            n_weights: dense,
-            bytes: self.counts_bytes.then_some((priced.bytes.0, &priced.bytes.1[..])),
-            curve: self.curves[i],
-            // Candidates of several linears are already weighted.
-            sensitivity: if is_alone { self.sensitivities[i] } else { 1.0 },
-            candidates: &priced.candidates,
-            is_zero: item.is_zero && priced.candidates.is_empty(),
-            ..item
-        }
+        Self { recipe: study.recipe, plan, units }
     }
 
     fn items(&self) -> Vec<Item<'_>> {
-        self.units.iter().map(|priced| self.item(priced)).collect()
+        self.units.iter().map(|priced| priced.item(self.plan)).collect()
     }
 
     fn choices(&self, picks: &[Pick]) -> Vec<Choice> {
         let mut choices = vec![Choice::Dense; self.plan.linears.len()];
         for (priced, &pick) in self.units.iter().zip(picks) {
             let members = priced.unit.members.iter();
-            match pick {
-                Pick::Candidate(at) => members.zip(&priced.choices[at]).for_each(|(&i, &choice)| choices[i] = choice),
-                pick => members.for_each(|&i| choices[i] = budget::choice(pick, 0)),
+            match (pick, &priced.meaning) {
+                (Pick::Offer(at), Meaning::Choices(of)) => members.zip(&of[at]).for_each(|(&i, &own)| choices[i] = own),
+                (pick, _) => members.for_each(|&i| choices[i] = budget::choice(pick)),
             }
         }
         choices
@@ -125,7 +105,7 @@ impl<'a> Problem<'a> {
 
     /// Bytes of all linears as they are.
     fn dense_bytes(&self) -> u64 {
-        self.units.iter().map(|priced| priced.bytes.0).sum()
+        self.units.iter().map(|priced| priced.dense_cost).sum()
     }
 
     fn n_weights(&self) -> u64 {
@@ -142,16 +122,16 @@ impl<'a> Problem<'a> {
     /// The choice of bases with the least error within `bytes`, and its cost, which exceeds `bytes` if nothing is that
     /// small. Linears that fit no quantizer stay dense.
     pub fn least_error(&self, bytes: u64) -> (Vec<Choice>, u64) {
-        let (open, others): (Vec<&PricedUnit>, Vec<&PricedUnit>) =
-            self.units.iter().partition(|priced| !priced.candidates.is_empty());
-        let fixed: u64 = others.iter().map(|priced| priced.bytes.0).sum();
-        let items: Vec<Item<'_>> = open.iter().map(|priced| self.item(priced)).collect();
+        let (open, others): (Vec<&PricedUnit<'_>>, Vec<&PricedUnit<'_>>) =
+            self.units.iter().partition(|priced| !priced.offers.is_empty());
+        let fixed: u64 = others.iter().map(|priced| priced.dense_cost).sum();
+        let items: Vec<Item<'_>> = open.iter().map(|priced| priced.item(self.plan)).collect();
         let rules = Rules { budget: bytes.saturating_sub(fixed), ..Rules::of_keep(&items, 0.5) };
         let picks = allocate::allocate(Ranks::Knapsack, &items, &rules);
         let mut choices = vec![Choice::Dense; self.plan.linears.len()];
         for (priced, &pick) in open.iter().zip(&picks) {
-            if let Pick::Candidate(at) = pick {
-                choices[priced.unit.members[0]] = priced.choices[at][0];
+            if let (Pick::Offer(at), Meaning::Choices(of)) = (pick, &priced.meaning) {
+                choices[priced.unit.members[0]] = of[at][0];
             }
         }
         (choices, fixed + allocate::cost(&items, &picks))
@@ -173,31 +153,63 @@ fn curve<'a>(study: &'a Study<'_>, i: usize) -> Option<&'a ErrorCurve> {
     }
 }
 
-impl PricedUnit {
+impl<'a> PricedUnit<'a> {
     /// A linear at every rank.
-    fn of_ranks(study: &Study<'_>, i: usize, price: Option<&Price<'_>>) -> Self {
+    fn of_ranks(study: &Study<'_>, i: usize, weighted: &Weighted<'_, 'a>, price: Option<&Price<'_>>) -> Self {
         let linear = &study.plan.linears[i];
+        let (unit, dense_cost) = (Unit { members: vec![i] }, cost(price, linear, None));
         let parameters = budget::parameters(study.recipe, linear);
-        let bytes = |price: &Price<'_>| {
-            let ranks = (0..parameters.len()).map(|rank| {
-                let choice = if rank == 0 { Choice::Zeros } else { Choice::Fitted { fit: 0, rank } };
-                price(linear, study.planned(i, choice).as_ref())
-            });
-            (price(linear, None), ranks.collect())
+        let of_rank = |price: &Price<'_>, rank: usize| {
+            let choice = if rank == 0 { Choice::Zeros } else { Choice::Fitted { fit: 0, rank } };
+            price(linear, study.planned(i, choice).as_ref())
         };
-        let bytes = price.map_or((0, Vec::new()), bytes);
-        Self { unit: Unit { members: vec![i] }, parameters, bytes, candidates: Vec::new(), choices: Vec::new() }
+        let bytes = price.map(|price| (0..parameters.len()).map(|rank| of_rank(price, rank)).collect::<Vec<u64>>());
+        let costs = bytes.as_ref().unwrap_or(&parameters);
+        if study.plan.are_zero[i] {
+            let offers = vec![Offer { cost: costs[0], error: 0.0 }];
+            return Self { unit, dense_cost, offers, meaning: Meaning::Zeros };
+        }
+        let spectrum = weighted.curves[i];
+        let offers = allocate::offers_by_rank(costs, spectrum, weighted.sensitivities[i]);
+        Self { unit, dense_cost, offers, meaning: Meaning::Ranks { parameters, spectrum } }
     }
 
+    fn item<'i>(&'i self, plan: &Plan) -> Item<'i> {
+        let offers = match &self.meaning {
+            Meaning::Zeros => Offers::Free(self.offers[0]),
+            Meaning::Choices(_) => Offers::Menu(&self.offers),
+            Meaning::Ranks { parameters, spectrum } => {
+                let linear = &plan.linears[self.unit.members[0]];
+                let (m, n) = linear.shape();
+                let statistic = spectrum.map(|spectrum| Statistic { spectrum, rank_price: (m + n) as f64 });
+                Offers::Ranks(Ladder { offers: &self.offers, parameters, n_weights: linear.n_parameters(), statistic })
+            }
+        };
+        Item { dense_cost: self.dense_cost, offers }
+    }
+}
+
+/// Offers with the choices of all members that each is.
+#[derive(Default)]
+struct Menu {
+    offers: Vec<Offer>,
+    choices: Vec<Vec<Choice>>,
+}
+
+impl Menu {
     fn add(&mut self, cost: u64, error: f64, choices: Vec<Choice>) {
-        self.candidates.push(Candidate { cost, error });
+        self.offers.push(Offer { cost, error });
         self.choices.push(choices);
+    }
+
+    fn of<'a>(self, unit: Unit, dense_cost: u64) -> PricedUnit<'a> {
+        PricedUnit { unit, dense_cost, offers: self.offers, meaning: Meaning::Choices(self.choices) }
     }
 }
 
 /// The curves of all linears, and the cost to the model of a unit of each.
-struct Weighted<'w> {
-    curves: &'w [Option<&'w ErrorCurve>],
+struct Weighted<'w, 'a> {
+    curves: &'w [Option<&'a ErrorCurve>],
     sensitivities: &'w [f64],
 }
 
@@ -212,28 +224,31 @@ fn cost(price: Option<&Price<'_>>, linear: &LinearInfo, forms: Option<&Forms>) -
 
 /// Joins the units whose members may share a part: candidates are the best fits of separate members at every cost, and the
 /// joint fits.
-fn together(
+fn together<'a>(
     study: &Study<'_>,
-    alone: Vec<PricedUnit>,
-    weighted: &Weighted<'_>,
+    alone: Vec<PricedUnit<'a>>,
+    weighted: &Weighted<'_, 'a>,
     price: Option<&Price<'_>>,
-) -> Vec<PricedUnit> {
+) -> Vec<PricedUnit<'a>> {
     let sharing = units_to_share(study.plan);
-    let mut units: Vec<PricedUnit> = sharing.iter().map(|unit| joined(study, unit, weighted, price)).collect();
+    let mut units: Vec<PricedUnit<'_>> = sharing.iter().map(|unit| joined(study, unit, weighted, price)).collect();
     let is_joined = |i: usize| sharing.iter().any(|unit| unit.members.contains(&i));
     units.extend(alone.into_iter().filter(|priced| !is_joined(priced.unit.members[0])));
     units
 }
 
 /// A unit with its members fitted separately, and jointly.
-fn joined(study: &Study<'_>, unit: &Unit, weighted: &Weighted<'_>, price: Option<&Price<'_>>) -> PricedUnit {
+fn joined<'a>(
+    study: &Study<'_>,
+    unit: &Unit,
+    weighted: &Weighted<'_, '_>,
+    price: Option<&Price<'_>>,
+) -> PricedUnit<'a> {
     let linear = |i: usize| &study.plan.linears[i];
     let dense: u64 = unit.members.iter().map(|&i| cost(price, linear(i), None)).sum();
-    let bytes = (dense, Vec::new());
-    let mut joined =
-        PricedUnit { unit: unit.clone(), parameters: vec![0], bytes, candidates: Vec::new(), choices: Vec::new() };
-    let lists: Vec<Vec<Point>> = unit.members.iter().map(|&i| points(study, i, weighted, price)).collect();
-    for (cost, error, choices) in frontier(&lists) {
+    let mut joined = Menu::default();
+    let lists: Vec<Vec<Point<Choice>>> = unit.members.iter().map(|&i| points(study, i, weighted, price)).collect();
+    for (cost, error, choices) in allocate::frontier(&lists) {
         joined.add(cost, error, choices);
     }
     let first = unit.members[0];
@@ -246,14 +261,11 @@ fn joined(study: &Study<'_>, unit: &Unit, weighted: &Weighted<'_>, price: Option
             joined.add(costs.sum(), weighted.sum(), vec![choice; unit.members.len()]);
         }
     }
-    joined
+    joined.of(unit.clone(), dense)
 }
 
-/// Cost, weighted error and choice of a linear.
-type Point = (u64, f64, Choice);
-
 /// A linear by itself: dense, and at every rank that saves.
-fn points(study: &Study<'_>, i: usize, weighted: &Weighted<'_>, price: Option<&Price<'_>>) -> Vec<Point> {
+fn points(study: &Study<'_>, i: usize, weighted: &Weighted<'_, '_>, price: Option<&Price<'_>>) -> Vec<Point<Choice>> {
     let linear = &study.plan.linears[i];
     let (largest, step) =
         (study.recipe.layout().fitting().largest_saving_rank(linear.shape()), study.recipe.rank_multiple());
@@ -264,52 +276,6 @@ fn points(study: &Study<'_>, i: usize, weighted: &Weighted<'_>, price: Option<&P
     };
     let dense = (cost(price, linear, None), 0.0, Choice::Dense);
     (step..=largest).step_by(step).map(of).chain([dense]).collect()
-}
-
-/// Sums of one point from each list that are optimal at some price, in ascending order of cost.
-fn frontier(lists: &[Vec<Point>]) -> Vec<(u64, f64, Vec<Choice>)> {
-    let hulls: Vec<Vec<Point>> = lists.iter().map(|points| hull(points)).collect();
-    let mut steps: Vec<(f64, usize, usize)> = Vec::new();
-    for (list, hull) in hulls.iter().enumerate() {
-        steps.extend(hull.windows(2).enumerate().map(|(at, pair)| (slope(pair[0], pair[1]), list, at + 1)));
-    }
-    steps.sort_by(|x, y| y.0.total_cmp(&x.0).then((x.1, x.2).cmp(&(y.1, y.2))));
-    let mut at = vec![0; hulls.len()];
-    let sum = |at: &[usize]| {
-        let points: Vec<Point> = hulls.iter().zip(at).map(|(hull, &at)| hull[at]).collect();
-        (points.iter().map(|p| p.0).sum(), points.iter().map(|p| p.1).sum(), points.iter().map(|p| p.2).collect())
-    };
-    let mut sums = vec![sum(&at)];
-    for (_, list, next) in steps {
-        at[list] = next;
-        sums.push(sum(&at));
-    }
-    sums
-}
-
-/// Error saved per cost between two points.
-fn slope(a: Point, b: Point) -> f64 {
-    (a.1 - b.1) / (b.0 - a.0) as f64
-}
-
-/// The lower convex hull of points, in ascending cost and falling error.
-fn hull(points: &[Point]) -> Vec<Point> {
-    let mut sorted = points.to_vec();
-    sorted.sort_by(|x, y| x.0.cmp(&y.0).then(x.1.total_cmp(&y.1)));
-    let mut hull: Vec<Point> = Vec::new();
-    for new in sorted {
-        if hull.last().is_some_and(|last| last.1 <= new.1 || last.0 == new.0) {
-            continue;
-        }
-        while let [.., first, second] = hull[..] {
-            if slope(first, second) > slope(second, new) {
-                break;
-            }
-            hull.pop();
-        }
-        hull.push(new);
-    }
-    hull
 }
 
 /// The choices under a recipe's budget, with errors weighted by `sensitivities`.

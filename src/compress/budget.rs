@@ -1,6 +1,6 @@
 //! Decisions that follow from shapes alone under a budget: choices without a fit, and the largest possible ranks.
 
-use super::allocate::{self, Item, Ranks, Rules, Spectra};
+use super::allocate::{self, Item, Ladder, Offer, Offers, Pick, Ranks, Rules, Spectra};
 use super::compensate::{Compensate, CompensateRank};
 use super::plan::{Choice, Plan};
 use super::recipe::{Budget, Recipe};
@@ -29,19 +29,25 @@ pub(super) fn quantized_choice(recipe: &Recipe, linear: &LinearInfo, quant: Quan
 
 /// The choices of an allocator that needs no spectra.
 pub(super) fn choices_by_shape(recipe: &Recipe, plan: &Plan, ranks: Ranks, budget: Budget) -> Vec<Choice> {
-    let costs: Vec<Vec<u64>> = plan.linears.iter().map(|linear| parameters(recipe, linear)).collect();
-    let items: Vec<Item<'_>> = (0..plan.linears.len()).map(|i| item(recipe, plan, i, &costs[i])).collect();
+    let parameters: Vec<Vec<u64>> = plan.linears.iter().map(|linear| parameters(recipe, linear)).collect();
+    let offers: Vec<Vec<Offer>> = parameters.iter().map(|costs| allocate::offers_by_rank(costs, None, 1.0)).collect();
+    let item = |i: usize| {
+        let n_weights = plan.linears[i].n_parameters();
+        let ladder = Ladder { offers: &offers[i], parameters: &parameters[i], n_weights, statistic: None };
+        let offers = if plan.are_zero[i] { Offers::Free(offers[i][0]) } else { Offers::Ranks(ladder) };
+        Item { dense_cost: n_weights, offers }
+    };
+    let items: Vec<Item<'_>> = (0..plan.linears.len()).map(item).collect();
     let picks = allocate::allocate(ranks, &items, &rules(recipe, &items, budget));
-    picks.into_iter().map(|pick| choice(pick, 0)).collect()
+    picks.into_iter().map(choice).collect()
 }
 
-/// A pick of an allocator as a choice, with the index of the fit.
-pub(super) fn choice(pick: allocate::Pick, fit: usize) -> Choice {
+/// A pick among ranks as a choice of the first fit.
+pub(super) fn choice(pick: Pick) -> Choice {
     match pick {
-        allocate::Pick::Dense => Choice::Dense,
-        allocate::Pick::Zeros => Choice::Zeros,
-        allocate::Pick::Rank(rank) => Choice::Fitted { fit, rank },
-        allocate::Pick::Candidate(_) => unreachable!("invariant: candidates are no ranks"),
+        Pick::Dense => Choice::Dense,
+        Pick::Offer(0) => Choice::Zeros,
+        Pick::Offer(rank) => Choice::Fitted { fit: 0, rank },
     }
 }
 
@@ -68,23 +74,6 @@ pub(super) fn parameters(recipe: &Recipe, linear: &LinearInfo) -> Vec<u64> {
     (0..=largest).map(|rank| recipe.layout().n_parameters(rank, linear.shape())).collect()
 }
 
-/// The `i`-th linear of a plan as an item without spectra, priced in parameters.
-pub(super) fn item<'a>(recipe: &Recipe, plan: &Plan, i: usize, parameters: &'a [u64]) -> Item<'a> {
-    let linear = &plan.linears[i];
-    let (m, n) = linear.shape();
-    Item {
-        n_weights: linear.n_parameters(),
-        parameters,
-        saving_rank: recipe.layout().fitting().largest_saving_rank((m, n)),
-        rank_weight: (m + n) as f64,
-        bytes: None,
-        curve: None,
-        sensitivity: 1.0,
-        candidates: &[],
-        is_zero: plan.are_zero[i],
-    }
-}
-
 /// The rules of a budget, in the unit of the items' costs.
 pub(super) fn rules(recipe: &Recipe, items: &[Item<'_>], budget: Budget) -> Rules {
     let rules = match budget {
@@ -92,7 +81,7 @@ pub(super) fn rules(recipe: &Recipe, items: &[Item<'_>], budget: Budget) -> Rule
         Budget::None => Rules { budget: u64::MAX, ..Rules::of_keep(items, 1.0) },
         Budget::Bits(_) => unreachable!("invariant: bits were converted to bytes"),
         Budget::Bytes(bytes) => {
-            let dense: u64 = items.iter().map(Item::dense_cost).sum();
+            let dense: u64 = items.iter().map(|item| item.dense_cost).sum();
             Rules { budget: bytes, fill: true, ..Rules::of_keep(items, bytes as f64 / dense as f64) }
         }
     };

@@ -20,7 +20,7 @@ use crate::checkpoint::{
     CONFIG_FILE, Checkpoint, CheckpointError, Dtype, Existing, OutputFolder, SafetensorsWriter, TensorSpec, cast,
     expect_apart, json, read_file, writer_bytes,
 };
-use crate::compress::allocate::{self, Item, Pick, Ranks, Rules};
+use crate::compress::allocate::{self, Item, Ladder, Offer, Offers, Pick, Ranks, Rules};
 use crate::compress::{KeptCurve, linear_summary, write_curves};
 use crate::error::Failure;
 use crate::formats::{self, Adapter, CURVES_FILES, Format, OutTensor, Source};
@@ -299,15 +299,18 @@ fn truncations(checkpoint: &Checkpoint) -> Result<Vec<Truncation>> {
 fn allocate_ranks(truncations: &mut [Truncation], report: &CompressReport, keep: f64) -> Result<()> {
     let before = report.sizes.linear_parameters_before;
     let dense: u64 = report.linears.iter().filter(|l| l.rank.is_none()).map(|l| l.parameters_after).sum();
-    let curve = |s: &Truncation| ErrorCurve::new(s.curve.energies.iter().map(|&e| f64::from(e)).collect());
-    let curves: Vec<ErrorCurve> = truncations.iter().map(curve).collect();
     let parameters: Vec<Vec<u64>> = truncations.iter().map(Truncation::parameters).collect();
-    let items: Vec<Item<'_>> =
-        (0..truncations.len()).map(|i| truncations[i].item(&curves[i], &parameters[i])).collect();
+    let offers: Vec<Vec<Offer>> = truncations.iter().zip(&parameters).map(|(t, costs)| t.offers(costs)).collect();
+    let item = |i: usize| {
+        let n_weights = truncations[i].linear.n_parameters();
+        let ladder = Ladder { offers: &offers[i], parameters: &parameters[i], n_weights, statistic: None };
+        Item { dense_cost: n_weights, offers: Offers::Ranks(ladder) }
+    };
+    let items: Vec<Item<'_>> = (0..truncations.len()).map(item).collect();
     let budget = (keep * before as f64 + 1e-6).floor() as u64;
     let ranks = truncations.iter().map(|s| s.rank);
-    let now = dense + items.iter().zip(ranks).map(|(item, rank)| item.cost(Pick::Rank(rank))).sum::<u64>();
-    let least = dense + items.iter().map(|item| item.cost(Pick::Rank(1))).sum::<u64>();
+    let now = dense + items.iter().zip(ranks).map(|(item, rank)| item.cost(Pick::Offer(rank))).sum::<u64>();
+    let least = dense + items.iter().map(|item| item.cost(Pick::Offer(1))).sum::<u64>();
     if budget >= now {
         let message =
             format!("`--keep {keep}` is not less than the {:.4} that is already kept", now as f64 / before as f64);
@@ -320,7 +323,7 @@ fn allocate_ranks(truncations: &mut [Truncation], report: &CompressReport, keep:
     let rules = Rules { budget: budget - dense, fill: false, ..Rules::of_keep(&items, 0.999) };
     let picks = allocate::allocate(Ranks::Knapsack, &items, &rules);
     for (truncation, pick) in truncations.iter_mut().zip(picks) {
-        if let Pick::Rank(rank) = pick {
+        if let Pick::Offer(rank) = pick {
             truncation.new_rank = rank.min(truncation.rank);
         }
     }
@@ -334,20 +337,10 @@ impl Truncation {
         (0..=self.kind.fitting().largest_rank(shape)).map(|rank| self.kind.n_parameters(rank, shape)).collect()
     }
 
-    /// The linear as the knapsack sees it.
-    fn item<'a>(&self, curve: &'a ErrorCurve, parameters: &'a [u64]) -> Item<'a> {
-        let (m, n) = self.linear.shape();
-        Item {
-            n_weights: self.linear.n_parameters(),
-            parameters,
-            saving_rank: self.kind.fitting().largest_saving_rank((m, n)),
-            rank_weight: (m + n) as f64,
-            bytes: None,
-            curve: Some(curve),
-            sensitivity: self.curve.scale,
-            candidates: &[],
-            is_zero: false,
-        }
+    /// Costs in parameters and errors at these ranks.
+    fn offers(&self, costs: &[u64]) -> Vec<Offer> {
+        let curve = ErrorCurve::new(self.curve.energies.iter().map(|&energy| f64::from(energy)).collect());
+        allocate::offers_by_rank(costs, Some(&curve), self.curve.scale)
     }
 
     /// Whether the smaller fit is a selection of the larger.

@@ -2,7 +2,7 @@
 //! is the number of parameters per rank (D-Rank, Mi et al. 2025). All linears share one factor, the largest that the
 //! budget allows.
 
-use super::{Allocator, Item, Pick, Rules, Spectra, largest_affordable};
+use super::{Allocator, Item, Ladder, Pick, Rules, Spectra, Statistic, largest_affordable};
 use crate::approx::low_rank::ErrorCurve;
 
 pub(super) struct EffectiveRank;
@@ -13,49 +13,40 @@ impl Allocator for EffectiveRank {
     }
 
     fn choices(&self, items: &[Item<'_>], rules: &Rules) -> Vec<Pick> {
-        let weight = |item: &Item<'_>| (effective_rank(item.curve()) / item.rank_weight).sqrt();
-        let weights: Vec<f64> = items.iter().map(weight).collect();
+        let ladders: Vec<&Ladder<'_>> = items.iter().map(Item::ladder).collect();
+        let weight = |Statistic { spectrum, rank_price }: Statistic<'_>| (effective_rank(spectrum) / rank_price).sqrt();
+        let weights: Vec<f64> = ladders.iter().map(|ladder| weight(ladder.statistic())).collect();
         // At t = 1 no rank is below the full rank of its matrix.
-        let full = items.iter().zip(&weights).map(|(item, weight)| item.largest_rank() as f64 / weight);
+        let full = ladders.iter().zip(&weights).map(|(ladder, weight)| ladder.largest_rank() as f64 / weight);
         let largest = full.fold(0.0, f64::max);
         largest_affordable(items, rules, |t| {
             let rank = |weight: f64| ((t * largest * weight) as usize).max(1);
-            items.iter().zip(&weights).map(|(item, &weight)| item.pick(rank(weight), rules)).collect()
+            ladders.iter().zip(&weights).map(|(ladder, &weight)| ladder.pick(rank(weight), rules)).collect()
         })
     }
 }
 
 /// exp of the entropy of `σ² / Σ σ²`; 1 for a weight of zeros.
-fn effective_rank(curve: &ErrorCurve) -> f64 {
-    let total = curve.squared_error(0);
-    let shares = curve.energies().iter().map(|energy| energy / total).filter(|&p| p > 0.0);
+fn effective_rank(spectrum: &ErrorCurve) -> f64 {
+    let total = spectrum.squared_error(0);
+    let shares = spectrum.energies().iter().map(|energy| energy / total).filter(|&p| p > 0.0);
     if total > 0.0 { (-shares.map(|p| p * p.ln()).sum::<f64>()).exp() } else { 1.0 }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::tests::Linear;
     use super::*;
+    use crate::operator::Kind;
 
     #[test]
     fn ranks_are_in_proportion_to_the_root_of_effective_ranks() {
         // 16 and 4 equal energies: effective ranks 16 and 4, so ranks 2 : 1.
         let curve = |k: usize| ErrorCurve::new((0..64).map(|i| f64::from(u8::from(i < k))).collect());
-        let curves = [curve(16), curve(4)];
-        let parameters: Vec<u64> = (0..=64).map(|rank| 128 * rank).collect();
-        let item = |curve| Item {
-            n_weights: 4096,
-            parameters: &parameters,
-            saving_rank: 31,
-            rank_weight: 128.0,
-            bytes: None,
-            curve: Some(curve),
-            sensitivity: 1.0,
-            candidates: &[],
-            is_zero: false,
-        };
-        let items = [item(&curves[0]), item(&curves[1])];
+        let linears = [curve(16), curve(4)].map(|curve| Linear::new(Kind::FACTORS, (64, 64), curve, 1.0));
+        let items = [linears[0].item(), linears[1].item()];
         let choices = EffectiveRank.choices(&items, &Rules::of_keep(&items, 0.5));
-        let [Pick::Rank(first), Pick::Rank(second)] = choices[..] else { panic!("{choices:?}") };
+        let [Pick::Offer(first), Pick::Offer(second)] = choices[..] else { panic!("{choices:?}") };
         assert!(first.abs_diff(2 * second) <= 1 && first + second >= 30, "{first} {second}");
     }
 }

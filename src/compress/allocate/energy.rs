@@ -15,7 +15,11 @@ impl Allocator for Energy {
 
     fn choices(&self, items: &[Item<'_>], rules: &Rules) -> Vec<Pick> {
         let at = |share: f64| -> Vec<Pick> {
-            items.iter().map(|item| item.pick(smallest_rank(item.curve(), share), rules)).collect()
+            items
+                .iter()
+                .map(Item::ladder)
+                .map(|ladder| ladder.pick(smallest_rank(ladder.statistic().spectrum, share), rules))
+                .collect()
         };
         let asked = at(self.share.unwrap_or(1.0));
         if cost(items, &asked) <= rules.budget { asked } else { largest_affordable(items, rules, at) }
@@ -23,10 +27,10 @@ impl Allocator for Energy {
 }
 
 /// Smallest rank whose energies sum to `share` of the total.
-fn smallest_rank(curve: &ErrorCurve, share: f64) -> usize {
-    let allowed = (1.0 - share) * curve.squared_error(0);
+fn smallest_rank(spectrum: &ErrorCurve, share: f64) -> usize {
+    let allowed = (1.0 - share) * spectrum.squared_error(0);
     let mut dropped = 0.0;
-    let kept = curve.energies().iter().rposition(|energy| {
+    let kept = spectrum.energies().iter().rposition(|energy| {
         dropped += energy;
         dropped > allowed
     });

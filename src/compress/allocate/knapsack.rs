@@ -4,7 +4,7 @@
 //! kept; steps along the hulls are taken in the order of error saved per cost, the optimum of the Lagrangian relaxation
 //! (Everett 1963). What remains of the budget is spent on the single changes that save most.
 
-use super::{Allocator, Item, Pick, Rules, Spectra};
+use super::{Allocator, Item, Ladder, Offer, Offers, Pick, Rules, Spectra};
 
 pub(super) struct Knapsack;
 
@@ -14,6 +14,12 @@ struct PricedPick {
     pick: Pick,
     cost: u64,
     error: f64,
+}
+
+impl Item<'_> {
+    fn priced_pick(&self, pick: Pick) -> PricedPick {
+        PricedPick { pick, cost: self.cost(pick), error: self.error(pick) }
+    }
 }
 
 impl Allocator for Knapsack {
@@ -49,7 +55,7 @@ impl Allocator for Knapsack {
             chosen[i] = to;
         };
         // The steps of quantized bases are wide, so enough may remain to be worth exchanging for.
-        let is_coarse = items.iter().any(|item| !item.candidates.is_empty()) && left >= 0;
+        let is_coarse = items.iter().any(|item| matches!(item.offers, Offers::Menu(_))) && left >= 0;
         let mut exchanges = if is_coarse { EXCHANGES } else { 0 };
         loop {
             while let Some((i, better)) = best_change(&candidates, &chosen, left) {
@@ -65,36 +71,31 @@ impl Allocator for Knapsack {
     }
 }
 
-/// All ranks that save, from the floor up, then dense; in ascending cost and falling error.
+/// What an item may become, in ascending cost and falling error.
 fn candidates(item: &Item<'_>, rules: &Rules) -> Vec<PricedPick> {
-    if !item.candidates.is_empty() {
-        return priced_candidates(item);
+    match item.offers {
+        Offers::Ranks(ladder) => candidates_by_rank(item, &ladder, rules),
+        Offers::Menu(menu) => undominated(item, menu),
+        Offers::Free(free) => undominated(item, &[free]),
     }
-    let energies = item.curve().energies();
-    // tail[r] = Σ_{i ≥ r} σ_i²
-    let mut tail = vec![0.0; energies.len() + 1];
-    for (i, energy) in energies.iter().enumerate().rev() {
-        tail[i] = tail[i + 1] + energy;
-    }
-    let error = |rank: usize| item.sensitivity * tail[rank.min(energies.len())];
-    let dense = PricedPick { pick: Pick::Dense, cost: item.dense_cost(), error: 0.0 };
-    let mut candidates: Vec<PricedPick> = (item.smallest_rank(rules)..=item.saving_rank)
+}
+
+/// All ranks that save, from the floor up, then dense.
+fn candidates_by_rank(item: &Item<'_>, ladder: &Ladder<'_>, rules: &Rules) -> Vec<PricedPick> {
+    let dense = item.priced_pick(Pick::Dense);
+    let mut candidates: Vec<PricedPick> = (ladder.smallest_rank(rules)..=ladder.saving_rank())
         .step_by(rules.multiple)
-        .map(|rank| PricedPick { pick: Pick::Rank(rank), cost: item.cost(Pick::Rank(rank)), error: error(rank) })
+        .map(|rank| item.priced_pick(Pick::Offer(rank)))
         .filter(|candidate| candidate.cost < dense.cost)
         .collect();
     candidates.push(dense);
     candidates
 }
 
-/// The quantized bases and ranks, and dense, that no other candidate beats in both cost and error, in ascending cost.
-fn priced_candidates(item: &Item<'_>) -> Vec<PricedPick> {
-    let priced = |at: usize| {
-        let pick = Pick::Candidate(at);
-        PricedPick { pick, cost: item.cost(pick), error: item.error(pick) }
-    };
-    let mut candidates: Vec<PricedPick> = (0..item.candidates.len()).map(priced).collect();
-    candidates.push(PricedPick { pick: Pick::Dense, cost: item.dense_cost(), error: 0.0 });
+/// The offers, and dense, that no other candidate beats in both cost and error.
+fn undominated(item: &Item<'_>, offers: &[Offer]) -> Vec<PricedPick> {
+    let picks = (0..offers.len()).map(Pick::Offer).chain([Pick::Dense]);
+    let mut candidates: Vec<PricedPick> = picks.map(|pick| item.priced_pick(pick)).collect();
     candidates.sort_by(|x, y| x.cost.cmp(&y.cost).then(x.error.total_cmp(&y.error)));
     let mut least = f64::INFINITY;
     candidates.retain(|c| {
@@ -195,7 +196,8 @@ pub(super) fn widest_step(items: &[Item<'_>], rules: &Rules) -> f64 {
 mod tests {
     use proptest::prelude::*;
 
-    use super::super::{Candidate, cost};
+    use super::super::cost;
+    use super::super::tests::Linear;
     use super::*;
     use crate::approx::low_rank::ErrorCurve;
     use crate::operator::Kind;
@@ -207,16 +209,10 @@ mod tests {
             linears in proptest::collection::vec((3usize..7, 3usize..7, 0.2f64..0.99, 0.1f64..10.0), 1..4), keep in 0.3f64..1.0,
         ) {
             for layout in Kind::layouts() {
-                let curves: Vec<ErrorCurve> =
-                    linears.iter().map(|&(m, n, decay, _)| ErrorCurve::new((0..m.min(n)).map(|i| decay.powi(i as i32)).collect())).collect();
-                let parameters: Vec<Vec<u64>> = linears.iter()
-                    .map(|&(m, n, ..)| (0..=layout.fitting().largest_rank((m, n))).map(|rank| layout.n_parameters(rank, (m, n))).collect()).collect();
-                let items: Vec<Item<'_>> = linears.iter().zip(&curves).zip(&parameters)
-                    .map(|((&(m, n, _, sensitivity), curve), parameters)| Item {
-                        n_weights: (m * n) as u64, parameters, saving_rank: layout.fitting().largest_saving_rank((m, n)),
-                        rank_weight: (m + n) as f64, bytes: None, curve: Some(curve), sensitivity, candidates: &[], is_zero: false,
-                    })
-                    .collect();
+                let curve = |m: usize, n, decay: f64| ErrorCurve::new((0..m.min(n)).map(|i| decay.powi(i as i32)).collect());
+                let linears: Vec<Linear> = linears.iter()
+                    .map(|&(m, n, decay, sensitivity)| Linear::new(layout, (m, n), curve(m, n, decay), sensitivity)).collect();
+                let items: Vec<Item<'_>> = linears.iter().map(Linear::item).collect();
                 let rules = Rules::of_keep(&items, keep);
                 let all: Vec<Vec<PricedPick>> = items.iter().map(|item| candidates(item, &rules)).collect();
                 let mut combinations = vec![(0u64, 0.0f64)];
@@ -238,26 +234,17 @@ mod tests {
 
     #[test]
     fn candidates_are_chosen_by_error_for_their_bytes() {
-        let candidate = |cost, error| Candidate { cost, error };
         // Expensive and inaccurate, dominated, and the two on the hull.
-        let menu = [candidate(20, 8.0), candidate(50, 7.0), candidate(40, 2.0), candidate(45, 2.5)];
-        let item = |sensitivity| Item {
-            n_weights: 100,
-            parameters: &[],
-            saving_rank: 0,
-            rank_weight: 20.0,
-            bytes: Some((200, &[])),
-            curve: None,
-            sensitivity,
-            candidates: &menu,
-            is_zero: false,
+        let menu = |sensitivity: f64| {
+            [(20, 8.0), (50, 7.0), (40, 2.0), (45, 2.5)].map(|(cost, error)| Offer { cost, error: sensitivity * error })
         };
-        let items = [item(1.0), item(10.0)];
+        let menus = [menu(1.0), menu(10.0)];
+        let items = [0, 1].map(|i| Item { dense_cost: 200, offers: Offers::Menu(&menus[i]) });
         let chosen = |budget| {
             let rules = Rules { budget, ..Rules::of_keep(&items, 0.5) };
             Knapsack.choices(&items, &rules)
         };
-        let (small, large) = (Pick::Candidate(0), Pick::Candidate(2));
+        let (small, large) = (Pick::Offer(0), Pick::Offer(2));
         assert_eq!(chosen(40), [small, small]);
         assert_eq!(chosen(79), [small, large]);
         assert_eq!(chosen(80), [large, large]);

@@ -1,9 +1,11 @@
-//! Chooses a rank for each linear, under a budget of parameters or bytes. Each allocator is one file and one line in
-//! [`Ranks::allocator`].
+//! Chooses a rank for each linear, under a budget of parameters or bytes, by costs and errors. Each allocator is one file and one line
+//! in [`Ranks::allocator`].
 
 mod effective_rank;
 mod energy;
 mod fixed;
+mod frontier;
+mod item;
 mod knapsack;
 mod uniform;
 mod welore;
@@ -13,106 +15,8 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::approx::low_rank::ErrorCurve;
-
-/// The choice for an item.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Pick {
-    /// The item stays as it is.
-    Dense,
-    /// All weights of the item are zero: rank 0.
-    Zeros,
-    /// A low rank.
-    Rank(usize),
-    /// The candidate with this index.
-    Candidate(usize),
-}
-
-/// Something that a budget is spent on, described by costs and errors alone.
-#[derive(Debug, Clone, Copy)]
-pub struct Item<'a> {
-    /// Number of weights as it is.
-    pub n_weights: u64,
-    /// Number of parameters at every rank from 0 to the largest possible.
-    pub parameters: &'a [u64],
-    /// Largest rank with fewer parameters.
-    pub saving_rank: usize,
-    /// Weight of a rank relative to those of other items: rows plus columns.
-    pub rank_weight: f64,
-    /// Bytes as it is, and at every rank from 0, if the budget is in bytes.
-    pub bytes: Option<(u64, &'a [u64])>,
-    /// The spectrum that the allocator needs.
-    pub curve: Option<&'a ErrorCurve>,
-    /// Cost to the model of a unit of squared error; it makes errors of items comparable.
-    pub sensitivity: f64,
-    /// The alternatives to ranks; if there are any, the item gets no rank.
-    pub candidates: &'a [Candidate],
-    /// Whether all weights are zero: the item then gets rank 0, and needs no spectrum.
-    pub is_zero: bool,
-}
-
-/// An alternative that an item may be replaced by.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Candidate {
-    /// In the unit of the budget.
-    pub cost: u64,
-    /// Squared error, in the metric of the curves.
-    pub error: f64,
-}
-
-impl Item<'_> {
-    /// The cost of the item as it is.
-    pub fn dense_cost(&self) -> u64 {
-        self.bytes.map_or(self.n_weights, |(dense, _)| dense)
-    }
-
-    /// The cost of a pick.
-    ///
-    /// # Panics
-    /// If it is not possible for the item.
-    pub fn cost(&self, pick: Pick) -> u64 {
-        let ranks = self.bytes.map_or(self.parameters, |(_, ranks)| ranks);
-        match pick {
-            Pick::Dense => self.dense_cost(),
-            Pick::Zeros => ranks.first().copied().unwrap_or(0),
-            Pick::Rank(rank) => ranks[rank],
-            Pick::Candidate(at) => self.candidates[at].cost,
-        }
-    }
-
-    /// Largest possible rank.
-    fn largest_rank(&self) -> usize {
-        self.parameters.len().saturating_sub(1)
-    }
-
-    /// `rank`, rounded down to the rules' multiple; dense if low rank would not save anything.
-    fn pick(&self, rank: usize, rules: &Rules) -> Pick {
-        if rank > self.saving_rank {
-            return Pick::Dense;
-        }
-        let rank = rules.round_down(rank).max(self.smallest_rank(rules));
-        if rank > self.saving_rank { Pick::Dense } else { Pick::Rank(rank) }
-    }
-
-    /// The floor: a share of the uniform rank, and at least the multiple.
-    fn smallest_rank(&self, rules: &Rules) -> usize {
-        let uniform = uniform::rank(self, rules.keep);
-        rules.round_down((rules.floor * uniform as f64) as usize).max(rules.multiple)
-    }
-
-    fn curve(&self) -> &ErrorCurve {
-        self.curve.expect("invariant: an allocator gets the spectra that it asks for")
-    }
-
-    /// Weighted squared error of a pick.
-    fn error(&self, pick: Pick) -> f64 {
-        match pick {
-            Pick::Dense | Pick::Zeros => 0.0,
-            Pick::Rank(rank) => self.sensitivity * self.curve().squared_error(rank),
-            Pick::Candidate(at) => self.sensitivity * self.candidates[at].error,
-        }
-    }
-}
+pub(super) use frontier::{Point, frontier};
+pub use item::{Item, Ladder, Offer, Offers, Pick, Statistic, offers_by_rank};
 
 /// The rules for every allocator.
 #[derive(Debug, Clone, Copy)]
@@ -132,7 +36,7 @@ pub struct Rules {
 impl Rules {
     /// A budget of `keep` of the parameters of all items: ⌊keep · Σ m n⌋.
     pub fn of_keep(items: &[Item<'_>], keep: f64) -> Self {
-        let total: u64 = items.iter().map(Item::dense_cost).sum();
+        let total: u64 = items.iter().map(|item| item.dense_cost).sum();
         // Slightly above, so that 0.7 of 10 is 7 and not 6.
         let budget = (keep * total as f64 + 1e-6).floor() as u64;
         Self { budget, keep, floor: 0.0, multiple: 1, fill: false }
@@ -163,20 +67,21 @@ pub trait Allocator {
     fn choices(&self, items: &[Item<'_>], rules: &Rules) -> Vec<Pick>;
 }
 
-/// The choices of `ranks` under the budget, or the smallest ranks if even they exceed it. Items of zeros get rank 0,
-/// which leaves their share of the budget to the others.
+/// The choices of `ranks` under the budget, or the smallest ranks if even they exceed it. Free offers are taken, which leaves their
+/// share of the budget to the other items.
 pub fn allocate(ranks: Ranks, items: &[Item<'_>], rules: &Rules) -> Vec<Pick> {
     if rules.keep >= 1.0 && ranks.is_budgeted() {
         return vec![Pick::Dense; items.len()];
     }
-    let others: Vec<Item<'_>> = items.iter().filter(|item| !item.is_zero).copied().collect();
+    let is_free = |item: &Item<'_>| matches!(item.offers, Offers::Free(_));
+    let others: Vec<Item<'_>> = items.iter().filter(|item| !is_free(item)).copied().collect();
     let mut found = ranks.allocator().choices(&others, rules);
     if rules.fill && ranks.is_budgeted() {
         fill(&others, rules, &mut found);
     }
     let mut found = found.into_iter();
     let mut next = || found.next().expect("invariant: an allocator makes a choice an item");
-    items.iter().map(|item| if item.is_zero { Pick::Zeros } else { next() }).collect()
+    items.iter().map(|item| if is_free(item) { Pick::Offer(0) } else { next() }).collect()
 }
 
 /// Total cost of choices.
@@ -189,15 +94,10 @@ fn fill(items: &[Item<'_>], rules: &Rules, choices: &mut [Pick]) {
     let mut left = rules.budget.saturating_sub(cost(items, choices));
     loop {
         let step = |(i, item): (usize, &Item<'_>)| {
-            let Pick::Rank(rank) = choices[i] else { return None };
-            let next = item.pick(rank + rules.multiple, rules);
+            let (Pick::Offer(rank), Offers::Ranks(ladder)) = (choices[i], item.offers) else { return None };
+            let next = ladder.pick(rank + rules.multiple, rules);
             let extra = item.cost(next).checked_sub(item.cost(choices[i]))?;
-            let error = |pick: Pick| match (item.curve, pick) {
-                // Without a spectrum, ranks grow evenly.
-                (None, Pick::Rank(r)) => 1.0 / (r + 1) as f64,
-                (_, pick) => item.error(pick),
-            };
-            let gain = (error(choices[i]) - error(next)) / extra.max(1) as f64;
+            let gain = (item.error(choices[i]) - item.error(next)) / extra.max(1) as f64;
             (extra <= left && next != choices[i]).then_some((gain, i, next, extra))
         };
         let best =
@@ -321,6 +221,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::approx::low_rank::ErrorCurve;
     use crate::operator::{Kind, Shape};
 
     const BUDGETED: [Ranks; 5] =
@@ -337,73 +238,115 @@ mod tests {
         }
     }
 
-    /// Shape, curve and sensitivity of a linear.
-    type Linear = (Shape, ErrorCurve, f64);
+    /// Owns what an item borrows.
+    pub(super) struct Linear {
+        shape: Shape,
+        spectrum: ErrorCurve,
+        parameters: Vec<u64>,
+        dense_cost: u64,
+        offers: Vec<Offer>,
+    }
+
+    impl Linear {
+        /// Priced in parameters.
+        pub fn new(kind: Kind, shape: Shape, spectrum: ErrorCurve, sensitivity: f64) -> Self {
+            let ranks = 0..=kind.fitting().largest_rank(shape);
+            let parameters: Vec<u64> = ranks.map(|rank| kind.n_parameters(rank, shape)).collect();
+            let offers = offers_by_rank(&parameters, Some(&spectrum), sensitivity);
+            Self { shape, spectrum, parameters, dense_cost: (shape.0 * shape.1) as u64, offers }
+        }
+
+        /// Two bytes per parameter, and a constant as for a header or a permutation.
+        fn in_bytes(mut self) -> Self {
+            self.dense_cost = 2 * self.dense_cost + 90;
+            self.offers.iter_mut().for_each(|offer| offer.cost = 2 * offer.cost + 200);
+            self
+        }
+
+        pub fn item(&self) -> Item<'_> {
+            let (m, n) = self.shape;
+            let ladder = Ladder {
+                offers: &self.offers,
+                parameters: &self.parameters,
+                n_weights: (m * n) as u64,
+                statistic: Some(Statistic { spectrum: &self.spectrum, rank_price: (m + n) as f64 }),
+            };
+            Item { dense_cost: self.dense_cost, offers: Offers::Ranks(ladder) }
+        }
+    }
+
+    /// Shape, spectrum and sensitivity of a linear.
+    type Given = (Shape, ErrorCurve, f64);
 
     prop_compose! {
         fn linear()(m in 2usize..80, n in 2usize..80)
             (values in proptest::collection::vec(0.0f64..1e6, m.min(n)), m in Just(m), n in Just(n), s in 0.1f64..10.0)
-            -> Linear {
+            -> Given {
             let mut values = values;
             values.sort_by(|x, y| y.total_cmp(x));
             ((m, n), ErrorCurve::new(values), s)
         }
     }
 
-    /// The costs of the ranks of linears, in parameters and in bytes.
-    struct Costs {
-        parameters: Vec<Vec<u64>>,
-        bytes: Vec<(u64, Vec<u64>)>,
+    /// Linears in a layout, priced in parameters.
+    fn priced(given: &[Given], kind: Kind) -> Vec<Linear> {
+        given.iter().map(|(shape, curve, sensitivity)| Linear::new(kind, *shape, curve.clone(), *sensitivity)).collect()
     }
 
-    impl Costs {
-        /// Two bytes per parameter, and a constant as for a header or a permutation.
-        fn of(linears: &[Linear], kind: Kind) -> Self {
-            let ranks = |shape: Shape| 0..=kind.fitting().largest_rank(shape);
-            let parameters = |(shape, ..): &Linear| ranks(*shape).map(|r| kind.n_parameters(r, *shape)).collect();
-            let bytes = |(shape, ..): &Linear| {
-                let cost = |r: usize| 2 * kind.n_parameters(r, *shape) + 200;
-                (2 * (shape.0 * shape.1) as u64 + 90, ranks(*shape).map(cost).collect())
-            };
-            Self { parameters: linears.iter().map(parameters).collect(), bytes: linears.iter().map(bytes).collect() }
+    #[test]
+    fn ranks_that_save_are_those_of_the_layout() {
+        for kind in Kind::layouts() {
+            for (m, n) in [(2, 3), (12, 12), (8, 64), (48, 20), (64, 64)] {
+                let linear = Linear::new(kind, (m, n), ErrorCurve::new(vec![1.0; m.min(n)]), 1.0);
+                let saving_rank = kind.fitting().largest_saving_rank((m, n));
+                assert_eq!(linear.item().ladder().saving_rank(), saving_rank, "{kind:?} {m} {n}");
+            }
         }
+    }
 
-        fn items<'a>(&'a self, linears: &'a [Linear], kind: Kind, in_bytes: bool) -> Vec<Item<'a>> {
-            let item = |(i, (shape, curve, sensitivity)): (usize, &'a Linear)| Item {
-                n_weights: (shape.0 * shape.1) as u64,
-                parameters: &self.parameters[i],
-                saving_rank: kind.fitting().largest_saving_rank(*shape),
-                rank_weight: (shape.0 + shape.1) as f64,
-                bytes: in_bytes.then(|| (self.bytes[i].0, &self.bytes[i].1[..])),
-                curve: Some(curve),
-                sensitivity: *sensitivity,
-                candidates: &[],
-                is_zero: false,
-            };
-            linears.iter().enumerate().map(item).collect()
+    #[test]
+    fn offers_have_the_errors_of_the_curve() {
+        let curve = ErrorCurve::new(vec![0.7, 0.1, 0.1, 1e-17, 0.0]);
+        let offers = offers_by_rank(&[0, 3, 6, 9, 12, 15], Some(&curve), 0.3);
+        for (rank, offer) in offers.into_iter().enumerate() {
+            assert_eq!((offer.cost, offer.error), (3 * rank as u64, 0.3 * curve.squared_error(rank)));
         }
+    }
+
+    #[test]
+    fn free_offers_leave_their_share_to_others() {
+        let linear = Linear::new(Kind::FACTORS, (40, 40), ErrorCurve::new(vec![1.0; 40]), 1.0);
+        let zeros = Item { dense_cost: 1600, offers: Offers::Free(Offer { cost: 0, error: 0.0 }) };
+        let items = [zeros, linear.item()];
+        let picks = |keep| allocate(Ranks::Knapsack, &items, &Rules::of_keep(&items, keep));
+        assert_eq!(picks(0.6), [Pick::Offer(0), Pick::Dense]);
+        assert_eq!(picks(0.25), [Pick::Offer(0), Pick::Offer(10)]);
+        assert_eq!(picks(1.0), [Pick::Dense, Pick::Dense]);
     }
 
     proptest! {
         #[test]
         fn budgets_are_kept_and_ranks_are_possible(
-            linears in proptest::collection::vec(linear(), 1..12), keep in 0.05f64..1.2,
+            given in proptest::collection::vec(linear(), 1..12), keep in 0.05f64..1.2,
             multiple in 1usize..5, floor in 0.0f64..0.6, in_bytes: bool,
         ) {
             for kind in Kind::layouts() {
-                let costs = Costs::of(&linears, kind);
-                let items = costs.items(&linears, kind, in_bytes);
+                let linears = priced(&given, kind).into_iter();
+                let linears: Vec<Linear> = linears.map(|linear| if in_bytes { linear.in_bytes() } else { linear }).collect();
+                let items: Vec<Item<'_>> = linears.iter().map(Linear::item).collect();
                 for ranks in BUDGETED {
                     let rules = Rules { floor, multiple, fill: in_bytes, ..Rules::of_keep(&items, keep) };
                     let picks = allocate(ranks, &items, &rules);
                     prop_assert_eq!(picks.len(), items.len());
                     // Every linear keeps its smallest rank, even if a very small budget cannot pay for it.
-                    let floor: u64 = items.iter().map(|i| i.cost(i.pick(i.smallest_rank(&rules), &rules))).sum();
+                    let smallest = |ladder: &Ladder<'_>| ladder.pick(ladder.smallest_rank(&rules), &rules);
+                    let floor: u64 = items.iter().map(|item| item.cost(smallest(item.ladder()))).sum();
                     let spent = cost(&items, &picks);
                     prop_assert!(spent <= rules.budget.max(floor), "{} spends {} of {}", ranks, spent, rules.budget);
                     for (pick, item) in picks.iter().zip(&items) {
-                        if let Pick::Rank(r) = pick {
-                            prop_assert!(*r >= item.smallest_rank(&rules) && *r <= item.saving_rank);
+                        if let Pick::Offer(r) = pick {
+                            let ladder = item.ladder();
+                            prop_assert!(*r >= ladder.smallest_rank(&rules) && *r <= ladder.saving_rank());
                             prop_assert_eq!(r % multiple, 0);
                         }
                         if keep >= 1.0 {
@@ -414,8 +357,8 @@ mod tests {
                         // No further step of rank is affordable.
                         let left = rules.budget - spent;
                         for (&pick, item) in picks.iter().zip(&items) {
-                            if let Pick::Rank(r) = pick {
-                                let next = item.pick(r + multiple, &rules);
+                            if let Pick::Offer(r) = pick {
+                                let next = item.ladder().pick(r + multiple, &rules);
                                 prop_assert!(item.cost(next) <= item.cost(pick) || item.cost(next) - item.cost(pick) > left);
                             }
                         }
@@ -425,10 +368,10 @@ mod tests {
         }
 
         #[test]
-        fn no_allocator_beats_the_knapsack(linears in proptest::collection::vec(linear(), 1..12), keep in 0.3f64..1.0) {
+        fn no_allocator_beats_the_knapsack(given in proptest::collection::vec(linear(), 1..12), keep in 0.3f64..1.0) {
             for kind in Kind::layouts() {
-                let costs = Costs::of(&linears, kind);
-                let items = costs.items(&linears, kind, false);
+                let linears = priced(&given, kind);
+                let items: Vec<Item<'_>> = linears.iter().map(Linear::item).collect();
                 let rules = Rules::of_keep(&items, keep);
                 let spend = |ranks| {
                     let picks = allocate(ranks, &items, &rules);

@@ -1,7 +1,7 @@
 //! The same share of parameters for every linear, as in all published tools: the largest rank that costs at most `keep`
 //! of the matrix, `⌊keep · m n / (m + n)⌋` for factors.
 
-use super::{Allocator, Item, Pick, Rules, Spectra, largest_affordable};
+use super::{Allocator, Item, Ladder, Pick, Rules, Spectra, largest_affordable};
 
 pub(super) struct Uniform;
 
@@ -11,8 +11,10 @@ impl Allocator for Uniform {
     }
 
     fn choices(&self, items: &[Item<'_>], rules: &Rules) -> Vec<Pick> {
-        let at =
-            |keep: f64| -> Vec<Pick> { items.iter().map(|item| item.pick(rank(item, keep).max(1), rules)).collect() };
+        let at = |keep: f64| -> Vec<Pick> {
+            let ladders = items.iter().map(Item::ladder);
+            ladders.map(|ladder| ladder.pick(rank(ladder, keep).max(1), rules)).collect()
+        };
         let choices = at(rules.keep);
         // A budget in bytes also includes headers.
         if super::cost(items, &choices) <= rules.budget { choices } else { largest_affordable(items, rules, at) }
@@ -20,45 +22,36 @@ impl Allocator for Uniform {
 }
 
 /// Largest rank with at most `keep` of the parameters of the matrix.
-pub(super) fn rank(item: &Item<'_>, keep: f64) -> usize {
-    let largest = item.largest_rank();
+pub(super) fn rank(ladder: &Ladder<'_>, keep: f64) -> usize {
+    let largest = ladder.largest_rank();
     if keep >= 1.0 {
         return largest;
     }
-    let budget = (keep * item.n_weights as f64 + 1e-6).floor() as u64;
-    item.parameters.partition_point(|&parameters| parameters <= budget).saturating_sub(1).min(largest)
+    let budget = (keep * ladder.n_weights as f64 + 1e-6).floor() as u64;
+    ladder.parameters.partition_point(|&parameters| parameters <= budget).saturating_sub(1).min(largest)
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::tests::Linear;
+    use super::super::{Ranks, allocate};
     use super::*;
+    use crate::approx::low_rank::ErrorCurve;
     use crate::operator::Kind;
 
     #[test]
     fn ranks_follow_the_formula() {
         for (shape, keep, factors, pivot) in [
-            ((64, 64), 0.8, Pick::Rank(25), Pick::Rank(35)),
-            ((172, 64), 0.8, Pick::Rank(37), Pick::Rank(46)),
-            ((2048, 5632), 0.8, Pick::Rank(1201), Pick::Rank(1490)),
-            ((64, 64), 0.999, Pick::Rank(31), Pick::Rank(61)),
-            ((1000, 2), 0.5, Pick::Rank(1), Pick::Rank(1)),
+            ((64, 64), 0.8, Pick::Offer(25), Pick::Offer(35)),
+            ((172, 64), 0.8, Pick::Offer(37), Pick::Offer(46)),
+            ((2048, 5632), 0.8, Pick::Offer(1201), Pick::Offer(1490)),
+            ((64, 64), 0.999, Pick::Offer(31), Pick::Offer(61)),
+            ((1000, 2), 0.5, Pick::Offer(1), Pick::Offer(1)),
         ] {
             for (kind, expected) in [(Kind::FACTORS, factors), (Kind::default(), pivot)] {
-                let largest = kind.fitting().largest_rank(shape);
-                let parameters: Vec<u64> = (0..=largest).map(|rank| kind.n_parameters(rank, shape)).collect();
-                let item = Item {
-                    n_weights: (shape.0 * shape.1) as u64,
-                    parameters: &parameters,
-                    saving_rank: kind.fitting().largest_saving_rank(shape),
-                    rank_weight: (shape.0 + shape.1) as f64,
-                    bytes: None,
-                    curve: None,
-                    sensitivity: 1.0,
-                    candidates: &[],
-                    is_zero: false,
-                };
-                let picks =
-                    super::super::allocate(super::super::Ranks::Uniform, &[item], &Rules::of_keep(&[item], keep));
+                let linear = Linear::new(kind, shape, ErrorCurve::new(Vec::new()), 1.0);
+                let items = [linear.item()];
+                let picks = allocate(Ranks::Uniform, &items, &Rules::of_keep(&items, keep));
                 assert_eq!(picks, [expected], "{shape:?} at {keep} {kind:?}");
             }
         }

@@ -6,7 +6,8 @@
 //! (low-rank components), dense ones its N-LRCs. As in the paper the singular values are those of the plain weight,
 //! whatever the metric of the truncation: no text affects the ranks.
 
-use super::{Allocator, ErrorCurve, Item, Pick, Rules, Spectra, cost};
+use super::{Allocator, Item, Pick, Rules, Spectra, cost};
+use crate::approx::low_rank::ErrorCurve;
 
 pub(super) struct Welore;
 
@@ -16,10 +17,11 @@ impl Allocator for Welore {
     }
 
     fn choices(&self, items: &[Item<'_>], rules: &Rules) -> Vec<Pick> {
-        let normalized: Vec<Vec<f64>> = items.iter().map(|item| normalize(item.curve())).collect();
+        let normalized: Vec<Vec<f64>> =
+            items.iter().map(|item| normalize(item.ladder().statistic().spectrum)).collect();
         let at = |k: f64| -> Vec<Pick> {
             let rank = |values: &Vec<f64>| values.partition_point(|&s| s >= k).max(1);
-            normalized.iter().zip(items).map(|(values, item)| item.pick(rank(values), rules)).collect()
+            normalized.iter().zip(items).map(|(values, item)| item.ladder().pick(rank(values), rules)).collect()
         };
         // Ranks change only where k passes a singular value, so bisect over those.
         let mut thresholds: Vec<f64> = normalized.concat();
@@ -31,8 +33,8 @@ impl Allocator for Welore {
 }
 
 /// Singular values mapped to [0, 1], descending; all 1 if they are equal.
-fn normalize(curve: &ErrorCurve) -> Vec<f64> {
-    let values: Vec<f64> = curve.singular_values().collect();
+fn normalize(spectrum: &ErrorCurve) -> Vec<f64> {
+    let values: Vec<f64> = spectrum.singular_values().collect();
     let (max, min) = (values.first().copied().unwrap_or(0.0), values.last().copied().unwrap_or(0.0));
     let span = max - min;
     values.into_iter().map(|s| if span > 0.0 { (s - min) / span } else { 1.0 }).collect()
@@ -40,46 +42,22 @@ fn normalize(curve: &ErrorCurve) -> Vec<f64> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::tests::Linear;
     use super::*;
+    use crate::operator::{Kind, Shape};
 
-    struct Linear {
-        curve: ErrorCurve,
-        parameters: Vec<u64>,
-        shape: (usize, usize),
-    }
-
-    impl Linear {
-        fn new(shape: (usize, usize), curve: ErrorCurve) -> Self {
-            let cost = |rank: usize| (rank * (shape.0 + shape.1)) as u64;
-            Self { curve, parameters: (0..=shape.0.min(shape.1)).map(cost).collect(), shape }
-        }
-    }
-
-    fn items(linears: &[Linear]) -> Vec<Item<'_>> {
-        fn item(Linear { curve, parameters, shape: (m, n) }: &Linear) -> Item<'_> {
-            Item {
-                n_weights: (m * n) as u64,
-                parameters,
-                saving_rank: (m * n - 1) / (m + n),
-                rank_weight: (m + n) as f64,
-                bytes: None,
-                curve: Some(curve),
-                sensitivity: 1.0,
-                candidates: &[],
-                is_zero: false,
-            }
-        }
-        linears.iter().map(item).collect()
+    fn linear(shape: Shape, spectrum: ErrorCurve) -> Linear {
+        Linear::new(Kind::FACTORS, shape, spectrum, 1.0)
     }
 
     #[test]
     fn steep_spectra_give_their_ranks_to_flat_ones() {
         let steep = ErrorCurve::new((0..40).map(|i| 0.5f64.powi(i)).collect());
         let flat = ErrorCurve::new((0..40).map(|i| 1.0 - 0.01 * f64::from(i)).collect());
-        let linears = [Linear::new((40, 40), steep), Linear::new((40, 40), flat)];
-        let items = items(&linears);
+        let linears = [linear((40, 40), steep), linear((40, 40), flat)];
+        let items: Vec<Item<'_>> = linears.iter().map(Linear::item).collect();
         let choices = Welore.choices(&items, &Rules::of_keep(&items, 0.7));
-        let Pick::Rank(rank) = choices[0] else { panic!("the steep one is factored") };
+        let Pick::Offer(rank) = choices[0] else { panic!("the steep one is factored") };
         assert!(rank < 10, "{rank}");
         assert_eq!(choices[1], Pick::Dense);
     }
@@ -88,8 +66,8 @@ mod tests {
     fn a_looser_budget_never_takes_a_rank_away() {
         let curve = |decay: f64| ErrorCurve::new((0..30).map(|i| decay.powi(i)).collect());
         let linears =
-            [((30, 60), 0.9), ((60, 30), 0.8), ((30, 30), 0.95)].map(|(shape, decay)| Linear::new(shape, curve(decay)));
-        let items = items(&linears);
+            [((30, 60), 0.9), ((60, 30), 0.8), ((30, 30), 0.95)].map(|(shape, decay)| linear(shape, curve(decay)));
+        let items: Vec<Item<'_>> = linears.iter().map(Linear::item).collect();
         let mut last = vec![0; 3];
         for keep in [0.1, 0.3, 0.5, 0.7, 0.9, 1.0] {
             let choices = Welore.choices(&items, &Rules::of_keep(&items, keep));

@@ -1,0 +1,146 @@
+//! What allocators see of a linear: costs and errors.
+
+use super::{Rules, uniform};
+use crate::approx::low_rank::ErrorCurve;
+
+/// The choice for an item.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pick {
+    /// The item stays as it is.
+    Dense,
+    /// The offer with this index, which is the rank if offers are ranks.
+    Offer(usize),
+}
+
+/// A possible replacement of an item.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Offer {
+    /// In the unit of the budget.
+    pub cost: u64,
+    /// Squared error, weighted by its cost to the model, so that items compare.
+    pub error: f64,
+}
+
+/// Something that a budget is spent on. It may stay as it is, without an error.
+#[derive(Debug, Clone, Copy)]
+pub struct Item<'a> {
+    /// The cost if it stays as it is, in the unit of the budget.
+    pub dense_cost: u64,
+    /// The possible replacements.
+    pub offers: Offers<'a>,
+}
+
+/// The possible replacements of an item.
+#[derive(Debug, Clone, Copy)]
+pub enum Offers<'a> {
+    /// One that is always taken: rank 0 of a matrix of zeros.
+    Free(Offer),
+    /// One for every rank.
+    Ranks(Ladder<'a>),
+    /// Any others, in no order; only the knapsack takes them.
+    Menu(&'a [Offer]),
+}
+
+/// The offers of every rank from 0 to the largest.
+#[derive(Debug, Clone, Copy)]
+pub struct Ladder<'a> {
+    /// By rank.
+    pub offers: &'a [Offer],
+    /// Cost in parameters by rank. Published methods divide parameters, even if the budget is in bytes.
+    pub parameters: &'a [u64],
+    /// Cost in parameters of the item as it is.
+    pub n_weights: u64,
+    /// For allocators that ask for spectra; the knapsack needs none.
+    pub statistic: Option<Statistic<'a>>,
+}
+
+/// The quantities that WeLore, energy and effective rank are defined by. Errors determine them, but not to the last bit.
+#[derive(Debug, Clone, Copy)]
+pub struct Statistic<'a> {
+    /// In the metric of [`Allocator::spectra`].
+    pub spectrum: &'a ErrorCurve,
+    /// D-Rank's price of a rank: rows plus columns, in any layout.
+    pub rank_price: f64,
+}
+
+/// The offers of ranks with these costs, from rank 0 up. Errors are those of the curve, times `weight`; without a curve they fall so
+/// that ranks grow evenly.
+pub fn offers_by_rank(costs: &[u64], curve: Option<&ErrorCurve>, weight: f64) -> Vec<Offer> {
+    let errors: Vec<f64> = match curve {
+        None => (1..=costs.len()).map(|n| 1.0 / n as f64).collect(),
+        Some(curve) => {
+            let energies = curve.energies();
+            // tail[r] = Σ_{i ≥ r} σ_i²
+            let mut tail = vec![0.0; energies.len() + 1];
+            for (i, energy) in energies.iter().enumerate().rev() {
+                tail[i] = tail[i + 1] + energy;
+            }
+            (0..costs.len()).map(|rank| weight * tail[rank.min(energies.len())]).collect()
+        }
+    };
+    costs.iter().zip(errors).map(|(&cost, error)| Offer { cost, error }).collect()
+}
+
+impl<'a> Item<'a> {
+    /// The cost of a pick.
+    ///
+    /// # Panics
+    /// If it is not possible for the item.
+    pub fn cost(&self, pick: Pick) -> u64 {
+        self.priced(pick).cost
+    }
+
+    /// Weighted squared error of a pick.
+    pub(super) fn error(&self, pick: Pick) -> f64 {
+        self.priced(pick).error
+    }
+
+    fn priced(&self, pick: Pick) -> Offer {
+        match (pick, self.offers) {
+            (Pick::Dense, _) => Offer { cost: self.dense_cost, error: 0.0 },
+            (Pick::Offer(_), Offers::Free(offer)) => offer,
+            (Pick::Offer(at), Offers::Ranks(Ladder { offers, .. }) | Offers::Menu(offers)) => offers[at],
+        }
+    }
+
+    pub(super) fn ladder(&self) -> &Ladder<'a> {
+        match &self.offers {
+            Offers::Ranks(ladder) => ladder,
+            Offers::Free(_) | Offers::Menu(_) => {
+                unreachable!("invariant: only the knapsack gets other offers than ranks")
+            }
+        }
+    }
+}
+
+impl Ladder<'_> {
+    /// Largest possible rank.
+    pub(super) fn largest_rank(&self) -> usize {
+        self.parameters.len().saturating_sub(1)
+    }
+
+    /// Largest rank with fewer parameters than the item as it is.
+    pub(super) fn saving_rank(&self) -> usize {
+        self.parameters.partition_point(|&parameters| parameters < self.n_weights).saturating_sub(1)
+    }
+
+    /// `rank`, rounded down to the rules' multiple; dense if low rank would not save anything.
+    pub(super) fn pick(&self, rank: usize, rules: &Rules) -> Pick {
+        let saving_rank = self.saving_rank();
+        if rank > saving_rank {
+            return Pick::Dense;
+        }
+        let rank = rules.round_down(rank).max(self.smallest_rank(rules));
+        if rank > saving_rank { Pick::Dense } else { Pick::Offer(rank) }
+    }
+
+    /// The floor: a share of the uniform rank, and at least the multiple.
+    pub(super) fn smallest_rank(&self, rules: &Rules) -> usize {
+        let uniform = uniform::rank(self, rules.keep);
+        rules.round_down((rules.floor * uniform as f64) as usize).max(rules.multiple)
+    }
+
+    pub(super) fn statistic(&self) -> Statistic<'_> {
+        self.statistic.expect("invariant: an allocator gets the spectra that it asks for")
+    }
+}
