@@ -38,15 +38,15 @@ pub use described::FORMAT_VERSION;
 pub(crate) use error::io;
 pub use error::{CheckpointError, Result};
 pub use folder::{Earlier, OutputFolder};
-pub use gguf::GgufWriter;
+pub use gguf::{OfGguf, ShownTensor};
 pub(crate) use hash::hex;
 pub use hash::{Fingerprint, sha256_file};
 pub use open::Checkpoint;
 #[cfg(feature = "cli")]
 pub(crate) use paths::folder_of;
 pub use paths::{CONFIG_FILE, INDEX_FILE, REPORT_FILE, SINGLE_FILE};
-pub(crate) use place::create_file;
 pub use place::{Existing, check_file, expect_apart, expect_folder};
+pub(crate) use place::{create_file, open_to_write};
 pub use reader::read_file;
 pub use side::{LeftOut, Side};
 pub use stack::Stack;

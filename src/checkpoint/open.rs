@@ -8,6 +8,7 @@ use serde_json::{Map, Value};
 
 use super::error::{CheckpointError, Result};
 use super::files::{CheckpointFiles, ShardIndex, read_config};
+use super::gguf::OfGguf;
 use super::magic::Kind;
 use super::paths::{CONFIG_FILE, folder_of, is_gguf};
 use super::reader::Shard;
@@ -15,7 +16,6 @@ use super::stack::Stack;
 use super::tensor::TensorInfo;
 use super::view::View;
 use super::{described, gguf, index, settings};
-use crate::codecs::gguf::FamilyOf;
 
 /// An opened checkpoint: every header read and checked, no weight loaded.
 #[derive(Debug)]
@@ -56,15 +56,15 @@ impl Checkpoint {
         Self::open_files(path, None)
     }
 
-    /// Like [`Self::open`], and opens GGUF files as well: `families` gives the table of names of a `model_type`.
+    /// Like [`Self::open`], and opens GGUF files as well: `shown` names its tensors.
     ///
     /// # Errors
-    /// As [`Self::open`], or a tensor of a GGUF file has no name in the checkpoints of its family.
-    pub fn open_with(path: &Path, families: FamilyOf) -> Result<Self> {
-        Self::open_files(path, Some(families))
+    /// As [`Self::open`], or a tensor of a GGUF file has no name.
+    pub fn open_with(path: &Path, shown: OfGguf) -> Result<Self> {
+        Self::open_files(path, Some(shown))
     }
 
-    fn open_files(path: &Path, families: Option<FamilyOf>) -> Result<Self> {
+    fn open_files(path: &Path, shown: Option<OfGguf>) -> Result<Self> {
         let files = CheckpointFiles::find(path)?;
         let (config, config_error) = match read_config(&files.root.join(CONFIG_FILE)) {
             Ok(config) => (config, None),
@@ -82,7 +82,7 @@ impl Checkpoint {
         if let Some(error) = &config_error {
             tracing::warn!("{error}: going by the names and shapes of tensors alone");
         }
-        let opened = Self::of_files(files, config, families)?;
+        let opened = Self::of_files(files, config, shown)?;
         Ok(Self { config_error, ..opened })
     }
 
@@ -96,15 +96,11 @@ impl Checkpoint {
         Self::of_files(files, None, None)
     }
 
-    fn of_files(
-        files: CheckpointFiles,
-        config: Option<Map<String, Value>>,
-        families: Option<FamilyOf>,
-    ) -> Result<Self> {
+    fn of_files(files: CheckpointFiles, config: Option<Map<String, Value>>, shown: Option<OfGguf>) -> Result<Self> {
         let mut shards = files.files.iter().map(|file| Shard::open(file)).collect::<Result<Vec<_>>>()?;
         let mut view = View::default();
         for (shard_idx, shard) in shards.iter().enumerate() {
-            for info in read_header(shard, shard_idx, config.as_ref(), families)? {
+            for info in read_header(shard, shard_idx, config.as_ref(), shown)? {
                 view.order.push(info.name.clone());
                 if let Some(first) = view.tensors.insert(info.name.clone(), info) {
                     return Err(CheckpointError::DuplicateTensor {
@@ -126,7 +122,7 @@ impl Checkpoint {
         // An adapter in the folder of its base is part of the model.
         if let Some(path) = files.adapter() {
             let (shard, shard_idx) = (Shard::open(&path)?, shards.len());
-            let adapter = read_header(&shard, shard_idx, config.as_ref(), families)?;
+            let adapter = read_header(&shard, shard_idx, config.as_ref(), shown)?;
             shards.push(shard);
             view.adapt(adapter);
         }
@@ -227,7 +223,7 @@ fn read_header(
     shard: &Shard,
     shard_idx: usize,
     config: Option<&Map<String, Value>>,
-    families: Option<FamilyOf>,
+    shown: Option<OfGguf>,
 ) -> Result<Vec<TensorInfo>> {
     let (path, bytes) = (shard.path(), shard.bytes());
     if !is_gguf(path) {
@@ -242,9 +238,9 @@ fn read_header(
         path: path.into(),
         reason: "there is no `config.json` beside it".into(),
     })?;
-    let families = families.ok_or_else(|| CheckpointError::NotACheckpoint {
+    let shown = shown.ok_or_else(|| CheckpointError::NotACheckpoint {
         path: path.into(),
         reason: "it is a GGUF file, and the caller gave no table of its names".into(),
     })?;
-    gguf::read_header(path, bytes, shard_idx, config, families)
+    gguf::read_header(path, bytes, shard_idx, config, shown)
 }

@@ -197,7 +197,7 @@ fn to_write() -> OpenOptions {
 }
 
 /// Opens a file to write parts of it; the rest keeps its content.
-pub(super) fn open_to_write(path: &Path) -> Result<File> {
+pub(crate) fn open_to_write(path: &Path) -> Result<File> {
     to_write().truncate(false).open(path).map_err(io("create", path))
 }
 

@@ -11,7 +11,7 @@ use super::tensor::{Codec, Encoded, TensorInfo};
 use crate::codecs::cast::Dtype;
 use crate::codecs::packed::{self, PackedEntry};
 use crate::codecs::peft::{self, Factor};
-use crate::codecs::{compressed_tensors, gptq};
+use crate::codecs::{compressed_tensors, gguf, gptq};
 
 /// The tensors of a checkpoint by name, and their order.
 #[derive(Debug, Default)]
@@ -158,7 +158,11 @@ impl View {
     /// Adds an adapter to its base: `X.weight` becomes `X.base.weight`, beside `X.lr_a.weight` and `X.lr_b.weight`.
     pub fn adapt(&mut self, adapter: Vec<TensorInfo>) {
         for info in adapter {
-            let Some((module, factor)) = peft::parse(&info.name) else { continue };
+            let of_gguf = || {
+                let (weight, factor) = gguf::split_factor(&info.name)?;
+                Some((weight.strip_suffix(".weight")?, factor))
+            };
+            let Some((module, factor)) = peft::parse(&info.name).or_else(of_gguf) else { continue };
             for tensor in ["weight", "bias"] {
                 self.rename(&format!("{module}.{tensor}"), format!("{module}.{}.{tensor}", peft::SHOWN_BASE));
             }

@@ -35,15 +35,10 @@ pub fn names(module: &str) -> [String; 2] {
     ["lora_A", "lora_B"].map(|part| format!("{PREFIX}{module}.{part}.weight"))
 }
 
-/// The module and factor of a tensor. GGUF factors, renamed as in a checkpoint, end in `.weight.lora_a`.
+/// The module and factor of a tensor; the inverse of [`names`].
 pub fn parse(tensor: &str) -> Option<(&str, Factor)> {
     let rest = tensor.strip_prefix(PREFIX).unwrap_or(tensor);
-    let suffixes = [
-        (".lora_A.weight", Factor::A),
-        (".lora_B.weight", Factor::B),
-        (".weight.lora_a", Factor::A),
-        (".weight.lora_b", Factor::B),
-    ];
+    let suffixes = [(".lora_A.weight", Factor::A), (".lora_B.weight", Factor::B)];
     suffixes.into_iter().find_map(|(suffix, factor)| Some((rest.strip_suffix(suffix)?, factor)))
 }
 
@@ -90,8 +85,7 @@ mod tests {
             let [a, b] = names(&module);
             proptest::prop_assert_eq!(parse(&a), Some((module.as_str(), Factor::A)));
             proptest::prop_assert_eq!(parse(&b), Some((module.as_str(), Factor::B)));
-            let [factor, weight] = ["weight.lora_b", "weight"].map(|suffix| format!("{module}.{suffix}"));
-            proptest::prop_assert_eq!(parse(&factor), Some((module.as_str(), Factor::B)));
+            let weight = format!("{module}.weight");
             proptest::prop_assert_eq!(parse(&weight), None);
         }
     }

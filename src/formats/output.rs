@@ -6,10 +6,11 @@ use std::path::Path;
 use anyhow::Result;
 use serde_json::{Map, Value};
 
+use super::gguf::file::GgufFile;
 use super::{Adapter, Container, Exporter, Format, NamedBytes, OutTensor, Source, Target, refusal, stacks_apart};
 use crate::checkpoint::{
-    CONFIG_FILE, Checkpoint, CheckpointError, GgufWriter, LeftOut, OutputFolder, SafetensorsWriter, Side, Stack,
-    TensorSpec, cast, io, json, writer_bytes,
+    CONFIG_FILE, Checkpoint, CheckpointError, LeftOut, OutputFolder, SafetensorsWriter, Side, Stack, TensorSpec, cast,
+    io, json, writer_bytes,
 };
 use crate::codecs::gguf::{self, Element, GgufTensor};
 use crate::codecs::peft;
@@ -218,7 +219,7 @@ pub struct Output<'a> {
 
 enum Writer {
     Safetensors(SafetensorsWriter),
-    Gguf(GgufWriter),
+    Gguf(GgufFile),
 }
 
 impl Writer {
@@ -268,8 +269,7 @@ impl<'a> Output<'a> {
             }
             Container::Gguf { model, adapter } => {
                 let create = |name: &str, metadata, target| {
-                    GgufWriter::create(&folder.path().join(name), metadata, &files.gguf_tensors(target))
-                        .map(Writer::Gguf)
+                    GgufFile::create(&folder.path().join(name), metadata, &files.gguf_tensors(target)).map(Writer::Gguf)
                 };
                 let lora =
                     files.has_adapter().then(|| create(gguf::LORA_FILE, adapter, Target::Adapter)).transpose()?;

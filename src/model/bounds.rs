@@ -19,7 +19,7 @@ use crate::operator::{Kind, part_name};
 /// # Errors
 /// As [`Checkpoint::open_with`], or the config describes other tensors.
 pub fn open(path: &Path) -> Result<Checkpoint> {
-    let checkpoint = Checkpoint::open_with(path, architectures::gguf_family)?;
+    let checkpoint = Checkpoint::open_with(path, architectures::of_gguf)?;
     check_parts(&checkpoint)?;
     check_description(&checkpoint)?;
     Ok(checkpoint)

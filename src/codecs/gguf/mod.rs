@@ -1,16 +1,19 @@
-//! GGUF: file headers, element types, row orders, and how family tables name tensors.
+//! GGUF: headers, element types, the places of tensors and the order of their rows, both ways.
 //!
 //! llama.cpp has its own names for tensors. It rotates neighboring rows of a head where Hugging Face rotates halves, so
-//! families with that kind of rotary embedding store the rows of q and k in another order.
+//! families with that kind of rotary embedding store the rows of q and k in another order. Which name and which order a
+//! tensor has is in the tables of families.
 
+mod data;
 mod element;
+mod factors;
 mod header;
-mod names;
 mod rows;
 
+pub use data::{Damage, Writer, expect_apart};
 pub use element::Element;
+pub use factors::{factor_name, split_factor};
 pub use header::{Entry, GgufTensor, Header, Value, file_bytes, is_begun, read, write};
-pub use names::{Family, FamilyOf};
 pub use rows::Arrangement;
 
 /// The weights, in the output folder.

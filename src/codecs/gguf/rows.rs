@@ -1,9 +1,5 @@
 //! The order of rows in tensors of a GGUF file, and what is added to values.
 
-use serde_json::{Map, Value};
-
-use super::names::Family;
-
 /// How the values of a tensor are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Arrangement {
@@ -19,24 +15,6 @@ pub enum Arrangement {
 }
 
 impl Arrangement {
-    /// The arrangement of a tensor, from the family and the config.
-    pub fn of(tensor: &str, family: &Family, config: &Map<String, Value>) -> Self {
-        if !family.is_interleaved {
-            let is_shifted = family.has_whole_norms && tensor.ends_with("norm.weight");
-            return if is_shifted { Self::PlusOne } else { Self::Same };
-        }
-        let number = |key: &str| config.get(key).and_then(Value::as_u64).map(|n| n as usize);
-        let queries = number("num_attention_heads");
-        let heads = if tensor.contains(".self_attn.q_proj.") {
-            queries
-        } else if tensor.contains(".self_attn.k_proj.") {
-            number("num_key_value_heads").or(queries)
-        } else {
-            None
-        };
-        heads.map_or(Self::Same, |heads| Self::Interleaved { heads })
-    }
-
     /// For each stored row, the index of the model's row.
     fn rows(self, rows: usize) -> Vec<usize> {
         match self {

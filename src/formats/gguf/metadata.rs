@@ -2,7 +2,8 @@
 
 use serde_json::{Map, Value as Json};
 
-use crate::codecs::gguf::{Family, Value};
+use crate::codecs::gguf::Value;
+use crate::model::architectures::gguf::Family;
 
 /// The rotary embedding of a config: transformers takes `rope_scaling` first.
 pub(super) fn rope_fields(config: &Map<String, Json>) -> Option<&Map<String, Json>> {

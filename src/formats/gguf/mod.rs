@@ -3,6 +3,7 @@
 //! Symmetric codes in groups of whole blocks are stored exactly, as Q4_0 up to 4 bits and as Q8_0 up to 8. Matrices
 //! whose rows do not consist of whole blocks keep the dtype of the source.
 
+pub(super) mod file;
 mod metadata;
 mod vocabulary;
 
@@ -16,8 +17,10 @@ use super::{
 };
 use crate::checkpoint::TensorInfo;
 use crate::codecs::cast::{self, Dtype};
-use crate::codecs::gguf::{self, Arrangement, Element, Family};
+use crate::codecs::gguf::{self, Arrangement, Element, factor_name};
+use crate::codecs::peft::Factor;
 use crate::linalg;
+use crate::model::architectures::gguf::Family;
 use crate::model::architectures::{self, gguf_family};
 use crate::model::config::rope_factors;
 use crate::model::{ModelConfig, inventory};
@@ -69,7 +72,7 @@ fn family(source: &Source<'_>) -> Option<&'static Family> {
 
 /// The arrangement of a tensor in the source's family, or the common one.
 fn arrangement(tensor: &str, source: &Source<'_>) -> Arrangement {
-    Arrangement::of(tensor, family(source).unwrap_or(&Family::COMMON), &source.config)
+    family(source).unwrap_or(&Family::COMMON).arrangement(tensor, &source.config)
 }
 
 /// Why llama.cpp would not read the model, no matter what is compressed.
@@ -135,8 +138,8 @@ impl Exporter for Gguf {
             ..plain(weight.clone(), vec![m, n])
         }];
         if let Some(rank) = forms.rank() {
-            for (part, shape) in [("lora_a", vec![rank, n]), ("lora_b", vec![m, rank])] {
-                let name = format!("{weight}.{part}");
+            for (factor, shape) in [(Factor::A, vec![rank, n]), (Factor::B, vec![m, rank])] {
+                let name = factor_name(&weight, factor);
                 tensors
                     .push(OutTensor { target: Target::Adapter, ..OutTensor::plain(name, factor_dtype(linear), shape) });
             }
@@ -164,8 +167,8 @@ impl Exporter for Gguf {
         let mut tensors = vec![NamedBytes::of(weight.clone(), order.to_file(bytes, m))];
         let factors = operator.over.as_ref().and_then(|term| term.form.kind.structure().adapter(&term.parts));
         if let Some([a, b]) = factors {
-            let factor = |part: &str, values: &[f32]| encode(format!("{weight}.{part}"), factor_dtype(linear), values);
-            let (a, b) = (factor("lora_a", &a.values())?, factor("lora_b", &b.values())?);
+            let factor = |of, values: &[f32]| encode(factor_name(&weight, of), factor_dtype(linear), values);
+            let (a, b) = (factor(Factor::A, &a.values())?, factor(Factor::B, &b.values())?);
             let b = NamedBytes { bytes: order.to_file(b.bytes, m), ..b };
             tensors.extend([a, b].map(|factor| NamedBytes { target: Target::Adapter, ..factor }));
         }

@@ -6,7 +6,8 @@ use std::path::Path;
 use serde_json::{Map, Value as Json};
 
 use crate::checkpoint::read_file;
-use crate::codecs::gguf::{Family, Value};
+use crate::codecs::gguf::Value;
+use crate::model::architectures::gguf::Family;
 
 /// Token types, as llama.cpp numbers them.
 const NORMAL: i32 = 1;

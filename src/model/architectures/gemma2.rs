@@ -3,9 +3,9 @@
 
 use serde_json::{Map, Value};
 
+use super::gguf;
 use super::llama::LLAMA;
 use super::table::{Architecture, NormKind, Norms, Sliding};
-use crate::codecs::gguf;
 
 pub(super) const GEMMA2: Architecture = Architecture {
     model_type: "gemma2",

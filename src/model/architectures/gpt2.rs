@@ -1,9 +1,9 @@
 //! GPT-2: learned positions, layer norms, fused queries, keys and values, weights stored as (in, out). Radford et al.
 //! 2019.
 
+use super::gguf;
 use super::llama::LLAMA;
 use super::table::{Architecture, NormKind, Norms};
-use crate::codecs::gguf;
 use crate::model::slot::Role;
 
 pub(super) const GPT2: Architecture = Architecture {

@@ -1,8 +1,8 @@
 //! Llama 1 to 3 and every checkpoint in its layout: grouped-query attention, rotary embedding, RMSNorm, SwiGLU.
 //! Touvron et al. 2023, arXiv:2302.13971.
 
+use super::gguf;
 use super::table::{Architecture, FusedQkv, NormKind, Norms, Sliding};
-use crate::codecs::gguf;
 use crate::model::slot::Role;
 
 pub(super) const LLAMA: Architecture = Architecture {

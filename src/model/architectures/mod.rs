@@ -5,6 +5,7 @@ mod bert;
 mod distilbert;
 mod gemma2;
 mod gemma3_text;
+pub mod gguf;
 mod gpt2;
 mod gpt_neox;
 mod llama;
@@ -20,8 +21,10 @@ mod roberta;
 mod smollm3;
 pub(super) mod table;
 
+use serde_json::{Map, Value};
+
 pub use self::table::Architecture;
-use crate::codecs::gguf;
+use crate::checkpoint::ShownTensor;
 
 /// Every family that `lrc` can run.
 const ALL: &[&Architecture] = &[
@@ -59,6 +62,15 @@ pub fn gguf_family(model_type: &str) -> Option<&'static gguf::Family> {
     find(model_type)?.gguf.as_ref()
 }
 
+/// A tensor of a GGUF file as a checkpoint with this config has it; families without a table have the common names.
+pub fn of_gguf(tensor: &str, config: &Map<String, Value>) -> Option<ShownTensor> {
+    let family = config.get("model_type").and_then(Value::as_str).and_then(gguf_family);
+    let family = family.unwrap_or(&gguf::Family::COMMON);
+    let name = family.from_gguf(tensor)?;
+    let (arrangement, is_transposed) = (family.arrangement(&name, config), family.is_transposed(&name));
+    Some(ShownTensor { name, arrangement, is_transposed })
+}
+
 /// The GGUF name of a tensor of a linear, in any family: linears have the same name in every family that has them.
 pub fn gguf_name(tensor: &str) -> Option<String> {
     let own = || ALL.iter().find_map(|architecture| architecture.gguf.as_ref()?.to_gguf(tensor));
@@ -67,8 +79,6 @@ pub fn gguf_name(tensor: &str) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::Map;
-
     use super::super::slot::{LinearId, Slot};
     use super::*;
 

@@ -1,9 +1,9 @@
 //! Phi-3 and Phi-4: Llama with fused matrices; long-context variants stretch the rotary embedding by a table. Abdin et
 //! al. 2024, arXiv:2404.14219.
 
+use super::gguf;
 use super::llama::LLAMA;
 use super::table::{Architecture, Sliding};
-use crate::codecs::gguf;
 use crate::model::slot::Role;
 
 pub(super) const PHI3: Architecture = Architecture {

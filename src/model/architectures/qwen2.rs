@@ -1,8 +1,8 @@
 //! Qwen 2 and 2.5: Llama with biases on queries, keys and values. Yang et al. 2024, arXiv:2407.10671.
 
+use super::gguf;
 use super::llama::LLAMA;
 use super::table::Architecture;
-use crate::codecs::gguf;
 use crate::model::slot::Role;
 
 pub(super) const GGUF: gguf::Family =

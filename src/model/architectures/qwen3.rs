@@ -1,9 +1,9 @@
 //! Qwen 3: Llama with norms over the heads of queries and keys. Yang et al. 2025, arXiv:2505.09388.
 
+use super::gguf;
 use super::llama::LLAMA;
 use super::qwen2;
 use super::table::{Architecture, Norms, QueryKeyNorm};
-use crate::codecs::gguf;
 
 pub(super) const HEAD_NORMS: QueryKeyNorm =
     QueryKeyNorm { query: "self_attn.q_norm", key: "self_attn.k_norm", is_per_head: true };

@@ -5,8 +5,8 @@ use serde_json::{Map, Value};
 use super::super::activation::Activation;
 use super::super::slot::{InputSite, LinearId, Role, Slot};
 use super::super::widths::Widths;
+use super::gguf;
 use crate::checkpoint::Rows;
-use crate::codecs::gguf;
 
 /// The names of a family's modules, and its options. Tensor names are module names with `.weight` or `.bias`. Most
 /// families are Llama except for a few fields.

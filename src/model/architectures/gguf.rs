@@ -1,7 +1,9 @@
-//! The GGUF names of the tensors of a checkpoint, by the table of its family. The tables themselves are in the
-//! families.
+//! How families are stored in GGUF files: names, the order of rows, and the layout of weights. Each family has its table in its own
+//! file.
 
 use serde_json::{Map, Value};
+
+use crate::codecs::gguf::Arrangement;
 
 /// How one family of models is stored in GGUF files. Most families are [`Family::COMMON`] except for a few fields.
 #[derive(Debug, Clone, Copy)]
@@ -27,9 +29,6 @@ pub struct Family {
     /// Why llama.cpp would misread a model with this config.
     pub misread: fn(&Map<String, Value>) -> Option<String>,
 }
-
-/// Finds the table of a `model_type`.
-pub type FamilyOf = fn(&str) -> Option<&'static Family>;
 
 /// Names that most families share.
 const COMMON_NAMES: &[(&str, &str)] = &[
@@ -62,11 +61,6 @@ impl Family {
         misread: |_| None,
     };
 
-    /// The table for a config: by its `model_type`, or [`Self::COMMON`].
-    pub fn of(config: &Map<String, Value>, find: FamilyOf) -> &'static Self {
-        config.get("model_type").and_then(Value::as_str).and_then(find).unwrap_or(&Self::COMMON)
-    }
-
     /// The GGUF name of a tensor of a checkpoint.
     pub fn to_gguf(&self, tensor: &str) -> Option<String> {
         let (module, suffix) = tensor.rsplit_once('.')?;
@@ -87,6 +81,24 @@ impl Family {
     pub fn is_transposed(&self, tensor: &str) -> bool {
         let module = tensor.strip_suffix(".weight");
         module.is_some_and(|module| ends_with_part(module, self.transposed))
+    }
+
+    /// How the values of a tensor of a checkpoint are stored, for a model with this config.
+    pub fn arrangement(&self, tensor: &str, config: &Map<String, Value>) -> Arrangement {
+        if !self.is_interleaved {
+            let is_shifted = self.has_whole_norms && tensor.ends_with("norm.weight");
+            return if is_shifted { Arrangement::PlusOne } else { Arrangement::Same };
+        }
+        let number = |key: &str| config.get(key).and_then(Value::as_u64).map(|n| n as usize);
+        let queries = number("num_attention_heads");
+        let heads = if tensor.contains(".self_attn.q_proj.") {
+            queries
+        } else if tensor.contains(".self_attn.k_proj.") {
+            number("num_key_value_heads").or(queries)
+        } else {
+            None
+        };
+        heads.map_or(Arrangement::Same, |heads| Arrangement::Interleaved { heads })
     }
 
     /// Whether a tensor of a checkpoint is a buffer that is left out.
