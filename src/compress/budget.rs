@@ -63,7 +63,8 @@ pub(super) fn max_ranks(recipe: &Recipe, plan: &Plan) -> Vec<usize> {
             Choice::Dense | Choice::Zeros => 0,
         },
         None if plan.are_zero[i] => 0,
-        None => recipe.layout().fitting().largest_saving_rank(plan.linears[i].shape()),
+        // Allocators ask for the spectrum of a matrix that is too small to save anything, too.
+        None => recipe.layout().fitting().largest_saving_rank(plan.linears[i].shape()).max(1),
     };
     (0..plan.linears.len()).map(largest).collect()
 }

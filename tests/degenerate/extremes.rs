@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use crate::common::{FIXTURE, HELD_OUT, TRAIN, copy, edit, lrc, ok, path};
-use lrc::checkpoint::{Checkpoint, Dtype, SafetensorsWriter, TensorSpec, cast};
+use lrc::checkpoint::{Checkpoint, Dtype, SafetensorsWriter, TensorSpec, cast, write_file};
 
 use super::{CALIBRATED, check_numbers, compress, module};
 
@@ -49,6 +49,27 @@ fn weights_up_to_the_largest_float_are_compressed_and_inspected() {
         // The model itself overflows, or gives a number: never a panic, and the place is named.
         let run = lrc(&["eval", path(&model), "--text", HELD_OUT, "--seq-len", "64", "--max-windows", "2"]);
         assert!(run.code == 0 || run.code == 5 && run.stderr.contains("model.layers."), "{} {}", run.code, run.stderr);
+    }
+}
+
+#[test]
+fn matrices_too_small_for_any_rank_stay_as_they_are() {
+    let folder = tempfile::tempdir().unwrap();
+    let (model, out) = (folder.path().join("model.safetensors"), folder.path().join("out"));
+    let shapes = [("wide.weight", [24, 32]), ("tiny.weight", [2, 2])];
+    let specs = shapes.map(|(name, shape)| TensorSpec { name: name.into(), dtype: Dtype::F32, shape: shape.into() });
+    write_file::<anyhow::Error>(&model, &specs, |spec| {
+        let values: Vec<f32> = (0..spec.shape.iter().product()).map(|i: usize| ((i * 37) % 19) as f32 - 9.0).collect();
+        Ok(cast::encode(Dtype::F32, &values).unwrap())
+    })
+    .unwrap();
+    for layout in ["factors", "pivot", "monarch"] {
+        for ranks in ["uniform", "welore", "energy:0.5", "effective-rank", "knapsack"] {
+            let args = ["--keep", "0.6", "--layout", layout, "--ranks", ranks, "--force"];
+            let report = compress(&model, &out, &args);
+            let tiny = report["linears"].as_array().unwrap().iter().find(|linear| linear["module"] == "tiny").unwrap();
+            assert!(layout == "pivot" || tiny["rank"].is_null(), "{layout} {ranks}: {tiny}");
+        }
     }
 }
 
