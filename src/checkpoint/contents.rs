@@ -6,21 +6,21 @@ use std::path::Path;
 
 use rayon::prelude::*;
 
-use super::error::{CheckpointError, Result, io};
+use super::error::{OutputError, Result, io};
 use super::folder::OutputFolder;
 use super::hash::{Fingerprint, sha256_file};
 use super::place::{create_file, names_in};
 use super::reader::expect_file;
 
 impl OutputFolder {
-    /// Fails early when the disk cannot hold `needed` more bytes.
+    /// Fails early if the disk cannot hold `needed` more bytes.
     ///
     /// # Errors
-    /// [`CheckpointError::NoSpace`].
+    /// [`OutputError::NoSpace`].
     pub fn require_space(&self, needed: u64) -> Result<()> {
         let available = fs4::available_space(&self.partial).map_err(io("measure the disk of", &self.partial))?;
         if available < needed {
-            return Err(CheckpointError::NoSpace { path: self.target.clone(), needed, available });
+            return Err(OutputError::NoSpace { path: self.target.clone(), needed, available }.into());
         }
         Ok(())
     }

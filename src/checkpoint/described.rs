@@ -56,7 +56,7 @@ pub(super) fn shared(config: Option<&Map<String, Value>>, view: &View, root: &Pa
 /// The stacks that an output of `lrc` stores as separate matrices: `lrc.stacks` of its config.
 ///
 /// # Errors
-/// One of them does not have a valid shape, or more matrices than there are tensors.
+/// A stack has an invalid shape, or more matrices than there are tensors.
 pub(super) fn stored_stacks(config: Option<&Map<String, Value>>, n_tensors: usize, path: &Path) -> Result<Vec<Stack>> {
     let Some(listed) = config.and_then(|config| config.get("lrc")?.get("stacks")) else { return Ok(Vec::new()) };
     let refuse = |entry: String, reason: &str| {

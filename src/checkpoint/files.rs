@@ -49,7 +49,7 @@ fn shard_number(path: &Path) -> Option<(usize, usize)> {
     Some((number.parse().ok()?, count.parse().ok()?))
 }
 
-/// Refuses one of several shards as if it were all of them.
+/// Refuses a single shard of several, which is not a whole model.
 fn expect_whole(file: &Path) -> Result<()> {
     match shard_number(file) {
         Some((_, count)) if count > 1 => Err(CheckpointError::LoneShard { path: file.into(), count }),

@@ -1,9 +1,9 @@
-//! The last step of an output: what was made appears at its target, whole, and what was there is removed.
+//! The last step of an output: it appears at its target as a whole, and an earlier output is removed.
 
 use std::fs::{self, File};
 use std::path::PathBuf;
 
-use super::error::{CheckpointError, io};
+use super::error::{CheckpointError, OutputError, io};
 use super::folder::OutputFolder;
 use super::moving::{self, rename};
 use super::paths::folder_of;
@@ -17,9 +17,9 @@ impl OutputFolder {
     /// Makes the complete output appear at its target.
     ///
     /// # Errors
-    /// It cannot be moved; it then stays where it was made.
+    /// It cannot be moved; the error says where it is.
     pub fn finish(mut self) -> Result<()> {
-        // An interrupt leaves all that the last step needs.
+        // An interrupt keeps everything that the last step needs.
         self.unfinished.set_resumable();
         let moved = self.expect_own_target().and_then(|()| match self.is_within() {
             true => moving::move_up(&self.target, &self.partial, &self.mark, self.existing),
@@ -29,7 +29,7 @@ impl OutputFolder {
             self.is_kept = true;
             let source = std::error::Error::source(&error).map_or(String::new(), |source| format!(": {source}"));
             let (path, reason) = (self.path(), format!("{error}{source}"));
-            return Err(CheckpointError::NotMoved { path, target: self.target.clone(), reason });
+            return Err(OutputError::NotMoved { path, target: self.target.clone(), reason }.into());
         }
         let job = self.partial.join(JOB);
         if job.exists() {
@@ -55,7 +55,8 @@ impl OutputFolder {
         work::replaced_of(&self.partial)
     }
 
-    /// Refuses to remove files that others wrote meanwhile into the output that is replaced, or where it waits.
+    /// Refuses to remove files that others wrote meanwhile, into the output that is replaced or into the folder where
+    /// it waits.
     fn expect_own_target(&self) -> Result<()> {
         if self.existing == Existing::Refuse {
             return Ok(());
@@ -70,7 +71,7 @@ impl OutputFolder {
         let (output, replaced) = (self.path(), self.replaced());
         let has_earlier = self.existing == Existing::Replace && self.target.exists();
         if has_earlier {
-            // Left by a run that was killed while it removed it.
+            // A run was killed while it removed this folder.
             if replaced.exists() {
                 strangers::remove_output(&replaced, &self.mark)?;
             }

@@ -1,4 +1,4 @@
-//! The output folder, which appears whole or not at all, and what a killed run leaves of it.
+//! The output folder, which appears whole or not at all, and the remains of a killed run.
 //!
 //! ```text
 //! OUT.partial/lock      held by the run that writes
@@ -8,15 +8,15 @@
 //! OUT.partial/pieces/   what it has finished
 //! ```
 //!
-//! A folder that has to stay where it is (see [`place::work_of`]) has all of that in `OUT/.lrc-partial`, and finished files are moved
-//! up (see [`moving`]).
+//! A folder that has to stay where it is (see [`place::work_of`]) contains all of that in `OUT/.lrc-partial`, and
+//! finished files are moved up into it (see [`moving`]).
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use super::error::{CheckpointError, io};
+use super::error::{CheckpointError, OutputError, io};
 use super::job::compare;
 use super::moving::{self, rename, write_whole};
 use super::paths::file_name;
@@ -34,7 +34,7 @@ pub struct OutputFolder {
     pub(super) partial: PathBuf,
     /// The file that only a complete output has.
     pub(super) mark: String,
-    /// Held as long as the folder is written.
+    /// The lock, held while the folder is written.
     _lock: File,
     pub(super) existing: Existing,
     pub(super) is_kept: bool,
@@ -82,7 +82,7 @@ impl OutputFolder {
             return strangers::refuse_in_output(target, mark);
         }
         remove_remains(target);
-        Err(if is_ours { CheckpointError::OutputExists { path: target.into() } } else { place::foreign(target) })
+        Err(if is_ours { OutputError::Exists { path: target.into() }.into() } else { place::foreign(target) })
     }
 
     /// Begins an output, and discards the remains of a killed run.
@@ -94,10 +94,10 @@ impl OutputFolder {
         Self::expect_free(target, existing, mark)?;
         let partial = place::work_of(target);
         if was_stopped_at_the_end(target) && existing == Existing::Refuse {
-            return Err(CheckpointError::OutputExists { path: target.into() });
+            return Err(OutputError::Exists { path: target.into() }.into());
         }
         if partial.join(JOB).is_file() {
-            return Err(CheckpointError::Unfinished { path: partial });
+            return Err(OutputError::Unfinished { path: partial }.into());
         }
         Self::begin(target, existing, mark, partial, Earlier::Discarded)
     }
@@ -105,7 +105,7 @@ impl OutputFolder {
     /// Begins the output of `job`, or resumes it where a run of the same job was stopped.
     ///
     /// # Errors
-    /// As [`Self::create`], or what is there belongs to another job.
+    /// As [`Self::create`], or the folder belongs to another job.
     pub fn resume(target: &Path, existing: Existing, mark: &str, job: &Value, earlier: Earlier) -> Result<Self> {
         let target = &place::named(target);
         Self::expect_free(target, existing, mark)?;
@@ -121,10 +121,10 @@ impl OutputFolder {
         let is_ended = was_stopped_at_the_end(target);
         let is_same = found.is_some() && differences.is_empty();
         if is_ended && !is_same && existing == Existing::Refuse {
-            return Err(CheckpointError::OutputExists { path: target.into() });
+            return Err(OutputError::Exists { path: target.into() }.into());
         }
         if !differences.is_empty() {
-            return Err(CheckpointError::OtherJob { path: partial, differences: differences.join(", ") });
+            return Err(OutputError::OtherJob { path: partial, differences: differences.join(", ") }.into());
         }
         let earlier = if found.is_some() { Earlier::Resumed } else { Earlier::Discarded };
         let folder = Self::begin(target, existing, mark, partial, earlier)?;
@@ -144,7 +144,7 @@ impl OutputFolder {
 
     fn begin(target: &Path, existing: Existing, mark: &str, partial: PathBuf, earlier: Earlier) -> Result<Self> {
         let lock_path = partial.join(LOCK);
-        let busy = || CheckpointError::OutputBusy { path: partial.clone() };
+        let busy = || CheckpointError::from(OutputError::Busy { path: partial.clone() });
         if let Ok(file) = File::open(&lock_path) {
             file.try_lock().map_err(|_| busy())?;
         }
@@ -223,7 +223,7 @@ impl OutputFolder {
         self.partial.join(PIECES)
     }
 
-    /// Keeps the folder for a later run to resume, if it has pieces; its path then.
+    /// Keeps the folder for a later run to resume if it has pieces, and returns its path.
     pub fn keep(&mut self) -> Option<&Path> {
         let mut pieces = std::fs::read_dir(self.pieces()).ok()?;
         self.is_kept = pieces.next().is_some();
@@ -242,7 +242,7 @@ impl Drop for OutputFolder {
     }
 }
 
-/// Whether a run was killed between its last step and its end: the output is there, and whole.
+/// Whether a run was killed after its last step: the output exists and is complete.
 fn was_stopped_at_the_end(target: &Path) -> bool {
     let partial = place::work_of(target);
     target.exists() && partial.join(JOB).is_file() && !partial.join(OUTPUT).exists()
@@ -257,7 +257,7 @@ fn remove_remains(target: &Path) {
     let partial = place::work_of(target);
     let is_left = partial.exists() && strangers::refuse_in_work(target, &partial).is_ok();
     if target.exists() && is_left && !partial.join(JOB).exists() && !is_held(&partial) {
-        // It does no harm: if it cannot be removed, it stays.
+        // Harmless if it cannot be removed.
         let _ = fs::remove_dir_all(&partial);
     }
 }
@@ -269,6 +269,7 @@ mod tests {
     use super::Earlier::{Discarded, Resumed};
     use super::Existing::{Refuse, Replace};
     use super::*;
+    use CheckpointError::Output;
 
     #[test]
     fn what_can_be_resumed_is_kept_for_its_own_job() {
@@ -281,8 +282,8 @@ mod tests {
         fs::create_dir(first.path().join(".made-under-another-name")).unwrap();
         first.keep();
         drop(first);
-        assert!(matches!(resume(2, Resumed), Err(CheckpointError::OtherJob { .. })));
-        assert!(matches!(OutputFolder::create(&target, Refuse, "x"), Err(CheckpointError::Unfinished { .. })));
+        assert!(matches!(resume(2, Resumed), Err(Output(OutputError::OtherJob { .. }))));
+        assert!(matches!(OutputFolder::create(&target, Refuse, "x"), Err(Output(OutputError::Unfinished { .. }))));
         let mut again = resume(1, Resumed).unwrap();
         assert!(again.pieces().join("a").exists() && again.path().join("tensors").exists());
         assert!(!again.path().join(".made-under-another-name").exists());
@@ -306,7 +307,7 @@ mod tests {
         first.keep();
         drop(first);
         for (n, earlier) in [(2, Resumed), (1, Discarded)] {
-            assert!(matches!(resume(n, earlier), Err(CheckpointError::OutputExists { .. })));
+            assert!(matches!(resume(n, earlier), Err(Output(OutputError::Exists { .. }))));
         }
         let again = resume(1, Resumed).unwrap();
         assert!(!target.exists() && again.path().join("tensors").exists());
@@ -320,7 +321,7 @@ mod tests {
         let target = parent.path().join("out");
         let folder = OutputFolder::create(&target, Refuse, "mark").unwrap();
         folder.write("a", b"1").unwrap();
-        assert!(matches!(OutputFolder::create(&target, Refuse, "mark"), Err(CheckpointError::OutputBusy { .. })));
+        assert!(matches!(OutputFolder::create(&target, Refuse, "mark"), Err(Output(OutputError::Busy { .. }))));
         drop(folder);
         assert_eq!(fs::read_dir(parent.path()).unwrap().count(), 0);
 
@@ -330,11 +331,11 @@ mod tests {
         assert_eq!(fs::read_dir(parent.path()).unwrap().count(), 1);
         assert_eq!(fs::read_dir(&target).unwrap().count(), 1);
 
-        assert!(matches!(OutputFolder::check(&target, Refuse, "mark"), Err(CheckpointError::OutputExists { .. })));
-        assert!(matches!(OutputFolder::check(&target, Replace, "other"), Err(CheckpointError::OutputUnusable { .. })));
+        assert!(matches!(OutputFolder::check(&target, Refuse, "mark"), Err(Output(OutputError::Exists { .. }))));
+        assert!(matches!(OutputFolder::check(&target, Replace, "other"), Err(Output(OutputError::Unusable { .. }))));
         let folder = OutputFolder::create(&target, Replace, "mark").unwrap();
         folder.write("new", b"2").unwrap();
-        // Left by a run that was killed while it removed what it had replaced.
+        // The remains of a run that was killed while it removed the output that it replaced.
         fs::create_dir(parent.path().join("out.partial-replaced")).unwrap();
         fs::write(parent.path().join("out.partial-replaced/mark"), "0").unwrap();
         folder.finish().unwrap();
@@ -346,7 +347,7 @@ mod tests {
     fn a_full_disk_is_noticed_before_work() {
         let parent = tempfile::tempdir().unwrap();
         let folder = OutputFolder::create(&parent.path().join("out"), Refuse, "mark").unwrap();
-        assert!(matches!(folder.require_space(u64::MAX), Err(CheckpointError::NoSpace { .. })));
+        assert!(matches!(folder.require_space(u64::MAX), Err(Output(OutputError::NoSpace { .. }))));
         folder.require_space(1).unwrap();
     }
 
@@ -357,7 +358,7 @@ mod tests {
         fs::create_dir_all(target.join("lost+found")).unwrap();
         let folder = OutputFolder::create(&target, Refuse, "mark").unwrap();
         folder.write("mark", b"1").unwrap();
-        assert!(matches!(OutputFolder::create(&target, Refuse, "mark"), Err(CheckpointError::OutputBusy { .. })));
+        assert!(matches!(OutputFolder::create(&target, Refuse, "mark"), Err(Output(OutputError::Busy { .. }))));
         drop(folder);
         assert_eq!(place::names_in(&target).unwrap(), ["lost+found"]);
 
@@ -368,9 +369,9 @@ mod tests {
         folder.write("mark", b"1").unwrap();
         folder.keep();
         drop(folder);
-        // Killed after its last step, before the same job runs again.
+        // The run was killed after its last step, and the same job runs again.
         moving::move_up(&target, &target.join(WITHIN), "mark", Refuse).unwrap();
-        assert!(matches!(OutputFolder::create(&target, Refuse, "mark"), Err(CheckpointError::OutputExists { .. })));
+        assert!(matches!(OutputFolder::create(&target, Refuse, "mark"), Err(Output(OutputError::Exists { .. }))));
         let folder = resume().unwrap();
         assert!(folder.path().join("mark").exists() && !target.join("mark").exists());
         folder.finish().unwrap();
@@ -384,7 +385,7 @@ mod tests {
         folder.write("mark", b"1").unwrap();
         fs::write(target.path().join("theirs"), "2").unwrap();
         let output = folder.path();
-        assert!(matches!(folder.finish(), Err(CheckpointError::NotMoved { .. })));
+        assert!(matches!(folder.finish(), Err(Output(OutputError::NotMoved { .. }))));
         assert!(target.path().join("theirs").exists() && output.join("mark").exists());
     }
 
@@ -401,7 +402,7 @@ mod tests {
             folder.write("mark", b"2").unwrap();
             fs::write(target.join("theirs"), "3").unwrap();
             let output = folder.path();
-            assert!(matches!(folder.finish(), Err(CheckpointError::NotMoved { .. })));
+            assert!(matches!(folder.finish(), Err(Output(OutputError::NotMoved { .. }))));
             assert!(target.join("theirs").exists() && output.join("mark").exists());
         }
     }

@@ -16,7 +16,7 @@ use crate::codecs::cast;
 /// Reads the header of `file` (the whole mapped file); tensors in the order of their data.
 ///
 /// # Errors
-/// One of the format's rules, broken, with `path` and the tensor's name.
+/// A rule of the format is broken; the error has `path` and the name of the tensor.
 pub fn read_header(path: &Path, file: &[u8], shard_idx: usize) -> Result<Vec<TensorInfo>> {
     let (header_len, metadata) = SafeTensors::read_metadata(file).map_err(|error| diagnose(path, file, &error))?;
     let data_begin = PREFIX + header_len;
@@ -39,7 +39,7 @@ pub fn read_header(path: &Path, file: &[u8], shard_idx: usize) -> Result<Vec<Ten
             row_of_i64: integers(info, &file[data_begin + info.data_offsets.0..data_begin + info.data_offsets.1]),
         })
         .collect();
-    // Empty tensors share an offset with their neighbour: the name settles the order.
+    // Empty tensors share an offset with their neighbor, so the name decides the order.
     infos.sort_by(|x, y| (x.begin, x.end, &x.name).cmp(&(y.begin, y.end, &y.name)));
     Ok(infos)
 }
@@ -194,7 +194,7 @@ mod tests {
     }
 
     proptest::proptest! {
-        /// Whatever the bytes, reading a header ends in a value or in an error, never in a panic.
+        /// Reading a header never panics, whatever the bytes.
         #[test]
         fn damaged_headers_never_panic(mut noise in proptest::collection::vec(proptest::prelude::any::<(usize, u8)>(), 1..6)) {
             let mut bytes = file(ONE, 8);

@@ -1,7 +1,8 @@
 //! JSON as Python reads and writes it: with `NaN`, `Infinity` and `-Infinity`, numbers that no f64 holds, and perhaps a byte-order
 //! mark in front. Configs are made by Python, and read by it again.
 //!
-//! serde has no value for such numbers: they become strings that begin with [`MARK`], and are what they were when they are written.
+//! serde has no value for such numbers: they become strings that begin with [`MARK`], and are written back as the
+//! same numbers.
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -21,7 +22,7 @@ pub fn parse<T: DeserializeOwned>(bytes: &[u8]) -> serde_json::Result<T> {
     serde_json::from_slice(&with_non_finite_as(bytes, |name| format!("\"{ESCAPED}{name}\"")))
 }
 
-/// The same of data that is only read: numbers that no f64 holds are null.
+/// The same for data that is never written back: numbers that no f64 holds become null.
 ///
 /// # Errors
 /// It is not JSON, or not of the type.
@@ -41,7 +42,7 @@ pub fn text(value: &impl Serialize) -> serde_json::Result<String> {
     Ok(text)
 }
 
-/// The bytes without a byte-order mark, and with a word of `spelling` for every number that serde does not know.
+/// The bytes without a byte-order mark, and with the word of `spelling` for every number that serde does not know.
 fn with_non_finite_as(bytes: &[u8], spelling: impl Fn(&str) -> String) -> Vec<u8> {
     let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes);
     let mut out = Vec::with_capacity(bytes.len());

@@ -7,7 +7,7 @@ pub struct Kind {
     pub what: &'static str,
     /// The extension of such files, without its dot; empty for pointers and texts.
     pub ending: &'static str,
-    /// The hint if one was given as weights.
+    /// The hint if such a file was given as weights.
     mend: &'static str,
 }
 
@@ -25,7 +25,7 @@ const fn kind(what: &'static str, ending: &'static str, mend: &'static str) -> K
     Kind { what, ending, mend }
 }
 
-/// How the file begins that Git LFS leaves in place of one that it has not fetched.
+/// The first bytes of the pointer that Git LFS leaves in place of a file that was not fetched.
 pub(super) const LFS_POINTER: &[u8] = b"version https://git-lfs.github.com/spec/";
 
 static MAGIC: [(&[u8], Kind); 29] = [
@@ -100,7 +100,7 @@ impl Kind {
         let other = || match start {
             [] => None,
             start if start.len() == START && start.iter().all(|&byte| byte == 0) => Some(&ZEROS),
-            // It may be cut within its last character.
+            // The sample may end within a character.
             start if start.iter().all(is_text) => match std::str::from_utf8(start) {
                 Err(error) if error.error_len().is_some() => None,
                 _ => Some(&TEXT),

@@ -1,4 +1,4 @@
-//! Files on disk: tensor names, dtypes, shapes and bytes. This room does not know of layers, nor of families of models.
+//! Files on disk: tensor names, dtypes, shapes and bytes. This room knows neither layers nor model families.
 //!
 //! [`Checkpoint::open`] reads headers only. Tensors are mapped and cast one at a time, and their pages are given
 //! back, so that memory does not grow with the size of the checkpoint.
@@ -36,7 +36,7 @@ mod writer;
 pub use crate::codecs::cast::{self, Dtype};
 pub use described::FORMAT_VERSION;
 pub(crate) use error::io;
-pub use error::{CheckpointError, Result};
+pub use error::{CheckpointError, OutputError, Result};
 pub use folder::{Earlier, OutputFolder};
 pub use gguf::{OfGguf, ShownTensor};
 pub(crate) use hash::hex;

@@ -1,5 +1,5 @@
-//! The last step of an output whose folder has to stay: finished files are moved up into it, and an earlier output out of it.
-//! `moving.json` lists the files, so that the next run can undo a move that was interrupted.
+//! The last step of an output whose folder has to stay: finished files are moved up into it, and those of an earlier
+//! output out of it. `moving.json` lists the files, so that the next run can undo an interrupted move.
 
 use std::cmp::Reverse;
 use std::ffi::OsStr;
@@ -16,7 +16,7 @@ use super::work::{MOVING, OUTPUT, REPLACED, TORN};
 
 type Result<T, E = CheckpointError> = std::result::Result<T, E>;
 
-/// Moves what is finished into the target, and what is replaced out of it.
+/// Moves finished files into the target, and the files that they replace out of it.
 pub(super) fn move_up(target: &Path, partial: &Path, mark: &str, existing: Existing) -> Result<()> {
     if existing == Existing::Refuse && !place::is_vacant(target) {
         // Somebody wrote into it meanwhile.
@@ -61,7 +61,7 @@ pub(super) fn undo(target: &Path, partial: &Path) -> Result<()> {
     let bytes = fs::read(&moving).map_err(io("read", &moving))?;
     let names: Vec<String> = serde_json::from_slice(&bytes).unwrap_or_default();
     fs::create_dir_all(&output).map_err(io("create", &output))?;
-    // A name that was not moved yet is that of a file of the earlier output.
+    // A file that was not moved yet belongs to the earlier output.
     let is_name = |name: &&String| Path::new(name).file_name().is_some_and(|own| own == name.as_str());
     for name in names.iter().filter(is_name) {
         if target.join(name).exists() && !output.join(name).exists() {

@@ -1,4 +1,4 @@
-//! Opening a checkpoint: its files, their headers, and the tensors that these show.
+//! Opens a checkpoint: finds its files, reads their headers, and decides which tensors they contain.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -22,15 +22,15 @@ use super::{described, gguf, index, settings};
 pub struct Checkpoint {
     pub(super) root: PathBuf,
     pub(super) config: Option<Map<String, Value>>,
-    /// Why a config that is there is not read.
+    /// Why an existing config could not be read.
     pub(super) config_error: Option<CheckpointError>,
-    /// Whether pairs of tensors are equal, as far as that was asked.
+    /// Pairs of tensors that were compared, and whether they are equal.
     pub(super) equal: Mutex<BTreeMap<[String; 2], bool>>,
     pub(super) shards: Vec<Shard>,
     pub(super) tensors: BTreeMap<String, TensorInfo>,
     /// Tensor names in the order of the files.
     pub(super) order: Vec<String>,
-    /// Names under which tensors are shown that are stored under others.
+    /// Names of tensors that are stored under another name.
     pub(super) borrowed: BTreeSet<String>,
     pub(super) stacks: Vec<Stack>,
     /// A file without a config: other files beside it do not belong to it.
@@ -86,7 +86,7 @@ impl Checkpoint {
         Ok(Self { config_error, ..opened })
     }
 
-    /// Opens one file of arrays that are not a model, whatever its name: nothing beside it is read.
+    /// Opens one file of arrays that are not a model, whatever its name. Other files in its folder are not read.
     ///
     /// # Errors
     /// As [`Self::open`].
@@ -166,7 +166,7 @@ impl Checkpoint {
         self.order.iter().map(|name| &self.tensors[name])
     }
 
-    /// Tensors that are stored under their own name.
+    /// The tensors that are stored under their own name.
     fn own_tensors(&self) -> impl Iterator<Item = &TensorInfo> {
         self.tensors.values().filter(|info| !self.borrowed.contains(&info.name))
     }

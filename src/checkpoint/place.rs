@@ -1,9 +1,10 @@
-//! Where outputs may go. Everything here is checked before any work; no link is followed where a file is written.
+//! Decides where outputs may be written. Everything is checked before any work, and no link is followed to a file
+//! that is written.
 
 use std::fs::{self, File, OpenOptions};
 use std::path::{Component, Path, PathBuf};
 
-use super::error::{CheckpointError, Result, io};
+use super::error::{CheckpointError, OutputError, Result, io};
 use super::paths::folder_of;
 
 /// The folder that a run works in, inside of an output folder that has to stay where it is.
@@ -12,7 +13,7 @@ pub(super) const WITHIN: &str = ".lrc-partial";
 const LOST_AND_FOUND: &str = "lost+found";
 
 pub(super) fn unusable(path: &Path, reason: impl Into<String>) -> CheckpointError {
-    CheckpointError::OutputUnusable { path: path.into(), reason: reason.into() }
+    OutputError::Unusable { path: path.into(), reason: reason.into() }.into()
 }
 
 /// An output folder by its plain name: without a slash or a `.` at its end. `.` and `..` become the folder that they name.
@@ -27,7 +28,7 @@ pub(super) fn named(target: &Path) -> PathBuf {
 /// Refuses a path that cannot become an output folder: a dangling link, a file, an empty name. Returns whether the folder exists.
 ///
 /// # Errors
-/// It cannot, with the reason.
+/// The path cannot; the error gives the reason.
 pub fn expect_folder(target: &Path) -> Result<bool> {
     let exists = exists(target)?;
     if exists && !target.is_dir() {
@@ -36,7 +37,7 @@ pub fn expect_folder(target: &Path) -> Result<bool> {
     if !exists && target.file_name().is_none() {
         return Err(unusable(target, "it does not name a folder"));
     }
-    // `..` out of a folder that does not exist: missing folders are only made on the way down.
+    // `..` cannot leave a folder that does not exist: missing folders are only made on the way down.
     let mut above = PathBuf::new();
     for part in target.components() {
         if part == Component::ParentDir && !above.as_os_str().is_empty() && !above.is_dir() {
@@ -47,7 +48,7 @@ pub fn expect_folder(target: &Path) -> Result<bool> {
     Ok(exists)
 }
 
-/// Whether something is there; a link that leads nowhere is refused.
+/// Whether the path exists; a dangling link is refused.
 fn exists(path: &Path) -> Result<bool> {
     match fs::symlink_metadata(path) {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(false),
@@ -57,12 +58,12 @@ fn exists(path: &Path) -> Result<bool> {
     }
 }
 
-/// The error for a folder that is there, and holds what lrc did not write.
+/// The error for an existing folder with files that lrc did not write.
 pub(super) fn foreign(target: &Path) -> CheckpointError {
     unusable(target, "it exists, and is not an output of lrc")
 }
 
-/// How an output that is already there is treated.
+/// How an existing output is treated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Existing {
     /// It stays, and its place is refused.
@@ -81,7 +82,7 @@ impl Existing {
 /// Checks that a file may be written: it is not there or may be replaced, and its folder takes files.
 ///
 /// # Errors
-/// It may not, with the reason.
+/// It may not; the error gives the reason.
 pub fn check_file(path: &Path, existing: Existing) -> Result<()> {
     let is_there = exists(path)?;
     let typed = path.as_os_str().as_encoded_bytes();
@@ -92,13 +93,13 @@ pub fn check_file(path: &Path, existing: Existing) -> Result<()> {
         return Err(unusable(path, "it is a device or a pipe, and a file is to be written"));
     }
     if is_there && existing == Existing::Refuse {
-        return Err(CheckpointError::FileExists { path: path.into() });
+        return Err(OutputError::FileExists { path: path.into() }.into());
     }
     let folder = folder_of(path);
     if !folder.is_dir() {
         return Err(unusable(path, format!("there is no folder `{}`", folder.display())));
     }
-    // A file without a name, which is gone at once.
+    // An unnamed temporary file.
     tempfile::tempfile_in(folder).map_err(io("create a file in", folder))?;
     Ok(())
 }
@@ -106,7 +107,7 @@ pub fn check_file(path: &Path, existing: Existing) -> Result<()> {
 /// Refuses an output that is, or holds, something that the same command reads, whatever may be replaced.
 ///
 /// # Errors
-/// It does.
+/// The output is, or contains, such a path.
 pub fn expect_apart<'a>(output: &Path, reads: impl IntoIterator<Item = &'a Path>) -> Result<()> {
     // A path that does not exist holds nothing.
     let Ok(own) = fs::canonicalize(output) else { return Ok(()) };
@@ -132,7 +133,7 @@ pub(super) fn output_names(target: &Path) -> Result<Vec<std::ffi::OsString>> {
     Ok(names)
 }
 
-/// Whether a folder is there and has no file of anyone.
+/// Whether a folder exists and is empty, except for names that no output has.
 pub(super) fn is_vacant(target: &Path) -> bool {
     target.is_dir() && output_names(target).is_ok_and(|names| names.is_empty())
 }
@@ -170,7 +171,8 @@ fn is_mounted(_: &Path) -> bool {
     false
 }
 
-/// Refuses a work folder that holds anything but files and folders: lrc makes no links there, so somebody else did.
+/// Refuses a work folder that contains anything but files and folders: lrc makes no links there, so another program
+/// did.
 pub(super) fn refuse_links(work: &Path) -> Result<()> {
     let mut paths = vec![work.to_path_buf()];
     while let Some(path) = paths.pop() {
@@ -181,7 +183,7 @@ pub(super) fn refuse_links(work: &Path) -> Result<()> {
         if found.is_dir() {
             paths.extend(names_in(&path)?.into_iter().map(|name| path.join(name)));
         } else if !found.is_file() {
-            return Err(CheckpointError::StrangeWork { path, work: work.into() });
+            return Err(OutputError::StrangeWork { path, work: work.into() }.into());
         }
     }
     Ok(())
@@ -230,7 +232,7 @@ mod tests {
         std::os::unix::fs::symlink(&file, &link).unwrap();
         assert!(create_file(&link).is_err() && open_to_write(&link).is_err());
         assert_eq!(fs::read(&file).unwrap(), b"kept");
-        assert!(matches!(refuse_links(folder.path()), Err(CheckpointError::StrangeWork { .. })));
+        assert!(matches!(refuse_links(folder.path()), Err(CheckpointError::Output(OutputError::StrangeWork { .. }))));
     }
 
     #[test]

@@ -1,4 +1,5 @@
-//! The files beside the weights of a checkpoint, including folders: which are copied into an output, and why the others are not.
+//! The files beside the weights of a checkpoint, including folders: which are copied into an output, and the reason
+//! why others are not.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -24,7 +25,7 @@ pub struct Side {
     pub files: Vec<PathBuf>,
     /// Folders without a file, which are made again.
     pub empty_folders: Vec<PathBuf>,
-    /// What is not copied.
+    /// Files and folders that are not copied.
     pub left_out: Vec<LeftOut>,
 }
 
@@ -124,7 +125,7 @@ struct Walk<'a> {
     side: Side,
 }
 
-/// What is done with a file or folder beside the weights.
+/// The decision about a file or folder beside the weights.
 enum Fate {
     Copied,
     Walked,

@@ -1,4 +1,4 @@
-//! Matrices shown as several: stacks as their matrices, fused ones as their parts.
+//! Presents one tensor as several: stacks as their matrices, fused matrices as their parts.
 
 use super::error::Result;
 use super::open::Checkpoint;
@@ -7,12 +7,12 @@ use super::tensor::{Encoded, Rows, TensorInfo};
 use crate::codecs::cast;
 
 impl Checkpoint {
-    /// Stacks that are shown or stored as their matrices.
+    /// Stacks that are presented or stored as their matrices.
     pub fn stacks(&self) -> &[Stack] {
         &self.stacks
     }
 
-    /// Shows a stack of plain floats as its matrices.
+    /// Presents a stack of plain floats as its matrices.
     ///
     /// # Errors
     /// [`TensorAbsent`](super::CheckpointError::TensorAbsent).
@@ -38,7 +38,7 @@ impl Checkpoint {
         Ok(self)
     }
 
-    /// Shows a matrix of floats, (out, in) or transposed, as its parts: some of its rows, (count, in) each.
+    /// Presents a matrix of floats, (out, in) or transposed, as its parts: each has some of its rows, (count, in).
     ///
     /// # Errors
     /// [`TensorAbsent`](super::CheckpointError::TensorAbsent).

@@ -1,6 +1,6 @@
 //! Stacks of matrices, as checkpoints store experts.
 
-/// A tensor of three dimensions that is shown, or stored, as its matrices.
+/// A tensor of three dimensions that is presented, or stored, as its matrices.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Stack {
     /// Its name if it is stored whole.

@@ -7,20 +7,20 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use super::error::{CheckpointError, Result, io};
+use super::error::{OutputError, Result, io};
 use super::place;
 use super::reader::read_file;
 use super::work::{JOB, LOCK, MOVING, OUTPUT, PIECES, REPLACED, SCRATCH, TORN};
 
-/// Refuses to replace an earlier output that holds what its run did not write.
+/// Refuses to replace an earlier output with files that its run did not write.
 ///
 /// # Errors
-/// [`CheckpointError::Strangers`], with the first of them.
+/// [`OutputError::Strangers`], with the first of them.
 pub(super) fn refuse_in_output(output: &Path, mark: &str) -> Result<()> {
     let mut strangers = in_output(output, mark)?.into_iter();
     match strangers.next() {
         None => Ok(()),
-        Some(first) => Err(CheckpointError::Strangers { path: output.into(), first, others: strangers.count() }),
+        Some(first) => Err(OutputError::Strangers { path: output.into(), first, others: strangers.count() }.into()),
     }
 }
 
@@ -63,7 +63,7 @@ fn walk(output: &Path, at: &Path, own: &BTreeSet<String>, strangers: &mut Vec<St
 /// Refuses a work folder that holds files no run leaves in one.
 ///
 /// # Errors
-/// [`CheckpointError::OutputUnusable`].
+/// [`OutputError::Unusable`].
 pub(super) fn refuse_in_work(target: &Path, partial: &Path) -> Result<()> {
     const OWN: [&str; 7] = [LOCK, JOB, PIECES, OUTPUT, SCRATCH, MOVING, REPLACED];
     let is_own = |name: &OsString| {
@@ -87,7 +87,7 @@ pub(super) fn refuse_in_work(target: &Path, partial: &Path) -> Result<()> {
 /// Refuses a path that is neither an earlier output nor the remains of one.
 ///
 /// # Errors
-/// [`CheckpointError::OutputUnusable`].
+/// [`OutputError::Unusable`].
 pub(super) fn refuse_in_replaced(target: &Path, replaced: &Path, mark: &str) -> Result<()> {
     let is_own = match fs::symlink_metadata(replaced) {
         Err(_) => true,
@@ -147,7 +147,7 @@ mod tests {
         assert_eq!(in_output(output, MARK).unwrap(), [".git/", "assets/theirs", "notes.txt", "photos/"]);
         let error = refuse_in_output(output, MARK).unwrap_err().to_string();
         assert!(error.contains("holds `.git/` and 3 more"), "{error}");
-        // A report that is torn lists nothing.
+        // A truncated report lists nothing.
         put(output, MARK, "{\"output_f");
         assert!(in_output(output, MARK).unwrap().contains(&"weights".into()));
     }

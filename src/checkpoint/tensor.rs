@@ -1,16 +1,17 @@
-//! What is known of a tensor from headers, and how it is made from the tensors that are stored.
+//! Tensors as the headers describe them, and how each is made from the tensors that are stored.
 //!
-//! Quantized, renamed and reordered tensors are shown as the weights that they encode: `X.weight`, however the file stores it.
+//! Quantized, renamed and reordered tensors are presented as the weights that they encode: `X.weight`, however the
+//! file stores it.
 
 use crate::codecs::cast::{self, Dtype};
 use crate::codecs::gguf::{Arrangement, Element};
 use crate::codecs::{compressed_tensors, gptq, packed};
 use crate::quantize::{Blocks, Grouped, Quantized, Scheme, Storage};
 
-/// Where a tensor lies and what it is.
+/// A tensor of a checkpoint: name, dtype, shape and place.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TensorInfo {
-    /// The name under which it is shown, which may differ from the name in the file.
+    /// The name under which it is presented, which may differ from the name in the file.
     pub name: String,
     /// The dtype of its values; for quantized weights the dtype before quantization.
     pub dtype: Dtype,
@@ -22,9 +23,10 @@ pub struct TensorInfo {
     pub begin: usize,
     /// One past the last byte in the shard's file.
     pub end: usize,
-    /// How it is made from stored tensors, if it is; its place is then that of the first.
+    /// How it is made from stored tensors; `None` if the file stores it as it is. The place is that of the first
+    /// stored tensor.
     pub(super) encoded: Option<Box<Encoded>>,
-    /// The values of a vector of integers, which describes other tensors.
+    /// The values of a vector of integers that describes other tensors.
     pub(super) row_of_i64: Vec<usize>,
 }
 
@@ -34,12 +36,12 @@ impl TensorInfo {
         self.encoded.as_ref().map_or((self.end - self.begin) as u64, |encoded| encoded.n_bytes())
     }
 
-    /// How its values are coded; none for floats.
+    /// How its values are encoded; `None` for floats.
     pub fn storage(&self) -> Option<Storage> {
         self.encoded.as_ref().and_then(|encoded| encoded.storage())
     }
 
-    /// Whether its bytes in the file are not those of its dtype and shape.
+    /// Whether its bytes in the file differ from those of its dtype and shape.
     pub fn is_encoded(&self) -> bool {
         self.encoded.is_some()
     }
@@ -55,7 +57,7 @@ impl TensorInfo {
     }
 }
 
-/// Whether sizes can be computed without overflow: an empty tensor may claim any dimensions beside its zero.
+/// Whether sizes can be computed without overflow: an empty tensor may claim any dimensions besides its zero.
 pub(super) fn is_sane(shape: &[usize]) -> bool {
     let n = shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d.max(1)));
     n.is_some_and(|n| n <= 1 << 48)
@@ -95,7 +97,7 @@ pub struct Rows {
 }
 
 impl Rows {
-    /// These rows of a larger matrix of stored rows of `width`, row-major.
+    /// The values of these rows, row-major, from a larger matrix whose stored rows have `width` values.
     fn of(self, values: &[f32], width: usize) -> Vec<f32> {
         let row = |i: usize| -> Vec<f32> {
             match self.is_transposed {
@@ -128,7 +130,7 @@ impl Encoded {
         Self::new(Codec::Rows(element, arrangement), vec![part])
     }
 
-    /// The matrix of some rows of a stored one.
+    /// Some rows of a stored matrix.
     pub fn picked(rows: Rows, from: TensorInfo) -> Self {
         Self::new(Codec::Picked(rows), vec![from])
     }

@@ -37,11 +37,11 @@ impl Drop for Unfinished {
 /// Removes the folders under construction, except those that a later run may resume, which are returned. Call it when the process is
 /// about to end early.
 pub fn abandon() -> Vec<PathBuf> {
-    // Held for good, so that no folder is begun from now on.
+    // The lock is never released, so no folder is begun from now on.
     let folders = std::mem::ManuallyDrop::new(unfinished());
     let (kept, removed): (Vec<_>, Vec<_>) = folders.iter().partition(|(_, is_resumable)| **is_resumable);
     for (path, _) in removed {
-        // Other threads may still write into it, which takes another try.
+        // Other threads may still write into the folder, so removing it may take a second attempt.
         for _ in 0..3 {
             if fs::remove_dir_all(path).is_ok() {
                 break;

@@ -14,7 +14,7 @@ use crate::quantize::{Quantized, Storage};
 /// Bytes of a weight file that are hashed at a time.
 const HASH_CHUNK: usize = 16 << 20;
 
-/// Two tensors beside each other.
+/// The result of comparing two tensors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Comparison {
     /// Whether they have the same shape and values.
@@ -26,7 +26,7 @@ pub struct Comparison {
 /// Whether a question was asked before, so that a warning appears once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Asked {
-    /// Now for the first time; a warning is due.
+    /// This is the first time, so a warning is due.
     First,
     /// The answer was remembered.
     Before,

@@ -1,4 +1,5 @@
-//! The tensors of a checkpoint as they are shown: quantized ones as the weights that they encode, adapters over their base.
+//! The tensors of a checkpoint as they are presented: quantized tensors as the weights that they encode, adapters
+//! over their base.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -21,7 +22,8 @@ pub(super) struct View {
 }
 
 impl View {
-    /// Shows tensors under a second name as well, each behind the one that it is; those names.
+    /// Adds a second name for each of these tensors, right after the first in the order; returns the names that were
+    /// added.
     pub fn share(&mut self, shared: Vec<[String; 2]>) -> BTreeSet<String> {
         for [name, of] in &shared {
             let info = TensorInfo { name: name.clone(), ..self.tensors[of].clone() };
@@ -44,7 +46,7 @@ impl View {
         self.tensors.insert(info.name.clone(), info);
     }
 
-    /// Shows stored tensors as one.
+    /// Presents stored tensors as one.
     fn join(&mut self, stored: &[String], name: String, shape: [usize; 2], dtype: Dtype, codec: Codec) {
         let parts: Vec<TensorInfo> = stored.iter().filter_map(|name| self.tensors.get(name).cloned()).collect();
         let Some(first) = parts.first().cloned() else { return };
@@ -155,7 +157,8 @@ impl View {
         Ok(())
     }
 
-    /// Adds an adapter to its base: `X.weight` becomes `X.base.weight`, beside `X.lr_a.weight` and `X.lr_b.weight`.
+    /// Adds an adapter to its base: the weight becomes the base of the module, and the factors become parts under the
+    /// names that [`peft`] gives.
     pub fn adapt(&mut self, adapter: Vec<TensorInfo>) {
         for info in adapter {
             let of_gguf = || {
@@ -181,7 +184,7 @@ fn broken(path: &Path, tensor: &str, reason: impl Into<String>) -> CheckpointErr
     CheckpointError::Encoding { path: path.into(), tensor: tensor.into(), reason: reason.into() }
 }
 
-/// The dtype that a config gives to weights before they were quantized; f16 if it gives none.
+/// The dtype of the weights before they were quantized, as the config gives it; f16 if it does not.
 pub(super) fn model_dtype(config: &Map<String, Value>) -> Dtype {
     match ["dtype", "torch_dtype"].iter().find_map(|key| config.get(*key)?.as_str()) {
         Some("float32") => Dtype::F32,

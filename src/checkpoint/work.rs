@@ -11,17 +11,17 @@ pub(super) const PIECES: &str = "pieces";
 pub(super) const MOVING: &str = "moving.json";
 /// The suffix of a small file of the work folder while it is written.
 pub(super) const TORN: &str = ".partial";
-/// Where an earlier output waits to be removed, within the work folder.
+/// The place within the work folder where an earlier output waits to be removed.
 pub(super) const REPLACED: &str = "replaced";
 
-/// Where an earlier output waits to be removed, beside the work folder.
+/// The place beside the work folder where an earlier output waits to be removed.
 pub(super) fn replaced_of(partial: &Path) -> PathBuf {
     let mut replaced = partial.as_os_str().to_owned();
     replaced.push("-replaced");
     PathBuf::from(replaced)
 }
 
-/// Whether a folder is one that a run works in, or what a killed run left of it.
+/// Whether a folder is the work folder of a run, or the remains of one.
 pub(super) fn is_unfinished(folder: &Path) -> bool {
     folder.join(LOCK).is_file() && folder.join(PIECES).is_dir() | folder.join(OUTPUT).is_dir()
 }

@@ -43,10 +43,10 @@ impl TensorSpec {
     }
 }
 
-/// Where one tensor goes.
+/// The place of one tensor.
 #[derive(Debug)]
 struct Slot {
-    /// As the header names it.
+    /// The name in the header.
     tensor: String,
     shard_idx: usize,
     offset: u64,
@@ -90,7 +90,7 @@ impl SafetensorsWriter {
         Ok(Self { folder: folder.into(), files, slots })
     }
 
-    /// Lets a tensor be written as `parts` of equal size, one after the other, under names of their own.
+    /// Prepares a tensor to be written as `parts` of equal size, one after the other, under names of their own.
     ///
     /// # Panics
     /// When it was not announced, or cannot be divided: faults of the caller.
@@ -133,7 +133,7 @@ impl SafetensorsWriter {
         file.write_all(bytes).map_err(io("write", path))
     }
 
-    /// Syncs the shards and writes the index, when there is more than one. Gives back the names of the files.
+    /// Syncs the shards, writes the index if there are several, and returns the names of the files.
     ///
     /// # Panics
     /// When an announced tensor was never written: a fault of the caller.
@@ -164,7 +164,7 @@ impl SafetensorsWriter {
 /// Writes one file of tensors under a name of its own, whole or not at all.
 ///
 /// # Errors
-/// That of `bytes`, or the file cannot be written.
+/// The error of `bytes`, or the file cannot be written.
 pub fn write_file<E: From<CheckpointError>>(
     path: &Path,
     specs: &[TensorSpec],
@@ -206,7 +206,7 @@ pub fn file_bytes(specs: &[TensorSpec], max_shard_bytes: u64) -> u64 {
     split(specs, max_shard_bytes).iter().map(bytes).sum()
 }
 
-/// Bytes that a tensor takes in a header, but for the digits that its place has less than `file_bytes`.
+/// Bytes that a tensor takes in a header, at most: its offsets are counted with as many digits as `file_bytes` has.
 pub fn header_entry_bytes(spec: &TensorSpec, file_bytes: u64) -> u64 {
     let entry = json!({"dtype": spec.dtype, "shape": spec.shape, "data_offsets": [file_bytes, file_bytes]});
     // Two quotes, a colon and a comma.

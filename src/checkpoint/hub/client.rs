@@ -1,4 +1,4 @@
-//! Requests to a hub: redirects are followed here, so that the token goes to the hub alone and each answer is seen.
+//! Requests to a hub. Redirects are followed here, so that only the hub gets the token and every answer is checked.
 
 use std::io::Read;
 use std::time::Duration;
@@ -22,7 +22,7 @@ const LONGEST_LISTING: u64 = 256 << 20;
 pub(super) enum Fault {
     /// Another try may succeed.
     Network(String),
-    /// The hub does not give it.
+    /// The hub refuses the request.
     Refused(String),
     /// The answer of the hub must not be used.
     Untrusted(String),
@@ -42,14 +42,15 @@ pub(super) struct Client {
 
 type Origin = (String, String, Option<u16>);
 
-/// A body, and what was said of it on the way there. The names are the server's, and not checked yet.
+/// A body, with the headers of all answers on the way to it. Names in them come from the server and are not checked
+/// yet.
 pub(super) struct Answer {
     body: Body,
     pub etag: Option<String>,
     pub commit: Option<String>,
     /// Bytes of the whole file.
     pub size: Option<u64>,
-    /// Where in the file the body begins.
+    /// Offset of the body in the file.
     pub begin: u64,
 }
 
@@ -77,7 +78,7 @@ impl Client {
     /// A record of the API.
     ///
     /// # Errors
-    /// It does not come, or has another form.
+    /// The request fails, or the answer has another form.
     pub fn record<T: DeserializeOwned>(&self, path: &str) -> Result<T> {
         let (response, _) = self.follow(&format!("{}/api/{path}", self.endpoint), 0)?;
         let mut body = response.into_body();
@@ -89,7 +90,7 @@ impl Client {
     /// A file of a repository, from byte `begin` on if the server can.
     ///
     /// # Errors
-    /// It does not come.
+    /// The request fails.
     pub fn file(&self, repo: &str, commit: &str, name: &str, begin: u64) -> Result<Answer> {
         let url = format!("{}/{repo}/resolve/{commit}/{}", self.endpoint, encoded(name));
         let (response, said) = self.follow(&url, begin)?;
@@ -144,7 +145,7 @@ impl Answer {
     /// Reads a chunk of the body; 0 bytes at its end.
     ///
     /// # Errors
-    /// The connection is lost before.
+    /// The connection is lost.
     pub fn read(&mut self, chunk: &mut [u8]) -> std::io::Result<usize> {
         self.body.as_reader().read(chunk)
     }
@@ -179,7 +180,7 @@ fn origin(uri: &Uri) -> Option<Origin> {
     Some((scheme, uri.host()?.to_lowercase(), Some(uri.port_u16().unwrap_or(default))))
 }
 
-/// Where an answer of `from` sends to.
+/// The address that an answer of `from` redirects to.
 fn redirected(from: &Uri, location: &str) -> Option<Uri> {
     let (scheme, authority) = (from.scheme_str()?, from.authority()?);
     let target = if location.starts_with("//") {

@@ -7,8 +7,8 @@ use hf_hub::Cache;
 
 const ENDPOINT: &str = "https://huggingface.co";
 
-/// A socket without a byte for this long is dead, unless `HF_HUB_DOWNLOAD_TIMEOUT` says otherwise; a transfer may take as
-/// long as it wants.
+/// A connection that transfers no byte for this long is dead, unless `HF_HUB_DOWNLOAD_TIMEOUT` says otherwise. A
+/// transfer may take as long as it needs.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
 fn variable(name: &str) -> Option<String> {
@@ -26,7 +26,7 @@ pub(super) fn cache() -> Cache {
     named.map_or_else(home, |path| Cache::new(path.into()))
 }
 
-/// `HF_HOME`, else `huggingface` in `XDG_CACHE_HOME`, else in `~/.cache`; as the cache in it.
+/// The cache in `HF_HOME`, else in `huggingface` below `XDG_CACHE_HOME`, else below `~/.cache`.
 fn home() -> Cache {
     let hidden = || std::env::home_dir().unwrap_or_else(std::env::temp_dir).join(".cache");
     let caches = || variable("XDG_CACHE_HOME").map_or_else(hidden, PathBuf::from);

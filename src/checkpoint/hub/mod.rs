@@ -1,7 +1,8 @@
 //! Checkpoints named by hub id: downloaded once into the Hugging Face cache, checked, then opened as a folder.
 //!
-//! The cache is that of `huggingface_hub`, by `hf-hub`: blobs by hash, snapshots of links to them, refs. Requests and files
-//! are ours, because what a server sends becomes part of paths: `names` says what may, before anything is written.
+//! The cache has the layout of `huggingface_hub`, through `hf-hub`: blobs by hash, snapshots of links to them, refs.
+//! Requests and files are handled here, because strings of a server become parts of paths: `names` checks each before
+//! anything is written.
 
 #[cfg(feature = "hub")]
 mod client;
@@ -16,11 +17,11 @@ use std::path::{Path, PathBuf};
 use super::error::{CheckpointError, Result};
 use crate::progress::Progress;
 
-/// Turns what the user typed into a folder: a path as it is, `org/name` downloaded from the hub.
+/// The folder that the user named: a path is taken as it is, `org/name` is downloaded from the hub.
 ///
 /// # Errors
-/// The revision cannot be one, the id does not exist, the network fails, the server sends names that are not safe, or the
-/// cache is incomplete while offline.
+/// The revision is no valid name, the id does not exist, the network fails, the server sends names that are not safe,
+/// or the cache is incomplete while offline.
 pub fn resolve(model: &str, revision: &str, progress: &dyn Progress) -> Result<PathBuf> {
     if !names::is_revision(revision) {
         return Err(CheckpointError::Revision { revision: names::shown(revision) });
@@ -37,7 +38,7 @@ fn download(id: &str, _revision: &str, _progress: &dyn Progress) -> Result<PathB
     Err(CheckpointError::HubDisabled { id: id.into() })
 }
 
-/// Without a network, what was downloaded before is as good; whether it is whole is seen when it is opened.
+/// Without a network an earlier download serves as well; opening it shows whether it is complete.
 #[cfg(feature = "hub")]
 fn download(id: &str, revision: &str, progress: &dyn Progress) -> Result<PathBuf> {
     use client::{Client, Fault};

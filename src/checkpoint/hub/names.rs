@@ -1,4 +1,4 @@
-//! Checks of strings before they become part of a path or a URL: those of a user, and those of a possibly hostile server.
+//! Checks strings of users and of possibly hostile servers, before they become part of a path or a URL.
 
 /// Longest name that is taken from a server, in bytes.
 const LONGEST: usize = 255;
@@ -28,7 +28,8 @@ pub(super) fn is_commit(commit: &str) -> bool {
     commit.len() == 40 && is_hex(commit)
 }
 
-/// An ETag without its quotes, as a git hash, a sha256 or what S3 makes of parts: the cache has a file of this name.
+/// An ETag without its quotes: a git hash, a sha256, or the hash that S3 computes for a multipart upload. The cache
+/// has a file of this name.
 #[cfg(any(feature = "hub", test))]
 pub(super) fn is_etag(etag: &str) -> bool {
     etag.len() <= LONGEST && etag.split('-').all(|part| !part.is_empty() && is_hex(part))

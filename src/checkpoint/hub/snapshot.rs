@@ -1,7 +1,7 @@
 //! One revision of a repository in the cache: `blobs` by hash, a folder of links in `snapshots`, a commit in `refs`.
 //!
-//! The commit is asked for once, and everything else is asked for by it. No string of the server reaches a path before
-//! [`names`] has seen it, and each answer is checked by itself: one that differs from the first gains nothing.
+//! The commit is requested once, and everything else by its hash. No string of the server reaches a path before
+//! [`names`] has checked it. Each answer is checked by itself, so a server gains nothing by changing its answers.
 
 use std::collections::VecDeque;
 use std::fs::{self, File, OpenOptions};
@@ -54,7 +54,7 @@ const UNWANTED: &[&str] = &[
 
 /// Files on the way at a time.
 const N_WORKERS: usize = 8;
-/// Tries of one file, and the pause after the first of them.
+/// Attempts per file, and the pause after the first of them.
 const N_TRIES: u32 = 3;
 const PAUSE: Duration = Duration::from_millis(200);
 
@@ -88,7 +88,7 @@ struct Wanted {
 /// The folder of a revision that was downloaded before.
 ///
 /// # Errors
-/// There is none.
+/// No revision was downloaded before.
 pub(super) fn cached(repo: &Repo, cache: &Cache) -> Result<PathBuf> {
     let root = cache.path().join(repo.folder_name());
     let commit = if names::is_commit(repo.revision()) {
@@ -129,7 +129,7 @@ pub(super) fn download(repo: &Repo, cache: &Cache, client: &Client, progress: &d
     transfer.all(files)?;
     fs::create_dir_all(&folder).map_err(local("create", &folder))?;
     if repo.revision() != commit {
-        // Last: until then, what was downloaded before is what is used without a network.
+        // The ref is written last: until then, runs without a network use the earlier download.
         repo_cache.create_ref(&commit).map_err(local("write the ref of", &folder))?;
     }
     Ok(folder)
@@ -190,8 +190,8 @@ struct Transfer<'a> {
 }
 
 impl Transfer<'_> {
-    /// Downloads files, some at a time. A failure ends the rest; of several, that of the earliest file is kept: those before it
-    /// were begun, and are waited for.
+    /// Downloads several files at a time. A failure stops the rest. Of several failures, that of the earliest file is
+    /// reported: the files before it had begun, and are waited for.
     fn all(&self, files: Vec<Wanted>) -> Result<()> {
         let n_workers = N_WORKERS.min(files.len());
         let queue = Mutex::new(VecDeque::from_iter(files.into_iter().enumerate()));
@@ -235,7 +235,7 @@ impl Transfer<'_> {
             let begin = answer.begin;
             if let Err(fault) = self.write(&mut answer, file, (&name, &etag), reported) {
                 let Fault::Untrusted(reason) = fault else { return Err(fault) };
-                // Not to be continued; a file that is not there is as good.
+                // It cannot be continued. A missing file is no error.
                 let _ = fs::remove_file(self.partial(&name));
                 let is_ours = begin > 0;
                 return Err(if is_ours {
@@ -248,7 +248,7 @@ impl Transfer<'_> {
         self.link(&file.name, &name)
     }
 
-    /// The ETag of an answer, which may be part of a path then.
+    /// The ETag of an answer, checked so that it may be part of a path.
     fn checked(&self, answer: &Answer, file: &Wanted) -> Result<String> {
         let name = &file.name;
         if let Some(commit) = answer.commit.as_deref().filter(|&commit| commit != self.commit) {
@@ -357,7 +357,7 @@ fn link_or_copy(relative: &Path, _blob: &Path, link: &Path) -> std::io::Result<(
     std::os::unix::fs::symlink(relative, link)
 }
 
-/// Links need a right there that few have.
+/// Creating links on Windows needs a privilege that few users have, so the blob is copied.
 #[cfg(not(unix))]
 fn link_or_copy(_relative: &Path, blob: &Path, link: &Path) -> std::io::Result<()> {
     fs::copy(blob, link).map(|_| ())
