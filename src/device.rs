@@ -12,6 +12,7 @@ pub const HOST: Device = Device::Cpu;
 /// A device by its name, before it is opened.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum DeviceChoice {
+    /// The host.
     #[default]
     Cpu,
     /// The CUDA device of this number.

@@ -1,4 +1,5 @@
-//! One run: what it works on, where it keeps what outgrows memory or must outlive a kill, and where it reports progress.
+//! One run: its checkpoint and device, the store for data that exceeds memory or must survive a kill, and its
+//! progress.
 
 use std::path::PathBuf;
 
@@ -11,12 +12,13 @@ use crate::progress::Progress;
 use crate::store::{Journal, Spool};
 use crate::workers::Workers;
 
-/// What every step of a run is given.
+/// Everything that the steps of a run share.
 pub struct Session<'a> {
     /// The source.
     pub checkpoint: &'a Checkpoint,
     /// The device that runs the model.
     pub device: Device,
+    /// Memory of walks through the model.
     pub limits: WalkLimits,
     /// Finished pieces; the default keeps none, so that nothing can be resumed.
     pub journal: Journal,
@@ -46,8 +48,8 @@ impl<'a> Session<'a> {
         Ok(Decoder::open(self.checkpoint)?.on(&self.device))
     }
 
-    /// Workers on matrices that take so many `bytes` each: as many as memory holds of the largest, and no more than there are
-    /// matrices. Threads that are left are in large products.
+    /// Workers on matrices that take so many `bytes` each: as many as fit in memory at the size of the largest, and
+    /// no more than there are matrices. Remaining threads work inside large products.
     ///
     /// # Errors
     /// The system refuses threads.

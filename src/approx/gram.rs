@@ -10,7 +10,9 @@ use crate::linalg::{self, Packed};
 /// A Gram (n, n).
 #[derive(Debug)]
 pub enum Gram {
+    /// All entries, in f64.
     Dense(Mat<f64>),
+    /// The lower triangle, in f32.
     Packed(Packed),
 }
 

@@ -34,7 +34,7 @@ pub struct ErrorCurve {
 }
 
 impl ErrorCurve {
-    /// Of eigenvalues in descending order; rounding errors below zero are clamped.
+    /// The curve of eigenvalues in descending order; rounding errors below zero are clamped.
     pub fn new(eigenvalues: Vec<f64>) -> Self {
         Self { energies: eigenvalues.into_iter().map(|v| v.max(0.0)).collect() }
     }
@@ -81,7 +81,7 @@ pub struct LowRank {
 }
 
 impl LowRank {
-    /// The first `rank` terms: the best pair of that rank in the metric it was made in.
+    /// The first `rank` terms: the best pair of that rank in the metric of the fit.
     ///
     /// # Panics
     /// When `rank` exceeds the pair's.
@@ -229,8 +229,8 @@ fn output_bases(output: &Metric, u: Mat<f64>) -> Result<Bases, LinalgError> {
     })
 }
 
-/// Columns of `S V` with energies `λ_i`, `λ_j` are orthogonal up to `ε λ_1 / √(λ_i λ_j)`: under this share of the largest
-/// energy that is no longer below the rounding of f32, and the columns are orthogonalised.
+/// Columns of `S V` with energies `λ_i`, `λ_j` are orthogonal up to `ε λ_1 / √(λ_i λ_j)`. Below this share of the
+/// largest energy the deviation exceeds the rounding of f32, and the columns are orthogonalized.
 const ORTHOGONAL_SHARE: f64 = 1e-8;
 
 fn normalized_columns(mut matrix: Mat<f64>) -> Mat<f64> {

@@ -28,9 +28,9 @@ use crate::linalg::{self, LinalgError};
 pub enum Metric {
     /// `M = I`.
     Identity,
-    /// `M = size · I`, in place of a form of zeros, which has no scale: nothing was measured on that side.
+    /// `M = size · I`, in place of a form of zeros, which has no scale, because nothing was measured on that side.
     Plain {
-        /// The mean eigenvalue that this side has in other blocks; 1 unless it is known.
+        /// The mean eigenvalue of this side in other blocks; 1 if unknown.
         size: f64,
     },
     /// `M = diag(d)`, `d` > 0.
@@ -51,7 +51,7 @@ pub struct FullMetric {
 enum Root {
     /// `H = L`, the Cholesky factor: a thirtieth of the work of an eigenproblem.
     Lower(Mat<f64>),
-    /// `H = Q √Λ`, where `M` is too close to singular for that.
+    /// `H = Q √Λ`, if `M` is too close to singular for Cholesky.
     Eigen { root: Mat<f64>, eigenvalues: Vec<f64> },
 }
 
@@ -84,15 +84,15 @@ pub struct PlainSides {
     pub input: bool,
 }
 
-/// Eigenvalues under this share of the largest are raised to it, so that directions which calibration never
-/// excited still have an order (that of the weight), at a cost of 1e-12 of the error.
+/// Eigenvalues below this share of the largest are raised to it. Directions that calibration never excited are then
+/// ordered by the weight, at a cost of 1e-12 of the error.
 const ROOT_FLOOR: f64 = 1e-12;
 
 /// Smallest share of the largest eigenvalue down to which a form is inverted.
 const CONDITION_SHARE: f64 = 1e-8;
 
 impl Metric {
-    /// From a symmetric `gram` (n, n); plain where it is all zeros.
+    /// The metric of a symmetric `gram` (n, n); plain if it is all zeros.
     pub fn full(gram: impl Into<Gram>) -> Self {
         let gram = gram.into();
         if gram.is_zero() {
@@ -101,7 +101,7 @@ impl Metric {
         Self::Full(FullMetric { gram, root: OnceLock::new() })
     }
 
-    /// From the diagonal of a form; entries under 1e-12 of the largest are raised to it. Plain where all are zero.
+    /// The metric of a diagonal; entries below 1e-12 of the largest are raised to it. Plain if all are zero.
     pub fn diagonal(mut values: Vec<f64>) -> Self {
         let max = values.iter().copied().fold(0.0, f64::max);
         if max == 0.0 {
@@ -111,15 +111,16 @@ impl Metric {
         Self::Diagonal(values)
     }
 
-    /// From a Gram (n, n), its eigenvalues drawn towards their mean: `(1 − damping) M + damping · mean(diag M) · I`.
+    /// The metric of a Gram (n, n) whose eigenvalues are drawn towards their mean: `(1 − damping) M + damping ·
+    /// mean(diag M) · I`.
     pub fn damped(gram: impl Into<Gram>, damping: f64) -> Self {
         Self::full(gram.into().damped(damping))
     }
 
-    /// The metric, of `size` where it is plain in place of a form of zeros.
+    /// The same metric, with scale `size` if it replaces a form of zeros.
     ///
     /// # Errors
-    /// That of `size`.
+    /// The error of `size`.
     pub(crate) fn sized<E>(self, size: impl FnOnce() -> Result<f64, E>) -> Result<Self, E> {
         Ok(match self {
             Self::Plain { .. } => Self::Plain { size: size()? },
@@ -188,7 +189,7 @@ impl Metric {
         })
     }
 
-    /// Whether `H⁻ᵀ` may be used: digits that it costs are none that an f32 has.
+    /// Whether `H⁻ᵀ` may be used: the digits that it loses are beyond the precision of f32.
     pub(crate) fn is_well_conditioned(&self) -> Result<bool, LinalgError> {
         let is_spread_little = |largest: f64, smallest: f64| smallest > CONDITION_SHARE * largest;
         Ok(match self {
@@ -216,7 +217,7 @@ impl Metric {
         }
     }
 
-    /// The part of the form that a run of rows and columns has.
+    /// The form restricted to a run of rows and the same columns.
     pub(crate) fn slice(&self, range: Range<usize>) -> Self {
         match self {
             Self::Identity => Self::Identity,
@@ -236,7 +237,7 @@ impl MetricPair<'_> {
         [self.output, self.input].iter().any(|side| matches!(side, Metric::Full(_)))
     }
 
-    /// The sides that are plain for want of a form.
+    /// The sides whose form was all zeros.
     pub fn plain_sides(&self) -> PlainSides {
         let is_plain = |metric: &Metric| matches!(metric, Metric::Plain { .. });
         PlainSides { output: is_plain(self.output), input: is_plain(self.input) }
@@ -258,7 +259,7 @@ impl PlainSides {
         Self { output: self.output || other.output, input: self.input || other.input }
     }
 
-    /// For a report; none where both sides were measured.
+    /// A note for the report; `None` if both sides were measured.
     pub fn note(self) -> Option<String> {
         let sides = match (self.output, self.input) {
             (false, false) => return None,
@@ -288,8 +289,9 @@ fn scale_rows(x: MatRef<'_, f64>, scale: impl Fn(usize) -> f64) -> Mat<f64> {
     x
 }
 
-/// Whether a Cholesky factor may serve as the root. The squares of its pivots lie between the eigenvalues and come near both
-/// ends; its condition is the square root of that of the form, so that solving with it costs no digit of an f32.
+/// Whether a Cholesky factor may serve as the root. The squares of its pivots lie between the extreme eigenvalues and
+/// come near both. Its condition number is the square root of the form's, so solving with it loses no digit of an
+/// f32.
 fn has_even_pivots(lower: &Mat<f64>) -> bool {
     let pivots = (0..lower.nrows()).map(|i| lower[(i, i)] * lower[(i, i)]);
     let (smallest, largest) = pivots.fold((f64::INFINITY, 0.0f64), |(low, high), p| (low.min(p), high.max(p)));
@@ -340,7 +342,7 @@ mod tests {
                     (found.truncate(weight.as_ref(), 4), found.curve)
                 };
                 let (expected, curve) = decomposed(1.0);
-                // Gradients and inputs of 1e-15, so to say, and far beyond: a power of two changes no digit.
+                // Scales down to 1e-15 and far below, as gradients and inputs have: powers of two change no digit.
                 for scale in [-100, -300, -480, 100, 300, 480].map(|exponent| 2f64.powi(exponent)) {
                     let (pair, scaled) = decomposed(scale);
                     assert!(pair.b.iter().zip(&expected.b).all(|(x, y)| (x - y).abs() < 1e-5 * y.abs().max(1.0)));

@@ -11,9 +11,9 @@ use crate::model::{InputSite, Slot};
 /// When a Gram is computed from its rows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Multiply {
-    /// At once, beside other batches, at the price of the memory of the result.
+    /// Immediately, in parallel with other batches; each result takes memory.
     Now,
-    /// When it is added: one at a time, each with all threads.
+    /// When the addend is added: one at a time, each with all threads.
     WhenAdded,
 }
 

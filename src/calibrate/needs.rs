@@ -28,7 +28,7 @@ pub struct Needs {
 }
 
 impl Needs {
-    /// What every method together needs.
+    /// The union of the needs of all methods.
     pub const ALL: Self = Self { input_gram: true, input_magnitude: true, output_gram: true, squared_gradient: true };
 
     /// Whether a forward pass collects anything.
@@ -46,7 +46,7 @@ impl Needs {
         self.union(other) == other
     }
 
-    /// What either needs.
+    /// The union of both.
     #[must_use]
     pub fn union(self, other: Self) -> Self {
         Self {

@@ -58,7 +58,7 @@ impl Sums {
         self.vectors.entry(key).or_insert_with(|| vec![0.0; n])
     }
 
-    /// Adds what comes of one batch. Grams are added in f64, one batch at a time.
+    /// Adds the addends of one batch. Grams are added in f64, one batch at a time.
     pub fn add(&mut self, addend: Addend) {
         for (key, chunk) in addend.grams {
             chunk.add_to(self.gram(key, chunk.n()));

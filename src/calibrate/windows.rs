@@ -92,7 +92,7 @@ pub struct Windows {
     pub targets: Vec<Targets>,
     /// Number of windows whose gradients are taken.
     pub n_gradients: usize,
-    /// What a file of statistics records of these windows.
+    /// The entry for these windows in the header of a file of statistics.
     pub part: Part,
     /// The text as the user named it.
     pub text: String,
@@ -101,9 +101,9 @@ pub struct Windows {
 /// Windows, and the targets of the loss of each.
 #[derive(Debug, Clone, Copy)]
 pub struct TargetedWindows<'a> {
-    /// Token ids.
+    /// Token ids of each window.
     pub windows: &'a [Vec<u32>],
-    /// As many as there are windows.
+    /// The targets of the loss, one entry per window.
     pub targets: &'a [Targets],
     /// Number of windows, from the first, that also go backward.
     pub n_gradients: usize,
@@ -149,7 +149,8 @@ impl Targets {
     }
 }
 
-/// Percentage of masked tokens: as in the training of BERT, which however replaces some of them differently (Devlin et al. 2019).
+/// Percentage of masked tokens, as in the training of BERT, which also replaces some of them by other tokens (Devlin
+/// et al. 2019).
 const MASKED_PERCENT: usize = 15;
 
 impl Windows {

@@ -133,7 +133,7 @@ fn evenly(run: &Run<'_>) -> Result<Vec<Option<Forms>>> {
     Ok(candidates.swap_remove(affordable - 1).1)
 }
 
-/// Even choices, one of which is taken.
+/// Even choices, one per share of the parameters or one per quantizer, in ascending order of size.
 fn candidates(recipe: &Recipe, plan: &Plan) -> Vec<Vec<Option<Forms>>> {
     const STEPS: usize = 128;
     if recipe.quant().is_empty() {
@@ -148,7 +148,7 @@ fn candidates(recipe: &Recipe, plan: &Plan) -> Vec<Vec<Option<Forms>>> {
     recipe.quant().iter().map(of).collect()
 }
 
-/// What the budget limits, in bytes: the weight files, or the linears.
+/// Bytes that the budget limits: of the weight files, or of the linears.
 fn spent(run: &Run<'_>, forms: &[Option<Forms>]) -> u64 {
     let (recipe, plan) = (run.job.recipe, &run.plan);
     if let Budget::Bytes(_) = recipe.budget() {

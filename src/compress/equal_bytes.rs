@@ -34,7 +34,7 @@ pub(super) fn menus(study: &Study<'_>, all: &[Option<Forms>]) -> Option<Vec<Vec<
 /// Adds the bases of the menus to those of a study; returns the index of each linear's first new base.
 ///
 /// # Errors
-/// As for quantizing.
+/// A matrix cannot be quantized, or the work folder cannot be written.
 pub(super) fn quantize(study: &mut Study<'_>, menus: &[Vec<Quant>]) -> Result<Vec<usize>> {
     let first: Vec<usize> = (0..study.plan.linears.len()).map(|i| study.fits.of(i).len()).collect();
     study.quantize(Compensate::None, &|i| menus[i].clone())?;

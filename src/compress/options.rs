@@ -198,7 +198,7 @@ recipe_options! {
     /// `--calibration` and `--keep` below 0.7, or with `--anchor`.
     sequential: Option<bool>, "Method" [num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL"],
 
-    /// How far the targets of `--sequential` move towards the outputs of the original model, 0 to 1 [default: 0.5]
+    /// How far the targets of `--sequential` move towards the outputs of the source model, 0 to 1 [default: 0.5]
     anchor: Option<f64>, "Method" [value_name = "MU", hide_short_help = true],
 
     /// Number of calibration windows [default: 64]
@@ -241,6 +241,7 @@ pub enum Fused {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 #[serde(rename_all = "kebab-case")]
+#[allow(missing_docs, reason = "clap would show them in the help, where the names are enough")]
 pub enum FactorBits {
     Int8,
     Int4,

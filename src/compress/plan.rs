@@ -180,12 +180,12 @@ fn check_targets(checkpoint: &Checkpoint, linears: &[LinearInfo]) -> Result<()> 
         |l: &&LinearInfo| checkpoint.info(&l.weight_name()).is_some_and(|t| t.is_encoded() && !t.is_picked());
     if let Some(linear) = linears.iter().find(is_coded) {
         return Err(Failure::unsupported(format!("`{}` is already quantized", linear.module))
-            .hint("compress the original checkpoint, or dequantize this one with `lrc export MODEL --format dense -o OUT`")
+            .hint("compress its source, or dequantize this one with `lrc export MODEL --format dense -o OUT`")
             .into());
     }
     if let Some(linear) = linears.iter().find(|l| l.is_low_rank()) {
         return Err(Failure::unsupported(format!("`{}` is already of low rank", linear.module))
-            .hint("compress the original checkpoint, or reduce the ranks of this one with `lrc truncate`")
+            .hint("compress its source, or reduce the ranks of this one with `lrc truncate`")
             .into());
     }
     for LinearInfo { module, .. } in linears {

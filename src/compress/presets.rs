@@ -25,6 +25,7 @@ pub enum Method {
 /// The form of a metric on one side of a weight.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum MetricForm {
+    /// All directions count the same.
     Identity,
     /// The Gram of the inputs; on the output side, of the gradients.
     Gram,
@@ -42,7 +43,9 @@ pub enum MetricForm {
 /// A row of the table.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Preset {
+    /// The form on the output side, (out, out).
     pub output: MetricForm,
+    /// The form on the input side, (in, in).
     pub input: MetricForm,
     /// Default damping of Grams, as a share of their mean eigenvalue.
     pub damping: f64,

@@ -252,7 +252,7 @@ pub(super) fn job(job: &Job<'_>, source_files: &Fingerprint, inputs: &Inputs) ->
         "statistics_sha256": job.recipe.statistics.as_deref().map(sha256_file).transpose()?,
         "memory_bytes": job.memory_bytes,
     });
-    // What is measured on another device differs in its last digits.
+    // Measurements on another device differ in their last digits.
     if !job.device.is_cpu() {
         description["device"] = json!("gpu");
     }

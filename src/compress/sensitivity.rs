@@ -15,7 +15,7 @@ use super::trials::mean_kl;
 /// A trial keeps this share of the parameters of its matrix: a tenth of what keeping 80 % everywhere would.
 const PROBE_KEEP: f64 = 0.08;
 
-/// Number of tokens in trials; the divergence of such a deep cut shows on few.
+/// Number of tokens in trials. The divergence of such a deep cut is visible on few tokens.
 const PROBE_TOKENS: usize = 8192;
 
 /// Cost to the model of a unit of squared error of each linear, before depth weights.

@@ -23,7 +23,7 @@ use crate::store::Journal;
 pub struct Weighted {
     /// Squared singular values in the metric.
     pub curve: ErrorCurve,
-    /// Which sides were plain for want of calibration; `None` if none was.
+    /// The sides that calibration left plain; `None` if there are none.
     pub note: Option<String>,
 }
 

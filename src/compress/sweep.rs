@@ -31,11 +31,11 @@ pub struct SweepSettings<'a> {
     pub recipe: &'a Recipe,
     /// Shares of the parameters of the targeted linears, each in (0, 1].
     pub keeps: &'a [f64],
-    /// How every trial, and the source, is evaluated.
+    /// The evaluation of every trial and of the source.
     pub eval: EvalSettings,
 }
 
-/// Decomposes once, truncates for every budget, and evaluates all trials in one walk alongside the original.
+/// Decomposes once, truncates for every budget, and evaluates all trials in one walk alongside the source.
 ///
 /// # Errors
 /// As [`super::compress`] and [`crate::eval::perplexity`].

@@ -1,4 +1,4 @@
-//! Models with some linears replaced, run alongside the original: all in one walk, so that weights are read once.
+//! Models with some linears replaced, run alongside the source: all in one walk, so that weights are read once.
 
 use std::collections::HashMap;
 
@@ -23,8 +23,8 @@ pub(super) struct Text<'t> {
     pub limits: WalkLimits,
 }
 
-/// The divergence of each of `trials` from the original at the scored tokens of a text. A trial shares the original's
-/// states until its first compressed block. `verb` names the progress bar.
+/// The divergence of each of `trials` from the source at the scored tokens of a text. A trial shares the states of
+/// the source until its first compressed block. `verb` names the progress bar.
 ///
 /// # Errors
 /// The model cannot be run, a logit is not finite, or the work folder cannot be written.
@@ -36,7 +36,7 @@ pub(super) fn diverge(
 ) -> Result<Vec<Divergence>> {
     let decoder = study.session.decoder()?;
     let walk = Walk::new(&decoder, text.windows, &text.limits)?;
-    let original = walk.embed(&decoder)?;
+    let source = walk.embed(&decoder)?;
     let mut streams: Vec<Option<Hidden>> = trials.iter().map(|_| None).collect();
     let n_steps = walk.n_tokens() * (decoder.n_blocks() + 1);
     let stage = study.session.progress.stage(verb, n_steps as u64, "tokens");
@@ -53,15 +53,15 @@ pub(super) fn diverge(
                 if compressed.is_empty() { dense.clone() } else { decoder.with_weights(&overlay).block(block_idx)? };
             match stream {
                 Some(hidden) => walk.advance(hidden, &decoder, &block, &Silent)?,
-                none => *none = Some(walk.branch(&original, &decoder, &block, &Silent)?),
+                none => *none = Some(walk.branch(&source, &decoder, &block, &Silent)?),
             }
         }
-        walk.advance(&original, &decoder, &dense, stage.as_ref())?;
+        walk.advance(&source, &decoder, &dense, stage.as_ref())?;
     }
     stage.note("head");
     let head = decoder.head()?;
     let all: Vec<&Hidden> =
-        std::iter::once(&original).chain(streams.iter().map(|s| s.as_ref().unwrap_or(&original))).collect();
+        std::iter::once(&source).chain(streams.iter().map(|s| s.as_ref().unwrap_or(&source))).collect();
     let mut divergences: Vec<Divergence> = trials.iter().map(|_| Divergence::default()).collect();
     let place = walk.place();
     let compare = |window_idx: usize, states: &[Tensor]| {
@@ -79,7 +79,7 @@ pub(super) fn diverge(
     Ok(divergences)
 }
 
-/// Mean KL(original ‖ trial) in nats over all tokens of `windows` that have context.
+/// Mean KL(source ‖ trial) in nats over all tokens of `windows` that have context.
 ///
 /// # Errors
 /// As [`diverge`].

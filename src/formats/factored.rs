@@ -1,7 +1,7 @@
 //! Low-rank parts stored as they are: a Hugging Face repository with its own small modeling file.
 //!
-//! A module `X` is stored as the parts of its structure, `X.lr_a.weight` and the like, which the files of
-//! `operator/` document; indices are i32 without `.weight`. Its bias belongs to the part that the structure names, or
+//! A module `X` is stored as the parts of its structure, which the files of `operator/` document: matrices of floats
+//! as `X.PART.weight`, indices as i32 without `.weight`. Its bias belongs to the part that the structure names, or
 //! stays `X.bias`. The `model_type` gets the prefix `lrc_`: under the native one, a user who forgets
 //! `trust_remote_code` would get random weights and no error.
 //!

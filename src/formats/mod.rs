@@ -1,4 +1,4 @@
-//! How a compressed model is stored for a runtime. One format per file, one line in [`Format::exporter`].
+//! Output formats, each for one or more runtimes. One format per file, one line in [`Format::exporter`].
 
 mod adapter;
 mod compressed_tensors;
@@ -62,7 +62,9 @@ pub enum Target {
 /// Whether an adapter is beside the weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Adapter {
+    /// The output has no adapter.
     None,
+    /// The output has an adapter.
     Written,
 }
 
@@ -75,7 +77,7 @@ pub struct OutTensor {
     pub name: String,
     /// The dtype or block type.
     pub element: Element,
-    /// As safetensors orders it; GGUF files reverse it.
+    /// The order of safetensors; GGUF files reverse it.
     pub shape: Vec<usize>,
 }
 
@@ -144,9 +146,9 @@ pub enum Container {
     Safetensors,
     /// Metadata of the model and of its adapter.
     Gguf {
-        /// Of the model.
+        /// The metadata of the model.
         model: Vec<(String, GgufValue)>,
-        /// Of its LoRA adapter; not written if there are no factors.
+        /// The metadata of its LoRA adapter, which is not written if there are no factors.
         adapter: Vec<(String, GgufValue)>,
     },
 }

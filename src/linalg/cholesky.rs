@@ -6,12 +6,13 @@ use faer::linalg::triangular_inverse::invert_lower_triangular;
 use faer::linalg::triangular_solve::solve_upper_triangular_in_place;
 use faer::{Mat, MatRef, Par};
 
-/// The lower triangular `L` (n, n) of `M = L Lᵀ`, of which the lower triangle is read; none where `M` is not positive definite.
+/// The lower triangular `L` (n, n) of `M = L Lᵀ`, from the lower triangle of `M`; `None` if `M` is not positive
+/// definite.
 pub fn cholesky(matrix: MatRef<'_, f64>) -> Option<Mat<f64>> {
     let n = matrix.nrows();
     let mut lower = matrix.to_owned();
     factor(&mut lower)?;
-    // The factorization works in blocks, and leaves something above the diagonal.
+    // The factorization works in blocks and leaves nonzero values above the diagonal.
     for j in 1..n {
         lower.col_mut(j).subrows_mut(0, j).fill(0.0);
     }
@@ -26,17 +27,18 @@ fn factor(lower: &mut Mat<f64>) -> Option<()> {
     Some(())
 }
 
-/// `L⁻ᵀ X` of a lower triangular `L` (n, n) and `x` (n, k).
+/// `L⁻ᵀ X` for a lower triangular `L` (n, n) and `x` (n, k).
 pub fn solve_transposed_lower(lower: MatRef<'_, f64>, x: MatRef<'_, f64>) -> Mat<f64> {
     let mut solution = x.to_owned();
     solve_upper_triangular_in_place(lower.transpose(), solution.as_mut(), Par::Seq);
     solution
 }
 
-/// The upper triangular `U` (n, n) with `M⁻¹ = Uᵀ U`, and its inverse; none where `M` is not positive definite.
+/// The upper triangular `U` (n, n) with `M⁻¹ = Uᵀ U`, and its inverse; `None` if `M` is not positive definite.
 ///
-/// With the order of rows and columns reversed, `M = L Lᵀ` is `M = Ũ Ũᵀ` of an upper triangular `Ũ`, and `U = Ũ⁻¹`: one
-/// factorization and one triangular inverse, where inverting and factoring again costs three times as much.
+/// With rows and columns in reversed order, `M = L Lᵀ` becomes `M = Ũ Ũᵀ` with an upper triangular `Ũ`, and `U =
+/// Ũ⁻¹`. This takes one factorization and one triangular inverse; inverting `M` and factoring again costs three times
+/// as much.
 pub fn inverse_cholesky(matrix: MatRef<'_, f64>) -> Option<(Mat<f64>, Mat<f64>)> {
     let n = matrix.nrows();
     let mut lower = Mat::from_fn(n, n, |i, j| matrix[(n - 1 - i, n - 1 - j)]);

@@ -1,9 +1,9 @@
-//! Between row-major `f32` weights, as checkpoints hold them, and faer's column-major `f64` matrices.
+//! Conversions between row-major `f32` weights, as checkpoints store them, and faer's column-major `f64` matrices.
 
 use faer::{Mat, MatRef};
 
-/// The transpose (n_cols, n_rows) of a row-major matrix (n_rows, n_cols): in column-major order the same bytes,
-/// so the copy is contiguous. Take `.transpose()` of it for the matrix itself.
+/// The transpose (n_cols, n_rows) of a row-major matrix (n_rows, n_cols). In column-major order it has the same
+/// bytes, so the copy is contiguous. Take `.transpose()` of it for the matrix itself.
 ///
 /// # Panics
 /// When `values` does not have `n_rows * n_cols` elements.
@@ -22,8 +22,8 @@ pub fn transposed_from_row_major(values: &[f32], n_rows: usize, n_cols: usize) -
 const LOWEST: f64 = f32::MIN as f64;
 const HIGHEST: f64 = f32::MAX as f64;
 
-/// A matrix (n_rows, n_cols) as row-major `f32`, rounded to the nearest finite one: an approximation of weights near the end of
-/// the range may go beyond it, where its end is nearer to them.
+/// A matrix (n_rows, n_cols) as row-major `f32`, rounded to the nearest finite value: an approximation of weights
+/// near the end of the range may exceed it.
 pub fn to_row_major(matrix: MatRef<'_, f64>) -> Vec<f32> {
     let mut values = Vec::with_capacity(matrix.nrows() * matrix.ncols());
     for row in matrix.row_iter() {

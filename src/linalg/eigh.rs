@@ -17,12 +17,12 @@ pub struct Eigh {
     pub vectors: Mat<f64>,
 }
 
-/// Sizes of the largest entry, as powers of two, between which the squares of entries neither overflow nor vanish.
-/// What lies outside is scaled, as LAPACK's `dsyev` does; what lies inside is left as it is, bit by bit.
+/// Exponents of the largest entry for which the squares of entries neither overflow nor vanish. Matrices outside this
+/// range are scaled, as in LAPACK's `dsyev`; those inside keep every bit.
 const SAFE_EXPONENTS: std::ops::RangeInclusive<i32> = -300..=300;
 
-/// Eigenvalues and eigenvectors of a symmetric matrix (n, n), of which the lower triangle is read; of any scale, zeros and
-/// subnormal numbers included.
+/// Eigenvalues and eigenvectors of a symmetric matrix (n, n), read from its lower triangle, at any scale including
+/// zeros and subnormal numbers.
 ///
 /// # Errors
 /// The matrix holds NaN or infinity, or the iteration did not converge.
@@ -55,12 +55,12 @@ fn decompose(matrix: MatRef<'_, f64>, mut vectors: Option<&mut Mat<f64>>) -> Res
         }
         return Ok(vec![0.0; n]);
     }
-    // Subnormal numbers have an exponent of 0, and are brought up by as much as the smallest normal one.
+    // Subnormal numbers have an exponent of 0, and are scaled up by as much as the smallest normal number.
     let exponent = ((largest.to_bits() >> 52) & 0x7ff) as i32 - 1023;
     if SAFE_EXPONENTS.contains(&exponent) {
         return decompose_in_scale(matrix, vectors);
     }
-    // Two steps: the whole scale of a subnormal matrix is no f64.
+    // Two steps, because the scale of a subnormal matrix exceeds the range of f64.
     let scaled = |matrix: MatRef<'_, f64>, by: i32| {
         let (first, second) = (2f64.powi(by / 2), 2f64.powi(by - by / 2));
         matrix * faer::Scale(first) * faer::Scale(second)
@@ -77,7 +77,7 @@ fn decompose(matrix: MatRef<'_, f64>, mut vectors: Option<&mut Mat<f64>>) -> Res
     Ok(values.into_iter().map(|value| value * first * second).collect())
 }
 
-/// The same of a matrix whose squares are in the range of f64.
+/// The same for a matrix whose squares are in the range of f64.
 fn decompose_in_scale(matrix: MatRef<'_, f64>, vectors: Option<&mut Mat<f64>>) -> Result<Vec<f64>, LinalgError> {
     let n = matrix.nrows();
     let compute = if vectors.is_some() { ComputeEigenvectors::Yes } else { ComputeEigenvectors::No };
@@ -156,7 +156,8 @@ mod tests {
             assert!((&vectors - &plain.vectors).norm_max() < 1e-9, "2^{exponent}");
             assert_eq!(eigenvalues(of_scale(scale).as_ref()).unwrap().len(), n);
         }
-        // Subnormal entries have few digits, but a matrix of them is solved: 3, 1 times the smallest number there is.
+        // Matrices of subnormal entries are solved, though with few digits: the eigenvalues are 3 and 1 times the
+        // smallest number.
         let tiny = f64::from_bits(1);
         let matrix = Mat::from_fn(2, 2, |i, j| if i == j { 2.0 * tiny } else { tiny });
         assert_eq!(eigh(matrix.as_ref()).unwrap().values, [3.0 * tiny, tiny]);

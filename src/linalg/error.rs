@@ -5,8 +5,16 @@ use thiserror::Error;
 /// Why a factorization has no result.
 #[derive(Debug, Error, Clone, Copy, PartialEq, Eq)]
 pub enum LinalgError {
+    /// The iteration for the eigenvalues did not end.
     #[error("the {n} x {n} eigenproblem did not converge")]
-    NotConverged { n: usize },
+    NotConverged {
+        /// Rows and columns.
+        n: usize,
+    },
+    /// An entry of the matrix is not finite.
     #[error("the {n} x {n} eigenproblem holds NaN or infinity")]
-    NonFinite { n: usize },
+    NonFinite {
+        /// Rows and columns.
+        n: usize,
+    },
 }

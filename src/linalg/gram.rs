@@ -1,4 +1,4 @@
-//! Matrix products; only half is computed of those whose result is symmetric.
+//! Matrix products. If the result is symmetric, only half of it is computed.
 
 use faer::linalg::matmul::matmul;
 use faer::linalg::matmul::triangular::{self, BlockStructure};
@@ -6,10 +6,10 @@ use faer::{Accum, Mat, MatRef, Par};
 
 use super::convert::{to_row_major, transpose_row_major, transposed_from_row_major};
 
-/// Multiplications of a product that is worth dividing among threads.
+/// Number of multiplications from which a product is divided among threads.
 const LARGE: usize = 1 << 30;
 
-/// Threads for a product of that many multiplications: those of the pool that it runs in if it is large. They divide the result,
+/// Threads for a product of so many multiplications: all of the current pool if it is large. They divide the result,
 /// never a sum, so the bytes do not depend on their number.
 pub(super) fn threads_for(n_multiplications: usize) -> Par {
     if n_multiplications >= LARGE { threads() } else { Par::Seq }
@@ -23,7 +23,7 @@ pub fn product(a: MatRef<'_, f64>, b: MatRef<'_, f64>) -> Mat<f64> {
     result
 }
 
-/// `a · l`, (m, n) · (n, n), of a lower triangular `l`: half the work.
+/// `a · l`, (m, n) · (n, n), for a lower triangular `l`: half the work.
 pub fn product_with_lower(a: MatRef<'_, f64>, l: MatRef<'_, f64>) -> Mat<f64> {
     let mut result = Mat::zeros(a.nrows(), l.ncols());
     triangular::matmul(
@@ -40,7 +40,7 @@ pub fn product_with_lower(a: MatRef<'_, f64>, l: MatRef<'_, f64>) -> Mat<f64> {
     result
 }
 
-/// `a · b`, (n, k) · (k, n), where the result is known to be symmetric: half the work.
+/// `a · b`, (n, k) · (k, n), for a symmetric result: half the work.
 pub fn product_symmetric(a: MatRef<'_, f64>, b: MatRef<'_, f64>) -> Mat<f64> {
     let n = a.nrows();
     let mut result = Mat::zeros(n, n);
@@ -77,32 +77,33 @@ fn mirror_lower(matrix: &mut Mat<f64>) {
     }
 }
 
-/// Columns of a Gram that are computed at once: wide enough for the speed of a full product, narrow enough that little of the
-/// upper triangle is computed.
+/// Columns of a Gram that are computed at a time: wide enough for the speed of a full product, narrow enough that
+/// little of the upper triangle is computed.
 const GRAM_PANEL: usize = 96;
 
-/// Threads for one product: all of the pool that it runs in. They divide the tiles of the result, never a sum, so the
-/// bytes do not depend on their number.
+/// Threads for one product: all of the current pool. They divide the tiles of the result, never a sum, so the bytes
+/// do not depend on their number.
 fn threads() -> Par {
     if rayon::current_num_threads() > 1 { Par::rayon(0) } else { Par::Seq }
 }
 
 /// The lower triangle of `xᵀ x` (n, n), row by row, for a chunk `x` (n_tokens, n) in row-major order, summed in f32.
 ///
-/// Sums over several chunks are kept in f64 ([`add_gram_f32`]), so that the error is that of one chunk, however many come.
+/// Sums over several chunks are kept in f64 ([`add_gram_f32`]), so that the error does not grow with the number of
+/// chunks.
 ///
 /// # Panics
-/// When `x` is not made of rows of `n`.
+/// If `x` does not consist of rows of `n`.
 pub fn gram_f32(x: &[f32], n_tokens: usize, n: usize) -> Vec<f32> {
     let mut gram = Vec::with_capacity(n * (n + 1) / 2);
     for_each_row(x, n_tokens, n, |row| gram.extend_from_slice(row));
     gram
 }
 
-/// Adds [`gram_f32`] to `sum`, a triangle of the same shape, without holding both.
+/// Adds [`gram_f32`] to `sum`, a triangle of the same shape, without a second triangle in memory.
 ///
 /// # Panics
-/// When `x` is not made of rows of `n`.
+/// If `x` does not consist of rows of `n`.
 pub fn add_gram_f32(sum: &mut [f64], x: &[f32], n_tokens: usize, n: usize) {
     let mut rest = sum;
     for_each_row(x, n_tokens, n, |row| {
@@ -114,13 +115,13 @@ pub fn add_gram_f32(sum: &mut [f64], x: &[f32], n_tokens: usize, n: usize) {
 
 /// Calls `add` with the rows of the lower triangle of `xᵀ x`: row i has i + 1 entries.
 fn for_each_row(x: &[f32], n_tokens: usize, n: usize, mut add: impl FnMut(&[f32])) {
-    // Tokens are what is summed over: side by side in memory they are packed without long strides.
+    // The sum is over tokens: if they are contiguous in memory, they are packed without long strides.
     let x = transpose_row_major(x, n_tokens, n);
     let x = MatRef::from_column_major_slice(&x, n_tokens, n); // (n_tokens, n)
     let mut panel = Mat::<f32>::zeros(n, GRAM_PANEL.min(n));
     for first in (0..n).step_by(GRAM_PANEL) {
         let width = GRAM_PANEL.min(n - first);
-        // Its columns are rows of the Gram, up to the last diagonal entry among them.
+        // The columns of a panel are rows of the Gram, up to the last diagonal entry among them.
         let rows = panel.as_mut().submatrix_mut(0, 0, first + width, width);
         matmul(rows, Accum::Replace, x.subcols(0, first + width).transpose(), x.subcols(first, width), 1.0, threads());
         for (i, row) in panel.as_ref().subcols(0, width).col_iter().enumerate() {
@@ -138,7 +139,7 @@ pub fn add_f32(sum: &mut [f64], addend: &[f32]) {
 /// A symmetric matrix (n, n) times `scale`, from its lower triangle, row by row.
 ///
 /// # Panics
-/// When the length is not that of a triangle of size `n`.
+/// If the length does not match a triangle of size `n`.
 pub fn unpack_lower<T: Copy + Into<f64>>(packed: &[T], n: usize, scale: f64) -> Mat<f64> {
     assert_eq!(packed.len(), n * (n + 1) / 2, "invariant: a triangle of {n}");
     let mut matrix = Mat::zeros(n, n);
@@ -156,7 +157,7 @@ pub fn unpack_lower<T: Copy + Into<f64>>(packed: &[T], n: usize, scale: f64) -> 
 /// `xᵀ y` (n, n) for chunks `x` and `y` (n_tokens, n) in row-major order, summed in f32.
 ///
 /// # Panics
-/// When the chunks are not made of rows of `n`.
+/// If the chunks do not consist of rows of `n`.
 pub fn cross_f32(x: &[f32], y: &[f32], n: usize) -> Mat<f32> {
     let n_tokens = x.len() / n;
     let (x, y) = (transpose_row_major(x, n_tokens, n), transpose_row_major(y, n_tokens, n));
@@ -204,7 +205,7 @@ mod tests {
 
     #[test]
     fn grams_have_the_entries_of_products() {
-        // Several panels, the last of them narrow.
+        // Several panels; the last is narrower.
         let (n_tokens, n) = (30, 2 * GRAM_PANEL + 5);
         let x = test_matrix(n_tokens, n);
         let gram = gram_f32(&to_row_major(x.as_ref()), n_tokens, n);

@@ -1,8 +1,8 @@
-//! Dense numerical routines: nothing here knows of models, files or tensor names.
+//! Dense numerical routines, without models, files or tensor names.
 //!
-//! Factorizations run on one thread, with one fixed order of operations: parallelism lies in running many matrices at
-//! once, so that results do not depend on the number of threads, and small problems do not pay for splitting. Products of
-//! large matrices, and those of calibration ([`gram_f32`], [`cross_f32`]), use the threads of the pool that they run in.
+//! Factorizations run on one thread in a fixed order of operations. Parallelism comes from running many matrices at
+//! once, so results do not depend on the number of threads, and small problems do not pay for splitting. Products of
+//! large matrices, and those of calibration ([`gram_f32`], [`cross_f32`]), use the threads of the current pool.
 
 mod cholesky;
 mod convert;

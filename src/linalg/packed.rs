@@ -1,4 +1,4 @@
-//! Symmetric matrices of which half is held.
+//! Symmetric matrices, held as one triangle.
 
 use std::ops::Range;
 
@@ -22,12 +22,12 @@ pub struct Packed {
 const PANEL: usize = 256;
 
 impl Packed {
-    /// `scale · T`; none where the length is not that of a triangle of size `n`.
+    /// `scale · T`; `None` if the length does not match a triangle of size `n`.
     pub fn new(triangle: Vec<f32>, n: usize, scale: f64) -> Option<Self> {
         (triangle.len() == n * (n + 1) / 2).then_some(Self { n, triangle, scale, shift: 0.0 })
     }
 
-    /// The eigenvalues drawn towards their mean: `(1 − damping) M + damping · mean(diag M) · I`.
+    /// Draws the eigenvalues towards their mean: `(1 − damping) M + damping · mean(diag M) · I`.
     #[must_use]
     pub fn damped(mut self, damping: f64) -> Self {
         let mean = self.diagonal().iter().sum::<f64>() / self.n.max(1) as f64;
@@ -46,10 +46,12 @@ impl Packed {
         &self.triangle[first..=first + i]
     }
 
+    /// The diagonal, (n).
     pub fn diagonal(&self) -> Vec<f64> {
         (0..self.n).map(|i| self.scale * f64::from(self.row(i)[i]) + self.shift).collect()
     }
 
+    /// Whether all entries are zero.
     pub fn is_zero(&self) -> bool {
         self.shift == 0.0 && (self.scale == 0.0 || self.triangle.iter().all(|&v| v == 0.0))
     }
@@ -68,7 +70,7 @@ impl Packed {
         matrix
     }
 
-    /// `X M`, of `x` (rows, n), with a panel of `M` unpacked at a time.
+    /// `X M` for `x` (rows, n); one panel of `M` is unpacked at a time.
     pub fn left_times(&self, x: MatRef<'_, f64>) -> Mat<f64> {
         let mut result = x * faer::Scale(self.shift);
         let mut panel = Mat::zeros(self.n, PANEL.min(self.n));
@@ -80,15 +82,15 @@ impl Packed {
                 let threads = threads_for(x.nrows() * x.ncols() * panel.ncols());
                 matmul(to, Accum::Add, x, panel, self.scale, threads);
             };
-            // The rows of the panel, up to the end of its diagonal block; and its columns, down to that block.
+            // The rows of the panel up to the end of its diagonal block, then its columns below that block.
             add(result.as_mut().subcols_mut(0, rows.end), x.subcols(first, rows.len()), panel.transpose());
             add(result.as_mut().subcols_mut(first, rows.len()), x.subcols(0, first), panel.subrows(0, first));
         }
         result
     }
 
-    /// `X M Xᵀ` (rows, rows), of `x` (rows, n). With `M = L + Lᵀ` it is `X L Xᵀ` and its transpose, a panel of `L` at a time: half
-    /// the products with `M`, and no `X M` is held.
+    /// `X M Xᵀ` (rows, rows) for `x` (rows, n). With `M = L + Lᵀ` it is `X L Xᵀ` plus its transpose, one panel of `L`
+    /// at a time: half the products of `X M`, which is not kept.
     pub fn quadratic(&self, x: MatRef<'_, f64>) -> Mat<f64> {
         let mut half = Mat::zeros(x.nrows(), x.nrows());
         let mut panel = Mat::zeros(self.n, PANEL.min(self.n));
@@ -122,7 +124,7 @@ impl Packed {
         panel.into_const()
     }
 
-    /// The triangle's entries of `rows` times `scale`, as columns; what is above the diagonal stays as it is.
+    /// The triangle's entries of `rows` times `scale`, as columns; entries above the diagonal are not changed.
     fn unpack_rows(&self, rows: Range<usize>, panel: MatMut<'_, f64>, scale: f64) {
         for (i, column) in rows.zip(panel.col_iter_mut()) {
             column.iter_mut().zip(self.row(i)).for_each(|(to, &from)| *to = scale * f64::from(from));
@@ -136,7 +138,7 @@ mod tests {
 
     #[test]
     fn it_is_the_matrix_that_its_triangle_is_of() {
-        // Several panels, the last of them narrow; integers, which f32 has.
+        // Several panels, the last narrower; small integers are exact in f32.
         for n in [1, 7, PANEL, 2 * PANEL + 3] {
             let value = |i: usize, j: usize| ((i * 31 + j * 31 + i * j * 7) % 23) as f64 - 11.0;
             let triangle: Vec<f32> = (0..n).flat_map(|i| (0..=i).map(move |j| value(i, j) as f32)).collect();

@@ -10,38 +10,40 @@ use faer::{Accum, Mat, MatRef, Par};
 use super::gram::product;
 use super::qr::orthonormal_columns;
 
-/// `B = P [B_pivot; T B_pivot]`: r of the rows of a matrix (m, r), and the others in terms of them.
+/// `B = P [B_pivot; T B_pivot]`: r rows of a matrix (m, r), and the coefficients of the others in terms of them.
 #[derive(Debug, Clone)]
 pub struct RowSkeleton {
     /// The pivot rows, (r).
     pub pivots: Vec<usize>,
     /// The other rows, (m − r).
     pub others: Vec<usize>,
-    /// `T` (m − r, r), no entry of which exceeds the bound in size.
+    /// `T` (m − r, r); no entry exceeds the bound in magnitude.
     pub coefficients: Mat<f64>,
 }
 
-/// A loose bound on the coefficients. A swap under way to it doubles the volume of the pivot rows, so few are needed.
+/// A loose bound on the coefficients. Every swap at least doubles the volume of the pivot rows, so few are needed.
 pub const COEFFICIENT_BOUND: f64 = 2.0;
 
-/// Under this share of the squared norm of the first pivot row, the rest of a row is taken for rounding errors. That of a row of
-/// orthonormal columns never is: those left have at least 1 / (m − r).
+/// If the residual of a row is below this share of the squared norm of the first pivot row, it is taken for a
+/// rounding error. With orthonormal columns this never happens: a remaining row has at least 1 / (m − r).
 const DEPENDENT_SHARE: f64 = 1e-8;
 
-/// Pivots that are picked between two products.
+/// Number of pivots that are chosen between two products.
 const BLOCK: usize = 64;
 
-/// Rows that a block is picked from.
+/// Number of rows from which the pivots of a block are chosen.
 const CANDIDATES: usize = 4 * BLOCK;
 
-/// A pivot may be this much shorter, squared, than the longest row that was not among the candidates when they were measured.
+/// Least squared norm of a pivot, relative to the longest row outside the candidates.
 const NEAR_LONGEST: f64 = 0.9;
 
-/// The skeleton of `basis` (m, r), m ≥ r, with coefficients up to `bound` > 1 in size; dependent columns are replaced by independent ones first.
+/// The skeleton of `basis` (m, r), m ≥ r, with coefficients up to `bound` > 1 in magnitude. Dependent columns are
+/// replaced by independent ones first.
 ///
-/// Pivots are the rows with the longest rest beside those before them, columns being of equal length: the pivoted Cholesky
-/// factorization of `B Bᵀ`, in blocks. Then `T = L₂ L₁⁻¹`, and while an entry of `T` exceeds the bound, its row and its pivot
-/// change places. LU with partial pivoting looks at one column at a time, and its rows have less volume.
+/// Each pivot is the row with the longest residual after those before it, with columns of equal length: the pivoted
+/// Cholesky factorization of `B Bᵀ`, in blocks. Then `T = L₂ L₁⁻¹`, and while an entry of `T` exceeds the bound, its
+/// row and its pivot are swapped. LU with partial pivoting looks at one column at a time, and finds rows of less
+/// volume.
 pub fn row_skeleton(basis: MatRef<'_, f64>, bound: f64) -> RowSkeleton {
     assert!(basis.nrows() >= basis.ncols(), "invariant: a basis has no more columns than rows");
     let (l_t, mut pivots) = pivoted_cholesky(&with_unit_columns(basis)).unwrap_or_else(|| {
@@ -77,13 +79,14 @@ fn columns(matrix: MatRef<'_, f64>, of: &[usize]) -> Mat<f64> {
     Mat::from_fn(matrix.nrows(), of.len(), |i, j| matrix[(i, of[j])])
 }
 
-/// `Lᵀ` (r, m) of `B Bᵀ = L Lᵀ`, and the r rows in whose order `L` is lower triangular; none where columns depend on each other.
+/// `Lᵀ` (r, m) with `B Bᵀ = L Lᵀ`, and the r rows in whose order `L` is lower triangular; `None` if columns are
+/// dependent.
 fn pivoted_cholesky(basis: &Mat<f64>) -> Option<(Mat<f64>, Vec<usize>)> {
     let (m, r) = (basis.nrows(), basis.ncols());
     let basis_t = basis.transpose().to_owned();
     let mut l_t = Mat::zeros(r, m);
     let mut pivots: Vec<usize> = Vec::with_capacity(r);
-    // Squared norms of what is left of the rows; that of a pivot is never looked at again.
+    // Squared norms of the residuals of the rows; those of pivots are not read again.
     let mut rest: Vec<f64> = basis_t.col_iter().map(|row| row.squared_norm_l2()).collect();
     let mut open: Vec<usize> = (0..m).collect();
     let smallest = DEPENDENT_SHARE * rest.iter().copied().fold(0.0, f64::max);
@@ -114,15 +117,15 @@ fn pivoted_cholesky(basis: &Mat<f64>) -> Option<(Mat<f64>, Vec<usize>)> {
     Some((l_t, pivots))
 }
 
-/// Products of what is left of rows `a` with what is left of rows `b`: `Bᵀ` and the finished part of `Lᵀ`, columns of both.
+/// Products of the residuals of rows `a` and `b`, from the columns of `Bᵀ` and of the finished part of `Lᵀ`.
 fn rests(a: &[Mat<f64>; 2], b: [MatRef<'_, f64>; 2]) -> Mat<f64> {
     let mut products = product(a[0].transpose(), b[0]);
     matmul(products.as_mut(), Accum::Add, a[1].transpose(), b[1], -1.0, Par::Seq);
     products
 }
 
-/// Up to `n` pivots of a Gram, longest rest first, until it falls below `near`; with their Cholesky factor. None where it is
-/// under `smallest`.
+/// Up to `n` pivots of a Gram, longest residual first, until it falls below `near`, with their Cholesky factor;
+/// `None` if a residual is below `smallest`.
 fn pick(mut gram: Mat<f64>, n: usize, near: f64, smallest: f64) -> Option<(Vec<usize>, Mat<f64>)> {
     let size = gram.nrows();
     let mut picked: Vec<usize> = Vec::with_capacity(n);
@@ -150,7 +153,7 @@ fn pick(mut gram: Mat<f64>, n: usize, near: f64, smallest: f64) -> Option<(Vec<u
     Some((picked, rows))
 }
 
-/// The largest entry of a matrix, where it exceeds `bound` in size.
+/// The position of the largest entry of a matrix, if it exceeds `bound` in magnitude.
 fn largest_above(matrix: &Mat<f64>, bound: f64) -> Option<(usize, usize)> {
     let mut largest = (bound, None);
     for (j, column) in matrix.col_iter().enumerate() {
@@ -209,7 +212,7 @@ mod tests {
 
     #[test]
     fn growth_of_partial_pivoting_is_undone() {
-        // Wilkinson's matrix, rows appended: L₁⁻¹ grows as 2^k, the swaps bring the coefficients back.
+        // Wilkinson's matrix with rows appended: L₁⁻¹ grows as 2^k, and swaps reduce the coefficients again.
         let r = 24;
         let basis = Mat::from_fn(r + 3, r, |i, j| match i.cmp(&j) {
             std::cmp::Ordering::Less => 0.0,

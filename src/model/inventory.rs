@@ -21,10 +21,13 @@ use crate::operator::{
 pub struct LinearInfo {
     /// Its module name: `model.layers.3.mlp.down_proj`.
     pub module: String,
+    /// Rows of the weight.
     pub out_features: usize,
+    /// Columns of the weight.
     pub in_features: usize,
     /// The dtype of the stored weight or factors.
     pub dtype: Dtype,
+    /// How the checkpoint holds it.
     pub stored: Stored,
     /// The block it belongs to, if its name has a number.
     pub block: Option<usize>,
@@ -43,7 +46,14 @@ pub enum Stored {
     /// `X.weight` (in, out), as in GPT-2's Conv1D.
     DenseTransposed,
     /// A structure of `operator`, with or without a base `X.base.weight` (out, in).
-    Structured { kind: Kind, size: Size, has_base: bool },
+    Structured {
+        /// The structure.
+        kind: Kind,
+        /// Its rank, or the ranks of its blocks.
+        size: Size,
+        /// Whether there is a base.
+        has_base: bool,
+    },
 }
 
 /// Parts of a name that distinguish a table or a vector from a linear.
@@ -54,6 +64,7 @@ const ON_REQUEST: &[&str] =
     &["lm_head", "embed_out", "output", "classifier", "score", "router", "gate", "head", "proj_out"];
 
 impl LinearInfo {
+    /// Elements of the matrix.
     pub fn n_parameters(&self) -> u64 {
         self.out_features as u64 * self.in_features as u64
     }

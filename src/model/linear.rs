@@ -28,6 +28,7 @@ impl Bias {
     }
 }
 
+/// A linear with its weights loaded: a sum of terms, and a bias.
 #[derive(Debug, Clone)]
 pub struct Linear {
     /// The terms, base first.
@@ -327,7 +328,7 @@ mod tests {
 
     #[test]
     fn every_form_of_one_matrix_gives_one_output() {
-        // Of rank 1, as are its blocks: any structure has it exactly. The bias is (10, 20).
+        // The matrix and its blocks have rank 1, so every structure represents it exactly. The bias is (10, 20).
         let (weight, zeros) = (mat![[3.0, 4.0], [6.0, 8.0]], tensor(&[0.; 4], &[2, 2]));
         let (w, bias) = (tensor(&[3., 4., 6., 8.], &[2, 2]), tensor(&[10., 20.], &[2]));
         let mut forms: Vec<HashMap<String, Tensor>> =

@@ -166,7 +166,8 @@ impl RopeSettings {
         }
     }
 
-    /// LongRoPE (Ding et al. 2024): a divisor per frequency, chosen by whether windows exceed the original context.
+    /// LongRoPE (Ding et al. 2024): a divisor per frequency, chosen by whether windows exceed the context before it
+    /// was extended.
     fn longrope(&self, s: &RopeScaling, plain: Vec<f64>, n_positions: usize) -> Result<(Vec<f64>, f64)> {
         let context = self.original(s)?;
         let (name, divisors) = match n_positions as f64 > context {
@@ -183,8 +184,8 @@ impl RopeSettings {
         Ok((frequencies, s.attention_factor.unwrap_or(own)))
     }
 
-    /// YaRN (Peng et al. 2023, "NTK-by-parts"): frequencies with many rotations in the original context are kept, those
-    /// with few are stretched, and those in between are blended along a ramp.
+    /// YaRN (Peng et al. 2023, "NTK-by-parts"): frequencies with many rotations in the context before it was extended
+    /// are kept, those with few are stretched, and those in between are blended along a ramp.
     fn yarn(&self, s: &RopeScaling, plain: Vec<f64>, factor: f64, context: f64) -> Vec<f64> {
         let width = self.width as f64;
         let dimension = |turns: f64| width * (context / (turns * 2.0 * PI)).ln() / (2.0 * self.theta.ln());
@@ -221,7 +222,7 @@ fn inverse_frequencies(theta: f64, width: usize) -> Vec<f64> {
 }
 
 /// Llama 3.1's scaling: long wavelengths are stretched by `factor`, short ones are kept, and those in between are
-/// blended by the number of rotations in the original context.
+/// blended by the number of rotations in the context before it was extended.
 fn llama3_frequency(frequency: f64, factor: f64, low: f64, high: f64, context: f64) -> f64 {
     let turns = context * frequency / (2.0 * PI);
     if turns < low {

@@ -13,8 +13,9 @@ use crate::operator::{self, BASE};
 /// How a family stores dense weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Order {
+    /// (out, in), as in most families.
     OutIn,
-    /// As in GPT-2's Conv1D.
+    /// (in, out), as in GPT-2's Conv1D.
     InOut,
 }
 

@@ -139,7 +139,7 @@ fn errors(report: &CompressReport) -> String {
     if let Some((kl, baseline)) = report.equal_bytes_baseline.as_ref().and_then(|b| b.kl.zip(b.baseline_kl)) {
         let _ = writeln!(
             text,
-            "KL(original ‖ this) on the calibration text: {} nats; {} for a model of the same size without factors.",
+            "KL(source ‖ this) on the calibration text: {} nats; {} for a model of the same size without factors.",
             fixed(kl, 5),
             fixed(baseline, 5)
         );

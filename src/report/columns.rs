@@ -22,14 +22,18 @@ enum Of {
 /// A value in a column.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Cell {
+    /// A name.
     Text(String),
+    /// A count or a rank.
     Integer(u64),
+    /// A figure.
     Real(f64),
+    /// The matrix has no such figure.
     None,
 }
 
 impl Cell {
-    /// As a number, for sorting and shading.
+    /// The value as a number, for sorting and shading; `None` for text.
     pub fn number(&self) -> Option<f64> {
         match self {
             Self::Integer(n) => Some(*n as f64),
@@ -38,7 +42,7 @@ impl Cell {
         }
     }
 
-    /// With all digits.
+    /// The value with all its digits; empty if there is none.
     pub fn exact(&self) -> String {
         match self {
             Self::Text(text) => text.clone(),
@@ -48,7 +52,7 @@ impl Cell {
         }
     }
 
-    /// Rounded for reading.
+    /// The value rounded for reading; `-` if there is none.
     pub fn short(&self) -> String {
         match self {
             Self::Real(x) if *x != 0.0 && (x.abs() < 1e-3 || x.abs() >= 1e5) => format!("{x:.2e}"),
@@ -217,7 +221,9 @@ pub const WEIGHTED: &str = "weighted.";
 /// A column, raw or in the calibration metric.
 #[derive(Clone, Copy)]
 pub struct Chosen {
+    /// The column.
     pub column: &'static Column,
+    /// Whether its figures are in the calibration metric.
     pub is_weighted: bool,
 }
 
@@ -229,14 +235,17 @@ impl Chosen {
         (!is_weighted || column.is_of_spectrum()).then_some(Self { column, is_weighted })
     }
 
+    /// Its name on the command line and in CSV.
     pub fn name(&self) -> String {
         format!("{}{}", if self.is_weighted { WEIGHTED } else { "" }, self.column.name)
     }
 
+    /// Its title in tables.
     pub fn title(&self) -> String {
         format!("{}{}", self.column.title, if self.is_weighted { " (metric)" } else { "" })
     }
 
+    /// Its value for a matrix.
     pub fn of(&self, record: &SpectrumRecord) -> Cell {
         match self.column.of {
             Of::Matrix(of) => of(record),

@@ -6,9 +6,13 @@ use serde::{Deserialize, Serialize};
 /// `lrc eval`: a perplexity, with everything that decides whether it can be compared with another.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 pub struct PerplexityReport {
+    /// Version of the fields of this report.
     pub schema_version: u32,
+    /// Version of lrc that wrote the report.
     pub lrc_version: String,
+    /// The model as the user named it.
     pub model: String,
+    /// Convention of the perplexity, as in `--convention`.
     pub convention: String,
     /// Perplexity: exp of the mean negative log-likelihood per token; per word in `lm-eval`.
     pub ppl: f64,
@@ -18,35 +22,49 @@ pub struct PerplexityReport {
     pub token_ppl: f64,
     /// Σ negative log-likelihood in nats.
     pub nll_sum: f64,
+    /// Σ negative log-likelihood in bits, over `scored_bytes`.
     pub bits_per_byte: f64,
+    /// Number of tokens in `nll_sum`.
     pub scored_tokens: u64,
     /// Words of the text that the scored tokens cover.
     pub scored_words: u64,
     /// Bytes of the text that the scored tokens cover.
     pub scored_bytes: u64,
+    /// Number of windows.
     pub windows: usize,
+    /// Tokens per window, at most.
     pub seq_len: usize,
     /// Tokens between the starts of overlapping windows.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub stride: Option<usize>,
+    /// Number of documents in the text.
     pub documents: usize,
+    /// Number of tokens of the text, scored or not.
     pub total_tokens: usize,
     /// The requested policy: `auto` or `never`.
     pub bos: String,
     /// Whether a BOS token was added.
     pub bos_added: bool,
+    /// Dtype of the forward pass.
     pub compute_dtype: String,
+    /// The text as the user named it.
     pub text: String,
+    /// SHA-256 of the text.
     pub text_sha256: String,
+    /// SHA-256 of `tokenizer.json`.
     pub tokenizer_sha256: String,
+    /// Elements of all tensors.
     pub parameters: u64,
     /// Bytes of all tensors as stored.
     pub size_bytes: u64,
     /// Set with `--reference`.
     #[serde(flatten, skip_serializing_if = "Option::is_none")]
     pub divergence: Option<DivergenceRecord>,
+    /// Wall-clock seconds of the command.
     pub elapsed_seconds: f64,
+    /// Tokens of all windows per second of the command.
     pub tokens_per_second: f64,
+    /// Peak resident memory of the process in bytes; Linux only.
     pub peak_memory_bytes: Option<u64>,
 }
 
@@ -54,17 +72,24 @@ pub struct PerplexityReport {
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub struct AllConventionsReport {
+    /// In the convention `gptq`.
     pub gptq: PerplexityReport,
+    /// In the convention `hf-strided`.
     pub hf_strided: PerplexityReport,
+    /// In the convention `llamacpp`.
     pub llamacpp: PerplexityReport,
+    /// In the convention `lm-eval`.
     pub lm_eval: PerplexityReport,
 }
 
 /// `lrc eval` of an encoder. Encoders have no perplexity.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 pub struct EncoderReport {
+    /// Version of the fields of this report.
     pub schema_version: u32,
+    /// Version of lrc that wrote the report.
     pub lrc_version: String,
+    /// The model as the user named it.
     pub model: String,
     /// Set with `--reference`.
     #[serde(flatten, skip_serializing_if = "Option::is_none")]
@@ -72,25 +97,34 @@ pub struct EncoderReport {
     /// Set with `--convention masked`, or without a reference.
     #[serde(flatten, skip_serializing_if = "Option::is_none")]
     pub pseudo: Option<PseudoPerplexity>,
+    /// Number of windows.
     pub windows: usize,
     /// Tokens per window, including those that the tokenizer adds; the last window may be shorter.
     pub seq_len: usize,
     /// Tokens of the text.
     pub tokens: u64,
+    /// Dtype of the forward pass.
     pub compute_dtype: String,
+    /// The text as the user named it.
     pub text: String,
+    /// SHA-256 of the text.
     pub text_sha256: String,
+    /// SHA-256 of `tokenizer.json`.
     pub tokenizer_sha256: String,
+    /// Elements of all tensors.
     pub parameters: u64,
     /// Bytes of all tensors as stored.
     pub size_bytes: u64,
+    /// Wall-clock seconds of the command.
     pub elapsed_seconds: f64,
+    /// Peak resident memory of the process in bytes; Linux only.
     pub peak_memory_bytes: Option<u64>,
 }
 
 /// How close an encoder is to a reference.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 pub struct FidelityRecord {
+    /// The reference as the user named it.
     pub reference: String,
     /// Agreement of the last hidden states, one vector per token.
     pub states: Agreement,
@@ -106,6 +140,7 @@ pub struct FidelityRecord {
 pub struct Agreement {
     /// Mean over vectors.
     pub cosine_mean: f64,
+    /// Smallest cosine of a vector.
     pub cosine_min: f64,
     /// √(Σ‖x − reference‖² / Σ‖reference‖²).
     pub relative_error: f64,
@@ -116,21 +151,28 @@ pub struct Agreement {
 pub struct PseudoPerplexity {
     /// exp of the mean negative log-likelihood of each token given all others of its window.
     pub pseudo_ppl: f64,
+    /// Standard error of `pseudo_ppl`, from the spread over scored tokens.
     pub pseudo_ppl_standard_error: f64,
     /// Σ negative log-likelihood in nats.
     pub nll_sum: f64,
+    /// Number of tokens that were masked and predicted.
     pub scored_tokens: u64,
 }
 
 /// The divergence of a model from a reference over the scored tokens.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 pub struct DivergenceRecord {
+    /// The reference as the user named it.
     pub reference: String,
+    /// Perplexity of the reference, in the same convention.
     pub reference_ppl: f64,
     /// ln(perplexity of the model / perplexity of the reference). The standard error is that of paired differences.
     pub ln_ppl_ratio: f64,
+    /// Standard error of `ln_ppl_ratio`.
     pub ln_ppl_ratio_standard_error: f64,
+    /// Perplexity of the model over that of the reference.
     pub ppl_ratio: f64,
+    /// Standard error of `ppl_ratio`.
     pub ppl_ratio_standard_error: f64,
     /// KL(reference ‖ model) in nats.
     pub kl: Distribution,
@@ -138,6 +180,7 @@ pub struct DivergenceRecord {
     pub reverse_kl: Distribution,
     /// Change of the probability of the correct token.
     pub delta_p: Distribution,
+    /// Root mean square of that change.
     pub delta_p_rms: f64,
     /// Share of tokens where both models have the same most likely token.
     pub same_top_1: f64,
@@ -148,18 +191,31 @@ pub struct DivergenceRecord {
 /// The distribution of a figure over tokens. Percentiles are interpolated between order statistics.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 pub struct Distribution {
+    /// Mean.
     pub mean: f64,
+    /// Standard error of the mean.
     pub standard_error: f64,
+    /// Largest value.
     pub max: f64,
+    /// 99.9th percentile.
     pub p99_9: f64,
+    /// 99th percentile.
     pub p99: f64,
+    /// 95th percentile.
     pub p95: f64,
+    /// 90th percentile.
     pub p90: f64,
+    /// Median.
     pub median: f64,
+    /// 10th percentile.
     pub p10: f64,
+    /// 5th percentile.
     pub p5: f64,
+    /// 1st percentile.
     pub p1: f64,
+    /// 0.1st percentile.
     pub p0_1: f64,
+    /// Smallest value.
     pub min: f64,
 }
 

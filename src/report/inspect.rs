@@ -6,13 +6,19 @@ use serde::{Deserialize, Serialize};
 /// `lrc inspect`: the spectra of a checkpoint.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 pub struct InspectReport {
+    /// Version of the fields of this report.
     pub schema_version: u32,
+    /// Version of lrc that wrote the report.
     pub lrc_version: String,
+    /// The model as the user named it.
     pub model: String,
+    /// Elements of all tensors.
     pub parameters: u64,
+    /// Bytes of all tensors as stored.
     pub size_bytes: u64,
     /// The calibration metric of `linears[].weighted`, if a text or statistics were given.
     pub metric: Option<String>,
+    /// One entry per matrix, in the order of the model.
     pub linears: Vec<SpectrumRecord>,
     /// Tensors that are not matrices.
     pub other_tensors: Vec<String>,
@@ -21,17 +27,21 @@ pub struct InspectReport {
 /// Figures of one matrix.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 pub struct SpectrumRecord {
+    /// Name of the module, such as `model.layers.0.mlp.up_proj`.
     pub module: String,
     /// `linear`, or the parts of a fused or stacked matrix: `fused q, k, v`, `expert 3 of 8`.
     pub kind: String,
+    /// Index of the block, if the name has one.
     pub block: Option<usize>,
     /// (out, in).
     pub shape: [usize; 2],
+    /// Dtype of the stored weight or factors.
     pub dtype: String,
     /// Rank of the stored factors; none for a dense weight.
     pub stored_rank: Option<usize>,
     /// Largest rank at which two factors have fewer parameters than the matrix: r (m + n) < m n.
     pub break_even_rank: usize,
+    /// Figures of the plain spectrum.
     #[serde(flatten)]
     pub figures: Figures,
     /// Marchenko–Pastur: the largest σ² of a random matrix of this size and energy, Σσ²/(m n) · (√m + √n)².
@@ -101,22 +111,28 @@ pub struct PowerLaw {
 /// Values below a threshold.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct BelowThreshold {
+    /// The threshold, between 0 and 1.
     pub threshold: f64,
+    /// Number of values below it.
     pub count: usize,
 }
 
 /// A share of Σσ², and the smallest rank that has it.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct EnergyRank {
+    /// The share, between 0 and 1.
     pub share: f64,
+    /// The smallest rank that has it.
     pub rank: usize,
 }
 
 /// The singular values of a matrix, descending.
 #[derive(Debug, Clone)]
 pub struct Spectrum {
+    /// Name of the module.
     pub module: String,
+    /// The singular values of the plain matrix.
     pub raw: Vec<f64>,
-    /// In the calibration metric.
+    /// The singular values in the calibration metric, if there is one.
     pub weighted: Option<Vec<f64>>,
 }

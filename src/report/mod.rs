@@ -35,7 +35,9 @@ pub const LRC_VERSION: &str = env!("CARGO_PKG_VERSION");
 /// `lrc-report.json`. Identical in every run, except for seconds and peak memory.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 pub struct CompressReport {
+    /// Version of the fields of this report.
     pub schema_version: u32,
+    /// Version of lrc that wrote the report.
     pub lrc_version: String,
     /// The model as the user named it.
     pub source: String,
@@ -43,6 +45,7 @@ pub struct CompressReport {
     pub source_files: Fingerprint,
     /// The full recipe with all defaults, as a recipe file has it.
     pub recipe: Value,
+    /// The calibration text, if one was run through the model.
     pub calibration: Option<CalibrationRecord>,
     /// Bytes of the weight files of the output: `sizes.file_bytes_after`.
     #[serde(default)]
@@ -50,9 +53,12 @@ pub struct CompressReport {
     /// `sizes.keep`.
     #[serde(default)]
     pub keep: f64,
+    /// Sizes before and after.
     pub sizes: Sizes,
+    /// All targeted linears together.
     #[serde(default)]
     pub linear: LinearSummary,
+    /// One entry per targeted linear, in the order of the model.
     pub linears: Vec<LinearRecord>,
     /// Tensors of the source that are copied unchanged, because they hold no matrix of a targeted linear.
     #[serde(default)]
@@ -71,7 +77,9 @@ pub struct CompressReport {
     pub truncated: Option<TruncationRecord>,
     /// SHA-256 of every other file of the output.
     pub output_files: Fingerprint,
+    /// Seconds per stage.
     pub timings: Timings,
+    /// Wall-clock seconds of the command.
     pub elapsed_seconds: f64,
     /// Peak resident memory of the process; Linux only.
     pub peak_memory_bytes: Option<u64>,
@@ -80,6 +88,7 @@ pub struct CompressReport {
 /// All targeted linears together.
 #[derive(Debug, Clone, Copy, Default, Serialize, Deserialize, JsonSchema)]
 pub struct LinearSummary {
+    /// Number of targeted linears.
     pub count: usize,
     /// Linears that are not left dense.
     pub compressed: usize,
@@ -98,9 +107,9 @@ pub struct EqualBytesBaseline {
     pub is_reachable: bool,
     /// Squared error of the output over that of the baseline, weighted as in the allocation. Below 1, factors pay off.
     pub weighted_error_ratio: Option<f64>,
-    /// KL(original ‖ output) in nats, on windows of the calibration text.
+    /// KL(source ‖ output) in nats, on windows of the calibration text.
     pub kl: Option<f64>,
-    /// KL(original ‖ baseline) in nats, on the same windows.
+    /// KL(source ‖ baseline) in nats, on the same windows.
     #[serde(rename = "control_kl")]
     pub baseline_kl: Option<f64>,
     /// The quantizer of every linear of the baseline.
@@ -110,15 +119,21 @@ pub struct EqualBytesBaseline {
 /// `lrc export`.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 pub struct ExportReport {
+    /// Version of the fields of this report.
     pub schema_version: u32,
+    /// Version of lrc that wrote the report.
     pub lrc_version: String,
+    /// The exported output as the user named it.
     pub source: String,
     /// SHA-256 of the config and weight files of the source.
     pub source_files: Fingerprint,
+    /// The format that was written, as in `--format`.
     pub format: String,
     /// Linears that were re-encoded; all other tensors were copied unchanged.
     pub linears: Vec<String>,
+    /// Bytes of all tensors of the source as stored.
     pub bytes_before: u64,
+    /// Bytes of all tensors of the output as stored.
     pub bytes_after: u64,
     /// Files and folders of the source, other than weights, that are not in the output.
     #[serde(default)]
@@ -127,6 +142,7 @@ pub struct ExportReport {
     pub compressed: Option<Value>,
     /// SHA-256 of every other file of the output.
     pub output_files: Fingerprint,
+    /// Wall-clock seconds of the command.
     pub elapsed_seconds: f64,
 }
 
@@ -135,6 +151,7 @@ pub struct ExportReport {
 pub struct LeftOutRecord {
     /// Path relative to the source; folders end in `/`.
     pub path: String,
+    /// The reason, as a phrase.
     pub reason: String,
 }
 
@@ -149,7 +166,9 @@ impl From<LeftOut> for LeftOutRecord {
 pub struct CalibrationRecord {
     /// SHA-256 of each text.
     pub text_sha256: Vec<String>,
+    /// Number of windows.
     pub windows: usize,
+    /// Number of tokens in all windows.
     pub tokens: usize,
     /// Windows whose gradients were taken, if not all.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -168,8 +187,11 @@ pub struct TruncationRecord {
 /// Seconds per stage of a compression.
 #[derive(Debug, Clone, Copy, Default, Serialize, Deserialize, JsonSchema)]
 pub struct Timings {
+    /// Statistics of inputs: the forward passes.
     pub calibrate_forward: f64,
+    /// Statistics of gradients: the backward passes.
     pub calibrate_backward: f64,
+    /// Decompositions and error curves.
     pub decompose: f64,
     /// Quantization, with compensation.
     #[serde(rename = "quantise", default)]
@@ -178,6 +200,7 @@ pub struct Timings {
     pub allocate: f64,
     /// The sequential mode.
     pub anchor: f64,
+    /// Writing the output.
     pub write: f64,
     /// The equal-bytes baseline without factors.
     #[serde(rename = "control", default)]
@@ -196,14 +219,17 @@ pub struct Sizes {
     pub keep: f64,
     /// Elements of all tensors as stored; a code counts as the parameter that it encodes.
     pub parameters_before: u64,
+    /// The same of the output.
     pub parameters_after: u64,
     /// Bytes of all tensors as stored.
     pub bytes_before: u64,
+    /// The same of the output.
     pub bytes_after: u64,
     /// Bytes of the weight files with their headers, the target of `--target-size`.
     pub file_bytes_after: u64,
-    /// Stored bits of the targeted linears over their original number of weights.
+    /// Stored bits of the targeted linears over their number of weights in the source.
     pub bits_per_weight_before: f64,
+    /// The same of the output, over the same number of weights.
     pub bits_per_weight_after: f64,
     /// The part of `bits_per_weight_after` in bases and in linears that stay dense.
     #[serde(default)]
@@ -216,16 +242,20 @@ pub struct Sizes {
 /// One targeted linear.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 pub struct LinearRecord {
+    /// Name of the module, such as `model.layers.0.mlp.up_proj`.
     pub module: String,
+    /// Index of the block, if the name has one.
     pub block: Option<usize>,
     /// (out, in).
     pub shape: [usize; 2],
+    /// Dtype of the weight in the source.
     pub dtype: String,
     /// Rank of the factors; none if the linear stays dense.
     pub rank: Option<usize>,
     /// Layout of the factors: `pivot`, `factors` or `monarch`.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub layout: Option<String>,
+    /// `LRC` if the linear is low rank, `N-LRC` if not.
     pub component: Component,
     /// The quantizer of the base, if there is one.
     #[serde(skip_serializing_if = "Option::is_none", default)]
@@ -236,7 +266,9 @@ pub struct LinearRecord {
     /// Stored bits of the low-rank factors, per weight.
     #[serde(default)]
     pub bits_factors: f64,
+    /// Elements of the weight.
     pub parameters_before: u64,
+    /// Elements of the factors, or of the weight if it stays dense.
     pub parameters_after: u64,
     /// Error over the norm of the weight, both in the metric of the method; none in a dry run that does not compute it.
     pub relative_error: Option<f64>,
@@ -270,8 +302,11 @@ pub enum Component {
 /// The outcome that a compression would have.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 pub struct DryRunReport {
+    /// Version of the fields of this report.
     pub schema_version: u32,
+    /// Version of lrc that wrote the report.
     pub lrc_version: String,
+    /// The model as the user named it.
     pub source: String,
     /// The full recipe with all defaults, as a recipe file has it.
     pub recipe: Value,
@@ -279,14 +314,17 @@ pub struct DryRunReport {
     pub size_bytes: u64,
     /// `sizes.keep`.
     pub keep: f64,
+    /// Sizes before and after.
     pub sizes: Sizes,
     /// Where the ranks in `linears`, and with them `sizes`, come from.
     pub ranks: RankSource,
+    /// One entry per targeted linear, in the order of the model.
     pub linears: Vec<LinearRecord>,
     /// Tensors of the source that are copied unchanged, because they hold no matrix of a targeted linear.
     pub passed_through: Vec<String>,
     /// Files and folders of the source, other than weights, that would not be in the output.
     pub left_out: Vec<LeftOutRecord>,
+    /// Estimate of the peak resident memory in bytes.
     pub expected_memory_bytes: u64,
     /// Largest size of the unfinished output, with the pieces of work that are kept beside it.
     pub expected_disk_bytes: u64,
@@ -317,36 +355,57 @@ pub fn peak_memory_bytes() -> Option<u64> {
 /// `lrc calibrate`.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 pub struct CalibrateReport {
+    /// Version of the fields of this report.
     pub schema_version: u32,
+    /// Version of lrc that wrote the report.
     pub lrc_version: String,
+    /// Bytes of the file of statistics.
     pub size_bytes: u64,
+    /// Number of windows that were measured or merged.
     pub windows: usize,
+    /// Number of tokens in them.
     pub tokens: usize,
     /// Windows whose gradients were taken, if not all.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gradient_windows: Option<usize>,
+    /// Measured parts of texts: `1/4 of` and the first 12 digits of the text's SHA-256.
     pub parts: Vec<String>,
+    /// Seconds of the forward passes; 0 after `--merge`.
     pub forward_seconds: f64,
+    /// Seconds of the backward passes; 0 after `--merge`.
     pub backward_seconds: f64,
+    /// Peak resident memory of the process in bytes; Linux only.
     pub peak_memory_bytes: Option<u64>,
 }
 
 /// `lrc sweep`: one method at several budgets.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 pub struct SweepReport {
+    /// Version of the fields of this report.
     pub schema_version: u32,
+    /// Version of lrc that wrote the report.
     pub lrc_version: String,
+    /// The model as the user named it.
     pub model: String,
     /// The recipe without its budget.
     pub recipe: Value,
+    /// Convention of the perplexities, as in `--convention`.
     pub convention: String,
+    /// Tokens per window.
     pub seq_len: usize,
+    /// SHA-256 of the evaluation text.
     pub text_sha256: String,
+    /// Perplexity of the source.
     pub dense_ppl: Option<f64>,
+    /// One entry per budget.
     pub points: Vec<SweepPoint>,
+    /// Seconds per stage, for all budgets together.
     pub timings: Timings,
+    /// Seconds of the evaluation of all trials and the source.
     pub evaluate_seconds: f64,
+    /// Wall-clock seconds of the command.
     pub elapsed_seconds: f64,
+    /// Peak resident memory of the process in bytes; Linux only.
     pub peak_memory_bytes: Option<u64>,
 }
 
@@ -355,9 +414,12 @@ pub struct SweepReport {
 pub struct SweepPoint {
     /// The requested share; `sizes.keep` is the one reached.
     pub keep: f64,
+    /// Perplexity of the trial.
     pub ppl: f64,
+    /// Divergence from the source.
     #[serde(flatten)]
     pub divergence: DivergenceRecord,
+    /// Sizes before and after.
     pub sizes: Sizes,
     /// Rank per module; null if it stays dense.
     pub ranks: BTreeMap<String, Option<usize>>,

@@ -10,7 +10,7 @@ use crate::checkpoint::{Fingerprint, OutputFolder};
 
 /// A report that ends an output folder.
 pub trait Published: Serialize {
-    /// Takes what is known only when all else is written.
+    /// Sets the fields that are known only after all other files are written.
     fn seal(&mut self, output_files: Fingerprint, elapsed_seconds: f64);
 }
 

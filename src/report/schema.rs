@@ -19,6 +19,7 @@ pub struct Field {
     pub kind: String,
     /// Whether a report may lack it.
     pub is_optional: bool,
+    /// The doc comment of the field in one line.
     pub description: String,
 }
 

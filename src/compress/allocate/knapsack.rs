@@ -155,8 +155,7 @@ fn best_exchange(
     if n_candidates * candidates.len() > EXCHANGE_WORK {
         return None;
     }
-    // Of the candidates that free enough cost, the one with the least error: as errors fall with cost, the most
-    // expensive.
+    // Errors fall with cost, so the most expensive candidate that frees enough cost is the best.
     let give_up = |j: usize, freed: i128| {
         let most = i128::from(chosen[j].cost) - freed;
         candidates[j].iter().rev().find(|c| i128::from(c.cost) <= most).copied()

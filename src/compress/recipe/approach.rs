@@ -18,9 +18,11 @@ pub enum Approach {
 /// Low rank without a base.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LowRankApproach {
+    /// How ranks are chosen.
     pub allocation: Allocation,
+    /// How factors are stored.
     pub storage: FactorStorage,
-    /// μ in [0, 1] of the sequential mode; `None` decomposes all linears against the original inputs.
+    /// μ in [0, 1] of the sequential mode; `None` decomposes all linears on the inputs of the source.
     pub anchor: Option<f64>,
     /// Whether right factors are shared.
     pub sharing: Sharing,
@@ -90,6 +92,7 @@ pub enum FactorStorage {
 /// A quantized base per linear, with or without factors for its error.
 #[derive(Debug, Clone, PartialEq)]
 pub struct QuantizedApproach {
+    /// The quantizers, and the factors.
     pub bases: Bases,
     /// Never `Measured`, whose trials truncate weights to a low rank.
     pub sensitivity: Sensitivity,
@@ -101,9 +104,21 @@ pub struct QuantizedApproach {
 #[derive(Debug, Clone, PartialEq)]
 pub enum Bases {
     /// The same for every linear; no budget.
-    Fixed { quant: Quant, factors: Option<Factors<usize>> },
+    Fixed {
+        /// The quantizer.
+        quant: Quant,
+        /// Factors of this rank for every linear.
+        factors: Option<Factors<usize>>,
+    },
     /// The limit chooses a quantizer per linear and, with [`CompensateRank::Auto`], the rank of its factors.
-    Chosen { menu: Vec<Quant>, factors: Option<Factors<CompensateRank>>, limit: Limit },
+    Chosen {
+        /// The quantizers to choose from.
+        menu: Vec<Quant>,
+        /// Factors of a given rank, or of a rank that the limit chooses.
+        factors: Option<Factors<CompensateRank>>,
+        /// The budget.
+        limit: Limit,
+    },
 }
 
 /// Factors that compensate the error of a base.

@@ -64,7 +64,7 @@ pub struct Recipe {
     pub exclude: Patterns,
     /// The format of the output.
     pub format: Format,
-    /// The text that is run through the model; `None` works by weights alone, or with `statistics`.
+    /// The text that is run through the model; `None` if the weights alone, or `statistics`, suffice.
     pub calibration: Option<WindowSettings>,
     /// A file of `lrc calibrate` in place of a forward and a backward pass.
     pub statistics: Option<PathBuf>,

@@ -1,8 +1,9 @@
-//! Anchored sequential compression: block after block, each linear is fitted to the inputs that the compressed linears
-//! before it produce, and anchored to the outputs of the original.
+//! Anchored sequential compression: block after block, each linear is fitted to the inputs that the compressed
+//! linears before it produce, and anchored to the outputs of the source.
 //!
-//! Two streams go through the model: the original states, and those of the model compressed so far. With inputs `x` of
-//! the first and `x̂` of the second, `C_xx̂ = Σ x x̂ᵀ / n_tokens` and `C_x̂x̂` likewise, a linear's target is moved to
+//! Two streams go through the model: the states of the source, and those of the model compressed so far. With inputs
+//! `x` of the first and `x̂` of the second, `C_xx̂ = Σ x x̂ᵀ / n_tokens` and `C_x̂x̂` likewise, a linear's target is
+//! moved to
 //!
 //! `W̃ = W [(1 − μ) I + μ C_xx̂ (C_x̂x̂ + δ I)⁻¹]`, δ = 0.01 · mean diagonal,
 //!
@@ -59,24 +60,24 @@ impl Refine for Anchor {
         let text = solution.study.inputs.windows.as_ref().context("invariant: a sequential recipe has a text")?;
         let mut walk = Walk::new(&decoder, &text.windows, &session.limits)?.of_text(&text.text);
         walk.reserve(moment_bytes(solution))?;
-        let mut original = walk.embed(&decoder)?;
-        let mut shifted = walk.copy(&original)?;
+        let mut source = walk.embed(&decoder)?;
+        let mut shifted = walk.copy(&source)?;
         let stage = session.progress.stage("anchor", (walk.n_tokens() * decoder.n_blocks()) as u64, "tokens");
-        let n_done = resume(solution, &walk, &mut original, &mut shifted)?;
+        let n_done = resume(solution, &walk, &mut source, &mut shifted)?;
         stage.advance((walk.n_tokens() * n_done) as u64);
         for block_idx in n_done..decoder.n_blocks() {
             stage.note(&format!("block {block_idx}"));
             let dense = decoder.block(block_idx)?;
-            let before = Stream { block: &dense, states: &original };
-            let streams = Streams { decoder: &decoder, original: before, shifted: &shifted };
+            let before = Stream { block: &dense, states: &source };
+            let streams = Streams { decoder: &decoder, source: before, shifted: &shifted };
             let made = self.refit_block(solution, &walk, &streams, block_idx)?;
             let done = solution.compressed_in(block_idx);
             let overlay = solution.overlay(&done)?;
             let block = decoder.with_weights(&overlay).block(block_idx)?;
-            walk.advance(&original, &decoder, &dense, &Silent)?;
+            walk.advance(&source, &decoder, &dense, &Silent)?;
             walk.advance(&shifted, &decoder, &block, stage.as_ref())?;
             drop(overlay);
-            keep(session, solution, &walk, block_idx, &original, &shifted, made)?;
+            keep(session, solution, &walk, block_idx, &source, &shifted, made)?;
         }
         if let Some(last) = decoder.n_blocks().checked_sub(1) {
             session.journal.remove(&states_key(last));
@@ -97,7 +98,7 @@ fn moment_bytes(solution: &Solution<'_>) -> usize {
 /// Both streams before a block.
 struct Streams<'b> {
     decoder: &'b Decoder<'b>,
-    original: Stream<'b>,
+    source: Stream<'b>,
     shifted: &'b Hidden,
 }
 
@@ -118,7 +119,7 @@ impl Anchor {
                 let overlay = solution.overlay(&done)?;
                 let so_far = streams.decoder.with_weights(&overlay).block(block_idx)?;
                 let shifted = Stream { block: &so_far, states: streams.shifted };
-                Moments::observe(walk, streams.original, shifted, group)?
+                Moments::observe(walk, streams.source, shifted, group)?
             };
             for (place, moments) in group.iter().zip(moments) {
                 // An expert that sees too few tokens keeps its fit.
@@ -146,14 +147,14 @@ fn keep(
     solution: &mut Solution<'_>,
     walk: &Walk<'_>,
     block_idx: usize,
-    original: &Hidden,
+    source: &Hidden,
     shifted: &Hidden,
     made: Vec<Anchored>,
 ) -> Result<()> {
     if !session.journal.keeps() {
         return Ok(());
     }
-    let batches = [walk.arrays(original)?, walk.arrays(shifted)?].concat();
+    let batches = [walk.arrays(source)?, walk.arrays(shifted)?].concat();
     session.journal.put(&states_key(block_idx), Value::Null, batches)?;
     // A settled linear is read from its layout, unless the order of its ranks is kept.
     let is_spent = |i: usize| solution.is_settled(i) && !solution.study.recipe.elastic();
@@ -215,7 +216,7 @@ fn states_key(block_idx: usize) -> String {
 }
 
 /// Restores the blocks that an earlier run anchored, and the states after the last of them; returns their number.
-fn resume(solution: &mut Solution<'_>, walk: &Walk<'_>, original: &mut Hidden, shifted: &mut Hidden) -> Result<usize> {
+fn resume(solution: &mut Solution<'_>, walk: &Walk<'_>, source: &mut Hidden, shifted: &mut Hidden) -> Result<usize> {
     let journal = &solution.study.session.journal;
     let mut done = Vec::new();
     while let Some(fits) = journal.get(&fits_key(done.len()))? {
@@ -229,7 +230,7 @@ fn resume(solution: &mut Solution<'_>, walk: &Walk<'_>, original: &mut Hidden, s
     }
     let mut first = states.rest();
     let second = first.split_off(walk.n_batches());
-    for (hidden, batches) in [(original, first), (shifted, second)] {
+    for (hidden, batches) in [(source, first), (shifted, second)] {
         let before = std::mem::replace(hidden, walk.restore(batches)?);
         walk.release(before);
     }

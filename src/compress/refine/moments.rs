@@ -1,4 +1,5 @@
-//! Second moments of the inputs of linears in two streams: the original states, and those of the model compressed so far.
+//! Second moments of the inputs of linears in two streams: the states of the source, and those of the model
+//! compressed so far.
 
 use anyhow::Result;
 use candle_core::Tensor;
@@ -37,11 +38,11 @@ pub(super) struct Moments {
 impl Moments {
     /// The moments at `places`, one group of sites. In both streams, experts see the tokens that the router of the
     /// second stream sends them.
-    pub fn observe(walk: &Walk<'_>, original: Stream<'_>, shifted: Stream<'_>, places: &[Place]) -> Result<Vec<Self>> {
+    pub fn observe(walk: &Walk<'_>, source: Stream<'_>, shifted: Stream<'_>, places: &[Place]) -> Result<Vec<Self>> {
         let mut sums: Vec<Sums> = places.iter().map(|place| Sums::zeros(place.n)).collect();
         let (mut site, mut experts) = (places[0].site, None);
         if site.expert().is_some() {
-            (site, experts) = (InputSite::GateUp, original.block.experts().zip(shifted.block.experts()));
+            (site, experts) = (InputSite::GateUp, source.block.experts().zip(shifted.block.experts()));
         }
         let inputs = |stream: Stream<'_>, batch_idx| {
             stream.block.input_at(site, &walk.batch(stream.states, batch_idx)?, walk.rope())
@@ -50,7 +51,7 @@ impl Moments {
         walk.workers().in_order(
             walk.n_batches(),
             |batch_idx| {
-                let (x, shifted_x) = (inputs(original, batch_idx)?, inputs(shifted, batch_idx)?);
+                let (x, shifted_x) = (inputs(source, batch_idx)?, inputs(shifted, batch_idx)?);
                 let mut addends = Vec::new();
                 for window_idx in 0..x.dim(0)? {
                     let streams = [x.get(window_idx)?, shifted_x.get(window_idx)?]; // (n_tokens, n) each

@@ -65,7 +65,7 @@ pub struct EncoderNames {
     pub embed_types: Option<&'static str>,
     /// The norm over the sum of all embeddings.
     pub embed_norm: &'static str,
-    /// What is between the last state and the vocabulary matrix.
+    /// The layers between the last state and the vocabulary matrix.
     pub masked_head: MaskedHead,
     /// The linear that the state of the first token goes through, before tanh.
     pub pooler: Option<&'static str>,
@@ -98,13 +98,13 @@ pub struct ExpertNames {
 /// The norms of a block by name; `None` if a family has none there.
 #[derive(Debug)]
 pub struct Norms {
-    /// Of the input of attention.
+    /// The norm of the input of attention.
     pub before_attention: Option<&'static str>,
-    /// Of the output of attention, before or after it is added.
+    /// The norm of the output of attention, before or after it is added.
     pub after_attention: Option<&'static str>,
-    /// Of the input of the feed-forward layer.
+    /// The norm of the input of the feed-forward layer.
     pub before_mlp: Option<&'static str>,
-    /// Of the output of the feed-forward layer, before or after it is added.
+    /// The norm of the output of the feed-forward layer, before or after it is added.
     pub after_mlp: Option<&'static str>,
     /// Post-norm: the norm is applied after the residual addition.
     pub are_of_sums: bool,

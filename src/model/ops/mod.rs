@@ -2,9 +2,9 @@
 //!
 //! candle's own fused kernels have no backward pass and silently stop gradients; composed of its element-wise
 //! operations, a norm reads and writes its input a dozen times. Each operation here has a CPU kernel of one pass over
-//! memory, and a portable form in candle's operations: the latter is for other devices, and what tests compare the
-//! kernel with. Rows are computed in a fixed order with a fixed number of lanes, so that results depend on neither
-//! threads nor vector width.
+//! memory, and a portable form in candle's operations, for other devices and as the reference in tests. Rows are
+//! computed in a fixed order with a fixed number of lanes, so that results depend on neither threads nor vector
+//! width.
 
 mod attention;
 mod gate;

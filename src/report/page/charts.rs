@@ -22,7 +22,7 @@ pub(super) struct Line {
     pub block: Option<usize>,
     pub points: Vec<(f64, f64)>,
     pub dots: Vec<(f64, f64)>,
-    /// Where the break-even rank is, as a share of the full rank.
+    /// The break-even rank as a share of the full rank.
     pub mark: f64,
 }
 

@@ -44,7 +44,7 @@ fn tiles(report: &CompressReport) -> Vec<Tile> {
         tile("largest relative error of a linear", format!("{:.4}", report.linear.max_error)),
     ];
     if let Some((kl, baseline)) = report.equal_bytes_baseline.as_ref().and_then(|b| b.kl.zip(b.baseline_kl)) {
-        tiles.push(tile("KL from the original (nats), on the calibration text", fixed(kl, 5)));
+        tiles.push(tile("KL from the source (nats), on the calibration text", fixed(kl, 5)));
         tiles.push(tile("KL of the equal-bytes baseline without factors", fixed(baseline, 5)));
     }
     tiles
@@ -121,7 +121,7 @@ fn row(l: &LinearRecord) -> Vec<Cell> {
     ]
 }
 
-/// How single linears were approximated, where it is not what the recipe says.
+/// Deviations of single linears from the recipe.
 fn notes(report: &CompressReport) -> Vec<String> {
     report.linears.iter().filter_map(|l| Some(format!("{}: {}", l.module, l.note.as_ref()?))).collect()
 }

@@ -32,13 +32,17 @@ pub const PAGE_FILE: &str = "lrc-report.html";
 /// The error of a linear by rank.
 #[derive(Debug, Clone)]
 pub struct ErrorLine {
+    /// Name of the module.
     pub module: String,
+    /// Index of the block, if the name has one.
     pub block: Option<usize>,
     /// Rank and relative error, from rank 0 to the largest that was fitted.
     pub points: Vec<(usize, f64)>,
+    /// The smaller side of the weight.
     pub full_rank: usize,
     /// The chosen rank and its error; none if the linear stays dense.
     pub chosen: Option<(usize, f64)>,
+    /// Largest rank that saves parameters.
     pub break_even_rank: usize,
 }
 

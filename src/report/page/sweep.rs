@@ -17,7 +17,7 @@ use crate::report::{SweepPoint, SweepReport};
 pub fn sweep(report: &SweepReport) -> Result<String> {
     let titles = ["keep", "perplexity", "ratio", "KL", "same top 1", "kept", "parameters", "bytes"];
     let tiles = [
-        tile("perplexity of the original", report.dense_ppl.map_or("-".into(), |ppl| format!("{ppl:.5}"))),
+        tile("perplexity of the source", report.dense_ppl.map_or("-".into(), |ppl| format!("{ppl:.5}"))),
         tile("convention", report.convention.clone()),
         tile("tokens per window", report.seq_len.to_string()),
         tile("budgets", report.points.len().to_string()),
@@ -41,7 +41,7 @@ fn charts(report: &SweepReport) -> Vec<Chart> {
     let same = Axes { y_label: "share", ..kept };
     vec![
         chart("perplexity", &perplexity, &ordered, |p| (p.sizes.keep, p.ppl)),
-        chart("KL from the original (nats)", &kl, &ordered, |p| {
+        chart("KL from the source (nats)", &kl, &ordered, |p| {
             (p.sizes.bytes_after as f64 / f64::from(1 << 20), p.divergence.kl.mean)
         }),
         chart("same top 1", &same, &ordered, |p| (p.sizes.keep, p.divergence.same_top_1)),
