@@ -1,7 +1,7 @@
-//! The loops that a run waits for, each at three shapes: `cargo bench --bench kernels [-- FILTER]`.
+//! The inner loops that dominate a run, each at three shapes: `cargo bench --bench kernels [-- FILTER]`.
 //!
-//! Factorizations take one thread each, as in a run. Products of activations and attention take all threads, or as many as
-//! `RAYON_NUM_THREADS` says.
+//! Factorizations take one thread each, as in a run. Products of activations and attention take all threads, or as
+//! many as `RAYON_NUM_THREADS` says.
 
 use std::path::Path;
 
@@ -55,7 +55,7 @@ fn decompose(bencher: Bencher<'_, '_>, n: usize) {
     bencher.bench_local(|| low_rank::decompose(black_box(weight.as_ref()), metric, n).map(drop));
 }
 
-/// `x wᵀ` of inputs (512, n) and a weight (n, n), by the kernel that candle uses: the peak that passes are held against,
+/// `x wᵀ` of inputs (512, n) and a weight (n, n), by the kernel that candle uses: the peak to compare passes with,
 /// 1024 n² operations.
 #[divan::bench(args = [576, 1536, 4096], sample_count = 20)]
 fn product(bencher: Bencher<'_, '_>, n: usize) {

@@ -1,4 +1,4 @@
-//! Fuzzes one target, or all in turn, for as many seconds as are asked for:
+//! Fuzzes one target, or all in turn, for a given number of seconds:
 //!
 //! ```sh
 //! cargo run --release --example fuzz -- all 60 [SEED]
@@ -6,9 +6,9 @@
 //! cargo run --release --example fuzz -- config --input FILE
 //! ```
 //!
-//! Inputs run in a second process under `ulimit -v`, so that one that aborts, or that never ends, is found as well. What is found is
-//! written to `fuzz-TARGET-SEED-NUMBER` in the current folder; moved to `tests/corpus/TARGET/`, it is run by `tests/hostile/` from
-//! then on.
+//! Inputs run in a second process under `ulimit -v`, so that aborts and endless loops are detected too. A failing
+//! input is written to `fuzz-TARGET-SEED-NUMBER` in the current folder; moved to `tests/corpus/TARGET/`, it is run by
+//! `tests/hostile/` from then on.
 
 #![allow(clippy::disallowed_methods, clippy::print_stdout, clippy::unwrap_used)]
 
@@ -54,7 +54,7 @@ fn main() -> ExitCode {
     ExitCode::SUCCESS
 }
 
-/// Runs inputs from `first` on until it is stopped; says which it begins, and what it finds.
+/// Runs inputs from `first` on until it is stopped; prints the number of each input, and each finding.
 fn worker(target: &'static Target, seed: u64, first: u64) {
     std::panic::set_hook(Box::new(|_| {}));
     let bench = Bench::new(target);
@@ -68,7 +68,7 @@ fn worker(target: &'static Target, seed: u64, first: u64) {
     }
 }
 
-/// Lets workers run for a time; the number of inputs at fault.
+/// Lets workers run for a time; returns the number of inputs that failed.
 fn supervise(target: &'static Target, time: Duration, seed: u64) -> usize {
     let started = Instant::now();
     let (mut n_found, mut next) = (0, 0u64);
@@ -115,7 +115,7 @@ fn supervise(target: &'static Target, time: Duration, seed: u64) -> usize {
     n_found
 }
 
-/// Writes an input down, unless one with the same words is there already.
+/// Saves an input, unless one with the same message exists already.
 fn report(target: &'static Target, seed: u64, number: u64, what: &str, known: &mut Vec<String>) -> bool {
     let words: String = what.chars().filter(|c| !c.is_ascii_digit()).collect();
     if known.contains(&words) {

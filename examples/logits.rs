@@ -1,7 +1,7 @@
 //! Writes the logits of a model over given tokens: `logits MODEL IDS.json OUT.safetensors`, tensor `logits` (n_tokens, vocab_size).
-//! Of an encoder in a folder of sentence-transformers it is the embedding, tensor `embedding` (width).
+//! For an encoder in a folder of sentence-transformers it writes the embedding, tensor `embedding` (width).
 //!
-//! What `tests/interop` holds other runtimes against.
+//! `tests/interop` compares other runtimes with these values.
 
 use std::path::Path;
 

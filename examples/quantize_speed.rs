@@ -1,6 +1,7 @@
 //! Seconds to quantize and compensate one matrix: `quantize_speed FILE.safetensors`, which holds `weight` (m, n) and `gram` (n, n).
 //!
-//! What `benchmarks/gptq.py` holds torch against. Two matrices are worked on at once, one thread each, as `lrc compress` does.
+//! `benchmarks/gptq.py` compares torch with these times. Two matrices are processed at a time, one thread each, as in
+//! `lrc compress`.
 
 #![allow(clippy::print_stdout)]
 

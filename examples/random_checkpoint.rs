@@ -4,9 +4,9 @@
 //! cargo run --release --example random_checkpoint -- out/random-tinyllama
 //! ```
 //!
-//! The shapes are TinyLlama-1.1B's (22 blocks, 2.2 GB in bf16), or with `--shapes llama-8b` those of an 8B Llama but for its
-//! vocabulary; `--blocks N` makes it shallower. Weights are uniform with
-//! a decaying spectrum mixed in, tensor by tensor from one seed.
+//! The shapes are those of TinyLlama-1.1B (22 blocks, 2.2 GB in bf16), or with `--shapes llama-8b` those of an 8B
+//! Llama except for its vocabulary; `--blocks N` makes it shallower. Weights are uniform with a decaying spectrum
+//! mixed in, tensor by tensor from one seed.
 
 use std::path::PathBuf;
 

@@ -1,7 +1,16 @@
 //! `lrc` makes Hugging Face checkpoints smaller: it replaces linear layers with low-rank factors, with quantized matrices, or
 //! with both, `W ≈ Q + B·A`, in a metric of your choice and under a budget.
 //!
-//! The command line is one user of this library. [`compress::compress`] is what `lrc compress` runs, [`eval::perplexity`] what
+//! The command line is one user of this library. Other users depend on it with `default-features = false`:
+//!
+//! | feature | default | what it adds |
+//! |---|---|---|
+//! | `cli` | yes | the binary, [`cli`], and clap's derives on the options of the library |
+//! | `hub` | yes | downloads of checkpoints named `org/name`; without it such a name is an error |
+//! | `parquet` | yes | texts in `.parquet` files; without it they are an error |
+//! | `cuda` | no | [`device::DeviceChoice`] of NVIDIA GPUs; it is checked to compile and has never run |
+//!
+//! [`compress::compress`] is what `lrc compress` runs, [`eval::perplexity`] what
 //! `lrc eval` runs:
 //!
 //! ```
@@ -47,7 +56,7 @@
 //! use lrc::text::Bos;
 //!
 //! # fn main() -> anyhow::Result<()> {
-//! let original = Checkpoint::open(Path::new("MODEL"))?;
+//! let source = Checkpoint::open(Path::new("MODEL"))?;
 //! let compressed = Checkpoint::open(Path::new("OUT"))?;
 //! let settings = EvalSettings {
 //!     model: "OUT".into(),
@@ -61,31 +70,34 @@
 //!     memory_bytes: 1 << 30,
 //!     device: DeviceChoice::Cpu.open()?,
 //! };
-//! let reference = Reference { checkpoint: &original, name: "MODEL" };
+//! let reference = Reference { checkpoint: &source, name: "MODEL" };
 //! let report = perplexity(&compressed, Some(&reference), &settings, &Silent)?;
 //! println!("{:.3}", report.ppl);
 //! # Ok(())
 //! # }
 //! ```
 //!
-//! Errors are [`anyhow::Error`]s; [`error::exit_class`] says of what kind one is, and [`error::hint`] what a user can do.
+//! Errors are [`anyhow::Error`]s; [`error::exit_class`] gives the class of an error, and [`error::hint`] a hint for the user.
 //!
-//! | room | what it knows |
+//! | room | content |
 //! |---|---|
 //! | [`checkpoint`] | files on disk: names, dtypes, shapes, bytes |
 //! | [`codecs`] | byte layouts of quantized weights: the reader and the writer of each |
-//! | [`device`] | where a model runs |
-//! | [`model`] | what the tensors mean; a decoder that runs one block at a time |
+//! | [`device`] | the device that runs a model |
+//! | [`model`] | the meaning of tensors; a decoder that runs one block at a time |
 //! | [`text`] | a model's tokenizer, windows of tokens |
-//! | [`calibrate`] | what flows through the linears |
+//! | [`calibrate`] | statistics of the inputs and gradients of linears |
 //! | [`linalg`] | dense numerical routines |
 //! | [`quantize`] | quantized matrices and how they are made |
-//! | [`compress`] | recipe, metrics, decomposition, allocation of ranks |
-//! | [`formats`] | how a compressed model is stored for a runtime |
-//! | [`export`] | one format into another |
+//! | [`approx`] | metrics of the error, and the best approximations in them |
+//! | [`operator`] | structures that replace a weight |
+//! | [`compress`] | recipe, fits, allocation of ranks, output |
+//! | [`truncate`] | fewer ranks without the source |
+//! | [`formats`] | output formats, each for some runtimes |
+//! | [`export`] | conversion of one format into another |
 //! | [`eval`] | perplexity and divergence |
 //! | [`inspect`] | spectra |
-//! | [`report`] | what the commands found, as records |
+//! | [`report`] | results of the commands, as records |
 //! | [`cli`] | flags, progress bars, tables; the only room that prints |
 //!
 //! The map of the code with its dependencies and invariants is `docs/architecture.md`.

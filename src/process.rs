@@ -1,7 +1,7 @@
 //! Settings of the whole process, made once before any thread starts.
 
-/// Large arrays that are freed are kept for the next ones of their size, up to these bytes at the end of the heap.
-/// Without it glibc maps and unmaps them each time: a pass of SmolLM2-135M spends a fifth of its time in page faults.
+/// Bytes of freed memory that the end of the heap keeps for the next large arrays. Without it glibc maps and unmaps
+/// each: a pass of SmolLM2-135M spends a fifth of its time in page faults.
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 const KEPT_BYTES: i32 = 256 << 20;
 

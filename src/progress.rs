@@ -1,4 +1,4 @@
-//! Progress of long work, reported to whoever asked. The command line draws bars; tests ignore it.
+//! Progress of long work, reported to a callback. The command line draws bars; tests ignore it.
 
 /// Receives progress.
 pub trait Progress: Sync {

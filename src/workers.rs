@@ -1,5 +1,5 @@
-//! Work on independent pieces of a text side by side, with results in the order of the pieces: the same bytes at any
-//! number of threads.
+//! Runs independent pieces of work in parallel, with results in the order of the pieces: the same bytes at any number
+//! of threads.
 
 use std::collections::BTreeMap;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -57,7 +57,7 @@ impl Workers {
     /// Computes `work(i)` for every index of `costs`, the most costly first, so that none is left for the end.
     ///
     /// # Errors
-    /// That of the most costly piece that fails.
+    /// The error of the most costly piece that fails.
     pub fn collect<T: Send>(&self, costs: &[u64], work: impl Fn(usize) -> Result<T> + Sync) -> Result<Vec<T>> {
         let mut order: Vec<usize> = (0..costs.len()).collect();
         order.sort_by_key(|&i| std::cmp::Reverse(costs[i]));
@@ -157,7 +157,7 @@ impl<T> Queue<T> {
         }
     }
 
-    /// Merges what is next in order, unless another worker is at it: that one will find the new result too.
+    /// Merges the next results in order, unless another worker is doing so: that one will find the new result too.
     fn merge<M: FnMut(usize, T) -> Result<()>>(&self, merge: &Mutex<M>) {
         let mut state = self.lock();
         if state.is_merging {

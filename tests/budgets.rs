@@ -45,7 +45,7 @@ fn target_sizes_are_met_from_below() {
         assert!(ppl < last, "{target}: {ppl} after {last}");
         last = ppl;
     }
-    // Every allocator meets sizes, in both layouts.
+    // Every allocator meets a target size, in both layouts.
     for ranks in ["uniform", "welore", "energy", "effective-rank"] {
         for layout in ["factors", "pivot"] {
             let out = folder.path().join(format!("{ranks}-{layout}"));
@@ -54,7 +54,7 @@ fn target_sizes_are_met_from_below() {
             assert!((0.999 * 1.2e6..=1.2e6).contains(&found), "{ranks} {layout}: {found}");
         }
     }
-    // Too small, and not smaller.
+    // Targets below the smallest possible size, and above the size of the source.
     let out = folder.path().join("out");
     let run = lrc(&["compress", FIXTURE, "-o", path(&out), "--target-size", "100kB"]);
     assert!(run.code == 2 && run.stderr.contains("cannot be reached") && !out.exists(), "{}", run.stderr);
@@ -149,7 +149,7 @@ fn sixteen_bits_cost_little_and_a_sweep_knows_what_they_cost() {
             let error = linear["storage_error"].as_f64().unwrap();
             assert!(error > 0.0 && error < 4e-3, "{linear}");
             assert_eq!(sweep["points"][0]["ranks"][linear["module"].as_str().unwrap()], linear["rank"]);
-            // Factors only where that is explained.
+            // A record with plain factors has a note that explains them.
             assert_eq!(linear["layout"] == "factors", !linear["note"].is_null(), "{linear}");
         }
         let shortened = |source: &Path| {
@@ -181,7 +181,7 @@ fn divergence_is_that_of_two_evaluations() {
     let (ppl, dense) = (beside["ppl"].as_f64().unwrap(), eval(fixture, &[])["ppl"].as_f64().unwrap());
     assert!((beside["reference_ppl"].as_f64().unwrap() - dense).abs() < 1e-9);
     assert!((beside["ln_ppl_ratio"].as_f64().unwrap() - (ppl / dense).ln()).abs() < 1e-9);
-    // The gain of knowing that both are scored on the same tokens.
+    // Both models are scored on the same tokens, so the paired error is smaller.
     let relative = |report: &Value| report["ppl_standard_error"].as_f64().unwrap() / report["ppl"].as_f64().unwrap();
     let apart = relative(&alone).hypot(relative(&eval(fixture, &[])));
     assert!(beside["ln_ppl_ratio_standard_error"].as_f64().unwrap() < apart);
@@ -198,7 +198,7 @@ fn divergence_is_that_of_two_evaluations() {
 fn truncation_needs_no_source_and_is_exact_where_the_order_is_kept() {
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name);
-    // Uniform ranks leave nothing dense; at equal ranks a truncated output is the direct one.
+    // Uniform ranks leave nothing dense. A truncated output equals the direct output of the same ranks.
     for (layout, flags) in [("factors", &[][..]), ("pivot", &["--elastic"])] {
         let long = at(&format!("{layout}-long"));
         let common = ["--ranks", "uniform", "--layout", layout];
@@ -210,7 +210,7 @@ fn truncation_needs_no_source_and_is_exact_where_the_order_is_kept() {
         let checkpoint = Checkpoint::open(&short).unwrap();
         assert_eq!(report["sizes"]["bytes_after"], checkpoint.n_bytes());
         assert_eq!(report["sizes"]["file_bytes_after"], weight_bytes(&short));
-        // Bits by linear and in sum are those of the output.
+        // Bits per linear and in total match the output.
         let size = |field: &str| report["sizes"][field].as_f64().unwrap();
         let bits = size("bits_per_weight_base") + size("bits_per_weight_factors");
         assert!((bits - size("bits_per_weight_after")).abs() < 1e-9, "{layout}: {report}");
@@ -221,7 +221,7 @@ fn truncation_needs_no_source_and_is_exact_where_the_order_is_kept() {
         };
         let mean = linears.iter().map(stored).sum::<f64>() / size("linear_parameters_before");
         assert!((mean - bits).abs() < 1e-9, "{layout}: {mean} {bits}");
-        // Once more, in two steps to one place: the same ranks, the same model.
+        // Truncating in one step or in two gives the same ranks and the same model.
         let (direct, step, stepped) =
             (at(&format!("{layout}-d")), at(&format!("{layout}-e")), at(&format!("{layout}-f")));
         ok(&["truncate", path(&long), "-o", path(&direct), "--keep", "0.4", "-q"]);
@@ -231,7 +231,7 @@ fn truncation_needs_no_source_and_is_exact_where_the_order_is_kept() {
         assert!((ppl(&direct) / ppl(&stepped) - 1.0).abs() < 1e-3, "{layout}: {} {}", ppl(&direct), ppl(&stepped));
         assert!(ppl(&long) < ppl(&short) && ppl(&short) < ppl(&direct));
     }
-    // In a diagonal metric pivots are decomposed again without loss: as good as keeping the order.
+    // In a diagonal metric, decomposing pivots again loses nothing, so it is as good as `--elastic`.
     let mut perplexities = Vec::new();
     for (name, flags) in [("kept", &["--elastic"][..]), ("again", &[])] {
         let (long, short) = (at(&format!("svd-{name}")), at(&format!("svd-{name}-short")));
@@ -241,7 +241,7 @@ fn truncation_needs_no_source_and_is_exact_where_the_order_is_kept() {
     }
     assert!((perplexities[0] / perplexities[1] - 1.0).abs() < 1e-4, "{perplexities:?}");
 
-    // Where diagonals do not hold the metric, it says so.
+    // If diagonals only approximate the metric, a warning says so.
     let (long, short) = (at("kfac"), at("kfac-short"));
     compress(&long, &[&["--keep", "0.9", "--sequential=false"], CALIBRATED].concat());
     let run = lrc(&["truncate", path(&long), "-o", path(&short), "--keep", "0.8"]);
@@ -259,7 +259,7 @@ fn truncation_needs_no_source_and_is_exact_where_the_order_is_kept() {
     refuse(&at("factors-short"), "0.4", 4, "lrc-curves.arrays` is missing");
 }
 
-/// Runtimes read every `*.safetensors` beside the weights as weights.
+/// Runtimes read every `*.safetensors` in the folder as weights.
 #[test]
 fn curves_are_no_safetensors_beside_the_weights() {
     let folder = tempfile::tempdir().unwrap();
@@ -281,13 +281,13 @@ fn curves_are_no_safetensors_beside_the_weights() {
         assert_eq!(names(&at(name)), expected, "{name}");
         assert!(hashed(&at(name)), "{name}");
     }
-    // Another format has no ranks to shorten, and so no curves.
+    // Other formats have no ranks to truncate, and so no curves.
     ok(&["export", path(&at("long")), "-o", path(&at("dense")), "--format", "dense", "-q"]);
     compress(&at("packed"), &["--quant", "rtn-int8-channel", "--format", "compressed-tensors"]);
     for name in ["dense", "packed"] {
         assert_eq!(names(&at(name)), ["model.safetensors"], "{name}");
     }
-    // Older outputs have them under another name, and give the same bytes.
+    // Older outputs have the curves under another name, and give the same bytes.
     std::fs::rename(at("long").join(expected[0]), at("long").join("lrc-curves.safetensors")).unwrap();
     ok(&["truncate", path(&at("long")), "-o", path(&at("of-old")), "--keep", "0.6", "-q"]);
     assert_eq!(names(&at("of-old")), expected);
@@ -313,7 +313,7 @@ fn anchoring_beats_shifted_inputs_alone() {
     assert!(anchored < ppl("one-shot", &[]));
 }
 
-/// At full rank nothing is lost, whatever the inputs have become.
+/// At full rank nothing is lost, however much the inputs have shifted.
 #[test]
 fn anchoring_at_full_rank_changes_nothing() {
     let folder = tempfile::tempdir().unwrap();

@@ -221,7 +221,7 @@ fn statistics_do_not_depend_on_threads_or_memory_and_serve_compress() {
     };
     let first = run("a", "2", "1GiB");
     assert!(first == run("b", "1", "1GiB") && first == run("c", "5", "1B"));
-    // Measured on the way or beforehand: the same weights.
+    // Statistics that are measured during the run or in advance give the same weights.
     for method in ["fwsvd", "asvd", "svd-llm", "kfac"] {
         let compress = |name: &str, extra: &[&str]| {
             let out = folder.path().join(format!("{method}-{name}"));
@@ -262,7 +262,7 @@ fn statistics_that_do_not_belong_are_refused() {
     let other_text = [&knapsack[..], &["--calibration", HELD_OUT, "--samples", "2"]].concat();
     check(compress(FIXTURE, &other_text), 4, "was not measured on the text");
     check(compress(FIXTURE, &knapsack), 2, "need `--calibration FILE`");
-    // Files that are none.
+    // Files that are no statistics.
     let args = |statistics: &str| {
         let run = lrc(&["compress", FIXTURE, "-o", path(&out), "--keep", "0.8", "--statistics", statistics]);
         (run.code, run.stderr)

@@ -77,7 +77,7 @@ fn factored_and_dense_outputs_are_the_same_model_in_either_layout() {
     }
 }
 
-/// Every file of a folder; of the report only what is not a time or a memory.
+/// Every file of a folder; the report without times and memory.
 fn content(out: &Path) -> BTreeMap<String, String> {
     let mut files = BTreeMap::new();
     for entry in std::fs::read_dir(out).unwrap() {
@@ -117,7 +117,7 @@ fn the_same_bytes_come_out_at_any_thread_count() {
         assert!(first.len() > 6, "several shards: {:?}", first.keys());
         assert_eq!(first, run("b", "2", "1GiB"), "{kind}");
         assert_eq!(first, run("c", "1", "1GiB"), "{kind}");
-        // With one byte everything that may be kept on disk is.
+        // With a limit of one byte, everything that may go to disk does.
         assert_eq!(first, run("d", "5", "1B"), "{kind}");
     }
 }
@@ -161,7 +161,7 @@ fn no_tensor_is_dropped_and_the_rest_keeps_its_bytes() {
     expected.sort();
     found.sort();
     assert_eq!(found, expected);
-    // Tokenizer and other side files come along.
+    // The tokenizer and other side files are copied.
     assert!(out.join("tokenizer.json").exists() && out.join("modeling_lrc.py").exists());
 }
 
@@ -227,7 +227,7 @@ fn a_full_dry_run_keeps_what_it_measured_for_the_run() {
         assert!(full["linears"][0]["relative_error"].as_f64().is_some_and(|error| error > 0.0));
         let done = ok(&args(&out)).json();
         assert_eq!((&full["sizes"], ranks(&full)), (&done["sizes"], ranks(&done)));
-        // The plan is close, though it knows no spectra.
+        // The plan is close to the result, although it knows no spectra.
         let (planned, size) = (plan["size_bytes"].as_f64().unwrap(), done["size_bytes"].as_f64().unwrap());
         assert!((planned / size - 1.0).abs() < 0.05, "{limit:?}: {planned} {size}");
         let whole = ok(&args(&other)).json();
@@ -277,7 +277,7 @@ fn force_replaces_an_earlier_output_only() {
     assert!(foreign.join("thesis.txt").exists());
 }
 
-/// The first command of README.md, as it stands there, but for the output folder.
+/// The example command of README.md, with another output folder.
 #[test]
 fn the_first_command_of_the_readme_works() {
     let readme = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md")).unwrap();
@@ -329,7 +329,7 @@ fn stored_dtypes_are_kept() {
         let dtype = before.tensors().next().unwrap().dtype;
         assert!(after.tensors().all(|t| t.dtype == dtype || t.name.ends_with(".lr_order")));
         assert!(after.info("lm_head.weight").is_none(), "tied stays tied");
-        // Coefficients are small, so that rounding to f16 (2⁻¹¹) shows in no pivot layout more than a few times.
+        // Coefficients are small, so rounding to f16 (2⁻¹¹) is amplified at most a few times in the pivot layout.
         let is_16_bit = model == "f16";
         for linear in report(&out)["linears"].as_array().unwrap().iter().filter(|l| !l["rank"].is_null()) {
             let error = linear["storage_error"].as_f64().unwrap();
@@ -338,8 +338,8 @@ fn stored_dtypes_are_kept() {
     }
 }
 
-/// What `tests/interop` sees by running it, where no Python is. Buffers on the device of a parameter stay on `meta` in vLLM, and a
-/// module that does not look at them runs all the same.
+/// Checks by text what `tests/interop` checks by running the file, because tests have no Python. Buffers on the
+/// device of a parameter stay on `meta` in vLLM, and a module that does not check them runs without an error.
 #[test]
 fn the_modelling_file_makes_buffers_on_the_default_device_and_checks_that_they_were_filled() {
     let folder = tempfile::tempdir().unwrap();
@@ -354,12 +354,13 @@ fn the_modelling_file_makes_buffers_on_the_default_device_and_checks_that_they_w
     let checks =
         lines().zip(lines().skip(1)).filter(|pair| *pair == ("if not self.is_filled:", "self.check(x)")).count();
     assert_eq!((checked, checks), (2, 2));
-    // Parents of replaced linears have classes of their own, and linears say how wide they are.
+    // Parents of replaced linears get classes of their own, and linears have their widths as attributes.
     assert!(code.contains("    _tell_apart(model)\n"));
     assert_eq!(lines().filter(|line| line.starts_with("self.out_features, self.in_features = ")).count(), 3);
 }
 
-/// vLLM splits a linear by the first rule that its name begins with: without one of its own a part gets that of the whole matrix.
+/// vLLM splits a linear by the first rule that matches the beginning of its name: a part without a rule of its own
+/// gets the rule of the whole matrix.
 #[test]
 fn the_modelling_file_plans_every_part_of_a_linear_for_tensor_parallelism() {
     let folder = tempfile::tempdir().unwrap();
@@ -373,6 +374,7 @@ fn the_modelling_file_plans_every_part_of_a_linear_for_tensor_parallelism() {
     for part in ["base", "lr_a", "lr_b", "lr_l", "lr_p", "lr_r", "lr_t"] {
         assert!(planned.contains(&format!("\"{part}\": ")), "{planned}");
     }
-    // The parts' rules come first, and transformers, which would add up the outputs of whole modules, refuses the last.
+    // The rules of parts come first. The last rule makes transformers refuse, because it would add up the outputs of
+    // whole modules.
     assert!(code.contains("model._tp_plan = rules | plan | dict.fromkeys(replaced, _NOT_IN_TRANSFORMERS)\n"));
 }

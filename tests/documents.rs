@@ -1,5 +1,5 @@
-//! What the documents say to type works: every `sh` block of README, `docs/commands.md` and `docs/choosing.md` is run line by line
-//! in a folder where `MODEL` is the fixture, and the script of `docs/ci.md` as it is.
+//! Runs the commands of the documents: every `sh` block of README, `docs/commands.md` and `docs/choosing.md` line by
+//! line in a folder where `MODEL` is the fixture, and the script of `docs/ci.md` unchanged.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -16,14 +16,14 @@ fn blocks(document: &str, language: &str) -> Vec<String> {
     document.split(&fence).skip(1).map(|rest| rest.split("```").next().unwrap().to_string()).collect()
 }
 
-/// Commands of a block, continued lines joined, comments cut.
+/// Commands of a block, with continued lines joined and comments removed.
 fn commands(block: &str) -> Vec<String> {
     let joined = block.replace("\\\n", " ");
     let cut = joined.lines().map(|line| line.split(" #").next().unwrap().trim());
     cut.filter(|line| !line.is_empty()).map(String::from).collect()
 }
 
-/// `lrc` as the binary under test, in a folder of its own, with what the documents name.
+/// A folder with the files that the documents name, where `lrc` is the binary under test.
 struct Reader {
     folder: tempfile::TempDir,
 }
@@ -58,21 +58,22 @@ impl Reader {
         finish(bash.env(common::THREADS[0], common::THREADS[1]))
     }
 
-    /// Runs a command of a document: what an earlier one wrote under the same name goes first.
+    /// Runs a command of a document, after removing the output of an earlier one with the same name.
     fn follow(&self, line: &str) -> Result<(), String> {
         if !line.contains("--force")
             && let Some(out) = line.split(" -o ").nth(1).and_then(|rest| rest.split_whitespace().next())
         {
-            // What a full dry run keeps belongs to its own recipe.
+            // A full dry run keeps its work for its own recipe only.
             let _ = std::fs::remove_dir_all(self.folder.path().join(format!("{out}.partial")));
             let out = self.folder.path().join(out);
             let _ = if out.is_dir() { std::fs::remove_dir_all(&out) } else { std::fs::remove_file(&out) };
         }
         let calibrates = line.contains("--calibration") && !line.contains("--samples");
-        // Sizes are the fixture's: it is 1.7 MB, its context 128 tokens, its rows are shorter than a group of 128.
+        // Sizes are adapted to the fixture: it has 1.7 MB, a context of 128 tokens, and rows shorter than a group of
+        // 128.
         let line = line.replace("350MiB", "900kB").replace("seq-len 1024", "seq-len 128");
         let line = line.replace("gptq-int4 ", "gptq-int4-g32 ").replace("q4_k ", "q4_0 ");
-        // As many windows as tell that it works.
+        // A few windows are enough to run the command.
         let line = if calibrates { format!("{line} --samples 8") } else { line };
         let run = self.run(&line);
         if run.code == 0 { Ok(()) } else { Err(format!("{line}\n{}", run.stderr)) }
@@ -83,7 +84,7 @@ fn follow_all(document: &str) -> usize {
     let reader = Reader::new();
     let blocks = blocks(&read(document), "sh");
     let commands: Vec<String> = blocks.iter().flat_map(|block| commands(block)).collect();
-    // What builds and tests the project is what runs this test.
+    // Commands that build and test the project are not run, because one of them runs this test.
     let ours = commands.iter().filter(|line| line.starts_with("lrc "));
     let failed: Vec<String> = ours.clone().filter_map(|line| reader.follow(line).err()).collect();
     assert!(failed.is_empty(), "{document}:\n{}", failed.join("\n"));

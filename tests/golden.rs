@@ -1,5 +1,5 @@
-//! What people read, as it was agreed on: helps, errors and tables. `TRYCMD=overwrite cargo test --release --test suite golden` writes
-//! what is said now.
+//! Text for people, as it was agreed on: helps, errors and tables. `TRYCMD=overwrite cargo test --release --test
+//! suite golden` writes the current output.
 
 #[test]
 fn the_commands_say_what_was_agreed() {

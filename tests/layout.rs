@@ -51,7 +51,7 @@ fn room(path: &Path) -> String {
     first.trim_end_matches(".rs").to_string()
 }
 
-/// The arrows of the architecture page: what each room may name of the crate besides itself.
+/// The arrows of the architecture page: the rooms that each room may name.
 fn arrows() -> BTreeMap<String, BTreeSet<String>> {
     let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/architecture.md");
     let page = std::fs::read_to_string(page).unwrap();
@@ -222,14 +222,15 @@ fn only_operators_know_their_parts() {
         "Size::Rank",
         "Size::Blocks",
     ];
-    // Adapters are shown as factors, under names that their codec has.
+    // Adapters are presented as factors, under names that their codec has.
     let is_known = |p: &Path| p.starts_with("operator") || p == Path::new("codecs/peft.rs");
     assert_eq!(lines_with(&needles, &sources_with_tests(), is_known), Vec::<String>::new());
 }
 
 #[test]
 fn the_device_enters_once() {
-    // Tensors are made on the device of others, or on the host by its name there, and values leave through `to_host`.
+    // Tensors are made on the device of other tensors, or on the host by its name there, and values leave through
+    // `to_host`.
     let needles = ["Device::Cpu", "Device::new_cuda", "to_vec1", "to_vec2", "to_vec3", "to_scalar"];
     assert_eq!(lines_with(&needles, &sources(), |p: &Path| p == Path::new("device.rs")), Vec::<String>::new());
 }
@@ -242,7 +243,7 @@ fn the_mathematics_does_no_input_or_output() {
     assert_eq!(lines_with(&needles, &sources(), is_elsewhere), Vec::<String>::new());
 }
 
-/// What is known of a family is in its table: files and byte layouts are the same for all.
+/// Everything about a family is in its table: files and byte layouts are the same for all.
 #[test]
 fn checkpoints_and_codecs_name_no_family() {
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");

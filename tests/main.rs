@@ -1,6 +1,6 @@
 //! The real binary on real checkpoints: one test binary, since each links all of candle. A file or a folder is a subject.
 
-// clippy.toml allows these in tests, and not in what tests share.
+// clippy.toml allows these in tests, but not in modules that tests share.
 #![allow(clippy::print_stderr, clippy::unwrap_used)]
 
 mod common;

@@ -50,7 +50,7 @@ fn every_option_of_llama_equals_transformers() {
     let oracle = Oracle::new(include_str!("oracles/pico-llama-logits.json"));
     let pico = "fixtures/pico-llama";
     oracle.check(Path::new(pico), 1e-4);
-    // Factored at full rank it is the same model: biases move with their linear, the head may be factored too.
+    // Factored at full rank it is the same model: biases move with their linear, and the head may be factored too.
     let folder = tempfile::tempdir().unwrap();
     for (layout, part, bias) in [("factors", ".lr_b.weight", "lr_b.bias"), ("pivot", ".lr_p.weight", "bias")] {
         for (name, targets) in [("all", "*_proj"), ("head", "*lm_head")] {
@@ -67,7 +67,7 @@ fn every_option_of_llama_equals_transformers() {
     }
 }
 
-/// A checkpoint with other tensors: what `edit` makes of the name and the bytes of each of `from`.
+/// A checkpoint with other tensors: `edit` maps the name and the bytes of each tensor of `from`.
 fn rewrite(from: &Path, to: &Path, edit: impl Fn(&str, Vec<u8>) -> Vec<(String, Vec<u8>)>) {
     let source = Checkpoint::open(from).unwrap();
     let mut tensors = Vec::new();
@@ -119,14 +119,14 @@ fn a_head_that_differs_from_the_embeddings_is_not_tied_and_one_alone_is_both() {
         let run = common::ok(&["eval", path(model), "--text", common::HELD_OUT, "--max-windows", "1"]);
         let told = run.stderr.matches("`lm_head.weight` differs from `model.embed_tokens.weight`").count();
         assert_eq!(told, usize::from(differs), "{}", run.stderr);
-        // Compressed it is the same model still, whatever the format.
+        // Compressed in any format it stays the same model.
         for (name, flags) in [("factored", &[][..]), ("dense", &["--format", "dense"])] {
             let out = model.with_extension(name);
             let whole = ["compress", path(model), "-o", path(&out), "-q", "--ranks", "full", "--layout", "factors"];
             common::ok(&[&whole[..], flags].concat());
             if differs { half(oracle()).check(&out, 1e-3) } else { oracle().check(&out, 1e-3) }
         }
-        // Its own head may be compressed, and then the config must not tie it; one that is the table may not.
+        // A separate head may be compressed, and then the config must not tie it; a head that is the table may not.
         let out = model.with_extension("head");
         let head = ["compress", path(model), "-o", path(&out), "-q", "--ranks", "full", "--targets", "lm_head"];
         let run = lrc(&head);
@@ -148,11 +148,12 @@ fn a_head_that_differs_from_the_embeddings_is_not_tied_and_one_alone_is_both() {
     }
 }
 
-/// The figures are those of the head that is stored, as if the config did not tie it; transformers 5 gives the same (`oracles/untied.py`).
+/// The figures belong to the stored head, as if the config did not tie it; transformers 5 gives the same
+/// (`oracles/untied.py`).
 #[test]
 fn the_perplexity_of_a_head_that_differs_is_that_of_the_untied_config() {
     let folder = tempfile::tempdir().unwrap();
-    // Other in direction than the table, and not a multiple of it.
+    // The head differs from the table in direction, not only in scale.
     let turned = |bytes: &[u8]| -> Vec<u8> {
         let values: Vec<f32> = bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
         let head = (0..values.len()).map(|i| 0.9 * values[i] + 0.1 * values[(i + 96) % values.len()]);
@@ -189,7 +190,7 @@ fn the_perplexity_of_a_head_that_differs_is_that_of_the_untied_config() {
     }
 }
 
-/// What trainers and wrappers put in front of names: the modules are found, and nothing is renamed.
+/// Prefixes of trainers and wrappers: the modules are found, and nothing is renamed.
 #[test]
 fn names_under_the_prefixes_of_wrappers_are_found_and_kept() {
     let folder = tempfile::tempdir().unwrap();
@@ -239,7 +240,7 @@ fn names_under_the_prefixes_of_wrappers_are_found_and_kept() {
     }
 }
 
-/// Blocks behind the last of the config, as those that predict further tokens (MTP), are no part of the model.
+/// Blocks after the last one of the config, which predict further tokens (MTP), are not part of the model.
 #[test]
 fn blocks_behind_the_last_one_are_passed_through_and_told_of() {
     let folder = tempfile::tempdir().unwrap();
@@ -296,7 +297,7 @@ fn stories_perplexity(model: &str, bos: &str) -> (f64, u64) {
     (report["ppl"].as_f64().unwrap(), report["scored_tokens"].as_u64().unwrap())
 }
 
-/// Perplexities of a trained Llama by others, computed by transformers in f32.
+/// Perplexities of a trained Llama, measured by other tools in f32.
 #[test]
 #[ignore = "needs ../shared/models/stories260K and ../shared/text"]
 fn perplexity_equals_that_of_transformers() {
@@ -319,7 +320,7 @@ fn perplexity_does_not_depend_on_memory_or_threads() {
         finish(command(&args).env("RAYON_NUM_THREADS", threads)).json()["nll_sum"].as_f64().unwrap()
     };
     let reference = eval("1GiB", "2");
-    // One byte: every hidden state goes to disk, one window at a time.
+    // A limit of one byte: every hidden state goes to disk, one window at a time.
     assert_eq!(eval("1B", "2"), reference);
     assert_eq!(eval("1GiB", "1"), reference);
 }

@@ -1,4 +1,4 @@
-//! What is written for people and for scripts: schema, spectra, pages in a real browser, model cards, gates.
+//! Output for people and for scripts: schema, spectra, pages in a real browser, model cards, gates.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -24,7 +24,7 @@ fn browser() -> &'static str {
     names.find(is_there).expect("this test needs Chromium (`apt install chromium`)")
 }
 
-/// Opens a page whose last words are a script; gives what the script made the title, and what was said on the console.
+/// Opens a page with a script appended; returns the title that the script sets, and the messages of the console.
 fn open(browser: &str, page: &Path, script: &str, options: &[&str]) -> (String, String) {
     let html = std::fs::read_to_string(page).unwrap();
     let scripted = page.with_extension("scripted.html");
@@ -73,7 +73,8 @@ fn pages_work_in_a_browser() {
         }
     }
     let browser = browser();
-    // Sorts the last table by its third column, twice; tells the order, what is drawn, and whether a phone must scroll sideways.
+    // Sorts the last table by its third column twice, and collects the order, the drawn elements, and whether a phone
+    // must scroll sideways.
     let script = r#"
         const table = [...document.querySelectorAll("table.sortable")].at(-1);
         const column = () => [...table.tBodies[0].rows].map(row => Number(row.cells[2].dataset.v));
@@ -157,7 +158,7 @@ fn fused_matrices_and_stacked_experts_are_named_as_such() {
         assert!(found.contains(&(module.into(), kind.into(), shape.to_vec().into())), "{module} in {found:?}");
     }
     assert_eq!(report["other_tensors"], serde_json::json!(["blocks.0.conv.weight", "blocks.0.norm.weight"]));
-    // Experts are matrices of their own: each differs.
+    // Every expert is a matrix of its own, with its own figures.
     let norms: Vec<f64> =
         report["linears"].as_array().unwrap()[2..].iter().map(|l| l["frobenius_norm"].as_f64().unwrap()).collect();
     assert!(norms.windows(2).all(|pair| pair[0] != pair[1]), "{norms:?}");
@@ -193,7 +194,7 @@ fn columns_are_the_same_wherever_they_are_shown() {
     }
     let sorted: Vec<f64> = rows.iter().map(|row| row[place("weighted.effective_rank")].parse().unwrap()).collect();
     assert!(sorted.is_sorted_by(|a, b| a >= b));
-    // In its metric, of all, the loss is steeper: that is why one compresses in it.
+    // In its own metric the spectrum of every matrix falls faster, which is why one compresses in it.
     let steeper = |row: &&Vec<&str>| {
         let error = |name: &str| row[place(name)].parse::<f64>().unwrap();
         error("weighted.break_even_error") < error("break_even_error")

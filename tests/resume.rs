@@ -1,4 +1,4 @@
-//! Runs that are killed, interrupted, and gone on with.
+//! Runs that are killed, interrupted, and resumed.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Read;
@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use crate::common::{self, FIXTURE, TRAIN, command, copy, lrc, ok, path};
 use serde_json::Value;
 
-/// Every file of an output but what tells of time and memory.
+/// Every file of an output, without times and memory.
 fn content(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     let mut files = BTreeMap::new();
     let mut folders = vec![folder.to_path_buf()];
@@ -35,7 +35,7 @@ fn content(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     files
 }
 
-/// Where two JSON documents differ, for whoever reads the failure; nothing of other files.
+/// The differences of two JSON documents, for the message of a failure; nothing for other files.
 fn difference(found: &[u8], expected: &[u8]) -> String {
     fn walk(path: &str, found: &Value, expected: &Value, said: &mut String) {
         match (found, expected) {
@@ -56,7 +56,7 @@ fn difference(found: &[u8], expected: &[u8]) -> String {
     said
 }
 
-/// Numbers that are the same in every run of the test, and spread well: a Weyl sequence in [0, 1).
+/// Well-spread numbers that are the same in every run of the test: a Weyl sequence in [0, 1).
 struct Moments(f64);
 
 impl Iterator for Moments {
@@ -68,14 +68,14 @@ impl Iterator for Moments {
     }
 }
 
-/// Kills `child` after `delay`, if it still runs; whether it was killed.
+/// Kills `child` after `delay` if it still runs, and returns whether it did.
 fn kill_after(mut child: Child, out: &Path, delay: Duration) -> bool {
     let started = Instant::now();
     while started.elapsed() < delay {
         if let Some(status) = child.try_wait().unwrap() {
             let mut said = String::new();
             child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
-            // Killed between the last step and the end of the process, the run was done.
+            // A run that was killed after its last step was complete.
             let was_done = said.contains(&format!("output folder `{}` exists", path(out)));
             assert!(status.success() || was_done, "a run that goes on ends well: {status}\n{said}");
             return false;
@@ -87,7 +87,7 @@ fn kill_after(mut child: Child, out: &Path, delay: Duration) -> bool {
     true
 }
 
-/// Fifty SIGKILLs in all: anchored low rank, and quantized bases with factors, a control and an adapter.
+/// Fifty SIGKILLs in total: anchored low rank, and quantized bases with factors, a baseline and an adapter.
 #[test]
 fn runs_killed_at_any_moment_go_on_to_the_same_bytes() {
     const KILLS: usize = 50;
@@ -130,11 +130,11 @@ fn runs_killed_at_any_moment_go_on_to_the_same_bytes() {
         while n_kills < KILLS * (i + 1) / recipes.len() {
             round += 1;
             let out = folder.path().join(format!("killed-{i}-{round}"));
-            // A folder that is there is filled where it is: the work is inside of it.
+            // An existing folder is filled in place, with the work folder inside.
             if round % 2 == 0 {
                 std::fs::create_dir(&out).unwrap();
             }
-            // Late moments are only met where early ones let the run go on: whatever is drawn, it is of the whole run.
+            // Delays are drawn over the length of a whole run, so a resumed run may end before it is killed.
             while n_kills < 2 * KILLS
                 && kill_after(run(&out), &out, Duration::from_secs_f64(seconds * moments.next().unwrap()))
             {
@@ -158,7 +158,7 @@ fn runs_killed_at_any_moment_go_on_to_the_same_bytes() {
     assert!(n_kills >= KILLS, "{n_kills} kills");
 }
 
-/// Starts a run, and waits until it has finished a piece that was not there before.
+/// Starts a run, and waits until it has finished a new piece.
 fn spawn_and_wait(command: &mut Command, out: &Path) -> Child {
     let pieces = PathBuf::from(format!("{}.partial/pieces", path(out)));
     let names = || -> BTreeSet<PathBuf> {
@@ -208,8 +208,8 @@ fn another_job_is_refused_with_what_differs() {
     bytes[last] ^= 1;
     std::fs::write(&weights, &bytes).unwrap();
 
-    // The same job goes on: the blocks that are done are not done again. What was killed as it wrote its report left one,
-    // which does not tell of itself.
+    // The same job resumes without repeating finished blocks. A run that was killed while it wrote its report left
+    // one, which is not among the files that the new report lists.
     std::fs::write(PathBuf::from(format!("{}.partial/output/lrc-report.json", path(&out))), "{").unwrap();
     let on = common::finish(run(&["--keep", "0.8"]).arg("-v"));
     assert_eq!(on.code, 0, "{}", on.stderr);
@@ -239,7 +239,7 @@ fn an_interrupt_ends_cleanly_and_says_how_to_go_on() {
         assert!(!out.exists());
     }
     ok(&args);
-    // What cannot be gone on with is removed.
+    // Files that cannot be resumed are removed.
     let statistics = folder.path().join("statistics.safetensors");
     let args = ["calibrate", FIXTURE, "--text", TRAIN, "-o", path(&statistics), "--samples", "400"];
     let child = command(&args).stderr(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();

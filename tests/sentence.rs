@@ -1,4 +1,5 @@
-//! Sentence embeddings: encoders in folders of sentence-transformers, held against that. `tests/oracles/sentence.py` made the values.
+//! Sentence embeddings: encoders in folders of sentence-transformers, compared with that library.
+//! `tests/oracles/sentence.py` made the values.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
@@ -57,7 +58,7 @@ fn dense(folder: &Path) {
     writer.finish().unwrap();
 }
 
-/// The embedding of a text as `lrc eval` makes it.
+/// The embedding of a text as `lrc eval` computes it.
 fn embed(model: &Path, text: &str) -> Vec<f32> {
     let checkpoint = Checkpoint::open(model).unwrap();
     let decoder = Decoder::open(&checkpoint).unwrap();
@@ -195,7 +196,7 @@ fn fidelity_is_that_of_the_embeddings_and_of_every_document() {
         let model = folder_of(&oracle()["cases"][i]["files"], &folder.path().join(i.to_string()));
         let out = folder.path().join(format!("{i}-out"));
         ok(&["compress", path(&model), "-o", path(&out), "--keep", "0.6", "--calibration", path(&long), "-q"]);
-        // An output without the modules is compared by those of its source.
+        // An output without the modules is compared with the modules of its source.
         let _ = std::fs::remove_file(out.join("modules.json"));
         let eval = ["eval", path(&out), "--text", path(&documents), "--reference", path(&model), "--json", "-q"];
         let report = ok(&eval).json();
@@ -229,7 +230,7 @@ fn ranks_follow_the_pooled_output() {
         let out = model.with_extension("out");
         let flags = ["--keep", "0.6", "--seq-len", "64", "--calibration", path(&long), "-q"];
         ok(&[&["compress", path(model), "-o", path(&out)], &flags[..]].concat());
-        // Both are to be compared by the modules of the reference.
+        // Both models use the modules of the reference.
         let _ = std::fs::remove_file(out.join("modules.json"));
         out
     });

@@ -1,4 +1,4 @@
-//! Stacks of experts in one tensor of three dimensions, of a family that nobody knows: compressed by names and shapes.
+//! Stacks of experts in one tensor of three dimensions, in an unknown family: compressed by names and shapes.
 
 use std::path::{Path, PathBuf};
 
@@ -74,9 +74,9 @@ fn every_expert_is_a_matrix_and_stacks_come_back() {
                     let tolerance = if dtype == Dtype::F32 { 1e-6 } else { 2e-2 };
                     let close = |x: &[f32], y: &[f32]| x.iter().zip(y).all(|(x, y)| (x - y).abs() < tolerance);
                     assert!(close(&values, &found) && close(&values, &back), "{tensor} {index}");
-                    let original = source.slice_values(tensor, index).unwrap();
+                    let weight = source.slice_values(tensor, index).unwrap();
                     let is_left = name == "low" && module.ends_with("down_proj") && index == 2;
-                    assert_eq!(found == original, is_left, "{tensor} {index}");
+                    assert_eq!(found == weight, is_left, "{tensor} {index}");
                 }
             }
             for other in source.tensors().filter(|t| !t.name.contains("experts.") && !t.name.contains("q_proj")) {
@@ -94,7 +94,7 @@ fn every_expert_is_a_matrix_and_stacks_come_back() {
     }
 }
 
-/// A stack of which nothing is compressed stays one tensor, in every format.
+/// A stack without a compressed matrix stays one tensor, in every format.
 #[test]
 fn a_stack_that_is_left_alone_stays_whole() {
     let folder = tempfile::tempdir().unwrap();

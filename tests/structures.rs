@@ -54,7 +54,7 @@ fn a_right_factor_is_shared_where_that_is_better() {
     let folder = tempfile::tempdir().unwrap();
     let model = folder.path().join("model");
     copy(FIXTURE, &model);
-    // Keys and values read what queries read: one right factor is as good as three.
+    // Keys and values read the same input as queries, so one right factor is as good as three.
     let checkpoint = Checkpoint::open(&model).unwrap();
     let blocks = 0..checkpoint.config().unwrap()["num_hidden_layers"].as_u64().unwrap();
     for block in blocks {
@@ -94,15 +94,15 @@ fn a_right_factor_is_shared_where_that_is_better() {
                 .into_owned();
         assert!(!header.contains(&format!("\"{name}\"")), "`{name}` is stored once, as `{owner}`");
     }
-    // What is stored is what was counted: a borrowed factor once, with its lender.
+    // The stored values match the count: a shared factor once, with its owner.
     assert_eq!(report["sizes"]["parameters_after"].as_u64().unwrap(), checkpoint.n_elements());
     check_dense_twin(&shared, folder.path());
     check_page(&shared);
-    // What the knapsack minimizes: the squared error over all linears.
-    let original = Checkpoint::open(&model).unwrap();
+    // The knapsack minimizes the squared error over all linears.
+    let source = Checkpoint::open(&model).unwrap();
     let error = |report: &serde_json::Value| -> f64 {
         let of_linear = |linear: &serde_json::Value| {
-            let weight = original.values(&format!("{}.weight", linear["module"].as_str().unwrap())).unwrap();
+            let weight = source.values(&format!("{}.weight", linear["module"].as_str().unwrap())).unwrap();
             let norm: f64 = weight.iter().map(|&w| f64::from(w).powi(2)).sum();
             norm * linear["relative_error"].as_f64().unwrap().powi(2)
         };

@@ -1,4 +1,4 @@
-//! What appears where: data on stdout, the rest on stderr, colour and bars on terminals alone; what shells and `man` are given.
+//! The streams: data on stdout, the rest on stderr, color and bars on terminals alone; completions and manual pages.
 
 use std::path::Path;
 use std::process::Command;
@@ -6,7 +6,7 @@ use std::process::Command;
 use crate::common::{self, FIXTURE, TRAIN, command, finish, ok, path};
 use serde_json::Value;
 
-/// A compression that takes every stage, into a folder of its own.
+/// A compression with every stage, into a folder of its own.
 fn compress(more: &[&str]) -> common::Run {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("out");
@@ -87,7 +87,7 @@ fn shells_complete_every_command_and_flag() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("lrc");
     std::fs::write(&file, script).unwrap();
-    // What bash itself offers behind `lrc ev` and `lrc eval --conv`.
+    // The completions that bash offers for `lrc ev` and `lrc eval --conv`.
     let complete = |words: &str, last: &str, index: usize| {
         let line = format!(
             "source {}; COMP_WORDS=({words}); COMP_CWORD={index}; _lrc lrc '{last}' ''; echo ${{COMPREPLY[@]}}",
@@ -117,7 +117,7 @@ fn every_command_has_a_manual_page() {
     assert!(ok(&["man"]).stdout.contains("Exit codes"));
 }
 
-/// The card's own command, in a folder where model and text have the names that it calls them by.
+/// The command of the card, in a folder where model and text have the names that it uses.
 #[test]
 fn the_card_tells_how_the_same_bytes_are_made_again() {
     let folder = tempfile::tempdir().unwrap();

@@ -9,11 +9,11 @@ use serde_json::{Value, json};
 
 use crate::common::{lrc, ok, path};
 
-/// 2 blocks of 4 heads of 8 in 2 groups, 16 wide, with 24 channels between the linears of the feed-forward layer.
+/// 2 blocks with 4 heads of width 8 in 2 groups, hidden size 16, and 24 channels in the feed-forward layer.
 const SOURCE: &str = "fixtures/pico/llama";
 const HEAD_DIM: usize = 8;
 
-/// What is left of a tensor: its first rows and columns.
+/// The part of a tensor that is kept: its first rows and columns.
 #[derive(Clone, Copy)]
 struct Kept {
     rows: usize,
@@ -33,7 +33,7 @@ fn kept(name: &str, [rows, columns]: [usize; 2]) -> Kept {
     }
 }
 
-/// Writes the source with all but what is kept cut off, or set to 0.
+/// Writes the source with everything else cut off, or set to 0.
 fn write(folder: &Path, is_cut: bool, config: &Value) -> PathBuf {
     let model = folder.join(if is_cut { "narrow" } else { "zeroed" });
     std::fs::create_dir(&model).unwrap();
@@ -88,7 +88,7 @@ fn distance(x: &Tensor, y: &Tensor) -> f32 {
     largest((x - y).unwrap()) / largest(y.clone())
 }
 
-/// A group whose values nothing reads, and a channel that is always 0, are as good as absent.
+/// A group whose values nothing reads, and a channel that is always 0, make no difference.
 #[test]
 fn narrower_blocks_compute_what_zeros_in_wide_ones_do() {
     let folder = tempfile::tempdir().unwrap();

@@ -73,7 +73,7 @@ fn story(dice: &mut Dice) -> String {
     lines.join(" ")
 }
 
-/// Stories of about `n_bytes` together, none of which stands in `known`; adds them there.
+/// Stories of about `n_bytes` in total that are not in `known`, which gets them.
 pub fn stories(seed: u64, n_bytes: usize, known: &mut HashSet<String>) -> String {
     let mut dice = Dice(ChaCha8Rng::seed_from_u64(seed));
     let mut text = String::new();

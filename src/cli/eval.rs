@@ -38,7 +38,7 @@ pub(super) struct EvalArgs {
     #[command(flatten)]
     model: ModelArgs,
 
-    /// Reference for the divergence, usually the original model
+    /// Reference for the divergence, usually the source model
     #[arg(long, value_name = "MODEL", help_heading = "Model")]
     reference: Option<String>,
 
@@ -122,9 +122,9 @@ pub(super) fn run(args: &EvalArgs, progress: &Bars) -> Result<()> {
     let device = args.device.open()?;
     let checkpoint = args.model.open(progress)?;
     let is_encoder = ModelConfig::of(&checkpoint)?.1.encoder.is_some();
-    let original = args.reference.as_deref().map(|name| open(name, "main", progress)).transpose()?;
+    let opened = args.reference.as_deref().map(|name| open(name, "main", progress)).transpose()?;
     let name = args.reference.as_deref().unwrap_or_default();
-    let reference = original.as_ref().map(|checkpoint| Reference { checkpoint, name });
+    let reference = opened.as_ref().map(|checkpoint| Reference { checkpoint, name });
     let run = Run { args, checkpoint: &checkpoint, reference: reference.as_ref(), device, progress };
     match args.convention {
         None | Some(Asked::Masked) if is_encoder => run.encoder(),

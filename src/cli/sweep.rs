@@ -222,7 +222,7 @@ fn show(report: &SweepReport) -> String {
     let header = ["keep", "perplexity", "ratio", "KL", "same top 1", "kept", "parameters", "bytes"];
     let t = &report.timings;
     format!(
-        "{}perplexity of the original: {:.5} (convention {}, windows of {} tokens)\n\
+        "{}perplexity of the source: {:.5} (convention {}, windows of {} tokens)\n\
          seconds: calibrate {:.1} forward and {:.1} backward, decompose {:.1}, allocate {:.1}, evaluate {:.1}\n",
         table(&header, rows.collect()),
         report.dense_ppl.unwrap_or(f64::NAN),

@@ -28,7 +28,7 @@ pub(super) struct TruncateArgs {
     #[command(flatten)]
     model: ModelArgs,
 
-    /// Share of the original targeted parameters to keep, in (0, 1)
+    /// Share of the targeted parameters of the source to keep, in (0, 1)
     #[arg(long, value_name = "SHARE", help_heading = "Budget")]
     keep: f64,
 

@@ -17,9 +17,9 @@ pub struct Tensor {
 /// The values of a stored tensor.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Values {
-    /// Written as they are: codes and indices.
+    /// Codes and indices, written as they are.
     Bytes(Vec<u8>),
-    /// These are rounded to the dtype of the tensor.
+    /// Floats, rounded to the dtype of the tensor.
     Floats(Vec<f32>),
 }
 

@@ -56,19 +56,19 @@ pub fn encoder(
     }
     let tokenizer = Tokenizer::open(checkpoint.root())?;
     let text = Text::read(&settings.text, &settings.field, checkpoint.root())?;
-    let original = reference.map(|r| settings.decoder(r.checkpoint)).transpose()?;
+    let reference_decoder = reference.map(|r| settings.decoder(r.checkpoint)).transpose()?;
     // The output folder may lack the modules of its source.
-    let modules = original.as_ref().and_then(Decoder::sentence).or(decoder.sentence());
+    let modules = reference_decoder.as_ref().and_then(Decoder::sentence).or(decoder.sentence());
     let longest = modules.and_then(|modules| modules.max_seq_length).unwrap_or(DEFAULT_SEQ_LEN);
     let seq_len = window_length(checkpoint, settings.seq_len, Some(longest.min(DEFAULT_SEQ_LEN)))?;
     let wrapped = wrapped(&tokenizer, &text, modules, seq_len, settings.max_windows)?;
     let windows: Vec<Vec<u32>> = wrapped.iter().map(|(ids, _)| ids.clone()).collect();
     let limits = WalkLimits::new(settings.memory_bytes / 2, std::env::temp_dir());
-    let fidelity = match reference.zip(original) {
-        Some((reference, original)) => {
-            expect_comparable(reference, &original, &decoder)?;
+    let fidelity = match reference.zip(reference_decoder) {
+        Some((reference, reference_decoder)) => {
+            expect_comparable(reference, &reference_decoder, &decoder)?;
             expect_same_tokens(reference, checkpoint, &text)?;
-            Some(fidelity(reference.name, [&original, &decoder], &windows, &limits, progress)?)
+            Some(fidelity(reference.name, [&reference_decoder, &decoder], &windows, &limits, progress)?)
         }
         None => None,
     };
@@ -97,8 +97,10 @@ pub fn encoder(
 }
 
 /// Checks that the reference is an encoder of the same width.
-fn expect_comparable(reference: &Reference<'_>, original: &Decoder<'_>, decoder: &Decoder<'_>) -> Result<()> {
-    if original.objective() != Objective::NextToken && original.config.hidden_size == decoder.config.hidden_size {
+fn expect_comparable(reference: &Reference<'_>, reference_decoder: &Decoder<'_>, decoder: &Decoder<'_>) -> Result<()> {
+    if reference_decoder.objective() != Objective::NextToken
+        && reference_decoder.config.hidden_size == decoder.config.hidden_size
+    {
         return Ok(());
     }
     let message = format!("`{}` is not an encoder with the hidden size of the model", reference.name);
@@ -189,17 +191,18 @@ impl Comparison {
 
 fn fidelity(
     name: &str,
-    [original, model]: [&Decoder<'_>; 2],
+    [reference_decoder, model]: [&Decoder<'_>; 2],
     windows: &[Vec<u32>],
     limits: &WalkLimits,
     progress: &dyn Progress,
 ) -> Result<FidelityRecord> {
     let n_tokens: usize = windows.iter().map(Vec::len).sum();
-    let n_steps = n_tokens * (original.n_blocks() + model.n_blocks());
+    let n_steps = n_tokens * (reference_decoder.n_blocks() + model.n_blocks());
     let stage = progress.stage("compare", n_steps as u64, "tokens");
-    let (walk, hidden) = last_states(original, Walk::new(original, windows, limits)?, stage.as_ref())?;
+    let (walk, hidden) =
+        last_states(reference_decoder, Walk::new(reference_decoder, windows, limits)?, stage.as_ref())?;
     let (other_walk, other_hidden) = last_states(model, Walk::new(model, windows, limits)?, stage.as_ref())?;
-    let pooler = original.pooler()?;
+    let pooler = reference_decoder.pooler()?;
     // Sentence-transformers modules are never compressed: those of the reference apply to both.
     let own = if pooler.is_of_sentences() { None } else { Some(model.pooler()?) };
     let other_pooler = own.as_ref().unwrap_or(&pooler);

@@ -245,27 +245,29 @@ pub fn perplexity(
 ) -> Result<PerplexityReport> {
     let started = Instant::now();
     let decoder = settings.decoder(checkpoint)?;
-    let original = reference.map(|r| settings.decoder(r.checkpoint)).transpose()?;
+    let reference_decoder = reference.map(|r| settings.decoder(r.checkpoint)).transpose()?;
     let prepared = Prepared::new(checkpoint, settings)?;
     if let Some(reference) = reference {
         expect_same_tokens(reference, checkpoint, &prepared.text)?;
     }
-    let decoders: Vec<&Decoder<'_>> = std::iter::once(&decoder).chain(&original).collect();
+    let decoders: Vec<&Decoder<'_>> = std::iter::once(&decoder).chain(&reference_decoder).collect();
     let n_steps: usize = decoders.iter().map(|d| d.n_blocks() + 1).sum();
     let stage = progress.stage("evaluate", (prepared.n_tokens() * n_steps) as u64, "tokens");
     let limits = WalkLimits::new(settings.memory_bytes / decoders.len() as u64, std::env::temp_dir());
     let text = settings.text.display().to_string();
     let walk = |decoder| Ok::<_, anyhow::Error>(Walk::new(decoder, &prepared.windows, &limits)?.of_text(&text));
     let walked = last_states(&decoder, walk(&decoder)?, stage.as_ref())?;
-    let original = match &original {
-        Some(original) => Some((original, last_states(original, walk(original)?, stage.as_ref())?)),
+    let reference_decoder = match &reference_decoder {
+        Some(reference_decoder) => {
+            Some((reference_decoder, last_states(reference_decoder, walk(reference_decoder)?, stage.as_ref())?))
+        }
         None => None,
     };
     stage.note("head");
     let nlls = walked.0.score(&walked.1, &decoder, &prepared.scored, stage.as_ref())?.concat();
-    let divergence = match (reference, original) {
-        (Some(reference), Some((original, states))) => {
-            let found = diverge(&prepared, (&decoder, walked), (original, states), stage.as_ref())?;
+    let divergence = match (reference, reference_decoder) {
+        (Some(reference), Some((reference_decoder, states))) => {
+            let found = diverge(&prepared, (&decoder, walked), (reference_decoder, states), stage.as_ref())?;
             Some(found.record(reference.name))
         }
         _ => None,
@@ -284,20 +286,20 @@ fn last_states<'a>(decoder: &Decoder<'_>, walk: Walk<'a>, stage: &dyn Stage) -> 
     Ok((walk, hidden))
 }
 
-/// Compares the logits of a model with those of the original, window by window.
+/// Compares the logits of a model with those of the reference, window by window.
 fn diverge(
     prepared: &Prepared,
     (decoder, (walk, hidden)): (&Decoder<'_>, (Walk<'_>, Hidden)),
-    (original, (original_walk, original_hidden)): (&Decoder<'_>, (Walk<'_>, Hidden)),
+    (reference_decoder, (reference_walk, reference_hidden)): (&Decoder<'_>, (Walk<'_>, Hidden)),
     stage: &dyn Stage,
 ) -> Result<Divergence> {
-    let (head, original_head) = (decoder.head()?, original.head()?);
+    let (head, reference_head) = (decoder.head()?, reference_decoder.head()?);
     let mut divergence = Divergence::default();
     let compare = |i: usize, states: &[Tensor]| {
         let scored = &prepared.scored[i];
         let x = scored.rows(&states[0])?;
-        let original_x = scored.rows(&original_walk.window(&original_hidden, i)?)?;
-        let found = divergence::compare(&original_head, &original_x, &head, &x, &scored.tokens);
+        let reference_x = scored.rows(&reference_walk.window(&reference_hidden, i)?)?;
+        let found = divergence::compare(&reference_head, &reference_x, &head, &x, &scored.tokens);
         stage.advance(prepared.windows[i].len() as u64);
         found.with_context(|| walk.place()(i))
     };

@@ -59,7 +59,8 @@ mod tests {
         alpha(m.as_ref()).unwrap().unwrap()
     }
 
-    /// With equally distributed entries, a long matrix has the α of a square one; its own eigenvalues do not give it.
+    /// A long matrix whose entries have the same distribution as those of a square one has the same α by windows, but
+    /// not by its own eigenvalues.
     #[test]
     fn alpha_does_not_depend_on_the_shape() {
         let mut random = ChaCha8Rng::seed_from_u64(1);

@@ -20,7 +20,7 @@ pub(super) fn fit(descending: &[f64]) -> Option<PowerLaw> {
         let alpha = 1.0 + n / excess;
         let bound = best.as_ref().map_or(f64::INFINITY, |best| best.distance);
         let distance = distance(&logs[i..], alpha, bound);
-        // Of equal distances the longest tail, as with numpy's argmin.
+        // Ties go to the longest tail, as with numpy's argmin.
         if distance <= bound {
             let n_spikes = values[i..].iter().filter(|&&v| v > values[i]).count();
             best = Some(PowerLaw { alpha, xmin: values[i], distance, n_spikes });

@@ -1,14 +1,14 @@
 //! Codes of a few bits, packed with low bits first: rows of a matrix, each padded to whole bytes or words.
 //!
-//! For codes of 2, 4 and 8 bits this is the order of every packer there is, little-endian words included; codes of 3 bits run
-//! across bytes.
+//! For codes of 2, 4 and 8 bits this is the order of every known packer, including little-endian words; codes of 3
+//! bits run across bytes.
 
 /// Bytes of a row of `n` codes, padded to a multiple of `align` bytes.
 pub fn row_bytes(n: usize, bits: u32, align: usize) -> usize {
     (n * bits as usize).div_ceil(8).next_multiple_of(align)
 }
 
-/// Packs rows of `n` codes, each under `2^bits`.
+/// Packs rows of `n` codes, each below `2^bits`.
 pub fn pack(codes: &[u8], n: usize, bits: u32, align: usize) -> Vec<u8> {
     let width = row_bytes(n, bits, align);
     let mut bytes = Vec::with_capacity(codes.len() / n.max(1) * width);

@@ -43,7 +43,7 @@ impl BlockType {
         BLOCK_TYPES.into_iter().find(|t| t.id == id)
     }
 
-    /// The scheme of the same levels; `None` for types that hold more than codes and scales.
+    /// The scheme with the same levels; `None` for types that store more than codes and scales.
     pub fn as_scheme(self) -> Option<Scheme> {
         let bits = match self.dtype {
             GgmlDType::Q4_0 => 4,
@@ -66,7 +66,7 @@ impl BlockType {
         }
     }
 
-    /// Whether rows of `cols` are made of whole blocks.
+    /// Whether rows of `cols` consist of whole blocks.
     pub fn divides(self, cols: usize) -> bool {
         cols > 0 && cols.is_multiple_of(self.dtype.block_size())
     }
@@ -92,7 +92,7 @@ pub struct Blocks {
 
 impl Blocks {
     /// # Errors
-    /// Rows are not made of whole blocks.
+    /// Rows do not consist of whole blocks.
     pub fn quantize(values: &[f32], rows: usize, cols: usize, block_type: BlockType) -> Result<Self> {
         let tensor = Tensor::from_slice(values, (rows, cols), &HOST)?;
         let quantized = QTensor::quantize(&tensor, block_type.dtype)?;
@@ -115,12 +115,12 @@ impl Blocks {
                 let scale = matrix.scales[row * n_groups + at * BLOCK / group];
                 bytes.extend(half::f16::from_f32(scale).to_le_bytes());
                 if bits > 4 {
-                    // From the middle of `bits` to 0.
+                    // Shifts the middle of `bits` to 0.
                     let middle = 1u8 << (bits - 1);
                     bytes.extend(codes.iter().map(|code| code.wrapping_sub(middle)));
                     continue;
                 }
-                // From the middle of fewer bits to that of four. The low nibbles are the first half of the block.
+                // Shifts the middle of fewer bits to that of four. The low nibbles are the first half of the block.
                 let shift = 8 - (1u8 << (bits - 1));
                 let (first, second) = codes.split_at(BLOCK / 2);
                 bytes.extend(first.iter().zip(second).map(|(low, high)| (low + shift) | ((high + shift) << 4)));
@@ -129,7 +129,7 @@ impl Blocks {
         Some(Self { rows, cols, block_type, bytes })
     }
 
-    /// The same matrix as codes in groups of 32; `None` for types that hold more than codes and scales.
+    /// The same matrix as codes in groups of 32; `None` for types that store more than codes and scales.
     pub fn to_grouped(&self) -> Option<Grouped> {
         let scheme = self.block_type.as_scheme()?;
         let size = self.block_type.dtype.type_size();
@@ -151,7 +151,7 @@ impl Blocks {
     /// The matrix, row-major.
     ///
     /// # Panics
-    /// When the bytes are not those of such a matrix.
+    /// If the number of bytes does not match the matrix.
     pub fn dequantize(&self) -> Vec<f32> {
         assert_eq!(
             self.bytes.len() as u64,
@@ -159,7 +159,7 @@ impl Blocks {
             "invariant: blocks are whole"
         );
         if self.bytes.is_empty() {
-            // Candle asks for an alignment that nothing does not have.
+            // candle requires an alignment that an empty buffer does not have.
             return Vec::new();
         }
         let values = || -> candle_core::Result<Vec<f32>> {
@@ -221,7 +221,7 @@ mod tests {
     #[test]
     fn zeros_stay_zeros_and_the_ends_of_the_range_are_reached() {
         for block_type in BLOCK_TYPES {
-            // All zeros, and a row of zeros beside others.
+            // All zeros, and one row of zeros among others.
             for live in [0.0, 1.0] {
                 let values: Vec<f32> =
                     (0..512).map(|i| if i < 256 { 0.0 } else { live * ((i % 13) as f32 - 6.0) }).collect();

@@ -1,12 +1,12 @@
-//! Columns rounded one after another, in a metric `H` of the columns: what one loses is made up for by those that are still to
-//! come.
+//! Rounds columns one after another, in a metric `H` of the columns: the columns that follow compensate the error of
+//! each.
 //!
 //! - With feedback (Frantar et al. 2022): with `H⁻¹ = Uᵀ U`, rounding column j by `e` shifts the later ones by
 //!   `−(e / U_jj) U_j,j+1…`; the squares of `e / U_jj` add up to `tr(E H Eᵀ)`.
-//! - By coordinate descent (Behdin et al. 2023, QuantEase): with all others as they are, column j is best rounded from
-//!   `x_j + R_j / H_jj`, `R = (W − X) H`. No step makes the error larger.
+//! - By coordinate descent (Behdin et al. 2023, QuantEase): with all others fixed, the best value of column j is `x_j
+//!   + R_j / H_jj`, rounded, with `R = (W − X) H`. No step increases the error.
 //!
-//! They do not decide which values a column may take.
+//! The caller decides which values a column may take.
 
 use std::ops::Range;
 
@@ -14,12 +14,12 @@ use faer::linalg::matmul::matmul;
 use faer::{Accum, Mat, MatMut, MatRef, Par, RowRef};
 use pulp::Arch;
 
-/// Columns that are finished before those behind them hear of it, in two levels.
+/// Columns that are finished before those after them are updated, on two levels.
 const BLOCK: usize = 128;
 const PANEL: usize = 16;
 
-/// Rounds the columns of `weights` (rows, cols) in their order. `upper` is the `U` of their metric; `round` rounds the column of
-/// an index in place; `spend` is given its errors over `U_jj`, whose squares are what it costs each row.
+/// Rounds the columns of `weights` (rows, cols) in their order. `upper` is the `U` of their metric. `round` rounds a
+/// column in place, given its index; `spend` receives its errors over `U_jj`, whose squares are the cost of each row.
 pub fn feed_back(
     weights: MatMut<'_, f32>,
     upper: MatRef<'_, f32>,
@@ -37,8 +37,8 @@ pub fn feed_back(
     });
 }
 
-/// A sweep of coordinate descent over `rounded` (rows, cols), columns in their order, towards `weights` in the `metric`; adds to
-/// `costs` (rows) how the squared errors change.
+/// One sweep of coordinate descent over `rounded` (rows, cols), columns in their order, towards `weights` in the
+/// `metric`; adds the change of the squared errors to `costs` (rows).
 pub fn descend(
     mut rounded: MatMut<'_, f32>,
     weights: MatRef<'_, f32>,
@@ -64,10 +64,11 @@ pub fn descend(
     });
 }
 
-/// Calls `step` with one column after another and with a place for what it moves the later ones by, times its row of `couplings`.
+/// Calls `step` with each column in turn, and with a buffer for its error: later columns are moved by the error times
+/// the column's row of `couplings`.
 ///
-/// A column moves those of its panel at once, a panel those of its block, a block the rest: the first is bound by memory, the
-/// others are products.
+/// A column moves the rest of its panel, a panel the rest of its block, and a block all other columns: the first is
+/// bound by memory, the others are matrix products.
 fn one_by_one(
     mut weights: MatMut<'_, f32>,
     couplings: MatRef<'_, f32>,
@@ -135,7 +136,7 @@ mod tests {
 
     #[test]
     fn descent_only_lowers_the_error_and_knows_by_how_much() {
-        // More columns than a block; a metric in which neighbours are much alike.
+        // More columns than a block, in a metric where neighbors are strongly correlated.
         let (rows, cols) = (5, BLOCK + 40);
         let weights = Mat::from_fn(rows, cols, |i, j| ((i * 37 + j * 11) % 101) as f32 / 10.0);
         let metric = Mat::from_fn(cols, cols, |i, j| 0.9f32.powi(i.abs_diff(j) as i32) * ((i + 1) * (j + 1)) as f32);
@@ -155,7 +156,7 @@ mod tests {
                 break;
             }
         }
-        // Where a sweep changes nothing, no single value can be bettered.
+        // If a sweep changes nothing, no change of a single value improves the error.
         let found: f64 = errors(&weights, &rounded, &metric).iter().sum();
         for (i, j) in [(0, 3), (2, 90), (4, BLOCK + 7)] {
             for step in [-1.0, 1.0] {

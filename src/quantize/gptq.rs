@@ -33,11 +33,11 @@ impl Fallback {
     }
 }
 
-/// Quantizes `values` (rows, cols), row-major, with the Gram `H` (cols, cols) of their inputs; rounds to nearest, and says why,
-/// where that is all that can be done or is better.
+/// Quantizes `values` (rows, cols), row-major, with the Gram `H` (cols, cols) of their inputs. Rounds to nearest if
+/// `H` cannot be factored or if that has the smaller error, and returns the reason.
 ///
 /// # Panics
-/// When the shapes do not match.
+/// If the shapes do not match.
 pub fn gptq(
     values: &[f32],
     rows: usize,
@@ -108,13 +108,13 @@ fn single(matrix: &Mat<f64>) -> Mat<f32> {
     Mat::from_fn(matrix.nrows(), matrix.ncols(), |i, j| matrix[(i, j)] as f32)
 }
 
-/// A power of 4 that brings the mean diagonal of a Gram to about 1, so that its factors fit an f32 whatever its scale. Roots of such
-/// a power are exact, so no code changes.
+/// A power of 4 that brings the mean diagonal of a Gram to about 1, so that its factors fit an f32. Roots of such
+/// powers are exact, so no code changes.
 fn to_unit_mean(mean: f64) -> f64 {
     if mean > 0.0 { 4f64.powi((-0.5 * mean.log2()).round().clamp(-500.0, 500.0) as i32) } else { 1.0 }
 }
 
-/// `tr(E H Eᵀ) = ‖E F‖²` of the error of a quantized matrix, with `H = F Fᵀ` in the order of the columns.
+/// `tr(E H Eᵀ) = ‖E F‖²` for the error of a quantized matrix, with `H = F Fᵀ` in the order of the columns.
 fn squared_error(values: &[f32], quantized: &Grouped, factor: &Mat<f32>, permutation: &[usize]) -> f64 {
     let (rows, cols) = (quantized.rows, quantized.cols);
     let back = quantized.dequantize();
@@ -140,7 +140,7 @@ mod tests {
     }
 
     fn gram(cols: usize, n_tokens: usize) -> Mat<f64> {
-        // Inputs that are correlated, as activations are.
+        // Correlated inputs, as activations are.
         let x = matrix(n_tokens, cols, 77);
         let x = Mat::from_fn(n_tokens, cols, |i, j| {
             let at = |j: usize| f64::from(x[i * cols + j]);
@@ -193,7 +193,7 @@ mod tests {
         }
         let (found, fallback) = gptq(&values, 5, 30, dead.as_ref(), scheme, Scale::Mse);
         assert!(fallback.is_none() && found.dequantize().iter().all(|v| v.is_finite()));
-        // Nothing measured at all is rounding, and so says the note.
+        // Without any measurement the result is rounding to nearest, and the note says so.
         let zeros = Mat::zeros(30, 30);
         let (found, fallback) = gptq(&values, 5, 30, zeros.as_ref(), scheme, Scale::Mse);
         assert_eq!(found, Grouped::round(&values, 5, 30, scheme, Scale::Mse));
@@ -237,7 +237,7 @@ mod tests {
             let (found, _) = gptq(&case.weight, case.rows, case.cols, gram.as_ref(), scheme, Scale::Absmax);
             assert_eq!(found.scales, case.scales);
             let different = found.codes.iter().zip(&case.codes).filter(|(x, y)| x != y).count();
-            // The oracle runs in f64: a weight that lies between two levels may fall to the other side.
+            // The oracle runs in f64: a weight halfway between two levels may be rounded to the other one.
             assert!(different * 200 <= case.codes.len(), "{different} of {} codes differ", case.codes.len());
         }
     }

@@ -11,7 +11,7 @@ use super::bits;
 /// How codes become values.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Levels {
-    /// `code − zero`, `code` < 2^bits; symmetric: `zero` is 2^(bits − 1), else one an entry of `scales`.
+    /// `code − zero` with `code` < 2^bits. If symmetric, `zero` is 2^(bits − 1); else there is one per scale.
     Int {
         /// 2 to 8.
         bits: u32,
@@ -53,7 +53,7 @@ pub struct Grouped {
     pub codes: Vec<u8>,
     /// (rows, n_groups), each the value of an f16.
     pub scales: Vec<f32>,
-    /// (rows, n_groups); empty where the levels have no zeros of their own.
+    /// (rows, n_groups); empty if the levels have no zeros of their own.
     pub zeros: Vec<u8>,
 }
 
@@ -118,14 +118,14 @@ pub(super) struct Grid {
     pub zero: f32,
 }
 
-/// Adding this to a float of less than 2^22 and taking it away again rounds to the nearest integer, ties to even.
+/// Adding this to a float below 2^22 and subtracting it again rounds to the nearest integer, ties to even.
 const ROUNDER: f32 = 12_582_912.0;
 
 fn round(x: f32) -> f32 {
     (x + ROUNDER) - ROUNDER
 }
 
-/// The value of the nearest f16, never 0 where `scale` is not.
+/// The value of the nearest f16; 0 only if `scale` is 0.
 fn storable(scale: f32) -> f32 {
     let rounded = f16::from_f32(scale.clamp(-65504.0, 65504.0)).to_f32();
     if rounded == 0.0 && scale != 0.0 { f16::MIN_POSITIVE_SUBNORMAL.to_f32().copysign(scale) } else { rounded }
@@ -139,7 +139,7 @@ impl Grid {
             return Self { levels, scale: 0.0, zero: levels.middle() };
         }
         let whole = match levels {
-            // The extreme is the lowest code, of which there is one more than on the other side.
+            // The extreme gets the lowest code, because there is one more code on that side.
             Levels::Int { symmetric: true, .. } => {
                 Self { levels, scale: -extreme / levels.middle(), zero: levels.middle() }
             }
@@ -153,7 +153,7 @@ impl Grid {
         if scale == Scale::Absmax {
             return first;
         }
-        // Fewer levels are worth more clipping.
+        // With fewer levels, more clipping pays.
         let least = match levels.bits() {
             ..=2 => 0.3,
             3 => 0.45,
@@ -178,7 +178,7 @@ impl Grid {
         if matches!(self.levels, Levels::Int { symmetric: true, .. }) { &[1.0, -1.0] } else { &[1.0] }
     }
 
-    /// The grid over a share of the range, as it can be stored.
+    /// The grid over a share of the range, with a scale that can be stored.
     fn clipped(&self, share: f32) -> Self {
         let scale = storable(self.scale * share);
         let zero = match self.levels {
@@ -225,7 +225,7 @@ impl Grid {
             return values.iter().map(|&v| (self.value(self.code(v)) - v).powi(2)).sum();
         };
         let (scale, inverse, zero, top) = (self.scale, 1.0 / self.scale, self.zero, ((1u32 << bits) - 1) as f32);
-        // Eight sums side by side: floats are not added in another order than they are written in.
+        // Eight sums in parallel, because the compiler does not reorder additions of floats.
         let mut sums = [0.0f32; 8];
         let mut add = |sum: usize, v: f32| {
             let code = round((v * inverse).clamp(-1024.0, 1024.0) + zero).clamp(0.0, top);
@@ -243,11 +243,11 @@ impl Grid {
     }
 }
 
-/// Clipped grids that are tried.
+/// Number of clipped grids that are tried.
 const CLIPS: usize = 20;
 
 impl Levels {
-    /// The code of zero where groups have none of their own.
+    /// The code of zero, if groups have no zeros of their own.
     fn middle(self) -> f32 {
         match self {
             Self::Int { bits, .. } => (1u32 << (bits - 1)) as f32,
@@ -269,7 +269,7 @@ impl Grouped {
     /// Rounds every weight of a matrix (rows, cols), row-major, to the nearest level of its group.
     ///
     /// # Panics
-    /// When `values` is not made of rows of `cols`.
+    /// If `values` does not consist of rows of `cols`.
     pub fn round(values: &[f32], rows: usize, cols: usize, scheme: Scheme, scale: Scale) -> Self {
         assert_eq!(values.len(), rows * cols, "invariant: a matrix has rows x columns values");
         let grids = grids(values, cols, scheme, scale);
@@ -338,7 +338,8 @@ mod tests {
             for scheme in schemes() {
                 let matrix = Grouped::round(&values, rows, cols, scheme, Scale::Absmax);
                 let step = match scheme.levels {
-                    // The last level on the short side of a symmetric grid is a step away; f16 scales are off by 2^-11.
+                    // The last level on the short side of a symmetric grid is one step away; f16 scales are accurate
+                    // to 2^-11.
                     Levels::Int { bits, symmetric: true } => 1.1 / f64::from(1 << (bits - 1)),
                     Levels::Int { bits, .. } => 2.1 / f64::from((1 << bits) - 1),
                     Levels::Nf4 => 0.16,
@@ -347,7 +348,7 @@ mod tests {
                 for (q, v) in back.iter().zip(&values) {
                     prop_assert!(f64::from((q - v).abs()) <= step, "{scheme:?} {q} {v}");
                 }
-                // Clipping is chosen where it is better in the mean, and quantizing twice changes nothing.
+                // Clipping is chosen if it lowers the mean error, and quantizing twice changes nothing.
                 let clipped = Grouped::round(&values, rows, cols, scheme, Scale::Mse);
                 prop_assert!(error(&clipped, &values) <= error(&matrix, &values) * (1.0 + 1e-5));
             }

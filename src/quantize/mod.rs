@@ -133,7 +133,7 @@ impl Quant {
     /// Quantizes `values` (rows, cols), row-major; `gram` (cols, cols) is that of the inputs. Returns as well whether GPTQ fell back.
     ///
     /// # Errors
-    /// Rows are not made of whole blocks, or the Gram is missing.
+    /// Rows do not consist of whole blocks, or the Gram is missing.
     pub fn quantize(
         self,
         values: &[f32],
@@ -165,7 +165,7 @@ impl Quant {
     }
 }
 
-/// Columns that share a scale by default, and for `nf4`.
+/// The default number of columns that share a scale; for `nf4` as well.
 const DEFAULT_GROUP: usize = 128;
 const DEFAULT_NF4_GROUP: usize = 64;
 

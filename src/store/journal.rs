@@ -1,8 +1,9 @@
 //! Finished pieces of a long run, kept on disk, so that a run that was killed resumes after the last of them.
 //!
-//! One file a piece: a few values as JSON, and arrays. A piece appears whole or not at all (it is written under another name
-//! and renamed), and a checksum detects one that a power cut truncated. The same job makes the same pieces, so that one may be
-//! taken for the other; who opens a journal makes sure that it is the same job.
+//! Each piece is one file with a few values as JSON, and arrays. It appears whole or not at all (it is written under
+//! another name and renamed), and a checksum detects one that a power cut truncated. The same job makes the same
+//! pieces, so that a stored piece replaces a new one; the caller that opens a journal must make sure that the job is
+//! the same.
 
 use std::fs::{self, File};
 use std::io::{BufWriter, Read, Seek, SeekFrom, Write};
@@ -15,7 +16,7 @@ use serde_json::{Value, json};
 use super::values::Values;
 use crate::checkpoint::create_file;
 
-/// Where pieces are kept; the default keeps none.
+/// The folder of the pieces; the default keeps none.
 #[derive(Debug, Default)]
 pub struct Journal {
     folder: Option<PathBuf>,
@@ -26,7 +27,7 @@ pub struct Journal {
 pub struct Array {
     /// The array itself, in memory.
     pub values: Values,
-    /// Where it can be read again; `None` if no journal has it.
+    /// The place where it can be read again; `None` if no journal has it.
     pub place: Option<Place>,
 }
 
@@ -100,10 +101,10 @@ impl Journal {
         self.folder.as_ref().map(|folder| folder.join(key))
     }
 
-    /// The piece `key`, if an earlier run finished it, or else that of `make`, which is kept.
+    /// The piece `key`, if an earlier run finished it; else the result of `make`, which is kept.
     ///
     /// # Errors
-    /// That of `make`, or the piece cannot be written.
+    /// The error of `make`, or the piece cannot be written.
     pub fn piece(&self, key: &str, make: impl FnOnce() -> Result<(Value, Vec<Values>)>) -> Result<Piece> {
         match self.get(key)? {
             Some(piece) => Ok(piece),
@@ -155,10 +156,10 @@ impl Journal {
         Ok(Piece { fields, arrays: arrays.into_iter() })
     }
 
-    /// Throws a piece away that nothing later is made of.
+    /// Removes a piece that no later step needs.
     pub fn remove(&self, key: &str) {
         if let Some(path) = self.path(key) {
-            // What cannot be removed now goes with the folder.
+            // If it cannot be removed now, it is removed with the folder.
             let _ = fs::remove_file(path);
         }
     }
@@ -185,7 +186,7 @@ fn write(path: &Path, header: &str, arrays: &[Values]) -> std::io::Result<()> {
     fs::rename(&partial, path)
 }
 
-/// A piece from its file; none where it is torn.
+/// A piece from its file; `None` if it is truncated.
 fn parse(bytes: &[u8], path: &Path) -> Option<Piece> {
     let (length, rest) = bytes.split_at_checked(8)?;
     let (checksum, rest) = rest.split_at_checked(4)?;

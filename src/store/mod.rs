@@ -1,4 +1,4 @@
-//! What outlives memory or a kill: arrays past a cap of memory, and finished pieces of a long run.
+//! Data that exceeds memory or must survive a kill: arrays beyond a cap of memory, and finished pieces of a long run.
 
 mod journal;
 mod spool;

@@ -1,4 +1,4 @@
-//! Arrays that outgrow memory: kept there up to a cap, in an unnamed file past it.
+//! Arrays, kept in memory up to a cap and beyond it in an unnamed file.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 use super::journal::{Array, Place};
 use super::values::Values;
 
-/// Keeps arrays exactly. The file vanishes with the process, however it ends.
+/// Stores arrays without loss. The file disappears with the process, however that ends.
 #[derive(Debug)]
 pub(crate) struct Spool {
     folder: PathBuf,
@@ -30,7 +30,7 @@ pub(crate) enum Spooled {
         len: usize,
         type_name: &'static str,
     },
-    /// In a journal, which has it in any case.
+    /// In a journal, which keeps it anyway.
     Journal(Place),
 }
 
@@ -40,7 +40,7 @@ impl Spool {
         Self { folder, memory_left: memory_bytes, file: None, file_bytes: 0, holes: BTreeMap::new() }
     }
 
-    /// Keeps an array of a journal in memory, or where it is; any other in memory or in the file.
+    /// Keeps an array of a journal in memory or in its place, and any other array in memory or in the file.
     ///
     /// # Errors
     /// The file cannot be written.
@@ -130,14 +130,14 @@ mod tests {
         for (i, array) in arrays.iter().enumerate() {
             assert_eq!(spool.get(array).unwrap().f32s().unwrap()[5], 10.0 + i as f32);
         }
-        // Other types come back too, from memory and from the file.
+        // Other types are restored too, from memory and from the file.
         for memory in [1000, 0] {
             let bytes: Vec<u8> = (0..=250).collect();
             let mut spool = Spool::new(memory, folder.path().into());
             let kept = spool.push(bytes.clone()).unwrap();
             assert_eq!(spool.get(&kept).unwrap().bytes().unwrap(), bytes);
         }
-        // Released places are used again, in memory and on disk.
+        // Released places are reused, in memory and on disk.
         for array in arrays.drain(..).rev() {
             spool.release(array);
         }

@@ -15,7 +15,7 @@ pub enum Values {
     U8(Vec<u8>),
 }
 
-/// How many bytes of values are converted at once.
+/// Number of bytes of values that are converted at a time.
 const CHUNK: usize = 1 << 16;
 
 impl Values {
@@ -39,10 +39,10 @@ impl Values {
         }
     }
 
-    /// Calls `write` with all bytes in order, little-endian, a run at a time.
+    /// Calls `write` with all bytes in order, little-endian, in chunks.
     ///
     /// # Errors
-    /// That of `write`.
+    /// The error of `write`.
     pub(super) fn for_each_run<E>(&self, mut write: impl FnMut(&[u8]) -> Result<(), E>) -> Result<(), E> {
         let mut run = Vec::with_capacity(8 * CHUNK);
         let mut encoded = |run: &mut Vec<u8>| {
@@ -67,7 +67,8 @@ impl Values {
         }
     }
 
-    /// From the bytes of [`Self::for_each_run`]; none where the type is not known or the length is not whole.
+    /// The inverse of [`Self::for_each_run`]; `None` if the type is unknown or the length is not a multiple of its
+    /// size.
     pub(super) fn decode(type_name: &str, bytes: &[u8]) -> Option<Self> {
         fn whole<const N: usize, T>(bytes: &[u8], value: fn([u8; N]) -> T) -> Option<Vec<T>> {
             let (values, rest) = bytes.as_chunks::<N>();

@@ -1,9 +1,9 @@
 //! Truncation of a compressed checkpoint to a smaller size, without its source.
 //!
-//! The left and right parts of factors are in order of significance, so that a prefix of them is the best smaller pair. Pivot rows
-//! have lost that order. Where `--elastic` kept what restores it (r² values a matrix) the pair is found again; else their product
-//! is decomposed again in the diagonals of its metric, which is exact for svd, asvd and fwsvd and an approximation for metrics of
-//! full Grams.
+//! The left and right parts of factors are in order of significance, so a prefix of them is the best smaller pair.
+//! Pivot rows have lost that order. If `--elastic` stored the matrix that restores it (r² values per matrix), the
+//! pair is recovered; otherwise the product is decomposed again in the diagonals of its metric, which is exact for
+//! svd, asvd and fwsvd and an approximation for metrics of full Grams.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -38,7 +38,7 @@ use crate::report::{CompressReport, REPORT_FILE, SCHEMA_VERSION, TruncationRecor
 pub struct TruncateJob<'a> {
     /// An output in the format `factored`.
     pub checkpoint: &'a Checkpoint,
-    /// Share of the parameters of the originally targeted linears.
+    /// Share of the parameters of the targeted linears in the source.
     pub keep: f64,
     /// The output folder, which appears whole or not at all.
     pub output: &'a Path,
@@ -128,10 +128,10 @@ fn check_config(config: &mut Map<String, Value>, truncations: &[Truncation], roo
     Ok(())
 }
 
-/// What writing the weights found.
+/// The results of writing the weights.
 struct WrittenWeights {
     specs: Vec<TensorSpec>,
-    /// By module, what restores the order of its ranks; empty where that was not kept.
+    /// By module, the matrix that restores the order of its ranks; empty if it was not kept.
     rank_factors: BTreeMap<String, Vec<f32>>,
 }
 
@@ -234,7 +234,8 @@ fn read_report(root: &Path) -> Result<CompressReport> {
     Ok(serde_json::from_value(report).map_err(|e| unusable(e.to_string()))?)
 }
 
-/// The report tells of the linears that are there, and its sums are theirs: budgets are computed from it.
+/// Checks that the report lists the linears of the checkpoint and that its sums match, because budgets are computed
+/// from it.
 fn check_report(report: &CompressReport, truncations: &[Truncation], root: &Path) -> Result<()> {
     let path = root.join(REPORT_FILE);
     let foreign = |reason: String| {
@@ -278,7 +279,7 @@ fn truncations(checkpoint: &Checkpoint) -> Result<Vec<Truncation>> {
     for linear in inventory::linears(checkpoint) {
         let Stored::Structured { kind, size, has_base: false } = linear.stored else { continue };
         let Some(rank) = size.rank() else { continue };
-        // Weights of zeros: there is nothing to drop, and nothing to drop it by.
+        // Weights of zeros have no ranks to drop.
         if rank == 0 {
             continue;
         }
@@ -331,7 +332,7 @@ fn allocate_ranks(truncations: &mut [Truncation], report: &CompressReport, keep:
 }
 
 impl Truncation {
-    /// Parameters at every rank that there is.
+    /// Parameters at every rank up to the current one.
     fn parameters(&self) -> Vec<u64> {
         let shape = self.linear.shape();
         (0..=self.kind.fitting().largest_rank(shape)).map(|rank| self.kind.n_parameters(rank, shape)).collect()
@@ -343,12 +344,12 @@ impl Truncation {
         allocate::offers_by_rank(costs, Some(&curve), self.curve.scale)
     }
 
-    /// Whether the smaller fit is a selection of the larger.
+    /// Whether the smaller fit is a selection from the larger one.
     fn is_prefix(&self) -> bool {
         self.kind.fitting().is_nested() || !self.curve.rank_factor.is_empty()
     }
 
-    /// The smaller structure, and what restores the order of its ranks if that of the larger one was kept.
+    /// The smaller structure, and the matrix that restores the order of its ranks if the larger one had it.
     fn truncate(&self, checkpoint: &Checkpoint) -> Result<(Term, Vec<f32>)> {
         let (shape, fitting) = (self.linear.shape(), self.kind.fitting());
         let stored = inventory::term(checkpoint, &self.linear)?;
@@ -370,7 +371,7 @@ impl Truncation {
         };
         let b = pair.b.clone();
         let term = match self.linear.dtype {
-            // What is nested stays as it was rounded.
+            // Nested parts are a selection and keep their rounded values.
             dtype @ (Dtype::F16 | Dtype::BF16) if !fitting.is_nested() => {
                 let sides = Sides { output: &output, input: Side::Whole(&input), energies: &[] };
                 let form = operator::Form::of_rank(self.kind, self.new_rank, shape);
@@ -399,7 +400,7 @@ fn update(
         let (_, bytes) = s.linear.bytes_as(&Forms::of_rank(s.kind, s.new_rank, s.linear.shape()));
         record.bits_factors = 8.0 * bytes as f64 / record.parameters_before as f64;
         let dropped: f64 = s.curve.energies[s.new_rank..].iter().map(|&e| f64::from(e)).sum();
-        // Pivots were decomposed again in another metric: the curve is a bound no more.
+        // Pivots were decomposed again in another metric, so the curve is no longer a bound.
         record.relative_error = record.relative_error.filter(|_| s.is_prefix()).map(|e| (e * e + dropped).sqrt());
     }
     let sizes = &mut report.sizes;

@@ -1,4 +1,4 @@
-//! What the integration tests share: the binary, the fixture, and the larger models that a developer may have beside.
+//! Shared by the integration tests: the binary, the fixture, and larger models beside the repository.
 
 #![allow(dead_code)] // every test file uses its part
 
@@ -9,7 +9,7 @@ pub const FIXTURE: &str = "fixtures/tiny-llama";
 pub const TRAIN: &str = "fixtures/text/train.txt";
 pub const HELD_OUT: &str = "fixtures/text/held-out.txt";
 
-/// What one run of the binary left.
+/// Exit code and output of one run of the binary.
 pub struct Run {
     pub code: i32,
     pub stdout: String,
@@ -27,7 +27,7 @@ impl Run {
     }
 }
 
-/// Threads of a run: tests run side by side and have the cores for themselves, and no bytes depend on it.
+/// Threads per run: tests run in parallel and fill the cores, and no bytes depend on the number of threads.
 pub const THREADS: [&str; 2] = ["RAYON_NUM_THREADS", "1"];
 
 /// The binary with arguments, ready to run in the project's folder.
@@ -63,7 +63,7 @@ pub fn perplexity(model: &str, text: &str, seq_len: &str) -> f64 {
     ok(&["eval", model, "--text", text, "--seq-len", seq_len, "--json"]).json()["ppl"].as_f64().unwrap()
 }
 
-/// A model or a text that is not part of this repository, from `../shared` beside it. Tests that use one are ignored.
+/// A model or a text in `../shared` beside this repository. Tests that use one are ignored.
 pub fn beside(name: &str) -> PathBuf {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared").join(name);
     assert!(path.exists(), "this test needs `../shared/{name}`");

@@ -27,7 +27,7 @@ fn weights_up_to_the_largest_float_are_compressed_and_inspected() {
     let (model, out) = (folder.path().join("model"), folder.path().join("out"));
     for (size, dtype) in [(2e19f32, Dtype::F32), (1e30, Dtype::F32), (f32::MAX, Dtype::F32), (f32::MAX, Dtype::BF16)] {
         copy(FIXTURE, &model);
-        // One matrix so large that its squares are no f32.
+        // One matrix whose squares exceed the range of f32.
         let name = module(1, "mlp.up_proj") + ".weight";
         let checkpoint = Checkpoint::open(&model).unwrap();
         let largest = checkpoint.values(&name).unwrap().iter().fold(0f32, |m, v| m.max(v.abs()));
@@ -46,7 +46,7 @@ fn weights_up_to_the_largest_float_are_compressed_and_inspected() {
         let text = seen.to_string();
         let of = seen["linears"].as_array().unwrap().iter().find(|l| l["module"] == module(1, "mlp.up_proj")).unwrap();
         assert!(of["frobenius_norm"].as_f64().unwrap() >= f64::from(size) * 0.99 && !text.contains("inf"), "{of}");
-        // The model itself overflows, or gives a number: never a panic, and the place is named.
+        // The model overflows or its perplexity is a number: never a panic, and the error names the place.
         let run = lrc(&["eval", path(&model), "--text", HELD_OUT, "--seq-len", "64", "--max-windows", "2"]);
         assert!(run.code == 0 || run.code == 5 && run.stderr.contains("model.layers."), "{} {}", run.code, run.stderr);
     }

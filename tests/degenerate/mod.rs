@@ -1,4 +1,4 @@
-//! Valid models that are not in general position: matrices of zeros, dead channels, blocks that do nothing, the largest floats.
+//! Valid models in degenerate cases: matrices of zeros, dead channels, blocks without effect, the largest floats.
 
 mod extremes;
 mod zeros;
@@ -18,7 +18,7 @@ fn compress(model: &Path, out: &Path, extra: &[&str]) -> Value {
     ok(&[&["compress", path(model), "-o", path(out), "--json", "-q", "--force"], extra].concat()).json()
 }
 
-/// No number of a report is missing where one belongs: JSON has no NaN, and serde writes null.
+/// No number is missing from a report: JSON has no NaN, and serde writes null instead.
 fn check_numbers(report: &Value) {
     for linear in report["linears"].as_array().unwrap() {
         assert!(linear["relative_error"].as_f64().is_some_and(|error| (0.0..=1.5).contains(&error)), "{linear}");

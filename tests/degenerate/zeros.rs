@@ -37,7 +37,8 @@ const ZEROS: [(usize, &str); 7] = [
     (3, "mlp.down_proj"),
 ];
 
-/// All at once: a linear of zeros of every role, dead channels of norms, a norm that is dead altogether, embeddings of zeros.
+/// All cases in one model: a linear of zeros of every role, dead channels of norms, a norm that is dead altogether,
+/// embeddings of zeros.
 fn ruined(folder: &Path) -> PathBuf {
     let zeros: Vec<String> = ZEROS.iter().map(|&(block, role)| module(block, role) + ".weight").collect();
     let model = with_zeros(folder, "ruined", &zeros);
@@ -48,7 +49,8 @@ fn ruined(folder: &Path) -> PathBuf {
     model
 }
 
-/// The fixture with a copy of block 1 behind it whose sublayers add nothing, as LLaMA Pro expands models (Wu et al. 2024).
+/// The fixture with a copy of block 1 after it whose sublayers add nothing, as LLaMA Pro expands models (Wu et al.
+/// 2024).
 fn expanded(folder: &Path) -> PathBuf {
     let model = folder.join("expanded");
     copy(FIXTURE, &model);
@@ -96,7 +98,7 @@ fn linear<'a>(report: &'a Value, module: &str) -> &'a Value {
     report["linears"].as_array().unwrap().iter().find(|linear| linear["module"] == module).unwrap()
 }
 
-/// Matrices of zeros took nothing, and no byte.
+/// Matrices of zeros took nothing from the budget, and no byte.
 #[track_caller]
 fn check_zeros(report: &Value) {
     for (block, role) in ZEROS {
@@ -183,7 +185,7 @@ fn every_way_through_the_text_takes_zeros_and_dead_channels() {
         check_numbers(&report);
         check_zeros(&report);
     }
-    // The norm before the attention of block 2 is dead: so are the inputs of its queries, keys and values.
+    // The norm before the attention of block 2 is dead, so the inputs of its queries, keys and values are zero.
     let report: Value = serde_json::from_slice(&std::fs::read(out.join("lrc-report.json")).unwrap()).unwrap();
     let note = linear(&report, &module(2, "self_attn.q_proj"))["note"].as_str().unwrap();
     assert!(note.contains("plain metric on both sides"), "{note}");
@@ -251,7 +253,7 @@ fn rank_0_is_the_same_model_in_every_form_and_stays_shortenable() {
     check_zeros(&report);
     assert!(report["keep"].as_f64().unwrap() <= 0.4 && perplexity(path(&shorter), HELD_OUT, "64").is_finite());
     ok(&["inspect", path(&factored), "--json"]);
-    // Of a dense copy of the source itself, zeros are zeros again.
+    // In a dense copy of the source, zeros stay zeros.
     compress(&model, &out, &["--ranks", "full"]);
     let (source, full) = (perplexity(path(&model), HELD_OUT, "64"), perplexity(path(&out), HELD_OUT, "64"));
     assert!((source - full).abs() < 1e-3 * source, "{source} {full}");
@@ -271,7 +273,7 @@ fn blocks_that_do_nothing_cost_no_more_than_their_share() {
         check_numbers(&report);
         let notes: Vec<bool> = ROLES.iter().map(|role| !linear(&report, &module(2, role))["note"].is_null()).collect();
         let of_gradients = ["fwsvd", "kfac"].contains(&method);
-        // No gradient goes back through sublayers of zeros; these themselves get rank 0.
+        // No gradient passes through sublayers of zeros; their linears get rank 0.
         assert_eq!(
             notes,
             [of_gradients, of_gradients, of_gradients, true, of_gradients, of_gradients, true],

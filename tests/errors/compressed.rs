@@ -1,4 +1,4 @@
-//! Sources that are compressed already: by this version, by a later one, by other tools.
+//! Compressed sources: by this version, by a later one, by other tools.
 
 use std::path::{Path, PathBuf};
 
@@ -66,7 +66,7 @@ fn outputs_of_a_later_version_are_refused_before_any_work() {
         }
         std::fs::write(config, whole).unwrap();
     }
-    // The report, from which `truncate` goes.
+    // The report, which `truncate` reads.
     let report = out.join("lrc-report.json");
     let mut fields: serde_json::Value = serde_json::from_slice(&std::fs::read(&report).unwrap()).unwrap();
     fields["schema_version"] = 99.into();
@@ -79,7 +79,7 @@ fn outputs_of_a_later_version_are_refused_before_any_work() {
     );
 }
 
-/// Moves the settings of a quantized output out of its config, as other tools have them.
+/// Moves the settings of a quantized output from its config to the file that other tools use.
 fn move_settings(model: &Path, file: &str, change: impl Fn(&mut serde_json::Value)) {
     let path = model.join("config.json");
     let mut config: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();

@@ -32,7 +32,7 @@ fn a_shape_that_contradicts_the_config() {
     broken.check_one(&["eval", path(&model), "--text", HELD_OUT], 4, &parts);
 }
 
-/// What needs no model to run needs no config: a broken one gets a warning, and is copied.
+/// Commands that do not run the model need no config: a broken one causes a warning and is copied.
 #[test]
 fn a_broken_config() {
     for broken_by in ["", "[]", "{\"model_type\": \"llama\",}", "\u{feff}", "{\"model_type\": Inf}"] {
@@ -54,7 +54,7 @@ fn a_broken_config() {
     }
 }
 
-/// What is written without the source's config is read again: codes, factors, and shorter ones.
+/// Outputs without a config of the source can be read again: codes, factors, and truncated factors.
 #[test]
 fn an_absent_config_is_no_hindrance_without_a_text() {
     let broken = Broken::new();
@@ -73,7 +73,7 @@ fn an_absent_config_is_no_hindrance_without_a_text() {
     ok(&["truncate", path(&out), "-o", path(&next), "-q", "--force", "--keep", "0.5"]);
 }
 
-/// A config that counts no blocks is wrong for a model that has some, whether it is run or not; `lrc inspect` warns.
+/// A config without blocks is wrong for a model that has some, whether the model is run or not; `lrc inspect` warns.
 #[test]
 fn a_config_without_blocks() {
     let broken = Broken::new();
@@ -89,7 +89,7 @@ fn a_config_without_blocks() {
     assert!(ok(&["inspect", path(&model)]).stderr.contains(parts[0]));
 }
 
-/// Configs as Python writes them: numbers that JSON has no words for, a byte-order mark.
+/// Configs as Python writes them: numbers that JSON cannot express, and a byte-order mark.
 #[test]
 fn configs_of_python_are_read_and_written() {
     let broken = Broken::new();
@@ -216,7 +216,7 @@ fn tensors_that_a_config_asks_for_are_named_where_they_are_absent() {
             "and 1 more are in",
         ],
     );
-    // Nothing is known of other families.
+    // Unknown families have no table to check against.
     let broken = Broken::new();
     broken.edit_header("model.layers.1.mlp.down_proj.weight", "model.layers.1.mlp.dawn_proj.weight");
     broken.edit_config("\"llama\"", "\"no_such_family\"");
@@ -225,7 +225,7 @@ fn tensors_that_a_config_asks_for_are_named_where_they_are_absent() {
     assert!(!run.stderr.contains("is incomplete"), "{}", run.stderr);
 }
 
-/// A model that is saved without its head is whole.
+/// A model that was saved without its head is complete.
 #[test]
 fn a_head_may_be_absent_without_a_text() {
     let broken = Broken { folder: tempfile::tempdir().unwrap() };

@@ -96,18 +96,18 @@ fn half_a_checkpoint_is_no_checkpoint() {
     let broken = Broken::sharded();
     let (model, out) = (broken.model(), broken.folder.path().join("out"));
     let (index, first) = (model.join("model.safetensors.index.json"), model.join("model-00001-of-00004.safetensors"));
-    // One shard by its name, beside the others.
+    // A single shard by its file name, with the others in the folder.
     for command in [&["inspect", path(&first)][..], &["compress", path(&first), "-o", path(&out), "--keep", "0.8"]] {
         broken.check_one(command, 4, &["one of 4 shards", "hint: give the folder"]);
     }
-    // An index that was cut short with its shards.
+    // An index that was truncated together with its shards.
     let text = std::fs::read_to_string(&index).unwrap();
     let mut short: serde_json::Value = serde_json::from_str(&text).unwrap();
     let last = "model-00004-of-00004.safetensors";
     short["weight_map"].as_object_mut().unwrap().retain(|_, shard| shard != last);
     std::fs::write(&index, short.to_string()).unwrap();
     broken.check(4, &["names 3 shards", "is one of 4", "incomplete"]);
-    // One shard and no index, as a folder and as a file.
+    // One shard without an index, as a folder and as a file.
     for shard in 2..=4 {
         std::fs::remove_file(model.join(format!("model-0000{shard}-of-00004.safetensors"))).unwrap();
     }

@@ -1,4 +1,4 @@
-//! Runs that cannot be: wrong arguments, texts without use, a full disk, an output that another run writes.
+//! Runs that cannot succeed: wrong arguments, useless texts, a full disk, an output that another run writes.
 
 use std::path::Path;
 
@@ -77,7 +77,7 @@ fn a_dry_run_refuses_what_the_run_refuses() {
 #[test]
 #[cfg(target_os = "linux")]
 fn a_full_disk_is_noticed_and_gone_on_from() {
-    // /dev/full cannot hold a folder; a limit on the size of files stands in for a disk that fills up in the middle.
+    // /dev/full cannot be a folder, so a limit on the size of files simulates a disk that fills up.
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("out");
     let script = format!(
@@ -108,7 +108,7 @@ fn a_full_disk_is_noticed_and_gone_on_from() {
 #[test]
 fn logits_that_overflow_are_an_error_and_not_a_number() {
     let broken = Broken::new();
-    // Finite weights whose products are not: the last norm times 1e38.
+    // Finite weights whose products overflow: the last norm times 1e38.
     let checkpoint = Checkpoint::open(&broken.model()).unwrap();
     let info = checkpoint.info("model.norm.weight").unwrap().clone();
     broken.edit_weights(|bytes| {

@@ -9,7 +9,7 @@ use super::{JSONL, figures};
 
 const CHAT_TEMPLATE: &str = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}{% if loop.last %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}";
 
-/// A model without a chat template, conversations made of texts in pairs, and what `CHAT_TEMPLATE` makes of them.
+/// A model without a chat template, conversations made of pairs of texts, and the result of `CHAT_TEMPLATE` for them.
 struct Chats {
     folder: tempfile::TempDir,
     model: PathBuf,
@@ -55,7 +55,7 @@ impl Chats {
     }
 }
 
-/// Writes a text; gives its path.
+/// Writes a text and returns its path.
 fn write(folder: &Path, name: &str, content: String) -> String {
     let text = folder.join(name);
     std::fs::write(&text, content).unwrap();
@@ -81,12 +81,12 @@ fn conversations_go_through_the_chat_template_of_the_model() {
             figures(&ok(&args).json())
         };
         assert_eq!(eval(&all.chats), eval(&all.rendered), "{convention}");
-        // The file goes before the field, as in transformers.
+        // The file takes precedence over the field, as in transformers.
         all.write_template(&CHAT_TEMPLATE.replace("m.role", "m.role | upper"));
         assert_ne!(eval(&all.chats), eval(&all.rendered), "{convention}");
         all.remove_template();
     }
-    // The template brings its BOS, and the tokenizer does not put a second in front.
+    // The template includes BOS, and the tokenizer does not add a second one.
     let once = write(all.folder.path(), "once.txt", format!("<s>{}", all.texts.join(" ")));
     let without = write(all.folder.path(), "without.txt", all.texts.join(" "));
     let tokens = |text: &str| ok(&["eval", path(&all.model), "--text", text, "--json"]).json()["total_tokens"].clone();

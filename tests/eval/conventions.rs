@@ -26,7 +26,7 @@ fn conventions_give_the_numbers_of_their_tools() {
         ] {
             let Some(expected) = expected[theirs].as_f64() else { continue };
             let found = report[field].as_f64().unwrap();
-            // llama.cpp prints four digits after the point, and has a kernel of its own.
+            // llama.cpp prints four digits after the decimal point, and has kernels of its own.
             let tolerance = if of == "llamacpp" { 2e-4 } else { 1e-6 };
             assert!((found / expected - 1.0).abs() < tolerance, "{of}, {text}: {field} is {found}, theirs {expected}");
         }
@@ -72,7 +72,7 @@ fn gates_end_with_code_3_and_unknown_fields_before_any_work() {
         assert!(failed.stderr.contains(&format!("--fail-if `{gate}`: ")), "{}", failed.stderr);
     }
     assert!(!failed.stderr.contains("ppl > 100"));
-    // The model is not even looked for.
+    // The error comes before the model is opened.
     for (gate, expected) in [
         ("perplexity > 1", "the report has no field `perplexity`"),
         ("kl.mean > 1", "`--reference MODEL` measures it"),

@@ -1,4 +1,4 @@
-//! Documents, prose, pipes, and what is no text.
+//! Documents, prose, pipes, and files that are no text.
 
 use std::io::Write;
 use std::path::Path;
@@ -169,11 +169,11 @@ fn pipes_are_read_once_and_known_by_their_content() {
         assert_eq!(&figures(&report), expected);
         assert_eq!(report["text_sha256"], sha256(bytes), "the hash is that of the bytes that were read");
     }
-    // In several conventions, from what was read the first time.
+    // Several conventions share one read of the pipe.
     let all = eval_of_stdin(&lines, &["--convention", "all"]);
     assert_eq!(figures(&all["gptq"]), documents);
     assert_eq!(all["lm-eval"]["text_sha256"], sha256(&lines));
-    // `<(…)` of a shell.
+    // A pipe from `<(…)` in a shell.
     let substituted = std::process::Command::new("bash")
         .args(["-c", "\"$0\" eval \"$1\" --text <(cat \"$2\") --seq-len 64 --json"])
         .args([env!("CARGO_BIN_EXE_lrc"), FIXTURE, HELD_OUT])

@@ -1,4 +1,4 @@
-//! Logits and gradients of every family are those of transformers, however its config and its files are written.
+//! Logits and gradients of every family match transformers, in every spelling of configs and names.
 
 use crate::common::{self, ok, path};
 use lrc::calibrate::Targets;
@@ -32,7 +32,8 @@ fn logits_of_every_family_are_those_of_transformers() {
     assert!(failed.is_empty(), "{}", failed.join("\n"));
 }
 
-/// `rope_type` and its older name `type`, as transformers writes both: what either gives alone, and `rope_type` where they differ.
+/// `rope_type` and its older name `type`, as transformers writes both: either alone decides, and `rope_type` wins if
+/// they differ.
 #[test]
 fn both_names_of_a_kind_of_rope_scaling_are_one() {
     let folder = tempfile::tempdir().unwrap();
@@ -59,7 +60,7 @@ fn both_names_of_a_kind_of_rope_scaling_are_one() {
                 (Some(kind.clone()), Some(kind.clone())),
                 (Some(kind.clone()), Some("mystery".into())),
             ] {
-                // As transformers 4 has it, where there is one for all blocks.
+                // The field of transformers 4, if all blocks have the same rotary embedding.
                 for key in ["rope_parameters", "rope_scaling"] {
                     let mut config = config.clone();
                     let own = if family == "gemma3" { &mut config["text_config"] } else { &mut config };
@@ -102,7 +103,7 @@ fn gradients_reach_every_linear_and_are_those_of_torch() {
     }
 }
 
-/// What a wrapper's config leaves out is what the class of its language model takes.
+/// Fields that a wrapper's config leaves out have the defaults of the class of its language model.
 #[test]
 fn a_wrapper_may_leave_out_the_defaults_of_its_language_model() {
     let folder = tempfile::tempdir().unwrap();
@@ -113,7 +114,7 @@ fn a_wrapper_may_leave_out_the_defaults_of_its_language_model() {
     std::fs::write(model.join("config.json"), config.to_string()).unwrap();
     let error = logits(&model, &[1, 2]).unwrap_err();
     assert!(format!("{error:#}").contains("expected [64, 16]"), "{error:#}");
-    // Qwen2-VL's first files have no `text_config`, and its rotary embedding under the older name.
+    // The first files of Qwen2-VL have no `text_config`, and spell the rotary embedding the older way.
     let (expected, ids) = expected("qwen2_5_vl");
     common::copy(path(&fixture("qwen2_5_vl")), &model);
     let mut config = json(&model.join("config.json"));
@@ -129,7 +130,7 @@ fn a_wrapper_may_leave_out_the_defaults_of_its_language_model() {
     assert!(found < 1e-5, "{found}");
 }
 
-/// Files of early models: without the prefix that transformers writes today, with buffers that nobody reads.
+/// Files of early models: without today's prefix, and with buffers that nobody reads.
 #[test]
 fn names_without_their_prefix_are_the_same_model() {
     for (family, prefix) in [("gpt2", "transformer."), ("opt", "model.")] {

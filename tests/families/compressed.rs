@@ -66,7 +66,7 @@ fn what_is_compressed_is_one_model_in_every_layout_and_format() {
     }
 }
 
-/// The language model is what is compressed, whether or not its family is known; the rest is on request.
+/// Only the language model is compressed by default, whether its family is known or not; the rest is on request.
 #[test]
 fn towers_and_projectors_are_left_alone_unless_they_are_named() {
     let folder = tempfile::tempdir().unwrap();
@@ -96,7 +96,7 @@ fn towers_and_projectors_are_left_alone_unless_they_are_named() {
         let flags = ["compress", path(&model), "-o", path(&outside), "--keep", "0.8", "--targets", &named];
         let refused = common::lrc(&[&flags[..], &calibration].concat());
         assert!(refused.code == 4 && refused.stderr.contains("is outside of the blocks"), "{}", refused.stderr);
-        // A language model that nobody knows.
+        // A language model of an unknown family.
         let mut config = json(&model.join("config.json"));
         config["text_config"]["model_type"] = "unheard_of".into();
         std::fs::write(model.join("config.json"), config.to_string()).unwrap();
@@ -106,7 +106,7 @@ fn towers_and_projectors_are_left_alone_unless_they_are_named() {
     }
 }
 
-/// Parts of fused matrices, each with a rank of its own: the same model as the matrices that they make up.
+/// Parts of fused matrices with a rank each: the same model as the fused matrices that they form.
 #[test]
 fn fused_matrices_are_split_into_their_parts() {
     let folder = tempfile::tempdir().unwrap();
@@ -135,7 +135,7 @@ fn fused_matrices_are_split_into_their_parts() {
             let linears = inventory::linears(&compressed);
             let parts: Vec<_> = linears.iter().filter(|linear| inventory::is_part(&compressed, linear)).collect();
             assert_eq!(parts.len(), n_parts * decoder.n_blocks(), "{family}");
-            // The fused matrices put together by hand, everything else multiplied out.
+            // The fused matrices assembled by hand, everything else multiplied out.
             let mut above: HashMap<String, Tensor> = HashMap::new();
             for linear in &linears {
                 let values = inventory::weight(&compressed, linear).unwrap();
@@ -187,7 +187,7 @@ fn gguf_files_come_back_as_the_same_model() {
         let model = folder.path().join("model");
         common::copy(path(&fixture(family)), &model);
         if family == "gemma2" {
-            // llama.cpp scales scores by the width of a head, whatever the config says: another scale is refused.
+            // llama.cpp always scales scores by the width of a head, so another scale is refused.
             let out = folder.path().join("refused");
             let other = ["compress", path(&model), "-o", path(&out), "--quant", "rtn-int8-channel", "--format", "gguf"];
             let refused = common::lrc(&other);

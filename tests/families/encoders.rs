@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use super::{check_gradients, error, expected, families, fixture, is_encoder, tokenizer};
 
-/// An encoder without its head and its prefix, with the names of norms that early files have.
+/// An encoder without its head and its prefix, with norms under their early names.
 fn headless(family: &str, folder: &Path) -> PathBuf {
     let source = Checkpoint::open(&fixture(family)).unwrap();
     let prefix = format!("{family}.");
@@ -53,7 +53,7 @@ fn encoders_without_a_head_are_measured_through_their_pooled_output() {
         assert!(error(&pooled, &wrapped) < 1e-5, "{family}");
         check_gradients(family, &decoder, ids, Targets::default(), &expected["pooled_squared_gradients"]);
 
-        // Compressed with every metric, and compared; there is no head to predict tokens with.
+        // Compressed in every metric, and compared; there is no head to predict tokens.
         let text = folder.path().join("text.txt");
         std::fs::write(&text, "once upon a time there was a little dog. it liked to run! ".repeat(20)).unwrap();
         let calibration = ["--calibration", path(&text), "--samples", "4", "--seq-len", "24", "-q"];
@@ -66,7 +66,7 @@ fn encoders_without_a_head_are_measured_through_their_pooled_output() {
             check_fidelity(&model, &out, expected["text"].as_str().unwrap());
         }
         if family == "bert" {
-            // A pooler that is compressed on request is still the pooler, wherever its bias stands.
+            // A pooler that is compressed on request still pools, wherever its bias is stored.
             for layout in ["factors", "pivot"] {
                 let out = folder.path().join(format!("pooler-{layout}"));
                 let flags = [
@@ -97,7 +97,7 @@ fn encoders_without_a_head_are_measured_through_their_pooled_output() {
     }
 }
 
-/// Holds the agreement that `lrc eval` tells of a text of one window against the definitions.
+/// Compares the agreement that `lrc eval` reports for a text of one window with the definitions.
 fn check_fidelity(reference: &Path, model: &Path, text: &str) {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("text.txt");
@@ -148,7 +148,7 @@ fn encoders_have_pseudo_perplexity_and_no_other() {
         let report: Value = serde_json::from_str(&report.stdout).unwrap();
         let (found, nll) = (report["nll_sum"].as_f64().unwrap(), expected["pseudo_nll"].as_f64().unwrap());
         assert!((found / nll - 1.0).abs() < 1e-5, "{family}: {found} for {nll}");
-        // Of a model and itself.
+        // A model compared with itself.
         let same = ["eval", path(&model), "--text", path(&text), "--reference", path(&model), "--json", "-q"];
         let same: Value = serde_json::from_str(&ok(&same).stdout).unwrap();
         assert_eq!((&same["states"]["relative_error"], &same["pooled"]["relative_error"]), (&0.0.into(), &0.0.into()));

@@ -1,4 +1,4 @@
-//! Mixtures of experts: what each expert sees, and what PEFT would lose.
+//! Mixtures of experts: the tokens of each expert, and the factors that PEFT would lose.
 
 use crate::common::{self, ok, path};
 use serde_json::Value;
@@ -20,7 +20,7 @@ fn adapters_of_experts_are_refused_where_peft_would_lose_them() {
     }
 }
 
-/// A mixture's report tells what every expert saw, and which saw too little.
+/// The report of a mixture lists the tokens of every expert, and notes those with too few.
 #[test]
 fn experts_are_measured_by_the_tokens_that_they_see() {
     let folder = tempfile::tempdir().unwrap();

@@ -1,5 +1,5 @@
-//! Every family, by one contract: the logits and gradients of transformers; compressed at any budget in both layouts, factors and
-//! what they multiply out to are one model; what is tied stays tied, what is unknown passes through.
+//! One contract for every family: logits and gradients match transformers; an output compressed at any budget in
+//! either layout equals its factors multiplied out; tied weights stay tied, and unknown tensors are passed through.
 
 mod against_transformers;
 mod compressed;
@@ -31,7 +31,7 @@ fn fixture(family: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/pico").join(family)
 }
 
-/// Models that see as well, whose language models are asked about text; what is in front of the names of those, and of towers.
+/// Multimodal models, whose language models are run on text; the prefixes of the names of those, and of their towers.
 const MULTIMODAL: [(&str, &str, &str); 4] = [
     ("gemma3", "language_model.model.layers.", "vision_tower."),
     ("llava", "language_model.model.layers.", "vision_tower."),
@@ -39,7 +39,7 @@ const MULTIMODAL: [(&str, &str, &str); 4] = [
     ("smolvlm", "model.text_model.layers.", "model.vision_model."),
 ];
 
-/// Every family that is known, models that take options which their family's others do not, and those that see as well.
+/// Every known family, models with options that others of their family lack, and multimodal models.
 fn families() -> Vec<&'static str> {
     [architectures::known_types(), vec!["opt-350m"], MULTIMODAL.map(|(name, ..)| name).to_vec()].concat()
 }
@@ -60,7 +60,7 @@ fn json(path: &Path) -> Value {
     serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
 }
 
-/// What transformers says of a family, and the tokens that it was asked about.
+/// The values of transformers for a family, and the tokens that they belong to.
 fn expected(family: &str) -> (Value, Vec<u32>) {
     let expected = json(&fixture(family).join("expected.json"));
     let ids = expected["ids"].as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect();
@@ -72,7 +72,7 @@ fn logits(model: &Path, ids: &[u32]) -> anyhow::Result<Tensor> {
     Decoder::open(&checkpoint)?.logits(&Tensor::new(ids, &Device::Cpu)?.unsqueeze(0)?)
 }
 
-/// Holds the gradients at the outputs of every linear against those of torch.
+/// Compares the gradients at the outputs of every linear with those of torch.
 fn check_gradients(family: &str, decoder: &Decoder<'_>, ids: Vec<u32>, targets: Targets, expected: &Value) {
     let observation = Observation { needs: Needs::ALL, clip_gradients: false };
     let limits = WalkLimits::new(1 << 30, std::env::temp_dir());
@@ -87,7 +87,7 @@ fn check_gradients(family: &str, decoder: &Decoder<'_>, ids: Vec<u32>, targets: 
     let n_linears: usize = (0..decoder.n_blocks()).map(|block_idx| decoder.linears(block_idx).len()).sum();
     assert_eq!(by_linear.len(), n_linears, "{family}");
     for (module, expected) in by_linear {
-        // Its names are those of the fixture, whatever the files of the decoder leave out.
+        // Names are those of the fixture, even if the files of the decoder leave parts out.
         let native = || decoder.architecture.linear_id(decoder.architecture.prefix, &module);
         let id = decoder.linear_id(&module).or_else(native).unwrap_or_else(|| panic!("{family} knows no `{module}`"));
         // The diagonal of a lower triangle.
@@ -110,7 +110,7 @@ fn distance(x: &Tensor, y: &Tensor) -> f32 {
     largest((x - y).unwrap()) / largest(y.clone())
 }
 
-/// Everything but the compressed linears is in the output, byte for byte, and nothing else is.
+/// Everything but the compressed linears is in the output, byte for byte, and there is nothing else.
 fn check_the_rest(family: &str, source: &Path, output: &Path) {
     let [before, after] = [source, output].map(|folder| Checkpoint::open(folder).unwrap());
     let report = json(&output.join("lrc-report.json"));

@@ -1,6 +1,8 @@
-//! Fuzzing in two speeds: `tests/hostile/` runs every target for some seconds, `examples/fuzz.rs` for as long as it is left alone.
+//! Fuzzing at two scales: `tests/hostile/` runs every target for some seconds, `examples/fuzz.rs` for as long as
+//! requested.
 //!
-//! A run is a target, a seed and a number: they make the input, so that whatever is found is made again from these three.
+//! A run is a target, a seed and a number. They determine the input, so every finding can be reproduced from these
+//! three.
 
 #![allow(dead_code)] // the test and the example use a part each
 
@@ -13,19 +15,19 @@ use std::time::{Duration, Instant};
 pub use mutate::Random;
 pub use targets::{TARGETS, Target};
 
-/// What became of an input.
+/// The outcome of an input.
 pub enum Outcome {
     /// A value.
     Read,
     /// An error.
     Refused,
-    /// What the panic said.
+    /// The message of the panic.
     Panicked(String),
     /// It took longer than [`SLOW`].
     Slow(Duration),
 }
 
-/// Inputs are small, so that nothing that is sized by what is there takes this long.
+/// Inputs are small, so nothing sized by their real content takes this long.
 pub const SLOW: Duration = Duration::from_secs(10);
 
 /// A target with its files in place.
@@ -36,7 +38,7 @@ pub struct Bench {
 }
 
 impl Outcome {
-    /// What is at fault, if anything is.
+    /// The fault, if there is one.
     pub fn fault(&self) -> Option<String> {
         match self {
             Self::Read | Self::Refused => None,

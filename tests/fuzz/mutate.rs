@@ -1,8 +1,8 @@
-//! Damage: to bytes, to JSON by its structure, and to both behind a header or a checksum that is put right again.
+//! Damages inputs: bytes, JSON by its structure, and both behind a header or a checksum that is corrected afterwards.
 
 use serde_json::{Map, Value, json};
 
-/// SplitMix64: a few lines that give the same numbers for ever.
+/// SplitMix64: a few lines, and the same numbers forever.
 pub struct Random(u64);
 
 impl Random {
@@ -18,7 +18,7 @@ impl Random {
         z ^ (z >> 31)
     }
 
-    /// Less than `n`; 0 where `n` is.
+    /// Below `n`; 0 if `n` is 0.
     pub fn below(&mut self, n: usize) -> usize {
         (self.next() % n.max(1) as u64) as usize
     }
@@ -62,7 +62,7 @@ pub fn bytes(bytes: &mut Vec<u8>, random: &mut Random) {
             0 | 1 if at < bytes.len() => bytes[at] ^= 1 << random.below(8),
             2 if at < bytes.len() => bytes[at] = random.pick(&[0, 1, 0x7f, 0x80, 0xff, b'"', b'{', b'[', b'-', b'9']),
             3 | 4 => {
-                // A whole number, often where one is: headers are aligned or short.
+                // A whole number, often at an aligned or early position, where headers have theirs.
                 let at = if random.one_in(2) { at / 4 * 4 } else { at };
                 let number = random.pick(&NUMBERS).to_le_bytes();
                 let width = random.pick(&[4, 8]);
@@ -97,7 +97,7 @@ pub fn json(text: &mut Vec<u8>, random: &mut Random) {
     *text = value.to_string().into_bytes();
 }
 
-/// A value that nobody expects where it will stand.
+/// A value of an unexpected type or size.
 fn strange(random: &mut Random) -> Value {
     match random.below(12) {
         0 => Value::Null,
@@ -116,7 +116,7 @@ fn strange(random: &mut Random) -> Value {
     }
 }
 
-/// Changes one node, picked with the same chance as every other.
+/// Changes one node, chosen uniformly.
 fn change(value: &mut Value, random: &mut Random) {
     let n = count(value);
     let mut at = random.below(n);
@@ -145,7 +145,7 @@ fn nth<'a>(value: &'a Value, at: &mut usize) -> Option<&'a Value> {
     children(value).find_map(|child| nth(child, at))
 }
 
-/// True where the node was found below `value`.
+/// Whether the node was found below `value`.
 fn change_at(value: &mut Value, at: &mut usize, donor: Option<Value>, random: &mut Random) -> bool {
     if *at == 0 {
         match (value, donor) {
@@ -168,7 +168,7 @@ fn change_at(value: &mut Value, at: &mut usize, donor: Option<Value>, random: &m
     }
 }
 
-/// A number like another.
+/// A number close to another.
 fn near(number: &serde_json::Number, random: &mut Random) -> serde_json::Number {
     let n = number.as_u64().unwrap_or(1);
     random
@@ -185,7 +185,7 @@ fn change_fields(fields: &mut Map<String, Value>, random: &mut Random) {
     let key = random.pick(&keys);
     let taken = fields.remove(&key).unwrap_or_default();
     match random.below(3) {
-        // It is gone.
+        // The field is removed.
         0 => {}
         1 => drop(fields.insert(format!("{key}.x"), taken)),
         _ => {
@@ -195,10 +195,10 @@ fn change_fields(fields: &mut Map<String, Value>, random: &mut Random) {
     }
 }
 
-/// Floats whose squares, sums or inverses leave f32, or are no numbers.
+/// Floats whose squares, sums or inverses overflow f32, or that are not finite.
 const FLOATS: [f32; 10] = [0.0, -0.0, 1e-45, 1e-20, 2e19, -2e19, 3.3e38, f32::MAX, f32::INFINITY, f32::NAN];
 
-/// Changes a run of values to others, or to ever the same one.
+/// Replaces a run of values, by one value or by several.
 fn floats(data: &mut [u8], random: &mut Random) {
     let n = data.len() / 4;
     let first = random.below(n);
@@ -206,12 +206,13 @@ fn floats(data: &mut [u8], random: &mut Random) {
     let value = random.pick(&FLOATS);
     for word in data.chunks_exact_mut(4).skip(if len == n { 0 } else { first }).take(len) {
         let value = if random.one_in(4) { random.pick(&FLOATS) } else { value };
-        // Half as wide it is a number as well.
+        // In a file of f16 the bytes are two numbers.
         word.copy_from_slice(&value.to_le_bytes());
     }
 }
 
-/// Changes the header of a safetensors file by its structure, with its length put right, or its values; others by their bytes.
+/// Changes the header of a safetensors file by its structure and corrects its length, or changes its values; changes
+/// other files by their bytes.
 pub fn safetensors(file: &mut Vec<u8>, random: &mut Random) {
     let header = file.first_chunk::<8>().map(|n| u64::from_le_bytes(*n) as usize);
     match header.filter(|n| n.checked_add(8).is_some_and(|end| end <= file.len())) {
@@ -225,7 +226,7 @@ pub fn safetensors(file: &mut Vec<u8>, random: &mut Random) {
     }
 }
 
-/// Changes values of a file of statistics: its own header is the bytes of a tensor.
+/// Changes values of a file of statistics, whose header is stored as the bytes of a tensor.
 pub fn statistics(file: &mut Vec<u8>, random: &mut Random) {
     let Ok(tensors) = safetensors::SafeTensors::deserialize(file) else { return bytes(file, random) };
     if random.one_in(3) {
@@ -251,7 +252,7 @@ pub fn statistics(file: &mut Vec<u8>, random: &mut Random) {
     *file = serialized;
 }
 
-/// Changes a piece of a journal; often its checksum is put right.
+/// Changes a piece of a journal, and usually corrects its checksum.
 pub fn piece(file: &mut Vec<u8>, random: &mut Random) {
     const PREFIX: usize = 12;
     let length = file.first_chunk::<8>().map(|n| u64::from_le_bytes(*n) as usize);
@@ -270,9 +271,9 @@ pub fn piece(file: &mut Vec<u8>, random: &mut Random) {
     }
 }
 
-/// Changes a template of Jinja: pieces that grow, nest or never end behind some of its tags, or bytes.
+/// Changes a Jinja template: inserts pieces that grow, nest or never end after some of its tags, or changes bytes.
 pub fn template(text: &mut Vec<u8>, random: &mut Random) {
-    // No sums of lists: threads that they leave behind would fill the memory of this process.
+    // No concatenation of lists: abandoned threads would fill the memory of this process.
     const PIECES: [&str; 15] = [
         "{% set ns = namespace(x='ab', l=[1]) %}",
         "{% for i in range(99999) %}",
@@ -330,7 +331,7 @@ pub fn toml(text: &mut Vec<u8>, random: &mut Random) {
     *text = lines.join("\n").into_bytes();
 }
 
-/// Changes the file behind the first line, which names it: by its ending.
+/// Changes the file after the first line, which has its name, according to its extension.
 pub fn named(input: &mut Vec<u8>, random: &mut Random) {
     let Some(end) = input.iter().position(|&b| b == b'\n') else { return };
     let mut content = input.split_off(end + 1);

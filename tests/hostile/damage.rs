@@ -7,7 +7,7 @@ use crate::fuzz::{Bench, Outcome, TARGETS};
 /// Every target on its corpus, its undamaged inputs and some seconds of damage.
 #[test]
 fn damaged_files_are_errors_and_never_panics() {
-    // Panics are what is looked for: they are reported below.
+    // Panics are findings, so they are reported below and not printed.
     std::panic::set_hook(Box::new(|_| {}));
     let (mut faults, mut unread) = (Vec::new(), Vec::new());
     for target in &TARGETS {

@@ -45,7 +45,7 @@ fn numbers_of_a_config_are_held_against_the_tensors() {
         }
         std::fs::write(&config, &whole).unwrap();
     }
-    // Experts, of which there are as many as the router has rows.
+    // The number of experts, which the rows of the router confirm.
     let experts = folder.path().join("experts");
     copy("fixtures/pico/mixtral", &experts);
     std::fs::copy("fixtures/pico/tokenizer.json", experts.join("tokenizer.json")).unwrap();

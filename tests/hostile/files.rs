@@ -1,4 +1,4 @@
-//! Paths that are no file, and files that are not what their names say.
+//! Paths that are no files, and files whose content does not match their name.
 
 use std::process::Command;
 
@@ -107,7 +107,7 @@ fn files_under_a_wrong_name_are_called_what_they_are() {
         } else {
             refused(&found, 4, &[&parts])
         }
-        // Texts are opened by their endings too.
+        // Texts are recognized by their extensions too.
         for name in ["t.parquet", "t.jsonl", "t.txt"] {
             let text = folder.path().join(name);
             std::fs::write(&text, bytes).unwrap();
@@ -123,14 +123,14 @@ fn files_under_a_wrong_name_are_called_what_they_are() {
     std::fs::write(model.join("model.gguf"), safetensors).unwrap();
     let run = lrc(&["inspect", path(&model.join("model.gguf"))]);
     refused(&run, 4, &["model.gguf` is not a GGUF file but a safetensors file", "ends in `.safetensors`"]);
-    // Statistics are such a file as well.
+    // Statistics are safetensors as well.
     let statistics = folder.path().join("stats.safetensors");
     std::fs::write(&statistics, ZIP).unwrap();
     let args = ["compress", FIXTURE, "-o", path(&out), "--keep", "0.8", "--statistics", path(&statistics)];
     refused(&lrc(&args), 4, &["stats.safetensors` is not a safetensors file but a zip archive"]);
 }
 
-/// A change of the entry of a tensor in a GGUF header: its bytes from the number of dimensions on.
+/// Changes the entry of a tensor in a GGUF header: its bytes from the number of dimensions on.
 fn edit_entry(file: &[u8], tensor: &str, change: impl FnOnce(&mut [u8])) -> Vec<u8> {
     let mut file = file.to_vec();
     let name = [&(tensor.len() as u64).to_le_bytes()[..], tensor.as_bytes()].concat();
@@ -146,7 +146,7 @@ fn tensors_of_a_gguf_file_have_places_of_their_own() {
     ok(&["export", "fixtures/pico/llama", "--format", "gguf", "-o", path(&out), "-q"]);
     let (model, next) = (out.join("model.gguf"), folder.path().join("next"));
     let file = std::fs::read(&model).unwrap();
-    // Of a vector: one dimension, the type, the offset; of a matrix there is one dimension more.
+    // A vector has one dimension, then type and offset; a matrix has one dimension more.
     let (norm, query) = ("blk.1.attn_norm.weight", "blk.1.attn_q.weight");
     let put = |bytes: &mut [u8], at: usize, value: u64| bytes[at..at + 8].copy_from_slice(&value.to_le_bytes());
     let get = |bytes: &[u8], at: usize| u64::from_le_bytes(*bytes[at..].first_chunk().unwrap());
@@ -201,7 +201,7 @@ fn gguf_files_of_other_tools_are_called_so() {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("out");
     ok(&["export", "fixtures/pico/llama", "--format", "gguf", "-o", path(&out), "-q"]);
-    // Named otherwise, as another family would.
+    // Another name, as in another family.
     let file = std::fs::read(out.join("model.gguf")).unwrap();
     let mut foreign = file.clone();
     for (from, to) in

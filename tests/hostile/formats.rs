@@ -16,14 +16,14 @@ fn all_linears_that_a_format_cannot_hold_are_named_with_the_flags_that_leave_the
         4,
         &["24 linears cannot be stored", "groups of 64 do not divide 96 inputs", "and 21 more", "--exclude '"],
     );
-    // As it says.
+    // The suggested flags work.
     let hint = run.stderr.split("`lrc compress` with `").nth(1).unwrap().split('`').next().unwrap();
     let flags: Vec<&str> = hint.split(' ').map(|word| word.trim_matches('\'')).collect();
     ok(&[&args[..], &flags].concat());
     assert!(out.exists());
 }
 
-/// Groups that are longer than some rows are those rows, and a GPTQ checkpoint has groups of one size.
+/// Groups longer than some rows become those rows, and a GPTQ checkpoint has groups of one size.
 #[test]
 fn all_linears_whose_groups_differ_are_named_with_the_flags_that_leave_them_out() {
     let folder = tempfile::tempdir().unwrap();

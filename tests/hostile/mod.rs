@@ -1,4 +1,4 @@
-//! Input that nobody would write, and systems that refuse: an error that says what it is, in time, and the documented exit code.
+//! Absurd input, and systems that refuse: an error that says what is wrong, in time, with the documented exit code.
 
 mod damage;
 mod descriptions;
@@ -12,7 +12,7 @@ use std::process::{Command, Stdio};
 use crate::common::{FIXTURE, Run, copy, finish};
 use serde_json::Value;
 
-/// Runs `lrc` behind a line of bash.
+/// Runs `lrc` after a line of bash.
 fn under(shell: &str, args: &[&str]) -> Run {
     let words: Vec<String> = args.iter().map(|arg| format!("'{arg}'")).collect();
     let script = shell.replace("LRC", &format!("'{}' {}", env!("CARGO_BIN_EXE_lrc"), words.join(" ")));

@@ -22,7 +22,7 @@ fn streams_that_cannot_be_written_change_no_exit_code() {
             assert_eq!(under(shell, args).code, code, "{shell} {args:?}");
         }
     }
-    // Data that is lost is an error; a reader that has seen enough is none, and hides no gate.
+    // Lost data is an error; a reader that closes the pipe is not, and hides no gate.
     let full = under("LRC >/dev/full", &["inspect", FIXTURE, "--csv"]);
     refused(&full, 6, &["error: cannot write to stdout: No space left on device"]);
     assert_eq!(under("LRC >/dev/full 2>/dev/full", &["inspect", FIXTURE, "--csv"]).code, 6);
@@ -46,11 +46,11 @@ fn limits_of_the_system_are_exit_code_6() {
         &["model.safetensors", "File too large", "hint: raise the limit", "ulimit -f", "run the same command again"],
     );
     ok(&compress);
-    // Somewhere between nothing at all and enough, an allocation fails: the standard library says how large it was.
+    // With a limit between nothing and enough, an allocation fails, and the standard library reports its size.
     let (mut n_aborted, mut n_told) = (0, 0);
     for kib in (40_000..400_000).step_by(20_000) {
         let run = under(&format!("ulimit -v {kib}; LRC"), &["inspect", FIXTURE, "--csv"]);
-        // The linker of the system may be the first to refuse.
+        // The dynamic linker may be the first to fail.
         assert!([0, 6, 127].contains(&run.code), "{kib}: {} {}", run.code, run.stderr);
         n_aborted += usize::from(run.code == 6);
         let is_told = run.stderr.contains("memory allocation of");

@@ -1,4 +1,4 @@
-//! Downloads from a server that is honest, moved, slow, or away.
+//! Downloads from a server that is honest, redirects, is slow, or is down.
 
 use crate::common::{self, FIXTURE, Run, command, finish, path};
 
@@ -15,9 +15,9 @@ fn a_model_is_downloaded_once_and_used_offline() {
     assert!(requests.iter().all(|request| request.token.as_deref() == Some("secret")), "{requests:?}");
     let asked = |name: &str| requests.iter().any(|request| request.target.ends_with(name));
     assert!(asked("tokenizer.json") && asked("/model.safetensors"));
-    // Modules beside the model come along, with weights of their own.
+    // Modules beside the model are downloaded, with weights of their own.
     assert!(asked("1_Pooling/config.json") && asked("2_Dense/pytorch_model.bin"), "{requests:?}");
-    // Other formats, and second copies in subfolders, do not.
+    // Other formats, and second copies in subfolders, are not.
     let at_top = format!("{COMMIT}/pytorch_model.bin");
     let others = [at_top.as_str(), "onnx/model.safetensors", "onnx/config.json", "fp16/model.safetensors"];
     assert!(!others.iter().any(|name| asked(name)), "{requests:?}");
@@ -38,7 +38,7 @@ fn a_model_is_downloaded_once_and_used_offline() {
     let offline = hub.inspect(home.path(), &[("HF_HUB_OFFLINE", "1")]);
     assert_eq!(offline.code, 0, "{}", offline.stderr);
     assert!(hub.requests().is_empty());
-    // The hub is down: the cache is as good.
+    // The hub is down, and the cache serves.
     hub.behave(Behaviour::Broken);
     let cached = hub.inspect(home.path(), &[]);
     assert_eq!(cached.code, 0, "{}", cached.stderr);
@@ -135,7 +135,7 @@ fn a_dropped_transfer_is_an_error_and_is_made_good_by_the_next() {
     let weights: Vec<&Request> = requests.iter().filter(|r| r.target.ends_with("/model.safetensors")).collect();
     assert!(weights.len() == 1 && weights[0].begin > 0, "it goes on where it was: {weights:?}");
 
-    // What is on disk may have been damaged in the meantime: that is found, and the file is fetched anew.
+    // Files on disk may have been damaged in the meantime: that is detected, and the file is fetched again.
     let root = home.path().join("hub/models--org--tiny");
     let blob = root.join("snapshots").join(COMMIT).join("model.safetensors").canonicalize().unwrap();
     std::fs::remove_file(&blob).unwrap();

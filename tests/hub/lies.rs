@@ -6,7 +6,7 @@ use crate::common::{FIXTURE, path};
 
 use super::{Behaviour, COMMIT, Hub, Lie};
 
-/// Everything below a folder, by path.
+/// Paths of all files below a folder.
 fn files_below(folder: &Path) -> Vec<String> {
     let (mut folders, mut files) = (vec![folder.to_path_buf()], Vec::new());
     while let Some(next) = folders.pop() {
@@ -22,7 +22,7 @@ fn files_below(folder: &Path) -> Vec<String> {
     files
 }
 
-/// Runs against a hub that lies, in a folder where everything that is written is seen.
+/// Runs against a lying hub, in a folder that shows every file that is written.
 fn refused(lie: Lie, behaviour: Behaviour, expected: &[&str]) {
     let (hub, store, jail) = (Hub::of_folder(FIXTURE), Hub::of_folder(FIXTURE), tempfile::tempdir().unwrap());
     store.tell(lie.clone());
@@ -40,7 +40,7 @@ fn refused(lie: Lie, behaviour: Behaviour, expected: &[&str]) {
     );
     assert!(expected.iter().all(|text| run.stderr.contains(text)), "{expected:?}: {}", run.stderr);
     assert!(run.stderr.contains("hint: ") && run.stderr.lines().filter(|l| l.starts_with("error:")).count() == 1);
-    // What is there is called by hashes, and by names that were asked for.
+    // Every file is named by a hash or by a name that was requested.
     let repo = "a/b/home/hub/models--org--tiny";
     for file in files_below(jail.path()) {
         let is_hash = |name: &str| name.len() >= 40 && name.bytes().all(|b| b.is_ascii_hexdigit());
@@ -56,7 +56,7 @@ fn refused(lie: Lie, behaviour: Behaviour, expected: &[&str]) {
     }
 }
 
-/// What a path is made of, when it is to lead out of a folder; `inside` is one that is absolute.
+/// Names that lead out of a folder; `inside` is an absolute path.
 fn hostile_names(inside: &str) -> Vec<String> {
     [
         inside,
@@ -127,7 +127,7 @@ fn bodies_that_are_not_what_was_listed_are_refused() {
     refused(Lie { weights: Some(other), ..Lie::default() }, Behaviour::Serve, &["sha256", "`model.safetensors`"]);
     refused(Lie { listed_size: Some(n + 1), ..Lie::default() }, Behaviour::Serve, &["bytes for `model.safetensors`"]);
     refused(Lie { weights_size: Some(n - 1), ..Lie::default() }, Behaviour::Serve, &["bytes for `model.safetensors`"]);
-    // Another file that the server has a hash for.
+    // The server has a hash of another file.
     let etag = Some(format!("\"{}\"", "0".repeat(64)));
     refused(Lie { etag, ..Lie::default() }, Behaviour::Serve, &["with the sha256"]);
 }

@@ -1,4 +1,4 @@
-//! Hub ids against a local server that speaks the hub's paths.
+//! Hub ids, against a local server with the hub's paths.
 
 mod downloads;
 mod lies;
@@ -13,7 +13,7 @@ use crate::common::{Run, command, finish};
 
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 
-/// One repository, `org/tiny`, behind a socket of this machine.
+/// A server on this machine with one repository, `org/tiny`.
 struct Hub {
     address: String,
     state: Arc<State>,
@@ -21,7 +21,7 @@ struct Hub {
 
 struct State {
     files: BTreeMap<String, Vec<u8>>,
-    /// So far.
+    /// All requests so far.
     requests: Mutex<Vec<Request>>,
     behaviour: Mutex<Behaviour>,
     lie: Mutex<Lie>,
@@ -31,7 +31,7 @@ struct State {
 struct Request {
     target: String,
     token: Option<String>,
-    /// First byte that is asked for.
+    /// First byte that is requested.
     begin: usize,
 }
 
@@ -42,19 +42,19 @@ enum Behaviour {
     Broken,
     /// Cuts the connection in the middle of the weights.
     Drop,
-    /// Cuts the connection in the middle of the weights, once; then serves, with lies if there are any.
+    /// Cuts the connection in the middle of the weights once; then serves, with the lies if there are any.
     DropOnce,
-    /// Wants a token.
+    /// Requires a token.
     Gated,
-    /// Listens, and never answers.
+    /// Accepts connections and never answers.
     Stall,
-    /// Sends everything on, by a path.
+    /// Redirects everything to another path.
     Moved,
-    /// Has its files at this address, as large ones are.
+    /// Redirects to files at this address, as the hub does for large ones.
     Elsewhere(String),
 }
 
-/// What a hostile server says instead of the truth.
+/// False answers of a hostile server.
 #[derive(Clone, Default)]
 struct Lie {
     sha: Option<String>,
@@ -115,7 +115,7 @@ impl Hub {
         std::mem::take(&mut self.state.requests.lock().unwrap())
     }
 
-    /// Names of files that were asked for since the last time.
+    /// Names of files that were requested since the last call.
     fn fetched(&self) -> Vec<String> {
         let prefix = format!("/org/tiny/resolve/{COMMIT}/");
         self.requests().iter().filter_map(|r| r.target.strip_prefix(&prefix).map(String::from)).collect()
@@ -252,7 +252,7 @@ fn resource(state: &State, target: &str) -> (&'static str, String, Vec<u8>) {
     ("200 OK", headers, body)
 }
 
-/// Whether a file is kept by its sha256, beside the repository.
+/// Whether the hub stores a file by its sha256, outside the git repository.
 fn is_large(name: &str) -> bool {
     name.ends_with(".safetensors")
 }

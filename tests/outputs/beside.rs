@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use super::{names, report};
 
-/// Files that come along, each with its name as its content.
+/// Files that are copied, each with its name as its content.
 const COPIED: [&str; 9] = [
     "2_Dense/model.safetensors",
     "2_Dense/pytorch_model.bin",

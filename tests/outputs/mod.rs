@@ -1,4 +1,4 @@
-//! Where outputs go and where not, what comes along, and that nothing is lost.
+//! Where outputs may be written, which files are copied, and that nothing is lost.
 
 #[cfg(unix)]
 mod beside;

@@ -1,4 +1,4 @@
-//! Where outputs may be, and by which names.
+//! The places where outputs may be written, under all of their names.
 
 use std::path::Path;
 
@@ -96,7 +96,7 @@ fn an_output_folder_has_many_names_and_may_be_there_if_it_is_empty() {
                 std::fs::create_dir(here.join("out")).unwrap();
             }
             ok_in(here, &[command, &["-o", out]].concat());
-            // Over what is there now, under all names.
+            // Over the existing output, under all of its names.
             ok_in(here, &[command, &["-o", out, "--force"]].concat());
             seen.push(names(&here.join("out")));
             assert!(seen[0].contains(&"lrc-report.json".to_string()));
@@ -105,7 +105,7 @@ fn an_output_folder_has_many_names_and_may_be_there_if_it_is_empty() {
             std::fs::remove_dir_all(here.join("out")).unwrap();
         }
     }
-    // From within the folder, which stays the same one.
+    // From within the folder, which is not replaced by another one.
     ok_in(&here.join("sub"), &["compress", "../model", "-o", ".", "-q", "--keep", "0.9"]);
     assert!(perplexity(path(&here.join("sub")), HELD_OUT, "128") > 1.0);
     let again =
@@ -152,7 +152,7 @@ fn models_are_named_by_bare_files_from_their_own_folder() {
     let out = model.join("out");
     ok_in(&out, &["truncate", "model.safetensors", "-q", "--keep", "0.7", "-o", "../shorter"]);
     for out in [out, model.join("shorter")] {
-        // Not other outputs that lie in the folder of the source, and not themselves.
+        // Neither other outputs in the folder of the source, nor the output itself.
         assert!(
             !names(&out).iter().any(|name| ["out", "out.partial", "dense"].contains(&name.as_str())),
             "{:?}",
@@ -160,7 +160,7 @@ fn models_are_named_by_bare_files_from_their_own_folder() {
         );
         assert!(out.join("tokenizer.json").exists() && perplexity(path(&out), HELD_OUT, "128") > 1.0);
     }
-    // Beside a file without a config nothing belongs to it.
+    // Files beside a single file without a config do not belong to it.
     let alone = folder.path().join("downloads");
     std::fs::create_dir_all(alone.join("private")).unwrap();
     std::fs::write(alone.join("private/letter.txt"), "Dear").unwrap();

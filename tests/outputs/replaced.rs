@@ -1,4 +1,4 @@
-//! What an output replaces on request, and what nothing replaces.
+//! Files that an output replaces on request, and files that are never replaced.
 
 use std::path::Path;
 
@@ -28,7 +28,7 @@ fn no_output_replaces_what_is_read_whatever_is_forced() {
     ] {
         refused(&[command, &[path(file), "--force"]].concat(), 2, &["is read by the same command"]);
     }
-    // A folder that holds what is read, such as a text that came along from the source.
+    // A folder that contains an input, such as a text that was copied from the source.
     copy(HELD_OUT.rsplit_once('/').unwrap().0, &model.join("texts"));
     let out = folder.path().join("out");
     ok(&["compress", path(&model), "-o", path(&out), "-q", "--keep", "0.8"]);
@@ -88,7 +88,7 @@ fn links_in_a_work_folder_are_not_followed() {
     assert_eq!(std::fs::read_dir(&elsewhere).unwrap().count(), 0);
 }
 
-/// Commands that write a folder, each with what it writes there from.
+/// Commands that write a folder, each with the files that it writes there.
 fn writers(source: &Path, compressed: &Path) -> [Vec<String>; 4] {
     let words = |words: &[&str]| words.iter().map(|word| (*word).to_string()).collect();
     [
@@ -113,7 +113,7 @@ fn force_replaces_what_lrc_wrote_and_nothing_else() {
         let args: Vec<&str> = writer.iter().map(String::as_str).chain(["-o", path(&out)]).collect();
         let forced = [&args[..], &["--force"]].concat();
         ok(&args);
-        // Side files of the source are ours too.
+        // Side files that were copied from the source belong to the output too.
         ok(&forced);
         let before = names(&out);
         for (stranger, told) in [
@@ -133,7 +133,7 @@ fn force_replaces_what_lrc_wrote_and_nothing_else() {
                 std::fs::remove_dir_all(out.join(stranger.strip_prefix(&out).unwrap().iter().next().unwrap())).unwrap();
             }
         }
-        // Where the earlier output would wait.
+        // The folder where the earlier output would wait.
         let waiting = folder.path().join("out.partial-replaced");
         std::fs::create_dir(&waiting).unwrap();
         std::fs::write(waiting.join("thesis.txt"), "all of it").unwrap();
@@ -146,7 +146,7 @@ fn force_replaces_what_lrc_wrote_and_nothing_else() {
     }
 }
 
-/// What is named as a run's work folder would be is somebody's, and stays; so does a model of that name.
+/// A folder with the name of a work folder belongs to somebody and stays; so does a model of that name.
 #[test]
 fn a_folder_in_the_place_of_the_work_is_never_removed() {
     let folder = tempfile::tempdir().unwrap();

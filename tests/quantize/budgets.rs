@@ -26,7 +26,7 @@ fn bits(report: &Value) -> f64 {
     report["sizes"]["bits_per_weight_after"].as_f64().unwrap()
 }
 
-/// In the full metric of the inputs: whoever knows more of it errs less, and alternating never hurts.
+/// In the full metric of the inputs: a richer metric never increases the error, and alternating never does.
 #[test]
 fn compensations_are_ordered_by_what_they_know() {
     let folder = tempfile::tempdir().unwrap();
@@ -46,7 +46,7 @@ fn compensations_are_ordered_by_what_they_know() {
             assert!(full <= found && found < alone, "{quant} {other}: {full} {found} {alone}");
         }
         assert!(with("kfac", "kfac") <= with("kfac", "eora"));
-        // Turns are judged in the method's own metric: LoftQ's is that of the plain weight.
+        // Alternation is measured in the method's own metric, which for LoftQ is that of the plain weight.
         let plain = |extra: &[&str]| {
             let out = folder.path().join("out");
             error(&compress(&out, &[&["--method", "svd", "--quant", quant, "--force"], extra].concat()))
@@ -91,7 +91,7 @@ fn sizes_are_met_with_quantized_bases_and_factors() {
             + report["sizes"]["bits_per_weight_factors"].as_f64().unwrap();
         assert!((sum - bits(&report)).abs() < 1e-9);
     }
-    // Low rank alone takes a budget of bits as well: 32 bits a weight are the source.
+    // Low rank alone accepts a budget in bits too: 32 bits per weight give the source.
     let report = compress(&folder.path().join("low-rank"), &["--bits", "16", "--quant-factors", "int8"]);
     assert!(bits(&report) <= 16.0 && bits(&report) > 15.5, "{}", bits(&report));
 }
@@ -106,7 +106,7 @@ fn the_control_has_the_same_bytes_and_no_factors() {
     let report = compress(&out, &[&flags[..], &text].concat());
     let control = &report["control"];
     assert!(control["is_reachable"] == true && control["bits_per_weight"].as_f64().unwrap() <= bits(&report) + 1e-9);
-    // The control, made for real, is what the report says.
+    // Compressing with the menu of the baseline gives the baseline of the report.
     let quant: BTreeMap<String, String> = serde_json::from_value(control["quant"].clone()).unwrap();
     assert_eq!(quant.len(), 28);
     let used: std::collections::BTreeSet<&str> = quant.values().map(String::as_str).collect();
@@ -120,7 +120,7 @@ fn the_control_has_the_same_bytes_and_no_factors() {
     for key in ["kl", "control_kl", "weighted_error_ratio"] {
         assert!(control[key].as_f64().unwrap() > 0.0, "{control}");
     }
-    // Without factors there is nothing to hold against.
+    // Without factors there is no baseline.
     assert!(made["control"].is_null());
 }
 
@@ -144,7 +144,7 @@ fn the_same_input_gives_the_same_bytes_at_any_thread_count() {
         };
         let one = bytes("1");
         assert!(["2", "5"].iter().all(|threads| bytes(threads) == one), "{name}");
-        // The recipe that was written gives it again.
+        // The recipe in the report gives the same output.
         let recipe = folder.path().join(format!("{name}-1/lrc-recipe.toml"));
         let out = folder.path().join(format!("{name}-again"));
         ok(&["compress", FIXTURE, "-o", path(&out), "-q", "--recipe", path(&recipe)]);

@@ -1,4 +1,4 @@
-//! Every format holds the same model, and what its documents say.
+//! Every format stores the same model, in the layout that its documentation describes.
 
 use std::io::Cursor;
 use std::path::{Path, PathBuf};
@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use super::{LORC, MODULE, compress, ppl};
 
-/// The tensors of a safetensors file as they lie there, read without the project's own decoding.
+/// The tensors of a safetensors file as stored, without the project's own decoding.
 struct Raw {
     bytes: Vec<u8>,
 }
@@ -50,7 +50,7 @@ fn multiplied_out(folder: &Path, model: &Path) -> Vec<f32> {
     Checkpoint::open(&out).unwrap().values(&format!("{MODULE}.weight")).unwrap()
 }
 
-/// Unpacked by the words of the formats' own documentation, a loop a code.
+/// Unpacks by the formats' own documentation, with one loop per code.
 #[test]
 fn exchange_formats_hold_what_their_documents_say() {
     let folder = tempfile::tempdir().unwrap();
@@ -160,12 +160,13 @@ fn adapters_are_what_peft_expects() {
     }
     let largest = ranks.values().filter_map(Value::as_u64).max();
     assert_eq!((config["r"].as_u64(), config["lora_alpha"].as_u64()), (largest, largest));
-    // The adapter is no model; its base is, with it.
+    // The adapter alone is no model; its base is, and includes the adapter.
     let run = lrc(&["eval", path(&out.join("adapter")), "--text", HELD_OUT]);
     assert!(run.code == 4 && run.stderr.contains("give the folder of its base"), "{}", run.stderr);
 }
 
-/// Below an adapter stands the weight as its family stores it, which in GPT-2 is (in, out); `factored` has every base (out, in).
+/// The base below an adapter is stored as its family stores the weight, (in, out) in GPT-2; `factored` has every base
+/// as (out, in).
 #[test]
 fn bases_below_adapters_are_turned_once() {
     let folder = tempfile::tempdir().unwrap();
@@ -201,7 +202,7 @@ fn every_format_is_the_same_model() {
         let found = ppl(&at(format));
         let expected = *expected.get_or_insert(found);
         assert!((found / expected - 1.0).abs() < 1e-6, "{format}: {found} {expected}");
-        // Header sizes and all.
+        // The size includes headers.
         let files = ["model.safetensors", "model.gguf", "model-lora.gguf", "adapter/adapter_model.safetensors"];
         let bytes: u64 = files.iter().filter_map(|file| at(format).join(file).metadata().ok()).map(|m| m.len()).sum();
         assert_eq!(report["sizes"]["file_bytes_after"], bytes, "{format}");
@@ -212,7 +213,7 @@ fn every_format_is_the_same_model() {
         for to in formats {
             let out = at("exported");
             let run = lrc(&["export", path(&at(from)), "--format", to, "-o", path(&out), "--force", "-q"]);
-            // A dense base has lost its codes, and pure dense has nothing left to be refused.
+            // A dense base has lost its codes, and a dense output has no codes that could be refused.
             if from == "peft" && matches!(to, "compressed-tensors" | "gptq") {
                 assert!(run.code == 4 && run.stderr.contains("not quantized in groups"), "{}", run.stderr);
                 continue;
@@ -222,13 +223,13 @@ fn every_format_is_the_same_model() {
             if from != "dense" && from != "peft" && !matches!(to, "dense" | "peft") {
                 for file in ["model.safetensors", "model.gguf"] {
                     let read = |folder: PathBuf| std::fs::read(folder.join(file)).ok();
-                    // Scales are f16 values in every format: nothing was rounded on the way.
+                    // Scales are f16 values in every format, so nothing is rounded on the way.
                     assert!(read(out.clone()) == read(at(to)), "{from} to {to}: {file} differs");
                 }
             }
         }
     }
-    // An exported config is the source's.
+    // An exported config equals that of the source.
     let config = |folder: &str| std::fs::read_to_string(Path::new(folder).join("config.json")).unwrap();
     ok(&["export", path(&at("factored")), "--format", "dense", "-o", path(&at("native")), "-q"]);
     let (native, source): (Value, Value) =
@@ -236,7 +237,7 @@ fn every_format_is_the_same_model() {
     assert_eq!(native, source);
 }
 
-/// With biases everywhere, and a head of its own: what is not compressed comes back byte for byte.
+/// With biases everywhere and a separate head: uncompressed tensors come back byte for byte.
 #[test]
 fn biases_norms_and_heads_survive_every_format() {
     const PICO: &str = "fixtures/pico-llama";
@@ -298,7 +299,7 @@ fn what_a_loader_would_misread_is_refused_before_any_work() {
         assert!(run.code == *code && run.stderr.contains(expected), "{flags:?}: {} {}", run.code, run.stderr);
         assert!(!out.exists() && !folder.path().join("out.partial").exists(), "{flags:?}");
     }
-    // K-quants have blocks of 256: of the fixture's linears only the down projections are so wide.
+    // K-quants have blocks of 256; only the down projections of the fixture are that wide.
     let report = compress(&out, &["--quant", "q4_k", "--format", "gguf"]);
     let quantized = |l: &&Value| !l["quant"].is_null();
     let names: Vec<&str> =

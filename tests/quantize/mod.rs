@@ -1,4 +1,4 @@
-//! Quantized bases, compensation, exact sizes, and every format that holds them.
+//! Quantized bases, compensation, exact sizes, and every format that stores them.
 
 mod budgets;
 mod formats;

@@ -14,7 +14,7 @@ fn quantized_sources_are_recognized() {
         let run = lrc(&["compress", path(&out), "-o", path(&again), "--keep", "0.8"]);
         assert!(run.code == 4 && run.stderr.contains("already"), "{format}: {}", run.stderr);
         assert!(!again.exists());
-        // Dequantized it is a source like any other.
+        // A dequantized model is a source like any other.
         let dense = folder.path().join(format!("{format}-dense"));
         ok(&["export", path(&out), "--format", "dense", "-o", path(&dense), "-q"]);
         ok(&["compress", path(&dense), "-o", path(&again), "--keep", "0.8", "-q"]);
@@ -29,7 +29,7 @@ fn quantized_sources_are_recognized() {
         "0.5",
     ]);
     assert!(run.code == 4 && run.stderr.contains("lrc-curves.arrays"), "{}", run.stderr);
-    // What others write and lrc does not read.
+    // Layouts of other tools that lrc does not read.
     let model = folder.path().join("foreign");
     copy(FIXTURE, &model);
     let config = std::fs::read_to_string(model.join("config.json")).unwrap();

@@ -140,7 +140,7 @@ impl ChatTemplate {
         let path = self.path.display();
         let message =
             format!("the chat template in `{path}` does not terminate, or needs too much memory, for {place}{line}");
-        Failure::unsupported(message).hint("use the template of the original model, or fix this one")
+        Failure::unsupported(message).hint("use the template of the source model, or fix this one")
     }
 
     /// Renders a record with `messages`, located at `place`.

@@ -1,4 +1,4 @@
-//! What lrc writes and reads again: recipes, journals, statistics, outputs.
+//! Files that lrc writes and reads again: recipes, journals, statistics, outputs.
 
 use std::fs;
 use std::path::PathBuf;
@@ -31,7 +31,7 @@ pub(super) fn read_recipe(bed: &Bed, input: &[u8]) -> bool {
     fs::write(&path, input).unwrap();
     let Ok(options) = RecipeOptions::read(&path) else { return false };
     let Ok(recipe) = Recipe::new(&options) else { return false };
-    // What is accepted reads back the same.
+    // An accepted recipe is read back unchanged.
     let full = recipe.to_options();
     let again: RecipeOptions = toml::from_str(&toml::to_string(&full).unwrap()).unwrap();
     assert_eq!(Recipe::new(&again).unwrap().to_options(), full);
@@ -75,7 +75,7 @@ pub(super) fn read_statistics(bed: &Bed, input: &[u8]) -> bool {
     for part in &statistics.header.parts {
         assert_eq!(part.text_sha256.len(), 64);
     }
-    // For the model that they are of, whatever they say of it.
+    // Checked against the model of the statistics, whatever their header says.
     for family in ["llama", "mixtral"] {
         let checkpoint = lrc::model::open(&bed.path(&format!("models/{family}"))).unwrap();
         for linear in inventory::linears(&checkpoint) {
@@ -98,7 +98,7 @@ pub(super) fn read_statistics(bed: &Bed, input: &[u8]) -> bool {
     true
 }
 
-/// Outputs of every format, by what makes them of the fixture.
+/// Outputs of the fixture in every format, by the flags that make them.
 const OUTPUTS: [(&str, &str, &[&str]); 8] = [
     ("factors", "llama", &["--keep", "0.7", "--layout", "factors"]),
     ("pivots", "llama", &["--keep", "0.7"]),

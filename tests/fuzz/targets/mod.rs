@@ -1,4 +1,4 @@
-//! What is fuzzed: a way from bytes to a value or an error, for everything that is read from files.
+//! Targets of the fuzzer: each maps bytes to a value or an error, for everything that is read from files.
 
 mod checkpoints;
 mod files;
@@ -22,11 +22,11 @@ use texts::{of_templates, of_texts, read_template, read_text};
 
 pub struct Target {
     pub name: &'static str,
-    /// Runs of it in CI: some seconds.
+    /// Number of runs in CI: some seconds.
     pub runs_in_ci: u64,
     pub seeds: fn(&Bed) -> Vec<Vec<u8>>,
     pub mutate: fn(&mut Vec<u8>, &mut Random),
-    /// Whether it was read: what is undamaged must be.
+    /// Whether it was read; undamaged input must be.
     pub run: fn(&Bed, &[u8]) -> bool,
 }
 
@@ -48,7 +48,7 @@ pub static TARGETS: [Target; 9] = [
     Target { name: "templates", runs_in_ci: 60, seeds: of_templates, mutate: mutate::template, run: read_template },
 ];
 
-/// Where the files of a target are.
+/// The folder with the files of a target.
 pub struct Bed {
     folder: tempfile::TempDir,
 }
@@ -62,7 +62,7 @@ impl Bed {
         self.folder.path().join(name)
     }
 
-    /// A folder of this name that holds these files, and those that it held before.
+    /// A folder of this name with these files, and those that it had before.
     fn folder(&self, name: &str, files: &[(&str, &[u8])]) -> PathBuf {
         let folder = self.path(name);
         fs::create_dir_all(&folder).unwrap();
@@ -83,7 +83,7 @@ impl Bed {
         folder
     }
 
-    /// What `lrc` makes of arguments in which `OUT` is a folder of this bed.
+    /// The outcome of `lrc` with arguments in which `OUT` is a folder of this bed.
     fn lrc(&self, output: &str, args: &[&str]) -> PathBuf {
         let out = self.path(output);
         fs::create_dir_all(out.parent().unwrap()).unwrap();
@@ -107,7 +107,7 @@ fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(name)
 }
 
-/// Everything that can be read of an opened checkpoint.
+/// Reads everything from an opened checkpoint.
 fn read_all(checkpoint: &Checkpoint) -> bool {
     let weights = inventory::linears(checkpoint)
         .iter()
@@ -125,7 +125,7 @@ fn split_name(input: &[u8]) -> Option<(&str, &[u8])> {
     Some((std::str::from_utf8(&input[..end]).ok()?, &input[end + 1..]))
 }
 
-/// In every convention, one window; whether it went well.
+/// One window in every convention; returns whether all succeeded.
 fn evaluate(bed: &Bed, checkpoint: &Checkpoint) -> bool {
     let mut is_well = true;
     for convention in [Convention::Gptq, Convention::HfStrided, Convention::Llamacpp, Convention::LmEval] {

@@ -37,7 +37,7 @@ pub(super) fn read_text(bed: &Bed, input: &[u8]) -> bool {
     Text::read(&folder.join(name), "text", &bed.path("chats")).is_ok()
 }
 
-/// Templates that `tests/oracles/chat_templates.py` holds, where they take a plain conversation.
+/// The templates of `tests/oracles/chat_templates.py` that accept a plain conversation.
 pub(super) fn of_templates(bed: &Bed) -> Vec<Vec<u8>> {
     let chat = r#"{"messages": [{"role": "user", "content": "a 'b'"}, {"role": "assistant", "content": "c\n"}],
         "tools": [{"name": "f", "parameters": {"x": [1, 2.5, null]}}]}"#;
