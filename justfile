@@ -1,4 +1,4 @@
-# What a change goes through. `just` lists the recipes.
+# The checks of a change. `just` lists the recipes.
 
 _default:
     @just --list

@@ -1,4 +1,4 @@
-"""What decides the defaults, on a real model and held-out text: docs/results.md 23. Needs nothing but Python and the binary.
+"""Measurements that decide the defaults, on a real model and held-out text: docs/results.md 23. Needs nothing but Python and the binary.
 
     python benchmarks/defaults.py tokens|mixture|ablation|sequential MODEL FOLDER_OF_TEXTS WORK [LRC]
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Nothing removed changes nothing, and the formats hold one model: table 3 of docs/results.md.
+# Removing nothing changes nothing, and the formats hold one model: table 3 of docs/results.md.
 #   benchmarks/identities.sh MODEL CALIBRATION_TEXT EVALUATION_TEXT SEQ_LEN
 set -euo pipefail
 model=$1 calibration=$2 text=$3 seq_len=$4

@@ -1,4 +1,4 @@
-"""What storing parts in the dtype of a checkpoint costs: error of rounding beside that of truncation, matrix by matrix, both in the
+"""The cost of storing parts in the dtype of a checkpoint: errors of rounding and of truncation, matrix by matrix, both in the
 metric of the method and relative to the weight, in per cent.
 
 usage: rounding.py MODEL [ARGUMENTS OF lrc compress]

@@ -1,4 +1,4 @@
-"""How close the embeddings of compressed sentence encoders are to those of the original, by sentence-transformers itself.
+"""How close the embeddings of compressed sentence encoders are to those of the source, by sentence-transformers itself.
 
     python benchmarks/sentence_embeddings.py MODEL TEXT OUT [OUT ...]          needs sentence-transformers
 

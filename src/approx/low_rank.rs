@@ -5,8 +5,8 @@
 //!
 //! - m ≤ n: `U` = top eigenvectors of `S Sᵀ = Kᵀ T C Tᵀ K`, and `B = K⁻ᵀ U`, `A = (K U)ᵀ T`. `C` is not rooted, let alone
 //!   inverted, so a singular one is no special case.
-//! - m > n: `V` = top eigenvectors of `Sᵀ S = Hᵀ Tᵀ G T H`, and `A = (H⁻ᵀ V)ᵀ`, `B = T H V`. `G`, the larger of the two, is not
-//!   rooted. Where `C` is too close to singular for `H⁻ᵀ`, `U = orth(S V)` and the pair is as above.
+//! - m > n: `V` = top eigenvectors of `Sᵀ S = Hᵀ Tᵀ G T H`, and `A = (H⁻ᵀ V)ᵀ`, `B = T H V`. `G`, the larger of the
+//!   two, is not rooted. If `C` is too close to singular for `H⁻ᵀ`, `U = orth(S V)` and the pair is as above.
 //!
 //! Eigenvalues are the error curve: dropping the ranks behind r costs `Σ_{i ≥ r} λ_i`. With `G = C = I` this is the truncated
 //! SVD; with the Gram of calibration inputs it has the optimum of SVD-LLM (Wang et al. 2024) and of the output PCA of LoRD

@@ -99,8 +99,8 @@ impl Backward<'_, '_> {
         Ok(gradient)
     }
 
-    /// The gradient at the input `x` of a block from the gradient at its output, for one window (n_tokens, hidden_size), and
-    /// what the window adds to the sums.
+    /// The gradient at the input `x` of a block from the gradient at its output, for one window (n_tokens,
+    /// hidden_size), and the addends of the window.
     fn through_block(&self, block: &Block, x: &Tensor, gradient: &Tensor) -> Result<(Tensor, Addend)> {
         let Self { decoder, observation, multiply, .. } = *self;
         // Other windows go through the block at the same time, with taps of their own.

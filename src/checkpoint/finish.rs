@@ -47,7 +47,7 @@ impl OutputFolder {
         Ok(())
     }
 
-    /// Where an earlier output waits to be removed.
+    /// The folder in which an earlier output waits to be removed.
     fn replaced(&self) -> PathBuf {
         if self.is_within() {
             return self.partial.join(work::REPLACED);

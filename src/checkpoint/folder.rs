@@ -4,8 +4,8 @@
 //! OUT.partial/lock      held by the run that writes
 //! OUT.partial/output/   becomes OUT
 //! OUT.partial/scratch/  files of this run alone
-//! OUT.partial/job.json  which run it is, if it can be resumed
-//! OUT.partial/pieces/   what it has finished
+//! OUT.partial/job.json  the job, if it can be resumed
+//! OUT.partial/pieces/   finished pieces
 //! ```
 //!
 //! A folder that has to stay where it is (see [`place::work_of`]) contains all of that in `OUT/.lrc-partial`, and
@@ -203,7 +203,7 @@ impl OutputFolder {
         is_same(&target) || is_same(&place::work_of(&target))
     }
 
-    /// Where the output appears.
+    /// The path at which the output appears.
     pub fn target(&self) -> &Path {
         &self.target
     }

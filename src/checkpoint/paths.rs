@@ -16,7 +16,7 @@ pub const REPORT_FILE: &str = "lrc-report.json";
 pub(super) const SETTINGS_FILES: [(&str, &str); 3] =
     [("quantize_config.json", "gptq"), ("quant_config.json", "awq"), ("hf_quant_config.json", "modelopt")];
 
-/// The folder of a file; that of a bare name is the current one.
+/// The folder of a file; a bare name is in the current folder.
 pub(crate) fn folder_of(file: &Path) -> &Path {
     file.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }

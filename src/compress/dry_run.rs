@@ -1,4 +1,4 @@
-//! Dry runs: what a compression gives, before anything is measured or after its measurements.
+//! Dry runs: the outcome of a compression, before anything is measured or after all measurements.
 
 use anyhow::Result;
 
@@ -27,10 +27,10 @@ pub enum DryRun {
     Full,
 }
 
-/// Reports what a compression would do.
+/// Reports the outcome that a compression would have.
 ///
-/// A plan follows from headers, recipe, and short trials of the machine's speed. A full dry run does all that comes
-/// before the output is written, and keeps it: [`super::compress`] of the same job resumes from there.
+/// A plan follows from headers, recipe, and short trials of the machine's speed. A full dry run does all work that
+/// precedes the output, and keeps it: [`super::compress`] of the same job resumes from there.
 ///
 /// # Errors
 /// As [`super::compress`].

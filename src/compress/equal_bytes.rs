@@ -17,7 +17,7 @@ use crate::operator::Forms;
 use crate::quantize::{BLOCK_TYPES, Levels, Quant, Scale, Scheme, Storage};
 use crate::report::EqualBytesBaseline;
 
-/// The bit widths of the baseline, and its group size besides that of the base.
+/// The bit widths of the baseline, and its group size in addition to that of the base.
 const BITS: [u32; 4] = [2, 3, 4, 8];
 const GROUP: usize = 32;
 
@@ -31,7 +31,7 @@ pub(super) fn menus(study: &Study<'_>, all: &[Option<Forms>]) -> Option<Vec<Vec<
     Some(study.plan.linears.iter().zip(all).map(one).collect())
 }
 
-/// Adds the bases of the menus to those of a study; returns the index of each linear's first new base.
+/// Adds the bases of the menus to a study; returns the index of each linear's first new base.
 ///
 /// # Errors
 /// A matrix cannot be quantized, or the work folder cannot be written.

@@ -69,7 +69,7 @@ impl Metrics<'_> {
     /// Calls `f` with the input metric of a linear (n, n).
     ///
     /// # Errors
-    /// The statistics cannot be read, or that of `f`.
+    /// The statistics cannot be read, or `f` fails.
     pub fn with_input<T>(
         &self,
         linear: &LinearInfo,

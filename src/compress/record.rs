@@ -129,7 +129,7 @@ pub(super) fn sizes(source: &Source<'_>, recipe: &Recipe, plan: &Plan, all: &[Op
     let bytes = |(linear, forms): (&LinearInfo, &Option<Forms>)| match forms {
         None => (linear.n_bytes(), 0),
         Some(forms) => {
-            // A format may pad, or store what it cannot pack; that counts as the base's.
+            // A format may pad, or store matrices that it cannot pack; the difference counts as the base's.
             let (_, factors) = linear.bytes_as(forms);
             (recipe.format.n_bytes(linear, forms).saturating_sub(factors), factors)
         }

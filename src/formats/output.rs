@@ -386,7 +386,7 @@ pub fn side(checkpoint: &Checkpoint, target: &Path, replaced: &[&str]) -> Result
     checkpoint.side(replaced, &|path| OutputFolder::is_own(target, path))
 }
 
-/// Copies the side files of a checkpoint, without `replaced`. Returns what was left out, and why.
+/// Copies the side files of a checkpoint, without `replaced`. Returns the files that were left out, with the reasons.
 ///
 /// # Errors
 /// A file cannot be read or written.

@@ -1,4 +1,4 @@
-//! Reports what a format cannot store: which linears, why, and the flags that leave them out.
+//! Reports the linears that a format cannot store, with the reasons, and the flags that leave them out.
 
 use globset::Glob;
 

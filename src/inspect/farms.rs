@@ -14,7 +14,7 @@ const SIDE: usize = 128;
 /// Largest number of windows along a side of the matrix.
 const PLACES: usize = 6;
 
-/// α of `matrix` (m, n), which is also that of its transpose; none if all eigenvalues are equal.
+/// α of `matrix` (m, n) and of its transpose; `None` if all eigenvalues are equal.
 ///
 /// # Errors
 /// An eigenproblem does not converge.

@@ -8,7 +8,7 @@ use crate::operator::Kind;
 
 /// A matrix of a checkpoint.
 pub(super) struct Matrix {
-    /// The module; for an expert, that of the stack with the index of the expert.
+    /// The module; for an expert, the module of the stack with the index of the expert.
     pub module: String,
     /// `linear`, or the parts of a fused or stacked matrix.
     pub kind: String,

@@ -75,7 +75,7 @@ fn figures(matrix: &Matrix, curve: &ErrorCurve) -> Figures {
     }
 }
 
-/// WeLore's normalized spectrum: `(σ − σ_min) / (σ_max − σ_min)`; all 1 where they are equal.
+/// WeLore's normalized spectrum: `(σ − σ_min) / (σ_max − σ_min)`; all 1 if they are equal.
 fn normalize(sigma: &[f64]) -> Vec<f64> {
     let (max, min) = (sigma.first().copied().unwrap_or(0.0), sigma.last().copied().unwrap_or(0.0));
     sigma.iter().map(|s| if max > min { (s - min) / (max - min) } else { 1.0 }).collect()

@@ -49,7 +49,7 @@ struct Applied {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Outputs {
     Used,
-    /// They are only added to what is differentiated: zeros take their place, and a product is saved.
+    /// They are only added to a tensor whose gradient is taken, so zeros take their place and a product is saved.
     Unused,
 }
 

@@ -93,7 +93,7 @@ impl Widths {
         self.num_attention_heads.saturating_mul(self.head_dim)
     }
 
-    /// Width of all keys together, which is also that of all values.
+    /// Width of all keys together; values have the same width.
     pub fn keys(&self) -> usize {
         self.num_key_value_heads.saturating_mul(self.head_dim)
     }

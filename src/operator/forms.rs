@@ -27,7 +27,7 @@ use crate::quantize::{Scheme, Storage};
 pub struct Form {
     /// The structure.
     pub kind: Kind,
-    /// Its rank, or that of its blocks.
+    /// Its rank, or the rank of its blocks.
     pub size: Size,
     /// How its floats are quantized; `None` keeps the dtype of the weight.
     pub storage: Option<Storage>,

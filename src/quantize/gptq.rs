@@ -13,7 +13,7 @@ use crate::linalg;
 /// Share of the mean diagonal of `H` that is added to it (the paper's 1 %).
 pub const DAMPING: f64 = 0.01;
 
-/// Why the result is that of rounding.
+/// The reason why GPTQ returned the result of rounding.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Fallback {

@@ -130,7 +130,8 @@ impl Quant {
         matches!(self, Self::Gptq(..))
     }
 
-    /// Quantizes `values` (rows, cols), row-major; `gram` (cols, cols) is that of the inputs. Returns as well whether GPTQ fell back.
+    /// Quantizes `values` (rows, cols), row-major, with the Gram of the inputs, `gram` (cols, cols). Also returns why
+    /// GPTQ fell back to rounding, if it did.
     ///
     /// # Errors
     /// Rows do not consist of whole blocks, or the Gram is missing.

@@ -135,7 +135,7 @@ pub struct FidelityRecord {
     pub pooling: String,
 }
 
-/// Agreement of vectors with those of a reference.
+/// Agreement of vectors with the vectors of a reference.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize, JsonSchema)]
 pub struct Agreement {
     /// Mean over vectors.

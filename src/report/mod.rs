@@ -69,7 +69,7 @@ pub struct CompressReport {
     /// Files and folders of the source, other than weights, that are not in the output.
     #[serde(default)]
     pub left_out: Vec<LeftOutRecord>,
-    /// Where quantized linears have factors: a model of the same size without factors.
+    /// A model of the same size without factors, if quantized linears have factors.
     #[serde(rename = "control", skip_serializing_if = "Option::is_none", default)]
     pub equal_bytes_baseline: Option<EqualBytesBaseline>,
     /// Set by `lrc truncate`.
@@ -101,7 +101,7 @@ pub struct LinearSummary {
 /// The baseline of a compensation: a model of the same size, with all bytes spent on quantized bases.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 pub struct EqualBytesBaseline {
-    /// Mean over the targeted linears; at most that of the output.
+    /// Mean over the targeted linears; at most `sizes.bits_per_weight_after`.
     pub bits_per_weight: f64,
     /// False if no choice of bases is this small.
     pub is_reachable: bool,
@@ -316,7 +316,7 @@ pub struct DryRunReport {
     pub keep: f64,
     /// Sizes before and after.
     pub sizes: Sizes,
-    /// Where the ranks in `linears`, and with them `sizes`, come from.
+    /// The source of the ranks in `linears`, and with them of `sizes`.
     pub ranks: RankSource,
     /// One entry per targeted linear, in the order of the model.
     pub linears: Vec<LinearRecord>,
@@ -334,13 +334,13 @@ pub struct DryRunReport {
     pub kept_in: Option<String>,
 }
 
-/// Where the ranks of a dry run come from.
+/// The source of the ranks of a dry run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum RankSource {
-    /// They are those of the run.
+    /// The run will have the same ranks.
     Exact,
-    /// The budget spread evenly; measurements decide, and `--dry-run=full` shows what.
+    /// The budget is spread evenly; measurements decide the ranks, and `--dry-run=full` shows them.
     Even,
 }
 

@@ -96,7 +96,7 @@ impl Spool {
         match spooled {
             Spooled::Memory(old) => *old = values,
             Spooled::File { offset, .. } => self.write(*offset, &values)?,
-            // The journal keeps what it has.
+            // The journal keeps its own pieces.
             Spooled::Journal(_) => *spooled = self.push(values)?,
         }
         Ok(())

@@ -408,7 +408,7 @@ fn update(
     let saved_bits = 8.0 * (sizes.bytes_after as f64 - bytes_after as f64);
     let saved = saved_bits / sizes.linear_parameters_before as f64;
     sizes.bits_per_weight_after -= saved;
-    // Bases, and what was dense, stay.
+    // Bases and dense weights stay.
     sizes.bits_per_weight_factors -= saved;
     sizes.linear_parameters_after = report.linears.iter().map(|l| l.parameters_after).sum();
     sizes.keep = sizes.linear_parameters_after as f64 / sizes.linear_parameters_before as f64;

@@ -144,7 +144,7 @@ CASES = [
     ("gguf", ["--quant", "rtn-int8-g32", *LORC], llama_cpp, "llama_cpp", KL_8BIT),
     ("gguf", ["--quant", "rtn-int2-g32", *LORC], llama_cpp, "llama_cpp", KL_8BIT),
 ]
-# Of encoders in folders of sentence-transformers: format and flags. Embeddings are of length 1.
+# Encoders in folders of sentence-transformers: format and flags. Embeddings have length 1.
 EMBEDDING = 1e-5
 SENTENCES = [
     ("factored", ["--keep", "0.8"]),
@@ -244,9 +244,9 @@ def main():
                 "sentence-transformers"]
     show("# Written formats in their runtimes\n")
     show("[families.md](families.md) has the table of every family.\n")
-    show("Made by `tests/interop/run.sh`. Logits of lrc (f32) and of the runtime on the same random tokens; `limit` is on the")
-    show("largest difference of a logit, for llama.cpp, which quantizes activations, on the mean KL divergence in nats; for")
-    show("sentence-transformers on the largest difference in an embedding.\n")
+    show("Made by `tests/interop/run.sh`. The script compares logits of lrc (f32) and of the runtime on the same random tokens.")
+    show("`limit` applies to the largest difference of a logit; for llama.cpp, which quantizes activations, to the mean KL")
+    show("divergence in nats; for sentence-transformers to the largest difference in an embedding.\n")
     versions = []
     for name in packages:
         try:
@@ -278,7 +278,7 @@ def main():
                     failures += not passed
                     show(f"{row} {error:.1e} | {kl:.1e} | {limit:.0e} | {'ok' if passed else '**FAILED**'} |")
                 except Exception as e:
-                    # What lrc refuses is shown as it is, and tried without the linears that do not fit; else it is a failure.
+                    # A refusal of lrc is shown, and tried again without the linears that do not fit; anything else is a failure.
                     refused = "cannot be stored" in str(e) or "no targeted linear" in str(e)
                     failures += not refused
                     text = str(e).splitlines()[0].removeprefix("error: ")

@@ -56,7 +56,7 @@ def on_meta(folder, expected):
     assert all(tensor.is_meta for tensor in [*model.parameters()])
     if not transformers.__version__.startswith("4."):  # whose rotary embedding does not run there
         assert model(IDS.to("meta")).logits.shape == expected.shape
-    # As vLLM makes models: parameters on `meta`, buffers where they are filled.
+    # Models as vLLM makes them: parameters on `meta`, buffers on the device where they are filled.
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False):
@@ -141,7 +141,7 @@ def damaged(folder, expected):
 
 
 def across(rank, size, make):
-    """What is made where vLLM, of which the modelling code looks at one module alone, splits linears across devices."""
+    """The modules for vLLM with linears split across devices; the modelling code looks at one module of vLLM only."""
     state = types.ModuleType("vllm.distributed.parallel_state")
     state.model_parallel_is_initialized = lambda: True
     state.get_tensor_model_parallel_rank = lambda: rank

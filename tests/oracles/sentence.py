@@ -20,7 +20,7 @@ from transformers import AutoModel
 ROOT = Path(__file__).resolve().parents[2]
 PICO = ROOT / "fixtures/pico"
 TEXTS = ["once upon a time there was a little dog.", "it liked to run!", "7 birds sat in a tree, and sang until the sun set."]
-# What lrc draws for `SEED`: with others, gradients would not be those of the test.
+# The signs that lrc draws for `SEED`; others would give other gradients.
 SEED, SIGNS = 7, "-++----++-+---+-"
 TYPE = "sentence_transformers.models."
 DENSE = {"in_features": 16, "out_features": 5, "bias": True, "activation_function": "torch.nn.modules.activation.Tanh"}
@@ -80,7 +80,7 @@ def embeddings(files, dense):
 
 
 def squared_gradients(ids):
-    """Of the mean of the states, scaled to length 1."""
+    """Squared gradients for the mean of the states, scaled to length 1."""
     model = AutoModel.from_pretrained(PICO / "bert", attn_implementation="eager").double().eval()
     outputs = {}
     for name, module in model.named_modules():

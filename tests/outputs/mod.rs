@@ -1,4 +1,4 @@
-//! Where outputs may be written, which files are copied, and that nothing is lost.
+//! Places for outputs, files that are copied, and that nothing is lost.
 
 #[cfg(unix)]
 mod beside;

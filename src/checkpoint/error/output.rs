@@ -54,9 +54,9 @@ pub enum OutputError {
     /// The output is complete, but could not be given its name.
     #[error("cannot move the finished output from `{}` to `{}`: {reason}", path.display(), target.display())]
     NotMoved {
-        /// Where it is.
+        /// Its current path.
         path: PathBuf,
-        /// Where it should be.
+        /// The path that it should have.
         target: PathBuf,
         /// The error of the system.
         reason: String,

@@ -102,7 +102,7 @@ pub(super) fn cached(repo: &Repo, cache: &Cache) -> Result<PathBuf> {
         .ok_or_else(|| Fault::Network(format!("it is not in the cache `{}`", cache.path().display())))
 }
 
-/// Downloads what is not in the cache yet.
+/// Downloads the files that are not in the cache yet.
 ///
 /// # Errors
 /// The hub cannot be reached, has no such revision, or sends what cannot be trusted; or the cache cannot be written.

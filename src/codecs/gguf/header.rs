@@ -49,7 +49,7 @@ pub fn is_begun(file: &[u8]) -> bool {
 /// Reads the header of a whole file.
 ///
 /// # Errors
-/// A sentence that says what is wrong with the header.
+/// The header is damaged; the error is a sentence.
 pub fn read(file: &[u8]) -> Result<Header, String> {
     let mut bytes = Bytes { file, at: 0 };
     if bytes.take(4)? != MAGIC {

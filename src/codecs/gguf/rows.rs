@@ -1,4 +1,4 @@
-//! The order of rows in tensors of a GGUF file, and what is added to values.
+//! The order of rows in tensors of a GGUF file, and offsets that are added to values.
 
 /// How the values of a tensor are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

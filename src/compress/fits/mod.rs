@@ -280,8 +280,8 @@ pub(super) fn fitting_bytes(heights: &[usize], n: usize) -> u64 {
     20 * (m * n) as u64 + 32 * (small * small) as u64 + 8 * (small * (m + n)) as u64 + grams
 }
 
-/// Fits units block by block, those of a block side by side as far as memory allows. Finished units are pieces of the
-/// journal.
+/// Fits units block by block; the units of a block are fitted in parallel, as far as memory allows. Finished units
+/// are pieces of the journal.
 fn fit_all<F: Fitter>(
     session: &Session<'_>,
     plan: &Plan,

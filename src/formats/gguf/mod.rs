@@ -80,7 +80,7 @@ fn unwritten(source: &Source<'_>) -> Option<String> {
     let Some(family) = family(source) else {
         return Some("lrc has no table of GGUF names for the family of the model".into());
     };
-    // The numbers of the config size what is written.
+    // The numbers of the config determine the sizes of what is written.
     match ModelConfig::of(source.checkpoint) {
         Err(error) => return Some(format!("{error:#}")),
         Ok((config, _)) if config.block_widths().others().next().is_some() => {

@@ -34,7 +34,7 @@ fn distance(x: &Tensor, y: &Tensor) -> f32 {
 const ROW_WISE: [f32; 2] = [3e-6, 1e-5];
 const ATTENTION: [f32; 2] = [1e-6, 3e-6];
 
-/// Holds values and gradients of a kernel against those of its portable form.
+/// Compares values and gradients of a kernel with its portable form.
 fn expect_alike(
     variables: &[&Var],
     [of_values, of_gradients]: [f32; 2],

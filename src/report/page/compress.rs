@@ -169,7 +169,7 @@ fn add(totals: &mut Totals, name: &str, (before, after): (f64, f64)) {
     *sum = (sum.0 + before, sum.1 + after);
 }
 
-/// Rows of bars, the last for what the totals (before, after) of the model have besides.
+/// Rows of bars; the last is the rest of the totals (before, after) of the model.
 fn with_rest(totals: Totals, (before, after): (u64, u64)) -> Vec<(String, f64, f64)> {
     let (own_before, own_after) = totals.values().fold((0.0, 0.0), |sum, v| (sum.0 + v.0, sum.1 + v.1));
     let mut rows: Vec<(String, f64, f64)> = totals.into_iter().map(|(name, v)| (name, v.0, v.1)).collect();
