@@ -180,7 +180,7 @@ pub struct DivergenceRecord {
     pub reverse_kl: Distribution,
     /// Change of the probability of the correct token.
     pub delta_p: Distribution,
-    /// Root mean square of that change.
+    /// Root mean square of the values of `delta_p`.
     pub delta_p_rms: f64,
     /// Share of tokens where both models have the same most likely token.
     pub same_top_1: f64,

@@ -113,7 +113,7 @@ pub struct PowerLaw {
 pub struct BelowThreshold {
     /// The threshold, between 0 and 1.
     pub threshold: f64,
-    /// Number of values below it.
+    /// Number of values below the threshold.
     pub count: usize,
 }
 
@@ -122,7 +122,7 @@ pub struct BelowThreshold {
 pub struct EnergyRank {
     /// The share, between 0 and 1.
     pub share: f64,
-    /// The smallest rank that has it.
+    /// The smallest rank with that share of Σσ².
     pub rank: usize,
 }
 

@@ -81,7 +81,7 @@ pub struct CompressReport {
     pub timings: Timings,
     /// Wall-clock seconds of the command.
     pub elapsed_seconds: f64,
-    /// Peak resident memory of the process; Linux only.
+    /// Peak resident memory of the process in bytes; Linux only.
     pub peak_memory_bytes: Option<u64>,
 }
 
