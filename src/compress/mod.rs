@@ -154,8 +154,8 @@ impl<'a> Run<'a> {
         Ok(Self { job, plan, source, inputs, source_files: fingerprint(checkpoint)?, started })
     }
 
-    /// The folder of its output, with the finished pieces of an earlier run of the same job. A full disk is reported
-    /// before any work.
+    /// The folder of its output, with what an earlier run of the same job has finished. A full disk is reported before
+    /// any work.
     fn folder(&self) -> Result<OutputFolder> {
         let job = self.job;
         let description = record::job(job, &self.source_files, &self.inputs)?;

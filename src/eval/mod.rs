@@ -32,7 +32,7 @@ pub struct EvalSettings {
     pub text: PathBuf,
     /// Field of a document that holds its text.
     pub field: String,
-    /// The rules that cut the text and choose the scored tokens. Figures of different conventions cannot be compared.
+    /// How the text is cut and what is scored. Figures of different conventions cannot be compared.
     pub convention: Convention,
     /// Tokens per window; none: set by the convention, at most the model's context.
     pub seq_len: Option<usize>,

@@ -127,19 +127,15 @@ fn largest_affordable(items: &[Item<'_>], rules: &Rules, at: impl Fn(f64) -> Vec
 
 /// The allocators, by their names on the command line.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
+#[allow(missing_docs, reason = "the file of each allocator documents it")]
 pub enum Ranks {
-    /// The same share of the parameters of every linear.
     #[default]
     Uniform,
-    /// One threshold for the normalized singular values of all linears.
     Welore,
     /// Smallest ranks that keep this share of the energy; `None` means the largest share that the budget allows.
     Energy(Option<f64>),
-    /// In proportion to the square root of the effective rank per parameter.
     EffectiveRank,
-    /// The least total error under the budget.
     Knapsack,
-    /// This rank for every linear, without a budget.
     Fixed(usize),
 }
 
