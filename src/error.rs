@@ -31,9 +31,9 @@ pub const NON_FINITE_HINT: &str = "the checkpoint is damaged, or overflows in f3
 pub struct Failure {
     /// Decides the exit code.
     pub class: ExitClass,
-    /// What was found and what was expected, in lower case without a full stop.
+    /// The message: found and expected, in lower case without a full stop.
     pub message: String,
-    /// What a user can do about it.
+    /// The hint: a way for the user to fix it.
     pub hint: Option<String>,
 }
 

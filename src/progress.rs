@@ -12,7 +12,7 @@ pub trait Stage: Sync {
     /// `n` more units are done.
     fn advance(&self, n: u64);
 
-    /// What is being worked on now.
+    /// The current piece of work, such as a block or a matrix.
     fn note(&self, what: &str);
 }
 

@@ -10,7 +10,7 @@ use crate::store::{Array, Journal, Piece, Values};
 /// The statistics to collect.
 #[derive(Debug, Clone, Copy)]
 pub struct Observation {
-    /// Which sums are taken. A backward pass runs if any is of gradients.
+    /// The sums to take. A backward pass runs if any is of gradients.
     pub needs: Needs,
     /// Whether per-token gradients are clipped.
     pub clip_gradients: bool,

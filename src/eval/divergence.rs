@@ -16,7 +16,7 @@ pub struct TokenDivergence {
     pub reference_nll: f64,
     /// −ln p of the target under the model.
     pub nll: f64,
-    /// What depends on the whole distribution and not on the target.
+    /// Figures that depend on the whole distribution and not only on the target.
     pub rows: RowDivergence,
 }
 

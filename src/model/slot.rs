@@ -52,7 +52,7 @@ pub enum InputSite {
 /// A linear within its block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Slot {
-    /// What it does in its block.
+    /// Its role in the block.
     pub role: Role,
     /// The expert that it belongs to.
     pub expert: Option<usize>,

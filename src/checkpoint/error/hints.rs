@@ -1,11 +1,11 @@
-//! What follows from an error: a hint for people, and the class that decides the exit code.
+//! The consequences of an error: a hint for people, and the class that decides the exit code.
 
 use super::super::magic::WEIGHTS;
 use super::super::paths::{INDEX_FILE, folder_of};
 use super::CheckpointError;
 
 impl CheckpointError {
-    /// What the user can do about it, when there is something.
+    /// A way for the user to fix it, if there is one.
     pub fn hint(&self) -> Option<String> {
         use CheckpointError::*;
         Some(match self {

@@ -98,7 +98,7 @@ pub enum OutputError {
 }
 
 impl OutputError {
-    /// What the user can do about it.
+    /// A way for the user to fix it.
     pub fn hint(&self) -> String {
         use OutputError::*;
         match self {

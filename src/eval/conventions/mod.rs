@@ -71,7 +71,7 @@ pub trait Rules: Sync {
         false
     }
 
-    /// What the perplexity is normalized by.
+    /// The unit that the perplexity is normalized by.
     fn unit(&self) -> Unit {
         Unit::Token
     }
