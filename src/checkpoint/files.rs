@@ -1,4 +1,4 @@
-//! Which files of a folder are the checkpoint.
+//! The files of a folder that are the checkpoint.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -31,7 +31,7 @@ pub(super) fn read_config(path: &Path) -> Result<Option<Map<String, Value>>> {
     }
 }
 
-/// Which files of a folder are the checkpoint.
+/// The files of a folder that are the checkpoint.
 #[derive(Debug)]
 pub(super) struct CheckpointFiles {
     pub root: PathBuf,

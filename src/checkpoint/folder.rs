@@ -213,12 +213,12 @@ impl OutputFolder {
         self.partial.join(OUTPUT)
     }
 
-    /// For temporary files of this run.
+    /// The folder for temporary files of this run.
     pub fn work(&self) -> PathBuf {
         self.partial.join(SCRATCH)
     }
 
-    /// For pieces that a later run can resume from.
+    /// The folder for pieces that a later run can resume from.
     pub fn pieces(&self) -> PathBuf {
         self.partial.join(PIECES)
     }

@@ -73,7 +73,7 @@ pub enum Existing {
 }
 
 impl Existing {
-    /// As `--force` says.
+    /// The treatment by `--force`.
     pub fn of(force: bool) -> Self {
         if force { Self::Replace } else { Self::Refuse }
     }

@@ -45,9 +45,9 @@ pub fn parse(tensor: &str) -> Option<(&str, Factor)> {
 /// Whether a weight is stored as (out, in) or as (in, out).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fan {
-    /// As in most models.
+    /// (out, in), as in most models.
     OutIn,
-    /// As in GPT-2's Conv1D.
+    /// (in, out), as in GPT-2's Conv1D.
     InOut,
 }
 

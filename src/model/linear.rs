@@ -22,7 +22,7 @@ pub enum Bias {
 }
 
 impl Bias {
-    /// As given by a family's table.
+    /// The bias that a family's table gives.
     pub fn of(has_bias: bool) -> Self {
         if has_bias { Self::Stored } else { Self::None }
     }

@@ -57,7 +57,7 @@ pub(super) fn log_sum_exp(arch: Arch, row: &[f32]) -> f64 {
 /// The difference of two rows of logits, as distributions `p` (the reference) and `q`.
 #[derive(Debug, Clone, Copy)]
 pub struct RowDivergence {
-    /// For the reference, and for the model.
+    /// The log-sum-exp of the reference and of the model.
     pub log_sum_exp: (f64, f64),
     /// KL(p ‖ q), in nats.
     pub kl: f64,

@@ -20,7 +20,7 @@ pub enum Order {
 }
 
 impl Order {
-    /// As given by a family's table.
+    /// The order that a family's table gives.
     pub fn of(is_conv1d: bool) -> Self {
         if is_conv1d { Self::InOut } else { Self::OutIn }
     }

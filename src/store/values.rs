@@ -19,7 +19,7 @@ pub enum Values {
 const CHUNK: usize = 1 << 16;
 
 impl Values {
-    /// As headers of pieces name the type.
+    /// The name of the type in headers of pieces.
     pub(super) fn type_name(&self) -> &'static str {
         match self {
             Self::F32(_) => "f32",

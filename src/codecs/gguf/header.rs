@@ -9,7 +9,7 @@ use super::element::Element;
 /// The tensors that a file describes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Header {
-    /// In the order of the file.
+    /// The tensors in the order of the file.
     pub tensors: Vec<Entry>,
     /// First byte of the data of all tensors.
     pub data_begin: u64,

@@ -3,7 +3,7 @@
 /// How the values of a tensor are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Arrangement {
-    /// As in a checkpoint.
+    /// The values of the checkpoint, unchanged.
     Same,
     /// Within each head, rows of the two halves alternate.
     Interleaved {

@@ -44,7 +44,7 @@ pub enum Allocation {
     Fixed(usize),
     /// A rank per linear.
     PerLinear {
-        /// What decides each rank.
+        /// The allocator, with its limit.
         rule: Rule,
         /// Share of the uniform rank that every low-rank linear keeps, in [0, 1].
         floor: f64,
@@ -80,12 +80,12 @@ pub enum Rule {
 /// How factors are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FactorStorage {
-    /// In the dtype of the weight.
+    /// Stored in the dtype of the weight.
     Plain(Kind),
     /// With the order of ranks stored as well, so that truncation is exact (`--elastic`). Never the layout `factors`,
     /// which is ordered itself.
     Elastic(Kind),
-    /// As integers.
+    /// Stored as integers.
     Quantized(Kind, FactorBits),
 }
 
@@ -124,7 +124,7 @@ pub enum Bases {
 /// Factors that compensate the error of a base.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Factors<R> {
-    /// Which error the factors minimize.
+    /// The method, which decides the error that the factors minimize.
     pub method: Compensate,
     /// r of `B` (out, r) and `A` (r, in).
     pub rank: R,
