@@ -71,7 +71,7 @@ pub trait Rules: Sync {
         false
     }
 
-    /// The unit that the perplexity is normalized by.
+    /// What the perplexity is normalized by.
     fn unit(&self) -> Unit {
         Unit::Token
     }
