@@ -3,7 +3,8 @@
 use anyhow::Result;
 use candle_core::Tensor;
 
-use super::{Element, Matrix, Shape, Size, Structure};
+use super::matrix::Matrix;
+use super::structure::{Element, Shape, Size, Structure};
 
 pub(super) struct Dense;
 

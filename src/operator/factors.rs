@@ -8,8 +8,9 @@ use anyhow::{Context, Result};
 use candle_core::Tensor;
 use faer::{Mat, MatRef};
 
+use super::matrix::Matrix;
 use super::rounding::{Rounded, Sides, diagonal, refit_right, round_to_nearest, weighted_error};
-use super::{Element, Fit, FitValues, Fitting, Matrix, Shape, Size, Structure};
+use super::structure::{Element, Fit, FitValues, Fitting, Shape, Size, Structure};
 use crate::approx::low_rank::{self, Decomposition, ErrorCurve, LowRank};
 use crate::approx::metric::{Metric, MetricPair};
 use crate::checkpoint::Dtype;

@@ -4,7 +4,9 @@ use anyhow::Result;
 use faer::MatRef;
 use serde_json::{Map, Value, json};
 
-use super::{BASE, Element, Kind, Matrix, Part, Shape, Size};
+use super::matrix::Matrix;
+use super::names::BASE;
+use super::structure::{Element, Kind, Part, Shape, Size};
 use crate::approx::low_rank::LowRank;
 use crate::approx::metric::Metric;
 use crate::checkpoint::Dtype;
@@ -107,6 +109,14 @@ impl Form {
             Some(Storage::Grouped(scheme)) => Some(scheme),
             _ => None,
         }
+    }
+}
+
+impl Kind {
+    /// Parameters of a matrix with this rank.
+    pub fn n_parameters(self, rank: usize, shape: Shape) -> u64 {
+        Form { kind: self, size: self.fitting().size(rank, shape), storage: None, right: Right::Own }
+            .n_parameters(shape)
     }
 }
 
@@ -232,7 +242,7 @@ impl Term {
         Ok(Self { form: self.form, parts })
     }
 
-    /// The term with quantized parts; see [`Fitting::quantize`](super::Fitting::quantize).
+    /// The term with quantized parts; see [`Fitting::quantize`](super::structure::Fitting::quantize).
     ///
     /// # Errors
     /// The quantized part has dependent columns.

@@ -15,8 +15,9 @@ use candle_core::Tensor;
 use faer::MatRef;
 
 use super::factors::right_part;
+use super::matrix::Matrix;
 use super::rounding::{Rounded, Sides, round_to_nearest};
-use super::{Element, Fit, FitValues, Fitting, Matrix, Shape, Size, Structure};
+use super::structure::{Element, Fit, FitValues, Fitting, Shape, Size, Structure};
 use crate::approx::low_rank::{self, ErrorCurve, LowRank};
 use crate::approx::metric::{Metric, MetricPair};
 use crate::checkpoint::Dtype;

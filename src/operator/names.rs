@@ -1,6 +1,6 @@
 //! Names of stored parts: the matrices of a module, and where its bias may be.
 
-use super::{Element, Kind};
+use super::structure::{Element, Kind};
 use crate::codecs::peft;
 
 /// The part that is a base under another term: `X.base.weight`.

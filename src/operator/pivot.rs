@@ -20,10 +20,11 @@ use candle_core::Tensor;
 use faer::{Mat, MatRef};
 
 use super::factors::{self, right_part};
+use super::matrix::Matrix;
 use super::rounding::{
     Grams, Rounded, Sides, columns_with_feedback, diagonal, refit_right, round_to_nearest, weighted_error,
 };
-use super::{Element, Fit, Fitting, Kind, Matrix, Shape, Size, Structure};
+use super::structure::{Element, Fit, Fitting, Kind, Shape, Size, Structure};
 use crate::approx::low_rank::{self, ErrorCurve, LowRank};
 use crate::approx::metric::{Metric, MetricPair};
 use crate::checkpoint::Dtype;

@@ -7,7 +7,7 @@
 
 use faer::{Mat, MatRef};
 
-use super::Matrix;
+use super::matrix::Matrix;
 use crate::approx::gram::{mean_diagonal, shifted};
 use crate::approx::metric::Metric;
 use crate::checkpoint::{Dtype, cast};
@@ -55,7 +55,7 @@ pub struct Sides<'a> {
 /// Parts whose values all have the dtype, and the squared error of rounding in the metric.
 #[derive(Debug, Clone)]
 pub struct Rounded {
-    /// In the order of [`Structure::suffixes`](super::Structure::suffixes).
+    /// In the order of [`Structure::suffixes`](super::structure::Structure::suffixes).
     pub parts: Vec<Matrix>,
     /// `tr(G E C Eᵀ)`, where `E` is the change of the matrix by rounding.
     pub squared_error: f64,
