@@ -4,16 +4,14 @@
 use serde_json::{Map, Value, json};
 
 use super::dense::{weight, weight_bytes};
+use super::exporter::{Adapter, Exporter, NamedBytes, OutTensor, Refusal, Source, Target, encode};
 use super::refusal::listed;
-use super::{
-    Adapter, CheckpointError, Exporter, Forms, LinearInfo, NamedBytes, Operator, OutTensor, Refusal, Source, Target,
-    encode,
-};
+use crate::checkpoint::CheckpointError;
 use crate::codecs::peft::{self, Fan};
 use crate::model::config;
-use crate::model::inventory::Stored;
+use crate::model::inventory::{LinearInfo, Stored};
 use crate::model::{InputSite, Slot};
-use crate::operator::Kind;
+use crate::operator::{Forms, Kind, Operator};
 
 pub(super) struct Peft;
 

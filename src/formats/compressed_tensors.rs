@@ -5,14 +5,13 @@ use std::collections::BTreeMap;
 
 use serde_json::{Map, Value};
 
-use super::{
-    Adapter, CheckpointError, Exporter, Forms, LinearInfo, NamedBytes, Operator, OutTensor, Refusal, Source, adapter,
-    encode,
-};
+use super::adapter;
+use super::exporter::{Adapter, Exporter, NamedBytes, OutTensor, Refusal, Source, encode};
+use crate::checkpoint::CheckpointError;
 use crate::codecs::{self, Values, Written};
 use crate::model::architectures;
-use crate::model::inventory::{self, Stored};
-use crate::operator::{Matrix, Term};
+use crate::model::inventory::{self, LinearInfo, Stored};
+use crate::operator::{Forms, Matrix, Operator, Term};
 use crate::quantize::{Grouped, Levels, Quantized, Scheme};
 
 pub(super) struct CompressedTensors;

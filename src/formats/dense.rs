@@ -3,9 +3,11 @@
 
 use serde_json::{Map, Value};
 
-use super::{Adapter, CheckpointError, Exporter, Forms, LinearInfo, NamedBytes, Operator, OutTensor, Source, encode};
+use super::exporter::{Adapter, Exporter, NamedBytes, OutTensor, Source, encode};
+use crate::checkpoint::CheckpointError;
 use crate::linalg;
-use crate::model::inventory::Stored;
+use crate::model::inventory::{LinearInfo, Stored};
+use crate::operator::{Forms, Operator};
 
 pub(super) struct Dense;
 

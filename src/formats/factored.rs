@@ -12,17 +12,14 @@
 use anyhow::Result;
 use serde_json::{Map, Value, json};
 
-use super::{
-    Adapter, CheckpointError, Exporter, Forms, LinearInfo, NamedBytes, Operator, OutTensor, Source, encode,
-    stacks_apart,
-};
-use crate::checkpoint::{Checkpoint, Dtype, FORMAT_VERSION};
+use super::exporter::{Adapter, Exporter, NamedBytes, OutTensor, Source, encode, stacks_apart};
+use crate::checkpoint::{Checkpoint, CheckpointError, Dtype, FORMAT_VERSION};
 use crate::codecs::packed::{self, PackedEntry};
 use crate::codecs::{Values, Written};
 use crate::model::ModelConfig;
 use crate::model::config::MODEL_TYPE_PREFIX;
-use crate::model::inventory::{self, Stored};
-use crate::operator::{self, BASE, Element, Form, Kind, Matrix, Part, Right, Term};
+use crate::model::inventory::{self, LinearInfo, Stored};
+use crate::operator::{self, BASE, Element, Form, Forms, Kind, Matrix, Operator, Part, Right, Term};
 use crate::quantize::{Quantized, Storage};
 
 pub(super) struct Factored;

@@ -4,13 +4,14 @@ use std::collections::BTreeMap;
 
 use serde_json::{Map, Value};
 
+use super::adapter;
 use super::compressed_tensors::{coded, coded_bytes, exchange_scheme, grouped_base};
+use super::exporter::{Adapter, Exporter, NamedBytes, OutTensor, Refusal, Source};
 use super::refusal::listed;
-use super::{
-    Adapter, CheckpointError, Exporter, Forms, LinearInfo, NamedBytes, Operator, OutTensor, Refusal, Source, adapter,
-};
+use crate::checkpoint::CheckpointError;
 use crate::codecs;
-use crate::model::inventory;
+use crate::model::inventory::{self, LinearInfo};
+use crate::operator::{Forms, Operator};
 
 pub(super) struct Gptq;
 

@@ -6,8 +6,10 @@ use std::path::Path;
 use anyhow::Result;
 use serde_json::{Map, Value};
 
+use super::exporter::{Adapter, Container, Exporter, NamedBytes, OutTensor, Source, Target, stacks_apart};
+use super::format::Format;
 use super::gguf::file::GgufFile;
-use super::{Adapter, Container, Exporter, Format, NamedBytes, OutTensor, Source, Target, refusal, stacks_apart};
+use super::refusal;
 use crate::checkpoint::{
     CONFIG_FILE, Checkpoint, CheckpointError, LeftOut, OutputFolder, SafetensorsWriter, Side, Stack, TensorSpec, cast,
     io, json, writer_bytes,
@@ -103,7 +105,7 @@ impl<'a> Files<'a> {
                 .hint("`factored` and `dense` keep the names of the files")
                 .into());
         }
-        if let Some(failure) = refusal::of_linears(source, format, modules) {
+        if let Some(failure) = refusal::of_linears(source, format, exporter, modules) {
             return Err(failure.into());
         }
         let whole = |reason: String| {

@@ -2,28 +2,16 @@
 
 use globset::Glob;
 
-use super::{Format, Forms, Source};
+use super::exporter::{Exporter, Refusal, Source};
+use super::format::Format;
 use crate::error::Failure;
 use crate::model::inventory::LinearInfo;
+use crate::operator::Forms;
 
 /// The most names in a message; the rest are counted.
 const SHOWN: usize = 3;
 
-/// Why a format cannot store linears together.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Refusal {
-    /// A clause for the error: what the format cannot store.
-    pub reason: String,
-    /// The modules that cause it; without them the format could store the rest.
-    pub of: Vec<String>,
-}
-
 impl Refusal {
-    /// A refusal that no particular linear causes.
-    pub(super) fn whole(reason: impl Into<String>) -> Self {
-        Self { reason: reason.into(), of: Vec::new() }
-    }
-
     /// How to avoid it.
     pub(super) fn hint(&self, format: Format, modules: &[(LinearInfo, Forms)]) -> String {
         let refused: Vec<&str> = self.of.iter().map(String::as_str).collect();
@@ -32,9 +20,13 @@ impl Refusal {
     }
 }
 
-/// The linears that `format` refuses, grouped by reason; `None` if it stores all of them.
-pub(super) fn of_linears(source: &Source<'_>, format: Format, modules: &[(LinearInfo, Forms)]) -> Option<Failure> {
-    let exporter = format.exporter();
+/// The linears that the exporter of `format` refuses, grouped by reason; `None` if it stores all of them.
+pub(super) fn of_linears(
+    source: &Source<'_>,
+    format: Format,
+    exporter: &dyn Exporter,
+    modules: &[(LinearInfo, Forms)],
+) -> Option<Failure> {
     let (mut reasons, mut stored): (Vec<(String, Vec<&str>)>, Vec<&str>) = (Vec::new(), Vec::new());
     for (linear, forms) in modules {
         let name = linear.module.as_str();

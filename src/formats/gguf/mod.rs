@@ -11,20 +11,19 @@ use serde_json::{Map, Value as Json};
 
 use self::metadata::{hyperparameters, rope_fields, rope_type};
 use self::vocabulary::vocabulary;
-use super::{
-    Adapter, CheckpointError, Container, Exporter, Forms, GgufValue as Value, LinearInfo, NamedBytes, Operator,
-    OutTensor, Refusal, Source, Target, adapter, encode,
-};
-use crate::checkpoint::TensorInfo;
+use super::adapter;
+use super::exporter::{Adapter, Container, Exporter, NamedBytes, OutTensor, Refusal, Source, Target, encode};
+use crate::checkpoint::{CheckpointError, TensorInfo};
 use crate::codecs::cast::{self, Dtype};
-use crate::codecs::gguf::{self, Arrangement, Element, factor_name};
+use crate::codecs::gguf::{self, Arrangement, Element, Value, factor_name};
 use crate::codecs::peft::Factor;
 use crate::linalg;
+use crate::model::ModelConfig;
 use crate::model::architectures::gguf::Family;
 use crate::model::architectures::{self, gguf_family};
 use crate::model::config::rope_factors;
-use crate::model::{ModelConfig, inventory};
-use crate::operator::{self, Matrix};
+use crate::model::inventory::{self, LinearInfo};
+use crate::operator::{self, Forms, Matrix, Operator};
 use crate::quantize::{BlockType, Blocks, Levels, Quantized, Storage};
 
 pub(super) struct Gguf;

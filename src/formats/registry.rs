@@ -1,0 +1,58 @@
+//! The exporter of every format, one line each, and the sizes that follow from it.
+
+use serde_json::{Map, Value};
+
+use super::exporter::{Adapter, Exporter, OutTensor};
+use super::format::Format;
+use super::{adapter, compressed_tensors, dense, factored, gguf, gptq};
+use crate::checkpoint::header_entry_bytes;
+use crate::codecs::gguf::Element;
+use crate::model::inventory::LinearInfo;
+use crate::operator::Forms;
+
+impl Format {
+    /// The exporter of the format.
+    pub fn exporter(self) -> &'static dyn Exporter {
+        match self {
+            Self::Factored => &factored::Factored,
+            Self::Dense => &dense::Dense,
+            Self::CompressedTensors => &compressed_tensors::CompressedTensors,
+            Self::Gptq => &gptq::Gptq,
+            Self::Peft => &adapter::Peft,
+            Self::Gguf => &gguf::Gguf,
+        }
+    }
+
+    /// Bytes of a linear: of its tensors, or of the factored form for formats that multiply factors out.
+    pub fn n_bytes(self, linear: &LinearInfo, forms: &Forms) -> u64 {
+        match self {
+            Self::Factored | Self::Dense | Self::Peft => {
+                let (base, over) = linear.bytes_as(forms);
+                base + over
+            }
+            _ => self.exporter().tensors(linear, forms).iter().map(OutTensor::n_bytes).sum(),
+        }
+    }
+
+    /// The same, plus its share of the header of a file of about `file_bytes`; without forms, for the linear as it is.
+    pub fn n_bytes_in_file(self, linear: &LinearInfo, forms: Option<&Forms>, file_bytes: u64) -> u64 {
+        let tensors = match forms {
+            Some(forms) => self.exporter().tensors(linear, forms),
+            None => vec![OutTensor::plain(
+                linear.weight_name(),
+                linear.dtype,
+                vec![linear.out_features, linear.in_features],
+            )],
+        };
+        let header = |tensor: &OutTensor| match tensor.element {
+            Element::Plain(_) => header_entry_bytes(&tensor.spec(), file_bytes),
+            Element::Block(_) => 0,
+        };
+        tensors.iter().map(|tensor| tensor.n_bytes() + header(tensor)).sum()
+    }
+}
+
+/// How each runtime loads an output for a model with `config`, with the auto class of that model.
+pub fn loading(exporter: &dyn Exporter, config: &Map<String, Value>, adapter: Adapter) -> String {
+    exporter.loading(adapter).replace("AutoModelForCausalLM", &factored::auto_class(config))
+}
