@@ -9,7 +9,7 @@ use serde_json::json;
 use super::super::metrics::{Metrics, SharedInputs};
 use super::super::pieces;
 use super::super::plan::Plan;
-use super::{Approximation, Details, Fitted, Fitter, Made, Origin, Unit, floats};
+use super::unit::{Approximation, Details, Fitted, Fitter, Made, Origin, Unit, floats};
 use crate::approx::low_rank::{Bases, ErrorCurve, LowRank, Space};
 use crate::approx::metric::{MetricPair, PlainSides};
 use crate::checkpoint::Checkpoint;

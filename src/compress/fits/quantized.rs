@@ -11,7 +11,7 @@ use serde_json::json;
 use super::super::compensate::{Compensate, CompensateRank};
 use super::super::metrics::{Metrics, SharedInputs};
 use super::super::plan::{Plan, largest_compensation};
-use super::{Approximation, Details, Fitted, Fitter, Origin, Unit, floats};
+use super::unit::{Approximation, Details, Fitted, Fitter, Made, Origin, Unit, floats};
 use crate::approx::low_rank::{self, ErrorCurve, LowRank};
 use crate::approx::metric::{MetricPair, PlainSides};
 use crate::checkpoint::Checkpoint;
@@ -175,12 +175,12 @@ impl Fitter for Quantize<'_> {
         [SharedInputs::new(linears), SharedInputs::new(linears)]
     }
 
-    fn fit(&self, unit: &Unit, shared: &[SharedInputs; 2]) -> Result<super::Made> {
+    fn fit(&self, unit: &Unit, shared: &[SharedInputs; 2]) -> Result<Made> {
         let i = unit.members[0];
         let (norm, plain, made) = self.make(&self.plan.linears[i], &(self.quants)(i), shared)?;
         let records: Vec<Record> = made.iter().map(MadeBase::record).collect();
         let values = made.into_iter().flat_map(MadeBase::into_arrays).collect();
-        Ok(super::Made { fields: json!((plain, records)), kept: vec![vec![norm].into()], values })
+        Ok(Made { fields: json!((plain, records)), kept: vec![vec![norm].into()], values })
     }
 
     fn keep(&self, unit: &Unit, mut piece: Piece, values: Option<Piece>, spool: &mut Spool) -> Result<Self::Output> {

@@ -15,7 +15,7 @@ use serde_json::json;
 
 use super::super::metrics::{Metrics, SharedInputs};
 use super::super::plan::Plan;
-use super::{Approximation, Details, Fitted, Fitter, Made, Origin, Unit, floats};
+use super::unit::{Approximation, Details, Fitted, Fitter, Made, Origin, Unit, floats};
 use crate::approx::low_rank::{self, ErrorCurve, LowRank};
 use crate::approx::metric::{Metric, MetricPair};
 use crate::checkpoint::Checkpoint;
