@@ -4,10 +4,12 @@ use anyhow::Result;
 
 use super::allocate::Ranks;
 use super::budget::{choices_by_shape, known_choices, quantized_choice};
+use super::job::Job;
 use super::plan::{Choice, FitKind, Plan};
 use super::recipe::{Budget, Recipe};
+use super::run::{Run, stopped};
 use super::study::Study;
-use super::{Job, Run, estimate, output, record, sensitivity, stopped};
+use super::{estimate, output, record, sensitivity};
 use crate::checkpoint::OutputFolder;
 use crate::error::Failure;
 use crate::formats;

@@ -9,8 +9,8 @@ use anyhow::Result;
 use candle_core::{DType, Tensor};
 use faer::Mat;
 
-use super::Job;
 use super::budget::max_ranks;
+use super::job::Job;
 use super::plan::Plan;
 use crate::approx::low_rank;
 use crate::approx::metric::MetricPair;

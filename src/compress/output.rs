@@ -8,8 +8,8 @@ use anyhow::{Context, Result};
 use rayon::prelude::*;
 use serde_json::json;
 
-use super::Job;
 use super::fits::values_key;
+use super::job::Job;
 use super::pieces;
 use super::plan::Choice;
 use super::solution::Solution;

@@ -5,8 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use anyhow::Result;
 use serde_json::{Value, json};
 
-use super::Job;
 use super::inputs::Inputs;
+use super::job::Job;
 use super::output::Written;
 use super::plan::{Choice, Plan};
 use super::recipe::Recipe;

@@ -1,0 +1,38 @@
+//! What is compressed, into which folder.
+
+use std::path::Path;
+
+use anyhow::Result;
+
+use super::recipe::Recipe;
+use crate::checkpoint::{Checkpoint, Existing, OutputFolder, expect_apart};
+use crate::device::Device;
+use crate::report::REPORT_FILE;
+
+/// The source and the output of a compression.
+pub struct Job<'a> {
+    /// The source.
+    pub checkpoint: &'a Checkpoint,
+    /// The model as the user names it.
+    pub source: &'a str,
+    /// All settings that determine the bytes of the output.
+    pub recipe: &'a Recipe,
+    /// The output folder, which appears whole or not at all.
+    pub output: &'a Path,
+    /// Whether an output of an earlier run is replaced.
+    pub force: bool,
+    /// Whether to discard the progress of an interrupted run instead of resuming it.
+    pub restart: bool,
+    /// Memory for hidden states and activations; the rest goes to files in the work folder.
+    pub memory_bytes: u64,
+    /// The device that runs the model.
+    pub device: Device,
+}
+
+impl Job<'_> {
+    /// Refuses an output that may not be overwritten, or that contains an input.
+    pub(super) fn check_output(&self) -> Result<()> {
+        OutputFolder::check(self.output, Existing::of(self.force), REPORT_FILE)?;
+        Ok(expect_apart(self.output, self.recipe.inputs().chain([self.checkpoint.root()]))?)
+    }
+}

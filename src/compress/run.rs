@@ -1,0 +1,82 @@
+//! A run of a job: what is known of it before any work, its folder, and how it stops.
+
+use std::time::Instant;
+
+use anyhow::Result;
+
+use super::inputs::Inputs;
+use super::job::Job;
+use super::plan::Plan;
+use super::record;
+use crate::checkpoint::{Earlier, Existing, Fingerprint, OutputFolder};
+use crate::error::{self, ExitClass, Failure, exit_class};
+use crate::formats::Source;
+use crate::model::fingerprint;
+use crate::progress::Progress;
+use crate::report::REPORT_FILE;
+use crate::session::Session;
+use crate::store::Journal;
+
+/// A compression whose inputs have been checked.
+pub(super) struct Run<'a> {
+    pub job: &'a Job<'a>,
+    pub plan: Plan,
+    pub source: Source<'a>,
+    pub inputs: Inputs,
+    pub source_files: Fingerprint,
+    pub started: Instant,
+}
+
+impl<'a> Run<'a> {
+    pub fn new(job: &'a Job<'a>) -> Result<Self> {
+        let started = Instant::now();
+        let (checkpoint, recipe) = (job.checkpoint, job.recipe);
+        job.check_output()?;
+        let plan = Plan::new(checkpoint, recipe)?;
+        let source = Source::new(checkpoint);
+        plan.check_format(&source, recipe)?;
+        let inputs = Inputs::load(checkpoint, recipe, &plan)?;
+        Ok(Self { job, plan, source, inputs, source_files: fingerprint(checkpoint)?, started })
+    }
+
+    /// The folder of its output, with what an earlier run of the same job has finished. A full disk is reported before
+    /// any work.
+    pub fn folder(&self) -> Result<OutputFolder> {
+        let job = self.job;
+        let description = record::job(job, &self.source_files, &self.inputs)?;
+        let earlier = if job.restart { Earlier::Discarded } else { Earlier::Resumed };
+        let folder = OutputFolder::resume(job.output, Existing::of(job.force), REPORT_FILE, &description, earlier)?;
+        folder.require_space(self.disk_bytes())?;
+        Ok(folder)
+    }
+
+    /// Bytes on disk while it runs, for pieces of its work and the least output.
+    pub fn disk_bytes(&self) -> u64 {
+        let (checkpoint, recipe) = (self.job.checkpoint, self.job.recipe);
+        let part = self.inputs.windows.as_ref().map(|windows| &windows.part);
+        let tokens = part.map_or((0, 0), |part| (part.tokens, part.with_gradients().tokens));
+        self.plan.least_output_bytes(checkpoint) + self.plan.kept_bytes(checkpoint, recipe, tokens)
+    }
+
+    pub fn session<'s>(&self, folder: &OutputFolder, progress: &'s dyn Progress) -> Session<'s>
+    where
+        'a: 's,
+    {
+        let journal = Journal::new(folder.pieces());
+        let job = self.job;
+        Session::new(job.checkpoint, &job.device, job.memory_bytes, folder.work(), journal, progress)
+    }
+}
+
+/// The error of a run that stopped; if a resource is at fault, finished work is kept.
+pub(super) fn stopped(folder: &mut OutputFolder, error: anyhow::Error) -> anyhow::Error {
+    if exit_class(&error) == ExitClass::Resources
+        && let Some(kept) = folder.keep()
+    {
+        let mend = error::hint(&error).map_or(String::new(), |mend| format!("{mend}; "));
+        let kept = kept.display();
+        let hint = format!("{mend}finished work is kept in `{kept}`; run the same command again to resume");
+        return error.context(Failure::new(ExitClass::Resources, "stopped").hint(hint));
+    }
+    error
+}
