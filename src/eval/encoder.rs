@@ -6,7 +6,8 @@ use std::time::Instant;
 use anyhow::Result;
 use candle_core::Tensor;
 
-use super::{EvalSettings, Reference, expect_same_tokens, last_states, mean, standard_error};
+use super::mean::{mean, standard_error};
+use super::settings::{EvalSettings, Reference, expect_same_tokens, last_states};
 use crate::checkpoint::Checkpoint;
 use crate::device::to_host;
 use crate::error::{Failure, NON_FINITE_HINT};

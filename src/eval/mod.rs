@@ -3,57 +3,28 @@
 pub mod conventions;
 pub mod divergence;
 mod encoder;
+mod mean;
+mod settings;
 
 use std::ops::Range;
-use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
 use candle_core::Tensor;
 
 use crate::checkpoint::Checkpoint;
-use crate::device::Device;
 use crate::error::Failure;
 use crate::model::config::window_length;
 use crate::model::{Decoder, Hidden, ModelConfig, Scored, Walk, WalkLimits};
 use crate::progress::{Progress, Stage};
 use crate::report::{DivergenceRecord, LRC_VERSION, PerplexityReport, SCHEMA_VERSION, peak_memory_bytes};
 use crate::text::{Bos, Text, Tokenizer};
-use conventions::{Convention, Lengths, Rules, Unit, Window};
+use conventions::{Lengths, Rules, Unit, Window};
 use divergence::Divergence;
 pub use encoder::{Masking, encoder};
-
-/// The settings of an evaluation.
-#[derive(Debug, Clone)]
-pub struct EvalSettings {
-    /// The model as the user named it.
-    pub model: String,
-    /// A text, or documents; see [`Text::read`].
-    pub text: PathBuf,
-    /// Field of a document that holds its text.
-    pub field: String,
-    /// How the text is cut and what is scored. Figures of different conventions cannot be compared.
-    pub convention: Convention,
-    /// Tokens per window; none: set by the convention, at most the model's context.
-    pub seq_len: Option<usize>,
-    /// Tokens between the starts of overlapping windows.
-    pub stride: Option<usize>,
-    /// Only the first windows are scored; none: all.
-    pub max_windows: Option<usize>,
-    /// Whether the token stream begins with BOS.
-    pub bos: Bos,
-    /// Memory for hidden states, of both models together; the rest goes to a temporary file.
-    pub memory_bytes: u64,
-    /// The device that runs the models.
-    pub device: Device,
-}
-
-impl EvalSettings {
-    /// A model on the device of the evaluation.
-    fn decoder<'c>(&self, checkpoint: &'c Checkpoint) -> Result<Decoder<'c>> {
-        Ok(Decoder::open(checkpoint)?.on(&self.device))
-    }
-}
+use mean::{mean, standard_error};
+pub use settings::{EvalSettings, Reference};
+use settings::{expect_same_tokens, last_states};
 
 /// Default stride, as in the guide of transformers; half a window if that is less.
 const DEFAULT_STRIDE: usize = 512;
@@ -199,14 +170,6 @@ fn words_in(text: &str, bytes: &Range<usize>) -> usize {
     n_words
 }
 
-/// The model to compare with.
-pub struct Reference<'a> {
-    /// It must tokenize the text as the model does.
-    pub checkpoint: &'a Checkpoint,
-    /// The reference as the user named it, for the report.
-    pub name: &'a str,
-}
-
 /// Measures perplexity, and the divergence from a reference if there is one. Weights are read once, one block at a time, of both models
 /// in turn.
 ///
@@ -273,17 +236,6 @@ pub fn perplexity(
         _ => None,
     };
     Ok(report(checkpoint, settings, prepared, &nlls, divergence, started))
-}
-
-/// Runs the windows of a walk through all blocks.
-fn last_states<'a>(decoder: &Decoder<'_>, walk: Walk<'a>, stage: &dyn Stage) -> Result<(Walk<'a>, Hidden)> {
-    let hidden = walk.embed(decoder)?;
-    for block_idx in 0..decoder.n_blocks() {
-        stage.note(&format!("block {block_idx}"));
-        let block = decoder.block(block_idx)?;
-        walk.advance(&hidden, decoder, &block, stage)?;
-    }
-    Ok((walk, hidden))
 }
 
 /// Compares the logits of a model with those of the reference, window by window.
@@ -360,43 +312,9 @@ fn report(
     }
 }
 
-/// Checks that both models tokenize the text alike.
-fn expect_same_tokens(reference: &Reference<'_>, checkpoint: &Checkpoint, text: &Text) -> Result<()> {
-    let (own, other) = (Tokenizer::open(checkpoint.root())?, Tokenizer::open(reference.checkpoint.root())?);
-    if own.sha256 == other.sha256 {
-        return Ok(());
-    }
-    for document in &text.documents {
-        if own.encode(document, Bos::Never)?.ids != other.encode(document, Bos::Never)?.ids {
-            let message = format!("`{}` and the model tokenize the text differently", reference.name);
-            return Err(Failure::unsupported(message).hint("the reference must share the model's tokenizer").into());
-        }
-    }
-    Ok(())
-}
-
-fn mean(values: &[f64]) -> f64 {
-    values.iter().sum::<f64>() / values.len() as f64
-}
-
-/// Standard error of the mean: √(variance / (n − 1)).
-fn standard_error(values: &[f64], mean: f64) -> f64 {
-    let n = values.len() as f64;
-    let variance = values.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / n;
-    if n > 1.0 { (variance / (n - 1.0)).sqrt() } else { 0.0 }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn statistics_have_their_closed_forms() {
-        let values = [1.0, 2.0, 3.0, 4.0];
-        assert_eq!(mean(&values), 2.5);
-        // Variance 1.25 over n, standard error √(1.25 / 3).
-        assert!((standard_error(&values, 2.5) - (1.25f64 / 3.0).sqrt()).abs() < 1e-15);
-    }
 
     #[test]
     fn words_are_counted_as_python_splits() {

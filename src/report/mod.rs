@@ -85,6 +85,13 @@ pub struct CompressReport {
     pub peak_memory_bytes: Option<u64>,
 }
 
+impl Published for CompressReport {
+    fn seal(&mut self, output_files: Fingerprint, elapsed_seconds: f64) {
+        (self.output_files, self.elapsed_seconds) = (output_files, elapsed_seconds);
+        self.peak_memory_bytes = peak_memory_bytes();
+    }
+}
+
 /// All targeted linears together.
 #[derive(Debug, Clone, Copy, Default, Serialize, Deserialize, JsonSchema)]
 pub struct LinearSummary {
@@ -144,6 +151,12 @@ pub struct ExportReport {
     pub output_files: Fingerprint,
     /// Wall-clock seconds of the command.
     pub elapsed_seconds: f64,
+}
+
+impl Published for ExportReport {
+    fn seal(&mut self, output_files: Fingerprint, elapsed_seconds: f64) {
+        (self.output_files, self.elapsed_seconds) = (output_files, elapsed_seconds);
+    }
 }
 
 /// A file or folder that is not in the output.

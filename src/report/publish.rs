@@ -5,26 +5,12 @@ use std::time::Instant;
 use anyhow::Result;
 use serde::Serialize;
 
-use super::{CompressReport, ExportReport, REPORT_FILE, peak_memory_bytes};
-use crate::checkpoint::{Fingerprint, OutputFolder};
+use crate::checkpoint::{Fingerprint, OutputFolder, REPORT_FILE};
 
 /// A report that ends an output folder.
 pub trait Published: Serialize {
     /// Sets the fields that are known only after all other files are written.
     fn seal(&mut self, output_files: Fingerprint, elapsed_seconds: f64);
-}
-
-impl Published for CompressReport {
-    fn seal(&mut self, output_files: Fingerprint, elapsed_seconds: f64) {
-        (self.output_files, self.elapsed_seconds) = (output_files, elapsed_seconds);
-        self.peak_memory_bytes = peak_memory_bytes();
-    }
-}
-
-impl Published for ExportReport {
-    fn seal(&mut self, output_files: Fingerprint, elapsed_seconds: f64) {
-        (self.output_files, self.elapsed_seconds) = (output_files, elapsed_seconds);
-    }
 }
 
 /// Writes `pages` (name, content), and the report with the hashes of all other files of the folder.

@@ -3,7 +3,8 @@
 //! preceding context. The tail is kept. (The script of the guide weights the mean of a window by a count that is off by one; this is
 //! the mean over tokens.)
 
-use super::{Lengths, Rules, Tokens, Window};
+use super::rules::{Lengths, Rules, Window};
+use crate::text::Tokens;
 
 pub(super) struct HfStrided;
 

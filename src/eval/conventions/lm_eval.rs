@@ -5,7 +5,8 @@
 //! From version 0.4.10 on the harness also lets the tokenizer add its own BOS, which is then predicted from the first. `--bos never`
 //! gives the earlier behavior, which is also that of `add_bos_token=False`.
 
-use super::{Lengths, Rules, Tokens, Unit, Window};
+use super::rules::{Lengths, Rules, Unit, Window};
+use crate::text::Tokens;
 
 pub(super) struct LmEval;
 

@@ -8,7 +8,7 @@ use faer::{Accum, MatMut, MatRef, Par};
 use pulp::Arch;
 use rayon::prelude::*;
 
-use super::{has_kernel, like, slice};
+use super::kernel::{has_kernel, like, slice};
 use crate::device::to_host;
 use crate::model::softmax::softmax_in_place;
 

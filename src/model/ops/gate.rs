@@ -4,7 +4,7 @@ use anyhow::Result;
 use candle_core::{CpuStorage, CustomOp2, Layout, Shape, Tensor};
 use pulp::Arch;
 
-use super::{has_kernel, like, slice};
+use super::kernel::{has_kernel, like, slice};
 use crate::device::to_host;
 use crate::model::activation::Activation;
 use crate::model::softmax::exp;

@@ -5,7 +5,7 @@ use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Shape, Tensor};
 use candle_nn::ops::{layer_norm_slow, rms_norm_slow};
 use pulp::Arch;
 
-use super::{has_kernel, like, slice, sum};
+use super::kernel::{has_kernel, like, slice, sum};
 use crate::device::to_host;
 
 /// RMSNorm (Zhang & Sennrich 2019) over the last dimension of `x` (..., n), times `weight` (n).

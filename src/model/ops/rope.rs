@@ -5,7 +5,7 @@ use candle_core::{CpuStorage, CustomOp3, Layout, Shape, Tensor};
 use candle_nn::rotary_emb::rope_slow;
 use pulp::Arch;
 
-use super::{has_kernel, like, slice};
+use super::kernel::{has_kernel, like, slice};
 use crate::device::to_host;
 
 /// Rotates the halves of `x` (batch, heads, n_tokens, head_dim) by `cos` and `sin` (n_tokens, head_dim / 2).

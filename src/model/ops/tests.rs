@@ -1,22 +1,17 @@
 //! Kernels against the portable forms: values and gradients.
 
-use std::cell::Cell;
 use std::path::Path;
 
 use candle_core::{Device, Var};
 
 use super::attention::portable_attend;
 use super::gate::{Sigmoidal, portable_gated};
+use super::kernel::ARE_PORTABLE;
 use super::norm::{portable_layer_norm, portable_rms_norm};
 use super::rope::portable_rope;
 use super::*;
 use crate::model::activation::Activation;
 use crate::model::{self, Decoder};
-
-thread_local! {
-    /// Whether this thread runs portable forms, as another device would.
-    pub(super) static ARE_PORTABLE: Cell<bool> = const { Cell::new(false) };
-}
 
 fn variable(shape: &[usize], seed: usize, largest: f32) -> Var {
     let n = shape.iter().product();

@@ -2,12 +2,37 @@
 
 use serde::Serialize;
 
-use super::ErrorLine;
 use super::grid::within_block;
 use super::svg::{self, Axes, Series};
 
 /// Points of a line.
-pub(super) const POINTS: usize = 48;
+const POINTS: usize = 48;
+
+/// The error of a linear by rank.
+#[derive(Debug, Clone)]
+pub struct ErrorLine {
+    /// Name of the module.
+    pub module: String,
+    /// Index of the block, if the name has one.
+    pub block: Option<usize>,
+    /// Rank and relative error, from rank 0 to the largest that was fitted.
+    pub points: Vec<(usize, f64)>,
+    /// The smaller side of the weight.
+    pub full_rank: usize,
+    /// The chosen rank and its error; none if the linear stays dense.
+    pub chosen: Option<(usize, f64)>,
+    /// Largest rank that saves parameters.
+    pub break_even_rank: usize,
+}
+
+impl ErrorLine {
+    /// Ranks up to the largest at which an error is drawn.
+    pub fn ranks(largest: usize) -> Vec<usize> {
+        let mut ranks: Vec<usize> = (0..=POINTS).map(|i| i * largest / POINTS).collect();
+        ranks.dedup();
+        ranks
+    }
+}
 
 /// A titled plot.
 #[derive(Clone, Serialize)]

@@ -6,10 +6,10 @@ use anyhow::Result;
 use bytesize::ByteSize;
 use serde_json::json;
 
-use super::charts::{Chart, Line, families, rank_axes};
+use super::charts::{Chart, ErrorLine, Line, families, rank_axes};
 use super::grid::{Grid, Map, within_block};
 use super::svg::{self, Axes};
-use super::{ErrorLine, Table, Tile, render, table, tile};
+use super::template::{Table, Tile, render, table, tile};
 use crate::report::columns::{Cell, fixed};
 use crate::report::{CompressReport, LinearRecord};
 

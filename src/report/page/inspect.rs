@@ -7,7 +7,7 @@ use serde_json::json;
 use super::charts::{Chart, Line, cumulative, decay, families, rank_axes};
 use super::grid::{Grid, Map, within_block};
 use super::svg::Axes;
-use super::{Head, Shown, Table, render, tile};
+use super::template::{Head, Shown, Table, render, tile};
 use crate::report::columns::{self, Chosen, grouped};
 use crate::report::{InspectReport, Spectrum, SpectrumRecord};
 

@@ -6,7 +6,7 @@ use serde_json::json;
 use super::charts::Chart;
 use super::grid::{Grid, Map, within_block};
 use super::svg::{self, Axes, Series};
-use super::{render, table, tile};
+use super::template::{render, table, tile};
 use crate::report::columns::Cell;
 use crate::report::{SweepPoint, SweepReport};
 
