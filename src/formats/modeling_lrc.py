@@ -4,6 +4,7 @@ Load with `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`
 `config.json` are swapped for plain `nn.Linear`s and `QuantizedLinear`s, so that casts, device maps and saving work as usual.
 """
 
+import contextlib
 import functools
 import re
 import sys
@@ -16,6 +17,11 @@ _Base = getattr(transformers, "@BASE@")
 _BaseConfig = _Base.config_class
 _BaseModel = transformers.AutoModel._model_mapping[_BaseConfig]
 
+try:
+    from transformers import conversion_mapping as _renames
+except ImportError:  # transformers 4 has no such table
+    _renames = None
+
 
 def _shape(linear):
     rows, columns = linear.weight.shape
@@ -23,11 +29,9 @@ def _shape(linear):
     return (rows, columns) if isinstance(linear, nn.Linear) else (columns, rows)
 
 
-_NF4 = [
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+_NF4 = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-]  # fmt: skip
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]  # fmt: skip
 
 
 def _unpack(packed, bits, columns):
@@ -43,11 +47,9 @@ def _unpack(packed, bits, columns):
 class CheckedModule(nn.Module):
     """A module that refuses to run before its buffers are filled from a checkpoint.
 
-    Loaders account for parameters, not for buffers. So buffers are made on the default device, never on that of a parameter,
-    which may be `meta` for good, and with values that lrc never writes. The first call checks them; a graph that is compiled
-    before any call has the cheap checks in it.
+    Loaders account for parameters, not for buffers. So buffers are made on the default device, never on a parameter's, which may
+    stay `meta`, and with values that lrc never writes. The first call checks them; a graph compiled before it has cheap checks.
     """
-
     is_filled = False
 
     def __init__(self, name):
@@ -57,20 +59,14 @@ class CheckedModule(nn.Module):
     def check(self, x):
         text = "`{}.{}` was not loaded, or is damaged: load the whole folder, as lrc wrote it".format
         if torch.compiler.is_compiling():
-            for buffer, is_filled in self.cheap_checks().items():
+            for buffer, is_filled in self.checks(cheap=True).items():
                 torch._assert_async(is_filled, text(self.name, buffer))
         elif isinstance(x, torch.Tensor) and not x.is_meta:  # else no result is computed
-            for buffer, values in self.named_buffers(recurse=False):
-                if values.is_meta:
-                    raise RuntimeError(text(self.name, buffer))
-            for checks in (self.cheap_checks(), self.other_checks()):
-                for buffer, is_filled in checks.items():
-                    if not is_filled:
-                        raise RuntimeError(text(self.name, buffer))
+            missing = [buffer for buffer, values in self.named_buffers(recurse=False) if values.is_meta]
+            missing = missing or [buffer for buffer, is_filled in self.checks(cheap=False).items() if not is_filled]
+            if missing:
+                raise RuntimeError(text(self.name, missing[0]))
             self.is_filled = True
-
-    def other_checks(self):
-        return {}
 
 
 # Sixteen bytes that never begin packed codes.
@@ -95,10 +91,9 @@ def _is_filled(codes):
 
 class QuantizedLinear(CheckedModule):
     """A linear whose weight is `scales * (codes - zeros)`; `scheme` reads `int4-g128-asym` or `nf4-g64`."""
-
-    def __init__(self, name, out_features, in_features, scheme, bias, like):
+    def __init__(self, name, shape, scheme, bias, like):
         super().__init__(name)
-        levels, group, *asym = scheme.split("-")
+        (out_features, in_features), (levels, group, *asym) = shape, scheme.split("-")
         self.in_features, self.out_features, self.levels = in_features, out_features, levels
         self.bits = 4 if levels == "nf4" else int(levels[3:])
         self.group = in_features if group == "channel" else min(int(group[1:]), in_features)
@@ -109,20 +104,17 @@ class QuantizedLinear(CheckedModule):
         self.register_buffer("zeros", buffer((groups * self.bits + 7) // 8, torch.uint8) if asym else None)
         self.bias = nn.Parameter(torch.zeros(out_features, **like)) if bias else None
 
-    def cheap_checks(self):
+    def checks(self, cheap):
         checks = {"codes": _is_filled(self.codes), "scales": self.scales.isfinite().all()}
-        if self.zeros is not None:
-            checks["zeros"] = _is_filled(self.zeros)
-        return checks
+        return checks if self.zeros is None else checks | {"zeros": _is_filled(self.zeros)}
 
     def weight(self):
         codes, scales = _unpack(self.codes, self.bits, self.in_features), self.scales.float()
         spread = lambda per_group: per_group.repeat_interleave(self.group, dim=1)[:, : self.in_features]
         if self.levels == "nf4":
             return torch.tensor(_NF4, device=codes.device)[codes.long()] * spread(scales)
-        if self.zeros is None:
-            return (codes - 2 ** (self.bits - 1)) * spread(scales)
-        return (codes - spread(_unpack(self.zeros, self.bits, scales.shape[1]))) * spread(scales)
+        zeros = 2 ** (self.bits - 1) if self.zeros is None else spread(_unpack(self.zeros, self.bits, scales.shape[1]))
+        return (codes - zeros) * spread(scales)
 
     def forward(self, x):
         if not self.is_filled:
@@ -130,17 +122,8 @@ class QuantizedLinear(CheckedModule):
         return nn.functional.linear(x, self.weight().to(x.dtype), self.bias)
 
 
-def _make(quantized, name, shape, bias, like):
-    """The linear that the checkpoint stores as `name`."""
-    out_features, in_features = shape
-    if name in quantized:
-        return QuantizedLinear(name, out_features, in_features, quantized[name]["scheme"], bias, like)
-    return nn.Linear(in_features, out_features, bias=bias, **like)
-
-
 class LowRankLinear(nn.Module):
     """`y = lr_b(lr_a(x))`: lr_a is (rank, in), lr_b is (out, rank) and has the bias."""
-
     def __init__(self, name, make, shape, bias, entry):
         super().__init__()
         self.out_features, self.in_features = shape
@@ -153,7 +136,6 @@ class LowRankLinear(nn.Module):
 
 class BorrowingLinear(nn.Module):
     """`y = lr_b(owner.lr_a(x))`: another linear with the same input owns and stores lr_a."""
-
     def __init__(self, name, make, shape, bias, entry):
         super().__init__()
         self.out_features, self.in_features = shape
@@ -166,7 +148,6 @@ class BorrowingLinear(nn.Module):
 
 class CompensatedLinear(nn.Module):
     """`y = base(x) + lr_b(lr_a(x))`; the base has the bias. vLLM multiplies by base and lr_a at once, by this very line."""
-
     def __init__(self, name, make, shape, bias, entry):
         super().__init__()
         self.out_features, self.in_features = shape
@@ -184,7 +165,6 @@ class PivotLinear(CheckedModule):
     lr_p is (rank, in), lr_t is (out - rank, rank), lr_order (out) has the position of each output. `share` is None, or the
     rank of this device and the number of devices; each computes all outputs and keeps its own.
     """
-
     def __init__(self, name, make, shape, bias, entry):
         super().__init__(name)
         self.share = None
@@ -194,12 +174,10 @@ class PivotLinear(CheckedModule):
         self.register_buffer("lr_order", _unfilled((self.out_features,), torch.int32))
         self.bias = bias
 
-    def cheap_checks(self):
-        return {"lr_order": self.lr_order.amax() == self.out_features - 1}
-
-    def other_checks(self):
-        places = torch.arange(self.out_features, device=self.lr_order.device)
-        return {"lr_order": (self.lr_order.sort().values == places).all()}
+    def checks(self, cheap):
+        if cheap:
+            return {"lr_order": self.lr_order.amax() == self.out_features - 1}
+        return {"lr_order": (self.lr_order.sort().values == torch.arange(len(self.lr_order), device=self.lr_order.device)).all()}
 
     def forward(self, x):
         if not self.is_filled:
@@ -207,8 +185,7 @@ class PivotLinear(CheckedModule):
         p, order, bias = self.lr_p(x), self.lr_order, self.bias
         if self.share is not None:
             rank, size = self.share
-            order = order.chunk(size)[rank]
-            bias = None if bias is None else bias.chunk(size)[rank]
+            order, bias = (None if whole is None else whole.chunk(size)[rank] for whole in (order, bias))
         y = torch.cat([p, self.lr_t(p)], dim=-1).index_select(-1, order)
         return y if bias is None else y + bias
 
@@ -219,7 +196,6 @@ class MonarchLinear(nn.Module):
     lr_r is (blocks * blocks * rank, in / blocks), rows in the order (input slice, output slice, rank); lr_l is
     (out, blocks * rank), columns in the order (input slice, rank).
     """
-
     def __init__(self, name, make, shape, bias, entry):
         super().__init__()
         (self.out_features, self.in_features), self.blocks, rank = shape, entry["blocks"], entry["rank"]
@@ -228,15 +204,12 @@ class MonarchLinear(nn.Module):
         self.bias = bias
 
     def forward(self, x):
-        right, left = (_weight(part).to(x.dtype).unflatten(0, (self.blocks, -1)) for part in (self.lr_r, self.lr_l))
+        weights = (part.weight() if isinstance(part, QuantizedLinear) else part.weight for part in (self.lr_r, self.lr_l))
+        right, left = (weight.to(x.dtype).unflatten(0, (self.blocks, -1)) for weight in weights)
         p = torch.einsum("...in,irn->...ir", x.unflatten(-1, (self.blocks, -1)), right)
         p = p.unflatten(-1, (self.blocks, -1)).transpose(-3, -2).flatten(-2)
         y = torch.einsum("...jr,jmr->...jm", p, left).flatten(-2)
         return y if self.bias is None else y + self.bias
-
-
-def _weight(linear):
-    return linear.weight() if isinstance(linear, QuantizedLinear) else linear.weight
 
 
 _LAYOUTS = {"factors": LowRankLinear, "pivot": PivotLinear, "monarch": MonarchLinear}
@@ -244,7 +217,6 @@ _LAYOUTS = {"factors": LowRankLinear, "pivot": PivotLinear, "monarch": MonarchLi
 
 class SplitLinear(nn.ModuleDict):
     """A linear that is stored as parts, whose rows are concatenated or alternate in runs of `run` rows."""
-
     def __init__(self, linear, entry):
         (out_features, in_features), weight = _shape(linear), linear.weight
         like = {"dtype": weight.dtype, "device": weight.device}
@@ -263,7 +235,6 @@ class SplitLinear(nn.ModuleDict):
 
 class Experts(nn.ModuleList):
     """The experts of a block as separate modules; transformers 5 stacks their weights, but some now have other linears."""
-
     def __init__(self, stacked, names):
         super().__init__()
         (count, out, hidden), like = stacked.gate_up_proj.shape, {"dtype": stacked.gate_up_proj.dtype}
@@ -298,13 +269,8 @@ def _unstack(model, modules):
 
 def _renamed(model, name):
     """The name in memory of a module in a multimodal model's files, by the table that transformers 5 loads them with."""
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightRenaming
-    except ImportError:
-        return name
-    for rename in get_model_conversion_mapping(model):
-        if isinstance(rename, WeightRenaming):
+    for rename in _renames.get_model_conversion_mapping(model) if _renames else ():
+        if isinstance(rename, _renames.WeightRenaming):
             name, _ = rename.rename_source_key(name)
     return name
 
@@ -314,17 +280,21 @@ def _find(model, name):
     prefix = model.base_model_prefix + "."
     for known in (name, name.replace(".block_sparse_moe.", ".mlp."), _renamed(model, name)):
         for candidate in (known, prefix + known, known.removeprefix(prefix)):
-            try:
+            with contextlib.suppress(AttributeError):
                 return candidate, model.get_submodule(candidate)
-            except AttributeError:
-                continue
     return None, None
 
 
 def _replacement(name, linear, entry, quantized, shared):
     shape, bias = _shape(linear), linear.bias is not None
     like = {"dtype": linear.weight.dtype, "device": linear.weight.device}
-    make = lambda part, shape, bias: _make(quantized, name + part, shape, bias, like)
+
+    def make(part, shape, bias):
+        """The linear that the checkpoint stores under the name and `part`."""
+        if name + part in quantized:
+            return QuantizedLinear(name + part, shape, quantized[name + part]["scheme"], bias, like)
+        return nn.Linear(shape[1], shape[0], bias=bias, **like)
+
     if "rank" not in entry:
         return make("", shape, bias)
     layout = CompensatedLinear if entry.get("base") else _LAYOUTS[entry.get("layout", "factors")]
@@ -358,11 +328,11 @@ def _tell_apart(model):
 
 def _unfill(model):
     """Marks the buffers that transformers 5 did not find in the files, which otherwise keep whatever was in memory."""
-    checked = [module for module in model.modules() if isinstance(module, CheckedModule)]
+    checked = (module for module in model.modules() if isinstance(module, CheckedModule))
     buffers = [buffer for module in checked for buffer in module.buffers(recurse=False)]
-    is_loaded = [getattr(buffer, "_is_hf_initialized", False) for buffer in buffers]
-    if any(is_loaded):  # transformers 4 sets no flags, and leaves buffers as they were made
-        for buffer in (buffer for buffer, loaded in zip(buffers, is_loaded) if not loaded):
+    missing = [buffer for buffer in buffers if not getattr(buffer, "_is_hf_initialized", False)]
+    if len(missing) < len(buffers):  # transformers 4 sets no flags, and leaves buffers as they were made
+        for buffer in missing:
             buffer.copy_(_unfilled(buffer.shape, buffer.dtype))
 
 
@@ -378,8 +348,7 @@ def _style(plan, name):
 
 def _rules(name, module, style):
     """The styles of the parts of a module that replaced a linear of this style."""
-    first = style if style.startswith("rowwise") else "replicate"
-    last = style if style.startswith("colwise") else "replicate"
+    first, last = (style if style.startswith(way) else "replicate" for way in ("rowwise", "colwise"))
     parts = {"base": style, "lr_a": first, "lr_b": last, "lr_p": first, "lr_t": "replicate", "lr_r": "replicate", "lr_l": "replicate"}
     return {f"{name}.{part}": parts.get(part, "replicate") for part, _ in module.named_children()}
 
@@ -407,9 +376,8 @@ def _split(model, replaced):
     if heads % size:
         raise ValueError(f"{heads} heads of keys and values cannot be split across {size} devices")
     for name, module in replaced.items():
-        if not isinstance(module, (LowRankLinear, PivotLinear)) or any(
-            isinstance(child, QuantizedLinear) for child in module.modules()
-        ):
+        is_quantized = any(isinstance(child, QuantizedLinear) for child in module.modules())
+        if is_quantized or not isinstance(module, (LowRankLinear, PivotLinear)):
             raise ValueError(
                 f"`{name}` cannot be split across {size} devices, which factors and pivots that are not quantized can be: "
                 "run it on one, or write it with `lrc export FOLDER --format dense -o OUT`"
@@ -420,31 +388,25 @@ def _split(model, replaced):
 
 def _compress(model):
     lrc = model.config.lrc
-    if lrc.get("stacks"):
+    for stack in lrc.get("stacks") or ():
         raise ValueError(
-            f"the experts of `{next(iter(lrc['stacks']))}` are stored one by one, which transformers has no modules for: "
+            f"the experts of `{stack}` are stored one by one, which transformers has no modules for: "
             "`lrc export FOLDER --format dense -o OUT` stacks them again"
         )
     _inherit_renames(keep_stacks=not _unstack(model, lrc["modules"]))
-    replaced = {}
-    for name, entry in lrc.get("split", {}).items():
-        found, linear = _find(model, name)
-        parent, _, child = found.rpartition(".")
-        replaced[found] = SplitLinear(linear, entry)
-        setattr(model.get_submodule(parent), child, replaced[found])
-    shared, by_name = lrc.get("shared", {}), {}
-    for name, entry in lrc["modules"].items():
+    quantized, shared = lrc.get("quantized", {}), lrc.get("shared", {})
+    replaced, by_name = {}, {}
+    for name, entry in [*lrc.get("split", {}).items(), *lrc["modules"].items()]:  # modules may be parts of a split linear
         found, linear = _find(model, name)
         if found is None:
             continue  # a head, in a model loaded without one
+        module = SplitLinear(linear, entry) if "parts" in entry else _replacement(name, linear, entry, quantized, shared)
         parent, _, child = found.rpartition(".")
-        replaced[found] = _replacement(name, linear, entry, lrc.get("quantized", {}), shared)
-        setattr(model.get_submodule(parent), child, replaced[found])
-        by_name[name] = replaced[found]
+        setattr(model.get_submodule(parent), child, module)
+        replaced[found] = by_name[name] = module
     for part, owner in shared.items():
-        module = by_name.get(part.removesuffix(".lr_a.weight"))
-        if module is not None:
-            module.owner = (by_name[owner.removesuffix(".lr_a.weight")],)
+        if (borrower := by_name.get(part.removesuffix(".lr_a.weight"))) is not None:
+            borrower.owner = (by_name[owner.removesuffix(".lr_a.weight")],)
     _split(model, replaced)
     _tell_apart(model)
 
@@ -453,9 +415,7 @@ class LrcConfig(_BaseConfig):
     model_type = "lrc_" + _BaseConfig.model_type
 
 
-class LrcModel(_BaseModel):
-    config_class = LrcConfig
-
+class _Compressed:
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
         _compress(self)
@@ -465,31 +425,25 @@ class LrcModel(_BaseModel):
         _unfill(self)
 
 
-class LrcForCausalLM(_Base):
+class LrcModel(_Compressed, _BaseModel):
     config_class = LrcConfig
 
-    def __init__(self, config, *args, **kwargs):
-        super().__init__(config, *args, **kwargs)
-        _compress(self)
 
-    def _initialize_missing_keys(self, *args, **kwargs):
-        super()._initialize_missing_keys(*args, **kwargs)
-        _unfill(self)
+class LrcForCausalLM(_Compressed, _Base):
+    config_class = LrcConfig
 
 
 def _inherit_renames(keep_stacks):
     """transformers 5 renames the tensors of some families when it loads them, by class and by model type, and stacks experts."""
-    try:
-        from transformers import conversion_mapping
-    except ImportError:  # transformers 4 has no such table
+    if _renames is None:
         return
     names = [(LrcForCausalLM.__name__, _Base.__name__), (LrcModel.__name__, _BaseModel.__name__)]
     for own, base in [*names, (LrcConfig.model_type, _BaseConfig.model_type)]:
-        renames = conversion_mapping.get_checkpoint_conversion_mapping(base)
-        if renames is None:
+        found = _renames.get_checkpoint_conversion_mapping(base)
+        if found is None:
             # An entry without renames would hide the entry of the model type, and so would the entry of a model loaded earlier.
-            (getattr(conversion_mapping, "_checkpoint_conversion_mapping_cache", None) or {}).pop(own, None)
+            (getattr(_renames, "_checkpoint_conversion_mapping_cache", None) or {}).pop(own, None)
             continue
         if not keep_stacks:
-            renames = [r for r in renames if not any(".experts" in target for target in r.target_patterns)]
-        conversion_mapping.register_checkpoint_conversion_mapping(own, renames, overwrite=True)
+            found = [r for r in found if not any(".experts" in target for target in r.target_patterns)]
+        _renames.register_checkpoint_conversion_mapping(own, found, overwrite=True)
