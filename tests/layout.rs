@@ -3,19 +3,15 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-/// Rooms whose files must not import each other in circles.
-const WITHOUT_CIRCLES: [&str; 8] =
-    ["compress", "calibrate", "checkpoint", "codecs", "operator", "approx", "store", "formats"];
-
-/// Every Rust file below a folder of the repository.
-fn rust_files(folder: &str) -> Vec<PathBuf> {
+/// Every file below a folder of the repository whose name ends so.
+fn files(folder: &str, extension: &str) -> Vec<PathBuf> {
     let (mut folders, mut files) = (vec![Path::new(env!("CARGO_MANIFEST_DIR")).join(folder)], Vec::new());
     while let Some(folder) = folders.pop() {
         for entry in std::fs::read_dir(folder).unwrap() {
             let path = entry.unwrap().path();
             if path.is_dir() {
                 folders.push(path);
-            } else if path.extension().is_some_and(|e| e == "rs") {
+            } else if path.extension().is_some_and(|e| e == extension) {
                 files.push(path);
             }
         }
@@ -31,7 +27,7 @@ fn sources_with_tests() -> Vec<(PathBuf, String)> {
         let code = text.lines().filter(|line| !line.trim_start().starts_with("//"));
         (path.strip_prefix(&root).unwrap().to_path_buf(), code.collect::<Vec<_>>().join("\n"))
     };
-    let files: Vec<_> = rust_files("src").into_iter().map(read).collect();
+    let files: Vec<_> = files("src", "rs").into_iter().map(read).collect();
     assert!(files.len() > 40, "the sources are found");
     files
 }
@@ -123,80 +119,115 @@ fn circles(edges: &BTreeMap<String, BTreeSet<String>>) -> BTreeSet<BTreeSet<Stri
     edges.keys().map(|node| circle(&node)).filter(|circle| !circle.is_empty()).collect()
 }
 
-/// Modules of a room by path, `compress::fits::shared`, each with the modules that it names.
-fn imports(room: &str) -> BTreeMap<String, BTreeSet<String>> {
+/// Every module by its path, `compress::fits::shared`, with its code.
+fn modules() -> BTreeMap<String, String> {
     let module = |path: &Path| {
         let text = path.with_extension("").to_str().unwrap().replace(std::path::MAIN_SEPARATOR, "::");
         text.strip_suffix("::mod").unwrap_or(&text).to_string()
     };
-    let files: BTreeMap<String, String> = sources()
-        .into_iter()
-        .map(|(path, code)| (module(&path), code))
-        .filter(|(name, _)| name == room || name.starts_with(&format!("{room}::")))
-        .collect();
-    let find = |path: &[&str]| (1..=path.len()).rev().map(|n| path[..n].join("::")).find(|m| files.contains_key(m));
-    let of = |(name, code): (&String, &String)| {
-        let mut named = BTreeSet::new();
-        for path in paths(name, code) {
-            let path: Vec<&str> = path.iter().map(String::as_str).collect();
-            named.extend(find(&path).filter(|target| target != name));
-        }
-        (name.clone(), named)
-    };
-    files.iter().map(of).collect()
+    sources().into_iter().map(|(path, code)| (module(&path), code)).collect()
 }
 
-/// Paths that begin with `super` or `crate`, from the root of the crate.
+/// The modules of the same room that each module names. The items of a `mod.rs` belong to its module, re-exports included;
+/// so a `mod.rs` may name the modules that it declares, or these may name it, but not both.
+fn imports(modules: &BTreeMap<String, String>) -> BTreeMap<String, BTreeSet<String>> {
+    let owner =
+        |path: &[String]| (1..=path.len()).rev().map(|n| path[..n].join("::")).find(|m| modules.contains_key(m));
+    let is_same_room = |a: &str, b: &str| a.split("::").next() == b.split("::").next();
+    let named = |(name, code): (&String, &String)| {
+        let owners = paths(name, code).into_iter().filter_map(|path| owner(&path));
+        (name.clone(), owners.filter(|owner| owner != name && is_same_room(owner, name)).collect())
+    };
+    modules.iter().map(named).collect()
+}
+
+/// Paths that begin with `super`, `crate`, `self` or a module that the file declares, from the root of the crate.
 fn paths(module: &str, code: &str) -> Vec<Vec<String>> {
-    let mut paths = Vec::new();
-    for (at, _) in code.match_indices("super::").chain(code.match_indices("crate::")) {
-        if code[..at].ends_with("::") || code[..at].ends_with(|c: char| c.is_alphanumeric() || c == '_') {
+    let is_name = |c: char| c.is_alphanumeric() || c == '_';
+    let declared = code.lines().filter_map(|line| line.trim_end().strip_suffix(';')?.rsplit_once("mod "));
+    let mut first: BTreeSet<&str> =
+        declared.filter(|(before, _)| !before.contains('"')).map(|(_, name)| name).collect();
+    first.extend(["super", "crate", "self"]);
+    let mut found = Vec::new();
+    for (at, _) in code.match_indices("::") {
+        let begin = code[..at].rfind(|c| !is_name(c)).map_or(0, |before| before + 1);
+        // `pub(in crate::room)` names nobody.
+        if !first.contains(&code[begin..at]) || [":", "(in "].iter().any(|before| code[..begin].ends_with(before)) {
             continue;
         }
-        let is_path = |c: &char| c.is_alphanumeric() || matches!(c, '_' | ':');
-        let text: String = code[at..].chars().take_while(is_path).collect();
-        let mut base: Vec<String> = module.split("::").map(String::from).collect();
-        let mut parts = text.split("::").filter(|part| !part.is_empty()).peekable();
-        if parts.next_if_eq(&"crate").is_some() {
-            base.clear();
-        }
-        while parts.next_if_eq(&"super").is_some() {
-            base.pop();
-        }
-        base.extend(parts.map(String::from));
-        match code[at + text.len()..].strip_prefix('{') {
-            Some(list) => {
-                let names = list.split('}').next().unwrap().split(',');
-                let first = |name: &str| name.trim().split(|c: char| !is_path(&c)).next().unwrap().to_string();
-                let with = |name: &str| {
-                    let name = first(name);
-                    base.iter().cloned().chain(name.split("::").map(String::from)).collect()
-                };
-                paths.extend(names.map(with));
+        for path in tree(&code[begin..]) {
+            let mut base: Vec<String> = module.split("::").map(String::from).collect();
+            let mut path = path.into_iter().peekable();
+            if path.next_if(|name| name == "crate").is_some() {
+                base.clear();
             }
-            None => paths.push(base),
+            while path.next_if(|name| name == "super").is_some() {
+                base.pop();
+            }
+            base.extend(path.filter(|name| name != "self"));
+            found.push(base);
         }
     }
-    paths
+    found
+}
+
+/// The paths in the text of an import: `a::{b, c::{d, self}}` has `a::b`, `a::c::d` and `a::c::self`.
+fn tree(text: &str) -> Vec<Vec<String>> {
+    let text = text.trim_start();
+    let end = text.find(|c: char| !(c.is_alphanumeric() || matches!(c, '_' | ':'))).unwrap_or(text.len());
+    let base: Vec<String> = text[..end].split("::").filter(|name| !name.is_empty()).map(String::from).collect();
+    if !(text[..end].ends_with("::") && text[end..].starts_with('{')) {
+        return vec![base];
+    }
+    let paths = items(&text[end + 1..]).into_iter().flat_map(tree);
+    paths.map(|path| base.iter().cloned().chain(path).collect()).collect()
+}
+
+/// The items of a list, up to its closing brace.
+fn items(list: &str) -> Vec<&str> {
+    let (mut depth, mut begin, mut items) = (0, 0, Vec::new());
+    for (at, c) in list.char_indices() {
+        match c {
+            '{' => depth += 1,
+            ',' | '}' if depth == 0 => {
+                items.push(list[begin..at].trim());
+                begin = at + 1;
+                if c == '}' {
+                    break;
+                }
+            }
+            '}' => depth -= 1,
+            _ => {}
+        }
+    }
+    items.retain(|item| !item.is_empty());
+    items
 }
 
 #[test]
 fn files_of_a_room_are_in_no_circle() {
-    for room in WITHOUT_CIRCLES {
-        let edges = imports(room);
-        assert!(edges.values().any(|named| !named.is_empty()) || edges.len() < 3, "`{room}` is read");
-        let circles = circles(&edges);
-        assert!(circles.is_empty(), "files of `{room}` in circles: {circles:?}");
-    }
-    let chain = |pairs: &[(&str, &str)]| {
-        let mut edges: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
-        for (from, to) in pairs {
-            edges.entry((*to).into()).or_default();
-            edges.entry((*from).into()).or_default().insert((*to).into());
-        }
-        circles(&edges).len()
+    // Commands import the arguments that they share from `cli/mod.rs`, which lists them.
+    let modules = modules().into_iter().filter(|(name, _)| !name.starts_with("cli"));
+    let edges = imports(&modules.collect());
+    assert!(edges.values().map(BTreeSet::len).sum::<usize>() > 200, "imports are read");
+    let circles = circles(&edges);
+    assert!(circles.is_empty(), "files in circles: {circles:?}");
+}
+
+#[test]
+fn circles_are_found() {
+    let check = |files: &[(&str, &str)], expected: usize| {
+        let modules = files.iter().map(|(name, code)| (name.to_string(), code.to_string())).collect();
+        let circles = circles(&imports(&modules));
+        assert_eq!(circles.len(), expected, "{files:?}: {circles:?}");
     };
-    assert_eq!((chain(&[("a", "b"), ("b", "c")]), chain(&[("a", "b"), ("b", "c"), ("c", "a")])), (0, 1));
+    let (a, b) = (("r::a", "use super::b::{self, B};"), ("r::b", "fn f() -> super::c::C {}"));
+    check(&[("r", "mod a;\nmod b;\nmod c;\npub use a::A;"), a, b, ("r::c", "pub(in crate::r) struct C;")], 0);
+    check(&[a, b, ("r::c", "use crate::{q::Q, r::{a::A, d::D}};")], 1);
+    // A `mod.rs` and a module that it declares, by a re-export and in an expression.
+    check(&[("r", "mod a;\npub use a::A;\npub struct Job;"), ("r::a", "use super::Job;")], 1);
+    check(&[("r", "pub mod a;\nfn f() { a::run() }"), ("r::a", "use super::super::r::*;")], 1);
+    check(&[("r", "mod a;\npub struct Job;"), ("r::a", "use super::Job;")], 0);
 }
 
 fn lines_with(needles: &[&str], sources: &[(PathBuf, String)], except: impl Fn(&Path) -> bool) -> Vec<String> {
@@ -274,7 +305,8 @@ fn files_and_functions_fit_a_screen_or_a_few() {
     const NAMED_CLOSURES: usize = 2;
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut too_long = Vec::new();
-    for path in ["src", "tests", "benches", "examples"].into_iter().flat_map(rust_files) {
+    let rust = ["src", "tests", "benches", "examples"].into_iter().flat_map(|folder| files(folder, "rs"));
+    for path in rust.chain(files("src", "py")) {
         let text = std::fs::read_to_string(&path).unwrap();
         let name = path.strip_prefix(root).unwrap();
         let n_lines = text.lines().count();
@@ -288,7 +320,7 @@ fn files_and_functions_fit_a_screen_or_a_few() {
             if body.len() > FUNCTION_LINES {
                 too_long.push(format!("{}:{}: a function of {} lines", name.display(), at + 1, body.len()));
             }
-            let n_closures = body.iter().filter(|line| names_a_closure(line)).count();
+            let n_closures = (0..body.len()).filter(|&at| names_a_closure(&body[at..])).count();
             if n_closures > NAMED_CLOSURES && at < n_own && !name.ends_with("tests.rs") {
                 too_long.push(format!("{}:{}: {n_closures} named closures", name.display(), at + 1));
             }
@@ -311,11 +343,23 @@ fn functions<'a>(lines: &'a [&'a str]) -> impl Iterator<Item = (usize, &'a [&'a 
     })
 }
 
-/// Whether a line is `let name = |...` or `let name = move |...`.
-fn names_a_closure(line: &str) -> bool {
-    let Some((name, value)) = line.trim_start().strip_prefix("let ").and_then(|rest| rest.split_once(" =")) else {
+/// Whether lines begin with `let name = |...` or `let name = move |...`, in one line or two.
+fn names_a_closure(lines: &[&str]) -> bool {
+    let line = lines[0].trim_start();
+    let Some((name, value)) = line.strip_prefix("let ").and_then(|rest| rest.split_once(" =")) else {
         return false;
     };
+    let value = if value.is_empty() { lines.get(1).copied().unwrap_or_default() } else { value };
     let value = value.trim_start().trim_start_matches("&mut ").trim_start_matches("move ");
     !name.contains(['(', ':']) && value.starts_with('|')
+}
+
+#[test]
+fn named_closures_are_found_in_one_line_or_two() {
+    for lines in [&["let f = |x| x;"][..], &["    let mut f = move |x| {"], &["let f =", "    |x: usize| x;"]] {
+        assert!(names_a_closure(lines), "{lines:?}");
+    }
+    for lines in [&["let x = y || z;"][..], &["let x =", "    y || z;"], &["let (x, y) = |z| z;"], &["f(|x| x)"]] {
+        assert!(!names_a_closure(lines), "{lines:?}");
+    }
 }
