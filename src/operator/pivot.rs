@@ -56,13 +56,13 @@ impl Structure for Pivot {
     }
 
     fn apply(&self, parts: &[Tensor], x: &Tensor) -> Result<Tensor> {
-        let [pivots, coefficients, order] = parts else { unreachable!("invariant: pivots have three parts") };
+        let [pivots, coefficients, permutation] = parts else { unreachable!("invariant: pivots have three parts") };
         let p = x.matmul(&pivots.t()?)?; // (rows, r)
         if coefficients.dim(0)? == 0 {
-            return Ok(p.index_select(order, 1)?);
+            return Ok(p.index_select(permutation, 1)?);
         }
         let others = p.matmul(&coefficients.t()?)?; // (rows, out - r)
-        Ok(Tensor::cat(&[&p, &others], 1)?.index_select(order, 1)?)
+        Ok(Tensor::cat(&[&p, &others], 1)?.index_select(permutation, 1)?)
     }
 
     fn product(&self, parts: &[Matrix], size: Size, (m, n): Shape) -> Vec<f32> {
@@ -153,10 +153,10 @@ impl Fitting for Pivot {
 
     /// The rows of `B` (m, r) that became pivots, in the order of the pivots: (r, r).
     fn rank_factor(&self, parts: &[Matrix], b: &[f32]) -> Option<Vec<f32>> {
-        let order = parts[2].indices();
-        let rank = b.len() / order.len().max(1);
+        let permutation = parts[2].indices();
+        let rank = b.len() / permutation.len().max(1);
         let mut rows = vec![0.0; rank * rank];
-        for (row, &place) in b.chunks_exact(rank.max(1)).zip(order) {
+        for (row, &place) in b.chunks_exact(rank.max(1)).zip(permutation) {
             if let Some(to) = rows.chunks_exact_mut(rank.max(1)).nth(place as usize) {
                 to.copy_from_slice(row);
             }
@@ -188,9 +188,9 @@ fn permutation(pivots: &[usize], others: &[usize]) -> Vec<i32> {
 }
 
 /// The factor `B` (m, r) of pivot rows `A`, row-major: rows of a unit matrix at the pivots, coefficients elsewhere.
-fn expanded(order: &[i32], coefficients: &[f32], rank: usize) -> Vec<f32> {
-    let mut b = vec![0.0; order.len() * rank];
-    for (row, &place) in b.chunks_exact_mut(rank.max(1)).zip(order) {
+fn expanded(permutation: &[i32], coefficients: &[f32], rank: usize) -> Vec<f32> {
+    let mut b = vec![0.0; permutation.len() * rank];
+    for (row, &place) in b.chunks_exact_mut(rank.max(1)).zip(permutation) {
         let place = place as usize;
         match place.checked_sub(rank) {
             None => row[place] = 1.0,

@@ -172,12 +172,13 @@ pub(super) fn columns_with_feedback(
     dtype: Dtype,
 ) -> Option<(Mat<f32>, Vec<f64>)> {
     let (rows, cols) = (weights.nrows(), weights.ncols());
-    let order = by_weight(weights, metric);
+    let permutation = by_weight(weights, metric);
     let shift = RIDGE * mean_diagonal(metric);
-    let metric = Mat::from_fn(cols, cols, |i, j| metric[(order[i], order[j])] + if i == j { shift } else { 0.0 });
+    let metric =
+        Mat::from_fn(cols, cols, |i, j| metric[(permutation[i], permutation[j])] + if i == j { shift } else { 0.0 });
     let (upper, _) = linalg::inverse_cholesky(metric.as_ref())?;
     let upper = Mat::from_fn(cols, cols, |i, j| upper[(i, j)] as f32);
-    let weights = Mat::from_fn(rows, cols, |i, j| weights[(i, order[j])] as f32);
+    let weights = Mat::from_fn(rows, cols, |i, j| weights[(i, permutation[j])] as f32);
     let (mut found, mut costs) = (weights.clone(), vec![0.0; rows]);
     let spend = |errors: &[f32]| {
         costs.iter_mut().zip(errors).for_each(|(cost, &error)| *cost += f64::from(error) * f64::from(error));
@@ -194,7 +195,7 @@ pub(super) fn columns_with_feedback(
         }
     }
     let mut result = Mat::zeros(rows, cols);
-    for (&at, column) in order.iter().zip(found.col_iter()) {
+    for (&at, column) in permutation.iter().zip(found.col_iter()) {
         result.col_mut(at).copy_from(column);
     }
     costs.iter().all(|cost| cost.is_finite()).then_some((result, costs))
@@ -205,7 +206,7 @@ pub(super) fn columns_with_feedback(
 fn by_weight(weights: &Mat<f64>, metric: &Mat<f64>) -> Vec<usize> {
     let costs: Vec<f64> =
         weights.col_iter().enumerate().map(|(j, column)| metric[(j, j)] * column.squared_norm_l2()).collect();
-    let mut order: Vec<usize> = (0..costs.len()).collect();
-    order.sort_by(|&i, &j| costs[j].total_cmp(&costs[i]).then(i.cmp(&j)));
-    order
+    let mut permutation: Vec<usize> = (0..costs.len()).collect();
+    permutation.sort_by(|&i, &j| costs[j].total_cmp(&costs[i]).then(i.cmp(&j)));
+    permutation
 }

@@ -351,10 +351,10 @@ fn a_pair_of_rank_one_is_rounded_as_by_hand() {
     let energies = [f64::from(long * long + short * short)];
     let sides = Sides { output: &Metric::Identity, input: Side::Whole(&Metric::Identity), energies: &energies };
     let Rounded { parts, .. } = pivot().fitting().round(&pair, (2, 3), &sides, DTYPE);
-    let [pivots, coefficients, order] = &parts[..] else { panic!("pivots have three parts") };
+    let [pivots, coefficients, permutation] = &parts[..] else { panic!("pivots have three parts") };
     let c = f64::from(short) / f64::from(long);
     let c_hat = f64::from(cast::nearest(DTYPE, c as f32));
-    assert_eq!((order.indices(), coefficients.values().to_vec()), (&[1, 0][..], vec![c_hat as f32]));
+    assert_eq!((permutation.indices(), coefficients.values().to_vec()), (&[1, 0][..], vec![c_hat as f32]));
     let fitted = a.map(|a| f64::from(a) * f64::from(long) * (1.0 + c * c_hat) / (1.0 + c_hat * c_hat));
     assert_eq!(pivots.values().to_vec(), fitted.map(|v| cast::nearest(DTYPE, v as f32)));
 }
