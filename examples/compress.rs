@@ -6,7 +6,6 @@ use anyhow::{Context, Result};
 use lrc::checkpoint::Checkpoint;
 use lrc::compress::recipe::{Recipe, RecipeOptions};
 use lrc::compress::{Job, compress, view};
-use lrc::device::DeviceChoice;
 use lrc::progress::Silent;
 
 fn main() -> Result<()> {
@@ -14,15 +13,6 @@ fn main() -> Result<()> {
     let (source, output) = args.next().zip(args.next()).context("usage: compress MODEL OUT")?;
     let recipe = Recipe::new(&RecipeOptions { keep: Some(0.8), ..RecipeOptions::default() })?;
     let checkpoint = view(Checkpoint::open(Path::new(&source))?, &recipe)?;
-    let job = Job {
-        checkpoint: &checkpoint,
-        source: &source,
-        recipe: &recipe,
-        output: Path::new(&output),
-        force: false,
-        restart: false,
-        memory_bytes: 4 << 30,
-        device: DeviceChoice::Cpu.open()?,
-    };
+    let job = Job::new(&checkpoint, &source, &recipe, Path::new(&output));
     compress(&job, &Silent).map(drop)
 }

@@ -6,7 +6,7 @@ use anyhow::Result;
 
 use super::recipe::Recipe;
 use crate::checkpoint::{Checkpoint, Existing, OutputFolder, expect_apart};
-use crate::device::Device;
+use crate::device::{Device, HOST};
 use crate::report::REPORT_FILE;
 
 /// The source and the output of a compression.
@@ -29,7 +29,13 @@ pub struct Job<'a> {
     pub device: Device,
 }
 
-impl Job<'_> {
+impl<'a> Job<'a> {
+    /// A job with the defaults of the command line: on the CPU, with 1 GiB for hidden states and activations. It replaces
+    /// nothing, and resumes an interrupted run.
+    pub fn new(checkpoint: &'a Checkpoint, source: &'a str, recipe: &'a Recipe, output: &'a Path) -> Self {
+        Self { checkpoint, source, recipe, output, force: false, restart: false, memory_bytes: 1 << 30, device: HOST }
+    }
+
     /// Refuses an output that may not be overwritten, or that contains an input.
     pub(super) fn check_output(&self) -> Result<()> {
         OutputFolder::check(self.output, Existing::of(self.force), REPORT_FILE)?;
