@@ -51,22 +51,22 @@ def table():
             print(f"| compensation {header}\n|---|" + "---:|" * 8)
             alone = cells(measure(*base))
             print(f"| none | {alone} | | | | |", flush=True)
-            controls = {}
+            baselines = {}
             for name in COMPENSATIONS:
                 row = []
                 for rank in ["8", "16"]:
                     pair = ["--compensate", name, "--compensate-rank", rank, "--quant-factors", "int8"]
                     measured = measure(*base, *pair)
-                    controls[rank] = measured[4]["control"]
+                    baselines[rank] = measured[4]["equal_bytes_baseline"]
                     row.append(cells(measured))
                 print(f"| {name} | {' | '.join(row)} |", flush=True)
             row = []
-            for rank, control in controls.items():
-                menu = sorted({quant for quant in control["quant"].values() if quant != "dense"})
-                budget = ["--bits", str(control["bits_per_weight"] + 1e-6)]
+            for rank, baseline in baselines.items():
+                menu = sorted({quant for quant in baseline["quant"].values() if quant != "dense"})
+                budget = ["--bits", str(baseline["bits_per_weight"] + 1e-6)]
                 flags = ["--method", "svd-llm", "--sensitivity", "energy", "--quant", ",".join(menu)]
                 row.append(cells(measure(*flags, *budget)))
-            print(f"| **control, no factors** | {' | '.join(row)} |", flush=True)
+            print(f"| **equal-bytes baseline** | {' | '.join(row)} |", flush=True)
 
 
 def sizes():

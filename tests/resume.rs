@@ -87,7 +87,7 @@ fn kill_after(mut child: Child, out: &Path, delay: Duration) -> bool {
     true
 }
 
-/// Fifty SIGKILLs in total: anchored low rank, and quantized bases with factors, a baseline and an adapter.
+/// Fifty SIGKILLs in total: anchored low rank, and quantized bases with factors, an equal-bytes baseline and an adapter.
 #[test]
 fn runs_killed_at_any_moment_go_on_to_the_same_bytes() {
     const KILLS: usize = 50;

@@ -19,7 +19,8 @@ pub struct Header {
     /// Whether per-token gradients were clipped to 0.1 to 10 times their mean norm.
     pub clip_gradients: bool,
     /// At least one; several after a merge.
-    pub parts: Vec<Part>,
+    #[serde(rename = "parts")]
+    pub texts: Vec<Part>,
 }
 
 /// Windows of one text.
@@ -66,15 +67,15 @@ impl Header {
     /// The version of the file format; files of others are refused.
     pub const VERSION: u32 = 1;
 
-    /// The header of sums over `parts`, at this version.
-    pub fn new(model: Fingerprint, observation: Observation, parts: Vec<Part>) -> Self {
+    /// The header of sums over `texts`, at this version.
+    pub fn new(model: Fingerprint, observation: Observation, texts: Vec<Part>) -> Self {
         let Observation { needs, clip_gradients } = observation;
-        Self { lrc_statistics_version: Self::VERSION, model, needs, clip_gradients, parts }
+        Self { lrc_statistics_version: Self::VERSION, model, needs, clip_gradients, texts }
     }
 
     /// Tokens of all parts.
     pub fn n_tokens(&self) -> usize {
-        self.parts.iter().map(|p| p.tokens).sum()
+        self.texts.iter().map(|p| p.tokens).sum()
     }
 
     /// Tokens of all parts whose gradients were taken.
@@ -95,7 +96,7 @@ impl Header {
 
     /// Windows of all parts.
     pub fn n_windows(&self) -> usize {
-        self.parts.iter().map(|p| p.windows).sum()
+        self.texts.iter().map(|p| p.windows).sum()
     }
 
     /// Describes a header that no run of `lrc calibrate` writes.
@@ -111,10 +112,10 @@ impl Header {
             let is_part = p.gradients.is_none_or(|g| g.windows <= p.windows && g.tokens <= p.tokens);
             is_hash(&p.text_sha256) && 1 <= i && i <= n && is_small && is_part
         };
-        let broken = self.parts.iter().find(|part| !is_sound(part));
+        let broken = self.texts.iter().find(|part| !is_sound(part));
         if let Some(Part { text_sha256, part: (i, n), .. }) = broken {
             return Some(format!("part {i}/{n} of a text with hash `{text_sha256}` is not valid"));
         }
-        self.parts.is_empty().then(|| "it has no text parts".into())
+        self.texts.is_empty().then(|| "it has no text parts".into())
     }
 }

@@ -335,10 +335,10 @@ impl Statistics {
                     .hint("calibrate both with the same settings")
                     .into());
             }
-            header.parts.extend(other.header.parts.iter().cloned());
+            header.texts.extend(other.header.texts.iter().cloned());
         }
-        header.parts.sort();
-        if let Some(twice) = header.parts.windows(2).find(|pair| pair[0] == pair[1]) {
+        header.texts.sort();
+        if let Some(twice) = header.texts.windows(2).find(|pair| pair[0] == pair[1]) {
             let (i, n) = twice[0].part;
             return Err(Failure::usage(format!("part {i}/{n} of a text would be counted twice"))
                 .hint("give each file once; `lrc calibrate --part I/N` measures separate parts")

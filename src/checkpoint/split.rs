@@ -1,4 +1,4 @@
-//! Presents one tensor as several: stacks as their matrices, fused matrices as their parts.
+//! Matrices shown as several: stacks as their matrices, fused ones as slices of their rows.
 
 use super::error::Result;
 use super::open::Checkpoint;
@@ -26,35 +26,35 @@ impl Checkpoint {
         let stack = Stack { tensor: tensor.into(), shape: [n, rows, columns] };
         let place = self.order.iter().position(|name| name == tensor).unwrap_or(self.order.len());
         self.tensors.remove(tensor);
-        self.order.splice(place..=place, stack.parts());
+        self.order.splice(place..=place, stack.tensors());
         let n_bytes = (from.end - from.begin) / n.max(1);
-        for (index, name) in stack.parts().into_iter().enumerate() {
+        for (index, name) in stack.tensors().into_iter().enumerate() {
             let begin = from.begin + index * n_bytes;
             let shape = vec![rows, columns];
-            let part = TensorInfo { name: name.clone(), shape, begin, end: begin + n_bytes, ..from.clone() };
-            self.tensors.insert(name, part);
+            let matrix = TensorInfo { name: name.clone(), shape, begin, end: begin + n_bytes, ..from.clone() };
+            self.tensors.insert(name, matrix);
         }
         self.stacks.push(stack);
         Ok(self)
     }
 
-    /// Presents a matrix of floats, (out, in) or transposed, as its parts: each has some of its rows, (count, in).
+    /// Shows a matrix of floats, (out, in) or transposed, as several: some of its rows each, (count, in).
     ///
     /// # Errors
     /// [`TensorAbsent`](super::CheckpointError::TensorAbsent).
     ///
     /// # Panics
     /// If it is not a matrix of plain floats, or does not have that many rows.
-    pub fn split(mut self, tensor: &str, parts: &[(String, Rows)]) -> Result<Self> {
+    pub fn split(mut self, tensor: &str, slices: &[(String, Rows)]) -> Result<Self> {
         let from = self.require(tensor)?.clone();
         let &[m, n] = from.shape.as_slice() else { panic!("invariant: only matrices are split") };
         assert!(!from.is_encoded() && cast::is_float(from.dtype), "invariant: only plain floats are split");
         let place = self.order.iter().position(|name| name == tensor).unwrap_or(self.order.len());
         self.tensors.remove(tensor);
-        self.order.splice(place..=place, parts.iter().map(|(name, _)| name.clone()));
-        for (name, rows) in parts {
+        self.order.splice(place..=place, slices.iter().map(|(name, _)| name.clone()));
+        for (name, rows) in slices {
             let (out, input) = if rows.is_transposed { (n, m) } else { (m, n) };
-            assert!(rows.indices().all(|row| row < out), "invariant: a part has rows of the whole");
+            assert!(rows.indices().all(|row| row < out), "invariant: a slice has rows of the whole");
             let encoded = Some(Box::new(Encoded::picked(*rows, from.clone())));
             let shape = vec![rows.count, input];
             self.tensors.insert(name.clone(), TensorInfo { name: name.clone(), shape, encoded, ..from.clone() });

@@ -16,7 +16,7 @@ impl Stack {
     }
 
     /// The tensors of its matrices.
-    pub fn parts(&self) -> Vec<String> {
+    pub fn tensors(&self) -> Vec<String> {
         (0..self.shape[0]).map(|index| format!("{}.weight", self.module(index))).collect()
     }
 }

@@ -67,7 +67,7 @@ pub(super) fn is_sane(shape: &[usize]) -> bool {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Encoded {
     codec: Codec,
-    parts: Vec<TensorInfo>,
+    stored: Vec<TensorInfo>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -122,12 +122,12 @@ pub(super) enum Decoded {
 }
 
 impl Encoded {
-    pub fn new(codec: Codec, parts: Vec<TensorInfo>) -> Self {
-        Self { codec, parts }
+    pub fn new(codec: Codec, stored: Vec<TensorInfo>) -> Self {
+        Self { codec, stored }
     }
 
-    pub fn rows(element: Element, arrangement: Arrangement, part: TensorInfo) -> Self {
-        Self::new(Codec::Rows(element, arrangement), vec![part])
+    pub fn rows(element: Element, arrangement: Arrangement, from: TensorInfo) -> Self {
+        Self::new(Codec::Rows(element, arrangement), vec![from])
     }
 
     /// Some rows of a stored matrix.
@@ -140,8 +140,8 @@ impl Encoded {
     }
 
     pub fn n_bytes(&self) -> u64 {
-        let all: u64 = self.parts.iter().map(TensorInfo::n_bytes).sum();
-        match (self.codec, self.parts.first().map(|from| from.shape.as_slice())) {
+        let all: u64 = self.stored.iter().map(TensorInfo::n_bytes).sum();
+        match (self.codec, self.stored.first().map(|from| from.shape.as_slice())) {
             (Codec::Picked(rows), Some(&[m, n])) => {
                 all / (if rows.is_transposed { n } else { m }).max(1) as u64 * rows.count as u64
             }
@@ -164,25 +164,25 @@ impl Encoded {
         !matches!(self.codec, Codec::Gptq(_))
     }
 
-    /// Decodes a tensor of `shape` from its parts, whose bytes `read` gives; `None` if their sizes do not match.
+    /// Decodes a tensor of `shape` from the stored ones, whose bytes `read` gives; `None` if their sizes do not match.
     pub fn decode(&self, shape: &[usize], read: &dyn Fn(&TensorInfo) -> Vec<u8>) -> Option<Decoded> {
         let (&cols, leading) = shape.split_last()?;
         let rows: usize = leading.iter().product();
-        let parts: Vec<(Dtype, Vec<u8>)> = self.parts.iter().map(|info| (info.dtype, read(info))).collect();
+        let stored: Vec<(Dtype, Vec<u8>)> = self.stored.iter().map(|info| (info.dtype, read(info))).collect();
         let grouped = |matrix: Option<Grouped>| matrix.map(|matrix| Decoded::Quantized(Quantized::Grouped(matrix)));
         match self.codec {
-            Codec::Packed(scheme) => grouped(packed::read([rows, cols], scheme, &parts)),
-            Codec::CompressedTensors(scheme) => grouped(compressed_tensors::read([rows, cols], scheme, &parts)),
-            Codec::Gptq(scheme) => grouped(gptq::read([rows, cols], scheme, &parts)),
+            Codec::Packed(scheme) => grouped(packed::read([rows, cols], scheme, &stored)),
+            Codec::CompressedTensors(scheme) => grouped(compressed_tensors::read([rows, cols], scheme, &stored)),
+            Codec::Gptq(scheme) => grouped(gptq::read([rows, cols], scheme, &stored)),
             Codec::Picked(picked) => {
-                let (dtype, bytes) = parts.first()?;
-                let &[_, width] = self.parts.first()?.shape.as_slice() else { return None };
+                let (dtype, bytes) = stored.first()?;
+                let &[_, width] = self.stored.first()?.shape.as_slice() else { return None };
                 Some(Decoded::Values(picked.of(&cast::decode(*dtype, bytes)?, width)))
             }
             Codec::Rows(element, arrangement) => {
                 // A vector is a matrix of one column.
                 let (rows, cols) = if leading.is_empty() { (cols, 1) } else { (rows, cols) };
-                let bytes = arrangement.to_model(&parts.first()?.1, rows);
+                let bytes = arrangement.to_model(&stored.first()?.1, rows);
                 match element {
                     Element::Plain(dtype) => cast::decode(dtype, &bytes).map(Decoded::Values),
                     Element::Block(block_type) if bytes.len() as u64 == block_type.n_bytes(rows, cols) => {

@@ -48,10 +48,10 @@ impl View {
 
     /// Presents stored tensors as one.
     fn join(&mut self, stored: &[String], name: String, shape: [usize; 2], dtype: Dtype, codec: Codec) {
-        let parts: Vec<TensorInfo> = stored.iter().filter_map(|name| self.tensors.get(name).cloned()).collect();
-        let Some(first) = parts.first().cloned() else { return };
+        let encoded: Vec<TensorInfo> = stored.iter().filter_map(|name| self.tensors.get(name).cloned()).collect();
+        let Some(first) = encoded.first().cloned() else { return };
         let info = TensorInfo { name, dtype, shape: shape.into(), ..first };
-        self.replace(stored, TensorInfo { encoded: Some(Box::new(Encoded::new(codec, parts))), ..info });
+        self.replace(stored, TensorInfo { encoded: Some(Box::new(Encoded::new(codec, encoded))), ..info });
     }
 
     /// Gives a tensor another name.

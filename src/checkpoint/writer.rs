@@ -90,15 +90,15 @@ impl SafetensorsWriter {
         Ok(Self { folder: folder.into(), files, slots })
     }
 
-    /// Prepares a tensor to be written as `parts` of equal size, one after the other, under names of their own.
+    /// Lets a tensor be written in pieces of equal size, one after the other, under `names` of their own.
     ///
     /// # Panics
     /// When it was not announced, or cannot be divided: faults of the caller.
-    pub fn divide(&mut self, tensor: &str, parts: &[String]) {
+    pub fn divide(&mut self, tensor: &str, names: &[String]) {
         let whole = self.slots.remove(tensor).unwrap_or_else(|| panic!("invariant: tensor `{tensor}` was announced"));
-        let n_bytes = whole.n_bytes / parts.len().max(1) as u64;
-        assert_eq!(n_bytes * parts.len() as u64, whole.n_bytes, "invariant: `{tensor}` is made of its parts");
-        for (i, part) in parts.iter().enumerate() {
+        let n_bytes = whole.n_bytes / names.len().max(1) as u64;
+        assert_eq!(n_bytes * names.len() as u64, whole.n_bytes, "invariant: `{tensor}` is made of its pieces");
+        for (i, name) in names.iter().enumerate() {
             let slot = Slot {
                 tensor: tensor.into(),
                 shard_idx: whole.shard_idx,
@@ -106,7 +106,7 @@ impl SafetensorsWriter {
                 n_bytes,
                 is_written: false,
             };
-            assert!(self.slots.insert(part.clone(), slot).is_none(), "invariant: output tensor `{part}` is named once");
+            assert!(self.slots.insert(name.clone(), slot).is_none(), "invariant: output tensor `{name}` is named once");
         }
     }
 

@@ -124,7 +124,7 @@ pub(super) fn run(args: &CalibrateArgs, quiet: bool, progress: &Bars) -> Result<
         windows: header.n_windows(),
         tokens: header.n_tokens(),
         gradient_windows: header.gradient_windows(),
-        parts: header.parts.iter().map(|p| format!("{}/{} of {}", p.part.0, p.part.1, &p.text_sha256[..12])).collect(),
+        texts: header.texts.iter().map(|p| format!("{}/{} of {}", p.part.0, p.part.1, &p.text_sha256[..12])).collect(),
         forward_seconds: seconds.forward,
         backward_seconds: seconds.backward,
         peak_memory_bytes: peak_memory_bytes(),
@@ -192,7 +192,7 @@ fn show(args: &CalibrateArgs, report: &CalibrateReport) -> String {
     let mut rows = vec![
         ("windows", report.windows.to_string()),
         ("tokens", grouped(report.tokens as u64)),
-        ("text parts", report.parts.join(", ")),
+        ("text parts", report.texts.join(", ")),
         ("size", ByteSize(report.size_bytes).to_string()),
     ];
     rows.extend(report.gradient_windows.map(|n| ("windows with gradients", n.to_string())));

@@ -99,10 +99,10 @@ pub fn write(matrix: &Grouped, dtype: Dtype) -> Vec<Written> {
     ]
 }
 
-/// The matrix (rows, cols) from the stored `parts`, in the order of [`tensors`]; `None` if their sizes do not match.
-pub fn read([rows, cols]: [usize; 2], scheme: Scheme, parts: &[(Dtype, Vec<u8>)]) -> Option<Grouped> {
-    let codes = bits::unpack(&parts.first()?.1, rows, cols, scheme.levels.bits(), 4)?;
-    let (dtype, scales) = parts.get(1)?;
+/// The matrix (rows, cols) from the `stored` tensors, in the order of [`tensors`]; `None` if their sizes do not match.
+pub fn read([rows, cols]: [usize; 2], scheme: Scheme, stored: &[(Dtype, Vec<u8>)]) -> Option<Grouped> {
+    let codes = bits::unpack(&stored.first()?.1, rows, cols, scheme.levels.bits(), 4)?;
+    let (dtype, scales) = stored.get(1)?;
     checked(Grouped { rows, cols, scheme, codes, scales: cast::decode(*dtype, scales)?, zeros: Vec::new() })
 }
 
@@ -122,10 +122,10 @@ mod tests {
             check_sizes(&header, &written);
             let shape_of = |i: usize| <[usize; 2]>::try_from(header[i].shape.as_slice()).unwrap();
             proptest::prop_assert_eq!(describe(shape_of(0), shape_of(1), &[rows, cols]), Ok(([rows, cols], scheme)));
-            let mut parts = stored(written);
-            proptest::prop_assert_eq!(read([rows, cols], scheme, &parts), Some(before));
-            parts[1].1.truncate(1);
-            proptest::prop_assert_eq!(read([rows, cols], scheme, &parts), None);
+            let mut tensors = stored(written);
+            proptest::prop_assert_eq!(read([rows, cols], scheme, &tensors), Some(before));
+            tensors[1].1.truncate(1);
+            proptest::prop_assert_eq!(read([rows, cols], scheme, &tensors), None);
         }
     }
 

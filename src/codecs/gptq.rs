@@ -108,15 +108,15 @@ pub fn write(matrix: &Grouped) -> Vec<Written> {
     ]
 }
 
-/// The matrix (rows, cols) from the stored `parts`, in the order of [`SUFFIXES`]; `None` if their sizes do not match.
-pub fn read([rows, cols]: [usize; 2], scheme: Scheme, parts: &[(Dtype, Vec<u8>)]) -> Option<Grouped> {
+/// The matrix (rows, cols) from the `stored` tensors, in the order of [`SUFFIXES`]; `None` if their sizes do not match.
+pub fn read([rows, cols]: [usize; 2], scheme: Scheme, stored: &[(Dtype, Vec<u8>)]) -> Option<Grouped> {
     let (bits, groups) = (scheme.levels.bits(), scheme.n_groups(cols));
     // Stored as (words, out); after the transpose an output's codes are contiguous.
-    let words = transposed_words(&parts.first()?.1, rows);
+    let words = transposed_words(&stored.first()?.1, rows);
     let codes = bits::unpack(&words, rows, cols, bits, 4)?;
-    let (dtype, scales) = parts.get(1)?;
+    let (dtype, scales) = stored.get(1)?;
     let scales = cast::decode(*dtype, scales).filter(|scales| scales.len() == groups * rows)?;
-    let zeros = bits::unpack(&parts.get(2)?.1, groups, rows, bits, 4)?;
+    let zeros = bits::unpack(&stored.get(2)?.1, groups, rows, bits, 4)?;
     let top = (1u32 << bits) - 1;
     // Version 1 stores zeros minus one.
     let zeros: Vec<u8> = zeros.into_iter().map(|z| ((u32::from(z) + 1) & top) as u8).collect();
@@ -155,9 +155,9 @@ mod tests {
             let places: Vec<usize> = (0..cols).map(|i| i / 32).collect();
             let described = describe(bits, shape_of(0), shape_of(2), Some(&places));
             proptest::prop_assert_eq!(described, Ok(([rows, cols], scheme)));
-            let parts = |suffix: &str| written.iter().find(|w| w.suffix == suffix).unwrap().clone();
-            let parts = stored(SUFFIXES.map(parts).to_vec());
-            proptest::prop_assert_eq!(read([rows, cols], scheme, &parts), Some(before));
+            let tensors = |suffix: &str| written.iter().find(|w| w.suffix == suffix).unwrap().clone();
+            let tensors = stored(SUFFIXES.map(tensors).to_vec());
+            proptest::prop_assert_eq!(read([rows, cols], scheme, &tensors), Some(before));
         }
     }
 
@@ -166,11 +166,11 @@ mod tests {
         let (rows, cols) = (8, 32);
         let scheme = Scheme { levels: Levels::Int { bits: 4, symmetric: true }, group: None };
         let before = matrix(rows, cols, scheme, 1);
-        let mut parts = stored(write(&before));
-        parts.swap(1, 2);
+        let mut tensors = stored(write(&before));
+        tensors.swap(1, 2);
         // The stored zeros are one less: the zero of every row becomes 3.
-        parts[2].1 = bits::pack(&[2; 8], rows, 4, 4);
-        let after = read([rows, cols], scheme, &parts).unwrap();
+        tensors[2].1 = bits::pack(&[2; 8], rows, 4, 4);
+        let after = read([rows, cols], scheme, &tensors).unwrap();
         assert_eq!(after.scheme.levels, Levels::Int { bits: 4, symmetric: false });
         assert_eq!((after.zeros, after.codes), (vec![3; 8], before.codes));
     }

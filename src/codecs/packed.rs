@@ -78,13 +78,13 @@ pub fn write(matrix: &Grouped) -> Vec<Written> {
     written
 }
 
-/// The matrix (rows, cols) from the stored `parts`, in the order of [`tensors`]; `None` if their sizes do not match.
-pub fn read([rows, cols]: [usize; 2], scheme: Scheme, parts: &[(Dtype, Vec<u8>)]) -> Option<Grouped> {
+/// The matrix (rows, cols) from the `stored` tensors, in the order of [`tensors`]; `None` if their sizes do not match.
+pub fn read([rows, cols]: [usize; 2], scheme: Scheme, stored: &[(Dtype, Vec<u8>)]) -> Option<Grouped> {
     let (bits, groups) = (scheme.levels.bits(), scheme.n_groups(cols));
-    let codes = bits::unpack(&parts.first()?.1, rows, cols, bits, 1)?;
-    let (dtype, scales) = parts.get(1)?;
+    let codes = bits::unpack(&stored.first()?.1, rows, cols, bits, 1)?;
+    let (dtype, scales) = stored.get(1)?;
     let zeros = match scheme.levels.has_zeros() {
-        true => bits::unpack(&parts.get(2)?.1, rows, groups, bits, 1)?,
+        true => bits::unpack(&stored.get(2)?.1, rows, groups, bits, 1)?,
         false => Vec::new(),
     };
     checked(Grouped { rows, cols, scheme, codes, scales: cast::decode(*dtype, scales)?, zeros })
@@ -105,10 +105,10 @@ mod tests {
             let before = matrix(rows, cols, scheme, seed);
             let written = write(&before);
             check_sizes(&tensors(scheme, [rows, cols]), &written);
-            let mut parts = stored(written);
-            proptest::prop_assert_eq!(read([rows, cols], scheme, &parts), Some(before));
-            parts[0].1.push(0);
-            proptest::prop_assert_eq!(read([rows, cols], scheme, &parts), None);
+            let mut tensors = stored(written);
+            proptest::prop_assert_eq!(read([rows, cols], scheme, &tensors), Some(before));
+            tensors[0].1.push(0);
+            proptest::prop_assert_eq!(read([rows, cols], scheme, &tensors), None);
         }
     }
 

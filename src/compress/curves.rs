@@ -28,33 +28,34 @@ pub(crate) struct KeptCurve {
     pub rank_factor: Vec<f32>,
 }
 
-const PARTS: [&str; 5] = ["energies", "scale", "output_metric", "input_metric", "order"];
+const ARRAYS: [&str; 5] = ["energies", "scale", "output_metric", "input_metric", "order"];
 
 impl KeptCurve {
-    /// Name, dtype, length and bytes of each part.
+    /// Name, dtype, length and bytes of each array.
     fn arrays(&self) -> [(&'static str, Dtype, usize, Vec<u8>); 5] {
-        let [energies, scale, output, input, order] = PARTS;
-        let floats = |part, values: &[f32]| {
+        let [energies, scale, output, input, rank_factor] = ARRAYS;
+        let floats = |name, values: &[f32]| {
             let bytes =
                 cast::encode(Dtype::F32, values).expect("invariant: curves are relative, and rank factors finite");
-            (part, Dtype::F32, values.len(), bytes)
+            (name, Dtype::F32, values.len(), bytes)
         };
         [
             floats(energies, &self.energies),
             (scale, Dtype::F64, 1, self.scale.to_le_bytes().to_vec()),
             floats(output, &self.output),
             floats(input, &self.input),
-            floats(order, &self.rank_factor),
+            floats(rank_factor, &self.rank_factor),
         ]
     }
 
     /// # Errors
     /// An array is absent or damaged.
     pub fn read(curves: &Checkpoint, module: &str) -> Result<Self> {
-        let [energies, scale, output, input, order] = PARTS.map(|part| format!("{module}.{part}"));
-        let [energies, output, input, order] = [energies, output, input, order].map(|name| curves.values(&name));
+        let [energies, scale, output, input, rank_factor] = ARRAYS.map(|name| format!("{module}.{name}"));
+        let [energies, output, input, rank_factor] =
+            [energies, output, input, rank_factor].map(|name| curves.values(&name));
         let scale = scale_of(curves, &scale)?.with_context(|| format!("the curves have no scale for `{module}`"))?;
-        Ok(Self { energies: energies?, scale, output: output?, input: input?, rank_factor: order? })
+        Ok(Self { energies: energies?, scale, output: output?, input: input?, rank_factor: rank_factor? })
     }
 }
 
@@ -116,8 +117,8 @@ pub(crate) fn write(folder: &OutputFolder, all: &BTreeMap<String, KeptCurve>) ->
     }
     let mut arrays = BTreeMap::new();
     for (module, kept) in all {
-        for (part, dtype, length, bytes) in kept.arrays() {
-            arrays.insert(format!("{module}.{part}"), (dtype, length, bytes));
+        for (name, dtype, length, bytes) in kept.arrays() {
+            arrays.insert(format!("{module}.{name}"), (dtype, length, bytes));
         }
     }
     let spec = |(name, (dtype, length, _)): (&String, &(Dtype, usize, Vec<u8>))| TensorSpec {

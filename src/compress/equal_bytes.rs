@@ -68,7 +68,7 @@ pub(super) fn compare(
     let quant = quantizers(study, &choices);
     if study.inputs.windows.is_some() && study.session.decoder()?.has_head() {
         let baseline = Solution::new(study, choices, &refine::of(study.recipe));
-        let found = mean_kl(study, probe_windows(study), &[solution, &baseline], "control")?;
+        let found = mean_kl(study, probe_windows(study), &[solution, &baseline], "compare with baseline")?;
         (kl, baseline_kl) = (Some(found[0]), Some(found[1]));
     }
     Ok(EqualBytesBaseline {

@@ -50,7 +50,7 @@ impl Inputs {
         let named = path.display().to_string();
         statistics.expect_model(&fingerprint(checkpoint)?, &named)?;
         statistics.expect_needs(recipe.needs(), &named)?;
-        let texts = &statistics.header.parts;
+        let texts = &statistics.header.texts;
         if let Some(windows) = &self.windows
             && texts.iter().all(|part| part.text_sha256 != windows.part.text_sha256)
         {
@@ -102,13 +102,13 @@ impl Inputs {
     /// The record for the report.
     pub fn record(&self, recipe: &Recipe) -> Option<CalibrationRecord> {
         let own = self.windows.as_ref().map(|w| vec![w.part.clone()]);
-        let kept = self.statistics.as_ref().map(|s| s.header.parts.clone());
-        let parts = if recipe.statistics.is_some() { kept } else { own }?;
+        let kept = self.statistics.as_ref().map(|s| s.header.texts.clone());
+        let texts = if recipe.statistics.is_some() { kept } else { own }?;
         Some(CalibrationRecord {
-            text_sha256: parts.iter().map(|p| p.text_sha256.clone()).collect(),
-            windows: parts.iter().map(|p| p.windows).sum(),
-            tokens: parts.iter().map(|p| p.tokens).sum(),
-            gradient_windows: Header::gradient_windows_of(&parts),
+            text_sha256: texts.iter().map(|p| p.text_sha256.clone()).collect(),
+            windows: texts.iter().map(|p| p.windows).sum(),
+            tokens: texts.iter().map(|p| p.tokens).sum(),
+            gradient_windows: Header::gradient_windows_of(&texts),
         })
     }
 }

@@ -44,7 +44,7 @@ struct Refitted {
     plain_sides: PlainSides,
     rank: usize,
     /// `B` and `A`, unless it is already laid out.
-    parts: Option<[Spooled; 2]>,
+    pair: Option<[Spooled; 2]>,
 }
 
 /// Changes the values of a solution, never its forms.
@@ -97,7 +97,7 @@ impl<'s> Solution<'s> {
         laid.get(&i).is_some_and(|(_, kept)| kept.is_some())
     }
 
-    /// Replaces the fit of a linear by another of the same rank; without parts if it is already laid out.
+    /// Replaces the fit of a linear by another of the same rank; without a pair if it is already laid out.
     ///
     /// # Errors
     /// The work folder cannot be written.
@@ -107,14 +107,14 @@ impl<'s> Solution<'s> {
         curve: ErrorCurve,
         plain_sides: PlainSides,
         rank: usize,
-        parts: Option<[Array; 2]>,
+        pair: Option<[Array; 2]>,
     ) -> Result<()> {
         let mut spool = self.study.fits.spool.lock().expect("invariant: no holder of the spool panics");
-        let is_new = parts.is_some();
-        let parts = parts.map(|[b, a]| Ok([spool.push(b)?, spool.push(a)?])).transpose();
-        let parts: Result<_> = parts;
-        if let Some(before) = self.refitted.insert(i, Refitted { curve, plain_sides, rank, parts: parts? }) {
-            before.parts.into_iter().flatten().for_each(|part| spool.release(part));
+        let is_new = pair.is_some();
+        let pair = pair.map(|[b, a]| Ok([spool.push(b)?, spool.push(a)?])).transpose();
+        let pair: Result<_> = pair;
+        if let Some(before) = self.refitted.insert(i, Refitted { curve, plain_sides, rank, pair: pair? }) {
+            before.pair.into_iter().flatten().for_each(|factor| spool.release(factor));
         }
         if is_new {
             self.laid.get_mut().expect("invariant: no holder of the layouts panics").remove(&i);
@@ -179,8 +179,8 @@ impl<'s> Solution<'s> {
     /// # Errors
     /// The work folder cannot be read.
     pub fn pair(&self, i: usize) -> Result<LowRank> {
-        if let Some(Refitted { rank, parts, .. }) = self.refitted.get(&i) {
-            let [b, a] = parts.as_ref().context("invariant: what was laid out is not laid out again")?;
+        if let Some(Refitted { rank, pair, .. }) = self.refitted.get(&i) {
+            let [b, a] = pair.as_ref().context("invariant: what was laid out is not laid out again")?;
             let mut spool = self.study.fits.spool.lock().expect("invariant: no holder of the spool panics");
             return Ok(LowRank { rank: *rank, b: spool.get(b)?.f32s()?, a: spool.get(a)?.f32s()? });
         }

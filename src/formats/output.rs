@@ -156,11 +156,11 @@ impl<'a> Files<'a> {
     fn specs(&self, target: Target) -> Vec<TensorSpec> {
         let mut specs: Vec<TensorSpec> = self.of(target).map(OutTensor::spec).collect();
         for stack in self.joined_stacks() {
-            let parts: BTreeSet<String> = stack.parts().into_iter().collect();
-            let Some(first) = specs.iter().position(|spec| parts.contains(&spec.name)) else { continue };
+            let matrices: BTreeSet<String> = stack.tensors().into_iter().collect();
+            let Some(first) = specs.iter().position(|spec| matrices.contains(&spec.name)) else { continue };
             let whole = TensorSpec { name: stack.tensor.clone(), shape: stack.shape.into(), ..specs[first].clone() };
             specs[first] = whole;
-            specs.retain(|spec| !parts.contains(&spec.name));
+            specs.retain(|spec| !matrices.contains(&spec.name));
         }
         specs
     }
@@ -256,7 +256,7 @@ impl<'a> Output<'a> {
             Container::Safetensors => {
                 let specs = files.specs(Target::Model);
                 let mut model = SafetensorsWriter::create(&folder.path(), &specs, files.max_shard_bytes)?;
-                files.joined_stacks().into_iter().for_each(|s| model.divide(&s.tensor, &s.parts()));
+                files.joined_stacks().into_iter().for_each(|s| model.divide(&s.tensor, &s.tensors()));
                 let adapter = folder.path().join(peft::FOLDER);
                 let adapter = files.has_adapter().then(|| -> Result<_, CheckpointError> {
                     std::fs::create_dir_all(&adapter).map_err(io("create", &adapter))?;

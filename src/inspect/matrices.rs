@@ -10,7 +10,7 @@ use crate::operator::Kind;
 pub(super) struct Matrix {
     /// The module; for an expert, the module of the stack with the index of the expert.
     pub module: String,
-    /// `linear`, or the parts of a fused or stacked matrix.
+    /// `linear`, or the roles of a fused or stacked matrix.
     pub kind: String,
     pub block: Option<usize>,
     /// (out, in).
@@ -29,7 +29,7 @@ enum Source {
     },
 }
 
-/// Names of fused matrices, with the parts that are stacked in their rows.
+/// Names of fused matrices, with the roles that are stacked in their rows.
 const FUSED: [(&str, &str); 8] = [
     ("qkv_proj", "q, k, v"),
     ("query_key_value", "q, k, v"),
@@ -79,7 +79,7 @@ impl Matrix {
 pub(super) fn of(checkpoint: &Checkpoint) -> Vec<Matrix> {
     let linears = inventory::linears(checkpoint).into_iter().map(|linear| Matrix {
         module: linear.module.clone(),
-        kind: fused(&linear.module).map_or("linear".into(), |parts| format!("fused {parts}")),
+        kind: fused(&linear.module).map_or("linear".into(), |roles| format!("fused {roles}")),
         block: linear.block,
         shape: linear.shape(),
         dtype: linear.dtype,
@@ -99,10 +99,10 @@ fn stack(info: &TensorInfo) -> Vec<Matrix> {
     if !inventory::is_stack(info) {
         return Vec::new();
     }
-    let parts = fused(name).map_or(String::new(), |parts| format!(", fused {parts}"));
+    let roles = fused(name).map_or(String::new(), |roles| format!(", fused {roles}"));
     let expert = |index: usize| Matrix {
         module: format!("{name}[{index}]"),
-        kind: format!("expert {index} of {n}{parts}"),
+        kind: format!("expert {index} of {n}{roles}"),
         block: name.split('.').find_map(|part| part.parse().ok()),
         shape: (rows, columns),
         dtype: info.dtype,
@@ -114,5 +114,5 @@ fn stack(info: &TensorInfo) -> Vec<Matrix> {
 
 fn fused(module: &str) -> Option<&'static str> {
     let last = module.rsplit('.').next().unwrap_or(module);
-    FUSED.iter().find(|(name, _)| *name == last).map(|(_, parts)| *parts)
+    FUSED.iter().find(|(name, _)| *name == last).map(|(_, roles)| *roles)
 }

@@ -298,15 +298,16 @@ pub fn split_stacks(mut checkpoint: Checkpoint) -> Result<Checkpoint> {
     Ok(checkpoint)
 }
 
-/// Presents every fused matrix of a known family as its parts, each with its rows.
+/// Presents every fused matrix of a known family as its slices, each with its rows.
 ///
 /// # Errors
 /// The config is invalid.
 pub fn split_fused(mut checkpoint: Checkpoint) -> Result<Checkpoint> {
     let (config, architecture) = ModelConfig::of(&checkpoint)?;
-    let whole = |id: LinearId| architecture.linears.iter().find(|(role, _)| *role == id.slot.role).map(|l| l.0.parts());
+    let whole =
+        |id: LinearId| architecture.linears.iter().find(|(role, _)| *role == id.slot.role).map(|l| l.0.slices());
     for linear in linears(&checkpoint) {
-        let Some(parts) = linear.id.and_then(whole).filter(|parts| !parts.is_empty()) else { continue };
+        let Some(slices) = linear.id.and_then(whole).filter(|slices| !slices.is_empty()) else { continue };
         let name = linear.weight_name();
         if linear.is_low_rank() || checkpoint.require(&name)?.is_encoded() {
             continue;
@@ -320,11 +321,11 @@ pub fn split_fused(mut checkpoint: Checkpoint) -> Result<Checkpoint> {
                 .hint(format!("check {fields}, or leave it `--fused joint`"))
                 .into());
         }
-        let part = |&(role, part): &(Role, &str)| {
-            let rows = architecture.rows_of(role, &widths).expect("invariant: a part has rows");
-            (format!("{}.{part}.weight", linear.module), rows)
+        let slice = |&(role, name): &(Role, &str)| {
+            let rows = architecture.rows_of(role, &widths).expect("invariant: a slice has rows");
+            (format!("{}.{name}.weight", linear.module), rows)
         };
-        checkpoint = checkpoint.split(&name, &parts.iter().map(part).collect::<Vec<_>>())?;
+        checkpoint = checkpoint.split(&name, &slices.iter().map(slice).collect::<Vec<_>>())?;
     }
     Ok(checkpoint)
 }

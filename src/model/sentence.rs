@@ -262,8 +262,8 @@ impl PoolingMode {
 impl SentencePooler {
     /// The embedding (width) of states (n_tokens, hidden_size).
     pub(super) fn pool(&self, x: &Tensor) -> Result<Tensor> {
-        let parts = self.modes.iter().map(|mode| mode.of(x)).collect::<Result<Vec<_>>>()?;
-        let mut e = Tensor::cat(&parts, 0)?;
+        let pooled = self.modes.iter().map(|mode| mode.of(x)).collect::<Result<Vec<_>>>()?;
+        let mut e = Tensor::cat(&pooled, 0)?;
         for step in &self.steps {
             e = match step {
                 LoadedStep::Normalize => e.broadcast_div(&(e.sqr()?.sum_keepdim(D::Minus1)?.sqrt()? + 1e-12)?)?,

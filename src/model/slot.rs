@@ -26,8 +26,8 @@ pub enum Role {
     DownProj,
 }
 
-/// The parts of fused matrices: the role of each, and its name within the fused module.
-const PARTS: &[(Role, &[(Role, &str)])] = &[
+/// The slices of fused matrices: the role of each, and its name within the fused module.
+const SLICES: &[(Role, &[(Role, &str)])] = &[
     (Role::QkvProj, &[(Role::QProj, "q"), (Role::KProj, "k"), (Role::VProj, "v")]),
     (Role::GateUpProj, &[(Role::GateProj, "gate"), (Role::UpProj, "up")]),
 ];
@@ -114,9 +114,9 @@ impl Slot {
 }
 
 impl Role {
-    /// The parts of a fused matrix, by role and name; empty for other roles.
-    pub fn parts(self) -> &'static [(Self, &'static str)] {
-        PARTS.iter().find(|(whole, _)| *whole == self).map_or(&[], |(_, parts)| parts)
+    /// The slices of a fused matrix, by role and name; empty for other roles.
+    pub fn slices(self) -> &'static [(Self, &'static str)] {
+        SLICES.iter().find(|(whole, _)| *whole == self).map_or(&[], |(_, slices)| slices)
     }
 
     /// Its name in files and messages.

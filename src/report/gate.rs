@@ -148,9 +148,9 @@ pub fn check(gates: &[Gate], report: &impl Serialize) -> Result<()> {
 impl Gate {
     /// The message, if the condition is met.
     fn failure(&self, report: &Value) -> Option<String> {
-        let parts: Vec<&str> = self.field.split('.').collect();
+        let names: Vec<&str> = self.field.split('.').collect();
         let mut values = Vec::new();
-        leaves(report, &parts, String::new(), None, &mut values);
+        leaves(report, &names, String::new(), None, &mut values);
         if values.is_empty() {
             return Some(format!("--fail-if `{self}`: this report has no `{}`", self.field));
         }
@@ -172,7 +172,7 @@ impl Gate {
 /// Collects the values at a path, with the `module` of the innermost list element that has one.
 fn leaves<'a>(
     value: &'a Value,
-    parts: &[&str],
+    names: &[&str],
     path: String,
     owner: Option<String>,
     found: &mut Vec<(String, Option<String>, &'a Value)>,
@@ -181,10 +181,10 @@ fn leaves<'a>(
         Value::Array(items) => {
             for (i, item) in items.iter().enumerate() {
                 let owner = item.get("module").and_then(Value::as_str).map(String::from).or_else(|| owner.clone());
-                leaves(item, parts, format!("{path}[{i}]"), owner, found);
+                leaves(item, names, format!("{path}[{i}]"), owner, found);
             }
         }
-        Value::Object(fields) => match parts.split_first() {
+        Value::Object(fields) => match names.split_first() {
             Some((first, rest)) => {
                 if let Some(inner) = fields.get(*first) {
                     let path = if path.is_empty() { (*first).to_string() } else { format!("{path}.{first}") };
@@ -193,11 +193,11 @@ fn leaves<'a>(
             }
             None => {
                 for (key, inner) in fields {
-                    leaves(inner, parts, format!("{path}.{key}"), owner.clone(), found);
+                    leaves(inner, names, format!("{path}.{key}"), owner.clone(), found);
                 }
             }
         },
-        value if parts.is_empty() => found.push((path, owner, value)),
+        value if names.is_empty() => found.push((path, owner, value)),
         _ => {}
     }
 }

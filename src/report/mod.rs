@@ -27,7 +27,7 @@ pub use publish::{Published, publish};
 pub use crate::checkpoint::REPORT_FILE;
 
 /// Incremented when a field changes its meaning or is removed.
-pub const SCHEMA_VERSION: u32 = 2;
+pub const SCHEMA_VERSION: u32 = 3;
 
 /// Version of lrc that wrote a record.
 pub const LRC_VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -70,7 +70,7 @@ pub struct CompressReport {
     #[serde(default)]
     pub left_out: Vec<LeftOutRecord>,
     /// A model of the same size without factors, if quantized linears have factors.
-    #[serde(rename = "control", skip_serializing_if = "Option::is_none", default)]
+    #[serde(alias = "control", skip_serializing_if = "Option::is_none", default)]
     pub equal_bytes_baseline: Option<EqualBytesBaseline>,
     /// Set by `lrc truncate`.
     #[serde(skip_serializing_if = "Option::is_none", default)]
@@ -117,7 +117,7 @@ pub struct EqualBytesBaseline {
     /// KL(source ‖ output) in nats, on windows of the calibration text.
     pub kl: Option<f64>,
     /// KL(source ‖ baseline) in nats, on the same windows.
-    #[serde(rename = "control_kl")]
+    #[serde(alias = "control_kl")]
     pub baseline_kl: Option<f64>,
     /// The quantizer of every linear of the baseline.
     pub quant: BTreeMap<String, String>,
@@ -207,7 +207,7 @@ pub struct Timings {
     /// Decompositions and error curves.
     pub decompose: f64,
     /// Quantization, with compensation.
-    #[serde(rename = "quantise", default)]
+    #[serde(alias = "quantise", default)]
     pub quantize: f64,
     /// Sensitivities and ranks.
     pub allocate: f64,
@@ -216,7 +216,7 @@ pub struct Timings {
     /// Writing the output.
     pub write: f64,
     /// The equal-bytes baseline without factors.
-    #[serde(rename = "control", default)]
+    #[serde(alias = "control", default)]
     pub equal_bytes_baseline: f64,
 }
 
@@ -382,7 +382,8 @@ pub struct CalibrateReport {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gradient_windows: Option<usize>,
     /// Measured parts of texts: `1/4 of` and the first 12 digits of the text's SHA-256.
-    pub parts: Vec<String>,
+    #[serde(alias = "parts")]
+    pub texts: Vec<String>,
     /// Seconds of the forward passes; 0 after `--merge`.
     pub forward_seconds: f64,
     /// Seconds of the backward passes; 0 after `--merge`.
@@ -441,6 +442,16 @@ pub struct SweepPoint {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn older_names_of_fields_are_read() {
+        let names = ["calibrate_forward", "calibrate_backward", "decompose", "allocate", "anchor", "write"];
+        let mut fields: serde_json::Map<String, Value> =
+            names.iter().map(|name| ((*name).into(), 0.0.into())).collect();
+        fields.extend([("quantise".into(), 1.0.into()), ("control".into(), 2.0.into())]);
+        let Timings { quantize, equal_bytes_baseline, .. } = serde_json::from_value(fields.into()).unwrap();
+        assert_eq!((quantize, equal_bytes_baseline), (1.0, 2.0));
+    }
 
     #[test]
     #[cfg(target_os = "linux")]

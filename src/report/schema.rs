@@ -157,7 +157,10 @@ mod tests {
         assert!(kl.is_comparable() && kl.is_optional);
         let rank = find(fields::<CompressReport>(), "linears.rank").unwrap();
         assert_eq!((rank.path.as_slice(), rank.is_optional), (&["linears[]".to_string(), "rank".into()][..], true));
-        assert_eq!(find(fields::<CompressReport>(), "control.quant").unwrap().path, ["control", "quant{}"]);
+        assert_eq!(
+            find(fields::<CompressReport>(), "equal_bytes_baseline.quant").unwrap().path,
+            ["equal_bytes_baseline", "quant{}"]
+        );
         assert!(find(fields::<AllConventionsReport>(), "lm-eval.ppl").is_some());
         assert!(find(fields::<PerplexityReport>(), "perplexity").is_none());
     }

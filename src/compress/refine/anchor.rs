@@ -128,8 +128,8 @@ impl Anchor {
                     if is_enough { moments.approximate(solution, &place.anchored, self.mu)? } else { Vec::new() };
                 for (&i, refit) in place.anchored.iter().zip(refits) {
                     let Refit { curve, pair, plain } = &refit;
-                    let parts = [pair.b.clone().into(), pair.a.clone().into()];
-                    solution.refit(i, curve.clone(), *plain, pair.rank, Some(parts))?;
+                    let kept = [pair.b.clone().into(), pair.a.clone().into()];
+                    solution.refit(i, curve.clone(), *plain, pair.rank, Some(kept))?;
                     made.push(Anchored { i, refit });
                 }
                 solution.settle(&place.readers, &Silent)?;
@@ -161,8 +161,8 @@ fn keep(
     let fields: Vec<(usize, usize, PlainSides, bool)> =
         made.iter().map(|Anchored { i, refit }| (*i, refit.pair.rank, refit.plain, !is_spent(*i))).collect();
     let arrays = made.into_iter().flat_map(|Anchored { i, refit: Refit { curve, pair, .. } }| {
-        let parts = if is_spent(i) { Vec::new() } else { vec![Values::from(pair.b), pair.a.into()] };
-        std::iter::once(Values::from(curve.energies().to_vec())).chain(parts).collect::<Vec<_>>()
+        let pair = if is_spent(i) { Vec::new() } else { vec![Values::from(pair.b), pair.a.into()] };
+        std::iter::once(Values::from(curve.energies().to_vec())).chain(pair).collect::<Vec<_>>()
     });
     let arrays: Vec<Values> = arrays.collect();
     let piece = session.journal.put(&fits_key(block_idx), json!(fields), arrays)?;
@@ -240,10 +240,10 @@ fn resume(solution: &mut Solution<'_>, walk: &Walk<'_>, source: &mut Hidden, shi
 /// Restores the fits of a block's anchored linears.
 fn take(solution: &mut Solution<'_>, mut piece: Piece) -> Result<()> {
     let fields: Vec<(usize, usize, PlainSides, bool)> = serde_json::from_value(piece.fields.take())?;
-    for (i, rank, plain, has_parts) in fields {
+    for (i, rank, plain, has_pair) in fields {
         let curve = ErrorCurve::new(piece.take()?.values.f64s()?);
-        let parts = if has_parts { Some([piece.take()?, piece.take()?]) } else { None };
-        solution.refit(i, curve, plain, rank, parts)?;
+        let pair = if has_pair { Some([piece.take()?, piece.take()?]) } else { None };
+        solution.refit(i, curve, plain, rank, pair)?;
     }
     Ok(())
 }

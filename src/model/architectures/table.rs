@@ -191,12 +191,12 @@ impl Architecture {
     /// The fused matrix that contains a role in this family, and both names: (`QkvProj`, `attn.c_attn`, `q`).
     pub fn whole(&self, role: Role) -> Option<(Role, &'static str, &'static str)> {
         self.linears.iter().find_map(|&(whole, name)| {
-            let (_, part) = whole.parts().iter().find(|(part, _)| *part == role)?;
+            let (_, part) = whole.slices().iter().find(|(part, _)| *part == role)?;
             Some((whole, name, *part))
         })
     }
 
-    /// Whether the weight of a module is stored as (in, out); split parts never are.
+    /// Whether the weight of a module is stored as (in, out); slices never are.
     pub fn stores_transposed(&self, module: &str) -> bool {
         let id = self.split_name(module).and_then(|(prefix, ..)| self.linear_id(prefix, module));
         self.is_conv1d && id.is_some_and(|id| self.whole(id.slot.role).is_none())
@@ -205,7 +205,7 @@ impl Architecture {
     /// The rows of a part in a fused matrix of a block with these widths.
     pub fn rows_of(&self, part: Role, widths: &Widths) -> Option<Rows> {
         let (whole, ..) = self.whole(part)?;
-        let sizes = whole.parts().iter().map(|&(role, _)| (role, widths.shape(Slot::shared(role)).0[0]));
+        let sizes = whole.slices().iter().map(|&(role, _)| (role, widths.shape(Slot::shared(role)).0[0]));
         let sizes: Vec<(Role, usize)> = sizes.collect();
         let at = sizes.iter().position(|(role, _)| *role == part)?;
         let (count, is_transposed) = (sizes[at].1, self.is_conv1d);
@@ -222,13 +222,15 @@ impl Architecture {
     }
 
     /// The linears of a block with these widths, in the order of the forward pass; `is_split` says whether a fused
-    /// matrix is stored as its parts.
+    /// matrix is stored as its slices.
     pub fn slots(&self, widths: &Widths, is_split: &dyn Fn(&str) -> bool) -> Vec<Slot> {
-        let parts = |&(role, name): &(Role, &'static str)| match role.parts() {
-            parts if !parts.is_empty() && is_split(name) => parts.iter().map(|(part, _)| Slot::shared(*part)).collect(),
+        let slots = |&(role, name): &(Role, &'static str)| match role.slices() {
+            slices if !slices.is_empty() && is_split(name) => {
+                slices.iter().map(|(role, _)| Slot::shared(*role)).collect()
+            }
             _ => vec![Slot::shared(role)],
         };
-        let shared = self.linears.iter().flat_map(parts);
+        let shared = self.linears.iter().flat_map(slots);
         let Some(names) = self.experts.as_ref().filter(|_| widths.num_experts > 0) else { return shared.collect() };
         let of_expert = |expert| names.linears.iter().map(move |&(role, _)| Slot { role, expert: Some(expert) });
         let of_attention = shared.filter(|slot| matches!(slot.site(), InputSite::Qkv | InputSite::O));
@@ -250,8 +252,8 @@ impl Architecture {
         name.match_indices(self.layers).find_map(|(at, layers)| {
             let prefix = name[..at].is_empty() || name[..at].ends_with('.');
             let (block, rest) = name[at + layers.len()..].strip_prefix('.')?.split_once('.')?;
-            let mut parts = self.linears.iter().map(|(_, part)| *part).chain(of_experts.clone());
-            let is_linear = prefix && parts.any(|part| begins(rest, part));
+            let mut names = self.linears.iter().map(|(_, part)| *part).chain(of_experts.clone());
+            let is_linear = prefix && names.any(|name| begins(rest, name));
             Some((&name[..at], block.parse().ok().filter(|_| is_linear)?, rest))
         })
     }
@@ -267,7 +269,7 @@ impl Architecture {
         };
         let of_whole = || {
             let (whole, part) = name.rsplit_once('.')?;
-            find(find(self.linears, whole)?.parts(), part)
+            find(find(self.linears, whole)?.slices(), part)
         };
         let slot = find(self.linears, name).or_else(of_whole).map(Slot::shared).or_else(of_expert)?;
         Some(LinearId { block: block.parse().ok()?, slot })

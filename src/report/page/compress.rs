@@ -134,7 +134,7 @@ fn warnings(report: &CompressReport) -> Vec<String> {
         && baseline.weighted_error_ratio.is_some_and(|ratio| ratio > 1.0)
     {
         warnings.push(
-            "spending the bytes of the factors on higher bit widths would give a lower error (see `control` in the report)"
+            "spending the bytes of the factors on higher bit widths would give a lower error (see `equal_bytes_baseline` in the report)"
                 .into(),
         );
     }

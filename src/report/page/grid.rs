@@ -42,8 +42,8 @@ pub fn within_block(module: &str, block: usize) -> String {
     let number = format!(".{block}.");
     let rest = module.split_once(&number).map_or(module, |(_, rest)| rest);
     let rest = rest.split_once('[').map_or(rest, |(stack, _)| stack);
-    let parts = rest.split('.').map(|part| if part.parse::<usize>().is_ok() { "*" } else { part });
-    parts.collect::<Vec<_>>().join(".")
+    let names = rest.split('.').map(|part| if part.parse::<usize>().is_ok() { "*" } else { part });
+    names.collect::<Vec<_>>().join(".")
 }
 
 impl Grid {

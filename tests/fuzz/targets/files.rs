@@ -72,7 +72,7 @@ pub(super) fn read_statistics(bed: &Bed, input: &[u8]) -> bool {
     let path = bed.folder("statistics", &[("s.safetensors", input)]).join("s.safetensors");
     let Ok(statistics) = Statistics::open(&path) else { return false };
     let _ = (statistics.header.n_tokens(), statistics.header.n_windows());
-    for part in &statistics.header.parts {
+    for part in &statistics.header.texts {
         assert_eq!(part.text_sha256.len(), 64);
     }
     // Checked against the model of the statistics, whatever their header says.
