@@ -2,7 +2,8 @@
 //! is the number of parameters per rank (D-Rank, Mi et al. 2025). All linears share one factor, the largest that the
 //! budget allows.
 
-use super::{Allocator, Item, Ladder, Pick, Rules, Spectra, Statistic, largest_affordable};
+use super::allocator::{Allocator, Spectra, largest_affordable};
+use super::item::{Item, Ladder, Pick, Rules, Statistic};
 use crate::approx::low_rank::ErrorCurve;
 
 pub(super) struct EffectiveRank;

@@ -1,7 +1,8 @@
 //! The smallest ranks that keep the same share τ of the energy `Σ σ²` in every linear (LiteASR, Kamahori et al. 2025,
 //! keeps 0.99 in attention and 0.999 in feed-forward layers). With a budget, τ is the largest share that it allows.
 
-use super::{Allocator, Item, Pick, Rules, Spectra, cost, largest_affordable};
+use super::allocator::{Allocator, Spectra, cost, largest_affordable};
+use super::item::{Item, Pick, Rules};
 use crate::approx::low_rank::ErrorCurve;
 
 pub(super) struct Energy {

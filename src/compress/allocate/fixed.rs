@@ -1,6 +1,7 @@
 //! One rank for every linear, whether or not it saves parameters; at full rank it checks that factoring loses nothing.
 
-use super::{Allocator, Item, Pick, Rules, Spectra};
+use super::allocator::{Allocator, Spectra};
+use super::item::{Item, Pick, Rules};
 
 pub(super) struct Fixed {
     pub rank: usize,

@@ -1,7 +1,35 @@
-//! What allocators see of a linear: costs and errors.
+//! What allocators see of a linear, costs and errors, and the rules that they keep.
 
-use super::{Rules, uniform};
 use crate::approx::low_rank::ErrorCurve;
+
+/// The rules for every allocator.
+#[derive(Debug, Clone, Copy)]
+pub struct Rules {
+    /// In the unit of the items' costs.
+    pub budget: u64,
+    /// The budget as a share of the cost of all items when dense.
+    pub keep: f64,
+    /// Share of the uniform rank that every low-rank linear keeps.
+    pub floor: f64,
+    /// Ranks are multiples of this.
+    pub multiple: usize,
+    /// Whether the remaining budget is spent rank by rank.
+    pub fill: bool,
+}
+
+impl Rules {
+    /// A budget of `keep` of the parameters of all items: ⌊keep · Σ m n⌋.
+    pub fn of_keep(items: &[Item<'_>], keep: f64) -> Self {
+        let total: u64 = items.iter().map(|item| item.dense_cost).sum();
+        // Slightly above, so that 0.7 of 10 is 7 and not 6.
+        let budget = (keep * total as f64 + 1e-6).floor() as u64;
+        Self { budget, keep, floor: 0.0, multiple: 1, fill: false }
+    }
+
+    pub(super) fn round_down(&self, rank: usize) -> usize {
+        rank / self.multiple * self.multiple
+    }
+}
 
 /// The choice for an item.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -124,6 +152,16 @@ impl Ladder<'_> {
         self.parameters.partition_point(|&parameters| parameters < self.n_weights).saturating_sub(1)
     }
 
+    /// Largest rank with at most `keep` of the parameters of the matrix.
+    pub(super) fn uniform_rank(&self, keep: f64) -> usize {
+        let largest = self.largest_rank();
+        if keep >= 1.0 {
+            return largest;
+        }
+        let budget = (keep * self.n_weights as f64 + 1e-6).floor() as u64;
+        self.parameters.partition_point(|&parameters| parameters <= budget).saturating_sub(1).min(largest)
+    }
+
     /// `rank`, rounded down to the rules' multiple; dense if low rank would not save anything.
     pub(super) fn pick(&self, rank: usize, rules: &Rules) -> Pick {
         let saving_rank = self.saving_rank();
@@ -136,7 +174,7 @@ impl Ladder<'_> {
 
     /// The floor: a share of the uniform rank, and at least the multiple.
     pub(super) fn smallest_rank(&self, rules: &Rules) -> usize {
-        let uniform = uniform::rank(self, rules.keep);
+        let uniform = self.uniform_rank(rules.keep);
         rules.round_down((rules.floor * uniform as f64) as usize).max(rules.multiple)
     }
 

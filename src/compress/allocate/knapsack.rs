@@ -4,7 +4,8 @@
 //! kept; steps along the hulls are taken in the order of error saved per cost, the optimum of the Lagrangian relaxation
 //! (Everett 1963). What remains of the budget is spent on the single changes that save most.
 
-use super::{Allocator, Item, Ladder, Offer, Offers, Pick, Rules, Spectra};
+use super::allocator::{Allocator, Spectra};
+use super::item::{Item, Ladder, Offer, Offers, Pick, Rules};
 
 pub(super) struct Knapsack;
 

@@ -1,6 +1,7 @@
 //! Chooses a rank for each linear, under a budget of parameters or bytes, by costs and errors. Each allocator is one file and one line
 //! in [`Ranks::allocator`].
 
+mod allocator;
 mod effective_rank;
 mod energy;
 mod fixed;
@@ -15,57 +16,9 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+pub use allocator::{Allocator, Spectra, cost};
 pub(super) use frontier::{Point, frontier};
-pub use item::{Item, Ladder, Offer, Offers, Pick, Statistic, offers_by_rank};
-
-/// The rules for every allocator.
-#[derive(Debug, Clone, Copy)]
-pub struct Rules {
-    /// In the unit of the items' costs.
-    pub budget: u64,
-    /// The budget as a share of the cost of all items when dense.
-    pub keep: f64,
-    /// Share of the uniform rank that every low-rank linear keeps.
-    pub floor: f64,
-    /// Ranks are multiples of this.
-    pub multiple: usize,
-    /// Whether the remaining budget is spent rank by rank.
-    pub fill: bool,
-}
-
-impl Rules {
-    /// A budget of `keep` of the parameters of all items: ⌊keep · Σ m n⌋.
-    pub fn of_keep(items: &[Item<'_>], keep: f64) -> Self {
-        let total: u64 = items.iter().map(|item| item.dense_cost).sum();
-        // Slightly above, so that 0.7 of 10 is 7 and not 6.
-        let budget = (keep * total as f64 + 1e-6).floor() as u64;
-        Self { budget, keep, floor: 0.0, multiple: 1, fill: false }
-    }
-
-    fn round_down(&self, rank: usize) -> usize {
-        rank / self.multiple * self.multiple
-    }
-}
-
-/// The spectra that an allocator needs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Spectra {
-    /// No spectra: shapes decide.
-    None,
-    /// Spectra of the plain weights.
-    Plain,
-    /// Spectra of the weights in the metric of the method.
-    Metric,
-}
-
-/// A way to allocate ranks.
-pub trait Allocator {
-    /// The spectra that the choices depend on.
-    fn spectra(&self) -> Spectra;
-
-    /// The choices, one per item.
-    fn choices(&self, items: &[Item<'_>], rules: &Rules) -> Vec<Pick>;
-}
+pub use item::{Item, Ladder, Offer, Offers, Pick, Rules, Statistic, offers_by_rank};
 
 /// The choices of `ranks` under the budget, or the smallest ranks if even they exceed it. Free offers are taken, which leaves their
 /// share of the budget to the other items.
@@ -82,11 +35,6 @@ pub fn allocate(ranks: Ranks, items: &[Item<'_>], rules: &Rules) -> Vec<Pick> {
     let mut found = found.into_iter();
     let mut next = || found.next().expect("invariant: an allocator makes a choice an item");
     items.iter().map(|item| if is_free(item) { Pick::Offer(0) } else { next() }).collect()
-}
-
-/// Total cost of choices.
-pub fn cost(items: &[Item<'_>], choices: &[Pick]) -> u64 {
-    items.iter().zip(choices).map(|(item, &choice)| item.cost(choice)).sum()
 }
 
 /// Spends the remaining budget step by step, each time on the rank that gains most for its cost.
@@ -106,23 +54,6 @@ fn fill(items: &[Item<'_>], rules: &Rules, choices: &mut [Pick]) {
         choices[i] = next;
         left -= extra;
     }
-}
-
-/// The choices `at(t)` for the largest affordable t in [0, 1], where cost grows with t; those at 0 if none is
-/// affordable.
-fn largest_affordable(items: &[Item<'_>], rules: &Rules, at: impl Fn(f64) -> Vec<Pick>) -> Vec<Pick> {
-    let (mut low, mut high) = (0.0, 1.0);
-    let mut best = at(low);
-    for _ in 0..60 {
-        let middle = 0.5 * (low + high);
-        let choices = at(middle);
-        if cost(items, &choices) <= rules.budget {
-            (low, best) = (middle, choices);
-        } else {
-            high = middle;
-        }
-    }
-    best
 }
 
 /// The allocators, by their names on the command line.

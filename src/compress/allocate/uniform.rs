@@ -1,7 +1,8 @@
 //! The same share of parameters for every linear, as in all published tools: the largest rank that costs at most `keep`
 //! of the matrix, `⌊keep · m n / (m + n)⌋` for factors.
 
-use super::{Allocator, Item, Ladder, Pick, Rules, Spectra, largest_affordable};
+use super::allocator::{Allocator, Spectra, cost, largest_affordable};
+use super::item::{Item, Pick, Rules};
 
 pub(super) struct Uniform;
 
@@ -13,22 +14,12 @@ impl Allocator for Uniform {
     fn choices(&self, items: &[Item<'_>], rules: &Rules) -> Vec<Pick> {
         let at = |keep: f64| -> Vec<Pick> {
             let ladders = items.iter().map(Item::ladder);
-            ladders.map(|ladder| ladder.pick(rank(ladder, keep).max(1), rules)).collect()
+            ladders.map(|ladder| ladder.pick(ladder.uniform_rank(keep).max(1), rules)).collect()
         };
         let choices = at(rules.keep);
         // A budget in bytes also includes headers.
-        if super::cost(items, &choices) <= rules.budget { choices } else { largest_affordable(items, rules, at) }
+        if cost(items, &choices) <= rules.budget { choices } else { largest_affordable(items, rules, at) }
     }
-}
-
-/// Largest rank with at most `keep` of the parameters of the matrix.
-pub(super) fn rank(ladder: &Ladder<'_>, keep: f64) -> usize {
-    let largest = ladder.largest_rank();
-    if keep >= 1.0 {
-        return largest;
-    }
-    let budget = (keep * ladder.n_weights as f64 + 1e-6).floor() as u64;
-    ladder.parameters.partition_point(|&parameters| parameters <= budget).saturating_sub(1).min(largest)
 }
 
 #[cfg(test)]

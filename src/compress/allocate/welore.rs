@@ -6,7 +6,8 @@
 //! (low-rank components), dense ones its N-LRCs. As in the paper the singular values are those of the plain weight,
 //! whatever the metric of the truncation: no text affects the ranks.
 
-use super::{Allocator, Item, Pick, Rules, Spectra, cost};
+use super::allocator::{Allocator, Spectra, cost};
+use super::item::{Item, Pick, Rules};
 use crate::approx::low_rank::ErrorCurve;
 
 pub(super) struct Welore;
