@@ -19,7 +19,7 @@ use serde_json::Value;
 use super::error::{CheckpointError, OutputError, io};
 use super::job::compare;
 use super::moving::{self, rename, write_whole};
-use super::paths::file_name;
+use super::paths::{file_name, folder_of};
 use super::place::{self, Existing, WITHIN, open_to_write};
 use super::strangers;
 use super::unfinished::Unfinished;
@@ -152,7 +152,7 @@ impl OutputFolder {
         if earlier == Earlier::Discarded && partial.exists() {
             fs::remove_dir_all(&partial).map_err(io("remove", &partial))?;
         }
-        fs::create_dir_all(&partial).map_err(io("create", &partial))?;
+        fs::create_dir_all(&partial).map_err(place::not_made(target, folder_of(&partial)))?;
         let lock = open_to_write(&lock_path)?;
         lock.try_lock().map_err(|_| busy())?;
         let (unfinished, mark) = (Unfinished::new(&partial), mark.to_string());

@@ -2,6 +2,7 @@
 //! that is written.
 
 use std::fs::{self, File, OpenOptions};
+use std::io::ErrorKind;
 use std::path::{Component, Path, PathBuf};
 
 use super::error::{CheckpointError, OutputError, Result, io};
@@ -25,7 +26,8 @@ pub(super) fn named(target: &Path) -> PathBuf {
     }
 }
 
-/// Refuses a path that cannot become an output folder: a dangling link, a file, an empty name. Returns whether the folder exists.
+/// Refuses a path that cannot become an output folder: a dangling link, a file, an empty name, a folder above it that takes no
+/// files. Returns whether the folder exists.
 ///
 /// # Errors
 /// The path cannot; the error gives the reason.
@@ -45,13 +47,40 @@ pub fn expect_folder(target: &Path) -> Result<bool> {
         }
         above.push(part);
     }
+    if !exists {
+        expect_writable(target, nearest_folder(target))?;
+    }
     Ok(exists)
+}
+
+/// The nearest folder above a path that exists.
+fn nearest_folder(path: &Path) -> &Path {
+    let above = path.ancestors().skip(1).find(|above| above.exists());
+    above.unwrap_or(Path::new(if path.is_absolute() { "/" } else { "." }))
+}
+
+/// Refuses an output in a folder that takes no files.
+fn expect_writable(output: &Path, folder: &Path) -> Result<()> {
+    // A file without a name, which is gone at once.
+    tempfile::tempfile_in(folder).map(drop).map_err(not_made(output, folder))
+}
+
+/// The error for a file or a folder that cannot be made in `folder`: the fault of the command, if the folder takes none.
+pub(super) fn not_made(output: &Path, folder: &Path) -> impl FnOnce(std::io::Error) -> CheckpointError {
+    use ErrorKind::{NotADirectory, NotFound, PermissionDenied, ReadOnlyFilesystem, Unsupported};
+    let (path, folder) = (output.to_path_buf(), folder.to_path_buf());
+    move |error| match error.kind() {
+        NotADirectory | NotFound | PermissionDenied | ReadOnlyFilesystem | Unsupported => {
+            OutputError::Unwritable { path, folder, reason: error.to_string() }.into()
+        }
+        _ => CheckpointError::Io { action: "create a file in", path: folder, source: error },
+    }
 }
 
 /// Whether the path exists; a dangling link is refused.
 fn exists(path: &Path) -> Result<bool> {
     match fs::symlink_metadata(path) {
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(false),
+        Err(e) if e.kind() == ErrorKind::NotFound => Ok(false),
         Err(e) => Err(unusable(path, e.to_string())),
         Ok(found) if found.is_symlink() && !path.exists() => Err(unusable(path, "it is a link that leads nowhere")),
         Ok(_) => Ok(true),
@@ -99,9 +128,7 @@ pub fn check_file(path: &Path, existing: Existing) -> Result<()> {
     if !folder.is_dir() {
         return Err(unusable(path, format!("there is no folder `{}`", folder.display())));
     }
-    // An unnamed temporary file.
-    tempfile::tempfile_in(folder).map_err(io("create a file in", folder))?;
-    Ok(())
+    expect_writable(path, folder)
 }
 
 /// Refuses an output that is, or holds, something that the same command reads, whatever may be replaced.
@@ -177,7 +204,7 @@ pub(super) fn refuse_links(work: &Path) -> Result<()> {
     let mut paths = vec![work.to_path_buf()];
     while let Some(path) = paths.pop() {
         let found = match fs::symlink_metadata(&path) {
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => continue,
+            Err(e) if e.kind() == ErrorKind::NotFound => continue,
             found => found.map_err(io("look at", &path))?,
         };
         if found.is_dir() {

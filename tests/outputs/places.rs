@@ -174,3 +174,37 @@ fn a_device_is_no_file_to_replace() {
     let run = lrc(&["inspect", FIXTURE, "--html", "/dev/null", "--force"]);
     assert!(run.code == 2 && run.stderr.contains("it is a device or a pipe"), "{}", run.stderr);
 }
+
+#[test]
+#[cfg(target_os = "linux")]
+fn a_folder_that_takes_no_files_is_refused_before_a_model_is_looked_for() {
+    // Nobody can write there, not even root.
+    for out in ["/proc/x", "/proc/x.safetensors"] {
+        let commands: [&[&str]; 6] = [
+            &["compress", "no/such/model", "--keep", "0.8"],
+            &["truncate", "no/such/model", "--keep", "0.8"],
+            &["export", "no/such/model", "--format", "dense"],
+            &["sweep", "no/such/model", "--text", HELD_OUT, "--keep", "0.8"],
+            &["calibrate", "no/such/model", "--text", TRAIN],
+            &["man"],
+        ];
+        for command in commands.iter().filter(|command| command[0] != "calibrate" || out.ends_with(".safetensors")) {
+            let parts = ["`/proc/x", "nothing can be written to `/proc`", "hint: choose a folder that takes files"];
+            refused(&[command, &["-o", out][..]].concat(), 2, &parts);
+        }
+    }
+}
+
+/// An output inside of another keeps that one from being replaced, and is named; none is lost.
+#[test]
+fn an_output_within_another_is_safe_from_its_replacement() {
+    let folder = tempfile::tempdir().unwrap();
+    let (out, within) = (folder.path().join("out"), folder.path().join("out/within"));
+    for out in [&out, &within] {
+        ok(&["compress", FIXTURE, "-o", path(out), "-q", "--keep", "0.9"]);
+    }
+    refused(&["compress", FIXTURE, "-o", path(&out), "-q", "--keep", "0.8", "--force"], 2, &["within", "hint:"]);
+    for out in [&out, &within] {
+        assert!(perplexity(path(out), HELD_OUT, "128") > 1.0);
+    }
+}

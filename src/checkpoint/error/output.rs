@@ -31,6 +31,17 @@ pub enum OutputError {
         reason: String,
     },
 
+    /// A folder takes no files.
+    #[error("`{}` cannot be the output: nothing can be written to `{}`: {reason}", path.display(), folder.display())]
+    Unwritable {
+        /// The output.
+        path: PathBuf,
+        /// The folder.
+        folder: PathBuf,
+        /// The error of the system.
+        reason: String,
+    },
+
     /// The folder to be replaced contains files that lrc did not write; they are never removed.
     #[error("`{}` holds `{first}`{}, which lrc did not write", path.display(), more(*others))]
     Strangers {
@@ -105,6 +116,7 @@ impl OutputError {
             Exists { .. } => "choose another folder, or give `--force` to replace it".into(),
             FileExists { .. } => "choose another name, or replace the file with `--force`".into(),
             Unusable { .. } => "choose an unused name, or an empty folder".into(),
+            Unwritable { .. } => "choose a folder that takes files, or change its permissions".into(),
             Strangers { .. } => {
                 "move it elsewhere, or choose another folder; `--force` replaces what lrc wrote and nothing else".into()
             }
