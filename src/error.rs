@@ -94,7 +94,7 @@ pub fn exit_class(error: &anyhow::Error) -> ExitClass {
     ExitClass::Unsupported
 }
 
-/// The text of an error with its causes: one line, except for recipes that do not parse.
+/// The text of an error with its causes, in one line.
 pub fn message(error: &anyhow::Error) -> String {
     let text = |cause: &(dyn std::error::Error + 'static)| match cause.downcast_ref::<candle_core::Error>() {
         Some(error) => candle_message(error),

@@ -78,6 +78,33 @@ fn terminals_have_bars_and_colour_and_can_do_without() {
     assert!(!quiet.contains("eta"), "{quiet}");
 }
 
+/// Two screens of 24 lines and 80 columns; what is seldom needed is left to `--help`.
+#[test]
+fn short_helps_fit_two_screens() {
+    let help = |command: &str, flag: &str| finish(common::command(&[command, flag]).env("COLUMNS", "80")).stdout;
+    for command in ["compress", "calibrate", "sweep", "eval", "truncate", "export", "inspect", "completions", "man"] {
+        let short = help(command, "-h");
+        assert!(short.starts_with(char::is_uppercase) && short.lines().count() <= 48, "{command}:\n{short}");
+        // A flag is one line: what goes on in the next has no flag of its own.
+        let is_flag = |line: &&str| line.trim_start().starts_with('-');
+        let flags = short.lines().skip_while(|line| !line.starts_with("Options:")).filter(|line| line.starts_with(' '));
+        let wrapped: Vec<&str> = flags.filter(|line| !is_flag(line)).collect();
+        assert!(wrapped.is_empty(), "{command}: {wrapped:?}");
+        // The texts before the flags are wrapped by hand.
+        let long = help(command, "--help");
+        let about = long.split("Usage:").next().unwrap();
+        assert!(about.lines().all(|line| line.chars().count() <= 80), "{about}");
+    }
+    let short = help("compress", "-h");
+    let headings: Vec<&str> = short.lines().filter(|line| line.ends_with(':') && !line.starts_with(' ')).collect();
+    let expected =
+        ["Arguments:", "Options:", "Model:", "Budget:", "Method:", "Quantization:", "Calibration:", "Output:"];
+    assert_eq!(headings, expected);
+    let long = help("compress", "--help");
+    let dry_run = long.split("--dry-run").nth(1).unwrap().split("--force").next().unwrap();
+    assert!(dry_run.contains("- plan: ") && dry_run.contains("- full: "), "{dry_run}");
+}
+
 #[test]
 fn shells_complete_every_command_and_flag() {
     let script = ok(&["completions", "bash"]).stdout;

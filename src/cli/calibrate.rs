@@ -4,23 +4,24 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use bytesize::ByteSize;
-use clap::Args;
+use clap::{Arg, Args};
 
+use super::options::{Options, Selection};
 use super::terminal::{Bars, grouped, table};
-use super::{DeviceArgs, MemoryArgs, open, print, print_json};
-use crate::calibrate::{self, Header, Needs, Observation, Statistics, WindowSettings, Windows};
+use super::{DeviceArgs, JsonArgs, MemoryArgs, RevisionArgs, print, print_json};
+use crate::calibrate::{self, Header, Needs, Observation, Statistics, Windows};
 use crate::checkpoint::{Existing, expect_apart, folder_of};
 use crate::compress::presets::Method;
-use crate::compress::recipe::DEFAULT_SAMPLES;
+use crate::compress::recipe;
 use crate::error::Failure;
 use crate::model::{Decoder, WalkLimits, fingerprint};
 use crate::report::{CalibrateReport, LRC_VERSION, SCHEMA_VERSION, peak_memory_bytes};
 use crate::store::Journal;
-use crate::text::DEFAULT_FIELD;
 
 /// Measure calibration statistics once and save them
 ///
-/// Statistics are sums over tokens. Parts of a text can be measured on several machines and merged.
+/// Statistics are sums over tokens. Parts of a text can be measured on several
+/// machines and merged.
 ///
 /// Examples:
 ///   lrc calibrate MODEL --text text.txt -o stats.safetensors
@@ -29,13 +30,12 @@ use crate::text::DEFAULT_FIELD;
 #[derive(Debug, Args)]
 #[command(verbatim_doc_comment)]
 pub(super) struct CalibrateArgs {
-    /// Checkpoint: a folder, a `.safetensors` or `.gguf` file, or a hub id (`org/name`)
+    /// Folder, `.safetensors` or `.gguf` file, or hub id (`org/name`)
     #[arg(required_unless_present = "merge")]
     model: Option<String>,
 
-    /// Branch, tag or commit of a hub id
-    #[arg(long, default_value = "main", value_name = "REV", help_heading = "Model")]
-    revision: String,
+    #[command(flatten)]
+    revision: RevisionArgs,
 
     /// Text to measure on (`.txt`, `.jsonl`, `.json`, `.parquet`)
     ///
@@ -43,46 +43,23 @@ pub(super) struct CalibrateArgs {
     #[arg(long, value_name = "FILE", required_unless_present = "merge", help_heading = "Text")]
     text: Option<PathBuf>,
 
-    /// Field of a document that holds its text
-    #[arg(long, value_name = "NAME", default_value = DEFAULT_FIELD, help_heading = "Text")]
-    field: String,
-
-    /// Number of windows [default: 64]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..), help_heading = "Text")]
-    samples: Option<u32>,
-
-    /// Windows whose gradients are taken [default: half of them, at least 16]
-    ///
-    /// They are spread evenly. All windows for squared gradients, models with experts, and encoders.
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..), help_heading = "Text", hide_short_help = true)]
-    gradient_samples: Option<u32>,
-
-    /// Tokens per window [default: 512, at most the model's context]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(2..), help_heading = "Text")]
-    seq_len: Option<u32>,
-
-    /// Seed for the choice of windows [default: 0]
-    #[arg(long, value_name = "N", help_heading = "Text")]
-    seed: Option<u64>,
+    #[command(flatten)]
+    options: Options<Measured>,
 
     /// Measure only the I-th of N equal parts of the windows
     #[arg(long, value_name = "I/N", value_parser = part, help_heading = "Text")]
     part: Option<(usize, usize)>,
 
-    /// Methods to collect statistics for [default: all]
+    /// Methods to measure for [default: all]
     #[arg(long, value_enum, num_args = 1, help_heading = "Statistics")]
     method: Vec<Method>,
-
-    /// Clip per-token gradients to 0.1 to 10 times their mean norm
-    #[arg(long, conflicts_with = "merge", help_heading = "Statistics")]
-    clip_gradients: bool,
 
     /// Add up files of statistics instead of measuring
     #[arg(
         long,
         value_name = "FILE",
         num_args = 2..,
-        conflicts_with_all = ["model", "text", "method", "samples", "gradient_samples", "seq_len", "seed", "part"],
+        conflicts_with_all = ["model", "text", "field", "method", "samples", "gradient_samples", "seq_len", "seed", "part", "clip_gradients"],
         help_heading = "Statistics"
     )]
     merge: Vec<PathBuf>,
@@ -101,9 +78,23 @@ pub(super) struct CalibrateArgs {
     #[arg(long, help_heading = "Output")]
     force: bool,
 
-    /// Print the report as JSON
-    #[arg(long, help_heading = "Output")]
-    json: bool,
+    #[command(flatten)]
+    json: JsonArgs,
+}
+
+/// The windows, and what is measured of them.
+#[derive(Debug)]
+struct Measured;
+
+impl Selection for Measured {
+    fn takes(id: &str) -> bool {
+        ["field", "samples", "gradient_samples", "seq_len", "seed", "clip_gradients"].contains(&id)
+    }
+
+    fn adapt(flag: Arg) -> Arg {
+        let heading = if flag.get_id() == "clip_gradients" { "Statistics" } else { "Text" };
+        flag.help_heading(heading).hide_short_help(false)
+    }
 }
 
 fn part(text: &str) -> Result<(usize, usize), String> {
@@ -129,7 +120,7 @@ pub(super) fn run(args: &CalibrateArgs, quiet: bool, progress: &Bars) -> Result<
         backward_seconds: seconds.backward,
         peak_memory_bytes: peak_memory_bytes(),
     };
-    match (args.json, quiet) {
+    match (args.json.json, quiet) {
         (true, _) => print_json(&report),
         (false, true) => Ok(()),
         (false, false) => print(&show(args, &report)),
@@ -142,8 +133,9 @@ fn measure(
     text: &std::path::Path,
     progress: &Bars,
 ) -> Result<(Header, calibrate::Seconds)> {
+    let options = &args.options.values;
     let device = args.device.open()?;
-    let checkpoint = open(model, &args.revision, progress)?;
+    let checkpoint = args.revision.open(model, progress)?;
     let read = checkpoint.read_files();
     expect_apart(&args.output, read.iter().map(PathBuf::as_path).chain([text]))?;
     let decoder = Decoder::open(&checkpoint)?.on(&device);
@@ -153,15 +145,8 @@ fn measure(
             .hint("name another method, or leave `--method` out to collect for all")
             .into());
     }
-    let observation = Observation { needs, clip_gradients: args.clip_gradients };
-    let settings = WindowSettings {
-        text: text.into(),
-        field: args.field.clone(),
-        samples: args.samples.map_or(DEFAULT_SAMPLES, |n| n as usize),
-        gradient_samples: args.gradient_samples.map(|n| n as usize),
-        seq_len: args.seq_len.map(|n| n as usize),
-        seed: args.seed.unwrap_or(0),
-    };
+    let observation = Observation { needs, clip_gradients: options.clip_gradients.unwrap_or(false) };
+    let settings = recipe::windows(options, text)?;
     let windows = Windows::load(&checkpoint, &settings, needs, args.part.unwrap_or((1, 1)))?;
     // Statistics of large models need much space: they are spooled to the disk of the output.
     let folder = folder_of(&args.output).to_path_buf();

@@ -1,6 +1,6 @@
 //! `lrc compress`.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::Result;
@@ -8,28 +8,26 @@ use bytesize::ByteSize;
 use clap::Args;
 use indicatif::HumanDuration;
 
-use super::options::RecipeArgs;
+use super::options::{All, Options, RecipeFile};
 use super::terminal::{Bars, fixed, grouped, table};
-use super::{DeviceArgs, GateArgs, MemoryArgs, ModelArgs};
-use crate::checkpoint::{Existing, OutputFolder};
-use crate::compress::recipe::{Recipe, RecipeOptions};
+use super::{DeviceArgs, FolderArgs, GateArgs, MemoryArgs, ModelArgs};
+use crate::compress::recipe::Recipe;
 use crate::compress::{self, DryRun, Job};
 use crate::report::gate;
-use crate::report::{
-    CompressReport, DryRunReport, EqualBytesBaseline, LeftOutRecord, LinearRecord, REPORT_FILE, RankSource, Sizes,
-};
+use crate::report::{CompressReport, DryRunReport, EqualBytesBaseline, LeftOutRecord, LinearRecord, RankSource, Sizes};
 
 /// Compress a checkpoint
 ///
-/// Replaces linears with low-rank factors, quantized matrices, or both, and writes the weights with a report.
-/// The output folder appears only when it is complete. An interrupted run is resumed by the same command.
+/// Replaces linears with low-rank factors, quantized matrices, or both, and
+/// writes the weights with a report. The output folder appears only when it is
+/// complete. An interrupted run is resumed by the same command.
 ///
 /// Examples:
 ///   lrc compress MODEL -o OUT --keep 0.8
 ///   lrc compress MODEL -o OUT --keep 0.8 --calibration text.txt
-///   lrc compress MODEL -o OUT --target-size 350MiB --statistics stats.safetensors
-///   lrc compress MODEL -o OUT --quant gptq-int4 --calibration text.txt --format gptq
-///   lrc compress MODEL -o OUT --quant rtn-int2,rtn-int3,rtn-int4 --compensate eora --bits 3.25 --calibration text.txt
+///   lrc compress MODEL -o OUT --target-size 350MiB --statistics stats
+///   lrc compress MODEL -o OUT --quant gptq-int4 --calibration text.txt
+///   lrc compress MODEL -o OUT --quant rtn-int3,rtn-int4 --bits 3.25
 ///   lrc compress MODEL -o OUT --recipe recipe.toml --dry-run
 ///   lrc compress MODEL -o OUT --recipe recipe.toml --dry-run=full
 #[derive(Debug, Args)]
@@ -39,15 +37,10 @@ pub(super) struct CompressArgs {
     model: ModelArgs,
 
     #[command(flatten)]
-    options: RecipeArgs,
+    options: Options<All>,
 
-    /// Output folder
-    #[arg(short, long, value_name = "OUT", help_heading = "Output", display_order = 0)]
-    output: PathBuf,
-
-    /// Read options from a TOML file; flags override it
-    #[arg(long, value_name = "FILE", help_heading = "Model", display_order = 0)]
-    recipe: Option<PathBuf>,
+    #[command(flatten)]
+    recipe: RecipeFile,
 
     #[command(flatten)]
     memory: MemoryArgs,
@@ -55,24 +48,21 @@ pub(super) struct CompressArgs {
     #[command(flatten)]
     device: DeviceArgs,
 
-    /// Show targets, sizes, memory, disk and time at once; `full` also measures, shows the ranks, and keeps its work for the run
-    #[arg(long, help_heading = "Output", value_name = "DEPTH", num_args = 0..=1, require_equals = true, default_missing_value = "plan", hide_possible_values = true)]
+    /// Only show what a run would do: `plan` or `full`
+    ///
+    /// Without a value, `plan`. The same command without this flag resumes from what `full` measured.
+    #[arg(long, help_heading = "Output", value_name = "DEPTH", num_args = 0..=1, require_equals = true, default_missing_value = "plan")]
     dry_run: Option<DryRun>,
 
-    /// Replace an output folder written by an earlier run
-    #[arg(long, help_heading = "Output")]
-    force: bool,
+    #[command(flatten)]
+    folder: FolderArgs,
 
-    /// Discard the progress of an interrupted run and start over
+    /// Discard the progress of an interrupted run
     #[arg(long, help_heading = "Output")]
     restart: bool,
 
     #[command(flatten)]
     gates: GateArgs,
-
-    /// Print the report as JSON
-    #[arg(long, help_heading = "Output")]
-    json: bool,
 }
 
 pub(super) fn run(args: &CompressArgs, quiet: bool, progress: &Bars) -> Result<()> {
@@ -81,29 +71,27 @@ pub(super) fn run(args: &CompressArgs, quiet: bool, progress: &Bars) -> Result<(
     } else {
         gate::expect_fields::<CompressReport>(&args.gates.fail_if, &[])?;
     }
-    let file = args.recipe.as_deref().map(RecipeOptions::read).transpose()?.unwrap_or_default();
-    let recipe = Recipe::new(&args.options.0.clone().or(file))?;
-    // Before a model is downloaded.
+    let recipe = Recipe::new(&args.recipe.complete(&args.options.values)?)?;
     let device = args.device.open()?;
-    OutputFolder::check(&args.output, Existing::of(args.force), REPORT_FILE)?;
+    args.folder.check()?;
     let checkpoint = compress::view(args.model.open(progress)?, &recipe)?;
     let job = Job {
         checkpoint: &checkpoint,
         source: &args.model.model,
         recipe: &recipe,
-        output: &args.output,
-        force: args.force,
+        output: &args.folder.output,
+        force: args.folder.force,
         restart: args.restart,
         memory_bytes: args.memory.memory.as_u64(),
         device,
     };
     if let Some(depth) = args.dry_run {
         let report = compress::dry_run(&job, depth, progress)?;
-        return args.gates.conclude(&report, args.json, show_dry_run);
+        return args.gates.conclude(&report, show_dry_run);
     }
     let report = compress::compress(&job, progress)?;
-    let show = |report: &CompressReport| if quiet { String::new() } else { show(report, &args.output) };
-    args.gates.conclude(&report, args.json, show)
+    let show = |report: &CompressReport| if quiet { String::new() } else { show(report, &args.folder.output) };
+    args.gates.conclude(&report, show)
 }
 
 fn show_dry_run(report: &DryRunReport) -> String {

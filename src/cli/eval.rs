@@ -1,13 +1,12 @@
 //! `lrc eval`.
 
-use std::path::PathBuf;
-
 use anyhow::Result;
 use clap::builder::PossibleValue;
-use clap::{Args, ValueEnum};
+use clap::{Arg, Args, ValueEnum};
 
+use super::options::{Options, Selection};
 use super::terminal::{Bars, fixed, grouped, table};
-use super::{DeviceArgs, GateArgs, MemoryArgs, ModelArgs, open};
+use super::{DeviceArgs, GateArgs, MemoryArgs, ModelArgs, ScoredText, at_least_1, at_least_2, open};
 use crate::checkpoint::Checkpoint;
 use crate::device::Device;
 use crate::error::Failure;
@@ -24,58 +23,51 @@ use crate::text::{Bos, DEFAULT_FIELD};
 
 /// Measure perplexity, and the divergence from a reference model
 ///
-/// Reads plain checkpoints and every output of `lrc compress`, one block at a time. For encoders, compares hidden states
-/// and pooled embeddings with those of the reference.
+/// Reads plain checkpoints and every output of `lrc compress`, one block at a
+/// time. For encoders, compares hidden states and pooled embeddings with those
+/// of the reference.
 ///
 /// Examples:
 ///   lrc eval MODEL --text wiki.test.raw
 ///   lrc eval MODEL --text wiki.test.raw --convention llamacpp --json
 ///   lrc eval MODEL --text wiki.test.raw --convention all
-///   lrc eval COMPRESSED --text wiki.test.raw --reference MODEL --fail-if 'kl.mean > 0.05' --fail-if 'ppl > 12'
+///   lrc eval OUT --text wiki.test.raw --reference MODEL --fail-if 'ppl > 12'
 #[derive(Debug, Args)]
 #[command(verbatim_doc_comment)]
 pub(super) struct EvalArgs {
     #[command(flatten)]
     model: ModelArgs,
 
-    /// Reference for the divergence, usually the source model
+    /// Reference, usually the source model
     #[arg(long, value_name = "MODEL", help_heading = "Model")]
     reference: Option<String>,
 
-    /// Text to score (`.txt`, `.jsonl`, `.json`, `.parquet`)
-    ///
-    /// Prose in UTF-8, or documents in `.jsonl`, `.ndjson`, `.json` or `.parquet`; each also as `.gz` or `.zst`.
-    #[arg(long, value_name = "FILE", help_heading = "Text")]
-    text: PathBuf,
+    #[command(flatten)]
+    scored: ScoredText,
 
-    /// Field of a document that holds its text
-    #[arg(long, value_name = "NAME", default_value = DEFAULT_FIELD, help_heading = "Text")]
-    field: String,
+    #[command(flatten)]
+    options: Options<Fields>,
 
-    /// How the text is cut into windows and scored [default: gptq]
+    /// How the text is cut and scored [default: gptq]
     ///
     /// For encoders the default is masked, or no scoring with `--reference`.
-    #[arg(long, value_enum, help_heading = "Text")]
+    #[arg(long, value_enum, value_name = "NAME", help_heading = "Evaluation")]
     convention: Option<Asked>,
 
     /// Tokens per window [default: set by the convention]
     ///
     /// At most the model's context.
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(2..), help_heading = "Text")]
-    seq_len: Option<u32>,
+    #[arg(long, value_name = "N", value_parser = at_least_2, help_heading = "Evaluation")]
+    seq_len: Option<usize>,
 
-    /// Tokens between window starts, for `hf-strided` [default: 512]
+    /// Step between windows, `hf-strided` [default: 512]
     ///
-    /// The default is at most half a window.
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..), help_heading = "Text")]
-    stride: Option<u32>,
+    /// In tokens. The default is at most half a window.
+    #[arg(long, value_name = "N", value_parser = at_least_1, help_heading = "Evaluation")]
+    stride: Option<usize>,
 
-    /// Score only the first N windows
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..), help_heading = "Text")]
-    max_windows: Option<u32>,
-
-    /// Whether the token stream begins with BOS
-    #[arg(long, value_enum, default_value_t, help_heading = "Text")]
+    /// Whether the text begins with BOS
+    #[arg(long, value_enum, default_value_t, help_heading = "Evaluation")]
     bos: Bos,
 
     #[command(flatten)]
@@ -86,10 +78,20 @@ pub(super) struct EvalArgs {
 
     #[command(flatten)]
     gates: GateArgs,
+}
 
-    /// Print the report as JSON
-    #[arg(long, help_heading = "Output")]
-    json: bool,
+/// The field of documents.
+#[derive(Debug)]
+struct Fields;
+
+impl Selection for Fields {
+    fn takes(id: &str) -> bool {
+        id == "field"
+    }
+
+    fn adapt(flag: Arg) -> Arg {
+        flag.help_heading("Evaluation")
+    }
 }
 
 /// The values of `--convention`.
@@ -194,7 +196,7 @@ impl Run<'_> {
     fn one(&self, convention: Convention) -> Result<()> {
         let gates = &self.args.gates;
         gate::expect_fields::<PerplexityReport>(&gates.fail_if, &absent(self.args))?;
-        gates.conclude(&self.perplexity(convention)?, self.args.json, show)
+        gates.conclude(&self.perplexity(convention)?, show)
     }
 
     fn all(&self) -> Result<()> {
@@ -204,7 +206,7 @@ impl Run<'_> {
             llamacpp: self.perplexity(Convention::Llamacpp)?,
             lm_eval: self.perplexity(Convention::LmEval)?,
         };
-        self.args.gates.conclude(&report, self.args.json, show_all)
+        self.args.gates.conclude(&report, show_all)
     }
 
     fn encoder(&self) -> Result<()> {
@@ -216,7 +218,7 @@ impl Run<'_> {
         };
         let settings = self.settings(Convention::Gptq);
         let report = eval::encoder(self.checkpoint, self.reference, masking, &settings, self.progress)?;
-        gates.conclude(&report, self.args.json, show_encoder)
+        gates.conclude(&report, show_encoder)
     }
 
     fn perplexity(&self, convention: Convention) -> Result<PerplexityReport> {
@@ -228,12 +230,12 @@ impl Run<'_> {
         let takes_stride = args.convention != Some(Asked::All) || convention.rules().takes_stride();
         EvalSettings {
             model: args.model.model.clone(),
-            text: args.text.clone(),
-            field: args.field.clone(),
+            text: args.scored.text.clone(),
+            field: args.options.values.field.clone().unwrap_or_else(|| DEFAULT_FIELD.into()),
             convention,
-            seq_len: args.seq_len.map(|n| n as usize),
-            stride: args.stride.map(|n| n as usize).filter(|_| takes_stride),
-            max_windows: args.max_windows.map(|n| n as usize),
+            seq_len: args.seq_len,
+            stride: args.stride.filter(|_| takes_stride),
+            max_windows: args.scored.max_windows,
             bos: args.bos,
             memory_bytes: args.memory.memory.as_u64(),
             device: self.device.clone(),

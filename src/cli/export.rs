@@ -1,23 +1,19 @@
 //! `lrc export`.
 
-use std::path::PathBuf;
-
 use anyhow::Result;
-use bytesize::ByteSize;
-use clap::Args;
+use clap::{Arg, Args};
 
 use super::compress::left_out;
+use super::options::{Options, Selection};
 use super::terminal::{Bars, grouped};
-use super::{ModelArgs, print, print_json};
-use crate::checkpoint::{Existing, OutputFolder};
+use super::{FolderArgs, JsonArgs, ModelArgs, print, print_json};
+use crate::compress::recipe::DEFAULT_SHARD_BYTES;
 use crate::export::{ExportJob, export};
-use crate::formats::Format;
-use crate::report::REPORT_FILE;
 
 /// Convert a compressed checkpoint to another format, without recompressing
 ///
-/// Codes and factors are kept as they are; a format that cannot store them is refused.
-/// `--format dense` multiplies factors out and dequantizes.
+/// Codes and factors are kept as they are; a format that cannot store them is
+/// refused. `--format dense` multiplies factors out and dequantizes.
 ///
 /// Examples:
 ///   lrc export COMPRESSED --format dense -o OUT
@@ -28,41 +24,44 @@ pub(super) struct ExportArgs {
     #[command(flatten)]
     model: ModelArgs,
 
-    /// Output folder
-    #[arg(short, long, value_name = "OUT", help_heading = "Output")]
-    output: PathBuf,
+    #[command(flatten)]
+    options: Options<Target>,
 
-    /// Format of the output
-    #[arg(long, value_enum, help_heading = "Output")]
-    format: Format,
+    #[command(flatten)]
+    folder: FolderArgs,
 
-    /// Largest size of an output file (`500MB`, `2GiB`)
-    #[arg(long, value_name = "SIZE", default_value = "4GB", help_heading = "Output")]
-    max_shard_size: ByteSize,
+    #[command(flatten)]
+    json: JsonArgs,
+}
 
-    /// Replace an output folder written by an earlier run
-    #[arg(long, help_heading = "Output")]
-    force: bool,
+/// The format, which has to be given, and the size of its files.
+#[derive(Debug)]
+struct Target;
 
-    /// Print the report as JSON
-    #[arg(long, help_heading = "Output")]
-    json: bool,
+impl Selection for Target {
+    fn takes(id: &str) -> bool {
+        ["format", "max_shard_size"].contains(&id)
+    }
+
+    fn adapt(flag: Arg) -> Arg {
+        if flag.get_id() == "format" { flag.required(true).help("Format of the output") } else { flag }
+    }
 }
 
 pub(super) fn run(args: &ExportArgs, quiet: bool, progress: &Bars) -> Result<()> {
-    // Before a model is downloaded.
-    OutputFolder::check(&args.output, Existing::of(args.force), REPORT_FILE)?;
+    args.folder.check()?;
+    let options = &args.options.values;
     let checkpoint = args.model.open(progress)?;
     let job = ExportJob {
         checkpoint: &checkpoint,
         source: &args.model.model,
-        format: args.format,
-        output: &args.output,
-        force: args.force,
-        max_shard_bytes: args.max_shard_size.as_u64().max(1),
+        format: options.format.expect("invariant: `--format` is required"),
+        output: &args.folder.output,
+        force: args.folder.force,
+        max_shard_bytes: options.max_shard_size.map_or(DEFAULT_SHARD_BYTES, |size| size.as_u64().max(1)),
     };
     let report = export(&job, progress)?;
-    if args.json {
+    if args.json.json {
         return print_json(&report);
     }
     if quiet {
@@ -75,7 +74,7 @@ pub(super) fn run(args: &ExportArgs, quiet: bool, progress: &Bars) -> Result<()>
         grouped(report.bytes_before),
         grouped(report.bytes_after),
         left_out(&report.left_out),
-        args.output.display(),
+        args.folder.output.display(),
         report.elapsed_seconds
     ))
 }

@@ -5,14 +5,15 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
-use clap::Args;
+use clap::{Arg, Args};
 
+use super::options::{Options, Selection};
 use super::terminal::{self, Bars, grouped, sparkline, table};
 use super::{DeviceArgs, GateArgs, MemoryArgs, ModelArgs, print, print_json};
 use crate::checkpoint::{Checkpoint, Existing, check_file, expect_apart, write_text};
-use crate::compress::options::RecipeOptions;
+use crate::compress::allocate::{FULL, Ranks};
 use crate::compress::presets::Method;
-use crate::compress::recipe::Recipe;
+use crate::compress::recipe::{Recipe, RecipeOptions};
 use crate::compress::spectra::{Weighted, weighted_curves};
 use crate::device::Device;
 use crate::error::Failure;
@@ -23,9 +24,10 @@ use crate::report::{InspectReport, SpectrumRecord, gate, page};
 
 /// Show the spectrum of every linear
 ///
-/// Works on any safetensors checkpoint, of a known architecture or not: matrices are found by name and shape, and fused
-/// matrices and stacked experts are marked. With a text or statistics, columns `weighted.*` show spectra in the
-/// calibration metric.
+/// Works on any safetensors checkpoint, of a known architecture or not:
+/// matrices are found by name and shape, and fused matrices and stacked experts
+/// are marked. With a text or statistics, columns `weighted.*` show spectra in
+/// the calibration metric.
 ///
 /// Examples:
 ///   lrc inspect MODEL
@@ -38,27 +40,8 @@ pub(super) struct InspectArgs {
     #[command(flatten)]
     model: ModelArgs,
 
-    /// Text for activations and gradients (`.txt`, `.jsonl`, `.parquet`)
-    ///
-    /// Prose in UTF-8, or documents in `.jsonl`, `.ndjson`, `.json` or `.parquet`; each also as `.gz` or `.zst`.
-    #[arg(long, value_name = "FILE", help_heading = "Calibration")]
-    calibration: Option<PathBuf>,
-
-    /// Use statistics from `lrc calibrate` instead of measuring them
-    #[arg(long, value_name = "FILE", conflicts_with = "calibration", help_heading = "Calibration")]
-    statistics: Option<PathBuf>,
-
-    /// Method that defines the calibration metric [default: kfac]
-    #[arg(long, value_enum, help_heading = "Calibration")]
-    method: Option<Method>,
-
-    /// Number of calibration windows [default: 64]
-    #[arg(long, value_name = "N", requires = "calibration", help_heading = "Calibration")]
-    samples: Option<usize>,
-
-    /// Field of a document that holds its text [default: text]
-    #[arg(long, value_name = "NAME", requires = "calibration", help_heading = "Calibration", hide_short_help = true)]
-    field: Option<String>,
+    #[command(flatten)]
+    options: Options<Metric>,
 
     #[command(flatten)]
     memory: MemoryArgs,
@@ -78,12 +61,12 @@ pub(super) struct InspectArgs {
     #[arg(long, value_name = "COLUMN", value_parser = column, default_value = "break_even_error", help_heading = "Output")]
     map: Chosen,
 
-    /// Write an HTML page with curves, heat maps and a sortable table
+    /// Write an HTML page with curves, maps and a table
     #[arg(long, value_name = "FILE", help_heading = "Output")]
     html: Option<PathBuf>,
 
-    /// Write all singular values
-    #[arg(long, value_name = "FILE.safetensors", help_heading = "Output")]
+    /// Write all singular values, as `.safetensors`
+    #[arg(long, value_name = "FILE", help_heading = "Output")]
     spectra: Option<PathBuf>,
 
     /// Replace the files of `--html` and `--spectra`
@@ -93,13 +76,29 @@ pub(super) struct InspectArgs {
     #[command(flatten)]
     gates: GateArgs,
 
-    /// Print the report as JSON
-    #[arg(long, conflicts_with = "csv", help_heading = "Output")]
-    json: bool,
-
     /// Print CSV, one line per matrix
-    #[arg(long, help_heading = "Output")]
+    #[arg(long, conflicts_with = "json", help_heading = "Output")]
     csv: bool,
+}
+
+/// The calibration metric.
+#[derive(Debug)]
+struct Metric;
+
+impl Selection for Metric {
+    fn takes(id: &str) -> bool {
+        ["calibration", "statistics", "method", "field", "samples", "gradient_samples", "seq_len", "seed"].contains(&id)
+    }
+
+    fn adapt(flag: Arg) -> Arg {
+        const METHOD: &str = "Method that defines the metric [default: kfac]";
+        match flag.get_id().as_str() {
+            "calibration" => flag,
+            "method" => flag.help(METHOD).long_help(METHOD).help_heading("Calibration"),
+            "statistics" => flag.conflicts_with("calibration"),
+            _ => flag.requires("calibration"),
+        }
+    }
 }
 
 fn column(name: &str) -> Result<Chosen, String> {
@@ -129,7 +128,7 @@ pub(super) fn run(args: &InspectArgs, progress: &Bars) -> Result<()> {
     }
     let read = checkpoint.read_files();
     for path in args.outputs() {
-        let inputs = read.iter().chain(&args.calibration).chain(&args.statistics);
+        let inputs = read.iter().chain(&args.options.values.calibration).chain(&args.options.values.statistics);
         expect_apart(path, inputs.map(PathBuf::as_path))?;
     }
     let weighted = if args.has_metric() { Some(weighted(args, &checkpoint, &device, progress)?) } else { None };
@@ -144,7 +143,7 @@ pub(super) fn run(args: &InspectArgs, progress: &Bars) -> Result<()> {
     if let Some(chosen) = args.sort {
         sort(&mut report.linears, chosen, if args.reverse { ascending } else { descending });
     }
-    if args.json {
+    if args.gates.json.json {
         print_json(&report)?;
     } else if args.csv {
         print(&csv(&report))?;
@@ -157,7 +156,7 @@ pub(super) fn run(args: &InspectArgs, progress: &Bars) -> Result<()> {
 impl InspectArgs {
     /// Whether spectra in the calibration metric are asked for.
     fn has_metric(&self) -> bool {
-        self.calibration.is_some() || self.statistics.is_some()
+        self.options.values.calibration.is_some() || self.options.values.statistics.is_some()
     }
 
     fn outputs(&self) -> impl Iterator<Item = &Path> {
@@ -173,7 +172,7 @@ fn check(args: &InspectArgs) -> Result<()> {
         let message = format!("column `{}` needs a calibration metric", chosen.name());
         return Err(Failure::usage(message).hint("add `--calibration` or `--statistics`").into());
     }
-    if args.method.is_some() && !has_metric {
+    if args.options.values.method.is_some() && !has_metric {
         return Err(Failure::usage("`--method` has no effect without `--calibration` or `--statistics`").into());
     }
     for path in args.outputs() {
@@ -192,16 +191,10 @@ fn weighted(
     device: &Device,
     progress: &Bars,
 ) -> Result<(String, BTreeMap<String, Weighted>)> {
-    let method = args.method.unwrap_or(Method::Kfac);
-    let options = RecipeOptions {
-        keep: Some(1.0),
-        method: Some(method),
-        calibration: args.calibration.clone(),
-        field: args.field.clone(),
-        statistics: args.statistics.clone(),
-        samples: args.samples,
-        ..RecipeOptions::default()
-    };
+    let method = args.options.values.method.unwrap_or(Method::Kfac);
+    // Whole spectra: nothing is truncated.
+    let ranks = Some(Ranks::Fixed(FULL));
+    let options = RecipeOptions { ranks, method: Some(method), ..args.options.values.clone() };
     let (recipe, memory_bytes) = (Recipe::new(&options)?, args.memory.memory.as_u64());
     let curves = weighted_curves(checkpoint, &recipe, device, memory_bytes, progress)?;
     Ok((method.name().into(), curves))

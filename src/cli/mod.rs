@@ -11,21 +11,25 @@ mod options;
 mod sweep;
 mod terminal;
 mod truncate;
+mod usage;
 
 use std::io::Write;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use bytesize::ByteSize;
 use clap::error::ErrorKind;
-use clap::{Args, Command as Parser, CommandFactory, FromArgMatches, Subcommand};
+use clap::{Arg, Args, Command as Parser, CommandFactory, FromArgMatches, Subcommand};
 use serde::Serialize;
 use serde_json::json;
 
-use crate::checkpoint::{Checkpoint, hub};
+use crate::checkpoint::{Checkpoint, Existing, OutputFolder, hub};
+use crate::compress::options::size;
 use crate::device::{Device, DeviceChoice};
 use crate::error::{self, ExitClass, Failure};
 use crate::progress::Progress;
+use crate::report::REPORT_FILE;
 use crate::report::gate::{self, Gate};
 
 /// Low-rank compression of Hugging Face checkpoints
@@ -47,7 +51,7 @@ pub struct Cli {
     verbose: u8,
 
     /// Format of logs, warnings and errors on stderr
-    #[arg(long, value_enum, default_value_t, global = true, value_name = "FORMAT")]
+    #[arg(long, value_enum, default_value_t, global = true, value_name = "FORMAT", hide_short_help = true)]
     log_format: LogFormat,
 }
 
@@ -77,18 +81,82 @@ enum Command {
 /// The model.
 #[derive(Debug, Args)]
 struct ModelArgs {
-    /// Checkpoint: a folder, a `.safetensors` or `.gguf` file, or a hub id (`org/name`)
+    /// Folder, `.safetensors` or `.gguf` file, or hub id (`org/name`)
     model: String,
 
-    /// Branch, tag or commit of a hub id
-    #[arg(long, default_value = "main", value_name = "REV", help_heading = "Model")]
-    revision: String,
+    #[command(flatten)]
+    revision: RevisionArgs,
 }
 
 impl ModelArgs {
     fn open(&self, progress: &dyn Progress) -> Result<Checkpoint> {
-        open(&self.model, &self.revision, progress)
+        self.revision.open(&self.model, progress)
     }
+}
+
+/// The revision of a model on the hub.
+#[derive(Debug, Args)]
+struct RevisionArgs {
+    /// Branch, tag or commit of a hub id
+    #[arg(long, default_value = "main", value_name = "REV", help_heading = "Model", hide_short_help = true)]
+    revision: String,
+}
+
+impl RevisionArgs {
+    fn open(&self, model: &str, progress: &dyn Progress) -> Result<Checkpoint> {
+        open(model, &self.revision, progress)
+    }
+}
+
+/// The folder of a new checkpoint.
+#[derive(Debug, Args)]
+struct FolderArgs {
+    /// Output folder
+    #[arg(short, long, value_name = "OUT", help_heading = "Output", display_order = 0)]
+    output: PathBuf,
+
+    /// Replace an output folder written by an earlier run
+    #[arg(long, help_heading = "Output")]
+    force: bool,
+}
+
+impl FolderArgs {
+    /// Checks that it may be written, before a model is downloaded.
+    fn check(&self) -> Result<()> {
+        Ok(OutputFolder::check(&self.output, Existing::of(self.force), REPORT_FILE)?)
+    }
+}
+
+/// The form of the report.
+#[derive(Debug, Args)]
+struct JsonArgs {
+    /// Print the report as JSON
+    #[arg(long, help_heading = "Output")]
+    json: bool,
+}
+
+/// A text to score, and how much of it.
+#[derive(Debug, Args)]
+struct ScoredText {
+    /// Text to score (`.txt`, `.jsonl`, `.parquet`)
+    ///
+    /// Prose in UTF-8, or documents in `.jsonl`, `.ndjson`, `.json` or `.parquet`; each also as `.gz` or `.zst`.
+    #[arg(long, value_name = "FILE", help_heading = "Evaluation")]
+    text: PathBuf,
+
+    /// Score only the first N windows
+    #[arg(long, value_name = "N", value_parser = at_least_1, help_heading = "Evaluation")]
+    max_windows: Option<usize>,
+}
+
+/// Parses a count.
+fn at_least_1(text: &str) -> Result<usize, &'static str> {
+    text.parse().ok().filter(|&n| n >= 1).ok_or("expected a whole number, at least 1")
+}
+
+/// Parses the length of a window, which predicts its tokens but the first.
+fn at_least_2(text: &str) -> Result<usize, &'static str> {
+    text.parse().ok().filter(|&n| n >= 2).ok_or("expected a whole number, at least 2")
 }
 
 /// Opens a folder, a file or a hub id.
@@ -101,7 +169,7 @@ fn open(model: &str, revision: &str, progress: &dyn Progress) -> Result<Checkpoi
 #[derive(Debug, Args)]
 struct MemoryArgs {
     /// Memory for hidden states and activations; the rest goes to disk
-    #[arg(long, default_value = "1GiB", value_name = "SIZE", hide_short_help = true)]
+    #[arg(long, default_value = "1GiB", value_name = "SIZE", value_parser = size, help_heading = "Model", hide_short_help = true)]
     memory: ByteSize,
 }
 
@@ -109,7 +177,7 @@ struct MemoryArgs {
 #[derive(Debug, Args)]
 struct DeviceArgs {
     /// Device that runs the model
-    #[arg(long, default_value = "cpu", value_name = "DEVICE", hide_short_help = true)]
+    #[arg(long, default_value = "cpu", value_name = "DEVICE", help_heading = "Model", hide_short_help = true)]
     device: DeviceChoice,
 }
 
@@ -122,17 +190,20 @@ impl DeviceArgs {
 /// Gates for scripts.
 #[derive(Debug, Args)]
 struct GateArgs {
-    /// Exit with code 3 if the report meets this condition (`ppl > 12`)
+    /// Exit with code 3 on this condition (`ppl > 12`)
     ///
-    /// FIELD OP VALUE, where OP is one of > >= < <= == != and sizes may have units (`size_bytes > 4GiB`). May be repeated.
+    /// The condition is that a field of the report has a value: FIELD OP VALUE, where OP is one of > >= < <= == != and sizes may have units (`size_bytes > 4GiB`). May be repeated.
     #[arg(long, value_name = "EXPR", num_args = 1, help_heading = "Output")]
     fail_if: Vec<Gate>,
+
+    #[command(flatten)]
+    json: JsonArgs,
 }
 
 impl GateArgs {
     /// Prints a report, as JSON or by `show`, and checks the gates.
-    fn conclude<T: Serialize>(&self, report: &T, json: bool, show: impl FnOnce(&T) -> String) -> Result<()> {
-        if json {
+    fn conclude<T: Serialize>(&self, report: &T, show: impl FnOnce(&T) -> String) -> Result<()> {
+        if self.json.json {
             print_json(report)?
         } else {
             print(&show(report))?
@@ -143,15 +214,42 @@ impl GateArgs {
 
 /// Parses the command line; prints help and usage errors, and exits, as clap does.
 pub fn parse() -> Cli {
-    let matches = Cli::command().try_get_matches().unwrap_or_else(|error| {
+    let matches = command().try_get_matches().unwrap_or_else(|error| {
         let is_long = std::env::args_os().any(|word| word == "--help" || word == "help");
-        if error.kind() == ErrorKind::DisplayHelp && !is_long {
-            without_values(Cli::command()).get_matches()
-        } else {
-            error.exit()
+        match error.kind() {
+            ErrorKind::DisplayHelp if !is_long => without_values(command()).get_matches(),
+            _ => refuse(&error),
         }
     });
-    Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit())
+    Cli::from_arg_matches(&matches).unwrap_or_else(|error| refuse(&error))
+}
+
+/// The commands and their flags. Values may be negative, so that a flag can say which are allowed.
+fn command() -> Parser {
+    fn signed(flag: Arg) -> Arg {
+        let takes_value = flag.get_action().takes_values() && !flag.is_positional();
+        if takes_value { flag.allow_negative_numbers(true) } else { flag }
+    }
+    Cli::command().mut_subcommands(|command| command.mut_args(signed))
+}
+
+/// Prints what clap has to say, and exits: help and version as they are, errors in the form of all others.
+fn refuse(error: &clap::Error) -> ! {
+    use ErrorKind::{DisplayHelp, DisplayHelpOnMissingArgumentOrSubcommand, DisplayVersion};
+    if matches!(error.kind(), DisplayHelp | DisplayVersion | DisplayHelpOnMissingArgumentOrSubcommand) {
+        error.exit();
+    }
+    let failure = usage::failure(error).into();
+    print_failure(&failure, asked_format());
+    std::process::exit(ExitClass::Usage as i32)
+}
+
+/// `--log-format` of a command line that cannot be parsed.
+fn asked_format() -> LogFormat {
+    let words: Vec<_> = std::env::args_os().collect();
+    let is_json = words.windows(2).any(|pair| pair[0] == "--log-format" && pair[1] == "json")
+        || words.iter().any(|word| word == "--log-format=json");
+    if is_json { LogFormat::Json } else { LogFormat::Text }
 }
 
 /// `-h` fits a screen because the lists of values are left to `--help`, where each has its explanation.
@@ -194,9 +292,13 @@ fn start_threads() -> Result<()> {
 
 /// Prints an error with its hint, and returns its exit code.
 pub fn fail(error: &anyhow::Error, cli: &Cli) -> ExitCode {
+    ExitCode::from(print_failure(error, cli.log_format))
+}
+
+fn print_failure(error: &anyhow::Error, format: LogFormat) -> u8 {
     let (code, message, hint) = (error::exit_class(error) as u8, error::message(error), error::hint(error));
-    write_error(&error_text(cli.log_format, &message, hint.as_deref(), code));
-    ExitCode::from(code)
+    write_error(&error_text(format, &message, hint.as_deref(), code));
+    code
 }
 
 /// The text of an error on stderr.

@@ -1,5 +1,9 @@
-//! The options of a recipe as flags.
+//! Options of a recipe as flags. [`RecipeOptions`] declares them, once; a command selects those that it takes.
 
+use std::marker::PhantomData;
+use std::path::PathBuf;
+
+use anyhow::Result;
 use clap::{Arg, ArgMatches, Args, Command, FromArgMatches};
 
 use crate::compress::recipe::RecipeOptions;
@@ -7,16 +11,41 @@ use crate::compress::recipe::RecipeOptions;
 /// The order of headings in the help.
 const HEADINGS: [&str; 6] = ["Model", "Budget", "Method", "Quantization", "Calibration", "Output"];
 
-/// [`RecipeOptions`], sorted by heading; its own order is that of recipe files.
-#[derive(Debug)]
-pub(super) struct RecipeArgs(pub RecipeOptions);
+/// The options that a command takes.
+pub(super) trait Selection {
+    /// Whether the command takes the option with this id.
+    fn takes(id: &str) -> bool;
 
-impl Args for RecipeArgs {
+    /// The flag as this command has it.
+    fn adapt(flag: Arg) -> Arg {
+        flag
+    }
+}
+
+/// Selected options of a recipe, sorted by heading; their own order is that of recipe files.
+#[derive(Debug)]
+pub(super) struct Options<S> {
+    pub values: RecipeOptions,
+    selection: PhantomData<S>,
+}
+
+/// All options.
+#[derive(Debug)]
+pub(super) struct All;
+
+impl Selection for All {
+    fn takes(_: &str) -> bool {
+        true
+    }
+}
+
+impl<S: Selection> Args for Options<S> {
     fn augment_args(command: Command) -> Command {
         let options = RecipeOptions::augment_args(Command::new("options"));
-        let mut arguments: Vec<Arg> = options.get_arguments().cloned().collect();
-        arguments.sort_by_key(|argument| HEADINGS.iter().position(|h| argument.get_help_heading() == Some(h)));
-        command.groups(options.get_groups().cloned()).args(arguments)
+        let taken = options.get_arguments().filter(|flag| S::takes(flag.get_id().as_str()));
+        let mut flags: Vec<Arg> = taken.cloned().collect();
+        flags.sort_by_key(|flag| HEADINGS.iter().position(|h| flag.get_help_heading() == Some(h)));
+        command.args(flags.into_iter().map(S::adapt))
     }
 
     fn augment_args_for_update(command: Command) -> Command {
@@ -24,12 +53,29 @@ impl Args for RecipeArgs {
     }
 }
 
-impl FromArgMatches for RecipeArgs {
+impl<S: Selection> FromArgMatches for Options<S> {
     fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
-        RecipeOptions::from_arg_matches(matches).map(Self)
+        Ok(Self { values: RecipeOptions::given(matches), selection: PhantomData })
     }
 
     fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
-        self.0.update_from_arg_matches(matches)
+        *self = Self::from_arg_matches(matches)?;
+        Ok(())
+    }
+}
+
+/// The file that completes the flags.
+#[derive(Debug, Args)]
+pub(super) struct RecipeFile {
+    /// Read options from a TOML file; flags override it
+    #[arg(long, value_name = "FILE", help_heading = "Model", display_order = 0)]
+    recipe: Option<PathBuf>,
+}
+
+impl RecipeFile {
+    /// The flags, completed from the file.
+    pub fn complete(&self, flags: &RecipeOptions) -> Result<RecipeOptions> {
+        let file = self.recipe.as_deref().map(RecipeOptions::read).transpose()?.unwrap_or_default();
+        Ok(flags.clone().or(file))
     }
 }

@@ -4,11 +4,11 @@ use std::fmt::Write;
 use std::path::PathBuf;
 
 use anyhow::Result;
-use clap::{ArgAction, ArgMatches, Args, FromArgMatches};
+use clap::{Arg, ArgAction, ArgMatches, Args, FromArgMatches};
 
-use super::options::RecipeArgs;
+use super::options::{Options, RecipeFile, Selection};
 use super::terminal::{Bars, fixed, grouped, table};
-use super::{DeviceArgs, GateArgs, MemoryArgs, ModelArgs};
+use super::{DeviceArgs, GateArgs, MemoryArgs, ModelArgs, ScoredText, at_least_2};
 use crate::checkpoint::{Existing, OutputFolder, expect_apart};
 use crate::compress::recipe::{Recipe, RecipeOptions};
 use crate::compress::{SweepSettings, sweep};
@@ -21,11 +21,12 @@ use crate::text::{Bos, DEFAULT_FIELD};
 
 /// Evaluate one method at several budgets, with a single decomposition
 ///
-/// Writes no model: the table shows the results of `lrc compress` and `lrc eval --reference` at every budget.
+/// Writes no model: the table shows the results of `lrc compress` and
+/// `lrc eval --reference` at every budget.
 ///
 /// Examples:
 ///   lrc sweep MODEL --text held-out.txt --keep 0.9,0.8,0.6
-///   lrc sweep MODEL --calibration text.txt --text held-out.txt --keep 0.9,0.8 --ranks welore --csv
+///   lrc sweep MODEL --text held-out.txt --keep 0.9,0.8 --ranks welore --csv
 ///   lrc sweep MODEL --text held-out.txt --keep 0.9,0.8,0.6 -o REPORT
 #[derive(Debug, Args)]
 #[command(verbatim_doc_comment)]
@@ -33,32 +34,24 @@ pub(super) struct SweepArgs {
     #[command(flatten)]
     model: ModelArgs,
 
-    /// Text to score (`.txt`, `.jsonl`, `.json`, `.parquet`)
-    ///
-    /// Prose in UTF-8, or documents in `.jsonl`, `.ndjson`, `.json` or `.parquet`; each also as `.gz` or `.zst`.
-    #[arg(long, value_name = "FILE", help_heading = "Evaluation")]
-    text: PathBuf,
+    #[command(flatten)]
+    scored: ScoredText,
 
-    /// How the text is cut into windows and scored
-    #[arg(long, value_enum, default_value_t, help_heading = "Evaluation")]
+    /// How the text is cut and scored
+    #[arg(long, value_enum, default_value_t, value_name = "NAME", help_heading = "Evaluation")]
     convention: Convention,
 
     /// Tokens per scored window [default: set by the convention]
     ///
     /// At most the model's context.
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(2..), help_heading = "Evaluation")]
-    eval_seq_len: Option<u32>,
-
-    /// Score only the first N windows
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..), help_heading = "Evaluation")]
-    max_windows: Option<u32>,
+    #[arg(long, value_name = "N", value_parser = at_least_2, help_heading = "Evaluation", hide_short_help = true)]
+    eval_seq_len: Option<usize>,
 
     #[command(flatten)]
     options: SweptOptions,
 
-    /// Read options from a TOML file; flags override it
-    #[arg(long, value_name = "FILE", help_heading = "Model", display_order = 0)]
-    recipe: Option<PathBuf>,
+    #[command(flatten)]
+    recipe: RecipeFile,
 
     #[command(flatten)]
     memory: MemoryArgs,
@@ -77,40 +70,46 @@ pub(super) struct SweepArgs {
     #[command(flatten)]
     gates: GateArgs,
 
-    /// Print the report as JSON
-    #[arg(long, conflicts_with = "csv", help_heading = "Output")]
-    json: bool,
-
     /// Print CSV, one line per budget
-    #[arg(long, help_heading = "Output")]
+    #[arg(long, conflicts_with = "json", help_heading = "Output")]
     csv: bool,
 }
 
-const KEEPS: &str = "Shares of the targeted parameters to keep, separated by commas";
-
-/// [`RecipeOptions`] whose `--keep` is a list.
+/// The options of a recipe, where `--keep` is a list.
 #[derive(Debug)]
 struct SweptOptions {
     keeps: Vec<f64>,
     options: RecipeOptions,
 }
 
+/// All options. Those of budgets and outputs are hidden: a sweep writes no weights, and `--keep` is its budget.
+#[derive(Debug)]
+struct Swept;
+
+impl Selection for Swept {
+    fn takes(_: &str) -> bool {
+        true
+    }
+
+    fn adapt(flag: Arg) -> Arg {
+        const KEEPS: &str = "Shares of the targeted parameters to keep (`0.9,0.8`)";
+        match flag.get_id().as_str() {
+            "keep" => flag
+                .action(ArgAction::Append)
+                .value_delimiter(',')
+                .value_name("SHARES")
+                .required(true)
+                .help(KEEPS)
+                .long_help(KEEPS),
+            "target_size" | "bits" | "format" | "max_shard_size" => flag.hide(true),
+            _ => flag,
+        }
+    }
+}
+
 impl Args for SweptOptions {
     fn augment_args(command: clap::Command) -> clap::Command {
-        RecipeArgs::augment_args(command)
-            .mut_arg("keep", |keep| {
-                keep.action(ArgAction::Append)
-                    .value_delimiter(',')
-                    .value_name("SHARES")
-                    .required(true)
-                    .help(KEEPS)
-                    .long_help(KEEPS)
-            })
-            // A sweep writes no weights, and `--keep` is its budget.
-            .mut_args(|arg| {
-                let is_hidden = ["target_size", "bits", "format", "max_shard_size"].contains(&arg.get_id().as_str());
-                if is_hidden { arg.hide(true) } else { arg }
-            })
+        Options::<Swept>::augment_args(command)
     }
 
     fn augment_args_for_update(command: clap::Command) -> clap::Command {
@@ -121,7 +120,7 @@ impl Args for SweptOptions {
 impl FromArgMatches for SweptOptions {
     fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
         let keeps = matches.get_many("keep").into_iter().flatten().copied().collect();
-        Ok(Self { keeps, options: RecipeOptions::from_arg_matches(matches)? })
+        Ok(Self { keeps, options: Options::<Swept>::from_arg_matches(matches)?.values })
     }
 
     fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
@@ -132,15 +131,18 @@ impl FromArgMatches for SweptOptions {
 
 pub(super) fn run(args: &SweepArgs, progress: &Bars) -> Result<()> {
     gate::expect_fields::<SweepReport>(&args.gates.fail_if, &[])?;
-    let file = args.recipe.as_deref().map(RecipeOptions::read).transpose()?.unwrap_or_default();
     if args.options.keeps.is_empty() {
         return Err(Failure::usage("a sweep needs budgets").hint("for example `--keep 0.9,0.8,0.6`").into());
     }
     if let Some(keep) = args.options.keeps.iter().find(|&&keep| !(keep > 0.0 && keep <= 1.0)) {
-        return Err(Failure::usage(format!("`--keep {keep}` is outside (0, 1]")).into());
+        return Err(Failure::usage(format!("`--keep {keep}` is outside (0, 1]"))
+            .hint("give shares, for example `--keep 0.9,0.8,0.6`")
+            .into());
     }
-    let mut options = args.options.options.clone().or(file);
+    let mut options = args.recipe.complete(&args.options.options)?;
     options.target_size = None;
+    // Under a budget of everything nothing would be decomposed.
+    options.keep = args.options.keeps.iter().copied().find(|&keep| keep < 1.0).or(options.keep);
     // The sequential mode must redo the decomposition for each budget; a sweep decomposes once.
     options.sequential = options.sequential.or(Some(false));
     let recipe = Recipe::new(&options)?;
@@ -151,18 +153,18 @@ pub(super) fn run(args: &SweepArgs, progress: &Bars) -> Result<()> {
     let checkpoint = crate::compress::view(args.model.open(progress)?, &recipe)?;
     // Created first, so that the work is not lost for lack of an output folder.
     let folder = args.output.as_deref().map(|output| -> Result<OutputFolder> {
-        expect_apart(output, recipe.inputs().chain([args.text.as_path(), checkpoint.root()]))?;
+        expect_apart(output, recipe.inputs().chain([args.scored.text.as_path(), checkpoint.root()]))?;
         Ok(OutputFolder::create(output, Existing::of(args.force), REPORT_FILE)?)
     });
     let folder = folder.transpose()?;
     let eval = EvalSettings {
         model: args.model.model.clone(),
-        text: args.text.clone(),
+        text: args.scored.text.clone(),
         field: options.field.clone().unwrap_or_else(|| DEFAULT_FIELD.into()),
         stride: None,
         convention: args.convention,
-        seq_len: args.eval_seq_len.map(|n| n as usize),
-        max_windows: args.max_windows.map(|n| n as usize),
+        seq_len: args.eval_seq_len,
+        max_windows: args.scored.max_windows,
         bos: Bos::Auto,
         memory_bytes: args.memory.memory.as_u64(),
         device,
@@ -172,7 +174,7 @@ pub(super) fn run(args: &SweepArgs, progress: &Bars) -> Result<()> {
     if let Some(folder) = folder {
         write_folder(folder, &report)?;
     }
-    args.gates.conclude(&report, args.json, if args.csv { csv } else { show })
+    args.gates.conclude(&report, if args.csv { csv } else { show })
 }
 
 fn write_folder(folder: OutputFolder, report: &SweepReport) -> Result<()> {

@@ -1,24 +1,21 @@
 //! `lrc truncate`.
 
-use std::path::PathBuf;
-
 use anyhow::Result;
-use bytesize::ByteSize;
 use clap::Args;
 
 use super::compress::show;
+use super::options::{Options, Selection};
 use super::terminal::Bars;
-use super::{ModelArgs, print, print_json};
-use crate::checkpoint::{Existing, OutputFolder};
+use super::{FolderArgs, JsonArgs, ModelArgs, print, print_json};
 use crate::compress::recipe::DEFAULT_SHARD_BYTES;
 use crate::error::Failure;
-use crate::report::REPORT_FILE;
 use crate::truncate::{TruncateJob, truncate};
 
 /// Reduce the ranks of a compressed checkpoint, without its source
 ///
-/// Drops trailing ranks where the stored error curves lose least. Exact for the factors layout and for pivots compressed
-/// with `--elastic`; other pivots are refactored in a diagonal approximation of their metric.
+/// Drops trailing ranks where the stored error curves lose least. Exact for the
+/// factors layout and for pivots compressed with `--elastic`; other pivots are
+/// refactored in a diagonal approximation of their metric.
 ///
 /// Examples:
 ///   lrc truncate COMPRESSED -o OUT --keep 0.7
@@ -32,41 +29,45 @@ pub(super) struct TruncateArgs {
     #[arg(long, value_name = "SHARE", help_heading = "Budget")]
     keep: f64,
 
-    /// Output folder
-    #[arg(short, long, value_name = "OUT", help_heading = "Output")]
-    output: PathBuf,
+    #[command(flatten)]
+    options: Options<Shards>,
 
-    /// Largest size of an output file (`500MB`, `2GiB`) [default: 4GB]
-    #[arg(long, value_name = "SIZE", help_heading = "Output")]
-    max_shard_size: Option<ByteSize>,
+    #[command(flatten)]
+    folder: FolderArgs,
 
-    /// Replace an output folder written by an earlier run
-    #[arg(long, help_heading = "Output")]
-    force: bool,
+    #[command(flatten)]
+    json: JsonArgs,
+}
 
-    /// Print the report as JSON
-    #[arg(long, help_heading = "Output")]
-    json: bool,
+/// The size of the output's files.
+#[derive(Debug)]
+struct Shards;
+
+impl Selection for Shards {
+    fn takes(id: &str) -> bool {
+        id == "max_shard_size"
+    }
 }
 
 pub(super) fn run(args: &TruncateArgs, quiet: bool, progress: &Bars) -> Result<()> {
     if !(args.keep > 0.0 && args.keep < 1.0) {
-        return Err(Failure::usage(format!("`--keep {}` is outside (0, 1)", args.keep)).into());
+        return Err(Failure::usage(format!("`--keep {}` is outside (0, 1)", args.keep))
+            .hint("give a share, for example 0.7")
+            .into());
     }
-    // Before a model is downloaded.
-    OutputFolder::check(&args.output, Existing::of(args.force), REPORT_FILE)?;
+    args.folder.check()?;
     let checkpoint = args.model.open(progress)?;
     let job = TruncateJob {
         checkpoint: &checkpoint,
         keep: args.keep,
-        output: &args.output,
-        force: args.force,
-        max_shard_bytes: args.max_shard_size.map_or(DEFAULT_SHARD_BYTES, |s| s.as_u64().max(1)),
+        output: &args.folder.output,
+        force: args.folder.force,
+        max_shard_bytes: args.options.values.max_shard_size.map_or(DEFAULT_SHARD_BYTES, |s| s.as_u64().max(1)),
     };
     let report = truncate(&job, progress)?;
-    match (args.json, quiet) {
+    match (args.json.json, quiet) {
         (true, _) => print_json(&report),
         (false, true) => Ok(()),
-        (false, false) => print(&show(&report, &args.output)),
+        (false, false) => print(&show(&report, &args.folder.output)),
     }
 }

@@ -1,21 +1,18 @@
 //! The options of a compression. A row of `recipe_options!` declares one option: the field, the key in a TOML recipe,
 //! the flag with its help, and how a flag overrides the file.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use anyhow::Result;
 use bytesize::ByteSize;
-use serde::{Deserialize, Serialize, Serializer};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::allocate::Ranks;
 use super::compensate::{Compensate, CompensateRank};
 use super::presets::Method;
 use super::scale::{DepthWeight, Sensitivity};
-use crate::error::{ExitClass, Failure};
 use crate::formats::Format;
 use crate::operator::Kind;
 use crate::quantize::{Levels, Quant, Scheme};
-use crate::text::read_recipe;
 
 /// An option that may be absent.
 trait Setting {
@@ -23,9 +20,13 @@ trait Setting {
 
     /// This option, or `other` if this one is absent.
     fn or(self, other: Self) -> Self;
+
+    /// The option as given by the flag `id`; absent if the command has no such flag.
+    #[cfg(feature = "cli")]
+    fn given(flags: &clap::ArgMatches, id: &str) -> Self;
 }
 
-impl<T> Setting for Option<T> {
+impl<T: Clone + Send + Sync + 'static> Setting for Option<T> {
     fn is_absent(&self) -> bool {
         self.is_none()
     }
@@ -33,15 +34,25 @@ impl<T> Setting for Option<T> {
     fn or(self, other: Self) -> Self {
         self.or(other)
     }
+
+    #[cfg(feature = "cli")]
+    fn given(flags: &clap::ArgMatches, id: &str) -> Self {
+        flags.try_get_one(id).ok().flatten().cloned()
+    }
 }
 
-impl<T> Setting for Vec<T> {
+impl<T: Clone + Send + Sync + 'static> Setting for Vec<T> {
     fn is_absent(&self) -> bool {
         self.is_empty()
     }
 
     fn or(self, other: Self) -> Self {
         if self.is_empty() { other } else { self }
+    }
+
+    #[cfg(feature = "cli")]
+    fn given(flags: &clap::ArgMatches, id: &str) -> Self {
+        flags.try_get_many(id).ok().flatten().into_iter().flatten().cloned().collect()
     }
 }
 
@@ -75,53 +86,63 @@ macro_rules! recipe_options {
             fn or_each(self, other: Self) -> Self {
                 Self { $($option: Setting::or(self.$option, other.$option),)* }
             }
+
+            /// The options among the flags of any command.
+            #[cfg(feature = "cli")]
+            pub(crate) fn given(flags: &clap::ArgMatches) -> Self {
+                Self { $($option: Setting::given(flags, stringify!($option)),)* }
+            }
         }
     };
 }
 
-// In the order of recipe files and reports.
+// In the order of recipe files and reports. The first line of a help is that of `-h`, which has to fit 80 columns.
 recipe_options! {
     /// Share of the targeted parameters to keep, in (0, 1]
     ///
-    /// If bases are quantized, the share of the bytes of the targeted linears.
+    /// If bases are quantized, the share of the bytes of the targeted linears. With 1 every linear stays as it is, and nothing is
+    /// measured.
     keep: Option<f64>, "Budget" [value_name = "SHARE"],
 
     /// Size of the weight files, never exceeded (`350MiB`)
-    #[serde(serialize_with = "bytes_exactly")]
-    target_size: Option<ByteSize>, "Budget" [value_name = "SIZE", conflicts_with = "keep"],
+    #[serde(serialize_with = "bytes_exactly", deserialize_with = "size_in_recipe")]
+    target_size: Option<ByteSize>, "Budget" [value_name = "SIZE", value_parser = size, conflicts_with = "keep"],
 
     /// Mean bits per weight of the targeted linears
     ///
     /// Counts everything that is stored for them: codes, scales, factors and dense weights.
     bits: Option<f64>, "Budget" [value_name = "BITS", conflicts_with_all = ["keep", "target_size"]],
 
-    /// Quantizers to choose from (`gptq-int4`, `rtn-int4,rtn-int8`)
+    /// Quantizers to choose from (`rtn-int4,rtn-int8`)
     ///
     /// rtn or gptq with a type, as in gptq-int4: int8, int4, int3, int2; or nf4; each with any of the suffixes -g32, -g64, -g128,
     /// -channel, -asym, -absmax, -mse. Or a block format of GGUF: q8_0, q4_0, q2_k, q3_k, q4_k, q5_k, q6_k. With several, the
     /// budget chooses one per linear.
     quant: Vec<Quant>, "Quantization" [value_name = "QUANT", value_delimiter = ',', num_args = 1],
 
-    /// Low-rank factors for the quantization error [default: none]
+    /// Low-rank factors for the error [default: none]
+    ///
+    /// They are fitted to the error that quantization leaves, `W - Q`.
     compensate: Option<Compensate>, "Quantization" [value_name = "METHOD"],
 
-    /// Rank of these factors, or `auto`: chosen by the budget
+    /// Rank of these factors, or `auto`
     ///
-    /// With `auto`, the default if there is a budget, each linear gets its own rank, which may be 0.
+    /// With `auto`, the default if there is a budget, the budget chooses a rank for each linear, which may be 0.
     compensate_rank: Option<CompensateRank>, "Quantization" [value_name = "RANK"],
 
     /// Quantize the factors too
-    quant_factors: Option<FactorBits>, "Quantization" [value_name = "TYPE"],
+    quant_factors: Option<FactorBits>, "Quantization" [value_name = "TYPE", hide_short_help = true],
 
-    /// Approximation method [default: kfac with data, else svd]
+    /// Approximation method [default: kfac or svd]
     ///
     /// Also the metric in which errors are reported. The default is kfac with `--calibration` or `--statistics` (svd-llm if bases
     /// are quantized without a budget), and svd without.
     method: Option<Method>, "Method" [],
 
-    /// How ranks are chosen [default: knapsack for kfac, else welore]
+    /// How ranks are chosen [default: knapsack or welore]
     ///
-    /// One of uniform, welore, energy, energy:SHARE, effective-rank, knapsack, full, fixed:RANK.
+    /// One of uniform, welore, energy, energy:SHARE, effective-rank, knapsack, full, fixed:RANK. The default is knapsack for kfac
+    /// and for quantized bases, else welore.
     ranks: Option<Ranks>, "Method" [],
 
     /// Structure of low-rank matrices [default: pivot]
@@ -131,10 +152,13 @@ recipe_options! {
     layout: Option<Kind>, "Method" [value_name = "LAYOUT"],
 
     /// How the knapsack weighs errors of different matrices
-    /// [default: second-order for kfac, measured with `--calibration`, else energy]
+    ///
+    /// The default is second-order for kfac, measured for other methods with `--calibration`, else energy.
     sensitivity: Option<Sensitivity>, "Method" [hide_short_help = true],
 
-    /// Multiply the error of block b by 1 + γ Σ_{k ≥ b} 1/(k + 1); `auto` tries a few γ on the calibration text [default: 0]
+    /// Weight of errors in early blocks [default: 0]
+    ///
+    /// The error of block b is multiplied by 1 + γ Σ_{k ≥ b} 1/(k + 1). `auto` tries a few γ on the calibration text.
     depth_weight: Option<DepthWeight>, "Method" [value_name = "GAMMA", hide_short_help = true],
 
     /// Share of the uniform rank that every low-rank matrix keeps [default: 0]
@@ -143,38 +167,45 @@ recipe_options! {
     /// Make ranks multiples of N; 8 or 16 may run faster [default: 1]
     rank_multiple: Option<usize>, "Method" [value_name = "N", hide_short_help = true],
 
-    /// Modules to compress, as globs (`*.mlp.*`) [default: all linears]
+    /// Modules to compress (`*.mlp.*`) [default: all linears]
     ///
-    /// Globs match module names. By default every linear is compressed except heads and routers.
+    /// A glob of module names; may be repeated. By default every linear is compressed except heads and routers.
     targets: Vec<String>, "Model" [value_name = "GLOB", num_args = 1],
 
-    /// Modules to leave unchanged, as globs; overrides `--targets`
+    /// Modules to leave unchanged; overrides `--targets`
     exclude: Vec<String>, "Model" [value_name = "GLOB", num_args = 1],
 
     /// Format of the output [default: factored]
     format: Option<Format>, "Output" [],
 
-    /// Text for activations and gradients (`.txt`, `.jsonl`, `.parquet`)
+    /// Text to measure on (`.txt`, `.jsonl`, `.parquet`)
     ///
-    /// Prose in UTF-8, or documents in `.jsonl`, `.ndjson`, `.json` or `.parquet`; each also as `.gz` or `.zst`.
+    /// Activations and gradients are measured on it. Prose in UTF-8, or documents in `.jsonl`, `.ndjson`, `.json` or `.parquet`;
+    /// each also as `.gz` or `.zst`.
     calibration: Option<PathBuf>, "Calibration" [value_name = "FILE"],
 
     /// Field of a document that holds its text [default: text]
     field: Option<String>, "Calibration" [value_name = "NAME", hide_short_help = true],
 
-    /// Use statistics from `lrc calibrate` instead of measuring them
+    /// Statistics from `lrc calibrate`, instead of a text
     statistics: Option<PathBuf>, "Calibration" [value_name = "FILE"],
 
-    /// Damping of Grams of inputs, as a share of their mean eigenvalue [default: 0.01 for kfac, else 0]
+    /// Damping of Grams of inputs [default: 0.01 for kfac, else 0]
+    ///
+    /// As a share of their mean eigenvalue.
     damping_input: Option<f64>, "Calibration" [value_name = "SHARE", hide_short_help = true],
 
-    /// Damping of Grams of output gradients, as a share of their mean eigenvalue [default: 0.01]
+    /// Damping of Grams of output gradients [default: 0.01]
+    ///
+    /// As a share of their mean eigenvalue.
     damping_output: Option<f64>, "Calibration" [value_name = "SHARE", hide_short_help = true],
 
-    /// Whether fused matrices (QKV, gate/up) are compressed jointly or split [default: joint]
+    /// How fused matrices (QKV, gate/up) are compressed [default: joint]
     fused: Option<Fused>, "Model" [hide_short_help = true],
 
-    /// Store the order of ranks beside each pivot layout, so that `lrc truncate` is exact; takes r² values per matrix
+    /// Store the order of ranks, so that `lrc truncate` is exact
+    ///
+    /// Takes r² values beside each matrix in the pivot layout.
     elastic: Option<bool>, "Method" [
         num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL", hide_short_help = true
     ],
@@ -187,37 +218,68 @@ recipe_options! {
         num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL", hide_short_help = true
     ],
 
-    /// Clip per-token gradients to 0.1 to 10 times their mean norm
+    /// Clip per-token gradients
+    ///
+    /// To 0.1 to 10 times their mean norm.
     clip_gradients: Option<bool>, "Calibration" [
         num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL", hide_short_help = true
     ],
 
-    /// Compress block by block, on the inputs from compressed blocks
+    /// Compress block by block, on compressed inputs
     ///
     /// Each block is fitted to the inputs that the compressed blocks before it produce. Default: true for kfac with
     /// `--calibration` and `--keep` below 0.7, or with `--anchor`.
     sequential: Option<bool>, "Method" [num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL"],
 
-    /// How far the targets of `--sequential` move towards the outputs of the source model, 0 to 1 [default: 0.5]
+    /// Weight of the source's outputs in `--sequential`, 0 to 1 [default: 0.5]
+    ///
+    /// How far the targets of a block move towards the outputs of the source model.
     anchor: Option<f64>, "Method" [value_name = "MU", hide_short_help = true],
 
     /// Number of calibration windows [default: 64]
     samples: Option<usize>, "Calibration" [value_name = "N"],
 
-    /// Windows whose gradients are taken [default: half of them, at least 16]
+    /// Windows whose gradients are taken [default: half, at least 16]
     ///
     /// They are spread evenly. All windows for squared gradients, models with experts, and encoders.
     gradient_samples: Option<usize>, "Calibration" [value_name = "N", hide_short_help = true],
 
-    /// Tokens per window [default: 512, at most the model's context]
+    /// Tokens per window [default: 512]
+    ///
+    /// At most the model's context.
     seq_len: Option<usize>, "Calibration" [value_name = "N"],
 
     /// Seed for the choice of windows [default: 0]
     seed: Option<u64>, "Calibration" [value_name = "N", hide_short_help = true],
 
     /// Largest size of an output file (`500MB`, `2GiB`) [default: 4GB]
-    #[serde(serialize_with = "bytes_exactly")]
-    max_shard_size: Option<ByteSize>, "Output" [value_name = "SIZE", hide_short_help = true],
+    #[serde(serialize_with = "bytes_exactly", deserialize_with = "size_in_recipe")]
+    max_shard_size: Option<ByteSize>, "Output" [value_name = "SIZE", value_parser = size, hide_short_help = true],
+}
+
+/// The forms of a size.
+const SIZES: &str = "expected a size, such as 350MiB, 1.5GB, or a number of bytes";
+
+/// Parses a size.
+///
+/// # Errors
+/// It is not a number with or without a unit of bytes.
+pub(crate) fn size(text: &str) -> Result<ByteSize, String> {
+    text.parse().map_err(|_| SIZES.into())
+}
+
+/// Deserializes a size, which may be a string or a number of bytes.
+fn size_in_recipe<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<ByteSize>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged, expecting = "expected a size, such as 350MiB, 1.5GB, or a number of bytes")]
+    enum Written {
+        Bytes(u64),
+        Text(String),
+    }
+    match Written::deserialize(deserializer)? {
+        Written::Bytes(bytes) => Ok(Some(ByteSize(bytes))),
+        Written::Text(text) => size(&text).map(Some).map_err(serde::de::Error::custom),
+    }
 }
 
 /// Serializes a size so that it is read back as the same number of bytes.
@@ -259,19 +321,6 @@ impl FactorBits {
 }
 
 impl RecipeOptions {
-    /// Reads a recipe file.
-    ///
-    /// # Errors
-    /// It cannot be read, is not TOML, or has a key that is not an option.
-    pub fn read(path: &Path) -> Result<Self> {
-        let text = read_recipe(path).map_err(|failure| Failure { class: ExitClass::Usage, ..failure })?;
-        toml::from_str(&text).map_err(|e| {
-            Failure::usage(format!("recipe `{}`: {}", path.display(), e.to_string().trim_end()))
-                .hint("the keys are the long flags of `lrc compress`, without the leading dashes")
-                .into()
-        })
-    }
-
     /// These options, completed from `other`. A budget replaces a budget of another kind.
     ///
     /// ```

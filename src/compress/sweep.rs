@@ -6,7 +6,7 @@ use anyhow::Result;
 
 use super::inputs::Inputs;
 use super::plan::Plan;
-use super::recipe::{Budget, Recipe};
+use super::recipe::{Approach, Budget, Recipe};
 use super::record;
 use super::refine;
 use super::sensitivity;
@@ -48,6 +48,11 @@ pub fn sweep(settings: &SweepSettings<'_>, progress: &dyn Progress) -> Result<Sw
         )
         .hint("run `lrc compress` and `lrc eval` for each budget")
         .into());
+    }
+    if recipe.approach == Approach::Dense && keeps.iter().any(|&keep| keep < 1.0) {
+        return Err(Failure::usage("a recipe that keeps everything decomposes nothing")
+            .hint("give the recipe a budget below 1")
+            .into());
     }
     let plan = Plan::new(checkpoint, recipe)?;
     let inputs = Inputs::load(checkpoint, recipe, &plan)?;

@@ -56,6 +56,69 @@ fn usage_errors_come_before_any_work() {
     assert_eq!(lrc(&["--help"]).code, 0);
 }
 
+/// Whatever is wrong with the line that was typed: the flag, the value, what is allowed, and a hint.
+#[test]
+fn errors_of_the_command_line_name_the_flag_and_what_it_takes() {
+    let compress = ["compress", FIXTURE, "-o", "OUT"];
+    let help = "hint: `lrc compress --help` explains `--";
+    for (extra, expected, hint) in [
+        (&["--target-size", "10XB"][..], "`--target-size 10XB`: expected a size, such as 350MiB", help),
+        (&["--keep", "0.8", "--memory", "x"], "`--memory x`: expected a size", help),
+        (&["--keep", "x"], "`--keep x`: expected a number", help),
+        (&["--keep", "-0.5"], "`--keep -0.5` is outside (0, 1]", "hint: `--keep 0.8` keeps"),
+        (&["--samples", "-3"], "`--samples -3`: expected a whole number, at least 0", help),
+        (&["--samples"], "`--samples` needs a value", help),
+        (&["--method", "foo"], "`--method foo` is not one of svd, fwsvd, asvd, svd-llm, kfac", help),
+        (&["--method", "svd-ll"], "`--method svd-ll` is not one of svd", "hint: did you mean `svd-llm`?"),
+        (&["--ranks", "foo"], "`--ranks foo` is not one of uniform", help),
+        (&["--ranks", "fixed:0"], "fixed:RANK, with RANK at least 1", help),
+        (&["--ranks", "energy:2"], "`--ranks energy:2` is not one of uniform", help),
+        (&["--quant", "foo"], "`--quant foo` is not a quantizer: expected", help),
+        (&["--kep", "0.8"], "there is no flag `--kep`", "hint: did you mean `--keep`?"),
+        (&["--keep", "0.8", "--bits", "3"], "cannot be combined with", "hint: remove one of the two"),
+        (&["--keep", "0.8", "--keep", "0.7"], "`--keep` is given twice", "hint: remove one of the two"),
+    ] {
+        let run = lrc(&[&compress[..], extra].concat());
+        assert_eq!(run.code, 2, "{extra:?}: {}", run.stderr);
+        assert!(run.stderr.starts_with("error: ") && run.stderr.contains(expected), "{extra:?}: {}", run.stderr);
+        assert!(run.stderr.contains(hint) && run.stderr.lines().count() == 2, "{extra:?}: {}", run.stderr);
+    }
+    for (line, expected) in [
+        (&["compress", FIXTURE][..], "error: `--output` is missing\nhint: usage: lrc compress "),
+        (&["calibrate", "-o", "x"], "error: `--text`, `MODEL` are missing\nhint: usage: lrc calibrate "),
+        (&["compres"], "error: there is no command `compres`\nhint: did you mean `compress`?\n"),
+        (
+            &["eval", FIXTURE, "--text", TRAIN, "--max-windows", "0"],
+            "`--max-windows 0`: expected a whole number, at least 1",
+        ),
+    ] {
+        let run = lrc(line);
+        assert!(run.code == 2 && run.stderr.contains(expected), "{line:?}: {}", run.stderr);
+    }
+    let run = lrc(&["compress", FIXTURE, "-o", "OUT", "--log-format", "json", "--target-size", "10XB"]);
+    let line: serde_json::Value = serde_json::from_str(&run.stderr).unwrap();
+    assert!(line["exit_code"] == 2 && line["hint"].as_str().unwrap().contains("--target-size"), "{line}");
+}
+
+#[test]
+fn errors_of_a_recipe_name_its_line_and_its_key() {
+    let folder = tempfile::tempdir().unwrap();
+    let recipe = folder.path().join("recipe.toml");
+    for (text, expected) in [
+        (
+            "seed = 1\nkeep = \"a\"",
+            "line 2: `keep = \"a\"`: expected a number\nhint: `lrc compress --help` explains `--keep`",
+        ),
+        ("keep = 0.8\nkep = 0.8", "line 2: there is no option `kep`\nhint: the keys are the long flags"),
+        ("keep = ", "line 1: "),
+    ] {
+        std::fs::write(&recipe, text).unwrap();
+        let run = lrc(&["compress", FIXTURE, "-o", path(&folder.path().join("out")), "--recipe", path(&recipe)]);
+        assert_eq!(run.code, 2, "{}", run.stderr);
+        assert!(run.stderr.contains(expected) && run.stderr.lines().count() == 2, "{}", run.stderr);
+    }
+}
+
 #[test]
 fn a_dry_run_refuses_what_the_run_refuses() {
     let folder = tempfile::tempdir().unwrap();

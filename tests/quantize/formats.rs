@@ -291,7 +291,7 @@ fn what_a_loader_would_misread_is_refused_before_any_work() {
         (&["--quant", "rtn-int4", "--quant-factors", "int8"], 2, "no effect without `--compensate`"),
         (&["--quant", "gptq-int4"], 2, "needs `--calibration"),
         (&["--quant", "rtn-int2", "--bits", "1.5"], 2, "the minimum is"),
-        (&["--bits", "3", "--keep", "0.5"], 2, "cannot be used with"),
+        (&["--bits", "3", "--keep", "0.5"], 2, "cannot be combined with"),
         (&["--quant", "int5"], 2, "is not a quantizer"),
     ];
     for (flags, code, expected) in cases {

@@ -95,7 +95,7 @@ impl Ranks {
 }
 
 /// The rank that means full rank.
-const FULL: usize = usize::MAX;
+pub const FULL: usize = usize::MAX;
 
 impl fmt::Display for Ranks {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -130,9 +130,8 @@ impl FromStr for Ranks {
             ("fixed", Some(value)) => rank(value).map(Self::Fixed),
             _ => None,
         };
-        ranks.ok_or_else(|| {
-            format!("`{text}` is not one of uniform, welore, energy, energy:SHARE, effective-rank, knapsack, full, fixed:RANK")
-        })
+        const NAMES: &str = "uniform, welore, energy, energy:SHARE, effective-rank, knapsack, full, fixed:RANK";
+        ranks.ok_or_else(|| format!("`{text}` is not one of {NAMES}, with RANK at least 1 and SHARE in (0, 1]"))
     }
 }
 

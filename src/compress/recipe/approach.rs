@@ -1,14 +1,17 @@
 //! The structure that replaces the targeted linears. Each setting exists only in the variants where it has an effect.
 
-use super::{CompensateRank, DepthWeight, FactorBits, Sensitivity};
 use crate::compress::allocate::Ranks;
-use crate::compress::compensate::Compensate;
+use crate::compress::compensate::{Compensate, CompensateRank};
+use crate::compress::options::FactorBits;
+use crate::compress::scale::{DepthWeight, Sensitivity};
 use crate::operator::Kind;
 use crate::quantize::Quant;
 
-/// The structure that replaces a weight `W` (out, in).
+/// What becomes of the targeted linears.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Approach {
+    /// Every linear stays as it is: the budget is the whole model, and nothing is measured or decomposed.
+    Dense,
     /// `W ≈ B·A`.
     LowRank(LowRankApproach),
     /// `W ≈ Q`, or `W ≈ Q + B·A`.
@@ -17,24 +20,26 @@ pub enum Approach {
 
 /// Low rank without a base.
 #[derive(Debug, Clone, PartialEq)]
-pub struct LowRankApproach {
-    /// How ranks are chosen.
-    pub allocation: Allocation,
-    /// How factors are stored.
-    pub storage: FactorStorage,
-    /// μ in [0, 1] of the sequential mode; `None` decomposes all linears on the inputs of the source.
-    pub anchor: Option<f64>,
-    /// Whether right factors are shared.
-    pub sharing: Sharing,
-}
-
-/// Whether linears that read the same input may share their right factor.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Sharing {
-    /// Each linear has its own.
-    None,
-    /// Right factors are shared if the knapsack finds that better.
-    Allowed,
+pub enum LowRankApproach {
+    /// Each linear has factors of its own.
+    Separate {
+        /// How ranks are allocated.
+        allocation: Allocation,
+        /// How factors are stored.
+        storage: FactorStorage,
+        /// μ in [0, 1] of the sequential mode; `None` decomposes all linears on the inputs of the source.
+        anchor: Option<f64>,
+    },
+    /// Linears that read the same input share their right factor where the knapsack finds that better. All are decomposed
+    /// on the inputs of the source.
+    Shared {
+        /// The allocator.
+        knapsack: Knapsack,
+        /// The ranks that it may choose.
+        steps: RankSteps,
+        /// How factors are stored.
+        storage: FloatStorage,
+    },
 }
 
 /// How ranks are allocated.
@@ -46,11 +51,18 @@ pub enum Allocation {
     PerLinear {
         /// The allocator, with its limit.
         rule: Rule,
-        /// Share of the uniform rank that every low-rank linear keeps, in [0, 1].
-        floor: f64,
-        /// Ranks are multiples of this, at least 1.
-        multiple: usize,
+        /// The ranks that may be chosen.
+        steps: RankSteps,
     },
+}
+
+/// The ranks that an allocator may choose.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct RankSteps {
+    /// Share of the uniform rank that every low-rank linear keeps, in [0, 1].
+    pub floor: f64,
+    /// Ranks are multiples of this, at least 1.
+    pub multiple: usize,
 }
 
 /// An allocator with its limit.
@@ -67,26 +79,52 @@ pub enum Rule {
     /// Ranks in proportion to `√(effective rank / (m + n))` (D-Rank, Mi et al. 2025).
     EffectiveRank(Limit),
     /// The least sum of errors, each times its sensitivity.
-    Knapsack {
-        /// The most that the chosen candidates may cost together.
-        limit: Limit,
-        /// How errors of different linears compare.
-        sensitivity: Sensitivity,
-        /// Additional weight of errors in early blocks.
-        depth_weight: DepthWeight,
-    },
+    Knapsack(Knapsack),
+}
+
+/// The allocator that minimizes the sum of errors, each times its sensitivity.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Knapsack {
+    /// The most that the chosen candidates may cost together.
+    pub limit: Limit,
+    /// How errors of different linears compare.
+    pub sensitivity: Sensitivity,
+    /// Additional weight of errors in early blocks.
+    pub depth_weight: DepthWeight,
 }
 
 /// How factors are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FactorStorage {
-    /// Stored in the dtype of the weight.
-    Plain(Kind),
-    /// With the order of ranks stored as well, so that truncation is exact (`--elastic`). Never the layout `factors`,
-    /// which is ordered itself.
-    Elastic(Kind),
-    /// Stored as integers.
+    /// In the dtype of the weight.
+    Float(FloatStorage),
+    /// As integers, which cannot be truncated by rank.
     Quantized(Kind, FactorBits),
+}
+
+/// How factors in the dtype of the weight are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FloatStorage {
+    /// In this layout.
+    Plain(Kind),
+    /// With the order of ranks beside it, so that truncation is exact (`--elastic`).
+    Elastic(Unordered),
+}
+
+/// A layout that does not store its ranks in order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Unordered(Kind);
+
+impl Unordered {
+    /// The layout, unless its ranks are in order, as in `factors`.
+    pub fn new(layout: Kind) -> Option<Self> {
+        (!layout.fitting().is_nested()).then_some(Self(layout))
+    }
+
+    /// The layout.
+    pub fn layout(self) -> Kind {
+        self.0
+    }
 }
 
 /// A quantized base per linear, with or without factors for its error.
@@ -94,10 +132,28 @@ pub enum FactorStorage {
 pub struct QuantizedApproach {
     /// The quantizers, and the factors.
     pub bases: Bases,
-    /// Never `Measured`, whose trials truncate weights to a low rank.
-    pub sensitivity: Sensitivity,
+    /// How errors of different linears compare.
+    pub sensitivity: BaseSensitivity,
     /// γ of the depth weight.
     pub gamma: f64,
+}
+
+/// How errors of quantized linears compare. [`Sensitivity::Measured`] is not among them, because its trials truncate weights to a low rank.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BaseSensitivity {
+    /// As [`Sensitivity::SecondOrder`].
+    SecondOrder,
+    /// As [`Sensitivity::Energy`].
+    Energy,
+}
+
+impl From<BaseSensitivity> for Sensitivity {
+    fn from(sensitivity: BaseSensitivity) -> Self {
+        match sensitivity {
+            BaseSensitivity::SecondOrder => Self::SecondOrder,
+            BaseSensitivity::Energy => Self::Energy,
+        }
+    }
 }
 
 /// The quantizers, and the factors.
@@ -107,16 +163,16 @@ pub enum Bases {
     Fixed {
         /// The quantizer.
         quant: Quant,
-        /// Factors of this rank for every linear.
+        /// The factors over it.
         factors: Option<Factors<usize>>,
     },
     /// The limit chooses a quantizer per linear and, with [`CompensateRank::Auto`], the rank of its factors.
     Chosen {
         /// The quantizers to choose from.
         menu: Vec<Quant>,
-        /// Factors of a given rank, or of a rank that the limit chooses.
+        /// The factors over them.
         factors: Option<Factors<CompensateRank>>,
-        /// The budget.
+        /// The most that all linears may cost together.
         limit: Limit,
     },
 }
@@ -124,12 +180,28 @@ pub enum Bases {
 /// Factors that compensate the error of a base.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Factors<R> {
-    /// The method, which decides the error that the factors minimize.
-    pub method: Compensate,
+    /// Which error the factors minimize.
+    pub method: Compensator,
     /// r of `B` (out, r) and `A` (r, in).
     pub rank: R,
     /// Integers instead of the dtype of the weight.
     pub bits: Option<FactorBits>,
+}
+
+/// A method that fits factors.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Compensator(Compensate);
+
+impl Compensator {
+    /// The method, unless it is [`Compensate::None`].
+    pub fn new(method: Compensate) -> Option<Self> {
+        (method != Compensate::None).then_some(Self(method))
+    }
+
+    /// The method.
+    pub fn method(self) -> Compensate {
+        self.0
+    }
 }
 
 /// A limit on the size of the output.
@@ -175,7 +247,7 @@ impl Rule {
             Self::Energy(_) => Ranks::Energy(None),
             Self::EnergyShare(share, _) => Ranks::Energy(Some(share)),
             Self::EffectiveRank(_) => Ranks::EffectiveRank,
-            Self::Knapsack { .. } => Ranks::Knapsack,
+            Self::Knapsack(_) => Ranks::Knapsack,
         }
     }
 
@@ -185,7 +257,7 @@ impl Rule {
             | Self::Welore(limit)
             | Self::Energy(limit)
             | Self::EffectiveRank(limit)
-            | Self::Knapsack { limit, .. } => Some(limit),
+            | Self::Knapsack(Knapsack { limit, .. }) => Some(limit),
             Self::EnergyShare(_, limit) => limit,
         }
     }
@@ -211,11 +283,46 @@ impl Bases {
     }
 }
 
+impl FloatStorage {
+    fn layout(self) -> Kind {
+        match self {
+            Self::Plain(layout) => layout,
+            Self::Elastic(unordered) => unordered.layout(),
+        }
+    }
+}
+
+impl LowRankApproach {
+    /// The rule with the ranks that it may choose; `None` for fixed ranks.
+    fn rule(&self) -> Option<(Rule, RankSteps)> {
+        match *self {
+            Self::Separate { allocation: Allocation::Fixed(_), .. } => None,
+            Self::Separate { allocation: Allocation::PerLinear { rule, steps }, .. } => Some((rule, steps)),
+            Self::Shared { knapsack, steps, .. } => Some((Rule::Knapsack(knapsack), steps)),
+        }
+    }
+
+    fn ranks(&self) -> Ranks {
+        match self {
+            Self::Separate { allocation: Allocation::Fixed(rank), .. } => Ranks::Fixed(*rank),
+            Self::Separate { allocation: Allocation::PerLinear { rule, .. }, .. } => rule.ranks(),
+            Self::Shared { .. } => Ranks::Knapsack,
+        }
+    }
+
+    fn storage(&self) -> FactorStorage {
+        match *self {
+            Self::Separate { storage, .. } => storage,
+            Self::Shared { storage, .. } => FactorStorage::Float(storage),
+        }
+    }
+}
+
 impl Approach {
-    /// The menu of quantizers; empty for low rank alone.
+    /// The menu of quantizers; empty without quantized bases.
     pub fn quant(&self) -> &[Quant] {
         match self {
-            Self::LowRank(_) => &[],
+            Self::Dense | Self::LowRank(_) => &[],
             Self::Quantized(quantized) => quantized.bases.menu(),
         }
     }
@@ -223,16 +330,17 @@ impl Approach {
     /// The factors that compensate a quantized base.
     pub fn factors(&self) -> Option<Factors<CompensateRank>> {
         match self {
-            Self::LowRank(_) => None,
+            Self::Dense | Self::LowRank(_) => None,
             Self::Quantized(quantized) => quantized.bases.factors(),
         }
     }
 
-    /// The allocator; a knapsack over quantizers and ranks if bases are quantized.
+    /// The allocator; a knapsack over quantizers and ranks if bases are quantized. Under the whole budget any leaves
+    /// every linear dense: the one that needs no spectra is named.
     pub fn ranks(&self) -> Ranks {
         match self {
-            Self::LowRank(LowRankApproach { allocation: Allocation::Fixed(rank), .. }) => Ranks::Fixed(*rank),
-            Self::LowRank(LowRankApproach { allocation: Allocation::PerLinear { rule, .. }, .. }) => rule.ranks(),
+            Self::Dense => Ranks::Uniform,
+            Self::LowRank(low_rank) => low_rank.ranks(),
             Self::Quantized(_) => Ranks::Knapsack,
         }
     }
@@ -240,21 +348,20 @@ impl Approach {
     /// The budget.
     pub fn budget(&self) -> Budget {
         match self {
-            Self::LowRank(LowRankApproach { allocation: Allocation::PerLinear { rule, .. }, .. }) => {
-                rule.limit().into()
-            }
+            Self::Dense => Budget::Keep(1.0),
+            Self::LowRank(low_rank) => low_rank.rule().and_then(|(rule, _)| rule.limit()).into(),
             Self::Quantized(QuantizedApproach { bases: Bases::Chosen { limit, .. }, .. }) => Some(*limit).into(),
-            Self::LowRank(_) | Self::Quantized(_) => Budget::None,
+            Self::Quantized(QuantizedApproach { bases: Bases::Fixed { .. }, .. }) => Budget::None,
         }
     }
 
     /// The layout of factors.
     pub fn layout(&self) -> Kind {
         match self {
-            Self::LowRank(LowRankApproach { storage, .. }) => match storage {
-                FactorStorage::Plain(layout) | FactorStorage::Elastic(layout) | FactorStorage::Quantized(layout, _) => {
-                    *layout
-                }
+            Self::Dense => Kind::default(),
+            Self::LowRank(low_rank) => match low_rank.storage() {
+                FactorStorage::Float(storage) => storage.layout(),
+                FactorStorage::Quantized(layout, _) => layout,
             },
             Self::Quantized(_) => Kind::FACTORS,
         }
@@ -263,8 +370,11 @@ impl Approach {
     /// The integers that factors are stored as; `None` keeps the dtype of the weight.
     pub fn quant_factors(&self) -> Option<FactorBits> {
         match self {
-            Self::LowRank(LowRankApproach { storage: FactorStorage::Quantized(_, bits), .. }) => Some(*bits),
-            Self::LowRank(_) => None,
+            Self::Dense => None,
+            Self::LowRank(low_rank) => match low_rank.storage() {
+                FactorStorage::Float(_) => None,
+                FactorStorage::Quantized(_, bits) => Some(bits),
+            },
             Self::Quantized(_) => self.factors().and_then(|factors| factors.bits),
         }
     }
@@ -281,42 +391,45 @@ impl Approach {
 
     fn knapsack(&self) -> Option<(Sensitivity, DepthWeight)> {
         match self {
-            Self::LowRank(LowRankApproach { allocation: Allocation::PerLinear { rule, .. }, .. }) => match rule {
-                Rule::Knapsack { sensitivity, depth_weight, .. } => Some((*sensitivity, *depth_weight)),
+            Self::Dense => None,
+            Self::LowRank(low_rank) => match low_rank.rule()?.0 {
+                Rule::Knapsack(Knapsack { sensitivity, depth_weight, .. }) => Some((sensitivity, depth_weight)),
                 _ => None,
             },
-            Self::LowRank(_) => None,
             Self::Quantized(QuantizedApproach { sensitivity, gamma, .. }) => {
-                Some((*sensitivity, DepthWeight::Fixed(*gamma)))
+                Some(((*sensitivity).into(), DepthWeight::Fixed(*gamma)))
             }
         }
     }
 
-    /// Floor (a share of the uniform rank) and multiple, for ranks that are allocated per linear.
-    pub fn rank_steps(&self) -> Option<(f64, usize)> {
+    /// The ranks that may be chosen, for ranks that are allocated per linear.
+    pub fn rank_steps(&self) -> Option<RankSteps> {
         match self {
-            Self::LowRank(LowRankApproach { allocation: Allocation::PerLinear { floor, multiple, .. }, .. }) => {
-                Some((*floor, *multiple))
-            }
-            Self::LowRank(_) | Self::Quantized(_) => None,
+            Self::LowRank(low_rank) => low_rank.rule().map(|(_, steps)| steps),
+            Self::Dense | Self::Quantized(_) => None,
         }
     }
 
     /// μ of the sequential mode.
     pub fn anchor(&self) -> Option<f64> {
         match self {
-            Self::LowRank(low_rank) => low_rank.anchor,
-            Self::Quantized(_) => None,
+            Self::LowRank(LowRankApproach::Separate { anchor, .. }) => *anchor,
+            _ => None,
         }
     }
 
     /// Whether shared right factors are allowed.
     pub fn shares(&self) -> bool {
-        matches!(self, Self::LowRank(LowRankApproach { sharing: Sharing::Allowed, .. }))
+        matches!(self, Self::LowRank(LowRankApproach::Shared { .. }))
     }
 
     /// Whether the order of ranks is stored with the layout.
     pub fn is_elastic(&self) -> bool {
-        matches!(self, Self::LowRank(LowRankApproach { storage: FactorStorage::Elastic(_), .. }))
+        match self {
+            Self::LowRank(low_rank) => {
+                matches!(low_rank.storage(), FactorStorage::Float(FloatStorage::Elastic(_)))
+            }
+            Self::Dense | Self::Quantized(_) => false,
+        }
     }
 }

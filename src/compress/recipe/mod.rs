@@ -1,8 +1,12 @@
 //! The settings of a compression: [`RecipeOptions`], checked against each other, with the defaults filled in.
 
 mod approach;
+mod basics;
 mod build;
+mod file;
+mod low_rank;
 mod patterns;
+mod quantized;
 #[cfg(test)]
 mod tests;
 
@@ -22,13 +26,12 @@ use crate::operator::Kind;
 use crate::quantize::Quant;
 use crate::text::DEFAULT_FIELD;
 pub use approach::{
-    Allocation, Approach, Bases, Budget, FactorStorage, Factors, Limit, LowRankApproach, QuantizedApproach, Rule,
-    Sharing,
+    Allocation, Approach, BaseSensitivity, Bases, Budget, Compensator, FactorStorage, Factors, FloatStorage, Knapsack,
+    Limit, LowRankApproach, QuantizedApproach, RankSteps, Rule, Unordered,
 };
+pub use basics::{DEFAULT_SAMPLES, windows};
 pub use patterns::Patterns;
 
-/// Default number of calibration windows.
-pub const DEFAULT_SAMPLES: usize = 64;
 /// Default limit on the bytes of an output file.
 pub const DEFAULT_SHARD_BYTES: u64 = 4_000_000_000;
 
@@ -48,7 +51,7 @@ pub const DEFAULT_SHARD_BYTES: u64 = 4_000_000_000;
 pub struct Recipe {
     /// Defines the metric of the approximation, or of the reported errors if bases are quantized.
     pub method: Method,
-    /// Low rank or quantized bases, with the allocation and the budget.
+    /// What becomes of the linears, with the allocation and the budget.
     pub approach: Approach,
     /// Damping of input Grams, as a share of their mean eigenvalue, in [0, 1].
     pub damping_input: f64,
@@ -101,12 +104,12 @@ impl Recipe {
 
     /// Share of the uniform rank that every low-rank linear keeps.
     pub fn rank_floor(&self) -> f64 {
-        self.approach.rank_steps().map_or(0.0, |(floor, _)| floor)
+        self.approach.rank_steps().map_or(0.0, |steps| steps.floor)
     }
 
     /// Ranks are multiples of this.
     pub fn rank_multiple(&self) -> usize {
-        self.approach.rank_steps().map_or(1, |(_, multiple)| multiple)
+        self.approach.rank_steps().map_or(1, |steps| steps.multiple)
     }
 
     /// Whether pivots are stored with their order of ranks.
@@ -131,7 +134,7 @@ impl Recipe {
 
     /// The method that fits factors to the error of a base.
     pub fn compensate(&self) -> Compensate {
-        self.approach.factors().map_or(Compensate::None, |factors| factors.method)
+        self.approach.factors().map_or(Compensate::None, |factors| factors.method.method())
     }
 
     /// The rank of these factors.
@@ -188,6 +191,8 @@ impl Recipe {
         let factors = self.approach.factors();
         let steps = self.approach.rank_steps();
         let is_quantized = !self.quant().is_empty();
+        // Nothing else has an effect on linears that stay as they are.
+        let is_dense = self.approach == Approach::Dense;
         RecipeOptions {
             keep: if let Budget::Keep(keep) = budget { Some(keep) } else { None },
             target_size: if let Budget::Bytes(bytes) = budget { Some(ByteSize(bytes)) } else { None },
@@ -196,13 +201,13 @@ impl Recipe {
             compensate: is_quantized.then_some(self.compensate()),
             compensate_rank: factors.map(|factors| factors.rank),
             quant_factors: self.quant_factors(),
-            method: Some(self.method),
-            ranks: Some(self.ranks()),
-            layout: Some(self.layout()),
+            method: (!is_dense).then_some(self.method),
+            ranks: (!is_dense).then(|| self.ranks()),
+            layout: (!is_dense).then(|| self.layout()),
             sensitivity: self.sensitivity(),
             depth_weight: (self.ranks() == Ranks::Knapsack).then_some(self.depth_weight()),
-            rank_floor: steps.map(|(floor, _)| floor),
-            rank_multiple: steps.map(|(_, multiple)| multiple),
+            rank_floor: steps.map(|steps| steps.floor),
+            rank_multiple: steps.map(|steps| steps.multiple),
             targets: self.targets.texts.clone(),
             exclude: self.exclude.texts.clone(),
             format: Some(self.format),
@@ -213,7 +218,7 @@ impl Recipe {
             clip_gradients: self.clip_gradients.then_some(true),
             elastic: self.elastic().then_some(true),
             fused: Some(self.fused).filter(|fused| *fused != Fused::default()),
-            sequential: Some(self.anchor().is_some()),
+            sequential: (!is_dense).then(|| self.anchor().is_some()),
             share: self.share().then_some(true),
             anchor: self.anchor(),
             field: calibration.map(|c| c.field.clone()).filter(|field| field != DEFAULT_FIELD),

@@ -119,3 +119,39 @@ fn settings_are_neutral_where_the_approach_has_none() {
     let energy = recipe("ranks = \"energy:0.9\"");
     assert_eq!((energy.budget(), energy.rank_multiple()), (Budget::None, 1));
 }
+
+#[test]
+fn keeping_everything_is_dense_whatever_else_is_said() {
+    let recipe = |text: &str| Recipe::new(&toml::from_str(text).unwrap()).unwrap();
+    for text in [
+        "keep = 1",
+        "keep = 1.0\nranks = \"uniform\"\nrank-multiple = 8\nelastic = true",
+        "keep = 1\ncalibration = \"t\"\nsequential = true\nclip-gradients = true\ndamping-input = 0.1",
+        "keep = 1\ncalibration = \"t\"\nshare = true\nsequential = false",
+        "keep = 1\ncalibration = \"t\"\nmethod = \"svd\"\nranks = \"knapsack\"\nsensitivity = \"measured\"",
+        "keep = 1\nstatistics = \"s\"",
+    ] {
+        let recipe = recipe(text);
+        assert_eq!(recipe.approach, Approach::Dense, "{text}");
+        assert!(!recipe.measures_statistics() && !recipe.probes() && recipe.inputs().next().is_none(), "{text}");
+        let written = toml::to_string(&recipe.to_options()).unwrap();
+        assert_eq!(written, "keep = 1.0\nformat = \"factored\"\nmax-shard-size = \"4000000000 B\"\n", "{text}");
+        assert_eq!(Recipe::new(&toml::from_str(&written).unwrap()).unwrap().approach, Approach::Dense);
+    }
+    for text in
+        ["keep = 0.999", "keep = 1\nranks = \"energy:0.9\"", "ranks = \"full\"", "keep = 1\nquant = [\"rtn-int4\"]"]
+    {
+        assert_ne!(recipe(text).approach, Approach::Dense, "{text}");
+    }
+    let keep = || RecipeOptions { keep: Some(1.0), ..Default::default() };
+    check(RecipeOptions { clip_gradients: Some(true), ..keep() }, "no Gram of gradients");
+    check(RecipeOptions { elastic: Some(true), layout: Some(Kind::FACTORS), ..keep() }, "has no effect");
+}
+
+#[test]
+fn what_has_no_order_and_what_fits_factors_is_known() {
+    let unordered: Vec<Kind> = Kind::layouts().filter(|&kind| Unordered::new(kind).is_some()).collect();
+    assert!(unordered.contains(&Kind::default()) && !unordered.contains(&Kind::FACTORS));
+    assert_eq!(Compensator::new(Compensate::None), None);
+    assert_eq!(Compensator::new(Compensate::Lorc).map(Compensator::method), Some(Compensate::Lorc));
+}

@@ -1,0 +1,129 @@
+//! Errors of the command line, in the form of all other errors.
+
+use std::error::Error;
+use std::num::{ParseFloatError, ParseIntError};
+
+use clap::CommandFactory;
+use clap::error::{ContextKind, ContextValue, ErrorKind};
+
+use super::Cli;
+use crate::error::Failure;
+
+/// The failure for what clap refuses; its hint names the help of the command.
+pub(super) fn failure(error: &clap::Error) -> Failure {
+    let flag = plain(&context(error, ContextKind::InvalidArg).join(" "));
+    let help = help_command();
+    match error.kind() {
+        ErrorKind::InvalidValue => {
+            let message = invalid_value(error, &flag);
+            suggest(error, ContextKind::SuggestedValue, message, format!("`{help}` explains `{flag}`"))
+        }
+        ErrorKind::ValueValidation => {
+            Failure::usage(refused_value(error, &flag)).hint(format!("`{help}` explains `{flag}`"))
+        }
+        ErrorKind::UnknownArgument => {
+            let kind = if flag.starts_with('-') { "there is no flag" } else { "unexpected argument" };
+            let otherwise = format!("`{help}` lists all flags");
+            suggest(error, ContextKind::SuggestedArg, format!("{kind} `{flag}`"), otherwise)
+        }
+        ErrorKind::InvalidSubcommand => {
+            let message = format!("there is no command `{}`", context(error, ContextKind::InvalidSubcommand).join(" "));
+            suggest(error, ContextKind::SuggestedSubcommand, message, "`lrc --help` lists all commands".into())
+        }
+        ErrorKind::MissingRequiredArgument => missing(error, &help),
+        ErrorKind::ArgumentConflict => conflict(error, &flag),
+        _ => {
+            let text = error.render().to_string();
+            let line = text.lines().next().unwrap_or_default().replace('\'', "`");
+            Failure::usage(line.trim_start_matches("error: ")).hint(format!("see `{help}`"))
+        }
+    }
+}
+
+/// A failure whose hint is the word that was probably meant, the last of those that clap suggests.
+fn suggest(error: &clap::Error, kind: ContextKind, message: String, otherwise: String) -> Failure {
+    let suggested = context(error, kind);
+    Failure::usage(message).hint(suggested.last().map_or(otherwise, |word| format!("did you mean `{word}`?")))
+}
+
+/// The strings of one kind of context.
+fn context(error: &clap::Error, kind: ContextKind) -> Vec<String> {
+    match error.get(kind) {
+        Some(ContextValue::String(text)) => vec![text.clone()],
+        Some(ContextValue::Strings(texts)) => texts.clone(),
+        Some(ContextValue::StyledStr(text)) => vec![text.to_string()],
+        _ => Vec::new(),
+    }
+}
+
+/// An argument by its name: `--keep` instead of `--keep <SHARE>`, `MODEL` instead of `<MODEL>`.
+fn plain(argument: &str) -> String {
+    match argument.strip_prefix('<') {
+        Some(name) => name.split('>').next().unwrap_or_default().into(),
+        None => argument.split([' ', '[', '=']).next().unwrap_or_default().into(),
+    }
+}
+
+/// A value with its flag, or alone if it has its place.
+fn given(flag: &str, value: &str) -> String {
+    if flag.starts_with('-') { format!("{flag} {value}") } else { value.into() }
+}
+
+/// A value that is none of a list.
+fn invalid_value(error: &clap::Error, flag: &str) -> String {
+    let value = context(error, ContextKind::InvalidValue).join(" ");
+    let valid = context(error, ContextKind::ValidValue).join(", ");
+    match (value.is_empty(), valid.is_empty()) {
+        (true, true) => format!("`{flag}` needs a value"),
+        (true, false) => format!("`{flag}` needs a value: one of {valid}"),
+        (false, _) => format!("`{}` is not one of {valid}", given(flag, &value)),
+    }
+}
+
+/// A value that its parser refused.
+fn refused_value(error: &clap::Error, flag: &str) -> String {
+    let value = context(error, ContextKind::InvalidValue).join(" ");
+    let given = given(flag, &value);
+    let Some(cause) = error.source() else { return format!("`{given}` is not possible") };
+    let reason = if cause.is::<ParseFloatError>() {
+        "expected a number".into()
+    } else if cause.is::<ParseIntError>() {
+        "expected a whole number, at least 0".into()
+    } else {
+        cause.to_string()
+    };
+    // Messages about names begin with the name.
+    match reason.strip_prefix(&format!("`{value}` ")) {
+        Some(rest) => format!("`{given}` {rest}"),
+        None => format!("`{given}`: {reason}"),
+    }
+}
+
+/// Required arguments that are absent.
+fn missing(error: &clap::Error, help: &str) -> Failure {
+    let names: Vec<String> =
+        context(error, ContextKind::InvalidArg).iter().map(|name| format!("`{}`", plain(name))).collect();
+    let verb = if names.len() == 1 { "is" } else { "are" };
+    let usage = context(error, ContextKind::Usage).join(" ");
+    let hint = usage.strip_prefix("Usage: ").map_or_else(|| format!("see `{help}`"), |line| format!("usage: {line}"));
+    Failure::usage(format!("{} {verb} missing", names.join(", "))).hint(hint)
+}
+
+/// Arguments that exclude each other, or one that is given twice.
+fn conflict(error: &clap::Error, flag: &str) -> Failure {
+    let others: Vec<String> = context(error, ContextKind::PriorArg).iter().map(|other| plain(other)).collect();
+    match others.as_slice() {
+        [other] if other == flag => Failure::usage(format!("`{flag}` is given twice")).hint("remove one of the two"),
+        [] => Failure::usage(format!("`{flag}` cannot be combined with other arguments")).hint("remove the others"),
+        others => Failure::usage(format!("`{flag}` cannot be combined with `{}`", others.join("`, `")))
+            .hint("remove one of the two"),
+    }
+}
+
+/// The command that prints the help of the command that was given.
+fn help_command() -> String {
+    let cli = Cli::command();
+    let is_command = |word: &String| cli.get_subcommands().any(|command| command.get_name() == word);
+    let given = std::env::args_os().skip(1).filter_map(|word| word.into_string().ok()).find(is_command);
+    given.map_or_else(|| "lrc --help".into(), |command| format!("lrc {command} --help"))
+}

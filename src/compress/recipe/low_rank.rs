@@ -1,0 +1,105 @@
+//! Low rank without a base, from options.
+
+use anyhow::Result;
+
+use super::approach::{Allocation, FactorStorage, FloatStorage, Knapsack, LowRankApproach, RankSteps, Rule, Unordered};
+use super::basics::{ADD_KNAPSACK, BUDGET_HINT, Basics, REMOVE_ONE, usage};
+use crate::compress::allocate::Ranks;
+use crate::compress::options::RecipeOptions;
+use crate::compress::scale::{DepthWeight, Sensitivity};
+use crate::formats::Format;
+
+/// The approach without `--quant`.
+pub(super) fn low_rank(options: &RecipeOptions, basics: &Basics) -> Result<LowRankApproach> {
+    let rule = rule(basics)?;
+    if options.compensate.is_some() || options.compensate_rank.is_some() {
+        let flag = if options.compensate.is_some() { "--compensate" } else { "--compensate-rank" };
+        return Err(usage(
+            format!("`{flag}` has no effect without `--quant`"),
+            "it compensates the error of a quantized base; for low rank alone give `--keep` or `--ranks`",
+        ));
+    }
+    if !basics.format.stores_low_rank() {
+        let message =
+            format!("`--format {}` cannot store low-rank factors without a quantized base", basics.format.name());
+        return Err(usage(message, "add `--quant`, or choose `--format factored` or `--format dense`"));
+    }
+    if basics.depth_weight != DepthWeight::Fixed(0.0) && basics.ranks != Ranks::Knapsack {
+        return Err(usage("`--depth-weight` has no effect without `--ranks knapsack`", ADD_KNAPSACK));
+    }
+    let storage = storage(options, basics.format)?;
+    if options.share.unwrap_or(false) {
+        return shared(basics, rule, storage);
+    }
+    let RankSteps { floor, multiple } = basics.steps;
+    let allocation = match (rule, basics.ranks) {
+        (Some(rule), _) => Allocation::PerLinear { rule, steps: basics.steps },
+        (None, _) if floor > 0.0 || multiple > 1 => {
+            let message =
+                format!("`--rank-floor` and `--rank-multiple` have no effect with `--ranks {}`", basics.ranks);
+            return Err(usage(message, REMOVE_ONE));
+        }
+        (None, Ranks::Fixed(rank)) => Allocation::Fixed(rank),
+        (None, _) => unreachable!("invariant: only fixed ranks have no rule"),
+    };
+    Ok(LowRankApproach::Separate { allocation, storage, anchor: basics.anchor })
+}
+
+/// The approach with `--share`.
+fn shared(basics: &Basics, rule: Option<Rule>, storage: FactorStorage) -> Result<LowRankApproach> {
+    let refused = |reason: &str| Err(usage(format!("`--share` cannot be combined with {reason}"), REMOVE_ONE));
+    match (rule, storage, basics.anchor) {
+        (Some(Rule::Knapsack(_)), _, Some(_)) => refused("`--sequential`, which fits every linear by itself"),
+        (Some(Rule::Knapsack(_)), FactorStorage::Quantized(..), None) => refused("`--quant-factors`"),
+        (Some(Rule::Knapsack(knapsack)), FactorStorage::Float(storage), None) => {
+            Ok(LowRankApproach::Shared { knapsack, steps: basics.steps, storage })
+        }
+        _ => Err(usage("`--share` has no effect without `--ranks knapsack`", ADD_KNAPSACK)),
+    }
+}
+
+/// The allocator with its limit; `None` for fixed ranks.
+fn rule(basics: &Basics) -> Result<Option<Rule>> {
+    let limit = || basics.limit.ok_or_else(|| usage("`--keep`, `--target-size` or `--bits` is missing", BUDGET_HINT));
+    Ok(Some(match basics.ranks {
+        Ranks::Fixed(_) => return Ok(None),
+        Ranks::Energy(Some(share)) => Rule::EnergyShare(share, basics.limit),
+        Ranks::Uniform => Rule::Uniform(limit()?),
+        Ranks::Welore => Rule::Welore(limit()?),
+        Ranks::Energy(None) => Rule::Energy(limit()?),
+        Ranks::EffectiveRank => Rule::EffectiveRank(limit()?),
+        Ranks::Knapsack => Rule::Knapsack(Knapsack {
+            limit: limit()?,
+            sensitivity: basics.sensitivity.unwrap_or(Sensitivity::SecondOrder),
+            depth_weight: basics.depth_weight,
+        }),
+    }))
+}
+
+fn storage(options: &RecipeOptions, format: Format) -> Result<FactorStorage> {
+    let layout = options.layout.unwrap_or_default();
+    let unordered = match Unordered::new(layout) {
+        _ if !options.elastic.unwrap_or(false) => {
+            return Ok(match options.quant_factors {
+                Some(bits) => FactorStorage::Quantized(layout, bits),
+                None => FactorStorage::Float(FloatStorage::Plain(layout)),
+            });
+        }
+        _ if options.quant_factors.is_some() => {
+            return Err(usage(
+                "`--elastic` cannot be combined with `--quant-factors`: quantized factors cannot be truncated by rank",
+                REMOVE_ONE,
+            ));
+        }
+        None => {
+            let message = format!("`--elastic` has no effect with `--layout {}`", layout.name());
+            return Err(usage(message, "this layout can be truncated as it is"));
+        }
+        Some(unordered) => unordered,
+    };
+    if format != Format::Factored {
+        let message = format!("`--elastic` has no effect with `--format {}`", format.name());
+        return Err(usage(message, "only `--format factored` stores ranks that can be truncated"));
+    }
+    Ok(FactorStorage::Float(FloatStorage::Elastic(unordered)))
+}

@@ -1,0 +1,85 @@
+//! Quantized bases, with or without factors, from options.
+
+use anyhow::Result;
+
+use super::approach::{BaseSensitivity, Bases, Compensator, Factors, QuantizedApproach};
+use super::basics::{Basics, usage};
+use crate::compress::allocate::Ranks;
+use crate::compress::compensate::CompensateRank;
+use crate::compress::options::RecipeOptions;
+use crate::compress::scale::{DepthWeight, Sensitivity};
+use crate::quantize::Quant;
+
+/// The approach with `--quant`.
+pub(super) fn quantized(options: &RecipeOptions, basics: &Basics, menu: &[Quant]) -> Result<QuantizedApproach> {
+    check_low_rank_flags(options, basics)?;
+    let method = options.compensate.and_then(Compensator::new);
+    if method.is_none() && (options.compensate_rank.is_some() || options.quant_factors.is_some()) {
+        let flag = if options.compensate_rank.is_some() { "--compensate-rank" } else { "--quant-factors" };
+        return Err(usage(
+            format!("`{flag}` has no effect without `--compensate`"),
+            "did you mean `--compensate eora`?",
+        ));
+    }
+    let bits = options.quant_factors;
+    let rank = options.compensate_rank.unwrap_or(CompensateRank::Auto);
+    let bases = match (basics.limit, menu, rank) {
+        (Some(limit), _, _) => {
+            Bases::Chosen { menu: menu.to_vec(), factors: method.map(|method| Factors { method, rank, bits }), limit }
+        }
+        (None, &[quant], CompensateRank::Fixed(rank)) => {
+            Bases::Fixed { quant, factors: method.map(|method| Factors { method, rank, bits }) }
+        }
+        (None, &[quant], CompensateRank::Auto) if method.is_none() => Bases::Fixed { quant, factors: None },
+        (None, [_], _) => {
+            return Err(usage(
+                "`--compensate` needs `--compensate-rank`, or a budget from which ranks are chosen",
+                "add `--compensate-rank 16` or `--bits 3.5`",
+            ));
+        }
+        (None, ..) => {
+            return Err(usage(
+                "choosing among several quantizers needs a budget",
+                "add `--bits`, `--target-size` or `--keep`",
+            ));
+        }
+    };
+    if bits.is_some() && !basics.format.stores_low_rank() {
+        return Err(usage(
+            format!("`--quant-factors` cannot be combined with `--format {}`", basics.format.name()),
+            "adapters hold unquantized factors: remove `--quant-factors`, or choose `--format factored`",
+        ));
+    }
+    let DepthWeight::Fixed(gamma) = basics.depth_weight else {
+        unreachable!("invariant: `--depth-weight auto` was refused")
+    };
+    let sensitivity = match basics.sensitivity {
+        Some(Sensitivity::SecondOrder) => BaseSensitivity::SecondOrder,
+        Some(Sensitivity::Measured) => unreachable!("invariant: `--sensitivity measured` was refused"),
+        Some(Sensitivity::Energy) | None => BaseSensitivity::Energy,
+    };
+    Ok(QuantizedApproach { bases, sensitivity, gamma })
+}
+
+/// Refuses flags that only apply to low rank without a base.
+fn check_low_rank_flags(options: &RecipeOptions, basics: &Basics) -> Result<()> {
+    let layout = options.layout.filter(|layout| !layout.structure().takes_base());
+    let given = [
+        ("--ranks", basics.ranks != Ranks::Knapsack),
+        ("--rank-floor", basics.steps.floor > 0.0),
+        ("--rank-multiple", basics.steps.multiple > 1),
+        (&format!("--layout {}", layout.unwrap_or_default().name()), layout.is_some()),
+        ("--elastic", options.elastic == Some(true)),
+        ("--sequential", basics.anchor.is_some()),
+        ("--share", options.share == Some(true)),
+        ("--sensitivity measured", basics.sensitivity == Some(Sensitivity::Measured)),
+        ("--depth-weight auto", basics.depth_weight == DepthWeight::Auto),
+    ];
+    match given.iter().find(|(_, is_given)| *is_given) {
+        Some((flag, _)) => Err(usage(
+            format!("`{flag}` cannot be combined with `--quant`"),
+            "it applies to low rank without a quantized base",
+        )),
+        None => Ok(()),
+    }
+}
