@@ -80,12 +80,12 @@ impl Header {
 
     /// Tokens of all parts whose gradients were taken.
     pub fn n_gradient_tokens(&self) -> usize {
-        self.parts.iter().map(|part| part.with_gradients().tokens).sum()
+        self.texts.iter().map(|part| part.with_gradients().tokens).sum()
     }
 
     /// Windows whose gradients were taken, if not all.
     pub fn gradient_windows(&self) -> Option<usize> {
-        Self::gradient_windows_of(&self.parts)
+        Self::gradient_windows_of(&self.texts)
     }
 
     /// Windows of `parts` whose gradients were taken, if not all.

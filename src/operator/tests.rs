@@ -1,12 +1,13 @@
-use candle_core::{Device, Var};
+use candle_core::{Device, Tensor, Var};
 use faer::Mat;
 use proptest::prelude::*;
 
 use super::*;
-use crate::approx::low_rank::{self, Decomposition};
-use crate::checkpoint::cast;
+use crate::approx::low_rank::{self, Decomposition, LowRank};
+use crate::approx::metric::{Metric, MetricPair};
+use crate::checkpoint::{Dtype, cast};
 use crate::linalg;
-use crate::quantize::Levels;
+use crate::quantize::{Levels, Scheme};
 
 fn pivot() -> Kind {
     Kind::default()

@@ -11,18 +11,18 @@ mod unit;
 use std::sync::{Arc, Mutex};
 
 use anyhow::{Context, Result};
-use faer::Mat;
 use serde_json::Value;
 
 use super::plan::{Choice, Plan};
+use crate::checkpoint::Checkpoint;
 use crate::session::Session;
 use crate::store::{Journal, Piece, Spool};
 
 pub(super) use low_rank::Decompose;
 pub(super) use quantized::Quantize;
 pub(super) use shared::{Share, units_to_share};
-pub(super) use unit::Unit;
-use unit::{Approximation, Fitted, Fitter, Made};
+pub(super) use unit::{Approximation, Unit};
+use unit::{Fitted, Fitter, Made, Origin};
 
 /// A fit, and the index of a linear among its members.
 #[derive(Clone)]
