@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
-use crate::common::{self, FIXTURE, HELD_OUT, TRAIN, command, finish, lrc, ok, path};
+use crate::common::{self, FIXTURE, HELD_OUT, TRAIN, command, copy, finish, lrc, ok, path};
 use candle_core::{Device, Tensor};
 use lrc::calibrate::{Needs, Observation, TargetedWindows, Targets, observe};
 use lrc::checkpoint::Checkpoint;
@@ -197,11 +197,18 @@ fn half_of_many_windows_have_gradients() {
     assert_eq!(found(FIXTURE, &["--method", "kfac", "--samples", "20"]), (20, Some(16)));
     assert_eq!(found(FIXTURE, &["--method", "kfac", "--samples", "15"]), (15, None));
     // Squared gradients, experts and embeddings take those of all windows.
+    let fixture = |family: &str, tokenizer: &str| {
+        let model = folder.path().join(family);
+        copy(&format!("fixtures/pico/{family}"), &model);
+        std::fs::copy(format!("fixtures/pico/{tokenizer}"), model.join("tokenizer.json")).unwrap();
+        path(&model).to_string()
+    };
+    let (experts, encoder) = (fixture("mixtral", "tokenizer.json"), fixture("bert", "tokenizer-encoder.json"));
     assert_eq!(found(FIXTURE, &["--samples", "40"]), (40, None));
-    assert_eq!(found("fixtures/pico/mixtral", &["--method", "kfac", "--samples", "40"]), (40, None));
-    assert_eq!(found("fixtures/pico/bert", &["--method", "kfac", "--samples", "40"]), (40, None));
+    assert_eq!(found(&experts, &["--method", "kfac", "--samples", "40"]), (40, None));
+    assert_eq!(found(&encoder, &["--method", "kfac", "--samples", "40"]), (40, None));
     for (model, method, expected) in
-        [(FIXTURE, "svd-llm", "no gradients are taken"), ("fixtures/pico/mixtral", "kfac", "a model with experts")]
+        [(FIXTURE, "svd-llm", "no gradients are taken"), (experts.as_str(), "kfac", "a model with experts")]
     {
         let refused = report(model, &["--method", method, "--gradient-samples", "4"]);
         assert!(refused.code == 2 && refused.stderr.contains(expected), "{}", refused.stderr);

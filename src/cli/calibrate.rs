@@ -6,9 +6,10 @@ use anyhow::{Context, Result};
 use bytesize::ByteSize;
 use clap::{Arg, Args};
 
+use super::arguments::{DeviceArgs, JsonArgs, MemoryArgs, RevisionArgs};
 use super::options::{Options, Selection};
+use super::streams::{print, print_json};
 use super::terminal::{Bars, grouped, table};
-use super::{DeviceArgs, JsonArgs, MemoryArgs, RevisionArgs, print, print_json};
 use crate::calibrate::{self, Header, Needs, Observation, Statistics, Windows};
 use crate::checkpoint::{Existing, expect_apart, folder_of};
 use crate::compress::presets::Method;

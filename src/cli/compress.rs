@@ -8,9 +8,9 @@ use bytesize::ByteSize;
 use clap::Args;
 use indicatif::HumanDuration;
 
+use super::arguments::{DeviceArgs, FolderArgs, GateArgs, MemoryArgs, ModelArgs};
 use super::options::{All, Options, RecipeFile};
 use super::terminal::{Bars, fixed, grouped, table};
-use super::{DeviceArgs, FolderArgs, GateArgs, MemoryArgs, ModelArgs};
 use crate::compress::recipe::Recipe;
 use crate::compress::{self, DryRun, Job};
 use crate::report::gate;

@@ -3,11 +3,11 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
-use clap::{Args, CommandFactory};
+use clap::{Args, Command};
 use clap_complete::Shell;
 use clap_mangen::Man;
 
-use super::Cli;
+use super::streams::print;
 use crate::checkpoint::expect_folder;
 
 /// Print shell completions
@@ -24,10 +24,10 @@ pub(super) struct CompletionsArgs {
     shell: Shell,
 }
 
-pub(super) fn completions(args: &CompletionsArgs) -> Result<()> {
+pub(super) fn completions(args: &CompletionsArgs, mut lrc: Command) -> Result<()> {
     let mut script = Vec::new();
-    clap_complete::generate(args.shell, &mut Cli::command(), "lrc", &mut script);
-    super::print(&String::from_utf8(script)?)
+    clap_complete::generate(args.shell, &mut lrc, "lrc", &mut script);
+    print(&String::from_utf8(script)?)
 }
 
 /// Print the manual page, or write one page per command
@@ -43,14 +43,14 @@ pub(super) struct ManArgs {
     output: Option<PathBuf>,
 }
 
-pub(super) fn man(args: &ManArgs) -> Result<()> {
+pub(super) fn man(args: &ManArgs, lrc: Command) -> Result<()> {
     let Some(folder) = &args.output else {
         let mut page = Vec::new();
-        Man::new(Cli::command()).render(&mut page)?;
-        return super::print(&String::from_utf8(page)?);
+        Man::new(lrc).render(&mut page)?;
+        return print(&String::from_utf8(page)?);
     };
     expect_folder(folder)?;
     let failed = || format!("cannot write manual pages to `{}`", folder.display());
     std::fs::create_dir_all(folder).with_context(failed)?;
-    clap_mangen::generate_to(Cli::command(), folder).with_context(failed)
+    clap_mangen::generate_to(lrc, folder).with_context(failed)
 }

@@ -4,9 +4,9 @@ use anyhow::Result;
 use clap::builder::PossibleValue;
 use clap::{Arg, Args, ValueEnum};
 
+use super::arguments::{DeviceArgs, GateArgs, MemoryArgs, ModelArgs, ScoredText, at_least_1, at_least_2, open};
 use super::options::{Options, Selection};
 use super::terminal::{Bars, fixed, grouped, table};
-use super::{DeviceArgs, GateArgs, MemoryArgs, ModelArgs, ScoredText, at_least_1, at_least_2, open};
 use crate::checkpoint::Checkpoint;
 use crate::device::Device;
 use crate::error::Failure;

@@ -3,10 +3,11 @@
 use anyhow::Result;
 use clap::{Arg, Args};
 
+use super::arguments::{FolderArgs, JsonArgs, ModelArgs};
 use super::compress::left_out;
 use super::options::{Options, Selection};
+use super::streams::{print, print_json};
 use super::terminal::{Bars, grouped};
-use super::{FolderArgs, JsonArgs, ModelArgs, print, print_json};
 use crate::compress::recipe::DEFAULT_SHARD_BYTES;
 use crate::export::{ExportJob, export};
 

@@ -7,9 +7,10 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use clap::{Arg, Args};
 
+use super::arguments::{DeviceArgs, GateArgs, MemoryArgs, ModelArgs};
 use super::options::{Options, Selection};
+use super::streams::{print, print_json};
 use super::terminal::{self, Bars, grouped, sparkline, table};
-use super::{DeviceArgs, GateArgs, MemoryArgs, ModelArgs, print, print_json};
 use crate::checkpoint::{Checkpoint, Existing, check_file, expect_apart, write_text};
 use crate::compress::allocate::{FULL, Ranks};
 use crate::compress::presets::Method;

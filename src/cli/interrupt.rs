@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use serde_json::json;
 
-use super::LogFormat;
+use super::streams::LogFormat;
 use crate::checkpoint::abandon;
 #[cfg(unix)]
 use crate::error::ExitClass;
@@ -50,7 +50,7 @@ mod aborts {
     use signal_hook::low_level::{exit, pipe};
 
     use super::{ExitClass, LogFormat};
-    use crate::cli::error_text;
+    use crate::cli::streams::error_text;
 
     const MESSAGE: &str = "out of memory: the line above gives the size of the failed allocation";
     const HINT: &str = "raise the limit (`ulimit -v`), use fewer threads (`RAYON_NUM_THREADS`) to hold fewer matrices at a time, or lower \

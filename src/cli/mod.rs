@@ -1,5 +1,6 @@
 //! The command line: the only room that prints. stdout is data, stderr is progress and errors.
 
+mod arguments;
 mod calibrate;
 mod compress;
 mod documents;
@@ -8,29 +9,21 @@ mod export;
 mod inspect;
 mod interrupt;
 mod options;
+mod streams;
 mod sweep;
 mod terminal;
 mod truncate;
 mod usage;
 
-use std::io::Write;
-use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::{Context, Result};
-use bytesize::ByteSize;
+use anyhow::Result;
 use clap::error::ErrorKind;
-use clap::{Arg, Args, Command as Parser, CommandFactory, FromArgMatches, Subcommand};
-use serde::Serialize;
-use serde_json::json;
+use clap::{Arg, Command as Parser, CommandFactory, FromArgMatches, Subcommand};
 
-use crate::checkpoint::{Checkpoint, Existing, OutputFolder, hub};
-use crate::compress::options::size;
-use crate::device::{Device, DeviceChoice};
-use crate::error::{self, ExitClass, Failure};
-use crate::progress::Progress;
-use crate::report::REPORT_FILE;
-use crate::report::gate::{self, Gate};
+use crate::error::{ExitClass, Failure};
+pub use streams::LogFormat;
+use streams::print_failure;
 
 /// Low-rank compression of Hugging Face checkpoints
 ///
@@ -55,16 +48,6 @@ pub struct Cli {
     log_format: LogFormat,
 }
 
-/// The format of stderr.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
-pub enum LogFormat {
-    /// For people, with progress bars if stderr is a terminal
-    #[default]
-    Text,
-    /// One JSON object per line: `level`, `message`, and for errors `hint` and `exit_code`
-    Json,
-}
-
 #[derive(Debug, Subcommand)]
 enum Command {
     Compress(compress::CompressArgs),
@@ -76,140 +59,6 @@ enum Command {
     Inspect(inspect::InspectArgs),
     Completions(documents::CompletionsArgs),
     Man(documents::ManArgs),
-}
-
-/// The model.
-#[derive(Debug, Args)]
-struct ModelArgs {
-    /// Folder, `.safetensors` or `.gguf` file, or hub id (`org/name`)
-    model: String,
-
-    #[command(flatten)]
-    revision: RevisionArgs,
-}
-
-impl ModelArgs {
-    fn open(&self, progress: &dyn Progress) -> Result<Checkpoint> {
-        self.revision.open(&self.model, progress)
-    }
-}
-
-/// The revision of a model on the hub.
-#[derive(Debug, Args)]
-struct RevisionArgs {
-    /// Branch, tag or commit of a hub id
-    #[arg(long, default_value = "main", value_name = "REV", help_heading = "Model", hide_short_help = true)]
-    revision: String,
-}
-
-impl RevisionArgs {
-    fn open(&self, model: &str, progress: &dyn Progress) -> Result<Checkpoint> {
-        open(model, &self.revision, progress)
-    }
-}
-
-/// The folder of a new checkpoint.
-#[derive(Debug, Args)]
-struct FolderArgs {
-    /// Output folder
-    #[arg(short, long, value_name = "OUT", help_heading = "Output", display_order = 0)]
-    output: PathBuf,
-
-    /// Replace an output folder written by an earlier run
-    #[arg(long, help_heading = "Output")]
-    force: bool,
-}
-
-impl FolderArgs {
-    /// Checks that it may be written, before a model is downloaded.
-    fn check(&self) -> Result<()> {
-        Ok(OutputFolder::check(&self.output, Existing::of(self.force), REPORT_FILE)?)
-    }
-}
-
-/// The form of the report.
-#[derive(Debug, Args)]
-struct JsonArgs {
-    /// Print the report as JSON
-    #[arg(long, help_heading = "Output")]
-    json: bool,
-}
-
-/// A text to score, and how much of it.
-#[derive(Debug, Args)]
-struct ScoredText {
-    /// Text to score (`.txt`, `.jsonl`, `.parquet`)
-    ///
-    /// Prose in UTF-8, or documents in `.jsonl`, `.ndjson`, `.json` or `.parquet`; each also as `.gz` or `.zst`.
-    #[arg(long, value_name = "FILE", help_heading = "Evaluation")]
-    text: PathBuf,
-
-    /// Score only the first N windows
-    #[arg(long, value_name = "N", value_parser = at_least_1, help_heading = "Evaluation")]
-    max_windows: Option<usize>,
-}
-
-/// Parses a count.
-fn at_least_1(text: &str) -> Result<usize, &'static str> {
-    text.parse().ok().filter(|&n| n >= 1).ok_or("expected a whole number, at least 1")
-}
-
-/// Parses the length of a window, which predicts its tokens but the first.
-fn at_least_2(text: &str) -> Result<usize, &'static str> {
-    text.parse().ok().filter(|&n| n >= 2).ok_or("expected a whole number, at least 2")
-}
-
-/// Opens a folder, a file or a hub id.
-fn open(model: &str, revision: &str, progress: &dyn Progress) -> Result<Checkpoint> {
-    let folder = hub::resolve(model, revision, progress)?;
-    crate::model::open(&folder)
-}
-
-/// The cap of memory that grows with the text.
-#[derive(Debug, Args)]
-struct MemoryArgs {
-    /// Memory for hidden states and activations; the rest goes to disk
-    #[arg(long, default_value = "1GiB", value_name = "SIZE", value_parser = size, help_heading = "Model", hide_short_help = true)]
-    memory: ByteSize,
-}
-
-/// The device that runs the model.
-#[derive(Debug, Args)]
-struct DeviceArgs {
-    /// Device that runs the model
-    #[arg(long, default_value = "cpu", value_name = "DEVICE", help_heading = "Model", hide_short_help = true)]
-    device: DeviceChoice,
-}
-
-impl DeviceArgs {
-    fn open(&self) -> Result<Device> {
-        self.device.open().context(Failure::new(ExitClass::Resources, "cannot open the device of `--device`"))
-    }
-}
-
-/// Gates for scripts.
-#[derive(Debug, Args)]
-struct GateArgs {
-    /// Exit with code 3 on this condition (`ppl > 12`)
-    ///
-    /// The condition is that a field of the report has a value: FIELD OP VALUE, where OP is one of > >= < <= == != and sizes may have units (`size_bytes > 4GiB`). May be repeated.
-    #[arg(long, value_name = "EXPR", num_args = 1, help_heading = "Output")]
-    fail_if: Vec<Gate>,
-
-    #[command(flatten)]
-    json: JsonArgs,
-}
-
-impl GateArgs {
-    /// Prints a report, as JSON or by `show`, and checks the gates.
-    fn conclude<T: Serialize>(&self, report: &T, show: impl FnOnce(&T) -> String) -> Result<()> {
-        if self.json.json {
-            print_json(report)?
-        } else {
-            print(&show(report))?
-        }
-        gate::check(&self.fail_if, report)
-    }
 }
 
 /// Parses the command line; prints help and usage errors, and exits, as clap does.
@@ -239,7 +88,7 @@ fn refuse(error: &clap::Error) -> ! {
     if matches!(error.kind(), DisplayHelp | DisplayVersion | DisplayHelpOnMissingArgumentOrSubcommand) {
         error.exit();
     }
-    let failure = usage::failure(error).into();
+    let failure = usage::failure(error, &Cli::command()).into();
     print_failure(&failure, asked_format());
     std::process::exit(ExitClass::Usage as i32)
 }
@@ -275,8 +124,8 @@ pub fn run(cli: &Cli) -> Result<()> {
         Command::Truncate(args) => truncate::run(args, cli.quiet, &progress),
         Command::Export(args) => export::run(args, cli.quiet, &progress),
         Command::Inspect(args) => inspect::run(args, &progress),
-        Command::Completions(args) => documents::completions(args),
-        Command::Man(args) => documents::man(args),
+        Command::Completions(args) => documents::completions(args, Cli::command()),
+        Command::Man(args) => documents::man(args, Cli::command()),
     }
 }
 
@@ -293,42 +142,4 @@ fn start_threads() -> Result<()> {
 /// Prints an error with its hint, and returns its exit code.
 pub fn fail(error: &anyhow::Error, cli: &Cli) -> ExitCode {
     ExitCode::from(print_failure(error, cli.log_format))
-}
-
-fn print_failure(error: &anyhow::Error, format: LogFormat) -> u8 {
-    let (code, message, hint) = (error::exit_class(error) as u8, error::message(error), error::hint(error));
-    write_error(&error_text(format, &message, hint.as_deref(), code));
-    code
-}
-
-/// The text of an error on stderr.
-fn error_text(format: LogFormat, message: &str, hint: Option<&str>, code: u8) -> String {
-    match (format, hint) {
-        (LogFormat::Json, hint) => {
-            let line = json!({"level": "ERROR", "message": message, "hint": hint, "exit_code": code});
-            format!("{line}\n")
-        }
-        (LogFormat::Text, Some(hint)) => format!("error: {message}\nhint: {hint}\n"),
-        (LogFormat::Text, None) => format!("error: {message}\n"),
-    }
-}
-
-/// Writes to stderr. A failure is ignored: there is nowhere left to report it, and the exit code is set.
-fn write_error(text: &str) {
-    let _ = std::io::stderr().lock().write_all(text.as_bytes());
-}
-
-/// Prints a record as JSON on stdout.
-fn print_json(record: &impl Serialize) -> Result<()> {
-    print(&(serde_json::to_string_pretty(record)? + "\n"))
-}
-
-fn print(text: &str) -> Result<()> {
-    let mut stdout = std::io::stdout().lock();
-    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
-        // A reader that closes the pipe early (`| head`) is not a failure.
-        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
-        Err(error) => Err(Failure::new(ExitClass::Resources, format!("cannot write to stdout: {error}")).into()),
-        Ok(()) => Ok(()),
-    }
 }

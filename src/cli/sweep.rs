@@ -6,9 +6,9 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::{Arg, ArgAction, ArgMatches, Args, FromArgMatches};
 
+use super::arguments::{DeviceArgs, GateArgs, MemoryArgs, ModelArgs, ScoredText, at_least_2};
 use super::options::{Options, RecipeFile, Selection};
 use super::terminal::{Bars, fixed, grouped, table};
-use super::{DeviceArgs, GateArgs, MemoryArgs, ModelArgs, ScoredText, at_least_2};
 use crate::checkpoint::{Existing, OutputFolder, expect_apart};
 use crate::compress::recipe::{Recipe, RecipeOptions};
 use crate::compress::{SweepSettings, sweep};

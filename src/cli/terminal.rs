@@ -7,7 +7,7 @@ use comfy_table::{CellAlignment, ContentArrangement, LineStyle, Table, TableStyl
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use tracing_subscriber::EnvFilter;
 
-use super::LogFormat;
+use super::streams::LogFormat;
 use crate::progress::{Progress, Stage};
 pub(super) use crate::report::columns::{fixed, grouped};
 

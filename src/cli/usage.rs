@@ -3,16 +3,15 @@
 use std::error::Error;
 use std::num::{ParseFloatError, ParseIntError};
 
-use clap::CommandFactory;
+use clap::Command;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 
-use super::Cli;
 use crate::error::Failure;
 
 /// The failure for what clap refuses; its hint names the help of the command.
-pub(super) fn failure(error: &clap::Error) -> Failure {
+pub(super) fn failure(error: &clap::Error, lrc: &Command) -> Failure {
     let flag = plain(&context(error, ContextKind::InvalidArg).join(" "));
-    let help = help_command();
+    let help = help_command(lrc);
     match error.kind() {
         ErrorKind::InvalidValue => {
             let message = invalid_value(error, &flag);
@@ -121,9 +120,8 @@ fn conflict(error: &clap::Error, flag: &str) -> Failure {
 }
 
 /// The command that prints the help of the command that was given.
-fn help_command() -> String {
-    let cli = Cli::command();
-    let is_command = |word: &String| cli.get_subcommands().any(|command| command.get_name() == word);
+fn help_command(lrc: &Command) -> String {
+    let is_command = |word: &String| lrc.get_subcommands().any(|command| command.get_name() == word);
     let given = std::env::args_os().skip(1).filter_map(|word| word.into_string().ok()).find(is_command);
     given.map_or_else(|| "lrc --help".into(), |command| format!("lrc {command} --help"))
 }

@@ -7,7 +7,7 @@ use super::basics::{Basics, share, usage, windows};
 use super::low_rank::low_rank;
 use super::patterns::Patterns;
 use super::quantized::quantized;
-use super::{DEFAULT_SHARD_BYTES, Recipe};
+use super::settings::{DEFAULT_SHARD_BYTES, Recipe};
 use crate::calibrate::{Needs, WindowSettings};
 use crate::compress::options::{Fused, RecipeOptions};
 use crate::compress::presets::Method;

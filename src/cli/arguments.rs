@@ -1,0 +1,151 @@
+//! Arguments that commands share.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use bytesize::ByteSize;
+use clap::Args;
+use serde::Serialize;
+
+use super::streams::{print, print_json};
+use crate::checkpoint::{Checkpoint, Existing, OutputFolder, hub};
+use crate::compress::options::size;
+use crate::device::{Device, DeviceChoice};
+use crate::error::{ExitClass, Failure};
+use crate::progress::Progress;
+use crate::report::REPORT_FILE;
+use crate::report::gate::{self, Gate};
+
+/// The model.
+#[derive(Debug, Args)]
+pub(super) struct ModelArgs {
+    /// Folder, `.safetensors` or `.gguf` file, or hub id (`org/name`)
+    pub model: String,
+
+    #[command(flatten)]
+    pub revision: RevisionArgs,
+}
+
+impl ModelArgs {
+    pub fn open(&self, progress: &dyn Progress) -> Result<Checkpoint> {
+        self.revision.open(&self.model, progress)
+    }
+}
+
+/// The revision of a model on the hub.
+#[derive(Debug, Args)]
+pub(super) struct RevisionArgs {
+    /// Branch, tag or commit of a hub id
+    #[arg(long, default_value = "main", value_name = "REV", help_heading = "Model", hide_short_help = true)]
+    pub revision: String,
+}
+
+impl RevisionArgs {
+    pub fn open(&self, model: &str, progress: &dyn Progress) -> Result<Checkpoint> {
+        open(model, &self.revision, progress)
+    }
+}
+
+/// The folder of a new checkpoint.
+#[derive(Debug, Args)]
+pub(super) struct FolderArgs {
+    /// Output folder
+    #[arg(short, long, value_name = "OUT", help_heading = "Output", display_order = 0)]
+    pub output: PathBuf,
+
+    /// Replace an output folder written by an earlier run
+    #[arg(long, help_heading = "Output")]
+    pub force: bool,
+}
+
+impl FolderArgs {
+    /// Checks that it may be written, before a model is downloaded.
+    pub fn check(&self) -> Result<()> {
+        Ok(OutputFolder::check(&self.output, Existing::of(self.force), REPORT_FILE)?)
+    }
+}
+
+/// The form of the report.
+#[derive(Debug, Args)]
+pub(super) struct JsonArgs {
+    /// Print the report as JSON
+    #[arg(long, help_heading = "Output")]
+    pub json: bool,
+}
+
+/// A text to score, and how much of it.
+#[derive(Debug, Args)]
+pub(super) struct ScoredText {
+    /// Text to score (`.txt`, `.jsonl`, `.parquet`)
+    ///
+    /// Prose in UTF-8, or documents in `.jsonl`, `.ndjson`, `.json` or `.parquet`; each also as `.gz` or `.zst`.
+    #[arg(long, value_name = "FILE", help_heading = "Evaluation")]
+    pub text: PathBuf,
+
+    /// Score only the first N windows
+    #[arg(long, value_name = "N", value_parser = at_least_1, help_heading = "Evaluation")]
+    pub max_windows: Option<usize>,
+}
+
+/// Parses a count.
+pub(super) fn at_least_1(text: &str) -> Result<usize, &'static str> {
+    text.parse().ok().filter(|&n| n >= 1).ok_or("expected a whole number, at least 1")
+}
+
+/// Parses the length of a window, which predicts its tokens but the first.
+pub(super) fn at_least_2(text: &str) -> Result<usize, &'static str> {
+    text.parse().ok().filter(|&n| n >= 2).ok_or("expected a whole number, at least 2")
+}
+
+/// Opens a folder, a file or a hub id.
+pub(super) fn open(model: &str, revision: &str, progress: &dyn Progress) -> Result<Checkpoint> {
+    let folder = hub::resolve(model, revision, progress)?;
+    crate::model::open(&folder)
+}
+
+/// The cap of memory that grows with the text.
+#[derive(Debug, Args)]
+pub(super) struct MemoryArgs {
+    /// Memory for hidden states and activations; the rest goes to disk
+    #[arg(long, default_value = "1GiB", value_name = "SIZE", value_parser = size, help_heading = "Model", hide_short_help = true)]
+    pub memory: ByteSize,
+}
+
+/// The device that runs the model.
+#[derive(Debug, Args)]
+pub(super) struct DeviceArgs {
+    /// Device that runs the model
+    #[arg(long, default_value = "cpu", value_name = "DEVICE", help_heading = "Model", hide_short_help = true)]
+    pub device: DeviceChoice,
+}
+
+impl DeviceArgs {
+    pub fn open(&self) -> Result<Device> {
+        self.device.open().context(Failure::new(ExitClass::Resources, "cannot open the device of `--device`"))
+    }
+}
+
+/// Gates for scripts.
+#[derive(Debug, Args)]
+pub(super) struct GateArgs {
+    /// Exit with code 3 on this condition (`ppl > 12`)
+    ///
+    /// The condition is that a field of the report has a value: FIELD OP VALUE, where OP is one of > >= < <= == != and sizes may have units (`size_bytes > 4GiB`). May be repeated.
+    #[arg(long, value_name = "EXPR", num_args = 1, help_heading = "Output")]
+    pub fail_if: Vec<Gate>,
+
+    #[command(flatten)]
+    pub json: JsonArgs,
+}
+
+impl GateArgs {
+    /// Prints a report, as JSON or by `show`, and checks the gates.
+    pub fn conclude<T: Serialize>(&self, report: &T, show: impl FnOnce(&T) -> String) -> Result<()> {
+        if self.json.json {
+            print_json(report)?
+        } else {
+            print(&show(report))?
+        }
+        gate::check(&self.fail_if, report)
+    }
+}

@@ -1,0 +1,218 @@
+//! Validated settings, and their values for each approach.
+
+use std::path::{Path, PathBuf};
+
+use bytesize::ByteSize;
+
+use super::approach::{Approach, Budget};
+use super::patterns::Patterns;
+use crate::calibrate::{Needs, WindowSettings};
+use crate::checkpoint::Dtype;
+use crate::compress::allocate::Ranks;
+use crate::compress::compensate::{Compensate, CompensateRank};
+use crate::compress::options::{Fused, RecipeOptions};
+use crate::compress::presets::{Method, MetricForm};
+use crate::compress::scale::{DepthWeight, Sensitivity};
+use crate::formats::Format;
+use crate::operator::Kind;
+use crate::quantize::Quant;
+use crate::text::DEFAULT_FIELD;
+
+/// Default limit on the bytes of an output file.
+pub const DEFAULT_SHARD_BYTES: u64 = 4_000_000_000;
+
+/// Validated settings.
+///
+/// ```
+/// use lrc::compress::recipe::{Budget, Recipe, RecipeOptions};
+///
+/// let recipe = Recipe::new(&RecipeOptions { keep: Some(0.8), ..RecipeOptions::default() })?;
+/// assert_eq!(recipe.budget(), Budget::Keep(0.8));
+/// assert!(!recipe.measures_statistics(), "plain SVD needs no text");
+/// let options = recipe.to_options(); // with every default written out
+/// assert_eq!(Recipe::new(&options)?.to_options(), options);
+/// # Ok::<(), anyhow::Error>(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct Recipe {
+    /// Defines the metric of the approximation, or of the reported errors if bases are quantized.
+    pub method: Method,
+    /// What becomes of the linears, with the allocation and the budget.
+    pub approach: Approach,
+    /// Damping of input Grams, as a share of their mean eigenvalue, in [0, 1].
+    pub damping_input: f64,
+    /// The same for Grams of output gradients.
+    pub damping_output: f64,
+    /// Whether per-token gradients are clipped to 0.1 to 10 times their mean norm.
+    pub clip_gradients: bool,
+    /// Whether fused matrices are split.
+    pub fused: Fused,
+    /// The linears to compress; without a pattern all but heads and routers.
+    pub targets: Patterns,
+    /// Exceptions from `targets`.
+    pub exclude: Patterns,
+    /// The format of the output.
+    pub format: Format,
+    /// The text that is run through the model; `None` if the weights alone, or `statistics`, suffice.
+    pub calibration: Option<WindowSettings>,
+    /// A file of `lrc calibrate` in place of a forward and a backward pass.
+    pub statistics: Option<PathBuf>,
+    /// Largest size of a file of weights, except for a tensor that is larger by itself.
+    pub max_shard_bytes: u64,
+}
+
+/// The settings of the approach, with neutral values for those that it lacks.
+impl Recipe {
+    /// The allocator.
+    pub fn ranks(&self) -> Ranks {
+        self.approach.ranks()
+    }
+
+    /// The budget.
+    pub fn budget(&self) -> Budget {
+        self.approach.budget()
+    }
+
+    /// The layout of factors.
+    pub fn layout(&self) -> Kind {
+        self.approach.layout()
+    }
+
+    /// The source of the knapsack's scale between linears; `None` for other allocators.
+    pub fn sensitivity(&self) -> Option<Sensitivity> {
+        self.approach.sensitivity()
+    }
+
+    /// The additional weight of errors in early blocks.
+    pub fn depth_weight(&self) -> DepthWeight {
+        self.approach.depth_weight()
+    }
+
+    /// Share of the uniform rank that every low-rank linear keeps.
+    pub fn rank_floor(&self) -> f64 {
+        self.approach.rank_steps().map_or(0.0, |steps| steps.floor)
+    }
+
+    /// Ranks are multiples of this.
+    pub fn rank_multiple(&self) -> usize {
+        self.approach.rank_steps().map_or(1, |steps| steps.multiple)
+    }
+
+    /// Whether pivots are stored with their order of ranks.
+    pub fn elastic(&self) -> bool {
+        self.approach.is_elastic()
+    }
+
+    /// Whether linears with the same input may share their right factor.
+    pub fn share(&self) -> bool {
+        self.approach.shares()
+    }
+
+    /// μ of the sequential mode, which compresses block after block.
+    pub fn anchor(&self) -> Option<f64> {
+        self.approach.anchor()
+    }
+
+    /// The menu of quantizers of bases; empty for low rank alone.
+    pub fn quant(&self) -> &[Quant] {
+        self.approach.quant()
+    }
+
+    /// The method that fits factors to the error of a base.
+    pub fn compensate(&self) -> Compensate {
+        self.approach.factors().map_or(Compensate::None, |factors| factors.method.method())
+    }
+
+    /// The rank of these factors.
+    pub fn compensate_rank(&self) -> CompensateRank {
+        self.approach.factors().map_or(CompensateRank::Auto, |factors| factors.rank)
+    }
+
+    /// The integers that factors are stored as; `None` keeps the dtype of the weight.
+    pub fn quant_factors(&self) -> Option<FactorBits> {
+        self.approach.quant_factors()
+    }
+}
+
+impl Recipe {
+    /// Whether factors of linears of `dtype` are rounded with feedback, as those stored in 16 bits are.
+    pub fn rounds(&self, dtype: Dtype) -> bool {
+        let is_stored = self.format == Format::Factored && self.quant_factors().is_none();
+        is_stored && matches!(dtype, Dtype::F16 | Dtype::BF16)
+    }
+
+    /// Whether a text is run through the model: for the metric, for measured sensitivities, or in the sequential mode.
+    fn uses_text(&self) -> bool {
+        self.measures_statistics() || self.probes() || self.anchor().is_some()
+    }
+
+    /// Whether logits of trial models are compared.
+    pub fn probes(&self) -> bool {
+        self.sensitivity() == Some(Sensitivity::Measured) || self.depth_weight() == DepthWeight::Auto
+    }
+
+    /// Files that a run reads in addition to the model.
+    pub fn inputs(&self) -> impl Iterator<Item = &Path> {
+        let text = self.calibration.iter().map(|settings| settings.text.as_path());
+        text.chain(self.statistics.as_deref())
+    }
+
+    /// Whether the statistics of the metric are measured and not read from a file.
+    pub fn measures_statistics(&self) -> bool {
+        self.needs() != Needs::default() && self.statistics.is_none()
+    }
+
+    /// The statistics that the metrics and quantizers need.
+    pub fn needs(&self) -> Needs {
+        let gptq = Needs { input_gram: self.quant().iter().any(|q| q.needs_gram()), ..Needs::default() };
+        self.method.preset().needs().union(self.compensate().preset().needs()).union(gptq)
+    }
+
+    /// The complete recipe, with defaults written out, as options from which it can be rebuilt.
+    pub fn to_options(&self) -> RecipeOptions {
+        let calibration = self.calibration.as_ref();
+        let preset = self.method.preset();
+        let damping = |form: MetricForm, value: f64| (form == MetricForm::Gram).then_some(value);
+        let budget = self.budget();
+        let factors = self.approach.factors();
+        let steps = self.approach.rank_steps();
+        let is_quantized = !self.quant().is_empty();
+        // Nothing else has an effect on linears that stay as they are.
+        let is_dense = self.approach == Approach::Dense;
+        RecipeOptions {
+            keep: if let Budget::Keep(keep) = budget { Some(keep) } else { None },
+            target_size: if let Budget::Bytes(bytes) = budget { Some(ByteSize(bytes)) } else { None },
+            bits: if let Budget::Bits(bits) = budget { Some(bits) } else { None },
+            quant: self.quant().to_vec(),
+            compensate: is_quantized.then_some(self.compensate()),
+            compensate_rank: factors.map(|factors| factors.rank),
+            quant_factors: self.quant_factors(),
+            method: (!is_dense).then_some(self.method),
+            ranks: (!is_dense).then(|| self.ranks()),
+            layout: (!is_dense).then(|| self.layout()),
+            sensitivity: self.sensitivity(),
+            depth_weight: (self.ranks() == Ranks::Knapsack).then_some(self.depth_weight()),
+            rank_floor: steps.map(|steps| steps.floor),
+            rank_multiple: steps.map(|steps| steps.multiple),
+            targets: self.targets.texts.clone(),
+            exclude: self.exclude.texts.clone(),
+            format: Some(self.format),
+            calibration: calibration.map(|c| c.text.clone()),
+            statistics: self.statistics.clone(),
+            damping_input: damping(preset.input, self.damping_input),
+            damping_output: damping(preset.output, self.damping_output),
+            clip_gradients: self.clip_gradients.then_some(true),
+            elastic: self.elastic().then_some(true),
+            fused: Some(self.fused).filter(|fused| *fused != Fused::default()),
+            sequential: (!is_dense).then(|| self.anchor().is_some()),
+            share: self.share().then_some(true),
+            anchor: self.anchor(),
+            field: calibration.map(|c| c.field.clone()).filter(|field| field != DEFAULT_FIELD),
+            samples: calibration.map(|c| c.samples),
+            gradient_samples: calibration.and_then(|c| c.gradient_samples),
+            seq_len: calibration.and_then(|c| c.seq_len),
+            seed: calibration.map(|c| c.seed),
+            max_shard_size: Some(ByteSize(self.max_shard_bytes)),
+        }
+    }
+}
