@@ -10,7 +10,7 @@ use crate::calibrate::{Needs, WindowSettings};
 use crate::checkpoint::Dtype;
 use crate::compress::allocate::Ranks;
 use crate::compress::compensate::{Compensate, CompensateRank};
-use crate::compress::options::{Fused, RecipeOptions};
+use crate::compress::options::{FactorBits, Fused, RecipeOptions};
 use crate::compress::presets::{Method, MetricForm};
 use crate::compress::scale::{DepthWeight, Sensitivity};
 use crate::formats::Format;
@@ -142,7 +142,7 @@ impl Recipe {
     }
 
     /// Whether a text is run through the model: for the metric, for measured sensitivities, or in the sequential mode.
-    fn uses_text(&self) -> bool {
+    pub(super) fn uses_text(&self) -> bool {
         self.measures_statistics() || self.probes() || self.anchor().is_some()
     }
 

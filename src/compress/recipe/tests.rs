@@ -1,4 +1,14 @@
+use std::path::PathBuf;
+
+use bytesize::ByteSize;
+
 use super::*;
+use crate::compress::allocate::Ranks;
+use crate::compress::compensate::{Compensate, CompensateRank};
+use crate::compress::presets::Method;
+use crate::compress::scale::{DepthWeight, Sensitivity};
+use crate::formats::Format;
+use crate::operator::Kind;
 
 fn check(options: RecipeOptions, expected: &str) {
     let error = Recipe::new(&options).unwrap_err().to_string();
