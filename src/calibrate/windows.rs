@@ -27,7 +27,7 @@ pub struct WindowSettings {
     pub field: String,
     /// Windows to draw; a short text gives fewer.
     pub samples: usize,
-    /// Of these, windows whose gradients are taken, evenly spread; none: a share that suffices.
+    /// Of these, windows whose gradients are taken, evenly spread; none: all.
     pub gradient_samples: Option<usize>,
     /// Tokens per window; none: 512, at most the model's context.
     pub seq_len: Option<usize>,
@@ -35,32 +35,22 @@ pub struct WindowSettings {
     pub seed: u64,
 }
 
-/// One window in so many has its gradients taken, but at least [`FEWEST`].
-///
-/// A backward pass costs three times a forward pass, and its states are most of what a calibration keeps on disk. Grams of output
-/// gradients need fewer tokens than Grams of inputs (`docs/results.md` 23).
-const ONE_IN: usize = 2;
-const FEWEST: usize = 16;
-
-/// Number of windows of `n` whose gradients are taken: as requested, or a share for the Grams of a decoder without experts. Experts see
-/// few tokens, embeddings have one loss a window, and squared gradients are of whole windows: they take those of all.
+/// Number of windows of `n` whose gradients are taken: as requested, or all. Fewer save time and disk, but Grams of output gradients
+/// need as many tokens as Grams of inputs (`docs/results.md` 23).
 ///
 /// # Errors
 /// A request for a model with experts, or for statistics without gradients.
 fn n_with_gradients(requested: Option<usize>, needs: Needs, decoder: &Decoder<'_>, n: usize) -> Result<usize> {
+    let Some(few) = requested else { return Ok(n) };
     let linears = (0..decoder.n_blocks()).flat_map(|block| decoder.linears(block));
-    let has_experts = linears.into_iter().any(|(slot, _)| slot.expert.is_some());
-    let refused = match requested {
-        Some(_) if !needs.gradients() => "has no effect: no gradients are taken",
-        Some(_) if has_experts => "cannot be used for a model with experts, each of which sees few tokens",
-        Some(few) => return Ok(few.min(n)),
-        None => {
-            let takes_few = needs.gradients() && !needs.squared_gradient && !has_experts;
-            let is_causal = decoder.objective() == Objective::NextToken;
-            return Ok(if takes_few && is_causal { n.div_ceil(ONE_IN).max(FEWEST).min(n) } else { n });
-        }
+    let reason = if !needs.gradients() {
+        "has no effect: no gradients are taken"
+    } else if linears.into_iter().any(|(slot, _)| slot.expert.is_some()) {
+        "cannot be used for a model with experts, each of which sees few tokens"
+    } else {
+        return Ok(few.min(n));
     };
-    Err(Failure::usage(format!("`--gradient-samples` {refused}")).hint("remove `--gradient-samples`").into())
+    Err(Failure::usage(format!("`--gradient-samples` {reason}")).hint("remove `--gradient-samples`").into())
 }
 
 /// The `part`-th of `n_parts` equal parts of windows, of which `few` have gradients: those that do come first, and how many they are.

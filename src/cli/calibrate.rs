@@ -94,7 +94,8 @@ impl Selection for Measured {
 
     fn adapt(flag: Arg) -> Arg {
         let heading = if flag.get_id() == "clip_gradients" { "Statistics" } else { "Text" };
-        flag.help_heading(heading).hide_short_help(false)
+        let is_seldom = flag.get_id() == "gradient_samples";
+        flag.help_heading(heading).hide_short_help(is_seldom)
     }
 }
 

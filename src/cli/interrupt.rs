@@ -49,8 +49,8 @@ mod aborts {
     use nix::sys::signal::Signal;
     use signal_hook::low_level::{exit, pipe};
 
-    use super::{ExitClass, LogFormat};
-    use crate::cli::streams::error_text;
+    use crate::cli::streams::{LogFormat, error_text};
+    use crate::error::ExitClass;
 
     const MESSAGE: &str = "out of memory: the line above gives the size of the failed allocation";
     const HINT: &str = "raise the limit (`ulimit -v`), use fewer threads (`RAYON_NUM_THREADS`) to hold fewer matrices at a time, or lower \

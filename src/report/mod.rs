@@ -1,5 +1,6 @@
 //! The results of the commands, as records that serialize to JSON. Every number is computed here or in the rooms below, never in `cli`.
 
+mod calibrate;
 pub mod card;
 pub mod columns;
 mod eval;
@@ -16,6 +17,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::checkpoint::{Fingerprint, LeftOut};
+pub use calibrate::CalibrateReport;
 pub use eval::{
     Agreement, AllConventionsReport, Distribution, DivergenceRecord, EncoderReport, FidelityRecord, PerplexityReport,
     PseudoPerplexity,
@@ -363,33 +365,6 @@ pub fn peak_memory_bytes() -> Option<u64> {
     let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"))?;
     let kib: u64 = line.trim().strip_suffix(" kB")?.trim().parse().ok()?;
     Some(kib * 1024)
-}
-
-/// `lrc calibrate`.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
-pub struct CalibrateReport {
-    /// Version of the fields of this report.
-    pub schema_version: u32,
-    /// Version of lrc that wrote the report.
-    pub lrc_version: String,
-    /// Bytes of the file of statistics.
-    pub size_bytes: u64,
-    /// Number of windows that were measured or merged.
-    pub windows: usize,
-    /// Number of tokens in them.
-    pub tokens: usize,
-    /// Windows whose gradients were taken, if not all.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub gradient_windows: Option<usize>,
-    /// Measured parts of texts: `1/4 of` and the first 12 digits of the text's SHA-256.
-    #[serde(alias = "parts")]
-    pub texts: Vec<String>,
-    /// Seconds of the forward passes; 0 after `--merge`.
-    pub forward_seconds: f64,
-    /// Seconds of the backward passes; 0 after `--merge`.
-    pub backward_seconds: f64,
-    /// Peak resident memory of the process in bytes; Linux only.
-    pub peak_memory_bytes: Option<u64>,
 }
 
 /// `lrc sweep`: one method at several budgets.

@@ -175,7 +175,7 @@ pub fn windows(options: &RecipeOptions, text: &Path) -> Result<WindowSettings> {
         return Err(usage("`--samples` must be at least 1", "remove it for 64 windows"));
     }
     if settings.gradient_samples == Some(0) {
-        return Err(usage("`--gradient-samples` must be at least 1", "remove it for half of the windows"));
+        return Err(usage("`--gradient-samples` must be at least 1", "remove it for all windows"));
     }
     if let Some(seq_len) = settings.seq_len.filter(|&n| n < 2) {
         return Err(usage(
