@@ -26,7 +26,9 @@ pub(super) struct TruncateArgs {
     #[command(flatten)]
     model: ModelArgs,
 
-    /// Share of the targeted parameters of the source to keep, in (0, 1)
+    /// Share of the targeted parameters to keep, in (0, 1)
+    ///
+    /// A share of the parameters of the source.
     #[arg(long, value_name = "SHARE", help_heading = "Budget")]
     keep: f64,
 
