@@ -101,7 +101,7 @@ fn short_helps_fit_two_screens() {
         ["Arguments:", "Options:", "Model:", "Budget:", "Method:", "Quantization:", "Calibration:", "Output:"];
     assert_eq!(headings, expected);
     let long = help("compress", "--help");
-    let dry_run = long.split("--dry-run").nth(1).unwrap().split("--force").next().unwrap();
+    let dry_run = long.split("--dry-run[=<DEPTH>]").nth(1).unwrap().split("--force").next().unwrap();
     assert!(dry_run.contains("- plan: ") && dry_run.contains("- full: "), "{dry_run}");
 }
 
