@@ -85,7 +85,7 @@ pub struct Ladder<'a> {
 /// The quantities that WeLore, energy and effective rank are defined by. Errors determine them, but not to the last bit.
 #[derive(Debug, Clone, Copy)]
 pub struct Statistic<'a> {
-    /// In the metric of [`Allocator::spectra`].
+    /// In the metric of `Allocator::spectra`.
     pub spectrum: &'a ErrorCurve,
     /// D-Rank's price of a rank: rows plus columns, in any layout.
     pub rank_price: f64,
