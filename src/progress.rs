@@ -16,7 +16,7 @@ pub trait Stage: Sync {
     fn note(&self, what: &str);
 }
 
-/// Tells nobody.
+/// Reports to nobody.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Silent;
 

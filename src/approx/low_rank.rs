@@ -104,7 +104,7 @@ pub struct Decomposition {
     /// The error at every rank, beyond the kept bases too.
     pub curve: ErrorCurve,
     /// Bases of the smaller side, from which the pair of any rank follows.
-    pub bases: Bases,
+    pub bases: DualBases,
 }
 
 /// The side of a matrix that bases belong to.
@@ -120,7 +120,7 @@ pub enum Space {
 /// Two bases that are dual to each other. Their first r columns and the target give the best pair of rank r, so they
 /// are kept in place of a pair: they have `2 min(m, n)` numbers a rank, a pair has `m + n`.
 #[derive(Debug, Clone)]
-pub struct Bases {
+pub struct DualBases {
     space: Space,
     /// (m or n, max_rank).
     basis: Mat<f64>,
@@ -202,7 +202,7 @@ pub fn decompose(
     let bases = if m <= n {
         output_bases(metric.output, vectors.to_owned())?
     } else if let Metric::Identity = metric.input {
-        Bases { space: Space::Inputs, basis: vectors.to_owned(), dual: None }
+        DualBases { space: Space::Inputs, basis: vectors.to_owned(), dual: None }
     } else if let Some(image) = image {
         let images = linalg::product(image.as_ref(), vectors); // T H V (m, max_rank)
         let images = whiten_rows(images.as_ref(), metric.output)?; // S V
@@ -212,19 +212,19 @@ pub fn decompose(
         output_bases(metric.output, basis)?
     } else {
         let dual = Some(metric.input.root_times(vectors)?);
-        Bases { space: Space::Inputs, basis: metric.input.dual_root_times(vectors)?, dual }
+        DualBases { space: Space::Inputs, basis: metric.input.dual_root_times(vectors)?, dual }
     };
     Ok(Decomposition { curve: ErrorCurve::new(values), bases })
 }
 
 /// Un-whitens orthonormal columns `U` (m, r) of the output side.
-fn output_bases(output: &Metric, u: Mat<f64>) -> Result<Bases, LinalgError> {
+fn output_bases(output: &Metric, u: Mat<f64>) -> Result<DualBases, LinalgError> {
     let space = Space::Outputs;
     Ok(match output {
-        Metric::Identity => Bases { space, basis: u, dual: None },
+        Metric::Identity => DualBases { space, basis: u, dual: None },
         output => {
             let dual = Some(output.root_times(u.as_ref())?);
-            Bases { space, basis: output.dual_root_times(u.as_ref())?, dual }
+            DualBases { space, basis: output.dual_root_times(u.as_ref())?, dual }
         }
     })
 }
@@ -242,7 +242,7 @@ fn normalized_columns(mut matrix: Mat<f64>) -> Mat<f64> {
 }
 
 impl Decomposition {
-    /// See [`Bases::truncate`].
+    /// See [`DualBases::truncate`].
     ///
     /// # Panics
     /// When `rank` exceeds the kept bases.
@@ -251,7 +251,7 @@ impl Decomposition {
     }
 }
 
-impl Bases {
+impl DualBases {
     /// The largest rank that they give.
     pub fn max_rank(&self) -> usize {
         self.basis.ncols()

@@ -130,7 +130,7 @@ fn restored(
     }
 }
 
-/// Of the states before a block, those of the windows that go back: the others are removed from the store and the journal.
+/// Keeps the states before a block for the windows that go back, and removes the others from the store and the journal.
 fn narrowed(walk: &Walk<'_>, back: &Walk<'_>, before: Hidden, journal: &Journal, block_idx: usize) -> Result<Hidden> {
     if back.n_batches() == walk.n_batches() || before.n_batches() < walk.n_batches() {
         return Ok(before);

@@ -27,7 +27,7 @@ pub struct WindowSettings {
     pub field: String,
     /// Windows to draw; a short text gives fewer.
     pub samples: usize,
-    /// Of these, windows whose gradients are taken, evenly spread; none: all.
+    /// Number of these windows whose gradients are taken, evenly spread; none: all.
     pub gradient_samples: Option<usize>,
     /// Tokens per window; none: 512, at most the model's context.
     pub seq_len: Option<usize>,
@@ -100,7 +100,7 @@ pub struct TargetedWindows<'a> {
 }
 
 impl Windows {
-    /// What [`super::observe`] reads.
+    /// The input of [`super::observe`].
     pub fn targeted(&self) -> TargetedWindows<'_> {
         TargetedWindows { windows: &self.windows, targets: &self.targets, n_gradients: self.n_gradients }
     }

@@ -81,7 +81,7 @@ impl Shard {
         &self.map
     }
 
-    /// Tells the system that the pages of `begin..end` are not needed for now, so that reading a checkpoint
+    /// Advises the system that the pages of `begin..end` are not needed for now, so that reading a checkpoint
     /// larger than memory does not count against this process. A later read faults them in again.
     pub fn release(&self, begin: usize, end: usize) {
         #[cfg(unix)]

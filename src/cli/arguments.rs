@@ -128,7 +128,7 @@ impl DeviceArgs {
 /// Gates for scripts.
 #[derive(Debug, Args)]
 pub(super) struct GateArgs {
-    /// Exit with code 3 on this condition (`ppl > 12`)
+    /// Exit with code 3 on this condition (`FIELD > 12`)
     ///
     /// The condition is that a field of the report has a value: FIELD OP VALUE, where OP is one of > >= < <= == != and sizes may have units (`size_bytes > 4GiB`). May be repeated.
     #[arg(long, value_name = "EXPR", num_args = 1, help_heading = "Output")]

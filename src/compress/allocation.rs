@@ -39,7 +39,7 @@ struct PricedUnit<'a> {
     meaning: Meaning<'a>,
 }
 
-/// What the offers of a unit are.
+/// The meaning of a unit's offers.
 enum Meaning<'a> {
     /// Only rank 0 of a linear of zeros.
     Zeros,

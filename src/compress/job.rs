@@ -1,4 +1,4 @@
-//! What is compressed, into which folder.
+//! A compression to run: its source, recipe and output folder.
 
 use std::path::Path;
 

@@ -186,12 +186,14 @@ pub(super) fn error_lines(solution: &Solution<'_>) -> Vec<ErrorLine> {
 }
 
 pub(crate) fn summary(linears: &[LinearRecord]) -> LinearSummary {
+    let is_compressed = |linear: &&LinearRecord| linear.rank.is_some() || linear.quant.is_some();
+    let is_known = linears.iter().filter(is_compressed).all(|linear| linear.relative_error.is_some());
     let errors: Vec<f64> = linears.iter().filter_map(|l| l.relative_error).collect();
     LinearSummary {
         count: linears.len(),
-        compressed: linears.iter().filter(|l| l.rank.is_some() || l.quant.is_some()).count(),
-        max_error: errors.iter().copied().fold(0.0, f64::max),
-        mean_error: errors.iter().sum::<f64>() / errors.len().max(1) as f64,
+        compressed: linears.iter().filter(is_compressed).count(),
+        max_error: is_known.then(|| errors.iter().copied().fold(0.0, f64::max)),
+        mean_error: is_known.then(|| errors.iter().sum::<f64>() / errors.len().max(1) as f64),
     }
 }
 

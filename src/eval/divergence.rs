@@ -94,14 +94,9 @@ impl Divergence {
     pub fn record(&self, reference: &str) -> DivergenceRecord {
         let n = self.tokens.len() as f64;
         let (reference_mean, mean) = (self.mean(|t| t.reference_nll), self.mean(|t| t.nll));
-        let covariance =
-            |f: &dyn Fn(&TokenDivergence) -> f64, g: &dyn Fn(&TokenDivergence) -> f64| self.mean(|t| f(t) * g(t));
-        let (from_reference, from_model) =
-            (|t: &TokenDivergence| t.reference_nll - reference_mean, |t: &TokenDivergence| t.nll - mean);
-        // Both models are scored on the same tokens: Var(x − y) = Var x + Var y − 2 Cov(x, y).
-        let variance = covariance(&from_model, &from_model) + covariance(&from_reference, &from_reference)
-            - 2.0 * covariance(&from_model, &from_reference);
-        let standard_error = if n > 1.0 { (variance.max(0.0) / (n - 1.0)).sqrt() } else { 0.0 };
+        // Both models are scored on the same tokens, so the variance is that of the differences.
+        let variance = self.mean(|t| (t.nll - mean - (t.reference_nll - reference_mean)).powi(2));
+        let standard_error = if n > 1.0 { (variance / (n - 1.0)).sqrt() } else { 0.0 };
         let ratio = (mean - reference_mean).exp();
         let distribution =
             |value: fn(&TokenDivergence) -> f64| Distribution::of(self.tokens.iter().map(value).collect());

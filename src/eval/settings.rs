@@ -1,4 +1,4 @@
-//! What an evaluation is given: settings, and a reference; and a model's hidden states after all blocks.
+//! The input of an evaluation: settings and a reference; and a model's hidden states after all blocks.
 
 use std::path::PathBuf;
 

@@ -5,7 +5,7 @@ use faer::linalg::lu::partial_pivoting::factor::{lu_in_place, lu_in_place_scratc
 use faer::linalg::triangular_solve::{solve_unit_lower_triangular_in_place, solve_upper_triangular_in_place};
 use faer::{Mat, MatRef, Par};
 
-/// `P A = L U` in place of `matrix` (m, n), m ≥ n, with partial pivoting; returns the order of the rows.
+/// `P A = L U` in place of `matrix` (m, n), m ≥ n, with partial pivoting; returns the permutation of the rows.
 fn lu(matrix: &mut Mat<f64>) -> Vec<usize> {
     let (m, n) = (matrix.nrows(), matrix.ncols());
     let (mut forward, mut inverse) = (vec![0usize; m], vec![0usize; m]);
@@ -24,8 +24,8 @@ fn lu(matrix: &mut Mat<f64>) -> Vec<usize> {
 /// `A⁻¹ X` for (n, n) and (n, k); `None` if `A` is singular.
 pub fn solve(matrix: MatRef<'_, f64>, right: MatRef<'_, f64>) -> Option<Mat<f64>> {
     let mut lu_factors = matrix.to_owned();
-    let order = lu(&mut lu_factors);
-    let mut solution = Mat::from_fn(right.nrows(), right.ncols(), |i, j| right[(order[i], j)]);
+    let permutation = lu(&mut lu_factors);
+    let mut solution = Mat::from_fn(right.nrows(), right.ncols(), |i, j| right[(permutation[i], j)]);
     solve_unit_lower_triangular_in_place(lu_factors.as_ref(), solution.as_mut(), Par::Seq);
     solve_upper_triangular_in_place(lu_factors.as_ref(), solution.as_mut(), Par::Seq);
     let is_finite = solution.col_iter().all(|column| column.iter().all(|v| v.is_finite()));

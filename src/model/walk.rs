@@ -393,7 +393,7 @@ impl<'a> Walk<'a> {
         self.restore(piece.rest())
     }
 
-    /// Of states of a longer walk over the same store, those of this one; the others are released.
+    /// Keeps the states of this walk from those of a longer one over the same store, and releases the others.
     pub fn narrow(&self, mut hidden: Hidden) -> Hidden {
         if hidden.n_batches() > self.batches.len() {
             self.release(Hidden(hidden.0.split_off(self.batches.len())));

@@ -6,7 +6,7 @@ use faer::MatRef;
 
 use super::matrix::Matrix;
 use super::rounding::{Rounded, Sides};
-use crate::approx::low_rank::{Bases, ErrorCurve, LowRank};
+use crate::approx::low_rank::{DualBases, ErrorCurve, LowRank};
 use crate::approx::metric::{Metric, MetricPair};
 use crate::checkpoint::Dtype;
 use crate::linalg::LinalgError;
@@ -119,7 +119,7 @@ pub struct Fit {
 #[derive(Debug, Clone)]
 pub enum FitValues {
     /// Bases of the smaller side: the larger part follows from the target.
-    Bases(Bases),
+    Bases(DualBases),
     /// Left and right part at the largest rank; the parts for a smaller rank are a selection from these.
     Pair(LowRank),
 }

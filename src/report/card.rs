@@ -132,10 +132,13 @@ fn errors(report: &CompressReport) -> String {
     const SHOWN: usize = 5;
     let method = report.recipe.get("method").and_then(Value::as_str).unwrap_or("svd");
     let l = &report.linear;
-    let mut text = format!(
-        "{2} of {3} linears were compressed. Relative error in the metric of `{method}`: mean {0:.4}, maximum {1:.4}.\n",
-        l.mean_error, l.max_error, l.compressed, l.count
-    );
+    let mut text = format!("{} of {} linears were compressed. ", l.compressed, l.count);
+    text.push_str(&match l.mean_error.zip(l.max_error) {
+        Some((mean, max)) => {
+            format!("Relative error in the metric of `{method}`: mean {mean:.4}, maximum {max:.4}.\n")
+        }
+        None => "Their errors are not known: the source was not read.\n".into(),
+    });
     if let Some((kl, baseline)) = report.equal_bytes_baseline.as_ref().and_then(|b| b.kl.zip(b.baseline_kl)) {
         let _ = writeln!(
             text,
@@ -143,6 +146,9 @@ fn errors(report: &CompressReport) -> String {
             fixed(kl, 5),
             fixed(baseline, 5)
         );
+    }
+    if l.max_error.is_none() {
+        return text;
     }
     let mut worst: Vec<_> = report.linears.iter().filter_map(|l| Some((l.relative_error?, l))).collect();
     worst.sort_by(|a, b| b.0.total_cmp(&a.0));

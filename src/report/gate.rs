@@ -66,7 +66,7 @@ impl FromStr for Gate {
         let found = COMPARISONS.iter().filter_map(|&(sign, comparison)| Some((text.find(sign)?, sign, comparison)));
         let (at, sign, comparison) = found
             .min_by_key(|&(at, sign, _)| (at, usize::MAX - sign.len()))
-            .ok_or("expected FIELD OP VALUE with one of > >= < <= == !=, as in `ppl > 12`")?;
+            .ok_or("expected FIELD OP VALUE with one of > >= < <= == !=, as in `sizes.bytes_after > 4GiB`")?;
         let (field, value) = (text[..at].trim(), text[at + sign.len()..].trim());
         let field = field.replace("[]", "").replace("{}", "");
         if field.is_empty() || field.contains(char::is_whitespace) {

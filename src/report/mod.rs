@@ -101,10 +101,10 @@ pub struct LinearSummary {
     pub count: usize,
     /// Linears that are not left dense.
     pub compressed: usize,
-    /// Largest relative error.
-    pub max_error: f64,
-    /// Mean relative error.
-    pub mean_error: f64,
+    /// Largest relative error; none if that of a compressed linear is not known.
+    pub max_error: Option<f64>,
+    /// Mean relative error; none if that of a compressed linear is not known.
+    pub mean_error: Option<f64>,
 }
 
 /// The baseline of a compensation: a model of the same size, with all bytes spent on quantized bases.

@@ -41,7 +41,7 @@ impl Source {
         let is_pipe = is_pipe(&metadata);
         if !metadata.is_file() && !is_pipe {
             let message = format!("`{}` is {}, expected a {what}", path.display(), other_kind(&metadata));
-            return Err(Failure::usage(message).hint("give a file, or pipe it in: `… | lrc eval --text /dev/stdin`"));
+            return Err(Failure::usage(message).hint("give a file or a pipe, such as `/dev/stdin`"));
         }
         let pipes = || PIPES.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(source) = pipes().get(path).filter(|_| is_pipe) {

@@ -255,11 +255,11 @@ fn check_report(report: &CompressReport, truncations: &[Truncation], root: &Path
     if before.is_none_or(|n| n == 0 || n != report.sizes.linear_parameters_before) {
         return Err(foreign("`linear_parameters_before` is not the sum of its linears".into()));
     }
-    let is_told = |s: &Truncation| {
+    let is_named = |s: &Truncation| {
         let record = report.linears.iter().find(|l| l.module == s.linear.module);
         record.is_some_and(|l| l.rank == Some(s.rank) && l.shape == [s.linear.out_features, s.linear.in_features])
     };
-    match truncations.iter().find(|s| !is_told(s)) {
+    match truncations.iter().find(|s| !is_named(s)) {
         Some(s) => Err(foreign(format!("`{}` has rank {} in shape {:?}", s.linear.module, s.rank, s.linear.shape()))),
         None => Ok(()),
     }

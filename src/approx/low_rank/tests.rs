@@ -182,7 +182,7 @@ proptest! {
         in_every_metric(&inputs, &gradients, |metric, _| {
             let decomposition = decompose(weight.as_ref(), metric, usize::MAX).unwrap();
             let (space, basis, dual) = decomposition.bases.to_arrays();
-            let read = Bases::from_arrays(space, weight.shape(), rank, &basis, &dual);
+            let read = DualBases::from_arrays(space, weight.shape(), rank, &basis, &dual);
             let (m, n) = weight.shape();
             let [found, exact] = [read.truncate(weight.as_ref(), rank), decomposition.truncate(weight.as_ref(), rank)]
                 .map(|pair| product(&pair, m, n));

@@ -1,4 +1,4 @@
-//! What allocators see of a linear, costs and errors, and the rules that they keep.
+//! The view that allocators have of a linear, costs and errors, and the rules that they keep.
 
 use crate::approx::low_rank::ErrorCurve;
 

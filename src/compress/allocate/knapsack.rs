@@ -72,7 +72,7 @@ impl Allocator for Knapsack {
     }
 }
 
-/// What an item may become, in ascending cost and falling error.
+/// The offers of an item, in ascending cost and falling error.
 fn candidates(item: &Item<'_>, rules: &Rules) -> Vec<PricedPick> {
     match item.offers {
         Offers::Ranks(ladder) => candidates_by_rank(item, &ladder, rules),

@@ -10,7 +10,7 @@ use super::super::metrics::{Metrics, SharedInputs};
 use super::super::pieces;
 use super::super::plan::Plan;
 use super::unit::{Approximation, Details, Fitted, Fitter, Made, Origin, Unit, floats};
-use crate::approx::low_rank::{Bases, ErrorCurve, LowRank, Space};
+use crate::approx::low_rank::{DualBases, ErrorCurve, LowRank, Space};
 use crate::approx::metric::{MetricPair, PlainSides};
 use crate::checkpoint::Checkpoint;
 use crate::linalg;
@@ -46,7 +46,7 @@ impl Fitted for Decomposed {
         let [first, second] = self.values.as_ref().context("invariant: what was written is not read again")?;
         let (first, second) = (floats(origin.spool, first)?, floats(origin.spool, second)?);
         let values = match self.space {
-            Some(space) => FitValues::Bases(Bases::from_arrays(space, self.shape, rank, &first, &second)),
+            Some(space) => FitValues::Bases(DualBases::from_arrays(space, self.shape, rank, &first, &second)),
             None => FitValues::Pair(LowRank { rank: self.max_rank, b: first, a: second }),
         };
         let transposed = origin.transposed(self.linear)?;

@@ -7,7 +7,7 @@ use crate::compress::scale::{DepthWeight, Sensitivity};
 use crate::operator::Kind;
 use crate::quantize::Quant;
 
-/// What becomes of the targeted linears.
+/// How the targeted linears are replaced.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Approach {
     /// Every linear stays as it is: the budget is the whole model, and nothing is measured or decomposed.

@@ -37,7 +37,7 @@ pub const DEFAULT_SHARD_BYTES: u64 = 4_000_000_000;
 pub struct Recipe {
     /// Defines the metric of the approximation, or of the reported errors if bases are quantized.
     pub method: Method,
-    /// What becomes of the linears, with the allocation and the budget.
+    /// How the linears are replaced, with the allocation and the budget.
     pub approach: Approach,
     /// Damping of input Grams, as a share of their mean eigenvalue, in [0, 1].
     pub damping_input: f64,

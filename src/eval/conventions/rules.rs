@@ -46,7 +46,7 @@ pub trait Rules: Sync {
         false
     }
 
-    /// What the perplexity is normalized by.
+    /// The unit by which the perplexity is normalized.
     fn unit(&self) -> Unit {
         Unit::Token
     }

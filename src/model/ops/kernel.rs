@@ -1,4 +1,4 @@
-//! What the kernels of all operations share.
+//! Helpers of the kernels of all operations.
 
 use candle_core::{CpuStorage, Layout, Tensor, bail};
 

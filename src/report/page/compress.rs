@@ -41,7 +41,10 @@ fn tiles(report: &CompressReport) -> Vec<Tile> {
         tile("bytes of tensors after", ByteSize(s.bytes_after).to_string()),
         tile("parameters kept in the targeted linears", format!("{:.2} %", 100.0 * s.keep)),
         tile("bits per linear weight", format!("{:.3}", s.bits_per_weight_after)),
-        tile("largest relative error of a linear", format!("{:.4}", report.linear.max_error)),
+        tile(
+            "largest relative error of a linear",
+            report.linear.max_error.map_or("-".into(), |error| format!("{error:.4}")),
+        ),
     ];
     if let Some((kl, baseline)) = report.equal_bytes_baseline.as_ref().and_then(|b| b.kl.zip(b.baseline_kl)) {
         tiles.push(tile("KL from the source (nats), on the calibration text", fixed(kl, 5)));
