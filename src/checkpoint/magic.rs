@@ -69,11 +69,7 @@ static MAGIC: [(&[u8], Kind); 29] = [
 
 pub(super) static SAFETENSORS: Kind = kind("a safetensors file", "safetensors", ELSEWHERE);
 static ZEROS: Kind = kind("a file of zeros", "", "the download was interrupted; get the file again from its source");
-static TEXT: Kind = kind(
-    "a text",
-    "",
-    "give the file itself; a page that a site answered with, or a description such as `config.json`, is not it",
-);
+static TEXT: Kind = kind("a text", "", DOWNLOAD);
 
 /// Bytes that are examined.
 const START: usize = 64;
