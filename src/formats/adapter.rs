@@ -63,7 +63,7 @@ impl Exporter for Peft {
 /// Why a linear cannot be stored as a base with an adapter; `None` if it can.
 pub(super) fn refusal(forms: &Forms) -> Option<String> {
     match (forms.base, forms.over) {
-        (None, _) => Some("low-rank factors have no base there".into()),
+        (None, _) => Some("low-rank factors without a base".into()),
         (_, Some(form)) if form.kind != Kind::FACTORS => {
             Some(format!("adapters store factors, not the layout `{}`", form.kind))
         }
