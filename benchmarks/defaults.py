@@ -1,8 +1,9 @@
 """Measurements that decide the defaults, on a real model and held-out text: docs/results.md 23. Needs nothing but Python and the binary.
 
-    python benchmarks/defaults.py tokens|mixture|ablation|sequential MODEL FOLDER_OF_TEXTS WORK [LRC]
+    python benchmarks/defaults.py tokens|gradients|mixture|ablation|sequential MODEL FOLDER_OF_TEXTS WORK [LRC]
 
-`tokens`: perplexity by the number of calibration tokens. `mixture`: calibration on WikiText-2, on TinyStories and on both,
+`tokens`: perplexity by the number of calibration tokens. `gradients`: output Grams of fewer windows
+than input Grams. `mixture`: calibration on WikiText-2, on TinyStories and on both,
 evaluated on both. `ablation`: one setting changed at a time, in one shot. `sequential`: the sequential mode beside one shot.
 Statistics are kept in WORK and measured once. Every row is printed when it is known.
 """
@@ -76,6 +77,48 @@ def tokens():
         row(samples, sweep(statistics(samples)))
 
 
+def combined(inputs, gradients):
+    """A file with the sums of inputs of one file of statistics and the sums of gradients of another."""
+    out = work / f"inputs-{inputs.stem}-gradients-{gradients.stem}.safetensors"
+    headers, files = [], [inputs.open("rb"), gradients.open("rb")]
+    for file in files:
+        length = int.from_bytes(file.read(8), "little")
+        tensors = json.loads(file.read(length))
+        tensors.pop("__metadata__", None)
+        headers.append((tensors, 8 + length))
+
+    def read(which, name):
+        tensors, first = headers[which]
+        begin, end = tensors[name]["data_offsets"]
+        files[which].seek(first + begin)
+        return files[which].read(end - begin)
+
+    described, other = json.loads(read(0, "header")), json.loads(read(1, "header"))
+    described["parts"][0]["gradients"] = {key: other["parts"][0][key] for key in ("windows", "tokens")}
+    text = json.dumps(described).encode()
+    tensors, offset = {}, 0
+    for name, info in headers[0][0].items():
+        size = len(text) if name == "header" else info["data_offsets"][1] - info["data_offsets"][0]
+        shape = [size] if name == "header" else info["shape"]
+        tensors[name] = {"dtype": info["dtype"], "shape": shape, "data_offsets": [offset, offset + size]}
+        offset += size
+    head = json.dumps(tensors).encode()
+    head += b" " * (-len(head) % 8)
+    with out.open("wb") as file:
+        file.write(len(head).to_bytes(8, "little") + head)
+        for name in tensors:
+            file.write(text if name == "header" else read(int(".output_gram" in name), name))
+    return out
+
+
+def gradients():
+    head("windows with gradients", ["keep 0.9", "keep 0.8", "keep 0.6"])
+    for samples in [8, 16, 32]:
+        row(f"{samples} others", sweep(combined(statistics(64), statistics(samples))))
+    row("64, the same", sweep(statistics(64)))
+    row("32 of the same", sweep(statistics(64, flags=("--gradient-samples=32",))))
+
+
 def mixture():
     head(f"{2 * SAMPLES} windows of", [f"{text}, keep {keep}" for text in EVALUATED for keep in ("0.8", "0.6")])
     for name, parts in {"WikiText-2": (WIKI,), "TinyStories": (STORIES,), "both, half each": (WIKI, STORIES)}.items():
@@ -112,4 +155,4 @@ def sequential():
         row(name, [compressed(saved, keep, flags) for keep in ("0.9", "0.8", "0.6")])
 
 
-{"tokens": tokens, "mixture": mixture, "ablation": ablation, "sequential": sequential}[what]()
+{"tokens": tokens, "gradients": gradients, "mixture": mixture, "ablation": ablation, "sequential": sequential}[what]()

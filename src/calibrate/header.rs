@@ -43,13 +43,13 @@ pub struct Part {
     pub tokens: usize,
     /// The windows whose gradients were taken; none: all of them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub gradients: Option<Share>,
+    pub gradients: Option<WindowCount>,
 }
 
 /// Some of the windows of a part.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Share {
+pub struct WindowCount {
     /// Number of windows.
     pub windows: usize,
     /// Their tokens.
@@ -58,8 +58,8 @@ pub struct Share {
 
 impl Part {
     /// Windows and tokens whose gradients were taken.
-    pub fn with_gradients(&self) -> Share {
-        self.gradients.unwrap_or(Share { windows: self.windows, tokens: self.tokens })
+    pub fn with_gradients(&self) -> WindowCount {
+        self.gradients.unwrap_or(WindowCount { windows: self.windows, tokens: self.tokens })
     }
 }
 

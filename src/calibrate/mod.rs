@@ -28,7 +28,7 @@ mod statistics;
 mod store;
 mod windows;
 
-pub use header::{Header, Part, Share};
+pub use header::{Header, Part, WindowCount};
 pub use needs::{Key, Needs};
 pub use observe::{Seconds, observe};
 pub use pieces::{Keep, Observation};

@@ -7,7 +7,7 @@ use anyhow::Result;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 
-use super::header::{Part, Share};
+use super::header::{Part, WindowCount};
 use super::needs::Needs;
 use crate::checkpoint::Checkpoint;
 use crate::error::Failure;
@@ -203,7 +203,7 @@ impl Windows {
             windows: windows.len(),
             tokens: n_tokens(&windows),
             gradients: (n_gradients < windows.len())
-                .then(|| Share { windows: n_gradients, tokens: n_tokens(&windows[..n_gradients]) }),
+                .then(|| WindowCount { windows: n_gradients, tokens: n_tokens(&windows[..n_gradients]) }),
         };
         let (windows, targets) = windows.into_iter().unzip();
         Ok(Self { windows, targets, n_gradients, part, text: settings.text.display().to_string() })

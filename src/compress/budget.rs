@@ -69,6 +69,11 @@ pub(super) fn max_ranks(recipe: &Recipe, plan: &Plan) -> Vec<usize> {
     (0..plan.linears.len()).map(largest).collect()
 }
 
+/// Whether the values of a linear's own fit are read. The sequential mode makes its own, except for experts that see too few tokens.
+pub(super) fn reads_fit(recipe: &Recipe, linear: &LinearInfo) -> bool {
+    recipe.anchor().is_none() || recipe.probes() || linear.id.is_some_and(|id| id.slot.expert.is_some())
+}
+
 /// Parameters of a linear at every rank from 0 to full rank.
 pub(super) fn parameters(recipe: &Recipe, linear: &LinearInfo) -> Vec<u64> {
     let largest = recipe.layout().fitting().largest_rank(linear.shape());

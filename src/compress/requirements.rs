@@ -1,6 +1,8 @@
 //! Disk and memory that a run needs, from headers and recipe alone.
 
-use super::budget::max_ranks;
+use std::collections::BTreeMap;
+
+use super::budget::{max_ranks, reads_fit};
 use super::compensate::{Compensate, CompensateRank};
 use super::fits::{fitting_bytes, shared, units_to_share};
 use super::plan::{Plan, largest_compensation};
@@ -18,22 +20,28 @@ impl Plan {
     pub fn kept_bytes(&self, checkpoint: &Checkpoint, recipe: &Recipe, tokens: (usize, usize)) -> u64 {
         let needs = recipe.needs();
         let sum = |bytes: &dyn Fn(&LinearInfo) -> u64| self.linears.iter().map(bytes).sum::<u64>();
+        let a_token =
+            ModelConfig::of(checkpoint).map_or([0; 2], |(config, _)| [config.hidden_size, config.num_hidden_layers]);
+        let [width, n_blocks] = a_token.map(|n| n as u64);
+        let (all, back) = (tokens.0 as u64, tokens.1 as u64);
+        // Before and after a block, or both streams of the sequential mode.
+        let walking = 8 * all * width;
         let (mut inputs, mut outputs, mut states) = (0, 0, 0);
         if recipe.measures_statistics() {
-            inputs = u64::from(needs.input_gram) * sum(&|linear| triangle_bytes(linear.in_features));
+            // Linears with the same input share its Gram.
+            let sites = self.linears.iter().filter_map(|l| l.id.map(|id| ((id.block, id.slot.site()), l.in_features)));
+            let sites: BTreeMap<_, usize> = sites.collect();
+            inputs = u64::from(needs.input_gram) * sites.into_values().map(triangle_bytes).sum::<u64>();
             outputs = u64::from(needs.output_gram) * sum(&|linear| triangle_bytes(linear.out_features));
-            let (all, back) = tokens;
-            let copies =
-                |config: &ModelConfig| 2 * all + usize::from(needs.gradients()) * back * config.num_hidden_layers;
-            states =
-                ModelConfig::of(checkpoint).map_or(0, |(config, _)| 4 * (copies(&config) * config.hidden_size) as u64);
+            states = walking + u64::from(needs.gradients()) * 4 * back * width * n_blocks;
         }
-        let bases = sum(&|linear| base_bytes(recipe, linear.shape()));
-        let fits = self.linears.iter().zip(max_ranks(recipe, self));
+        let fits = self.linears.iter().zip(max_ranks(recipe, self)).filter(|(linear, _)| reads_fit(recipe, linear));
         let fits: u64 = fits.map(|(linear, rank)| 4 * recipe.layout().fitting().n_values(rank, linear.shape())).sum();
+        let bases = sum(&|linear| base_bytes(recipe, linear.shape()));
         let shared: u64 = self.shared(recipe).iter().map(|(heights, n)| shared_bytes(heights, *n)).sum();
+        let streams = if recipe.anchor().is_some() || recipe.probes() { walking } else { 0 };
         // States go as Grams of output gradients come.
-        inputs + states.max(outputs + fits + shared + bases)
+        inputs + states.max(outputs + fits + shared + bases + streams)
     }
 
     /// Peak memory of a run: the largest decompositions, one per thread, each with weight, image, Gram, eigenvectors

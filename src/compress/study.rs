@@ -7,7 +7,7 @@ use std::time::Instant;
 use anyhow::Result;
 
 use super::allocate::Spectra;
-use super::budget::max_ranks;
+use super::budget::{max_ranks, reads_fit};
 use super::compensate::Compensate;
 use super::fits::{Approximation, Decompose, Fits, Quantize, Share, units_to_share};
 use super::inputs::Inputs;
@@ -55,10 +55,7 @@ impl<'a> Study<'a> {
             max_ranks: &max_ranks,
             with_plain: recipe.ranks().allocator().spectra() == Spectra::Plain,
             layout: recipe.layout(),
-            // The sequential mode makes its own factors, except for experts that see too few tokens.
-            keeps_values: &|linear| {
-                recipe.anchor().is_none() || recipe.probes() || linear.id.is_some_and(|id| id.slot.expert.is_some())
-            },
+            keeps_values: &|linear| reads_fit(recipe, linear),
             after_block: &forget,
         };
         fits.decompose(session, plan, &decompose)?;
