@@ -127,22 +127,22 @@ def mixture():
 
 
 def ablation():
-    saved = statistics(SAMPLES)
+    saved = statistics(64)
     head("change", ["keep 0.9", "keep 0.8", "keep 0.6"])
     row("none (kfac, knapsack, pivot, one shot)", sweep(saved))
-    text = ["--calibration", WIKI, "--samples", SAMPLES, "--seq-len", 512]
-    changes = {f"damping {d} on both sides": ["--damping-input", d, "--damping-output", d] for d in ["0", "0.001", "0.1"]}
-    changes |= {f"depth weight {gamma}": ["--depth-weight", gamma] for gamma in ["0.25", "0.5"]}
-    changes |= {
+    text = ["--calibration", WIKI, "--samples", 64, "--seq-len", 512]
+    changes = {
+        "depth weight 0.25": ["--depth-weight", "0.25"],
         "sensitivity energy": ["--sensitivity", "energy"],
         "sensitivity measured": ["--sensitivity", "measured", *text],
         "rank floor 0.3": ["--rank-floor", "0.3"],
         "factors that may be shared": ["--layout", "factors", "--share"],
         "factors": ["--layout", "factors"],
     }
+    changes |= {f"damping of {side} {d}": [f"--damping-{side}", d] for side in ("input", "output") for d in ("0.003", "0.03")}
     for name, flags in changes.items():
         row(name, sweep(saved, flags))
-    row("gradients clipped", sweep(statistics(SAMPLES, flags=("--clip-gradients",))))
+    row("gradients clipped", sweep(statistics(64, flags=("--clip-gradients",))))
 
 
 def sequential():

@@ -348,13 +348,22 @@ fn names_a_closure(lines: &[&str]) -> bool {
         return false;
     };
     let value = if value.is_empty() { lines.get(1).copied().unwrap_or_default() } else { value };
-    let value = value.trim_start().trim_start_matches("&mut ").trim_start_matches("move ");
-    !name.contains(['(', ':']) && value.starts_with('|')
+    let is_closure =
+        |value: &str| value.trim_start().trim_start_matches("&mut ").trim_start_matches("move ").starts_with('|');
+    match value.trim_start().strip_prefix('(') {
+        Some(values) if name.trim_start().starts_with('(') => values.split(", ").any(is_closure),
+        _ => !name.contains(['(', ':']) && is_closure(value),
+    }
 }
 
 #[test]
 fn named_closures_are_found_in_one_line_or_two() {
-    for lines in [&["let f = |x| x;"][..], &["    let mut f = move |x| {"], &["let f =", "    |x: usize| x;"]] {
+    for lines in [
+        &["let f = |x| x;"][..],
+        &["    let mut f = move |x| {"],
+        &["let f =", "    |x: usize| x;"],
+        &["let (n, f) = (3, |x| x);"],
+    ] {
         assert!(names_a_closure(lines), "{lines:?}");
     }
     for lines in [&["let x = y || z;"][..], &["let x =", "    y || z;"], &["let (x, y) = |z| z;"], &["f(|x| x)"]] {

@@ -97,7 +97,7 @@ fn pages_work_in_a_browser() {
             let (down, up) = (numbers("down"), numbers("up"));
             assert!(down.len() > 1 && down.is_sorted_by(|a, b| a >= b) && up.is_sorted(), "{down:?} {up:?}");
             assert_ne!(down, up);
-            assert_eq!((found["mark"].as_str(), found["version"].as_u64()), (Some("descending"), Some(2)));
+            assert_eq!((found["mark"].as_str(), found["version"].as_u64()), (Some("descending"), Some(3)));
             let drawn = ["lines", "bars", "cells"].map(|name| found[name].as_u64().unwrap());
             assert_eq!(drawn, [lines, bars, heat_cells], "{}", page.display());
             assert!(found["wide"].as_f64().unwrap() <= 0.0, "{} is wider than a phone", page.display());

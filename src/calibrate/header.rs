@@ -20,13 +20,13 @@ pub struct Header {
     pub clip_gradients: bool,
     /// At least one; several after a merge.
     #[serde(rename = "parts")]
-    pub texts: Vec<Part>,
+    pub texts: Vec<TextPart>,
 }
 
 /// Windows of one text.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Part {
+pub struct TextPart {
     /// SHA-256 of the file, before decompression, in 64 hexadecimal digits.
     pub text_sha256: String,
     /// Number of windows requested for all parts.
@@ -56,7 +56,7 @@ pub struct WindowCount {
     pub tokens: usize,
 }
 
-impl Part {
+impl TextPart {
     /// Windows and tokens whose gradients were taken.
     pub fn with_gradients(&self) -> WindowCount {
         self.gradients.unwrap_or(WindowCount { windows: self.windows, tokens: self.tokens })
@@ -68,7 +68,7 @@ impl Header {
     pub const VERSION: u32 = 1;
 
     /// The header of sums over `texts`, at this version.
-    pub fn new(model: Fingerprint, observation: Observation, texts: Vec<Part>) -> Self {
+    pub fn new(model: Fingerprint, observation: Observation, texts: Vec<TextPart>) -> Self {
         let Observation { needs, clip_gradients } = observation;
         Self { lrc_statistics_version: Self::VERSION, model, needs, clip_gradients, texts }
     }
@@ -89,7 +89,7 @@ impl Header {
     }
 
     /// Windows of `parts` whose gradients were taken, if not all.
-    pub fn gradient_windows_of(parts: &[Part]) -> Option<usize> {
+    pub fn gradient_windows_of(parts: &[TextPart]) -> Option<usize> {
         let is_part = parts.iter().any(|part| part.gradients.is_some());
         is_part.then(|| parts.iter().map(|part| part.with_gradients().windows).sum())
     }
@@ -105,7 +105,7 @@ impl Header {
             return Some(format!("version {}", self.lrc_statistics_version));
         }
         let is_hash = |text: &str| text.len() == 64 && text.bytes().all(|b| b.is_ascii_hexdigit());
-        let is_sound = |p: &&Part| {
+        let is_sound = |p: &&TextPart| {
             let (i, n) = p.part;
             // Small enough that sums over parts do not overflow.
             let is_small = [p.samples, p.seq_len, p.windows, p.tokens, n].iter().all(|&n| n < 1 << 40);
@@ -113,7 +113,7 @@ impl Header {
             is_hash(&p.text_sha256) && 1 <= i && i <= n && is_small && is_part
         };
         let broken = self.texts.iter().find(|part| !is_sound(part));
-        if let Some(Part { text_sha256, part: (i, n), .. }) = broken {
+        if let Some(TextPart { text_sha256, part: (i, n), .. }) = broken {
             return Some(format!("part {i}/{n} of a text with hash `{text_sha256}` is not valid"));
         }
         self.texts.is_empty().then(|| "it has no text parts".into())

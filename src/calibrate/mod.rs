@@ -3,11 +3,11 @@
 //! Sums are kept under their names; a [`Statistics`] gives them as means over tokens:
 //!
 //! ```
-//! use lrc::calibrate::{Header, Needs, Observation, Part, Statistics};
+//! use lrc::calibrate::{Header, Needs, Observation, Statistics, TextPart};
 //! use lrc::model::{LinearId, Role, Slot};
 //!
 //! let (text_sha256, part) = ("0".repeat(64), (1, 1));
-//! let part = Part { text_sha256, samples: 1, seq_len: 2, seed: 0, part, windows: 1, tokens: 2, gradients: None };
+//! let part = TextPart { text_sha256, samples: 1, seq_len: 2, seed: 0, part, windows: 1, tokens: 2, gradients: None };
 //! let observation = Observation { needs: Needs { input_magnitude: true, ..Needs::default() }, clip_gradients: false };
 //! let header = Header::new(Default::default(), observation, vec![part]);
 //! let mut statistics = Statistics::new(header, 1 << 20, &std::env::temp_dir());
@@ -28,7 +28,7 @@ mod statistics;
 mod store;
 mod windows;
 
-pub use header::{Header, Part, WindowCount};
+pub use header::{Header, TextPart, WindowCount};
 pub use needs::{Key, Needs};
 pub use observe::{Seconds, observe};
 pub use pieces::{Keep, Observation};

@@ -7,7 +7,7 @@ use anyhow::Result;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 
-use super::header::{Part, WindowCount};
+use super::header::{TextPart, WindowCount};
 use super::needs::Needs;
 use crate::checkpoint::Checkpoint;
 use crate::error::Failure;
@@ -83,7 +83,7 @@ pub struct Windows {
     /// Number of windows whose gradients are taken.
     pub n_gradients: usize,
     /// The entry for these windows in the header of a file of statistics.
-    pub part: Part,
+    pub part: TextPart,
     /// The text as the user named it.
     pub text: String,
 }
@@ -194,7 +194,7 @@ impl Windows {
         }
         let few = n_with_gradients(settings.gradient_samples, needs, &decoder, windows.len())?;
         let (windows, n_gradients) = part_of(windows, few, (part, n_parts));
-        let part = Part {
+        let part = TextPart {
             text_sha256: text.sha256,
             samples: settings.samples,
             seq_len,

@@ -13,6 +13,8 @@ pub struct Kind {
 
 const DOWNLOAD: &str =
     "the site answered with a page (a login, or an error) that was saved under this name; download the file itself";
+const TEXT_GIVEN: &str = "give the file that holds the tensors; if this one was downloaded as such, the site answered with a page (a login, or \
+                          an error) in its place";
 const TORCH: &str =
     "get the safetensors of the model, or convert it: transformers' `save_pretrained` writes `model.safetensors`";
 const UNPACK: &str = "unpack it first";
@@ -69,7 +71,7 @@ static MAGIC: [(&[u8], Kind); 29] = [
 
 pub(super) static SAFETENSORS: Kind = kind("a safetensors file", "safetensors", ELSEWHERE);
 static ZEROS: Kind = kind("a file of zeros", "", "the download was interrupted; get the file again from its source");
-static TEXT: Kind = kind("a text", "", DOWNLOAD);
+static TEXT: Kind = kind("a text", "", TEXT_GIVEN);
 
 /// Bytes that are examined.
 const START: usize = 64;

@@ -1,6 +1,6 @@
 //! Arguments that commands share.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use bytesize::ByteSize;
@@ -9,6 +9,7 @@ use serde::Serialize;
 
 use super::streams::{print, print_json};
 use crate::checkpoint::{Checkpoint, Existing, OutputFolder, hub};
+use crate::compress::DEFAULT_MEMORY_BYTES;
 use crate::compress::options::size;
 use crate::device::{Device, DeviceChoice};
 use crate::error::{ExitClass, Failure};
@@ -35,14 +36,14 @@ impl ModelArgs {
 /// The revision of a model on the hub.
 #[derive(Debug, Args)]
 pub(super) struct RevisionArgs {
-    /// Branch, tag or commit of a hub id
-    #[arg(long, default_value = "main", value_name = "REV", help_heading = "Model", hide_short_help = true)]
-    pub revision: String,
+    /// Branch, tag or commit of a hub id [default: main]
+    #[arg(long, value_name = "REV", help_heading = "Model", hide_short_help = true)]
+    pub revision: Option<String>,
 }
 
 impl RevisionArgs {
     pub fn open(&self, model: &str, progress: &dyn Progress) -> Result<Checkpoint> {
-        open(model, &self.revision, progress)
+        open(model, self.revision.as_deref(), progress)
     }
 }
 
@@ -98,17 +99,28 @@ pub(super) fn at_least_2(text: &str) -> Result<usize, &'static str> {
 }
 
 /// Opens a folder, a file or a hub id.
-pub(super) fn open(model: &str, revision: &str, progress: &dyn Progress) -> Result<Checkpoint> {
-    let folder = hub::resolve(model, revision, progress)?;
+pub(super) fn open(model: &str, revision: Option<&str>, progress: &dyn Progress) -> Result<Checkpoint> {
+    if let Some(revision) = revision.filter(|_| Path::new(model).exists()) {
+        return Err(Failure::usage(format!("`--revision {revision}` has no effect: `{model}` is on this machine"))
+            .hint("only models of the hub (`org/name`) have revisions")
+            .into());
+    }
+    let folder = hub::resolve(model, revision.unwrap_or("main"), progress)?;
     crate::model::open(&folder)
 }
 
 /// The cap of memory that grows with the text.
 #[derive(Debug, Args)]
 pub(super) struct MemoryArgs {
-    /// Memory for hidden states and activations; the rest goes to disk
-    #[arg(long, default_value = "1GiB", value_name = "SIZE", value_parser = size, help_heading = "Model", hide_short_help = true)]
-    pub memory: ByteSize,
+    /// Memory for hidden states and activations; the rest goes to disk [default: 1GiB]
+    #[arg(long, value_name = "SIZE", value_parser = size, help_heading = "Model", hide_short_help = true)]
+    memory: Option<ByteSize>,
+}
+
+impl MemoryArgs {
+    pub fn bytes(&self) -> u64 {
+        self.memory.map_or(DEFAULT_MEMORY_BYTES, |memory| memory.as_u64())
+    }
 }
 
 /// The device that runs the model.

@@ -152,7 +152,7 @@ fn measure(
     let windows = Windows::load(&checkpoint, &settings, needs, args.part.unwrap_or((1, 1)))?;
     // Statistics of large models need much space: they are spooled to the disk of the output.
     let folder = folder_of(&args.output).to_path_buf();
-    let limits = WalkLimits::new(args.memory.memory.as_u64(), folder.clone());
+    let limits = WalkLimits::new(args.memory.bytes(), folder.clone());
     let header = Header::new(fingerprint(&checkpoint)?, observation, vec![windows.part.clone()]);
     let mut statistics = Statistics::new(header.clone(), limits.activation_bytes, &folder);
     let seconds = calibrate::observe(

@@ -11,7 +11,6 @@ use indicatif::HumanDuration;
 use super::arguments::{DeviceArgs, FolderArgs, GateArgs, MemoryArgs, ModelArgs};
 use super::options::{All, Options, RecipeFile};
 use super::terminal::{Bars, fixed, grouped, table};
-use crate::compress::recipe::Recipe;
 use crate::compress::{self, DryRun, Job};
 use crate::report::gate;
 use crate::report::{CompressReport, DryRunReport, EqualBytesBaseline, LeftOutRecord, LinearRecord, RankSource, Sizes};
@@ -71,7 +70,7 @@ pub(super) fn run(args: &CompressArgs, quiet: bool, progress: &Bars) -> Result<(
     } else {
         gate::expect_fields::<CompressReport>(&args.gates.fail_if, &[])?;
     }
-    let recipe = Recipe::new(&args.recipe.complete(&args.options.values)?)?;
+    let recipe = args.recipe.check(&args.options.values, &args.recipe.complete(&args.options.values)?)?;
     let device = args.device.open()?;
     args.folder.check()?;
     let checkpoint = compress::view(args.model.open(progress)?, &recipe)?;
@@ -82,7 +81,7 @@ pub(super) fn run(args: &CompressArgs, quiet: bool, progress: &Bars) -> Result<(
         output: &args.folder.output,
         force: args.folder.force,
         restart: args.restart,
-        memory_bytes: args.memory.memory.as_u64(),
+        memory_bytes: args.memory.bytes(),
         device,
     };
     if let Some(depth) = args.dry_run {

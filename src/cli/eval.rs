@@ -124,7 +124,7 @@ pub(super) fn run(args: &EvalArgs, progress: &Bars) -> Result<()> {
     let device = args.device.open()?;
     let checkpoint = args.model.open(progress)?;
     let is_encoder = ModelConfig::of(&checkpoint)?.1.encoder.is_some();
-    let opened = args.reference.as_deref().map(|name| open(name, "main", progress)).transpose()?;
+    let opened = args.reference.as_deref().map(|name| open(name, None, progress)).transpose()?;
     let name = args.reference.as_deref().unwrap_or_default();
     let reference = opened.as_ref().map(|checkpoint| Reference { checkpoint, name });
     let run = Run { args, checkpoint: &checkpoint, reference: reference.as_ref(), device, progress };
@@ -237,7 +237,7 @@ impl Run<'_> {
             stride: args.stride.filter(|_| takes_stride),
             max_windows: args.scored.max_windows,
             bos: args.bos,
-            memory_bytes: args.memory.memory.as_u64(),
+            memory_bytes: args.memory.bytes(),
             device: self.device.clone(),
         }
     }

@@ -196,7 +196,7 @@ fn weighted(
     // Whole spectra: nothing is truncated.
     let ranks = Some(Ranks::Fixed(FULL));
     let options = RecipeOptions { ranks, method: Some(method), ..args.options.values.clone() };
-    let (recipe, memory_bytes) = (Recipe::new(&options)?, args.memory.memory.as_u64());
+    let (recipe, memory_bytes) = (Recipe::new(&options)?, args.memory.bytes());
     let curves = weighted_curves(checkpoint, &recipe, device, memory_bytes, progress)?;
     Ok((method.name().into(), curves))
 }

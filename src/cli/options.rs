@@ -6,7 +6,8 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::{Arg, ArgMatches, Args, Command, FromArgMatches};
 
-use crate::compress::recipe::RecipeOptions;
+use crate::compress::recipe::{Recipe, RecipeOptions};
+use crate::error::Failure;
 
 /// The order of headings in the help.
 const HEADINGS: [&str; 6] = ["Model", "Budget", "Method", "Quantization", "Calibration", "Output"];
@@ -78,4 +79,24 @@ impl RecipeFile {
         let file = self.recipe.as_deref().map(RecipeOptions::read).transpose()?.unwrap_or_default();
         Ok(flags.clone().or(file))
     }
+
+    /// The recipe of `options`. An error about an option that is no flag of this command, so that the file has it, names
+    /// the file.
+    pub fn check(&self, flags: &RecipeOptions, options: &RecipeOptions) -> Result<Recipe> {
+        Recipe::new(options).map_err(|error| match (&self.recipe, error.downcast::<Failure>()) {
+            (Some(file), Ok(failure)) if !is_named(flags, &failure.message) && is_named(options, &failure.message) => {
+                let message = format!("recipe `{}`: {}", file.display(), failure.message);
+                Failure { message, ..failure }.into()
+            }
+            (_, Ok(failure)) => failure.into(),
+            (_, Err(error)) => error,
+        })
+    }
+}
+
+/// Whether the first flag in `message` is among `options`.
+fn is_named(options: &RecipeOptions, message: &str) -> bool {
+    let flag = message.split_once("`--").and_then(|(_, rest)| rest.split([' ', '`']).next());
+    let given = toml::Table::try_from(options).unwrap_or_default();
+    flag.is_some_and(|flag| given.contains_key(flag))
 }

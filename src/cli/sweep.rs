@@ -10,7 +10,7 @@ use super::arguments::{DeviceArgs, GateArgs, MemoryArgs, ModelArgs, ScoredText, 
 use super::options::{Options, RecipeFile, Selection};
 use super::terminal::{Bars, fixed, grouped, table};
 use crate::checkpoint::{Existing, OutputFolder, expect_apart};
-use crate::compress::recipe::{Recipe, RecipeOptions};
+use crate::compress::recipe::RecipeOptions;
 use crate::compress::{SweepSettings, sweep};
 use crate::error::Failure;
 use crate::eval::EvalSettings;
@@ -145,7 +145,7 @@ pub(super) fn run(args: &SweepArgs, progress: &Bars) -> Result<()> {
     options.keep = args.options.keeps.iter().copied().find(|&keep| keep < 1.0).or(options.keep);
     // The sequential mode must redo the decomposition for each budget; a sweep decomposes once.
     options.sequential = options.sequential.or(Some(false));
-    let recipe = Recipe::new(&options)?;
+    let recipe = args.recipe.check(&args.options.options, &options)?;
     let device = args.device.open()?;
     if let Some(output) = &args.output {
         OutputFolder::check(output, Existing::of(args.force), REPORT_FILE)?;
@@ -166,7 +166,7 @@ pub(super) fn run(args: &SweepArgs, progress: &Bars) -> Result<()> {
         seq_len: args.eval_seq_len,
         max_windows: args.scored.max_windows,
         bos: Bos::Auto,
-        memory_bytes: args.memory.memory.as_u64(),
+        memory_bytes: args.memory.bytes(),
         device,
     };
     let settings = SweepSettings { checkpoint: &checkpoint, recipe: &recipe, keeps: &args.options.keeps, eval };

@@ -22,7 +22,10 @@ pub(super) fn failure(error: &clap::Error, lrc: &Command) -> Failure {
         }
         ErrorKind::UnknownArgument => {
             let kind = if flag.starts_with('-') { "there is no flag" } else { "unexpected argument" };
-            let otherwise = format!("`{help}` lists all flags");
+            let otherwise = match flag_before(lrc, &flag) {
+                Some(before) => format!("did you mean `{before}={flag}`?"),
+                None => format!("`{help}` lists all flags"),
+            };
             suggest(error, ContextKind::SuggestedArg, format!("{kind} `{flag}`"), otherwise)
         }
         ErrorKind::InvalidSubcommand => {
@@ -119,9 +122,21 @@ fn conflict(error: &clap::Error, flag: &str) -> Failure {
     }
 }
 
+/// The words of the command line that are text.
+fn words() -> impl Iterator<Item = String> {
+    std::env::args_os().skip(1).filter_map(|word| word.into_string().ok())
+}
+
+/// The flag before `word` on the command line, if it takes a value after `=` only.
+fn flag_before(lrc: &Command, word: &str) -> Option<String> {
+    let flag = words().zip(words().skip(1)).find(|(_, next)| next == word)?.0;
+    let command = words().find_map(|word| lrc.find_subcommand(word))?;
+    let mut flags = command.get_arguments().filter(|arg| arg.is_require_equals_set());
+    flags.any(|arg| arg.get_long() == flag.strip_prefix("--")).then_some(flag)
+}
+
 /// The command that prints the help of the command that was given.
 fn help_command(lrc: &Command) -> String {
-    let is_command = |word: &String| lrc.get_subcommands().any(|command| command.get_name() == word);
-    let given = std::env::args_os().skip(1).filter_map(|word| word.into_string().ok()).find(is_command);
+    let given = words().find(|word| lrc.get_subcommands().any(|command| command.get_name() == word));
     given.map_or_else(|| "lrc --help".into(), |command| format!("lrc {command} --help"))
 }

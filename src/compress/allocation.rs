@@ -3,7 +3,7 @@
 
 use anyhow::Result;
 
-use super::allocate::{self, Item, Ladder, Offer, Offers, Pick, Point, Ranks, Rules, Spectra, Statistic};
+use super::allocate::{self, Candidate, Candidates, Item, Ladder, Pick, Point, Ranks, Rules, Spectra, Statistic};
 use super::budget::{self, known_choices};
 use super::fits::{Unit, units_to_share};
 use super::plan::{Choice, Plan};
@@ -24,7 +24,7 @@ pub(super) struct Allocation {
 /// Cost of a linear in these forms, in the unit of the budget; `None` is the unchanged linear.
 type Price<'p> = dyn Fn(&LinearInfo, Option<&Forms>) -> u64 + 'p;
 
-/// Units and their offers, priced in the unit of the budget.
+/// Units and their candidates, priced in the unit of the budget.
 pub(super) struct Problem<'a> {
     recipe: &'a Recipe,
     plan: &'a Plan,
@@ -35,17 +35,17 @@ pub(super) struct Problem<'a> {
 struct PricedUnit<'a> {
     unit: Unit,
     dense_cost: u64,
-    offers: Vec<Offer>,
+    candidates: Vec<Candidate>,
     meaning: Meaning<'a>,
 }
 
-/// The meaning of a unit's offers.
+/// The meaning of a unit's candidates.
 enum Meaning<'a> {
     /// Only rank 0 of a linear of zeros.
     Zeros,
     /// All ranks of a linear, with their numbers of parameters and its spectrum.
     Ranks { parameters: Vec<u64>, spectrum: Option<&'a ErrorCurve> },
-    /// The choices of all members, for each offer.
+    /// The choices of all members, for each candidate.
     Choices(Vec<Vec<Choice>>),
 }
 
@@ -96,7 +96,9 @@ impl<'a> Problem<'a> {
         for (priced, &pick) in self.units.iter().zip(picks) {
             let members = priced.unit.members.iter();
             match (pick, &priced.meaning) {
-                (Pick::Offer(at), Meaning::Choices(of)) => members.zip(&of[at]).for_each(|(&i, &own)| choices[i] = own),
+                (Pick::Candidate(at), Meaning::Choices(of)) => {
+                    members.zip(&of[at]).for_each(|(&i, &own)| choices[i] = own)
+                }
                 (pick, _) => members.for_each(|&i| choices[i] = budget::choice(pick)),
             }
         }
@@ -123,14 +125,14 @@ impl<'a> Problem<'a> {
     /// small. Linears that fit no quantizer stay dense.
     pub fn least_error(&self, bytes: u64) -> (Vec<Choice>, u64) {
         let (open, others): (Vec<&PricedUnit<'_>>, Vec<&PricedUnit<'_>>) =
-            self.units.iter().partition(|priced| !priced.offers.is_empty());
+            self.units.iter().partition(|priced| !priced.candidates.is_empty());
         let fixed: u64 = others.iter().map(|priced| priced.dense_cost).sum();
         let items: Vec<Item<'_>> = open.iter().map(|priced| priced.item(self.plan)).collect();
         let rules = Rules { budget: bytes.saturating_sub(fixed), ..Rules::of_keep(&items, 0.5) };
         let picks = allocate::allocate(Ranks::Knapsack, &items, &rules);
         let mut choices = vec![Choice::Dense; self.plan.linears.len()];
         for (priced, &pick) in open.iter().zip(&picks) {
-            if let (Pick::Offer(at), Meaning::Choices(of)) = (pick, &priced.meaning) {
+            if let (Pick::Candidate(at), Meaning::Choices(of)) = (pick, &priced.meaning) {
                 choices[priced.unit.members[0]] = of[at][0];
             }
         }
@@ -166,44 +168,49 @@ impl<'a> PricedUnit<'a> {
         let bytes = price.map(|price| (0..parameters.len()).map(|rank| of_rank(price, rank)).collect::<Vec<u64>>());
         let costs = bytes.as_ref().unwrap_or(&parameters);
         if study.plan.are_zero[i] {
-            let offers = vec![Offer { cost: costs[0], error: 0.0 }];
-            return Self { unit, dense_cost, offers, meaning: Meaning::Zeros };
+            let candidates = vec![Candidate { cost: costs[0], error: 0.0 }];
+            return Self { unit, dense_cost, candidates, meaning: Meaning::Zeros };
         }
         let spectrum = weighted.curves[i];
-        let offers = allocate::offers_by_rank(costs, spectrum, weighted.sensitivities[i]);
-        Self { unit, dense_cost, offers, meaning: Meaning::Ranks { parameters, spectrum } }
+        let candidates = allocate::candidates_by_rank(costs, spectrum, weighted.sensitivities[i]);
+        Self { unit, dense_cost, candidates, meaning: Meaning::Ranks { parameters, spectrum } }
     }
 
     fn item<'i>(&'i self, plan: &Plan) -> Item<'i> {
-        let offers = match &self.meaning {
-            Meaning::Zeros => Offers::Free(self.offers[0]),
-            Meaning::Choices(_) => Offers::Menu(&self.offers),
+        let candidates = match &self.meaning {
+            Meaning::Zeros => Candidates::Free(self.candidates[0]),
+            Meaning::Choices(_) => Candidates::Menu(&self.candidates),
             Meaning::Ranks { parameters, spectrum } => {
                 let linear = &plan.linears[self.unit.members[0]];
                 let (m, n) = linear.shape();
                 let statistic = spectrum.map(|spectrum| Statistic { spectrum, rank_price: (m + n) as f64 });
-                Offers::Ranks(Ladder { offers: &self.offers, parameters, n_weights: linear.n_parameters(), statistic })
+                Candidates::Ranks(Ladder {
+                    candidates: &self.candidates,
+                    parameters,
+                    n_weights: linear.n_parameters(),
+                    statistic,
+                })
             }
         };
-        Item { dense_cost: self.dense_cost, offers }
+        Item { dense_cost: self.dense_cost, candidates }
     }
 }
 
-/// Offers with the choices of all members that each is.
+/// Candidates with the choices of all members that each is.
 #[derive(Default)]
 struct Menu {
-    offers: Vec<Offer>,
+    candidates: Vec<Candidate>,
     choices: Vec<Vec<Choice>>,
 }
 
 impl Menu {
     fn add(&mut self, cost: u64, error: f64, choices: Vec<Choice>) {
-        self.offers.push(Offer { cost, error });
+        self.candidates.push(Candidate { cost, error });
         self.choices.push(choices);
     }
 
     fn of<'a>(self, unit: Unit, dense_cost: u64) -> PricedUnit<'a> {
-        PricedUnit { unit, dense_cost, offers: self.offers, meaning: Meaning::Choices(self.choices) }
+        PricedUnit { unit, dense_cost, candidates: self.candidates, meaning: Meaning::Choices(self.choices) }
     }
 }
 

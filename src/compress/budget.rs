@@ -1,6 +1,6 @@
 //! Decisions that follow from shapes alone under a budget: choices without a fit, and the largest possible ranks.
 
-use super::allocate::{self, Item, Ladder, Offer, Offers, Pick, Ranks, Rules, Spectra};
+use super::allocate::{self, Candidate, Candidates, Item, Ladder, Pick, Ranks, Rules, Spectra};
 use super::compensate::{Compensate, CompensateRank};
 use super::plan::{Choice, Plan};
 use super::recipe::{Budget, Recipe};
@@ -30,12 +30,13 @@ pub(super) fn quantized_choice(recipe: &Recipe, linear: &LinearInfo, quant: Quan
 /// The choices of an allocator that needs no spectra.
 pub(super) fn choices_by_shape(recipe: &Recipe, plan: &Plan, ranks: Ranks, budget: Budget) -> Vec<Choice> {
     let parameters: Vec<Vec<u64>> = plan.linears.iter().map(|linear| parameters(recipe, linear)).collect();
-    let offers: Vec<Vec<Offer>> = parameters.iter().map(|costs| allocate::offers_by_rank(costs, None, 1.0)).collect();
+    let candidates: Vec<Vec<Candidate>> =
+        parameters.iter().map(|costs| allocate::candidates_by_rank(costs, None, 1.0)).collect();
     let item = |i: usize| {
         let n_weights = plan.linears[i].n_parameters();
-        let ladder = Ladder { offers: &offers[i], parameters: &parameters[i], n_weights, statistic: None };
-        let offers = if plan.are_zero[i] { Offers::Free(offers[i][0]) } else { Offers::Ranks(ladder) };
-        Item { dense_cost: n_weights, offers }
+        let ladder = Ladder { candidates: &candidates[i], parameters: &parameters[i], n_weights, statistic: None };
+        let candidates = if plan.are_zero[i] { Candidates::Free(candidates[i][0]) } else { Candidates::Ranks(ladder) };
+        Item { dense_cost: n_weights, candidates }
     };
     let items: Vec<Item<'_>> = (0..plan.linears.len()).map(item).collect();
     let picks = allocate::allocate(ranks, &items, &rules(recipe, &items, budget));
@@ -46,8 +47,8 @@ pub(super) fn choices_by_shape(recipe: &Recipe, plan: &Plan, ranks: Ranks, budge
 pub(super) fn choice(pick: Pick) -> Choice {
     match pick {
         Pick::Dense => Choice::Dense,
-        Pick::Offer(0) => Choice::Zeros,
-        Pick::Offer(rank) => Choice::Fitted { fit: 0, rank },
+        Pick::Candidate(0) => Choice::Zeros,
+        Pick::Candidate(rank) => Choice::Fitted { fit: 0, rank },
     }
 }
 

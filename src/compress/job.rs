@@ -9,6 +9,9 @@ use crate::checkpoint::{Checkpoint, Existing, OutputFolder, expect_apart};
 use crate::device::{Device, HOST};
 use crate::report::REPORT_FILE;
 
+/// Default memory for hidden states and activations.
+pub const DEFAULT_MEMORY_BYTES: u64 = 1 << 30;
+
 /// The source and the output of a compression.
 pub struct Job<'a> {
     /// The source.
@@ -30,10 +33,19 @@ pub struct Job<'a> {
 }
 
 impl<'a> Job<'a> {
-    /// A job with the defaults of the command line: on the CPU, with 1 GiB for hidden states and activations. It replaces
+    /// A job with the defaults of the command line: on the CPU, with [`DEFAULT_MEMORY_BYTES`]. It replaces
     /// nothing, and resumes an interrupted run.
     pub fn new(checkpoint: &'a Checkpoint, source: &'a str, recipe: &'a Recipe, output: &'a Path) -> Self {
-        Self { checkpoint, source, recipe, output, force: false, restart: false, memory_bytes: 1 << 30, device: HOST }
+        Self {
+            checkpoint,
+            source,
+            recipe,
+            output,
+            force: false,
+            restart: false,
+            memory_bytes: DEFAULT_MEMORY_BYTES,
+            device: HOST,
+        }
     }
 
     /// Refuses an output that may not be overwritten, or that contains an input.

@@ -39,14 +39,14 @@ use std::time::Instant;
 use anyhow::Result;
 
 use crate::checkpoint::{Checkpoint, OutputFolder};
-use crate::formats::{self, Format, Output};
+use crate::formats::{self, Output};
 use crate::model::inventory;
 use crate::operator::Forms;
 use crate::progress::Progress;
 use crate::report::CompressReport;
 pub(crate) use curves::{KeptCurve, write as write_curves};
 pub use dry_run::{DryRun, dry_run};
-pub use job::Job;
+pub use job::{DEFAULT_MEMORY_BYTES, Job};
 use recipe::{Fused, Recipe};
 pub(crate) use record::summary as linear_summary;
 use run::{Run, stopped};
@@ -61,8 +61,7 @@ pub use sweep::{SweepSettings, sweep};
 /// # Errors
 /// The family is unknown, so the parts of a matrix are too.
 pub fn view(checkpoint: Checkpoint, recipe: &Recipe) -> Result<Checkpoint> {
-    let holds_experts = matches!(recipe.format, Format::Factored | Format::Dense);
-    let checkpoint = if holds_experts { inventory::split_stacks(checkpoint)? } else { checkpoint };
+    let checkpoint = if recipe.format.stores_everything() { inventory::split_stacks(checkpoint)? } else { checkpoint };
     match recipe.fused {
         Fused::Joint => Ok(checkpoint),
         Fused::Split => inventory::split_fused(checkpoint),
@@ -118,7 +117,7 @@ fn into_folder(run: Run<'_>, folder: &OutputFolder, progress: &dyn Progress) -> 
     let forms = solution.all_forms();
     let mut output = Output::create(folder, plan.files(&source, recipe, &forms))?;
     let written = output::put_all(&mut output, &solution)?;
-    if recipe.format == Format::Factored && recipe.quant().is_empty() && recipe.quant_factors().is_none() {
+    if recipe.format.stores_operators() && recipe.quant().is_empty() && recipe.quant_factors().is_none() {
         curves::write_of(folder, &solution, &allocation.sensitivities, &written)?;
     }
     timings.write = writing.elapsed().as_secs_f64();

@@ -7,7 +7,7 @@ use super::compensate::{Compensate, CompensateRank};
 use super::recipe::Recipe;
 use crate::checkpoint::Checkpoint;
 use crate::error::Failure;
-use crate::formats::{Files, Format, Source};
+use crate::formats::{Files, Source};
 use crate::model::inventory::{self, LinearInfo};
 use crate::model::tie::is_tied_head;
 use crate::model::{config, coverage};
@@ -135,10 +135,13 @@ impl Plan {
             }
             Files::check(source, recipe.format, &modules)?;
         }
-        if recipe.format == Format::Gptq && recipe.quant().len() > 1 {
-            return Err(Failure::usage("a GPTQ checkpoint has a single bit width and group size")
-                .hint("give one `--quant`, or `--format compressed-tensors`")
-                .into());
+        if recipe.quant().len() > 1 && !recipe.format.exporter().mixes_quantizers() {
+            return Err(Failure::usage(format!(
+                "`--format {}` has a single bit width and group size",
+                recipe.format.name()
+            ))
+            .hint("give one `--quant`, or `--format compressed-tensors`")
+            .into());
         }
         Ok(())
     }

@@ -14,7 +14,7 @@ use super::solution::Solution;
 use sha2::{Digest, Sha256};
 
 use crate::checkpoint::{Fingerprint, hex, sha256_file};
-use crate::formats::{Format, Source};
+use crate::formats::Source;
 use crate::model::inventory::LinearInfo;
 use crate::operator::{Forms, Right};
 use crate::quantize::Storage;
@@ -83,7 +83,7 @@ pub(super) fn linears(
             record.relative_error = Some(record.rank.map_or(0.0, |rank| curve.relative_error(rank)));
         }
         let is_laid = matches!(solution.choices[i], Choice::Fitted { .. }) && record.quant.is_none();
-        if is_laid && study.recipe.format == Format::Factored {
+        if is_laid && study.recipe.format.stores_operators() {
             let laid = solution.laid(i);
             record.storage_error = Some(laid.as_ref().map_or(0.0, |laid| laid.storage_error));
             notes.extend(laid.and_then(|laid| laid.note));
@@ -105,7 +105,7 @@ pub(super) fn linears(
         }
         if solution.choices[i] == Choice::Zeros {
             record.relative_error = Some(0.0);
-            record.storage_error = (study.recipe.format == Format::Factored).then_some(0.0);
+            record.storage_error = (study.recipe.format.stores_operators()).then_some(0.0);
             notes.push("all weights are zero".into());
         }
         record.note = (!notes.is_empty()).then(|| notes.join("; "));

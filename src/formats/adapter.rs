@@ -4,7 +4,7 @@
 use serde_json::{Map, Value, json};
 
 use super::dense::{weight, weight_bytes};
-use super::exporter::{Adapter, Exporter, NamedBytes, OutTensor, Refusal, Source, Target, encode};
+use super::exporter::{Adapter, Exporter, Holds, NamedBytes, OutTensor, Refusal, Source, Target, encode};
 use super::refusal::listed;
 use crate::checkpoint::CheckpointError;
 use crate::codecs::peft::{self, Fan};
@@ -16,6 +16,10 @@ use crate::operator::{Forms, Kind, Operator};
 pub(super) struct Peft;
 
 impl Exporter for Peft {
+    fn holds(&self) -> Holds {
+        Holds::DequantizedBases
+    }
+
     fn refusal(&self, _: &Source<'_>, _: &LinearInfo, forms: &Forms) -> Option<String> {
         refusal(forms)
     }

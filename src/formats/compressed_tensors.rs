@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use serde_json::{Map, Value};
 
 use super::adapter;
-use super::exporter::{Adapter, Exporter, NamedBytes, OutTensor, Refusal, Source, encode};
+use super::exporter::{Adapter, Exporter, Holds, NamedBytes, OutTensor, Refusal, Source, encode};
 use crate::checkpoint::CheckpointError;
 use crate::codecs::{self, Values, Written};
 use crate::model::architectures;
@@ -74,6 +74,10 @@ pub(super) fn coded_bytes(linear: &LinearInfo, tensors: Vec<Written>) -> Result<
 }
 
 impl Exporter for CompressedTensors {
+    fn holds(&self) -> Holds {
+        Holds::Codes
+    }
+
     fn refusal(&self, _: &Source<'_>, linear: &LinearInfo, forms: &Forms) -> Option<String> {
         exchange_scheme(linear, forms).err()
     }

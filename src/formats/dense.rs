@@ -3,7 +3,7 @@
 
 use serde_json::{Map, Value};
 
-use super::exporter::{Adapter, Exporter, NamedBytes, OutTensor, Source, encode};
+use super::exporter::{Adapter, Exporter, Holds, NamedBytes, OutTensor, Source, encode};
 use crate::checkpoint::CheckpointError;
 use crate::linalg;
 use crate::model::inventory::{LinearInfo, Stored};
@@ -12,6 +12,10 @@ use crate::operator::{Forms, Operator};
 pub(super) struct Dense;
 
 impl Exporter for Dense {
+    fn holds(&self) -> Holds {
+        Holds::Weights
+    }
+
     fn refusal(&self, _: &Source<'_>, _: &LinearInfo, _: &Forms) -> Option<String> {
         None
     }

@@ -113,8 +113,29 @@ pub enum Container {
     },
 }
 
+/// What a format holds in place of a compressed linear.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Holds {
+    /// Its operator as it is: every structure, every base, parts of fused matrices and single experts.
+    Operators,
+    /// A weight of the shape and dtype of the source.
+    Weights,
+    /// The codes of a quantized base; factors over it are an adapter.
+    Codes,
+    /// The weight that a quantized base stands for; factors over it are an adapter.
+    DequantizedBases,
+}
+
 /// How a format stores compressed linears and describes them in `config.json`.
 pub trait Exporter: Sync {
+    /// What it holds in place of a compressed linear.
+    fn holds(&self) -> Holds;
+
+    /// Whether linears of one output may have different quantizers.
+    fn mixes_quantizers(&self) -> bool {
+        true
+    }
+
     /// Why the runtime could not read this linear as intended. Every linear is checked before any work.
     fn refusal(&self, source: &Source<'_>, linear: &LinearInfo, forms: &Forms) -> Option<String>;
 

@@ -12,7 +12,7 @@
 use anyhow::Result;
 use serde_json::{Map, Value, json};
 
-use super::exporter::{Adapter, Exporter, NamedBytes, OutTensor, Source, encode, stacks_apart};
+use super::exporter::{Adapter, Exporter, Holds, NamedBytes, OutTensor, Source, encode, stacks_apart};
 use crate::checkpoint::{Checkpoint, CheckpointError, Dtype, FORMAT_VERSION};
 use crate::codecs::packed::{self, PackedEntry};
 use crate::codecs::{Values, Written};
@@ -100,10 +100,14 @@ fn part_name(linear: &LinearInfo, part: &str) -> String {
 }
 
 impl Exporter for Factored {
+    fn holds(&self) -> Holds {
+        Holds::Operators
+    }
+
     fn refusal(&self, _: &Source<'_>, _: &LinearInfo, forms: &Forms) -> Option<String> {
         match (forms.base.and_then(|base| base.storage), forms.over) {
             (Some(Storage::Block(block_type)), _) => {
-                Some(format!("`{}` is a block type of llama.cpp; `--format gguf` stores it", block_type.name))
+                Some(format!("`{}` is a block type of llama.cpp", block_type.name))
             }
             (_, Some(form)) if forms.base.is_some() && !form.kind.structure().takes_base() => {
                 Some(format!("the layout `{}` cannot be combined with a base, which takes factors", form.kind))

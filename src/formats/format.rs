@@ -23,11 +23,6 @@ pub enum Format {
 }
 
 impl Format {
-    /// Whether the format stores low-rank parts without a base.
-    pub fn stores_low_rank(self) -> bool {
-        matches!(self, Self::Factored | Self::Dense)
-    }
-
     /// Its name on the command line.
     pub fn name(self) -> &'static str {
         match self {

@@ -6,7 +6,7 @@ use serde_json::{Map, Value};
 
 use super::adapter;
 use super::compressed_tensors::{coded, coded_bytes, exchange_scheme, grouped_base};
-use super::exporter::{Adapter, Exporter, NamedBytes, OutTensor, Refusal, Source};
+use super::exporter::{Adapter, Exporter, Holds, NamedBytes, OutTensor, Refusal, Source};
 use super::refusal::listed;
 use crate::checkpoint::CheckpointError;
 use crate::codecs;
@@ -50,6 +50,14 @@ fn one_setting(modules: &[(LinearInfo, Forms)]) -> Option<Refusal> {
 }
 
 impl Exporter for Gptq {
+    fn holds(&self) -> Holds {
+        Holds::Codes
+    }
+
+    fn mixes_quantizers(&self) -> bool {
+        false
+    }
+
     fn refusal(&self, _: &Source<'_>, linear: &LinearInfo, forms: &Forms) -> Option<String> {
         let scheme = match exchange_scheme(linear, forms) {
             Ok(scheme) => scheme,

@@ -95,7 +95,7 @@ impl<'a> Files<'a> {
     /// It would not; the error gives the reason.
     pub fn check(source: &Source<'_>, format: Format, modules: &[(LinearInfo, Forms)]) -> Result<()> {
         let exporter = format.exporter();
-        if !matches!(format, Format::Factored | Format::Dense) && config::is_multimodal(&source.config) {
+        if !format.stores_everything() && config::is_multimodal(&source.config) {
             let message = format!(
                 "`{}` cannot be written as {}: it is a multimodal model, whose runtimes and files name modules differently",
                 source.checkpoint.root().display(),
@@ -112,7 +112,7 @@ impl<'a> Files<'a> {
             let model = source.checkpoint.root().display();
             Failure::unsupported(format!("`{model}` cannot be written as {}: {reason}", format.name()))
         };
-        if format != Format::Factored
+        if !format.stores_operators()
             && let Some(part) = inventory::linears(source.checkpoint)
                 .iter()
                 .find(|linear| inventory::is_part(source.checkpoint, linear))
@@ -120,7 +120,7 @@ impl<'a> Files<'a> {
             let reason = format!("`{}` is part of a fused matrix", part.module);
             return Err(whole(reason).hint("compress with `--fused joint`").into());
         }
-        if format != Format::Factored
+        if !format.stores_operators()
             && !exporter.joins_stacks()
             && let Some(stack) = source.checkpoint.stacks().first()
         {

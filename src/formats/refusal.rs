@@ -7,6 +7,7 @@ use super::format::Format;
 use crate::error::Failure;
 use crate::model::inventory::LinearInfo;
 use crate::operator::Forms;
+use crate::quantize::Storage;
 
 /// The most names in a message; the rest are counted.
 const SHOWN: usize = 3;
@@ -48,13 +49,18 @@ pub(super) fn of_linears(
             format!("{} linears cannot be stored as {}: {}", all.len(), format.name(), each.join("; "))
         }
     };
-    Some(Failure::unsupported(message).hint(hint(format, &refused, &stored)))
+    let is_of_blocks =
+        |(_, forms): &(LinearInfo, Forms)| matches!(forms.base.and_then(|base| base.storage), Some(Storage::Block(_)));
+    Some(Failure::unsupported(message).hint(match modules.iter().all(is_of_blocks) {
+        true => "add `--format gguf`, or choose a quantizer such as `rtn-int4-g64`".into(),
+        false => hint(format, &refused, &stored),
+    }))
 }
 
 /// Suggests the flags that leave `refused` out, and the formats that store everything.
 fn hint(format: Format, refused: &[&str], stored: &[&str]) -> String {
     const STORE_EVERYTHING: &str = "`--format factored` and `--format dense` store everything";
-    let others = if matches!(format, Format::Factored | Format::Dense) { "" } else { STORE_EVERYTHING };
+    let others = if format.stores_everything() { "" } else { STORE_EVERYTHING };
     if refused.is_empty() || stored.is_empty() {
         let is_all = others.is_empty();
         return if is_all { "choose a quantizer whose groups or blocks divide the inputs" } else { others }.into();

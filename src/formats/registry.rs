@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value};
 
-use super::exporter::{Adapter, Exporter, OutTensor};
+use super::exporter::{Adapter, Exporter, Holds, OutTensor};
 use super::format::Format;
 use super::{adapter, compressed_tensors, dense, factored, gguf, gptq};
 use crate::checkpoint::header_entry_bytes;
@@ -23,14 +23,29 @@ impl Format {
         }
     }
 
-    /// Bytes of a linear: of its tensors, or of the factored form for formats that multiply factors out.
+    /// Whether it stores every operator, as it is or multiplied out.
+    pub fn stores_everything(self) -> bool {
+        matches!(self.exporter().holds(), Holds::Operators | Holds::Weights)
+    }
+
+    /// Whether operators are stored as they are.
+    pub fn stores_operators(self) -> bool {
+        self.exporter().holds() == Holds::Operators
+    }
+
+    /// Whether compressed weights take as many bytes as those of the source.
+    pub fn stores_whole_weights(self) -> bool {
+        matches!(self.exporter().holds(), Holds::Weights | Holds::DequantizedBases)
+    }
+
+    /// Bytes of a linear: of its tensors, or of its operator for formats that multiply it out.
     pub fn n_bytes(self, linear: &LinearInfo, forms: &Forms) -> u64 {
-        match self {
-            Self::Factored | Self::Dense | Self::Peft => {
+        match self.exporter().holds() {
+            Holds::Operators | Holds::Weights | Holds::DequantizedBases => {
                 let (base, over) = linear.bytes_as(forms);
                 base + over
             }
-            _ => self.exporter().tensors(linear, forms).iter().map(OutTensor::n_bytes).sum(),
+            Holds::Codes => self.exporter().tensors(linear, forms).iter().map(OutTensor::n_bytes).sum(),
         }
     }
 

@@ -239,7 +239,7 @@ pub struct Kind(pub(super) u8);
 
 impl Kind {
     /// The weight itself, or a base below another term.
-    pub const DENSE: Self = Self(0);
+    pub(crate) const DENSE: Self = Self(0);
     /// `B·A`: supported by every runtime with low rank.
     pub const FACTORS: Self = Self(1);
 }

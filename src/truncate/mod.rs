@@ -20,7 +20,7 @@ use crate::checkpoint::{
     CONFIG_FILE, Checkpoint, CheckpointError, Dtype, Existing, OutputFolder, SafetensorsWriter, TensorSpec, cast,
     expect_apart, json, read_file, writer_bytes,
 };
-use crate::compress::allocate::{self, Item, Ladder, Offer, Offers, Pick, Ranks, Rules};
+use crate::compress::allocate::{self, Candidate, Candidates, Item, Ladder, Pick, Ranks, Rules};
 use crate::compress::{KeptCurve, linear_summary, write_curves};
 use crate::error::Failure;
 use crate::formats::{self, Adapter, CURVES_FILES, Format, OutTensor, Source};
@@ -301,17 +301,18 @@ fn allocate_ranks(truncations: &mut [Truncation], report: &CompressReport, keep:
     let before = report.sizes.linear_parameters_before;
     let dense: u64 = report.linears.iter().filter(|l| l.rank.is_none()).map(|l| l.parameters_after).sum();
     let parameters: Vec<Vec<u64>> = truncations.iter().map(Truncation::parameters).collect();
-    let offers: Vec<Vec<Offer>> = truncations.iter().zip(&parameters).map(|(t, costs)| t.offers(costs)).collect();
+    let candidates: Vec<Vec<Candidate>> =
+        truncations.iter().zip(&parameters).map(|(t, costs)| t.candidates(costs)).collect();
     let item = |i: usize| {
         let n_weights = truncations[i].linear.n_parameters();
-        let ladder = Ladder { offers: &offers[i], parameters: &parameters[i], n_weights, statistic: None };
-        Item { dense_cost: n_weights, offers: Offers::Ranks(ladder) }
+        let ladder = Ladder { candidates: &candidates[i], parameters: &parameters[i], n_weights, statistic: None };
+        Item { dense_cost: n_weights, candidates: Candidates::Ranks(ladder) }
     };
     let items: Vec<Item<'_>> = (0..truncations.len()).map(item).collect();
     let budget = (keep * before as f64 + 1e-6).floor() as u64;
     let ranks = truncations.iter().map(|s| s.rank);
-    let now = dense + items.iter().zip(ranks).map(|(item, rank)| item.cost(Pick::Offer(rank))).sum::<u64>();
-    let least = dense + items.iter().map(|item| item.cost(Pick::Offer(1))).sum::<u64>();
+    let now = dense + items.iter().zip(ranks).map(|(item, rank)| item.cost(Pick::Candidate(rank))).sum::<u64>();
+    let least = dense + items.iter().map(|item| item.cost(Pick::Candidate(1))).sum::<u64>();
     if budget >= now {
         let message =
             format!("`--keep {keep}` is not less than the {:.4} that is already kept", now as f64 / before as f64);
@@ -324,7 +325,7 @@ fn allocate_ranks(truncations: &mut [Truncation], report: &CompressReport, keep:
     let rules = Rules { budget: budget - dense, fill: false, ..Rules::of_keep(&items, 0.999) };
     let picks = allocate::allocate(Ranks::Knapsack, &items, &rules);
     for (truncation, pick) in truncations.iter_mut().zip(picks) {
-        if let Pick::Offer(rank) = pick {
+        if let Pick::Candidate(rank) = pick {
             truncation.new_rank = rank.min(truncation.rank);
         }
     }
@@ -339,9 +340,9 @@ impl Truncation {
     }
 
     /// Costs in parameters and errors at these ranks.
-    fn offers(&self, costs: &[u64]) -> Vec<Offer> {
+    fn candidates(&self, costs: &[u64]) -> Vec<Candidate> {
         let curve = ErrorCurve::new(self.curve.energies.iter().map(|&energy| f64::from(energy)).collect());
-        allocate::offers_by_rank(costs, Some(&curve), self.curve.scale)
+        allocate::candidates_by_rank(costs, Some(&curve), self.curve.scale)
     }
 
     /// Whether the smaller fit is a selection from the larger one.

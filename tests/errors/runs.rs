@@ -75,6 +75,9 @@ fn errors_of_the_command_line_name_the_flag_and_what_it_takes() {
         (&["--ranks", "energy:2"], "`--ranks energy:2` is not one of uniform", help),
         (&["--quant", "foo"], "`--quant foo` is not a quantizer: expected", help),
         (&["--kep", "0.8"], "there is no flag `--kep`", "hint: did you mean `--keep`?"),
+        (&["--keep", "0.8", "--dry-run", "full"], "unexpected argument `full`", "hint: did you mean `--dry-run=full`?"),
+        (&["--keep", "0.8", "--targets", "["], "is not a glob: unclosed character class", "as in `*.mlp.*`"),
+        (&["--keep", "0.8", "--revision", "v2"], "`--revision v2` has no effect", "hint: only models of the hub"),
         (&["--keep", "0.8", "--bits", "3"], "cannot be combined with", "hint: remove one of the two"),
         (&["--keep", "0.8", "--keep", "0.7"], "`--keep` is given twice", "hint: remove one of the two"),
     ] {
@@ -111,6 +114,7 @@ fn errors_of_a_recipe_name_its_line_and_its_key() {
         ),
         ("keep = 0.8\nkep = 0.8", "line 2: there is no option `kep`\nhint: the keys are the long flags"),
         ("keep = ", "line 1: "),
+        ("keep = 2", "/recipe.toml`: `--keep 2` is outside (0, 1]\nhint: "),
     ] {
         std::fs::write(&recipe, text).unwrap();
         let run = lrc(&["compress", FIXTURE, "-o", path(&folder.path().join("out")), "--recipe", path(&recipe)]);

@@ -47,7 +47,7 @@ mod tests {
         let linears = [curve(16), curve(4)].map(|curve| Linear::new(Kind::FACTORS, (64, 64), curve, 1.0));
         let items = [linears[0].item(), linears[1].item()];
         let choices = EffectiveRank.choices(&items, &Rules::of_keep(&items, 0.5));
-        let [Pick::Offer(first), Pick::Offer(second)] = choices[..] else { panic!("{choices:?}") };
+        let [Pick::Candidate(first), Pick::Candidate(second)] = choices[..] else { panic!("{choices:?}") };
         assert!(first.abs_diff(2 * second) <= 1 && first + second >= 30, "{first} {second}");
     }
 }

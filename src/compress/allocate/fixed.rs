@@ -13,6 +13,6 @@ impl Allocator for Fixed {
     }
 
     fn choices(&self, items: &[Item<'_>], _: &Rules) -> Vec<Pick> {
-        items.iter().map(|item| Pick::Offer(self.rank.min(item.ladder().largest_rank()))).collect()
+        items.iter().map(|item| Pick::Candidate(self.rank.min(item.ladder().largest_rank()))).collect()
     }
 }

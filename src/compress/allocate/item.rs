@@ -36,13 +36,13 @@ impl Rules {
 pub enum Pick {
     /// The item stays as it is.
     Dense,
-    /// The offer with this index, which is the rank if offers are ranks.
-    Offer(usize),
+    /// The candidate with this index, which is the rank if candidates are ranks.
+    Candidate(usize),
 }
 
 /// A possible replacement of an item.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Offer {
+pub struct Candidate {
     /// In the unit of the budget.
     pub cost: u64,
     /// Squared error, weighted by its cost to the model, so that items compare.
@@ -55,25 +55,25 @@ pub struct Item<'a> {
     /// The cost if it stays as it is, in the unit of the budget.
     pub dense_cost: u64,
     /// The possible replacements.
-    pub offers: Offers<'a>,
+    pub candidates: Candidates<'a>,
 }
 
 /// The possible replacements of an item.
 #[derive(Debug, Clone, Copy)]
-pub enum Offers<'a> {
+pub enum Candidates<'a> {
     /// One that is always taken: rank 0 of a matrix of zeros.
-    Free(Offer),
+    Free(Candidate),
     /// One for every rank.
     Ranks(Ladder<'a>),
     /// Any others, in no order; only the knapsack takes them.
-    Menu(&'a [Offer]),
+    Menu(&'a [Candidate]),
 }
 
-/// The offers of every rank from 0 to the largest.
+/// The candidates of every rank from 0 to the largest.
 #[derive(Debug, Clone, Copy)]
 pub struct Ladder<'a> {
     /// By rank.
-    pub offers: &'a [Offer],
+    pub candidates: &'a [Candidate],
     /// Cost in parameters by rank. Published methods divide parameters, even if the budget is in bytes.
     pub parameters: &'a [u64],
     /// Cost in parameters of the item as it is.
@@ -91,9 +91,9 @@ pub struct Statistic<'a> {
     pub rank_price: f64,
 }
 
-/// The offers of ranks with these costs, from rank 0 up. Errors are those of the curve, times `weight`; without a curve they fall so
+/// The candidates of ranks with these costs, from rank 0 up. Errors are those of the curve, times `weight`; without a curve they fall so
 /// that ranks grow evenly.
-pub fn offers_by_rank(costs: &[u64], curve: Option<&ErrorCurve>, weight: f64) -> Vec<Offer> {
+pub fn candidates_by_rank(costs: &[u64], curve: Option<&ErrorCurve>, weight: f64) -> Vec<Candidate> {
     let errors: Vec<f64> = match curve {
         None => (1..=costs.len()).map(|n| 1.0 / n as f64).collect(),
         Some(curve) => {
@@ -106,7 +106,7 @@ pub fn offers_by_rank(costs: &[u64], curve: Option<&ErrorCurve>, weight: f64) ->
             (0..costs.len()).map(|rank| weight * tail[rank.min(energies.len())]).collect()
         }
     };
-    costs.iter().zip(errors).map(|(&cost, error)| Offer { cost, error }).collect()
+    costs.iter().zip(errors).map(|(&cost, error)| Candidate { cost, error }).collect()
 }
 
 impl<'a> Item<'a> {
@@ -123,19 +123,21 @@ impl<'a> Item<'a> {
         self.priced(pick).error
     }
 
-    fn priced(&self, pick: Pick) -> Offer {
-        match (pick, self.offers) {
-            (Pick::Dense, _) => Offer { cost: self.dense_cost, error: 0.0 },
-            (Pick::Offer(_), Offers::Free(offer)) => offer,
-            (Pick::Offer(at), Offers::Ranks(Ladder { offers, .. }) | Offers::Menu(offers)) => offers[at],
+    fn priced(&self, pick: Pick) -> Candidate {
+        match (pick, self.candidates) {
+            (Pick::Dense, _) => Candidate { cost: self.dense_cost, error: 0.0 },
+            (Pick::Candidate(_), Candidates::Free(candidate)) => candidate,
+            (Pick::Candidate(at), Candidates::Ranks(Ladder { candidates, .. }) | Candidates::Menu(candidates)) => {
+                candidates[at]
+            }
         }
     }
 
     pub(super) fn ladder(&self) -> &Ladder<'a> {
-        match &self.offers {
-            Offers::Ranks(ladder) => ladder,
-            Offers::Free(_) | Offers::Menu(_) => {
-                unreachable!("invariant: only the knapsack gets other offers than ranks")
+        match &self.candidates {
+            Candidates::Ranks(ladder) => ladder,
+            Candidates::Free(_) | Candidates::Menu(_) => {
+                unreachable!("invariant: only the knapsack gets other candidates than ranks")
             }
         }
     }
@@ -169,7 +171,7 @@ impl Ladder<'_> {
             return Pick::Dense;
         }
         let rank = rules.round_down(rank).max(self.smallest_rank(rules));
-        if rank > saving_rank { Pick::Dense } else { Pick::Offer(rank) }
+        if rank > saving_rank { Pick::Dense } else { Pick::Candidate(rank) }
     }
 
     /// The floor: a share of the uniform rank, and at least the multiple.

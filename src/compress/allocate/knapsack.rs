@@ -5,7 +5,7 @@
 //! (Everett 1963). What remains of the budget is spent on the single changes that save most.
 
 use super::allocator::{Allocator, Spectra};
-use super::item::{Item, Ladder, Offer, Offers, Pick, Rules};
+use super::item::{Candidate, Candidates, Item, Ladder, Pick, Rules};
 
 pub(super) struct Knapsack;
 
@@ -56,7 +56,7 @@ impl Allocator for Knapsack {
             chosen[i] = to;
         };
         // The steps of quantized bases are wide, so enough may remain to be worth exchanging for.
-        let is_coarse = items.iter().any(|item| matches!(item.offers, Offers::Menu(_))) && left >= 0;
+        let is_coarse = items.iter().any(|item| matches!(item.candidates, Candidates::Menu(_))) && left >= 0;
         let mut exchanges = if is_coarse { EXCHANGES } else { 0 };
         loop {
             while let Some((i, better)) = best_change(&candidates, &chosen, left) {
@@ -72,12 +72,12 @@ impl Allocator for Knapsack {
     }
 }
 
-/// The offers of an item, in ascending cost and falling error.
+/// The candidates of an item, in ascending cost and falling error.
 fn candidates(item: &Item<'_>, rules: &Rules) -> Vec<PricedPick> {
-    match item.offers {
-        Offers::Ranks(ladder) => candidates_by_rank(item, &ladder, rules),
-        Offers::Menu(menu) => undominated(item, menu),
-        Offers::Free(free) => undominated(item, &[free]),
+    match item.candidates {
+        Candidates::Ranks(ladder) => candidates_by_rank(item, &ladder, rules),
+        Candidates::Menu(menu) => undominated(item, menu),
+        Candidates::Free(free) => undominated(item, &[free]),
     }
 }
 
@@ -86,16 +86,16 @@ fn candidates_by_rank(item: &Item<'_>, ladder: &Ladder<'_>, rules: &Rules) -> Ve
     let dense = item.priced_pick(Pick::Dense);
     let mut candidates: Vec<PricedPick> = (ladder.smallest_rank(rules)..=ladder.saving_rank())
         .step_by(rules.multiple)
-        .map(|rank| item.priced_pick(Pick::Offer(rank)))
+        .map(|rank| item.priced_pick(Pick::Candidate(rank)))
         .filter(|candidate| candidate.cost < dense.cost)
         .collect();
     candidates.push(dense);
     candidates
 }
 
-/// The offers, and dense, that no other candidate beats in both cost and error.
-fn undominated(item: &Item<'_>, offers: &[Offer]) -> Vec<PricedPick> {
-    let picks = (0..offers.len()).map(Pick::Offer).chain([Pick::Dense]);
+/// The candidates, and dense, that no other candidate beats in both cost and error.
+fn undominated(item: &Item<'_>, candidates: &[Candidate]) -> Vec<PricedPick> {
+    let picks = (0..candidates.len()).map(Pick::Candidate).chain([Pick::Dense]);
     let mut candidates: Vec<PricedPick> = picks.map(|pick| item.priced_pick(pick)).collect();
     candidates.sort_by(|x, y| x.cost.cmp(&y.cost).then(x.error.total_cmp(&y.error)));
     let mut least = f64::INFINITY;
@@ -236,15 +236,16 @@ mod tests {
     fn candidates_are_chosen_by_error_for_their_bytes() {
         // Expensive and inaccurate, dominated, and the two on the hull.
         let menu = |sensitivity: f64| {
-            [(20, 8.0), (50, 7.0), (40, 2.0), (45, 2.5)].map(|(cost, error)| Offer { cost, error: sensitivity * error })
+            [(20, 8.0), (50, 7.0), (40, 2.0), (45, 2.5)]
+                .map(|(cost, error)| Candidate { cost, error: sensitivity * error })
         };
         let menus = [menu(1.0), menu(10.0)];
-        let items = [0, 1].map(|i| Item { dense_cost: 200, offers: Offers::Menu(&menus[i]) });
+        let items = [0, 1].map(|i| Item { dense_cost: 200, candidates: Candidates::Menu(&menus[i]) });
         let chosen = |budget| {
             let rules = Rules { budget, ..Rules::of_keep(&items, 0.5) };
             Knapsack.choices(&items, &rules)
         };
-        let (small, large) = (Pick::Offer(0), Pick::Offer(2));
+        let (small, large) = (Pick::Candidate(0), Pick::Candidate(2));
         assert_eq!(chosen(40), [small, small]);
         assert_eq!(chosen(79), [small, large]);
         assert_eq!(chosen(80), [large, large]);

@@ -18,15 +18,15 @@ use serde::{Deserialize, Serialize};
 
 pub use allocator::{Allocator, Spectra, cost};
 pub(super) use frontier::{Point, frontier};
-pub use item::{Item, Ladder, Offer, Offers, Pick, Rules, Statistic, offers_by_rank};
+pub use item::{Candidate, Candidates, Item, Ladder, Pick, Rules, Statistic, candidates_by_rank};
 
-/// The choices of `ranks` under the budget, or the smallest ranks if even they exceed it. Free offers are taken, which leaves their
+/// The choices of `ranks` under the budget, or the smallest ranks if even they exceed it. Free candidates are taken, which leaves their
 /// share of the budget to the other items.
 pub fn allocate(ranks: Ranks, items: &[Item<'_>], rules: &Rules) -> Vec<Pick> {
     if rules.keep >= 1.0 && ranks.is_budgeted() {
         return vec![Pick::Dense; items.len()];
     }
-    let is_free = |item: &Item<'_>| matches!(item.offers, Offers::Free(_));
+    let is_free = |item: &Item<'_>| matches!(item.candidates, Candidates::Free(_));
     let others: Vec<Item<'_>> = items.iter().filter(|item| !is_free(item)).copied().collect();
     let mut found = ranks.allocator().choices(&others, rules);
     if rules.fill && ranks.is_budgeted() {
@@ -34,7 +34,7 @@ pub fn allocate(ranks: Ranks, items: &[Item<'_>], rules: &Rules) -> Vec<Pick> {
     }
     let mut found = found.into_iter();
     let mut next = || found.next().expect("invariant: an allocator makes a choice an item");
-    items.iter().map(|item| if is_free(item) { Pick::Offer(0) } else { next() }).collect()
+    items.iter().map(|item| if is_free(item) { Pick::Candidate(0) } else { next() }).collect()
 }
 
 /// Spends the remaining budget step by step, each time on the rank that gains most for its cost.
@@ -42,7 +42,7 @@ fn fill(items: &[Item<'_>], rules: &Rules, choices: &mut [Pick]) {
     let mut left = rules.budget.saturating_sub(cost(items, choices));
     loop {
         let step = |(i, item): (usize, &Item<'_>)| {
-            let (Pick::Offer(rank), Offers::Ranks(ladder)) = (choices[i], item.offers) else { return None };
+            let (Pick::Candidate(rank), Candidates::Ranks(ladder)) = (choices[i], item.candidates) else { return None };
             let next = ladder.pick(rank + rules.multiple, rules);
             let extra = item.cost(next).checked_sub(item.cost(choices[i]))?;
             let gain = (item.error(choices[i]) - item.error(next)) / extra.max(1) as f64;
@@ -175,7 +175,7 @@ mod tests {
         spectrum: ErrorCurve,
         parameters: Vec<u64>,
         dense_cost: u64,
-        offers: Vec<Offer>,
+        candidates: Vec<Candidate>,
     }
 
     impl Linear {
@@ -183,26 +183,26 @@ mod tests {
         pub fn new(kind: Kind, shape: Shape, spectrum: ErrorCurve, sensitivity: f64) -> Self {
             let ranks = 0..=kind.fitting().largest_rank(shape);
             let parameters: Vec<u64> = ranks.map(|rank| kind.n_parameters(rank, shape)).collect();
-            let offers = offers_by_rank(&parameters, Some(&spectrum), sensitivity);
-            Self { shape, spectrum, parameters, dense_cost: (shape.0 * shape.1) as u64, offers }
+            let candidates = candidates_by_rank(&parameters, Some(&spectrum), sensitivity);
+            Self { shape, spectrum, parameters, dense_cost: (shape.0 * shape.1) as u64, candidates }
         }
 
         /// Two bytes per parameter, and a constant as for a header or a permutation.
         fn in_bytes(mut self) -> Self {
             self.dense_cost = 2 * self.dense_cost + 90;
-            self.offers.iter_mut().for_each(|offer| offer.cost = 2 * offer.cost + 200);
+            self.candidates.iter_mut().for_each(|candidate| candidate.cost = 2 * candidate.cost + 200);
             self
         }
 
         pub fn item(&self) -> Item<'_> {
             let (m, n) = self.shape;
             let ladder = Ladder {
-                offers: &self.offers,
+                candidates: &self.candidates,
                 parameters: &self.parameters,
                 n_weights: (m * n) as u64,
                 statistic: Some(Statistic { spectrum: &self.spectrum, rank_price: (m + n) as f64 }),
             };
-            Item { dense_cost: self.dense_cost, offers: Offers::Ranks(ladder) }
+            Item { dense_cost: self.dense_cost, candidates: Candidates::Ranks(ladder) }
         }
     }
 
@@ -236,22 +236,22 @@ mod tests {
     }
 
     #[test]
-    fn offers_have_the_errors_of_the_curve() {
+    fn candidates_have_the_errors_of_the_curve() {
         let curve = ErrorCurve::new(vec![0.7, 0.1, 0.1, 1e-17, 0.0]);
-        let offers = offers_by_rank(&[0, 3, 6, 9, 12, 15], Some(&curve), 0.3);
-        for (rank, offer) in offers.into_iter().enumerate() {
-            assert_eq!((offer.cost, offer.error), (3 * rank as u64, 0.3 * curve.squared_error(rank)));
+        let candidates = candidates_by_rank(&[0, 3, 6, 9, 12, 15], Some(&curve), 0.3);
+        for (rank, candidate) in candidates.into_iter().enumerate() {
+            assert_eq!((candidate.cost, candidate.error), (3 * rank as u64, 0.3 * curve.squared_error(rank)));
         }
     }
 
     #[test]
     fn free_offers_leave_their_share_to_others() {
         let linear = Linear::new(Kind::FACTORS, (40, 40), ErrorCurve::new(vec![1.0; 40]), 1.0);
-        let zeros = Item { dense_cost: 1600, offers: Offers::Free(Offer { cost: 0, error: 0.0 }) };
+        let zeros = Item { dense_cost: 1600, candidates: Candidates::Free(Candidate { cost: 0, error: 0.0 }) };
         let items = [zeros, linear.item()];
         let picks = |keep| allocate(Ranks::Knapsack, &items, &Rules::of_keep(&items, keep));
-        assert_eq!(picks(0.6), [Pick::Offer(0), Pick::Dense]);
-        assert_eq!(picks(0.25), [Pick::Offer(0), Pick::Offer(10)]);
+        assert_eq!(picks(0.6), [Pick::Candidate(0), Pick::Dense]);
+        assert_eq!(picks(0.25), [Pick::Candidate(0), Pick::Candidate(10)]);
         assert_eq!(picks(1.0), [Pick::Dense, Pick::Dense]);
     }
 
@@ -275,7 +275,7 @@ mod tests {
                     let spent = cost(&items, &picks);
                     prop_assert!(spent <= rules.budget.max(floor), "{} spends {} of {}", ranks, spent, rules.budget);
                     for (pick, item) in picks.iter().zip(&items) {
-                        if let Pick::Offer(r) = pick {
+                        if let Pick::Candidate(r) = pick {
                             let ladder = item.ladder();
                             prop_assert!(*r >= ladder.smallest_rank(&rules) && *r <= ladder.saving_rank());
                             prop_assert_eq!(r % multiple, 0);
@@ -288,7 +288,7 @@ mod tests {
                         // No further step of rank is affordable.
                         let left = rules.budget - spent;
                         for (&pick, item) in picks.iter().zip(&items) {
-                            if let Pick::Offer(r) = pick {
+                            if let Pick::Candidate(r) = pick {
                                 let next = item.ladder().pick(r + multiple, &rules);
                                 prop_assert!(item.cost(next) <= item.cost(pick) || item.cost(next) - item.cost(pick) > left);
                             }

@@ -33,11 +33,11 @@ mod tests {
     #[test]
     fn ranks_follow_the_formula() {
         for (shape, keep, factors, pivot) in [
-            ((64, 64), 0.8, Pick::Offer(25), Pick::Offer(35)),
-            ((172, 64), 0.8, Pick::Offer(37), Pick::Offer(46)),
-            ((2048, 5632), 0.8, Pick::Offer(1201), Pick::Offer(1490)),
-            ((64, 64), 0.999, Pick::Offer(31), Pick::Offer(61)),
-            ((1000, 2), 0.5, Pick::Offer(1), Pick::Offer(1)),
+            ((64, 64), 0.8, Pick::Candidate(25), Pick::Candidate(35)),
+            ((172, 64), 0.8, Pick::Candidate(37), Pick::Candidate(46)),
+            ((2048, 5632), 0.8, Pick::Candidate(1201), Pick::Candidate(1490)),
+            ((64, 64), 0.999, Pick::Candidate(31), Pick::Candidate(61)),
+            ((1000, 2), 0.5, Pick::Candidate(1), Pick::Candidate(1)),
         ] {
             for (kind, expected) in [(Kind::FACTORS, factors), (Kind::default(), pivot)] {
                 let linear = Linear::new(kind, shape, ErrorCurve::new(Vec::new()), 1.0);

@@ -58,7 +58,7 @@ mod tests {
         let linears = [linear((40, 40), steep), linear((40, 40), flat)];
         let items: Vec<Item<'_>> = linears.iter().map(Linear::item).collect();
         let choices = Welore.choices(&items, &Rules::of_keep(&items, 0.7));
-        let Pick::Offer(rank) = choices[0] else { panic!("the steep one is factored") };
+        let Pick::Candidate(rank) = choices[0] else { panic!("the steep one is factored") };
         assert!(rank < 10, "{rank}");
         assert_eq!(choices[1], Pick::Dense);
     }

@@ -15,7 +15,7 @@ pub enum Approach {
     /// `W ≈ B·A`.
     LowRank(LowRankApproach),
     /// `W ≈ Q`, or `W ≈ Q + B·A`.
-    Quantized(QuantizedApproach),
+    Quantized(Bases),
 }
 
 /// Low rank without a base.
@@ -127,17 +127,6 @@ impl Unordered {
     }
 }
 
-/// A quantized base per linear, with or without factors for its error.
-#[derive(Debug, Clone, PartialEq)]
-pub struct QuantizedApproach {
-    /// The quantizers, and the factors.
-    pub bases: Bases,
-    /// How errors of different linears compare.
-    pub sensitivity: BaseSensitivity,
-    /// γ of the depth weight.
-    pub gamma: f64,
-}
-
 /// How errors of quantized linears compare. [`Sensitivity::Measured`] is not among them, because its trials truncate weights to a low rank.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum BaseSensitivity {
@@ -156,7 +145,7 @@ impl From<BaseSensitivity> for Sensitivity {
     }
 }
 
-/// The quantizers, and the factors.
+/// A quantized base per linear, with or without factors for its error.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Bases {
     /// The same for every linear; no budget.
@@ -169,12 +158,32 @@ pub enum Bases {
     /// The limit chooses a quantizer per linear and, with [`CompensateRank::Auto`], the rank of its factors.
     Chosen {
         /// The quantizers to choose from.
-        menu: Vec<Quant>,
+        menu: Menu,
         /// The factors over them.
         factors: Option<Factors<CompensateRank>>,
         /// The most that all linears may cost together.
         limit: Limit,
+        /// How errors of different linears compare.
+        sensitivity: BaseSensitivity,
+        /// γ of the depth weight.
+        gamma: f64,
     },
+}
+
+/// One or more quantizers.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Menu(Vec<Quant>);
+
+impl Menu {
+    /// The quantizers, unless there is none.
+    pub fn new(quants: Vec<Quant>) -> Option<Self> {
+        (!quants.is_empty()).then_some(Self(quants))
+    }
+
+    /// The quantizers.
+    pub fn quants(&self) -> &[Quant] {
+        &self.0
+    }
 }
 
 /// Factors that compensate the error of a base.
@@ -267,7 +276,7 @@ impl Bases {
     fn menu(&self) -> &[Quant] {
         match self {
             Self::Fixed { quant, .. } => std::slice::from_ref(quant),
-            Self::Chosen { menu, .. } => menu,
+            Self::Chosen { menu, .. } => menu.quants(),
         }
     }
 
@@ -323,7 +332,7 @@ impl Approach {
     pub fn quant(&self) -> &[Quant] {
         match self {
             Self::Dense | Self::LowRank(_) => &[],
-            Self::Quantized(quantized) => quantized.bases.menu(),
+            Self::Quantized(bases) => bases.menu(),
         }
     }
 
@@ -331,7 +340,7 @@ impl Approach {
     pub fn factors(&self) -> Option<Factors<CompensateRank>> {
         match self {
             Self::Dense | Self::LowRank(_) => None,
-            Self::Quantized(quantized) => quantized.bases.factors(),
+            Self::Quantized(bases) => bases.factors(),
         }
     }
 
@@ -350,8 +359,8 @@ impl Approach {
         match self {
             Self::Dense => Budget::Keep(1.0),
             Self::LowRank(low_rank) => low_rank.rule().and_then(|(rule, _)| rule.limit()).into(),
-            Self::Quantized(QuantizedApproach { bases: Bases::Chosen { limit, .. }, .. }) => Some(*limit).into(),
-            Self::Quantized(QuantizedApproach { bases: Bases::Fixed { .. }, .. }) => Budget::None,
+            Self::Quantized(Bases::Chosen { limit, .. }) => Some(*limit).into(),
+            Self::Quantized(Bases::Fixed { .. }) => Budget::None,
         }
     }
 
@@ -379,12 +388,12 @@ impl Approach {
         }
     }
 
-    /// The source of the knapsack's scale between linears; `None` for other allocators.
+    /// The source of the knapsack's scale between linears; `None` where it has nothing to choose.
     pub fn sensitivity(&self) -> Option<Sensitivity> {
         self.knapsack().map(|(sensitivity, _)| sensitivity)
     }
 
-    /// The depth weight of the knapsack; 0 for other allocators.
+    /// The depth weight of the knapsack; 0 where it has nothing to choose.
     pub fn depth_weight(&self) -> DepthWeight {
         self.knapsack().map_or(DepthWeight::Fixed(0.0), |(_, depth_weight)| depth_weight)
     }
@@ -396,7 +405,8 @@ impl Approach {
                 Rule::Knapsack(Knapsack { sensitivity, depth_weight, .. }) => Some((sensitivity, depth_weight)),
                 _ => None,
             },
-            Self::Quantized(QuantizedApproach { sensitivity, gamma, .. }) => {
+            Self::Quantized(Bases::Fixed { .. }) => None,
+            Self::Quantized(Bases::Chosen { sensitivity, gamma, .. }) => {
                 Some(((*sensitivity).into(), DepthWeight::Fixed(*gamma)))
             }
         }

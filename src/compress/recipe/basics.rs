@@ -177,6 +177,10 @@ pub fn windows(options: &RecipeOptions, text: &Path) -> Result<WindowSettings> {
     if settings.gradient_samples == Some(0) {
         return Err(usage("`--gradient-samples` must be at least 1", "remove it for all windows"));
     }
+    if let Some(n) = settings.gradient_samples.filter(|&n| n > settings.samples) {
+        let message = format!("`--gradient-samples {n}` is more than the {} windows of `--samples`", settings.samples);
+        return Err(usage(message, "remove it for all windows"));
+    }
     if let Some(seq_len) = settings.seq_len.filter(|&n| n < 2) {
         return Err(usage(
             format!("`--seq-len {seq_len}` is too short: a window needs 2 tokens to predict one"),

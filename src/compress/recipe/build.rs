@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 
-use super::approach::{Approach, Limit};
+use super::approach::{Approach, Limit, Menu};
 use super::basics::{Basics, share, usage, windows};
 use super::low_rank::low_rank;
 use super::patterns::Patterns;
@@ -12,7 +12,6 @@ use crate::calibrate::{Needs, WindowSettings};
 use crate::compress::options::{Fused, RecipeOptions};
 use crate::compress::presets::Method;
 use crate::error::Failure;
-use crate::formats::Format;
 
 impl Recipe {
     /// Checks the options against each other and fills in the defaults.
@@ -37,9 +36,9 @@ impl Recipe {
                 Some(size) if size.as_u64() == 0 => return Err(Failure::usage("`--max-shard-size` is 0").into()),
                 size => size.map_or(DEFAULT_SHARD_BYTES, |s| s.as_u64()),
             },
-            approach: match options.quant.as_slice() {
-                [] => Approach::LowRank(low_rank(options, &basics)?),
-                menu => Approach::Quantized(quantized(options, &basics, menu)?),
+            approach: match Menu::new(options.quant.clone()) {
+                None => Approach::LowRank(low_rank(options, &basics)?),
+                Some(menu) => Approach::Quantized(quantized(options, &basics, menu)?),
             },
         };
         recipe.check_format(basics.limit)?;
@@ -69,13 +68,13 @@ impl Recipe {
     /// Checks the format against the other settings.
     fn check_format(&self, limit: Option<Limit>) -> Result<()> {
         let format = self.format.name();
-        if matches!(limit, Some(Limit::Bytes(_))) && matches!(self.format, Format::Dense | Format::Peft) {
+        if matches!(limit, Some(Limit::Bytes(_))) && self.format.stores_whole_weights() {
             return Err(usage(
                 format!("`--target-size` cannot be combined with `--format {format}`, which stores full-size weights"),
                 "choose a format that stores the compressed weights, such as `--format factored`",
             ));
         }
-        if self.fused == Fused::Split && self.format != Format::Factored {
+        if self.fused == Fused::Split && !self.format.stores_operators() {
             let message = format!("`--fused split` cannot be combined with `--format {format}`");
             return Err(usage(message, "only `--format factored` stores the parts of a fused matrix separately"));
         }
@@ -122,14 +121,20 @@ impl Recipe {
 
 fn window_settings(options: &RecipeOptions) -> Result<Option<WindowSettings>> {
     let Some(text) = &options.calibration else {
-        let counts = [options.samples, options.gradient_samples, options.seq_len];
-        if counts.iter().any(Option::is_some) || options.seed.is_some() {
-            return Err(Failure::usage(
-                "`--samples`, `--gradient-samples`, `--seq-len` and `--seed` have no effect without `--calibration FILE`",
-            )
-            .into());
-        }
-        return Ok(None);
+        let given = [
+            ("--samples", options.samples.is_some()),
+            ("--gradient-samples", options.gradient_samples.is_some()),
+            ("--seq-len", options.seq_len.is_some()),
+            ("--seed", options.seed.is_some()),
+            ("--field", options.field.is_some()),
+        ];
+        return match given.iter().find(|(_, is_given)| *is_given) {
+            Some((flag, _)) => Err(usage(
+                format!("`{flag}` has no effect without `--calibration FILE`"),
+                "it says which windows of that text are used",
+            )),
+            None => Ok(None),
+        };
     };
     windows(options, text).map(Some)
 }

@@ -19,7 +19,7 @@ pub(super) fn low_rank(options: &RecipeOptions, basics: &Basics) -> Result<LowRa
             "it compensates the error of a quantized base; for low rank alone give `--keep` or `--ranks`",
         ));
     }
-    if !basics.format.stores_low_rank() {
+    if !basics.format.stores_everything() {
         let message =
             format!("`--format {}` cannot store low-rank factors without a quantized base", basics.format.name());
         return Err(usage(message, "add `--quant`, or choose `--format factored` or `--format dense`"));
@@ -97,7 +97,7 @@ fn storage(options: &RecipeOptions, format: Format) -> Result<FactorStorage> {
         }
         Some(unordered) => unordered,
     };
-    if format != Format::Factored {
+    if !format.stores_operators() {
         let message = format!("`--elastic` has no effect with `--format {}`", format.name());
         return Err(usage(message, "only `--format factored` stores ranks that can be truncated"));
     }

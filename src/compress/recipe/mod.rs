@@ -14,7 +14,7 @@ mod tests;
 pub use super::options::{FactorBits, Fused, RecipeOptions};
 pub use approach::{
     Allocation, Approach, BaseSensitivity, Bases, Budget, Compensator, FactorStorage, Factors, FloatStorage, Knapsack,
-    Limit, LowRankApproach, QuantizedApproach, RankSteps, Rule, Unordered,
+    Limit, LowRankApproach, Menu, RankSteps, Rule, Unordered,
 };
 pub use basics::{DEFAULT_SAMPLES, windows};
 pub use patterns::Patterns;

@@ -17,9 +17,13 @@ impl Patterns {
     pub(super) fn new(flag: &str, texts: &[String]) -> Result<Self> {
         let mut builder = GlobSetBuilder::new();
         for text in texts {
-            builder.add(Glob::new(text).map_err(|e| Failure::usage(format!("{flag} `{text}` is not a glob: {e}")))?);
+            let glob = Glob::new(text).map_err(|error| {
+                Failure::usage(format!("{flag} `{text}` is not a glob: {}", error.kind()))
+                    .hint("`*` stands for any text, as in `*.mlp.*`; `[` begins a set of letters")
+            })?;
+            builder.add(glob);
         }
-        let set = builder.build().map_err(|e| Failure::usage(format!("{flag}: {e}")))?;
+        let set = builder.build().map_err(|error| Failure::usage(format!("{flag}: {error}")))?;
         Ok(Self { texts: texts.to_vec(), set })
     }
 

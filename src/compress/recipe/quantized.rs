@@ -2,16 +2,15 @@
 
 use anyhow::Result;
 
-use super::approach::{BaseSensitivity, Bases, Compensator, Factors, QuantizedApproach};
+use super::approach::{BaseSensitivity, Bases, Compensator, Factors, Menu};
 use super::basics::{Basics, usage};
 use crate::compress::allocate::Ranks;
 use crate::compress::compensate::CompensateRank;
 use crate::compress::options::RecipeOptions;
 use crate::compress::scale::{DepthWeight, Sensitivity};
-use crate::quantize::Quant;
 
 /// The approach with `--quant`.
-pub(super) fn quantized(options: &RecipeOptions, basics: &Basics, menu: &[Quant]) -> Result<QuantizedApproach> {
+pub(super) fn quantized(options: &RecipeOptions, basics: &Basics, menu: Menu) -> Result<Bases> {
     check_low_rank_flags(options, basics)?;
     let method = options.compensate.and_then(Compensator::new);
     if method.is_none() && (options.compensate_rank.is_some() || options.quant_factors.is_some()) {
@@ -23,9 +22,11 @@ pub(super) fn quantized(options: &RecipeOptions, basics: &Basics, menu: &[Quant]
     }
     let bits = options.quant_factors;
     let rank = options.compensate_rank.unwrap_or(CompensateRank::Auto);
-    let bases = match (basics.limit, menu, rank) {
+    let bases = match (basics.limit, menu.quants(), rank) {
         (Some(limit), _, _) => {
-            Bases::Chosen { menu: menu.to_vec(), factors: method.map(|method| Factors { method, rank, bits }), limit }
+            let factors = method.map(|method| Factors { method, rank, bits });
+            let (sensitivity, gamma) = weights(basics);
+            Bases::Chosen { menu, factors, limit, sensitivity, gamma }
         }
         (None, &[quant], CompensateRank::Fixed(rank)) => {
             Bases::Fixed { quant, factors: method.map(|method| Factors { method, rank, bits }) }
@@ -44,12 +45,24 @@ pub(super) fn quantized(options: &RecipeOptions, basics: &Basics, menu: &[Quant]
             ));
         }
     };
-    if bits.is_some() && !basics.format.stores_low_rank() {
+    if bits.is_some() && !basics.format.stores_everything() {
         return Err(usage(
             format!("`--quant-factors` cannot be combined with `--format {}`", basics.format.name()),
             "adapters hold unquantized factors: remove `--quant-factors`, or choose `--format factored`",
         ));
     }
+    let weight = [("--sensitivity", options.sensitivity.is_some()), ("--depth-weight", options.depth_weight.is_some())];
+    match weight.iter().find(|(_, is_given)| *is_given && matches!(bases, Bases::Fixed { .. })) {
+        Some((flag, _)) => Err(usage(
+            format!("`{flag}` has no effect on one quantizer for every linear"),
+            "it weighs linears against each other: add a budget, or remove it",
+        )),
+        None => Ok(bases),
+    }
+}
+
+/// How errors of different linears compare, and γ of the depth weight.
+fn weights(basics: &Basics) -> (BaseSensitivity, f64) {
     let DepthWeight::Fixed(gamma) = basics.depth_weight else {
         unreachable!("invariant: `--depth-weight auto` was refused")
     };
@@ -58,7 +71,7 @@ pub(super) fn quantized(options: &RecipeOptions, basics: &Basics, menu: &[Quant]
         Some(Sensitivity::Measured) => unreachable!("invariant: `--sensitivity measured` was refused"),
         Some(Sensitivity::Energy) | None => BaseSensitivity::Energy,
     };
-    Ok(QuantizedApproach { bases, sensitivity, gamma })
+    (sensitivity, gamma)
 }
 
 /// Refuses flags that only apply to low rank without a base.

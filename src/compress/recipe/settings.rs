@@ -36,29 +36,29 @@ pub const DEFAULT_SHARD_BYTES: u64 = 4_000_000_000;
 #[derive(Debug, Clone)]
 pub struct Recipe {
     /// Defines the metric of the approximation, or of the reported errors if bases are quantized.
-    pub method: Method,
+    pub(crate) method: Method,
     /// How the linears are replaced, with the allocation and the budget.
-    pub approach: Approach,
+    pub(crate) approach: Approach,
     /// Damping of input Grams, as a share of their mean eigenvalue, in [0, 1].
-    pub damping_input: f64,
+    pub(crate) damping_input: f64,
     /// The same for Grams of output gradients.
-    pub damping_output: f64,
+    pub(crate) damping_output: f64,
     /// Whether per-token gradients are clipped to 0.1 to 10 times their mean norm.
-    pub clip_gradients: bool,
+    pub(crate) clip_gradients: bool,
     /// Whether fused matrices are split.
-    pub fused: Fused,
+    pub(crate) fused: Fused,
     /// The linears to compress; without a pattern all but heads and routers.
-    pub targets: Patterns,
+    pub(crate) targets: Patterns,
     /// Exceptions from `targets`.
-    pub exclude: Patterns,
+    pub(crate) exclude: Patterns,
     /// The format of the output.
-    pub format: Format,
+    pub(crate) format: Format,
     /// The text that is run through the model; `None` if the weights alone, or `statistics`, suffice.
-    pub calibration: Option<WindowSettings>,
+    pub(crate) calibration: Option<WindowSettings>,
     /// A file of `lrc calibrate` in place of a forward and a backward pass.
-    pub statistics: Option<PathBuf>,
+    pub(crate) statistics: Option<PathBuf>,
     /// Largest size of a file of weights, except for a tensor that is larger by itself.
-    pub max_shard_bytes: u64,
+    pub(crate) max_shard_bytes: u64,
 }
 
 /// The settings of the approach, with neutral values for those that it lacks.
@@ -78,7 +78,7 @@ impl Recipe {
         self.approach.layout()
     }
 
-    /// The source of the knapsack's scale between linears; `None` for other allocators.
+    /// The source of the knapsack's scale between linears; `None` where it has nothing to choose.
     pub fn sensitivity(&self) -> Option<Sensitivity> {
         self.approach.sensitivity()
     }
@@ -137,7 +137,7 @@ impl Recipe {
 impl Recipe {
     /// Whether factors of linears of `dtype` are rounded with feedback, as those stored in 16 bits are.
     pub fn rounds(&self, dtype: Dtype) -> bool {
-        let is_stored = self.format == Format::Factored && self.quant_factors().is_none();
+        let is_stored = self.format.stores_operators() && self.quant_factors().is_none();
         is_stored && matches!(dtype, Dtype::F16 | Dtype::BF16)
     }
 
@@ -191,7 +191,7 @@ impl Recipe {
             ranks: (!is_dense).then(|| self.ranks()),
             layout: (!is_dense).then(|| self.layout()),
             sensitivity: self.sensitivity(),
-            depth_weight: (self.ranks() == Ranks::Knapsack).then_some(self.depth_weight()),
+            depth_weight: self.sensitivity().map(|_| self.depth_weight()),
             rank_floor: steps.map(|steps| steps.floor),
             rank_multiple: steps.map(|steps| steps.multiple),
             targets: self.targets.texts.clone(),

@@ -60,7 +60,17 @@ fn contradictions_are_usage_errors() {
         let short = RecipeOptions { seq_len: Some(seq_len), calibration: text.clone(), ..keep(0.5) };
         check(short, "is too short");
     }
-    check(RecipeOptions { samples: Some(0), calibration: text, ..keep(0.5) }, "at least 1");
+    check(RecipeOptions { samples: Some(0), calibration: text.clone(), ..keep(0.5) }, "at least 1");
+    let few = RecipeOptions { samples: Some(4), gradient_samples: Some(5), calibration: text, ..keep(0.5) };
+    check(few, "more than the 4 windows of `--samples`");
+    check(RecipeOptions { field: Some("x".into()), ..keep(0.5) }, "`--field` has no effect without");
+    let quant = || RecipeOptions { quant: vec!["rtn-int4".parse().unwrap()], ..Default::default() };
+    let weighed = RecipeOptions { sensitivity: Some(Sensitivity::Energy), ..quant() };
+    check(weighed, "`--sensitivity` has no effect on one quantizer");
+    let weighed = RecipeOptions { depth_weight: Some(DepthWeight::Fixed(0.5)), ..quant() };
+    check(weighed, "`--depth-weight` has no effect on one quantizer");
+    check(RecipeOptions { bits: Some(4.0), sensitivity: Some(Sensitivity::Measured), ..quant() }, "cannot be combined");
+    assert_eq!(Menu::new(Vec::new()), None);
     check(RecipeOptions { targets: vec!["[".into()], ..keep(0.5) }, "not a glob");
 }
 

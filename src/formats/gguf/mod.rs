@@ -12,7 +12,7 @@ use serde_json::{Map, Value as Json};
 use self::metadata::{hyperparameters, rope_fields, rope_type};
 use self::vocabulary::vocabulary;
 use super::adapter;
-use super::exporter::{Adapter, Container, Exporter, NamedBytes, OutTensor, Refusal, Source, Target, encode};
+use super::exporter::{Adapter, Container, Exporter, Holds, NamedBytes, OutTensor, Refusal, Source, Target, encode};
 use crate::checkpoint::{CheckpointError, TensorInfo};
 use crate::codecs::cast::{self, Dtype};
 use crate::codecs::gguf::{self, Arrangement, Element, Value, factor_name};
@@ -111,6 +111,10 @@ fn unwritten(source: &Source<'_>) -> Option<String> {
 }
 
 impl Exporter for Gguf {
+    fn holds(&self) -> Holds {
+        Holds::Codes
+    }
+
     fn refusal(&self, _: &Source<'_>, linear: &LinearInfo, forms: &Forms) -> Option<String> {
         if let Some(reason) = adapter::refusal(forms) {
             return Some(reason);
