@@ -18,13 +18,16 @@ pub(super) fn known_choices(recipe: &Recipe, plan: &Plan) -> Option<Vec<Choice>>
     is_known.then(|| choices_by_shape(recipe, plan, recipe.ranks(), recipe.budget()))
 }
 
-/// A linear in a quantizer, if its blocks fit; ranks that measurements decide are 0.
+/// A linear in a quantizer, if its blocks or those of its fallback fit; ranks that measurements decide are 0.
 pub(super) fn quantized_choice(recipe: &Recipe, linear: &LinearInfo, quant: Quant) -> Choice {
     let rank = match (recipe.compensate(), recipe.compensate_rank()) {
         (Compensate::None, _) | (_, CompensateRank::Auto) => 0,
         (_, CompensateRank::Fixed(rank)) => rank.min(linear.out_features).min(linear.in_features),
     };
-    if quant.storage().fits(linear.in_features) { Choice::Fitted { fit: 0, rank } } else { Choice::Dense }
+    match recipe.quant_for(quant, linear.in_features) {
+        Some(_) => Choice::Fitted { fit: 0, rank },
+        None => Choice::Dense,
+    }
 }
 
 /// The choices of an allocator that needs no spectra.

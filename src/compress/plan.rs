@@ -103,6 +103,7 @@ impl Plan {
                 Some(Forms::of(Form { right, ..of_rank(rank, Kind::FACTORS) }))
             }
             (Choice::Fitted { rank, .. }, FitKind::Base(quant)) => {
+                let quant = recipe.quant_for(quant, linear.in_features)?;
                 let over = (rank > 0).then(|| of_rank(rank, Kind::FACTORS));
                 Some(Forms { base: Some(Forms::base(Some(quant.storage()))), over })
             }
@@ -124,14 +125,12 @@ impl Plan {
             let forms = |(i, linear)| {
                 Self::forms(recipe, linear, Choice::Fitted { fit: 0, rank: rank(i) }, FitKind::Base(quant))
             };
-            let fitting = self.linears.iter().filter(|linear| quant.storage().fits(linear.in_features));
-            let modules = fitting.enumerate().filter_map(|(i, linear)| Some((linear.clone(), forms((i, linear))?)));
+            let modules =
+                self.linears.iter().enumerate().filter_map(|(i, linear)| Some((linear.clone(), forms((i, linear))?)));
             let modules: Vec<(LinearInfo, Forms)> = modules.collect();
             if modules.is_empty() {
                 let message = format!("no targeted linear has inputs that are a multiple of the blocks of `{quant}`");
-                return Err(Failure::unsupported(message)
-                    .hint("K-quants have blocks of 256 inputs, other types of 32")
-                    .into());
+                return Err(Failure::unsupported(message).hint("blocks have at least 32 inputs").into());
             }
             Files::check(source, recipe.format, &modules)?;
         }

@@ -17,7 +17,7 @@ use crate::checkpoint::{Fingerprint, hex, sha256_file};
 use crate::formats::Source;
 use crate::model::inventory::LinearInfo;
 use crate::operator::{Forms, Right};
-use crate::quantize::Storage;
+use crate::quantize::{Quant, Storage};
 use crate::report::page::ErrorLine;
 use crate::report::{
     CalibrationRecord, Component, CompressReport, DryRunReport, LRC_VERSION, LinearRecord, LinearSummary, RankSource,
@@ -76,6 +76,7 @@ pub(super) fn linears(
             let details = fitted.details();
             record.seconds = details.seconds;
             record.quant = fitted.quant().map(|quant| quant.to_string());
+            notes.extend(fitted.quant().and_then(|quant| replaced(study.recipe, quant, linear_info.in_features)));
             notes.extend(details.fallback.map(|fallback| format!("rounded to nearest: {}", fallback.reason())));
             notes.extend(solution.plain_sides(i).note());
         }
@@ -113,6 +114,13 @@ pub(super) fn linears(
         Ok(record)
     };
     (0..solution.choices.len()).map(one).collect()
+}
+
+/// A note if `quant` took the place of a quantizer of the menu whose blocks or groups do not divide `cols` inputs.
+fn replaced(recipe: &Recipe, quant: Quant, cols: usize) -> Option<String> {
+    let is_asked_for = recipe.quant().contains(&quant);
+    let asked = recipe.quant().iter().find(|&&asked| recipe.quant_for(asked, cols) == Some(quant));
+    asked.filter(|_| !is_asked_for).map(|asked| format!("`{asked}` does not divide {cols} inputs"))
 }
 
 /// Sizes of a checkpoint before and after its linears take the forms `all`.

@@ -123,7 +123,7 @@ fn base_bytes(recipe: &Recipe, (m, n): Shape) -> u64 {
         (_, CompensateRank::Fixed(rank)) => rank.min(m).min(n),
         (_, CompensateRank::Auto) => largest_compensation((m, n)),
     };
-    recipe.quant().iter().map(|quant| quant.storage().n_bytes(m, n) + pair_bytes((m, n), rank)).sum()
+    recipe.quants_for(n).iter().map(|quant| quant.storage().n_bytes(m, n) + pair_bytes((m, n), rank)).sum()
 }
 
 #[cfg(test)]

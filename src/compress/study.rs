@@ -68,7 +68,7 @@ impl<'a> Study<'a> {
         let mut study = Self { session, recipe, plan, inputs, fits, source, timings, rounds: 0 };
         if !recipe.quant().is_empty() {
             let started = Instant::now();
-            study.quantize(recipe.compensate(), &|_| recipe.quant().to_vec())?;
+            study.quantize(recipe.compensate(), &|i| recipe.quants_for(plan.linears[i].in_features))?;
             study.timings.quantize = started.elapsed().as_secs_f64();
         }
         Ok(study)

@@ -51,10 +51,24 @@ pub(super) fn of_linears(
     };
     let is_of_blocks =
         |(_, forms): &(LinearInfo, Forms)| matches!(forms.base.and_then(|base| base.storage), Some(Storage::Block(_)));
-    Some(Failure::unsupported(message).hint(match modules.iter().all(is_of_blocks) {
-        true => "add `--format gguf`, or choose a quantizer such as `rtn-int4-g64`".into(),
-        false => hint(format, &refused, &stored),
-    }))
+    Some(Failure::unsupported(message).hint(
+        match (modules.iter().all(is_of_blocks), dividing_group(modules, &refused)) {
+            (true, _) => "add `--format gguf`, or choose a quantizer such as `rtn-int4-g64`".into(),
+            (false, Some(group)) => format!("groups of {group} divide all of them: end the quantizer in `-g{group}`"),
+            (false, None) => hint(format, &refused, &stored),
+        },
+    ))
+}
+
+/// The largest group that divides the inputs of all `refused` linears, if their own does not.
+fn dividing_group(modules: &[(LinearInfo, Forms)], refused: &[&str]) -> Option<usize> {
+    let group = |(linear, forms): &(LinearInfo, Forms)| {
+        let (scheme, n) = (forms.base?.scheme()?, linear.in_features);
+        let group = scheme.dividing(n)?.group_of(n);
+        (group < scheme.group_of(n)).then_some(group)
+    };
+    let of_refused = modules.iter().filter(|(linear, _)| refused.contains(&linear.module.as_str()));
+    of_refused.map(group).collect::<Option<Vec<_>>>()?.into_iter().min()
 }
 
 /// Suggests the flags that leave `refused` out, and the formats that store everything.

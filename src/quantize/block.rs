@@ -15,21 +15,26 @@ pub struct BlockType {
     dtype: GgmlDType,
     /// The `ggml_type` in GGUF files.
     pub id: u32,
+    /// The type for rows that do not consist of whole blocks, as in llama.cpp.
+    fallback: Option<&'static str>,
 }
 
-const fn row(name: &'static str, dtype: GgmlDType, id: u32) -> BlockType {
-    BlockType { name, dtype, id }
+const fn row(name: &'static str, dtype: GgmlDType, id: u32, fallback: Option<&'static str>) -> BlockType {
+    BlockType { name, dtype, id, fallback }
 }
 
 /// The block types that quantize weights.
-pub const BLOCK_TYPES: [BlockType; 7] = [
-    row("q4_0", GgmlDType::Q4_0, 2),
-    row("q8_0", GgmlDType::Q8_0, 8),
-    row("q2_k", GgmlDType::Q2K, 10),
-    row("q3_k", GgmlDType::Q3K, 11),
-    row("q4_k", GgmlDType::Q4K, 12),
-    row("q5_k", GgmlDType::Q5K, 13),
-    row("q6_k", GgmlDType::Q6K, 14),
+pub const BLOCK_TYPES: [BlockType; 10] = [
+    row("q4_0", GgmlDType::Q4_0, 2, None),
+    row("q4_1", GgmlDType::Q4_1, 3, None),
+    row("q5_0", GgmlDType::Q5_0, 6, None),
+    row("q5_1", GgmlDType::Q5_1, 7, None),
+    row("q8_0", GgmlDType::Q8_0, 8, None),
+    row("q2_k", GgmlDType::Q2K, 10, Some("q4_0")),
+    row("q3_k", GgmlDType::Q3K, 11, Some("q4_0")),
+    row("q4_k", GgmlDType::Q4K, 12, Some("q5_0")),
+    row("q5_k", GgmlDType::Q5K, 13, Some("q5_1")),
+    row("q6_k", GgmlDType::Q6K, 14, Some("q8_0")),
 ];
 
 impl BlockType {
@@ -58,12 +63,21 @@ impl BlockType {
     pub fn n_levels(self) -> f32 {
         match self.dtype {
             GgmlDType::Q4_0 => 8.0,
+            GgmlDType::Q5_0 => 16.0,
+            // The minimum of a block is an f16 of its own.
+            GgmlDType::Q4_1 | GgmlDType::Q5_1 => 1.0,
             GgmlDType::Q8_0 => 127.0,
             GgmlDType::Q2K => 15.0,
             GgmlDType::Q3K => 31.0 * 4.0,
             GgmlDType::Q4K | GgmlDType::Q5K => 63.0,
             _ => 127.0 * 31.0,
         }
+    }
+
+    /// This type, or the one that llama.cpp takes instead for rows of `cols` that do not consist of its blocks; `None` if
+    /// no type has blocks that divide them.
+    pub fn for_rows(self, cols: usize) -> Option<Self> {
+        if self.divides(cols) { Some(self) } else { Self::named(self.fallback?)?.for_rows(cols) }
     }
 
     /// Whether rows of `cols` consist of whole blocks.
@@ -200,11 +214,13 @@ mod tests {
     fn blocks_come_back_close_and_in_their_bytes() {
         let (rows, cols) = (3, 512);
         let values: Vec<f32> = (0..rows * cols).map(|i| ((i * 7919) % 1009) as f32 / 504.5 - 1.0).collect();
-        for (block_type, limit) in BLOCK_TYPES.into_iter().zip([0.09, 0.006, 0.35, 0.18, 0.08, 0.04, 0.02]) {
+        for (block_type, limit) in
+            BLOCK_TYPES.into_iter().zip([0.09, 0.09, 0.05, 0.05, 0.006, 0.35, 0.18, 0.08, 0.04, 0.02])
+        {
             let blocks = Blocks::quantize(&values, rows, cols, block_type).unwrap();
             assert_eq!(blocks.bytes.len() as u64, block_type.n_bytes(rows, cols));
             let back = blocks.dequantize();
-            assert_eq!(blocks.to_grouped().is_some(), block_type.name.ends_with("_0"));
+            assert_eq!(blocks.to_grouped().is_some(), ["q4_0", "q8_0"].contains(&block_type.name));
             assert!(blocks.to_grouped().is_none_or(|grouped| grouped.dequantize() == back));
             let square = |v: f32| f64::from(v) * f64::from(v);
             let error: f64 = back.iter().zip(&values).map(|(q, v)| square(q - v)).sum();
@@ -216,6 +232,17 @@ mod tests {
             );
         }
         assert!(Blocks::quantize(&values[..100], 1, 100, BLOCK_TYPES[1]).is_err());
+    }
+
+    #[test]
+    fn rows_that_no_block_divides_fall_back_to_a_type_that_does() {
+        let fallback = |name: &str, cols| BlockType::named(name).unwrap().for_rows(cols).map(|found| found.name);
+        for (name, expected) in
+            [("q2_k", "q4_0"), ("q3_k", "q4_0"), ("q4_k", "q5_0"), ("q5_k", "q5_1"), ("q6_k", "q8_0"), ("q8_0", "q8_0")]
+        {
+            assert_eq!((fallback(name, 576), fallback(name, 1536)), (Some(expected), Some(name)));
+            assert_eq!(fallback(name, 40), None);
+        }
     }
 
     #[test]

@@ -97,6 +97,14 @@ impl Scheme {
         self.group.unwrap_or(cols).min(cols).max(1)
     }
 
+    /// The same with the largest group that divides `cols`, found by halving its own; `None` if none of at least 16 does.
+    pub fn dividing(&self, cols: usize) -> Option<Self> {
+        const SMALLEST: usize = 16;
+        let groups = std::iter::successors(Some(self.group_of(cols)), |group| Some(group / 2));
+        let group = groups.take_while(|&group| group >= SMALLEST).find(|&group| cols.is_multiple_of(group))?;
+        Some(if group == self.group_of(cols) { *self } else { Self { group: Some(group), ..*self } })
+    }
+
     /// Scales per row of `cols` weights.
     pub fn n_groups(&self, cols: usize) -> usize {
         cols.div_ceil(self.group_of(cols))

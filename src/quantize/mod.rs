@@ -125,6 +125,25 @@ impl Quant {
         half::f16::MAX.to_f32() * levels
     }
 
+    /// This quantizer, or the one that takes its place for rows of `cols` that its blocks do not divide; `None` if no
+    /// block does.
+    pub fn for_rows(self, cols: usize) -> Option<Self> {
+        match self {
+            Self::Block(block_type) => block_type.for_rows(cols).map(Self::Block),
+            Self::Rtn(..) | Self::Gptq(..) => Some(self),
+        }
+    }
+
+    /// The same with the largest group that divides `cols`, found by halving its own; itself if none of at least 16 does.
+    #[must_use]
+    pub fn with_dividing_group(self, cols: usize) -> Self {
+        match self {
+            Self::Rtn(scheme, scale) => Self::Rtn(scheme.dividing(cols).unwrap_or(scheme), scale),
+            Self::Gptq(scheme, scale) => Self::Gptq(scheme.dividing(cols).unwrap_or(scheme), scale),
+            Self::Block(_) => self,
+        }
+    }
+
     /// Whether it minimizes the error in the metric of the inputs.
     pub fn needs_gram(self) -> bool {
         matches!(self, Self::Gptq(..))

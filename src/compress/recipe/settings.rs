@@ -118,6 +118,26 @@ impl Recipe {
         self.approach.quant()
     }
 
+    /// The quantizer of the menu that takes the place of `quant` for rows of `cols`; `None` if they stay dense. Blocks that
+    /// do not divide them are replaced as in llama.cpp, and groups of a menu by smaller ones where loaders require whole
+    /// groups.
+    pub(crate) fn quant_for(&self, quant: Quant, cols: usize) -> Option<Quant> {
+        let quant = quant.for_rows(cols)?;
+        let needs_whole_groups = self.quant().len() > 1 && !self.format.stores_everything();
+        Some(if needs_whole_groups { quant.with_dividing_group(cols) } else { quant })
+    }
+
+    /// The menu for rows of `cols`, see [`Self::quant_for`].
+    pub(crate) fn quants_for(&self, cols: usize) -> Vec<Quant> {
+        let mut menu = Vec::new();
+        for quant in self.quant().iter().filter_map(|&quant| self.quant_for(quant, cols)) {
+            if !menu.contains(&quant) {
+                menu.push(quant);
+            }
+        }
+        menu
+    }
+
     /// The method that fits factors to the error of a base.
     pub fn compensate(&self) -> Compensate {
         self.approach.factors().map_or(Compensate::None, |factors| factors.method.method())
