@@ -13,8 +13,8 @@ pub struct Kind {
 
 const DOWNLOAD: &str =
     "the site answered with a page (a login, or an error) that was saved under this name; download the file itself";
-const TEXT_GIVEN: &str = "give the file that holds the tensors; if this one was downloaded as such, the site answered with a page (a login, or \
-                          an error) in its place";
+const TEXT_GIVEN: &str =
+    "the site answered with a page (a login, or an error) that was saved under this name, or another file was meant";
 const TORCH: &str =
     "get the safetensors of the model, or convert it: transformers' `save_pretrained` writes `model.safetensors`";
 const UNPACK: &str = "unpack it first";

@@ -12,8 +12,8 @@ use super::arguments::{DeviceArgs, FolderArgs, GateArgs, MemoryArgs, ModelArgs};
 use super::options::{All, Options, RecipeFile};
 use super::terminal::{Bars, fixed, grouped, table};
 use crate::compress::{self, DryRun, Job};
-use crate::report::gate;
 use crate::report::{CompressReport, DryRunReport, EqualBytesBaseline, LeftOutRecord, LinearRecord, RankSource, Sizes};
+use crate::report::{gate, notes};
 
 /// Compress a checkpoint
 ///
@@ -116,12 +116,9 @@ fn show_dry_run(report: &DryRunReport) -> String {
 
 pub(super) fn show(report: &CompressReport, output: &Path) -> String {
     let memory = report.peak_memory_bytes.map_or(String::new(), |b| format!(", peak memory {}", ByteSize(b)));
-    let notes: String = report
-        .linears
-        .iter()
-        .filter_map(|l| Some(format!("{}: {}\n", l.module, l.note.as_ref()?)))
-        .chain(report.equal_bytes_baseline.as_ref().map(equal_bytes_baseline))
-        .collect();
+    let lines = notes::lines(report.linears.iter().map(|l| (l.module.as_str(), l.note.as_deref())));
+    let baseline = report.equal_bytes_baseline.as_ref().map(equal_bytes_baseline);
+    let notes: String = lines.into_iter().map(|line| line + "\n").chain(baseline).collect();
     format!(
         "{}{}{}{notes}wrote `{}` in {:.1} s{memory}\n",
         tables(&report.linears, &report.sizes),

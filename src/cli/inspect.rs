@@ -21,7 +21,7 @@ use crate::error::Failure;
 use crate::inspect;
 use crate::model::coverage::missing;
 use crate::report::columns::{self, COLUMNS, Cell, Chosen};
-use crate::report::{InspectReport, SpectrumRecord, gate, page};
+use crate::report::{InspectReport, SpectrumRecord, gate, notes, page};
 
 /// Show the spectrum of every linear
 ///
@@ -258,8 +258,8 @@ fn show(report: &InspectReport, map: &str) -> String {
     let header: Vec<&str> =
         ["linear", "shape"].into_iter().chain(titles.iter().map(String::as_str)).chain(["spectrum"]).collect();
     let metric = report.metric.as_ref().map_or(String::new(), |metric| format!("metric: {metric}\n"));
-    let notes = report.linears.iter().filter_map(|r| Some(format!("{}: {}\n", r.module, r.note.as_ref()?)));
-    let metric = metric + &notes.collect::<String>();
+    let lines = notes::lines(report.linears.iter().map(|r| (r.module.as_str(), r.note.as_deref())));
+    let metric = metric + &lines.into_iter().map(|line| line + "\n").collect::<String>();
     format!(
         "{}\n{map}{metric}{} matrices, {} other tensors, {} parameters, {} bytes\n",
         table(&header, report.linears.iter().map(row).collect()),

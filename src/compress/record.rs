@@ -120,7 +120,7 @@ pub(super) fn linears(
 fn replaced(recipe: &Recipe, quant: Quant, cols: usize) -> Option<String> {
     let is_asked_for = recipe.quant().contains(&quant);
     let asked = recipe.quant().iter().find(|&&asked| recipe.quant_for(asked, cols) == Some(quant));
-    asked.filter(|_| !is_asked_for).map(|asked| format!("`{asked}` does not divide {cols} inputs"))
+    asked.filter(|_| !is_asked_for).map(|asked| format!("in {quant}, because {asked} does not divide {cols} inputs"))
 }
 
 /// Sizes of a checkpoint before and after its linears take the forms `all`.

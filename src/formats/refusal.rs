@@ -54,7 +54,10 @@ pub(super) fn of_linears(
     Some(Failure::unsupported(message).hint(
         match (modules.iter().all(is_of_blocks), dividing_group(modules, &refused)) {
             (true, _) => "add `--format gguf`, or choose a quantizer such as `rtn-int4-g64`".into(),
-            (false, Some(group)) => format!("groups of {group} divide all of them: end the quantizer in `-g{group}`"),
+            (false, Some(group)) => {
+                let others = hint(format, &refused, &stored);
+                format!("end the quantizer in `-g{group}`, which divides all inputs; {others}")
+            }
             (false, None) => hint(format, &refused, &stored),
         },
     ))

@@ -6,6 +6,7 @@ pub mod columns;
 mod eval;
 pub mod gate;
 mod inspect;
+pub(crate) mod notes;
 pub mod page;
 mod publish;
 pub mod schema;

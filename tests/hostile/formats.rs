@@ -14,7 +14,13 @@ fn all_linears_that_a_format_cannot_hold_are_named_with_the_flags_that_leave_the
     refused(
         &run,
         4,
-        &["24 linears cannot be stored", "groups of 64 do not divide 96 inputs", "and 21 more", "--exclude '"],
+        &[
+            "24 linears cannot be stored",
+            "groups of 64 do not divide 96 inputs",
+            "and 21 more",
+            "end the quantizer in `-g32`",
+            "--exclude '",
+        ],
     );
     // The suggested flags work.
     let hint = run.stderr.split("`lrc compress` with `").nth(1).unwrap().split('`').next().unwrap();

@@ -11,7 +11,7 @@ use super::grid::{Grid, Map, within_block};
 use super::svg::{self, Axes};
 use super::template::{Table, Tile, render, table, tile};
 use crate::report::columns::{Cell, fixed};
-use crate::report::{CompressReport, LinearRecord};
+use crate::report::{CompressReport, LinearRecord, notes};
 
 /// The page of `lrc compress`.
 ///
@@ -126,7 +126,7 @@ fn row(l: &LinearRecord) -> Vec<Cell> {
 
 /// Deviations of single linears from the recipe.
 fn notes(report: &CompressReport) -> Vec<String> {
-    report.linears.iter().filter_map(|l| Some(format!("{}: {}", l.module, l.note.as_ref()?))).collect()
+    notes::lines(report.linears.iter().map(|l| (l.module.as_str(), l.note.as_deref())))
 }
 
 fn warnings(report: &CompressReport) -> Vec<String> {

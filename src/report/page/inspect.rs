@@ -9,7 +9,7 @@ use super::grid::{Grid, Map, within_block};
 use super::svg::Axes;
 use super::template::{Head, Shown, Table, render, tile};
 use crate::report::columns::{self, Chosen, grouped};
-use crate::report::{InspectReport, Spectrum, SpectrumRecord};
+use crate::report::{InspectReport, Spectrum, SpectrumRecord, notes};
 
 /// Columns with a heat map each.
 const MAPPED: [&str; 4] = ["break_even_error", "stable_rank", "alpha", "weighted.break_even_error"];
@@ -25,10 +25,10 @@ pub fn inspect(report: &InspectReport, spectra: &[Spectrum]) -> Result<String> {
         tile("bytes", ByteSize(report.size_bytes).to_string()),
         tile("calibration metric", report.metric.clone().unwrap_or_else(|| "none".into())),
     ];
-    let notes = report.linears.iter().filter_map(|r| Some(format!("{}: {}", r.module, r.note.as_ref()?)));
+    let notes = notes::lines(report.linears.iter().map(|r| (r.module.as_str(), r.note.as_deref())));
     let page = json!({
         "tiles": tiles,
-        "notes": notes.collect::<Vec<_>>(),
+        "notes": notes,
         "maps": maps(report),
         "spectra": charts(report, spectra, Scale::Decay),
         "energy": charts(report, spectra, Scale::Energy),
