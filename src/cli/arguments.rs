@@ -100,7 +100,8 @@ pub(super) fn at_least_2(text: &str) -> Result<usize, &'static str> {
 
 /// Opens a folder, a file or a hub id.
 pub(super) fn open(model: &str, revision: Option<&str>, progress: &dyn Progress) -> Result<Checkpoint> {
-    if let Some(revision) = revision.filter(|_| Path::new(model).exists()) {
+    // A folder is its own `main`.
+    if let Some(revision) = revision.filter(|&revision| revision != "main" && Path::new(model).exists()) {
         return Err(Failure::usage(format!("`--revision {revision}` has no effect: `{model}` is on this machine"))
             .hint("only models of the hub (`org/name`) have revisions")
             .into());
