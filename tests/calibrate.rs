@@ -35,12 +35,15 @@ fn sums_with_gradients(checkpoint: &Checkpoint, windows: &[Vec<u32>], n_gradient
     all
 }
 
-/// By role, then by statistic.
-type Expected = BTreeMap<String, BTreeMap<String, Vec<f64>>>;
-
-fn oracle() -> (Vec<Vec<u32>>, Expected) {
+/// Windows, and the statistics of block 0 and of the vocabulary by name.
+fn oracle() -> (Vec<Vec<u32>>, BTreeMap<String, Vec<f64>>) {
     let json: Value = serde_json::from_str(include_str!("oracles/pico-llama-gradients.json")).unwrap();
-    (serde_json::from_value(json["ids"].clone()).unwrap(), serde_json::from_value(json["block_0"].clone()).unwrap())
+    let values = |value: &Value| -> BTreeMap<String, Vec<f64>> { serde_json::from_value(value.clone()).unwrap() };
+    let under =
+        |place: String, value: &Value| values(value).into_iter().map(move |(name, v)| (format!("{place}.{name}"), v));
+    let of_block = json["block_0"].as_object().unwrap().iter().flat_map(|(role, v)| under(format!("0.{role}"), v));
+    let all = of_block.chain(under("vocabulary".into(), &json["vocabulary"])).collect();
+    (serde_json::from_value(json["ids"].clone()).unwrap(), all)
 }
 
 #[test]
@@ -48,18 +51,16 @@ fn gradients_are_those_of_torch() {
     let (windows, expected) = oracle();
     let checkpoint = Checkpoint::open(Path::new(PICO)).unwrap();
     let found = sums(&checkpoint, &windows);
-    // Two blocks; four input sites with two statistics, seven linears with three.
-    assert_eq!(found.len(), 2 * (4 * 2 + 7 * 3));
-    assert_eq!(expected.len(), 7);
-    for (role, statistics) in &expected {
-        for (statistic, expected) in statistics {
-            let found = &found[&format!("0.{role}.{statistic}")];
-            assert_eq!(found.len(), expected.len(), "{role} {statistic}");
-            let scale = expected.iter().fold(0.0, |m: f64, v| m.max(v.abs()));
-            for (found, expected) in found.iter().zip(expected) {
-                let error = (f64::from(*found) - expected).abs() / scale;
-                assert!(error < 2e-5, "{role} {statistic}: {found} {expected}");
-            }
+    // Two blocks; four input sites with two statistics, seven linears with three; four of the vocabulary.
+    assert_eq!(found.len(), 2 * (4 * 2 + 7 * 3) + 4);
+    assert_eq!(expected.len(), 7 * 3 + 4);
+    for (name, expected) in &expected {
+        let found = &found[name];
+        assert_eq!(found.len(), expected.len(), "{name}");
+        let scale = expected.iter().fold(0.0, |m: f64, v| m.max(v.abs()));
+        for (found, expected) in found.iter().zip(expected) {
+            let error = (f64::from(*found) - expected).abs() / scale;
+            assert!(error < 2e-5, "{name}: {found} {expected}");
         }
     }
 }
@@ -111,7 +112,8 @@ fn gradients_may_be_of_some_windows() {
     let found = sums_with_gradients(&checkpoint, &windows, 2);
     assert_eq!(found.len(), all.len());
     for (name, found) in &found {
-        let of_inputs = name.contains(".input_");
+        // Those of the vocabulary are all of windows that go back.
+        let of_inputs = name.contains(".input_") && !name.starts_with("vocabulary.");
         let expected = if of_inputs { &all[name] } else { &few[name] };
         let scale = expected.iter().fold(0.0, |m: f32, v| m.max(v.abs()));
         assert!(found.iter().zip(expected).all(|(f, e)| (f - e).abs() <= 1e-5 * scale), "{name}");
@@ -146,7 +148,7 @@ fn merged_parts_are_the_whole() {
     };
     assert_eq!(merge("merged", &["3", "1", "2"]).code, 0);
     let (whole, merged) = (arrays(&file("whole")), arrays(&file("merged")));
-    assert_eq!(whole.len(), 4 * (4 * 2 + 7 * 3));
+    assert_eq!(whole.len(), 4 * (4 * 2 + 7 * 3) + 4);
     for (name, expected) in &whole {
         let scale = expected.iter().fold(0.0, |m: f32, v| m.max(v.abs()));
         for (found, expected) in merged[name].iter().zip(expected) {

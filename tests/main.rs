@@ -11,6 +11,7 @@ mod calibrate;
 mod compress;
 mod degenerate;
 mod documents;
+mod embeddings;
 mod errors;
 mod eval;
 mod families;

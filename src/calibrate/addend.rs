@@ -128,6 +128,31 @@ impl Addend {
         Ok(())
     }
 
+    /// Adds the inputs of the head, (n_predictions, hidden_size), and the sums of squares of the gradients at its logits,
+    /// (vocab_size).
+    ///
+    /// # Errors
+    /// The shape does not match.
+    pub fn add_head(&mut self, inputs: &Tensor, squares: Vec<f64>, multiply: Multiply) -> Result<()> {
+        let (_, n) = inputs.dims2()?;
+        self.add_gram(Key::HeadGram, (to_host(inputs)?, n), multiply);
+        self.vectors.push((Key::HeadSquares, squares));
+        Ok(())
+    }
+
+    /// Adds tokens out of `vocab_size` and the gradients (n_tokens, width) at their rows of the embedding table.
+    ///
+    /// # Errors
+    /// The shape does not match.
+    pub fn add_table(&mut self, ids: &[u32], vocab_size: usize, gradient: &Tensor, multiply: Multiply) -> Result<()> {
+        let (_, width) = gradient.dims2()?;
+        let mut counts = vec![0.0; vocab_size];
+        ids.iter().for_each(|&id| counts[id as usize] += 1.0);
+        self.vectors.push((Key::TokenCounts, counts));
+        self.add_gram(Key::TableGram, (to_host(gradient)?, width), multiply);
+        Ok(())
+    }
+
     fn add_gram(&mut self, key: Key, (values, n): (Vec<f32>, usize), multiply: Multiply) {
         let rows = Chunk::Rows { n_rows: values.len() / n.max(1), values, n };
         let chunk = match multiply {

@@ -12,7 +12,7 @@ use super::windows::Targets;
 use crate::error::{Failure, NON_FINITE_HINT};
 use crate::model::{Block, Decoder, Head, Hidden, InputSite, Objective, Pooler, Walk, is_finite};
 use crate::progress::{Progress, Stage};
-use crate::store::Journal;
+use crate::store::{Array, Journal};
 
 /// The backward pass through all blocks.
 pub(super) struct Backward<'b, 'w> {
@@ -45,10 +45,11 @@ impl Backward<'_, '_> {
                 format!("the stored sums of block {block_idx} are damaged; start over with `--restart`")
             })?)?)?;
         }
-        let mut gradient = match journal.get(&gradient_key(n_left))? {
+        let (mut gradient, of_head) = match journal.get(&gradient_key(n_left))? {
             Some(piece) => {
                 stage.advance((walk.n_tokens() * (entered.len() + 1 - n_left)) as u64);
-                walk.restore(piece.rest())?
+                let of_head = journal.get(&Pass::Head.key(0))?.map(named).transpose()?;
+                (walk.restore(piece.rest())?, of_head)
             }
             None => {
                 anyhow::ensure!(
@@ -56,10 +57,13 @@ impl Backward<'_, '_> {
                     "the stored gradient of block {n_left} is damaged; start over with `--restart`"
                 );
                 stage.note("head");
-                let gradient = self.at_head(&last, stage.as_ref())?;
-                walk.settle(gradient, journal, &gradient_key(n_left))?
+                let mut sums = Sums::default();
+                let gradient = self.at_head(&last, stage.as_ref(), &mut sums)?;
+                let of_head = settle(journal, Pass::Head, 0, sums)?;
+                (walk.settle(gradient, journal, &gradient_key(n_left))?, Some(of_head))
             }
         };
+        keep(of_head.context("the stored sums of the head are damaged; start over with `--restart`")?)?;
         walk.release(last);
         // What is behind the gradient is not read again.
         remove_states(journal, n_left.saturating_sub(1)..entered.len());
@@ -82,21 +86,61 @@ impl Backward<'_, '_> {
             journal.remove(&gradient_key(block_idx + 1));
             remove_states(journal, block_idx.checked_sub(1));
         }
+        if observation.needs.vocabulary {
+            keep(self.at_embeddings(&gradient, journal)?)?;
+        }
         journal.remove(&gradient_key(0));
         Ok(())
     }
 
-    /// The gradients of the loss with respect to the last states.
-    fn at_head(&self, last: &Hidden, stage: &dyn Stage) -> Result<Hidden> {
+    /// The gradients of the loss with respect to the last states, and the sums of the head.
+    fn at_head(&self, last: &Hidden, stage: &dyn Stage, sums: &mut Sums) -> Result<Hidden> {
         let Self { decoder, walk, targets, .. } = *self;
         let (gradient, loss) = (walk.copy(last)?, Loss::of(decoder)?);
         let of_window = |window_idx: usize, _: &Tensor, x: &Tensor| {
             stage.advance(x.dim(0)? as u64);
-            let gradient = loss.gradient(x, &targets[window_idx]);
-            Ok((gradient.with_context(|| walk.place()(window_idx))?, ()))
+            let mut addend = Addend::default();
+            let gradient = self.at_last(&loss, x, &targets[window_idx], &mut addend);
+            Ok((gradient.with_context(|| walk.place()(window_idx))?, addend))
         };
-        walk.replace_windows(&gradient, last, of_window, |()| Ok(()))?;
+        walk.replace_windows(&gradient, last, of_window, |addend| {
+            sums.add(addend);
+            Ok(())
+        })?;
         Ok(gradient)
+    }
+
+    /// The gradient with respect to the last states of a window, (n_tokens, hidden_size), and the addend of its head.
+    fn at_last(&self, loss: &Loss, x: &Tensor, targets: &Targets, addend: &mut Addend) -> Result<Tensor> {
+        let head = match loss {
+            Loss::Tokens(head) => head,
+            Loss::Pooled(pooler) => return pooler.norm_gradient(x),
+            Loss::Sentence(pooler) => return pooler.probe_gradient(x, targets.probe),
+        };
+        if !self.observation.needs.vocabulary {
+            return head.loss_gradient(x, &targets.rows, &targets.tokens, None);
+        }
+        let mut squares = vec![0.0; head.vocab_size()];
+        let gradient = head.loss_gradient(x, &targets.rows, &targets.tokens, Some(&mut squares))?;
+        addend.add_head(&head.inputs(x, &targets.rows)?, squares, self.multiply)?;
+        Ok(gradient)
+    }
+
+    /// The sums of the embedding table, from the gradients at the input of the first block, and those of the head.
+    fn at_embeddings(&self, gradient: &Hidden, journal: &Journal) -> Result<Vec<(String, Array)>> {
+        let Self { decoder, walk, multiply, .. } = *self;
+        let (embeddings, mut sums) = (decoder.embeddings()?, Sums::default());
+        let of_window = |window_idx: usize, states: &[Tensor]| {
+            let ids = walk.ids(window_idx);
+            let mut addend = Addend::default();
+            addend.add_table(ids, embeddings.vocab_size(), &embeddings.gradient(ids, &states[0])?, multiply)?;
+            Ok(addend)
+        };
+        walk.for_each_window(&[gradient], of_window, |_, addend| {
+            sums.add(addend);
+            Ok(())
+        })?;
+        settle(journal, Pass::Table, 0, sums)
     }
 
     /// The gradient at the input `x` of a block from the gradient at its output, for one window (n_tokens,
@@ -176,14 +220,5 @@ impl Loss {
             Objective::Pooled => Self::Pooled(decoder.pooler()?),
             Objective::Sentence => Self::Sentence(decoder.pooler()?),
         })
-    }
-
-    /// The gradient with respect to the last states of a window, (n_tokens, hidden_size).
-    fn gradient(&self, x: &Tensor, targets: &Targets) -> Result<Tensor> {
-        match self {
-            Self::Tokens(head) => head.loss_gradient(x, &targets.rows, &targets.tokens),
-            Self::Pooled(pooler) => pooler.norm_gradient(x),
-            Self::Sentence(pooler) => pooler.probe_gradient(x, targets.probe),
-        }
     }
 }

@@ -25,11 +25,16 @@ pub struct Needs {
     /// `Σ (∂L/∂W)²` over sequences, where L is the summed loss of one sequence: its column sums (n) and its row sums
     /// (m).
     pub squared_gradient: bool,
+    /// For the matrices of the vocabulary: how often each token is read, `Σ g gᵀ` over tokens of the gradients at the
+    /// rows of the table, `Σ x xᵀ` of the inputs of the head, and `Σ g²` of each logit. Files of earlier versions have none.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub vocabulary: bool,
 }
 
 impl Needs {
     /// The union of the needs of all methods.
-    pub const ALL: Self = Self { input_gram: true, input_magnitude: true, output_gram: true, squared_gradient: true };
+    pub const ALL: Self =
+        Self { input_gram: true, input_magnitude: true, output_gram: true, squared_gradient: true, vocabulary: true };
 
     /// Whether a forward pass collects anything.
     pub fn inputs(self) -> bool {
@@ -38,7 +43,7 @@ impl Needs {
 
     /// Whether a backward pass is needed.
     pub fn gradients(self) -> bool {
-        self.output_gram || self.squared_gradient
+        self.output_gram || self.squared_gradient || self.vocabulary
     }
 
     /// Whether `other` includes all of `self`.
@@ -54,11 +59,12 @@ impl Needs {
             input_magnitude: self.input_magnitude || other.input_magnitude,
             output_gram: self.output_gram || other.output_gram,
             squared_gradient: self.squared_gradient || other.squared_gradient,
+            vocabulary: self.vocabulary || other.vocabulary,
         }
     }
 }
 
-/// One statistic of a block.
+/// One statistic of a block, or of the vocabulary.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Key {
     /// `Σ x xᵀ` (n, n), stored as a lower triangle.
@@ -73,10 +79,18 @@ pub enum Key {
     SquaredGradientOutput(Slot),
     /// Number of tokens routed to an expert, (1).
     ExpertTokens(usize),
+    /// How often each token is read, (vocab_size).
+    TokenCounts,
+    /// `Σ g gᵀ` of gradients at the rows that are read, (width of the table, the same), stored as a lower triangle.
+    TableGram,
+    /// `Σ x xᵀ` of the inputs of the head, stored as a lower triangle.
+    HeadGram,
+    /// `Σ g²` of gradients at each logit, (vocab_size).
+    HeadSquares,
 }
 
 impl Key {
-    /// The name in a file of statistics, such as `3.gate_up.input_gram`.
+    /// The name in a file of statistics, such as `3.gate_up.input_gram`; those of the vocabulary have no block.
     pub fn name(self, block: usize) -> String {
         let (place, statistic) = match self {
             Self::InputGram(site) => (site.name(), "input_gram"),
@@ -85,6 +99,10 @@ impl Key {
             Self::SquaredGradientInput(slot) => (slot.name(), "squared_gradient_input"),
             Self::SquaredGradientOutput(slot) => (slot.name(), "squared_gradient_output"),
             Self::ExpertTokens(expert) => (format!("experts.{expert}"), "tokens"),
+            Self::TokenCounts => return "vocabulary.token_counts".into(),
+            Self::TableGram => return "vocabulary.table.output_gram".into(),
+            Self::HeadGram => return "vocabulary.head.input_gram".into(),
+            Self::HeadSquares => return "vocabulary.head.squared_gradient".into(),
         };
         format!("{block}.{place}.{statistic}")
     }

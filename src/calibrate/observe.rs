@@ -44,7 +44,11 @@ pub fn observe(
     let started = Instant::now();
     let needs = observation.needs;
     let n_blocks = decoder.n_blocks();
-    let last = if needs.gradients() { Pass::Backward.key(0) } else { Pass::Forward.key(n_blocks.saturating_sub(1)) };
+    let last = match (needs.vocabulary, needs.gradients()) {
+        (true, _) => Pass::Table.key(0),
+        (false, true) => Pass::Backward.key(0),
+        (false, false) => Pass::Forward.key(n_blocks.saturating_sub(1)),
+    };
     if journal.has(&last) {
         return replay(journal, n_blocks, needs, keep);
     }
@@ -146,7 +150,9 @@ fn narrowed(walk: &Walk<'_>, back: &Walk<'_>, before: Hidden, journal: &Journal,
 /// The sums of a calibration that is complete in the journal.
 fn replay(journal: &Journal, n_blocks: usize, needs: Needs, keep: &mut Keep<'_>) -> Result<Seconds> {
     let passes = [Pass::Forward, Pass::Backward].into_iter().take(1 + usize::from(needs.gradients()));
-    for key in passes.flat_map(|pass| (0..n_blocks).map(move |block_idx| pass.key(block_idx))) {
+    let of_blocks = passes.flat_map(|pass| (0..n_blocks).map(move |block_idx| pass.key(block_idx)));
+    let of_vocabulary = [Pass::Head, Pass::Table].map(|pass| pass.key(0)).into_iter().filter(|_| needs.vocabulary);
+    for key in of_blocks.chain(of_vocabulary) {
         let damaged =
             || format!("the stored piece `{key}` of the interrupted run is damaged; start over with `--restart`");
         keep(named(journal.get(&key)?.with_context(damaged)?)?)?;

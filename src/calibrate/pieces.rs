@@ -25,6 +25,10 @@ pub type Keep<'a> = dyn FnMut(Vec<(String, Array)>) -> Result<()> + 'a;
 pub(super) enum Pass {
     Forward,
     Backward,
+    /// Through the head, before the blocks; it has no block.
+    Head,
+    /// Through the embeddings, behind the blocks; it has no block.
+    Table,
 }
 
 impl Pass {
@@ -33,6 +37,8 @@ impl Pass {
         match self {
             Self::Forward => format!("forward-{block_idx}"),
             Self::Backward => format!("backward-{block_idx}"),
+            Self::Head => "backward-head".into(),
+            Self::Table => "backward-table".into(),
         }
     }
 }

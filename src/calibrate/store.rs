@@ -181,7 +181,7 @@ impl Statistics {
     /// It was not measured, or has another size.
     pub fn input_gram(&self, id: LinearId, n: usize) -> Result<Packed> {
         let scale = 1.0 / self.header.n_tokens().max(1) as f64;
-        self.gram(Key::InputGram(id.slot.site()), id, n, scale)
+        self.gram(Key::InputGram(id.slot.site()), id.block, n, scale)
     }
 
     /// `G = Σ g gᵀ / n_seen`, (m, m), of the gradients at the output of a linear. A mean over the tokens that it saw and
@@ -195,11 +195,39 @@ impl Statistics {
             Some(seen) => seen,
             None => self.header.n_gradient_tokens() as f64,
         };
-        self.gram(Key::OutputGram(id.slot), id, m, 1.0 / n_seen.max(1.0))
+        self.gram(Key::OutputGram(id.slot), id.block, m, 1.0 / n_seen.max(1.0))
     }
 
-    fn gram(&self, key: Key, id: LinearId, n: usize, scale: f64) -> Result<Packed> {
-        let name = key.name(id.block);
+    /// The statistics of the embedding table (vocab_size, n): how often each token is read, as a share of all tokens with
+    /// one reading more of each, so that none is free; and `Σ g gᵀ / n_tokens` (n, n) at the rows that are read.
+    ///
+    /// # Errors
+    /// They were not measured, or have another size.
+    pub fn table(&self, vocab_size: usize, n: usize) -> Result<(Vec<f64>, Packed)> {
+        let n_tokens = self.header.n_gradient_tokens() as f64;
+        let counts = self.vector(Key::TokenCounts, 0, vocab_size)?;
+        let shares = counts.into_iter().map(|count| (count + 1.0) / (n_tokens + vocab_size as f64)).collect();
+        Ok((shares, self.gram(Key::TableGram, 0, n, 1.0 / n_tokens.max(1.0))?))
+    }
+
+    /// The statistics of the head (vocab_size, n): `Σ g² / n_tokens` of every logit, and `Σ x xᵀ / n_tokens` (n, n) of its
+    /// inputs.
+    ///
+    /// # Errors
+    /// They were not measured, because the model has no head, or have another size.
+    pub fn head(&self, vocab_size: usize, n: usize) -> Result<(Vec<f64>, Packed)> {
+        let scale = 1.0 / self.header.n_gradient_tokens().max(1) as f64;
+        let squares = self.vector(Key::HeadSquares, 0, vocab_size)?;
+        Ok((squares.into_iter().map(|sum| scale * sum).collect(), self.gram(Key::HeadGram, 0, n, scale)?))
+    }
+
+    /// Whether the head was measured: encoders are often saved without theirs.
+    pub fn has_head(&self) -> bool {
+        self.has(&Key::HeadGram.name(0))
+    }
+
+    fn gram(&self, key: Key, block: usize, n: usize, scale: f64) -> Result<Packed> {
+        let name = key.name(block);
         let values = self.array(&name)?;
         let len = values.len();
         Packed::new(values, n, scale)

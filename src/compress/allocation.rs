@@ -56,8 +56,11 @@ impl<'a> Problem<'a> {
         let (recipe, plan) = (study.recipe, study.plan);
         let curves: Vec<_> = (0..plan.linears.len()).map(|i| curve(study, i)).collect();
         let weighted = Weighted { curves: &curves, sensitivities };
-        let mut units: Vec<PricedUnit<'_>> =
-            (0..plan.linears.len()).map(|i| PricedUnit::of_ranks(study, i, &weighted, price)).collect();
+        let one = |i: usize| match plan.linears[i].vocabulary {
+            Some(_) => PricedUnit::of_fits(study, i, 0, &|linear, forms| cost(price, linear, forms), sensitivities[i]),
+            None => PricedUnit::of_ranks(study, i, &weighted, price),
+        };
+        let mut units: Vec<PricedUnit<'_>> = (0..plan.linears.len()).map(one).collect();
         if recipe.share() {
             units = together(study, units, &weighted, price);
         }
@@ -72,17 +75,7 @@ impl<'a> Problem<'a> {
         sensitivities: &'a [f64],
     ) -> Self {
         let plan = study.plan;
-        let one = |i: usize| {
-            let mut menu = Menu::default();
-            for (fit, of) in study.fits.of(i).iter().enumerate().skip(first(i)) {
-                for (rank, errors) in of.fitted.errors() {
-                    let choice = Choice::Fitted { fit, rank };
-                    let cost = price(&plan.linears[i], study.planned(i, choice).as_ref());
-                    menu.add(cost, sensitivities[i] * errors.iter().sum::<f64>(), vec![choice]);
-                }
-            }
-            menu.of(Unit { members: vec![i] }, price(&plan.linears[i], None))
-        };
+        let one = |i: usize| PricedUnit::of_fits(study, i, first(i), price, sensitivities[i]);
         let units = (0..plan.linears.len()).map(one).collect();
         Self { recipe: study.recipe, plan, units }
     }
@@ -176,6 +169,24 @@ impl<'a> PricedUnit<'a> {
         Self { unit, dense_cost, candidates, meaning: Meaning::Ranks { parameters, spectrum } }
     }
 
+    /// A linear in all of its fits from index `first` on, at all of their ranks.
+    fn of_fits(study: &Study<'_>, i: usize, first: usize, price: &Price<'_>, sensitivity: f64) -> Self {
+        let linear = &study.plan.linears[i];
+        let mut menu = Menu::default();
+        for (fit, of) in study.fits.of(i).iter().enumerate().skip(first) {
+            for (rank, errors) in of.fitted.errors() {
+                // Without a base, rank 0 is nothing at all.
+                if rank == 0 && of.fitted.quant().is_none() {
+                    continue;
+                }
+                let choice = Choice::Fitted { fit, rank };
+                let cost = price(linear, study.planned(i, choice).as_ref());
+                menu.add(cost, sensitivity * errors.iter().sum::<f64>(), vec![choice]);
+            }
+        }
+        menu.of(Unit { members: vec![i] }, price(linear, None))
+    }
+
     fn item<'i>(&'i self, plan: &Plan) -> Item<'i> {
         let candidates = match &self.meaning {
             Meaning::Zeros => Candidates::Free(self.candidates[0]),
@@ -224,6 +235,11 @@ struct Weighted<'w, 'a> {
 fn cost(price: Option<&Price<'_>>, linear: &LinearInfo, forms: Option<&Forms>) -> u64 {
     match (price, forms) {
         (Some(price), forms) => price(linear, forms),
+        // Codes keep all parameters; they count as the parameters that would take as many bytes.
+        (None, Some(forms)) if forms.is_quantized() => {
+            let (base, over) = linear.bytes_as(forms);
+            (base + over) * linear.n_parameters() / linear.n_bytes().max(1)
+        }
         (None, Some(forms)) => linear.parameters_as(forms),
         (None, None) => linear.n_parameters(),
     }

@@ -2,7 +2,7 @@
 
 use super::allocate::{self, Candidate, Candidates, Item, Ladder, Pick, Ranks, Rules, Spectra};
 use super::compensate::{Compensate, CompensateRank};
-use super::plan::{Choice, Plan};
+use super::plan::{Choice, Plan, layout};
 use super::recipe::{Budget, Recipe};
 use crate::model::inventory::LinearInfo;
 use crate::quantize::Quant;
@@ -21,6 +21,7 @@ pub(super) fn known_choices(recipe: &Recipe, plan: &Plan) -> Option<Vec<Choice>>
 /// A linear in a quantizer, if its blocks or those of its fallback fit; ranks that measurements decide are 0.
 pub(super) fn quantized_choice(recipe: &Recipe, linear: &LinearInfo, quant: Quant) -> Choice {
     let rank = match (recipe.compensate(), recipe.compensate_rank()) {
+        _ if linear.vocabulary.is_some() => 0,
         (Compensate::None, _) | (_, CompensateRank::Auto) => 0,
         (_, CompensateRank::Fixed(rank)) => rank.min(linear.out_features).min(linear.in_features),
     };
@@ -57,18 +58,20 @@ pub(super) fn choice(pick: Pick) -> Choice {
 
 /// The largest rank that each linear can get; 0 if it is known to stay dense or is all zeros.
 pub(super) fn max_ranks(recipe: &Recipe, plan: &Plan) -> Vec<usize> {
-    if !recipe.quant().is_empty() {
-        return vec![0; plan.linears.len()];
-    }
+    let is_factored = |linear: &LinearInfo| match linear.vocabulary {
+        Some(_) => recipe.embeddings().factors() && recipe.format.stores_everything(),
+        None => recipe.quant().is_empty(),
+    };
     let known = known_choices(recipe, plan);
     let largest = |i: usize| match &known {
+        _ if !is_factored(&plan.linears[i]) => 0,
         Some(choices) => match choices[i] {
             Choice::Fitted { rank, .. } => rank,
             Choice::Dense | Choice::Zeros => 0,
         },
         None if plan.are_zero[i] => 0,
         // Allocators ask for the spectrum of a matrix that is too small to save anything, too.
-        None => recipe.layout().fitting().largest_saving_rank(plan.linears[i].shape()).max(1),
+        None => layout(recipe, &plan.linears[i]).fitting().largest_saving_rank(plan.linears[i].shape()).max(1),
     };
     (0..plan.linears.len()).map(largest).collect()
 }
@@ -80,8 +83,9 @@ pub(super) fn reads_fit(recipe: &Recipe, linear: &LinearInfo) -> bool {
 
 /// Parameters of a linear at every rank from 0 to full rank.
 pub(super) fn parameters(recipe: &Recipe, linear: &LinearInfo) -> Vec<u64> {
-    let largest = recipe.layout().fitting().largest_rank(linear.shape());
-    (0..=largest).map(|rank| recipe.layout().n_parameters(rank, linear.shape())).collect()
+    let layout = layout(recipe, linear);
+    let largest = layout.fitting().largest_rank(linear.shape());
+    (0..=largest).map(|rank| layout.n_parameters(rank, linear.shape())).collect()
 }
 
 /// The rules of a budget, in the unit of the items' costs.

@@ -33,7 +33,7 @@ impl Inputs {
                     .hint("remove `--sensitivity measured` and `--depth-weight auto`")
                     .into());
             }
-            if let Some(outside) = plan.linears.iter().find(|l| l.id.is_none()) {
+            if let Some(outside) = plan.linears.iter().find(|l| l.id.is_none() && l.vocabulary.is_none()) {
                 let message =
                     format!("`{}` is outside of the blocks, and so has no calibration statistics", outside.module);
                 return Err(Failure::unsupported(message)

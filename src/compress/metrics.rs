@@ -7,6 +7,7 @@ use anyhow::{Context, Result};
 use faer::Mat;
 
 use super::presets::{MetricForm, Preset};
+use super::vocabulary::{self, Vocabulary};
 use crate::approx::metric::Metric;
 use crate::calibrate::{Key, Pooled, Statistics};
 use crate::model::inventory::LinearInfo;
@@ -46,6 +47,9 @@ impl Metrics<'_> {
     /// # Errors
     /// The statistics cannot be read.
     pub fn output(&self, linear: &LinearInfo) -> Result<Metric> {
+        if let Some((rows, _)) = self.of_vocabulary(linear)? {
+            return Ok(rows);
+        }
         if let Some(size) = self.size_without_tokens(linear, self.preset.output, Side::Output)? {
             return Ok(Metric::diagonal(vec![size; linear.out_features]));
         }
@@ -76,6 +80,9 @@ impl Metrics<'_> {
         shared: &SharedInputs,
         f: impl FnOnce(&Metric) -> Result<T>,
     ) -> Result<T> {
+        if let Some((_, columns)) = self.of_vocabulary(linear)? {
+            return f(&columns);
+        }
         if let Some(size) = self.size_without_tokens(linear, self.preset.input, Side::Input)? {
             return f(&Metric::diagonal(vec![size; linear.in_features]));
         }
@@ -107,6 +114,18 @@ impl Metrics<'_> {
                 f(&sized(Metric::diagonal(statistics.squared_gradient_input(id, linear.in_features)?))?)
             }
         }
+    }
+
+    /// Both metrics of a matrix of the vocabulary; `None` for all others, and in a plain metric.
+    fn of_vocabulary(&self, linear: &LinearInfo) -> Result<Option<(Metric, Metric)>> {
+        let (Some(of), Some(statistics)) = (linear.vocabulary, self.statistics) else { return Ok(None) };
+        if self.preset.output != MetricForm::Gram {
+            return Ok(Some((Metric::Identity, Metric::Identity)));
+        }
+        let Vocabulary { rows, columns } = vocabulary::of(statistics, of, linear.shape())?;
+        let mean = rows.iter().sum::<f64>() / rows.len().max(1) as f64;
+        let rows = rows.into_iter().map(|row| (1.0 - self.damping_output) * row + self.damping_output * mean);
+        Ok(Some((Metric::diagonal(rows.collect()), Metric::damped(columns, self.damping_input))))
     }
 
     /// The Gram of the inputs of a linear (n, n), undamped.

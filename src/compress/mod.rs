@@ -33,6 +33,7 @@ pub mod spectra;
 mod study;
 mod sweep;
 mod trials;
+mod vocabulary;
 
 use std::time::Instant;
 

@@ -175,6 +175,12 @@ recipe_options! {
     /// Modules to leave unchanged; overrides `--targets`
     exclude: Vec<String>, "Model" [value_name = "GLOB", num_args = 1],
 
+    /// The embedding table and the head [default: keep]
+    ///
+    /// As one of: keep; quantize, in the quantizers of the menu or in 8 and 4 bits; factor, in two factors; auto, which
+    /// lets the budget choose. The default is auto with `--target-size`, where method and format allow it.
+    embeddings: Option<Embeddings>, "Method" [],
+
     /// Format of the output [default: factored]
     format: Option<Format>, "Output" [],
 
@@ -297,6 +303,34 @@ pub enum Fused {
     Joint,
     /// Queries, keys and values, or gate and up, each with its own rank, as `X.q`, `X.k`, `X.v`, `X.gate`, `X.up`
     Split,
+}
+
+/// What may become of the matrices of the vocabulary.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
+#[serde(rename_all = "kebab-case")]
+pub enum Embeddings {
+    /// They stay as they are
+    #[default]
+    Keep,
+    /// Rows of codes
+    Quantize,
+    /// Two factors
+    Factor,
+    /// Any of these, as the budget decides
+    Auto,
+}
+
+impl Embeddings {
+    /// Whether codes are among the choices.
+    pub fn quantizes(self) -> bool {
+        matches!(self, Self::Quantize | Self::Auto)
+    }
+
+    /// Whether factors are among the choices.
+    pub fn factors(self) -> bool {
+        matches!(self, Self::Factor | Self::Auto)
+    }
 }
 
 /// The integers of quantized factors: symmetric, in groups of 128.

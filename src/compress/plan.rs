@@ -4,13 +4,13 @@
 use anyhow::Result;
 
 use super::compensate::{Compensate, CompensateRank};
-use super::recipe::Recipe;
+use super::recipe::{Embeddings, Recipe};
 use crate::checkpoint::Checkpoint;
 use crate::error::Failure;
 use crate::formats::{Files, Source};
 use crate::model::inventory::{self, LinearInfo};
 use crate::model::tie::is_tied_head;
-use crate::model::{config, coverage};
+use crate::model::{config, coverage, vocabulary};
 use crate::operator::{Form, Forms, Kind, Right, Shape};
 use crate::quantize::{Quant, Storage};
 
@@ -34,6 +34,19 @@ pub(super) enum FitKind {
     Base(Quant),
     /// Factors with a shared right factor.
     Shared(Right),
+}
+
+/// The layout of a linear of low rank. Rows of the vocabulary are read one by one, so that its matrices are two factors.
+pub(super) fn layout(recipe: &Recipe, linear: &LinearInfo) -> Kind {
+    if linear.vocabulary.is_some() { Kind::FACTORS } else { recipe.layout() }
+}
+
+/// The quantizers of the menu for a linear.
+pub(super) fn menu(recipe: &Recipe, linear: &LinearInfo) -> Vec<Quant> {
+    match linear.vocabulary {
+        Some(_) => recipe.table_quants(linear.in_features),
+        None => recipe.quants_for(linear.in_features),
+    }
 }
 
 /// The ranks that `--compensate-rank auto` tries cost up to this share of the parameters of a linear: 4 bits per weight in
@@ -75,6 +88,11 @@ impl Plan {
                 .into());
         }
         check_targets(checkpoint, &linears)?;
+        if recipe.embeddings() != Embeddings::Keep {
+            let matrices = vocabulary::matrices(checkpoint)?;
+            linears.retain(|linear| matrices.iter().all(|matrix| matrix.module != linear.module));
+            linears.extend(matrices.into_iter().filter(|matrix| !recipe.exclude.matches(&matrix.module)));
+        }
         warn_of_blocks_behind(checkpoint);
         // Blocks in order, regardless of the order of the files; stable within a block.
         linears.sort_by_key(|l| l.block);
@@ -98,7 +116,7 @@ impl Plan {
             (Choice::Dense, _) => None,
             // Two empty factors, because codes would need scales.
             (Choice::Zeros, _) => Some(Forms::of_rank(Kind::FACTORS, 0, shape)),
-            (Choice::Fitted { rank, .. }, FitKind::Layout) => Some(Forms::of(of_rank(rank, recipe.layout()))),
+            (Choice::Fitted { rank, .. }, FitKind::Layout) => Some(Forms::of(of_rank(rank, layout(recipe, linear)))),
             (Choice::Fitted { rank, .. }, FitKind::Shared(right)) => {
                 Some(Forms::of(Form { right, ..of_rank(rank, Kind::FACTORS) }))
             }
@@ -125,8 +143,8 @@ impl Plan {
             let forms = |(i, linear)| {
                 Self::forms(recipe, linear, Choice::Fitted { fit: 0, rank: rank(i) }, FitKind::Base(quant))
             };
-            let modules =
-                self.linears.iter().enumerate().filter_map(|(i, linear)| Some((linear.clone(), forms((i, linear))?)));
+            let in_blocks = self.linears.iter().enumerate().filter(|(_, linear)| linear.vocabulary.is_none());
+            let modules = in_blocks.filter_map(|(i, linear)| Some((linear.clone(), forms((i, linear))?)));
             let modules: Vec<(LinearInfo, Forms)> = modules.collect();
             if modules.is_empty() {
                 let message = format!("no targeted linear has inputs that are a multiple of the blocks of `{quant}`");

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use super::budget::{max_ranks, reads_fit};
 use super::compensate::{Compensate, CompensateRank};
 use super::fits::{fitting_bytes, shared, units_to_share};
-use super::plan::{Plan, largest_compensation};
+use super::plan::{Plan, largest_compensation, layout, menu};
 use super::recipe::Recipe;
 use crate::checkpoint::Checkpoint;
 use crate::model::inventory::LinearInfo;
@@ -32,12 +32,13 @@ impl Plan {
             let sites = self.linears.iter().filter_map(|l| l.id.map(|id| ((id.block, id.slot.site()), l.in_features)));
             let sites: BTreeMap<_, usize> = sites.collect();
             inputs = u64::from(needs.input_gram) * sites.into_values().map(triangle_bytes).sum::<u64>();
-            outputs = u64::from(needs.output_gram) * sum(&|linear| triangle_bytes(linear.out_features));
+            outputs = u64::from(needs.output_gram) * sum(&|linear| triangle_bytes(linear.gram_height()));
             states = walking + u64::from(needs.gradients()) * 4 * back * width * n_blocks;
         }
         let fits = self.linears.iter().zip(max_ranks(recipe, self)).filter(|(linear, _)| reads_fit(recipe, linear));
-        let fits: u64 = fits.map(|(linear, rank)| 4 * recipe.layout().fitting().n_values(rank, linear.shape())).sum();
-        let bases = sum(&|linear| base_bytes(recipe, linear.shape()));
+        let fits: u64 =
+            fits.map(|(linear, rank)| 4 * layout(recipe, linear).fitting().n_values(rank, linear.shape())).sum();
+        let bases = sum(&|linear| base_bytes(recipe, linear));
         let shared: u64 = self.shared(recipe).iter().map(|(heights, n)| shared_bytes(heights, *n)).sum();
         let streams = if recipe.anchor().is_some() || recipe.probes() { walking } else { 0 };
         // States go as Grams of output gradients come.
@@ -55,9 +56,10 @@ impl Plan {
         n_threads: usize,
     ) -> u64 {
         let needs = recipe.needs();
-        let alone = self.linears.iter().map(|linear| fitting_bytes(&[linear.out_features], linear.in_features));
+        let alone = self.linears.iter().map(|linear| fitting_bytes(linear.shape(), &[linear.gram_height()]));
         let shared = self.shared(recipe);
-        let mut sizes: Vec<u64> = alone.chain(shared.iter().map(|(heights, n)| fitting_bytes(heights, *n))).collect();
+        let mut sizes: Vec<u64> =
+            alone.chain(shared.iter().map(|(heights, n)| fitting_bytes((heights.iter().sum(), *n), heights))).collect();
         sizes.sort_unstable_by(|x, y| y.cmp(x));
         let at_once = (memory_bytes / sizes.first().copied().unwrap_or(0).max(1)).clamp(1, n_threads as u64);
         let decompositions: u64 = sizes.iter().take(at_once as usize).sum();
@@ -117,13 +119,15 @@ fn shared_bytes(heights: &[usize], n: usize) -> u64 {
 }
 
 /// Bytes of the bases of the menu, with their factors.
-fn base_bytes(recipe: &Recipe, (m, n): Shape) -> u64 {
+fn base_bytes(recipe: &Recipe, linear: &LinearInfo) -> u64 {
+    let (m, n) = linear.shape();
     let rank = match (recipe.compensate(), recipe.compensate_rank()) {
+        _ if linear.vocabulary.is_some() => 0,
         (Compensate::None, _) => 0,
         (_, CompensateRank::Fixed(rank)) => rank.min(m).min(n),
         (_, CompensateRank::Auto) => largest_compensation((m, n)),
     };
-    recipe.quants_for(n).iter().map(|quant| quant.storage().n_bytes(m, n) + pair_bytes((m, n), rank)).sum()
+    menu(recipe, linear).iter().map(|quant| quant.storage().n_bytes(m, n) + pair_bytes((m, n), rank)).sum()
 }
 
 #[cfg(test)]

@@ -27,7 +27,11 @@ pub(super) fn of(study: &Study<'_>) -> Result<Vec<f64>> {
     if study.recipe.ranks() != Ranks::Knapsack {
         return Ok(vec![1.0; n]);
     }
-    let energy = |i: usize| study.fits.low_rank(i).and_then(|fit| fit.curve()).map_or(1.0, |c| c.squared_error(0));
+    let energy = |i: usize| match study.fits.low_rank(i).and_then(|fit| fit.curve()) {
+        Some(curve) => curve.squared_error(0),
+        None if study.plan.linears[i].vocabulary.is_some() => study.fits.norm(i),
+        None => 1.0,
+    };
     Ok(match study.recipe.sensitivity() {
         None | Some(Sensitivity::SecondOrder) => vec![1.0; n],
         Some(Sensitivity::Energy) => (0..n).map(|i| reciprocal(energy(i))).collect(),

@@ -19,7 +19,7 @@ use crate::approx::low_rank::{ErrorCurve, LowRank};
 use crate::approx::metric::{Metric, MetricPair, PlainSides};
 use crate::checkpoint::{Dtype, cast};
 use crate::linalg;
-use crate::model::inventory;
+use crate::model::inventory::{self, LinearInfo};
 use crate::operator::{Element, Form, Forms, Kind, Matrix, Operator, Rounded, Side, Sides, Term};
 use crate::progress::{Progress, Stage};
 use crate::store::{Array, Piece, Spooled, Values};
@@ -200,8 +200,8 @@ impl<'s> Solution<'s> {
             return Ok(());
         }
         let stage = progress.stage("round", wanted.len() as u64, "matrices");
-        let shape = |&i: &usize| self.study.plan.linears[i].shape();
-        let costs: Vec<u64> = wanted.iter().map(shape).map(|(m, n)| fitting_bytes(&[m], n)).collect();
+        let cost = |linear: &LinearInfo| fitting_bytes(linear.shape(), &[linear.gram_height()]);
+        let costs: Vec<u64> = wanted.iter().map(|&i| cost(&self.study.plan.linears[i])).collect();
         let workers = self.study.session.workers(&costs)?;
         workers.collect(&costs, |at| self.settle_one(wanted[at], stage.as_ref())).map(drop)
     }

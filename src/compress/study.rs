@@ -9,10 +9,10 @@ use anyhow::Result;
 use super::allocate::Spectra;
 use super::budget::{max_ranks, reads_fit};
 use super::compensate::Compensate;
-use super::fits::{Approximation, Decompose, Fits, Quantize, Share, units_to_share};
+use super::fits::{Approximation, Decompose, Fits, Quantize, Share, Unit, units_to_share};
 use super::inputs::Inputs;
 use super::metrics::Metrics;
-use super::plan::{Choice, FitKind, Plan};
+use super::plan::{Choice, FitKind, Plan, layout, menu};
 use super::presets::MetricForm;
 use super::recipe::Recipe;
 use crate::formats::Source;
@@ -54,7 +54,7 @@ impl<'a> Study<'a> {
             metrics: inputs.metrics(recipe),
             max_ranks: &max_ranks,
             with_plain: recipe.ranks().allocator().spectra() == Spectra::Plain,
-            layout: recipe.layout(),
+            layout: &|linear| layout(recipe, linear),
             keeps_values: &|linear| reads_fit(recipe, linear),
             after_block: &forget,
         };
@@ -66,9 +66,9 @@ impl<'a> Study<'a> {
         timings.decompose = started.elapsed().as_secs_f64();
         let source = Source::new(session.checkpoint);
         let mut study = Self { session, recipe, plan, inputs, fits, source, timings, rounds: 0 };
-        if !recipe.quant().is_empty() {
+        if !recipe.quant().is_empty() || recipe.embeddings().quantizes() {
             let started = Instant::now();
-            study.quantize(recipe.compensate(), &|i| recipe.quants_for(plan.linears[i].in_features))?;
+            study.quantize(recipe.compensate(), &|i| menu(recipe, &plan.linears[i]))?;
             study.timings.quantize = started.elapsed().as_secs_f64();
         }
         Ok(study)
@@ -101,8 +101,11 @@ impl<'a> Study<'a> {
             quants,
             round: self.rounds,
         };
+        // In a recipe of low rank only matrices of the vocabulary have a menu. Later rounds compare with all of their norms.
+        let is_wanted = |i: &usize| self.rounds > 0 || !self.recipe.quant().is_empty() || !quants(*i).is_empty();
+        let units = (0..self.plan.linears.len()).filter(is_wanted).map(|i| Unit { members: vec![i] }).collect();
         self.rounds += 1;
-        self.fits.quantize(self.session, self.plan, &method)
+        self.fits.quantize(self.session, self.plan, &method, units)
     }
 
     /// Base and factors of the `i`-th linear under a choice.

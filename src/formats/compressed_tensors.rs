@@ -21,6 +21,9 @@ pub(super) fn exchange_scheme(linear: &LinearInfo, forms: &Forms) -> Result<Sche
     if let Some(reason) = adapter::refusal(forms) {
         return Err(reason);
     }
+    if linear.vocabulary.is_some() {
+        return Err("loaders of this format read embeddings in floats".into());
+    }
     if linear.stored == Stored::DenseTransposed {
         return Err("its weight is stored (in, out), which loaders of this format do not expect".into());
     }
@@ -168,6 +171,7 @@ mod tests {
             dtype: Dtype::F32,
             stored,
             block: None,
+            vocabulary: None,
             id: None,
             is_default_target: true,
         };

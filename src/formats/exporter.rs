@@ -131,6 +131,11 @@ pub trait Exporter: Sync {
     /// What it holds in place of a compressed linear.
     fn holds(&self) -> Holds;
 
+    /// Whether its loaders read an embedding table in codes.
+    fn reads_coded_tables(&self) -> bool {
+        self.holds() != Holds::Codes && self.holds() != Holds::DequantizedBases
+    }
+
     /// Whether linears of one output may have different quantizers.
     fn mixes_quantizers(&self) -> bool {
         true

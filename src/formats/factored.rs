@@ -25,7 +25,8 @@ use crate::quantize::{Quantized, Storage};
 pub(super) struct Factored;
 
 const MODELING_FILE: &str = "modeling_lrc.py";
-const MODELING_TEMPLATE: &str = include_str!("modeling_lrc.py");
+/// The layers, and how they take their places in a model: one file in the output.
+const MODELING_TEMPLATE: &str = concat!(include_str!("modeling_lrc.py"), "\n\n", include_str!("modeling_lrc_model.py"));
 
 /// The transformers class that the output extends, and its own class: `LlamaForCausalLM`, `LrcForCausalLM`.
 struct Classes {

@@ -26,7 +26,7 @@ except ImportError:  # transformers 4 has no such table
 def _shape(linear):
     rows, columns = linear.weight.shape
     # nn.Linear stores (out, in), GPT-2's Conv1D (in, out).
-    return (rows, columns) if isinstance(linear, nn.Linear) else (columns, rows)
+    return (rows, columns) if isinstance(linear, (nn.Linear, nn.Embedding)) else (columns, rows)
 
 
 _NF4 = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -108,12 +108,12 @@ class QuantizedLinear(CheckedModule):
         checks = {"codes": _is_filled(self.codes), "scales": self.scales.isfinite().all()}
         return checks if self.zeros is None else checks | {"zeros": _is_filled(self.zeros)}
 
-    def weight(self):
-        codes, scales = _unpack(self.codes, self.bits, self.in_features), self.scales.float()
+    def weight(self, rows=slice(None)):
+        codes, scales = _unpack(self.codes[rows], self.bits, self.in_features), self.scales[rows].float()
         spread = lambda per_group: per_group.repeat_interleave(self.group, dim=1)[:, : self.in_features]
         if self.levels == "nf4":
             return torch.tensor(_NF4, device=codes.device)[codes.long()] * spread(scales)
-        zeros = 2 ** (self.bits - 1) if self.zeros is None else spread(_unpack(self.zeros, self.bits, scales.shape[1]))
+        zeros = 2 ** (self.bits - 1) if self.zeros is None else spread(_unpack(self.zeros[rows], self.bits, scales.shape[1]))
         return (codes - zeros) * spread(scales)
 
     def forward(self, x):
@@ -132,6 +132,47 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x):
         return self.lr_b(self.lr_a(x))
+
+
+class Embedding:
+    """Looks up rows of a compressed table, which projects as a linear where the head is tied to it."""
+    def like(self, embedding):
+        # Gemma scales inside its own class.
+        self.embed_scale, self.dtype = getattr(embedding, "embed_scale", None), embedding.weight.dtype
+        return self
+
+    def forward(self, ids):
+        rows = self.rows(ids.flatten()).to(self.dtype).unflatten(0, ids.shape)
+        return rows if self.embed_scale is None else rows * self.embed_scale.to(rows.dtype)
+
+
+class QuantizedEmbedding(Embedding, QuantizedLinear):
+    def rows(self, ids):
+        if not self.is_filled:
+            self.check(ids)
+        return self.weight(ids)
+
+    def project(self, x):
+        return QuantizedLinear.forward(self, x)
+
+
+class LowRankEmbedding(Embedding, LowRankLinear):
+    def rows(self, ids):
+        some = lambda part, rows=slice(None): part.weight(rows) if isinstance(part, QuantizedLinear) else part.weight[rows]
+        return some(self.lr_b, ids).to(self.dtype) @ some(self.lr_a).to(self.dtype)
+
+    def project(self, x):
+        return LowRankLinear.forward(self, x)
+
+
+class TiedHead(nn.Module):
+    """The head of a model whose compressed table serves it too."""
+    def __init__(self, table):
+        super().__init__()
+        self.table = (table,)  # no second registration of its parameters
+
+    def forward(self, x):
+        return self.table[0].project(x)
 
 
 class BorrowingLinear(nn.Module):
@@ -252,198 +293,3 @@ class Experts(nn.ModuleList):
             out = down(self.act_fn(gate(x[token])) * up(x[token]))
             y.index_add_(0, token, (out * weights[token, rank, None]).to(y.dtype))
         return y
-
-
-def _unstack(model, modules):
-    """Unstacks all experts if any was compressed, because files are read by one set of names. Returns whether it did."""
-    compressed = [name.rsplit(".", 1)[1] for name in modules if ".experts." in name]
-    stacked = [name for name, module in model.named_modules() if hasattr(module, "gate_up_proj") and name.endswith(".experts")]
-    if not compressed or not stacked:
-        return False
-    names = ("w1", "w3", "w2") if compressed[0] in ("w1", "w2", "w3") else ("gate_proj", "up_proj", "down_proj")
-    for name in stacked:
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, Experts(model.get_submodule(name), names))
-    return True
-
-
-def _renamed(model, name):
-    """The name in memory of a module in a multimodal model's files, by the table that transformers 5 loads them with."""
-    for rename in _renames.get_model_conversion_mapping(model) if _renames else ():
-        if isinstance(rename, _renames.WeightRenaming):
-            name, _ = rename.rename_source_key(name)
-    return name
-
-
-def _find(model, name):
-    """The module for a name in the checkpoint; base models are saved with and without their prefix."""
-    prefix = model.base_model_prefix + "."
-    for known in (name, name.replace(".block_sparse_moe.", ".mlp."), _renamed(model, name)):
-        for candidate in (known, prefix + known, known.removeprefix(prefix)):
-            with contextlib.suppress(AttributeError):
-                return candidate, model.get_submodule(candidate)
-    return None, None
-
-
-def _replacement(name, linear, entry, quantized, shared):
-    shape, bias = _shape(linear), linear.bias is not None
-    like = {"dtype": linear.weight.dtype, "device": linear.weight.device}
-
-    def make(part, shape, bias):
-        """The linear that the checkpoint stores under the name and `part`."""
-        if name + part in quantized:
-            return QuantizedLinear(name + part, shape, quantized[name + part]["scheme"], bias, like)
-        return nn.Linear(shape[1], shape[0], bias=bias, **like)
-
-    if "rank" not in entry:
-        return make("", shape, bias)
-    layout = CompensatedLinear if entry.get("base") else _LAYOUTS[entry.get("layout", "factors")]
-    if f"{name}.lr_a.weight" in shared:
-        layout = BorrowingLinear
-    return layout(name, make, shape, linear.bias, entry)
-
-
-@functools.cache
-def _variant(cls, pattern):
-    """A class like `cls`, for its instances whose linears have the kinds in `pattern`."""
-    reduce = lambda module: (_new_variant, (cls, pattern), module.__dict__)
-    own = {"__module__": cls.__module__, "__doc__": cls.__doc__, "__reduce__": reduce, "lrc_pattern": pattern}
-    return type(cls.__name__, (cls,), own)
-
-
-def _new_variant(cls, pattern):
-    variant = _variant(cls, pattern)
-    return variant.__new__(variant)
-
-
-def _tell_apart(model):
-    """Gives parents of replaced linears one class per pattern: vLLM rewrites all modules of a class like the first."""
-    own = (QuantizedLinear, BorrowingLinear, CompensatedLinear, SplitLinear, *_LAYOUTS.values())
-    kind = lambda cls: (cls.__name__, getattr(cls, "lrc_pattern", ()))
-    for module in reversed(list(model.modules())):  # children before their parents
-        pattern = tuple((name, *kind(type(child))) for name, child in module.named_children() if isinstance(child, own))
-        if pattern and not isinstance(module, transformers.PreTrainedModel):
-            module.__class__ = _variant(type(module), pattern)
-
-
-def _unfill(model):
-    """Marks the buffers that transformers 5 did not find in the files, which otherwise keep whatever was in memory."""
-    checked = (module for module in model.modules() if isinstance(module, CheckedModule))
-    buffers = [buffer for module in checked for buffer in module.buffers(recurse=False)]
-    missing = [buffer for buffer in buffers if not getattr(buffer, "_is_hf_initialized", False)]
-    if len(missing) < len(buffers):  # transformers 4 sets no flags, and leaves buffers as they were made
-        for buffer in missing:
-            buffer.copy_(_unfilled(buffer.shape, buffer.dtype))
-
-
-# A style that transformers does not have, so that it refuses these models: its rules for tensor parallelism are the same for all blocks.
-_NOT_IN_TRANSFORMERS = "lrc_not_split_by_transformers"
-
-
-def _style(plan, name):
-    """The style of a dense linear in a plan."""
-    matches = lambda rule: re.fullmatch(re.escape(rule).replace(r"\*", r"\d+"), name)
-    return next((style for rule, style in plan.items() if matches(rule)), "replicate")
-
-
-def _rules(name, module, style):
-    """The styles of the parts of a module that replaced a linear of this style."""
-    first, last = (style if style.startswith(way) else "replicate" for way in ("rowwise", "colwise"))
-    parts = {"base": style, "lr_a": first, "lr_b": last, "lr_p": first, "lr_t": "replicate", "lr_r": "replicate", "lr_l": "replicate"}
-    return {f"{name}.{part}": parts.get(part, "replicate") for part, _ in module.named_children()}
-
-
-def _tensor_parallel():
-    """The rank of this device and the number of devices, if vLLM or SGLang splits linears across devices."""
-    for name in ("vllm.distributed.parallel_state", "sglang.srt.distributed.parallel_state"):
-        state = sys.modules.get(name)
-        if state is not None and state.model_parallel_is_initialized():
-            return state.get_tensor_model_parallel_rank(), state.get_tensor_model_parallel_world_size()
-    return 0, 1
-
-
-def _split(model, replaced):
-    """Plans the tensor parallelism of replaced linears, and refuses those that would then compute something else."""
-    plan, rules = model._tp_plan or {}, {}
-    for name, module in replaced.items():
-        rules |= _rules(name, module, _style(plan, name))
-    # vLLM takes the first rule that a name begins with, so the rules of parts precede the rule of the whole.
-    model._tp_plan = rules | plan | dict.fromkeys(replaced, _NOT_IN_TRANSFORMERS)
-    rank, size = _tensor_parallel()
-    if size == 1:
-        return
-    heads = getattr(model.config.get_text_config(), "num_key_value_heads", None) or size
-    if heads % size:
-        raise ValueError(f"{heads} heads of keys and values cannot be split across {size} devices")
-    for name, module in replaced.items():
-        is_quantized = any(isinstance(child, QuantizedLinear) for child in module.modules())
-        if is_quantized or not isinstance(module, (LowRankLinear, PivotLinear)):
-            raise ValueError(
-                f"`{name}` cannot be split across {size} devices, which factors and pivots that are not quantized can be: "
-                "run it on one, or write it with `lrc export FOLDER --format dense -o OUT`"
-            )
-        if isinstance(module, PivotLinear) and _style(plan, name) == "colwise":
-            module.share = (rank, size)
-
-
-def _compress(model):
-    lrc = model.config.lrc
-    for stack in lrc.get("stacks") or ():
-        raise ValueError(
-            f"the experts of `{stack}` are stored one by one, which transformers has no modules for: "
-            "`lrc export FOLDER --format dense -o OUT` stacks them again"
-        )
-    _inherit_renames(keep_stacks=not _unstack(model, lrc["modules"]))
-    quantized, shared = lrc.get("quantized", {}), lrc.get("shared", {})
-    replaced, by_name = {}, {}
-    for name, entry in [*lrc.get("split", {}).items(), *lrc["modules"].items()]:  # modules may be parts of a split linear
-        found, linear = _find(model, name)
-        if found is None:
-            continue  # a head, in a model loaded without one
-        module = SplitLinear(linear, entry) if "parts" in entry else _replacement(name, linear, entry, quantized, shared)
-        parent, _, child = found.rpartition(".")
-        setattr(model.get_submodule(parent), child, module)
-        replaced[found] = by_name[name] = module
-    for part, owner in shared.items():
-        if (borrower := by_name.get(part.removesuffix(".lr_a.weight"))) is not None:
-            borrower.owner = (by_name[owner.removesuffix(".lr_a.weight")],)
-    _split(model, replaced)
-    _tell_apart(model)
-
-
-class LrcConfig(_BaseConfig):
-    model_type = "lrc_" + _BaseConfig.model_type
-
-
-class _Compressed:
-    def __init__(self, config, *args, **kwargs):
-        super().__init__(config, *args, **kwargs)
-        _compress(self)
-
-    def _initialize_missing_keys(self, *args, **kwargs):
-        super()._initialize_missing_keys(*args, **kwargs)
-        _unfill(self)
-
-
-class LrcModel(_Compressed, _BaseModel):
-    config_class = LrcConfig
-
-
-class LrcForCausalLM(_Compressed, _Base):
-    config_class = LrcConfig
-
-
-def _inherit_renames(keep_stacks):
-    """transformers 5 renames the tensors of some families when it loads them, by class and by model type, and stacks experts."""
-    if _renames is None:
-        return
-    names = [(LrcForCausalLM.__name__, _Base.__name__), (LrcModel.__name__, _BaseModel.__name__)]
-    for own, base in [*names, (LrcConfig.model_type, _BaseConfig.model_type)]:
-        found = _renames.get_checkpoint_conversion_mapping(base)
-        if found is None:
-            # An entry without renames would hide the entry of the model type, and so would the entry of a model loaded earlier.
-            (getattr(_renames, "_checkpoint_conversion_mapping_cache", None) or {}).pop(own, None)
-            continue
-        if not keep_stacks:
-            found = [r for r in found if not any(".experts" in target for target in r.target_patterns)]
-        _renames.register_checkpoint_conversion_mapping(own, found, overwrite=True)

@@ -146,8 +146,7 @@ impl Coverage<'_> {
             self.linear(&into, [hidden, width], Bias::None, Order::OutIn, fields);
             self.linear(&out, [width, hidden], Bias::None, Order::OutIn, fields);
         }
-        let table = format!("{}.weight", self.decoder.vocabulary.table);
-        self.note(self.checkpoint.expect_shape(&table, &[n_rows, width], VOCABULARY));
+        self.linear(&decoder.vocabulary.table, [n_rows, width], Bias::None, Order::OutIn, VOCABULARY);
         if let Some((positions, _)) = names.embed_positions {
             self.table(&format!("{}{positions}.weight", self.decoder.names.prefix));
         }

@@ -3,8 +3,8 @@
 
 use std::sync::Arc;
 
-use anyhow::Result;
-use candle_core::Tensor;
+use anyhow::{Context, Result};
+use candle_core::{Tensor, Var};
 
 use super::architectures::table::{Architecture, MaskedHead};
 use super::block::Block;
@@ -235,14 +235,14 @@ impl<'w> Decoder<'w> {
             projection,
             first_type: types.transpose()?,
             norm: norm.transpose()?,
-            table: self.table()?,
+            table: self.table()?.multiplied_out(self.config.embedding_size())?,
             positions: positions.transpose()?,
             scale: self.architecture.scales_embeddings.then(|| (self.config.hidden_size as f64).sqrt()),
         })
     }
 
-    fn table(&self) -> Result<Tensor> {
-        self.weights.tensor(&format!("{}.weight", self.vocabulary.table))
+    fn table(&self) -> Result<Linear> {
+        Linear::load(&self.weights, &self.vocabulary.table, Bias::None, Order::OutIn)
     }
 
     /// Loads one block.
@@ -265,7 +265,7 @@ impl<'w> Decoder<'w> {
                 .into());
         }
         let mut lm_head = match &self.vocabulary.head {
-            None => Linear::dense(self.table()?, None),
+            None => self.table()?,
             Some(head) => Linear::load(&self.weights, head, Bias::None, Order::OutIn)?,
         };
         let norm = |name: &str| Norm::load(&self.weights, name, names.norm_kind, eps);
@@ -329,7 +329,31 @@ impl Embeddings {
     fn of(&self, ids: &Tensor) -> Result<Tensor> {
         let (batch, n_tokens) = ids.dims2()?;
         let ids = ids.flatten_all()?.to_device(self.table.device())?;
-        let mut x = self.table.embedding(&ids)?.reshape((batch, n_tokens, ()))?;
+        self.states(&self.table.embedding(&ids)?.reshape((batch, n_tokens, ()))?)
+    }
+
+    /// Tokens that it knows.
+    pub fn vocab_size(&self) -> usize {
+        self.table.dims()[0]
+    }
+
+    /// The gradient (n_tokens, width) of the loss at the rows that `ids` read, from that at the states (n_tokens, hidden_size)
+    /// made of them.
+    ///
+    /// # Errors
+    /// A shape does not match.
+    pub fn gradient(&self, ids: &[u32], of_states: &Tensor) -> Result<Tensor> {
+        let ids = Tensor::new(ids, self.table.device())?;
+        let rows = Var::from_tensor(&self.table.embedding(&ids)?.unsqueeze(0)?)?;
+        let states = self.states(&rows)?;
+        let gradients = (states * of_states.unsqueeze(0)?)?.sum_all()?.backward()?;
+        Ok(gradients.get(&rows).context("no gradient reached the embeddings")?.squeeze(0)?)
+    }
+
+    /// States (batch, n_tokens, hidden_size) of rows of the table (batch, n_tokens, width).
+    fn states(&self, rows: &Tensor) -> Result<Tensor> {
+        let n_tokens = rows.dim(1)?;
+        let mut x = rows.clone();
         if let Some(scale) = self.scale {
             x = (x * scale)?;
         }

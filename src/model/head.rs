@@ -103,11 +103,18 @@ impl Head {
     }
 
     /// The gradient (n, hidden_size), with respect to `x` (n, hidden_size), of the summed negative log-likelihood of
-    /// `targets`; each is predicted from the state in its row of `rows`.
+    /// `targets`; each is predicted from the state in its row of `rows`. Adds the squares of the gradients at the outputs of
+    /// the matrix to `squares` (vocab_size).
     ///
     /// # Errors
     /// A logit is not finite.
-    pub fn loss_gradient(&self, x: &Tensor, rows: &[u32], targets: &[u32]) -> Result<Tensor> {
+    pub fn loss_gradient(
+        &self,
+        x: &Tensor,
+        rows: &[u32],
+        targets: &[u32],
+        mut squares: Option<&mut [f64]>,
+    ) -> Result<Tensor> {
         if rows.is_empty() {
             return Ok(x.zeros_like()?);
         }
@@ -133,6 +140,11 @@ impl Head {
                     row.iter_mut().zip(capped).for_each(|(g, l)| *g *= 1.0 - (l / cap).powi(2));
                 }
             });
+            if let Some(squares) = squares.as_deref_mut() {
+                for row in logits.chunks_exact(vocab_size) {
+                    squares.iter_mut().zip(row).for_each(|(sum, &g)| *sum += f64::from(g) * f64::from(g));
+                }
+            }
             let n_rows = logits.len() / vocab_size;
             let logits = Tensor::from_vec(logits, (n_rows, vocab_size), x.device())?;
             gradients.push(self.lm_head.backward(&logits)?); // (n_rows, hidden_size)
@@ -140,6 +152,14 @@ impl Head {
         })?;
         let gradient = Tensor::cat(&gradients, 0)?; // with respect to what the matrix of the vocabulary reads
         gradient_of((before * gradient)?.sum_all()?, &variable)
+    }
+
+    /// The inputs of the matrix of the vocabulary, (n_rows, width), for `rows` of `x` (n, hidden_size).
+    ///
+    /// # Errors
+    /// A row does not exist.
+    pub fn inputs(&self, x: &Tensor, rows: &[u32]) -> Result<Tensor> {
+        self.before_vocabulary(&x.index_select(&Tensor::new(rows, x.device())?, 0)?)
     }
 
     /// Negative log-likelihoods in nats of `targets` (n), each predicted from its row of `x` (n, hidden_size).

@@ -33,9 +33,22 @@ pub struct LinearInfo {
     pub block: Option<usize>,
     /// Its place in the decoder, if the family is known.
     pub id: Option<LinearId>,
+    /// Its use, if it is a matrix of the vocabulary that was asked for, or is stored compressed.
+    pub vocabulary: Option<VocabularyUse>,
     /// False for heads, routers, and anything outside the blocks of a known family or of the language model; these are
     /// compressed on request only.
     pub is_default_target: bool,
+}
+
+/// The use of a matrix of the vocabulary, (vocab_size, width).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum VocabularyUse {
+    /// Its rows are the embeddings of tokens.
+    Table,
+    /// It makes logits of states.
+    Head,
+    /// Both, in a tied model.
+    Both,
 }
 
 /// How a checkpoint holds a linear.
@@ -99,6 +112,11 @@ impl LinearInfo {
         (self.out_features, self.in_features)
     }
 
+    /// Rows of the Gram of its output gradients, of which only the diagonal is known for a matrix of the vocabulary.
+    pub fn gram_height(&self) -> usize {
+        if self.vocabulary.is_some() { 0 } else { self.out_features }
+    }
+
     /// Largest rank at which two factors have fewer parameters than the matrix: r (m + n) < m n.
     pub fn break_even_rank(&self) -> usize {
         Kind::FACTORS.fitting().largest_saving_rank(self.shape())
@@ -144,7 +162,9 @@ pub fn linears(checkpoint: &Checkpoint) -> Vec<LinearInfo> {
         if out_features < 2 || in_features < 2 {
             continue;
         }
-        if NOT_LINEAR.iter().any(|part| info.name.contains(part)) {
+        let is_compressed = found.is_some() || info.is_encoded() && !info.is_picked();
+        let is_table = is_compressed && places.is_table(module);
+        if !is_table && NOT_LINEAR.iter().any(|part| info.name.contains(part)) {
             continue;
         }
         let id = places.linear_id(module);
@@ -157,6 +177,7 @@ pub fn linears(checkpoint: &Checkpoint) -> Vec<LinearInfo> {
             stored,
             block: block_of(module, &of_stacks),
             id,
+            vocabulary: is_table.then_some(VocabularyUse::Table),
             is_default_target: id.is_some() || architecture.is_none() && !is_on_request(),
         });
     }
@@ -227,6 +248,13 @@ impl Places {
                 None => checkpoint.tensors().filter_map(before_embeddings).collect(),
             },
         }
+    }
+
+    /// Whether a module is the embedding table of a known family.
+    fn is_table(&self, module: &str) -> bool {
+        self.prefixes.iter().any(|prefix| {
+            self.architecture.is_some_and(|a| module.strip_prefix(prefix.as_str()) == Some(a.embed_tokens))
+        })
     }
 
     /// The linear of a block of a known family for a module.

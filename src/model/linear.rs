@@ -127,6 +127,21 @@ impl Linear {
         }
     }
 
+    /// The weight (out, in), multiplied out if it is a structure of `width` inputs.
+    ///
+    /// # Errors
+    /// The width does not match.
+    pub(super) fn multiplied_out(&self, width: usize) -> Result<Tensor> {
+        match (self.weight(), self.terms.first()) {
+            (Some(weight), _) => Ok(weight.clone()),
+            (None, Some(term)) => {
+                let unit = Tensor::eye(width, DType::F32, term.parts[0].device())?;
+                Ok(self.forward(&unit)?.t()?.contiguous()?)
+            }
+            (None, None) => unreachable!("invariant: a linear has a term"),
+        }
+    }
+
     /// The gradient (rows, in) at the input from the gradient (rows, out) at the output of a dense linear.
     ///
     /// # Errors

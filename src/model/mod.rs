@@ -23,6 +23,7 @@ mod slot;
 mod softmax;
 mod text_config;
 pub mod tie;
+pub mod vocabulary;
 mod walk;
 mod weights;
 pub mod widths;

@@ -36,7 +36,7 @@ impl Names {
         }
         let has = |prefix: &str, module: &str| {
             let base = format!("{prefix}{module}");
-            ["weight", "gamma"].iter().any(|part| checkpoint.info(&format!("{base}.{part}")).is_some())
+            is_stored(checkpoint, &base) || checkpoint.info(&format!("{base}.gamma")).is_some()
         };
         let rank = |(prefix, n_tensors): (&&str, &usize)| {
             let has_ends = has(prefix, architecture.embed_tokens) || architecture.norm.is_some_and(|n| has(prefix, n));

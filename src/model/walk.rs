@@ -161,6 +161,11 @@ impl<'a> Walk<'a> {
         &self.rope
     }
 
+    /// The tokens of a window.
+    pub fn ids(&self, window_idx: usize) -> &[u32] {
+        &self.windows[window_idx]
+    }
+
     /// Tokens of all windows.
     pub fn n_tokens(&self) -> usize {
         self.windows.iter().map(Vec::len).sum()

@@ -79,7 +79,7 @@ pub(in super::super) struct Decompose<'a> {
     pub max_ranks: &'a [usize],
     /// Whether allocators read the curves of plain weights.
     pub with_plain: bool,
-    pub layout: Kind,
+    pub layout: &'a (dyn Fn(&LinearInfo) -> Kind + Sync),
     /// Whether anything will read the values of a fit, and not only its curve.
     pub keeps_values: &'a (dyn Fn(&LinearInfo) -> bool + Sync),
     /// Called with a block whose linears are decomposed.
@@ -109,7 +109,7 @@ impl Fitter for Decompose<'_> {
     fn fit(&self, unit: &Unit, shared: &SharedInputs) -> Result<Made> {
         let i = unit.members[0];
         let (linear, max_rank) = (&self.plan.linears[i], self.max_ranks[i]);
-        let started = Instant::now();
+        let (started, layout) = (Instant::now(), (self.layout)(linear));
         let (m, n) = linear.shape();
         let values = inventory::weight(self.checkpoint, linear)?; // (out, in)
         let transposed = linalg::transposed_from_row_major(&values, m, n);
@@ -118,13 +118,13 @@ impl Fitter for Decompose<'_> {
         let output = self.metrics.output(linear)?;
         let (fit, input_diagonal, plain_sides) = self.metrics.with_input(linear, shared, |input| {
             let metric = MetricPair { output: &output, input };
-            let fit = self.layout.fitting().fit(target, metric, max_rank)?;
+            let fit = layout.fitting().fit(target, metric, max_rank)?;
             Ok((fit, input.to_diagonal(n), metric.plain_sides()))
         })?;
         let operator::Fit { curve, values } = fit;
         let plain = match self.with_plain {
             true if self.metrics.statistics.is_some() => {
-                self.layout.fitting().curve(target, MetricPair::IDENTITY)?.energies().to_vec()
+                layout.fitting().curve(target, MetricPair::IDENTITY)?.energies().to_vec()
             }
             true => curve.energies().to_vec(),
             false => Vec::new(),
@@ -161,7 +161,7 @@ impl Fitter for Decompose<'_> {
             plain: self.with_plain.then_some(plain),
             diagonals,
             details: Details { seconds, plain_sides, ..Details::default() },
-            layout: self.layout,
+            layout: (self.layout)(linear),
             shape: linear.shape(),
             max_rank,
             space,

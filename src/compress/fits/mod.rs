@@ -15,6 +15,7 @@ use serde_json::Value;
 
 use super::plan::{Choice, Plan};
 use crate::checkpoint::Checkpoint;
+use crate::operator::Shape;
 use crate::session::Session;
 use crate::store::{Journal, Piece, Spool};
 
@@ -108,8 +109,13 @@ impl Fits {
     ///
     /// # Errors
     /// As [`Self::decompose`].
-    pub fn quantize(&mut self, session: &Session<'_>, plan: &Plan, method: &Quantize<'_>) -> Result<()> {
-        let units: Vec<Unit> = (0..plan.linears.len()).map(|i| Unit { members: vec![i] }).collect();
+    pub fn quantize(
+        &mut self,
+        session: &Session<'_>,
+        plan: &Plan,
+        method: &Quantize<'_>,
+        units: Vec<Unit>,
+    ) -> Result<()> {
         for (unit, (norm, all)) in units.iter().zip(fit_all(session, plan, method, &units, &self.spool)?) {
             self.norms[unit.members[0]] = norm;
             all.into_iter().for_each(|fitted| self.add(unit, fitted));
@@ -140,10 +146,9 @@ pub(super) fn values_key(key: &str) -> String {
     format!("{key}-values")
 }
 
-/// Bytes that the fit of a unit takes: weight and image, the output Grams in packed form, and the eigenproblem with its
-/// workspace and bases.
-pub(super) fn fitting_bytes(heights: &[usize], n: usize) -> u64 {
-    let m: usize = heights.iter().sum();
+/// Bytes that the fit of a unit (m, n) takes: weight and image, the output Grams of these heights in packed form, and the
+/// eigenproblem with its workspace and bases.
+pub(super) fn fitting_bytes((m, n): Shape, heights: &[usize]) -> u64 {
     let small = m.min(n);
     let grams: u64 = heights.iter().map(|&m| 2 * (m * m) as u64).sum();
     20 * (m * n) as u64 + 32 * (small * small) as u64 + 8 * (small * (m + n)) as u64 + grams
@@ -175,8 +180,11 @@ fn fit_all<F: Fitter>(
         };
         let costs: Vec<u64> = group
             .iter()
-            .map(|unit| shared::heights(plan, unit))
-            .map(|(heights, n)| fitting_bytes(&heights, n))
+            .map(|unit| {
+                let (heights, n) = shared::heights(plan, unit);
+                let grams: Vec<usize> = unit.members.iter().map(|&i| plan.linears[i].gram_height()).collect();
+                fitting_bytes((heights.iter().sum(), n), &grams)
+            })
             .collect();
         let workers = session.workers(&costs)?;
         fits.extend(workers.collect(&costs, |i| one(&group[i]))?);

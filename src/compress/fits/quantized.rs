@@ -177,7 +177,10 @@ impl Fitter for Quantize<'_> {
 
     fn fit(&self, unit: &Unit, shared: &[SharedInputs; 2]) -> Result<Made> {
         let i = unit.members[0];
-        let (norm, plain, made) = self.make(&self.plan.linears[i], &(self.quants)(i), shared)?;
+        let linear = &self.plan.linears[i];
+        // Rows of the vocabulary are read one by one: codes alone.
+        let compensate = if linear.vocabulary.is_some() { Compensate::None } else { self.compensate };
+        let (norm, plain, made) = Self { compensate, ..*self }.make(linear, &(self.quants)(i), shared)?;
         let records: Vec<Record> = made.iter().map(MadeBase::record).collect();
         let values = made.into_iter().flat_map(MadeBase::into_arrays).collect();
         Ok(Made { fields: json!((plain, records)), kept: vec![vec![norm].into()], values })

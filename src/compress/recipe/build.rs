@@ -4,12 +4,13 @@ use anyhow::Result;
 
 use super::approach::{Approach, Limit, Menu};
 use super::basics::{Basics, share, usage, windows};
+use super::embeddings::embeddings;
 use super::low_rank::low_rank;
 use super::patterns::Patterns;
 use super::quantized::quantized;
 use super::settings::{DEFAULT_SHARD_BYTES, Recipe};
 use crate::calibrate::{Needs, WindowSettings};
-use crate::compress::options::{Fused, RecipeOptions};
+use crate::compress::options::{Embeddings, Fused, RecipeOptions};
 use crate::compress::presets::Method;
 use crate::error::Failure;
 
@@ -27,6 +28,7 @@ impl Recipe {
             damping_output: share("--damping-output", options.damping_output, preset.damping)?,
             clip_gradients: options.clip_gradients.unwrap_or(false),
             fused: options.fused.unwrap_or_default(),
+            embeddings: embeddings(options, &basics)?,
             targets: Patterns::new("`--targets`", &options.targets)?,
             exclude: Patterns::new("`--exclude`", &options.exclude)?,
             format: basics.format,
@@ -59,6 +61,7 @@ impl Recipe {
             damping_input,
             damping_output,
             clip_gradients: false,
+            embeddings: Embeddings::Keep,
             calibration: None,
             statistics: None,
             ..self

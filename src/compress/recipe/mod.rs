@@ -3,6 +3,7 @@
 mod approach;
 mod basics;
 mod build;
+mod embeddings;
 mod file;
 mod low_rank;
 mod patterns;
@@ -11,7 +12,7 @@ mod settings;
 #[cfg(test)]
 mod tests;
 
-pub use super::options::{FactorBits, Fused, RecipeOptions};
+pub use super::options::{Embeddings, FactorBits, Fused, RecipeOptions};
 pub use approach::{
     Allocation, Approach, BaseSensitivity, Bases, Budget, Compensator, FactorStorage, Factors, FloatStorage, Knapsack,
     Limit, LowRankApproach, Menu, RankSteps, Rule, Unordered,

@@ -10,7 +10,7 @@ use crate::calibrate::{Needs, WindowSettings};
 use crate::checkpoint::Dtype;
 use crate::compress::allocate::Ranks;
 use crate::compress::compensate::{Compensate, CompensateRank};
-use crate::compress::options::{FactorBits, Fused, RecipeOptions};
+use crate::compress::options::{Embeddings, FactorBits, Fused, RecipeOptions};
 use crate::compress::presets::{Method, MetricForm};
 use crate::compress::scale::{DepthWeight, Sensitivity};
 use crate::formats::Format;
@@ -47,6 +47,8 @@ pub struct Recipe {
     pub(crate) clip_gradients: bool,
     /// Whether fused matrices are split.
     pub(crate) fused: Fused,
+    /// What may become of the matrices of the vocabulary.
+    pub(crate) embeddings: Embeddings,
     /// The linears to compress; without a pattern all but heads and routers.
     pub(crate) targets: Patterns,
     /// Exceptions from `targets`.
@@ -185,7 +187,10 @@ impl Recipe {
     /// The statistics that the metrics and quantizers need.
     pub fn needs(&self) -> Needs {
         let gptq = Needs { input_gram: self.quant().iter().any(|q| q.needs_gram()), ..Needs::default() };
-        self.method.preset().needs().union(self.compensate().preset().needs()).union(gptq)
+        let of_method = self.method.preset().needs();
+        let vocabulary = of_method.output_gram && self.embeddings != Embeddings::Keep;
+        let of_tables = Needs { vocabulary, ..Needs::default() };
+        of_method.union(self.compensate().preset().needs()).union(gptq).union(of_tables)
     }
 
     /// The complete recipe, with defaults written out, as options from which it can be rebuilt.
@@ -223,6 +228,9 @@ impl Recipe {
             damping_output: damping(preset.output, self.damping_output),
             clip_gradients: self.clip_gradients.then_some(true),
             elastic: self.elastic().then_some(true),
+            embeddings: (!is_dense)
+                .then_some(self.embeddings)
+                .filter(|embeddings| *embeddings != Embeddings::Keep || matches!(budget, Budget::Bytes(_))),
             fused: Some(self.fused).filter(|fused| *fused != Fused::default()),
             sequential: (!is_dense).then(|| self.anchor().is_some()),
             share: self.share().then_some(true),

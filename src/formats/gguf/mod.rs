@@ -115,9 +115,16 @@ impl Exporter for Gguf {
         Holds::Codes
     }
 
+    fn reads_coded_tables(&self) -> bool {
+        true
+    }
+
     fn refusal(&self, _: &Source<'_>, linear: &LinearInfo, forms: &Forms) -> Option<String> {
         if let Some(reason) = adapter::refusal(forms) {
             return Some(reason);
+        }
+        if linear.vocabulary.is_some() && forms.over.is_some() {
+            return Some("adapters of llama.cpp have no factors for it".into());
         }
         if architectures::gguf_name(&linear.weight_name()).is_none() {
             return Some("lrc has no table of GGUF names for its family".into());

@@ -1,0 +1,92 @@
+//! The matrices of the vocabulary in a recipe: what may become of them, and in which quantizers.
+
+use anyhow::Result;
+
+use super::approach::{Approach, Bases, Limit};
+use super::basics::{Basics, usage};
+use super::settings::Recipe;
+use crate::compress::allocate::Ranks;
+use crate::compress::options::{Embeddings, RecipeOptions};
+use crate::compress::presets::Method;
+use crate::compress::scale::Sensitivity;
+use crate::formats::Format;
+use crate::quantize::Quant;
+
+/// The choice of the options; without one, `auto` with a target size if the rest of the recipe allows it.
+pub(super) fn embeddings(options: &RecipeOptions, basics: &Basics) -> Result<Embeddings> {
+    let asked = match options.embeddings {
+        Some(Embeddings::Keep) => return Ok(Embeddings::Keep),
+        None if !matches!(basics.limit, Some(Limit::Bytes(_))) => return Ok(Embeddings::Keep),
+        asked => asked,
+    };
+    match (obstacle(options, basics, asked.unwrap_or(Embeddings::Auto)), asked) {
+        (None, asked) => Ok(asked.unwrap_or(Embeddings::Auto)),
+        (Some(_), None) => Ok(Embeddings::Keep),
+        (Some((reason, hint)), Some(_)) => Err(usage(format!("`--embeddings` {reason}"), hint)),
+    }
+}
+
+/// Why embeddings cannot be treated so, and a hint.
+fn obstacle(options: &RecipeOptions, basics: &Basics, embeddings: Embeddings) -> Option<(&'static str, &'static str)> {
+    let is_fixed = basics.limit.is_none();
+    Some(match basics {
+        _ if !basics.format.exporter().reads_coded_tables() => (
+            "cannot be combined with this format, whose loaders read embeddings in floats",
+            "choose `--format factored`, `dense` or `gguf`",
+        ),
+        Basics { format: Format::Gguf, .. } if embeddings == Embeddings::Factor => {
+            ("factor cannot be combined with `--format gguf`", "did you mean `--embeddings quantize`?")
+        }
+        Basics { method: Method::Fwsvd | Method::Asvd | Method::SvdLlm, .. } if !is_fixed => {
+            ("needs statistics of both sides, which only kfac measures, or none", "did you mean `--method kfac`?")
+        }
+        Basics { ranks, .. } if *ranks != Ranks::Knapsack => {
+            ("has no effect without `--ranks knapsack`", "add `--ranks knapsack`, or remove it")
+        }
+        _ if is_fixed && (options.quant.len() != 1 || embeddings.factors()) => (
+            "needs a budget to choose by",
+            "add `--target-size`, `--bits` or `--keep`; one quantizer for everything is `--embeddings quantize`",
+        ),
+        Basics { sensitivity: Some(Sensitivity::Measured), .. } => (
+            "cannot be combined with measured sensitivities, whose trials are of linears in blocks",
+            "add `--sensitivity second-order` or `energy`",
+        ),
+        Basics { anchor: Some(_), .. } => {
+            ("cannot be combined with `--sequential`, which goes block by block", "remove one of the two")
+        }
+        _ => return None,
+    })
+}
+
+impl Recipe {
+    /// What may become of the matrices of the vocabulary.
+    pub fn embeddings(&self) -> Embeddings {
+        self.embeddings
+    }
+
+    /// The quantizers for the matrices of the vocabulary, which have `cols` inputs. Their metric is no Gram of inputs, so that codes are rounded to
+    /// nearest.
+    pub(crate) fn table_quants(&self, cols: usize) -> Vec<Quant> {
+        if !self.embeddings.quantizes() {
+            return Vec::new();
+        }
+        let own = self.quant().iter().map(|&quant| match quant {
+            Quant::Gptq(scheme, scale) => Quant::Rtn(scheme, scale),
+            Quant::Rtn(..) | Quant::Block(_) => quant,
+        });
+        let is_chosen = !matches!(self.approach, Approach::Quantized(Bases::Fixed { .. }));
+        let usual: &[&str] = match (is_chosen, self.format) {
+            (false, _) => &[],
+            (true, Format::Gguf) => &["q8_0", "q6_k", "q4_k"],
+            (true, _) => &["rtn-int8-g64", "rtn-int4-g64", "rtn-int4-g32"],
+        };
+        let usual = usual.iter().map(|name| name.parse().expect("invariant: these are quantizers"));
+        let mut menu = Vec::new();
+        for quant in own.chain(usual).filter_map(|quant| self.quant_for(quant, cols)) {
+            if !menu.contains(&quant) {
+                menu.push(quant);
+            }
+        }
+        menu
+    }
+}
