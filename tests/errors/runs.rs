@@ -89,6 +89,13 @@ fn errors_of_the_command_line_name_the_flag_and_what_it_takes() {
     for (line, expected) in [
         (&["compress", FIXTURE][..], "error: `--output` is missing\nhint: usage: lrc compress "),
         (&["calibrate", "-o", "x"], "error: `--text`, `MODEL` are missing\nhint: usage: lrc calibrate "),
+        (
+            &["calibrate", FIXTURE, "--merge", "a", "b", "-o", "c"],
+            "error: `MODEL` cannot be combined with `--merge`\nhint: remove one of the two",
+        ),
+        (&["calibrate", "--merge", "a", "b", "-o", "c", "--memory", "1GiB"], "`--merge` cannot be combined with"),
+        (&["calibrate", "--merge", "a", "b", "-o", "c", "--device", "cpu"], "`--merge` cannot be combined with"),
+        (&["calibrate", "--merge", "a", "b", "-o", "c", "--revision", "v2"], "`--merge` cannot be combined with"),
         (&["compres"], "error: there is no command `compres`\nhint: did you mean `compress`?\n"),
         (
             &["eval", FIXTURE, "--text", TRAIN, "--max-windows", "0"],
