@@ -11,7 +11,7 @@ use super::options::{Options, Selection};
 use super::streams::{print, print_json};
 use super::terminal::{Bars, grouped, table};
 use crate::calibrate::{self, Header, Needs, Observation, Statistics, Windows};
-use crate::checkpoint::{Existing, expect_apart, folder_of};
+use crate::checkpoint::{Existing, create_folder_of, expect_apart, folder_of};
 use crate::compress::presets::Method;
 use crate::compress::recipe;
 use crate::error::Failure;
@@ -168,6 +168,7 @@ fn measure(
     let settings = recipe::windows(options, text)?;
     let windows = Windows::load(&checkpoint, &settings, needs, args.part.unwrap_or((1, 1)))?;
     // Statistics of large models need much space: they are spooled to the disk of the output.
+    create_folder_of(&args.output)?;
     let folder = folder_of(&args.output).to_path_buf();
     let limits = WalkLimits::new(args.memory.bytes(), folder.clone());
     let header = Header::new(fingerprint(&checkpoint)?, observation, vec![windows.part.clone()]);
