@@ -19,7 +19,6 @@
 //! use lrc::checkpoint::Checkpoint;
 //! use lrc::compress::recipe::{Recipe, RecipeOptions};
 //! use lrc::compress::{Job, compress};
-//! use lrc::device::DeviceChoice;
 //! use lrc::progress::Silent;
 //!
 //! # fn main() -> anyhow::Result<()> {
@@ -27,16 +26,8 @@
 //! # let output = folder.path().join("out");
 //! let recipe = Recipe::new(&RecipeOptions { keep: Some(0.8), ..RecipeOptions::default() })?;
 //! let checkpoint = Checkpoint::open(Path::new("fixtures/tiny-llama"))?;
-//! let job = Job {
-//!     checkpoint: &checkpoint,
-//!     source: "fixtures/tiny-llama", // as reports name it
-//!     recipe: &recipe,
-//!     output: &output, // appears whole or not at all
-//!     force: false,
-//!     restart: false,
-//!     memory_bytes: 1 << 30,
-//!     device: DeviceChoice::Cpu.open()?,
-//! };
+//! // The source as reports name it, and a folder that appears whole or not at all.
+//! let job = Job::new(&checkpoint, "fixtures/tiny-llama", &recipe, &output);
 //! let report = compress(&job, &Silent)?;
 //! assert!(report.keep > 0.79 && report.keep <= 0.8);
 //! # Ok(())
@@ -98,6 +89,11 @@
 //! | [`eval`] | perplexity and divergence |
 //! | [`inspect`] | spectra |
 //! | [`report`] | results of the commands, as records |
+//! | [`session`] | one run: checkpoint, device, memory, journal, progress |
+//! | [`store`] | data that exceeds memory or survives a kill |
+//! | [`progress`] | how long work reports its progress |
+//! | [`process`] | settings of the whole process |
+//! | [`error`] | failures with a class and a hint; exit codes |
 //! | [`cli`] | flags, progress bars, tables; the only room that prints |
 //!
 //! The map of the code with its dependencies and invariants is `docs/architecture.md`.

@@ -64,14 +64,30 @@ fn target_sizes_are_met_from_below() {
 
 #[test]
 fn floors_and_multiples_are_kept() {
+    const FLOOR: f64 = 0.9;
     let folder = tempfile::tempdir().unwrap();
     for layout in ["factors", "pivot"] {
-        let out = folder.path().join(layout);
-        let flags = ["--keep", "0.6", "--rank-floor", "0.5", "--rank-multiple", "8", "--layout", layout];
-        let report = compress(&out, &[&flags[..], CALIBRATED].concat());
-        assert!(report["sizes"]["keep"].as_f64().unwrap() <= 0.6);
-        let ranks: Vec<u64> = report["linears"].as_array().unwrap().iter().filter_map(|l| l["rank"].as_u64()).collect();
-        assert!(!ranks.is_empty() && ranks.iter().all(|r| r % 8 == 0 && *r > 0), "{ranks:?}");
+        let report = |name: &str, flags: &[&str]| {
+            let flags = [&["--keep", "0.6", "--layout", layout], flags].concat();
+            compress(&folder.path().join(format!("{layout}-{name}")), &flags)
+        };
+        let ranks = |report: &Value| -> Vec<Option<u64>> {
+            report["linears"].as_array().unwrap().iter().map(|l| l["rank"].as_u64()).collect()
+        };
+        let uniform = ranks(&report("uniform", &["--ranks", "uniform"]));
+        let free = report("free", &[&["--rank-multiple", "8"], CALIBRATED].concat());
+        let floored = report("floored", &[&["--rank-floor", "0.9", "--rank-multiple", "8"], CALIBRATED].concat());
+        for report in [&free, &floored] {
+            assert!(report["sizes"]["keep"].as_f64().unwrap() <= 0.6);
+            let ranks: Vec<u64> = ranks(report).into_iter().flatten().collect();
+            assert!(!ranks.is_empty() && ranks.iter().all(|r| r % 8 == 0 && *r > 0), "{ranks:?}");
+        }
+        // A floor is rounded down to a multiple.
+        let is_below = |(rank, uniform): (&Option<u64>, &Option<u64>)| {
+            rank.is_some_and(|rank| (rank + 8) as f64 <= FLOOR * uniform.unwrap() as f64)
+        };
+        assert!(ranks(&free).iter().zip(&uniform).any(is_below), "{layout}: the floor has to matter");
+        assert!(!ranks(&floored).iter().zip(&uniform).any(is_below), "{layout}: {floored}");
     }
 }
 
@@ -79,7 +95,9 @@ fn floors_and_multiples_are_kept() {
 fn energy_without_a_budget_keeps_its_share() {
     let folder = tempfile::tempdir().unwrap();
     let report = compress(folder.path().join("out").as_path(), &["--ranks", "energy:0.9"]);
-    for linear in report["linears"].as_array().unwrap().iter().filter(|l| !l["rank"].is_null()) {
+    let linears = report["linears"].as_array().unwrap();
+    assert!(linears.iter().any(|linear| !linear["rank"].is_null()), "{report}");
+    for linear in linears.iter().filter(|l| !l["rank"].is_null()) {
         assert!(linear["relative_error"].as_f64().unwrap().powi(2) <= 0.1 + 1e-9, "{linear}");
     }
 }
@@ -109,8 +127,18 @@ fn a_sweep_is_compress_and_eval_at_every_budget() {
     }
     let args = ["sweep", FIXTURE, "--text", HELD_OUT, "--keep", "0.9,0.8", "--csv"];
     assert_eq!(ok(&args).stdout.lines().count(), 3);
-    let run = lrc(&[&args[..], CALIBRATED, &["--sequential"]].concat());
-    assert!(run.code == 2 && run.stderr.contains("redo the decomposition"), "{}", run.stderr);
+    for (flags, expected) in [
+        (&["--sequential"][..], "`--sequential` cannot be used in a sweep: the sequential mode must redo"),
+        (&["--anchor", "0.3"], "`--anchor` cannot be used in a sweep: the sequential mode must redo"),
+        (&["--elastic"], "`--elastic` has no effect in a sweep"),
+        (&["--max-shard-size", "1MB"], "`--max-shard-size` has no effect in a sweep"),
+    ] {
+        for calibrated in [CALIBRATED, &[]] {
+            let run = lrc(&[&args[..], calibrated, flags].concat());
+            assert!(run.code == 2 && run.stderr.contains(expected), "{}", run.stderr);
+            assert!(run.stderr.contains("hint: "), "{}", run.stderr);
+        }
+    }
     assert_eq!(lrc(&["sweep", FIXTURE, "--text", HELD_OUT, "--keep", "0.9,1.8"]).code, 2);
 }
 
@@ -139,7 +167,9 @@ fn sixteen_bits_cost_little_and_a_sweep_knows_what_they_cost() {
     for flags in [&["--sequential=false"][..], &["--method", "svd", "--ranks", "uniform", "--elastic"]] {
         let calibrated = if flags.len() == 1 { CALIBRATED } else { &[] };
         let args = ["sweep", path(&source), "--text", HELD_OUT, "--eval-seq-len", "128", "--max-windows", "64"];
-        let sweep = ok(&[&args[..], &["--keep", "0.8", "--json"], flags, calibrated].concat()).json();
+        // A sweep writes nothing that could be truncated.
+        let swept: Vec<&str> = flags.iter().copied().filter(|flag| *flag != "--elastic").collect();
+        let sweep = ok(&[&args[..], &["--keep", "0.8", "--json"], &swept, calibrated].concat()).json();
         let out = folder.path().join(flags.len().to_string());
         let args = ["compress", path(&source), "-o", path(&out), "-q", "--json", "--keep", "0.8"];
         let report = ok(&[&args[..], flags, calibrated].concat()).json();

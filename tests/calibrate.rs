@@ -176,6 +176,27 @@ fn merged_parts_are_the_whole() {
     let twice = merge("twice", &["1", "2", "1"]);
     assert_eq!(twice.code, 2, "{}", twice.stderr);
     assert!(twice.stderr.contains("part 1/3 of a text would be counted twice"), "{}", twice.stderr);
+    // Parts of other divisions are separate only where they have no window in common.
+    for (name, part) in [("half", "1/2"), ("quarter", "3/4"), ("last", "4/4")] {
+        calibrate(&file(name), &["--part", part]);
+    }
+    let twice = merge("twice", &["half", "1"]);
+    let expected = "windows that parts 1/2 and 1/3 of a text have in common would be counted twice";
+    assert!(twice.code == 2 && twice.stderr.contains(expected), "{}", twice.stderr);
+    calibrate(&file("all"), &[]);
+    let twice = merge("twice", &["all", "half"]);
+    assert!(twice.code == 2 && twice.stderr.contains("parts 1/1 and 1/2 of a text"), "{}", twice.stderr);
+    assert_eq!(merge("by-halves", &["half", "quarter", "last"]).code, 0);
+    // A file that is read is not replaced.
+    let halves = [file("half"), file("quarter")];
+    let before = std::fs::read(&halves[0]).unwrap();
+    let over = ["calibrate", "-o", path(&halves[0]), "--force", "--merge", path(&halves[0]), path(&halves[1])];
+    let over = lrc(&over);
+    assert!(over.code == 2 && over.stderr.contains("is read by the same command"), "{}", over.stderr);
+    assert!(std::fs::read(&halves[0]).unwrap() == before);
+    for name in ["half", "quarter", "last", "all", "by-halves"] {
+        std::fs::remove_file(file(name)).unwrap();
+    }
     let again = merge("merged", &["1", "2"]);
     assert!(again.code == 2 && again.stderr.contains("--force"), "{}", again.stderr);
     assert!(!file("twice").exists() && std::fs::read_dir(folder.path()).unwrap().count() == 5);
@@ -272,4 +293,40 @@ fn statistics_that_do_not_belong_are_refused() {
     check(args("fixtures/pico-llama/model.safetensors"), 4, "it has no header");
     let run = lrc(&["calibrate", FIXTURE, "--text", TRAIN, "-o", "statistics.bin"]);
     check((run.code, run.stderr), 2, "must end in `.safetensors`, not `");
+}
+
+#[test]
+fn calibrations_that_cannot_serve_are_refused_before_any_work() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    ok(&["compress", FIXTURE, "-o", path(&at("low-rank")), "-q", "--keep", "0.8"]);
+    ok(&["compress", FIXTURE, "-o", path(&at("quantized")), "-q", "--quant", "rtn-int4-g32"]);
+    let [low_rank, quantized] = ["low-rank", "quantized"].map(at);
+    let common = ["--text", TRAIN, "--samples", "4", "--seq-len", "32"];
+    for (model, extra, code, expected, hint) in [
+        (FIXTURE, &["--part", "1/9"][..], 2, "4 windows cannot be divided into 9 parts", "raise `--samples`"),
+        (
+            FIXTURE,
+            &["--method", "svd-llm", "--clip-gradients"],
+            2,
+            "`--clip-gradients` has no effect",
+            "`--method kfac`",
+        ),
+        (FIXTURE, &["--method", "asvd", "--clip-gradients"], 2, "`--clip-gradients` has no effect", "`--method kfac`"),
+        (path(&low_rank), &[], 4, "is already of low rank", "calibrate its source"),
+        (path(&low_rank), &["--method", "svd-llm"], 4, "is already of low rank", "calibrate its source"),
+        (path(&quantized), &[], 4, "is already quantized", "lrc export MODEL --format dense"),
+    ] {
+        let statistics = at("statistics.safetensors");
+        let run = lrc(&[&["calibrate", model, "-o", path(&statistics)][..], &common, extra].concat());
+        assert!(run.code == code && run.stderr.contains(expected), "{extra:?}: {}", run.stderr);
+        assert!(run.stderr.contains("hint: ") && run.stderr.contains(hint), "{extra:?}: {}", run.stderr);
+        assert!(!statistics.exists());
+    }
+    // A text that is too short for its windows has another way out.
+    std::fs::write(at("short.txt"), "A few words, and a few more words, and that is all. ".repeat(4)).unwrap();
+    let short = at("short.txt");
+    let args = ["calibrate", FIXTURE, "--text", path(&short), "--seq-len", "16", "--part", "1/60"];
+    let run = lrc(&[&args[..], &["-o", path(&at("statistics.safetensors"))]].concat());
+    assert!(run.code == 2 && run.stderr.contains("hint: give a longer text, or fewer parts"), "{}", run.stderr);
 }

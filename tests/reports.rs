@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::common::{self, FIXTURE, HELD_OUT, TRAIN, lrc, ok, path};
-use lrc::checkpoint::{Dtype, TensorSpec, write_file};
+use lrc::checkpoint::{Dtype, TensorSpec, sha256_file, write_file};
 use serde_json::Value;
 
 #[test]
@@ -220,13 +220,60 @@ fn inspect_refuses_what_it_cannot_show() {
         (&["--sort", "beta"][..], "columns are module, kind"),
         (&["--sort", "weighted.alpha"], "column `weighted.alpha` needs a calibration metric"),
         (&["--method", "svd-llm"], "`--method` has no effect without"),
-        (&["--html", "no/such/folder/page.html"], "there is no folder `no/such/folder`"),
+        (&["--force"], "`--force` has no effect without `--html` or `--spectra`"),
+        (&["--memory", "1GiB"], "`--memory` has no effect without `--calibration`"),
+        (&["--map", "rank", "--csv"], "`--map` cannot be combined with `--csv`"),
+        (&["--map", "rank", "--json"], "`--map` cannot be combined with `--json`"),
+        (&["--html", "a", "--spectra", "a"], "name the same file"),
+        (&["--html", "no-such/../page.html"], "there is no folder `no-such`"),
         (&["--fail-if", "linears.beta > 1"], "the report has no field `linears.beta`"),
     ] {
         let run = lrc(&[&["inspect", FIXTURE][..], args].concat());
         assert_eq!(run.code, 2, "{}", run.stderr);
-        assert!(run.stderr.contains(expected), "{}", run.stderr);
+        assert!(run.stderr.contains(expected) && run.stderr.contains("hint: "), "{}", run.stderr);
     }
+}
+
+#[test]
+fn gates_on_what_a_run_does_not_measure_are_refused_before_any_work() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out");
+    let compress = ["compress", FIXTURE, "-o", path(&out)];
+    let (calibrated, dry) = (["--keep", "0.8", "--calibration", TRAIN], ["--keep", "0.8", "--dry-run"]);
+    let factors = ["--quant", "rtn-int4-g32", "--compensate", "lorc", "--compensate-rank", "4"];
+    for (extra, field, hint) in [
+        (&["--keep", "0.8"][..], "truncated.keep", "`lrc truncate` writes it"),
+        (&["--keep", "0.8"], "calibration.tokens", "`--calibration FILE` or `--statistics FILE`"),
+        (&["--keep", "0.8"], "equal_bytes_baseline.baseline_kl", "`--quant` with `--compensate`"),
+        (&["--keep", "0.8"], "linears.sensitivity", "`--ranks knapsack`"),
+        (&factors, "equal_bytes_baseline.kl", "`--calibration FILE` measures it"),
+        (&calibrated, "calibration.gradient_windows", "`--gradient-samples N`"),
+        (&dry, "linear.max_error", "remove `--dry-run`"),
+        (&dry, "linears.seconds", "remove `--dry-run`"),
+        (&dry, "linears.relative_error", "`--dry-run=full`"),
+        (&["--keep", "0.8", "--dry-run=full"], "linears.storage_error", "remove `--dry-run`"),
+    ] {
+        let gate = format!("{field} > 1");
+        let run = lrc(&[&compress[..], extra, &["--fail-if", gate.as_str()]].concat());
+        let expected = format!("this run does not measure `{field}`\nhint: ");
+        assert!(run.code == 2 && run.stderr.contains(&expected) && run.stderr.contains(hint), "{}", run.stderr);
+        assert!(!out.exists() && run.stdout.is_empty());
+    }
+    let run = lrc(&["inspect", FIXTURE, "--fail-if", "linears.weighted.break_even_error > 1"]);
+    assert!(run.code == 2 && run.stderr.contains("hint: add `--calibration`"), "{}", run.stderr);
+}
+
+#[test]
+fn the_report_of_a_sweep_has_the_hashes_of_its_folder() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out");
+    let args =
+        ["sweep", FIXTURE, "--text", HELD_OUT, "--max-windows", "2", "--keep", "0.9", "-o", path(&out), "--json"];
+    let printed = ok(&args).json();
+    let written: Value = serde_json::from_slice(&std::fs::read(out.join("lrc-report.json")).unwrap()).unwrap();
+    assert_eq!(printed, written);
+    let page = sha256_file(&out.join("lrc-report.html")).unwrap();
+    assert_eq!(written["output_files"], serde_json::json!({ "lrc-report.html": page }));
 }
 
 #[test]

@@ -57,6 +57,15 @@ pub struct WindowCount {
 }
 
 impl TextPart {
+    /// Whether some window belongs to both parts: they are of the same choice of windows, and their shares of it overlap.
+    pub(super) fn overlaps(&self, other: &Self) -> bool {
+        let is_same_choice = self.text_sha256 == other.text_sha256
+            && (self.samples, self.seq_len, self.seed) == (other.samples, other.seq_len, other.seed);
+        // The i-th of n parts holds the windows from (i - 1) / n to i / n of all.
+        let [(i, n), (other_i, other_n)] = [self.part, other.part].map(|(i, n)| (i as u128, n as u128));
+        is_same_choice && (i - 1) * other_n < other_i * n && (other_i - 1) * n < i * other_n
+    }
+
     /// Windows and tokens whose gradients were taken.
     pub fn with_gradients(&self) -> WindowCount {
         self.gradients.unwrap_or(WindowCount { windows: self.windows, tokens: self.tokens })

@@ -9,7 +9,7 @@ use std::sync::Mutex;
 
 use anyhow::{Context, Result};
 
-use super::header::Header;
+use super::header::{Header, TextPart};
 use super::measured::{Measured, diagonal, diagonal_name, lock};
 use super::needs::{Key, Needs};
 use crate::checkpoint::{Checkpoint, Dtype, Existing, Fingerprint, TensorSpec, cast, check_file, write_file};
@@ -366,12 +366,7 @@ impl Statistics {
             header.texts.extend(other.header.texts.iter().cloned());
         }
         header.texts.sort();
-        if let Some(twice) = header.texts.windows(2).find(|pair| pair[0] == pair[1]) {
-            let (i, n) = twice[0].part;
-            return Err(Failure::usage(format!("part {i}/{n} of a text would be counted twice"))
-                .hint("give each file once; `lrc calibrate --part I/N` measures separate parts")
-                .into());
-        }
+        expect_separate(&header.texts)?;
         let names = first.names();
         let lengths = names.iter().map(|name| Ok(first.array(name)?.len())).collect::<Result<Vec<_>>>()?;
         write(path, existing, &header, &names, &lengths, |name| {
@@ -385,6 +380,22 @@ impl Statistics {
         })?;
         Ok(header)
     }
+}
+
+/// Refuses text parts that have windows in common.
+fn expect_separate(texts: &[TextPart]) -> Result<()> {
+    let mut pairs =
+        texts.iter().enumerate().flat_map(|(at, one)| texts[at + 1..].iter().map(move |other| (one, other)));
+    let Some((one, other)) = pairs.find(|(one, other)| one.overlaps(other)) else { return Ok(()) };
+    let ((i, n), (other_i, other_n)) = (one.part, other.part);
+    let message = if one.part == other.part {
+        format!("part {i}/{n} of a text would be counted twice")
+    } else {
+        format!("windows that parts {i}/{n} and {other_i}/{other_n} of a text have in common would be counted twice")
+    };
+    Err(Failure::usage(message)
+        .hint("give each part once, and all with the same N of `lrc calibrate --part I/N`")
+        .into())
 }
 
 /// Checks before any work that [`Statistics::write`] can write `path`.

@@ -180,9 +180,17 @@ impl Windows {
         let mut generator = ChaCha8Rng::seed_from_u64(settings.seed);
         let target = |window| targeted(window, objective, &tokenizer, &mut generator);
         let windows = drawn.into_iter().map(target).collect::<Result<Vec<_>>>()?;
-        if windows.len() < n_parts {
+        if windows.is_empty() {
             let n_tokens = tokenizer.encode(&text.joined(), bos)?.ids.len();
-            return Err(text.too_short(n_tokens, seq_len * n_parts).into());
+            return Err(text.too_short(n_tokens, seq_len).into());
+        }
+        if windows.len() < n_parts {
+            let message = format!("{} windows cannot be divided into {n_parts} parts", windows.len());
+            let hint = match windows.len() < settings.samples {
+                true => "give a longer text, or fewer parts",
+                false => "raise `--samples`, or give fewer parts",
+            };
+            return Err(Failure::usage(message).hint(hint).into());
         }
         if windows.len() < settings.samples {
             tracing::warn!(

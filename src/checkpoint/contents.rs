@@ -9,7 +9,7 @@ use rayon::prelude::*;
 use super::error::{OutputError, Result, io};
 use super::folder::OutputFolder;
 use super::hash::{Fingerprint, sha256_file};
-use super::place::{create_file, names_in};
+use super::place::{create_file, names_in, nearest_folder};
 use super::reader::expect_file;
 
 impl OutputFolder {
@@ -18,11 +18,15 @@ impl OutputFolder {
     /// # Errors
     /// [`OutputError::NoSpace`].
     pub fn require_space(&self, needed: u64) -> Result<()> {
-        let available = fs4::available_space(&self.partial).map_err(io("measure the disk of", &self.partial))?;
-        if available < needed {
-            return Err(OutputError::NoSpace { path: self.target.clone(), needed, available }.into());
-        }
-        Ok(())
+        require(&self.partial, &self.target, needed)
+    }
+
+    /// The same for a folder that is not begun, and may not exist.
+    ///
+    /// # Errors
+    /// [`OutputError::NoSpace`].
+    pub fn check_space(target: &Path, needed: u64) -> Result<()> {
+        require(if target.is_dir() { target } else { nearest_folder(target) }, target, needed)
     }
 
     /// Writes and syncs one small file.
@@ -71,4 +75,13 @@ impl OutputFolder {
         let name = |path: &Path| path.strip_prefix(&output).unwrap_or(path).to_string_lossy().into_owned();
         files.par_iter().map(|path| Ok((name(path), sha256_file(path)?))).collect()
     }
+}
+
+/// Checks that the disk of `folder` has `needed` free bytes for the output `target`.
+fn require(folder: &Path, target: &Path, needed: u64) -> Result<()> {
+    let available = fs4::available_space(folder).map_err(io("measure the disk of", folder))?;
+    if available < needed {
+        return Err(OutputError::NoSpace { path: target.into(), needed, available }.into());
+    }
+    Ok(())
 }

@@ -349,6 +349,11 @@ mod tests {
         let folder = OutputFolder::create(&parent.path().join("out"), Refuse, "mark").unwrap();
         assert!(matches!(folder.require_space(u64::MAX), Err(Output(OutputError::NoSpace { .. }))));
         folder.require_space(1).unwrap();
+        // Before there is a folder, or one above it, and where an output is.
+        for target in ["out", "no/such/folder", "."].map(|name| parent.path().join(name)) {
+            assert!(matches!(OutputFolder::check_space(&target, u64::MAX), Err(Output(OutputError::NoSpace { .. }))));
+            OutputFolder::check_space(&target, 1).unwrap();
+        }
     }
 
     #[test]

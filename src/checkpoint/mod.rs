@@ -45,6 +45,8 @@ pub use open::Checkpoint;
 #[cfg(feature = "cli")]
 pub(crate) use paths::folder_of;
 pub use paths::{CONFIG_FILE, INDEX_FILE, REPORT_FILE, SINGLE_FILE};
+#[cfg(feature = "cli")]
+pub(crate) use place::create_folder_of;
 pub use place::{Existing, check_file, expect_apart, expect_folder};
 pub(crate) use place::{create_file, open_to_write};
 pub use reader::read_file;

@@ -39,7 +39,15 @@ pub fn expect_folder(target: &Path) -> Result<bool> {
     if !exists && target.file_name().is_none() {
         return Err(unusable(target, "it does not name a folder"));
     }
-    // `..` cannot leave a folder that does not exist: missing folders are only made on the way down.
+    expect_way_down(target)?;
+    if !exists {
+        expect_writable(target, nearest_folder(target))?;
+    }
+    Ok(exists)
+}
+
+/// Refuses `..` behind a folder that does not exist: missing folders are only made on the way down.
+fn expect_way_down(target: &Path) -> Result<()> {
     let mut above = PathBuf::new();
     for part in target.components() {
         if part == Component::ParentDir && !above.as_os_str().is_empty() && !above.is_dir() {
@@ -47,14 +55,11 @@ pub fn expect_folder(target: &Path) -> Result<bool> {
         }
         above.push(part);
     }
-    if !exists {
-        expect_writable(target, nearest_folder(target))?;
-    }
-    Ok(exists)
+    Ok(())
 }
 
 /// The nearest folder above a path that exists.
-fn nearest_folder(path: &Path) -> &Path {
+pub(super) fn nearest_folder(path: &Path) -> &Path {
     let above = path.ancestors().skip(1).find(|above| above.exists());
     above.unwrap_or(Path::new(if path.is_absolute() { "/" } else { "." }))
 }
@@ -108,7 +113,8 @@ impl Existing {
     }
 }
 
-/// Checks that a file may be written: it is not there or may be replaced, and its folder takes files.
+/// Checks that a file may be written: it is not there or may be replaced, and its folder, or the nearest one above that exists, takes
+/// files.
 ///
 /// # Errors
 /// It may not; the error gives the reason.
@@ -124,11 +130,17 @@ pub fn check_file(path: &Path, existing: Existing) -> Result<()> {
     if is_there && existing == Existing::Refuse {
         return Err(OutputError::FileExists { path: path.into() }.into());
     }
-    let folder = folder_of(path);
-    if !folder.is_dir() {
-        return Err(unusable(path, format!("there is no folder `{}`", folder.display())));
-    }
-    expect_writable(path, folder)
+    expect_way_down(path)?;
+    expect_writable(path, nearest_folder(path))
+}
+
+/// Makes the folder of a file that is to be written, with all missing folders above it.
+///
+/// # Errors
+/// The disk is full, or a folder takes no folders.
+pub(crate) fn create_folder_of(file: &Path) -> Result<()> {
+    let folder = folder_of(file);
+    fs::create_dir_all(folder).map_err(io("create", folder))
 }
 
 /// Refuses an output that is, or holds, something that the same command reads, whatever may be replaced.

@@ -1,4 +1,5 @@
-//! Files of a checkpoint: weights memory-mapped, one tensor at a time, small ones read whole. The only `unsafe` of the crate.
+//! Files of a checkpoint: weights memory-mapped, one tensor at a time, small ones read whole. This file and
+//! `process.rs` hold all `unsafe` code of the crate.
 
 use std::fs::{File, FileType};
 use std::path::{Path, PathBuf};

@@ -14,7 +14,7 @@ use serde_json::{Map, json};
 use super::error::{CheckpointError, io};
 use super::files::ShardIndex;
 use super::paths::{INDEX_FILE, SINGLE_FILE, file_name, folder_of};
-use super::place::{create_file, open_to_write};
+use super::place::{create_file, create_folder_of, open_to_write};
 use super::unfinished::Unfinished;
 use crate::codecs::cast::{self, Dtype};
 
@@ -195,6 +195,7 @@ pub fn write_text(path: &Path, text: &str) -> Result<()> {
 /// A folder to make a file in, on the same disk.
 fn beside(path: &Path) -> Result<tempfile::TempDir> {
     let parent = folder_of(path);
+    create_folder_of(path)?;
     let folder = tempfile::Builder::new().prefix(".lrc-").tempdir_in(parent);
     folder.map_err(io("create a work folder in", parent))
 }

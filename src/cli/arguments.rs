@@ -119,6 +119,11 @@ pub(super) struct MemoryArgs {
 }
 
 impl MemoryArgs {
+    /// Whether the flag is on the command line.
+    pub fn is_given(&self) -> bool {
+        self.memory.is_some()
+    }
+
     pub fn bytes(&self) -> u64 {
         self.memory.map_or(DEFAULT_MEMORY_BYTES, |memory| memory.as_u64())
     }

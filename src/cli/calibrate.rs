@@ -11,11 +11,12 @@ use super::options::{Options, Selection};
 use super::streams::{print, print_json};
 use super::terminal::{Bars, grouped, table};
 use crate::calibrate::{self, Header, Needs, Observation, Statistics, Windows};
-use crate::checkpoint::{Existing, expect_apart, folder_of};
+use crate::checkpoint::{Existing, create_folder_of, expect_apart, folder_of};
 use crate::compress::presets::Method;
 use crate::compress::recipe;
 use crate::error::Failure;
-use crate::model::{Decoder, WalkLimits, fingerprint};
+use crate::model::coverage::{CompressedHints, expect_uncompressed};
+use crate::model::{Decoder, WalkLimits, fingerprint, inventory};
 use crate::report::{CalibrateReport, LRC_VERSION, SCHEMA_VERSION, peak_memory_bytes};
 use crate::store::Journal;
 
@@ -60,7 +61,10 @@ pub(super) struct CalibrateArgs {
         long,
         value_name = "FILE",
         num_args = 2..,
-        conflicts_with_all = ["model", "text", "field", "method", "samples", "gradient_samples", "seq_len", "seed", "part", "clip_gradients"],
+        conflicts_with_all = [
+            "model", "revision", "text", "field", "method", "samples", "gradient_samples", "seq_len", "seed", "part",
+            "clip_gradients", "memory", "device",
+        ],
         help_heading = "Statistics"
     )]
     merge: Vec<PathBuf>,
@@ -147,10 +151,24 @@ fn measure(
             .hint("name another method, or leave `--method` out to collect for all")
             .into());
     }
+    if options.clip_gradients == Some(true) && !needs.output_gram {
+        return Err(Failure::usage(
+            "`--clip-gradients` has no effect: no Gram of gradients is measured for this method",
+        )
+        .hint("remove it; `--method kfac`, or no `--method`, measures one")
+        .into());
+    }
+    let linears = inventory::linears(&checkpoint);
+    let hints = CompressedHints {
+        quantized: "calibrate its source, or dequantize this one with `lrc export MODEL --format dense -o OUT`",
+        low_rank: "calibrate its source: `lrc compress` does not compress this one again",
+    };
+    expect_uncompressed(&checkpoint, linears.iter().filter(|linear| linear.id.is_some()), hints)?;
     let observation = Observation { needs, clip_gradients: options.clip_gradients.unwrap_or(false) };
     let settings = recipe::windows(options, text)?;
     let windows = Windows::load(&checkpoint, &settings, needs, args.part.unwrap_or((1, 1)))?;
     // Statistics of large models need much space: they are spooled to the disk of the output.
+    create_folder_of(&args.output)?;
     let folder = folder_of(&args.output).to_path_buf();
     let limits = WalkLimits::new(args.memory.bytes(), folder.clone());
     let header = Header::new(fingerprint(&checkpoint)?, observation, vec![windows.part.clone()]);
@@ -170,6 +188,7 @@ fn measure(
 }
 
 fn merge(args: &CalibrateArgs) -> Result<Header> {
+    expect_apart(&args.output, args.merge.iter().map(PathBuf::as_path))?;
     let open = |path: &PathBuf| Ok((path.display().to_string(), Statistics::open(path)?));
     let files = args.merge.iter().map(open).collect::<Result<Vec<_>>>()?;
     Statistics::merge(&files, &args.output, Existing::of(args.force))

@@ -11,7 +11,11 @@ use indicatif::HumanDuration;
 use super::arguments::{DeviceArgs, FolderArgs, GateArgs, MemoryArgs, ModelArgs};
 use super::options::{All, Options, RecipeFile};
 use super::terminal::{Bars, fixed, grouped, table};
+use crate::compress::compensate::Compensate;
+use crate::compress::recipe::Recipe;
 use crate::compress::{self, DryRun, Job};
+use crate::error::Failure;
+use crate::report::schema::{Field, fields, fields_at};
 use crate::report::{CompressReport, DryRunReport, EqualBytesBaseline, LeftOutRecord, LinearRecord, RankSource, Sizes};
 use crate::report::{gate, notes};
 
@@ -24,7 +28,7 @@ use crate::report::{gate, notes};
 /// Examples:
 ///   lrc compress MODEL -o OUT --keep 0.8
 ///   lrc compress MODEL -o OUT --keep 0.8 --calibration text.txt
-///   lrc compress MODEL -o OUT --target-size 350MiB --statistics stats
+///   lrc compress MODEL -o OUT --target-size 350MiB --statistics stats.safetensors
 ///   lrc compress MODEL -o OUT --quant gptq-int4 --calibration text.txt
 ///   lrc compress MODEL -o OUT --quant rtn-int3,rtn-int4 --bits 3.25
 ///   lrc compress MODEL -o OUT --recipe recipe.toml --dry-run
@@ -65,12 +69,17 @@ pub(super) struct CompressArgs {
 }
 
 pub(super) fn run(args: &CompressArgs, quiet: bool, progress: &Bars) -> Result<()> {
-    if args.dry_run.is_some() {
-        gate::expect_fields::<DryRunReport>(&args.gates.fail_if, &[])?;
-    } else {
-        gate::expect_fields::<CompressReport>(&args.gates.fail_if, &[])?;
+    if args.restart && args.dry_run == Some(DryRun::Plan) {
+        return Err(Failure::usage("`--restart` has no effect with `--dry-run`, which measures nothing")
+            .hint("remove it; `--dry-run=full --restart` measures anew")
+            .into());
     }
     let recipe = args.recipe.check(&args.options.values, &args.recipe.complete(&args.options.values)?)?;
+    let gates = &args.gates.fail_if;
+    match args.dry_run {
+        None => gate::expect_fields::<CompressReport>(gates, &absent(&recipe))?,
+        Some(depth) => gate::expect_fields::<DryRunReport>(gates, &absent_in_dry_run(&recipe, depth))?,
+    }
     let device = args.device.open()?;
     args.folder.check()?;
     let checkpoint = compress::view(args.model.open(progress)?, &recipe)?;
@@ -91,6 +100,55 @@ pub(super) fn run(args: &CompressArgs, quiet: bool, progress: &Bars) -> Result<(
     let report = compress::compress(&job, progress)?;
     let show = |report: &CompressReport| if quiet { String::new() } else { show(report, &args.folder.output) };
     args.gates.conclude(&report, show)
+}
+
+/// Fields of a report that this run does not fill, with what would fill them.
+fn absent(recipe: &Recipe) -> Vec<(Vec<Field>, &'static str)> {
+    let mut absent = vec![(fields_at::<CompressReport>("truncated"), "`lrc truncate` writes it")];
+    let mut add = |name: &str, hint: &'static str| absent.push((fields_at::<CompressReport>(name), hint));
+    match &recipe.calibration {
+        None if recipe.statistics.is_none() => {
+            add("calibration", "`--calibration FILE` or `--statistics FILE` fills it")
+        }
+        Some(windows) if recipe.statistics.is_none() && windows.gradient_samples.is_none() => {
+            add(
+                "calibration.gradient_windows",
+                "`--gradient-samples N` fills it; without it all windows have gradients",
+            );
+        }
+        _ => {}
+    }
+    if recipe.sensitivity().is_none() {
+        add(
+            "linears.sensitivity",
+            "a knapsack under a budget measures it: `--ranks knapsack`, or `--bits` with `--quant`",
+        );
+    }
+    if recipe.compensate() == Compensate::None && recipe.quant_factors().is_none() {
+        add("equal_bytes_baseline", "`--quant` with `--compensate` measures it");
+    } else if recipe.calibration.is_none() {
+        for name in ["equal_bytes_baseline.kl", "equal_bytes_baseline.baseline_kl"] {
+            add(name, "`--calibration FILE` measures it");
+        }
+    }
+    absent
+}
+
+/// The same for a dry run, with all that only the report of the run itself has.
+fn absent_in_dry_run(recipe: &Recipe, depth: DryRun) -> Vec<(Vec<Field>, &'static str)> {
+    let known = fields::<DryRunReport>();
+    let mut of_run = fields::<CompressReport>();
+    of_run.retain(|field| known.iter().all(|known| known.name() != field.name()));
+    for name in ["expert_tokens", "storage_error", "sensitivity", "seconds"] {
+        of_run.extend(fields_at::<DryRunReport>(&format!("linears.{name}")));
+    }
+    let mut absent = absent(recipe);
+    if depth == DryRun::Plan {
+        let errors = fields_at::<DryRunReport>("linears.relative_error");
+        absent.push((errors, "`--dry-run=full`, or the run itself, measures it"));
+    }
+    absent.push((of_run, "the run itself measures it: remove `--dry-run`"));
+    absent
 }
 
 fn show_dry_run(report: &DryRunReport) -> String {
@@ -165,17 +223,16 @@ fn equal_bytes_baseline(baseline: &EqualBytesBaseline) -> String {
     if !baseline.is_reachable {
         return "equal-bytes baseline without factors: none, the quantizers cannot make the model this small\n".into();
     }
-    let ratio = baseline.weighted_error_ratio.map_or("-".into(), |ratio| format!("{ratio:.3}"));
+    let error = baseline.weighted_error_ratio.map_or("no squared error in the baseline".into(), |ratio| {
+        format!("squared error {ratio:.3} times the baseline's")
+    });
     let kl = match (baseline.kl, baseline.baseline_kl) {
         (Some(own), Some(other)) => {
             format!("; KL on the calibration text {}, baseline {}", fixed(own, 5), fixed(other, 5))
         }
         _ => String::new(),
     };
-    format!(
-        "equal-bytes baseline without factors ({:.3} bits per weight): squared error {ratio} times the baseline's{kl}\n",
-        baseline.bits_per_weight
-    )
+    format!("equal-bytes baseline without factors ({:.3} bits per weight): {error}{kl}\n", baseline.bits_per_weight)
 }
 
 fn tables(linears: &[LinearRecord], sizes: &Sizes) -> String {
@@ -219,4 +276,25 @@ fn tables(linears: &[LinearRecord], sizes: &Sizes) -> String {
         sizes.bits_per_weight_base, sizes.bits_per_weight_factors
     );
     format!("{linears}\n{totals}{bits}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_baseline_without_an_error_has_no_ratio() {
+        let baseline = EqualBytesBaseline {
+            bits_per_weight: 32.0,
+            is_reachable: true,
+            weighted_error_ratio: None,
+            kl: None,
+            baseline_kl: None,
+            quant: Default::default(),
+        };
+        let start = "equal-bytes baseline without factors (32.000 bits per weight): ";
+        assert_eq!(equal_bytes_baseline(&baseline), format!("{start}no squared error in the baseline\n"));
+        let baseline = EqualBytesBaseline { weighted_error_ratio: Some(0.5), ..baseline };
+        assert_eq!(equal_bytes_baseline(&baseline), format!("{start}squared error 0.500 times the baseline's\n"));
+    }
 }

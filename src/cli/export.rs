@@ -8,7 +8,7 @@ use super::compress::left_out;
 use super::options::{Options, Selection};
 use super::streams::{print, print_json};
 use super::terminal::{Bars, grouped};
-use crate::compress::recipe::DEFAULT_SHARD_BYTES;
+use crate::compress::recipe;
 use crate::export::{ExportJob, export};
 
 /// Convert a compressed checkpoint to another format, without recompressing
@@ -50,8 +50,9 @@ impl Selection for Target {
 }
 
 pub(super) fn run(args: &ExportArgs, quiet: bool, progress: &Bars) -> Result<()> {
-    args.folder.check()?;
     let options = &args.options.values;
+    let max_shard_bytes = recipe::max_shard_bytes(options)?;
+    args.folder.check()?;
     let checkpoint = args.model.open(progress)?;
     let job = ExportJob {
         checkpoint: &checkpoint,
@@ -59,7 +60,7 @@ pub(super) fn run(args: &ExportArgs, quiet: bool, progress: &Bars) -> Result<()>
         format: options.format.expect("invariant: `--format` is required"),
         output: &args.folder.output,
         force: args.folder.force,
-        max_shard_bytes: options.max_shard_size.map_or(DEFAULT_SHARD_BYTES, |size| size.as_u64().max(1)),
+        max_shard_bytes,
     };
     let report = export(&job, progress)?;
     if args.json.json {

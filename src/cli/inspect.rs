@@ -21,6 +21,7 @@ use crate::error::Failure;
 use crate::inspect;
 use crate::model::coverage::missing;
 use crate::report::columns::{self, COLUMNS, Cell, Chosen};
+use crate::report::schema::fields_at;
 use crate::report::{InspectReport, SpectrumRecord, gate, notes, page};
 
 /// Show the spectrum of every linear
@@ -59,7 +60,7 @@ pub(super) struct InspectArgs {
     reverse: bool,
 
     /// Column of the heat map
-    #[arg(long, value_name = "COLUMN", value_parser = column, default_value = "break_even_error", help_heading = "Output")]
+    #[arg(long, value_name = "COLUMN", value_parser = column, default_value = "break_even_error", conflicts_with_all = ["csv", "json"], help_heading = "Output")]
     map: Chosen,
 
     /// Write an HTML page with curves, maps and a table
@@ -165,22 +166,38 @@ impl InspectArgs {
     }
 }
 
+const ADD_METRIC: &str = "add `--calibration` or `--statistics`";
+
 /// Everything that can be checked before the model is opened.
 fn check(args: &InspectArgs) -> Result<()> {
-    gate::expect_fields::<InspectReport>(&args.gates.fail_if, &[])?;
     let has_metric = args.has_metric();
+    let of_metric = if has_metric { Vec::new() } else { fields_at::<InspectReport>("linears.weighted") };
+    gate::expect_fields::<InspectReport>(&args.gates.fail_if, &[(of_metric, ADD_METRIC)])?;
     if let Some(chosen) = args.sort.iter().chain([&args.map]).find(|chosen| chosen.is_weighted && !has_metric) {
         let message = format!("column `{}` needs a calibration metric", chosen.name());
-        return Err(Failure::usage(message).hint("add `--calibration` or `--statistics`").into());
+        return Err(Failure::usage(message).hint(ADD_METRIC).into());
     }
     if args.options.values.method.is_some() && !has_metric {
-        return Err(Failure::usage("`--method` has no effect without `--calibration` or `--statistics`").into());
+        let message = "`--method` has no effect without `--calibration` or `--statistics`";
+        return Err(Failure::usage(message).hint("add one of them, or remove `--method`").into());
+    }
+    if args.memory.is_given() && args.options.values.calibration.is_none() {
+        return Err(Failure::usage("`--memory` has no effect without `--calibration`")
+            .hint("remove it: it limits what grows with a text")
+            .into());
+    }
+    if args.force && args.outputs().next().is_none() {
+        return Err(Failure::usage("`--force` has no effect without `--html` or `--spectra`")
+            .hint("remove it: no file is written")
+            .into());
     }
     for path in args.outputs() {
         check_file(path, Existing::of(args.force))?;
     }
     if args.html.is_some() && args.html == args.spectra {
-        return Err(Failure::usage("`--html` and `--spectra` name the same file").into());
+        return Err(Failure::usage("`--html` and `--spectra` name the same file")
+            .hint("give each a name of its own")
+            .into());
     }
     Ok(())
 }

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::{Arg, ArgMatches, Args, Command, FromArgMatches};
 
+use crate::compress::compensate::Compensate;
 use crate::compress::recipe::{Recipe, RecipeOptions};
 use crate::error::Failure;
 
@@ -83,14 +84,22 @@ impl RecipeFile {
     /// The recipe of `options`. An error about an option that is no flag of this command, so that the file has it, names
     /// the file.
     pub fn check(&self, flags: &RecipeOptions, options: &RecipeOptions) -> Result<Recipe> {
-        Recipe::new(options).map_err(|error| match (&self.recipe, error.downcast::<Failure>()) {
+        let recipe = Recipe::new(options).map_err(|error| match (&self.recipe, error.downcast::<Failure>()) {
             (Some(file), Ok(failure)) if !is_named(flags, &failure.message) && is_named(options, &failure.message) => {
                 let message = format!("recipe `{}`: {}", file.display(), failure.message);
                 Failure { message, ..failure }.into()
             }
             (_, Ok(failure)) => failure.into(),
             (_, Err(error)) => error,
-        })
+        })?;
+        // Recipe files of earlier versions have a layout whether there are factors or not.
+        match flags.layout {
+            Some(layout) if !recipe.quant().is_empty() && recipe.compensate() == Compensate::None => {
+                let message = format!("`--layout {}` has no effect on quantized bases without factors", layout.name());
+                Err(Failure::usage(message).hint("remove it, or add factors with `--compensate`").into())
+            }
+            _ => Ok(recipe),
+        }
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::fmt::Write;
 use std::path::PathBuf;
+use std::time::Instant;
 
 use anyhow::Result;
 use clap::{Arg, ArgAction, ArgMatches, Args, FromArgMatches};
@@ -11,12 +12,12 @@ use super::options::{Options, RecipeFile, Selection};
 use super::terminal::{Bars, fixed, grouped, table};
 use crate::checkpoint::{Existing, OutputFolder, expect_apart};
 use crate::compress::recipe::RecipeOptions;
-use crate::compress::{SweepSettings, sweep};
+use crate::compress::{self, SweepSettings, sweep};
 use crate::error::Failure;
 use crate::eval::EvalSettings;
 use crate::eval::conventions::Convention;
 use crate::report::page::{self, PAGE_FILE};
-use crate::report::{REPORT_FILE, SweepReport, gate};
+use crate::report::{REPORT_FILE, SweepReport, gate, publish};
 use crate::text::{Bos, DEFAULT_FIELD};
 
 /// Evaluate one method at several budgets, with a single decomposition
@@ -82,7 +83,8 @@ struct SweptOptions {
     options: RecipeOptions,
 }
 
-/// All options. Those of budgets and outputs are hidden: a sweep writes no weights, and `--keep` is its budget.
+/// All options. Those of budgets, outputs and the sequential mode are hidden: a sweep writes no weights, `--keep` is its budget, and it
+/// decomposes once.
 #[derive(Debug)]
 struct Swept;
 
@@ -101,7 +103,8 @@ impl Selection for Swept {
                 .required(true)
                 .help(KEEPS)
                 .long_help(KEEPS),
-            "target_size" | "bits" | "format" | "max_shard_size" => flag.hide(true),
+            "target_size" | "bits" | "format" => flag.hide(true),
+            "sequential" | "anchor" | "elastic" | "max_shard_size" => flag.hide(true),
             _ => flag,
         }
     }
@@ -130,6 +133,7 @@ impl FromArgMatches for SweptOptions {
 }
 
 pub(super) fn run(args: &SweepArgs, progress: &Bars) -> Result<()> {
+    let started = Instant::now();
     gate::expect_fields::<SweepReport>(&args.gates.fail_if, &[])?;
     if args.options.keeps.is_empty() {
         return Err(Failure::usage("a sweep needs budgets").hint("for example `--keep 0.9,0.8,0.6`").into());
@@ -139,6 +143,7 @@ pub(super) fn run(args: &SweepArgs, progress: &Bars) -> Result<()> {
             .hint("give shares, for example `--keep 0.9,0.8,0.6`")
             .into());
     }
+    refuse_without_effect(&args.options.options)?;
     let mut options = args.recipe.complete(&args.options.options)?;
     options.target_size = None;
     // Under a budget of everything nothing would be decomposed.
@@ -170,17 +175,28 @@ pub(super) fn run(args: &SweepArgs, progress: &Bars) -> Result<()> {
         device,
     };
     let settings = SweepSettings { checkpoint: &checkpoint, recipe: &recipe, keeps: &args.options.keeps, eval };
-    let report = sweep(&settings, progress)?;
+    let mut report = sweep(&settings, progress)?;
     if let Some(folder) = folder {
-        write_folder(folder, &report)?;
+        let page = page::sweep(&report)?;
+        publish(&folder, &mut report, &[(PAGE_FILE, page)], started)?;
+        folder.finish()?;
     }
     args.gates.conclude(&report, if args.csv { csv } else { show })
 }
 
-fn write_folder(folder: OutputFolder, report: &SweepReport) -> Result<()> {
-    folder.write(REPORT_FILE, (serde_json::to_string_pretty(report)? + "\n").as_bytes())?;
-    folder.write(PAGE_FILE, page::sweep(report)?.as_bytes())?;
-    Ok(folder.finish()?)
+/// Refuses flags that determine what a compression writes, or how it does so for one budget. Recipe files may have them.
+fn refuse_without_effect(flags: &RecipeOptions) -> Result<()> {
+    let of_outputs = [("--elastic", flags.elastic == Some(true)), ("--max-shard-size", flags.max_shard_size.is_some())];
+    if let Some((flag, _)) = of_outputs.iter().find(|(_, is_given)| *is_given) {
+        return Err(Failure::usage(format!("`{flag}` has no effect in a sweep, which writes no weights"))
+            .hint(format!("remove `{flag}`"))
+            .into());
+    }
+    let of_sequential = [("--sequential", flags.sequential == Some(true)), ("--anchor", flags.anchor.is_some())];
+    match of_sequential.iter().find(|(_, is_given)| *is_given) {
+        Some((flag, _)) => Err(compress::not_in_a_sweep(flag).into()),
+        None => Ok(()),
+    }
 }
 
 fn csv(report: &SweepReport) -> String {

@@ -8,7 +8,7 @@ use super::compress::show;
 use super::options::{Options, Selection};
 use super::streams::{print, print_json};
 use super::terminal::Bars;
-use crate::compress::recipe::DEFAULT_SHARD_BYTES;
+use crate::compress::recipe;
 use crate::error::Failure;
 use crate::truncate::{TruncateJob, truncate};
 
@@ -58,6 +58,7 @@ pub(super) fn run(args: &TruncateArgs, quiet: bool, progress: &Bars) -> Result<(
             .hint("give a share, for example 0.7")
             .into());
     }
+    let max_shard_bytes = recipe::max_shard_bytes(&args.options.values)?;
     args.folder.check()?;
     let checkpoint = args.model.open(progress)?;
     let job = TruncateJob {
@@ -65,7 +66,7 @@ pub(super) fn run(args: &TruncateArgs, quiet: bool, progress: &Bars) -> Result<(
         keep: args.keep,
         output: &args.folder.output,
         force: args.folder.force,
-        max_shard_bytes: args.options.values.max_shard_size.map_or(DEFAULT_SHARD_BYTES, |s| s.as_u64().max(1)),
+        max_shard_bytes,
     };
     let report = truncate(&job, progress)?;
     match (args.json.json, quiet) {

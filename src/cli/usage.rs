@@ -58,10 +58,10 @@ fn context(error: &clap::Error, kind: ContextKind) -> Vec<String> {
     }
 }
 
-/// An argument by its name: `--keep` instead of `--keep <SHARE>`, `MODEL` instead of `<MODEL>`.
+/// An argument by its name: `--keep` instead of `--keep <SHARE>`, `MODEL` instead of `<MODEL>` or `[MODEL]`.
 fn plain(argument: &str) -> String {
-    match argument.strip_prefix('<') {
-        Some(name) => name.split('>').next().unwrap_or_default().into(),
+    match argument.strip_prefix(['<', '[']) {
+        Some(name) => name.split(['>', ']']).next().unwrap_or_default().into(),
         None => argument.split([' ', '[', '=']).next().unwrap_or_default().into(),
     }
 }

@@ -43,7 +43,10 @@ pub fn dry_run(job: &Job<'_>, depth: DryRun, progress: &dyn Progress) -> Result<
     let disk = run.disk_bytes();
     let seconds = estimate::seconds(job, &run.plan, run.inputs.windows.as_ref())?;
     let mut report = match depth {
-        DryRun::Plan => planned(&run)?,
+        DryRun::Plan => {
+            run.check_space()?;
+            planned(&run)?
+        }
         DryRun::Full => measured(run, progress)?,
     };
     formats::warn_of_growth(checkpoint.file_bytes(), report.sizes.file_bytes_after);

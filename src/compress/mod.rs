@@ -54,6 +54,8 @@ use run::{Run, stopped};
 pub use scale::{DepthWeight, Sensitivity};
 use solution::Solution;
 use study::Study;
+#[cfg(feature = "cli")]
+pub(crate) use sweep::not_in_a_sweep;
 pub use sweep::{SweepSettings, sweep};
 
 /// The checkpoint as a recipe sees it: with `--fused split`, fused matrices are split into parts, and expert stacks

@@ -196,18 +196,11 @@ fn check_targets(checkpoint: &Checkpoint, linears: &[LinearInfo]) -> Result<()> 
     if let Some(dtypes) = unread {
         tracing::warn!("matrices of unsupported dtypes are copied unchanged: {dtypes}");
     }
-    let is_coded =
-        |l: &&LinearInfo| checkpoint.info(&l.weight_name()).is_some_and(|t| t.is_encoded() && !t.is_picked());
-    if let Some(linear) = linears.iter().find(is_coded) {
-        return Err(Failure::unsupported(format!("`{}` is already quantized", linear.module))
-            .hint("compress its source, or dequantize this one with `lrc export MODEL --format dense -o OUT`")
-            .into());
-    }
-    if let Some(linear) = linears.iter().find(|l| l.is_low_rank()) {
-        return Err(Failure::unsupported(format!("`{}` is already of low rank", linear.module))
-            .hint("compress its source, or reduce the ranks of this one with `lrc truncate`")
-            .into());
-    }
+    let hints = coverage::CompressedHints {
+        quantized: "compress its source, or dequantize this one with `lrc export MODEL --format dense -o OUT`",
+        low_rank: "compress its source, or reduce the ranks of this one with `lrc truncate`",
+    };
+    coverage::expect_uncompressed(checkpoint, linears, hints)?;
     for LinearInfo { module, .. } in linears {
         if is_tied_head(checkpoint, module)? {
             return Err(Failure::unsupported(format!("`{module}` is tied to the embeddings and cannot be factored"))

@@ -50,6 +50,11 @@ impl<'a> Run<'a> {
         Ok(folder)
     }
 
+    /// Reports a full disk without beginning the folder.
+    pub fn check_space(&self) -> Result<()> {
+        Ok(OutputFolder::check_space(self.job.output, self.disk_bytes())?)
+    }
+
     /// Bytes on disk while it runs, for pieces of its work and the least output.
     pub fn disk_bytes(&self) -> u64 {
         let (checkpoint, recipe) = (self.job.checkpoint, self.job.recipe);

@@ -35,6 +35,14 @@ pub struct SweepSettings<'a> {
     pub eval: EvalSettings,
 }
 
+/// The failure for a flag of the sequential mode.
+pub(crate) fn not_in_a_sweep(flag: &str) -> Failure {
+    Failure::usage(format!(
+        "`{flag}` cannot be used in a sweep: the sequential mode must redo the decomposition for each budget"
+    ))
+    .hint("run `lrc compress` and `lrc eval` for each budget")
+}
+
 /// Decomposes once, truncates for every budget, and evaluates all trials in one walk alongside the source.
 ///
 /// # Errors
@@ -43,11 +51,7 @@ pub fn sweep(settings: &SweepSettings<'_>, progress: &dyn Progress) -> Result<Sw
     let started = Instant::now();
     let &SweepSettings { checkpoint, recipe, keeps, .. } = settings;
     if recipe.anchor().is_some() {
-        return Err(Failure::usage(
-            "`--sequential` cannot be used in a sweep: it must redo the decomposition for each budget",
-        )
-        .hint("run `lrc compress` and `lrc eval` for each budget")
-        .into());
+        return Err(not_in_a_sweep("--sequential").into());
     }
     if recipe.approach == Approach::Dense && keeps.iter().any(|&keep| keep < 1.0) {
         return Err(Failure::usage("a recipe that keeps everything decomposes nothing")
@@ -102,6 +106,7 @@ pub fn sweep(settings: &SweepSettings<'_>, progress: &dyn Progress) -> Result<Sw
         points,
         timings,
         evaluate_seconds,
+        output_files: Default::default(),
         elapsed_seconds: started.elapsed().as_secs_f64(),
         peak_memory_bytes: peak_memory_bytes(),
     })

@@ -4,12 +4,12 @@ use anyhow::{Error, Result};
 
 use super::architectures::table::{EncoderNames, NormKind};
 use super::decoder::Decoder;
-use super::inventory::{self, is_stack};
+use super::inventory::{self, LinearInfo, is_stack};
 use super::linear::{self, Bias};
 use super::norm;
 use super::slot::LinearId;
 use super::weights::{Order, is_split};
-use crate::checkpoint::{Checkpoint, CheckpointError};
+use crate::checkpoint::{Checkpoint, CheckpointError, TensorInfo};
 use crate::error::Failure;
 
 /// A sentence about the blocks or tensors that a checkpoint lacks; `None` if it lacks none, if its family is unknown,
@@ -50,6 +50,36 @@ pub fn missing(checkpoint: &Checkpoint) -> Option<String> {
 pub fn expect_whole(checkpoint: &Checkpoint) -> Result<()> {
     const HINT: &str = "check that all shards are there, and `num_hidden_layers` and `model_type` in `config.json`";
     missing(checkpoint).map_or(Ok(()), |missing| Err(Failure::unsupported(missing).hint(HINT).into()))
+}
+
+/// Ways out for linears that are compressed already, by how they are.
+#[derive(Debug, Clone, Copy)]
+pub struct CompressedHints<'a> {
+    /// For a quantized weight.
+    pub quantized: &'a str,
+    /// For a structure of low rank.
+    pub low_rank: &'a str,
+}
+
+/// Refuses linears that are quantized or of low rank already: their weight is no tensor of the checkpoint.
+///
+/// # Errors
+/// There is such a linear; the error names the first.
+pub fn expect_uncompressed<'a>(
+    checkpoint: &Checkpoint,
+    linears: impl IntoIterator<Item = &'a LinearInfo>,
+    hints: CompressedHints<'_>,
+) -> Result<()> {
+    let how = |linear: &'a LinearInfo| {
+        let is_coded = |info: &TensorInfo| info.is_encoded() && !info.is_picked();
+        if linear.is_low_rank() {
+            return Some((linear, "of low rank", hints.low_rank));
+        }
+        let info = checkpoint.info(&linear.weight_name()).filter(|info| is_coded(info));
+        info.map(|_| (linear, "quantized", hints.quantized))
+    };
+    let Some((linear, how, hint)) = linears.into_iter().find_map(how) else { return Ok(()) };
+    Err(Failure::unsupported(format!("`{}` is already {how}", linear.module)).hint(hint).into())
 }
 
 /// The names of the tensors that a model of a known family lacks, except for its head, which is optional. Empty if the

@@ -3,13 +3,16 @@
 
 use std::f64::consts::PI;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use candle_core::Tensor;
 use serde::Deserialize;
 
 use super::ops;
+use crate::checkpoint::CONFIG_FILE;
 use crate::device::Device;
 use crate::error::Failure;
+
+const CONFIG_HINT: &str = "compare `config.json` with the one of the original repository";
 
 /// `rope_scaling` of transformers 4, `rope_parameters` of transformers 5.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
@@ -176,7 +179,7 @@ impl RopeSettings {
         };
         let Some(divisors) = divisors.as_ref().filter(|f| f.len() == plain.len()) else {
             let message = format!("`{name}` of `rope_scaling` does not have {} values", plain.len());
-            return Err(Failure::unsupported(message).into());
+            return Err(Failure::unsupported(message).hint(CONFIG_HINT).into());
         };
         let factor = self.stretch(s)?;
         let own = if factor <= 1.0 { 1.0 } else { (1.0 + factor.ln() / context.ln()).sqrt() };
@@ -209,7 +212,7 @@ impl RopeSettings {
 }
 
 fn field(name: &str, value: Option<f64>) -> Result<f64> {
-    value.ok_or_else(|| Failure::unsupported(format!("`rope_scaling` lacks `{name}`")).into())
+    value.ok_or_else(|| Failure::unsupported(format!("`rope_scaling` lacks `{name}`")).hint(CONFIG_HINT).into())
 }
 
 /// YaRN's scale of cosines and sines.
@@ -290,7 +293,7 @@ impl Rope {
 
 impl Turns {
     fn new(settings: &RopeSettings, n_positions: usize, device: &Device) -> Result<Self> {
-        let (frequencies, scale) = settings.frequencies(n_positions)?;
+        let (frequencies, scale) = settings.frequencies(n_positions).with_context(|| format!("`{CONFIG_FILE}`"))?;
         // Angles in f64: position × frequency loses digits in f32 at long contexts. transformers
         // multiplies in f32; the two differ by its rounding.
         let angles: Vec<f64> = (0..n_positions).flat_map(|p| frequencies.iter().map(move |f| p as f64 * f)).collect();

@@ -90,8 +90,8 @@ impl fmt::Display for Gate {
     }
 }
 
-/// Checks before any work that reports of type `T` have the fields of the gates; `absent` lists fields that this run will not fill, each
-/// with a hint.
+/// Checks before any work that reports of type `T` have the fields of the gates; `absent` lists fields that this run will not fill, be they
+/// of `T` or of the report of a similar run, each list with a hint.
 ///
 /// # Errors
 /// A field is unknown, is not a number, or will be absent.
@@ -102,6 +102,9 @@ pub fn expect_fields<T: JsonSchema>(gates: &[Gate], absent: &[(Vec<Field>, &str)
     let known = fields::<T>();
     for gate in gates {
         let refused = |reason: String| Failure::usage(format!("--fail-if `{gate}`: {reason}"));
+        if let Some((_, needed)) = absent.iter().find(|(fields, _)| fields.iter().any(|f| f.name() == gate.field)) {
+            return Err(refused(format!("this run does not measure `{}`", gate.field)).hint(*needed).into());
+        }
         let Some(field) = known.iter().find(|field| field.name() == gate.field) else {
             let names: Vec<String> = known.iter().filter(|f| f.is_comparable()).map(Field::name).collect();
             return Err(refused(format!("the report has no field `{}`", gate.field))
@@ -112,9 +115,6 @@ pub fn expect_fields<T: JsonSchema>(gates: &[Gate], absent: &[(Vec<Field>, &str)
             return Err(refused(format!("`{}` is not a number", gate.field))
                 .hint("choose a field with a number or a size")
                 .into());
-        }
-        if let Some((_, needed)) = absent.iter().find(|(fields, _)| fields.iter().any(|f| f.name() == gate.field)) {
-            return Err(refused(format!("this run does not measure `{}`", gate.field)).hint(*needed).into());
         }
     }
     Ok(())
@@ -207,7 +207,8 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::report::PerplexityReport;
+    use crate::report::schema::fields_at;
+    use crate::report::{InspectReport, PerplexityReport};
 
     fn gate(text: &str) -> Gate {
         text.parse().unwrap()
@@ -265,5 +266,14 @@ mod tests {
         assert_eq!(crate::error::exit_class(&error), ExitClass::Usage);
         assert!(crate::error::hint(&error).unwrap().contains("`kl.mean`"));
         assert!(check("convention > 1").unwrap_err().to_string().contains("is not a number"));
+        // Fields that the run does not fill, also those of another report.
+        let absent =
+            [(fields_at::<PerplexityReport>("kl"), "compare"), (fields_at::<InspectReport>("linears"), "look")];
+        for (text, hint) in [("kl.mean > 1", "compare"), ("linears.rank > 1", "look")] {
+            let error = expect_fields::<PerplexityReport>(&[gate(text)], &absent).unwrap_err();
+            assert!(error.to_string().contains("this run does not measure"), "{error}");
+            assert_eq!(crate::error::hint(&error).as_deref(), Some(hint));
+        }
+        assert!(expect_fields::<PerplexityReport>(&[gate("ppl > 1")], &absent).is_ok());
     }
 }

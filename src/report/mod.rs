@@ -393,10 +393,20 @@ pub struct SweepReport {
     pub timings: Timings,
     /// Seconds of the evaluation of all trials and the source.
     pub evaluate_seconds: f64,
+    /// SHA-256 of every other file of the output; empty without `--output`.
+    #[serde(default)]
+    pub output_files: Fingerprint,
     /// Wall-clock seconds of the command.
     pub elapsed_seconds: f64,
     /// Peak resident memory of the process in bytes; Linux only.
     pub peak_memory_bytes: Option<u64>,
+}
+
+impl Published for SweepReport {
+    fn seal(&mut self, output_files: Fingerprint, elapsed_seconds: f64) {
+        (self.output_files, self.elapsed_seconds) = (output_files, elapsed_seconds);
+        self.peak_memory_bytes = peak_memory_bytes();
+    }
 }
 
 /// One budget of a sweep.
@@ -416,22 +426,4 @@ pub struct SweepPoint {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn older_names_of_fields_are_read() {
-        let names = ["calibrate_forward", "calibrate_backward", "decompose", "allocate", "anchor", "write"];
-        let mut fields: serde_json::Map<String, Value> =
-            names.iter().map(|name| ((*name).into(), 0.0.into())).collect();
-        fields.extend([("quantise".into(), 1.0.into()), ("control".into(), 2.0.into())]);
-        let Timings { quantize, equal_bytes_baseline, .. } = serde_json::from_value(fields.into()).unwrap();
-        assert_eq!((quantize, equal_bytes_baseline), (1.0, 2.0));
-    }
-
-    #[test]
-    #[cfg(target_os = "linux")]
-    fn peak_memory_is_read() {
-        assert!(peak_memory_bytes().unwrap() > 1 << 20);
-    }
-}
+mod tests;

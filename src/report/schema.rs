@@ -57,6 +57,13 @@ pub fn fields<T: JsonSchema>() -> Vec<Field> {
     fields
 }
 
+/// The field `name` of a report, or all fields of the record with this name.
+pub fn fields_at<T: JsonSchema>(name: &str) -> Vec<Field> {
+    let mut found = fields::<T>();
+    found.retain(|field| field.name().strip_prefix(name).is_some_and(|rest| rest.is_empty() || rest.starts_with('.')));
+    found
+}
+
 /// Adds the fields of `schema`, which is located at `at`.
 fn collect(root: &Value, schema: &Value, at: &Field, fields: &mut Vec<Field>) {
     if let Some(target) = schema.get("$ref").and_then(Value::as_str) {
@@ -163,5 +170,9 @@ mod tests {
         );
         assert!(find(fields::<AllConventionsReport>(), "lm-eval.ppl").is_some());
         assert!(find(fields::<PerplexityReport>(), "perplexity").is_none());
+        let names = |name: &str| fields_at::<CompressReport>(name).iter().map(Field::name).collect::<Vec<_>>();
+        assert_eq!(names("truncated"), ["truncated.keep", "truncated.source_files"]);
+        assert_eq!(names("keep"), ["keep"]);
+        assert_eq!(names("trunc"), [""; 0]);
     }
 }

@@ -102,7 +102,8 @@ impl Text {
         let path_shown = path.display();
         if documents.is_empty() {
             if n_documents == 0 {
-                return Err(Failure::unsupported(format!("text file `{path_shown}` is empty")).into());
+                let message = format!("text file `{path_shown}` is empty");
+                return Err(Failure::unsupported(message).hint("give a file that holds text").into());
             }
             let message = format!("`{path_shown}` has no text: `{field}` is empty or null in every document");
             return Err(Failure::unsupported(message).hint(document::FIELD_HINT).into());
@@ -127,7 +128,10 @@ impl Tokenizer {
                 .hint("the model's fast tokenizer is required; save it with transformers: `AutoTokenizer.from_pretrained(..., use_fast=True)`")
                 .into());
         }
-        let unusable = |e| Failure::unsupported(format!("`{}` is not a usable tokenizer: {e}", path.display()));
+        let unusable = |e| {
+            Failure::unsupported(format!("`{}` is not a usable tokenizer: {e}", path.display()))
+                .hint("get it again from the original repository, or save it with transformers")
+        };
         let bytes = read_file(&path)?;
         let mut inner = tokenizers::Tokenizer::from_bytes(&bytes).map_err(unusable)?;
         // Padding and truncation are for single inputs; here a stream is cut into windows.

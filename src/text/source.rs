@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{File, Metadata};
-use std::io::Read;
+use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError, mpsc};
 use std::time::Duration;
@@ -68,7 +68,8 @@ impl Source {
 /// It cannot be read, is not UTF-8, or the pipe has no writer.
 pub fn read_recipe(path: &Path) -> Result<String> {
     let source = Source::read(path, "recipe")?;
-    String::from_utf8(source.bytes).map_err(|_| Failure::unsupported(format!("`{}` is not UTF-8", path.display())))
+    let not_utf8 = |_| Failure::unsupported(format!("`{}` is not UTF-8", path.display())).hint("save it as UTF-8");
+    String::from_utf8(source.bytes).map_err(not_utf8)
 }
 
 /// Decompresses `bytes`.
@@ -87,8 +88,12 @@ pub(super) fn unpacked(path: &Path, bytes: Vec<u8>, packing: Packing) -> Result<
 }
 
 fn unreadable(what: &str, path: &Path, error: &std::io::Error) -> Failure {
-    let class = if error.kind() == std::io::ErrorKind::NotFound { ExitClass::Usage } else { ExitClass::Resources };
-    Failure::new(class, format!("cannot read {what} `{}`: {error}", path.display()))
+    let (class, hint) = match error.kind() {
+        ErrorKind::NotFound => (ExitClass::Usage, "check the path; a relative one begins in the current folder"),
+        ErrorKind::PermissionDenied => (ExitClass::Resources, "change its permissions, or give another file"),
+        _ => (ExitClass::Resources, "check the disk, or give another file"),
+    };
+    Failure::new(class, format!("cannot read {what} `{}`: {error}", path.display())).hint(hint)
 }
 
 /// Opens a named pipe. That blocks until there is a writer, so it runs on a thread, which is abandoned if none comes.

@@ -131,6 +131,11 @@ fn configs_of_python_are_read_and_written() {
             "1e4, \"rope_scaling\": {\"type\": \"yarn\", \"factor\": NaN}",
             "`rope_scaling.factor`: invalid type: number `NaN`",
         ),
+        ("1e4, \"rope_scaling\": {\"type\": \"linear\"}", "config.json`: `rope_scaling` lacks `factor`"),
+        (
+            "1e4, \"rope_scaling\": {\"type\": \"longrope\", \"factor\": 2, \"short_factor\": [1]}",
+            "config.json`: `short_factor` of `rope_scaling` does not have",
+        ),
     ] {
         let changed = text.replace("\"rope_theta\": 10000.0", &format!("\"rope_theta\": {value}"));
         std::fs::write(model.join("config.json"), changed).unwrap();
@@ -156,6 +161,41 @@ fn an_unknown_model_type_is_compressed_by_name_and_shape_but_not_run() {
     ok(&["inspect", path(&model)]);
     let report = ok(&["compress", path(&model), "-o", path(&out), "--keep", "0.8", "--json"]).json();
     assert_eq!(report["linears"].as_array().unwrap().len(), 28);
+}
+
+/// The file and a way out, whatever contradicts in a config.
+#[test]
+fn fields_that_contradict_each_other_are_named_with_a_hint() {
+    for (from, to, parts) in [
+        (
+            "\"rope_theta\": 10000.0",
+            "\"rope_theta\": 1e4, \"rope_scaling\": {\"type\": \"foo\"}",
+            ["`rope_scaling` of type `foo` is not supported", "hint: supported: default"],
+        ),
+        ("\"llama\"", "3", ["`model_type` in `", "is absent, or not a string"]),
+        (
+            "\"max_position_embeddings\": 128",
+            "\"max_position_embeddings\": 1",
+            ["`max_position_embeddings` leaves room for 1 tokens", "hint: compare"],
+        ),
+        (
+            "\"num_key_value_heads\": 3",
+            "\"num_key_value_heads\": 4",
+            ["is not a multiple of `num_key_value_heads` 4", "hint: compare"],
+        ),
+        ("\"head_dim\": 16", "\"head_dim\": 23", ["of `head_dim` 23 cannot be rotated", "hint: compare"]),
+        (
+            "\"hidden_size\"",
+            "\"per_layer_config\": {\"9\": {\"intermediate_size\": 128}}, \"hidden_size\"",
+            ["`per_layer_config.9`: the model has 4 blocks", "hint: compare"],
+        ),
+    ] {
+        let broken = Broken::new();
+        broken.edit_config(from, to);
+        let model = broken.model();
+        let parts = [&["config.json`", "hint: "], &parts[..]].concat();
+        broken.check_one(&["eval", path(&model), "--text", HELD_OUT], 4, &parts);
+    }
 }
 
 #[test]

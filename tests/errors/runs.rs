@@ -15,13 +15,15 @@ fn texts_that_cannot_be_used() {
     let eval = |broken: &Broken, code, parts: &[&str]| {
         broken.check_one(&["eval", path(&model), "--text", path(&text)], code, parts)
     };
-    eval(&broken, 2, &["text.txt"]);
+    eval(&broken, 2, &["text.txt", "hint: check the path"]);
     std::fs::write(&text, "").unwrap();
-    eval(&broken, 4, &["is empty"]);
+    eval(&broken, 4, &["is empty", "hint: give a file that holds text"]);
     std::fs::write(&text, [0xff, 0xfe]).unwrap();
     eval(&broken, 4, &["not UTF-8"]);
     std::fs::write(&text, "Too short.").unwrap();
     eval(&broken, 4, &["tokens, but a window needs 128", "hint: give a longer text"]);
+    std::fs::write(model.join("tokenizer.json"), "{\"model\": 3}").unwrap();
+    eval(&broken, 4, &["tokenizer.json` is not a usable tokenizer", "hint: get it again"]);
     std::fs::remove_file(model.join("tokenizer.json")).unwrap();
     eval(&broken, 4, &["tokenizer.json` is missing"]);
 }
@@ -78,6 +80,23 @@ fn errors_of_the_command_line_name_the_flag_and_what_it_takes() {
         (&["--keep", "0.8", "--dry-run", "full"], "unexpected argument `full`", "hint: did you mean `--dry-run=full`?"),
         (&["--keep", "0.8", "--targets", "["], "is not a glob: unclosed character class", "as in `*.mlp.*`"),
         (&["--keep", "0.8", "--revision", "v2"], "`--revision v2` has no effect", "hint: only models of the hub"),
+        (
+            &["--keep", "0.8", "--dry-run", "--restart"],
+            "`--restart` has no effect with `--dry-run`",
+            "hint: remove it; `--dry-run=full --restart`",
+        ),
+        (
+            &["--quant", "rtn-int4-g32", "--layout", "factors"],
+            "`--layout factors` has no effect on quantized bases without factors",
+            "hint: remove it, or add factors with `--compensate`",
+        ),
+        (
+            &["--keep", "0.8", "--ranks", "uniform", "--rank-floor", "0.5"],
+            "`--rank-floor` has no effect with `--ranks uniform`",
+            "hint: remove it",
+        ),
+        (&["--keep", "0.8", "--rank-multiple", "0"], "`--rank-multiple` must be at least 1", "hint: remove it"),
+        (&["--keep", "0.8", "--max-shard-size", "0"], "`--max-shard-size` is 0", "hint: remove it"),
         (&["--keep", "0.8", "--bits", "3"], "cannot be combined with", "hint: remove one of the two"),
         (&["--keep", "0.8", "--keep", "0.7"], "`--keep` is given twice", "hint: remove one of the two"),
     ] {
@@ -86,9 +105,28 @@ fn errors_of_the_command_line_name_the_flag_and_what_it_takes() {
         assert!(run.stderr.starts_with("error: ") && run.stderr.contains(expected), "{extra:?}: {}", run.stderr);
         assert!(run.stderr.contains(hint) && run.stderr.lines().count() == 2, "{extra:?}: {}", run.stderr);
     }
+}
+
+#[test]
+fn errors_of_any_command_have_one_form() {
     for (line, expected) in [
         (&["compress", FIXTURE][..], "error: `--output` is missing\nhint: usage: lrc compress "),
         (&["calibrate", "-o", "x"], "error: `--text`, `MODEL` are missing\nhint: usage: lrc calibrate "),
+        (
+            &["calibrate", FIXTURE, "--merge", "a", "b", "-o", "c"],
+            "error: `MODEL` cannot be combined with `--merge`\nhint: remove one of the two",
+        ),
+        (&["calibrate", "--merge", "a", "b", "-o", "c", "--memory", "1GiB"], "`--merge` cannot be combined with"),
+        (&["calibrate", "--merge", "a", "b", "-o", "c", "--device", "cpu"], "`--merge` cannot be combined with"),
+        (&["calibrate", "--merge", "a", "b", "-o", "c", "--revision", "v2"], "`--merge` cannot be combined with"),
+        (
+            &["truncate", FIXTURE, "-o", "x", "--keep", "0.5", "--max-shard-size", "0"],
+            "error: `--max-shard-size` is 0\nhint: remove it",
+        ),
+        (
+            &["export", FIXTURE, "-o", "x", "--format", "dense", "--max-shard-size", "0"],
+            "error: `--max-shard-size` is 0\nhint: remove it",
+        ),
         (&["compres"], "error: there is no command `compres`\nhint: did you mean `compress`?\n"),
         (
             &["eval", FIXTURE, "--text", TRAIN, "--max-windows", "0"],
@@ -120,6 +158,17 @@ fn errors_of_a_recipe_name_its_line_and_its_key() {
         let run = lrc(&["compress", FIXTURE, "-o", path(&folder.path().join("out")), "--recipe", path(&recipe)]);
         assert_eq!(run.code, 2, "{}", run.stderr);
         assert!(run.stderr.contains(expected) && run.stderr.lines().count() == 2, "{}", run.stderr);
+    }
+    std::fs::write(&recipe, [0xff, 0xfe]).unwrap();
+    for (file, expected) in [
+        (path(&recipe), "/recipe.toml` is not UTF-8\nhint: save it as UTF-8"),
+        (
+            "no-such.toml",
+            "error: cannot read recipe `no-such.toml`: No such file or directory (os error 2)\nhint: check",
+        ),
+    ] {
+        let run = lrc(&["compress", FIXTURE, "-o", path(&folder.path().join("out")), "--recipe", file]);
+        assert!(run.code == 2 && run.stderr.contains(expected), "{}", run.stderr);
     }
 }
 

@@ -51,7 +51,8 @@ fn an_output_that_cannot_be_is_refused_before_a_model_is_looked_for() {
             ("there.safetensors", "exists"),
             ("folder.safetensors", "it is a folder"),
             ("slash.safetensors/", "it is a folder"),
-            ("no-such-folder/x.safetensors", "there is no folder"),
+            ("no-such/../x.safetensors", "there is no folder"),
+            ("file/x.safetensors", "Not a directory"),
         ] {
             let _ = std::os::unix::fs::symlink("nowhere", at("dead.safetensors"));
             std::fs::write(at("there.safetensors"), "theirs").unwrap();
@@ -207,4 +208,18 @@ fn an_output_within_another_is_safe_from_its_replacement() {
     for out in [&out, &within] {
         assert!(perplexity(path(out), HELD_OUT, "128") > 1.0);
     }
+}
+
+#[test]
+fn missing_folders_are_made_for_files_and_for_folders() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let [statistics, html, spectra, out, swept] =
+        ["a/b/stats.safetensors", "c/d/page.html", "e/f/spectra.safetensors", "g/h/out", "i/j/out"].map(at);
+    let [window, few] = [["--samples", "2", "--seq-len", "16"], ["--keep", "0.9", "--max-windows", "2"]];
+    ok(&[&["calibrate", FIXTURE, "-q", "--text", TRAIN, "-o", path(&statistics)][..], &window].concat());
+    ok(&["inspect", FIXTURE, "-q", "--html", path(&html), "--spectra", path(&spectra)]);
+    ok(&["compress", FIXTURE, "-q", "--keep", "0.9", "-o", path(&out)]);
+    ok(&[&["sweep", FIXTURE, "-q", "--text", HELD_OUT, "-o", path(&swept)][..], &few].concat());
+    assert!([statistics, html, spectra, out, swept].iter().all(|path| path.exists()));
 }

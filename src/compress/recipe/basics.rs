@@ -5,6 +5,7 @@ use std::path::Path;
 use anyhow::Result;
 
 use super::approach::{Limit, RankSteps};
+use super::settings::DEFAULT_SHARD_BYTES;
 use crate::calibrate::WindowSettings;
 use crate::compress::allocate::Ranks;
 use crate::compress::options::RecipeOptions;
@@ -85,17 +86,21 @@ impl Basics {
             limit,
             sensitivity: sensitivity(options, ranks, method)?,
             depth_weight: options.depth_weight.unwrap_or(DepthWeight::Fixed(0.0)),
-            steps: rank_steps(options)?,
+            steps: rank_steps(options, ranks)?,
             anchor: is_sequential.then(|| share("--anchor", options.anchor, 0.5)).transpose()?,
             format: options.format.unwrap_or_default(),
         })
     }
 }
 
-fn rank_steps(options: &RecipeOptions) -> Result<RankSteps> {
+fn rank_steps(options: &RecipeOptions, ranks: Ranks) -> Result<RankSteps> {
     let floor = share("--rank-floor", options.rank_floor, 0.0)?;
     match options.rank_multiple.unwrap_or(1) {
-        0 => Err(Failure::usage("`--rank-multiple` must be at least 1").into()),
+        0 => Err(usage("`--rank-multiple` must be at least 1", "remove it for ranks of any size")),
+        _ if floor > 0.0 && ranks == Ranks::Uniform => {
+            let message = "`--rank-floor` has no effect with `--ranks uniform`";
+            Err(usage(message, "remove it: every rank is the uniform one"))
+        }
         multiple => Ok(RankSteps { floor, multiple }),
     }
 }
@@ -158,7 +163,18 @@ fn sensitivity(options: &RecipeOptions, ranks: Ranks, method: Method) -> Result<
     }
 }
 
-/// The windows of `text`, with the options `--field`, `--samples`, `--seq-len` and `--seed`.
+/// The largest size of a file of weights in bytes, with the option `--max-shard-size`.
+///
+/// # Errors
+/// It is 0.
+pub fn max_shard_bytes(options: &RecipeOptions) -> Result<u64> {
+    match options.max_shard_size.map_or(DEFAULT_SHARD_BYTES, |size| size.as_u64()) {
+        0 => Err(usage("`--max-shard-size` is 0", "remove it for files of 4 GB, or give a size such as `2GiB`")),
+        bytes => Ok(bytes),
+    }
+}
+
+/// The windows of `text`, with the options `--field`, `--samples`, `--gradient-samples`, `--seq-len` and `--seed`.
 ///
 /// # Errors
 /// There are no windows, or they are too short.

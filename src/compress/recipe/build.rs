@@ -8,11 +8,10 @@ use super::embeddings::embeddings;
 use super::low_rank::low_rank;
 use super::patterns::Patterns;
 use super::quantized::quantized;
-use super::settings::{DEFAULT_SHARD_BYTES, Recipe};
+use super::settings::Recipe;
 use crate::calibrate::{Needs, WindowSettings};
 use crate::compress::options::{Embeddings, Fused, RecipeOptions};
 use crate::compress::presets::Method;
-use crate::error::Failure;
 
 impl Recipe {
     /// Checks the options against each other and fills in the defaults.
@@ -34,10 +33,7 @@ impl Recipe {
             format: basics.format,
             calibration: window_settings(options)?,
             statistics: options.statistics.clone(),
-            max_shard_bytes: match options.max_shard_size {
-                Some(size) if size.as_u64() == 0 => return Err(Failure::usage("`--max-shard-size` is 0").into()),
-                size => size.map_or(DEFAULT_SHARD_BYTES, |s| s.as_u64()),
-            },
+            max_shard_bytes: super::basics::max_shard_bytes(options)?,
             approach: match Menu::new(options.quant.clone()) {
                 None => Approach::LowRank(low_rank(options, &basics)?),
                 Some(menu) => Approach::Quantized(quantized(options, &basics, menu)?),

@@ -17,6 +17,6 @@ pub use approach::{
     Allocation, Approach, BaseSensitivity, Bases, Budget, Compensator, FactorStorage, Factors, FloatStorage, Knapsack,
     Limit, LowRankApproach, Menu, RankSteps, Rule, Unordered,
 };
-pub use basics::{DEFAULT_SAMPLES, windows};
+pub use basics::{DEFAULT_SAMPLES, max_shard_bytes, windows};
 pub use patterns::Patterns;
 pub use settings::{DEFAULT_SHARD_BYTES, Recipe};

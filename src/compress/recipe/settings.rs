@@ -214,7 +214,7 @@ impl Recipe {
             quant_factors: self.quant_factors(),
             method: (!is_dense).then_some(self.method),
             ranks: (!is_dense).then(|| self.ranks()),
-            layout: (!is_dense).then(|| self.layout()),
+            layout: (!is_dense && (!is_quantized || factors.is_some())).then(|| self.layout()),
             sensitivity: self.sensitivity(),
             depth_weight: self.sensitivity().map(|_| self.depth_weight()),
             rank_floor: steps.map(|steps| steps.floor),

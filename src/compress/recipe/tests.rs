@@ -119,6 +119,11 @@ fn recipes_are_written_in_full_and_in_one_order() {
              quant-factors = \"int8\"\nmethod = \"svd\"\nranks = \"knapsack\"\nlayout = \"factors\"\nsensitivity = \"energy\"\n\
              depth-weight = \"0\"\nformat = \"factored\"\nsequential = false\nmax-shard-size = \"4000000000 B\"\n",
         ),
+        (
+            "quant = [\"rtn-int4-g32\"]",
+            "quant = [\"rtn-int4-g32\"]\ncompensate = \"none\"\nmethod = \"svd\"\nranks = \"knapsack\"\n\
+             format = \"factored\"\nsequential = false\nmax-shard-size = \"4000000000 B\"\n",
+        ),
     ] {
         let options: RecipeOptions = toml::from_str(options).unwrap();
         assert_eq!(toml::to_string(&Recipe::new(&options).unwrap().to_options()).unwrap(), expected);

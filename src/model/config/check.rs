@@ -12,6 +12,8 @@ use crate::error::Failure;
 /// tensor that contradicts the config.
 const SLACK: usize = 16;
 
+const WITHOUT_RUNNING: &str = "data-free compression and inspection work without running the model";
+
 impl ModelConfig {
     /// Refuses fields that contradict each other or are not supported.
     pub(super) fn check(&self, architecture: &Architecture) -> Result<()> {
@@ -28,7 +30,9 @@ impl ModelConfig {
             let check = || {
                 if block_idx >= self.num_hidden_layers {
                     let n_blocks = self.num_hidden_layers;
-                    return Err(Failure::unsupported(format!("the model has {n_blocks} blocks")).into());
+                    return Err(Failure::unsupported(format!("the model has {n_blocks} blocks"))
+                        .hint(CONFIG_HINT)
+                        .into());
                 }
                 self.check_widths(architecture, widths)
             };
@@ -41,11 +45,11 @@ impl ModelConfig {
         if let Some(context) = self.context(architecture).filter(|&context| context < 2) {
             let message =
                 format!("`max_position_embeddings` leaves room for {context} tokens, and predicting one takes 2");
-            return Err(Failure::unsupported(message).into());
+            return Err(Failure::unsupported(message).hint(CONFIG_HINT).into());
         }
         if let Some(field) = self.unsupported_field(architecture) {
             return Err(Failure::unsupported(format!("`{field}` has a value that lrc cannot run"))
-                .hint("data-free compression and inspection work without running the model")
+                .hint(WITHOUT_RUNNING)
                 .into());
         }
         Ok(())
@@ -65,18 +69,21 @@ impl ModelConfig {
         let (heads, groups) = (widths.num_attention_heads, widths.num_key_value_heads);
         if !heads.is_multiple_of(groups) {
             let message = format!("`num_attention_heads` {heads} is not a multiple of `num_key_value_heads` {groups}");
-            return Err(Failure::unsupported(message).into());
+            return Err(Failure::unsupported(message).hint(CONFIG_HINT).into());
         }
         if architecture.experts.is_some() && !(1..=widths.num_experts).contains(&self.num_experts_per_tok) {
             let (asked, there) = (self.num_experts_per_tok, widths.num_experts);
-            return Err(Failure::unsupported(format!("`num_experts_per_tok` is {asked} of {there} experts")).into());
+            let message = format!("`num_experts_per_tok` is {asked} of {there} experts");
+            return Err(Failure::unsupported(message).hint(CONFIG_HINT).into());
         }
         let (rotated, head_dim) = (self.rotary_width(), widths.head_dim);
         if architecture.is_rotary && (rotated == 0 || !rotated.is_multiple_of(2) || rotated > head_dim) {
-            return Err(Failure::unsupported(format!("{rotated} of `head_dim` {head_dim} cannot be rotated")).into());
+            let message = format!("{rotated} of `head_dim` {head_dim} cannot be rotated");
+            return Err(Failure::unsupported(message).hint(CONFIG_HINT).into());
         }
         if architecture.is_rotary && head_dim != self.widths.common().head_dim {
-            return Err(Failure::unsupported("`head_dim` differs, and blocks share one rotary embedding").into());
+            let message = "`head_dim` differs, and blocks share one rotary embedding";
+            return Err(Failure::unsupported(message).hint(WITHOUT_RUNNING).into());
         }
         Ok(())
     }

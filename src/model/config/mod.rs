@@ -223,14 +223,14 @@ impl ModelConfig {
                 None => Failure::unsupported(format!("`{}` is missing", path.display())).hint(hint),
             }
         })?;
-        let model_type = model_type(checkpoint).unwrap_or_default();
-        let architecture = architectures::find(model_type).ok_or_else(|| {
-            let field = text_config::type_field(config);
-            Failure::unsupported(format!(
-                "`{field}` `{model_type}` in `{}` is not a family that lrc can run",
-                path.display()
-            ))
-            .hint(format!(
+        let model_type = model_type(checkpoint);
+        let architecture = model_type.and_then(architectures::find).ok_or_else(|| {
+            let (field, path) = (text_config::type_field(config), path.display());
+            let message = match model_type {
+                Some(name) => format!("`{field}` `{name}` in `{path}` is not a family that lrc can run"),
+                None => format!("`{field}` in `{path}` is absent, or not a string: the family is unknown"),
+            };
+            Failure::unsupported(message).hint(format!(
                 "known families: {}; for others `lrc inspect` and `lrc compress --method svd` work by name and shape",
                 architectures::known_types().join(", ")
             ))
