@@ -341,7 +341,7 @@ fn stored_dtypes_are_kept() {
 /// Checks by text what `tests/interop` checks by running the file, because tests have no Python. Buffers on the
 /// device of a parameter stay on `meta` in vLLM, and a module that does not check them runs without an error.
 #[test]
-fn the_modelling_file_makes_buffers_on_the_default_device_and_checks_that_they_were_filled() {
+fn the_modeling_file_makes_buffers_on_the_default_device_and_checks_that_they_were_filled() {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("out");
     compress(FIXTURE, &out, &["--keep", "0.8", "--ranks", "uniform"]);
@@ -362,7 +362,7 @@ fn the_modelling_file_makes_buffers_on_the_default_device_and_checks_that_they_w
 /// vLLM splits a linear by the first rule that matches the beginning of its name: a part without a rule of its own
 /// gets the rule of the whole matrix.
 #[test]
-fn the_modelling_file_plans_every_part_of_a_linear_for_tensor_parallelism() {
+fn the_modeling_file_plans_every_part_of_a_linear_for_tensor_parallelism() {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("out");
     compress(FIXTURE, &out, &["--keep", "0.8", "--ranks", "uniform"]);

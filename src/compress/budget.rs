@@ -75,7 +75,7 @@ pub(super) fn max_ranks(recipe: &Recipe, plan: &Plan) -> Vec<usize> {
 
 /// Whether the values of a linear's own fit are read. The sequential mode makes its own, except for experts that see too few tokens.
 pub(super) fn reads_fit(recipe: &Recipe, linear: &LinearInfo) -> bool {
-    recipe.anchor().is_none() || recipe.probes() || linear.id.is_some_and(|id| id.slot.expert.is_some())
+    recipe.anchor().is_none() || recipe.runs_trials() || linear.id.is_some_and(|id| id.slot.expert.is_some())
 }
 
 /// Parameters of a linear at every rank from 0 to full rank.

@@ -39,7 +39,7 @@ impl Plan {
         let fits: u64 = fits.map(|(linear, rank)| 4 * recipe.layout().fitting().n_values(rank, linear.shape())).sum();
         let bases = sum(&|linear| base_bytes(recipe, linear.shape()));
         let shared: u64 = self.shared(recipe).iter().map(|(heights, n)| shared_bytes(heights, *n)).sum();
-        let streams = if recipe.anchor().is_some() || recipe.probes() { walking } else { 0 };
+        let streams = if recipe.anchor().is_some() || recipe.runs_trials() { walking } else { 0 };
         // States go as Grams of output gradients come.
         inputs + states.max(outputs + fits + shared + bases + streams)
     }

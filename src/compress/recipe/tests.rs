@@ -153,7 +153,7 @@ fn keeping_everything_is_dense_whatever_else_is_said() {
     ] {
         let recipe = recipe(text);
         assert_eq!(recipe.approach, Approach::Dense, "{text}");
-        assert!(!recipe.measures_statistics() && !recipe.probes() && recipe.inputs().next().is_none(), "{text}");
+        assert!(!recipe.measures_statistics() && !recipe.runs_trials() && recipe.inputs().next().is_none(), "{text}");
         let written = toml::to_string(&recipe.to_options()).unwrap();
         assert_eq!(written, "keep = 1.0\nformat = \"factored\"\nmax-shard-size = \"4000000000 B\"\n", "{text}");
         assert_eq!(Recipe::new(&toml::from_str(&written).unwrap()).unwrap().approach, Approach::Dense);
