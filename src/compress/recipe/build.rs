@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 
-use super::approach::{Approach, Limit, Menu};
+use super::approach::{Approach, Limit, Quantizers};
 use super::basics::{Basics, share, usage, windows};
 use super::low_rank::low_rank;
 use super::patterns::Patterns;
@@ -36,7 +36,7 @@ impl Recipe {
                 Some(size) if size.as_u64() == 0 => return Err(Failure::usage("`--max-shard-size` is 0").into()),
                 size => size.map_or(DEFAULT_SHARD_BYTES, |s| s.as_u64()),
             },
-            approach: match Menu::new(options.quant.clone()) {
+            approach: match Quantizers::new(options.quant.clone()) {
                 None => Approach::LowRank(low_rank(options, &basics)?),
                 Some(menu) => Approach::Quantized(quantized(options, &basics, menu)?),
             },

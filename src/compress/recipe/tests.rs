@@ -70,7 +70,7 @@ fn contradictions_are_usage_errors() {
     let weighed = RecipeOptions { depth_weight: Some(DepthWeight::Fixed(0.5)), ..quant() };
     check(weighed, "`--depth-weight` has no effect on one quantizer");
     check(RecipeOptions { bits: Some(4.0), sensitivity: Some(Sensitivity::Measured), ..quant() }, "cannot be combined");
-    assert_eq!(Menu::new(Vec::new()), None);
+    assert_eq!(Quantizers::new(Vec::new()), None);
     check(RecipeOptions { targets: vec!["[".into()], ..keep(0.5) }, "not a glob");
 }
 
