@@ -208,6 +208,11 @@ fn a_dry_run_predicts_the_sizes_and_writes_nothing() {
     let done = ok(&args).json();
     assert_eq!(predicted["sizes"], done["sizes"]);
     assert_eq!(ranks(&predicted), ranks(&done));
+    // Spectra alone decide the ranks, so nothing is known.
+    let unknown = ["compress", FIXTURE, "-o", path(&out), "--ranks", "energy:0.9", "--force", "--dry-run"];
+    let predicted = ok(&[&unknown[..], &["--json"]].concat()).json();
+    assert_eq!((&predicted["ranks"], &predicted["sizes"]["keep"]), (&Value::from("unknown"), &Value::from(1.0)));
+    assert!(ok(&unknown).stdout.contains("ranks: unknown"));
 }
 
 fn ranks(report: &Value) -> Vec<Value> {
