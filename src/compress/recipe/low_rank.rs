@@ -37,9 +37,9 @@ pub(super) fn low_rank(options: &RecipeOptions, basics: &Basics) -> Result<LowRa
     let allocation = match (rule, basics.ranks) {
         (Some(rule), _) => RankAllocation::PerLinear { rule, steps: basics.steps },
         (None, _) if floor > 0.0 || multiple > 1 => {
-            let message =
-                format!("`--rank-floor` and `--rank-multiple` have no effect with `--ranks {}`", basics.ranks);
-            return Err(usage(message, REMOVE_ONE));
+            let flag = if floor > 0.0 { "--rank-floor" } else { "--rank-multiple" };
+            let message = format!("`{flag}` has no effect with `--ranks {}`", basics.ranks);
+            return Err(usage(message, "remove it: the rank is fixed"));
         }
         (None, Ranks::Fixed(rank)) => RankAllocation::Fixed(rank),
         (None, _) => unreachable!("invariant: only fixed ranks have no rule"),

@@ -32,6 +32,12 @@ pub(super) fn quantized(options: &RecipeOptions, basics: &Basics, menu: Quantize
             Bases::Fixed { quant, factors: method.map(|method| Factors { method, rank, bits }) }
         }
         (None, &[quant], CompensateRank::Auto) if method.is_none() => Bases::Fixed { quant, factors: None },
+        (None, [_], _) if options.compensate_rank.is_some() => {
+            return Err(usage(
+                "`--compensate-rank auto` needs a budget from which ranks are chosen",
+                "add `--bits 3.5`, or give a rank such as `--compensate-rank 16`",
+            ));
+        }
         (None, [_], _) => {
             return Err(usage(
                 "`--compensate` needs `--compensate-rank`, or a budget from which ranks are chosen",
