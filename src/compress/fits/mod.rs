@@ -141,7 +141,7 @@ pub(super) fn values_key(key: &str) -> String {
 }
 
 /// Bytes that the fit of a unit takes: weight and image, the output Grams in packed form, and the eigenproblem with its
-/// workspace and bases.
+/// workspace and vectors.
 pub(super) fn fitting_bytes(heights: &[usize], n: usize) -> u64 {
     let m: usize = heights.iter().sum();
     let small = m.min(n);
