@@ -39,7 +39,7 @@ fuzz TARGET='all' SECONDS='60':
 docs:
     RUSTDOCFLAGS="-D warnings" cargo doc --release --no-deps
 
-# Licences, advisories and sources of all dependencies
+# Licenses, advisories and sources of all dependencies
 deny:
     cargo deny check
 

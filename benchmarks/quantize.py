@@ -4,7 +4,7 @@ Python and the binary.
     python benchmarks/quantize.py MODEL CALIBRATION_TEXT EVALUATION_TEXT SEQ_LEN table|sizes [LRC [WINDOWS]]
 
 `table`: every base at 8, 4, 3 and 2 bits with every compensation at ranks 8 and 16. `sizes`: five sizes of a menu of bases.
-Errors are relative and squared, in the metric of the inputs (`--method svd-llm`), mean over linears. WINDOWS: evaluate on the first so many windows.
+Errors are relative and squared, in the metric of the inputs (`--method svd-llm`), mean over linears. WINDOWS: evaluate on that many windows from the start.
 """
 
 import json

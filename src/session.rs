@@ -48,7 +48,7 @@ impl<'a> Session<'a> {
         Ok(Decoder::open(self.checkpoint)?.on(&self.device))
     }
 
-    /// Workers on matrices that take so many `bytes` each: as many as fit in memory at the size of the largest, and
+    /// Workers on matrices, each of which takes its number of `bytes`: as many as fit in memory at the size of the largest, and
     /// no more than there are matrices. Remaining threads work inside large products.
     ///
     /// # Errors

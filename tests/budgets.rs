@@ -1,4 +1,4 @@
-//! Budgets: exact sizes, sweeps, divergence, truncation, the anchored mode.
+//! Budgets: exact sizes, sweeps, divergence, truncation, the sequential mode.
 
 use std::path::Path;
 

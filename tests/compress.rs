@@ -208,6 +208,11 @@ fn a_dry_run_predicts_the_sizes_and_writes_nothing() {
     let done = ok(&args).json();
     assert_eq!(predicted["sizes"], done["sizes"]);
     assert_eq!(ranks(&predicted), ranks(&done));
+    // Spectra alone decide the ranks, so nothing is known.
+    let unknown = ["compress", FIXTURE, "-o", path(&out), "--ranks", "energy:0.9", "--force", "--dry-run"];
+    let predicted = ok(&[&unknown[..], &["--json"]].concat()).json();
+    assert_eq!((&predicted["ranks"], &predicted["sizes"]["keep"]), (&Value::from("unknown"), &Value::from(1.0)));
+    assert!(ok(&unknown).stdout.contains("ranks: unknown"));
 }
 
 fn ranks(report: &Value) -> Vec<Value> {
@@ -341,7 +346,7 @@ fn stored_dtypes_are_kept() {
 /// Checks by text what `tests/interop` checks by running the file, because tests have no Python. Buffers on the
 /// device of a parameter stay on `meta` in vLLM, and a module that does not check them runs without an error.
 #[test]
-fn the_modelling_file_makes_buffers_on_the_default_device_and_checks_that_they_were_filled() {
+fn the_modeling_file_makes_buffers_on_the_default_device_and_checks_that_they_were_filled() {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("out");
     compress(FIXTURE, &out, &["--keep", "0.8", "--ranks", "uniform"]);
@@ -362,7 +367,7 @@ fn the_modelling_file_makes_buffers_on_the_default_device_and_checks_that_they_w
 /// vLLM splits a linear by the first rule that matches the beginning of its name: a part without a rule of its own
 /// gets the rule of the whole matrix.
 #[test]
-fn the_modelling_file_plans_every_part_of_a_linear_for_tensor_parallelism() {
+fn the_modeling_file_plans_every_part_of_a_linear_for_tensor_parallelism() {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("out");
     compress(FIXTURE, &out, &["--keep", "0.8", "--ranks", "uniform"]);

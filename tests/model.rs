@@ -117,8 +117,8 @@ fn a_head_that_differs_from_the_embeddings_is_not_tied_and_one_alone_is_both() {
     half(oracle()).check(&other, 1e-4);
     for (model, differs) in [(&other, true), (&same, false), (&alone, false)] {
         let run = common::ok(&["eval", path(model), "--text", common::HELD_OUT, "--max-windows", "1"]);
-        let told = run.stderr.matches("`lm_head.weight` differs from `model.embed_tokens.weight`").count();
-        assert_eq!(told, usize::from(differs), "{}", run.stderr);
+        let warnings = run.stderr.matches("`lm_head.weight` differs from `model.embed_tokens.weight`").count();
+        assert_eq!(warnings, usize::from(differs), "{}", run.stderr);
         // Compressed in any format it stays the same model.
         for (name, flags) in [("factored", &[][..]), ("dense", &["--format", "dense"])] {
             let out = model.with_extension(name);
@@ -154,7 +154,7 @@ fn a_head_that_differs_from_the_embeddings_is_not_tied_and_one_alone_is_both() {
 fn the_perplexity_of_a_head_that_differs_is_that_of_the_untied_config() {
     let folder = tempfile::tempdir().unwrap();
     // The head differs from the table in direction, not only in scale.
-    let turned = |bytes: &[u8]| -> Vec<u8> {
+    let rotated = |bytes: &[u8]| -> Vec<u8> {
         let values: Vec<f32> = bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
         let head = (0..values.len()).map(|i| 0.9 * values[i] + 0.1 * values[(i + 96) % values.len()]);
         head.flat_map(f32::to_le_bytes).collect()
@@ -163,7 +163,7 @@ fn the_perplexity_of_a_head_that_differs_is_that_of_the_untied_config() {
         let model = folder.path().join(name);
         rewrite(Path::new(FIXTURE), &model, |name, bytes| match name {
             EMBEDDINGS if tie.is_some() => {
-                let head = ("lm_head.weight".to_string(), turned(&bytes));
+                let head = ("lm_head.weight".to_string(), rotated(&bytes));
                 vec![(name.into(), bytes), head]
             }
             _ => vec![(name.into(), bytes)],
@@ -178,8 +178,8 @@ fn the_perplexity_of_a_head_that_differs_is_that_of_the_untied_config() {
         [("says-tied", Some(true)), ("untied", Some(false)), ("tied", None)].map(|(name, tie)| with_head(name, tie));
     let figure = |model: &Path| {
         let run = common::ok(&["eval", path(model), "--text", common::HELD_OUT, "--json"]);
-        let told = run.stderr.matches("`lm_head.weight` differs from `model.embed_tokens.weight`").count();
-        (run.json()["ppl"].as_f64().unwrap(), told)
+        let warnings = run.stderr.matches("`lm_head.weight` differs from `model.embed_tokens.weight`").count();
+        (run.json()["ppl"].as_f64().unwrap(), warnings)
     };
     let ((found, warnings), (of_untied, none), (of_tied, none_either)) =
         (figure(&says_tied), figure(&untied), figure(&tied));

@@ -311,12 +311,12 @@ fn compress_sweep_and_inspect_can_be_gated() {
 }
 
 #[test]
-fn the_heat_map_is_plain_where_there_are_no_colours() {
+fn the_heat_map_is_plain_where_there_are_no_colors() {
     let run = ok(&["inspect", FIXTURE, "--map", "rank"]);
     assert!(run.stdout.contains("rank by block and module"), "{}", run.stdout);
     assert!(run.stdout.contains("█ 96") && !run.stdout.contains('\u{1b}'), "{}", run.stdout);
-    let coloured = common::finish(common::command(&["inspect", FIXTURE]).env("CLICOLOR_FORCE", "1"));
-    assert!(coloured.stdout.contains("\u{1b}[") && !coloured.stdout.contains('█'.to_string().repeat(9).as_str()));
+    let colored = common::finish(common::command(&["inspect", FIXTURE]).env("CLICOLOR_FORCE", "1"));
+    assert!(colored.stdout.contains("\u{1b}[") && !colored.stdout.contains('█'.to_string().repeat(9).as_str()));
     let plain = common::finish(common::command(&["inspect", FIXTURE]).env("CLICOLOR_FORCE", "0").env("NO_COLOR", "1"));
     assert!(!plain.stdout.contains('\u{1b}'));
 }

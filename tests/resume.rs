@@ -77,7 +77,7 @@ fn kill_after(mut child: Child, out: &Path, delay: Duration) -> bool {
             child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
             // A run that was killed after its last step was complete.
             let was_done = said.contains(&format!("output folder `{}` exists", path(out)));
-            assert!(status.success() || was_done, "a run that goes on ends well: {status}\n{said}");
+            assert!(status.success() || was_done, "a resumed run ends well: {status}\n{said}");
             return false;
         }
         std::thread::sleep(Duration::from_millis(2));
@@ -89,7 +89,7 @@ fn kill_after(mut child: Child, out: &Path, delay: Duration) -> bool {
 
 /// Fifty SIGKILLs in total: anchored low rank, and quantized bases with factors, an equal-bytes baseline and an adapter.
 #[test]
-fn runs_killed_at_any_moment_go_on_to_the_same_bytes() {
+fn runs_killed_at_any_moment_resume_to_the_same_bytes() {
     const KILLS: usize = 50;
     let calibrated = ["--calibration", TRAIN, "--samples", "8", "-q"];
     let recipes: [&[&str]; 3] = [
@@ -214,17 +214,17 @@ fn another_job_is_refused_with_what_differs() {
     let on = common::finish(run(&["--keep", "0.8"]).arg("-v"));
     assert_eq!(on.code, 0, "{}", on.stderr);
     let report: Value = serde_json::from_slice(&std::fs::read(out.join("lrc-report.json")).unwrap()).unwrap();
-    let told: BTreeSet<&String> = report["output_files"].as_object().unwrap().keys().collect();
+    let listed: BTreeSet<&String> = report["output_files"].as_object().unwrap().keys().collect();
     let files = content(&out);
     let others = files.keys().map(|name| name.to_str().unwrap()).filter(|name| *name != "lrc-report.json");
-    assert!(told.into_iter().map(String::as_str).eq(others));
+    assert!(listed.into_iter().map(String::as_str).eq(others));
     let anew = common::finish(&mut run(&["--keep", "0.7", "--force", "--restart"]));
     assert_eq!(anew.code, 0, "{}", anew.stderr);
 }
 
 #[cfg(unix)]
 #[test]
-fn an_interrupt_ends_cleanly_and_says_how_to_go_on() {
+fn an_interrupt_ends_cleanly_and_says_how_to_resume() {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("out");
     let args = ["compress", FIXTURE, "-o", path(&out), "--calibration", TRAIN, "--samples", "16", "--keep", "0.8"];

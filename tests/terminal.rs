@@ -66,14 +66,14 @@ fn on_a_terminal(line: &str, no_color: bool) -> String {
 #[test]
 #[cfg(target_os = "linux")]
 #[ignore = "needs `script` (util-linux)"]
-fn terminals_have_bars_and_colour_and_can_do_without() {
-    const COLOUR: &str = "\u{1b}[48;5;";
+fn terminals_have_bars_and_color_and_can_do_without() {
+    const COLOR: &str = "\u{1b}[48;5;";
     let lrc = env!("CARGO_BIN_EXE_lrc");
     let inspect = format!("{lrc} inspect {FIXTURE}");
     let shown = on_a_terminal(&inspect, false);
-    assert!(shown.contains(COLOUR) && shown.contains("inspect ") && !shown.contains('▓'), "{shown}");
+    assert!(shown.contains(COLOR) && shown.contains("inspect ") && !shown.contains('▓'), "{shown}");
     let plain = on_a_terminal(&inspect, true);
-    assert!(!plain.contains(COLOUR) && plain.contains('▓'), "{plain}");
+    assert!(!plain.contains(COLOR) && plain.contains('▓'), "{plain}");
     let quiet = on_a_terminal(&format!("{inspect} -q"), false);
     assert!(!quiet.contains("eta"), "{quiet}");
 }
@@ -85,7 +85,7 @@ fn short_helps_fit_two_screens() {
     for command in ["compress", "calibrate", "sweep", "eval", "truncate", "export", "inspect", "completions", "man"] {
         let short = help(command, "-h");
         assert!(short.starts_with(char::is_uppercase) && short.lines().count() <= 48, "{command}:\n{short}");
-        // A flag is one line: what goes on in the next has no flag of its own.
+        // A flag is one line: what continues in the next has no flag of its own.
         let is_flag = |line: &&str| line.trim_start().starts_with('-');
         let flags = short.lines().skip_while(|line| !line.starts_with("Options:")).filter(|line| line.starts_with(' '));
         let wrapped: Vec<&str> = flags.filter(|line| !is_flag(line)).collect();

@@ -98,16 +98,16 @@ impl LowRank {
     }
 }
 
-/// Bases of the best subspaces of a target, and the error of each.
+/// Dual vectors of the best subspaces of a target, and the error of each.
 #[derive(Debug, Clone)]
 pub struct Decomposition {
-    /// The error at every rank, beyond the kept bases too.
+    /// The error at every rank, beyond the kept vectors too.
     pub curve: ErrorCurve,
-    /// Bases of the smaller side, from which the pair of any rank follows.
-    pub bases: DualBases,
+    /// Dual vectors of the smaller side, from which the pair of any rank follows.
+    pub dual: DualVectors,
 }
 
-/// The side of a matrix that bases belong to.
+/// The side of a matrix that dual vectors belong to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Space {
@@ -117,10 +117,10 @@ pub enum Space {
     Inputs,
 }
 
-/// Two bases that are dual to each other. Their first r columns and the target give the best pair of rank r, so they
-/// are kept in place of a pair: they have `2 min(m, n)` numbers a rank, a pair has `m + n`.
+/// A basis of a subspace and its dual. Their first r columns and the target give the best pair of rank r, so they
+/// are kept in place of a pair: they have `2 min(m, n)` numbers per rank, a pair has `m + n`.
 #[derive(Debug, Clone)]
-pub struct DualBases {
+pub struct DualVectors {
     space: Space,
     /// (m or n, max_rank).
     basis: Mat<f64>,
@@ -128,7 +128,7 @@ pub struct DualBases {
     dual: Option<Mat<f64>>,
 }
 
-/// The error curve of `target` (m, n) alone, without bases.
+/// The error curve of `target` (m, n) alone, without vectors.
 ///
 /// # Errors
 /// See [`LinalgError`].
@@ -169,7 +169,7 @@ fn whiten_rows(x: MatRef<'_, f64>, output: &Metric) -> Result<Mat<f64>, LinalgEr
     })
 }
 
-/// Decomposes `target` (m, n); the bases keep the first `max_rank` columns (at most min(m, n)).
+/// Decomposes `target` (m, n); the dual vectors keep the first `max_rank` columns (at most min(m, n)).
 ///
 /// ```
 /// use faer::Mat;
@@ -199,32 +199,32 @@ pub fn decompose(
     let linalg::Eigh { values, vectors } = linalg::eigh(gram.as_ref())?;
     drop(gram);
     let vectors = vectors.subcols(0, max_rank);
-    let bases = if m <= n {
-        output_bases(metric.output, vectors.to_owned())?
+    let dual = if m <= n {
+        output_vectors(metric.output, vectors.to_owned())?
     } else if let Metric::Identity = metric.input {
-        DualBases { space: Space::Inputs, basis: vectors.to_owned(), dual: None }
+        DualVectors { space: Space::Inputs, basis: vectors.to_owned(), dual: None }
     } else if let Some(image) = image {
         let images = linalg::product(image.as_ref(), vectors); // T H V (m, max_rank)
         let images = whiten_rows(images.as_ref(), metric.output)?; // S V
         let smallest = max_rank.checked_sub(1).map_or(0.0, |last| values[last]);
         let is_well_spread = smallest > ORTHOGONAL_SHARE * values[0];
         let basis = if is_well_spread { normalized_columns(images) } else { linalg::orthonormal_columns(images) };
-        output_bases(metric.output, basis)?
+        output_vectors(metric.output, basis)?
     } else {
         let dual = Some(metric.input.root_times(vectors)?);
-        DualBases { space: Space::Inputs, basis: metric.input.dual_root_times(vectors)?, dual }
+        DualVectors { space: Space::Inputs, basis: metric.input.dual_root_times(vectors)?, dual }
     };
-    Ok(Decomposition { curve: ErrorCurve::new(values), bases })
+    Ok(Decomposition { curve: ErrorCurve::new(values), dual })
 }
 
 /// Un-whitens orthonormal columns `U` (m, r) of the output side.
-fn output_bases(output: &Metric, u: Mat<f64>) -> Result<DualBases, LinalgError> {
+fn output_vectors(output: &Metric, u: Mat<f64>) -> Result<DualVectors, LinalgError> {
     let space = Space::Outputs;
     Ok(match output {
-        Metric::Identity => DualBases { space, basis: u, dual: None },
+        Metric::Identity => DualVectors { space, basis: u, dual: None },
         output => {
             let dual = Some(output.root_times(u.as_ref())?);
-            DualBases { space, basis: output.dual_root_times(u.as_ref())?, dual }
+            DualVectors { space, basis: output.dual_root_times(u.as_ref())?, dual }
         }
     })
 }
@@ -242,16 +242,16 @@ fn normalized_columns(mut matrix: Mat<f64>) -> Mat<f64> {
 }
 
 impl Decomposition {
-    /// See [`DualBases::truncate`].
+    /// See [`DualVectors::truncate`].
     ///
     /// # Panics
-    /// When `rank` exceeds the kept bases.
+    /// When `rank` exceeds the kept vectors.
     pub fn truncate(&self, target: MatRef<'_, f64>, rank: usize) -> LowRank {
-        self.bases.truncate(target, rank)
+        self.dual.truncate(target, rank)
     }
 }
 
-impl DualBases {
+impl DualVectors {
     /// The largest rank that they give.
     pub fn max_rank(&self) -> usize {
         self.basis.ncols()
@@ -263,7 +263,7 @@ impl DualBases {
         (self.space, linalg::to_row_major(self.basis.transpose()), dual)
     }
 
-    /// The first `rank` columns of the bases that [`Self::to_arrays`] gave for a target (m, n).
+    /// The first `rank` columns of what [`Self::to_arrays`] gave for a target (m, n).
     ///
     /// # Panics
     /// When the arrays have fewer columns.
@@ -280,7 +280,7 @@ impl DualBases {
     /// rank-one term shared evenly between its column and its row.
     ///
     /// # Panics
-    /// When `rank` exceeds that of the bases.
+    /// When `rank` exceeds [`Self::max_rank`].
     pub fn truncate(&self, target: MatRef<'_, f64>, rank: usize) -> LowRank {
         let basis = self.basis.subcols(0, rank).to_owned();
         let dual = self.dual.as_ref().unwrap_or(&self.basis).subcols(0, rank);

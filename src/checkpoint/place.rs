@@ -17,6 +17,10 @@ pub(super) fn unusable(path: &Path, reason: impl Into<String>) -> CheckpointErro
     OutputError::Unusable { path: path.into(), reason: reason.into() }.into()
 }
 
+fn unusable_file(path: &Path, reason: impl Into<String>) -> CheckpointError {
+    OutputError::UnusableFile { path: path.into(), reason: reason.into() }.into()
+}
+
 /// An output folder by its plain name: without a slash or a `.` at its end. `.` and `..` become the folder that they name.
 pub(super) fn named(target: &Path) -> PathBuf {
     let plain: PathBuf = target.components().collect();
@@ -122,10 +126,10 @@ pub fn check_file(path: &Path, existing: Existing) -> Result<()> {
     let is_there = exists(path)?;
     let typed = path.as_os_str().as_encoded_bytes();
     if path.is_dir() || typed.ends_with(b"/") || typed.ends_with(b"/.") {
-        return Err(unusable(path, "it is a folder, and a file is to be written"));
+        return Err(unusable_file(path, "it is a folder, and a file is to be written"));
     }
     if is_there && !path.is_file() {
-        return Err(unusable(path, "it is a device or a pipe, and a file is to be written"));
+        return Err(unusable_file(path, "it is a device or a pipe, and a file is to be written"));
     }
     if is_there && existing == Existing::Refuse {
         return Err(OutputError::FileExists { path: path.into() }.into());

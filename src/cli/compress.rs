@@ -157,6 +157,9 @@ fn show_dry_run(report: &DryRunReport) -> String {
     let ranks = match report.ranks {
         RankSource::Exact => "",
         RankSource::Even => "ranks: the budget spread evenly; `--dry-run=full` measures, and shows those of the run\n",
+        RankSource::Unknown => {
+            "ranks: unknown, linears are shown as they are; `--dry-run=full` measures, and shows those of the run\n"
+        }
     };
     let end = match &report.kept_in {
         Some(folder) => {

@@ -1,16 +1,17 @@
-//! Chooses a fit for every unit under a budget: fits are priced, an allocator chooses by cost and error, and one search
-//! meets a target size.
+//! Chooses a fit for every unit under a budget: fits are priced, an allocator chooses by cost and error, and
+//! `limit` meets the budget.
 
 use anyhow::Result;
 
 use super::allocate::{self, Candidate, Candidates, Item, Ladder, Pick, Point, Ranks, Rules, Spectra, Statistic};
-use super::budget::{self, known_choices};
+use super::budget::{self, forms_by_shape, known_choices};
 use super::fits::{Unit, units_to_share};
+use super::limit::{self, Search};
 use super::plan::{Choice, Plan};
 use super::recipe::{Budget, Recipe};
 use super::study::Study;
 use crate::approx::low_rank::ErrorCurve;
-use crate::error::Failure;
+use crate::formats::Source;
 use crate::model::inventory::LinearInfo;
 use crate::operator::Forms;
 
@@ -80,6 +81,12 @@ impl<'a> Problem<'a> {
         Self { recipe: study.recipe, plan, units }
     }
 
+    /// Every linear at all ranks, or in all quantizers of the menu, before anything is measured.
+    fn by_shape(recipe: &'a Recipe, plan: &'a Plan, price: Option<&Price<'_>>) -> Self {
+        let units = (0..plan.linears.len()).map(|i| PricedUnit::by_shape(recipe, plan, i, price)).collect();
+        Self { recipe, plan, units }
+    }
+
     fn items(&self) -> Vec<Item<'_>> {
         self.units.iter().map(|priced| priced.item(self.plan)).collect()
     }
@@ -107,11 +114,38 @@ impl<'a> Problem<'a> {
         self.plan.linears.iter().map(LinearInfo::n_parameters).sum()
     }
 
-    /// The choices of the recipe's allocator under a budget of parameters or bytes, and their cost.
-    fn of_recipe(&self, budget: Budget) -> (Vec<Choice>, u64) {
+    /// The choices of an allocator under a budget of parameters or bytes, and their cost.
+    fn of_allocator(&self, ranks: Ranks, budget: Budget) -> (Vec<Choice>, u64) {
         let items = self.items();
-        let picks = allocate::allocate(self.recipe.ranks(), &items, &budget::rules(self.recipe, &items, budget));
+        let picks = allocate::allocate(ranks, &items, &budget::rules(self.recipe, &items, budget));
         (self.choices(&picks), allocate::cost(&items, &picks))
+    }
+
+    /// The choices under a budget; `forms` are those of a linear under a choice.
+    fn within(
+        &self,
+        budget: Budget,
+        ranks: Ranks,
+        source: &Source<'_>,
+        forms: &dyn Fn(usize, Choice) -> Option<Forms>,
+    ) -> Result<Vec<Choice>> {
+        let (recipe, plan, has_bases) = (self.recipe, self.plan, !self.recipe.quant().is_empty());
+        let of_bytes = |bytes: u64| match has_bases {
+            true => self.least_error(bytes),
+            false => self.of_allocator(ranks, Budget::Bytes(bytes)),
+        };
+        match budget {
+            Budget::Keep(keep) if !has_bases => {
+                let (choices, spent) = self.of_allocator(ranks, budget);
+                limit::expect_share(recipe, keep, spent, self.n_weights())?;
+                Ok(choices)
+            }
+            Budget::None => Ok(self.of_allocator(ranks, budget).0),
+            Budget::Keep(_) | Budget::Bits(_) | Budget::Bytes(_) => {
+                Search { recipe, plan, source, choices: &of_bytes, forms, dense_bytes: self.dense_bytes() }
+                    .within(budget)
+            }
+        }
     }
 
     /// The choice of bases with the least error within `bytes`, and its cost, which exceeds `bytes` if nothing is that
@@ -149,6 +183,32 @@ fn curve<'a>(study: &'a Study<'_>, i: usize) -> Option<&'a ErrorCurve> {
 }
 
 impl<'a> PricedUnit<'a> {
+    /// A linear by its shape. Its error falls with its bits per weight alone, as that of rounding does: by a factor of four per bit.
+    fn by_shape(recipe: &Recipe, plan: &Plan, i: usize, price: Option<&Price<'_>>) -> Self {
+        let linear = &plan.linears[i];
+        let (unit, dense_cost) = (Unit { members: vec![i] }, cost(price, linear, None));
+        let cost_of = |choice: Choice| cost(price, linear, forms_by_shape(recipe, linear, choice).as_ref());
+        if recipe.quant().is_empty() {
+            let parameters = budget::parameters(recipe, linear);
+            let choices = (0..parameters.len()).map(|rank| budget::choice(Pick::Candidate(rank)));
+            let costs = if price.is_none() { parameters.clone() } else { choices.map(cost_of).collect() };
+            let candidates = allocate::candidates_by_rank(&costs, None, 1.0);
+            let ranks = Meaning::Ranks { parameters, spectrum: None };
+            return Self {
+                unit,
+                dense_cost,
+                candidates,
+                meaning: if plan.are_zero[i] { Meaning::Zeros } else { ranks },
+            };
+        }
+        let (mut menu, n_weights) = (Menu::default(), linear.n_parameters() as f64);
+        for choice in budget::choices_of_bases(recipe, linear) {
+            let cost = cost_of(choice);
+            menu.add(cost, n_weights * (-2.0 * 8.0 * cost as f64 / n_weights).exp2(), vec![choice]);
+        }
+        menu.of(unit, dense_cost)
+    }
+
     /// A linear at every rank.
     fn of_ranks(study: &Study<'_>, i: usize, weighted: &Weighted<'_, 'a>, price: Option<&Price<'_>>) -> Self {
         let linear = &study.plan.linears[i];
@@ -306,124 +366,31 @@ fn points(study: &Study<'_>, i: usize, weighted: &Weighted<'_, '_>, price: Optio
 /// # Errors
 /// The budget cannot be met.
 pub(super) fn choose(study: &Study<'_>, budget: Budget, sensitivities: &[f64]) -> Result<Vec<Choice>> {
-    if !study.recipe.quant().is_empty() {
-        return choose_bases(study, budget, sensitivities);
-    }
-    let format = study.recipe.format;
-    let bytes =
-        |linear: &LinearInfo, forms: Option<&Forms>| forms.map_or(linear.n_bytes(), |f| format.n_bytes(linear, f));
-    let counts_bytes = matches!(budget, Budget::Bytes(_) | Budget::Bits(_));
-    let problem = Problem::of_ranks(study, counts_bytes.then_some(&bytes), sensitivities);
-    match budget {
-        Budget::Bytes(target) => {
-            meet(study, target, problem.dense_bytes(), &|bytes| problem.of_recipe(Budget::Bytes(bytes)).0)
-        }
-        Budget::Bits(bits) => {
-            let bytes = (bits * problem.n_weights() as f64 / 8.0 + 1e-6) as u64;
-            let (choices, spent) = problem.of_recipe(Budget::Bytes(bytes));
-            if spent > bytes {
-                let least = problem.bits(spent);
-                return Err(Failure::usage(format!("`--bits {bits}` cannot be reached: the minimum is {least:.3}"))
-                    .hint("target more linears, or lower `--rank-floor`")
-                    .into());
-            }
-            Ok(choices)
-        }
-        Budget::Keep(keep) => {
-            let (choices, spent) = problem.of_recipe(budget);
-            let n_weights = problem.n_weights() as f64;
-            if spent as f64 > (keep * n_weights).ceil() {
-                tracing::warn!("`--keep {keep}` is exceeded: the smallest ranks keep {:.4}", spent as f64 / n_weights);
-            }
-            Ok(choices)
-        }
-        Budget::None => Ok(problem.of_recipe(budget).0),
-    }
-}
-
-/// The same for quantized bases and their ranks.
-fn choose_bases(study: &Study<'_>, budget: Budget, sensitivities: &[f64]) -> Result<Vec<Choice>> {
-    if let Some(choices) = known_choices(study.recipe, study.plan) {
+    let (recipe, plan) = (study.recipe, study.plan);
+    let price = |linear: &LinearInfo, forms: Option<&Forms>| limit::price(recipe, budget, linear, forms);
+    let problem = if recipe.quant().is_empty() {
+        Problem::of_ranks(study, counts_bytes(recipe, budget).then_some(&price), sensitivities)
+    } else if let Some(choices) = known_choices(recipe, plan) {
         return Ok(choices);
-    }
-    let format = study.recipe.format;
-    let price = |linear: &LinearInfo, forms: Option<&Forms>| match (forms, budget) {
-        (forms, Budget::Bytes(target)) => format.n_bytes_in_file(linear, forms, target),
-        (Some(forms), _) => format.n_bytes(linear, forms),
-        (None, _) => linear.n_bytes(),
+    } else {
+        Problem::of_bases(study, &|_| 0, &price, sensitivities)
     };
-    let problem = Problem::of_bases(study, &|_| 0, &price, sensitivities);
-    let bytes = match budget {
-        Budget::Bytes(target) => {
-            return meet(study, target, problem.dense_bytes(), &|bytes| problem.least_error(bytes).0);
-        }
-        Budget::Bits(bits) => (bits * problem.n_weights() as f64 / 8.0 + 1e-6) as u64,
-        Budget::Keep(keep) => (keep * problem.dense_bytes() as f64 + 1e-6) as u64,
-        Budget::None => unreachable!("invariant: without a budget the choice is known"),
-    };
-    let (choices, spent) = problem.least_error(bytes);
-    if spent > bytes {
-        let least = problem.bits(spent);
-        return Err(Failure::usage(format!("the budget cannot be reached: the minimum is {least:.3} bits per weight"))
-            .hint("add a quantizer with fewer bits to `--quant`, or target more linears")
-            .into());
-    }
-    Ok(choices)
+    problem.within(budget, recipe.ranks(), &study.source, &|i, choice| study.planned(i, choice))
 }
 
-/// The choices of `at` whose weight files come closest to `target` bytes from below; `at` spends a number of bytes on
-/// linears that take `dense_bytes` as they are. Headers have no price of their own, so the budget is corrected by their
-/// actual size.
-fn meet(study: &Study<'_>, target: u64, dense_bytes: u64, at: &dyn Fn(u64) -> Vec<Choice>) -> Result<Vec<Choice>> {
-    const ROUNDS: usize = 24;
-    let dense = vec![Choice::Dense; study.plan.linears.len()];
-    let whole = file_bytes(study, &dense);
-    if whole <= target {
-        tracing::warn!("`--target-size` is not less than the {whole} bytes of the source: nothing is compressed");
-        return Ok(dense);
-    }
-    let others = i128::from(whole) - i128::from(dense_bytes);
-    let mut budget = i128::from(target) - others;
-    let mut best: Option<(u64, Vec<Choice>)> = None;
-    let mut smallest = u64::MAX;
-    // The smallest budget known to be too large, and the largest known to fit; the answer is between them.
-    let (mut fits, mut too_large) = (None::<i128>, None::<i128>);
-    for _ in 0..ROUNDS {
-        let choices = at(u64::try_from(budget.max(0)).unwrap_or(0));
-        let bytes = file_bytes(study, &choices);
-        smallest = smallest.min(bytes);
-        if bytes <= target {
-            fits = fits.max(Some(budget));
-            if best.as_ref().is_none_or(|(most, _)| bytes > *most) {
-                best = Some((bytes, choices));
-            }
-        } else {
-            too_large = Some(too_large.map_or(budget, |least| least.min(budget)));
-        }
-        let next = budget + i128::from(target) - i128::from(bytes);
-        let is_inside = |next: i128| fits.is_none_or(|f| next > f) && too_large.is_none_or(|t| next < t);
-        budget = match (fits, too_large) {
-            _ if is_inside(next) => next,
-            (Some(fits), Some(too_large)) if too_large - fits > 1 => (fits + too_large) / 2,
-            (None, _) if budget > 0 => next.min(budget / 2),
-            _ => break,
-        };
-    }
-    let Some((bytes, choices)) = best else {
-        return Err(Failure::usage(format!(
-            "`--target-size` of {target} bytes cannot be reached: the minimum is {smallest}"
-        ))
-        .hint("untargeted weights keep their size; target more linears, lower `--rank-floor`, or add a quantizer with fewer bits")
-        .into());
-    };
-    if (target - bytes) as f64 > 0.001 * target as f64 && study.recipe.ranks().is_budgeted() {
-        tracing::warn!("`--target-size` is missed by {} bytes: the ranks allow no smaller step", target - bytes);
-    }
-    Ok(choices)
+/// The same before anything is measured: the budget is spread evenly.
+///
+/// # Errors
+/// The budget cannot be met.
+pub(super) fn choose_by_shape(recipe: &Recipe, plan: &Plan, source: &Source<'_>) -> Result<Vec<Choice>> {
+    let budget = recipe.budget();
+    let price = |linear: &LinearInfo, forms: Option<&Forms>| limit::price(recipe, budget, linear, forms);
+    let problem = Problem::by_shape(recipe, plan, counts_bytes(recipe, budget).then_some(&price));
+    let ranks = if recipe.quant().is_empty() { Ranks::Uniform } else { Ranks::Knapsack };
+    problem.within(budget, ranks, source, &|i, choice| forms_by_shape(recipe, &plan.linears[i], choice))
 }
 
-/// Bytes of the weight files for these choices.
-fn file_bytes(study: &Study<'_>, choices: &[Choice]) -> u64 {
-    let forms: Vec<Option<Forms>> = choices.iter().enumerate().map(|(i, &c)| study.planned(i, c)).collect();
-    study.plan.files(&study.source, study.recipe, &forms).file_bytes()
+/// Whether a budget is spent in bytes, and not in parameters.
+fn counts_bytes(recipe: &Recipe, budget: Budget) -> bool {
+    !recipe.quant().is_empty() || matches!(budget, Budget::Bytes(_) | Budget::Bits(_))
 }

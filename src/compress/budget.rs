@@ -2,9 +2,10 @@
 
 use super::allocate::{self, Candidate, Candidates, Item, Ladder, Pick, Ranks, Rules, Spectra};
 use super::compensate::{Compensate, CompensateRank};
-use super::plan::{Choice, Plan, layout};
+use super::plan::{Choice, FitKind, Plan, largest_compensation, layout};
 use super::recipe::{Budget, Recipe};
 use crate::model::inventory::LinearInfo;
+use crate::operator::{Forms, Shape};
 use crate::quantize::Quant;
 
 /// The choices, if they can be made without a spectrum.
@@ -19,7 +20,7 @@ pub(super) fn known_choices(recipe: &Recipe, plan: &Plan) -> Option<Vec<Choice>>
 }
 
 /// A linear in a quantizer, if its blocks or those of its fallback fit; ranks that measurements decide are 0.
-pub(super) fn quantized_choice(recipe: &Recipe, linear: &LinearInfo, quant: Quant) -> Choice {
+fn quantized_choice(recipe: &Recipe, linear: &LinearInfo, quant: Quant) -> Choice {
     let rank = match (recipe.compensate(), recipe.compensate_rank()) {
         _ if linear.vocabulary.is_some() => 0,
         (Compensate::None, _) | (_, CompensateRank::Auto) => 0,
@@ -31,8 +32,41 @@ pub(super) fn quantized_choice(recipe: &Recipe, linear: &LinearInfo, quant: Quan
     }
 }
 
+/// The choices of a linear that a budget has with quantized bases: each quantizer of its menu with each rank of factors.
+pub(super) fn choices_of_bases(recipe: &Recipe, linear: &LinearInfo) -> Vec<Choice> {
+    let ranks = compensation_ranks(recipe.compensate(), recipe.compensate_rank(), linear.shape());
+    let fits = 0..recipe.quants_for(linear.in_features).len();
+    fits.flat_map(|fit| ranks.iter().map(move |&rank| Choice::Fitted { fit, rank })).collect()
+}
+
+/// The ranks of factors over a base that are tried, ascending; rank 0 is the base alone.
+pub(super) fn compensation_ranks(method: Compensate, rank: CompensateRank, shape: Shape) -> Vec<usize> {
+    let most = shape.0.min(shape.1);
+    let largest = largest_compensation(shape).min(most);
+    match (method, rank) {
+        (Compensate::None, _) => vec![0],
+        (_, CompensateRank::Fixed(rank)) => vec![rank.min(most)],
+        (method, CompensateRank::Auto) if method.turns() == 1 => (0..=largest).collect(),
+        // Each rank has a base of its own.
+        (_, CompensateRank::Auto) => {
+            let mut ranks = vec![0, largest / 4, largest / 2, largest];
+            ranks.dedup();
+            ranks
+        }
+    }
+}
+
+/// The forms of a linear under a choice that was made by shape: fits are the quantizers of its menu, or its only layout.
+pub(super) fn forms_by_shape(recipe: &Recipe, linear: &LinearInfo, choice: Choice) -> Option<Forms> {
+    let quant = match choice {
+        Choice::Fitted { fit, .. } => recipe.quants_for(linear.in_features).get(fit).copied(),
+        Choice::Dense | Choice::Zeros => None,
+    };
+    Plan::forms(recipe, linear, choice, quant.map_or(FitKind::Layout, FitKind::Base))
+}
+
 /// The choices of an allocator that needs no spectra.
-pub(super) fn choices_by_shape(recipe: &Recipe, plan: &Plan, ranks: Ranks, budget: Budget) -> Vec<Choice> {
+fn choices_by_shape(recipe: &Recipe, plan: &Plan, ranks: Ranks, budget: Budget) -> Vec<Choice> {
     let parameters: Vec<Vec<u64>> = plan.linears.iter().map(|linear| parameters(recipe, linear)).collect();
     let candidates: Vec<Vec<Candidate>> =
         parameters.iter().map(|costs| allocate::candidates_by_rank(costs, None, 1.0)).collect();
@@ -78,7 +112,7 @@ pub(super) fn max_ranks(recipe: &Recipe, plan: &Plan) -> Vec<usize> {
 
 /// Whether the values of a linear's own fit are read. The sequential mode makes its own, except for experts that see too few tokens.
 pub(super) fn reads_fit(recipe: &Recipe, linear: &LinearInfo) -> bool {
-    recipe.anchor().is_none() || recipe.probes() || linear.id.is_some_and(|id| id.slot.expert.is_some())
+    recipe.anchor().is_none() || recipe.runs_trials() || linear.id.is_some_and(|id| id.slot.expert.is_some())
 }
 
 /// Parameters of a linear at every rank from 0 to full rank.

@@ -41,6 +41,20 @@ const TURNS: usize = 5;
 const KFAC_DAMPING: f64 = 0.01;
 
 impl Compensate {
+    /// The name in flags and recipes.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Lorc => "lorc",
+            Self::Lqer => "lqer",
+            Self::QeraApprox => "qera-approx",
+            Self::Eora => "eora",
+            Self::Kfac => "kfac",
+            Self::Loftq => "loftq",
+            Self::LqLora => "lq-lora",
+        }
+    }
+
     /// Its metric.
     pub fn preset(self) -> Preset {
         let preset = |output, input| Preset { output, input, damping: 0.0 };

@@ -8,7 +8,7 @@ use super::allocation::{Allocation, Problem};
 use super::compensate::Compensate;
 use super::plan::Choice;
 use super::refine;
-use super::sensitivity::probe_windows;
+use super::sensitivity::trial_windows;
 use super::solution::Solution;
 use super::study::Study;
 use super::trials::mean_kl;
@@ -68,7 +68,7 @@ pub(super) fn compare(
     let quant = quantizers(study, &choices);
     if study.inputs.windows.is_some() && study.session.decoder()?.has_head() {
         let baseline = Solution::new(study, choices, &refine::of(study.recipe));
-        let found = mean_kl(study, probe_windows(study), &[solution, &baseline], "compare with baseline")?;
+        let found = mean_kl(study, trial_windows(study), &[solution, &baseline], "compare with baseline")?;
         (kl, baseline_kl) = (Some(found[0]), Some(found[1]));
     }
     Ok(EqualBytesBaseline {

@@ -28,7 +28,7 @@ impl Inputs {
         inputs.check_statistics(checkpoint, recipe)?;
         if inputs.windows.is_some() || inputs.statistics.is_some() {
             let decoder = Decoder::open(checkpoint)?;
-            if recipe.probes() && !decoder.has_head() {
+            if recipe.runs_trials() && !decoder.has_head() {
                 return Err(Failure::unsupported("the model has no head, so there are no logits to compare trials by")
                     .hint("remove `--sensitivity measured` and `--depth-weight auto`")
                     .into());

@@ -15,6 +15,7 @@ mod estimate;
 mod fits;
 mod inputs;
 mod job;
+mod limit;
 mod metrics;
 pub mod options;
 mod output;

@@ -40,7 +40,7 @@ impl Plan {
             fits.map(|(linear, rank)| 4 * layout(recipe, linear).fitting().n_values(rank, linear.shape())).sum();
         let bases = sum(&|linear| base_bytes(recipe, linear));
         let shared: u64 = self.shared(recipe).iter().map(|(heights, n)| shared_bytes(heights, *n)).sum();
-        let streams = if recipe.anchor().is_some() || recipe.probes() { walking } else { 0 };
+        let streams = if recipe.anchor().is_some() || recipe.runs_trials() { walking } else { 0 };
         // States go as Grams of output gradients come.
         inputs + states.max(outputs + fits + shared + bases + streams)
     }

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 pub enum Sensitivity {
     /// Unscaled error curves; with kfac they estimate the loss to second order
     SecondOrder,
-    /// Divergence of the output when only this matrix is truncated to a probe rank, over its error
+    /// Divergence of the output when only this matrix is truncated to a low rank, over its error
     Measured,
     /// One over the energy of the matrix, so that relative errors count equally
     Energy,

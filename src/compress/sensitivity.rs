@@ -13,10 +13,10 @@ use super::study::Study;
 use super::trials::mean_kl;
 
 /// A trial keeps this share of the parameters of its matrix: a tenth of what keeping 80 % everywhere would.
-const PROBE_KEEP: f64 = 0.08;
+const TRIAL_KEEP: f64 = 0.08;
 
 /// Number of tokens in trials. The divergence of such a deep cut is visible on few tokens.
-const PROBE_TOKENS: usize = 8192;
+const TRIAL_TOKENS: usize = 8192;
 
 /// Cost to the model of a unit of squared error of each linear, before depth weights.
 ///
@@ -60,7 +60,7 @@ pub(super) fn allocate(study: &Study<'_>, sensitivities: &[f64], budget: Budget)
     let refinements = refine::of(study.recipe);
     let trials: Vec<Solution<'_>> =
         allocations.iter().map(|a| Solution::new(study, a.choices.clone(), &refinements)).collect();
-    let kl = mean_kl(study, probe_windows(study), &trials.iter().collect::<Vec<_>>(), "depth weight")?;
+    let kl = mean_kl(study, trial_windows(study), &trials.iter().collect::<Vec<_>>(), "depth weight")?;
     drop(trials);
     let best = (0..kl.len()).reduce(|best, i| if kl[i] < kl[best] { i } else { best }).unwrap_or(0);
     tracing::info!("depth weight {} has the lowest divergence: {:.6}", gammas[best], kl[best]);
@@ -68,9 +68,9 @@ pub(super) fn allocate(study: &Study<'_>, sensitivities: &[f64], budget: Budget)
 }
 
 /// The windows for trials.
-pub(super) fn probe_windows<'a>(study: &'a Study<'_>) -> &'a [Vec<u32>] {
-    let windows = &study.inputs.windows.as_ref().expect("invariant: a recipe that probes has a text").windows;
-    &windows[..(PROBE_TOKENS / windows[0].len().max(1)).clamp(1, windows.len())]
+pub(super) fn trial_windows<'a>(study: &'a Study<'_>) -> &'a [Vec<u32>] {
+    let windows = &study.inputs.windows.as_ref().expect("invariant: a recipe with trials has a text").windows;
+    &windows[..(TRIAL_TOKENS / windows[0].len().max(1)).clamp(1, windows.len())]
 }
 
 /// Divergence of the trial of each linear, divided by its error.
@@ -79,18 +79,18 @@ fn measured(study: &Study<'_>) -> Result<Vec<f64>> {
     let ranks: Vec<usize> = linears
         .map(|(linear, is_zero)| {
             let (m, n) = linear.shape();
-            let rank = (PROBE_KEEP * (m * n) as f64 / (m + n) as f64) as usize;
+            let rank = (TRIAL_KEEP * (m * n) as f64 / (m + n) as f64) as usize;
             let most = study.recipe.layout().fitting().largest_saving_rank((m, n));
             if *is_zero { 0 } else { rank.max(1).min(most) }
         })
         .collect();
     let (n, refinements) = (ranks.len(), refine::of(study.recipe));
-    let probe = |i: usize| {
+    let trial = |i: usize| {
         let choice = |j| if i == j && ranks[i] > 0 { Choice::Fitted { fit: 0, rank: ranks[i] } } else { Choice::Dense };
         Solution::new(study, (0..n).map(choice).collect(), &refinements)
     };
-    let probes: Vec<Solution<'_>> = (0..n).map(probe).collect();
-    let kl = mean_kl(study, probe_windows(study), &probes.iter().collect::<Vec<_>>(), "probe")?;
+    let trials: Vec<Solution<'_>> = (0..n).map(trial).collect();
+    let kl = mean_kl(study, trial_windows(study), &trials.iter().collect::<Vec<_>>(), "try")?;
     let scales = kl.into_iter().enumerate().map(|(i, kl)| {
         let curve = study.fits.low_rank(i).and_then(|fit| fit.curve());
         kl * reciprocal(curve.map_or(0.0, |curve| curve.squared_error(ranks[i])))

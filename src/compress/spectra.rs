@@ -13,6 +13,7 @@ use crate::approx::low_rank::{self, ErrorCurve};
 use crate::approx::metric::MetricPair;
 use crate::checkpoint::Checkpoint;
 use crate::device::Device;
+use crate::error::Failure;
 use crate::linalg;
 use crate::model::inventory;
 use crate::progress::Progress;
@@ -38,6 +39,7 @@ pub fn weighted_curves(
     memory_bytes: u64,
     progress: &dyn Progress,
 ) -> Result<BTreeMap<String, Weighted>> {
+    expect_weights(checkpoint, recipe)?;
     let plan = Plan::new(checkpoint, recipe)?;
     let mut inputs = Inputs::load(checkpoint, recipe, &plan)?;
     let work = tempfile::tempdir()?;
@@ -65,4 +67,18 @@ pub fn weighted_curves(
         curves.extend(infos.par_iter().map(one).collect::<Result<Vec<_>>>()?);
     }
     Ok(curves)
+}
+
+/// Checks that the linears that `recipe` targets are stored as weights.
+fn expect_weights(checkpoint: &Checkpoint, recipe: &Recipe) -> Result<()> {
+    let is_compressed = |linear: &inventory::LinearInfo| {
+        let is_coded = checkpoint.info(&linear.weight_name()).is_some_and(|t| t.is_encoded() && !t.is_picked());
+        let is_target =
+            if recipe.targets.is_empty() { linear.is_default_target } else { recipe.targets.matches(&linear.module) };
+        is_target && !recipe.exclude.matches(&linear.module) && (is_coded || linear.is_low_rank())
+    };
+    let Some(linear) = inventory::linears(checkpoint).into_iter().find(is_compressed) else { return Ok(()) };
+    let message = format!("`{}` is compressed: the metric of a method is one of weights", linear.module);
+    let hint = "leave out `--calibration` and `--statistics`, or restore weights with `lrc export MODEL --format dense -o OUT`";
+    Err(Failure::unsupported(message).hint(hint).into())
 }

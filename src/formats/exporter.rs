@@ -122,7 +122,7 @@ pub enum Holds {
     Weights,
     /// The codes of a quantized base; factors over it are an adapter.
     Codes,
-    /// The weight that a quantized base stands for; factors over it are an adapter.
+    /// The weight that a quantized base represents; factors over it are an adapter.
     DequantizedBases,
 }
 

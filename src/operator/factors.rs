@@ -70,8 +70,8 @@ impl Structure for Factors {
 
 /// The best factors in a metric, and the error at every rank.
 pub(super) fn fit(target: MatRef<'_, f64>, metric: MetricPair<'_>, largest_rank: usize) -> Result<Fit, LinalgError> {
-    let Decomposition { curve, bases } = low_rank::decompose(target, metric, largest_rank)?;
-    Ok(Fit { curve, values: FitValues::Bases(bases) })
+    let Decomposition { curve, dual } = low_rank::decompose(target, metric, largest_rank)?;
+    Ok(Fit { curve, values: FitValues::Dual(dual) })
 }
 
 /// The best right part `(Bᵀ G B)⁻¹ Bᵀ G T`, (r, n) row-major, for a left part `b` (m, r). It is the same for any input

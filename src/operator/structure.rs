@@ -6,7 +6,7 @@ use faer::MatRef;
 
 use super::matrix::Matrix;
 use super::rounding::{Rounded, Sides};
-use crate::approx::low_rank::{DualBases, ErrorCurve, LowRank};
+use crate::approx::low_rank::{DualVectors, ErrorCurve, LowRank};
 use crate::approx::metric::{Metric, MetricPair};
 use crate::checkpoint::Dtype;
 use crate::linalg::LinalgError;
@@ -118,8 +118,8 @@ pub struct Fit {
 /// The values of a fit in the form that takes least space.
 #[derive(Debug, Clone)]
 pub enum FitValues {
-    /// Bases of the smaller side: the larger part follows from the target.
-    Bases(DualBases),
+    /// Dual vectors of the smaller side: the larger part follows from the target.
+    Dual(DualVectors),
     /// Left and right part at the largest rank; the parts for a smaller rank are a selection from these.
     Pair(LowRank),
 }
@@ -141,7 +141,7 @@ impl FitValues {
     /// When `rank` exceeds the largest that was requested.
     pub fn pair(&self, kind: Kind, target: MatRef<'_, f64>, rank: usize) -> LowRank {
         match self {
-            Self::Bases(bases) => bases.truncate(target, rank),
+            Self::Dual(dual) => dual.truncate(target, rank),
             Self::Pair(pair) => kind.fitting().prefix(pair, rank, target.shape()),
         }
     }
@@ -164,7 +164,7 @@ pub trait Fitting: Sync {
     /// See [`LinalgError`].
     fn fit(&self, target: MatRef<'_, f64>, metric: MetricPair<'_>, largest_rank: usize) -> Result<Fit, LinalgError>;
 
-    /// Largest number of values in [`FitValues`] at a rank: those of two bases of the smaller side.
+    /// Largest number of values in [`FitValues`] at a rank: those of dual vectors of the smaller side.
     fn n_values(&self, rank: usize, (m, n): Shape) -> u64 {
         2 * (rank * m.min(n)) as u64
     }

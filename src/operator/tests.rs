@@ -57,7 +57,7 @@ proptest! {
             let shapes: Vec<[usize; 2]> = parts.iter().map(|part| part.shape).collect();
             prop_assert_eq!(kind.structure().measure(&shapes), Some((term.form.size, (m, n))));
             let n_kept = match &fit.values {
-                FitValues::Bases(bases) => { let (_, basis, dual) = bases.to_arrays(); basis.len() + dual.len() }
+                FitValues::Dual(dual) => { let (_, basis, dual) = dual.to_arrays(); basis.len() + dual.len() }
                 FitValues::Pair(pair) => pair.b.len() + pair.a.len(),
             };
             prop_assert!(n_kept as u64 <= kind.fitting().n_values(most, (m, n)));

@@ -358,6 +358,8 @@ pub enum RankSource {
     Exact,
     /// The budget is spread evenly; measurements decide the ranks, and `--dry-run=full` shows them.
     Even,
+    /// Measurements alone decide the ranks, and `--dry-run=full` shows them. Every linear is counted as it is.
+    Unknown,
 }
 
 /// Peak resident memory of this process so far; none except on Linux.

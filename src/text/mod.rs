@@ -248,12 +248,7 @@ fn added(tokenizer: &tokenizers::Tokenizer) -> Result<(Vec<u32>, Vec<u32>)> {
 }
 
 impl Tokens {
-    /// Disjoint windows from the start, without the tail.
-    pub fn disjoint(&self, seq_len: usize) -> Vec<Vec<u32>> {
-        self.ids.chunks_exact(seq_len).map(<[u32]>::to_vec).collect()
-    }
-
-    /// Draws `n_windows` of the disjoint windows without replacement, with a seeded generator, and returns them in text order; all of them
+    /// Draws `n_windows` of the disjoint windows, which leave out the tail, without replacement, with a seeded generator, and returns them in text order; all of them
     /// if there are fewer.
     pub fn sample(&self, seq_len: usize, n_windows: usize, seed: u64) -> Vec<Vec<u32>> {
         let windows: Vec<&[u32]> = self.ids.chunks_exact(seq_len).collect();
@@ -286,7 +281,7 @@ mod tests {
 
     #[test]
     fn windows_are_disjoint_and_the_tail_is_dropped() {
-        assert_eq!(tokens(7).disjoint(3), [[0, 1, 2], [3, 4, 5]]);
+        assert_eq!(tokens(7).sample(3, 9, 0), [[0, 1, 2], [3, 4, 5]]);
     }
 
     #[test]

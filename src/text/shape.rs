@@ -337,7 +337,7 @@ mod tests {
             "try:\n    f()\nexcept E:\n    pass\nelse:\n    g()\nprint(1)\n",
             "class A:\n    x: int\n\n    def f(self):\n        return {'a': 1}\n",
             // Commas, tabs, colons of prose.
-            "red, green, blue\nare colours, and so, too\n",
+            "red, green, blue\nare colors, and so, too\n",
             "ships,\nsails\n",
             "red,green\nHe said so, and she, and they.\n",
             "Chapter One\t5\nChapter Two\t9\n\nIt was a dark night.\n",

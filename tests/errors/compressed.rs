@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::common::{FIXTURE, HELD_OUT, lrc, ok, path};
+use crate::common::{FIXTURE, HELD_OUT, TRAIN, lrc, ok, path};
 use lrc::checkpoint::Checkpoint;
 
 use super::Broken;
@@ -16,6 +16,12 @@ fn a_compressed_model_is_not_compressed_again() {
         &["compress", path(&model), "-o", path(&out), "--keep", "0.5"],
         4,
         &["is already of low rank", "hint:"],
+    );
+    let spectra = ["inspect", path(&model), "--calibration", TRAIN];
+    broken.check_one(
+        &spectra,
+        4,
+        &["is compressed: the metric", "hint: leave out `--calibration`", "lrc export MODEL"],
     );
 }
 

@@ -47,8 +47,8 @@ fn a_broken_config() {
         broken.check_one(&["calibrate", path(&model), "--text", TRAIN, "-o", path(&statistics)], 4, &parts);
         broken.check_one(&[&compress[..], &["--calibration", TRAIN]].concat(), 4, &parts);
         for args in [&["inspect", path(&model)][..], &[&compress[..], &["--format", "dense"]].concat()] {
-            let told = ok(args).stderr;
-            assert!(told.contains("cannot be parsed") && told.contains("names and shapes"), "{told}");
+            let stderr = ok(args).stderr;
+            assert!(stderr.contains("cannot be parsed") && stderr.contains("names and shapes"), "{stderr}");
         }
         assert_eq!(std::fs::read_to_string(out.join("config.json")).unwrap(), broken_by);
     }
@@ -235,8 +235,8 @@ fn tensors_that_a_config_asks_for_are_named_where_they_are_absent() {
         ] {
             broken.check_one(&[command, &out].concat(), 4, &parts);
         }
-        let told = ok(&["inspect", path(&model)]).stderr;
-        assert!(told.contains("is incomplete") && told.contains(parts[0]), "{told}");
+        let stderr = ok(&["inspect", path(&model)]).stderr;
+        assert!(stderr.contains("is incomplete") && stderr.contains(parts[0]), "{stderr}");
     };
     check(
         &[("model.layers.1.mlp.down_proj.weight", "model.layers.1.mlp.dawn_proj.weight")],

@@ -2,7 +2,7 @@
 
 use crate::common::{self, FIXTURE, Run, command, finish, path};
 
-use super::{Behaviour, COMMIT, Hub, Request};
+use super::{Behavior, COMMIT, Hub, Request};
 
 #[test]
 fn a_model_is_downloaded_once_and_used_offline() {
@@ -39,7 +39,7 @@ fn a_model_is_downloaded_once_and_used_offline() {
     assert_eq!(offline.code, 0, "{}", offline.stderr);
     assert!(hub.requests().is_empty());
     // The hub is down, and the cache serves.
-    hub.behave(Behaviour::Broken);
+    hub.behave(Behavior::Broken);
     let cached = hub.inspect(home.path(), &[]);
     assert_eq!(cached.code, 0, "{}", cached.stderr);
     assert!(cached.stderr.contains("cannot be reached"), "{}", cached.stderr);
@@ -61,7 +61,7 @@ fn blobs_that_are_there_are_linked_and_a_branch_may_have_a_slash() {
 #[test]
 fn the_variables_of_huggingface_hub_are_obeyed() {
     let (hub, home) = (Hub::of_folder(FIXTURE), tempfile::tempdir().unwrap());
-    hub.behave(Behaviour::Gated);
+    hub.behave(Behavior::Gated);
     std::fs::write(home.path().join("token"), "secret\n").unwrap();
     let cache = home.path().join("elsewhere");
     let run = hub.inspect(home.path(), &[("HF_HUB_CACHE", path(&cache))]);
@@ -76,7 +76,7 @@ fn redirects_are_followed_and_the_token_stays_with_the_hub() {
     let (hub, store) = (Hub::of_folder(FIXTURE), Hub::of_folder(FIXTURE));
     let token = [("HF_TOKEN", "secret")];
     let home = tempfile::tempdir().unwrap();
-    hub.behave(Behaviour::Elsewhere(store.address.clone()));
+    hub.behave(Behavior::Elsewhere(store.address.clone()));
     let run = hub.inspect(home.path(), &token);
     assert_eq!(run.code, 0, "{}", run.stderr);
     assert!(hub.requests().iter().all(|request| request.token.is_some()));
@@ -84,7 +84,7 @@ fn redirects_are_followed_and_the_token_stays_with_the_hub() {
     assert!(elsewhere.len() > 3 && elsewhere.iter().all(|request| request.token.is_none()), "{elsewhere:?}");
 
     let home = tempfile::tempdir().unwrap();
-    hub.behave(Behaviour::Moved);
+    hub.behave(Behavior::Moved);
     let run = hub.inspect(home.path(), &token);
     assert_eq!(run.code, 0, "{}", run.stderr);
     assert!(hub.requests().iter().all(|request| request.token.is_some()), "by a path it is the same server");
@@ -99,22 +99,22 @@ fn failures_have_their_exit_codes() {
         assert!(run.stderr.contains("hint:"));
     };
     check(hub.inspect(home.path(), &[("HF_HUB_OFFLINE", "1")]), 6, "cache");
-    hub.behave(Behaviour::Broken);
+    hub.behave(Behavior::Broken);
     check(hub.inspect(home.path(), &[]), 6, "503");
-    hub.behave(Behaviour::Gated);
+    hub.behave(Behavior::Gated);
     check(hub.inspect(home.path(), &[]), 4, "HF_TOKEN");
     assert_eq!(hub.inspect(home.path(), &[("HF_TOKEN", "secret")]).code, 0);
     let nobody = tempfile::tempdir().unwrap();
     check(hub.inspect(nobody.path(), &[("HF_ENDPOINT", "http://127.0.0.1:9")]), 6, "network");
     let mut other = command(&["inspect", "org/tiny", "--revision", "nope"]);
-    hub.behave(Behaviour::Serve);
+    hub.behave(Behavior::Serve);
     check(finish(other.env("HF_ENDPOINT", &hub.address).env("HF_HOME", nobody.path())), 4, "nope");
 }
 
 #[test]
 fn a_server_that_never_answers_is_given_up() {
     let (hub, home) = (Hub::of_folder(FIXTURE), tempfile::tempdir().unwrap());
-    hub.behave(Behaviour::Stall);
+    hub.behave(Behavior::Stall);
     let run = hub.inspect(home.path(), &[("HF_HUB_DOWNLOAD_TIMEOUT", "1")]);
     assert_eq!(run.code, 6, "{}", run.stderr);
     assert!(run.stderr.contains("error: cannot get `org/tiny`"), "{}", run.stderr);
@@ -123,17 +123,17 @@ fn a_server_that_never_answers_is_given_up() {
 #[test]
 fn a_dropped_transfer_is_an_error_and_is_made_good_by_the_next() {
     let (hub, home) = (Hub::of_folder(FIXTURE), tempfile::tempdir().unwrap());
-    hub.behave(Behaviour::Drop);
+    hub.behave(Behavior::Drop);
     let dropped = hub.inspect(home.path(), &[]);
     assert_eq!(dropped.code, 6);
     assert!(dropped.stderr.contains("error: ") && dropped.stderr.contains("ended after"), "{}", dropped.stderr);
     hub.requests();
-    hub.behave(Behaviour::Serve);
+    hub.behave(Behavior::Serve);
     let run = hub.inspect(home.path(), &[]);
     assert_eq!(run.code, 0, "{}", run.stderr);
     let requests = hub.requests();
     let weights: Vec<&Request> = requests.iter().filter(|r| r.target.ends_with("/model.safetensors")).collect();
-    assert!(weights.len() == 1 && weights[0].begin > 0, "it goes on where it was: {weights:?}");
+    assert!(weights.len() == 1 && weights[0].begin > 0, "it resumes where it was: {weights:?}");
 
     // Files on disk may have been damaged in the meantime: that is detected, and the file is fetched again.
     let root = home.path().join("hub/models--org--tiny");

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use crate::common::{FIXTURE, path};
 
-use super::{Behaviour, COMMIT, Hub, Lie};
+use super::{Behavior, COMMIT, Hub, Lie};
 
 /// Paths of all files below a folder.
 fn files_below(folder: &Path) -> Vec<String> {
@@ -23,12 +23,12 @@ fn files_below(folder: &Path) -> Vec<String> {
 }
 
 /// Runs against a lying hub, in a folder that shows every file that is written.
-fn refused(lie: Lie, behaviour: Behaviour, expected: &[&str]) {
+fn refused(lie: Lie, behavior: Behavior, expected: &[&str]) {
     let (hub, store, jail) = (Hub::of_folder(FIXTURE), Hub::of_folder(FIXTURE), tempfile::tempdir().unwrap());
     store.tell(lie.clone());
     hub.tell(lie);
-    let is_elsewhere = matches!(behaviour, Behaviour::Elsewhere(_));
-    hub.behave(if is_elsewhere { Behaviour::Elsewhere(store.address.clone()) } else { behaviour });
+    let is_elsewhere = matches!(behavior, Behavior::Elsewhere(_));
+    hub.behave(if is_elsewhere { Behavior::Elsewhere(store.address.clone()) } else { behavior });
     let home = jail.path().join("a/b/home");
     std::fs::create_dir_all(&home).unwrap();
     let run = hub.inspect(&home, &[]);
@@ -81,20 +81,20 @@ fn names_of_a_hostile_server_are_refused_before_anything_is_written() {
         let quoted = format!("\"{name}\"");
         refused(
             Lie { etag: Some(quoted.clone()), ..Lie::default() },
-            Behaviour::Serve,
+            Behavior::Serve,
             &["ETag", "`1_Pooling/config.json`"],
         );
-        refused(Lie { etag: Some(format!("W/{quoted}")), ..Lie::default() }, Behaviour::Serve, &["ETag"]);
-        refused(Lie { linked_etag: Some(quoted.clone()), ..Lie::default() }, Behaviour::Serve, &["ETag"]);
-        refused(Lie { etag: Some(quoted), ..Lie::default() }, Behaviour::Elsewhere(String::new()), &["ETag"]);
-        refused(Lie { commit: Some(name.clone()), ..Lie::default() }, Behaviour::Serve, &["at commit"]);
+        refused(Lie { etag: Some(format!("W/{quoted}")), ..Lie::default() }, Behavior::Serve, &["ETag"]);
+        refused(Lie { linked_etag: Some(quoted.clone()), ..Lie::default() }, Behavior::Serve, &["ETag"]);
+        refused(Lie { etag: Some(quoted), ..Lie::default() }, Behavior::Elsewhere(String::new()), &["ETag"]);
+        refused(Lie { commit: Some(name.clone()), ..Lie::default() }, Behavior::Serve, &["at commit"]);
         refused(
             Lie { sha: Some(name.clone()), ..Lie::default() },
-            Behaviour::Serve,
+            Behavior::Serve,
             &["it calls the commit", "40 hex digits"],
         );
         let lie = Lie { listed_sha256: Some(name.clone()), ..Lie::default() };
-        refused(lie, Behaviour::Serve, &["sha256", "model.safetensors"]);
+        refused(lie, Behavior::Serve, &["sha256", "model.safetensors"]);
     }
     for name in [
         absolute.as_str(),
@@ -106,16 +106,16 @@ fn names_of_a_hostile_server_are_refused_before_anything_is_written() {
         "a/./b.json",
         "a\n.json",
     ] {
-        refused(Lie { sibling: Some(name.into()), ..Lie::default() }, Behaviour::Serve, &["its listing has a file"]);
+        refused(Lie { sibling: Some(name.into()), ..Lie::default() }, Behavior::Serve, &["its listing has a file"]);
     }
-    refused(Lie { etag: Some("\"\"".into()), ..Lie::default() }, Behaviour::Serve, &["ETag"]);
+    refused(Lie { etag: Some("\"\"".into()), ..Lie::default() }, Behavior::Serve, &["ETag"]);
     assert!(files_below(outside.path()).is_empty());
 }
 
 #[test]
 fn a_server_that_lies_only_the_second_time_is_refused() {
     let etag = Some("\"/tmp/lrc-escape\"".to_string());
-    refused(Lie { etag, ..Lie::default() }, Behaviour::DropOnce, &["ETag"]);
+    refused(Lie { etag, ..Lie::default() }, Behavior::DropOnce, &["ETag"]);
 }
 
 #[test]
@@ -124,12 +124,12 @@ fn bodies_that_are_not_what_was_listed_are_refused() {
     let n = weights.len();
     let mut other = weights;
     other[n - 1] ^= 1;
-    refused(Lie { weights: Some(other), ..Lie::default() }, Behaviour::Serve, &["sha256", "`model.safetensors`"]);
-    refused(Lie { listed_size: Some(n + 1), ..Lie::default() }, Behaviour::Serve, &["bytes for `model.safetensors`"]);
-    refused(Lie { weights_size: Some(n - 1), ..Lie::default() }, Behaviour::Serve, &["bytes for `model.safetensors`"]);
+    refused(Lie { weights: Some(other), ..Lie::default() }, Behavior::Serve, &["sha256", "`model.safetensors`"]);
+    refused(Lie { listed_size: Some(n + 1), ..Lie::default() }, Behavior::Serve, &["bytes for `model.safetensors`"]);
+    refused(Lie { weights_size: Some(n - 1), ..Lie::default() }, Behavior::Serve, &["bytes for `model.safetensors`"]);
     // The server has a hash of another file.
     let etag = Some(format!("\"{}\"", "0".repeat(64)));
-    refused(Lie { etag, ..Lie::default() }, Behaviour::Serve, &["with the sha256"]);
+    refused(Lie { etag, ..Lie::default() }, Behavior::Serve, &["with the sha256"]);
 }
 
 #[test]

@@ -23,7 +23,7 @@ struct State {
     files: BTreeMap<String, Vec<u8>>,
     /// All requests so far.
     requests: Mutex<Vec<Request>>,
-    behaviour: Mutex<Behaviour>,
+    behavior: Mutex<Behavior>,
     lie: Mutex<Lie>,
 }
 
@@ -36,7 +36,7 @@ struct Request {
 }
 
 #[derive(Clone, PartialEq)]
-enum Behaviour {
+enum Behavior {
     Serve,
     /// Answers 503 to everything.
     Broken,
@@ -75,7 +75,7 @@ impl Hub {
         let state = Arc::new(State {
             files,
             requests: Mutex::default(),
-            behaviour: Mutex::new(Behaviour::Serve),
+            behavior: Mutex::new(Behavior::Serve),
             lie: Mutex::default(),
         });
         let shared = Arc::clone(&state);
@@ -103,8 +103,8 @@ impl Hub {
         Self::start(files)
     }
 
-    fn behave(&self, behaviour: Behaviour) {
-        *self.state.behaviour.lock().unwrap() = behaviour;
+    fn behave(&self, behavior: Behavior) {
+        *self.state.behavior.lock().unwrap() = behavior;
     }
 
     fn tell(&self, lie: Lie) {
@@ -162,15 +162,15 @@ fn answer(stream: &TcpStream, state: &State) {
             }
         }
         state.requests.lock().unwrap().push(request.clone());
-        let behaviour = state.behaviour.lock().unwrap().clone();
-        if behaviour == Behaviour::Stall {
+        let behavior = state.behavior.lock().unwrap().clone();
+        if behavior == Behavior::Stall {
             std::thread::sleep(std::time::Duration::from_secs(60));
         }
-        let (mut status, mut headers, mut body) = response(state, &behaviour, &request);
+        let (mut status, mut headers, mut body) = response(state, &behavior, &request);
         let is_weights = request.target.ends_with("/model.safetensors");
-        let is_cut = is_weights && matches!(behaviour, Behaviour::Drop | Behaviour::DropOnce);
-        if behaviour == Behaviour::DropOnce && is_weights {
-            *state.behaviour.lock().unwrap() = Behaviour::Serve;
+        let is_cut = is_weights && matches!(behavior, Behavior::Drop | Behavior::DropOnce);
+        if behavior == Behavior::DropOnce && is_weights {
+            *state.behavior.lock().unwrap() = Behavior::Serve;
         }
         if request.begin > 0 && status.starts_with("200") {
             status = "206 Partial Content";
@@ -187,18 +187,18 @@ fn answer(stream: &TcpStream, state: &State) {
     }
 }
 
-fn response(state: &State, behaviour: &Behaviour, request: &Request) -> (&'static str, String, Vec<u8>) {
+fn response(state: &State, behavior: &Behavior, request: &Request) -> (&'static str, String, Vec<u8>) {
     let target = request.target.as_str();
-    match behaviour {
-        Behaviour::Broken => ("503 Service Unavailable", String::new(), Vec::new()),
-        Behaviour::Gated if request.token.as_deref() != Some("secret") => {
+    match behavior {
+        Behavior::Broken => ("503 Service Unavailable", String::new(), Vec::new()),
+        Behavior::Gated if request.token.as_deref() != Some("secret") => {
             ("401 Unauthorized", "x-error-message: Access to org/tiny is restricted.\r\n".into(), Vec::new())
         }
-        Behaviour::Moved if !target.starts_with("/new/") => {
+        Behavior::Moved if !target.starts_with("/new/") => {
             ("307 Temporary Redirect", format!("location: /new{target}?x=1\r\n"), Vec::new())
         }
-        Behaviour::Moved => resource(state, &target["/new".len()..]),
-        Behaviour::Elsewhere(address) if target.contains("/resolve/") => {
+        Behavior::Moved => resource(state, &target["/new".len()..]),
+        Behavior::Elsewhere(address) if target.contains("/resolve/") => {
             let (_, headers, body) = resource(state, target);
             let size = format!("x-linked-size: {}\r\n", body.len());
             let headers = headers.replace("etag:", "x-linked-etag:") + &size;
@@ -209,7 +209,7 @@ fn response(state: &State, behaviour: &Behaviour, request: &Request) -> (&'stati
 }
 
 fn resource(state: &State, target: &str) -> (&'static str, String, Vec<u8>) {
-    let is_honest = *state.behaviour.lock().unwrap() == Behaviour::DropOnce;
+    let is_honest = *state.behavior.lock().unwrap() == Behavior::DropOnce;
     let lie = if is_honest { Lie::default() } else { state.lie.lock().unwrap().clone() };
     if let Some(revision) = target.strip_prefix("/api/models/org/tiny/revision/") {
         if ![COMMIT, "main", "feature%2Fx"].contains(&revision) {

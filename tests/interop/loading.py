@@ -141,7 +141,7 @@ def damaged(folder, expected):
 
 
 def across(rank, size, make):
-    """The modules for vLLM with linears split across devices; the modelling code looks at one module of vLLM only."""
+    """The modules for vLLM with linears split across devices; the modeling code looks at one module of vLLM only."""
     state = types.ModuleType("vllm.distributed.parallel_state")
     state.model_parallel_is_initialized = lambda: True
     state.get_tensor_model_parallel_rank = lambda: rank

@@ -52,7 +52,7 @@ TEXTS = [
 parser = argparse.ArgumentParser()
 parser.add_argument("models", nargs="*", default=["random"])
 parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-parser.add_argument("--tensor-parallel", type=int, default=1, help="on so many cores, one for each rank")
+parser.add_argument("--tensor-parallel", type=int, default=1, help="number of cores, one for each rank")
 parser.add_argument("--compile", action="store_true", help="let vLLM compile what it runs")
 parser.add_argument("--cases", type=int, nargs="+", help="numbers of some cases, from 0")
 args = parser.parse_args()

@@ -2,7 +2,7 @@
 
     python tests/oracles/perplexity.py TEXT SEQ_LEN MODEL...
 
-Loads outputs of lrc through their own modelling file. Needs torch and transformers.
+Loads outputs of lrc through their own modeling file. Needs torch and transformers.
 """
 
 import sys

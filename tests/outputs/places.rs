@@ -49,7 +49,10 @@ fn an_output_that_cannot_be_is_refused_before_a_model_is_looked_for() {
         for (name, reason) in [
             ("dead.safetensors", "it is a link that leads nowhere"),
             ("there.safetensors", "exists"),
-            ("folder.safetensors", "it is a folder"),
+            (
+                "folder.safetensors",
+                "it is a folder, and a file is to be written\nhint: choose another name for the file",
+            ),
             ("slash.safetensors/", "it is a folder"),
             ("no-such/../x.safetensors", "there is no folder"),
             ("file/x.safetensors", "Not a directory"),

@@ -116,7 +116,7 @@ fn force_replaces_what_lrc_wrote_and_nothing_else() {
         // Side files that were copied from the source belong to the output too.
         ok(&forced);
         let before = names(&out);
-        for (stranger, told) in [
+        for (stranger, named) in [
             ("notes.txt", "holds `notes.txt`,"),
             (".git/HEAD", "holds `.git/`,"),
             ("photos/2024/a.jpg", "holds `photos/`,"),
@@ -126,7 +126,7 @@ fn force_replaces_what_lrc_wrote_and_nothing_else() {
             let is_new = !stranger.parent().unwrap().exists();
             std::fs::create_dir_all(stranger.parent().unwrap()).unwrap();
             std::fs::write(&stranger, "precious").unwrap();
-            refused(&forced, 2, &[told, "which lrc did not write", "hint: move it elsewhere"]);
+            refused(&forced, 2, &[named, "which lrc did not write", "hint: move it elsewhere"]);
             assert_eq!(std::fs::read(&stranger).unwrap(), b"precious");
             std::fs::remove_file(&stranger).unwrap();
             if is_new {

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use crate::common::{FIXTURE, TRAIN, command, finish, ok, path};
+use crate::common::{FIXTURE, TRAIN, command, finish, lrc, ok, path};
 use serde_json::Value;
 
 use super::{LORC, compress, ppl};
@@ -164,5 +164,72 @@ fn a_dry_run_predicts_the_bytes() {
         let planned = compress(&out, &[flags, &["--dry-run=full"]].concat());
         assert!(!out.exists());
         assert_eq!(planned["sizes"], compress(&out, flags)["sizes"], "{flags:?}");
+    }
+}
+
+/// A plain dry run knows no errors, but spends the same budget on quantizers and on ranks.
+#[test]
+fn a_plain_dry_run_spends_the_budget_of_the_run() {
+    let folder = tempfile::tempdir().unwrap();
+    for flags in [
+        &["--quant", "rtn-int4", "--compensate", "lorc", "--bits", "6"][..],
+        &["--quant", "rtn-int4,rtn-int8", "--bits", "5"],
+        &["--quant", "rtn-int3-g32,rtn-int4-g32", "--compensate", "loftq", "--keep", "0.15"],
+        &["--quant", "rtn-int4-g32", "--compensate", "lorc", "--target-size", "450kB"],
+    ] {
+        let out = folder.path().join(flags.concat());
+        let planned = compress(&out, &[flags, &["--dry-run"]].concat());
+        assert_eq!(planned["ranks"], "even", "{flags:?}");
+        let (planned, done) = (bits(&planned), bits(&compress(&out, flags)));
+        assert!((planned / done - 1.0).abs() < 0.04, "{flags:?}: {planned} {done}");
+    }
+}
+
+/// One message, by the run and by its dry run, with the flag that sets the budget and a way that exists.
+#[test]
+fn a_budget_below_the_minimum_is_one_error() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out");
+    let multiple = &["--ranks", "uniform", "--rank-multiple", "100000"][..];
+    for (budget, flags, least, hint) in [
+        (["--bits", "0.01"], &[][..], "0.", "hint: raise `--bits`"),
+        (["--keep", "1e-9"], &[], "0.", "hint: raise `--keep`"),
+        (["--keep", "1e-9"], &["--ranks", "uniform"], "0.", "hint: raise `--keep`"),
+        (["--target-size", "506B"], &[], "", "hint: target more linears, because the others keep their size, or raise"),
+        (["--bits", "6"], multiple, "32.000", "hint: lower `--rank-multiple`, or raise `--bits`"),
+        (
+            ["--bits", "1.5"],
+            &["--quant", "rtn-int2"],
+            "2.",
+            "hint: add a quantizer with fewer bits to `--quant`, or raise",
+        ),
+        (
+            ["--keep", "0.01"],
+            &["--quant", "rtn-int2"],
+            "0.",
+            "hint: add a quantizer with fewer bits to `--quant`, or raise",
+        ),
+        (
+            ["--bits", "6"],
+            &["--quant", "rtn-int4", "--compensate", "lorc", "--compensate-rank", "300"],
+            "32.000",
+            "hint: lower `--compensate-rank`, add a quantizer",
+        ),
+    ] {
+        let expected = match budget {
+            ["--target-size", _] => {
+                "error: `--target-size` of 506 bytes cannot be reached: the minimum is ".to_string()
+            }
+            [flag, value] => {
+                let value: f64 = value.parse().unwrap();
+                format!("error: `{flag} {value}` cannot be reached: the minimum is {least}")
+            }
+        };
+        for depth in [&[][..], &["--dry-run"]] {
+            let run = lrc(&[&["compress", FIXTURE, "-o", path(&out)], &budget[..], flags, depth].concat());
+            let given = format!("{budget:?} {flags:?} {depth:?}");
+            assert!(run.code == 2 && run.stderr.contains(&expected), "{given}: {} {}", run.code, run.stderr);
+            assert!(run.stderr.contains(hint) && !out.exists(), "{given}: {}", run.stderr);
+        }
     }
 }

@@ -276,6 +276,11 @@ fn what_a_loader_would_misread_is_refused_before_any_work() {
         (&["--quant", "nf4", "--format", "gptq"], 4, "not nf4"),
         (&["--quant", "rtn-int4-g64", "--format", "compressed-tensors"], 4, "do not divide 96 inputs"),
         (&["--quant", "q4_0", "--format", "compressed-tensors"], 4, "not quantized in groups"),
+        (
+            &["--quant", "q4_0", "--format", "compressed-tensors"],
+            4,
+            "hint: `--format gguf` stores these blocks; codes for this format",
+        ),
         (&["--quant", "q4_0"], 4, "block type of llama.cpp"),
         (&["--quant", "rtn-int4-g128", "--format", "gptq"], 4, "24 linears have 4 bits in one group per row"),
         (&["--quant", "nf4", "--format", "gguf"], 4, "no block type"),

@@ -178,11 +178,11 @@ proptest! {
     }
 
     #[test]
-    fn bases_give_the_same_pair_from_their_arrays((weight, inputs, gradients, rank) in problem()) {
+    fn dual_vectors_give_the_same_pair_from_their_arrays((weight, inputs, gradients, rank) in problem()) {
         in_every_metric(&inputs, &gradients, |metric, _| {
             let decomposition = decompose(weight.as_ref(), metric, usize::MAX).unwrap();
-            let (space, basis, dual) = decomposition.bases.to_arrays();
-            let read = DualBases::from_arrays(space, weight.shape(), rank, &basis, &dual);
+            let (space, basis, dual) = decomposition.dual.to_arrays();
+            let read = DualVectors::from_arrays(space, weight.shape(), rank, &basis, &dual);
             let (m, n) = weight.shape();
             let [found, exact] = [read.truncate(weight.as_ref(), rank), decomposition.truncate(weight.as_ref(), rank)]
                 .map(|pair| product(&pair, m, n));

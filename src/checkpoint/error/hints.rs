@@ -22,7 +22,7 @@ impl CheckpointError {
             }
             GgufHeader { .. } => "the file is damaged; get it again from its source".into(),
             DuplicateTensor { .. } => "remove the shard that does not belong to this checkpoint".into(),
-            Json { .. } => "the file must be valid JSON; compare it with the one of the original repository".into(),
+            Json { .. } => "the file must be valid JSON; compare it with the one in the model's repository".into(),
             MissingShard { .. } | FewShards { .. } | TensorAbsentFromShard { .. } => {
                 "the download is incomplete: get the missing shard, or download the repository again".into()
             }

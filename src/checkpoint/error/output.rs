@@ -31,6 +31,15 @@ pub enum OutputError {
         reason: String,
     },
 
+    /// The path can never become the output file: it is a folder or a device.
+    #[error("`{}` cannot be the output: {reason}", path.display())]
+    UnusableFile {
+        /// The path.
+        path: PathBuf,
+        /// A clause: why not.
+        reason: String,
+    },
+
     /// A folder takes no files.
     #[error("`{}` cannot be the output: nothing can be written to `{}`: {reason}", path.display(), folder.display())]
     Unwritable {
@@ -116,6 +125,7 @@ impl OutputError {
             Exists { .. } => "choose another folder, or give `--force` to replace it".into(),
             FileExists { .. } => "choose another name, or replace the file with `--force`".into(),
             Unusable { .. } => "choose an unused name, or an empty folder".into(),
+            UnusableFile { .. } => "choose another name for the file".into(),
             Unwritable { .. } => "choose a folder that takes files, or change its permissions".into(),
             Strangers { .. } => {
                 "move it elsewhere, or choose another folder; `--force` replaces what lrc wrote and nothing else".into()

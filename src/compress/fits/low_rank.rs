@@ -10,7 +10,7 @@ use super::super::metrics::{Metrics, SharedInputs};
 use super::super::pieces;
 use super::super::plan::Plan;
 use super::unit::{Approximation, Details, Fitted, Fitter, Made, Origin, Unit, floats};
-use crate::approx::low_rank::{DualBases, ErrorCurve, LowRank, Space};
+use crate::approx::low_rank::{DualVectors, ErrorCurve, LowRank, Space};
 use crate::approx::metric::{MetricPair, PlainSides};
 use crate::checkpoint::Checkpoint;
 use crate::linalg;
@@ -28,7 +28,7 @@ struct Decomposed {
     layout: Kind,
     shape: Shape,
     max_rank: usize,
-    /// The space of the bases; `None` if the values are a pair.
+    /// The space of the dual vectors; `None` if the values are a pair.
     space: Option<Space>,
     /// A basis and its dual, or `B` and `A`, until nothing reads them anymore.
     values: Option<[Spooled; 2]>,
@@ -46,7 +46,7 @@ impl Fitted for Decomposed {
         let [first, second] = self.values.as_ref().context("invariant: what was written is not read again")?;
         let (first, second) = (floats(origin.spool, first)?, floats(origin.spool, second)?);
         let values = match self.space {
-            Some(space) => FitValues::Bases(DualBases::from_arrays(space, self.shape, rank, &first, &second)),
+            Some(space) => FitValues::Dual(DualVectors::from_arrays(space, self.shape, rank, &first, &second)),
             None => FitValues::Pair(LowRank { rank: self.max_rank, b: first, a: second }),
         };
         let transposed = origin.transposed(self.linear)?;
@@ -130,9 +130,9 @@ impl Fitter for Decompose<'_> {
             false => Vec::new(),
         };
         let (space, largest, arrays) = match values {
-            FitValues::Bases(bases) => {
-                let (space, basis, dual) = bases.to_arrays();
-                (Some(space), bases.max_rank(), [basis, dual])
+            FitValues::Dual(dual) => {
+                let (space, basis, dual_basis) = dual.to_arrays();
+                (Some(space), dual.max_rank(), [basis, dual_basis])
             }
             FitValues::Pair(pair) => (None, pair.rank, [pair.b, pair.a]),
         };

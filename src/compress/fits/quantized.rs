@@ -8,9 +8,10 @@ use faer::Mat;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
+use super::super::budget::compensation_ranks;
 use super::super::compensate::{Compensate, CompensateRank};
 use super::super::metrics::{Metrics, SharedInputs};
-use super::super::plan::{Plan, largest_compensation};
+use super::super::plan::Plan;
 use super::unit::{Approximation, Details, Fitted, Fitter, Made, Origin, Unit, floats};
 use crate::approx::low_rank::{self, ErrorCurve, LowRank};
 use crate::approx::metric::{MetricPair, PlainSides};
@@ -245,28 +246,18 @@ impl Quantize<'_> {
 
     /// One base whose factors serve every rank; one per rank if base and factors alternate.
     fn bases(&self, one: &Attempt<'_>, quant: Quant) -> Result<Vec<MadeBase>> {
-        let most = one.shape.0.min(one.shape.1);
-        let (largest, tries_none) = match (self.compensate, self.rank) {
-            (Compensate::None, _) => (0, true),
-            (_, CompensateRank::Auto) => (largest_compensation(one.shape).min(most), true),
-            (_, CompensateRank::Fixed(rank)) => (rank.min(most), false),
-        };
+        let ranks = compensation_ranks(self.compensate, self.rank, one.shape);
         let turns = self.compensate.turns();
         let started = Instant::now();
         let first = one.quantize(one.values, quant)?;
-        if turns == 1 || largest == 0 {
-            let ranks: Vec<usize> = if tries_none { (0..=largest).collect() } else { vec![largest] };
+        if turns == 1 {
             return Ok(vec![one.base(quant, first, &ranks, started)?]);
         }
-        let ranks = if tries_none { vec![largest / 4, largest / 2, largest] } else { vec![largest] };
         let mut made = Vec::new();
-        if tries_none {
-            made.push(one.base(quant, first.clone(), &[0], started)?);
-        }
-        for rank in ranks.into_iter().filter(|&rank| rank > 0) {
-            let started = Instant::now();
-            let best = one.alternate(quant, first.clone(), rank, turns)?;
-            made.push(one.base(quant, best, &[rank], started)?);
+        for rank in ranks {
+            let started = if rank == 0 { started } else { Instant::now() };
+            let base = if rank == 0 { first.clone() } else { one.alternate(quant, first.clone(), rank, turns)? };
+            made.push(one.base(quant, base, &[rank], started)?);
         }
         Ok(made)
     }

@@ -24,7 +24,7 @@ pub enum LowRankApproach {
     /// Each linear has factors of its own.
     Separate {
         /// How ranks are allocated.
-        allocation: Allocation,
+        allocation: RankAllocation,
         /// How factors are stored.
         storage: FactorStorage,
         /// μ in [0, 1] of the sequential mode; `None` decomposes all linears on the inputs of the source.
@@ -34,7 +34,7 @@ pub enum LowRankApproach {
     /// on the inputs of the source.
     Shared {
         /// The allocator.
-        knapsack: Knapsack,
+        knapsack: KnapsackSettings,
         /// The ranks that it may choose.
         steps: RankSteps,
         /// How factors are stored.
@@ -44,7 +44,7 @@ pub enum LowRankApproach {
 
 /// How ranks are allocated.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Allocation {
+pub enum RankAllocation {
     /// The same rank for every linear, at most its full rank.
     Fixed(usize),
     /// A rank per linear.
@@ -79,12 +79,12 @@ pub enum Rule {
     /// Ranks in proportion to `√(effective rank / (m + n))` (D-Rank, Mi et al. 2025).
     EffectiveRank(Limit),
     /// The least sum of errors, each times its sensitivity.
-    Knapsack(Knapsack),
+    Knapsack(KnapsackSettings),
 }
 
 /// The allocator that minimizes the sum of errors, each times its sensitivity.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Knapsack {
+pub struct KnapsackSettings {
     /// The most that the chosen candidates may cost together.
     pub limit: Limit,
     /// How errors of different linears compare.
@@ -158,7 +158,7 @@ pub enum Bases {
     /// The limit chooses a quantizer per linear and, with [`CompensateRank::Auto`], the rank of its factors.
     Chosen {
         /// The quantizers to choose from.
-        menu: Menu,
+        menu: Quantizers,
         /// The factors over them.
         factors: Option<Factors<CompensateRank>>,
         /// The most that all linears may cost together.
@@ -172,9 +172,9 @@ pub enum Bases {
 
 /// One or more quantizers.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Menu(Vec<Quant>);
+pub struct Quantizers(Vec<Quant>);
 
-impl Menu {
+impl Quantizers {
     /// The quantizers, unless there is none.
     pub fn new(quants: Vec<Quant>) -> Option<Self> {
         (!quants.is_empty()).then_some(Self(quants))
@@ -266,7 +266,7 @@ impl Rule {
             | Self::Welore(limit)
             | Self::Energy(limit)
             | Self::EffectiveRank(limit)
-            | Self::Knapsack(Knapsack { limit, .. }) => Some(limit),
+            | Self::Knapsack(KnapsackSettings { limit, .. }) => Some(limit),
             Self::EnergyShare(_, limit) => limit,
         }
     }
@@ -305,16 +305,16 @@ impl LowRankApproach {
     /// The rule with the ranks that it may choose; `None` for fixed ranks.
     fn rule(&self) -> Option<(Rule, RankSteps)> {
         match *self {
-            Self::Separate { allocation: Allocation::Fixed(_), .. } => None,
-            Self::Separate { allocation: Allocation::PerLinear { rule, steps }, .. } => Some((rule, steps)),
+            Self::Separate { allocation: RankAllocation::Fixed(_), .. } => None,
+            Self::Separate { allocation: RankAllocation::PerLinear { rule, steps }, .. } => Some((rule, steps)),
             Self::Shared { knapsack, steps, .. } => Some((Rule::Knapsack(knapsack), steps)),
         }
     }
 
     fn ranks(&self) -> Ranks {
         match self {
-            Self::Separate { allocation: Allocation::Fixed(rank), .. } => Ranks::Fixed(*rank),
-            Self::Separate { allocation: Allocation::PerLinear { rule, .. }, .. } => rule.ranks(),
+            Self::Separate { allocation: RankAllocation::Fixed(rank), .. } => Ranks::Fixed(*rank),
+            Self::Separate { allocation: RankAllocation::PerLinear { rule, .. }, .. } => rule.ranks(),
             Self::Shared { .. } => Ranks::Knapsack,
         }
     }
@@ -402,7 +402,7 @@ impl Approach {
         match self {
             Self::Dense => None,
             Self::LowRank(low_rank) => match low_rank.rule()?.0 {
-                Rule::Knapsack(Knapsack { sensitivity, depth_weight, .. }) => Some((sensitivity, depth_weight)),
+                Rule::Knapsack(KnapsackSettings { sensitivity, depth_weight, .. }) => Some((sensitivity, depth_weight)),
                 _ => None,
             },
             Self::Quantized(Bases::Fixed { .. }) => None,

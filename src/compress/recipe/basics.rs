@@ -121,13 +121,14 @@ fn check_damping(options: &RecipeOptions, method: Method) -> Result<()> {
 
 fn limit(options: &RecipeOptions, ranks: Ranks) -> Result<Option<Limit>> {
     if let Some(bits) = options.bits {
-        return match options.keep.is_some() || options.target_size.is_some() {
-            true => Err(usage("`--bits` cannot be combined with another budget", REMOVE_ONE)),
-            false if !ranks.takes_budget() => {
+        return match (options.keep, options.target_size) {
+            (Some(_), _) => Err(usage("`--bits` cannot be combined with `--keep`", REMOVE_ONE)),
+            (None, Some(_)) => Err(usage("`--bits` cannot be combined with `--target-size`", REMOVE_ONE)),
+            (None, None) if !ranks.takes_budget() => {
                 Err(usage(format!("`--bits` cannot be combined with `--ranks {ranks}`"), FIXED_RANKS_HINT))
             }
-            false if bits > 0.0 && bits <= 32.0 => Ok(Some(Limit::Bits(bits))),
-            false => {
+            (None, None) if bits > 0.0 && bits <= 32.0 => Ok(Some(Limit::Bits(bits))),
+            (None, None) => {
                 Err(usage(format!("`--bits {bits}` is outside (0, 32]"), "give the mean bits per weight, such as 3.5"))
             }
         };

@@ -2,8 +2,8 @@
 
 use anyhow::Result;
 
-use super::approach::{Approach, Limit, Menu};
-use super::basics::{Basics, share, usage, windows};
+use super::approach::{Approach, Limit, Quantizers};
+use super::basics::{Basics, REMOVE_ONE, max_shard_bytes, share, usage, windows};
 use super::embeddings::embeddings;
 use super::low_rank::low_rank;
 use super::patterns::Patterns;
@@ -12,6 +12,7 @@ use super::settings::Recipe;
 use crate::calibrate::{Needs, WindowSettings};
 use crate::compress::options::{Embeddings, Fused, RecipeOptions};
 use crate::compress::presets::Method;
+use crate::compress::scale::{DepthWeight, Sensitivity};
 
 impl Recipe {
     /// Checks the options against each other and fills in the defaults.
@@ -33,8 +34,8 @@ impl Recipe {
             format: basics.format,
             calibration: window_settings(options)?,
             statistics: options.statistics.clone(),
-            max_shard_bytes: super::basics::max_shard_bytes(options)?,
-            approach: match Menu::new(options.quant.clone()) {
+            max_shard_bytes: max_shard_bytes(options)?,
+            approach: match Quantizers::new(options.quant.clone()) {
                 None => Approach::LowRank(low_rank(options, &basics)?),
                 Some(menu) => Approach::Quantized(quantized(options, &basics, menu)?),
             },
@@ -101,20 +102,56 @@ impl Recipe {
             ));
         }
         match (&self.calibration, self.uses_text()) {
-            (None, true) if self.measures_statistics() => Err(usage(
-                "this recipe needs `--calibration FILE`",
-                "it uses activations or gradients; `--method svd`, with `rtn` or `nf4` and `lorc` or `loftq`, needs no text",
-            )),
-            (None, true) => Err(usage(
-                "`--sensitivity measured`, `--depth-weight auto` and `--sequential` need `--calibration FILE`",
-                "they run a text through the model, which `--statistics` cannot replace",
+            (None, true) => Err(self.missing_text()),
+            (Some(_), false) if self.statistics.is_some() => Err(usage(
+                "`--calibration` has no effect with `--statistics` in this recipe: nothing in it runs a text through the model",
+                REMOVE_ONE,
             )),
             (Some(_), false) => Err(usage(
-                "`--calibration` has no effect in this recipe",
-                "did you mean `--method kfac`? With `--statistics` the text is no longer needed",
+                "`--calibration` has no effect in this recipe: nothing in it uses activations or gradients",
+                "did you mean `--method kfac`?",
             )),
             _ => Ok(()),
         }
+    }
+
+    /// The error for a recipe without a text, which names the settings that need one.
+    fn missing_text(&self) -> anyhow::Error {
+        let of_text = [
+            ("`--sensitivity measured`", self.sensitivity() == Some(Sensitivity::Measured)),
+            ("`--depth-weight auto`", self.depth_weight() == DepthWeight::Auto),
+            ("`--sequential`", self.anchor().is_some()),
+        ];
+        let of_text: Vec<String> =
+            of_text.iter().filter(|(_, is_set)| *is_set).map(|(flag, _)| (*flag).into()).collect();
+        if !of_text.is_empty() {
+            return usage(
+                format!("{} `--calibration FILE`", need(&of_text)),
+                "a text is run through the model, which `--statistics` cannot replace",
+            );
+        }
+        let (method, compensate) = (self.method, self.compensate());
+        let mut of_statistics = Vec::new();
+        if method.preset().needs() != Needs::default() {
+            of_statistics.push(format!("`--method {}`", method.name()));
+        }
+        if compensate.preset().needs() != Needs::default() {
+            of_statistics.push(format!("`--compensate {}`", compensate.name()));
+        }
+        of_statistics.extend(self.quant().iter().filter(|quant| quant.needs_gram()).map(|q| format!("`--quant {q}`")));
+        usage(
+            format!("{} `--calibration FILE` or `--statistics FILE`", need(&of_statistics)),
+            "activations or gradients are used; `--method svd`, with `rtn` or `nf4` and `lorc` or `loftq`, needs no text",
+        )
+    }
+}
+
+/// A list of settings with its verb.
+fn need(settings: &[String]) -> String {
+    match settings {
+        [one] => format!("{one} needs"),
+        [first @ .., last] => format!("{} and {last} need", first.join(", ")),
+        [] => unreachable!("invariant: a recipe that uses a text has a setting that does"),
     }
 }
 
@@ -130,7 +167,10 @@ fn window_settings(options: &RecipeOptions) -> Result<Option<WindowSettings>> {
         return match given.iter().find(|(_, is_given)| *is_given) {
             Some((flag, _)) => Err(usage(
                 format!("`{flag}` has no effect without `--calibration FILE`"),
-                "it says which windows of that text are used",
+                match *flag {
+                    "--field" => "it names the field of each record of that text",
+                    _ => "it says which windows of that text are used",
+                },
             )),
             None => Ok(None),
         };

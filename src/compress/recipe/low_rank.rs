@@ -2,7 +2,9 @@
 
 use anyhow::Result;
 
-use super::approach::{Allocation, FactorStorage, FloatStorage, Knapsack, LowRankApproach, RankSteps, Rule, Unordered};
+use super::approach::{
+    FactorStorage, FloatStorage, KnapsackSettings, LowRankApproach, RankAllocation, RankSteps, Rule, Unordered,
+};
 use super::basics::{ADD_KNAPSACK, BUDGET_HINT, Basics, REMOVE_ONE, usage};
 use crate::compress::allocate::Ranks;
 use crate::compress::options::RecipeOptions;
@@ -33,13 +35,13 @@ pub(super) fn low_rank(options: &RecipeOptions, basics: &Basics) -> Result<LowRa
     }
     let RankSteps { floor, multiple } = basics.steps;
     let allocation = match (rule, basics.ranks) {
-        (Some(rule), _) => Allocation::PerLinear { rule, steps: basics.steps },
+        (Some(rule), _) => RankAllocation::PerLinear { rule, steps: basics.steps },
         (None, _) if floor > 0.0 || multiple > 1 => {
-            let message =
-                format!("`--rank-floor` and `--rank-multiple` have no effect with `--ranks {}`", basics.ranks);
-            return Err(usage(message, REMOVE_ONE));
+            let flag = if floor > 0.0 { "--rank-floor" } else { "--rank-multiple" };
+            let message = format!("`{flag}` has no effect with `--ranks {}`", basics.ranks);
+            return Err(usage(message, "remove it: the rank is fixed"));
         }
-        (None, Ranks::Fixed(rank)) => Allocation::Fixed(rank),
+        (None, Ranks::Fixed(rank)) => RankAllocation::Fixed(rank),
         (None, _) => unreachable!("invariant: only fixed ranks have no rule"),
     };
     Ok(LowRankApproach::Separate { allocation, storage, anchor: basics.anchor })
@@ -68,7 +70,7 @@ fn rule(basics: &Basics) -> Result<Option<Rule>> {
         Ranks::Welore => Rule::Welore(limit()?),
         Ranks::Energy(None) => Rule::Energy(limit()?),
         Ranks::EffectiveRank => Rule::EffectiveRank(limit()?),
-        Ranks::Knapsack => Rule::Knapsack(Knapsack {
+        Ranks::Knapsack => Rule::Knapsack(KnapsackSettings {
             limit: limit()?,
             sensitivity: basics.sensitivity.unwrap_or(Sensitivity::SecondOrder),
             depth_weight: basics.depth_weight,

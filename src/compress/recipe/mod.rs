@@ -14,8 +14,8 @@ mod tests;
 
 pub use super::options::{Embeddings, FactorBits, Fused, RecipeOptions};
 pub use approach::{
-    Allocation, Approach, BaseSensitivity, Bases, Budget, Compensator, FactorStorage, Factors, FloatStorage, Knapsack,
-    Limit, LowRankApproach, Menu, RankSteps, Rule, Unordered,
+    Approach, BaseSensitivity, Bases, Budget, Compensator, FactorStorage, Factors, FloatStorage, KnapsackSettings,
+    Limit, LowRankApproach, Quantizers, RankAllocation, RankSteps, Rule, Unordered,
 };
 pub use basics::{DEFAULT_SAMPLES, max_shard_bytes, windows};
 pub use patterns::Patterns;

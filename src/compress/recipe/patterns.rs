@@ -19,7 +19,7 @@ impl Patterns {
         for text in texts {
             let glob = Glob::new(text).map_err(|error| {
                 Failure::usage(format!("{flag} `{text}` is not a glob: {}", error.kind()))
-                    .hint("`*` stands for any text, as in `*.mlp.*`; `[` begins a set of letters")
+                    .hint("`*` matches any text, as in `*.mlp.*`; `[` begins a set of letters")
             })?;
             builder.add(glob);
         }

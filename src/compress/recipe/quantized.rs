@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 
-use super::approach::{BaseSensitivity, Bases, Compensator, Factors, Menu};
+use super::approach::{BaseSensitivity, Bases, Compensator, Factors, Quantizers};
 use super::basics::{Basics, usage};
 use crate::compress::allocate::Ranks;
 use crate::compress::compensate::CompensateRank;
@@ -10,7 +10,7 @@ use crate::compress::options::RecipeOptions;
 use crate::compress::scale::{DepthWeight, Sensitivity};
 
 /// The approach with `--quant`.
-pub(super) fn quantized(options: &RecipeOptions, basics: &Basics, menu: Menu) -> Result<Bases> {
+pub(super) fn quantized(options: &RecipeOptions, basics: &Basics, menu: Quantizers) -> Result<Bases> {
     check_low_rank_flags(options, basics)?;
     let method = options.compensate.and_then(Compensator::new);
     if method.is_none() && (options.compensate_rank.is_some() || options.quant_factors.is_some()) {
@@ -32,6 +32,12 @@ pub(super) fn quantized(options: &RecipeOptions, basics: &Basics, menu: Menu) ->
             Bases::Fixed { quant, factors: method.map(|method| Factors { method, rank, bits }) }
         }
         (None, &[quant], CompensateRank::Auto) if method.is_none() => Bases::Fixed { quant, factors: None },
+        (None, [_], _) if options.compensate_rank.is_some() => {
+            return Err(usage(
+                "`--compensate-rank auto` needs a budget from which ranks are chosen",
+                "add `--bits 3.5`, or give a rank such as `--compensate-rank 16`",
+            ));
+        }
         (None, [_], _) => {
             return Err(usage(
                 "`--compensate` needs `--compensate-rank`, or a budget from which ranks are chosen",

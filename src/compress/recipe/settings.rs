@@ -165,11 +165,11 @@ impl Recipe {
 
     /// Whether a text is run through the model: for the metric, for measured sensitivities, or in the sequential mode.
     pub(super) fn uses_text(&self) -> bool {
-        self.measures_statistics() || self.probes() || self.anchor().is_some()
+        self.measures_statistics() || self.runs_trials() || self.anchor().is_some()
     }
 
     /// Whether logits of trial models are compared.
-    pub fn probes(&self) -> bool {
+    pub fn runs_trials(&self) -> bool {
         self.sensitivity() == Some(Sensitivity::Measured) || self.depth_weight() == DepthWeight::Auto
     }
 

@@ -28,7 +28,7 @@ fn contradictions_are_usage_errors() {
         "full-size weights",
     );
     check(RecipeOptions { anchor: Some(0.5), ..keep(0.5) }, "no effect without `--sequential`");
-    check(RecipeOptions { sequential: Some(true), ..keep(0.5) }, "need `--calibration FILE`");
+    check(RecipeOptions { sequential: Some(true), ..keep(0.5) }, "`--sequential` needs `--calibration FILE`");
     check(
         RecipeOptions { sensitivity: Some(Sensitivity::Energy), ..keep(0.5) },
         "no effect without `--ranks knapsack`",
@@ -49,7 +49,7 @@ fn contradictions_are_usage_errors() {
     );
     let unused = RecipeOptions { statistics, calibration: Some("t".into()), sequential: Some(false), ..keep(0.5) };
     check(unused, "`--calibration` has no effect");
-    check(RecipeOptions { method: Some(Method::SvdLlm), ..keep(0.5) }, "needs `--calibration FILE`");
+    check(RecipeOptions { method: Some(Method::SvdLlm), ..keep(0.5) }, "`--method svd-llm` needs `--calibration FILE`");
     check(RecipeOptions { samples: Some(8), ..keep(0.5) }, "no effect without `--calibration FILE`");
     let text = Some(PathBuf::from("t"));
     check(
@@ -70,8 +70,50 @@ fn contradictions_are_usage_errors() {
     let weighed = RecipeOptions { depth_weight: Some(DepthWeight::Fixed(0.5)), ..quant() };
     check(weighed, "`--depth-weight` has no effect on one quantizer");
     check(RecipeOptions { bits: Some(4.0), sensitivity: Some(Sensitivity::Measured), ..quant() }, "cannot be combined");
-    assert_eq!(Menu::new(Vec::new()), None);
+    assert_eq!(Quantizers::new(Vec::new()), None);
     check(RecipeOptions { targets: vec!["[".into()], ..keep(0.5) }, "not a glob");
+}
+
+/// Errors name the flags that were given and no others, and hints lead to a recipe that is accepted.
+#[test]
+fn errors_name_what_was_given() {
+    for (text, expected, hint) in [
+        ("ranks = \"full\"\nrank-floor = 0.1", "`--rank-floor` has no effect with `--ranks full`", "remove it"),
+        (
+            "ranks = \"fixed:8\"\nrank-multiple = 8",
+            "`--rank-multiple` has no effect with `--ranks fixed:8`",
+            "remove it",
+        ),
+        (
+            "keep = 0.5\nranks = \"knapsack\"\nsensitivity = \"measured\"\ndepth-weight = \"auto\"",
+            "`--sensitivity measured` and `--depth-weight auto` need `--calibration FILE`",
+            "`--statistics` cannot replace",
+        ),
+        (
+            "quant = [\"gptq-int4\"]\ncompensate = \"eora\"\ncompensate-rank = \"8\"",
+            "`--compensate eora` and `--quant gptq-int4-g128` need `--calibration FILE` or `--statistics FILE`",
+            "needs no text",
+        ),
+        (
+            "keep = 0.5\nmethod = \"kfac\"\nstatistics = \"s\"\ncalibration = \"t\"\nsequential = false",
+            "`--calibration` has no effect with `--statistics` in this recipe",
+            "remove one of the two",
+        ),
+        ("keep = 0.5\nfield = \"x\"", "`--field` has no effect without", "names the field"),
+        ("bits = 3\nkeep = 0.5", "`--bits` cannot be combined with `--keep`", "remove one"),
+        ("bits = 3\ntarget-size = \"1 MB\"", "`--bits` cannot be combined with `--target-size`", "remove one"),
+        (
+            "quant = [\"rtn-int4\"]\ncompensate = \"lorc\"\ncompensate-rank = \"auto\"",
+            "`--compensate-rank auto` needs a budget",
+            "`--compensate-rank 16`",
+        ),
+        ("quant = [\"rtn-int4\"]\ncompensate = \"lorc\"", "`--compensate` needs `--compensate-rank`", "`--bits 3.5`"),
+    ] {
+        let error = Recipe::new(&toml::from_str(text).unwrap()).unwrap_err();
+        assert!(error.to_string().starts_with(expected), "{text}: {error}");
+        let failure: &crate::error::Failure = error.downcast_ref().unwrap();
+        assert!(failure.hint.as_deref().is_some_and(|found| found.contains(hint)), "{text}: {:?}", failure.hint);
+    }
 }
 
 #[test]
@@ -158,7 +200,7 @@ fn keeping_everything_is_dense_whatever_else_is_said() {
     ] {
         let recipe = recipe(text);
         assert_eq!(recipe.approach, Approach::Dense, "{text}");
-        assert!(!recipe.measures_statistics() && !recipe.probes() && recipe.inputs().next().is_none(), "{text}");
+        assert!(!recipe.measures_statistics() && !recipe.runs_trials() && recipe.inputs().next().is_none(), "{text}");
         let written = toml::to_string(&recipe.to_options()).unwrap();
         assert_eq!(written, "keep = 1.0\nformat = \"factored\"\nmax-shard-size = \"4000000000 B\"\n", "{text}");
         assert_eq!(Recipe::new(&toml::from_str(&written).unwrap()).unwrap().approach, Approach::Dense);

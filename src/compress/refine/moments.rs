@@ -103,11 +103,11 @@ impl Sums {
 struct Addend {
     place_idx: usize,
     n_seen: usize,
-    inputs: Inputs,
+    inputs: StreamInputs,
 }
 
 /// Inputs in both streams, before or after their multiplication.
-enum Inputs {
+enum StreamInputs {
     /// (n_seen, n) each, row-major.
     Rows([Vec<f32>; 2]),
     Products(Products),
@@ -120,7 +120,7 @@ struct Products {
     shifted: Vec<f32>,
 }
 
-impl Inputs {
+impl StreamInputs {
     fn products(self, n: usize) -> Products {
         match self {
             Self::Rows([x, shifted]) => {
@@ -153,13 +153,13 @@ impl Addend {
             addends.push(Self {
                 place_idx,
                 n_seen: x.dim(0)?,
-                inputs: Inputs::Rows([to_host(&x)?, to_host(&shifted)?]),
+                inputs: StreamInputs::Rows([to_host(&x)?, to_host(&shifted)?]),
             });
         }
         Ok(addends)
     }
 
     fn multiplied(self, places: &[Place]) -> Self {
-        Self { inputs: Inputs::Products(self.inputs.products(places[self.place_idx].n)), ..self }
+        Self { inputs: StreamInputs::Products(self.inputs.products(places[self.place_idx].n)), ..self }
     }
 }

@@ -117,7 +117,7 @@ fn yes() -> bool {
     true
 }
 
-const CONFIG_HINT: &str = "compare `config.json` with the one of the original repository";
+const CONFIG_HINT: &str = "compare `config.json` with the one in the model's repository";
 
 /// The family of a checkpoint's language model, if its config names one: its `model_type`, without the prefix that
 /// `lrc` adds.
