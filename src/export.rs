@@ -83,6 +83,7 @@ pub fn export(job: &ExportJob<'_>, progress: &dyn Progress) -> Result<ExportRepo
         lrc_version: LRC_VERSION.into(),
         source: job.source.into(),
         source_files: checkpoint.fingerprint()?,
+        source_quantization: checkpoint.source_quantization(),
         format: job.format.name().into(),
         linears: modules.into_iter().map(|(linear, _)| linear.module).collect(),
         bytes_before: checkpoint.n_bytes(),

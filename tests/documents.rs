@@ -47,6 +47,10 @@ impl Reader {
         let reader = Self { folder };
         let runs = reader.run("lrc calibrate MODEL --text text.txt -o stats.safetensors --samples 8");
         assert_eq!(runs.code, 0, "{}", runs.stderr);
+        // Without its report, it is a model that another tool quantized.
+        let runs = reader
+            .run("lrc compress MODEL -o QUANTIZED --quant rtn-int4-g32 --format gptq && rm QUANTIZED/lrc-report.json");
+        assert_eq!(runs.code, 0, "{}", runs.stderr);
         reader
     }
 

@@ -26,6 +26,7 @@ mod quantize;
 mod reports;
 mod resume;
 mod sentence;
+mod sources;
 mod stacks;
 mod structures;
 mod terminal;

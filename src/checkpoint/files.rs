@@ -8,9 +8,9 @@ use serde_json::{Map, Value};
 
 use super::error::{CheckpointError, Result, io};
 use super::json;
-use super::paths::{INDEX_FILE, SINGLE_FILE, file_name, folder_of, is_gguf, is_weight_file};
+use super::paths::{INDEX_FILE, SINGLE_FILE, file_name, folder_of, is_gguf, is_torch, is_weight_file};
 use super::reader::read_file;
-use crate::codecs::{gguf, peft};
+use crate::codecs::{gguf, peft, torch};
 
 /// The `weight_map` of `model.safetensors.index.json`.
 #[derive(Debug, Serialize, Deserialize)]
@@ -63,8 +63,8 @@ impl CheckpointFiles {
     pub fn find(path: &Path) -> Result<Self> {
         let refuse = |reason: &str| Err(CheckpointError::NotACheckpoint { path: path.into(), reason: reason.into() });
         if path.is_file() {
-            if path.extension().is_none_or(|e| e != "safetensors") && !is_gguf(path) {
-                return refuse("it is a file, and neither a `.safetensors` nor a `.gguf` file");
+            if path.extension().is_none_or(|e| e != "safetensors") && !is_gguf(path) && !is_torch(path) {
+                return refuse("it is a file, and none of `.safetensors`, `.gguf`, `.bin`, `.pt` and `.pth`");
             }
             expect_whole(path)?;
             return Ok(Self { root: folder_of(path).into(), files: vec![path.into()], index: None, is_file: true });
@@ -94,7 +94,7 @@ impl CheckpointFiles {
         Self { root: root.into(), files, index: None, is_file: false }
     }
 
-    /// The only safetensors file of a folder, whatever its name.
+    /// The only safetensors file of a folder, whatever its name; otherwise the weights of PyTorch.
     fn unnamed(root: &Path) -> Result<Self> {
         let refuse = |reason: &str| Err(CheckpointError::NotACheckpoint { path: root.into(), reason: reason.into() });
         let names: Vec<PathBuf> = std::fs::read_dir(root)
@@ -108,8 +108,12 @@ impl CheckpointFiles {
                 expect_whole(only)?;
                 Ok(Self::of_folder(root, weights))
             }
+            [] if root.join(torch::INDEX_FILE).exists() => Self::sharded(root.into(), root.join(torch::INDEX_FILE)),
+            [] if root.join(torch::SINGLE_FILE).exists() => {
+                Ok(Self::of_folder(root, vec![root.join(torch::SINGLE_FILE)]))
+            }
             [] if names.iter().any(|p| is_weight_file(&file_name(p))) => {
-                refuse("its weights are not in safetensors form; convert them first")
+                refuse("its weights are neither in safetensors form nor a `pytorch_model.bin`; convert them first")
             }
             [] => refuse("it holds no `.safetensors` file"),
             _ => refuse("it holds several `.safetensors` files and no `model.safetensors.index.json`"),

@@ -91,7 +91,7 @@ impl Source<'_> {
         let is_transposed = shown.is_transposed && factor.is_none();
         let name = factor.map_or(shown.name.clone(), |factor| gguf::factor_name(&shown.name, factor));
         let shard_idx = self.shard_idx;
-        let info = TensorInfo { name, dtype, shape, shard_idx, begin, end, encoded: None, row_of_i64: Vec::new() };
+        let info = TensorInfo { name, dtype, shape, shard_idx, begin, end, encoded: None, strides: None };
         let is_plain = arrangement == Arrangement::Same && matches!(element, Element::Plain(_)) && !is_transposed;
         let encoded = (!is_plain).then(|| Box::new(Encoded::rows(element, arrangement, info.clone())));
         Ok(TensorInfo { encoded, ..info })

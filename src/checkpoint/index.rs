@@ -36,22 +36,12 @@ pub fn read_header(path: &Path, file: &[u8], shard_idx: usize) -> Result<Vec<Ten
             begin: data_begin + info.data_offsets.0,
             end: data_begin + info.data_offsets.1,
             encoded: None,
-            row_of_i64: integers(info, &file[data_begin + info.data_offsets.0..data_begin + info.data_offsets.1]),
+            strides: None,
         })
         .collect();
     // Empty tensors share an offset with their neighbor, so the name decides the order.
     infos.sort_by(|x, y| (x.begin, x.end, &x.name).cmp(&(y.begin, y.end, &y.name)));
     Ok(infos)
-}
-
-/// The values of an i64 or i32 vector, such as a shape or group indices; empty for other tensors.
-fn integers(info: &safetensors::tensor::TensorInfo, bytes: &[u8]) -> Vec<usize> {
-    let clamped = |v: i64| usize::try_from(v).unwrap_or(usize::MAX);
-    match (info.dtype, info.shape.len()) {
-        (Dtype::I64, 1) => bytes.as_chunks::<8>().0.iter().map(|b| clamped(i64::from_le_bytes(*b))).collect(),
-        (Dtype::I32, 1) => bytes.as_chunks::<4>().0.iter().map(|b| clamped(i32::from_le_bytes(*b).into())).collect(),
-        _ => Vec::new(),
-    }
 }
 
 /// Length of the header's length.

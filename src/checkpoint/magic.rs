@@ -42,7 +42,7 @@ static MAGIC: [(&[u8], Kind); 29] = [
         kind(
             "a zip archive",
             "zip",
-            "PyTorch's files are such archives: get the safetensors of the model, or convert it",
+            "PyTorch's files are such archives: if it is one, give it a name that ends in `.bin`",
         ),
     ),
     (b"\x80\x02", kind("a pickle of Python", "bin", TORCH)),

@@ -27,6 +27,7 @@ mod split;
 mod stack;
 mod strangers;
 mod tensor;
+mod torch;
 mod unfinished;
 mod values;
 mod view;

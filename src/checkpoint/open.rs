@@ -10,12 +10,12 @@ use super::error::{CheckpointError, Result};
 use super::files::{CheckpointFiles, ShardIndex, read_config};
 use super::gguf::OfGguf;
 use super::magic::Kind;
-use super::paths::{CONFIG_FILE, folder_of, is_gguf};
+use super::paths::{CONFIG_FILE, REPORT_FILE, folder_of, is_gguf, is_torch};
 use super::reader::Shard;
 use super::stack::Stack;
 use super::tensor::TensorInfo;
 use super::view::View;
-use super::{described, gguf, index, settings};
+use super::{described, gguf, index, settings, torch};
 
 /// An opened checkpoint: every header read and checked, no weight loaded.
 #[derive(Debug)]
@@ -33,12 +33,14 @@ pub struct Checkpoint {
     /// Names of tensors that are stored under another name.
     pub(super) borrowed: BTreeSet<String>,
     pub(super) stacks: Vec<Stack>,
+    /// `quant_method` of a source that another tool quantized, if the config has one.
+    pub(super) method: Option<String>,
     /// A file without a config: other files beside it do not belong to it.
     pub(super) is_alone: bool,
 }
 
 impl Checkpoint {
-    /// Opens a folder of safetensors (or one such file) and checks every header.
+    /// Opens a folder of safetensors (or one such file), or of files of PyTorch, and checks every header.
     ///
     /// ```
     /// use lrc::checkpoint::Checkpoint;
@@ -118,7 +120,8 @@ impl Checkpoint {
             return Err(CheckpointError::NotACheckpoint { path: files.root, reason: "it holds no tensor".into() });
         }
         let quantization = settings::find(&files.root, config.as_ref(), &view.order)?;
-        view.decode(config.as_ref().unwrap_or(&Map::new()), quantization.as_ref(), &files.root)?;
+        let read = |info: &TensorInfo| shards[info.shard_idx].with(info, <[u8]>::to_vec);
+        view.decode(config.as_ref().unwrap_or(&Map::new()), quantization.as_ref(), &files.root, &read)?;
         // An adapter in the folder of its base is part of the model.
         if let Some(path) = files.adapter() {
             let (shard, shard_idx) = (Shard::open(&path)?, shards.len());
@@ -129,6 +132,7 @@ impl Checkpoint {
         let shared = described::shared(config.as_ref(), &view, &files.root)?;
         let borrowed = view.share(shared);
         let View { tensors, order } = view;
+        let method = quantization.and_then(|settings| Some(settings.get("quant_method")?.as_str()?.to_string()));
         let stacks = described::stored_stacks(config.as_ref(), tensors.len(), &files.root)?;
         let equal = Mutex::default();
         let is_alone = files.is_file && config.is_none();
@@ -142,8 +146,31 @@ impl Checkpoint {
             order,
             borrowed,
             stacks,
+            method,
             is_alone,
         })
+    }
+
+    /// How another tool quantized the weights, in words: `gptq: int4-g128`. `None` if none of them is quantized, or if lrc did it.
+    pub fn source_quantization(&self) -> Option<String> {
+        if self.root.join(REPORT_FILE).is_file()
+            || self.config.as_ref().is_some_and(|config| config.contains_key("lrc"))
+        {
+            return None;
+        }
+        let words = self.tensors.values().filter_map(|info| info.encoded.as_ref()?.words());
+        let words: Vec<String> = words.collect::<BTreeSet<String>>().into_iter().collect();
+        let is_gguf = self.shards.iter().any(|shard| is_gguf(shard.path()));
+        let method = if is_gguf { "gguf" } else { self.method.as_deref().unwrap_or("unknown") };
+        (!words.is_empty()).then(|| format!("{method}: {}", words.join(", ")))
+    }
+
+    /// The checkpoint with all codes hidden: every weight is the floats that it encodes.
+    pub fn dequantized(mut self) -> Self {
+        for info in self.tensors.values_mut() {
+            info.encoded = info.encoded.take().map(|encoded| Box::new(encoded.dequantized()));
+        }
+        self
     }
 
     /// The folder of the checkpoint.
@@ -226,6 +253,9 @@ fn read_header(
     shown: Option<OfGguf>,
 ) -> Result<Vec<TensorInfo>> {
     let (path, bytes) = (shard.path(), shard.bytes());
+    if is_torch(path) {
+        return torch::read_header(path, bytes, shard_idx);
+    }
     if !is_gguf(path) {
         return index::read_header(path, bytes, shard_idx);
     }

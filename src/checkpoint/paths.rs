@@ -29,6 +29,14 @@ pub(super) fn is_gguf(path: &Path) -> bool {
     path.extension().is_some_and(|e| e == "gguf")
 }
 
+/// Whether a file is one of PyTorch, by its name.
+pub(super) fn is_torch(path: &Path) -> bool {
+    path.extension().is_some_and(|e| TORCH.iter().any(|known| e == *known))
+}
+
+/// Extensions of files of PyTorch.
+pub(super) const TORCH: [&str; 3] = ["bin", "pt", "pth"];
+
 /// Weights in any format, and what describes them.
 pub(super) fn is_weight_file(name: &str) -> bool {
     const SUFFIXES: &[&str] = &[

@@ -8,6 +8,8 @@ use memmap2::{Mmap, UncheckedAdvice};
 
 use super::error::{CheckpointError, Result, io};
 use super::magic::LFS_POINTER;
+use super::tensor::TensorInfo;
+use crate::codecs::torch;
 
 /// Reads a small file that a checkpoint is described by.
 ///
@@ -80,6 +82,17 @@ impl Shard {
 
     pub fn bytes(&self) -> &[u8] {
         &self.map
+    }
+
+    /// Calls `f` with the bytes of a stored tensor, in row-major order, then gives its pages back.
+    pub fn with<T>(&self, info: &TensorInfo, f: impl FnOnce(&[u8]) -> T) -> T {
+        let bytes = &self.map[info.begin..info.end];
+        let value = match &info.strides {
+            None => f(bytes),
+            Some(strides) => f(&torch::gather(bytes, info.dtype.bitsize() / 8, &info.shape, strides)),
+        };
+        self.release(info.begin, info.end);
+        value
     }
 
     /// Advises the system that the pages of `begin..end` are not needed for now, so that reading a checkpoint

@@ -9,7 +9,7 @@ use super::files::read_config;
 use super::paths::SETTINGS_FILES;
 
 /// Suffixes of names that only quantized weights have.
-const PACKED: [&str; 10] = [
+const PACKED: [&str; 11] = [
     ".qweight",
     ".qzeros",
     ".weight_packed",
@@ -20,6 +20,7 @@ const PACKED: [&str; 10] = [
     ".weight.absmax",
     ".weight.quant_map",
     ".weight.nested_absmax",
+    "_proj_blocks",
 ];
 
 /// The settings of quantized weights, under the names of `quantization_config`; `None` if all weights are floats.

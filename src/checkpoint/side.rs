@@ -9,11 +9,11 @@ use serde_json::Value;
 
 use super::error::Result;
 use super::open::Checkpoint;
-use super::paths::{CONFIG_FILE, INDEX_FILE, REPORT_FILE, SETTINGS_FILES, file_name, is_weight_file};
+use super::paths::{CONFIG_FILE, INDEX_FILE, REPORT_FILE, SETTINGS_FILES, file_name, is_torch, is_weight_file};
 use super::place;
 use super::reader::read_file;
 use super::work::is_unfinished;
-use crate::codecs::peft;
+use crate::codecs::{peft, torch};
 
 /// Modules of sentence-transformers: a list whose `path` are folders.
 const MODULES_FILE: &str = "modules.json";
@@ -83,7 +83,7 @@ impl Checkpoint {
             weights: self.shards.iter().map(|shard| within(shard.path())).collect(),
             homes: read.filter_map(|file| Some(real(file)?.parent()?.to_path_buf())).collect(),
             modules: modules(&self.root),
-            is_coded: self.tensors().any(|info| info.storage().is_some()),
+            is_coded: self.tensors().any(|info| info.is_coded()),
             seen: real(&self.root).into_iter().collect(),
             side: Side::default(),
         };
@@ -95,7 +95,8 @@ impl Checkpoint {
     /// The files that are read with the model; outputs must not overwrite them.
     pub fn read_files(&self) -> Vec<PathBuf> {
         let weights = self.shards.iter().map(|shard| shard.path().to_path_buf());
-        let others = [CONFIG_FILE, INDEX_FILE, "tokenizer.json", "tokenizer_config.json", peft::CONFIG_FILE];
+        let others =
+            [CONFIG_FILE, INDEX_FILE, torch::INDEX_FILE, "tokenizer.json", "tokenizer_config.json", peft::CONFIG_FILE];
         let settings = SETTINGS_FILES.iter().map(|(name, _)| *name);
         weights.chain(others.into_iter().chain(settings).map(|name| self.root.join(name))).collect()
     }
@@ -199,11 +200,13 @@ impl Walk<'_> {
 
     fn fate_of_file(&self, path: &Path, name: &str) -> Fate {
         let is_at_top = path.components().count() == 1;
+        let is_torch_index = name == torch::INDEX_FILE && self.weights.iter().any(|file| is_torch(file));
         let is_setting = SETTINGS_FILES.iter().any(|(file, _)| name == *file);
         // An adapter that is a part of the model.
         let is_of_adapter = || self.weights.iter().any(|file| file.parent() == path.parent());
         match name {
             CONFIG_FILE | INDEX_FILE if is_at_top => Fate::Replaced,
+            _ if is_torch_index && is_at_top => Fate::Replaced,
             peft::CONFIG_FILE if !is_at_top && is_of_adapter() => Fate::Replaced,
             name if is_training_state(name) && is_weight_file(name) => Fate::LeftOut(TRAINING),
             _ if is_setting && is_at_top && self.is_coded => Fate::LeftOut(SETTINGS),

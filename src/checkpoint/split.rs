@@ -12,7 +12,7 @@ impl Checkpoint {
         &self.stacks
     }
 
-    /// Presents a stack of plain floats as its matrices.
+    /// Presents a stack of floats as its matrices.
     ///
     /// # Errors
     /// [`TensorAbsent`](super::CheckpointError::TensorAbsent).
@@ -22,16 +22,13 @@ impl Checkpoint {
     pub fn split_stack(mut self, tensor: &str) -> Result<Self> {
         let from = self.require(tensor)?.clone();
         let &[n, rows, columns] = from.shape.as_slice() else { panic!("invariant: a stack has three dimensions") };
-        assert!(!from.is_encoded() && cast::is_float(from.dtype), "invariant: only plain floats are split");
+        assert!(from.is_divisible(), "invariant: only floats that are encoded apart are split");
         let stack = Stack { tensor: tensor.into(), shape: [n, rows, columns] };
         let place = self.order.iter().position(|name| name == tensor).unwrap_or(self.order.len());
         self.tensors.remove(tensor);
         self.order.splice(place..=place, stack.tensors());
-        let n_bytes = (from.end - from.begin) / n.max(1);
         for (index, name) in stack.tensors().into_iter().enumerate() {
-            let begin = from.begin + index * n_bytes;
-            let shape = vec![rows, columns];
-            let matrix = TensorInfo { name: name.clone(), shape, begin, end: begin + n_bytes, ..from.clone() };
+            let matrix = from.matrix(index, name.clone()).expect("invariant: the stack is divisible");
             self.tensors.insert(name, matrix);
         }
         self.stacks.push(stack);
@@ -44,11 +41,12 @@ impl Checkpoint {
     /// [`TensorAbsent`](super::CheckpointError::TensorAbsent).
     ///
     /// # Panics
-    /// If it is not a matrix of plain floats, or does not have that many rows.
+    /// If it is not a matrix of floats that show no codes, or does not have that many rows.
     pub fn split(mut self, tensor: &str, slices: &[(String, Rows)]) -> Result<Self> {
         let from = self.require(tensor)?.clone();
         let &[m, n] = from.shape.as_slice() else { panic!("invariant: only matrices are split") };
-        assert!(!from.is_encoded() && cast::is_float(from.dtype), "invariant: only plain floats are split");
+        let is_plain = !from.is_encoded() || from.is_dequantized();
+        assert!(is_plain && cast::is_float(from.dtype), "invariant: only plain floats are split");
         let place = self.order.iter().position(|name| name == tensor).unwrap_or(self.order.len());
         self.tensors.remove(tensor);
         self.order.splice(place..=place, slices.iter().map(|(name, _)| name.clone()));
@@ -57,7 +55,8 @@ impl Checkpoint {
             assert!(rows.indices().all(|row| row < out), "invariant: a slice has rows of the whole");
             let encoded = Some(Box::new(Encoded::picked(*rows, from.clone())));
             let shape = vec![rows.count, input];
-            self.tensors.insert(name.clone(), TensorInfo { name: name.clone(), shape, encoded, ..from.clone() });
+            self.tensors
+                .insert(name.clone(), TensorInfo { name: name.clone(), shape, encoded, strides: None, ..from.clone() });
         }
         Ok(self)
     }

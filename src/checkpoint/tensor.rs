@@ -3,10 +3,13 @@
 //! Quantized, renamed and reordered tensors are presented as the weights that they encode: `X.weight`, however the
 //! file stores it.
 
+use std::sync::Arc;
+
 use crate::codecs::cast::{self, Dtype};
 use crate::codecs::gguf::{Arrangement, Element};
-use crate::codecs::{compressed_tensors, gptq, packed};
-use crate::quantize::{Blocks, Grouped, Quantized, Scheme, Storage};
+use crate::codecs::layout::{Decoded, Decoder, Stored};
+use crate::codecs::packed;
+use crate::quantize::{Blocks, Quantized, Scheme, Storage};
 
 /// A tensor of a checkpoint: name, dtype, shape and place.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -26,14 +29,18 @@ pub struct TensorInfo {
     /// How it is made from stored tensors; `None` if the file stores it as it is. The place is that of the first
     /// stored tensor.
     pub(super) encoded: Option<Box<Encoded>>,
-    /// The values of a vector of integers that describes other tensors.
-    pub(super) row_of_i64: Vec<usize>,
+    /// Elements from one to the next, in each dimension, if the file does not have them in row-major order.
+    pub(super) strides: Option<Box<[usize]>>,
 }
 
 impl TensorInfo {
     /// Bytes in the files, with everything that it is decoded from.
     pub fn n_bytes(&self) -> u64 {
-        self.encoded.as_ref().map_or((self.end - self.begin) as u64, |encoded| encoded.n_bytes())
+        match (&self.encoded, &self.strides) {
+            (Some(encoded), _) => encoded.n_bytes(),
+            (None, None) => (self.end - self.begin) as u64,
+            (None, Some(_)) => self.n_elements() * self.dtype.bitsize() as u64 / 8,
+        }
     }
 
     /// How its values are encoded; `None` for floats.
@@ -49,6 +56,43 @@ impl TensorInfo {
     /// Whether it is made of some rows of a stored matrix.
     pub fn is_picked(&self) -> bool {
         self.encoded.as_ref().is_some_and(|encoded| encoded.is_picked())
+    }
+
+    /// Whether the files hold codes for it, shown or not.
+    pub fn is_coded(&self) -> bool {
+        self.encoded.as_ref().is_some_and(|encoded| encoded.words().is_some())
+    }
+
+    /// Whether its values are computed from codes, and shown as plain floats.
+    pub fn is_dequantized(&self) -> bool {
+        self.encoded.as_ref().is_some_and(|encoded| encoded.shows == Shows::Values)
+    }
+
+    /// Whether it is a stack of floats whose matrices can be read apart.
+    pub fn is_divisible(&self) -> bool {
+        cast::is_float(self.dtype) && self.matrix(0, String::new()).is_some()
+    }
+
+    /// One matrix of a stack, under this name; `None` if it is encoded, but only as a whole.
+    pub(super) fn matrix(&self, index: usize, name: String) -> Option<Self> {
+        let (&n, shape) = self.shape.split_first().filter(|(n, _)| **n > 0)?;
+        let encoded = match &self.encoded {
+            Some(encoded) => Some(Box::new(encoded.matrix(index)?)),
+            None => None,
+        };
+        let (begin, end, strides) = match &self.strides {
+            None => {
+                let n_bytes = (self.end - self.begin) / n;
+                (self.begin + index * n_bytes, self.begin + (index + 1) * n_bytes, None)
+            }
+            Some(strides) => {
+                let n_bytes = strides[0] * self.dtype.bitsize() / 8;
+                let behind = (n - 1 - index) * n_bytes;
+                (self.begin + index * n_bytes, self.end - behind, Some(strides[1..].into()))
+            }
+        };
+        let shape = shape.to_vec();
+        Some(Self { name, shape, begin, end, encoded, strides, ..self.clone() })
     }
 
     /// The product of the shape.
@@ -68,18 +112,40 @@ pub(super) fn is_sane(shape: &[usize]) -> bool {
 pub(super) struct Encoded {
     codec: Codec,
     stored: Vec<TensorInfo>,
+    shows: Shows,
 }
 
+/// Whether codes can be seen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Shows {
+    /// Formats may keep them.
+    Codes,
+    /// Only the values that they encode.
+    Values,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Codec {
     Packed(Scheme),
-    CompressedTensors(Scheme),
-    Gptq(Scheme),
+    /// A layout of another tool; the suffixes of its stored tensors.
+    Layout(Arithmetic, Vec<&'static str>),
     /// Floats or blocks of GGUF, in another arrangement.
     Rows(Element, Arrangement),
     /// Some rows of a matrix of floats.
     Picked(Rows),
 }
+
+/// The decoder of a layout. Only clones are equal.
+#[derive(Debug, Clone)]
+pub(super) struct Arithmetic(pub Arc<dyn Decoder>);
+
+impl PartialEq for Arithmetic {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+impl Eq for Arithmetic {}
 
 /// Some rows of a larger matrix (or columns, if it is stored transposed): runs of `run`, one every `stride`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -115,15 +181,9 @@ impl Rows {
     }
 }
 
-/// A decoded tensor.
-pub(super) enum Decoded {
-    Quantized(Quantized),
-    Values(Vec<f32>),
-}
-
 impl Encoded {
     pub fn new(codec: Codec, stored: Vec<TensorInfo>) -> Self {
-        Self { codec, stored }
+        Self { codec, stored, shows: Shows::Codes }
     }
 
     pub fn rows(element: Element, arrangement: Arrangement, from: TensorInfo) -> Self {
@@ -139,9 +199,14 @@ impl Encoded {
         matches!(self.codec, Codec::Picked(_))
     }
 
+    /// The same with its codes hidden.
+    pub fn dequantized(self) -> Self {
+        Self { shows: Shows::Values, ..self }
+    }
+
     pub fn n_bytes(&self) -> u64 {
         let all: u64 = self.stored.iter().map(TensorInfo::n_bytes).sum();
-        match (self.codec, self.stored.first().map(|from| from.shape.as_slice())) {
+        match (&self.codec, self.stored.first().map(|from| from.shape.as_slice())) {
             (Codec::Picked(rows), Some(&[m, n])) => {
                 all / (if rows.is_transposed { n } else { m }).max(1) as u64 * rows.count as u64
             }
@@ -150,40 +215,89 @@ impl Encoded {
     }
 
     pub fn storage(&self) -> Option<Storage> {
-        match self.codec {
-            Codec::Packed(scheme) | Codec::CompressedTensors(scheme) | Codec::Gptq(scheme) => {
-                Some(Storage::Grouped(scheme))
-            }
-            Codec::Rows(Element::Block(block_type), _) => Some(Storage::Block(block_type)),
+        if self.shows == Shows::Values {
+            return None;
+        }
+        match &self.codec {
+            Codec::Packed(scheme) => Some(Storage::Grouped(*scheme)),
+            Codec::Layout(Arithmetic(decoder), _) => decoder.scheme().map(Storage::Grouped),
+            Codec::Rows(Element::Block(block_type), _) => Some(Storage::Block(*block_type)),
             Codec::Rows(Element::Plain(_), _) | Codec::Picked(_) => None,
+        }
+    }
+
+    /// The layout of its codes in words, whether they are shown or not; `None` if there are none.
+    pub fn words(&self) -> Option<String> {
+        match &self.codec {
+            Codec::Packed(scheme) => Some(scheme.to_string()),
+            Codec::Layout(Arithmetic(decoder), _) => Some(decoder.words()),
+            Codec::Rows(Element::Block(block_type), _) => Some(block_type.name.into()),
+            Codec::Rows(Element::Plain(_), _) => None,
+            Codec::Picked(_) => self.stored.first()?.encoded.as_ref()?.words(),
         }
     }
 
     /// Whether [`Self::storage`] is final: GPTQ shows only when its zeros are read whether they are symmetric.
     pub fn is_known_from_header(&self) -> bool {
-        !matches!(self.codec, Codec::Gptq(_))
+        match &self.codec {
+            Codec::Layout(Arithmetic(decoder), _) => self.shows == Shows::Values || decoder.is_known_from_header(),
+            _ => true,
+        }
+    }
+
+    /// One matrix of a stack; `None` if it is only encoded as a whole.
+    fn matrix(&self, index: usize) -> Option<Self> {
+        let Codec::Layout(Arithmetic(decoder), suffixes) = &self.codec else { return None };
+        let codec = Codec::Layout(Arithmetic(decoder.of_one()?), suffixes.clone());
+        let stored = self.stored.iter().map(|info| info.matrix(index, info.name.clone())).collect::<Option<_>>()?;
+        Some(Self { codec, stored, shows: self.shows })
     }
 
     /// Decodes a tensor of `shape` from the stored ones, whose bytes `read` gives; `None` if their sizes do not match.
     pub fn decode(&self, shape: &[usize], read: &dyn Fn(&TensorInfo) -> Vec<u8>) -> Option<Decoded> {
+        let decoded = self.decode_codes(shape, read)?;
+        Some(match decoded {
+            Decoded::Quantized(matrix) if self.shows == Shows::Values => Decoded::Values(matrix.dequantize()),
+            decoded => decoded,
+        })
+    }
+
+    fn decode_codes(&self, shape: &[usize], read: &dyn Fn(&TensorInfo) -> Vec<u8>) -> Option<Decoded> {
         let (&cols, leading) = shape.split_last()?;
         let rows: usize = leading.iter().product();
-        let stored: Vec<(Dtype, Vec<u8>)> = self.stored.iter().map(|info| (info.dtype, read(info))).collect();
-        let grouped = |matrix: Option<Grouped>| matrix.map(|matrix| Decoded::Quantized(Quantized::Grouped(matrix)));
-        match self.codec {
-            Codec::Packed(scheme) => grouped(packed::read([rows, cols], scheme, &stored)),
-            Codec::CompressedTensors(scheme) => grouped(compressed_tensors::read([rows, cols], scheme, &stored)),
-            Codec::Gptq(scheme) => grouped(gptq::read([rows, cols], scheme, &stored)),
+        match &self.codec {
+            Codec::Packed(scheme) => {
+                let stored: Vec<(Dtype, Vec<u8>)> = self.stored.iter().map(|info| (info.dtype, read(info))).collect();
+                let matrix = packed::read([rows, cols], *scheme, &stored)?;
+                Some(Decoded::Quantized(Quantized::Grouped(matrix)))
+            }
+            Codec::Layout(Arithmetic(decoder), suffixes) => {
+                let parts = suffixes.iter().zip(&self.stored);
+                let stored = Stored(parts.map(|(&suffix, info)| (suffix, info.dtype, read(info))).collect());
+                let decoded = decoder.decode(&stored)?;
+                let n_values = match &decoded {
+                    Decoded::Quantized(_) => rows * cols,
+                    Decoded::Values(values) => values.len(),
+                };
+                (n_values == rows * cols).then_some(decoded)
+            }
             Codec::Picked(picked) => {
-                let (dtype, bytes) = stored.first()?;
-                let &[_, width] = self.stored.first()?.shape.as_slice() else { return None };
-                Some(Decoded::Values(picked.of(&cast::decode(*dtype, bytes)?, width)))
+                let from = self.stored.first()?;
+                let &[_, width] = from.shape.as_slice() else { return None };
+                let values = match &from.encoded {
+                    None => cast::decode(from.dtype, &read(from))?,
+                    Some(encoded) => match encoded.decode(&from.shape, read)? {
+                        Decoded::Values(values) => values,
+                        Decoded::Quantized(matrix) => matrix.dequantize(),
+                    },
+                };
+                Some(Decoded::Values(picked.of(&values, width)))
             }
             Codec::Rows(element, arrangement) => {
                 // A vector is a matrix of one column.
                 let (rows, cols) = if leading.is_empty() { (cols, 1) } else { (rows, cols) };
-                let bytes = arrangement.to_model(&stored.first()?.1, rows);
-                match element {
+                let bytes = arrangement.to_model(&read(self.stored.first()?), rows);
+                match *element {
                     Element::Plain(dtype) => cast::decode(dtype, &bytes).map(Decoded::Values),
                     Element::Block(block_type) if bytes.len() as u64 == block_type.n_bytes(rows, cols) => {
                         Some(Decoded::Quantized(Quantized::Block(Blocks { rows, cols, block_type, bytes })))

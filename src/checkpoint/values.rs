@@ -7,8 +7,9 @@ use super::error::{CheckpointError, Result};
 use super::hash::{Fingerprint, hex, sha256_file};
 use super::open::Checkpoint;
 use super::paths::{CONFIG_FILE, file_name};
-use super::tensor::{Decoded, TensorInfo};
+use super::tensor::TensorInfo;
 use crate::codecs::cast;
+use crate::codecs::layout::Decoded;
 use crate::quantize::{Quantized, Storage};
 
 /// Bytes of a weight file that are hashed at a time.
@@ -44,10 +45,7 @@ impl Checkpoint {
     }
 
     fn stored<T>(&self, info: &TensorInfo, f: impl FnOnce(&[u8]) -> T) -> T {
-        let shard = &self.shards[info.shard_idx];
-        let value = f(&shard.bytes()[info.begin..info.end]);
-        shard.release(info.begin, info.end);
-        value
+        self.shards[info.shard_idx].with(info, f)
     }
 
     /// The quantized matrix of a tensor; `None` for floats.
@@ -91,10 +89,15 @@ impl Checkpoint {
     /// # Errors
     /// The tensor is absent, not a float tensor, or holds NaN or infinity.
     pub fn values(&self, name: &str) -> Result<Vec<f32>> {
-        let info = self.require(name)?;
-        let path = || self.file_of(info).to_path_buf();
-        let not_float =
-            || CheckpointError::Dtype { path: path(), tensor: name.into(), dtype: format!("{:?}", info.dtype) };
+        self.values_of(self.require(name)?)
+    }
+
+    fn values_of(&self, info: &TensorInfo) -> Result<Vec<f32>> {
+        let not_float = || CheckpointError::Dtype {
+            path: self.file_of(info).into(),
+            tensor: info.name.clone(),
+            dtype: format!("{:?}", info.dtype),
+        };
         let values = match self.decoded(info)? {
             Some(Decoded::Values(values)) => values,
             Some(Decoded::Quantized(matrix)) => matrix.dequantize(),
@@ -122,15 +125,13 @@ impl Checkpoint {
     /// As [`Self::values`].
     pub fn slice_values(&self, name: &str, index: usize) -> Result<Vec<f32>> {
         let info = self.require(name)?;
-        let len: usize = info.shape.iter().skip(1).product();
-        let bits = len * info.dtype.bitsize();
-        if self.decoded(info)?.is_some() || !cast::is_float(info.dtype) {
-            // Codes are decoded as a whole.
-            return Ok(self.values(name)?[index * len..(index + 1) * len].to_vec());
+        match info.matrix(index, name.into()) {
+            Some(matrix) => self.values_of(&matrix),
+            None => {
+                let len: usize = info.shape.iter().skip(1).product();
+                Ok(self.values(name)?[index * len..(index + 1) * len].to_vec())
+            }
         }
-        let bytes = index * bits / 8..(index + 1) * bits / 8;
-        let values = self.stored(info, |all| cast::decode(info.dtype, &all[bytes]));
-        self.finite(info, values.expect("invariant: the dtype is a float"))
     }
 
     /// Compares the shapes and values of two tensors. Answers are remembered.

@@ -8,11 +8,14 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use super::error::{CheckpointError, Result};
-use super::tensor::{Codec, Encoded, TensorInfo};
+use super::tensor::{Arithmetic, Codec, Encoded, TensorInfo, is_sane};
 use crate::codecs::cast::Dtype;
+use crate::codecs::layout::{Described, Layout, Part, Parts};
 use crate::codecs::packed::{self, PackedEntry};
 use crate::codecs::peft::{self, Factor};
-use crate::codecs::{compressed_tensors, gguf, gptq};
+use crate::codecs::{gguf, registry};
+
+const TOO_LARGE: &str = "its shape is too large";
 
 /// The tensors of a checkpoint by name, and their order.
 #[derive(Debug, Default)]
@@ -39,18 +42,19 @@ impl View {
         for name in stored {
             self.tensors.remove(name);
         }
+        // The weight may have the name of one of them.
+        self.order.retain(|name| Some(name) == stored.first() || !stored.contains(name));
         if let Some(at) = self.order.iter().position(|name| Some(name) == stored.first()) {
             self.order[at].clone_from(&info.name);
         }
-        self.order.retain(|name| !stored.contains(name));
         self.tensors.insert(info.name.clone(), info);
     }
 
     /// Presents stored tensors as one.
-    fn join(&mut self, stored: &[String], name: String, shape: [usize; 2], dtype: Dtype, codec: Codec) {
+    fn join(&mut self, stored: &[String], name: String, shape: Vec<usize>, dtype: Dtype, codec: Codec) {
         let encoded: Vec<TensorInfo> = stored.iter().filter_map(|name| self.tensors.get(name).cloned()).collect();
         let Some(first) = encoded.first().cloned() else { return };
-        let info = TensorInfo { name, dtype, shape: shape.into(), ..first };
+        let info = TensorInfo { name, dtype, shape, strides: None, ..first };
         self.replace(stored, TensorInfo { encoded: Some(Box::new(Encoded::new(codec, encoded))), ..info });
     }
 
@@ -61,38 +65,73 @@ impl View {
         }
     }
 
-    /// Recognizes everything that the config and the settings of a quantizer describe.
+    /// Recognizes everything that the config and the settings of a quantizer describe. `read` gives the bytes of a stored tensor.
     ///
     /// # Errors
-    /// The checkpoint is quantized in a way that is not read here.
+    /// The checkpoint is quantized in a way that is not read here, or its tensors contradict each other.
     pub fn decode(
         &mut self,
         config: &Map<String, Value>,
         quantization: Option<&Map<String, Value>>,
         path: &Path,
+        read: &dyn Fn(&TensorInfo) -> Vec<u8>,
     ) -> Result<()> {
         self.packed(config, path)?;
-        let Some(quantization) = quantization else { return Ok(()) };
-        let method = quantization.get("quant_method").and_then(Value::as_str).unwrap_or("unknown");
-        let refused = |what: &str| {
-            let method = format!("{method}{what}");
-            CheckpointError::Quantized { path: path.into(), method }
-        };
-        match method {
-            compressed_tensors::METHOD => {
-                compressed_tensors::expect_settings(quantization).map_err(|what| refused(&what))?;
-                let zeros = format!(".{}", compressed_tensors::ZERO_POINT);
-                if self.tensors.keys().any(|name| name.ends_with(&zeros)) {
-                    return Err(refused(", asymmetric"));
-                }
-                self.compressed_tensors(path)
+        let Some(settings) = quantization else { return Ok(()) };
+        let name = settings.get("quant_method").and_then(Value::as_str).unwrap_or("unknown");
+        let refused = |what: String| CheckpointError::Quantized { path: path.into(), method: format!("{name}{what}") };
+        let method = registry::method(name).ok_or_else(|| refused(String::new()))?;
+        (method.expect)(settings).map_err(refused)?;
+        for layout in method.layouts {
+            for stem in self.stems_with(layout.key) {
+                let described = self
+                    .describe(layout, &stem, settings, read)
+                    .and_then(|described| if is_sane(&described.shape) { Ok(described) } else { Err(TOO_LARGE.into()) })
+                    .map_err(|reason| broken(path, &format!("{stem}{}", layout.key), reason))?;
+                self.join_parts(layout, &stem, described, model_dtype(config));
             }
-            gptq::METHOD => {
-                let bits = gptq::bits_of(quantization).map_err(|what| refused(&what))?;
-                self.gptq(bits, model_dtype(config), path)
-            }
-            _ => Err(refused("")),
         }
+        // Codes that no layout took are no weights.
+        let is_left = |info: &&TensorInfo| {
+            let is_code = matches!(info.dtype, Dtype::F8_E4M3 | Dtype::F8_E5M2 | Dtype::I8 | Dtype::U8);
+            is_code && !info.is_encoded() && info.shape.len() > 1 && info.name.ends_with(".weight")
+        };
+        match self.tensors.values().find(is_left) {
+            Some(left) => {
+                Err(broken(path, &left.name, format!("it has dtype {:?}, and its scales are absent", left.dtype)))
+            }
+            None => Ok(()),
+        }
+    }
+
+    fn describe(
+        &self,
+        layout: &Layout,
+        stem: &str,
+        settings: &Map<String, Value>,
+        read: &dyn Fn(&TensorInfo) -> Vec<u8>,
+    ) -> Result<Described, String> {
+        let part = |suffix: &str| self.tensors.get(&format!("{stem}{suffix}"));
+        (layout.describe)(&Parts {
+            settings,
+            find: &|suffix| part(suffix).map(|info| Part { dtype: info.dtype, shape: info.shape.clone() }),
+            read: &|suffix| part(suffix).map_or(Vec::new(), read),
+        })
+    }
+
+    /// Presents the stored tensors of a weight as the weight.
+    fn join_parts(&mut self, layout: &Layout, stem: &str, described: Described, dtype: Dtype) {
+        let name = |suffix: &&'static str| format!("{stem}{suffix}");
+        let suffixes: Vec<&'static str> =
+            layout.parts.iter().filter(|part| self.tensors.contains_key(&name(part))).copied().collect();
+        let stored: Vec<String> = suffixes.iter().map(name).collect();
+        let codec = Codec::Layout(Arithmetic(described.decoder), suffixes);
+        self.join(&stored, name(&layout.shown), described.shape, described.dtype.unwrap_or(dtype), codec);
+    }
+
+    /// What is in front of this suffix in names that have it.
+    fn stems_with(&self, suffix: &str) -> Vec<String> {
+        self.order.iter().filter_map(|name| Some(name.strip_suffix(suffix)?.to_string())).collect()
     }
 
     fn shape(&self, name: &str, path: &Path) -> Result<[usize; 2]> {
@@ -119,40 +158,7 @@ impl View {
                 }
                 stored.push(name);
             }
-            self.join(&stored, format!("{module}.weight"), entry.shape, dtype, Codec::Packed(scheme));
-        }
-        Ok(())
-    }
-
-    /// The modules that have a tensor with this suffix.
-    fn modules_with(&self, suffix: &str) -> Vec<String> {
-        let module = |name: &String| Some(name.strip_suffix(suffix)?.strip_suffix('.')?.to_string());
-        self.order.iter().filter_map(module).collect()
-    }
-
-    fn compressed_tensors(&mut self, path: &Path) -> Result<()> {
-        use compressed_tensors::{PACKED, SCALE, SHAPE, SUFFIXES, describe};
-        for module in self.modules_with(PACKED) {
-            let name = |part: &str| format!("{module}.{part}");
-            let (codes, scales) = (self.shape(&name(PACKED), path)?, self.shape(&name(SCALE), path)?);
-            let shape = self.tensors.get(&name(SHAPE)).map_or(&[][..], |info| &info.row_of_i64);
-            let (shape, scheme) =
-                describe(codes, scales, shape).map_err(|reason| broken(path, &name(PACKED), reason))?;
-            let dtype = self.tensors[&name(SCALE)].dtype;
-            self.join(&SUFFIXES.map(name), name("weight"), shape, dtype, Codec::CompressedTensors(scheme));
-        }
-        Ok(())
-    }
-
-    fn gptq(&mut self, bits: u32, dtype: Dtype, path: &Path) -> Result<()> {
-        use gptq::{CODES, GROUPS, SCALES, SUFFIXES, describe};
-        for module in self.modules_with(CODES) {
-            let name = |part: &str| format!("{module}.{part}");
-            let (codes, scales) = (self.shape(&name(CODES), path)?, self.shape(&name(SCALES), path)?);
-            let groups = self.tensors.get(&name(GROUPS)).map(|info| info.row_of_i64.as_slice());
-            let (shape, scheme) =
-                describe(bits, codes, scales, groups).map_err(|reason| broken(path, &name(CODES), reason))?;
-            self.join(&SUFFIXES.map(name), name("weight"), shape, dtype, Codec::Gptq(scheme));
+            self.join(&stored, format!("{module}.weight"), entry.shape.into(), dtype, Codec::Packed(scheme));
         }
         Ok(())
     }

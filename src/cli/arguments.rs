@@ -47,6 +47,38 @@ impl RevisionArgs {
     }
 }
 
+/// Whether codes of another tool are compressed as the values that they encode.
+#[derive(Debug, Args)]
+pub(super) struct DequantizeArgs {
+    /// Work on the dequantized weights of a quantized model
+    ///
+    /// Without it a model that another tool quantized is refused, because its errors add to those of the compression.
+    #[arg(long, help_heading = "Model", hide_short_help = true)]
+    pub dequantize: bool,
+}
+
+impl DequantizeArgs {
+    /// The checkpoint as floats.
+    ///
+    /// # Errors
+    /// It is quantized, and the flag is missing; or the flag has no effect.
+    pub fn apply(&self, checkpoint: Checkpoint) -> Result<Checkpoint> {
+        let root = checkpoint.root().display();
+        match (checkpoint.source_quantization(), self.dequantize) {
+            (None, false) => Ok(checkpoint),
+            (Some(_), true) => Ok(checkpoint.dequantized()),
+            (Some(words), false) => Err(Failure::usage(format!("the weights of `{root}` are quantized ({words})"))
+                .hint("`--dequantize` works on the values of its codes; the unquantized original gives a better result")
+                .into()),
+            (None, true) => Err(Failure::usage(format!(
+                "`--dequantize` has no effect: no other tool quantized the weights of `{root}`"
+            ))
+            .hint("leave it out; outputs of lrc itself are compressed again from their sources")
+            .into()),
+        }
+    }
+}
+
 /// The folder of a new checkpoint.
 #[derive(Debug, Args)]
 pub(super) struct FolderArgs {

@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use bytesize::ByteSize;
 use clap::{Arg, Args};
 
-use super::arguments::{DeviceArgs, JsonArgs, MemoryArgs, RevisionArgs};
+use super::arguments::{DequantizeArgs, DeviceArgs, JsonArgs, MemoryArgs, RevisionArgs};
 use super::options::{Options, Selection};
 use super::streams::{print, print_json};
 use super::terminal::{Bars, grouped, table};
@@ -39,6 +39,9 @@ pub(super) struct CalibrateArgs {
     #[command(flatten)]
     revision: RevisionArgs,
 
+    #[command(flatten)]
+    dequantize: DequantizeArgs,
+
     /// Text to measure on (`.txt`, `.jsonl`, `.json`, `.parquet`)
     ///
     /// Prose in UTF-8, or documents in `.jsonl`, `.ndjson`, `.json` or `.parquet`; each also as `.gz` or `.zst`.
@@ -63,7 +66,7 @@ pub(super) struct CalibrateArgs {
         num_args = 2..,
         conflicts_with_all = [
             "model", "revision", "text", "field", "method", "samples", "gradient_samples", "seq_len", "seed", "part",
-            "clip_gradients", "memory", "device",
+            "clip_gradients", "memory", "device", "dequantize",
         ],
         help_heading = "Statistics"
     )]
@@ -110,13 +113,14 @@ fn part(text: &str) -> Result<(usize, usize), String> {
 
 pub(super) fn run(args: &CalibrateArgs, quiet: bool, progress: &Bars) -> Result<()> {
     calibrate::check_output(&args.output, Existing::of(args.force))?;
-    let (header, seconds) = match (&args.model, &args.text) {
+    let (header, seconds, source_quantization) = match (&args.model, &args.text) {
         (Some(model), Some(text)) => measure(args, model, text, progress)?,
-        _ => (merge(args)?, calibrate::Seconds::default()),
+        _ => (merge(args)?, calibrate::Seconds::default(), None),
     };
     let report = CalibrateReport {
         schema_version: SCHEMA_VERSION,
         lrc_version: LRC_VERSION.into(),
+        source_quantization,
         size_bytes: std::fs::metadata(&args.output).map_or(0, |m| m.len()),
         windows: header.n_windows(),
         tokens: header.n_tokens(),
@@ -138,10 +142,10 @@ fn measure(
     model: &str,
     text: &std::path::Path,
     progress: &Bars,
-) -> Result<(Header, calibrate::Seconds)> {
+) -> Result<(Header, calibrate::Seconds, Option<String>)> {
     let options = &args.options.values;
     let device = args.device.open()?;
-    let checkpoint = args.revision.open(model, progress)?;
+    let checkpoint = args.dequantize.apply(args.revision.open(model, progress)?)?;
     let read = checkpoint.read_files();
     expect_apart(&args.output, read.iter().map(PathBuf::as_path).chain([text]))?;
     let decoder = Decoder::open(&checkpoint)?.on(&device);
@@ -184,7 +188,7 @@ fn measure(
     )
     .with_context(|| format!("calibrating on `{}`", windows.text))?;
     statistics.write(&args.output, Existing::of(args.force))?;
-    Ok((header, seconds))
+    Ok((header, seconds, checkpoint.source_quantization()))
 }
 
 fn merge(args: &CalibrateArgs) -> Result<Header> {

@@ -8,7 +8,7 @@ use bytesize::ByteSize;
 use clap::Args;
 use indicatif::HumanDuration;
 
-use super::arguments::{DeviceArgs, FolderArgs, GateArgs, MemoryArgs, ModelArgs};
+use super::arguments::{DequantizeArgs, DeviceArgs, FolderArgs, GateArgs, MemoryArgs, ModelArgs};
 use super::options::{All, Options, RecipeFile};
 use super::terminal::{Bars, fixed, grouped, table};
 use crate::compress::compensate::Compensate;
@@ -38,6 +38,9 @@ use crate::report::{gate, notes};
 pub(super) struct CompressArgs {
     #[command(flatten)]
     model: ModelArgs,
+
+    #[command(flatten)]
+    dequantize: DequantizeArgs,
 
     #[command(flatten)]
     options: Options<All>,
@@ -82,7 +85,7 @@ pub(super) fn run(args: &CompressArgs, quiet: bool, progress: &Bars) -> Result<(
     }
     let device = args.device.open()?;
     args.folder.check()?;
-    let checkpoint = compress::view(args.model.open(progress)?, &recipe)?;
+    let checkpoint = compress::view(args.dequantize.apply(args.model.open(progress)?)?, &recipe)?;
     let job = Job {
         checkpoint: &checkpoint,
         source: &args.model.model,

@@ -7,7 +7,7 @@ use std::time::Instant;
 use anyhow::Result;
 use clap::{Arg, ArgAction, ArgMatches, Args, FromArgMatches};
 
-use super::arguments::{DeviceArgs, GateArgs, MemoryArgs, ModelArgs, ScoredText, at_least_2};
+use super::arguments::{DequantizeArgs, DeviceArgs, GateArgs, MemoryArgs, ModelArgs, ScoredText, at_least_2};
 use super::options::{Options, RecipeFile, Selection};
 use super::terminal::{Bars, fixed, grouped, table};
 use crate::checkpoint::{Existing, OutputFolder, expect_apart};
@@ -34,6 +34,9 @@ use crate::text::{Bos, DEFAULT_FIELD};
 pub(super) struct SweepArgs {
     #[command(flatten)]
     model: ModelArgs,
+
+    #[command(flatten)]
+    dequantize: DequantizeArgs,
 
     #[command(flatten)]
     scored: ScoredText,
@@ -155,7 +158,7 @@ pub(super) fn run(args: &SweepArgs, progress: &Bars) -> Result<()> {
     if let Some(output) = &args.output {
         OutputFolder::check(output, Existing::of(args.force), REPORT_FILE)?;
     }
-    let checkpoint = crate::compress::view(args.model.open(progress)?, &recipe)?;
+    let checkpoint = crate::compress::view(args.dequantize.apply(args.model.open(progress)?)?, &recipe)?;
     // Created first, so that the work is not lost for lack of an output folder.
     let folder = args.output.as_deref().map(|output| -> Result<OutputFolder> {
         expect_apart(output, recipe.inputs().chain([args.scored.text.as_path(), checkpoint.root()]))?;

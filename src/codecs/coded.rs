@@ -55,6 +55,39 @@ impl Written {
     }
 }
 
+/// Transposes a row-major matrix (rows, cols).
+pub(super) fn transposed<T: Copy>(values: &[T], rows: usize, cols: usize) -> Vec<T> {
+    (0..cols).flat_map(|j| (0..rows).map(move |i| values[i * cols + j])).collect()
+}
+
+/// Transposes a matrix (n, cols) of 32-bit words.
+pub(super) fn transposed_words(bytes: &[u8], cols: usize) -> Vec<u8> {
+    let words = bytes.as_chunks::<4>().0;
+    transposed(words, words.len() / cols.max(1), cols).into_flattened()
+}
+
+/// The size of groups in which columns come one after another; `None` if they are in another order.
+pub(super) fn run_of(group_of_column: &[usize], group: usize) -> Option<usize> {
+    group_of_column.iter().enumerate().all(|(i, &g)| g == i / group).then_some(group)
+}
+
+/// A matrix whose columns have the scales and zeros of any group, row-major; `scales` and `zeros` are (rows, n_groups).
+pub(super) fn gathered(
+    codes: &[u8],
+    scales: &[f32],
+    zeros: &[u8],
+    group_of_column: &[usize],
+    n_groups: usize,
+) -> Vec<f32> {
+    let rows = codes.chunks_exact(group_of_column.len().max(1));
+    let groups = scales.chunks_exact(n_groups.max(1)).zip(zeros.chunks_exact(n_groups.max(1)));
+    let row = |(codes, (scales, zeros)): (&[u8], (&[f32], &[u8]))| -> Vec<f32> {
+        let value = |(&code, &g): (&u8, &usize)| (f32::from(code) - f32::from(zeros[g])) * scales[g];
+        codes.iter().zip(group_of_column).map(value).collect()
+    };
+    rows.zip(groups).flat_map(row).collect()
+}
+
 /// `matrix`, if its scales and zeros have the right shape.
 pub(super) fn checked(matrix: Grouped) -> Option<Grouped> {
     let n_entries = matrix.rows * matrix.scheme.n_groups(matrix.cols);

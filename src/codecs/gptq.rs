@@ -1,36 +1,51 @@
-//! GPTQ, version 1 of the file format: `X.qweight` i32 (in · bits / 32, out), packed along the inputs, `X.qzeros` i32
-//! (n_groups, out · bits / 32) with zeros minus one, `X.scales` f16 (n_groups, out), `X.g_idx` i32 (in).
+//! GPTQ: `X.qweight` i32 (in · bits / 32, out), packed along the inputs, `X.qzeros` i32 (n_groups, out · bits / 32), `X.scales` f16
+//! (n_groups, out), `X.g_idx` i32 (in), the group of every input: in runs, or in any order (`desc_act`). Codes have 2, 3, 4 or 8 bits, a
+//! stream with low bits first. `W[j, i] = (code[i, j] − zero[g_idx[i], j]) · scale[g_idx[i], j]`.
+//!
+//! Version 1 stores zeros minus one, version 2 as they are. The library turns the first into the second by adding to whole words, so a
+//! zero that became −1 borrows from its neighbor and gets it back. lrc writes version 1.
+
+use std::sync::Arc;
 
 use serde_json::{Map, Value, json};
 
 use super::cast::{self, Dtype};
-use super::coded::{Tensor, Written, checked};
+use super::coded::{Tensor, Written, checked, gathered, run_of, transposed, transposed_words};
+use super::layout::{Decoded, Decoder, Described, Layout, Method, Parts, Stored};
 use crate::linalg;
-use crate::quantize::{Grouped, Levels, Scheme, bits};
+use crate::quantize::{Grouped, Levels, Quantized, Scheme, bits};
 
-/// The name of the method in `quantization_config`, and its version.
-pub const METHOD: &str = "gptq";
-const VERSION: &str = "gptq";
+/// `gptq` of transformers, vLLM, AutoGPTQ and gptqmodel.
+pub const METHOD: Method = Method {
+    name: NAME,
+    expect,
+    layouts: &[Layout {
+        key: ".qweight",
+        parts: &[".qweight", ".qzeros", ".scales", ".g_idx"],
+        shown: ".weight",
+        describe,
+    }],
+};
 
-/// Suffix of the codes, i32 (in · bits / 32, out).
-pub const CODES: &str = "qweight";
-/// Suffix of the scales, f16 (n_groups, out).
-pub const SCALES: &str = "scales";
+/// The name of the method in `quantization_config`, and the versions of its format.
+const NAME: &str = "gptq";
+const VERSIONS: [&str; 2] = ["gptq", "gptq_v2"];
+
+const CODES: &str = "qweight";
+const SCALES: &str = "scales";
 const ZEROS: &str = "qzeros";
-/// Suffix of the group of each input, i32 (in).
-pub const GROUPS: &str = "g_idx";
-/// The suffixes in the order in which [`read`] takes the tensors.
-pub const SUFFIXES: [&str; 4] = [CODES, SCALES, ZEROS, GROUPS];
+const GROUPS: &str = "g_idx";
 
-/// The bits of a `quantization_config`.
-///
-/// # Errors
-/// It describes another layout of the same method; the text follows the method's name in a message.
-pub fn bits_of(settings: &Map<String, Value>) -> Result<u32, String> {
-    let version = settings.get("checkpoint_format").and_then(Value::as_str).unwrap_or(VERSION);
-    match settings.get("bits").and_then(Value::as_u64) {
-        Some(bits @ (2 | 4 | 8)) if version == VERSION => Ok(bits as u32),
-        Some(bits) => Err(format!(", {bits} bits, version `{version}`")),
+fn version(settings: &Map<String, Value>) -> &str {
+    settings.get("checkpoint_format").and_then(Value::as_str).unwrap_or(VERSIONS[0])
+}
+
+fn expect(settings: &Map<String, Value>) -> Result<(), String> {
+    let (bits, version) = (settings.get("bits").and_then(Value::as_u64), version(settings));
+    let words = settings.get("pack_dtype").and_then(Value::as_str).unwrap_or("int32");
+    match bits {
+        Some(2 | 3 | 4 | 8) if VERSIONS.contains(&version) && words == "int32" => Ok(()),
+        Some(bits) => Err(format!(", {bits} bits in words of {words}, version `{version}`")),
         None => Err(" without a number of bits".into()),
     }
 }
@@ -39,12 +54,12 @@ pub fn bits_of(settings: &Map<String, Value>) -> Result<u32, String> {
 /// modules are all `quantized` except the `dense` ones.
 pub fn settings(bits: u32, group: Option<usize>, quantized: &[&str], dense: &[&str]) -> Value {
     let mut settings = json!({
-        "quant_method": METHOD,
+        "quant_method": NAME,
         "bits": bits,
         "group_size": group.map_or(-1, |group| group as i64),
         "desc_act": false,
         "sym": true,
-        "checkpoint_format": VERSION,
+        "checkpoint_format": VERSIONS[0],
         "lm_head": false,
         "pack_dtype": "int32",
     });
@@ -55,29 +70,6 @@ pub fn settings(bits: u32, group: Option<usize>, quantized: &[&str], dense: &[&s
         settings["modules_in_block_to_quantize"] = json!([quantized]);
     }
     settings
-}
-
-/// Shape and scheme of a matrix, from the shapes of its codes and scales and the values of its `g_idx`, if it is
-/// stored. Only the zeros show whether the codes are symmetric.
-///
-/// # Errors
-/// They contradict each other, or groups are not runs of columns.
-pub fn describe(
-    bits: u32,
-    [words, rows]: [usize; 2],
-    [groups, _]: [usize; 2],
-    group_of_column: Option<&[usize]>,
-) -> Result<([usize; 2], Scheme), &'static str> {
-    let cols = words * 32 / bits as usize;
-    if groups == 0 || rows == 0 || cols == 0 || !cols.is_multiple_of(groups) {
-        return Err("its scales do not divide its columns");
-    }
-    let group = cols / groups;
-    if group_of_column.is_some_and(|given| given.iter().enumerate().any(|(i, &g)| g != i / group)) {
-        return Err("its groups are out of order (`desc_act`)");
-    }
-    let levels = Levels::Int { bits, symmetric: true };
-    Ok(([rows, cols], Scheme { levels, group: (groups > 1).then_some(group) }))
 }
 
 /// The tensors of a symmetric matrix (rows, cols), in the order of the files.
@@ -108,39 +100,141 @@ pub fn write(matrix: &Grouped) -> Vec<Written> {
     ]
 }
 
-/// The matrix (rows, cols) from the `stored` tensors, in the order of [`SUFFIXES`]; `None` if their sizes do not match.
-pub fn read([rows, cols]: [usize; 2], scheme: Scheme, stored: &[(Dtype, Vec<u8>)]) -> Option<Grouped> {
-    let (bits, groups) = (scheme.levels.bits(), scheme.n_groups(cols));
-    // Stored as (words, out); after the transpose an output's codes are contiguous.
-    let words = transposed_words(&stored.first()?.1, rows);
-    let codes = bits::unpack(&words, rows, cols, bits, 4)?;
-    let (dtype, scales) = stored.get(1)?;
-    let scales = cast::decode(*dtype, scales).filter(|scales| scales.len() == groups * rows)?;
-    let zeros = bits::unpack(&stored.get(2)?.1, groups, rows, bits, 4)?;
-    let top = (1u32 << bits) - 1;
-    // Version 1 stores zeros minus one.
-    let zeros: Vec<u8> = zeros.into_iter().map(|z| ((u32::from(z) + 1) & top) as u8).collect();
-    let symmetric = zeros.iter().all(|&z| z == 1u8 << (bits - 1));
-    let zeros = if symmetric { Vec::new() } else { transposed(&zeros, groups, rows) };
-    let scheme = Scheme { levels: Levels::Int { bits, symmetric }, ..scheme };
-    checked(Grouped { rows, cols, scheme, codes, scales: transposed(&scales, groups, rows), zeros })
+/// Bits of a weight, from the settings where they agree with the stored sizes: a module may have bits of its own.
+fn bits_of(parts: &Parts<'_>, [words, rows]: [usize; 2], zero_words: usize, cols: Option<usize>) -> Option<usize> {
+    let fits = |bits: &usize| {
+        let n_bits = words.saturating_mul(32);
+        n_bits.is_multiple_of(*bits)
+            && cols.is_none_or(|cols| n_bits / bits == cols)
+            && rows.saturating_mul(*bits).div_ceil(32) == zero_words
+    };
+    parts.setting("bits").into_iter().chain([4, 8, 3, 2]).filter(|bits| [2, 3, 4, 8].contains(bits)).find(fits)
 }
 
-/// Transposes a row-major matrix (rows, cols).
-fn transposed<T: Copy>(values: &[T], rows: usize, cols: usize) -> Vec<T> {
-    (0..cols).flat_map(|j| (0..rows).map(move |i| values[i * cols + j])).collect()
+fn describe(parts: &Parts<'_>) -> Result<Described, String> {
+    let [words, rows] = parts.matrix(".qweight", Dtype::I32)?;
+    let [groups, zero_words] = parts.matrix(".qzeros", Dtype::I32)?;
+    parts.expect(".scales", &[groups, rows])?;
+    let indices = parts.integers(".g_idx");
+    let bits = bits_of(parts, [words, rows], zero_words, indices.as_ref().map(Vec::len)).ok_or_else(|| {
+        let columns = indices.as_ref().map_or(String::new(), |indices| format!(" for {} columns", indices.len()));
+        format!(
+            "its `qweight` {:?} and `qzeros` {:?} do not have 2, 3, 4 or 8 bits per weight{columns}",
+            [words, rows],
+            [groups, zero_words]
+        )
+    })?;
+    let cols = words * 32 / bits;
+    let setting = parts.setting("group_size").filter(|&group| cols.div_ceil(group) == groups);
+    let group = setting.or_else(|| cols.checked_div(groups).filter(|group| group * groups == cols));
+    let group = group.filter(|&group| group > 0 && rows > 0).ok_or("its scales do not divide its columns")?;
+    if let Some(&outside) = indices.iter().flatten().find(|&&index| index >= groups) {
+        let shown = i64::try_from(outside).map_or("a negative group".into(), |index| format!("group {index}"));
+        return Err(format!("its `g_idx` names {shown}, but there are scales for {groups}"));
+    }
+    let is_in_runs = indices.as_ref().is_none_or(|indices| run_of(indices, group).is_some());
+    let levels = Levels::Int { bits: bits as u32, symmetric: true };
+    let scheme = Scheme { levels, group: (groups > 1).then_some(group) };
+    let order = if is_in_runs { None } else { indices };
+    let is_first = version(parts.settings) == VERSIONS[0];
+    let decoder = Arc::new(Gptq { shape: [rows, cols], scheme, groups, order, is_first });
+    Ok(Described { shape: vec![rows, cols], dtype: None, decoder })
 }
 
-/// Transposes a matrix (n, cols) of 32-bit words.
-fn transposed_words(bytes: &[u8], cols: usize) -> Vec<u8> {
-    let words = bytes.as_chunks::<4>().0;
-    transposed(words, words.len() / cols.max(1), cols).into_flattened()
+#[derive(Debug)]
+struct Gptq {
+    /// (out, in)
+    shape: [usize; 2],
+    /// Zeros show whether the codes are symmetric.
+    scheme: Scheme,
+    groups: usize,
+    /// The group of every column, if groups are not runs.
+    order: Option<Vec<usize>>,
+    /// Whether this is version 1.
+    is_first: bool,
+}
+
+impl Gptq {
+    /// (n_groups, out)
+    fn zeros(&self, bytes: &[u8]) -> Option<Vec<u8>> {
+        let (rows, bits) = (self.shape[0], self.scheme.levels.bits());
+        let unpacked = |bytes: &[u8]| bits::unpack(bytes, self.groups, rows, bits, 4);
+        if !self.is_first {
+            return unpacked(bytes);
+        }
+        let ones: [u32; 3] = match bits {
+            2 => [0x5555_5555; 3],
+            // Older files have every code of 3 bits minus one, which no other symmetric zeros look like.
+            3 if unpacked(bytes)?.iter().all(|&zero| zero == 3) => return Some(vec![4; self.groups * rows]),
+            3 => [0x2492_4924, 0x9249_2492, 0x4924_9249],
+            4 => [0x1111_1111; 3],
+            _ => [0x0101_0101; 3],
+        };
+        let width = bits::row_bytes(rows, bits, 4).max(1);
+        let word = |(at, word): (usize, &[u8; 4])| u32::from_le_bytes(*word).wrapping_add(ones[at % 3]).to_le_bytes();
+        let words = bytes.chunks_exact(width).flat_map(|row| row.as_chunks::<4>().0.iter().enumerate());
+        unpacked(&words.flat_map(word).collect::<Vec<u8>>())
+    }
+}
+
+impl Decoder for Gptq {
+    fn decode(&self, stored: &Stored) -> Option<Decoded> {
+        let ([rows, cols], groups, bits) = (self.shape, self.groups, self.scheme.levels.bits());
+        // Stored as (words, out); after the transpose an output's codes are contiguous.
+        let words = transposed_words(stored.get(".qweight")?.1, rows);
+        let codes = bits::unpack(&words, rows, cols, bits, 4)?;
+        let (dtype, scales) = stored.get(".scales")?;
+        let scales = cast::decode(dtype, scales).filter(|scales| scales.len() == groups * rows)?;
+        let scales = transposed(&scales, groups, rows);
+        let zeros = self.zeros(stored.get(".qzeros")?.1)?;
+        if let Some(order) = &self.order {
+            return Some(Decoded::Values(gathered(&codes, &scales, &transposed(&zeros, groups, rows), order, groups)));
+        }
+        let symmetric = zeros.iter().all(|&z| z == 1u8 << (bits - 1));
+        let zeros = if symmetric { Vec::new() } else { transposed(&zeros, groups, rows) };
+        let scheme = Scheme { levels: Levels::Int { bits, symmetric }, ..self.scheme };
+        let matrix = checked(Grouped { rows, cols, scheme, codes, scales, zeros })?;
+        Some(Decoded::Quantized(Quantized::Grouped(matrix)))
+    }
+
+    fn scheme(&self) -> Option<Scheme> {
+        self.order.is_none().then_some(self.scheme)
+    }
+
+    fn is_known_from_header(&self) -> bool {
+        self.order.is_some()
+    }
+
+    fn words(&self) -> String {
+        let order = if self.order.is_some() { "-desc_act" } else { "" };
+        format!("{}{order}", self.scheme)
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::super::coded::{check_sizes, matrix, stored};
+    use super::super::layout::{described, stored_of};
     use super::*;
+
+    type Tensors = [(&'static str, Dtype, Vec<usize>, Vec<u8>); 4];
+
+    /// The tensors of a matrix as they are in a file.
+    fn file_of(matrix: &Grouped) -> Tensors {
+        let (header, written) = (tensors(matrix.scheme, [matrix.rows, matrix.cols]), write(matrix));
+        check_sizes(&header, &written);
+        let suffixes = [".qweight", ".qzeros", ".scales", ".g_idx"];
+        let mut tensors = header.into_iter().zip(stored(written)).zip(suffixes);
+        std::array::from_fn(|_| {
+            let ((header, (dtype, bytes)), suffix) = tensors.next().unwrap();
+            (suffix, dtype, header.shape, bytes)
+        })
+    }
+
+    fn read(tensors: &Tensors, settings: &Value) -> Result<Decoded, String> {
+        let weight = described(&METHOD, ".qweight", tensors, settings)?;
+        Ok(weight.decoder.decode(&stored_of(tensors)).unwrap())
+    }
 
     proptest::proptest! {
         #[test]
@@ -149,42 +243,57 @@ mod tests {
             let (rows, cols) = (n_rows * 32, groups * 32);
             let scheme = Scheme { levels: Levels::Int { bits, symmetric: true }, group: (groups > 1).then_some(32) };
             let before = matrix(rows, cols, scheme, seed);
-            let (header, written) = (tensors(scheme, [rows, cols]), write(&before));
-            check_sizes(&header, &written);
-            let shape_of = |i: usize| <[usize; 2]>::try_from(header[i].shape.as_slice()).unwrap();
-            let places: Vec<usize> = (0..cols).map(|i| i / 32).collect();
-            let described = describe(bits, shape_of(0), shape_of(2), Some(&places));
-            proptest::prop_assert_eq!(described, Ok(([rows, cols], scheme)));
-            let tensors = |suffix: &str| written.iter().find(|w| w.suffix == suffix).unwrap().clone();
-            let tensors = stored(SUFFIXES.map(tensors).to_vec());
-            proptest::prop_assert_eq!(read([rows, cols], scheme, &tensors), Some(before));
+            let tensors = file_of(&before);
+            let settings = settings(bits, Some(32), &[], &[]);
+            proptest::prop_assert_eq!(read(&tensors, &settings), Ok(Decoded::Quantized(Quantized::Grouped(before))));
         }
     }
 
     #[test]
-    fn zeros_of_their_own_are_read() {
+    fn bits_are_those_of_the_stored_sizes_and_zeros_of_the_version() {
         let (rows, cols) = (8, 32);
         let scheme = Scheme { levels: Levels::Int { bits: 4, symmetric: true }, group: None };
         let before = matrix(rows, cols, scheme, 1);
-        let mut tensors = stored(write(&before));
-        tensors.swap(1, 2);
-        // The stored zeros are one less: the zero of every row becomes 3.
-        tensors[2].1 = bits::pack(&[2; 8], rows, 4, 4);
-        let after = read([rows, cols], scheme, &tensors).unwrap();
-        assert_eq!(after.scheme.levels, Levels::Int { bits: 4, symmetric: false });
-        assert_eq!((after.zeros, after.codes), (vec![3; 8], before.codes));
+        let mut tensors = file_of(&before);
+        tensors[1].3 = bits::pack(&[2; 8], rows, 4, 4);
+        for (version, zero) in [("gptq", 3), ("gptq_v2", 2)] {
+            let settings = json!({"bits": 8, "checkpoint_format": version});
+            let Ok(Decoded::Quantized(Quantized::Grouped(after))) = read(&tensors, &settings) else { panic!() };
+            assert_eq!(after.scheme.levels, Levels::Int { bits: 4, symmetric: false });
+            assert_eq!((after.zeros, &after.codes), (vec![zero; 8], &before.codes));
+        }
+    }
+
+    #[test]
+    fn indices_out_of_range_and_sizes_that_contradict_each_other_are_refused() {
+        let scheme = Scheme { levels: Levels::Int { bits: 4, symmetric: true }, group: Some(32) };
+        let before = matrix(8, 64, scheme, 1);
+        let settings = settings(4, Some(32), &[], &[]);
+        let check = |change: &dyn Fn(&mut Tensors), expected: &str| {
+            let mut tensors = file_of(&before);
+            change(&mut tensors);
+            let error = read(&tensors, &settings).unwrap_err();
+            assert!(error.contains(expected), "{error}");
+        };
+        check(&|t| t[3].3[0] = 2, "`g_idx` names group 2, but there are scales for 2");
+        check(&|t| t[3].3[3] = 0x80, "names a negative group");
+        check(&|t| (t[3].2, t[3].3) = (vec![9], vec![0; 36]), "for 9 columns");
+        check(&|t| (t[2].2, t[2].3) = (vec![2, 7], vec![0; 28]), "`scales` has shape [2, 7], expected [2, 8]");
+        check(&|t| (t[1].2, t[1].3) = (vec![2, 3], vec![0; 24]), "do not have 2, 3, 4 or 8 bits");
     }
 
     #[test]
     fn written_settings_are_accepted() {
-        let written = settings(8, None, &["a"], &["b"]);
-        assert_eq!(bits_of(written.as_object().unwrap()), Ok(8));
+        let of = |settings: Value| expect(settings.as_object().unwrap());
+        assert_eq!(of(settings(8, None, &["a"], &["b"])), Ok(()));
+        assert_eq!(of(json!({"bits": 4, "checkpoint_format": "gptq_v2"})), Ok(()));
         for (wrong, expected) in [
-            (json!({"bits": 3}), "3 bits"),
+            (json!({"bits": 5}), "5 bits"),
             (json!({}), "without"),
-            (json!({"bits": 4, "checkpoint_format": "gptq_v2"}), "v2"),
+            (json!({"bits": 4, "checkpoint_format": "marlin"}), "marlin"),
+            (json!({"bits": 4, "pack_dtype": "int16"}), "int16"),
         ] {
-            assert!(bits_of(wrong.as_object().unwrap()).unwrap_err().contains(expected));
+            assert!(of(wrong).unwrap_err().contains(expected));
         }
     }
 }

@@ -3,13 +3,22 @@
 //! Everything here maps headers and bytes to matrices and back. No file is opened, only the suffixes of tensors are
 //! named, and no model family is known: the caller provides the tables of names.
 
+mod awq;
+mod bitsandbytes;
 pub mod cast;
 mod coded;
 pub mod compressed_tensors;
+mod float8;
+mod fp8;
 pub mod gguf;
 pub mod gptq;
+pub mod layout;
+mod mxfp4;
 pub mod packed;
 pub mod peft;
+pub mod registry;
+mod scaled;
+pub mod torch;
 
 pub use cast::Dtype;
 pub use coded::{Tensor, Values, Written};

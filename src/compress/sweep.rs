@@ -98,6 +98,7 @@ pub fn sweep(settings: &SweepSettings<'_>, progress: &dyn Progress) -> Result<Sw
         schema_version: SCHEMA_VERSION,
         lrc_version: LRC_VERSION.into(),
         model: settings.eval.model.clone(),
+        source_quantization: checkpoint.source_quantization(),
         recipe: record::recipe(recipe),
         convention: prepared.convention().into(),
         seq_len: prepared.seq_len,

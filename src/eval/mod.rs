@@ -283,6 +283,7 @@ fn report(
         schema_version: SCHEMA_VERSION,
         lrc_version: LRC_VERSION.into(),
         model: settings.model.clone(),
+        source_quantization: checkpoint.source_quantization(),
         convention: prepared.convention().into(),
         ppl,
         ppl_standard_error: ppl * tokens_per_unit * standard_error(nlls, mean),

@@ -6,7 +6,8 @@ use serde_json::{Map, Value};
 
 use crate::checkpoint::{Checkpoint, CheckpointError, Dtype, Stack, TensorInfo, TensorSpec, cast};
 use crate::codecs::gguf::{Element, GgufTensor, Value as GgufValue};
-use crate::model::config::native_config;
+use crate::linalg;
+use crate::model::config::{self, native_config};
 use crate::model::inventory::LinearInfo;
 use crate::operator::{Forms, Operator};
 
@@ -170,8 +171,12 @@ pub trait Exporter: Sync {
 
     /// How an uncompressed tensor is stored: under its own name with its own bytes, unless the format has its own name
     /// for it, or none.
-    fn other(&self, _: &Source<'_>, info: &TensorInfo) -> Option<OutTensor> {
-        Some(OutTensor::plain(info.name.clone(), info.dtype, info.shape.clone()))
+    fn other(&self, source: &Source<'_>, info: &TensorInfo) -> Option<OutTensor> {
+        let mut shape = info.shape.clone();
+        if is_turned(source, info) {
+            shape.reverse();
+        }
+        Some(OutTensor::plain(info.name.clone(), info.dtype, shape))
     }
 
     /// The bytes of [`Self::other`].
@@ -182,7 +187,11 @@ pub trait Exporter: Sync {
         if !info.is_encoded() {
             return source.checkpoint.with_bytes(&info.name, <[u8]>::to_vec);
         }
-        Ok(encode(info.name.clone(), info.dtype, &source.checkpoint.values(&info.name)?)?.bytes)
+        let mut values = source.checkpoint.values(&info.name)?;
+        if let (true, &[out, input]) = (is_turned(source, info), info.shape.as_slice()) {
+            values = linalg::transpose_row_major(&values, out, input);
+        }
+        Ok(encode(info.name.clone(), info.dtype, &values)?.bytes)
     }
 
     /// Whether expert stacks are written whole, even if the source presents them as separate matrices.
@@ -213,6 +222,13 @@ pub trait Exporter: Sync {
     fn library(&self) -> &'static str {
         "transformers"
     }
+}
+
+/// Whether a weight is made from another form, and so presented as (out, in), in a family that stores (in, out).
+fn is_turned(source: &Source<'_>, info: &TensorInfo) -> bool {
+    let module = info.name.strip_suffix(".weight").filter(|_| info.is_encoded() && !info.is_picked());
+    let architecture = module.and_then(|_| config::architecture(source.checkpoint));
+    module.zip(architecture).is_some_and(|(module, architecture)| architecture.stores_transposed(module))
 }
 
 /// Why a format cannot store linears together.

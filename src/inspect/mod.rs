@@ -74,6 +74,7 @@ pub fn inspect(
         schema_version: SCHEMA_VERSION,
         lrc_version: LRC_VERSION.into(),
         model: model.into(),
+        source_quantization: checkpoint.source_quantization(),
         parameters: checkpoint.n_elements(),
         size_bytes: checkpoint.n_bytes(),
         metric: weighted.map(|(name, _)| name),

@@ -8,8 +8,8 @@ use super::architectures::Architecture;
 use super::config::{self, ModelConfig};
 use super::names::Names;
 use super::slot::{LinearId, Role};
-use super::weights::{follows_family, permutation};
-use crate::checkpoint::{Checkpoint, Dtype, TensorInfo, cast};
+use super::weights::{Order, follows_family, permutation};
+use crate::checkpoint::{Checkpoint, Dtype, Rows, TensorInfo, cast};
 use crate::error::Failure;
 use crate::linalg;
 use crate::operator::{
@@ -29,6 +29,8 @@ pub struct LinearInfo {
     pub dtype: Dtype,
     /// How the checkpoint holds it.
     pub stored: Stored,
+    /// The order in which its family stores a dense weight, whatever this checkpoint holds.
+    pub order: Order,
     /// The block it belongs to, if its name has a number.
     pub block: Option<usize>,
     /// Its place in the decoder, if the family is known.
@@ -175,6 +177,7 @@ pub fn linears(checkpoint: &Checkpoint) -> Vec<LinearInfo> {
             in_features,
             dtype: info.dtype,
             stored,
+            order: Order::of(architecture.is_some_and(|a| a.stores_transposed(module))),
             block: block_of(module, &of_stacks),
             id,
             vocabulary: is_table.then_some(VocabularyUse::Table),
@@ -319,7 +322,7 @@ pub fn is_stack(info: &TensorInfo) -> bool {
 /// # Errors
 /// Only an invalid call fails.
 pub fn split_stacks(mut checkpoint: Checkpoint) -> Result<Checkpoint> {
-    let stacks = checkpoint.tensors().filter(|info| is_stack(info) && !info.is_encoded());
+    let stacks = checkpoint.tensors().filter(|info| is_stack(info) && info.is_divisible());
     for tensor in stacks.map(|info| info.name.clone()).collect::<Vec<_>>() {
         checkpoint = checkpoint.split_stack(&tensor)?;
     }
@@ -337,7 +340,9 @@ pub fn split_fused(mut checkpoint: Checkpoint) -> Result<Checkpoint> {
     for linear in linears(&checkpoint) {
         let Some(slices) = linear.id.and_then(whole).filter(|slices| !slices.is_empty()) else { continue };
         let name = linear.weight_name();
-        if linear.is_low_rank() || checkpoint.require(&name)?.is_encoded() {
+        let info = checkpoint.require(&name)?;
+        let is_encoded = info.is_encoded();
+        if linear.is_low_rank() || is_encoded && !info.is_dequantized() {
             continue;
         }
         let (widths, slot) = linear.id.map(|id| (config.widths(id.block), id.slot)).expect("invariant: it has a role");
@@ -351,6 +356,8 @@ pub fn split_fused(mut checkpoint: Checkpoint) -> Result<Checkpoint> {
         }
         let slice = |&(role, name): &(Role, &str)| {
             let rows = architecture.rows_of(role, &widths).expect("invariant: a slice has rows");
+            // Codes are presented as (out, in) in every family.
+            let rows = Rows { is_transposed: rows.is_transposed && !is_encoded, ..rows };
             (format!("{}.{name}.weight", linear.module), rows)
         };
         checkpoint = checkpoint.split(&name, &slices.iter().map(slice).collect::<Vec<_>>())?;

@@ -39,6 +39,7 @@ pub fn render(report: &CompressReport, source: &Checkpoint, loading: &Loading) -
     let words: Vec<String> = ["lrc", "compress", title(&report.source), "-o", "OUT"]
         .map(String::from)
         .into_iter()
+        .chain(report.source_quantization.iter().map(|_| "--dequantize".into()))
         .chain(flags(&report.recipe))
         .map(|word| quoted(&word))
         .collect();

@@ -12,6 +12,9 @@ pub struct PerplexityReport {
     pub lrc_version: String,
     /// The model as the user named it.
     pub model: String,
+    /// How another tool had quantized the weights, by method and layouts: `gptq: int4-g128`. lrc worked on the values of the codes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source_quantization: Option<String>,
     /// Convention of the perplexity, as in `--convention`.
     pub convention: String,
     /// Perplexity: exp of the mean negative log-likelihood per token; per word in `lm-eval`.

@@ -46,6 +46,9 @@ pub struct CompressReport {
     pub source: String,
     /// SHA-256 of the config and weight files of the source.
     pub source_files: Fingerprint,
+    /// How another tool had quantized the weights, by method and layouts: `gptq: int4-g128`. lrc worked on the values of the codes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source_quantization: Option<String>,
     /// The full recipe with all defaults, as a recipe file has it.
     pub recipe: Value,
     /// The calibration text, if one was run through the model.
@@ -137,6 +140,9 @@ pub struct ExportReport {
     pub source: String,
     /// SHA-256 of the config and weight files of the source.
     pub source_files: Fingerprint,
+    /// How another tool had quantized the weights, by method and layouts: `gptq: int4-g128`. lrc worked on the values of the codes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source_quantization: Option<String>,
     /// The format that was written, as in `--format`.
     pub format: String,
     /// Linears that were re-encoded; all other tensors were copied unchanged.
@@ -324,6 +330,9 @@ pub struct DryRunReport {
     pub lrc_version: String,
     /// The model as the user named it.
     pub source: String,
+    /// How another tool had quantized the weights, by method and layouts: `gptq: int4-g128`. lrc worked on the values of the codes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source_quantization: Option<String>,
     /// The full recipe with all defaults, as a recipe file has it.
     pub recipe: Value,
     /// Bytes of the weight files of the output: `sizes.file_bytes_after`.
@@ -379,6 +388,9 @@ pub struct SweepReport {
     pub lrc_version: String,
     /// The model as the user named it.
     pub model: String,
+    /// How another tool had quantized the weights, by method and layouts: `gptq: int4-g128`. lrc worked on the values of the codes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source_quantization: Option<String>,
     /// The recipe without its budget.
     pub recipe: Value,
     /// Convention of the perplexities, as in `--convention`.

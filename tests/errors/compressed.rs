@@ -124,8 +124,8 @@ fn settings_of_a_quantizer_are_found_where_other_tools_have_them() {
         let out = broken.folder.path().join("out");
         broken.check_one(&["export", path(&broken.model()), "--format", "dense", "-o", path(&out)], 4, parts);
     };
-    check("quantize_config.json", &|settings| settings["bits"] = 3.into(), &["quantized by gptq, 3 bits", "hint:"]);
-    check("quant_config.json", &|_| {}, &["quantized by awq", "hint:"]);
+    check("quantize_config.json", &|settings| settings["bits"] = 5.into(), &["quantized by gptq, 5 bits", "hint:"]);
+    check("quant_config.json", &|_| {}, &["qweight` in", "cannot be decoded", "hint:"]);
     check("hf_quant_config.json", &|_| {}, &["quantized by modelopt", "hint:"]);
     check("elsewhere.json", &|_| {}, &[".qweight`", "packed by a quantizer", "hint: get `quantize_config.json`"]);
 }

@@ -80,7 +80,7 @@ fn things_that_are_not_checkpoints() {
     let broken = Broken { folder };
     broken.check(4, &["is not a checkpoint", "hint: give a folder"]);
     std::fs::write(empty.join("pytorch_model.bin"), "x").unwrap();
-    broken.check(4, &["not in safetensors form"]);
+    broken.check(4, &["pytorch_model.bin", "is not a file of PyTorch but a text"]);
     std::fs::remove_file(empty.join("pytorch_model.bin")).unwrap();
     std::fs::write(empty.join("model.safetensors"), "{}").unwrap();
     broken.check(4, &["is not a safetensors file but a text"]);

@@ -5,6 +5,20 @@ use crate::common::{self, FIXTURE, Run, command, finish, path};
 use super::{Behavior, COMMIT, Hub, Request};
 
 #[test]
+fn files_of_pytorch_are_downloaded_where_there_are_no_safetensors() {
+    let oracle = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/oracles/pytorch.bin");
+    let files = [("pytorch_model.bin", std::fs::read(oracle).unwrap()), ("config.json", b"{}".to_vec())];
+    let others = ["training_args.bin", "optimizer.bin", "onnx/model.onnx"].map(|name| (name, vec![0; 9]));
+    let hub = Hub::start(files.into_iter().chain(others).map(|(name, bytes)| (name.to_string(), bytes)).collect());
+    let home = tempfile::tempdir().unwrap();
+    let run = hub.inspect(home.path(), &[]);
+    assert_eq!(run.code, 0, "{}", run.stderr);
+    let mut fetched = hub.fetched();
+    fetched.sort();
+    assert_eq!(fetched, ["config.json", "pytorch_model.bin"]);
+}
+
+#[test]
 fn a_model_is_downloaded_once_and_used_offline() {
     let (hub, home) = (Hub::of_folder(FIXTURE), tempfile::tempdir().unwrap());
     let local = common::ok(&["inspect", FIXTURE, "--json"]).json();

@@ -34,10 +34,10 @@ fn quantized_sources_are_recognized() {
     copy(FIXTURE, &model);
     let config = std::fs::read_to_string(model.join("config.json")).unwrap();
     for (quantization, expected) in [
-        (r#"{"quant_method": "awq", "bits": 4}"#, "awq"),
-        (r#"{"quant_method": "bitsandbytes"}"#, "bitsandbytes"),
-        (r#"{"quant_method": "compressed-tensors", "format": "float-quantized"}"#, "float-quantized"),
-        (r#"{"quant_method": "gptq", "bits": 3}"#, "3 bits"),
+        (r#"{"quant_method": "aqlm"}"#, "aqlm"),
+        (r#"{"quant_method": "awq", "bits": 4, "version": "gemv"}"#, "gemv"),
+        (r#"{"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}"#, "nvfp4-pack-quantized"),
+        (r#"{"quant_method": "gptq", "bits": 5}"#, "5 bits"),
     ] {
         let with = config.replacen('{', &format!("{{\"quantization_config\": {quantization},"), 1);
         std::fs::write(model.join("config.json"), with).unwrap();

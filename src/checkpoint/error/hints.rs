@@ -3,6 +3,7 @@
 use super::super::magic::WEIGHTS;
 use super::super::paths::{INDEX_FILE, folder_of};
 use super::CheckpointError;
+use crate::codecs::{registry, torch};
 
 impl CheckpointError {
     /// A way for the user to fix it, if there is one.
@@ -20,13 +21,19 @@ impl CheckpointError {
             Header { .. } | OffsetsOutOfRange { .. } | OffsetsNotContiguous { .. } | TensorSize { .. } => {
                 "the file is damaged or was not written by a safetensors library; get it again from its source".into()
             }
+            Torch { .. } => "the file is damaged or holds something else than the tensors of a model; get the safetensors of the model".into(),
+            TorchGlobal { .. } => "weights need no such thing: do not load the file with other tools, and get the safetensors of the model".into(),
+            TorchLegacy { path } => format!(
+                "`torch.save(torch.load(\"{0}\", weights_only=True), \"{0}\")` in Python writes the current form, or get the safetensors of the model",
+                path.display()
+            ),
             GgufHeader { .. } => "the file is damaged; get it again from its source".into(),
             DuplicateTensor { .. } => "remove the shard that does not belong to this checkpoint".into(),
             Json { .. } => "the file must be valid JSON; compare it with the one in the model's repository".into(),
             MissingShard { .. } | FewShards { .. } | TensorAbsentFromShard { .. } => {
                 "the download is incomplete: get the missing shard, or download the repository again".into()
             }
-            LoneShard { path, .. } if folder_of(path).join(INDEX_FILE).is_file() => {
+            LoneShard { path, .. } if [INDEX_FILE, torch::INDEX_FILE].iter().any(|name| folder_of(path).join(name).is_file()) => {
                 format!("give the folder of all shards, `{}`", folder_of(path).display())
             }
             LoneShard { .. } => format!("the download is incomplete: get the other shards and `{INDEX_FILE}`, and give the folder"),
@@ -38,7 +45,8 @@ impl CheckpointError {
             Shape { fields, .. } => format!("check {fields} in `config.json`"),
             Dtype { .. } => "dequantize quantized checkpoints first, or give unquantized 16- or 32-bit weights".into(),
             Quantized { .. } => {
-                "give the unquantized 16- or 32-bit checkpoint; lrc reads its own formats, symmetric compressed-tensors and GPTQ".into()
+                let names: Vec<&str> = registry::names().collect();
+                format!("give the unquantized 16- or 32-bit checkpoint; lrc reads {} and GGUF", names.join(", "))
             }
             Packed { .. } => {
                 "get `quantize_config.json` or the whole `config.json` of its repository, or give the unquantized checkpoint".into()

@@ -75,6 +75,31 @@ pub enum CheckpointError {
         reason: String,
     },
 
+    /// A file of PyTorch must be an archive of a pickle and storages.
+    #[error("`{}` cannot be read as a file of PyTorch: {reason}", path.display())]
+    Torch {
+        /// The file.
+        path: PathBuf,
+        /// A clause: what is wrong.
+        reason: String,
+    },
+
+    /// A pickle may name only tensors, storages and containers.
+    #[error("`{}` asks for `{global}`, which is no tensor; nothing was executed", path.display())]
+    TorchGlobal {
+        /// The file.
+        path: PathBuf,
+        /// The Python name that it would call.
+        global: String,
+    },
+
+    /// A file of PyTorch in the form of versions before 1.6.
+    #[error("`{}` is in the form that PyTorch wrote before version 1.6, which lrc does not read", path.display())]
+    TorchLegacy {
+        /// The file.
+        path: PathBuf,
+    },
+
     /// The description of an output in its config contradicts its tensors, or itself.
     #[error("`{entry}` in `{}` {reason}", path.display())]
     ConfigEntry {

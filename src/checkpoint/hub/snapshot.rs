@@ -36,6 +36,8 @@ const WANTED: &[&str] = &[
     "lrc-curves.arrays",
     "[0-9]*_*/*",
 ];
+/// Weights of a repository without safetensors.
+const TORCH: [&str; 2] = ["pytorch_model.bin", "pytorch_model-*.bin"];
 /// Exports to other runtimes, training states, and second copies of the weights: in folders other than numbered modules, or in the
 /// form of their publisher.
 const UNWANTED: &[&str] = &[
@@ -141,7 +143,10 @@ fn wanted(siblings: Vec<Sibling>) -> Result<Vec<Wanted>> {
         let name = shown(&sibling.rfilename);
         return Err(Fault::Untrusted(format!("its listing has a file `{name}`, which is not a path in a repository")));
     }
-    let (wanted, unwanted) = (globs(WANTED), globs(UNWANTED));
+    let mut names = siblings.iter().map(|sibling| sibling.rfilename.as_str());
+    let has_safetensors = names.any(|name| name.ends_with(".safetensors") && !name.contains('/'));
+    let of_torch = if has_safetensors { &[][..] } else { &TORCH };
+    let (wanted, unwanted) = (globs([WANTED, of_torch].concat()), globs(UNWANTED.to_vec()));
     let needed = |sibling: &Sibling| wanted.is_match(&sibling.rfilename) && !unwanted.is_match(&sibling.rfilename);
     let checked = |Sibling { rfilename: name, size, lfs }: Sibling| {
         let (sha256, lfs_size) = lfs.map_or((None, None), |lfs| (lfs.sha256, lfs.size));
@@ -154,7 +159,7 @@ fn wanted(siblings: Vec<Sibling>) -> Result<Vec<Wanted>> {
     siblings.into_iter().filter(needed).map(checked).collect()
 }
 
-fn globs(patterns: &[&str]) -> GlobSet {
+fn globs(patterns: Vec<&str>) -> GlobSet {
     let mut set = GlobSetBuilder::new();
     for pattern in patterns {
         set.add(Glob::new(pattern).expect("invariant: the patterns of this file are globs"));
