@@ -51,6 +51,11 @@ impl TensorInfo {
         self.encoded.as_ref().is_some_and(|encoded| encoded.is_picked())
     }
 
+    /// Whether it is a matrix (out, in) in every family: codes, and rows of a stored matrix. Others have the order of their family.
+    pub fn is_out_in(&self) -> bool {
+        self.is_picked() || self.storage().is_some()
+    }
+
     /// The product of the shape.
     pub fn n_elements(&self) -> u64 {
         self.shape.iter().map(|&d| d as u64).product()
@@ -77,6 +82,8 @@ pub(super) enum Codec {
     Gptq(Scheme),
     /// Floats or blocks of GGUF, in another arrangement.
     Rows(Element, Arrangement),
+    /// Floats of GGUF, stored as (out, in) and presented as (in, out).
+    Transposed(Dtype),
     /// Some rows of a matrix of floats.
     Picked(Rows),
 }
@@ -130,6 +137,11 @@ impl Encoded {
         Self::new(Codec::Rows(element, arrangement), vec![from])
     }
 
+    /// A matrix of floats in the other order.
+    pub fn transposed(dtype: Dtype, from: TensorInfo) -> Self {
+        Self::new(Codec::Transposed(dtype), vec![from])
+    }
+
     /// Some rows of a stored matrix.
     pub fn picked(rows: Rows, from: TensorInfo) -> Self {
         Self::new(Codec::Picked(rows), vec![from])
@@ -155,7 +167,7 @@ impl Encoded {
                 Some(Storage::Grouped(scheme))
             }
             Codec::Rows(Element::Block(block_type), _) => Some(Storage::Block(block_type)),
-            Codec::Rows(Element::Plain(_), _) | Codec::Picked(_) => None,
+            Codec::Rows(Element::Plain(_), _) | Codec::Transposed(_) | Codec::Picked(_) => None,
         }
     }
 
@@ -178,6 +190,11 @@ impl Encoded {
                 let (dtype, bytes) = stored.first()?;
                 let &[_, width] = self.stored.first()?.shape.as_slice() else { return None };
                 Some(Decoded::Values(picked.of(&cast::decode(*dtype, bytes)?, width)))
+            }
+            Codec::Transposed(dtype) => {
+                let values = cast::decode(dtype, &stored.first()?.1)?;
+                let row = |i| values.iter().skip(i).step_by(rows.max(1)).copied();
+                Some(Decoded::Values((0..rows).flat_map(row).collect()))
             }
             Codec::Rows(element, arrangement) => {
                 // A vector is a matrix of one column.

@@ -9,8 +9,8 @@ use super::refusal::listed;
 use crate::checkpoint::CheckpointError;
 use crate::codecs::peft::{self, Fan};
 use crate::model::config;
-use crate::model::inventory::{LinearInfo, Stored};
-use crate::model::{InputSite, Slot};
+use crate::model::inventory::LinearInfo;
+use crate::model::{InputSite, Order, Slot};
 use crate::operator::{Forms, Kind, Operator};
 
 pub(super) struct Peft;
@@ -119,7 +119,7 @@ pub(super) fn bytes(linear: &LinearInfo, operator: &Operator) -> Result<Vec<Name
 pub(super) fn side_files(source: &Source<'_>, modules: &[(LinearInfo, Forms)]) -> Vec<(String, String)> {
     let ranks: Map<String, Value> =
         modules.iter().filter_map(|(l, e)| Some((l.module.clone(), json!(e.rank()?)))).collect();
-    let is_transposed = modules.iter().any(|(linear, _)| linear.stored == Stored::DenseTransposed);
+    let is_transposed = modules.iter().any(|(linear, _)| linear.family_order == Order::InOut);
     let fan = if is_transposed { Fan::InOut } else { Fan::OutIn };
     let task = (!config::is_encoder(&source.config)).then_some("CAUSAL_LM");
     let Some(config) = peft::config(ranks, task, fan) else { return Vec::new() };

@@ -9,8 +9,9 @@ use super::adapter;
 use super::exporter::{Adapter, Exporter, Holds, NamedBytes, OutTensor, Refusal, Source, encode};
 use crate::checkpoint::CheckpointError;
 use crate::codecs::{self, Values, Written};
+use crate::model::Order;
 use crate::model::architectures;
-use crate::model::inventory::{self, LinearInfo, Stored};
+use crate::model::inventory::{self, LinearInfo};
 use crate::operator::{Forms, Matrix, Operator, Term};
 use crate::quantize::{Grouped, Levels, Quantized, Scheme};
 
@@ -24,7 +25,7 @@ pub(super) fn exchange_scheme(linear: &LinearInfo, forms: &Forms) -> Result<Sche
     if linear.vocabulary.is_some() {
         return Err("loaders of this format read embeddings in floats".into());
     }
-    if linear.stored == Stored::DenseTransposed {
+    if linear.family_order == Order::InOut {
         return Err("its weight is stored (in, out), which loaders of this format do not expect".into());
     }
     let Some(scheme) = forms.base.and_then(|base| base.scheme()) else {
@@ -159,17 +160,19 @@ impl Exporter for CompressedTensors {
 mod tests {
     use super::*;
     use crate::checkpoint::Dtype;
+    use crate::model::inventory::Stored;
     use crate::operator::Kind;
     use crate::quantize::Storage;
 
     #[test]
     fn what_loaders_misread_is_refused() {
-        let linear = |stored| LinearInfo {
+        let linear = |family_order| LinearInfo {
             module: "m".into(),
             out_features: 64,
             in_features: 64,
             dtype: Dtype::F32,
-            stored,
+            stored: Stored::Dense,
+            family_order,
             block: None,
             vocabulary: None,
             id: None,
@@ -179,21 +182,21 @@ mod tests {
             let storage = Storage::Grouped(Scheme { levels: Levels::Int { bits, symmetric }, group });
             Forms { base: Some(Forms::base(Some(storage))), over: None }
         };
-        let check = |stored, forms: Forms, expected: &str| {
-            let found = exchange_scheme(&linear(stored), &forms);
+        let check = |order, forms: Forms, expected: &str| {
+            let found = exchange_scheme(&linear(order), &forms);
             assert!(found.as_ref().is_err_and(|reason| reason.contains(expected)), "{found:?}");
         };
         let good = forms(4, true, Some(32));
-        assert!(exchange_scheme(&linear(Stored::Dense), &good).is_ok());
+        assert!(exchange_scheme(&linear(Order::OutIn), &good).is_ok());
         // GPT-2's Conv1D.
-        check(Stored::DenseTransposed, good, "(in, out)");
-        check(Stored::Dense, forms(4, false, Some(32)), "asymmetric");
-        check(Stored::Dense, forms(3, true, Some(32)), "3 bits");
-        check(Stored::Dense, forms(4, true, Some(24)), "do not divide");
-        check(Stored::Dense, Forms::of_rank(Kind::FACTORS, 4, (64, 64)), "without a base");
+        check(Order::InOut, good, "(in, out)");
+        check(Order::OutIn, forms(4, false, Some(32)), "asymmetric");
+        check(Order::OutIn, forms(3, true, Some(32)), "3 bits");
+        check(Order::OutIn, forms(4, true, Some(24)), "do not divide");
+        check(Order::OutIn, Forms::of_rank(Kind::FACTORS, 4, (64, 64)), "without a base");
         let others = Kind::layouts().filter(|kind| *kind != Kind::FACTORS);
         for other in others.map(|kind| Forms::of_rank(kind, 4, (64, 64))) {
-            check(Stored::Dense, Forms { over: other.over, ..good }, "adapters store factors");
+            check(Order::OutIn, Forms { over: other.over, ..good }, "adapters store factors");
         }
     }
 }

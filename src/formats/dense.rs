@@ -6,7 +6,8 @@ use serde_json::{Map, Value};
 use super::exporter::{Adapter, Exporter, Holds, NamedBytes, OutTensor, Source, encode};
 use crate::checkpoint::CheckpointError;
 use crate::linalg;
-use crate::model::inventory::{LinearInfo, Stored};
+use crate::model::Order;
+use crate::model::inventory::LinearInfo;
 use crate::operator::{Forms, Operator};
 
 pub(super) struct Dense;
@@ -52,16 +53,16 @@ impl Exporter for Dense {
     }
 }
 
-/// The weight of a linear in its shape in the source.
+/// The weight of a linear in its shape in models of its family.
 pub(super) fn weight(linear: &LinearInfo) -> OutTensor {
     let (out, input) = linear.shape();
-    let shape = if linear.stored == Stored::DenseTransposed { vec![input, out] } else { vec![out, input] };
+    let shape = if linear.family_order == Order::InOut { vec![input, out] } else { vec![out, input] };
     OutTensor::plain(linear.weight_name(), linear.dtype, shape)
 }
 
 /// `values` (out, in) as the weight of a linear.
 pub(super) fn weight_bytes(linear: &LinearInfo, mut values: Vec<f32>) -> Result<NamedBytes, CheckpointError> {
-    if linear.stored == Stored::DenseTransposed {
+    if linear.family_order == Order::InOut {
         values = linalg::transpose_row_major(&values, linear.out_features, linear.in_features);
     }
     encode(linear.weight_name(), linear.dtype, &values)

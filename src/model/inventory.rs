@@ -8,7 +8,7 @@ use super::architectures::Architecture;
 use super::config::{self, ModelConfig};
 use super::names::Names;
 use super::slot::{LinearId, Role};
-use super::weights::{follows_family, permutation};
+use super::weights::{Order, follows_family, permutation};
 use crate::checkpoint::{Checkpoint, Dtype, TensorInfo, cast};
 use crate::error::Failure;
 use crate::linalg;
@@ -29,6 +29,8 @@ pub struct LinearInfo {
     pub dtype: Dtype,
     /// How the checkpoint holds it.
     pub stored: Stored,
+    /// The order of its dense weight in models of its family, which its codes do not have.
+    pub family_order: Order,
     /// The block it belongs to, if its name has a number.
     pub block: Option<usize>,
     /// Its place in the decoder, if the family is known.
@@ -152,9 +154,11 @@ pub fn linears(checkpoint: &Checkpoint) -> Vec<LinearInfo> {
             continue;
         }
         let found = structured(checkpoint, stem);
+        let module = found.map_or(stem, |(module, ..)| module);
+        let family_order = Order::of(architecture.is_some_and(|a| a.stores_transposed(module)));
         let (module, stored, out_features, in_features) = if let Some(found) = found {
             found
-        } else if architecture.is_some_and(|a| a.stores_transposed(stem)) && !info.is_encoded() {
+        } else if family_order == Order::InOut && !info.is_out_in() {
             (stem, Stored::DenseTransposed, columns, rows)
         } else {
             (stem, Stored::Dense, rows, columns)
@@ -162,7 +166,7 @@ pub fn linears(checkpoint: &Checkpoint) -> Vec<LinearInfo> {
         if out_features < 2 || in_features < 2 {
             continue;
         }
-        let is_compressed = found.is_some() || info.is_encoded() && !info.is_picked();
+        let is_compressed = found.is_some() || info.storage().is_some();
         let is_table = is_compressed && places.is_table(module);
         if !is_table && NOT_LINEAR.iter().any(|part| info.name.contains(part)) {
             continue;
@@ -175,6 +179,7 @@ pub fn linears(checkpoint: &Checkpoint) -> Vec<LinearInfo> {
             in_features,
             dtype: info.dtype,
             stored,
+            family_order,
             block: block_of(module, &of_stacks),
             id,
             vocabulary: is_table.then_some(VocabularyUse::Table),

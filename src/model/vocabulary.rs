@@ -4,6 +4,7 @@ use anyhow::Result;
 
 use super::decoder::Decoder;
 use super::inventory::{LinearInfo, Stored, VocabularyUse};
+use super::weights::Order;
 use crate::checkpoint::{Checkpoint, cast};
 
 /// The dense matrices of the vocabulary of a known family, (vocab_size, width).
@@ -19,12 +20,13 @@ pub fn matrices(checkpoint: &Checkpoint) -> Result<Vec<LinearInfo>> {
     let matrix = |(module, of): (&String, VocabularyUse)| {
         let info = checkpoint.info(&format!("{module}.weight"))?;
         let &[out_features, in_features] = info.shape.as_slice() else { return None };
-        (cast::is_float(info.dtype) && !info.is_encoded()).then(|| LinearInfo {
+        (cast::is_float(info.dtype) && info.storage().is_none()).then(|| LinearInfo {
             module: module.clone(),
             out_features,
             in_features,
             dtype: info.dtype,
             stored: Stored::Dense,
+            family_order: Order::OutIn,
             block: None,
             id: None,
             vocabulary: Some(of),
