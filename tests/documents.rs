@@ -39,6 +39,7 @@ impl Reader {
             (HELD_OUT, "held-out.txt"),
             (HELD_OUT, "wiki.test.raw"),
             ("fixtures/text/documents.jsonl", "documents.jsonl"),
+            ("tests/oracles/sentencepiece.gguf", "MODEL.gguf"),
         ];
         for (from, to) in copies {
             std::fs::copy(project.join(from), at(to)).unwrap();

@@ -15,6 +15,7 @@ mod embeddings;
 mod errors;
 mod eval;
 mod families;
+mod gguf;
 mod golden;
 mod hostile;
 #[cfg(feature = "hub")]

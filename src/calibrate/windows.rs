@@ -154,8 +154,8 @@ impl Windows {
         needs: Needs,
         (part, n_parts): (usize, usize),
     ) -> Result<Self> {
-        let tokenizer = Tokenizer::open(checkpoint.root())?;
-        let text = Text::read(&settings.text, &settings.field, checkpoint.root())?;
+        let tokenizer = Tokenizer::open(checkpoint)?;
+        let text = Text::read(&settings.text, &settings.field, checkpoint)?;
         let decoder = Decoder::open(checkpoint)?;
         let objective = decoder.objective();
         let longest = decoder.sentence().and_then(|modules| modules.max_seq_length).unwrap_or(DEFAULT_SEQ_LEN);

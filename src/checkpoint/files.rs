@@ -94,28 +94,32 @@ impl CheckpointFiles {
         Self { root: root.into(), files, index: None, is_file: false }
     }
 
-    /// The only safetensors file of a folder, whatever its name; otherwise the weights of PyTorch.
+    /// The only safetensors file of a folder, whatever its name; otherwise the weights of PyTorch, or the only GGUF file.
     fn unnamed(root: &Path) -> Result<Self> {
         let refuse = |reason: &str| Err(CheckpointError::NotACheckpoint { path: root.into(), reason: reason.into() });
         let names: Vec<PathBuf> = std::fs::read_dir(root)
             .map_err(io("list", root))?
             .filter_map(|entry| entry.ok().map(|e| e.path()))
             .collect();
-        let is_safetensors = |path: &&PathBuf| path.extension().is_some_and(|e| e == "safetensors");
-        let weights: Vec<PathBuf> = names.iter().filter(is_safetensors).cloned().collect();
-        match weights.as_slice() {
-            [only] => {
-                expect_whole(only)?;
-                Ok(Self::of_folder(root, weights))
+        let of_kind =
+            |kind: &str| names.iter().filter(|path| path.extension().is_some_and(|e| e == kind)).cloned().collect();
+        let (weights, ggufs): (Vec<PathBuf>, Vec<PathBuf>) = (of_kind("safetensors"), of_kind("gguf"));
+        match (weights.as_slice(), ggufs.as_slice()) {
+            ([], _) if root.join(torch::INDEX_FILE).exists() => {
+                Self::sharded(root.into(), root.join(torch::INDEX_FILE))
             }
-            [] if root.join(torch::INDEX_FILE).exists() => Self::sharded(root.into(), root.join(torch::INDEX_FILE)),
-            [] if root.join(torch::SINGLE_FILE).exists() => {
+            ([], _) if root.join(torch::SINGLE_FILE).exists() => {
                 Ok(Self::of_folder(root, vec![root.join(torch::SINGLE_FILE)]))
             }
-            [] if names.iter().any(|p| is_weight_file(&file_name(p))) => {
+            ([only], _) | ([], [only]) => {
+                expect_whole(only)?;
+                Ok(Self::of_folder(root, vec![only.clone()]))
+            }
+            ([], [_, ..]) => refuse("it holds several `.gguf` files; give one of them"),
+            ([], []) if names.iter().any(|p| is_weight_file(&file_name(p))) => {
                 refuse("its weights are neither in safetensors form nor a `pytorch_model.bin`; convert them first")
             }
-            [] => refuse("it holds no `.safetensors` file"),
+            ([], []) => refuse("it holds no `.safetensors` file"),
             _ => refuse("it holds several `.safetensors` files and no `model.safetensors.index.json`"),
         }
     }

@@ -1,13 +1,15 @@
 //! GGUF files: the tensors of a mapped file, under the names that the caller gives them. Their bytes are [`crate::codecs::gguf`].
 
+use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::OnceLock;
 
 use serde_json::{Map, Value};
 
 use super::error::{CheckpointError, Result};
 use super::tensor::{Encoded, TensorInfo};
 use super::view::model_dtype;
-use crate::codecs::gguf::{self, Arrangement, Damage, Element, Entry, Header};
+use crate::codecs::gguf::{self, Arrangement, Damage, Description, Element, Entry, Header};
 use crate::codecs::peft::Factor;
 
 /// A tensor of a GGUF file as a checkpoint has it.
@@ -21,8 +23,61 @@ pub struct ShownTensor {
     pub is_transposed: bool,
 }
 
-/// Gives the tensor of a checkpoint with this config for a name of a GGUF file; `None` if it has none.
-pub type OfGguf = fn(&str, &Map<String, Value>) -> Option<ShownTensor>;
+/// What a caller knows of the models in GGUF files.
+#[derive(Debug, Clone, Copy)]
+pub struct OfGguf {
+    /// The tensor of a checkpoint with this config for a name of a GGUF file; `None` if it has none.
+    pub tensor: fn(&str, &Map<String, Value>) -> Option<ShownTensor>,
+    /// The config of the model in a file that has none beside it, or a clause that says why there is none.
+    pub config: fn(&Description<'_>) -> Result<Map<String, Value>, String>,
+    /// The files that a checkpoint of this config has besides weights and config, by name; or a clause that says why they cannot be
+    /// made.
+    pub files: fn(&Description<'_>, &Map<String, Value>) -> Result<MadeFiles, String>,
+}
+
+/// Files by name, with their content.
+pub type MadeFiles = BTreeMap<String, Vec<u8>>;
+
+/// The config of the model that a file describes in its metadata.
+///
+/// # Errors
+/// The file is damaged, or describes no model that `of` knows.
+pub(super) fn described_config(path: &Path, file: &[u8], of: OfGguf) -> Result<Map<String, Value>> {
+    let header = gguf::read(file).map_err(|reason| CheckpointError::GgufHeader { path: path.into(), reason })?;
+    (of.config)(&Description::new(file, &header))
+        .map_err(|reason| CheckpointError::ForeignGguf { path: path.into(), reason })
+}
+
+/// The files beside the weights that a file describes in its metadata. They are made when the first of them is asked for.
+#[derive(Debug)]
+pub(super) struct Made {
+    of: OfGguf,
+    files: OnceLock<MadeFiles>,
+}
+
+impl Made {
+    pub fn new(of: OfGguf) -> Self {
+        Self { of, files: OnceLock::new() }
+    }
+
+    /// The files of the model with this config.
+    ///
+    /// # Errors
+    /// The file is damaged, or describes no tokenizer that is known.
+    pub fn files(&self, path: &Path, file: &[u8], config: &Map<String, Value>) -> Result<&MadeFiles> {
+        if let Some(files) = self.files.get() {
+            return Ok(files);
+        }
+        let files = described_files(path, file, config, self.of)?;
+        Ok(self.files.get_or_init(|| files))
+    }
+}
+
+fn described_files(path: &Path, file: &[u8], config: &Map<String, Value>, of: OfGguf) -> Result<MadeFiles> {
+    let header = gguf::read(file).map_err(|reason| CheckpointError::GgufHeader { path: path.into(), reason })?;
+    (of.files)(&Description::new(file, &header), config)
+        .map_err(|reason| CheckpointError::ForeignGguf { path: path.into(), reason })
+}
 
 /// The tensors of a mapped GGUF file under the names of a checkpoint, in the order of their data. The names and the number of heads
 /// come from `config`.
@@ -34,12 +89,12 @@ pub(super) fn read_header(
     file: &[u8],
     shard_idx: usize,
     config: &Map<String, Value>,
-    shown: OfGguf,
+    of: OfGguf,
 ) -> Result<Vec<TensorInfo>> {
     let broken = |reason: String| CheckpointError::GgufHeader { path: path.into(), reason };
     let header = gguf::read(file).map_err(broken)?;
-    let source = Source { path, len: file.len(), shard_idx, header: &header, config, shown };
-    let stored: Vec<&Entry> = header.tensors.iter().filter(|entry| entry.name != gguf::ROPE_FACTORS).collect();
+    let source = Source { path, len: file.len(), shard_idx, header: &header, config, of };
+    let stored: Vec<&Entry> = header.tensors.iter().filter(|entry| !gguf::is_rope_factors(&entry.name)).collect();
     let mut tensors = stored.iter().map(|entry| source.tensor(entry)).collect::<Result<Vec<_>>>()?;
     let places = tensors.iter().zip(&stored).map(|(info, entry)| ((info.begin, info.end), entry.name.as_str()));
     gguf::expect_apart(places.collect()).map_err(broken)?;
@@ -55,7 +110,7 @@ struct Source<'a> {
     shard_idx: usize,
     header: &'a Header,
     config: &'a Map<String, Value>,
-    shown: OfGguf,
+    of: OfGguf,
 }
 
 impl Source<'_> {
@@ -77,22 +132,29 @@ impl Source<'_> {
         // Factors of an adapter have their own suffixes, and the row order of the weight that they add to.
         let (weight, factor) =
             gguf::split_factor(name).map_or((name.as_str(), None), |(weight, factor)| (weight, Some(factor)));
-        let shown = (self.shown)(weight, self.config)
+        let shown = (self.of.tensor)(weight, self.config)
             .ok_or_else(|| self.foreign(format!("tensor `{name}` has no name in a checkpoint of this `model_type`")))?;
         let element = Element::of_type_id(stored.type_id)
-            .ok_or_else(|| self.foreign(format!("tensor `{name}` is of type {}", stored.type_id)))?;
+            .ok_or_else(|| self.foreign(format!("tensor `{name}` is of type {}", gguf::type_name(stored.type_id))))?;
         let (begin, end) = self.header.place(stored, element, self.len).map_err(|damage| self.damaged(damage))?;
         let arrangement = if factor == Some(Factor::A) { Arrangement::Same } else { shown.arrangement };
         let dtype = match element {
             Element::Plain(dtype) => dtype,
             Element::Block(_) => model_dtype(self.config),
         };
-        // Weights that the family stores as (in, out) are transposed in GGUF: being encoded marks that they no longer are as stored.
-        let is_transposed = shown.is_transposed && factor.is_none();
+        // Weights that the family stores as (in, out) are transposed in GGUF. Codes stay as they are.
+        let transposed = match element {
+            Element::Plain(dtype) if shown.is_transposed && factor.is_none() && shape.len() == 2 => Some(dtype),
+            _ => None,
+        };
         let name = factor.map_or(shown.name.clone(), |factor| gguf::factor_name(&shown.name, factor));
         let shard_idx = self.shard_idx;
         let info = TensorInfo { name, dtype, shape, shard_idx, begin, end, encoded: None, strides: None };
-        let is_plain = arrangement == Arrangement::Same && matches!(element, Element::Plain(_)) && !is_transposed;
+        if let Some(dtype) = transposed {
+            let shape = info.shape.iter().rev().copied().collect();
+            return Ok(TensorInfo { shape, encoded: Some(Box::new(Encoded::transposed(dtype, info.clone()))), ..info });
+        }
+        let is_plain = arrangement == Arrangement::Same && matches!(element, Element::Plain(_));
         let encoded = (!is_plain).then(|| Box::new(Encoded::rows(element, arrangement, info.clone())));
         Ok(TensorInfo { encoded, ..info })
     }
@@ -108,7 +170,7 @@ mod tests {
     fn shown(tensor: &str, _: &Map<String, Value>) -> Option<ShownTensor> {
         let name = tensor.strip_prefix("blk.")?.to_string();
         let arrangement = if name == "q" { Arrangement::Interleaved { heads: 2 } } else { Arrangement::Same };
-        Some(ShownTensor { name, arrangement, is_transposed: false })
+        Some(ShownTensor { is_transposed: name == "t", name, arrangement })
     }
 
     #[test]
@@ -123,15 +185,18 @@ mod tests {
             tensor("blk.q", plain, &[4, 5]),
             tensor("blk.q.lora_a", plain, &[1, 5]),
             tensor("blk.q.lora_b", plain, &[4, 1]),
+            tensor("blk.t", plain, &[4, 5]),
             tensor(gguf::ROPE_FACTORS, plain, &[3]),
         ];
         let (mut file, _) = gguf::write(&[], &tensors);
         file.resize(gguf::file_bytes(&[], &tensors) as usize, 0);
-        let read = |file: &[u8]| read_header(Path::new("m.gguf"), file, 0, &Map::new(), shown);
+        let of = OfGguf { tensor: shown, config: |_| Err("x".into()), files: |_, _| Ok(MadeFiles::new()) };
+        let read = |file: &[u8]| read_header(Path::new("m.gguf"), file, 0, &Map::new(), of);
         let infos = read(&file).unwrap();
         let found: Vec<_> = infos.iter().map(|info| (info.name.as_str(), info.is_encoded())).collect();
-        let expected = [("a", false), ("b", true), ("q", true), ("q.lora_a", false), ("q.lora_b", true)];
+        let expected = [("a", false), ("b", true), ("q", true), ("q.lora_a", false), ("q.lora_b", true), ("t", true)];
         assert_eq!(found, expected);
+        assert_eq!(infos[5].shape, [5, 4], "transposed");
         assert_eq!(infos[1].dtype, Dtype::F16, "weights in blocks have the dtype of the config, or f16");
         assert!(infos.iter().all(|info| info.begin % 32 == 0));
         assert!(matches!(read(&file[..file.len() - 64]), Err(CheckpointError::Truncated { .. })));

@@ -3,6 +3,7 @@
 //! [`Checkpoint::open`] reads headers only. Tensors are mapped and cast one at a time, and their pages are given
 //! back, so that memory does not grow with the size of the checkpoint.
 
+mod beside;
 mod contents;
 mod described;
 mod error;
@@ -35,11 +36,12 @@ mod work;
 mod writer;
 
 pub use crate::codecs::cast::{self, Dtype};
+pub use beside::Beside;
 pub use described::FORMAT_VERSION;
 pub(crate) use error::io;
 pub use error::{CheckpointError, OutputError, Result};
 pub use folder::{Earlier, OutputFolder};
-pub use gguf::{OfGguf, ShownTensor};
+pub use gguf::{MadeFiles, OfGguf, ShownTensor};
 pub(crate) use hash::hex;
 pub use hash::{Fingerprint, sha256_file};
 pub use open::Checkpoint;

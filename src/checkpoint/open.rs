@@ -8,7 +8,7 @@ use serde_json::{Map, Value};
 
 use super::error::{CheckpointError, Result};
 use super::files::{CheckpointFiles, ShardIndex, read_config};
-use super::gguf::OfGguf;
+use super::gguf::{Made, OfGguf};
 use super::magic::Kind;
 use super::paths::{CONFIG_FILE, REPORT_FILE, folder_of, is_gguf, is_torch};
 use super::reader::Shard;
@@ -37,6 +37,8 @@ pub struct Checkpoint {
     pub(super) method: Option<String>,
     /// A file without a config: other files beside it do not belong to it.
     pub(super) is_alone: bool,
+    /// The config and the files beside the weights are made from the metadata of a GGUF file.
+    pub(super) made: Option<Made>,
 }
 
 impl Checkpoint {
@@ -58,15 +60,16 @@ impl Checkpoint {
         Self::open_files(path, None)
     }
 
-    /// Like [`Self::open`], and opens GGUF files as well: `shown` names its tensors.
+    /// Like [`Self::open`], and opens GGUF files as well: `of` names their tensors, and makes the config of those that have none
+    /// beside them.
     ///
     /// # Errors
-    /// As [`Self::open`], or a tensor of a GGUF file has no name.
-    pub fn open_with(path: &Path, shown: OfGguf) -> Result<Self> {
-        Self::open_files(path, Some(shown))
+    /// As [`Self::open`], or a GGUF file has a tensor or a model that `of` does not know.
+    pub fn open_with(path: &Path, of: OfGguf) -> Result<Self> {
+        Self::open_files(path, Some(of))
     }
 
-    fn open_files(path: &Path, shown: Option<OfGguf>) -> Result<Self> {
+    fn open_files(path: &Path, of: Option<OfGguf>) -> Result<Self> {
         let files = CheckpointFiles::find(path)?;
         let (config, config_error) = match read_config(&files.root.join(CONFIG_FILE)) {
             Ok(config) => (config, None),
@@ -84,7 +87,7 @@ impl Checkpoint {
         if let Some(error) = &config_error {
             tracing::warn!("{error}: going by the names and shapes of tensors alone");
         }
-        let opened = Self::of_files(files, config, shown)?;
+        let opened = Self::of_files(files, config, of)?;
         Ok(Self { config_error, ..opened })
     }
 
@@ -98,11 +101,20 @@ impl Checkpoint {
         Self::of_files(files, None, None)
     }
 
-    fn of_files(files: CheckpointFiles, config: Option<Map<String, Value>>, shown: Option<OfGguf>) -> Result<Self> {
+    fn of_files(files: CheckpointFiles, config: Option<Map<String, Value>>, of: Option<OfGguf>) -> Result<Self> {
         let mut shards = files.files.iter().map(|file| Shard::open(file)).collect::<Result<Vec<_>>>()?;
+        let is_alone = files.is_file && config.is_none();
+        let (config, made) = match (config, shards.as_slice(), of) {
+            (None, [only], Some(of)) if is_gguf(only.path()) => {
+                expect_gguf(only)?;
+                let config = gguf::described_config(only.path(), only.bytes(), of)?;
+                (Some(config), Some(Made::new(of)))
+            }
+            (config, ..) => (config, None),
+        };
         let mut view = View::default();
         for (shard_idx, shard) in shards.iter().enumerate() {
-            for info in read_header(shard, shard_idx, config.as_ref(), shown)? {
+            for info in read_header(shard, shard_idx, config.as_ref(), of)? {
                 view.order.push(info.name.clone());
                 if let Some(first) = view.tensors.insert(info.name.clone(), info) {
                     return Err(CheckpointError::DuplicateTensor {
@@ -125,7 +137,7 @@ impl Checkpoint {
         // An adapter in the folder of its base is part of the model.
         if let Some(path) = files.adapter() {
             let (shard, shard_idx) = (Shard::open(&path)?, shards.len());
-            let adapter = read_header(&shard, shard_idx, config.as_ref(), shown)?;
+            let adapter = read_header(&shard, shard_idx, config.as_ref(), of)?;
             shards.push(shard);
             view.adapt(adapter);
         }
@@ -135,7 +147,6 @@ impl Checkpoint {
         let method = quantization.and_then(|settings| Some(settings.get("quant_method")?.as_str()?.to_string()));
         let stacks = described::stored_stacks(config.as_ref(), tensors.len(), &files.root)?;
         let equal = Mutex::default();
-        let is_alone = files.is_file && config.is_none();
         Ok(Self {
             root: files.root,
             config,
@@ -148,6 +159,7 @@ impl Checkpoint {
             stacks,
             method,
             is_alone,
+            made,
         })
     }
 
@@ -178,7 +190,7 @@ impl Checkpoint {
         &self.root
     }
 
-    /// The content of `config.json` in its own order, if it is there.
+    /// The content of `config.json` in its own order, if it is there; or the config that a GGUF file describes.
     pub fn config(&self) -> Option<&Map<String, Value>> {
         self.config.as_ref()
     }
@@ -250,7 +262,7 @@ fn read_header(
     shard: &Shard,
     shard_idx: usize,
     config: Option<&Map<String, Value>>,
-    shown: Option<OfGguf>,
+    of: Option<OfGguf>,
 ) -> Result<Vec<TensorInfo>> {
     let (path, bytes) = (shard.path(), shard.bytes());
     if is_torch(path) {
@@ -259,18 +271,21 @@ fn read_header(
     if !is_gguf(path) {
         return index::read_header(path, bytes, shard_idx);
     }
+    expect_gguf(shard)?;
+    let of = of.ok_or_else(|| CheckpointError::NotACheckpoint {
+        path: path.into(),
+        reason: "it is a GGUF file, and the caller gave no table of its names".into(),
+    })?;
+    gguf::read_header(path, bytes, shard_idx, config.unwrap_or(&Map::new()), of)
+}
+
+/// Refuses a file of another kind under the name of a GGUF file.
+fn expect_gguf(shard: &Shard) -> Result<()> {
+    let (path, bytes) = (shard.path(), shard.bytes());
     if !crate::codecs::gguf::is_begun(bytes)
         && let Some(found) = Kind::of_no_weights(bytes)
     {
         return Err(CheckpointError::WrongKind { path: path.into(), expected: "GGUF file", found });
     }
-    let config = config.ok_or_else(|| CheckpointError::ForeignGguf {
-        path: path.into(),
-        reason: "there is no `config.json` beside it".into(),
-    })?;
-    let shown = shown.ok_or_else(|| CheckpointError::NotACheckpoint {
-        path: path.into(),
-        reason: "it is a GGUF file, and the caller gave no table of its names".into(),
-    })?;
-    gguf::read_header(path, bytes, shard_idx, config, shown)
+    Ok(())
 }

@@ -68,6 +68,12 @@ impl TensorInfo {
         self.encoded.as_ref().is_some_and(|encoded| encoded.shows == Shows::Values)
     }
 
+    /// Whether it is a matrix (out, in) in every family: codes, shown or not, and rows of a stored matrix. Others have the
+    /// order of their family.
+    pub fn is_out_in(&self) -> bool {
+        self.is_picked() || self.is_coded()
+    }
+
     /// Whether it is a stack of floats whose matrices can be read apart.
     pub fn is_divisible(&self) -> bool {
         cast::is_float(self.dtype) && self.matrix(0, String::new()).is_some()
@@ -131,6 +137,8 @@ pub(super) enum Codec {
     Layout(Arithmetic, Vec<&'static str>),
     /// Floats or blocks of GGUF, in another arrangement.
     Rows(Element, Arrangement),
+    /// Floats of GGUF, stored as (out, in) and presented as (in, out).
+    Transposed(Dtype),
     /// Some rows of a matrix of floats.
     Picked(Rows),
 }
@@ -190,6 +198,11 @@ impl Encoded {
         Self::new(Codec::Rows(element, arrangement), vec![from])
     }
 
+    /// A matrix of floats in the other order.
+    pub fn transposed(dtype: Dtype, from: TensorInfo) -> Self {
+        Self::new(Codec::Transposed(dtype), vec![from])
+    }
+
     /// Some rows of a stored matrix.
     pub fn picked(rows: Rows, from: TensorInfo) -> Self {
         Self::new(Codec::Picked(rows), vec![from])
@@ -222,7 +235,7 @@ impl Encoded {
             Codec::Packed(scheme) => Some(Storage::Grouped(*scheme)),
             Codec::Layout(Arithmetic(decoder), _) => decoder.scheme().map(Storage::Grouped),
             Codec::Rows(Element::Block(block_type), _) => Some(Storage::Block(*block_type)),
-            Codec::Rows(Element::Plain(_), _) | Codec::Picked(_) => None,
+            Codec::Rows(Element::Plain(_), _) | Codec::Transposed(_) | Codec::Picked(_) => None,
         }
     }
 
@@ -232,7 +245,7 @@ impl Encoded {
             Codec::Packed(scheme) => Some(scheme.to_string()),
             Codec::Layout(Arithmetic(decoder), _) => Some(decoder.words()),
             Codec::Rows(Element::Block(block_type), _) => Some(block_type.name.into()),
-            Codec::Rows(Element::Plain(_), _) => None,
+            Codec::Rows(Element::Plain(_), _) | Codec::Transposed(_) => None,
             Codec::Picked(_) => self.stored.first()?.encoded.as_ref()?.words(),
         }
     }
@@ -292,6 +305,11 @@ impl Encoded {
                     },
                 };
                 Some(Decoded::Values(picked.of(&values, width)))
+            }
+            Codec::Transposed(dtype) => {
+                let values = cast::decode(*dtype, &read(self.stored.first()?))?;
+                let row = |i| values.iter().skip(i).step_by(rows.max(1)).copied();
+                Some(Decoded::Values((0..rows).flat_map(row).collect()))
             }
             Codec::Rows(element, arrangement) => {
                 // A vector is a matrix of one column.

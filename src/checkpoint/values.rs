@@ -201,7 +201,8 @@ impl Checkpoint {
             })
             .collect();
         let config = self.root.join(CONFIG_FILE);
-        if self.config.is_some() {
+        // A config that was made of a weight file is part of that file.
+        if self.config.is_some() && self.made.is_none() {
             fingerprint.insert(CONFIG_FILE.into(), sha256_file(&config)?);
         }
         Ok(fingerprint)

@@ -55,8 +55,8 @@ pub fn encoder(
         );
         return Err(Failure::unsupported(message).hint("`--reference MODEL` compares hidden states").into());
     }
-    let tokenizer = Tokenizer::open(checkpoint.root())?;
-    let text = Text::read(&settings.text, &settings.field, checkpoint.root())?;
+    let tokenizer = Tokenizer::open(checkpoint)?;
+    let text = Text::read(&settings.text, &settings.field, checkpoint)?;
     let reference_decoder = reference.map(|r| settings.decoder(r.checkpoint)).transpose()?;
     // The output folder may lack the modules of its source.
     let modules = reference_decoder.as_ref().and_then(Decoder::sentence).or(decoder.sentence());

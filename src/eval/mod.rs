@@ -68,8 +68,8 @@ impl Prepared {
             let message = format!("`--stride` has no effect with `--convention {}`", rules.name());
             return Err(Failure::usage(message).hint("only `--convention hf-strided` has overlapping windows").into());
         }
-        let tokenizer = Tokenizer::open(checkpoint.root())?;
-        let text = Text::read(&settings.text, &settings.field, checkpoint.root())?;
+        let tokenizer = Tokenizer::open(checkpoint)?;
+        let text = Text::read(&settings.text, &settings.field, checkpoint)?;
         let seq_len = window_length(checkpoint, settings.seq_len, rules.default_seq_len())?;
         let stride = settings.stride.unwrap_or(DEFAULT_STRIDE.min(seq_len / 2).max(1));
         if stride > seq_len {

@@ -65,7 +65,7 @@ pub(super) fn last_states<'a>(decoder: &Decoder<'_>, walk: Walk<'a>, stage: &dyn
 
 /// Checks that both models tokenize the text alike.
 pub(super) fn expect_same_tokens(reference: &Reference<'_>, checkpoint: &Checkpoint, text: &Text) -> Result<()> {
-    let (own, other) = (Tokenizer::open(checkpoint.root())?, Tokenizer::open(reference.checkpoint.root())?);
+    let (own, other) = (Tokenizer::open(checkpoint)?, Tokenizer::open(reference.checkpoint)?);
     if own.sha256 == other.sha256 {
         return Ok(());
     }

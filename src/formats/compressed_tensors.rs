@@ -160,6 +160,7 @@ impl Exporter for CompressedTensors {
 mod tests {
     use super::*;
     use crate::checkpoint::Dtype;
+    use crate::model::inventory::Stored;
     use crate::operator::Kind;
     use crate::quantize::Storage;
 

@@ -388,7 +388,7 @@ pub fn side(checkpoint: &Checkpoint, target: &Path, replaced: &[&str]) -> Result
     checkpoint.side(replaced, &|path| OutputFolder::is_own(target, path))
 }
 
-/// Copies the side files of a checkpoint, without `replaced`. Returns the files that were left out, with the reasons.
+/// Copies the side files of a checkpoint, without `replaced`, and writes those that its GGUF file describes. Returns the files that were left out, with the reasons.
 ///
 /// # Errors
 /// A file cannot be read or written.
@@ -403,6 +403,9 @@ pub fn copy_side(
     }
     for name in &side.files {
         folder.copy(&checkpoint.root().join(name), name)?;
+    }
+    for (name, content) in checkpoint.made_files()? {
+        folder.write(&name, &content)?;
     }
     Ok(side.left_out)
 }

@@ -6,12 +6,12 @@ use anyhow::Result;
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::architectures;
 use super::config;
+use super::gguf;
 use super::inventory::{self, LinearInfo, Stored};
 use super::linear::{self, Bias};
 use super::weights::Order;
-use crate::checkpoint::{CONFIG_FILE, Checkpoint, CheckpointError};
+use crate::checkpoint::{Checkpoint, CheckpointError};
 use crate::operator::{Kind, part_name};
 
 /// Opens a folder or a file; if it is an output of `lrc`, checks its config against its tensors.
@@ -19,7 +19,7 @@ use crate::operator::{Kind, part_name};
 /// # Errors
 /// As [`Checkpoint::open_with`], or the config describes other tensors.
 pub fn open(path: &Path) -> Result<Checkpoint> {
-    let checkpoint = Checkpoint::open_with(path, architectures::of_gguf)?;
+    let checkpoint = Checkpoint::open_with(path, gguf::OF_GGUF)?;
     check_parts(&checkpoint)?;
     check_description(&checkpoint)?;
     Ok(checkpoint)
@@ -55,7 +55,7 @@ fn check_parts(checkpoint: &Checkpoint) -> Result<()> {
 
 /// Refuses an entry of the config.
 fn refuse<T>(checkpoint: &Checkpoint, entry: String, reason: String) -> Result<T> {
-    let path = checkpoint.root().join(CONFIG_FILE);
+    let path = checkpoint.config_path();
     Err(CheckpointError::ConfigEntry { path, entry, reason }.into())
 }
 
@@ -111,7 +111,7 @@ fn check_module(checkpoint: &Checkpoint, name: String, entry: &Value, linear: Op
 
 /// Checks that a layout is known, and matches the tensors.
 fn check_layout(checkpoint: &Checkpoint, entry: String, said: &Value, linear: Option<&LinearInfo>) -> Result<()> {
-    let path = checkpoint.root().join(CONFIG_FILE);
+    let path = checkpoint.config_path();
     let Ok(layout) = Kind::deserialize(said) else {
         let known: Vec<String> = Kind::layouts().map(|kind| format!("`{kind}`")).collect();
         let known = known.join(", ");

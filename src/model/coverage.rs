@@ -71,7 +71,7 @@ pub fn expect_uncompressed<'a>(
     hints: CompressedHints<'_>,
 ) -> Result<()> {
     let how = |linear: &'a LinearInfo| {
-        let is_coded = |info: &TensorInfo| info.is_encoded() && !info.is_picked() && !info.is_dequantized();
+        let is_coded = |info: &TensorInfo| info.storage().is_some();
         if linear.is_low_rank() {
             return Some((linear, "of low rank", hints.low_rank));
         }

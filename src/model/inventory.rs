@@ -154,9 +154,11 @@ pub fn linears(checkpoint: &Checkpoint) -> Vec<LinearInfo> {
             continue;
         }
         let found = structured(checkpoint, stem);
+        let module = found.map_or(stem, |(module, ..)| module);
+        let order = Order::of(architecture.is_some_and(|a| a.stores_transposed(module)));
         let (module, stored, out_features, in_features) = if let Some(found) = found {
             found
-        } else if architecture.is_some_and(|a| a.stores_transposed(stem)) && !info.is_encoded() {
+        } else if order == Order::InOut && !info.is_out_in() {
             (stem, Stored::DenseTransposed, columns, rows)
         } else {
             (stem, Stored::Dense, rows, columns)
@@ -164,7 +166,7 @@ pub fn linears(checkpoint: &Checkpoint) -> Vec<LinearInfo> {
         if out_features < 2 || in_features < 2 {
             continue;
         }
-        let is_compressed = found.is_some() || info.is_encoded() && !info.is_picked();
+        let is_compressed = found.is_some() || info.storage().is_some();
         let is_table = is_compressed && places.is_table(module);
         if !is_table && NOT_LINEAR.iter().any(|part| info.name.contains(part)) {
             continue;
@@ -177,7 +179,7 @@ pub fn linears(checkpoint: &Checkpoint) -> Vec<LinearInfo> {
             in_features,
             dtype: info.dtype,
             stored,
-            order: Order::of(architecture.is_some_and(|a| a.stores_transposed(module))),
+            order,
             block: block_of(module, &of_stacks),
             id,
             vocabulary: is_table.then_some(VocabularyUse::Table),

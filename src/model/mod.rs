@@ -10,6 +10,7 @@ pub mod config;
 pub mod coverage;
 mod decoder;
 mod experts;
+pub mod gguf;
 mod head;
 pub mod inventory;
 pub mod linear;

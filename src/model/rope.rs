@@ -220,13 +220,14 @@ fn yarn_scale(mscale: f64, factor: f64) -> f64 {
     if factor <= 1.0 { 1.0 } else { 0.1 * mscale * factor.ln() + 1.0 }
 }
 
-fn inverse_frequencies(theta: f64, width: usize) -> Vec<f64> {
+/// Inverse frequencies θ^(−2i / width).
+pub(super) fn inverse_frequencies(theta: f64, width: usize) -> Vec<f64> {
     (0..width / 2).map(|i| theta.powf(-2.0 * i as f64 / width as f64)).collect()
 }
 
 /// Llama 3.1's scaling: long wavelengths are stretched by `factor`, short ones are kept, and those in between are
 /// blended by the number of rotations in the context before it was extended.
-fn llama3_frequency(frequency: f64, factor: f64, low: f64, high: f64, context: f64) -> f64 {
+pub(super) fn llama3_frequency(frequency: f64, factor: f64, low: f64, high: f64, context: f64) -> f64 {
     let turns = context * frequency / (2.0 * PI);
     if turns < low {
         frequency / factor

@@ -20,8 +20,7 @@ pub fn matrices(checkpoint: &Checkpoint) -> Result<Vec<LinearInfo>> {
     let matrix = |(module, of): (&String, VocabularyUse)| {
         let info = checkpoint.info(&format!("{module}.weight"))?;
         let &[out_features, in_features] = info.shape.as_slice() else { return None };
-        let is_plain = !info.is_encoded() || info.is_dequantized();
-        (cast::is_float(info.dtype) && is_plain).then(|| LinearInfo {
+        (cast::is_float(info.dtype) && info.storage().is_none()).then(|| LinearInfo {
             module: module.clone(),
             out_features,
             in_features,

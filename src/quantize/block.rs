@@ -37,15 +37,18 @@ pub const BLOCK_TYPES: [BlockType; 10] = [
     row("q6_k", GgmlDType::Q6K, 14, Some("q8_0")),
 ];
 
+/// The block types that are read only.
+pub const READ_TYPES: [BlockType; 1] = [row("q8_k", GgmlDType::Q8K, 15, None)];
+
 impl BlockType {
-    /// By its name: `q4_k`.
+    /// By its name, `q4_k`, if weights can be quantized to it.
     pub fn named(name: &str) -> Option<Self> {
         BLOCK_TYPES.into_iter().find(|t| t.name == name)
     }
 
     /// By its number in GGUF files.
     pub fn of_id(id: u32) -> Option<Self> {
-        BLOCK_TYPES.into_iter().find(|t| t.id == id)
+        BLOCK_TYPES.into_iter().chain(READ_TYPES).find(|t| t.id == id)
     }
 
     /// The scheme with the same levels; `None` for types that store more than codes and scales.

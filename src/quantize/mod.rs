@@ -15,7 +15,7 @@ use anyhow::{Context, Result};
 use faer::Mat;
 use serde::{Deserialize, Serialize};
 
-pub use block::{BLOCK_TYPES, BlockType, Blocks};
+pub use block::{BLOCK_TYPES, BlockType, Blocks, READ_TYPES};
 pub use feedback::{descend, feed_back};
 pub use gptq::Fallback;
 pub use grouped::{Grouped, Levels, Scale, Scheme};

@@ -18,12 +18,14 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
-use crate::checkpoint::{hex, json, read_file};
+use crate::checkpoint::{Beside, hex, json};
 use crate::error::Failure;
 use chat::ChatTemplate;
 pub use document::DEFAULT_FIELD;
 use document::Document;
 pub use source::read_recipe;
+
+const TOKENIZER_FILE: &str = "tokenizer.json";
 
 /// Separator of documents in one stream, as in GPTQ's scripts for WikiText.
 const BETWEEN_DOCUMENTS: &str = "\n\n";
@@ -91,7 +93,7 @@ impl Text {
     ///
     /// # Errors
     /// The file cannot be read, is empty, does not match its name, or has messages that the chat template rejects.
-    pub fn read(path: &Path, field: &str, model: &Path) -> Result<Self> {
+    pub fn read(path: &Path, field: &str, model: &(impl Beside + ?Sized)) -> Result<Self> {
         let (documents, sha256) = documents::read(path, field)?;
         let n_documents = documents.len();
         let mut documents = match documents.iter().any(|document| matches!(document, Document::Chat(..))) {
@@ -117,22 +119,23 @@ impl Text {
 }
 
 impl Tokenizer {
-    /// Reads `tokenizer.json` of a model folder.
+    /// Reads `tokenizer.json` of a model folder or a checkpoint.
     ///
     /// # Errors
     /// The file is missing or cannot be parsed.
-    pub fn open(model: &Path) -> Result<Self> {
-        let path = model.join("tokenizer.json");
-        if !path.exists() {
-            return Err(Failure::unsupported(format!("`{}` is missing", path.display()))
+    pub fn open(model: &(impl Beside + ?Sized)) -> Result<Self> {
+        let path = model.path(TOKENIZER_FILE);
+        let Some(bytes) = model.read(TOKENIZER_FILE)? else {
+            let is_file = path.ends_with(TOKENIZER_FILE);
+            let what = if is_file { "is missing" } else { "has no tokenizer in its metadata" };
+            return Err(Failure::unsupported(format!("`{}` {what}", path.display()))
                 .hint("the model's fast tokenizer is required; save it with transformers: `AutoTokenizer.from_pretrained(..., use_fast=True)`")
                 .into());
-        }
+        };
         let unusable = |e| {
             Failure::unsupported(format!("`{}` is not a usable tokenizer: {e}", path.display()))
                 .hint("get it again from the original repository, or save it with transformers")
         };
-        let bytes = read_file(&path)?;
         let mut inner = tokenizers::Tokenizer::from_bytes(&bytes).map_err(unusable)?;
         // Padding and truncation are for single inputs; here a stream is cut into windows.
         inner.with_padding(None).with_truncation(None).map_err(unusable)?;
@@ -197,7 +200,7 @@ impl Tokenizer {
 }
 
 /// `bos_token` or `eos_token` of `tokenizer_config.json`; without either, the ids in `config.json`.
-fn boundary(model: &Path, tokenizer: &tokenizers::Tokenizer) -> Option<u32> {
+fn boundary(model: &(impl Beside + ?Sized), tokenizer: &tokenizers::Tokenizer) -> Option<u32> {
     let in_tokenizer = fields(model, "tokenizer_config.json").and_then(|fields| {
         let token = |key: &str| tokenizer.token_to_id(text_of(fields.get(key)?)?);
         token("bos_token").or_else(|| token("eos_token"))
@@ -219,8 +222,8 @@ fn boundary_id(config: &Value) -> Option<u32> {
 }
 
 /// The fields of a JSON file of a model; none if it cannot be read.
-fn fields(model: &Path, name: &str) -> Option<Value> {
-    json::parse(&read_file(&model.join(name)).ok()?).ok()
+fn fields(model: &(impl Beside + ?Sized), name: &str) -> Option<Value> {
+    json::parse(&model.read(name).ok()??).ok()
 }
 
 /// The text of a special token, which is a string or a record.
@@ -229,7 +232,7 @@ fn text_of(token: &Value) -> Option<&str> {
 }
 
 /// `mask_token` of `tokenizer_config.json`, or one of its usual names.
-fn mask(model: &Path, tokenizer: &tokenizers::Tokenizer) -> Option<u32> {
+fn mask(model: &(impl Beside + ?Sized), tokenizer: &tokenizers::Tokenizer) -> Option<u32> {
     let fields = fields(model, "tokenizer_config.json");
     let named = fields.as_ref().and_then(|fields| text_of(fields.get("mask_token")?));
     named.into_iter().chain(["[MASK]", "<mask>"]).find_map(|name| tokenizer.token_to_id(name))

@@ -66,12 +66,12 @@ pub enum CheckpointError {
         known: String,
     },
 
-    /// A GGUF file with names, metadata or a layout that lrc does not write.
-    #[error("`{}` was not written by lrc: {reason}; GGUF files of other tools are not supported yet", path.display())]
+    /// A GGUF file with a model, tensors or a tokenizer that lrc does not know.
+    #[error("`{}` holds a model that lrc does not read: {reason}", path.display())]
     ForeignGguf {
         /// The file.
         path: PathBuf,
-        /// A clause: what differs.
+        /// A clause: what is not known.
         reason: String,
     },
 

@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 use std::io::{self, Seek, SeekFrom, Write};
 
 use super::element::Element;
-use super::header::{Entry, GgufTensor, Header, Value, write};
+use super::header::{Entry, GgufTensor, Header, write};
+use super::value::Value;
 
 /// Why a file cannot be read.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -149,7 +150,7 @@ mod tests {
     #[test]
     fn tensors_outside_of_the_file_are_refused() {
         let block = Element::Block(BlockType::named("q8_0").unwrap());
-        let header = Header { tensors: Vec::new(), data_begin: 64 };
+        let header = Header { data_begin: 64, ..Header::default() };
         let place = |shape: &[usize], offset, element| {
             header.place(&Entry { name: "a".into(), shape: shape.into(), type_id: 0, offset }, element, 128)
         };

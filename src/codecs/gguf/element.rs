@@ -49,15 +49,49 @@ impl Element {
     }
 }
 
+/// Names of types that are not read, by their numbers.
+const UNREAD: [(u32, &str); 24] = [
+    (9, "q8_1"),
+    (16, "iq2_xxs"),
+    (17, "iq2_xs"),
+    (18, "iq3_xxs"),
+    (19, "iq1_s"),
+    (20, "iq4_nl"),
+    (21, "iq3_s"),
+    (22, "iq2_s"),
+    (23, "iq4_xs"),
+    (24, "i8"),
+    (25, "i16"),
+    (26, "i32"),
+    (27, "i64"),
+    (28, "f64"),
+    (29, "iq1_m"),
+    (31, "q4_0_4_4"),
+    (32, "q4_0_4_8"),
+    (33, "q4_0_8_8"),
+    (34, "tq1_0"),
+    (35, "tq2_0"),
+    (36, "iq4_nl_4_4"),
+    (39, "mxfp4"),
+    (40, "nvfp4"),
+    (41, "q1_0"),
+];
+
+/// The name of a type that is not read, for messages: "`iq4_xs`", or its number.
+pub fn type_name(id: u32) -> String {
+    let known = UNREAD.iter().find(|(other, _)| *other == id);
+    known.map_or_else(|| format!("{id}, which is unknown"), |(_, name)| format!("`{name}`"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::quantize::BLOCK_TYPES;
+    use crate::quantize::{BLOCK_TYPES, READ_TYPES};
 
     #[test]
     fn type_ids_are_read_back() {
         let plain = [Dtype::F32, Dtype::F16, Dtype::BF16].map(Element::Plain);
-        for element in plain.into_iter().chain(BLOCK_TYPES.map(Element::Block)) {
+        for element in plain.into_iter().chain(BLOCK_TYPES.into_iter().chain(READ_TYPES).map(Element::Block)) {
             assert_eq!(Element::of_type_id(element.type_id()), Some(element));
         }
         assert_eq!(Element::of_type_id(99), None);

@@ -1,18 +1,32 @@
 //! The header of a GGUF file: versions 2 and 3 are read, version 3 is written.
 //!
-//! Every count and length comes from the file, so none of them sizes an allocation until it is known to fit into the
-//! bytes that are there. The writer is our own because candle's needs all tensors at once, and the reader because
+//! The writer is our own because candle's needs all tensors at once, and the reader because
 //! candle's trusts the file.
 
+use std::collections::BTreeMap;
+
+use super::bytes::{Bytes, kind};
 use super::element::Element;
+use super::value::{Value, put_text};
 
 /// The tensors that a file describes.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Header {
     /// The tensors in the order of the file.
     pub tensors: Vec<Entry>,
     /// First byte of the data of all tensors.
     pub data_begin: u64,
+    /// Where the file has each value of its metadata.
+    pub(super) values: BTreeMap<String, Place>,
+}
+
+/// A value of the metadata.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Place {
+    /// GGUF's number for its type.
+    pub kind: u32,
+    /// Its first byte.
+    pub begin: usize,
 }
 
 /// One tensor.
@@ -31,16 +45,6 @@ pub struct Entry {
 const MAGIC: &[u8] = b"GGUF";
 const DEFAULT_ALIGNMENT: u64 = 32;
 const MAX_DIMENSIONS: u32 = 4;
-/// Deeper arrays of arrays are refused.
-const MAX_DEPTH: usize = 4;
-
-/// GGUF's numbers for the types of metadata.
-mod kind {
-    pub const U32: u32 = 4;
-    pub const TEXT: u32 = 8;
-    pub const ARRAY: u32 = 9;
-}
-
 /// Whether a file begins with GGUF's magic.
 pub fn is_begun(file: &[u8]) -> bool {
     file.starts_with(MAGIC)
@@ -61,19 +65,27 @@ pub fn read(file: &[u8]) -> Result<Header, String> {
     }
     let (n_tensors, n_values) = (bytes.u64()?, bytes.u64()?);
     let mut alignment = DEFAULT_ALIGNMENT;
+    let (mut values, mut twice) = (BTreeMap::new(), None);
     for _ in 0..n_values {
-        let key = bytes.text()?;
-        match (key.as_str(), bytes.u32()?) {
+        let (key, kind) = (bytes.text()?, bytes.u32()?);
+        let place = Place { kind, begin: bytes.at };
+        match (key.as_str(), kind) {
             ("general.alignment", kind::U32) => alignment = bytes.u32()?.into(),
             (_, kind) => bytes.skip_value(kind, 0)?,
         }
+        if values.insert(key.clone(), place).is_some() {
+            twice = twice.or(Some(key));
+        }
+    }
+    if let Some(key) = twice {
+        return Err(format!("it has `{key}` twice"));
     }
     if !alignment.is_power_of_two() {
         return Err(format!("`general.alignment` is {alignment}, which is not a power of two"));
     }
     let mut tensors: Vec<Entry> = Vec::new();
     for _ in 0..n_tensors {
-        tensors.push(bytes.entry()?);
+        tensors.push(entry(&mut bytes)?);
     }
     let mut names: Vec<&str> = tensors.iter().map(|entry| entry.name.as_str()).collect();
     names.sort_unstable();
@@ -84,65 +96,23 @@ pub fn read(file: &[u8]) -> Result<Header, String> {
         return Err(format!("tensor `{name}` begins at data offset {offset}, which is not a multiple of {alignment}"));
     }
     let data_begin = (bytes.at as u64).next_multiple_of(alignment);
-    Ok(Header { tensors, data_begin })
+    Ok(Header { tensors, data_begin, values })
 }
 
-/// A metadata value.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Value {
-    /// GGUF type 4.
-    U32(u32),
-    /// GGUF type 6.
-    F32(f32),
-    /// GGUF type 7.
-    Bool(bool),
-    /// GGUF type 8, UTF-8.
-    Text(String),
-    /// An array of type 8.
-    Texts(Vec<String>),
-    /// An array of type 6.
-    F32s(Vec<f32>),
-    /// An array of type 5.
-    I32s(Vec<i32>),
-}
-
-impl Value {
-    fn write(&self, to: &mut Vec<u8>) {
-        let array = |to: &mut Vec<u8>, kind: u32, len: usize| {
-            to.extend(9u32.to_le_bytes());
-            to.extend(kind.to_le_bytes());
-            to.extend((len as u64).to_le_bytes());
-        };
-        match self {
-            Self::U32(v) => to.extend([4u32.to_le_bytes(), v.to_le_bytes()].as_flattened()),
-            Self::F32(v) => to.extend([6u32.to_le_bytes(), v.to_le_bytes()].as_flattened()),
-            Self::Bool(v) => {
-                to.extend(7u32.to_le_bytes());
-                to.push(u8::from(*v));
-            }
-            Self::Text(v) => {
-                to.extend(8u32.to_le_bytes());
-                put_text(to, v);
-            }
-            Self::Texts(v) => {
-                array(to, 8, v.len());
-                v.iter().for_each(|v| put_text(to, v));
-            }
-            Self::F32s(v) => {
-                array(to, 6, v.len());
-                to.extend(v.iter().flat_map(|v| v.to_le_bytes()));
-            }
-            Self::I32s(v) => {
-                array(to, 5, v.len());
-                to.extend(v.iter().flat_map(|v| v.to_le_bytes()));
-            }
-        }
+/// The description of one tensor.
+fn entry(bytes: &mut Bytes<'_>) -> Result<Entry, String> {
+    let name = bytes.text()?;
+    let n_dimensions = bytes.u32()?;
+    if !(1..=MAX_DIMENSIONS).contains(&n_dimensions) {
+        return Err(format!("tensor `{name}` has {n_dimensions} dimensions"));
     }
-}
-
-fn put_text(to: &mut Vec<u8>, text: &str) {
-    to.extend((text.len() as u64).to_le_bytes());
-    to.extend(text.as_bytes());
+    let size = |size: u64| usize::try_from(size).map_err(|_| format!("tensor `{name}` has a dimension of {size}"));
+    let mut shape = (0..n_dimensions).map(|_| size(bytes.u64()?)).collect::<Result<Vec<_>, _>>()?;
+    shape.reverse();
+    if shape.contains(&0) {
+        return Err(format!("tensor `{name}` is empty, and has shape {shape:?}"));
+    }
+    Ok(Entry { shape, type_id: bytes.u32()?, offset: bytes.u64()?, name })
 }
 
 /// A tensor to write. Its shape is (out, in), as everywhere here; GGUF reverses it.
@@ -193,88 +163,6 @@ pub fn file_bytes(metadata: &[(String, Value)], tensors: &[GgufTensor]) -> u64 {
     let (header, offsets) = write(metadata, tensors);
     let end = |(offset, tensor): (&u64, &GgufTensor)| (offset + tensor.n_bytes()).next_multiple_of(DEFAULT_ALIGNMENT);
     offsets.iter().zip(tensors).next_back().map_or(header.len() as u64, end)
-}
-
-/// The bytes of a file, and the position of the reader.
-struct Bytes<'a> {
-    file: &'a [u8],
-    at: usize,
-}
-
-impl<'a> Bytes<'a> {
-    fn take(&mut self, n: u64) -> Result<&'a [u8], String> {
-        let end = usize::try_from(n).ok().and_then(|n| self.at.checked_add(n)).filter(|&end| end <= self.file.len());
-        let end = end.ok_or_else(|| {
-            let left = self.file.len() - self.at;
-            format!("its header announces {n} bytes at byte {}, and {left} are left", self.at)
-        })?;
-        let taken = &self.file[self.at..end];
-        self.at = end;
-        Ok(taken)
-    }
-
-    fn array<const N: usize>(&mut self) -> Result<[u8; N], String> {
-        let taken = self.take(N as u64)?;
-        Ok(taken.try_into().expect("invariant: as many bytes were taken"))
-    }
-
-    fn u32(&mut self) -> Result<u32, String> {
-        Ok(u32::from_le_bytes(self.array()?))
-    }
-
-    fn u64(&mut self) -> Result<u64, String> {
-        Ok(u64::from_le_bytes(self.array()?))
-    }
-
-    fn text(&mut self) -> Result<String, String> {
-        let len = self.u64()?;
-        Ok(String::from_utf8_lossy(self.take(len)?).into_owned())
-    }
-
-    fn skip_value(&mut self, kind: u32, depth: usize) -> Result<(), String> {
-        if let Some(size) = size_of(kind) {
-            return self.take(size).map(drop);
-        }
-        match kind {
-            kind::TEXT => self.text().map(drop),
-            kind::ARRAY if depth < MAX_DEPTH => {
-                let (of, len) = (self.u32()?, self.u64()?);
-                match size_of(of) {
-                    Some(size) => self.take(len.saturating_mul(size)).map(drop),
-                    // Each value takes bytes, so the end of the file bounds the loop.
-                    None => (0..len).try_for_each(|_| self.skip_value(of, depth + 1)),
-                }
-            }
-            kind::ARRAY => Err("its metadata are nested too deeply".into()),
-            other => Err(format!("its metadata have a value of type {other}, which is unknown")),
-        }
-    }
-
-    fn entry(&mut self) -> Result<Entry, String> {
-        let name = self.text()?;
-        let n_dimensions = self.u32()?;
-        if !(1..=MAX_DIMENSIONS).contains(&n_dimensions) {
-            return Err(format!("tensor `{name}` has {n_dimensions} dimensions"));
-        }
-        let size = |size: u64| usize::try_from(size).map_err(|_| format!("tensor `{name}` has a dimension of {size}"));
-        let mut shape = (0..n_dimensions).map(|_| size(self.u64()?)).collect::<Result<Vec<_>, _>>()?;
-        shape.reverse();
-        if shape.contains(&0) {
-            return Err(format!("tensor `{name}` is empty, and has shape {shape:?}"));
-        }
-        Ok(Entry { shape, type_id: self.u32()?, offset: self.u64()?, name })
-    }
-}
-
-/// Bytes of a value of fixed size.
-fn size_of(kind: u32) -> Option<u64> {
-    match kind {
-        0 | 1 | 7 => Some(1),
-        2 | 3 => Some(2),
-        4..=6 => Some(4),
-        10..=12 => Some(8),
-        _ => None,
-    }
 }
 
 #[cfg(test)]

@@ -4,13 +4,9 @@
 //! whose rows do not consist of whole blocks keep the dtype of the source.
 
 pub(super) mod file;
-mod metadata;
-mod vocabulary;
 
 use serde_json::{Map, Value as Json};
 
-use self::metadata::{hyperparameters, rope_fields, rope_type};
-use self::vocabulary::vocabulary;
 use super::adapter;
 use super::exporter::{Adapter, Container, Exporter, Holds, NamedBytes, OutTensor, Refusal, Source, Target, encode};
 use crate::checkpoint::{CheckpointError, TensorInfo};
@@ -22,6 +18,7 @@ use crate::model::ModelConfig;
 use crate::model::architectures::gguf::Family;
 use crate::model::architectures::{self, gguf_family};
 use crate::model::config::rope_factors;
+use crate::model::gguf::{rope_fields, rope_type, to_metadata, vocabulary};
 use crate::model::inventory::{self, LinearInfo};
 use crate::operator::{self, Forms, Matrix, Operator};
 use crate::quantize::{BlockType, Blocks, Levels, Quantized, Storage};
@@ -89,7 +86,7 @@ fn unwritten(source: &Source<'_>) -> Option<String> {
         }
         Ok(_) => {}
     }
-    if let Some(reason) = (family.misread)(&source.config) {
+    if let Some(reason) = (family.misread)(&source.config).or_else(|| family.other_scale(&source.config)) {
         return Some(reason);
     }
     let kind = rope_fields(&source.config).and_then(rope_type);
@@ -230,8 +227,8 @@ impl Exporter for Gguf {
         ];
         let common = source.config.get("model_type").and_then(Json::as_str).and_then(architectures::find);
         let common = common.map_or_else(|| source.config.clone(), |a| a.in_common_words(&source.config));
-        let mut model = hyperparameters(&common, family);
-        model.extend(vocabulary(source.checkpoint.root(), &source.config, family));
+        let mut model = to_metadata(&common, family);
+        model.extend(vocabulary::to_metadata(source.checkpoint, &source.config, family));
         Container::Gguf { model, adapter }
     }
 
@@ -257,7 +254,7 @@ impl Exporter for Gguf {
 
 /// Whether a tensor of the source is stored as (in, out); codes never are.
 fn is_transposed(source: &Source<'_>, info: &TensorInfo) -> bool {
-    family(source).is_some_and(|family| family.is_transposed(&info.name)) && !info.is_encoded()
+    family(source).is_some_and(|family| family.is_transposed(&info.name)) && !info.is_out_in()
 }
 
 /// llama.cpp has no bf16 adapters.

@@ -10,6 +10,8 @@ use crate::codecs::gguf::Arrangement;
 pub struct Family {
     /// `general.architecture`.
     pub architecture: &'static str,
+    /// The class of transformers for its models.
+    pub class: &'static str,
     /// (module of the checkpoint, module of the file), with `{}` for the number of the block; searched before the names that all families share.
     pub names: &'static [(&'static str, &'static str)],
     /// A prefix of module names that early files of the family leave out.
@@ -26,8 +28,28 @@ pub struct Family {
     pub metadata: &'static [&'static str],
     /// `tokenizer.ggml.pre` of its byte-level tokenizer, unless the tokenizer file decides it.
     pub pre_tokenizer: Option<&'static str>,
+    /// The order in which the tokens of a SentencePiece vocabulary are merged.
+    pub merge_order: MergeOrder,
+    /// For families whose configs give the scale of scores, which llama.cpp infers from the size of the model.
+    pub scores: Option<Scores>,
     /// Why llama.cpp would misread a model with this config.
     pub misread: fn(&Map<String, Value>) -> Option<String>,
+}
+
+/// The token that is merged first, of those that can be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MergeOrder {
+    /// That with the highest score.
+    Scores,
+    /// That with the lowest id.
+    Ids,
+}
+
+/// How llama.cpp infers the scale of scores: by the width of a head, but in the largest model of the family.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Scores {
+    /// Blocks of the model whose scores are scaled by `hidden_size` / `num_attention_heads` instead.
+    pub blocks_of_largest: u64,
 }
 
 /// Names that most families share.
@@ -50,6 +72,7 @@ impl Family {
     /// The defaults of a family's table.
     pub const COMMON: Self = Self {
         architecture: "",
+        class: "",
         names: &[],
         optional_prefix: None,
         is_interleaved: true,
@@ -58,8 +81,25 @@ impl Family {
         buffers: &[],
         metadata: &[],
         pre_tokenizer: None,
+        merge_order: MergeOrder::Scores,
+        scores: None,
         misread: |_| None,
     };
+
+    /// The width by whose root llama.cpp divides scores, in a model with this config; `None` if configs of the family do not give it.
+    pub fn score_width(&self, config: &Map<String, Value>) -> Option<f64> {
+        let number = |key: &str| config.get(key).and_then(Value::as_f64);
+        let is_largest = number("num_hidden_layers") == Some(self.scores?.blocks_of_largest as f64);
+        let of_heads = || Some(number("hidden_size")? / number("num_attention_heads")?);
+        if is_largest { of_heads() } else { Some(number("head_dim").unwrap_or(256.0)) }
+    }
+
+    /// Why llama.cpp would scale the scores of a model with this config differently.
+    pub fn other_scale(&self, config: &Map<String, Value>) -> Option<String> {
+        let asked = config.get("query_pre_attn_scalar").and_then(Value::as_f64)?;
+        let taken = self.score_width(config)?;
+        (taken != asked).then(|| format!("`query_pre_attn_scalar` is {asked}, but llama.cpp uses {taken}"))
+    }
 
     /// The GGUF name of a tensor of a checkpoint.
     pub fn to_gguf(&self, tensor: &str) -> Option<String> {

@@ -36,6 +36,7 @@ pub(super) const GPT2: Architecture = Architecture {
                   "mlp_bias": true}"#,
     gguf: Some(gguf::Family {
         architecture: "gpt2",
+        class: "GPT2LMHeadModel",
         names: &[
             ("transformer.wte", "token_embd"),
             ("transformer.wpe", "position_embd"),

@@ -42,5 +42,8 @@ pub(super) const LLAMA: Architecture = Architecture {
     scales_embeddings: false,
     aliases: &[],
     defaults: "{}",
-    gguf: Some(gguf::Family { architecture: "llama", ..gguf::Family::COMMON }),
+    gguf: Some(GGUF),
 };
+
+pub(super) const GGUF: gguf::Family =
+    gguf::Family { architecture: "llama", class: "LlamaForCausalLM", ..gguf::Family::COMMON };

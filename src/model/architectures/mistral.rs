@@ -1,7 +1,13 @@
 //! Mistral 7B and Nemo: Llama with its own head width and, in early models, a sliding window. Jiang et al. 2023,
 //! arXiv:2310.06825.
 
-use super::llama::LLAMA;
+use super::gguf;
+use super::llama::{self, LLAMA};
 use super::table::{Architecture, Sliding};
 
-pub(super) const MISTRAL: Architecture = Architecture { model_type: "mistral", sliding: Sliding::All, ..LLAMA };
+pub(super) const MISTRAL: Architecture = Architecture {
+    model_type: "mistral",
+    sliding: Sliding::All,
+    gguf: Some(gguf::Family { class: "MistralForCausalLM", ..llama::GGUF }),
+    ..LLAMA
+};

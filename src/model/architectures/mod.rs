@@ -71,6 +71,19 @@ pub fn of_gguf(tensor: &str, config: &Map<String, Value>) -> Option<ShownTensor>
     Some(ShownTensor { name, arrangement, is_transposed })
 }
 
+/// The families that GGUF files call by this `general.architecture`.
+pub fn of_gguf_architecture(name: &str) -> Vec<(&'static Architecture, &'static gguf::Family)> {
+    let with_table = ALL.iter().filter_map(|&architecture| Some((architecture, architecture.gguf.as_ref()?)));
+    with_table.filter(|(_, family)| family.architecture == name).collect()
+}
+
+/// Every `general.architecture` that [`of_gguf_architecture`] knows.
+pub fn gguf_architectures() -> Vec<&'static str> {
+    let mut names: Vec<&str> = ALL.iter().filter_map(|a| Some(a.gguf.as_ref()?.architecture)).collect();
+    names.dedup();
+    names
+}
+
 /// The GGUF name of a tensor of a linear, in any family: linears have the same name in every family that has them.
 pub fn gguf_name(tensor: &str) -> Option<String> {
     let own = || ALL.iter().find_map(|architecture| architecture.gguf.as_ref()?.to_gguf(tensor));
@@ -108,7 +121,7 @@ mod tests {
     #[test]
     fn gguf_tables_are_not_inherited_by_accident() {
         let known: Vec<&str> = known_types().into_iter().filter(|t| gguf_family(t).is_some()).collect();
-        assert_eq!(known, ["llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "gpt2"]);
+        assert_eq!(known, ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "smollm3", "gpt2"]);
     }
 
     #[test]

@@ -18,6 +18,7 @@ pub(super) const PHI3: Architecture = Architecture {
     defaults: r#"{"original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5}"#,
     gguf: Some(gguf::Family {
         architecture: "phi3",
+        class: "Phi3ForCausalLM",
         names: &[
             ("model.layers.{}.self_attn.qkv_proj", "blk.{}.attn_qkv"),
             ("model.layers.{}.mlp.gate_up_proj", "blk.{}.ffn_up"),

@@ -5,8 +5,13 @@ use super::llama::LLAMA;
 use super::table::Architecture;
 use crate::model::slot::Role;
 
-pub(super) const GGUF: gguf::Family =
-    gguf::Family { architecture: "qwen2", is_interleaved: false, pre_tokenizer: Some("qwen2"), ..gguf::Family::COMMON };
+pub(super) const GGUF: gguf::Family = gguf::Family {
+    architecture: "qwen2",
+    class: "Qwen2ForCausalLM",
+    is_interleaved: false,
+    pre_tokenizer: Some("qwen2"),
+    ..gguf::Family::COMMON
+};
 
 pub(super) const QWEN2: Architecture = Architecture {
     model_type: "qwen2",

@@ -14,6 +14,7 @@ pub(super) const QWEN3: Architecture = Architecture {
     defaults: r#"{"use_sliding_window": false}"#,
     gguf: Some(gguf::Family {
         architecture: "qwen3",
+        class: "Qwen3ForCausalLM",
         names: &[
             ("model.layers.{}.self_attn.q_norm", "blk.{}.attn_q_norm"),
             ("model.layers.{}.self_attn.k_norm", "blk.{}.attn_k_norm"),

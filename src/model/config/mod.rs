@@ -19,7 +19,7 @@ use super::slot::{InputSite, Role, Slot};
 use super::text_config;
 pub use super::text_config::{is_multimodal, is_of_tower};
 use super::widths::{BlockWidths, Override, Widths};
-use crate::checkpoint::{CONFIG_FILE, Checkpoint};
+use crate::checkpoint::Checkpoint;
 use crate::error::Failure;
 
 /// The prefix that `lrc` adds to the native `model_type`.
@@ -212,7 +212,7 @@ impl ModelConfig {
     /// # Errors
     /// There is no config, its family is unknown, or its fields contradict each other.
     pub fn of(checkpoint: &Checkpoint) -> Result<(Self, &'static Architecture)> {
-        let path = checkpoint.root().join(CONFIG_FILE);
+        let path = checkpoint.config_path();
         let config = checkpoint.config().ok_or_else(|| {
             let hint = "a model is run from its config; data-free compression and inspection work without it";
             match checkpoint.config_error() {

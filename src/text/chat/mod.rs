@@ -5,7 +5,7 @@
 
 mod jinja;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
@@ -17,13 +17,15 @@ use serde_json::Map;
 use serde_json::Value as Json;
 
 use super::document::Document;
+use crate::checkpoint::Beside;
 use crate::checkpoint::json::parse_as_null;
-use crate::checkpoint::read_file;
 use crate::error::{ExitClass, Failure};
 use jinja::{environment, without_generation};
 
 /// Field of a document that holds a conversation.
 pub(super) const MESSAGES: &str = "messages";
+
+const SETTINGS_FILE: &str = "tokenizer_config.json";
 
 /// Tokens that are variables of templates.
 const TOKENS: [&str; 7] = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
@@ -63,22 +65,24 @@ impl ChatTemplate {
     ///
     /// # Errors
     /// The model has none.
-    pub fn open(model: &Path) -> Result<Self> {
-        let config = fields(model, "tokenizer_config.json");
+    pub fn open(model: &(impl Beside + ?Sized)) -> Result<Self> {
+        let config = fields(model, SETTINGS_FILE);
         let others = fields(model, "special_tokens_map.json");
         let token = |name: &&str| Some((name.to_string(), token(config.get(*name).or_else(|| others.get(*name))?)?));
         let tokens = TOKENS.iter().filter_map(token).collect();
         if let Some(default) = template(model, "chat_template.jinja") {
             let tool_use = template(model, "additional_chat_templates/tool_use.jinja");
-            return Ok(Self { path: model.join("chat_template.jinja"), default, tool_use, tokens });
+            return Ok(Self { path: model.path("chat_template.jinja"), default, tool_use, tokens });
         }
         let single = config.get("chat_template").and_then(Json::as_str).map(String::from);
         let default = single.or_else(|| named(&config, "default")).ok_or_else(|| {
+            let settings = model.path(SETTINGS_FILE);
+            let model = if settings.ends_with(SETTINGS_FILE) { settings.parent().unwrap_or(&settings) } else { &settings };
             Failure::unsupported(format!("`{}` has no chat template for texts with `{MESSAGES}`", model.display())).hint(
                 "copy `chat_template.jinja` of the instruct model next to `tokenizer.json`, or give texts with `--field`",
             )
         })?;
-        Ok(Self { path: model.join("tokenizer_config.json"), default, tool_use: named(&config, "tool_use"), tokens })
+        Ok(Self { path: model.path(SETTINGS_FILE), default, tool_use: named(&config, "tool_use"), tokens })
     }
 
     /// The texts of documents, some of which are records with `messages`.
@@ -173,8 +177,8 @@ impl ChatTemplate {
 }
 
 /// The fields of a JSON file of a model; none if it cannot be read.
-fn fields(model: &Path, name: &str) -> Map<String, Json> {
-    let fields = read_file(&model.join(name)).ok().and_then(|bytes| parse_as_null(&bytes).ok());
+fn fields(model: &(impl Beside + ?Sized), name: &str) -> Map<String, Json> {
+    let fields = model.read(name).ok().flatten().and_then(|bytes| parse_as_null(&bytes).ok());
     fields.unwrap_or_default()
 }
 
@@ -184,8 +188,8 @@ fn token(token: &Json) -> Option<Json> {
 }
 
 /// The template in a file of a model.
-fn template(model: &Path, name: &str) -> Option<String> {
-    String::from_utf8(read_file(&model.join(name)).ok()?).ok()
+fn template(model: &(impl Beside + ?Sized), name: &str) -> Option<String> {
+    String::from_utf8(model.read(name).ok()??).ok()
 }
 
 /// A template from the list in `tokenizer_config.json`.

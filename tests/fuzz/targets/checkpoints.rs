@@ -9,8 +9,9 @@ use lrc::compress::{Job, compress};
 use lrc::inspect::inspect;
 use lrc::model::{Decoder, inventory};
 use lrc::progress::Silent;
+use lrc::text::Tokenizer;
 
-use super::{Bed, evaluate, read_all, split_name};
+use super::{Bed, evaluate, fixture, read_all, split_name};
 
 pub(super) fn of_weights(_: &Bed) -> Vec<Vec<u8>> {
     let file = |header: &str, data: &[u8]| [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), data].concat();
@@ -92,6 +93,23 @@ pub(super) fn of_gguf(bed: &Bed) -> Vec<Vec<u8>> {
 pub(super) fn read_gguf(bed: &Bed, input: &[u8]) -> bool {
     let folder = bed.folder("read-gguf", &[("model.gguf", input)]);
     lrc::model::open(&folder).is_ok_and(|checkpoint| read_all(&checkpoint))
+}
+
+/// Files that describe their models themselves, with a byte-level vocabulary and with one of SentencePiece.
+pub(super) fn of_gguf_alone(bed: &Bed) -> Vec<Vec<u8>> {
+    let model = fixture("tiny-llama");
+    let args = ["export", model.to_str().unwrap(), "--format", "gguf", "-o", "OUT"];
+    let exported = bed.lrc("gguf-of-tiny-llama", &args);
+    let sentencepiece = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/oracles/sentencepiece.gguf");
+    vec![fs::read(exported.join("model.gguf")).unwrap(), fs::read(sentencepiece).unwrap()]
+}
+
+pub(super) fn read_gguf_alone(bed: &Bed, input: &[u8]) -> bool {
+    let folder = bed.folder("gguf-alone", &[("m.gguf", input)]);
+    lrc::model::open(&folder.join("m.gguf")).is_ok_and(|checkpoint| {
+        let has_tokenizer = Tokenizer::open(&checkpoint).is_ok();
+        read_all(&checkpoint) && has_tokenizer
+    })
 }
 
 const FAMILIES: [&str; 21] = [

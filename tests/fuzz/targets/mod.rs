@@ -17,7 +17,9 @@ use lrc::progress::Silent;
 use lrc::text::Bos;
 
 use super::mutate::{self, Random};
-use checkpoints::{of_configs, of_gguf, of_weights, read_config, read_gguf, read_weights};
+use checkpoints::{
+    of_configs, of_gguf, of_gguf_alone, of_weights, read_config, read_gguf, read_gguf_alone, read_weights,
+};
 use files::{of_outputs, of_pieces, of_recipes, of_statistics, read_output, read_piece, read_recipe, read_statistics};
 use sources::{of_pytorch, of_quantized, read_pytorch, read_quantized};
 use texts::{of_templates, of_texts, read_template, read_text};
@@ -32,9 +34,10 @@ pub struct Target {
     pub run: fn(&Bed, &[u8]) -> bool,
 }
 
-pub static TARGETS: [Target; 11] = [
+pub static TARGETS: [Target; 12] = [
     Target { name: "safetensors", runs_in_ci: 300, seeds: of_weights, mutate: mutate::safetensors, run: read_weights },
     Target { name: "gguf", runs_in_ci: 1000, seeds: of_gguf, mutate: mutate::bytes, run: read_gguf },
+    Target { name: "gguf-alone", runs_in_ci: 500, seeds: of_gguf_alone, mutate: mutate::bytes, run: read_gguf_alone },
     Target { name: "pytorch", runs_in_ci: 3000, seeds: of_pytorch, mutate: mutate::bytes, run: read_pytorch },
     Target { name: "quantized", runs_in_ci: 1000, seeds: of_quantized, mutate: mutate::named, run: read_quantized },
     Target { name: "config", runs_in_ci: 1000, seeds: of_configs, mutate: mutate::named, run: read_config },

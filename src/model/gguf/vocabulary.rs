@@ -1,46 +1,59 @@
-//! The vocabulary of a GGUF file, from the `tokenizer.json` of a byte-pair model.
+//! The vocabulary of a GGUF file: its keys, and what is written of the `tokenizer.json` of a byte-pair model. The way back is
+//! `tokenizer.rs`.
 
 use std::collections::BTreeMap;
-use std::path::Path;
 
 use serde_json::{Map, Value as Json};
 
-use crate::checkpoint::read_file;
-use crate::codecs::gguf::Value;
-use crate::model::architectures::gguf::Family;
+use super::super::architectures::gguf::Family;
+use super::splits;
+use crate::checkpoint::{Beside, json};
+use crate::codecs::gguf::{Description, Value};
+
+/// The key of the tokens.
+pub(super) const TOKENS: &str = "tokenizer.ggml.tokens";
+/// The kinds of tokenizers that are written and read: byte-level byte-pair encoding, and SentencePiece.
+pub(super) const BYTE_LEVEL: &str = "gpt2";
+/// SentencePiece, which llama.cpp runs as byte-pair encoding with scores.
+pub(super) const SENTENCEPIECE: &str = "llama";
+/// Files without a vocabulary, for token ids only.
+pub(super) const WITHOUT: &str = "no_vocab";
+
+/// Whether a file has a SentencePiece vocabulary.
+pub(super) fn is_sentencepiece(description: &Description<'_>) -> bool {
+    description.text("tokenizer.ggml.model").as_deref() == Some(SENTENCEPIECE)
+}
 
 /// Token types, as llama.cpp numbers them.
-const NORMAL: i32 = 1;
-const UNKNOWN: i32 = 2;
-const CONTROL: i32 = 3;
-const USER_DEFINED: i32 = 4;
-const UNUSED: i32 = 5;
-const BYTE: i32 = 6;
+pub(super) const NORMAL: i32 = 1;
+pub(super) const UNKNOWN: i32 = 2;
+pub(super) const CONTROL: i32 = 3;
+pub(super) const USER_DEFINED: i32 = 4;
+pub(super) const UNUSED: i32 = 5;
+pub(super) const BYTE: i32 = 6;
 
 /// A token and its type.
 type Token = (String, i32);
 
-/// The vocabulary of the tokenizer in `folder`. Without a tokenizer it is empty, and the file works with token ids
+/// The vocabulary of the tokenizer of a model with this config. Without a tokenizer it is empty, and the file works with token ids
 /// only.
-pub(super) fn vocabulary(folder: &Path, config: &Map<String, Json>, family: &Family) -> Vec<(String, Value)> {
-    let file = read_file(&folder.join("tokenizer.json"));
-    let tokenizer: Option<Json> = file.ok().and_then(|bytes| serde_json::from_slice(&bytes).ok());
-    let Some(tokenizer) = tokenizer.filter(|t| t["model"]["vocab"].is_object()) else {
-        return vec![(key("model"), Value::Text("no_vocab".into()))];
+pub fn to_metadata(model: &dyn Beside, config: &Map<String, Json>, family: &Family) -> Vec<(String, Value)> {
+    let read = |name: &str| -> Option<Json> { json::parse(&model.read(name).ok()??).ok() };
+    let Some(tokenizer) = read("tokenizer.json").filter(|t| t["model"]["vocab"].is_object()) else {
+        return vec![(key("model"), Value::Text(WITHOUT.into()))];
     };
     let is_spm = tokenizer["model"]["byte_fallback"] == true;
     let size = config.get("vocab_size").and_then(Json::as_u64).unwrap_or(0) as usize;
     let tokens = tokens(&tokenizer, size, is_spm);
     let merges: Vec<String> = tokenizer["model"]["merges"].as_array().into_iter().flatten().filter_map(merge).collect();
     let mut vocabulary = vec![
-        (key("model"), Value::Text(if is_spm { "llama" } else { "gpt2" }.into())),
+        (key("model"), Value::Text(if is_spm { SENTENCEPIECE } else { BYTE_LEVEL }.into())),
         (key("token_type"), Value::I32s(tokens.iter().map(|(_, kind)| *kind).collect())),
     ];
     if is_spm {
         vocabulary.push((key("scores"), Value::F32s(scores(&tokens, &merges))));
     } else {
-        let is_llama3 = tokenizer["pre_tokenizer"].to_string().contains("{1,3}");
-        let pre = family.pre_tokenizer.unwrap_or(if is_llama3 { "llama-bpe" } else { "default" });
+        let pre = splits::named_as(&tokenizer).or(family.pre_tokenizer).unwrap_or(splits::UNNAMED);
         vocabulary.push((key("pre"), Value::Text(pre.into())));
         vocabulary.push((key("merges"), Value::Texts(merges)));
     }
@@ -55,6 +68,11 @@ pub(super) fn vocabulary(folder: &Path, config: &Map<String, Json>, family: &Fam
         let prepends = tokenizer["normalizer"].to_string().contains("Prepend")
             || tokenizer["pre_tokenizer"]["prepend_scheme"].as_str().is_some_and(|scheme| scheme != "never");
         vocabulary.push((key("add_space_prefix"), Value::Bool(prepends)));
+    }
+    if let Some(template) =
+        read("tokenizer_config.json").and_then(|s| s.get("chat_template")?.as_str().map(String::from))
+    {
+        vocabulary.push(("tokenizer.chat_template".into(), Value::Text(template)));
     }
     vocabulary
 }

@@ -1,0 +1,100 @@
+//! Files that are refused, with what is not known in them.
+
+use std::path::{Path, PathBuf};
+
+use lrc::checkpoint::Dtype;
+use lrc::codecs::gguf::{Element, GgufTensor, Value, file_bytes, write};
+
+use super::path;
+use crate::common;
+
+type Extra<'a> = &'a [(&'a str, Value)];
+
+/// A file with these metadata besides the usual, and a table of embeddings of a type with this number.
+fn file(folder: &Path, extra: Extra<'_>, type_id: u32) -> PathBuf {
+    let usual = [
+        ("general.architecture", Value::Text("llama".into())),
+        ("llama.context_length", Value::U32(64)),
+        ("llama.embedding_length", Value::U32(32)),
+        ("llama.block_count", Value::U32(1)),
+        ("llama.feed_forward_length", Value::U32(32)),
+        ("llama.attention.head_count", Value::U32(2)),
+        ("tokenizer.ggml.model", Value::Text("gpt2".into())),
+        ("tokenizer.ggml.tokens", Value::Texts(vec!["a".into(), "b".into()])),
+    ];
+    let is_given = |key: &str| extra.iter().any(|(other, _)| *other == key);
+    let kept = usual.into_iter().filter(|(key, _)| !is_given(key));
+    let metadata: Vec<(String, Value)> =
+        kept.chain(extra.iter().cloned()).map(|(key, value)| (key.to_string(), value)).collect();
+    let element = Element::Plain(Dtype::F32);
+    let tensors = [GgufTensor { name: "token_embd.weight".into(), element, shape: vec![2, 32] }];
+    let (mut bytes, offsets) = write(&metadata, &tensors);
+    // The type follows the name, the number of dimensions and two of them.
+    let name = b"token_embd.weight";
+    let at = bytes.windows(name.len()).position(|w| w == name).unwrap() + name.len() + 4 + 16;
+    bytes[at..at + 4].copy_from_slice(&type_id.to_le_bytes());
+    assert!(offsets[0] as usize == bytes.len());
+    bytes.resize(file_bytes(&metadata, &tensors) as usize, 0);
+    let file = folder.join("m.gguf");
+    std::fs::write(&file, bytes).unwrap();
+    file
+}
+
+#[test]
+fn unknown_models_and_blocks_are_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let text = |text: &str| Value::Text(text.into());
+    let cases: [(Extra<'_>, u32, &[&str]); 9] = [
+        (&[("general.architecture", text("mamba"))], 0, &["its architecture is `mamba`", "llama, qwen2"]),
+        (&[("general.architecture", Value::U32(1))], 0, &["name no architecture"]),
+        (&[("general.type", text("adapter"))], 0, &["an adapter"]),
+        (&[("llama.expert_count", Value::U32(8))], 0, &["it has experts"]),
+        (&[("llama.block_count", text("one"))], 0, &["`llama.block_count` is not one number"]),
+        (&[("llama.rope.scaling.type", text("swirl"))], 0, &["scaling of type `swirl`"]),
+        (
+            &[("llama.attention.value_length", Value::U32(8)), ("llama.attention.key_length", Value::U32(16))],
+            0,
+            &["`head_dim` is 16 elsewhere"],
+        ),
+        (&[], 23, &["tensor `token_embd.weight` is of type `iq4_xs`"]),
+        (&[], 77, &["tensor `token_embd.weight` is of type 77, which is unknown"]),
+    ];
+    for (extra, type_id, expected) in cases {
+        let file = file(folder.path(), extra, type_id);
+        let run = common::lrc(&["inspect", path(&file)]);
+        assert_eq!(run.code, 4, "{}", run.stderr);
+        for part in ["m.gguf` holds a model that lrc does not read", "hint: "].iter().chain(expected) {
+            assert!(run.stderr.contains(part), "{part}: {}", run.stderr);
+        }
+    }
+}
+
+#[test]
+fn unknown_tokenizers_are_named_when_they_are_needed() {
+    let folder = tempfile::tempdir().unwrap();
+    let text = |text: &str| Value::Text(text.into());
+    for (extra, expected) in [
+        (vec![("tokenizer.ggml.model", text("bert"))], "its tokenizer is of kind `bert`"),
+        (vec![("tokenizer.ggml.pre", text("swirl"))], "splits texts as `swirl` does"),
+        (vec![("tokenizer.ggml.merges", Value::Texts(vec!["ab".into()]))], "is no pair"),
+        (vec![("tokenizer.ggml.token_type", Value::I32s(vec![1]))], "it has 2 tokens"),
+        (vec![("tokenizer.ggml.tokens", Value::Texts(vec!["a".into(), "a".into()]))], "are both `a`"),
+        (vec![("tokenizer.ggml.model", text("no_vocab"))], "has no tokenizer in its metadata"),
+    ] {
+        let file = file(folder.path(), &extra, 0);
+        let checkpoint = lrc::model::open(&file).unwrap();
+        let error = lrc::text::Tokenizer::open(&checkpoint).map(|_| ()).unwrap_err().to_string();
+        assert!(error.contains(expected), "{error}");
+    }
+}
+
+#[test]
+fn one_file_is_chosen_of_a_folder() {
+    let folder = tempfile::tempdir().unwrap();
+    let first = file(folder.path(), &[], 0);
+    lrc::model::open(folder.path()).unwrap();
+    std::fs::copy(&first, folder.path().join("other.gguf")).unwrap();
+    let run = common::lrc(&["inspect", path(folder.path())]);
+    assert!(run.code == 4 && run.stderr.contains("several `.gguf` files; give one of them"), "{}", run.stderr);
+    lrc::model::open(&first).unwrap();
+}
