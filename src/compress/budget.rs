@@ -2,7 +2,7 @@
 
 use super::allocate::{self, Candidate, Candidates, Item, Ladder, Pick, Ranks, Rules, Spectra};
 use super::compensate::{Compensate, CompensateRank};
-use super::plan::{Choice, FitKind, Plan, largest_compensation, layout};
+use super::plan::{Choice, FitKind, Plan, largest_compensation, layout, menu};
 use super::recipe::{Budget, Recipe};
 use crate::model::inventory::LinearInfo;
 use crate::operator::{Forms, Shape};
@@ -34,8 +34,11 @@ fn quantized_choice(recipe: &Recipe, linear: &LinearInfo, quant: Quant) -> Choic
 
 /// The choices of a linear that a budget has with quantized bases: each quantizer of its menu with each rank of factors.
 pub(super) fn choices_of_bases(recipe: &Recipe, linear: &LinearInfo) -> Vec<Choice> {
-    let ranks = compensation_ranks(recipe.compensate(), recipe.compensate_rank(), linear.shape());
-    let fits = 0..recipe.quants_for(linear.in_features).len();
+    let ranks = match linear.vocabulary {
+        Some(_) => vec![0],
+        None => compensation_ranks(recipe.compensate(), recipe.compensate_rank(), linear.shape()),
+    };
+    let fits = 0..menu(recipe, linear).len();
     fits.flat_map(|fit| ranks.iter().map(move |&rank| Choice::Fitted { fit, rank })).collect()
 }
 
@@ -59,8 +62,8 @@ pub(super) fn compensation_ranks(method: Compensate, rank: CompensateRank, shape
 /// The forms of a linear under a choice that was made by shape: fits are the quantizers of its menu, or its only layout.
 pub(super) fn forms_by_shape(recipe: &Recipe, linear: &LinearInfo, choice: Choice) -> Option<Forms> {
     let quant = match choice {
-        Choice::Fitted { fit, .. } => recipe.quants_for(linear.in_features).get(fit).copied(),
-        Choice::Dense | Choice::Zeros => None,
+        Choice::Fitted { fit, .. } if !recipe.quant().is_empty() => menu(recipe, linear).get(fit).copied(),
+        _ => None,
     };
     Plan::forms(recipe, linear, choice, quant.map_or(FitKind::Layout, FitKind::Base))
 }
