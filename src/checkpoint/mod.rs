@@ -3,8 +3,11 @@
 //! [`Checkpoint::open`] reads headers only. Tensors are mapped and cast one at a time, and their pages are given
 //! back, so that memory does not grow with the size of the checkpoint.
 
+mod adapter;
+mod computed;
 mod contents;
 mod described;
+mod difference;
 mod error;
 mod files;
 mod finish;
@@ -14,6 +17,7 @@ mod hash;
 pub mod hub;
 mod index;
 mod job;
+mod joined;
 pub mod json;
 pub mod magic;
 mod moving;
@@ -23,6 +27,7 @@ mod place;
 mod reader;
 mod settings;
 mod side;
+mod sources;
 mod split;
 mod stack;
 mod strangers;
@@ -41,6 +46,7 @@ pub use folder::{Earlier, OutputFolder};
 pub use gguf::{OfGguf, ShownTensor};
 pub(crate) use hash::hex;
 pub use hash::{Fingerprint, sha256_file};
+pub use joined::Changes;
 pub use open::Checkpoint;
 #[cfg(feature = "cli")]
 pub(crate) use paths::folder_of;

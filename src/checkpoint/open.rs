@@ -9,6 +9,7 @@ use serde_json::{Map, Value};
 use super::error::{CheckpointError, Result};
 use super::files::{CheckpointFiles, ShardIndex, read_config};
 use super::gguf::OfGguf;
+use super::joined::{Changes, Joined};
 use super::magic::Kind;
 use super::paths::{CONFIG_FILE, folder_of, is_gguf};
 use super::reader::Shard;
@@ -35,6 +36,10 @@ pub struct Checkpoint {
     pub(super) stacks: Vec<Stack>,
     /// A file without a config: other files beside it do not belong to it.
     pub(super) is_alone: bool,
+    /// Files of an adapter or a base that are read too.
+    pub(super) joined: Vec<Joined>,
+    /// Set if matrices are presented as differences from a base.
+    pub(super) changes: Option<Changes>,
 }
 
 impl Checkpoint {
@@ -143,6 +148,8 @@ impl Checkpoint {
             borrowed,
             stacks,
             is_alone,
+            joined: Vec::new(),
+            changes: None,
         })
     }
 

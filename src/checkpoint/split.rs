@@ -48,7 +48,7 @@ impl Checkpoint {
     pub fn split(mut self, tensor: &str, slices: &[(String, Rows)]) -> Result<Self> {
         let from = self.require(tensor)?.clone();
         let &[m, n] = from.shape.as_slice() else { panic!("invariant: only matrices are split") };
-        assert!(!from.is_encoded() && cast::is_float(from.dtype), "invariant: only plain floats are split");
+        assert!(from.is_plain() && cast::is_float(from.dtype), "invariant: only plain floats are split");
         let place = self.order.iter().position(|name| name == tensor).unwrap_or(self.order.len());
         self.tensors.remove(tensor);
         self.order.splice(place..=place, slices.iter().map(|(name, _)| name.clone()));

@@ -3,13 +3,14 @@
 //! Quantized, renamed and reordered tensors are presented as the weights that they encode: `X.weight`, however the
 //! file stores it.
 
+use super::computed::Computed;
 use crate::codecs::cast::{self, Dtype};
 use crate::codecs::gguf::{Arrangement, Element};
 use crate::codecs::{compressed_tensors, gptq, packed};
 use crate::quantize::{Blocks, Grouped, Quantized, Scheme, Storage};
 
 /// A tensor of a checkpoint: name, dtype, shape and place.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct TensorInfo {
     /// The name under which it is presented, which may differ from the name in the file.
     pub name: String,
@@ -46,6 +47,30 @@ impl TensorInfo {
         self.encoded.is_some()
     }
 
+    /// Whether it is floats in the layout of the file: stored as they are, or computed from tensors that are.
+    pub fn is_plain(&self) -> bool {
+        self.encoded.as_ref().is_none_or(|encoded| encoded.is_plain())
+    }
+
+    /// The tensor in a checkpoint that has `n` more shards before its own.
+    pub(super) fn after(mut self, n: usize) -> Self {
+        self.shard_idx += n;
+        if let Some(encoded) = &mut self.encoded {
+            encoded.stored = std::mem::take(&mut encoded.stored).into_iter().map(|info| info.after(n)).collect();
+        }
+        self
+    }
+
+    /// Its values, decoded from the stored bytes that `read` gives; `None` if sizes do not match, or it has no floats.
+    fn floats(&self, read: &dyn Fn(&TensorInfo) -> Vec<u8>) -> Option<Vec<f32>> {
+        match self.encoded.as_ref().map(|encoded| encoded.decode(&self.shape, read)) {
+            None => cast::decode(self.dtype, &read(self)),
+            Some(Some(Decoded::Values(values))) => Some(values),
+            Some(Some(Decoded::Quantized(matrix))) => Some(matrix.dequantize()),
+            Some(None) => None,
+        }
+    }
+
     /// Whether it is made of some rows of a stored matrix.
     pub fn is_picked(&self) -> bool {
         self.encoded.as_ref().is_some_and(|encoded| encoded.is_picked())
@@ -64,13 +89,13 @@ pub(super) fn is_sane(shape: &[usize]) -> bool {
 }
 
 /// How a tensor is made from stored ones.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub(super) struct Encoded {
     codec: Codec,
     stored: Vec<TensorInfo>,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) enum Codec {
     Packed(Scheme),
     CompressedTensors(Scheme),
@@ -79,6 +104,8 @@ pub(super) enum Codec {
     Rows(Element, Arrangement),
     /// Some rows of a matrix of floats.
     Picked(Rows),
+    /// Floats computed from several tensors.
+    Computed(Computed),
 }
 
 /// Some rows of a larger matrix (or columns, if it is stored transposed): runs of `run`, one every `stride`.
@@ -139,12 +166,24 @@ impl Encoded {
         matches!(self.codec, Codec::Picked(_))
     }
 
+    /// A tensor of floats that is computed from others, in the layout of the first.
+    pub fn computed(how: Computed, from: Vec<TensorInfo>) -> Self {
+        Self::new(Codec::Computed(how), from)
+    }
+
+    /// Whether its values are floats in the layout of the file.
+    fn is_plain(&self) -> bool {
+        matches!(self.codec, Codec::Computed(_)) && self.stored.first().is_some_and(TensorInfo::is_plain)
+    }
+
     pub fn n_bytes(&self) -> u64 {
         let all: u64 = self.stored.iter().map(TensorInfo::n_bytes).sum();
         match (self.codec, self.stored.first().map(|from| from.shape.as_slice())) {
             (Codec::Picked(rows), Some(&[m, n])) => {
                 all / (if rows.is_transposed { n } else { m }).max(1) as u64 * rows.count as u64
             }
+            // The model itself: what is subtracted is not part of it.
+            (Codec::Computed(Computed::Difference), _) => self.stored.first().map_or(0, TensorInfo::n_bytes),
             _ => all,
         }
     }
@@ -155,7 +194,7 @@ impl Encoded {
                 Some(Storage::Grouped(scheme))
             }
             Codec::Rows(Element::Block(block_type), _) => Some(Storage::Block(block_type)),
-            Codec::Rows(Element::Plain(_), _) | Codec::Picked(_) => None,
+            Codec::Rows(Element::Plain(_), _) | Codec::Picked(_) | Codec::Computed(_) => None,
         }
     }
 
@@ -168,21 +207,25 @@ impl Encoded {
     pub fn decode(&self, shape: &[usize], read: &dyn Fn(&TensorInfo) -> Vec<u8>) -> Option<Decoded> {
         let (&cols, leading) = shape.split_last()?;
         let rows: usize = leading.iter().product();
-        let stored: Vec<(Dtype, Vec<u8>)> = self.stored.iter().map(|info| (info.dtype, read(info))).collect();
+        let stored = || -> Vec<(Dtype, Vec<u8>)> { self.stored.iter().map(|info| (info.dtype, read(info))).collect() };
         let grouped = |matrix: Option<Grouped>| matrix.map(|matrix| Decoded::Quantized(Quantized::Grouped(matrix)));
         match self.codec {
-            Codec::Packed(scheme) => grouped(packed::read([rows, cols], scheme, &stored)),
-            Codec::CompressedTensors(scheme) => grouped(compressed_tensors::read([rows, cols], scheme, &stored)),
-            Codec::Gptq(scheme) => grouped(gptq::read([rows, cols], scheme, &stored)),
+            Codec::Packed(scheme) => grouped(packed::read([rows, cols], scheme, &stored())),
+            Codec::CompressedTensors(scheme) => grouped(compressed_tensors::read([rows, cols], scheme, &stored())),
+            Codec::Gptq(scheme) => grouped(gptq::read([rows, cols], scheme, &stored())),
             Codec::Picked(picked) => {
-                let (dtype, bytes) = stored.first()?;
-                let &[_, width] = self.stored.first()?.shape.as_slice() else { return None };
-                Some(Decoded::Values(picked.of(&cast::decode(*dtype, bytes)?, width)))
+                let whole = self.stored.first()?;
+                let &[_, width] = whole.shape.as_slice() else { return None };
+                Some(Decoded::Values(picked.of(&whole.floats(read)?, width)))
+            }
+            Codec::Computed(computed) => {
+                let parts = self.stored.iter().map(|info| info.floats(read)).collect::<Option<Vec<_>>>()?;
+                computed.of(parts).map(Decoded::Values)
             }
             Codec::Rows(element, arrangement) => {
                 // A vector is a matrix of one column.
                 let (rows, cols) = if leading.is_empty() { (cols, 1) } else { (rows, cols) };
-                let bytes = arrangement.to_model(&stored.first()?.1, rows);
+                let bytes = arrangement.to_model(&read(self.stored.first()?), rows);
                 match element {
                     Element::Plain(dtype) => cast::decode(dtype, &bytes).map(Decoded::Values),
                     Element::Block(block_type) if bytes.len() as u64 == block_type.n_bytes(rows, cols) => {

@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use bytesize::ByteSize;
 use clap::{Arg, Args};
 
-use super::arguments::{DeviceArgs, JsonArgs, MemoryArgs, RevisionArgs};
+use super::arguments::{DeviceArgs, JsonArgs, MemoryArgs, OpenArgs};
 use super::options::{Options, Selection};
 use super::streams::{print, print_json};
 use super::terminal::{Bars, grouped, table};
@@ -37,7 +37,7 @@ pub(super) struct CalibrateArgs {
     model: Option<String>,
 
     #[command(flatten)]
-    revision: RevisionArgs,
+    opening: OpenArgs,
 
     /// Text to measure on (`.txt`, `.jsonl`, `.json`, `.parquet`)
     ///
@@ -62,7 +62,7 @@ pub(super) struct CalibrateArgs {
         value_name = "FILE",
         num_args = 2..,
         conflicts_with_all = [
-            "model", "revision", "text", "field", "method", "samples", "gradient_samples", "seq_len", "seed", "part",
+            "model", "adapter", "revision", "text", "field", "method", "samples", "gradient_samples", "seq_len", "seed", "part",
             "clip_gradients", "memory", "device",
         ],
         help_heading = "Statistics"
@@ -141,7 +141,7 @@ fn measure(
 ) -> Result<(Header, calibrate::Seconds)> {
     let options = &args.options.values;
     let device = args.device.open()?;
-    let checkpoint = args.revision.open(model, progress)?;
+    let checkpoint = args.opening.open(model, progress)?;
     let read = checkpoint.read_files();
     expect_apart(&args.output, read.iter().map(PathBuf::as_path).chain([text]))?;
     let decoder = Decoder::open(&checkpoint)?.on(&device);

@@ -72,7 +72,7 @@ pub fn weighted_curves(
 /// Checks that the linears that `recipe` targets are stored as weights.
 fn expect_weights(checkpoint: &Checkpoint, recipe: &Recipe) -> Result<()> {
     let is_compressed = |linear: &inventory::LinearInfo| {
-        let is_coded = checkpoint.info(&linear.weight_name()).is_some_and(|t| t.is_encoded() && !t.is_picked());
+        let is_coded = checkpoint.info(&linear.weight_name()).is_some_and(|t| !t.is_plain() && !t.is_picked());
         let is_target =
             if recipe.targets.is_empty() { linear.is_default_target } else { recipe.targets.matches(&linear.module) };
         is_target && !recipe.exclude.matches(&linear.module) && (is_coded || linear.is_low_rank())

@@ -71,7 +71,7 @@ pub fn expect_uncompressed<'a>(
     hints: CompressedHints<'_>,
 ) -> Result<()> {
     let how = |linear: &'a LinearInfo| {
-        let is_coded = |info: &TensorInfo| info.is_encoded() && !info.is_picked();
+        let is_coded = |info: &TensorInfo| !info.is_plain() && !info.is_picked();
         if linear.is_low_rank() {
             return Some((linear, "of low rank", hints.low_rank));
         }

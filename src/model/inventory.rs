@@ -154,7 +154,7 @@ pub fn linears(checkpoint: &Checkpoint) -> Vec<LinearInfo> {
         let found = structured(checkpoint, stem);
         let (module, stored, out_features, in_features) = if let Some(found) = found {
             found
-        } else if architecture.is_some_and(|a| a.stores_transposed(stem)) && !info.is_encoded() {
+        } else if architecture.is_some_and(|a| a.stores_transposed(stem)) && info.is_plain() {
             (stem, Stored::DenseTransposed, columns, rows)
         } else {
             (stem, Stored::Dense, rows, columns)
@@ -162,7 +162,7 @@ pub fn linears(checkpoint: &Checkpoint) -> Vec<LinearInfo> {
         if out_features < 2 || in_features < 2 {
             continue;
         }
-        let is_compressed = found.is_some() || info.is_encoded() && !info.is_picked();
+        let is_compressed = found.is_some() || !info.is_plain() && !info.is_picked();
         let is_table = is_compressed && places.is_table(module);
         if !is_table && NOT_LINEAR.iter().any(|part| info.name.contains(part)) {
             continue;
@@ -337,7 +337,7 @@ pub fn split_fused(mut checkpoint: Checkpoint) -> Result<Checkpoint> {
     for linear in linears(&checkpoint) {
         let Some(slices) = linear.id.and_then(whole).filter(|slices| !slices.is_empty()) else { continue };
         let name = linear.weight_name();
-        if linear.is_low_rank() || checkpoint.require(&name)?.is_encoded() {
+        if linear.is_low_rank() || !checkpoint.require(&name)?.is_plain() {
             continue;
         }
         let (widths, slot) = linear.id.map(|id| (config.widths(id.block), id.slot)).expect("invariant: it has a role");

@@ -19,7 +19,7 @@ pub fn matrices(checkpoint: &Checkpoint) -> Result<Vec<LinearInfo>> {
     let matrix = |(module, of): (&String, VocabularyUse)| {
         let info = checkpoint.info(&format!("{module}.weight"))?;
         let &[out_features, in_features] = info.shape.as_slice() else { return None };
-        (cast::is_float(info.dtype) && !info.is_encoded()).then(|| LinearInfo {
+        (cast::is_float(info.dtype) && info.is_plain()).then(|| LinearInfo {
             module: module.clone(),
             out_features,
             in_features,

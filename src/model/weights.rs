@@ -148,10 +148,10 @@ impl Weights for HashMap<String, Tensor> {
 /// Whether a matrix is stored in the order of its family, (in, out) for a Conv1D. Codes are presented as (out, in) in
 /// every family, and the factored format stores bases like that.
 pub(super) fn follows_family(checkpoint: &Checkpoint, name: &str) -> bool {
-    let is_encoded = checkpoint.info(name).is_some_and(TensorInfo::is_encoded);
+    let is_plain = checkpoint.info(name).is_none_or(TensorInfo::is_plain);
     let is_base = || name.strip_suffix(".weight").is_some_and(|stem| stem.ends_with(&format!(".{BASE}")));
     let is_factored = || checkpoint.config().is_some_and(|config| config.contains_key("lrc"));
-    !is_encoded && (!is_base() || !is_factored())
+    is_plain && (!is_base() || !is_factored())
 }
 
 /// A stored permutation: the position of every row.

@@ -3,6 +3,8 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::adapter::AdapterRecord;
+
 /// `lrc inspect`: the spectra of a checkpoint.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 pub struct InspectReport {
@@ -12,6 +14,9 @@ pub struct InspectReport {
     pub lrc_version: String,
     /// The model as the user named it.
     pub model: String,
+    /// The adapter of `--adapter`, if it was merged into the model.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub adapter: Option<AdapterRecord>,
     /// Elements of all tensors.
     pub parameters: u64,
     /// Bytes of all tensors as stored.

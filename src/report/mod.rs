@@ -1,5 +1,6 @@
 //! The results of the commands, as records that serialize to JSON. Every number is computed here or in the rooms below, never in `cli`.
 
+mod adapter;
 mod calibrate;
 pub mod card;
 pub mod columns;
@@ -18,6 +19,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::checkpoint::{Fingerprint, LeftOut};
+pub use adapter::{AdapterRecord, AdapterReport, DeltaRecord, LEFT_OUT_BY_FLAG, TruncatedModule, TruncationRecord};
 pub use calibrate::CalibrateReport;
 pub use eval::{
     Agreement, AllConventionsReport, Distribution, DivergenceRecord, EncoderReport, FidelityRecord, PerplexityReport,
@@ -75,6 +77,12 @@ pub struct CompressReport {
     /// A model of the same size without factors, if quantized linears have factors.
     #[serde(alias = "control", skip_serializing_if = "Option::is_none", default)]
     pub equal_bytes_baseline: Option<EqualBytesBaseline>,
+    /// The adapter of `--adapter`, which is merged into the source.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub adapter: Option<AdapterRecord>,
+    /// Set by `lrc delta`.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub delta: Option<DeltaRecord>,
     /// Set by `lrc truncate`.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub truncated: Option<TruncationRecord>,
@@ -137,6 +145,9 @@ pub struct ExportReport {
     pub source: String,
     /// SHA-256 of the config and weight files of the source.
     pub source_files: Fingerprint,
+    /// The adapter of `--adapter`, if it was merged into the model.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub adapter: Option<AdapterRecord>,
     /// The format that was written, as in `--format`.
     pub format: String,
     /// Linears that were re-encoded; all other tensors were copied unchanged.
@@ -189,15 +200,6 @@ pub struct CalibrationRecord {
     /// Windows whose gradients were taken, if not all.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gradient_windows: Option<usize>,
-}
-
-/// A truncation.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
-pub struct TruncationRecord {
-    /// The requested share.
-    pub keep: f64,
-    /// SHA-256 of the truncated config and weight files.
-    pub source_files: Fingerprint,
 }
 
 /// Seconds per stage of a compression.
@@ -324,6 +326,9 @@ pub struct DryRunReport {
     pub lrc_version: String,
     /// The model as the user named it.
     pub source: String,
+    /// The adapter of `--adapter`, if it was merged into the model.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub adapter: Option<AdapterRecord>,
     /// The full recipe with all defaults, as a recipe file has it.
     pub recipe: Value,
     /// Bytes of the weight files of the output: `sizes.file_bytes_after`.
@@ -379,6 +384,9 @@ pub struct SweepReport {
     pub lrc_version: String,
     /// The model as the user named it.
     pub model: String,
+    /// The adapter of `--adapter`, if it was merged into the model.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub adapter: Option<AdapterRecord>,
     /// The recipe without its budget.
     pub recipe: Value,
     /// Convention of the perplexities, as in `--convention`.

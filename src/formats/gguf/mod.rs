@@ -257,7 +257,7 @@ impl Exporter for Gguf {
 
 /// Whether a tensor of the source is stored as (in, out); codes never are.
 fn is_transposed(source: &Source<'_>, info: &TensorInfo) -> bool {
-    family(source).is_some_and(|family| family.is_transposed(&info.name)) && !info.is_encoded()
+    family(source).is_some_and(|family| family.is_transposed(&info.name)) && info.is_plain()
 }
 
 /// llama.cpp has no bf16 adapters.
