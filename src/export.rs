@@ -15,7 +15,7 @@ use crate::progress::Progress;
 use crate::quantize::Storage;
 use crate::report::card::{self, Loading};
 use crate::report::page::PAGE_FILE;
-use crate::report::{ExportReport, LRC_VERSION, REPORT_FILE, SCHEMA_VERSION, publish};
+use crate::report::{AdapterRecord, ExportReport, LRC_VERSION, REPORT_FILE, SCHEMA_VERSION, publish};
 
 /// An export.
 pub struct ExportJob<'a> {
@@ -84,6 +84,7 @@ pub fn export(job: &ExportJob<'_>, progress: &dyn Progress) -> Result<ExportRepo
         source: job.source.into(),
         source_files: checkpoint.fingerprint()?,
         source_quantization: checkpoint.source_quantization(),
+        adapter: AdapterRecord::of(checkpoint)?,
         format: job.format.name().into(),
         linears: modules.into_iter().map(|(linear, _)| linear.module).collect(),
         bytes_before: checkpoint.n_bytes(),

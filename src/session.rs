@@ -16,6 +16,8 @@ use crate::workers::Workers;
 pub struct Session<'a> {
     /// The source.
     pub checkpoint: &'a Checkpoint,
+    /// The model that is run: the source, unless the source is a difference of models.
+    pub model: &'a Checkpoint,
     /// The device that runs the model.
     pub device: Device,
     /// Memory of walks through the model.
@@ -37,7 +39,13 @@ impl<'a> Session<'a> {
         progress: &'a dyn Progress,
     ) -> Self {
         let limits = WalkLimits::new(memory_bytes, work_folder);
-        Self { checkpoint, device: device.clone(), limits, journal, progress }
+        Self { checkpoint, model: checkpoint, device: device.clone(), limits, journal, progress }
+    }
+
+    /// The same run with another model, which gives statistics of the source.
+    #[must_use]
+    pub fn running(self, model: &'a Checkpoint) -> Self {
+        Self { model, ..self }
     }
 
     /// The model, on the device of the run.
@@ -45,7 +53,7 @@ impl<'a> Session<'a> {
     /// # Errors
     /// As [`Decoder::open`].
     pub fn decoder(&self) -> Result<Decoder<'a>> {
-        Ok(Decoder::open(self.checkpoint)?.on(&self.device))
+        Ok(Decoder::open(self.model)?.on(&self.device))
     }
 
     /// Workers on matrices, each of which takes its number of `bytes`: as many as fit in memory at the size of the largest, and

@@ -229,7 +229,8 @@ fn a_full_dry_run_keeps_what_it_measured_for_the_run() {
         assert_eq!((&plan["ranks"], plan["linears"][0]["relative_error"].as_f64()), (&Value::from("even"), None));
         let full = ok(&[&args(&out)[..], &["--dry-run=full"]].concat()).json();
         assert_eq!(full["kept_in"], path(&folder.path().join("out.partial")));
-        assert!(full["linears"][0]["relative_error"].as_f64().is_some_and(|error| error > 0.0));
+        let errors = full["linears"].as_array().unwrap().iter().map(|linear| linear["relative_error"].as_f64());
+        assert!(errors.flatten().any(|error| error > 0.0));
         let done = ok(&args(&out)).json();
         assert_eq!((&full["sizes"], ranks(&full)), (&done["sizes"], ranks(&done)));
         // The plan is close to the result, although it knows no spectra.

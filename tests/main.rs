@@ -6,6 +6,7 @@
 mod common;
 mod fuzz;
 
+mod adapters;
 mod budgets;
 mod calibrate;
 mod compress;

@@ -3,9 +3,12 @@
 //! [`Checkpoint::open`] reads headers only. Tensors are mapped and cast one at a time, and their pages are given
 //! back, so that memory does not grow with the size of the checkpoint.
 
+mod adapter;
 mod beside;
+mod computed;
 mod contents;
 mod described;
+mod difference;
 mod error;
 mod files;
 mod finish;
@@ -15,6 +18,7 @@ mod hash;
 pub mod hub;
 mod index;
 mod job;
+mod joined;
 pub mod json;
 pub mod magic;
 mod moving;
@@ -24,6 +28,7 @@ mod place;
 mod reader;
 mod settings;
 mod side;
+mod sources;
 mod split;
 mod stack;
 mod strangers;
@@ -44,6 +49,7 @@ pub use folder::{Earlier, OutputFolder};
 pub use gguf::{MadeFiles, OfGguf, ShownTensor};
 pub(crate) use hash::hex;
 pub use hash::{Fingerprint, sha256_file};
+pub use joined::Changes;
 pub use open::Checkpoint;
 #[cfg(feature = "cli")]
 pub(crate) use paths::folder_of;

@@ -9,6 +9,7 @@ use serde_json::{Map, Value};
 use super::error::{CheckpointError, Result};
 use super::files::{CheckpointFiles, ShardIndex, read_config};
 use super::gguf::{Made, OfGguf};
+use super::joined::{Changes, Joined};
 use super::magic::Kind;
 use super::paths::{CONFIG_FILE, REPORT_FILE, folder_of, is_gguf, is_torch};
 use super::reader::Shard;
@@ -39,6 +40,10 @@ pub struct Checkpoint {
     pub(super) is_alone: bool,
     /// The config and the files beside the weights are made from the metadata of a GGUF file.
     pub(super) made: Option<Made>,
+    /// Files of an adapter or a base that are read too.
+    pub(super) joined: Vec<Joined>,
+    /// Set if matrices are presented as differences from a base.
+    pub(super) changes: Option<Changes>,
 }
 
 impl Checkpoint {
@@ -160,6 +165,8 @@ impl Checkpoint {
             method,
             is_alone,
             made,
+            joined: Vec::new(),
+            changes: None,
         })
     }
 

@@ -98,7 +98,8 @@ impl Checkpoint {
         let others =
             [CONFIG_FILE, INDEX_FILE, torch::INDEX_FILE, "tokenizer.json", "tokenizer_config.json", peft::CONFIG_FILE];
         let settings = SETTINGS_FILES.iter().map(|(name, _)| *name);
-        weights.chain(others.into_iter().chain(settings).map(|name| self.root.join(name))).collect()
+        let joined = self.joined.iter().flat_map(|joined| joined.files.iter().cloned());
+        weights.chain(others.into_iter().chain(settings).map(|name| self.root.join(name))).chain(joined).collect()
     }
 }
 

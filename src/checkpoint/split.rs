@@ -45,7 +45,7 @@ impl Checkpoint {
     pub fn split(mut self, tensor: &str, slices: &[(String, Rows)]) -> Result<Self> {
         let from = self.require(tensor)?.clone();
         let &[m, n] = from.shape.as_slice() else { panic!("invariant: only matrices are split") };
-        let is_plain = !from.is_encoded() || from.is_dequantized();
+        let is_plain = from.is_plain() || from.is_dequantized();
         assert!(is_plain && cast::is_float(from.dtype), "invariant: only plain floats are split");
         let place = self.order.iter().position(|name| name == tensor).unwrap_or(self.order.len());
         self.tensors.remove(tensor);

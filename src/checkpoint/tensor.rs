@@ -5,6 +5,7 @@
 
 use std::sync::Arc;
 
+use super::computed::Computed;
 use crate::codecs::cast::{self, Dtype};
 use crate::codecs::gguf::{Arrangement, Element};
 use crate::codecs::layout::{Decoded, Decoder, Stored};
@@ -12,7 +13,7 @@ use crate::codecs::packed;
 use crate::quantize::{Blocks, Quantized, Scheme, Storage};
 
 /// A tensor of a checkpoint: name, dtype, shape and place.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct TensorInfo {
     /// The name under which it is presented, which may differ from the name in the file.
     pub name: String,
@@ -51,6 +52,30 @@ impl TensorInfo {
     /// Whether its bytes in the file differ from those of its dtype and shape.
     pub fn is_encoded(&self) -> bool {
         self.encoded.is_some()
+    }
+
+    /// Whether it is floats in the layout of the file: stored as they are, or computed from tensors that are.
+    pub fn is_plain(&self) -> bool {
+        self.encoded.as_ref().is_none_or(|encoded| encoded.is_plain())
+    }
+
+    /// The tensor in a checkpoint that has `n` more shards before its own.
+    pub(super) fn after(mut self, n: usize) -> Self {
+        self.shard_idx += n;
+        if let Some(encoded) = &mut self.encoded {
+            encoded.stored = std::mem::take(&mut encoded.stored).into_iter().map(|info| info.after(n)).collect();
+        }
+        self
+    }
+
+    /// Its values, decoded from the stored bytes that `read` gives; `None` if sizes do not match, or it has no floats.
+    fn floats(&self, read: &dyn Fn(&TensorInfo) -> Vec<u8>) -> Option<Vec<f32>> {
+        match self.encoded.as_ref().map(|encoded| encoded.decode(&self.shape, read)) {
+            None => cast::decode(self.dtype, &read(self)),
+            Some(Some(Decoded::Values(values))) => Some(values),
+            Some(Some(Decoded::Quantized(matrix))) => Some(matrix.dequantize()),
+            Some(None) => None,
+        }
     }
 
     /// Whether it is made of some rows of a stored matrix.
@@ -114,7 +139,7 @@ pub(super) fn is_sane(shape: &[usize]) -> bool {
 }
 
 /// How a tensor is made from stored ones.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub(super) struct Encoded {
     codec: Codec,
     stored: Vec<TensorInfo>,
@@ -130,7 +155,7 @@ enum Shows {
     Values,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub(super) enum Codec {
     Packed(Scheme),
     /// A layout of another tool; the suffixes of its stored tensors.
@@ -141,6 +166,8 @@ pub(super) enum Codec {
     Transposed(Dtype),
     /// Some rows of a matrix of floats.
     Picked(Rows),
+    /// Floats computed from several tensors.
+    Computed(Computed),
 }
 
 /// The decoder of a layout. Only clones are equal.
@@ -217,12 +244,24 @@ impl Encoded {
         Self { shows: Shows::Values, ..self }
     }
 
+    /// A tensor of floats that is computed from others, in the layout of the first.
+    pub fn computed(how: Computed, from: Vec<TensorInfo>) -> Self {
+        Self::new(Codec::Computed(how), from)
+    }
+
+    /// Whether its values are floats in the layout of the file.
+    fn is_plain(&self) -> bool {
+        matches!(self.codec, Codec::Computed(_)) && self.stored.first().is_some_and(TensorInfo::is_plain)
+    }
+
     pub fn n_bytes(&self) -> u64 {
         let all: u64 = self.stored.iter().map(TensorInfo::n_bytes).sum();
         match (&self.codec, self.stored.first().map(|from| from.shape.as_slice())) {
             (Codec::Picked(rows), Some(&[m, n])) => {
                 all / (if rows.is_transposed { n } else { m }).max(1) as u64 * rows.count as u64
             }
+            // The model itself: what is subtracted is not part of it.
+            (Codec::Computed(Computed::Difference), _) => self.stored.first().map_or(0, TensorInfo::n_bytes),
             _ => all,
         }
     }
@@ -235,7 +274,7 @@ impl Encoded {
             Codec::Packed(scheme) => Some(Storage::Grouped(*scheme)),
             Codec::Layout(Arithmetic(decoder), _) => decoder.scheme().map(Storage::Grouped),
             Codec::Rows(Element::Block(block_type), _) => Some(Storage::Block(*block_type)),
-            Codec::Rows(Element::Plain(_), _) | Codec::Transposed(_) | Codec::Picked(_) => None,
+            Codec::Rows(Element::Plain(_), _) | Codec::Transposed(_) | Codec::Picked(_) | Codec::Computed(_) => None,
         }
     }
 
@@ -246,7 +285,7 @@ impl Encoded {
             Codec::Layout(Arithmetic(decoder), _) => Some(decoder.words()),
             Codec::Rows(Element::Block(block_type), _) => Some(block_type.name.into()),
             Codec::Rows(Element::Plain(_), _) | Codec::Transposed(_) => None,
-            Codec::Picked(_) => self.stored.first()?.encoded.as_ref()?.words(),
+            Codec::Picked(_) | Codec::Computed(_) => self.stored.first()?.encoded.as_ref()?.words(),
         }
     }
 
@@ -295,16 +334,13 @@ impl Encoded {
                 (n_values == rows * cols).then_some(decoded)
             }
             Codec::Picked(picked) => {
-                let from = self.stored.first()?;
-                let &[_, width] = from.shape.as_slice() else { return None };
-                let values = match &from.encoded {
-                    None => cast::decode(from.dtype, &read(from))?,
-                    Some(encoded) => match encoded.decode(&from.shape, read)? {
-                        Decoded::Values(values) => values,
-                        Decoded::Quantized(matrix) => matrix.dequantize(),
-                    },
-                };
-                Some(Decoded::Values(picked.of(&values, width)))
+                let whole = self.stored.first()?;
+                let &[_, width] = whole.shape.as_slice() else { return None };
+                Some(Decoded::Values(picked.of(&whole.floats(read)?, width)))
+            }
+            Codec::Computed(computed) => {
+                let parts = self.stored.iter().map(|info| info.floats(read)).collect::<Option<Vec<_>>>()?;
+                computed.of(parts).map(Decoded::Values)
             }
             Codec::Transposed(dtype) => {
                 let values = cast::decode(*dtype, &read(self.stored.first()?))?;

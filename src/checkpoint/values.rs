@@ -6,7 +6,7 @@ use sha2::{Digest, Sha256};
 use super::error::{CheckpointError, Result};
 use super::hash::{Fingerprint, hex, sha256_file};
 use super::open::Checkpoint;
-use super::paths::{CONFIG_FILE, file_name};
+use super::paths::CONFIG_FILE;
 use super::tensor::TensorInfo;
 use crate::codecs::cast;
 use crate::codecs::layout::Decoded;
@@ -191,19 +191,25 @@ impl Checkpoint {
         let mut fingerprint: Fingerprint = self
             .shards
             .par_iter()
-            .map(|shard| {
+            .enumerate()
+            .map(|(shard_idx, shard)| {
                 let mut hasher = Sha256::new();
                 for (i, chunk) in shard.bytes().chunks(HASH_CHUNK).enumerate() {
                     hasher.update(chunk);
                     shard.release(i * HASH_CHUNK, i * HASH_CHUNK + chunk.len());
                 }
-                (file_name(shard.path()), hex(&hasher.finalize()))
+                (self.shard_name(shard_idx), hex(&hasher.finalize()))
             })
             .collect();
         let config = self.root.join(CONFIG_FILE);
         // A config that was made of a weight file is part of that file.
         if self.config.is_some() && self.made.is_none() {
             fingerprint.insert(CONFIG_FILE.into(), sha256_file(&config)?);
+        }
+        for joined in &self.joined {
+            for file in &joined.files {
+                fingerprint.insert(joined.named(file), sha256_file(file)?);
+            }
         }
         Ok(fingerprint)
     }

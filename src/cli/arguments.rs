@@ -33,6 +33,46 @@ impl ModelArgs {
     }
 }
 
+/// The model, with or without an adapter over it.
+#[derive(Debug, Args)]
+pub(super) struct SourceArgs {
+    /// Folder, `.safetensors` or `.gguf` file, or hub id (`org/name`)
+    pub model: String,
+
+    #[command(flatten)]
+    pub opening: OpenArgs,
+}
+
+impl SourceArgs {
+    pub fn open(&self, progress: &dyn Progress) -> Result<Checkpoint> {
+        self.opening.open(&self.model, progress)
+    }
+}
+
+/// How a model is opened.
+#[derive(Debug, Args)]
+pub(super) struct OpenArgs {
+    /// Folder of a PEFT adapter to merge into the model
+    ///
+    /// A LoRA adapter with `adapter_config.json` and `adapter_model.safetensors`. Base and adapter are one model: it is
+    /// merged as weights are read.
+    #[arg(long, value_name = "DIR", help_heading = "Model", hide_short_help = true)]
+    pub adapter: Option<PathBuf>,
+
+    #[command(flatten)]
+    pub revision: RevisionArgs,
+}
+
+impl OpenArgs {
+    pub fn open(&self, model: &str, progress: &dyn Progress) -> Result<Checkpoint> {
+        let checkpoint = self.revision.open(model, progress)?;
+        match &self.adapter {
+            Some(folder) => crate::model::with_adapter(checkpoint, folder),
+            None => Ok(checkpoint),
+        }
+    }
+}
+
 /// The revision of a model on the hub.
 #[derive(Debug, Args)]
 pub(super) struct RevisionArgs {

@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use bytesize::ByteSize;
 use clap::{Arg, Args};
 
-use super::arguments::{DequantizeArgs, DeviceArgs, JsonArgs, MemoryArgs, RevisionArgs};
+use super::arguments::{DequantizeArgs, DeviceArgs, JsonArgs, MemoryArgs, OpenArgs};
 use super::options::{Options, Selection};
 use super::streams::{print, print_json};
 use super::terminal::{Bars, grouped, table};
@@ -37,7 +37,7 @@ pub(super) struct CalibrateArgs {
     model: Option<String>,
 
     #[command(flatten)]
-    revision: RevisionArgs,
+    opening: OpenArgs,
 
     #[command(flatten)]
     dequantize: DequantizeArgs,
@@ -65,8 +65,8 @@ pub(super) struct CalibrateArgs {
         value_name = "FILE",
         num_args = 2..,
         conflicts_with_all = [
-            "model", "revision", "text", "field", "method", "samples", "gradient_samples", "seq_len", "seed", "part",
-            "clip_gradients", "memory", "device", "dequantize",
+            "model", "adapter", "revision", "text", "field", "method", "samples", "gradient_samples", "seq_len", "seed",
+            "part", "clip_gradients", "memory", "device", "dequantize",
         ],
         help_heading = "Statistics"
     )]
@@ -145,7 +145,7 @@ fn measure(
 ) -> Result<(Header, calibrate::Seconds, Option<String>)> {
     let options = &args.options.values;
     let device = args.device.open()?;
-    let checkpoint = args.dequantize.apply(args.revision.open(model, progress)?)?;
+    let checkpoint = args.dequantize.apply(args.opening.open(model, progress)?)?;
     let read = checkpoint.read_files();
     expect_apart(&args.output, read.iter().map(PathBuf::as_path).chain([text]))?;
     let decoder = Decoder::open(&checkpoint)?.on(&device);

@@ -8,7 +8,7 @@ use bytesize::ByteSize;
 use clap::Args;
 use indicatif::HumanDuration;
 
-use super::arguments::{DequantizeArgs, DeviceArgs, FolderArgs, GateArgs, MemoryArgs, ModelArgs};
+use super::arguments::{DequantizeArgs, DeviceArgs, FolderArgs, GateArgs, MemoryArgs, SourceArgs};
 use super::options::{All, Options, RecipeFile};
 use super::terminal::{Bars, fixed, grouped, table};
 use crate::compress::compensate::Compensate;
@@ -37,7 +37,7 @@ use crate::report::{gate, notes};
 #[command(verbatim_doc_comment)]
 pub(super) struct CompressArgs {
     #[command(flatten)]
-    model: ModelArgs,
+    model: SourceArgs,
 
     #[command(flatten)]
     dequantize: DequantizeArgs,
@@ -88,6 +88,7 @@ pub(super) fn run(args: &CompressArgs, quiet: bool, progress: &Bars) -> Result<(
     let checkpoint = compress::view(args.dequantize.apply(args.model.open(progress)?)?, &recipe)?;
     let job = Job {
         checkpoint: &checkpoint,
+        model: None,
         source: &args.model.model,
         recipe: &recipe,
         output: &args.folder.output,

@@ -4,7 +4,7 @@ use anyhow::Result;
 use clap::builder::PossibleValue;
 use clap::{Arg, Args, ValueEnum};
 
-use super::arguments::{DeviceArgs, GateArgs, MemoryArgs, ModelArgs, ScoredText, at_least_1, at_least_2, open};
+use super::arguments::{DeviceArgs, GateArgs, MemoryArgs, ScoredText, SourceArgs, at_least_1, at_least_2, open};
 use super::options::{Options, Selection};
 use super::terminal::{Bars, fixed, grouped, table};
 use crate::checkpoint::Checkpoint;
@@ -36,7 +36,7 @@ use crate::text::{Bos, DEFAULT_FIELD};
 #[command(verbatim_doc_comment)]
 pub(super) struct EvalArgs {
     #[command(flatten)]
-    model: ModelArgs,
+    model: SourceArgs,
 
     /// Reference, usually the source model
     #[arg(long, value_name = "MODEL", help_heading = "Model")]

@@ -3,7 +3,7 @@
 use anyhow::Result;
 use clap::{Arg, Args};
 
-use super::arguments::{FolderArgs, JsonArgs, ModelArgs};
+use super::arguments::{FolderArgs, JsonArgs, SourceArgs};
 use super::compress::left_out;
 use super::options::{Options, Selection};
 use super::streams::{print, print_json};
@@ -23,7 +23,7 @@ use crate::export::{ExportJob, export};
 #[command(verbatim_doc_comment)]
 pub(super) struct ExportArgs {
     #[command(flatten)]
-    model: ModelArgs,
+    model: SourceArgs,
 
     #[command(flatten)]
     options: Options<Target>,

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use clap::{Arg, Args};
 
-use super::arguments::{DeviceArgs, GateArgs, MemoryArgs, ModelArgs};
+use super::arguments::{DeviceArgs, GateArgs, MemoryArgs, SourceArgs};
 use super::options::{Options, Selection};
 use super::streams::{print, print_json};
 use super::terminal::{self, Bars, grouped, sparkline, table};
@@ -40,7 +40,7 @@ use crate::report::{InspectReport, SpectrumRecord, gate, notes, page};
 #[command(verbatim_doc_comment, after_long_help = definitions())]
 pub(super) struct InspectArgs {
     #[command(flatten)]
-    model: ModelArgs,
+    model: SourceArgs,
 
     #[command(flatten)]
     options: Options<Metric>,

@@ -3,6 +3,7 @@
 mod arguments;
 mod calibrate;
 mod compress;
+mod delta;
 mod documents;
 mod eval;
 mod export;
@@ -51,6 +52,7 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Compress(compress::CompressArgs),
+    Delta(delta::DeltaArgs),
     Calibrate(calibrate::CalibrateArgs),
     Sweep(sweep::SweepArgs),
     Eval(eval::EvalArgs),
@@ -118,6 +120,7 @@ pub fn run(cli: &Cli) -> Result<()> {
     start_threads()?;
     match &cli.command {
         Command::Compress(args) => compress::run(args, cli.quiet, &progress),
+        Command::Delta(args) => delta::run(args, cli.quiet, &progress),
         Command::Calibrate(args) => calibrate::run(args, cli.quiet, &progress),
         Command::Sweep(args) => sweep::run(args, &progress),
         Command::Eval(args) => eval::run(args, &progress),

@@ -7,7 +7,7 @@ use std::time::Instant;
 use anyhow::Result;
 use clap::{Arg, ArgAction, ArgMatches, Args, FromArgMatches};
 
-use super::arguments::{DequantizeArgs, DeviceArgs, GateArgs, MemoryArgs, ModelArgs, ScoredText, at_least_2};
+use super::arguments::{DequantizeArgs, DeviceArgs, GateArgs, MemoryArgs, ScoredText, SourceArgs, at_least_2};
 use super::options::{Options, RecipeFile, Selection};
 use super::terminal::{Bars, fixed, grouped, table};
 use crate::checkpoint::{Existing, OutputFolder, expect_apart};
@@ -33,7 +33,7 @@ use crate::text::{Bos, DEFAULT_FIELD};
 #[command(verbatim_doc_comment)]
 pub(super) struct SweepArgs {
     #[command(flatten)]
-    model: ModelArgs,
+    model: SourceArgs,
 
     #[command(flatten)]
     dequantize: DequantizeArgs,

@@ -99,6 +99,10 @@ impl<'a> Problem<'a> {
                 (Pick::Candidate(at), Meaning::Choices(of)) => {
                     members.zip(&of[at]).for_each(|(&i, &own)| choices[i] = own)
                 }
+                // Rank 0 leaves a residual out, which is not the same as a matrix of zeros.
+                (Pick::Candidate(rank), Meaning::Ranks { .. }) => {
+                    members.for_each(|&i| choices[i] = Choice::Fitted { fit: 0, rank })
+                }
                 (pick, _) => members.for_each(|&i| choices[i] = budget::choice(pick)),
             }
         }

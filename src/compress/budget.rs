@@ -1,6 +1,6 @@
 //! Decisions that follow from shapes alone under a budget: choices without a fit, and the largest possible ranks.
 
-use super::allocate::{self, Candidate, Candidates, Item, Ladder, Pick, Ranks, Rules, Spectra};
+use super::allocate::{self, Candidate, Candidates, Ends, Item, Ladder, Pick, Ranks, Rules, Spectra};
 use super::compensate::{Compensate, CompensateRank};
 use super::plan::{Choice, FitKind, Plan, largest_compensation, layout, menu};
 use super::recipe::{Budget, Recipe};
@@ -81,7 +81,11 @@ fn choices_by_shape(recipe: &Recipe, plan: &Plan, ranks: Ranks, budget: Budget) 
     };
     let items: Vec<Item<'_>> = (0..plan.linears.len()).map(item).collect();
     let picks = allocate::allocate(ranks, &items, &rules(recipe, &items, budget));
-    picks.into_iter().map(choice).collect()
+    let choice = |(i, pick): (usize, Pick)| match pick {
+        Pick::Candidate(rank) if !plan.are_zero[i] => Choice::Fitted { fit: 0, rank },
+        pick => choice(pick),
+    };
+    picks.into_iter().enumerate().map(choice).collect()
 }
 
 /// A pick among ranks as a choice of the first fit.
@@ -107,10 +111,26 @@ pub(super) fn max_ranks(recipe: &Recipe, plan: &Plan) -> Vec<usize> {
             Choice::Dense | Choice::Zeros => 0,
         },
         None if plan.are_zero[i] => 0,
+        None if recipe.is_residual() => affordable_rank(recipe, plan, i),
         // Allocators ask for the spectrum of a matrix that is too small to save anything, too.
         None => layout(recipe, &plan.linears[i]).fitting().largest_saving_rank(plan.linears[i].shape()).max(1),
     };
     (0..plan.linears.len()).map(largest).collect()
+}
+
+/// The largest rank of a residual that does not exceed the budget by itself, at least 1.
+fn affordable_rank(recipe: &Recipe, plan: &Plan, i: usize) -> usize {
+    let linear = &plan.linears[i];
+    let (m, n) = linear.shape();
+    let rank_bytes = (m + n) as f64 * linear.dtype.bitsize() as f64 / 8.0;
+    let all = |of: fn(&LinearInfo) -> u64| plan.linears.iter().map(of).sum::<u64>() as f64;
+    let bytes = match recipe.budget() {
+        Budget::Bytes(bytes) => bytes as f64,
+        Budget::Keep(keep) => keep * all(LinearInfo::n_parameters) * linear.dtype.bitsize() as f64 / 8.0,
+        Budget::Bits(bits) => bits * all(LinearInfo::n_parameters) / 8.0,
+        Budget::None => f64::INFINITY,
+    };
+    ((bytes / rank_bytes).min(m.min(n) as f64) as usize).max(1)
 }
 
 /// Whether the values of a linear's own fit are read. The sequential mode makes its own, except for experts that see too few tokens.
@@ -136,5 +156,6 @@ pub(super) fn rules(recipe: &Recipe, items: &[Item<'_>], budget: Budget) -> Rule
             Rules { budget: bytes, fill: true, ..Rules::of_keep(items, bytes as f64 / dense as f64) }
         }
     };
-    Rules { floor: recipe.rank_floor(), multiple: recipe.rank_multiple(), ..rules }
+    let ends = if recipe.is_residual() { Ends::Residual } else { Ends::Weight };
+    Rules { floor: recipe.rank_floor(), multiple: recipe.rank_multiple(), ends, ..rules }
 }

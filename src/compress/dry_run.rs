@@ -15,7 +15,7 @@ use crate::checkpoint::OutputFolder;
 use crate::formats;
 use crate::operator::Forms;
 use crate::progress::Progress;
-use crate::report::{DryRunReport, LinearRecord, RankSource};
+use crate::report::{AdapterRecord, DryRunReport, LinearRecord, RankSource};
 
 /// How much of a compression a dry run does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -51,6 +51,7 @@ pub fn dry_run(job: &Job<'_>, depth: DryRun, progress: &dyn Progress) -> Result<
     (report.expected_memory_bytes, report.expected_disk_bytes, report.expected_seconds) = (memory, disk, seconds);
     let left_out = formats::side(checkpoint, job.output, &output::REPLACED)?.left_out;
     report.left_out = left_out.into_iter().map(Into::into).collect();
+    report.adapter = AdapterRecord::of(checkpoint)?;
     Ok(report)
 }
 

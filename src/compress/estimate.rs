@@ -77,7 +77,7 @@ fn fastest(trial: impl Fn() -> Result<()>) -> Result<f64> {
 /// Seconds of all `windows` through all blocks, extrapolated from enough of them for a trial in the first block.
 fn pass(job: &Job<'_>, windows: &Windows) -> Result<f64> {
     const TRIAL_TOKENS: usize = 512;
-    let decoder = Decoder::open(job.checkpoint)?.on(&job.device);
+    let decoder = Decoder::open(job.model())?.on(&job.device);
     let length = windows.windows.first().map_or(1, Vec::len).max(1);
     let some = &windows.windows[..TRIAL_TOKENS.div_ceil(length).min(windows.windows.len())];
     let folder = tempfile::tempdir()?;

@@ -16,6 +16,8 @@ pub const DEFAULT_MEMORY_BYTES: u64 = 1 << 30;
 pub struct Job<'a> {
     /// The source.
     pub checkpoint: &'a Checkpoint,
+    /// The model that is run, if it is not the source: the source may be the difference of two models.
+    pub model: Option<&'a Checkpoint>,
     /// The model as the user names it.
     pub source: &'a str,
     /// All settings that determine the bytes of the output.
@@ -38,6 +40,7 @@ impl<'a> Job<'a> {
     pub fn new(checkpoint: &'a Checkpoint, source: &'a str, recipe: &'a Recipe, output: &'a Path) -> Self {
         Self {
             checkpoint,
+            model: None,
             source,
             recipe,
             output,
@@ -48,9 +51,14 @@ impl<'a> Job<'a> {
         }
     }
 
+    /// The model that is run.
+    pub fn model(&self) -> &'a Checkpoint {
+        self.model.unwrap_or(self.checkpoint)
+    }
+
     /// Refuses an output that may not be overwritten, or that contains an input.
     pub(super) fn check_output(&self) -> Result<()> {
         OutputFolder::check(self.output, Existing::of(self.force), REPORT_FILE)?;
-        Ok(expect_apart(self.output, self.recipe.inputs().chain([self.checkpoint.root()]))?)
+        Ok(expect_apart(self.output, self.recipe.inputs().chain(self.checkpoint.roots()))?)
     }
 }

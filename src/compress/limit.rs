@@ -26,6 +26,10 @@ pub(super) struct Search<'s> {
 /// Bytes of a linear in these forms, as the budget counts them; `None` is the unchanged linear.
 pub(super) fn price(recipe: &Recipe, budget: Budget, linear: &LinearInfo, forms: Option<&Forms>) -> u64 {
     match (forms, budget) {
+        // Adapters are small enough for their headers to count.
+        (Some(_), Budget::Bytes(target)) if recipe.is_residual() => {
+            recipe.format.n_bytes_in_file(linear, forms, target)
+        }
         (forms, Budget::Bytes(target)) if !recipe.quant().is_empty() => {
             recipe.format.n_bytes_in_file(linear, forms, target)
         }
@@ -58,7 +62,9 @@ fn unreachable_budget(recipe: &Recipe, budget: Budget, least: f64) -> anyhow::Er
         Budget::None => unreachable!("invariant: without a budget nothing is too large"),
     };
     let mut ways = Vec::new();
-    if matches!(budget, Budget::Bytes(_)) {
+    if recipe.is_residual() {
+        ways.push("leave out what is no linear (`--others leave-out`)".to_string());
+    } else if matches!(budget, Budget::Bytes(_)) {
         ways.push("target more linears, because the others keep their size".to_string());
     }
     if matches!(recipe.compensate_rank(), CompensateRank::Fixed(_)) {
@@ -110,11 +116,14 @@ impl Search<'_> {
         const ROUNDS: usize = 24;
         let dense = vec![Choice::Dense; self.plan.linears.len()];
         let whole = self.file_bytes(&dense);
-        if whole <= target {
+        let is_residual = self.recipe.is_residual();
+        if whole <= target && !is_residual {
             tracing::warn!("`--target-size` is not less than the {whole} bytes of the source: nothing is compressed");
             return Ok(dense);
         }
-        let others = i128::from(whole) - i128::from(self.dense_bytes);
+        // A residual that stays as it is takes no bytes.
+        let dense_bytes = if is_residual { 0 } else { self.dense_bytes };
+        let others = i128::from(whole) - i128::from(dense_bytes);
         let mut budget = i128::from(target) - others;
         let mut best: Option<(u64, Vec<Choice>)> = None;
         let mut smallest = u64::MAX;
@@ -144,7 +153,7 @@ impl Search<'_> {
         let Some((bytes, choices)) = best else {
             return Err(unreachable_budget(self.recipe, Budget::Bytes(target), smallest as f64));
         };
-        if (target - bytes) as f64 > 0.001 * target as f64 && self.recipe.ranks().is_budgeted() {
+        if (target - bytes) as f64 > 0.001 * target as f64 && self.recipe.ranks().is_budgeted() && !is_residual {
             tracing::warn!("`--target-size` is missed by {} bytes: the ranks allow no smaller step", target - bytes);
         }
         Ok(choices)

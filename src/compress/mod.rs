@@ -9,6 +9,7 @@ mod allocation;
 mod budget;
 pub mod compensate;
 mod curves;
+pub mod delta;
 mod dry_run;
 mod equal_bytes;
 mod estimate;
@@ -45,7 +46,7 @@ use crate::formats::{self, Output};
 use crate::model::inventory;
 use crate::operator::Forms;
 use crate::progress::Progress;
-use crate::report::CompressReport;
+use crate::report::{AdapterRecord, CompressReport};
 pub(crate) use curves::{KeptCurve, write as write_curves};
 pub use dry_run::{DryRun, dry_run};
 pub use job::{DEFAULT_MEMORY_BYTES, Job};
@@ -103,6 +104,7 @@ fn into_folder(run: Run<'_>, folder: &OutputFolder, progress: &dyn Progress) -> 
     let allocating = Instant::now();
     let sensitivities = sensitivity::of(&study)?;
     let allocation = sensitivity::allocate(&study, &sensitivities, recipe.budget())?;
+    delta::expect_factors(recipe, &allocation.choices)?;
     timings.allocate = allocating.elapsed().as_secs_f64();
     let planned: Vec<Option<Forms>> =
         allocation.choices.iter().enumerate().map(|(i, &choice)| study.planned(i, choice)).collect();
@@ -135,6 +137,8 @@ fn into_folder(run: Run<'_>, folder: &OutputFolder, progress: &dyn Progress) -> 
     let linears = record::linears(&solution, &allocation.sensitivities, &written)?;
     let mut report = record::report(job, source_files, linears, sizes, calibration, timings);
     report.equal_bytes_baseline = baseline;
+    report.delta = record::delta(job, &plan);
+    report.adapter = AdapterRecord::of(checkpoint)?;
     let lines = record::error_lines(&solution);
     drop(solution);
     output::finish(output, folder, job, &lines, &mut report, started)?;

@@ -121,8 +121,9 @@ pub(super) fn finish(
     report.non_finite = finished.non_finite;
     report.left_out = finished.left_out.into_iter().map(Into::into).collect();
     let recipe = toml::to_string(&recipe.to_options())?;
+    let command = if report.delta.is_some() { "delta BASE FINE-TUNED" } else { "compress MODEL" };
     let pages = [
-        (RECIPE_FILE, format!("# lrc compress MODEL -o OUT --recipe {RECIPE_FILE}\n{recipe}")),
+        (RECIPE_FILE, format!("# lrc {command} -o OUT --recipe {RECIPE_FILE}\n{recipe}")),
         (CARD_FILE, card::render(report, job.checkpoint, &loading)),
         (PAGE_FILE, page::compress(report, lines)?),
     ];

@@ -4,7 +4,7 @@
 use anyhow::Result;
 
 use super::compensate::{Compensate, CompensateRank};
-use super::recipe::{Embeddings, Recipe};
+use super::recipe::{Budget, Embeddings, Recipe};
 use crate::checkpoint::Checkpoint;
 use crate::error::Failure;
 use crate::formats::{Files, Source};
@@ -65,28 +65,34 @@ pub struct Plan {
     pub are_zero: Vec<bool>,
 }
 
+/// The linears that a recipe selects, in the order of the files.
+///
+/// # Errors
+/// A pattern matches nothing, or `--exclude` leaves nothing.
+pub(super) fn targets(checkpoint: &Checkpoint, recipe: &Recipe) -> Result<Vec<LinearInfo>> {
+    let all = inventory::linears(checkpoint);
+    check_patterns(&all, recipe)?;
+    let has_linears = !all.is_empty();
+    let is_target = |linear: &LinearInfo| {
+        let is_wanted =
+            if recipe.targets.is_empty() { linear.is_default_target } else { recipe.targets.matches(&linear.module) };
+        is_wanted && !recipe.exclude.matches(&linear.module)
+    };
+    let linears: Vec<LinearInfo> = all.into_iter().filter(is_target).collect();
+    if linears.is_empty() && has_linears && !recipe.exclude.is_empty() {
+        return Err(Failure::usage("`--exclude` leaves no linear to compress")
+            .hint("`lrc inspect MODEL` lists the names of all linears")
+            .into());
+    }
+    Ok(linears)
+}
+
 impl Plan {
     /// # Errors
     /// No linear matches, a pattern matches nothing, or a target cannot be compressed.
     pub fn new(checkpoint: &Checkpoint, recipe: &Recipe) -> Result<Self> {
         coverage::expect_whole(checkpoint)?;
-        let all = inventory::linears(checkpoint);
-        check_patterns(&all, recipe)?;
-        let has_linears = !all.is_empty();
-        let is_target = |linear: &LinearInfo| {
-            let is_wanted = if recipe.targets.is_empty() {
-                linear.is_default_target
-            } else {
-                recipe.targets.matches(&linear.module)
-            };
-            is_wanted && !recipe.exclude.matches(&linear.module)
-        };
-        let mut linears: Vec<LinearInfo> = all.into_iter().filter(is_target).collect();
-        if linears.is_empty() && has_linears && !recipe.exclude.is_empty() {
-            return Err(Failure::usage("`--exclude` leaves no linear to compress")
-                .hint("`lrc inspect MODEL` lists the names of all linears")
-                .into());
-        }
+        let mut linears = targets(checkpoint, recipe)?;
         check_targets(checkpoint, &linears)?;
         if recipe.embeddings() != Embeddings::Keep {
             let matrices = vocabulary::matrices(checkpoint)?;
@@ -151,6 +157,13 @@ impl Plan {
                 return Err(Failure::unsupported(message).hint("blocks have at least 32 inputs").into());
             }
             Files::check(source, recipe.format, &modules)?;
+        }
+        if recipe.is_residual() {
+            let form = |(i, linear): (usize, &LinearInfo)| {
+                let rank = if recipe.budget() == Budget::None { 1 } else { 1 + i % 2 };
+                (linear.clone(), Forms::of_rank(Kind::FACTORS, rank, linear.shape()))
+            };
+            Files::check(source, recipe.format, &self.linears.iter().enumerate().map(form).collect::<Vec<_>>())?;
         }
         if recipe.quant().len() > 1 && !recipe.format.exporter().mixes_quantizers() {
             return Err(Failure::usage(format!(

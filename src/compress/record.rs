@@ -20,8 +20,8 @@ use crate::operator::{Forms, Right};
 use crate::quantize::{Quant, Storage};
 use crate::report::page::ErrorLine;
 use crate::report::{
-    CalibrationRecord, Component, CompressReport, DryRunReport, LRC_VERSION, LinearRecord, LinearSummary, RankSource,
-    SCHEMA_VERSION, Sizes, Timings,
+    CalibrationRecord, Component, CompressReport, DeltaRecord, DryRunReport, LRC_VERSION, LinearRecord, LinearSummary,
+    RankSource, SCHEMA_VERSION, Sizes, Timings,
 };
 
 /// The record of a linear before any work, without error and time.
@@ -107,7 +107,8 @@ pub(super) fn linears(
         if solution.choices[i] == Choice::Zeros {
             record.relative_error = Some(0.0);
             record.storage_error = (study.recipe.format.stores_operators()).then_some(0.0);
-            notes.push("all weights are zero".into());
+            let what = if study.recipe.is_residual() { "it was not changed" } else { "all weights are zero" };
+            notes.push(what.into());
         }
         record.note = (!notes.is_empty()).then(|| notes.join("; "));
         record.sensitivity = study.recipe.sensitivity().map(|_| sensitivities[i]);
@@ -231,6 +232,8 @@ pub(super) fn report(
         left_out: Vec::new(),
         linears,
         equal_bytes_baseline: None,
+        adapter: None,
+        delta: None,
         truncated: None,
         output_files: Fingerprint::new(),
         timings,
@@ -239,8 +242,26 @@ pub(super) fn report(
     }
 }
 
+/// The base of a difference, and what was changed besides its linears.
+pub(super) fn delta(job: &Job<'_>, plan: &Plan) -> Option<DeltaRecord> {
+    let changes = job.checkpoint.changes()?;
+    let bytes =
+        |name: &String| job.checkpoint.info(name).map_or(0, |info| info.n_elements() * info.dtype.bitsize() as u64 / 8);
+    Some(DeltaRecord {
+        base: changes.base.clone(),
+        stored: changes.changed.iter().cloned().collect(),
+        stored_bytes: changes.changed.iter().map(bytes).sum(),
+        left_out: changes.unmatched.clone(),
+        unchanged: plan.are_zero.iter().filter(|&&is_zero| is_zero).count(),
+    })
+}
+
 /// Tensors of the source that are not the matrix of a targeted linear, in the order of its files.
 fn passed_through(job: &Job<'_>, linears: &[LinearRecord]) -> Vec<String> {
+    // An adapter has nothing of its base.
+    if job.checkpoint.changes().is_some() {
+        return Vec::new();
+    }
     let weights: BTreeSet<String> = linears.iter().map(|linear| format!("{}.weight", linear.module)).collect();
     job.checkpoint.tensors().map(|info| info.name.clone()).filter(|name| !weights.contains(name)).collect()
 }
@@ -263,6 +284,10 @@ pub(super) fn job(job: &Job<'_>, source_files: &Fingerprint, inputs: &Inputs) ->
         "statistics_sha256": job.recipe.statistics.as_deref().map(sha256_file).transpose()?,
         "memory_bytes": job.memory_bytes,
     });
+    // Tensors that are stored whole have places of their own.
+    if let Some(changes) = job.checkpoint.changes() {
+        description["delta"] = json!({"base": changes.base, "stored": changes.changed});
+    }
     // Measurements on another device differ in their last digits.
     if !job.device.is_cpu() {
         description["device"] = json!("gpu");
@@ -277,6 +302,7 @@ pub(super) fn dry_run(job: &Job<'_>, linears: Vec<LinearRecord>, sizes: Sizes, r
         lrc_version: LRC_VERSION.into(),
         source: job.source.into(),
         source_quantization: job.checkpoint.source_quantization(),
+        adapter: None,
         recipe: recipe(job.recipe),
         size_bytes: sizes.file_bytes_after,
         keep: sizes.keep,

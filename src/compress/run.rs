@@ -32,10 +32,15 @@ impl<'a> Run<'a> {
         let started = Instant::now();
         let (checkpoint, recipe) = (job.checkpoint, job.recipe);
         job.check_output()?;
+        if recipe.is_residual() != checkpoint.changes().is_some() {
+            return Err(Failure::usage("`format = \"adapter\"` is of `lrc delta`, which compares two models")
+                .hint("`lrc delta BASE FINE-TUNED -o OUT --target-size 50MiB`; other formats store a model")
+                .into());
+        }
         let plan = Plan::new(checkpoint, recipe)?;
         let source = Source::new(checkpoint);
         plan.check_format(&source, recipe)?;
-        let inputs = Inputs::load(checkpoint, recipe, &plan)?;
+        let inputs = Inputs::load(job.model(), recipe, &plan)?;
         Ok(Self { job, plan, source, inputs, source_files: fingerprint(checkpoint)?, started })
     }
 
@@ -60,7 +65,8 @@ impl<'a> Run<'a> {
         let (checkpoint, recipe) = (self.job.checkpoint, self.job.recipe);
         let part = self.inputs.windows.as_ref().map(|windows| &windows.part);
         let tokens = part.map_or((0, 0), |part| (part.tokens, part.with_gradients().tokens));
-        self.plan.least_output_bytes(checkpoint) + self.plan.kept_bytes(checkpoint, recipe, tokens)
+        let least = if recipe.is_residual() { 0 } else { self.plan.least_output_bytes(checkpoint) };
+        least + self.plan.kept_bytes(checkpoint, recipe, tokens)
     }
 
     pub fn session<'s>(&self, folder: &OutputFolder, progress: &'s dyn Progress) -> Session<'s>
@@ -69,7 +75,8 @@ impl<'a> Run<'a> {
     {
         let journal = Journal::new(folder.pieces());
         let job = self.job;
-        Session::new(job.checkpoint, &job.device, job.memory_bytes, folder.work(), journal, progress)
+        let session = Session::new(job.checkpoint, &job.device, job.memory_bytes, folder.work(), journal, progress);
+        session.running(job.model())
     }
 }
 

@@ -19,7 +19,7 @@ use crate::eval::{EvalSettings, Prepared};
 use crate::model::inventory::LinearInfo;
 use crate::operator::Forms;
 use crate::progress::Progress;
-use crate::report::{LRC_VERSION, SCHEMA_VERSION, SweepPoint, SweepReport, peak_memory_bytes};
+use crate::report::{AdapterRecord, LRC_VERSION, SCHEMA_VERSION, SweepPoint, SweepReport, peak_memory_bytes};
 use crate::session::Session;
 use crate::store::Journal;
 
@@ -99,6 +99,7 @@ pub fn sweep(settings: &SweepSettings<'_>, progress: &dyn Progress) -> Result<Sw
         lrc_version: LRC_VERSION.into(),
         model: settings.eval.model.clone(),
         source_quantization: checkpoint.source_quantization(),
+        adapter: AdapterRecord::of(checkpoint)?,
         recipe: record::recipe(recipe),
         convention: prepared.convention().into(),
         seq_len: prepared.seq_len,

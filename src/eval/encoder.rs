@@ -15,7 +15,8 @@ use crate::model::config::window_length;
 use crate::model::{Decoder, Objective, SentenceModules, Walk, WalkLimits};
 use crate::progress::Progress;
 use crate::report::{
-    Agreement, EncoderReport, FidelityRecord, LRC_VERSION, PseudoPerplexity, SCHEMA_VERSION, peak_memory_bytes,
+    AdapterRecord, Agreement, EncoderReport, FidelityRecord, LRC_VERSION, PseudoPerplexity, SCHEMA_VERSION,
+    peak_memory_bytes,
 };
 use crate::text::{Bos, Text, Tokenizer};
 
@@ -81,6 +82,7 @@ pub fn encoder(
         schema_version: SCHEMA_VERSION,
         lrc_version: LRC_VERSION.into(),
         model: settings.model.clone(),
+        adapter: AdapterRecord::of(checkpoint)?,
         fidelity,
         pseudo,
         windows: windows.len(),

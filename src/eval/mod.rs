@@ -17,7 +17,9 @@ use crate::error::Failure;
 use crate::model::config::window_length;
 use crate::model::{Decoder, Hidden, ModelConfig, Scored, Walk, WalkLimits};
 use crate::progress::{Progress, Stage};
-use crate::report::{DivergenceRecord, LRC_VERSION, PerplexityReport, SCHEMA_VERSION, peak_memory_bytes};
+use crate::report::{
+    AdapterRecord, DivergenceRecord, LRC_VERSION, PerplexityReport, SCHEMA_VERSION, peak_memory_bytes,
+};
 use crate::text::{Bos, Text, Tokenizer};
 use conventions::{Lengths, Rules, Unit, Window};
 use divergence::Divergence;
@@ -235,7 +237,7 @@ pub fn perplexity(
         }
         _ => None,
     };
-    Ok(report(checkpoint, settings, prepared, &nlls, divergence, started))
+    report(checkpoint, settings, prepared, &nlls, divergence, started)
 }
 
 /// Compares the logits of a model with those of the reference, window by window.
@@ -269,7 +271,7 @@ fn report(
     nlls: &[f64],
     divergence: Option<DivergenceRecord>,
     started: Instant,
-) -> PerplexityReport {
+) -> Result<PerplexityReport> {
     let elapsed_seconds = started.elapsed().as_secs_f64();
     let mean = mean(nlls);
     let nll_sum: f64 = nlls.iter().sum();
@@ -279,11 +281,12 @@ fn report(
     };
     let tokens_per_unit = nlls.len() as f64 / n_units as f64;
     let ppl = (mean * tokens_per_unit).exp();
-    PerplexityReport {
+    Ok(PerplexityReport {
         schema_version: SCHEMA_VERSION,
         lrc_version: LRC_VERSION.into(),
         model: settings.model.clone(),
         source_quantization: checkpoint.source_quantization(),
+        adapter: AdapterRecord::of(checkpoint)?,
         convention: prepared.convention().into(),
         ppl,
         ppl_standard_error: ppl * tokens_per_unit * standard_error(nlls, mean),
@@ -310,7 +313,7 @@ fn report(
         divergence,
         elapsed_seconds,
         peak_memory_bytes: peak_memory_bytes(),
-    }
+    })
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@ use super::exporter::{Adapter, Exporter, Holds, NamedBytes, OutTensor, Refusal, 
 use super::refusal::listed;
 use crate::checkpoint::CheckpointError;
 use crate::codecs::peft::{self, Fan};
-use crate::model::config;
+use crate::model::config::is_encoder;
 use crate::model::inventory::LinearInfo;
 use crate::model::{InputSite, Order, Slot};
 use crate::operator::{Forms, Kind, Operator};
@@ -115,14 +115,19 @@ pub(super) fn bytes(linear: &LinearInfo, operator: &Operator) -> Result<Vec<Name
     peft::names(&linear.module).into_iter().zip([&*a.values(), &*b.values()]).map(tensor).collect()
 }
 
-/// `adapter/adapter_config.json`, if any linear has factors.
-pub(super) fn side_files(source: &Source<'_>, modules: &[(LinearInfo, Forms)]) -> Vec<(String, String)> {
+/// The config of an adapter, if any linear has factors.
+pub(super) fn config(source: &Source<'_>, modules: &[(LinearInfo, Forms)]) -> Option<Value> {
     let ranks: Map<String, Value> =
         modules.iter().filter_map(|(l, e)| Some((l.module.clone(), json!(e.rank()?)))).collect();
     let is_transposed = modules.iter().any(|(linear, _)| linear.order == Order::InOut);
     let fan = if is_transposed { Fan::InOut } else { Fan::OutIn };
-    let task = (!config::is_encoder(&source.config)).then_some("CAUSAL_LM");
-    let Some(config) = peft::config(ranks, task, fan) else { return Vec::new() };
+    let task = (!is_encoder(&source.config)).then_some("CAUSAL_LM");
+    peft::config(ranks, task, fan)
+}
+
+/// `adapter/adapter_config.json`, if any linear has factors.
+pub(super) fn side_files(source: &Source<'_>, modules: &[(LinearInfo, Forms)]) -> Vec<(String, String)> {
+    let Some(config) = config(source, modules) else { return Vec::new() };
     let text = serde_json::to_string_pretty(&config).expect("invariant: a config is valid JSON");
     vec![(format!("{}/{}", peft::FOLDER, peft::CONFIG_FILE), text + "\n")]
 }

@@ -160,7 +160,6 @@ impl Exporter for CompressedTensors {
 mod tests {
     use super::*;
     use crate::checkpoint::Dtype;
-    use crate::model::inventory::Stored;
     use crate::operator::Kind;
     use crate::quantize::Storage;
 

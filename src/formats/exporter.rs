@@ -105,6 +105,8 @@ impl<'a> Source<'a> {
 pub enum Container {
     /// Files of safetensors, in shards if they are large.
     Safetensors,
+    /// The one file of a PEFT adapter.
+    Adapter,
     /// Metadata of the model and of its adapter.
     Gguf {
         /// The metadata of the model.
@@ -125,6 +127,8 @@ pub enum Holds {
     Codes,
     /// The weight that a quantized base represents; factors over it are an adapter.
     DequantizedBases,
+    /// Factors of the difference from another model, which has everything else.
+    Residuals,
 }
 
 /// How a format stores compressed linears and describes them in `config.json`.
@@ -134,7 +138,7 @@ pub trait Exporter: Sync {
 
     /// Whether its loaders read an embedding table in codes.
     fn reads_coded_tables(&self) -> bool {
-        self.holds() != Holds::Codes && self.holds() != Holds::DequantizedBases
+        !matches!(self.holds(), Holds::Codes | Holds::DequantizedBases | Holds::Residuals)
     }
 
     /// Whether linears of one output may have different quantizers.

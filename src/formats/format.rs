@@ -20,6 +20,9 @@ pub enum Format {
     Peft,
     /// For llama.cpp and its derivatives; factors in a separate GGUF LoRA
     Gguf,
+    /// A PEFT adapter over another model, which is not stored; of `lrc delta` alone
+    #[cfg_attr(feature = "cli", value(skip))]
+    Adapter,
 }
 
 impl Format {
@@ -32,6 +35,7 @@ impl Format {
             Self::Gptq => "gptq",
             Self::Peft => "peft",
             Self::Gguf => "gguf",
+            Self::Adapter => "adapter",
         }
     }
 }

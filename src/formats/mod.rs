@@ -11,6 +11,7 @@ mod gptq;
 mod output;
 mod refusal;
 mod registry;
+mod residual;
 
 pub use exporter::{Adapter, Container, Exporter, NamedBytes, OutTensor, Refusal, Source, Target};
 pub use factored::load;

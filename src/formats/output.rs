@@ -197,6 +197,7 @@ impl<'a> Files<'a> {
                 let adapter = if self.has_adapter() { writer_bytes(&self.specs(Target::Adapter), u64::MAX) } else { 0 };
                 writer_bytes(&self.specs(Target::Model), self.max_shard_bytes) + adapter
             }
+            Container::Adapter => writer_bytes(&self.specs(Target::Model), u64::MAX),
             Container::Gguf { model, adapter } => {
                 let lora = self.gguf_tensors(Target::Adapter);
                 let lora = if lora.is_empty() { 0 } else { gguf::file_bytes(adapter, &lora) };
@@ -268,6 +269,11 @@ impl<'a> Output<'a> {
                     )
                 });
                 (Writer::Safetensors(model), adapter.transpose()?.map(Writer::Safetensors))
+            }
+            Container::Adapter => {
+                let specs = files.specs(Target::Model);
+                let writer = SafetensorsWriter::create_named(&folder.path(), peft::WEIGHTS_FILE, &specs, u64::MAX)?;
+                (Writer::Safetensors(writer), None)
             }
             Container::Gguf { model, adapter } => {
                 let create = |name: &str, metadata, target| {

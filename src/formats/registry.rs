@@ -4,7 +4,7 @@ use serde_json::{Map, Value};
 
 use super::exporter::{Adapter, Exporter, Holds, OutTensor};
 use super::format::Format;
-use super::{adapter, compressed_tensors, dense, factored, gguf, gptq};
+use super::{adapter, compressed_tensors, dense, factored, gguf, gptq, residual};
 use crate::checkpoint::header_entry_bytes;
 use crate::codecs::gguf::Element;
 use crate::model::inventory::LinearInfo;
@@ -20,6 +20,7 @@ impl Format {
             Self::Gptq => &gptq::Gptq,
             Self::Peft => &adapter::Peft,
             Self::Gguf => &gguf::Gguf,
+            Self::Adapter => &residual::Residual,
         }
     }
 
@@ -38,6 +39,11 @@ impl Format {
         matches!(self.exporter().holds(), Holds::Weights | Holds::DequantizedBases)
     }
 
+    /// Whether it stores the difference of a fine-tuned model from its base, and not a model.
+    pub fn stores_residuals(self) -> bool {
+        self.exporter().holds() == Holds::Residuals
+    }
+
     /// Bytes of a linear: of its tensors, or of its operator for formats that multiply it out.
     pub fn n_bytes(self, linear: &LinearInfo, forms: &Forms) -> u64 {
         match self.exporter().holds() {
@@ -45,7 +51,9 @@ impl Format {
                 let (base, over) = linear.bytes_as(forms);
                 base + over
             }
-            Holds::Codes => self.exporter().tensors(linear, forms).iter().map(OutTensor::n_bytes).sum(),
+            Holds::Codes | Holds::Residuals => {
+                self.exporter().tensors(linear, forms).iter().map(OutTensor::n_bytes).sum()
+            }
         }
     }
 

@@ -19,7 +19,7 @@ use crate::error::Failure;
 use crate::linalg;
 use crate::model::inventory;
 use crate::progress::Progress;
-use crate::report::{InspectReport, LRC_VERSION, SCHEMA_VERSION, Spectrum, SpectrumRecord};
+use crate::report::{AdapterRecord, InspectReport, LRC_VERSION, SCHEMA_VERSION, Spectrum, SpectrumRecord};
 use matrices::Matrix;
 pub use spectrum::{ENERGY_SHARES, WELORE_THRESHOLDS};
 
@@ -75,6 +75,7 @@ pub fn inspect(
         lrc_version: LRC_VERSION.into(),
         model: model.into(),
         source_quantization: checkpoint.source_quantization(),
+        adapter: AdapterRecord::of(checkpoint)?,
         parameters: checkpoint.n_elements(),
         size_bytes: checkpoint.n_bytes(),
         metric: weighted.map(|(name, _)| name),

@@ -10,6 +10,7 @@ use super::config;
 use super::gguf;
 use super::inventory::{self, LinearInfo, Stored};
 use super::linear::{self, Bias};
+use super::tie;
 use super::weights::Order;
 use crate::checkpoint::{Checkpoint, CheckpointError};
 use crate::operator::{Kind, part_name};
@@ -23,6 +24,15 @@ pub fn open(path: &Path) -> Result<Checkpoint> {
     check_parts(&checkpoint)?;
     check_description(&checkpoint)?;
     Ok(checkpoint)
+}
+
+/// A model with the PEFT adapter in `folder` merged.
+///
+/// # Errors
+/// As [`Checkpoint::with_adapter`].
+pub fn with_adapter(checkpoint: Checkpoint, folder: &Path) -> Result<Checkpoint> {
+    let tied = tie::tensors(&checkpoint).filter(|[_, head]| checkpoint.info(head).is_none());
+    Ok(checkpoint.with_adapter(folder, tied.as_ref())?)
 }
 
 /// Checks that every low-rank linear has all of its parts, in the shapes of one matrix.

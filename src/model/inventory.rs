@@ -343,8 +343,8 @@ pub fn split_fused(mut checkpoint: Checkpoint) -> Result<Checkpoint> {
         let Some(slices) = linear.id.and_then(whole).filter(|slices| !slices.is_empty()) else { continue };
         let name = linear.weight_name();
         let info = checkpoint.require(&name)?;
-        let is_encoded = info.is_encoded();
-        if linear.is_low_rank() || is_encoded && !info.is_dequantized() {
+        let is_dequantized = info.is_dequantized();
+        if linear.is_low_rank() || !info.is_plain() && !is_dequantized {
             continue;
         }
         let (widths, slot) = linear.id.map(|id| (config.widths(id.block), id.slot)).expect("invariant: it has a role");
@@ -359,7 +359,7 @@ pub fn split_fused(mut checkpoint: Checkpoint) -> Result<Checkpoint> {
         let slice = |&(role, name): &(Role, &str)| {
             let rows = architecture.rows_of(role, &widths).expect("invariant: a slice has rows");
             // Codes are presented as (out, in) in every family.
-            let rows = Rows { is_transposed: rows.is_transposed && !is_encoded, ..rows };
+            let rows = Rows { is_transposed: rows.is_transposed && !is_dequantized, ..rows };
             (format!("{}.{name}.weight", linear.module), rows)
         };
         checkpoint = checkpoint.split(&name, &slices.iter().map(slice).collect::<Vec<_>>())?;

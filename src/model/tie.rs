@@ -73,6 +73,13 @@ fn are_equal(checkpoint: &Checkpoint, table: &str, head: &str) -> Result<bool> {
     Ok(is_equal)
 }
 
+/// The tensors of the table of embeddings and of the head, for a language model that may have one for both.
+pub fn tensors(checkpoint: &Checkpoint) -> Option<[String; 2]> {
+    let architecture = config::architecture(checkpoint).filter(|architecture| architecture.encoder.is_none())?;
+    let names = Names::of(checkpoint, architecture);
+    Some([names.embeddings(architecture), names.lm_head(architecture)].map(|module| format!("{module}.weight")))
+}
+
 /// Whether a module is a head without its own matrix: the embedding table under another name, or a copy of it.
 ///
 /// # Errors

@@ -6,7 +6,7 @@ use std::path::Path;
 use serde_json::Value;
 
 use super::columns::fixed;
-use super::{CompressReport, ExportReport};
+use super::{CompressReport, DeltaRecord, ExportReport, LEFT_OUT_BY_FLAG};
 use crate::checkpoint::Checkpoint;
 
 /// How an output is loaded.
@@ -23,26 +23,42 @@ pub fn render(report: &CompressReport, source: &Checkpoint, loading: &Loading) -
     let has_parts = report.linears.iter().any(|l| l.rank.is_some());
     let tags = [("low-rank", has_parts), ("quantized", has_codes)];
     let tags = tags.iter().filter(|(_, is_so)| *is_so).map(|(tag, _)| *tag);
-    let mut card = front_matter(&report.source, source, loading.library, has_codes, tags);
-    let _ = writeln!(card, "# Compression of {}\n", title(&report.source));
+    let named = report.delta.as_ref().map_or(&report.source, |delta| &delta.base);
+    let mut card = front_matter(named, source, loading.library, has_codes, tags);
+    let _ = match &report.delta {
+        Some(delta) => writeln!(card, "# {} as an adapter of {}\n", title(&report.source), title(&delta.base)),
+        None => writeln!(card, "# Compression of {}\n", title(&report.source)),
+    };
     let _ = writeln!(
         card,
         "Made by lrc {}. All figures are in `lrc-report.json`; `lrc-report.html` shows them.\n\n## Size\n",
         report.lrc_version
     );
     card.push_str(&sizes(report));
+    if let Some(delta) = &report.delta {
+        card.push_str(&changes(delta));
+    }
     card.push_str("\n## Errors\n\n");
     card.push_str(&errors(report));
     card.push_str("\n## Loading\n\n");
     card.push_str(&loading.text);
     card.push_str("\n## Reproducing\n\nThis command gives the same bytes:\n\n```sh\n");
-    let words: Vec<String> = ["lrc", "compress", title(&report.source), "-o", "OUT"]
-        .map(String::from)
-        .into_iter()
-        .chain(report.source_quantization.iter().map(|_| "--dequantize".into()))
-        .chain(flags(&report.recipe))
-        .map(|word| quoted(&word))
-        .collect();
+    let mut command = vec!["lrc".to_string()];
+    command.extend(match &report.delta {
+        Some(delta) => ["delta", title(&delta.base), title(&report.source)].map(String::from).to_vec(),
+        None => ["compress", title(&report.source)].map(String::from).to_vec(),
+    });
+    if let Some(adapter) = &report.adapter {
+        command.extend(["--adapter", title(&adapter.folder)].map(String::from));
+    }
+    command.extend(["-o", "OUT"].map(String::from));
+    command.extend(report.source_quantization.iter().map(|_| "--dequantize".into()));
+    if report.delta.as_ref().is_some_and(|delta| delta.left_out.values().any(|reason| reason == LEFT_OUT_BY_FLAG)) {
+        command.extend(["--others", "leave-out"].map(String::from));
+    }
+    let is_own = |name: &str| report.delta.is_none() || !IMPLIED_BY_DELTA.contains(&name);
+    command.extend(flags(&report.recipe, is_own));
+    let words: Vec<String> = command.iter().map(|word| quoted(word)).collect();
     let _ = writeln!(card, "{}", words.join(" "));
     if let Some(truncated) = &report.truncated {
         let _ = writeln!(card, "lrc truncate OUT -o SHORTER --keep {}", truncated.keep);
@@ -128,6 +144,30 @@ fn sizes(report: &CompressReport) -> String {
     table
 }
 
+/// What an adapter has besides factors, and what it lacks.
+fn changes(delta: &DeltaRecord) -> String {
+    let mut text = String::new();
+    if !delta.stored.is_empty() {
+        let _ = writeln!(text, "\nStored whole, {} bytes: {}.", delta.stored_bytes, names(delta.stored.iter()));
+    }
+    if !delta.left_out.is_empty() {
+        let _ = writeln!(
+            text,
+            "\nThe models differ in these tensors too, which it lacks: {}.",
+            names(delta.left_out.keys())
+        );
+    }
+    text
+}
+
+/// The first names of a list, and how many more there are.
+fn names<'n>(all: impl ExactSizeIterator<Item = &'n String>) -> String {
+    const SHOWN: usize = 8;
+    let more = all.len().saturating_sub(SHOWN);
+    let shown: Vec<String> = all.take(SHOWN).map(|name| format!("`{name}`")).collect();
+    if more == 0 { shown.join(", ") } else { format!("{} and {more} more", shown.join(", ")) }
+}
+
 /// A summary, then the linears with the largest errors.
 fn errors(report: &CompressReport) -> String {
     const SHOWN: usize = 5;
@@ -162,11 +202,14 @@ fn errors(report: &CompressReport) -> String {
     text
 }
 
-/// A recipe as flags. Paths are reduced to their last part: a card should not reveal the folders of its author.
-fn flags(recipe: &Value) -> Vec<String> {
+/// Settings that `lrc delta` has no flag for, because it allows one value.
+const IMPLIED_BY_DELTA: [&str; 5] = ["format", "layout", "sequential", "max-shard-size", "embeddings"];
+
+/// The settings of a recipe for which `is_taken` holds, as flags. Paths are reduced to their last part: a card should not reveal the folders of its author.
+fn flags(recipe: &Value, is_taken: impl Fn(&str) -> bool) -> Vec<String> {
     let Some(fields) = recipe.as_object() else { return Vec::new() };
     let mut flags = Vec::new();
-    for (name, value) in fields {
+    for (name, value) in fields.iter().filter(|(name, _)| is_taken(name)) {
         let text = |value: &Value| match value {
             Value::String(text) if name == "calibration" || name == "statistics" => title(text).to_string(),
             Value::String(text) => text.clone(),
@@ -205,7 +248,7 @@ mod tests {
     fn a_recipe_is_written_as_flags() {
         let recipe =
             json!({"keep": 0.8, "calibration": "/home/me/it's mine.txt", "elastic": true, "targets": ["*.mlp.*", "x"]});
-        let words: Vec<String> = flags(&recipe).iter().map(|word| quoted(word)).collect();
+        let words: Vec<String> = flags(&recipe, |_| true).iter().map(|word| quoted(word)).collect();
         let expected = r"--keep 0.8 --calibration 'it'\''s mine.txt' --elastic=true --targets '*.mlp.*' --targets x";
         assert_eq!(words.join(" "), expected);
     }

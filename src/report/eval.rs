@@ -3,6 +3,8 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::adapter::AdapterRecord;
+
 /// `lrc eval`: a perplexity, with everything that decides whether it can be compared with another.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 pub struct PerplexityReport {
@@ -15,6 +17,9 @@ pub struct PerplexityReport {
     /// How another tool had quantized the weights, by method and layouts: `gptq: int4-g128`. lrc worked on the values of the codes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source_quantization: Option<String>,
+    /// The adapter of `--adapter`, if it was merged into the model.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub adapter: Option<AdapterRecord>,
     /// Convention of the perplexity, as in `--convention`.
     pub convention: String,
     /// Perplexity: exp of the mean negative log-likelihood per token; per word in `lm-eval`.
@@ -94,6 +99,9 @@ pub struct EncoderReport {
     pub lrc_version: String,
     /// The model as the user named it.
     pub model: String,
+    /// The adapter of `--adapter`, if it was merged into the model.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub adapter: Option<AdapterRecord>,
     /// Set with `--reference`.
     #[serde(flatten, skip_serializing_if = "Option::is_none")]
     pub fidelity: Option<FidelityRecord>,

@@ -3,6 +3,8 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::adapter::AdapterRecord;
+
 /// `lrc inspect`: the spectra of a checkpoint.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 pub struct InspectReport {
@@ -15,6 +17,9 @@ pub struct InspectReport {
     /// How another tool had quantized the weights, by method and layouts: `gptq: int4-g128`. lrc worked on the values of the codes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source_quantization: Option<String>,
+    /// The adapter of `--adapter`, if it was merged into the model.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub adapter: Option<AdapterRecord>,
     /// Elements of all tensors.
     pub parameters: u64,
     /// Bytes of all tensors as stored.

@@ -1,5 +1,6 @@
 //! The results of the commands, as records that serialize to JSON. Every number is computed here or in the rooms below, never in `cli`.
 
+mod adapter;
 mod calibrate;
 pub mod card;
 pub mod columns;
@@ -18,6 +19,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::checkpoint::{Fingerprint, LeftOut};
+pub use adapter::{AdapterRecord, AdapterReport, DeltaRecord, LEFT_OUT_BY_FLAG, TruncatedModule, TruncationRecord};
 pub use calibrate::CalibrateReport;
 pub use eval::{
     Agreement, AllConventionsReport, Distribution, DivergenceRecord, EncoderReport, FidelityRecord, PerplexityReport,
@@ -78,6 +80,12 @@ pub struct CompressReport {
     /// A model of the same size without factors, if quantized linears have factors.
     #[serde(alias = "control", skip_serializing_if = "Option::is_none", default)]
     pub equal_bytes_baseline: Option<EqualBytesBaseline>,
+    /// The adapter of `--adapter`, which is merged into the source.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub adapter: Option<AdapterRecord>,
+    /// Set by `lrc delta`.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub delta: Option<DeltaRecord>,
     /// Set by `lrc truncate`.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub truncated: Option<TruncationRecord>,
@@ -143,6 +151,9 @@ pub struct ExportReport {
     /// How another tool had quantized the weights, by method and layouts: `gptq: int4-g128`. lrc worked on the values of the codes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source_quantization: Option<String>,
+    /// The adapter of `--adapter`, if it was merged into the model.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub adapter: Option<AdapterRecord>,
     /// The format that was written, as in `--format`.
     pub format: String,
     /// Linears that were re-encoded; all other tensors were copied unchanged.
@@ -195,15 +206,6 @@ pub struct CalibrationRecord {
     /// Windows whose gradients were taken, if not all.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gradient_windows: Option<usize>,
-}
-
-/// A truncation.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
-pub struct TruncationRecord {
-    /// The requested share.
-    pub keep: f64,
-    /// SHA-256 of the truncated config and weight files.
-    pub source_files: Fingerprint,
 }
 
 /// Seconds per stage of a compression.
@@ -333,6 +335,9 @@ pub struct DryRunReport {
     /// How another tool had quantized the weights, by method and layouts: `gptq: int4-g128`. lrc worked on the values of the codes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source_quantization: Option<String>,
+    /// The adapter of `--adapter`, if it was merged into the model.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub adapter: Option<AdapterRecord>,
     /// The full recipe with all defaults, as a recipe file has it.
     pub recipe: Value,
     /// Bytes of the weight files of the output: `sizes.file_bytes_after`.
@@ -391,6 +396,9 @@ pub struct SweepReport {
     /// How another tool had quantized the weights, by method and layouts: `gptq: int4-g128`. lrc worked on the values of the codes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source_quantization: Option<String>,
+    /// The adapter of `--adapter`, if it was merged into the model.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub adapter: Option<AdapterRecord>,
     /// The recipe without its budget.
     pub recipe: Value,
     /// Convention of the perplexities, as in `--convention`.

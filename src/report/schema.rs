@@ -6,8 +6,8 @@ use schemars::{JsonSchema, SchemaGenerator, generate::SchemaSettings};
 use serde_json::Value;
 
 use super::{
-    AllConventionsReport, CalibrateReport, CompressReport, DryRunReport, EncoderReport, ExportReport, InspectReport,
-    PerplexityReport, SCHEMA_VERSION, SweepReport,
+    AdapterReport, AllConventionsReport, CalibrateReport, CompressReport, DryRunReport, EncoderReport, ExportReport,
+    InspectReport, PerplexityReport, SCHEMA_VERSION, SweepReport,
 };
 
 /// A field of a report that has a single value.
@@ -133,6 +133,7 @@ pub fn markdown() -> String {
         ("lrc sweep --json", fields::<SweepReport>()),
         ("lrc inspect --json", fields::<InspectReport>()),
         ("lrc export: `lrc-report.json`", fields::<ExportReport>()),
+        ("lrc truncate of an adapter: `lrc-report.json`", fields::<AdapterReport>()),
         ("lrc calibrate --json", fields::<CalibrateReport>()),
     ];
     for (name, fields) in tables {

@@ -5,6 +5,9 @@
 //! pair is recovered; otherwise the product is decomposed again in the diagonals of its metric, which is exact for
 //! svd, asvd and fwsvd and an approximation for metrics of full Grams.
 
+mod adapter;
+mod factors;
+
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Mutex;
@@ -33,6 +36,8 @@ use crate::progress::Progress;
 use crate::report::card::{self, Loading};
 use crate::report::page::{self, PAGE_FILE};
 use crate::report::{CompressReport, REPORT_FILE, SCHEMA_VERSION, TruncationRecord, publish};
+
+pub use adapter::{AdapterJob, AdapterSize, is_adapter, truncate_adapter};
 
 /// The source and the output of a truncation.
 pub struct TruncateJob<'a> {

@@ -60,6 +60,15 @@ else
     cat "$work/log" 1>&2
 fi
 
+# A fine-tune of the fixture on its other text, and adapters of it in peft.
+printf '\n## Adapters\n\n'
+if "$environment/bin/python" "$root/benchmarks/fine_tune.py" "$root/fixtures/tiny-llama" "$root/fixtures/text/held-out.txt" \
+    "$work/tuned" --steps 40 --seq-len 96 --rate 1e-3 1>&2; then
+    "$environment/bin/python" "$here/adapter.py" "$root/fixtures/tiny-llama" "$work/tuned" || status=1
+else
+    status=1
+fi
+
 if [ -x "$environment-vllm/bin/python" ] || install_vllm; then
     in_vllm
     if [ -n "${VLLM_MODELS:-}" ]; then

@@ -52,6 +52,10 @@ impl CheckpointError {
                 "get `quantize_config.json` or the whole `config.json` of its repository, or give the unquantized checkpoint".into()
             }
             Encoding { .. } => "the file is damaged, or `config.json` belongs to another one".into(),
+            NotAnAdapter { .. } => {
+                "give the folder of a LoRA adapter as PEFT saves it, with `adapter_config.json` and `adapter_model.safetensors`".into()
+            }
+            NotMerged { .. } => "give the model that the adapter was trained on; `adapter_config.json` names it".into(),
             NonFinite { .. } => "the weight is broken at its source; get the file again or repair the checkpoint".into(),
             Overflow { .. } => "convert the checkpoint to a wider dtype (BF16 or F32) first".into(),
             Hub { network: true, .. } => {

@@ -347,6 +347,26 @@ pub enum CheckpointError {
         reason: String,
     },
 
+    /// A folder that holds no adapter, or one whose settings are not read.
+    #[error("`{}` is not an adapter that is read: {reason}", path.display())]
+    NotAnAdapter {
+        /// The folder or its config.
+        path: PathBuf,
+        /// A clause: what was looked for, or is not read.
+        reason: String,
+    },
+
+    /// Every tensor of an adapter must have its place in the model.
+    #[error("tensor `{tensor}` in `{}` cannot be merged: {reason}", path.display())]
+    NotMerged {
+        /// The file of the adapter.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// A clause: what does not fit.
+        reason: String,
+    },
+
     /// Values must be finite.
     #[error("tensor `{tensor}` in `{}` has {count} NaN or infinite values, the first at element {first}", path.display())]
     NonFinite {

@@ -15,6 +15,18 @@ pub struct Rules {
     pub multiple: usize,
     /// Whether the remaining budget is spent rank by rank.
     pub fill: bool,
+    /// The smallest and the largest that an item can become.
+    pub ends: Ends,
+}
+
+/// The smallest and the largest that an item with ranks can become.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Ends {
+    /// A weight: at least rank 1, and as it is where low rank does not save anything.
+    #[default]
+    Weight,
+    /// The difference of two weights: left out at rank 0, and never stored except as factors, at most of full rank.
+    Residual,
 }
 
 impl Rules {
@@ -23,7 +35,7 @@ impl Rules {
         let total: u64 = items.iter().map(|item| item.dense_cost).sum();
         // Slightly above, so that 0.7 of 10 is 7 and not 6.
         let budget = (keep * total as f64 + 1e-6).floor() as u64;
-        Self { budget, keep, floor: 0.0, multiple: 1, fill: false }
+        Self { budget, keep, floor: 0.0, multiple: 1, fill: false, ends: Ends::default() }
     }
 
     pub(super) fn round_down(&self, rank: usize) -> usize {
@@ -166,6 +178,10 @@ impl Ladder<'_> {
 
     /// `rank`, rounded down to the rules' multiple; dense if low rank would not save anything.
     pub(super) fn pick(&self, rank: usize, rules: &Rules) -> Pick {
+        if rules.ends == Ends::Residual {
+            let rank = rules.round_down(rank.min(self.largest_rank())).max(self.smallest_rank(rules));
+            return Pick::Candidate(rank.min(self.largest_rank()));
+        }
         let saving_rank = self.saving_rank();
         if rank > saving_rank {
             return Pick::Dense;
@@ -174,10 +190,11 @@ impl Ladder<'_> {
         if rank > saving_rank { Pick::Dense } else { Pick::Candidate(rank) }
     }
 
-    /// The floor: a share of the uniform rank, and at least the multiple.
+    /// The floor: a share of the uniform rank, and at least the multiple for weights.
     pub(super) fn smallest_rank(&self, rules: &Rules) -> usize {
         let uniform = self.uniform_rank(rules.keep);
-        rules.round_down((rules.floor * uniform as f64) as usize).max(rules.multiple)
+        let floor = rules.round_down((rules.floor * uniform as f64) as usize);
+        if rules.ends == Ends::Residual { floor } else { floor.max(rules.multiple) }
     }
 
     pub(super) fn statistic(&self) -> Statistic<'_> {

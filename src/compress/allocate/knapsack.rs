@@ -5,7 +5,7 @@
 //! (Everett 1963). What remains of the budget is spent on the single changes that save most.
 
 use super::allocator::{Allocator, Spectra};
-use super::item::{Candidate, Candidates, Item, Ladder, Pick, Rules};
+use super::item::{Candidate, Candidates, Ends, Item, Ladder, Pick, Rules};
 
 pub(super) struct Knapsack;
 
@@ -81,8 +81,12 @@ fn candidates(item: &Item<'_>, rules: &Rules) -> Vec<PricedPick> {
     }
 }
 
-/// All ranks that save, from the floor up, then dense.
+/// All ranks that save, from the floor up, then dense; of a residual all ranks.
 fn candidates_by_rank(item: &Item<'_>, ladder: &Ladder<'_>, rules: &Rules) -> Vec<PricedPick> {
+    if rules.ends == Ends::Residual {
+        let ranks = (ladder.smallest_rank(rules)..=ladder.largest_rank()).step_by(rules.multiple);
+        return ranks.map(|rank| item.priced_pick(Pick::Candidate(rank))).collect();
+    }
     let dense = item.priced_pick(Pick::Dense);
     let mut candidates: Vec<PricedPick> = (ladder.smallest_rank(rules)..=ladder.saving_rank())
         .step_by(rules.multiple)

@@ -18,12 +18,12 @@ use serde::{Deserialize, Serialize};
 
 pub use allocator::{Allocator, Spectra, cost};
 pub(super) use frontier::{Point, frontier};
-pub use item::{Candidate, Candidates, Item, Ladder, Pick, Rules, Statistic, candidates_by_rank};
+pub use item::{Candidate, Candidates, Ends, Item, Ladder, Pick, Rules, Statistic, candidates_by_rank};
 
 /// The choices of `ranks` under the budget, or the smallest ranks if even they exceed it. Free candidates are taken, which leaves their
 /// share of the budget to the other items.
 pub fn allocate(ranks: Ranks, items: &[Item<'_>], rules: &Rules) -> Vec<Pick> {
-    if rules.keep >= 1.0 && ranks.is_budgeted() {
+    if rules.keep >= 1.0 && ranks.is_budgeted() && rules.ends == Ends::Weight {
         return vec![Pick::Dense; items.len()];
     }
     let is_free = |item: &Item<'_>| matches!(item.candidates, Candidates::Free(_));
@@ -253,6 +253,21 @@ mod tests {
         assert_eq!(picks(0.6), [Pick::Candidate(0), Pick::Dense]);
         assert_eq!(picks(0.25), [Pick::Candidate(0), Pick::Candidate(10)]);
         assert_eq!(picks(1.0), [Pick::Dense, Pick::Dense]);
+    }
+
+    #[test]
+    fn residuals_may_be_left_out_and_are_never_dense() {
+        let linear = |energy: f64| Linear::new(Kind::FACTORS, (40, 40), ErrorCurve::new(vec![energy; 40]), 1.0);
+        let linears = [linear(1.0), linear(1e-9)];
+        let items: Vec<Item<'_>> = linears.iter().map(Linear::item).collect();
+        let rules = |budget| Rules { budget, ends: Ends::Residual, ..Rules::of_keep(&items, 0.5) };
+        let knapsack = |n_ranks: u64| allocate(Ranks::Knapsack, &items, &rules(80 * n_ranks));
+        assert_eq!(knapsack(5), [Pick::Candidate(5), Pick::Candidate(0)]);
+        assert_eq!(knapsack(80), [Pick::Candidate(40), Pick::Candidate(40)]);
+        for ranks in BUDGETED {
+            let picks = allocate(ranks, &items, &rules(80 * 60));
+            assert!(picks.iter().all(|pick| matches!(pick, Pick::Candidate(_))), "{ranks}: {picks:?}");
+        }
     }
 
     proptest! {

@@ -66,7 +66,13 @@ impl Basics {
             false => Method::Svd,
         });
         let by_knapsack = method == Method::Kfac || is_quantized;
-        let ranks = options.ranks.unwrap_or(if by_knapsack { Ranks::Knapsack } else { Ranks::Welore });
+        let format = options.format.unwrap_or_default();
+        let ranks = options.ranks.unwrap_or(match by_knapsack {
+            true => Ranks::Knapsack,
+            // Without a metric of the loss, the same share of every difference was best (docs/results.md, section 24).
+            false if format.stores_residuals() => Ranks::Energy(None),
+            false => Ranks::Welore,
+        });
         // Excluded for fixed ranks, which may be full and leave no error to correct.
         let is_possible =
             method == Method::Kfac && options.calibration.is_some() && ranks.takes_budget() && !is_quantized;
@@ -88,7 +94,7 @@ impl Basics {
             depth_weight: options.depth_weight.unwrap_or(DepthWeight::Fixed(0.0)),
             steps: rank_steps(options, ranks)?,
             anchor: is_sequential.then(|| share("--anchor", options.anchor, 0.5)).transpose()?,
-            format: options.format.unwrap_or_default(),
+            format,
         })
     }
 }
@@ -153,6 +159,8 @@ fn sensitivity(options: &RecipeOptions, ranks: Ranks, method: Method) -> Result<
     if ranks == Ranks::Knapsack {
         let default = match method {
             Method::Kfac => Sensitivity::SecondOrder,
+            // Errors of differences are errors of one model.
+            _ if options.format.is_some_and(Format::stores_residuals) => Sensitivity::SecondOrder,
             _ if options.calibration.is_some() && options.quant.is_empty() => Sensitivity::Measured,
             _ => Sensitivity::Energy,
         };

@@ -10,6 +10,7 @@ use crate::compress::allocate::Ranks;
 use crate::compress::options::RecipeOptions;
 use crate::compress::scale::{DepthWeight, Sensitivity};
 use crate::formats::Format;
+use crate::operator::Kind;
 
 /// The approach without `--quant`.
 pub(super) fn low_rank(options: &RecipeOptions, basics: &Basics) -> Result<LowRankApproach> {
@@ -21,7 +22,7 @@ pub(super) fn low_rank(options: &RecipeOptions, basics: &Basics) -> Result<LowRa
             "it compensates the error of a quantized base; for low rank alone give `--keep` or `--ranks`",
         ));
     }
-    if !basics.format.stores_everything() {
+    if !basics.format.stores_everything() && !basics.format.stores_residuals() {
         let message =
             format!("`--format {}` cannot store low-rank factors without a quantized base", basics.format.name());
         return Err(usage(message, "add `--quant`, or choose `--format factored` or `--format dense`"));
@@ -79,7 +80,13 @@ fn rule(basics: &Basics) -> Result<Option<Rule>> {
 }
 
 fn storage(options: &RecipeOptions, format: Format) -> Result<FactorStorage> {
-    let layout = options.layout.unwrap_or_default();
+    let layout = match options.layout {
+        None if format.stores_residuals() => Kind::FACTORS,
+        layout => layout.unwrap_or_default(),
+    };
+    if format.stores_residuals() && (layout != Kind::FACTORS || options.quant_factors.is_some()) {
+        return Err(usage("adapters store factors in floats", "remove `--layout` and `--quant-factors`"));
+    }
     let unordered = match Unordered::new(layout) {
         _ if !options.elastic.unwrap_or(false) => {
             return Ok(match options.quant_factors {

@@ -184,6 +184,11 @@ impl Recipe {
         self.needs() != Needs::default() && self.statistics.is_none()
     }
 
+    /// Whether the differences of two models are stored, and not weights.
+    pub fn is_residual(&self) -> bool {
+        self.format.stores_residuals()
+    }
+
     /// The statistics that the metrics and quantizers need.
     pub fn needs(&self) -> Needs {
         let gptq = Needs { input_gram: self.quant().iter().any(|q| q.needs_gram()), ..Needs::default() };

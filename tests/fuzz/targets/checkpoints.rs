@@ -61,6 +61,7 @@ fn compress_all(bed: &Bed, checkpoint: &Checkpoint) {
         let output = bed.path("compressed");
         let job = Job {
             checkpoint,
+            model: None,
             source: "m",
             recipe: &recipe,
             output: &output,

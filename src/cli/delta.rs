@@ -1,0 +1,141 @@
+//! `lrc delta`.
+
+use anyhow::Result;
+use clap::Args;
+
+use super::arguments::{DeviceArgs, FolderArgs, GateArgs, MemoryArgs, RevisionArgs, open};
+use super::compress::show;
+use super::options::{Options, RecipeFile, Selection};
+use super::terminal::Bars;
+use crate::compress::delta::{self, Others};
+use crate::compress::{Job, compress};
+use crate::report::{CompressReport, DeltaRecord, gate};
+
+/// Extract a fine-tune as a PEFT adapter of its base
+///
+/// Approximates the difference of two models by low-rank factors, with ranks
+/// chosen for each matrix. With a text or statistics of the fine-tuned model,
+/// directions that its inputs use count more. What is no linear and was changed
+/// is stored whole.
+///
+/// Examples:
+///   lrc delta BASE FINE-TUNED -o ADAPTER --target-size 50MiB
+///   lrc delta BASE FINE-TUNED -o ADAPTER --keep 0.05 --calibration text.txt
+///   lrc delta BASE FINE-TUNED -o ADAPTER --ranks fixed:16
+///   lrc eval BASE --adapter ADAPTER --reference FINE-TUNED --text text.txt
+#[derive(Debug, Args)]
+#[command(verbatim_doc_comment)]
+pub(super) struct DeltaArgs {
+    /// The model that was fine-tuned: a folder, a file, or a hub id
+    base: String,
+
+    /// The fine-tuned model
+    #[arg(value_name = "FINE-TUNED")]
+    fine_tuned: String,
+
+    /// Changed norms, embeddings, heads and biases
+    #[arg(long, value_enum, default_value_t, value_name = "WHAT", help_heading = "Model")]
+    others: Others,
+
+    #[command(flatten)]
+    revision: RevisionArgs,
+
+    #[command(flatten)]
+    options: Options<Residual>,
+
+    #[command(flatten)]
+    recipe: RecipeFile,
+
+    #[command(flatten)]
+    memory: MemoryArgs,
+
+    #[command(flatten)]
+    device: DeviceArgs,
+
+    #[command(flatten)]
+    folder: FolderArgs,
+
+    /// Discard the progress of an interrupted run
+    #[arg(long, help_heading = "Output")]
+    restart: bool,
+
+    #[command(flatten)]
+    gates: GateArgs,
+}
+
+/// The options that have a meaning for a difference.
+#[derive(Debug)]
+struct Residual;
+
+impl Selection for Residual {
+    fn takes(id: &str) -> bool {
+        const TAKEN: [&str; 19] = [
+            "keep",
+            "target_size",
+            "method",
+            "ranks",
+            "sensitivity",
+            "depth_weight",
+            "rank_floor",
+            "rank_multiple",
+            "targets",
+            "exclude",
+            "calibration",
+            "field",
+            "statistics",
+            "damping_input",
+            "damping_output",
+            "clip_gradients",
+            "samples",
+            "gradient_samples",
+            "seq_len",
+        ];
+        TAKEN.contains(&id) || id == "seed"
+    }
+}
+
+pub(super) fn run(args: &DeltaArgs, quiet: bool, progress: &Bars) -> Result<()> {
+    gate::expect_fields::<CompressReport>(&args.gates.fail_if, &[])?;
+    let options = delta::options(args.recipe.complete(&args.options.values)?)?;
+    let recipe = args.recipe.check(&args.options.values, &options)?;
+    let device = args.device.open()?;
+    args.folder.check()?;
+    let revision = args.revision.revision.as_deref();
+    let base = open(&args.base, revision, progress)?;
+    // One copy is shown as a difference, and the other is run.
+    let [model, fine_tuned] = [(); 2].map(|()| open(&args.fine_tuned, None, progress));
+    let (model, fine_tuned) = (model?, fine_tuned?);
+    let difference = delta::difference(fine_tuned, base, &args.base, &recipe, args.others)?;
+    let job = Job {
+        checkpoint: &difference,
+        model: Some(&model),
+        source: &args.fine_tuned,
+        recipe: &recipe,
+        output: &args.folder.output,
+        force: args.folder.force,
+        restart: args.restart,
+        memory_bytes: args.memory.bytes(),
+        device,
+    };
+    let report = compress(&job, progress)?;
+    let show = |report: &CompressReport| match (quiet, &report.delta) {
+        (false, Some(delta)) => format!("{}{}", show_changes(delta), show(report, &args.folder.output)),
+        _ => String::new(),
+    };
+    args.gates.conclude(&report, show)
+}
+
+/// What is stored besides factors, and what is not.
+fn show_changes(delta: &DeltaRecord) -> String {
+    let mut lines = String::new();
+    if delta.unchanged > 0 {
+        lines += &format!("unchanged linears: {}\n", delta.unchanged);
+    }
+    if !delta.stored.is_empty() {
+        lines += &format!("stored whole: {} tensors, {} bytes\n", delta.stored.len(), delta.stored_bytes);
+    }
+    for (tensor, reason) in &delta.left_out {
+        lines += &format!("left out: {tensor} ({reason})\n");
+    }
+    lines
+}
