@@ -194,7 +194,7 @@ fn merged_parts_are_the_whole() {
     let over = lrc(&over);
     assert!(over.code == 2 && over.stderr.contains("is read by the same command"), "{}", over.stderr);
     assert!(std::fs::read(&halves[0]).unwrap() == before);
-    for name in ["half", "quarter", "last", "all", "by-halves"] {
+    for name in ["third", "half", "quarter", "last", "all", "by-halves"] {
         std::fs::remove_file(file(name)).unwrap();
     }
     let again = merge("merged", &["1", "2"]);

@@ -1,4 +1,4 @@
-//! The report of `lrc calibrate`.
+//! The report of `lrc calibrate`, and the record of a calibration in other reports.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -31,4 +31,18 @@ pub struct CalibrateReport {
     pub backward_seconds: f64,
     /// Peak resident memory of the process in bytes; Linux only.
     pub peak_memory_bytes: Option<u64>,
+}
+
+/// The calibration text.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+pub struct CalibrationRecord {
+    /// SHA-256 of each text.
+    pub text_sha256: Vec<String>,
+    /// Number of windows.
+    pub windows: usize,
+    /// Number of tokens in all windows.
+    pub tokens: usize,
+    /// Windows whose gradients were taken, if not all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gradient_windows: Option<usize>,
 }

@@ -20,7 +20,7 @@ use serde_json::Value;
 
 use crate::checkpoint::{Fingerprint, LeftOut};
 pub use adapter::{AdapterRecord, AdapterReport, DeltaRecord, LEFT_OUT_BY_FLAG, TruncatedModule, TruncationRecord};
-pub use calibrate::CalibrateReport;
+pub use calibrate::{CalibrateReport, CalibrationRecord};
 pub use eval::{
     Agreement, AllConventionsReport, Distribution, DivergenceRecord, EncoderReport, FidelityRecord, PerplexityReport,
     PseudoPerplexity,
@@ -192,20 +192,6 @@ impl From<LeftOut> for LeftOutRecord {
     fn from(left_out: LeftOut) -> Self {
         Self { path: left_out.path, reason: left_out.reason.into() }
     }
-}
-
-/// The calibration text.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
-pub struct CalibrationRecord {
-    /// SHA-256 of each text.
-    pub text_sha256: Vec<String>,
-    /// Number of windows.
-    pub windows: usize,
-    /// Number of tokens in all windows.
-    pub tokens: usize,
-    /// Windows whose gradients were taken, if not all.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub gradient_windows: Option<usize>,
 }
 
 /// Seconds per stage of a compression.
