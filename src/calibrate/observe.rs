@@ -44,12 +44,7 @@ pub fn observe(
     let started = Instant::now();
     let needs = observation.needs;
     let n_blocks = decoder.n_blocks();
-    let last = match (needs.vocabulary, needs.gradients()) {
-        (true, _) => Pass::Table.key(0),
-        (false, true) => Pass::Backward.key(0),
-        (false, false) => Pass::Forward.key(n_blocks.saturating_sub(1)),
-    };
-    if journal.has(&last) {
+    if journal.has(&last_key(n_blocks, needs)) {
         return replay(journal, n_blocks, needs, keep);
     }
     let mut walk = Walk::in_two(decoder, windows, n_gradients, limits)?;
@@ -102,6 +97,15 @@ pub fn observe(
     remove_states(journal, 0..n_blocks);
     let backward = if needs.gradients() { started.elapsed().as_secs_f64() } else { 0.0 };
     Ok(Seconds { forward, backward })
+}
+
+/// The key of the last piece of a calibration.
+fn last_key(n_blocks: usize, needs: Needs) -> String {
+    match (needs.vocabulary, needs.gradients()) {
+        (true, _) => Pass::Table.key(0),
+        (false, true) => Pass::Backward.key(0),
+        (false, false) => Pass::Forward.key(n_blocks.saturating_sub(1)),
+    }
 }
 
 /// Bytes of the Grams that one batch adds to the sums of a block, in the larger of the two passes.

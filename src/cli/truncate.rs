@@ -126,7 +126,7 @@ pub(super) fn run(args: &TruncateArgs, quiet: bool, progress: &Bars) -> Result<(
 fn adapter(args: &TruncateArgs, path: &Path, quiet: bool, progress: &Bars) -> Result<()> {
     let given = &args.size;
     let size = match (given.rank, given.energy, given.keep, given.target_size) {
-        (Some(rank), ..) => AdapterSize::Rank(rank),
+        (Some(rank), ..) => AdapterSize::OneRank(rank),
         (_, Some(share), ..) => AdapterSize::Energy(share),
         (_, _, Some(share), _) => AdapterSize::Keep(share),
         (.., size) => AdapterSize::Bytes(size.unwrap_or_default().as_u64()),

@@ -146,11 +146,11 @@ impl Plan {
                 // Ranks that differ between linears.
                 (_, CompensateRank::Auto) => 1 + i % 2,
             };
-            let forms = |(i, linear)| {
-                Self::forms(recipe, linear, Choice::Fitted { fit: 0, rank: rank(i) }, FitKind::Base(quant))
-            };
             let in_blocks = self.linears.iter().enumerate().filter(|(_, linear)| linear.vocabulary.is_none());
-            let modules = in_blocks.filter_map(|(i, linear)| Some((linear.clone(), forms((i, linear))?)));
+            let modules = in_blocks.filter_map(|(i, linear)| {
+                let choice = Choice::Fitted { fit: 0, rank: rank(i) };
+                Some((linear.clone(), Self::forms(recipe, linear, choice, FitKind::Base(quant))?))
+            });
             let modules: Vec<(LinearInfo, Forms)> = modules.collect();
             if modules.is_empty() {
                 let message = format!("no targeted linear has inputs that are a multiple of the blocks of `{quant}`");

@@ -228,9 +228,9 @@ pub trait Exporter: Sync {
     }
 }
 
-/// Whether a weight is made from another form, and so presented as (out, in), in a family that stores (in, out).
+/// Whether a weight is made of codes, and so presented as (out, in), in a family that stores (in, out).
 fn is_turned(source: &Source<'_>, info: &TensorInfo) -> bool {
-    let module = info.name.strip_suffix(".weight").filter(|_| info.is_encoded() && !info.is_picked());
+    let module = info.name.strip_suffix(".weight").filter(|_| info.is_coded() && !info.is_picked());
     let architecture = module.and_then(|_| config::architecture(source.checkpoint));
     module.zip(architecture).is_some_and(|(module, architecture)| architecture.stores_transposed(module))
 }

@@ -25,7 +25,7 @@ use crate::report::{AdapterReport, LRC_VERSION, REPORT_FILE, SCHEMA_VERSION, Tru
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum AdapterSize {
     /// No rank is larger.
-    Rank(usize),
+    OneRank(usize),
     /// Every module keeps this share of its energy, `Σ σ²`, in (0, 1].
     Energy(f64),
     /// Share of the parameters of all factors, in (0, 1).
@@ -139,7 +139,7 @@ impl Truncation {
     fn choose(&mut self, size: AdapterSize) -> Result<()> {
         let parameters: u64 = self.modules.iter().map(|module| module.parameters(module.rank)).sum();
         self.ranks = match size {
-            AdapterSize::Rank(rank) => self.modules.iter().map(|module| module.largest_rank().min(rank)).collect(),
+            AdapterSize::OneRank(rank) => self.modules.iter().map(|module| module.largest_rank().min(rank)).collect(),
             AdapterSize::Energy(share) => self.allocate(Ranks::Energy(Some(share)), u64::MAX, &Module::parameters),
             AdapterSize::Keep(share) => {
                 self.allocate(Ranks::Knapsack, (share * parameters as f64 + 1e-6) as u64, &Module::parameters)

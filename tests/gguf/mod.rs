@@ -110,7 +110,7 @@ fn quantized_files_alone_have_the_perplexity_of_the_folder() {
     assert!((dense / after - 1.0).abs() < 1e-3, "{dense} {after}");
     let again = folder.path().join("again");
     let refused = lrc(&["compress", path(&file), "-o", path(&again), "--keep", "0.8"]);
-    assert!(refused.code == 4 && refused.stderr.contains("already quantized"), "{}", refused.stderr);
+    assert!(refused.code == 2 && refused.stderr.contains("`--dequantize`"), "{}", refused.stderr);
 }
 
 #[test]
