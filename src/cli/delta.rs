@@ -33,7 +33,7 @@ pub(super) struct DeltaArgs {
     #[arg(value_name = "FINE-TUNED")]
     fine_tuned: String,
 
-    /// Changed norms, embeddings, heads and biases
+    /// Changed norms, embeddings and biases
     #[arg(long, value_enum, default_value_t, value_name = "WHAT", help_heading = "Model")]
     others: Others,
 

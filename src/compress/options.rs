@@ -179,7 +179,7 @@ recipe_options! {
     ///
     /// As one of: keep; quantize, in the quantizers of the menu or in 8 and 4 bits; factor, in two factors; auto, which
     /// lets the budget choose. The default is auto with `--target-size`, where method and format allow it.
-    embeddings: Option<Embeddings>, "Method" [],
+    embeddings: Option<Embeddings>, "Method" [value_name = "HOW"],
 
     /// Format of the output [default: factored]
     format: Option<Format>, "Output" [],
