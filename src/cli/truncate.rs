@@ -63,7 +63,7 @@ struct SizeArgs {
     #[arg(long, value_name = "RANK", value_parser = at_least_1, help_heading = "Budget")]
     rank: Option<usize>,
 
-    /// Share of the energy that each module keeps, for adapters
+    /// Share of the energy to keep, for adapters
     ///
     /// The energy is the sum of the squared singular values of `B·A`.
     #[arg(long, value_name = "SHARE", help_heading = "Budget")]
