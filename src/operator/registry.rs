@@ -25,7 +25,7 @@ impl Kind {
     /// How the structure is fitted.
     ///
     /// # Panics
-    /// If it is [`Self::DENSE`].
+    /// If it is the dense weight.
     pub fn fitting(self) -> &'static dyn Fitting {
         self.structure().fitting().expect("invariant: only layouts are fitted")
     }
