@@ -175,7 +175,15 @@ fn what_makes_no_difference_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     let (out, recipe) = (folder.path().join("out"), folder.path().join("recipe.toml"));
     std::fs::write(&recipe, "format = \"adapter\"\nkeep = 0.1\n").unwrap();
+    let [low_rank, coded] = ["low-rank", "coded"].map(|name| folder.path().join(name));
+    ok(&["compress", FIXTURE, "-q", "--keep", "0.5", "-o", path(&low_rank)]);
+    ok(&["compress", FIXTURE, "-q", "--quant", "rtn-int4-g32", "-o", path(&coded)]);
+    let [low_rank, coded] = [path(&low_rank), path(&coded)];
     for (args, code, message) in [
+        (["delta", FIXTURE, low_rank, "--keep", "0.1"], 4, "is already of low rank"),
+        (["delta", low_rank, FIXTURE, "--keep", "0.1"], 4, "is already of low rank"),
+        (["delta", FIXTURE, coded, "--keep", "0.1"], 4, "is already quantized"),
+        (["delta", coded, FIXTURE, "--keep", "0.1"], 4, "is already quantized"),
         (["delta", FIXTURE, FIXTURE, "--keep", "0.1"], 4, "differs from that of"),
         (["delta", "fixtures/pico-llama", FIXTURE, "--keep", "0.1"], 4, "expected"),
         (["delta", FIXTURE, FIXTURE, "--keep", "1"], 2, "`--keep 1`"),

@@ -69,7 +69,7 @@ struct Residual;
 
 impl Selection for Residual {
     fn takes(id: &str) -> bool {
-        const TAKEN: [&str; 19] = [
+        const TAKEN: [&str; 20] = [
             "keep",
             "target_size",
             "method",
@@ -89,8 +89,9 @@ impl Selection for Residual {
             "samples",
             "gradient_samples",
             "seq_len",
+            "seed",
         ];
-        TAKEN.contains(&id) || id == "seed"
+        TAKEN.contains(&id)
     }
 }
 

@@ -124,6 +124,11 @@ pub(super) fn run(args: &TruncateArgs, quiet: bool, progress: &Bars) -> Result<(
 }
 
 fn adapter(args: &TruncateArgs, path: &Path, quiet: bool, progress: &Bars) -> Result<()> {
+    if args.options.values.max_shard_size.is_some() {
+        return Err(Failure::usage("`--max-shard-size` has no effect on an adapter, which is one file")
+            .hint("remove `--max-shard-size`")
+            .into());
+    }
     let given = &args.size;
     let size = match (given.rank, given.energy, given.keep, given.target_size) {
         (Some(rank), ..) => AdapterSize::OneRank(rank),

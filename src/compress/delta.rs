@@ -15,9 +15,10 @@ use super::scale::{DepthWeight, Sensitivity};
 use crate::checkpoint::{Changes, Checkpoint};
 use crate::error::Failure;
 use crate::formats::Format;
+use crate::model::coverage::CompressedHints;
 use crate::model::inventory::{self, LinearInfo};
 use crate::model::names::Names;
-use crate::model::{config, tie};
+use crate::model::{config, coverage, tie};
 use crate::report::LEFT_OUT_BY_FLAG;
 
 /// What happens to tensors that were changed and are no targeted linears: norms, embeddings, heads, biases.
@@ -72,13 +73,10 @@ pub fn difference(
     others: Others,
 ) -> Result<Checkpoint> {
     let targets = plan::targets(&fine_tuned, recipe)?;
-    if let Some(linear) = targets.iter().find(|linear| linear.is_low_rank()) {
-        return Err(Failure::unsupported(format!(
-            "`{}` of the fine-tuned model is already of low rank",
-            linear.module
-        ))
-        .hint("multiply it out first: `lrc export MODEL --format dense -o OUT`")
-        .into());
+    const EXPORT: &str = "make a dense copy first: `lrc export MODEL --format dense -o OUT`";
+    let hints = CompressedHints { quantized: EXPORT, low_rank: EXPORT };
+    for side in [&fine_tuned, &base] {
+        coverage::expect_uncompressed(side, &inventory::linears(side), hints)?;
     }
     expect_names_of_transformers(&fine_tuned)?;
     let matrices: BTreeSet<String> = targets.iter().map(LinearInfo::weight_name).collect();

@@ -25,12 +25,9 @@ pub(super) struct Search<'s> {
 
 /// Bytes of a linear in these forms, as the budget counts them; `None` is the unchanged linear.
 pub(super) fn price(recipe: &Recipe, budget: Budget, linear: &LinearInfo, forms: Option<&Forms>) -> u64 {
+    // Files are counted where codes or small adapters make the difference: with their headers.
     match (forms, budget) {
-        // Adapters are small enough for their headers to count.
-        (Some(_), Budget::Bytes(target)) if recipe.is_residual() => {
-            recipe.format.n_bytes_in_file(linear, forms, target)
-        }
-        (forms, Budget::Bytes(target)) if !recipe.quant().is_empty() => {
+        (forms, Budget::Bytes(target)) if !recipe.quant().is_empty() || (recipe.is_residual() && forms.is_some()) => {
             recipe.format.n_bytes_in_file(linear, forms, target)
         }
         (Some(forms), _) => recipe.format.n_bytes(linear, forms),

@@ -1,9 +1,12 @@
 //! Files of PyTorch: their values are those of `torch.load`, and nothing in them is executed.
 
+use std::io::{Cursor, Write};
 use std::path::Path;
 
 use lrc::checkpoint::{Checkpoint, Dtype};
 use serde_json::json;
+use zip::write::SimpleFileOptions;
+use zip::{CompressionMethod, ZipWriter};
 
 use super::{json, oracle};
 use crate::common::{FIXTURE, HELD_OUT, copy, lrc, ok, path, perplexity};
@@ -55,17 +58,13 @@ fn le<const N: usize>(value: usize) -> Vec<u8> {
 
 /// An archive of stored members.
 fn archive(members: &[(String, Vec<u8>)]) -> Vec<u8> {
-    let (mut file, mut directory) = (Vec::new(), Vec::new());
+    let stored = SimpleFileOptions::default().compression_method(CompressionMethod::Stored);
+    let mut archive = ZipWriter::new(Cursor::new(Vec::new()));
     for (name, bytes) in members {
-        let begin = file.len();
-        let sizes = [le::<4>(bytes.len()), le::<4>(bytes.len())].concat();
-        file.extend([b"PK\x03\x04".to_vec(), vec![0; 14], sizes.clone(), le::<2>(name.len()), vec![0; 2]].concat());
-        file.extend([name.as_bytes(), bytes].concat());
-        directory.extend([b"PK\x01\x02".to_vec(), vec![0; 16], sizes, le::<2>(name.len()), vec![0; 12]].concat());
-        directory.extend([le::<4>(begin), name.as_bytes().to_vec()].concat());
+        archive.start_file(name.as_str(), stored).unwrap();
+        archive.write_all(bytes).unwrap();
     }
-    let end = [b"PK\x05\x06".to_vec(), vec![0; 8], le::<4>(directory.len()), le::<4>(file.len()), vec![0; 2]];
-    [file, directory, end.concat()].concat()
+    archive.finish().unwrap().into_inner()
 }
 
 fn text(text: &str) -> Vec<u8> {
