@@ -22,6 +22,7 @@ mod hostile;
 #[cfg(feature = "hub")]
 mod hub;
 mod layout;
+mod memory;
 mod model;
 mod outputs;
 mod quantize;

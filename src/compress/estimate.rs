@@ -134,9 +134,8 @@ pub(super) fn seconds(job: &Job<'_>, plan: &Plan, windows: Option<&Windows>) -> 
             f64::from(u8::from(needs.input_gram)) * inputs + f64::from(u8::from(needs.output_gram)) * back * outputs;
     }
     if recipe.anchor().is_some() {
-        // Two streams, each through the block once per input site and once more; two Grams per site, and a
-        // decomposition.
-        passes += 10.0;
+        // Two streams, of which the second goes through gate and up twice; two Grams per site, and a decomposition.
+        passes += 2.5;
         grams += plan.linears.iter().map(|l| (l.in_features as f64).powi(2)).sum::<f64>();
     }
     let walking = match windows {

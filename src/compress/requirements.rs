@@ -20,11 +20,11 @@ impl Plan {
     pub fn kept_bytes(&self, checkpoint: &Checkpoint, recipe: &Recipe, tokens: (usize, usize)) -> u64 {
         let needs = recipe.needs();
         let sum = |bytes: &dyn Fn(&LinearInfo) -> u64| self.linears.iter().map(bytes).sum::<u64>();
-        let a_token =
-            ModelConfig::of(checkpoint).map_or([0; 2], |(config, _)| [config.hidden_size, config.num_hidden_layers]);
+        let config = ModelConfig::of(checkpoint).map(|(config, _)| config);
+        let a_token = config.as_ref().map_or([0; 2], |config| [config.hidden_size, config.num_hidden_layers]);
         let [width, n_blocks] = a_token.map(|n| n as u64);
         let (all, back) = (tokens.0 as u64, tokens.1 as u64);
-        // Before and after a block, or both streams of the sequential mode.
+        // Before and after a block, or both streams of trials.
         let walking = 8 * all * width;
         let (mut inputs, mut outputs, mut states) = (0, 0, 0);
         if recipe.measures_statistics() {
@@ -40,7 +40,11 @@ impl Plan {
             fits.map(|(linear, rank)| 4 * layout(recipe, linear).fitting().n_values(rank, linear.shape())).sum();
         let bases = sum(&|linear| base_bytes(recipe, linear));
         let shared: u64 = self.shared(recipe).iter().map(|(heights, n)| shared_bytes(heights, *n)).sum();
-        let streams = if recipe.anchor().is_some() || recipe.runs_trials() { walking } else { 0 };
+        let anchoring = 4 * all * config.as_ref().map_or(0, anchoring_width);
+        let streams = match recipe.anchor() {
+            Some(_) => anchoring.max(walking),
+            None => u64::from(recipe.runs_trials()) * walking,
+        };
         // States go as Grams of output gradients come.
         inputs + states.max(outputs + fits + shared + bases + streams)
     }
@@ -84,6 +88,18 @@ impl Plan {
         let units = if recipe.share() { units_to_share(self) } else { Vec::new() };
         units.iter().map(|unit| shared::heights(self, unit)).collect()
     }
+}
+
+/// Values of a token that the sequential mode keeps on the way through a block: in both streams the residual and the input of a site,
+/// in that of the source also of the last one, unless experts have it.
+fn anchoring_width(config: &ModelConfig) -> u64 {
+    let blocks = (0..config.num_hidden_layers).map(|block_idx| {
+        let widths = config.widths(block_idx);
+        let shifted = widths.hidden_size.max(widths.queries());
+        let source = if widths.num_experts > 0 { shifted } else { shifted.max(widths.intermediate_size) };
+        2 * widths.hidden_size + shifted + source
+    });
+    blocks.max().unwrap_or(0) as u64
 }
 
 /// Bytes of a square f64 matrix.

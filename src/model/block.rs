@@ -44,6 +44,24 @@ pub type Observer<'a> = dyn FnMut(InputSite, &Tensor) -> Result<()> + 'a;
 /// Whether a forward pass continues after a site.
 type GoesOn = bool;
 
+/// A pass through a block, before the linears of a site.
+#[derive(Debug, Clone)]
+pub struct Paused {
+    pub site: InputSite,
+    /// What the output of the sublayer will be added to (batch, n_tokens, hidden_size).
+    pub residual: Tensor,
+    /// The input of the linears (batch, n_tokens, in).
+    pub input: Tensor,
+}
+
+/// What a pass comes to after a site.
+pub enum Next {
+    /// The next site; none of these is an expert's.
+    Site(Paused),
+    /// The output of the block (batch, n_tokens, hidden_size).
+    End(Tensor),
+}
+
 /// Loads the parts of one block.
 struct Loader<'a> {
     weights: &'a dyn Weights,
@@ -230,22 +248,6 @@ impl Block {
         }
     }
 
-    /// The input (batch, n_tokens, in) of the linears at `site`, which is not an expert's: runs [`Self::forward`] up to
-    /// it.
-    ///
-    /// # Errors
-    /// The shapes do not match.
-    pub fn input_at(&self, site: InputSite, x: &Tensor, rope: &Rope) -> Result<Tensor> {
-        let mut found = None;
-        self.run(x, rope, &mut |at, input| {
-            if at == site {
-                found = Some(input.clone());
-            }
-            Ok(at != site)
-        })?;
-        found.with_context(|| format!("the block has no site `{}`", site.name()))
-    }
-
     /// Maps `x` (batch, n_tokens, hidden_size) to the same shape.
     ///
     /// # Errors
@@ -262,38 +264,59 @@ impl Block {
         rope: &Rope,
         observe: &mut dyn FnMut(InputSite, &Tensor) -> Result<GoesOn>,
     ) -> Result<Option<Tensor>> {
-        let norm = |norm: &Option<Norm>, x: &Tensor| match norm {
-            Some(norm) => norm.apply(x),
-            None => Ok(x.clone()),
-        };
-        let normed = norm(&self.before_attention, x)?;
-        if !observe(InputSite::Qkv, &normed)? {
-            return Ok(None);
-        }
-        let mixed = self.attention.mix(&normed, rope)?; // (batch, n_tokens, queries)
-        if !observe(InputSite::O, &mixed)? {
-            return Ok(None);
-        }
-        // Adds the output `y` of a sublayer to its residual.
-        let add = |to: &Tensor, y: &Tensor, after: &Option<Norm>| -> Result<Tensor> {
-            if self.are_norms_of_sums { norm(after, &(to + y)?) } else { Ok((to + norm(after, y)?)?) }
-        };
-        let attended = add(x, &self.attention.o_proj.forward(&mixed)?, &self.after_attention)?;
-
-        let normed = norm(&self.before_mlp, if self.is_parallel { x } else { &attended })?;
-        if !observe(InputSite::GateUp, &normed)? {
-            return Ok(None);
-        }
-        let fed_forward = match &self.feed_forward {
-            FeedForward::Mlp(mlp) => {
-                let gated = mlp.gate(&normed)?; // (batch, n_tokens, intermediate_size)
-                if !observe(InputSite::Down, &gated)? {
-                    return Ok(None);
-                }
-                mlp.down_proj.forward(&gated)?
+        let mut at = self.begin(x)?;
+        while observe(at.site, &at.input)? {
+            match self.resume(&at, rope, &mut |site, x| observe(site, x).map(drop))? {
+                Next::Site(next) => at = next,
+                Next::End(y) => return Ok(Some(y)),
             }
-            FeedForward::Experts(experts) => experts.forward(&normed, &mut |site, x| observe(site, x).map(drop))?,
-        };
-        Ok(Some(add(&attended, &fed_forward, &self.after_mlp)?))
+        }
+        Ok(None)
     }
+
+    /// A pass of `x` (batch, n_tokens, hidden_size) at the first site.
+    ///
+    /// # Errors
+    /// The shapes do not match.
+    pub fn begin(&self, x: &Tensor) -> Result<Paused> {
+        Ok(Paused { site: InputSite::Qkv, residual: x.clone(), input: normed(&self.before_attention, x)? })
+    }
+
+    /// Runs the linears of a site, and what follows up to the next. `observe` gets the inputs of experts.
+    ///
+    /// # Errors
+    /// The shapes do not match, or the observer fails.
+    ///
+    /// # Panics
+    /// At a site of an expert, where no pass pauses.
+    pub fn resume(&self, at: &Paused, rope: &Rope, observe: &mut Observer<'_>) -> Result<Next> {
+        let Paused { site, residual, input } = at;
+        let pause = |site, residual: &Tensor, input| Next::Site(Paused { site, residual: residual.clone(), input });
+        Ok(match (site, &self.feed_forward) {
+            (InputSite::Qkv, _) => pause(InputSite::O, residual, self.attention.mix(input, rope)?),
+            (InputSite::O, _) => {
+                let attended = self.add(residual, &self.attention.o_proj.forward(input)?, &self.after_attention)?;
+                let input = normed(&self.before_mlp, if self.is_parallel { residual } else { &attended })?;
+                pause(InputSite::GateUp, &attended, input)
+            }
+            (InputSite::GateUp, FeedForward::Mlp(mlp)) => pause(InputSite::Down, residual, mlp.gate(input)?),
+            (InputSite::GateUp, FeedForward::Experts(experts)) => {
+                Next::End(self.add(residual, &experts.forward(input, observe)?, &self.after_mlp)?)
+            }
+            (InputSite::Down, FeedForward::Mlp(mlp)) => {
+                Next::End(self.add(residual, &mlp.down_proj.forward(input)?, &self.after_mlp)?)
+            }
+            (site, _) => unreachable!("invariant: no pass pauses at `{}`", site.name()),
+        })
+    }
+
+    /// Adds the output `y` of a sublayer to its residual.
+    fn add(&self, residual: &Tensor, y: &Tensor, after: &Option<Norm>) -> Result<Tensor> {
+        if self.are_norms_of_sums { normed(after, &(residual + y)?) } else { Ok((residual + normed(after, y)?)?) }
+    }
+}
+
+/// `x` after a norm, if there is one.
+fn normed(norm: &Option<Norm>, x: &Tensor) -> Result<Tensor> {
+    norm.as_ref().map_or_else(|| Ok(x.clone()), |norm| norm.apply(x))
 }

@@ -39,7 +39,7 @@ pub struct Walk<'a> {
 pub struct Hidden(Vec<Mutex<Spooled>>);
 
 impl Hidden {
-    fn new(batches: impl IntoIterator<Item = Spooled>) -> Self {
+    pub(super) fn new(batches: impl IntoIterator<Item = Spooled>) -> Self {
         Self(batches.into_iter().map(Mutex::new).collect())
     }
 
@@ -48,7 +48,7 @@ impl Hidden {
         self.0.len()
     }
 
-    fn lock(&self, batch_idx: usize) -> MutexGuard<'_, Spooled> {
+    pub(super) fn lock(&self, batch_idx: usize) -> MutexGuard<'_, Spooled> {
         self.0[batch_idx].lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -171,7 +171,7 @@ impl<'a> Walk<'a> {
         self.windows.iter().map(Vec::len).sum()
     }
 
-    fn spool(&self) -> MutexGuard<'_, Spool> {
+    pub(super) fn spool(&self) -> MutexGuard<'_, Spool> {
         self.spool.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -259,9 +259,20 @@ impl<'a> Walk<'a> {
         let y = block.forward(&x, &self.rope, observe)?;
         progress.advance((y.dim(0)? * y.dim(1)?) as u64);
         let values = to_host(&y)?;
-        let Some(at) = values.iter().position(|v| !v.is_finite()) else { return Ok(values) };
-        let window_in_batch = at / (y.dim(1)? * y.dim(2)?).max(1);
+        let Some(window_in_batch) = non_finite_window(&values, &y)? else { return Ok(values) };
         let site = block.first_non_finite(&x.narrow(0, window_in_batch, 1)?, &self.rope)?;
+        Err(self.not_finite(decoder, block, site, batch_idx, window_in_batch))
+    }
+
+    /// The error for inputs at `site`, or for states after the block, that are not finite.
+    pub(super) fn not_finite(
+        &self,
+        decoder: &Decoder<'_>,
+        block: &Block,
+        site: Option<InputSite>,
+        batch_idx: usize,
+        window_in_batch: usize,
+    ) -> anyhow::Error {
         let reader =
             site.and_then(|site| decoder.linears(block.index()).into_iter().find(|(slot, _)| slot.site() == site));
         let place = self.place()(self.batches[batch_idx].start + window_in_batch);
@@ -269,7 +280,7 @@ impl<'a> Walk<'a> {
             Some((slot, _)) => format!("the inputs of `{}`", decoder.module(block.index(), slot)),
             None => format!("the states after `{}`", decoder.block_name(block.index())),
         };
-        Err(Failure::numeric(format!("{place}: {what} are not finite")).hint(NON_FINITE_HINT).into())
+        Failure::numeric(format!("{place}: {what} are not finite")).hint(NON_FINITE_HINT).into()
     }
 
     /// Batches of windows of one length; see [`Self::batch`].
@@ -438,4 +449,10 @@ impl<'a> Walk<'a> {
         })?;
         Ok(nlls)
     }
+}
+
+/// The first window of a batch, `values` of the shape of `y` (batch, n_tokens, width), with a value that is not finite.
+pub(super) fn non_finite_window(values: &[f32], y: &Tensor) -> Result<Option<usize>> {
+    let n_values = (y.dim(1)? * y.dim(2)?).max(1);
+    Ok(values.iter().position(|value| !value.is_finite()).map(|at| at / n_values))
 }

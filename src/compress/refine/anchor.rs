@@ -25,8 +25,8 @@ use crate::compress::plan::Choice;
 use crate::compress::solution::{Refine, Solution};
 use crate::linalg;
 use crate::model::inventory::{self, LinearInfo};
-use crate::model::{Decoder, Hidden, InputSite, Walk};
-use crate::progress::Silent;
+use crate::model::{Block, Decoder, Hidden, InputSite, Overlay, Passes, Walk};
+use crate::progress::{Silent, Stage};
 use crate::session::Session;
 use crate::store::{Piece, Values};
 
@@ -67,16 +67,9 @@ impl Refine for Anchor {
         stage.advance((walk.n_tokens() * n_done) as u64);
         for block_idx in n_done..decoder.n_blocks() {
             stage.note(&format!("block {block_idx}"));
-            let dense = decoder.block(block_idx)?;
-            let before = Stream { block: &dense, states: &source };
-            let streams = Streams { decoder: &decoder, source: before, shifted: &shifted };
-            let made = self.refit_block(solution, &walk, &streams, block_idx)?;
-            let done = solution.compressed_in(block_idx);
-            let overlay = solution.overlay(&done)?;
-            let block = decoder.with_weights(&overlay).block(block_idx)?;
-            walk.advance(&source, &decoder, &dense, &Silent)?;
-            walk.advance(&shifted, &decoder, &block, stage.as_ref())?;
-            drop(overlay);
+            let streams = Streams::begin(&decoder, &walk, block_idx, [source, shifted])?;
+            let made;
+            ([source, shifted], made) = self.refit_block(solution, streams, stage.as_ref())?;
             keep(session, solution, &walk, block_idx, &source, &shifted, made)?;
         }
         if let Some(last) = decoder.n_blocks().checked_sub(1) {
@@ -95,32 +88,67 @@ fn moment_bytes(solution: &Solution<'_>) -> usize {
     if has_experts { solution.study.session.limits.activation_bytes / 2 } else { 8 * widest * widest }
 }
 
-/// Both streams before a block.
+/// Both streams on their way through a block.
 struct Streams<'b> {
     decoder: &'b Decoder<'b>,
-    source: Stream<'b>,
-    shifted: &'b Hidden,
+    walk: &'b Walk<'b>,
+    block_idx: usize,
+    /// The block of the source.
+    dense: Block,
+    source: Passes<'b>,
+    shifted: Passes<'b>,
+}
+
+impl<'b> Streams<'b> {
+    fn begin(decoder: &'b Decoder<'b>, walk: &'b Walk<'b>, block_idx: usize, states: [Hidden; 2]) -> Result<Self> {
+        let dense = decoder.block(block_idx)?;
+        let [source, shifted] = states.map(|states| Passes::begin(walk, states, &dense));
+        let (source, shifted) = (source?, shifted?);
+        Ok(Self { decoder, walk, block_idx, dense, source, shifted })
+    }
+
+    /// The block with the compressed weights of `overlay`.
+    fn compressed(&self, overlay: &Overlay<'_>) -> Result<Block> {
+        self.decoder.with_weights(overlay).block(self.block_idx)
+    }
+
+    /// The moments at one group of sites, all linears before which are in `block`.
+    fn observe(&mut self, block: &Block, group: &[Place]) -> Result<Vec<Moments>> {
+        // The last linears of the source run as soon as their inputs are known. Those of the compressed model are not fitted yet, and
+        // experts are no pause: their inputs follow from those of gate and up.
+        let [source, shifted] = match group[0].site {
+            site @ (InputSite::Qkv | InputSite::O) => [site, site],
+            InputSite::Down => [InputSite::Down, InputSite::GateUp],
+            _ => [InputSite::GateUp, InputSite::GateUp],
+        };
+        self.source.resume_to(source, self.decoder, &self.dense)?;
+        self.shifted.resume_to(shifted, self.decoder, block)?;
+        let source = Stream { block: &self.dense, passes: &self.source };
+        Moments::observe(self.walk, source, Stream { block, passes: &self.shifted }, group)
+    }
+
+    /// The states after the block; `block` has all of its compressed weights.
+    fn end(self, block: &Block, progress: &dyn Stage) -> Result<[Hidden; 2]> {
+        let source = self.source.end(self.decoder, &self.dense, &Silent)?;
+        Ok([source, self.shifted.end(self.decoder, block, progress)?])
+    }
 }
 
 impl Anchor {
-    /// Refits the linears of a block, in the order of the forward pass.
+    /// Refits the linears of a block, in the order of the forward pass; returns both streams after it, and the fits.
     fn refit_block(
         &self,
         solution: &mut Solution<'_>,
-        walk: &Walk<'_>,
-        streams: &Streams<'_>,
-        block_idx: usize,
-    ) -> Result<Vec<Anchored>> {
+        mut streams: Streams<'_>,
+        progress: &dyn Stage,
+    ) -> Result<([Hidden; 2], Vec<Anchored>)> {
+        let block_idx = streams.block_idx;
         let mut done: Vec<usize> = Vec::new();
         let mut made: Vec<Anchored> = Vec::new();
         let places = places(solution, &solution.compressed_in(block_idx))?;
         for group in groups(&places, solution.study.session.limits.activation_bytes) {
-            let moments = {
-                let overlay = solution.overlay(&done)?;
-                let so_far = streams.decoder.with_weights(&overlay).block(block_idx)?;
-                let shifted = Stream { block: &so_far, states: streams.shifted };
-                Moments::observe(walk, streams.source, shifted, group)?
-            };
+            let block = streams.compressed(&solution.overlay(&done)?)?;
+            let moments = streams.observe(&block, group)?;
             for (place, moments) in group.iter().zip(moments) {
                 // An expert that sees too few tokens keeps its fit.
                 let is_enough = place.site.expert().is_none() || moments.n_seen >= place.n;
@@ -137,7 +165,8 @@ impl Anchor {
             }
         }
         made.sort_by_key(|anchored| anchored.i);
-        Ok(made)
+        let block = streams.compressed(&solution.overlay(&solution.compressed_in(block_idx))?)?;
+        Ok((streams.end(&block, progress)?, made))
     }
 }
 

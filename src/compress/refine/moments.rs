@@ -7,7 +7,7 @@ use faer::Mat;
 
 use crate::device::to_host;
 use crate::linalg;
-use crate::model::{Block, Experts, Hidden, InputSite, Walk};
+use crate::model::{Block, Experts, InputSite, Passes, Walk};
 
 /// An input site, and the compressed linears that read it.
 pub(super) struct Place {
@@ -19,11 +19,11 @@ pub(super) struct Place {
     pub anchored: Vec<usize>,
 }
 
-/// States before a block, in one of the streams.
+/// A block, and the passes of one of the streams through it.
 #[derive(Clone, Copy)]
 pub(super) struct Stream<'b> {
     pub block: &'b Block,
-    pub states: &'b Hidden,
+    pub passes: &'b Passes<'b>,
 }
 
 /// Second moments of the two streams at one site, as means over tokens.
@@ -36,7 +36,7 @@ pub(super) struct Moments {
 }
 
 impl Moments {
-    /// The moments at `places`, one group of sites. In both streams, experts see the tokens that the router of the
+    /// The moments at `places`, one group of sites at which the passes pause, or the next ones. In both streams, experts see the tokens that the router of the
     /// second stream sends them.
     pub fn observe(walk: &Walk<'_>, source: Stream<'_>, shifted: Stream<'_>, places: &[Place]) -> Result<Vec<Self>> {
         let mut sums: Vec<Sums> = places.iter().map(|place| Sums::zeros(place.n)).collect();
@@ -44,9 +44,7 @@ impl Moments {
         if site.expert().is_some() {
             (site, experts) = (InputSite::GateUp, source.block.experts().zip(shifted.block.experts()));
         }
-        let inputs = |stream: Stream<'_>, batch_idx| {
-            stream.block.input_at(site, &walk.batch(stream.states, batch_idx)?, walk.rope())
-        };
+        let inputs = |stream: Stream<'_>, batch_idx| stream.passes.input_at(site, stream.block, batch_idx);
         let are_many_at_once = walk.workers().count() > 1;
         walk.workers().in_order(
             walk.n_batches(),
