@@ -1,10 +1,10 @@
 """Measurements that decide the defaults, on a real model and held-out text: docs/results.md 23. Needs nothing but Python and the binary.
 
-    python benchmarks/defaults.py tokens|gradients|mixture|ablation|sequential MODEL FOLDER_OF_TEXTS WORK [LRC]
+    python benchmarks/defaults.py tokens|gradients|mixture|ablation|sensitivity|sequential MODEL FOLDER_OF_TEXTS WORK [LRC]
 
 `tokens`: perplexity by the number of calibration tokens. `gradients`: output Grams of fewer windows
 than input Grams. `mixture`: calibration on WikiText-2, on TinyStories and on both,
-evaluated on both. `ablation`: one setting changed at a time, in one shot. `sequential`: the sequential mode beside one shot.
+evaluated on both. `ablation`: one setting changed at a time, in one shot; `sensitivity`: its slow rows, with fewer windows. `sequential`: the sequential mode beside one shot.
 Statistics are kept in WORK and measured once. Every row is printed when it is known.
 """
 
@@ -120,21 +120,28 @@ def gradients():
 
 
 def mixture():
-    head(f"{2 * SAMPLES} windows of", [f"{text}, keep {keep}" for text in EVALUATED for keep in ("0.8", "0.6")])
+    head(f"{SAMPLES} windows of", [f"{text}, keep {keep}" for text in EVALUATED for keep in ("0.8", "0.6")])
     for name, parts in {"WikiText-2": (WIKI,), "TinyStories": (STORIES,), "both, half each": (WIKI, STORIES)}.items():
-        saved = statistics(2 * SAMPLES, parts)
+        saved = statistics(SAMPLES, parts)
         row(name, [ppl for text in EVALUATED for ppl in sweep(saved, keeps=("0.8", "0.6"), text=text)])
+
+
+def sensitivity():
+    saved = statistics(SAMPLES)
+    text = ["--calibration", WIKI, "--samples", SAMPLES, "--seq-len", 512]
+    head(f"change, {SAMPLES} windows", ["keep 0.9", "keep 0.8", "keep 0.6"])
+    row("none", sweep(saved))
+    row("gradients clipped", sweep(statistics(SAMPLES, flags=("--clip-gradients",))))
+    row("sensitivity energy", sweep(saved, ["--sensitivity", "energy"]))
+    row("sensitivity measured", sweep(saved, ["--sensitivity", "measured", *text]))
 
 
 def ablation():
     saved = statistics(64)
     head("change", ["keep 0.9", "keep 0.8", "keep 0.6"])
     row("none (kfac, knapsack, pivot, one shot)", sweep(saved))
-    text = ["--calibration", WIKI, "--samples", 64, "--seq-len", 512]
     changes = {
         "depth weight 0.25": ["--depth-weight", "0.25"],
-        "sensitivity energy": ["--sensitivity", "energy"],
-        "sensitivity measured": ["--sensitivity", "measured", *text],
         "rank floor 0.3": ["--rank-floor", "0.3"],
         "factors that may be shared": ["--layout", "factors", "--share"],
         "factors": ["--layout", "factors"],
@@ -142,7 +149,6 @@ def ablation():
     changes |= {f"damping of {side} {d}": [f"--damping-{side}", d] for side in ("input", "output") for d in ("0.003", "0.03")}
     for name, flags in changes.items():
         row(name, sweep(saved, flags))
-    row("gradients clipped", sweep(statistics(64, flags=("--clip-gradients",))))
 
 
 def sequential():
@@ -155,4 +161,4 @@ def sequential():
         row(name, [compressed(saved, keep, flags) for keep in ("0.9", "0.8", "0.6")])
 
 
-{"tokens": tokens, "gradients": gradients, "mixture": mixture, "ablation": ablation, "sequential": sequential}[what]()
+{"tokens": tokens, "gradients": gradients, "mixture": mixture, "ablation": ablation, "sensitivity": sensitivity, "sequential": sequential}[what]()

@@ -27,8 +27,8 @@ pub struct ExportJob<'a> {
     pub format: Format,
     /// The output folder, which appears whole or not at all.
     pub output: &'a Path,
-    /// Whether an output of an earlier run is replaced.
-    pub force: bool,
+    /// How an output of an earlier run is treated.
+    pub existing: Existing,
     /// Largest size of a file of weights, except for a tensor that is larger by itself.
     pub max_shard_bytes: u64,
 }
@@ -44,7 +44,7 @@ const REPLACED: [&str; 7] =
 pub fn export(job: &ExportJob<'_>, progress: &dyn Progress) -> Result<ExportReport> {
     let started = Instant::now();
     let checkpoint = job.checkpoint;
-    OutputFolder::check(job.output, Existing::of(job.force), REPORT_FILE)?;
+    OutputFolder::check(job.output, job.existing, REPORT_FILE)?;
     expect_apart(job.output, [checkpoint.root()])?;
     coverage::expect_whole(checkpoint)?;
     let source = Source::new(checkpoint);
@@ -54,7 +54,7 @@ pub fn export(job: &ExportJob<'_>, progress: &dyn Progress) -> Result<ExportRepo
         linears.into_iter().zip(all).filter_map(|(linear, forms)| Some((linear, forms?))).collect();
     Files::check(&source, job.format, &modules)?;
 
-    let folder = OutputFolder::create(job.output, Existing::of(job.force), REPORT_FILE)?;
+    let folder = OutputFolder::create(job.output, job.existing, REPORT_FILE)?;
     let files = Files::new(&source, job.format, modules.clone(), job.max_shard_bytes);
     let (_, bytes_after) = files.n_elements_and_bytes();
     formats::warn_of_growth(checkpoint.file_bytes(), files.file_bytes());

@@ -159,7 +159,7 @@ enum Shows {
 pub(super) enum Codec {
     Packed(Scheme),
     /// A layout of another tool; the suffixes of its stored tensors.
-    Layout(Arithmetic, Vec<&'static str>),
+    Foreign(Arithmetic, Vec<&'static str>),
     /// Floats or blocks of GGUF, in another arrangement.
     Rows(Element, Arrangement),
     /// Floats of GGUF, stored as (out, in) and presented as (in, out).
@@ -272,7 +272,7 @@ impl Encoded {
         }
         match &self.codec {
             Codec::Packed(scheme) => Some(Storage::Grouped(*scheme)),
-            Codec::Layout(Arithmetic(decoder), _) => decoder.scheme().map(Storage::Grouped),
+            Codec::Foreign(Arithmetic(decoder), _) => decoder.scheme().map(Storage::Grouped),
             Codec::Rows(Element::Block(block_type), _) => Some(Storage::Block(*block_type)),
             Codec::Rows(Element::Plain(_), _) | Codec::Transposed(_) | Codec::Picked(_) | Codec::Computed(_) => None,
         }
@@ -282,7 +282,7 @@ impl Encoded {
     pub fn words(&self) -> Option<String> {
         match &self.codec {
             Codec::Packed(scheme) => Some(scheme.to_string()),
-            Codec::Layout(Arithmetic(decoder), _) => Some(decoder.words()),
+            Codec::Foreign(Arithmetic(decoder), _) => Some(decoder.words()),
             Codec::Rows(Element::Block(block_type), _) => Some(block_type.name.into()),
             Codec::Rows(Element::Plain(_), _) | Codec::Transposed(_) => None,
             Codec::Picked(_) | Codec::Computed(_) => self.stored.first()?.encoded.as_ref()?.words(),
@@ -292,15 +292,15 @@ impl Encoded {
     /// Whether [`Self::storage`] is final: GPTQ shows only when its zeros are read whether they are symmetric.
     pub fn is_known_from_header(&self) -> bool {
         match &self.codec {
-            Codec::Layout(Arithmetic(decoder), _) => self.shows == Shows::Values || decoder.is_known_from_header(),
+            Codec::Foreign(Arithmetic(decoder), _) => self.shows == Shows::Values || decoder.is_known_from_header(),
             _ => true,
         }
     }
 
     /// One matrix of a stack; `None` if it is only encoded as a whole.
     fn matrix(&self, index: usize) -> Option<Self> {
-        let Codec::Layout(Arithmetic(decoder), suffixes) = &self.codec else { return None };
-        let codec = Codec::Layout(Arithmetic(decoder.of_one()?), suffixes.clone());
+        let Codec::Foreign(Arithmetic(decoder), suffixes) = &self.codec else { return None };
+        let codec = Codec::Foreign(Arithmetic(decoder.of_one()?), suffixes.clone());
         let stored = self.stored.iter().map(|info| info.matrix(index, info.name.clone())).collect::<Option<_>>()?;
         Some(Self { codec, stored, shows: self.shows })
     }
@@ -323,7 +323,7 @@ impl Encoded {
                 let matrix = packed::read([rows, cols], *scheme, &stored)?;
                 Some(Decoded::Quantized(Quantized::Grouped(matrix)))
             }
-            Codec::Layout(Arithmetic(decoder), suffixes) => {
+            Codec::Foreign(Arithmetic(decoder), suffixes) => {
                 let parts = suffixes.iter().zip(&self.stored);
                 let stored = Stored(parts.map(|(&suffix, info)| (suffix, info.dtype, read(info))).collect());
                 let decoded = decoder.decode(&stored)?;

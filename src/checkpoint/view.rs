@@ -10,7 +10,7 @@ use serde_json::{Map, Value};
 use super::error::{CheckpointError, Result};
 use super::tensor::{Arithmetic, Codec, Encoded, TensorInfo, is_sane};
 use crate::codecs::cast::Dtype;
-use crate::codecs::layout::{Described, Layout, Part, Parts};
+use crate::codecs::layout::{CodeLayout, Described, Field, Fields};
 use crate::codecs::packed::{self, PackedEntry};
 use crate::codecs::peft::{self, Factor};
 use crate::codecs::{gguf, registry};
@@ -106,26 +106,26 @@ impl View {
 
     fn describe(
         &self,
-        layout: &Layout,
+        layout: &CodeLayout,
         stem: &str,
         settings: &Map<String, Value>,
         read: &dyn Fn(&TensorInfo) -> Vec<u8>,
     ) -> Result<Described, String> {
         let part = |suffix: &str| self.tensors.get(&format!("{stem}{suffix}"));
-        (layout.describe)(&Parts {
+        (layout.describe)(&Fields {
             settings,
-            find: &|suffix| part(suffix).map(|info| Part { dtype: info.dtype, shape: info.shape.clone() }),
+            find: &|suffix| part(suffix).map(|info| Field { dtype: info.dtype, shape: info.shape.clone() }),
             read: &|suffix| part(suffix).map_or(Vec::new(), read),
         })
     }
 
     /// Presents the stored tensors of a weight as the weight.
-    fn join_parts(&mut self, layout: &Layout, stem: &str, described: Described, dtype: Dtype) {
+    fn join_parts(&mut self, layout: &CodeLayout, stem: &str, described: Described, dtype: Dtype) {
         let name = |suffix: &&'static str| format!("{stem}{suffix}");
         let suffixes: Vec<&'static str> =
             layout.parts.iter().filter(|part| self.tensors.contains_key(&name(part))).copied().collect();
         let stored: Vec<String> = suffixes.iter().map(name).collect();
-        let codec = Codec::Layout(Arithmetic(described.decoder), suffixes);
+        let codec = Codec::Foreign(Arithmetic(described.decoder), suffixes);
         self.join(&stored, name(&layout.shown), described.shape, described.dtype.unwrap_or(dtype), codec);
     }
 

@@ -8,7 +8,7 @@ use clap::Args;
 use serde::Serialize;
 
 use super::streams::{print, print_json};
-use crate::checkpoint::{Checkpoint, Existing, OutputFolder, hub};
+use crate::checkpoint::{Checkpoint, Earlier, Existing, OutputFolder, hub};
 use crate::compress::DEFAULT_MEMORY_BYTES;
 use crate::compress::options::size;
 use crate::device::{Device, DeviceChoice};
@@ -132,9 +132,28 @@ pub(super) struct FolderArgs {
 }
 
 impl FolderArgs {
+    /// How an output of an earlier run is treated.
+    pub fn existing(&self) -> Existing {
+        Existing::of(self.force)
+    }
+
     /// Checks that it may be written, before a model is downloaded.
     pub fn check(&self) -> Result<()> {
-        Ok(OutputFolder::check(&self.output, Existing::of(self.force), REPORT_FILE)?)
+        Ok(OutputFolder::check(&self.output, self.existing(), REPORT_FILE)?)
+    }
+}
+
+/// What happens to the progress of an interrupted run, which is resumed by default.
+#[derive(Debug, Args)]
+pub(super) struct RestartArgs {
+    /// Discard the progress of an interrupted run
+    #[arg(long, help_heading = "Output")]
+    pub restart: bool,
+}
+
+impl RestartArgs {
+    pub fn earlier(&self) -> Earlier {
+        if self.restart { Earlier::Discarded } else { Earlier::Resumed }
     }
 }
 

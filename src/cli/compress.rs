@@ -8,7 +8,7 @@ use bytesize::ByteSize;
 use clap::Args;
 use indicatif::HumanDuration;
 
-use super::arguments::{DequantizeArgs, DeviceArgs, FolderArgs, GateArgs, MemoryArgs, SourceArgs};
+use super::arguments::{DequantizeArgs, DeviceArgs, FolderArgs, GateArgs, MemoryArgs, RestartArgs, SourceArgs};
 use super::options::{All, Options, RecipeFile};
 use super::terminal::{Bars, fixed, grouped, table};
 use crate::compress::compensate::Compensate;
@@ -63,16 +63,15 @@ pub(super) struct CompressArgs {
     #[command(flatten)]
     folder: FolderArgs,
 
-    /// Discard the progress of an interrupted run
-    #[arg(long, help_heading = "Output")]
-    restart: bool,
+    #[command(flatten)]
+    restart: RestartArgs,
 
     #[command(flatten)]
     gates: GateArgs,
 }
 
 pub(super) fn run(args: &CompressArgs, quiet: bool, progress: &Bars) -> Result<()> {
-    if args.restart && args.dry_run == Some(DryRun::Plan) {
+    if args.restart.restart && args.dry_run == Some(DryRun::Plan) {
         return Err(Failure::usage("`--restart` has no effect with `--dry-run`, which measures nothing")
             .hint("remove it; `--dry-run=full --restart` measures anew")
             .into());
@@ -92,8 +91,8 @@ pub(super) fn run(args: &CompressArgs, quiet: bool, progress: &Bars) -> Result<(
         source: &args.model.model,
         recipe: &recipe,
         output: &args.folder.output,
-        force: args.folder.force,
-        restart: args.restart,
+        existing: args.folder.existing(),
+        earlier: args.restart.earlier(),
         memory_bytes: args.memory.bytes(),
         device,
     };

@@ -1,9 +1,9 @@
 //! `lrc delta`.
 
 use anyhow::Result;
-use clap::Args;
+use clap::{Arg, Args};
 
-use super::arguments::{DeviceArgs, FolderArgs, GateArgs, MemoryArgs, RevisionArgs, open};
+use super::arguments::{DeviceArgs, FolderArgs, GateArgs, MemoryArgs, RestartArgs, RevisionArgs, open};
 use super::compress::show;
 use super::options::{Options, RecipeFile, Selection};
 use super::terminal::Bars;
@@ -55,9 +55,8 @@ pub(super) struct DeltaArgs {
     #[command(flatten)]
     folder: FolderArgs,
 
-    /// Discard the progress of an interrupted run
-    #[arg(long, help_heading = "Output")]
-    restart: bool,
+    #[command(flatten)]
+    restart: RestartArgs,
 
     #[command(flatten)]
     gates: GateArgs,
@@ -93,6 +92,25 @@ impl Selection for Residual {
         ];
         TAKEN.contains(&id)
     }
+
+    /// With the defaults for a difference.
+    fn adapt(flag: Arg) -> Arg {
+        match flag.get_id().as_str() {
+            "method" => flag.long_help(
+                "Approximation method [default: kfac or svd]\n\nAlso the metric in which errors are reported. The default is kfac \
+                 with `--calibration` or `--statistics`, and svd without.",
+            ),
+            "ranks" => flag.help("How ranks are chosen [default: knapsack or energy]").long_help(
+                "How ranks are chosen [default: knapsack or energy]\n\nOne of uniform, welore, energy, energy:SHARE, effective-rank, \
+                 knapsack, full, fixed:RANK. The default is knapsack for kfac, else energy.",
+            ),
+            "sensitivity" => flag.long_help(
+                "How the knapsack weighs errors of different matrices\n\nThe default is second-order: errors of the matrices of one \
+                 difference compare as they are.",
+            ),
+            _ => flag,
+        }
+    }
 }
 
 pub(super) fn run(args: &DeltaArgs, quiet: bool, progress: &Bars) -> Result<()> {
@@ -113,8 +131,8 @@ pub(super) fn run(args: &DeltaArgs, quiet: bool, progress: &Bars) -> Result<()> 
         source: &args.fine_tuned,
         recipe: &recipe,
         output: &args.folder.output,
-        force: args.folder.force,
-        restart: args.restart,
+        existing: args.folder.existing(),
+        earlier: args.restart.earlier(),
         memory_bytes: args.memory.bytes(),
         device,
     };

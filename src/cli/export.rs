@@ -59,7 +59,7 @@ pub(super) fn run(args: &ExportArgs, quiet: bool, progress: &Bars) -> Result<()>
         source: &args.model.model,
         format: options.format.expect("invariant: `--format` is required"),
         output: &args.folder.output,
-        force: args.folder.force,
+        existing: args.folder.existing(),
         max_shard_bytes,
     };
     let report = export(&job, progress)?;

@@ -112,7 +112,7 @@ pub(super) fn run(args: &TruncateArgs, quiet: bool, progress: &Bars) -> Result<(
         checkpoint: &checkpoint,
         keep,
         output: &args.folder.output,
-        force: args.folder.force,
+        existing: args.folder.existing(),
         max_shard_bytes,
     };
     let report = truncate(&job, progress)?;
@@ -136,8 +136,8 @@ fn adapter(args: &TruncateArgs, path: &Path, quiet: bool, progress: &Bars) -> Re
         (_, _, Some(share), _) => AdapterSize::Keep(share),
         (.., size) => AdapterSize::Bytes(size.unwrap_or_default().as_u64()),
     };
-    let (output, force) = (args.folder.output.as_path(), args.folder.force);
-    let report = truncate_adapter(&AdapterJob { adapter: path, size, output, force }, progress)?;
+    let (output, existing) = (args.folder.output.as_path(), args.folder.existing());
+    let report = truncate_adapter(&AdapterJob { adapter: path, size, output, existing }, progress)?;
     match (args.json.json, quiet) {
         (true, _) => print_json(&report),
         (false, true) => Ok(()),

@@ -8,14 +8,14 @@ use serde_json::{Map, Value};
 
 use super::cast::{self, Dtype};
 use super::coded::{checked, transposed};
-use super::layout::{Decoded, Decoder, Described, Layout, Method, Parts, Stored};
+use super::layout::{CodeLayout, Decoded, Decoder, Described, Fields, Method, Stored};
 use crate::quantize::{Grouped, Levels, Quantized, Scheme};
 
 /// `awq` of transformers, vLLM and AutoAWQ.
 pub const METHOD: Method = Method {
     name: "awq",
     expect,
-    layouts: &[Layout { key: CODES, parts: &[CODES, ZEROS, SCALES], shown: ".weight", describe }],
+    layouts: &[CodeLayout { key: CODES, parts: &[CODES, ZEROS, SCALES], shown: ".weight", describe }],
 };
 
 const CODES: &str = ".qweight";
@@ -35,7 +35,7 @@ fn expect(settings: &Map<String, Value>) -> Result<(), String> {
     }
 }
 
-fn describe(parts: &Parts<'_>) -> Result<Described, String> {
+fn describe(parts: &Fields<'_>) -> Result<Described, String> {
     let [cols, words] = parts.matrix(CODES, Dtype::I32)?;
     let [groups, zero_words] = parts.matrix(ZEROS, Dtype::I32)?;
     let rows = words.saturating_mul(PACKED);

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use serde::Deserialize;
 
 use super::cast::Dtype;
-use super::layout::{Decoded, Decoder, Described, Layout, Method, Parts, Stored};
+use super::layout::{CodeLayout, Decoded, Decoder, Described, Fields, Method, Stored};
 use super::scaled::Scaled;
 
 /// `bitsandbytes` of transformers.
@@ -24,14 +24,14 @@ const STATES: [&str; 2] = [".weight.quant_state.bitsandbytes__nf4", ".weight.qua
 const SCB: &str = ".SCB";
 const FORMAT: &str = ".weight_format";
 
-static LAYOUTS: [Layout; 2] = [
-    Layout {
+static LAYOUTS: [CodeLayout; 2] = [
+    CodeLayout {
         key: ABSMAX,
         parts: &[WEIGHT, ABSMAX, MAP, NESTED_ABSMAX, NESTED_MAP, STATES[0], STATES[1]],
         shown: WEIGHT,
         describe: four_bits,
     },
-    Layout { key: SCB, parts: &[WEIGHT, SCB, FORMAT], shown: WEIGHT, describe: eight_bits },
+    CodeLayout { key: SCB, parts: &[WEIGHT, SCB, FORMAT], shown: WEIGHT, describe: eight_bits },
 ];
 
 /// What the state of a weight says beside its tensors.
@@ -48,7 +48,7 @@ struct State {
 /// The largest state that is read; real ones have some hundred bytes.
 const MOST: usize = 1 << 16;
 
-fn four_bits(parts: &Parts<'_>) -> Result<Described, String> {
+fn four_bits(parts: &Fields<'_>) -> Result<Described, String> {
     let suffix = STATES.into_iter().find(|suffix| (parts.find)(suffix).is_some());
     let suffix = suffix.ok_or("its `quant_state` is absent")?;
     let is_small = parts.need(suffix)?.shape.iter().product::<usize>() <= MOST;
@@ -87,7 +87,7 @@ fn four_bits(parts: &Parts<'_>) -> Result<Described, String> {
     Ok(Described { shape: state.shape, dtype, decoder })
 }
 
-fn eight_bits(parts: &Parts<'_>) -> Result<Described, String> {
+fn eight_bits(parts: &Fields<'_>) -> Result<Described, String> {
     let shape = parts.matrix(WEIGHT, Dtype::I8)?;
     let scales = parts.need(SCB)?;
     if scales.shape.iter().product::<usize>() != shape[0] {

@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 
 use super::cast::{self, Dtype};
 use super::coded::{Tensor, Written, checked, gathered, run_of, transposed, transposed_words};
-use super::layout::{Decoded, Decoder, Described, Layout, Method, Parts, Stored};
+use super::layout::{CodeLayout, Decoded, Decoder, Described, Fields, Method, Stored};
 use super::scaled::{self, Scaled};
 use crate::quantize::{Grouped, Levels, Quantized, Scheme, bits};
 
@@ -27,8 +27,8 @@ const PACKED: &str = "weight_packed";
 const SCALE: &str = "weight_scale";
 const SHAPE: &str = "weight_shape";
 
-static LAYOUTS: [Layout; 2] = [
-    Layout {
+static LAYOUTS: [CodeLayout; 2] = [
+    CodeLayout {
         key: ".weight_packed",
         parts: &[
             ".weight_packed",
@@ -42,7 +42,7 @@ static LAYOUTS: [Layout; 2] = [
         shown: ".weight",
         describe: packed,
     },
-    Layout {
+    CodeLayout {
         key: ".weight_scale",
         parts: &[".weight", ".weight_scale", ".weight_zero_point", ".input_scale", ".input_zero_point"],
         shown: ".weight",
@@ -111,7 +111,7 @@ pub fn write(matrix: &Grouped, dtype: Dtype) -> Vec<Written> {
 }
 
 /// Codes of one byte with their scales.
-fn plain(parts: &Parts<'_>) -> Result<Described, String> {
+fn plain(parts: &Fields<'_>) -> Result<Described, String> {
     let dtype = parts.need(".weight")?.dtype;
     let kind = scaled::kind_of(dtype, ".weight")?;
     let shape = parts.matrix(".weight", dtype)?;
@@ -128,7 +128,7 @@ fn plain(parts: &Parts<'_>) -> Result<Described, String> {
 }
 
 /// Codes that are packed into words.
-fn packed(parts: &Parts<'_>) -> Result<Described, String> {
+fn packed(parts: &Fields<'_>) -> Result<Described, String> {
     let [rows, words] = parts.matrix(".weight_packed", Dtype::I32)?;
     let scale = parts.need(".weight_scale")?;
     let shape = parts.integers(".weight_shape").ok_or("its `weight_shape` is absent")?;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use serde_json::{Map, Value};
 
-use super::layout::{Described, Layout, Method, Parts};
+use super::layout::{CodeLayout, Described, Fields, Method};
 use super::scaled::{self, Scaled};
 
 /// `fp8` of transformers and vLLM.
@@ -17,14 +17,14 @@ const WEIGHT: &str = ".weight";
 const INVERSE: &str = ".weight_scale_inv";
 const SCALE: &str = ".weight_scale";
 
-static LAYOUTS: [Layout; 2] = [
-    Layout {
+static LAYOUTS: [CodeLayout; 2] = [
+    CodeLayout {
         key: INVERSE,
         parts: &[WEIGHT, INVERSE, ".input_scale", ".activation_scale"],
         shown: WEIGHT,
         describe: |parts| describe(parts, INVERSE),
     },
-    Layout {
+    CodeLayout {
         key: SCALE,
         parts: &[WEIGHT, SCALE, ".input_scale", ".input_scale_ub"],
         shown: WEIGHT,
@@ -32,7 +32,7 @@ static LAYOUTS: [Layout; 2] = [
     },
 ];
 
-fn describe(parts: &Parts<'_>, scales: &'static str) -> Result<Described, String> {
+fn describe(parts: &Fields<'_>, scales: &'static str) -> Result<Described, String> {
     let dtype = parts.need(WEIGHT)?.dtype;
     let kind = scaled::kind_of(dtype, WEIGHT)?;
     let shape = parts.matrix(WEIGHT, dtype)?;

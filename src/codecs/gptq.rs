@@ -11,7 +11,7 @@ use serde_json::{Map, Value, json};
 
 use super::cast::{self, Dtype};
 use super::coded::{Tensor, Written, checked, gathered, run_of, transposed, transposed_words};
-use super::layout::{Decoded, Decoder, Described, Layout, Method, Parts, Stored};
+use super::layout::{CodeLayout, Decoded, Decoder, Described, Fields, Method, Stored};
 use crate::linalg;
 use crate::quantize::{Grouped, Levels, Quantized, Scheme, bits};
 
@@ -19,7 +19,7 @@ use crate::quantize::{Grouped, Levels, Quantized, Scheme, bits};
 pub const METHOD: Method = Method {
     name: NAME,
     expect,
-    layouts: &[Layout {
+    layouts: &[CodeLayout {
         key: ".qweight",
         parts: &[".qweight", ".qzeros", ".scales", ".g_idx"],
         shown: ".weight",
@@ -101,7 +101,7 @@ pub fn write(matrix: &Grouped) -> Vec<Written> {
 }
 
 /// Bits of a weight, from the settings where they agree with the stored sizes: a module may have bits of its own.
-fn bits_of(parts: &Parts<'_>, [words, rows]: [usize; 2], zero_words: usize, cols: Option<usize>) -> Option<usize> {
+fn bits_of(parts: &Fields<'_>, [words, rows]: [usize; 2], zero_words: usize, cols: Option<usize>) -> Option<usize> {
     let fits = |bits: &usize| {
         let n_bits = words.saturating_mul(32);
         n_bits.is_multiple_of(*bits)
@@ -111,7 +111,7 @@ fn bits_of(parts: &Parts<'_>, [words, rows]: [usize; 2], zero_words: usize, cols
     parts.setting("bits").into_iter().chain([4, 8, 3, 2]).filter(|bits| [2, 3, 4, 8].contains(bits)).find(fits)
 }
 
-fn describe(parts: &Parts<'_>) -> Result<Described, String> {
+fn describe(parts: &Fields<'_>) -> Result<Described, String> {
     let [words, rows] = parts.matrix(".qweight", Dtype::I32)?;
     let [groups, zero_words] = parts.matrix(".qzeros", Dtype::I32)?;
     parts.expect(".scales", &[groups, rows])?;

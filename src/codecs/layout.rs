@@ -1,6 +1,6 @@
 //! Quantized weights as other tools store them: which tensors make one weight, and how its values are computed from them.
 //!
-//! A [`Method`] is what `quantization_config` names. It has one or more [`Layout`]s, and finds a weight by the suffix of a tensor that
+//! A [`Method`] is what `quantization_config` names. It has one or more [`CodeLayout`]s, and finds a weight by the suffix of a tensor that
 //! every weight in the layout has.
 
 use std::fmt;
@@ -19,12 +19,12 @@ pub struct Method {
     /// Refuses settings that describe a layout which is not read. The text follows the name of the method in a message.
     pub expect: fn(&Map<String, Value>) -> Result<(), String>,
     /// Its layouts; a tensor that one of them takes is not offered to the next.
-    pub layouts: &'static [Layout],
+    pub layouts: &'static [CodeLayout],
 }
 
 /// The tensors of one weight. Their names are a stem with suffixes.
 #[derive(Debug)]
-pub struct Layout {
+pub struct CodeLayout {
     /// The suffix of a tensor that every weight in this layout has.
     pub key: &'static str,
     /// The suffixes of all tensors that it may have. The first names the place of the weight in the file.
@@ -32,12 +32,12 @@ pub struct Layout {
     /// The suffix of the weight that they make.
     pub shown: &'static str,
     /// Shape, dtype and arithmetic, from headers and settings.
-    pub describe: fn(&Parts<'_>) -> Result<Described, String>,
+    pub describe: fn(&Fields<'_>) -> Result<Described, String>,
 }
 
 /// A stored tensor, as its header describes it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Part {
+pub struct Field {
     /// The dtype in the file.
     pub dtype: Dtype,
     /// The shape in the file.
@@ -45,18 +45,18 @@ pub struct Part {
 }
 
 /// The stored tensors of one weight by their suffixes, and the settings of its checkpoint.
-pub struct Parts<'a> {
+pub struct Fields<'a> {
     /// `quantization_config`.
     pub settings: &'a Map<String, Value>,
     /// A tensor by its suffix.
-    pub find: &'a dyn Fn(&str) -> Option<Part>,
+    pub find: &'a dyn Fn(&str) -> Option<Field>,
     /// The bytes of a tensor by its suffix; empty if there is none. Only small tensors that describe others are read.
     pub read: &'a dyn Fn(&str) -> Vec<u8>,
 }
 
-impl Parts<'_> {
+impl Fields<'_> {
     /// A tensor that must be there.
-    pub(super) fn need(&self, suffix: &str) -> Result<Part, String> {
+    pub(super) fn need(&self, suffix: &str) -> Result<Field, String> {
         (self.find)(suffix).ok_or_else(|| format!("its `{}` is absent", name_of(suffix)))
     }
 
@@ -185,9 +185,9 @@ mod tests {
             assert!(layout.parts.contains(name), "{name}");
             assert_eq!(cast::n_bytes(*dtype, shape.iter().product()), Some(bytes.len() as u64), "{name}");
         }
-        (layout.describe)(&Parts {
+        (layout.describe)(&Fields {
             settings: settings.as_object().unwrap(),
-            find: &|suffix| found(suffix).map(|(_, dtype, shape, _)| Part { dtype: *dtype, shape: shape.clone() }),
+            find: &|suffix| found(suffix).map(|(_, dtype, shape, _)| Field { dtype: *dtype, shape: shape.clone() }),
             read: &|suffix| found(suffix).map_or(Vec::new(), |(.., bytes)| bytes.clone()),
         })
     }

@@ -5,13 +5,13 @@ use std::sync::Arc;
 
 use super::cast::Dtype;
 use super::float8::{E2M1, e8m0};
-use super::layout::{Decoded, Decoder, Described, Layout, Method, Parts, Stored};
+use super::layout::{CodeLayout, Decoded, Decoder, Described, Fields, Method, Stored};
 
 /// `mxfp4` of transformers.
 pub const METHOD: Method = Method {
     name: "mxfp4",
     expect: |_| Ok(()),
-    layouts: &[Layout { key: BLOCKS, parts: &[BLOCKS, SCALES], shown: "", describe }],
+    layouts: &[CodeLayout { key: BLOCKS, parts: &[BLOCKS, SCALES], shown: "", describe }],
 };
 
 const BLOCKS: &str = "_blocks";
@@ -19,7 +19,7 @@ const SCALES: &str = "_scales";
 /// Bytes of a block.
 const WIDTH: usize = 16;
 
-fn describe(parts: &Parts<'_>) -> Result<Described, String> {
+fn describe(parts: &Fields<'_>) -> Result<Described, String> {
     let blocks = parts.need(BLOCKS)?;
     let &[n, rows, groups, WIDTH] = blocks.shape.as_slice() else {
         return Err(format!("its blocks have shape {:?}, expected (experts, out, in / 32, 16)", blocks.shape));

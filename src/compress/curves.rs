@@ -28,7 +28,9 @@ pub(crate) struct KeptCurve {
     pub rank_factor: Vec<f32>,
 }
 
-const ARRAYS: [&str; 5] = ["energies", "scale", "output_metric", "input_metric", "order"];
+const ARRAYS: [&str; 5] = ["energies", "scale", "output_metric", "input_metric", "rank_factor"];
+/// The name of `rank_factor` in files of versions before 0.3.
+const FORMER_RANK_FACTOR: &str = "order";
 
 impl KeptCurve {
     /// Name, dtype, length and bytes of each array.
@@ -52,6 +54,8 @@ impl KeptCurve {
     /// An array is absent or damaged.
     pub fn read(curves: &Checkpoint, module: &str) -> Result<Self> {
         let [energies, scale, output, input, rank_factor] = ARRAYS.map(|name| format!("{module}.{name}"));
+        let has_former = curves.info(&rank_factor).is_none();
+        let rank_factor = if has_former { format!("{module}.{FORMER_RANK_FACTOR}") } else { rank_factor };
         let [energies, output, input, rank_factor] =
             [energies, output, input, rank_factor].map(|name| curves.values(&name));
         let scale = scale_of(curves, &scale)?.with_context(|| format!("the curves have no scale for `{module}`"))?;

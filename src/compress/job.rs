@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::Result;
 
 use super::recipe::Recipe;
-use crate::checkpoint::{Checkpoint, Existing, OutputFolder, expect_apart};
+use crate::checkpoint::{Checkpoint, Earlier, Existing, OutputFolder, expect_apart};
 use crate::device::{Device, HOST};
 use crate::report::REPORT_FILE;
 
@@ -24,10 +24,10 @@ pub struct Job<'a> {
     pub recipe: &'a Recipe,
     /// The output folder, which appears whole or not at all.
     pub output: &'a Path,
-    /// Whether an output of an earlier run is replaced.
-    pub force: bool,
-    /// Whether to discard the progress of an interrupted run instead of resuming it.
-    pub restart: bool,
+    /// How an output of an earlier run is treated.
+    pub existing: Existing,
+    /// How the progress of an interrupted run is treated.
+    pub earlier: Earlier,
     /// Memory for hidden states and activations; the rest goes to files in the work folder.
     pub memory_bytes: u64,
     /// The device that runs the model.
@@ -44,8 +44,8 @@ impl<'a> Job<'a> {
             source,
             recipe,
             output,
-            force: false,
-            restart: false,
+            existing: Existing::Refuse,
+            earlier: Earlier::Resumed,
             memory_bytes: DEFAULT_MEMORY_BYTES,
             device: HOST,
         }
@@ -58,7 +58,7 @@ impl<'a> Job<'a> {
 
     /// Refuses an output that may not be overwritten, or that contains an input.
     pub(super) fn check_output(&self) -> Result<()> {
-        OutputFolder::check(self.output, Existing::of(self.force), REPORT_FILE)?;
+        OutputFolder::check(self.output, self.existing, REPORT_FILE)?;
         Ok(expect_apart(self.output, self.recipe.inputs().chain(self.checkpoint.roots()))?)
     }
 }

@@ -8,7 +8,7 @@ use super::inputs::Inputs;
 use super::job::Job;
 use super::plan::Plan;
 use super::record;
-use crate::checkpoint::{Earlier, Existing, Fingerprint, OutputFolder};
+use crate::checkpoint::{Fingerprint, OutputFolder};
 use crate::error::{self, ExitClass, Failure, exit_class};
 use crate::formats::Source;
 use crate::model::fingerprint;
@@ -49,8 +49,7 @@ impl<'a> Run<'a> {
     pub fn folder(&self) -> Result<OutputFolder> {
         let job = self.job;
         let description = record::job(job, &self.source_files, &self.inputs)?;
-        let earlier = if job.restart { Earlier::Discarded } else { Earlier::Resumed };
-        let folder = OutputFolder::resume(job.output, Existing::of(job.force), REPORT_FILE, &description, earlier)?;
+        let folder = OutputFolder::resume(job.output, job.existing, REPORT_FILE, &description, job.earlier)?;
         folder.require_space(self.disk_bytes())?;
         Ok(folder)
     }

@@ -124,6 +124,8 @@ class QuantizedLinear(CheckedModule):
 
 class LowRankLinear(nn.Module):
     """`y = lr_b(lr_a(x))`: lr_a is (rank, in), lr_b is (out, rank) and has the bias."""
+    SPLIT = {"lr_a": "rowwise", "lr_b": "colwise"}
+
     def __init__(self, name, make, shape, bias, entry):
         super().__init__()
         self.out_features, self.in_features = shape
@@ -177,6 +179,8 @@ class TiedHead(nn.Module):
 
 class BorrowingLinear(nn.Module):
     """`y = lr_b(owner.lr_a(x))`: another linear with the same input owns and stores lr_a."""
+    SPLIT, OWNED = {"lr_b": "colwise"}, ".lr_a.weight"
+
     def __init__(self, name, make, shape, bias, entry):
         super().__init__()
         self.out_features, self.in_features = shape
@@ -189,6 +193,8 @@ class BorrowingLinear(nn.Module):
 
 class CompensatedLinear(nn.Module):
     """`y = base(x) + lr_b(lr_a(x))`; the base has the bias. vLLM multiplies by base and lr_a at once, by this very line."""
+    SPLIT = {"base": "", "lr_a": "rowwise", "lr_b": "colwise"}
+
     def __init__(self, name, make, shape, bias, entry):
         super().__init__()
         self.out_features, self.in_features = shape
@@ -206,6 +212,8 @@ class PivotLinear(CheckedModule):
     lr_p is (rank, in), lr_t is (out - rank, rank), lr_order (out) has the position of each output. `share` is None, or the
     rank of this device and the number of devices; each computes all outputs and keeps its own.
     """
+    SPLIT = {"lr_p": "rowwise"}
+
     def __init__(self, name, make, shape, bias, entry):
         super().__init__(name)
         self.share = None
@@ -253,6 +261,8 @@ class MonarchLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
+# Each class may say in SPLIT which of its parts are split across devices, if the linear that it replaced is split in that way: the first
+# part along the inputs, the last along the outputs. All devices have the others.
 _LAYOUTS = {"factors": LowRankLinear, "pivot": PivotLinear, "monarch": MonarchLinear}
 
 

@@ -49,7 +49,7 @@ def _replacement(name, linear, entry, quantized, shared):
     if "rank" not in entry:
         return make("", shape, bias)
     layout = CompensatedLinear if entry.get("base") else _LAYOUTS[entry.get("layout", "factors")]
-    if f"{name}.lr_a.weight" in shared:
+    if name + BorrowingLinear.OWNED in shared:
         layout = BorrowingLinear
     return layout(name, make, shape, linear.bias, entry)
 
@@ -99,9 +99,9 @@ def _style(plan, name):
 
 def _rules(name, module, style):
     """The styles of the parts of a module that replaced a linear of this style."""
-    first, last = (style if style.startswith(way) else "replicate" for way in ("rowwise", "colwise"))
-    parts = {"base": style, "lr_a": first, "lr_b": last, "lr_p": first, "lr_t": "replicate", "lr_r": "replicate", "lr_l": "replicate"}
-    return {f"{name}.{part}": parts.get(part, "replicate") for part, _ in module.named_children()}
+    split = getattr(module, "SPLIT", {})
+    parts = [part for part, _ in module.named_children()]
+    return {f"{name}.{part}": style if part in split and style.startswith(split[part]) else "replicate" for part in parts}
 
 
 def _tensor_parallel():
@@ -157,8 +157,8 @@ def _compress(model):
         replaced[found] = by_name[name] = module
     _tie(model, replaced)
     for part, owner in shared.items():
-        if (borrower := by_name.get(part.removesuffix(".lr_a.weight"))) is not None:
-            borrower.owner = (by_name[owner.removesuffix(".lr_a.weight")],)
+        if (borrower := by_name.get(part.removesuffix(BorrowingLinear.OWNED))) is not None:
+            borrower.owner = (by_name[owner.removesuffix(BorrowingLinear.OWNED)],)
     _split(model, replaced)
     _tell_apart(model)
 

@@ -1,5 +1,7 @@
 //! One block: attention and feed-forward, each with a norm before or after it, and each added to its input.
 
+use std::ops::ControlFlow;
+
 use anyhow::{Context, Result};
 use candle_core::Tensor;
 
@@ -26,10 +28,18 @@ pub struct Block {
     before_mlp: Option<Norm>,
     feed_forward: FeedForward,
     after_mlp: Option<Norm>,
-    /// Post-norm: the norm is applied after the residual addition.
-    are_norms_of_sums: bool,
+    arrangement: Arrangement,
+}
+
+/// How the two sublayers and their residuals are connected.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Arrangement {
+    /// The feed-forward layer reads the residual after attention; norms are within the branches.
+    PreNorm,
+    /// Norms are applied after the residual additions.
+    PostNorm,
     /// Attention and feed-forward both read the block's input.
-    is_parallel: bool,
+    Parallel,
 }
 
 #[derive(Debug, Clone)]
@@ -40,9 +50,6 @@ enum FeedForward {
 
 /// Receives the input of every linear, (batch, n_tokens, in); for an expert (1, n_seen, in), one window at a time.
 pub type Observer<'a> = dyn FnMut(InputSite, &Tensor) -> Result<()> + 'a;
-
-/// Whether a forward pass continues after a site.
-type GoesOn = bool;
 
 /// A pass through a block, before the linears of a site.
 #[derive(Debug, Clone)]
@@ -189,8 +196,11 @@ impl Block {
             before_mlp: loader.norm(mlp.0)?,
             feed_forward: loader.feed_forward()?,
             after_mlp: loader.norm(mlp.1)?,
-            are_norms_of_sums: names.are_of_sums || is_post_norm,
-            is_parallel: config.use_parallel_residual,
+            arrangement: match (config.use_parallel_residual, names.are_of_sums || is_post_norm) {
+                (true, _) => Arrangement::Parallel,
+                (_, true) => Arrangement::PostNorm,
+                _ => Arrangement::PreNorm,
+            },
         })
     }
 
@@ -210,7 +220,7 @@ impl Block {
             if !is_finite(input)? {
                 first = Some(site);
             }
-            Ok(first.is_none())
+            Ok(if first.is_none() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) })
         })?;
         Ok(first)
     }
@@ -218,7 +228,8 @@ impl Block {
     /// Taps the gradients at the outputs of all linears. The last product of a pass, on which no gradient depends, is not
     /// computed: the states that follow are wrong.
     pub fn tap_gradients(&mut self) -> Vec<(Slot, GradientTap)> {
-        let last = if self.are_norms_of_sums || self.after_mlp.is_some() { Outputs::Used } else { Outputs::Unused };
+        let is_read = self.arrangement == Arrangement::PostNorm;
+        let last = if is_read || self.after_mlp.is_some() { Outputs::Used } else { Outputs::Unused };
         let mut shared = self.attention.qkv.linears_mut();
         shared.push((Role::OProj, &mut self.attention.o_proj));
         let mut taps = Vec::new();
@@ -253,7 +264,7 @@ impl Block {
     /// # Errors
     /// The shapes do not match, or the observer fails.
     pub fn forward(&self, x: &Tensor, rope: &Rope, observe: &mut Observer<'_>) -> Result<Tensor> {
-        let y = self.run(x, rope, &mut |site, input| observe(site, input).map(|()| true))?;
+        let y = self.run(x, rope, &mut |site, input| observe(site, input).map(ControlFlow::Continue))?;
         y.context("invariant: a pass that is not stopped ends")
     }
 
@@ -262,10 +273,10 @@ impl Block {
         &self,
         x: &Tensor,
         rope: &Rope,
-        observe: &mut dyn FnMut(InputSite, &Tensor) -> Result<GoesOn>,
+        observe: &mut dyn FnMut(InputSite, &Tensor) -> Result<ControlFlow<()>>,
     ) -> Result<Option<Tensor>> {
         let mut at = self.begin(x)?;
-        while observe(at.site, &at.input)? {
+        while observe(at.site, &at.input)?.is_continue() {
             match self.resume(&at, rope, &mut |site, x| observe(site, x).map(drop))? {
                 Next::Site(next) => at = next,
                 Next::End(y) => return Ok(Some(y)),
@@ -296,7 +307,10 @@ impl Block {
             (InputSite::Qkv, _) => pause(InputSite::O, residual, self.attention.mix(input, rope)?),
             (InputSite::O, _) => {
                 let attended = self.add(residual, &self.attention.o_proj.forward(input)?, &self.after_attention)?;
-                let input = normed(&self.before_mlp, if self.is_parallel { residual } else { &attended })?;
+                let input = normed(
+                    &self.before_mlp,
+                    if self.arrangement == Arrangement::Parallel { residual } else { &attended },
+                )?;
                 pause(InputSite::GateUp, &attended, input)
             }
             (InputSite::GateUp, FeedForward::Mlp(mlp)) => pause(InputSite::Down, residual, mlp.gate(input)?),
@@ -312,7 +326,10 @@ impl Block {
 
     /// Adds the output `y` of a sublayer to its residual.
     fn add(&self, residual: &Tensor, y: &Tensor, after: &Option<Norm>) -> Result<Tensor> {
-        if self.are_norms_of_sums { normed(after, &(residual + y)?) } else { Ok((residual + normed(after, y)?)?) }
+        match self.arrangement {
+            Arrangement::PostNorm => normed(after, &(residual + y)?),
+            Arrangement::PreNorm | Arrangement::Parallel => Ok((residual + normed(after, y)?)?),
+        }
     }
 }
 

@@ -5,8 +5,9 @@ use candle_core::Tensor;
 
 use super::block::{Block, Next, Paused};
 use super::decoder::Decoder;
+use super::ops::non_finite_window;
 use super::slot::InputSite;
-use super::walk::{Hidden, Walk, non_finite_window};
+use super::walk::{Hidden, Walk};
 use crate::device::to_host;
 use crate::progress::Stage;
 
@@ -77,7 +78,7 @@ impl<'w> Passes<'w> {
                 };
                 let values = to_host(&next.input)?;
                 if let Some(window) = non_finite_window(&values, &next.input)? {
-                    return Err(walk.not_finite(decoder, block, Some(next.site), batch_idx, window));
+                    return Err(walk.not_finite(decoder, block, Some(next.site), (batch_idx, window)));
                 }
                 Ok((next.site, to_host(&next.residual)?, values))
             },
@@ -115,7 +116,7 @@ impl<'w> Passes<'w> {
                             };
                             let inputs = to_host(&at.input)?;
                             let site = non_finite_window(&inputs, &at.input)?.map(|_| at.site);
-                            return Err(walk.not_finite(decoder, block, site, batch_idx, window));
+                            return Err(walk.not_finite(decoder, block, site, (batch_idx, window)));
                         }
                     }
                 }

@@ -10,6 +10,7 @@ use candle_core::Tensor;
 use super::batches::{BATCH_TOKENS, WalkLimits, batch_bytes, split};
 use super::block::{Block, Observer};
 use super::decoder::Decoder;
+use super::ops::non_finite_window;
 use super::rope::Rope;
 use super::slot::InputSite;
 use crate::device::{Device, to_host};
@@ -261,7 +262,7 @@ impl<'a> Walk<'a> {
         let values = to_host(&y)?;
         let Some(window_in_batch) = non_finite_window(&values, &y)? else { return Ok(values) };
         let site = block.first_non_finite(&x.narrow(0, window_in_batch, 1)?, &self.rope)?;
-        Err(self.not_finite(decoder, block, site, batch_idx, window_in_batch))
+        Err(self.not_finite(decoder, block, site, (batch_idx, window_in_batch)))
     }
 
     /// The error for inputs at `site`, or for states after the block, that are not finite.
@@ -270,20 +271,18 @@ impl<'a> Walk<'a> {
         decoder: &Decoder<'_>,
         block: &Block,
         site: Option<InputSite>,
-        batch_idx: usize,
-        window_in_batch: usize,
+        (batch_idx, window_in_batch): (usize, usize),
     ) -> anyhow::Error {
-        let reader =
-            site.and_then(|site| decoder.linears(block.index()).into_iter().find(|(slot, _)| slot.site() == site));
+        let linears = decoder.linears(block.index());
+        let reader = linears.into_iter().find(|(slot, _)| Some(slot.site()) == site);
         let place = self.place()(self.batches[batch_idx].start + window_in_batch);
-        let what = match reader {
-            Some((slot, _)) => format!("the inputs of `{}`", decoder.module(block.index(), slot)),
-            None => format!("the states after `{}`", decoder.block_name(block.index())),
-        };
+        let states = || format!("the states after `{}`", decoder.block_name(block.index()));
+        let what =
+            reader.map_or_else(states, |(slot, _)| format!("the inputs of `{}`", decoder.module(block.index(), slot)));
         Failure::numeric(format!("{place}: {what} are not finite")).hint(NON_FINITE_HINT).into()
     }
 
-    /// Batches of windows of one length; see [`Self::batch`].
+    /// Batches of windows of one length.
     pub fn n_batches(&self) -> usize {
         self.batches.len()
     }
@@ -294,9 +293,8 @@ impl<'a> Walk<'a> {
     /// The work folder cannot be read.
     pub fn batch(&self, hidden: &Hidden, batch_idx: usize) -> Result<Tensor> {
         let range = &self.batches[batch_idx];
-        let shape = (range.len(), self.windows[range.start].len(), ());
-        let values = self.spool().get(&hidden.lock(batch_idx))?;
-        Ok(Tensor::from_vec(values.f32s()?, shape, &self.device)?)
+        let values = self.spool().get(&hidden.lock(batch_idx))?.f32s()?;
+        Ok(Tensor::from_vec(values, (range.len(), self.windows[range.start].len(), ()), &self.device)?)
     }
 
     /// The states (n_tokens, hidden_size) of one window.
@@ -449,10 +447,4 @@ impl<'a> Walk<'a> {
         })?;
         Ok(nlls)
     }
-}
-
-/// The first window of a batch, `values` of the shape of `y` (batch, n_tokens, width), with a value that is not finite.
-pub(super) fn non_finite_window(values: &[f32], y: &Tensor) -> Result<Option<usize>> {
-    let n_values = (y.dim(1)? * y.dim(2)?).max(1);
-    Ok(values.iter().position(|value| !value.is_finite()).map(|at| at / n_values))
 }

@@ -11,6 +11,21 @@ use super::{dense, factors, monarch, pivot};
 /// Every structure: the dense weight, then low-rank structures in the order in which messages list them.
 static REGISTRY: &[&dyn Structure] = &[&dense::Dense, &factors::Factors, &pivot::Pivot, &monarch::Monarch];
 
+/// Indices of structures that are known beforehand.
+impl Kind {
+    /// The weight itself, or a base below another term.
+    pub(crate) const DENSE: Self = Self(0);
+    /// `B·A`: supported by every runtime with low rank.
+    pub const FACTORS: Self = Self(1);
+}
+
+impl Default for Kind {
+    /// The pivot layout, which has fewer parameters than factors at every rank.
+    fn default() -> Self {
+        Self(2)
+    }
+}
+
 impl Kind {
     /// The structures that may approximate a weight, as `--layout` names them.
     pub fn layouts() -> impl Iterator<Item = Self> {

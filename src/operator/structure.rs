@@ -237,20 +237,6 @@ pub trait Fitting: Sync {
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Kind(pub(super) u8);
 
-impl Kind {
-    /// The weight itself, or a base below another term.
-    pub(crate) const DENSE: Self = Self(0);
-    /// `B·A`: supported by every runtime with low rank.
-    pub const FACTORS: Self = Self(1);
-}
-
-impl Default for Kind {
-    /// The pivot layout, which has fewer parameters than factors at every rank.
-    fn default() -> Self {
-        Self(2)
-    }
-}
-
 impl Size {
     /// The rank of the matrix, or of its blocks.
     pub fn rank(self) -> Option<usize> {

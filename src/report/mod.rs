@@ -262,7 +262,7 @@ pub struct LinearRecord {
     pub dtype: String,
     /// Rank of the factors; none if the linear stays dense.
     pub rank: Option<usize>,
-    /// Layout of the factors: `pivot`, `factors` or `monarch`.
+    /// Layout of the factors, a name of `--layout`.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub layout: Option<String>,
     /// `LRC` if the linear is low rank, `N-LRC` if not.

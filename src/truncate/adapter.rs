@@ -42,8 +42,8 @@ pub struct AdapterJob<'a> {
     pub size: AdapterSize,
     /// A folder for a folder, a file for a file.
     pub output: &'a Path,
-    /// Whether an output of an earlier run is replaced.
-    pub force: bool,
+    /// How an output of an earlier run is treated.
+    pub existing: Existing,
 }
 
 /// Whether a path is an adapter, and not a compressed checkpoint.
@@ -71,8 +71,8 @@ pub fn truncate_adapter(job: &AdapterJob<'_>, progress: &dyn Progress) -> Result
     let started = Instant::now();
     let is_folder = job.adapter.is_dir();
     match is_folder {
-        true => OutputFolder::check(job.output, Existing::of(job.force), REPORT_FILE)?,
-        false => check_file(job.output, Existing::of(job.force))?,
+        true => OutputFolder::check(job.output, job.existing, REPORT_FILE)?,
+        false => check_file(job.output, job.existing)?,
     }
     expect_apart(job.output, [job.adapter])?;
     let mut truncation = Truncation::open(job.adapter, progress)?;
@@ -86,7 +86,7 @@ pub fn truncate_adapter(job: &AdapterJob<'_>, progress: &dyn Progress) -> Result
         report.elapsed_seconds = started.elapsed().as_secs_f64();
         return Ok(report);
     }
-    let folder = OutputFolder::create(job.output, Existing::of(job.force), REPORT_FILE)?;
+    let folder = OutputFolder::create(job.output, job.existing, REPORT_FILE)?;
     let specs = truncation.specs();
     let made = truncation.made();
     let mut writer = SafetensorsWriter::create_named(&folder.path(), WEIGHTS_FILE, &specs, u64::MAX)?;

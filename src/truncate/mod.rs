@@ -47,8 +47,8 @@ pub struct TruncateJob<'a> {
     pub keep: f64,
     /// The output folder, which appears whole or not at all.
     pub output: &'a Path,
-    /// Whether an output of an earlier run is replaced.
-    pub force: bool,
+    /// How an output of an earlier run is treated.
+    pub existing: Existing,
     /// Largest size of a file of weights, except for a tensor that is larger by itself.
     pub max_shard_bytes: u64,
 }
@@ -75,7 +75,7 @@ pub fn truncate(job: &TruncateJob<'_>, progress: &dyn Progress) -> Result<Compre
     let started = Instant::now();
     let checkpoint = job.checkpoint;
     let root = checkpoint.root();
-    OutputFolder::check(job.output, Existing::of(job.force), REPORT_FILE)?;
+    OutputFolder::check(job.output, job.existing, REPORT_FILE)?;
     expect_apart(job.output, [root])?;
     coverage::expect_whole(checkpoint)?;
     let mut report = read_report(root)?;
@@ -87,7 +87,7 @@ pub fn truncate(job: &TruncateJob<'_>, progress: &dyn Progress) -> Result<Compre
     allocate_ranks(&mut truncations, &report, job.keep)?;
     warn_of_diagonals(&report, &truncations);
 
-    let folder = OutputFolder::create(job.output, Existing::of(job.force), REPORT_FILE)?;
+    let folder = OutputFolder::create(job.output, job.existing, REPORT_FILE)?;
     let written = write_weights(job, &truncations, &folder, progress)?;
     update(&mut report, &truncations, checkpoint, &written.specs, job)?;
     formats::warn_of_growth(checkpoint.file_bytes(), report.sizes.file_bytes_after);
@@ -210,7 +210,7 @@ fn warn_of_diagonals(report: &CompressReport, truncations: &[Truncation]) {
     let is_lost = |s: &Truncation| !s.is_prefix() && s.new_rank < s.rank;
     if (is_full || is_anchored) && truncations.iter().any(is_lost) {
         tracing::warn!(
-            "pivots are refactored in a diagonal approximation of their metric, which costs accuracy; `lrc compress --elastic` avoids this by storing the order of ranks"
+            "matrices whose layout lost the order of ranks are refactored in a diagonal approximation of their metric, which costs accuracy; `lrc compress --elastic` avoids this by storing the order of ranks"
         );
     }
 }

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use crate::common::{FIXTURE, HELD_OUT, TRAIN, copy, edit, lrc, ok, path};
 use lrc::checkpoint::{Checkpoint, Dtype, SafetensorsWriter, TensorSpec, cast, write_file};
+use lrc::operator::Kind;
 
 use super::{CALIBRATED, check_numbers, compress, module};
 
@@ -63,7 +64,7 @@ fn matrices_too_small_for_any_rank_stay_as_they_are() {
         Ok(cast::encode(Dtype::F32, &values).unwrap())
     })
     .unwrap();
-    for layout in ["factors", "pivot", "monarch"] {
+    for layout in Kind::layouts().map(Kind::name) {
         for ranks in ["uniform", "welore", "energy:0.5", "effective-rank", "knapsack"] {
             let args = ["--keep", "0.6", "--layout", layout, "--ranks", ranks];
             let report = compress(&model, &out, &args);

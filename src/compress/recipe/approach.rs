@@ -1,4 +1,5 @@
-//! The structure that replaces the targeted linears. Each setting exists only in the variants where it has an effect.
+//! The structure that replaces the targeted linears. A setting belongs to the variants where it can have an effect;
+//! [`Recipe::new`](super::Recipe::new) refuses values that have none, such as a floor of ranks that are all equal.
 
 use crate::compress::allocate::Ranks;
 use crate::compress::compensate::{Compensate, CompensateRank};

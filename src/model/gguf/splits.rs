@@ -123,7 +123,7 @@ const SPLITS: [Split; 12] = [
 pub const UNNAMED: &str = "default";
 
 /// The parts of a `tokenizer.json` that a way to split decides.
-pub(super) struct Parts {
+pub(super) struct SplitSteps {
     pub normalizer: Json,
     pub pre_tokenizer: Json,
     pub ignores_merges: bool,
@@ -131,11 +131,11 @@ pub(super) struct Parts {
 }
 
 /// The way to split of this name; `None` if it is unknown.
-pub(super) fn named(name: &str) -> Option<Parts> {
+pub(super) fn named(name: &str) -> Option<SplitSteps> {
     let split = SPLITS.iter().find(|split| split.names.contains(&name))?;
     let normalizer = if split.is_normalized { json!({"type": "NFC"}) } else { Json::Null };
     let (ignores_merges, adds_bos) = (split.ignores_merges, split.adds_bos);
-    Some(Parts { normalizer, pre_tokenizer: pre_tokenizer(split.steps), ignores_merges, adds_bos })
+    Some(SplitSteps { normalizer, pre_tokenizer: pre_tokenizer(split.steps), ignores_merges, adds_bos })
 }
 
 /// The name of the way in which a `tokenizer.json` splits; `None` if it has none.

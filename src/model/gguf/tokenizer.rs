@@ -6,7 +6,7 @@ use serde_json::{Map, Value as Json, json};
 
 use super::super::architectures::gguf::{Family, MergeOrder};
 use super::special;
-use super::splits::{self, Parts, UNNAMED};
+use super::splits::{self, SplitSteps, UNNAMED};
 use super::vocabulary::{
     BYTE, BYTE_LEVEL, CONTROL, NORMAL, SENTENCEPIECE, TOKENS, UNKNOWN, UNUSED, USER_DEFINED, WITHOUT,
 };
@@ -92,9 +92,10 @@ impl Tokens {
 fn byte_level(description: &Description<'_>, tokens: &Tokens, family: &Family) -> Result<Json, String> {
     let named = description.text("tokenizer.ggml.pre").filter(|name| name != UNNAMED);
     let named = named.unwrap_or_else(|| family.pre_tokenizer.unwrap_or("gpt-2").into());
-    let Parts { normalizer, pre_tokenizer, ignores_merges, adds_bos } = splits::named(&named).ok_or_else(|| {
-        format!("its tokenizer splits texts as `{named}` does (`tokenizer.ggml.pre`), which lrc does not know")
-    })?;
+    let SplitSteps { normalizer, pre_tokenizer, ignores_merges, adds_bos } =
+        splits::named(&named).ok_or_else(|| {
+            format!("its tokenizer splits texts as `{named}` does (`tokenizer.ggml.pre`), which lrc does not know")
+        })?;
     let merges = description.texts("tokenizer.ggml.merges").unwrap_or_default();
     // The left part is not empty, but may begin with a space.
     let split = |merge: &String| -> Option<[String; 2]> {

@@ -26,5 +26,11 @@ pub fn is_finite(x: &Tensor) -> Result<bool> {
     Ok(to_host(x)?.iter().all(|v| v.is_finite()))
 }
 
+/// The first window of a batch, `values` of the shape of `y` (batch, n_tokens, width), with a value that is not finite.
+pub(super) fn non_finite_window(values: &[f32], y: &Tensor) -> Result<Option<usize>> {
+    let n_values = (y.dim(1)? * y.dim(2)?).max(1);
+    Ok(values.iter().position(|value| !value.is_finite()).map(|at| at / n_values))
+}
+
 #[cfg(test)]
 mod tests;

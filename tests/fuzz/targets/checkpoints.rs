@@ -3,7 +3,7 @@
 use std::fs;
 
 use candle_core::Tensor;
-use lrc::checkpoint::Checkpoint;
+use lrc::checkpoint::{Checkpoint, Earlier, Existing};
 use lrc::compress::recipe::{Recipe, RecipeOptions};
 use lrc::compress::{Job, compress};
 use lrc::inspect::inspect;
@@ -65,8 +65,8 @@ fn compress_all(bed: &Bed, checkpoint: &Checkpoint) {
             source: "m",
             recipe: &recipe,
             output: &output,
-            force: true,
-            restart: true,
+            existing: Existing::Replace,
+            earlier: Earlier::Discarded,
             memory_bytes: 1 << 24,
             device: candle_core::Device::Cpu,
         };

@@ -142,7 +142,13 @@ pub(super) fn read_output(bed: &Bed, input: &[u8]) -> bool {
         for keep in [0.5, 0.3] {
             let output = bed.path("shorter");
             let _ = truncate(
-                &TruncateJob { checkpoint: &checkpoint, keep, output: &output, force: true, max_shard_bytes },
+                &TruncateJob {
+                    checkpoint: &checkpoint,
+                    keep,
+                    output: &output,
+                    existing: Existing::Replace,
+                    max_shard_bytes,
+                },
                 &Silent,
             );
         }
@@ -154,7 +160,7 @@ pub(super) fn read_output(bed: &Bed, input: &[u8]) -> bool {
                     source: "m",
                     format,
                     output: &output,
-                    force: true,
+                    existing: Existing::Replace,
                     max_shard_bytes,
                 },
                 &Silent,
