@@ -17,26 +17,10 @@ use crate::progress::Progress;
 use crate::report::REPORT_FILE;
 use crate::report::gate::{self, Gate};
 
-/// The model.
-#[derive(Debug, Args)]
-pub(super) struct ModelArgs {
-    /// Folder, `.safetensors` or `.gguf` file, or hub id (`org/name`)
-    pub model: String,
-
-    #[command(flatten)]
-    pub revision: RevisionArgs,
-}
-
-impl ModelArgs {
-    pub fn open(&self, progress: &dyn Progress) -> Result<Checkpoint> {
-        self.revision.open(&self.model, progress)
-    }
-}
-
 /// The model, with or without an adapter over it.
 #[derive(Debug, Args)]
 pub(super) struct SourceArgs {
-    /// Folder, `.safetensors` or `.gguf` file, or hub id (`org/name`)
+    /// Folder, file (`.safetensors`, `.gguf`, `.bin`) or hub id (`org/name`)
     pub model: String,
 
     #[command(flatten)]

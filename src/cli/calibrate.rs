@@ -32,7 +32,7 @@ use crate::store::Journal;
 #[derive(Debug, Args)]
 #[command(verbatim_doc_comment)]
 pub(super) struct CalibrateArgs {
-    /// Folder, `.safetensors` or `.gguf` file, or hub id (`org/name`)
+    /// Folder, file (`.safetensors`, `.gguf`, `.bin`) or hub id (`org/name`)
     #[arg(required_unless_present = "merge")]
     model: Option<String>,
 

@@ -15,8 +15,8 @@ use crate::report::{CompressReport, DeltaRecord, gate};
 ///
 /// Approximates the difference of two models by low-rank factors, with ranks
 /// chosen for each matrix. With a text or statistics of the fine-tuned model,
-/// directions that its inputs use count more. What is no linear and was changed
-/// is stored whole.
+/// directions that its inputs use count more. Changed tensors that are not
+/// linears are stored whole.
 ///
 /// Examples:
 ///   lrc delta BASE FINE-TUNED -o ADAPTER --target-size 50MiB

@@ -56,13 +56,13 @@ pub(super) struct EvalArgs {
 
     /// Tokens per window [default: set by the convention]
     ///
-    /// At most the model's context.
+    /// It is at most the model's context.
     #[arg(long, value_name = "N", value_parser = at_least_2, help_heading = "Evaluation")]
     seq_len: Option<usize>,
 
     /// Step between windows, `hf-strided` [default: 512]
     ///
-    /// In tokens. The default is at most half a window.
+    /// It is a number of tokens, by default at most half a window.
     #[arg(long, value_name = "N", value_parser = at_least_1, help_heading = "Evaluation")]
     stride: Option<usize>,
 

@@ -11,7 +11,7 @@ use crate::error::{self, ExitClass, Failure};
 /// The format of stderr.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum LogFormat {
-    /// For people, with progress bars if stderr is a terminal
+    /// Plain text, with progress bars if stderr is a terminal
     #[default]
     Text,
     /// One JSON object per line: `level`, `message`, and for errors `hint` and `exit_code`

@@ -47,7 +47,7 @@ pub(super) struct SweepArgs {
 
     /// Tokens per scored window [default: set by the convention]
     ///
-    /// At most the model's context.
+    /// It is at most the model's context.
     #[arg(long, value_name = "N", value_parser = at_least_2, help_heading = "Evaluation", hide_short_help = true)]
     eval_seq_len: Option<usize>,
 

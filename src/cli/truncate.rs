@@ -6,7 +6,7 @@ use anyhow::Result;
 use bytesize::ByteSize;
 use clap::Args;
 
-use super::arguments::{FolderArgs, JsonArgs, ModelArgs, at_least_1};
+use super::arguments::{FolderArgs, JsonArgs, RevisionArgs, at_least_1};
 use super::compress::show;
 use super::options::{Options, Selection};
 use super::streams::{print, print_json};
@@ -19,8 +19,8 @@ use crate::truncate::{AdapterJob, AdapterSize, TruncateJob, is_adapter, truncate
 
 /// Reduce the ranks of a compressed checkpoint or of an adapter
 ///
-/// Needs no source. Drops trailing ranks where the stored error curves lose
-/// least. Exact for the factors layout and for pivots compressed with
+/// It needs no source, and drops trailing ranks where the stored error curves
+/// lose least. It is exact for the factors layout and for pivots compressed with
 /// `--elastic`; other pivots are refactored in a diagonal approximation of their
 /// metric. The factors of a LoRA adapter (a folder of PEFT, or a file of kohya
 /// or diffusers) are decomposed again.
@@ -33,8 +33,11 @@ use crate::truncate::{AdapterJob, AdapterSize, TruncateJob, is_adapter, truncate
 #[derive(Debug, Args)]
 #[command(verbatim_doc_comment)]
 pub(super) struct TruncateArgs {
+    /// Compressed folder or hub id, or an adapter (folder or `.safetensors` file)
+    model: String,
+
     #[command(flatten)]
-    model: ModelArgs,
+    revision: RevisionArgs,
 
     #[command(flatten)]
     size: SizeArgs,
@@ -55,7 +58,8 @@ pub(super) struct TruncateArgs {
 struct SizeArgs {
     /// Share of the parameters to keep, in (0, 1)
     ///
-    /// Of a compressed checkpoint: a share of the targeted parameters of its source. Of an adapter: of its factors.
+    /// For a compressed checkpoint, a share of the targeted parameters of its source; for an adapter, a share of the
+    /// parameters of its factors.
     #[arg(long, value_name = "SHARE", help_heading = "Budget")]
     keep: Option<f64>,
 
@@ -96,18 +100,21 @@ pub(super) fn run(args: &TruncateArgs, quiet: bool, progress: &Bars) -> Result<(
             .hint("give a share, for example 0.9")
             .into());
     }
-    let path = Path::new(&args.model.model);
+    let path = Path::new(&args.model);
     if is_adapter(path) {
         return adapter(args, path, quiet, progress);
     }
     let Some(keep) = keep else {
-        return Err(Failure::usage(format!("`{}` is no adapter: its size is given by `--keep`", args.model.model))
-            .hint("`--rank`, `--energy` and `--target-size` are of adapters")
-            .into());
+        return Err(Failure::usage(format!(
+            "`--rank`, `--energy` and `--target-size` only apply to adapters, and `{}` is not an adapter",
+            args.model
+        ))
+        .hint("give `--keep`")
+        .into());
     };
     let max_shard_bytes = recipe::max_shard_bytes(&args.options.values)?;
     args.folder.check()?;
-    let checkpoint = args.model.open(progress)?;
+    let checkpoint = args.revision.open(&args.model, progress)?;
     let job = TruncateJob {
         checkpoint: &checkpoint,
         keep,

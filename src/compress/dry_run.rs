@@ -21,9 +21,9 @@ use crate::report::{AdapterRecord, DryRunReport, LinearRecord, RankSource};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 pub enum DryRun {
-    /// Nothing is measured: targets, sizes, memory, disk and time
+    /// Measures nothing, and shows targets, sizes, memory, disk and time
     Plan,
-    /// Measures and decomposes: ranks and errors too. What was measured is kept for the run itself
+    /// Measures and decomposes, and shows ranks and errors too. Measurements are kept for the run itself
     Full,
 }
 

@@ -100,7 +100,7 @@ macro_rules! recipe_options {
 recipe_options! {
     /// Share of the targeted parameters to keep, in (0, 1]
     ///
-    /// If bases are quantized, the share of the bytes of the targeted linears. With 1 every linear stays as it is, and nothing is
+    /// If bases are quantized, it is a share of the bytes of the targeted linears. With 1 every linear stays as it is, and nothing is
     /// measured.
     keep: Option<f64>, "Budget" [value_name = "SHARE"],
 
@@ -110,13 +110,13 @@ recipe_options! {
 
     /// Mean bits per weight of the targeted linears
     ///
-    /// Counts everything that is stored for them: codes, scales, factors and dense weights.
+    /// They count everything that is stored for the linears: codes, scales, factors and dense weights.
     bits: Option<f64>, "Budget" [value_name = "BITS", conflicts_with_all = ["keep", "target_size"]],
 
     /// Quantizers to choose from (`rtn-int4,rtn-int8`)
     ///
-    /// rtn or gptq with a type, as in gptq-int4: int8, int4, int3, int2; or nf4; each with any of the suffixes -g32, -g64, -g128,
-    /// -channel, -sym, -asym, -absmax, -mse. Or a block format of GGUF: q8_0, q5_1, q5_0, q4_1, q4_0, q2_k, q3_k, q4_k, q5_k,
+    /// A quantizer is rtn or gptq with a type, as in gptq-int4: int8, int4, int3, int2; or nf4; each with any of the
+    /// suffixes -g32, -g64, -g128, -channel, -sym, -asym, -absmax, -mse. It can also be a block format of GGUF: q8_0, q5_1, q5_0, q4_1, q4_0, q2_k, q3_k, q4_k, q5_k,
     /// q6_k. With several, the budget chooses one per linear.
     quant: Vec<Quant>, "Quantization" [value_name = "QUANT", value_delimiter = ',', num_args = 1],
 
@@ -135,13 +135,13 @@ recipe_options! {
 
     /// Approximation method [default: kfac or svd]
     ///
-    /// Also the metric in which errors are reported. The default is kfac with `--calibration` or `--statistics` (svd-llm if bases
+    /// It also defines the metric in which errors are reported. The default is kfac with `--calibration` or `--statistics` (svd-llm if bases
     /// are quantized without a budget), and svd without.
     method: Option<Method>, "Method" [],
 
     /// How ranks are chosen [default: knapsack or welore]
     ///
-    /// One of uniform, welore, energy, energy:SHARE, effective-rank, knapsack, full, fixed:RANK. The default is knapsack for kfac
+    /// The choices are uniform, welore, energy, energy:SHARE, effective-rank, knapsack, full, fixed:RANK. The default is knapsack for kfac
     /// and for quantized bases, else welore.
     ranks: Option<Ranks>, "Method" [],
 
@@ -169,7 +169,7 @@ recipe_options! {
 
     /// Modules to compress (`*.mlp.*`) [default: all linears]
     ///
-    /// A glob of module names; may be repeated. By default every linear is compressed except heads and routers.
+    /// The glob matches module names, and the flag may be repeated. By default every linear is compressed except heads and routers.
     targets: Vec<String>, "Model" [value_name = "GLOB", num_args = 1],
 
     /// Modules to leave unchanged; overrides `--targets`
@@ -177,8 +177,8 @@ recipe_options! {
 
     /// The embedding table and the head [default: keep]
     ///
-    /// As one of: keep; quantize, in the quantizers of the menu or in 8 and 4 bits; factor, in two factors; auto, which
-    /// lets the budget choose. The default is auto with `--target-size`, where method and format allow it.
+    /// They can be kept as they are, quantized by the quantizers of the menu or to 8 and 4 bits, or factored; auto lets
+    /// the budget choose. The default is auto with `--target-size`, where method and format allow it.
     embeddings: Option<Embeddings>, "Method" [value_name = "HOW"],
 
     /// Format of the output [default: factored]
@@ -198,12 +198,12 @@ recipe_options! {
 
     /// Damping of Grams of inputs [default: 0.01 for kfac, else 0]
     ///
-    /// As a share of their mean eigenvalue.
+    /// It is given as a share of their mean eigenvalue.
     damping_input: Option<f64>, "Calibration" [value_name = "SHARE", hide_short_help = true],
 
     /// Damping of Grams of output gradients [default: 0.01]
     ///
-    /// As a share of their mean eigenvalue.
+    /// It is given as a share of their mean eigenvalue.
     damping_output: Option<f64>, "Calibration" [value_name = "SHARE", hide_short_help = true],
 
     /// How fused matrices (QKV, gate/up) are compressed [default: joint]
@@ -211,22 +211,23 @@ recipe_options! {
 
     /// Store the order of ranks, so that `lrc truncate` is exact
     ///
-    /// Takes r² values beside each matrix in the pivot layout.
+    /// The order takes r² values beside each matrix in the pivot layout.
     elastic: Option<bool>, "Method" [
         num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL", hide_short_help = true
     ],
 
     /// Let q, k and v, or gate and up, share a right factor where that is better
     ///
-    /// Sharing is a candidate for the knapsack beside a factorization of each matrix by itself, and taken where its error is lower for
-    /// the same size. Turns the sequential mode off.
+    /// Sharing is a candidate for the knapsack beside a factorization of each matrix by itself, and is taken where its
+    /// error is lower for the same size. Shared linears become factors whatever `--layout` says, and `lrc truncate`
+    /// refuses them. The sequential mode is off.
     share: Option<bool>, "Method" [
         num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL", hide_short_help = true
     ],
 
     /// Clip per-token gradients
     ///
-    /// To 0.1 to 10 times their mean norm.
+    /// Their norms are limited to between 0.1 and 10 times the mean norm.
     clip_gradients: Option<bool>, "Calibration" [
         num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL", hide_short_help = true
     ],
@@ -239,7 +240,7 @@ recipe_options! {
 
     /// Weight of the source's outputs in `--sequential`, 0 to 1 [default: 0.5]
     ///
-    /// How far the targets of a block move towards the outputs of the source model.
+    /// It determines how far the targets of a block move towards the outputs of the source model.
     anchor: Option<f64>, "Method" [value_name = "MU", hide_short_help = true],
 
     /// Number of calibration windows [default: 64]
@@ -252,7 +253,7 @@ recipe_options! {
 
     /// Tokens per window [default: 512]
     ///
-    /// At most the model's context.
+    /// It is at most the model's context.
     seq_len: Option<usize>, "Calibration" [value_name = "N"],
 
     /// Seed for the choice of windows [default: 0]
