@@ -284,7 +284,7 @@ fn statistics_that_do_not_belong_are_refused() {
     let other_text = [&knapsack[..], &["--calibration", HELD_OUT, "--samples", "2"]].concat();
     check(compress(FIXTURE, &other_text), 4, "was not measured on the text");
     check(compress(FIXTURE, &knapsack), 2, "`--sensitivity measured` needs `--calibration FILE`");
-    // Files that are no statistics.
+    // Files that are not statistics.
     let args = |statistics: &str| {
         let run = lrc(&["compress", FIXTURE, "-o", path(&out), "--keep", "0.8", "--statistics", statistics]);
         (run.code, run.stderr)

@@ -292,7 +292,7 @@ fn compress_sweep_and_inspect_can_be_gated() {
     assert_eq!(report["size_bytes"], std::fs::metadata(out.join("model.safetensors")).unwrap().len());
     let failed = compress(&["linear.max_error > 0.01"], &[]);
     assert_eq!(failed.code, 3);
-    assert!(failed.stderr.contains("error: --fail-if `linear.max_error > 0.01`: `linear.max_error` is 0."));
+    assert!(failed.stderr.contains("error: `--fail-if linear.max_error > 0.01`: `linear.max_error` is 0."));
     assert!(out.join("model.safetensors").exists(), "what failed its gate can be looked at");
     let failed = compress(&["linears.relative_error > 0.01"], &[]);
     assert!(failed.code == 3 && failed.stderr.contains("of `model.layers."), "{}", failed.stderr);

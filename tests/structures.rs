@@ -14,7 +14,7 @@ fn check_dense_twin(output: &Path, folder: &Path) {
     assert!((own / twin - 1.0).abs() < 1e-4, "{own} {twin}");
 }
 
-/// Sharing is noted on the page of the report, and is no warning.
+/// Sharing is noted on the page of the report, and is not a warning.
 fn check_page(output: &Path) {
     let page = std::fs::read_to_string(output.join("lrc-report.html")).unwrap();
     assert!(page.contains("<h2>Notes</h2>") && !page.contains("<h2>Warnings</h2>"));

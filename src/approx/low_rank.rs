@@ -4,7 +4,7 @@
 //! truncated SVD of `S = Kᵀ T H`, un-whitened. The smaller of two eigenproblems is solved:
 //!
 //! - m ≤ n: `U` = top eigenvectors of `S Sᵀ = Kᵀ T C Tᵀ K`, and `B = K⁻ᵀ U`, `A = (K U)ᵀ T`. `C` is not rooted, let alone
-//!   inverted, so a singular one is no special case.
+//!   inverted, so a singular one is not a special case.
 //! - m > n: `V` = top eigenvectors of `Sᵀ S = Hᵀ Tᵀ G T H`, and `A = (H⁻ᵀ V)ᵀ`, `B = T H V`. `G`, the larger of the
 //!   two, is not rooted. If `C` is too close to singular for `H⁻ᵀ`, `U = orth(S V)` and the pair is as above.
 //!

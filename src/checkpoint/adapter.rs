@@ -111,7 +111,7 @@ impl Checkpoint {
         let Some(known) = self.known_as(name) else {
             let head =
                 tied.map(|[_, head]| head).filter(|head| ends_with_words(name, head) || ends_with_words(head, name));
-            let reason = || format!("the model has no tensor `{name}`, and it is no factor of LoRA");
+            let reason = || format!("the model has no tensor `{name}`, and it is not a factor of LoRA");
             let head = head.ok_or_else(|| adapter.refused(&info.name, reason()))?;
             self.add(TensorInfo { name: head.clone(), ..info.clone() });
             return Ok(head.clone());

@@ -11,7 +11,7 @@ use crate::codecs::torch::{self, Entry, Refusal};
 /// The tensors of a mapped file, in the order of their data.
 ///
 /// # Errors
-/// The file is damaged or another kind of file, or its pickle asks for something that is no tensor.
+/// The file is damaged or another kind of file, or its pickle asks for something that is not a tensor.
 pub(super) fn read_header(path: &Path, file: &[u8], shard_idx: usize) -> Result<Vec<TensorInfo>> {
     let broken = |reason: String| CheckpointError::Torch { path: path.into(), reason };
     if torch::is_legacy(file) {
@@ -20,7 +20,7 @@ pub(super) fn read_header(path: &Path, file: &[u8], shard_idx: usize) -> Result<
     if !torch::is_begun(file) {
         return Err(match Kind::of_no_weights(file) {
             Some(found) => CheckpointError::WrongKind { path: path.into(), expected: "file of PyTorch", found },
-            None => broken("it is no archive".into()),
+            None => broken("it is not an archive".into()),
         });
     }
     let entries = torch::read(file).map_err(|refusal| match refusal {

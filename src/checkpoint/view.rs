@@ -91,7 +91,7 @@ impl View {
                 self.join_parts(layout, &stem, described, model_dtype(config));
             }
         }
-        // Codes that no layout took are no weights.
+        // Codes that no layout took are not weights.
         let is_left = |info: &&TensorInfo| {
             let is_code = matches!(info.dtype, Dtype::F8_E4M3 | Dtype::F8_E5M2 | Dtype::I8 | Dtype::U8);
             is_code && !info.is_encoded() && info.shape.len() > 1 && info.name.ends_with(".weight")

@@ -73,7 +73,7 @@ pub(super) struct CompressArgs {
 pub(super) fn run(args: &CompressArgs, quiet: bool, progress: &Bars) -> Result<()> {
     if args.restart.restart && args.dry_run == Some(DryRun::Plan) {
         return Err(Failure::usage("`--restart` has no effect with `--dry-run`, which measures nothing")
-            .hint("remove it; `--dry-run=full --restart` measures anew")
+            .hint("remove it; `--dry-run=full --restart` measures again")
             .into());
     }
     let recipe = args.recipe.check(&args.options.values, &args.recipe.complete(&args.options.values)?)?;
@@ -159,14 +159,16 @@ fn show_dry_run(report: &DryRunReport) -> String {
     let time = HumanDuration(Duration::from_secs_f64(report.expected_seconds));
     let ranks = match report.ranks {
         RankSource::Exact => "",
-        RankSource::Even => "ranks: the budget spread evenly; `--dry-run=full` measures, and shows those of the run\n",
+        RankSource::Even => {
+            "ranks: the budget spread evenly; `--dry-run=full` measures, and shows the ranks of the run\n"
+        }
         RankSource::Unknown => {
-            "ranks: unknown, linears are shown as they are; `--dry-run=full` measures, and shows those of the run\n"
+            "ranks: unknown, linears are shown as they are; `--dry-run=full` measures, and shows the ranks of the run\n"
         }
     };
     let end = match &report.kept_in {
         Some(folder) => {
-            format!("what was measured is kept in `{folder}`; the same command without `--dry-run` resumes from it")
+            format!("measurements are kept in `{folder}`; the same command without `--dry-run` resumes from it")
         }
         None => "nothing was written".into(),
     };

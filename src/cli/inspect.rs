@@ -107,7 +107,7 @@ fn column(name: &str) -> Result<Chosen, String> {
     Chosen::find(name).ok_or_else(|| {
         let names: Vec<&str> = COLUMNS.iter().map(|column| column.name).collect();
         format!(
-            "columns are {}; `{}` before a column of spectra selects the calibration metric",
+            "`{name}` is not a column; the columns are {}; `{}` before a column of spectra selects the calibration metric",
             names.join(", "),
             columns::WEIGHTED
         )

@@ -81,7 +81,7 @@ impl RecipeFile {
         Ok(flags.clone().or(file))
     }
 
-    /// The recipe of `options`. An error about an option that is no flag of this command, so that the file has it, names
+    /// The recipe of `options`. An error about an option that is not a flag of this command, so that the file has it, names
     /// the file.
     pub fn check(&self, flags: &RecipeOptions, options: &RecipeOptions) -> Result<Recipe> {
         let recipe = Recipe::new(options).map_err(|error| match (&self.recipe, error.downcast::<Failure>()) {

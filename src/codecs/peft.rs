@@ -209,7 +209,7 @@ fn pattern(field: &str, entries: Option<Map<String, Value>>) -> Result<Vec<(Stri
         if key.trim_start_matches('^').chars().any(|c| !(c.is_alphanumeric() || "._-".contains(c))) {
             return Err(format!("`{key}` in its `{field}` is a regular expression; only names of modules are read"));
         }
-        let number = value.as_f64().ok_or_else(|| format!("`{key}` in its `{field}` is no number"))?;
+        let number = value.as_f64().ok_or_else(|| format!("`{key}` in its `{field}` is not a number"))?;
         Ok((key, number))
     };
     entries.unwrap_or_default().into_iter().map(entry).collect()

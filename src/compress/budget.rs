@@ -100,7 +100,7 @@ pub(super) fn choice(pick: Pick) -> Choice {
 /// The largest rank that each linear can get; 0 if it is known to stay dense or is all zeros.
 pub(super) fn max_ranks(recipe: &Recipe, plan: &Plan) -> Vec<usize> {
     let is_factored = |linear: &LinearInfo| match linear.vocabulary {
-        Some(_) => recipe.embeddings().factors() && recipe.format.stores_everything(),
+        Some(_) => recipe.embeddings().factors() && recipe.format.stores_all_structures(),
         None => recipe.quant().is_empty(),
     };
     let known = known_choices(recipe, plan);

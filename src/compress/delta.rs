@@ -21,7 +21,7 @@ use crate::model::names::Names;
 use crate::model::{config, coverage, tie};
 use crate::report::LEFT_OUT_BY_FLAG;
 
-/// What happens to tensors that were changed and are no targeted linears: norms, embeddings, heads, biases.
+/// The treatment of changed tensors that are not targeted linears: norms, embeddings, heads, biases.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 pub enum Others {

@@ -60,7 +60,7 @@ fn unreachable_budget(recipe: &Recipe, budget: Budget, least: f64) -> anyhow::Er
     };
     let mut ways = Vec::new();
     if recipe.is_residual() {
-        ways.push("leave out what is no linear (`--others leave-out`)".to_string());
+        ways.push("leave out tensors that are not linears (`--others leave-out`)".to_string());
     } else if matches!(budget, Budget::Bytes(_)) {
         ways.push("target more linears, because the others keep their size".to_string());
     }

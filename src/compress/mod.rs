@@ -66,7 +66,8 @@ pub use sweep::{SweepSettings, sweep};
 /// # Errors
 /// The family is unknown, so the parts of a matrix are too.
 pub fn view(checkpoint: Checkpoint, recipe: &Recipe) -> Result<Checkpoint> {
-    let checkpoint = if recipe.format.stores_everything() { inventory::split_stacks(checkpoint)? } else { checkpoint };
+    let checkpoint =
+        if recipe.format.stores_all_structures() { inventory::split_stacks(checkpoint)? } else { checkpoint };
     match recipe.fused {
         Fused::Joint => Ok(checkpoint),
         Fused::Split => inventory::split_fused(checkpoint),

@@ -33,9 +33,11 @@ impl<'a> Run<'a> {
         let (checkpoint, recipe) = (job.checkpoint, job.recipe);
         job.check_output()?;
         if recipe.is_residual() != checkpoint.changes().is_some() {
-            return Err(Failure::usage("`format = \"adapter\"` is of `lrc delta`, which compares two models")
-                .hint("`lrc delta BASE FINE-TUNED -o OUT --target-size 50MiB`; other formats store a model")
-                .into());
+            return Err(Failure::usage(
+                "`format = \"adapter\"` is only valid in `lrc delta`, which compares two models",
+            )
+            .hint("`lrc delta BASE FINE-TUNED -o OUT --target-size 50MiB`; other formats store a model")
+            .into());
         }
         let plan = Plan::new(checkpoint, recipe)?;
         let source = Source::new(checkpoint);

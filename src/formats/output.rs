@@ -95,7 +95,7 @@ impl<'a> Files<'a> {
     /// It would not; the error gives the reason.
     pub fn check(source: &Source<'_>, format: Format, modules: &[(LinearInfo, Forms)]) -> Result<()> {
         let exporter = format.exporter();
-        if !format.stores_everything() && config::is_multimodal(&source.config) {
+        if !format.stores_all_structures() && config::is_multimodal(&source.config) {
             let message = format!(
                 "`{}` cannot be written as {}: it is a multimodal model, whose runtimes and files name modules differently",
                 source.checkpoint.root().display(),

@@ -78,10 +78,10 @@ fn dividing_group(modules: &[(LinearInfo, Forms)], refused: &[&str]) -> Option<u
     of_refused.map(group).collect::<Option<Vec<_>>>()?.into_iter().min()
 }
 
-/// Suggests the flags that leave `refused` out, and the formats that store everything.
+/// Suggests the flags that leave `refused` out, and the formats that store all structures.
 fn hint(format: Format, refused: &[&str], stored: &[&str]) -> String {
-    const STORE_EVERYTHING: &str = "`--format factored` and `--format dense` store everything";
-    let others = if format.stores_everything() { "" } else { STORE_EVERYTHING };
+    const STORE_ALL: &str = "`--format factored` and `--format dense` store every structure";
+    let others = if format.stores_all_structures() { "" } else { STORE_ALL };
     if refused.is_empty() || stored.is_empty() {
         let is_all = others.is_empty();
         return if is_all { "choose a quantizer whose groups or blocks divide the inputs" } else { others }.into();

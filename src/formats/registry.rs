@@ -24,8 +24,8 @@ impl Format {
         }
     }
 
-    /// Whether it stores every operator, as it is or multiplied out.
-    pub fn stores_everything(self) -> bool {
+    /// Whether it stores operators of every structure, as they are or multiplied out.
+    pub fn stores_all_structures(self) -> bool {
         matches!(self.exporter().holds(), Holds::Operators | Holds::Weights)
     }
 

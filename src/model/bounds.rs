@@ -92,7 +92,7 @@ fn check_description(checkpoint: &Checkpoint) -> Result<()> {
         let mut matrices = (0..n).map(|index| stack.module(index));
         let absent = matrices.find(|module| find(module).is_none_or(|linear| linear.shape() != (rows, columns)));
         if let Some(absent) = absent {
-            let reason = format!("is {:?}, and `{absent}` is no such matrix", stack.shape);
+            let reason = format!("is {:?}, and `{absent}` is not such a matrix", stack.shape);
             return refuse(checkpoint, format!("lrc.stacks.{}", stack.tensor), reason);
         }
     }

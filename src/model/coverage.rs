@@ -61,7 +61,7 @@ pub struct CompressedHints<'a> {
     pub low_rank: &'a str,
 }
 
-/// Refuses linears that are quantized or of low rank already: their weight is no tensor of the checkpoint.
+/// Refuses linears that are quantized or of low rank already: their weight is not a tensor of the checkpoint.
 ///
 /// # Errors
 /// There is such a linear; the error names the first.

@@ -53,7 +53,7 @@ impl<'w> Passes<'w> {
         }
     }
 
-    /// Runs what comes before the linears of `site`, which is no expert's.
+    /// Runs what comes before the linears of `site`, which is not an expert's.
     ///
     /// # Errors
     /// The shapes do not match, an input is not finite, or the work folder cannot be written.

@@ -30,7 +30,7 @@ impl Matrix {
         match self {
             Self::Float(values) => Cow::Borrowed(values),
             Self::Quantized(matrix) => Cow::Owned(matrix.dequantize()),
-            Self::Indices(_) => unreachable!("invariant: indices are no values"),
+            Self::Indices(_) => unreachable!("invariant: indices are not values"),
         }
     }
 
@@ -41,7 +41,7 @@ impl Matrix {
     pub fn indices(&self) -> &[i32] {
         match self {
             Self::Indices(indices) => indices,
-            Self::Float(_) | Self::Quantized(_) => unreachable!("invariant: values are no indices"),
+            Self::Float(_) | Self::Quantized(_) => unreachable!("invariant: values are not indices"),
         }
     }
 

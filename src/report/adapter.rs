@@ -37,7 +37,7 @@ pub const LEFT_OUT_BY_FLAG: &str = "`--others leave-out`";
 pub struct DeltaRecord {
     /// The base as the user named it.
     pub base: String,
-    /// Changed tensors that are stored whole, because they are no targeted linears.
+    /// Changed tensors that are stored whole, because they are not targeted linears.
     pub stored: Vec<String>,
     /// Bytes of these tensors.
     pub stored_bytes: u64,
@@ -75,7 +75,7 @@ pub struct AdapterReport {
     pub size_bytes_before: u64,
     /// Bytes of the new weight file.
     pub size_bytes: u64,
-    /// Tensors that are no factors, which are copied unchanged.
+    /// Tensors that are not factors, which are copied unchanged.
     pub passed_through: Vec<String>,
     /// SHA-256 of every other file of the output.
     pub output_files: Fingerprint,

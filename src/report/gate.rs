@@ -101,7 +101,7 @@ pub fn expect_fields<T: JsonSchema>(gates: &[Gate], absent: &[(Vec<Field>, &str)
     }
     let known = fields::<T>();
     for gate in gates {
-        let refused = |reason: String| Failure::usage(format!("--fail-if `{gate}`: {reason}"));
+        let refused = |reason: String| Failure::usage(format!("`--fail-if {gate}`: {reason}"));
         if let Some((_, needed)) = absent.iter().find(|(fields, _)| fields.iter().any(|f| f.name() == gate.field)) {
             return Err(refused(format!("this run does not measure `{}`", gate.field)).hint(*needed).into());
         }
@@ -152,7 +152,7 @@ impl Gate {
         let mut values = Vec::new();
         leaves(report, &names, String::new(), None, &mut values);
         if values.is_empty() {
-            return Some(format!("--fail-if `{self}`: this report has no `{}`", self.field));
+            return Some(format!("`--fail-if {self}`: this report has no `{}`", self.field));
         }
         let number = |value: &Value| value.as_f64().or_else(|| value.as_bool().map(|b| f64::from(u8::from(b))));
         // Elements of a list without a value (a dense linear has no rank) are skipped, unless no element has one.
@@ -165,7 +165,7 @@ impl Gate {
         let (path, owner, value) = bad.first()?;
         let of = owner.as_ref().map_or(String::new(), |owner| format!(" of `{owner}`"));
         let more = if bad.len() > 1 { format!(" (and {} more)", bad.len() - 1) } else { String::new() };
-        Some(format!("--fail-if `{self}`: `{path}`{of} is {value}{more}"))
+        Some(format!("`--fail-if {self}`: `{path}`{of} is {value}{more}"))
     }
 }
 
@@ -236,23 +236,23 @@ mod tests {
             {"module": "a", "rank": 3, "error": 0.1, "unknown": null}, {"module": "b", "rank": null, "error": 0.3, "unknown": null}]});
         let failure = |text: &str| gate(text).failure(&report);
         for (text, expected) in [
-            ("ppl > 12", Some("--fail-if `ppl > 12`: `ppl` is 12.5")),
+            ("ppl > 12", Some("`--fail-if ppl > 12`: `ppl` is 12.5")),
             ("ppl > 12.5", None),
-            ("ppl >= 12.5", Some("--fail-if `ppl >= 12.5`: `ppl` is 12.5")),
-            ("kl.mean < 0.6", Some("--fail-if `kl.mean < 0.6`: `kl.mean` is 0.5")),
-            ("is == false", Some("--fail-if `is == false`: `is` is false")),
+            ("ppl >= 12.5", Some("`--fail-if ppl >= 12.5`: `ppl` is 12.5")),
+            ("kl.mean < 0.6", Some("`--fail-if kl.mean < 0.6`: `kl.mean` is 0.5")),
+            ("is == false", Some("`--fail-if is == false`: `is` is false")),
             ("is != false", None),
-            ("linears.error > 0.2", Some("--fail-if `linears.error > 0.2`: `linears[1].error` of `b` is 0.3")),
-            ("linears.error > 0", Some("--fail-if `linears.error > 0`: `linears[0].error` of `a` is 0.1 (and 1 more)")),
-            ("linears.rank < 4", Some("--fail-if `linears.rank < 4`: `linears[0].rank` of `a` is 3")),
+            ("linears.error > 0.2", Some("`--fail-if linears.error > 0.2`: `linears[1].error` of `b` is 0.3")),
+            ("linears.error > 0", Some("`--fail-if linears.error > 0`: `linears[0].error` of `a` is 0.1 (and 1 more)")),
+            ("linears.rank < 4", Some("`--fail-if linears.rank < 4`: `linears[0].rank` of `a` is 3")),
             ("linears.rank > 4", None),
             (
                 "linears.unknown > 4",
-                Some("--fail-if `linears.unknown > 4`: `linears[0].unknown` of `a` is null (and 1 more)"),
+                Some("`--fail-if linears.unknown > 4`: `linears[0].unknown` of `a` is null (and 1 more)"),
             ),
             // A number that is not finite is null in JSON.
-            ("nan > 1", Some("--fail-if `nan > 1`: `nan` is null")),
-            ("absent > 1", Some("--fail-if `absent > 1`: this report has no `absent`")),
+            ("nan > 1", Some("`--fail-if nan > 1`: `nan` is null")),
+            ("absent > 1", Some("`--fail-if absent > 1`: this report has no `absent`")),
         ] {
             assert_eq!(failure(text).as_deref(), expected, "{text}");
         }

@@ -177,7 +177,7 @@ impl Truncation {
             budget = budget.saturating_sub(found - target);
         }
         Err(Failure::usage(format!("`--target-size` of {target} bytes cannot be reached"))
-            .hint("tensors that are no factors keep their size")
+            .hint("tensors that are not factors keep their size")
             .into())
     }
 

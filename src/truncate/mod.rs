@@ -275,7 +275,7 @@ fn truncations(checkpoint: &Checkpoint) -> Result<Vec<Truncation>> {
     let Some(path) = paths.iter().find(|path| path.is_file()) else {
         return Err(Failure::unsupported(format!("`{}` is missing", paths[0].display()))
             .hint(
-                "`lrc truncate` takes a folder written by `lrc compress --format factored`, without quantized bases or factors",
+                "`lrc truncate` takes a folder written by `lrc compress --format factored` whose weights are not quantized",
             )
             .into());
     };

@@ -53,7 +53,7 @@ fn all_conventions_stand_side_by_side_and_can_be_gated() {
     }
     let gated = lrc(&["eval", FIXTURE, "--text", JSONL, "--convention", "all", "--fail-if", "lm-eval.ppl > 2"]);
     assert_eq!(gated.code, 3);
-    assert!(gated.stderr.contains("--fail-if `lm-eval.ppl > 2`: `lm-eval.ppl` is 2.52"), "{}", gated.stderr);
+    assert!(gated.stderr.contains("`--fail-if lm-eval.ppl > 2`: `lm-eval.ppl` is 2.52"), "{}", gated.stderr);
     assert!(gated.stdout.contains("hf-strided"), "the report is printed all the same");
 }
 
@@ -69,7 +69,7 @@ fn gates_end_with_code_3_and_unknown_fields_before_any_work() {
     let failed = eval(FIXTURE, &["ppl > 1", "size_bytes > 1MiB", "ppl > 100"]);
     assert_eq!(failed.code, 3);
     for gate in ["ppl > 1", "size_bytes > 1MiB"] {
-        assert!(failed.stderr.contains(&format!("--fail-if `{gate}`: ")), "{}", failed.stderr);
+        assert!(failed.stderr.contains(&format!("`--fail-if {gate}`: ")), "{}", failed.stderr);
     }
     assert!(!failed.stderr.contains("ppl > 100"));
     // The error comes before the model is opened.

@@ -1,4 +1,4 @@
-//! Documents, prose, pipes, and files that are no text.
+//! Documents, prose, pipes, and files that are not text.
 
 use std::io::Write;
 use std::path::Path;

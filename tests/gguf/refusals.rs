@@ -76,7 +76,7 @@ fn unknown_tokenizers_are_named_when_they_are_needed() {
     for (extra, expected) in [
         (vec![("tokenizer.ggml.model", text("bert"))], "its tokenizer is of kind `bert`"),
         (vec![("tokenizer.ggml.pre", text("swirl"))], "splits texts as `swirl` does"),
-        (vec![("tokenizer.ggml.merges", Value::Texts(vec!["ab".into()]))], "is no pair"),
+        (vec![("tokenizer.ggml.merges", Value::Texts(vec!["ab".into()]))], "is not a pair"),
         (vec![("tokenizer.ggml.token_type", Value::I32s(vec![1]))], "it has 2 tokens"),
         (vec![("tokenizer.ggml.tokens", Value::Texts(vec!["a".into(), "a".into()]))], "are both `a`"),
         (vec![("tokenizer.ggml.model", text("no_vocab"))], "has no tokenizer in its metadata"),

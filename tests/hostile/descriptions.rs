@@ -102,7 +102,7 @@ fn a_description_that_does_not_fit_its_tensors_is_refused_by_every_command() {
         ),
         (&|c| drop(c["lrc"]["modules"].as_object_mut().unwrap().remove(MODULE)), "is absent"),
         (&|c| c["lrc"]["stacks"] = json!({"x.experts.w": [1_000_000_000, 8, 8]}), "`lrc.stacks.x.experts.w` in"),
-        (&|c| c["lrc"]["stacks"] = json!({"x.experts.w": [2, 8, 8]}), "`x.experts.w.0` is no such matrix"),
+        (&|c| c["lrc"]["stacks"] = json!({"x.experts.w": [2, 8, 8]}), "`x.experts.w.0` is not such a matrix"),
     ];
     let next = folder.path().join("next");
     for (change, expected) in changes {

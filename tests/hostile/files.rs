@@ -1,4 +1,4 @@
-//! Paths that are no files, and files whose content does not match their name.
+//! Paths that are not files, and files whose content does not match their name.
 
 use std::process::Command;
 

@@ -161,7 +161,7 @@ def check(model, flags, work, prompts):
 
 
 def refused(work, prompts, tensor):
-    """An output without one of its tensors is no model, and may not run as one: the words with which it is refused."""
+    """An output without one of its tensors is not a model, and may not run as one: the words with which it is refused."""
     out = work / "out"
     tensors = load_file(out / "model.safetensors")
     name = next(name for name in tensors if name.endswith(tensor))

@@ -21,7 +21,7 @@ CASES = {
         target_modules=["q_proj", "v_proj", "down_proj"], r=3, lora_alpha=5,
         rank_pattern={"layers.1.self_attn.q_proj": 2}, alpha_pattern={"down_proj": 4},
     )),
-    # Everything that is no factor of a linear: a table, whole modules, biases.
+    # Everything that is not a factor of a linear: a table, whole modules, biases.
     "whole": ("fixtures/pico-llama", dict(
         target_modules=["gate_proj", "embed_tokens"], r=4, lora_alpha=6, use_rslora=True,
         modules_to_save=["lm_head", "model.norm"], bias="lora_only",

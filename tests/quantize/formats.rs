@@ -160,7 +160,7 @@ fn adapters_are_what_peft_expects() {
     }
     let largest = ranks.values().filter_map(Value::as_u64).max();
     assert_eq!((config["r"].as_u64(), config["lora_alpha"].as_u64()), (largest, largest));
-    // The adapter alone is no model; its base is, and includes the adapter.
+    // The adapter alone is not a model; its base is, and includes the adapter.
     let run = lrc(&["eval", path(&out.join("adapter")), "--text", HELD_OUT]);
     assert!(run.code == 4 && run.stderr.contains("give the folder of its base"), "{}", run.stderr);
 }

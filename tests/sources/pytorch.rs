@@ -168,7 +168,7 @@ fn files_that_are_no_tensors_are_refused() {
         (legacy, ["before version 1.6", "hint: `torch.save(torch.load("]),
         (
             member(b"\x80\x02cposix\nsystem\n(X\x04\0\0\0ls /tR."),
-            ["asks for `posix.system`, which is no tensor", "nothing was executed"],
+            ["asks for `posix.system`, which is not a tensor", "nothing was executed"],
         ),
         (member(b"\x80\x02}(X\x05\0\0\0epochK\x01u."), ["its entry `epoch` is not a tensor", "hint: "]),
         (whole[..whole.len() / 2].to_vec(), ["the file is cut off", "hint: the file is damaged"]),

@@ -85,7 +85,7 @@ pub enum CheckpointError {
     },
 
     /// A pickle may name only tensors, storages and containers.
-    #[error("`{}` asks for `{global}`, which is no tensor; nothing was executed", path.display())]
+    #[error("`{}` asks for `{global}`, which is not a tensor; nothing was executed", path.display())]
     TorchGlobal {
         /// The file.
         path: PathBuf,

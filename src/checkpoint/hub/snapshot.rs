@@ -240,7 +240,7 @@ impl Transfer<'_> {
             let begin = answer.begin;
             if let Err(fault) = self.write(&mut answer, file, (&name, &etag), reported) {
                 let Fault::Untrusted(reason) = fault else { return Err(fault) };
-                // It cannot be continued. A missing file is no error.
+                // It cannot be continued. A missing file is not an error.
                 let _ = fs::remove_file(self.partial(&name));
                 let is_ours = begin > 0;
                 return Err(if is_ours {

@@ -7,7 +7,7 @@ pub fn factor_name(weight: &str, factor: Factor) -> String {
     format!("{weight}.{}", suffix(factor))
 }
 
-/// The weight and the factor of a tensor; `None` if it is no factor.
+/// The weight and the factor of a tensor; `None` if it is not a factor.
 pub fn split_factor(tensor: &str) -> Option<(&str, Factor)> {
     let (weight, last) = tensor.rsplit_once('.')?;
     [Factor::A, Factor::B].into_iter().find(|&factor| suffix(factor) == last).map(|factor| (weight, factor))

@@ -50,7 +50,7 @@ pub fn is_legacy(file: &[u8]) -> bool {
 /// The tensors of a file, in the order of its pickle.
 ///
 /// # Errors
-/// The file is damaged, is no checkpoint, or its pickle asks for something that is no tensor.
+/// The file is damaged, is not a checkpoint, or its pickle asks for something that is not a tensor.
 pub fn read(file: &[u8]) -> Result<Vec<Entry>, Refusal> {
     let members = zip::members(file).map_err(Refusal::Broken)?;
     let mut tables = members.iter().filter_map(|(name, range)| Some((name.strip_suffix(TABLE)?, range)));

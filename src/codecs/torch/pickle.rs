@@ -8,7 +8,7 @@ use super::super::cast::Dtype;
 /// Why a pickle is not read.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Refusal {
-    /// It names something that is no tensor, storage or container.
+    /// It names something that is not a tensor, a storage or a container.
     Global(String),
     /// It is damaged, or holds something else than tensors by name. A clause.
     Broken(String),
@@ -109,7 +109,7 @@ const MOST: usize = 1 << 22;
 /// The tensors of a pickle by name, in its order.
 ///
 /// # Errors
-/// It names what is not known, is damaged, or is no table of tensors.
+/// It names what is not known, is damaged, or is not a table of tensors.
 pub fn tensors(bytes: &[u8]) -> Result<Vec<(String, View)>, Refusal> {
     let mut machine =
         Machine { rest: bytes, values: Vec::new(), stack: Vec::new(), marks: Vec::new(), memo: HashMap::new() };
@@ -218,7 +218,7 @@ impl<'a> Machine<'a> {
             0x93 => {
                 let (name, module) = (self.pop()?, self.pop()?);
                 let (Value::Text(module), Value::Text(name)) = (&self.values[module], &self.values[name]) else {
-                    return Err("it names something that is no text".into());
+                    return Err("it names something that is not a text".into());
                 };
                 let (module, name) = (module.clone(), name.clone());
                 self.global(&module, &name)?
@@ -321,7 +321,7 @@ impl<'a> Machine<'a> {
                 list.extend(items);
                 Ok(())
             }
-            _ => Err("it fills something that is no container".into()),
+            _ => Err("it fills something that is not a container".into()),
         }
     }
 
@@ -354,7 +354,7 @@ impl<'a> Machine<'a> {
     fn call(&mut self) -> Result<(), Refusal> {
         let (args, callee) = (self.pop()?, self.pop()?);
         let (Value::Tuple(args), Value::Global(callee)) = (&self.values[args], &self.values[callee]) else {
-            return Err("it calls something that is no function".into());
+            return Err("it calls something that is not a function".into());
         };
         let (args, callee) = (args.clone(), *callee);
         match (callee, args.as_slice()) {

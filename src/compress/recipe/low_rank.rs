@@ -22,7 +22,7 @@ pub(super) fn low_rank(options: &RecipeOptions, basics: &Basics) -> Result<LowRa
             "it compensates the error of a quantized base; for low rank alone give `--keep` or `--ranks`",
         ));
     }
-    if !basics.format.stores_everything() && !basics.format.stores_residuals() {
+    if !basics.format.stores_all_structures() && !basics.format.stores_residuals() {
         let message =
             format!("`--format {}` cannot store low-rank factors without a quantized base", basics.format.name());
         return Err(usage(message, "add `--quant`, or choose `--format factored` or `--format dense`"));

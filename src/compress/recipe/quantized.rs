@@ -51,7 +51,7 @@ pub(super) fn quantized(options: &RecipeOptions, basics: &Basics, menu: Quantize
             ));
         }
     };
-    if bits.is_some() && !basics.format.stores_everything() {
+    if bits.is_some() && !basics.format.stores_all_structures() {
         return Err(usage(
             format!("`--quant-factors` cannot be combined with `--format {}`", basics.format.name()),
             "adapters hold unquantized factors: remove `--quant-factors`, or choose `--format factored`",

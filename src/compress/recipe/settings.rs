@@ -125,7 +125,7 @@ impl Recipe {
     /// groups.
     pub(crate) fn quant_for(&self, quant: Quant, cols: usize) -> Option<Quant> {
         let quant = quant.for_rows(cols)?;
-        let needs_whole_groups = self.quant().len() > 1 && !self.format.stores_everything();
+        let needs_whole_groups = self.quant().len() > 1 && !self.format.stores_all_structures();
         Some(if needs_whole_groups { quant.with_dividing_group(cols) } else { quant })
     }
 

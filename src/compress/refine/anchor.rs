@@ -115,7 +115,7 @@ impl<'b> Streams<'b> {
     /// The moments at one group of sites, all linears before which are in `block`.
     fn observe(&mut self, block: &Block, group: &[Place]) -> Result<Vec<Moments>> {
         // The last linears of the source run as soon as their inputs are known. Those of the compressed model are not fitted yet, and
-        // experts are no pause: their inputs follow from those of gate and up.
+        // experts are not a pause: their inputs follow from those of gate and up.
         let [source, shifted] = match group[0].site {
             site @ (InputSite::Qkv | InputSite::O) => [site, site],
             InputSite::Down => [InputSite::Down, InputSite::GateUp],

@@ -103,7 +103,7 @@ fn byte_level(description: &Description<'_>, tokens: &Tokens, family: &Family) -
         Some([merge[..at].into(), merge[at + 1..].into()])
     };
     let pairs: Option<Vec<[String; 2]>> = merges.iter().map(split).collect();
-    let pairs = pairs.ok_or_else(|| "one of its merges (`tokenizer.ggml.merges`) is no pair".to_string())?;
+    let pairs = pairs.ok_or_else(|| "one of its merges (`tokenizer.ggml.merges`) is not a pair".to_string())?;
     let bytes = json!({"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true});
     Ok(json!({
         "version": "1.0", "truncation": null, "padding": null,
