@@ -10,7 +10,7 @@
 //!
 //! Eigenvalues are the error curve: dropping the ranks behind r costs `Σ_{i ≥ r} λ_i`. With `G = C = I` this is the truncated
 //! SVD; with the Gram of calibration inputs it has the optimum of SVD-LLM (Wang et al. 2024) and of the output PCA of LoRD
-//! (Kaushal et al. 2023); with both Grams that of the Kronecker-factored Fisher (GFWSVD, Chekalina et al. 2025).
+//! (Kaushal et al. 2023); with both Grams the optimum of the Kronecker-factored Fisher (GFWSVD, Chekalina et al. 2025).
 
 use faer::{Mat, MatRef};
 use serde::{Deserialize, Serialize};

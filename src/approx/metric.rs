@@ -370,7 +370,7 @@ mod tests {
                 assert_eq!(pair(plain, measured).plain_sides(), PlainSides::default());
                 let curve = |metric| decompose(weight.as_ref(), metric, 3).unwrap().curve;
                 assert_eq!(curve(pair(zeros, measured)), curve(pair(plain, measured)));
-                // Its magnitude is that of the errors.
+                // Its magnitude is the magnitude of the errors.
                 let sized = Metric::Plain { size: 1.0 }.sized(|| Ok::<_, LinalgError>(4.0)).unwrap();
                 let (found, expected) = (curve(pair(&sized, measured)), curve(pair(plain, measured)));
                 assert!((found.squared_error(2) / expected.squared_error(2) - 4.0).abs() < 1e-9);

@@ -65,7 +65,7 @@ impl Backward<'_, '_> {
         };
         keep(of_head.context("the stored sums of the head are damaged; start over with `--restart`")?)?;
         walk.release(last);
-        // What is behind the gradient is not read again.
+        // States of the blocks that the gradient has passed are not read again.
         remove_states(journal, n_left.saturating_sub(1)..entered.len());
         for (block_idx, x) in entered.into_iter().enumerate().take(n_left).rev() {
             stage.note(&format!("block {block_idx}"));
@@ -126,7 +126,7 @@ impl Backward<'_, '_> {
         Ok(gradient)
     }
 
-    /// The sums of the embedding table, from the gradients at the input of the first block, and those of the head.
+    /// The sums of the embedding table, from the gradients at the input of the first block, and the sums of the head.
     fn at_embeddings(&self, gradient: &Hidden, journal: &Journal) -> Result<Vec<(String, Array)>> {
         let Self { decoder, walk, multiply, .. } = *self;
         let (embeddings, mut sums) = (decoder.embeddings()?, Sums::default());

@@ -90,7 +90,7 @@ pub enum Key {
 }
 
 impl Key {
-    /// The name in a file of statistics, such as `3.gate_up.input_gram`; those of the vocabulary have no block.
+    /// The name in a file of statistics, such as `3.gate_up.input_gram`; names of the vocabulary have no block.
     pub fn name(self, block: usize) -> String {
         let (place, statistic) = match self {
             Self::InputGram(site) => (site.name(), "input_gram"),

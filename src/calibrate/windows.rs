@@ -61,7 +61,7 @@ fn part_of(
 ) -> (Vec<(Vec<u32>, Targets)>, usize) {
     let n = windows.len();
     let bounds = (part - 1) * n / n_parts..part * n / n_parts;
-    // Spread evenly over all parts, so that the parts together have those of the whole.
+    // Spread evenly over all parts, so that the parts together have the gradients of the whole.
     let has_gradients = |i: &usize| (i + 1) * few / n > i * few / n;
     let here = windows.into_iter().enumerate().filter(|(i, _)| bounds.contains(i));
     let (first, rest): (Vec<_>, Vec<_>) = here.partition(|(i, _)| has_gradients(i));

@@ -47,7 +47,7 @@ impl Checkpoint {
         // First what is whole: factors may be over it.
         for (name, info) in &adapter.whole {
             let known = self.replace(&adapter, name, info, tied)?;
-            // A table below factors is that of the base, and a tied head follows it.
+            // A table below factors is the base's table, and a tied head follows it.
             if peft::is_below_factors(&info.name) && before.as_ref().is_some_and(|table| table.name == known) {
                 before = self.tensors.get(&known).cloned();
             }
@@ -73,10 +73,12 @@ impl Checkpoint {
             return Err(adapter.refused(tensor, format!("it is `{present}` of `{module}`, whose `{absent}` is absent")));
         };
         let (&[rank, n], &[m, columns]) = (a.shape.as_slice(), b.shape.as_slice()) else {
-            return Err(adapter.refused(&a.name, "factors are matrices; those of convolutions are not read"));
+            return Err(adapter.refused(&a.name, "factors are matrices; factors of convolutions are not read"));
         };
         if columns != rank {
-            return Err(adapter.refused(&a.name, format!("its rank is {rank}, and that of `{}` {columns}", b.name)));
+            return Err(
+                adapter.refused(&a.name, format!("its rank is {rank}, and the rank of `{}` is {columns}", b.name))
+            );
         }
         let Some(name) = self.known_as(&format!("{module}.weight")) else {
             return Err(adapter.refused(&a.name, format!("the model has no tensor `{module}.weight`")));
@@ -118,7 +120,7 @@ impl Checkpoint {
         };
         let found = &self.tensors[&known].shape;
         if *found != info.shape {
-            let reason = format!("its shape is {:?}, and that of `{known}` in the model {found:?}", info.shape);
+            let reason = format!("its shape is {:?}, and the shape of `{known}` in the model is {found:?}", info.shape);
             return Err(adapter.refused(&info.name, reason));
         }
         self.tensors.insert(known.clone(), TensorInfo { name: known.clone(), ..info.clone() });
@@ -143,7 +145,7 @@ impl Checkpoint {
     }
 }
 
-/// Whether the last words of a name are those of another.
+/// Whether the last words of a name are the last words of another.
 fn ends_with_words(name: &str, end: &str) -> bool {
     name.strip_suffix(end).is_some_and(|before| before.is_empty() || before.ends_with('.'))
 }

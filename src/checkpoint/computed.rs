@@ -13,7 +13,7 @@ pub(super) enum Computed {
 }
 
 impl Computed {
-    /// The values from those of the stored tensors; `None` if their sizes do not match.
+    /// The values, computed from the values of the stored tensors; `None` if their sizes do not match.
     pub fn of(self, parts: Vec<Vec<f32>>) -> Option<Vec<f32>> {
         let mut parts = parts.into_iter();
         let mut values = parts.next()?;

@@ -23,7 +23,7 @@ pub struct ShownTensor {
     pub is_transposed: bool,
 }
 
-/// What a caller knows of the models in GGUF files.
+/// A caller's knowledge of the models in GGUF files.
 #[derive(Debug, Clone, Copy)]
 pub struct OfGguf {
     /// The tensor of a checkpoint with this config for a name of a GGUF file; `None` if it has none.

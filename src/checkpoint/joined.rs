@@ -11,7 +11,7 @@ pub(super) const ADAPTER: &str = "adapter";
 /// Files of another checkpoint.
 #[derive(Debug)]
 pub(super) struct Joined {
-    /// Distinguishes its files from those of the checkpoint in fingerprints.
+    /// Distinguishes its files from the checkpoint's in fingerprints.
     pub label: &'static str,
     /// Its folder.
     pub root: PathBuf,

@@ -1,4 +1,4 @@
-//! The last step of an output whose folder has to stay: finished files are moved up into it, and those of an earlier
+//! The last step of an output whose folder has to stay: finished files are moved up into it, and files of an earlier
 //! output out of it. `moving.json` lists the files, so that the next run can undo an interrupted move.
 
 use std::cmp::Reverse;

@@ -42,7 +42,7 @@ impl Checkpoint {
         files.map(|file| Ok((file_name(file), sha256_file(file)?))).collect()
     }
 
-    /// The folders that are read: its own, and those of an adapter or a base.
+    /// The folders that are read: its own, and the folders of an adapter or a base.
     pub fn roots(&self) -> impl Iterator<Item = &Path> {
         std::iter::once(self.root.as_path()).chain(self.joined.iter().map(|joined| joined.root.as_path()))
     }

@@ -21,14 +21,14 @@ pub struct TensorInfo {
     pub dtype: Dtype,
     /// Weights of linears are (out, in), or (in, out) in families with Conv1D.
     pub shape: Vec<usize>,
-    /// Index of the shard among those of the checkpoint.
+    /// Index of the shard among the shards of the checkpoint.
     pub shard_idx: usize,
     /// First byte in the shard's file.
     pub begin: usize,
     /// One past the last byte in the shard's file.
     pub end: usize,
-    /// How it is made from stored tensors; `None` if the file stores it as it is. The place is that of the first
-    /// stored tensor.
+    /// How it is made from stored tensors; `None` if the file stores it as it is. The place is the place of the
+    /// first stored tensor.
     pub(super) encoded: Option<Box<Encoded>>,
     /// Elements from one to the next, in each dimension, if the file does not have them in row-major order.
     pub(super) strides: Option<Box<[usize]>>,
@@ -49,7 +49,7 @@ impl TensorInfo {
         self.encoded.as_ref().and_then(|encoded| encoded.storage())
     }
 
-    /// Whether its bytes in the file differ from those of its dtype and shape.
+    /// Whether its bytes in the file differ from the plain bytes of its dtype and shape.
     pub fn is_encoded(&self) -> bool {
         self.encoded.is_some()
     }

@@ -129,7 +129,7 @@ impl View {
         self.join(&stored, name(&layout.shown), described.shape, described.dtype.unwrap_or(dtype), codec);
     }
 
-    /// What is in front of this suffix in names that have it.
+    /// The stems of names with this suffix.
     fn stems_with(&self, suffix: &str) -> Vec<String> {
         self.order.iter().filter_map(|name| Some(name.strip_suffix(suffix)?.to_string())).collect()
     }

@@ -76,7 +76,7 @@ impl RevisionArgs {
 pub(super) struct DequantizeArgs {
     /// Work on the dequantized weights of a quantized model
     ///
-    /// Without it a model that another tool quantized is refused, because its errors add to those of the compression.
+    /// Without it a model that another tool quantized is refused, because its errors add to the errors of the compression.
     #[arg(long, help_heading = "Model", hide_short_help = true)]
     pub dequantize: bool,
 }
@@ -92,7 +92,7 @@ impl DequantizeArgs {
             (None, false) => Ok(checkpoint),
             (Some(_), true) => Ok(checkpoint.dequantized()),
             (Some(words), false) => Err(Failure::usage(format!("the weights of `{root}` are quantized ({words})"))
-                .hint("`--dequantize` works on the values of its codes; the unquantized original gives a better result")
+                .hint("`--dequantize` works on the values of its codes; the unquantized source gives a better result")
                 .into()),
             (None, true) => Err(Failure::usage(format!(
                 "`--dequantize` has no effect: no other tool quantized the weights of `{root}`"
@@ -127,7 +127,7 @@ impl FolderArgs {
     }
 }
 
-/// What happens to the progress of an interrupted run, which is resumed by default.
+/// The treatment of the progress of an interrupted run, which is resumed by default.
 #[derive(Debug, Args)]
 pub(super) struct RestartArgs {
     /// Discard the progress of an interrupted run

@@ -97,12 +97,12 @@ impl Selection for Residual {
     fn adapt(flag: Arg) -> Arg {
         match flag.get_id().as_str() {
             "method" => flag.long_help(
-                "Approximation method [default: kfac or svd]\n\nAlso the metric in which errors are reported. The default is kfac \
-                 with `--calibration` or `--statistics`, and svd without.",
+                "Approximation method [default: kfac or svd]\n\nIt also defines the metric in which errors are reported. The \
+                 default is kfac with `--calibration` or `--statistics`, and svd without.",
             ),
             "ranks" => flag.help("How ranks are chosen [default: knapsack or energy]").long_help(
-                "How ranks are chosen [default: knapsack or energy]\n\nOne of uniform, welore, energy, energy:SHARE, effective-rank, \
-                 knapsack, full, fixed:RANK. The default is knapsack for kfac, else energy.",
+                "How ranks are chosen [default: knapsack or energy]\n\nThe choices are uniform, welore, energy, energy:SHARE, \
+                 effective-rank, knapsack, full, fixed:RANK. The default is knapsack for kfac, else energy.",
             ),
             "sensitivity" => flag.long_help(
                 "How the knapsack weighs errors of different matrices\n\nThe default is second-order: errors of the matrices of one \
@@ -144,7 +144,7 @@ pub(super) fn run(args: &DeltaArgs, quiet: bool, progress: &Bars) -> Result<()> 
     args.gates.conclude(&report, show)
 }
 
-/// What is stored besides factors, and what is not.
+/// The tensors that are stored besides factors, and those that are left out.
 fn show_changes(delta: &DeltaRecord) -> String {
     let mut lines = String::new();
     if delta.unchanged > 0 {

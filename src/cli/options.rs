@@ -24,7 +24,7 @@ pub(super) trait Selection {
     }
 }
 
-/// Selected options of a recipe, sorted by heading; their own order is that of recipe files.
+/// Selected options of a recipe, sorted by heading; their own order is the order of recipe files.
 #[derive(Debug)]
 pub(super) struct Options<S> {
     pub values: RecipeOptions,

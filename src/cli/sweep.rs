@@ -86,8 +86,8 @@ struct SweptOptions {
     options: RecipeOptions,
 }
 
-/// All options. Those of budgets, outputs and the sequential mode are hidden: a sweep writes no weights, `--keep` is its budget, and it
-/// decomposes once.
+/// All options. Options of budgets, outputs and the sequential mode are hidden: a sweep writes no weights, `--keep` is
+/// its budget, and it decomposes once.
 #[derive(Debug)]
 struct Swept;
 

@@ -34,7 +34,7 @@ static LAYOUTS: [CodeLayout; 2] = [
     CodeLayout { key: SCB, parts: &[WEIGHT, SCB, FORMAT], shown: WEIGHT, describe: eight_bits },
 ];
 
-/// What the state of a weight says beside its tensors.
+/// The state of a weight beside its tensors.
 #[derive(Deserialize)]
 struct State {
     quant_type: String,
@@ -95,7 +95,7 @@ fn eight_bits(parts: &Fields<'_>) -> Result<Described, String> {
     }
     let format = (parts.find)(FORMAT).map_or(Vec::new(), |_| (parts.read)(FORMAT));
     if format.first().is_some_and(|&format| format != 0) {
-        return Err("its `weight_format` is not that of plain rows".into());
+        return Err("its `weight_format` is not the format of plain rows".into());
     }
     let block = [1, shape[1].max(1)];
     let decoder =

@@ -132,7 +132,7 @@ fn packed(parts: &Fields<'_>) -> Result<Described, String> {
     let [rows, words] = parts.matrix(".weight_packed", Dtype::I32)?;
     let scale = parts.need(".weight_scale")?;
     let shape = parts.integers(".weight_shape").ok_or("its `weight_shape` is absent")?;
-    let &[out, cols] = shape.as_slice() else { return Err("its `weight_shape` is not that of a matrix".into()) };
+    let &[out, cols] = shape.as_slice() else { return Err("its `weight_shape` is not the shape of a matrix".into()) };
     if out != rows || rows == 0 || cols == 0 || cols > words.saturating_mul(16) {
         return Err(format!("its codes do not have the shape {shape:?} of its `weight_shape`"));
     }

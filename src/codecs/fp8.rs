@@ -40,7 +40,7 @@ fn describe(parts: &Fields<'_>, scales: &'static str) -> Result<Described, Strin
     let size = block_size(parts.settings);
     let block = scaled::block_of(shape, &scale.shape, size.or(Some(USUAL)))?;
     if let (true, Some(size)) = (scale.shape.len() == 2 && scales == INVERSE, size.filter(|&size| size != block)) {
-        return Err(format!("its scales of shape {:?} are not those of blocks of {size:?}", scale.shape));
+        return Err(format!("its scales of shape {:?} are not the scales of blocks of {size:?}", scale.shape));
     }
     let decoder = Arc::new(Scaled { shape, block, codes: WEIGHT, scales, zeros: None, factor: 1.0, kind });
     Ok(Described { shape: shape.into(), dtype: None, decoder })

@@ -108,7 +108,7 @@ pub(super) fn name_of(suffix: &str) -> &str {
 pub struct Described {
     /// The shape of the weight, (out, in) for a matrix.
     pub shape: Vec<usize>,
-    /// The dtype of the weight before quantization; that of the model if the files do not say.
+    /// The dtype of the weight before quantization; the dtype of the model if the files do not say.
     pub dtype: Option<Dtype>,
     /// Computes its values.
     pub decoder: Arc<dyn Decoder>,
@@ -155,7 +155,7 @@ pub trait Decoder: fmt::Debug + Send + Sync {
         true
     }
 
-    /// The decoder of one matrix of a stack, whose stored tensors are those of the stack at one index of their first dimension.
+    /// The decoder of one matrix of a stack, whose stored tensors are the stack's at one index of their first dimension.
     fn of_one(&self) -> Option<Arc<dyn Decoder>> {
         None
     }

@@ -70,7 +70,7 @@ pub fn meaning(tensor: &str) -> Meaning {
     }
 }
 
-/// Whether a tensor of an adapter is that of the base below its factors, and not a copy that replaces it.
+/// Whether a tensor of an adapter is the base's tensor below its factors, and not a copy that replaces it.
 pub fn is_below_factors(tensor: &str) -> bool {
     tensor.contains(".base_layer.")
 }
@@ -110,7 +110,7 @@ pub fn merge(weight: &mut [f32], factors: Factors, a: &[f32], b: &[f32]) -> Opti
     Some(())
 }
 
-/// What an `adapter_config.json` says of the factors.
+/// The settings of factors in an `adapter_config.json`.
 #[derive(Debug, Clone)]
 pub struct Settings {
     rank: usize,

@@ -125,7 +125,7 @@ impl<'a> Problem<'a> {
         (self.choices(&picks), allocate::cost(&items, &picks))
     }
 
-    /// The choices under a budget; `forms` are those of a linear under a choice.
+    /// The choices under a budget; `forms` gives the forms of a linear under a choice.
     fn within(
         &self,
         budget: Budget,
@@ -187,7 +187,8 @@ fn curve<'a>(study: &'a Study<'_>, i: usize) -> Option<&'a ErrorCurve> {
 }
 
 impl<'a> PricedUnit<'a> {
-    /// A linear by its shape. Its error falls with its bits per weight alone, as that of rounding does: by a factor of four per bit.
+    /// A linear by its shape. Its error falls with its bits per weight alone, as the error of rounding does: by a factor
+    /// of four per bit.
     fn by_shape(recipe: &Recipe, plan: &Plan, i: usize, price: Option<&Price<'_>>) -> Self {
         let linear = &plan.linears[i];
         let (unit, dense_cost) = (Unit { members: vec![i] }, cost(price, linear, None));

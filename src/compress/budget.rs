@@ -19,7 +19,7 @@ pub(super) fn known_choices(recipe: &Recipe, plan: &Plan) -> Option<Vec<Choice>>
     is_known.then(|| choices_by_shape(recipe, plan, recipe.ranks(), recipe.budget()))
 }
 
-/// A linear in a quantizer, if its blocks or those of its fallback fit; ranks that measurements decide are 0.
+/// A linear in a quantizer, if its blocks or the blocks of its fallback fit; ranks that measurements decide are 0.
 fn quantized_choice(recipe: &Recipe, linear: &LinearInfo, quant: Quant) -> Choice {
     let rank = match (recipe.compensate(), recipe.compensate_rank()) {
         _ if linear.vocabulary.is_some() => 0,

@@ -37,7 +37,7 @@ pub enum Compensate {
 /// Most iterations of the alternating methods; LoftQ uses 1 to 5.
 const TURNS: usize = 5;
 
-/// Damping of Grams on both sides, as a share of their mean eigenvalue; that of `--method kfac`.
+/// Damping of Grams on both sides, as a share of their mean eigenvalue; the default of `--method kfac`.
 const KFAC_DAMPING: f64 = 0.01;
 
 impl Compensate {

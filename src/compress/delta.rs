@@ -1,8 +1,9 @@
 //! The residual of a fine-tune: its difference from the base, compressed and written as a PEFT adapter (ERE: Ryu et al.
 //! 2023; mergekit's and kohya's extraction of LoRAs).
 //!
-//! The pipeline is that of every compression. Its weights are `W_fine − W_base`, its metric is that of the fine-tuned model,
-//! whose statistics say which directions of the difference matter, and its allocator may leave a matrix out.
+//! The pipeline is the same as for every compression. Its weights are `W_fine − W_base`, its metric is measured on the
+//! fine-tuned model, whose statistics say which directions of the difference matter, and its allocator may leave a
+//! matrix out.
 
 use std::collections::BTreeSet;
 
@@ -32,7 +33,7 @@ pub enum Others {
     LeaveOut,
 }
 
-/// The options of a compression as those of a difference, which is written as an adapter.
+/// The options of a compression as options of a difference, which is written as an adapter.
 ///
 /// # Errors
 /// An option has no meaning for a difference.
@@ -94,7 +95,7 @@ pub fn difference(
     if is_same.iter().all(|&is_same| is_same) {
         let [fine_tuned, base] = roots;
         return Err(Failure::unsupported(format!(
-            "no targeted linear of `{fine_tuned}` differs from that of `{base}`"
+            "no targeted linear of `{fine_tuned}` differs from the linear of `{base}`"
         ))
         .hint("an adapter needs factors; check that the two are the fine-tuned model and its base")
         .into());

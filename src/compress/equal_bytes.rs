@@ -17,7 +17,7 @@ use crate::operator::Forms;
 use crate::quantize::{BLOCK_TYPES, Levels, Quant, Scale, Scheme, Storage};
 use crate::report::EqualBytesBaseline;
 
-/// The bit widths of the baseline, and its group size in addition to that of the base.
+/// The bit widths of the baseline, and its group size in addition to the group size of the base.
 const BITS: [u32; 4] = [2, 3, 4, 8];
 const GROUP: usize = 32;
 
@@ -90,8 +90,8 @@ fn quantizers(study: &Study<'_>, choices: &[Choice]) -> BTreeMap<String, String>
     choices.iter().enumerate().map(name).collect()
 }
 
-/// The bases that the baseline may choose for a linear: the quantizers of the menu at every bit width, from that of its
-/// base up to the first that takes as many bytes as base and factors.
+/// The bases that the baseline may choose for a linear: the quantizers of the menu at every bit width, from the
+/// width of its base up to the first that takes as many bytes as base and factors.
 fn menu(study: &Study<'_>, linear: &LinearInfo, forms: &Forms) -> Vec<Quant> {
     let int = |bits| Scheme { levels: Levels::Int { bits, symmetric: true }, group: Some(128) };
     let families = if study.recipe.quant().is_empty() {

@@ -82,7 +82,7 @@ macro_rules! recipe_options {
         }
 
         impl RecipeOptions {
-            /// Each option of `self`, or that of `other` if `self` has none.
+            /// Each option of `self`, or the option of `other` if `self` has none.
             fn or_each(self, other: Self) -> Self {
                 Self { $($option: Setting::or(self.$option, other.$option),)* }
             }
@@ -96,7 +96,7 @@ macro_rules! recipe_options {
     };
 }
 
-// In the order of recipe files and reports. The first line of a help is that of `-h`, which has to fit 80 columns.
+// In the order of recipe files and reports. The first line of a help is shown by `-h`, which has to fit 80 columns.
 recipe_options! {
     /// Share of the targeted parameters to keep, in (0, 1]
     ///
@@ -306,7 +306,7 @@ pub enum Fused {
     Split,
 }
 
-/// What may become of the matrices of the vocabulary.
+/// How the embedding table and the head are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 #[serde(rename_all = "kebab-case")]

@@ -90,8 +90,8 @@ impl Plan {
     }
 }
 
-/// Values of a token that the sequential mode keeps on the way through a block: in both streams the residual and the input of a site,
-/// in that of the source also of the last one, unless experts have it.
+/// Values of a token that the sequential mode keeps on the way through a block: in both streams the residual and the
+/// input of a site, and in the stream of the source also the input of the last site, unless experts have it.
 fn anchoring_width(config: &ModelConfig) -> u64 {
     let blocks = (0..config.num_hidden_layers).map(|block_idx| {
         let widths = config.widths(block_idx);

@@ -94,7 +94,7 @@ impl Divergence {
     pub fn record(&self, reference: &str) -> DivergenceRecord {
         let n = self.tokens.len() as f64;
         let (reference_mean, mean) = (self.mean(|t| t.reference_nll), self.mean(|t| t.nll));
-        // Both models are scored on the same tokens, so the variance is that of the differences.
+        // Both models are scored on the same tokens, so the variance is computed from the differences.
         let variance = self.mean(|t| (t.nll - mean - (t.reference_nll - reference_mean)).powi(2));
         let standard_error = if n > 1.0 { (variance / (n - 1.0)).sqrt() } else { 0.0 };
         let ratio = (mean - reference_mean).exp();

@@ -1,4 +1,4 @@
-//! Encoders: agreement of hidden states with those of a reference, and the pseudo-perplexity of a masked language model.
+//! Encoders: agreement of hidden states with a reference's, and the pseudo-perplexity of a masked language model.
 
 use std::ops::Range;
 use std::time::Instant;
@@ -155,7 +155,7 @@ fn pieces(
     Ok((n_tokens, documents.into_iter().map(cut).collect()))
 }
 
-/// Accumulates the agreement of vectors with those of a reference.
+/// Accumulates the agreement of vectors with a reference's.
 #[derive(Default)]
 struct Comparison {
     cosines: Vec<f64>,
@@ -206,7 +206,7 @@ fn fidelity(
         last_states(reference_decoder, Walk::new(reference_decoder, windows, limits)?, stage.as_ref())?;
     let (other_walk, other_hidden) = last_states(model, Walk::new(model, windows, limits)?, stage.as_ref())?;
     let pooler = reference_decoder.pooler()?;
-    // Sentence-transformers modules are never compressed: those of the reference apply to both.
+    // Sentence-transformers modules are never compressed: the reference's apply to both.
     let own = if pooler.is_of_sentences() { None } else { Some(model.pooler()?) };
     let other_pooler = own.as_ref().unwrap_or(&pooler);
     let (mut states, mut pooled) = (Comparison::default(), Comparison::default());

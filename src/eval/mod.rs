@@ -240,7 +240,7 @@ pub fn perplexity(
     report(checkpoint, settings, prepared, &nlls, divergence, started)
 }
 
-/// Compares the logits of a model with those of the reference, window by window.
+/// Compares the logits of a model with the logits of the reference, window by window.
 fn diverge(
     prepared: &Prepared,
     (decoder, (walk, hidden)): (&Decoder<'_>, (Walk<'_>, Hidden)),

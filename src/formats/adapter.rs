@@ -85,7 +85,7 @@ pub(super) fn refusal_of_all(modules: &[(LinearInfo, Forms)]) -> Option<Refusal>
     let others: Vec<&str> = of_experts.filter(|(_, _, r)| *r != rank).map(|(module, ..)| module).collect();
     if !others.is_empty() {
         return Some(Refusal::whole(format!(
-            "the ranks of {} differ from that of `{first}`, but PEFT needs one rank for all experts: give a `--compensate-rank`",
+            "the ranks of {} differ from the rank of `{first}`, but PEFT needs one rank for all experts: give a `--compensate-rank`",
             listed(&others)
         )));
     }

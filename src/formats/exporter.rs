@@ -116,7 +116,7 @@ pub enum Container {
     },
 }
 
-/// What a format holds in place of a compressed linear.
+/// The content of a format in place of a compressed linear.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Holds {
     /// Its operator as it is: every structure, every base, parts of fused matrices and single experts.
@@ -133,7 +133,7 @@ pub enum Holds {
 
 /// How a format stores compressed linears and describes them in `config.json`.
 pub trait Exporter: Sync {
-    /// What it holds in place of a compressed linear.
+    /// The content in place of a compressed linear.
     fn holds(&self) -> Holds;
 
     /// Whether its loaders read an embedding table in codes.

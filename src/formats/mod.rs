@@ -20,6 +20,6 @@ pub use output::{Files, Finished, Output, copy_side, side, warn_of_growth, warn_
 pub use registry::loading;
 
 /// Error curves next to factored weights, for `lrc truncate`: the current file name and an older one. No runtime loads
-/// this extension: vLLM reads every `*.safetensors` of a folder as weights, and in object stores also those of
-/// subfolders.
+/// this extension: vLLM reads every `*.safetensors` of a folder as weights, and in object stores also the files
+/// of subfolders.
 pub const CURVES_FILES: [&str; 2] = ["lrc-curves.arrays", "lrc-curves.safetensors"];

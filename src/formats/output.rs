@@ -379,7 +379,7 @@ pub fn warn_of_non_finite(tensors: &[String]) {
     tracing::warn!("NaN or infinite values were copied in {}: the model cannot be run", named.join(", "));
 }
 
-/// Warns if the weight files of the output are larger than those of the source.
+/// Warns if the weight files of the output are larger than the files of the source.
 pub fn warn_of_growth(before: u64, after: u64) {
     if after > before {
         tracing::warn!("the weight files of the output take {after} bytes, more than the {before} of the source");

@@ -34,7 +34,7 @@ impl Format {
         self.exporter().holds() == Holds::Operators
     }
 
-    /// Whether compressed weights take as many bytes as those of the source.
+    /// Whether compressed weights take as many bytes as the weights of the source.
     pub fn stores_whole_weights(self) -> bool {
         matches!(self.exporter().holds(), Holds::Weights | Holds::DequantizedBases)
     }

@@ -59,8 +59,8 @@ mod tests {
         alpha(m.as_ref()).unwrap().unwrap()
     }
 
-    /// A long matrix whose entries have the same distribution as those of a square one has the same α by windows, but
-    /// not by its own eigenvalues.
+    /// A long and a square matrix with entries of the same distribution have the same α by windows, but not by their
+    /// own eigenvalues.
     #[test]
     fn alpha_does_not_depend_on_the_shape() {
         let mut random = ChaCha8Rng::seed_from_u64(1);

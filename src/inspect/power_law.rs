@@ -95,7 +95,7 @@ mod tests {
             let package: Vec<f64> = serde_json::from_value(case["powerlaw"].clone()).unwrap();
             n_alike += usize::from((found.alpha / package[0] - 1.0).abs() < 1e-9);
         }
-        assert!(n_alike >= 2, "{n_alike} fits equal those of the powerlaw package");
+        assert!(n_alike >= 2, "{n_alike} fits equal the fits of the powerlaw package");
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //!
 //! Factorizations run on one thread in a fixed order of operations. Parallelism comes from running many matrices at
 //! once, so results do not depend on the number of threads, and small problems do not pay for splitting. Products of
-//! large matrices, and those of calibration ([`gram_f32`], [`cross_f32`]), use the threads of the current pool.
+//! large matrices, and products of calibration ([`gram_f32`], [`cross_f32`]), use the threads of the current pool.
 
 mod cholesky;
 mod convert;

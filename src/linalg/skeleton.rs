@@ -86,7 +86,7 @@ fn pivoted_cholesky(basis: &Mat<f64>) -> Option<(Mat<f64>, Vec<usize>)> {
     let basis_t = basis.transpose().to_owned();
     let mut l_t = Mat::zeros(r, m);
     let mut pivots: Vec<usize> = Vec::with_capacity(r);
-    // Squared norms of the residuals of the rows; those of pivots are not read again.
+    // Squared norms of the residuals of the rows; the norms of pivots are not read again.
     let mut rest: Vec<f64> = basis_t.col_iter().map(|row| row.squared_norm_l2()).collect();
     let mut open: Vec<usize> = (0..m).collect();
     let smallest = DEPENDENT_SHARE * rest.iter().copied().fold(0.0, f64::max);

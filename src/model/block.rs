@@ -55,13 +55,13 @@ pub type Observer<'a> = dyn FnMut(InputSite, &Tensor) -> Result<()> + 'a;
 #[derive(Debug, Clone)]
 pub struct Paused {
     pub site: InputSite,
-    /// What the output of the sublayer will be added to (batch, n_tokens, hidden_size).
+    /// The residual stream, to which the output of the sublayer will be added (batch, n_tokens, hidden_size).
     pub residual: Tensor,
     /// The input of the linears (batch, n_tokens, in).
     pub input: Tensor,
 }
 
-/// What a pass comes to after a site.
+/// The state of a pass after a site.
 pub enum Next {
     /// The next site; none of these is an expert's.
     Site(Paused),

@@ -248,7 +248,7 @@ pub(super) fn expect_parts(checkpoint: &Checkpoint, module: &str, kind: Kind) ->
     }
     let parts = parts.join(", ");
     Err(Failure::unsupported(format!(
-        "the parts of `{module}` in `{file}` are not those of one `{kind}` matrix: {parts}"
+        "the parts of `{module}` in `{file}` are not the parts of one `{kind}` matrix: {parts}"
     ))
     .hint("one of them was changed; compress the source again")
     .into())

@@ -15,7 +15,7 @@ use crate::progress::Stage;
 pub struct Passes<'w> {
     walk: &'w Walk<'w>,
     site: InputSite,
-    /// Of each batch, [`Paused::residual`] and [`Paused::input`].
+    /// [`Paused::residual`] of each batch; [`Paused::input`] is in `input`.
     residual: Hidden,
     input: Hidden,
 }

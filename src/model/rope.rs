@@ -1,4 +1,4 @@
-//! Rotary embeddings (Su et al. 2021), and their scaling to longer contexts. The formulas are those of
+//! Rotary embeddings (Su et al. 2021), and their scaling to longer contexts. The formulas come from
 //! `modeling_rope_utils` in transformers, with which models were trained or adapted.
 
 use std::f64::consts::PI;

@@ -1,5 +1,5 @@
 //! Sentence embeddings as sentence-transformers computes them: `modules.json` names a pooling of the last states and
-//! the modules after it. The vector equals that of `SentenceTransformer.encode` for one text, without padding. Reimers
+//! the modules after it. The vector equals the result of `SentenceTransformer.encode` for one text, without padding. Reimers
 //! & Gurevych 2019, arXiv:1908.10084.
 
 use std::path::{Path, PathBuf};
@@ -175,7 +175,7 @@ impl SentenceModules {
         Ok(Some(Self { modes, steps, max_seq_length, lowercases, is_by_cosine, files, ignored }))
     }
 
-    /// SHA-256 of the files that determine the embedding, except those of the model.
+    /// SHA-256 of the files that determine the embedding, except the files of the model.
     ///
     /// # Errors
     /// A file cannot be read.

@@ -10,7 +10,7 @@ const KEYS: [&str; 3] = ["text_config", "llm_config", "language_config"];
 /// Entries with the configs of other parts of a wrapper.
 const OTHERS: [&str; 2] = ["vision_config", "audio_config"];
 
-/// The `model_type` of the language model by that of its wrapper, if the config does not name it.
+/// The `model_type` of the language model by the `model_type` of its wrapper, if the config does not name it.
 const OF_WRAPPERS: &[(&str, &str)] = &[
     ("gemma3", "gemma3_text"),
     ("idefics3", "llama"),

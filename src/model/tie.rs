@@ -1,6 +1,6 @@
 //! Determines whether the head of a model is tied to its embedding table.
 //!
-//! The rule is that of transformers 5: the config decides if only one of the two is stored, or if both are equal. A
+//! The rule follows transformers 5: the config decides if only one of the two is stored, or if both are equal. A
 //! head stored with other values is not tied, whatever the config says; earlier versions overwrote it.
 
 use anyhow::Result;

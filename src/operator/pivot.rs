@@ -6,7 +6,7 @@
 //! Pivot rows are not ordered by significance as the columns of factors are. The factors can be recovered with the
 //! pivot rows of `B` (r, r), which are stored on request.
 //!
-//! Rows of `T` have thousands of coefficients, and in 16 bits both their own errors and those of `P` are multiplied by
+//! Rows of `T` have thousands of coefficients, and in 16 bits both their own errors and the errors of `P` are multiplied by
 //! their norm. With `S = [I; T]`, so that the matrix is `S P`, and the metric `tr(G E C Eᵀ)`:
 //!
 //! - Pivots are swapped until no coefficient exceeds 1.2: rounding `P` with feedback costs the geometric mean of the

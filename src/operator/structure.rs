@@ -164,7 +164,7 @@ pub trait Fitting: Sync {
     /// See [`LinalgError`].
     fn fit(&self, target: MatRef<'_, f64>, metric: MetricPair<'_>, largest_rank: usize) -> Result<Fit, LinalgError>;
 
-    /// Largest number of values in [`FitValues`] at a rank: those of dual vectors of the smaller side.
+    /// Largest number of values in [`FitValues`] at a rank: the dual vectors of the smaller side.
     fn n_values(&self, rank: usize, (m, n): Shape) -> u64 {
         2 * (rank * m.min(n)) as u64
     }

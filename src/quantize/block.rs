@@ -137,7 +137,7 @@ impl Blocks {
                     bytes.extend(codes.iter().map(|code| code.wrapping_sub(middle)));
                     continue;
                 }
-                // Shifts the middle of fewer bits to that of four. The low nibbles are the first half of the block.
+                // Shifts the middle of fewer bits to the middle of four. The low nibbles are the first half of the block.
                 let shift = 8 - (1u8 << (bits - 1));
                 let (first, second) = codes.split_at(BLOCK / 2);
                 bytes.extend(first.iter().zip(second).map(|(low, high)| (low + shift) | ((high + shift) << 4)));

@@ -46,7 +46,7 @@ pub fn gptq(
     scheme: Scheme,
     scale: Scale,
 ) -> (Grouped, Option<Fallback>) {
-    assert_eq!((values.len(), gram.nrows()), (rows * cols, cols), "invariant: the Gram is that of the inputs");
+    assert_eq!((values.len(), gram.nrows()), (rows * cols, cols), "invariant: the Gram belongs to the inputs");
     let permutation = falling_diagonal(gram);
     let rounded = || Grouped::round(values, rows, cols, scheme, scale);
     let Some((upper, factor)) = linalg::inverse_cholesky(damped(gram, &permutation).as_ref()) else {

@@ -69,7 +69,7 @@ pub struct AdapterReport {
     pub source_files: Fingerprint,
     /// One entry per module with factors, in the order of the file.
     pub modules: Vec<TruncatedModule>,
-    /// Norm of everything that was dropped, relative to that of all products `B·A`.
+    /// Norm of everything that was dropped, relative to the norm of all products `B·A`.
     pub relative_error: f64,
     /// Bytes of its weight file.
     pub size_bytes_before: u64,
@@ -94,7 +94,7 @@ pub struct TruncatedModule {
     pub rank_before: usize,
     /// Rank in the output; 0 if the module was left out.
     pub rank: usize,
-    /// Norm of the dropped part of `B·A`, relative to that of `B·A`.
+    /// Norm of the dropped part of `B·A`, relative to the norm of `B·A`.
     pub relative_error: f64,
 }
 

@@ -61,7 +61,7 @@ pub fn render(report: &CompressReport, source: &Checkpoint, loading: &Loading) -
     let words: Vec<String> = command.iter().map(|word| quoted(word)).collect();
     let _ = writeln!(card, "{}", words.join(" "));
     if let Some(truncated) = &report.truncated {
-        let _ = writeln!(card, "lrc truncate OUT -o SHORTER --keep {}", truncated.keep);
+        let _ = writeln!(card, "lrc truncate OUT -o TRUNCATED --keep {}", truncated.keep);
     }
     card.push_str("```\n\n`--recipe lrc-recipe.toml` can replace the flags.\n");
     if let Some(calibration) = &report.calibration {
@@ -144,7 +144,7 @@ fn sizes(report: &CompressReport) -> String {
     table
 }
 
-/// What an adapter has besides factors, and what it lacks.
+/// The tensors that an adapter has besides factors, and those it lacks.
 fn changes(delta: &DeltaRecord) -> String {
     let mut text = String::new();
     if !delta.stored.is_empty() {

@@ -141,7 +141,7 @@ pub struct FidelityRecord {
     pub states: Agreement,
     /// Agreement of the pooled embeddings, one vector per window.
     pub pooled: Agreement,
-    /// The pooling: that of the sentence-transformers modules in the folder (such as `mean, normalized`), the model's `pooler`, or the
+    /// The pooling of the sentence-transformers modules in the folder (such as `mean, normalized`), the model's `pooler`, or the
     /// `mean` of the states.
     pub pooling: String,
 }
@@ -177,11 +177,11 @@ pub struct DivergenceRecord {
     pub reference: String,
     /// Perplexity of the reference, in the same convention.
     pub reference_ppl: f64,
-    /// ln(perplexity of the model / perplexity of the reference). The standard error is that of paired differences.
+    /// ln(perplexity of the model / perplexity of the reference). The standard error is computed from paired differences.
     pub ln_ppl_ratio: f64,
     /// Standard error of `ln_ppl_ratio`.
     pub ln_ppl_ratio_standard_error: f64,
-    /// Perplexity of the model over that of the reference.
+    /// Perplexity of the model over the perplexity of the reference.
     pub ppl_ratio: f64,
     /// Standard error of `ppl_ratio`.
     pub ppl_ratio_standard_error: f64,

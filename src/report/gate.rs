@@ -266,7 +266,7 @@ mod tests {
         assert_eq!(crate::error::exit_class(&error), ExitClass::Usage);
         assert!(crate::error::hint(&error).unwrap().contains("`kl.mean`"));
         assert!(check("convention > 1").unwrap_err().to_string().contains("is not a number"));
-        // Fields that the run does not fill, also those of another report.
+        // Fields that the run does not fill, also fields of another report.
         let absent =
             [(fields_at::<PerplexityReport>("kl"), "compare"), (fields_at::<InspectReport>("linears"), "look")];
         for (text, hint) in [("kl.mean > 1", "compare"), ("linears.rank > 1", "look")] {

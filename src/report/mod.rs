@@ -113,9 +113,9 @@ pub struct LinearSummary {
     pub count: usize,
     /// Linears that are not left dense.
     pub compressed: usize,
-    /// Largest relative error; none if that of a compressed linear is not known.
+    /// Largest relative error; none if the error of a compressed linear is not known.
     pub max_error: Option<f64>,
-    /// Mean relative error; none if that of a compressed linear is not known.
+    /// Mean relative error; none if the error of a compressed linear is not known.
     pub mean_error: Option<f64>,
 }
 
@@ -126,7 +126,7 @@ pub struct EqualBytesBaseline {
     pub bits_per_weight: f64,
     /// False if no choice of bases is this small.
     pub is_reachable: bool,
-    /// Squared error of the output over that of the baseline, weighted as in the allocation. Below 1, factors pay off.
+    /// Squared error of the output over the squared error of the baseline, weighted as in the allocation. Below 1, factors pay off.
     pub weighted_error_ratio: Option<f64>,
     /// KL(source ‖ output) in nats, on windows of the calibration text.
     pub kl: Option<f64>,

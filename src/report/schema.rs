@@ -13,7 +13,7 @@ use super::{
 /// A field of a report that has a single value.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Field {
-    /// Names from the outermost inwards; names of lists end in `[]`, those of maps in `{}`.
+    /// Names from the outermost inwards; names of lists end in `[]`, names of maps in `{}`.
     pub path: Vec<String>,
     /// `number`, `integer`, `boolean`, `string`, or `any`.
     pub kind: String,

@@ -65,7 +65,7 @@ impl Kind {
     }
 }
 
-/// Checks that the first bytes are those of a file with the ending `expected`.
+/// Checks that the first bytes begin a file with the ending `expected`.
 fn expect(path: &Path, bytes: &[u8], expected: &str) -> Result<(), Failure> {
     let Some(found) = magic::Kind::of(bytes).filter(|found| found.ending != expected) else { return Ok(()) };
     let is_packed = |name: Result<(Packing, Kind), Failure>| name.is_ok_and(|(packing, _)| packing != Packing::None);

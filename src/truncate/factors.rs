@@ -1,7 +1,7 @@
 //! The factors of an adapter by module, under the names of PEFT, kohya and diffusers, and their decomposition.
 //!
 //! `s · B·A` is decomposed through the small core of its factors: with `B = Q_b R_b` and `Aᵀ = Q_a R_a` its singular values
-//! are those of `R_b R_aᵀ` (r, r), so that the cost does not grow with m n.
+//! are the singular values of `R_b R_aᵀ` (r, r), so that the cost does not grow with m n.
 
 use std::collections::BTreeMap;
 
@@ -37,7 +37,7 @@ pub(super) struct Module {
     /// (out, in); convolutions are flattened.
     pub shape: (usize, usize),
     pub rank: usize,
-    /// Of `B·A`.
+    /// The factor of `B·A`.
     pub scale: f64,
 }
 
@@ -60,7 +60,7 @@ pub(super) fn is_adapter(file: &Checkpoint) -> bool {
     file.tensors().any(|info| place(&info.name).is_some())
 }
 
-/// The modules of an adapter in the order of the file. `settings` are those of PEFT; other tools store an alpha.
+/// The modules of an adapter in the order of the file. `settings` are the settings of PEFT; other tools store an alpha.
 ///
 /// # Errors
 /// A factor is alone, or its shape or scale is not one.
@@ -100,7 +100,7 @@ fn module(
     let n: usize = rest.iter().product();
     if rest.is_empty() || columns.first() != Some(&rank) || columns.iter().skip(1).any(|&d| d != 1) || rank * m * n == 0
     {
-        let reason = format!("its shape is {:?}, and that of `{}` is {:?}", a.shape, b.name, b.shape);
+        let reason = format!("its shape is {:?}, and the shape of `{}` is {:?}", a.shape, b.name, b.shape);
         return Err(refused(file, a, &reason));
     }
     let alpha = Some(format!("{name}{ALPHA}")).filter(|alpha| file.info(alpha).is_some());
@@ -153,7 +153,7 @@ impl Module {
     }
 }
 
-/// Orthonormal columns that span those of a matrix; all unit vectors if it has more columns than rows.
+/// Orthonormal columns with the span of a matrix's columns; all unit vectors if it has more columns than rows.
 fn columns(matrix: MatRef<'_, f64>) -> Mat<f64> {
     let (rows, columns) = matrix.shape();
     if columns <= rows { linalg::orthonormal_columns(matrix.to_owned()) } else { Mat::identity(rows, rows) }

@@ -295,7 +295,7 @@ fn broken_codes_are_refused() {
     check("compressed-fp8-channel", "m.weight_scale", |_| None, "its scales are absent");
     check("fp8-block", "m.weight_scale_inv", |_| None, "its scales are absent");
     check("fp8-block", "m.weight", |_| None, "its `weight` is absent");
-    check("fp8-block", "m.weight_scale_inv", short, "are not those of blocks of [8, 16]");
+    check("fp8-block", "m.weight_scale_inv", short, "are not the scales of blocks of [8, 16]");
     check("bnb-nf4", "m.weight.quant_map", |_| None, "its `weight.quant_map` is absent");
     check("bnb-nf4", "m.weight", short, "do not hold the codes");
     check("bnb-nf4", "m.weight.absmax", |_| None, "its scales are absent");

@@ -195,8 +195,8 @@ struct Transfer<'a> {
 }
 
 impl Transfer<'_> {
-    /// Downloads several files at a time. A failure stops the rest. Of several failures, that of the earliest file is
-    /// reported: the files before it had begun, and are waited for.
+    /// Downloads several files at a time. A failure stops the rest. If several fail, the failure of the earliest
+    /// file is reported: the files before it had begun, and are waited for.
     fn all(&self, files: Vec<Wanted>) -> Result<()> {
         let n_workers = N_WORKERS.min(files.len());
         let queue = Mutex::new(VecDeque::from_iter(files.into_iter().enumerate()));

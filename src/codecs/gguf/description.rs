@@ -1,4 +1,4 @@
-//! What a GGUF file says of its model: metadata by key, and small tensors. Values are read from the file when they are asked for.
+//! The description of a model in a GGUF file: metadata by key, and small tensors. Values are read from the file when they are asked for.
 
 use super::super::cast::{self, Dtype};
 use super::bytes::{Bytes, kind, size_of};
@@ -13,7 +13,7 @@ pub struct Description<'a> {
 }
 
 impl<'a> Description<'a> {
-    /// `header` is that of the whole file `file`.
+    /// `header` is the header of the whole file `file`.
     pub fn new(file: &'a [u8], header: &'a Header) -> Self {
         Self { file, header }
     }

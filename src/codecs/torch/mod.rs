@@ -91,7 +91,7 @@ fn place(view: &View, begin: usize, n_bytes: usize) -> Option<(usize, usize)> {
     fits.then(|| (begin + view.offset * size, begin + last * size))
 }
 
-/// The strides of a view that is not in row-major order. Those of single elements mean nothing, and may be any number.
+/// The strides of a view that is not in row-major order. Strides of single elements mean nothing, and may be any number.
 fn strides_of(view: &View) -> Option<Vec<usize>> {
     let mut expected = 1usize;
     let is_in_order = view.shape.iter().zip(&view.strides).rev().all(|(&d, &stride)| {

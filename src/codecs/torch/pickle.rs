@@ -1,5 +1,5 @@
-//! Pickles of PyTorch, read without executing anything: a stack machine over plain data. Of the things that a pickle may call, it knows
-//! the few that make tensors and containers, as data; every other one is refused by its name.
+//! Pickles of PyTorch, read without executing anything: a stack machine over plain data. It knows the few functions
+//! that make tensors and containers, as data; any other function that a pickle calls is refused by its name.
 
 use std::collections::HashMap;
 
@@ -367,7 +367,7 @@ impl<'a> Machine<'a> {
                 self.stack.push(of);
                 Ok(())
             }
-            _ => Err("it calls a function with other arguments than those of a tensor".into()),
+            _ => Err("it calls a function with arguments that do not make a tensor".into()),
         }
     }
 

@@ -2,7 +2,7 @@
 //!
 //! Each linear may have any rank that saves, or stay dense. Only the lower convex hull of its (cost, error) points is
 //! kept; steps along the hulls are taken in the order of error saved per cost, the optimum of the Lagrangian relaxation
-//! (Everett 1963). What remains of the budget is spent on the single changes that save most.
+//! (Everett 1963). The rest of the budget is spent on the single changes that save most.
 
 use super::allocator::{Allocator, Spectra};
 use super::item::{Candidate, Candidates, Ends, Item, Ladder, Pick, Rules};

@@ -3,7 +3,7 @@
 //!
 //! The paper fixes k by hand for each model and counts ranks. Here k is the smallest threshold that meets the
 //! **parameter** budget, and a linear is factored only if that saves parameters. Factored linears are the paper's LRCs
-//! (low-rank components), dense ones its N-LRCs. As in the paper the singular values are those of the plain weight,
+//! (low-rank components), dense ones its N-LRCs. As in the paper the singular values belong to the plain weight,
 //! whatever the metric of the truncation: no text affects the ranks.
 
 use super::allocator::{Allocator, Spectra, cost};

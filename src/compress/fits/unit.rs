@@ -122,7 +122,7 @@ pub(super) trait Fitter: Sync {
     /// The journal key of the fit of a unit.
     fn key(&self, unit: &Unit) -> String;
 
-    /// Whether units are fitted block by block, because those of a block share data.
+    /// Whether units are fitted block by block, because units of a block share data.
     fn goes_by_block(&self) -> bool;
 
     fn shared(&self, linears: &[&LinearInfo]) -> Self::Shared;

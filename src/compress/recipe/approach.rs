@@ -190,7 +190,7 @@ impl Quantizers {
 /// Factors that compensate the error of a base.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Factors<R> {
-    /// Which error the factors minimize.
+    /// The method of compensation, which determines the error that the factors minimize.
     pub method: Compensator,
     /// r of `B` (out, r) and `A` (r, in).
     pub rank: R,

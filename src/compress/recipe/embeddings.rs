@@ -1,4 +1,4 @@
-//! The matrices of the vocabulary in a recipe: what may become of them, and in which quantizers.
+//! The matrices of the vocabulary in a recipe: how they may be stored, and with which quantizers.
 
 use anyhow::Result;
 
@@ -59,7 +59,7 @@ fn obstacle(options: &RecipeOptions, basics: &Basics, embeddings: Embeddings) ->
 }
 
 impl Recipe {
-    /// What may become of the matrices of the vocabulary.
+    /// How the embedding table and the head are stored.
     pub fn embeddings(&self) -> Embeddings {
         self.embeddings
     }

@@ -44,7 +44,7 @@ fn entry<'t>(table: &'t toml::Table, line: &str) -> Option<(&'t String, &'t toml
     table.get_key_value(line.split('=').next()?.trim().trim_matches(['[', ']', '"', '\'']))
 }
 
-/// The error for a value, in the words of the command line instead of those of serde.
+/// The error for a value, in the words of the command line instead of serde's.
 fn value_error(written: &str, value: &toml::Value, message: &str) -> String {
     // Messages about names begin with the name.
     if let Some(reason) = value.as_str().and_then(|text| message.strip_prefix(&format!("`{text}` "))) {

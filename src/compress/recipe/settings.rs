@@ -47,7 +47,7 @@ pub struct Recipe {
     pub(crate) clip_gradients: bool,
     /// Whether fused matrices are split.
     pub(crate) fused: Fused,
-    /// What may become of the matrices of the vocabulary.
+    /// How the embedding table and the head are stored.
     pub(crate) embeddings: Embeddings,
     /// The linears to compress; without a pattern all but heads and routers.
     pub(crate) targets: Patterns,

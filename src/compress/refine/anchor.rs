@@ -1,7 +1,7 @@
 //! Anchored sequential compression: block after block, each linear is fitted to the inputs that the compressed
 //! linears before it produce, and anchored to the outputs of the source.
 //!
-//! Two streams go through the model: the states of the source, and those of the model compressed so far. With inputs
+//! Two streams go through the model: the states of the source, and the states of the model compressed so far. With inputs
 //! `x` of the first and `x̂` of the second, `C_xx̂ = Σ x x̂ᵀ / n_tokens` and `C_x̂x̂` likewise, a linear's target is
 //! moved to
 //!
@@ -114,8 +114,8 @@ impl<'b> Streams<'b> {
 
     /// The moments at one group of sites, all linears before which are in `block`.
     fn observe(&mut self, block: &Block, group: &[Place]) -> Result<Vec<Moments>> {
-        // The last linears of the source run as soon as their inputs are known. Those of the compressed model are not fitted yet, and
-        // experts are not a pause: their inputs follow from those of gate and up.
+        // The last linears of the source run as soon as their inputs are known. The last linears of the compressed
+        // model are not fitted yet, and experts are not a pause: their inputs follow from the inputs of gate and up.
         let [source, shifted] = match group[0].site {
             site @ (InputSite::Qkv | InputSite::O) => [site, site],
             InputSite::Down => [InputSite::Down, InputSite::GateUp],

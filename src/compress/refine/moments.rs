@@ -1,5 +1,5 @@
-//! Second moments of the inputs of linears in two streams: the states of the source, and those of the model
-//! compressed so far.
+//! Second moments of the inputs of linears in two streams: the states of the source, and the states of the
+//! model compressed so far.
 
 use anyhow::Result;
 use candle_core::Tensor;

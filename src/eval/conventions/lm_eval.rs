@@ -3,7 +3,7 @@
 //! exp(−Σ log-likelihood / Σ words), with words counted as by `re.split(r"\s+", document)`.
 //!
 //! From version 0.4.10 on the harness also lets the tokenizer add its own BOS, which is then predicted from the first. `--bos never`
-//! gives the earlier behavior, which is also that of `add_bos_token=False`.
+//! gives the earlier behavior, which is also the behavior of `add_bos_token=False`.
 
 use super::rules::{Lengths, Rules, Unit, Window};
 use crate::text::Tokens;

@@ -45,7 +45,7 @@ fn config(description: &Description<'_>) -> Result<Map<String, Json>, String> {
     }
     for (name, tensors) in [("attention_bias", ["attn_q", "attn_output"]), ("mlp_bias", ["ffn_up", "ffn_down"])] {
         let has = |tensor: &&str| description.tensor(&format!("blk.0.{tensor}.bias")).is_some();
-        // Of the biases of attention, some families always have a part.
+        // Some families always have a part of the biases of attention.
         if tensors.iter().any(has) && (name == "mlp_bias" || architecture.biased.is_empty()) {
             fields.insert(name.into(), true.into());
         }
@@ -81,7 +81,8 @@ fn files(description: &Description<'_>, config: &Map<String, Json>) -> Result<Ma
     Ok(files)
 }
 
-/// The family that a file names. Of several with one architecture, it is the one that the name of the model has in it, or the first.
+/// The family that a file names. If several have one architecture, the name of the model contains the name of its
+/// family; otherwise it is the first.
 fn family_of(description: &Description<'_>) -> Result<(&'static Architecture, &'static Family), String> {
     let named = description
         .text("general.architecture")
@@ -137,7 +138,7 @@ fn score_scale(description: &Description<'_>, family: &Family, fields: &mut Map<
     Ok(())
 }
 
-/// The dtype of the weights: that of most values in matrices; 16 bits if they are in blocks.
+/// The dtype of the weights: the dtype of most values in matrices; 16 bits if they are in blocks.
 fn dtype(description: &Description<'_>, architecture: &Architecture) -> &'static str {
     let matrices = || description.tensors().iter().filter(|entry| entry.shape.len() > 1);
     let is_in_blocks = matrices().any(|entry| !matches!(Element::of_type_id(entry.type_id), Some(Element::Plain(_))));

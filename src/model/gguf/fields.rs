@@ -144,7 +144,8 @@ pub(super) fn in_own_words(fields: Map<String, Json>, architecture: &Architectur
     fields.into_iter().map(|(name, value)| (own(name), value)).collect()
 }
 
-/// The rotary embedding of a config: transformers takes `rope_scaling` first. Of one for each kind of block, that with full attention.
+/// The rotary embedding of a config: transformers takes `rope_scaling` first. If kinds of blocks differ, it is the
+/// embedding of full attention.
 pub fn rope_fields(config: &Map<String, Json>) -> Option<&Map<String, Json>> {
     let given = |key: &str| config.get(key)?.as_object().filter(|fields| !fields.is_empty());
     let fields = given("rope_scaling").or_else(|| given("rope_parameters"))?;

@@ -1,4 +1,4 @@
-//! How byte-level tokenizers split a text before they merge, by the names of llama.cpp (`tokenizer.ggml.pre`). The expressions are those of
+//! How byte-level tokenizers split a text before they merge, by the names of llama.cpp (`tokenizer.ggml.pre`). The expressions come from
 //! the published tokenizers.
 
 use serde_json::{Value as Json, json};

@@ -175,7 +175,7 @@ fn merges(tokens: &Tokens, scores: &[f64]) -> Vec<[String; 2]> {
         tokens.iter().filter(move |(_, text, kind)| is_piece(*kind) && text.len() <= LONGEST_MERGED)
     };
     let ids: HashMap<&str, usize> = pieces().map(|(id, text, _)| (text, id)).collect();
-    // The id of the token, and those of its parts.
+    // The id of the token, and the ids of its parts.
     let mut pairs: Vec<(usize, [usize; 2], [&str; 2])> = Vec::new();
     for (id, text, _) in pieces() {
         let cuts = text.char_indices().skip(1).map(|(at, _)| text.split_at(at));

@@ -11,7 +11,7 @@ use serde_json::ser::{Formatter, PrettyFormatter, Serializer};
 /// Bytes per unit of fuel when values are converted to text, which takes longer than copying a text.
 const BYTES_PER_FUEL: usize = 4;
 
-/// Nesting limit for values that are converted to text: that of the JSON parser.
+/// Nesting limit for values that are converted to text: the limit of the JSON parser.
 const MAX_DEPTH: usize = 127;
 
 /// Jinja as transformers sets it up, with the methods of Python's strings, lists and mappings.
