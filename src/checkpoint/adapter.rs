@@ -145,7 +145,7 @@ impl Checkpoint {
     }
 }
 
-/// Whether the last words of a name are the last words of another.
+/// Whether a name ends with the words of another.
 fn ends_with_words(name: &str, end: &str) -> bool {
     name.strip_suffix(end).is_some_and(|before| before.is_empty() || before.ends_with('.'))
 }

@@ -27,7 +27,7 @@ pub struct TensorInfo {
     pub begin: usize,
     /// One past the last byte in the shard's file.
     pub end: usize,
-    /// How it is made from stored tensors; `None` if the file stores it as it is. The place is the place of the
+    /// How it is made from stored tensors; `None` if the file stores it as it is. It has the place of the
     /// first stored tensor.
     pub(super) encoded: Option<Box<Encoded>>,
     /// Elements from one to the next, in each dimension, if the file does not have them in row-major order.

@@ -89,7 +89,7 @@ pub(super) fn refusal_of_all(modules: &[(LinearInfo, Forms)]) -> Option<Refusal>
             listed(&others)
         )));
     }
-    // PEFT renames the targets of a model with experts, and then does not find those of dense blocks.
+    // PEFT renames the targets of a model with experts, and then does not find the targets of dense blocks.
     let is_mlp = |slot: &Slot| slot.expert.is_none() && matches!(slot.site(), InputSite::GateUp | InputSite::Down);
     let dense: Vec<&str> = with_factors().filter(|(_, slot, _)| is_mlp(slot)).map(|(module, ..)| module).collect();
     (!dense.is_empty()).then(|| Refusal {

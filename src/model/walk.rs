@@ -332,7 +332,7 @@ impl<'a> Walk<'a> {
         )
     }
 
-    /// Like [`Self::for_each_window`] for two streams; `work` also returns the states that replace the first stream's.
+    /// Like [`Self::for_each_window`] for two streams; `work` also returns the states that replace the states of the first.
     ///
     /// # Errors
     /// As [`Self::for_each_window`], or the work folder cannot be written.
@@ -407,7 +407,7 @@ impl<'a> Walk<'a> {
         self.restore(piece.rest())
     }
 
-    /// Keeps this walk's states out of the states of a longer walk over the same store, and releases the others.
+    /// Keeps the states of this walk among the states of a longer walk over the same store, and releases the others.
     pub fn narrow(&self, mut hidden: Hidden) -> Hidden {
         if hidden.n_batches() > self.batches.len() {
             self.release(Hidden(hidden.0.split_off(self.batches.len())));

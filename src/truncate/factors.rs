@@ -60,7 +60,7 @@ pub(super) fn is_adapter(file: &Checkpoint) -> bool {
     file.tensors().any(|info| place(&info.name).is_some())
 }
 
-/// The modules of an adapter in the order of the file. `settings` are the settings of PEFT; other tools store an alpha.
+/// The modules of an adapter in the order of the file. `settings` come from PEFT; other tools store an alpha.
 ///
 /// # Errors
 /// A factor is alone, or its shape or scale is not one.

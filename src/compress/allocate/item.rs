@@ -103,7 +103,7 @@ pub struct Statistic<'a> {
     pub rank_price: f64,
 }
 
-/// The candidates of ranks with these costs, from rank 0 up. Errors are the errors of the curve, times
+/// The candidates of ranks with these costs, from rank 0 up. Errors come from the curve, times
 /// `weight`; without a curve they fall so that ranks grow evenly.
 pub fn candidates_by_rank(costs: &[u64], curve: Option<&ErrorCurve>, weight: f64) -> Vec<Candidate> {
     let errors: Vec<f64> = match curve {
