@@ -1,7 +1,7 @@
 //! Errors for the command line: the exit code for scripts, and the hint for people.
 //!
-//! `checkpoint` and `linalg` have their own error enums. The other rooms use [`anyhow`], and return a [`Failure`] where the class and a hint
-//! are known.
+//! `checkpoint` and `linalg` have their own error enums. The other rooms use [`anyhow`], and return a [`Failure`] where
+//! the class and a hint are known.
 
 use crate::checkpoint::CheckpointError;
 use crate::linalg::LinalgError;

@@ -1,5 +1,5 @@
-//! `lrc` makes Hugging Face checkpoints smaller: it replaces linear layers with low-rank factors, with quantized matrices, or
-//! with both, `W ≈ Q + B·A`, in a metric of your choice and under a budget.
+//! `lrc` makes Hugging Face checkpoints smaller: it replaces linear layers with low-rank factors, with quantized
+//! matrices, or with both, `W ≈ Q + B·A`, in a metric of your choice and under a budget.
 //!
 //! The command line is one user of this library. Other users depend on it with `default-features = false`:
 //!
@@ -68,7 +68,8 @@
 //! # }
 //! ```
 //!
-//! Errors are [`anyhow::Error`]s; [`error::exit_class`] gives the class of an error, and [`error::hint`] a hint for the user.
+//! Errors are [`anyhow::Error`]s; [`error::exit_class`] gives the class of an error, and
+//! [`error::hint`] a hint for the user.
 //!
 //! | room | content |
 //! |---|---|

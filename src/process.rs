@@ -10,7 +10,8 @@ const KEPT_BYTES: i32 = 256 << 20;
 const LARGEST_MMAP_THRESHOLD: i32 = 32 << 20;
 
 /// Prepares the process for windows that go through a model side by side: memory is reused, and candle's element-wise
-/// operations run in the thread that calls them instead of a pool of spinning threads that one caller at a time may use.
+/// operations run in the thread that calls them instead of a pool of spinning threads that one
+/// caller at a time may use.
 ///
 /// Results do not depend on it, but speed does. To be called first in `main`.
 #[allow(unsafe_code)]

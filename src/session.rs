@@ -56,8 +56,8 @@ impl<'a> Session<'a> {
         Ok(Decoder::open(self.model)?.on(&self.device))
     }
 
-    /// Workers on matrices, each of which takes its number of `bytes`: as many as fit in memory at the size of the largest, and
-    /// no more than there are matrices. Remaining threads work inside large products.
+    /// Workers on matrices, each of which takes its number of `bytes`: as many as fit in memory at the size of the
+    /// largest, and no more than there are matrices. Remaining threads work inside large products.
     ///
     /// # Errors
     /// The system refuses threads.

@@ -1,16 +1,17 @@
 //! The kernel: the best `B·A` in a metric, for every rank at once.
 //!
-//! Minimizes `tr(G E C Eᵀ)`, `E = T − B·A`, over `B` (m, r) and `A` (r, n). With roots `G = K Kᵀ`, `C = H Hᵀ` this is the
-//! truncated SVD of `S = Kᵀ T H`, un-whitened. The smaller of two eigenproblems is solved:
+//! Minimizes `tr(G E C Eᵀ)`, `E = T − B·A`, over `B` (m, r) and `A` (r, n). With roots `G = K Kᵀ`, `C = H Hᵀ` this is
+//! the truncated SVD of `S = Kᵀ T H`, un-whitened. The smaller of two eigenproblems is solved:
 //!
-//! - m ≤ n: `U` = top eigenvectors of `S Sᵀ = Kᵀ T C Tᵀ K`, and `B = K⁻ᵀ U`, `A = (K U)ᵀ T`. `C` is not rooted, let alone
-//!   inverted, so a singular one is not a special case.
+//! - m ≤ n: `U` = top eigenvectors of `S Sᵀ = Kᵀ T C Tᵀ K`, and `B = K⁻ᵀ U`, `A = (K U)ᵀ T`. `C` is not rooted, let
+//!   alone inverted, so a singular one is not a special case.
 //! - m > n: `V` = top eigenvectors of `Sᵀ S = Hᵀ Tᵀ G T H`, and `A = (H⁻ᵀ V)ᵀ`, `B = T H V`. `G`, the larger of the
 //!   two, is not rooted. If `C` is too close to singular for `H⁻ᵀ`, `U = orth(S V)` and the pair is as above.
 //!
-//! Eigenvalues are the error curve: dropping the ranks behind r costs `Σ_{i ≥ r} λ_i`. With `G = C = I` this is the truncated
-//! SVD; with the Gram of calibration inputs it has the optimum of SVD-LLM (Wang et al. 2024) and of the output PCA of LoRD
-//! (Kaushal et al. 2023); with both Grams the optimum of the Kronecker-factored Fisher (GFWSVD, Chekalina et al. 2025).
+//! Eigenvalues are the error curve: dropping the ranks behind r costs `Σ_{i ≥ r} λ_i`. With `G = C = I` this is
+//! the truncated SVD; with the Gram of calibration inputs it has the optimum of SVD-LLM (Wang et al. 2024) and of
+//! the output PCA of LoRD (Kaushal et al. 2023); with both Grams the optimum of the Kronecker-factored Fisher
+//! (GFWSVD, Chekalina et al. 2025).
 
 use faer::{Mat, MatRef};
 use serde::{Deserialize, Serialize};

@@ -1,8 +1,9 @@
 //! The metric in which the error of an approximation is measured: one symmetric form on each side of the weight.
 //!
 //! With inputs `x` of mean second moment `C = Σ x xᵀ / n_tokens` and loss gradients `g` at the output of mean second
-//! moment `G = Σ g gᵀ / n_tokens`, the error `E` of a weight is measured as `tr(Gᵀ E C Eᵀ)`: the mean squared change of the
-//! output for `G = I`, the generalised Fisher estimate of the change of the loss for both. Plain SVD is `G = C = I`.
+//! moment `G = Σ g gᵀ / n_tokens`, the error `E` of a weight is measured as `tr(Gᵀ E C Eᵀ)`: the mean squared
+//! change of the output for `G = I`, the generalized Fisher estimate of the change of the loss for both.
+//! Plain SVD is `G = C = I`.
 
 use std::ops::Range;
 use std::sync::OnceLock;

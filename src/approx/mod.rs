@@ -1,4 +1,5 @@
-//! The mathematics of replacing a matrix: metrics of its error, and the best approximation in them. No files, no names, no threads.
+//! The mathematics of replacing a matrix: metrics of its error, and the best approximation in them. No
+//! files, no names, no threads.
 
 pub mod gram;
 pub mod low_rank;

@@ -1,4 +1,5 @@
-//! Addends: each batch of windows contributes one to the sums of a block. They are computed side by side and added in order.
+//! Addends: each batch of windows contributes one to the sums of a block. They are computed side by
+//! side and added in order.
 
 use anyhow::Result;
 use candle_core::Tensor;
@@ -104,7 +105,8 @@ impl Addend {
         Ok(())
     }
 
-    /// Adds the squares of one sequence's weight gradient, from its inputs (n_tokens, n) and output gradients (n_tokens, m).
+    /// Adds the squares of one sequence's weight gradient, from its inputs (n_tokens, n) and output
+    /// gradients (n_tokens, m).
     ///
     /// # Errors
     /// The shape does not match.
@@ -128,8 +130,8 @@ impl Addend {
         Ok(())
     }
 
-    /// Adds the inputs of the head, (n_predictions, hidden_size), and the sums of squares of the gradients at its logits,
-    /// (vocab_size).
+    /// Adds the inputs of the head, (n_predictions, hidden_size), and the sums of squares of the gradients at
+    /// its logits, (vocab_size).
     ///
     /// # Errors
     /// The shape does not match.
@@ -163,8 +165,8 @@ impl Addend {
     }
 }
 
-/// Scales the rows of `gradients` (n_tokens, m) so that their norms are between 0.1 and 10 times the mean norm of the window, which keeps a
-/// few tokens from dominating the metric. Rows of zeros are kept.
+/// Scales the rows of `gradients` (n_tokens, m) so that their norms are between 0.1 and 10 times the mean norm of the
+/// window, which keeps a few tokens from dominating the metric. Rows of zeros are kept.
 fn clip_tokens(gradients: &mut [f32], m: usize) {
     let norm = |row: &[f32]| row.iter().map(|&v| f64::from(v) * f64::from(v)).sum::<f64>().sqrt();
     let norms: Vec<f64> = gradients.chunks_exact(m).map(norm).collect();

@@ -24,8 +24,8 @@ pub(super) struct Backward<'b, 'w> {
 }
 
 impl Backward<'_, '_> {
-    /// Propagates gradients back through all blocks. `last` has the states after the last block, `entered` the inputs of
-    /// each block.
+    /// Propagates gradients back through all blocks. `last` has the states after the last block, `entered`
+    /// the inputs of each block.
     pub fn run(
         &self,
         last: Hidden,
@@ -36,7 +36,8 @@ impl Backward<'_, '_> {
     ) -> Result<()> {
         let Self { decoder, walk, observation, .. } = *self;
         let stage = progress.stage("gradients", (walk.n_tokens() * (decoder.n_blocks() + 1)) as u64, "tokens");
-        // The gradient at the input of a block is stored before the block's sums: if the sums exist, so does the gradient.
+        // The gradient at the input of a block is stored before the block's sums: if the sums
+        // exist, so does the gradient.
         let is_done = |block_idx: usize| journal.has(&Pass::Backward.key(block_idx));
         let n_left = (0..entered.len()).rev().find(|&block_idx| !is_done(block_idx)).map_or(0, |last| last + 1);
         for block_idx in n_left..entered.len() {
@@ -191,8 +192,8 @@ impl Backward<'_, '_> {
     }
 }
 
-/// Whether the gradient at the output of a block of a journal is known, so that the states there are not read again; block
-/// `n_blocks` is the head.
+/// Whether the gradient at the output of a block of a journal is known, so that the states there are not read again;
+/// block `n_blocks` is the head.
 pub(super) fn is_passed(journal: &Journal, block_idx: usize, n_blocks: usize) -> bool {
     let has_sums = |block_idx: usize| journal.has(&Pass::Backward.key(block_idx));
     match block_idx < n_blocks {

@@ -57,7 +57,8 @@ pub struct WindowCount {
 }
 
 impl TextPart {
-    /// Whether some window belongs to both parts: they are of the same choice of windows, and their shares of it overlap.
+    /// Whether some window belongs to both parts: they are of the same choice of windows, and
+    /// their shares of it overlap.
     pub(super) fn overlaps(&self, other: &Self) -> bool {
         let is_same_choice = self.text_sha256 == other.text_sha256
             && (self.samples, self.seq_len, self.seed) == (other.samples, other.seq_len, other.seed);

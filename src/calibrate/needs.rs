@@ -26,7 +26,8 @@ pub struct Needs {
     /// (m).
     pub squared_gradient: bool,
     /// For the matrices of the vocabulary: how often each token is read, `Σ g gᵀ` over tokens of the gradients at the
-    /// rows of the table, `Σ x xᵀ` of the inputs of the head, and `Σ g²` of each logit. Files of earlier versions have none.
+    /// rows of the table, `Σ x xᵀ` of the inputs of the head, and `Σ g²` of each logit. Files of
+    /// earlier versions have none.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub vocabulary: bool,
 }

@@ -24,11 +24,12 @@ pub struct Seconds {
     pub backward: f64,
 }
 
-/// Runs windows forward through the model, and the gradient of the summed loss of their targets backward if it is needed.
+/// Runs windows forward through the model, and the gradient of the summed loss of their targets
+/// backward if it is needed.
 ///
-/// The backward pass works on one block at a time: the inputs of all blocks are stored (on disk beyond the cap of `limits`) for the
-/// windows whose gradients are taken, and each block is run again with candle's autograd. Blocks whose sums are in `journal` are not run
-/// again.
+/// The backward pass works on one block at a time: the inputs of all blocks are stored (on disk beyond the cap of
+/// `limits`) for the windows whose gradients are taken, and each block is run again with candle's autograd. Blocks
+/// whose sums are in `journal` are not run again.
 ///
 /// # Errors
 /// A value is not finite, a linear receives no gradient, or the work folder cannot be written.
@@ -121,7 +122,8 @@ fn gram_bytes(decoder: &Decoder<'_>, needs: Needs) -> usize {
     (0..decoder.n_blocks()).map(of_block).max().unwrap_or(0)
 }
 
-/// The states after a block of an earlier run: of all windows, of those that go back, or of none if the gradient there is known.
+/// The states after a block of an earlier run: of all windows, of those that go back, or of none if the
+/// gradient there is known.
 fn restored(
     walk: &Walk<'_>,
     back: &Walk<'_>,

@@ -18,7 +18,8 @@ pub struct Sums {
 }
 
 impl Sums {
-    /// Zeros for the inputs of experts, which may see no token. Sums of other linears are created with their first input.
+    /// Zeros for the inputs of experts, which may see no token. Sums of other linears are
+    /// created with their first input.
     pub fn for_inputs(linears: &[(Slot, [usize; 2])], needs: Needs) -> Self {
         let mut sums = Self::default();
         for (slot, [_, n]) in linears.iter().filter(|(slot, _)| slot.expert.is_some()) {
@@ -35,7 +36,8 @@ impl Sums {
         sums
     }
 
-    /// Zeros for the gradients of all linears: an expert may see no token, and a part of a text no window that goes back.
+    /// Zeros for the gradients of all linears: an expert may see no token, and a part of a text
+    /// no window that goes back.
     pub fn for_gradients(linears: &[(Slot, [usize; 2])], needs: Needs) -> Self {
         let mut sums = Self::default();
         for &(slot, [m, n]) in linears {

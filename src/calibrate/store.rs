@@ -1,7 +1,7 @@
 //! Statistics of a whole model, measured or read from a file of `lrc calibrate`.
 //!
-//! The file is safetensors: one f32 array per statistic (Grams as packed lower triangles), and `header`, JSON as bytes, with the
-//! fingerprint of the model and the text parts that were summed.
+//! The file is safetensors: one f32 array per statistic (Grams as packed lower triangles), and `header`, JSON as bytes,
+//! with the fingerprint of the model and the text parts that were summed.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -174,8 +174,8 @@ impl Statistics {
         Ok(self.expert_tokens(id)?.unwrap_or(self.header.n_tokens() as f64).max(1.0))
     }
 
-    /// `C = Σ x xᵀ / n_tokens`, (n, n), of the inputs of a linear. Tokens routed to other experts count as zeros, so that errors are means over
-    /// the text.
+    /// `C = Σ x xᵀ / n_tokens`, (n, n), of the inputs of a linear. Tokens routed to other experts count as zeros, so
+    /// that errors are means over the text.
     ///
     /// # Errors
     /// It was not measured, or has another size.
@@ -184,8 +184,8 @@ impl Statistics {
         self.gram(Key::InputGram(id.slot.site()), id.block, n, scale)
     }
 
-    /// `G = Σ g gᵀ / n_seen`, (m, m), of the gradients at the output of a linear. A mean over the tokens that it saw and
-    /// whose gradients were taken, so that the share of an expert enters `G ⊗ C` once.
+    /// `G = Σ g gᵀ / n_seen`, (m, m), of the gradients at the output of a linear. A mean over the tokens that it saw
+    /// and whose gradients were taken, so that the share of an expert enters `G ⊗ C` once.
     ///
     /// # Errors
     /// It was not measured, or has another size.
@@ -198,8 +198,8 @@ impl Statistics {
         self.gram(Key::OutputGram(id.slot), id.block, m, 1.0 / n_seen.max(1.0))
     }
 
-    /// The statistics of the embedding table (vocab_size, n): how often each token is read, as a share of all tokens with
-    /// one reading more of each, so that none is free; and `Σ g gᵀ / n_tokens` (n, n) at the rows that are read.
+    /// The statistics of the embedding table (vocab_size, n): how often each token is read, as a share of all tokens
+    /// with one reading more of each, so that none is free; and `Σ g gᵀ / n_tokens` (n, n) at the rows that are read.
     ///
     /// # Errors
     /// They were not measured, or have another size.
@@ -210,8 +210,8 @@ impl Statistics {
         Ok((shares, self.gram(Key::TableGram, 0, n, 1.0 / n_tokens.max(1.0))?))
     }
 
-    /// The statistics of the head (vocab_size, n): `Σ g² / n_tokens` of every logit, and `Σ x xᵀ / n_tokens` (n, n) of its
-    /// inputs.
+    /// The statistics of the head (vocab_size, n): `Σ g² / n_tokens` of every logit, and
+    /// `Σ x xᵀ / n_tokens` (n, n) of its inputs.
     ///
     /// # Errors
     /// They were not measured, because the model has no head, or have another size.
@@ -243,8 +243,8 @@ impl Statistics {
         Ok(self.vector(Key::InputMagnitude(id.slot.site()), id.block, n)?.into_iter().map(|v| v * scale).collect())
     }
 
-    /// Pools a statistic over all experts of a block: the sum of its mean over features (for a Gram, of its diagonal), and the tokens that the
-    /// experts saw. `key` gives the statistic of an expert.
+    /// Pools a statistic over all experts of a block: the sum of its mean over features (for a Gram, of its diagonal),
+    /// and the tokens that the experts saw. `key` gives the statistic of an expert.
     ///
     /// # Errors
     /// It was not measured, or has another size.

@@ -35,8 +35,8 @@ pub struct WindowSettings {
     pub seed: u64,
 }
 
-/// Number of windows of `n` whose gradients are taken: as requested, or all. Fewer save time and disk, but Grams of output gradients
-/// need as many tokens as Grams of inputs (`docs/results.md` 23).
+/// Number of windows of `n` whose gradients are taken: as requested, or all. Fewer save time and disk, but Grams of
+/// output gradients need as many tokens as Grams of inputs (`docs/results.md` 23).
 ///
 /// # Errors
 /// A request for a model with experts, or for statistics without gradients.
@@ -53,7 +53,8 @@ fn n_with_gradients(requested: Option<usize>, needs: Needs, decoder: &Decoder<'_
     Err(Failure::usage(format!("`--gradient-samples` {reason}")).hint("remove `--gradient-samples`").into())
 }
 
-/// The `part`-th of `n_parts` equal parts of windows, of which `few` have gradients: those that do come first, and how many they are.
+/// The `part`-th of `n_parts` equal parts of windows, of which `few` have gradients: those that do come
+/// first, and how many they are.
 fn part_of(
     windows: Vec<(Vec<u32>, Targets)>,
     few: usize,
@@ -241,10 +242,10 @@ fn targeted(
 /// Tokens of the shortest piece of a text, including those that the tokenizer adds.
 const SHORTEST_PIECE: usize = 16;
 
-/// Texts for a model of sentence embeddings, without the tokens that the tokenizer adds; about `samples` × `seq_len` tokens in total. They are
-/// the documents of a file, truncated to the longest window, or pieces of a single text. Embeddings of short and of long texts have
-/// different errors, so the lengths of pieces double from [`SHORTEST_PIECE`] to the longest window, and every length has the same share
-/// of the tokens.
+/// Texts for a model of sentence embeddings, without the tokens that the tokenizer adds; about `samples` × `seq_len`
+/// tokens in total. They are the documents of a file, truncated to the longest window, or pieces of a single text.
+/// Embeddings of short and of long texts have different errors, so the lengths of pieces double from [`SHORTEST_PIECE`]
+/// to the longest window, and every length has the same share of the tokens.
 fn sentences(
     tokenizer: &Tokenizer,
     text: &Text,

@@ -1,5 +1,5 @@
-//! A model with a PEFT adapter over it: factors are merged as their tensors are read, and tensors that the adapter holds
-//! whole take the place of the base's.
+//! A model with a PEFT adapter over it: factors are merged as their tensors are read, and tensors that the adapter
+//! holds whole take the place of the base's.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

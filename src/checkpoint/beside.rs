@@ -35,7 +35,8 @@ impl<P: AsRef<Path> + ?Sized> Beside for P {
 }
 
 impl Beside for Checkpoint {
-    /// A file in the folder comes before one that is made, unless the checkpoint is a file to which its folder does not belong.
+    /// A file in the folder comes before one that is made, unless the checkpoint is a file to which
+    /// its folder does not belong.
     fn read(&self, name: &str) -> Result<Option<Vec<u8>>> {
         let found = if self.made.is_some() && self.is_alone { None } else { self.root.read(name)? };
         match found {

@@ -1,5 +1,5 @@
-//! Tensors of floats that are computed from stored ones as they are read: an adapter over its base, and the difference of
-//! two models.
+//! Tensors of floats that are computed from stored ones as they are read: an adapter over its base, and the
+//! difference of two models.
 
 use crate::codecs::peft::{self, Factors};
 

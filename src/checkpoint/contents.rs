@@ -57,8 +57,8 @@ impl OutputFolder {
         fs::create_dir_all(&path).map_err(io("create", &path))
     }
 
-    /// SHA-256 of every file so far except `report`, including those in folders. The report lists the others, and a run that was killed
-    /// at its end may have left one.
+    /// SHA-256 of every file so far except `report`, including those in folders. The report lists the others, and a run
+    /// that was killed at its end may have left one.
     ///
     /// # Errors
     /// A file cannot be read.

@@ -31,7 +31,8 @@ pub(super) fn expect_known_version(config: &Map<String, Value>, root: &Path) -> 
     })
 }
 
-/// Tensors that an output of `lrc` stores under another name, shared by several modules: `lrc.shared` of its config, name by name.
+/// Tensors that an output of `lrc` stores under another name, shared by several modules: `lrc.shared` of
+/// its config, name by name.
 ///
 /// # Errors
 /// A name is taken, or there is no tensor of the other name.

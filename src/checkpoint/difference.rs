@@ -14,8 +14,8 @@ use crate::codecs::cast;
 const LABEL: &str = "base";
 
 impl Checkpoint {
-    /// Presents `matrices` as their differences from `base`, which the user calls `named`, and records which of the other
-    /// tensors were changed. `tied` names the table of embeddings and the head, if the two may be one.
+    /// Presents `matrices` as their differences from `base`, which the user calls `named`, and records which of the
+    /// other tensors were changed. `tied` names the table of embeddings and the head, if the two may be one.
     ///
     /// # Errors
     /// A matrix is absent from the base or has another shape there, or a tensor is damaged.

@@ -94,7 +94,8 @@ impl CheckpointFiles {
         Self { root: root.into(), files, index: None, is_file: false }
     }
 
-    /// The only safetensors file of a folder, whatever its name; otherwise the weights of PyTorch, or the only GGUF file.
+    /// The only safetensors file of a folder, whatever its name; otherwise the weights of
+    /// PyTorch, or the only GGUF file.
     fn unnamed(root: &Path) -> Result<Self> {
         let refuse = |reason: &str| Err(CheckpointError::NotACheckpoint { path: root.into(), reason: reason.into() });
         let names: Vec<PathBuf> = std::fs::read_dir(root)

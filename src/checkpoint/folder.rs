@@ -54,8 +54,8 @@ impl OutputFolder {
     /// Checks that `target` may be written, before any work.
     ///
     /// # Errors
-    /// It exists and is not to be replaced, or is not an output of `lrc` (which has a file `mark`), or holds other files; or it cannot be a
-    /// folder. An empty folder may be written.
+    /// It exists and is not to be replaced, or is not an output of `lrc` (which has a file `mark`), or holds other
+    /// files; or it cannot be a folder. An empty folder may be written.
     pub fn check(target: &Path, existing: Existing, mark: &str) -> Result<()> {
         Self::expect_free(&place::named(target), existing, mark)
     }
@@ -88,7 +88,8 @@ impl OutputFolder {
     /// Begins an output, and discards the remains of a killed run.
     ///
     /// # Errors
-    /// `target` may not be written (see [`Self::check`]), another run writes it, or an unfinished run could still be resumed.
+    /// `target` may not be written (see [`Self::check`]), another run writes it, or an unfinished
+    /// run could still be resumed.
     pub fn create(target: &Path, existing: Existing, mark: &str) -> Result<Self> {
         let target = &place::named(target);
         Self::expect_free(target, existing, mark)?;

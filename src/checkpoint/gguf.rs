@@ -1,4 +1,5 @@
-//! GGUF files: the tensors of a mapped file, under the names that the caller gives them. Their bytes are [`crate::codecs::gguf`].
+//! GGUF files: the tensors of a mapped file, under the names that the caller gives them. Their bytes are
+//! [`crate::codecs::gguf`].
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -30,8 +31,8 @@ pub struct OfGguf {
     pub tensor: fn(&str, &Map<String, Value>) -> Option<ShownTensor>,
     /// The config of the model in a file that has none beside it, or a clause that says why there is none.
     pub config: fn(&Description<'_>) -> Result<Map<String, Value>, String>,
-    /// The files that a checkpoint of this config has besides weights and config, by name; or a clause that says why they cannot be
-    /// made.
+    /// The files that a checkpoint of this config has besides weights and config, by name; or a clause that says
+    /// why they cannot be made.
     pub files: fn(&Description<'_>, &Map<String, Value>) -> Result<MadeFiles, String>,
 }
 
@@ -48,7 +49,8 @@ pub(super) fn described_config(path: &Path, file: &[u8], of: OfGguf) -> Result<M
         .map_err(|reason| CheckpointError::ForeignGguf { path: path.into(), reason })
 }
 
-/// The files beside the weights that a file describes in its metadata. They are made when the first of them is asked for.
+/// The files beside the weights that a file describes in its metadata. They are made when the
+/// first of them is asked for.
 #[derive(Debug)]
 pub(super) struct Made {
     of: OfGguf,
@@ -79,8 +81,8 @@ fn described_files(path: &Path, file: &[u8], config: &Map<String, Value>, of: Of
         .map_err(|reason| CheckpointError::ForeignGguf { path: path.into(), reason })
 }
 
-/// The tensors of a mapped GGUF file under the names of a checkpoint, in the order of their data. The names and the number of heads
-/// come from `config`.
+/// The tensors of a mapped GGUF file under the names of a checkpoint, in the order of their data. The names and the
+/// number of heads come from `config`.
 ///
 /// # Errors
 /// The file is damaged, or holds a tensor of an unknown name or type.

@@ -1,5 +1,5 @@
-//! JSON as Python reads and writes it: with `NaN`, `Infinity` and `-Infinity`, numbers that no f64 holds, and perhaps a byte-order
-//! mark in front. Configs are made by Python, and read by it again.
+//! JSON as Python reads and writes it: with `NaN`, `Infinity` and `-Infinity`, numbers that no f64 holds, and perhaps a
+//! byte-order mark in front. Configs are made by Python, and read by it again.
 //!
 //! serde has no value for such numbers: they become strings that begin with [`MARK`], and are written back as the
 //! same numbers.

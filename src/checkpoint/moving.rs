@@ -33,8 +33,8 @@ pub(super) fn move_up(target: &Path, partial: &Path, mark: &str, existing: Exist
     })
 }
 
-/// The files to move, as (from, to), also listed in a file for [`undo`]. A folder looks complete only with its mark and its config: an
-/// earlier output loses them first, the new one gets them last.
+/// The files to move, as (from, to), also listed in a file for [`undo`]. A folder looks complete only with its mark and
+/// its config: an earlier output loses them first, the new one gets them last.
 fn moves(target: &Path, partial: &Path, mark: &str) -> Result<Vec<(PathBuf, PathBuf)>> {
     let (output, replaced) = (partial.join(OUTPUT), partial.join(REPLACED));
     let comes_last = |name: &OsStr| (name == mark, name == CONFIG_FILE);

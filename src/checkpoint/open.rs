@@ -65,8 +65,8 @@ impl Checkpoint {
         Self::open_files(path, None)
     }
 
-    /// Like [`Self::open`], and opens GGUF files as well: `of` names their tensors, and makes the config of those that have none
-    /// beside them.
+    /// Like [`Self::open`], and opens GGUF files as well: `of` names their tensors, and makes the config of those
+    /// that have none beside them.
     ///
     /// # Errors
     /// As [`Self::open`], or a GGUF file has a tensor or a model that `of` does not know.
@@ -170,7 +170,8 @@ impl Checkpoint {
         })
     }
 
-    /// How another tool quantized the weights, in words: `gptq: int4-g128`. `None` if none of them is quantized, or if lrc did it.
+    /// How another tool quantized the weights, in words: `gptq: int4-g128`. `None` if none of them is
+    /// quantized, or if lrc did it.
     pub fn source_quantization(&self) -> Option<String> {
         if self.root.join(REPORT_FILE).is_file()
             || self.config.as_ref().is_some_and(|config| config.contains_key("lrc"))

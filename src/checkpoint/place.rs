@@ -21,7 +21,8 @@ fn unusable_file(path: &Path, reason: impl Into<String>) -> CheckpointError {
     OutputError::UnusableFile { path: path.into(), reason: reason.into() }.into()
 }
 
-/// An output folder by its plain name: without a slash or a `.` at its end. `.` and `..` become the folder that they name.
+/// An output folder by its plain name: without a slash or a `.` at its end. `.` and `..` become
+/// the folder that they name.
 pub(super) fn named(target: &Path) -> PathBuf {
     let plain: PathBuf = target.components().collect();
     match plain.components().next_back() {
@@ -30,8 +31,8 @@ pub(super) fn named(target: &Path) -> PathBuf {
     }
 }
 
-/// Refuses a path that cannot become an output folder: a dangling link, a file, an empty name, a folder above it that takes no
-/// files. Returns whether the folder exists.
+/// Refuses a path that cannot become an output folder: a dangling link, a file, an empty name, a folder above it that
+/// takes no files. Returns whether the folder exists.
 ///
 /// # Errors
 /// The path cannot; the error gives the reason.
@@ -74,7 +75,8 @@ fn expect_writable(output: &Path, folder: &Path) -> Result<()> {
     tempfile::tempfile_in(folder).map(drop).map_err(not_made(output, folder))
 }
 
-/// The error for a file or a folder that cannot be made in `folder`: the fault of the command, if the folder takes none.
+/// The error for a file or a folder that cannot be made in `folder`: the fault of the command,
+/// if the folder takes none.
 pub(super) fn not_made(output: &Path, folder: &Path) -> impl FnOnce(std::io::Error) -> CheckpointError {
     use ErrorKind::{NotADirectory, NotFound, PermissionDenied, ReadOnlyFilesystem, Unsupported};
     let (path, folder) = (output.to_path_buf(), folder.to_path_buf());
@@ -117,8 +119,8 @@ impl Existing {
     }
 }
 
-/// Checks that a file may be written: it is not there or may be replaced, and its folder, or the nearest one above that exists, takes
-/// files.
+/// Checks that a file may be written: it is not there or may be replaced, and its folder, or the nearest one above
+/// that exists, takes files.
 ///
 /// # Errors
 /// It may not; the error gives the reason.
@@ -181,8 +183,8 @@ pub(super) fn is_vacant(target: &Path) -> bool {
     target.is_dir() && output_names(target).is_ok_and(|names| names.is_empty())
 }
 
-/// The work folder for a target: beside it, and renamed at the end; or inside it, if the folder exists and has to stay because it is
-/// mounted, or a link, or may be in use.
+/// The work folder for a target: beside it, and renamed at the end; or inside it, if the folder exists and has to stay
+/// because it is mounted, or a link, or may be in use.
 pub(super) fn work_of(target: &Path) -> PathBuf {
     let within = target.join(WITHIN);
     let mut beside = target.as_os_str().to_owned();

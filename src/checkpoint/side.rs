@@ -58,8 +58,8 @@ fn is_training_state(name: &str) -> bool {
 }
 
 impl Checkpoint {
-    /// Everything in the folder of the checkpoint except what an output has of its own: weights, config, `replaced` (files and folders),
-    /// and real paths for which `is_own` holds.
+    /// Everything in the folder of the checkpoint except what an output has of its own: weights, config, `replaced`
+    /// (files and folders), and real paths for which `is_own` holds.
     ///
     /// Links are followed only to folders that hold the weights, as in the hub's cache, where every file is a link.
     ///

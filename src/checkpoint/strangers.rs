@@ -24,8 +24,8 @@ pub(super) fn refuse_in_output(output: &Path, mark: &str) -> Result<()> {
     }
 }
 
-/// The files of an output that its report does not list. A folder that holds only such files is named once; empty folders do not
-/// count.
+/// The files of an output that its report does not list. A folder that holds only such files is named once;
+/// empty folders do not count.
 fn in_output(output: &Path, mark: &str) -> Result<Vec<String>> {
     let report: Option<Value> =
         read_file(&output.join(mark)).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok());

@@ -93,8 +93,8 @@ impl TensorInfo {
         self.encoded.as_ref().is_some_and(|encoded| encoded.shows == Shows::Values)
     }
 
-    /// Whether it is a matrix (out, in) in every family: codes, shown or not, and rows of a stored matrix. Others have the
-    /// order of their family.
+    /// Whether it is a matrix (out, in) in every family: codes, shown or not, and rows of a stored matrix. Others have
+    /// the order of their family.
     pub fn is_out_in(&self) -> bool {
         self.is_picked() || self.is_coded()
     }

@@ -34,8 +34,8 @@ impl Drop for Unfinished {
     }
 }
 
-/// Removes the folders under construction, except those that a later run may resume, which are returned. Call it when the process is
-/// about to end early.
+/// Removes the folders under construction, except those that a later run may resume, which are returned. Call it when
+/// the process is about to end early.
 pub fn abandon() -> Vec<PathBuf> {
     // The lock is never released, so no folder is begun from now on.
     let folders = std::mem::ManuallyDrop::new(unfinished());

@@ -65,7 +65,8 @@ impl View {
         }
     }
 
-    /// Recognizes everything that the config and the settings of a quantizer describe. `read` gives the bytes of a stored tensor.
+    /// Recognizes everything that the config and the settings of a quantizer describe. `read` gives the
+    /// bytes of a stored tensor.
     ///
     /// # Errors
     /// The checkpoint is quantized in a way that is not read here, or its tensors contradict each other.

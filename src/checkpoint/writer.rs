@@ -63,7 +63,8 @@ pub struct SafetensorsWriter {
 }
 
 impl SafetensorsWriter {
-    /// Lays out `specs`, in their order, over shards of at most `max_shard_bytes` and writes the headers. Tensors that an earlier run wrote into the same shards stay there.
+    /// Lays out `specs`, in their order, over shards of at most `max_shard_bytes` and writes the headers. Tensors that
+    /// an earlier run wrote into the same shards stay there.
     pub fn create(folder: &Path, specs: &[TensorSpec], max_shard_bytes: u64) -> Result<Self> {
         Self::create_named(folder, SINGLE_FILE, specs, max_shard_bytes)
     }
@@ -200,7 +201,8 @@ fn beside(path: &Path) -> Result<tempfile::TempDir> {
     folder.map_err(io("create a work folder in", parent))
 }
 
-/// Bytes of all files that a [`SafetensorsWriter`] makes of `specs`, headers included; the index of shards is not counted.
+/// Bytes of all files that a [`SafetensorsWriter`] makes of `specs`, headers included; the index
+/// of shards is not counted.
 pub fn file_bytes(specs: &[TensorSpec], max_shard_bytes: u64) -> u64 {
     let bytes =
         |shard: &Vec<&TensorSpec>| header(shard).0.len() as u64 + shard.iter().map(|t| t.n_bytes()).sum::<u64>();

@@ -76,7 +76,8 @@ impl RevisionArgs {
 pub(super) struct DequantizeArgs {
     /// Work on the dequantized weights of a quantized model
     ///
-    /// Without it a model that another tool quantized is refused, because its errors add to the errors of the compression.
+    /// Without it a model that another tool quantized is refused, because its errors add to the
+    /// errors of the compression.
     #[arg(long, help_heading = "Model", hide_short_help = true)]
     pub dequantize: bool,
 }
@@ -223,7 +224,8 @@ impl DeviceArgs {
 pub(super) struct GateArgs {
     /// Exit with code 3 on this condition (`FIELD > 12`)
     ///
-    /// The condition is that a field of the report has a value: FIELD OP VALUE, where OP is one of > >= < <= == != and sizes may have units (`size_bytes > 4GiB`). May be repeated.
+    /// The condition is that a field of the report has a value: FIELD OP VALUE, where OP is one of > >= < <= == != and
+    /// sizes may have units (`size_bytes > 4GiB`). May be repeated.
     #[arg(long, value_name = "EXPR", num_args = 1, help_heading = "Output")]
     pub fail_if: Vec<Gate>,
 

@@ -141,7 +141,8 @@ pub(super) fn run(args: &EvalArgs, progress: &Bars) -> Result<()> {
     }
 }
 
-/// Checks the fields of the gates before the model is opened. The report depends on the model: a field of either kind will do.
+/// Checks the fields of the gates before the model is opened. The report depends on the model: a
+/// field of either kind will do.
 fn check_gates(args: &EvalArgs) -> Result<()> {
     let gates = &args.gates.fail_if;
     let for_encoders = || gate::expect_fields::<EncoderReport>(gates, &absent_for_encoders(args));

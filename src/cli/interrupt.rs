@@ -13,8 +13,8 @@ use crate::error::ExitClass;
 /// The exit code that shells give a program ended by SIGINT.
 const INTERRUPTED: i32 = 130;
 
-/// Turns fatal signals into errors: a file that exceeds `ulimit -f` becomes a failed write, and a failed allocation, which aborts
-/// after a line of the standard library, gets an error line and the exit code of resources.
+/// Turns fatal signals into errors: a file that exceeds `ulimit -f` becomes a failed write, and a failed allocation,
+/// which aborts after a line of the standard library, gets an error line and the exit code of resources.
 pub(super) fn outlive_limits(format: LogFormat) {
     #[cfg(unix)]
     {
@@ -37,8 +37,8 @@ pub(super) fn outlive_limits(format: LogFormat) {
     }
 }
 
-/// The error line of an abort. A signal handler must not print: it wakes a thread that does, and blocks the aborting thread until
-/// the process has ended.
+/// The error line of an abort. A signal handler must not print: it wakes a thread that does, and blocks the aborting
+/// thread until the process has ended.
 #[cfg(unix)]
 mod aborts {
     use std::fs::File;
@@ -59,7 +59,8 @@ mod aborts {
     const STACK_BYTES: usize = 256 << 10;
 
     pub fn report(format: LogFormat) -> Result<()> {
-        // Formatted in advance: at that point memory may be exhausted, and the aborting thread may hold the lock of stderr.
+        // Formatted in advance: at that point memory may be exhausted, and the aborting thread may
+        // hold the lock of stderr.
         let text = error_text(format, MESSAGE, Some(HINT), ExitClass::Resources as u8);
         let mut stderr = File::from(std::io::stderr().as_fd().try_clone_to_owned()?);
         let (mut woken, wake) = std::io::pipe()?;

@@ -28,8 +28,8 @@ use streams::print_failure;
 
 /// Low-rank compression of Hugging Face checkpoints
 ///
-/// Exit codes: 0 done; 2 usage; 3 a `--fail-if` condition was met; 4 unsupported or unmatched input; 5 numeric (non-finite,
-/// did not converge); 6 resources (disk, memory, network); 130 interrupted.
+/// Exit codes: 0 done; 2 usage; 3 a `--fail-if` condition was met; 4 unsupported or unmatched input; 5 numeric
+/// (non-finite, did not converge); 6 resources (disk, memory, network); 130 interrupted.
 #[derive(Debug, clap::Parser)]
 #[command(version, max_term_width = 100)]
 pub struct Cli {
@@ -132,7 +132,8 @@ pub fn run(cli: &Cli) -> Result<()> {
     }
 }
 
-/// Starts the global thread pool. Started lazily by the first parallel loop, it would panic where the system refuses threads.
+/// Starts the global thread pool. Started lazily by the first parallel loop, it would panic where
+/// the system refuses threads.
 fn start_threads() -> Result<()> {
     let Err(error) = rayon::ThreadPoolBuilder::new().build_global() else { return Ok(()) };
     // Without a cause the pool is running already: tests run several commands in one process.

@@ -81,8 +81,8 @@ impl RecipeFile {
         Ok(flags.clone().or(file))
     }
 
-    /// The recipe of `options`. An error about an option that is not a flag of this command, so that the file has it, names
-    /// the file.
+    /// The recipe of `options`. An error about an option that is not a flag of this command, so that the
+    /// file has it, names the file.
     pub fn check(&self, flags: &RecipeOptions, options: &RecipeOptions) -> Result<Recipe> {
         let recipe = Recipe::new(options).map_err(|error| match (&self.recipe, error.downcast::<Failure>()) {
             (Some(file), Ok(failure)) if !is_named(flags, &failure.message) && is_named(options, &failure.message) => {

@@ -187,7 +187,8 @@ pub(super) fn run(args: &SweepArgs, progress: &Bars) -> Result<()> {
     args.gates.conclude(&report, if args.csv { csv } else { show })
 }
 
-/// Refuses flags that determine what a compression writes, or how it does so for one budget. Recipe files may have them.
+/// Refuses flags that determine what a compression writes, or how it does so for one budget.
+/// Recipe files may have them.
 fn refuse_without_effect(flags: &RecipeOptions) -> Result<()> {
     let of_outputs = [("--elastic", flags.elastic == Some(true)), ("--max-shard-size", flags.max_shard_size.is_some())];
     if let Some((flag, _)) = of_outputs.iter().find(|(_, is_given)| *is_given) {

@@ -1,6 +1,6 @@
-//! AWQ, the layout `gemm` of AutoAWQ: `X.qweight` i32 (in, out / 8) and `X.qzeros` i32 (n_groups, out / 8), eight 4-bit codes a word,
-//! and `X.scales` f16 (n_groups, out). `W[j, i] = (code[i, j] − zero[i / g, j]) · scale[i / g, j]`. The eight outputs of a word are in the
-//! order [`ORDER`].
+//! AWQ, the layout `gemm` of AutoAWQ: `X.qweight` i32 (in, out / 8) and `X.qzeros` i32 (n_groups, out / 8), eight 4-bit
+//! codes a word, and `X.scales` f16 (n_groups, out). `W[j, i] = (code[i, j] − zero[i / g, j]) · scale[i / g, j]`. The
+//! eight outputs of a word are in the order [`ORDER`].
 
 use std::sync::Arc;
 

@@ -1,7 +1,8 @@
-//! bitsandbytes. In 4 bits (`nf4`, `fp4`) `X.weight` U8 (n / 2, 1) holds two codes a byte, the high half first, of the weight in row-major
-//! order; `X.weight.quant_map` f32 (16) has their values, and `X.weight.absmax` one scale for a run of `blocksize` weights. With nested
-//! scales, `absmax` is U8, an index of `X.weight.nested_quant_map`, times `X.weight.nested_absmax` for a run, plus an offset. Sizes and
-//! types are JSON in the bytes of `X.weight.quant_state.bitsandbytes__nf4`. In 8 bits `X.weight` I8 (out, in) has `X.SCB` f32 (out):
+//! bitsandbytes. In 4 bits (`nf4`, `fp4`) `X.weight` U8 (n / 2, 1) holds two codes a byte, the high half first, of the
+//! weight in row-major order; `X.weight.quant_map` f32 (16) has their values, and `X.weight.absmax` one scale for a run
+//! of `blocksize` weights. With nested scales, `absmax` is U8, an index of `X.weight.nested_quant_map`, times
+//! `X.weight.nested_absmax` for a run, plus an offset. Sizes and types are JSON in the bytes of
+//! `X.weight.quant_state.bitsandbytes__nf4`. In 8 bits `X.weight` I8 (out, in) has `X.SCB` f32 (out):
 //! `W[i, j] = code · SCB[i] / 127`.
 
 use std::sync::Arc;

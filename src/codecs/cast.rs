@@ -90,7 +90,8 @@ pub fn is_zero(dtype: Dtype, bytes: &[u8]) -> Option<bool> {
     is_float(dtype).then(|| bytes.chunks_exact(dtype.bitsize() / 8).all(is_zero))
 }
 
-/// Whether some value in `bytes` is NaN or infinite: its exponent has all bits set. False for dtypes that are not IEEE floats.
+/// Whether some value in `bytes` is NaN or infinite: its exponent has all bits set. False for dtypes
+/// that are not IEEE floats.
 pub fn holds_non_finite(dtype: Dtype, bytes: &[u8]) -> bool {
     match dtype {
         Dtype::F64 => bytes.as_chunks::<8>().0.iter().any(|&b| !f64::from_le_bytes(b).is_finite()),

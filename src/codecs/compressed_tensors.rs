@@ -1,8 +1,8 @@
-//! compressed-tensors. `pack-quantized`: `X.weight_packed` i32 (out, in · bits / 32) with codes, low bits first, `X.weight_scale`
-//! (out, n_groups), `X.weight_shape` i64 (2), perhaps `X.weight_zero_point` i32 (out · bits / 32, n_groups), packed along the outputs, and
-//! `X.weight_g_idx` i32 (in), the group of every column. Codes and zeros are stored with 2^(bits − 1) added. `int-quantized` and
-//! `float-quantized`: `X.weight` in I8 or F8_E4M3 with scales for the matrix, its rows or its blocks, and perhaps zeros. lrc writes
-//! symmetric codes with 4 or 8 bits.
+//! compressed-tensors. `pack-quantized`: `X.weight_packed` i32 (out, in · bits / 32) with codes, low bits first,
+//! `X.weight_scale` (out, n_groups), `X.weight_shape` i64 (2), perhaps `X.weight_zero_point` i32 (out · bits / 32,
+//! n_groups), packed along the outputs, and `X.weight_g_idx` i32 (in), the group of every column. Codes and zeros are
+//! stored with 2^(bits − 1) added. `int-quantized` and `float-quantized`: `X.weight` in I8 or F8_E4M3 with scales for
+//! the matrix, its rows or its blocks, and perhaps zeros. lrc writes symmetric codes with 4 or 8 bits.
 
 use std::sync::Arc;
 

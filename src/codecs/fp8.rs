@@ -1,5 +1,6 @@
-//! Weights of 8-bit floats, `fp8` and `fbgemm_fp8` of transformers: `X.weight` F8_E4M3 (out, in), with `X.weight_scale_inv` for blocks, of
-//! 128 × 128 where the settings say nothing, or `X.weight_scale` for the matrix or its rows. Weights are multiplied by either.
+//! Weights of 8-bit floats, `fp8` and `fbgemm_fp8` of transformers: `X.weight` F8_E4M3 (out, in), with
+//! `X.weight_scale_inv` for blocks, of 128 × 128 where the settings say nothing, or `X.weight_scale` for the matrix or
+//! its rows. Weights are multiplied by either.
 
 use std::sync::Arc;
 

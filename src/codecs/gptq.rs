@@ -1,9 +1,10 @@
-//! GPTQ: `X.qweight` i32 (in · bits / 32, out), packed along the inputs, `X.qzeros` i32 (n_groups, out · bits / 32), `X.scales` f16
-//! (n_groups, out), `X.g_idx` i32 (in), the group of every input: in runs, or in any order (`desc_act`). Codes have 2, 3, 4 or 8 bits, a
-//! stream with low bits first. `W[j, i] = (code[i, j] − zero[g_idx[i], j]) · scale[g_idx[i], j]`.
+//! GPTQ: `X.qweight` i32 (in · bits / 32, out), packed along the inputs, `X.qzeros` i32 (n_groups, out · bits / 32),
+//! `X.scales` f16 (n_groups, out), `X.g_idx` i32 (in), the group of every input: in runs, or in any order (`desc_act`).
+//! Codes have 2, 3, 4 or 8 bits, a stream with low bits first.
+//! `W[j, i] = (code[i, j] − zero[g_idx[i], j]) · scale[g_idx[i], j]`.
 //!
-//! Version 1 stores zeros minus one, version 2 as they are. The library turns the first into the second by adding to whole words, so a
-//! zero that became −1 borrows from its neighbor and gets it back. lrc writes version 1.
+//! Version 1 stores zeros minus one, version 2 as they are. The library turns the first into the second by adding to
+//! whole words, so a zero that became −1 borrows from its neighbor and gets it back. lrc writes version 1.
 
 use std::sync::Arc;
 

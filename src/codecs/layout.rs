@@ -1,7 +1,8 @@
-//! Quantized weights as other tools store them: which tensors make one weight, and how its values are computed from them.
+//! Quantized weights as other tools store them: which tensors make one weight, and how its
+//! values are computed from them.
 //!
-//! A [`Method`] is what `quantization_config` names. It has one or more [`CodeLayout`]s, and finds a weight by the suffix of a tensor that
-//! every weight in the layout has.
+//! A [`Method`] is what `quantization_config` names. It has one or more [`CodeLayout`]s, and finds a weight by the
+//! suffix of a tensor that every weight in the layout has.
 
 use std::fmt;
 use std::sync::Arc;
@@ -155,7 +156,8 @@ pub trait Decoder: fmt::Debug + Send + Sync {
         true
     }
 
-    /// The decoder of one matrix of a stack, whose stored tensors are the stack's at one index of their first dimension.
+    /// The decoder of one matrix of a stack, whose stored tensors are the stack's at one index
+    /// of their first dimension.
     fn of_one(&self) -> Option<Arc<dyn Decoder>> {
         None
     }

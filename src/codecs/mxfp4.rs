@@ -1,5 +1,6 @@
-//! MXFP4, which stores stacks of experts: `X_blocks` U8 (experts, out, in / 32, 16), two E2M1 codes a byte with the low half first, and
-//! `X_scales` U8 (experts, out, in / 32), E8M0. The stack `X` that they make is (experts, in, out), as transformers has it.
+//! MXFP4, which stores stacks of experts: `X_blocks` U8 (experts, out, in / 32, 16), two E2M1 codes a byte with the
+//! low half first, and `X_scales` U8 (experts, out, in / 32), E8M0. The stack `X` that they make is (experts, in,
+//! out), as transformers has it.
 
 use std::sync::Arc;
 

@@ -1,5 +1,5 @@
-//! Weights of one byte with a scale for the whole matrix, for every row, or for every block of rows and columns: the arithmetic that
-//! fp8 and int8 layouts share, `W[i, j] = (code[i, j] − zero[i / b, j / c]) · scale[i / b, j / c]`.
+//! Weights of one byte with a scale for the whole matrix, for every row, or for every block of rows and columns: the
+//! arithmetic that fp8 and int8 layouts share, `W[i, j] = (code[i, j] − zero[i / b, j / c]) · scale[i / b, j / c]`.
 
 use super::cast::Dtype;
 use super::float8;
@@ -24,7 +24,8 @@ pub(super) struct Scaled {
     pub kind: &'static str,
 }
 
-/// Rows and columns with one scale: from the shape of the scales, and from the size of blocks in the settings where it fits.
+/// Rows and columns with one scale: from the shape of the scales, and from the size of blocks in
+/// the settings where it fits.
 ///
 /// # Errors
 /// The scales do not divide the matrix.

@@ -187,8 +187,8 @@ fn curve<'a>(study: &'a Study<'_>, i: usize) -> Option<&'a ErrorCurve> {
 }
 
 impl<'a> PricedUnit<'a> {
-    /// A linear by its shape. Its error falls with its bits per weight alone, as the error of rounding does: by a factor
-    /// of four per bit.
+    /// A linear by its shape. Its error falls with its bits per weight alone, as the error of rounding does: by
+    /// a factor of four per bit.
     fn by_shape(recipe: &Recipe, plan: &Plan, i: usize, price: Option<&Price<'_>>) -> Self {
         let linear = &plan.linears[i];
         let (unit, dense_cost) = (Unit { members: vec![i] }, cost(price, linear, None));
@@ -310,8 +310,8 @@ fn cost(price: Option<&Price<'_>>, linear: &LinearInfo, forms: Option<&Forms>) -
     }
 }
 
-/// Joins the units whose members may share a part: candidates are the best fits of separate members at every cost, and the
-/// joint fits.
+/// Joins the units whose members may share a part: candidates are the best fits of separate members at every
+/// cost, and the joint fits.
 fn together<'a>(
     study: &Study<'_>,
     alone: Vec<PricedUnit<'a>>,

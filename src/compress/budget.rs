@@ -32,7 +32,8 @@ fn quantized_choice(recipe: &Recipe, linear: &LinearInfo, quant: Quant) -> Choic
     }
 }
 
-/// The choices of a linear that a budget has with quantized bases: each quantizer of its menu with each rank of factors.
+/// The choices of a linear that a budget has with quantized bases: each quantizer of its menu
+/// with each rank of factors.
 pub(super) fn choices_of_bases(recipe: &Recipe, linear: &LinearInfo) -> Vec<Choice> {
     let ranks = match linear.vocabulary {
         Some(_) => vec![0],
@@ -59,7 +60,8 @@ pub(super) fn compensation_ranks(method: Compensate, rank: CompensateRank, shape
     }
 }
 
-/// The forms of a linear under a choice that was made by shape: fits are the quantizers of its menu, or its only layout.
+/// The forms of a linear under a choice that was made by shape: fits are the quantizers of its
+/// menu, or its only layout.
 pub(super) fn forms_by_shape(recipe: &Recipe, linear: &LinearInfo, choice: Choice) -> Option<Forms> {
     let quant = match choice {
         Choice::Fitted { fit, .. } if !recipe.quant().is_empty() => menu(recipe, linear).get(fit).copied(),
@@ -133,7 +135,8 @@ fn affordable_rank(recipe: &Recipe, plan: &Plan, i: usize) -> usize {
     ((bytes / rank_bytes).min(m.min(n) as f64) as usize).max(1)
 }
 
-/// Whether the values of a linear's own fit are read. The sequential mode makes its own, except for experts that see too few tokens.
+/// Whether the values of a linear's own fit are read. The sequential mode makes its own, except for experts
+/// that see too few tokens.
 pub(super) fn reads_fit(recipe: &Recipe, linear: &LinearInfo) -> bool {
     recipe.anchor().is_none() || recipe.runs_trials() || linear.id.is_some_and(|id| id.slot.expert.is_some())
 }

@@ -1,7 +1,7 @@
 //! Low-rank compensation of a quantized base, `W ≈ Q + B·A`: published methods as rows of a table.
 //!
-//! All minimize `tr(G E C Eᵀ)` of the error `E = W − Q − B·A` with the same kernel. They differ in the metric, and in whether they alternate
-//! between base and factors.
+//! All minimize `tr(G E C Eᵀ)` of the error `E = W − Q − B·A` with the same kernel. They differ in the metric, and in
+//! whether they alternate between base and factors.
 
 use std::fmt;
 use std::str::FromStr;

@@ -107,8 +107,8 @@ impl Search<'_> {
         Ok(choices)
     }
 
-    /// The choices whose weight files come closest to `target` bytes from below. Headers have no price of their own, so the
-    /// budget of the linears is corrected by their actual size.
+    /// The choices whose weight files come closest to `target` bytes from below. Headers have no price of their own, so
+    /// the budget of the linears is corrected by their actual size.
     fn meet(&self, target: u64) -> Result<Vec<Choice>> {
         const ROUNDS: usize = 24;
         let dense = vec![Choice::Dense; self.plan.linears.len()];

@@ -61,7 +61,8 @@ impl<T: Clone + Send + Sync + 'static> Setting for Vec<T> {
 /// merge would repeat its name.)
 macro_rules! recipe_options {
     ($($(#[$attribute:meta])* $option:ident: $type:ty, $heading:literal [$($argument:tt)*],)*) => {
-        /// The options of a compression. All are optional; [`Recipe::new`](super::recipe::Recipe::new) fills in the defaults.
+        /// The options of a compression. All are optional;
+        /// [`Recipe::new`](super::recipe::Recipe::new) fills in the defaults.
         ///
         /// ```
         /// use lrc::compress::recipe::{Recipe, RecipeOptions};
@@ -100,8 +101,8 @@ macro_rules! recipe_options {
 recipe_options! {
     /// Share of the targeted parameters to keep, in (0, 1]
     ///
-    /// If bases are quantized, it is a share of the bytes of the targeted linears. With 1 every linear stays as it is, and nothing is
-    /// measured.
+    /// If bases are quantized, it is a share of the bytes of the targeted linears. With 1 every linear stays as it is,
+    /// and nothing is measured.
     keep: Option<f64>, "Budget" [value_name = "SHARE"],
 
     /// Size of the weight files, never exceeded (`350MiB`)
@@ -116,8 +117,8 @@ recipe_options! {
     /// Quantizers to choose from (`rtn-int4,rtn-int8`)
     ///
     /// A quantizer is rtn or gptq with a type, as in gptq-int4: int8, int4, int3, int2; or nf4; each with any of the
-    /// suffixes -g32, -g64, -g128, -channel, -sym, -asym, -absmax, -mse. It can also be a block format of GGUF: q8_0, q5_1, q5_0, q4_1, q4_0, q2_k, q3_k, q4_k, q5_k,
-    /// q6_k. With several, the budget chooses one per linear.
+    /// suffixes -g32, -g64, -g128, -channel, -sym, -asym, -absmax, -mse. It can also be a block format of GGUF: q8_0,
+    /// q5_1, q5_0, q4_1, q4_0, q2_k, q3_k, q4_k, q5_k, q6_k. With several, the budget chooses one per linear.
     quant: Vec<Quant>, "Quantization" [value_name = "QUANT", value_delimiter = ',', num_args = 1],
 
     /// Low-rank factors for the error [default: none]
@@ -135,20 +136,21 @@ recipe_options! {
 
     /// Approximation method [default: kfac or svd]
     ///
-    /// It also defines the metric in which errors are reported. The default is kfac with `--calibration` or `--statistics` (svd-llm if bases
-    /// are quantized without a budget), and svd without.
+    /// It also defines the metric in which errors are reported. The default is kfac with `--calibration` or
+    /// `--statistics` (svd-llm if bases are quantized without a budget), and svd without.
     method: Option<Method>, "Method" [],
 
     /// How ranks are chosen [default: knapsack or welore]
     ///
-    /// The choices are uniform, welore, energy, energy:SHARE, effective-rank, knapsack, full, fixed:RANK. The default is knapsack for kfac
-    /// and for quantized bases, else welore.
+    /// The choices are uniform, welore, energy, energy:SHARE, effective-rank, knapsack, full, fixed:RANK. The default
+    /// is knapsack for kfac and for quantized bases, else welore.
     ranks: Option<Ranks>, "Method" [],
 
     /// Structure of low-rank matrices [default: pivot]
     ///
-    /// factors: `B` (m, r) and `A` (r, n), with r (m + n) parameters. pivot: r rows of the product and the coefficients of all other
-    /// rows in them (PIFA), with r (m + n - r) parameters. monarch: two block-diagonal matrices with a permutation between them.
+    /// factors: `B` (m, r) and `A` (r, n), with r (m + n) parameters. pivot: r rows of the product and the coefficients
+    /// of all other rows in them (PIFA), with r (m + n - r) parameters. monarch: two block-diagonal matrices with a
+    /// permutation between them.
     layout: Option<Kind>, "Method" [value_name = "LAYOUT"],
 
     /// How the knapsack weighs errors of different matrices
@@ -169,7 +171,8 @@ recipe_options! {
 
     /// Modules to compress (`*.mlp.*`) [default: all linears]
     ///
-    /// The glob matches module names, and the flag may be repeated. By default every linear is compressed except heads and routers.
+    /// The glob matches module names, and the flag may be repeated. By default every linear is compressed
+    /// except heads and routers.
     targets: Vec<String>, "Model" [value_name = "GLOB", num_args = 1],
 
     /// Modules to leave unchanged; overrides `--targets`
@@ -186,8 +189,8 @@ recipe_options! {
 
     /// Text to measure on (`.txt`, `.jsonl`, `.parquet`)
     ///
-    /// Activations and gradients are measured on it. Prose in UTF-8, or documents in `.jsonl`, `.ndjson`, `.json` or `.parquet`;
-    /// each also as `.gz` or `.zst`.
+    /// Activations and gradients are measured on it. Prose in UTF-8, or documents in `.jsonl`, `.ndjson`, `.json` or
+    /// `.parquet`; each also as `.gz` or `.zst`.
     calibration: Option<PathBuf>, "Calibration" [value_name = "FILE"],
 
     /// Field of a document that holds its text [default: text]

@@ -36,7 +36,8 @@ pub(super) enum FitKind {
     Shared(Right),
 }
 
-/// The layout of a linear of low rank. Rows of the vocabulary are read one by one, so that its matrices are two factors.
+/// The layout of a linear of low rank. Rows of the vocabulary are read one by one, so that its
+/// matrices are two factors.
 pub(super) fn layout(recipe: &Recipe, linear: &LinearInfo) -> Kind {
     if linear.vocabulary.is_some() { Kind::FACTORS } else { recipe.layout() }
 }
@@ -49,8 +50,8 @@ pub(super) fn menu(recipe: &Recipe, linear: &LinearInfo) -> Vec<Quant> {
     }
 }
 
-/// The ranks that `--compensate-rank auto` tries cost up to this share of the parameters of a linear: 4 bits per weight in
-/// 16-bit factors.
+/// The ranks that `--compensate-rank auto` tries cost up to this share of the parameters of a linear: 4 bits per
+/// weight in 16-bit factors.
 const LARGEST_SHARE: f64 = 0.25;
 
 /// Largest rank of factors over a base that `auto` tries.

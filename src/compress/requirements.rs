@@ -14,9 +14,9 @@ use crate::model::{ModelConfig, Slot};
 use crate::operator::Shape;
 
 impl Plan {
-    /// Most bytes that a run keeps between its stages, in memory or on disk: statistics, the states of `tokens` (all of them, and
-    /// those whose gradients are taken: the states that enter each block), and fits, or their rounded values, which replace them.
-    /// `docs/performance.md` has the formula.
+    /// Most bytes that a run keeps between its stages, in memory or on disk: statistics, the states of `tokens` (all of
+    /// them, and those whose gradients are taken: the states that enter each block), and fits, or their rounded values,
+    /// which replace them. `docs/performance.md` has the formula.
     pub fn kept_bytes(&self, checkpoint: &Checkpoint, recipe: &Recipe, tokens: (usize, usize)) -> u64 {
         let needs = recipe.needs();
         let sum = |bytes: &dyn Fn(&LinearInfo) -> u64| self.linears.iter().map(bytes).sum::<u64>();

@@ -364,7 +364,8 @@ impl<'s> Solution<'s> {
         Ok(Some(operator))
     }
 
-    /// Squared error of an operator of the `i`-th linear in the metric of the method, over the squared norm of the weight in it.
+    /// Squared error of an operator of the `i`-th linear in the metric of the method, over the squared
+    /// norm of the weight in it.
     ///
     /// # Errors
     /// The weight or the statistics cannot be read.

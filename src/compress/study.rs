@@ -101,7 +101,8 @@ impl<'a> Study<'a> {
             quants,
             round: self.rounds,
         };
-        // In a recipe of low rank only matrices of the vocabulary have a menu. Later rounds compare with all of their norms.
+        // In a recipe of low rank only matrices of the vocabulary have a menu. Later rounds compare
+        // with all of their norms.
         let is_wanted = |i: &usize| self.rounds > 0 || !self.recipe.quant().is_empty() || !quants(*i).is_empty();
         let units = (0..self.plan.linears.len()).filter(is_wanted).map(|i| Unit { members: vec![i] }).collect();
         self.rounds += 1;

@@ -1,10 +1,10 @@
 //! The metric of the matrices of the vocabulary.
 //!
 //! A row of the embedding table is read where its token is, so that its error `e` costs `share · eᵀ G e`, with `G` the
-//! second moment of the gradients at the rows that are read, and its share of the tokens. A row of the head makes one logit of
-//! every state `x`: `E[g²] · eᵀ C e`, with `C` the second moment of the states and `g` the gradient at the logit. A tied matrix has both
-//! costs. Their sum is not a product of two forms; the nearest of its kind adds the two weights of a row, and mixes the two forms
-//! in proportion to all that they weigh.
+//! second moment of the gradients at the rows that are read, and its share of the tokens. A row of the head makes one
+//! logit of every state `x`: `E[g²] · eᵀ C e`, with `C` the second moment of the states and `g` the gradient at the
+//! logit. A tied matrix has both costs. Their sum is not a product of two forms; the nearest of its kind adds the two
+//! weights of a row, and mixes the two forms in proportion to all that they weigh.
 
 use anyhow::Result;
 use faer::{Mat, Scale};

@@ -1,4 +1,5 @@
-//! The divergence of a model from a reference, per token and on average, with the figures of llama.cpp's `--kl-divergence`.
+//! The divergence of a model from a reference, per token and on average, with the figures of
+//! llama.cpp's `--kl-divergence`.
 
 use anyhow::Result;
 use candle_core::Tensor;

@@ -32,11 +32,13 @@ pub enum Masking {
     Always,
 }
 
-/// Measures an encoder over a text, in windows as the tokenizer wraps them; the last one may be shorter. For a sentence-transformers
-/// model and a file with several documents, each document is a window, truncated to the longest text that the model reads.
+/// Measures an encoder over a text, in windows as the tokenizer wraps them; the last one may be shorter. For a
+/// sentence-transformers model and a file with several documents, each document is a window, truncated to the longest
+/// text that the model reads.
 ///
 /// # Errors
-/// A model cannot be run or is not an encoder, the reference has another tokenizer or width, or the head for `masking` is missing.
+/// A model cannot be run or is not an encoder, the reference has another tokenizer or width, or the head
+/// for `masking` is missing.
 pub fn encoder(
     checkpoint: &Checkpoint,
     reference: Option<&Reference<'_>>,
@@ -223,8 +225,8 @@ fn fidelity(
     })
 }
 
-/// Masks each token of the text in turn and predicts it from all others of its window (Salazar et al. 2020, arXiv:1910.14659). Takes one
-/// pass per token.
+/// Masks each token of the text in turn and predicts it from all others of its window (Salazar et al. 2020,
+/// arXiv:1910.14659). Takes one pass per token.
 fn pseudo_perplexity(
     decoder: &Decoder<'_>,
     wrapped: &[(Vec<u32>, Range<usize>)],

@@ -155,8 +155,8 @@ fn cut(
     Ok(cut)
 }
 
-/// Counts the words that begin in a range of bytes of a text. Words are the pieces between runs of white space, as in Python's
-/// `re.split(r"\s+", text)`: the first may be empty.
+/// Counts the words that begin in a range of bytes of a text. Words are the pieces between runs of white space, as in
+/// Python's `re.split(r"\s+", text)`: the first may be empty.
 fn words_in(text: &str, bytes: &Range<usize>) -> usize {
     // Python's \s is Unicode white space and the separators 0x1c to 0x1f.
     let is_space = |c: char| c.is_whitespace() || ('\u{1c}'..='\u{1f}').contains(&c);
@@ -172,8 +172,8 @@ fn words_in(text: &str, bytes: &Range<usize>) -> usize {
     n_words
 }
 
-/// Measures perplexity, and the divergence from a reference if there is one. Weights are read once, one block at a time, of both models
-/// in turn.
+/// Measures perplexity, and the divergence from a reference if there is one. Weights are read once, one block at a
+/// time, of both models in turn.
 ///
 /// ```
 /// # use lrc::checkpoint::Checkpoint;

@@ -394,7 +394,8 @@ pub fn side(checkpoint: &Checkpoint, target: &Path, replaced: &[&str]) -> Result
     checkpoint.side(replaced, &|path| OutputFolder::is_own(target, path))
 }
 
-/// Copies the side files of a checkpoint, without `replaced`, and writes those that its GGUF file describes. Returns the files that were left out, with the reasons.
+/// Copies the side files of a checkpoint, without `replaced`, and writes those that its GGUF file describes. Returns
+/// the files that were left out, with the reasons.
 ///
 /// # Errors
 /// A file cannot be read or written.

@@ -1,5 +1,5 @@
-//! The difference of a fine-tuned model from its base as a PEFT adapter ([`peft`]): factors of its linears, and whatever
-//! else was changed as `modules_to_save` and biases. The base is not part of the output.
+//! The difference of a fine-tuned model from its base as a PEFT adapter ([`peft`]): factors of its linears, and
+//! whatever else was changed as `modules_to_save` and biases. The base is not part of the output.
 
 use std::collections::BTreeSet;
 

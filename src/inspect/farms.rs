@@ -1,6 +1,7 @@
-//! FARMS: the tail exponent without the bias of the shape (Hu et al. 2025, "Eigenspectrum analysis of neural networks without aspect
-//! ratio bias"). A long matrix has a narrower spectrum than a square one with the same distribution of entries. So eigenvalues are those
-//! of square windows spread evenly over the matrix, pooled, and α is Hill's estimate over their larger half.
+//! FARMS: the tail exponent without the bias of the shape (Hu et al. 2025, "Eigenspectrum analysis of neural networks
+//! without aspect ratio bias"). A long matrix has a narrower spectrum than a square one with the same distribution of
+//! entries. So eigenvalues are those of square windows spread evenly over the matrix, pooled, and α is Hill's
+//! estimate over their larger half.
 
 use anyhow::Result;
 use faer::MatRef;

@@ -23,8 +23,8 @@ use crate::report::{AdapterRecord, InspectReport, LRC_VERSION, SCHEMA_VERSION, S
 use matrices::Matrix;
 pub use spectrum::{ENERGY_SHARES, WELORE_THRESHOLDS};
 
-/// Computes the spectrum of every matrix, in parallel over matrices, for any safetensors checkpoint. `weighted` is the name of a metric with
-/// the error curves of linears in it, by module.
+/// Computes the spectrum of every matrix, in parallel over matrices, for any safetensors checkpoint. `weighted` is the
+/// name of a metric with the error curves of linears in it, by module.
 ///
 /// ```
 /// use lrc::checkpoint::Checkpoint;

@@ -2,9 +2,10 @@
 
 use crate::report::PowerLaw;
 
-/// Fits `p(λ) ∝ λ^−α` to the eigenvalues from `xmin` on (Clauset, Shalizi & Newman 2009, eqs. 3.1 and 3.9), as WeightWatcher does (Martin
-/// & Mahoney 2021): α by maximum likelihood, with the `xmin` of the smallest Kolmogorov–Smirnov distance among all values but the
-/// largest. `descending` holds eigenvalues σ². None if all are equal.
+/// Fits `p(λ) ∝ λ^−α` to the eigenvalues from `xmin` on (Clauset, Shalizi & Newman 2009, eqs. 3.1 and
+/// 3.9), as WeightWatcher does (Martin & Mahoney 2021): α by maximum likelihood, with the `xmin` of the
+/// smallest Kolmogorov–Smirnov distance among all values but the largest. `descending` holds eigenvalues
+/// σ². None if all are equal.
 pub(super) fn fit(descending: &[f64]) -> Option<PowerLaw> {
     let values: Vec<f64> = descending.iter().rev().copied().filter(|&v| v > 0.0).collect();
     let logs: Vec<f64> = values.iter().map(|v| v.ln()).collect();
@@ -29,8 +30,8 @@ pub(super) fn fit(descending: &[f64]) -> Option<PowerLaw> {
     best
 }
 
-/// Kolmogorov–Smirnov distance between the power law and the values, given as ascending logarithms. Returns early with a larger value once
-/// it exceeds `bound`.
+/// Kolmogorov–Smirnov distance between the power law and the values, given as ascending logarithms. Returns early with
+/// a larger value once it exceeds `bound`.
 fn distance(logs: &[f64], alpha: f64, bound: f64) -> f64 {
     let n = logs.len() as f64;
     let mut largest: f64 = 0.0;
@@ -44,7 +45,8 @@ fn distance(logs: &[f64], alpha: f64, bound: f64) -> f64 {
     largest
 }
 
-/// Hill's estimate of α over the larger half: `1 + k / Σ ln(λ_i / λ_k)` (AlphaPruning, Lu et al. 2024). None if all are equal.
+/// Hill's estimate of α over the larger half: `1 + k / Σ ln(λ_i / λ_k)` (AlphaPruning, Lu et al.
+/// 2024). None if all are equal.
 pub(super) fn hill(mut eigenvalues: Vec<f64>) -> Option<f64> {
     eigenvalues.retain(|&v| v > 0.0);
     eigenvalues.sort_unstable_by(|a, b| b.total_cmp(a));

@@ -9,8 +9,8 @@ use super::convert::{to_row_major, transpose_row_major, transposed_from_row_majo
 /// Number of multiplications from which a product is divided among threads.
 const LARGE: usize = 1 << 30;
 
-/// Threads for a product with this number of multiplications: all of the current pool if it is large. They divide the result,
-/// never a sum, so the bytes do not depend on their number.
+/// Threads for a product with this number of multiplications: all of the current pool if it is large. They divide the
+/// result, never a sum, so the bytes do not depend on their number.
 pub(super) fn threads_for(n_multiplications: usize) -> Par {
     if n_multiplications >= LARGE { threads() } else { Par::Seq }
 }

@@ -43,8 +43,8 @@ pub(super) fn batch_bytes(config: &ModelConfig, n_tokens: usize) -> usize {
     4 * (6 * config.hidden_size + 3 * inner) * n_tokens + LOGIT_BYTES
 }
 
-/// Runs of windows of one length; several windows together have at most [`BATCH_TOKENS`] tokens. No run has windows on both
-/// sides of `boundary`.
+/// Runs of windows of one length; several windows together have at most [`BATCH_TOKENS`] tokens. No run has windows on
+/// both sides of `boundary`.
 pub(super) fn split(windows: &[Vec<u32>], boundary: usize) -> Vec<Range<usize>> {
     let mut batches: Vec<Range<usize>> = Vec::new();
     for (i, window) in windows.iter().enumerate() {

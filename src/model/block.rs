@@ -225,8 +225,8 @@ impl Block {
         Ok(first)
     }
 
-    /// Taps the gradients at the outputs of all linears. The last product of a pass, on which no gradient depends, is not
-    /// computed: the states that follow are wrong.
+    /// Taps the gradients at the outputs of all linears. The last product of a pass, on which no gradient depends, is
+    /// not computed: the states that follow are wrong.
     pub fn tap_gradients(&mut self) -> Vec<(Slot, GradientTap)> {
         let is_read = self.arrangement == Arrangement::PostNorm;
         let last = if is_read || self.after_mlp.is_some() { Outputs::Used } else { Outputs::Unused };

@@ -337,8 +337,8 @@ impl Embeddings {
         self.table.dims()[0]
     }
 
-    /// The gradient (n_tokens, width) of the loss at the rows that `ids` read, from that at the states (n_tokens, hidden_size)
-    /// made of them.
+    /// The gradient (n_tokens, width) of the loss at the rows that `ids` read, from that at the states (n_tokens,
+    /// hidden_size) made of them.
     ///
     /// # Errors
     /// A shape does not match.

@@ -103,8 +103,8 @@ impl Head {
     }
 
     /// The gradient (n, hidden_size), with respect to `x` (n, hidden_size), of the summed negative log-likelihood of
-    /// `targets`; each is predicted from the state in its row of `rows`. Adds the squares of the gradients at the outputs of
-    /// the matrix to `squares` (vocab_size).
+    /// `targets`; each is predicted from the state in its row of `rows`. Adds the squares of the gradients at the
+    /// outputs of the matrix to `squares` (vocab_size).
     ///
     /// # Errors
     /// A logit is not finite.

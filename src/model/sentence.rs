@@ -1,6 +1,6 @@
 //! Sentence embeddings as sentence-transformers computes them: `modules.json` names a pooling of the last states and
-//! the modules after it. The vector equals the result of `SentenceTransformer.encode` for one text, without padding. Reimers
-//! & Gurevych 2019, arXiv:1908.10084.
+//! the modules after it. The vector equals the result of `SentenceTransformer.encode` for one text, without padding.
+//! Reimers & Gurevych 2019, arXiv:1908.10084.
 
 use std::path::{Path, PathBuf};
 use std::sync::Once;

@@ -61,7 +61,7 @@ impl Hidden {
 /// The tokens of a window that are scored.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Scored {
-    /// Positions of the scored tokens, never 0. Each is predicted from the state before it, so the last may equal the window length.
+    /// Positions of scored tokens, never 0. The state before predicts each, so the last may equal the window length.
     pub places: Range<usize>,
     /// The tokens at these positions.
     pub tokens: Vec<u32>,
@@ -332,7 +332,7 @@ impl<'a> Walk<'a> {
         )
     }
 
-    /// Like [`Self::for_each_window`] for two streams; `work` also returns the states that replace the states of the first.
+    /// Like [`Self::for_each_window`] for two streams; `work` also returns new states for the first.
     ///
     /// # Errors
     /// As [`Self::for_each_window`], or the work folder cannot be written.

@@ -27,7 +27,8 @@ pub fn bias_parts() -> impl Iterator<Item = String> {
     std::iter::once("bias".to_string()).chain(holders)
 }
 
-/// Whether a tensor is a part of a compressed module: `X.lr_a.weight`, `X.base.bias`, ..., but neither `X.weight` nor `X.bias`.
+/// Whether a tensor is a part of a compressed module: `X.lr_a.weight`, `X.base.bias`, ..., but neither
+/// `X.weight` nor `X.bias`.
 pub fn is_compressed_part(tensor: &str) -> bool {
     let is_part_of_it = |part: String| tensor.strip_suffix(&part).is_some_and(|module| module.ends_with('.'));
     let parts = all_parts().into_iter().chain(bias_parts());

@@ -6,8 +6,8 @@
 //! Pivot rows are not ordered by significance as the columns of factors are. The factors can be recovered with the
 //! pivot rows of `B` (r, r), which are stored on request.
 //!
-//! Rows of `T` have thousands of coefficients, and in 16 bits both their own errors and the errors of `P` are multiplied by
-//! their norm. With `S = [I; T]`, so that the matrix is `S P`, and the metric `tr(G E C Eᵀ)`:
+//! Rows of `T` have thousands of coefficients, and in 16 bits both their own errors and the errors of `P` are
+//! multiplied by their norm. With `S = [I; T]`, so that the matrix is `S P`, and the metric `tr(G E C Eᵀ)`:
 //!
 //! - Pivots are swapped until no coefficient exceeds 1.2: rounding `P` with feedback costs the geometric mean of the
 //!   spectrum of `Sᵀ G S`, which is least where the volume of the pivots is largest.

@@ -344,8 +344,8 @@ fn long_coefficients_cost_no_more_than_twice_what_a_dense_weight_does() {
 
 #[test]
 fn a_pair_of_rank_one_is_rounded_as_by_hand() {
-    // Rows 3 and 1 + 2⁻⁹ of the column, plain metric: the pivot is 3, the coefficient c = (1 + 2⁻⁹) / 3 rounded to ĉ, and
-    // the row is the nearest value to a (1 + c ĉ) / (1 + ĉ²).
+    // Rows 3 and 1 + 2⁻⁹ of the column, plain metric: the pivot is 3, the coefficient c = (1 + 2⁻⁹) / 3 rounded to ĉ,
+    // and the row is the nearest value to a (1 + c ĉ) / (1 + ĉ²).
     let (long, short) = (3.0f32, 1.0 + 1.0 / 512.0);
     let a = [0.71f32, -1.3, 2.9];
     let pair = LowRank { rank: 1, b: vec![short, long], a: a.to_vec() };

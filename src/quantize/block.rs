@@ -61,8 +61,8 @@ impl BlockType {
         Some(Scheme { levels: Levels::Int { bits, symmetric: true }, group: Some(32) })
     }
 
-    /// The smallest factor of an f16 scale at either end of a block's range. In blocks with a minimum, the negative end is the code of
-    /// that minimum.
+    /// The smallest factor of an f16 scale at either end of a block's range. In blocks with a minimum, the negative end
+    /// is the code of that minimum.
     pub fn n_levels(self) -> f32 {
         match self.dtype {
             GgmlDType::Q4_0 => 8.0,
@@ -77,8 +77,8 @@ impl BlockType {
         }
     }
 
-    /// This type, or the one that llama.cpp takes instead for rows of `cols` that do not consist of its blocks; `None` if
-    /// no type has blocks that divide them.
+    /// This type, or the one that llama.cpp takes instead for rows of `cols` that do not consist of its blocks; `None`
+    /// if no type has blocks that divide them.
     pub fn for_rows(self, cols: usize) -> Option<Self> {
         if self.divides(cols) { Some(self) } else { Self::named(self.fallback?)?.for_rows(cols) }
     }
@@ -116,7 +116,8 @@ impl Blocks {
         Ok(Self { rows, cols, block_type, bytes: quantized.data()?.into_owned() })
     }
 
-    /// Symmetric codes as blocks, exactly: up to 4 bits as Q4_0, up to 8 as Q8_0; `None` if their groups are not made of whole blocks.
+    /// Symmetric codes as blocks, exactly: up to 4 bits as Q4_0, up to 8 as Q8_0; `None` if their groups are
+    /// not made of whole blocks.
     pub fn of_grouped(matrix: &Grouped) -> Option<Self> {
         const BLOCK: usize = 32;
         let Levels::Int { bits, symmetric: true } = matrix.scheme.levels else { return None };
@@ -137,7 +138,8 @@ impl Blocks {
                     bytes.extend(codes.iter().map(|code| code.wrapping_sub(middle)));
                     continue;
                 }
-                // Shifts the middle of fewer bits to the middle of four. The low nibbles are the first half of the block.
+                // Shifts the middle of fewer bits to the middle of four. The low nibbles are the
+                // first half of the block.
                 let shift = 8 - (1u8 << (bits - 1));
                 let (first, second) = codes.split_at(BLOCK / 2);
                 bytes.extend(first.iter().zip(second).map(|(low, high)| (low + shift) | ((high + shift) << 4)));

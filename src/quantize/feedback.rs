@@ -3,8 +3,8 @@
 //!
 //! - With feedback (Frantar et al. 2022): with `H⁻¹ = Uᵀ U`, rounding column j by `e` shifts the later ones by
 //!   `−(e / U_jj) U_j,j+1…`; the squares of `e / U_jj` add up to `tr(E H Eᵀ)`.
-//! - By coordinate descent (Behdin et al. 2023, QuantEase): with all others fixed, the best value of column j is `x_j
-//!   + R_j / H_jj`, rounded, with `R = (W − X) H`. No step increases the error.
+//! - By coordinate descent (Behdin et al. 2023, QuantEase): with all others fixed, the best value of column j is
+//!   `x_j + R_j / H_jj`, rounded, with `R = (W − X) H`. No step increases the error.
 //!
 //! The caller decides which values a column may take.
 

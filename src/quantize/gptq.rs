@@ -1,6 +1,7 @@
-//! GPTQ (Frantar et al. 2022): columns are quantized one after another, and the columns that follow compensate the error of each
-//! ([`feed_back`]), in the metric of the inputs' Gram `H`. Columns go in the order of falling `H_jj`, with scales of groups that are
-//! fixed before ("act-order with static groups"), so that no index of groups needs to be stored.
+//! GPTQ (Frantar et al. 2022): columns are quantized one after another, and the columns that follow compensate the
+//! error of each ([`feed_back`]), in the metric of the inputs' Gram `H`. Columns go in the order of falling
+//! `H_jj`, with scales of groups that are fixed before ("act-order with static groups"), so that no index of
+//! groups needs to be stored.
 
 use faer::linalg::matmul::matmul;
 use faer::{Accum, Mat, MatRef, Par};

@@ -1,7 +1,7 @@
 //! Matrices of small codes in which runs of columns share a scale: the result of `rtn`, `gptq` and `nf4`.
 //!
-//! `W[i, j] = scale[i, j / group] · level(code[i, j])`, where a level is `code − zero` of an integer grid or an entry of a
-//! table. Scales are kept as f16 values, which every format can hold.
+//! `W[i, j] = scale[i, j / group] · level(code[i, j])`, where a level is `code − zero` of an integer grid or an entry
+//! of a table. Scales are kept as f16 values, which every format can hold.
 
 use half::f16;
 use pulp::Arch;
@@ -97,7 +97,8 @@ impl Scheme {
         self.group.unwrap_or(cols).min(cols).max(1)
     }
 
-    /// The same with the largest group that divides `cols`, found by halving its own; `None` if none of at least 16 does.
+    /// The same with the largest group that divides `cols`, found by halving its own; `None` if
+    /// none of at least 16 does.
     pub fn dividing(&self, cols: usize) -> Option<Self> {
         const SMALLEST: usize = 16;
         let groups = std::iter::successors(Some(self.group_of(cols)), |group| Some(group / 2));

@@ -134,7 +134,8 @@ impl Quant {
         }
     }
 
-    /// The same with the largest group that divides `cols`, found by halving its own; itself if none of at least 16 does.
+    /// The same with the largest group that divides `cols`, found by halving its own; itself if
+    /// none of at least 16 does.
     #[must_use]
     pub fn with_dividing_group(self, cols: usize) -> Self {
         match self {

@@ -10,7 +10,8 @@ pub struct CalibrateReport {
     pub schema_version: u32,
     /// Version of lrc that wrote the report.
     pub lrc_version: String,
-    /// How another tool had quantized the weights, by method and layouts: `gptq: int4-g128`. lrc worked on the values of the codes.
+    /// How another tool had quantized the weights, by method and layouts: `gptq: int4-g128`. lrc worked on
+    /// the values of the codes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source_quantization: Option<String>,
     /// Bytes of the file of statistics.

@@ -205,7 +205,8 @@ fn errors(report: &CompressReport) -> String {
 /// Settings that `lrc delta` has no flag for, because it allows one value.
 const IMPLIED_BY_DELTA: [&str; 5] = ["format", "layout", "sequential", "max-shard-size", "embeddings"];
 
-/// The settings of a recipe for which `is_taken` holds, as flags. Paths are reduced to their last part: a card should not reveal the folders of its author.
+/// The settings of a recipe for which `is_taken` holds, as flags. Paths are reduced to their last part: a card should
+/// not reveal the folders of its author.
 fn flags(recipe: &Value, is_taken: impl Fn(&str) -> bool) -> Vec<String> {
     let Some(fields) = recipe.as_object() else { return Vec::new() };
     let mut flags = Vec::new();

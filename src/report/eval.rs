@@ -14,7 +14,8 @@ pub struct PerplexityReport {
     pub lrc_version: String,
     /// The model as the user named it.
     pub model: String,
-    /// How another tool had quantized the weights, by method and layouts: `gptq: int4-g128`. lrc worked on the values of the codes.
+    /// How another tool had quantized the weights, by method and layouts: `gptq: int4-g128`. lrc worked on
+    /// the values of the codes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source_quantization: Option<String>,
     /// The adapter of `--adapter`, if it was merged into the model.
@@ -141,8 +142,8 @@ pub struct FidelityRecord {
     pub states: Agreement,
     /// Agreement of the pooled embeddings, one vector per window.
     pub pooled: Agreement,
-    /// The pooling of the sentence-transformers modules in the folder (such as `mean, normalized`), the model's `pooler`, or the
-    /// `mean` of the states.
+    /// The pooling of the sentence-transformers modules in the folder (such as `mean, normalized`), the model's
+    /// `pooler`, or the `mean` of the states.
     pub pooling: String,
 }
 
@@ -177,7 +178,8 @@ pub struct DivergenceRecord {
     pub reference: String,
     /// Perplexity of the reference, in the same convention.
     pub reference_ppl: f64,
-    /// ln(perplexity of the model / perplexity of the reference). The standard error is computed from paired differences.
+    /// ln(perplexity of the model / perplexity of the reference). The standard error is computed
+    /// from paired differences.
     pub ln_ppl_ratio: f64,
     /// Standard error of `ln_ppl_ratio`.
     pub ln_ppl_ratio_standard_error: f64,

@@ -1,8 +1,8 @@
 //! Gates: conditions on the fields of a report that make the command fail.
 //!
-//! A condition is `FIELD OP VALUE`, as in `ppl > 12`, `kl.mean >= 0.05` or `size_bytes > 4GiB`. In a list the condition applies to every
-//! element, and one match is enough. A field without a value (a number that is not finite, a field that this run lacks) fails the
-//! gate too, since it cannot be checked.
+//! A condition is `FIELD OP VALUE`, as in `ppl > 12`, `kl.mean >= 0.05` or `size_bytes > 4GiB`. In a list the condition
+//! applies to every element, and one match is enough. A field without a value (a number that is not finite, a field
+//! that this run lacks) fails the gate too, since it cannot be checked.
 
 use std::fmt;
 use std::str::FromStr;
@@ -90,8 +90,8 @@ impl fmt::Display for Gate {
     }
 }
 
-/// Checks before any work that reports of type `T` have the fields of the gates; `absent` lists fields that this run will not fill, be they
-/// of `T` or of the report of a similar run, each list with a hint.
+/// Checks before any work that reports of type `T` have the fields of the gates; `absent` lists fields that this run
+/// will not fill, be they of `T` or of the report of a similar run, each list with a hint.
 ///
 /// # Errors
 /// A field is unknown, is not a number, or will be absent.

@@ -14,7 +14,8 @@ pub struct InspectReport {
     pub lrc_version: String,
     /// The model as the user named it.
     pub model: String,
-    /// How another tool had quantized the weights, by method and layouts: `gptq: int4-g128`. lrc worked on the values of the codes.
+    /// How another tool had quantized the weights, by method and layouts: `gptq: int4-g128`. lrc worked on
+    /// the values of the codes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source_quantization: Option<String>,
     /// The adapter of `--adapter`, if it was merged into the model.
@@ -103,7 +104,8 @@ pub struct Figures {
     pub sketch: Vec<f64>,
 }
 
-/// `p(λ) ∝ λ^−α` from `xmin` on, fitted to λ = σ² as WeightWatcher does; WeightWatcher calls α < 2 over-trained and α > 6 under-trained.
+/// `p(λ) ∝ λ^−α` from `xmin` on, fitted to λ = σ² as WeightWatcher does; WeightWatcher calls α < 2 over-trained
+/// and α > 6 under-trained.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct PowerLaw {
     /// Exponent, estimated by maximum likelihood.

@@ -1,4 +1,5 @@
-//! The results of the commands, as records that serialize to JSON. Every number is computed here or in the rooms below, never in `cli`.
+//! The results of the commands, as records that serialize to JSON. Every number is computed here or in the
+//! rooms below, never in `cli`.
 
 mod adapter;
 mod calibrate;
@@ -48,7 +49,8 @@ pub struct CompressReport {
     pub source: String,
     /// SHA-256 of the config and weight files of the source.
     pub source_files: Fingerprint,
-    /// How another tool had quantized the weights, by method and layouts: `gptq: int4-g128`. lrc worked on the values of the codes.
+    /// How another tool had quantized the weights, by method and layouts: `gptq: int4-g128`. lrc worked on
+    /// the values of the codes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source_quantization: Option<String>,
     /// The full recipe with all defaults, as a recipe file has it.
@@ -126,7 +128,8 @@ pub struct EqualBytesBaseline {
     pub bits_per_weight: f64,
     /// False if no choice of bases is this small.
     pub is_reachable: bool,
-    /// Squared error of the output over the squared error of the baseline, weighted as in the allocation. Below 1, factors pay off.
+    /// Squared error of the output over the squared error of the baseline, weighted as in the allocation.
+    /// Below 1, factors pay off.
     pub weighted_error_ratio: Option<f64>,
     /// KL(source ‖ output) in nats, on windows of the calibration text.
     pub kl: Option<f64>,
@@ -148,7 +151,8 @@ pub struct ExportReport {
     pub source: String,
     /// SHA-256 of the config and weight files of the source.
     pub source_files: Fingerprint,
-    /// How another tool had quantized the weights, by method and layouts: `gptq: int4-g128`. lrc worked on the values of the codes.
+    /// How another tool had quantized the weights, by method and layouts: `gptq: int4-g128`. lrc worked on
+    /// the values of the codes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source_quantization: Option<String>,
     /// The adapter of `--adapter`, if it was merged into the model.
@@ -222,8 +226,8 @@ pub struct Timings {
 pub struct Sizes {
     /// Parameters of the targeted linears.
     pub linear_parameters_before: u64,
-    /// Parameters of their factors, and of the linears that stay dense. The dense format counts factors too, although it stores
-    /// their products.
+    /// Parameters of their factors, and of the linears that stay dense. The dense format counts factors too, although
+    /// it stores their products.
     pub linear_parameters_after: u64,
     /// `linear_parameters_after / linear_parameters_before`, the target of `--keep`.
     pub keep: f64,
@@ -288,7 +292,8 @@ pub struct LinearRecord {
     /// Calibration tokens routed to this expert.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub expert_tokens: Option<u64>,
-    /// Error of rounding the factors to the dtype over the norm of the weight, both in the metric of the method; 0 in f32.
+    /// Error of rounding the factors to the dtype over the norm of the weight, both in the metric
+    /// of the method; 0 in f32.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub storage_error: Option<f64>,
     /// The weight of a unit of squared error in the knapsack.
@@ -318,7 +323,8 @@ pub struct DryRunReport {
     pub lrc_version: String,
     /// The model as the user named it.
     pub source: String,
-    /// How another tool had quantized the weights, by method and layouts: `gptq: int4-g128`. lrc worked on the values of the codes.
+    /// How another tool had quantized the weights, by method and layouts: `gptq: int4-g128`. lrc worked on
+    /// the values of the codes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source_quantization: Option<String>,
     /// The adapter of `--adapter`, if it was merged into the model.
@@ -379,7 +385,8 @@ pub struct SweepReport {
     pub lrc_version: String,
     /// The model as the user named it.
     pub model: String,
-    /// How another tool had quantized the weights, by method and layouts: `gptq: int4-g128`. lrc worked on the values of the codes.
+    /// How another tool had quantized the weights, by method and layouts: `gptq: int4-g128`. lrc worked on
+    /// the values of the codes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source_quantization: Option<String>,
     /// The adapter of `--adapter`, if it was merged into the model.

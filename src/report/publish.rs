@@ -1,4 +1,5 @@
-//! The end of every command that writes a folder with a report: its pages, the hashes of its files, and the report, which is written last.
+//! The end of every command that writes a folder with a report: its pages, the hashes of its files, and the
+//! report, which is written last.
 
 use std::time::Instant;
 

@@ -1,5 +1,5 @@
-//! The kind of a text: from the ending of its name, in upper or lower case; for a pipe, from its first bytes. A name that contradicts the
-//! first bytes is an error.
+//! The kind of a text: from the ending of its name, in upper or lower case; for a pipe, from its first bytes. A name
+//! that contradicts the first bytes is an error.
 
 use std::path::Path;
 

@@ -1,4 +1,5 @@
-//! From text to tokens: reads the documents of a file, tokenizes them with the model's tokenizer, and cuts the stream into windows.
+//! From text to tokens: reads the documents of a file, tokenizes them with the model's tokenizer, and cuts
+//! the stream into windows.
 
 mod chat;
 mod document;
@@ -88,8 +89,8 @@ impl Text {
         self.documents.join(BETWEEN_DOCUMENTS)
     }
 
-    /// Reads a UTF-8 text, or the documents of a `.jsonl`, `.ndjson`, `.json` or `.parquet` file: their field `field`, or their `messages`
-    /// rendered with the chat template of `model`.
+    /// Reads a UTF-8 text, or the documents of a `.jsonl`, `.ndjson`, `.json` or `.parquet` file: their field `field`,
+    /// or their `messages` rendered with the chat template of `model`.
     ///
     /// # Errors
     /// The file cannot be read, is empty, does not match its name, or has messages that the chat template rejects.
@@ -251,8 +252,8 @@ fn added(tokenizer: &tokenizers::Tokenizer) -> Result<(Vec<u32>, Vec<u32>)> {
 }
 
 impl Tokens {
-    /// Draws `n_windows` of the disjoint windows, which leave out the tail, without replacement, with a seeded generator, and returns them in text order; all of them
-    /// if there are fewer.
+    /// Draws `n_windows` of the disjoint windows, which leave out the tail, without replacement, with a seeded
+    /// generator, and returns them in text order; all of them if there are fewer.
     pub fn sample(&self, seq_len: usize, n_windows: usize, seed: u64) -> Vec<Vec<u32>> {
         let windows: Vec<&[u32]> = self.ids.chunks_exact(seq_len).collect();
         let mut drawn = draw(windows.len(), n_windows, seed);
@@ -261,7 +262,8 @@ impl Tokens {
     }
 }
 
-/// Draws `n_drawn` of the numbers below `n` without replacement, with a seeded generator; all of them if there are fewer.
+/// Draws `n_drawn` of the numbers below `n` without replacement, with a seeded generator; all of
+/// them if there are fewer.
 pub fn draw(n: usize, n_drawn: usize, seed: u64) -> Vec<usize> {
     let mut numbers: Vec<usize> = (0..n).collect();
     let mut generator = ChaCha8Rng::seed_from_u64(seed);

@@ -1,7 +1,7 @@
 //! Detects data in files that are named like prose: the perplexity of markup is meaningless.
 //!
-//! A shape must fit every line that is examined, or the whole text, because prose, WikiText, Markdown, source code and transcripts may have
-//! a few lines of any shape.
+//! A shape must fit every line that is examined, or the whole text, because prose, WikiText, Markdown, source code and
+//! transcripts may have a few lines of any shape.
 
 use std::path::Path;
 
@@ -17,7 +17,8 @@ pub(super) const ENDINGS: &str =
 /// Number of lines that are examined, not counting blank lines.
 const N_LINES: usize = 50;
 
-/// Number of lines that must be JSON for a text to be documents. A later line that is not JSON is an error of the reader.
+/// Number of lines that must be JSON for a text to be documents. A later line that is not JSON
+/// is an error of the reader.
 const N_DOCUMENTS: usize = 10;
 
 /// Checks that a text is prose.
@@ -121,8 +122,9 @@ fn is_python_list(text: &str) -> bool {
     is_of_strings || inner.starts_with("{'")
 }
 
-/// A list of mappings, a mapping with values longer than a line, or documents after `---`. Not YAML: the front matter of Markdown, which is
-/// followed by other lines; plays, whose speakers recur or are capitalized; Makefiles, which have tabs.
+/// A list of mappings, a mapping with values longer than a line, or documents after `---`. Not YAML: the front
+/// matter of Markdown, which is followed by other lines; plays, whose speakers recur or are capitalized;
+/// Makefiles, which have tabs.
 fn is_yaml(text: &str) -> bool {
     let mut keys: Vec<&str> = Vec::new();
     let (mut n_items, mut is_nested) = (0, false);
@@ -250,8 +252,8 @@ const ELEMENTS: &[&str] = &[
     "text",
 ];
 
-/// A text that begins and ends with an element, or whose lines nearly all begin with one. Not markup: Markdown with some HTML at the
-/// start, and texts with tokens such as `<s>`.
+/// A text that begins and ends with an element, or whose lines nearly all begin with one. Not markup: Markdown with
+/// some HTML at the start, and texts with tokens such as `<s>`.
 fn is_markup(text: &str) -> bool {
     let mut text = text;
     while let Some((_, rest)) = text.strip_prefix("<!--").and_then(|rest| rest.split_once("-->")) {

@@ -1,7 +1,7 @@
 //! The factors of an adapter by module, under the names of PEFT, kohya and diffusers, and their decomposition.
 //!
-//! `s · B·A` is decomposed through the small core of its factors: with `B = Q_b R_b` and `Aᵀ = Q_a R_a` its singular values
-//! are the singular values of `R_b R_aᵀ` (r, r), so that the cost does not grow with m n.
+//! `s · B·A` is decomposed through the small core of its factors: with `B = Q_b R_b` and `Aᵀ = Q_a R_a` its singular
+//! values are the singular values of `R_b R_aᵀ` (r, r), so that the cost does not grow with m n.
 
 use std::collections::BTreeMap;
 

@@ -20,8 +20,8 @@ use crate::progress::Progress;
 /// The folder that the user named: a path is taken as it is, `org/name` is downloaded from the hub.
 ///
 /// # Errors
-/// The revision is not a valid name, the id does not exist, the network fails, the server sends names that are not safe,
-/// or the cache is incomplete while offline.
+/// The revision is not a valid name, the id does not exist, the network fails, the server sends names that are not
+/// safe, or the cache is incomplete while offline.
 pub fn resolve(model: &str, revision: &str, progress: &dyn Progress) -> Result<PathBuf> {
     if !names::is_revision(revision) {
         return Err(CheckpointError::Revision { revision: names::shown(revision) });

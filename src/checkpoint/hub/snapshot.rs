@@ -22,8 +22,8 @@ use super::names;
 use super::names::shown;
 use crate::progress::{Progress, Stage};
 
-/// The files of a checkpoint and those that its users need with it, such as `1_Pooling/config.json` of sentence-transformers; other
-/// frameworks' weights are not downloaded.
+/// The files of a checkpoint and those that its users need with it, such as `1_Pooling/config.json` of
+/// sentence-transformers; other frameworks' weights are not downloaded.
 const WANTED: &[&str] = &[
     "*.safetensors",
     "*.json",
@@ -38,8 +38,8 @@ const WANTED: &[&str] = &[
 ];
 /// Weights of a repository without safetensors.
 const TORCH: [&str; 2] = ["pytorch_model.bin", "pytorch_model-*.bin"];
-/// Exports to other runtimes, training states, and second copies of the weights: in folders other than numbered modules, or in the
-/// form of their publisher.
+/// Exports to other runtimes, training states, and second copies of the weights: in folders other than numbered
+/// modules, or in the form of their publisher.
 const UNWANTED: &[&str] = &[
     "onnx/*",
     "openvino/*",

@@ -1,5 +1,5 @@
-//! A position in the bytes of a GGUF file. Every count and length comes from the file, so that none sizes an allocation before it is
-//! known to fit into the bytes that are left.
+//! A position in the bytes of a GGUF file. Every count and length comes from the file, so that none sizes an allocation
+//! before it is known to fit into the bytes that are left.
 
 /// Deeper arrays of arrays are refused.
 const MAX_DEPTH: usize = 4;

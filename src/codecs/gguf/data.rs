@@ -1,4 +1,5 @@
-//! The data of a GGUF file: where each tensor is, checked when it is read, and a writer that takes tensors in any order.
+//! The data of a GGUF file: where each tensor is, checked when it is read, and a writer that
+//! takes tensors in any order.
 
 use std::collections::BTreeMap;
 use std::io::{self, Seek, SeekFrom, Write};

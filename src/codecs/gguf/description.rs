@@ -1,4 +1,5 @@
-//! The description of a model in a GGUF file: metadata by key, and small tensors. Values are read from the file when they are asked for.
+//! The description of a model in a GGUF file: metadata by key, and small tensors. Values are read from the file
+//! when they are asked for.
 
 use super::super::cast::{self, Dtype};
 use super::bytes::{Bytes, kind, size_of};

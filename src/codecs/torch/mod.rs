@@ -1,5 +1,5 @@
-//! Files of PyTorch (`pytorch_model.bin`, `.pt`, `.pth`): an archive with a pickle that describes tensors, and a member for each storage
-//! that they are views of. The pickle is read as data; nothing in it is executed.
+//! Files of PyTorch (`pytorch_model.bin`, `.pt`, `.pth`): an archive with a pickle that describes tensors, and a member
+//! for each storage that they are views of. The pickle is read as data; nothing in it is executed.
 
 mod pickle;
 mod zip;
@@ -75,8 +75,8 @@ pub fn read(file: &[u8]) -> Result<Vec<Entry>, Refusal> {
     pickle::tensors(&file[table.clone()])?.into_iter().map(entry).collect()
 }
 
-/// The bytes of the file that a view of a storage needs; `None` if it leaves its storage, or repeats elements and so claims more than
-/// is stored.
+/// The bytes of the file that a view of a storage needs; `None` if it leaves its storage, or repeats elements and so
+/// claims more than is stored.
 fn place(view: &View, begin: usize, n_bytes: usize) -> Option<(usize, usize)> {
     let size = view.dtype.bitsize().div_ceil(8).max(1);
     let n_stored = n_bytes / size;
@@ -91,7 +91,8 @@ fn place(view: &View, begin: usize, n_bytes: usize) -> Option<(usize, usize)> {
     fits.then(|| (begin + view.offset * size, begin + last * size))
 }
 
-/// The strides of a view that is not in row-major order. Strides of single elements mean nothing, and may be any number.
+/// The strides of a view that is not in row-major order. Strides of single elements mean
+/// nothing, and may be any number.
 fn strides_of(view: &View) -> Option<Vec<usize>> {
     let mut expected = 1usize;
     let is_in_order = view.shape.iter().zip(&view.strides).rev().all(|(&d, &stride)| {

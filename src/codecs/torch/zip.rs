@@ -1,4 +1,5 @@
-//! The archive around a checkpoint of PyTorch: a zip file whose members are stored as they are, so that each is a range of the file.
+//! The archive around a checkpoint of PyTorch: a zip file whose members are stored as they are, so that
+//! each is a range of the file.
 
 use std::collections::BTreeMap;
 use std::io::Cursor;

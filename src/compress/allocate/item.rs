@@ -94,7 +94,8 @@ pub struct Ladder<'a> {
     pub statistic: Option<Statistic<'a>>,
 }
 
-/// The quantities that WeLore, energy and effective rank are defined by. Errors determine them, but not to the last bit.
+/// The quantities that WeLore, energy and effective rank are defined by. Errors determine them,
+/// but not to the last bit.
 #[derive(Debug, Clone, Copy)]
 pub struct Statistic<'a> {
     /// In the metric of `Allocator::spectra`.

@@ -1,5 +1,5 @@
-//! Chooses a rank for each linear, under a budget of parameters or bytes, by costs and errors. Each allocator is one file and one line
-//! in [`Ranks::allocator`].
+//! Chooses a rank for each linear, under a budget of parameters or bytes, by costs and errors. Each allocator is one
+//! file and one line in [`Ranks::allocator`].
 
 mod allocator;
 mod effective_rank;
@@ -20,8 +20,8 @@ pub use allocator::{Allocator, Spectra, cost};
 pub(super) use frontier::{Point, frontier};
 pub use item::{Candidate, Candidates, Ends, Item, Ladder, Pick, Rules, Statistic, candidates_by_rank};
 
-/// The choices of `ranks` under the budget, or the smallest ranks if even they exceed it. Free candidates are taken, which leaves their
-/// share of the budget to the other items.
+/// The choices of `ranks` under the budget, or the smallest ranks if even they exceed it. Free candidates are taken,
+/// which leaves their share of the budget to the other items.
 pub fn allocate(ranks: Ranks, items: &[Item<'_>], rules: &Rules) -> Vec<Pick> {
     if rules.keep >= 1.0 && ranks.is_budgeted() && rules.ends == Ends::Weight {
         return vec![Pick::Dense; items.len()];

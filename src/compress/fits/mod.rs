@@ -146,8 +146,8 @@ pub(super) fn values_key(key: &str) -> String {
     format!("{key}-values")
 }
 
-/// Bytes that the fit of a unit (m, n) takes: weight and image, the output Grams of these heights in packed form, and the
-/// eigenproblem with its workspace and vectors.
+/// Bytes that the fit of a unit (m, n) takes: weight and image, the output Grams of these heights in packed form, and
+/// the eigenproblem with its workspace and vectors.
 pub(super) fn fitting_bytes((m, n): Shape, heights: &[usize]) -> u64 {
     let small = m.min(n);
     let grams: u64 = heights.iter().map(|&m| 2 * (m * m) as u64).sum();

@@ -1,9 +1,9 @@
 //! Several linears with the same input and one shared right factor: `W_l ≈ B_l A`, for q, k and v, or gate and up.
 //!
-//! With `C = H Hᵀ` the metric of the common input and `G_l` the metric of each output, the best `A` has the top eigenvectors
-//! of `Hᵀ (Σ_l W_lᵀ G_l W_l) H`, and `B_l = W_l H V` (Basis Sharing, Wang et al. 2024, has G = I). It is the
-//! decomposition of the stacked weights `K_lᵀ W_l` in the input metric alone, and `B_l` is `K_l⁻ᵀ` times its rows. `A`
-//! is counted once. Sharing is a candidate next to separate factors, which are usually better, and never forced.
+//! With `C = H Hᵀ` the metric of the common input and `G_l` the metric of each output, the best `A` has the top
+//! eigenvectors of `Hᵀ (Σ_l W_lᵀ G_l W_l) H`, and `B_l = W_l H V` (Basis Sharing, Wang et al. 2024, has G = I). It is
+//! the decomposition of the stacked weights `K_lᵀ W_l` in the input metric alone, and `B_l` is `K_l⁻ᵀ` times its rows.
+//! `A` is counted once. Sharing is a candidate next to separate factors, which are usually better, and never forced.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

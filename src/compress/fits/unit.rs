@@ -1,4 +1,5 @@
-//! The two sides of the driver: a [`Fitter`] makes the fit of a [`Unit`], and a [`Fitted`] gives the sizes and values of it.
+//! The two sides of the driver: a [`Fitter`] makes the fit of a [`Unit`], and a [`Fitted`] gives
+//! the sizes and values of it.
 
 use std::sync::Mutex;
 

@@ -31,8 +31,8 @@ pub enum LowRankApproach {
         /// μ in [0, 1] of the sequential mode; `None` decomposes all linears on the inputs of the source.
         anchor: Option<f64>,
     },
-    /// Linears that read the same input share their right factor where the knapsack finds that better. All are decomposed
-    /// on the inputs of the source.
+    /// Linears that read the same input share their right factor where the knapsack finds that better. All are
+    /// decomposed on the inputs of the source.
     Shared {
         /// The allocator.
         knapsack: KnapsackSettings,
@@ -128,7 +128,8 @@ impl Unordered {
     }
 }
 
-/// How errors of quantized linears compare. [`Sensitivity::Measured`] is not among them, because its trials truncate weights to a low rank.
+/// How errors of quantized linears compare. [`Sensitivity::Measured`] is not among them, because its trials
+/// truncate weights to a low rank.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum BaseSensitivity {
     /// As [`Sensitivity::SecondOrder`].

@@ -46,8 +46,8 @@ impl Recipe {
         Ok(if is_whole { recipe.into_dense() } else { recipe })
     }
 
-    /// The recipe that keeps everything, for which nothing is measured. Its other settings were checked, so that a script may
-    /// vary the budget alone.
+    /// The recipe that keeps everything, for which nothing is measured. Its other settings were checked, so that a
+    /// script may vary the budget alone.
     fn into_dense(self) -> Self {
         let method = Method::Svd;
         let (damping_input, damping_output) = (method.preset().damping, method.preset().damping);

@@ -64,8 +64,8 @@ impl Recipe {
         self.embeddings
     }
 
-    /// The quantizers for the matrices of the vocabulary, which have `cols` inputs. Their metric is no Gram of inputs, so that codes are rounded to
-    /// nearest.
+    /// The quantizers for the matrices of the vocabulary, which have `cols` inputs. Their metric is no Gram of inputs,
+    /// so that codes are rounded to nearest.
     pub(crate) fn table_quants(&self, cols: usize) -> Vec<Quant> {
         if !self.embeddings.quantizes() {
             return Vec::new();

@@ -120,9 +120,9 @@ impl Recipe {
         self.approach.quant()
     }
 
-    /// The quantizer of the menu that takes the place of `quant` for rows of `cols`; `None` if they stay dense. Blocks that
-    /// do not divide them are replaced as in llama.cpp, and groups of a menu by smaller ones where loaders require whole
-    /// groups.
+    /// The quantizer of the menu that takes the place of `quant` for rows of `cols`; `None` if they stay dense.
+    /// Blocks that do not divide them are replaced as in llama.cpp, and groups of a menu by smaller ones where
+    /// loaders require whole groups.
     pub(crate) fn quant_for(&self, quant: Quant, cols: usize) -> Option<Quant> {
         let quant = quant.for_rows(cols)?;
         let needs_whole_groups = self.quant().len() > 1 && !self.format.stores_all_structures();

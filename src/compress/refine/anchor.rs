@@ -1,14 +1,14 @@
 //! Anchored sequential compression: block after block, each linear is fitted to the inputs that the compressed
 //! linears before it produce, and anchored to the outputs of the source.
 //!
-//! Two streams go through the model: the states of the source, and the states of the model compressed so far. With inputs
-//! `x` of the first and `x̂` of the second, `C_xx̂ = Σ x x̂ᵀ / n_tokens` and `C_x̂x̂` likewise, a linear's target is
-//! moved to
+//! Two streams go through the model: the states of the source, and the states of the model compressed so far.
+//! With inputs `x` of the first and `x̂` of the second, `C_xx̂ = Σ x x̂ᵀ / n_tokens` and `C_x̂x̂` likewise, a
+//! linear's target is moved to
 //!
 //! `W̃ = W [(1 − μ) I + μ C_xx̂ (C_x̂x̂ + δ I)⁻¹]`, δ = 0.01 · mean diagonal,
 //!
-//! and approximated in the metric of `C_x̂x̂`. μ = 1 is AA-SVD's closed form, the best linear map from `x̂` to `W x`; μ
-//! = 0 uses the shifted inputs alone. Within a block the order is qkv, o, gate and up, down.
+//! and approximated in the metric of `C_x̂x̂`. μ = 1 is AA-SVD's closed form, the best linear map from `x̂` to `W x`;
+//! μ = 0 uses the shifted inputs alone. Within a block the order is qkv, o, gate and up, down.
 
 use std::collections::BTreeMap;
 

@@ -36,8 +36,8 @@ pub(super) struct Moments {
 }
 
 impl Moments {
-    /// The moments at `places`, one group of sites at which the passes pause, or the next ones. In both streams, experts see the tokens that the router of the
-    /// second stream sends them.
+    /// The moments at `places`, one group of sites at which the passes pause, or the next ones. In both streams,
+    /// experts see the tokens that the router of the second stream sends them.
     pub fn observe(walk: &Walk<'_>, source: Stream<'_>, shifted: Stream<'_>, places: &[Place]) -> Result<Vec<Self>> {
         let mut sums: Vec<Sums> = places.iter().map(|place| Sums::zeros(place.n)).collect();
         let (mut site, mut experts) = (places[0].site, None);

@@ -1,5 +1,6 @@
-//! GPTQ: one stream in disjoint windows of 2048 tokens, without the tail and without a BOS per window. All tokens but the first of a
-//! window are scored. Windows have the same length, so the mean over windows is the mean over tokens. Frantar et al. 2022.
+//! GPTQ: one stream in disjoint windows of 2048 tokens, without the tail and without a BOS per window. All tokens
+//! but the first of a window are scored. Windows have the same length, so the mean over windows is the mean over
+//! tokens. Frantar et al. 2022.
 
 use super::rules::{Lengths, Rules, Window};
 use crate::text::Tokens;

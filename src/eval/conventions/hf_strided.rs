@@ -1,7 +1,7 @@
-//! The guide of transformers, "Perplexity of fixed-length models": windows of the model's context that start every `stride` tokens. Only
-//! tokens beyond the end of the previous window are scored, so that every token but the first of the stream is scored once, with its
-//! preceding context. The tail is kept. (The script of the guide weights the mean of a window by a count that is off by one; this is
-//! the mean over tokens.)
+//! The guide of transformers, "Perplexity of fixed-length models": windows of the model's context that start every
+//! `stride` tokens. Only tokens beyond the end of the previous window are scored, so that every token but the first of
+//! the stream is scored once, with its preceding context. The tail is kept. (The script of the guide weights the mean
+//! of a window by a count that is off by one; this is the mean over tokens.)
 
 use super::rules::{Lengths, Rules, Window};
 use crate::text::Tokens;

@@ -1,5 +1,5 @@
-//! llama.cpp's `llama-perplexity`: disjoint windows of 512 tokens, the first of which is overwritten by BOS if the tokenizer adds one.
-//! Only tokens with at least half a window of context are scored: 257 to 511 of 512.
+//! llama.cpp's `llama-perplexity`: disjoint windows of 512 tokens, the first of which is overwritten by BOS if the
+//! tokenizer adds one. Only tokens with at least half a window of context are scored: 257 to 511 of 512.
 
 use super::rules::{Lengths, Rules, Window};
 use crate::text::Tokens;

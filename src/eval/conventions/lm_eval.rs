@@ -1,9 +1,9 @@
-//! The rolling log-likelihood of lm-evaluation-harness: one document at a time, after the tokenizer's BOS (or EOS if it has none), in
-//! windows of the model's context that share no scored token; the last window is extended backwards to full length. Perplexity is
-//! exp(−Σ log-likelihood / Σ words), with words counted as by `re.split(r"\s+", document)`.
+//! The rolling log-likelihood of lm-evaluation-harness: one document at a time, after the tokenizer's BOS (or EOS if it
+//! has none), in windows of the model's context that share no scored token; the last window is extended backwards to
+//! full length. Perplexity is exp(−Σ log-likelihood / Σ words), with words counted as by `re.split(r"\s+", document)`.
 //!
-//! From version 0.4.10 on the harness also lets the tokenizer add its own BOS, which is then predicted from the first. `--bos never`
-//! gives the earlier behavior, which is also the behavior of `add_bos_token=False`.
+//! From version 0.4.10 on the harness also lets the tokenizer add its own BOS, which is then predicted from the first.
+//! `--bos never` gives the earlier behavior, which is also the behavior of `add_bos_token=False`.
 
 use super::rules::{Lengths, Rules, Unit, Window};
 use crate::text::Tokens;

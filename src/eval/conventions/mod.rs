@@ -1,5 +1,5 @@
-//! Conventions for cutting a text into windows and choosing the tokens to score. Perplexities are comparable within a convention only. One
-//! convention a file, one line in [`Convention::rules`].
+//! Conventions for cutting a text into windows and choosing the tokens to score. Perplexities are comparable within a
+//! convention only. One convention a file, one line in [`Convention::rules`].
 
 mod gptq;
 mod hf_strided;

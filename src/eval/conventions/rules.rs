@@ -56,8 +56,8 @@ pub trait Rules: Sync {
         false
     }
 
-    /// Cuts a stream or a document. `bos` is the BOS token if the tokenizer adds one and the user allows it; `boundary` is the BOS (or
-    /// EOS) token in any case.
+    /// Cuts a stream or a document. `bos` is the BOS token if the tokenizer adds one and the user allows it; `boundary`
+    /// is the BOS (or EOS) token in any case.
     fn windows(&self, tokens: &Tokens, lengths: Lengths, bos: Option<u32>, boundary: Option<u32>) -> Vec<Window>;
 }
 

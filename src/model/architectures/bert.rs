@@ -1,5 +1,5 @@
-//! BERT: an encoder whose tokens see each other in both directions, with a masked-language-model head. Devlin et al. 2019,
-//! arXiv:1810.04805.
+//! BERT: an encoder whose tokens see each other in both directions, with a masked-language-model head. Devlin et
+//! al. 2019, arXiv:1810.04805.
 
 use super::llama::LLAMA;
 use super::table::{Architecture, EncoderNames, MaskedHead, NormKind, Norms};

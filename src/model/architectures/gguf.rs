@@ -1,5 +1,5 @@
-//! How families are stored in GGUF files: names, the order of rows, and the layout of weights. Each family has its table in its own
-//! file.
+//! How families are stored in GGUF files: names, the order of rows, and the layout of weights. Each family has
+//! its table in its own file.
 
 use serde_json::{Map, Value};
 
@@ -12,7 +12,8 @@ pub struct Family {
     pub architecture: &'static str,
     /// The class of transformers for its models.
     pub class: &'static str,
-    /// (module of the checkpoint, module of the file), with `{}` for the number of the block; searched before the names that all families share.
+    /// (module of the checkpoint, module of the file), with `{}` for the number of the block; searched before the names
+    /// that all families share.
     pub names: &'static [(&'static str, &'static str)],
     /// A prefix of module names that early files of the family leave out.
     pub optional_prefix: Option<&'static str>,
@@ -86,7 +87,8 @@ impl Family {
         misread: |_| None,
     };
 
-    /// The width by whose root llama.cpp divides scores, in a model with this config; `None` if configs of the family do not give it.
+    /// The width by whose root llama.cpp divides scores, in a model with this config; `None` if configs of
+    /// the family do not give it.
     pub fn score_width(&self, config: &Map<String, Value>) -> Option<f64> {
         let number = |key: &str| config.get(key).and_then(Value::as_f64);
         let is_largest = number("num_hidden_layers") == Some(self.scores?.blocks_of_largest as f64);

@@ -1,5 +1,5 @@
-//! GPT-2: learned positions, layer norms, fused queries, keys and values, weights stored as (in, out). Radford et al.
-//! 2019.
+//! GPT-2: learned positions, layer norms, fused queries, keys and values, weights stored as (in, out). Radford
+//! et al. 2019.
 
 use super::gguf;
 use super::llama::LLAMA;

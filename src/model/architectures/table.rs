@@ -18,7 +18,8 @@ pub struct Architecture {
     pub prefix: &'static str,
     /// The embedding table (vocab_size, hidden_size).
     pub embed_tokens: &'static str,
-    /// Linears between the embeddings and the blocks, and between the blocks and the head, for embeddings of another width.
+    /// Linears between the embeddings and the blocks, and between the blocks and the head, for
+    /// embeddings of another width.
     pub embed_projections: Option<(&'static str, &'static str)>,
     /// The table of learned positions, and its row for the first token.
     pub embed_positions: Option<(&'static str, usize)>,

@@ -161,7 +161,8 @@ mod tests {
     use super::*;
     use crate::codecs::gguf::{self, GgufTensor, Value};
 
-    /// The config of a file with these metadata below the architecture, and vectors of f32 besides a table of embeddings.
+    /// The config of a file with these metadata below the architecture, and vectors of f32
+    /// besides a table of embeddings.
     fn check(architecture: &str, extra: &[(&str, Value)], vectors: &[(&str, &[f32])], expected: &Json) {
         let sizes =
             [("embedding_length", 64), ("block_count", 2), ("attention.head_count", 4), ("context_length", 8192)];

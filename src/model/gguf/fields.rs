@@ -1,4 +1,5 @@
-//! The fields of a config that GGUF files have in their metadata, under both names; the writer and the reader share the table.
+//! The fields of a config that GGUF files have in their metadata, under both names; the writer and
+//! the reader share the table.
 
 use serde_json::{Map, Value as Json};
 
@@ -128,7 +129,8 @@ pub(super) fn shortest(x: f32) -> Json {
     x.to_string().parse::<f64>().map_or(Json::Null, Json::from)
 }
 
-/// Takes the width that is rotated out of fields, as the share of a head that configs have; `None` if all of it is rotated.
+/// Takes the width that is rotated out of fields, as the share of a head that configs have; `None`
+/// if all of it is rotated.
 pub(super) fn take_rotated(fields: &mut Map<String, Json>) -> Option<f64> {
     let rotated = fields.shift_remove(ROTARY_WIDTH)?.as_f64()?;
     let width = fields.get("head_dim")?.as_f64()?;

@@ -8,8 +8,8 @@ use super::super::rope::{inverse_frequencies, llama3_frequency};
 use super::fields::shortest;
 use crate::codecs::gguf::{Description, LONG_ROPE_FACTORS, ROPE_FACTORS};
 
-/// `rope_scaling` of the config; `None` if nothing is scaled. `fields` has the other fields, under common names, and `rotated` the share
-/// of a head that is rotated.
+/// `rope_scaling` of the config; `None` if nothing is scaled. `fields` has the other fields, under common names, and
+/// `rotated` the share of a head that is rotated.
 ///
 /// # Errors
 /// A clause: the file scales in a way that no config of transformers describes.
@@ -96,8 +96,9 @@ fn longrope_scale(fields: &Map<String, Json>) -> Option<f64> {
     Some(if factor <= 1.0 { 1.0 } else { (1.0 + factor.ln() / original.ln()).sqrt() })
 }
 
-/// The fields of Llama 3's scaling that divides `plain` frequencies by `factors`; an empty answer if all factors are 1. Frequencies
-/// depend on the products of the original context with both ends of the ramp only, so that the low end can be 1.
+/// The fields of Llama 3's scaling that divides `plain` frequencies by `factors`; an empty answer if all
+/// factors are 1. Frequencies depend on the products of the original context with both ends of the ramp only,
+/// so that the low end can be 1.
 fn llama3(plain: &[f64], factors: &[f32]) -> Option<Option<Map<String, Json>>> {
     let factor = factors.iter().fold(1.0f64, |most, &f| most.max(f.into()));
     if factors.len() != plain.len() || !factors.iter().all(|&f| f.is_finite() && f >= 1.0) {
@@ -122,7 +123,8 @@ fn llama3(plain: &[f64], factors: &[f32]) -> Option<Option<Map<String, Json>>> {
     Some(scaling.as_object().cloned())
 }
 
-/// The original context and the high end of the ramp, from two frequencies that are neither kept nor stretched by the whole factor.
+/// The original context and the high end of the ramp, from two frequencies that are neither kept nor
+/// stretched by the whole factor.
 fn solved(plain: &[f64], factors: &[f32], factor: f64) -> Option<(f64, f64)> {
     let blended: Vec<(f64, f64)> = plain
         .iter()

@@ -5,7 +5,8 @@ use serde_json::{Map, Value as Json, json};
 use super::vocabulary::{TOKENS, is_sentencepiece};
 use crate::codecs::gguf::Description;
 
-/// Special tokens: the key of their id in a file, their names in configs and settings, and the id that SentencePiece models have without it.
+/// Special tokens: the key of their id in a file, their names in configs and settings, and the id that
+/// SentencePiece models have without it.
 const SPECIAL: [(&str, &str, Option<u64>); 4] =
     [("bos", "bos", Some(1)), ("eos", "eos", Some(2)), ("unknown", "unk", Some(0)), ("padding", "pad", None)];
 

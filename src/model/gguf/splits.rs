@@ -1,5 +1,5 @@
-//! How byte-level tokenizers split a text before they merge, by the names of llama.cpp (`tokenizer.ggml.pre`). The expressions come from
-//! the published tokenizers.
+//! How byte-level tokenizers split a text before they merge, by the names of llama.cpp (`tokenizer.ggml.pre`). The
+//! expressions come from the published tokenizers.
 
 use serde_json::{Value as Json, json};
 

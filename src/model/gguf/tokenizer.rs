@@ -120,7 +120,8 @@ fn byte_level(description: &Description<'_>, tokens: &Tokens, family: &Family) -
     }))
 }
 
-/// SentencePiece as byte-pair encoding: each token is merged from any two that it consists of, the one with the highest score first.
+/// SentencePiece as byte-pair encoding: each token is merged from any two that it consists of, the one with
+/// the highest score first.
 fn sentencepiece(description: &Description<'_>, tokens: &Tokens, family: &Family) -> Result<Json, String> {
     let respelled = |(_, text, kind): (usize, &str, i32)| {
         // Runs of spaces, which some files have as added tokens, are merged from spaces.

@@ -1,5 +1,5 @@
-//! The vocabulary of a GGUF file: its keys, and what is written of the `tokenizer.json` of a byte-pair model. The way back is
-//! `tokenizer.rs`.
+//! The vocabulary of a GGUF file: its keys, and what is written of the `tokenizer.json` of a byte-pair model. The
+//! way back is `tokenizer.rs`.
 
 use std::collections::BTreeMap;
 
@@ -35,8 +35,8 @@ pub(super) const BYTE: i32 = 6;
 /// A token and its type.
 type Token = (String, i32);
 
-/// The vocabulary of the tokenizer of a model with this config. Without a tokenizer it is empty, and the file works with token ids
-/// only.
+/// The vocabulary of the tokenizer of a model with this config. Without a tokenizer it is empty, and the file
+/// works with token ids only.
 pub fn to_metadata(model: &dyn Beside, config: &Map<String, Json>, family: &Family) -> Vec<(String, Value)> {
     let read = |name: &str| -> Option<Json> { json::parse(&model.read(name).ok()??).ok() };
     let Some(tokenizer) = read("tokenizer.json").filter(|t| t["model"]["vocab"].is_object()) else {

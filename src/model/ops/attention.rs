@@ -12,8 +12,8 @@ use super::kernel::{has_kernel, like, slice};
 use crate::device::to_host;
 use crate::model::softmax::softmax_in_place;
 
-/// Mixes values by `softmax(q kᵀ)`. Shapes: `q` (batch, heads, n_tokens, head_dim), `k` and `v` (batch, kv_heads, n_tokens,
-/// head_dim); the result has the shape of `q`.
+/// Mixes values by `softmax(q kᵀ)`. Shapes: `q` (batch, heads, n_tokens, head_dim), `k` and `v` (batch, kv_heads,
+/// n_tokens, head_dim); the result has the shape of `q`.
 pub(in crate::model) fn attend(q: &Tensor, k: &Tensor, v: &Tensor, scoring: Scoring) -> Result<Tensor> {
     if !has_kernel(q) {
         return portable_attend(q, k, v, scoring);
@@ -89,10 +89,10 @@ impl Scoring {
 /// Number of queries whose scores are held at a time, per thread.
 const QUERY_BLOCK: usize = 64;
 
-/// Attention of all heads, one block of queries at a time: scores of unseen keys are never computed, and the others stay
-/// in the cache. Threads share the heads, each of which is computed in a fixed order. Shapes: `q` (batch, heads, n_tokens, head_dim), `k` and `v` (batch, kv_heads, n_tokens, head_dim);
-/// the result has the shape of `q`. Heads are indexed across batches, because heads and groups are nested in the same
-/// way.
+/// Attention of all heads, one block of queries at a time: scores of unseen keys are never computed, and the others
+/// stay in the cache. Threads share the heads, each of which is computed in a fixed order. Shapes: `q` (batch, heads,
+/// n_tokens, head_dim), `k` and `v` (batch, kv_heads, n_tokens, head_dim); the result has the shape of `q`. Heads are
+/// indexed across batches, because heads and groups are nested in the same way.
 fn attend_all(q: &[f32], k: &[f32], v: &[f32], n_tokens: usize, head_dim: usize, scoring: Scoring) -> Vec<f32> {
     let head_len = n_tokens * head_dim;
     let heads_per_group = q.len() / k.len().max(1);

@@ -47,7 +47,8 @@ pub fn within_block(module: &str, block: usize) -> String {
 }
 
 impl Grid {
-    /// Makes a grid of cells, each with its block and the name of its module there. Cells at the same place (experts) are averaged.
+    /// Makes a grid of cells, each with its block and the name of its module there. Cells at the same
+    /// place (experts) are averaged.
     pub fn of(cells: impl Iterator<Item = (usize, String, Cell)>) -> Self {
         let mut columns: Vec<String> = Vec::new();
         let mut places: BTreeMap<usize, BTreeMap<usize, Vec<Cell>>> = BTreeMap::new();

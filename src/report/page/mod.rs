@@ -1,8 +1,8 @@
-//! Pages for people: one self-contained HTML file per report, which needs no network, and has styles for light and dark screens and for
-//! paper. One report a file.
+//! Pages for people: one self-contained HTML file per report, which needs no network, and has styles for light and dark
+//! screens and for paper. One report a file.
 //!
-//! Plots are SVG, written here; tables are sorted by a few lines of script in `base.html`. A page has no times and no memory figures, so
-//! that the same job gives the same bytes.
+//! Plots are SVG, written here; tables are sorted by a few lines of script in `base.html`. A page has no times and no
+//! memory figures, so that the same job gives the same bytes.
 
 mod charts;
 mod compress;

@@ -1,4 +1,5 @@
-//! The Jinja environment of transformers' chat templates: filters, Python's way of printing values, and the fuel they cost.
+//! The Jinja environment of transformers' chat templates: filters, Python's way of printing
+//! values, and the fuel they cost.
 
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, ValueKind};
@@ -54,7 +55,8 @@ pub(super) fn without_generation(template: &str) -> String {
     out
 }
 
-/// Text from values, which costs fuel as it grows: a small value can become a long text, since it may contain one value many times.
+/// Text from values, which costs fuel as it grows: a small value can become a long text, since it may
+/// contain one value many times.
 struct Paid<'a, 'b> {
     state: &'a State<'b, 'b>,
     text: Vec<u8>,
@@ -177,7 +179,8 @@ fn json_of(state: &State<'_, '_>, value: &Value, depth: usize) -> Result<Json, E
     })
 }
 
-/// Python's `json.dumps(value, ensure_ascii=False)`, which differs from `serde_json` in its spaces, and does not escape for HTML.
+/// Python's `json.dumps(value, ensure_ascii=False)`, which differs from `serde_json` in its spaces, and
+/// does not escape for HTML.
 fn to_json(state: &State<'_, '_>, value: &Value, options: Kwargs) -> Result<String, Error> {
     let indent: Option<Value> = options.get("indent")?;
     let sorted: Option<bool> = options.get("sort_keys")?;

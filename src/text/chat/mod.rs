@@ -1,7 +1,8 @@
 //! Renders conversations with the chat template of a model, as transformers' `apply_chat_template` does.
 //!
-//! One difference: `strftime_now` always gives the same day, so that a text has the same tokens whenever it is read. Templates come with
-//! models and are not trusted: minijinja's fuel bounds their time and memory, and output text costs fuel too.
+//! One difference: `strftime_now` always gives the same day, so that a text has the same tokens whenever it is
+//! read. Templates come with models and are not trusted: minijinja's fuel bounds their time and memory, and
+//! output text costs fuel too.
 
 mod jinja;
 
@@ -87,8 +88,8 @@ impl ChatTemplate {
 
     /// The texts of documents, some of which are records with `messages`.
     ///
-    /// Rendering runs on its own thread, which is abandoned if it exhausts memory or does not end despite its fuel: in minijinja 3.1,
-    /// concatenating lists costs no fuel.
+    /// Rendering runs on its own thread, which is abandoned if it exhausts memory or does not end despite its fuel: in
+    /// minijinja 3.1, concatenating lists costs no fuel.
     ///
     /// # Errors
     /// The template rejects a record, or the system cannot start a thread.
