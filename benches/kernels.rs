@@ -12,7 +12,7 @@ use lrc::approx::low_rank;
 use lrc::approx::metric::{Metric, MetricPair};
 use lrc::checkpoint::Checkpoint;
 use lrc::linalg;
-use lrc::model::{Decoder, InputSite};
+use lrc::model::Decoder;
 use lrc::quantize::{Quant, bits};
 
 /// Tokens of a Gram, and rows of a matrix that is quantized.
@@ -72,7 +72,7 @@ fn gram_of_inputs(bencher: Bencher<'_, '_>, n: usize) {
     bencher.bench_local(|| linalg::add_gram_f32(&mut sum, black_box(&inputs), N_ROWS, n));
 }
 
-/// Norm, queries, keys, values and attention of a block of the fixture, for one window of `n_tokens`.
+/// Queries, keys, values and attention of a block of the fixture, for one window of `n_tokens`.
 #[divan::bench(args = [128, 512, 1024], sample_count = 20)]
 fn attention(bencher: Bencher<'_, '_>, n_tokens: usize) {
     let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/tiny-llama");
@@ -82,7 +82,8 @@ fn attention(bencher: Bencher<'_, '_>, n_tokens: usize) {
     let rope = decoder.rope(n_tokens).expect("the fixture has positions");
     let width = checkpoint.require("model.norm.weight").expect("the fixture has a norm").shape[0];
     let x = Tensor::from_vec(values(n_tokens * width), (1, n_tokens, width), &Device::Cpu).expect("shapes agree");
-    bencher.bench_local(|| block.input_at(InputSite::O, black_box(&x), &rope));
+    let at = block.begin(&x).expect("the states fit the block");
+    bencher.bench_local(|| block.resume(black_box(&at), &rope, &mut |_, _| Ok(())));
 }
 
 /// A matrix (256, n) in 4 bits, groups of 128.

@@ -22,7 +22,7 @@ lrc = sys.argv[4] if len(sys.argv) > 4 else "target/release/lrc"
 memory = sys.argv[5] if len(sys.argv) > 5 else "1GiB"
 work = pathlib.Path(work)
 work.mkdir(parents=True, exist_ok=True)
-STAGES = ["forward", "backward", "decompose", "allocate", "anchor", "write"]
+STAGES = ["calibrate_forward", "calibrate_backward", "decompose", "allocate", "write"]
 
 
 def folder_bytes(folder):

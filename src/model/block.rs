@@ -54,6 +54,7 @@ pub type Observer<'a> = dyn FnMut(InputSite, &Tensor) -> Result<()> + 'a;
 /// A pass through a block, before the linears of a site.
 #[derive(Debug, Clone)]
 pub struct Paused {
+    /// The site.
     pub site: InputSite,
     /// The residual stream, to which the output of the sublayer will be added (batch, n_tokens, hidden_size).
     pub residual: Tensor,

@@ -32,7 +32,7 @@ pub mod widths;
 
 pub use architectures::Architecture;
 pub use batches::WalkLimits;
-pub use block::{Block, Observer};
+pub use block::{Block, Next, Observer, Paused};
 pub use bounds::{open, with_adapter};
 pub use config::ModelConfig;
 pub use decoder::{Decoder, Objective};
