@@ -1,26 +1,39 @@
-//! llama.cpp's block types, through candle's implementation of them.
+//! llama.cpp's block types, through candle's implementation where it has one.
 
 use anyhow::Result;
 use candle_core::Tensor;
 use candle_core::quantized::{GgmlDType, QStorage, QTensor};
 
 use super::grouped::{Grouped, Levels, Scheme};
+use super::iq4;
 use crate::device::{HOST, to_host};
 
-/// A block type: its name, candle's name for it and the number by which GGUF files know it.
+/// A block type: its name, its implementation and the number by which GGUF files know it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BlockType {
     /// The name in recipes and on the command line: `q4_k`.
     pub name: &'static str,
-    dtype: GgmlDType,
+    codec: Codec,
     /// The `ggml_type` in GGUF files.
     pub id: u32,
     /// The type for rows that do not consist of whole blocks, as in llama.cpp.
     fallback: Option<&'static str>,
 }
 
+/// The implementation of a block type.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Codec {
+    Candle(GgmlDType),
+    Iq4Nl,
+    Iq4Xs,
+}
+
 const fn row(name: &'static str, dtype: GgmlDType, id: u32, fallback: Option<&'static str>) -> BlockType {
-    BlockType { name, dtype, id, fallback }
+    BlockType { name, codec: Codec::Candle(dtype), id, fallback }
+}
+
+const fn read(name: &'static str, codec: Codec, id: u32) -> BlockType {
+    BlockType { name, codec, id, fallback: None }
 }
 
 /// The block types that quantize weights.
@@ -38,7 +51,11 @@ pub const BLOCK_TYPES: [BlockType; 10] = [
 ];
 
 /// The block types that are read only.
-pub const READ_TYPES: [BlockType; 1] = [row("q8_k", GgmlDType::Q8K, 15, None)];
+pub const READ_TYPES: [BlockType; 3] = [
+    read("q8_k", Codec::Candle(GgmlDType::Q8K), 15),
+    read("iq4_nl", Codec::Iq4Nl, 20),
+    read("iq4_xs", Codec::Iq4Xs, 23),
+];
 
 impl BlockType {
     /// By its name, `q4_k`, if weights can be quantized to it.
@@ -53,9 +70,9 @@ impl BlockType {
 
     /// The scheme with the same levels; `None` for types that store more than codes and scales.
     pub fn as_scheme(self) -> Option<Scheme> {
-        let bits = match self.dtype {
-            GgmlDType::Q4_0 => 4,
-            GgmlDType::Q8_0 => 8,
+        let bits = match self.codec {
+            Codec::Candle(GgmlDType::Q4_0) => 4,
+            Codec::Candle(GgmlDType::Q8_0) => 8,
             _ => return None,
         };
         Some(Scheme { levels: Levels::Int { bits, symmetric: true }, group: Some(32) })
@@ -64,7 +81,8 @@ impl BlockType {
     /// The smallest factor of an f16 scale at either end of a block's range. In blocks with a minimum, the negative end
     /// is the code of that minimum.
     pub fn n_levels(self) -> f32 {
-        match self.dtype {
+        let Codec::Candle(dtype) = self.codec else { return 127.0 };
+        match dtype {
             GgmlDType::Q4_0 => 8.0,
             GgmlDType::Q5_0 => 16.0,
             // The minimum of a block is an f16 of its own.
@@ -85,12 +103,22 @@ impl BlockType {
 
     /// Whether rows of `cols` consist of whole blocks.
     pub fn divides(self, cols: usize) -> bool {
-        cols > 0 && cols.is_multiple_of(self.dtype.block_size())
+        cols > 0 && cols.is_multiple_of(self.block().0)
     }
 
     /// Bytes of a matrix (rows, cols).
     pub fn n_bytes(self, rows: usize, cols: usize) -> u64 {
-        (rows * (cols / self.dtype.block_size()) * self.dtype.type_size()) as u64
+        let (size, bytes) = self.block();
+        (rows * (cols / size) * bytes) as u64
+    }
+
+    /// Weights and bytes of a block.
+    fn block(self) -> (usize, usize) {
+        match self.codec {
+            Codec::Candle(dtype) => (dtype.block_size(), dtype.type_size()),
+            Codec::Iq4Nl => iq4::NL,
+            Codec::Iq4Xs => iq4::XS,
+        }
     }
 }
 
@@ -109,10 +137,13 @@ pub struct Blocks {
 
 impl Blocks {
     /// # Errors
-    /// Rows do not consist of whole blocks.
+    /// Rows do not consist of whole blocks, or the type is read only.
     pub fn quantize(values: &[f32], rows: usize, cols: usize, block_type: BlockType) -> Result<Self> {
+        let Codec::Candle(dtype) = block_type.codec else {
+            anyhow::bail!("`{}` is read only", block_type.name);
+        };
         let tensor = Tensor::from_slice(values, (rows, cols), &HOST)?;
-        let quantized = QTensor::quantize(&tensor, block_type.dtype)?;
+        let quantized = QTensor::quantize(&tensor, dtype)?;
         Ok(Self { rows, cols, block_type, bytes: quantized.data()?.into_owned() })
     }
 
@@ -151,7 +182,7 @@ impl Blocks {
     /// The same matrix as codes in groups of 32; `None` for types that store more than codes and scales.
     pub fn to_grouped(&self) -> Option<Grouped> {
         let scheme = self.block_type.as_scheme()?;
-        let size = self.block_type.dtype.type_size();
+        let size = self.block_type.block().1;
         let (mut codes, mut scales) = (Vec::with_capacity(self.rows * self.cols), Vec::new());
         for block in self.bytes.chunks_exact(size) {
             let (scale, values) = block.split_first_chunk::<2>()?;
@@ -177,12 +208,17 @@ impl Blocks {
             self.block_type.n_bytes(self.rows, self.cols),
             "invariant: blocks are whole"
         );
+        let dtype = match self.block_type.codec {
+            Codec::Candle(dtype) => dtype,
+            Codec::Iq4Nl => return iq4::dequantize_nl(&self.bytes),
+            Codec::Iq4Xs => return iq4::dequantize_xs(&self.bytes),
+        };
         if self.bytes.is_empty() {
             // candle requires an alignment that an empty buffer does not have.
             return Vec::new();
         }
         let values = || -> candle_core::Result<Vec<f32>> {
-            let storage = QStorage::from_data(self.bytes.as_slice().into(), &HOST, self.block_type.dtype)?;
+            let storage = QStorage::from_data(self.bytes.as_slice().into(), &HOST, dtype)?;
             QTensor::new(storage, (self.rows, self.cols))?.dequantize(&HOST).and_then(|values| to_host(&values))
         };
         values().expect("invariant: whole blocks are dequantized")

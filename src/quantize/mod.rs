@@ -7,6 +7,7 @@ mod block;
 mod feedback;
 mod gptq;
 mod grouped;
+mod iq4;
 
 use std::fmt;
 use std::str::FromStr;

@@ -50,16 +50,14 @@ impl Element {
 }
 
 /// Names of types that are not read, by their numbers.
-const UNREAD: [(u32, &str); 24] = [
+const UNREAD: [(u32, &str); 22] = [
     (9, "q8_1"),
     (16, "iq2_xxs"),
     (17, "iq2_xs"),
     (18, "iq3_xxs"),
     (19, "iq1_s"),
-    (20, "iq4_nl"),
     (21, "iq3_s"),
     (22, "iq2_s"),
-    (23, "iq4_xs"),
     (24, "i8"),
     (25, "i16"),
     (26, "i32"),
@@ -77,7 +75,7 @@ const UNREAD: [(u32, &str); 24] = [
     (41, "q1_0"),
 ];
 
-/// The name of a type that is not read, for messages: "`iq4_xs`", or its number.
+/// The name of a type that is not read, for messages: "`iq3_s`", or its number.
 pub fn type_name(id: u32) -> String {
     let known = UNREAD.iter().find(|(other, _)| *other == id);
     known.map_or_else(|| format!("{id}, which is unknown"), |(_, name)| format!("`{name}`"))
