@@ -49,6 +49,26 @@ fn shard_number(path: &Path) -> Option<(usize, usize)> {
     Some((number.parse().ok()?, count.parse().ok()?))
 }
 
+/// The files that a GGUF file is one of, by the number and the count in its name: llama.cpp's `gguf-split`.
+///
+/// # Errors
+/// One of them is not in the folder.
+fn split_gguf(path: &Path) -> Result<Option<Vec<PathBuf>>> {
+    let Some((_, count)) = shard_number(path).filter(|(_, count)| is_gguf(path) && *count > 1) else {
+        return Ok(None);
+    };
+    let name = file_name(path);
+    let Some((rest, _)) = name.rsplit_once("-of-").and_then(|(rest, _)| rest.rsplit_once('-')) else {
+        return Ok(None);
+    };
+    let file = |number: usize| {
+        let shard = format!("{rest}-{number:05}-of-{count:05}.gguf");
+        let file = folder_of(path).join(&shard);
+        if file.exists() { Ok(file) } else { Err(CheckpointError::MissingShard { path: path.into(), shard }) }
+    };
+    (1..=count).map(file).collect::<Result<_>>().map(Some)
+}
+
 /// Refuses a single shard of several, which is not a whole model.
 fn expect_whole(file: &Path) -> Result<()> {
     match shard_number(file) {
@@ -66,8 +86,12 @@ impl CheckpointFiles {
             if path.extension().is_none_or(|e| e != "safetensors") && !is_gguf(path) && !is_torch(path) {
                 return refuse("it is a file, and none of `.safetensors`, `.gguf`, `.bin`, `.pt` and `.pth`");
             }
+            let root = folder_of(path).into();
+            if let Some(files) = split_gguf(path)? {
+                return Ok(Self { root, files, index: None, is_file: true });
+            }
             expect_whole(path)?;
-            return Ok(Self { root: folder_of(path).into(), files: vec![path.into()], index: None, is_file: true });
+            return Ok(Self { root, files: vec![path.into()], index: None, is_file: true });
         }
         if !path.exists() {
             return refuse("there is no such folder");
@@ -111,6 +135,9 @@ impl CheckpointFiles {
             }
             ([], _) if root.join(torch::SINGLE_FILE).exists() => {
                 Ok(Self::of_folder(root, vec![root.join(torch::SINGLE_FILE)]))
+            }
+            ([], [first, ..]) if let Some(files) = split_gguf(first)?.filter(|files| files.len() == ggufs.len()) => {
+                Ok(Self::of_folder(root, files))
             }
             ([only], _) | ([], [only]) => {
                 expect_whole(only)?;

@@ -8,6 +8,7 @@ use std::sync::OnceLock;
 use serde_json::{Map, Value};
 
 use super::error::{CheckpointError, Result};
+use super::reader::Shard;
 use super::tensor::{Encoded, TensorInfo};
 use super::view::model_dtype;
 use crate::codecs::gguf::{self, Arrangement, Damage, Description, Element, Entry, Header};
@@ -39,14 +40,23 @@ pub struct OfGguf {
 /// Files by name, with their content.
 pub type MadeFiles = BTreeMap<String, Vec<u8>>;
 
-/// The config of the model that a file describes in its metadata.
+/// The config of the model that a file describes in its metadata; `others` are the other files of a split model.
 ///
 /// # Errors
-/// The file is damaged, or describes no model that `of` knows.
-pub(super) fn described_config(path: &Path, file: &[u8], of: OfGguf) -> Result<Map<String, Value>> {
-    let header = gguf::read(file).map_err(|reason| CheckpointError::GgufHeader { path: path.into(), reason })?;
-    (of.config)(&Description::new(file, &header))
+/// A file is damaged, or the first describes no model that `of` knows.
+pub(super) fn described_config(first: &Shard, others: &[Shard], of: OfGguf) -> Result<Map<String, Value>> {
+    let path = first.path();
+    let header = header(path, first.bytes())?;
+    let others: Vec<(&[u8], Header)> = others
+        .iter()
+        .map(|shard| Ok((shard.bytes(), self::header(shard.path(), shard.bytes())?)))
+        .collect::<Result<_>>()?;
+    (of.config)(&Description::new(first.bytes(), &header).with_others(&others))
         .map_err(|reason| CheckpointError::ForeignGguf { path: path.into(), reason })
+}
+
+fn header(path: &Path, file: &[u8]) -> Result<Header> {
+    gguf::read(file).map_err(|reason| CheckpointError::GgufHeader { path: path.into(), reason })
 }
 
 /// The files beside the weights that a file describes in its metadata. They are made when the
@@ -76,7 +86,7 @@ impl Made {
 }
 
 fn described_files(path: &Path, file: &[u8], config: &Map<String, Value>, of: OfGguf) -> Result<MadeFiles> {
-    let header = gguf::read(file).map_err(|reason| CheckpointError::GgufHeader { path: path.into(), reason })?;
+    let header = header(path, file)?;
     (of.files)(&Description::new(file, &header), config)
         .map_err(|reason| CheckpointError::ForeignGguf { path: path.into(), reason })
 }

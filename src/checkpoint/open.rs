@@ -110,9 +110,9 @@ impl Checkpoint {
         let mut shards = files.files.iter().map(|file| Shard::open(file)).collect::<Result<Vec<_>>>()?;
         let is_alone = files.is_file && config.is_none();
         let (config, made) = match (config, shards.as_slice(), of) {
-            (None, [only], Some(of)) if is_gguf(only.path()) => {
-                expect_gguf(only)?;
-                let config = gguf::described_config(only.path(), only.bytes(), of)?;
+            (None, [first, others @ ..], Some(of)) if is_gguf(first.path()) => {
+                shards.iter().try_for_each(expect_gguf)?;
+                let config = gguf::described_config(first, others, of)?;
                 (Some(config), Some(Made::new(of)))
             }
             (config, ..) => (config, None),

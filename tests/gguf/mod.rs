@@ -1,6 +1,7 @@
 //! GGUF files without a config beside them: model, tokenizer and blocks are what their metadata say.
 
 mod refusals;
+mod split;
 mod tokenizers;
 
 use std::collections::BTreeMap;

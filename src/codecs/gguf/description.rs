@@ -1,5 +1,5 @@
 //! The description of a model in a GGUF file: metadata by key, and small tensors. Values are read from the file
-//! when they are asked for.
+//! when they are asked for. A model may be split into several files, of which the first has the metadata.
 
 use super::super::cast::{self, Dtype};
 use super::bytes::{Bytes, kind, size_of};
@@ -11,22 +11,34 @@ use super::header::{Entry, Header, Place};
 pub struct Description<'a> {
     file: &'a [u8],
     header: &'a Header,
+    others: &'a [(&'a [u8], Header)],
 }
 
 impl<'a> Description<'a> {
     /// `header` is the header of the whole file `file`.
     pub fn new(file: &'a [u8], header: &'a Header) -> Self {
-        Self { file, header }
+        Self { file, header, others: &[] }
     }
 
-    /// The tensors of the file, in its order.
-    pub fn tensors(&self) -> &'a [Entry] {
-        &self.header.tensors
+    /// With the other files of the same model, each with its header.
+    #[must_use]
+    pub fn with_others(self, others: &'a [(&'a [u8], Header)]) -> Self {
+        Self { others, ..self }
+    }
+
+    /// The tensors of all files, in their order.
+    pub fn tensors(&self) -> impl Iterator<Item = &'a Entry> {
+        self.files().flat_map(|(_, header)| &header.tensors)
     }
 
     /// The tensor of a name.
     pub fn tensor(&self, name: &str) -> Option<&'a Entry> {
-        self.header.tensors.iter().find(|entry| entry.name == name)
+        self.tensors().find(|entry| entry.name == name)
+    }
+
+    fn files(&self) -> impl Iterator<Item = (&'a [u8], &'a Header)> {
+        let others = self.others.iter().map(|(file, header)| (*file, header));
+        std::iter::once((self.file, self.header)).chain(others)
     }
 
     /// Every key of the metadata.
@@ -94,11 +106,13 @@ impl<'a> Description<'a> {
 
     /// The values of a vector of f32.
     pub fn vector(&self, name: &str) -> Option<Vec<f32>> {
-        let entry = self.tensor(name).filter(|entry| entry.shape.len() == 1)?;
+        let (file, header, entry) = self
+            .files()
+            .find_map(|(file, header)| Some((file, header, header.tensors.iter().find(|entry| entry.name == name)?)))?;
         let element = Element::Plain(Dtype::F32);
-        let place = (entry.type_id == element.type_id()).then(|| self.header.place(entry, element, self.file.len()));
-        let (begin, end) = place?.ok()?;
-        cast::decode(Dtype::F32, &self.file[begin..end])
+        let is_vector = entry.shape.len() == 1 && entry.type_id == element.type_id();
+        let (begin, end) = is_vector.then(|| header.place(entry, element, file.len()))?.ok()?;
+        cast::decode(Dtype::F32, &file[begin..end])
     }
 
     fn at(&self, at: usize) -> Bytes<'a> {

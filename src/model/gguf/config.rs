@@ -140,7 +140,7 @@ fn score_scale(description: &Description<'_>, family: &Family, fields: &mut Map<
 
 /// The dtype of the weights: the dtype of most values in matrices; 16 bits if they are in blocks.
 fn dtype(description: &Description<'_>, architecture: &Architecture) -> &'static str {
-    let matrices = || description.tensors().iter().filter(|entry| entry.shape.len() > 1);
+    let matrices = || description.tensors().filter(|entry| entry.shape.len() > 1);
     let is_in_blocks = matrices().any(|entry| !matches!(Element::of_type_id(entry.type_id), Some(Element::Plain(_))));
     let values = |of: Dtype| -> f64 {
         let sizes = matrices().filter(|entry| entry.type_id == Element::Plain(of).type_id());
