@@ -6,6 +6,7 @@ use anyhow::{Context, Result};
 use candle_core::{Tensor, Var};
 
 use super::addend::{Addend, Multiply};
+use super::needs::Key;
 use super::pieces::{Keep, Observation, Pass, named, remove_states, settle};
 use super::statistics::Sums;
 use super::windows::Targets;
@@ -98,6 +99,9 @@ impl Backward<'_, '_> {
     fn at_head(&self, last: &Hidden, stage: &dyn Stage, sums: &mut Sums) -> Result<Hidden> {
         let Self { decoder, walk, targets, .. } = *self;
         let (gradient, loss) = (walk.copy(last)?, Loss::of(decoder)?);
+        if let (true, Loss::Tokens(head)) = (self.observation.needs.vocabulary, &loss) {
+            *sums = Sums::for_vocabulary([Key::HeadGram, Key::HeadSquares], head.vocab_size(), head.width());
+        }
         let of_window = |window_idx: usize, _: &Tensor, x: &Tensor| {
             stage.advance(x.dim(0)? as u64);
             let mut addend = Addend::default();
@@ -130,11 +134,13 @@ impl Backward<'_, '_> {
     /// The sums of the embedding table, from the gradients at the input of the first block, and the sums of the head.
     fn at_embeddings(&self, gradient: &Hidden, journal: &Journal) -> Result<Vec<(String, Array)>> {
         let Self { decoder, walk, multiply, .. } = *self;
-        let (embeddings, mut sums) = (decoder.embeddings()?, Sums::default());
+        let embeddings = decoder.embeddings()?;
+        let (vocab_size, width) = (embeddings.vocab_size(), embeddings.width());
+        let mut sums = Sums::for_vocabulary([Key::TableGram, Key::TokenCounts], vocab_size, width);
         let of_window = |window_idx: usize, states: &[Tensor]| {
             let ids = walk.ids(window_idx);
             let mut addend = Addend::default();
-            addend.add_table(ids, embeddings.vocab_size(), &embeddings.gradient(ids, &states[0])?, multiply)?;
+            addend.add_table(ids, vocab_size, &embeddings.gradient(ids, &states[0])?, multiply)?;
             Ok(addend)
         };
         walk.for_each_window(&[gradient], of_window, |_, addend| {

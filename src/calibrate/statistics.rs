@@ -52,6 +52,15 @@ impl Sums {
         sums
     }
 
+    /// Zeros for a head with inputs of `n`, and for a table with rows of `n`: a part of a text may have no window that
+    /// goes back.
+    pub fn for_vocabulary([gram, vector]: [Key; 2], vocab_size: usize, n: usize) -> Self {
+        let mut sums = Self::default();
+        sums.gram(gram, n);
+        sums.vector(vector, vocab_size);
+        sums
+    }
+
     fn gram(&mut self, key: Key, n: usize) -> &mut [f64] {
         self.grams.entry(key).or_insert_with(|| vec![0.0; n * (n + 1) / 2])
     }

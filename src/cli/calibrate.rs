@@ -137,6 +137,12 @@ pub(super) fn run(args: &CalibrateArgs, quiet: bool, progress: &Bars) -> Result<
     }
 }
 
+/// With the gradients of a method, those at embeddings and logits cost nothing, and `--target-size` needs them.
+fn needs(args: &CalibrateArgs) -> Needs {
+    let needs = args.method.iter().map(|m| m.preset().needs()).reduce(Needs::union).unwrap_or(Needs::ALL);
+    Needs { vocabulary: needs.output_gram, ..needs }
+}
+
 fn measure(
     args: &CalibrateArgs,
     model: &str,
@@ -149,7 +155,7 @@ fn measure(
     let read = checkpoint.read_files();
     expect_apart(&args.output, read.iter().map(PathBuf::as_path).chain([text]))?;
     let decoder = Decoder::open(&checkpoint)?.on(&device);
-    let needs = args.method.iter().map(|m| m.preset().needs()).reduce(Needs::union).unwrap_or(Needs::ALL);
+    let needs = needs(args);
     if needs == Needs::default() {
         return Err(Failure::usage("`--method svd` uses no statistics")
             .hint("name another method, or leave `--method` out to collect for all")

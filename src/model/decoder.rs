@@ -337,6 +337,11 @@ impl Embeddings {
         self.table.dims()[0]
     }
 
+    /// Values of the row of a token.
+    pub fn width(&self) -> usize {
+        self.table.dims()[1]
+    }
+
     /// The gradient (n_tokens, width) of the loss at the rows that `ids` read, from that at the states (n_tokens,
     /// hidden_size) made of them.
     ///

@@ -102,6 +102,11 @@ impl Head {
         self.lm_head.out_features()
     }
 
+    /// Inputs of a row of logits.
+    pub fn width(&self) -> usize {
+        self.lm_head.in_features()
+    }
+
     /// The gradient (n, hidden_size), with respect to `x` (n, hidden_size), of the summed negative log-likelihood of
     /// `targets`; each is predicted from the state in its row of `rows`. Adds the squares of the gradients at the
     /// outputs of the matrix to `squares` (vocab_size).

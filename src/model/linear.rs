@@ -108,15 +108,25 @@ impl Linear {
 
     /// Width of its outputs.
     pub fn out_features(&self) -> usize {
+        self.shape().0
+    }
+
+    /// Width of its inputs.
+    pub fn in_features(&self) -> usize {
+        self.shape().1
+    }
+
+    /// (out, in)
+    fn shape(&self) -> (usize, usize) {
         let shape = |part: &Tensor| match *part.dims() {
             [rows, columns] => [rows, columns],
             ref dims => [dims.first().copied().unwrap_or(0), 1],
         };
         let of = |term: &Applied| {
             let shapes: Vec<[usize; 2]> = term.parts.iter().map(shape).collect();
-            term.kind.structure().measure(&shapes).map(|(_, (out, _))| out)
+            term.kind.structure().measure(&shapes).map(|(_, shape)| shape)
         };
-        self.terms.first().and_then(of).unwrap_or(0)
+        self.terms.first().and_then(of).unwrap_or_default()
     }
 
     /// The weight (out, in), if the linear is dense.
