@@ -13,7 +13,7 @@ use lrc::approx::metric::{Metric, MetricPair};
 use lrc::checkpoint::Checkpoint;
 use lrc::linalg;
 use lrc::model::Decoder;
-use lrc::quantize::{Quant, bits};
+use lrc::quantize::{Quant, Sides, bits};
 
 /// Tokens of a Gram, and rows of a matrix that is quantized.
 const N_ROWS: usize = 256;
@@ -91,7 +91,9 @@ fn attention(bencher: Bencher<'_, '_>, n_tokens: usize) {
 fn gptq(bencher: Bencher<'_, '_>, n: usize) {
     let quant: Quant = "gptq-int4-g128".parse().expect("a quantizer by its name");
     let (weight, gram) = (values(N_ROWS * n), gram(n));
-    bencher.bench_local(|| quant.quantize(black_box(&weight), (N_ROWS, n), Some(&gram)).map(drop));
+    bencher.bench_local(|| {
+        quant.quantize(black_box(&weight), (N_ROWS, n), Some(Sides { inputs: gram.as_ref(), outputs: None })).map(drop)
+    });
 }
 
 /// Packs and unpacks codes (256, n) of 3 bits, which run across bytes.

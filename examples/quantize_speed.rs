@@ -14,7 +14,7 @@ use lrc::approx::low_rank;
 use lrc::approx::metric::{Metric, MetricPair};
 use lrc::checkpoint::Checkpoint;
 use lrc::linalg;
-use lrc::quantize::{Quant, Quantized};
+use lrc::quantize::{Quant, Quantized, Sides};
 use serde_json::json;
 
 fn main() -> Result<()> {
@@ -31,7 +31,7 @@ fn main() -> Result<()> {
     let total = metric.squared_norm(transposed.transpose());
     let quantize = |name: &str| -> Result<Quantized> {
         let quant: Quant = name.parse().map_err(anyhow::Error::msg)?;
-        Ok(quant.quantize(&weight, (m, n), Some(&gram))?.0)
+        Ok(quant.quantize(&weight, (m, n), Some(Sides { inputs: gram.as_ref(), outputs: None }))?.0)
     };
     let eora = |base: &Quantized| -> Result<Mat<f64>> {
         let left = residual(base);

@@ -89,6 +89,30 @@ fn tables_are_factored_in_the_metric_of_their_two_uses() {
 }
 
 #[test]
+fn descent_serves_tables_and_blocks_at_the_same_bytes() {
+    let folder = tempfile::tempdir().unwrap();
+    let statistics = folder.path().join("s.safetensors");
+    let windows = ["--samples", "16", "--seq-len", "64"];
+    let calibrate = ["calibrate", FIXTURE, "--text", TRAIN, "--method", "kfac", "-o", path(&statistics)];
+    ok(&[&calibrate[..], &windows].concat());
+    for (format, name) in [("factored", "int3-g32"), ("gguf", "q4_0"), ("gguf", "iq4_nl")] {
+        let run = |quant: &str| {
+            let output = folder.path().join(quant);
+            let flags = ["--method", "kfac", "--quant", quant, "--embeddings", "quantize", "--format", format];
+            let report = compressed(&output, &[&flags[..], &["--statistics", path(&statistics)]].concat());
+            check_dense_twin(&output, folder.path());
+            let linears = report["linears"].as_array().unwrap().clone();
+            let error = |linear: &Value| linear["relative_error"].as_f64().unwrap();
+            (weight_bytes(&output), error(of_table(&report)), linears.iter().map(error).sum::<f64>())
+        };
+        let rounded = run(&if format == "gguf" { name.to_string() } else { format!("rtn-{name}") });
+        let descended = run(&format!("cd-{name}"));
+        assert_eq!(descended.0, rounded.0, "{name}");
+        assert!(descended.1 < rounded.1 && descended.2 < 0.95 * rounded.2, "{name}: {descended:?} {rounded:?}");
+    }
+}
+
+#[test]
 fn a_target_size_counts_on_the_table_and_is_met() {
     let folder = tempfile::tempdir().unwrap();
     let calibration = ["--calibration", TRAIN, "--samples", "16", "--seq-len", "64"];

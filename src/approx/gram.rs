@@ -68,7 +68,7 @@ impl Gram {
         }
     }
 
-    pub(super) fn dense(&self) -> Cow<'_, Mat<f64>> {
+    pub(crate) fn dense(&self) -> Cow<'_, Mat<f64>> {
         match self {
             Self::Dense(gram) => Cow::Borrowed(gram),
             Self::Packed(gram) => Cow::Owned(gram.to_dense()),

@@ -118,6 +118,14 @@ impl Metric {
         Self::full(gram.into().damped(damping))
     }
 
+    /// `M`, (n, n), if it is full.
+    pub(crate) fn to_dense(&self) -> Option<Mat<f64>> {
+        match self {
+            Self::Full(full) => Some(full.gram.dense().into_owned()),
+            Self::Identity | Self::Plain { .. } | Self::Diagonal(_) => None,
+        }
+    }
+
     /// The same metric, with scale `size` if it replaces a form of zeros.
     ///
     /// # Errors

@@ -128,11 +128,14 @@ impl Metrics<'_> {
         Ok(Some((Metric::diagonal(rows.collect()), Metric::damped(columns, self.damping_input))))
     }
 
-    /// The Gram of the inputs of a linear (n, n), undamped.
+    /// The Gram of the inputs of a linear (n, n), undamped; for a matrix of the vocabulary the form of its columns.
     ///
     /// # Errors
     /// The statistics cannot be read.
     pub fn input_gram(&self, linear: &LinearInfo) -> Result<Mat<f64>> {
+        if let (Some(of), Some(statistics)) = (linear.vocabulary, self.statistics) {
+            return Ok(vocabulary::of(statistics, of, linear.shape())?.columns.dense().into_owned());
+        }
         if let Some(size) = self.size_without_tokens(linear, MetricForm::Gram, Side::Input)? {
             let n = linear.in_features;
             return Ok(Mat::from_fn(n, n, |i, j| if i == j { size } else { 0.0 }));

@@ -1,11 +1,13 @@
 //! llama.cpp's block types, through candle's implementation where it has one.
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use candle_core::Tensor;
 use candle_core::quantized::{GgmlDType, QStorage, QTensor};
 
+use super::fields::Codec;
 use super::grouped::{Grouped, Levels, Scheme};
 use super::iq4;
+use super::lattice::{BlockLattice, Lattice};
 use crate::device::{HOST, to_host};
 
 /// A block type: its name, its implementation and the number by which GGUF files know it.
@@ -20,42 +22,32 @@ pub struct BlockType {
     fallback: Option<&'static str>,
 }
 
-/// The implementation of a block type.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Codec {
-    Candle(GgmlDType),
-    Iq4Nl,
-    Iq4Xs,
+const fn row(name: &'static str, codec: Codec, id: u32, fallback: Option<&'static str>) -> BlockType {
+    BlockType { name, codec, id, fallback }
 }
 
-const fn row(name: &'static str, dtype: GgmlDType, id: u32, fallback: Option<&'static str>) -> BlockType {
-    BlockType { name, codec: Codec::Candle(dtype), id, fallback }
-}
-
-const fn read(name: &'static str, codec: Codec, id: u32) -> BlockType {
-    BlockType { name, codec, id, fallback: None }
+const fn candle(name: &'static str, dtype: GgmlDType, id: u32, fallback: Option<&'static str>) -> BlockType {
+    row(name, Codec::Candle(dtype), id, fallback)
 }
 
 /// The block types that quantize weights.
-pub const BLOCK_TYPES: [BlockType; 10] = [
-    row("q4_0", GgmlDType::Q4_0, 2, None),
-    row("q4_1", GgmlDType::Q4_1, 3, None),
-    row("q5_0", GgmlDType::Q5_0, 6, None),
-    row("q5_1", GgmlDType::Q5_1, 7, None),
-    row("q8_0", GgmlDType::Q8_0, 8, None),
-    row("q2_k", GgmlDType::Q2K, 10, Some("q4_0")),
-    row("q3_k", GgmlDType::Q3K, 11, Some("q4_0")),
-    row("q4_k", GgmlDType::Q4K, 12, Some("q5_0")),
-    row("q5_k", GgmlDType::Q5K, 13, Some("q5_1")),
-    row("q6_k", GgmlDType::Q6K, 14, Some("q8_0")),
+pub const BLOCK_TYPES: [BlockType; 12] = [
+    candle("q4_0", GgmlDType::Q4_0, 2, None),
+    candle("q4_1", GgmlDType::Q4_1, 3, None),
+    candle("q5_0", GgmlDType::Q5_0, 6, None),
+    candle("q5_1", GgmlDType::Q5_1, 7, None),
+    candle("q8_0", GgmlDType::Q8_0, 8, None),
+    candle("q2_k", GgmlDType::Q2K, 10, Some("q4_0")),
+    candle("q3_k", GgmlDType::Q3K, 11, Some("q4_0")),
+    candle("q4_k", GgmlDType::Q4K, 12, Some("q5_0")),
+    candle("q5_k", GgmlDType::Q5K, 13, Some("q5_1")),
+    candle("q6_k", GgmlDType::Q6K, 14, Some("q8_0")),
+    row("iq4_nl", Codec::Iq4Nl, 20, None),
+    row("iq4_xs", Codec::Iq4Xs, 23, Some("iq4_nl")),
 ];
 
 /// The block types that are read only.
-pub const READ_TYPES: [BlockType; 3] = [
-    read("q8_k", Codec::Candle(GgmlDType::Q8K), 15),
-    read("iq4_nl", Codec::Iq4Nl, 20),
-    read("iq4_xs", Codec::Iq4Xs, 23),
-];
+pub const READ_TYPES: [BlockType; 1] = [candle("q8_k", GgmlDType::Q8K, 15, None)];
 
 impl BlockType {
     /// By its name, `q4_k`, if weights can be quantized to it.
@@ -81,7 +73,11 @@ impl BlockType {
     /// The smallest factor of an f16 scale at either end of a block's range. In blocks with a minimum, the negative end
     /// is the code of that minimum.
     pub fn n_levels(self) -> f32 {
-        let Codec::Candle(dtype) = self.codec else { return 127.0 };
+        let dtype = match self.codec {
+            Codec::Candle(dtype) => dtype,
+            Codec::Iq4Nl => return 113.0,
+            Codec::Iq4Xs => return 113.0 * 31.0,
+        };
         match dtype {
             GgmlDType::Q4_0 => 8.0,
             GgmlDType::Q5_0 => 16.0,
@@ -103,22 +99,13 @@ impl BlockType {
 
     /// Whether rows of `cols` consist of whole blocks.
     pub fn divides(self, cols: usize) -> bool {
-        cols > 0 && cols.is_multiple_of(self.block().0)
+        cols > 0 && cols.is_multiple_of(self.codec.block().0)
     }
 
     /// Bytes of a matrix (rows, cols).
     pub fn n_bytes(self, rows: usize, cols: usize) -> u64 {
-        let (size, bytes) = self.block();
+        let (size, bytes) = self.codec.block();
         (rows * (cols / size) * bytes) as u64
-    }
-
-    /// Weights and bytes of a block.
-    fn block(self) -> (usize, usize) {
-        match self.codec {
-            Codec::Candle(dtype) => (dtype.block_size(), dtype.type_size()),
-            Codec::Iq4Nl => iq4::NL,
-            Codec::Iq4Xs => iq4::XS,
-        }
     }
 }
 
@@ -136,15 +123,48 @@ pub struct Blocks {
 }
 
 impl Blocks {
+    /// Rounded to nearest.
+    ///
     /// # Errors
-    /// Rows do not consist of whole blocks, or the type is read only.
+    /// Rows do not consist of whole blocks.
     pub fn quantize(values: &[f32], rows: usize, cols: usize, block_type: BlockType) -> Result<Self> {
-        let Codec::Candle(dtype) = block_type.codec else {
-            anyhow::bail!("`{}` is read only", block_type.name);
+        Self::weighted(values, rows, cols, block_type, None)
+    }
+
+    /// Rounded to nearest, with scales for the least squared error where the columns have these weights. Types without
+    /// a search for scales have the same as without weights.
+    pub(super) fn weighted(
+        values: &[f32],
+        rows: usize,
+        cols: usize,
+        block_type: BlockType,
+        weights: Option<&[f32]>,
+    ) -> Result<Self> {
+        ensure!(block_type.divides(cols), "rows of {cols} are not made of whole blocks of `{}`", block_type.name);
+        let bytes = match block_type.codec {
+            Codec::Candle(dtype) => {
+                let tensor = Tensor::from_slice(values, (rows, cols), &HOST)?;
+                let quantized = match weights.filter(|_| block_type.fallback.is_some()) {
+                    Some(weights) => QTensor::quantize_imatrix(&tensor, weights, dtype)?,
+                    None => QTensor::quantize(&tensor, dtype)?,
+                };
+                quantized.data()?.into_owned()
+            }
+            Codec::Iq4Nl => iq4::quantize_nl(values, cols, weights),
+            Codec::Iq4Xs => iq4::quantize_xs(values, cols, weights),
         };
-        let tensor = Tensor::from_slice(values, (rows, cols), &HOST)?;
-        let quantized = QTensor::quantize(&tensor, dtype)?;
-        Ok(Self { rows, cols, block_type, bytes: quantized.data()?.into_owned() })
+        Ok(Self { rows, cols, block_type, bytes })
+    }
+
+    /// The codes, in the order of the weights, and the values that they may take.
+    pub(super) fn codes(&self) -> (Vec<u8>, BlockLattice) {
+        let fields = self.block_type.codec.fields();
+        (fields.codes(&self.bytes), fields.lattice(&self.bytes, self.cols))
+    }
+
+    /// Replaces the codes, in the order of the weights; scales stay.
+    pub(super) fn put(&mut self, codes: &[u8]) {
+        self.block_type.codec.fields().put(codes, &mut self.bytes);
     }
 
     /// Symmetric codes as blocks, exactly: up to 4 bits as Q4_0, up to 8 as Q8_0; `None` if their groups are
@@ -182,7 +202,7 @@ impl Blocks {
     /// The same matrix as codes in groups of 32; `None` for types that store more than codes and scales.
     pub fn to_grouped(&self) -> Option<Grouped> {
         let scheme = self.block_type.as_scheme()?;
-        let size = self.block_type.block().1;
+        let size = self.block_type.codec.block().1;
         let (mut codes, mut scales) = (Vec::with_capacity(self.rows * self.cols), Vec::new());
         for block in self.bytes.chunks_exact(size) {
             let (scale, values) = block.split_first_chunk::<2>()?;
@@ -210,8 +230,7 @@ impl Blocks {
         );
         let dtype = match self.block_type.codec {
             Codec::Candle(dtype) => dtype,
-            Codec::Iq4Nl => return iq4::dequantize_nl(&self.bytes),
-            Codec::Iq4Xs => return iq4::dequantize_xs(&self.bytes),
+            Codec::Iq4Nl | Codec::Iq4Xs => return self.values(),
         };
         if self.bytes.is_empty() {
             // candle requires an alignment that an empty buffer does not have.
@@ -222,6 +241,13 @@ impl Blocks {
             QTensor::new(storage, (self.rows, self.cols))?.dequantize(&HOST).and_then(|values| to_host(&values))
         };
         values().expect("invariant: whole blocks are dequantized")
+    }
+
+    /// The matrix from its codes.
+    fn values(&self) -> Vec<f32> {
+        let (codes, lattice) = self.codes();
+        let value = |(at, &code): (usize, &u8)| lattice.value(at / self.cols, at % self.cols, code);
+        codes.iter().enumerate().map(value).collect()
     }
 }
 
@@ -256,7 +282,7 @@ mod tests {
         let (rows, cols) = (3, 512);
         let values: Vec<f32> = (0..rows * cols).map(|i| ((i * 7919) % 1009) as f32 / 504.5 - 1.0).collect();
         for (block_type, limit) in
-            BLOCK_TYPES.into_iter().zip([0.09, 0.09, 0.05, 0.05, 0.006, 0.35, 0.18, 0.08, 0.04, 0.02])
+            BLOCK_TYPES.into_iter().zip([0.09, 0.09, 0.05, 0.05, 0.006, 0.35, 0.18, 0.08, 0.04, 0.02, 0.09, 0.09])
         {
             let blocks = Blocks::quantize(&values, rows, cols, block_type).unwrap();
             assert_eq!(blocks.bytes.len() as u64, block_type.n_bytes(rows, cols));
@@ -276,11 +302,43 @@ mod tests {
     }
 
     #[test]
+    fn codes_and_scales_are_where_candle_has_them() {
+        let (rows, cols) = (3, 512);
+        let values: Vec<f32> = (0..rows * cols).map(|i| ((i * 7919) % 1009) as f32 / 504.5 - 1.0).collect();
+        for block_type in BLOCK_TYPES {
+            let mut blocks = Blocks::quantize(&values, rows, cols, block_type).unwrap();
+            for (found, expected) in blocks.values().into_iter().zip(blocks.dequantize()) {
+                assert!((found - expected).abs() < 1e-6, "{}: {found} {expected}", block_type.name);
+            }
+            let (before, (codes, lattice)) = (blocks.clone(), blocks.codes());
+            blocks.put(&codes);
+            assert_eq!(blocks, before);
+            // Others in their place, with the same scales.
+            let others: Vec<u8> = codes.iter().rev().copied().collect();
+            blocks.put(&others);
+            assert_eq!((&blocks.codes().0, &blocks.codes().1.scales), (&others, &lattice.scales));
+            let nearest = lattice.round(&values, cols);
+            blocks.put(&nearest);
+            let error = |blocks: &Blocks| -> f64 {
+                let errors = blocks.dequantize().into_iter().zip(&values).map(|(q, v)| f64::from(q - v));
+                errors.map(|error| error * error).sum()
+            };
+            assert!(error(&blocks) <= error(&before) * 1.000_001, "{}", block_type.name);
+        }
+    }
+
+    #[test]
     fn rows_that_no_block_divides_fall_back_to_a_type_that_does() {
         let fallback = |name: &str, cols| BlockType::named(name).unwrap().for_rows(cols).map(|found| found.name);
-        for (name, expected) in
-            [("q2_k", "q4_0"), ("q3_k", "q4_0"), ("q4_k", "q5_0"), ("q5_k", "q5_1"), ("q6_k", "q8_0"), ("q8_0", "q8_0")]
-        {
+        for (name, expected) in [
+            ("q2_k", "q4_0"),
+            ("q3_k", "q4_0"),
+            ("q4_k", "q5_0"),
+            ("q5_k", "q5_1"),
+            ("q6_k", "q8_0"),
+            ("q8_0", "q8_0"),
+            ("iq4_xs", "iq4_nl"),
+        ] {
             assert_eq!((fallback(name, 576), fallback(name, 1536)), (Some(expected), Some(name)));
             assert_eq!(fallback(name, 40), None);
         }

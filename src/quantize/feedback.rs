@@ -69,7 +69,7 @@ pub fn descend(
 ///
 /// A column moves the rest of its panel, a panel the rest of its block, and a block all other columns: the first is
 /// bound by memory, the others are matrix products.
-fn one_by_one(
+pub(super) fn one_by_one(
     mut weights: MatMut<'_, f32>,
     couplings: MatRef<'_, f32>,
     mut step: impl FnMut(usize, &mut [f32], &mut [f32]),

@@ -8,13 +8,14 @@ use faer::{Accum, Mat, MatRef, Par};
 use serde::{Deserialize, Serialize};
 
 use super::feedback::feed_back;
-use super::grouped::{Grouped, Scale, Scheme, grids};
+use super::grouped::{Grouped, Scale, Scheme};
+use super::lattice::Lattice;
 use crate::linalg;
 
 /// Share of the mean diagonal of `H` that is added to it (the paper's 1 %).
 pub const DAMPING: f64 = 0.01;
 
-/// The reason why GPTQ returned the result of rounding.
+/// The reason why a quantizer returned the result of rounding.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Fallback {
@@ -47,16 +48,42 @@ pub fn gptq(
     scheme: Scheme,
     scale: Scale,
 ) -> (Grouped, Option<Fallback>) {
-    assert_eq!((values.len(), gram.nrows()), (rows * cols, cols), "invariant: the Gram belongs to the inputs");
-    let permutation = falling_diagonal(gram);
     let rounded = || Grouped::round(values, rows, cols, scheme, scale);
-    let Some((upper, factor)) = linalg::inverse_cholesky(damped(gram, &permutation).as_ref()) else {
+    let lattice = scheme.lattice(values, cols, scale, None);
+    let Some(fed) = feed(values, (rows, cols), gram, &lattice) else {
         return (rounded(), Some(Fallback::NotDefinite));
     };
-    let grids = grids(values, cols, scheme, scale);
-    let n_groups = scheme.n_groups(cols);
-    let group = scheme.group_of(cols);
+    let rounded = rounded();
+    if squared_error(values, &rounded, &fed.factor, &fed.permutation) <= fed.loss {
+        return (rounded, Some(Fallback::NoGain));
+    }
+    (Grouped::of_codes(fed.codes, rows, cols, scheme, &lattice.grids), None)
+}
 
+/// Codes chosen with feedback.
+pub(super) struct Fed {
+    /// (rows, cols), row-major.
+    pub codes: Vec<u8>,
+    /// Their squared error in the damped metric.
+    loss: f64,
+    /// The metric is `F Fᵀ`, in the order of `permutation`.
+    factor: Mat<f32>,
+    permutation: Vec<usize>,
+}
+
+/// Chooses the codes of a lattice with feedback; `None` if `H` cannot be factored.
+///
+/// # Panics
+/// If the shapes do not match.
+pub(super) fn feed(
+    values: &[f32],
+    (rows, cols): (usize, usize),
+    gram: MatRef<'_, f64>,
+    lattice: &impl Lattice,
+) -> Option<Fed> {
+    assert_eq!((values.len(), gram.nrows()), (rows * cols, cols), "invariant: the Gram belongs to the inputs");
+    let permutation = falling_diagonal(gram);
+    let (upper, factor) = linalg::inverse_cholesky(damped(gram, &permutation).as_ref())?;
     let mut weights = Mat::from_fn(rows, cols, |i, j| values[i * cols + permutation[j]]);
     let upper = single(&upper);
     let mut codes = vec![0u8; rows * cols];
@@ -64,20 +91,15 @@ pub fn gptq(
     let round = |j: usize, weight: &mut [f32]| {
         let column = permutation[j];
         for (i, weight) in weight.iter_mut().enumerate() {
-            let grid = &grids[i * n_groups + column / group];
-            let code = grid.code(*weight);
+            let code = lattice.code(i, column, *weight);
             codes[i * cols + column] = code;
-            *weight = grid.value(code);
+            *weight = lattice.value(i, column, code);
         }
     };
     feed_back(weights.as_mut(), upper.as_ref(), round, |error: &[f32]| {
         loss += error.iter().map(|&e| f64::from(e) * f64::from(e)).sum::<f64>();
     });
-    let rounded = rounded();
-    if squared_error(values, &rounded, &single(&factor), &permutation) <= loss {
-        return (rounded, Some(Fallback::NoGain));
-    }
-    (Grouped::of_codes(codes, rows, cols, scheme, &grids), None)
+    Some(Fed { codes, loss, factor: single(&factor), permutation })
 }
 
 /// Columns in the order of falling `H_jj`.
@@ -88,7 +110,7 @@ fn falling_diagonal(gram: MatRef<'_, f64>) -> Vec<usize> {
 }
 
 /// `H` in this order and with a mean diagonal of about 1, damped.
-fn damped(gram: MatRef<'_, f64>, permutation: &[usize]) -> Mat<f64> {
+pub(super) fn damped(gram: MatRef<'_, f64>, permutation: &[usize]) -> Mat<f64> {
     let cols = gram.nrows();
     let unit = to_unit_mean((0..cols).map(|i| gram[(i, i)]).sum::<f64>() / cols.max(1) as f64);
     let mean = (0..cols).map(|i| gram[(i, i)] * unit).sum::<f64>() / cols.max(1) as f64;
@@ -105,7 +127,7 @@ fn damped(gram: MatRef<'_, f64>, permutation: &[usize]) -> Mat<f64> {
     })
 }
 
-fn single(matrix: &Mat<f64>) -> Mat<f32> {
+pub(super) fn single(matrix: &Mat<f64>) -> Mat<f32> {
     Mat::from_fn(matrix.nrows(), matrix.ncols(), |i, j| matrix[(i, j)] as f32)
 }
 

@@ -7,6 +7,7 @@ use half::f16;
 use pulp::Arch;
 
 use super::bits;
+use super::lattice::Lattice;
 
 /// How codes become values.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -141,8 +142,8 @@ fn storable(scale: f32) -> f32 {
 }
 
 impl Grid {
-    /// The grid of a run of weights.
-    pub fn of(values: &[f32], levels: Levels, scale: Scale) -> Self {
+    /// The grid of a run of weights; with shares of each in the error, [`Scale::Mse`] minimizes their sum.
+    pub fn of(values: &[f32], levels: Levels, scale: Scale, shares: Option<&[f32]>) -> Self {
         let extreme = values.iter().fold(0.0f32, |e, &v| if v.abs() > e.abs() { v } else { e });
         if extreme == 0.0 {
             return Self { levels, scale: 0.0, zero: levels.middle() };
@@ -169,12 +170,12 @@ impl Grid {
             4 => 0.65,
             _ => 0.95,
         };
-        let mut best = (first.squared_error(values), first);
+        let mut best = (first.error(values, shares), first);
         for step in 0..=CLIPS {
             let share = 1.0 - (1.0 - least) * step as f32 / CLIPS as f32;
             for sign in whole.signs() {
                 let grid = whole.clipped(sign * share);
-                let error = grid.squared_error(values);
+                let error = grid.error(values, shares);
                 if error < best.0 {
                     best = (error, grid);
                 }
@@ -229,6 +230,11 @@ impl Grid {
         }
     }
 
+    fn error(&self, values: &[f32], shares: Option<&[f32]>) -> f32 {
+        let Some(shares) = shares else { return self.squared_error(values) };
+        values.iter().zip(shares).map(|(&v, share)| share * (self.value(self.code(v)) - v).powi(2)).sum()
+    }
+
     fn squared_error(&self, values: &[f32]) -> f32 {
         let Levels::Int { bits, .. } = self.levels else {
             return values.iter().map(|&v| (self.value(self.code(v)) - v).powi(2)).sum();
@@ -265,13 +271,52 @@ impl Levels {
     }
 }
 
-/// The grid of every group of a matrix (rows, cols), row-major: (rows, n_groups).
-pub(super) fn grids(values: &[f32], cols: usize, scheme: Scheme, scale: Scale) -> Vec<Grid> {
+/// The grid of every group of a matrix (rows, cols), row-major: (rows, n_groups). The columns may have shares in the
+/// error.
+fn grids(values: &[f32], cols: usize, scheme: Scheme, scale: Scale, shares: Option<&[f32]>) -> Vec<Grid> {
     let group = scheme.group_of(cols);
     Arch::new().dispatch(|| {
         let rows = values.chunks_exact(cols.max(1));
-        rows.flat_map(|row| row.chunks(group)).map(|run| Grid::of(run, scheme.levels, scale)).collect()
+        let runs = rows.flat_map(|row| row.chunks(group).enumerate());
+        let shares = |at: usize, run: &[f32]| shares.map(|shares| &shares[at * group..][..run.len()]);
+        runs.map(|(at, run)| Grid::of(run, scheme.levels, scale, shares(at, run))).collect()
     })
+}
+
+/// The grids of the groups of a matrix.
+pub(super) struct GroupLattice {
+    /// (rows, n_groups)
+    pub grids: Vec<Grid>,
+    group: usize,
+    n_groups: usize,
+}
+
+impl GroupLattice {
+    #[inline(always)]
+    fn grid(&self, row: usize, col: usize) -> &Grid {
+        &self.grids[row * self.n_groups + col / self.group]
+    }
+}
+
+impl Lattice for GroupLattice {
+    #[inline(always)]
+    fn code(&self, row: usize, col: usize, value: f32) -> u8 {
+        self.grid(row, col).code(value)
+    }
+
+    #[inline(always)]
+    fn value(&self, row: usize, col: usize, code: u8) -> f32 {
+        self.grid(row, col).value(code)
+    }
+}
+
+impl Scheme {
+    /// The values that codes may take for a matrix with rows of `cols`, row-major, whose columns may have shares in the
+    /// error.
+    pub(super) fn lattice(self, values: &[f32], cols: usize, scale: Scale, shares: Option<&[f32]>) -> GroupLattice {
+        let (group, n_groups) = (self.group_of(cols), self.n_groups(cols));
+        GroupLattice { grids: grids(values, cols, self, scale, shares), group, n_groups }
+    }
 }
 
 impl Grouped {
@@ -281,7 +326,7 @@ impl Grouped {
     /// If `values` does not consist of rows of `cols`.
     pub fn round(values: &[f32], rows: usize, cols: usize, scheme: Scheme, scale: Scale) -> Self {
         assert_eq!(values.len(), rows * cols, "invariant: a matrix has rows x columns values");
-        let grids = grids(values, cols, scheme, scale);
+        let grids = grids(values, cols, scheme, scale, None);
         let (group, n_groups) = (scheme.group_of(cols), scheme.n_groups(cols));
         let codes = Arch::new().dispatch(|| {
             let runs = values.chunks_exact(cols.max(1)).zip(grids.chunks_exact(n_groups.max(1)));

@@ -1,73 +1,86 @@
-//! The 4-bit types of llama.cpp with levels that are not evenly spaced, `iq4_nl` and `iq4_xs`, which candle does not
-//! read. A code is an index into [`LEVELS`]; a weight is `scale · level`.
-//!
-//! - `iq4_nl`: 32 weights, an f16 scale and their codes.
-//! - `iq4_xs`: 256 weights, an f16 scale, 8 integer scales of 6 bits and the codes. A run of 32 weights has the scale
-//!   `f16 · (integer − 32)`; the upper 2 bits of the 8 integers come first, then the lower 4.
+//! Scales and codes of the 4-bit types of llama.cpp with levels that are not evenly spaced, `iq4_nl` and `iq4_xs`,
+//! rounded to nearest.
 
-/// The levels of the codes.
-const LEVELS: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
+use half::f16;
 
-/// Weights with one scale.
-pub(super) const RUN: usize = 32;
-const CODES: usize = RUN / 2;
-const RUNS: usize = 8;
+use super::fields::{Codec, LEVELS};
+use super::lattice::{Lattice, Spacing};
 
-/// Weights and bytes of a block of `iq4_nl`.
-pub(super) const NL: (usize, usize) = (RUN, 2 + CODES);
-/// Weights and bytes of a block of `iq4_xs`.
-pub(super) const XS: (usize, usize) = (RUNS * RUN, 4 + RUNS / 2 + RUNS * CODES);
+const RUN: usize = 32;
+const SPACING: Spacing = Spacing::Table(&LEVELS);
+/// Scales that are tried on each side of zero.
+const TRIALS: usize = 16;
 
-/// The weights of whole blocks of `iq4_nl`.
-pub(super) fn dequantize_nl(bytes: &[u8]) -> Vec<f32> {
-    let mut values = Vec::with_capacity(bytes.len() / NL.1 * NL.0);
-    for block in bytes.chunks_exact(NL.1) {
-        put_run(&mut values, f16(block, 0), &block[2..]);
-    }
-    values
+/// Blocks of 32 weights with one scale.
+pub(super) fn quantize_nl(values: &[f32], cols: usize, weights: Option<&[f32]>) -> Vec<u8> {
+    let scale =
+        |block: &mut [u8], scales: &[f32; 1]| block[..2].copy_from_slice(&f16::from_f32(scales[0]).to_le_bytes());
+    quantize(Codec::Iq4Nl, values, cols, weights, scale)
 }
 
-/// The weights of whole blocks of `iq4_xs`.
-pub(super) fn dequantize_xs(bytes: &[u8]) -> Vec<f32> {
-    let mut values = Vec::with_capacity(bytes.len() / XS.1 * XS.0);
-    for block in bytes.chunks_exact(XS.1) {
-        let (scale, high) = (f16(block, 0), u16::from_le_bytes([block[2], block[3]]));
-        let (lows, codes) = block[4..].split_at(RUNS / 2);
-        for (run, codes) in codes.chunks_exact(CODES).enumerate() {
-            let low = (lows[run / 2] >> (4 * (run % 2))) & 15;
-            let high = (high >> (2 * run)) & 3;
-            put_run(&mut values, scale * (f32::from(u16::from(low) | (high << 4)) - 32.0), codes);
+/// Blocks of 256 weights. The run with the largest scale has the integer −32 or 31.
+pub(super) fn quantize_xs(values: &[f32], cols: usize, weights: Option<&[f32]>) -> Vec<u8> {
+    quantize(Codec::Iq4Xs, values, cols, weights, |block: &mut [u8], scales: &[f32; 8]| {
+        let largest = scales.iter().fold(0.0f32, |most, &scale| if scale.abs() > most.abs() { scale } else { most });
+        let common = f16::from_f32(largest / -32.0);
+        block[..2].copy_from_slice(&common.to_le_bytes());
+        let (common, mut high) = (common.to_f32(), 0u16);
+        for (run, scale) in scales.iter().enumerate() {
+            let whole = if common == 0.0 { 0.0 } else { (scale / common).round_ties_even().clamp(-32.0, 31.0) };
+            let bits = (whole + 32.0) as u8;
+            block[4 + run / 2] |= (bits & 15) << (4 * (run % 2));
+            high |= u16::from(bits >> 4) << (2 * run);
+        }
+        block[2..4].copy_from_slice(&high.to_le_bytes());
+    })
+}
+
+/// Blocks of `N` runs, each with the scale that suits it best; `put` stores the scales of a block.
+fn quantize<const N: usize>(
+    codec: Codec,
+    values: &[f32],
+    cols: usize,
+    weights: Option<&[f32]>,
+    put: impl Fn(&mut [u8], &[f32; N]),
+) -> Vec<u8> {
+    let mut bytes = vec![0u8; values.len() / (N * RUN) * codec.block().1];
+    for (at, (block, values)) in bytes.chunks_exact_mut(codec.block().1).zip(values.chunks_exact(N * RUN)).enumerate() {
+        let weights = weights.map(|weights| &weights[at * N * RUN % cols..][..N * RUN]);
+        let scales = std::array::from_fn(|run| {
+            let run = run * RUN..(run + 1) * RUN;
+            best_scale(&values[run.clone()], weights.map(|weights| &weights[run]))
+        });
+        put(block, &scales);
+    }
+    let fields = codec.fields();
+    let lattice = fields.lattice(&bytes, cols);
+    fields.put(&lattice.round(values, cols), &mut bytes);
+    bytes
+}
+
+/// The scale with the least weighted squared error of those that are tried, each of which is refined once: with codes
+/// `q` fixed, the best is `Σ w v l(q) / Σ w l(q)²`.
+fn best_scale(values: &[f32], weights: Option<&[f32]>) -> f32 {
+    let extreme = values.iter().fold(0.0f32, |most, &v| if v.abs() > most.abs() { v } else { most });
+    let mut best = (0.0f32, 0.0f32);
+    for trial in 0..2 * TRIALS {
+        // The extreme at either end of the levels, or up to a third beyond.
+        let end = if trial % 2 == 0 { f32::from(LEVELS[0]) } else { f32::from(LEVELS[15]) };
+        let scale = extreme / end * (1.0 - 0.35 * (trial / 2) as f32 / TRIALS as f32);
+        if scale == 0.0 {
+            continue;
+        }
+        let (mut along, mut square) = (0.0f32, 0.0f32);
+        for (i, value) in values.iter().enumerate() {
+            let level = SPACING.level(SPACING.nearest(value / scale));
+            let weight = weights.map_or(1.0, |weights| weights[i]);
+            along += weight * value * level;
+            square += weight * level * level;
+        }
+        // It lowers the error of a scale of zero by this much.
+        if square > 0.0 && along * along / square > best.0 {
+            best = (along * along / square, along / square);
         }
     }
-    values
-}
-
-/// The low halves of the bytes are the first 16 codes.
-fn put_run(values: &mut Vec<f32>, scale: f32, codes: &[u8]) {
-    let level = |code: u8| scale * f32::from(LEVELS[usize::from(code)]);
-    values.extend(codes.iter().map(|byte| level(byte & 15)));
-    values.extend(codes.iter().map(|byte| level(byte >> 4)));
-}
-
-fn f16(bytes: &[u8], at: usize) -> f32 {
-    half::f16::from_le_bytes([bytes[at], bytes[at + 1]]).to_f32()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn codes_are_levels_times_their_scale() {
-        let one = half::f16::ONE.to_le_bytes();
-        let codes: Vec<u8> = (0..16).map(|i| i | (i << 4)).collect();
-        let levels = LEVELS.map(f32::from);
-        let values = dequantize_nl(&[&one[..], &codes].concat());
-        assert_eq!(values, [levels, levels].concat());
-        // The integer scales 32 + run, in two parts.
-        let high = 0xAAAAu16.to_le_bytes();
-        let block = [&one[..], &high, &[0x10, 0x32, 0x54, 0x76], &codes.repeat(RUNS)].concat();
-        let expected: Vec<f32> = (0..RUNS * RUN).map(|i| (i / RUN) as f32 * levels[i % 16]).collect();
-        assert_eq!(dequantize_xs(&block), expected);
-    }
+    if best.0 > 0.0 { best.1 } else { extreme / f32::from(LEVELS[0]) }
 }

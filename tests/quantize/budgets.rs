@@ -57,6 +57,12 @@ fn compensations_are_ordered_by_what_they_know() {
         let (gptq, report) = run("svd-llm", &quant.replace("rtn", "gptq"), &[]);
         assert!(gptq < alone, "{quant}: {gptq} {alone}");
         assert!(report["linears"].as_array().unwrap().iter().all(|l| l["note"].is_null()));
+        for method in ["svd-llm", "kfac"] {
+            let (descended, report) = run(method, &quant.replace("rtn", "cd"), &[]);
+            let fed = run(method, &quant.replace("rtn", "gptq"), &[]).0;
+            assert!(descended < fed, "{method}, {quant}: {descended} {fed}");
+            assert!(report["linears"].as_array().unwrap().iter().all(|l| l["note"].is_null()));
+        }
     }
 }
 

@@ -20,7 +20,7 @@ use crate::error::Failure;
 use crate::linalg;
 use crate::model::inventory::{self, LinearInfo};
 use crate::operator::Shape;
-use crate::quantize::{Blocks, Fallback, Grouped, Quant, Quantized, Storage, bits};
+use crate::quantize::{Blocks, Fallback, Grouped, Quant, Quantized, Sides, Storage, bits};
 use crate::store::{Piece, Spool, Spooled, Values};
 
 /// One quantized base of a linear, with factors up to some rank.
@@ -211,9 +211,10 @@ impl Quantize<'_> {
         let (m, n) = linear.shape();
         let values = inventory::weight(self.checkpoint, linear)?; // (out, in)
         let transposed = linalg::transposed_from_row_major(&values, m, n);
-        let gram = quants.iter().any(|q| q.needs_gram()).then(|| self.metrics.input_gram(linear)).transpose()?;
+        let inputs = quants.iter().any(|q| q.needs_gram()).then(|| self.metrics.input_gram(linear)).transpose()?;
         let compensating = self.metrics.with_preset(self.compensate.preset());
         let output = self.metrics.output(linear)?;
+        let outputs = if quants.iter().any(|q| q.descends()) { output.to_dense() } else { None };
         let pair_output = compensating.output(linear)?;
         let is_reported_in_pair = self.metrics.preset == compensating.preset
             && self.metrics.damping_input == compensating.damping_input
@@ -226,7 +227,9 @@ impl Quantize<'_> {
                     values: &values,
                     weight: &transposed,
                     shape: (m, n),
-                    gram: gram.as_ref(),
+                    sides: inputs
+                        .as_ref()
+                        .map(|inputs| Sides { inputs: inputs.as_ref(), outputs: outputs.as_ref().map(Mat::as_ref) }),
                     reported,
                     pair,
                     is_reported_in_pair,
@@ -238,7 +241,7 @@ impl Quantize<'_> {
                     made.extend(self.bases(&one, quant)?);
                 }
                 let mut plain = reported.plain_sides().union(pair.plain_sides());
-                plain.input |= gram.as_ref().is_some_and(|gram| gram.norm_max() == 0.0);
+                plain.input |= inputs.as_ref().is_some_and(|gram| gram.norm_max() == 0.0);
                 Ok((reported.squared_norm(transposed.transpose()), plain, made))
             })
         })
@@ -282,7 +285,8 @@ struct Attempt<'a> {
     /// The weight, (in, out).
     weight: &'a Mat<f64>,
     shape: Shape,
-    gram: Option<&'a Mat<f64>>,
+    /// What quantizers with a metric use: the Gram of the inputs, and the output's side of the metric of the method.
+    sides: Option<Sides<'a>>,
     /// The metric of the method.
     reported: MetricPair<'a>,
     /// The metric of the compensation.
@@ -294,7 +298,7 @@ type Base = (Quantized, Option<Fallback>);
 
 impl Attempt<'_> {
     fn quantize(&self, values: &[f32], quant: Quant) -> Result<Base> {
-        quant.quantize(values, self.shape, self.gram)
+        quant.quantize(values, self.shape, self.sides)
     }
 
     /// `W − Q`, transposed: (in, out).

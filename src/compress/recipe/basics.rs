@@ -60,8 +60,9 @@ impl Basics {
         let has_limit = options.keep.is_some() || options.target_size.is_some() || options.bits.is_some();
         let has_data = options.calibration.is_some() || options.statistics.is_some();
         let method = options.method.unwrap_or(match has_data {
-            // Without an allocation, the loss metric would only change the unit of the reported errors.
-            true if is_quantized && !has_limit => Method::SvdLlm,
+            // Without an allocation, the loss metric would only change the unit of the reported errors, unless codes are
+            // chosen in it.
+            true if is_quantized && !has_limit && !options.quant.iter().any(|quant| quant.descends()) => Method::SvdLlm,
             true => Method::Kfac,
             false => Method::Svd,
         });

@@ -64,14 +64,17 @@ impl Recipe {
         self.embeddings
     }
 
-    /// The quantizers for the matrices of the vocabulary, which have `cols` inputs. Their metric is no Gram of inputs,
-    /// so that codes are rounded to nearest.
+    /// The quantizers for the matrices of the vocabulary, which have `cols` inputs. Without gradients they have no
+    /// metric, and their codes are rounded to nearest; so are those of GPTQ.
     pub(crate) fn table_quants(&self, cols: usize) -> Vec<Quant> {
         if !self.embeddings.quantizes() {
             return Vec::new();
         }
+        let has_metric = self.method.preset().needs().output_gram;
         let own = self.quant().iter().map(|&quant| match quant {
-            Quant::Gptq(scheme, scale) => Quant::Rtn(scheme, scale),
+            Quant::Cd(..) | Quant::CdBlock(_) if has_metric => quant,
+            Quant::Gptq(scheme, scale) | Quant::Cd(scheme, scale) => Quant::Rtn(scheme, scale),
+            Quant::CdBlock(block_type) => Quant::Block(block_type),
             Quant::Rtn(..) | Quant::Block(_) => quant,
         });
         let is_chosen = !matches!(self.approach, Approach::Quantized(Bases::Fixed { .. }));
