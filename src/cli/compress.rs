@@ -88,9 +88,9 @@ pub(super) fn run(args: &CompressArgs, quiet: bool, progress: &Bars) -> Result<(
     let job = Job {
         checkpoint: &checkpoint,
         model: None,
-        source: &args.model.model,
+        source: args.model.model(),
         recipe: &recipe,
-        output: &args.folder.output,
+        output: args.folder.path(),
         existing: args.folder.existing(),
         earlier: args.restart.earlier(),
         memory_bytes: args.memory.bytes(),
@@ -101,7 +101,7 @@ pub(super) fn run(args: &CompressArgs, quiet: bool, progress: &Bars) -> Result<(
         return args.gates.conclude(&report, show_dry_run);
     }
     let report = compress::compress(&job, progress)?;
-    let show = |report: &CompressReport| if quiet { String::new() } else { show(report, &args.folder.output) };
+    let show = |report: &CompressReport| if quiet { String::new() } else { show(report, args.folder.path()) };
     args.gates.conclude(&report, show)
 }
 
