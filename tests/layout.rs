@@ -248,8 +248,7 @@ fn only_operators_know_their_parts() {
     let parts = ["\"lr_", ".lr_", "lr_order", "Size::Rank", "Size::Blocks"].map(String::from);
     let needles: Vec<String> = types.chain(parts).collect();
     let needles: Vec<&str> = needles.iter().map(String::as_str).collect();
-    // Adapters are presented as factors, under names that their codec has.
-    let is_known = |p: &Path| p.starts_with("operator") || p == Path::new("codecs/peft.rs");
+    let is_known = |p: &Path| p.starts_with("operator");
     assert_eq!(lines_with(&needles, &sources_with_tests(), is_known), Vec::<String>::new());
     // In Python, the classes of structures know them.
     assert!(!include_str!("../src/formats/modeling_lrc_model.py").contains("lr_"));
