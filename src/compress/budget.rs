@@ -77,7 +77,7 @@ fn choices_by_shape(recipe: &Recipe, plan: &Plan, ranks: Ranks, budget: Budget) 
         parameters.iter().map(|costs| allocate::candidates_by_rank(costs, None, 1.0)).collect();
     let item = |i: usize| {
         let n_weights = plan.linears[i].n_parameters();
-        let ladder = Ladder { candidates: &candidates[i], parameters: &parameters[i], n_weights, statistic: None };
+        let ladder = Ladder { candidates: &candidates[i], parameters: &parameters[i], n_weights, scores: &[] };
         let candidates = if plan.are_zero[i] { Candidates::Free(candidates[i][0]) } else { Candidates::Ranks(ladder) };
         Item { dense_cost: n_weights, candidates }
     };
