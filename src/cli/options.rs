@@ -4,9 +4,10 @@ use std::marker::PhantomData;
 use std::path::PathBuf;
 
 use anyhow::Result;
-use clap::{Arg, ArgMatches, Args, Command, FromArgMatches};
+use clap::{Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches};
 
 use crate::compress::compensate::Compensate;
+use crate::compress::presets::Method;
 use crate::compress::recipe::{Recipe, RecipeOptions};
 use crate::error::Failure;
 
@@ -28,7 +29,29 @@ pub(super) trait Selection {
 #[derive(Debug)]
 pub(super) struct Options<S> {
     pub values: RecipeOptions,
+    pub repeated: Repeated,
     selection: PhantomData<S>,
+}
+
+/// All values of the options that a recipe has once and some command several times.
+#[derive(Debug)]
+pub(super) struct Repeated {
+    pub keeps: Vec<f64>,
+    pub methods: Vec<Method>,
+}
+
+impl Repeated {
+    fn given(matches: &ArgMatches) -> Self {
+        fn values<T: Clone + Send + Sync + 'static>(matches: &ArgMatches, id: &str) -> Vec<T> {
+            matches.try_get_many(id).ok().flatten().into_iter().flatten().cloned().collect()
+        }
+        Self { keeps: values(matches, "keep"), methods: values(matches, "method") }
+    }
+}
+
+/// The flag with any number of values.
+pub(super) fn repeated(flag: Arg) -> Arg {
+    flag.action(ArgAction::Append).num_args(1)
 }
 
 /// All options.
@@ -57,7 +80,8 @@ impl<S: Selection> Args for Options<S> {
 
 impl<S: Selection> FromArgMatches for Options<S> {
     fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
-        Ok(Self { values: RecipeOptions::given(matches), selection: PhantomData })
+        let repeated = Repeated::given(matches);
+        Ok(Self { values: RecipeOptions::given(matches), repeated, selection: PhantomData })
     }
 
     fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {

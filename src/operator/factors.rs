@@ -13,10 +13,14 @@ use super::rounding::{Rounded, Sides, diagonal, refit_right, round_to_nearest, w
 use super::structure::{Element, Fit, FitValues, Fitting, Shape, Size, Structure};
 use crate::approx::low_rank::{self, Decomposition, ErrorCurve, LowRank};
 use crate::approx::metric::{Metric, MetricPair};
-use crate::checkpoint::Dtype;
-use crate::codecs::peft;
+use crate::codecs::cast::Dtype;
 use crate::linalg::{self, LinalgError};
 use crate::quantize::Scheme;
+
+/// The part that is `A`.
+const A: &str = "lr_a";
+/// The part that is `B`.
+const B: &str = "lr_b";
 
 pub(super) struct Factors;
 
@@ -26,7 +30,7 @@ impl Structure for Factors {
     }
 
     fn suffixes(&self) -> &'static [(&'static str, Element)] {
-        const { &[(peft::SHOWN[0], Element::Float), (peft::SHOWN[1], Element::Float)] }
+        &[(A, Element::Float), (B, Element::Float)]
     }
 
     fn shapes(&self, size: Size, (m, n): Shape) -> Vec<[usize; 2]> {
@@ -52,7 +56,7 @@ impl Structure for Factors {
     }
 
     fn bias_part(&self) -> Option<&'static str> {
-        Some(peft::SHOWN[1])
+        Some(B)
     }
 
     fn takes_base(&self) -> bool {

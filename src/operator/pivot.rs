@@ -27,7 +27,7 @@ use super::rounding::{
 use super::structure::{Element, Fit, Fitting, Kind, Shape, Size, Structure};
 use crate::approx::low_rank::{self, ErrorCurve, LowRank};
 use crate::approx::metric::{Metric, MetricPair};
-use crate::checkpoint::Dtype;
+use crate::codecs::cast::Dtype;
 use crate::linalg::{self, LinalgError, RowSkeleton};
 use crate::quantize::Scheme;
 

@@ -10,7 +10,7 @@ use faer::{Mat, MatRef};
 use super::matrix::Matrix;
 use crate::approx::gram::{mean_diagonal, shifted};
 use crate::approx::metric::Metric;
-use crate::checkpoint::{Dtype, cast};
+use crate::codecs::cast::{self, Dtype};
 use crate::linalg;
 use crate::quantize::{descend, feed_back};
 

@@ -281,7 +281,7 @@ impl Moments {
     /// The fits of the linears `here`.
     fn approximate(&self, solution: &Solution<'_>, here: &[usize], mu: f64) -> Result<Vec<Refit>> {
         let invertible = shifted(self.shifted.clone(), DAMPING * mean_diagonal(&self.shifted));
-        let input = Metric::damped(self.shifted.clone(), solution.study.recipe.damping_input);
+        let input = Metric::damped(self.shifted.clone(), solution.study.recipe.damping_input());
         let one = |&i: &usize| {
             let Choice::Fitted { rank, .. } = solution.choices[i] else {
                 unreachable!("invariant: what is anchored is of low rank")
