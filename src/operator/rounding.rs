@@ -142,23 +142,25 @@ pub(super) struct Refit {
     pub squared_error: f64,
 }
 
-/// Refits a right part to a left part `S`, transposed (r, m), that rounding moved by `moved_t`; `grams` belong to the
-/// exact parts. `None` if the rounded left part is singular.
+/// Refits a right part to a left part `S`, transposed (r, m), that rounding moved by `moved_t`; the Grams `left` and
+/// `right` belong to the exact parts. `None` if the rounded left part is singular.
 pub(super) fn refit_right(
     output: &Metric,
     left_t: MatRef<'_, f64>,
     moved_t: MatRef<'_, f64>,
-    grams: &Grams,
+    left: &Mat<f64>,
+    right: &Mat<f64>,
 ) -> Option<Refit> {
     let weighted = output.times(moved_t); // (Ŝ − S)ᵀ G
     let cross = linalg::product(weighted.as_ref(), left_t.transpose());
     let own = linalg::product_symmetric(weighted.as_ref(), moved_t.transpose());
-    let left = &grams.left + &cross + cross.transpose() + &own;
+    drop(weighted);
+    let left = left + &cross + cross.transpose() + &own;
     let image = cross + &own; // (Ŝ − S)ᵀ G Ŝ
     let shift = RIDGE * RIDGE * mean_diagonal(&left);
     let x = linalg::solve(shifted(left.clone(), shift).as_ref(), image.transpose())?;
     let gained = linalg::product_symmetric(image.as_ref(), x.as_ref());
-    let squared_error = (trace_of_product(&own, &grams.right) - trace_of_product(&gained, &grams.right)).max(0.0);
+    let squared_error = (trace_of_product(&own, right) - trace_of_product(&gained, right)).max(0.0);
     Some(Refit { x, left, squared_error })
 }
 
