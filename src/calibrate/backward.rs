@@ -82,6 +82,7 @@ impl Backward<'_, '_> {
                 Ok(())
             })?;
             walk.release(x);
+            drop(block);
             gradient = walk.settle(gradient, journal, &gradient_key(block_idx))?;
             keep(settle(journal, Pass::Backward, block_idx, sums)?)?;
             journal.remove(&gradient_key(block_idx + 1));

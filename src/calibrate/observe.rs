@@ -76,6 +76,7 @@ pub fn observe(
                     sums.add(addend);
                     Ok(())
                 })?;
+                drop(block);
                 let after = walk.settle(after, journal, &states_key(block_idx))?;
                 keep(settle(journal, Pass::Forward, block_idx, sums)?)?;
                 after

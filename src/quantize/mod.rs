@@ -16,7 +16,7 @@ use faer::Mat;
 use serde::{Deserialize, Serialize};
 
 pub use block::{BLOCK_TYPES, BlockType, Blocks, READ_TYPES};
-pub use feedback::{descend, feed_back};
+pub use feedback::{Descent, feed_back};
 pub use gptq::Fallback;
 pub use grouped::{Grouped, Levels, Scale, Scheme};
 
