@@ -191,7 +191,7 @@ pub(super) struct JsonArgs {
 /// A table for other programs.
 #[derive(Debug, Args)]
 pub(super) struct CsvArgs {
-    /// Print CSV, one line per row
+    /// Print CSV instead of a table
     #[arg(long, conflicts_with = "json", help_heading = "Output")]
     pub csv: bool,
 }

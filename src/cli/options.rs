@@ -12,7 +12,8 @@ use crate::compress::recipe::{Recipe, RecipeOptions};
 use crate::error::Failure;
 
 /// The order of headings in the help.
-const HEADINGS: [&str; 6] = ["Model", "Budget", "Method", "Quantization", "Calibration", "Output"];
+const HEADINGS: [&str; 9] =
+    ["Model", "Text", "Evaluation", "Budget", "Method", "Quantization", "Calibration", "Statistics", "Output"];
 
 /// The options that a command takes.
 pub(super) trait Selection {
@@ -68,9 +69,9 @@ impl<S: Selection> Args for Options<S> {
     fn augment_args(command: Command) -> Command {
         let options = RecipeOptions::augment_args(Command::new("options"));
         let taken = options.get_arguments().filter(|flag| S::takes(flag.get_id().as_str()));
-        let mut flags: Vec<Arg> = taken.cloned().collect();
+        let mut flags: Vec<Arg> = taken.cloned().map(S::adapt).collect();
         flags.sort_by_key(|flag| HEADINGS.iter().position(|h| flag.get_help_heading() == Some(h)));
-        command.args(flags.into_iter().map(S::adapt))
+        command.args(flags)
     }
 
     fn augment_args_for_update(command: Command) -> Command {

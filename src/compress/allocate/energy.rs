@@ -16,16 +16,11 @@ impl Allocator for Energy {
 
     /// The energy that is lost without this rank and those above it: `Σ_{j ≥ i} σ_j²`.
     fn scores(&self, spectrum: &ErrorCurve, _: (usize, usize)) -> Vec<f64> {
-        (0..spectrum.energies().len())
-            .rev()
-            .scan(0.0, |lost, i| {
-                *lost += spectrum.energies()[i];
-                Some(*lost)
-            })
-            .collect::<Vec<f64>>()
-            .into_iter()
-            .rev()
-            .collect()
+        let mut lost = spectrum.energies().to_vec();
+        for i in (1..lost.len()).rev() {
+            lost[i - 1] += lost[i];
+        }
+        lost
     }
 
     fn choices(&self, items: &[Item<'_>], rules: &Rules) -> Vec<Pick> {
