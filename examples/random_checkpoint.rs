@@ -51,10 +51,12 @@ fn main() -> Result<()> {
         "num_key_value_heads": key_value_heads, "max_position_embeddings": 2048, "hidden_act": "silu", "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0, "tie_word_embeddings": false, "torch_dtype": "bfloat16"
     });
+    let path = args.output.join("config.json");
     std::fs::create_dir_all(&args.output)?;
-    std::fs::write(args.output.join("config.json"), serde_json::to_string_pretty(&fields)? + "\n")?;
-    let config: ModelConfig = serde_json::from_value(fields)?;
+    std::fs::write(&path, serde_json::to_string_pretty(&fields)? + "\n")?;
     let names = architectures::find("llama").ok_or_else(|| anyhow!("llama is a family"))?;
+    let fields = fields.as_object().ok_or_else(|| anyhow!("a config is an object"))?;
+    let config = ModelConfig::parse(fields, names, &path)?;
 
     let embeddings = vec![config.vocab_size, config.hidden_size];
     let prefix = names.prefix;
