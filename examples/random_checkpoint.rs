@@ -4,8 +4,9 @@
 //! cargo run --release --example random_checkpoint -- out/random-tinyllama
 //! ```
 //!
-//! The shapes are those of TinyLlama-1.1B (22 blocks, 2.2 GB in bf16), or with `--shapes llama-8b` those of an 8B
-//! Llama except for its vocabulary; `--blocks N` makes it shallower. Weights are uniform with a decaying spectrum
+//! The shapes are those of TinyLlama-1.1B (22 blocks, 2.2 GB in bf16), with `--shapes smollm2` those of SmolLM2-135M
+//! with a head of its own, or with `--shapes llama-8b` those of an 8B Llama except for its vocabulary; `--blocks N`
+//! sets the depth. Weights are uniform with a decaying spectrum
 //! mixed in, tensor by tensor from one seed.
 
 use std::path::PathBuf;
@@ -31,26 +32,31 @@ struct Args {
 #[derive(Clone, Copy, ValueEnum)]
 enum Shapes {
     TinyLlama,
+    #[value(name = "smollm2")]
+    SmolLm2,
     #[value(name = "llama-8b")]
     Llama8b,
 }
 
 fn main() -> Result<()> {
     let args = Args::parse();
-    let (hidden_size, intermediate_size, key_value_heads) = match args.shapes {
-        Shapes::TinyLlama => (2048, 5632, 4),
-        Shapes::Llama8b => (4096, 14336, 8),
+    let (hidden_size, intermediate_size, [heads, key_value_heads], vocab_size) = match args.shapes {
+        Shapes::TinyLlama => (2048, 5632, [32, 4], 32000),
+        Shapes::SmolLm2 => (576, 1536, [9, 3], 49152),
+        Shapes::Llama8b => (4096, 14336, [32, 8], 32000),
     };
     let fields = json!({
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 32000, "hidden_size": hidden_size,
-        "intermediate_size": intermediate_size, "num_hidden_layers": args.blocks, "num_attention_heads": 32,
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": vocab_size, "hidden_size": hidden_size,
+        "intermediate_size": intermediate_size, "num_hidden_layers": args.blocks, "num_attention_heads": heads,
         "num_key_value_heads": key_value_heads, "max_position_embeddings": 2048, "hidden_act": "silu", "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0, "tie_word_embeddings": false, "torch_dtype": "bfloat16"
     });
+    let path = args.output.join("config.json");
     std::fs::create_dir_all(&args.output)?;
-    std::fs::write(args.output.join("config.json"), serde_json::to_string_pretty(&fields)? + "\n")?;
-    let config: ModelConfig = serde_json::from_value(fields)?;
+    std::fs::write(&path, serde_json::to_string_pretty(&fields)? + "\n")?;
     let names = architectures::find("llama").ok_or_else(|| anyhow!("llama is a family"))?;
+    let fields = fields.as_object().ok_or_else(|| anyhow!("a config is an object"))?;
+    let config = ModelConfig::parse(fields, names, &path)?;
 
     let embeddings = vec![config.vocab_size, config.hidden_size];
     let prefix = names.prefix;

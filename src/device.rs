@@ -4,7 +4,7 @@
 use std::str::FromStr;
 
 pub use candle_core::Device;
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
 /// The memory of the process: files are read into it, and matrices are decomposed and quantized in it.
 pub const HOST: Device = Device::Cpu;
@@ -29,7 +29,11 @@ impl DeviceChoice {
         match self {
             Self::Cpu => Ok(HOST),
             #[cfg(feature = "cuda")]
-            Self::Cuda(index) => Device::new_cuda(index),
+            Self::Cuda(index) => {
+                let device = Device::new_cuda(index)?;
+                crate::process::keep_freed_memory(device.as_cuda_device()?)?;
+                Ok(device)
+            }
         }
     }
 }
@@ -69,9 +73,115 @@ pub fn to_host(x: &Tensor) -> candle_core::Result<Vec<f32>> {
     x.flatten_all()?.to_vec1()
 }
 
+/// The same of a tensor of f64.
+///
+/// # Errors
+/// The tensor is not of f64, or the device fails.
+pub(crate) fn to_host_f64(x: &Tensor) -> candle_core::Result<Vec<f64>> {
+    x.flatten_all()?.to_vec1()
+}
+
+#[cfg(test)]
+thread_local! {
+    static IS_ELSEWHERE: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
+}
+
+/// Runs `f` as if every tensor of this thread were on another device: in portable forms, with sums on the device.
+#[cfg(test)]
+pub(crate) fn elsewhere<T>(f: impl FnOnce() -> T) -> T {
+    IS_ELSEWHERE.set(true);
+    let result = f();
+    IS_ELSEWHERE.set(false);
+    result
+}
+
+/// Whether tensors of a device are in the memory of the process, where kernels and threads reach them. On any other
+/// device, work is expressed in candle's operations, and leaves as finished results. One thread hands it out: candle
+/// gives each thread a stream of its own, and does not order one after another.
+pub(crate) fn is_host(device: &Device) -> bool {
+    #[cfg(test)]
+    if IS_ELSEWHERE.get() {
+        return false;
+    }
+    device.is_cpu()
+}
+
+/// A sum of matrices that stays on a device. Each is computed in f32 and added in f64, in the order of the calls.
+#[derive(Debug)]
+pub(crate) struct DeviceSum(Tensor);
+
+/// Rows of a sum that leave the device at once.
+const ROWS_AT_ONCE: usize = 1024;
+
+impl DeviceSum {
+    /// The sum of one matrix (rows, columns) in f32.
+    ///
+    /// # Errors
+    /// The device fails.
+    pub fn of(first: &Tensor) -> candle_core::Result<Self> {
+        first.to_dtype(DType::F64).map(Self)
+    }
+
+    /// Its rows.
+    pub fn n(&self) -> usize {
+        self.0.dims()[0]
+    }
+
+    /// Adds a matrix of the same shape, in f32.
+    ///
+    /// # Errors
+    /// The shapes differ, or the device fails.
+    pub fn add(&mut self, next: &Tensor) -> candle_core::Result<()> {
+        self.0 = (&self.0 + next.to_dtype(DType::F64)?)?;
+        Ok(())
+    }
+
+    /// Adds the lower triangle of a square sum to `triangle`, row by row: row i has i + 1 entries.
+    ///
+    /// # Errors
+    /// The device fails.
+    pub fn add_lower_to(&self, triangle: &mut [f64]) -> candle_core::Result<()> {
+        let n = self.n();
+        let mut rest = triangle;
+        for first in (0..n).step_by(ROWS_AT_ONCE) {
+            let n_rows = ROWS_AT_ONCE.min(n - first);
+            let rows = self.0.narrow(0, first, n_rows)?.narrow(1, 0, first + n_rows)?;
+            for (i, row) in to_host_f64(&rows)?.chunks_exact(first + n_rows).enumerate() {
+                let (here, later) = rest.split_at_mut(first + i + 1);
+                here.iter_mut().zip(row).for_each(|(sum, value)| *sum += value);
+                rest = later;
+            }
+        }
+        Ok(())
+    }
+
+    /// All values, row-major.
+    ///
+    /// # Errors
+    /// The device fails.
+    pub fn values(&self) -> candle_core::Result<Vec<f64>> {
+        to_host_f64(&self.0)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn sums_on_a_device_leave_as_a_triangle() {
+        for n in [1, 3, ROWS_AT_ONCE + 5] {
+            let value = |i: usize| ((i * 7919) % 101) as f32 - 50.0;
+            let one = Tensor::from_vec((0..n * n).map(value).collect::<Vec<f32>>(), (n, n), &HOST).unwrap();
+            let mut sum = DeviceSum::of(&one).unwrap();
+            sum.add(&one.affine(2.0, 0.0).unwrap()).unwrap();
+            let mut triangle = vec![1.0; n * (n + 1) / 2];
+            sum.add_lower_to(&mut triangle).unwrap();
+            let expected = (0..n).flat_map(|i| (0..=i).map(move |j| 1.0 + 3.0 * f64::from(value(i * n + j))));
+            assert!(triangle.iter().copied().eq(expected));
+            assert!(sum.values().unwrap().into_iter().eq((0..n * n).map(|i| 3.0 * f64::from(value(i)))));
+        }
+    }
 
     #[test]
     fn a_device_is_known_by_its_name() {

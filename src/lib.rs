@@ -8,7 +8,7 @@
 //! | `cli` | yes | the binary, [`cli`], and clap's derives on the options of the library |
 //! | `hub` | yes | downloads of checkpoints named `org/name`; without it such a name is an error |
 //! | `parquet` | yes | texts in `.parquet` files; without it they are an error |
-//! | `cuda` | no | [`device::DeviceChoice`] of NVIDIA GPUs; it is checked to compile and has never run |
+//! | `cuda` | no | [`device::DeviceChoice`] of NVIDIA GPUs; building it needs nvcc |
 //!
 //! [`compress::compress`] is what `lrc compress` runs, [`eval::perplexity`] what
 //! `lrc eval` runs:

@@ -27,3 +27,27 @@ pub fn prepare() {
         libc::mallopt(libc::M_TRIM_THRESHOLD, KEPT_BYTES);
     }
 }
+
+/// Keeps freed memory of a GPU for the next tensors. By default the driver returns it to the system whenever the host
+/// waits for a result, which is often, and the next large tensor waits for the driver to map it again.
+///
+/// # Errors
+/// The driver fails.
+#[cfg(feature = "cuda")]
+#[allow(unsafe_code)]
+pub(crate) fn keep_freed_memory(device: &candle_core::cuda::CudaDevice) -> candle_core::Result<()> {
+    use candle_core::cuda::WrapErr;
+    use candle_core::cuda::cudarc::driver::{result, sys};
+    let stream = device.cuda_stream();
+    let context = stream.context();
+    if !context.has_async_alloc() {
+        return Ok(());
+    }
+    let mut kept_bytes = u64::MAX;
+    let threshold = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+    // SAFETY: the driver opened the device; the attribute is a number of 64 bits, which is read during the call.
+    unsafe {
+        let pool = result::device::get_default_mem_pool(context.cu_device()).w()?;
+        result::mem_pool::set_attribute(pool, threshold, (&raw mut kept_bytes).cast()).w()
+    }
+}

@@ -63,21 +63,21 @@ fn arrows() -> BTreeMap<String, BTreeSet<String>> {
     block.lines().filter_map(line).collect()
 }
 
-/// Names that follow `crate::` in a file: `crate::model::{...}` and `crate::{model, text}` alike.
+/// Names that follow `crate::` in a file: `crate::model::{...}` and `crate::{model::{a, b}, text}` alike.
 fn rooms_named(code: &str) -> BTreeSet<String> {
-    let mut names = BTreeSet::new();
-    for (at, _) in code.match_indices("crate::") {
-        let rest = &code[at + 7..];
-        let listed = rest.strip_prefix('{').map_or(rest, |list| list.split('}').next().unwrap());
-        let of = |text: &str| text.trim().chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect::<String>();
-        if rest.starts_with('{') {
-            names.extend(listed.split(',').map(of));
-        } else {
-            names.insert(of(listed));
-        }
+    let paths = code.match_indices("crate::").flat_map(|(at, _)| tree(&code[at..]));
+    paths.filter_map(|path| path.into_iter().nth(1)).collect()
+}
+
+#[test]
+fn rooms_are_found_in_nested_imports() {
+    for (code, expected) in [
+        ("use crate::model::{a::{b, c}, d};", &["model"][..]),
+        ("use crate::{\n    model::{a, b::{self, C}},\n    text,\n};\nuse crate::store;", &["model", "store", "text"]),
+        ("fn f(x: &crate::error::Failure) { crate::report::show(x) }", &["error", "report"]),
+    ] {
+        assert_eq!(rooms_named(code).iter().map(String::as_str).collect::<Vec<_>>(), expected, "{code}");
     }
-    names.retain(|name| !name.is_empty());
-    names
 }
 
 #[test]
@@ -248,8 +248,7 @@ fn only_operators_know_their_parts() {
     let parts = ["\"lr_", ".lr_", "lr_order", "Size::Rank", "Size::Blocks"].map(String::from);
     let needles: Vec<String> = types.chain(parts).collect();
     let needles: Vec<&str> = needles.iter().map(String::as_str).collect();
-    // Adapters are presented as factors, under names that their codec has.
-    let is_known = |p: &Path| p.starts_with("operator") || p == Path::new("codecs/peft.rs");
+    let is_known = |p: &Path| p.starts_with("operator");
     assert_eq!(lines_with(&needles, &sources_with_tests(), is_known), Vec::<String>::new());
     // In Python, the classes of structures know them.
     assert!(!include_str!("../src/formats/modeling_lrc_model.py").contains("lr_"));
@@ -313,6 +312,11 @@ fn files_and_functions_fit_a_screen_or_a_few() {
         // Tests name what they check with closures.
         let n_own = if name.starts_with("src") { without_tests(&text).lines().count() } else { 0 };
         let lines: Vec<&str> = text.lines().collect();
+        for (at, length) in python_functions(&lines).filter(|_| name.extension().is_some_and(|e| e == "py")) {
+            if length > FUNCTION_LINES {
+                too_long.push(format!("{}:{}: a function of {length} lines", name.display(), at + 1));
+            }
+        }
         for (at, body) in functions(&lines) {
             if body.len() > FUNCTION_LINES {
                 too_long.push(format!("{}:{}: a function of {} lines", name.display(), at + 1, body.len()));
@@ -338,6 +342,30 @@ fn functions<'a>(lines: &'a [&'a str]) -> impl Iterator<Item = (usize, &'a [&'a 
         let end = lines[at..].iter().position(|line| **line == *close).unwrap_or(0);
         Some((at, &lines[at..=at + end]))
     })
+}
+
+/// The functions of a file in Python: where each begins, and its number of lines, up to the last that is indented
+/// further.
+fn python_functions<'a>(lines: &'a [&'a str]) -> impl Iterator<Item = (usize, usize)> {
+    let indent = |line: &str| line.len() - line.trim_start().len();
+    lines.iter().enumerate().filter(|(_, line)| line.trim_start().starts_with("def ")).map(move |(at, line)| {
+        // A signature over several lines ends in one that closes it at the same indentation.
+        let is_outside = |next: &&&str| {
+            let is_end_of_signature = next.trim_start().starts_with(')');
+            !next.trim().is_empty() && indent(next) <= indent(line) && !is_end_of_signature
+        };
+        let rest = &lines[at + 1..];
+        let end = rest.iter().position(|next| is_outside(&next)).unwrap_or(rest.len());
+        let n_blank = rest[..end].iter().rev().take_while(|line| line.trim().is_empty()).count();
+        (at, 1 + end - n_blank)
+    })
+}
+
+#[test]
+fn the_length_of_a_function_in_python_is_found() {
+    let code = "class A:\n    def f(self):\n        x = 1\n\n        return x\n\n    def g(\n        self,\n    ):\n        pass\n\n\ndef h():\n    pass\n";
+    let lines: Vec<&str> = code.lines().collect();
+    assert_eq!(python_functions(&lines).collect::<Vec<_>>(), [(1, 4), (6, 4), (12, 2)]);
 }
 
 /// Whether lines begin with `let name = |...` or `let name = move |...`, in one line or two.

@@ -16,6 +16,7 @@ mod embeddings;
 mod errors;
 mod eval;
 mod families;
+mod flags;
 mod gguf;
 mod golden;
 mod hostile;

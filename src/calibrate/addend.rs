@@ -5,7 +5,8 @@ use anyhow::Result;
 use candle_core::Tensor;
 
 use super::needs::{Key, Needs};
-use crate::device::to_host;
+use super::portable::{self, ROUNDING};
+use crate::device::{is_host, to_host};
 use crate::linalg;
 use crate::model::{InputSite, Slot};
 
@@ -32,28 +33,25 @@ pub(super) enum Chunk {
     Rows { values: Vec<f32>, n_rows: usize, n: usize },
     /// The lower triangle (n, n), row by row.
     Gram { values: Vec<f32>, n: usize },
+    /// The whole of it (n, n), on the device of the model.
+    OnDevice(Tensor),
 }
 
 impl Chunk {
-    /// Features of its rows.
-    pub fn n(&self) -> usize {
-        match self {
-            Self::Rows { n, .. } | Self::Gram { n, .. } => *n,
+    /// The chunk of rows `x` (n_rows, n), from whatever device.
+    fn of(x: &Tensor, multiply: Multiply) -> Result<Self> {
+        match is_host(x.device()) {
+            true => Ok(Self::of_rows(to_host(x)?, x.dim(1)?, multiply)),
+            false => Ok(Self::OnDevice(portable::gram(x)?)),
         }
     }
 
-    fn multiplied(self) -> Self {
-        match self {
-            Self::Rows { values, n_rows, n } => Self::Gram { values: linalg::gram_f32(&values, n_rows, n), n },
-            gram @ Self::Gram { .. } => gram,
-        }
-    }
-
-    /// Adds the Gram to `sum`, a lower triangle.
-    pub fn add_to(&self, sum: &mut [f64]) {
-        match self {
-            Self::Rows { values, n_rows, n } => linalg::add_gram_f32(sum, values, *n_rows, *n),
-            Self::Gram { values, .. } => linalg::add_f32(sum, values),
+    /// The chunk of rows of `n` values on the host.
+    fn of_rows(values: Vec<f32>, n: usize, multiply: Multiply) -> Self {
+        let n_rows = values.len() / n.max(1);
+        match multiply {
+            Multiply::Now => Self::Gram { values: linalg::gram_f32(&values, n_rows, n), n },
+            Multiply::WhenAdded => Self::Rows { values, n_rows, n },
         }
     }
 }
@@ -71,6 +69,16 @@ impl Addend {
         if !needs.inputs() {
             return Ok(());
         }
+        if !is_host(x.device()) {
+            let x = x.reshape((batch * n_tokens, n))?;
+            if needs.input_magnitude {
+                self.vectors.push((Key::InputMagnitude(site), portable::magnitudes(&x)?));
+            }
+            if needs.input_gram {
+                self.grams.push((Key::InputGram(site), Chunk::of(&x, multiply)?));
+            }
+            return Ok(());
+        }
         let values = to_host(x)?;
         if needs.input_magnitude {
             let mut sums = vec![0.0; n];
@@ -80,7 +88,7 @@ impl Addend {
             self.vectors.push((Key::InputMagnitude(site), sums));
         }
         if needs.input_gram {
-            self.add_gram(Key::InputGram(site), (values, n), multiply);
+            self.grams.push((Key::InputGram(site), Chunk::of_rows(values, n, multiply)));
         }
         Ok(())
     }
@@ -97,11 +105,16 @@ impl Addend {
         multiply: Multiply,
     ) -> Result<()> {
         let (_, m) = gradient.dims2()?;
-        let mut values = to_host(gradient)?;
-        if clip {
-            clip_tokens(&mut values, m);
-        }
-        self.add_gram(Key::OutputGram(slot), (values, m), multiply);
+        let chunk = match (is_host(gradient.device()), clip) {
+            (true, true) => {
+                let mut values = to_host(gradient)?;
+                clip_tokens(&mut values, m);
+                Chunk::of_rows(values, m, multiply)
+            }
+            (false, true) => Chunk::of(&portable::clipped(gradient)?, multiply)?,
+            (_, false) => Chunk::of(gradient, multiply)?,
+        };
+        self.grams.push((Key::OutputGram(slot), chunk));
         Ok(())
     }
 
@@ -111,20 +124,11 @@ impl Addend {
     /// # Errors
     /// The shape does not match.
     pub fn add_squared_gradient(&mut self, slot: Slot, x: &Tensor, gradient: &Tensor) -> Result<()> {
-        let (m, n) = (gradient.dim(1)?, x.dim(1)?);
-        let weight_gradient = gradient.t()?.contiguous()?.matmul(x)?; // ∂L/∂W (m, n)
-        let values = to_host(&weight_gradient)?;
-        let mut columns = vec![0.0; n];
-        let mut rows = Vec::with_capacity(m);
-        for row in values.chunks_exact(n) {
-            let mut sum = 0.0;
-            for (column, &v) in columns.iter_mut().zip(row) {
-                let square = f64::from(v) * f64::from(v);
-                *column += square;
-                sum += square;
-            }
-            rows.push(sum);
-        }
+        let weight_gradient = gradient.t()?.contiguous()?.matmul(&x.contiguous()?)?; // ∂L/∂W (m, n)
+        let [columns, rows] = match is_host(x.device()) {
+            true => squares(&to_host(&weight_gradient)?, x.dim(1)?),
+            false => portable::squares(&weight_gradient)?,
+        };
         self.vectors.push((Key::SquaredGradientInput(slot), columns));
         self.vectors.push((Key::SquaredGradientOutput(slot), rows));
         Ok(())
@@ -136,8 +140,8 @@ impl Addend {
     /// # Errors
     /// The shape does not match.
     pub fn add_head(&mut self, inputs: &Tensor, squares: Vec<f64>, multiply: Multiply) -> Result<()> {
-        let (_, n) = inputs.dims2()?;
-        self.add_gram(Key::HeadGram, (to_host(inputs)?, n), multiply);
+        inputs.dims2()?;
+        self.grams.push((Key::HeadGram, Chunk::of(inputs, multiply)?));
         self.vectors.push((Key::HeadSquares, squares));
         Ok(())
     }
@@ -147,32 +151,39 @@ impl Addend {
     /// # Errors
     /// The shape does not match.
     pub fn add_table(&mut self, ids: &[u32], vocab_size: usize, gradient: &Tensor, multiply: Multiply) -> Result<()> {
-        let (_, width) = gradient.dims2()?;
+        gradient.dims2()?;
         let mut counts = vec![0.0; vocab_size];
         ids.iter().for_each(|&id| counts[id as usize] += 1.0);
         self.vectors.push((Key::TokenCounts, counts));
-        self.add_gram(Key::TableGram, (to_host(gradient)?, width), multiply);
+        self.grams.push((Key::TableGram, Chunk::of(gradient, multiply)?));
         Ok(())
-    }
-
-    fn add_gram(&mut self, key: Key, (values, n): (Vec<f32>, usize), multiply: Multiply) {
-        let rows = Chunk::Rows { n_rows: values.len() / n.max(1), values, n };
-        let chunk = match multiply {
-            Multiply::Now => rows.multiplied(),
-            Multiply::WhenAdded => rows,
-        };
-        self.grams.push((key, chunk));
     }
 }
 
+/// Column sums (n) and row sums of the squares of a matrix with rows of `n` values.
+fn squares(values: &[f32], n: usize) -> [Vec<f64>; 2] {
+    let (mut columns, mut rows) = (vec![0.0; n], Vec::with_capacity(values.len() / n.max(1)));
+    for row in values.chunks_exact(n) {
+        let mut sum = 0.0;
+        for (column, &v) in columns.iter_mut().zip(row) {
+            let square = f64::from(v) * f64::from(v);
+            *column += square;
+            sum += square;
+        }
+        rows.push(sum);
+    }
+    [columns, rows]
+}
+
 /// Scales the rows of `gradients` (n_tokens, m) so that their norms are between 0.1 and 10 times the mean norm of the
-/// window, which keeps a few tokens from dominating the metric. Rows of zeros are kept.
+/// window, which keeps a few tokens from dominating the metric. Rows that are zero but for rounding are kept: the first
+/// token of a causal model attends only to itself, so its queries and keys have no gradient.
 fn clip_tokens(gradients: &mut [f32], m: usize) {
     let norm = |row: &[f32]| row.iter().map(|&v| f64::from(v) * f64::from(v)).sum::<f64>().sqrt();
     let norms: Vec<f64> = gradients.chunks_exact(m).map(norm).collect();
     let mean = norms.iter().sum::<f64>() / norms.len().max(1) as f64;
     for (row, norm) in gradients.chunks_exact_mut(m).zip(norms) {
-        if norm > 0.0 {
+        if norm > ROUNDING * mean {
             let scale = (norm.clamp(0.1 * mean, 10.0 * mean) / norm) as f32;
             row.iter_mut().for_each(|v| *v *= scale);
         }
@@ -188,9 +199,10 @@ mod tests {
         let mut gradients = vec![0.0; 100];
         gradients[0] = 1000.0;
         gradients[1] = 1e-3;
+        gradients[2] = 5e-5;
         clip_tokens(&mut gradients, 1);
-        let mean = 1000.001 / 100.0;
+        let mean = 1000.00105 / 100.0;
         assert!((gradients[0] - 10.0 * mean).abs() < 1e-3 && (gradients[1] - 0.1 * mean).abs() < 1e-5);
-        assert_eq!(gradients[2], 0.0);
+        assert_eq!(gradients[2..4], [5e-5, 0.0]);
     }
 }

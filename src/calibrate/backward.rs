@@ -78,11 +78,9 @@ impl Backward<'_, '_> {
                 stage.advance(x.dim(0)? as u64);
                 self.through_block(&block, x, gradient).with_context(|| place(window_idx))
             };
-            walk.replace_windows(&gradient, &x, through, |addend| {
-                sums.add(addend);
-                Ok(())
-            })?;
+            walk.replace_windows(&gradient, &x, through, |addend| sums.add(addend))?;
             walk.release(x);
+            drop(block);
             gradient = walk.settle(gradient, journal, &gradient_key(block_idx))?;
             keep(settle(journal, Pass::Backward, block_idx, sums)?)?;
             journal.remove(&gradient_key(block_idx + 1));
@@ -108,10 +106,7 @@ impl Backward<'_, '_> {
             let gradient = self.at_last(&loss, x, &targets[window_idx], &mut addend);
             Ok((gradient.with_context(|| walk.place()(window_idx))?, addend))
         };
-        walk.replace_windows(&gradient, last, of_window, |addend| {
-            sums.add(addend);
-            Ok(())
-        })?;
+        walk.replace_windows(&gradient, last, of_window, |addend| sums.add(addend))?;
         Ok(gradient)
     }
 
@@ -143,10 +138,7 @@ impl Backward<'_, '_> {
             addend.add_table(ids, vocab_size, &embeddings.gradient(ids, &states[0])?, multiply)?;
             Ok(addend)
         };
-        walk.for_each_window(&[gradient], of_window, |_, addend| {
-            sums.add(addend);
-            Ok(())
-        })?;
+        walk.for_each_window(&[gradient], of_window, |_, addend| sums.add(addend))?;
         settle(journal, Pass::Table, 0, sums)
     }
 
@@ -164,8 +156,8 @@ impl Backward<'_, '_> {
             inputs.insert(site, x.squeeze(0)?.detach());
             Ok(())
         })?;
-        // The derivative of Σ y ⊙ ∂L/∂y with respect to x is ∂L/∂x.
-        let store = (y * gradient.unsqueeze(0)?)?.sum_all()?.backward()?;
+        // The derivative of Σ y ⊙ ∂L/∂y with respect to x is ∂L/∂x; candle takes the gradients of the sum.
+        let store = (y * gradient.unsqueeze(0)?)?.backward()?;
         let mut broken = None;
         for (slot, tap) in taps {
             let Some(x) = inputs.get(&slot.site()) else {

@@ -24,6 +24,7 @@ mod measured;
 mod needs;
 mod observe;
 mod pieces;
+mod portable;
 mod statistics;
 mod store;
 mod windows;
@@ -35,3 +36,6 @@ pub use pieces::{Keep, Observation};
 pub use statistics::Sums;
 pub use store::{Pooled, Statistics, check_output};
 pub use windows::{TargetedWindows, Targets, WindowSettings, Windows};
+
+#[cfg(test)]
+mod tests;

@@ -72,10 +72,8 @@ pub fn observe(
                 let block = decoder.block(block_idx)?;
                 let mut sums = Sums::for_inputs(&decoder.linears(block_idx), needs);
                 let see = |addend: &mut Addend, site, x: &Tensor| addend.add_inputs(site, x, needs, multiply);
-                let after = walk.observe(&hidden, decoder, &block, stage.as_ref(), see, |addend| {
-                    sums.add(addend);
-                    Ok(())
-                })?;
+                let after = walk.observe(&hidden, decoder, &block, stage.as_ref(), see, |addend| sums.add(addend))?;
+                drop(block);
                 let after = walk.settle(after, journal, &states_key(block_idx))?;
                 keep(settle(journal, Pass::Forward, block_idx, sums)?)?;
                 after

@@ -1,19 +1,23 @@
 //! Sums over tokens; sums over separate parts of a text can be added.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 
 use anyhow::Result;
 
-use super::addend::Addend;
+use super::addend::{Addend, Chunk};
 use super::needs::{Key, Needs};
+use crate::device::DeviceSum;
 use crate::error::{Failure, NON_FINITE_HINT};
+use crate::linalg;
 use crate::model::Slot;
 
 /// Sums over the tokens of one block. Grams are lower triangles in f64, row by row, to which the product of each batch,
-/// computed in f32, is added in the order of the batches.
+/// computed in f32, is added in the order of the batches. Grams that were computed on another device are summed there.
 #[derive(Debug, Default)]
 pub struct Sums {
     grams: BTreeMap<Key, Vec<f64>>,
+    on_device: BTreeMap<Key, DeviceSum>,
     vectors: BTreeMap<Key, Vec<f64>>,
 }
 
@@ -70,20 +74,34 @@ impl Sums {
     }
 
     /// Adds the addends of one batch. Grams are added in f64, one batch at a time.
-    pub fn add(&mut self, addend: Addend) {
+    ///
+    /// # Errors
+    /// A device fails.
+    pub fn add(&mut self, addend: Addend) -> Result<()> {
         for (key, chunk) in addend.grams {
-            chunk.add_to(self.gram(key, chunk.n()));
+            match chunk {
+                Chunk::Rows { values, n_rows, n } => linalg::add_gram_f32(self.gram(key, n), &values, n_rows, n),
+                Chunk::Gram { values, n } => linalg::add_f32(self.gram(key, n), &values),
+                Chunk::OnDevice(gram) => match self.on_device.entry(key) {
+                    Entry::Vacant(new) => drop(new.insert(DeviceSum::of(&gram)?)),
+                    Entry::Occupied(mut sum) => sum.get_mut().add(&gram)?,
+                },
+            }
         }
         for (key, values) in addend.vectors {
             self.vector(key, values.len()).iter_mut().zip(values).for_each(|(s, v)| *s += v);
         }
+        Ok(())
     }
 
     /// All sums in stored form: in f32, with Grams as lower triangles, row by row.
     ///
     /// # Errors
-    /// A sum is not finite.
-    pub fn pack(self, block: usize) -> Result<Vec<(String, Vec<f32>)>> {
+    /// A sum is not finite, or a device fails.
+    pub fn pack(mut self, block: usize) -> Result<Vec<(String, Vec<f32>)>> {
+        for (key, sum) in std::mem::take(&mut self.on_device) {
+            sum.add_lower_to(self.gram(key, sum.n()))?;
+        }
         let sums = self.grams.into_iter().chain(self.vectors);
         let packed = sums.map(|(key, sum)| (key.name(block), sum.into_iter().map(|v| v as f32).collect()));
         let packed: Vec<(String, Vec<f32>)> = packed.collect();
@@ -100,7 +118,6 @@ impl Sums {
 
 #[cfg(test)]
 mod tests {
-    use crate::linalg;
     use candle_core::{Device, Tensor};
     use faer::Mat;
 
@@ -121,7 +138,7 @@ mod tests {
         let observe = |batches: &[(usize, usize)], multiply| {
             let mut sums = Sums::default();
             for &(first, count) in batches {
-                sums.add(of_inputs(InputSite::O, &x.narrow(0, first, count).unwrap(), multiply));
+                sums.add(of_inputs(InputSite::O, &x.narrow(0, first, count).unwrap(), multiply)).unwrap();
             }
             sums.pack(7).unwrap()
         };
@@ -147,7 +164,7 @@ mod tests {
             let (x, g) = (tensor(&[1.0, 2.0, 0.0, 1.0], (2, 2)), tensor(&[3.0 * sign, sign], (2, 1)));
             let mut addend = Addend::default();
             addend.add_squared_gradient(Slot::shared(Role::OProj), &x, &g).unwrap();
-            sums.add(addend);
+            sums.add(addend).unwrap();
         }
         let packed = sums.pack(0).unwrap();
         // ∂L/∂W = (3, 7).
@@ -162,7 +179,7 @@ mod tests {
         let mut sums = Sums::for_inputs(&linears, Needs::ALL);
         let x = Tensor::new(&[[[1.0f32, 2.0], [3.0, 4.0]]], &Device::Cpu).unwrap();
         for site in [InputSite::ExpertGateUp(1), InputSite::ExpertDown(1)] {
-            sums.add(of_inputs(site, &x, Multiply::Now));
+            sums.add(of_inputs(site, &x, Multiply::Now)).unwrap();
         }
         let packed: BTreeMap<_, _> = sums.pack(4).unwrap().into_iter().collect();
         assert_eq!(packed["4.experts.0.down.input_gram"], [0.0; 3]);
@@ -176,7 +193,7 @@ mod tests {
     fn infinite_activations_are_an_error() {
         let x = Tensor::new(&[[[f32::INFINITY]]], &Device::Cpu).unwrap();
         let mut sums = Sums::default();
-        sums.add(of_inputs(InputSite::Qkv, &x, Multiply::Now));
+        sums.add(of_inputs(InputSite::Qkv, &x, Multiply::Now)).unwrap();
         assert!(sums.pack(0).unwrap_err().to_string().contains("0.qkv.input_gram"));
     }
 }

@@ -14,6 +14,7 @@ use crate::codecs::layout::{CodeLayout, Described, Field, Fields};
 use crate::codecs::packed::{self, PackedEntry};
 use crate::codecs::peft::{self, Factor};
 use crate::codecs::{gguf, registry};
+use crate::operator::{BASE, factors_of};
 
 const TOO_LARGE: &str = "its shape is too large";
 
@@ -165,7 +166,7 @@ impl View {
     }
 
     /// Adds an adapter to its base: the weight becomes the base of the module, and the factors become parts under the
-    /// names that [`peft`] gives.
+    /// names of a base and of factors over it.
     pub fn adapt(&mut self, adapter: Vec<TensorInfo>) {
         for info in adapter {
             let of_gguf = || {
@@ -174,13 +175,10 @@ impl View {
             };
             let Some((module, factor)) = peft::parse(&info.name).or_else(of_gguf) else { continue };
             for tensor in ["weight", "bias"] {
-                self.rename(&format!("{module}.{tensor}"), format!("{module}.{}.{tensor}", peft::SHOWN_BASE));
+                self.rename(&format!("{module}.{tensor}"), format!("{module}.{BASE}.{tensor}"));
             }
-            let part = match factor {
-                Factor::A => peft::SHOWN[0],
-                Factor::B => peft::SHOWN[1],
-            };
-            let name = format!("{module}.{part}.weight");
+            let [a, b] = factors_of(module);
+            let name = if factor == Factor::A { a } else { b };
             self.order.push(name.clone());
             self.tensors.insert(name.clone(), TensorInfo { name, ..info });
         }

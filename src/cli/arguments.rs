@@ -1,10 +1,11 @@
-//! Arguments that commands share.
+//! Arguments that commands share. Each is declared once, here or among the options of recipes: a command in which one is
+//! optional, or has a help of its own, changes that by `mut_arg`.
 
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use bytesize::ByteSize;
-use clap::Args;
+use clap::{Args, ValueEnum};
 use serde::Serialize;
 
 use super::streams::{print, print_json};
@@ -17,19 +18,31 @@ use crate::progress::Progress;
 use crate::report::REPORT_FILE;
 use crate::report::gate::{self, Gate};
 
+/// The model.
+#[derive(Debug, Args)]
+pub(super) struct ModelArgs {
+    /// Folder, file (`.safetensors`, `.gguf`, `.bin`) or hub id (`org/name`)
+    pub model: String,
+}
+
 /// The model, with or without an adapter over it.
 #[derive(Debug, Args)]
 pub(super) struct SourceArgs {
-    /// Folder, file (`.safetensors`, `.gguf`, `.bin`) or hub id (`org/name`)
-    pub model: String,
+    #[command(flatten)]
+    source: ModelArgs,
 
     #[command(flatten)]
-    pub opening: OpenArgs,
+    opening: OpenArgs,
 }
 
 impl SourceArgs {
+    /// The model as it is named on the command line.
+    pub fn model(&self) -> &str {
+        &self.source.model
+    }
+
     pub fn open(&self, progress: &dyn Progress) -> Result<Checkpoint> {
-        self.opening.open(&self.model, progress)
+        self.opening.open(self.model(), progress)
     }
 }
 
@@ -104,27 +117,52 @@ impl DequantizeArgs {
     }
 }
 
-/// The folder of a new checkpoint.
+/// The output.
 #[derive(Debug, Args)]
-pub(super) struct FolderArgs {
+pub(super) struct OutputArgs {
     /// Output folder
     #[arg(short, long, value_name = "OUT", help_heading = "Output", display_order = 0)]
     pub output: PathBuf,
+}
 
-    /// Replace an output folder written by an earlier run
+/// The treatment of an output of an earlier run, which is kept by default.
+#[derive(Debug, Args)]
+pub(super) struct ForceArgs {
+    /// Replace the output of an earlier run
     #[arg(long, help_heading = "Output")]
     pub force: bool,
 }
 
-impl FolderArgs {
+impl ForceArgs {
     /// How an output of an earlier run is treated.
     pub fn existing(&self) -> Existing {
         Existing::of(self.force)
     }
+}
+
+/// The folder of a new checkpoint.
+#[derive(Debug, Args)]
+pub(super) struct FolderArgs {
+    #[command(flatten)]
+    output: OutputArgs,
+
+    #[command(flatten)]
+    force: ForceArgs,
+}
+
+impl FolderArgs {
+    pub fn path(&self) -> &Path {
+        &self.output.output
+    }
+
+    /// How an output of an earlier run is treated.
+    pub fn existing(&self) -> Existing {
+        self.force.existing()
+    }
 
     /// Checks that it may be written, before a model is downloaded.
     pub fn check(&self) -> Result<()> {
-        Ok(OutputFolder::check(&self.output, self.existing(), REPORT_FILE)?)
+        Ok(OutputFolder::check(self.path(), self.existing(), REPORT_FILE)?)
     }
 }
 
@@ -150,18 +188,37 @@ pub(super) struct JsonArgs {
     pub json: bool,
 }
 
-/// A text to score, and how much of it.
+/// A table for other programs.
 #[derive(Debug, Args)]
-pub(super) struct ScoredText {
-    /// Text to score (`.txt`, `.jsonl`, `.parquet`)
+pub(super) struct CsvArgs {
+    /// Print CSV instead of a table
+    #[arg(long, conflicts_with = "json", help_heading = "Output")]
+    pub csv: bool,
+}
+
+/// A text.
+#[derive(Debug, Args)]
+pub(super) struct TextArgs {
+    /// File of text (`.txt`, `.jsonl`, `.parquet`)
     ///
     /// Prose in UTF-8, or documents in `.jsonl`, `.ndjson`, `.json` or `.parquet`; each also as `.gz` or `.zst`.
     #[arg(long, value_name = "FILE", help_heading = "Evaluation")]
     pub text: PathBuf,
+}
+
+/// A text to score, how much of it, and how: `C` are the conventions that the command knows.
+#[derive(Debug, Args)]
+pub(super) struct ScoredText<C: ValueEnum + Send + Sync + 'static> {
+    #[command(flatten)]
+    pub file: TextArgs,
 
     /// Score only the first N windows
     #[arg(long, value_name = "N", value_parser = at_least_1, help_heading = "Evaluation")]
     pub max_windows: Option<usize>,
+
+    /// How the text is cut and scored [default: gptq]
+    #[arg(long, value_enum, value_name = "NAME", help_heading = "Evaluation")]
+    pub convention: Option<C>,
 }
 
 /// Parses a count.

@@ -1,18 +1,19 @@
 //! `lrc calibrate`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use bytesize::ByteSize;
 use clap::{Arg, Args};
 
-use super::arguments::{DequantizeArgs, DeviceArgs, JsonArgs, MemoryArgs, OpenArgs};
-use super::options::{Options, Selection};
+use super::arguments::{
+    DequantizeArgs, DeviceArgs, ForceArgs, JsonArgs, MemoryArgs, ModelArgs, OpenArgs, OutputArgs, TextArgs,
+};
+use super::options::{Options, Selection, repeated};
 use super::streams::{print, print_json};
 use super::terminal::{Bars, grouped, table};
 use crate::calibrate::{self, Header, Needs, Observation, Statistics, Windows};
-use crate::checkpoint::{Existing, create_folder_of, expect_apart, folder_of};
-use crate::compress::presets::Method;
+use crate::checkpoint::{create_folder_of, expect_apart, folder_of};
 use crate::compress::recipe;
 use crate::error::Failure;
 use crate::model::coverage::{CompressedHints, expect_uncompressed};
@@ -30,11 +31,15 @@ use crate::store::Journal;
 ///   lrc calibrate MODEL --text text.txt --part 1/2 -o a.safetensors
 ///   lrc calibrate --merge a.safetensors b.safetensors -o stats.safetensors
 #[derive(Debug, Args)]
-#[command(verbatim_doc_comment)]
+#[command(
+    verbatim_doc_comment,
+    mut_arg("model", |model| model.required(false).required_unless_present("merge")),
+    mut_arg("text", |text| text.required(false).required_unless_present("merge").help_heading("Text")),
+    mut_arg("output", |output| output.value_name("STATISTICS").help("Output file, ending in `.safetensors`")),
+)]
 pub(super) struct CalibrateArgs {
-    /// Folder, file (`.safetensors`, `.gguf`, `.bin`) or hub id (`org/name`)
-    #[arg(required_unless_present = "merge")]
-    model: Option<String>,
+    #[command(flatten)]
+    source: Option<ModelArgs>,
 
     #[command(flatten)]
     opening: OpenArgs,
@@ -42,11 +47,8 @@ pub(super) struct CalibrateArgs {
     #[command(flatten)]
     dequantize: DequantizeArgs,
 
-    /// Text to measure on (`.txt`, `.jsonl`, `.json`, `.parquet`)
-    ///
-    /// Prose in UTF-8, or documents in `.jsonl`, `.ndjson`, `.json` or `.parquet`; each also as `.gz` or `.zst`.
-    #[arg(long, value_name = "FILE", required_unless_present = "merge", help_heading = "Text")]
-    text: Option<PathBuf>,
+    #[command(flatten)]
+    text: Option<TextArgs>,
 
     #[command(flatten)]
     options: Options<Measured>,
@@ -54,10 +56,6 @@ pub(super) struct CalibrateArgs {
     /// Measure only the I-th of N equal parts of the windows
     #[arg(long, value_name = "I/N", value_parser = part, help_heading = "Text")]
     part: Option<(usize, usize)>,
-
-    /// Methods to measure for [default: all]
-    #[arg(long, value_enum, num_args = 1, help_heading = "Statistics")]
-    method: Vec<Method>,
 
     /// Add up files of statistics instead of measuring
     #[arg(
@@ -78,31 +76,33 @@ pub(super) struct CalibrateArgs {
     #[command(flatten)]
     device: DeviceArgs,
 
-    /// Output file, ending in `.safetensors`
-    #[arg(short, long, value_name = "STATISTICS", help_heading = "Output")]
-    output: PathBuf,
+    #[command(flatten)]
+    output: OutputArgs,
 
-    /// Replace the output file
-    #[arg(long, help_heading = "Output")]
-    force: bool,
+    #[command(flatten)]
+    force: ForceArgs,
 
     #[command(flatten)]
     json: JsonArgs,
 }
 
-/// The windows, and what is measured of them.
+/// The windows, and what is measured of them, for several methods.
 #[derive(Debug)]
 struct Measured;
 
 impl Selection for Measured {
     fn takes(id: &str) -> bool {
-        ["field", "samples", "gradient_samples", "seq_len", "seed", "clip_gradients"].contains(&id)
+        ["field", "samples", "gradient_samples", "seq_len", "seed", "method", "clip_gradients"].contains(&id)
     }
 
     fn adapt(flag: Arg) -> Arg {
-        let heading = if flag.get_id() == "clip_gradients" { "Statistics" } else { "Text" };
-        let is_seldom = flag.get_id() == "gradient_samples";
-        flag.help_heading(heading).hide_short_help(is_seldom)
+        const METHODS: &str = "Methods to measure for [default: all]";
+        match flag.get_id().as_str() {
+            "method" => repeated(flag).help(METHODS).long_help(METHODS).help_heading("Statistics"),
+            "clip_gradients" => flag.help_heading("Statistics").hide_short_help(false),
+            "gradient_samples" => flag.help_heading("Text"),
+            _ => flag.help_heading("Text").hide_short_help(false),
+        }
     }
 }
 
@@ -112,16 +112,16 @@ fn part(text: &str) -> Result<(usize, usize), String> {
 }
 
 pub(super) fn run(args: &CalibrateArgs, quiet: bool, progress: &Bars) -> Result<()> {
-    calibrate::check_output(&args.output, Existing::of(args.force))?;
-    let (header, seconds, source_quantization) = match (&args.model, &args.text) {
-        (Some(model), Some(text)) => measure(args, model, text, progress)?,
+    calibrate::check_output(&args.output.output, args.force.existing())?;
+    let (header, seconds, source_quantization) = match (&args.source, &args.text) {
+        (Some(source), Some(file)) => measure(args, &source.model, &file.text, progress)?,
         _ => (merge(args)?, calibrate::Seconds::default(), None),
     };
     let report = CalibrateReport {
         schema_version: SCHEMA_VERSION,
         lrc_version: LRC_VERSION.into(),
         source_quantization,
-        size_bytes: std::fs::metadata(&args.output).map_or(0, |m| m.len()),
+        size_bytes: std::fs::metadata(&args.output.output).map_or(0, |m| m.len()),
         windows: header.n_windows(),
         tokens: header.n_tokens(),
         gradient_windows: header.gradient_windows(),
@@ -139,21 +139,22 @@ pub(super) fn run(args: &CalibrateArgs, quiet: bool, progress: &Bars) -> Result<
 
 /// With the gradients of a method, those at embeddings and logits cost nothing, and `--target-size` needs them.
 fn needs(args: &CalibrateArgs) -> Needs {
-    let needs = args.method.iter().map(|m| m.preset().needs()).reduce(Needs::union).unwrap_or(Needs::ALL);
+    let methods = args.options.repeated.methods.iter();
+    let needs = methods.map(|m| m.preset().needs()).reduce(Needs::union).unwrap_or(Needs::ALL);
     Needs { vocabulary: needs.output_gram, ..needs }
 }
 
 fn measure(
     args: &CalibrateArgs,
     model: &str,
-    text: &std::path::Path,
+    text: &Path,
     progress: &Bars,
 ) -> Result<(Header, calibrate::Seconds, Option<String>)> {
     let options = &args.options.values;
     let device = args.device.open()?;
     let checkpoint = args.dequantize.apply(args.opening.open(model, progress)?)?;
     let read = checkpoint.read_files();
-    expect_apart(&args.output, read.iter().map(PathBuf::as_path).chain([text]))?;
+    expect_apart(&args.output.output, read.iter().map(PathBuf::as_path).chain([text]))?;
     let decoder = Decoder::open(&checkpoint)?.on(&device);
     let needs = needs(args);
     if needs == Needs::default() {
@@ -178,8 +179,8 @@ fn measure(
     let settings = recipe::windows(options, text)?;
     let windows = Windows::load(&checkpoint, &settings, needs, args.part.unwrap_or((1, 1)))?;
     // Statistics of large models need much space: they are spooled to the disk of the output.
-    create_folder_of(&args.output)?;
-    let folder = folder_of(&args.output).to_path_buf();
+    create_folder_of(&args.output.output)?;
+    let folder = folder_of(&args.output.output).to_path_buf();
     let limits = WalkLimits::new(args.memory.bytes(), folder.clone());
     let header = Header::new(fingerprint(&checkpoint)?, observation, vec![windows.part.clone()]);
     let mut statistics = Statistics::new(header.clone(), limits.activation_bytes, &folder);
@@ -193,15 +194,15 @@ fn measure(
         &mut |sums| statistics.keep(sums),
     )
     .with_context(|| format!("calibrating on `{}`", windows.text))?;
-    statistics.write(&args.output, Existing::of(args.force))?;
+    statistics.write(&args.output.output, args.force.existing())?;
     Ok((header, seconds, checkpoint.source_quantization()))
 }
 
 fn merge(args: &CalibrateArgs) -> Result<Header> {
-    expect_apart(&args.output, args.merge.iter().map(PathBuf::as_path))?;
+    expect_apart(&args.output.output, args.merge.iter().map(PathBuf::as_path))?;
     let open = |path: &PathBuf| Ok((path.display().to_string(), Statistics::open(path)?));
     let files = args.merge.iter().map(open).collect::<Result<Vec<_>>>()?;
-    Statistics::merge(&files, &args.output, Existing::of(args.force))
+    Statistics::merge(&files, &args.output.output, args.force.existing())
 }
 
 fn show(args: &CalibrateArgs, report: &CalibrateReport) -> String {
@@ -217,5 +218,5 @@ fn show(args: &CalibrateArgs, report: &CalibrateReport) -> String {
         rows.push(("backward", format!("{:.1} s", report.backward_seconds)));
     }
     let rows = rows.into_iter().map(|(name, value)| vec![name.to_string(), value]).collect();
-    format!("{}wrote `{}`\n", table(&["measure", "value"], rows), args.output.display())
+    format!("{}wrote `{}`\n", table(&["measure", "value"], rows), args.output.output.display())
 }

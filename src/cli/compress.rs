@@ -88,9 +88,9 @@ pub(super) fn run(args: &CompressArgs, quiet: bool, progress: &Bars) -> Result<(
     let job = Job {
         checkpoint: &checkpoint,
         model: None,
-        source: &args.model.model,
+        source: args.model.model(),
         recipe: &recipe,
-        output: &args.folder.output,
+        output: args.folder.path(),
         existing: args.folder.existing(),
         earlier: args.restart.earlier(),
         memory_bytes: args.memory.bytes(),
@@ -101,7 +101,7 @@ pub(super) fn run(args: &CompressArgs, quiet: bool, progress: &Bars) -> Result<(
         return args.gates.conclude(&report, show_dry_run);
     }
     let report = compress::compress(&job, progress)?;
-    let show = |report: &CompressReport| if quiet { String::new() } else { show(report, &args.folder.output) };
+    let show = |report: &CompressReport| if quiet { String::new() } else { show(report, args.folder.path()) };
     args.gates.conclude(&report, show)
 }
 
@@ -109,11 +109,11 @@ pub(super) fn run(args: &CompressArgs, quiet: bool, progress: &Bars) -> Result<(
 fn absent(recipe: &Recipe) -> Vec<(Vec<Field>, &'static str)> {
     let mut absent = vec![(fields_at::<CompressReport>("truncated"), "`lrc truncate` writes it")];
     let mut add = |name: &str, hint: &'static str| absent.push((fields_at::<CompressReport>(name), hint));
-    match &recipe.calibration {
-        None if recipe.statistics.is_none() => {
+    match recipe.calibration() {
+        None if recipe.statistics().is_none() => {
             add("calibration", "`--calibration FILE` or `--statistics FILE` fills it")
         }
-        Some(windows) if recipe.statistics.is_none() && windows.gradient_samples.is_none() => {
+        Some(windows) if recipe.statistics().is_none() && windows.gradient_samples.is_none() => {
             add(
                 "calibration.gradient_windows",
                 "`--gradient-samples N` fills it; without it all windows have gradients",
@@ -129,7 +129,7 @@ fn absent(recipe: &Recipe) -> Vec<(Vec<Field>, &'static str)> {
     }
     if recipe.compensate() == Compensate::None && recipe.quant_factors().is_none() {
         add("equal_bytes_baseline", "`--quant` with `--compensate` measures it");
-    } else if recipe.calibration.is_none() {
+    } else if recipe.calibration().is_none() {
         for name in ["equal_bytes_baseline.kl", "equal_bytes_baseline.baseline_kl"] {
             add(name, "`--calibration FILE` measures it");
         }

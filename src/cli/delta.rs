@@ -130,7 +130,7 @@ pub(super) fn run(args: &DeltaArgs, quiet: bool, progress: &Bars) -> Result<()> 
         model: Some(&model),
         source: &args.fine_tuned,
         recipe: &recipe,
-        output: &args.folder.output,
+        output: args.folder.path(),
         existing: args.folder.existing(),
         earlier: args.restart.earlier(),
         memory_bytes: args.memory.bytes(),
@@ -138,7 +138,7 @@ pub(super) fn run(args: &DeltaArgs, quiet: bool, progress: &Bars) -> Result<()> 
     };
     let report = compress(&job, progress)?;
     let show = |report: &CompressReport| match (quiet, &report.delta) {
-        (false, Some(delta)) => format!("{}{}", show_changes(delta), show(report, &args.folder.output)),
+        (false, Some(delta)) => format!("{}{}", show_changes(delta), show(report, args.folder.path())),
         _ => String::new(),
     };
     args.gates.conclude(&report, show)

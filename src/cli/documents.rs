@@ -1,12 +1,11 @@
 //! `lrc completions` and `lrc man`.
 
-use std::path::PathBuf;
-
 use anyhow::{Context, Result};
 use clap::{Args, Command};
 use clap_complete::Shell;
 use clap_mangen::Man;
 
+use super::arguments::OutputArgs;
 use super::streams::print;
 use crate::checkpoint::expect_folder;
 
@@ -36,15 +35,17 @@ pub(super) fn completions(args: &CompletionsArgs, mut lrc: Command) -> Result<()
 ///   lrc man | man -l -
 ///   lrc man -o ~/.local/share/man/man1
 #[derive(Debug, Args)]
-#[command(verbatim_doc_comment)]
+#[command(
+    verbatim_doc_comment,
+    mut_arg("output", |output| output.required(false).help("Folder for `lrc.1`, `lrc-compress.1` and so on")),
+)]
 pub(super) struct ManArgs {
-    /// Folder for `lrc.1`, `lrc-compress.1` and so on
-    #[arg(short, long, value_name = "FOLDER")]
-    output: Option<PathBuf>,
+    #[command(flatten)]
+    output: Option<OutputArgs>,
 }
 
 pub(super) fn man(args: &ManArgs, lrc: Command) -> Result<()> {
-    let Some(folder) = &args.output else {
+    let Some(OutputArgs { output: folder }) = &args.output else {
         let mut page = Vec::new();
         Man::new(lrc).render(&mut page)?;
         return print(&String::from_utf8(page)?);

@@ -33,7 +33,7 @@ use crate::text::{Bos, DEFAULT_FIELD};
 ///   lrc eval MODEL --text wiki.test.raw --convention all
 ///   lrc eval OUT --text wiki.test.raw --reference MODEL --fail-if 'ppl > 12'
 #[derive(Debug, Args)]
-#[command(verbatim_doc_comment)]
+#[command(verbatim_doc_comment, mut_arg("convention", |convention| convention.long_help(CONVENTION)))]
 pub(super) struct EvalArgs {
     #[command(flatten)]
     model: SourceArgs,
@@ -43,22 +43,10 @@ pub(super) struct EvalArgs {
     reference: Option<String>,
 
     #[command(flatten)]
-    scored: ScoredText,
+    scored: ScoredText<Asked>,
 
     #[command(flatten)]
-    options: Options<Fields>,
-
-    /// How the text is cut and scored [default: gptq]
-    ///
-    /// For encoders the default is masked, or no scoring with `--reference`.
-    #[arg(long, value_enum, value_name = "NAME", help_heading = "Evaluation")]
-    convention: Option<Asked>,
-
-    /// Tokens per window [default: set by the convention]
-    ///
-    /// It is at most the model's context.
-    #[arg(long, value_name = "N", value_parser = at_least_2, help_heading = "Evaluation")]
-    seq_len: Option<usize>,
+    options: Options<Reading>,
 
     /// Step between windows, `hf-strided` [default: 512]
     ///
@@ -80,17 +68,29 @@ pub(super) struct EvalArgs {
     gates: GateArgs,
 }
 
-/// The field of documents.
-#[derive(Debug)]
-struct Fields;
+/// The help of `--convention` for models of every kind.
+const CONVENTION: &str = "How the text is cut and scored [default: gptq]\n\nFor encoders the default is masked, or no \
+                          scoring with `--reference`.";
 
-impl Selection for Fields {
+/// How the text is read.
+#[derive(Debug)]
+struct Reading;
+
+impl Selection for Reading {
     fn takes(id: &str) -> bool {
-        id == "field"
+        ["field", "seq_len"].contains(&id)
     }
 
     fn adapt(flag: Arg) -> Arg {
-        flag.help_heading("Evaluation")
+        const LENGTH: &str = "Tokens per window [default: set by the convention]";
+        let flag = flag.help_heading("Evaluation");
+        match flag.get_id().as_str() {
+            "seq_len" => flag
+                .value_parser(at_least_2)
+                .help(LENGTH)
+                .long_help(format!("{LENGTH}\n\nIt is at most the model's context.")),
+            _ => flag,
+        }
     }
 }
 
@@ -128,7 +128,7 @@ pub(super) fn run(args: &EvalArgs, progress: &Bars) -> Result<()> {
     let name = args.reference.as_deref().unwrap_or_default();
     let reference = opened.as_ref().map(|checkpoint| Reference { checkpoint, name });
     let run = Run { args, checkpoint: &checkpoint, reference: reference.as_ref(), device, progress };
-    match args.convention {
+    match args.scored.convention {
         None | Some(Asked::Masked) if is_encoder => run.encoder(),
         Some(Asked::Masked) => {
             Err(Failure::unsupported("`--convention masked` is for encoders: this model does not see future tokens")
@@ -146,7 +146,7 @@ pub(super) fn run(args: &EvalArgs, progress: &Bars) -> Result<()> {
 fn check_gates(args: &EvalArgs) -> Result<()> {
     let gates = &args.gates.fail_if;
     let for_encoders = || gate::expect_fields::<EncoderReport>(gates, &absent_for_encoders(args));
-    match args.convention {
+    match args.scored.convention {
         Some(Asked::Masked) => for_encoders(),
         None | Some(Asked::One(_)) => {
             gate::expect_fields::<PerplexityReport>(gates, &absent(args)).or_else(|e| for_encoders().map_err(|_| e))
@@ -172,7 +172,7 @@ fn absent_for_encoders(args: &EvalArgs) -> Vec<(Vec<Field>, &'static str)> {
     let mut absent = Vec::new();
     if args.reference.is_none() {
         absent.push((fields::<FidelityRecord>(), "`--reference MODEL` measures it"));
-    } else if args.convention.is_none() {
+    } else if args.scored.convention.is_none() {
         absent.push((fields::<PseudoPerplexity>(), "`--convention masked` measures it"));
     }
     absent
@@ -213,7 +213,7 @@ impl Run<'_> {
     fn encoder(&self) -> Result<()> {
         let gates = &self.args.gates;
         gate::expect_fields::<EncoderReport>(&gates.fail_if, &absent_for_encoders(self.args))?;
-        let masking = match (self.args.convention, self.reference) {
+        let masking = match (self.args.scored.convention, self.reference) {
             (None, Some(_)) => Masking::Never,
             _ => Masking::Always,
         };
@@ -228,13 +228,13 @@ impl Run<'_> {
 
     fn settings(&self, convention: Convention) -> EvalSettings {
         let args = self.args;
-        let takes_stride = args.convention != Some(Asked::All) || convention.rules().takes_stride();
+        let takes_stride = args.scored.convention != Some(Asked::All) || convention.rules().takes_stride();
         EvalSettings {
-            model: args.model.model.clone(),
-            text: args.scored.text.clone(),
+            model: args.model.model().into(),
+            text: args.scored.file.text.clone(),
             field: args.options.values.field.clone().unwrap_or_else(|| DEFAULT_FIELD.into()),
             convention,
-            seq_len: args.seq_len,
+            seq_len: args.options.values.seq_len,
             stride: args.stride.filter(|_| takes_stride),
             max_windows: args.scored.max_windows,
             bos: args.bos,

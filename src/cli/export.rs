@@ -56,9 +56,9 @@ pub(super) fn run(args: &ExportArgs, quiet: bool, progress: &Bars) -> Result<()>
     let checkpoint = args.model.open(progress)?;
     let job = ExportJob {
         checkpoint: &checkpoint,
-        source: &args.model.model,
+        source: args.model.model(),
         format: options.format.expect("invariant: `--format` is required"),
-        output: &args.folder.output,
+        output: args.folder.path(),
         existing: args.folder.existing(),
         max_shard_bytes,
     };
@@ -76,7 +76,7 @@ pub(super) fn run(args: &ExportArgs, quiet: bool, progress: &Bars) -> Result<()>
         grouped(report.bytes_before),
         grouped(report.bytes_after),
         left_out(&report.left_out),
-        args.folder.output.display(),
+        args.folder.path().display(),
         report.elapsed_seconds
     ))
 }

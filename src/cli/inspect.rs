@@ -7,11 +7,11 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use clap::{Arg, Args};
 
-use super::arguments::{DeviceArgs, GateArgs, MemoryArgs, SourceArgs};
+use super::arguments::{CsvArgs, DeviceArgs, ForceArgs, GateArgs, MemoryArgs, SourceArgs};
 use super::options::{Options, Selection};
 use super::streams::{print, print_json};
 use super::terminal::{self, Bars, grouped, sparkline, table};
-use crate::checkpoint::{Checkpoint, Existing, check_file, expect_apart, write_text};
+use crate::checkpoint::{Checkpoint, check_file, expect_apart, write_text};
 use crate::compress::allocate::{FULL, Ranks};
 use crate::compress::presets::Method;
 use crate::compress::recipe::{Recipe, RecipeOptions};
@@ -71,16 +71,14 @@ pub(super) struct InspectArgs {
     #[arg(long, value_name = "FILE", help_heading = "Output")]
     spectra: Option<PathBuf>,
 
-    /// Replace the files of `--html` and `--spectra`
-    #[arg(long, help_heading = "Output")]
-    force: bool,
+    #[command(flatten)]
+    force: ForceArgs,
 
     #[command(flatten)]
     gates: GateArgs,
 
-    /// Print CSV, one line per matrix
-    #[arg(long, conflicts_with = "json", help_heading = "Output")]
-    csv: bool,
+    #[command(flatten)]
+    csv: CsvArgs,
 }
 
 /// The calibration metric.
@@ -134,7 +132,7 @@ pub(super) fn run(args: &InspectArgs, progress: &Bars) -> Result<()> {
         expect_apart(path, inputs.map(PathBuf::as_path))?;
     }
     let weighted = if args.has_metric() { Some(weighted(args, &checkpoint, &device, progress)?) } else { None };
-    let (mut report, spectra) = inspect::inspect(&checkpoint, &args.model.model, weighted, progress)?;
+    let (mut report, spectra) = inspect::inspect(&checkpoint, args.model.model(), weighted, progress)?;
     if let Some(path) = &args.spectra {
         inspect::write_spectra(path, &spectra)?;
     }
@@ -147,7 +145,7 @@ pub(super) fn run(args: &InspectArgs, progress: &Bars) -> Result<()> {
     }
     if args.gates.json.json {
         print_json(&report)?;
-    } else if args.csv {
+    } else if args.csv.csv {
         print(&csv(&report))?;
     } else {
         print(&show(&report, &map))?;
@@ -186,13 +184,13 @@ fn check(args: &InspectArgs) -> Result<()> {
             .hint("remove it: it limits what grows with a text")
             .into());
     }
-    if args.force && args.outputs().next().is_none() {
+    if args.force.force && args.outputs().next().is_none() {
         return Err(Failure::usage("`--force` has no effect without `--html` or `--spectra`")
             .hint("remove it: no file is written")
             .into());
     }
     for path in args.outputs() {
-        check_file(path, Existing::of(args.force))?;
+        check_file(path, args.force.existing())?;
     }
     if args.html.is_some() && args.html == args.spectra {
         return Err(Failure::usage("`--html` and `--spectra` name the same file")

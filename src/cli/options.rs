@@ -4,14 +4,16 @@ use std::marker::PhantomData;
 use std::path::PathBuf;
 
 use anyhow::Result;
-use clap::{Arg, ArgMatches, Args, Command, FromArgMatches};
+use clap::{Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches};
 
 use crate::compress::compensate::Compensate;
+use crate::compress::presets::Method;
 use crate::compress::recipe::{Recipe, RecipeOptions};
 use crate::error::Failure;
 
 /// The order of headings in the help.
-const HEADINGS: [&str; 6] = ["Model", "Budget", "Method", "Quantization", "Calibration", "Output"];
+const HEADINGS: [&str; 9] =
+    ["Model", "Text", "Evaluation", "Budget", "Method", "Quantization", "Calibration", "Statistics", "Output"];
 
 /// The options that a command takes.
 pub(super) trait Selection {
@@ -28,7 +30,29 @@ pub(super) trait Selection {
 #[derive(Debug)]
 pub(super) struct Options<S> {
     pub values: RecipeOptions,
+    pub repeated: Repeated,
     selection: PhantomData<S>,
+}
+
+/// All values of the options that a recipe has once and some command several times.
+#[derive(Debug)]
+pub(super) struct Repeated {
+    pub keeps: Vec<f64>,
+    pub methods: Vec<Method>,
+}
+
+impl Repeated {
+    fn given(matches: &ArgMatches) -> Self {
+        fn values<T: Clone + Send + Sync + 'static>(matches: &ArgMatches, id: &str) -> Vec<T> {
+            matches.try_get_many(id).ok().flatten().into_iter().flatten().cloned().collect()
+        }
+        Self { keeps: values(matches, "keep"), methods: values(matches, "method") }
+    }
+}
+
+/// The flag with any number of values.
+pub(super) fn repeated(flag: Arg) -> Arg {
+    flag.action(ArgAction::Append).num_args(1)
 }
 
 /// All options.
@@ -45,9 +69,9 @@ impl<S: Selection> Args for Options<S> {
     fn augment_args(command: Command) -> Command {
         let options = RecipeOptions::augment_args(Command::new("options"));
         let taken = options.get_arguments().filter(|flag| S::takes(flag.get_id().as_str()));
-        let mut flags: Vec<Arg> = taken.cloned().collect();
+        let mut flags: Vec<Arg> = taken.cloned().map(S::adapt).collect();
         flags.sort_by_key(|flag| HEADINGS.iter().position(|h| flag.get_help_heading() == Some(h)));
-        command.args(flags.into_iter().map(S::adapt))
+        command.args(flags)
     }
 
     fn augment_args_for_update(command: Command) -> Command {
@@ -57,7 +81,8 @@ impl<S: Selection> Args for Options<S> {
 
 impl<S: Selection> FromArgMatches for Options<S> {
     fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
-        Ok(Self { values: RecipeOptions::given(matches), selection: PhantomData })
+        let repeated = Repeated::given(matches);
+        Ok(Self { values: RecipeOptions::given(matches), repeated, selection: PhantomData })
     }
 
     fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {

@@ -1,16 +1,18 @@
 //! `lrc sweep`.
 
 use std::fmt::Write;
-use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::Result;
-use clap::{Arg, ArgAction, ArgMatches, Args, FromArgMatches};
+use clap::{Arg, Args};
 
-use super::arguments::{DequantizeArgs, DeviceArgs, GateArgs, MemoryArgs, ScoredText, SourceArgs, at_least_2};
-use super::options::{Options, RecipeFile, Selection};
+use super::arguments::{
+    CsvArgs, DequantizeArgs, DeviceArgs, ForceArgs, GateArgs, MemoryArgs, OutputArgs, ScoredText, SourceArgs,
+    at_least_2,
+};
+use super::options::{Options, RecipeFile, Selection, repeated};
 use super::terminal::{Bars, fixed, grouped, table};
-use crate::checkpoint::{Existing, OutputFolder, expect_apart};
+use crate::checkpoint::{OutputFolder, expect_apart};
 use crate::compress::recipe::RecipeOptions;
 use crate::compress::{self, SweepSettings, sweep};
 use crate::error::Failure;
@@ -30,7 +32,11 @@ use crate::text::{Bos, DEFAULT_FIELD};
 ///   lrc sweep MODEL --text held-out.txt --keep 0.9,0.8 --ranks welore --csv
 ///   lrc sweep MODEL --text held-out.txt --keep 0.9,0.8,0.6 -o REPORT
 #[derive(Debug, Args)]
-#[command(verbatim_doc_comment)]
+#[command(
+    verbatim_doc_comment,
+    mut_arg("output", |output| output.required(false).help("Folder for `lrc-report.json` and `lrc-report.html`")),
+    mut_arg("force", |force| force.requires("output")),
+)]
 pub(super) struct SweepArgs {
     #[command(flatten)]
     model: SourceArgs,
@@ -39,11 +45,7 @@ pub(super) struct SweepArgs {
     dequantize: DequantizeArgs,
 
     #[command(flatten)]
-    scored: ScoredText,
-
-    /// How the text is cut and scored
-    #[arg(long, value_enum, default_value_t, value_name = "NAME", help_heading = "Evaluation")]
-    convention: Convention,
+    scored: ScoredText<Convention>,
 
     /// Tokens per scored window [default: set by the convention]
     ///
@@ -52,7 +54,7 @@ pub(super) struct SweepArgs {
     eval_seq_len: Option<usize>,
 
     #[command(flatten)]
-    options: SweptOptions,
+    options: Options<Swept>,
 
     #[command(flatten)]
     recipe: RecipeFile,
@@ -63,27 +65,17 @@ pub(super) struct SweepArgs {
     #[command(flatten)]
     device: DeviceArgs,
 
-    /// Folder for `lrc-report.json` and `lrc-report.html`
-    #[arg(short, long, value_name = "OUT", help_heading = "Output")]
-    output: Option<PathBuf>,
+    #[command(flatten)]
+    output: Option<OutputArgs>,
 
-    /// Replace an output folder written by an earlier run
-    #[arg(long, requires = "output", help_heading = "Output")]
-    force: bool,
+    #[command(flatten)]
+    force: ForceArgs,
 
     #[command(flatten)]
     gates: GateArgs,
 
-    /// Print CSV, one line per budget
-    #[arg(long, conflicts_with = "json", help_heading = "Output")]
-    csv: bool,
-}
-
-/// The options of a recipe, where `--keep` is a list.
-#[derive(Debug)]
-struct SweptOptions {
-    keeps: Vec<f64>,
-    options: RecipeOptions,
+    #[command(flatten)]
+    csv: CsvArgs,
 }
 
 /// All options. Options of budgets, outputs and the sequential mode are hidden: a sweep writes no weights, `--keep` is
@@ -99,13 +91,9 @@ impl Selection for Swept {
     fn adapt(flag: Arg) -> Arg {
         const KEEPS: &str = "Shares of the targeted parameters to keep (`0.9,0.8`)";
         match flag.get_id().as_str() {
-            "keep" => flag
-                .action(ArgAction::Append)
-                .value_delimiter(',')
-                .value_name("SHARES")
-                .required(true)
-                .help(KEEPS)
-                .long_help(KEEPS),
+            "keep" => {
+                repeated(flag).value_delimiter(',').value_name("SHARES").required(true).help(KEEPS).long_help(KEEPS)
+            }
             "target_size" | "bits" | "format" => flag.hide(true),
             "sequential" | "anchor" | "elastic" | "max_shard_size" => flag.hide(true),
             _ => flag,
@@ -113,78 +101,58 @@ impl Selection for Swept {
     }
 }
 
-impl Args for SweptOptions {
-    fn augment_args(command: clap::Command) -> clap::Command {
-        Options::<Swept>::augment_args(command)
-    }
-
-    fn augment_args_for_update(command: clap::Command) -> clap::Command {
-        Self::augment_args(command)
-    }
-}
-
-impl FromArgMatches for SweptOptions {
-    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
-        let keeps = matches.get_many("keep").into_iter().flatten().copied().collect();
-        Ok(Self { keeps, options: Options::<Swept>::from_arg_matches(matches)?.values })
-    }
-
-    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
-        *self = Self::from_arg_matches(matches)?;
-        Ok(())
-    }
-}
-
 pub(super) fn run(args: &SweepArgs, progress: &Bars) -> Result<()> {
     let started = Instant::now();
     gate::expect_fields::<SweepReport>(&args.gates.fail_if, &[])?;
-    if args.options.keeps.is_empty() {
+    if args.options.repeated.keeps.is_empty() {
         return Err(Failure::usage("a sweep needs budgets").hint("for example `--keep 0.9,0.8,0.6`").into());
     }
-    if let Some(keep) = args.options.keeps.iter().find(|&&keep| !(keep > 0.0 && keep <= 1.0)) {
+    if let Some(keep) = args.options.repeated.keeps.iter().find(|&&keep| !(keep > 0.0 && keep <= 1.0)) {
         return Err(Failure::usage(format!("`--keep {keep}` is outside (0, 1]"))
             .hint("give shares, for example `--keep 0.9,0.8,0.6`")
             .into());
     }
-    refuse_without_effect(&args.options.options)?;
-    let mut options = args.recipe.complete(&args.options.options)?;
+    refuse_without_effect(&args.options.values)?;
+    let mut options = args.recipe.complete(&args.options.values)?;
     options.target_size = None;
     // Under a budget of everything nothing would be decomposed.
-    options.keep = args.options.keeps.iter().copied().find(|&keep| keep < 1.0).or(options.keep);
+    options.keep = args.options.repeated.keeps.iter().copied().find(|&keep| keep < 1.0).or(options.keep);
     // The sequential mode must redo the decomposition for each budget; a sweep decomposes once.
     options.sequential = options.sequential.or(Some(false));
-    let recipe = args.recipe.check(&args.options.options, &options)?;
+    let recipe = args.recipe.check(&args.options.values, &options)?;
     let device = args.device.open()?;
-    if let Some(output) = &args.output {
-        OutputFolder::check(output, Existing::of(args.force), REPORT_FILE)?;
+    let output = args.output.as_ref().map(|args| args.output.as_path());
+    if let Some(output) = output {
+        OutputFolder::check(output, args.force.existing(), REPORT_FILE)?;
     }
     let checkpoint = crate::compress::view(args.dequantize.apply(args.model.open(progress)?)?, &recipe)?;
     // Created first, so that the work is not lost for lack of an output folder.
-    let folder = args.output.as_deref().map(|output| -> Result<OutputFolder> {
-        expect_apart(output, recipe.inputs().chain([args.scored.text.as_path(), checkpoint.root()]))?;
-        Ok(OutputFolder::create(output, Existing::of(args.force), REPORT_FILE)?)
+    let folder = output.map(|output| -> Result<OutputFolder> {
+        expect_apart(output, recipe.inputs().chain([args.scored.file.text.as_path(), checkpoint.root()]))?;
+        Ok(OutputFolder::create(output, args.force.existing(), REPORT_FILE)?)
     });
     let folder = folder.transpose()?;
     let eval = EvalSettings {
-        model: args.model.model.clone(),
-        text: args.scored.text.clone(),
+        model: args.model.model().into(),
+        text: args.scored.file.text.clone(),
         field: options.field.clone().unwrap_or_else(|| DEFAULT_FIELD.into()),
         stride: None,
-        convention: args.convention,
+        convention: args.scored.convention.unwrap_or_default(),
         seq_len: args.eval_seq_len,
         max_windows: args.scored.max_windows,
         bos: Bos::Auto,
         memory_bytes: args.memory.bytes(),
         device,
     };
-    let settings = SweepSettings { checkpoint: &checkpoint, recipe: &recipe, keeps: &args.options.keeps, eval };
+    let settings =
+        SweepSettings { checkpoint: &checkpoint, recipe: &recipe, keeps: &args.options.repeated.keeps, eval };
     let mut report = sweep(&settings, progress)?;
     if let Some(folder) = folder {
         let page = page::sweep(&report)?;
         publish(&folder, &mut report, &[(PAGE_FILE, page)], started)?;
         folder.finish()?;
     }
-    args.gates.conclude(&report, if args.csv { csv } else { show })
+    args.gates.conclude(&report, if args.csv.csv { csv } else { show })
 }
 
 /// Refuses flags that determine what a compression writes, or how it does so for one budget.

@@ -3,15 +3,13 @@
 use std::path::Path;
 
 use anyhow::Result;
-use bytesize::ByteSize;
-use clap::Args;
+use clap::{Arg, Args};
 
-use super::arguments::{FolderArgs, JsonArgs, RevisionArgs, at_least_1};
+use super::arguments::{FolderArgs, JsonArgs, ModelArgs, RevisionArgs, at_least_1};
 use super::compress::show;
 use super::options::{Options, Selection};
 use super::streams::{print, print_json};
 use super::terminal::{Bars, grouped, table};
-use crate::compress::options::size;
 use crate::compress::recipe;
 use crate::error::Failure;
 use crate::report::{AdapterReport, TruncatedModule};
@@ -31,19 +29,19 @@ use crate::truncate::{AdapterJob, AdapterSize, TruncateJob, is_adapter, truncate
 ///   lrc truncate ADAPTER -o OUT --energy 0.9
 ///   lrc truncate lora.safetensors -o small.safetensors --target-size 20MiB
 #[derive(Debug, Args)]
-#[command(verbatim_doc_comment)]
+#[command(verbatim_doc_comment, mut_arg("model", |model| model.help(MODEL)))]
 pub(super) struct TruncateArgs {
-    /// Compressed folder or hub id, or an adapter (folder or `.safetensors` file)
-    model: String,
+    #[command(flatten)]
+    source: ModelArgs,
 
     #[command(flatten)]
     revision: RevisionArgs,
 
     #[command(flatten)]
-    size: SizeArgs,
+    options: Options<Sizes>,
 
     #[command(flatten)]
-    options: Options<Shards>,
+    adapter: AdapterSizeArgs,
 
     #[command(flatten)]
     folder: FolderArgs,
@@ -52,17 +50,12 @@ pub(super) struct TruncateArgs {
     json: JsonArgs,
 }
 
-/// How small the output becomes.
-#[derive(Debug, Args)]
-#[group(required = true, multiple = false)]
-struct SizeArgs {
-    /// Share of the parameters to keep, in (0, 1)
-    ///
-    /// For a compressed checkpoint, a share of the targeted parameters of its source; for an adapter, a share of the
-    /// parameters of its factors.
-    #[arg(long, value_name = "SHARE", help_heading = "Budget")]
-    keep: Option<f64>,
+const MODEL: &str = "Compressed folder or hub id, or an adapter (folder or `.safetensors` file)";
 
+/// How small an adapter becomes. One size is given, of these or of those that recipes have.
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false, args = ["keep", "target_size"])]
+struct AdapterSizeArgs {
     /// Largest rank of an adapter's factors
     #[arg(long, value_name = "RANK", value_parser = at_least_1, help_heading = "Budget")]
     rank: Option<usize>,
@@ -72,24 +65,31 @@ struct SizeArgs {
     /// The energy is the sum of the squared singular values of `B·A`.
     #[arg(long, value_name = "SHARE", help_heading = "Budget")]
     energy: Option<f64>,
-
-    /// Size of an adapter's file, never exceeded (`20MiB`)
-    #[arg(long, value_name = "SIZE", value_parser = size, help_heading = "Budget")]
-    target_size: Option<ByteSize>,
 }
 
-/// The size of the output's files.
+/// The size of the output, and of its files.
 #[derive(Debug)]
-struct Shards;
+struct Sizes;
 
-impl Selection for Shards {
+impl Selection for Sizes {
     fn takes(id: &str) -> bool {
-        id == "max_shard_size"
+        ["keep", "target_size", "max_shard_size"].contains(&id)
+    }
+
+    fn adapt(flag: Arg) -> Arg {
+        match flag.get_id().as_str() {
+            "keep" => flag.help("Share of the parameters to keep, in (0, 1)").long_help(
+                "Share of the parameters to keep, in (0, 1)\n\nFor a compressed checkpoint, a share of the targeted \
+                 parameters of its source; for an adapter, a share of the parameters of its factors.",
+            ),
+            "target_size" => flag.help("Size of an adapter's file, never exceeded (`20MiB`)"),
+            _ => flag,
+        }
     }
 }
 
 pub(super) fn run(args: &TruncateArgs, quiet: bool, progress: &Bars) -> Result<()> {
-    let (keep, energy) = (args.size.keep, args.size.energy);
+    let (keep, energy) = (args.options.values.keep, args.adapter.energy);
     if let Some(keep) = keep.filter(|&keep| !(keep > 0.0 && keep < 1.0)) {
         return Err(Failure::usage(format!("`--keep {keep}` is outside (0, 1)"))
             .hint("give a share, for example 0.7")
@@ -100,25 +100,25 @@ pub(super) fn run(args: &TruncateArgs, quiet: bool, progress: &Bars) -> Result<(
             .hint("give a share, for example 0.9")
             .into());
     }
-    let path = Path::new(&args.model);
+    let path = Path::new(&args.source.model);
     if is_adapter(path) {
         return adapter(args, path, quiet, progress);
     }
     let Some(keep) = keep else {
         return Err(Failure::usage(format!(
             "`--rank`, `--energy` and `--target-size` only apply to adapters, and `{}` is not an adapter",
-            args.model
+            args.source.model
         ))
         .hint("give `--keep`")
         .into());
     };
     let max_shard_bytes = recipe::max_shard_bytes(&args.options.values)?;
     args.folder.check()?;
-    let checkpoint = args.revision.open(&args.model, progress)?;
+    let checkpoint = args.revision.open(&args.source.model, progress)?;
     let job = TruncateJob {
         checkpoint: &checkpoint,
         keep,
-        output: &args.folder.output,
+        output: args.folder.path(),
         existing: args.folder.existing(),
         max_shard_bytes,
     };
@@ -126,7 +126,7 @@ pub(super) fn run(args: &TruncateArgs, quiet: bool, progress: &Bars) -> Result<(
     match (args.json.json, quiet) {
         (true, _) => print_json(&report),
         (false, true) => Ok(()),
-        (false, false) => print(&show(&report, &args.folder.output)),
+        (false, false) => print(&show(&report, args.folder.path())),
     }
 }
 
@@ -136,14 +136,14 @@ fn adapter(args: &TruncateArgs, path: &Path, quiet: bool, progress: &Bars) -> Re
             .hint("remove `--max-shard-size`")
             .into());
     }
-    let given = &args.size;
-    let size = match (given.rank, given.energy, given.keep, given.target_size) {
+    let (factors, sizes) = (&args.adapter, &args.options.values);
+    let size = match (factors.rank, factors.energy, sizes.keep, sizes.target_size) {
         (Some(rank), ..) => AdapterSize::OneRank(rank),
         (_, Some(share), ..) => AdapterSize::Energy(share),
         (_, _, Some(share), _) => AdapterSize::Keep(share),
         (.., size) => AdapterSize::Bytes(size.unwrap_or_default().as_u64()),
     };
-    let (output, existing) = (args.folder.output.as_path(), args.folder.existing());
+    let (output, existing) = (args.folder.path(), args.folder.existing());
     let report = truncate_adapter(&AdapterJob { adapter: path, size, output, existing }, progress)?;
     match (args.json.json, quiet) {
         (true, _) => print_json(&report),

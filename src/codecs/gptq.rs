@@ -3,8 +3,9 @@
 //! Codes have 2, 3, 4 or 8 bits, a stream with low bits first.
 //! `W[j, i] = (code[i, j] − zero[g_idx[i], j]) · scale[g_idx[i], j]`.
 //!
-//! Version 1 stores zeros minus one, version 2 as they are. The library turns the first into the second by adding to
-//! whole words, so a zero that became −1 borrows from its neighbor and gets it back. lrc writes version 1.
+//! Version 1 stores zeros minus one, version 2 as they are. gptqmodel turns the first into the second by adding to
+//! whole words, so a zero that became −1 borrows from its neighbor and gets it back; codes of 3 bits, which cross words, it
+//! shifts one by one. lrc writes version 1.
 
 use std::sync::Arc;
 
@@ -163,19 +164,23 @@ impl Gptq {
         if !self.is_first {
             return unpacked(bytes);
         }
-        let ones: [u32; 3] = match bits {
-            2 => [0x5555_5555; 3],
-            // Older files have every code of 3 bits minus one, which no other symmetric zeros look like.
-            3 if unpacked(bytes)?.iter().all(|&zero| zero == 3) => return Some(vec![4; self.groups * rows]),
-            3 => [0x2492_4924, 0x9249_2492, 0x4924_9249],
-            4 => [0x1111_1111; 3],
-            _ => [0x0101_0101; 3],
+        let ones: u32 = match bits {
+            2 => 0x5555_5555,
+            3 => return Some(zeros_of_3_bits(unpacked(bytes)?)),
+            4 => 0x1111_1111,
+            _ => 0x0101_0101,
         };
-        let width = bits::row_bytes(rows, bits, 4).max(1);
-        let word = |(at, word): (usize, &[u8; 4])| u32::from_le_bytes(*word).wrapping_add(ones[at % 3]).to_le_bytes();
-        let words = bytes.chunks_exact(width).flat_map(|row| row.as_chunks::<4>().0.iter().enumerate());
-        unpacked(&words.flat_map(word).collect::<Vec<u8>>())
+        let words = bytes.as_chunks::<4>().0.iter();
+        let shifted = words.flat_map(|&word| u32::from_le_bytes(word).wrapping_add(ones).to_le_bytes());
+        unpacked(&shifted.collect::<Vec<u8>>())
     }
+}
+
+/// Zeros of 3 bits from those of version 1. Earlier gptqmodel subtracted 4 of symmetric zeros, which leaves only zeros; today's
+/// subtracts one.
+fn zeros_of_3_bits(stored: Vec<u8>) -> Vec<u8> {
+    let step = if stored.iter().all(|&zero| zero == 0) { 4 } else { 1 };
+    stored.into_iter().map(|zero| (zero + step) & 7).collect()
 }
 
 impl Decoder for Gptq {

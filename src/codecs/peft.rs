@@ -14,10 +14,6 @@ pub const FOLDER: &str = "adapter";
 pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 /// Ranks and scales; see [`config`].
 pub const CONFIG_FILE: &str = "adapter_config.json";
-/// The part names under which an adapter's `A` and `B` appear next to their base, as in the layout `factors`.
-pub const SHOWN: [&str; 2] = ["lr_a", "lr_b"];
-/// The part name under which the weight below an adapter appears.
-pub const SHOWN_BASE: &str = "base";
 
 /// The base that an adapter names: the folder above. The caller gives PEFT the base when it loads an adapter.
 const BASE: &str = "..";

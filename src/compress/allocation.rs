@@ -3,7 +3,7 @@
 
 use anyhow::Result;
 
-use super::allocate::{self, Candidate, Candidates, Item, Ladder, Pick, Point, Ranks, Rules, Spectra, Statistic};
+use super::allocate::{self, Candidate, Candidates, Item, Ladder, Pick, Point, Ranks, Rules, Spectra};
 use super::budget::{self, forms_by_shape, known_choices};
 use super::fits::{Unit, units_to_share};
 use super::limit::{self, Search};
@@ -29,23 +29,23 @@ type Price<'p> = dyn Fn(&LinearInfo, Option<&Forms>) -> u64 + 'p;
 pub(super) struct Problem<'a> {
     recipe: &'a Recipe,
     plan: &'a Plan,
-    units: Vec<PricedUnit<'a>>,
+    units: Vec<PricedUnit>,
 }
 
 /// A unit with its costs and weighted errors.
-struct PricedUnit<'a> {
+struct PricedUnit {
     unit: Unit,
     dense_cost: u64,
     candidates: Vec<Candidate>,
-    meaning: Meaning<'a>,
+    meaning: Meaning,
 }
 
 /// The meaning of a unit's candidates.
-enum Meaning<'a> {
+enum Meaning {
     /// Only rank 0 of a linear of zeros.
     Zeros,
-    /// All ranks of a linear, with their numbers of parameters and its spectrum.
-    Ranks { parameters: Vec<u64>, spectrum: Option<&'a ErrorCurve> },
+    /// All ranks of a linear, with their numbers of parameters and its scores.
+    Ranks { parameters: Vec<u64>, scores: Vec<f64> },
     /// The choices of all members, for each candidate.
     Choices(Vec<Vec<Choice>>),
 }
@@ -61,7 +61,7 @@ impl<'a> Problem<'a> {
             Some(_) => PricedUnit::of_fits(study, i, 0, &|linear, forms| cost(price, linear, forms), sensitivities[i]),
             None => PricedUnit::of_ranks(study, i, &weighted, price),
         };
-        let mut units: Vec<PricedUnit<'_>> = (0..plan.linears.len()).map(one).collect();
+        let mut units: Vec<PricedUnit> = (0..plan.linears.len()).map(one).collect();
         if recipe.share() {
             units = together(study, units, &weighted, price);
         }
@@ -155,7 +155,7 @@ impl<'a> Problem<'a> {
     /// The choice of bases with the least error within `bytes`, and its cost, which exceeds `bytes` if nothing is that
     /// small. Linears that fit no quantizer stay dense.
     pub fn least_error(&self, bytes: u64) -> (Vec<Choice>, u64) {
-        let (open, others): (Vec<&PricedUnit<'_>>, Vec<&PricedUnit<'_>>) =
+        let (open, others): (Vec<&PricedUnit>, Vec<&PricedUnit>) =
             self.units.iter().partition(|priced| !priced.candidates.is_empty());
         let fixed: u64 = others.iter().map(|priced| priced.dense_cost).sum();
         let items: Vec<Item<'_>> = open.iter().map(|priced| priced.item(self.plan)).collect();
@@ -186,7 +186,7 @@ fn curve<'a>(study: &'a Study<'_>, i: usize) -> Option<&'a ErrorCurve> {
     }
 }
 
-impl<'a> PricedUnit<'a> {
+impl PricedUnit {
     /// A linear by its shape. Its error falls with its bits per weight alone, as the error of rounding does: by
     /// a factor of four per bit.
     fn by_shape(recipe: &Recipe, plan: &Plan, i: usize, price: Option<&Price<'_>>) -> Self {
@@ -198,7 +198,7 @@ impl<'a> PricedUnit<'a> {
             let choices = (0..parameters.len()).map(|rank| budget::choice(Pick::Candidate(rank)));
             let costs = if price.is_none() { parameters.clone() } else { choices.map(cost_of).collect() };
             let candidates = allocate::candidates_by_rank(&costs, None, 1.0);
-            let ranks = Meaning::Ranks { parameters, spectrum: None };
+            let ranks = Meaning::Ranks { parameters, scores: Vec::new() };
             return Self {
                 unit,
                 dense_cost,
@@ -215,7 +215,7 @@ impl<'a> PricedUnit<'a> {
     }
 
     /// A linear at every rank.
-    fn of_ranks(study: &Study<'_>, i: usize, weighted: &Weighted<'_, 'a>, price: Option<&Price<'_>>) -> Self {
+    fn of_ranks(study: &Study<'_>, i: usize, weighted: &Weighted<'_>, price: Option<&Price<'_>>) -> Self {
         let linear = &study.plan.linears[i];
         let (unit, dense_cost) = (Unit { members: vec![i] }, cost(price, linear, None));
         let parameters = budget::parameters(study.recipe, linear);
@@ -231,7 +231,9 @@ impl<'a> PricedUnit<'a> {
         }
         let spectrum = weighted.curves[i];
         let candidates = allocate::candidates_by_rank(costs, spectrum, weighted.sensitivities[i]);
-        Self { unit, dense_cost, candidates, meaning: Meaning::Ranks { parameters, spectrum } }
+        let scores = |spectrum| study.recipe.ranks().allocator().scores(spectrum, linear.shape());
+        let scores = spectrum.map(scores).unwrap_or_default();
+        Self { unit, dense_cost, candidates, meaning: Meaning::Ranks { parameters, scores } }
     }
 
     /// A linear in all of its fits from index `first` on, at all of their ranks.
@@ -256,16 +258,9 @@ impl<'a> PricedUnit<'a> {
         let candidates = match &self.meaning {
             Meaning::Zeros => Candidates::Free(self.candidates[0]),
             Meaning::Choices(_) => Candidates::Menu(&self.candidates),
-            Meaning::Ranks { parameters, spectrum } => {
-                let linear = &plan.linears[self.unit.members[0]];
-                let (m, n) = linear.shape();
-                let statistic = spectrum.map(|spectrum| Statistic { spectrum, rank_price: (m + n) as f64 });
-                Candidates::Ranks(Ladder {
-                    candidates: &self.candidates,
-                    parameters,
-                    n_weights: linear.n_parameters(),
-                    statistic,
-                })
+            Meaning::Ranks { parameters, scores } => {
+                let n_weights = plan.linears[self.unit.members[0]].n_parameters();
+                Candidates::Ranks(Ladder { candidates: &self.candidates, parameters, n_weights, scores })
             }
         };
         Item { dense_cost: self.dense_cost, candidates }
@@ -285,14 +280,14 @@ impl Menu {
         self.choices.push(choices);
     }
 
-    fn of<'a>(self, unit: Unit, dense_cost: u64) -> PricedUnit<'a> {
+    fn of(self, unit: Unit, dense_cost: u64) -> PricedUnit {
         PricedUnit { unit, dense_cost, candidates: self.candidates, meaning: Meaning::Choices(self.choices) }
     }
 }
 
 /// The curves of all linears, and the cost to the model of a unit of each.
-struct Weighted<'w, 'a> {
-    curves: &'w [Option<&'a ErrorCurve>],
+struct Weighted<'w> {
+    curves: &'w [Option<&'w ErrorCurve>],
     sensitivities: &'w [f64],
 }
 
@@ -312,26 +307,21 @@ fn cost(price: Option<&Price<'_>>, linear: &LinearInfo, forms: Option<&Forms>) -
 
 /// Joins the units whose members may share a part: candidates are the best fits of separate members at every
 /// cost, and the joint fits.
-fn together<'a>(
+fn together(
     study: &Study<'_>,
-    alone: Vec<PricedUnit<'a>>,
-    weighted: &Weighted<'_, 'a>,
+    alone: Vec<PricedUnit>,
+    weighted: &Weighted<'_>,
     price: Option<&Price<'_>>,
-) -> Vec<PricedUnit<'a>> {
+) -> Vec<PricedUnit> {
     let sharing = units_to_share(study.plan);
-    let mut units: Vec<PricedUnit<'_>> = sharing.iter().map(|unit| joined(study, unit, weighted, price)).collect();
+    let mut units: Vec<PricedUnit> = sharing.iter().map(|unit| joined(study, unit, weighted, price)).collect();
     let is_joined = |i: usize| sharing.iter().any(|unit| unit.members.contains(&i));
     units.extend(alone.into_iter().filter(|priced| !is_joined(priced.unit.members[0])));
     units
 }
 
 /// A unit with its members fitted separately, and jointly.
-fn joined<'a>(
-    study: &Study<'_>,
-    unit: &Unit,
-    weighted: &Weighted<'_, '_>,
-    price: Option<&Price<'_>>,
-) -> PricedUnit<'a> {
+fn joined(study: &Study<'_>, unit: &Unit, weighted: &Weighted<'_>, price: Option<&Price<'_>>) -> PricedUnit {
     let linear = |i: usize| &study.plan.linears[i];
     let dense: u64 = unit.members.iter().map(|&i| cost(price, linear(i), None)).sum();
     let mut joined = Menu::default();
@@ -353,7 +343,7 @@ fn joined<'a>(
 }
 
 /// A linear by itself: dense, and at every rank that saves.
-fn points(study: &Study<'_>, i: usize, weighted: &Weighted<'_, '_>, price: Option<&Price<'_>>) -> Vec<Point<Choice>> {
+fn points(study: &Study<'_>, i: usize, weighted: &Weighted<'_>, price: Option<&Price<'_>>) -> Vec<Point<Choice>> {
     let linear = &study.plan.linears[i];
     let (largest, step) =
         (study.recipe.layout().fitting().largest_saving_rank(linear.shape()), study.recipe.rank_multiple());

@@ -24,7 +24,7 @@ fn quantized_choice(recipe: &Recipe, linear: &LinearInfo, quant: Quant) -> Choic
     let rank = match (recipe.compensate(), recipe.compensate_rank()) {
         _ if linear.vocabulary.is_some() => 0,
         (Compensate::None, _) | (_, CompensateRank::Auto) => 0,
-        (_, CompensateRank::Fixed(rank)) => rank.min(linear.out_features).min(linear.in_features),
+        (_, CompensateRank::Fixed(rank)) => rank.get().min(linear.out_features).min(linear.in_features),
     };
     match recipe.quant_for(quant, linear.in_features) {
         Some(_) => Choice::Fitted { fit: 0, rank },
@@ -49,7 +49,7 @@ pub(super) fn compensation_ranks(method: Compensate, rank: CompensateRank, shape
     let largest = largest_compensation(shape).min(most);
     match (method, rank) {
         (Compensate::None, _) => vec![0],
-        (_, CompensateRank::Fixed(rank)) => vec![rank.min(most)],
+        (_, CompensateRank::Fixed(rank)) => vec![rank.get().min(most)],
         (method, CompensateRank::Auto) if method.turns() == 1 => (0..=largest).collect(),
         // Each rank has a base of its own.
         (_, CompensateRank::Auto) => {
@@ -77,7 +77,7 @@ fn choices_by_shape(recipe: &Recipe, plan: &Plan, ranks: Ranks, budget: Budget) 
         parameters.iter().map(|costs| allocate::candidates_by_rank(costs, None, 1.0)).collect();
     let item = |i: usize| {
         let n_weights = plan.linears[i].n_parameters();
-        let ladder = Ladder { candidates: &candidates[i], parameters: &parameters[i], n_weights, statistic: None };
+        let ladder = Ladder { candidates: &candidates[i], parameters: &parameters[i], n_weights, scores: &[] };
         let candidates = if plan.are_zero[i] { Candidates::Free(candidates[i][0]) } else { Candidates::Ranks(ladder) };
         Item { dense_cost: n_weights, candidates }
     };
@@ -102,7 +102,7 @@ pub(super) fn choice(pick: Pick) -> Choice {
 /// The largest rank that each linear can get; 0 if it is known to stay dense or is all zeros.
 pub(super) fn max_ranks(recipe: &Recipe, plan: &Plan) -> Vec<usize> {
     let is_factored = |linear: &LinearInfo| match linear.vocabulary {
-        Some(_) => recipe.embeddings().factors() && recipe.format.stores_all_structures(),
+        Some(_) => recipe.embeddings().factors() && recipe.format().stores_all_structures(),
         None => recipe.quant().is_empty(),
     };
     let known = known_choices(recipe, plan);

@@ -4,6 +4,7 @@
 //! whether they alternate between base and factors.
 
 use std::fmt;
+use std::num::NonZeroUsize;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
@@ -81,7 +82,7 @@ pub enum CompensateRank {
     /// Allocated by the budget: a rank per linear, which may be 0.
     Auto,
     /// The same rank for every linear, at most its full rank.
-    Fixed(usize),
+    Fixed(NonZeroUsize),
 }
 
 impl fmt::Display for CompensateRank {
@@ -97,7 +98,7 @@ impl FromStr for CompensateRank {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let rank = || text.parse().ok().filter(|&rank| rank > 0).map(Self::Fixed);
+        let rank = || text.parse().ok().map(Self::Fixed);
         let parsed = if text == "auto" { Some(Self::Auto) } else { rank() };
         parsed.ok_or_else(|| format!("`{text}` is neither `auto` nor a positive rank"))
     }

@@ -21,9 +21,8 @@ impl Inputs {
     /// # Errors
     /// A text, a tokenizer or a statistics file is damaged or belongs to another model, or the model cannot be run.
     pub fn load(checkpoint: &Checkpoint, recipe: &Recipe, plan: &Plan) -> Result<Self> {
-        let windows =
-            recipe.calibration.as_ref().map(|c| Windows::load(checkpoint, c, recipe.needs(), (1, 1))).transpose()?;
-        let statistics = recipe.statistics.as_deref().map(Statistics::open).transpose()?;
+        let windows = recipe.calibration().map(|c| Windows::load(checkpoint, c, recipe.needs(), (1, 1))).transpose()?;
+        let statistics = recipe.statistics().map(Statistics::open).transpose()?;
         let inputs = Self { windows, statistics };
         inputs.check_statistics(checkpoint, recipe)?;
         if inputs.windows.is_some() || inputs.statistics.is_some() {
@@ -46,7 +45,7 @@ impl Inputs {
 
     /// Checks that statistics from a file belong to this model and text, and are sufficient.
     fn check_statistics(&self, checkpoint: &Checkpoint, recipe: &Recipe) -> Result<()> {
-        let (Some(statistics), Some(path)) = (&self.statistics, &recipe.statistics) else { return Ok(()) };
+        let (Some(statistics), Some(path)) = (&self.statistics, recipe.statistics()) else { return Ok(()) };
         let named = path.display().to_string();
         statistics.expect_model(&fingerprint(checkpoint)?, &named)?;
         statistics.expect_needs(recipe.needs(), &named)?;
@@ -71,7 +70,7 @@ impl Inputs {
         }
         let windows = self.windows.as_ref().expect("invariant: a recipe that needs a text has one");
         let decoder = session.decoder()?;
-        let observation = Observation { needs: recipe.needs(), clip_gradients: recipe.clip_gradients };
+        let observation = Observation { needs: recipe.needs(), clip_gradients: recipe.clips_gradients() };
         let header = Header::new(Fingerprint::new(), observation, vec![windows.part.clone()]);
         let limits = &session.limits;
         let mut statistics = Statistics::new(header, limits.activation_bytes, &limits.work_folder);
@@ -92,9 +91,9 @@ impl Inputs {
     /// The metric of every linear, from its statistics.
     pub fn metrics(&self, recipe: &Recipe) -> Metrics<'_> {
         Metrics {
-            preset: recipe.method.preset(),
-            damping_output: recipe.damping_output,
-            damping_input: recipe.damping_input,
+            preset: recipe.method().preset(),
+            damping_output: recipe.damping_output(),
+            damping_input: recipe.damping_input(),
             statistics: self.statistics.as_ref(),
         }
     }
@@ -103,7 +102,7 @@ impl Inputs {
     pub fn record(&self, recipe: &Recipe) -> Option<CalibrationRecord> {
         let own = self.windows.as_ref().map(|w| vec![w.part.clone()]);
         let kept = self.statistics.as_ref().map(|s| s.header.texts.clone());
-        let texts = if recipe.statistics.is_some() { kept } else { own }?;
+        let texts = if recipe.statistics().is_some() { kept } else { own }?;
         Some(CalibrationRecord {
             text_sha256: texts.iter().map(|p| p.text_sha256.clone()).collect(),
             windows: texts.iter().map(|p| p.windows).sum(),

@@ -28,9 +28,9 @@ pub(super) fn price(recipe: &Recipe, budget: Budget, linear: &LinearInfo, forms:
     // Files are counted where codes or small adapters make the difference: with their headers.
     match (forms, budget) {
         (forms, Budget::Bytes(target)) if !recipe.quant().is_empty() || (recipe.is_residual() && forms.is_some()) => {
-            recipe.format.n_bytes_in_file(linear, forms, target)
+            recipe.format().n_bytes_in_file(linear, forms, target)
         }
-        (Some(forms), _) => recipe.format.n_bytes(linear, forms),
+        (Some(forms), _) => recipe.format().n_bytes(linear, forms),
         (None, _) => linear.n_bytes(),
     }
 }

@@ -67,7 +67,7 @@ pub use sweep::{SweepSettings, sweep};
 /// The family is unknown, so the parts of a matrix are too.
 pub fn view(checkpoint: Checkpoint, recipe: &Recipe) -> Result<Checkpoint> {
     let checkpoint =
-        if recipe.format.stores_all_structures() { inventory::split_stacks(checkpoint)? } else { checkpoint };
+        if recipe.format().stores_all_structures() { inventory::split_stacks(checkpoint)? } else { checkpoint };
     match recipe.fused {
         Fused::Joint => Ok(checkpoint),
         Fused::Split => inventory::split_fused(checkpoint),
@@ -124,7 +124,7 @@ fn into_folder(run: Run<'_>, folder: &OutputFolder, progress: &dyn Progress) -> 
     let forms = solution.all_forms();
     let mut output = Output::create(folder, plan.files(&source, recipe, &forms))?;
     let written = output::put_all(&mut output, &solution)?;
-    if recipe.format.stores_operators() && recipe.quant().is_empty() && recipe.quant_factors().is_none() {
+    if recipe.format().stores_operators() && recipe.quant().is_empty() && recipe.quant_factors().is_none() {
         curves::write_of(folder, &solution, &allocation.sensitivities, &written)?;
     }
     timings.write = writing.elapsed().as_secs_f64();

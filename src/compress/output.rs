@@ -87,7 +87,7 @@ fn put_one(output: &Mutex<&mut Output<'_>>, solution: &Solution<'_>, i: usize) -
     let is_measured = is_quantized || solution.curve(i).is_none() && solution.choices[i] != Choice::Zeros;
     let squared = is_measured.then(|| solution.relative_squared_error(i, &operator)).transpose()?;
     let relative_error = squared.map(|error| error.max(0.0).sqrt());
-    let tensors = study.recipe.format.exporter().bytes(&study.source, linear, &operator)?;
+    let tensors = study.recipe.format().exporter().bytes(&study.source, linear, &operator)?;
     output.lock().expect("invariant: no holder of the output panics").put(&tensors)?;
     let fields = json!([relative_error.map(f64::to_bits), rank_factor.is_some()]);
     let journal = &study.session.journal;
@@ -113,7 +113,7 @@ pub(super) fn finish(
     started: Instant,
 ) -> Result<()> {
     let recipe = job.recipe;
-    let exporter = recipe.format.exporter();
+    let exporter = recipe.format().exporter();
     let config = job.checkpoint.config().map(native_config).unwrap_or_default();
     let loading =
         Loading { text: formats::loading(exporter, &config, output.files().adapter()), library: exporter.library() };

@@ -111,7 +111,7 @@ impl Plan {
     pub(super) fn files<'a>(&self, source: &'a Source<'a>, recipe: &Recipe, forms: &[Option<Forms>]) -> Files<'a> {
         let modules = self.linears.iter().zip(forms);
         let modules = modules.filter_map(|(linear, forms)| Some((linear.clone(), (*forms)?))).collect();
-        Files::new(source, recipe.format, modules, recipe.max_shard_bytes)
+        Files::new(source, recipe.format(), modules, recipe.max_shard_bytes)
     }
 
     /// The forms of a linear under a choice.
@@ -157,19 +157,19 @@ impl Plan {
                 let message = format!("no targeted linear has inputs that are a multiple of the blocks of `{quant}`");
                 return Err(Failure::unsupported(message).hint("blocks have at least 32 inputs").into());
             }
-            Files::check(source, recipe.format, &modules)?;
+            Files::check(source, recipe.format(), &modules)?;
         }
         if recipe.is_residual() {
             let form = |(i, linear): (usize, &LinearInfo)| {
                 let rank = if recipe.budget() == Budget::None { 1 } else { 1 + i % 2 };
                 (linear.clone(), Forms::of_rank(Kind::FACTORS, rank, linear.shape()))
             };
-            Files::check(source, recipe.format, &self.linears.iter().enumerate().map(form).collect::<Vec<_>>())?;
+            Files::check(source, recipe.format(), &self.linears.iter().enumerate().map(form).collect::<Vec<_>>())?;
         }
-        if recipe.quant().len() > 1 && !recipe.format.exporter().mixes_quantizers() {
+        if recipe.quant().len() > 1 && !recipe.format().exporter().mixes_quantizers() {
             return Err(Failure::usage(format!(
                 "`--format {}` has a single bit width and group size",
-                recipe.format.name()
+                recipe.format().name()
             ))
             .hint("give one `--quant`, or `--format compressed-tensors`")
             .into());

@@ -84,7 +84,7 @@ pub(super) fn linears(
             record.relative_error = Some(record.rank.map_or(0.0, |rank| curve.relative_error(rank)));
         }
         let is_laid = matches!(solution.choices[i], Choice::Fitted { .. }) && record.quant.is_none();
-        if is_laid && study.recipe.format.stores_operators() {
+        if is_laid && study.recipe.format().stores_operators() {
             let laid = solution.laid(i);
             record.storage_error = Some(laid.as_ref().map_or(0.0, |laid| laid.storage_error));
             notes.extend(laid.and_then(|laid| laid.note));
@@ -106,7 +106,7 @@ pub(super) fn linears(
         }
         if solution.choices[i] == Choice::Zeros {
             record.relative_error = Some(0.0);
-            record.storage_error = (study.recipe.format.stores_operators()).then_some(0.0);
+            record.storage_error = (study.recipe.format().stores_operators()).then_some(0.0);
             let what = if study.recipe.is_residual() { "it was not changed" } else { "all weights are zero" };
             notes.push(what.into());
         }
@@ -140,7 +140,7 @@ pub(super) fn sizes(source: &Source<'_>, recipe: &Recipe, plan: &Plan, all: &[Op
         Some(forms) => {
             // A format may pad, or store matrices that it cannot pack; the difference counts as the base's.
             let (_, factors) = linear.bytes_as(forms);
-            (recipe.format.n_bytes(linear, forms).saturating_sub(factors), factors)
+            (recipe.format().n_bytes(linear, forms).saturating_sub(factors), factors)
         }
     };
     let stored = linears.iter().zip(all).map(bytes);
@@ -281,7 +281,7 @@ pub(super) fn job(job: &Job<'_>, source_files: &Fingerprint, inputs: &Inputs) ->
         "source_files": source_files,
         "recipe": recipe(job.recipe),
         "calibration": windows,
-        "statistics_sha256": job.recipe.statistics.as_deref().map(sha256_file).transpose()?,
+        "statistics_sha256": job.recipe.statistics().map(sha256_file).transpose()?,
         "memory_bytes": job.memory_bytes,
     });
     // Tensors that are stored whole have places of their own.

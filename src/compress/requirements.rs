@@ -68,7 +68,8 @@ impl Plan {
         let at_once = (memory_bytes / sizes.first().copied().unwrap_or(0).max(1)).clamp(1, n_threads as u64);
         let decompositions: u64 = sizes.iter().take(at_once as usize).sum();
         let kept = sizes.len() as u64 * 4 * 1024 + memory_bytes / 4;
-        let Some(Ok((config, architecture))) = recipe.calibration.is_some().then(|| ModelConfig::of(checkpoint)) else {
+        let Some(Ok((config, architecture))) = recipe.calibration().is_some().then(|| ModelConfig::of(checkpoint))
+        else {
             return decompositions + kept.min(memory_bytes);
         };
         let blocks = (0..config.num_hidden_layers).map(|block_idx| {
@@ -140,7 +141,7 @@ fn base_bytes(recipe: &Recipe, linear: &LinearInfo) -> u64 {
     let rank = match (recipe.compensate(), recipe.compensate_rank()) {
         _ if linear.vocabulary.is_some() => 0,
         (Compensate::None, _) => 0,
-        (_, CompensateRank::Fixed(rank)) => rank.min(m).min(n),
+        (_, CompensateRank::Fixed(rank)) => rank.get().min(m).min(n),
         (_, CompensateRank::Auto) => largest_compensation((m, n)),
     };
     menu(recipe, linear).iter().map(|quant| quant.storage().n_bytes(m, n) + pair_bytes((m, n), rank)).sum()

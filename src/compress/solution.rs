@@ -229,7 +229,7 @@ impl<'s> Solution<'s> {
             }
         }
         let (laid, term) = self.make(i)?;
-        let fields = json!([laid.form.kind, laid.form.size.rank(), laid.note, laid.storage_error.to_bits()]);
+        let fields = json!([laid.form.kind, laid.form.size.rank(), laid.note, laid.storage_error]);
         let dtype = self.study.plan.linears[i].dtype;
         let parts = term.parts.into_iter().map(|part| narrowed(part, dtype));
         let values = journal.put(&pieces::rounded(i), Value::Null, parts.collect())?;
@@ -241,10 +241,10 @@ impl<'s> Solution<'s> {
     }
 
     fn take_laid(&self, i: usize, mut piece: Piece, values: Option<Piece>) -> Result<(Laid, Option<Kept>)> {
-        let (kind, rank, note, error): (Kind, usize, _, u64) = serde_json::from_value(piece.fields.take())?;
+        let (kind, rank, note, storage_error): (Kind, usize, _, f64) = serde_json::from_value(piece.fields.take())?;
         let planned = self.asked(i).context("invariant: a linear of low rank is planned")?;
         let form = Form { right: planned.right, ..Form::of_rank(kind, rank, self.study.plan.linears[i].shape()) };
-        let laid = Laid { form, storage_error: f64::from_bits(error), note };
+        let laid = Laid { form, storage_error, note };
         let Some(mut values) = values else { return Ok((laid, None)) };
         let mut spool = self.study.fits.spool.lock().expect("invariant: no holder of the spool panics");
         let mut kept = Kept::new();

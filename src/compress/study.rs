@@ -142,7 +142,7 @@ fn forget_inputs(
 ) -> Result<()> {
     let (Some(statistics), Some(block)) = (&inputs.statistics, block) else { return Ok(()) };
     // Factors over a base, shared parts and later bases need the Grams of all inputs.
-    if recipe.method.preset().input != MetricForm::Gram || !recipe.quant().is_empty() || recipe.share() {
+    if recipe.method().preset().input != MetricForm::Gram || !recipe.quant().is_empty() || recipe.share() {
         return Ok(());
     }
     let here: Vec<&LinearInfo> = plan.linears.iter().filter(|linear| linear.block == Some(block)).collect();

@@ -6,7 +6,7 @@ use anyhow::Result;
 
 use super::inputs::Inputs;
 use super::plan::Plan;
-use super::recipe::{Approach, Budget, Recipe};
+use super::recipe::{Budget, Recipe};
 use super::record;
 use super::refine;
 use super::sensitivity;
@@ -53,7 +53,7 @@ pub fn sweep(settings: &SweepSettings<'_>, progress: &dyn Progress) -> Result<Sw
     if recipe.anchor().is_some() {
         return Err(not_in_a_sweep("--sequential").into());
     }
-    if recipe.approach == Approach::Dense && keeps.iter().any(|&keep| keep < 1.0) {
+    if recipe.is_dense() && keeps.iter().any(|&keep| keep < 1.0) {
         return Err(Failure::usage("a recipe that keeps everything decomposes nothing")
             .hint("give the recipe a budget below 1")
             .into());

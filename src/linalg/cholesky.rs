@@ -4,7 +4,9 @@ use faer::dyn_stack::{MemBuffer, MemStack};
 use faer::linalg::cholesky::llt::factor::{cholesky_in_place, cholesky_in_place_scratch};
 use faer::linalg::triangular_inverse::invert_lower_triangular;
 use faer::linalg::triangular_solve::solve_upper_triangular_in_place;
-use faer::{Mat, MatRef, Par};
+use faer::{Mat, MatRef};
+
+use super::gram::threads_for;
 
 /// The lower triangular `L` (n, n) of `M = L Lᵀ`, from the lower triangle of `M`; `None` if `M` is not positive
 /// definite.
@@ -21,16 +23,18 @@ pub fn cholesky(matrix: MatRef<'_, f64>) -> Option<Mat<f64>> {
 
 /// `L` in place of the lower triangle of `M`.
 fn factor(lower: &mut Mat<f64>) -> Option<()> {
-    let scratch = cholesky_in_place_scratch::<f64>(lower.nrows(), Par::Seq, Default::default());
+    let threads = threads_for(lower.nrows().pow(3) / 6);
+    let scratch = cholesky_in_place_scratch::<f64>(lower.nrows(), threads, Default::default());
     let memory = &mut MemBuffer::new(scratch);
-    cholesky_in_place(lower.as_mut(), Default::default(), Par::Seq, MemStack::new(memory), Default::default()).ok()?;
+    cholesky_in_place(lower.as_mut(), Default::default(), threads, MemStack::new(memory), Default::default()).ok()?;
     Some(())
 }
 
 /// `L⁻ᵀ X` for a lower triangular `L` (n, n) and `x` (n, k).
 pub fn solve_transposed_lower(lower: MatRef<'_, f64>, x: MatRef<'_, f64>) -> Mat<f64> {
     let mut solution = x.to_owned();
-    solve_upper_triangular_in_place(lower.transpose(), solution.as_mut(), Par::Seq);
+    let threads = threads_for(x.nrows().pow(2) * x.ncols() / 2);
+    solve_upper_triangular_in_place(lower.transpose(), solution.as_mut(), threads);
     solution
 }
 
@@ -44,7 +48,7 @@ pub fn inverse_cholesky(matrix: MatRef<'_, f64>) -> Option<(Mat<f64>, Mat<f64>)>
     let mut lower = Mat::from_fn(n, n, |i, j| matrix[(n - 1 - i, n - 1 - j)]);
     factor(&mut lower)?;
     let mut inverse = Mat::zeros(n, n);
-    invert_lower_triangular(inverse.as_mut(), lower.as_ref(), Par::Seq);
+    invert_lower_triangular(inverse.as_mut(), lower.as_ref(), threads_for(n.pow(3) / 6));
     let reversed =
         |lower: &Mat<f64>| Mat::from_fn(n, n, |i, j| if i <= j { lower[(n - 1 - i, n - 1 - j)] } else { 0.0 });
     let (factor, inverse) = (reversed(&lower), reversed(&inverse));

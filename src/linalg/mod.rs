@@ -1,8 +1,9 @@
 //! Dense numerical routines, without models, files or tensor names.
 //!
-//! Factorizations run on one thread in a fixed order of operations. Parallelism comes from running many matrices at
-//! once, so results do not depend on the number of threads, and small problems do not pay for splitting. Products of
-//! large matrices, and products of calibration ([`gram_f32`], [`cross_f32`]), use the threads of the current pool.
+//! Sums are in a fixed order, so that results do not depend on the number of threads. Parallelism comes from running
+//! many matrices at once, and small problems do not pay for splitting. Products, triangular solves, Cholesky and LU
+//! factors of large matrices, and products of calibration ([`gram_f32`], [`cross_f32`]), use the threads of the
+//! current pool, which divide results and never a sum. Eigenproblems and QR run on one thread.
 
 mod cholesky;
 mod convert;
@@ -13,6 +14,8 @@ mod packed;
 mod qr;
 mod skeleton;
 mod solve;
+#[cfg(test)]
+mod threads;
 
 pub use cholesky::{cholesky, inverse_cholesky, solve_transposed_lower};
 pub use convert::{to_row_major, transpose_row_major, transposed_from_row_major};

@@ -5,9 +5,9 @@ use std::cmp::Ordering;
 
 use faer::linalg::matmul::matmul;
 use faer::linalg::triangular_solve::{solve_lower_triangular_in_place, solve_upper_triangular_in_place};
-use faer::{Accum, Mat, MatRef, Par};
+use faer::{Accum, Mat, MatRef};
 
-use super::gram::product;
+use super::gram::{product, threads_for};
 use super::qr::orthonormal_columns;
 
 /// `B = P [B_pivot; T B_pivot]`: r rows of a matrix (m, r), and the coefficients of the others in terms of them.
@@ -55,7 +55,8 @@ pub fn row_skeleton(basis: MatRef<'_, f64>, bound: f64) -> RowSkeleton {
     let mut others: Vec<usize> = (0..basis.nrows()).filter(|&row| !is_pivot[row]).collect();
     // T L₁ = L₂, solved as L₁ᵀ Tᵀ = L₂ᵀ.
     let mut transposed = columns(l_t.as_ref(), &others);
-    solve_upper_triangular_in_place(columns(l_t.as_ref(), &pivots).as_ref(), transposed.as_mut(), Par::Seq);
+    let threads = threads_for(pivots.len().pow(2) * others.len() / 2);
+    solve_upper_triangular_in_place(columns(l_t.as_ref(), &pivots).as_ref(), transposed.as_mut(), threads);
     let mut coefficients = transposed.transpose().to_owned();
     while let Some((i, j)) = largest_above(&coefficients, bound) {
         swap(&mut coefficients, i, j);
@@ -105,7 +106,8 @@ fn pivoted_cholesky(basis: &Mat<f64>) -> Option<(Mat<f64>, Vec<usize>)> {
         let (picked, factor) = pick(gram, BLOCK.min(r - pivots.len()), NEAR_LONGEST * others_longest, smallest)?;
         let of_block = of_candidates.map(|rows| columns(rows.as_ref(), &picked));
         let mut rows = rests(&of_block, [basis_t.as_ref(), done]); // (b, m)
-        solve_lower_triangular_in_place(factor.as_ref(), rows.as_mut(), Par::Seq);
+        let threads = threads_for(factor.nrows().pow(2) * m / 2);
+        solve_lower_triangular_in_place(factor.as_ref(), rows.as_mut(), threads);
         for (rest, row) in rest.iter_mut().zip(rows.col_iter()) {
             *rest = (*rest - row.squared_norm_l2()).max(0.0);
         }
@@ -120,7 +122,8 @@ fn pivoted_cholesky(basis: &Mat<f64>) -> Option<(Mat<f64>, Vec<usize>)> {
 /// Products of the residuals of rows `a` and `b`, from the columns of `Bᵀ` and of the finished part of `Lᵀ`.
 fn rests(a: &[Mat<f64>; 2], b: [MatRef<'_, f64>; 2]) -> Mat<f64> {
     let mut products = product(a[0].transpose(), b[0]);
-    matmul(products.as_mut(), Accum::Add, a[1].transpose(), b[1], -1.0, Par::Seq);
+    let threads = threads_for(a[1].ncols() * a[1].nrows() * b[1].ncols());
+    matmul(products.as_mut(), Accum::Add, a[1].transpose(), b[1], -1.0, threads);
     products
 }
 

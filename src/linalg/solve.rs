@@ -3,18 +3,21 @@
 use faer::dyn_stack::{MemBuffer, MemStack};
 use faer::linalg::lu::partial_pivoting::factor::{lu_in_place, lu_in_place_scratch};
 use faer::linalg::triangular_solve::{solve_unit_lower_triangular_in_place, solve_upper_triangular_in_place};
-use faer::{Mat, MatRef, Par};
+use faer::{Mat, MatRef};
+
+use super::gram::threads_for;
 
 /// `P A = L U` in place of `matrix` (m, n), m ≥ n, with partial pivoting; returns the permutation of the rows.
 fn lu(matrix: &mut Mat<f64>) -> Vec<usize> {
     let (m, n) = (matrix.nrows(), matrix.ncols());
     let (mut forward, mut inverse) = (vec![0usize; m], vec![0usize; m]);
-    let scratch = lu_in_place_scratch::<usize, f64>(m, n, Par::Seq, Default::default());
+    let threads = threads_for(m * n * n / 3);
+    let scratch = lu_in_place_scratch::<usize, f64>(m, n, threads, Default::default());
     lu_in_place(
         matrix.as_mut(),
         &mut forward,
         &mut inverse,
-        Par::Seq,
+        threads,
         MemStack::new(&mut MemBuffer::new(scratch)),
         Default::default(),
     );
@@ -26,8 +29,9 @@ pub fn solve(matrix: MatRef<'_, f64>, right: MatRef<'_, f64>) -> Option<Mat<f64>
     let mut lu_factors = matrix.to_owned();
     let permutation = lu(&mut lu_factors);
     let mut solution = Mat::from_fn(right.nrows(), right.ncols(), |i, j| right[(permutation[i], j)]);
-    solve_unit_lower_triangular_in_place(lu_factors.as_ref(), solution.as_mut(), Par::Seq);
-    solve_upper_triangular_in_place(lu_factors.as_ref(), solution.as_mut(), Par::Seq);
+    let threads = threads_for(right.nrows().pow(2) * right.ncols() / 2);
+    solve_unit_lower_triangular_in_place(lu_factors.as_ref(), solution.as_mut(), threads);
+    solve_upper_triangular_in_place(lu_factors.as_ref(), solution.as_mut(), threads);
     let is_finite = solution.col_iter().all(|column| column.iter().all(|v| v.is_finite()));
     is_finite.then_some(solution)
 }

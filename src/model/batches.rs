@@ -3,8 +3,12 @@
 use std::ops::Range;
 use std::path::PathBuf;
 
+use anyhow::Result;
+
 use super::config::ModelConfig;
 use super::head::LOGIT_BYTES;
+use crate::device::{Device, is_host};
+use crate::workers::Workers;
 
 /// Tokens of short windows that are processed together, so that products have enough rows. Products of very small ranks
 /// depend on the batch in their last digits, so this depends on neither memory nor threads.
@@ -30,9 +34,14 @@ impl WalkLimits {
         Self { memory_bytes: memory, hidden_bytes: memory / 2, activation_bytes: memory / 4, work_folder }
     }
 
-    /// Number of batches of `batch_bytes` that are in flight at once.
-    pub(super) fn batches_at_once(&self, batch_bytes: usize) -> usize {
-        (self.activation_bytes / batch_bytes.max(1)).max(1)
+    /// Workers for `n_batches` of `batch_bytes` each, as many as fit in memory. A device other than the host gets its
+    /// work from one thread, the caller's.
+    ///
+    /// # Errors
+    /// The system refuses threads.
+    pub(super) fn workers(&self, device: &Device, batch_bytes: usize, n_batches: usize) -> Result<Workers> {
+        let at_once = if is_host(device) { (self.activation_bytes / batch_bytes.max(1)).max(1) } else { 1 };
+        Workers::new(at_once.min(n_batches))
     }
 }
 

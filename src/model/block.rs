@@ -303,18 +303,18 @@ impl Block {
     /// At a site of an expert, where no pass pauses.
     pub fn resume(&self, at: &Paused, rope: &Rope, observe: &mut Observer<'_>) -> Result<Next> {
         let Paused { site, residual, input } = at;
-        let pause = |site, residual: &Tensor, input| Next::Site(Paused { site, residual: residual.clone(), input });
+        if let Some((site, input)) = self.within_sublayer(*site, input, rope)? {
+            return Ok(Next::Site(Paused { site, residual: residual.clone(), input }));
+        }
         Ok(match (site, &self.feed_forward) {
-            (InputSite::Qkv, _) => pause(InputSite::O, residual, self.attention.mix(input, rope)?),
             (InputSite::O, _) => {
                 let attended = self.add(residual, &self.attention.o_proj.forward(input)?, &self.after_attention)?;
                 let input = normed(
                     &self.before_mlp,
                     if self.arrangement == Arrangement::Parallel { residual } else { &attended },
                 )?;
-                pause(InputSite::GateUp, &attended, input)
+                Next::Site(Paused { site: InputSite::GateUp, residual: attended, input })
             }
-            (InputSite::GateUp, FeedForward::Mlp(mlp)) => pause(InputSite::Down, residual, mlp.gate(input)?),
             (InputSite::GateUp, FeedForward::Experts(experts)) => {
                 Next::End(self.add(residual, &experts.forward(input, observe)?, &self.after_mlp)?)
             }
@@ -322,6 +322,19 @@ impl Block {
                 Next::End(self.add(residual, &mlp.down_proj.forward(input)?, &self.after_mlp)?)
             }
             (site, _) => unreachable!("invariant: no pass pauses at `{}`", site.name()),
+        })
+    }
+
+    /// The next site and its input, from the input of `site` alone; `None` if the output of a sublayer is added to the
+    /// residual in between.
+    ///
+    /// # Errors
+    /// The shapes do not match.
+    pub fn within_sublayer(&self, site: InputSite, input: &Tensor, rope: &Rope) -> Result<Option<(InputSite, Tensor)>> {
+        Ok(match (site, &self.feed_forward) {
+            (InputSite::Qkv, _) => Some((InputSite::O, self.attention.mix(input, rope)?)),
+            (InputSite::GateUp, FeedForward::Mlp(mlp)) => Some((InputSite::Down, mlp.gate(input)?)),
+            _ => None,
         })
     }
 

@@ -351,7 +351,7 @@ impl Embeddings {
         let ids = Tensor::new(ids, self.table.device())?;
         let rows = Var::from_tensor(&self.table.embedding(&ids)?.unsqueeze(0)?)?;
         let states = self.states(&rows)?;
-        let gradients = (states * of_states.unsqueeze(0)?)?.sum_all()?.backward()?;
+        let gradients = (states * of_states.unsqueeze(0)?)?.backward()?;
         Ok(gradients.get(&rows).context("no gradient reached the embeddings")?.squeeze(0)?)
     }
 

@@ -1,19 +1,17 @@
 //! From the last states to logits and losses, or to the pooled vector of an encoder.
 
+use std::ops::Range;
+
 use anyhow::{Context, Result};
 use candle_core::{Tensor, Var};
-use pulp::Arch;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
-use rayon::prelude::*;
 
 use super::activation::Activation;
 use super::linear::Linear;
 use super::norm::Norm;
-use super::ops::is_finite;
+use super::ops::{self, is_finite};
 use super::sentence::SentencePooler;
-use super::softmax::{log_sum_exp, softmax_in_place};
-use crate::device::to_host;
 use crate::error::{Failure, NON_FINITE_HINT};
 
 /// The final norm and the head.
@@ -77,17 +75,14 @@ impl Head {
         })
     }
 
-    /// Logits of `x` (n, hidden_size), a chunk of rows at a time: memory is never n × vocabulary. `f` gets the first
-    /// row's index and the chunk, row-major.
-    ///
-    /// # Errors
-    /// `f` fails.
-    pub fn for_each_logits(&self, x: &Tensor, mut f: impl FnMut(usize, Vec<f32>) -> Result<()>) -> Result<()> {
+    /// Calls `f` with the logits (rows, vocab_size) of `x` (n, hidden_size) and the range of their rows, a chunk of rows
+    /// at a time: memory is never n × vocabulary.
+    fn for_each_logits(&self, x: &Tensor, mut f: impl FnMut(Range<usize>, &Tensor) -> Result<()>) -> Result<()> {
         let n = x.dim(0)?;
         let rows_at_once = self.rows_at_once();
         for first in (0..n).step_by(rows_at_once) {
-            let logits = self.logits(&x.narrow(0, first, rows_at_once.min(n - first))?)?; // (rows, vocab_size)
-            f(first, to_host(&logits)?)?;
+            let n_rows = rows_at_once.min(n - first);
+            f(first..first + n_rows, &self.logits(&x.narrow(0, first, n_rows)?)?)?;
         }
         Ok(())
     }
@@ -123,40 +118,18 @@ impl Head {
         if rows.is_empty() {
             return Ok(x.zeros_like()?);
         }
-        let vocab_size = self.vocab_size();
-        let arch = Arch::new();
         let rows = Tensor::new(rows, x.device())?;
         let variable = Var::from_tensor(x)?;
         let before = self.before_vocabulary(&variable.index_select(&rows, 0)?)?;
         let mut gradients = Vec::new();
-        self.for_each_logits(&x.index_select(&rows, 0)?, |first, mut logits| {
-            if let Some(at) = logits.iter().position(|logit| !logit.is_finite()) {
-                return Err(not_finite(format!(
-                    "the model's logits are not finite (prediction {})",
-                    first + at / vocab_size
-                )));
-            }
-            logits.par_chunks_exact_mut(vocab_size).zip(&targets[first..]).for_each(|(row, &target)| {
-                let capped = self.cap.map(|_| row.to_vec());
-                softmax_in_place(arch, row); // ∂nll/∂logits = softmax − one-hot
-                row[target as usize] -= 1.0;
-                if let (Some(cap), Some(capped)) = (self.cap, capped) {
-                    let cap = cap as f32;
-                    row.iter_mut().zip(capped).for_each(|(g, l)| *g *= 1.0 - (l / cap).powi(2));
-                }
-            });
-            if let Some(squares) = squares.as_deref_mut() {
-                for row in logits.chunks_exact(vocab_size) {
-                    squares.iter_mut().zip(row).for_each(|(sum, &g)| *sum += f64::from(g) * f64::from(g));
-                }
-            }
-            let n_rows = logits.len() / vocab_size;
-            let logits = Tensor::from_vec(logits, (n_rows, vocab_size), x.device())?;
-            gradients.push(self.lm_head.backward(&logits)?); // (n_rows, hidden_size)
+        self.for_each_logits(&x.index_select(&rows, 0)?, |rows, logits| {
+            let targets = (rows.start, &targets[rows]);
+            let gradient = ops::likelihood_gradient(logits, targets, self.cap, squares.as_deref_mut())?;
+            gradients.push(self.lm_head.backward(&gradient)?); // (n_rows, hidden_size)
             Ok(())
         })?;
         let gradient = Tensor::cat(&gradients, 0)?; // with respect to what the matrix of the vocabulary reads
-        gradient_of((before * gradient)?.sum_all()?, &variable)
+        gradient_of((before * gradient)?, &variable)
     }
 
     /// The inputs of the matrix of the vocabulary, (n_rows, width), for `rows` of `x` (n, hidden_size).
@@ -173,16 +146,13 @@ impl Head {
     /// # Errors
     /// A logit is not finite.
     pub fn negative_log_likelihoods(&self, x: &Tensor, targets: &[u32]) -> Result<Vec<f64>> {
-        let vocab_size = self.vocab_size();
-        let arch = Arch::new();
         let mut nlls = Vec::with_capacity(targets.len());
-        self.for_each_logits(x, |first, logits| {
-            let rows = logits.par_chunks_exact(vocab_size).zip(&targets[first..]);
-            nlls.par_extend(rows.map(|(row, &t)| log_sum_exp(arch, row) - f64::from(row[t as usize])));
+        self.for_each_logits(x, |rows, logits| {
+            nlls.extend(ops::negative_log_likelihoods(logits, &targets[rows])?);
             Ok(())
         })?;
         if let Some(position) = nlls.iter().position(|nll| !nll.is_finite()) {
-            return Err(not_finite(format!("the model's logits are not finite (prediction {position})")));
+            return Err(ops::not_finite(position));
         }
         Ok(nlls)
     }
@@ -248,15 +218,12 @@ impl Pooler {
     }
 }
 
+/// The gradient of the sum of `loss`.
 fn gradient_of(loss: Tensor, variable: &Var) -> Result<Tensor> {
     let gradient = loss.backward()?.get(variable).context("the head passes no gradient")?.clone();
     if !is_finite(&gradient)? {
-        return Err(not_finite("the gradient of the loss at the last states is not finite".into()));
+        let message = "the gradient of the loss at the last states is not finite";
+        return Err(Failure::numeric(message).hint(NON_FINITE_HINT).into());
     }
     Ok(gradient)
-}
-
-/// An error; the caller adds the place.
-fn not_finite(message: String) -> anyhow::Error {
-    Failure::numeric(message).hint(NON_FINITE_HINT).into()
 }

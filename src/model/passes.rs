@@ -43,13 +43,13 @@ impl<'w> Passes<'w> {
     /// # Errors
     /// The shapes do not match, or the work folder cannot be read.
     pub fn input_at(&self, site: InputSite, block: &Block, batch_idx: usize) -> Result<Tensor> {
-        let at = self.paused(batch_idx)?;
-        if at.site == site {
-            return Ok(at.input);
+        let input = self.walk.batch(&self.input, batch_idx)?;
+        if self.site == site {
+            return Ok(input);
         }
-        match block.resume(&at, self.walk.rope(), &mut |_, _| Ok(()))? {
-            Next::Site(next) if next.site == site => Ok(next.input),
-            _ => anyhow::bail!("invariant: `{}` comes after `{}`", site.name(), at.site.name()),
+        match block.within_sublayer(self.site, &input, self.walk.rope())? {
+            Some((next, input)) if next == site => Ok(input),
+            _ => anyhow::bail!("invariant: `{}` comes after `{}`", site.name(), self.site.name()),
         }
     }
 
@@ -71,21 +71,19 @@ impl<'w> Passes<'w> {
         walk.workers().in_order(
             walk.n_batches(),
             |batch_idx| {
-                let at = self.paused(batch_idx)?;
-                let next = block.resume(&at, walk.rope(), &mut |_, _| Ok(()))?;
-                let Next::Site(next) = next else {
-                    anyhow::bail!("invariant: the passes pause before `{}`", at.site.name())
-                };
-                let values = to_host(&next.input)?;
-                if let Some(window) = non_finite_window(&values, &next.input)? {
-                    return Err(walk.not_finite(decoder, block, Some(next.site), (batch_idx, window)));
+                let (next, residual) = self.next(block, batch_idx)?;
+                let values = to_host(&next.1)?;
+                if let Some(window) = non_finite_window(&values, &next.1)? {
+                    return Err(walk.not_finite(decoder, block, Some(next.0), (batch_idx, window)));
                 }
-                Ok((next.site, to_host(&next.residual)?, values))
+                Ok((next.0, residual.map(|residual| to_host(&residual)).transpose()?, values))
             },
             |batch_idx, (site, residual, values)| {
                 reached = site;
                 let mut spool = walk.spool();
-                spool.set(&mut self.residual.lock(batch_idx), residual.into())?;
+                if let Some(residual) = residual {
+                    spool.set(&mut self.residual.lock(batch_idx), residual.into())?;
+                }
                 input.push(spool.push(values)?);
                 Ok(())
             },
@@ -125,6 +123,20 @@ impl<'w> Passes<'w> {
         )?;
         walk.release(self.input);
         Ok(self.residual)
+    }
+
+    /// The next site of one batch and its input, and the residual there if it changes on the way: it is not read or
+    /// written otherwise.
+    fn next(&self, block: &Block, batch_idx: usize) -> Result<((InputSite, Tensor), Option<Tensor>)> {
+        let input = self.walk.batch(&self.input, batch_idx)?;
+        if let Some(next) = block.within_sublayer(self.site, &input, self.walk.rope())? {
+            return Ok((next, None));
+        }
+        let at = Paused { site: self.site, residual: self.walk.batch(&self.residual, batch_idx)?, input };
+        match block.resume(&at, self.walk.rope(), &mut |_, _| Ok(()))? {
+            Next::Site(Paused { site, residual, input }) => Ok(((site, input), Some(residual))),
+            Next::End(_) => anyhow::bail!("invariant: the passes pause before `{}`", self.site.name()),
+        }
     }
 
     fn paused(&self, batch_idx: usize) -> Result<Paused> {

@@ -100,9 +100,9 @@ impl<'a> Walk<'a> {
         let spool = Arc::new(Mutex::new(Spool::new(limits.hidden_bytes, limits.work_folder.clone())));
         let batches = split(windows, n_first);
         let batch_bytes = batch_bytes(&decoder.config, longest.max(BATCH_TOKENS));
-        let workers = Workers::new(limits.batches_at_once(batch_bytes).min(batches.len()))?;
         let rope = Arc::new(decoder.rope(longest)?);
         let device = decoder.device().clone();
+        let workers = limits.workers(&device, batch_bytes, batches.len())?;
         Ok(Self { windows, batches, limits: limits.clone(), batch_bytes, workers, spool, rope, device, text: None })
     }
 
@@ -134,8 +134,7 @@ impl<'a> Walk<'a> {
     /// # Errors
     /// The system refuses threads.
     pub fn reserve(&mut self, bytes: usize) -> Result<()> {
-        let at_once = self.limits.batches_at_once(self.batch_bytes + 2 * bytes);
-        self.workers = Workers::new(at_once.min(self.batches.len()))?;
+        self.workers = self.limits.workers(&self.device, self.batch_bytes + 2 * bytes, self.batches.len())?;
         Ok(())
     }
 

@@ -9,14 +9,18 @@ use candle_core::Tensor;
 use faer::{Mat, MatRef};
 
 use super::matrix::Matrix;
-use super::rounding::{Rounded, Sides, diagonal, refit_right, round_to_nearest, weighted_error};
+use super::rounding::{Grams, Rounded, Sides, diagonal, refit_right, round_to_nearest, weighted_error};
 use super::structure::{Element, Fit, FitValues, Fitting, Shape, Size, Structure};
 use crate::approx::low_rank::{self, Decomposition, ErrorCurve, LowRank};
 use crate::approx::metric::{Metric, MetricPair};
-use crate::checkpoint::Dtype;
-use crate::codecs::peft;
+use crate::codecs::cast::Dtype;
 use crate::linalg::{self, LinalgError};
 use crate::quantize::Scheme;
+
+/// The part that is `A`.
+const A: &str = "lr_a";
+/// The part that is `B`.
+const B: &str = "lr_b";
 
 pub(super) struct Factors;
 
@@ -26,7 +30,7 @@ impl Structure for Factors {
     }
 
     fn suffixes(&self) -> &'static [(&'static str, Element)] {
-        const { &[(peft::SHOWN[0], Element::Float), (peft::SHOWN[1], Element::Float)] }
+        &[(A, Element::Float), (B, Element::Float)]
     }
 
     fn shapes(&self, size: Size, (m, n): Shape) -> Vec<[usize; 2]> {
@@ -52,7 +56,7 @@ impl Structure for Factors {
     }
 
     fn bias_part(&self) -> Option<&'static str> {
-        Some(peft::SHOWN[1])
+        Some(B)
     }
 
     fn takes_base(&self) -> bool {
@@ -126,20 +130,20 @@ impl Fitting for Factors {
         let rank = pair.rank;
         let b_t = linalg::transposed_from_row_major(&pair.b, m, rank); // (r, m)
         let a_t = linalg::transposed_from_row_major(&pair.a, rank, n); // (n, r)
-        let grams = sides.grams(b_t.as_ref(), a_t.transpose());
+        let Grams { left, right } = sides.grams(b_t.as_ref(), a_t.transpose());
         let b = round_to_nearest(dtype, &pair.b);
         let moved_t = linalg::transposed_from_row_major(&b, m, rank) - &b_t;
-        let fitted = refit_right(sides.output, b_t.as_ref(), moved_t.as_ref(), &grams);
+        let fitted = refit_right(sides.output, b_t.as_ref(), moved_t.as_ref(), &left, &right);
         let (target, of_b) = match fitted {
             Some(fitted) => (linalg::to_row_major(fitted.of(a_t.transpose()).as_ref()), fitted.squared_error),
             None => {
                 let outputs = sides.output.to_diagonal(m);
-                (pair.a.clone(), weighted_error(&b, &pair.b, &outputs, &diagonal(&grams.right)))
+                (pair.a.clone(), weighted_error(&b, &pair.b, &outputs, &diagonal(&right)))
             }
         };
         let a = round_to_nearest(dtype, &target);
         let inputs = sides.input.metric().to_diagonal(n);
-        let squared_error = of_b + weighted_error(&a, &target, &diagonal(&grams.left), &inputs);
+        let squared_error = of_b + weighted_error(&a, &target, &diagonal(&left), &inputs);
         Rounded { parts: vec![a.into(), b.into()], squared_error }
     }
 

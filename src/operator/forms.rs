@@ -9,7 +9,7 @@ use super::names::BASE;
 use super::structure::{Element, Kind, Part, Shape, Size};
 use crate::approx::low_rank::LowRank;
 use crate::approx::metric::Metric;
-use crate::checkpoint::Dtype;
+use crate::codecs::cast::Dtype;
 use crate::quantize::{Scheme, Storage};
 
 /// A structure of a given size before its values are known; it determines names, shapes and bytes.

@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 
-use crate::checkpoint::{Dtype, cast};
+use crate::codecs::cast::{self, Dtype};
 use crate::quantize::{Grouped, Quantized, Scale, Scheme};
 
 /// A matrix as it is stored, row-major.

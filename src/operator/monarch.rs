@@ -20,7 +20,7 @@ use super::rounding::{Rounded, Sides, round_to_nearest};
 use super::structure::{Element, Fit, FitValues, Fitting, Shape, Size, Structure};
 use crate::approx::low_rank::{self, ErrorCurve, LowRank};
 use crate::approx::metric::{Metric, MetricPair};
-use crate::checkpoint::Dtype;
+use crate::codecs::cast::Dtype;
 use crate::linalg::{self, LinalgError};
 use crate::quantize::Scheme;
 

@@ -1,10 +1,15 @@
 //! Names of stored parts: the matrices of a module, and where its bias may be.
 
 use super::structure::{Element, Kind};
-use crate::codecs::peft;
 
 /// The part that is a base under another term: `X.base.weight`.
-pub const BASE: &str = peft::SHOWN_BASE;
+pub const BASE: &str = "base";
+
+/// The tensors of `A` (r, in) and `B` (out, r) of factors over a base: `X.lr_a.weight` and `X.lr_b.weight`.
+pub fn factors_of(module: &str) -> [String; 2] {
+    let suffixes = Kind::FACTORS.structure().suffixes();
+    [0, 1].map(|at| format!("{module}.{}", part_name(suffixes[at].0, suffixes[at].1)))
+}
 
 /// The parts that identify a stored module: `weight`, `lr_a.weight`, ...
 pub fn first_parts() -> impl Iterator<Item = String> {

@@ -27,7 +27,7 @@ use super::rounding::{
 use super::structure::{Element, Fit, Fitting, Kind, Shape, Size, Structure};
 use crate::approx::low_rank::{self, ErrorCurve, LowRank};
 use crate::approx::metric::{Metric, MetricPair};
-use crate::checkpoint::Dtype;
+use crate::codecs::cast::Dtype;
 use crate::linalg::{self, LinalgError, RowSkeleton};
 use crate::quantize::Scheme;
 
@@ -230,13 +230,13 @@ impl<'a> Skeleton<'a> {
     }
 
     /// `Sᵀ` (r, m) from coefficients.
-    fn left_t(&self, coefficients: &Mat<f64>) -> Mat<f64> {
+    fn left_t<T: Copy + Into<f64>>(&self, coefficients: &Mat<T>) -> Mat<f64> {
         let mut left_t = Mat::zeros(self.rank, self.shape.0);
         for (place, &row) in self.rows.pivots.iter().enumerate() {
             left_t[(place, row)] = 1.0;
         }
         for (i, &row) in self.rows.others.iter().enumerate() {
-            left_t.col_mut(row).copy_from(coefficients.row(i).transpose());
+            left_t.col_mut(row).iter_mut().zip(coefficients.row(i).iter()).for_each(|(to, &from)| *to = from.into());
         }
         left_t
     }
@@ -253,11 +253,6 @@ impl<'a> Skeleton<'a> {
         })
     }
 
-    fn parts(&self, pivots: Vec<f32>, coefficients: &Mat<f64>) -> Vec<Matrix> {
-        let coefficients = linalg::to_row_major(coefficients.as_ref());
-        parts(pivots, coefficients, &self.rows)
-    }
-
     /// Weights of errors in the rows of `T` and in the columns of `P`.
     fn weights(&self) -> (Vec<f64>, Vec<f64>) {
         let (outputs, inputs) = (self.sides.output.to_diagonal(self.shape.0), self.sides.input.metric());
@@ -272,25 +267,24 @@ impl<'a> Skeleton<'a> {
         let (outputs, inputs) = self.weights();
         let squared_error = weighted_error(&t, &coefficients, &outputs, &diagonal(&self.right))
             + weighted_error(&p, &pivots, &diagonal(&self.left()), &inputs);
-        let t = linalg::transposed_from_row_major(&t, outputs.len(), self.rank);
-        Rounded { parts: self.parts(p, &t.transpose().to_owned()), squared_error }
+        Rounded { parts: parts(p, t, &self.rows), squared_error }
     }
 
     /// Both parts rounded with feedback; `None` if a metric has no Cholesky factor.
     fn fed_back(&self, dtype: Dtype) -> Option<Rounded> {
         let (_, inputs) = self.weights();
         let (t, _) = columns_with_feedback(&self.rows.coefficients, &self.right, dtype)?;
-        let coefficients = Mat::from_fn(t.nrows(), self.rank, |i, k| f64::from(t[(i, k)]));
-        let mut moved_t = self.left_t(&coefficients);
+        let mut moved_t = self.left_t(&t);
         let left_t = self.left_t(&self.rows.coefficients);
         moved_t -= &left_t;
-        let grams = Grams { left: self.left(), right: self.right.clone() };
-        let fit = refit_right(self.sides.output, left_t.as_ref(), moved_t.as_ref(), &grams)?;
-        drop(grams);
+        let fit = refit_right(self.sides.output, left_t.as_ref(), moved_t.as_ref(), &self.left(), &self.right)?;
+        drop((left_t, moved_t));
         let targets = linalg::product(self.a_t.as_ref(), fit.of(self.basis.as_ref()).transpose()); // (n, r)
         let (p, costs) = columns_with_feedback(&targets, &fit.left, dtype)?;
         let pivots = p.col_iter().flat_map(|column| column.iter().copied()).collect();
         let of_pivots: f64 = costs.iter().zip(&inputs).map(|(cost, weight)| cost * weight).sum();
-        Some(Rounded { parts: self.parts(pivots, &coefficients), squared_error: fit.squared_error + of_pivots })
+        let coefficients = t.row_iter().flat_map(|row| row.iter().copied()).collect();
+        let squared_error = fit.squared_error + of_pivots;
+        Some(Rounded { parts: parts(pivots, coefficients, &self.rows), squared_error })
     }
 }

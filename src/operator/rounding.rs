@@ -2,17 +2,18 @@
 //!
 //! A left part is rounded first. The right part is then fitted to it, `A − X A` with `X = (Ŝᵀ G Ŝ)⁻¹ Ŝᵀ G (Ŝ − S)`, and
 //! rounded last; the input metric cancels in the fit. Matrices whose columns can compensate for each other are rounded
-//! column by column with feedback ([`feed_back`]), then value by value ([`descend`]). Errors are second moments, and
+//! column by column with feedback ([`feed_back`]), then value by value ([`Descent`]). Errors are second moments, and
 //! values that are rounded separately are assumed to be independent.
 
-use faer::{Mat, MatRef};
+use faer::{Mat, MatMut, MatRef};
+use rayon::prelude::*;
 
 use super::matrix::Matrix;
 use crate::approx::gram::{mean_diagonal, shifted};
 use crate::approx::metric::Metric;
-use crate::checkpoint::{Dtype, cast};
+use crate::codecs::cast::{self, Dtype};
 use crate::linalg;
-use crate::quantize::{descend, feed_back};
+use crate::quantize::{Descent, feed_back};
 
 /// Fraction of the mean eigenvalue that is added to a metric for feedback: it costs a hundredth of what rounding to
 /// nearest does, and keeps compensating values from growing.
@@ -22,6 +23,10 @@ const RIDGE: f64 = 1e-4;
 /// `SMALL_GAIN`.
 const N_SWEEPS: usize = 3;
 const SMALL_GAIN: f64 = 0.05;
+
+/// Rows that are rounded at a time: a block of their columns stays in the cache of a core. Rows are independent, so that
+/// no value depends on this or on the number of threads.
+const ROWS: usize = 256;
 
 /// One side of the metric in which rounding is measured.
 pub enum Side<'a> {
@@ -137,23 +142,25 @@ pub(super) struct Refit {
     pub squared_error: f64,
 }
 
-/// Refits a right part to a left part `S`, transposed (r, m), that rounding moved by `moved_t`; `grams` belong to the
-/// exact parts. `None` if the rounded left part is singular.
+/// Refits a right part to a left part `S`, transposed (r, m), that rounding moved by `moved_t`; the Grams `left` and
+/// `right` belong to the exact parts. `None` if the rounded left part is singular.
 pub(super) fn refit_right(
     output: &Metric,
     left_t: MatRef<'_, f64>,
     moved_t: MatRef<'_, f64>,
-    grams: &Grams,
+    left: &Mat<f64>,
+    right: &Mat<f64>,
 ) -> Option<Refit> {
     let weighted = output.times(moved_t); // (Ŝ − S)ᵀ G
     let cross = linalg::product(weighted.as_ref(), left_t.transpose());
     let own = linalg::product_symmetric(weighted.as_ref(), moved_t.transpose());
-    let left = &grams.left + &cross + cross.transpose() + &own;
+    drop(weighted);
+    let left = left + &cross + cross.transpose() + &own;
     let image = cross + &own; // (Ŝ − S)ᵀ G Ŝ
     let shift = RIDGE * RIDGE * mean_diagonal(&left);
     let x = linalg::solve(shifted(left.clone(), shift).as_ref(), image.transpose())?;
     let gained = linalg::product_symmetric(image.as_ref(), x.as_ref());
-    let squared_error = (trace_of_product(&own, &grams.right) - trace_of_product(&gained, &grams.right)).max(0.0);
+    let squared_error = (trace_of_product(&own, right) - trace_of_product(&gained, right)).max(0.0);
     Some(Refit { x, left, squared_error })
 }
 
@@ -180,16 +187,20 @@ pub(super) fn columns_with_feedback(
     let upper = Mat::from_fn(cols, cols, |i, j| upper[(i, j)] as f32);
     let weights = Mat::from_fn(rows, cols, |i, j| weights[(i, permutation[j])] as f32);
     let (mut found, mut costs) = (weights.clone(), vec![0.0; rows]);
-    let spend = |errors: &[f32]| {
-        costs.iter_mut().zip(errors).for_each(|(cost, &error)| *cost += f64::from(error) * f64::from(error));
-    };
-    feed_back(found.as_mut(), upper.as_ref(), |_, column| round(dtype, column), spend);
+    for_each_chunk(&mut found, &weights, &mut costs, |found, _, costs| {
+        let spend = |errors: &[f32]| {
+            costs.iter_mut().zip(errors).for_each(|(cost, &error)| *cost += f64::from(error) * f64::from(error));
+        };
+        feed_back(found, upper.as_ref(), |_, column| round(dtype, column), spend);
+    });
     drop(upper);
-    let metric = Mat::from_fn(cols, cols, |i, j| metric[(i, j)] as f32);
+    let descent = Descent::new(Mat::from_fn(cols, cols, |i, j| metric[(i, j)] as f32).as_ref());
     for _ in 0..N_SWEEPS {
         let before: f64 = costs.iter().sum();
-        descend(found.as_mut(), weights.as_ref(), metric.as_ref(), &mut costs, |_, column| round(dtype, column));
-        costs.iter_mut().for_each(|cost| *cost = cost.max(0.0));
+        for_each_chunk(&mut found, &weights, &mut costs, |found, weights, costs| {
+            descent.sweep(found, weights, costs, |_, column| round(dtype, column));
+            costs.iter_mut().for_each(|cost| *cost = cost.max(0.0));
+        });
         if costs.iter().sum::<f64>() > (1.0 - SMALL_GAIN) * before {
             break;
         }
@@ -199,6 +210,17 @@ pub(super) fn columns_with_feedback(
         result.col_mut(at).copy_from(column);
     }
     costs.iter().all(|cost| cost.is_finite()).then_some((result, costs))
+}
+
+/// Calls `f` with a few rows of `found` and `weights` (rows, cols) and their `costs` at a time, in parallel.
+fn for_each_chunk(
+    found: &mut Mat<f32>,
+    weights: &Mat<f32>,
+    costs: &mut [f64],
+    f: impl Fn(MatMut<'_, f32>, MatRef<'_, f32>, &mut [f64]) + Sync,
+) {
+    let chunks = found.par_row_chunks_mut(ROWS).zip(weights.par_row_chunks(ROWS)).zip(costs.par_chunks_mut(ROWS));
+    chunks.for_each(|((found, weights), costs)| f(found, weights, costs));
 }
 
 /// Columns in falling order of the cost of rounding to nearest: the costly ones are rounded while most others can still

@@ -8,7 +8,7 @@ use super::matrix::Matrix;
 use super::rounding::{Rounded, Sides};
 use crate::approx::low_rank::{DualVectors, ErrorCurve, LowRank};
 use crate::approx::metric::{Metric, MetricPair};
-use crate::checkpoint::Dtype;
+use crate::codecs::cast::Dtype;
 use crate::linalg::LinalgError;
 use crate::quantize::Scheme;
 

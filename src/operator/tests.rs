@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::approx::low_rank::{self, Decomposition, LowRank};
 use crate::approx::metric::{Metric, MetricPair};
-use crate::checkpoint::{Dtype, cast};
+use crate::codecs::cast::{self, Dtype};
 use crate::linalg;
 use crate::quantize::{Levels, Scheme};
 

@@ -6,7 +6,8 @@
 //! - By coordinate descent (Behdin et al. 2023, QuantEase): with all others fixed, the best value of column j is
 //!   `x_j + R_j / H_jj`, rounded, with `R = (W − X) H`. No step increases the error.
 //!
-//! The caller decides which values a column may take.
+//! The caller decides which values a column may take. Rows do not depend on each other, so a caller may pass a few at a
+//! time: the rows of a block of columns then stay in the cache.
 
 use std::ops::Range;
 
@@ -37,31 +38,48 @@ pub fn feed_back(
     });
 }
 
-/// One sweep of coordinate descent over `rounded` (rows, cols), columns in their order, towards `weights` in the
-/// `metric`; adds the change of the squared errors to `costs` (rows).
-pub fn descend(
-    mut rounded: MatMut<'_, f32>,
-    weights: MatRef<'_, f32>,
-    metric: MatRef<'_, f32>,
-    costs: &mut [f64],
-    mut round: impl FnMut(usize, &mut [f32]),
-) {
-    let cols = rounded.ncols();
-    let errors = weights - rounded.as_ref();
-    let mut wishes = rounded.to_owned();
-    let relative = Mat::from_fn(cols, cols, |j, k| metric[(j, k)] / metric[(k, k)]);
-    matmul(wishes.as_mut(), Accum::Add, errors.as_ref(), relative.as_ref(), 1.0f32, Par::Seq);
-    one_by_one(wishes.as_mut(), relative.as_ref(), |j, wish, moved| {
-        let size = f64::from(metric[(j, j)]);
-        let value = contiguous(rounded.as_mut(), j);
-        moved.copy_from_slice(wish);
-        round(j, wish);
-        for (((value, new), moved), cost) in value.iter_mut().zip(wish.iter()).zip(moved).zip(costs.iter_mut()) {
-            let (wished, step) = (f64::from(*moved - *value), f64::from(*new - *value));
-            *cost += size * step * (step - 2.0 * wished);
-            (*moved, *value) = (*new - *value, *new);
+/// Coordinate descent in a metric of the columns.
+pub struct Descent {
+    /// `H_jj`.
+    sizes: Vec<f32>,
+    /// `H_jk / H_kk` (cols, cols).
+    relative: Mat<f32>,
+}
+
+impl Descent {
+    /// Prepares for sweeps in `metric` (cols, cols).
+    pub fn new(metric: MatRef<'_, f32>) -> Self {
+        let cols = metric.ncols();
+        Self {
+            sizes: (0..cols).map(|j| metric[(j, j)]).collect(),
+            relative: Mat::from_fn(cols, cols, |j, k| metric[(j, k)] / metric[(k, k)]),
         }
-    });
+    }
+
+    /// One sweep over `rounded` (rows, cols), columns in their order, towards `weights`; adds the change of the squared
+    /// errors to `costs` (rows). `round` is as in [`feed_back`].
+    pub fn sweep(
+        &self,
+        mut rounded: MatMut<'_, f32>,
+        weights: MatRef<'_, f32>,
+        costs: &mut [f64],
+        mut round: impl FnMut(usize, &mut [f32]),
+    ) {
+        let errors = weights - rounded.as_ref();
+        let mut wishes = rounded.to_owned();
+        matmul(wishes.as_mut(), Accum::Add, errors.as_ref(), self.relative.as_ref(), 1.0f32, Par::Seq);
+        one_by_one(wishes.as_mut(), self.relative.as_ref(), |j, wish, moved| {
+            let size = f64::from(self.sizes[j]);
+            let value = contiguous(rounded.as_mut(), j);
+            moved.copy_from_slice(wish);
+            round(j, wish);
+            for (((value, new), moved), cost) in value.iter_mut().zip(wish.iter()).zip(moved).zip(costs.iter_mut()) {
+                let (wished, step) = (f64::from(*moved - *value), f64::from(*new - *value));
+                *cost += size * step * (step - 2.0 * wished);
+                (*moved, *value) = (*new - *value, *new);
+            }
+        });
+    }
 }
 
 /// Calls `step` with each column in turn, and with a buffer for its error: later columns are moved by the error times
@@ -108,7 +126,7 @@ fn move_later(
 
 fn contiguous(matrix: MatMut<'_, f32>, column: usize) -> &mut [f32] {
     let column = matrix.col_mut(column).try_as_col_major_mut();
-    column.expect("invariant: an owned matrix is column-major").as_slice_mut()
+    column.expect("invariant: rows of an owned matrix are contiguous in a column").as_slice_mut()
 }
 
 /// `later[:, k] −= error · row[k]`.
@@ -144,10 +162,10 @@ mod tests {
         let mut rounded = weights.clone();
         (0..cols).for_each(|j| round(j, contiguous(rounded.as_mut(), j)));
         let mut costs = errors(&weights, &rounded, &metric);
-        let mut last = costs.clone();
+        let (descent, mut last) = (Descent::new(metric.as_ref()), costs.clone());
         loop {
             let before = rounded.clone();
-            descend(rounded.as_mut(), weights.as_ref(), metric.as_ref(), &mut costs, round);
+            descent.sweep(rounded.as_mut(), weights.as_ref(), &mut costs, round);
             for ((cost, exact), before) in costs.iter().zip(errors(&weights, &rounded, &metric)).zip(&last) {
                 assert!((cost - exact).abs() < 1e-4 * before && exact <= before * 1.000_01, "{cost} {exact} {before}");
             }

@@ -17,7 +17,7 @@ use anyhow::{Context, Result};
 
 pub use block::{BLOCK_TYPES, BlockType, Blocks, READ_TYPES};
 pub use descent::Sides;
-pub use feedback::{descend, feed_back};
+pub use feedback::{Descent, feed_back};
 pub use gptq::Fallback;
 pub use grouped::{Grouped, Levels, Scale, Scheme};
 

@@ -3,10 +3,10 @@
 
 mod chat;
 mod document;
-mod documents;
 mod kind;
 #[cfg(feature = "parquet")]
 mod parquet;
+mod reader;
 mod shape;
 mod source;
 
@@ -95,7 +95,7 @@ impl Text {
     /// # Errors
     /// The file cannot be read, is empty, does not match its name, or has messages that the chat template rejects.
     pub fn read(path: &Path, field: &str, model: &(impl Beside + ?Sized)) -> Result<Self> {
-        let (documents, sha256) = documents::read(path, field)?;
+        let (documents, sha256) = reader::read(path, field)?;
         let n_documents = documents.len();
         let mut documents = match documents.iter().any(|document| matches!(document, Document::Chat(..))) {
             true => ChatTemplate::open(model)?.render_all(documents)?,

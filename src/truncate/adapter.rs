@@ -16,7 +16,7 @@ use crate::checkpoint::{
     expect_apart, header_entry_bytes, json, read_file, sha256_file, write_file, writer_bytes,
 };
 use crate::codecs::peft::{CONFIG_FILE, Settings, WEIGHTS_FILE};
-use crate::compress::allocate::{self, Candidate, Candidates, Ends, Item, Ladder, Pick, Ranks, Rules, Statistic};
+use crate::compress::allocate::{self, Candidate, Candidates, Ends, Item, Ladder, Pick, Ranks, Rules};
 use crate::error::Failure;
 use crate::progress::Progress;
 use crate::report::{AdapterReport, LRC_VERSION, REPORT_FILE, SCHEMA_VERSION, TruncatedModule, publish};
@@ -195,13 +195,15 @@ impl Truncation {
             .zip(&self.decomposed)
             .map(|(prices, decomposed)| allocate::candidates_by_rank(prices, Some(&decomposed.curve), 1.0))
             .collect();
+        let scores = self.modules.iter().zip(&self.decomposed);
+        let scores: Vec<Vec<f64>> =
+            scores.map(|(module, of)| ranks.allocator().scores(&of.curve, module.shape)).collect();
         let items: Vec<Item<'_>> = (0..self.modules.len())
             .map(|i| {
-                let (module, spectrum) = (&self.modules[i], &self.decomposed[i].curve);
-                let (m, n) = module.shape;
-                let statistic = Some(Statistic { spectrum, rank_price: (m + n) as f64 });
+                let module = &self.modules[i];
                 let n_weights = module.parameters(module.rank);
-                let ladder = Ladder { candidates: &candidates[i], parameters: &parameters[i], n_weights, statistic };
+                let scores = &scores[i];
+                let ladder = Ladder { candidates: &candidates[i], parameters: &parameters[i], n_weights, scores };
                 Item { dense_cost: price(module, module.rank), candidates: Candidates::Ranks(ladder) }
             })
             .collect();

@@ -310,7 +310,7 @@ fn allocate_ranks(truncations: &mut [Truncation], report: &CompressReport, keep:
         truncations.iter().zip(&parameters).map(|(t, costs)| t.candidates(costs)).collect();
     let item = |i: usize| {
         let n_weights = truncations[i].linear.n_parameters();
-        let ladder = Ladder { candidates: &candidates[i], parameters: &parameters[i], n_weights, statistic: None };
+        let ladder = Ladder { candidates: &candidates[i], parameters: &parameters[i], n_weights, scores: &[] };
         Item { dense_cost: n_weights, candidates: Candidates::Ranks(ladder) }
     };
     let items: Vec<Item<'_>> = (0..truncations.len()).map(item).collect();

@@ -1,7 +1,9 @@
 """Weights as other tools quantize them, with the values that those tools compute from them.
 
-compressed-tensors, bitsandbytes and transformers are called themselves. GPTQ and AWQ need a GPU, so their formulas are written out:
-gptqmodel's `TorchQuantLinear` and its conversion of version 1 to version 2, AutoAWQ's `WQLinear_GEMM`.
+gptqmodel (7.7), AutoAWQ (0.2.9), compressed-tensors, bitsandbytes and transformers compute the values themselves. gptqmodel and AutoAWQ
+install only beside a GPU toolkit, but their sources run without one: unpack them, and name their folders in `PYTHONPATH` (AutoAWQ's
+`awq/utils`, whose `packing_utils` imports nothing but torch). Two cases have the formula written out: a group size that gptqmodel refuses, and
+the 3-bit zeros of gptqmodel before it subtracted one from every code.
 
 Writes `quantized.safetensors` beside itself, with tensors `CASE/NAME` and every seventh value `CASE//NAME` of the weights, and `quantized.json`
 with the `quantization_config` of every case.
@@ -44,34 +46,58 @@ def packed(codes, bits):
     return torch.from_numpy(np.array(rows, dtype=np.uint32).astype(np.int64).astype(np.uint32).view(np.int32))
 
 
-# The numbers that gptqmodel subtracts from the words of zeros when it writes version 1.
-ONES = {
-    2: [0x55555555],
-    3: [0x24924924, 0x92492492, 0x49249249],
-    4: [0x11111111],
-    8: [0x01010101],
-}
-
-
-def gptq(name, bits, group, zeros, version, order=None, elementwise=False):
+def gptq(name, bits, group, zeros, version, order=None, stored_zeros=None):
+    """`stored_zeros`: what an older version stores for `zeros`, of which today's gptqmodel is not asked."""
     rows, cols = 32 if bits == 3 else 16, 64
     groups = -(-cols // group)
     index = torch.tensor([i // group for i in range(cols)] if order is None else order, dtype=torch.int32)
     codes, scales = integers(2**bits, cols, rows), normal(groups, rows).abs().to(torch.float16) / 8
     zeros = zeros(groups, rows)
-    if elementwise:
-        qzeros = packed(zeros - 1, bits)
+    # Version 1 is what the library's own conversion gives, zeros that wrap around included.
+    qzeros = packed(zeros if stored_zeros is None else stored_zeros(groups, rows), bits)
+    module = gptq_module(bits, group, order is not None, packed(codes.T, bits).T.contiguous(), qzeros, scales, index)
+    if version == "gptq" and stored_zeros is None:
+        qzeros = to_version_1(module, bits)
+    stored = {"m.qweight": module.qweight, "m.qzeros": qzeros, "m.scales": scales, "m.g_idx": index}
+    if stored_zeros is None and group in module.SUPPORTS_GROUP_SIZE:
+        values = gptq_values(bits, group, order is not None, stored, version)
     else:
-        qzeros = packed(zeros, bits).numpy().view(np.uint32).astype(np.int64)
-        if version == "gptq":
-            ones = np.array([ONES[bits][at % len(ONES[bits])] for at in range(qzeros.shape[1])], dtype=np.int64)
-            qzeros = (qzeros - ones) % 2**32
-        qzeros = torch.from_numpy(qzeros.astype(np.uint32).view(np.int32))
-    stored = {"m.qweight": packed(codes.T, bits).T, "m.qzeros": qzeros, "m.scales": scales, "m.g_idx": index}
-    long = index.long()
-    values = ((codes - zeros[long]).to(torch.float32) * scales[long].to(torch.float32)).T
+        long = index.long()
+        values = ((codes - zeros[long]).to(torch.float32) * scales[long].to(torch.float32)).T
     config = {"quant_method": "gptq", "bits": bits, "group_size": group, "desc_act": order is not None}
     case(name, config | {"checkpoint_format": version}, stored, {"m.weight": values})
+
+
+def gptq_module(bits, group, desc_act, qweight, qzeros, scales, index):
+    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+
+    named = group if group in TorchLinear.SUPPORTS_GROUP_SIZE else -1
+    shape = {"in_features": index.numel(), "out_features": scales.shape[1]}
+    module = TorchLinear(bits=bits, group_size=named, sym=False, desc_act=desc_act, **shape, bias=False, register_buffers=True)
+    module.qweight, module.qzeros = qweight.clone(), qzeros.clone()
+    # The factors of a product in f32, so that its rounding to f16 is not what is compared.
+    module.scales, module.g_idx = scales.to(torch.float32), index.clone()
+    return module
+
+
+def to_version_1(module, bits):
+    from gptqmodel.utils.model import convert_gptq_v2_to_v1_format_module
+    from gptqmodel.quantization import QuantizeConfig
+
+    convert_gptq_v2_to_v1_format_module(module, QuantizeConfig(bits=bits))
+    return module.qzeros
+
+
+def gptq_values(bits, group, desc_act, stored, version):
+    from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module
+
+    names = ("m.qweight", "m.qzeros", "m.scales", "m.g_idx")
+    module = gptq_module(bits, group, desc_act, *(stored[name] for name in names))
+    if version == "gptq":
+        module.qzero_format(format=1)
+        convert_gptq_v1_to_v2_format_module(module, bits, torch.int32)
+    module._init_wf_unsqueeze_buffers()
+    return module.dequantize_weight().T
 
 
 def all_gptq():
@@ -79,14 +105,14 @@ def all_gptq():
         return lambda *shape: torch.full(shape, 2 ** (bits - 1))
 
     def any_of(bits):
-        # Zero itself borrows from its neighbor in version 1.
+        # Zero itself borrows from its neighbor in version 1, but for 3 bits.
         return lambda *shape: integers(2**bits, *shape)
 
     for bits in (2, 3, 4, 8):
         gptq(f"gptq-{bits}-v1-symmetric", bits, 32, middle(bits), "gptq")
         gptq(f"gptq-{bits}-v1", bits, 32, any_of(bits), "gptq")
         gptq(f"gptq-{bits}-v2", bits, 32, any_of(bits), "gptq_v2")
-    gptq("gptq-3-v1-of-old", 3, 32, middle(3), "gptq", elementwise=True)
+    gptq("gptq-3-v1-of-old", 3, 32, middle(3), "gptq", stored_zeros=lambda *shape: torch.zeros(shape, dtype=torch.int64))
     gptq("gptq-4-channel", 4, 64, any_of(4), "gptq_v2")
     gptq("gptq-4-uneven", 4, 24, any_of(4), "gptq_v2")
     order = [int(g) for g in torch.randperm(64, generator=GENERATOR) // 16]
@@ -94,6 +120,8 @@ def all_gptq():
 
 
 def awq():
+    from packing_utils import dequantize_gemm
+
     rows, cols, group = 16, 64, 32
     codes, zeros = integers(16, cols, rows), integers(16, cols // group, rows)
     scales = (normal(cols // group, rows).abs() / 8).to(torch.float16)
@@ -103,9 +131,8 @@ def awq():
         picked = matrix.reshape(matrix.shape[0], -1, 8)[:, :, order].reshape(matrix.shape)
         return packed(picked, 4)
 
-    values = (codes - zeros.repeat_interleave(group, 0)).to(torch.float32)
-    values = (values * scales.to(torch.float32).repeat_interleave(group, 0)).T
     stored = {"m.qweight": words(codes), "m.qzeros": words(zeros), "m.scales": scales}
+    values = dequantize_gemm(stored["m.qweight"], stored["m.qzeros"], scales.to(torch.float32), 4, group).T
     config = {"quant_method": "awq", "bits": 4, "group_size": group, "zero_point": True, "version": "gemm"}
     case("awq", config, stored, {"m.weight": values})
 

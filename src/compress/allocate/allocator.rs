@@ -1,6 +1,7 @@
 //! The interface of an allocator, and what several need.
 
 use super::item::{Item, Pick, Rules};
+use crate::approx::low_rank::ErrorCurve;
 
 /// The spectra that an allocator needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -13,10 +14,18 @@ pub enum Spectra {
     Metric,
 }
 
-/// A way to allocate ranks.
+/// A way to allocate ranks. A rule that is defined by spectra makes scores of them, one linear at a time, before
+/// anything is allocated.
 pub trait Allocator {
-    /// The spectra that the choices depend on.
+    /// The spectra that the scores and the errors of the items are made of.
     fn spectra(&self) -> Spectra;
+
+    /// The scores of a linear (out, in) with this spectrum, as [`Ladder::scores`] has them.
+    ///
+    /// [`Ladder::scores`]: super::item::Ladder::scores
+    fn scores(&self, _spectrum: &ErrorCurve, _shape: (usize, usize)) -> Vec<f64> {
+        Vec::new()
+    }
 
     /// The choices, one per item.
     fn choices(&self, items: &[Item<'_>], rules: &Rules) -> Vec<Pick>;

@@ -3,7 +3,7 @@
 //! budget allows.
 
 use super::allocator::{Allocator, Spectra, largest_affordable};
-use super::item::{Item, Ladder, Pick, Rules, Statistic};
+use super::item::{Item, Ladder, Pick, Rules};
 use crate::approx::low_rank::ErrorCurve;
 
 pub(super) struct EffectiveRank;
@@ -13,10 +13,14 @@ impl Allocator for EffectiveRank {
         Spectra::Metric
     }
 
+    /// One number: `√(erank / (m + n))`. The paper's price of a rank is m + n in any layout.
+    fn scores(&self, spectrum: &ErrorCurve, (m, n): (usize, usize)) -> Vec<f64> {
+        vec![(effective_rank(spectrum) / (m + n) as f64).sqrt()]
+    }
+
     fn choices(&self, items: &[Item<'_>], rules: &Rules) -> Vec<Pick> {
         let ladders: Vec<&Ladder<'_>> = items.iter().map(Item::ladder).collect();
-        let weight = |Statistic { spectrum, rank_price }: Statistic<'_>| (effective_rank(spectrum) / rank_price).sqrt();
-        let weights: Vec<f64> = ladders.iter().map(|ladder| weight(ladder.statistic())).collect();
+        let weights: Vec<f64> = ladders.iter().map(|ladder| ladder.scores[0]).collect();
         // At t = 1 no rank is below the full rank of its matrix.
         let full = ladders.iter().zip(&weights).map(|(ladder, weight)| ladder.largest_rank() as f64 / weight);
         let largest = full.fold(0.0, f64::max);
@@ -36,7 +40,8 @@ fn effective_rank(spectrum: &ErrorCurve) -> f64 {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::Linear;
+    use super::super::Ranks;
+    use super::super::tests::{Linear, picks};
     use super::*;
     use crate::operator::Kind;
 
@@ -46,7 +51,7 @@ mod tests {
         let curve = |k: usize| ErrorCurve::new((0..64).map(|i| f64::from(u8::from(i < k))).collect());
         let linears = [curve(16), curve(4)].map(|curve| Linear::new(Kind::FACTORS, (64, 64), curve, 1.0));
         let items = [linears[0].item(), linears[1].item()];
-        let choices = EffectiveRank.choices(&items, &Rules::of_keep(&items, 0.5));
+        let choices = picks(Ranks::EffectiveRank, &linears, &Rules::of_keep(&items, 0.5));
         let [Pick::Candidate(first), Pick::Candidate(second)] = choices[..] else { panic!("{choices:?}") };
         assert!(first.abs_diff(2 * second) <= 1 && first + second >= 30, "{first} {second}");
     }

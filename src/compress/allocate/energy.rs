@@ -14,12 +14,21 @@ impl Allocator for Energy {
         Spectra::Metric
     }
 
+    /// The energy that is lost without this rank and those above it: `Σ_{j ≥ i} σ_j²`.
+    fn scores(&self, spectrum: &ErrorCurve, _: (usize, usize)) -> Vec<f64> {
+        let mut lost = spectrum.energies().to_vec();
+        for i in (1..lost.len()).rev() {
+            lost[i - 1] += lost[i];
+        }
+        lost
+    }
+
     fn choices(&self, items: &[Item<'_>], rules: &Rules) -> Vec<Pick> {
         let at = |share: f64| -> Vec<Pick> {
             items
                 .iter()
                 .map(Item::ladder)
-                .map(|ladder| ladder.pick(smallest_rank(ladder.statistic().spectrum, share), rules))
+                .map(|ladder| ladder.pick(smallest_rank(ladder.scores, share), rules))
                 .collect()
         };
         let asked = at(self.share.unwrap_or(1.0));
@@ -28,14 +37,9 @@ impl Allocator for Energy {
 }
 
 /// Smallest rank whose energies sum to `share` of the total.
-fn smallest_rank(spectrum: &ErrorCurve, share: f64) -> usize {
-    let allowed = (1.0 - share) * spectrum.squared_error(0);
-    let mut dropped = 0.0;
-    let kept = spectrum.energies().iter().rposition(|energy| {
-        dropped += energy;
-        dropped > allowed
-    });
-    kept.map_or(1, |last| last + 1)
+fn smallest_rank(lost: &[f64], share: f64) -> usize {
+    let allowed = (1.0 - share) * lost.first().copied().unwrap_or(0.0);
+    lost.partition_point(|&lost| lost > allowed).max(1)
 }
 
 #[cfg(test)]
@@ -44,10 +48,12 @@ mod tests {
 
     #[test]
     fn the_rank_is_the_first_that_keeps_the_share() {
-        let curve = ErrorCurve::new(vec![8.0, 1.0, 0.75, 0.25]);
+        let lost = |energies: Vec<f64>| Energy { share: None }.scores(&ErrorCurve::new(energies), (4, 4));
+        let four = lost(vec![8.0, 1.0, 0.75, 0.25]);
+        assert_eq!(four, [10.0, 2.0, 1.0, 0.25]);
         for (share, expected) in [(0.5, 1), (0.79, 1), (0.85, 2), (0.89, 2), (0.97, 3), (1.0, 4)] {
-            assert_eq!(smallest_rank(&curve, share), expected, "{share}");
+            assert_eq!(smallest_rank(&four, share), expected, "{share}");
         }
-        assert_eq!(smallest_rank(&ErrorCurve::new(vec![0.0; 3]), 0.9), 1);
+        assert_eq!(smallest_rank(&lost(vec![0.0; 3]), 0.9), 1);
     }
 }

@@ -1,4 +1,4 @@
-//! The view that allocators have of a linear, costs and errors, and the rules that they keep.
+//! The view that allocators have of a linear, costs, errors and scores, and the rules that they keep.
 
 use crate::approx::low_rank::ErrorCurve;
 
@@ -90,18 +90,8 @@ pub struct Ladder<'a> {
     pub parameters: &'a [u64],
     /// Cost in parameters of the item as it is.
     pub n_weights: u64,
-    /// For allocators that ask for spectra; the knapsack needs none.
-    pub statistic: Option<Statistic<'a>>,
-}
-
-/// The quantities that WeLore, energy and effective rank are defined by. Errors determine them,
-/// but not to the last bit.
-#[derive(Debug, Clone, Copy)]
-pub struct Statistic<'a> {
-    /// In the metric of `Allocator::spectra`.
-    pub spectrum: &'a ErrorCurve,
-    /// D-Rank's price of a rank: rows plus columns, in any layout.
-    pub rank_price: f64,
+    /// What a published rule goes by, from `Allocator::scores`; empty for other allocators.
+    pub scores: &'a [f64],
 }
 
 /// The candidates of ranks with these costs, from rank 0 up. Errors come from the curve, times
@@ -196,9 +186,5 @@ impl Ladder<'_> {
         let uniform = self.uniform_rank(rules.keep);
         let floor = rules.round_down((rules.floor * uniform as f64) as usize);
         if rules.ends == Ends::Residual { floor } else { floor.max(rules.multiple) }
-    }
-
-    pub(super) fn statistic(&self) -> Statistic<'_> {
-        self.statistic.expect("invariant: an allocator gets the spectra that it asks for")
     }
 }

@@ -1,4 +1,4 @@
-//! Chooses a rank for each linear, under a budget of parameters or bytes, by costs and errors. Each allocator is one
+//! Chooses a rank for each linear, under a budget of parameters or bytes, by costs, errors and scores. Each allocator is one
 //! file and one line in [`Ranks::allocator`].
 
 mod allocator;
@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 
 pub use allocator::{Allocator, Spectra, cost};
 pub(super) use frontier::{Point, frontier};
-pub use item::{Candidate, Candidates, Ends, Item, Ladder, Pick, Rules, Statistic, candidates_by_rank};
+pub use item::{Candidate, Candidates, Ends, Item, Ladder, Pick, Rules, candidates_by_rank};
 
 /// The choices of `ranks` under the budget, or the smallest ranks if even they exceed it. Free candidates are taken,
 /// which leaves their share of the budget to the other items.
@@ -194,16 +194,24 @@ mod tests {
             self
         }
 
+        /// Without scores.
         pub fn item(&self) -> Item<'_> {
-            let (m, n) = self.shape;
-            let ladder = Ladder {
-                candidates: &self.candidates,
-                parameters: &self.parameters,
-                n_weights: (m * n) as u64,
-                statistic: Some(Statistic { spectrum: &self.spectrum, rank_price: (m + n) as f64 }),
-            };
+            self.scored(&[])
+        }
+
+        fn scored<'a>(&'a self, scores: &'a [f64]) -> Item<'a> {
+            let n_weights = (self.shape.0 * self.shape.1) as u64;
+            let ladder = Ladder { candidates: &self.candidates, parameters: &self.parameters, n_weights, scores };
             Item { dense_cost: self.dense_cost, candidates: Candidates::Ranks(ladder) }
         }
+    }
+
+    /// The picks of an allocator that has its scores.
+    pub(super) fn picks(ranks: Ranks, linears: &[Linear], rules: &Rules) -> Vec<Pick> {
+        let scores = |linear: &Linear| ranks.allocator().scores(&linear.spectrum, linear.shape);
+        let scores: Vec<Vec<f64>> = linears.iter().map(scores).collect();
+        let items: Vec<Item<'_>> = linears.iter().zip(&scores).map(|(linear, scores)| linear.scored(scores)).collect();
+        allocate(ranks, &items, rules)
     }
 
     /// Shape, spectrum and sensitivity of a linear.
@@ -265,7 +273,7 @@ mod tests {
         assert_eq!(knapsack(5), [Pick::Candidate(5), Pick::Candidate(0)]);
         assert_eq!(knapsack(80), [Pick::Candidate(40), Pick::Candidate(40)]);
         for ranks in BUDGETED {
-            let picks = allocate(ranks, &items, &rules(80 * 60));
+            let picks = picks(ranks, &linears, &rules(80 * 60));
             assert!(picks.iter().all(|pick| matches!(pick, Pick::Candidate(_))), "{ranks}: {picks:?}");
         }
     }
@@ -282,7 +290,7 @@ mod tests {
                 let items: Vec<Item<'_>> = linears.iter().map(Linear::item).collect();
                 for ranks in BUDGETED {
                     let rules = Rules { floor, multiple, fill: in_bytes, ..Rules::of_keep(&items, keep) };
-                    let picks = allocate(ranks, &items, &rules);
+                    let picks = picks(ranks, &linears, &rules);
                     prop_assert_eq!(picks.len(), items.len());
                     // Every linear keeps its smallest rank, even if a very small budget cannot pay for it.
                     let smallest = |ladder: &Ladder<'_>| ladder.pick(ladder.smallest_rank(&rules), &rules);
@@ -320,7 +328,7 @@ mod tests {
                 let items: Vec<Item<'_>> = linears.iter().map(Linear::item).collect();
                 let rules = Rules::of_keep(&items, keep);
                 let spend = |ranks| {
-                    let picks = allocate(ranks, &items, &rules);
+                    let picks = picks(ranks, &linears, &rules);
                     let error: f64 = items.iter().zip(&picks).map(|(item, &pick)| item.error(pick)).sum();
                     (cost(&items, &picks), error)
                 };

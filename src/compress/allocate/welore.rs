@@ -17,15 +17,21 @@ impl Allocator for Welore {
         Spectra::Plain
     }
 
+    /// Singular values mapped to [0, 1], descending; all 1 if they are equal.
+    fn scores(&self, spectrum: &ErrorCurve, _: (usize, usize)) -> Vec<f64> {
+        let values: Vec<f64> = spectrum.singular_values().collect();
+        let (max, min) = (values.first().copied().unwrap_or(0.0), values.last().copied().unwrap_or(0.0));
+        let span = max - min;
+        values.into_iter().map(|s| if span > 0.0 { (s - min) / span } else { 1.0 }).collect()
+    }
+
     fn choices(&self, items: &[Item<'_>], rules: &Rules) -> Vec<Pick> {
-        let normalized: Vec<Vec<f64>> =
-            items.iter().map(|item| normalize(item.ladder().statistic().spectrum)).collect();
         let at = |k: f64| -> Vec<Pick> {
-            let rank = |values: &Vec<f64>| values.partition_point(|&s| s >= k).max(1);
-            normalized.iter().zip(items).map(|(values, item)| item.ladder().pick(rank(values), rules)).collect()
+            let ladders = items.iter().map(Item::ladder);
+            ladders.map(|ladder| ladder.pick(ladder.scores.partition_point(|&s| s >= k).max(1), rules)).collect()
         };
         // Ranks change only where k passes a singular value, so bisect over those.
-        let mut thresholds: Vec<f64> = normalized.concat();
+        let mut thresholds: Vec<f64> = items.iter().flat_map(|item| item.ladder().scores).copied().collect();
         thresholds.sort_by(f64::total_cmp);
         thresholds.dedup();
         let first = thresholds.partition_point(|&k| cost(items, &at(k)) > rules.budget);
@@ -33,17 +39,10 @@ impl Allocator for Welore {
     }
 }
 
-/// Singular values mapped to [0, 1], descending; all 1 if they are equal.
-fn normalize(spectrum: &ErrorCurve) -> Vec<f64> {
-    let values: Vec<f64> = spectrum.singular_values().collect();
-    let (max, min) = (values.first().copied().unwrap_or(0.0), values.last().copied().unwrap_or(0.0));
-    let span = max - min;
-    values.into_iter().map(|s| if span > 0.0 { (s - min) / span } else { 1.0 }).collect()
-}
-
 #[cfg(test)]
 mod tests {
-    use super::super::tests::Linear;
+    use super::super::Ranks;
+    use super::super::tests::{Linear, picks};
     use super::*;
     use crate::operator::{Kind, Shape};
 
@@ -57,7 +56,7 @@ mod tests {
         let flat = ErrorCurve::new((0..40).map(|i| 1.0 - 0.01 * f64::from(i)).collect());
         let linears = [linear((40, 40), steep), linear((40, 40), flat)];
         let items: Vec<Item<'_>> = linears.iter().map(Linear::item).collect();
-        let choices = Welore.choices(&items, &Rules::of_keep(&items, 0.7));
+        let choices = picks(Ranks::Welore, &linears, &Rules::of_keep(&items, 0.7));
         let Pick::Candidate(rank) = choices[0] else { panic!("the steep one is factored") };
         assert!(rank < 10, "{rank}");
         assert_eq!(choices[1], Pick::Dense);
@@ -71,7 +70,7 @@ mod tests {
         let items: Vec<Item<'_>> = linears.iter().map(Linear::item).collect();
         let mut last = vec![0; 3];
         for keep in [0.1, 0.3, 0.5, 0.7, 0.9, 1.0] {
-            let choices = Welore.choices(&items, &Rules::of_keep(&items, keep));
+            let choices = picks(Ranks::Welore, &linears, &Rules::of_keep(&items, keep));
             let costs: Vec<u64> = choices.iter().zip(&items).map(|(&c, item)| item.cost(c)).collect();
             assert!(costs.iter().zip(&last).all(|(now, before)| now >= before), "{keep}: {costs:?}");
             last = costs;

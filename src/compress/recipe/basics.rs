@@ -1,10 +1,12 @@
 //! The settings of a recipe on which others depend, with their defaults.
 
+use std::num::NonZeroUsize;
 use std::path::Path;
 
 use anyhow::Result;
 
-use super::approach::{Limit, RankSteps};
+use super::allocation::RankSteps;
+use super::limit::Limit;
 use super::settings::DEFAULT_SHARD_BYTES;
 use crate::calibrate::WindowSettings;
 use crate::compress::allocate::Ranks;
@@ -102,13 +104,13 @@ impl Basics {
 
 fn rank_steps(options: &RecipeOptions, ranks: Ranks) -> Result<RankSteps> {
     let floor = share("--rank-floor", options.rank_floor, 0.0)?;
-    match options.rank_multiple.unwrap_or(1) {
-        0 => Err(usage("`--rank-multiple` must be at least 1", "remove it for ranks of any size")),
+    match NonZeroUsize::new(options.rank_multiple.unwrap_or(1)) {
+        None => Err(usage("`--rank-multiple` must be at least 1", "remove it for ranks of any size")),
         _ if floor > 0.0 && ranks == Ranks::Uniform => {
             let message = "`--rank-floor` has no effect with `--ranks uniform`";
             Err(usage(message, "remove it: every rank is the uniform one"))
         }
-        multiple => Ok(RankSteps { floor, multiple }),
+        Some(multiple) => Ok(RankSteps { floor, multiple }),
     }
 }
 

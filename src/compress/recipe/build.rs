@@ -2,16 +2,17 @@
 
 use anyhow::Result;
 
-use super::approach::{Approach, Limit, Quantizers};
+use super::approach::{Approach, Linears, MetricSettings, Replacement};
+use super::bases::Quantizers;
 use super::basics::{Basics, REMOVE_ONE, max_shard_bytes, share, usage, windows};
 use super::embeddings::embeddings;
+use super::limit::Limit;
 use super::low_rank::low_rank;
 use super::patterns::Patterns;
 use super::quantized::quantized;
 use super::settings::Recipe;
 use crate::calibrate::{Needs, WindowSettings};
-use crate::compress::options::{Embeddings, Fused, RecipeOptions};
-use crate::compress::presets::Method;
+use crate::compress::options::{Fused, RecipeOptions};
 use crate::compress::scale::{DepthWeight, Sensitivity};
 
 impl Recipe {
@@ -21,64 +22,51 @@ impl Recipe {
     /// A value is out of range, or two options contradict each other.
     pub fn new(options: &RecipeOptions) -> Result<Self> {
         let basics = Basics::of(options)?;
+        if basics.limit == Some(Limit::Keep(1.0)) && basics.ranks.is_budgeted() && options.quant.is_empty() {
+            // The other settings are checked under a budget below 1, so that a script may vary the budget alone.
+            let reduced = Self::new(&RecipeOptions { keep: Some(1.0 - f64::EPSILON), ..options.clone() })?;
+            return Ok(Self { approach: Approach::Dense(basics.format), ..reduced });
+        }
         let preset = basics.method.preset();
-        let recipe = Self {
+        let metric = MetricSettings {
             method: basics.method,
             damping_input: share("--damping-input", options.damping_input, preset.damping)?,
             damping_output: share("--damping-output", options.damping_output, preset.damping)?,
             clip_gradients: options.clip_gradients.unwrap_or(false),
-            fused: options.fused.unwrap_or_default(),
-            embeddings: embeddings(options, &basics)?,
-            targets: Patterns::new("`--targets`", &options.targets)?,
-            exclude: Patterns::new("`--exclude`", &options.exclude)?,
-            format: basics.format,
             calibration: window_settings(options)?,
             statistics: options.statistics.clone(),
+        };
+        let linears = match Quantizers::new(options.quant.clone()) {
+            None => Linears::LowRank(low_rank(options, &basics)?),
+            Some(menu) => Linears::Quantized(quantized(options, &basics, menu)?, basics.format),
+        };
+        let replacement = Replacement { linears, embeddings: embeddings(options, &basics)?, metric };
+        let recipe = Self {
+            approach: Approach::Replace(Box::new(replacement)),
+            fused: options.fused.unwrap_or_default(),
+            targets: Patterns::new("`--targets`", &options.targets)?,
+            exclude: Patterns::new("`--exclude`", &options.exclude)?,
             max_shard_bytes: max_shard_bytes(options)?,
-            approach: match Quantizers::new(options.quant.clone()) {
-                None => Approach::LowRank(low_rank(options, &basics)?),
-                Some(menu) => Approach::Quantized(quantized(options, &basics, menu)?),
-            },
         };
         recipe.check_format(basics.limit)?;
         recipe.check_data()?;
-        let is_whole = basics.limit == Some(Limit::Keep(1.0)) && basics.ranks.is_budgeted() && options.quant.is_empty();
-        Ok(if is_whole { recipe.into_dense() } else { recipe })
-    }
-
-    /// The recipe that keeps everything, for which nothing is measured. Its other settings were checked, so that a
-    /// script may vary the budget alone.
-    fn into_dense(self) -> Self {
-        let method = Method::Svd;
-        let (damping_input, damping_output) = (method.preset().damping, method.preset().damping);
-        let approach = Approach::Dense;
-        Self {
-            method,
-            approach,
-            damping_input,
-            damping_output,
-            clip_gradients: false,
-            embeddings: Embeddings::Keep,
-            calibration: None,
-            statistics: None,
-            ..self
-        }
+        Ok(recipe)
     }
 
     /// Checks the format against the other settings.
     fn check_format(&self, limit: Option<Limit>) -> Result<()> {
-        let format = self.format.name();
-        if matches!(limit, Some(Limit::Bytes(_))) && self.format.stores_whole_weights() {
+        let format = self.format().name();
+        if matches!(limit, Some(Limit::Bytes(_))) && self.format().stores_whole_weights() {
             return Err(usage(
                 format!("`--target-size` cannot be combined with `--format {format}`, which stores full-size weights"),
                 "choose a format that stores the compressed weights, such as `--format factored`",
             ));
         }
-        if self.fused == Fused::Split && !self.format.stores_operators() {
+        if self.fused == Fused::Split && !self.format().stores_operators() {
             let message = format!("`--fused split` cannot be combined with `--format {format}`");
             return Err(usage(message, "only `--format factored` stores the parts of a fused matrix separately"));
         }
-        if self.fused == Fused::Split && self.statistics.is_some() {
+        if self.fused == Fused::Split && self.statistics().is_some() {
             return Err(usage(
                 "`--statistics` cannot be combined with `--fused split`: the file covers whole matrices",
                 "measure the parts in this run, with `--calibration`",
@@ -89,21 +77,21 @@ impl Recipe {
 
     /// Checks that the recipe uses all its data, and has all the data that it uses.
     fn check_data(&self) -> Result<()> {
-        if self.statistics.is_some() && self.needs() == Needs::default() {
+        if self.statistics().is_some() && self.needs() == Needs::default() {
             return Err(usage(
                 "`--statistics` has no effect in this recipe: nothing in it uses activations or gradients",
                 "did you mean `--method kfac`?",
             ));
         }
-        if self.clip_gradients && !(self.measures_statistics() && self.needs().output_gram) {
+        if self.clips_gradients() && !(self.measures_statistics() && self.needs().output_gram) {
             return Err(usage(
                 "`--clip-gradients` has no effect: this recipe measures no Gram of gradients",
                 "`--method kfac` with `--calibration` measures one",
             ));
         }
-        match (&self.calibration, self.uses_text()) {
+        match (self.calibration(), self.uses_text()) {
             (None, true) => Err(self.missing_text()),
-            (Some(_), false) if self.statistics.is_some() => Err(usage(
+            (Some(_), false) if self.statistics().is_some() => Err(usage(
                 "`--calibration` has no effect with `--statistics` in this recipe: nothing in it runs a text through the model",
                 REMOVE_ONE,
             )),
@@ -130,7 +118,7 @@ impl Recipe {
                 "a text is run through the model, which `--statistics` cannot replace",
             );
         }
-        let (method, compensate) = (self.method, self.compensate());
+        let (method, compensate) = (self.method(), self.compensate());
         let mut of_statistics = Vec::new();
         if method.preset().needs() != Needs::default() {
             of_statistics.push(format!("`--method {}`", method.name()));

@@ -2,8 +2,8 @@
 
 use anyhow::Result;
 
-use super::approach::{Approach, Bases, Limit};
 use super::basics::{Basics, usage};
+use super::limit::Limit;
 use super::settings::Recipe;
 use crate::compress::allocate::Ranks;
 use crate::compress::options::{Embeddings, RecipeOptions};
@@ -61,24 +61,23 @@ fn obstacle(options: &RecipeOptions, basics: &Basics, embeddings: Embeddings) ->
 impl Recipe {
     /// How the embedding table and the head are stored.
     pub fn embeddings(&self) -> Embeddings {
-        self.embeddings
+        self.approach.replacement().map_or(Embeddings::Keep, |replacement| replacement.embeddings)
     }
 
     /// The quantizers for the matrices of the vocabulary, which have `cols` inputs. Without gradients they have no
     /// metric, and their codes are rounded to nearest; so are those of GPTQ.
     pub(crate) fn table_quants(&self, cols: usize) -> Vec<Quant> {
-        if !self.embeddings.quantizes() {
+        if !self.embeddings().quantizes() {
             return Vec::new();
         }
-        let has_metric = self.method.preset().needs().output_gram;
+        let has_metric = self.method().preset().needs().output_gram;
         let own = self.quant().iter().map(|&quant| match quant {
             Quant::Cd(..) | Quant::CdBlock(_) if has_metric => quant,
             Quant::Gptq(scheme, scale) | Quant::Cd(scheme, scale) => Quant::Rtn(scheme, scale),
             Quant::CdBlock(block_type) => Quant::Block(block_type),
             Quant::Rtn(..) | Quant::Block(_) => quant,
         });
-        let is_chosen = !matches!(self.approach, Approach::Quantized(Bases::Fixed { .. }));
-        let usual: &[&str] = match (is_chosen, self.format) {
+        let usual: &[&str] = match (self.approach.chooses(), self.format()) {
             (false, _) => &[],
             (true, Format::Gguf) => &["q8_0", "q6_k", "q4_k"],
             (true, _) => &["rtn-int8-g64", "rtn-int4-g64", "rtn-int4-g32"],

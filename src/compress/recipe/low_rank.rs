@@ -2,10 +2,11 @@
 
 use anyhow::Result;
 
-use super::approach::{
-    FactorStorage, FloatStorage, KnapsackSettings, LowRankApproach, RankAllocation, RankSteps, Rule, Unordered,
-};
+use super::allocation::{KnapsackSettings, RankAllocation, RankSteps, Rule};
+use super::approach::LowRankApproach;
 use super::basics::{ADD_KNAPSACK, BUDGET_HINT, Basics, REMOVE_ONE, usage};
+use super::limit::Reduction;
+use super::storage::{FactorStorage, FloatStorage, Unordered};
 use crate::compress::allocate::Ranks;
 use crate::compress::options::RecipeOptions;
 use crate::compress::scale::{DepthWeight, Sensitivity};
@@ -14,7 +15,7 @@ use crate::operator::Kind;
 
 /// The approach without `--quant`.
 pub(super) fn low_rank(options: &RecipeOptions, basics: &Basics) -> Result<LowRankApproach> {
-    let rule = rule(basics)?;
+    let allocation = allocation(basics)?;
     if options.compensate.is_some() || options.compensate_rank.is_some() {
         let flag = if options.compensate.is_some() { "--compensate" } else { "--compensate-rank" };
         return Err(usage(
@@ -32,42 +33,40 @@ pub(super) fn low_rank(options: &RecipeOptions, basics: &Basics) -> Result<LowRa
     }
     let storage = storage(options, basics.format)?;
     if options.share.unwrap_or(false) {
-        return shared(basics, rule, storage);
+        return shared(basics, allocation, storage);
     }
-    let RankSteps { floor, multiple } = basics.steps;
-    let allocation = match (rule, basics.ranks) {
-        (Some(rule), _) => RankAllocation::PerLinear { rule, steps: basics.steps },
-        (None, _) if floor > 0.0 || multiple > 1 => {
-            let flag = if floor > 0.0 { "--rank-floor" } else { "--rank-multiple" };
-            let message = format!("`{flag}` has no effect with `--ranks {}`", basics.ranks);
-            return Err(usage(message, "remove it: the rank is fixed"));
-        }
-        (None, Ranks::Fixed(rank)) => RankAllocation::Fixed(rank),
-        (None, _) => unreachable!("invariant: only fixed ranks have no rule"),
-    };
     Ok(LowRankApproach::Separate { allocation, storage, anchor: basics.anchor })
 }
 
 /// The approach with `--share`.
-fn shared(basics: &Basics, rule: Option<Rule>, storage: FactorStorage) -> Result<LowRankApproach> {
+fn shared(basics: &Basics, allocation: RankAllocation, storage: FactorStorage) -> Result<LowRankApproach> {
     let refused = |reason: &str| Err(usage(format!("`--share` cannot be combined with {reason}"), REMOVE_ONE));
-    match (rule, storage, basics.anchor) {
-        (Some(Rule::Knapsack(_)), _, Some(_)) => refused("`--sequential`, which fits every linear by itself"),
-        (Some(Rule::Knapsack(_)), FactorStorage::Quantized(..), None) => refused("`--quant-factors`"),
-        (Some(Rule::Knapsack(knapsack)), FactorStorage::Float(storage), None) => {
-            Ok(LowRankApproach::Shared { knapsack, steps: basics.steps, storage })
-        }
-        _ => Err(usage("`--share` has no effect without `--ranks knapsack`", ADD_KNAPSACK)),
+    let RankAllocation::PerLinear { rule: Rule::Knapsack(knapsack), steps } = allocation else {
+        return Err(usage("`--share` has no effect without `--ranks knapsack`", ADD_KNAPSACK));
+    };
+    match (storage, basics.anchor) {
+        (_, Some(_)) => refused("`--sequential`, which fits every linear by itself"),
+        (FactorStorage::Quantized(..), None) => refused("`--quant-factors`"),
+        (FactorStorage::Float(storage), None) => Ok(LowRankApproach::Shared { knapsack, steps, storage }),
     }
 }
 
-/// The allocator with its limit; `None` for fixed ranks.
-fn rule(basics: &Basics) -> Result<Option<Rule>> {
-    let limit = || basics.limit.ok_or_else(|| usage("`--keep`, `--target-size` or `--bits` is missing", BUDGET_HINT));
-    Ok(Some(match basics.ranks {
-        Ranks::Fixed(_) => return Ok(None),
+/// The allocator with its limit and the ranks that it may choose.
+fn allocation(basics: &Basics) -> Result<RankAllocation> {
+    let steps @ RankSteps { floor, multiple } = basics.steps;
+    let limit = || {
+        let limit = basics.limit.and_then(Reduction::new);
+        limit.ok_or_else(|| usage("`--keep`, `--target-size` or `--bits` is missing", BUDGET_HINT))
+    };
+    let rule = match basics.ranks {
+        Ranks::Fixed(_) if floor > 0.0 || multiple.get() > 1 => {
+            let flag = if floor > 0.0 { "--rank-floor" } else { "--rank-multiple" };
+            let message = format!("`{flag}` has no effect with `--ranks {}`", basics.ranks);
+            return Err(usage(message, "remove it: the rank is fixed"));
+        }
+        Ranks::Fixed(rank) => return Ok(RankAllocation::Fixed(rank)),
+        Ranks::Uniform => return Ok(RankAllocation::Uniform { limit: limit()?, multiple }),
         Ranks::Energy(Some(share)) => Rule::EnergyShare(share, basics.limit),
-        Ranks::Uniform => Rule::Uniform(limit()?),
         Ranks::Welore => Rule::Welore(limit()?),
         Ranks::Energy(None) => Rule::Energy(limit()?),
         Ranks::EffectiveRank => Rule::EffectiveRank(limit()?),
@@ -76,7 +75,8 @@ fn rule(basics: &Basics) -> Result<Option<Rule>> {
             sensitivity: basics.sensitivity.unwrap_or(Sensitivity::SecondOrder),
             depth_weight: basics.depth_weight,
         }),
-    }))
+    };
+    Ok(RankAllocation::PerLinear { rule, steps })
 }
 
 fn storage(options: &RecipeOptions, format: Format) -> Result<FactorStorage> {
@@ -90,8 +90,8 @@ fn storage(options: &RecipeOptions, format: Format) -> Result<FactorStorage> {
     let unordered = match Unordered::new(layout) {
         _ if !options.elastic.unwrap_or(false) => {
             return Ok(match options.quant_factors {
-                Some(bits) => FactorStorage::Quantized(layout, bits),
-                None => FactorStorage::Float(FloatStorage::Plain(layout)),
+                Some(bits) => FactorStorage::Quantized(layout, bits, format),
+                None => FactorStorage::Float(FloatStorage::Plain(layout, format)),
             });
         }
         _ if options.quant_factors.is_some() => {

@@ -1,22 +1,27 @@
 //! The settings of a compression: [`RecipeOptions`], checked against each other, with the defaults filled in.
 
+mod allocation;
 mod approach;
+mod bases;
 mod basics;
 mod build;
 mod embeddings;
 mod file;
+mod limit;
 mod low_rank;
 mod patterns;
 mod quantized;
 mod settings;
+mod storage;
 #[cfg(test)]
 mod tests;
 
 pub use super::options::{Embeddings, FactorBits, Fused, RecipeOptions};
-pub use approach::{
-    Approach, BaseSensitivity, Bases, Budget, Compensator, FactorStorage, Factors, FloatStorage, KnapsackSettings,
-    Limit, LowRankApproach, Quantizers, RankAllocation, RankSteps, Rule, Unordered,
-};
+pub use allocation::{KnapsackSettings, RankAllocation, RankSteps, Rule};
+pub use approach::{Approach, Linears, LowRankApproach, MetricSettings, Replacement};
+pub use bases::{BaseSensitivity, Bases, Compensator, Factors, Quantizers};
 pub use basics::{DEFAULT_SAMPLES, max_shard_bytes, windows};
+pub use limit::{Budget, Limit, Reduction};
 pub use patterns::Patterns;
 pub use settings::{DEFAULT_SHARD_BYTES, Recipe};
+pub use storage::{FactorStorage, FloatStorage, Unordered};

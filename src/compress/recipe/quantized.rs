@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 
-use super::approach::{BaseSensitivity, Bases, Compensator, Factors, Quantizers};
+use super::bases::{BaseSensitivity, Bases, Compensator, Factors, Quantizers};
 use super::basics::{Basics, usage};
 use crate::compress::allocate::Ranks;
 use crate::compress::compensate::CompensateRank;
@@ -86,7 +86,7 @@ fn check_low_rank_flags(options: &RecipeOptions, basics: &Basics) -> Result<()> 
     let given = [
         ("--ranks", basics.ranks != Ranks::Knapsack),
         ("--rank-floor", basics.steps.floor > 0.0),
-        ("--rank-multiple", basics.steps.multiple > 1),
+        ("--rank-multiple", basics.steps.multiple.get() > 1),
         (&format!("--layout {}", layout.unwrap_or_default().name()), layout.is_some()),
         ("--elastic", options.elastic == Some(true)),
         ("--sequential", basics.anchor.is_some()),

@@ -4,7 +4,8 @@ use std::path::{Path, PathBuf};
 
 use bytesize::ByteSize;
 
-use super::approach::{Approach, Budget};
+use super::approach::Approach;
+use super::limit::Budget;
 use super::patterns::Patterns;
 use crate::calibrate::{Needs, WindowSettings};
 use crate::checkpoint::Dtype;
@@ -35,36 +36,65 @@ pub const DEFAULT_SHARD_BYTES: u64 = 4_000_000_000;
 /// ```
 #[derive(Debug, Clone)]
 pub struct Recipe {
-    /// Defines the metric of the approximation, or of the reported errors if bases are quantized.
-    pub(crate) method: Method,
-    /// How the linears are replaced, with the allocation and the budget.
-    pub(crate) approach: Approach,
-    /// Damping of input Grams, as a share of their mean eigenvalue, in [0, 1].
-    pub(crate) damping_input: f64,
-    /// The same for Grams of output gradients.
-    pub(crate) damping_output: f64,
-    /// Whether per-token gradients are clipped to 0.1 to 10 times their mean norm.
-    pub(crate) clip_gradients: bool,
+    /// What happens to the linears, with the budget and the format.
+    pub(super) approach: Approach,
     /// Whether fused matrices are split.
     pub(crate) fused: Fused,
-    /// How the embedding table and the head are stored.
-    pub(crate) embeddings: Embeddings,
     /// The linears to compress; without a pattern all but heads and routers.
     pub(crate) targets: Patterns,
     /// Exceptions from `targets`.
     pub(crate) exclude: Patterns,
-    /// The format of the output.
-    pub(crate) format: Format,
-    /// The text that is run through the model; `None` if the weights alone, or `statistics`, suffice.
-    pub(crate) calibration: Option<WindowSettings>,
-    /// A file of `lrc calibrate` in place of a forward and a backward pass.
-    pub(crate) statistics: Option<PathBuf>,
     /// Largest size of a file of weights, except for a tensor that is larger by itself.
     pub(crate) max_shard_bytes: u64,
 }
 
 /// The settings of the approach, with neutral values for those that it lacks.
 impl Recipe {
+    /// What happens to the linears.
+    pub fn approach(&self) -> &Approach {
+        &self.approach
+    }
+
+    /// Whether every linear stays as it is.
+    pub fn is_dense(&self) -> bool {
+        matches!(self.approach, Approach::Dense(_))
+    }
+
+    /// The format of the output.
+    pub fn format(&self) -> Format {
+        self.approach.format()
+    }
+
+    /// The method that defines the metric of the approximation, or of the reported errors if bases are quantized.
+    pub fn method(&self) -> Method {
+        self.approach.metric().map_or(Method::Svd, |metric| metric.method)
+    }
+
+    /// Damping of input Grams, as a share of their mean eigenvalue.
+    pub fn damping_input(&self) -> f64 {
+        self.approach.metric().map_or(0.0, |metric| metric.damping_input)
+    }
+
+    /// The same for Grams of output gradients.
+    pub fn damping_output(&self) -> f64 {
+        self.approach.metric().map_or(0.0, |metric| metric.damping_output)
+    }
+
+    /// Whether per-token gradients are clipped to 0.1 to 10 times their mean norm.
+    pub fn clips_gradients(&self) -> bool {
+        self.approach.metric().is_some_and(|metric| metric.clip_gradients)
+    }
+
+    /// The text that is run through the model; `None` if the weights alone, or statistics, suffice.
+    pub fn calibration(&self) -> Option<&WindowSettings> {
+        self.approach.metric()?.calibration.as_ref()
+    }
+
+    /// A file of `lrc calibrate` in place of a forward and a backward pass.
+    pub fn statistics(&self) -> Option<&Path> {
+        self.approach.metric()?.statistics.as_deref()
+    }
+
     /// The allocator.
     pub fn ranks(&self) -> Ranks {
         self.approach.ranks()
@@ -97,7 +127,7 @@ impl Recipe {
 
     /// Ranks are multiples of this.
     pub fn rank_multiple(&self) -> usize {
-        self.approach.rank_steps().map_or(1, |steps| steps.multiple)
+        self.approach.rank_steps().map_or(1, |steps| steps.multiple.get())
     }
 
     /// Whether pivots are stored with their order of ranks.
@@ -125,7 +155,7 @@ impl Recipe {
     /// loaders require whole groups.
     pub(crate) fn quant_for(&self, quant: Quant, cols: usize) -> Option<Quant> {
         let quant = quant.for_rows(cols)?;
-        let needs_whole_groups = self.quant().len() > 1 && !self.format.stores_all_structures();
+        let needs_whole_groups = self.quant().len() > 1 && !self.format().stores_all_structures();
         Some(if needs_whole_groups { quant.with_dividing_group(cols) } else { quant })
     }
 
@@ -159,7 +189,7 @@ impl Recipe {
 impl Recipe {
     /// Whether factors of linears of `dtype` are rounded with feedback, as those stored in 16 bits are.
     pub fn rounds(&self, dtype: Dtype) -> bool {
-        let is_stored = self.format.stores_operators() && self.quant_factors().is_none();
+        let is_stored = self.format().stores_operators() && self.quant_factors().is_none();
         is_stored && matches!(dtype, Dtype::F16 | Dtype::BF16)
     }
 
@@ -175,40 +205,40 @@ impl Recipe {
 
     /// Files that a run reads in addition to the model.
     pub fn inputs(&self) -> impl Iterator<Item = &Path> {
-        let text = self.calibration.iter().map(|settings| settings.text.as_path());
-        text.chain(self.statistics.as_deref())
+        let text = self.calibration().map(|settings| settings.text.as_path());
+        text.into_iter().chain(self.statistics())
     }
 
     /// Whether the statistics of the metric are measured and not read from a file.
     pub fn measures_statistics(&self) -> bool {
-        self.needs() != Needs::default() && self.statistics.is_none()
+        self.needs() != Needs::default() && self.statistics().is_none()
     }
 
     /// Whether the differences of two models are stored, and not weights.
     pub fn is_residual(&self) -> bool {
-        self.format.stores_residuals()
+        self.format().stores_residuals()
     }
 
     /// The statistics that the metrics and quantizers need.
     pub fn needs(&self) -> Needs {
         let gptq = Needs { input_gram: self.quant().iter().any(|q| q.needs_gram()), ..Needs::default() };
-        let of_method = self.method.preset().needs();
-        let vocabulary = of_method.output_gram && self.embeddings != Embeddings::Keep;
+        let of_method = self.method().preset().needs();
+        let vocabulary = of_method.output_gram && self.embeddings() != Embeddings::Keep;
         let of_tables = Needs { vocabulary, ..Needs::default() };
         of_method.union(self.compensate().preset().needs()).union(gptq).union(of_tables)
     }
 
     /// The complete recipe, with defaults written out, as options from which it can be rebuilt.
     pub fn to_options(&self) -> RecipeOptions {
-        let calibration = self.calibration.as_ref();
-        let preset = self.method.preset();
+        let calibration = self.calibration();
+        let preset = self.method().preset();
         let damping = |form: MetricForm, value: f64| (form == MetricForm::Gram).then_some(value);
         let budget = self.budget();
         let factors = self.approach.factors();
         let steps = self.approach.rank_steps();
         let is_quantized = !self.quant().is_empty();
         // Nothing else has an effect on linears that stay as they are.
-        let is_dense = self.approach == Approach::Dense;
+        let is_dense = self.is_dense();
         RecipeOptions {
             keep: if let Budget::Keep(keep) = budget { Some(keep) } else { None },
             target_size: if let Budget::Bytes(bytes) = budget { Some(ByteSize(bytes)) } else { None },
@@ -217,24 +247,24 @@ impl Recipe {
             compensate: is_quantized.then_some(self.compensate()),
             compensate_rank: factors.map(|factors| factors.rank),
             quant_factors: self.quant_factors(),
-            method: (!is_dense).then_some(self.method),
+            method: (!is_dense).then_some(self.method()),
             ranks: (!is_dense).then(|| self.ranks()),
             layout: (!is_dense && (!is_quantized || factors.is_some())).then(|| self.layout()),
             sensitivity: self.sensitivity(),
             depth_weight: self.sensitivity().map(|_| self.depth_weight()),
             rank_floor: steps.map(|steps| steps.floor),
-            rank_multiple: steps.map(|steps| steps.multiple),
+            rank_multiple: steps.map(|steps| steps.multiple.get()),
             targets: self.targets.texts.clone(),
             exclude: self.exclude.texts.clone(),
-            format: Some(self.format),
+            format: Some(self.format()),
             calibration: calibration.map(|c| c.text.clone()),
-            statistics: self.statistics.clone(),
-            damping_input: damping(preset.input, self.damping_input),
-            damping_output: damping(preset.output, self.damping_output),
-            clip_gradients: self.clip_gradients.then_some(true),
+            statistics: self.statistics().map(PathBuf::from),
+            damping_input: damping(preset.input, self.damping_input()),
+            damping_output: damping(preset.output, self.damping_output()),
+            clip_gradients: self.clips_gradients().then_some(true),
             elastic: self.elastic().then_some(true),
             embeddings: (!is_dense)
-                .then_some(self.embeddings)
+                .then_some(self.embeddings())
                 .filter(|embeddings| *embeddings != Embeddings::Keep || matches!(budget, Budget::Bytes(_))),
             fused: Some(self.fused).filter(|fused| *fused != Fused::default()),
             sequential: (!is_dense).then(|| self.anchor().is_some()),

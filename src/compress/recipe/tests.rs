@@ -1,3 +1,4 @@
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use bytesize::ByteSize;
@@ -182,7 +183,7 @@ fn settings_are_neutral_where_the_approach_has_none() {
     let quantized = recipe("quant = [\"rtn-int4-g32\"]\ncompensate = \"lorc\"\ncompensate-rank = \"4\"");
     assert_eq!((quantized.budget(), quantized.ranks()), (Budget::None, Ranks::Knapsack));
     assert_eq!((quantized.layout(), quantized.anchor(), quantized.elastic()), (Kind::FACTORS, None, false));
-    assert_eq!(quantized.compensate_rank(), CompensateRank::Fixed(4));
+    assert_eq!(quantized.compensate_rank(), CompensateRank::Fixed(NonZeroUsize::new(4).unwrap()));
     let energy = recipe("ranks = \"energy:0.9\"");
     assert_eq!((energy.budget(), energy.rank_multiple()), (Budget::None, 1));
 }
@@ -199,16 +200,16 @@ fn keeping_everything_is_dense_whatever_else_is_said() {
         "keep = 1\nstatistics = \"s\"",
     ] {
         let recipe = recipe(text);
-        assert_eq!(recipe.approach, Approach::Dense, "{text}");
+        assert_eq!(recipe.approach, Approach::Dense(Format::Factored), "{text}");
         assert!(!recipe.measures_statistics() && !recipe.runs_trials() && recipe.inputs().next().is_none(), "{text}");
         let written = toml::to_string(&recipe.to_options()).unwrap();
         assert_eq!(written, "keep = 1.0\nformat = \"factored\"\nmax-shard-size = \"4000000000 B\"\n", "{text}");
-        assert_eq!(Recipe::new(&toml::from_str(&written).unwrap()).unwrap().approach, Approach::Dense);
+        assert!(Recipe::new(&toml::from_str(&written).unwrap()).unwrap().is_dense());
     }
     for text in
         ["keep = 0.999", "keep = 1\nranks = \"energy:0.9\"", "ranks = \"full\"", "keep = 1\nquant = [\"rtn-int4\"]"]
     {
-        assert_ne!(recipe(text).approach, Approach::Dense, "{text}");
+        assert!(!recipe(text).is_dense(), "{text}");
     }
     let keep = || RecipeOptions { keep: Some(1.0), ..Default::default() };
     check(RecipeOptions { clip_gradients: Some(true), ..keep() }, "no Gram of gradients");
@@ -216,9 +217,11 @@ fn keeping_everything_is_dense_whatever_else_is_said() {
 }
 
 #[test]
-fn what_has_no_order_and_what_fits_factors_is_known() {
+fn what_has_no_order_reduces_nothing_or_fits_no_factors_is_known() {
     let unordered: Vec<Kind> = Kind::layouts().filter(|&kind| Unordered::new(kind).is_some()).collect();
     assert!(unordered.contains(&Kind::default()) && !unordered.contains(&Kind::FACTORS));
+    assert_eq!(Reduction::new(Limit::Keep(1.0)), None);
+    assert_eq!(Reduction::new(Limit::Keep(0.5)).map(Reduction::limit), Some(Limit::Keep(0.5)));
     assert_eq!(Compensator::new(Compensate::None), None);
     assert_eq!(Compensator::new(Compensate::Lorc).map(Compensator::method), Some(Compensate::Lorc));
 }

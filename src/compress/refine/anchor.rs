@@ -112,8 +112,9 @@ impl<'b> Streams<'b> {
         self.decoder.with_weights(overlay).block(self.block_idx)
     }
 
-    /// The moments at one group of sites, all linears before which are in `block`.
-    fn observe(&mut self, block: &Block, group: &[Place]) -> Result<Vec<Moments>> {
+    /// The moments at one group of sites, all linears before which are in `compressed`, or in the source's block.
+    fn observe(&mut self, compressed: Option<&Block>, group: &[Place]) -> Result<Vec<Moments>> {
+        let block = compressed.unwrap_or(&self.dense);
         // The last linears of the source run as soon as their inputs are known. The last linears of the compressed
         // model are not fitted yet, and experts are not a pause: their inputs follow from the inputs of gate and up.
         let [source, shifted] = match group[0].site {
@@ -147,8 +148,9 @@ impl Anchor {
         let mut made: Vec<Anchored> = Vec::new();
         let places = places(solution, &solution.compressed_in(block_idx))?;
         for group in groups(&places, solution.study.session.limits.activation_bytes) {
-            let block = streams.compressed(&solution.overlay(&done)?)?;
-            let moments = streams.observe(&block, group)?;
+            let is_changed = !done.is_empty();
+            let block = is_changed.then(|| streams.compressed(&solution.overlay(&done)?)).transpose()?;
+            let moments = streams.observe(block.as_ref(), group)?;
             for (place, moments) in group.iter().zip(moments) {
                 // An expert that sees too few tokens keeps its fit.
                 let is_enough = place.site.expert().is_none() || moments.n_seen >= place.n;
@@ -281,7 +283,7 @@ impl Moments {
     /// The fits of the linears `here`.
     fn approximate(&self, solution: &Solution<'_>, here: &[usize], mu: f64) -> Result<Vec<Refit>> {
         let invertible = shifted(self.shifted.clone(), DAMPING * mean_diagonal(&self.shifted));
-        let input = Metric::damped(self.shifted.clone(), solution.study.recipe.damping_input);
+        let input = Metric::damped(self.shifted.clone(), solution.study.recipe.damping_input());
         let one = |&i: &usize| {
             let Choice::Fitted { rank, .. } = solution.choices[i] else {
                 unreachable!("invariant: what is anchored is of low rank")

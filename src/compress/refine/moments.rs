@@ -3,9 +3,9 @@
 
 use anyhow::Result;
 use candle_core::Tensor;
-use faer::Mat;
+use faer::{Mat, MatRef};
 
-use crate::device::to_host;
+use crate::device::{DeviceSum, is_host, to_host};
 use crate::linalg;
 use crate::model::{Block, Experts, InputSite, Passes, Walk};
 
@@ -61,13 +61,10 @@ impl Moments {
                     addends
                 })
             },
-            |_, addends: Vec<Addend>| {
-                addends.into_iter().for_each(|addend| sums[addend.place_idx].add(addend));
-                Ok(())
-            },
+            |_, addends: Vec<Addend>| addends.into_iter().try_for_each(|addend| sums[addend.place_idx].add(addend)),
         )?;
         let scale = 1.0 / walk.n_tokens().max(1) as f64;
-        Ok(sums.into_iter().map(|sums| sums.scaled(scale)).collect())
+        sums.into_iter().map(|sums| sums.scaled(scale)).collect()
     }
 }
 
@@ -76,24 +73,42 @@ struct Sums {
     cross: Mat<f64>,
     /// The lower triangle, row by row.
     shifted: Vec<f64>,
+    /// Both, (n, n), where the model runs on another device than the host.
+    on_device: Option<[DeviceSum; 2]>,
     n_seen: usize,
 }
 
 impl Sums {
     fn zeros(n: usize) -> Self {
-        Self { cross: Mat::zeros(n, n), shifted: vec![0.0; n * (n + 1) / 2], n_seen: 0 }
+        Self { cross: Mat::zeros(n, n), shifted: vec![0.0; n * (n + 1) / 2], on_device: None, n_seen: 0 }
     }
 
-    fn add(&mut self, addend: Addend) {
+    fn add(&mut self, addend: Addend) -> Result<()> {
         self.n_seen += addend.n_seen;
-        let Products { cross, shifted } = addend.inputs.products(self.cross.nrows());
-        linalg::add_all(&mut self.cross, &cross);
-        linalg::add_f32(&mut self.shifted, &shifted);
+        match (addend.inputs.products(self.cross.nrows()), &mut self.on_device) {
+            (Products::OnHost { cross, shifted }, _) => {
+                linalg::add_all(&mut self.cross, &cross);
+                linalg::add_f32(&mut self.shifted, &shifted);
+            }
+            (Products::OnDevice([cross, shifted]), Some(sums)) => {
+                sums[0].add(&cross)?;
+                sums[1].add(&shifted)?;
+            }
+            (Products::OnDevice([cross, shifted]), none) => {
+                *none = Some([DeviceSum::of(&cross)?, DeviceSum::of(&shifted)?]);
+            }
+        }
+        Ok(())
     }
 
-    fn scaled(self, scale: f64) -> Moments {
-        let shifted = linalg::unpack_lower(&self.shifted, self.cross.nrows(), scale);
-        Moments { cross: self.cross * faer::Scale(scale), shifted, n_seen: self.n_seen }
+    fn scaled(mut self, scale: f64) -> Result<Moments> {
+        let n = self.cross.nrows();
+        if let Some([cross, shifted]) = &self.on_device {
+            self.cross = MatRef::from_row_major_slice(&cross.values()?, n, n).to_owned();
+            shifted.add_lower_to(&mut self.shifted)?;
+        }
+        let shifted = linalg::unpack_lower(&self.shifted, n, scale);
+        Ok(Moments { cross: self.cross * faer::Scale(scale), shifted, n_seen: self.n_seen })
     }
 }
 
@@ -111,19 +126,33 @@ enum StreamInputs {
     Products(Products),
 }
 
-struct Products {
-    /// `x x̂ᵀ` (n, n).
-    cross: Mat<f32>,
-    /// The lower triangle of `x̂ x̂ᵀ` (n, n), row by row.
-    shifted: Vec<f32>,
+enum Products {
+    OnHost {
+        /// `x x̂ᵀ` (n, n).
+        cross: Mat<f32>,
+        /// The lower triangle of `x̂ x̂ᵀ` (n, n), row by row.
+        shifted: Vec<f32>,
+    },
+    /// Both, (n, n).
+    OnDevice([Tensor; 2]),
 }
 
 impl StreamInputs {
+    /// The inputs `x` and `shifted` (n_seen, n); away from the host they are multiplied where they are.
+    fn of(x: &Tensor, shifted: &Tensor) -> Result<Self> {
+        if is_host(x.device()) {
+            return Ok(Self::Rows([to_host(x)?, to_host(shifted)?]));
+        }
+        let (x, shifted) = (x.contiguous()?, shifted.contiguous()?);
+        let products = [x.t()?.matmul(&shifted)?, shifted.t()?.matmul(&shifted)?];
+        Ok(Self::Products(Products::OnDevice(products)))
+    }
+
     fn products(self, n: usize) -> Products {
         match self {
             Self::Rows([x, shifted]) => {
                 let cross = linalg::cross_f32(&x, &shifted, n);
-                Products { cross, shifted: linalg::gram_f32(&shifted, shifted.len() / n, n) }
+                Products::OnHost { cross, shifted: linalg::gram_f32(&shifted, shifted.len() / n, n) }
             }
             Self::Products(products) => products,
         }
@@ -148,16 +177,49 @@ impl Addend {
                 (Some(_), ..) => continue,
                 (None, ..) => [x.clone(), shifted.clone()],
             };
-            addends.push(Self {
-                place_idx,
-                n_seen: x.dim(0)?,
-                inputs: StreamInputs::Rows([to_host(&x)?, to_host(&shifted)?]),
-            });
+            addends.push(Self { place_idx, n_seen: x.dim(0)?, inputs: StreamInputs::of(&x, &shifted)? });
         }
         Ok(addends)
     }
 
     fn multiplied(self, places: &[Place]) -> Self {
         Self { inputs: StreamInputs::Products(self.inputs.products(places[self.place_idx].n)), ..self }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::device::elsewhere;
+    use crate::model::{self, Decoder, Overlay, WalkLimits};
+
+    #[test]
+    fn moments_on_a_device_are_those_of_the_host() {
+        let checkpoint = model::open(Path::new("fixtures/pico/llama")).unwrap();
+        let decoder = Decoder::open(&checkpoint).unwrap();
+        let name = "model.embed_tokens.weight";
+        let table = crate::model::Weights::tensor(&checkpoint, name).unwrap();
+        let above = [(name.to_string(), (table.clone() * 1.25).unwrap() + table.sin().unwrap())];
+        let above = above.map(|(name, table)| (name, table.unwrap())).into();
+        let overlay = Overlay { below: &checkpoint, above };
+        let shifted = decoder.with_weights(&overlay);
+        let windows: Vec<Vec<u32>> = [9, 9, 14].iter().map(|&n| (0..n).map(|i| (i * i + n) % 32).collect()).collect();
+        let observe = || {
+            let walk = Walk::new(&decoder, &windows, &WalkLimits::new(1 << 30, std::env::temp_dir())).unwrap();
+            let block = decoder.block(0).unwrap();
+            let begin = |decoder: &Decoder<'_>| Passes::begin(&walk, walk.embed(decoder).unwrap(), &block).unwrap();
+            let passes = [begin(&decoder), begin(&shifted)];
+            let [source, shifted] = passes.each_ref().map(|passes| Stream { block: &block, passes });
+            let place = |site| Place { site, n: 16, readers: vec![0], anchored: vec![0] };
+            Moments::observe(&walk, source, shifted, &[place(InputSite::Qkv), place(InputSite::Qkv)]).unwrap()
+        };
+        for (found, expected) in elsewhere(observe).into_iter().zip(observe()) {
+            assert_eq!(found.n_seen, expected.n_seen);
+            for (found, expected) in [(found.cross, expected.cross), (found.shifted, expected.shifted)] {
+                assert!((&found - &expected).norm_l2() < 1e-5 * expected.norm_l2());
+            }
+        }
     }
 }

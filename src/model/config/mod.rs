@@ -240,7 +240,11 @@ impl ModelConfig {
         Ok((config, architecture))
     }
 
-    fn parse(fields: &Map<String, Value>, architecture: &Architecture, path: &Path) -> Result<Self> {
+    /// A config from its fields; `path` is named in errors. Deserialized in another way, a config has no widths.
+    ///
+    /// # Errors
+    /// A field is missing or of another type, or the fields contradict each other.
+    pub fn parse(fields: &Map<String, Value>, architecture: &Architecture, path: &Path) -> Result<Self> {
         let mut config: Self = fields::read(&in_common_words(fields, architecture)).map_err(|(field, reason)| {
             // The name of the field in this config.
             let own = architecture.aliases.iter().find(|(own, common)| *common == field && fields.contains_key(*own));

@@ -1,7 +1,7 @@
 //! Attention: over all past tokens, a window of them, or in both directions.
 
 use anyhow::Result;
-use candle_core::{CpuStorage, CustomOp3, D, Layout, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp3, D, DType, Layout, Shape, Tensor};
 use candle_nn::ops::softmax;
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
@@ -9,7 +9,7 @@ use pulp::Arch;
 use rayon::prelude::*;
 
 use super::kernel::{has_kernel, like, slice};
-use crate::device::to_host;
+use crate::device::{Device, to_host};
 use crate::model::softmax::softmax_in_place;
 
 /// Mixes values by `softmax(q kᵀ)`. Shapes: `q` (batch, heads, n_tokens, head_dim), `k` and `v` (batch, kv_heads,
@@ -33,12 +33,11 @@ pub(super) fn portable_attend(q: &Tensor, k: &Tensor, v: &Tensor, scoring: Scori
         Some(cap) => ((scores / cap)?.tanh()? * cap)?,
         None => scores,
     };
-    let mut mask = vec![f32::NEG_INFINITY; n_tokens * n_tokens];
-    for (query, row) in mask.chunks_exact_mut(n_tokens).enumerate() {
-        row[scoring.seen(query, n_tokens)].fill(0.0);
-    }
-    let mask = Tensor::from_vec(mask, (n_tokens, n_tokens), q.device())?;
-    let weights = softmax(&scores.broadcast_add(&mask)?, D::Minus1)?;
+    let scores = match scoring.mask(n_tokens, q.device())? {
+        Some(mask) => scores.broadcast_add(&mask)?,
+        None => scores,
+    };
+    let weights = softmax(&scores, D::Minus1)?;
     let weights = weights.reshape((n_groups, heads_per_group * n_tokens, n_tokens))?;
     let mixed = weights.matmul(&v.reshape((n_groups, n_tokens, head_dim))?)?;
     Ok(mixed.reshape((batch, n_heads, n_tokens, head_dim))?)
@@ -68,6 +67,23 @@ impl Scoring {
         }
         let end = position + 1;
         self.window.map_or(0, |window| end.saturating_sub(window))..end
+    }
+
+    /// What is added to the scores of queries (rows) and keys (columns), (n_tokens, n_tokens): 0 where a key is seen,
+    /// else −∞. `None` if every query sees all keys. It is made on the device, of two short vectors.
+    fn mask(self, n_tokens: usize, device: &Device) -> Result<Option<Tensor>> {
+        if self.is_bidirectional {
+            return Ok(None);
+        }
+        let positions = Tensor::arange(0f32, n_tokens as f32, device)?;
+        let (queries, keys) = (positions.unsqueeze(1)?, positions.unsqueeze(0)?);
+        let mut is_hidden = keys.broadcast_gt(&queries)?;
+        if let Some(window) = self.window {
+            let is_past = (keys + window as f64)?.broadcast_le(&queries)?;
+            is_hidden = is_hidden.maximum(&is_past)?;
+        }
+        let seen = Tensor::zeros((n_tokens, n_tokens), DType::F32, device)?;
+        Ok(Some(is_hidden.where_cond(&Tensor::full(f32::NEG_INFINITY, seen.shape(), device)?, &seen)?))
     }
 
     /// Converts scores (n_rows, n_keys) of the queries from `first` on into weights, in place.

@@ -2,19 +2,11 @@
 
 use candle_core::{CpuStorage, Layout, Tensor, bail};
 
-#[cfg(test)]
-thread_local! {
-    /// Whether this thread runs portable forms, as another device would.
-    pub(super) static ARE_PORTABLE: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
-}
+use crate::device::is_host;
 
 /// Whether operations have kernels where their input is.
 pub(super) fn has_kernel(x: &Tensor) -> bool {
-    #[cfg(test)]
-    if ARE_PORTABLE.get() {
-        return false;
-    }
-    x.device().is_cpu()
+    is_host(x.device())
 }
 
 /// Number of partial sums of a row.

@@ -7,30 +7,20 @@
 //! width.
 
 mod attention;
+mod finite;
 mod gate;
 mod kernel;
+mod likelihood;
 mod norm;
 mod rope;
 
-use anyhow::Result;
-use candle_core::Tensor;
-
-use crate::device::to_host;
 pub(super) use attention::{Scoring, attend};
+pub use finite::is_finite;
+pub(super) use finite::non_finite_window;
 pub(super) use gate::gated;
+pub(super) use likelihood::{likelihood_gradient, negative_log_likelihoods, not_finite};
 pub(super) use norm::{layer_norm, rms_norm};
 pub(super) use rope::rope;
-
-/// Whether all values are finite, including large values whose squares overflow.
-pub fn is_finite(x: &Tensor) -> Result<bool> {
-    Ok(to_host(x)?.iter().all(|v| v.is_finite()))
-}
-
-/// The first window of a batch, `values` of the shape of `y` (batch, n_tokens, width), with a value that is not finite.
-pub(super) fn non_finite_window(values: &[f32], y: &Tensor) -> Result<Option<usize>> {
-    let n_values = (y.dim(1)? * y.dim(2)?).max(1);
-    Ok(values.iter().position(|value| !value.is_finite()).map(|at| at / n_values))
-}
 
 #[cfg(test)]
 mod tests;

@@ -1,4 +1,4 @@
-//! The documents of a text file. `.jsonl`, `.ndjson`, `.json` and `.parquet` contain several, each in a field or as a
+//! Reads the documents of a text file. `.jsonl`, `.ndjson`, `.json` and `.parquet` contain several, each in a field or as a
 //! conversation; any other file is one document.
 
 use std::path::Path;
