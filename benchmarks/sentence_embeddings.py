@@ -64,7 +64,7 @@ def by_lrc(lrc, model, out, texts):
     return report["pooled"]["cosine_mean"]
 
 
-QUANTIZED = {bits: ["--quant", f"cd-int{bits}-g64"] for bits in (8, 4)}
+QUANTIZED = {bits: ["--quant", f"cd-int{bits}-g64", "--method", "kfac"] for bits in (8, 4)}
 KEPT = {keep: ["--keep", str(keep), "--sequential=false"] for keep in (0.8, 0.6)}
 
 
