@@ -1,4 +1,4 @@
-"""MoDeGPT (arXiv 2408.09632) of a Llama with torch, from the paper's formulas, for comparison: docs/results.md 1.
+"""MoDeGPT (arXiv 2408.09632) of a Llama with torch, from the paper's formulas, for comparison.
 
     python benchmarks/modegpt_torch.py MODEL CALIBRATION_TEXT OUT KEEP...
 

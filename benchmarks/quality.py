@@ -1,4 +1,4 @@
-"""Quality of a causal language model at a share of its parameters: perplexity, divergence, text, seconds, memory. docs/results.md 1.
+"""Quality of a causal language model at a share of its parameters: perplexity, divergence, text, seconds, memory.
 
     python benchmarks/quality.py MODEL FOLDER_OF_TEXTS WORK [LRC]
 

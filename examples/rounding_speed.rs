@@ -11,6 +11,8 @@ use lrc::approx::low_rank::LowRank;
 use lrc::approx::metric::Metric;
 use lrc::checkpoint::Dtype;
 use lrc::operator::{Kind, Side, Sides};
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{RngCore, SeedableRng};
 
 fn main() -> Result<()> {
     let sizes: Vec<usize> = std::env::args().skip(1).map(|arg| arg.parse()).collect::<Result<_, _>>()?;
@@ -28,12 +30,6 @@ fn main() -> Result<()> {
 
 /// Values in [-0.5, 0.5), the same for the same seed.
 fn values(n: usize, seed: u64) -> Vec<f32> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    let mut next = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        (state >> 40) as f32 / (1u64 << 24) as f32 - 0.5
-    };
-    (0..n).map(|_| next()).collect()
+    let mut random = ChaCha8Rng::seed_from_u64(seed);
+    (0..n).map(|_| (random.next_u32() >> 8) as f32 / (1u32 << 24) as f32 - 0.5).collect()
 }

@@ -176,8 +176,9 @@ impl Gptq {
     }
 }
 
-/// Zeros of 3 bits from those of version 1. Earlier gptqmodel subtracted 4 of symmetric zeros, which leaves only zeros; today's
-/// subtracts one.
+/// Zeros of 3 bits from those of version 1. AutoGPTQ and gptqmodel 7.7 subtract one of every code. Earlier gptqmodel
+/// subtracted words that amount to 4 of a symmetric zero: only zeros are left, by which such a matrix is known. Its
+/// asymmetric matrices look like any other, and are read as the library reads them today.
 fn zeros_of_3_bits(stored: Vec<u8>) -> Vec<u8> {
     let step = if stored.iter().all(|&zero| zero == 0) { 4 } else { 1 };
     stored.into_iter().map(|zero| (zero + step) & 7).collect()
