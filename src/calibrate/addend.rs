@@ -79,6 +79,9 @@ impl Addend {
             }
             self.vectors.push((Key::InputMagnitude(site), sums));
         }
+        if needs.input_sum {
+            self.vectors.push((Key::InputSum(site), linalg::column_sums(&values, n)));
+        }
         if needs.input_gram {
             self.add_gram(Key::InputGram(site), (values, n), multiply);
         }
