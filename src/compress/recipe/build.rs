@@ -27,6 +27,7 @@ impl Recipe {
             damping_input: share("--damping-input", options.damping_input, preset.damping)?,
             damping_output: share("--damping-output", options.damping_output, preset.damping)?,
             clip_gradients: options.clip_gradients.unwrap_or(false),
+            center: options.center.unwrap_or(false),
             fused: options.fused.unwrap_or_default(),
             embeddings: embeddings(options, &basics)?,
             targets: Patterns::new("`--targets`", &options.targets)?,
@@ -58,6 +59,7 @@ impl Recipe {
             damping_input,
             damping_output,
             clip_gradients: false,
+            center: false,
             embeddings: Embeddings::Keep,
             calibration: None,
             statistics: None,
@@ -137,6 +139,9 @@ impl Recipe {
         }
         if compensate.preset().needs() != Needs::default() {
             of_statistics.push(format!("`--compensate {}`", compensate.name()));
+        }
+        if self.center {
+            of_statistics.push("`--center`".into());
         }
         of_statistics.extend(self.quant().iter().filter(|quant| quant.needs_gram()).map(|q| format!("`--quant {q}`")));
         usage(

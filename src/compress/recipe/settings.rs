@@ -45,6 +45,8 @@ pub struct Recipe {
     pub(crate) damping_output: f64,
     /// Whether per-token gradients are clipped to 0.1 to 10 times their mean norm.
     pub(crate) clip_gradients: bool,
+    /// Whether biases take up the mean of the inputs.
+    pub(crate) center: bool,
     /// Whether fused matrices are split.
     pub(crate) fused: Fused,
     /// How the embedding table and the head are stored.
@@ -195,7 +197,8 @@ impl Recipe {
         let of_method = self.method.preset().needs();
         let vocabulary = of_method.output_gram && self.embeddings != Embeddings::Keep;
         let of_tables = Needs { vocabulary, ..Needs::default() };
-        of_method.union(self.compensate().preset().needs()).union(gptq).union(of_tables)
+        let of_biases = Needs { input_sum: self.center, ..Needs::default() };
+        of_method.union(self.compensate().preset().needs()).union(gptq).union(of_tables).union(of_biases)
     }
 
     /// The complete recipe, with defaults written out, as options from which it can be rebuilt.
@@ -233,6 +236,7 @@ impl Recipe {
             damping_output: damping(preset.output, self.damping_output),
             clip_gradients: self.clip_gradients.then_some(true),
             elastic: self.elastic().then_some(true),
+            center: self.center.then_some(true),
             embeddings: (!is_dense)
                 .then_some(self.embeddings)
                 .filter(|embeddings| *embeddings != Embeddings::Keep || matches!(budget, Budget::Bytes(_))),

@@ -32,7 +32,11 @@ pub(super) struct Moments {
     pub cross: Mat<f64>,
     /// `C_x̂x̂` (n, n).
     pub shifted: Mat<f64>,
+    /// Sums of `x` and of `x̂`, (n) each, over the tokens seen.
+    sums: [Vec<f64>; 2],
     pub n_seen: usize,
+    /// 1 over the number of all tokens.
+    scale: f64,
 }
 
 impl Moments {
@@ -69,6 +73,23 @@ impl Moments {
         let scale = 1.0 / walk.n_tokens().max(1) as f64;
         Ok(sums.into_iter().map(|sums| sums.scaled(scale)).collect())
     }
+
+    /// The means of `x` and of `x̂`, (n) each, over the tokens seen.
+    pub fn means(&self) -> [Vec<f64>; 2] {
+        let count = self.n_seen.max(1) as f64;
+        [0, 1].map(|stream| self.sums[stream].iter().map(|sum| sum / count).collect())
+    }
+
+    /// The moments of the inputs without their means. What rounding leaves below zero on the diagonal is clamped.
+    pub fn centered(&self) -> Self {
+        let ([mean, shifted_mean], share) = (self.means(), self.scale * self.n_seen as f64);
+        let without = |moment: &Mat<f64>, a: &[f64], b: &[f64]| {
+            Mat::from_fn(moment.nrows(), moment.ncols(), |i, j| moment[(i, j)] - share * a[i] * b[j])
+        };
+        let mut shifted = without(&self.shifted, &shifted_mean, &shifted_mean);
+        (0..shifted.nrows()).for_each(|i| shifted[(i, i)] = shifted[(i, i)].max(0.0));
+        Self { cross: without(&self.cross, &mean, &shifted_mean), shifted, sums: self.sums.clone(), ..*self }
+    }
 }
 
 /// Sums of moments over tokens.
@@ -76,16 +97,25 @@ struct Sums {
     cross: Mat<f64>,
     /// The lower triangle, row by row.
     shifted: Vec<f64>,
+    sums: [Vec<f64>; 2],
     n_seen: usize,
 }
 
 impl Sums {
     fn zeros(n: usize) -> Self {
-        Self { cross: Mat::zeros(n, n), shifted: vec![0.0; n * (n + 1) / 2], n_seen: 0 }
+        Self {
+            cross: Mat::zeros(n, n),
+            shifted: vec![0.0; n * (n + 1) / 2],
+            sums: [vec![0.0; n], vec![0.0; n]],
+            n_seen: 0,
+        }
     }
 
     fn add(&mut self, addend: Addend) {
         self.n_seen += addend.n_seen;
+        for (sum, more) in self.sums.iter_mut().zip(&addend.sums) {
+            sum.iter_mut().zip(more).for_each(|(sum, value)| *sum += value);
+        }
         let Products { cross, shifted } = addend.inputs.products(self.cross.nrows());
         linalg::add_all(&mut self.cross, &cross);
         linalg::add_f32(&mut self.shifted, &shifted);
@@ -93,7 +123,7 @@ impl Sums {
 
     fn scaled(self, scale: f64) -> Moments {
         let shifted = linalg::unpack_lower(&self.shifted, self.cross.nrows(), scale);
-        Moments { cross: self.cross * faer::Scale(scale), shifted, n_seen: self.n_seen }
+        Moments { cross: self.cross * faer::Scale(scale), shifted, sums: self.sums, n_seen: self.n_seen, scale }
     }
 }
 
@@ -101,6 +131,8 @@ impl Sums {
 struct Addend {
     place_idx: usize,
     n_seen: usize,
+    /// Sums of the inputs in both streams, (n) each.
+    sums: [Vec<f64>; 2],
     inputs: StreamInputs,
 }
 
@@ -148,16 +180,40 @@ impl Addend {
                 (Some(_), ..) => continue,
                 (None, ..) => [x.clone(), shifted.clone()],
             };
-            addends.push(Self {
-                place_idx,
-                n_seen: x.dim(0)?,
-                inputs: StreamInputs::Rows([to_host(&x)?, to_host(&shifted)?]),
-            });
+            let (n_seen, rows) = (x.dim(0)?, [to_host(&x)?, to_host(&shifted)?]);
+            let sums = [0, 1].map(|stream| linalg::column_sums(&rows[stream], place.n));
+            addends.push(Self { place_idx, n_seen, sums, inputs: StreamInputs::Rows(rows) });
         }
         Ok(addends)
     }
 
     fn multiplied(self, places: &[Place]) -> Self {
         Self { inputs: StreamInputs::Products(self.inputs.products(places[self.place_idx].n)), ..self }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn centered_moments_are_moments_of_inputs_without_their_means() {
+        // Two experts' worth of tokens: 5 are seen out of 8.
+        let (n, n_seen, n_tokens) = (3, 5, 8);
+        let value = |t: usize, j: usize, k: usize| ((t * 7 + j * 5 + t * j * 3 + k) % 11) as f32 - 2.0;
+        let rows = |k: usize| (0..n_seen).flat_map(|t| (0..n).map(move |j| value(t, j, k))).collect::<Vec<f32>>();
+        let [x, shifted] = [rows(1), rows(4)];
+        let mut sums = Sums::zeros(n);
+        let of_rows = [linalg::column_sums(&x, n), linalg::column_sums(&shifted, n)];
+        let inputs = StreamInputs::Rows([x.clone(), shifted.clone()]);
+        sums.add(Addend { place_idx: 0, n_seen, sums: of_rows, inputs });
+        let moments = sums.scaled(1.0 / n_tokens as f64);
+        let (centered, means) = (moments.centered(), moments.means());
+        let apart = |rows: &[f32], mean: &[f64]| Mat::from_fn(n_seen, n, |t, j| f64::from(rows[t * n + j]) - mean[j]);
+        let [x, shifted] = [apart(&x, &means[0]), apart(&shifted, &means[1])];
+        let scale = faer::Scale(1.0 / n_tokens as f64);
+        assert!((&centered.cross - x.transpose() * &shifted * scale).norm_max() < 1e-12);
+        assert!((&centered.shifted - shifted.transpose() * &shifted * scale).norm_max() < 1e-12);
+        assert!(x.col_iter().all(|column| column.iter().sum::<f64>().abs() < 1e-12));
     }
 }
