@@ -293,13 +293,13 @@ fn centering_without_a_text_or_a_bias_is_refused() {
 fn output_errors(model: &Model, out: &Path, means: &BTreeMap<String, Vec<f64>>) -> BTreeMap<String, f64> {
     let [source, out] = [&model.model, out].map(|folder| Checkpoint::open(folder).unwrap());
     let sums = Checkpoint::open_arrays(&model.out("means.safetensors")).unwrap();
-    let (config, architecture) = ModelConfig::of(&source).unwrap();
+    let ((config, architecture), tokens) = (ModelConfig::of(&source).unwrap(), model.n_tokens());
     let mut errors = BTreeMap::new();
     for linear in inventory::linears(&source) {
         let Some(id) = linear.id.filter(|id| config.has_bias(architecture, id.slot.role)) else { continue };
         let (site, n) = (format!("{}.{}", id.block, id.slot.site().name()), linear.in_features);
         let gram = sums.values(&format!("{site}.input_gram")).unwrap();
-        let moment = |i: usize, j: usize| f64::from(gram[i.max(j) * (i.max(j) + 1) / 2 + i.min(j)]) / model.n_tokens();
+        let moment = |i: usize, j: usize| f64::from(gram[i.max(j) * (i.max(j) + 1) / 2 + i.min(j)]) / tokens;
         let difference = |of: &dyn Fn(&Checkpoint) -> Vec<f32>| -> Vec<f64> {
             of(&source).into_iter().zip(of(&out)).map(|(w, other)| f64::from(w) - f64::from(other)).collect()
         };
