@@ -81,6 +81,14 @@ pub(crate) fn to_host_f64(x: &Tensor) -> candle_core::Result<Vec<f64>> {
     x.flatten_all()?.to_vec1()
 }
 
+/// `Σ x` (n) over the rows of `x` (n_rows, n) of f32, summed in f64 where it is.
+///
+/// # Errors
+/// The device fails.
+pub(crate) fn column_sums(x: &Tensor) -> candle_core::Result<Vec<f64>> {
+    to_host_f64(&x.to_dtype(DType::F64)?.sum(0)?)
+}
+
 #[cfg(test)]
 thread_local! {
     static IS_ELSEWHERE: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };

@@ -51,8 +51,8 @@ fn gradients_are_those_of_torch() {
     let (windows, expected) = oracle();
     let checkpoint = Checkpoint::open(Path::new(PICO)).unwrap();
     let found = sums(&checkpoint, &windows);
-    // Two blocks; four input sites with two statistics, seven linears with three; four of the vocabulary.
-    assert_eq!(found.len(), 2 * (4 * 2 + 7 * 3) + 4);
+    // Two blocks; four input sites with three statistics, seven linears with three; four of the vocabulary.
+    assert_eq!(found.len(), 2 * (4 * 3 + 7 * 3) + 4);
     assert_eq!(expected.len(), 7 * 3 + 4);
     for (name, expected) in &expected {
         let found = &found[name];
@@ -148,7 +148,7 @@ fn merged_parts_are_the_whole() {
     };
     assert_eq!(merge("merged", &["3", "1", "2"]).code, 0);
     let (whole, merged) = (arrays(&file("whole")), arrays(&file("merged")));
-    assert_eq!(whole.len(), 4 * (4 * 2 + 7 * 3) + 4);
+    assert_eq!(whole.len(), 4 * (4 * 3 + 7 * 3) + 4);
     for (name, expected) in &whole {
         let scale = expected.iter().fold(0.0, |m: f32, v| m.max(v.abs()));
         for (found, expected) in merged[name].iter().zip(expected) {

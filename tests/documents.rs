@@ -1,5 +1,5 @@
 //! Runs the commands of the documents: every `sh` block of README, `docs/commands.md` and `docs/choosing.md` line by
-//! line in a folder where `MODEL` is the fixture, and the script of `docs/ci.md` unchanged.
+//! line in a folder where `MODEL` and `ENCODER` are fixtures, and the script of `docs/ci.md` unchanged.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -34,12 +34,15 @@ impl Reader {
         let at = |name: &str| folder.path().join(name);
         let project = Path::new(env!("CARGO_MANIFEST_DIR"));
         common::copy(FIXTURE, &at("MODEL"));
+        // A model whose linears have biases.
+        common::copy("fixtures/pico/bert", &at("ENCODER"));
         let copies = [
             (TRAIN, "text.txt"),
             (HELD_OUT, "held-out.txt"),
             (HELD_OUT, "wiki.test.raw"),
             ("fixtures/text/documents.jsonl", "documents.jsonl"),
             ("tests/oracles/sentencepiece.gguf", "MODEL.gguf"),
+            ("fixtures/pico/tokenizer-encoder.json", "ENCODER/tokenizer.json"),
         ];
         for (from, to) in copies {
             std::fs::copy(project.join(from), at(to)).unwrap();

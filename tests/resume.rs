@@ -174,6 +174,46 @@ fn spawn_and_wait(command: &mut Command, out: &Path) -> Child {
     child
 }
 
+/// Biases that take up the mean of inputs are in the pieces of linears that were fitted or written before.
+#[test]
+fn centered_runs_resume_to_the_same_bytes() {
+    let folder = tempfile::tempdir().unwrap();
+    let (model, text) = (folder.path().join("gpt2"), folder.path().join("text.txt"));
+    copy("fixtures/pico/gpt2", &model);
+    std::fs::copy("fixtures/pico/tokenizer.json", model.join("tokenizer.json")).unwrap();
+    std::fs::write(&text, "once upon a time there was a little dog. it liked to run! ".repeat(40)).unwrap();
+    for (i, mode) in ["--sequential", "--sequential=false"].into_iter().enumerate() {
+        let compress = |out: &Path| {
+            let own = ["compress", path(&model), "-o", path(out), "--calibration", path(&text), "--seq-len", "24"];
+            let mut command = command(&[&own[..], &["--keep", "0.6", "--center", mode, "-q"]].concat());
+            command.stderr(Stdio::piped());
+            command
+        };
+        let (whole, killed) = (folder.path().join(format!("whole-{i}")), folder.path().join(format!("killed-{i}")));
+        assert!(compress(&whole).status().unwrap().success());
+        let pieces = PathBuf::from(format!("{}.partial/pieces", path(&killed)));
+        let names = || -> BTreeSet<PathBuf> {
+            std::fs::read_dir(&pieces).map_or(BTreeSet::new(), |found| found.flatten().map(|e| e.path()).collect())
+        };
+        let mut n_kills = 0;
+        loop {
+            let (before, mut child) = (names(), compress(&killed).spawn().unwrap());
+            while names().is_subset(&before) && child.try_wait().unwrap().is_none() {
+                std::thread::sleep(Duration::from_micros(300));
+            }
+            if let Some(status) = child.try_wait().unwrap() {
+                assert!(status.success(), "{mode}");
+                break;
+            }
+            child.kill().unwrap();
+            child.wait().unwrap();
+            n_kills += 1;
+        }
+        assert!(n_kills > 3, "{n_kills} kills");
+        assert!(content(&killed) == content(&whole), "{mode}");
+    }
+}
+
 #[test]
 fn another_job_is_refused_with_what_differs() {
     let folder = tempfile::tempdir().unwrap();

@@ -6,7 +6,7 @@ use candle_core::Tensor;
 
 use super::needs::{Key, Needs};
 use super::portable::{self, ROUNDING};
-use crate::device::{is_host, to_host};
+use crate::device::{column_sums, is_host, to_host};
 use crate::linalg;
 use crate::model::{InputSite, Slot};
 
@@ -74,6 +74,9 @@ impl Addend {
             if needs.input_magnitude {
                 self.vectors.push((Key::InputMagnitude(site), portable::magnitudes(&x)?));
             }
+            if needs.input_sum {
+                self.vectors.push((Key::InputSum(site), column_sums(&x)?));
+            }
             if needs.input_gram {
                 self.grams.push((Key::InputGram(site), Chunk::of(&x, multiply)?));
             }
@@ -86,6 +89,9 @@ impl Addend {
                 sums.iter_mut().zip(row).for_each(|(s, v)| *s += f64::from(v.abs()));
             }
             self.vectors.push((Key::InputMagnitude(site), sums));
+        }
+        if needs.input_sum {
+            self.vectors.push((Key::InputSum(site), linalg::column_sums(&values, n)));
         }
         if needs.input_gram {
             self.grams.push((Key::InputGram(site), Chunk::of_rows(values, n, multiply)));

@@ -19,6 +19,7 @@
 
 mod addend;
 mod backward;
+mod centered;
 mod header;
 mod measured;
 mod needs;

@@ -30,16 +30,25 @@ pub struct Needs {
     /// earlier versions have none.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub vocabulary: bool,
+    /// `Σ x` over tokens, (n), of the inputs of every linear. Files of earlier versions have none.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub input_sum: bool,
 }
 
 impl Needs {
     /// The union of the needs of all methods.
-    pub const ALL: Self =
-        Self { input_gram: true, input_magnitude: true, output_gram: true, squared_gradient: true, vocabulary: true };
+    pub const ALL: Self = Self {
+        input_gram: true,
+        input_magnitude: true,
+        output_gram: true,
+        squared_gradient: true,
+        vocabulary: true,
+        input_sum: true,
+    };
 
     /// Whether a forward pass collects anything.
     pub fn inputs(self) -> bool {
-        self.input_gram || self.input_magnitude
+        self.input_gram || self.input_magnitude || self.input_sum
     }
 
     /// Whether a backward pass is needed.
@@ -61,6 +70,7 @@ impl Needs {
             output_gram: self.output_gram || other.output_gram,
             squared_gradient: self.squared_gradient || other.squared_gradient,
             vocabulary: self.vocabulary || other.vocabulary,
+            input_sum: self.input_sum || other.input_sum,
         }
     }
 }
@@ -72,6 +82,8 @@ pub enum Key {
     InputGram(InputSite),
     /// `Σ |x|` (n).
     InputMagnitude(InputSite),
+    /// `Σ x` (n).
+    InputSum(InputSite),
     /// `Σ g gᵀ` (m, m), stored as a lower triangle.
     OutputGram(Slot),
     /// Column sums: one value per input feature.
@@ -96,6 +108,7 @@ impl Key {
         let (place, statistic) = match self {
             Self::InputGram(site) => (site.name(), "input_gram"),
             Self::InputMagnitude(site) => (site.name(), "input_magnitude"),
+            Self::InputSum(site) => (site.name(), "input_sum"),
             Self::OutputGram(slot) => (slot.name(), "output_gram"),
             Self::SquaredGradientInput(slot) => (slot.name(), "squared_gradient_input"),
             Self::SquaredGradientOutput(slot) => (slot.name(), "squared_gradient_output"),

@@ -4,7 +4,7 @@
 use anyhow::Result;
 use candle_core::{DType, Tensor};
 
-use crate::device::to_host_f64;
+use crate::device::{column_sums, to_host_f64};
 
 /// `xᵀ x` (n, n) of rows `x` (n_tokens, n), in f32.
 pub(super) fn gram(x: &Tensor) -> Result<Tensor> {
@@ -14,7 +14,7 @@ pub(super) fn gram(x: &Tensor) -> Result<Tensor> {
 
 /// `Σ |x|` (n) over the rows of `x` (n_tokens, n).
 pub(super) fn magnitudes(x: &Tensor) -> Result<Vec<f64>> {
-    Ok(to_host_f64(&x.abs()?.to_dtype(DType::F64)?.sum(0)?)?)
+    Ok(column_sums(&x.abs()?)?)
 }
 
 /// Column sums (n) and row sums (m) of the squares of a weight gradient (m, n).

@@ -33,6 +33,9 @@ impl Sums {
             if needs.input_magnitude {
                 sums.vector(Key::InputMagnitude(slot.site()), *n);
             }
+            if needs.input_sum {
+                sums.vector(Key::InputSum(slot.site()), *n);
+            }
             if let Some(expert) = slot.expert {
                 sums.vector(Key::ExpertTokens(expert), 1);
             }
@@ -146,13 +149,14 @@ mod tests {
         assert_eq!(packed, observe(&[(0, 1), (1, 3)], Multiply::Now));
         assert_eq!(packed, observe(&[(0, 4)], Multiply::WhenAdded));
         let names: Vec<&str> = packed.iter().map(|(name, _)| name.as_str()).collect();
-        assert_eq!(names, ["7.o.input_gram", "7.o.input_magnitude"]);
+        assert_eq!(names, ["7.o.input_gram", "7.o.input_magnitude", "7.o.input_sum"]);
         let mean = linalg::unpack_lower(&packed[0].1, 5, 1.0 / 12.0);
         let expected =
             Mat::from_fn(5, 5, |i, j| values.chunks_exact(5).map(|row| f64::from(row[i] * row[j])).sum::<f64>() / 12.0);
         assert!((&mean - &expected).norm_max() < 1e-5);
         let magnitude: f32 = values.iter().skip(2).step_by(5).map(|v| v.abs()).sum();
         assert_eq!(packed[1].1[2], magnitude);
+        assert_eq!(packed[2].1[2], values.iter().skip(2).step_by(5).sum::<f32>());
     }
 
     #[test]

@@ -127,6 +127,11 @@ impl Statistics {
         if needs.are_met_by(self.header.needs) {
             return Ok(());
         }
+        if needs.are_met_by(Needs { input_sum: true, ..self.header.needs }) {
+            return Err(Failure::unsupported(format!("`{named}` has no sums of inputs, which `--center` needs"))
+                .hint("calibrate the model again: earlier versions of lrc did not measure them")
+                .into());
+        }
         Err(Failure::unsupported(format!("`{named}` lacks statistics that this method needs"))
             .hint("`lrc calibrate` without `--method` collects statistics for every method")
             .into())
@@ -170,7 +175,7 @@ impl Statistics {
     }
 
     /// Number of tokens that a linear saw, at least 1 (a divisor).
-    fn n_seen(&self, id: LinearId) -> Result<f64> {
+    pub(super) fn n_seen(&self, id: LinearId) -> Result<f64> {
         Ok(self.expert_tokens(id)?.unwrap_or(self.header.n_tokens() as f64).max(1.0))
     }
 
@@ -226,7 +231,7 @@ impl Statistics {
         self.has(&Key::HeadGram.name(0))
     }
 
-    fn gram(&self, key: Key, block: usize, n: usize, scale: f64) -> Result<Packed> {
+    pub(super) fn gram(&self, key: Key, block: usize, n: usize, scale: f64) -> Result<Packed> {
         let name = key.name(block);
         let values = self.array(&name)?;
         let len = values.len();
@@ -328,7 +333,7 @@ impl Statistics {
         self.vector(Key::SquaredGradientOutput(id.slot), id.block, m)
     }
 
-    fn vector(&self, key: Key, block: usize, n: usize) -> Result<Vec<f64>> {
+    pub(super) fn vector(&self, key: Key, block: usize, n: usize) -> Result<Vec<f64>> {
         let name = key.name(block);
         let values = self.array(&name)?;
         if values.len() != n {

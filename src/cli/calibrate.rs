@@ -175,6 +175,8 @@ fn measure(
         low_rank: "calibrate its source: `lrc compress` does not compress this one again",
     };
     expect_uncompressed(&checkpoint, linears.iter().filter(|linear| linear.id.is_some()), hints)?;
+    // Sums of inputs cost next to nothing, and `--center` needs them with any method.
+    let needs = Needs { input_sum: true, ..needs };
     let observation = Observation { needs, clip_gradients: options.clip_gradients.unwrap_or(false) };
     let settings = recipe::windows(options, text)?;
     let windows = Windows::load(&checkpoint, &settings, needs, args.part.unwrap_or((1, 1)))?;

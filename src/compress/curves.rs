@@ -1,8 +1,8 @@
 //! Error curves next to the weights of a factored output, with which it can be truncated further without its source.
 //!
 //! For each low-rank linear, `lrc-curves.arrays` has its relative energies `σ_i² / Σ σ²` up to its rank, the cost to
-//! the model of its total energy, the diagonals of its metric, and with `--elastic` the matrix that restores the order
-//! of its ranks.
+//! the model of its total energy, the diagonals of its metric, with `--elastic` the matrix that restores the order
+//! of its ranks, and with `--center` the mean of its inputs.
 
 use std::collections::BTreeMap;
 
@@ -26,28 +26,36 @@ pub(crate) struct KeptCurve {
     /// The matrix (r, r) that recovers the fit from stored matrices without an order of ranks; empty if it was not kept
     /// or is not needed. See [`crate::operator::Fitting::rank_factor`].
     pub rank_factor: Vec<f32>,
+    /// The mean of the inputs (n) that the bias takes up; empty if the bias is the source's.
+    pub input_mean: Vec<f32>,
 }
 
 const ARRAYS: [&str; 5] = ["energies", "scale", "output_metric", "input_metric", "rank_factor"];
+/// Written for centered linears only.
+const INPUT_MEAN: &str = "input_mean";
 /// The name of `rank_factor` in files of versions before 0.3.
 const FORMER_RANK_FACTOR: &str = "order";
 
 impl KeptCurve {
     /// Name, dtype, length and bytes of each array.
-    fn arrays(&self) -> [(&'static str, Dtype, usize, Vec<u8>); 5] {
+    fn arrays(&self) -> Vec<(&'static str, Dtype, usize, Vec<u8>)> {
         let [energies, scale, output, input, rank_factor] = ARRAYS;
         let floats = |name, values: &[f32]| {
             let bytes =
                 cast::encode(Dtype::F32, values).expect("invariant: curves are relative, and rank factors finite");
             (name, Dtype::F32, values.len(), bytes)
         };
-        [
+        let mut arrays = vec![
             floats(energies, &self.energies),
             (scale, Dtype::F64, 1, self.scale.to_le_bytes().to_vec()),
             floats(output, &self.output),
             floats(input, &self.input),
             floats(rank_factor, &self.rank_factor),
-        ]
+        ];
+        if !self.input_mean.is_empty() {
+            arrays.push(floats(INPUT_MEAN, &self.input_mean));
+        }
+        arrays
     }
 
     /// # Errors
@@ -59,7 +67,9 @@ impl KeptCurve {
         let [energies, output, input, rank_factor] =
             [energies, output, input, rank_factor].map(|name| curves.values(&name));
         let scale = scale_of(curves, &scale)?.with_context(|| format!("the curves have no scale for `{module}`"))?;
-        Ok(Self { energies: energies?, scale, output: output?, input: input?, rank_factor: rank_factor? })
+        let mean = format!("{module}.{INPUT_MEAN}");
+        let input_mean = curves.info(&mean).map(|_| curves.values(&mean)).transpose()?.unwrap_or_default();
+        Ok(Self { energies: energies?, scale, output: output?, input: input?, rank_factor: rank_factor?, input_mean })
     }
 }
 
@@ -99,6 +109,7 @@ pub(super) fn write_of(
             output: relative_to_mean(output),
             input: relative_to_mean(input),
             rank_factor: rank_factor.transpose()?.unwrap_or_default(),
+            input_mean: solution.input_mean(i)?.unwrap_or_default().into_iter().map(|v| v as f32).collect(),
         };
         all.insert(solution.study.plan.linears[i].module.clone(), kept);
     }

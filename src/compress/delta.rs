@@ -47,6 +47,7 @@ pub fn options(given: RecipeOptions) -> Result<RecipeOptions> {
         ("--quant", !given.quant.is_empty()),
         ("--share", given.share == Some(true)),
         ("--elastic", given.elastic == Some(true)),
+        ("--center", given.center == Some(true)),
         ("--sequential", given.sequential == Some(true) || given.anchor.is_some()),
         ("--sensitivity measured", given.sensitivity == Some(Sensitivity::Measured)),
         ("--depth-weight auto", given.depth_weight == Some(DepthWeight::Auto)),

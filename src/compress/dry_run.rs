@@ -66,7 +66,7 @@ fn planned(run: &Run<'_>) -> Result<DryRunReport> {
     };
     let forms = plan.linears.iter().zip(choices).map(|(linear, choice)| forms_by_shape(recipe, linear, choice));
     let forms: Vec<Option<Forms>> = forms.collect();
-    let records = plan.linears.iter().zip(&forms).map(|(linear, &forms)| record::linear(linear, forms));
+    let records = forms.iter().enumerate().map(|(i, &forms)| record::linear(plan, i, forms));
     let sizes = record::sizes(&run.source, recipe, plan, &forms);
     if let (Budget::Keep(keep), []) = (recipe.budget(), recipe.quant()) {
         expect_share(recipe, keep, sizes.linear_parameters_after, sizes.linear_parameters_before)?;
@@ -93,7 +93,7 @@ fn outcome(run: Run<'_>, folder: &OutputFolder, progress: &dyn Progress) -> Resu
     let choices = sensitivity::allocate(&study, &sensitivity::of(&study)?, job.recipe.budget())?.choices;
     let forms: Vec<Option<Forms>> = choices.iter().enumerate().map(|(i, &choice)| study.planned(i, choice)).collect();
     let linear = |i: usize| -> LinearRecord {
-        let mut record = record::linear(&plan.linears[i], forms[i]);
+        let mut record = record::linear(&plan, i, forms[i]);
         let curve = study.fits.chosen(i, choices[i]).and_then(|fit| fit.fitted.curve());
         if let (Some(rank), Some(curve)) = (record.rank, curve) {
             record.relative_error = Some(curve.relative_error(rank));

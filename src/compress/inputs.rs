@@ -1,5 +1,7 @@
 //! Inputs besides the weights: texts and statistics, checked before any work.
 
+use std::collections::BTreeSet;
+
 use anyhow::{Context, Result};
 
 use super::metrics::Metrics;
@@ -8,13 +10,15 @@ use super::recipe::Recipe;
 use crate::calibrate::{self, Header, Observation, Statistics, Windows};
 use crate::checkpoint::{Checkpoint, Fingerprint};
 use crate::error::Failure;
-use crate::model::{Decoder, fingerprint};
+use crate::model::{Decoder, LinearId, fingerprint};
 use crate::report::CalibrationRecord;
 use crate::session::Session;
 
 pub(super) struct Inputs {
     pub windows: Option<Windows>,
     pub statistics: Option<Statistics>,
+    /// The linears whose bias takes up the mean of their inputs.
+    pub centered: BTreeSet<LinearId>,
 }
 
 impl Inputs {
@@ -23,7 +27,7 @@ impl Inputs {
     pub fn load(checkpoint: &Checkpoint, recipe: &Recipe, plan: &Plan) -> Result<Self> {
         let windows = recipe.calibration().map(|c| Windows::load(checkpoint, c, recipe.needs(), (1, 1))).transpose()?;
         let statistics = recipe.statistics().map(Statistics::open).transpose()?;
-        let inputs = Self { windows, statistics };
+        let inputs = Self { windows, statistics, centered: plan.centered.clone() };
         inputs.check_statistics(checkpoint, recipe)?;
         if inputs.windows.is_some() || inputs.statistics.is_some() {
             let decoder = Decoder::open(checkpoint)?;
@@ -95,6 +99,7 @@ impl Inputs {
             damping_output: recipe.damping_output(),
             damping_input: recipe.damping_input(),
             statistics: self.statistics.as_ref(),
+            centered: &self.centered,
         }
     }
 

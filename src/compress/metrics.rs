@@ -1,6 +1,6 @@
 //! The metric of every linear, from the statistics of a calibration.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::OnceLock;
 
 use anyhow::{Context, Result};
@@ -10,6 +10,7 @@ use super::presets::{MetricForm, Preset};
 use super::vocabulary::{self, Vocabulary};
 use crate::approx::metric::Metric;
 use crate::calibrate::{Key, Pooled, Statistics};
+use crate::linalg::Packed;
 use crate::model::inventory::LinearInfo;
 use crate::model::{InputSite, LinearId, Slot};
 
@@ -20,6 +21,8 @@ pub(super) struct Metrics<'a> {
     pub damping_output: f64,
     pub damping_input: f64,
     pub statistics: Option<&'a Statistics>,
+    /// The linears whose bias takes up the mean of their inputs, so that their errors are measured without it.
+    pub centered: &'a BTreeSet<LinearId>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -28,16 +31,18 @@ enum Side {
     Output,
 }
 
-/// The input metrics of one block, each computed when first requested and shared by the linears with the same input.
+/// The input metrics of one block, with the mean of the inputs and without, each computed when first requested and
+/// shared by the linears with the same input.
 #[derive(Debug, Default)]
 pub(super) struct SharedInputs {
-    by_site: BTreeMap<InputSite, OnceLock<Metric>>,
+    by_site: BTreeMap<(InputSite, bool), OnceLock<Metric>>,
 }
 
 impl SharedInputs {
     pub fn new(linears: &[&LinearInfo]) -> Self {
         let sites = linears.iter().filter_map(|l| Some(l.id?.slot.site()));
-        Self { by_site: sites.map(|site| (site, OnceLock::new())).collect() }
+        let places = sites.flat_map(|site| [false, true].map(|is_centered| (site, is_centered)));
+        Self { by_site: places.map(|place| (place, OnceLock::new())).collect() }
     }
 }
 
@@ -90,14 +95,13 @@ impl Metrics<'_> {
         match self.preset.input {
             MetricForm::Identity => f(&Metric::Identity),
             MetricForm::Gram => {
-                let (statistics, id) = self.of(linear)?;
-                let cell = &shared.by_site[&id.slot.site()];
+                let (_, id) = self.of(linear)?;
+                let cell = &shared.by_site[&(id.slot.site(), self.is_centered(linear))];
                 if let Some(metric) = cell.get() {
                     return f(metric);
                 }
                 // Two linears may read the Gram at the same time; the first to finish keeps it.
-                let gram = statistics.input_gram(id, linear.in_features)?;
-                let metric = sized(Metric::damped(gram, self.damping_input))?;
+                let metric = sized(Metric::damped(self.measured_gram(linear)?, self.damping_input))?;
                 f(cell.get_or_init(|| metric))
             }
             MetricForm::Magnitude { alpha } => {
@@ -105,10 +109,7 @@ impl Metrics<'_> {
                 let magnitudes = statistics.input_magnitude(id, linear.in_features)?;
                 f(&sized(Metric::diagonal(magnitudes.into_iter().map(|v| v.powf(2.0 * alpha)).collect()))?)
             }
-            MetricForm::GramDiagonal => {
-                let (statistics, id) = self.of(linear)?;
-                f(&sized(Metric::diagonal(statistics.input_gram(id, linear.in_features)?.diagonal()))?)
-            }
+            MetricForm::GramDiagonal => f(&sized(Metric::diagonal(self.measured_gram(linear)?.diagonal()))?),
             MetricForm::SquaredGradient => {
                 let (statistics, id) = self.of(linear)?;
                 f(&sized(Metric::diagonal(statistics.squared_gradient_input(id, linear.in_features)?))?)
@@ -140,8 +141,33 @@ impl Metrics<'_> {
             let n = linear.in_features;
             return Ok(Mat::from_fn(n, n, |i, j| if i == j { size } else { 0.0 }));
         }
+        Ok(self.measured_gram(linear)?.to_dense())
+    }
+
+    /// Whether the bias of a linear takes up the mean of its inputs.
+    pub fn is_centered(&self, linear: &LinearInfo) -> bool {
+        linear.id.is_some_and(|id| self.centered.contains(&id))
+    }
+
+    /// The mean of the inputs of a linear (n), if its bias takes it up; `None` also for an expert with too few tokens.
+    ///
+    /// # Errors
+    /// The statistics cannot be read.
+    pub fn mean(&self, linear: &LinearInfo) -> Result<Option<Vec<f64>>> {
+        if !self.is_centered(linear) || self.too_few_tokens(linear)?.is_some() {
+            return Ok(None);
+        }
         let (statistics, id) = self.of(linear)?;
-        Ok(statistics.input_gram(id, linear.in_features)?.to_dense())
+        statistics.input_mean(id, linear.in_features).map(Some)
+    }
+
+    /// The Gram of the inputs of a linear, without their mean if its bias takes it up.
+    fn measured_gram(&self, linear: &LinearInfo) -> Result<Packed> {
+        let ((statistics, id), n) = (self.of(linear)?, linear.in_features);
+        match self.is_centered(linear) {
+            true => statistics.centered_input_gram(id, n),
+            false => statistics.input_gram(id, n),
+        }
     }
 
     /// The metrics of another preset from the same statistics, with the preset's damping.

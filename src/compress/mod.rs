@@ -6,7 +6,9 @@
 
 pub mod allocate;
 mod allocation;
+mod bias;
 mod budget;
+mod center;
 pub mod compensate;
 mod curves;
 pub mod delta;

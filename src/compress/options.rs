@@ -229,6 +229,14 @@ recipe_options! {
         num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL", hide_short_help = true
     ],
 
+    /// Let biases take up what compression changes in the mean output [default: false]
+    ///
+    /// Linears with a bias are approximated for inputs without their mean, and get the bias that is best for the
+    /// result. The error is never larger, and the size is the same. It needs `--calibration` or `--statistics`.
+    center: Option<bool>, "Method" [
+        num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL", hide_short_help = true
+    ],
+
     /// Clip per-token gradients
     ///
     /// Their norms are limited to between 0.1 and 10 times the mean norm.

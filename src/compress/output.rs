@@ -8,6 +8,7 @@ use anyhow::{Context, Result};
 use rayon::prelude::*;
 use serde_json::json;
 
+use super::center;
 use super::fits::values_key;
 use super::job::Job;
 use super::pieces;
@@ -32,15 +33,18 @@ pub(super) struct Written {
     pub relative_error: Option<f64>,
     /// The rank factor for `--elastic`.
     pub rank_factor: Option<Spooled>,
+    /// The bias, if it was refitted.
+    pub bias: Option<Vec<f32>>,
 }
 
 impl Written {
     /// The record in a piece of the journal.
     fn of(mut piece: Piece, solution: &Solution<'_>) -> Result<Self> {
-        let (error, has_factor): (Option<u64>, bool) = serde_json::from_value(piece.fields.take())?;
+        let (error, has_factor, has_bias): (Option<u64>, bool, bool) = serde_json::from_value(piece.fields.take())?;
         let mut spool = solution.study.fits.spool.lock().expect("invariant: no holder of the spool panics");
         let rank_factor = has_factor.then(|| spool.push(piece.take()?)).transpose()?;
-        Ok(Self { relative_error: error.map(f64::from_bits), rank_factor })
+        let bias = has_bias.then(|| piece.take()?.values.f32s()).transpose()?;
+        Ok(Self { relative_error: error.map(f64::from_bits), rank_factor, bias })
     }
 }
 
@@ -68,7 +72,14 @@ pub(super) fn put_all(output: &mut Output<'_>, solution: &Solution<'_>) -> Resul
         stage.advance(1);
         Ok((i, Written::of(piece, solution)?))
     };
-    compressed.par_iter().map(put).collect()
+    let written: BTreeMap<usize, Written> = compressed.par_iter().map(put).collect::<Result<_>>()?;
+    let output = output.into_inner().expect("invariant: no holder of the output panics");
+    for (&i, Written { bias, .. }) in &written {
+        if let Some(bias) = bias {
+            output.replace(center::bias_name(&solution.study.plan.linears[i]), bias.clone());
+        }
+    }
+    Ok(written)
 }
 
 /// Writes one linear, and records it in the journal.
@@ -89,9 +100,11 @@ fn put_one(output: &Mutex<&mut Output<'_>>, solution: &Solution<'_>, i: usize) -
     let relative_error = squared.map(|error| error.max(0.0).sqrt());
     let tensors = study.recipe.format().exporter().bytes(&study.source, linear, &operator)?;
     output.lock().expect("invariant: no holder of the output panics").put(&tensors)?;
-    let fields = json!([relative_error.map(f64::to_bits), rank_factor.is_some()]);
+    let bias = solution.bias(i, &operator)?;
+    let fields = json!([relative_error.map(f64::to_bits), rank_factor.is_some(), bias.is_some()]);
     let journal = &study.session.journal;
-    let piece = journal.put(&pieces::written(i), fields, rank_factor.map(Values::from).into_iter().collect())?;
+    let arrays = [rank_factor, bias].into_iter().flatten().map(Values::from).collect();
+    let piece = journal.put(&pieces::written(i), fields, arrays)?;
     journal.remove(&pieces::rounded(i));
     // Quantized linears are compared with the equal-bytes baseline after they are written.
     if !is_quantized {

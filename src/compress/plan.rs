@@ -1,8 +1,11 @@
 //! The plan of a run, from headers and recipe alone (and which weights are all zero): targets, ranks determined by
 //! shapes, sizes, memory.
 
+use std::collections::BTreeSet;
+
 use anyhow::Result;
 
+use super::center;
 use super::compensate::{Compensate, CompensateRank};
 use super::recipe::{Budget, Embeddings, Recipe};
 use crate::checkpoint::Checkpoint;
@@ -10,7 +13,7 @@ use crate::error::Failure;
 use crate::formats::{Files, Source};
 use crate::model::inventory::{self, LinearInfo};
 use crate::model::tie::is_tied_head;
-use crate::model::{config, coverage, vocabulary};
+use crate::model::{LinearId, config, coverage, vocabulary};
 use crate::operator::{Form, Forms, Kind, Right, Shape};
 use crate::quantize::{Quant, Storage};
 
@@ -64,6 +67,8 @@ pub struct Plan {
     pub linears: Vec<LinearInfo>,
     /// Linears whose weights are all zero.
     pub are_zero: Vec<bool>,
+    /// The linears whose bias takes up the mean of their inputs.
+    pub centered: BTreeSet<LinearId>,
 }
 
 /// The linears that a recipe selects, in the order of the files.
@@ -104,7 +109,8 @@ impl Plan {
         // Blocks in order, regardless of the order of the files; stable within a block.
         linears.sort_by_key(|l| l.block);
         let are_zero = linears.iter().map(|l| checkpoint.is_zero(&l.weight_name())).collect::<Result<_, _>>()?;
-        Ok(Self { linears, are_zero })
+        let centered = if recipe.centers() { center::biased(checkpoint, &linears)? } else { BTreeSet::new() };
+        Ok(Self { linears, are_zero, centered })
     }
 
     /// The files of the output for these `forms`, one per linear; `None` keeps the linear as it is.

@@ -86,7 +86,7 @@ impl Preset {
             input_magnitude: matches!(input, MetricForm::Magnitude { .. }),
             output_gram: output == MetricForm::Gram,
             squared_gradient: [output, input].contains(&MetricForm::SquaredGradient),
-            vocabulary: false,
+            ..Needs::default()
         }
     }
 }

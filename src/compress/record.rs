@@ -24,8 +24,10 @@ use crate::report::{
     RankSource, SCHEMA_VERSION, Sizes, Timings,
 };
 
-/// The record of a linear before any work, without error and time.
-pub(super) fn linear(linear: &LinearInfo, forms: Option<Forms>) -> LinearRecord {
+/// The record of the `i`-th linear of a plan before any work, without error and time.
+pub(super) fn linear(plan: &Plan, i: usize, forms: Option<Forms>) -> LinearRecord {
+    let linear = &plan.linears[i];
+    let is_centered = linear.id.is_some_and(|id| plan.centered.contains(&id));
     let shape = linear.shape();
     let over = forms.and_then(|forms| forms.over);
     let rank = over.and_then(|form| form.size.rank());
@@ -49,6 +51,7 @@ pub(super) fn linear(linear: &LinearInfo, forms: Option<Forms>) -> LinearRecord 
         parameters_before: linear.n_parameters(),
         parameters_after: forms.map_or(linear.n_parameters(), |forms| linear.parameters_as(&forms)),
         relative_error: forms.is_none().then_some(0.0),
+        centered: is_centered && forms.is_some() && !plan.are_zero[i],
         note: None,
         expert_tokens: None,
         storage_error: None,
@@ -69,7 +72,7 @@ pub(super) fn linears(
     let study = solution.study;
     let one = |i: usize| -> Result<LinearRecord> {
         let linear_info = &study.plan.linears[i];
-        let mut record = linear(linear_info, solution.forms(i));
+        let mut record = linear(study.plan, i, solution.forms(i));
         let mut notes: Vec<String> = Vec::new();
         let fitted = study.fits.chosen(i, solution.choices[i]).map(|fit| &*fit.fitted);
         if let Some(fitted) = fitted.or_else(|| study.fits.low_rank(i)) {
@@ -99,6 +102,7 @@ pub(super) fn linears(
         if let Some(error) = written.get(&i).and_then(|w| w.relative_error) {
             record.relative_error = Some(error);
         }
+        record.centered = written.get(&i).is_some_and(|w| w.bias.is_some());
         record.expert_tokens = study.expert_tokens(linear_info)?;
         if let Some(seen) = study.metrics().too_few_tokens(linear_info)? {
             let inputs = linear_info.in_features;
@@ -256,14 +260,17 @@ pub(super) fn delta(job: &Job<'_>, plan: &Plan) -> Option<DeltaRecord> {
     })
 }
 
-/// Tensors of the source that are not the matrix of a targeted linear, in the order of its files.
+/// Tensors of the source that are neither the matrix of a targeted linear nor a refitted bias, in the order of its
+/// files.
 fn passed_through(job: &Job<'_>, linears: &[LinearRecord]) -> Vec<String> {
     // An adapter has nothing of its base.
     if job.checkpoint.changes().is_some() {
         return Vec::new();
     }
-    let weights: BTreeSet<String> = linears.iter().map(|linear| format!("{}.weight", linear.module)).collect();
-    job.checkpoint.tensors().map(|info| info.name.clone()).filter(|name| !weights.contains(name)).collect()
+    let weights = linears.iter().map(|linear| format!("{}.weight", linear.module));
+    let biases = linears.iter().filter(|linear| linear.centered).map(|linear| format!("{}.bias", linear.module));
+    let changed: BTreeSet<String> = weights.chain(biases).collect();
+    job.checkpoint.tensors().map(|info| info.name.clone()).filter(|name| !changed.contains(name)).collect()
 }
 
 /// The identity of a job: a run resumes an earlier one only if all of this is equal.

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex};
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
+use super::center::{Biases, Means};
 use super::fits::{fitting_bytes, values_key};
 use super::metrics::SharedInputs;
 use super::pieces;
@@ -45,6 +46,8 @@ struct Refitted {
     rank: usize,
     /// `B` and `A`, unless it is already laid out.
     pair: Option<[Spooled; 2]>,
+    /// The means that its bias follows from, if its linear is centered.
+    means: Option<Means>,
 }
 
 /// Changes the values of a solution, never its forms.
@@ -75,12 +78,14 @@ pub(super) struct Solution<'s> {
     refinements: Refinements,
     refitted: BTreeMap<usize, Refitted>,
     laid: Mutex<BTreeMap<usize, (Laid, Option<Kept>)>>,
+    pub(super) biases: Biases,
 }
 
 impl<'s> Solution<'s> {
     /// The operators of `choices`, one per linear of the plan.
     pub fn new(study: &'s Study<'s>, choices: Vec<Choice>, refinements: &Refinements) -> Self {
-        Self { study, choices, refinements: Arc::clone(refinements), refitted: BTreeMap::new(), laid: Mutex::default() }
+        let (refitted, laid, biases) = (BTreeMap::new(), Mutex::default(), Biases::default());
+        Self { study, choices, refinements: Arc::clone(refinements), refitted, laid, biases }
     }
 
     /// Runs every refinement of the recipe on the solution as a whole.
@@ -108,18 +113,25 @@ impl<'s> Solution<'s> {
         plain_sides: PlainSides,
         rank: usize,
         pair: Option<[Array; 2]>,
+        means: Option<Means>,
     ) -> Result<()> {
         let mut spool = self.study.fits.spool.lock().expect("invariant: no holder of the spool panics");
         let is_new = pair.is_some();
         let pair = pair.map(|[b, a]| Ok([spool.push(b)?, spool.push(a)?])).transpose();
         let pair: Result<_> = pair;
-        if let Some(before) = self.refitted.insert(i, Refitted { curve, plain_sides, rank, pair: pair? }) {
+        self.biases.forget(i);
+        if let Some(before) = self.refitted.insert(i, Refitted { curve, plain_sides, rank, pair: pair?, means }) {
             before.pair.into_iter().flatten().for_each(|factor| spool.release(factor));
         }
         if is_new {
             self.laid.get_mut().expect("invariant: no holder of the layouts panics").remove(&i);
         }
         Ok(())
+    }
+
+    /// The means of a linear that a refinement fitted, if it is centered.
+    pub(super) fn refitted_means(&self, i: usize) -> Option<&Means> {
+        self.refitted.get(&i)?.means.as_ref()
     }
 
     /// The error of a linear at every rank, in its latest fit; `None` under a base.

@@ -144,8 +144,11 @@ impl Solution<'_> {
         }
         let bias = name("bias");
         if self.study.session.checkpoint.info(&bias).is_some() {
-            let values = Tensor::new(self.study.session.checkpoint.values(&bias)?, &HOST)?;
-            tensors.push((Format::Factored.exporter().bias_name(linear, &forms), values));
+            let values = match self.bias(i, &operator)? {
+                Some(refitted) => refitted,
+                None => self.study.session.checkpoint.values(&bias)?,
+            };
+            tensors.push((Format::Factored.exporter().bias_name(linear, &forms), Tensor::new(values, &HOST)?));
         }
         Ok(tensors)
     }

@@ -191,7 +191,19 @@ pub trait Exporter: Sync {
         if !info.is_encoded() {
             return source.checkpoint.with_bytes(&info.name, <[u8]>::to_vec);
         }
-        let mut values = source.checkpoint.values(&info.name)?;
+        self.encode_other(source, info, source.checkpoint.values(&info.name)?)
+    }
+
+    /// The bytes of [`Self::other`] with these values in the order of the source.
+    ///
+    /// # Errors
+    /// A value does not fit the dtype.
+    fn encode_other(
+        &self,
+        source: &Source<'_>,
+        info: &TensorInfo,
+        mut values: Vec<f32>,
+    ) -> Result<Vec<u8>, CheckpointError> {
         if let (true, &[out, input]) = (is_turned(source, info), info.shape.as_slice()) {
             values = linalg::transpose_row_major(&values, out, input);
         }

@@ -218,6 +218,8 @@ pub struct Output<'a> {
     files: Files<'a>,
     model: Writer,
     adapter: Option<Writer>,
+    /// Values in place of those of tensors of the source, by name.
+    replaced: BTreeMap<String, Vec<f32>>,
 }
 
 enum Writer {
@@ -284,7 +286,7 @@ impl<'a> Output<'a> {
                 (create(gguf::MODEL_FILE, model, Target::Model)?, lora)
             }
         };
-        Ok(Self { files, model, adapter })
+        Ok(Self { files, model, adapter, replaced: BTreeMap::new() })
     }
 
     /// The files that are being written.
@@ -295,6 +297,11 @@ impl<'a> Output<'a> {
     /// Writes the tensors of one compressed linear.
     pub fn put(&mut self, tensors: &[NamedBytes]) -> Result<(), CheckpointError> {
         tensors.iter().try_for_each(|tensor| self.write(tensor.target, &tensor.name, &tensor.bytes))
+    }
+
+    /// Gives a tensor of the source that is not compressed other values, in the order in which the source has them.
+    pub fn replace(&mut self, name: String, values: Vec<f32>) {
+        self.replaced.insert(name, values);
     }
 
     /// Marks the tensors of a compressed linear as written: an earlier run wrote them into the same files.
@@ -328,7 +335,11 @@ impl<'a> Output<'a> {
             match planned.origin {
                 Origin::Module => {}
                 Origin::Source(from) => {
-                    let bytes = exporter.other_bytes(source, source.checkpoint.require(&from)?)?;
+                    let info = source.checkpoint.require(&from)?;
+                    let bytes = match self.replaced.remove(&from) {
+                        Some(values) => exporter.encode_other(source, info, values)?,
+                        None => exporter.other_bytes(source, info)?,
+                    };
                     self.write(target, &name, &bytes)?;
                     if let Element::Plain(dtype) = element
                         && cast::holds_non_finite(dtype, &bytes)

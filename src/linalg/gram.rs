@@ -181,6 +181,15 @@ pub fn product_row_major(b: &[f32], a: &[f32], m: usize, r: usize, n: usize) -> 
     to_row_major(product(b_t.transpose(), a_t.transpose()).as_ref())
 }
 
+/// The sum of the rows of `values` (n_rows, n), row-major.
+pub fn column_sums(values: &[f32], n: usize) -> Vec<f64> {
+    let mut sums = vec![0.0; n];
+    for row in values.chunks_exact(n) {
+        sums.iter_mut().zip(row).for_each(|(sum, &v)| *sum += f64::from(v));
+    }
+    sums
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

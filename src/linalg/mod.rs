@@ -22,7 +22,7 @@ pub use convert::{to_row_major, transpose_row_major, transposed_from_row_major};
 pub use eigh::{Eigh, eigenvalues, eigh};
 pub use error::LinalgError;
 pub use gram::{
-    add_all, add_f32, add_gram_f32, cross_f32, gram_f32, product, product_row_major, product_symmetric,
+    add_all, add_f32, add_gram_f32, column_sums, cross_f32, gram_f32, product, product_row_major, product_symmetric,
     product_with_lower, unpack_lower,
 };
 pub use packed::Packed;

@@ -36,6 +36,21 @@ impl Packed {
         self
     }
 
+    /// If it is a mean of outer products `x xᵀ`, the same of vectors without their mean: `M − scale · s sᵀ / count`,
+    /// for the sum `s` (n) of the `count` vectors. Rounding errors below zero on the diagonal of this covariance are
+    /// clamped.
+    #[must_use]
+    pub fn centered(mut self, sum: &[f64], count: f64) -> Self {
+        let mut rows = self.triangle.as_mut_slice();
+        for (i, &a) in sum.iter().enumerate() {
+            let (row, rest) = std::mem::take(&mut rows).split_at_mut(i + 1);
+            row.iter_mut().zip(sum).for_each(|(v, b)| *v = (f64::from(*v) - a * b / count) as f32);
+            row[i] = row[i].max(0.0);
+            rows = rest;
+        }
+        self
+    }
+
     /// Rows and columns.
     pub fn n(&self) -> usize {
         self.n
@@ -135,6 +150,21 @@ impl Packed {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_centered_gram_is_the_gram_of_vectors_without_their_mean() {
+        // Small integers with a mean of whole numbers: every product is exact.
+        let vectors =
+            Mat::from_fn(4, 3, |i, j| [[1.0, 2.0, 5.0], [3.0, -2.0, 5.0], [5.0, 4.0, 5.0], [3.0, 0.0, 5.0]][i][j]);
+        let gram = vectors.transpose() * &vectors;
+        let triangle: Vec<f32> = (0..3).flat_map(|i| (0..=i).map(move |j| (i, j))).map(|at| gram[at] as f32).collect();
+        let centered = Packed::new(triangle, 3, 0.25).unwrap().centered(&[12.0, 4.0, 20.0], 4.0).to_dense();
+        let apart = Mat::from_fn(4, 3, |i, j| vectors[(i, j)] - [3.0, 1.0, 5.0][j]);
+        assert_eq!(centered, 0.25 * (apart.transpose() * &apart));
+        // Two constants of equal sums: what rounding leaves is no negative variance.
+        let constant = Packed::new(vec![0.1f32 * 0.1 * 7.0], 1, 1.0).unwrap().centered(&[0.7000001], 7.0);
+        assert_eq!(constant.diagonal(), [0.0]);
+    }
 
     #[test]
     fn it_is_the_matrix_that_its_triangle_is_of() {

@@ -286,6 +286,9 @@ pub struct LinearRecord {
     pub parameters_after: u64,
     /// Error over the norm of the weight, both in the metric of the method; none in a dry run that does not compute it.
     pub relative_error: Option<f64>,
+    /// Whether the bias was refitted, so that errors are those of inputs without their mean.
+    #[serde(skip_serializing_if = "std::ops::Not::not", default)]
+    pub centered: bool,
     /// How and why the result deviates from the recipe.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub note: Option<String>,

@@ -6,9 +6,10 @@
 //! svd, asvd and fwsvd and an approximation for metrics of full Grams.
 
 mod adapter;
+mod bias;
 mod factors;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Mutex;
 use std::time::Instant;
@@ -168,16 +169,21 @@ fn write_weights(
         let module = &s.linear.module;
         stage.note(module);
         let (term, factor) = s.truncate(checkpoint).with_context(|| format!("truncating `{module}`"))?;
+        let refitted = s.refitted_bias(checkpoint, &term)?;
         let tensors = exporter.bytes(&source, &s.linear, &Operator::of(term))?;
         let mut writer = writer.lock().expect("invariant: no holder of the writer panics");
         tensors.iter().try_for_each(|tensor| writer.write(&tensor.name, &tensor.bytes))?;
+        if let Some((name, bytes)) = refitted {
+            writer.write(&name, &bytes)?;
+        }
         stage.advance(1);
         Ok((module.clone(), factor))
     };
     let rank_factors = changed.par_iter().map(truncate).collect::<Result<_>>()?;
     let mut writer = writer.into_inner().expect("invariant: no holder of the writer panics");
     let mut non_finite = Vec::new();
-    for spec in specs.iter().filter(|spec| of(&spec.name).is_none()) {
+    let refitted: BTreeSet<String> = changed.iter().filter_map(|s| s.centered_bias()).collect();
+    for spec in specs.iter().filter(|spec| of(&spec.name).is_none() && !refitted.contains(&spec.name)) {
         let is_broken = checkpoint.with_bytes(&spec.name, |bytes| {
             writer.write(&spec.name, bytes).map(|()| cast::holds_non_finite(spec.dtype, bytes))
         })??;
@@ -292,7 +298,7 @@ fn truncations(checkpoint: &Checkpoint) -> Result<Vec<Truncation>> {
         let (m, n) = linear.shape();
         let is_of = |length: usize, expected: usize| length == 0 || length == expected;
         let fits = (curve.energies.len(), curve.output.len(), curve.input.len()) == (rank, m, n);
-        if !fits || !is_of(curve.rank_factor.len(), rank * rank) {
+        if !fits || !is_of(curve.rank_factor.len(), rank * rank) || !is_of(curve.input_mean.len(), n) {
             let message = format!("`{}` does not belong to `{}`", path.display(), linear.module);
             return Err(Failure::unsupported(message).hint("one of the two files was modified").into());
         }
@@ -348,6 +354,19 @@ impl Truncation {
     fn candidates(&self, costs: &[u64]) -> Vec<Candidate> {
         let curve = ErrorCurve::new(self.curve.energies.iter().map(|&energy| f64::from(energy)).collect());
         allocate::candidates_by_rank(costs, Some(&curve), self.curve.scale)
+    }
+
+    /// The tensor of the bias, if it takes up the mean of the inputs.
+    fn centered_bias(&self) -> Option<String> {
+        let forms = Forms::of_rank(self.kind, self.rank, self.linear.shape());
+        (!self.curve.input_mean.is_empty()).then(|| Format::Factored.exporter().bias_name(&self.linear, &forms))
+    }
+
+    /// Name and bytes of the bias, if it takes up the mean of the inputs.
+    fn refitted_bias(&self, checkpoint: &Checkpoint, smaller: &Term) -> Result<Option<(String, Vec<u8>)>> {
+        let Some(name) = self.centered_bias() else { return Ok(None) };
+        let bytes = bias::refitted(checkpoint, &self.linear, &name, &self.curve.input_mean, smaller)?;
+        Ok(Some((name, bytes)))
     }
 
     /// Whether the smaller fit is a selection from the larger one.

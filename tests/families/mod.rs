@@ -2,6 +2,7 @@
 //! either layout equals its factors multiplied out; tied weights stay tied, and unknown tensors are passed through.
 
 mod against_transformers;
+mod centered;
 mod compressed;
 mod encoders;
 mod experts;

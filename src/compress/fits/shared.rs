@@ -60,12 +60,12 @@ impl Fitted for SharedRight {
     }
 }
 
-/// Units of several linears that read the same input of a block: q, k and v; gate and up.
+/// Units of several linears that read the same input of a block and are centered alike: q, k and v; gate and up.
 pub(in super::super) fn units_to_share(plan: &Plan) -> Vec<Unit> {
     let mut sites: BTreeMap<_, Vec<usize>> = BTreeMap::new();
     for (i, linear) in plan.linears.iter().enumerate() {
         if let Some(id) = linear.id.filter(|_| !plan.are_zero[i]) {
-            sites.entry((id.block, id.slot.site())).or_default().push(i);
+            sites.entry((id.block, id.slot.site(), plan.centered.contains(&id))).or_default().push(i);
         }
     }
     let units = sites.into_values().filter(|members| members.len() > 1);

@@ -85,6 +85,8 @@ pub struct MetricSettings {
     pub damping_output: f64,
     /// Whether per-token gradients are clipped to 0.1 to 10 times their mean norm.
     pub clip_gradients: bool,
+    /// Whether biases take up the mean of the inputs.
+    pub center: bool,
     /// The text that is run through the model; `None` if the weights alone, or `statistics`, suffice.
     pub calibration: Option<WindowSettings>,
     /// A file of `lrc calibrate` in place of a forward and a backward pass.

@@ -33,6 +33,7 @@ impl Recipe {
             damping_input: share("--damping-input", options.damping_input, preset.damping)?,
             damping_output: share("--damping-output", options.damping_output, preset.damping)?,
             clip_gradients: options.clip_gradients.unwrap_or(false),
+            center: options.center.unwrap_or(false),
             calibration: window_settings(options)?,
             statistics: options.statistics.clone(),
         };
@@ -125,6 +126,9 @@ impl Recipe {
         }
         if compensate.preset().needs() != Needs::default() {
             of_statistics.push(format!("`--compensate {}`", compensate.name()));
+        }
+        if self.centers() {
+            of_statistics.push("`--center`".into());
         }
         of_statistics.extend(self.quant().iter().filter(|quant| quant.needs_gram()).map(|q| format!("`--quant {q}`")));
         usage(

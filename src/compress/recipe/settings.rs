@@ -85,6 +85,11 @@ impl Recipe {
         self.approach.metric().is_some_and(|metric| metric.clip_gradients)
     }
 
+    /// Whether biases take up the mean of the inputs.
+    pub fn centers(&self) -> bool {
+        self.approach.metric().is_some_and(|metric| metric.center)
+    }
+
     /// The text that is run through the model; `None` if the weights alone, or statistics, suffice.
     pub fn calibration(&self) -> Option<&WindowSettings> {
         self.approach.metric()?.calibration.as_ref()
@@ -225,7 +230,8 @@ impl Recipe {
         let of_method = self.method().preset().needs();
         let vocabulary = of_method.output_gram && self.embeddings() != Embeddings::Keep;
         let of_tables = Needs { vocabulary, ..Needs::default() };
-        of_method.union(self.compensate().preset().needs()).union(gptq).union(of_tables)
+        let of_biases = Needs { input_sum: self.centers(), ..Needs::default() };
+        of_method.union(self.compensate().preset().needs()).union(gptq).union(of_tables).union(of_biases)
     }
 
     /// The complete recipe, with defaults written out, as options from which it can be rebuilt.
@@ -263,6 +269,7 @@ impl Recipe {
             damping_output: damping(preset.output, self.damping_output()),
             clip_gradients: self.clips_gradients().then_some(true),
             elastic: self.elastic().then_some(true),
+            center: self.centers().then_some(true),
             embeddings: (!is_dense)
                 .then_some(self.embeddings())
                 .filter(|embeddings| *embeddings != Embeddings::Keep || matches!(budget, Budget::Bytes(_))),

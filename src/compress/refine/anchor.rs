@@ -9,6 +9,9 @@
 //!
 //! and approximated in the metric of `C_x̂x̂`. μ = 1 is AA-SVD's closed form, the best linear map from `x̂` to `W x`;
 //! μ = 0 uses the shifted inputs alone. Within a block the order is qkv, o, gate and up, down.
+//!
+//! For linears whose bias takes up the mean (`center`) both moments are of inputs without their means, `m` and `m̂`,
+//! and the bias keeps the mean output of the source: `b + W m − W' m̂`.
 
 use std::collections::BTreeMap;
 
@@ -21,6 +24,7 @@ use super::moments::{Moments, Place, Stream};
 use crate::approx::gram::{mean_diagonal, shifted};
 use crate::approx::low_rank::{ErrorCurve, LowRank};
 use crate::approx::metric::{Metric, MetricPair, PlainSides};
+use crate::compress::center::{Means, image};
 use crate::compress::plan::Choice;
 use crate::compress::solution::{Refine, Solution};
 use crate::linalg;
@@ -51,6 +55,8 @@ struct Refit {
     pair: LowRank,
     /// Sides whose metric was plain because their inputs were zero.
     plain: PlainSides,
+    /// The means that its bias follows from, if its linear is centered.
+    means: Option<Means>,
 }
 
 impl Refine for Anchor {
@@ -157,9 +163,9 @@ impl Anchor {
                 let refits =
                     if is_enough { moments.approximate(solution, &place.anchored, self.mu)? } else { Vec::new() };
                 for (&i, refit) in place.anchored.iter().zip(refits) {
-                    let Refit { curve, pair, plain } = &refit;
+                    let Refit { curve, pair, plain, means } = &refit;
                     let kept = [pair.b.clone().into(), pair.a.clone().into()];
-                    solution.refit(i, curve.clone(), *plain, pair.rank, Some(kept))?;
+                    solution.refit(i, curve.clone(), *plain, pair.rank, Some(kept), means.clone())?;
                     made.push(Anchored { i, refit });
                 }
                 solution.settle(&place.readers, &Silent)?;
@@ -189,11 +195,14 @@ fn keep(
     session.journal.put(&states_key(block_idx), Value::Null, batches)?;
     // A settled linear is read from its layout, unless the order of its ranks is kept.
     let is_spent = |i: usize| solution.is_settled(i) && !solution.study.recipe.elastic();
-    let fields: Vec<(usize, usize, PlainSides, bool)> =
-        made.iter().map(|Anchored { i, refit }| (*i, refit.pair.rank, refit.plain, !is_spent(*i))).collect();
-    let arrays = made.into_iter().flat_map(|Anchored { i, refit: Refit { curve, pair, .. } }| {
+    let field = |Anchored { i, refit }: &Anchored| -> Field {
+        (*i, refit.pair.rank, refit.plain, !is_spent(*i), refit.means.is_some())
+    };
+    let fields: Vec<Field> = made.iter().map(field).collect();
+    let arrays = made.into_iter().flat_map(|Anchored { i, refit: Refit { curve, pair, means, .. } }| {
         let pair = if is_spent(i) { Vec::new() } else { vec![Values::from(pair.b), pair.a.into()] };
-        std::iter::once(Values::from(curve.energies().to_vec())).chain(pair).collect::<Vec<_>>()
+        let means = means.into_iter().flat_map(|means| [means.output.into(), means.input.into()]);
+        std::iter::once(Values::from(curve.energies().to_vec())).chain(pair).chain(means).collect::<Vec<_>>()
     });
     let arrays: Vec<Values> = arrays.collect();
     let piece = session.journal.put(&fits_key(block_idx), json!(fields), arrays)?;
@@ -201,6 +210,9 @@ fn keep(
     block_idx.checked_sub(1).into_iter().for_each(|before| session.journal.remove(&states_key(before)));
     Ok(())
 }
+
+/// The record of a fit in the journal: its linear, its rank, plain sides, and whether there are a pair and means.
+type Field = (usize, usize, PlainSides, bool, bool);
 
 /// The input sites of a block, in the order of the forward pass.
 fn places(solution: &Solution<'_>, compressed: &[usize]) -> Result<Vec<Place>> {
@@ -270,11 +282,13 @@ fn resume(solution: &mut Solution<'_>, walk: &Walk<'_>, source: &mut Hidden, shi
 
 /// Restores the fits of a block's anchored linears.
 fn take(solution: &mut Solution<'_>, mut piece: Piece) -> Result<()> {
-    let fields: Vec<(usize, usize, PlainSides, bool)> = serde_json::from_value(piece.fields.take())?;
-    for (i, rank, plain, has_pair) in fields {
+    let fields: Vec<Field> = serde_json::from_value(piece.fields.take())?;
+    for (i, rank, plain, has_pair, has_means) in fields {
         let curve = ErrorCurve::new(piece.take()?.values.f64s()?);
         let pair = if has_pair { Some([piece.take()?, piece.take()?]) } else { None };
-        solution.refit(i, curve, plain, rank, pair)?;
+        let mut means = || Ok(Means { output: piece.take()?.values.f64s()?, input: piece.take()?.values.f64s()? });
+        let means: Option<Result<Means>> = has_means.then(&mut means);
+        solution.refit(i, curve, plain, rank, pair, means.transpose()?)?;
     }
     Ok(())
 }
@@ -282,28 +296,50 @@ fn take(solution: &mut Solution<'_>, mut piece: Piece) -> Result<()> {
 impl Moments {
     /// The fits of the linears `here`.
     fn approximate(&self, solution: &Solution<'_>, here: &[usize], mu: f64) -> Result<Vec<Refit>> {
-        let invertible = shifted(self.shifted.clone(), DAMPING * mean_diagonal(&self.shifted));
-        let input = Metric::damped(self.shifted.clone(), solution.study.recipe.damping_input());
-        let one = |&i: &usize| {
-            let Choice::Fitted { rank, .. } = solution.choices[i] else {
+        let (metrics, linears) = (solution.study.metrics(), &solution.study.plan.linears);
+        let is_centered = |&i: &usize| metrics.is_centered(&linears[i]);
+        let has_plain = here.iter().any(|i| !is_centered(i));
+        let without_means = here.iter().any(is_centered).then(|| self.centered());
+        let plain = has_plain.then(|| Regression::new(self, solution, None));
+        let centered = without_means.as_ref().map(|moments| Regression::new(moments, solution, Some(self.means())));
+        let one = |i: &usize| {
+            let regression = if is_centered(i) { &centered } else { &plain };
+            let regression = regression.as_ref().expect("invariant: there is a regression for every linear");
+            let Choice::Fitted { rank, .. } = solution.choices[*i] else {
                 unreachable!("invariant: what is anchored is of low rank")
             };
-            let linear = &solution.study.plan.linears[i];
-            let refit = self.fit(solution, linear, rank, mu, &invertible, &input);
-            refit.with_context(|| format!("refitting `{}`", linear.module))
+            let refit = regression.fit(solution, &linears[*i], rank, mu);
+            refit.with_context(|| format!("refitting `{}`", linears[*i].module))
         };
         here.par_iter().map(one).collect()
     }
+}
 
-    fn fit(
-        &self,
-        solution: &Solution<'_>,
-        linear: &LinearInfo,
-        rank: usize,
-        mu: f64,
-        invertible: &Mat<f64>,
-        input: &Metric,
-    ) -> Result<Refit> {
+/// The regression of the outputs of the source on the shifted inputs at a place.
+struct Regression<'m> {
+    /// `C_xx̂` (n, n).
+    cross: &'m Mat<f64>,
+    /// `C_x̂x̂ + δ I` (n, n).
+    invertible: Mat<f64>,
+    /// The metric of `C_x̂x̂`.
+    input: Metric,
+    /// The means of the inputs in both streams, if the moments are without them.
+    means: Option<[Vec<f64>; 2]>,
+}
+
+impl<'m> Regression<'m> {
+    fn new(moments: &'m Moments, solution: &Solution<'_>, means: Option<[Vec<f64>; 2]>) -> Self {
+        let Moments { cross, shifted: moment, .. } = moments;
+        Self {
+            cross,
+            invertible: shifted(moment.clone(), DAMPING * mean_diagonal(moment)),
+            input: Metric::damped(moment.clone(), solution.study.recipe.damping_input()),
+            means,
+        }
+    }
+
+    fn fit(&self, solution: &Solution<'_>, linear: &LinearInfo, rank: usize, mu: f64) -> Result<Refit> {
+        let Self { invertible, input, .. } = self;
         let study = solution.study;
         let values = inventory::weight(study.session.checkpoint, linear)?; // (out, in)
         let transposed = linalg::transposed_from_row_major(&values, linear.out_features, linear.in_features);
@@ -322,6 +358,8 @@ impl Moments {
         let layout = study.recipe.layout();
         let fit = layout.fitting().fit(target.as_ref(), metric, rank)?;
         let pair = fit.pair(layout, target.as_ref(), rank);
-        Ok(Refit { curve: fit.curve, pair, plain: metric.plain_sides() })
+        let means = self.means.as_ref();
+        let means = means.map(|[source, here]| Means { output: image(&values, source), input: here.clone() });
+        Ok(Refit { curve: fit.curve, pair, plain: metric.plain_sides(), means })
     }
 }

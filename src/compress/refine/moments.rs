@@ -5,7 +5,7 @@ use anyhow::Result;
 use candle_core::Tensor;
 use faer::{Mat, MatRef};
 
-use crate::device::{DeviceSum, is_host, to_host};
+use crate::device::{DeviceSum, column_sums, is_host, to_host};
 use crate::linalg;
 use crate::model::{Block, Experts, InputSite, Passes, Walk};
 
@@ -32,7 +32,11 @@ pub(super) struct Moments {
     pub cross: Mat<f64>,
     /// `C_x̂x̂` (n, n).
     pub shifted: Mat<f64>,
+    /// Sums of `x` and of `x̂`, (n) each, over the tokens seen.
+    sums: [Vec<f64>; 2],
     pub n_seen: usize,
+    /// 1 over the number of all tokens.
+    scale: f64,
 }
 
 impl Moments {
@@ -66,6 +70,23 @@ impl Moments {
         let scale = 1.0 / walk.n_tokens().max(1) as f64;
         sums.into_iter().map(|sums| sums.scaled(scale)).collect()
     }
+
+    /// The means of `x` and of `x̂`, (n) each, over the tokens seen.
+    pub fn means(&self) -> [Vec<f64>; 2] {
+        let count = self.n_seen.max(1) as f64;
+        [0, 1].map(|stream| self.sums[stream].iter().map(|sum| sum / count).collect())
+    }
+
+    /// The moments of the inputs without their means. What rounding leaves below zero on the diagonal is clamped.
+    pub fn centered(&self) -> Self {
+        let ([mean, shifted_mean], share) = (self.means(), self.scale * self.n_seen as f64);
+        let without = |moment: &Mat<f64>, a: &[f64], b: &[f64]| {
+            Mat::from_fn(moment.nrows(), moment.ncols(), |i, j| moment[(i, j)] - share * a[i] * b[j])
+        };
+        let mut shifted = without(&self.shifted, &shifted_mean, &shifted_mean);
+        (0..shifted.nrows()).for_each(|i| shifted[(i, i)] = shifted[(i, i)].max(0.0));
+        Self { cross: without(&self.cross, &mean, &shifted_mean), shifted, sums: self.sums.clone(), ..*self }
+    }
 }
 
 /// Sums of moments over tokens.
@@ -75,16 +96,27 @@ struct Sums {
     shifted: Vec<f64>,
     /// Both, (n, n), where the model runs on another device than the host.
     on_device: Option<[DeviceSum; 2]>,
+    /// Sums of the inputs in both streams, (n) each.
+    sums: [Vec<f64>; 2],
     n_seen: usize,
 }
 
 impl Sums {
     fn zeros(n: usize) -> Self {
-        Self { cross: Mat::zeros(n, n), shifted: vec![0.0; n * (n + 1) / 2], on_device: None, n_seen: 0 }
+        Self {
+            cross: Mat::zeros(n, n),
+            shifted: vec![0.0; n * (n + 1) / 2],
+            on_device: None,
+            sums: [vec![0.0; n], vec![0.0; n]],
+            n_seen: 0,
+        }
     }
 
     fn add(&mut self, addend: Addend) -> Result<()> {
         self.n_seen += addend.n_seen;
+        for (sum, more) in self.sums.iter_mut().zip(&addend.sums) {
+            sum.iter_mut().zip(more).for_each(|(sum, value)| *sum += value);
+        }
         match (addend.inputs.products(self.cross.nrows()), &mut self.on_device) {
             (Products::OnHost { cross, shifted }, _) => {
                 linalg::add_all(&mut self.cross, &cross);
@@ -108,7 +140,7 @@ impl Sums {
             shifted.add_lower_to(&mut self.shifted)?;
         }
         let shifted = linalg::unpack_lower(&self.shifted, n, scale);
-        Ok(Moments { cross: self.cross * faer::Scale(scale), shifted, n_seen: self.n_seen })
+        Ok(Moments { cross: self.cross * faer::Scale(scale), shifted, sums: self.sums, n_seen: self.n_seen, scale })
     }
 }
 
@@ -116,6 +148,8 @@ impl Sums {
 struct Addend {
     place_idx: usize,
     n_seen: usize,
+    /// Sums of the inputs in both streams, (n) each.
+    sums: [Vec<f64>; 2],
     inputs: StreamInputs,
 }
 
@@ -177,7 +211,12 @@ impl Addend {
                 (Some(_), ..) => continue,
                 (None, ..) => [x.clone(), shifted.clone()],
             };
-            addends.push(Self { place_idx, n_seen: x.dim(0)?, inputs: StreamInputs::of(&x, &shifted)? });
+            let inputs = StreamInputs::of(&x, &shifted)?;
+            let sums = match &inputs {
+                StreamInputs::Rows(rows) => rows.each_ref().map(|rows| linalg::column_sums(rows, place.n)),
+                StreamInputs::Products(_) => [column_sums(&x)?, column_sums(&shifted)?],
+            };
+            addends.push(Self { place_idx, n_seen: x.dim(0)?, sums, inputs });
         }
         Ok(addends)
     }
@@ -221,5 +260,26 @@ mod tests {
                 assert!((&found - &expected).norm_l2() < 1e-5 * expected.norm_l2());
             }
         }
+    }
+
+    #[test]
+    fn centered_moments_are_moments_of_inputs_without_their_means() {
+        // Two experts' worth of tokens: 5 are seen out of 8.
+        let (n, n_seen, n_tokens) = (3, 5, 8);
+        let value = |t: usize, j: usize, k: usize| ((t * 7 + j * 5 + t * j * 3 + k) % 11) as f32 - 2.0;
+        let rows = |k: usize| (0..n_seen).flat_map(|t| (0..n).map(move |j| value(t, j, k))).collect::<Vec<f32>>();
+        let [x, shifted] = [rows(1), rows(4)];
+        let mut sums = Sums::zeros(n);
+        let of_rows = [linalg::column_sums(&x, n), linalg::column_sums(&shifted, n)];
+        let inputs = StreamInputs::Rows([x.clone(), shifted.clone()]);
+        sums.add(Addend { place_idx: 0, n_seen, sums: of_rows, inputs }).unwrap();
+        let moments = sums.scaled(1.0 / n_tokens as f64).unwrap();
+        let (centered, means) = (moments.centered(), moments.means());
+        let apart = |rows: &[f32], mean: &[f64]| Mat::from_fn(n_seen, n, |t, j| f64::from(rows[t * n + j]) - mean[j]);
+        let [x, shifted] = [apart(&x, &means[0]), apart(&shifted, &means[1])];
+        let scale = faer::Scale(1.0 / n_tokens as f64);
+        assert!((&centered.cross - x.transpose() * &shifted * scale).norm_max() < 1e-12);
+        assert!((&centered.shifted - shifted.transpose() * &shifted * scale).norm_max() < 1e-12);
+        assert!(x.col_iter().all(|column| column.iter().sum::<f64>().abs() < 1e-12));
     }
 }

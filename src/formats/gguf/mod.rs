@@ -200,7 +200,15 @@ impl Exporter for Gguf {
     }
 
     fn other_bytes(&self, source: &Source<'_>, info: &TensorInfo) -> Result<Vec<u8>, CheckpointError> {
-        let mut values = source.checkpoint.values(&info.name)?;
+        self.encode_other(source, info, source.checkpoint.values(&info.name)?)
+    }
+
+    fn encode_other(
+        &self,
+        source: &Source<'_>,
+        info: &TensorInfo,
+        mut values: Vec<f32>,
+    ) -> Result<Vec<u8>, CheckpointError> {
         if let (true, &[rows, columns]) = (is_transposed(source, info), info.shape.as_slice()) {
             values = linalg::transpose_row_major(&values, rows, columns);
         }
