@@ -85,6 +85,8 @@
 //! | [`operator`] | structures that replace a weight |
 //! | [`compress`] | recipe, fits, allocation of ranks, output |
 //! | [`truncate`] | fewer ranks without the source |
+//! | [`train`] | training of a few tensors: AdamW, early stop |
+//! | [`heal`] | distillation of the source into a compressed model |
 //! | [`formats`] | output formats, each for some runtimes |
 //! | [`export`] | conversion of one format into another |
 //! | [`eval`] | perplexity and divergence |
@@ -113,6 +115,7 @@ pub mod error;
 pub mod eval;
 pub mod export;
 pub mod formats;
+pub mod heal;
 pub mod inspect;
 pub mod linalg;
 pub mod model;
@@ -124,5 +127,6 @@ pub mod report;
 pub mod session;
 pub mod store;
 pub mod text;
+pub mod train;
 pub mod truncate;
 mod workers;

@@ -7,6 +7,7 @@ mod delta;
 mod documents;
 mod eval;
 mod export;
+mod heal;
 mod inspect;
 mod interrupt;
 mod options;
@@ -58,6 +59,7 @@ enum Command {
     Eval(eval::EvalArgs),
     Truncate(truncate::TruncateArgs),
     Export(export::ExportArgs),
+    Heal(heal::HealArgs),
     Inspect(inspect::InspectArgs),
     Completions(documents::CompletionsArgs),
     Man(documents::ManArgs),
@@ -126,6 +128,7 @@ pub fn run(cli: &Cli) -> Result<()> {
         Command::Eval(args) => eval::run(args, &progress),
         Command::Truncate(args) => truncate::run(args, cli.quiet, &progress),
         Command::Export(args) => export::run(args, cli.quiet, &progress),
+        Command::Heal(args) => heal::run(args, cli.quiet, &progress),
         Command::Inspect(args) => inspect::run(args, &progress),
         Command::Completions(args) => documents::completions(args, Cli::command()),
         Command::Man(args) => documents::man(args, Cli::command()),

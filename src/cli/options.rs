@@ -12,8 +12,8 @@ use crate::compress::recipe::{Recipe, RecipeOptions};
 use crate::error::Failure;
 
 /// The order of headings in the help.
-const HEADINGS: [&str; 9] =
-    ["Model", "Text", "Evaluation", "Budget", "Method", "Quantization", "Calibration", "Statistics", "Output"];
+const HEADINGS: [&str; 10] =
+    ["Model", "Text", "Training", "Evaluation", "Budget", "Method", "Quantization", "Calibration", "Statistics", "Output"];
 
 /// The options that a command takes.
 pub(super) trait Selection {

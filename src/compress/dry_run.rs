@@ -8,14 +8,14 @@ use super::job::Job;
 use super::limit::expect_share;
 use super::plan::Choice;
 use super::recipe::Budget;
-use super::run::{Run, stopped};
+use super::run::Run;
 use super::study::Study;
 use super::{estimate, output, record, sensitivity};
 use crate::checkpoint::OutputFolder;
 use crate::formats;
 use crate::operator::Forms;
 use crate::progress::Progress;
-use crate::report::{AdapterRecord, DryRunReport, LinearRecord, RankSource};
+use crate::report::{AdapterRecord, DryRunReport, LinearRecord, RankSource, stopped};
 
 /// How much of a compression a dry run does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -239,6 +239,7 @@ pub(super) fn report(
         adapter: None,
         delta: None,
         truncated: None,
+        healed: None,
         output_files: Fingerprint::new(),
         timings,
         elapsed_seconds: 0.0,

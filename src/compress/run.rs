@@ -9,7 +9,7 @@ use super::job::Job;
 use super::plan::Plan;
 use super::record;
 use crate::checkpoint::{Fingerprint, OutputFolder};
-use crate::error::{self, ExitClass, Failure, exit_class};
+use crate::error::Failure;
 use crate::formats::Source;
 use crate::model::fingerprint;
 use crate::progress::Progress;
@@ -79,17 +79,4 @@ impl<'a> Run<'a> {
         let session = Session::new(job.checkpoint, &job.device, job.memory_bytes, folder.work(), journal, progress);
         session.running(job.model())
     }
-}
-
-/// The error of a run that stopped; if a resource is at fault, finished work is kept.
-pub(super) fn stopped(folder: &mut OutputFolder, error: anyhow::Error) -> anyhow::Error {
-    if exit_class(&error) == ExitClass::Resources
-        && let Some(kept) = folder.keep()
-    {
-        let mend = error::hint(&error).map_or(String::new(), |mend| format!("{mend}; "));
-        let kept = kept.display();
-        let hint = format!("{mend}finished work is kept in `{kept}`; run the same command again to resume");
-        return error.context(Failure::new(ExitClass::Resources, "stopped").hint(hint));
-    }
-    error
 }

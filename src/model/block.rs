@@ -62,6 +62,17 @@ pub struct Paused {
     pub input: Tensor,
 }
 
+/// A part of a block from one state of the residual stream to the next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Half {
+    /// Attention and its residual.
+    Attention,
+    /// The feed-forward layer and its residual.
+    FeedForward,
+    /// The block, if both layers read its input.
+    Whole,
+}
+
 /// The state of a pass after a site.
 pub enum Next {
     /// The next site; none of these is an expert's.
@@ -284,6 +295,47 @@ impl Block {
             }
         }
         Ok(None)
+    }
+
+    /// The halves that follow each other.
+    pub fn halves(&self) -> &'static [Half] {
+        match self.arrangement {
+            Arrangement::PreNorm | Arrangement::PostNorm => &[Half::Attention, Half::FeedForward],
+            Arrangement::Parallel => &[Half::Whole],
+        }
+    }
+
+    /// The linear whose output a half adds to the residual stream as it is; `None` if a norm is between, or there are
+    /// several.
+    pub fn last_linear(&self, half: Half) -> Option<Role> {
+        let is_plain = |after: &Option<Norm>| self.arrangement == Arrangement::PreNorm && after.is_none();
+        match half {
+            Half::Attention => is_plain(&self.after_attention).then_some(Role::OProj),
+            Half::FeedForward => (is_plain(&self.after_mlp) && self.experts().is_none()).then_some(Role::DownProj),
+            Half::Whole => None,
+        }
+    }
+
+    /// Maps `x` (batch, n_tokens, hidden_size) before a half to the state after it.
+    ///
+    /// # Errors
+    /// The shapes do not match.
+    pub fn through(&self, half: Half, x: &Tensor, rope: &Rope) -> Result<Tensor> {
+        let mut at = match half {
+            Half::Attention | Half::Whole => self.begin(x)?,
+            Half::FeedForward => {
+                Paused { site: InputSite::GateUp, residual: x.clone(), input: normed(&self.before_mlp, x)? }
+            }
+        };
+        loop {
+            match self.resume(&at, rope, &mut |_, _| Ok(()))? {
+                Next::Site(next) if half == Half::Attention && next.site == InputSite::GateUp => {
+                    return Ok(next.residual);
+                }
+                Next::Site(next) => at = next,
+                Next::End(y) => return Ok(y),
+            }
+        }
     }
 
     /// A pass of `x` (batch, n_tokens, hidden_size) at the first site.

@@ -32,7 +32,7 @@ pub mod widths;
 
 pub use architectures::Architecture;
 pub use batches::WalkLimits;
-pub use block::{Block, Next, Observer, Paused};
+pub use block::{Block, Half, Next, Observer, Paused};
 pub use bounds::{open, with_adapter};
 pub use config::ModelConfig;
 pub use decoder::{Decoder, Objective};
@@ -46,4 +46,4 @@ pub use sentence::{PoolingMode, SentenceModules, fingerprint};
 pub use slot::{InputSite, LinearId, Role, Slot};
 pub use softmax::{RowDivergence, row_divergence};
 pub use walk::{Hidden, Scored, Walk};
-pub use weights::{Order, Overlay, Weights};
+pub use weights::{Order, Overlay, Trained, Weights};

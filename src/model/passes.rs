@@ -3,7 +3,7 @@
 use anyhow::Result;
 use candle_core::Tensor;
 
-use super::block::{Block, Next, Paused};
+use super::block::{Block, Half, Next, Paused};
 use super::decoder::Decoder;
 use super::ops::non_finite_window;
 use super::slot::InputSite;
@@ -142,5 +142,31 @@ impl<'w> Passes<'w> {
     fn paused(&self, batch_idx: usize) -> Result<Paused> {
         let [residual, input] = [&self.residual, &self.input].map(|states| self.walk.batch(states, batch_idx));
         Ok(Paused { site: self.site, residual: residual?, input: input? })
+    }
+}
+
+impl Walk<'_> {
+    /// The states after a half of `block`, from those before it.
+    ///
+    /// # Errors
+    /// The shapes do not match, a state is not finite, or the work folder cannot be written.
+    pub fn through(&self, before: &Hidden, decoder: &Decoder<'_>, block: &Block, half: Half) -> Result<Hidden> {
+        let mut after = Vec::with_capacity(self.n_batches());
+        self.workers().in_order(
+            self.n_batches(),
+            |batch_idx| {
+                let y = block.through(half, &self.batch(before, batch_idx)?, self.rope())?;
+                let values = to_host(&y)?;
+                match non_finite_window(&values, &y)? {
+                    Some(window) => Err(self.not_finite(decoder, block, None, (batch_idx, window))),
+                    None => Ok(values),
+                }
+            },
+            |_, values| {
+                after.push(self.spool().push(values)?);
+                Ok(())
+            },
+        )?;
+        Ok(Hidden::new(after))
     }
 }

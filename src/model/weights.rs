@@ -60,6 +60,14 @@ pub struct Overlay<'a> {
     pub above: HashMap<String, Tensor>,
 }
 
+/// A checkpoint some of whose tensors are variables, each in the order in which it is stored.
+pub struct Trained<'a> {
+    /// Every tensor that is not trained.
+    pub below: &'a Checkpoint,
+    /// The variables, by the name of the tensor.
+    pub variables: &'a HashMap<String, Tensor>,
+}
+
 /// Weights that are put on a device as they are loaded.
 pub(super) struct Placed<'w> {
     pub weights: &'w dyn Weights,
@@ -107,10 +115,14 @@ impl Weights for Checkpoint {
     }
 
     fn matrix(&self, name: &str, order: Order) -> Result<Tensor> {
-        let weight = self.tensor(name)?;
-        let is_transposed = order == Order::InOut && follows_family(self, name);
-        Ok(if is_transposed { weight.t()?.contiguous()? } else { weight })
+        turned(self, name, order, self.tensor(name)?)
     }
+}
+
+/// A weight (out, in), from the order in which a checkpoint stores it.
+fn turned(checkpoint: &Checkpoint, name: &str, order: Order, weight: Tensor) -> Result<Tensor> {
+    let is_transposed = order == Order::InOut && follows_family(checkpoint, name);
+    Ok(if is_transposed { weight.t()?.contiguous()? } else { weight })
 }
 
 impl Weights for Overlay<'_> {
@@ -128,6 +140,24 @@ impl Weights for Overlay<'_> {
 
     fn matrix(&self, name: &str, order: Order) -> Result<Tensor> {
         self.above.get(name).map_or_else(|| self.below.matrix(name, order), |tensor| Ok(tensor.clone()))
+    }
+}
+
+impl Weights for Trained<'_> {
+    fn contains(&self, name: &str) -> bool {
+        self.below.contains(name)
+    }
+
+    fn tensor(&self, name: &str) -> Result<Tensor> {
+        self.variables.get(name).map_or_else(|| self.below.tensor(name), |tensor| Ok(tensor.clone()))
+    }
+
+    fn indices(&self, name: &str) -> Result<Tensor> {
+        self.below.indices(name)
+    }
+
+    fn matrix(&self, name: &str, order: Order) -> Result<Tensor> {
+        turned(self.below, name, order, self.tensor(name)?)
     }
 }
 

@@ -5,8 +5,10 @@ mod adapter;
 mod calibrate;
 pub mod card;
 pub mod columns;
+mod earlier;
 mod eval;
 pub mod gate;
+mod heal;
 mod inspect;
 pub(crate) mod notes;
 pub mod page;
@@ -22,11 +24,14 @@ use serde_json::Value;
 use crate::checkpoint::{Fingerprint, LeftOut};
 pub use adapter::{AdapterRecord, AdapterReport, DeltaRecord, LEFT_OUT_BY_FLAG, TruncatedModule, TruncationRecord};
 pub use calibrate::{CalibrateReport, CalibrationRecord};
+pub use earlier::read_report;
 pub use eval::{
     Agreement, AllConventionsReport, Distribution, DivergenceRecord, EncoderReport, FidelityRecord, PerplexityReport,
     PseudoPerplexity,
 };
+pub use heal::{HealRecord, HealedHalf, HealedPart, HealedText};
 pub use inspect::{BelowThreshold, EnergyRank, Figures, InspectReport, PowerLaw, Spectrum, SpectrumRecord};
+pub(crate) use publish::stopped;
 pub use publish::{Published, publish};
 
 /// Also marks a folder as an output of lrc, which `--force` may replace.
@@ -91,6 +96,9 @@ pub struct CompressReport {
     /// Set by `lrc truncate`.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub truncated: Option<TruncationRecord>,
+    /// Set by `lrc heal`.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub healed: Option<HealRecord>,
     /// SHA-256 of every other file of the output.
     pub output_files: Fingerprint,
     /// Seconds per stage.

@@ -7,6 +7,7 @@ use anyhow::Result;
 use serde::Serialize;
 
 use crate::checkpoint::{Fingerprint, OutputFolder, REPORT_FILE};
+use crate::error::{self, ExitClass, Failure, exit_class};
 
 /// A report that ends an output folder.
 pub trait Published: Serialize {
@@ -30,4 +31,17 @@ pub fn publish(
     report.seal(folder.hashes(REPORT_FILE)?, started.elapsed().as_secs_f64());
     folder.write(REPORT_FILE, (serde_json::to_string_pretty(report)? + "\n").as_bytes())?;
     Ok(())
+}
+
+/// The error of a run that stopped; if a resource is at fault, finished work is kept.
+pub(crate) fn stopped(folder: &mut OutputFolder, error: anyhow::Error) -> anyhow::Error {
+    if exit_class(&error) == ExitClass::Resources
+        && let Some(kept) = folder.keep()
+    {
+        let mend = error::hint(&error).map_or(String::new(), |mend| format!("{mend}; "));
+        let kept = kept.display();
+        let hint = format!("{mend}finished work is kept in `{kept}`; run the same command again to resume");
+        return error.context(Failure::new(ExitClass::Resources, "stopped").hint(hint));
+    }
+    error
 }

@@ -22,7 +22,7 @@ use crate::approx::low_rank::{ErrorCurve, LowRank};
 use crate::approx::metric::{Metric, MetricPair};
 use crate::checkpoint::{
     CONFIG_FILE, Checkpoint, CheckpointError, Dtype, Existing, OutputFolder, SafetensorsWriter, TensorSpec, cast,
-    expect_apart, json, read_file, writer_bytes,
+    expect_apart, json, writer_bytes,
 };
 use crate::compress::allocate::{self, Candidate, Candidates, Item, Ladder, Pick, Ranks, Rules};
 use crate::compress::{KeptCurve, linear_summary, write_curves};
@@ -36,7 +36,7 @@ use crate::operator::{self, Forms, Kind, Operator, Side, Sides, Term};
 use crate::progress::Progress;
 use crate::report::card::{self, Loading};
 use crate::report::page::{self, PAGE_FILE};
-use crate::report::{CompressReport, REPORT_FILE, SCHEMA_VERSION, TruncationRecord, publish};
+use crate::report::{CompressReport, REPORT_FILE, TruncationRecord, publish, read_report};
 
 pub use adapter::{AdapterJob, AdapterSize, is_adapter, truncate_adapter};
 
@@ -79,7 +79,7 @@ pub fn truncate(job: &TruncateJob<'_>, progress: &dyn Progress) -> Result<Compre
     OutputFolder::check(job.output, job.existing, REPORT_FILE)?;
     expect_apart(job.output, [root])?;
     coverage::expect_whole(checkpoint)?;
-    let mut report = read_report(root)?;
+    let mut report = read_report(root, "`lrc truncate` takes a folder written by `lrc compress --format factored`")?;
     let mut config = checkpoint.config().cloned().unwrap_or_default();
     expect_own_factors(&config, root)?;
     let mut truncations = truncations(checkpoint)?;
@@ -225,24 +225,6 @@ fn warn_of_diagonals(report: &CompressReport, truncations: &[Truncation]) {
 fn is_part_of(name: &str, module: &str) -> bool {
     let part = name.strip_prefix(module).and_then(|rest| rest.strip_prefix('.'));
     part.is_some_and(|part| part != "weight" && operator::all_parts().iter().any(|known| known == part))
-}
-
-fn read_report(root: &Path) -> Result<CompressReport> {
-    let path = root.join(REPORT_FILE);
-    let unusable = |reason: String| {
-        Failure::unsupported(format!("`{}` cannot be read: {reason}", path.display()))
-            .hint("`lrc truncate` takes a folder written by `lrc compress --format factored`")
-    };
-    let bytes = read_file(&path).map_err(|error| match error {
-        CheckpointError::Io { source, .. } => unusable(source.to_string()).into(),
-        error => anyhow::Error::from(error),
-    })?;
-    let report: Value = serde_json::from_slice(&bytes).map_err(|e| unusable(e.to_string()))?;
-    if let Some(version) = report["schema_version"].as_u64().filter(|&version| version > SCHEMA_VERSION.into()) {
-        let (found, known) = (version.to_string(), SCHEMA_VERSION.to_string());
-        return Err(CheckpointError::Newer { path, entry: "schema_version".into(), found, known }.into());
-    }
-    Ok(serde_json::from_value(report).map_err(|e| unusable(e.to_string()))?)
 }
 
 /// Checks that the report lists the linears of the checkpoint and that its sums match, because budgets are computed

@@ -1,0 +1,190 @@
+//! `lrc heal`.
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use clap::{Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches};
+
+use super::arguments::{
+    DeviceArgs, FolderArgs, JsonArgs, MemoryArgs, ModelArgs, RestartArgs, RevisionArgs, TextArgs, at_least_1, open,
+};
+use super::options::{Options, Selection};
+use super::streams::{print, print_json};
+use super::terminal::{Bars, table};
+use crate::compress::recipe;
+use crate::error::Failure;
+use crate::heal::{HealJob, WeightedText, heal};
+use crate::report::{CompressReport, HealedPart};
+use crate::train::Settings;
+
+/// Train a compressed model to do what its source does
+///
+/// Block after block, the floats of the compressed model learn to give the
+/// states that the source has there. Shapes, ranks, codes and sizes stay. Some
+/// windows of the texts are held out: they choose the epoch whose values are kept.
+///
+/// Examples:
+///   lrc heal COMPRESSED --teacher MODEL --text text.txt -o OUT
+///   lrc heal COMPRESSED --teacher MODEL --text a.txt:0.7 --text b.jsonl:0.3 -o OUT
+///   lrc heal COMPRESSED --teacher MODEL --text text.txt --statistics stats.safetensors -o OUT
+#[derive(Debug, Args)]
+#[command(verbatim_doc_comment, mut_arg("model", |model| model.help("Compressed folder or hub id")))]
+pub(super) struct HealArgs {
+    #[command(flatten)]
+    source: ModelArgs,
+
+    #[command(flatten)]
+    revision: RevisionArgs,
+
+    /// The model that was compressed
+    #[arg(long, value_name = "MODEL", help_heading = "Model")]
+    teacher: String,
+
+    #[command(flatten)]
+    texts: Texts,
+
+    #[command(flatten)]
+    options: Options<Drawn>,
+
+    /// Most passes over the windows, for half a block
+    #[arg(long, value_name = "N", value_parser = at_least_1, default_value_t = 8, help_heading = "Training")]
+    epochs: usize,
+
+    /// Largest learning rate
+    #[arg(long, value_name = "RATE", default_value_t = 2e-4, help_heading = "Training")]
+    learning_rate: f64,
+
+    /// Windows of a step
+    #[arg(long, value_name = "N", value_parser = at_least_1, default_value_t = 2, help_heading = "Training")]
+    batch: usize,
+
+    #[command(flatten)]
+    memory: MemoryArgs,
+
+    #[command(flatten)]
+    device: DeviceArgs,
+
+    #[command(flatten)]
+    folder: FolderArgs,
+
+    #[command(flatten)]
+    restart: RestartArgs,
+
+    #[command(flatten)]
+    json: JsonArgs,
+}
+
+/// The windows, and the metric of the errors.
+#[derive(Debug)]
+struct Drawn;
+
+impl Selection for Drawn {
+    fn takes(id: &str) -> bool {
+        ["field", "samples", "seq_len", "seed", "statistics"].contains(&id)
+    }
+
+    fn adapt(flag: Arg) -> Arg {
+        const STATISTICS: &str = "Statistics of the source, for errors in the metric of its gradients";
+        match flag.get_id().as_str() {
+            "statistics" => flag.help(STATISTICS).long_help(format!(
+                "{STATISTICS}\n\nA file of `lrc calibrate --method kfac`. Without it, squared errors of states are trained."
+            )),
+            _ => flag.help_heading("Text").hide_short_help(false),
+        }
+    }
+}
+
+/// `--text`, any number of times.
+#[derive(Debug)]
+struct Texts(Vec<PathBuf>);
+
+impl Args for Texts {
+    fn augment_args(command: Command) -> Command {
+        const TEXT: &str = "File of text (`.txt`, `.jsonl`, `.parquet`), and its weight";
+        TextArgs::augment_args(command).mut_arg("text", |text| {
+            text.action(ArgAction::Append).value_name("FILE[:WEIGHT]").help_heading("Text").help(TEXT).long_help(format!(
+                "{TEXT}\n\nMay be repeated: texts share `--samples` by their weights, `a.txt:0.7` and `b.jsonl:0.3`."
+            ))
+        })
+    }
+
+    fn augment_args_for_update(command: Command) -> Command {
+        Self::augment_args(command)
+    }
+}
+
+impl FromArgMatches for Texts {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
+        Ok(Self(matches.get_many("text").into_iter().flatten().cloned().collect()))
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        *self = Self::from_arg_matches(matches)?;
+        Ok(())
+    }
+}
+
+pub(super) fn run(args: &HealArgs, quiet: bool, progress: &Bars) -> Result<()> {
+    if !(args.learning_rate > 0.0 && args.learning_rate < 1.0) {
+        return Err(Failure::usage(format!("`--learning-rate {}` is outside (0, 1)", args.learning_rate))
+            .hint("give a rate, for example 2e-4")
+            .into());
+    }
+    let parse = |path: &PathBuf| {
+        let text = path.to_string_lossy();
+        text.parse().map_err(|reason: String| Failure::usage(format!("`--text {text}`: {reason}")).into())
+    };
+    let texts: Vec<WeightedText> = args.texts.0.iter().map(parse).collect::<Result<_>>()?;
+    let options = &args.options.values;
+    let windows = recipe::windows(options, &texts[0].path)?;
+    args.folder.check()?;
+    let device = args.device.open()?;
+    let checkpoint = args.revision.open(&args.source.model, progress)?;
+    let teacher = open(&args.teacher, None, progress)?;
+    let job = HealJob {
+        checkpoint: &checkpoint,
+        teacher: &teacher,
+        teacher_name: &args.teacher,
+        texts: &texts,
+        settings: Settings {
+            epochs: args.epochs,
+            batch: args.batch,
+            learning_rate: args.learning_rate,
+            seed: windows.seed,
+        },
+        windows,
+        statistics: options.statistics.as_deref(),
+        output: args.folder.path(),
+        existing: args.folder.existing(),
+        earlier: args.restart.earlier(),
+        memory_bytes: args.memory.bytes(),
+        device,
+    };
+    let report = heal(&job, progress)?;
+    match (args.json.json, quiet) {
+        (true, _) => print_json(&report),
+        (false, true) => Ok(()),
+        (false, false) => print(&show(&report, args)),
+    }
+}
+
+fn show(report: &CompressReport, args: &HealArgs) -> String {
+    let parts = report.healed.as_ref().map_or(&[][..], |healed| &healed.parts);
+    let row = |part: &HealedPart| {
+        vec![
+            part.block.to_string(),
+            part.half.name().to_string(),
+            format!("{:.4e}", part.error_before),
+            format!("{:.4e}", part.error_after),
+            format!("{:.3}", part.error_after / part.error_before.max(f64::MIN_POSITIVE)),
+            format!("{} of {}", part.best_epoch, part.trained.len()),
+        ]
+    };
+    let columns = ["block", "half", "held-out error", "healed", "ratio", "epoch"];
+    format!(
+        "{}wrote `{}` in {:.1} s\n",
+        table(&columns, parts.iter().map(row).collect()),
+        args.folder.path().display(),
+        report.elapsed_seconds
+    )
+}

@@ -1,0 +1,208 @@
+//! The stage `blocks`: one half of a block after another learns to give the states of the teacher from the states of the
+//! student, as far as it is healed.
+
+use std::collections::{BTreeMap, HashMap};
+
+use anyhow::{Context, Result};
+use candle_core::{D, Tensor};
+use serde_json::json;
+
+use super::metric::Metrics;
+use crate::checkpoint::{Checkpoint, TensorInfo, cast};
+use crate::error::Failure;
+use crate::model::{Block, Decoder, Half, Hidden, Trained, Walk};
+use crate::progress::{Progress, Stage};
+use crate::report::{HealedHalf, HealedPart};
+use crate::store::{Journal, Values};
+use crate::train::{Course, Objective, Pieces, Settings, Variables, fit, held_out};
+
+/// The windows on their way through teacher and student.
+pub(super) struct Halves<'a> {
+    pub teacher: &'a Decoder<'a>,
+    pub student: &'a Decoder<'a>,
+    /// The student's files.
+    pub checkpoint: &'a Checkpoint,
+    pub walk: &'a Walk<'a>,
+    pub pieces: &'a Pieces,
+    pub settings: &'a Settings,
+    pub metrics: &'a Metrics,
+    pub journal: &'a Journal,
+}
+
+/// Healed tensors by name, in the order of their values in the file.
+pub(super) type Healed = BTreeMap<String, Vec<f32>>;
+
+impl Halves<'_> {
+    /// Heals block after block; the healed tensors, and what training did.
+    ///
+    /// # Errors
+    /// The models cannot be read or run, or a loss is not finite.
+    pub fn run(&self, progress: &dyn Progress) -> Result<(Healed, Vec<HealedPart>)> {
+        let Self { teacher, student, walk, settings, .. } = *self;
+        let (mut healed, mut parts) = (Healed::new(), Vec::new());
+        let [mut target, mut state] = [walk.embed(teacher)?, walk.embed(student)?];
+        let n_halves: usize = teacher.n_blocks() * 2;
+        let n_steps = n_halves * settings.epochs * self.pieces.trained.len();
+        let stage = progress.stage("heal", n_steps as u64, "windows");
+        for block_idx in 0..teacher.n_blocks() {
+            let of_teacher = teacher.block(block_idx)?;
+            let variables = self.variables(block_idx)?;
+            for &half in of_teacher.halves() {
+                stage.note(&format!("{} of {}", named(half).name(), student.block_name(block_idx)));
+                let after = walk.through(&target, teacher, &of_teacher, half)?;
+                let lesson = Lesson { on: self, block_idx, half, states: &state, targets: &after, scale: 1.0 };
+                let (changed, part) = self.piece(&lesson, &variables, stage.as_ref())?;
+                healed.extend(changed);
+                parts.push(part);
+                let block = lesson.model(&variables.detached())?;
+                let next = walk.through(&state, student, &block, half)?;
+                walk.release(std::mem::replace(&mut target, after));
+                walk.release(std::mem::replace(&mut state, next));
+            }
+        }
+        Ok((healed, parts))
+    }
+
+    /// The floats of a block of the student.
+    fn variables(&self, block_idx: usize) -> Result<Variables> {
+        let prefix = format!("{}.", self.student.block_name(block_idx));
+        let is_trained =
+            |info: &&TensorInfo| info.name.starts_with(&prefix) && cast::is_float(info.dtype) && !info.is_encoded();
+        let device = self.student.device();
+        let tensor = |info: &TensorInfo| -> Result<(String, Tensor)> {
+            let values = self.checkpoint.values(&info.name)?;
+            Ok((info.name.clone(), Tensor::from_vec(values, info.shape.clone(), device)?))
+        };
+        Variables::new(self.checkpoint.tensors().filter(is_trained).map(tensor).collect::<Result<_>>()?)
+    }
+
+    /// Trains a half, or takes it from the journal; the variables have its values then.
+    fn piece(
+        &self,
+        lesson: &Lesson<'_>,
+        variables: &Variables,
+        stage: &dyn Stage,
+    ) -> Result<(Healed, HealedPart)> {
+        let key = format!("healed-{}-{}", lesson.block_idx, named(lesson.half).name());
+        let before = variables.values()?;
+        if let Some(mut piece) = self.journal.get(&key)? {
+            let (names, part): (Vec<String>, HealedPart) = serde_json::from_value(piece.fields.take())?;
+            let mut healed = Healed::new();
+            for name in names {
+                healed.insert(name, piece.take()?.values.f32s()?);
+            }
+            let values: Vec<Vec<f32>> = variables
+                .iter()
+                .zip(before)
+                .map(|((name, _), before)| healed.get(name).cloned().unwrap_or(before))
+                .collect();
+            variables.set(&values)?;
+            stage.advance((self.settings.epochs * self.pieces.trained.len()) as u64);
+            return Ok((healed, part));
+        }
+        let part = self.train(lesson, variables, stage).with_context(|| lesson.name())?;
+        let values = variables.values()?;
+        let changed = variables.iter().zip(before).zip(values).filter(|((_, before), after)| before != after);
+        let healed: Healed = changed.map(|(((name, _), _), after)| (name.to_string(), after)).collect();
+        let arrays = healed.values().cloned().map(Values::from).collect();
+        self.journal.put(&key, json!([healed.keys().collect::<Vec<_>>(), part]), arrays)?;
+        Ok((healed, part))
+    }
+
+    fn train(&self, lesson: &Lesson<'_>, variables: &Variables, stage: &dyn Stage) -> Result<HealedPart> {
+        let Self { walk, pieces, settings, .. } = *self;
+        let workers = walk.workers();
+        let part = |error: [f64; 2], course: Course| HealedPart {
+            block: lesson.block_idx,
+            half: named(lesson.half),
+            error_before: error[0],
+            error_after: error[1],
+            best_epoch: course.best,
+            trained: course.trained,
+            held_out: course.held_out,
+        };
+        let before = held_out(variables, lesson, pieces, workers)?;
+        if before == 0.0 {
+            stage.advance((settings.epochs * pieces.trained.len()) as u64);
+            return Ok(part([0.0; 2], Course::default()));
+        }
+        let lesson = &Lesson { scale: 1.0 / before, ..*lesson };
+        let start = variables.values()?;
+        let course = fit(variables, lesson, pieces, settings, workers, stage)?;
+        variables.set(&self.rounded(variables)?)?;
+        let after = held_out(variables, lesson, pieces, workers)? * before;
+        // Rounding to the dtype of the file may cost more than training gained.
+        if after < before {
+            return Ok(part([before, after], course));
+        }
+        variables.set(&start)?;
+        Ok(part([before; 2], Course { best: 0, ..course }))
+    }
+
+    /// The values as they are stored.
+    fn rounded(&self, variables: &Variables) -> Result<Vec<Vec<f32>>> {
+        let values = variables.values()?;
+        let round = |((name, _), values): ((&str, _), &Vec<f32>)| {
+            let dtype = self.checkpoint.require(name)?.dtype;
+            let bytes = cast::encode(dtype, values).map_err(|place| {
+                let message = format!("value {place} of `{name}` does not fit its dtype after training");
+                Failure::numeric(message).hint("a smaller `--learning-rate` may help")
+            })?;
+            cast::decode(dtype, &bytes).context("invariant: floats are trained")
+        };
+        variables.iter().zip(&values).map(round).collect()
+    }
+}
+
+/// One half, with the states before it in the student and after it in the teacher.
+#[derive(Clone, Copy)]
+struct Lesson<'a> {
+    on: &'a Halves<'a>,
+    block_idx: usize,
+    half: Half,
+    states: &'a Hidden,
+    targets: &'a Hidden,
+    /// 1 over the error before training, so that losses are relative.
+    scale: f64,
+}
+
+impl Lesson<'_> {
+    fn name(&self) -> String {
+        format!("healing {} of `{}`", named(self.half).name(), self.on.student.block_name(self.block_idx))
+    }
+}
+
+impl Objective for Lesson<'_> {
+    type Model = Block;
+
+    fn model(&self, tensors: &HashMap<String, Tensor>) -> Result<Block> {
+        let trained = Trained { below: self.on.checkpoint, variables: tensors };
+        self.on.student.with_weights(&trained).block(self.block_idx)
+    }
+
+    /// `scale · mean eᵀ G e` over tokens, with `e` (hidden_size) the difference of the states.
+    fn loss(&self, block: &Block, batch_idx: usize) -> Result<Tensor> {
+        let walk = self.on.walk;
+        let after = block.through(self.half, &walk.batch(self.states, batch_idx)?, walk.rope())?;
+        let difference = (after - walk.batch(self.targets, batch_idx)?)?.flatten_to(D::Minus2)?; // (n_tokens, hidden_size)
+        let weighted = match self.on.metrics.get(self.block_idx, self.half) {
+            Some(metric) => difference.matmul(metric)?,
+            None => difference.clone(),
+        };
+        let n_tokens = difference.dim(0)?;
+        Ok((weighted * difference)?.sum_all()?.affine(self.scale / n_tokens as f64, 0.0)?)
+    }
+
+    fn place(&self, batch_idx: usize) -> String {
+        format!("window {batch_idx} in {}", self.name())
+    }
+}
+
+/// The half in reports.
+fn named(half: Half) -> HealedHalf {
+    match half {
+        Half::Attention => HealedHalf::Attention,
+        Half::FeedForward => HealedHalf::FeedForward,
+        Half::Whole => HealedHalf::Whole,
+    }
+}

@@ -1,0 +1,122 @@
+//! A healing to run: student, teacher, texts and output.
+
+use std::path::Path;
+
+use anyhow::Result;
+use serde_json::{Value, json};
+
+use super::texts::{Drawn, WeightedText};
+use crate::calibrate::WindowSettings;
+use crate::checkpoint::{Checkpoint, Earlier, Existing, sha256_file};
+use crate::device::Device;
+use crate::error::Failure;
+use crate::model::{Decoder, fingerprint};
+use crate::report::LRC_VERSION;
+use crate::train::Settings;
+
+/// The student, its teacher, and how it is healed.
+pub struct HealJob<'a> {
+    /// The compressed model.
+    pub checkpoint: &'a Checkpoint,
+    /// Its source.
+    pub teacher: &'a Checkpoint,
+    /// The teacher as the user names it.
+    pub teacher_name: &'a str,
+    /// The texts.
+    pub texts: &'a [WeightedText],
+    /// Windows of all texts together; its `text` is not used.
+    pub windows: WindowSettings,
+    /// Statistics of the teacher with Grams of output gradients, if errors are measured in their metric.
+    pub statistics: Option<&'a Path>,
+    /// How long and how fast.
+    pub settings: Settings,
+    /// The output folder, which appears whole or not at all.
+    pub output: &'a Path,
+    /// How an output of an earlier run is treated.
+    pub existing: Existing,
+    /// How the progress of an interrupted run is treated.
+    pub earlier: Earlier,
+    /// Memory for hidden states and activations; the rest goes to files in the work folder.
+    pub memory_bytes: u64,
+    /// The device that runs the models.
+    pub device: Device,
+}
+
+/// The distance between the states of student and teacher.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Distance {
+    /// Squared error.
+    Output,
+    /// Squared error in the metric of the gradients of the loss.
+    Fisher,
+}
+
+impl Distance {
+    /// The name in reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Output => "output",
+            Self::Fisher => "fisher",
+        }
+    }
+}
+
+impl HealJob<'_> {
+    /// The distance that is trained.
+    pub fn distance(&self) -> Distance {
+        if self.statistics.is_some() { Distance::Fisher } else { Distance::Output }
+    }
+
+    /// Everything that is read, which the output may not contain.
+    pub(super) fn inputs(&self) -> impl Iterator<Item = &Path> {
+        let texts = self.texts.iter().map(|text| text.path.as_path());
+        texts.chain(self.statistics).chain(self.checkpoint.roots()).chain(self.teacher.roots())
+    }
+
+    /// All that decides the bytes of the output: an interrupted run of the same is resumed.
+    pub(super) fn description(&self, drawn: &Drawn) -> Result<Value> {
+        let Settings { epochs, batch, learning_rate, seed } = self.settings;
+        let texts: Vec<Value> = drawn
+            .records()
+            .iter()
+            .map(|text| json!([text.text_sha256, text.windows, text.seq_len]))
+            .collect();
+        Ok(json!({
+            "command": "heal",
+            "version": LRC_VERSION,
+            "model": fingerprint(self.checkpoint)?,
+            "teacher": fingerprint(self.teacher)?,
+            "texts": texts,
+            "window_seed": self.windows.seed,
+            "statistics": self.statistics.map(sha256_file).transpose()?,
+            "epochs": epochs,
+            "batch": batch,
+            "learning_rate": learning_rate,
+            "seed": seed,
+        }))
+    }
+}
+
+/// Checks that the states of two models can be compared.
+pub(super) fn expect_same_shape(job: &HealJob<'_>, teacher: &Decoder<'_>, student: &Decoder<'_>) -> Result<()> {
+    let of = |decoder: &Decoder<'_>| {
+        let config = &decoder.config;
+        [
+            ("hidden_size", config.hidden_size),
+            ("num_hidden_layers", config.num_hidden_layers),
+            ("vocab_size", config.vocab_size),
+            ("head_dim", config.widths(0).head_dim),
+        ]
+    };
+    for ((field, expected), (_, found)) in of(teacher).into_iter().zip(of(student)) {
+        if found != expected {
+            let message = format!(
+                "`{}` has {field} {expected}, and `{}` has {found}",
+                job.teacher_name,
+                job.checkpoint.root().display()
+            );
+            return Err(Failure::unsupported(message).hint("the teacher is the model that was compressed").into());
+        }
+    }
+    Ok(())
+}

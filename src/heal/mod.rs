@@ -1,0 +1,126 @@
+//! Healing: a compressed model is trained for a while to do what its source does.
+//!
+//! Stage `blocks` takes the model apart: the halves of a block (attention, feed-forward) learn, one after another, to
+//! give the states that the source has there, from the states that the healed part before them gives (AA-SVD; by windows
+//! with a non-linearity, arXiv 2510.14444). One half with its gradients is in memory at a time. Floats are trained: parts
+//! of structures, dense weights, norms and biases; codes and the vocabulary stay.
+
+mod halves;
+mod job;
+mod metric;
+mod output;
+mod texts;
+
+use std::time::Instant;
+
+use anyhow::Result;
+
+use self::halves::Halves;
+pub use self::job::{Distance, HealJob};
+use self::metric::Metrics;
+use self::texts::Drawn;
+pub use self::texts::WeightedText;
+use crate::calibrate::{Needs, Statistics};
+use crate::checkpoint::{OutputFolder, expect_apart};
+use crate::model::{Decoder, Walk, WalkLimits, coverage, fingerprint};
+use crate::progress::Progress;
+use crate::report::{CompressReport, HealRecord, REPORT_FILE, read_report, stopped};
+use crate::store::Journal;
+use crate::train::Pieces;
+
+/// Every so many windows one is held out.
+const HELD_OUT: usize = 8;
+
+/// Heals a compressed model. Resumes an interrupted run after the last half that it finished.
+///
+/// # Errors
+/// The two models do not belong together, a text is too short, a loss is not finite, or the output cannot be written.
+pub fn heal(job: &HealJob<'_>, progress: &dyn Progress) -> Result<CompressReport> {
+    let started = Instant::now();
+    OutputFolder::check(job.output, job.existing, REPORT_FILE)?;
+    expect_apart(job.output, job.inputs())?;
+    coverage::expect_whole(job.checkpoint)?;
+    output::expect_floats_in_place(job.checkpoint)?;
+    let report = read_report(job.checkpoint.root(), "`lrc heal` takes a folder written by `lrc compress`")?;
+    let teacher = Decoder::open(job.teacher)?.on(&job.device);
+    let student = Decoder::open(job.checkpoint)?.on(&job.device);
+    job::expect_same_shape(job, &teacher, &student)?;
+    let drawn = Drawn::of(job)?;
+    let statistics = job.statistics.map(Statistics::open).transpose()?;
+    if let (Some(statistics), Some(path)) = (&statistics, job.statistics) {
+        let named = path.display().to_string();
+        statistics.expect_model(&fingerprint(job.teacher)?, &named)?;
+        statistics.expect_needs(Needs { output_gram: true, ..Needs::default() }, &named)?;
+    }
+    let description = job.description(&drawn)?;
+    let mut folder = OutputFolder::resume(job.output, job.existing, REPORT_FILE, &description, job.earlier)?;
+    let run = Run { job, teacher, student, drawn, statistics, started };
+    match run.into_folder(report, &folder, progress) {
+        Ok(report) => {
+            folder.finish()?;
+            Ok(report)
+        }
+        Err(error) => Err(stopped(&mut folder, error)),
+    }
+}
+
+/// A healing whose inputs have been checked.
+struct Run<'a> {
+    job: &'a HealJob<'a>,
+    teacher: Decoder<'a>,
+    student: Decoder<'a>,
+    drawn: Drawn,
+    statistics: Option<Statistics>,
+    started: Instant,
+}
+
+impl Run<'_> {
+    fn into_folder(
+        &self,
+        mut report: CompressReport,
+        folder: &OutputFolder,
+        progress: &dyn Progress,
+    ) -> Result<CompressReport> {
+        let Self { job, teacher, student, drawn, .. } = self;
+        folder.require_space(job.checkpoint.file_bytes())?;
+        let limits = WalkLimits::new(job.memory_bytes, folder.work());
+        let walk = Walk::new(teacher, &drawn.windows, &limits)?.of_text(&drawn.names());
+        let is_held_out = |batch_idx: &usize| batch_idx % HELD_OUT == HELD_OUT - 1;
+        let (held_out, trained) = (0..walk.n_batches()).partition(is_held_out);
+        let pieces = Pieces { trained, held_out };
+        let metrics = match &self.statistics {
+            Some(statistics) => Metrics::of(statistics, teacher, &job.device)?,
+            None => Metrics::default(),
+        };
+        let journal = Journal::new(folder.pieces());
+        let halves = Halves {
+            teacher,
+            student,
+            checkpoint: job.checkpoint,
+            walk: &walk,
+            pieces: &pieces,
+            settings: &job.settings,
+            metrics: &metrics,
+            journal: &journal,
+        };
+        let (healed, parts) = halves.run(progress)?;
+        let record = HealRecord {
+            teacher: job.teacher_name.into(),
+            teacher_files: fingerprint(job.teacher)?,
+            source_files: fingerprint(job.checkpoint)?,
+            texts: drawn.records(),
+            trained_windows: pieces.trained.len(),
+            held_out_windows: pieces.held_out.len(),
+            distance: job.distance().name().into(),
+            epochs: job.settings.epochs,
+            batch: job.settings.batch,
+            learning_rate: job.settings.learning_rate,
+            seed: job.settings.seed,
+            parameters: healed.values().map(|values| values.len() as u64).sum(),
+            parts,
+        };
+        report.healed = Some(record);
+        output::write(job, &healed, &mut report, folder, self.started)?;
+        Ok(report)
+    }
+}

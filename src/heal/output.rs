@@ -1,0 +1,75 @@
+//! The healed model: the files of the student, with other values.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{Seek, SeekFrom, Write};
+use std::path::Path;
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+
+use super::halves::Healed;
+use super::job::HealJob;
+use crate::checkpoint::{Checkpoint, INDEX_FILE, OutputFolder, cast};
+use crate::error::Failure;
+use crate::formats::{self, Adapter, CURVES_FILES, Format};
+use crate::model::config::native_config;
+use crate::report::card::{self, Loading};
+use crate::report::page::{self, PAGE_FILE};
+use crate::report::{CompressReport, REPORT_FILE, publish};
+
+/// Refuses a student whose floats the files do not hold as they are.
+pub(super) fn expect_floats_in_place(checkpoint: &Checkpoint) -> Result<()> {
+    match checkpoint.tensors().map(|info| checkpoint.file_of(info)).find(|file| file.extension().is_some_and(|ending| ending != "safetensors")) {
+        None => Ok(()),
+        Some(file) => Err(Failure::unsupported(format!("`{}` is no file of safetensors, and cannot be healed", file.display()))
+            .hint("heal the model in `--format factored` or `dense`, then `lrc export` it")
+            .into()),
+    }
+}
+
+/// Writes the folder, but for its last step.
+pub(super) fn write(
+    job: &HealJob<'_>,
+    healed: &Healed,
+    report: &mut CompressReport,
+    folder: &OutputFolder,
+    started: Instant,
+) -> Result<()> {
+    let checkpoint = job.checkpoint;
+    let mut by_file: BTreeMap<&Path, Vec<(usize, Vec<u8>)>> = BTreeMap::new();
+    for info in checkpoint.tensors() {
+        let patches = by_file.entry(checkpoint.file_of(info)).or_default();
+        if let Some(values) = healed.get(&info.name) {
+            let bytes = cast::encode(info.dtype, values).ok().context("invariant: healed values fit their dtype")?;
+            patches.push((info.begin, bytes));
+        }
+    }
+    for (file, patches) in by_file {
+        let name = file.file_name().context("invariant: a file has a name")?;
+        folder.copy(file, name.as_ref())?;
+        let path = folder.path().join(name);
+        let context = || format!("writing `{}`", path.display());
+        let mut copy = File::options().write(true).open(&path).with_context(context)?;
+        for (begin, bytes) in patches {
+            copy.seek(SeekFrom::Start(begin as u64)).with_context(context)?;
+            copy.write_all(&bytes).with_context(context)?;
+        }
+        copy.sync_all().with_context(context)?;
+    }
+    let index = checkpoint.root().join(INDEX_FILE);
+    if fs::exists(&index).unwrap_or(false) {
+        folder.copy(&index, INDEX_FILE.as_ref())?;
+    }
+    // Healed parts have no order of significance, so that the curves are no longer theirs.
+    let replaced = [REPORT_FILE, PAGE_FILE, "README.md", CURVES_FILES[0], CURVES_FILES[1]];
+    report.left_out = formats::copy_side(checkpoint, folder, &replaced)?.into_iter().map(Into::into).collect();
+    let config = checkpoint.config().cloned().unwrap_or_default();
+    let exporter = Format::Factored.exporter();
+    let loading = Loading {
+        text: formats::loading(exporter, &native_config(&config), Adapter::None),
+        library: exporter.library(),
+    };
+    let card = card::render(report, checkpoint, &loading);
+    publish(folder, report, &[("README.md", card), (PAGE_FILE, page::compress(report, &[])?)], started)
+}

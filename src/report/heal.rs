@@ -1,0 +1,92 @@
+//! Records of `lrc heal`.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::checkpoint::Fingerprint;
+
+/// A healing.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+pub struct HealRecord {
+    /// The teacher as the user named it.
+    pub teacher: String,
+    /// SHA-256 of the files of the teacher.
+    pub teacher_files: Fingerprint,
+    /// SHA-256 of the files of the model before healing.
+    pub source_files: Fingerprint,
+    /// The texts.
+    pub texts: Vec<HealedText>,
+    /// Batches of windows whose gradients were taken, in an epoch.
+    pub trained_windows: usize,
+    /// Batches of windows that chose the best epoch.
+    pub held_out_windows: usize,
+    /// `output`: squared error; `fisher`: in the metric of the gradients of the loss.
+    pub distance: String,
+    /// Most epochs of a half.
+    pub epochs: usize,
+    /// Batches of windows of a step.
+    pub batch: usize,
+    /// Largest learning rate.
+    pub learning_rate: f64,
+    /// Seed of the order of the windows.
+    pub seed: u64,
+    /// Parameters that have other values now.
+    pub parameters: u64,
+    /// The halves of the blocks, in their order.
+    pub parts: Vec<HealedPart>,
+}
+
+/// The windows of a text.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+pub struct HealedText {
+    /// SHA-256 of the text.
+    pub text_sha256: String,
+    /// Number of windows.
+    pub windows: usize,
+    /// Tokens in all windows.
+    pub tokens: usize,
+    /// Largest number of tokens in a window.
+    pub seq_len: usize,
+}
+
+/// Half a block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum HealedHalf {
+    /// Attention and its residual.
+    Attention,
+    /// The feed-forward layer and its residual.
+    FeedForward,
+    /// Both, where both read the input of the block.
+    Whole,
+}
+
+impl HealedHalf {
+    /// The name in messages and tables.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Attention => "attention",
+            Self::FeedForward => "feed-forward",
+            Self::Whole => "both layers",
+        }
+    }
+}
+
+/// What training did to half a block.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+pub struct HealedPart {
+    /// Index of the block.
+    pub block: usize,
+    /// The half.
+    pub half: HealedHalf,
+    /// Mean squared error of a token's state on held-out windows, in the metric, before healing.
+    pub error_before: f64,
+    /// The same after healing, with values rounded to their dtype.
+    pub error_after: f64,
+    /// The epoch whose values were kept; 0: those before the first.
+    pub best_epoch: usize,
+    /// Mean loss of the trained windows in each epoch, relative to `error_before`.
+    pub trained: Vec<f64>,
+    /// The same of the held-out windows, before the first epoch and after each.
+    pub held_out: Vec<f64>,
+}
