@@ -13,7 +13,7 @@ use super::streams::{print, print_json};
 use super::terminal::{Bars, table};
 use crate::compress::recipe;
 use crate::error::Failure;
-use crate::heal::{HealJob, WeightedText, heal};
+use crate::heal::{HealJob, HealStage, WeightedText, heal};
 use crate::report::{CompressReport, HealedPart};
 use crate::train::Settings;
 
@@ -46,7 +46,19 @@ pub(super) struct HealArgs {
     #[command(flatten)]
     options: Options<Drawn>,
 
-    /// Most passes over the windows, for half a block
+    /// Stages of training, one after another
+    #[arg(
+        long,
+        value_enum,
+        value_name = "STAGE",
+        value_delimiter = ',',
+        num_args = 1,
+        default_values = ["blocks", "model"],
+        help_heading = "Training"
+    )]
+    stage: Vec<HealStage>,
+
+    /// Most passes over the windows, for half a block or for the model
     #[arg(long, value_name = "N", value_parser = at_least_1, default_value_t = 8, help_heading = "Training")]
     epochs: usize,
 
@@ -145,6 +157,7 @@ pub(super) fn run(args: &HealArgs, quiet: bool, progress: &Bars) -> Result<()> {
         checkpoint: &checkpoint,
         teacher: &teacher,
         teacher_name: &args.teacher,
+        stages: &args.stage,
         texts: &texts,
         settings: Settings {
             epochs: args.epochs,

@@ -1,15 +1,15 @@
 //! The stage `blocks`: one half of a block after another learns to give the states of the teacher from the states of the
 //! student, as far as it is healed.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 
 use anyhow::{Context, Result};
 use candle_core::{D, Tensor};
 use serde_json::json;
 
 use super::metric::Metrics;
-use crate::checkpoint::{Checkpoint, TensorInfo, cast};
-use crate::error::Failure;
+use super::tensors::{Healed, floats, rounded};
+use crate::checkpoint::Checkpoint;
 use crate::model::{Block, Decoder, Half, Hidden, Trained, Walk};
 use crate::progress::{Progress, Stage};
 use crate::report::{HealedHalf, HealedPart};
@@ -29,24 +29,21 @@ pub(super) struct Halves<'a> {
     pub journal: &'a Journal,
 }
 
-/// Healed tensors by name, in the order of their values in the file.
-pub(super) type Healed = BTreeMap<String, Vec<f32>>;
-
 impl Halves<'_> {
-    /// Heals block after block; the healed tensors, and what training did.
+    /// Heals block after block, beginning with what was `healed` so far; returns what training did.
     ///
     /// # Errors
     /// The models cannot be read or run, or a loss is not finite.
-    pub fn run(&self, progress: &dyn Progress) -> Result<(Healed, Vec<HealedPart>)> {
+    pub fn run(&self, healed: &mut Healed, progress: &dyn Progress) -> Result<Vec<HealedPart>> {
         let Self { teacher, student, walk, settings, .. } = *self;
-        let (mut healed, mut parts) = (Healed::new(), Vec::new());
+        let mut parts = Vec::new();
         let [mut target, mut state] = [walk.embed(teacher)?, walk.embed(student)?];
         let n_halves: usize = teacher.n_blocks() * 2;
         let n_steps = n_halves * settings.epochs * self.pieces.trained.len();
         let stage = progress.stage("heal", n_steps as u64, "windows");
         for block_idx in 0..teacher.n_blocks() {
             let of_teacher = teacher.block(block_idx)?;
-            let variables = self.variables(block_idx)?;
+            let variables = Variables::new(floats(student, self.checkpoint, block_idx, healed)?)?;
             for &half in of_teacher.halves() {
                 stage.note(&format!("{} of {}", named(half).name(), student.block_name(block_idx)));
                 let after = walk.through(&target, teacher, &of_teacher, half)?;
@@ -60,20 +57,7 @@ impl Halves<'_> {
                 walk.release(std::mem::replace(&mut state, next));
             }
         }
-        Ok((healed, parts))
-    }
-
-    /// The floats of a block of the student.
-    fn variables(&self, block_idx: usize) -> Result<Variables> {
-        let prefix = format!("{}.", self.student.block_name(block_idx));
-        let is_trained =
-            |info: &&TensorInfo| info.name.starts_with(&prefix) && cast::is_float(info.dtype) && !info.is_encoded();
-        let device = self.student.device();
-        let tensor = |info: &TensorInfo| -> Result<(String, Tensor)> {
-            let values = self.checkpoint.values(&info.name)?;
-            Ok((info.name.clone(), Tensor::from_vec(values, info.shape.clone(), device)?))
-        };
-        Variables::new(self.checkpoint.tensors().filter(is_trained).map(tensor).collect::<Result<_>>()?)
+        Ok(parts)
     }
 
     /// Trains a half, or takes it from the journal; the variables have its values then.
@@ -129,7 +113,7 @@ impl Halves<'_> {
         let lesson = &Lesson { scale: 1.0 / before, ..*lesson };
         let start = variables.values()?;
         let course = fit(variables, lesson, pieces, settings, workers, stage)?;
-        variables.set(&self.rounded(variables)?)?;
+        variables.set(&rounded(self.checkpoint, variables)?)?;
         let after = held_out(variables, lesson, pieces, workers)? * before;
         // Rounding to the dtype of the file may cost more than training gained.
         if after < before {
@@ -137,20 +121,6 @@ impl Halves<'_> {
         }
         variables.set(&start)?;
         Ok(part([before; 2], Course { best: 0, ..course }))
-    }
-
-    /// The values as they are stored.
-    fn rounded(&self, variables: &Variables) -> Result<Vec<Vec<f32>>> {
-        let values = variables.values()?;
-        let round = |((name, _), values): ((&str, _), &Vec<f32>)| {
-            let dtype = self.checkpoint.require(name)?.dtype;
-            let bytes = cast::encode(dtype, values).map_err(|place| {
-                let message = format!("value {place} of `{name}` does not fit its dtype after training");
-                Failure::numeric(message).hint("a smaller `--learning-rate` may help")
-            })?;
-            cast::decode(dtype, &bytes).context("invariant: floats are trained")
-        };
-        variables.iter().zip(&values).map(round).collect()
     }
 }
 

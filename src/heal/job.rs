@@ -22,6 +22,8 @@ pub struct HealJob<'a> {
     pub teacher: &'a Checkpoint,
     /// The teacher as the user names it.
     pub teacher_name: &'a str,
+    /// The stages, in this order.
+    pub stages: &'a [HealStage],
     /// The texts.
     pub texts: &'a [WeightedText],
     /// Windows of all texts together; its `text` is not used.
@@ -40,6 +42,26 @@ pub struct HealJob<'a> {
     pub memory_bytes: u64,
     /// The device that runs the models.
     pub device: Device,
+}
+
+/// A way to train.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
+pub enum HealStage {
+    /// Half a block after another, on the states of the source
+    Blocks,
+    /// The whole model, on the source's distributions of the next token
+    Model,
+}
+
+impl HealStage {
+    /// The name in reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Blocks => "blocks",
+            Self::Model => "model",
+        }
+    }
 }
 
 /// The distance between the states of student and teacher.
@@ -89,6 +111,7 @@ impl HealJob<'_> {
             "texts": texts,
             "window_seed": self.windows.seed,
             "statistics": self.statistics.map(sha256_file).transpose()?,
+            "stages": self.stages.iter().map(|stage| stage.name()).collect::<Vec<_>>(),
             "epochs": epochs,
             "batch": batch,
             "learning_rate": learning_rate,

@@ -8,7 +8,9 @@
 mod halves;
 mod job;
 mod metric;
+mod model;
 mod output;
+mod tensors;
 mod texts;
 
 use std::time::Instant;
@@ -16,15 +18,17 @@ use std::time::Instant;
 use anyhow::Result;
 
 use self::halves::Halves;
-pub use self::job::{Distance, HealJob};
+pub use self::job::{Distance, HealJob, HealStage};
 use self::metric::Metrics;
+use self::model::WholeModel;
+use self::tensors::Healed;
 use self::texts::Drawn;
 pub use self::texts::WeightedText;
 use crate::calibrate::{Needs, Statistics};
 use crate::checkpoint::{OutputFolder, expect_apart};
 use crate::model::{Decoder, Walk, WalkLimits, coverage, fingerprint};
 use crate::progress::Progress;
-use crate::report::{CompressReport, HealRecord, REPORT_FILE, read_report, stopped};
+use crate::report::{CompressReport, HealRecord, HealedPart, REPORT_FILE, read_report, stopped};
 use crate::store::Journal;
 use crate::train::Pieces;
 
@@ -88,22 +92,16 @@ impl Run<'_> {
         let is_held_out = |batch_idx: &usize| batch_idx % HELD_OUT == HELD_OUT - 1;
         let (held_out, trained) = (0..walk.n_batches()).partition(is_held_out);
         let pieces = Pieces { trained, held_out };
-        let metrics = match &self.statistics {
-            Some(statistics) => Metrics::of(statistics, teacher, &job.device)?,
-            None => Metrics::default(),
-        };
-        let journal = Journal::new(folder.pieces());
-        let halves = Halves {
-            teacher,
-            student,
-            checkpoint: job.checkpoint,
-            walk: &walk,
-            pieces: &pieces,
-            settings: &job.settings,
-            metrics: &metrics,
-            journal: &journal,
-        };
-        let (healed, parts) = halves.run(progress)?;
+        let (mut healed, mut parts, mut whole) = (Healed::new(), Vec::new(), None);
+        for stage in job.stages {
+            match stage {
+                HealStage::Blocks => parts = self.blocks(&walk, &pieces, &mut healed, folder, progress)?,
+                HealStage::Model => {
+                    let model = WholeModel::new(teacher, student, job.checkpoint, &walk, progress)?;
+                    whole = Some(model.run(&mut healed, &pieces, &job.settings, progress)?);
+                }
+            }
+        }
         let record = HealRecord {
             teacher: job.teacher_name.into(),
             teacher_files: fingerprint(job.teacher)?,
@@ -118,9 +116,37 @@ impl Run<'_> {
             seed: job.settings.seed,
             parameters: healed.values().map(|values| values.len() as u64).sum(),
             parts,
+            model: whole,
         };
         report.healed = Some(record);
         output::write(job, &healed, &mut report, folder, self.started)?;
         Ok(report)
+    }
+
+    fn blocks(
+        &self,
+        walk: &Walk<'_>,
+        pieces: &Pieces,
+        healed: &mut Healed,
+        folder: &OutputFolder,
+        progress: &dyn Progress,
+    ) -> Result<Vec<HealedPart>> {
+        let Self { job, teacher, student, .. } = self;
+        let metrics = match &self.statistics {
+            Some(statistics) => Metrics::of(statistics, teacher, &job.device)?,
+            None => Metrics::default(),
+        };
+        let journal = Journal::new(folder.pieces());
+        let halves = Halves {
+            teacher,
+            student,
+            checkpoint: job.checkpoint,
+            walk,
+            pieces,
+            settings: &job.settings,
+            metrics: &metrics,
+            journal: &journal,
+        };
+        halves.run(healed, progress)
     }
 }

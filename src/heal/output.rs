@@ -8,9 +8,9 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 
-use super::halves::Healed;
 use super::job::HealJob;
-use crate::checkpoint::{Checkpoint, INDEX_FILE, OutputFolder, cast};
+use super::tensors::Healed;
+use crate::checkpoint::{CONFIG_FILE, Checkpoint, INDEX_FILE, OutputFolder, cast, json};
 use crate::error::Failure;
 use crate::formats::{self, Adapter, CURVES_FILES, Format};
 use crate::model::config::native_config;
@@ -71,5 +71,6 @@ pub(super) fn write(
         library: exporter.library(),
     };
     let card = card::render(report, checkpoint, &loading);
-    publish(folder, report, &[("README.md", card), (PAGE_FILE, page::compress(report, &[])?)], started)
+    let pages = [("README.md", card), (CONFIG_FILE, json::text(&config)?), (PAGE_FILE, page::compress(report, &[])?)];
+    publish(folder, report, &pages, started)
 }

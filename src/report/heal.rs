@@ -32,8 +32,26 @@ pub struct HealRecord {
     pub seed: u64,
     /// Parameters that have other values now.
     pub parameters: u64,
-    /// The halves of the blocks, in their order.
+    /// The halves of the blocks, in their order; none without the stage `blocks`.
     pub parts: Vec<HealedPart>,
+    /// The model as a whole; none without the stage `model`.
+    pub model: Option<HealedModel>,
+}
+
+/// What training did to the model as a whole.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+pub struct HealedModel {
+    /// Mean KL divergence, in nats per token, from the teacher's next tokens on held-out windows, before this stage: the 64
+    /// likeliest one by one, all others as one.
+    pub divergence_before: f64,
+    /// The same after it, with values rounded to their dtype.
+    pub divergence_after: f64,
+    /// The epoch whose values were kept; 0: those before the first.
+    pub best_epoch: usize,
+    /// Mean divergence of the trained windows in each epoch.
+    pub trained: Vec<f64>,
+    /// The same of the held-out windows, before the first epoch and after each.
+    pub held_out: Vec<f64>,
 }
 
 /// The windows of a text.

@@ -40,6 +40,16 @@ pub trait Objective: Sync {
     /// The piece cannot be read.
     fn loss(&self, model: &Self::Model, piece: usize) -> Result<Tensor>;
 
+    /// The loss of a piece, and the gradients of `scale` times it with respect to the variables of the model.
+    ///
+    /// # Errors
+    /// As [`Self::loss`].
+    fn gradients(&self, model: &Self::Model, piece: usize, scale: f64) -> Result<(Tensor, GradStore)> {
+        let loss = self.loss(model, piece)?;
+        let store = (&loss * scale)?.backward()?;
+        Ok((loss, store))
+    }
+
     /// The place of a piece, for errors.
     fn place(&self, piece: usize) -> String;
 }
@@ -149,28 +159,18 @@ fn gradients<O: Objective>(
     workers: &Workers,
 ) -> Result<(f64, GradStore)> {
     let model = objective.model(&variables.tensors())?;
-    let (mut sum, mut total): (f64, Option<GradStore>) = (0.0, None);
+    let (mut sum, mut total) = (0.0, GradStore::default());
     workers.in_order(
         batch.len(),
         |i| {
-            let loss = objective.loss(&model, batch[i])?;
-            Ok((value(objective, batch[i], &loss)?, (loss / batch.len() as f64)?.backward()?))
+            let (loss, store) = objective.gradients(&model, batch[i], 1.0 / batch.len() as f64)?;
+            Ok((value(objective, batch[i], &loss)?, store))
         },
         |_, (loss, store)| {
             sum += loss;
-            let Some(total) = &mut total else {
-                total = Some(store);
-                return Ok(());
-            };
-            for (_, variable) in variables.iter() {
-                let Some(gradient) = store.get(variable) else { continue };
-                let gradient = total.get(variable).map_or_else(|| Ok(gradient.clone()), |before| before + gradient)?;
-                total.insert(variable, gradient);
-            }
-            Ok(())
+            Ok(total.extend(store)?)
         },
     )?;
-    let total = total.expect("invariant: a step has a piece");
     Ok((sum, total))
 }
 

@@ -1,0 +1,241 @@
+//! The stage `model`: the whole student learns the teacher's distributions of the next token. Gradients go back block by
+//! block, so that the activations of one are in memory at a time.
+
+use std::collections::HashMap;
+
+use anyhow::{Context, Result};
+use candle_core::backprop::GradStore;
+use candle_core::{D, Tensor, Var};
+
+use super::tensors::{Healed, floats, rounded};
+use crate::checkpoint::Checkpoint;
+use crate::device::to_host;
+use crate::model::{Block, Decoder, Head, Hidden, Trained, Walk};
+use crate::progress::Progress;
+use crate::report::HealedModel;
+use crate::train::{Course, Objective, Pieces, Settings, Variables, fit, held_out};
+
+/// Tokens of a row whose probabilities are learned one by one; the others are learned as one.
+const TOP: usize = 64;
+
+/// The most likely tokens of the teacher in every row of a batch.
+struct Likely {
+    /// (n_rows, [`TOP`]), row-major.
+    ids: Vec<u32>,
+    /// Their probabilities.
+    p: Vec<f32>,
+}
+
+impl Likely {
+    /// Of the logits (n_rows, vocab_size).
+    fn add(&mut self, logits: &[f32], vocab_size: usize) {
+        for row in logits.chunks_exact(vocab_size) {
+            let mut order: Vec<u32> = (0..vocab_size as u32).collect();
+            let falling = |a: &u32, b: &u32| row[*b as usize].total_cmp(&row[*a as usize]).then(a.cmp(b));
+            let n = TOP.min(vocab_size);
+            if n < vocab_size {
+                order.select_nth_unstable_by(n, falling);
+            }
+            let (largest, sum) = partition(row);
+            self.p.extend(order[..n].iter().map(|&id| (row[id as usize] - largest).exp() / sum));
+            self.ids.extend(&order[..n]);
+        }
+    }
+}
+
+/// The largest logit of a row, and the sum of `exp(logit − largest)`.
+fn partition(row: &[f32]) -> (f32, f32) {
+    let largest = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    (largest, row.iter().map(|&logit| f64::from((logit - largest).exp())).sum::<f64>() as f32)
+}
+
+/// The KL divergence of a student's row of logits from the likely tokens of the teacher, all others being one; the row
+/// becomes its gradient, `q − p̃`, where `p̃` shares the rest of the teacher as the student does.
+fn diverge(row: &mut [f32], ids: &[u32], p: &[f32]) -> f64 {
+    let (largest, sum) = partition(row);
+    row.iter_mut().for_each(|logit| *logit = (*logit - largest).exp() / sum);
+    let log = |p: f64, q: f64| if p > 0.0 { p * (p / q.max(f64::MIN_POSITIVE)).ln() } else { 0.0 };
+    let (mut rest_p, mut rest_q, mut divergence) = (1.0f64, 1.0f64, 0.0f64);
+    for (&id, &p) in ids.iter().zip(p) {
+        let q = f64::from(row[id as usize]);
+        divergence += log(f64::from(p), q);
+        (rest_p, rest_q) = (rest_p - f64::from(p), rest_q - q);
+    }
+    let (rest_p, rest_q) = (rest_p.max(0.0), rest_q.max(1e-12));
+    divergence += log(rest_p, rest_q);
+    let kept: Vec<f32> = ids.iter().map(|&id| row[id as usize]).collect();
+    let share = (1.0 - rest_p / rest_q) as f32;
+    row.iter_mut().for_each(|q| *q *= share);
+    for ((&id, q), p) in ids.iter().zip(kept).zip(p) {
+        row[id as usize] = q - p;
+    }
+    divergence
+}
+
+/// The student as a whole, and what it learns.
+pub(super) struct WholeModel<'a> {
+    student: &'a Decoder<'a>,
+    checkpoint: &'a Checkpoint,
+    walk: &'a Walk<'a>,
+    head: Head,
+    /// The student's states before the first block.
+    embedded: Hidden,
+    /// By batch.
+    likely: Vec<Likely>,
+}
+
+impl<'a> WholeModel<'a> {
+    /// Runs the teacher.
+    ///
+    /// # Errors
+    /// A model cannot be read or run, or a state is not finite.
+    pub fn new(
+        teacher: &Decoder<'_>,
+        student: &'a Decoder<'a>,
+        checkpoint: &'a Checkpoint,
+        walk: &'a Walk<'a>,
+        progress: &dyn Progress,
+    ) -> Result<Self> {
+        let stage = progress.stage("teacher", (walk.n_tokens() * teacher.n_blocks()) as u64, "tokens");
+        let states = walk.embed(teacher)?;
+        for block_idx in 0..teacher.n_blocks() {
+            stage.note(&teacher.block_name(block_idx));
+            walk.advance(&states, teacher, &teacher.block(block_idx)?, stage.as_ref())?;
+        }
+        let (head, mut likely) = (teacher.head()?, Vec::new());
+        walk.workers().in_order(
+            walk.n_batches(),
+            |batch_idx| {
+                let mut found = Likely { ids: Vec::new(), p: Vec::new() };
+                let x = walk.batch(&states, batch_idx)?.flatten_to(D::Minus2)?;
+                for (first, n_rows) in chunks(&x, &head)? {
+                    found.add(&to_host(&head.logits(&x.narrow(0, first, n_rows)?)?)?, head.vocab_size());
+                }
+                Ok(found)
+            },
+            |_, found| {
+                likely.push(found);
+                Ok(())
+            },
+        )?;
+        walk.release(states);
+        Ok(Self { student, checkpoint, walk, head: student.head()?, embedded: walk.embed(student)?, likely })
+    }
+
+    /// Trains the student, which begins with what was `healed` so far.
+    ///
+    /// # Errors
+    /// The models cannot be read or run, or a loss is not finite.
+    pub fn run(
+        &self,
+        healed: &mut Healed,
+        pieces: &Pieces,
+        settings: &Settings,
+        progress: &dyn Progress,
+    ) -> Result<HealedModel> {
+        let stage = progress.stage("heal the model", (settings.epochs * pieces.trained.len()) as u64, "windows");
+        let mut tensors = Vec::new();
+        for block_idx in 0..self.student.n_blocks() {
+            tensors.extend(floats(self.student, self.checkpoint, block_idx, healed)?);
+        }
+        let (variables, workers) = (Variables::new(tensors)?, self.walk.workers());
+        let start = variables.values()?;
+        let course = fit(&variables, self, pieces, settings, workers, stage.as_ref())?;
+        variables.set(&rounded(self.checkpoint, &variables)?)?;
+        let before = course.held_out[0];
+        let after = held_out(&variables, self, pieces, workers)?;
+        let (kept, course) = match after < before {
+            true => (after, course),
+            false => {
+                variables.set(&start)?;
+                (before, Course { best: 0, ..course })
+            }
+        };
+        let changed = variables.iter().zip(&start).zip(variables.values()?).filter(|((_, start), now)| *start != now);
+        healed.extend(changed.map(|(((name, _), _), now)| (name.to_string(), now)));
+        Ok(HealedModel {
+            divergence_before: before,
+            divergence_after: kept,
+            best_epoch: course.best,
+            trained: course.trained,
+            held_out: course.held_out,
+        })
+    }
+
+    /// The summed divergence of the rows of last states `x` (n_rows, hidden_size), and the gradient of `scale` times
+    /// it if it is asked for.
+    fn at_head(&self, x: &Tensor, batch_idx: usize, scale: Option<f64>) -> Result<(f64, Option<Tensor>)> {
+        let (mut sum, mut gradients) = (0.0, Vec::new());
+        let Likely { ids, p } = &self.likely[batch_idx];
+        let top = TOP.min(self.head.vocab_size());
+        for (first, n_rows) in chunks(x, &self.head)? {
+            let rows = Var::from_tensor(&x.narrow(0, first, n_rows)?)?;
+            let logits = self.head.logits(&rows)?;
+            let mut values = to_host(&logits)?;
+            for (i, row) in values.chunks_exact_mut(self.head.vocab_size()).enumerate() {
+                let at = (first + i) * top..(first + i + 1) * top;
+                sum += diverge(row, &ids[at.clone()], &p[at]);
+            }
+            if let Some(scale) = scale {
+                let slope = Tensor::from_vec(values, logits.shape(), logits.device())?.affine(scale, 0.0)?;
+                let store = (logits * slope)?.sum_all()?.backward()?;
+                gradients.push(store.get(&rows).context("the head passes no gradient")?.clone());
+            }
+        }
+        Ok((sum, if scale.is_some() { Some(Tensor::cat(&gradients, 0)?) } else { None }))
+    }
+}
+
+/// First row and number of rows whose logits are in memory at a time.
+fn chunks(x: &Tensor, head: &Head) -> Result<impl Iterator<Item = (usize, usize)> + use<>> {
+    let (n, at_once) = (x.dim(0)?, head.rows_at_once());
+    Ok((0..n).step_by(at_once).map(move |first| (first, at_once.min(n - first))))
+}
+
+impl Objective for WholeModel<'_> {
+    type Model = Vec<Block>;
+
+    fn model(&self, tensors: &HashMap<String, Tensor>) -> Result<Vec<Block>> {
+        let trained = Trained { below: self.checkpoint, variables: tensors };
+        let student = self.student.with_weights(&trained);
+        (0..student.n_blocks()).map(|block_idx| student.block(block_idx)).collect()
+    }
+
+    /// The mean divergence of a row.
+    fn loss(&self, blocks: &Vec<Block>, batch_idx: usize) -> Result<Tensor> {
+        let mut x = self.walk.batch(&self.embedded, batch_idx)?;
+        for block in blocks {
+            x = block.forward(&x, self.walk.rope(), &mut |_, _| Ok(()))?.detach();
+        }
+        let x = x.flatten_to(D::Minus2)?;
+        let (sum, _) = self.at_head(&x, batch_idx, None)?;
+        Ok(Tensor::new((sum / x.dim(0)? as f64) as f32, x.device())?)
+    }
+
+    fn gradients(&self, blocks: &Vec<Block>, batch_idx: usize, scale: f64) -> Result<(Tensor, GradStore)> {
+        let (mut x, mut entered) = (self.walk.batch(&self.embedded, batch_idx)?, Vec::new());
+        for block in blocks {
+            entered.push(x.clone());
+            x = block.forward(&x, self.walk.rope(), &mut |_, _| Ok(()))?.detach();
+        }
+        let shape = x.shape().clone();
+        let x = x.flatten_to(D::Minus2)?;
+        let n_rows = x.dim(0)? as f64;
+        let (sum, gradient) = self.at_head(&x, batch_idx, Some(scale / n_rows))?;
+        let mut gradient = gradient.expect("invariant: a gradient was asked for").reshape(shape)?;
+        let loss = Tensor::new((sum / n_rows) as f32, x.device())?;
+        let mut total = GradStore::default();
+        for (block, x) in blocks.iter().zip(entered).rev() {
+            let x = Var::from_tensor(&x)?;
+            let y = block.forward(&x, self.walk.rope(), &mut |_, _| Ok(()))?;
+            let mut store = (y * &gradient)?.sum_all()?.backward()?;
+            gradient = store.remove(&x).context("no gradient reached the input of a block")?;
+            total.extend(store)?;
+        }
+        Ok((loss, total))
+    }
+
+    fn place(&self, batch_idx: usize) -> String {
+        format!("{} in healing the model", self.walk.place()(batch_idx))
+    }
+}
