@@ -19,6 +19,7 @@ mod families;
 mod flags;
 mod gguf;
 mod golden;
+mod heal;
 mod hostile;
 #[cfg(feature = "hub")]
 mod hub;

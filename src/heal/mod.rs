@@ -92,13 +92,14 @@ impl Run<'_> {
         let is_held_out = |batch_idx: &usize| batch_idx % HELD_OUT == HELD_OUT - 1;
         let (held_out, trained) = (0..walk.n_batches()).partition(is_held_out);
         let pieces = Pieces { trained, held_out };
+        let journal = Journal::new(folder.pieces());
         let (mut healed, mut parts, mut whole) = (Healed::new(), Vec::new(), None);
         for stage in job.stages {
             match stage {
-                HealStage::Blocks => parts = self.blocks(&walk, &pieces, &mut healed, folder, progress)?,
+                HealStage::Blocks => parts = self.blocks(&walk, &pieces, &mut healed, &journal, progress)?,
                 HealStage::Model => {
                     let model = WholeModel::new(teacher, student, job.checkpoint, &walk, progress)?;
-                    whole = Some(model.run(&mut healed, &pieces, &job.settings, progress)?);
+                    whole = Some(model.run(&mut healed, &pieces, &job.settings, &journal, progress)?);
                 }
             }
         }
@@ -128,7 +129,7 @@ impl Run<'_> {
         walk: &Walk<'_>,
         pieces: &Pieces,
         healed: &mut Healed,
-        folder: &OutputFolder,
+        journal: &Journal,
         progress: &dyn Progress,
     ) -> Result<Vec<HealedPart>> {
         let Self { job, teacher, student, .. } = self;
@@ -136,7 +137,6 @@ impl Run<'_> {
             Some(statistics) => Metrics::of(statistics, teacher, &job.device)?,
             None => Metrics::default(),
         };
-        let journal = Journal::new(folder.pieces());
         let halves = Halves {
             teacher,
             student,
@@ -145,7 +145,7 @@ impl Run<'_> {
             pieces,
             settings: &job.settings,
             metrics: &metrics,
-            journal: &journal,
+            journal,
         };
         halves.run(healed, progress)
     }

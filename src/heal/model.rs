@@ -6,6 +6,7 @@ use std::collections::HashMap;
 use anyhow::{Context, Result};
 use candle_core::backprop::GradStore;
 use candle_core::{D, Tensor, Var};
+use serde_json::json;
 
 use super::tensors::{Healed, floats, rounded};
 use crate::checkpoint::Checkpoint;
@@ -13,10 +14,14 @@ use crate::device::to_host;
 use crate::model::{Block, Decoder, Head, Hidden, Trained, Walk};
 use crate::progress::Progress;
 use crate::report::HealedModel;
+use crate::store::{Journal, Values};
 use crate::train::{Course, Objective, Pieces, Settings, Variables, fit, held_out};
 
 /// Tokens of a row whose probabilities are learned one by one; the others are learned as one.
 const TOP: usize = 64;
+
+/// The journal key of the stage.
+const PIECE: &str = "healed-model";
 
 /// The most likely tokens of the teacher in every row of a batch.
 struct Likely {
@@ -131,8 +136,16 @@ impl<'a> WholeModel<'a> {
         healed: &mut Healed,
         pieces: &Pieces,
         settings: &Settings,
+        journal: &Journal,
         progress: &dyn Progress,
     ) -> Result<HealedModel> {
+        if let Some(mut piece) = journal.get(PIECE)? {
+            let (names, record): (Vec<String>, HealedModel) = serde_json::from_value(piece.fields.take())?;
+            for name in names {
+                healed.insert(name, piece.take()?.values.f32s()?);
+            }
+            return Ok(record);
+        }
         let stage = progress.stage("heal the model", (settings.epochs * pieces.trained.len()) as u64, "windows");
         let mut tensors = Vec::new();
         for block_idx in 0..self.student.n_blocks() {
@@ -152,14 +165,18 @@ impl<'a> WholeModel<'a> {
             }
         };
         let changed = variables.iter().zip(&start).zip(variables.values()?).filter(|((_, start), now)| *start != now);
-        healed.extend(changed.map(|(((name, _), _), now)| (name.to_string(), now)));
-        Ok(HealedModel {
+        let changed: Healed = changed.map(|(((name, _), _), now)| (name.to_string(), now)).collect();
+        let record = HealedModel {
             divergence_before: before,
             divergence_after: kept,
             best_epoch: course.best,
             trained: course.trained,
             held_out: course.held_out,
-        })
+        };
+        let arrays = changed.values().cloned().map(Values::from).collect();
+        journal.put(PIECE, json!([changed.keys().collect::<Vec<_>>(), record]), arrays)?;
+        healed.extend(changed);
+        Ok(record)
     }
 
     /// The summed divergence of the rows of last states `x` (n_rows, hidden_size), and the gradient of `scale` times
@@ -237,5 +254,66 @@ impl Objective for WholeModel<'_> {
 
     fn place(&self, batch_idx: usize) -> String {
         format!("{} in healing the model", self.walk.place()(batch_idx))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn logits(n: usize, seed: usize) -> Vec<f32> {
+        (0..n).map(|i| ((i * 37 + seed * 11) % 29) as f32 / 4.0 - 3.0).collect()
+    }
+
+    fn softmax(row: &[f32]) -> Vec<f64> {
+        let (largest, sum) = partition(row);
+        row.iter().map(|&logit| f64::from((logit - largest).exp() / sum)).collect()
+    }
+
+    #[test]
+    fn likely_tokens_are_the_largest_with_their_probabilities() {
+        let vocab_size = 3 * TOP;
+        let row = logits(vocab_size, 5);
+        let mut likely = Likely { ids: Vec::new(), p: Vec::new() };
+        likely.add(&row, vocab_size);
+        let p = softmax(&row);
+        let least = likely.ids.iter().map(|&id| row[id as usize]).fold(f32::INFINITY, f32::min);
+        let n_larger = row.iter().filter(|&&logit| logit > least).count();
+        assert!(likely.ids.len() == TOP && n_larger < TOP && row.iter().filter(|&&logit| logit >= least).count() >= TOP);
+        for (&id, &found) in likely.ids.iter().zip(&likely.p) {
+            assert!((f64::from(found) - p[id as usize]).abs() < 1e-6);
+        }
+    }
+
+    #[test]
+    fn the_divergence_is_that_of_the_joined_distributions_and_its_gradient_the_difference() {
+        let (n, ids) = (12, [7u32, 1, 4]);
+        let teacher = softmax(&logits(n, 1));
+        let p: Vec<f32> = ids.iter().map(|&id| teacher[id as usize] as f32).collect();
+        let value = |row: &[f32]| {
+            let q = softmax(row);
+            let rest = |of: &[f64]| 1.0 - ids.iter().map(|&id| of[id as usize]).sum::<f64>();
+            let joined = ids.iter().map(|&id| (teacher[id as usize], q[id as usize])).chain([(rest(&teacher), rest(&q))]);
+            joined.map(|(p, q)| p * (p / q).ln()).sum::<f64>()
+        };
+        let row = logits(n, 2);
+        let mut gradient = row.clone();
+        let found = diverge(&mut gradient, &ids, &p);
+        assert!((found - value(&row)).abs() < 1e-5 && found > 0.01, "{found}");
+        for i in 0..n {
+            let moved = |by: f32| {
+                let mut row = row.clone();
+                row[i] += by;
+                value(&row)
+            };
+            let slope = (moved(1e-2) - moved(-1e-2)) / 2e-2;
+            assert!((f64::from(gradient[i]) - slope).abs() < 1e-4, "{i}: {} {slope}", gradient[i]);
+        }
+        // All tokens: the usual divergence.
+        let all: Vec<u32> = (0..n as u32).collect();
+        let p: Vec<f32> = teacher.iter().map(|&p| p as f32).collect();
+        let (mut row, q) = (logits(n, 2), softmax(&logits(n, 2)));
+        let expected: f64 = teacher.iter().zip(&q).map(|(p, q)| p * (p / q).ln()).sum();
+        assert!((diverge(&mut row, &all, &p) - expected).abs() < 1e-5);
     }
 }

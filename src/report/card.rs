@@ -6,7 +6,7 @@ use std::path::Path;
 use serde_json::Value;
 
 use super::columns::fixed;
-use super::{CompressReport, DeltaRecord, ExportReport, LEFT_OUT_BY_FLAG};
+use super::{CompressReport, DeltaRecord, ExportReport, HealRecord, LEFT_OUT_BY_FLAG};
 use crate::checkpoint::Checkpoint;
 
 /// How an output is loaded.
@@ -63,7 +63,14 @@ pub fn render(report: &CompressReport, source: &Checkpoint, loading: &Loading) -
     if let Some(truncated) = &report.truncated {
         let _ = writeln!(card, "lrc truncate OUT -o TRUNCATED --keep {}", truncated.keep);
     }
+    if let Some(healed) = &report.healed {
+        let teacher = quoted(title(&healed.teacher));
+        let _ = writeln!(card, "lrc heal OUT --teacher {teacher} --text TEXT -o HEALED");
+    }
     card.push_str("```\n\n`--recipe lrc-recipe.toml` can replace the flags.\n");
+    if let Some(healed) = &report.healed {
+        card.push_str(&healing(healed));
+    }
     if let Some(calibration) = &report.calibration {
         let _ = writeln!(
             card,
@@ -71,6 +78,29 @@ pub fn render(report: &CompressReport, source: &Checkpoint, loading: &Loading) -
             calibration.windows,
             calibration.tokens,
             calibration.text_sha256.join("`, `")
+        );
+    }
+    card
+}
+
+/// What training did after the compression.
+fn healing(healed: &HealRecord) -> String {
+    let texts = healed.texts.iter().map(|text| format!("{} tokens of `{}`", text.tokens, text.text_sha256));
+    let mut card = format!(
+        "\nIt was healed: {} parameters were trained on {} (SHA-256), at most {} epochs of {} windows with {} held out. The errors above \
+         are those before.\n",
+        healed.parameters,
+        texts.collect::<Vec<_>>().join(" and "),
+        healed.epochs,
+        healed.trained_windows,
+        healed.held_out_windows
+    );
+    if let Some(model) = &healed.model {
+        let _ = writeln!(
+            card,
+            "KL divergence from the source on held-out windows: {} nats per token before the last stage, {} after.",
+            fixed(model.divergence_before, 4),
+            fixed(model.divergence_after, 4)
         );
     }
     card

@@ -229,3 +229,102 @@ impl Descent {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+    use crate::progress::Silent;
+
+    /// Rows of inputs and targets, a piece each: `y = W x`, with noise in the pieces that are trained.
+    struct Regression {
+        x: Vec<Tensor>,
+        y: Vec<Tensor>,
+    }
+
+    impl Regression {
+        fn new(n_pieces: usize, noise: f32) -> Self {
+            let value = |i: usize, seed: usize| ((i * 7919 + seed * 104_729) % 1009) as f32 / 504.5 - 1.0;
+            let weight = Tensor::from_vec((0..12).map(|i| value(i, 1)).collect::<Vec<_>>(), (3, 4), &Device::Cpu).unwrap();
+            let x = |piece: usize| {
+                Tensor::from_vec((0..20).map(|i| value(i, 2 + piece)).collect::<Vec<_>>(), (5, 4), &Device::Cpu).unwrap()
+            };
+            let noise = |piece: usize| {
+                let values: Vec<f32> = (0..15).map(|i| noise * value(i, 500 + piece)).collect();
+                Tensor::from_vec(values, (5, 3), &Device::Cpu).unwrap()
+            };
+            let x: Vec<Tensor> = (0..n_pieces).map(x).collect();
+            let y = |(i, x): (usize, &Tensor)| (x.matmul(&weight.t().unwrap()).unwrap() + noise(i)).unwrap();
+            Self { y: x.iter().enumerate().map(y).collect(), x }
+        }
+    }
+
+    impl Objective for Regression {
+        type Model = Tensor;
+
+        fn model(&self, tensors: &HashMap<String, Tensor>) -> Result<Tensor> {
+            Ok(tensors["weight"].clone())
+        }
+
+        fn loss(&self, weight: &Tensor, piece: usize) -> Result<Tensor> {
+            Ok((self.x[piece].matmul(&weight.t()?)? - &self.y[piece])?.sqr()?.mean_all()?)
+        }
+
+        fn place(&self, piece: usize) -> String {
+            format!("piece {piece}")
+        }
+    }
+
+    fn variables() -> Variables {
+        let zeros = |shape: &[usize]| Tensor::zeros(shape, candle_core::DType::F32, &Device::Cpu).unwrap();
+        Variables::new(vec![("weight".into(), zeros(&[3, 4])), ("unused".into(), zeros(&[2]))]).unwrap()
+    }
+
+    const SETTINGS: Settings = Settings { epochs: 60, batch: 3, learning_rate: 0.05, seed: 7 };
+
+    fn run(noise: f32, threads: usize, settings: &Settings) -> Result<(Course, Vec<Vec<f32>>)> {
+        let (regression, variables) = (Regression::new(16, noise), variables());
+        let pieces = Pieces { trained: (0..14).collect(), held_out: vec![14, 15] };
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build()?;
+        let stage = crate::progress::Progress::stage(&Silent, "test", 1, "pieces");
+        let course = pool
+            .install(|| fit(&variables, &regression, &pieces, settings, &Workers::new(threads)?, stage.as_ref()))?;
+        Ok((course, variables.values()?))
+    }
+
+    #[test]
+    fn a_regression_finds_its_weights_in_the_same_bits_at_any_number_of_threads() {
+        let (course, values) = run(0.0, 1, &SETTINGS).unwrap();
+        assert!(course.held_out[course.best] < 1e-4 * course.held_out[0], "{course:?}");
+        assert_eq!(values[1], [0.0; 2], "no gradient reaches it");
+        for threads in [2, 3] {
+            assert_eq!(run(0.0, threads, &SETTINGS).unwrap(), (course.clone(), values.clone()));
+        }
+    }
+
+    #[test]
+    fn the_values_of_the_best_epoch_are_kept_and_training_ends_after_it() {
+        let (course, values) = run(2.0, 1, &SETTINGS).unwrap();
+        let least = course.held_out.iter().copied().fold(f64::INFINITY, f64::min);
+        assert_eq!(course.held_out[course.best], least);
+        assert!(course.trained.len() == course.best + PATIENCE && course.trained.len() < SETTINGS.epochs, "{course:?}");
+        let kept = variables();
+        kept.set(&values).unwrap();
+        let pieces = Pieces { trained: Vec::new(), held_out: vec![14, 15] };
+        let found = held_out(&kept, &Regression::new(16, 2.0), &pieces, &Workers::new(1).unwrap()).unwrap();
+        assert_eq!(found, least);
+    }
+
+    #[test]
+    fn a_loss_that_is_not_finite_ends_it_with_its_place() {
+        let mut regression = Regression::new(4, 0.0);
+        regression.y[2] = (&regression.y[2] * f64::NAN).unwrap();
+        let pieces = Pieces { trained: vec![0, 1, 2], held_out: vec![3] };
+        let stage = crate::progress::Progress::stage(&Silent, "test", 1, "pieces");
+        let workers = Workers::new(1).unwrap();
+        let error = fit(&variables(), &regression, &pieces, &SETTINGS, &workers, stage.as_ref()).unwrap_err();
+        assert_eq!(error.to_string(), "piece 2: the loss is not finite");
+        assert_eq!(crate::error::exit_class(&error), crate::error::ExitClass::Numeric);
+    }
+}

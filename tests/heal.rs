@@ -1,0 +1,223 @@
+//! Healing: a compressed model learns from its source, in the same shapes and bytes of every format that holds floats.
+
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use lrc::checkpoint::Checkpoint;
+use serde_json::Value;
+
+use crate::common::{self, FIXTURE, HELD_OUT, TRAIN, command, finish, lrc, ok, path};
+
+struct Model {
+    folder: tempfile::TempDir,
+    compressed: PathBuf,
+}
+
+impl Model {
+    /// The fixture, compressed with these flags.
+    fn new(flags: &[&str]) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let compressed = folder.path().join("compressed");
+        ok(&[&["compress", FIXTURE, "-o", path(&compressed), "-q"][..], flags].concat());
+        Self { folder, compressed }
+    }
+
+    fn out(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn arguments<'a>(&'a self, out: &'a Path, flags: &[&'a str]) -> Vec<&'a str> {
+        let own = ["heal", path(&self.compressed), "--teacher", FIXTURE, "-o", path(out), "--json"];
+        let windows = ["--samples", "16", "--seq-len", "64", "--learning-rate", "1e-3"];
+        [&own[..], &windows, flags].concat()
+    }
+
+    fn heal(&self, name: &str, flags: &[&str]) -> (PathBuf, Value) {
+        let out = self.out(name);
+        let report = ok(&self.arguments(&out, &[&["--text", TRAIN], flags].concat())).json();
+        (out, report)
+    }
+}
+
+fn divergence(model: &Path) -> f64 {
+    let text = ["--text", HELD_OUT, "--seq-len", "64", "--max-windows", "16", "--reference", FIXTURE, "--json"];
+    ok(&[&["eval", path(model)][..], &text].concat()).json()["kl"]["mean"].as_f64().unwrap()
+}
+
+/// Names of the tensors, each with dtype and shape.
+fn shapes(model: &Path) -> Vec<String> {
+    let checkpoint = Checkpoint::open(model).unwrap();
+    checkpoint.tensors().map(|info| format!("{} {:?} {:?}", info.name, info.dtype, info.shape)).collect()
+}
+
+/// The names of the tensors with other values.
+fn changed(before: &Path, after: &Path) -> Vec<String> {
+    let [before, after] = [before, after].map(|folder| Checkpoint::open(folder).unwrap());
+    let bytes = |of: &Checkpoint, name: &str| of.with_bytes(name, <[u8]>::to_vec).unwrap();
+    let names = before.tensors().map(|info| info.name.clone());
+    names.filter(|name| bytes(&before, name) != bytes(&after, name)).collect()
+}
+
+#[test]
+fn every_stage_brings_the_model_nearer_to_its_source_on_other_text() {
+    let model = Model::new(&["--keep", "0.5", "--calibration", TRAIN, "--samples", "8"]);
+    let before = divergence(&model.compressed);
+    let statistics = model.out("statistics.safetensors");
+    let calibrate = ["calibrate", FIXTURE, "--text", TRAIN, "--method", "kfac", "--samples", "8", "-q"];
+    ok(&[&calibrate[..], &["-o", path(&statistics)]].concat());
+    let runs: [(&str, &[&str]); 4] = [
+        ("blocks", &["--stage", "blocks"]),
+        ("fisher", &["--stage", "blocks", "--statistics", path(&statistics)]),
+        ("model", &["--stage", "model"]),
+        ("both", &[]),
+    ];
+    for (name, flags) in runs {
+        let (out, report) = model.heal(name, flags);
+        let healed = &report["healed"];
+        let after = divergence(&out);
+        assert!(after < 0.9 * before, "{name}: {after}, not {before}");
+        assert_eq!(shapes(&out), shapes(&model.compressed), "{name}");
+        let changed = changed(&model.compressed, &out);
+        assert!(changed.iter().all(|name| name.starts_with("model.layers.")), "{changed:?}");
+        let parts = healed["parts"].as_array().unwrap();
+        let n_layers = report["linears"].as_array().unwrap().len() / 7;
+        assert_eq!(parts.len(), if name == "model" { 0 } else { 2 * n_layers }, "{name}");
+        for part in parts {
+            let error = |when: &str| part[when].as_f64().unwrap();
+            assert!(error("error_after") <= error("error_before"), "{name}: {part}");
+        }
+        assert_eq!(healed["distance"], if name == "fisher" { "fisher" } else { "output" });
+        let bytes = |folder: &Path| std::fs::metadata(folder.join("model.safetensors")).unwrap().len();
+        assert_eq!(bytes(&out), bytes(&model.compressed));
+        let card = std::fs::read_to_string(out.join("README.md")).unwrap();
+        assert!(card.contains("lrc heal OUT --teacher") && card.contains("healed"), "{card}");
+    }
+}
+
+#[test]
+fn codes_stay_and_what_is_float_beside_them_learns() {
+    let cases: [&[&str]; 3] = [
+        &["--quant", "rtn-int3-g32", "--compensate", "lorc", "--compensate-rank", "4"],
+        &["--quant", "rtn-int3-g32"],
+        &["--keep", "0.6", "--layout", "monarch"],
+    ];
+    for flags in cases {
+        let model = Model::new(flags);
+        let (out, report) = model.heal("healed", &["--stage", "blocks", "--epochs", "3"]);
+        let changed = changed(&model.compressed, &out);
+        let codes = Checkpoint::open(&model.compressed).unwrap();
+        assert!(!changed.is_empty() && changed.iter().all(|name| !codes.info(name).unwrap().is_encoded()), "{changed:?}");
+        assert!(report["healed"]["parameters"].as_u64().unwrap() > 0);
+        assert!(divergence(&out) < divergence(&model.compressed), "{flags:?}");
+    }
+}
+
+#[test]
+fn every_family_is_healed() {
+    for family in ["gpt2", "gpt_neox", "opt", "gemma2", "qwen3", "mixtral", "phi3", "bert", "distilbert"] {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        common::copy(&format!("fixtures/pico/{family}"), &at("model"));
+        let tokenizer = if family.ends_with("bert") { "tokenizer-encoder.json" } else { "tokenizer.json" };
+        std::fs::copy(format!("fixtures/pico/{tokenizer}"), at("model/tokenizer.json")).unwrap();
+        std::fs::write(at("text.txt"), "once upon a time there was a little dog. it liked to run! ".repeat(60)).unwrap();
+        let compressed = at("compressed");
+        ok(&["compress", path(&at("model")), "-o", path(&compressed), "--keep", "0.5", "-q"]);
+        let [source, text, healed] = ["model", "text.txt", "healed"].map(at);
+        let own = ["heal", path(&compressed), "--teacher", path(&source), "--text", path(&text)];
+        let flags = ["--samples", "16", "--seq-len", "24", "--stage", "blocks", "--json", "--learning-rate", "2e-3"];
+        let report = ok(&[&own[..], &["-o", path(&healed)], &flags].concat()).json();
+        let parts = report["healed"]["parts"].as_array().unwrap();
+        let error = |part: &Value, when: &str| part[when].as_f64().unwrap();
+        let ratio = |part: &Value| error(part, "error_after") / error(part, "error_before").max(1e-30);
+        assert!(parts.iter().all(|part| ratio(part) <= 1.0), "{family}");
+        assert!(parts.iter().any(|part| ratio(part) < 0.9), "{family}: {parts:?}");
+        assert_eq!(shapes(&healed), shapes(&compressed), "{family}");
+    }
+}
+
+#[test]
+fn a_model_that_is_its_source_already_stays() {
+    let model = Model::new(&["--keep", "1"]);
+    let (out, report) = model.heal("healed", &[]);
+    assert_eq!(changed(&model.compressed, &out), Vec::<String>::new());
+    assert_eq!(report["healed"]["parameters"], 0);
+    assert!(report["healed"]["model"]["divergence_after"].as_f64().unwrap() < 1e-6);
+}
+
+fn weights(out: &Path) -> Vec<u8> {
+    std::fs::read(out.join("model.safetensors")).unwrap()
+}
+
+#[test]
+fn the_bytes_are_those_of_any_number_of_threads_and_of_any_kills() {
+    let model = Model::new(&["--keep", "0.5"]);
+    let run = |name: &str, threads: &str| {
+        let out = model.out(name);
+        let arguments = model.arguments(&out, &["--text", TRAIN, "--epochs", "2"]);
+        let run = finish(command(&arguments).env("RAYON_NUM_THREADS", threads));
+        assert_eq!(run.code, 0, "{}", run.stderr);
+        weights(&out)
+    };
+    let expected = run("one", "1");
+    assert!(run("three", "3") == expected);
+    let out = model.out("killed");
+    let arguments = model.arguments(&out, &["--text", TRAIN, "--epochs", "2"]);
+    let pieces = PathBuf::from(format!("{}.partial/pieces", path(&out)));
+    let count = || std::fs::read_dir(&pieces).map_or(0, |found| found.count());
+    let mut n_kills = 0;
+    loop {
+        let mut child = command(&arguments).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        let before = count();
+        while count() == before && child.try_wait().unwrap().is_none() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        if let Some(status) = child.try_wait().unwrap() {
+            assert!(status.success());
+            break;
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+        n_kills += 1;
+    }
+    assert!(n_kills >= 4, "{n_kills} kills");
+    assert!(weights(&out) == expected);
+}
+
+#[test]
+fn texts_share_the_windows_by_weight() {
+    let model = Model::new(&["--keep", "0.5"]);
+    let [a, b] = [format!("{TRAIN}:3"), format!("{HELD_OUT}:1")];
+    let out = model.out("mixed");
+    let flags = ["--text", a.as_str(), "--text", b.as_str(), "--stage", "blocks", "--epochs", "1"];
+    let report = ok(&model.arguments(&out, &flags)).json();
+    let windows = report["healed"]["texts"].as_array().unwrap().iter().map(|text| text["windows"].as_u64().unwrap());
+    assert_eq!(windows.collect::<Vec<_>>(), [12, 4]);
+}
+
+#[test]
+fn what_cannot_be_healed_is_refused() {
+    let model = Model::new(&["--keep", "0.5"]);
+    let out = model.out("out");
+    let check = |arguments: &[&str], code: i32, parts: &[&str]| {
+        let run = lrc(arguments);
+        assert_eq!(run.code, code, "{}", run.stderr);
+        for part in parts {
+            assert!(run.stderr.contains(part), "{}", run.stderr);
+        }
+        assert!(!out.exists(), "{arguments:?}");
+    };
+    let short = model.out("short.txt");
+    std::fs::write(&short, "once upon a time ".repeat(20)).unwrap();
+    check(&model.arguments(&out, &["--text", path(&short)]), 2, &["healing needs 8 to hold one out", "raise `--samples`"]);
+    let compressed = path(&model.compressed);
+    let with_teacher = |teacher: &'static str| ["heal", compressed, "--teacher", teacher, "--text", TRAIN, "-o", path(&out)];
+    check(&with_teacher("fixtures/pico-llama"), 4, &["`fixtures/pico-llama` has ", "the teacher is the model that was compressed"]);
+    let of_source = ["heal", FIXTURE, "--teacher", FIXTURE, "--text", TRAIN, "-o", path(&out)];
+    check(&of_source, 4, &["lrc-report.json` cannot be read", "a folder written by `lrc compress`"]);
+    check(&model.arguments(&out, &["--text", "a.txt:0"]), 2, &["`--text a.txt:0`: expected FILE or FILE:WEIGHT"]);
+    let flags = [&["--text", TRAIN][..], &["--learning-rate", "2"]].concat();
+    let own = ["heal", compressed, "--teacher", FIXTURE, "-o", path(&out)];
+    check(&[&own[..], &flags].concat(), 2, &["`--learning-rate 2` is outside (0, 1)"]);
+}
