@@ -87,6 +87,8 @@ fn every_stage_brings_the_model_nearer_to_its_source_on_other_text() {
             let error = |when: &str| part[when].as_f64().unwrap();
             assert!(error("error_after") <= error("error_before"), "{name}: {part}");
         }
+        let perplexity = |of: &str| healed["perplexity"][of].as_f64().unwrap();
+        assert!(perplexity("teacher") < perplexity("after") && perplexity("after") < perplexity("before"), "{name}");
         assert_eq!(healed["distance"], if name == "fisher" { "fisher" } else { "output" });
         let bytes = |folder: &Path| std::fs::metadata(folder.join("model.safetensors")).unwrap().len();
         assert_eq!(bytes(&out), bytes(&model.compressed));
@@ -107,7 +109,10 @@ fn codes_stay_and_what_is_float_beside_them_learns() {
         let (out, report) = model.heal("healed", &["--stage", "blocks", "--epochs", "3"]);
         let changed = changed(&model.compressed, &out);
         let codes = Checkpoint::open(&model.compressed).unwrap();
-        assert!(!changed.is_empty() && changed.iter().all(|name| !codes.info(name).unwrap().is_encoded()), "{changed:?}");
+        assert!(
+            !changed.is_empty() && changed.iter().all(|name| !codes.info(name).unwrap().is_encoded()),
+            "{changed:?}"
+        );
         assert!(report["healed"]["parameters"].as_u64().unwrap() > 0);
         assert!(divergence(&out) < divergence(&model.compressed), "{flags:?}");
     }
@@ -121,7 +126,8 @@ fn every_family_is_healed() {
         common::copy(&format!("fixtures/pico/{family}"), &at("model"));
         let tokenizer = if family.ends_with("bert") { "tokenizer-encoder.json" } else { "tokenizer.json" };
         std::fs::copy(format!("fixtures/pico/{tokenizer}"), at("model/tokenizer.json")).unwrap();
-        std::fs::write(at("text.txt"), "once upon a time there was a little dog. it liked to run! ".repeat(60)).unwrap();
+        std::fs::write(at("text.txt"), "once upon a time there was a little dog. it liked to run! ".repeat(60))
+            .unwrap();
         let compressed = at("compressed");
         ok(&["compress", path(&at("model")), "-o", path(&compressed), "--keep", "0.5", "-q"]);
         let [source, text, healed] = ["model", "text.txt", "healed"].map(at);
@@ -210,10 +216,19 @@ fn what_cannot_be_healed_is_refused() {
     };
     let short = model.out("short.txt");
     std::fs::write(&short, "once upon a time ".repeat(20)).unwrap();
-    check(&model.arguments(&out, &["--text", path(&short)]), 2, &["healing needs 8 to hold one out", "raise `--samples`"]);
+    check(
+        &model.arguments(&out, &["--text", path(&short)]),
+        2,
+        &["healing needs 8 to hold one out", "raise `--samples`"],
+    );
     let compressed = path(&model.compressed);
-    let with_teacher = |teacher: &'static str| ["heal", compressed, "--teacher", teacher, "--text", TRAIN, "-o", path(&out)];
-    check(&with_teacher("fixtures/pico-llama"), 4, &["`fixtures/pico-llama` has ", "the teacher is the model that was compressed"]);
+    let with_teacher =
+        |teacher: &'static str| ["heal", compressed, "--teacher", teacher, "--text", TRAIN, "-o", path(&out)];
+    check(
+        &with_teacher("fixtures/pico-llama"),
+        4,
+        &["`fixtures/pico-llama` has ", "the teacher is the model that was compressed"],
+    );
     let of_source = ["heal", FIXTURE, "--teacher", FIXTURE, "--text", TRAIN, "-o", path(&out)];
     check(&of_source, 4, &["lrc-report.json` cannot be read", "a folder written by `lrc compress`"]);
     check(&model.arguments(&out, &["--text", "a.txt:0"]), 2, &["`--text a.txt:0`: expected FILE or FILE:WEIGHT"]);

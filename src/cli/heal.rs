@@ -14,7 +14,7 @@ use super::terminal::{Bars, table};
 use crate::compress::recipe;
 use crate::error::Failure;
 use crate::heal::{HealJob, HealStage, WeightedText, heal};
-use crate::report::{CompressReport, HealedPart};
+use crate::report::{CompressReport, HealedPart, HeldOutPerplexity};
 use crate::train::Settings;
 
 /// Train a compressed model to do what its source does
@@ -194,8 +194,12 @@ fn show(report: &CompressReport, args: &HealArgs) -> String {
         ]
     };
     let columns = ["block", "half", "held-out error", "healed", "ratio", "epoch"];
+    let perplexity = report.healed.as_ref().and_then(|healed| healed.perplexity).map_or(String::new(), |found| {
+        let HeldOutPerplexity { teacher, before, after } = found;
+        format!("perplexity of held-out windows: {before:.3} before, {after:.3} after, {teacher:.3} of the source\n")
+    });
     format!(
-        "{}wrote `{}` in {:.1} s\n",
+        "{}{perplexity}wrote `{}` in {:.1} s\n",
         table(&columns, parts.iter().map(row).collect()),
         args.folder.path().display(),
         report.elapsed_seconds

@@ -12,8 +12,18 @@ use crate::compress::recipe::{Recipe, RecipeOptions};
 use crate::error::Failure;
 
 /// The order of headings in the help.
-const HEADINGS: [&str; 10] =
-    ["Model", "Text", "Training", "Evaluation", "Budget", "Method", "Quantization", "Calibration", "Statistics", "Output"];
+const HEADINGS: [&str; 10] = [
+    "Model",
+    "Text",
+    "Training",
+    "Evaluation",
+    "Budget",
+    "Method",
+    "Quantization",
+    "Calibration",
+    "Statistics",
+    "Output",
+];
 
 /// The options that a command takes.
 pub(super) trait Selection {

@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 
 use anyhow::{Context, Result};
-use candle_core::{D, Tensor};
+use candle_core::Tensor;
 use serde_json::json;
 
 use super::metric::Metrics;
@@ -61,12 +61,7 @@ impl Halves<'_> {
     }
 
     /// Trains a half, or takes it from the journal; the variables have its values then.
-    fn piece(
-        &self,
-        lesson: &Lesson<'_>,
-        variables: &Variables,
-        stage: &dyn Stage,
-    ) -> Result<(Healed, HealedPart)> {
+    fn piece(&self, lesson: &Lesson<'_>, variables: &Variables, stage: &dyn Stage) -> Result<(Healed, HealedPart)> {
         let key = format!("healed-{}-{}", lesson.block_idx, named(lesson.half).name());
         let before = variables.values()?;
         if let Some(mut piece) = self.journal.get(&key)? {
@@ -151,10 +146,11 @@ impl Objective for Lesson<'_> {
     }
 
     /// `scale · mean eᵀ G e` over tokens, with `e` (hidden_size) the difference of the states.
-    fn loss(&self, block: &Block, batch_idx: usize) -> Result<Tensor> {
+    fn loss(&self, block: &Block, window_idx: usize) -> Result<Tensor> {
         let walk = self.on.walk;
-        let after = block.through(self.half, &walk.batch(self.states, batch_idx)?, walk.rope())?;
-        let difference = (after - walk.batch(self.targets, batch_idx)?)?.flatten_to(D::Minus2)?; // (n_tokens, hidden_size)
+        let before = walk.window(self.states, window_idx)?.unsqueeze(0)?;
+        let after = block.through(self.half, &before, walk.rope())?.squeeze(0)?;
+        let difference = (after - walk.window(self.targets, window_idx)?)?; // (n_tokens, hidden_size)
         let weighted = match self.on.metrics.get(self.block_idx, self.half) {
             Some(metric) => difference.matmul(metric)?,
             None => difference.clone(),
@@ -163,8 +159,8 @@ impl Objective for Lesson<'_> {
         Ok((weighted * difference)?.sum_all()?.affine(self.scale / n_tokens as f64, 0.0)?)
     }
 
-    fn place(&self, batch_idx: usize) -> String {
-        format!("window {batch_idx} in {}", self.name())
+    fn place(&self, window_idx: usize) -> String {
+        format!("{} in {}", self.on.walk.place()(window_idx), self.name())
     }
 }
 

@@ -98,11 +98,8 @@ impl HealJob<'_> {
     /// All that decides the bytes of the output: an interrupted run of the same is resumed.
     pub(super) fn description(&self, drawn: &Drawn) -> Result<Value> {
         let Settings { epochs, batch, learning_rate, seed } = self.settings;
-        let texts: Vec<Value> = drawn
-            .records()
-            .iter()
-            .map(|text| json!([text.text_sha256, text.windows, text.seq_len]))
-            .collect();
+        let texts: Vec<Value> =
+            drawn.records().iter().map(|text| json!([text.text_sha256, text.windows, text.seq_len])).collect();
         Ok(json!({
             "command": "heal",
             "version": LRC_VERSION,

@@ -30,10 +30,12 @@ impl Metrics {
             let block = teacher.block(block_idx)?;
             for &half in block.halves() {
                 let Some(role) = block.last_linear(half) else { continue };
-                let gram = statistics.output_gram(LinearId { block: block_idx, slot: Slot::shared(role) }, n)?.to_dense();
+                let gram =
+                    statistics.output_gram(LinearId { block: block_idx, slot: Slot::shared(role) }, n)?.to_dense();
                 let mean = (0..n).map(|i| gram[(i, i)]).sum::<f64>() / n as f64;
                 if mean > 0.0 {
-                    let damped = faer::Mat::from_fn(n, n, |i, j| gram[(i, j)] / mean + if i == j { DAMPING } else { 0.0 });
+                    let damped =
+                        faer::Mat::from_fn(n, n, |i, j| gram[(i, j)] / mean + if i == j { DAMPING } else { 0.0 });
                     let values = linalg::to_row_major(damped.as_ref());
                     metrics.insert((block_idx, half), Tensor::from_vec(values, (n, n), device)?);
                 }

@@ -6,6 +6,7 @@
 //! of structures, dense weights, norms and biases; codes and the vocabulary stay.
 
 mod halves;
+mod held_out;
 mod job;
 mod metric;
 mod model;
@@ -89,8 +90,8 @@ impl Run<'_> {
         folder.require_space(job.checkpoint.file_bytes())?;
         let limits = WalkLimits::new(job.memory_bytes, folder.work());
         let walk = Walk::new(teacher, &drawn.windows, &limits)?.of_text(&drawn.names());
-        let is_held_out = |batch_idx: &usize| batch_idx % HELD_OUT == HELD_OUT - 1;
-        let (held_out, trained) = (0..walk.n_batches()).partition(is_held_out);
+        let is_held_out = |window_idx: &usize| window_idx % HELD_OUT == HELD_OUT - 1;
+        let (held_out, trained) = (0..drawn.windows.len()).partition(is_held_out);
         let pieces = Pieces { trained, held_out };
         let journal = Journal::new(folder.pieces());
         let (mut healed, mut parts, mut whole) = (Healed::new(), Vec::new(), None);
@@ -103,6 +104,9 @@ impl Run<'_> {
                 }
             }
         }
+        let windows: Vec<Vec<u32>> = pieces.held_out.iter().map(|&i| drawn.windows[i].clone()).collect();
+        let perplexity =
+            held_out::perplexities([teacher, student], job.checkpoint, &healed, &windows, &limits, progress)?;
         let record = HealRecord {
             teacher: job.teacher_name.into(),
             teacher_files: fingerprint(job.teacher)?,
@@ -118,6 +122,7 @@ impl Run<'_> {
             parameters: healed.values().map(|values| values.len() as u64).sum(),
             parts,
             model: whole,
+            perplexity,
         };
         report.healed = Some(record);
         output::write(job, &healed, &mut report, folder, self.started)?;

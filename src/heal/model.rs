@@ -5,7 +5,7 @@ use std::collections::HashMap;
 
 use anyhow::{Context, Result};
 use candle_core::backprop::GradStore;
-use candle_core::{D, Tensor, Var};
+use candle_core::{Tensor, Var};
 use serde_json::json;
 
 use super::tensors::{Healed, floats, rounded};
@@ -23,7 +23,7 @@ const TOP: usize = 64;
 /// The journal key of the stage.
 const PIECE: &str = "healed-model";
 
-/// The most likely tokens of the teacher in every row of a batch.
+/// The most likely tokens of the teacher in every row of a window.
 struct Likely {
     /// (n_rows, [`TOP`]), row-major.
     ids: Vec<u32>,
@@ -85,7 +85,7 @@ pub(super) struct WholeModel<'a> {
     head: Head,
     /// The student's states before the first block.
     embedded: Hidden,
-    /// By batch.
+    /// By window.
     likely: Vec<Likely>,
 }
 
@@ -108,13 +108,12 @@ impl<'a> WholeModel<'a> {
             walk.advance(&states, teacher, &teacher.block(block_idx)?, stage.as_ref())?;
         }
         let (head, mut likely) = (teacher.head()?, Vec::new());
-        walk.workers().in_order(
-            walk.n_batches(),
-            |batch_idx| {
+        walk.for_each_window(
+            &[&states],
+            |_, states| {
                 let mut found = Likely { ids: Vec::new(), p: Vec::new() };
-                let x = walk.batch(&states, batch_idx)?.flatten_to(D::Minus2)?;
-                for (first, n_rows) in chunks(&x, &head)? {
-                    found.add(&to_host(&head.logits(&x.narrow(0, first, n_rows)?)?)?, head.vocab_size());
+                for (first, n_rows) in chunks(&states[0], &head)? {
+                    found.add(&to_host(&head.logits(&states[0].narrow(0, first, n_rows)?)?)?, head.vocab_size());
                 }
                 Ok(found)
             },
@@ -181,9 +180,9 @@ impl<'a> WholeModel<'a> {
 
     /// The summed divergence of the rows of last states `x` (n_rows, hidden_size), and the gradient of `scale` times
     /// it if it is asked for.
-    fn at_head(&self, x: &Tensor, batch_idx: usize, scale: Option<f64>) -> Result<(f64, Option<Tensor>)> {
+    fn at_head(&self, x: &Tensor, window_idx: usize, scale: Option<f64>) -> Result<(f64, Option<Tensor>)> {
         let (mut sum, mut gradients) = (0.0, Vec::new());
-        let Likely { ids, p } = &self.likely[batch_idx];
+        let Likely { ids, p } = &self.likely[window_idx];
         let top = TOP.min(self.head.vocab_size());
         for (first, n_rows) in chunks(x, &self.head)? {
             let rows = Var::from_tensor(&x.narrow(0, first, n_rows)?)?;
@@ -219,27 +218,26 @@ impl Objective for WholeModel<'_> {
     }
 
     /// The mean divergence of a row.
-    fn loss(&self, blocks: &Vec<Block>, batch_idx: usize) -> Result<Tensor> {
-        let mut x = self.walk.batch(&self.embedded, batch_idx)?;
+    fn loss(&self, blocks: &Vec<Block>, window_idx: usize) -> Result<Tensor> {
+        let mut x = self.walk.window(&self.embedded, window_idx)?.unsqueeze(0)?;
         for block in blocks {
             x = block.forward(&x, self.walk.rope(), &mut |_, _| Ok(()))?.detach();
         }
-        let x = x.flatten_to(D::Minus2)?;
-        let (sum, _) = self.at_head(&x, batch_idx, None)?;
+        let x = x.squeeze(0)?;
+        let (sum, _) = self.at_head(&x, window_idx, None)?;
         Ok(Tensor::new((sum / x.dim(0)? as f64) as f32, x.device())?)
     }
 
-    fn gradients(&self, blocks: &Vec<Block>, batch_idx: usize, scale: f64) -> Result<(Tensor, GradStore)> {
-        let (mut x, mut entered) = (self.walk.batch(&self.embedded, batch_idx)?, Vec::new());
+    fn gradients(&self, blocks: &Vec<Block>, window_idx: usize, scale: f64) -> Result<(Tensor, GradStore)> {
+        let (mut x, mut entered) = (self.walk.window(&self.embedded, window_idx)?.unsqueeze(0)?, Vec::new());
         for block in blocks {
             entered.push(x.clone());
             x = block.forward(&x, self.walk.rope(), &mut |_, _| Ok(()))?.detach();
         }
-        let shape = x.shape().clone();
-        let x = x.flatten_to(D::Minus2)?;
+        let x = x.squeeze(0)?;
         let n_rows = x.dim(0)? as f64;
-        let (sum, gradient) = self.at_head(&x, batch_idx, Some(scale / n_rows))?;
-        let mut gradient = gradient.expect("invariant: a gradient was asked for").reshape(shape)?;
+        let (sum, gradient) = self.at_head(&x, window_idx, Some(scale / n_rows))?;
+        let mut gradient = gradient.expect("invariant: a gradient was asked for").unsqueeze(0)?;
         let loss = Tensor::new((sum / n_rows) as f32, x.device())?;
         let mut total = GradStore::default();
         for (block, x) in blocks.iter().zip(entered).rev() {
@@ -252,8 +250,8 @@ impl Objective for WholeModel<'_> {
         Ok((loss, total))
     }
 
-    fn place(&self, batch_idx: usize) -> String {
-        format!("{} in healing the model", self.walk.place()(batch_idx))
+    fn place(&self, window_idx: usize) -> String {
+        format!("{} in healing the model", self.walk.place()(window_idx))
     }
 }
 
@@ -279,7 +277,9 @@ mod tests {
         let p = softmax(&row);
         let least = likely.ids.iter().map(|&id| row[id as usize]).fold(f32::INFINITY, f32::min);
         let n_larger = row.iter().filter(|&&logit| logit > least).count();
-        assert!(likely.ids.len() == TOP && n_larger < TOP && row.iter().filter(|&&logit| logit >= least).count() >= TOP);
+        assert!(
+            likely.ids.len() == TOP && n_larger < TOP && row.iter().filter(|&&logit| logit >= least).count() >= TOP
+        );
         for (&id, &found) in likely.ids.iter().zip(&likely.p) {
             assert!((f64::from(found) - p[id as usize]).abs() < 1e-6);
         }
@@ -293,7 +293,8 @@ mod tests {
         let value = |row: &[f32]| {
             let q = softmax(row);
             let rest = |of: &[f64]| 1.0 - ids.iter().map(|&id| of[id as usize]).sum::<f64>();
-            let joined = ids.iter().map(|&id| (teacher[id as usize], q[id as usize])).chain([(rest(&teacher), rest(&q))]);
+            let joined =
+                ids.iter().map(|&id| (teacher[id as usize], q[id as usize])).chain([(rest(&teacher), rest(&q))]);
             joined.map(|(p, q)| p * (p / q).ln()).sum::<f64>()
         };
         let row = logits(n, 2);

@@ -20,11 +20,17 @@ use crate::report::{CompressReport, REPORT_FILE, publish};
 
 /// Refuses a student whose floats the files do not hold as they are.
 pub(super) fn expect_floats_in_place(checkpoint: &Checkpoint) -> Result<()> {
-    match checkpoint.tensors().map(|info| checkpoint.file_of(info)).find(|file| file.extension().is_some_and(|ending| ending != "safetensors")) {
+    match checkpoint
+        .tensors()
+        .map(|info| checkpoint.file_of(info))
+        .find(|file| file.extension().is_some_and(|ending| ending != "safetensors"))
+    {
         None => Ok(()),
-        Some(file) => Err(Failure::unsupported(format!("`{}` is no file of safetensors, and cannot be healed", file.display()))
-            .hint("heal the model in `--format factored` or `dense`, then `lrc export` it")
-            .into()),
+        Some(file) => {
+            Err(Failure::unsupported(format!("`{}` is no file of safetensors, and cannot be healed", file.display()))
+                .hint("heal the model in `--format factored` or `dense`, then `lrc export` it")
+                .into())
+        }
     }
 }
 

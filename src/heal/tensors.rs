@@ -27,7 +27,8 @@ pub(super) fn floats(
     let is_trained =
         |info: &&TensorInfo| info.name.starts_with(&prefix) && cast::is_float(info.dtype) && !info.is_encoded();
     let tensor = |info: &TensorInfo| -> Result<(String, Tensor)> {
-        let values = healed.get(&info.name).map_or_else(|| checkpoint.values(&info.name), |values| Ok(values.clone()))?;
+        let values =
+            healed.get(&info.name).map_or_else(|| checkpoint.values(&info.name), |values| Ok(values.clone()))?;
         Ok((info.name.clone(), Tensor::from_vec(values, info.shape.clone(), student.device())?))
     };
     checkpoint.tensors().filter(is_trained).map(tensor).collect()

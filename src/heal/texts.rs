@@ -58,7 +58,9 @@ impl Drawn {
                 named.join(" and "),
                 super::HELD_OUT
             );
-            return Err(Failure::usage(message).hint("raise `--samples`, shorten `--seq-len`, or give a longer text").into());
+            return Err(Failure::usage(message)
+                .hint("raise `--samples`, shorten `--seq-len`, or give a longer text")
+                .into());
         }
         // In turn, so that windows of every text are held out.
         let mut turns: Vec<(f64, usize, usize)> = Vec::new();

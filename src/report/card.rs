@@ -6,7 +6,7 @@ use std::path::Path;
 use serde_json::Value;
 
 use super::columns::fixed;
-use super::{CompressReport, DeltaRecord, ExportReport, HealRecord, LEFT_OUT_BY_FLAG};
+use super::{CompressReport, DeltaRecord, ExportReport, HealRecord, HeldOutPerplexity, LEFT_OUT_BY_FLAG};
 use crate::checkpoint::Checkpoint;
 
 /// How an output is loaded.
@@ -95,12 +95,11 @@ fn healing(healed: &HealRecord) -> String {
         healed.trained_windows,
         healed.held_out_windows
     );
-    if let Some(model) = &healed.model {
+    if let Some(HeldOutPerplexity { teacher, before, after }) = healed.perplexity {
+        let [teacher, before, after] = [teacher, before, after].map(|value| fixed(value, 3));
         let _ = writeln!(
             card,
-            "KL divergence from the source on held-out windows: {} nats per token before the last stage, {} after.",
-            fixed(model.divergence_before, 4),
-            fixed(model.divergence_after, 4)
+            "Perplexity of the held-out windows: {before} before, {after} after, {teacher} of the source."
         );
     }
     card

@@ -16,15 +16,15 @@ pub struct HealRecord {
     pub source_files: Fingerprint,
     /// The texts.
     pub texts: Vec<HealedText>,
-    /// Batches of windows whose gradients were taken, in an epoch.
+    /// Windows whose gradients were taken, in an epoch.
     pub trained_windows: usize,
-    /// Batches of windows that chose the best epoch.
+    /// Windows that chose the best epoch.
     pub held_out_windows: usize,
     /// `output`: squared error; `fisher`: in the metric of the gradients of the loss.
     pub distance: String,
     /// Most epochs of a half.
     pub epochs: usize,
-    /// Batches of windows of a step.
+    /// Windows of a step.
     pub batch: usize,
     /// Largest learning rate.
     pub learning_rate: f64,
@@ -36,6 +36,19 @@ pub struct HealRecord {
     pub parts: Vec<HealedPart>,
     /// The model as a whole; none without the stage `model`.
     pub model: Option<HealedModel>,
+    /// Perplexities of the held-out windows; none for encoders.
+    pub perplexity: Option<HeldOutPerplexity>,
+}
+
+/// Perplexities of the held-out windows.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize, JsonSchema)]
+pub struct HeldOutPerplexity {
+    /// Of the teacher.
+    pub teacher: f64,
+    /// Of the student before healing.
+    pub before: f64,
+    /// Of the student after healing.
+    pub after: f64,
 }
 
 /// What training did to the model as a whole.

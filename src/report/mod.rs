@@ -29,7 +29,7 @@ pub use eval::{
     Agreement, AllConventionsReport, Distribution, DivergenceRecord, EncoderReport, FidelityRecord, PerplexityReport,
     PseudoPerplexity,
 };
-pub use heal::{HealRecord, HealedHalf, HealedModel, HealedPart, HealedText};
+pub use heal::{HealRecord, HealedHalf, HealedModel, HealedPart, HealedText, HeldOutPerplexity};
 pub use inspect::{BelowThreshold, EnergyRank, Figures, InspectReport, PowerLaw, Spectrum, SpectrumRecord};
 pub(crate) use publish::stopped;
 pub use publish::{Published, publish};

@@ -133,12 +133,7 @@ pub fn fit<O: Objective>(
 }
 
 /// The mean loss of the held-out pieces.
-pub fn held_out<O: Objective>(
-    variables: &Variables,
-    objective: &O,
-    pieces: &Pieces,
-    workers: &Workers,
-) -> Result<f64> {
+pub fn held_out<O: Objective>(variables: &Variables, objective: &O, pieces: &Pieces, workers: &Workers) -> Result<f64> {
     let (model, mut sum) = (objective.model(&variables.detached())?, 0.0);
     workers.in_order(
         pieces.held_out.len(),
@@ -246,9 +241,11 @@ mod tests {
     impl Regression {
         fn new(n_pieces: usize, noise: f32) -> Self {
             let value = |i: usize, seed: usize| ((i * 7919 + seed * 104_729) % 1009) as f32 / 504.5 - 1.0;
-            let weight = Tensor::from_vec((0..12).map(|i| value(i, 1)).collect::<Vec<_>>(), (3, 4), &Device::Cpu).unwrap();
+            let weight =
+                Tensor::from_vec((0..12).map(|i| value(i, 1)).collect::<Vec<_>>(), (3, 4), &Device::Cpu).unwrap();
             let x = |piece: usize| {
-                Tensor::from_vec((0..20).map(|i| value(i, 2 + piece)).collect::<Vec<_>>(), (5, 4), &Device::Cpu).unwrap()
+                Tensor::from_vec((0..20).map(|i| value(i, 2 + piece)).collect::<Vec<_>>(), (5, 4), &Device::Cpu)
+                    .unwrap()
             };
             let noise = |piece: usize| {
                 let values: Vec<f32> = (0..15).map(|i| noise * value(i, 500 + piece)).collect();
@@ -288,8 +285,8 @@ mod tests {
         let pieces = Pieces { trained: (0..14).collect(), held_out: vec![14, 15] };
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build()?;
         let stage = crate::progress::Progress::stage(&Silent, "test", 1, "pieces");
-        let course = pool
-            .install(|| fit(&variables, &regression, &pieces, settings, &Workers::new(threads)?, stage.as_ref()))?;
+        let course =
+            pool.install(|| fit(&variables, &regression, &pieces, settings, &Workers::new(threads)?, stage.as_ref()))?;
         Ok((course, variables.values()?))
     }
 
