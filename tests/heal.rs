@@ -179,12 +179,13 @@ fn the_bytes_are_those_of_any_number_of_threads_and_of_any_kills() {
         while count() == before && child.try_wait().unwrap().is_none() {
             std::thread::sleep(Duration::from_millis(1));
         }
-        if let Some(status) = child.try_wait().unwrap() {
-            assert!(status.success());
+        // It may have ended by itself meanwhile.
+        child.kill().unwrap();
+        let status = child.wait().unwrap();
+        if status.success() {
             break;
         }
-        child.kill().unwrap();
-        child.wait().unwrap();
+        assert_eq!(status.code(), None, "{status}");
         n_kills += 1;
     }
     assert!(n_kills >= 4, "{n_kills} kills");

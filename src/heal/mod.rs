@@ -23,18 +23,16 @@ pub use self::job::{Distance, HealJob, HealStage};
 use self::metric::Metrics;
 use self::model::WholeModel;
 use self::tensors::Healed;
-use self::texts::Drawn;
 pub use self::texts::WeightedText;
+use self::texts::{Drawn, HELD_OUT};
 use crate::calibrate::{Needs, Statistics};
 use crate::checkpoint::{OutputFolder, expect_apart};
 use crate::model::{Decoder, Walk, WalkLimits, coverage, fingerprint};
 use crate::progress::Progress;
-use crate::report::{CompressReport, HealRecord, HealedPart, REPORT_FILE, read_report, stopped};
+use crate::report::earlier::read_report;
+use crate::report::{CompressReport, HealRecord, HealedPart, REPORT_FILE, stopped};
 use crate::store::Journal;
-use crate::train::Pieces;
-
-/// Every so many windows one is held out.
-const HELD_OUT: usize = 8;
+use crate::train::{Pieces, Settings};
 
 /// Heals a compressed model. Resumes an interrupted run after the last half that it finished.
 ///
@@ -50,7 +48,7 @@ pub fn heal(job: &HealJob<'_>, progress: &dyn Progress) -> Result<CompressReport
     let teacher = Decoder::open(job.teacher)?.on(&job.device);
     let student = Decoder::open(job.checkpoint)?.on(&job.device);
     job::expect_same_shape(job, &teacher, &student)?;
-    let drawn = Drawn::of(job)?;
+    let drawn = Drawn::of(job.checkpoint, job.texts, &job.windows)?;
     let statistics = job.statistics.map(Statistics::open).transpose()?;
     if let (Some(statistics), Some(path)) = (&statistics, job.statistics) {
         let named = path.display().to_string();
@@ -67,6 +65,11 @@ pub fn heal(job: &HealJob<'_>, progress: &dyn Progress) -> Result<CompressReport
         }
         Err(error) => Err(stopped(&mut folder, error)),
     }
+}
+
+/// The stage `model` moves all blocks at once, and takes smaller steps.
+fn of_model(settings: &Settings) -> Settings {
+    Settings { learning_rate: settings.learning_rate / 4.0, ..*settings }
 }
 
 /// A healing whose inputs have been checked.
@@ -100,7 +103,7 @@ impl Run<'_> {
                 HealStage::Blocks => parts = self.blocks(&walk, &pieces, &mut healed, &journal, progress)?,
                 HealStage::Model => {
                     let model = WholeModel::new(teacher, student, job.checkpoint, &walk, progress)?;
-                    whole = Some(model.run(&mut healed, &pieces, &job.settings, &journal, progress)?);
+                    whole = Some(model.run(&mut healed, &pieces, &of_model(&job.settings), &journal, progress)?);
                 }
             }
         }

@@ -5,10 +5,13 @@ use std::str::FromStr;
 
 use anyhow::Result;
 
-use super::job::HealJob;
 use crate::calibrate::{Needs, WindowSettings, Windows};
+use crate::checkpoint::Checkpoint;
 use crate::error::Failure;
 use crate::report::HealedText;
+
+/// Every so many windows one is held out.
+pub(super) const HELD_OUT: usize = 8;
 
 /// A text, and its share of the tokens.
 #[derive(Debug, Clone, PartialEq)]
@@ -42,21 +45,21 @@ pub(super) struct Drawn {
 impl Drawn {
     /// # Errors
     /// A text or the tokenizer cannot be read, or there are too few windows to hold one out.
-    pub fn of(job: &HealJob<'_>) -> Result<Self> {
-        let whole: f64 = job.texts.iter().map(|text| text.weight).sum();
+    pub fn of(checkpoint: &Checkpoint, texts: &[WeightedText], of_all: &WindowSettings) -> Result<Self> {
+        let whole: f64 = texts.iter().map(|text| text.weight).sum();
         let mut parts = Vec::new();
-        for text in job.texts {
-            let samples = ((text.weight / whole * job.windows.samples as f64).round() as usize).max(1);
-            let settings = WindowSettings { text: text.path.clone(), samples, ..job.windows.clone() };
-            parts.push(Windows::load(job.checkpoint, &settings, Needs::default(), (1, 1))?);
+        for text in texts {
+            let samples = ((text.weight / whole * of_all.samples as f64).round() as usize).max(1);
+            let settings = WindowSettings { text: text.path.clone(), samples, ..of_all.clone() };
+            parts.push(Windows::load(checkpoint, &settings, Needs::default(), (1, 1))?);
         }
         let n_windows: usize = parts.iter().map(|part| part.windows.len()).sum();
-        if n_windows < super::HELD_OUT {
+        if n_windows < HELD_OUT {
             let named: Vec<String> = parts.iter().map(|part| format!("`{}`", part.text)).collect();
             let message = format!(
                 "{} gives {n_windows} windows, and healing needs {} to hold one out",
                 named.join(" and "),
-                super::HELD_OUT
+                HELD_OUT
             );
             return Err(Failure::usage(message)
                 .hint("raise `--samples`, shorten `--seq-len`, or give a longer text")

@@ -5,7 +5,7 @@ mod adapter;
 mod calibrate;
 pub mod card;
 pub mod columns;
-mod earlier;
+pub mod earlier;
 mod eval;
 pub mod gate;
 mod heal;
@@ -24,7 +24,6 @@ use serde_json::Value;
 use crate::checkpoint::{Fingerprint, LeftOut};
 pub use adapter::{AdapterRecord, AdapterReport, DeltaRecord, LEFT_OUT_BY_FLAG, TruncatedModule, TruncationRecord};
 pub use calibrate::{CalibrateReport, CalibrationRecord};
-pub use earlier::read_report;
 pub use eval::{
     Agreement, AllConventionsReport, Distribution, DivergenceRecord, EncoderReport, FidelityRecord, PerplexityReport,
     PseudoPerplexity,

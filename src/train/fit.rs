@@ -170,7 +170,7 @@ fn gradients<O: Objective>(
 }
 
 fn value<O: Objective>(objective: &O, piece: usize, loss: &Tensor) -> Result<f64> {
-    let loss = f64::from(loss.to_scalar::<f32>()?);
+    let loss = f64::from(to_host(loss)?[0]);
     if loss.is_finite() {
         return Ok(loss);
     }

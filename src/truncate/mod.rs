@@ -35,8 +35,9 @@ use crate::model::inventory::{self, LinearInfo, Stored};
 use crate::operator::{self, Forms, Kind, Operator, Side, Sides, Term};
 use crate::progress::Progress;
 use crate::report::card::{self, Loading};
+use crate::report::earlier::read_report;
 use crate::report::page::{self, PAGE_FILE};
-use crate::report::{CompressReport, REPORT_FILE, TruncationRecord, publish, read_report};
+use crate::report::{CompressReport, REPORT_FILE, TruncationRecord, publish};
 
 pub use adapter::{AdapterJob, AdapterSize, is_adapter, truncate_adapter};
 
