@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use super::allocation::{KnapsackSettings, RankAllocation, RankSteps, Rule};
 use super::bases::{Bases, Factors};
 use super::limit::Budget;
+use super::narrow::NarrowApproach;
 use super::storage::{FactorStorage, FloatStorage};
 use crate::calibrate::WindowSettings;
 use crate::compress::allocate::Ranks;
@@ -48,6 +49,8 @@ pub enum Linears {
     LowRank(LowRankApproach),
     /// `W ≈ Q`, or `W ≈ Q + B·A`, in an output of this format.
     Quantized(Bases, Format),
+    /// Narrower matrices.
+    Narrow(NarrowApproach),
 }
 
 /// Low rank without a base.
@@ -127,14 +130,22 @@ impl Approach {
     fn low_rank(&self) -> Option<&LowRankApproach> {
         match &self.replacement()?.linears {
             Linears::LowRank(low_rank) => Some(low_rank),
-            Linears::Quantized(..) => None,
+            Linears::Quantized(..) | Linears::Narrow(_) => None,
         }
     }
 
     fn bases(&self) -> Option<&Bases> {
         match &self.replacement()?.linears {
-            Linears::LowRank(_) => None,
+            Linears::LowRank(_) | Linears::Narrow(_) => None,
             Linears::Quantized(bases, _) => Some(bases),
+        }
+    }
+
+    /// How linears become narrower, if they do.
+    pub fn narrow(&self) -> Option<&NarrowApproach> {
+        match &self.replacement()?.linears {
+            Linears::Narrow(narrow) => Some(narrow),
+            Linears::LowRank(_) | Linears::Quantized(..) => None,
         }
     }
 
@@ -145,6 +156,7 @@ impl Approach {
             Self::Replace(replacement) => match &replacement.linears {
                 Linears::LowRank(low_rank) => low_rank.storage().format(),
                 Linears::Quantized(_, format) => *format,
+                Linears::Narrow(narrow) => narrow.then.format(),
             },
         }
     }
@@ -176,6 +188,9 @@ impl Approach {
 
     /// The budget.
     pub fn budget(&self) -> Budget {
+        if let Some(narrow) = self.narrow() {
+            return Some(narrow.limit.limit()).into();
+        }
         match (self.low_rank(), self.bases()) {
             (Some(low_rank), _) => low_rank.allocation().limit().into(),
             (None, Some(bases)) => bases.limit().into(),

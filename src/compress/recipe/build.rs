@@ -8,11 +8,12 @@ use super::basics::{Basics, REMOVE_ONE, max_shard_bytes, share, usage, windows};
 use super::embeddings::embeddings;
 use super::limit::Limit;
 use super::low_rank::low_rank;
+use super::narrow;
 use super::patterns::Patterns;
 use super::quantized::quantized;
 use super::settings::Recipe;
 use crate::calibrate::{Needs, WindowSettings};
-use crate::compress::options::{Fused, RecipeOptions};
+use crate::compress::options::{Fused, RecipeOptions, Structure};
 use crate::compress::scale::{DepthWeight, Sensitivity};
 
 impl Recipe {
@@ -21,6 +22,10 @@ impl Recipe {
     /// # Errors
     /// A value is out of range, or two options contradict each other.
     pub fn new(options: &RecipeOptions) -> Result<Self> {
+        match options.structure.unwrap_or_default() {
+            Structure::Narrow => return narrow::recipe(options),
+            Structure::LowRank => narrow::expect_none(options)?,
+        }
         let basics = Basics::of(options)?;
         if basics.limit == Some(Limit::Keep(1.0)) && basics.ranks.is_budgeted() && options.quant.is_empty() {
             // The other settings are checked under a budget below 1, so that a script may vary the budget alone.
@@ -147,7 +152,7 @@ fn need(settings: &[String]) -> String {
     }
 }
 
-fn window_settings(options: &RecipeOptions) -> Result<Option<WindowSettings>> {
+pub(super) fn window_settings(options: &RecipeOptions) -> Result<Option<WindowSettings>> {
     let Some(text) = &options.calibration else {
         let given = [
             ("--samples", options.samples.is_some()),

@@ -6,6 +6,7 @@ use bytesize::ByteSize;
 
 use super::approach::Approach;
 use super::limit::Budget;
+use super::narrow::NarrowApproach;
 use super::patterns::Patterns;
 use crate::calibrate::{Needs, WindowSettings};
 use crate::checkpoint::Dtype;
@@ -58,6 +59,11 @@ impl Recipe {
     /// Whether every linear stays as it is.
     pub fn is_dense(&self) -> bool {
         matches!(self.approach, Approach::Dense(_))
+    }
+
+    /// How linears become narrower, if they do.
+    pub fn narrow(&self) -> Option<&NarrowApproach> {
+        self.approach.narrow()
     }
 
     /// The format of the output.
@@ -236,6 +242,9 @@ impl Recipe {
 
     /// The complete recipe, with defaults written out, as options from which it can be rebuilt.
     pub fn to_options(&self) -> RecipeOptions {
+        if let Some(narrow) = self.narrow() {
+            return narrow.in_options(&self.targets, &self.exclude, self.approach.metric());
+        }
         let calibration = self.calibration();
         let preset = self.method().preset();
         let damping = |form: MetricForm, value: f64| (form == MetricForm::Gram).then_some(value);
@@ -246,6 +255,9 @@ impl Recipe {
         // Nothing else has an effect on linears that stay as they are.
         let is_dense = self.is_dense();
         RecipeOptions {
+            structure: None,
+            selection: None,
+            width_multiple: None,
             keep: if let Budget::Keep(keep) = budget { Some(keep) } else { None },
             target_size: if let Budget::Bytes(bytes) = budget { Some(ByteSize(bytes)) } else { None },
             bits: if let Budget::Bits(bits) = budget { Some(bits) } else { None },
