@@ -29,6 +29,7 @@ use crate::report::{gate, notes};
 ///   lrc compress MODEL -o OUT --keep 0.8
 ///   lrc compress MODEL -o OUT --keep 0.8 --calibration text.txt
 ///   lrc compress MODEL -o OUT --target-size 350MiB --statistics stats.safetensors
+///   lrc compress MODEL -o OUT --structure narrow --keep 0.8 --calibration text.txt
 ///   lrc compress MODEL -o OUT --quant gptq-int4 --calibration text.txt
 ///   lrc compress MODEL -o OUT --quant rtn-int3,rtn-int4 --bits 3.25
 ///   lrc compress MODEL -o OUT --recipe recipe.toml --dry-run
@@ -109,6 +110,9 @@ pub(super) fn run(args: &CompressArgs, quiet: bool, progress: &Bars) -> Result<(
 fn absent(recipe: &Recipe) -> Vec<(Vec<Field>, &'static str)> {
     let mut absent = vec![(fields_at::<CompressReport>("truncated"), "`lrc truncate` writes it")];
     let mut add = |name: &str, hint: &'static str| absent.push((fields_at::<CompressReport>(name), hint));
+    if recipe.narrow().is_none() {
+        add("narrow", "`--structure narrow` fills it");
+    }
     match recipe.calibration() {
         None if recipe.statistics().is_none() => {
             add("calibration", "`--calibration FILE` or `--statistics FILE` fills it")

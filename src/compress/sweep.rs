@@ -53,6 +53,11 @@ pub fn sweep(settings: &SweepSettings<'_>, progress: &dyn Progress) -> Result<Sw
     if recipe.anchor().is_some() {
         return Err(not_in_a_sweep("--sequential").into());
     }
+    if recipe.narrow().is_some() {
+        return Err(Failure::usage("`--structure narrow` cannot be used in a sweep, which compares ranks")
+            .hint("run `lrc compress` and `lrc eval` for each budget")
+            .into());
+    }
     if recipe.is_dense() && keeps.iter().any(|&keep| keep < 1.0) {
         return Err(Failure::usage("a recipe that keeps everything decomposes nothing")
             .hint("give the recipe a budget below 1")
