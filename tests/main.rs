@@ -25,6 +25,7 @@ mod hub;
 mod layout;
 mod memory;
 mod model;
+mod narrow;
 mod outputs;
 mod quantize;
 mod reports;

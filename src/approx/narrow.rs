@@ -95,7 +95,8 @@ impl Columns {
 
     /// `C⁻¹` (n, n).
     fn inverse(&self) -> Mat<f64> {
-        let (upper, _) = linalg::inverse_cholesky(self.input.as_ref()).expect("invariant: the form is positive definite");
+        let (upper, _) =
+            linalg::inverse_cholesky(self.input.as_ref()).expect("invariant: the form is positive definite");
         linalg::product_symmetric(upper.transpose(), upper.as_ref())
     }
 }
@@ -153,7 +154,8 @@ pub fn refit(weight: MatRef<'_, f64>, input: MatRef<'_, f64>, kept: &[usize]) ->
     let n = input.nrows();
     let beside = Mat::from_fn(n, kept.len(), |i, j| input[(i, kept[j])]);
     let own = Mat::from_fn(kept.len(), kept.len(), |i, j| input[(kept[i], kept[j])]);
-    let (upper, _) = linalg::inverse_cholesky(own.as_ref()).expect("invariant: a part of a positive definite form is one");
+    let (upper, _) =
+        linalg::inverse_cholesky(own.as_ref()).expect("invariant: a part of a positive definite form is one");
     let right = linalg::product(weight, beside.as_ref()); // W C_{:S} (m, |S|)
     linalg::product(linalg::product(right.as_ref(), upper.transpose()).as_ref(), upper.as_ref())
 }

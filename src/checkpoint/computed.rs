@@ -33,7 +33,8 @@ impl Entries {
         let whole = self.of * self.stride;
         let is_whole = whole > 0 && values.len().is_multiple_of(whole);
         let entry = |outer: &'_ [f32], i: usize| outer[i * self.stride..(i + 1) * self.stride].to_vec();
-        is_whole.then(|| values.chunks(whole).flat_map(|o| self.indices.iter().flat_map(move |&i| entry(o, i))).collect())
+        is_whole
+            .then(|| values.chunks(whole).flat_map(|o| self.indices.iter().flat_map(move |&i| entry(o, i))).collect())
     }
 }
 

@@ -161,6 +161,7 @@ fn into_folder(
         narrowed.complete(&mut report);
     }
     drop(solution);
+    let started = narrowed.map_or(started, Narrowed::started);
     output::finish(output, folder, job, &lines, &mut report, started)?;
     Ok(report)
 }

@@ -38,10 +38,9 @@ impl Pivot<'_> {
         match self {
             Self::Largest => best(|a, b| a > b),
             Self::Smallest => best(|a, b| a < b),
-            Self::Given(order) => left
-                .iter()
-                .position(|&index| index == order[n_done])
-                .expect("invariant: an order has every index once"),
+            Self::Given(order) => {
+                left.iter().position(|&index| index == order[n_done]).expect("invariant: an order has every index once")
+            }
         }
     }
 }
@@ -87,7 +86,8 @@ pub fn eliminate(mut a: Mat<f64>, mut b: Mat<f64>, pivot: Pivot<'_>) -> Vec<Step
         let mut panel = Panel::new(size, PANEL.min(size));
         let mut left: Vec<usize> = (0..size).collect(); // places in this panel's matrices
         while panel.len < panel.u.ncols() {
-            let names: Vec<usize> = if let Pivot::Given(_) = pivot { left.iter().map(|&at| ids[at]).collect() } else { left.clone() };
+            let names: Vec<usize> =
+                if let Pivot::Given(_) = pivot { left.iter().map(|&at| ids[at]).collect() } else { left.clone() };
             let place = pivot.next(steps.len(), &names, |i| diagonals.value(left[i]));
             let at = left.remove(place);
             steps.push((ids[at], diagonals.value(at)));
@@ -274,7 +274,8 @@ mod tests {
         let (a, b) = (gram(60, n), gram(9, n));
         for pivot in [Pivot::Largest, Pivot::Smallest] {
             let single = eliminate(a.clone(), b.clone(), pivot);
-            for ((index, value), (other, expected)) in eliminate_runs(a.clone(), b.clone(), 1, pivot).iter().zip(single) {
+            for ((index, value), (other, expected)) in eliminate_runs(a.clone(), b.clone(), 1, pivot).iter().zip(single)
+            {
                 assert!(*index == other && (value - expected).abs() < 1e-8 * expected.max(1.0));
             }
             let runs = eliminate_runs(a.clone(), b.clone(), 4, pivot);

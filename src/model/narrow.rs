@@ -93,7 +93,8 @@ impl NarrowUnit {
             return runs(kept, self.rows_each(role));
         }
         let of_slice = |&(slice, _): &(Role, &str)| {
-            let all: Vec<usize> = architecture.rows_of(slice, &self.widths).into_iter().flat_map(|r| r.indices()).collect();
+            let all: Vec<usize> =
+                architecture.rows_of(slice, &self.widths).into_iter().flat_map(|r| r.indices()).collect();
             runs(kept, self.rows_each(slice)).into_iter().map(move |row| all[row])
         };
         let mut rows: Vec<usize> = slices.iter().flat_map(of_slice).collect();
@@ -135,7 +136,9 @@ pub fn units(linears: &[LinearInfo], config: &ModelConfig, architecture: &Archit
         Some(NarrowUnit { block, kind, makers, reader, widths })
     };
     let kinds = [UnitKind::Groups, UnitKind::Channels];
-    (0..config.num_hidden_layers).flat_map(|block| kinds.into_iter().filter_map(move |kind| unit(block, kind))).collect()
+    (0..config.num_hidden_layers)
+        .flat_map(|block| kinds.into_iter().filter_map(move |kind| unit(block, kind)))
+        .collect()
 }
 
 /// The dimension of a stored weight that counts the rows of the linear.

@@ -144,6 +144,6 @@ fn columns_that_others_make_cost_nothing() {
     for narrowing in [forward(&columns), backward(&columns)] {
         let norm = narrowing.errors[0];
         assert!(narrowing.errors[n - 2] < 1e-6 * norm && narrowing.errors[n - 3] > 1e-3 * norm, "{narrowing:?}");
-        assert_eq!(narrowing.order[n - 1] == 7 || narrowing.order[n - 2] == 7, true);
+        assert!(narrowing.order[n - 2..].contains(&7), "{narrowing:?}");
     }
 }

@@ -42,6 +42,7 @@ pub(super) struct Narrowed {
     record: NarrowRecord,
     recipe: Value,
     timings: Timings,
+    started: Instant,
 }
 
 /// What the steps share.
@@ -61,7 +62,7 @@ struct Context<'a> {
 /// The model has nothing that can become narrower, the budget cannot be met, or the work folder cannot be written.
 pub(super) fn narrowed(run: Run<'_>, folder: &OutputFolder, progress: &dyn Progress) -> Result<Narrowed> {
     let session = run.session(folder, progress);
-    let Run { job, plan, source, mut inputs, source_files, .. } = run;
+    let Run { job, plan, source, mut inputs, source_files, started: begun, .. } = run;
     let (recipe, checkpoint) = (job.recipe, job.checkpoint);
     let approach = recipe.narrow().expect("invariant: the recipe is one of narrower modules");
     let (config, architecture) = ModelConfig::of(checkpoint)?;
@@ -72,7 +73,8 @@ pub(super) fn narrowed(run: Run<'_>, folder: &OutputFolder, progress: &dyn Progr
     let seconds = inputs.measure(&session, recipe)?;
     (timings.calibrate_forward, timings.calibrate_backward) = (seconds.forward, seconds.backward);
     let metrics = inputs.metrics(recipe);
-    let context = Context { session: &session, metrics, approach, config: &config, architecture, units: &units, folder };
+    let context =
+        Context { session: &session, metrics, approach, config: &config, architecture, units: &units, folder };
 
     let started = Instant::now();
     let curves = curves::all(&context)?;
@@ -101,6 +103,7 @@ pub(super) fn narrowed(run: Run<'_>, folder: &OutputFolder, progress: &dyn Progr
         record,
         recipe: record::recipe(recipe),
         timings,
+        started: begun,
     })
 }
 
@@ -161,6 +164,11 @@ fn unit_record(unit: &NarrowUnit, curve: &Curve, width: Width) -> NarrowedUnit {
 }
 
 impl Narrowed {
+    /// When the run began.
+    pub fn started(&self) -> Instant {
+        self.started
+    }
+
     /// Completes the report of the narrower model as the report of the source.
     pub fn complete(&self, report: &mut CompressReport) {
         report.recipe.clone_from(&self.recipe);

@@ -49,11 +49,8 @@ fn one(context: &Context<'_>, unit: &NarrowUnit, kept: &[usize], path: &Path) ->
         Order::InOut => (vec![columns.len(), reader.out_features], linalg::to_row_major(refitted.transpose())),
     };
     let spec = TensorSpec { name: reader.weight_name(), dtype: reader.dtype, shape };
-    let overflow = |first| CheckpointError::Overflow {
-        tensor: spec.name.clone(),
-        dtype: format!("{:?}", spec.dtype),
-        first,
-    };
+    let overflow =
+        |first| CheckpointError::Overflow { tensor: spec.name.clone(), dtype: format!("{:?}", spec.dtype), first };
     let bytes = cast::encode(spec.dtype, &values).map_err(overflow)?;
     write_file(path, std::slice::from_ref(&spec), |_| Ok::<_, CheckpointError>(bytes.clone()))?;
     Ok(())

@@ -19,6 +19,10 @@ use crate::formats::Format;
 /// Default multiple of the number of channels: what matrix kernels like, and more than most blocks of quantizers.
 const DEFAULT_MULTIPLE: usize = 64;
 
+/// Default damping. Its unit is the mean eigenvalue, to which a few massive activations contribute most: with the 0.01 of
+/// low rank, all other channels of a block with one would look alike (docs/results.md, section 25).
+const DEFAULT_DAMPING: f64 = 1e-4;
+
 /// How linears become narrower.
 #[derive(Debug, Clone)]
 pub struct NarrowApproach {
@@ -52,11 +56,11 @@ pub(super) fn recipe(options: &RecipeOptions) -> Result<Recipe> {
     let Some(limit) = Reduction::new(limit) else { return Ok(then) };
     let multiple = NonZeroUsize::new(options.width_multiple.unwrap_or(DEFAULT_MULTIPLE))
         .ok_or_else(|| usage("`--width-multiple` must be at least 1", "remove it for multiples of 64"))?;
-    let preset = method.preset();
+    let default = method.preset().damping.min(DEFAULT_DAMPING);
     let metric = MetricSettings {
         method,
-        damping_input: share("--damping-input", options.damping_input, preset.damping)?,
-        damping_output: share("--damping-output", options.damping_output, preset.damping)?,
+        damping_input: share("--damping-input", options.damping_input, default)?,
+        damping_output: share("--damping-output", options.damping_output, default)?,
         clip_gradients: options.clip_gradients.unwrap_or(false),
         center: false,
         calibration: window_settings(options)?,
@@ -215,7 +219,9 @@ fn check_data(recipe: &Recipe, options: &RecipeOptions) -> Result<()> {
     let flag = match () {
         () if is_unused(options.statistics.is_some(), uses_statistics) => "--statistics",
         () if is_unused(options.calibration.is_some(), uses_text) => "--calibration",
-        () if is_unused(recipe.clips_gradients(), recipe.measures_statistics() && needs.output_gram) => "--clip-gradients",
+        () if is_unused(recipe.clips_gradients(), recipe.measures_statistics() && needs.output_gram) => {
+            "--clip-gradients"
+        }
         () => return Ok(()),
     };
     Err(usage(
