@@ -17,7 +17,7 @@
 use faer::{Mat, MatRef};
 
 use super::metric::{Metric, MetricPair};
-use crate::linalg::{self, Pivot, Step};
+use crate::linalg::{self, Next, Step};
 
 /// An input form that is not positive definite gets this share of its mean diagonal on the diagonal.
 const FLOOR: f64 = 1e-8;
@@ -80,10 +80,10 @@ impl Columns {
         Self { input: input_form(metric.input, n), image, run }
     }
 
-    fn eliminate(&self, a: Mat<f64>, b: Mat<f64>, pivot: Pivot<'_>) -> Vec<Step> {
+    fn eliminate(&self, a: Mat<f64>, b: Mat<f64>, next: Next<'_>) -> Vec<Step> {
         match self.run {
-            1 => linalg::eliminate(a, b, pivot),
-            run => linalg::eliminate_runs(a, b, run, pivot),
+            1 => linalg::eliminate(a, b, next),
+            run => linalg::eliminate_runs(a, b, run, next),
         }
     }
 
@@ -117,12 +117,12 @@ pub fn input_form(metric: &Metric, n: usize) -> Mat<f64> {
 /// The order in which columns lower the error most.
 pub fn forward(columns: &Columns) -> Narrowing {
     let (a, b) = columns.forms_to_keep();
-    Narrowing::kept(&columns.eliminate(a, b, Pivot::Largest))
+    Narrowing::kept(&columns.eliminate(a, b, Next::Largest))
 }
 
 /// The order in which columns, taken away from the end, raise the error least.
 pub fn backward(columns: &Columns) -> Narrowing {
-    Narrowing::dropped(&columns.eliminate(columns.inverse(), columns.image.clone(), Pivot::Smallest))
+    Narrowing::dropped(&columns.eliminate(columns.inverse(), columns.image.clone(), Next::Smallest))
 }
 
 /// The order of `scores` (n), largest first; a run has the sum of its columns.
@@ -131,7 +131,7 @@ pub fn by_scores(columns: &Columns, scores: &[f64]) -> Narrowing {
     let mut order: Vec<usize> = (0..scores.len()).collect();
     order.sort_by(|&i, &j| scores[j].total_cmp(&scores[i]));
     let (a, b) = columns.forms_to_keep();
-    Narrowing::kept(&columns.eliminate(a, b, Pivot::Given(&order)))
+    Narrowing::kept(&columns.eliminate(a, b, Next::Given(&order)))
 }
 
 /// Ridge leverage `[C (C + λ I)⁻¹]_jj` (n), for an input form that is damped by λ already; up to a constant factor

@@ -188,7 +188,8 @@ pub(super) fn show(report: &CompressReport, output: &Path) -> String {
     let memory = report.peak_memory_bytes.map_or(String::new(), |b| format!(", peak memory {}", ByteSize(b)));
     let lines = notes::lines(report.linears.iter().map(|l| (l.module.as_str(), l.note.as_deref())));
     let baseline = report.equal_bytes_baseline.as_ref().map(equal_bytes_baseline);
-    let notes: String = lines.into_iter().map(|line| line + "\n").chain(baseline).collect();
+    let widths = report.narrow.iter().flat_map(|narrow| narrow.lines());
+    let notes: String = widths.chain(lines).map(|line| line + "\n").chain(baseline).collect();
     format!(
         "{}{}{}{notes}wrote `{}` in {:.1} s{memory}\n",
         tables(&report.linears, &report.sizes),

@@ -88,10 +88,10 @@ pub fn view(checkpoint: Checkpoint, recipe: &Recipe) -> Result<Checkpoint> {
 pub fn compress(job: &Job<'_>, progress: &dyn Progress) -> Result<CompressReport> {
     let run = Run::new(job)?;
     let mut folder = run.folder()?;
-    let done = match job.recipe.narrow() {
+    let done = match job.recipe.then() {
         None => into_folder(run, &folder, None, progress),
-        Some(approach) => narrow::narrowed(run, &folder, progress).and_then(|narrowed| {
-            let job = Job { checkpoint: &narrowed.checkpoint, recipe: &approach.then, ..job.clone() };
+        Some(then) => narrow::narrowed(run, &folder, progress).and_then(|narrowed| {
+            let job = Job { checkpoint: &narrowed.checkpoint, recipe: &then, ..job.clone() };
             into_folder(Run::of_narrowed(&job)?, &folder, Some(&narrowed), progress)
         }),
     };

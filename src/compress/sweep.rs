@@ -43,16 +43,8 @@ pub(crate) fn not_in_a_sweep(flag: &str) -> Failure {
     .hint("run `lrc compress` and `lrc eval` for each budget")
 }
 
-/// Decomposes once, truncates for every budget, and evaluates all trials in one walk alongside the source.
-///
-/// # Errors
-/// As [`super::compress`] and [`crate::eval::perplexity`].
-pub fn sweep(settings: &SweepSettings<'_>, progress: &dyn Progress) -> Result<SweepReport> {
-    let started = Instant::now();
-    let &SweepSettings { checkpoint, recipe, keeps, .. } = settings;
-    if recipe.anchor().is_some() {
-        return Err(not_in_a_sweep("--sequential").into());
-    }
+/// Refuses recipes without ranks that budgets could determine.
+fn expect_ranks(recipe: &Recipe, keeps: &[f64]) -> Result<()> {
     if recipe.narrow().is_some() {
         return Err(Failure::usage("`--structure narrow` cannot be used in a sweep, which compares ranks")
             .hint("run `lrc compress` and `lrc eval` for each budget")
@@ -63,6 +55,20 @@ pub fn sweep(settings: &SweepSettings<'_>, progress: &dyn Progress) -> Result<Sw
             .hint("give the recipe a budget below 1")
             .into());
     }
+    Ok(())
+}
+
+/// Decomposes once, truncates for every budget, and evaluates all trials in one walk alongside the source.
+///
+/// # Errors
+/// As [`super::compress`] and [`crate::eval::perplexity`].
+pub fn sweep(settings: &SweepSettings<'_>, progress: &dyn Progress) -> Result<SweepReport> {
+    let started = Instant::now();
+    let &SweepSettings { checkpoint, recipe, keeps, .. } = settings;
+    if recipe.anchor().is_some() {
+        return Err(not_in_a_sweep("--sequential").into());
+    }
+    expect_ranks(recipe, keeps)?;
     let plan = Plan::new(checkpoint, recipe)?;
     let inputs = Inputs::load(checkpoint, recipe, &plan)?;
     let prepared = Prepared::new(checkpoint, &settings.eval)?;

@@ -19,7 +19,7 @@ const VANISHED: f64 = 1e-12;
 
 /// Which index is eliminated next.
 #[derive(Debug, Clone, Copy)]
-pub enum Pivot<'a> {
+pub enum Next<'a> {
     /// The one of the largest value.
     Largest,
     /// The one of the smallest value.
@@ -28,9 +28,9 @@ pub enum Pivot<'a> {
     Given(&'a [usize]),
 }
 
-impl Pivot<'_> {
+impl Next<'_> {
     /// The next of `left`, as its place there. `value` is a function of that place; the first of equal values is taken.
-    fn next(self, n_done: usize, left: &[usize], value: impl Fn(usize) -> f64) -> usize {
+    fn place(self, n_done: usize, left: &[usize], value: impl Fn(usize) -> f64) -> usize {
         let best = |is_better: fn(f64, f64) -> bool| {
             let better = |best: usize, at: usize| if is_better(value(at), value(best)) { at } else { best };
             (1..left.len()).fold(0, better)
@@ -74,7 +74,7 @@ impl Diagonals {
 ///
 /// # Panics
 /// If the matrices differ in size.
-pub fn eliminate(mut a: Mat<f64>, mut b: Mat<f64>, pivot: Pivot<'_>) -> Vec<Step> {
+pub fn eliminate(mut a: Mat<f64>, mut b: Mat<f64>, next: Next<'_>) -> Vec<Step> {
     let n = a.nrows();
     assert!(b.nrows() == n && a.ncols() == n && b.ncols() == n, "invariant: both matrices are (n, n)");
     let diagonal = |matrix: &Mat<f64>| -> Vec<f64> { (0..n).map(|i| matrix[(i, i)]).collect() };
@@ -87,8 +87,8 @@ pub fn eliminate(mut a: Mat<f64>, mut b: Mat<f64>, pivot: Pivot<'_>) -> Vec<Step
         let mut left: Vec<usize> = (0..size).collect(); // places in this panel's matrices
         while panel.len < panel.u.ncols() {
             let names: Vec<usize> =
-                if let Pivot::Given(_) = pivot { left.iter().map(|&at| ids[at]).collect() } else { left.clone() };
-            let place = pivot.next(steps.len(), &names, |i| diagonals.value(left[i]));
+                if let Next::Given(_) = next { left.iter().map(|&at| ids[at]).collect() } else { left.clone() };
+            let place = next.place(steps.len(), &names, |i| diagonals.value(left[i]));
             let at = left.remove(place);
             steps.push((ids[at], diagonals.value(at)));
             panel.step(a.as_ref(), b.as_ref(), at, &mut diagonals);
@@ -165,13 +165,13 @@ impl Panel {
 ///
 /// # Panics
 /// If the matrices differ in size, or are not made of whole runs.
-pub fn eliminate_runs(mut a: Mat<f64>, mut b: Mat<f64>, run: usize, pivot: Pivot<'_>) -> Vec<Step> {
+pub fn eliminate_runs(mut a: Mat<f64>, mut b: Mat<f64>, run: usize, next: Next<'_>) -> Vec<Step> {
     assert!(a.nrows() == b.nrows() && a.nrows().is_multiple_of(run), "invariant: matrices of whole runs");
     let mut ids: Vec<usize> = (0..a.nrows() / run).collect();
     let mut steps = Vec::with_capacity(ids.len());
     while !ids.is_empty() {
         let values: Vec<f64> = (0..ids.len()).map(|at| value_of_run(&a, &b, run, at)).collect();
-        let at = pivot.next(steps.len(), &ids, |at| values[at]);
+        let at = next.place(steps.len(), &ids, |at| values[at]);
         steps.push((ids[at], values[at]));
         let first = at * run;
         let own = |m: &Mat<f64>| m.submatrix(first, first, run, run).to_owned();
@@ -242,13 +242,13 @@ mod tests {
     fn steps_are_those_of_the_definition_over_several_panels() {
         let n = 150;
         let (a, b) = (gram(2 * n, n), gram(40, n));
-        for pivot in [Pivot::Largest, Pivot::Smallest] {
-            let steps = eliminate(a.clone(), b.clone(), pivot);
+        for next in [Next::Largest, Next::Smallest] {
+            let steps = eliminate(a.clone(), b.clone(), next);
             let order: Vec<usize> = steps.iter().map(|(index, _)| *index).collect();
             let expected = by_definition(a.clone(), b.clone(), &order);
             let scale = expected.iter().copied().fold(0.0, f64::max);
             assert!(steps.iter().zip(&expected).all(|((_, found), expected)| (found - expected).abs() < 1e-9 * scale));
-            assert_eq!(eliminate(a.clone(), b.clone(), Pivot::Given(&order)).len(), n);
+            assert_eq!(eliminate(a.clone(), b.clone(), Next::Given(&order)).len(), n);
         }
     }
 
@@ -256,7 +256,7 @@ mod tests {
     fn each_pivot_is_the_best_that_is_left() {
         let n = 12;
         let (a, b) = (gram(30, n), gram(5, n));
-        let steps = eliminate(a.clone(), b.clone(), Pivot::Largest);
+        let steps = eliminate(a.clone(), b.clone(), Next::Largest);
         let mut done: Vec<usize> = Vec::new();
         for &(index, value) in &steps {
             for other in (0..n).filter(|other| !done.contains(other)) {
@@ -272,15 +272,15 @@ mod tests {
     fn runs_of_one_are_single_steps_and_longer_ones_are_steps_together() {
         let n = 24;
         let (a, b) = (gram(60, n), gram(9, n));
-        for pivot in [Pivot::Largest, Pivot::Smallest] {
-            let single = eliminate(a.clone(), b.clone(), pivot);
-            for ((index, value), (other, expected)) in eliminate_runs(a.clone(), b.clone(), 1, pivot).iter().zip(single)
+        for next in [Next::Largest, Next::Smallest] {
+            let single = eliminate(a.clone(), b.clone(), next);
+            for ((index, value), (other, expected)) in eliminate_runs(a.clone(), b.clone(), 1, next).iter().zip(single)
             {
                 assert!(*index == other && (value - expected).abs() < 1e-8 * expected.max(1.0));
             }
-            let runs = eliminate_runs(a.clone(), b.clone(), 4, pivot);
+            let runs = eliminate_runs(a.clone(), b.clone(), 4, next);
             let order: Vec<usize> = runs.iter().flat_map(|(g, _)| 4 * g..4 * g + 4).collect();
-            let steps = eliminate(a.clone(), b.clone(), Pivot::Given(&order));
+            let steps = eliminate(a.clone(), b.clone(), Next::Given(&order));
             for ((_, value), steps) in runs.iter().zip(steps.chunks(4)) {
                 let together: f64 = steps.iter().map(|(_, value)| value).sum();
                 assert!((value - together).abs() < 1e-8 * together.max(1.0), "{value} {together}");
@@ -292,7 +292,7 @@ mod tests {
     fn a_matrix_of_low_rank_runs_out_of_values() {
         let (n, rank) = (90, 7);
         let a = gram(rank, n);
-        let steps = eliminate(a.clone(), a, Pivot::Largest);
+        let steps = eliminate(a.clone(), a, Next::Largest);
         assert!(steps[..rank].iter().all(|(_, value)| *value > 0.0));
         assert!(steps[rank..].iter().all(|(_, value)| *value < 1e-9), "{steps:?}");
     }

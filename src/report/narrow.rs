@@ -13,6 +13,22 @@ pub struct NarrowRecord {
     pub notes: Vec<String>,
 }
 
+impl NarrowRecord {
+    /// The widths of all blocks, and what stays as it is: a line each.
+    pub fn lines(&self) -> Vec<String> {
+        let mut lines: Vec<String> = Vec::new();
+        for unit in &self.blocks {
+            let of_kind = self.blocks.iter().filter(|other| other.kind == unit.kind);
+            let line =
+                format!("{} in each of {} blocks: {} of {}", unit.kind, of_kind.count(), unit.after, unit.before);
+            if !lines.contains(&line) {
+                lines.push(line);
+            }
+        }
+        lines.into_iter().chain(self.notes.iter().cloned()).collect()
+    }
+}
+
 /// A part of a block that may become narrower.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 pub struct NarrowedUnit {

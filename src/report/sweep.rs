@@ -8,7 +8,8 @@ use serde_json::Value;
 
 use super::adapter::AdapterRecord;
 use super::eval::DivergenceRecord;
-use super::{Published, Sizes, Timings, peak_memory_bytes};
+use super::publish::Published;
+use super::sizes::{Sizes, Timings, peak_memory_bytes};
 use crate::checkpoint::Fingerprint;
 
 /// `lrc sweep`: one method at several budgets.

@@ -9,7 +9,7 @@ use serde_json::json;
 
 use super::super::metrics::SharedInputs;
 use super::super::recipe::ChannelSelection;
-use super::Context;
+use super::context::Context;
 use crate::approx::metric::MetricPair;
 use crate::approx::narrow::{self, Columns, Narrowing};
 use crate::linalg;

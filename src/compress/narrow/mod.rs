@@ -4,20 +4,20 @@
 //! The result is a checkpoint: rows and columns of the source, refitted columns from files of the work folder, and a
 //! config with the new widths. Everything after that, formats and quantizers included, sees a model like any other.
 
+mod context;
 mod curves;
 mod refit;
 mod shown;
 mod widths;
 
+use std::collections::BTreeSet;
 use std::time::Instant;
 
 use anyhow::Result;
 use serde_json::Value;
 
+use self::context::{Context, Width};
 use self::curves::Curve;
-use self::widths::Width;
-use super::metrics::Metrics;
-use super::recipe::NarrowApproach;
 use super::record;
 use super::run::Run;
 use crate::checkpoint::{Checkpoint, Fingerprint, OutputFolder};
@@ -27,8 +27,7 @@ use crate::model::architectures::Architecture;
 use crate::model::inventory::LinearInfo;
 use crate::model::narrow::{self, NarrowUnit, UnitKind};
 use crate::progress::Progress;
-use crate::report::{CalibrationRecord, CompressReport, NarrowRecord, NarrowedUnit, Sizes, Timings};
-use crate::session::Session;
+use crate::report::{AdapterRecord, CalibrationRecord, CompressReport, NarrowRecord, NarrowedUnit, Sizes, Timings};
 
 /// A model with narrower modules, and how it came about.
 pub(super) struct Narrowed {
@@ -36,24 +35,16 @@ pub(super) struct Narrowed {
     pub checkpoint: Checkpoint,
     source_files: Fingerprint,
     source_quantization: Option<String>,
+    adapter: Option<AdapterRecord>,
     calibration: Option<CalibrationRecord>,
+    /// Tensors with fewer entries than in the source, besides weights.
+    biases: BTreeSet<String>,
     linears: Vec<LinearInfo>,
     before: Sizes,
     record: NarrowRecord,
     recipe: Value,
     timings: Timings,
     started: Instant,
-}
-
-/// What the steps share.
-struct Context<'a> {
-    session: &'a Session<'a>,
-    metrics: Metrics<'a>,
-    approach: &'a NarrowApproach,
-    config: &'a ModelConfig,
-    architecture: &'static Architecture,
-    units: &'a [NarrowUnit],
-    folder: &'a OutputFolder,
 }
 
 /// Measures, chooses the widths, and refits what is kept.
@@ -65,6 +56,7 @@ pub(super) fn narrowed(run: Run<'_>, folder: &OutputFolder, progress: &dyn Progr
     let Run { job, plan, source, mut inputs, source_files, started: begun, .. } = run;
     let (recipe, checkpoint) = (job.recipe, job.checkpoint);
     let approach = recipe.narrow().expect("invariant: the recipe is one of narrower modules");
+    let then = &recipe.then().expect("invariant: the recipe is one of narrower modules");
     let (config, architecture) = ModelConfig::of(checkpoint)?;
     let all = narrow::units(&plan.linears, &config, architecture);
     let (units, notes) = uniform_units(all, &config, architecture)?;
@@ -73,8 +65,8 @@ pub(super) fn narrowed(run: Run<'_>, folder: &OutputFolder, progress: &dyn Progr
     let seconds = inputs.measure(&session, recipe)?;
     (timings.calibrate_forward, timings.calibrate_backward) = (seconds.forward, seconds.backward);
     let metrics = inputs.metrics(recipe);
-    let context =
-        Context { session: &session, metrics, approach, config: &config, architecture, units: &units, folder };
+    let (config, units) = (&config, units.as_slice());
+    let context = Context { session: &session, metrics, approach, then, config, architecture, units, folder };
 
     let started = Instant::now();
     let curves = curves::all(&context)?;
@@ -97,6 +89,8 @@ pub(super) fn narrowed(run: Run<'_>, folder: &OutputFolder, progress: &dyn Progr
         checkpoint: narrowed,
         source_files,
         source_quantization: checkpoint.source_quantization(),
+        adapter: AdapterRecord::of(checkpoint)?,
+        biases: biases(units, width),
         calibration,
         linears: plan.linears,
         before,
@@ -148,6 +142,12 @@ fn uniform_units(
     Ok((units, notes))
 }
 
+/// The names that biases of narrower linears may have.
+fn biases(units: &[NarrowUnit], width: Width) -> BTreeSet<String> {
+    let narrower = units.iter().filter(|unit| width.of(unit) < unit.width());
+    narrower.flat_map(|unit| unit.makers.iter().flat_map(LinearInfo::bias_names)).collect()
+}
+
 fn unit_record(unit: &NarrowUnit, curve: &Curve, width: Width) -> NarrowedUnit {
     let errors = &curve.narrowing.errors;
     let kept = width.of(unit);
@@ -174,7 +174,9 @@ impl Narrowed {
         report.recipe.clone_from(&self.recipe);
         report.source_files.clone_from(&self.source_files);
         report.source_quantization.clone_from(&self.source_quantization);
+        report.adapter.clone_from(&self.adapter);
         report.calibration.clone_from(&self.calibration);
+        report.passed_through.retain(|name| !self.biases.contains(name));
         let (before, after) = (self.before, &mut report.sizes);
         let share = after.linear_parameters_before as f64 / before.linear_parameters_before as f64;
         after.linear_parameters_before = before.linear_parameters_before;

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result};
 
 use super::super::metrics::SharedInputs;
-use super::Context;
+use super::context::Context;
 use super::curves::{bytes, transposed};
 use crate::approx::narrow::{input_form, refit};
 use crate::checkpoint::{CheckpointError, TensorSpec, cast, write_file};

@@ -4,8 +4,7 @@ use std::collections::BTreeMap;
 
 use anyhow::Result;
 
-use super::Context;
-use super::widths::Width;
+use super::context::{Context, Width};
 use crate::checkpoint::{Checkpoint, Selected};
 use crate::model::narrow::{column_dimension, narrowed_config, row_dimension};
 

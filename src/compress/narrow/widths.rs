@@ -6,29 +6,12 @@ use super::super::budget::{forms_by_shape, known_choices};
 use super::super::limit::unreachable_budget;
 use super::super::plan::Plan;
 use super::super::recipe::{Budget, Limit, Recipe};
+use super::context::{Context, Width};
 use super::curves::Curve;
-use super::{Context, shown};
+use super::shown;
 use crate::formats::Source;
 use crate::model::inventory::LinearInfo;
-use crate::model::narrow::{NarrowUnit, UnitKind};
-
-/// The widths of all blocks; `None` for what stays as it is.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) struct Width {
-    pub channels: Option<usize>,
-    pub groups: Option<usize>,
-}
-
-impl Width {
-    /// The width of a unit.
-    pub fn of(self, unit: &NarrowUnit) -> usize {
-        let own = match unit.kind {
-            UnitKind::Channels => self.channels,
-            UnitKind::Groups => self.groups,
-        };
-        own.unwrap_or(unit.width())
-    }
-}
+use crate::model::narrow::UnitKind;
 
 /// The widths under the budget of the recipe.
 ///
@@ -101,7 +84,7 @@ fn parameters(context: &Context<'_>, plan: &Plan, width: Width) -> u64 {
 fn file_bytes(context: &Context<'_>, width: Width) -> Result<u64> {
     let kept: Vec<Vec<usize>> = context.units.iter().map(|unit| (0..width.of(unit)).collect()).collect();
     let narrower = shown::selected(context, width, &kept)?;
-    let then = &context.approach.then;
+    let then = context.then;
     let plan = Plan::of_shapes(&narrower, then)?;
     let source = Source::new(&narrower);
     let choices = known_choices(then, &plan).expect("invariant: what follows has no budget of its own");

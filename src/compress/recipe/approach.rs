@@ -4,17 +4,17 @@
 //! Whether there is a text for the settings that need one is checked by [`Recipe::new`](super::Recipe::new): one text
 //! serves statistics, trials and the sequential mode, so that it belongs to none of them.
 
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use super::allocation::{KnapsackSettings, RankAllocation, RankSteps, Rule};
 use super::bases::{Bases, Factors};
-use super::limit::Budget;
-use super::narrow::NarrowApproach;
+use super::limit::{Budget, Reduction};
 use super::storage::{FactorStorage, FloatStorage};
 use crate::calibrate::WindowSettings;
 use crate::compress::allocate::Ranks;
 use crate::compress::compensate::CompensateRank;
-use crate::compress::options::{Embeddings, FactorBits};
+use crate::compress::options::{ChannelSelection, Embeddings, FactorBits};
 use crate::compress::presets::Method;
 use crate::compress::scale::{DepthWeight, Sensitivity};
 use crate::formats::Format;
@@ -51,6 +51,19 @@ pub enum Linears {
     Quantized(Bases, Format),
     /// Narrower matrices.
     Narrow(NarrowApproach),
+}
+
+/// How linears become narrower.
+#[derive(Debug, Clone, PartialEq)]
+pub struct NarrowApproach {
+    /// The most that is kept: a share of the parameters, or bytes of the weight files.
+    pub limit: Reduction,
+    /// How channels and groups of heads are chosen.
+    pub selection: ChannelSelection,
+    /// Numbers of channels are multiples of this.
+    pub multiple: NonZeroUsize,
+    /// What becomes of the linears of the narrower model: they stay as they are, or are quantized.
+    pub then: Box<Approach>,
 }
 
 /// Low rank without a base.

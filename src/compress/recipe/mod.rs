@@ -19,11 +19,10 @@ mod tests;
 
 pub use super::options::{ChannelSelection, Embeddings, FactorBits, Fused, RecipeOptions, Structure};
 pub use allocation::{KnapsackSettings, RankAllocation, RankSteps, Rule};
-pub use approach::{Approach, Linears, LowRankApproach, MetricSettings, Replacement};
+pub use approach::{Approach, Linears, LowRankApproach, MetricSettings, NarrowApproach, Replacement};
 pub use bases::{BaseSensitivity, Bases, Compensator, Factors, Quantizers};
 pub use basics::{DEFAULT_SAMPLES, max_shard_bytes, windows};
 pub use limit::{Budget, Limit, Reduction};
-pub use narrow::NarrowApproach;
 pub use patterns::Patterns;
 pub use settings::{DEFAULT_SHARD_BYTES, Recipe};
 pub use storage::{FactorStorage, FloatStorage, Unordered};

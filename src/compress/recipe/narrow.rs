@@ -3,17 +3,15 @@
 use std::num::NonZeroUsize;
 
 use anyhow::Result;
-use bytesize::ByteSize;
 
-use super::approach::{Approach, Linears, MetricSettings, Replacement};
-use super::basics::{BUDGET_HINT, REMOVE_ONE, max_shard_bytes, share, usage};
-use super::build::window_settings;
+use super::approach::{Approach, Linears, MetricSettings, NarrowApproach, Replacement};
+use super::basics::{BUDGET_HINT, REMOVE_ONE, max_shard_bytes, share, usage, window_settings};
 use super::limit::{Limit, Reduction};
 use super::patterns::Patterns;
 use super::settings::Recipe;
 use crate::calibrate::Needs;
-use crate::compress::options::{ChannelSelection, Embeddings, Fused, RecipeOptions, Structure};
-use crate::compress::presets::{Method, MetricForm};
+use crate::compress::options::{Embeddings, Fused, RecipeOptions};
+use crate::compress::presets::Method;
 use crate::formats::Format;
 
 /// Default multiple of the number of channels: what matrix kernels like, and more than most blocks of quantizers.
@@ -22,26 +20,6 @@ const DEFAULT_MULTIPLE: usize = 64;
 /// Default damping. Its unit is the mean eigenvalue, to which a few massive activations contribute most: with the 0.01 of
 /// low rank, all other channels of a block with one would look alike (docs/results.md, section 25).
 const DEFAULT_DAMPING: f64 = 1e-4;
-
-/// How linears become narrower.
-#[derive(Debug, Clone)]
-pub struct NarrowApproach {
-    /// The most that is kept: a share of the parameters, or bytes of the weight files.
-    pub limit: Reduction,
-    /// How channels and groups of heads are chosen.
-    pub selection: ChannelSelection,
-    /// Numbers of channels are multiples of this.
-    pub multiple: NonZeroUsize,
-    /// What becomes of the linears of the narrower model: they stay as they are, or are quantized.
-    pub then: Box<Recipe>,
-}
-
-impl PartialEq for NarrowApproach {
-    fn eq(&self, other: &Self) -> bool {
-        let own = |narrow: &Self| (narrow.limit, narrow.selection, narrow.multiple, narrow.then.to_options());
-        own(self) == own(other)
-    }
-}
 
 /// The recipe of `--structure narrow`.
 ///
@@ -76,7 +54,7 @@ pub(super) fn recipe(options: &RecipeOptions) -> Result<Recipe> {
                 limit,
                 selection: options.selection.unwrap_or_default(),
                 multiple,
-                then: Box::new(then),
+                then: Box::new(then.approach),
             }),
             embeddings: Embeddings::Keep,
             metric,
@@ -213,7 +191,7 @@ fn check_data(recipe: &Recipe, options: &RecipeOptions) -> Result<()> {
         ));
     }
     let is_unused = |is_given: bool, is_used: bool| is_given && !is_used;
-    let then_text = recipe.narrow().is_some_and(|narrow| narrow.then.calibration().is_some());
+    let then_text = recipe.then().is_some_and(|then| then.calibration().is_some());
     let uses_text = recipe.measures_statistics() || then_text;
     let uses_statistics = needs != Needs::default();
     let flag = match () {
@@ -228,47 +206,4 @@ fn check_data(recipe: &Recipe, options: &RecipeOptions) -> Result<()> {
         format!("`{flag}` has no effect in this recipe: nothing in it measures activations or gradients"),
         "remove it, or choose `--method kfac`",
     ))
-}
-
-impl NarrowApproach {
-    /// The options from which the recipe can be rebuilt.
-    pub(super) fn in_options(
-        &self,
-        targets: &Patterns,
-        exclude: &Patterns,
-        metric: Option<&MetricSettings>,
-    ) -> RecipeOptions {
-        let then = self.then.to_options();
-        let metric = metric.expect("invariant: narrower modules have a metric");
-        let preset = metric.method.preset();
-        let calibration = metric.calibration.as_ref();
-        let damping = |form: MetricForm, value: f64| (form == MetricForm::Gram).then_some(value);
-        RecipeOptions {
-            structure: Some(Structure::Narrow),
-            selection: Some(self.selection),
-            width_multiple: Some(self.multiple.get()),
-            keep: if let Limit::Keep(keep) = self.limit.limit() { Some(keep) } else { None },
-            target_size: if let Limit::Bytes(bytes) = self.limit.limit() { Some(ByteSize(bytes)) } else { None },
-            method: Some(metric.method),
-            damping_input: damping(preset.input, metric.damping_input),
-            damping_output: damping(preset.output, metric.damping_output),
-            clip_gradients: metric.clip_gradients.then_some(true),
-            calibration: calibration.map(|windows| windows.text.clone()),
-            statistics: metric.statistics.clone(),
-            field: calibration.map(|windows| windows.field.clone()).filter(|field| field != crate::text::DEFAULT_FIELD),
-            samples: calibration.map(|windows| windows.samples),
-            gradient_samples: calibration.and_then(|windows| windows.gradient_samples),
-            seq_len: calibration.and_then(|windows| windows.seq_len),
-            seed: calibration.map(|windows| windows.seed),
-            targets: targets.texts.clone(),
-            exclude: exclude.texts.clone(),
-            quant: then.quant,
-            compensate: then.compensate,
-            compensate_rank: then.compensate_rank,
-            quant_factors: then.quant_factors,
-            format: then.format,
-            max_shard_size: then.max_shard_size,
-            ..RecipeOptions::default()
-        }
-    }
 }
