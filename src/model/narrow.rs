@@ -163,6 +163,10 @@ pub fn narrowed_config(
     let mut set = |ours: &str, value: usize| {
         let theirs = architecture.aliases.iter().find(|(_, name)| *name == ours).map_or(ours, |(theirs, _)| theirs);
         fields.insert(theirs.into(), value.into());
+        // Some configs have both names.
+        if fields.contains_key(ours) {
+            fields.insert(ours.into(), value.into());
+        }
     };
     if let Some(channels) = channels.filter(|&channels| channels != widths.intermediate_size) {
         set("intermediate_size", channels);

@@ -77,7 +77,7 @@ fn what_has_no_meaning_is_refused() {
     };
     let narrow = |flags: &[&'static str]| [&["--structure", "narrow"], flags].concat();
     check(&narrow(&[]), 2, "`--keep` or `--target-size` is missing");
-    check(&narrow(&["--keep", "0.01"]), 2, "`--keep 0.01` cannot be reached: the minimum is 0.1");
+    check(&narrow(&["--keep", "0.01"]), 2, "`--keep 0.01` cannot be reached: the minimum is 0.2728");
     check(&narrow(&["--target-size", "1kB"]), 2, "cannot be reached: the minimum is ");
     check(
         &narrow(&["--keep", "0.8", "--ranks", "uniform"]),

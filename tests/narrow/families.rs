@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use crate::common::{self, path};
+use crate::common::{self, lrc, ok, path};
 use crate::families::{distance, expected, families, logits, tokenizer};
 use lrc::checkpoint::{Checkpoint, SafetensorsWriter, TensorSpec, cast};
 use lrc::linalg::transpose_row_major;
@@ -77,46 +77,58 @@ fn of_config(config: &Value) -> [Option<u64>; 2] {
     [first(&["intermediate_size", "n_inner", "ffn_dim", "hidden_dim"]), first(&["num_key_value_heads"])]
 }
 
+/// Compares an output with the source whose dropped channels and heads are at zero.
+fn check(family: &str, model: &Model, out: &Path) {
+    let [source, narrow] = [&model.model, out].map(|folder| open(folder).unwrap());
+    let wide = model.folder.path().join(format!("wide-{}", out.file_name().unwrap().to_string_lossy()));
+    widened(&source, &narrow, &model.model, &wide);
+    let (_, ids) = expected(family);
+    let [found, zeroed, dense] = [out, &wide, &model.model].map(|model| logits(model, &ids).unwrap());
+    assert!(distance(&found, &zeroed) < 1e-5, "{family}: {}", distance(&found, &zeroed));
+    assert!(distance(&zeroed, &dense) > 1e-3, "{family}: the oracle depends on what was dropped");
+}
+
 #[test]
-fn the_output_is_the_source_with_what_was_dropped_at_zero() {
-    let mut n_with_groups = 0;
+fn the_output_is_the_source_with_dropped_channels_at_zero() {
     for family in families() {
         let model = Model::pico(family, &tokenizer(family));
-        let source = open(&model.model).unwrap();
-        if family.contains("moe") || family == "mixtral" {
-            // Experts stay; heads can be fewer.
-            let out = model.narrow("out", &["--keep", "0.95", "--width-multiple", "1"]);
-            let note = report(&out)["narrow"]["notes"][0].as_str().unwrap().to_string();
-            assert!(note.starts_with("channels stay as they are: "), "{family}: {note}");
+        let out = model.folder.path().join("out");
+        if ["mixtral", "qwen3_moe"].contains(&family) {
+            let run = lrc(&model.arguments(&out, &["--keep", "0.9", "--exclude", "*att*"]));
+            assert!(run.code == 4 && run.stderr.contains("nothing can become narrower"), "{family}: {}", run.stderr);
             continue;
         }
-        let out = model.narrow("out", &["--keep", "0.7", "--width-multiple", "3"]);
-        let report = report(&out);
-        let narrow = open(&out).unwrap();
-        let wide = model.folder.path().join("wide");
-        widened(&source, &narrow, &model.model, &wide);
-        let (_, ids) = expected(family);
-        let [found, zeroed, dense] = [&out, &wide, &model.model].map(|model| logits(model, &ids).unwrap());
-        assert!(distance(&found, &zeroed) < 1e-5, "{family}: {}", distance(&found, &zeroed));
-        assert!(distance(&zeroed, &dense) > 1e-3, "{family}: the oracle depends on what was dropped");
-        let [channels, groups] = ["channels", "groups"].map(|kind| widths(&report, kind));
+        ok(&model.arguments(&out, &["--keep", "0.7", "--width-multiple", "3"]));
+        check(family, &model, &out);
+        let channels = widths(&report(&out), "channels");
         assert!(channels.windows(2).all(|pair| pair[0] == pair[1]) && channels[0][1] % 3 == 0, "{family}");
-        let [of_channels, of_groups] = of_config(&config(&out));
-        assert_eq!(of_channels, Some(channels[0][1]), "{family}");
-        match groups.first() {
-            Some([before, after]) if after < before => {
-                assert_eq!(of_groups, Some(*after), "{family}");
-                assert!(narrow.config().unwrap().values().all(|value| value.get("per_layer_config").is_none()));
-                n_with_groups += 1;
-            }
-            Some(_) => {}
-            None => {
-                let notes = report["narrow"]["notes"].to_string();
-                assert!(notes.contains("groups stay as they are: the family"), "{family}: {notes}");
-            }
-        }
+        assert!(channels[0][1] < channels[0][0], "{family}");
+        assert_eq!(of_config(&config(&out))[0], Some(channels[0][1]), "{family}");
     }
-    assert!(n_with_groups > 3, "{n_with_groups}");
+}
+
+#[test]
+fn the_output_is_the_source_with_dropped_heads_at_zero_or_they_are_refused() {
+    let run = |family: &str| {
+        let model = Model::pico(family, &tokenizer(family));
+        let out = model.folder.path().join("out");
+        let run = lrc(&model.arguments(&out, &["--keep", "0.6", "--exclude", "*mlp*"]));
+        (model, out, run)
+    };
+    let llamas = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "smollm3", "qwen3_moe"];
+    for family in llamas.into_iter().chain(["gemma3", "llava", "qwen2_5_vl", "smolvlm"]) {
+        let (model, out, run) = run(family);
+        assert_eq!(run.code, 0, "{family}: {}", run.stderr);
+        check(family, &model, &out);
+        let groups = widths(&report(&out), "groups");
+        assert!(groups.iter().all(|pair| *pair == [2, 1]), "{family}: {groups:?}");
+        assert_eq!(of_config(&config(&out))[1], Some(1), "{family}");
+    }
+    for family in ["gpt2", "gpt_neox", "olmo2"] {
+        let (_, _, run) = run(family);
+        let refused = run.stderr.contains("groups stay as they are: the family") && run.stderr.contains("hint: ");
+        assert!(run.code == 4 && refused, "{family}: {}", run.stderr);
+    }
 }
 
 #[test]
