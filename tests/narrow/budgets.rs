@@ -31,7 +31,11 @@ fn shares_and_sizes_are_met_from_below_and_text_helps() {
         let before = Checkpoint::open(FIXTURE.as_ref()).unwrap();
         assert_eq!(report["sizes"]["parameters_before"], before.n_elements());
         let [channels, groups] = ["channels", "groups"].map(|kind| widths(&report, kind));
-        assert!(channels.len() == 4 && channels.iter().all(|pair| *pair == channels[0]) && channels[0][1] % 16 == 0);
+        assert!(
+            channels.len() == 4
+                && channels.iter().all(|pair| *pair == channels[0])
+                && channels[0][1].is_multiple_of(16)
+        );
         assert_eq!(config(&out)["intermediate_size"], channels[0][1]);
         let heads = ["num_key_value_heads", "num_attention_heads", "head_dim"].map(|key| config(&out)[key].clone());
         assert_eq!(heads, [groups[0][1], 2 * groups[0][1], 16].map(Value::from));

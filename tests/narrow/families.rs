@@ -101,7 +101,7 @@ fn the_output_is_the_source_with_dropped_channels_at_zero() {
         ok(&model.arguments(&out, &["--keep", "0.7", "--width-multiple", "3"]));
         check(family, &model, &out);
         let channels = widths(&report(&out), "channels");
-        assert!(channels.windows(2).all(|pair| pair[0] == pair[1]) && channels[0][1] % 3 == 0, "{family}");
+        assert!(channels.windows(2).all(|pair| pair[0] == pair[1]) && channels[0][1].is_multiple_of(3), "{family}");
         assert!(channels[0][1] < channels[0][0], "{family}");
         assert_eq!(of_config(&config(&out))[0], Some(channels[0][1]), "{family}");
     }
