@@ -26,6 +26,7 @@ mod hub;
 mod layout;
 mod memory;
 mod model;
+mod narrow;
 mod outputs;
 mod quantize;
 mod reports;

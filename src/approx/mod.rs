@@ -4,3 +4,4 @@
 pub mod gram;
 pub mod low_rank;
 pub mod metric;
+pub mod narrow;

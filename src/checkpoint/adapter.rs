@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use super::computed::Computed;
 use super::error::{CheckpointError, Result};
@@ -42,7 +43,10 @@ impl Checkpoint {
     pub fn with_adapter(mut self, folder: &Path, tied: Option<&[String; 2]>) -> Result<Self> {
         let (adapter, shard) = Adapter::open(folder, self.shards.len())?;
         let files = vec![folder.join(peft::CONFIG_FILE)];
-        self.join(Joined { label: ADAPTER, root: folder.into(), first_shard: self.shards.len(), files }, vec![shard]);
+        self.join(
+            Joined { label: ADAPTER, root: folder.into(), first_shard: self.shards.len(), files },
+            vec![Arc::new(shard)],
+        );
         let mut before = tied.and_then(|[table, _]| self.tensors.get(table).cloned());
         // First what is whole: factors may be over it.
         for (name, info) in &adapter.whole {

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 use serde_json::{Map, Value};
 
@@ -44,7 +44,7 @@ pub type MadeFiles = BTreeMap<String, Vec<u8>>;
 ///
 /// # Errors
 /// A file is damaged, or the first describes no model that `of` knows.
-pub(super) fn described_config(first: &Shard, others: &[Shard], of: OfGguf) -> Result<Map<String, Value>> {
+pub(super) fn described_config(first: &Shard, others: &[Arc<Shard>], of: OfGguf) -> Result<Map<String, Value>> {
     let path = first.path();
     let header = header(path, first.bytes())?;
     let others: Vec<(&[u8], Header)> = others
@@ -70,6 +70,11 @@ pub(super) struct Made {
 impl Made {
     pub fn new(of: OfGguf) -> Self {
         Self { of, files: OnceLock::new() }
+    }
+
+    /// The same for another config, with nothing made yet.
+    pub fn anew(&self) -> Self {
+        Self::new(self.of)
     }
 
     /// The files of the model with this config.

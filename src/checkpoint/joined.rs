@@ -9,7 +9,7 @@ use super::paths::file_name;
 pub(super) const ADAPTER: &str = "adapter";
 
 /// Files of another checkpoint.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Joined {
     /// Distinguishes its files from the checkpoint's in fingerprints.
     pub label: &'static str,

@@ -22,6 +22,7 @@ mod joined;
 pub mod json;
 pub mod magic;
 mod moving;
+mod narrowed;
 mod open;
 mod paths;
 mod place;
@@ -50,6 +51,7 @@ pub use gguf::{MadeFiles, OfGguf, ShownTensor};
 pub(crate) use hash::hex;
 pub use hash::{Fingerprint, sha256_file};
 pub use joined::Changes;
+pub use narrowed::Selected;
 pub use open::Checkpoint;
 #[cfg(feature = "cli")]
 pub(crate) use paths::folder_of;

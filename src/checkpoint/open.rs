@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use serde_json::{Map, Value};
 
@@ -27,7 +27,7 @@ pub struct Checkpoint {
     pub(super) config_error: Option<CheckpointError>,
     /// Pairs of tensors that were compared, and whether they are equal.
     pub(super) equal: Mutex<BTreeMap<[String; 2], bool>>,
-    pub(super) shards: Vec<Shard>,
+    pub(super) shards: Vec<Arc<Shard>>,
     pub(super) tensors: BTreeMap<String, TensorInfo>,
     /// Tensor names in the order of the files.
     pub(super) order: Vec<String>,
@@ -107,11 +107,11 @@ impl Checkpoint {
     }
 
     fn of_files(files: CheckpointFiles, config: Option<Map<String, Value>>, of: Option<OfGguf>) -> Result<Self> {
-        let mut shards = files.files.iter().map(|file| Shard::open(file)).collect::<Result<Vec<_>>>()?;
+        let mut shards = files.files.iter().map(|file| Ok(Arc::new(Shard::open(file)?))).collect::<Result<Vec<_>>>()?;
         let is_alone = files.is_file && config.is_none();
         let (config, made) = match (config, shards.as_slice(), of) {
             (None, [first, others @ ..], Some(of)) if is_gguf(first.path()) => {
-                shards.iter().try_for_each(expect_gguf)?;
+                shards.iter().try_for_each(|shard| expect_gguf(shard))?;
                 let config = gguf::described_config(first, others, of)?;
                 (Some(config), Some(Made::new(of)))
             }
@@ -143,7 +143,7 @@ impl Checkpoint {
         if let Some(path) = files.adapter() {
             let (shard, shard_idx) = (Shard::open(&path)?, shards.len());
             let adapter = read_header(&shard, shard_idx, config.as_ref(), of)?;
-            shards.push(shard);
+            shards.push(Arc::new(shard));
             view.adapt(adapter);
         }
         let shared = described::shared(config.as_ref(), &view, &files.root)?;
@@ -254,7 +254,7 @@ impl Checkpoint {
 }
 
 /// Checks that every tensor of an index is in the shard that it names.
-fn expect_indexed(path: &Path, index: &ShardIndex, view: &View, shards: &[Shard]) -> Result<()> {
+fn expect_indexed(path: &Path, index: &ShardIndex, view: &View, shards: &[Arc<Shard>]) -> Result<()> {
     for (tensor, shard) in &index.weight_map {
         let found = view.tensors.get(tensor).and_then(|info| shards[info.shard_idx].path().file_name());
         if found.is_none_or(|name| name != shard.as_str()) {

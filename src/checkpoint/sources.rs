@@ -1,6 +1,7 @@
 //! The files that a checkpoint reads besides its own, and their hashes.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use super::error::Result;
 use super::hash::{Fingerprint, sha256_file};
@@ -11,7 +12,7 @@ use super::reader::Shard;
 
 impl Checkpoint {
     /// Appends the shards of another checkpoint.
-    pub(super) fn join(&mut self, joined: Joined, shards: Vec<Shard>) {
+    pub(super) fn join(&mut self, joined: Joined, shards: Vec<Arc<Shard>>) {
         self.joined.push(joined);
         self.shards.extend(shards);
     }
@@ -37,7 +38,7 @@ impl Checkpoint {
             return Ok(Fingerprint::new());
         };
         let end = self.joined.get(at + 1).map_or(self.shards.len(), |next| next.first_shard);
-        let shards = self.shards[self.joined[at].first_shard..end].iter().map(Shard::path);
+        let shards = self.shards[self.joined[at].first_shard..end].iter().map(|shard| shard.path());
         let files = shards.chain(self.joined[at].files.iter().map(PathBuf::as_path));
         files.map(|file| Ok((file_name(file), sha256_file(file)?))).collect()
     }

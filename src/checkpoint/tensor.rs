@@ -262,6 +262,9 @@ impl Encoded {
             }
             // The model itself: what is subtracted is not part of it.
             (Codec::Computed(Computed::Difference), _) => self.stored.first().map_or(0, TensorInfo::n_bytes),
+            (Codec::Computed(Computed::Selected(entries)), _) => {
+                all / entries.of.max(1) as u64 * entries.indices.len() as u64
+            }
             _ => all,
         }
     }

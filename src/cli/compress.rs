@@ -29,6 +29,7 @@ use crate::report::{gate, notes};
 ///   lrc compress MODEL -o OUT --keep 0.8
 ///   lrc compress MODEL -o OUT --keep 0.8 --calibration text.txt
 ///   lrc compress MODEL -o OUT --target-size 350MiB --statistics stats.safetensors
+///   lrc compress MODEL -o OUT --structure narrow --keep 0.8 --calibration text.txt
 ///   lrc compress MODEL -o OUT --quant gptq-int4 --calibration text.txt
 ///   lrc compress MODEL -o OUT --quant rtn-int3,rtn-int4 --bits 3.25
 ///   lrc compress MODEL -o OUT --recipe recipe.toml --dry-run
@@ -109,6 +110,9 @@ pub(super) fn run(args: &CompressArgs, quiet: bool, progress: &Bars) -> Result<(
 fn absent(recipe: &Recipe) -> Vec<(Vec<Field>, &'static str)> {
     let mut absent = vec![(fields_at::<CompressReport>("truncated"), "`lrc truncate` writes it")];
     let mut add = |name: &str, hint: &'static str| absent.push((fields_at::<CompressReport>(name), hint));
+    if recipe.narrow().is_none() {
+        add("narrow", "`--structure narrow` fills it");
+    }
     match recipe.calibration() {
         None if recipe.statistics().is_none() => {
             add("calibration", "`--calibration FILE` or `--statistics FILE` fills it")
@@ -184,7 +188,8 @@ pub(super) fn show(report: &CompressReport, output: &Path) -> String {
     let memory = report.peak_memory_bytes.map_or(String::new(), |b| format!(", peak memory {}", ByteSize(b)));
     let lines = notes::lines(report.linears.iter().map(|l| (l.module.as_str(), l.note.as_deref())));
     let baseline = report.equal_bytes_baseline.as_ref().map(equal_bytes_baseline);
-    let notes: String = lines.into_iter().map(|line| line + "\n").chain(baseline).collect();
+    let widths = report.narrow.iter().flat_map(|narrow| narrow.lines());
+    let notes: String = widths.chain(lines).map(|line| line + "\n").chain(baseline).collect();
     format!(
         "{}{}{}{notes}wrote `{}` in {:.1} s{memory}\n",
         tables(&report.linears, &report.sizes),

@@ -9,7 +9,7 @@ use std::collections::BTreeSet;
 
 use anyhow::Result;
 
-use super::options::{Embeddings, RecipeOptions};
+use super::options::{Embeddings, RecipeOptions, Structure};
 use super::plan::{self, Choice};
 use super::recipe::Recipe;
 use super::scale::{DepthWeight, Sensitivity};
@@ -44,6 +44,7 @@ pub fn options(given: RecipeOptions) -> Result<RecipeOptions> {
             .into());
     }
     let refused = [
+        ("--structure narrow", given.structure == Some(Structure::Narrow)),
         ("--quant", !given.quant.is_empty()),
         ("--share", given.share == Some(true)),
         ("--elastic", given.elastic == Some(true)),

@@ -12,6 +12,7 @@ use super::run::Run;
 use super::study::Study;
 use super::{estimate, output, record, sensitivity};
 use crate::checkpoint::OutputFolder;
+use crate::error::Failure;
 use crate::formats;
 use crate::operator::Forms;
 use crate::progress::Progress;
@@ -35,6 +36,11 @@ pub enum DryRun {
 /// # Errors
 /// As [`super::compress`].
 pub fn dry_run(job: &Job<'_>, depth: DryRun, progress: &dyn Progress) -> Result<DryRunReport> {
+    if job.recipe.narrow().is_some() {
+        return Err(Failure::usage("`--dry-run` cannot be combined with `--structure narrow`")
+            .hint("widths follow from measurements alone; the budget of `--keep` or `--target-size` is met from below")
+            .into());
+    }
     let run = Run::new(job)?;
     let (checkpoint, recipe) = (job.checkpoint, job.recipe);
     let memory = run.plan.expected_memory(checkpoint, recipe, job.memory_bytes, rayon::current_num_threads());

@@ -13,6 +13,7 @@ use crate::report::REPORT_FILE;
 pub const DEFAULT_MEMORY_BYTES: u64 = 1 << 30;
 
 /// The source and the output of a compression.
+#[derive(Clone)]
 pub struct Job<'a> {
     /// The source.
     pub checkpoint: &'a Checkpoint,

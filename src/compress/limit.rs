@@ -47,7 +47,7 @@ pub(super) fn expect_share(recipe: &Recipe, keep: f64, spent: u64, n_weights: u6
 }
 
 /// The error for a budget that is less than its minimum, in the unit of the budget.
-fn unreachable_budget(recipe: &Recipe, budget: Budget, least: f64) -> anyhow::Error {
+pub(super) fn unreachable_budget(recipe: &Recipe, budget: Budget, least: f64) -> anyhow::Error {
     // Rounded up, so that the figure can be given.
     let rounded = |places: i32| (least * 10f64.powi(places)).ceil() / 10f64.powi(places);
     let (flag, given, least) = match budget {
@@ -75,6 +75,9 @@ fn unreachable_budget(recipe: &Recipe, budget: Budget, least: f64) -> anyhow::Er
     }
     if recipe.rank_multiple() > 1 {
         ways.push("lower `--rank-multiple`".into());
+    }
+    if recipe.narrow().is_some() {
+        ways.push("lower `--width-multiple`".into());
     }
     ways.push(format!("raise `{flag}`"));
     let hint = match ways.as_slice() {

@@ -20,6 +20,7 @@ mod inputs;
 mod job;
 mod limit;
 mod metrics;
+mod narrow;
 pub mod options;
 mod output;
 mod pieces;
@@ -52,6 +53,7 @@ use crate::report::{AdapterRecord, CompressReport, stopped};
 pub(crate) use curves::{KeptCurve, write as write_curves};
 pub use dry_run::{DryRun, dry_run};
 pub use job::{DEFAULT_MEMORY_BYTES, Job};
+use narrow::Narrowed;
 use recipe::{Fused, Recipe};
 pub(crate) use record::summary as linear_summary;
 use run::Run;
@@ -86,7 +88,14 @@ pub fn view(checkpoint: Checkpoint, recipe: &Recipe) -> Result<Checkpoint> {
 pub fn compress(job: &Job<'_>, progress: &dyn Progress) -> Result<CompressReport> {
     let run = Run::new(job)?;
     let mut folder = run.folder()?;
-    match into_folder(run, &folder, progress) {
+    let done = match job.recipe.then() {
+        None => into_folder(run, &folder, None, progress),
+        Some(then) => narrow::narrowed(run, &folder, progress).and_then(|narrowed| {
+            let job = Job { checkpoint: &narrowed.checkpoint, recipe: &then, ..job.clone() };
+            into_folder(Run::of_narrowed(&job)?, &folder, Some(&narrowed), progress)
+        }),
+    };
+    match done {
         Ok(report) => {
             folder.finish()?;
             Ok(report)
@@ -96,9 +105,14 @@ pub fn compress(job: &Job<'_>, progress: &dyn Progress) -> Result<CompressReport
 }
 
 /// All steps but the last, which publishes the folder.
-fn into_folder(run: Run<'_>, folder: &OutputFolder, progress: &dyn Progress) -> Result<CompressReport> {
+fn into_folder(
+    run: Run<'_>,
+    folder: &OutputFolder,
+    narrowed: Option<&Narrowed>,
+    progress: &dyn Progress,
+) -> Result<CompressReport> {
     let session = run.session(folder, progress);
-    let Run { job, plan, source, inputs, source_files, started } = run;
+    let Run { job, plan, source, inputs, source_files, started, .. } = run;
     let (checkpoint, recipe) = (job.checkpoint, job.recipe);
     let calibration = inputs.record(recipe);
     let mut study = Study::run(&session, recipe, &plan, inputs)?;
@@ -143,7 +157,11 @@ fn into_folder(run: Run<'_>, folder: &OutputFolder, progress: &dyn Progress) -> 
     report.delta = record::delta(job, &plan);
     report.adapter = AdapterRecord::of(checkpoint)?;
     let lines = record::error_lines(&solution);
+    if let Some(narrowed) = narrowed {
+        narrowed.complete(&mut report);
+    }
     drop(solution);
+    let started = narrowed.map_or(started, Narrowed::started);
     output::finish(output, folder, job, &lines, &mut report, started)?;
     Ok(report)
 }

@@ -147,6 +147,19 @@ recipe_options! {
     /// is knapsack for kfac and for quantized bases, else welore.
     ranks: Option<Ranks>, "Method" [],
 
+    /// What replaces linears [default: low-rank]
+    ///
+    /// narrow: fewer channels of feed-forward layers and fewer groups of heads, in every block the same number. What
+    /// stays is dense, with the names and classes of the source, so that every runtime loads it; `--quant` quantizes
+    /// it in the same run.
+    structure: Option<Structure>, "Method" [],
+
+    /// How `--structure narrow` chooses channels and groups [default: backward]
+    selection: Option<ChannelSelection>, "Method" [hide_short_help = true],
+
+    /// Make numbers of channels multiples of N [default: 64]
+    width_multiple: Option<usize>, "Method" [value_name = "N", hide_short_help = true],
+
     /// Structure of low-rank matrices [default: pivot]
     ///
     /// factors: `B` (m, r) and `A` (r, n), with r (m + n) parameters. pivot: r rows of the product and the coefficients
@@ -304,6 +317,34 @@ fn size_in_recipe<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<B
 /// Serializes a size so that it is read back as the same number of bytes.
 fn bytes_exactly<S: Serializer>(size: &Option<ByteSize>, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.collect_str(&format_args!("{} B", size.unwrap_or_default().as_u64()))
+}
+
+/// What replaces linears.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
+#[serde(rename_all = "kebab-case")]
+pub enum Structure {
+    /// Matrices of low rank, or codes with `--quant`
+    #[default]
+    LowRank,
+    /// Narrower dense matrices
+    Narrow,
+}
+
+/// How channels and groups of heads are chosen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
+#[serde(rename_all = "kebab-case")]
+pub enum ChannelSelection {
+    /// Drops the one that raises the error least, after the others are refitted (OBS; ZipLM, Kurtic et al. 2023)
+    #[default]
+    Backward,
+    /// Adds the one that lowers the error most: pivoted Cholesky
+    Forward,
+    /// Largest ridge leverage scores (MoDeGPT, Lin et al. 2025)
+    Leverage,
+    /// Largest products of weight and input norms (Wanda-sp, An et al. 2024)
+    WandaSp,
 }
 
 /// How fused matrices are compressed.

@@ -133,7 +133,7 @@ pub(super) fn finish(
     let finished = output.finish(folder, &REPLACED)?;
     report.non_finite = finished.non_finite;
     report.left_out = finished.left_out.into_iter().map(Into::into).collect();
-    let recipe = toml::to_string(&recipe.to_options())?;
+    let recipe = toml::to_string(&report.recipe)?;
     let command = if report.delta.is_some() { "delta BASE FINE-TUNED" } else { "compress MODEL" };
     let pages = [
         (RECIPE_FILE, format!("# lrc {command} -o OUT --recipe {RECIPE_FILE}\n{recipe}")),

@@ -113,6 +113,16 @@ impl Plan {
         Ok(Self { linears, are_zero, centered })
     }
 
+    /// The plan from shapes alone, in which no linear is known to be all zeros.
+    ///
+    /// # Errors
+    /// A pattern matches nothing.
+    pub fn of_shapes(checkpoint: &Checkpoint, recipe: &Recipe) -> Result<Self> {
+        let mut linears = targets(checkpoint, recipe)?;
+        linears.sort_by_key(|l| l.block);
+        Ok(Self { are_zero: vec![false; linears.len()], linears, centered: BTreeSet::new() })
+    }
+
     /// The files of the output for these `forms`, one per linear; `None` keeps the linear as it is.
     pub(super) fn files<'a>(&self, source: &'a Source<'a>, recipe: &Recipe, forms: &[Option<Forms>]) -> Files<'a> {
         let modules = self.linears.iter().zip(forms);

@@ -238,6 +238,7 @@ pub(super) fn report(
         equal_bytes_baseline: None,
         adapter: None,
         delta: None,
+        narrow: None,
         truncated: None,
         healed: None,
         output_files: Fingerprint::new(),

@@ -25,13 +25,24 @@ pub(super) struct Run<'a> {
     pub inputs: Inputs,
     pub source_files: Fingerprint,
     pub started: Instant,
+    /// What the keys of its pieces begin with.
+    pieces: &'static str,
 }
 
 impl<'a> Run<'a> {
     pub fn new(job: &'a Job<'a>) -> Result<Self> {
+        job.check_output()?;
+        Self::checked(job, "", fingerprint(job.checkpoint)?)
+    }
+
+    /// The run on a model that another run made narrower, with its pieces in the same folder.
+    pub fn of_narrowed(job: &'a Job<'a>) -> Result<Self> {
+        Self::checked(job, "narrowed-", Fingerprint::new())
+    }
+
+    fn checked(job: &'a Job<'a>, pieces: &'static str, source_files: Fingerprint) -> Result<Self> {
         let started = Instant::now();
         let (checkpoint, recipe) = (job.checkpoint, job.recipe);
-        job.check_output()?;
         if recipe.is_residual() != checkpoint.changes().is_some() {
             return Err(Failure::usage(
                 "`format = \"adapter\"` is only valid in `lrc delta`, which compares two models",
@@ -43,7 +54,7 @@ impl<'a> Run<'a> {
         let source = Source::new(checkpoint);
         plan.check_format(&source, recipe)?;
         let inputs = Inputs::load(job.model(), recipe, &plan)?;
-        Ok(Self { job, plan, source, inputs, source_files: fingerprint(checkpoint)?, started })
+        Ok(Self { job, plan, source, inputs, source_files, started, pieces })
     }
 
     /// The folder of its output, with what an earlier run of the same job has finished. A full disk is reported before
@@ -74,7 +85,7 @@ impl<'a> Run<'a> {
     where
         'a: 's,
     {
-        let journal = Journal::new(folder.pieces());
+        let journal = Journal::new(folder.pieces()).within(self.pieces);
         let job = self.job;
         let session = Session::new(job.checkpoint, &job.device, job.memory_bytes, folder.work(), journal, progress);
         session.running(job.model())

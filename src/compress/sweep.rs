@@ -43,6 +43,21 @@ pub(crate) fn not_in_a_sweep(flag: &str) -> Failure {
     .hint("run `lrc compress` and `lrc eval` for each budget")
 }
 
+/// Refuses recipes without ranks that budgets could determine.
+fn expect_ranks(recipe: &Recipe, keeps: &[f64]) -> Result<()> {
+    if recipe.narrow().is_some() {
+        return Err(Failure::usage("`--structure narrow` cannot be used in a sweep, which compares ranks")
+            .hint("run `lrc compress` and `lrc eval` for each budget")
+            .into());
+    }
+    if recipe.is_dense() && keeps.iter().any(|&keep| keep < 1.0) {
+        return Err(Failure::usage("a recipe that keeps everything decomposes nothing")
+            .hint("give the recipe a budget below 1")
+            .into());
+    }
+    Ok(())
+}
+
 /// Decomposes once, truncates for every budget, and evaluates all trials in one walk alongside the source.
 ///
 /// # Errors
@@ -53,11 +68,7 @@ pub fn sweep(settings: &SweepSettings<'_>, progress: &dyn Progress) -> Result<Sw
     if recipe.anchor().is_some() {
         return Err(not_in_a_sweep("--sequential").into());
     }
-    if recipe.is_dense() && keeps.iter().any(|&keep| keep < 1.0) {
-        return Err(Failure::usage("a recipe that keeps everything decomposes nothing")
-            .hint("give the recipe a budget below 1")
-            .into());
-    }
+    expect_ranks(recipe, keeps)?;
     let plan = Plan::new(checkpoint, recipe)?;
     let inputs = Inputs::load(checkpoint, recipe, &plan)?;
     let prepared = Prepared::new(checkpoint, &settings.eval)?;

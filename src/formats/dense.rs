@@ -47,7 +47,7 @@ impl Exporter for Dense {
     }
 
     fn loading(&self, _: Adapter) -> String {
-        "The weights are multiplied out: it loads wherever the source does (transformers, vLLM, ...).\n\n```python\n\
+        "Plain weights: it loads wherever the source does (transformers, vLLM, ...).\n\n```python\n\
          from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained(\"FOLDER\")\n```\n"
             .into()
     }

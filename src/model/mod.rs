@@ -16,6 +16,7 @@ pub mod inventory;
 pub mod linear;
 mod mlp;
 pub mod names;
+pub mod narrow;
 mod norm;
 mod ops;
 mod passes;

@@ -288,7 +288,8 @@ impl Rope {
             return ops::rope(x, &cos, &sin);
         }
         let rotated = ops::rope(&x.narrow(3, 0, width)?.contiguous()?, &cos, &sin)?;
-        Ok(Tensor::cat(&[&rotated, &x.narrow(3, width, head_dim - width)?], 3)?)
+        // With a single head, candle joins them in another order of memory.
+        Ok(Tensor::cat(&[&rotated, &x.narrow(3, width, head_dim - width)?], 3)?.contiguous()?)
     }
 }
 

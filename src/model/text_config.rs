@@ -78,6 +78,15 @@ fn nested(config: &Map<String, Value>) -> Option<&Map<String, Value>> {
     KEYS.iter().find_map(|key| config.get(*key)?.as_object())
 }
 
+/// The fields of the language model where a config has them, to be changed.
+pub fn fields_mut(config: &mut Map<String, Value>) -> &mut Map<String, Value> {
+    let key = KEYS.into_iter().find(|key| config.get(*key).is_some_and(Value::is_object));
+    match key {
+        Some(key) => config.get_mut(key).and_then(Value::as_object_mut).expect("invariant: it is an object"),
+        None => config,
+    }
+}
+
 /// Whether a model has more parts than its language model.
 pub fn is_multimodal(config: &Map<String, Value>) -> bool {
     nested(config).is_some() || OTHERS.iter().any(|key| config.get(*key).is_some_and(Value::is_object))

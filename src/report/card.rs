@@ -38,6 +38,9 @@ pub fn render(report: &CompressReport, source: &Checkpoint, loading: &Loading) -
     if let Some(delta) = &report.delta {
         card.push_str(&changes(delta));
     }
+    if let Some(narrow) = &report.narrow {
+        let _ = writeln!(card, "\n{}.", narrow.lines().join("; "));
+    }
     card.push_str("\n## Errors\n\n");
     card.push_str(&errors(report));
     card.push_str("\n## Loading\n\n");

@@ -10,10 +10,13 @@ mod eval;
 pub mod gate;
 mod heal;
 mod inspect;
+mod narrow;
 pub(crate) mod notes;
 pub mod page;
 mod publish;
 pub mod schema;
+mod sizes;
+mod sweep;
 
 use std::collections::BTreeMap;
 
@@ -31,7 +34,10 @@ pub use eval::{
 pub use heal::{HealRecord, HealedHalf, HealedModel, HealedPart, HealedText, HeldOutPerplexity};
 pub use inspect::{BelowThreshold, EnergyRank, Figures, InspectReport, PowerLaw, Spectrum, SpectrumRecord};
 pub(crate) use publish::stopped;
+pub use narrow::{NarrowRecord, NarrowedUnit};
 pub use publish::{Published, publish};
+pub use sizes::{Sizes, Timings, peak_memory_bytes};
+pub use sweep::{SweepPoint, SweepReport};
 
 /// Also marks a folder as an output of lrc, which `--force` may replace.
 pub use crate::checkpoint::REPORT_FILE;
@@ -92,6 +98,9 @@ pub struct CompressReport {
     /// Set by `lrc delta`.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub delta: Option<DeltaRecord>,
+    /// Set by `--structure narrow`.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub narrow: Option<NarrowRecord>,
     /// Set by `lrc truncate`.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub truncated: Option<TruncationRecord>,
@@ -203,61 +212,6 @@ impl From<LeftOut> for LeftOutRecord {
     fn from(left_out: LeftOut) -> Self {
         Self { path: left_out.path, reason: left_out.reason.into() }
     }
-}
-
-/// Seconds per stage of a compression.
-#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize, JsonSchema)]
-pub struct Timings {
-    /// Statistics of inputs: the forward passes.
-    pub calibrate_forward: f64,
-    /// Statistics of gradients: the backward passes.
-    pub calibrate_backward: f64,
-    /// Decompositions and error curves.
-    pub decompose: f64,
-    /// Quantization, with compensation.
-    #[serde(alias = "quantise", default)]
-    pub quantize: f64,
-    /// Sensitivities and ranks.
-    pub allocate: f64,
-    /// The sequential mode.
-    pub anchor: f64,
-    /// Writing the output.
-    pub write: f64,
-    /// The equal-bytes baseline without factors.
-    #[serde(alias = "control", default)]
-    pub equal_bytes_baseline: f64,
-}
-
-/// Sizes before and after, in all units that tools use.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
-pub struct Sizes {
-    /// Parameters of the targeted linears.
-    pub linear_parameters_before: u64,
-    /// Parameters of their factors, and of the linears that stay dense. The dense format counts factors too, although
-    /// it stores their products.
-    pub linear_parameters_after: u64,
-    /// `linear_parameters_after / linear_parameters_before`, the target of `--keep`.
-    pub keep: f64,
-    /// Elements of all tensors as stored; a code counts as the parameter that it encodes.
-    pub parameters_before: u64,
-    /// The same of the output.
-    pub parameters_after: u64,
-    /// Bytes of all tensors as stored.
-    pub bytes_before: u64,
-    /// The same of the output.
-    pub bytes_after: u64,
-    /// Bytes of the weight files with their headers, the target of `--target-size`.
-    pub file_bytes_after: u64,
-    /// Stored bits of the targeted linears over their number of weights in the source.
-    pub bits_per_weight_before: f64,
-    /// The same of the output, over the same number of weights.
-    pub bits_per_weight_after: f64,
-    /// The part of `bits_per_weight_after` in bases and in linears that stay dense.
-    #[serde(default)]
-    pub bits_per_weight_base: f64,
-    /// The part of `bits_per_weight_after` in low-rank factors.
-    #[serde(default)]
-    pub bits_per_weight_factors: f64,
 }
 
 /// One targeted linear.
@@ -376,78 +330,6 @@ pub enum RankSource {
     Even,
     /// Measurements alone decide the ranks, and `--dry-run=full` shows them. Every linear is counted as it is.
     Unknown,
-}
-
-/// Peak resident memory of this process so far; none except on Linux.
-pub fn peak_memory_bytes() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"))?;
-    let kib: u64 = line.trim().strip_suffix(" kB")?.trim().parse().ok()?;
-    Some(kib * 1024)
-}
-
-/// `lrc sweep`: one method at several budgets.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
-pub struct SweepReport {
-    /// Version of the fields of this report.
-    pub schema_version: u32,
-    /// Version of lrc that wrote the report.
-    pub lrc_version: String,
-    /// The model as the user named it.
-    pub model: String,
-    /// How another tool had quantized the weights, by method and layouts: `gptq: int4-g128`. lrc worked on
-    /// the values of the codes.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub source_quantization: Option<String>,
-    /// The adapter of `--adapter`, if it was merged into the model.
-    #[serde(skip_serializing_if = "Option::is_none", default)]
-    pub adapter: Option<AdapterRecord>,
-    /// The recipe without its budget.
-    pub recipe: Value,
-    /// Convention of the perplexities, as in `--convention`.
-    pub convention: String,
-    /// Tokens per window.
-    pub seq_len: usize,
-    /// SHA-256 of the evaluation text.
-    pub text_sha256: String,
-    /// Perplexity of the source.
-    pub dense_ppl: Option<f64>,
-    /// One entry per budget.
-    pub points: Vec<SweepPoint>,
-    /// Seconds per stage, for all budgets together.
-    pub timings: Timings,
-    /// Seconds of the evaluation of all trials and the source.
-    pub evaluate_seconds: f64,
-    /// SHA-256 of every other file of the output; empty without `--output`.
-    #[serde(default)]
-    pub output_files: Fingerprint,
-    /// Wall-clock seconds of the command.
-    pub elapsed_seconds: f64,
-    /// Peak resident memory of the process in bytes; Linux only.
-    pub peak_memory_bytes: Option<u64>,
-}
-
-impl Published for SweepReport {
-    fn seal(&mut self, output_files: Fingerprint, elapsed_seconds: f64) {
-        (self.output_files, self.elapsed_seconds) = (output_files, elapsed_seconds);
-        self.peak_memory_bytes = peak_memory_bytes();
-    }
-}
-
-/// One budget of a sweep.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
-pub struct SweepPoint {
-    /// The requested share; `sizes.keep` is the one reached.
-    pub keep: f64,
-    /// Perplexity of the trial.
-    pub ppl: f64,
-    /// Divergence from the source.
-    #[serde(flatten)]
-    pub divergence: DivergenceRecord,
-    /// Sizes before and after.
-    pub sizes: Sizes,
-    /// Rank per module; null if it stays dense.
-    pub ranks: BTreeMap<String, Option<usize>>,
 }
 
 #[cfg(test)]

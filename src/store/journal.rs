@@ -20,6 +20,8 @@ use crate::checkpoint::create_file;
 #[derive(Debug, Default)]
 pub struct Journal {
     folder: Option<PathBuf>,
+    /// What the names of its files begin with.
+    prefix: &'static str,
 }
 
 /// An array, and its place in the journal if there is one.
@@ -89,7 +91,13 @@ const PREFIX: usize = 12;
 impl Journal {
     /// Keeps pieces in `folder`, which exists.
     pub fn new(folder: PathBuf) -> Self {
-        Self { folder: Some(folder) }
+        Self { folder: Some(folder), prefix: "" }
+    }
+
+    /// The journal of a part of the run, whose keys are apart from all others.
+    #[must_use]
+    pub fn within(self, prefix: &'static str) -> Self {
+        Self { prefix, ..self }
     }
 
     /// Whether pieces are kept.
@@ -98,7 +106,7 @@ impl Journal {
     }
 
     fn path(&self, key: &str) -> Option<PathBuf> {
-        self.folder.as_ref().map(|folder| folder.join(key))
+        self.folder.as_ref().map(|folder| folder.join(format!("{}{key}", self.prefix)))
     }
 
     /// The piece `key`, if an earlier run finished it; else the result of `make`, which is kept.

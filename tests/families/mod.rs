@@ -41,7 +41,7 @@ const MULTIMODAL: [(&str, &str, &str); 4] = [
 ];
 
 /// Every known family, models with options that others of their family lack, and multimodal models.
-fn families() -> Vec<&'static str> {
+pub fn families() -> Vec<&'static str> {
     [architectures::known_types(), vec!["opt-350m"], MULTIMODAL.map(|(name, ..)| name).to_vec()].concat()
 }
 
@@ -53,7 +53,7 @@ fn is_encoder(family: &str) -> bool {
     architectures::find(family).is_some_and(|architecture| architecture.encoder.is_some())
 }
 
-fn tokenizer(family: &str) -> PathBuf {
+pub fn tokenizer(family: &str) -> PathBuf {
     fixture(if is_encoder(family) { "tokenizer-encoder.json" } else { "tokenizer.json" })
 }
 

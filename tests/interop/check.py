@@ -114,6 +114,7 @@ def llama_cpp(folder, ids):
     return np.array(model.scores[: len(ids)])
 
 
+NARROW = ["--structure", "narrow", "--keep", "0.7"]
 LORC = ["--compensate", "lorc", "--compensate-rank", "8"]
 # format, flags, runtime, package beside torch, largest logit error (or KL) that is allowed, whether it is a KL
 CASES = [
@@ -127,6 +128,10 @@ CASES = [
     ("factored", ["--quant", "nf4", *LORC], trusted, "transformers", EXACT),
     ("factored", ["--quant", "rtn-int2-g32", *LORC, "--quant-factors", "int8"], trusted, "transformers", EXACT),
     ("dense", ["--quant", "rtn-int3-g32", *LORC], plain, "transformers", EXACT),
+    ("dense", NARROW, plain, "transformers", EXACT),
+    ("compressed-tensors", [*NARROW, "--quant", "rtn-int4-g32"], plain, "compressed-tensors", EXACT),
+    ("gguf", [*NARROW, "--quant", "q8_0"], gguf, "gguf", EXACT),
+    ("gguf", NARROW, llama_cpp, "llama_cpp", KL_8BIT),
     ("compressed-tensors", ["--quant", "rtn-int4-g32"], plain, "compressed-tensors", EXACT),
     ("compressed-tensors", ["--quant", "rtn-int8-channel"], plain, "compressed-tensors", EXACT),
     ("compressed-tensors", ["--quant", "rtn-int4-g32,rtn-int8-g32", "--bits", "6"], plain, "compressed-tensors", EXACT),

@@ -4,16 +4,17 @@
 //! Whether there is a text for the settings that need one is checked by [`Recipe::new`](super::Recipe::new): one text
 //! serves statistics, trials and the sequential mode, so that it belongs to none of them.
 
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use super::allocation::{KnapsackSettings, RankAllocation, RankSteps, Rule};
 use super::bases::{Bases, Factors};
-use super::limit::Budget;
+use super::limit::{Budget, Reduction};
 use super::storage::{FactorStorage, FloatStorage};
 use crate::calibrate::WindowSettings;
 use crate::compress::allocate::Ranks;
 use crate::compress::compensate::CompensateRank;
-use crate::compress::options::{Embeddings, FactorBits};
+use crate::compress::options::{ChannelSelection, Embeddings, FactorBits};
 use crate::compress::presets::Method;
 use crate::compress::scale::{DepthWeight, Sensitivity};
 use crate::formats::Format;
@@ -48,6 +49,21 @@ pub enum Linears {
     LowRank(LowRankApproach),
     /// `W ≈ Q`, or `W ≈ Q + B·A`, in an output of this format.
     Quantized(Bases, Format),
+    /// Narrower matrices.
+    Narrow(NarrowApproach),
+}
+
+/// How linears become narrower.
+#[derive(Debug, Clone, PartialEq)]
+pub struct NarrowApproach {
+    /// The most that is kept: a share of the parameters, or bytes of the weight files.
+    pub limit: Reduction,
+    /// How channels and groups of heads are chosen.
+    pub selection: ChannelSelection,
+    /// Numbers of channels are multiples of this.
+    pub multiple: NonZeroUsize,
+    /// What becomes of the linears of the narrower model: they stay as they are, or are quantized.
+    pub then: Box<Approach>,
 }
 
 /// Low rank without a base.
@@ -127,14 +143,22 @@ impl Approach {
     fn low_rank(&self) -> Option<&LowRankApproach> {
         match &self.replacement()?.linears {
             Linears::LowRank(low_rank) => Some(low_rank),
-            Linears::Quantized(..) => None,
+            Linears::Quantized(..) | Linears::Narrow(_) => None,
         }
     }
 
     fn bases(&self) -> Option<&Bases> {
         match &self.replacement()?.linears {
-            Linears::LowRank(_) => None,
+            Linears::LowRank(_) | Linears::Narrow(_) => None,
             Linears::Quantized(bases, _) => Some(bases),
+        }
+    }
+
+    /// How linears become narrower, if they do.
+    pub fn narrow(&self) -> Option<&NarrowApproach> {
+        match &self.replacement()?.linears {
+            Linears::Narrow(narrow) => Some(narrow),
+            Linears::LowRank(_) | Linears::Quantized(..) => None,
         }
     }
 
@@ -145,6 +169,7 @@ impl Approach {
             Self::Replace(replacement) => match &replacement.linears {
                 Linears::LowRank(low_rank) => low_rank.storage().format(),
                 Linears::Quantized(_, format) => *format,
+                Linears::Narrow(narrow) => narrow.then.format(),
             },
         }
     }
@@ -176,6 +201,9 @@ impl Approach {
 
     /// The budget.
     pub fn budget(&self) -> Budget {
+        if let Some(narrow) = self.narrow() {
+            return Some(narrow.limit.limit()).into();
+        }
         match (self.low_rank(), self.bases()) {
             (Some(low_rank), _) => low_rank.allocation().limit().into(),
             (None, Some(bases)) => bases.limit().into(),

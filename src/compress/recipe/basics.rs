@@ -217,3 +217,27 @@ pub fn windows(options: &RecipeOptions, text: &Path) -> Result<WindowSettings> {
     }
     Ok(settings)
 }
+
+/// The windows of `--calibration`; without it, options that describe them are refused.
+pub(super) fn window_settings(options: &RecipeOptions) -> Result<Option<WindowSettings>> {
+    let Some(text) = &options.calibration else {
+        let given = [
+            ("--samples", options.samples.is_some()),
+            ("--gradient-samples", options.gradient_samples.is_some()),
+            ("--seq-len", options.seq_len.is_some()),
+            ("--seed", options.seed.is_some()),
+            ("--field", options.field.is_some()),
+        ];
+        return match given.iter().find(|(_, is_given)| *is_given) {
+            Some((flag, _)) => Err(usage(
+                format!("`{flag}` has no effect without `--calibration FILE`"),
+                match *flag {
+                    "--field" => "it names the field of each record of that text",
+                    _ => "it says which windows of that text are used",
+                },
+            )),
+            None => Ok(None),
+        };
+    };
+    windows(options, text).map(Some)
+}

@@ -4,15 +4,16 @@ use anyhow::Result;
 
 use super::approach::{Approach, Linears, MetricSettings, Replacement};
 use super::bases::Quantizers;
-use super::basics::{Basics, REMOVE_ONE, max_shard_bytes, share, usage, windows};
+use super::basics::{Basics, REMOVE_ONE, max_shard_bytes, share, usage, window_settings};
 use super::embeddings::embeddings;
 use super::limit::Limit;
 use super::low_rank::low_rank;
+use super::narrow;
 use super::patterns::Patterns;
 use super::quantized::quantized;
 use super::settings::Recipe;
-use crate::calibrate::{Needs, WindowSettings};
-use crate::compress::options::{Fused, RecipeOptions};
+use crate::calibrate::Needs;
+use crate::compress::options::{Fused, RecipeOptions, Structure};
 use crate::compress::scale::{DepthWeight, Sensitivity};
 
 impl Recipe {
@@ -21,6 +22,10 @@ impl Recipe {
     /// # Errors
     /// A value is out of range, or two options contradict each other.
     pub fn new(options: &RecipeOptions) -> Result<Self> {
+        match options.structure.unwrap_or_default() {
+            Structure::Narrow => return narrow::recipe(options),
+            Structure::LowRank => narrow::expect_none(options)?,
+        }
         let basics = Basics::of(options)?;
         if basics.limit == Some(Limit::Keep(1.0)) && basics.ranks.is_budgeted() && options.quant.is_empty() {
             // The other settings are checked under a budget below 1, so that a script may vary the budget alone.
@@ -145,27 +150,4 @@ fn need(settings: &[String]) -> String {
         [first @ .., last] => format!("{} and {last} need", first.join(", ")),
         [] => unreachable!("invariant: a recipe that uses a text has a setting that does"),
     }
-}
-
-fn window_settings(options: &RecipeOptions) -> Result<Option<WindowSettings>> {
-    let Some(text) = &options.calibration else {
-        let given = [
-            ("--samples", options.samples.is_some()),
-            ("--gradient-samples", options.gradient_samples.is_some()),
-            ("--seq-len", options.seq_len.is_some()),
-            ("--seed", options.seed.is_some()),
-            ("--field", options.field.is_some()),
-        ];
-        return match given.iter().find(|(_, is_given)| *is_given) {
-            Some((flag, _)) => Err(usage(
-                format!("`{flag}` has no effect without `--calibration FILE`"),
-                match *flag {
-                    "--field" => "it names the field of each record of that text",
-                    _ => "it says which windows of that text are used",
-                },
-            )),
-            None => Ok(None),
-        };
-    };
-    windows(options, text).map(Some)
 }

@@ -9,6 +9,7 @@ mod embeddings;
 mod file;
 mod limit;
 mod low_rank;
+mod narrow;
 mod patterns;
 mod quantized;
 mod settings;
@@ -16,9 +17,9 @@ mod storage;
 #[cfg(test)]
 mod tests;
 
-pub use super::options::{Embeddings, FactorBits, Fused, RecipeOptions};
+pub use super::options::{ChannelSelection, Embeddings, FactorBits, Fused, RecipeOptions, Structure};
 pub use allocation::{KnapsackSettings, RankAllocation, RankSteps, Rule};
-pub use approach::{Approach, Linears, LowRankApproach, MetricSettings, Replacement};
+pub use approach::{Approach, Linears, LowRankApproach, MetricSettings, NarrowApproach, Replacement};
 pub use bases::{BaseSensitivity, Bases, Compensator, Factors, Quantizers};
 pub use basics::{DEFAULT_SAMPLES, max_shard_bytes, windows};
 pub use limit::{Budget, Limit, Reduction};

@@ -4,14 +4,14 @@ use std::path::{Path, PathBuf};
 
 use bytesize::ByteSize;
 
-use super::approach::Approach;
+use super::approach::{Approach, NarrowApproach};
 use super::limit::Budget;
 use super::patterns::Patterns;
 use crate::calibrate::{Needs, WindowSettings};
 use crate::checkpoint::Dtype;
 use crate::compress::allocate::Ranks;
 use crate::compress::compensate::{Compensate, CompensateRank};
-use crate::compress::options::{Embeddings, FactorBits, Fused, RecipeOptions};
+use crate::compress::options::{Embeddings, FactorBits, Fused, RecipeOptions, Structure};
 use crate::compress::presets::{Method, MetricForm};
 use crate::compress::scale::{DepthWeight, Sensitivity};
 use crate::formats::Format;
@@ -58,6 +58,16 @@ impl Recipe {
     /// Whether every linear stays as it is.
     pub fn is_dense(&self) -> bool {
         matches!(self.approach, Approach::Dense(_))
+    }
+
+    /// How linears become narrower, if they do.
+    pub fn narrow(&self) -> Option<&NarrowApproach> {
+        self.approach.narrow()
+    }
+
+    /// The recipe of the narrower model, if linears become narrower.
+    pub fn then(&self) -> Option<Self> {
+        self.narrow().map(|narrow| Self { approach: (*narrow.then).clone(), ..self.clone() })
     }
 
     /// The format of the output.
@@ -236,6 +246,9 @@ impl Recipe {
 
     /// The complete recipe, with defaults written out, as options from which it can be rebuilt.
     pub fn to_options(&self) -> RecipeOptions {
+        if let (Some(narrow), Some(then)) = (self.narrow(), self.then()) {
+            return self.narrow_in_options(narrow, then.to_options());
+        }
         let calibration = self.calibration();
         let preset = self.method().preset();
         let damping = |form: MetricForm, value: f64| (form == MetricForm::Gram).then_some(value);
@@ -246,6 +259,9 @@ impl Recipe {
         // Nothing else has an effect on linears that stay as they are.
         let is_dense = self.is_dense();
         RecipeOptions {
+            structure: None,
+            selection: None,
+            width_multiple: None,
             keep: if let Budget::Keep(keep) = budget { Some(keep) } else { None },
             target_size: if let Budget::Bytes(bytes) = budget { Some(ByteSize(bytes)) } else { None },
             bits: if let Budget::Bits(bits) = budget { Some(bits) } else { None },
@@ -283,6 +299,41 @@ impl Recipe {
             seq_len: calibration.and_then(|c| c.seq_len),
             seed: calibration.map(|c| c.seed),
             max_shard_size: Some(ByteSize(self.max_shard_bytes)),
+        }
+    }
+
+    /// The same for narrower modules, with the options of what follows.
+    fn narrow_in_options(&self, narrow: &NarrowApproach, then: RecipeOptions) -> RecipeOptions {
+        let calibration = self.calibration();
+        let preset = self.method().preset();
+        let damping = |form: MetricForm, value: f64| (form == MetricForm::Gram).then_some(value);
+        let limit = self.budget();
+        RecipeOptions {
+            structure: Some(Structure::Narrow),
+            selection: Some(narrow.selection),
+            width_multiple: Some(narrow.multiple.get()),
+            keep: if let Budget::Keep(keep) = limit { Some(keep) } else { None },
+            target_size: if let Budget::Bytes(bytes) = limit { Some(ByteSize(bytes)) } else { None },
+            method: Some(self.method()),
+            damping_input: damping(preset.input, self.damping_input()),
+            damping_output: damping(preset.output, self.damping_output()),
+            clip_gradients: self.clips_gradients().then_some(true),
+            calibration: calibration.map(|windows| windows.text.clone()),
+            statistics: self.statistics().map(PathBuf::from),
+            field: calibration.map(|windows| windows.field.clone()).filter(|field| field != DEFAULT_FIELD),
+            samples: calibration.map(|windows| windows.samples),
+            gradient_samples: calibration.and_then(|windows| windows.gradient_samples),
+            seq_len: calibration.and_then(|windows| windows.seq_len),
+            seed: calibration.map(|windows| windows.seed),
+            targets: self.targets.texts.clone(),
+            exclude: self.exclude.texts.clone(),
+            quant: then.quant,
+            compensate: then.compensate,
+            compensate_rank: then.compensate_rank,
+            quant_factors: then.quant_factors,
+            format: then.format,
+            max_shard_size: then.max_shard_size,
+            ..RecipeOptions::default()
         }
     }
 }

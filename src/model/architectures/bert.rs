@@ -44,6 +44,7 @@ pub(super) const BERT: Architecture = Architecture {
     ],
     norm_kind: NormKind::Layer,
     is_rotary: false,
+    has_free_heads: false,
     aliases: &[("layer_norm_eps", "rms_norm_eps")],
     defaults: r#"{"hidden_act": "gelu", "rms_norm_eps": 1e-12, "attention_bias": true, "mlp_bias": true}"#,
     gguf: None,

@@ -23,6 +23,7 @@ pub(super) const GPT2: Architecture = Architecture {
     is_conv1d: true,
     norm_kind: NormKind::Layer,
     is_rotary: false,
+    has_free_heads: false,
     aliases: &[
         ("n_embd", "hidden_size"),
         ("n_inner", "intermediate_size"),

@@ -19,6 +19,7 @@ pub(super) const GPT_NEOX: Architecture = Architecture {
     ],
     norm_kind: NormKind::Layer,
     fused_qkv: FusedQkv::Interleaved,
+    has_free_heads: false,
     aliases: &[
         ("layer_norm_eps", "rms_norm_eps"),
         ("rotary_pct", "partial_rotary_factor"),

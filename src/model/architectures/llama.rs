@@ -38,6 +38,7 @@ pub(super) const LLAMA: Architecture = Architecture {
     norm_kind: NormKind::Rms,
     fused_qkv: FusedQkv::Concatenated,
     is_rotary: true,
+    has_free_heads: true,
     sliding: Sliding::OnRequest,
     scales_embeddings: false,
     aliases: &[],

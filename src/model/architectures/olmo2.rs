@@ -14,6 +14,7 @@ pub(super) const OLMO2: Architecture = Architecture {
         are_of_sums: false,
         query_key: Some(QueryKeyNorm { query: "self_attn.q_norm", key: "self_attn.k_norm", is_per_head: false }),
     },
+    has_free_heads: false,
     defaults: r#"{"rms_norm_eps": 1e-5}"#,
     gguf: None,
     ..LLAMA

@@ -26,6 +26,7 @@ pub(super) const OPT: Architecture = Architecture {
     ],
     norm_kind: NormKind::Layer,
     is_rotary: false,
+    has_free_heads: false,
     aliases: &[
         ("ffn_dim", "intermediate_size"),
         ("activation_function", "hidden_act"),

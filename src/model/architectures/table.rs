@@ -47,6 +47,9 @@ pub struct Architecture {
     pub fused_qkv: FusedQkv,
     /// Queries and keys are rotated by position; if not, positions are learned.
     pub is_rotary: bool,
+    /// Heads may be fewer than `hidden_size / head_dim`: loaders read `head_dim` from the config, and nothing is
+    /// normalized over all heads.
+    pub has_free_heads: bool,
     /// The blocks with a sliding window, if the config has one and does not list them.
     pub sliding: Sliding,
     /// Embeddings are multiplied by √hidden_size.

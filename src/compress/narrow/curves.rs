@@ -1,0 +1,82 @@
+//! The order of the channels or groups of every unit, with the error at every width: one pass each, in parallel as far
+//! as memory allows. Finished units are pieces of the journal.
+
+use std::time::Instant;
+
+use anyhow::{Context as _, Result};
+use faer::Mat;
+use serde_json::json;
+
+use super::super::metrics::SharedInputs;
+use super::super::recipe::ChannelSelection;
+use super::context::Context;
+use crate::approx::metric::MetricPair;
+use crate::approx::narrow::{self, Columns, Narrowing};
+use crate::linalg;
+use crate::model::inventory;
+use crate::model::narrow::NarrowUnit;
+use crate::store::Values;
+
+/// The order of a unit.
+pub(super) struct Curve {
+    pub narrowing: Narrowing,
+    pub seconds: f64,
+}
+
+/// Square matrices of f64, as wide as the input of a reader, that a unit takes at once.
+const SQUARES: u64 = 7;
+
+/// Bytes that the order or the refit of a unit takes.
+pub(super) fn bytes(unit: &NarrowUnit) -> u64 {
+    let (m, n) = unit.reader.shape();
+    8 * (SQUARES * (n * n) as u64 + 3 * (m * n) as u64 + 2 * (m * m) as u64)
+}
+
+/// The orders of all units.
+///
+/// # Errors
+/// A weight or a statistic is damaged, or the work folder cannot be written.
+pub(super) fn all(context: &Context<'_>) -> Result<Vec<Curve>> {
+    let (session, units) = (context.session, context.units);
+    let stage = session.progress.stage("narrow", units.len() as u64, "units");
+    let costs: Vec<u64> = units.iter().map(bytes).collect();
+    let workers = session.workers(&costs)?;
+    workers.collect(&costs, |i| {
+        let unit = &units[i];
+        stage.note(&unit.reader.module);
+        let key = format!("narrow-{}-{}", unit.block, unit.kind.name());
+        let piece = session.journal.piece(&key, || {
+            let started = Instant::now();
+            let Narrowing { order, errors } = order(context, unit)?;
+            let order: Vec<i32> = order.into_iter().map(|index| index as i32).collect();
+            Ok((json!(started.elapsed().as_secs_f64()), vec![Values::from(order), Values::from(errors)]))
+        });
+        let mut piece = piece.with_context(|| format!("narrowing `{}`", unit.reader.module))?;
+        stage.advance(1);
+        let order = piece.take()?.values.i32s()?.into_iter().map(|index| index as usize).collect();
+        let errors = piece.take()?.values.f64s()?;
+        Ok(Curve { narrowing: Narrowing { order, errors }, seconds: serde_json::from_value(piece.fields)? })
+    })
+}
+
+/// The weight of the reader, transposed (in, out).
+pub(super) fn transposed(context: &Context<'_>, unit: &NarrowUnit) -> Result<Mat<f64>> {
+    let (m, n) = unit.reader.shape();
+    let values = inventory::weight(context.session.checkpoint, &unit.reader)?; // (out, in)
+    Ok(linalg::transposed_from_row_major(&values, m, n))
+}
+
+fn order(context: &Context<'_>, unit: &NarrowUnit) -> Result<Narrowing> {
+    let transposed = transposed(context, unit)?;
+    let weight = transposed.transpose();
+    let output = context.metrics.output(&unit.reader)?;
+    context.metrics.with_input(&unit.reader, &SharedInputs::new(&[&unit.reader]), |input| {
+        let columns = Columns::new(weight, MetricPair { output: &output, input }, unit.run());
+        Ok(match context.approach.selection {
+            ChannelSelection::Backward => narrow::backward(&columns),
+            ChannelSelection::Forward => narrow::forward(&columns),
+            ChannelSelection::Leverage => narrow::by_scores(&columns, &narrow::leverage(&columns)),
+            ChannelSelection::WandaSp => narrow::by_scores(&columns, &narrow::wanda_sp(&columns, weight)),
+        })
+    })
+}

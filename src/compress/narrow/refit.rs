@@ -1,0 +1,57 @@
+//! The columns that readers keep, refitted by least squares: a file of safetensors for each unit in the work folder,
+//! from which a run that was killed resumes.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result};
+
+use super::super::metrics::SharedInputs;
+use super::context::Context;
+use super::curves::{bytes, transposed};
+use crate::approx::narrow::{input_form, refit};
+use crate::checkpoint::{CheckpointError, TensorSpec, cast, write_file};
+use crate::linalg;
+use crate::model::Order;
+use crate::model::narrow::NarrowUnit;
+
+/// Refits every unit that loses columns; `kept` are its channels or groups. Returns the files.
+///
+/// # Errors
+/// A weight or a statistic is damaged, a value does not fit the dtype, or the disk is full.
+pub(super) fn all(context: &Context<'_>, kept: &[Vec<usize>]) -> Result<Vec<PathBuf>> {
+    let narrower: Vec<(&NarrowUnit, &Vec<usize>)> =
+        context.units.iter().zip(kept).filter(|(unit, kept)| kept.len() < unit.width()).collect();
+    let stage = context.session.progress.stage("refit", narrower.len() as u64, "units");
+    let costs: Vec<u64> = narrower.iter().map(|(unit, _)| bytes(unit)).collect();
+    context.session.workers(&costs)?.collect(&costs, |i| {
+        let (unit, kept) = narrower[i];
+        stage.note(&unit.reader.module);
+        let path = context.folder.pieces().join(format!("refit-{}-{}.safetensors", unit.block, unit.kind.name()));
+        if !path.is_file() {
+            one(context, unit, kept, &path).with_context(|| format!("refitting `{}`", unit.reader.module))?;
+        }
+        stage.advance(1);
+        Ok(path)
+    })
+}
+
+/// Writes the refitted reader of a unit, in the order of its family.
+fn one(context: &Context<'_>, unit: &NarrowUnit, kept: &[usize], path: &Path) -> Result<()> {
+    let reader = &unit.reader;
+    let transposed = transposed(context, unit)?;
+    let columns = unit.columns(kept);
+    let refitted = context.metrics.with_input(reader, &SharedInputs::new(&[reader]), |input| {
+        let form = input_form(input, reader.in_features);
+        Ok(refit(transposed.transpose(), form.as_ref(), &columns))
+    })?;
+    let (shape, values) = match reader.order {
+        Order::OutIn => (vec![reader.out_features, columns.len()], linalg::to_row_major(refitted.as_ref())),
+        Order::InOut => (vec![columns.len(), reader.out_features], linalg::to_row_major(refitted.transpose())),
+    };
+    let spec = TensorSpec { name: reader.weight_name(), dtype: reader.dtype, shape };
+    let overflow =
+        |first| CheckpointError::Overflow { tensor: spec.name.clone(), dtype: format!("{:?}", spec.dtype), first };
+    let bytes = cast::encode(spec.dtype, &values).map_err(overflow)?;
+    write_file(path, std::slice::from_ref(&spec), |_| Ok::<_, CheckpointError>(bytes.clone()))?;
+    Ok(())
+}

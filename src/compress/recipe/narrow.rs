@@ -1,0 +1,209 @@
+//! Narrower modules, from options. What is kept is dense, or quantized by a recipe of its own.
+
+use std::num::NonZeroUsize;
+
+use anyhow::Result;
+
+use super::approach::{Approach, Linears, MetricSettings, NarrowApproach, Replacement};
+use super::basics::{BUDGET_HINT, REMOVE_ONE, max_shard_bytes, share, usage, window_settings};
+use super::limit::{Limit, Reduction};
+use super::patterns::Patterns;
+use super::settings::Recipe;
+use crate::calibrate::Needs;
+use crate::compress::options::{Embeddings, Fused, RecipeOptions};
+use crate::compress::presets::Method;
+use crate::formats::Format;
+
+/// Default multiple of the number of channels: what matrix kernels like, and more than most blocks of quantizers.
+const DEFAULT_MULTIPLE: usize = 64;
+
+/// Default damping. Its unit is the mean eigenvalue, to which a few massive activations contribute most: with the 0.01 of
+/// low rank, all other channels of a block with one would look alike (docs/results.md, section 25).
+const DEFAULT_DAMPING: f64 = 1e-4;
+
+/// The recipe of `--structure narrow`.
+///
+/// # Errors
+/// A value is out of range, or an option has no meaning for narrower modules.
+pub(super) fn recipe(options: &RecipeOptions) -> Result<Recipe> {
+    expect_meaningful(options)?;
+    let has_data = options.calibration.is_some() || options.statistics.is_some();
+    let method = options.method.unwrap_or(if has_data { Method::Kfac } else { Method::Svd });
+    let then = then(options, method)?;
+    let limit = limit(options)?;
+    let Some(limit) = Reduction::new(limit) else { return Ok(then) };
+    let multiple = NonZeroUsize::new(options.width_multiple.unwrap_or(DEFAULT_MULTIPLE))
+        .ok_or_else(|| usage("`--width-multiple` must be at least 1", "remove it for multiples of 64"))?;
+    let default = method.preset().damping.min(DEFAULT_DAMPING);
+    let metric = MetricSettings {
+        method,
+        damping_input: share("--damping-input", options.damping_input, default)?,
+        damping_output: share("--damping-output", options.damping_output, default)?,
+        clip_gradients: options.clip_gradients.unwrap_or(false),
+        center: false,
+        calibration: window_settings(options)?,
+        statistics: options.statistics.clone(),
+    };
+    let recipe = Recipe {
+        fused: Fused::Joint,
+        targets: then.targets.clone(),
+        exclude: then.exclude.clone(),
+        max_shard_bytes: then.max_shard_bytes,
+        approach: Approach::Replace(Box::new(Replacement {
+            linears: Linears::Narrow(NarrowApproach {
+                limit,
+                selection: options.selection.unwrap_or_default(),
+                multiple,
+                then: Box::new(then.approach),
+            }),
+            embeddings: Embeddings::Keep,
+            metric,
+        })),
+    };
+    check_data(&recipe, options)?;
+    Ok(recipe)
+}
+
+/// Refuses options of `--structure narrow` in other recipes.
+///
+/// # Errors
+/// One of them is given.
+pub(super) fn expect_none(options: &RecipeOptions) -> Result<()> {
+    let given = [("--selection", options.selection.is_some()), ("--width-multiple", options.width_multiple.is_some())];
+    match given.iter().find(|(_, is_given)| *is_given) {
+        Some((flag, _)) => Err(usage(
+            format!("`{flag}` has no effect without `--structure narrow`"),
+            "add `--structure narrow`, or remove the option",
+        )),
+        None => Ok(()),
+    }
+}
+
+/// Refuses options that narrower modules do not have.
+fn expect_meaningful(options: &RecipeOptions) -> Result<()> {
+    let refused = [
+        ("--bits", options.bits.is_some()),
+        ("--ranks", options.ranks.is_some()),
+        ("--layout", options.layout.is_some()),
+        ("--sensitivity", options.sensitivity.is_some()),
+        ("--depth-weight", options.depth_weight.is_some()),
+        ("--rank-floor", options.rank_floor.is_some()),
+        ("--rank-multiple", options.rank_multiple.is_some()),
+        ("--elastic", options.elastic == Some(true)),
+        ("--share", options.share == Some(true)),
+        ("--center", options.center == Some(true)),
+        ("--sequential", options.sequential == Some(true) || options.anchor.is_some()),
+        ("--fused split", options.fused == Some(Fused::Split)),
+        ("--embeddings", options.embeddings.is_some_and(|embeddings| embeddings != Embeddings::Keep)),
+    ];
+    if let Some((flag, _)) = refused.iter().find(|(_, is_given)| *is_given) {
+        return Err(usage(
+            format!("`{flag}` cannot be combined with `--structure narrow`"),
+            "narrow the model first, and compress the output in a second run",
+        ));
+    }
+    if options.quant.len() > 1 {
+        return Err(usage(
+            "`--structure narrow` takes one quantizer",
+            "narrow the model first, and choose among quantizers in a second run",
+        ));
+    }
+    Ok(())
+}
+
+fn limit(options: &RecipeOptions) -> Result<Limit> {
+    match (options.keep, options.target_size) {
+        (None, None) => Err(usage("`--keep` or `--target-size` is missing", BUDGET_HINT)),
+        (Some(_), Some(_)) => Err(usage("`--keep` cannot be combined with `--target-size`", REMOVE_ONE)),
+        (Some(keep), None) if !(keep > 0.0 && keep <= 1.0) => {
+            Err(usage(format!("`--keep {keep}` is outside (0, 1]"), BUDGET_HINT))
+        }
+        (Some(keep), None) => Ok(Limit::Keep(keep)),
+        (None, Some(size)) if size.as_u64() == 0 => Err(usage("`--target-size` is 0", BUDGET_HINT)),
+        (None, Some(size)) => Ok(Limit::Bytes(size.as_u64())),
+    }
+}
+
+/// The recipe for the linears of the narrower model.
+fn then(options: &RecipeOptions, method: Method) -> Result<Recipe> {
+    let of_compensation = options.compensate.is_some_and(|compensate| compensate.preset().needs() != Needs::default());
+    let needs_text = of_compensation || options.quant.iter().any(|quant| quant.needs_gram() || quant.descends());
+    if needs_text && options.statistics.is_some() && options.calibration.is_none() {
+        return Err(usage(
+            "`--quant` with `--structure narrow` needs `--calibration FILE`: `--statistics` are of the wider model",
+            "give the text too, or an `rtn` quantizer, which needs none",
+        ));
+    }
+    let quantized = RecipeOptions {
+        quant: options.quant.clone(),
+        compensate: options.compensate,
+        compensate_rank: options.compensate_rank,
+        quant_factors: options.quant_factors,
+        targets: options.targets.clone(),
+        exclude: options.exclude.clone(),
+        format: options.format,
+        max_shard_size: options.max_shard_size,
+        ..RecipeOptions::default()
+    };
+    if options.quant.is_empty() {
+        let format = options.format.unwrap_or(Format::Dense);
+        // Other options of quantized bases are refused as without narrower modules.
+        Recipe::new(&RecipeOptions { keep: Some(1.0), format: None, ..quantized })?;
+        if ![Format::Dense, Format::Factored, Format::Gguf].contains(&format) {
+            let message = format!("`--format {}` needs a quantizer", format.name());
+            return Err(usage(message, "add `--quant`, or remove the format for a folder of transformers"));
+        }
+        return Ok(Recipe {
+            approach: Approach::Dense(format),
+            fused: Fused::Joint,
+            targets: Patterns::new("`--targets`", &options.targets)?,
+            exclude: Patterns::new("`--exclude`", &options.exclude)?,
+            max_shard_bytes: max_shard_bytes(options)?,
+        });
+    }
+    match needs_text {
+        false => Recipe::new(&quantized),
+        true => Recipe::new(&RecipeOptions {
+            method: Some(method),
+            damping_input: options.damping_input,
+            damping_output: options.damping_output,
+            clip_gradients: options.clip_gradients.filter(|_| method == Method::Kfac),
+            calibration: options.calibration.clone(),
+            field: options.field.clone(),
+            samples: options.samples,
+            gradient_samples: options.gradient_samples,
+            seq_len: options.seq_len,
+            seed: options.seed,
+            ..quantized
+        }),
+    }
+}
+
+/// Checks that the recipe uses all its data, and has all the data that it uses.
+fn check_data(recipe: &Recipe, options: &RecipeOptions) -> Result<()> {
+    let needs = recipe.needs();
+    let has_data = recipe.calibration().is_some() || recipe.statistics().is_some();
+    if needs != Needs::default() && !has_data {
+        let method = recipe.method().name();
+        return Err(usage(
+            format!("`--method {method}` needs `--calibration FILE` or `--statistics FILE`"),
+            "activations or gradients are used; `--method svd` needs no text",
+        ));
+    }
+    let is_unused = |is_given: bool, is_used: bool| is_given && !is_used;
+    let then_text = recipe.then().is_some_and(|then| then.calibration().is_some());
+    let uses_text = recipe.measures_statistics() || then_text;
+    let uses_statistics = needs != Needs::default();
+    let flag = match () {
+        () if is_unused(options.statistics.is_some(), uses_statistics) => "--statistics",
+        () if is_unused(options.calibration.is_some(), uses_text) => "--calibration",
+        () if is_unused(recipe.clips_gradients(), recipe.measures_statistics() && needs.output_gram) => {
+            "--clip-gradients"
+        }
+        () => return Ok(()),
+    };
+    Err(usage(
+        format!("`{flag}` has no effect in this recipe: nothing in it measures activations or gradients"),
+        "remove it, or choose `--method kfac`",
+    ))
+}

@@ -1,0 +1,180 @@
+//! The parts of a block that may become narrower, and what becomes of the tensors and the config then: channels of a
+//! feed-forward layer, and groups of heads, a head of keys and values with the heads of queries that it serves.
+
+use std::collections::BTreeMap;
+
+use serde_json::{Map, Value};
+
+use super::architectures::table::Architecture;
+use super::config::ModelConfig;
+use super::inventory::{LinearInfo, Stored};
+use super::slot::{Role, Slot};
+use super::text_config;
+use super::widths::Widths;
+
+/// What a unit is made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum UnitKind {
+    /// Channels of a feed-forward layer.
+    Channels,
+    /// Groups of heads.
+    Groups,
+}
+
+/// A part of a block that may become narrower.
+#[derive(Debug, Clone)]
+pub struct NarrowUnit {
+    /// Index of the block.
+    pub block: usize,
+    /// What it is made of.
+    pub kind: UnitKind,
+    /// The linears that make its values, which lose rows.
+    pub makers: Vec<LinearInfo>,
+    /// The linear that reads them, which loses columns.
+    pub reader: LinearInfo,
+    widths: Widths,
+}
+
+impl UnitKind {
+    /// Its name in reports: a channel of the feed-forward layer, or a group of heads.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Channels => "channels",
+            Self::Groups => "groups",
+        }
+    }
+
+    /// The roles of the linears that make its values, and of the linear that reads them.
+    fn roles(self) -> (&'static [Role], Role) {
+        match self {
+            Self::Channels => (&[Role::GateProj, Role::UpProj, Role::GateUpProj], Role::DownProj),
+            Self::Groups => (&[Role::QProj, Role::KProj, Role::VProj, Role::QkvProj], Role::OProj),
+        }
+    }
+}
+
+impl NarrowUnit {
+    /// Number of channels or groups.
+    pub fn width(&self) -> usize {
+        match self.kind {
+            UnitKind::Channels => self.widths.intermediate_size,
+            UnitKind::Groups => self.widths.num_key_value_heads,
+        }
+    }
+
+    /// Columns of the reader that a channel or a group has.
+    pub fn run(&self) -> usize {
+        self.reader.in_features / self.width()
+    }
+
+    /// All of its linears.
+    pub fn linears(&self) -> impl Iterator<Item = &LinearInfo> {
+        self.makers.iter().chain([&self.reader])
+    }
+
+    /// Parameters of its linears in one channel or group.
+    pub fn parameters_each(&self) -> u64 {
+        self.linears().map(LinearInfo::n_parameters).sum::<u64>() / self.width() as u64
+    }
+
+    /// The columns of the reader that stay with these channels or groups.
+    pub fn columns(&self, kept: &[usize]) -> Vec<usize> {
+        runs(kept, self.run())
+    }
+
+    /// The rows of a maker that stay with these channels or groups, ascending.
+    ///
+    /// # Panics
+    /// If the linear does not belong to a block.
+    pub fn rows(&self, maker: &LinearInfo, kept: &[usize], architecture: &Architecture) -> Vec<usize> {
+        let role = maker.id.expect("invariant: linears of a unit have a role").slot.role;
+        let slices = role.slices();
+        if slices.is_empty() {
+            return runs(kept, self.rows_each(role));
+        }
+        let of_slice = |&(slice, _): &(Role, &str)| {
+            let all: Vec<usize> =
+                architecture.rows_of(slice, &self.widths).into_iter().flat_map(|r| r.indices()).collect();
+            runs(kept, self.rows_each(slice)).into_iter().map(move |row| all[row])
+        };
+        let mut rows: Vec<usize> = slices.iter().flat_map(of_slice).collect();
+        rows.sort_unstable();
+        rows
+    }
+
+    /// Rows of a linear of this role in one channel or group.
+    fn rows_each(&self, role: Role) -> usize {
+        self.widths.shape(Slot::shared(role)).0[0] / self.width()
+    }
+}
+
+/// Every index of runs of `run`.
+fn runs(kept: &[usize], run: usize) -> Vec<usize> {
+    kept.iter().flat_map(|&at| at * run..(at + 1) * run).collect()
+}
+
+/// The units of a model whose linears are all among `linears`, by block. Experts have none, and neither have heads
+/// whose number other tensors or loaders fix.
+pub fn units(linears: &[LinearInfo], config: &ModelConfig, architecture: &Architecture) -> Vec<NarrowUnit> {
+    let mut by_place: BTreeMap<(usize, Role), &LinearInfo> = BTreeMap::new();
+    for linear in linears.iter().filter(|linear| !linear.is_low_rank()) {
+        if let Some(id) = linear.id.filter(|id| id.slot.expert.is_none()) {
+            by_place.insert((id.block, id.slot.role), linear);
+        }
+    }
+    let unit = |block: usize, kind: UnitKind| {
+        let (makers, reader) = kind.roles();
+        let widths = config.widths(block);
+        let is_possible = match kind {
+            UnitKind::Channels => widths.num_experts == 0,
+            UnitKind::Groups => architecture.has_free_heads,
+        };
+        let makers = makers.iter().filter(|role| architecture.linears.iter().any(|(own, _)| own == *role));
+        let makers = makers.map(|&role| by_place.get(&(block, role)).map(|&linear| linear.clone()));
+        let makers = makers.collect::<Option<Vec<_>>>().filter(|makers| is_possible && !makers.is_empty())?;
+        let reader = (*by_place.get(&(block, reader))?).clone();
+        Some(NarrowUnit { block, kind, makers, reader, widths })
+    };
+    let kinds = [UnitKind::Groups, UnitKind::Channels];
+    (0..config.num_hidden_layers)
+        .flat_map(|block| kinds.into_iter().filter_map(move |kind| unit(block, kind)))
+        .collect()
+}
+
+/// The dimension of a stored weight that counts the rows of the linear.
+pub fn row_dimension(linear: &LinearInfo) -> usize {
+    usize::from(linear.stored == Stored::DenseTransposed)
+}
+
+/// The dimension of a stored weight that counts the columns of the linear.
+pub fn column_dimension(linear: &LinearInfo) -> usize {
+    1 - row_dimension(linear)
+}
+
+/// A config in which all blocks have these numbers of channels and of groups of heads; `None` leaves a field as it is.
+pub fn narrowed_config(
+    config: &Map<String, Value>,
+    architecture: &Architecture,
+    widths: &Widths,
+    [channels, groups]: [Option<usize>; 2],
+) -> Map<String, Value> {
+    let mut config = config.clone();
+    let fields = text_config::fields_mut(&mut config);
+    let mut set = |ours: &str, value: usize| {
+        let theirs = architecture.aliases.iter().find(|(_, name)| *name == ours).map_or(ours, |(theirs, _)| theirs);
+        fields.insert(theirs.into(), value.into());
+        // Some configs have both names.
+        if fields.contains_key(ours) {
+            fields.insert(ours.into(), value.into());
+        }
+    };
+    if let Some(channels) = channels.filter(|&channels| channels != widths.intermediate_size) {
+        set("intermediate_size", channels);
+    }
+    if let Some(groups) = groups.filter(|&groups| groups != widths.num_key_value_heads) {
+        set("num_attention_heads", groups * widths.num_attention_heads / widths.num_key_value_heads);
+        set("num_key_value_heads", groups);
+        set("head_dim", widths.head_dim);
+    }
+    config
+}
