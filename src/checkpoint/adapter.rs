@@ -175,7 +175,11 @@ impl Adapter {
                 }
             };
             let pair = adapter.factors.entry((module, of)).or_default();
-            pair[if factor == Factor::A { 0 } else { 1 }] = Some(info);
+            let place = &mut pair[if factor == Factor::A { 0 } else { 1 }];
+            if let Some(first) = place.replace(info) {
+                let second = place.as_ref().map_or("", |info| info.name.as_str()).to_string();
+                return Err(adapter.refused(&first.name, format!("`{second}` is the same factor")));
+            }
         }
         if adapter.factors.is_empty() && adapter.whole.is_empty() {
             return Err(CheckpointError::NotAnAdapter { path: adapter.folder, reason: "it holds no tensor".into() });

@@ -109,9 +109,12 @@ impl Checkpoint {
     fn of_files(files: CheckpointFiles, config: Option<Map<String, Value>>, of: Option<OfGguf>) -> Result<Self> {
         let mut shards = files.files.iter().map(|file| Shard::open(file)).collect::<Result<Vec<_>>>()?;
         let is_alone = files.is_file && config.is_none();
+        if of.is_some() && shards.first().is_some_and(|first| is_gguf(first.path())) {
+            shards.iter().try_for_each(expect_gguf)?;
+            gguf::expect_split(&shards)?;
+        }
         let (config, made) = match (config, shards.as_slice(), of) {
             (None, [first, others @ ..], Some(of)) if is_gguf(first.path()) => {
-                shards.iter().try_for_each(expect_gguf)?;
                 let config = gguf::described_config(first, others, of)?;
                 (Some(config), Some(Made::new(of)))
             }
@@ -144,7 +147,7 @@ impl Checkpoint {
             let (shard, shard_idx) = (Shard::open(&path)?, shards.len());
             let adapter = read_header(&shard, shard_idx, config.as_ref(), of)?;
             shards.push(shard);
-            view.adapt(adapter);
+            view.adapt(adapter, &path)?;
         }
         let shared = described::shared(config.as_ref(), &view, &files.root)?;
         let borrowed = view.share(shared);

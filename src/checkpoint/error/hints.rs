@@ -1,7 +1,7 @@
 //! The consequences of an error: a hint for people, and the class that decides the exit code.
 
 use super::super::magic::WEIGHTS;
-use super::super::paths::{INDEX_FILE, folder_of};
+use super::super::paths::{INDEX_FILE, folder_of, is_gguf};
 use super::CheckpointError;
 use crate::codecs::{registry, torch};
 
@@ -32,6 +32,9 @@ impl CheckpointError {
             Json { .. } => "the file must be valid JSON; compare it with the one in the model's repository".into(),
             MissingShard { .. } | FewShards { .. } | TensorAbsentFromShard { .. } => {
                 "the download is incomplete: get the missing shard, or download the repository again".into()
+            }
+            LoneShard { path, .. } if is_gguf(path) => {
+                "put the files that `gguf-split` made in one folder, under the names that it gave them, and give any of them".into()
             }
             LoneShard { path, .. } if [INDEX_FILE, torch::INDEX_FILE].iter().any(|name| folder_of(path).join(name).is_file()) => {
                 format!("give the folder of all shards, `{}`", folder_of(path).display())
