@@ -201,6 +201,14 @@ impl Checkpoint {
         &self.root
     }
 
+    /// The path of the model for messages: a GGUF file is a model by itself, others are the folder.
+    pub fn shown_path(&self) -> &Path {
+        match self.shards.first() {
+            Some(first) if is_gguf(first.path()) && self.is_alone => first.path(),
+            _ => &self.root,
+        }
+    }
+
     /// The content of `config.json` in its own order, if it is there; or the config that a GGUF file describes.
     pub fn config(&self) -> Option<&Map<String, Value>> {
         self.config.as_ref()

@@ -142,7 +142,8 @@ fn describe(parts: &Fields<'_>) -> Result<Described, String> {
     let scheme = Scheme { levels, group: (groups > 1).then_some(group) };
     let order = if is_in_runs { None } else { indices };
     let is_first = version(parts.settings) == VERSIONS[0];
-    let decoder = Arc::new(Gptq { shape: [rows, cols], scheme, groups, order, is_first });
+    let is_asymmetric = parts.settings.get("sym") == Some(&Value::Bool(false));
+    let decoder = Arc::new(Gptq { shape: [rows, cols], scheme, groups, order, is_first, is_asymmetric });
     Ok(Described { shape: vec![rows, cols], dtype: None, decoder })
 }
 
@@ -157,6 +158,8 @@ struct Gptq {
     order: Option<Vec<usize>>,
     /// Whether this is version 1.
     is_first: bool,
+    /// What the settings say, for the report.
+    is_asymmetric: bool,
 }
 
 impl Gptq {
@@ -217,7 +220,8 @@ impl Decoder for Gptq {
 
     fn words(&self) -> String {
         let order = if self.order.is_some() { "-desc_act" } else { "" };
-        format!("{}{order}", self.scheme)
+        let asymmetric = if self.is_asymmetric { "-asym" } else { "" };
+        format!("{}{asymmetric}{order}", self.scheme)
     }
 }
 

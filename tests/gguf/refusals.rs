@@ -132,6 +132,34 @@ fn unknown_tokenizers_are_named_when_they_are_needed() {
     }
 }
 
+/// A fault of a model without a config is named by the file and its key.
+#[test]
+fn configs_from_metadata_are_refused_by_their_keys() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = file(folder.path(), &[("llama.attention.head_count", Value::U32(0))], 0);
+    let text = common::HELD_OUT;
+    let run = common::lrc(&["eval", path(&file), "--text", text]);
+    assert_eq!(run.code, 4, "{}", run.stderr);
+    for part in ["m.gguf`", "`num_attention_heads` is `llama.attention.head_count`"] {
+        assert!(run.stderr.contains(part), "{part}: {}", run.stderr);
+    }
+    assert!(!run.stderr.contains("config.json"), "{}", run.stderr);
+}
+
+/// A quantized file is called by its name, and a name that ends like a file is no model of the hub.
+#[test]
+fn files_are_called_by_their_names() {
+    let folder = tempfile::tempdir().unwrap();
+    let export = folder.path().join("export");
+    common::ok(&["compress", common::FIXTURE, "-o", path(&export), "--format", "gguf", "--quant", "q4_0", "-q"]);
+    let file = super::alone(folder.path(), &export);
+    let out = folder.path().join("out");
+    let run = common::lrc(&["compress", path(&file), "-o", path(&out), "--keep", "0.8"]);
+    assert!(run.code == 2 && run.stderr.contains("m.gguf` are quantized"), "{}", run.stderr);
+    let run = common::lrc(&["inspect", "models/missing.gguf"]);
+    assert!(run.code == 4 && run.stderr.contains("there is no such file"), "{}", run.stderr);
+}
+
 #[test]
 fn one_file_is_chosen_of_a_folder() {
     let folder = tempfile::tempdir().unwrap();

@@ -45,7 +45,11 @@ impl CheckpointError {
                 "if the model shares its embeddings, `config.json` must say `\"tie_word_embeddings\": true`".into()
             }
             TensorAbsent { .. } => "check that all shards are there and that `model_type` in `config.json` is right".into(),
+            Shape { path, fields, .. } if is_gguf(path) => {
+                format!("check {fields} in `config.json`, or the metadata of the file if there is none")
+            }
             Shape { fields, .. } => format!("check {fields} in `config.json`"),
+            Dtype { dtype, .. } if dtype == "F64" => "cast the weights to 32 or 16 bits first: `tensor.float()` in Python".into(),
             Dtype { .. } => "dequantize quantized checkpoints first, or give unquantized 16- or 32-bit weights".into(),
             Quantized { .. } => {
                 let names: Vec<&str> = registry::names().collect();

@@ -131,6 +131,18 @@ pub fn of_metadata(description: &Description<'_>, family: &Family) -> Result<Map
     Ok(fields)
 }
 
+/// The keys of a GGUF file for the fields of a config that a message names, in words; `None` if it names none.
+pub fn keys_in(message: &str, architecture: &Architecture) -> Option<String> {
+    let family = architecture.gguf.as_ref()?;
+    let key = |field: &&Field| {
+        let own = architecture.aliases.iter().filter(|(_, common)| *common == field.name).map(|(own, _)| *own);
+        let name = own.chain([field.name]).find(|name| message.contains(&format!("`{name}`")))?;
+        Some(format!("`{name}` is `{}.{}`", family.architecture, field.key))
+    };
+    let keys: Vec<String> = FIELDS.iter().filter(|field| has(family, field)).filter_map(|field| key(&field)).collect();
+    (!keys.is_empty()).then(|| keys.join(", "))
+}
+
 /// The number with the fewest digits that is this f32: files have numbers of configs in f32.
 pub(super) fn shortest(x: f32) -> Json {
     x.to_string().parse::<f64>().map_or(Json::Null, Json::from)
