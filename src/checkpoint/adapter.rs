@@ -8,8 +8,8 @@ use super::computed::Computed;
 use super::error::{CheckpointError, Result};
 use super::files::read_config;
 use super::index;
-use super::json;
 use super::joined::{ADAPTER, Joined};
+use super::json;
 use super::open::Checkpoint;
 use super::reader::Shard;
 use super::tensor::{Encoded, TensorInfo};
@@ -172,11 +172,8 @@ impl Adapter {
         }
         let config =
             read_config(&config_file)?.ok_or_else(|| not_one(&format!("it has no `{}`", peft::CONFIG_FILE)))?;
-        let settings =
-            Settings::read(&config).map_err(|reason| CheckpointError::NotAnAdapter {
-                path: config_file,
-                reason: json::unmarked(&reason),
-            })?;
+        let settings = Settings::read(&config)
+            .map_err(|reason| CheckpointError::NotAnAdapter { path: config_file, reason: json::unmarked(&reason) })?;
         let file = folder.join(peft::WEIGHTS_FILE);
         if !file.exists() {
             return Err(not_one(&format!("it has no `{}`", peft::WEIGHTS_FILE)));

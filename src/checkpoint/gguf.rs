@@ -143,8 +143,7 @@ pub(super) fn read_header(
     let stored: Vec<&Entry> = header.tensors.iter().filter(|entry| !gguf::is_rope_factors(&entry.name)).collect();
     let mut tensors = stored.iter().map(|entry| source.tensor(entry)).collect::<Result<Vec<_>>>()?;
     let places = tensors.iter().zip(&stored).map(|(info, entry)| ((info.begin, info.end), entry.name.as_str()));
-    gguf::expect_apart(places.collect())
-        .map_err(|reason| CheckpointError::GgufHeader { path: path.into(), reason })?;
+    gguf::expect_apart(places.collect()).map_err(|reason| CheckpointError::GgufHeader { path: path.into(), reason })?;
     tensors.sort_by_key(|info| info.begin);
     Ok(tensors)
 }

@@ -301,11 +301,12 @@ mod tests {
         let of = |group: Option<usize>, desc_act: bool| {
             let scheme = Scheme { levels: Levels::Int { bits: 4, symmetric: true }, group };
             let tensors = file_of(&matrix(8, 64, scheme, 1));
-            let settings = json!({"bits": 4, "group_size": group, "desc_act": desc_act});
-            described(&METHOD, ".qweight", &tensors[..3], &settings).map(|_| ())
+            let settings = json!({"bits": 4, "group_size": group, "desc_act": desc_act, "sym": group.is_none()});
+            described(&METHOD, ".qweight", &tensors[..3], &settings).map(|described| described.decoder.words())
         };
         assert!(of(Some(32), true).unwrap_err().contains("its `g_idx` is absent"));
-        assert_eq!((of(Some(32), false), of(None, true)), (Ok(()), Ok(())));
+        assert_eq!(of(Some(32), false), Ok("int4-g32-asym".into()));
+        assert_eq!(of(None, true), Ok("int4-channel".into()));
     }
 
     #[test]

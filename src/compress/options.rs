@@ -232,7 +232,8 @@ recipe_options! {
     /// Let biases take up what compression changes in the mean output [default: false]
     ///
     /// Linears with a bias are approximated for inputs without their mean, and get the bias that is best for the
-    /// result. The error is never larger, and the size is the same. It needs `--calibration` or `--statistics`.
+    /// result. The error of the outputs is never larger, and the size is the same; `relative_error` is then relative to
+    /// outputs without their mean. It needs `--calibration` or `--statistics`.
     center: Option<bool>, "Method" [
         num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL", hide_short_help = true
     ],

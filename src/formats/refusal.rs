@@ -51,22 +51,20 @@ pub(super) fn of_linears(
     };
     let is_of_blocks =
         |(_, forms): &(LinearInfo, Forms)| matches!(forms.base.and_then(|base| base.storage), Some(Storage::Block(_)));
-    Some(
-        Failure::unsupported(message).hint(
-            match (modules.iter().all(is_of_blocks), dividing_group(modules, &refused)) {
-                (true, _) => format!(
-                    "`--format gguf` stores these blocks; codes for this format are made from weights, as by \
+    Some(Failure::unsupported(message).hint(
+        match (modules.iter().all(is_of_blocks), dividing_group(modules, &refused)) {
+            (true, _) => format!(
+                "`--format gguf` stores these blocks; codes for this format are made from weights, as by \
                      `lrc compress --quant rtn-int4-{}`",
-                    group_of_all(modules)
-                ),
-                (false, Some(group)) => {
-                    let others = hint(format, &refused, &stored);
-                    format!("end the quantizer in `-g{group}`, which divides all inputs; {others}")
-                }
-                (false, None) => hint(format, &refused, &stored),
-            },
-        ),
-    )
+                group_of_all(modules)
+            ),
+            (false, Some(group)) => {
+                let others = hint(format, &refused, &stored);
+                format!("end the quantizer in `-g{group}`, which divides all inputs; {others}")
+            }
+            (false, None) => hint(format, &refused, &stored),
+        },
+    ))
 }
 
 /// The largest group that divides the inputs of all `refused` linears, if their own does not.

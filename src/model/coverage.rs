@@ -49,7 +49,8 @@ pub fn missing(checkpoint: &Checkpoint) -> Option<String> {
 /// See [`missing`].
 pub fn expect_whole(checkpoint: &Checkpoint) -> Result<()> {
     const HINT: &str = "check that all shards are there, and `num_hidden_layers` and `model_type` in `config.json`";
-    const OF_GGUF: &str = "check that the file is whole, and `general.architecture` and the block count in its metadata";
+    const OF_GGUF: &str =
+        "check that the file is whole, and `general.architecture` and the block count in its metadata";
     let hint = if checkpoint.is_described() { OF_GGUF } else { HINT };
     missing(checkpoint).map_or(Ok(()), |missing| Err(Failure::unsupported(missing).hint(hint).into()))
 }

@@ -29,10 +29,10 @@ fn file(folder: &Path, extra: Extra<'_>, type_id: u32) -> PathBuf {
     ];
     let is_given = |key: &str| extra.iter().any(|(other, _)| *other == key);
     let kept = usual.into_iter().filter(|(key, _)| !is_given(key));
-    let metadata: Vec<(String, Value)> =
-        kept.chain(extra.iter().filter(|(_, value)| *value != ABSENT).cloned())
-            .map(|(key, value)| (key.to_string(), value))
-            .collect();
+    let metadata: Vec<(String, Value)> = kept
+        .chain(extra.iter().filter(|(_, value)| *value != ABSENT).cloned())
+        .map(|(key, value)| (key.to_string(), value))
+        .collect();
     let element = Element::Plain(Dtype::F32);
     let tensors = [GgufTensor { name: "token_embd.weight".into(), element, shape: vec![2, 32] }];
     let (mut bytes, offsets) = write(&metadata, &tensors);

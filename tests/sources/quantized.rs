@@ -271,7 +271,8 @@ fn codes_beside_their_weight_and_parts_without_codes_are_refused() {
         }
     };
     let zeros = [0; 32];
-    for (case, codes) in [("gptq-4-v1", "m.qweight"), ("awq", "m.qweight"), ("compressed-int4-g16", "m.weight_packed")] {
+    for (case, codes) in [("gptq-4-v1", "m.qweight"), ("awq", "m.qweight"), ("compressed-int4-g16", "m.weight_packed")]
+    {
         let mut tensors = of_case(&all, case);
         tensors.push(("m.weight".into(), TensorView::new(safetensors::Dtype::F32, vec![2, 4], &zeros).unwrap()));
         check(case, tensors, &[&format!("tensor `{codes}`"), "`m.weight`"]);

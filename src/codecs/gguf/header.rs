@@ -57,7 +57,9 @@ pub fn unread(file: &[u8]) -> Option<String> {
     match version {
         2 | 3 => None,
         1 | 4..=99 => Some(format!("it has version {version} of GGUF, and versions 2 and 3 are read")),
-        swapped if (1..=99).contains(&swapped.swap_bytes()) => Some("it has the byte order of big-endian machines".into()),
+        swapped if (1..=99).contains(&swapped.swap_bytes()) => {
+            Some("it has the byte order of big-endian machines".into())
+        }
         _ => None,
     }
 }

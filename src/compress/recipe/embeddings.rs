@@ -32,7 +32,8 @@ fn obstacle(options: &RecipeOptions, basics: &Basics, embeddings: Embeddings) ->
     let (reason, hint) = match basics {
         _ if !basics.format.exporter().reads_coded_tables() => {
             let format = basics.format.name();
-            let reason = format!("cannot be combined with `--format {format}`, whose loaders read embeddings in floats");
+            let reason =
+                format!("cannot be combined with `--format {format}`, whose loaders read embeddings in floats");
             return Some((reason, "choose `--format factored`, `dense` or `gguf`"));
         }
         Basics { format: Format::Gguf, .. } if embeddings == Embeddings::Factor => {
@@ -52,10 +53,9 @@ fn obstacle(options: &RecipeOptions, basics: &Basics, embeddings: Embeddings) ->
             "cannot be combined with measured sensitivities, whose trials are of linears in blocks",
             "add `--sensitivity second-order` or `energy`",
         ),
-        Basics { anchor: Some(_), .. } if options.sequential.is_none() => (
-            "cannot be combined with `--anchor`, which compresses block by block",
-            "remove one of the two",
-        ),
+        Basics { anchor: Some(_), .. } if options.sequential.is_none() => {
+            ("cannot be combined with `--anchor`, which compresses block by block", "remove one of the two")
+        }
         Basics { anchor: Some(_), .. } => {
             ("cannot be combined with `--sequential`, which goes block by block", "remove one of the two")
         }

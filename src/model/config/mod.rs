@@ -211,7 +211,8 @@ fn in_common_words(fields: &Map<String, Value>, architecture: &Architecture) -> 
 fn of_metadata(fault: &anyhow::Error, architecture: &Architecture) -> anyhow::Error {
     let message = error::message(fault);
     let keys = gguf::keys_in(&message, architecture).map_or(String::new(), |keys| format!(", where {keys}"));
-    let hint = format!("its config is made of its metadata{keys}; give the Hugging Face checkpoint that it was made of");
+    let hint =
+        format!("its config is made of its metadata{keys}; give the Hugging Face checkpoint that it was made of");
     Failure::unsupported(message).hint(hint).into()
 }
 
