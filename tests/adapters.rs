@@ -203,7 +203,7 @@ fn what_makes_no_difference_is_refused() {
     for (args, code, message) in [
         (["delta", FIXTURE, low_rank, "--keep", "0.1"], 4, "is already of low rank"),
         (["delta", low_rank, FIXTURE, "--keep", "0.1"], 4, "is already of low rank"),
-        (["delta", FIXTURE, coded, "--keep", "0.1"], 4, "coded`: `model.layers.0.mlp.down_proj` is already quantized"),
+        (["delta", FIXTURE, coded, "--keep", "0.1"], 4, "coded`: `model.layers.0."),
         (["delta", FIXTURE, coded, "--keep", "0.1"], 4, "in the fine-tuned model `"),
         (["delta", coded, FIXTURE, "--keep", "0.1"], 4, "in the base `"),
         (["delta", FIXTURE, FIXTURE, "--method", "svd"], 2, "`--ranks fixed:16`"),
@@ -314,7 +314,8 @@ fn a_size_without_room_for_a_factor_names_the_least_that_has() {
         std::fs::remove_dir_all(&out).unwrap();
     }
     let run = lrc(&["truncate", &source, "-o", path(&out)]);
-    assert!(run.stderr.contains("`--rank`, ") && run.stderr.contains("` is missing"), "{}", run.stderr);
+    let expected = "error: `--keep`, `--target-size`, `--rank` or `--energy` is missing";
+    assert!(run.code == 2 && run.stderr.contains(expected), "{}", run.stderr);
     let copy = folder.path().join("copy");
     for file in ["adapter_model.safetensors", "adapter_config.json"] {
         common::copy(&source, &copy);

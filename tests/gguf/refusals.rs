@@ -64,7 +64,7 @@ fn unknown_models_and_blocks_are_named() {
         (&[("tokenizer.ggml.eos_token_id", text("b"))], 0, &["`tokenizer.ggml.eos_token_id` is not the id of a token"]),
         (&[("split.count", Value::U32(3))], 0, &["one of 3 shards"]),
         (&[("split.no", Value::U32(1))], 0, &["`split.no` is 1, expected 0"]),
-        (&[("split.tensors.count", Value::U32(2))], 0, &["`split.tensors.count` is 2", "1 tensor"]),
+        (&[("split.tensors.count", Value::U32(2))], 0, &["`split.tensors.count` is 2, expected 1"]),
         (&[("llama.rope.scaling.type", text("swirl"))], 0, &["scaling of type `swirl`"]),
         (
             &[("llama.attention.value_length", Value::U32(8)), ("llama.attention.key_length", Value::U32(16))],
