@@ -132,7 +132,10 @@ impl View {
     /// Refuses parts of codes without the tensor that every weight in their layout has.
     fn expect_no_rest(&self, layout: &CodeLayout, path: &Path) -> Result<()> {
         // Scales of activations may be on their own.
-        let is_of_codes = |part: &&&str| ![layout.key, layout.shown].contains(part) && !part.contains("input");
+        let is_of_codes = |part: &&&str| {
+            ![layout.key, layout.shown].contains(part)
+                && !["input", "activation"].iter().any(|word| part.contains(word))
+        };
         let parts = layout.parts.iter().filter(is_of_codes);
         let left = parts.flat_map(|part| self.stems_with(part).into_iter().map(move |stem| format!("{stem}{part}")));
         match left.into_iter().next() {

@@ -305,7 +305,7 @@ mod tests {
             described(&METHOD, ".weight_packed", &tensors, &json!({"config_groups": groups})).map(|_| ())
         };
         let asymmetric = json!({"num_bits": 4, "symmetric": false});
-        assert!(of(&[asymmetric.clone()]).unwrap_err().contains("its `weight_zero_point` is absent"));
+        assert!(of(std::slice::from_ref(&asymmetric)).unwrap_err().contains("its `weight_zero_point` is absent"));
         let ordered = json!({"num_bits": 4, "symmetric": true, "actorder": "group"});
         assert!(of(&[ordered]).unwrap_err().contains("its `weight_g_idx` is absent"));
         // Another group may be the weight's; one of other bits is not.
