@@ -35,6 +35,27 @@ fn a_merged_adapter_has_the_logits_of_peft() {
     }
 }
 
+/// PEFT goes by the class of a layer: it corrects an adapter that says otherwise.
+#[test]
+fn matrices_have_the_order_of_their_family_whatever_an_adapter_says() {
+    let folder = tempfile::tempdir().unwrap();
+    let cases: Value = serde_json::from_str(include_str!("oracles/adapters.json")).unwrap();
+    for (name, wrong) in [("conv1d", false), ("patterns", true)] {
+        let changed = folder.path().join(name);
+        common::copy(&oracle(name), &changed);
+        let file = changed.join("adapter_config.json");
+        let mut config: Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+        config["fan_in_fan_out"] = json!(wrong);
+        std::fs::write(&file, config.to_string()).unwrap();
+        let base = || open(Path::new(cases[name]["base"].as_str().unwrap())).unwrap();
+        let [found, expected] =
+            [&changed, Path::new(&oracle(name))].map(|adapter| with_adapter(base(), adapter).unwrap());
+        for info in expected.tensors() {
+            assert!(found.values(&info.name).unwrap() == expected.values(&info.name).unwrap(), "{name}: {}", info.name);
+        }
+    }
+}
+
 #[test]
 fn an_adapter_is_part_of_the_model_in_every_command() {
     let folder = tempfile::tempdir().unwrap();
@@ -182,8 +203,10 @@ fn what_makes_no_difference_is_refused() {
     for (args, code, message) in [
         (["delta", FIXTURE, low_rank, "--keep", "0.1"], 4, "is already of low rank"),
         (["delta", low_rank, FIXTURE, "--keep", "0.1"], 4, "is already of low rank"),
-        (["delta", FIXTURE, coded, "--keep", "0.1"], 4, "is already quantized"),
-        (["delta", coded, FIXTURE, "--keep", "0.1"], 4, "is already quantized"),
+        (["delta", FIXTURE, coded, "--keep", "0.1"], 4, "coded`: `model.layers.0."),
+        (["delta", FIXTURE, coded, "--keep", "0.1"], 4, "in the fine-tuned model `"),
+        (["delta", coded, FIXTURE, "--keep", "0.1"], 4, "in the base `"),
+        (["delta", FIXTURE, FIXTURE, "--method", "svd"], 2, "`--ranks fixed:16`"),
         (["delta", FIXTURE, FIXTURE, "--keep", "0.1"], 4, "differs from the linear of"),
         (["delta", "fixtures/pico-llama", FIXTURE, "--keep", "0.1"], 4, "expected"),
         (["delta", FIXTURE, FIXTURE, "--keep", "1"], 2, "`--keep 1`"),
@@ -250,6 +273,7 @@ fn an_adapter_that_does_not_fit_is_refused_by_the_name_of_its_tensor() {
         (good.clone(), and("base_model.model.model.norm.weight", &[23]), "its shape is [23]"),
         (good.clone(), and(MAGNITUDE, &[32]), "lora_magnitude_vector"),
         (good.clone(), vec![], "no tensor"),
+        (good.clone(), and(&A["base_model.model.".len()..], &[2, 24]), "is the same factor"),
     ];
     for (i, (config, tensors, message)) in cases.iter().enumerate() {
         let adapter = folder.path().join(i.to_string());
@@ -264,6 +288,42 @@ fn an_adapter_that_does_not_fit_is_refused_by_the_name_of_its_tensor() {
     std::fs::remove_file(fine.join("adapter_config.json")).unwrap();
     let run = lrc(&["inspect", "fixtures/pico-llama", "--adapter", path(&fine)]);
     assert!(run.code == 4 && run.stderr.contains("adapter_config.json"), "{}", run.stderr);
+    // Numbers that JSON has no word for, a file in place of a folder, and nothing at all.
+    let config = good.to_string().replace("4", "NaN");
+    std::fs::write(fine.join("adapter_config.json"), config).unwrap();
+    let (file, nothing) = (fine.join("adapter_model.safetensors"), folder.path().join("nothing"));
+    for (adapter, message) in [(&fine, "number `NaN`"), (&file, "is not a folder"), (&nothing, "no such folder")] {
+        let run = lrc(&["inspect", "fixtures/pico-llama", "--adapter", path(adapter)]);
+        assert!(run.code == 4 && run.stderr.contains(message), "{message}: {}", run.stderr);
+        assert!(run.stderr.contains("hint: give the folder of a LoRA adapter"), "{}", run.stderr);
+    }
+}
+
+/// Sizes that are too small name their flag and the least that serves, which does.
+#[test]
+fn a_size_without_room_for_a_factor_names_the_least_that_has() {
+    let folder = tempfile::tempdir().unwrap();
+    let (source, out) = (oracle("patterns"), folder.path().join("out"));
+    for [flag, size] in [["--target-size", "300B"], ["--keep", "0.0001"]] {
+        let truncate = |size: &str| lrc(&["truncate", &source, "-o", path(&out), flag, size]);
+        let run = truncate(size);
+        assert!(run.code == 2 && run.stderr.contains(&format!("error: `{flag} ")), "{}", run.stderr);
+        let least = run.stderr.split(&format!("at least `{flag} ")).nth(1).unwrap().split('`').next().unwrap();
+        let run = truncate(least);
+        assert!(run.code == 0, "{least}: {}", run.stderr);
+        std::fs::remove_dir_all(&out).unwrap();
+    }
+    let run = lrc(&["truncate", &source, "-o", path(&out)]);
+    let expected = "error: `--keep`, `--target-size`, `--rank` or `--energy` is missing";
+    assert!(run.code == 2 && run.stderr.contains(expected), "{}", run.stderr);
+    let copy = folder.path().join("copy");
+    for file in ["adapter_model.safetensors", "adapter_config.json"] {
+        common::copy(&source, &copy);
+        std::fs::remove_file(copy.join(file)).unwrap();
+        let run = lrc(&["truncate", path(&copy), "-o", path(&out), "--rank", "1"]);
+        assert!(run.code == 4 && run.stderr.contains(&format!("it has no `{file}`")), "{}", run.stderr);
+        std::fs::remove_dir_all(&copy).unwrap();
+    }
 }
 
 /// scale · B A of a module (m, n), row-major.

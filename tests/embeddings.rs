@@ -136,6 +136,17 @@ fn a_target_size_counts_on_the_table_and_is_met() {
     assert!(read(&output) == read(&again));
 }
 
+/// Below a keep of 0.7 the sequential mode is the default, but not with embeddings, which nobody can have with it.
+#[test]
+fn embeddings_that_are_asked_for_come_before_the_default_of_the_sequential_mode() {
+    let folder = tempfile::tempdir().unwrap();
+    let windows = ["--calibration", TRAIN, "--samples", "2", "--seq-len", "32"];
+    let flags = ["--keep", "0.6", "--embeddings", "auto"];
+    let report = compressed(&folder.path().join("out"), &[&flags[..], &windows].concat());
+    assert_eq!(report["recipe"]["embeddings"], "auto");
+    assert_eq!(report["recipe"]["sequential"], false);
+}
+
 #[test]
 fn what_embeddings_cannot_be_is_refused() {
     let folder = tempfile::tempdir().unwrap();
@@ -152,6 +163,9 @@ fn what_embeddings_cannot_be_is_refused() {
             "only kfac measures",
         ),
         (&["--keep", "0.5", "--calibration", TRAIN, "--sequential", "--embeddings", "auto"], "block by block"),
+        (&["--keep", "0.5", "--calibration", TRAIN, "--anchor", "0.3", "--embeddings", "auto"], "with `--anchor`"),
+        (&["--quant", "rtn-int4", "--format", "gptq", "--embeddings", "quantize"], "`--embeddings quantize` cannot"),
+        (&["--quant", "rtn-int4", "--format", "gptq", "--embeddings", "quantize"], "with `--format gptq`"),
     ] {
         let run = lrc(&[&["compress", FIXTURE, "-o", path(&out)], flags].concat());
         assert!(run.code == 2 && run.stderr.contains(expected), "{flags:?}: {}", run.stderr);

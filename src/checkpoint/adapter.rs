@@ -10,6 +10,7 @@ use super::error::{CheckpointError, Result};
 use super::files::read_config;
 use super::index;
 use super::joined::{ADAPTER, Joined};
+use super::json;
 use super::open::Checkpoint;
 use super::reader::Shard;
 use super::tensor::{Encoded, TensorInfo};
@@ -36,11 +37,17 @@ struct Adapter {
 
 impl Checkpoint {
     /// The model with the adapter in `folder`. `tied` names the table of embeddings and the head if the model stores
-    /// only the table: an adapter that changes it leaves the head as it was, as in PEFT.
+    /// only the table: an adapter that changes it leaves the head as it was, as in PEFT. `fan` gives the order in which
+    /// the family of the model stores the matrix of a module, if it is known; PEFT goes by it whatever the adapter says.
     ///
     /// # Errors
     /// The folder holds no LoRA adapter that is read, or a tensor of it does not fit the model.
-    pub fn with_adapter(mut self, folder: &Path, tied: Option<&[String; 2]>) -> Result<Self> {
+    pub fn with_adapter(
+        mut self,
+        folder: &Path,
+        tied: Option<&[String; 2]>,
+        fan: impl Fn(&str) -> Option<Fan>,
+    ) -> Result<Self> {
         let (adapter, shard) = Adapter::open(folder, self.shards.len())?;
         let files = vec![folder.join(peft::CONFIG_FILE)];
         self.join(
@@ -57,7 +64,7 @@ impl Checkpoint {
             }
         }
         for ((module, of), pair) in &adapter.factors {
-            self.merge(&adapter, module, *of, pair)?;
+            self.merge(&adapter, (module, *of), pair, &fan)?;
         }
         if let (Some([table, head]), Some(before)) = (tied, before)
             && self.tensors[table] != before
@@ -70,7 +77,13 @@ impl Checkpoint {
     }
 
     /// Merges the factors of a module.
-    fn merge(&mut self, adapter: &Adapter, module: &str, of: Of, pair: &[Option<TensorInfo>; 2]) -> Result<()> {
+    fn merge(
+        &mut self,
+        adapter: &Adapter,
+        (module, of): (&str, Of),
+        pair: &[Option<TensorInfo>; 2],
+        fan: &dyn Fn(&str) -> Option<Fan>,
+    ) -> Result<()> {
         let [Some(a), Some(b)] = pair else {
             let [present, absent] = if pair[0].is_some() { ["A", "B"] } else { ["B", "A"] };
             let tensor = pair.iter().flatten().next().map_or(module, |info| info.name.as_str());
@@ -91,8 +104,8 @@ impl Checkpoint {
         // Codes are presented as (out, in) in every family.
         let fan = match of {
             Of::Table => Fan::InOut,
-            Of::Linear if base.is_plain() => adapter.settings.fan,
-            Of::Linear => Fan::OutIn,
+            Of::Linear if base.is_out_in() => Fan::OutIn,
+            Of::Linear => fan(name.trim_end_matches(".weight")).unwrap_or(adapter.settings.fan),
         };
         let expected = if fan == Fan::InOut { [n, m] } else { [m, n] };
         if base.shape != expected || !cast::is_float(base.dtype) {
@@ -158,10 +171,13 @@ impl Adapter {
     fn open(folder: &Path, shard_idx: usize) -> Result<(Self, Shard)> {
         let config_file = folder.join(peft::CONFIG_FILE);
         let not_one = |reason: &str| CheckpointError::NotAnAdapter { path: folder.into(), reason: reason.into() };
+        if !folder.is_dir() {
+            return Err(not_one(if folder.exists() { "it is not a folder" } else { "there is no such folder" }));
+        }
         let config =
             read_config(&config_file)?.ok_or_else(|| not_one(&format!("it has no `{}`", peft::CONFIG_FILE)))?;
-        let settings =
-            Settings::read(&config).map_err(|reason| CheckpointError::NotAnAdapter { path: config_file, reason })?;
+        let settings = Settings::read(&config)
+            .map_err(|reason| CheckpointError::NotAnAdapter { path: config_file, reason: json::unmarked(&reason) })?;
         let file = folder.join(peft::WEIGHTS_FILE);
         if !file.exists() {
             return Err(not_one(&format!("it has no `{}`", peft::WEIGHTS_FILE)));
@@ -179,7 +195,11 @@ impl Adapter {
                 }
             };
             let pair = adapter.factors.entry((module, of)).or_default();
-            pair[if factor == Factor::A { 0 } else { 1 }] = Some(info);
+            let place = &mut pair[if factor == Factor::A { 0 } else { 1 }];
+            if let Some(first) = place.replace(info) {
+                let second = place.as_ref().map_or("", |info| info.name.as_str()).to_string();
+                return Err(adapter.refused(&first.name, format!("`{second}` is the same factor")));
+            }
         }
         if adapter.factors.is_empty() && adapter.whole.is_empty() {
             return Err(CheckpointError::NotAnAdapter { path: adapter.folder, reason: "it holds no tensor".into() });

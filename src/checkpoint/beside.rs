@@ -59,6 +59,11 @@ impl Checkpoint {
         self.path(CONFIG_FILE)
     }
 
+    /// Whether the config is made of the metadata of a GGUF file.
+    pub fn is_described(&self) -> bool {
+        self.made.is_some()
+    }
+
     /// The files beside the weights that are not in the folder but made from the metadata of a GGUF file.
     ///
     /// # Errors

@@ -94,7 +94,11 @@ impl CheckpointFiles {
             return Ok(Self { root, files: vec![path.into()], index: None, is_file: true });
         }
         if !path.exists() {
-            return refuse("there is no such folder");
+            return refuse(if is_weight_file(&file_name(path)) {
+                "there is no such file"
+            } else {
+                "there is no such folder"
+            });
         }
         if !path.is_dir() {
             return refuse("it is neither a folder nor a regular file");

@@ -55,7 +55,42 @@ pub(super) fn described_config(first: &Shard, others: &[Arc<Shard>], of: OfGguf)
         .map_err(|reason| CheckpointError::ForeignGguf { path: path.into(), reason })
 }
 
+/// Checks that these are all files of a model, in their order, as far as their metadata say.
+///
+/// # Errors
+/// A file is damaged, or `split.count`, `split.no` or `split.tensors.count` of one says otherwise.
+pub(super) fn expect_split(shards: &[Arc<Shard>]) -> Result<()> {
+    let headers = shards.iter().map(|shard| header(shard.path(), shard.bytes())).collect::<Result<Vec<_>>>()?;
+    let n_tensors: usize = headers.iter().map(|header| header.tensors.len()).sum();
+    for (number, (shard, header)) in shards.iter().zip(&headers).enumerate() {
+        let (path, description) = (shard.path(), Description::new(shard.bytes(), header));
+        // Files that were joined again have a count of 0.
+        let count = description.count("split.count").map(|count| count.max(1));
+        if let Some(count) = count.filter(|&count| count > 1 && shards.len() == 1) {
+            let count = usize::try_from(count).unwrap_or(usize::MAX);
+            return Err(CheckpointError::LoneShard { path: path.into(), count });
+        }
+        let wrong = |key: &str, found: u64, expected: String| CheckpointError::ForeignGguf {
+            path: path.into(),
+            reason: format!("`{key}` is {found}, expected {expected}"),
+        };
+        if let Some(count) = count.filter(|&count| count != shards.len() as u64) {
+            return Err(wrong("split.count", count, format!("{}, the number of files", shards.len())));
+        }
+        if let Some(no) = description.count("split.no").filter(|&no| no != number as u64) {
+            return Err(wrong("split.no", no, number.to_string()));
+        }
+        if let Some(count) = description.count("split.tensors.count").filter(|&count| count != n_tensors as u64) {
+            return Err(wrong("split.tensors.count", count, format!("{n_tensors}, the number of tensors")));
+        }
+    }
+    Ok(())
+}
+
 fn header(path: &Path, file: &[u8]) -> Result<Header> {
+    if let Some(reason) = gguf::unread(file) {
+        return Err(CheckpointError::ForeignGguf { path: path.into(), reason });
+    }
     gguf::read(file).map_err(|reason| CheckpointError::GgufHeader { path: path.into(), reason })
 }
 
@@ -108,13 +143,12 @@ pub(super) fn read_header(
     config: &Map<String, Value>,
     of: OfGguf,
 ) -> Result<Vec<TensorInfo>> {
-    let broken = |reason: String| CheckpointError::GgufHeader { path: path.into(), reason };
-    let header = gguf::read(file).map_err(broken)?;
+    let header = header(path, file)?;
     let source = Source { path, len: file.len(), shard_idx, header: &header, config, of };
     let stored: Vec<&Entry> = header.tensors.iter().filter(|entry| !gguf::is_rope_factors(&entry.name)).collect();
     let mut tensors = stored.iter().map(|entry| source.tensor(entry)).collect::<Result<Vec<_>>>()?;
     let places = tensors.iter().zip(&stored).map(|(info, entry)| ((info.begin, info.end), entry.name.as_str()));
-    gguf::expect_apart(places.collect()).map_err(broken)?;
+    gguf::expect_apart(places.collect()).map_err(|reason| CheckpointError::GgufHeader { path: path.into(), reason })?;
     tensors.sort_by_key(|info| info.begin);
     Ok(tensors)
 }

@@ -42,6 +42,16 @@ pub fn text(value: &impl Serialize) -> serde_json::Result<String> {
     Ok(text)
 }
 
+/// A message of serde about a value of a config, with numbers that are not finite as Python names them.
+pub fn unmarked(message: &str) -> String {
+    let mark = MARK.escape_debug().to_string();
+    let mut message = message.to_string();
+    for name in NAMES {
+        message = message.replace(&format!("string \"{mark}{name}\""), &format!("number `{name}`"));
+    }
+    message.replace(&mark, "").replace(MARK, "")
+}
+
 /// The bytes without a byte-order mark, and with the word of `spelling` for every number that serde does not know.
 fn with_non_finite_as(bytes: &[u8], spelling: impl Fn(&str) -> String) -> Vec<u8> {
     let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes);

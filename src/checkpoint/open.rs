@@ -109,9 +109,12 @@ impl Checkpoint {
     fn of_files(files: CheckpointFiles, config: Option<Map<String, Value>>, of: Option<OfGguf>) -> Result<Self> {
         let mut shards = files.files.iter().map(|file| Ok(Arc::new(Shard::open(file)?))).collect::<Result<Vec<_>>>()?;
         let is_alone = files.is_file && config.is_none();
+        if of.is_some() && shards.first().is_some_and(|first| is_gguf(first.path())) {
+            shards.iter().try_for_each(|shard| expect_gguf(shard))?;
+            gguf::expect_split(&shards)?;
+        }
         let (config, made) = match (config, shards.as_slice(), of) {
             (None, [first, others @ ..], Some(of)) if is_gguf(first.path()) => {
-                shards.iter().try_for_each(|shard| expect_gguf(shard))?;
                 let config = gguf::described_config(first, others, of)?;
                 (Some(config), Some(Made::new(of)))
             }
@@ -144,7 +147,7 @@ impl Checkpoint {
             let (shard, shard_idx) = (Shard::open(&path)?, shards.len());
             let adapter = read_header(&shard, shard_idx, config.as_ref(), of)?;
             shards.push(Arc::new(shard));
-            view.adapt(adapter);
+            view.adapt(adapter, &path)?;
         }
         let shared = described::shared(config.as_ref(), &view, &files.root)?;
         let borrowed = view.share(shared);
@@ -196,6 +199,14 @@ impl Checkpoint {
     /// The folder of the checkpoint.
     pub fn root(&self) -> &Path {
         &self.root
+    }
+
+    /// The path of the model for messages: a GGUF file is a model by itself, others are the folder.
+    pub fn shown_path(&self) -> &Path {
+        match self.shards.first() {
+            Some(first) if is_gguf(first.path()) && self.is_alone => first.path(),
+            _ => &self.root,
+        }
     }
 
     /// The content of `config.json` in its own order, if it is there; or the config that a GGUF file describes.

@@ -10,7 +10,7 @@ use serde_json::{Map, Value};
 use super::error::{CheckpointError, Result};
 use super::tensor::{Arithmetic, Codec, Encoded, TensorInfo, is_sane};
 use crate::codecs::cast::Dtype;
-use crate::codecs::layout::{CodeLayout, Described, Field, Fields};
+use crate::codecs::layout::{CodeLayout, Described, Field, Fields, name_of};
 use crate::codecs::packed::{self, PackedEntry};
 use crate::codecs::peft::{self, Factor};
 use crate::codecs::{gguf, registry};
@@ -52,18 +52,42 @@ impl View {
     }
 
     /// Presents stored tensors as one.
-    fn join(&mut self, stored: &[String], name: String, shape: Vec<usize>, dtype: Dtype, codec: Codec) {
+    ///
+    /// # Errors
+    /// A clause: another tensor has its name.
+    fn join(
+        &mut self,
+        stored: &[String],
+        name: String,
+        shape: Vec<usize>,
+        dtype: Dtype,
+        codec: Codec,
+    ) -> Result<(), String> {
+        if !stored.contains(&name) {
+            self.expect_free(&name)?;
+        }
         let encoded: Vec<TensorInfo> = stored.iter().filter_map(|name| self.tensors.get(name).cloned()).collect();
-        let Some(first) = encoded.first().cloned() else { return };
+        let Some(first) = encoded.first().cloned() else { return Ok(()) };
         let info = TensorInfo { name, dtype, shape, strides: None, ..first };
         self.replace(stored, TensorInfo { encoded: Some(Box::new(Encoded::new(codec, encoded))), ..info });
+        Ok(())
     }
 
-    /// Gives a tensor another name.
-    fn rename(&mut self, from: &str, to: String) {
+    /// Refuses a name that a tensor has already.
+    fn expect_free(&self, name: &str) -> Result<(), String> {
+        if self.tensors.contains_key(name) {
+            return Err(format!("it is presented as `{name}`, which is in the files too"));
+        }
+        Ok(())
+    }
+
+    /// Gives a tensor another name, if it is there.
+    fn rename(&mut self, from: &str, to: String) -> Result<(), String> {
         if let Some(info) = self.tensors.get(from).cloned() {
+            self.expect_free(&to)?;
             self.replace(&[from.to_string()], TensorInfo { name: to, ..info });
         }
+        Ok(())
     }
 
     /// Recognizes everything that the config and the settings of a quantizer describe. `read` gives the
@@ -90,7 +114,8 @@ impl View {
                     .describe(layout, &stem, settings, read)
                     .and_then(|described| if is_sane(&described.shape) { Ok(described) } else { Err(TOO_LARGE.into()) })
                     .map_err(|reason| broken(path, &format!("{stem}{}", layout.key), reason))?;
-                self.join_parts(layout, &stem, described, model_dtype(config));
+                self.join_parts(layout, &stem, described, model_dtype(config))
+                    .map_err(|reason| broken(path, &format!("{stem}{}", layout.key), reason))?;
             }
         }
         // Codes that no layout took are not weights.
@@ -98,10 +123,23 @@ impl View {
             let is_code = matches!(info.dtype, Dtype::F8_E4M3 | Dtype::F8_E5M2 | Dtype::I8 | Dtype::U8);
             is_code && !info.is_encoded() && info.shape.len() > 1 && info.name.ends_with(".weight")
         };
-        match self.tensors.values().find(is_left) {
-            Some(left) => {
-                Err(broken(path, &left.name, format!("it has dtype {:?}, and its scales are absent", left.dtype)))
-            }
+        if let Some(left) = self.tensors.values().find(is_left) {
+            return Err(broken(path, &left.name, format!("it has dtype {:?}, and its scales are absent", left.dtype)));
+        }
+        method.layouts.iter().try_for_each(|layout| self.expect_no_rest(layout, path))
+    }
+
+    /// Refuses parts of codes without the tensor that every weight in their layout has.
+    fn expect_no_rest(&self, layout: &CodeLayout, path: &Path) -> Result<()> {
+        // Scales of activations may be on their own.
+        let is_of_codes = |part: &&&str| {
+            ![layout.key, layout.shown].contains(part)
+                && !["input", "activation"].iter().any(|word| part.contains(word))
+        };
+        let parts = layout.parts.iter().filter(is_of_codes);
+        let left = parts.flat_map(|part| self.stems_with(part).into_iter().map(move |stem| format!("{stem}{part}")));
+        match left.into_iter().next() {
+            Some(left) => Err(broken(path, &left, format!("its `{}` is absent", name_of(layout.key)))),
             None => Ok(()),
         }
     }
@@ -122,13 +160,19 @@ impl View {
     }
 
     /// Presents the stored tensors of a weight as the weight.
-    fn join_parts(&mut self, layout: &CodeLayout, stem: &str, described: Described, dtype: Dtype) {
+    fn join_parts(
+        &mut self,
+        layout: &CodeLayout,
+        stem: &str,
+        described: Described,
+        dtype: Dtype,
+    ) -> Result<(), String> {
         let name = |suffix: &&'static str| format!("{stem}{suffix}");
         let suffixes: Vec<&'static str> =
             layout.parts.iter().filter(|part| self.tensors.contains_key(&name(part))).copied().collect();
         let stored: Vec<String> = suffixes.iter().map(name).collect();
         let codec = Codec::Foreign(Arithmetic(described.decoder), suffixes);
-        self.join(&stored, name(&layout.shown), described.shape, described.dtype.unwrap_or(dtype), codec);
+        self.join(&stored, name(&layout.shown), described.shape, described.dtype.unwrap_or(dtype), codec)
     }
 
     /// The stems of names with this suffix.
@@ -160,28 +204,36 @@ impl View {
                 }
                 stored.push(name);
             }
-            self.join(&stored, format!("{module}.weight"), entry.shape.into(), dtype, Codec::Packed(scheme));
+            let codec = Codec::Packed(scheme);
+            self.join(&stored, format!("{module}.weight"), entry.shape.into(), dtype, codec)
+                .map_err(|reason| broken(path, &first, reason))?;
         }
         Ok(())
     }
 
     /// Adds an adapter to its base: the weight becomes the base of the module, and the factors become parts under the
-    /// names of a base and of factors over it.
-    pub fn adapt(&mut self, adapter: Vec<TensorInfo>) {
+    /// names of a base and of factors over it. `path` is the file of the adapter.
+    ///
+    /// # Errors
+    /// Another tensor has one of these names.
+    pub fn adapt(&mut self, adapter: Vec<TensorInfo>, path: &Path) -> Result<()> {
         for info in adapter {
             let of_gguf = || {
                 let (weight, factor) = gguf::split_factor(&info.name)?;
                 Some((weight.strip_suffix(".weight")?, factor))
             };
             let Some((module, factor)) = peft::parse(&info.name).or_else(of_gguf) else { continue };
+            let taken = |reason| broken(path, &info.name, reason);
             for tensor in ["weight", "bias"] {
-                self.rename(&format!("{module}.{tensor}"), format!("{module}.{BASE}.{tensor}"));
+                self.rename(&format!("{module}.{tensor}"), format!("{module}.{BASE}.{tensor}")).map_err(taken)?;
             }
             let [a, b] = factors_of(module);
             let name = if factor == Factor::A { a } else { b };
+            self.expect_free(&name).map_err(taken)?;
             self.order.push(name.clone());
             self.tensors.insert(name.clone(), TensorInfo { name, ..info });
         }
+        Ok(())
     }
 }
 

@@ -101,7 +101,7 @@ impl DequantizeArgs {
     /// # Errors
     /// It is quantized, and the flag is missing; or the flag has no effect.
     pub fn apply(&self, checkpoint: Checkpoint) -> Result<Checkpoint> {
-        let root = checkpoint.root().display();
+        let root = checkpoint.shown_path().display();
         match (checkpoint.source_quantization(), self.dequantize) {
             (None, false) => Ok(checkpoint),
             (Some(_), true) => Ok(checkpoint.dequantized()),

@@ -66,6 +66,16 @@ fn plain(argument: &str) -> String {
     }
 }
 
+/// The names of an argument, or of all of a group of which one is required: `<--keep <SHARE>|--rank <RANK>>`.
+fn one_of(argument: &str) -> String {
+    let group = argument.strip_prefix('<').and_then(|rest| rest.strip_suffix('>')).filter(|rest| rest.contains('|'));
+    let names = group.unwrap_or(argument).split('|').map(|name| format!("`{}`", plain(name)));
+    match names.collect::<Vec<_>>().as_slice() {
+        [first @ .., last] if !first.is_empty() => format!("{} or {last}", first.join(", ")),
+        names => names.concat(),
+    }
+}
+
 /// A value with its flag, or alone if it has its place.
 fn given(flag: &str, value: &str) -> String {
     if flag.starts_with('-') { format!("{flag} {value}") } else { value.into() }
@@ -103,8 +113,7 @@ fn refused_value(error: &clap::Error, flag: &str) -> String {
 
 /// Required arguments that are absent.
 fn missing(error: &clap::Error, help: &str) -> Failure {
-    let names: Vec<String> =
-        context(error, ContextKind::InvalidArg).iter().map(|name| format!("`{}`", plain(name))).collect();
+    let names: Vec<String> = context(error, ContextKind::InvalidArg).iter().map(|name| one_of(name)).collect();
     let verb = if names.len() == 1 { "is" } else { "are" };
     let usage = context(error, ContextKind::Usage).join(" ");
     let hint = usage.strip_prefix("Usage: ").map_or_else(|| format!("see `{help}`"), |line| format!("usage: {line}"));

@@ -110,6 +110,26 @@ pub fn write(matrix: &Grouped, dtype: Dtype) -> Vec<Written> {
     ]
 }
 
+/// Whether all groups of modules with this number of bits have a setting. The files do not say which group a weight is in.
+fn all_have(settings: &Map<String, Value>, bits: u32, key: &str, expected: &[Value]) -> bool {
+    let weights = groups_of(settings).filter_map(|group| group.get("weights"));
+    let mut own = weights.filter(|w| w.get("num_bits").is_none_or(|given| *given == bits)).peekable();
+    own.peek().is_some() && own.all(|weights| weights.get(key).is_some_and(|value| expected.contains(value)))
+}
+
+/// Refuses codes whose settings name parts that are absent.
+fn expect_parts(parts: &Fields<'_>, bits: u32) -> Result<(), String> {
+    let is_absent = |suffix: &str| (parts.find)(suffix).is_none();
+    if is_absent(".weight_zero_point") && all_have(parts.settings, bits, "symmetric", &[json!(false)]) {
+        return Err("its `weight_zero_point` is absent, and its codes are not symmetric".into());
+    }
+    let in_any_order = [json!("group"), json!("dynamic")];
+    if is_absent(".weight_g_idx") && all_have(parts.settings, bits, "actorder", &in_any_order) {
+        return Err("its `weight_g_idx` is absent, and with `actorder` its groups are not runs of columns".into());
+    }
+    Ok(())
+}
+
 /// Codes of one byte with their scales.
 fn plain(parts: &Fields<'_>) -> Result<Described, String> {
     let dtype = parts.need(".weight")?.dtype;
@@ -118,6 +138,9 @@ fn plain(parts: &Fields<'_>) -> Result<Described, String> {
     let scale = parts.need(".weight_scale")?;
     let structure = |group: &Value| serde_json::from_value(group.get("weights")?.get("block_structure")?.clone()).ok();
     let block = scaled::block_of(shape, &scale.shape, groups_of(parts.settings).find_map(structure))?;
+    if dtype == Dtype::I8 && all_have(parts.settings, 8, "type", &[json!("int")]) {
+        expect_parts(parts, 8)?;
+    }
     let zeros = (parts.find)(".weight_zero_point").map(|_| ".weight_zero_point");
     if zeros.is_some() {
         parts.expect(".weight_zero_point", &scale.shape)?;
@@ -133,6 +156,9 @@ fn packed(parts: &Fields<'_>) -> Result<Described, String> {
     let scale = parts.need(".weight_scale")?;
     let shape = parts.integers(".weight_shape").ok_or("its `weight_shape` is absent")?;
     let &[out, cols] = shape.as_slice() else { return Err("its `weight_shape` is not the shape of a matrix".into()) };
+    if shape.contains(&usize::MAX) {
+        return Err("its `weight_shape` has a negative size".into());
+    }
     if out != rows || rows == 0 || cols == 0 || cols > words.saturating_mul(16) {
         return Err(format!("its codes do not have the shape {shape:?} of its `weight_shape`"));
     }
@@ -144,6 +170,7 @@ fn packed(parts: &Fields<'_>) -> Result<Described, String> {
         [n, groups] if n == rows && groups > 0 && cols.is_multiple_of(groups) => groups,
         _ => return Err(format!("its scales have shape {:?}, which does not divide {shape:?}", scale.shape)),
     };
+    expect_parts(parts, bits)?;
     let symmetric = match (parts.find)(".weight_zero_point").map(|zeros| zeros.dtype) {
         None => true,
         Some(Dtype::I32) => {
@@ -262,10 +289,29 @@ mod tests {
             assert!(error.contains(expected), "{error}");
         };
         check(&|t| t[2].3 = shape([9, 64]), "`weight_shape`");
-        check(&|t| t[2].3 = shape([8, -1]), "`weight_shape`");
+        check(&|t| t[2].3 = shape([8, -1]), "its `weight_shape` has a negative size");
         check(&|t| t[2].3 = shape([8, 40]), "8 words for 40 columns are not 2, 4 or 8 bits");
         check(&|t| (t[1].2, t[1].3) = (vec![8, 3], vec![0; 48]), "does not divide [8, 64]");
         check(&|t| (t[0].2, t[0].3) = (vec![64], vec![0; 256]), "is not a matrix");
+    }
+
+    #[test]
+    fn settings_name_the_parts_that_a_weight_must_have() {
+        let scheme = Scheme { levels: Levels::Int { bits: 4, symmetric: true }, group: Some(32) };
+        let tensors = file_of(&matrix(8, 64, scheme, 1));
+        let of = |groups: &[Value]| {
+            let groups: Map<String, Value> =
+                groups.iter().enumerate().map(|(i, weights)| (i.to_string(), json!({"weights": weights}))).collect();
+            described(&METHOD, ".weight_packed", &tensors, &json!({"config_groups": groups})).map(|_| ())
+        };
+        let asymmetric = json!({"num_bits": 4, "symmetric": false});
+        assert!(of(std::slice::from_ref(&asymmetric)).unwrap_err().contains("its `weight_zero_point` is absent"));
+        let ordered = json!({"num_bits": 4, "symmetric": true, "actorder": "group"});
+        assert!(of(&[ordered]).unwrap_err().contains("its `weight_g_idx` is absent"));
+        // Another group may be the weight's; one of other bits is not.
+        let symmetric = |bits: u32| json!({"num_bits": bits, "symmetric": true, "actorder": "weight"});
+        assert_eq!(of(&[asymmetric.clone(), symmetric(4)]), Ok(()));
+        assert!(of(&[asymmetric, symmetric(8)]).is_err());
     }
 
     #[test]

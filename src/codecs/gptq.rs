@@ -134,12 +134,16 @@ fn describe(parts: &Fields<'_>) -> Result<Described, String> {
         let shown = i64::try_from(outside).map_or("a negative group".into(), |index| format!("group {index}"));
         return Err(format!("its `g_idx` names {shown}, but there are scales for {groups}"));
     }
+    if indices.is_none() && groups > 1 && parts.settings.get("desc_act") == Some(&Value::Bool(true)) {
+        return Err("its `g_idx` is absent, and with `desc_act` its groups are not runs of columns".into());
+    }
     let is_in_runs = indices.as_ref().is_none_or(|indices| run_of(indices, group).is_some());
     let levels = Levels::Int { bits: bits as u32, symmetric: true };
     let scheme = Scheme { levels, group: (groups > 1).then_some(group) };
     let order = if is_in_runs { None } else { indices };
     let is_first = version(parts.settings) == VERSIONS[0];
-    let decoder = Arc::new(Gptq { shape: [rows, cols], scheme, groups, order, is_first });
+    let is_asymmetric = parts.settings.get("sym") == Some(&Value::Bool(false));
+    let decoder = Arc::new(Gptq { shape: [rows, cols], scheme, groups, order, is_first, is_asymmetric });
     Ok(Described { shape: vec![rows, cols], dtype: None, decoder })
 }
 
@@ -154,6 +158,8 @@ struct Gptq {
     order: Option<Vec<usize>>,
     /// Whether this is version 1.
     is_first: bool,
+    /// What the settings say, for the report.
+    is_asymmetric: bool,
 }
 
 impl Gptq {
@@ -214,7 +220,8 @@ impl Decoder for Gptq {
 
     fn words(&self) -> String {
         let order = if self.order.is_some() { "-desc_act" } else { "" };
-        format!("{}{order}", self.scheme)
+        let asymmetric = if self.is_asymmetric { "-asym" } else { "" };
+        format!("{}{asymmetric}{order}", self.scheme)
     }
 }
 
@@ -287,6 +294,19 @@ mod tests {
         check(&|t| (t[3].2, t[3].3) = (vec![9], vec![0; 36]), "for 9 columns");
         check(&|t| (t[2].2, t[2].3) = (vec![2, 7], vec![0; 28]), "`scales` has shape [2, 7], expected [2, 8]");
         check(&|t| (t[1].2, t[1].3) = (vec![2, 3], vec![0; 24]), "do not have 2, 3, 4 or 8 bits");
+    }
+
+    #[test]
+    fn groups_in_any_order_need_their_indices() {
+        let of = |group: Option<usize>, desc_act: bool| {
+            let scheme = Scheme { levels: Levels::Int { bits: 4, symmetric: true }, group };
+            let tensors = file_of(&matrix(8, 64, scheme, 1));
+            let settings = json!({"bits": 4, "group_size": group, "desc_act": desc_act, "sym": group.is_none()});
+            described(&METHOD, ".qweight", &tensors[..3], &settings).map(|described| described.decoder.words())
+        };
+        assert!(of(Some(32), true).unwrap_err().contains("its `g_idx` is absent"));
+        assert_eq!(of(Some(32), false), Ok("int4-g32-asym".into()));
+        assert_eq!(of(None, true), Ok("int4-channel".into()));
     }
 
     #[test]

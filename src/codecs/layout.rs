@@ -100,7 +100,7 @@ impl Fields<'_> {
 }
 
 /// The last word of a suffix, for messages.
-pub(super) fn name_of(suffix: &str) -> &str {
+pub(crate) fn name_of(suffix: &str) -> &str {
     suffix.trim_start_matches(['.', '_'])
 }
 

@@ -7,11 +7,11 @@
 
 use std::collections::BTreeSet;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
 use super::options::{Embeddings, RecipeOptions, Structure};
 use super::plan::{self, Choice};
-use super::recipe::Recipe;
+use super::recipe::{Budget, Recipe};
 use super::scale::{DepthWeight, Sensitivity};
 use crate::checkpoint::{Changes, Checkpoint};
 use crate::error::Failure;
@@ -78,8 +78,9 @@ pub fn difference(
     let targets = plan::targets(&fine_tuned, recipe)?;
     const EXPORT: &str = "make a dense copy first: `lrc export MODEL --format dense -o OUT`";
     let hints = CompressedHints { quantized: EXPORT, low_rank: EXPORT };
-    for side in [&fine_tuned, &base] {
-        coverage::expect_uncompressed(side, &inventory::linears(side), hints)?;
+    for (side, of) in [(&fine_tuned, "fine-tuned model"), (&base, "base")] {
+        coverage::expect_uncompressed(side, &inventory::linears(side), hints)
+            .with_context(|| format!("in the {of} `{}`", side.shown_path().display()))?;
     }
     expect_names_of_transformers(&fine_tuned)?;
     let matrices: BTreeSet<String> = targets.iter().map(LinearInfo::weight_name).collect();
@@ -90,7 +91,7 @@ pub fn difference(
         .filter(|name| !matrices.contains(name))
         .collect();
     let tied = tie::tensors(&fine_tuned);
-    let roots = [&fine_tuned, &base].map(|checkpoint| checkpoint.root().display().to_string());
+    let roots = [&fine_tuned, &base].map(|checkpoint| checkpoint.shown_path().display().to_string());
     let mut difference = fine_tuned.minus(base, named, &matrices, tied.as_ref())?;
     difference.leave_out(|name| reason_to_leave(name, &excluded, others));
     let is_same = matrices.iter().map(|name| difference.is_zero(name)).collect::<Result<Vec<_>, _>>()?;
@@ -117,9 +118,12 @@ pub(super) fn expect_factors(recipe: &Recipe, choices: &[Choice]) -> Result<()> 
     if !recipe.is_residual() || choices.iter().any(has_rank) {
         return Ok(());
     }
-    Err(Failure::usage("the budget has no room for a factor of any linear")
-        .hint("give a larger `--target-size` or `--keep`")
-        .into())
+    let (budget, larger) = match recipe.budget() {
+        Budget::Bytes(bytes) => (format!("`--target-size {bytes}`"), "give a larger `--target-size`"),
+        Budget::Keep(share) => (format!("`--keep {share}`"), "give a larger `--keep`"),
+        Budget::Bits(_) | Budget::None => (format!("`--ranks {}`", recipe.ranks()), "give larger ranks"),
+    };
+    Err(Failure::usage(format!("{budget} has no room for a factor of any linear")).hint(larger).into())
 }
 
 /// PEFT finds modules by the names that transformers gives them, which files may lack the first words of.
@@ -131,7 +135,7 @@ fn expect_names_of_transformers(fine_tuned: &Checkpoint) -> Result<()> {
     if found == expected {
         return Ok(());
     }
-    let root = fine_tuned.root().display();
+    let root = fine_tuned.shown_path().display();
     let message = format!(
         "the modules of `{root}` are named `{found}…`, in transformers `{expected}…`, and PEFT would not find them"
     );

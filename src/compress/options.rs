@@ -245,7 +245,8 @@ recipe_options! {
     /// Let biases take up what compression changes in the mean output [default: false]
     ///
     /// Linears with a bias are approximated for inputs without their mean, and get the bias that is best for the
-    /// result. The error is never larger, and the size is the same. It needs `--calibration` or `--statistics`.
+    /// result. The error of the outputs is never larger, and the size is the same; `relative_error` is then relative to
+    /// outputs without their mean. It needs `--calibration` or `--statistics`.
     center: Option<bool>, "Method" [
         num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL", hide_short_help = true
     ],
@@ -259,8 +260,9 @@ recipe_options! {
 
     /// Compress block by block, on compressed inputs
     ///
-    /// Each block is fitted to the inputs that the compressed blocks before it produce. Default: true for kfac with
-    /// `--calibration` and `--keep` below 0.7, or with `--anchor`.
+    /// Each block is fitted to the inputs that the compressed blocks before it produce. In the error these inputs take
+    /// the place of the input side of `--method`, which still chooses ranks and weighs outputs. Default: true for kfac
+    /// with `--calibration` and `--keep` below 0.7, or with `--anchor`, unless `--share` or `--embeddings` is given.
     sequential: Option<bool>, "Method" [num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL"],
 
     /// Weight of the source's outputs in `--sequential`, 0 to 1 [default: 0.5]
@@ -376,6 +378,16 @@ pub enum Embeddings {
 }
 
 impl Embeddings {
+    /// As on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Keep => "keep",
+            Self::Quantize => "quantize",
+            Self::Factor => "factor",
+            Self::Auto => "auto",
+        }
+    }
+
     /// Whether codes are among the choices.
     pub fn quantizes(self) -> bool {
         matches!(self, Self::Quantize | Self::Auto)

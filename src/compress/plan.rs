@@ -218,7 +218,7 @@ fn check_targets(checkpoint: &Checkpoint, linears: &[LinearInfo]) -> Result<()> 
     let unread = inventory::unread(checkpoint);
     if linears.is_empty() {
         let unread = unread.map_or(String::new(), |dtypes| format!(": its matrices have unsupported dtypes, {dtypes}"));
-        let message = format!("`{}` has no linear to compress{unread}", checkpoint.root().display());
+        let message = format!("`{}` has no linear to compress{unread}", checkpoint.shown_path().display());
         return Err(Failure::unsupported(message)
             .hint("linears are 16- or 32-bit float matrices named `*.weight`; `lrc inspect MODEL` lists them")
             .into());

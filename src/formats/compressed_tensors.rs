@@ -128,8 +128,10 @@ impl Exporter for CompressedTensors {
         let model_type = config.get("model_type").and_then(Value::as_str);
         // transformers may use another name for the head than the file does.
         let of_family = model_type.and_then(architectures::find).map(|a| a.lm_head);
-        for head in std::iter::once("lm_head").chain(of_family) {
-            if !is_compressed(head) && !ignore.iter().any(|name| name == head) {
+        let heads: Vec<&str> = std::iter::once("lm_head").chain(of_family).collect();
+        let is_dense = !heads.iter().any(|head| is_compressed(head));
+        for head in heads {
+            if is_dense && !ignore.iter().any(|name| name == head) {
                 ignore.push(head.into());
             }
         }

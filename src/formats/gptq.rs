@@ -11,6 +11,7 @@ use super::refusal::listed;
 use crate::checkpoint::CheckpointError;
 use crate::codecs;
 use crate::model::inventory::{self, LinearInfo};
+use crate::model::tie;
 use crate::operator::{Forms, Operator};
 
 pub(super) struct Gptq;
@@ -58,12 +59,12 @@ impl Exporter for Gptq {
         false
     }
 
-    fn refusal(&self, _: &Source<'_>, linear: &LinearInfo, forms: &Forms) -> Option<String> {
+    fn refusal(&self, source: &Source<'_>, linear: &LinearInfo, forms: &Forms) -> Option<String> {
         let scheme = match exchange_scheme(linear, forms) {
             Ok(scheme) => scheme,
             Err(reason) => return Some(reason),
         };
-        if linear.module.ends_with("lm_head") {
+        if tie::is_head(source.checkpoint, &linear.module) {
             return Some("heads stay dense in this format".into());
         }
         let (m, n) = linear.shape();

@@ -139,13 +139,16 @@ class LowRankLinear(nn.Module):
 class Embedding:
     """Looks up rows of a compressed table, which projects as a linear where the head is tied to it."""
     def like(self, embedding):
-        # Gemma scales inside its own class.
-        self.embed_scale, self.dtype = getattr(embedding, "embed_scale", None), embedding.weight.dtype
+        self.dtype, scale = embedding.weight.dtype, getattr(embedding, "embed_scale", None)
+        # Gemma scales inside its own class, by a buffer that no file fills: it is the root of the width.
+        if isinstance(scale, torch.Tensor):
+            scale = getattr(embedding, "scalar_embed_scale", embedding.embedding_dim**0.5)
+        self.embed_scale = None if scale is None else torch.tensor(scale, dtype=self.dtype, device="cpu").item()
         return self
 
     def forward(self, ids):
         rows = self.rows(ids.flatten()).to(self.dtype).unflatten(0, ids.shape)
-        return rows if self.embed_scale is None else rows * self.embed_scale.to(rows.dtype)
+        return rows if self.embed_scale is None else rows * self.embed_scale
 
 
 class QuantizedEmbedding(Embedding, QuantizedLinear):
@@ -168,13 +171,14 @@ class LowRankEmbedding(Embedding, LowRankLinear):
 
 
 class TiedHead(nn.Module):
-    """The head of a model whose compressed table serves it too."""
-    def __init__(self, table):
+    """The head of a model whose compressed table serves it too; a bias is its own."""
+    def __init__(self, table, bias):
         super().__init__()
-        self.table = (table,)  # no second registration of its parameters
+        self.table, self.bias = (table,), bias  # no second registration of the table's parameters
 
     def forward(self, x):
-        return self.table[0].project(x)
+        y = self.table[0].project(x)
+        return y if self.bias is None else y + self.bias
 
 
 class BorrowingLinear(nn.Module):

@@ -18,7 +18,7 @@ def _renamed(model, name):
     """The name in memory of a module in a multimodal model's files, by the table that transformers 5 loads them with."""
     for rename in _renames.get_model_conversion_mapping(model) if _renames else ():
         if isinstance(rename, _renames.WeightRenaming):
-            name, _ = rename.rename_source_key(name)
+            name = rename.rename_source_key(name + ".weight")[0].removesuffix(".weight")  # patterns may end in a dot
     return name
 
 
@@ -169,11 +169,14 @@ def _tie(model, replaced):
     head = model.get_output_embeddings()
     if table is None or head is None or not model.config.get_text_config().tie_word_embeddings:
         return
-    model._tied_weights_keys, model.all_tied_weights_keys = None, {}  # transformers 4 and 5
-    for name, module in list(model.named_modules()):
-        if module is head:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, TiedHead(table))
+    name = next(name for name, module in model.named_modules() if module is head)
+    # Its bias may be tied to another parameter, and stays so.
+    for keys in ("_tied_weights_keys", "all_tied_weights_keys"):  # lists of transformers 4, dicts of 5
+        tied = getattr(model, keys, None) or {}
+        others = [key for key in tied if not re.fullmatch(key, name + ".weight")]
+        setattr(model, keys, {key: tied[key] for key in others} if isinstance(tied, dict) else others)
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, TiedHead(table, getattr(head, "bias", None)))
 
 
 class LrcConfig(_BaseConfig):

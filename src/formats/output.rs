@@ -17,8 +17,8 @@ use crate::checkpoint::{
 use crate::codecs::gguf::{self, Element, GgufTensor};
 use crate::codecs::peft;
 use crate::error::Failure;
-use crate::model::config;
 use crate::model::inventory::{self, LinearInfo};
+use crate::model::{config, tie};
 use crate::operator::Forms;
 
 /// A tensor of the output and where it comes from.
@@ -141,7 +141,9 @@ impl<'a> Files<'a> {
         let mut config = self.exporter.config(self.source, &self.modules);
         // A compressed head is separate, even if the config ties it; otherwise loaders would look for the embedding
         // table.
-        let is_head = |(linear, _): &(LinearInfo, Forms)| linear.id.is_none() && linear.module.ends_with("lm_head");
+        let is_head = |(linear, _): &(LinearInfo, Forms)| {
+            linear.id.is_none() && tie::is_head(self.source.checkpoint, &linear.module)
+        };
         if self.modules.iter().any(is_head) {
             untie(&mut config);
             config.get_mut("text_config").and_then(Value::as_object_mut).map(untie);

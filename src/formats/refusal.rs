@@ -51,20 +51,20 @@ pub(super) fn of_linears(
     };
     let is_of_blocks =
         |(_, forms): &(LinearInfo, Forms)| matches!(forms.base.and_then(|base| base.storage), Some(Storage::Block(_)));
-    Some(
-        Failure::unsupported(message).hint(
-            match (modules.iter().all(is_of_blocks), dividing_group(modules, &refused)) {
-                (true, _) => "`--format gguf` stores these blocks; codes for this format are made from weights, as by \
-                          `lrc compress --quant rtn-int4-g64`"
-                    .into(),
-                (false, Some(group)) => {
-                    let others = hint(format, &refused, &stored);
-                    format!("end the quantizer in `-g{group}`, which divides all inputs; {others}")
-                }
-                (false, None) => hint(format, &refused, &stored),
-            },
-        ),
-    )
+    Some(Failure::unsupported(message).hint(
+        match (modules.iter().all(is_of_blocks), dividing_group(modules, &refused)) {
+            (true, _) => format!(
+                "`--format gguf` stores these blocks; codes for this format are made from weights, as by \
+                     `lrc compress --quant rtn-int4-{}`",
+                group_of_all(modules)
+            ),
+            (false, Some(group)) => {
+                let others = hint(format, &refused, &stored);
+                format!("end the quantizer in `-g{group}`, which divides all inputs; {others}")
+            }
+            (false, None) => hint(format, &refused, &stored),
+        },
+    ))
 }
 
 /// The largest group that divides the inputs of all `refused` linears, if their own does not.
@@ -76,6 +76,12 @@ fn dividing_group(modules: &[(LinearInfo, Forms)], refused: &[&str]) -> Option<u
     };
     let of_refused = modules.iter().filter(|(linear, _)| refused.contains(&linear.module.as_str()));
     of_refused.map(group).collect::<Option<Vec<_>>>()?.into_iter().min()
+}
+
+/// A group that divides the inputs of all linears, as names of quantizers have it.
+fn group_of_all(modules: &[(LinearInfo, Forms)]) -> String {
+    let divides = |group: &usize| modules.iter().all(|(linear, _)| linear.in_features.is_multiple_of(*group));
+    [64, 32].into_iter().find(divides).map_or("channel".into(), |group| format!("g{group}"))
 }
 
 /// Suggests the flags that leave `refused` out, and the formats that store all structures.

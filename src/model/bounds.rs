@@ -13,6 +13,7 @@ use super::linear::{self, Bias};
 use super::tie;
 use super::weights::Order;
 use crate::checkpoint::{Checkpoint, CheckpointError};
+use crate::codecs::peft::Fan;
 use crate::operator::{Kind, part_name};
 
 /// Opens a folder or a file; if it is an output of `lrc`, checks its config against its tensors.
@@ -32,7 +33,9 @@ pub fn open(path: &Path) -> Result<Checkpoint> {
 /// As [`Checkpoint::with_adapter`].
 pub fn with_adapter(checkpoint: Checkpoint, folder: &Path) -> Result<Checkpoint> {
     let tied = tie::tensors(&checkpoint).filter(|[_, head]| checkpoint.info(head).is_none());
-    Ok(checkpoint.with_adapter(folder, tied.as_ref())?)
+    let architecture = config::architecture(&checkpoint);
+    let fan = |module: &str| Some(if architecture?.stores_transposed(module) { Fan::InOut } else { Fan::OutIn });
+    Ok(checkpoint.with_adapter(folder, tied.as_ref(), fan)?)
 }
 
 /// Checks that every low-rank linear has all of its parts, in the shapes of one matrix.

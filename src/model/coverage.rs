@@ -18,7 +18,7 @@ pub fn missing(checkpoint: &Checkpoint) -> Option<String> {
     /// The most names in a message; the rest are counted.
     const SHOWN: usize = 3;
     let (count, found) = inventory::blocks(checkpoint)?;
-    let root = checkpoint.root().display();
+    let root = checkpoint.shown_path().display();
     if found.is_empty() {
         return None;
     }
@@ -49,7 +49,10 @@ pub fn missing(checkpoint: &Checkpoint) -> Option<String> {
 /// See [`missing`].
 pub fn expect_whole(checkpoint: &Checkpoint) -> Result<()> {
     const HINT: &str = "check that all shards are there, and `num_hidden_layers` and `model_type` in `config.json`";
-    missing(checkpoint).map_or(Ok(()), |missing| Err(Failure::unsupported(missing).hint(HINT).into()))
+    const OF_GGUF: &str =
+        "check that the file is whole, and `general.architecture` and the block count in its metadata";
+    let hint = if checkpoint.is_described() { OF_GGUF } else { HINT };
+    missing(checkpoint).map_or(Ok(()), |missing| Err(Failure::unsupported(missing).hint(hint).into()))
 }
 
 /// Ways out for linears that are compressed already, by how they are.

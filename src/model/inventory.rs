@@ -168,7 +168,7 @@ pub fn linears(checkpoint: &Checkpoint) -> Vec<LinearInfo> {
         }
         let is_compressed = found.is_some() || info.storage().is_some();
         let is_table = is_compressed && places.is_table(module);
-        if !is_table && NOT_LINEAR.iter().any(|part| info.name.contains(part)) {
+        if !is_table && is_named_otherwise(&info.name, module) {
             continue;
         }
         let id = places.linear_id(module);
@@ -187,6 +187,13 @@ pub fn linears(checkpoint: &Checkpoint) -> Vec<LinearInfo> {
         });
     }
     linears
+}
+
+/// Whether a name is the name of a table or a vector. The last part of a head may sound like one: `embed_out`.
+fn is_named_otherwise(tensor: &str, module: &str) -> bool {
+    let last = last_part(module);
+    let named = if ON_REQUEST.contains(&last) { module.strip_suffix(last).unwrap_or(module) } else { tensor };
+    NOT_LINEAR.iter().any(|part| named.contains(part))
 }
 
 /// The block that a module's name belongs to. The index of an expert in a stack is not a block.

@@ -80,15 +80,21 @@ pub fn tensors(checkpoint: &Checkpoint) -> Option<[String; 2]> {
     Some([names.embeddings(architecture), names.lm_head(architecture)].map(|module| format!("{module}.weight")))
 }
 
+/// Whether a module has the name of a head in its family; `lm_head` if the family is unknown.
+pub fn is_head(checkpoint: &Checkpoint, module: &str) -> bool {
+    let name = config::architecture(checkpoint).map_or("lm_head", |architecture| architecture.lm_head);
+    module.ends_with(name)
+}
+
 /// Whether a module is a head without its own matrix: the embedding table under another name, or a copy of it.
 ///
 /// # Errors
 /// A tensor is damaged.
 pub fn is_tied_head(checkpoint: &Checkpoint, module: &str) -> Result<bool> {
-    let architecture = config::architecture(checkpoint);
-    if !module.ends_with(architecture.map_or("lm_head", |architecture| architecture.lm_head)) {
+    if !is_head(checkpoint, module) {
         return Ok(false);
     }
+    let architecture = config::architecture(checkpoint);
     let tie = config::tie(checkpoint);
     let Some(architecture) = architecture else { return Ok(tie == Some(true)) };
     let names = Names::of(checkpoint, architecture);

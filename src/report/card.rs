@@ -208,7 +208,9 @@ fn errors(report: &CompressReport) -> String {
     let mut text = format!("{} of {} linears were compressed. ", l.compressed, l.count);
     text.push_str(&match l.mean_error.zip(l.max_error) {
         Some((mean, max)) => {
-            format!("Relative error in the metric of `{method}`: mean {mean:.4}, maximum {max:.4}.\n")
+            let is_sequential = report.recipe.get("sequential") == Some(&Value::Bool(true));
+            let inputs = if is_sequential { " with the inputs that the compressed blocks before it give" } else { "" };
+            format!("Relative error in the metric of `{method}`{inputs}: mean {mean:.4}, maximum {max:.4}.\n")
         }
         None => "Their errors are not known: the source was not read.\n".into(),
     });

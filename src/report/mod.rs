@@ -33,8 +33,8 @@ pub use eval::{
 };
 pub use heal::{HealRecord, HealedHalf, HealedModel, HealedPart, HealedText, HeldOutPerplexity};
 pub use inspect::{BelowThreshold, EnergyRank, Figures, InspectReport, PowerLaw, Spectrum, SpectrumRecord};
-pub(crate) use publish::stopped;
 pub use narrow::{NarrowRecord, NarrowedUnit};
+pub(crate) use publish::stopped;
 pub use publish::{Published, publish};
 pub use sizes::{Sizes, Timings, peak_memory_bytes};
 pub use sweep::{SweepPoint, SweepReport};
@@ -245,7 +245,8 @@ pub struct LinearRecord {
     pub parameters_before: u64,
     /// Elements of the factors, or of the weight if it stays dense.
     pub parameters_after: u64,
-    /// Error over the norm of the weight, both in the metric of the method; none in a dry run that does not compute it.
+    /// Error over the norm of the weight, both in the metric of the method, without the mean of the inputs if `centered`,
+    /// and of the shifted inputs in the sequential mode; none in a dry run that does not compute it.
     pub relative_error: Option<f64>,
     /// Whether the bias was refitted, so that errors are those of inputs without their mean.
     #[serde(skip_serializing_if = "std::ops::Not::not", default)]

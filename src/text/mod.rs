@@ -80,7 +80,8 @@ pub struct Tokens {
 impl Text {
     /// The error for a text with fewer tokens than a window.
     pub fn too_short(&self, n_tokens: usize, seq_len: usize) -> Failure {
-        let message = format!("`{}` has {} tokens, but a window needs {seq_len}", self.path.display(), n_tokens);
+        let tokens = if n_tokens == 1 { "1 token".into() } else { format!("{n_tokens} tokens") };
+        let message = format!("`{}` has {tokens}, but a window needs {seq_len}", self.path.display());
         Failure::unsupported(message).hint("give a longer text, or a smaller `--seq-len`")
     }
 

@@ -48,7 +48,7 @@ pub struct AdapterJob<'a> {
 
 /// Whether a path is an adapter, and not a compressed checkpoint.
 pub fn is_adapter(path: &Path) -> bool {
-    path.join(CONFIG_FILE).is_file()
+    [CONFIG_FILE, WEIGHTS_FILE].iter().any(|name| path.join(name).is_file())
         || path.is_file()
             && path.extension().is_some_and(|e| e == "safetensors")
             && Checkpoint::open_arrays(path).is_ok_and(|file| factors::is_adapter(&file))
@@ -110,6 +110,9 @@ impl Truncation {
         let (file, config) = match adapter.is_dir() {
             false => (Checkpoint::open_arrays(adapter)?, None),
             true => {
+                if let Some(absent) = [CONFIG_FILE, WEIGHTS_FILE].iter().find(|name| !adapter.join(name).exists()) {
+                    return Err(not_one(adapter, format!("it has no `{absent}`")).into());
+                }
                 let path = adapter.join(CONFIG_FILE);
                 let config = json::parse(&read_file(&path)?);
                 let config: Map<String, Value> =
@@ -118,7 +121,7 @@ impl Truncation {
             }
         };
         let settings = config.as_ref().map(Settings::read).transpose();
-        let settings = settings.map_err(|reason| not_one(&adapter.join(CONFIG_FILE), reason))?;
+        let settings = settings.map_err(|reason| not_one(&adapter.join(CONFIG_FILE), json::unmarked(&reason)))?;
         let modules = factors::modules(&file, settings.as_ref())?;
         if modules.is_empty() {
             return Err(not_one(adapter, "it holds no factors of LoRA".into()).into());
@@ -144,24 +147,45 @@ impl Truncation {
             AdapterSize::Keep(share) => {
                 self.allocate(Ranks::Knapsack, (share * parameters as f64 + 1e-6) as u64, &Module::parameters)
             }
-            AdapterSize::Bytes(bytes) => return self.meet(bytes),
+            AdapterSize::Bytes(bytes) => self.meet(bytes)?,
         };
-        self.expect_rank()
-    }
-
-    fn expect_rank(&self) -> Result<()> {
         if self.ranks.iter().any(|&rank| rank > 0) {
             return Ok(());
         }
-        Err(Failure::usage("the size has no room for a factor of any module").hint("give a larger one").into())
+        let (flag, least) = match size {
+            AdapterSize::OneRank(rank) => (format!("--rank {rank}"), "--rank 1".into()),
+            AdapterSize::Energy(share) => (format!("--energy {share}"), "a larger share".into()),
+            AdapterSize::Keep(share) => {
+                let least = self.modules.iter().map(|module| module.parameters(1)).min().unwrap_or(0);
+                let least = (1e4 * least as f64 / parameters as f64).ceil() / 1e4;
+                (format!("--keep {share}"), format!("`--keep {least}`"))
+            }
+            AdapterSize::Bytes(bytes) => {
+                (format!("--target-size {bytes}"), format!("`--target-size {}`", self.least_bytes()))
+            }
+        };
+        Err(Failure::usage(format!("`{flag}` has no room for a factor of any module"))
+            .hint(format!("give at least {least}"))
+            .into())
     }
 
-    /// The largest ranks whose file has at most `target` bytes.
-    fn meet(&mut self, target: u64) -> Result<()> {
+    /// Bytes of the smallest file that has factors: one rank, of one module.
+    fn least_bytes(&mut self) -> u64 {
+        let mut least = u64::MAX;
+        for i in 0..self.modules.len() {
+            self.ranks.fill(0);
+            self.ranks[i] = 1;
+            least = least.min(writer_bytes(&self.specs(), u64::MAX));
+        }
+        least
+    }
+
+    /// The largest ranks whose file has at most `target` bytes; none if it has no room for a factor.
+    fn meet(&mut self, target: u64) -> Result<Vec<usize>> {
         const ROUNDS: usize = 24;
         if writer_bytes(&self.specs(), u64::MAX) <= target {
             tracing::warn!("`--target-size` is not less than the bytes of the adapter: nothing is truncated");
-            return Ok(());
+            return Ok(self.ranks.clone());
         }
         let price = |module: &Module, rank: usize| match rank {
             0 => 0,
@@ -171,8 +195,8 @@ impl Truncation {
         for _ in 0..ROUNDS {
             self.ranks = self.allocate(Ranks::Knapsack, budget, &price);
             let found = writer_bytes(&self.specs(), u64::MAX);
-            if found <= target {
-                return self.expect_rank();
+            if found <= target || self.ranks.iter().all(|&rank| rank == 0) {
+                return Ok(self.ranks.clone());
             }
             budget = budget.saturating_sub(found - target);
         }

@@ -22,6 +22,9 @@ fn texts_that_cannot_be_used() {
     eval(&broken, 4, &["not UTF-8"]);
     std::fs::write(&text, "Too short.").unwrap();
     eval(&broken, 4, &["tokens, but a window needs 128", "hint: give a longer text"]);
+    std::fs::write(&text, "a").unwrap();
+    let args = ["eval", path(&model), "--text", path(&text), "--bos", "never"];
+    broken.check_one(&args, 4, &[" 1 token, but a window needs 128"]);
     std::fs::write(model.join("tokenizer.json"), "{\"model\": 3}").unwrap();
     eval(&broken, 4, &["tokenizer.json` is not a usable tokenizer", "hint: get it again"]);
     std::fs::remove_file(model.join("tokenizer.json")).unwrap();

@@ -66,6 +66,32 @@ fn what_is_compressed_is_one_model_in_every_layout_and_format() {
     }
 }
 
+/// Tables and heads in codes, whatever their names: the model that its dense twin is.
+#[test]
+fn coded_tables_and_heads_are_read_back_in_every_family() {
+    let folder = tempfile::tempdir().unwrap();
+    for family in families() {
+        let (_, ids) = expected(family);
+        let model = folder.path().join(family);
+        common::copy(path(&fixture(family)), &model);
+        std::fs::copy(tokenizer(family), model.join("tokenizer.json")).unwrap();
+        let [coded, dense] = ["factored", "dense"].map(|format| {
+            let out = folder.path().join(format!("{family}-{format}"));
+            let flags = ["--quant", "rtn-int8-g16", "--embeddings", "quantize", "--format", format, "-q"];
+            ok(&[&["compress", path(&model), "-o", path(&out)], &flags[..]].concat());
+            logits(&out, &ids).unwrap_or_else(|e| panic!("{family}: {e:#}"))
+        });
+        assert!(distance(&coded, &dense) < 1e-5, "{family}: {}", distance(&coded, &dense));
+    }
+    // On request, by its name.
+    let model = folder.path().join("gpt_neox");
+    let out = folder.path().join("head");
+    let flags = ["--targets", "*embed_out", "--keep", "0.5", "--json"];
+    let report = ok(&[&["compress", path(&model), "-o", path(&out)], &flags[..]].concat()).json();
+    assert_eq!(report["linears"][0]["module"], "embed_out");
+    ok(&["inspect", path(&out), "-q"]);
+}
+
 /// Only the language model is compressed by default, whether its family is known or not; the rest is on request.
 #[test]
 fn towers_and_projectors_are_left_alone_unless_they_are_named() {

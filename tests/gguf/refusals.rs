@@ -10,6 +10,9 @@ use crate::common;
 
 type Extra<'a> = &'a [(&'a str, Value)];
 
+/// A key that a file lacks.
+const ABSENT: Value = Value::Bool(false);
+
 /// A file with these metadata besides the usual, and a table of embeddings of a type with this number.
 fn file(folder: &Path, extra: Extra<'_>, type_id: u32) -> PathBuf {
     let usual = [
@@ -19,13 +22,17 @@ fn file(folder: &Path, extra: Extra<'_>, type_id: u32) -> PathBuf {
         ("llama.block_count", Value::U32(1)),
         ("llama.feed_forward_length", Value::U32(32)),
         ("llama.attention.head_count", Value::U32(2)),
+        ("llama.attention.layer_norm_rms_epsilon", Value::F32(1e-5)),
         ("tokenizer.ggml.model", Value::Text("gpt2".into())),
         ("tokenizer.ggml.tokens", Value::Texts(vec!["a".into(), "b".into()])),
+        ("tokenizer.ggml.merges", Value::Texts(Vec::new())),
     ];
     let is_given = |key: &str| extra.iter().any(|(other, _)| *other == key);
     let kept = usual.into_iter().filter(|(key, _)| !is_given(key));
-    let metadata: Vec<(String, Value)> =
-        kept.chain(extra.iter().cloned()).map(|(key, value)| (key.to_string(), value)).collect();
+    let metadata: Vec<(String, Value)> = kept
+        .chain(extra.iter().filter(|(_, value)| *value != ABSENT).cloned())
+        .map(|(key, value)| (key.to_string(), value))
+        .collect();
     let element = Element::Plain(Dtype::F32);
     let tensors = [GgufTensor { name: "token_embd.weight".into(), element, shape: vec![2, 32] }];
     let (mut bytes, offsets) = write(&metadata, &tensors);
@@ -44,12 +51,20 @@ fn file(folder: &Path, extra: Extra<'_>, type_id: u32) -> PathBuf {
 fn unknown_models_and_blocks_are_named() {
     let folder = tempfile::tempdir().unwrap();
     let text = |text: &str| Value::Text(text.into());
-    let cases: [(Extra<'_>, u32, &[&str]); 9] = [
+    let cases: [(Extra<'_>, u32, &[&str]); 17] = [
         (&[("general.architecture", text("mamba"))], 0, &["its architecture is `mamba`", "llama, qwen2"]),
         (&[("general.architecture", Value::U32(1))], 0, &["name no architecture"]),
         (&[("general.type", text("adapter"))], 0, &["an adapter"]),
         (&[("llama.expert_count", Value::U32(8))], 0, &["it has experts"]),
         (&[("llama.block_count", text("one"))], 0, &["`llama.block_count` is not one number"]),
+        (&[("llama.block_count", ABSENT)], 0, &["have no `llama.block_count`"]),
+        (&[("llama.attention.head_count", ABSENT)], 0, &["have no `llama.attention.head_count`"]),
+        (&[("llama.attention.layer_norm_rms_epsilon", ABSENT)], 0, &["no `llama.attention.layer_norm_rms_epsilon`"]),
+        (&[("tokenizer.ggml.bos_token_id", Value::U32(2))], 0, &["`tokenizer.ggml.bos_token_id` is 2", "2 tokens"]),
+        (&[("tokenizer.ggml.eos_token_id", text("b"))], 0, &["`tokenizer.ggml.eos_token_id` is not the id of a token"]),
+        (&[("split.count", Value::U32(3))], 0, &["one of 3 shards"]),
+        (&[("split.no", Value::U32(1))], 0, &["`split.no` is 1, expected 0"]),
+        (&[("split.tensors.count", Value::U32(2))], 0, &["`split.tensors.count` is 2, expected 1"]),
         (&[("llama.rope.scaling.type", text("swirl"))], 0, &["scaling of type `swirl`"]),
         (
             &[("llama.attention.value_length", Value::U32(8)), ("llama.attention.key_length", Value::U32(16))],
@@ -63,10 +78,38 @@ fn unknown_models_and_blocks_are_named() {
         let file = file(folder.path(), extra, type_id);
         let run = common::lrc(&["inspect", path(&file)]);
         assert_eq!(run.code, 4, "{}", run.stderr);
-        for part in ["m.gguf` holds a model that lrc does not read", "hint: "].iter().chain(expected) {
+        for part in ["m.gguf`", "hint: "].iter().chain(expected) {
             assert!(run.stderr.contains(part), "{part}: {}", run.stderr);
         }
     }
+}
+
+/// A whole file that is not read differs from one that is damaged.
+#[test]
+fn versions_and_byte_orders_are_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = file(folder.path(), &[], 0);
+    let bytes = std::fs::read(&file).unwrap();
+    for (version, expected) in [(1u32.to_le_bytes(), "version 1 of GGUF"), (3u32.to_be_bytes(), "big-endian")] {
+        std::fs::write(&file, [&bytes[..4], &version, &bytes[8..]].concat()).unwrap();
+        let run = common::lrc(&["inspect", path(&file)]);
+        assert!(run.code == 4 && run.stderr.contains(expected) && !run.stderr.contains("damaged"), "{}", run.stderr);
+    }
+}
+
+#[test]
+fn blocks_that_the_metadata_do_not_count_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let export = folder.path().join("export");
+    common::ok(&["export", common::FIXTURE, "-o", path(&export), "--format", "gguf", "-q"]);
+    let file = super::alone(folder.path(), &export);
+    let mut bytes = std::fs::read(&file).unwrap();
+    let key = b"llama.block_count";
+    let at = bytes.windows(key.len()).position(|window| window == key).unwrap() + key.len() + 4;
+    bytes[at] -= 1;
+    std::fs::write(&file, bytes).unwrap();
+    let run = common::lrc(&["inspect", path(&file)]);
+    assert!(run.code == 4 && run.stderr.contains("`llama.block_count` is"), "{}", run.stderr);
 }
 
 #[test]
@@ -77,6 +120,7 @@ fn unknown_tokenizers_are_named_when_they_are_needed() {
         (vec![("tokenizer.ggml.model", text("bert"))], "its tokenizer is of kind `bert`"),
         (vec![("tokenizer.ggml.pre", text("swirl"))], "splits texts as `swirl` does"),
         (vec![("tokenizer.ggml.merges", Value::Texts(vec!["ab".into()]))], "is not a pair"),
+        (vec![("tokenizer.ggml.merges", ABSENT)], "its tokenizer has no merges"),
         (vec![("tokenizer.ggml.token_type", Value::I32s(vec![1]))], "it has 2 tokens"),
         (vec![("tokenizer.ggml.tokens", Value::Texts(vec!["a".into(), "a".into()]))], "are both `a`"),
         (vec![("tokenizer.ggml.model", text("no_vocab"))], "has no tokenizer in its metadata"),
@@ -86,6 +130,34 @@ fn unknown_tokenizers_are_named_when_they_are_needed() {
         let error = lrc::text::Tokenizer::open(&checkpoint).map(|_| ()).unwrap_err().to_string();
         assert!(error.contains(expected), "{error}");
     }
+}
+
+/// A fault of a model without a config is named by the file and its key.
+#[test]
+fn configs_from_metadata_are_refused_by_their_keys() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = file(folder.path(), &[("llama.attention.head_count", Value::U32(0))], 0);
+    let text = common::HELD_OUT;
+    let run = common::lrc(&["eval", path(&file), "--text", text]);
+    assert_eq!(run.code, 4, "{}", run.stderr);
+    for part in ["m.gguf`", "`num_attention_heads` is `llama.attention.head_count`"] {
+        assert!(run.stderr.contains(part), "{part}: {}", run.stderr);
+    }
+    assert!(!run.stderr.contains("config.json"), "{}", run.stderr);
+}
+
+/// A quantized file is called by its name, and a name that ends like a file is no model of the hub.
+#[test]
+fn files_are_called_by_their_names() {
+    let folder = tempfile::tempdir().unwrap();
+    let export = folder.path().join("export");
+    common::ok(&["compress", common::FIXTURE, "-o", path(&export), "--format", "gguf", "--quant", "q4_0", "-q"]);
+    let file = super::alone(folder.path(), &export);
+    let out = folder.path().join("out");
+    let run = common::lrc(&["compress", path(&file), "-o", path(&out), "--keep", "0.8"]);
+    assert!(run.code == 2 && run.stderr.contains("m.gguf` are quantized"), "{}", run.stderr);
+    let run = common::lrc(&["inspect", "models/missing.gguf"]);
+    assert!(run.code == 4 && run.stderr.contains("there is no such file"), "{}", run.stderr);
 }
 
 #[test]

@@ -3,6 +3,7 @@
 use std::process::Command;
 
 use crate::common::{FIXTURE, HELD_OUT, lrc, ok, path};
+use lrc::checkpoint::CheckpointError;
 use serde_json::json;
 
 use super::{model, refused, under};
@@ -174,6 +175,9 @@ fn tensors_of_a_gguf_file_have_places_of_their_own() {
 #[test]
 fn dtypes_that_are_not_read_are_named() {
     let folder = tempfile::tempdir().unwrap();
+    let fault = |dtype: &str| CheckpointError::Dtype { path: "m".into(), tensor: "t".into(), dtype: dtype.into() };
+    assert!(fault("F64").hint().unwrap().contains("cast the weights"), "they are not quantized");
+    assert!(fault("I32").hint().unwrap().contains("dequantize"));
     for (dtype, width) in [("F64", 8), ("F8_E4M3", 1)] {
         let model = folder.path().join(dtype);
         std::fs::create_dir(&model).unwrap();

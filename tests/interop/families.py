@@ -33,6 +33,7 @@ COLUMNS = [
     ("factors", "factored", ["--keep", "0.8", "--layout", "factors", "--ranks", "uniform"]),
     ("pivot", "factored", ["--keep", "0.8"]),
     ("split", "factored", ["--keep", "0.8", "--fused", "split"]),
+    ("tables", "factored", ["--quant", "rtn-int8-g16", "--embeddings", "quantize"]),
     ("dense", "dense", ["--keep", "0.8"]),
     ("compressed-tensors", "compressed-tensors", ["--quant", "rtn-int8-channel"]),
     ("peft", "peft", COMPENSATED),

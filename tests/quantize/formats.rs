@@ -282,6 +282,7 @@ fn what_a_loader_would_misread_is_refused_before_any_work() {
             4,
             "hint: `--format gguf` stores these blocks; codes for this format",
         ),
+        (&["--quant", "q4_0", "--format", "compressed-tensors"], 4, "--quant rtn-int4-g32`"),
         (&["--quant", "q4_0"], 4, "block type of llama.cpp"),
         (&["--quant", "rtn-int4-g128", "--format", "gptq"], 4, "24 linears have 4 bits in one group per row"),
         (&["--quant", "nf4", "--format", "gguf"], 4, "no block type"),

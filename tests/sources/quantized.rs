@@ -254,6 +254,42 @@ fn dequantized_weights_are_those_of_their_family() {
     }
 }
 
+/// Codes and floats of one weight, and parts of codes without the codes: neither is a model.
+#[test]
+fn codes_beside_their_weight_and_parts_without_codes_are_refused() {
+    let bytes = std::fs::read(oracle("quantized.safetensors")).unwrap();
+    let all = SafeTensors::deserialize(&bytes).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let (source, cases) = (folder.path().join("source"), json("quantized.json"));
+    let out = folder.path().join("out");
+    let check = |case: &str, tensors: Vec<(String, TensorView<'_>)>, named: &[&str]| {
+        write(&source, tensors, &cases[case]);
+        let run = lrc(&["export", path(&source), "--format", "dense", "-o", path(&out)]);
+        assert_eq!(run.code, 4, "{case}: {}", run.stderr);
+        for part in ["hint: ", "source"].iter().chain(named) {
+            assert!(run.stderr.contains(part), "{case}, {part}: {}", run.stderr);
+        }
+    };
+    let zeros = [0; 32];
+    for (case, codes) in [("gptq-4-v1", "m.qweight"), ("awq", "m.qweight"), ("compressed-int4-g16", "m.weight_packed")]
+    {
+        let mut tensors = of_case(&all, case);
+        tensors.push(("m.weight".into(), TensorView::new(safetensors::Dtype::F32, vec![2, 4], &zeros).unwrap()));
+        check(case, tensors, &[&format!("tensor `{codes}`"), "`m.weight`"]);
+        let mut tensors = of_case(&all, case);
+        tensors.retain(|(name, _)| name != codes);
+        // The scales of compressed-tensors may belong to codes of one byte.
+        check(
+            case,
+            tensors,
+            &[
+                "tensor `m.",
+                if case == "compressed-int4-g16" { "its `weight` is absent" } else { "its `qweight` is absent" },
+            ],
+        );
+    }
+}
+
 /// A case with one tensor changed or left out: an error that names the file, the tensor and what is wrong.
 #[test]
 fn broken_codes_are_refused() {

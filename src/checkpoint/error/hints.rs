@@ -1,7 +1,7 @@
 //! The consequences of an error: a hint for people, and the class that decides the exit code.
 
 use super::super::magic::WEIGHTS;
-use super::super::paths::{INDEX_FILE, folder_of};
+use super::super::paths::{INDEX_FILE, folder_of, is_gguf};
 use super::CheckpointError;
 use crate::codecs::{registry, torch};
 
@@ -33,6 +33,9 @@ impl CheckpointError {
             MissingShard { .. } | FewShards { .. } | TensorAbsentFromShard { .. } => {
                 "the download is incomplete: get the missing shard, or download the repository again".into()
             }
+            LoneShard { path, .. } if is_gguf(path) => {
+                "put the files that `gguf-split` made in one folder, under the names that it gave them, and give any of them".into()
+            }
             LoneShard { path, .. } if [INDEX_FILE, torch::INDEX_FILE].iter().any(|name| folder_of(path).join(name).is_file()) => {
                 format!("give the folder of all shards, `{}`", folder_of(path).display())
             }
@@ -42,7 +45,11 @@ impl CheckpointError {
                 "if the model shares its embeddings, `config.json` must say `\"tie_word_embeddings\": true`".into()
             }
             TensorAbsent { .. } => "check that all shards are there and that `model_type` in `config.json` is right".into(),
+            Shape { path, fields, .. } if is_gguf(path) => {
+                format!("check {fields} in `config.json`, or the metadata of the file if there is none")
+            }
             Shape { fields, .. } => format!("check {fields} in `config.json`"),
+            Dtype { dtype, .. } if dtype == "F64" => "cast the weights to 32 or 16 bits first: `tensor.float()` in Python".into(),
             Dtype { .. } => "dequantize quantized checkpoints first, or give unquantized 16- or 32-bit weights".into(),
             Quantized { .. } => {
                 let names: Vec<&str> = registry::names().collect();

@@ -15,6 +15,7 @@ mod snapshot;
 use std::path::{Path, PathBuf};
 
 use super::error::{CheckpointError, Result};
+use super::paths::{file_name, is_weight_file};
 use crate::progress::Progress;
 
 /// The folder that the user named: a path is taken as it is, `org/name` is downloaded from the hub.
@@ -27,7 +28,8 @@ pub fn resolve(model: &str, revision: &str, progress: &dyn Progress) -> Result<P
         return Err(CheckpointError::Revision { revision: names::shown(revision) });
     }
     let path = Path::new(model);
-    if path.exists() || !names::is_hub_id(model) {
+    // A name that ends like a file of weights is a path: it is not looked for on the hub.
+    if path.exists() || !names::is_hub_id(model) || is_weight_file(&file_name(path)) {
         return Ok(path.to_path_buf());
     }
     download(model, revision, progress)

@@ -45,9 +45,23 @@ pub struct Entry {
 const MAGIC: &[u8] = b"GGUF";
 const DEFAULT_ALIGNMENT: u64 = 32;
 const MAX_DIMENSIONS: u32 = 4;
+
 /// Whether a file begins with GGUF's magic.
 pub fn is_begun(file: &[u8]) -> bool {
     file.starts_with(MAGIC)
+}
+
+/// Why a file is of a kind that is not read; `None` if it is of a known version, or is damaged.
+pub fn unread(file: &[u8]) -> Option<String> {
+    let version = u32::from_le_bytes(*file.strip_prefix(MAGIC)?.first_chunk()?);
+    match version {
+        2 | 3 => None,
+        1 | 4..=99 => Some(format!("it has version {version} of GGUF, and versions 2 and 3 are read")),
+        swapped if (1..=99).contains(&swapped.swap_bytes()) => {
+            Some("it has the byte order of big-endian machines".into())
+        }
+        _ => None,
+    }
 }
 
 /// Reads the header of a whole file.

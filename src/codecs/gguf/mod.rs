@@ -17,7 +17,7 @@ pub use data::{Damage, Writer, expect_apart};
 pub use description::Description;
 pub use element::{Element, type_name};
 pub use factors::{factor_name, split_factor};
-pub use header::{Entry, GgufTensor, Header, file_bytes, is_begun, read, write};
+pub use header::{Entry, GgufTensor, Header, file_bytes, is_begun, read, unread, write};
 pub use rows::Arrangement;
 pub use value::Value;
 

@@ -10,7 +10,7 @@ use super::limit::Limit;
 use super::settings::DEFAULT_SHARD_BYTES;
 use crate::calibrate::WindowSettings;
 use crate::compress::allocate::Ranks;
-use crate::compress::options::RecipeOptions;
+use crate::compress::options::{Embeddings, RecipeOptions};
 use crate::compress::presets::{Method, MetricForm};
 use crate::compress::scale::{DepthWeight, Sensitivity};
 use crate::error::Failure;
@@ -22,6 +22,9 @@ pub const DEFAULT_SAMPLES: usize = 64;
 
 pub(super) const BUDGET_HINT: &str = "`--keep 0.8` keeps 80 % of the parameters of the targeted linears; `--target-size 350MiB` sets the size \
                            of the weight files; `--bits 4` sets the mean bits per weight";
+/// The same for the difference of a fine-tune.
+pub(super) const RESIDUAL_HINT: &str = "`--target-size 50MiB` sets the size of the adapter; `--keep 0.1` keeps 10 % of the parameters of the \
+                           targeted linears; `--ranks fixed:16` gives each of them a rank";
 const FIXED_RANKS_HINT: &str = "fixed ranks already determine the size; remove one of the two";
 /// Below this share the sequential mode is the default: on SmolLM2-135M it wins at 0.6, and loses at 0.8 and 0.9
 /// (docs/results.md, section 23).
@@ -80,7 +83,10 @@ impl Basics {
         let is_possible =
             method == Method::Kfac && options.calibration.is_some() && ranks.takes_budget() && !is_quantized;
         let pays = options.anchor.is_some() || options.keep.is_some_and(|keep| keep < SEQUENTIAL_BELOW);
-        let is_sequential = options.sequential.unwrap_or(is_possible && pays && options.share != Some(true));
+        // What was asked for excludes it. An anchor asks for it, and is refused with that.
+        let is_excluded = options.share == Some(true)
+            || options.anchor.is_none() && options.embeddings.is_some_and(|how| how != Embeddings::Keep);
+        let is_sequential = options.sequential.unwrap_or(is_possible && pays && !is_excluded);
         if options.anchor.is_some() && !is_sequential {
             return Err(usage(
                 "`--anchor` has no effect without `--sequential`",

@@ -22,20 +22,22 @@ pub(super) fn embeddings(options: &RecipeOptions, basics: &Basics) -> Result<Emb
     match (obstacle(options, basics, asked.unwrap_or(Embeddings::Auto)), asked) {
         (None, asked) => Ok(asked.unwrap_or(Embeddings::Auto)),
         (Some(_), None) => Ok(Embeddings::Keep),
-        (Some((reason, hint)), Some(_)) => Err(usage(format!("`--embeddings` {reason}"), hint)),
+        (Some((reason, hint)), Some(asked)) => Err(usage(format!("`--embeddings {}` {reason}", asked.name()), hint)),
     }
 }
 
 /// Why embeddings cannot be treated so, and a hint.
-fn obstacle(options: &RecipeOptions, basics: &Basics, embeddings: Embeddings) -> Option<(&'static str, &'static str)> {
+fn obstacle(options: &RecipeOptions, basics: &Basics, embeddings: Embeddings) -> Option<(String, &'static str)> {
     let is_fixed = basics.limit.is_none();
-    Some(match basics {
-        _ if !basics.format.exporter().reads_coded_tables() => (
-            "cannot be combined with this format, whose loaders read embeddings in floats",
-            "choose `--format factored`, `dense` or `gguf`",
-        ),
+    let (reason, hint) = match basics {
+        _ if !basics.format.exporter().reads_coded_tables() => {
+            let format = basics.format.name();
+            let reason =
+                format!("cannot be combined with `--format {format}`, whose loaders read embeddings in floats");
+            return Some((reason, "choose `--format factored`, `dense` or `gguf`"));
+        }
         Basics { format: Format::Gguf, .. } if embeddings == Embeddings::Factor => {
-            ("factor cannot be combined with `--format gguf`", "did you mean `--embeddings quantize`?")
+            ("cannot be combined with `--format gguf`", "did you mean `--embeddings quantize`?")
         }
         Basics { method: Method::Fwsvd | Method::Asvd | Method::SvdLlm, .. } if !is_fixed => {
             ("needs statistics of both sides, which only kfac measures, or none", "did you mean `--method kfac`?")
@@ -51,11 +53,15 @@ fn obstacle(options: &RecipeOptions, basics: &Basics, embeddings: Embeddings) ->
             "cannot be combined with measured sensitivities, whose trials are of linears in blocks",
             "add `--sensitivity second-order` or `energy`",
         ),
+        Basics { anchor: Some(_), .. } if options.sequential.is_none() => {
+            ("cannot be combined with `--anchor`, which compresses block by block", "remove one of the two")
+        }
         Basics { anchor: Some(_), .. } => {
             ("cannot be combined with `--sequential`, which goes block by block", "remove one of the two")
         }
         _ => return None,
-    })
+    };
+    Some((reason.into(), hint))
 }
 
 impl Recipe {

@@ -4,7 +4,7 @@ use anyhow::Result;
 
 use super::allocation::{KnapsackSettings, RankAllocation, RankSteps, Rule};
 use super::approach::LowRankApproach;
-use super::basics::{ADD_KNAPSACK, BUDGET_HINT, Basics, REMOVE_ONE, usage};
+use super::basics::{ADD_KNAPSACK, BUDGET_HINT, Basics, REMOVE_ONE, RESIDUAL_HINT, usage};
 use super::limit::Reduction;
 use super::storage::{FactorStorage, FloatStorage, Unordered};
 use crate::compress::allocate::Ranks;
@@ -56,7 +56,10 @@ fn allocation(basics: &Basics) -> Result<RankAllocation> {
     let steps @ RankSteps { floor, multiple } = basics.steps;
     let limit = || {
         let limit = basics.limit.and_then(Reduction::new);
-        limit.ok_or_else(|| usage("`--keep`, `--target-size` or `--bits` is missing", BUDGET_HINT))
+        limit.ok_or_else(|| match basics.format.stores_residuals() {
+            true => usage("`--target-size`, `--keep` or `--ranks` is missing", RESIDUAL_HINT),
+            false => usage("`--keep`, `--target-size` or `--bits` is missing", BUDGET_HINT),
+        })
     };
     let rule = match basics.ranks {
         Ranks::Fixed(_) if floor > 0.0 || multiple.get() > 1 => {

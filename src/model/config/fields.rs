@@ -38,11 +38,7 @@ fn first_broken(fields: &Map<String, Value>, is_broken: &dyn Fn(&Map<String, Val
 
 /// An error of serde in plain words; numbers that are not finite appear in it as marked strings.
 fn in_words(reason: &str) -> String {
-    let mark = json::MARK.escape_debug().to_string();
-    let reason = reason.replace(&format!("string \"{mark}"), "number \"").replace(&mark, "").replace(json::MARK, "");
-    let reason = ["NaN", "Infinity", "-Infinity"]
-        .iter()
-        .fold(reason, |reason, name| reason.replace(&format!("number \"{name}\""), &format!("number `{name}`")));
+    let reason = json::unmarked(reason);
     [
         ("expected f64", "expected a finite number"),
         ("expected usize", "expected a whole number"),

@@ -14,13 +14,14 @@ use serde_json::{Map, Value};
 use super::activation::Activation;
 use super::architectures;
 use super::architectures::table::Architecture;
+use super::gguf;
 use super::rope::RopeScaling;
 use super::slot::{InputSite, Role, Slot};
 use super::text_config;
 pub use super::text_config::{is_multimodal, is_of_tower};
 use super::widths::{BlockWidths, Override, Widths};
 use crate::checkpoint::Checkpoint;
-use crate::error::Failure;
+use crate::error::{self, Failure};
 
 /// The prefix that `lrc` adds to the native `model_type`.
 pub const MODEL_TYPE_PREFIX: &str = "lrc_";
@@ -206,6 +207,15 @@ fn in_common_words(fields: &Map<String, Value>, architecture: &Architecture) -> 
     fields
 }
 
+/// A fault of a config that was made of the metadata of a GGUF file, where its fields have other names.
+fn of_metadata(fault: &anyhow::Error, architecture: &Architecture) -> anyhow::Error {
+    let message = error::message(fault);
+    let keys = gguf::keys_in(&message, architecture).map_or(String::new(), |keys| format!(", where {keys}"));
+    let hint =
+        format!("its config is made of its metadata{keys}; give the Hugging Face checkpoint that it was made of");
+    Failure::unsupported(message).hint(hint).into()
+}
+
 impl ModelConfig {
     /// Reads and checks the config of a checkpoint whose family `lrc` can run.
     ///
@@ -235,9 +245,12 @@ impl ModelConfig {
                 architectures::known_types().join(", ")
             ))
         })?;
-        let config = Self::parse(&text_config::fields(config, MODEL_TYPE_PREFIX), architecture, &path)?;
-        config.check_sizes(checkpoint).with_context(|| format!("`{}`", path.display()))?;
-        Ok((config, architecture))
+        let checked = || {
+            let config = Self::parse(&text_config::fields(config, MODEL_TYPE_PREFIX), architecture, &path)?;
+            config.check_sizes(checkpoint).with_context(|| format!("`{}`", path.display()))?;
+            Ok((config, architecture))
+        };
+        checked().map_err(|fault| if checkpoint.is_described() { of_metadata(&fault, architecture) } else { fault })
     }
 
     /// A config from its fields; `path` is named in errors. Deserialized in another way, a config has no widths.

@@ -30,6 +30,7 @@ fn config(description: &Description<'_>) -> Result<Map<String, Json>, String> {
         return Err("it has experts (`expert_count`), which are read from Hugging Face checkpoints only".into());
     }
     let mut fields = of_metadata(description, family)?;
+    expect_all_blocks(description, &key("block_count"))?;
     if let Some(table) = description.tensor(EMBEDDINGS) {
         fields.insert("vocab_size".into(), table.shape.first().copied().unwrap_or_default().into());
     }
@@ -63,7 +64,7 @@ fn config(description: &Description<'_>) -> Result<Map<String, Json>, String> {
     config.insert("model_type".into(), architecture.model_type.into());
     config.extend(in_own_words(fields, architecture));
     config.insert("tie_word_embeddings".into(), description.tensor(HEAD).is_none().into());
-    config.extend(special::ids(description));
+    config.extend(special::ids(description)?);
     config.insert("torch_dtype".into(), dtype(description, architecture).into());
     Ok(config)
 }
@@ -95,6 +96,18 @@ fn family_of(description: &Description<'_>) -> Result<(&'static Architecture, &'
         let known = architectures::gguf_architectures().join(", ");
         format!("its architecture is `{named}`, and lrc reads {known}")
     })
+}
+
+/// Refuses a file with more blocks than its metadata count: what is run would not be its model.
+fn expect_all_blocks(description: &Description<'_>, key: &str) -> Result<(), String> {
+    let block = |name: &str| name.strip_prefix("blk.")?.split('.').next()?.parse::<u64>().ok();
+    let last = description.tensors().filter_map(|entry| block(&entry.name)).max();
+    match (last, description.count(key)) {
+        (Some(last), Some(count)) if last >= count => {
+            Err(format!("it has tensors of block {last} (`blk.{last}`), and `{key}` is {count}"))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Adds the width of a head and the number of heads of keys, which files leave out where they follow from others.
@@ -166,9 +179,12 @@ mod tests {
     fn check(architecture: &str, extra: &[(&str, Value)], vectors: &[(&str, &[f32])], expected: &Json) {
         let sizes =
             [("embedding_length", 64), ("block_count", 2), ("attention.head_count", 4), ("context_length", 8192)];
+        let epsilon = ("attention.layer_norm_rms_epsilon", Value::F32(1e-5));
+        let usual = [epsilon].into_iter().filter(|(key, _)| extra.iter().all(|(other, _)| other != key));
         let mut metadata = vec![("general.architecture".to_string(), Value::Text(architecture.into()))];
         metadata.extend(sizes.map(|(key, size)| (format!("{architecture}.{key}"), Value::U32(size))));
         // Keys that begin with a slash are not below the architecture.
+        metadata.extend(usual.map(|(key, value)| (format!("{architecture}.{key}"), value)));
         metadata.extend(extra.iter().map(|(key, value)| match key.strip_prefix('/') {
             Some(whole) => (whole.to_string(), value.clone()),
             None => (format!("{architecture}.{key}"), value.clone()),

@@ -57,6 +57,9 @@ const FIELDS: [Field; 17] = [
 /// Keys that only some families have; their tables list them.
 const OPTIONAL: [&str; 2] = ["attention.sliding_window", "attention.layer_norm_epsilon"];
 
+/// Fields without which llama.cpp reads no model: configs have defaults for some, which need not be the file's.
+const REQUIRED: [&str; 4] = ["hidden_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps"];
+
 /// Whether files of a family have a field.
 fn has(family: &Family, field: &Field) -> bool {
     !OPTIONAL.contains(&field.key) || family.metadata.contains(&field.key)
@@ -96,7 +99,7 @@ pub fn to_metadata(config: &Map<String, Json>, family: &Family) -> Vec<(String, 
 /// The fields of a config with common names, from the metadata of a file.
 ///
 /// # Errors
-/// A clause that names a key whose value is not of its kind, or contradicts another.
+/// A clause that names a key whose value is absent, is not of its kind, or contradicts another.
 pub fn of_metadata(description: &Description<'_>, family: &Family) -> Result<Map<String, Json>, String> {
     let mut fields = Map::new();
     for field in FIELDS.iter().filter(|field| has(family, field)) {
@@ -117,11 +120,27 @@ pub fn of_metadata(description: &Description<'_>, family: &Family) -> Result<Map
             return Err(format!("`{key}` is {value}, and `{}` is {before} elsewhere", field.name));
         }
     }
+    let absent = |field: &&Field| REQUIRED.contains(&field.name) && !fields.contains_key(field.name);
+    if let Some(field) = FIELDS.iter().rev().filter(|field| has(family, field)).find(absent) {
+        return Err(format!("its metadata have no `{}.{}`", family.architecture, field.key));
+    }
     // A window of 0 tokens is none.
     if fields.get("sliding_window").and_then(Json::as_u64) == Some(0) {
         fields.shift_remove("sliding_window");
     }
     Ok(fields)
+}
+
+/// The keys of a GGUF file for the fields of a config that a message names, in words; `None` if it names none.
+pub fn keys_in(message: &str, architecture: &Architecture) -> Option<String> {
+    let family = architecture.gguf.as_ref()?;
+    let key = |field: &&Field| {
+        let own = architecture.aliases.iter().filter(|(_, common)| *common == field.name).map(|(own, _)| *own);
+        let name = own.chain([field.name]).find(|name| message.contains(&format!("`{name}`")))?;
+        Some(format!("`{name}` is `{}.{}`", family.architecture, field.key))
+    };
+    let keys: Vec<String> = FIELDS.iter().filter(|field| has(family, field)).filter_map(|field| key(&field)).collect();
+    (!keys.is_empty()).then(|| keys.join(", "))
 }
 
 /// The number with the fewest digits that is this f32: files have numbers of configs in f32.

@@ -9,4 +9,4 @@ mod tokenizer;
 pub mod vocabulary;
 
 pub use config::OF_GGUF;
-pub use fields::{rope_fields, rope_type, to_metadata};
+pub use fields::{keys_in, rope_fields, rope_type, to_metadata};

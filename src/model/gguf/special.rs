@@ -19,9 +19,22 @@ pub(super) fn id(description: &Description<'_>, name: &str) -> Option<u64> {
 }
 
 /// The ids of special tokens in `config.json`; null where a class would have its own.
-pub(super) fn ids(description: &Description<'_>) -> Map<String, Json> {
+///
+/// # Errors
+/// A clause: a sequence would begin or end with something that is no token.
+pub(super) fn ids(description: &Description<'_>) -> Result<Map<String, Json>, String> {
+    for key in ["bos", "eos"].map(|name| format!("tokenizer.ggml.{name}_token_id")) {
+        let Some(n_tokens) = description.length(TOKENS).filter(|_| description.keys().any(|other| other == key)) else {
+            continue;
+        };
+        match description.count(&key) {
+            Some(id) if id < n_tokens => {}
+            Some(id) => return Err(format!("`{key}` is {id}, and it has {n_tokens} tokens (`{TOKENS}`)")),
+            None => return Err(format!("`{key}` is not the id of a token")),
+        }
+    }
     let named = |(theirs, ours, _): &(&str, &str, _)| (format!("{ours}_token_id"), json!(id(description, theirs)));
-    SPECIAL.iter().filter(|(_, ours, _)| *ours != "unk").map(named).collect()
+    Ok(SPECIAL.iter().filter(|(_, ours, _)| *ours != "unk").map(named).collect())
 }
 
 /// `tokenizer_config.json`.

@@ -91,12 +91,20 @@ impl Tokens {
 /// Byte-level byte-pair encoding.
 fn byte_level(description: &Description<'_>, tokens: &Tokens, family: &Family) -> Result<Json, String> {
     let named = description.text("tokenizer.ggml.pre").filter(|name| name != UNNAMED);
+    let is_silent = !description.keys().any(|key| key == "tokenizer.ggml.pre");
     let named = named.unwrap_or_else(|| family.pre_tokenizer.unwrap_or("gpt-2").into());
+    if is_silent {
+        tracing::warn!(
+            "the GGUF file does not say how its tokenizer splits texts (`tokenizer.ggml.pre`): taken to be as `{named}`"
+        );
+    }
     let SplitSteps { normalizer, pre_tokenizer, ignores_merges, adds_bos } =
         splits::named(&named).ok_or_else(|| {
             format!("its tokenizer splits texts as `{named}` does (`tokenizer.ggml.pre`), which lrc does not know")
         })?;
-    let merges = description.texts("tokenizer.ggml.merges").unwrap_or_default();
+    let merges = description
+        .texts("tokenizer.ggml.merges")
+        .ok_or_else(|| "its tokenizer has no merges (`tokenizer.ggml.merges`)".to_string())?;
     // The left part is not empty, but may begin with a space.
     let split = |merge: &String| -> Option<[String; 2]> {
         let at = merge.char_indices().skip(1).find(|(_, c)| *c == ' ')?.0;

@@ -42,6 +42,8 @@ fn linears_are_told_from_tables_by_name_and_shape() {
             ("codes.weight", Dtype::I64, &[4, 6]),
             ("conv.weight", Dtype::F32, &[4, 6, 3, 3]),
             ("lm_head.weight", Dtype::F32, &[9, 6]),
+            ("embed_out.weight", Dtype::F32, &[9, 6]),
+            ("embeddings.position.output.weight", Dtype::F32, &[9, 6]),
             ("x.base.weight", Dtype::F32, &[5, 6]),
         ],
         &[("x", x), ("y", y)],
@@ -51,6 +53,7 @@ fn linears_are_told_from_tables_by_name_and_shape() {
     let expected = [
         ("moe.gate", false, Stored::Dense),
         ("lm_head", false, Stored::Dense),
+        ("embed_out", false, Stored::Dense),
         ("encoder.layer.0.query", true, Stored::Dense),
         ("x", true, of(x, true)),
         ("y", true, of(y, false)),
