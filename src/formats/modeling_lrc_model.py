@@ -167,7 +167,9 @@ def _tie(model, replaced):
     """Lets a compressed table make the logits of a tied model, in place of a weight that both modules would have."""
     table = next((module for module in replaced.values() if isinstance(module, Embedding)), None)
     head = model.get_output_embeddings()
-    if table is None or head is None or not model.config.get_text_config().tie_word_embeddings:
+    configs = (model.config.get_text_config(), model.config)  # some multimodal models have it in the whole config alone
+    is_tied = next((c.tie_word_embeddings for c in configs if hasattr(c, "tie_word_embeddings")), False)
+    if table is None or head is None or not is_tied:
         return
     name = next(name for name, module in model.named_modules() if module is head)
     # Its bias may be tied to another parameter, and stays so.
