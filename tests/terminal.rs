@@ -82,9 +82,19 @@ fn terminals_have_bars_and_color_and_can_do_without() {
 #[test]
 fn short_helps_fit_two_screens() {
     let help = |command: &str, flag: &str| finish(common::command(&[command, flag]).env("COLUMNS", "80")).stdout;
-    for command in
-        ["compress", "delta", "calibrate", "sweep", "eval", "truncate", "export", "inspect", "completions", "man"]
-    {
+    for command in [
+        "compress",
+        "delta",
+        "calibrate",
+        "sweep",
+        "eval",
+        "truncate",
+        "export",
+        "heal",
+        "inspect",
+        "completions",
+        "man",
+    ] {
         let short = help(command, "-h");
         assert!(short.starts_with(char::is_uppercase) && short.lines().count() <= 48, "{command}:\n{short}");
         // A flag is one line: what continues in the next has no flag of its own.

@@ -46,7 +46,9 @@ pub(super) struct HealArgs {
     #[command(flatten)]
     options: Options<Drawn>,
 
-    /// Stages of training, one after another
+    /// Stages of training
+    ///
+    /// They follow one another. The model takes a quarter of the learning rate.
     #[arg(
         long,
         value_enum,
@@ -58,7 +60,7 @@ pub(super) struct HealArgs {
     )]
     stage: Vec<HealStage>,
 
-    /// Most passes over the windows, for half a block or for the model
+    /// Most passes over the windows
     #[arg(long, value_name = "N", value_parser = at_least_1, default_value_t = 8, help_heading = "Training")]
     epochs: usize,
 
@@ -96,10 +98,10 @@ impl Selection for Drawn {
     }
 
     fn adapt(flag: Arg) -> Arg {
-        const STATISTICS: &str = "Statistics of the source, for errors in the metric of its gradients";
+        const STATISTICS: &str = "Statistics of the source: errors in their metric";
         match flag.get_id().as_str() {
             "statistics" => flag.help(STATISTICS).long_help(format!(
-                "{STATISTICS}\n\nA file of `lrc calibrate --method kfac`. Without it, squared errors of states are trained."
+                "{STATISTICS}\n\nA file of `lrc calibrate --method kfac`. Errors of states are measured in the metric of the gradients there; without it, they are squared errors."
             )),
             _ => flag.help_heading("Text").hide_short_help(false),
         }
@@ -112,10 +114,10 @@ struct Texts(Vec<PathBuf>);
 
 impl Args for Texts {
     fn augment_args(command: Command) -> Command {
-        const TEXT: &str = "File of text (`.txt`, `.jsonl`, `.parquet`), and its weight";
+        const TEXT: &str = "File of text (`.txt`, `.jsonl`, `.parquet`)";
         TextArgs::augment_args(command).mut_arg("text", |text| {
-            text.action(ArgAction::Append).value_name("FILE[:WEIGHT]").help_heading("Text").help(TEXT).long_help(format!(
-                "{TEXT}\n\nMay be repeated: texts share `--samples` by their weights, `a.txt:0.7` and `b.jsonl:0.3`."
+            text.action(ArgAction::Append).help_heading("Text").help(TEXT).long_help(format!(
+                "{TEXT}\n\nMay be repeated: texts share `--samples` by the weights behind their names, `a.txt:0.7` and `b.jsonl:0.3`."
             ))
         })
     }

@@ -152,7 +152,7 @@ recipe_options! {
     /// narrow: fewer channels of feed-forward layers and fewer groups of heads, in every block the same number. What
     /// stays is dense, with the names and classes of the source, so that every runtime loads it; `--quant` quantizes
     /// it in the same run.
-    structure: Option<Structure>, "Method" [],
+    structure: Option<Structure>, "Method" [hide_short_help = true],
 
     /// How `--structure narrow` chooses channels and groups [default: backward]
     selection: Option<ChannelSelection>, "Method" [hide_short_help = true],
