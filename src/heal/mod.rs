@@ -58,7 +58,7 @@ pub fn heal(job: &HealJob<'_>, progress: &dyn Progress) -> Result<CompressReport
     let description = job.description(&drawn)?;
     let mut folder = OutputFolder::resume(job.output, job.existing, REPORT_FILE, &description, job.earlier)?;
     let run = Run { job, teacher, student, drawn, statistics, started };
-    match run.into_folder(report, &folder, progress) {
+    match run.fill(report, &folder, progress) {
         Ok(report) => {
             folder.finish()?;
             Ok(report)
@@ -83,7 +83,7 @@ struct Run<'a> {
 }
 
 impl Run<'_> {
-    fn into_folder(
+    fn fill(
         &self,
         mut report: CompressReport,
         folder: &OutputFolder,
