@@ -1,4 +1,4 @@
-//! Healing: a compressed model learns from its source, in the same shapes and bytes of every format that holds floats.
+//! Healing: a compressed model learns from its source, in the same shapes and bytes.
 
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -99,10 +99,11 @@ fn every_stage_brings_the_model_nearer_to_its_source_on_other_text() {
 
 #[test]
 fn codes_stay_and_what_is_float_beside_them_learns() {
-    let cases: [&[&str]; 3] = [
+    let cases: [&[&str]; 4] = [
         &["--quant", "rtn-int3-g32", "--compensate", "lorc", "--compensate-rank", "4"],
         &["--quant", "rtn-int3-g32"],
         &["--keep", "0.6", "--layout", "monarch"],
+        &["--keep", "0.6", "--format", "dense"],
     ];
     for flags in cases {
         let model = Model::new(flags);
@@ -114,6 +115,8 @@ fn codes_stay_and_what_is_float_beside_them_learns() {
             "{changed:?}"
         );
         assert!(report["healed"]["parameters"].as_u64().unwrap() > 0);
+        let card = std::fs::read_to_string(out.join("README.md")).unwrap();
+        assert_eq!(card.contains("trust_remote_code"), !flags.contains(&"dense"), "{card}");
         assert!(divergence(&out) < divergence(&model.compressed), "{flags:?}");
     }
 }
@@ -232,6 +235,10 @@ fn what_cannot_be_healed_is_refused() {
     );
     let of_source = ["heal", FIXTURE, "--teacher", FIXTURE, "--text", TRAIN, "-o", path(&out)];
     check(&of_source, 4, &["lrc-report.json` cannot be read", "a folder written by `lrc compress`"]);
+    let quantized = ["--quant", "rtn-int4-g32-sym", "--format", "compressed-tensors"];
+    let coded = Model::new(&quantized);
+    let named = ["has format \"compressed-tensors\"", "then `lrc export` it"];
+    check(&coded.arguments(&out, &["--text", TRAIN]), 4, &named);
     check(&model.arguments(&out, &["--text", "a.txt:0"]), 2, &["`--text a.txt:0`: expected FILE or FILE:WEIGHT"]);
     let flags = [&["--text", TRAIN][..], &["--learning-rate", "2"]].concat();
     let own = ["heal", compressed, "--teacher", FIXTURE, "-o", path(&out)];

@@ -27,6 +27,7 @@ pub use self::texts::WeightedText;
 use self::texts::{Drawn, HELD_OUT};
 use crate::calibrate::{Needs, Statistics};
 use crate::checkpoint::{OutputFolder, expect_apart};
+use crate::formats::Format;
 use crate::model::{Decoder, Walk, WalkLimits, coverage, fingerprint};
 use crate::progress::Progress;
 use crate::report::earlier::read_report;
@@ -43,8 +44,8 @@ pub fn heal(job: &HealJob<'_>, progress: &dyn Progress) -> Result<CompressReport
     OutputFolder::check(job.output, job.existing, REPORT_FILE)?;
     expect_apart(job.output, job.inputs())?;
     coverage::expect_whole(job.checkpoint)?;
-    output::expect_floats_in_place(job.checkpoint)?;
     let report = read_report(job.checkpoint.root(), "`lrc heal` takes a folder written by `lrc compress`")?;
+    let format = output::format_of(job.checkpoint, &report)?;
     let teacher = Decoder::open(job.teacher)?.on(&job.device);
     let student = Decoder::open(job.checkpoint)?.on(&job.device);
     job::expect_same_shape(job, &teacher, &student)?;
@@ -57,7 +58,7 @@ pub fn heal(job: &HealJob<'_>, progress: &dyn Progress) -> Result<CompressReport
     }
     let description = job.description(&drawn)?;
     let mut folder = OutputFolder::resume(job.output, job.existing, REPORT_FILE, &description, job.earlier)?;
-    let run = Run { job, teacher, student, drawn, statistics, started };
+    let run = Run { job, teacher, student, drawn, statistics, format, started };
     match run.fill(report, &folder, progress) {
         Ok(report) => {
             folder.finish()?;
@@ -79,6 +80,7 @@ struct Run<'a> {
     student: Decoder<'a>,
     drawn: Drawn,
     statistics: Option<Statistics>,
+    format: Format,
     started: Instant,
 }
 
@@ -128,7 +130,7 @@ impl Run<'_> {
             perplexity,
         };
         report.healed = Some(record);
-        output::write(job, &healed, &mut report, folder, self.started)?;
+        output::write(job, &healed, self.format, &mut report, folder, self.started)?;
         Ok(report)
     }
 

@@ -18,19 +18,21 @@ use crate::report::card::{self, Loading};
 use crate::report::page::{self, PAGE_FILE};
 use crate::report::{CompressReport, REPORT_FILE, publish};
 
-/// Refuses a student whose floats the files do not hold as they are.
-pub(super) fn expect_floats_in_place(checkpoint: &Checkpoint) -> Result<()> {
-    match checkpoint
-        .tensors()
-        .map(|info| checkpoint.file_of(info))
-        .find(|file| file.extension().is_some_and(|ending| ending != "safetensors"))
-    {
-        None => Ok(()),
-        Some(file) => {
-            Err(Failure::unsupported(format!("`{}` is no file of safetensors, and cannot be healed", file.display()))
-                .hint("heal the model in `--format factored` or `dense`, then `lrc export` it")
-                .into())
-        }
+/// The format of a student whose files hold its floats as they are, in one folder.
+///
+/// # Errors
+/// It has another format.
+pub(super) fn format_of(checkpoint: &Checkpoint, report: &CompressReport) -> Result<Format> {
+    let format: Option<Format> = serde_json::from_value(report.recipe["format"].clone()).ok();
+    match format.filter(|format| matches!(format, Format::Factored | Format::Dense)) {
+        Some(format) => Ok(format),
+        None => Err(Failure::unsupported(format!(
+            "`{}` has format {}, and cannot be healed",
+            checkpoint.root().display(),
+            report.recipe["format"]
+        ))
+        .hint("heal the model in `--format factored` or `dense`, then `lrc export` it")
+        .into()),
     }
 }
 
@@ -38,6 +40,7 @@ pub(super) fn expect_floats_in_place(checkpoint: &Checkpoint) -> Result<()> {
 pub(super) fn write(
     job: &HealJob<'_>,
     healed: &Healed,
+    format: Format,
     report: &mut CompressReport,
     folder: &OutputFolder,
     started: Instant,
@@ -71,7 +74,7 @@ pub(super) fn write(
     let replaced = [REPORT_FILE, PAGE_FILE, "README.md", CURVES_FILES[0], CURVES_FILES[1]];
     report.left_out = formats::copy_side(checkpoint, folder, &replaced)?.into_iter().map(Into::into).collect();
     let config = checkpoint.config().cloned().unwrap_or_default();
-    let exporter = Format::Factored.exporter();
+    let exporter = format.exporter();
     let loading = Loading {
         text: formats::loading(exporter, &native_config(&config), Adapter::None),
         library: exporter.library(),
