@@ -56,12 +56,13 @@ with tempfile.TemporaryDirectory() as folder:
     tuned, _ = score(args.tuned)
     print(f"perplexity of the base {base:.4f}, of the fine-tuned model {tuned:.4f}; KL of the base {base_kl:.5f}\n")
     columns = [("svd", "energy"), ("svd", "knapsack"), ("svd-llm", "energy"), ("svd-llm", "knapsack"), ("kfac", "knapsack")]
-    print("| rank | bytes | svd, one rank | " + " | ".join(f"{method}, {ranks}" for method, ranks in columns) + " |")
-    print("|---:|---:|---:|" + "---:|" * len(columns))
+    print("| rank | bytes | svd, one rank | " + " | ".join(f"{method}, {ranks}" for method, ranks in columns) + " | kfac, knapsack, float8 |")
+    print("|---:|---:|---:|" + "---:|" * (len(columns) + 1))
     for rank in args.ranks:
         size, found = made("--ranks", f"fixed:{rank}")
         row = [found]
         for method, ranks in columns:
             data = [] if method == "svd" else ["--statistics", statistics]
             row.append(made("--target-size", f"{size}B", "--method", method, "--ranks", ranks, *data)[1])
+        row.append(made("--target-size", f"{size}B", "--statistics", statistics, "--quant-factors", "float8")[1])
         print(f"| {rank} | {size} | " + " | ".join(row) + " |", flush=True)

@@ -191,6 +191,51 @@ fn budgets_of_a_difference_are_met_and_spent_where_it_is_large() {
     assert!(small.code == 2 && small.stderr.contains("--others leave-out"), "{}", small.stderr);
 }
 
+/// Twice the rank, and far more than the rounding costs; truncated, they are 8-bit floats again.
+#[test]
+fn factors_of_8_bit_floats_are_closer_in_as_many_bytes() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let tuned = at("tuned");
+    fine_tune(&tuned);
+    let size = delta(&tuned, &at("uniform"), &["--ranks", "fixed:6"])["size_bytes"].to_string();
+    let flags = ["--target-size", &size, "--method", "svd", "--ranks", "knapsack"];
+    delta(&tuned, &at("plain"), &flags);
+    let report = delta(&tuned, &at("float8"), &[&flags[..], &["--quant-factors", "float8"]].concat());
+    let file = at("float8").join("adapter_model.safetensors");
+    assert_eq!(report["size_bytes"], file.metadata().unwrap().len());
+    let stored = Checkpoint::open_arrays(&file).unwrap();
+    let are_float8 =
+        |file: &Checkpoint| file.tensors().all(|info| (info.dtype == Dtype::F8_E4M3) == info.name.contains(".lora_"));
+    assert!(are_float8(&stored));
+    let config: Value =
+        serde_json::from_slice(&std::fs::read(at("float8").join("adapter_config.json")).unwrap()).unwrap();
+    let alpha = |module: &str| 4096.0 * config["alpha_pattern"][module].as_f64().unwrap();
+    for (module, rank) in config["rank_pattern"].as_object().unwrap() {
+        assert_eq!(alpha(module), rank.as_f64().unwrap());
+    }
+    assert!(divergence(&at("float8"), &tuned) < 0.7 * divergence(&at("plain"), &tuned));
+    // The error of a truncation is that of its report and of rounding to 3 bits.
+    let out = at("truncated");
+    let report = ok(&["truncate", path(&at("float8")), "-o", path(&out), "--rank", "4", "--json"]).json();
+    let after = Checkpoint::open_arrays(&out.join("adapter_model.safetensors")).unwrap();
+    assert!(are_float8(&after));
+    let module = report["modules"][0]["module"].as_str().unwrap();
+    let names = ["A", "B"].map(|part| format!("{module}.lora_{part}.weight"));
+    let names = [names[0].as_str(), names[1].as_str()];
+    let scale = 1.0 / 4096.0;
+    let error = relative(&product(&stored, names, scale), &product(&after, names, scale));
+    let reported = report["modules"][0]["relative_error"].as_f64().unwrap();
+    assert!(error >= reported && error.powi(2) < reported.powi(2) + 0.05f64.powi(2), "{error} and {reported}");
+    for (flags, message) in [
+        (["delta", FIXTURE, path(&tuned), "--keep", "0.1", "--quant-factors", "int8"], "`float8`"),
+        (["compress", FIXTURE, "-q", "--keep", "0.5", "--quant-factors", "float8"], "is for adapters"),
+    ] {
+        let run = lrc(&[&flags[..], &["-o", path(&at("refused"))]].concat());
+        assert!(run.code == 2 && run.stderr.contains(message) && run.stderr.contains("hint:"), "{}", run.stderr);
+    }
+}
+
 #[test]
 fn what_makes_no_difference_is_refused() {
     let folder = tempfile::tempdir().unwrap();
@@ -329,7 +374,7 @@ fn a_size_without_room_for_a_factor_names_the_least_that_has() {
 /// scale · B A of a module (m, n), row-major.
 fn product(file: &Checkpoint, [a, b]: [&str; 2], scale: f32) -> Vec<f32> {
     let rank = file.info(a).unwrap().shape[0];
-    let (a, b) = (file.values(a).unwrap(), file.values(b).unwrap());
+    let (a, b) = (file.factor(a).unwrap(), file.factor(b).unwrap());
     let n = a.len() / rank;
     let entry = |i: usize, j: usize| (0..rank).map(|k| b[i * rank + k] * a[k * n + j]).sum::<f32>() * scale;
     (0..b.len() / rank).flat_map(|i| (0..n).map(move |j| (i, j))).map(|(i, j)| entry(i, j)).collect()

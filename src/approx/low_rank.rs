@@ -97,6 +97,24 @@ impl LowRank {
         let n = self.a.len() / self.rank.max(1);
         Self { rank, b, a: self.a[..rank * n].to_vec() }
     }
+
+    /// The same product, with the largest magnitude of every column of `B` that of its row of `A`.
+    #[must_use]
+    pub fn balanced(mut self) -> Self {
+        let (rank, n) = (self.rank, self.a.len() / self.rank.max(1));
+        for term in 0..rank {
+            let row = &mut self.a[term * n..(term + 1) * n];
+            let of_row = row.iter().fold(0.0f32, |most, v| most.max(v.abs()));
+            let column = || self.b.iter().skip(term).step_by(rank);
+            let of_column = column().fold(0.0f32, |most, v| most.max(v.abs()));
+            let factor = (of_row / of_column).sqrt();
+            if factor.is_normal() {
+                row.iter_mut().for_each(|v| *v /= factor);
+                self.b.iter_mut().skip(term).step_by(rank).for_each(|v| *v *= factor);
+            }
+        }
+        self
+    }
 }
 
 /// Dual vectors of the best subspaces of a target, and the error of each.

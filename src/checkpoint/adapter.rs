@@ -14,7 +14,8 @@ use super::json;
 use super::open::Checkpoint;
 use super::reader::Shard;
 use super::tensor::{Encoded, TensorInfo};
-use crate::codecs::cast;
+use crate::codecs::cast::{self, Dtype};
+use crate::codecs::float8;
 use crate::codecs::peft::{self, Factor, Factors, Fan, Meaning, Settings};
 
 /// The kind of matrix that factors belong to.
@@ -210,7 +211,11 @@ impl Adapter {
     /// Values are checked here, because a merged tensor names the file of its base.
     fn expect_finite(&self, info: &TensorInfo, bytes: &[u8]) -> Result<()> {
         let (path, tensor) = (self.file.clone(), info.name.clone());
-        let Some(values) = cast::decode(info.dtype, bytes) else {
+        let values = match info.dtype {
+            Dtype::F8_E4M3 => float8::decode(info.dtype, bytes),
+            _ => cast::decode(info.dtype, bytes),
+        };
+        let Some(values) = values else {
             return Err(CheckpointError::Dtype { path, tensor, dtype: format!("{:?}", info.dtype) });
         };
         match values.iter().position(|value| !value.is_finite()) {

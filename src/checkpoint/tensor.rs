@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use super::computed::Computed;
 use crate::codecs::cast::{self, Dtype};
+use crate::codecs::float8;
 use crate::codecs::gguf::{Arrangement, Element};
 use crate::codecs::layout::{Decoded, Decoder, Stored};
 use crate::codecs::packed;
@@ -342,7 +343,12 @@ impl Encoded {
                 Some(Decoded::Values(picked.of(&whole.floats(read)?, width)))
             }
             Codec::Computed(computed) => {
-                let parts = self.stored.iter().map(|info| info.floats(read)).collect::<Option<Vec<_>>>()?;
+                // Factors of adapters may be floats of 8 bits, without a scale.
+                let floats = |info: &TensorInfo| match info.dtype {
+                    Dtype::F8_E4M3 => float8::decode(info.dtype, &read(info)),
+                    _ => info.floats(read),
+                };
+                let parts = self.stored.iter().map(floats).collect::<Option<Vec<_>>>()?;
                 computed.of(parts).map(Decoded::Values)
             }
             Codec::Transposed(dtype) => {

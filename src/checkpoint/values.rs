@@ -8,7 +8,8 @@ use super::hash::{Fingerprint, hex, sha256_file};
 use super::open::Checkpoint;
 use super::paths::CONFIG_FILE;
 use super::tensor::TensorInfo;
-use crate::codecs::cast;
+use crate::codecs::cast::{self, Dtype};
+use crate::codecs::float8;
 use crate::codecs::layout::Decoded;
 use crate::quantize::{Quantized, Storage};
 
@@ -90,6 +91,21 @@ impl Checkpoint {
     /// The tensor is absent, not a float tensor, or holds NaN or infinity.
     pub fn values(&self, name: &str) -> Result<Vec<f32>> {
         self.values_of(self.require(name)?)
+    }
+
+    /// [`Self::values`] of a factor of an adapter, which may have 8-bit floats without a scale.
+    ///
+    /// # Errors
+    /// As [`Self::values`].
+    pub fn factor(&self, name: &str) -> Result<Vec<f32>> {
+        let info = self.require(name)?;
+        match info.dtype {
+            Dtype::F8_E4M3 => {
+                let values = self.stored(info, |bytes| float8::decode(info.dtype, bytes));
+                self.finite(info, values.expect("invariant: codes of one byte have values"))
+            }
+            _ => self.values_of(info),
+        }
     }
 
     fn values_of(&self, info: &TensorInfo) -> Result<Vec<f32>> {

@@ -68,10 +68,11 @@ struct Residual;
 
 impl Selection for Residual {
     fn takes(id: &str) -> bool {
-        const TAKEN: [&str; 20] = [
+        const TAKEN: [&str; 21] = [
             "keep",
             "target_size",
             "method",
+            "quant_factors",
             "ranks",
             "sensitivity",
             "depth_weight",
@@ -107,6 +108,10 @@ impl Selection for Residual {
             "sensitivity" => flag.long_help(
                 "How the knapsack weighs errors of different matrices\n\nThe default is second-order: errors of the matrices of one \
                  difference compare as they are.",
+            ),
+            "quant_factors" => flag.help("Store factors as 8-bit floats (`float8`)").long_help(
+                "Store factors as 8-bit floats (`float8`)\n\nThe budget then holds twice the rank of 16 bits. PEFT widens \
+                 them as it loads; their scale is in `lora_alpha`. Integers are not possible: no reader of adapters takes them.",
             ),
             _ => flag,
         }

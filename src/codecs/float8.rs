@@ -1,5 +1,6 @@
 //! Numbers of 8 and 4 bits: E4M3, E5M2 and E8M0 as the OCP specification of microscaling formats has them, and E2M1.
 
+use float8::F8E4M3;
 use half::f16;
 
 use super::cast::{self, Dtype};
@@ -9,13 +10,7 @@ pub const E2M1: [f32; 16] = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5,
 
 /// The value of an E4M3 code, which has no infinities.
 pub fn e4m3(code: u8) -> f32 {
-    let (exponent, mantissa) = (i32::from(code >> 3 & 15), f32::from(code & 7));
-    let magnitude = match (exponent, code & 7) {
-        (15, 7) => f32::NAN,
-        (0, _) => mantissa / 8.0 * 2f32.powi(-6),
-        _ => (1.0 + mantissa / 8.0) * 2f32.powi(exponent - 7),
-    };
-    if code & 0x80 == 0 { magnitude } else { -magnitude }
+    F8E4M3::from_bits(code).to_f32()
 }
 
 /// The value of an E8M0 code: a power of two.
@@ -63,5 +58,17 @@ mod tests {
         let five = table(Dtype::F8_E5M2).unwrap();
         assert_eq!([five[0x3c], five[0x7b], five[0x01]], [1.0, 57344.0, 2f32.powi(-16)]);
         assert!(table(Dtype::F32).is_none());
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn values_get_the_nearest_code(value in -500f32..500.0, exponent in 0i32..14) {
+            let value = value * 2f32.powi(-exponent);
+            let finite = || (0..=255u8).filter(|code| code & 0x7f != 0x7f);
+            let least = finite().map(|code| (e4m3(code) - value).abs()).fold(f32::INFINITY, f32::min);
+            let code = crate::quantize::to_e4m3(value);
+            proptest::prop_assert_eq!((e4m3(code) - value).abs(), least);
+            proptest::prop_assert_eq!(crate::quantize::to_e4m3(e4m3(code)), code);
+        }
     }
 }

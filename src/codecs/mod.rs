@@ -8,7 +8,7 @@ mod bitsandbytes;
 pub mod cast;
 mod coded;
 pub mod compressed_tensors;
-mod float8;
+pub mod float8;
 mod fp8;
 pub mod gguf;
 pub mod gptq;

@@ -229,17 +229,29 @@ pub enum Fan {
     InOut,
 }
 
-/// The `adapter_config.json` for these ranks by module; `None` if there are none.
-pub fn config(ranks: Map<String, Value>, task: Option<&str>, fan: Fan) -> Option<Value> {
+/// What factors of 8-bit floats have in their scale, in place of scales of their own: each of the two is stored 64
+/// times as large.
+pub const FLOAT8_FACTOR: f64 = 1.0 / 4096.0;
+
+/// The alpha of a rank whose factors are multiplied by `factor`, or as they are.
+pub fn alpha(rank: u64, factor: Option<f64>) -> Value {
+    factor.map_or(json!(rank), |factor| json!(rank as f64 * factor))
+}
+
+/// The `adapter_config.json` for these ranks by module, with factors that are multiplied by `factor`; `None` if there
+/// are none.
+pub fn config(ranks: Map<String, Value>, factor: Option<f64>, task: Option<&str>, fan: Fan) -> Option<Value> {
     let largest = ranks.values().filter_map(Value::as_u64).max()?;
+    let alphas = ranks.iter().filter_map(|(module, rank)| Some((module.clone(), alpha(rank.as_u64()?, factor))));
+    let alphas: Map<String, Value> = alphas.collect();
     Some(json!({
         "peft_type": "LORA",
         "task_type": task,
         "base_model_name_or_path": BASE,
         "r": largest,
-        "lora_alpha": largest,
+        "lora_alpha": alpha(largest, factor),
         "rank_pattern": ranks,
-        "alpha_pattern": ranks,
+        "alpha_pattern": alphas,
         "target_modules": ranks.keys().collect::<Vec<_>>(),
         "lora_dropout": 0.0,
         "bias": "none",
@@ -321,9 +333,9 @@ mod tests {
     #[test]
     fn a_written_config_is_over_its_folder() {
         let ranks = json!({"a": 3, "b": 7}).as_object().unwrap().clone();
-        let written = config(ranks, None, Fan::OutIn).unwrap();
+        let written = config(ranks, None, None, Fan::OutIn).unwrap();
         assert!(is_over_its_folder(written.as_object().unwrap()));
         assert_eq!((&written["r"], &written["fan_in_fan_out"]), (&json!(7), &json!(false)));
-        assert_eq!(config(Map::new(), None, Fan::OutIn), None);
+        assert_eq!(config(Map::new(), None, None, Fan::OutIn), None);
     }
 }

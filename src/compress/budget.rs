@@ -124,7 +124,8 @@ pub(super) fn max_ranks(recipe: &Recipe, plan: &Plan) -> Vec<usize> {
 fn affordable_rank(recipe: &Recipe, plan: &Plan, i: usize) -> usize {
     let linear = &plan.linears[i];
     let (m, n) = linear.shape();
-    let rank_bytes = (m + n) as f64 * linear.dtype.bitsize() as f64 / 8.0;
+    let bits = recipe.quant_factors().map_or(linear.dtype.bitsize(), |bits| bits.scheme().levels.bits() as usize);
+    let rank_bytes = (m + n) as f64 * bits as f64 / 8.0;
     let all = |of: fn(&LinearInfo) -> u64| plan.linears.iter().map(of).sum::<u64>() as f64;
     let bytes = match recipe.budget() {
         Budget::Bytes(bytes) => bytes as f64,

@@ -59,7 +59,7 @@ pub(super) fn unreachable_budget(recipe: &Recipe, budget: Budget, least: f64) ->
         Budget::None => unreachable!("invariant: without a budget nothing is too large"),
     };
     let mut ways = Vec::new();
-    if recipe.is_residual() {
+    if recipe.is_residual() && matches!(budget, Budget::Bytes(_)) {
         ways.push("leave out tensors that are not linears (`--others leave-out`)".to_string());
     } else if matches!(budget, Budget::Bytes(_)) {
         ways.push("target more linears, because the others keep their size".to_string());

@@ -133,6 +133,8 @@ recipe_options! {
     compensate_rank: Option<CompensateRank>, "Quantization" [value_name = "RANK"],
 
     /// Quantize the factors too
+    ///
+    /// Adapters store `float8`, everything else `int8` and `int4`.
     quant_factors: Option<FactorBits>, "Quantization" [value_name = "TYPE", hide_short_help = true],
 
     /// Approximation method [default: kfac or svd]
@@ -399,7 +401,8 @@ impl Embeddings {
     }
 }
 
-/// The integers of quantized factors: symmetric, in groups of 128.
+/// How quantized factors are stored. Integers are symmetric, in groups of 128, and only our own formats hold them;
+/// adapters hold floats of 8 bits, which PEFT widens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 #[serde(rename_all = "kebab-case")]
@@ -407,16 +410,18 @@ impl Embeddings {
 pub enum FactorBits {
     Int8,
     Int4,
+    Float8,
 }
 
 impl FactorBits {
     /// The layout of codes and scales.
     pub fn scheme(self) -> Scheme {
-        let bits = match self {
-            Self::Int8 => 8,
-            Self::Int4 => 4,
-        };
-        Scheme { levels: Levels::Int { bits, symmetric: true }, group: Some(128) }
+        let integers = |bits| Scheme { levels: Levels::Int { bits, symmetric: true }, group: Some(128) };
+        match self {
+            Self::Int8 => integers(8),
+            Self::Int4 => integers(4),
+            Self::Float8 => Scheme { levels: Levels::E4m3, group: None },
+        }
     }
 }
 

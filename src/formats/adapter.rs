@@ -7,11 +7,13 @@ use super::dense::{weight, weight_bytes};
 use super::exporter::{Adapter, Exporter, Holds, NamedBytes, OutTensor, Refusal, Source, Target, encode};
 use super::refusal::listed;
 use crate::checkpoint::CheckpointError;
+use crate::codecs::cast::Dtype;
 use crate::codecs::peft::{self, Fan};
 use crate::model::config::is_encoder;
 use crate::model::inventory::LinearInfo;
 use crate::model::{InputSite, Order, Slot};
-use crate::operator::{Forms, Kind, Operator};
+use crate::operator::{Forms, Kind, Matrix, Operator};
+use crate::quantize::{Levels, Quantized};
 
 pub(super) struct Peft;
 
@@ -103,16 +105,30 @@ pub(super) fn tensors(linear: &LinearInfo, forms: &Forms) -> Vec<OutTensor> {
     let Some(rank) = forms.rank() else { return Vec::new() };
     let (out, input) = linear.shape();
     let shapes = [vec![rank, input], vec![out, rank]];
-    let tensor = |(name, shape)| OutTensor { target: Target::Adapter, ..OutTensor::plain(name, linear.dtype, shape) };
+    let dtype = if is_float8(forms) { Dtype::F8_E4M3 } else { linear.dtype };
+    let tensor = |(name, shape)| OutTensor { target: Target::Adapter, ..OutTensor::plain(name, dtype, shape) };
     peft::names(&linear.module).into_iter().zip(shapes).map(tensor).collect()
 }
 
-/// The bytes of [`tensors`]. Quantized factors are stored as floats, because adapters cannot store codes.
+/// Whether the factors are floats of 8 bits.
+fn is_float8(forms: &Forms) -> bool {
+    forms.over.and_then(|form| form.scheme()).is_some_and(|scheme| scheme.levels == Levels::E4m3)
+}
+
+/// The bytes of [`tensors`]. Integers are stored as floats, because readers of adapters have no scales for them.
 pub(super) fn bytes(linear: &LinearInfo, operator: &Operator) -> Result<Vec<NamedBytes>, CheckpointError> {
     let factors = operator.over.as_ref().and_then(|term| term.form.kind.structure().adapter(&term.parts));
     let Some([a, b]) = factors else { return Ok(Vec::new()) };
-    let tensor = |(name, values)| Ok(NamedBytes { target: Target::Adapter, ..encode(name, linear.dtype, values)? });
-    peft::names(&linear.module).into_iter().zip([&*a.values(), &*b.values()]).map(tensor).collect()
+    let tensor = |(name, part): (String, &Matrix)| {
+        let named = match part {
+            Matrix::Quantized(Quantized::Grouped(codes)) if codes.scheme.levels == Levels::E4m3 => {
+                NamedBytes::of(name, codes.codes.clone())
+            }
+            _ => encode(name, linear.dtype, &part.values())?,
+        };
+        Ok(NamedBytes { target: Target::Adapter, ..named })
+    };
+    peft::names(&linear.module).into_iter().zip([a, b]).map(tensor).collect()
 }
 
 /// The config of an adapter, if any linear has factors.
@@ -122,7 +138,8 @@ pub(super) fn config(source: &Source<'_>, modules: &[(LinearInfo, Forms)]) -> Op
     let is_transposed = modules.iter().any(|(linear, _)| linear.order == Order::InOut);
     let fan = if is_transposed { Fan::InOut } else { Fan::OutIn };
     let task = (!is_encoder(&source.config)).then_some("CAUSAL_LM");
-    peft::config(ranks, task, fan)
+    let is_float8 = modules.iter().any(|(_, forms)| is_float8(forms));
+    peft::config(ranks, is_float8.then_some(peft::FLOAT8_FACTOR), task, fan)
 }
 
 /// `adapter/adapter_config.json`, if any linear has factors.

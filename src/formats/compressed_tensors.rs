@@ -37,7 +37,7 @@ pub(super) fn exchange_scheme(linear: &LinearInfo, forms: &Forms) -> Result<Sche
             return Err("asymmetric codes are misread by loaders of this format".into());
         }
         Levels::Int { bits, .. } => return Err(format!("{bits} bits are misread by loaders of this format")),
-        Levels::Nf4 => return Err("the format stores integers, not nf4".into()),
+        Levels::Nf4 | Levels::E4m3 => return Err(format!("the format stores integers, not {scheme}")),
     }
     let n = linear.in_features;
     if !n.is_multiple_of(scheme.group_of(n)) {

@@ -4,7 +4,7 @@
 //! When factors are rounded to 16 bits, `B` is rounded to nearest (both Grams are diagonal in their gauge, so feedback
 //! gains nothing); `A` is fitted to the rounded `B`, and then rounded.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use candle_core::Tensor;
 use faer::{Mat, MatRef};
 
@@ -15,7 +15,7 @@ use crate::approx::low_rank::{self, Decomposition, ErrorCurve, LowRank};
 use crate::approx::metric::{Metric, MetricPair};
 use crate::codecs::cast::Dtype;
 use crate::linalg::{self, LinalgError};
-use crate::quantize::Scheme;
+use crate::quantize::{E4M3_LARGEST, Levels, Scheme};
 
 /// The part that is `A`.
 const A: &str = "lr_a";
@@ -156,7 +156,18 @@ impl Fitting for Factors {
         scheme: Scheme,
     ) -> Result<Vec<Matrix>> {
         let ((m, n), rank) = (target.shape(), size.rank().unwrap_or(0));
-        let b = Matrix::quantized(&parts[1].values(), m, rank, scheme);
+        let b = match scheme.levels {
+            // Without scales, columns have to be of the size of the grid.
+            Levels::E4m3 => {
+                let b = self.pair(parts, size, (m, n)).balanced().b;
+                // The refitted rows of `A` are of this size too, but not exactly.
+                let is_large = b.iter().any(|value| value.abs() > 0.75 * E4M3_LARGEST);
+                ensure!(!is_large, "the factors have values too large for 8-bit floats: leave out `--quant-factors`");
+                b.into()
+            }
+            _ => parts[1].values(),
+        };
+        let b = Matrix::quantized(&b, m, rank, scheme);
         let a = right_part(&b.values(), rank, target, output)?;
         Ok(vec![Matrix::quantized(&a, rank, n, scheme), b])
     }

@@ -5,9 +5,10 @@ use candle_core::Tensor;
 use candle_core::quantized::{GgmlDType, QStorage, QTensor};
 
 use super::fields::Codec;
-use super::grouped::{Grouped, Levels, Scheme};
+use super::grouped::{Grouped, Scheme};
 use super::iq4;
 use super::lattice::{BlockLattice, Lattice};
+use super::levels::Levels;
 use crate::device::{HOST, to_host};
 
 /// A block type: its name, its implementation and the number by which GGUF files know it.

@@ -154,7 +154,7 @@ fn squared_error(values: &[f32], quantized: &Grouped, factor: &Mat<f32>, permuta
 mod tests {
     use serde::Deserialize;
 
-    use super::super::grouped::Levels;
+    use super::super::levels::Levels;
     use super::*;
 
     fn matrix(rows: usize, cols: usize, seed: u32) -> Vec<f32> {

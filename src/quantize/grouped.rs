@@ -8,20 +8,7 @@ use pulp::Arch;
 
 use super::bits;
 use super::lattice::Lattice;
-
-/// How codes become values.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Levels {
-    /// `code − zero` with `code` < 2^bits. If symmetric, `zero` is 2^(bits − 1); else there is one per scale.
-    Int {
-        /// 2 to 8.
-        bits: u32,
-        /// Whether all groups have the same zero.
-        symmetric: bool,
-    },
-    /// The 16 quantiles of a normal distribution of QLoRA (Dettmers et al. 2023), appendix E.
-    Nf4,
-}
+use super::levels::{E4M3_SCALE, Levels, NF4, e4m3, to_e4m3};
 
 /// The layout of codes and scales.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,40 +45,6 @@ pub struct Grouped {
     pub zeros: Vec<u8>,
 }
 
-const NF4: [f32; 16] = [
-    -1.0,
-    -0.696_192_8,
-    -0.525_073_05,
-    -0.394_917_5,
-    -0.284_441_38,
-    -0.184_773_43,
-    -0.091_050_036,
-    0.0,
-    0.079_580_3,
-    0.160_930_2,
-    0.246_112_3,
-    0.337_915_24,
-    0.440_709_83,
-    0.562_617,
-    0.722_956_84,
-    1.0,
-];
-
-impl Levels {
-    /// Bits per code, at most 8.
-    pub fn bits(self) -> u32 {
-        match self {
-            Self::Int { bits, .. } => bits,
-            Self::Nf4 => 4,
-        }
-    }
-
-    /// Whether every group has a zero of its own.
-    pub fn has_zeros(self) -> bool {
-        matches!(self, Self::Int { symmetric: false, .. })
-    }
-}
-
 impl Scheme {
     /// Columns of `cols` that share a scale.
     pub fn group_of(&self, cols: usize) -> usize {
@@ -115,8 +68,9 @@ impl Scheme {
     /// Bytes of a matrix (rows, cols): packed codes, f16 scales and packed zeros.
     pub fn n_bytes(&self, rows: usize, cols: usize) -> u64 {
         let (bits, groups) = (self.levels.bits(), self.n_groups(cols));
+        let scales = if self.levels.has_scales() { 2 * groups } else { 0 };
         let zeros = if self.levels.has_zeros() { bits::row_bytes(groups, bits, 1) } else { 0 };
-        (rows * (bits::row_bytes(cols, bits, 1) + 2 * groups + zeros)) as u64
+        (rows * (bits::row_bytes(cols, bits, 1) + scales + zeros)) as u64
     }
 }
 
@@ -144,6 +98,9 @@ fn storable(scale: f32) -> f32 {
 impl Grid {
     /// The grid of a run of weights; with shares of each in the error, [`Scale::Mse`] minimizes their sum.
     pub fn of(values: &[f32], levels: Levels, scale: Scale, shares: Option<&[f32]>) -> Self {
+        if !levels.has_scales() {
+            return Self { levels, scale: E4M3_SCALE, zero: 0.0 };
+        }
         let extreme = values.iter().fold(0.0f32, |e, &v| if v.abs() > e.abs() { v } else { e });
         if extreme == 0.0 {
             return Self { levels, scale: 0.0, zero: levels.middle() };
@@ -157,7 +114,7 @@ impl Grid {
                 let (low, high) = values.iter().fold((0.0f32, 0.0f32), |(l, h), &v| (l.min(v), h.max(v)));
                 Self { levels, scale: (high - low) / ((1 << bits) - 1) as f32, zero: -low }
             }
-            Levels::Nf4 => Self { levels, scale: extreme.abs(), zero: 0.0 },
+            Levels::Nf4 | Levels::E4m3 => Self { levels, scale: extreme.abs(), zero: 0.0 },
         };
         let first = whole.clipped(1.0);
         if scale == Scale::Absmax {
@@ -207,6 +164,7 @@ impl Grid {
             return match self.levels {
                 Levels::Int { .. } => self.zero as u8,
                 Levels::Nf4 => 7,
+                Levels::E4m3 => 0,
             };
         }
         match self.levels {
@@ -218,6 +176,7 @@ impl Grid {
                 let x = value / self.scale;
                 NF4.windows(2).filter(|pair| x > 0.5 * (pair[0] + pair[1])).count() as u8
             }
+            Levels::E4m3 => to_e4m3(value / self.scale),
         }
     }
 
@@ -227,6 +186,7 @@ impl Grid {
         match self.levels {
             Levels::Int { .. } => (f32::from(code) - self.zero) * self.scale,
             Levels::Nf4 => NF4[usize::from(code & 15)] * self.scale,
+            Levels::E4m3 => e4m3(code) * self.scale,
         }
     }
 
@@ -260,16 +220,6 @@ impl Grid {
 
 /// Number of clipped grids that are tried.
 const CLIPS: usize = 20;
-
-impl Levels {
-    /// The code of zero, if groups have no zeros of their own.
-    fn middle(self) -> f32 {
-        match self {
-            Self::Int { bits, .. } => (1u32 << (bits - 1)) as f32,
-            Self::Nf4 => 0.0,
-        }
-    }
-}
 
 /// The grid of every group of a matrix (rows, cols), row-major: (rows, n_groups). The columns may have shares in the
 /// error.
@@ -370,6 +320,7 @@ mod tests {
     fn schemes() -> Vec<Scheme> {
         let mut schemes =
             vec![Scheme { levels: Levels::Nf4, group: Some(16) }, Scheme { levels: Levels::Nf4, group: None }];
+        schemes.push(Scheme { levels: Levels::E4m3, group: None });
         for bits in [2, 3, 4, 8] {
             for symmetric in [true, false] {
                 for group in [None, Some(7), Some(32)] {
@@ -397,6 +348,7 @@ mod tests {
                     Levels::Int { bits, symmetric: true } => 1.1 / f64::from(1 << (bits - 1)),
                     Levels::Int { bits, .. } => 2.1 / f64::from((1 << bits) - 1),
                     Levels::Nf4 => 0.16,
+                    Levels::E4m3 => 1.0 / 16.0,
                 };
                 let back = matrix.dequantize();
                 for (q, v) in back.iter().zip(&values) {
@@ -435,5 +387,6 @@ mod tests {
         let scheme = Scheme { levels: Levels::Int { bits: 3, symmetric: false }, group: Some(4) };
         // A row of 10: 4 bytes of codes, 3 scales, 3 zeros in 2 bytes.
         assert_eq!(scheme.n_bytes(5, 10), 5 * (4 + 6 + 2));
+        assert_eq!(Scheme { levels: Levels::E4m3, group: None }.n_bytes(5, 10), 50);
     }
 }

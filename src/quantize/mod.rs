@@ -11,6 +11,7 @@ mod gptq;
 mod grouped;
 mod iq4;
 mod lattice;
+mod levels;
 mod name;
 
 use anyhow::{Context, Result};
@@ -19,7 +20,8 @@ pub use block::{BLOCK_TYPES, BlockType, Blocks, READ_TYPES};
 pub use descent::Sides;
 pub use feedback::{Descent, feed_back};
 pub use gptq::Fallback;
-pub use grouped::{Grouped, Levels, Scale, Scheme};
+pub use grouped::{Grouped, Scale, Scheme};
+pub use levels::{E4M3_LARGEST, E4M3_SCALE, Levels, to_e4m3};
 
 /// A quantizer with its settings.
 ///
@@ -123,7 +125,7 @@ impl Quant {
     /// The largest magnitude of a weight that its f16 scales reach.
     pub fn largest(self) -> f32 {
         let levels = match self.storage() {
-            Storage::Grouped(Scheme { levels: Levels::Nf4, .. }) => 1.0,
+            Storage::Grouped(Scheme { levels: Levels::Nf4 | Levels::E4m3, .. }) => 1.0,
             Storage::Grouped(Scheme { levels: Levels::Int { bits, .. }, .. }) => (1u32 << (bits - 1)) as f32,
             Storage::Block(block_type) => block_type.n_levels(),
         };
@@ -197,6 +199,7 @@ impl Quant {
         let scheme = |scheme: Scheme| match scheme.levels {
             Levels::Int { symmetric, .. } => Some(Scheme { levels: Levels::Int { bits, symmetric }, group }),
             Levels::Nf4 => (bits == 4).then_some(Scheme { levels: Levels::Nf4, group }),
+            Levels::E4m3 => None,
         };
         Some(match self {
             Self::Rtn(old, scale) => Self::Rtn(scheme(old)?, scale),

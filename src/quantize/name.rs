@@ -16,6 +16,7 @@ impl fmt::Display for Scheme {
         match self.levels {
             Levels::Int { bits, .. } => write!(f, "int{bits}")?,
             Levels::Nf4 => f.write_str("nf4")?,
+            Levels::E4m3 => return f.write_str("float8"),
         }
         match self.group {
             Some(group) => write!(f, "-g{group}")?,

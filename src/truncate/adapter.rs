@@ -11,14 +11,16 @@ use rayon::prelude::*;
 use serde_json::{Map, Value, json as value};
 
 use super::factors::{self, Decomposed, Module};
+use crate::approx::low_rank::LowRank;
 use crate::checkpoint::{
     Checkpoint, CheckpointError, Existing, OutputFolder, SafetensorsWriter, TensorInfo, TensorSpec, cast, check_file,
     expect_apart, header_entry_bytes, json, read_file, sha256_file, write_file, writer_bytes,
 };
-use crate::codecs::peft::{CONFIG_FILE, Settings, WEIGHTS_FILE};
+use crate::codecs::peft::{self, CONFIG_FILE, Settings, WEIGHTS_FILE};
 use crate::compress::allocate::{self, Candidate, Candidates, Ends, Item, Ladder, Pick, Ranks, Rules};
 use crate::error::Failure;
 use crate::progress::Progress;
+use crate::quantize::{E4M3_LARGEST, E4M3_SCALE, to_e4m3};
 use crate::report::{AdapterReport, LRC_VERSION, REPORT_FILE, SCHEMA_VERSION, TruncatedModule, publish};
 
 /// How small an adapter becomes.
@@ -246,8 +248,12 @@ impl Truncation {
             if rank == 0 {
                 return Vec::new();
             }
-            let [a, b] = self.decomposed[i].truncate(rank);
-            let alpha = module.alpha.as_deref().map(|alpha| (alpha, vec![rank as f32]));
+            let LowRank { a, b, .. } = match (self.decomposed[i].truncate(rank), module.factor()) {
+                (pair, Some(_)) => pair.balanced(),
+                (pair, None) => pair,
+            };
+            let alpha = rank as f32 * module.factor().map_or(1.0, |factor| factor as f32);
+            let alpha = module.alpha.as_deref().map(|name| (name, vec![alpha]));
             let factors = [(module.tensors[0].name.as_str(), a), (module.tensors[1].name.as_str(), b)];
             factors.into_iter().chain(alpha).collect()
         };
@@ -280,7 +286,13 @@ impl Truncation {
             let (tensor, dtype) = (spec.name.clone(), format!("{:?}", spec.dtype));
             CheckpointError::Overflow { tensor, dtype, first }
         };
-        cast::encode(spec.dtype, values).map_err(overflow)
+        match spec.dtype {
+            cast::Dtype::F8_E4M3 => match values.iter().position(|value| value.abs() > E4M3_LARGEST) {
+                Some(first) => Err(overflow(first)),
+                None => Ok(values.iter().map(|value| to_e4m3(value / E4M3_SCALE)).collect()),
+            },
+            dtype => cast::encode(dtype, values).map_err(overflow),
+        }
     }
 
     /// The config of PEFT with the new ranks.
@@ -288,17 +300,20 @@ impl Truncation {
         let mut config = self.config.clone().unwrap_or_default();
         let bare = |module: &Module| module.name.strip_prefix("base_model.model.").unwrap_or(&module.name).to_string();
         let kept = self.modules.iter().zip(&self.ranks).filter(|(_, rank)| **rank > 0);
+        let alphas = kept.clone().map(|(module, &rank)| (bare(module), peft::alpha(rank as u64, module.factor())));
+        let alphas: Map<String, Value> = alphas.collect();
         let ranks: Map<String, Value> = kept.map(|(module, rank)| (bare(module), value!(rank))).collect();
         let largest = self.ranks.iter().max().copied().unwrap_or(0);
+        let factor = self.modules.first().and_then(Module::factor);
         if ranks.len() < self.modules.len() {
             config.insert("target_modules".into(), value!(ranks.keys().collect::<Vec<_>>()));
         }
         let ranks = Value::Object(ranks);
         let changed = [
             ("r", value!(largest)),
-            ("lora_alpha", value!(largest)),
-            ("rank_pattern", ranks.clone()),
-            ("alpha_pattern", ranks),
+            ("lora_alpha", peft::alpha(largest as u64, factor)),
+            ("rank_pattern", ranks),
+            ("alpha_pattern", Value::Object(alphas)),
             ("use_rslora", value!(false)),
         ];
         config.extend(changed.map(|(key, value)| (key.to_string(), value)));

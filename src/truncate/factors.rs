@@ -11,7 +11,8 @@ use faer::{Mat, MatRef};
 use crate::approx::low_rank::{ErrorCurve, LowRank};
 use crate::approx::metric::MetricPair;
 use crate::checkpoint::{Checkpoint, TensorInfo};
-use crate::codecs::peft::Settings;
+use crate::codecs::cast::Dtype;
+use crate::codecs::peft::{self, Settings};
 use crate::error::Failure;
 use crate::linalg;
 use crate::operator::{Fit, Kind};
@@ -136,11 +137,16 @@ impl Module {
         (rank * (self.shape.0 + self.shape.1)) as u64
     }
 
+    /// What its factors have in their scale besides alpha over rank, if they are written as 8-bit floats.
+    pub fn factor(&self) -> Option<f64> {
+        (self.tensors[0].dtype == Dtype::F8_E4M3).then_some(peft::FLOAT8_FACTOR)
+    }
+
     /// # Errors
     /// A tensor is damaged, or the eigenproblem does not converge.
     pub fn decompose(&self, file: &Checkpoint) -> Result<Decomposed> {
         let (m, n) = self.shape;
-        let [a, b] = [file.values(&self.tensors[0].name)?, file.values(&self.tensors[1].name)?];
+        let [a, b] = [file.factor(&self.tensors[0].name)?, file.factor(&self.tensors[1].name)?];
         // `Aᵀ` (n, r), and `B` (m, r).
         let right = linalg::transposed_from_row_major(&a, self.rank, n);
         let left = linalg::transposed_from_row_major(&b, m, self.rank).transpose().to_owned();
@@ -160,14 +166,14 @@ fn columns(matrix: MatRef<'_, f64>) -> Mat<f64> {
 }
 
 impl Decomposed {
-    /// `A` and `B` at a rank, row-major, with the scale in them.
-    pub fn truncate(&self, rank: usize) -> [Vec<f32>; 2] {
+    /// Its factors at a rank, with the scale in them.
+    pub fn truncate(&self, rank: usize) -> LowRank {
         let LowRank { b, a, .. } = self.fit.pair(Kind::FACTORS, self.core.as_ref(), rank);
         let (rows, columns) = self.core.shape();
         let (b, a) =
             (linalg::transposed_from_row_major(&b, rows, rank), linalg::transposed_from_row_major(&a, rank, columns));
         let a = a.transpose() * self.bases[1].transpose();
         let b = &self.bases[0] * b.transpose();
-        [linalg::to_row_major(a.as_ref()), linalg::to_row_major(b.as_ref())]
+        LowRank { rank, b: linalg::to_row_major(b.as_ref()), a: linalg::to_row_major(a.as_ref()) }
     }
 }

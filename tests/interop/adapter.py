@@ -58,14 +58,16 @@ with tempfile.TemporaryDirectory() as folder:
         ("full", ["--ranks", "full"]),
         ("rank 4", ["--ranks", "fixed:4"]),
         ("knapsack", ["--keep", "0.1"]),
+        ("8-bit floats", ["--keep", "0.1", "--quant-factors", "float8"]),
         ("without others", ["--keep", "0.1", "--others", "leave-out"]),
     ]
     made = []
     for name, flags in cases:
         lrc("delta", args.base, args.tuned, "-o", folder / name, *flags)
         made.append((name, folder / name))
-    lrc("truncate", folder / "rank 4", "-o", folder / "truncated", "--rank", "2")
-    made.append(("truncated", folder / "truncated"))
+    for name in ["rank 4", "8-bit floats"]:
+        lrc("truncate", folder / name, "-o", folder / f"{name}, truncated", "--rank", "2")
+        made.append((f"{name}, truncated", folder / f"{name}, truncated"))
     for name, adapter in made:
         dense = folder / f"{name}-dense"
         lrc("export", args.base, "--adapter", adapter, "--format", "dense", "-o", dense)

@@ -12,6 +12,7 @@ import pathlib
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 
 root = pathlib.Path(__file__).resolve().parent.parent.parent
 out = root / "tests/oracles/adapters"
@@ -37,6 +38,8 @@ CASES = {
     "tied-table": ("fixtures/pico/gpt2", dict(
         target_modules=["c_fc", "wte"], r=2, lora_alpha=2, fan_in_fan_out=True,
     )),
+    # Factors of 8-bit floats, which PEFT widens as it loads them.
+    "float8": ("fixtures/pico-llama", dict(target_modules=["q_proj", "up_proj"], r=3, lora_alpha=2)),
 }
 
 expected = {}
@@ -50,6 +53,9 @@ for name, (base, settings) in CASES.items():
                 value.add_(0.3 * torch.randn_like(value))
     model.save_pretrained(out / name)
     (out / name / "README.md").unlink()
+    if name == "float8":
+        file = out / name / "adapter_model.safetensors"
+        save_file({key: value.to(torch.float8_e4m3fn) for key, value in load_file(file).items()}, file)
     config = json.loads((out / name / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = base
     (out / name / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")

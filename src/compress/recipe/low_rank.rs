@@ -8,7 +8,7 @@ use super::basics::{ADD_KNAPSACK, BUDGET_HINT, Basics, REMOVE_ONE, RESIDUAL_HINT
 use super::limit::Reduction;
 use super::storage::{FactorStorage, FloatStorage, Unordered};
 use crate::compress::allocate::Ranks;
-use crate::compress::options::RecipeOptions;
+use crate::compress::options::{FactorBits, RecipeOptions};
 use crate::compress::scale::{DepthWeight, Sensitivity};
 use crate::formats::Format;
 use crate::operator::Kind;
@@ -82,14 +82,33 @@ fn allocation(basics: &Basics) -> Result<RankAllocation> {
     Ok(RankAllocation::PerLinear { rule, steps })
 }
 
+/// Checks that factors can be quantized so, in an adapter or elsewhere.
+///
+/// # Errors
+/// Adapters hold floats, and nothing else holds 8-bit floats.
+pub(super) fn expect_bits(bits: Option<FactorBits>, is_adapter: bool) -> Result<()> {
+    match bits {
+        Some(FactorBits::Int8 | FactorBits::Int4) if is_adapter => Err(usage(
+            "`--quant-factors` of an adapter is `float8`: no reader of adapters takes integers",
+            "give `--quant-factors float8`, or remove it",
+        )),
+        Some(FactorBits::Float8) if !is_adapter => Err(usage(
+            "`--quant-factors float8` is for adapters",
+            "give `int8`, which is more accurate in as many bytes",
+        )),
+        _ => Ok(()),
+    }
+}
+
 fn storage(options: &RecipeOptions, format: Format) -> Result<FactorStorage> {
     let layout = match options.layout {
         None if format.stores_residuals() => Kind::FACTORS,
         layout => layout.unwrap_or_default(),
     };
-    if format.stores_residuals() && (layout != Kind::FACTORS || options.quant_factors.is_some()) {
-        return Err(usage("adapters store factors in floats", "remove `--layout` and `--quant-factors`"));
+    if format.stores_residuals() && layout != Kind::FACTORS {
+        return Err(usage("adapters store factors", "remove `--layout`"));
     }
+    expect_bits(options.quant_factors, format.stores_residuals())?;
     let unordered = match Unordered::new(layout) {
         _ if !options.elastic.unwrap_or(false) => {
             return Ok(match options.quant_factors {

@@ -4,6 +4,7 @@ use anyhow::Result;
 
 use super::bases::{BaseSensitivity, Bases, Compensator, Factors, Quantizers};
 use super::basics::{Basics, usage};
+use super::low_rank::expect_bits;
 use crate::compress::allocate::Ranks;
 use crate::compress::compensate::CompensateRank;
 use crate::compress::options::RecipeOptions;
@@ -51,12 +52,7 @@ pub(super) fn quantized(options: &RecipeOptions, basics: &Basics, menu: Quantize
             ));
         }
     };
-    if bits.is_some() && !basics.format.stores_all_structures() {
-        return Err(usage(
-            format!("`--quant-factors` cannot be combined with `--format {}`", basics.format.name()),
-            "adapters hold unquantized factors: remove `--quant-factors`, or choose `--format factored`",
-        ));
-    }
+    expect_bits(bits, !basics.format.stores_all_structures())?;
     let weight = [("--sensitivity", options.sensitivity.is_some()), ("--depth-weight", options.depth_weight.is_some())];
     match weight.iter().find(|(_, is_given)| *is_given && matches!(bases, Bases::Fixed { .. })) {
         Some((flag, _)) => Err(usage(
