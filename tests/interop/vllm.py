@@ -71,6 +71,7 @@ CASES = [
     ["--quant", "rtn-int8-channel"],
     ["--quant", "rtn-int4-g32-asym", *LORC],
     ["--quant", "rtn-int8-channel", *LORC, "--exclude", "*.layers.0.*"],
+    ["--structure", "narrow", "--keep", "0.7"],
 ]
 
 
