@@ -97,6 +97,31 @@ fn every_stage_brings_the_model_nearer_to_its_source_on_other_text() {
     }
 }
 
+/// Windows of another text choose, all of the first are trained, and only parts of low rank change.
+#[test]
+fn another_text_chooses_and_matrices_of_low_rank_learn_alone() {
+    let model = Model::new(&["--keep", "0.5", "--calibration", TRAIN, "--samples", "8", "--exclude", "*.0.*"]);
+    let flags = ["--held-out", HELD_OUT, "--train", "lrc", "--epochs", "3"];
+    for stage in ["blocks", "model"] {
+        let (out, report) = model.heal(stage, &[&flags[..], &["--stage", stage]].concat());
+        let healed = &report["healed"];
+        assert_eq!((&healed["trained_windows"], &healed["held_out_windows"]), (&16.into(), &2.into()), "{stage}");
+        assert_eq!(healed["held_out_text"]["windows"], 2);
+        assert_ne!(healed["held_out_text"]["text_sha256"], healed["texts"][0]["text_sha256"]);
+        assert_eq!(healed["trained"], "lrc");
+        let changed = changed(&model.compressed, &out);
+        let is_part = |name: &String| name.contains(".lr_") && !name.contains(".layers.0.");
+        assert!(!changed.is_empty() && changed.iter().all(is_part), "{changed:?}");
+        assert!(divergence(&out) < divergence(&model.compressed), "{stage}");
+        let page = std::fs::read_to_string(out.join("lrc-report.html")).unwrap();
+        let title = if stage == "model" { "divergence, nats per token" } else { "attention, held-out loss" };
+        assert!(page.contains("<h2>Healing</h2>") && page.contains(title));
+    }
+    let coded = Model::new(&["--quant", "rtn-int4-g32"]);
+    let run = lrc(&coded.arguments(&coded.out("x"), &["--text", TRAIN, "--train", "lrc"]));
+    assert!(run.code == 2 && run.stderr.contains("no matrix of low rank"), "{}", run.stderr);
+}
+
 #[test]
 fn codes_stay_and_what_is_float_beside_them_learns() {
     let cases: [&[&str]; 4] = [

@@ -13,7 +13,7 @@ use super::streams::{print, print_json};
 use super::terminal::{Bars, table};
 use crate::compress::recipe;
 use crate::error::Failure;
-use crate::heal::{HealJob, HealStage, WeightedText, heal};
+use crate::heal::{HealJob, HealStage, Train, WeightedText, heal};
 use crate::report::{CompressReport, HealedPart, HeldOutPerplexity};
 use crate::train::Settings;
 
@@ -43,6 +43,13 @@ pub(super) struct HealArgs {
     #[command(flatten)]
     texts: Texts,
 
+    /// Text of the held-out windows
+    ///
+    /// A text that the compression was not calibrated on chooses better. Without it, every eighth window of the texts is
+    /// held out.
+    #[arg(long, value_name = "FILE", help_heading = "Text")]
+    held_out: Option<PathBuf>,
+
     #[command(flatten)]
     options: Options<Drawn>,
 
@@ -59,6 +66,10 @@ pub(super) struct HealArgs {
         help_heading = "Training"
     )]
     stage: Vec<HealStage>,
+
+    /// Tensors that are trained
+    #[arg(long, value_enum, default_value_t, value_name = "WHAT", help_heading = "Training")]
+    train: Train,
 
     /// Most passes over the windows
     #[arg(long, value_name = "N", value_parser = at_least_1, default_value_t = 8, help_heading = "Training")]
@@ -161,6 +172,8 @@ pub(super) fn run(args: &HealArgs, quiet: bool, progress: &Bars) -> Result<()> {
         teacher_name: &args.teacher,
         stages: &args.stage,
         texts: &texts,
+        held_out: args.held_out.as_deref(),
+        train: args.train,
         settings: Settings {
             epochs: args.epochs,
             batch: args.batch,

@@ -8,7 +8,7 @@ use candle_core::Tensor;
 use serde_json::json;
 
 use super::metric::Metrics;
-use super::tensors::{Healed, floats, rounded};
+use super::tensors::{Healed, Selected, rounded};
 use crate::checkpoint::Checkpoint;
 use crate::model::{Block, Decoder, Half, Hidden, Trained, Walk};
 use crate::progress::{Progress, Stage};
@@ -20,6 +20,7 @@ use crate::train::{Course, Objective, Pieces, Settings, Variables, fit, held_out
 pub(super) struct Halves<'a> {
     pub teacher: &'a Decoder<'a>,
     pub student: &'a Decoder<'a>,
+    pub trained: &'a Selected,
     /// The student's files.
     pub checkpoint: &'a Checkpoint,
     pub walk: &'a Walk<'a>,
@@ -43,7 +44,7 @@ impl Halves<'_> {
         let stage = progress.stage("heal", n_steps as u64, "windows");
         for block_idx in 0..teacher.n_blocks() {
             let of_teacher = teacher.block(block_idx)?;
-            let variables = Variables::new(floats(student, self.checkpoint, block_idx, healed)?)?;
+            let variables = Variables::new(self.trained.floats(student, self.checkpoint, block_idx, healed)?)?;
             for &half in of_teacher.halves() {
                 stage.note(&format!("{} of {}", named(half).name(), student.block_name(block_idx)));
                 let after = walk.through(&target, teacher, &of_teacher, half)?;

@@ -11,7 +11,7 @@ use crate::checkpoint::{Checkpoint, Earlier, Existing, sha256_file};
 use crate::device::Device;
 use crate::error::Failure;
 use crate::model::{Decoder, fingerprint};
-use crate::report::LRC_VERSION;
+use crate::report::{HealedText, LRC_VERSION};
 use crate::train::Settings;
 
 /// The student, its teacher, and how it is healed.
@@ -26,6 +26,10 @@ pub struct HealJob<'a> {
     pub stages: &'a [HealStage],
     /// The texts.
     pub texts: &'a [WeightedText],
+    /// The text of the windows that choose; without it, some windows of each text do.
+    pub held_out: Option<&'a Path>,
+    /// What is trained.
+    pub train: Train,
     /// Windows of all texts together; its `text` is not used.
     pub windows: WindowSettings,
     /// Statistics of the teacher with Grams of output gradients, if errors are measured in their metric.
@@ -64,6 +68,27 @@ impl HealStage {
     }
 }
 
+/// The tensors of the blocks that are trained.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
+pub enum Train {
+    /// Every float: parts, dense weights, norms and biases
+    #[default]
+    All,
+    /// Only matrices of low rank, whose gradients are of low rank too (WeLore, Jaiswal et al. 2024)
+    Lrc,
+}
+
+impl Train {
+    /// The name in reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::All => "all",
+            Self::Lrc => "lrc",
+        }
+    }
+}
+
 /// The distance between the states of student and teacher.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Distance {
@@ -92,20 +117,22 @@ impl HealJob<'_> {
     /// Everything that is read, which the output may not contain.
     pub(super) fn inputs(&self) -> impl Iterator<Item = &Path> {
         let texts = self.texts.iter().map(|text| text.path.as_path());
-        texts.chain(self.statistics).chain(self.checkpoint.roots()).chain(self.teacher.roots())
+        texts.chain(self.held_out).chain(self.statistics).chain(self.checkpoint.roots()).chain(self.teacher.roots())
     }
 
     /// All that decides the bytes of the output: an interrupted run of the same is resumed.
     pub(super) fn description(&self, drawn: &Drawn) -> Result<Value> {
         let Settings { epochs, batch, learning_rate, seed } = self.settings;
-        let texts: Vec<Value> =
-            drawn.records().iter().map(|text| json!([text.text_sha256, text.windows, text.seq_len])).collect();
+        let text = |text: &HealedText| json!([text.text_sha256, text.windows, text.seq_len]);
+        let texts: Vec<Value> = drawn.records().iter().map(text).collect();
         Ok(json!({
             "command": "heal",
             "version": LRC_VERSION,
             "model": fingerprint(self.checkpoint)?,
             "teacher": fingerprint(self.teacher)?,
             "texts": texts,
+            "held_out": drawn.held_out_record().as_ref().map(text),
+            "train": self.train.name(),
             "window_seed": self.windows.seed,
             "statistics": self.statistics.map(sha256_file).transpose()?,
             "stages": self.stages.iter().map(|stage| stage.name()).collect::<Vec<_>>(),

@@ -19,12 +19,12 @@ use std::time::Instant;
 use anyhow::Result;
 
 use self::halves::Halves;
-pub use self::job::{Distance, HealJob, HealStage};
+pub use self::job::{Distance, HealJob, HealStage, Train};
 use self::metric::Metrics;
 use self::model::WholeModel;
-use self::tensors::Healed;
+use self::tensors::{Healed, Selected};
+use self::texts::Drawn;
 pub use self::texts::WeightedText;
-use self::texts::{Drawn, HELD_OUT};
 use crate::calibrate::{Needs, Statistics};
 use crate::checkpoint::{OutputFolder, expect_apart};
 use crate::formats::Format;
@@ -49,7 +49,8 @@ pub fn heal(job: &HealJob<'_>, progress: &dyn Progress) -> Result<CompressReport
     let teacher = Decoder::open(job.teacher)?.on(&job.device);
     let student = Decoder::open(job.checkpoint)?.on(&job.device);
     job::expect_same_shape(job, &teacher, &student)?;
-    let drawn = Drawn::of(job.checkpoint, job.texts, &job.windows)?;
+    let trained = Selected::of(job, &report)?;
+    let drawn = Drawn::of(job.checkpoint, job.texts, job.held_out, &job.windows)?;
     let statistics = job.statistics.map(Statistics::open).transpose()?;
     if let (Some(statistics), Some(path)) = (&statistics, job.statistics) {
         let named = path.display().to_string();
@@ -58,7 +59,7 @@ pub fn heal(job: &HealJob<'_>, progress: &dyn Progress) -> Result<CompressReport
     }
     let description = job.description(&drawn)?;
     let mut folder = OutputFolder::resume(job.output, job.existing, REPORT_FILE, &description, job.earlier)?;
-    let run = Run { job, teacher, student, drawn, statistics, format, started };
+    let run = Run { job, teacher, student, trained, drawn, statistics, format, started };
     match run.fill(report, &folder, progress) {
         Ok(report) => {
             folder.finish()?;
@@ -78,6 +79,7 @@ struct Run<'a> {
     job: &'a HealJob<'a>,
     teacher: Decoder<'a>,
     student: Decoder<'a>,
+    trained: Selected,
     drawn: Drawn,
     statistics: Option<Statistics>,
     format: Format,
@@ -95,16 +97,14 @@ impl Run<'_> {
         folder.require_space(job.checkpoint.file_bytes())?;
         let limits = WalkLimits::new(job.memory_bytes, folder.work());
         let walk = Walk::new(teacher, &drawn.windows, &limits)?.of_text(&drawn.names());
-        let is_held_out = |window_idx: &usize| window_idx % HELD_OUT == HELD_OUT - 1;
-        let (held_out, trained) = (0..drawn.windows.len()).partition(is_held_out);
-        let pieces = Pieces { trained, held_out };
+        let pieces = drawn.pieces();
         let journal = Journal::new(folder.pieces());
         let (mut healed, mut parts, mut whole) = (Healed::new(), Vec::new(), None);
         for stage in job.stages {
             match stage {
                 HealStage::Blocks => parts = self.blocks(&walk, &pieces, &mut healed, &journal, progress)?,
                 HealStage::Model => {
-                    let model = WholeModel::new(teacher, student, job.checkpoint, &walk, progress)?;
+                    let model = WholeModel::new(teacher, (student, &self.trained), job.checkpoint, &walk, progress)?;
                     whole = Some(model.run(&mut healed, &pieces, &of_model(&job.settings), &journal, progress)?);
                 }
             }
@@ -119,6 +119,8 @@ impl Run<'_> {
             texts: drawn.records(),
             trained_windows: pieces.trained.len(),
             held_out_windows: pieces.held_out.len(),
+            held_out_text: drawn.held_out_record(),
+            trained: job.train.name().into(),
             distance: job.distance().name().into(),
             epochs: job.settings.epochs,
             batch: job.settings.batch,
@@ -150,6 +152,7 @@ impl Run<'_> {
         let halves = Halves {
             teacher,
             student,
+            trained: &self.trained,
             checkpoint: job.checkpoint,
             walk,
             pieces,

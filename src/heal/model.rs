@@ -8,7 +8,7 @@ use candle_core::backprop::GradStore;
 use candle_core::{Tensor, Var};
 use serde_json::json;
 
-use super::tensors::{Healed, floats, rounded};
+use super::tensors::{Healed, Selected, rounded};
 use crate::checkpoint::Checkpoint;
 use crate::device::to_host;
 use crate::model::{Block, Decoder, Head, Hidden, Trained, Walk};
@@ -80,6 +80,7 @@ fn diverge(row: &mut [f32], ids: &[u32], p: &[f32]) -> f64 {
 /// The student as a whole, and what it learns.
 pub(super) struct WholeModel<'a> {
     student: &'a Decoder<'a>,
+    trained: &'a Selected,
     checkpoint: &'a Checkpoint,
     walk: &'a Walk<'a>,
     head: Head,
@@ -96,7 +97,7 @@ impl<'a> WholeModel<'a> {
     /// A model cannot be read or run, or a state is not finite.
     pub fn new(
         teacher: &Decoder<'_>,
-        student: &'a Decoder<'a>,
+        (student, trained): (&'a Decoder<'a>, &'a Selected),
         checkpoint: &'a Checkpoint,
         walk: &'a Walk<'a>,
         progress: &dyn Progress,
@@ -123,7 +124,7 @@ impl<'a> WholeModel<'a> {
             },
         )?;
         walk.release(states);
-        Ok(Self { student, checkpoint, walk, head: student.head()?, embedded: walk.embed(student)?, likely })
+        Ok(Self { student, trained, checkpoint, walk, head: student.head()?, embedded: walk.embed(student)?, likely })
     }
 
     /// Trains the student, which begins with what was `healed` so far.
@@ -148,7 +149,7 @@ impl<'a> WholeModel<'a> {
         let stage = progress.stage("heal the model", (settings.epochs * pieces.trained.len()) as u64, "windows");
         let mut tensors = Vec::new();
         for block_idx in 0..self.student.n_blocks() {
-            tensors.extend(floats(self.student, self.checkpoint, block_idx, healed)?);
+            tensors.extend(self.trained.floats(self.student, self.checkpoint, block_idx, healed)?);
         }
         let (variables, workers) = (Variables::new(tensors)?, self.walk.workers());
         let start = variables.values()?;

@@ -1,6 +1,6 @@
 //! The windows of one or several texts.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use anyhow::Result;
@@ -9,9 +9,10 @@ use crate::calibrate::{Needs, WindowSettings, Windows};
 use crate::checkpoint::Checkpoint;
 use crate::error::Failure;
 use crate::report::HealedText;
+use crate::train::Pieces;
 
 /// Every so many windows one is held out.
-pub(super) const HELD_OUT: usize = 8;
+const HELD_OUT: usize = 8;
 
 /// A text, and its share of the tokens.
 #[derive(Debug, Clone, PartialEq)]
@@ -36,25 +37,34 @@ impl FromStr for WeightedText {
     }
 }
 
-/// The windows of all texts, in turn.
+/// The windows of all texts, in turn, and behind them those of the text that is held out.
 pub(super) struct Drawn {
     pub windows: Vec<Vec<u32>>,
     parts: Vec<Windows>,
+    held_out: Option<Windows>,
 }
 
 impl Drawn {
+    /// Without a text that is `held_out`, some windows of each text are.
+    ///
     /// # Errors
     /// A text or the tokenizer cannot be read, or there are too few windows to hold one out.
-    pub fn of(checkpoint: &Checkpoint, texts: &[WeightedText], of_all: &WindowSettings) -> Result<Self> {
+    pub fn of(
+        checkpoint: &Checkpoint,
+        texts: &[WeightedText],
+        held_out: Option<&Path>,
+        of_all: &WindowSettings,
+    ) -> Result<Self> {
         let whole: f64 = texts.iter().map(|text| text.weight).sum();
         let mut parts = Vec::new();
         for text in texts {
             let samples = ((text.weight / whole * of_all.samples as f64).round() as usize).max(1);
-            let settings = WindowSettings { text: text.path.clone(), samples, ..of_all.clone() };
-            parts.push(Windows::load(checkpoint, &settings, Needs::default(), (1, 1))?);
+            parts.push(load(checkpoint, &text.path, samples, of_all)?);
         }
+        let held_out = held_out.map(|path| load(checkpoint, path, of_all.samples.div_ceil(HELD_OUT), of_all));
+        let held_out = held_out.transpose()?;
         let n_windows: usize = parts.iter().map(|part| part.windows.len()).sum();
-        if n_windows < HELD_OUT {
+        if held_out.is_none() && n_windows < HELD_OUT {
             let named: Vec<String> = parts.iter().map(|part| format!("`{}`", part.text)).collect();
             let message = format!(
                 "{} gives {n_windows} windows, and healing needs {} to hold one out",
@@ -62,7 +72,7 @@ impl Drawn {
                 HELD_OUT
             );
             return Err(Failure::usage(message)
-                .hint("raise `--samples`, shorten `--seq-len`, or give a longer text")
+                .hint("raise `--samples`, shorten `--seq-len`, give a longer text, or another one to `--held-out`")
                 .into());
         }
         // In turn, so that windows of every text are held out.
@@ -72,22 +82,45 @@ impl Drawn {
             turns.extend((0..n).map(|i| ((i as f64 + 0.5) / n as f64, part_idx, i)));
         }
         turns.sort_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
-        let windows = turns.into_iter().map(|(_, part_idx, i)| parts[part_idx].windows[i].clone()).collect();
-        Ok(Self { windows, parts })
+        let windows = turns.into_iter().map(|(_, part_idx, i)| parts[part_idx].windows[i].clone());
+        let windows = windows.chain(held_out.iter().flat_map(|part| part.windows.clone())).collect();
+        Ok(Self { windows, parts, held_out })
+    }
+
+    /// The windows that are trained, and those that choose.
+    pub fn pieces(&self) -> Pieces {
+        let n_apart = self.held_out.as_ref().map(|part| part.windows.len());
+        let n = self.windows.len();
+        let is_held_out = |i: &usize| n_apart.map_or(i % HELD_OUT == HELD_OUT - 1, |n_apart| *i >= n - n_apart);
+        let (held_out, trained) = (0..n).partition(is_held_out);
+        Pieces { trained, held_out }
     }
 
     /// The texts in errors.
     pub fn names(&self) -> String {
-        self.parts.iter().map(|part| part.text.clone()).collect::<Vec<_>>().join(", ")
+        self.parts.iter().chain(&self.held_out).map(|part| part.text.clone()).collect::<Vec<_>>().join(", ")
     }
 
     pub fn records(&self) -> Vec<HealedText> {
-        let record = |part: &Windows| HealedText {
-            text_sha256: part.part.text_sha256.clone(),
-            windows: part.part.windows,
-            tokens: part.part.tokens,
-            seq_len: part.part.seq_len,
-        };
         self.parts.iter().map(record).collect()
+    }
+
+    /// The record of the text that is held out.
+    pub fn held_out_record(&self) -> Option<HealedText> {
+        self.held_out.as_ref().map(record)
+    }
+}
+
+fn load(checkpoint: &Checkpoint, text: &Path, samples: usize, of_all: &WindowSettings) -> Result<Windows> {
+    let settings = WindowSettings { text: text.into(), samples, ..of_all.clone() };
+    Windows::load(checkpoint, &settings, Needs::default(), (1, 1))
+}
+
+fn record(part: &Windows) -> HealedText {
+    HealedText {
+        text_sha256: part.part.text_sha256.clone(),
+        windows: part.part.windows,
+        tokens: part.part.tokens,
+        seq_len: part.part.seq_len,
     }
 }

@@ -20,6 +20,12 @@ pub struct HealRecord {
     pub trained_windows: usize,
     /// Windows that chose the best epoch.
     pub held_out_windows: usize,
+    /// The text of those windows; none if they are from `texts`.
+    #[serde(default)]
+    pub held_out_text: Option<HealedText>,
+    /// `all`: every float of the blocks is trained; `lrc`: matrices of low rank only.
+    #[serde(default)]
+    pub trained: String,
     /// `output`: squared error; `fisher`: in the metric of the gradients of the loss.
     pub distance: String,
     /// Most epochs of a half.

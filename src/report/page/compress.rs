@@ -8,6 +8,7 @@ use serde_json::json;
 
 use super::charts::{Chart, ErrorLine, Line, families, rank_axes};
 use super::grid::{Grid, Map, within_block};
+use super::heal;
 use super::svg::{self, Axes};
 use super::template::{Table, Tile, render, table, tile};
 use crate::report::columns::{Cell, fixed};
@@ -27,6 +28,7 @@ pub fn compress(report: &CompressReport, errors: &[ErrorLine]) -> Result<String>
         "sizes": sizes(report),
         "bars": bars(report),
         "maps": maps(report),
+        "healed": report.healed.as_ref().map_or(Vec::new(), heal::charts),
         "curves": families(errors.iter().map(line), &axes, ""),
         "linears": table(&titles, report.linears.iter().map(row).collect()),
         "recipe": serde_json::to_string_pretty(&report.recipe)?,

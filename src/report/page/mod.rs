@@ -7,6 +7,7 @@
 mod charts;
 mod compress;
 mod grid;
+mod heal;
 mod inspect;
 mod svg;
 mod sweep;
