@@ -111,8 +111,15 @@ fn narrower_blocks_are_compressed_and_written_in_formats_that_can_hold_them() {
     }
     ok(&["compress", path(&model), "-o", path(&out), "--keep", "1.0", "-q", "--force"]);
     assert!(distance(&logits(&out), &expected) < 1e-4);
+    // llama.cpp has such blocks in the family of Llama.
+    let gguf = folder.path().join("gguf");
+    ok(&["export", path(&model), "-o", path(&gguf), "--format", "gguf"]);
+    assert!(distance(&logits(&gguf.join("model.gguf")), &expected) < 1e-5);
+    let mut mistral: Value = serde_json::from_slice(&std::fs::read(model.join("config.json")).unwrap()).unwrap();
+    mistral["model_type"] = "mistral".into();
+    std::fs::write(model.join("config.json"), mistral.to_string()).unwrap();
     let refused = lrc(&["export", path(&model), "-o", path(&folder.path().join("g")), "--format", "gguf"]);
-    assert_eq!(refused.code, 4);
+    assert_eq!(refused.code, 4, "{}", refused.stderr);
     assert!(refused.stderr.contains("`per_layer_config`"), "{}", refused.stderr);
 }
 

@@ -20,22 +20,26 @@
 mod addend;
 mod backward;
 mod centered;
+mod file;
 mod header;
 mod measured;
 mod needs;
 mod observe;
+mod part;
 mod pieces;
 mod portable;
 mod statistics;
 mod store;
 mod windows;
 
+pub use file::check_output;
 pub use header::{Header, TextPart, WindowCount};
 pub use needs::{Key, Needs};
 pub use observe::{Seconds, observe};
+pub use part::SelectedStatistic;
 pub use pieces::{Keep, Observation};
 pub use statistics::Sums;
-pub use store::{Pooled, Statistics, check_output};
+pub use store::{Pooled, Statistics};
 pub use windows::{TargetedWindows, Targets, WindowSettings, Windows};
 
 #[cfg(test)]

@@ -9,10 +9,12 @@ use std::sync::Mutex;
 
 use anyhow::{Context, Result};
 
+use super::file::{HEADER, write};
 use super::header::{Header, TextPart};
 use super::measured::{Measured, diagonal, diagonal_name, lock};
 use super::needs::{Key, Needs};
-use crate::checkpoint::{Checkpoint, Dtype, Existing, Fingerprint, TensorSpec, cast, check_file, write_file};
+use super::part::SelectedStatistic;
+use crate::checkpoint::{Checkpoint, Existing, Fingerprint};
 use crate::error::Failure;
 use crate::linalg::Packed;
 use crate::model::{InputSite, LinearId};
@@ -23,6 +25,8 @@ pub struct Statistics {
     /// The model, the texts, and which sums there are.
     pub header: Header,
     source: Source,
+    /// Statistics that are a part of others, by name.
+    selected: BTreeMap<String, SelectedStatistic>,
     /// Results of [`Self::pooled`] by the name of the first expert's statistic, and of [`Self::pooled_over_blocks`] by
     /// `*` and the name in block 0.
     pooled: Mutex<BTreeMap<String, Pooled>>,
@@ -44,13 +48,16 @@ enum Source {
     File(Box<Checkpoint>),
 }
 
-const HEADER: &str = "header";
-
 impl Statistics {
     /// Empty statistics. They are held in memory up to `memory_bytes`, and beyond that in a file in `work_folder`.
     pub fn new(header: Header, memory_bytes: usize, work_folder: &Path) -> Self {
         let spool = Spool::new(memory_bytes, work_folder.into());
-        Self { header, source: Source::Measured(Mutex::new(Measured::new(spool))), pooled: Mutex::default() }
+        Self {
+            header,
+            source: Source::Measured(Mutex::new(Measured::new(spool))),
+            selected: BTreeMap::new(),
+            pooled: Mutex::default(),
+        }
     }
 
     /// Adds the sums of a block.
@@ -65,15 +72,21 @@ impl Statistics {
         sums.into_iter().try_for_each(|(name, values)| measured.keep(name, values))
     }
 
+    /// Statistics of a part of the model: those in `selected` are parts of others, and all others stay.
+    #[must_use]
+    pub fn of_part(self, selected: BTreeMap<String, SelectedStatistic>) -> Self {
+        Self { selected, pooled: Mutex::default(), ..self }
+    }
+
     /// Drops input Grams that nothing will read, from memory and from their piece of the `journal`. Their diagonals
-    /// stay, because the scales of other blocks depend on them. Statistics from a file are not changed.
+    /// stay, because the scales of other blocks depend on them. Statistics from a file or of a part are not changed.
     ///
     /// # Errors
     /// The piece cannot be read or written.
     pub fn forget_inputs(&self, journal: &Journal, block: usize, sites: &BTreeSet<InputSite>) -> Result<()> {
         match &self.source {
-            Source::Measured(measured) => lock(measured).forget(journal, block, sites),
-            Source::File(_) => Ok(()),
+            Source::Measured(measured) if self.selected.is_empty() => lock(measured).forget(journal, block, sites),
+            Source::Measured(_) | Source::File(_) => Ok(()),
         }
     }
 
@@ -100,7 +113,7 @@ impl Statistics {
         if let Some(fault) = header.fault() {
             return Err(foreign(&fault).into());
         }
-        Ok(Self { header, source: Source::File(Box::new(file)), pooled: Mutex::default() })
+        Ok(Self { header, source: Source::File(Box::new(file)), selected: BTreeMap::new(), pooled: Mutex::default() })
     }
 
     /// Checks that the statistics belong to a model.
@@ -149,6 +162,7 @@ impl Statistics {
     }
 
     fn has(&self, name: &str) -> bool {
+        let name = self.selected.get(name).map_or(name, |selected| &selected.of);
         match &self.source {
             Source::Measured(measured) => {
                 let arrays = &lock(measured).arrays;
@@ -159,6 +173,13 @@ impl Statistics {
     }
 
     fn array(&self, name: &str) -> Result<Vec<f32>> {
+        match self.selected.get(name) {
+            Some(selected) => Ok(selected.of(self.stored(&selected.of)?)),
+            None => self.stored(name),
+        }
+    }
+
+    fn stored(&self, name: &str) -> Result<Vec<f32>> {
         match &self.source {
             Source::Measured(measured) => lock(measured).array(name),
             Source::File(file) => Ok(file.values(name)?),
@@ -401,40 +422,4 @@ fn expect_separate(texts: &[TextPart]) -> Result<()> {
     Err(Failure::usage(message)
         .hint("give each part once, and all with the same N of `lrc calibrate --part I/N`")
         .into())
-}
-
-/// Checks before any work that [`Statistics::write`] can write `path`.
-///
-/// # Errors
-/// The file exists and is not to be replaced, or its name does not end in `.safetensors`.
-pub fn check_output(path: &Path, existing: Existing) -> Result<()> {
-    if path.extension().is_none_or(|e| e != "safetensors") {
-        return Err(Failure::usage(format!(
-            "the name of a statistics file must end in `.safetensors`, not `{}`",
-            path.display()
-        ))
-        .hint("for example `-o stats.safetensors`")
-        .into());
-    }
-    Ok(check_file(path, existing)?)
-}
-
-fn write(
-    path: &Path,
-    existing: Existing,
-    header: &Header,
-    names: &[String],
-    lengths: &[usize],
-    values: impl Fn(&str) -> Result<Vec<f32>>,
-) -> Result<()> {
-    check_output(path, existing)?;
-    let header = serde_json::to_vec(header)?;
-    let arrays = names.iter().zip(lengths);
-    let mut specs: Vec<TensorSpec> =
-        arrays.map(|(name, &n)| TensorSpec { name: name.clone(), dtype: Dtype::F32, shape: vec![n] }).collect();
-    specs.push(TensorSpec { name: HEADER.into(), dtype: Dtype::U8, shape: vec![header.len()] });
-    write_file(path, &specs, |spec| match spec.name.as_str() {
-        HEADER => Ok(header.clone()),
-        name => Ok(cast::encode(Dtype::F32, &values(name)?).expect("invariant: f32 holds every f32")),
-    })
 }

@@ -49,6 +49,18 @@ impl Checkpoint {
         Ok(narrowed)
     }
 
+    /// The same model with this config and its tensors under other names; those whose name is `None` are left out.
+    pub fn renamed(&self, names: &BTreeMap<String, Option<String>>, config: Map<String, Value>) -> Self {
+        let mut renamed = self.with_config(config);
+        let name = |old: &String| names.get(old).cloned().unwrap_or_else(|| Some(old.clone()));
+        let tensors = self.tensors.iter();
+        let tensors = tensors.filter_map(|(old, info)| Some((name(old)?, info.clone())));
+        renamed.tensors = tensors.map(|(name, info)| (name.clone(), TensorInfo { name, ..info })).collect();
+        renamed.order = self.order.iter().filter_map(name).collect();
+        renamed.borrowed = self.borrowed.iter().filter_map(name).collect();
+        renamed
+    }
+
     /// Puts the tensors of a file of safetensors in the place of those with the same names.
     ///
     /// # Errors
@@ -87,6 +99,17 @@ impl Checkpoint {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn renamed_tensors_have_the_values_of_their_old_names() {
+        let source = Checkpoint::open("fixtures/pico-llama".as_ref()).unwrap();
+        let at = |block: usize| format!("model.layers.{block}.mlp.up_proj.weight");
+        let names = [(at(0), None), (at(1), Some(at(0)))].into();
+        let shown = source.renamed(&names, Map::new());
+        assert_eq!(shown.values(&at(0)).unwrap(), source.values(&at(1)).unwrap());
+        assert!(shown.info(&at(1)).is_none() && shown.require(&at(0)).unwrap().name == at(0));
+        assert_eq!(shown.tensors().count() + 1, source.tensors().count());
+    }
 
     #[test]
     fn selected_entries_are_rows_and_columns_of_the_whole() {

@@ -96,7 +96,7 @@ impl Selection for Swept {
             }
             "target_size" | "bits" | "format" => flag.hide(true),
             "sequential" | "anchor" | "elastic" | "max_shard_size" => flag.hide(true),
-            "structure" | "selection" | "width_multiple" => flag.hide(true),
+            "structure" | "selection" | "width_multiple" | "uniform_width" => flag.hide(true),
             _ => flag,
         }
     }

@@ -9,7 +9,7 @@ use std::collections::BTreeSet;
 
 use anyhow::{Context, Result};
 
-use super::options::{Embeddings, RecipeOptions, Structure};
+use super::options::{Embeddings, RecipeOptions, Structures};
 use super::plan::{self, Choice};
 use super::recipe::{Budget, Recipe};
 use super::scale::{DepthWeight, Sensitivity};
@@ -44,7 +44,7 @@ pub fn options(given: RecipeOptions) -> Result<RecipeOptions> {
             .into());
     }
     let refused = [
-        ("--structure narrow", given.structure == Some(Structure::Narrow)),
+        ("--structure", given.structure.is_some_and(|structure| structure != Structures::default())),
         ("--quant", !given.quant.is_empty()),
         ("--share", given.share == Some(true)),
         ("--elastic", given.elastic == Some(true)),

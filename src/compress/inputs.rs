@@ -69,7 +69,7 @@ impl Inputs {
     /// # Errors
     /// The model cannot be run, a value is not finite, or the work folder cannot be written.
     pub fn measure(&mut self, session: &Session<'_>, recipe: &Recipe) -> Result<calibrate::Seconds> {
-        if !recipe.measures_statistics() {
+        if !recipe.measures_statistics() || self.statistics.is_some() {
             return Ok(calibrate::Seconds::default());
         }
         let windows = self.windows.as_ref().expect("invariant: a recipe that needs a text has one");

@@ -35,6 +35,7 @@ mod scale;
 mod sensitivity;
 mod solution;
 pub mod spectra;
+mod structure;
 mod study;
 mod sweep;
 mod trials;
@@ -90,9 +91,10 @@ pub fn compress(job: &Job<'_>, progress: &dyn Progress) -> Result<CompressReport
     let mut folder = run.folder()?;
     let done = match job.recipe.then() {
         None => into_folder(run, &folder, None, progress),
-        Some(then) => narrow::narrowed(run, &folder, progress).and_then(|narrowed| {
-            let job = Job { checkpoint: &narrowed.checkpoint, recipe: &then, ..job.clone() };
-            into_folder(Run::of_narrowed(&job)?, &folder, Some(&narrowed), progress)
+        Some(_) => narrow::narrowed(run, &folder, progress).and_then(|mut narrowed| {
+            let statistics = narrowed.statistics.take();
+            let job = Job { checkpoint: &narrowed.checkpoint, recipe: &narrowed.then, ..job.clone() };
+            into_folder(Run::of_narrowed(&job, statistics)?, &folder, Some(&narrowed), progress)
         }),
     };
     match done {

@@ -10,6 +10,7 @@ use super::allocate::Ranks;
 use super::compensate::{Compensate, CompensateRank};
 use super::presets::Method;
 use super::scale::{DepthWeight, Sensitivity};
+pub use super::structure::{ChannelSelection, Structures};
 use crate::formats::Format;
 use crate::operator::Kind;
 use crate::quantize::{Levels, Quant, Scheme};
@@ -151,16 +152,24 @@ recipe_options! {
 
     /// What replaces linears [default: low-rank]
     ///
-    /// narrow: fewer channels of feed-forward layers and fewer groups of heads, in every block the same number. What
-    /// stays is dense, with the names and classes of the source, so that every runtime loads it; `--quant` quantizes
-    /// it in the same run.
-    structure: Option<Structure>, "Method" [hide_short_help = true],
+    /// A list of low-rank, narrow and depth. narrow: fewer channels of feed-forward layers and fewer groups of heads;
+    /// depth: fewer blocks. What stays is dense, with the names and classes of the source, so that every runtime loads
+    /// it; `--quant` quantizes it in the same run.
+    structure: Option<Structures>, "Method" [value_name = "LIST", hide_short_help = true],
 
     /// How `--structure narrow` chooses channels and groups [default: backward]
     selection: Option<ChannelSelection>, "Method" [hide_short_help = true],
 
     /// Make numbers of channels multiples of N [default: 64]
     width_multiple: Option<usize>, "Method" [value_name = "N", hide_short_help = true],
+
+    /// Give all blocks the same widths [default: true, unless `--format factored`]
+    ///
+    /// With false each block has as many channels and groups of heads as its errors deserve. Then `--format` is
+    /// factored, the default, which loads with `trust_remote_code`, or gguf for families in the layout of Llama.
+    uniform_width: Option<bool>, "Method" [
+        num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL", hide_short_help = true
+    ],
 
     /// Structure of low-rank matrices [default: pivot]
     ///
@@ -321,34 +330,6 @@ fn size_in_recipe<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<B
 /// Serializes a size so that it is read back as the same number of bytes.
 fn bytes_exactly<S: Serializer>(size: &Option<ByteSize>, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.collect_str(&format_args!("{} B", size.unwrap_or_default().as_u64()))
-}
-
-/// What replaces linears.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
-#[serde(rename_all = "kebab-case")]
-pub enum Structure {
-    /// Matrices of low rank, or codes with `--quant`
-    #[default]
-    LowRank,
-    /// Narrower dense matrices
-    Narrow,
-}
-
-/// How channels and groups of heads are chosen.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
-#[serde(rename_all = "kebab-case")]
-pub enum ChannelSelection {
-    /// Drops the one that raises the error least, after the others are refitted (OBS; ZipLM, Kurtic et al. 2023)
-    #[default]
-    Backward,
-    /// Adds the one that lowers the error most: pivoted Cholesky
-    Forward,
-    /// Largest ridge leverage scores (MoDeGPT, Lin et al. 2025)
-    Leverage,
-    /// Largest products of weight and input norms (Wanda-sp, An et al. 2024)
-    WandaSp,
 }
 
 /// How fused matrices are compressed.

@@ -8,6 +8,7 @@ use super::inputs::Inputs;
 use super::job::Job;
 use super::plan::Plan;
 use super::record;
+use crate::calibrate::Statistics;
 use crate::checkpoint::{Fingerprint, OutputFolder};
 use crate::error::Failure;
 use crate::formats::Source;
@@ -35,9 +36,11 @@ impl<'a> Run<'a> {
         Self::checked(job, "", fingerprint(job.checkpoint)?)
     }
 
-    /// The run on a model that another run made narrower, with its pieces in the same folder.
-    pub fn of_narrowed(job: &'a Job<'a>) -> Result<Self> {
-        Self::checked(job, "narrowed-", Fingerprint::new())
+    /// The run on a model that another run made narrower, with its pieces in the same folder, and statistics of it.
+    pub fn of_narrowed(job: &'a Job<'a>, statistics: Option<Statistics>) -> Result<Self> {
+        let mut run = Self::checked(job, "narrowed-", Fingerprint::new())?;
+        run.inputs.statistics = run.inputs.statistics.or(statistics);
+        Ok(run)
     }
 
     fn checked(job: &'a Job<'a>, pieces: &'static str, source_files: Fingerprint) -> Result<Self> {

@@ -83,6 +83,19 @@ fn split(source: &Source<'_>) -> Map<String, Value> {
     split
 }
 
+/// The linears of blocks with widths of their own, with their shapes (out, in): classes of transformers know one width
+/// for all blocks.
+fn shapes(source: &Source<'_>) -> Map<String, Value> {
+    let Ok((config, _)) = ModelConfig::of(source.checkpoint) else { return Map::new() };
+    let common = *config.block_widths().common();
+    let is_own = |linear: &LinearInfo| {
+        let id = linear.id.filter(|id| id.slot.expert.is_none());
+        id.is_some_and(|id| common.shape(id.slot).0 != config.widths(id.block).shape(id.slot).0)
+    };
+    let linears = inventory::linears(source.checkpoint).into_iter().filter(is_own);
+    linears.map(|linear| (linear.module.clone(), json!([linear.out_features, linear.in_features]))).collect()
+}
+
 /// The stored matrices of a module by name, base first, with the form that each belongs to.
 fn parts(linear: &LinearInfo, forms: &Forms) -> Vec<(String, Part, Form)> {
     let of = |form: Form| {
@@ -175,10 +188,8 @@ impl Exporter for Factored {
 
     fn config(&self, source: &Source<'_>, modules: &[(LinearInfo, Forms)]) -> Map<String, Value> {
         let mut config = source.config.clone();
-        let split = split(source);
-        let stacks = stacks_apart(source, modules).into_iter();
-        let stacks: Map<String, Value> = stacks.map(|stack| (stack.tensor.clone(), json!(stack.shape))).collect();
-        if modules.is_empty() && split.is_empty() && stacks.is_empty() {
+        let besides = besides(source, modules);
+        if modules.is_empty() && besides.is_empty() {
             return config;
         }
         let model_type = config.get("model_type").and_then(Value::as_str).unwrap_or("unknown").to_string();
@@ -211,11 +222,7 @@ impl Exporter for Factored {
             lrc.insert("architectures".into(), classes.clone());
         }
         lrc.insert("modules".into(), Value::Object(entries));
-        for (key, listed) in [("split", split), ("stacks", stacks), ("shared", shared(modules))] {
-            if !listed.is_empty() {
-                lrc.insert(key.into(), Value::Object(listed));
-            }
-        }
+        lrc.extend(besides);
         if !quantized.is_empty() {
             lrc.insert("quantized".into(), Value::Object(quantized));
         }
@@ -223,7 +230,10 @@ impl Exporter for Factored {
         config
     }
 
-    fn side_files(&self, source: &Source<'_>, _: &[(LinearInfo, Forms)]) -> Vec<(String, String)> {
+    fn side_files(&self, source: &Source<'_>, modules: &[(LinearInfo, Forms)]) -> Vec<(String, String)> {
+        if modules.is_empty() && besides(source, modules).is_empty() {
+            return Vec::new();
+        }
         let Some(classes) = Classes::of(&source.config) else { return Vec::new() };
         let own = if classes.own == "Lrc" { "LrcHeadless" } else { &classes.own };
         let code = MODELING_TEMPLATE.replace("@BASE@", &classes.base).replace("LrcForCausalLM", own);
@@ -237,6 +247,16 @@ impl Exporter for Factored {
          The modeling code is `modeling_lrc.py` in this folder. `lrc eval FOLDER --text FILE` runs it without Python.\n"
             .into()
     }
+}
+
+/// The entries of `lrc` that describe the model besides its compressed modules.
+fn besides(source: &Source<'_>, modules: &[(LinearInfo, Forms)]) -> Map<String, Value> {
+    let stacks = stacks_apart(source, modules).into_iter();
+    let stacks: Map<String, Value> = stacks.map(|stack| (stack.tensor.clone(), json!(stack.shape))).collect();
+    let entries =
+        [("split", split(source)), ("stacks", stacks), ("shared", shared(modules)), ("shapes", shapes(source))];
+    let entries = entries.into_iter().filter(|(_, listed)| !listed.is_empty());
+    entries.map(|(key, listed)| (key.into(), Value::Object(listed))).collect()
 }
 
 /// The tensors that a module borrows, with the names of their owners.

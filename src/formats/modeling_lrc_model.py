@@ -137,6 +137,21 @@ def _split(model, replaced):
             module.share = (rank, size)
 
 
+def _resize(model, shapes):
+    """Gives linears of blocks with widths of their own their shapes: the classes above build all blocks alike."""
+    for name, (rows, columns) in shapes.items():
+        found, linear = _find(model, name)
+        if found is None:
+            continue
+        like = {"dtype": linear.weight.dtype, "device": linear.weight.device}
+        if isinstance(linear, nn.Linear):
+            resized = nn.Linear(columns, rows, bias=linear.bias is not None, **like)
+        else:  # Conv1D always has a bias
+            resized = type(linear)(rows, columns).to(**like)
+        parent, _, child = found.rpartition(".")
+        setattr(model.get_submodule(parent), child, resized)
+
+
 def _compress(model):
     lrc = model.config.lrc
     for stack in lrc.get("stacks") or ():
@@ -145,6 +160,7 @@ def _compress(model):
             "`lrc export FOLDER --format dense -o OUT` stacks them again"
         )
     _inherit_renames(keep_stacks=not _unstack(model, lrc["modules"]))
+    _resize(model, lrc.get("shapes", {}))
     quantized, shared = lrc.get("quantized", {}), lrc.get("shared", {})
     replaced, by_name = {}, {}
     for name, entry in [*lrc.get("split", {}).items(), *lrc["modules"].items()]:  # modules may be parts of a split linear
@@ -183,6 +199,8 @@ def _tie(model, replaced):
 
 class LrcConfig(_BaseConfig):
     model_type = "lrc_" + _BaseConfig.model_type
+    # The classes above read one width for all blocks, and `_resize` comes after them.
+    allow_global_per_layer_attribute_access = True
 
 
 class _Compressed:

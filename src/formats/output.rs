@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::Result;
 use serde_json::{Map, Value};
 
-use super::exporter::{Adapter, Container, Exporter, NamedBytes, OutTensor, Source, Target, stacks_apart};
+use super::exporter::{Adapter, Container, Exporter, Holds, NamedBytes, OutTensor, Source, Target, stacks_apart};
 use super::format::Format;
 use super::gguf::file::GgufFile;
 use super::refusal;
@@ -357,7 +357,7 @@ impl<'a> Output<'a> {
             adapter.finish()?;
         }
         let left_out = copy_side(source.checkpoint, folder, replaced)?;
-        if !self.files.modules.is_empty() {
+        if !self.files.modules.is_empty() || exporter.holds() == Holds::Operators {
             for (name, content) in exporter.side_files(source, &self.files.modules) {
                 folder.write(&name, content.as_bytes())?;
             }

@@ -9,6 +9,7 @@ mod bounds;
 pub mod config;
 pub mod coverage;
 mod decoder;
+pub mod depth;
 mod experts;
 pub mod gguf;
 mod head;

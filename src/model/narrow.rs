@@ -67,6 +67,17 @@ impl NarrowUnit {
         self.reader.in_features / self.width()
     }
 
+    /// Changes the widths of its block to those of a block with `kept` channels or groups.
+    pub fn narrow(&self, widths: &mut Widths, kept: usize) {
+        match self.kind {
+            UnitKind::Channels => widths.intermediate_size = kept,
+            UnitKind::Groups => {
+                widths.num_attention_heads = kept * self.widths.num_attention_heads / self.widths.num_key_value_heads;
+                widths.num_key_value_heads = kept;
+            }
+        }
+    }
+
     /// All of its linears.
     pub fn linears(&self) -> impl Iterator<Item = &LinearInfo> {
         self.makers.iter().chain([&self.reader])
@@ -75,6 +86,11 @@ impl NarrowUnit {
     /// Parameters of its linears in one channel or group.
     pub fn parameters_each(&self) -> u64 {
         self.linears().map(LinearInfo::n_parameters).sum::<u64>() / self.width() as u64
+    }
+
+    /// Parameters of its linears.
+    pub fn parameters(&self) -> u64 {
+        self.width() as u64 * self.parameters_each()
     }
 
     /// The columns of the reader that stay with these channels or groups.
@@ -151,30 +167,55 @@ pub fn column_dimension(linear: &LinearInfo) -> usize {
     1 - row_dimension(linear)
 }
 
-/// A config in which all blocks have these numbers of channels and of groups of heads; `None` leaves a field as it is.
+/// A config whose blocks have these `widths`. A number that all blocks share is a field of the model, others are in
+/// `per_layer_config`.
 pub fn narrowed_config(
     config: &Map<String, Value>,
     architecture: &Architecture,
-    widths: &Widths,
-    [channels, groups]: [Option<usize>; 2],
+    source: &Widths,
+    widths: &[Widths],
 ) -> Map<String, Value> {
     let mut config = config.clone();
     let fields = text_config::fields_mut(&mut config);
-    let mut set = |ours: &str, value: usize| {
+    let mut by_block = fields.get("per_layer_config").and_then(Value::as_object).cloned().unwrap_or_default();
+    let names = |ours: &'static str| {
         let theirs = architecture.aliases.iter().find(|(_, name)| *name == ours).map_or(ours, |(theirs, _)| theirs);
-        fields.insert(theirs.into(), value.into());
-        // Some configs have both names.
-        if fields.contains_key(ours) {
-            fields.insert(ours.into(), value.into());
-        }
+        [theirs, ours]
     };
-    if let Some(channels) = channels.filter(|&channels| channels != widths.intermediate_size) {
-        set("intermediate_size", channels);
+    for (name, number) in NUMBERS {
+        let [theirs, ours] = names(name);
+        let of_block: Vec<usize> = widths.iter().map(number).collect();
+        let common = if of_block.iter().all(|own| *own == of_block[0]) { of_block[0] } else { number(source) };
+        if common != number(source) {
+            fields.insert(theirs.into(), common.into());
+            // Some configs have both names.
+            if fields.contains_key(ours) {
+                fields.insert(ours.into(), common.into());
+            }
+        }
+        for (block, own) in of_block.iter().enumerate() {
+            let entry = by_block.entry(block.to_string()).or_insert_with(|| Map::new().into());
+            let Some(entry) = entry.as_object_mut() else { continue };
+            [theirs, ours].iter().for_each(|name| drop(entry.shift_remove(*name)));
+            if *own != common {
+                entry.insert(theirs.into(), (*own).into());
+            }
+        }
     }
-    if let Some(groups) = groups.filter(|&groups| groups != widths.num_key_value_heads) {
-        set("num_attention_heads", groups * widths.num_attention_heads / widths.num_key_value_heads);
-        set("num_key_value_heads", groups);
-        set("head_dim", widths.head_dim);
+    if widths.iter().any(|own| own.num_attention_heads != source.num_attention_heads) {
+        fields.insert(names("head_dim")[0].into(), source.head_dim.into());
+    }
+    by_block.retain(|_, own| own.as_object().is_none_or(|own| !own.is_empty()));
+    match by_block.is_empty() {
+        true => drop(fields.shift_remove("per_layer_config")),
+        false => drop(fields.insert("per_layer_config".into(), by_block.into())),
     }
     config
 }
+
+/// The fields of a config that may become smaller, and the number that each has.
+const NUMBERS: [(&str, fn(&Widths) -> usize); 3] = [
+    ("intermediate_size", |widths| widths.intermediate_size),
+    ("num_attention_heads", |widths| widths.num_attention_heads),
+    ("num_key_value_heads", |widths| widths.num_key_value_heads),
+];

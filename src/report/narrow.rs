@@ -8,6 +8,9 @@ use serde::{Deserialize, Serialize};
 pub struct NarrowRecord {
     /// One entry per block and kind of unit, in the order of the model.
     pub blocks: Vec<NarrowedUnit>,
+    /// Blocks of the source that were left out.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub dropped: Vec<usize>,
     /// What stays as it is, and why.
     #[serde(skip_serializing_if = "Vec::is_empty", default)]
     pub notes: Vec<String>,
@@ -16,17 +19,31 @@ pub struct NarrowRecord {
 impl NarrowRecord {
     /// The widths of all blocks, and what stays as it is: a line each.
     pub fn lines(&self) -> Vec<String> {
-        let mut lines: Vec<String> = Vec::new();
+        let mut by_kind: Vec<(&str, Vec<&NarrowedUnit>)> = Vec::new();
         for unit in &self.blocks {
-            let of_kind = self.blocks.iter().filter(|other| other.kind == unit.kind);
-            let line =
-                format!("{} in each of {} blocks: {} of {}", unit.kind, of_kind.count(), unit.after, unit.before);
-            if !lines.contains(&line) {
-                lines.push(line);
+            match by_kind.iter_mut().find(|(kind, _)| *kind == unit.kind) {
+                Some((_, units)) => units.push(unit),
+                None => by_kind.push((&unit.kind, vec![unit])),
             }
         }
-        lines.into_iter().chain(self.notes.iter().cloned()).collect()
+        let lines = by_kind.into_iter().map(|(kind, units)| line(kind, &units));
+        let dropped: Vec<String> = self.dropped.iter().map(usize::to_string).collect();
+        let dropped = (!dropped.is_empty()).then(|| format!("blocks left out: {}", dropped.join(", ")));
+        dropped.into_iter().chain(lines).chain(self.notes.iter().cloned()).collect()
     }
+}
+
+/// The widths of all units of a kind.
+fn line(kind: &str, units: &[&NarrowedUnit]) -> String {
+    let (n, first) = (units.len(), units[0]);
+    if units.iter().all(|unit| (unit.before, unit.after) == (first.before, first.after)) {
+        return format!("{kind} in each of {n} blocks: {} of {}", first.after, first.before);
+    }
+    let sum = |of: fn(&NarrowedUnit) -> usize| units.iter().map(|unit| of(unit)).sum::<usize>();
+    let after = units.iter().map(|unit| unit.after);
+    let (least, most) = (after.clone().min().unwrap_or(0), after.max().unwrap_or(0));
+    let (before, after) = (sum(|unit| unit.before), sum(|unit| unit.after));
+    format!("{kind} in {n} blocks: {least} to {most}, in all {after} of {before}")
 }
 
 /// A part of a block that may become narrower.
@@ -44,6 +61,9 @@ pub struct NarrowedUnit {
     pub after: usize,
     /// Error of the reader over the norm of its weight, both in the metric of the method.
     pub relative_error: f64,
+    /// The square of that error, as the method measures it; sums over units compare.
+    #[serde(default)]
+    pub squared_error: f64,
     /// Seconds in which their order was found.
     pub seconds: f64,
 }

@@ -93,6 +93,12 @@ fn what_has_no_meaning_is_refused() {
     check(&narrow(&["--keep", "0.8", "--dry-run"]), 2, "`--dry-run` cannot be combined");
     check(&narrow(&["--keep", "0.8", "--width-multiple", "0"]), 2, "`--width-multiple` must be at least 1");
     check(&narrow(&["--keep", "0.8", "--targets", "*.up_proj"]), 4, "nothing can become narrower");
+    check(
+        &narrow(&["--keep", "0.8", "--uniform-width=false", "--format", "dense"]),
+        2,
+        "`--uniform-width=false` cannot be combined with `--format dense`",
+    );
+    check(&["--keep", "0.8", "--uniform-width"], 2, "`--uniform-width` has no effect without `--structure narrow`");
     check(&["--keep", "0.8", "--selection", "forward"], 2, "`--selection` has no effect without `--structure narrow`");
     check(&narrow(&["--keep", "0.8", "--method", "kfac"]), 2, "`--method kfac` needs `--calibration FILE`");
 }

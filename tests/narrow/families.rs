@@ -78,7 +78,7 @@ fn of_config(config: &Value) -> [Option<u64>; 2] {
 }
 
 /// Compares an output with the source whose dropped channels and heads are at zero.
-fn check(family: &str, model: &Model, out: &Path) {
+pub(super) fn check(family: &str, model: &Model, out: &Path) {
     let [source, narrow] = [&model.model, out].map(|folder| open(folder).unwrap());
     let wide = model.folder.path().join(format!("wide-{}", out.file_name().unwrap().to_string_lossy()));
     widened(&source, &narrow, &model.model, &wide);

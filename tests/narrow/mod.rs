@@ -1,7 +1,10 @@
 //! `lrc compress --structure narrow`: models with fewer channels and heads that every runtime loads.
 
 mod budgets;
+mod by_block;
+mod depth;
 mod families;
+mod joint;
 mod runs;
 
 use std::path::{Path, PathBuf};
@@ -31,7 +34,11 @@ impl Model {
     }
 
     fn arguments<'a>(&'a self, out: &'a Path, flags: &[&'a str]) -> Vec<&'a str> {
-        let own = ["compress", path(&self.model), "-o", path(out), "-q", "--structure", "narrow"];
+        self.of(out, "narrow", flags)
+    }
+
+    fn of<'a>(&'a self, out: &'a Path, structure: &'a str, flags: &[&'a str]) -> Vec<&'a str> {
+        let own = ["compress", path(&self.model), "-o", path(out), "-q", "--structure", structure];
         let calibration = ["--calibration", path(&self.text), "--samples", "4", "--seq-len", "24"];
         [&own[..], &calibration, flags].concat()
     }

@@ -5,7 +5,7 @@ use super::super::recipe::{NarrowApproach, Recipe};
 use crate::checkpoint::OutputFolder;
 use crate::model::ModelConfig;
 use crate::model::architectures::Architecture;
-use crate::model::narrow::{NarrowUnit, UnitKind};
+use crate::model::narrow::NarrowUnit;
 use crate::session::Session;
 
 /// What the steps share.
@@ -21,20 +21,10 @@ pub(super) struct Context<'a> {
     pub folder: &'a OutputFolder,
 }
 
-/// The widths of all blocks; `None` for what stays as it is.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) struct Width {
-    pub channels: Option<usize>,
-    pub groups: Option<usize>,
-}
-
-impl Width {
-    /// The width of a unit.
-    pub fn of(self, unit: &NarrowUnit) -> usize {
-        let own = match unit.kind {
-            UnitKind::Channels => self.channels,
-            UnitKind::Groups => self.groups,
-        };
-        own.unwrap_or(unit.width())
-    }
+/// What a model becomes.
+pub(super) struct Chosen {
+    /// The number of channels or groups of each unit; whole in blocks that are left out.
+    pub widths: Vec<usize>,
+    /// The blocks that are left out, ascending.
+    pub dropped: Vec<usize>,
 }

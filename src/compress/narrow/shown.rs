@@ -4,15 +4,29 @@ use std::collections::BTreeMap;
 
 use anyhow::Result;
 
-use super::context::{Context, Width};
+use super::context::{Chosen, Context};
 use crate::checkpoint::{Checkpoint, Selected};
+use crate::model::depth;
 use crate::model::narrow::{column_dimension, narrowed_config, row_dimension};
+use crate::model::widths::Widths;
+
+/// The names of tensors of a model with fewer blocks that are others in the source; `None` for those left out.
+pub(super) type Names = BTreeMap<String, Option<String>>;
+
+/// A model without the blocks that were dropped.
+pub(super) fn shallower(context: &Context<'_>, narrowed: Checkpoint, chosen: &Chosen) -> (Checkpoint, Names) {
+    if chosen.dropped.is_empty() {
+        return (narrowed, Names::new());
+    }
+    let kept: Vec<usize> = (0..context.config.num_hidden_layers).filter(|b| !chosen.dropped.contains(b)).collect();
+    depth::with_blocks(&narrowed, context.architecture, &kept)
+}
 
 /// The source with the channels and groups `kept` of each unit. Readers are not refitted.
 ///
 /// # Errors
 /// A tensor is absent.
-pub(super) fn selected(context: &Context<'_>, width: Width, kept: &[Vec<usize>]) -> Result<Checkpoint> {
+pub(super) fn selected(context: &Context<'_>, kept: &[Vec<usize>]) -> Result<Checkpoint> {
     let checkpoint = context.session.checkpoint;
     let mut selected: BTreeMap<String, Selected> = BTreeMap::new();
     let narrower = context.units.iter().zip(kept).filter(|(unit, kept)| kept.len() < unit.width());
@@ -29,8 +43,9 @@ pub(super) fn selected(context: &Context<'_>, width: Width, kept: &[Vec<usize>])
         let columns = Selected { dimension: column_dimension(&unit.reader), indices: unit.columns(kept).into() };
         selected.insert(unit.reader.weight_name(), columns);
     }
-    let common = context.config.widths(0);
+    let mut widths: Vec<Widths> = (0..context.config.num_hidden_layers).map(|b| context.config.widths(b)).collect();
+    context.units.iter().zip(kept).for_each(|(unit, kept)| unit.narrow(&mut widths[unit.block], kept.len()));
     let config = checkpoint.config().expect("invariant: a model that is narrowed has a config");
-    let config = narrowed_config(config, context.architecture, &common, [width.channels, width.groups]);
+    let config = narrowed_config(config, context.architecture, context.config.block_widths().common(), &widths);
     Ok(checkpoint.selected(&selected, config)?)
 }

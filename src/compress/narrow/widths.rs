@@ -1,61 +1,294 @@
-//! The one number of channels and the one number of groups, of all that fit the budget, whose errors sum to the least.
+//! The widths and the blocks under a budget whose errors sum to the least: one number of channels and one number of groups
+//! for all blocks, or any numbers, with or without all blocks.
 
 use anyhow::Result;
 
+use super::super::allocate::{self, Candidate, Candidates, Item, Pick, Point, Ranks, Rules};
 use super::super::budget::{forms_by_shape, known_choices};
 use super::super::limit::unreachable_budget;
 use super::super::plan::Plan;
-use super::super::recipe::{Budget, Limit, Recipe};
-use super::context::{Context, Width};
+use super::super::recipe::{Budget, Limit, Recipe, WidthRule};
+use super::context::{Chosen, Context};
 use super::curves::Curve;
+use super::ranks::RankCurves;
 use super::shown;
 use crate::formats::Source;
 use crate::model::inventory::LinearInfo;
-use crate::model::narrow::UnitKind;
+use crate::model::narrow::{NarrowUnit, UnitKind};
 
-/// The widths under the budget of the recipe.
+/// What the choice goes by.
+pub(super) struct Found<'p> {
+    pub curves: Vec<Curve>,
+    /// The errors of leaving out blocks; empty if none may be.
+    pub losses: Vec<f64>,
+    /// Set if linears may become matrices of low rank too.
+    pub ranks: Option<RankCurves<'p>>,
+}
+
+/// The choice under the budget of the recipe. With ranks it is of the widths and blocks alone, and what follows meets the
+/// budget.
 ///
 /// # Errors
-/// It cannot be met.
-pub(super) fn uniform(context: &Context<'_>, plan: &Plan, recipe: &Recipe, curves: &[Curve]) -> Result<Width> {
-    let limit = context.approach.limit.limit();
-    let size = |width: Width| match limit {
-        Limit::Bytes(_) => file_bytes(context, width),
-        Limit::Keep(_) | Limit::Bits(_) => Ok(parameters(context, plan, width)),
+/// The budget cannot be met.
+pub(super) fn choose(context: &Context<'_>, plan: &Plan, recipe: &Recipe, found: &Found<'_>) -> Result<Chosen> {
+    let problem = Problem::new(context, plan, recipe, found);
+    let (curves, losses) = (&found.curves, &found.losses);
+    let found = match context.approach.widths {
+        _ if found.ranks.is_some() => Some(problem.within(problem.parameters_in_budget())),
+        WidthRule::Uniform | WidthRule::Whole => problem.uniform()?,
+        WidthRule::ByBlock => problem.by_block()?,
     };
-    let n_weights: u64 = plan.linears.iter().map(LinearInfo::n_parameters).sum();
-    let most = match limit {
-        Limit::Bytes(bytes) => bytes,
-        Limit::Keep(keep) => (keep * n_weights as f64 + 1e-6) as u64,
-        Limit::Bits(_) => unreachable!("invariant: bits are no budget of narrower modules"),
-    };
-    let channels = options(context, UnitKind::Channels, context.approach.multiple.get());
-    let groups = options(context, UnitKind::Groups, 1);
-    let mut best: Option<(f64, Width)> = None;
-    for &groups in &groups {
-        let width = |at: usize| Width { channels: channels[at], groups };
-        let Some(at) = last_that_fits(channels.len(), |at| Ok(size(width(at))? <= most))? else { continue };
-        let error = error(context, curves, width(at));
-        if best.is_none_or(|(least, _)| error < least) {
-            best = Some((error, width(at)));
-        }
+    if let Some(chosen) = found {
+        return Ok(chosen);
     }
-    if let Some((_, width)) = best {
-        return Ok(width);
-    }
-    let least = size(Width { channels: channels[0], groups: groups[0] })?;
-    Err(match limit {
-        Limit::Keep(keep) => unreachable_budget(recipe, Budget::Keep(keep), least as f64 / n_weights as f64),
-        _ => unreachable_budget(recipe, Budget::Bytes(most), least as f64),
+    let smallest = (0..curves.len()).map(|unit| problem.options(unit)[0]).collect();
+    let least = problem.size(&problem.without(losses.len().saturating_sub(1), smallest))?;
+    Err(match context.approach.limit.limit() {
+        Limit::Keep(keep) => unreachable_budget(recipe, Budget::Keep(keep), least as f64 / problem.n_weights as f64),
+        _ => unreachable_budget(recipe, Budget::Bytes(problem.most), least as f64),
     })
 }
 
-/// The widths that a kind of unit may have, ascending; only `None` if there is no such unit.
-fn options(context: &Context<'_>, kind: UnitKind, multiple: usize) -> Vec<Option<usize>> {
-    let Some(unit) = context.units.iter().find(|unit| unit.kind == kind) else { return vec![None] };
-    let whole = unit.width();
-    let smaller = (1..).map(|i| i * multiple).take_while(|&width| width < whole);
-    smaller.chain([whole]).map(Some).collect()
+/// Widths and blocks to choose, with their errors, under a budget.
+struct Problem<'p> {
+    context: &'p Context<'p>,
+    curves: &'p [Curve],
+    losses: &'p [f64],
+    ranks: Option<&'p RankCurves<'p>>,
+    /// The blocks by their losses, the least first.
+    by_loss: Vec<usize>,
+    /// Parameters of the targeted linears of each block.
+    parameters: Vec<u64>,
+    /// Parameters of all targeted linears.
+    n_weights: u64,
+    /// The budget, in parameters or bytes.
+    most: u64,
+}
+
+impl<'p> Problem<'p> {
+    fn new(context: &'p Context<'p>, plan: &Plan, recipe: &Recipe, found: &'p Found<'p>) -> Self {
+        let (curves, losses, ranks) = (&found.curves, found.losses.as_slice(), found.ranks.as_ref());
+        let n_weights: u64 = plan.linears.iter().map(LinearInfo::n_parameters).sum();
+        let most = match recipe.budget() {
+            Budget::Bytes(bytes) => bytes,
+            Budget::Keep(keep) => (keep * n_weights as f64 + 1e-6) as u64,
+            Budget::Bits(_) | Budget::None => unreachable!("invariant: narrower modules have another budget"),
+        };
+        let mut parameters = vec![0; context.config.num_hidden_layers];
+        for (id, linear) in plan.linears.iter().filter_map(|linear| Some((linear.id?, linear))) {
+            parameters[id.block] += linear.n_parameters();
+        }
+        let mut by_loss: Vec<usize> = (0..losses.len()).collect();
+        by_loss.sort_by(|&i, &j| losses[i].total_cmp(&losses[j]));
+        Self { context, curves, losses, ranks, by_loss, parameters, n_weights, most }
+    }
+
+    /// The widths that a unit may have, ascending.
+    fn options(&self, unit: usize) -> Vec<usize> {
+        let unit = &self.context.units[unit];
+        let step = if unit.kind == UnitKind::Channels { self.context.approach.multiple.get() } else { 1 };
+        let whole = unit.width();
+        (1..).map(|i| i * step).take_while(|&width| width < whole).chain([whole]).collect()
+    }
+
+    /// The same for all units of a kind; only 0 if there are none.
+    fn options_of_kind(&self, kind: UnitKind) -> Vec<usize> {
+        let unit = self.context.units.iter().position(|unit| unit.kind == kind);
+        unit.map_or(vec![0], |unit| self.options(unit))
+    }
+
+    /// These widths without the `n` blocks of the least losses.
+    fn without(&self, n: usize, widths: Vec<usize>) -> Chosen {
+        let mut dropped = self.by_loss[..n].to_vec();
+        dropped.sort_unstable();
+        self.chosen(dropped, widths)
+    }
+
+    /// These widths, but whole in the blocks that are left out.
+    fn chosen(&self, dropped: Vec<usize>, mut widths: Vec<usize>) -> Chosen {
+        for (unit, width) in self.context.units.iter().zip(&mut widths) {
+            if dropped.contains(&unit.block) {
+                *width = unit.width();
+            }
+        }
+        Chosen { widths, dropped }
+    }
+
+    /// Size of the model in the unit of the budget.
+    fn size(&self, chosen: &Chosen) -> Result<u64> {
+        match self.context.approach.limit.limit() {
+            Limit::Bytes(_) => file_bytes(self.context, chosen),
+            Limit::Keep(_) | Limit::Bits(_) => {
+                let units = self.context.units.iter().zip(&chosen.widths);
+                let narrowed = units.map(|(unit, &width)| (unit.width() - width) as u64 * unit.parameters_each());
+                let dropped = chosen.dropped.iter().map(|&block| self.parameters[block]);
+                Ok(self.n_weights - narrowed.sum::<u64>() - dropped.sum::<u64>())
+            }
+        }
+    }
+
+    fn fits(&self, chosen: &Chosen) -> Result<bool> {
+        Ok(self.size(chosen)? <= self.most)
+    }
+
+    /// Sum of the errors.
+    fn error(&self, chosen: &Chosen) -> f64 {
+        let units = chosen.widths.iter().zip(self.curves).map(|(&width, curve)| curve.narrowing.errors[width]);
+        units.sum::<f64>() + chosen.dropped.iter().map(|&block| self.losses[block]).sum::<f64>()
+    }
+
+    /// The best number of blocks, with the best single number of channels and of groups.
+    fn uniform(&self) -> Result<Option<Chosen>> {
+        let (channels, groups) = (self.options_of_kind(UnitKind::Channels), self.options_of_kind(UnitKind::Groups));
+        let mut best: Option<(f64, Chosen)> = None;
+        for n_dropped in 0..self.losses.len().max(1) {
+            for &groups in &groups {
+                let all = |at: usize| self.without(n_dropped, widths_of(self.context, channels[at], groups));
+                let Some(at) = last_that_fits(channels.len(), |at| self.fits(&all(at)))? else { continue };
+                let error = self.error(&all(at));
+                if best.as_ref().is_none_or(|(least, _)| error < *least) {
+                    best = Some((error, all(at)));
+                }
+            }
+        }
+        Ok(best.map(|(_, chosen)| chosen))
+    }
+
+    /// The best numbers of each block.
+    fn by_block(&self) -> Result<Option<Chosen>> {
+        // With as many parameters as the budget has, if that is its unit.
+        let most = match self.context.approach.limit.limit() {
+            Limit::Keep(_) => self.most,
+            _ => self.n_weights,
+        };
+        let chosen = self.within(most);
+        if self.fits(&chosen)? {
+            return Ok(Some(chosen));
+        }
+        let at = match self.context.approach.limit.limit() {
+            Limit::Keep(_) => None,
+            _ => last_that_fits(most as usize + 1, |at| self.fits(&self.within(at as u64)))?,
+        };
+        Ok(at.map(|at| self.within(at as u64)))
+    }
+
+    /// About as many parameters as the budget has.
+    fn parameters_in_budget(&self) -> u64 {
+        match self.context.approach.limit.limit() {
+            Limit::Bytes(bytes) => {
+                let checkpoint = self.context.session.checkpoint;
+                let linears = self.ranks.map_or(&[][..], |ranks| ranks.linears);
+                let in_linears: u64 = linears.iter().map(LinearInfo::n_bytes).sum();
+                let left = (bytes + in_linears).saturating_sub(checkpoint.n_bytes());
+                (left as f64 / in_linears.max(1) as f64 * self.n_weights as f64) as u64
+            }
+            Limit::Keep(_) | Limit::Bits(_) => self.most,
+        }
+    }
+
+    /// The choice with the least error within a number of parameters; the smallest if even it has more.
+    fn within(&self, parameters: u64) -> Chosen {
+        let menus = self.menus();
+        let items: Vec<Item<'_>> = menus.iter().map(|menu| menu.item()).collect();
+        let in_menus: u64 = items.iter().map(|item| item.dense_cost).sum();
+        let budget = (parameters + in_menus).saturating_sub(self.n_weights);
+        let picks = allocate::allocate(Ranks::Knapsack, &items, &Rules { budget, ..Rules::of_keep(&items, 0.5) });
+        let mut widths: Vec<usize> = self.context.units.iter().map(NarrowUnit::width).collect();
+        let mut dropped = Vec::new();
+        for (menu, pick) in menus.iter().zip(picks) {
+            let Pick::Candidate(at) = pick else { continue };
+            match &menu.widths[at] {
+                None => dropped.push(menu.block),
+                Some(own) => menu.units.iter().zip(own).for_each(|(&unit, &width)| widths[unit] = width),
+            }
+        }
+        self.chosen(dropped, widths)
+    }
+
+    /// What may be chosen apart: each unit, or each block where it may be left out.
+    fn menus(&self) -> Vec<Menu> {
+        if self.losses.is_empty() {
+            let units = self.context.units.iter().enumerate();
+            let units = units.map(|(i, unit)| Menu::new(unit.block, vec![i], 0, &[self.points(i)]));
+            let others = self.others().map(|(block, points)| Menu::new(block, Vec::new(), 0, &[points]));
+            return units.chain(others).collect();
+        }
+        // The block with the largest loss stays.
+        let largest = self.by_loss.last().copied();
+        let blocks = self.losses.iter().enumerate().map(|(block, &loss)| {
+            let units: Vec<usize> = (0..self.curves.len()).filter(|&i| self.context.units[i].block == block).collect();
+            let others = self.others().filter(|(own, _)| *own == block).map(|(_, points)| points);
+            let points: Vec<Vec<Point<usize>>> = units.iter().map(|&i| self.points(i)).chain(others).collect();
+            let in_points: u64 = points.iter().map(|own| whole(own)).sum();
+            let mut menu = Menu::new(block, units, self.parameters[block] - in_points, &points);
+            if Some(block) != largest {
+                menu.candidates.push(Candidate { cost: 0, error: loss });
+                menu.widths.push(None);
+            }
+            menu
+        });
+        blocks.collect()
+    }
+
+    /// The widths of a unit with their parameters and errors.
+    fn points(&self, unit: usize) -> Vec<Point<usize>> {
+        let (options, errors) = (self.options(unit), &self.curves[unit].narrowing.errors);
+        let unit = &self.context.units[unit];
+        match self.ranks {
+            Some(ranks) => ranks.of_unit(unit, &options, errors),
+            None => options.into_iter().map(|w| (w as u64 * unit.parameters_each(), errors[w], w)).collect(),
+        }
+    }
+
+    /// Linears outside of units that may have any rank, with their blocks.
+    fn others(&self) -> impl Iterator<Item = (usize, Vec<Point<usize>>)> {
+        let of_unit = |linear: &LinearInfo| {
+            self.context.units.iter().any(|unit| unit.linears().any(|l| l.module == linear.module))
+        };
+        let ranks = self.ranks.into_iter();
+        let all = ranks.flat_map(|ranks| ranks.linears.iter().enumerate().map(move |(i, linear)| (ranks, i, linear)));
+        let others = all.filter(move |(.., linear)| !of_unit(linear));
+        others.filter_map(|(ranks, i, linear)| Some((linear.id?.block, ranks.points(i, linear.shape()))))
+    }
+}
+
+/// The cost of all, which errs nothing.
+fn whole(points: &[Point<usize>]) -> u64 {
+    points.iter().map(|(cost, ..)| *cost).max().unwrap_or(0)
+}
+
+/// What a few units of a block may become together.
+struct Menu {
+    block: usize,
+    units: Vec<usize>,
+    candidates: Vec<Candidate>,
+    /// The widths of the units in each candidate; `None` without the block.
+    widths: Vec<Option<Vec<usize>>>,
+    whole: u64,
+}
+
+impl Menu {
+    /// Units with these points, and `others` parameters that they always have.
+    fn new(block: usize, units: Vec<usize>, others: u64, points: &[Vec<Point<usize>>]) -> Self {
+        let sums = match points {
+            [one] => one.iter().map(|&(cost, error, width)| (cost, error, vec![width])).collect(),
+            several => allocate::frontier(several),
+        };
+        let whole = others + points.iter().map(|own| whole(own)).sum::<u64>();
+        let candidates = sums.iter().map(|(cost, error, _)| Candidate { cost: others + cost, error: *error });
+        let candidates = candidates.collect();
+        Self { block, units, candidates, widths: sums.into_iter().map(|(.., own)| Some(own)).collect(), whole }
+    }
+
+    fn item(&self) -> Item<'_> {
+        Item { dense_cost: self.whole, candidates: Candidates::Menu(&self.candidates) }
+    }
+}
+
+/// The same numbers for all units.
+fn widths_of(context: &Context<'_>, channels: usize, groups: usize) -> Vec<usize> {
+    let own = |kind| if kind == UnitKind::Channels { channels } else { groups };
+    context.units.iter().map(|unit| own(unit.kind)).collect()
 }
 
 /// The last of `n` places that fit, which is followed by none that do.
@@ -68,22 +301,10 @@ fn last_that_fits(n: usize, fits: impl Fn(usize) -> Result<bool>) -> Result<Opti
     Ok(low.checked_sub(1))
 }
 
-/// Sum of the errors of all units.
-fn error(context: &Context<'_>, curves: &[Curve], width: Width) -> f64 {
-    context.units.iter().zip(curves).map(|(unit, curve)| curve.narrowing.errors[width.of(unit)]).sum()
-}
-
-/// Parameters of the targeted linears.
-fn parameters(context: &Context<'_>, plan: &Plan, width: Width) -> u64 {
-    let n_weights: u64 = plan.linears.iter().map(LinearInfo::n_parameters).sum();
-    let dropped = context.units.iter().map(|unit| (unit.width() - width.of(unit)) as u64 * unit.parameters_each());
-    n_weights - dropped.sum::<u64>()
-}
-
 /// Bytes of the weight files, from shapes alone.
-fn file_bytes(context: &Context<'_>, width: Width) -> Result<u64> {
-    let kept: Vec<Vec<usize>> = context.units.iter().map(|unit| (0..width.of(unit)).collect()).collect();
-    let narrower = shown::selected(context, width, &kept)?;
+fn file_bytes(context: &Context<'_>, chosen: &Chosen) -> Result<u64> {
+    let kept: Vec<Vec<usize>> = chosen.widths.iter().map(|&width| (0..width).collect()).collect();
+    let (narrower, _) = shown::shallower(context, shown::selected(context, &kept)?, chosen);
     let then = context.then;
     let plan = Plan::of_shapes(&narrower, then)?;
     let source = Source::new(&narrower);

@@ -62,8 +62,30 @@ pub struct NarrowApproach {
     pub selection: ChannelSelection,
     /// Numbers of channels are multiples of this.
     pub multiple: NonZeroUsize,
+    /// Which blocks have the same widths.
+    pub widths: WidthRule,
+    /// Whether blocks may be left out.
+    pub drops_blocks: bool,
     /// What becomes of the linears of the narrower model: they stay as they are, or are quantized.
     pub then: Box<Approach>,
+}
+
+impl NarrowApproach {
+    /// Whether linears of the narrower model become matrices of low rank.
+    pub fn then_low_rank(&self) -> bool {
+        self.then.low_rank().is_some()
+    }
+}
+
+/// Which blocks have the same numbers of channels and of groups of heads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WidthRule {
+    /// All blocks, so that every runtime loads the output.
+    Uniform,
+    /// None has to.
+    ByBlock,
+    /// All keep the widths that they have.
+    Whole,
 }
 
 /// Low rank without a base.
@@ -138,6 +160,18 @@ impl Approach {
     /// The metric, if one is needed.
     pub fn metric(&self) -> Option<&MetricSettings> {
         self.replacement().map(|replacement| &replacement.metric)
+    }
+
+    /// The same approach under another limit, if it is one of low rank with a rank per linear.
+    pub(super) fn with_limit(&self, limit: Reduction) -> Self {
+        let mut own = self.clone();
+        if let Self::Replace(replacement) = &mut own
+            && let Linears::LowRank(LowRankApproach::Separate { allocation, .. }) = &mut replacement.linears
+            && let RankAllocation::PerLinear { rule: Rule::Knapsack(knapsack), .. } = allocation
+        {
+            knapsack.limit = limit;
+        }
+        own
     }
 
     fn low_rank(&self) -> Option<&LowRankApproach> {

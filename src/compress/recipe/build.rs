@@ -13,7 +13,7 @@ use super::patterns::Patterns;
 use super::quantized::quantized;
 use super::settings::Recipe;
 use crate::calibrate::Needs;
-use crate::compress::options::{Fused, RecipeOptions, Structure};
+use crate::compress::options::{Fused, RecipeOptions};
 use crate::compress::scale::{DepthWeight, Sensitivity};
 
 impl Recipe {
@@ -22,10 +22,11 @@ impl Recipe {
     /// # Errors
     /// A value is out of range, or two options contradict each other.
     pub fn new(options: &RecipeOptions) -> Result<Self> {
-        match options.structure.unwrap_or_default() {
-            Structure::Narrow => return narrow::recipe(options),
-            Structure::LowRank => narrow::expect_none(options)?,
+        let structures = options.structure.unwrap_or_default();
+        if structures.narrow || structures.depth {
+            return narrow::recipe(options, structures);
         }
+        narrow::expect_none(options, structures)?;
         let basics = Basics::of(options)?;
         if basics.limit == Some(Limit::Keep(1.0)) && basics.ranks.is_budgeted() && options.quant.is_empty() {
             // The other settings are checked under a budget below 1, so that a script may vary the budget alone.

@@ -17,9 +17,9 @@ mod storage;
 #[cfg(test)]
 mod tests;
 
-pub use super::options::{ChannelSelection, Embeddings, FactorBits, Fused, RecipeOptions, Structure};
+pub use super::options::{ChannelSelection, Embeddings, FactorBits, Fused, RecipeOptions, Structures};
 pub use allocation::{KnapsackSettings, RankAllocation, RankSteps, Rule};
-pub use approach::{Approach, Linears, LowRankApproach, MetricSettings, NarrowApproach, Replacement};
+pub use approach::{Approach, Linears, LowRankApproach, MetricSettings, NarrowApproach, Replacement, WidthRule};
 pub use bases::{BaseSensitivity, Bases, Compensator, Factors, Quantizers};
 pub use basics::{DEFAULT_SAMPLES, max_shard_bytes, windows};
 pub use limit::{Budget, Limit, Reduction};

@@ -4,13 +4,13 @@ use std::num::NonZeroUsize;
 
 use anyhow::Result;
 
-use super::approach::{Approach, Linears, MetricSettings, NarrowApproach, Replacement};
+use super::approach::{Approach, Linears, MetricSettings, NarrowApproach, Replacement, WidthRule};
 use super::basics::{BUDGET_HINT, REMOVE_ONE, max_shard_bytes, share, usage, window_settings};
 use super::limit::{Limit, Reduction};
 use super::patterns::Patterns;
 use super::settings::Recipe;
 use crate::calibrate::Needs;
-use crate::compress::options::{Embeddings, Fused, RecipeOptions};
+use crate::compress::options::{Embeddings, Fused, RecipeOptions, Structures};
 use crate::compress::presets::Method;
 use crate::formats::Format;
 
@@ -21,15 +21,16 @@ const DEFAULT_MULTIPLE: usize = 64;
 /// low rank, all other channels of a block with one would look alike (docs/results.md, section 25).
 const DEFAULT_DAMPING: f64 = 1e-4;
 
-/// The recipe of `--structure narrow`.
+/// The recipe of `--structure narrow` and `--structure depth`.
 ///
 /// # Errors
 /// A value is out of range, or an option has no meaning for narrower modules.
-pub(super) fn recipe(options: &RecipeOptions) -> Result<Recipe> {
-    expect_meaningful(options)?;
+pub(super) fn recipe(options: &RecipeOptions, structures: Structures) -> Result<Recipe> {
+    expect_meaningful(options, structures)?;
     let has_data = options.calibration.is_some() || options.statistics.is_some();
     let method = options.method.unwrap_or(if has_data { Method::Kfac } else { Method::Svd });
-    let then = then(options, method)?;
+    let widths = widths(options, structures)?;
+    let then = if structures.low_rank { low_rank(options, method)? } else { then(options, method, widths)? };
     let limit = limit(options)?;
     let Some(limit) = Reduction::new(limit) else { return Ok(then) };
     let multiple = NonZeroUsize::new(options.width_multiple.unwrap_or(DEFAULT_MULTIPLE))
@@ -54,6 +55,8 @@ pub(super) fn recipe(options: &RecipeOptions) -> Result<Recipe> {
                 limit,
                 selection: options.selection.unwrap_or_default(),
                 multiple,
+                widths,
+                drops_blocks: structures.depth,
                 then: Box::new(then.approach),
             }),
             embeddings: Embeddings::Keep,
@@ -68,9 +71,13 @@ pub(super) fn recipe(options: &RecipeOptions) -> Result<Recipe> {
 ///
 /// # Errors
 /// One of them is given.
-pub(super) fn expect_none(options: &RecipeOptions) -> Result<()> {
-    let given = [("--selection", options.selection.is_some()), ("--width-multiple", options.width_multiple.is_some())];
-    match given.iter().find(|(_, is_given)| *is_given) {
+pub(super) fn expect_none(options: &RecipeOptions, structures: Structures) -> Result<()> {
+    let given = [
+        ("--selection", options.selection.is_some()),
+        ("--width-multiple", options.width_multiple.is_some()),
+        ("--uniform-width", options.uniform_width.is_some()),
+    ];
+    match given.iter().find(|(_, is_given)| *is_given && !structures.narrow) {
         Some((flag, _)) => Err(usage(
             format!("`{flag}` has no effect without `--structure narrow`"),
             "add `--structure narrow`, or remove the option",
@@ -80,31 +87,36 @@ pub(super) fn expect_none(options: &RecipeOptions) -> Result<()> {
 }
 
 /// Refuses options that narrower modules do not have.
-fn expect_meaningful(options: &RecipeOptions) -> Result<()> {
+fn expect_meaningful(options: &RecipeOptions, structures: Structures) -> Result<()> {
+    expect_none(options, structures)?;
     let refused = [
         ("--bits", options.bits.is_some()),
         ("--ranks", options.ranks.is_some()),
-        ("--layout", options.layout.is_some()),
+        ("--layout", options.layout.is_some() && !structures.low_rank),
         ("--sensitivity", options.sensitivity.is_some()),
         ("--depth-weight", options.depth_weight.is_some()),
         ("--rank-floor", options.rank_floor.is_some()),
-        ("--rank-multiple", options.rank_multiple.is_some()),
+        ("--rank-multiple", options.rank_multiple.is_some() && !structures.low_rank),
+        ("--quant", !options.quant.is_empty() && structures.low_rank),
+        ("--uniform-width", options.uniform_width == Some(true) && structures.low_rank),
         ("--elastic", options.elastic == Some(true)),
         ("--share", options.share == Some(true)),
         ("--center", options.center == Some(true)),
         ("--sequential", options.sequential == Some(true) || options.anchor.is_some()),
         ("--fused split", options.fused == Some(Fused::Split)),
+        ("--targets", structures.depth && !options.targets.is_empty()),
+        ("--exclude", structures.depth && !options.exclude.is_empty()),
         ("--embeddings", options.embeddings.is_some_and(|embeddings| embeddings != Embeddings::Keep)),
     ];
     if let Some((flag, _)) = refused.iter().find(|(_, is_given)| *is_given) {
         return Err(usage(
-            format!("`{flag}` cannot be combined with `--structure narrow`"),
+            format!("`{flag}` cannot be combined with `--structure {structures}`"),
             "narrow the model first, and compress the output in a second run",
         ));
     }
     if options.quant.len() > 1 {
         return Err(usage(
-            "`--structure narrow` takes one quantizer",
+            format!("`--structure {structures}` takes one quantizer"),
             "narrow the model first, and choose among quantizers in a second run",
         ));
     }
@@ -124,8 +136,53 @@ fn limit(options: &RecipeOptions) -> Result<Limit> {
     }
 }
 
+/// Which blocks have the same widths: all, unless the format has code for others.
+fn widths(options: &RecipeOptions, structures: Structures) -> Result<WidthRule> {
+    if !structures.narrow {
+        return Ok(WidthRule::Whole);
+    }
+    let stores_factors = structures.low_rank || options.format == Some(Format::Factored);
+    let is_uniform = options.uniform_width.unwrap_or(!stores_factors);
+    match options.format {
+        _ if is_uniform => Ok(WidthRule::Uniform),
+        None | Some(Format::Factored | Format::Gguf) => Ok(WidthRule::ByBlock),
+        Some(format) => Err(usage(
+            format!("`--uniform-width=false` cannot be combined with `--format {}`", format.name()),
+            "`--format factored` has code for blocks of different widths, and `--format gguf` has fields",
+        )),
+    }
+}
+
+/// The recipe for the linears of the narrower model that become matrices of low rank.
+fn low_rank(options: &RecipeOptions, method: Method) -> Result<Recipe> {
+    if method != Method::Kfac {
+        return Err(usage(
+            format!("low rank and narrower modules cannot be weighed in the metric of `{}`", method.name()),
+            "give `--calibration FILE` or `--statistics FILE`, for the method kfac",
+        ));
+    }
+    let own = RecipeOptions {
+        structure: None,
+        selection: None,
+        width_multiple: None,
+        uniform_width: None,
+        sequential: Some(false),
+        embeddings: Some(Embeddings::Keep),
+        // Those that are given are of the widths.
+        damping_input: None,
+        damping_output: None,
+        ..options.clone()
+    };
+    let mut recipe = Recipe::new(&own)?;
+    if let Approach::Replace(replacement) = &mut recipe.approach {
+        // Its statistics are those of the wider model, of what is kept.
+        (replacement.metric.calibration, replacement.metric.statistics) = (None, None);
+    }
+    Ok(recipe)
+}
+
 /// The recipe for the linears of the narrower model.
-fn then(options: &RecipeOptions, method: Method) -> Result<Recipe> {
+fn then(options: &RecipeOptions, method: Method, widths: WidthRule) -> Result<Recipe> {
     let of_compensation = options.compensate.is_some_and(|compensate| compensate.preset().needs() != Needs::default());
     let needs_text = of_compensation || options.quant.iter().any(|quant| quant.needs_gram() || quant.descends());
     if needs_text && options.statistics.is_some() && options.calibration.is_none() {
@@ -146,7 +203,8 @@ fn then(options: &RecipeOptions, method: Method) -> Result<Recipe> {
         ..RecipeOptions::default()
     };
     if options.quant.is_empty() {
-        let format = options.format.unwrap_or(Format::Dense);
+        let default = if widths == WidthRule::ByBlock { Format::Factored } else { Format::Dense };
+        let format = options.format.unwrap_or(default);
         // Other options of quantized bases are refused as without narrower modules.
         Recipe::new(&RecipeOptions { keep: Some(1.0), format: None, ..quantized })?;
         if ![Format::Dense, Format::Factored, Format::Gguf].contains(&format) {

@@ -4,14 +4,14 @@ use std::path::{Path, PathBuf};
 
 use bytesize::ByteSize;
 
-use super::approach::{Approach, NarrowApproach};
-use super::limit::Budget;
+use super::approach::{Approach, NarrowApproach, WidthRule};
+use super::limit::{Budget, Limit, Reduction};
 use super::patterns::Patterns;
 use crate::calibrate::{Needs, WindowSettings};
 use crate::checkpoint::Dtype;
 use crate::compress::allocate::Ranks;
 use crate::compress::compensate::{Compensate, CompensateRank};
-use crate::compress::options::{Embeddings, FactorBits, Fused, RecipeOptions, Structure};
+use crate::compress::options::{Embeddings, FactorBits, Fused, RecipeOptions, Structures};
 use crate::compress::presets::{Method, MetricForm};
 use crate::compress::scale::{DepthWeight, Sensitivity};
 use crate::formats::Format;
@@ -68,6 +68,16 @@ impl Recipe {
     /// The recipe of the narrower model, if linears become narrower.
     pub fn then(&self) -> Option<Self> {
         self.narrow().map(|narrow| Self { approach: (*narrow.then).clone(), ..self.clone() })
+    }
+
+    /// The same recipe with another share of the parameters, if it is one of low rank; the whole share leaves every
+    /// linear as it is.
+    pub fn with_keep(&self, keep: f64) -> Self {
+        let approach = match Reduction::new(Limit::Keep(keep.min(1.0))) {
+            Some(limit) => self.approach.with_limit(limit),
+            None => Approach::Dense(self.format()),
+        };
+        Self { approach, ..self.clone() }
     }
 
     /// The format of the output.
@@ -262,6 +272,7 @@ impl Recipe {
             structure: None,
             selection: None,
             width_multiple: None,
+            uniform_width: None,
             keep: if let Budget::Keep(keep) = budget { Some(keep) } else { None },
             target_size: if let Budget::Bytes(bytes) = budget { Some(ByteSize(bytes)) } else { None },
             bits: if let Budget::Bits(bits) = budget { Some(bits) } else { None },
@@ -308,10 +319,15 @@ impl Recipe {
         let preset = self.method().preset();
         let damping = |form: MetricForm, value: f64| (form == MetricForm::Gram).then_some(value);
         let limit = self.budget();
+        let low_rank = narrow.then_low_rank();
+        let has_widths = narrow.widths != WidthRule::Whole;
         RecipeOptions {
-            structure: Some(Structure::Narrow),
-            selection: Some(narrow.selection),
-            width_multiple: Some(narrow.multiple.get()),
+            structure: Some(Structures { low_rank, narrow: has_widths, depth: narrow.drops_blocks }),
+            selection: has_widths.then_some(narrow.selection),
+            width_multiple: has_widths.then_some(narrow.multiple.get()),
+            uniform_width: has_widths.then_some(narrow.widths == WidthRule::Uniform),
+            layout: then.layout.filter(|_| low_rank),
+            rank_multiple: then.rank_multiple.filter(|_| low_rank),
             keep: if let Budget::Keep(keep) = limit { Some(keep) } else { None },
             target_size: if let Budget::Bytes(bytes) = limit { Some(ByteSize(bytes)) } else { None },
             method: Some(self.method()),

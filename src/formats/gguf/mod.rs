@@ -16,7 +16,7 @@ use crate::codecs::peft::Factor;
 use crate::linalg;
 use crate::model::ModelConfig;
 use crate::model::architectures::gguf::Family;
-use crate::model::architectures::{self, gguf_family};
+use crate::model::architectures::{self, gguf_family, gguf_family_by_block};
 use crate::model::config::rope_factors;
 use crate::model::gguf::{rope_fields, rope_type, to_metadata, vocabulary};
 use crate::model::inventory::{self, LinearInfo};
@@ -63,7 +63,9 @@ fn gguf_name(tensor: &str) -> String {
 
 /// The GGUF table of the source's family, if it has one.
 fn family(source: &Source<'_>) -> Option<&'static Family> {
-    gguf_family(source.config.get("model_type")?.as_str()?)
+    let model_type = source.config.get("model_type")?.as_str()?;
+    let by_block = source.config.get("per_layer_config").and_then(Json::as_object).is_some_and(|own| !own.is_empty());
+    by_block.then(|| gguf_family_by_block(model_type)).flatten().or_else(|| gguf_family(model_type))
 }
 
 /// The arrangement of a tensor in the source's family, or the common one.
@@ -79,9 +81,13 @@ fn unwritten(source: &Source<'_>) -> Option<String> {
     // The numbers of the config determine the sizes of what is written.
     match ModelConfig::of(source.checkpoint) {
         Err(error) => return Some(format!("{error:#}")),
-        Ok((config, _)) if config.block_widths().others().next().is_some() => {
+        Ok((config, architecture))
+            if config.block_widths().others().next().is_some()
+                && gguf_family_by_block(architecture.model_type).is_none() =>
+        {
             return Some(
-                "blocks have widths of their own (`per_layer_config`), and llama.cpp reads one for all".into(),
+                "blocks have widths of their own (`per_layer_config`), and llama.cpp reads one for all in its family"
+                    .into(),
             );
         }
         Ok(_) => {}

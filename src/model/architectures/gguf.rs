@@ -33,6 +33,8 @@ pub struct Family {
     pub merge_order: MergeOrder,
     /// For families whose configs give the scale of scores, which llama.cpp infers from the size of the model.
     pub scores: Option<Scores>,
+    /// Whether files have the number of channels and of heads of every block.
+    pub has_own_widths: bool,
     /// Why llama.cpp would misread a model with this config.
     pub misread: fn(&Map<String, Value>) -> Option<String>,
 }
@@ -84,6 +86,7 @@ impl Family {
         pre_tokenizer: None,
         merge_order: MergeOrder::Scores,
         scores: None,
+        has_own_widths: false,
         misread: |_| None,
     };
 
@@ -131,7 +134,13 @@ impl Family {
             let is_shifted = self.has_whole_norms && tensor.ends_with("norm.weight");
             return if is_shifted { Arrangement::PlusOne } else { Arrangement::Same };
         }
-        let number = |key: &str| config.get(key).and_then(Value::as_u64).map(|n| n as usize);
+        // Blocks may have numbers of their own.
+        let block = tensor.split('.').find(|part| part.parse::<usize>().is_ok());
+        let own = block.and_then(|block| config.get("per_layer_config")?.get(block));
+        let number = |key: &str| {
+            let value = own.and_then(|own| own.get(key)).or_else(|| config.get(key));
+            value.and_then(Value::as_u64).map(|n| n as usize)
+        };
         let queries = number("num_attention_heads");
         let heads = if tensor.contains(".self_attn.q_proj.") {
             queries

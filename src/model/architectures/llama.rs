@@ -48,3 +48,6 @@ pub(super) const LLAMA: Architecture = Architecture {
 
 pub(super) const GGUF: gguf::Family =
     gguf::Family { architecture: "llama", class: "LlamaForCausalLM", ..gguf::Family::COMMON };
+
+/// Llama with widths of its own in each block, which llama.cpp runs under the name of DeciLM.
+pub(super) const GGUF_BY_BLOCK: gguf::Family = gguf::Family { architecture: "deci", has_own_widths: true, ..GGUF };

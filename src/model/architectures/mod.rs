@@ -62,6 +62,12 @@ pub fn gguf_family(model_type: &str) -> Option<&'static gguf::Family> {
     find(model_type)?.gguf.as_ref()
 }
 
+/// How GGUF files store a model of the family whose blocks have widths of their own; `None` if llama.cpp reads one
+/// width for all.
+pub fn gguf_family_by_block(model_type: &str) -> Option<&'static gguf::Family> {
+    (model_type == llama::LLAMA.model_type).then_some(&llama::GGUF_BY_BLOCK)
+}
+
 /// A tensor of a GGUF file as a checkpoint with this config has it; families without a table have the common names.
 pub fn of_gguf(tensor: &str, config: &Map<String, Value>) -> Option<ShownTensor> {
     let family = config.get("model_type").and_then(Value::as_str).and_then(gguf_family);
@@ -74,12 +80,14 @@ pub fn of_gguf(tensor: &str, config: &Map<String, Value>) -> Option<ShownTensor>
 /// The families that GGUF files call by this `general.architecture`.
 pub fn of_gguf_architecture(name: &str) -> Vec<(&'static Architecture, &'static gguf::Family)> {
     let with_table = ALL.iter().filter_map(|&architecture| Some((architecture, architecture.gguf.as_ref()?)));
+    let with_table = with_table.chain([(&llama::LLAMA, &llama::GGUF_BY_BLOCK)]);
     with_table.filter(|(_, family)| family.architecture == name).collect()
 }
 
 /// Every `general.architecture` that [`of_gguf_architecture`] knows.
 pub fn gguf_architectures() -> Vec<&'static str> {
-    let mut names: Vec<&str> = ALL.iter().filter_map(|a| Some(a.gguf.as_ref()?.architecture)).collect();
+    let names = ALL.iter().filter_map(|a| Some(a.gguf.as_ref()?.architecture));
+    let mut names: Vec<&str> = names.chain([llama::GGUF_BY_BLOCK.architecture]).collect();
     names.dedup();
     names
 }

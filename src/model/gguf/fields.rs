@@ -60,6 +60,9 @@ const OPTIONAL: [&str; 2] = ["attention.sliding_window", "attention.layer_norm_e
 /// Fields without which llama.cpp reads no model: configs have defaults for some, which need not be the file's.
 const REQUIRED: [&str; 4] = ["hidden_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps"];
 
+/// Fields that files may have for every block.
+const BY_BLOCK: [&str; 3] = ["intermediate_size", "num_attention_heads", "num_key_value_heads"];
+
 /// Whether files of a family have a field.
 fn has(family: &Family, field: &Field) -> bool {
     !OPTIONAL.contains(&field.key) || family.metadata.contains(&field.key)
@@ -83,6 +86,10 @@ pub fn to_metadata(config: &Map<String, Json>, family: &Family) -> Vec<(String, 
     fields.insert("rope_theta".into(), rope.theta.into());
     let mut metadata = vec![("general.architecture".to_string(), Value::Text(architecture.into()))];
     for field in FIELDS.iter().filter(|field| has(family, field)) {
+        if let Some(numbers) = by_block(&fields, field) {
+            metadata.push((format!("{architecture}.{}", field.key), Value::I32s(numbers)));
+            continue;
+        }
         let value = fields.get(field.name).and_then(|value| match field.kind {
             Kind::Whole => value.as_u64().map(|n| Value::U32(n as u32)),
             Kind::Real => value.as_f64().map(|x| Value::F32(x as f32)),
@@ -94,6 +101,33 @@ pub fn to_metadata(config: &Map<String, Json>, family: &Family) -> Vec<(String, 
         metadata.push((format!("{architecture}.rope.scaling.factor"), Value::F32(factor)));
     }
     metadata
+}
+
+/// The number of every block, if blocks have numbers of their own (`per_layer_config`).
+fn by_block(config: &Map<String, Json>, field: &Field) -> Option<Vec<i32>> {
+    let own =
+        config.get("per_layer_config")?.as_object().filter(|own| !own.is_empty() && BY_BLOCK.contains(&field.name))?;
+    let common = config.get(field.name)?.as_u64()?;
+    let blocks = 0..config.get("num_hidden_layers")?.as_u64()?;
+    let number = |block: u64| own.get(&block.to_string()).and_then(|own| own.get(field.name)?.as_u64());
+    Some(blocks.map(|block| number(block).unwrap_or(common) as i32).collect())
+}
+
+/// Adds a field that a file has for every block: the number of the first block for all, and the others in
+/// `per_layer_config`. Returns whether there is such a field.
+fn take_by_block(description: &Description<'_>, key: &str, field: &Field, fields: &mut Map<String, Json>) -> bool {
+    const LARGEST: f64 = u32::MAX as f64;
+    let n_blocks = fields.get("num_hidden_layers").and_then(Json::as_u64);
+    let is_number = |number: &f64| number.fract() == 0.0 && (1.0..=LARGEST).contains(number);
+    let is_of_blocks = |all: &Vec<f64>| Some(all.len() as u64) == n_blocks && all.iter().all(is_number);
+    let numbers = description.numbers(key).filter(|all| is_of_blocks(all) && BY_BLOCK.contains(&field.name));
+    let Some(numbers) = numbers.filter(|numbers| !numbers.is_empty()) else { return false };
+    fields.insert(field.name.into(), (numbers[0] as u64).into());
+    for (block, number) in numbers.iter().enumerate().filter(|(_, number)| **number != numbers[0]) {
+        let own = fields.entry("per_layer_config").or_insert_with(|| Map::new().into());
+        own[block.to_string()][field.name] = (*number as u64).into();
+    }
+    true
 }
 
 /// The fields of a config with common names, from the metadata of a file.
@@ -109,6 +143,9 @@ pub fn of_metadata(description: &Description<'_>, family: &Family) -> Result<Map
             Kind::Real => description.number(&key).filter(|x| x.is_finite()).map(|x| shortest(x as f32)),
         };
         let Some(value) = value else {
+            if family.has_own_widths && take_by_block(description, &key, field, &mut fields) {
+                continue;
+            }
             if description.keys().any(|other| other == key) {
                 return Err(format!("`{key}` is not one number"));
             }
