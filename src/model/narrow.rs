@@ -213,8 +213,11 @@ pub fn narrowed_config(
     config
 }
 
+/// A number of a block.
+type Number = fn(&Widths) -> usize;
+
 /// The fields of a config that may become smaller, and the number that each has.
-const NUMBERS: [(&str, fn(&Widths) -> usize); 3] = [
+const NUMBERS: [(&str, Number); 3] = [
     ("intermediate_size", |widths| widths.intermediate_size),
     ("num_attention_heads", |widths| widths.num_attention_heads),
     ("num_key_value_heads", |widths| widths.num_key_value_heads),
