@@ -11,7 +11,7 @@ use crate::error::Failure;
 /// The name of the header among the arrays.
 pub(super) const HEADER: &str = "header";
 
-/// Checks before any work that [`Statistics::write`] can write `path`.
+/// Checks before any work that [`Statistics::write`](super::Statistics::write) can write `path`.
 ///
 /// # Errors
 /// The file exists and is not to be replaced, or its name does not end in `.safetensors`.
