@@ -14,7 +14,7 @@ use super::json;
 use super::open::Checkpoint;
 use super::reader::Shard;
 use super::tensor::{Encoded, TensorInfo};
-use crate::codecs::cast::{self, Dtype};
+use crate::codecs::cast;
 use crate::codecs::float8;
 use crate::codecs::peft::{self, Factor, Factors, Fan, Meaning, Settings};
 
@@ -211,11 +211,7 @@ impl Adapter {
     /// Values are checked here, because a merged tensor names the file of its base.
     fn expect_finite(&self, info: &TensorInfo, bytes: &[u8]) -> Result<()> {
         let (path, tensor) = (self.file.clone(), info.name.clone());
-        let values = match info.dtype {
-            Dtype::F8_E4M3 => float8::decode(info.dtype, bytes),
-            _ => cast::decode(info.dtype, bytes),
-        };
-        let Some(values) = values else {
+        let Some(values) = float8::unscaled(info.dtype, bytes) else {
             return Err(CheckpointError::Dtype { path, tensor, dtype: format!("{:?}", info.dtype) });
         };
         match values.iter().position(|value| !value.is_finite()) {

@@ -44,6 +44,14 @@ pub fn decode(dtype: Dtype, bytes: &[u8]) -> Option<Vec<f32>> {
     Some(bytes.iter().map(|&code| table[usize::from(code)]).collect())
 }
 
+/// Decodes floats that have no scales, as factors of adapters: of 16 or 32 bits, or E4M3; `None` for other dtypes.
+pub fn unscaled(dtype: Dtype, bytes: &[u8]) -> Option<Vec<f32>> {
+    match dtype {
+        Dtype::F8_E4M3 => decode(dtype, bytes),
+        _ => cast::decode(dtype, bytes),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

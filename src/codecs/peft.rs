@@ -7,6 +7,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use crate::linalg;
+use crate::quantize::E4M3_SCALE;
 
 /// The folder of an adapter next to its base, and the files in it.
 pub const FOLDER: &str = "adapter";
@@ -229,9 +230,8 @@ pub enum Fan {
     InOut,
 }
 
-/// What factors of 8-bit floats have in their scale, in place of scales of their own: each of the two is stored 64
-/// times as large.
-pub const FLOAT8_FACTOR: f64 = 1.0 / 4096.0;
+/// What factors of 8-bit floats have in their scale, in place of scales of their own: that of both.
+pub const FLOAT8_FACTOR: f64 = E4M3_SCALE as f64 * E4M3_SCALE as f64;
 
 /// The alpha of a rank whose factors are multiplied by `factor`, or as they are.
 pub fn alpha(rank: u64, factor: Option<f64>) -> Value {
