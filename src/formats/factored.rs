@@ -384,7 +384,10 @@ mod tests {
         check(class, json!({"vision_config": {}}), own, "AutoModelForImageTextToText");
         let checkpoint = fixture();
         let source = Source { checkpoint: &checkpoint, config: config("BertForMaskedLM") };
-        let file = &Factored.side_files(&source, &[])[0].1;
+        let first = inventory::linears(&checkpoint).into_iter().find(|linear| linear.is_default_target).unwrap();
+        let modules = [(first.clone(), Forms::of_rank(Kind::FACTORS, 3, first.shape()))];
+        assert!(Factored.side_files(&source, &[]).is_empty());
+        let file = &Factored.side_files(&source, &modules)[0].1;
         assert!(file.contains("class LrcForMaskedLM(") && file.contains("\"BertForMaskedLM\""));
         assert!(Classes::of(&config("x\"); import os")).is_none());
     }
