@@ -241,12 +241,14 @@ fn gates_on_what_a_run_does_not_measure_are_refused_before_any_work() {
     let compress = ["compress", FIXTURE, "-o", path(&out)];
     let (calibrated, dry) = (["--keep", "0.8", "--calibration", TRAIN], ["--keep", "0.8", "--dry-run"]);
     let factors = ["--quant", "rtn-int4-g32", "--compensate", "lorc", "--compensate-rank", "4"];
+    let without = [&factors[..], &["--equal-bytes-baseline=false"]].concat();
     for (extra, field, hint) in [
         (&["--keep", "0.8"][..], "truncated.keep", "`lrc truncate` writes it"),
         (&["--keep", "0.8"], "calibration.tokens", "`--calibration FILE` or `--statistics FILE`"),
         (&["--keep", "0.8"], "equal_bytes_baseline.baseline_kl", "`--quant` with `--compensate`"),
         (&["--keep", "0.8"], "linears.sensitivity", "`--ranks knapsack`"),
         (&factors, "equal_bytes_baseline.kl", "`--calibration FILE` measures it"),
+        (&without, "equal_bytes_baseline.bits_per_weight", "`--equal-bytes-baseline=false` leaves it out"),
         (&calibrated, "calibration.gradient_windows", "`--gradient-samples N`"),
         (&dry, "linear.max_error", "remove `--dry-run`"),
         (&dry, "linears.seconds", "remove `--dry-run`"),

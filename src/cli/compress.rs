@@ -133,6 +133,8 @@ fn absent(recipe: &Recipe) -> Vec<(Vec<Field>, &'static str)> {
     }
     if recipe.compensate() == Compensate::None && recipe.quant_factors().is_none() {
         add("equal_bytes_baseline", "`--quant` with `--compensate` measures it");
+    } else if !recipe.compares_at_equal_bytes() {
+        add("equal_bytes_baseline", "`--equal-bytes-baseline=false` leaves it out");
     } else if recipe.calibration().is_none() {
         for name in ["equal_bytes_baseline.kl", "equal_bytes_baseline.baseline_kl"] {
             add(name, "`--calibration FILE` measures it");

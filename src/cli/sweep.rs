@@ -95,7 +95,7 @@ impl Selection for Swept {
                 repeated(flag).value_delimiter(',').value_name("SHARES").required(true).help(KEEPS).long_help(KEEPS)
             }
             "target_size" | "bits" | "format" => flag.hide(true),
-            "sequential" | "anchor" | "elastic" | "max_shard_size" => flag.hide(true),
+            "sequential" | "anchor" | "elastic" | "max_shard_size" | "equal_bytes_baseline" => flag.hide(true),
             "structure" | "selection" | "width_multiple" | "uniform_width" => flag.hide(true),
             _ => flag,
         }
@@ -159,9 +159,13 @@ pub(super) fn run(args: &SweepArgs, progress: &Bars) -> Result<()> {
 /// Refuses flags that determine what a compression writes, or how it does so for one budget.
 /// Recipe files may have them.
 fn refuse_without_effect(flags: &RecipeOptions) -> Result<()> {
-    let of_outputs = [("--elastic", flags.elastic == Some(true)), ("--max-shard-size", flags.max_shard_size.is_some())];
+    let of_outputs = [
+        ("--elastic", flags.elastic == Some(true)),
+        ("--equal-bytes-baseline", flags.equal_bytes_baseline.is_some()),
+        ("--max-shard-size", flags.max_shard_size.is_some()),
+    ];
     if let Some((flag, _)) = of_outputs.iter().find(|(_, is_given)| *is_given) {
-        return Err(Failure::usage(format!("`{flag}` has no effect in a sweep, which writes no weights"))
+        return Err(Failure::usage(format!("`{flag}` has no effect in a sweep, which writes no model"))
             .hint(format!("remove `{flag}`"))
             .into());
     }

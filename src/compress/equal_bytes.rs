@@ -21,10 +21,11 @@ use crate::report::EqualBytesBaseline;
 const BITS: [u32; 4] = [2, 3, 4, 8];
 const GROUP: usize = 32;
 
-/// The menu of bases of each linear with factors and codes, empty for others; `None` if there is no such linear.
+/// The menu of bases of each linear with factors and codes, empty for others; `None` if there is no such linear, or none
+/// is asked for.
 pub(super) fn menus(study: &Study<'_>, all: &[Option<Forms>]) -> Option<Vec<Vec<Quant>>> {
     let has_both = |forms: &Forms| forms.over.is_some() && forms.is_quantized();
-    if !all.iter().flatten().any(has_both) {
+    if !study.recipe.compares_at_equal_bytes() || !all.iter().flatten().any(has_both) {
         return None;
     }
     let one = |(linear, forms): (&LinearInfo, &Option<Forms>)| forms.map_or(Vec::new(), |f| menu(study, linear, &f));

@@ -138,6 +138,14 @@ recipe_options! {
     /// Adapters store `float8`, everything else `int8` and `int4`.
     quant_factors: Option<FactorBits>, "Quantization" [value_name = "TYPE", hide_short_help = true],
 
+    /// Whether factors are compared with wider codes [default: true]
+    ///
+    /// The report then has the error of a model of as many bytes without factors. It takes about as long as fitting the
+    /// codes and factors themselves, and changes nothing in the output.
+    equal_bytes_baseline: Option<bool>, "Quantization" [
+        num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL", hide_short_help = true
+    ],
+
     /// Approximation method [default: kfac or svd]
     ///
     /// It also defines the metric in which errors are reported. The default is kfac with `--calibration` or

@@ -128,8 +128,13 @@ fn the_control_has_the_same_bytes_and_no_factors() {
     for key in ["kl", "baseline_kl", "weighted_error_ratio"] {
         assert!(baseline[key].as_f64().unwrap() > 0.0, "{baseline}");
     }
-    // Without factors there is no baseline.
+    // Without factors there is no baseline, nor where none is asked for, with the same weights.
     assert!(made["equal_bytes_baseline"].is_null());
+    let alone = folder.path().join("alone");
+    let without = compress(&alone, &[&flags[..], &text, &["--equal-bytes-baseline=false"]].concat());
+    assert!(without["equal_bytes_baseline"].is_null());
+    let bytes = |folder: &Path| std::fs::read(folder.join("model.safetensors")).unwrap();
+    assert!(bytes(&alone) == bytes(&out));
 }
 
 #[test]

@@ -38,6 +38,8 @@ pub struct Replacement {
     pub linears: Linears,
     /// How the embedding table and the head are stored.
     pub embeddings: Embeddings,
+    /// Whether codes with factors are compared with codes alone of as many bytes.
+    pub compares_at_equal_bytes: bool,
     /// How errors count.
     pub metric: MetricSettings,
 }

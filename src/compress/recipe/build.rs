@@ -47,7 +47,12 @@ impl Recipe {
             None => Linears::LowRank(low_rank(options, &basics)?),
             Some(menu) => Linears::Quantized(quantized(options, &basics, menu)?, basics.format),
         };
-        let replacement = Replacement { linears, embeddings: embeddings(options, &basics)?, metric };
+        let replacement = Replacement {
+            linears,
+            embeddings: embeddings(options, &basics)?,
+            compares_at_equal_bytes: options.equal_bytes_baseline.unwrap_or(true),
+            metric,
+        };
         let recipe = Self {
             approach: Approach::Replace(Box::new(replacement)),
             fused: options.fused.unwrap_or_default(),
@@ -55,6 +60,12 @@ impl Recipe {
             exclude: Patterns::new("`--exclude`", &options.exclude)?,
             max_shard_bytes: max_shard_bytes(options)?,
         };
+        if options.equal_bytes_baseline.is_some() && !recipe.codes_have_factors() {
+            return Err(usage(
+                "`--equal-bytes-baseline` has no effect: this recipe has no codes with factors",
+                "add `--compensate` or `--quant-factors`, or remove it",
+            ));
+        }
         recipe.check_format(basics.limit)?;
         recipe.check_data()?;
         Ok(recipe)

@@ -60,6 +60,7 @@ pub(super) fn recipe(options: &RecipeOptions, structures: Structures) -> Result<
                 then: Box::new(then.approach),
             }),
             embeddings: Embeddings::Keep,
+            compares_at_equal_bytes: true,
             metric,
         })),
     };
@@ -196,6 +197,7 @@ fn then(options: &RecipeOptions, method: Method, widths: WidthRule) -> Result<Re
         compensate: options.compensate,
         compensate_rank: options.compensate_rank,
         quant_factors: options.quant_factors,
+        equal_bytes_baseline: options.equal_bytes_baseline,
         targets: options.targets.clone(),
         exclude: options.exclude.clone(),
         format: options.format,

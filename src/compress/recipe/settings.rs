@@ -209,6 +209,17 @@ impl Recipe {
     pub fn quant_factors(&self) -> Option<FactorBits> {
         self.approach.quant_factors()
     }
+
+    /// Whether a linear may have both codes and factors.
+    pub fn codes_have_factors(&self) -> bool {
+        self.approach.factors().is_some() || self.quant_factors().is_some()
+    }
+
+    /// Whether they are compared with codes alone of as many bytes.
+    pub fn compares_at_equal_bytes(&self) -> bool {
+        let is_asked_for = self.approach.replacement().is_some_and(|replacement| replacement.compares_at_equal_bytes);
+        is_asked_for && self.codes_have_factors()
+    }
 }
 
 impl Recipe {
@@ -280,6 +291,7 @@ impl Recipe {
             compensate: is_quantized.then_some(self.compensate()),
             compensate_rank: factors.map(|factors| factors.rank),
             quant_factors: self.quant_factors(),
+            equal_bytes_baseline: (self.codes_have_factors() && !self.compares_at_equal_bytes()).then_some(false),
             method: (!is_dense).then_some(self.method()),
             ranks: (!is_dense).then(|| self.ranks()),
             layout: (!is_dense && (!is_quantized || factors.is_some())).then(|| self.layout()),
@@ -347,6 +359,7 @@ impl Recipe {
             compensate: then.compensate,
             compensate_rank: then.compensate_rank,
             quant_factors: then.quant_factors,
+            equal_bytes_baseline: then.equal_bytes_baseline,
             format: then.format,
             max_shard_size: then.max_shard_size,
             ..RecipeOptions::default()

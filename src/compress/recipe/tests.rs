@@ -163,6 +163,12 @@ fn recipes_are_written_in_full_and_in_one_order() {
              depth-weight = \"0\"\nformat = \"factored\"\nsequential = false\nmax-shard-size = \"4000000000 B\"\n",
         ),
         (
+            "equal-bytes-baseline = false\nquant = [\"rtn-int4-g32\"]\ncompensate = \"lorc\"\ncompensate-rank = \"4\"",
+            "quant = [\"rtn-int4-g32\"]\ncompensate = \"lorc\"\ncompensate-rank = \"4\"\nequal-bytes-baseline = false\n\
+             method = \"svd\"\nranks = \"knapsack\"\nlayout = \"factors\"\nformat = \"factored\"\nsequential = false\n\
+             max-shard-size = \"4000000000 B\"\n",
+        ),
+        (
             "quant = [\"rtn-int4-g32\"]",
             "quant = [\"rtn-int4-g32\"]\ncompensate = \"none\"\nmethod = \"svd\"\nranks = \"knapsack\"\n\
              format = \"factored\"\nsequential = false\nmax-shard-size = \"4000000000 B\"\n",
@@ -214,6 +220,7 @@ fn keeping_everything_is_dense_whatever_else_is_said() {
     let keep = || RecipeOptions { keep: Some(1.0), ..Default::default() };
     check(RecipeOptions { clip_gradients: Some(true), ..keep() }, "no Gram of gradients");
     check(RecipeOptions { elastic: Some(true), layout: Some(Kind::FACTORS), ..keep() }, "has no effect");
+    check(RecipeOptions { equal_bytes_baseline: Some(false), ..keep() }, "no codes with factors");
 }
 
 #[test]
