@@ -26,6 +26,8 @@ THREADS, ROUNDS, PREFILL, CONTEXT, DECODED = 2, 5, 512, 128, 32
 
 KINDS = {
     "narrow": ["--structure", "narrow"],
+    "narrow by block": ["--structure", "narrow", "--uniform-width=false"],
+    "narrow, low rank": ["--structure", "narrow,low-rank"],
     "pivot": ["--sequential=false"],
     "factors": ["--sequential=false", "--layout", "factors"],
 }
@@ -36,7 +38,7 @@ def run(*command):
 
 
 def compressed(kind, keep):
-    folder = work / f"{kind}-{keep}"
+    folder = work / f"{kind}-{keep}".replace(", ", "-").replace(" ", "-")
     if not folder.exists():
         run(lrc, "compress", model, "-o", folder, "--keep", keep, "--statistics", statistics, *KINDS[kind], "-q")
     return folder
@@ -94,7 +96,7 @@ def in_transformers():
     torch.set_num_threads(THREADS)
     networks = {}
     for name, folder in folders.items():
-        trusted = {"trust_remote_code": True} if "narrow" not in name and name != "dense" else {}
+        trusted = {} if name == "dense" or name.startswith("narrow, 0") else {"trust_remote_code": True}
         networks[name] = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **trusted).eval()
     best = {name: (0.0, 0.0) for name in networks}
     for _ in range(ROUNDS + 1):
@@ -110,6 +112,6 @@ def in_transformers():
 transformers.utils.logging.set_verbosity_error()
 in_transformers()
 print("\n| llama.cpp | type | bytes | its perplexity | lrc's | prefill, tokens/s | decode, tokens/s |\n|---|---|" + "---:|" * 5)
-for name in ["dense", "narrow, 0.8", "narrow, 0.6"]:
+for name in ["dense", "narrow, 0.8", "narrow, 0.6", "narrow by block, 0.8", "narrow by block, 0.6"]:
     for name, kind, size, theirs, ours, prefill, decode in by_llama_cpp(name):
         print(f"| {name} | {kind} | {size:,} | {theirs:.4f} | {ours:.4f} | {prefill:.0f} | {decode:.0f} |", flush=True)

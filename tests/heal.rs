@@ -122,6 +122,54 @@ fn another_text_chooses_and_matrices_of_low_rank_learn_alone() {
     assert!(run.code == 2 && run.stderr.contains("no matrix of low rank"), "{}", run.stderr);
 }
 
+/// Compressing and healing in one run gives the tensors of both commands, one after the other.
+#[test]
+fn a_compression_heals_what_it_made() {
+    let windows = ["--samples", "16", "--seq-len", "64", "--calibration", TRAIN, "-q"];
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let compress = |name: &str, flags: &[&str]| {
+        let out = at(name);
+        ok(&[&["compress", FIXTURE, "-o", path(&out)][..], &windows, flags].concat());
+        out
+    };
+    let cases: [&[&str]; 3] = [
+        &["--keep", "0.5", "--sequential=false"],
+        &["--keep", "0.5", "--method", "svd-llm"],
+        &["--structure", "narrow", "--keep", "0.6", "--width-multiple", "16"],
+    ];
+    for (i, flags) in cases.iter().enumerate() {
+        let alone = compress(&format!("alone-{i}"), flags);
+        let healed = compress(&format!("healed-{i}"), &[*flags, &["--heal", "blocks"][..]].concat());
+        let report: Value =
+            serde_json::from_str(&std::fs::read_to_string(healed.join("lrc-report.json")).unwrap()).unwrap();
+        let distance = if flags.contains(&"svd-llm") { "output" } else { "fisher" };
+        assert_eq!(report["healed"]["distance"], distance);
+        assert_eq!(report["recipe"]["heal"], serde_json::json!(["blocks"]));
+        assert_eq!(shapes(&healed), shapes(&alone));
+        assert!(divergence(&healed) < divergence(&alone), "{flags:?}");
+        let card = std::fs::read_to_string(healed.join("README.md")).unwrap();
+        assert!(card.contains("--heal blocks") && !card.contains("lrc heal"), "{card}");
+        let again = at(&format!("again-{i}"));
+        ok(&["compress", FIXTURE, "-o", path(&again), "-q", "--recipe", path(&healed.join("lrc-recipe.toml"))]);
+        assert!(weights(&again) == weights(&healed));
+        let (statistics, by_hand) = (at(&format!("{i}.safetensors")), at(&format!("by-hand-{i}")));
+        let text = ["--text", TRAIN, "--samples", "16", "--seq-len", "64", "-q"];
+        ok(&[&["calibrate", FIXTURE, "-o", path(&statistics), "--method", "kfac"][..], &text].concat());
+        let metric = if distance == "fisher" { &["--statistics", path(&statistics)][..] } else { &[] };
+        let heal = ["heal", path(&alone), "--teacher", FIXTURE, "--stage", "blocks", "-o", path(&by_hand)];
+        ok(&[&heal[..], &text, metric].concat());
+        assert_eq!(changed(&by_hand, &healed), Vec::<String>::new(), "{flags:?}");
+    }
+    let out = at("refused");
+    let check = |flags: &[&str], message: &str| {
+        let run = lrc(&[&["compress", FIXTURE, "-o", path(&out), "--heal", "blocks"][..], flags].concat());
+        assert!(run.code == 2 && run.stderr.contains(message) && !out.exists(), "{}", run.stderr);
+    };
+    check(&["--keep", "0.5", "--method", "svd"], "`--heal` needs `--calibration FILE`");
+    check(&["--quant", "q8_0", "--format", "gguf", "--calibration", TRAIN], "cannot be combined with `--format gguf`");
+}
+
 #[test]
 fn codes_stay_and_what_is_float_beside_them_learns() {
     let cases: [&[&str]; 4] = [
@@ -187,24 +235,48 @@ fn weights(out: &Path) -> Vec<u8> {
 #[test]
 fn the_bytes_are_those_of_any_number_of_threads_and_of_any_kills() {
     let model = Model::new(&["--keep", "0.5"]);
+    killed(1, &|out| owned(&model.arguments(out, &["--text", TRAIN, "--epochs", "2"])));
+}
+
+#[test]
+fn a_compression_that_heals_can_be_killed_in_either_half() {
+    let flags = ["--keep", "0.5", "--calibration", TRAIN, "--samples", "8", "--seq-len", "64", "--heal", "blocks"];
+    killed(20, &|out| owned(&[&["compress", FIXTURE, "-q", "-o", path(out)][..], &flags].concat()));
+}
+
+/// The number of files in a folder and those below.
+fn n_files(folder: &Path) -> usize {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    entries.map(|entry| if entry.path().is_dir() { n_files(&entry.path()) } else { 1 }).sum()
+}
+
+fn owned(arguments: &[&str]) -> Vec<String> {
+    arguments.iter().map(|argument| argument.to_string()).collect()
+}
+
+/// A command gives the same bytes at any number of threads, and where it is killed after every so many pieces.
+fn killed(step: usize, arguments: &dyn Fn(&Path) -> Vec<String>) {
+    let folder = tempfile::tempdir().unwrap();
     let run = |name: &str, threads: &str| {
-        let out = model.out(name);
-        let arguments = model.arguments(&out, &["--text", TRAIN, "--epochs", "2"]);
+        let out = folder.path().join(name);
+        let arguments = arguments(&out);
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
         let run = finish(command(&arguments).env("RAYON_NUM_THREADS", threads));
         assert_eq!(run.code, 0, "{}", run.stderr);
         weights(&out)
     };
     let expected = run("one", "1");
     assert!(run("three", "3") == expected);
-    let out = model.out("killed");
-    let arguments = model.arguments(&out, &["--text", TRAIN, "--epochs", "2"]);
+    let out = folder.path().join("killed");
+    let arguments = arguments(&out);
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let pieces = PathBuf::from(format!("{}.partial/pieces", path(&out)));
-    let count = || std::fs::read_dir(&pieces).map_or(0, |found| found.count());
+    let count = || n_files(&pieces);
     let mut n_kills = 0;
     loop {
         let mut child = command(&arguments).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
         let before = count();
-        while count() == before && child.try_wait().unwrap().is_none() {
+        while count() < before + step && child.try_wait().unwrap().is_none() {
             std::thread::sleep(Duration::from_millis(1));
         }
         // It may have ended by itself meanwhile.

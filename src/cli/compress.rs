@@ -9,6 +9,7 @@ use clap::Args;
 use indicatif::HumanDuration;
 
 use super::arguments::{DequantizeArgs, DeviceArgs, FolderArgs, GateArgs, MemoryArgs, RestartArgs, SourceArgs};
+use super::heal;
 use super::options::{All, Options, RecipeFile};
 use super::terminal::{Bars, fixed, grouped, table};
 use crate::compress::compensate::Compensate;
@@ -96,6 +97,7 @@ pub(super) fn run(args: &CompressArgs, quiet: bool, progress: &Bars) -> Result<(
         earlier: args.restart.earlier(),
         memory_bytes: args.memory.bytes(),
         device,
+        keep_statistics: None,
     };
     if let Some(depth) = args.dry_run {
         let report = compress::dry_run(&job, depth, progress)?;
@@ -124,6 +126,9 @@ fn absent(recipe: &Recipe) -> Vec<(Vec<Field>, &'static str)> {
             );
         }
         _ => {}
+    }
+    if !recipe.heals() {
+        add("healed", "`--heal` fills it");
     }
     if recipe.sensitivity().is_none() {
         add(
@@ -191,7 +196,8 @@ pub(super) fn show(report: &CompressReport, output: &Path) -> String {
     let lines = notes::lines(report.linears.iter().map(|l| (l.module.as_str(), l.note.as_deref())));
     let baseline = report.equal_bytes_baseline.as_ref().map(equal_bytes_baseline);
     let widths = report.narrow.iter().flat_map(|narrow| narrow.lines());
-    let notes: String = widths.chain(lines).map(|line| line + "\n").chain(baseline).collect();
+    let healed = report.healed.as_ref().map(heal::healing);
+    let notes: String = widths.chain(lines).map(|line| line + "\n").chain(baseline).chain(healed).collect();
     format!(
         "{}{}{}{notes}wrote `{}` in {:.1} s{memory}\n",
         tables(&report.linears, &report.sizes),

@@ -140,6 +140,7 @@ pub(super) fn run(args: &DeltaArgs, quiet: bool, progress: &Bars) -> Result<()> 
         earlier: args.restart.earlier(),
         memory_bytes: args.memory.bytes(),
         device,
+        keep_statistics: None,
     };
     let report = compress(&job, progress)?;
     let show = |report: &CompressReport| match (quiet, &report.delta) {

@@ -14,7 +14,7 @@ use super::terminal::{Bars, table};
 use crate::compress::recipe;
 use crate::error::Failure;
 use crate::heal::{HealJob, HealStage, Train, WeightedText, heal};
-use crate::report::{CompressReport, HealedPart, HeldOutPerplexity};
+use crate::report::{CompressReport, HealRecord, HealedPart, HeldOutPerplexity};
 use crate::train::Settings;
 
 /// Train a compressed model to do what its source does
@@ -72,15 +72,15 @@ pub(super) struct HealArgs {
     train: Train,
 
     /// Most passes over the windows
-    #[arg(long, value_name = "N", value_parser = at_least_1, default_value_t = 8, help_heading = "Training")]
+    #[arg(long, value_name = "N", value_parser = at_least_1, default_value_t = Settings::default().epochs, help_heading = "Training")]
     epochs: usize,
 
     /// Largest learning rate
-    #[arg(long, value_name = "RATE", default_value_t = 2e-4, help_heading = "Training")]
+    #[arg(long, value_name = "RATE", default_value_t = Settings::default().learning_rate, help_heading = "Training")]
     learning_rate: f64,
 
     /// Windows of a step
-    #[arg(long, value_name = "N", value_parser = at_least_1, default_value_t = 2, help_heading = "Training")]
+    #[arg(long, value_name = "N", value_parser = at_least_1, default_value_t = Settings::default().batch, help_heading = "Training")]
     batch: usize,
 
     #[command(flatten)]
@@ -197,7 +197,12 @@ pub(super) fn run(args: &HealArgs, quiet: bool, progress: &Bars) -> Result<()> {
 }
 
 fn show(report: &CompressReport, args: &HealArgs) -> String {
-    let parts = report.healed.as_ref().map_or(&[][..], |healed| &healed.parts);
+    let healing = report.healed.as_ref().map_or(String::new(), healing);
+    format!("{healing}wrote `{}` in {:.1} s\n", args.folder.path().display(), report.elapsed_seconds)
+}
+
+/// The halves that were trained, and what became of the model.
+pub(super) fn healing(healed: &HealRecord) -> String {
     let row = |part: &HealedPart| {
         vec![
             part.block.to_string(),
@@ -209,14 +214,9 @@ fn show(report: &CompressReport, args: &HealArgs) -> String {
         ]
     };
     let columns = ["block", "half", "held-out error", "healed", "ratio", "epoch"];
-    let perplexity = report.healed.as_ref().and_then(|healed| healed.perplexity).map_or(String::new(), |found| {
+    let perplexity = healed.perplexity.map_or(String::new(), |found| {
         let HeldOutPerplexity { teacher, before, after } = found;
         format!("perplexity of held-out windows: {before:.3} before, {after:.3} after, {teacher:.3} of the source\n")
     });
-    format!(
-        "{}{perplexity}wrote `{}` in {:.1} s\n",
-        table(&columns, parts.iter().map(row).collect()),
-        args.folder.path().display(),
-        report.elapsed_seconds
-    )
+    table(&columns, healed.parts.iter().map(row).collect()) + &perplexity
 }

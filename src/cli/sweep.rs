@@ -95,7 +95,7 @@ impl Selection for Swept {
                 repeated(flag).value_delimiter(',').value_name("SHARES").required(true).help(KEEPS).long_help(KEEPS)
             }
             "target_size" | "bits" | "format" => flag.hide(true),
-            "sequential" | "anchor" | "elastic" | "max_shard_size" | "equal_bytes_baseline" => flag.hide(true),
+            "sequential" | "anchor" | "elastic" | "max_shard_size" | "equal_bytes_baseline" | "heal" => flag.hide(true),
             "structure" | "selection" | "width_multiple" | "uniform_width" => flag.hide(true),
             _ => flag,
         }
@@ -161,6 +161,7 @@ pub(super) fn run(args: &SweepArgs, progress: &Bars) -> Result<()> {
 fn refuse_without_effect(flags: &RecipeOptions) -> Result<()> {
     let of_outputs = [
         ("--elastic", flags.elastic == Some(true)),
+        ("--heal", !flags.heal.is_empty()),
         ("--equal-bytes-baseline", flags.equal_bytes_baseline.is_some()),
         ("--max-shard-size", flags.max_shard_size.is_some()),
     ];

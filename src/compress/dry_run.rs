@@ -4,6 +4,7 @@ use anyhow::Result;
 
 use super::allocation::choose_by_shape;
 use super::budget::{forms_by_shape, known_choices};
+use super::healing::Before;
 use super::job::Job;
 use super::limit::expect_share;
 use super::plan::Choice;
@@ -83,7 +84,12 @@ fn planned(run: &Run<'_>) -> Result<DryRunReport> {
 /// The outcome after all measurements and decompositions, which are kept.
 fn measured(run: Run<'_>, progress: &dyn Progress) -> Result<DryRunReport> {
     let mut folder = run.folder()?;
-    match outcome(run, &folder, progress) {
+    let job = run.job;
+    let outcome = match Before::of(job.recipe, &folder) {
+        Some(before) => Run::new(&before.job(job)).and_then(|run| measured(run, progress)),
+        None => outcome(run, &folder, progress),
+    };
+    match outcome {
         Ok(mut report) => {
             report.kept_in = folder.keep().map(|path| path.display().to_string());
             Ok(report)

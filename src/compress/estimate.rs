@@ -20,6 +20,7 @@ use crate::linalg;
 use crate::model::inventory::LinearInfo;
 use crate::model::{Decoder, ModelConfig, Walk, WalkLimits};
 use crate::progress::Silent;
+use crate::train::Settings;
 
 /// Seconds per operation.
 struct Speed {
@@ -138,6 +139,9 @@ pub(super) fn seconds(job: &Job<'_>, plan: &Plan, windows: Option<&Windows>) -> 
         passes += 2.5;
         grams += plan.linears.iter().map(|l| (l.in_features as f64).powi(2)).sum::<f64>();
     }
+    // Teacher and student once, and for every epoch forward, backward to inputs and weights, and the held-out windows.
+    let epochs = Settings::default().epochs as f64;
+    passes += recipe.heal_stages().len() as f64 * (2.0 + 3.2 * epochs);
     let walking = match windows {
         Some(windows) if passes > 0.0 => {
             let head = ModelConfig::of(checkpoint).map_or(0.0, |(c, _)| (c.hidden_size * c.vocab_size) as f64);

@@ -1,6 +1,7 @@
 //! Inputs besides the weights: texts and statistics, checked before any work.
 
 use std::collections::BTreeSet;
+use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 
@@ -8,7 +9,7 @@ use super::metrics::Metrics;
 use super::plan::Plan;
 use super::recipe::Recipe;
 use crate::calibrate::{self, Header, Observation, Statistics, Windows};
-use crate::checkpoint::{Checkpoint, Fingerprint};
+use crate::checkpoint::{Checkpoint, Existing, Fingerprint};
 use crate::error::Failure;
 use crate::model::{Decoder, LinearId, fingerprint};
 use crate::report::CalibrationRecord;
@@ -19,6 +20,8 @@ pub(super) struct Inputs {
     pub statistics: Option<Statistics>,
     /// The linears whose bias takes up the mean of their inputs.
     pub centered: BTreeSet<LinearId>,
+    /// The file where statistics that are measured are kept.
+    pub kept_in: Option<PathBuf>,
 }
 
 impl Inputs {
@@ -27,7 +30,7 @@ impl Inputs {
     pub fn load(checkpoint: &Checkpoint, recipe: &Recipe, plan: &Plan) -> Result<Self> {
         let windows = recipe.calibration().map(|c| Windows::load(checkpoint, c, recipe.needs(), (1, 1))).transpose()?;
         let statistics = recipe.statistics().map(Statistics::open).transpose()?;
-        let inputs = Self { windows, statistics, centered: plan.centered.clone() };
+        let inputs = Self { windows, statistics, centered: plan.centered.clone(), kept_in: None };
         inputs.check_statistics(checkpoint, recipe)?;
         if inputs.windows.is_some() || inputs.statistics.is_some() {
             let decoder = Decoder::open(checkpoint)?;
@@ -75,7 +78,8 @@ impl Inputs {
         let windows = self.windows.as_ref().expect("invariant: a recipe that needs a text has one");
         let decoder = session.decoder()?;
         let observation = Observation { needs: recipe.needs(), clip_gradients: recipe.clips_gradients() };
-        let header = Header::new(Fingerprint::new(), observation, vec![windows.part.clone()]);
+        let of_model = if self.kept_in.is_some() { fingerprint(session.model)? } else { Fingerprint::new() };
+        let header = Header::new(of_model, observation, vec![windows.part.clone()]);
         let limits = &session.limits;
         let mut statistics = Statistics::new(header, limits.activation_bytes, &limits.work_folder);
         let seconds = calibrate::observe(
@@ -88,6 +92,9 @@ impl Inputs {
             &mut |sums| statistics.keep(sums),
         );
         let seconds = seconds.with_context(|| format!("calibrating on `{}`", windows.text))?;
+        if let Some(path) = &self.kept_in {
+            statistics.write(path, Existing::Replace)?;
+        }
         self.statistics = Some(statistics);
         Ok(seconds)
     }

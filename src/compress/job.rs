@@ -33,6 +33,8 @@ pub struct Job<'a> {
     pub memory_bytes: u64,
     /// The device that runs the model.
     pub device: Device,
+    /// The file where statistics that are measured are kept.
+    pub keep_statistics: Option<&'a Path>,
 }
 
 impl<'a> Job<'a> {
@@ -49,6 +51,7 @@ impl<'a> Job<'a> {
             earlier: Earlier::Resumed,
             memory_bytes: DEFAULT_MEMORY_BYTES,
             device: HOST,
+            keep_statistics: None,
         }
     }
 

@@ -16,6 +16,7 @@ mod dry_run;
 mod equal_bytes;
 mod estimate;
 mod fits;
+mod healing;
 mod inputs;
 mod job;
 mod limit;
@@ -87,13 +88,17 @@ pub fn view(checkpoint: Checkpoint, recipe: &Recipe) -> Result<Checkpoint> {
 /// Anything wrong with the source, the recipe or the disk; the output folder is not created then. If a resource is at
 /// fault, finished work is kept next to it for the next run of the same job.
 pub fn compress(job: &Job<'_>, progress: &dyn Progress) -> Result<CompressReport> {
+    if job.recipe.heals() {
+        return healing::run(job, &|first| compress(first, progress), progress);
+    }
     let run = Run::new(job)?;
     let mut folder = run.folder()?;
     let done = match job.recipe.then() {
         None => into_folder(run, &folder, None, progress),
         Some(_) => narrow::narrowed(run, &folder, progress).and_then(|mut narrowed| {
             let statistics = narrowed.statistics.take();
-            let job = Job { checkpoint: &narrowed.checkpoint, recipe: &narrowed.then, ..job.clone() };
+            let of_source = Job { keep_statistics: None, ..job.clone() };
+            let job = Job { checkpoint: &narrowed.checkpoint, recipe: &narrowed.then, ..of_source };
             into_folder(Run::of_narrowed(&job, statistics)?, &folder, Some(&narrowed), progress)
         }),
     };

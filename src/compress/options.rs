@@ -12,6 +12,7 @@ use super::presets::Method;
 use super::scale::{DepthWeight, Sensitivity};
 pub use super::structure::{ChannelSelection, Structures};
 use crate::formats::Format;
+use crate::heal::HealStage;
 use crate::operator::Kind;
 use crate::quantize::{Levels, Quant, Scheme};
 
@@ -216,6 +217,14 @@ recipe_options! {
     /// They can be kept as they are, quantized by the quantizers of the menu or to 8 and 4 bits, or factored; auto lets
     /// the budget choose. The default is auto with `--target-size`, where method and format allow it.
     embeddings: Option<Embeddings>, "Method" [value_name = "HOW"],
+
+    /// Train the result to do what the source does [default: no training]
+    ///
+    /// On the calibration text, as `lrc heal` does with its defaults, in one or both of its stages: `--heal blocks`,
+    /// `--heal blocks,model`. For `--format factored` and `dense`.
+    heal: Vec<HealStage>, "Method" [
+        value_enum, value_delimiter = ',', num_args = 1, value_name = "STAGES", hide_short_help = true
+    ],
 
     /// Format of the output [default: factored]
     format: Option<Format>, "Output" [],

@@ -17,13 +17,11 @@ use super::solution::Solution;
 use crate::checkpoint::OutputFolder;
 use crate::formats::{self, CURVES_FILES, Output};
 use crate::model::config::native_config;
-use crate::report::card::{self, Loading};
+use crate::report::card::{self, CARD_FILE, Loading, RECIPE_FILE, recipe_page};
 use crate::report::page::{self, ErrorLine, PAGE_FILE};
 use crate::report::{CompressReport, REPORT_FILE, publish};
 use crate::store::{Piece, Spooled, Values};
 
-const RECIPE_FILE: &str = "lrc-recipe.toml";
-const CARD_FILE: &str = "README.md";
 /// Side files that the output replaces with its own.
 pub(super) const REPLACED: [&str; 5] = [CARD_FILE, REPORT_FILE, RECIPE_FILE, PAGE_FILE, CURVES_FILES[0]];
 
@@ -133,10 +131,8 @@ pub(super) fn finish(
     let finished = output.finish(folder, &REPLACED)?;
     report.non_finite = finished.non_finite;
     report.left_out = finished.left_out.into_iter().map(Into::into).collect();
-    let recipe = toml::to_string(&report.recipe)?;
-    let command = if report.delta.is_some() { "delta BASE FINE-TUNED" } else { "compress MODEL" };
     let pages = [
-        (RECIPE_FILE, format!("# lrc {command} -o OUT --recipe {RECIPE_FILE}\n{recipe}")),
+        (RECIPE_FILE, recipe_page(report)?),
         (CARD_FILE, card::render(report, job.checkpoint, &loading)),
         (PAGE_FILE, page::compress(report, lines)?),
     ];

@@ -1,5 +1,6 @@
 //! A run of a job: what is known of it before any work, its folder, and how it stops.
 
+use std::path::Path;
 use std::time::Instant;
 
 use anyhow::Result;
@@ -56,7 +57,8 @@ impl<'a> Run<'a> {
         let plan = Plan::new(checkpoint, recipe)?;
         let source = Source::new(checkpoint);
         plan.check_format(&source, recipe)?;
-        let inputs = Inputs::load(job.model(), recipe, &plan)?;
+        let mut inputs = Inputs::load(job.model(), recipe, &plan)?;
+        inputs.kept_in = job.keep_statistics.map(Path::to_path_buf);
         Ok(Self { job, plan, source, inputs, source_files, started, pieces })
     }
 

@@ -17,11 +17,13 @@ mod texts;
 use std::time::Instant;
 
 use anyhow::Result;
+use serde_json::Value;
 
 use self::halves::Halves;
 pub use self::job::{Distance, HealJob, HealStage, Train};
 use self::metric::Metrics;
 use self::model::WholeModel;
+pub(crate) use self::output::takes;
 use self::tensors::{Healed, Selected};
 use self::texts::Drawn;
 pub use self::texts::WeightedText;
@@ -40,9 +42,37 @@ use crate::train::{Pieces, Settings};
 /// # Errors
 /// The two models do not belong together, a text is too short, a loss is not finite, or the output cannot be written.
 pub fn heal(job: &HealJob<'_>, progress: &dyn Progress) -> Result<CompressReport> {
-    let started = Instant::now();
     OutputFolder::check(job.output, job.existing, REPORT_FILE)?;
     expect_apart(job.output, job.inputs())?;
+    let (run, report) = checked(job)?;
+    let description = job.description(&run.drawn)?;
+    let mut folder = OutputFolder::resume(job.output, job.existing, REPORT_FILE, &description, job.earlier)?;
+    match run.fill(report, &folder, progress) {
+        Ok(report) => {
+            folder.finish()?;
+            Ok(report)
+        }
+        Err(error) => Err(stopped(&mut folder, error)),
+    }
+}
+
+/// The same as the last stage of the run of a recipe, in its folder.
+///
+/// # Errors
+/// As [`heal`].
+pub(crate) fn heal_into(
+    job: &HealJob<'_>,
+    folder: &OutputFolder,
+    recipe: Value,
+    progress: &dyn Progress,
+) -> Result<CompressReport> {
+    let (run, report) = checked(job)?;
+    run.fill(CompressReport { recipe, ..report }, folder, progress)
+}
+
+/// Checks all inputs of a job, the report of the compressed model among them.
+fn checked<'a>(job: &'a HealJob<'a>) -> Result<(Run<'a>, CompressReport)> {
+    let started = Instant::now();
     coverage::expect_whole(job.checkpoint)?;
     let report = read_report(job.checkpoint.root(), "`lrc heal` takes a folder written by `lrc compress`")?;
     let format = output::format_of(job.checkpoint, &report)?;
@@ -57,16 +87,7 @@ pub fn heal(job: &HealJob<'_>, progress: &dyn Progress) -> Result<CompressReport
         statistics.expect_model(&fingerprint(job.teacher)?, &named)?;
         statistics.expect_needs(Needs { output_gram: true, ..Needs::default() }, &named)?;
     }
-    let description = job.description(&drawn)?;
-    let mut folder = OutputFolder::resume(job.output, job.existing, REPORT_FILE, &description, job.earlier)?;
-    let run = Run { job, teacher, student, trained, drawn, statistics, format, started };
-    match run.fill(report, &folder, progress) {
-        Ok(report) => {
-            folder.finish()?;
-            Ok(report)
-        }
-        Err(error) => Err(stopped(&mut folder, error)),
-    }
+    Ok((Run { job, teacher, student, trained, drawn, statistics, format, started }, report))
 }
 
 /// The stage `model` moves all blocks at once, and takes smaller steps.

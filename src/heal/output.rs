@@ -14,9 +14,14 @@ use crate::checkpoint::{CONFIG_FILE, Checkpoint, INDEX_FILE, OutputFolder, cast,
 use crate::error::Failure;
 use crate::formats::{self, Adapter, CURVES_FILES, Format};
 use crate::model::config::native_config;
-use crate::report::card::{self, Loading};
+use crate::report::card::{self, CARD_FILE, Loading, RECIPE_FILE, recipe_page};
 use crate::report::page::{self, PAGE_FILE};
 use crate::report::{CompressReport, REPORT_FILE, publish};
+
+/// Whether the files of a format hold its floats as they are, in one folder.
+pub(crate) fn takes(format: Format) -> bool {
+    matches!(format, Format::Factored | Format::Dense)
+}
 
 /// The format of a student whose files hold its floats as they are, in one folder.
 ///
@@ -24,7 +29,7 @@ use crate::report::{CompressReport, REPORT_FILE, publish};
 /// It has another format.
 pub(super) fn format_of(checkpoint: &Checkpoint, report: &CompressReport) -> Result<Format> {
     let format: Option<Format> = serde_json::from_value(report.recipe["format"].clone()).ok();
-    match format.filter(|format| matches!(format, Format::Factored | Format::Dense)) {
+    match format.filter(|&format| takes(format)) {
         Some(format) => Ok(format),
         None => Err(Failure::unsupported(format!(
             "`{}` has format {}, and cannot be healed",
@@ -71,15 +76,20 @@ pub(super) fn write(
         folder.copy(&index, INDEX_FILE.as_ref())?;
     }
     // Healed parts have no order of significance, so that the curves are no longer theirs.
-    let replaced = [REPORT_FILE, PAGE_FILE, "README.md", CURVES_FILES[0], CURVES_FILES[1]];
-    report.left_out = formats::copy_side(checkpoint, folder, &replaced)?.into_iter().map(Into::into).collect();
+    let replaced = [REPORT_FILE, RECIPE_FILE, PAGE_FILE, CARD_FILE, CURVES_FILES[0], CURVES_FILES[1]];
+    let left_out = formats::copy_side(checkpoint, folder, &replaced)?;
+    report.left_out.extend(left_out.into_iter().map(Into::into));
     let config = checkpoint.config().cloned().unwrap_or_default();
     let exporter = format.exporter();
     let loading = Loading {
         text: formats::loading(exporter, &native_config(&config), Adapter::None),
         library: exporter.library(),
     };
-    let card = card::render(report, checkpoint, &loading);
-    let pages = [("README.md", card), (CONFIG_FILE, json::text(&config)?), (PAGE_FILE, page::compress(report, &[])?)];
+    let pages = [
+        (RECIPE_FILE, recipe_page(report)?),
+        (CARD_FILE, card::render(report, checkpoint, &loading)),
+        (CONFIG_FILE, json::text(&config)?),
+        (PAGE_FILE, page::compress(report, &[])?),
+    ];
     publish(folder, report, &pages, started)
 }

@@ -3,11 +3,28 @@
 use std::fmt::Write;
 use std::path::Path;
 
+use anyhow::Result;
 use serde_json::Value;
 
 use super::columns::fixed;
 use super::{CompressReport, DeltaRecord, ExportReport, HealRecord, HeldOutPerplexity, LEFT_OUT_BY_FLAG};
 use crate::checkpoint::Checkpoint;
+
+/// The file of the card.
+pub const CARD_FILE: &str = "README.md";
+
+/// The file from which the same compression can be made again.
+pub const RECIPE_FILE: &str = "lrc-recipe.toml";
+
+/// The content of [`RECIPE_FILE`].
+///
+/// # Errors
+/// The recipe of the report is none.
+pub fn recipe_page(report: &CompressReport) -> Result<String> {
+    let recipe = toml::to_string(&report.recipe)?;
+    let command = if report.delta.is_some() { "delta BASE FINE-TUNED" } else { "compress MODEL" };
+    Ok(format!("# lrc {command} -o OUT --recipe {RECIPE_FILE}\n{recipe}"))
+}
 
 /// How an output is loaded.
 pub struct Loading {
@@ -66,7 +83,9 @@ pub fn render(report: &CompressReport, source: &Checkpoint, loading: &Loading) -
     if let Some(truncated) = &report.truncated {
         let _ = writeln!(card, "lrc truncate OUT -o TRUNCATED --keep {}", truncated.keep);
     }
-    if let Some(healed) = &report.healed {
+    // The recipe may have said so.
+    let apart = report.healed.as_ref().filter(|_| report.recipe.get("heal").is_none());
+    if let Some(healed) = apart {
         let teacher = quoted(title(&healed.teacher));
         let _ = writeln!(card, "lrc heal OUT --teacher {teacher} --text TEXT -o HEALED");
     }

@@ -76,6 +76,12 @@ pub struct Settings {
     pub seed: u64,
 }
 
+impl Default for Settings {
+    fn default() -> Self {
+        Self { epochs: 8, batch: 2, learning_rate: 2e-4, seed: 0 }
+    }
+}
+
 /// The mean losses of a fit.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Course {

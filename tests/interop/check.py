@@ -115,6 +115,10 @@ def llama_cpp(folder, ids):
 
 
 NARROW = ["--structure", "narrow", "--keep", "0.7"]
+# Widths that differ by block, and ranks beside them, in the metric of a text of the fixture.
+BY_BLOCK = [*NARROW, "--uniform-width=false", "--width-multiple", "16"]
+TRAIN = ["--calibration", str(ROOT / "fixtures/text/train.txt"), "--samples", "16", "--seq-len", "64"]
+JOINT = ["--structure", "narrow,low-rank", "--keep", "0.6", "--width-multiple", "16", *TRAIN]
 LORC = ["--compensate", "lorc", "--compensate-rank", "8"]
 # format, flags, runtime, package beside torch, largest logit error (or KL) that is allowed, whether it is a KL
 CASES = [
@@ -132,6 +136,9 @@ CASES = [
     ("compressed-tensors", [*NARROW, "--quant", "rtn-int4-g32"], plain, "compressed-tensors", EXACT),
     ("gguf", [*NARROW, "--quant", "q8_0"], gguf, "gguf", EXACT),
     ("gguf", NARROW, llama_cpp, "llama_cpp", KL_8BIT),
+    ("factored", BY_BLOCK, trusted, "transformers", EXACT),
+    ("gguf", BY_BLOCK, llama_cpp, "llama_cpp", KL_8BIT),
+    ("factored", JOINT, trusted, "transformers", EXACT),
     ("compressed-tensors", ["--quant", "rtn-int4-g32"], plain, "compressed-tensors", EXACT),
     ("compressed-tensors", ["--quant", "rtn-int8-channel"], plain, "compressed-tensors", EXACT),
     ("compressed-tensors", ["--quant", "rtn-int4-g32,rtn-int8-g32", "--bits", "6"], plain, "compressed-tensors", EXACT),
@@ -210,6 +217,11 @@ def show(line=""):
     print(line, file=OUT, flush=True)
 
 
+def shown(flags):
+    """Flags without the folders of files."""
+    return " ".join(Path(flag).name if "/" in flag else flag for flag in flags)
+
+
 def sentences(model, folder):
     """Prints the table of an encoder in a folder of sentence-transformers: how many rows of it failed."""
     if importlib.util.find_spec("sentence_transformers") is None:
@@ -223,7 +235,7 @@ def sentences(model, folder):
         cases.insert(0, ("factored", ["--keep", "0.8", "--calibration", args.calibration, "--sequential=false"]))
     failures = 0
     for index, (form, flags) in enumerate(cases):
-        row = f"| {form} | `{' '.join(Path(flag).name if '/' in flag else flag for flag in flags)}` |"
+        row = f"| {form} | `{shown(flags)}` |"
         try:
             out = folder / str(index)
             run(ROOT / "target/release/lrc", "compress", model, "-o", out, "--format", form, *flags, "-q")
@@ -274,7 +286,7 @@ def main():
                 form, flags, runtime, package, limit = case
                 name = {"llama_cpp": "llama.cpp", "half": "transformers, gptqmodel"}.get(runtime.__name__, "transformers")
                 name += ", peft" if "adapter" in runtime.__name__ else ""
-                row = f"| {form} | `{' '.join(flags)}` | {name} |"
+                row = f"| {form} | `{shown(flags)}` | {name} |"
                 if package != "transformers" and importlib.util.find_spec(package.replace("-", "_")) is None:
                     show(f"{row} | | | not run: {package} is absent |")
                     continue

@@ -15,6 +15,7 @@ use super::settings::Recipe;
 use crate::calibrate::Needs;
 use crate::compress::options::{Fused, RecipeOptions};
 use crate::compress::scale::{DepthWeight, Sensitivity};
+use crate::heal;
 
 impl Recipe {
     /// Checks the options against each other and fills in the defaults.
@@ -22,6 +23,16 @@ impl Recipe {
     /// # Errors
     /// A value is out of range, or two options contradict each other.
     pub fn new(options: &RecipeOptions) -> Result<Self> {
+        let recipe = Self::compressing(options)?;
+        if recipe.is_dense() {
+            // There is nothing to heal.
+            return Ok(recipe.unhealed());
+        }
+        recipe.check_healing()?;
+        Ok(recipe)
+    }
+
+    fn compressing(options: &RecipeOptions) -> Result<Self> {
         let structures = options.structure.unwrap_or_default();
         if structures.narrow || structures.depth {
             return narrow::recipe(options, structures);
@@ -59,6 +70,7 @@ impl Recipe {
             targets: Patterns::new("`--targets`", &options.targets)?,
             exclude: Patterns::new("`--exclude`", &options.exclude)?,
             max_shard_bytes: max_shard_bytes(options)?,
+            heal: options.heal.clone(),
         };
         if options.equal_bytes_baseline.is_some() && !recipe.codes_have_factors() {
             return Err(usage(
@@ -88,6 +100,23 @@ impl Recipe {
             return Err(usage(
                 "`--statistics` cannot be combined with `--fused split`: the file covers whole matrices",
                 "measure the parts in this run, with `--calibration`",
+            ));
+        }
+        Ok(())
+    }
+
+    /// Checks that the recipe can be healed, if it is.
+    fn check_healing(&self) -> Result<()> {
+        if self.heals() && self.calibration().is_none() {
+            return Err(usage(
+                "`--heal` needs `--calibration FILE`",
+                "a text is run through the model, which `--statistics` cannot replace",
+            ));
+        }
+        if self.heals() && !heal::takes(self.format()) {
+            return Err(usage(
+                format!("`--heal` cannot be combined with `--format {}`", self.format().name()),
+                "heal the model in `--format factored` or `dense`, then `lrc export` it",
             ));
         }
         Ok(())
@@ -127,6 +156,7 @@ impl Recipe {
             ("`--sensitivity measured`", self.sensitivity() == Some(Sensitivity::Measured)),
             ("`--depth-weight auto`", self.depth_weight() == DepthWeight::Auto),
             ("`--sequential`", self.anchor().is_some()),
+            ("`--heal`", self.heals()),
         ];
         let of_text: Vec<String> =
             of_text.iter().filter(|(_, is_set)| *is_set).map(|(flag, _)| (*flag).into()).collect();

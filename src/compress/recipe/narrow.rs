@@ -32,7 +32,8 @@ pub(super) fn recipe(options: &RecipeOptions, structures: Structures) -> Result<
     let widths = widths(options, structures)?;
     let then = if structures.low_rank { low_rank(options, method)? } else { then(options, method, widths)? };
     let limit = limit(options)?;
-    let Some(limit) = Reduction::new(limit) else { return Ok(then) };
+    let heal = options.heal.clone();
+    let Some(limit) = Reduction::new(limit) else { return Ok(Recipe { heal, ..then }) };
     let multiple = NonZeroUsize::new(options.width_multiple.unwrap_or(DEFAULT_MULTIPLE))
         .ok_or_else(|| usage("`--width-multiple` must be at least 1", "remove it for multiples of 64"))?;
     let default = method.preset().damping.min(DEFAULT_DAMPING);
@@ -50,6 +51,7 @@ pub(super) fn recipe(options: &RecipeOptions, structures: Structures) -> Result<
         targets: then.targets.clone(),
         exclude: then.exclude.clone(),
         max_shard_bytes: then.max_shard_bytes,
+        heal,
         approach: Approach::Replace(Box::new(Replacement {
             linears: Linears::Narrow(NarrowApproach {
                 limit,
@@ -169,6 +171,7 @@ fn low_rank(options: &RecipeOptions, method: Method) -> Result<Recipe> {
         uniform_width: None,
         sequential: Some(false),
         embeddings: Some(Embeddings::Keep),
+        heal: Vec::new(),
         // Those that are given are of the widths.
         damping_input: None,
         damping_output: None,
@@ -219,6 +222,7 @@ fn then(options: &RecipeOptions, method: Method, widths: WidthRule) -> Result<Re
             targets: Patterns::new("`--targets`", &options.targets)?,
             exclude: Patterns::new("`--exclude`", &options.exclude)?,
             max_shard_bytes: max_shard_bytes(options)?,
+            heal: Vec::new(),
         });
     }
     match needs_text {
@@ -252,7 +256,7 @@ fn check_data(recipe: &Recipe, options: &RecipeOptions) -> Result<()> {
     }
     let is_unused = |is_given: bool, is_used: bool| is_given && !is_used;
     let then_text = recipe.then().is_some_and(|then| then.calibration().is_some());
-    let uses_text = recipe.measures_statistics() || then_text;
+    let uses_text = recipe.measures_statistics() || then_text || recipe.heals();
     let uses_statistics = needs != Needs::default();
     let flag = match () {
         () if is_unused(options.statistics.is_some(), uses_statistics) => "--statistics",

@@ -15,6 +15,7 @@ use crate::compress::options::{Embeddings, FactorBits, Fused, RecipeOptions, Str
 use crate::compress::presets::{Method, MetricForm};
 use crate::compress::scale::{DepthWeight, Sensitivity};
 use crate::formats::Format;
+use crate::heal::HealStage;
 use crate::operator::Kind;
 use crate::quantize::Quant;
 use crate::text::DEFAULT_FIELD;
@@ -46,6 +47,8 @@ pub struct Recipe {
     pub(crate) exclude: Patterns,
     /// Largest size of a file of weights, except for a tensor that is larger by itself.
     pub(crate) max_shard_bytes: u64,
+    /// How the compressed model is trained.
+    pub(super) heal: Vec<HealStage>,
 }
 
 /// The settings of the approach, with neutral values for those that it lacks.
@@ -67,7 +70,23 @@ impl Recipe {
 
     /// The recipe of the narrower model, if linears become narrower.
     pub fn then(&self) -> Option<Self> {
-        self.narrow().map(|narrow| Self { approach: (*narrow.then).clone(), ..self.clone() })
+        self.narrow().map(|narrow| Self { approach: (*narrow.then).clone(), ..self.unhealed() })
+    }
+
+    /// Whether the compressed model is trained.
+    pub fn heals(&self) -> bool {
+        !self.heal.is_empty()
+    }
+
+    /// The stages of its training, in order.
+    pub fn heal_stages(&self) -> &[HealStage] {
+        &self.heal
+    }
+
+    /// The same recipe without training.
+    #[must_use]
+    pub fn unhealed(&self) -> Self {
+        Self { heal: Vec::new(), ..self.clone() }
     }
 
     /// The same recipe with another share of the parameters, if it is one of low rank; the whole share leaves every
@@ -229,9 +248,10 @@ impl Recipe {
         is_stored && matches!(dtype, Dtype::F16 | Dtype::BF16)
     }
 
-    /// Whether a text is run through the model: for the metric, for measured sensitivities, or in the sequential mode.
+    /// Whether a text is run through the model: for the metric, for measured sensitivities, in the sequential mode, or
+    /// to heal.
     pub(super) fn uses_text(&self) -> bool {
-        self.measures_statistics() || self.runs_trials() || self.anchor().is_some()
+        self.measures_statistics() || self.runs_trials() || self.anchor().is_some() || self.heals()
     }
 
     /// Whether logits of trial models are compared.
@@ -301,6 +321,7 @@ impl Recipe {
             rank_multiple: steps.map(|steps| steps.multiple.get()),
             targets: self.targets.texts.clone(),
             exclude: self.exclude.texts.clone(),
+            heal: self.heal.clone(),
             format: Some(self.format()),
             calibration: calibration.map(|c| c.text.clone()),
             statistics: self.statistics().map(PathBuf::from),
@@ -355,6 +376,7 @@ impl Recipe {
             seed: calibration.map(|windows| windows.seed),
             targets: self.targets.texts.clone(),
             exclude: self.exclude.texts.clone(),
+            heal: self.heal.clone(),
             quant: then.quant,
             compensate: then.compensate,
             compensate_rank: then.compensate_rank,

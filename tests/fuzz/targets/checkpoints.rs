@@ -60,15 +60,10 @@ fn compress_all(bed: &Bed, checkpoint: &Checkpoint) {
         let recipe = Recipe::new(&options).unwrap();
         let output = bed.path("compressed");
         let job = Job {
-            checkpoint,
-            model: None,
-            source: "m",
-            recipe: &recipe,
-            output: &output,
             existing: Existing::Replace,
             earlier: Earlier::Discarded,
             memory_bytes: 1 << 24,
-            device: candle_core::Device::Cpu,
+            ..Job::new(checkpoint, "m", &recipe, &output)
         };
         let _ = compress(&job, &Silent);
     }
