@@ -100,7 +100,7 @@ def of_lrc():
     report("statistics", once("statistics", measure))
     flags = ["--quant", ",".join(MENUS[what]), "--format", "gguf" if what == "gguf" else "factored"]
     if what == "factored":
-        flags += ["--compensate", "kfac", "--quant-factors", "int8"]
+        flags += ["--compensate", "kfac", "--quant-factors", "int8", "--equal-bytes-baseline=false"]
     compress = [lrc, "compress", model, "--statistics", statistics, *flags, "-q", "--force"]
     for size in SIZES[what]:
         target = ["--target-size", f"{size}MiB"]

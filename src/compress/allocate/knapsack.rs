@@ -136,7 +136,8 @@ fn best_change(candidates: &[Vec<PricedPick>], chosen: &[PricedPick], left: i128
     for (i, candidates) in candidates.iter().enumerate() {
         // Errors fall with cost, so the most expensive affordable candidate is the best.
         let affordable = i128::from(chosen[i].cost) + left;
-        let Some(&candidate) = candidates.iter().rev().find(|c| i128::from(c.cost) <= affordable) else { continue };
+        let n_affordable = candidates.partition_point(|c| i128::from(c.cost) <= affordable);
+        let Some(&candidate) = candidates[..n_affordable].last() else { continue };
         let saved = chosen[i].error - candidate.error;
         if saved > best.map_or(0.0, |(saved, ..)| saved) {
             best = Some((saved, i, candidate));
@@ -160,11 +161,7 @@ fn best_exchange(
     if n_candidates * candidates.len() > EXCHANGE_WORK {
         return None;
     }
-    // Errors fall with cost, so the most expensive candidate that frees enough cost is the best.
-    let give_up = |j: usize, freed: i128| {
-        let most = i128::from(chosen[j].cost) - freed;
-        candidates[j].iter().rev().find(|c| i128::from(c.cost) <= most).copied()
-    };
+    let losses = Losses::of(candidates, chosen);
     let mut best: Option<(f64, [(usize, PricedPick); 2])> = None;
     for (i, dearer) in candidates.iter().enumerate() {
         for &better in dearer.iter().filter(|c| c.cost > chosen[i].cost) {
@@ -173,17 +170,66 @@ fn best_exchange(
             if missing <= 0 || best.is_some_and(|(most, _)| saved <= most) {
                 continue;
             }
-            for j in (0..candidates.len()).filter(|&j| j != i) {
-                let Some(worse) = give_up(j, missing) else { continue };
-                let gain = saved - (worse.error - chosen[j].error);
-                // Slightly above 0, so that rounding errors cannot cause a cycle.
-                if gain > best.map_or(1e-9 * saved, |(most, _)| most) {
-                    best = Some((gain, [(i, better), (j, worse)]));
-                }
+            let Some(given) = losses.least(missing, i) else { continue };
+            let gain = saved - given.loss;
+            // Slightly above 0, so that rounding errors cannot cause a cycle.
+            if gain > best.map_or(1e-9 * saved, |(most, _)| most) {
+                best = Some((gain, [(i, better), (given.item, given.pick)]));
             }
         }
     }
     best.map(|(_, exchange)| exchange)
+}
+
+/// A change to a lower cost.
+#[derive(Debug, Clone, Copy)]
+struct Loss {
+    freed: i128,
+    loss: f64,
+    item: usize,
+    pick: PricedPick,
+}
+
+/// All changes to a lower cost, the largest first; with each, the two items that lose least by one that frees as much
+/// or more.
+struct Losses {
+    freed: Vec<i128>,
+    least: Vec<[Option<Loss>; 2]>,
+}
+
+impl Losses {
+    fn of(candidates: &[Vec<PricedPick>], chosen: &[PricedPick]) -> Self {
+        let mut changes: Vec<Loss> = Vec::new();
+        for (item, (candidates, now)) in candidates.iter().zip(chosen).enumerate() {
+            changes.extend(candidates.iter().filter(|c| c.cost < now.cost).map(|&pick| Loss {
+                freed: i128::from(now.cost) - i128::from(pick.cost),
+                loss: pick.error - now.error,
+                item,
+                pick,
+            }));
+        }
+        changes.sort_by(|x, y| y.freed.cmp(&x.freed).then(x.item.cmp(&y.item)));
+        let [mut first, mut second]: [Option<Loss>; 2] = [None, None];
+        let least = changes.iter().map(|&new| {
+            let is_less = |than: Option<Loss>| than.is_none_or(|than| new.loss < than.loss);
+            let is_other = first.is_some_and(|first| first.item != new.item);
+            if is_less(first) {
+                second = if is_other { first } else { second };
+                first = Some(new);
+            } else if is_other && is_less(second) {
+                second = Some(new);
+            }
+            [first, second]
+        });
+        Self { least: least.collect(), freed: changes.iter().map(|change| change.freed).collect() }
+    }
+
+    /// The change that loses least of those that free at least `missing`, of another item than `item`.
+    fn least(&self, missing: i128, item: usize) -> Option<Loss> {
+        let n_enough = self.freed.partition_point(|&freed| freed >= missing);
+        let [first, second] = self.least[n_enough.checked_sub(1)?];
+        if first.is_some_and(|first| first.item == item) { second } else { first }
+    }
 }
 
 /// The largest error that one step of a hull saves; the knapsack is at most this far from the optimum.
@@ -233,6 +279,38 @@ mod tests {
                     prop_assert!(found <= best + widest + 1e-12, "{} {} {}", found, best, widest);
                 }
             }
+        }
+    }
+
+    proptest! {
+        /// Compares with every pair of changes.
+        #[test]
+        fn the_best_exchange_is_found(
+            menus in proptest::collection::vec(proptest::collection::vec((1u64..40, 0.0f64..9.0), 2..6), 2..6),
+            at in proptest::collection::vec(0usize..6, 6), left in 0i128..20,
+        ) {
+            let menus: Vec<Vec<Candidate>> = menus.into_iter()
+                .map(|menu| menu.into_iter().map(|(cost, error)| Candidate { cost, error }).collect()).collect();
+            let items = menus.iter().map(|menu| Item { dense_cost: 50, candidates: Candidates::Menu(menu) });
+            let candidates: Vec<Vec<PricedPick>> =
+                items.map(|item| super::candidates(&item, &Rules::of_keep(&[item], 0.5))).collect();
+            let chosen: Vec<PricedPick> = candidates.iter().zip(&at).map(|(of, at)| of[at % of.len()]).collect();
+            let cost = |pick: PricedPick, i: usize| i128::from(pick.cost) - i128::from(chosen[i].cost);
+            let mut most = 0.0f64;
+            for (i, j) in (0..candidates.len()).flat_map(|i| (0..candidates.len()).map(move |j| (i, j))) {
+                let pairs = candidates[i].iter().flat_map(|&a| candidates[j].iter().map(move |&b| (a, b)));
+                for (a, b) in pairs.filter(|&(a, b)| i != j && cost(a, i) > left && cost(b, j) < 0) {
+                    if cost(a, i) + cost(b, j) <= left {
+                        most = most.max(chosen[i].error - a.error + chosen[j].error - b.error);
+                    }
+                }
+            }
+            let found = best_exchange(&candidates, &chosen, left);
+            let gain = found.map_or(0.0, |[(i, a), (j, b)]| {
+                assert!(i != j && cost(a, i) + cost(b, j) <= left);
+                chosen[i].error - a.error + chosen[j].error - b.error
+            });
+            prop_assert!((gain - most).abs() <= 1e-8 * most.max(1.0), "{gain} {most}");
         }
     }
 
