@@ -125,6 +125,11 @@ pub fn backward(columns: &Columns) -> Narrowing {
     Narrowing::dropped(&columns.eliminate(columns.inverse(), columns.image.clone(), Next::Smallest))
 }
 
+/// The squared error of leaving out each run alone, after all others are refitted: `tr((C⁻¹)_gg⁻¹ H_gg)`.
+pub fn alone(columns: &Columns) -> Vec<f64> {
+    linalg::values_of_runs(&columns.inverse(), &columns.image, columns.run)
+}
+
 /// The order of `scores` (n), largest first; a run has the sum of its columns.
 pub fn by_scores(columns: &Columns, scores: &[f64]) -> Narrowing {
     let scores: Vec<f64> = scores.chunks(columns.run).map(|run| run.iter().sum()).collect();

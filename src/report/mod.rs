@@ -9,6 +9,7 @@ pub mod earlier;
 mod eval;
 pub mod gate;
 mod heal;
+mod importance;
 mod inspect;
 mod narrow;
 pub(crate) mod notes;
@@ -32,6 +33,7 @@ pub use eval::{
     PseudoPerplexity,
 };
 pub use heal::{HealRecord, HealedHalf, HealedModel, HealedPart, HealedText, HeldOutPerplexity};
+pub use importance::{BlockImportance, ChannelImportance, GroupImportance, ImportanceRecord};
 pub use inspect::{BelowThreshold, EnergyRank, Figures, InspectReport, PowerLaw, Spectrum, SpectrumRecord};
 pub use narrow::{NarrowRecord, NarrowedUnit};
 pub(crate) use publish::stopped;

@@ -4,6 +4,7 @@ mod budgets;
 mod by_block;
 mod depth;
 mod families;
+mod importance;
 mod joint;
 mod runs;
 

@@ -1,17 +1,24 @@
 //! What the steps of narrowing share.
 
 use super::super::metrics::Metrics;
-use super::super::recipe::{NarrowApproach, Recipe};
+use super::super::recipe::{ChannelSelection, NarrowApproach, Recipe};
 use crate::checkpoint::OutputFolder;
 use crate::model::ModelConfig;
 use crate::model::architectures::Architecture;
 use crate::model::narrow::NarrowUnit;
 use crate::session::Session;
 
-/// What the steps share.
-pub(super) struct Context<'a> {
+/// What errors are measured with.
+#[derive(Clone, Copy)]
+pub(in crate::compress) struct Measure<'a> {
     pub session: &'a Session<'a>,
     pub metrics: Metrics<'a>,
+    pub selection: ChannelSelection,
+}
+
+/// What the steps share.
+pub(super) struct Context<'a> {
+    pub measure: Measure<'a>,
     pub approach: &'a NarrowApproach,
     /// The recipe of the narrower model.
     pub then: &'a Recipe,

@@ -4,12 +4,12 @@
 use std::time::Instant;
 
 use anyhow::{Context as _, Result};
-use faer::Mat;
+use faer::{Mat, MatRef};
 use serde_json::json;
 
 use super::super::metrics::SharedInputs;
 use super::super::recipe::ChannelSelection;
-use super::context::Context;
+use super::context::Measure;
 use crate::approx::metric::MetricPair;
 use crate::approx::narrow::{self, Columns, Narrowing};
 use crate::linalg;
@@ -36,8 +36,8 @@ pub(super) fn bytes(unit: &NarrowUnit) -> u64 {
 ///
 /// # Errors
 /// A weight or a statistic is damaged, or the work folder cannot be written.
-pub(super) fn all(context: &Context<'_>) -> Result<Vec<Curve>> {
-    let (session, units) = (context.session, context.units);
+pub(super) fn all(measure: &Measure<'_>, units: &[NarrowUnit]) -> Result<Vec<Curve>> {
+    let session = measure.session;
     let stage = session.progress.stage("narrow", units.len() as u64, "units");
     let costs: Vec<u64> = units.iter().map(bytes).collect();
     let workers = session.workers(&costs)?;
@@ -47,7 +47,7 @@ pub(super) fn all(context: &Context<'_>) -> Result<Vec<Curve>> {
         let key = format!("narrow-{}-{}", unit.block, unit.kind.name());
         let piece = session.journal.piece(&key, || {
             let started = Instant::now();
-            let Narrowing { order, errors } = order(context, unit)?;
+            let Narrowing { order, errors } = order(measure, unit)?;
             let order: Vec<i32> = order.into_iter().map(|index| index as i32).collect();
             Ok((json!(started.elapsed().as_secs_f64()), vec![Values::from(order), Values::from(errors)]))
         });
@@ -60,23 +60,34 @@ pub(super) fn all(context: &Context<'_>) -> Result<Vec<Curve>> {
 }
 
 /// The weight of the reader, transposed (in, out).
-pub(super) fn transposed(context: &Context<'_>, unit: &NarrowUnit) -> Result<Mat<f64>> {
+pub(super) fn transposed(measure: &Measure<'_>, unit: &NarrowUnit) -> Result<Mat<f64>> {
     let (m, n) = unit.reader.shape();
-    let values = inventory::weight(context.session.checkpoint, &unit.reader)?; // (out, in)
+    let values = inventory::weight(measure.session.checkpoint, &unit.reader)?; // (out, in)
     Ok(linalg::transposed_from_row_major(&values, m, n))
 }
 
-fn order(context: &Context<'_>, unit: &NarrowUnit) -> Result<Narrowing> {
-    let transposed = transposed(context, unit)?;
+fn order(measure: &Measure<'_>, unit: &NarrowUnit) -> Result<Narrowing> {
+    with_columns(measure, unit, |columns, weight| match measure.selection {
+        ChannelSelection::Backward => narrow::backward(columns),
+        ChannelSelection::Forward => narrow::forward(columns),
+        ChannelSelection::Leverage => narrow::by_scores(columns, &narrow::leverage(columns)),
+        ChannelSelection::WandaSp => narrow::by_scores(columns, &narrow::wanda_sp(columns, weight)),
+    })
+}
+
+/// Calls `f` with the columns of the reader of a unit in the metric, and its weight (out, in).
+///
+/// # Errors
+/// The weight or a statistic is damaged.
+pub(super) fn with_columns<T>(
+    measure: &Measure<'_>,
+    unit: &NarrowUnit,
+    f: impl FnOnce(&Columns, MatRef<'_, f64>) -> T,
+) -> Result<T> {
+    let transposed = transposed(measure, unit)?;
     let weight = transposed.transpose();
-    let output = context.metrics.output(&unit.reader)?;
-    context.metrics.with_input(&unit.reader, &SharedInputs::new(&[&unit.reader]), |input| {
-        let columns = Columns::new(weight, MetricPair { output: &output, input }, unit.run());
-        Ok(match context.approach.selection {
-            ChannelSelection::Backward => narrow::backward(&columns),
-            ChannelSelection::Forward => narrow::forward(&columns),
-            ChannelSelection::Leverage => narrow::by_scores(&columns, &narrow::leverage(&columns)),
-            ChannelSelection::WandaSp => narrow::by_scores(&columns, &narrow::wanda_sp(&columns, weight)),
-        })
+    let output = measure.metrics.output(&unit.reader)?;
+    measure.metrics.with_input(&unit.reader, &SharedInputs::new(&[&unit.reader]), |input| {
+        Ok(f(&Columns::new(weight, MetricPair { output: &output, input }, unit.run()), weight))
     })
 }

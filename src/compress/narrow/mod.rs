@@ -6,6 +6,7 @@
 
 mod context;
 mod curves;
+mod importance;
 mod losses;
 mod part;
 mod ranks;
@@ -37,6 +38,9 @@ use crate::progress::Progress;
 use crate::report::{
     AdapterRecord, CalibrationRecord, CompressReport, LinearRecord, NarrowRecord, NarrowedUnit, Sizes, Timings,
 };
+
+pub(super) use self::context::Measure;
+pub(super) use self::importance::importance;
 
 /// A model with narrower modules, and how it came about.
 pub(super) struct Narrowed {
@@ -81,11 +85,15 @@ pub(super) fn narrowed(run: Run<'_>, folder: &OutputFolder, progress: &dyn Progr
     (timings.calibrate_forward, timings.calibrate_backward) = (seconds.forward, seconds.backward);
     let metrics = inputs.metrics(recipe);
     let (config, units) = (&config, units.as_slice());
-    let context = Context { session: &session, metrics, approach, then: &then, config, architecture, units, folder };
+    let measure = Measure { session: &session, metrics, selection: approach.selection };
+    let context = Context { measure, approach, then: &then, config, architecture, units, folder };
 
     let started = Instant::now();
-    let curves = curves::all(&context)?;
-    let losses = if approach.drops_blocks { losses::all(&context, &plan)? } else { Vec::new() };
+    let curves = curves::all(&measure, units)?;
+    let losses = match approach.drops_blocks {
+        true => losses::all(&measure, &plan.linears, config.num_hidden_layers)?,
+        false => Vec::new(),
+    };
     let ranks = approach.then_low_rank().then(|| RankCurves::measure(&context, &plan)).transpose()?;
     timings.decompose = started.elapsed().as_secs_f64();
     let started = Instant::now();

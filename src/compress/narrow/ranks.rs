@@ -32,7 +32,7 @@ impl<'p> RankCurves<'p> {
     /// # Errors
     /// A weight or a statistic is damaged, or the work folder cannot be written.
     pub fn measure(context: &Context<'_>, plan: &'p Plan) -> Result<Self> {
-        let (session, linears) = (context.session, &plan.linears);
+        let (session, linears) = (context.measure.session, &plan.linears);
         let then = context.then;
         let stage = session.progress.stage("ranks", linears.len() as u64, "matrices");
         let costs: Vec<u64> = linears.iter().map(bytes).collect();
@@ -90,10 +90,10 @@ fn bytes(linear: &LinearInfo) -> u64 {
 
 fn curve(context: &Context<'_>, linear: &LinearInfo) -> Result<ErrorCurve> {
     let (m, n) = linear.shape();
-    let values = inventory::weight(context.session.checkpoint, linear)?; // (out, in)
+    let values = inventory::weight(context.measure.session.checkpoint, linear)?; // (out, in)
     let transposed = linalg::transposed_from_row_major(&values, m, n);
-    let output = context.metrics.output(linear)?;
-    context.metrics.with_input(linear, &SharedInputs::new(&[linear]), |input| {
+    let output = context.measure.metrics.output(linear)?;
+    context.measure.metrics.with_input(linear, &SharedInputs::new(&[linear]), |input| {
         Ok(error_curve(transposed.transpose(), MetricPair { output: &output, input })?)
     })
 }

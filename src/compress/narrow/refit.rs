@@ -21,9 +21,9 @@ use crate::model::narrow::NarrowUnit;
 pub(super) fn all(context: &Context<'_>, kept: &[Vec<usize>]) -> Result<Vec<PathBuf>> {
     let narrower: Vec<(&NarrowUnit, &Vec<usize>)> =
         context.units.iter().zip(kept).filter(|(unit, kept)| kept.len() < unit.width()).collect();
-    let stage = context.session.progress.stage("refit", narrower.len() as u64, "units");
+    let stage = context.measure.session.progress.stage("refit", narrower.len() as u64, "units");
     let costs: Vec<u64> = narrower.iter().map(|(unit, _)| bytes(unit)).collect();
-    context.session.workers(&costs)?.collect(&costs, |i| {
+    context.measure.session.workers(&costs)?.collect(&costs, |i| {
         let (unit, kept) = narrower[i];
         stage.note(&unit.reader.module);
         let path = context.folder.pieces().join(format!("refit-{}-{}.safetensors", unit.block, unit.kind.name()));
@@ -38,9 +38,9 @@ pub(super) fn all(context: &Context<'_>, kept: &[Vec<usize>]) -> Result<Vec<Path
 /// Writes the refitted reader of a unit, in the order of its family.
 fn one(context: &Context<'_>, unit: &NarrowUnit, kept: &[usize], path: &Path) -> Result<()> {
     let reader = &unit.reader;
-    let transposed = transposed(context, unit)?;
+    let transposed = transposed(&context.measure, unit)?;
     let columns = unit.columns(kept);
-    let refitted = context.metrics.with_input(reader, &SharedInputs::new(&[reader]), |input| {
+    let refitted = context.measure.metrics.with_input(reader, &SharedInputs::new(&[reader]), |input| {
         let form = input_form(input, reader.in_features);
         Ok(refit(transposed.transpose(), form.as_ref(), &columns))
     })?;

@@ -176,7 +176,7 @@ impl<'p> Problem<'p> {
     fn parameters_in_budget(&self) -> u64 {
         match self.context.approach.limit.limit() {
             Limit::Bytes(bytes) => {
-                let checkpoint = self.context.session.checkpoint;
+                let checkpoint = self.context.measure.session.checkpoint;
                 let linears = self.ranks.map_or(&[][..], |ranks| ranks.linears);
                 let in_linears: u64 = linears.iter().map(LinearInfo::n_bytes).sum();
                 let left = (bytes + in_linears).saturating_sub(checkpoint.n_bytes());

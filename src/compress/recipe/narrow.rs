@@ -21,6 +21,11 @@ const DEFAULT_MULTIPLE: usize = 64;
 /// low rank, all other channels of a block with one would look alike (docs/results.md, section 25).
 const DEFAULT_DAMPING: f64 = 1e-4;
 
+/// The default damping of both Grams where errors of narrower modules are measured.
+pub(in crate::compress) fn default_damping(method: Method) -> f64 {
+    method.preset().damping.min(DEFAULT_DAMPING)
+}
+
 /// The recipe of `--structure narrow` and `--structure depth`.
 ///
 /// # Errors
@@ -35,7 +40,7 @@ pub(super) fn recipe(options: &RecipeOptions, structures: Structures) -> Result<
     let Some(limit) = Reduction::new(limit) else { return Ok(then) };
     let multiple = NonZeroUsize::new(options.width_multiple.unwrap_or(DEFAULT_MULTIPLE))
         .ok_or_else(|| usage("`--width-multiple` must be at least 1", "remove it for multiples of 64"))?;
-    let default = method.preset().damping.min(DEFAULT_DAMPING);
+    let default = default_damping(method);
     let metric = MetricSettings {
         method,
         damping_input: share("--damping-input", options.damping_input, default)?,
