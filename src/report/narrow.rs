@@ -1,4 +1,4 @@
-//! What became narrower, in the report of `lrc compress --structure narrow`.
+//! What became narrower, in the reports of `lrc compress --structure narrow`.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -59,11 +59,12 @@ pub struct NarrowedUnit {
     pub before: usize,
     /// Their number in the output.
     pub after: usize,
-    /// Error of the reader over the norm of its weight, both in the metric of the method.
-    pub relative_error: f64,
+    /// Error of the reader over the norm of its weight, both in the metric of the method; none in a dry run that
+    /// measures nothing.
+    pub relative_error: Option<f64>,
     /// The square of that error, as the method measures it; sums over units compare.
     #[serde(default)]
-    pub squared_error: f64,
+    pub squared_error: Option<f64>,
     /// Seconds in which their order was found.
     pub seconds: f64,
 }

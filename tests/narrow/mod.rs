@@ -3,6 +3,7 @@
 mod budgets;
 mod by_block;
 mod depth;
+mod dry_run;
 mod families;
 mod importance;
 mod joint;

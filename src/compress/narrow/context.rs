@@ -2,7 +2,7 @@
 
 use super::super::metrics::Metrics;
 use super::super::recipe::{ChannelSelection, NarrowApproach, Recipe};
-use crate::checkpoint::OutputFolder;
+use crate::checkpoint::Checkpoint;
 use crate::model::ModelConfig;
 use crate::model::architectures::Architecture;
 use crate::model::narrow::NarrowUnit;
@@ -16,16 +16,16 @@ pub(in crate::compress) struct Measure<'a> {
     pub selection: ChannelSelection,
 }
 
-/// What the steps share.
+/// A model, and how it becomes narrower.
+#[derive(Clone, Copy)]
 pub(super) struct Context<'a> {
-    pub measure: Measure<'a>,
+    pub checkpoint: &'a Checkpoint,
     pub approach: &'a NarrowApproach,
     /// The recipe of the narrower model.
     pub then: &'a Recipe,
     pub config: &'a ModelConfig,
     pub architecture: &'static Architecture,
     pub units: &'a [NarrowUnit],
-    pub folder: &'a OutputFolder,
 }
 
 /// What a model becomes.

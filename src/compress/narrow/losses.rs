@@ -35,7 +35,8 @@ fn adding(linear: &LinearInfo) -> Option<(usize, &LinearInfo)> {
     matches!(slot.role, Role::OProj | Role::DownProj).then_some((block, linear))
 }
 
-fn bytes(linear: &LinearInfo) -> u64 {
+/// Bytes that the error of a linear takes.
+pub(super) fn bytes(linear: &LinearInfo) -> u64 {
     let (m, n) = linear.shape();
     8 * (SQUARES * (n * n) as u64 + 3 * (m * n) as u64 + 2 * (m * m) as u64)
 }

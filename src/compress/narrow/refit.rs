@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result};
 
 use super::super::metrics::SharedInputs;
-use super::context::Context;
+use super::context::Measure;
 use super::curves::{bytes, transposed};
 use crate::approx::narrow::{input_form, refit};
-use crate::checkpoint::{CheckpointError, TensorSpec, cast, write_file};
+use crate::checkpoint::{CheckpointError, OutputFolder, TensorSpec, cast, write_file};
 use crate::linalg;
 use crate::model::Order;
 use crate::model::narrow::NarrowUnit;
@@ -18,17 +18,22 @@ use crate::model::narrow::NarrowUnit;
 ///
 /// # Errors
 /// A weight or a statistic is damaged, a value does not fit the dtype, or the disk is full.
-pub(super) fn all(context: &Context<'_>, kept: &[Vec<usize>]) -> Result<Vec<PathBuf>> {
+pub(super) fn all(
+    measure: &Measure<'_>,
+    units: &[NarrowUnit],
+    kept: &[Vec<usize>],
+    folder: &OutputFolder,
+) -> Result<Vec<PathBuf>> {
     let narrower: Vec<(&NarrowUnit, &Vec<usize>)> =
-        context.units.iter().zip(kept).filter(|(unit, kept)| kept.len() < unit.width()).collect();
-    let stage = context.measure.session.progress.stage("refit", narrower.len() as u64, "units");
+        units.iter().zip(kept).filter(|(unit, kept)| kept.len() < unit.width()).collect();
+    let stage = measure.session.progress.stage("refit", narrower.len() as u64, "units");
     let costs: Vec<u64> = narrower.iter().map(|(unit, _)| bytes(unit)).collect();
-    context.measure.session.workers(&costs)?.collect(&costs, |i| {
+    measure.session.workers(&costs)?.collect(&costs, |i| {
         let (unit, kept) = narrower[i];
         stage.note(&unit.reader.module);
-        let path = context.folder.pieces().join(format!("refit-{}-{}.safetensors", unit.block, unit.kind.name()));
+        let path = folder.pieces().join(format!("refit-{}-{}.safetensors", unit.block, unit.kind.name()));
         if !path.is_file() {
-            one(context, unit, kept, &path).with_context(|| format!("refitting `{}`", unit.reader.module))?;
+            one(measure, unit, kept, &path).with_context(|| format!("refitting `{}`", unit.reader.module))?;
         }
         stage.advance(1);
         Ok(path)
@@ -36,11 +41,11 @@ pub(super) fn all(context: &Context<'_>, kept: &[Vec<usize>]) -> Result<Vec<Path
 }
 
 /// Writes the refitted reader of a unit, in the order of its family.
-fn one(context: &Context<'_>, unit: &NarrowUnit, kept: &[usize], path: &Path) -> Result<()> {
+fn one(measure: &Measure<'_>, unit: &NarrowUnit, kept: &[usize], path: &Path) -> Result<()> {
     let reader = &unit.reader;
-    let transposed = transposed(&context.measure, unit)?;
+    let transposed = transposed(measure, unit)?;
     let columns = unit.columns(kept);
-    let refitted = context.measure.metrics.with_input(reader, &SharedInputs::new(&[reader]), |input| {
+    let refitted = measure.metrics.with_input(reader, &SharedInputs::new(&[reader]), |input| {
         let form = input_form(input, reader.in_features);
         Ok(refit(transposed.transpose(), form.as_ref(), &columns))
     })?;

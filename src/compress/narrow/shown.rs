@@ -27,7 +27,7 @@ pub(super) fn shallower(context: &Context<'_>, narrowed: Checkpoint, chosen: &Ch
 /// # Errors
 /// A tensor is absent.
 pub(super) fn selected(context: &Context<'_>, kept: &[Vec<usize>]) -> Result<Checkpoint> {
-    let checkpoint = context.measure.session.checkpoint;
+    let checkpoint = context.checkpoint;
     let mut selected: BTreeMap<String, Selected> = BTreeMap::new();
     let narrower = context.units.iter().zip(kept).filter(|(unit, kept)| kept.len() < unit.width());
     for (unit, kept) in narrower {

@@ -70,6 +70,11 @@ impl Recipe {
         self.narrow().map(|narrow| Self { approach: (*narrow.then).clone(), ..self.clone() })
     }
 
+    /// Whether linears are decomposed or quantized.
+    pub fn needs_fits(&self) -> bool {
+        !matches!(self.approach, Approach::Dense(_))
+    }
+
     /// The same recipe with another share of the parameters, if it is one of low rank; the whole share leaves every
     /// linear as it is.
     pub fn with_keep(&self, keep: f64) -> Self {
