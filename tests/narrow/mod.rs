@@ -4,6 +4,7 @@ mod budgets;
 mod by_block;
 mod depth;
 mod dry_run;
+mod elastic;
 mod families;
 mod importance;
 mod joint;

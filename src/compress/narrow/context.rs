@@ -2,6 +2,7 @@
 
 use super::super::metrics::Metrics;
 use super::super::recipe::{ChannelSelection, NarrowApproach, Recipe};
+use crate::approx::narrow::Narrowing;
 use crate::checkpoint::Checkpoint;
 use crate::model::ModelConfig;
 use crate::model::architectures::Architecture;
@@ -26,6 +27,24 @@ pub(super) struct Context<'a> {
     pub config: &'a ModelConfig,
     pub architecture: &'static Architecture,
     pub units: &'a [NarrowUnit],
+}
+
+/// The order of a unit.
+pub(super) struct Curve {
+    pub narrowing: Narrowing,
+    pub seconds: f64,
+}
+
+/// The widths that were chosen.
+pub(super) struct Widths<'a> {
+    pub units: &'a [NarrowUnit],
+    pub chosen: &'a Chosen,
+    /// The channels or groups of each unit that stay, in the order that they get.
+    pub kept: &'a [Vec<usize>],
+    /// The errors of each unit at every width, if they were measured.
+    pub curves: Option<&'a [Curve]>,
+    /// What stays as it is, and why.
+    pub notes: Vec<String>,
 }
 
 /// What a model becomes.

@@ -9,19 +9,14 @@ use serde_json::json;
 
 use super::super::metrics::SharedInputs;
 use super::super::recipe::ChannelSelection;
-use super::context::Measure;
+use super::context::{Curve, Measure};
 use crate::approx::metric::MetricPair;
 use crate::approx::narrow::{self, Columns, Narrowing};
+use crate::checkpoint::Checkpoint;
 use crate::linalg;
 use crate::model::inventory;
 use crate::model::narrow::NarrowUnit;
 use crate::store::Values;
-
-/// The order of a unit.
-pub(super) struct Curve {
-    pub narrowing: Narrowing,
-    pub seconds: f64,
-}
 
 /// Square matrices of f64, as wide as the input of a reader, that a unit takes at once.
 const SQUARES: u64 = 7;
@@ -60,10 +55,22 @@ pub(super) fn all(measure: &Measure<'_>, units: &[NarrowUnit]) -> Result<Vec<Cur
 }
 
 /// The weight of the reader, transposed (in, out).
-pub(super) fn transposed(measure: &Measure<'_>, unit: &NarrowUnit) -> Result<Mat<f64>> {
+///
+/// # Errors
+/// It is damaged.
+pub(super) fn transposed(checkpoint: &Checkpoint, unit: &NarrowUnit) -> Result<Mat<f64>> {
     let (m, n) = unit.reader.shape();
-    let values = inventory::weight(measure.session.checkpoint, &unit.reader)?; // (out, in)
+    let values = inventory::weight(checkpoint, &unit.reader)?; // (out, in)
     Ok(linalg::transposed_from_row_major(&values, m, n))
+}
+
+/// The input form of the reader (in, in), positive definite.
+///
+/// # Errors
+/// A statistic is damaged.
+pub(super) fn form(measure: &Measure<'_>, unit: &NarrowUnit) -> Result<Mat<f64>> {
+    let (reader, shared) = (&unit.reader, SharedInputs::new(&[&unit.reader]));
+    measure.metrics.with_input(reader, &shared, |input| Ok(narrow::input_form(input, reader.in_features)))
 }
 
 fn order(measure: &Measure<'_>, unit: &NarrowUnit) -> Result<Narrowing> {
@@ -84,7 +91,7 @@ pub(super) fn with_columns<T>(
     unit: &NarrowUnit,
     f: impl FnOnce(&Columns, MatRef<'_, f64>) -> T,
 ) -> Result<T> {
-    let transposed = transposed(measure, unit)?;
+    let transposed = transposed(measure.session.checkpoint, unit)?;
     let weight = transposed.transpose();
     let output = measure.metrics.output(&unit.reader)?;
     measure.metrics.with_input(&unit.reader, &SharedInputs::new(&[&unit.reader]), |input| {

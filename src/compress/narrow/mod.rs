@@ -6,8 +6,11 @@
 
 mod context;
 mod curves;
+mod elastic;
+mod further;
 mod importance;
 mod losses;
+mod narrowed;
 mod needs;
 mod outline;
 mod part;
@@ -21,41 +24,26 @@ use std::time::Instant;
 
 use anyhow::Result;
 
-use self::context::{Chosen, Context};
-use self::outline::{Outline, Widths};
+use self::context::{Chosen, Context, Curve, Widths};
+use self::outline::Outline;
 use self::ranks::RankCurves;
 use self::widths::Found;
 use super::plan::Plan;
-use super::recipe::{Budget, Recipe};
+use super::recipe::{Budget, NarrowApproach, Recipe};
 use super::run::Run;
-use crate::calibrate::Statistics;
-use crate::checkpoint::{Checkpoint, Fingerprint, OutputFolder};
+use crate::checkpoint::{Checkpoint, OutputFolder};
 use crate::model::ModelConfig;
 use crate::model::inventory::LinearInfo;
 use crate::model::narrow::NarrowUnit;
 use crate::progress::Progress;
-use crate::report::{CalibrationRecord, CompressReport, Timings};
+use crate::report::Timings;
 
 pub(super) use self::context::Measure;
+pub(super) use self::further::further;
 pub(super) use self::importance::importance;
+pub(super) use self::narrowed::Narrowed;
 pub(super) use self::needs::Needs;
 pub(super) use self::outline::Parts;
-
-/// A model with narrower modules, and how it came about.
-pub(super) struct Narrowed {
-    /// The narrower model.
-    pub checkpoint: Checkpoint,
-    /// Its statistics, if linears become matrices of low rank.
-    pub statistics: Option<Statistics>,
-    /// The recipe for its linears.
-    pub then: Recipe,
-    /// What a report says of the source.
-    pub outline: Outline,
-    source_files: Fingerprint,
-    calibration: Option<CalibrationRecord>,
-    timings: Timings,
-    started: Instant,
-}
 
 /// A model with the shapes of a narrower one, of which nothing is measured.
 pub(super) struct Planned {
@@ -100,8 +88,9 @@ pub(super) fn narrowed(run: Run<'_>, folder: &OutputFolder, progress: &dyn Progr
     let chosen = widths::choose(&context, &plan, recipe, &found)?;
     timings.allocate = started.elapsed().as_secs_f64();
     let started = Instant::now();
-    let kept = kept(&chosen, &found);
-    let files = refit::all(&measure, &units, &kept, folder)?;
+    let kept = kept(approach, &chosen, &found);
+    let form = |unit: &NarrowUnit| curves::form(&measure, unit);
+    let files = refit::all(&session, &units, &kept, &form, folder)?;
     timings.decompose += started.elapsed().as_secs_f64();
 
     let mut narrowed = shown::selected(&context, &kept)?;
@@ -109,7 +98,10 @@ pub(super) fn narrowed(run: Run<'_>, folder: &OutputFolder, progress: &dyn Progr
     let (narrowed, names) = shown::shallower(&context, narrowed, &chosen);
     let of_part = approach.then_low_rank().then(|| part::selected(&context, &plan.linears, &chosen, &kept));
     let curves = Some(found.curves.as_slice());
-    let widths = Widths { units: &units, chosen: &chosen, curves, notes };
+    let widths = Widths { units: &units, chosen: &chosen, kept: &kept, curves, notes };
+    if approach.is_elastic {
+        elastic::write(&widths, &names, &form, folder)?;
+    }
     let (rest, outline) = (rest(&then, &narrowed, &plan, recipe)?, Outline::new(job, &plan, &source, names, widths)?);
     Ok(Narrowed {
         checkpoint: narrowed,
@@ -118,6 +110,7 @@ pub(super) fn narrowed(run: Run<'_>, folder: &OutputFolder, progress: &dyn Progr
         outline,
         source_files,
         calibration,
+        truncated: None,
         timings,
         started: begun,
     })
@@ -142,11 +135,11 @@ pub(super) fn planned(run: &Run<'_>) -> Result<Planned> {
     } else {
         let found = Found::even(&context, plan);
         let chosen = widths::choose(&context, plan, job.recipe, &found)?;
-        let kept = kept(&chosen, &found);
+        let kept = kept(approach, &chosen, &found);
         (chosen, kept)
     };
     let (checkpoint, names) = shown::shallower(&context, shown::selected(&context, &kept)?, &chosen);
-    let widths = Widths { units: &units, chosen: &chosen, curves: None, notes };
+    let widths = Widths { units: &units, chosen: &chosen, kept: &kept, curves: None, notes };
     let (rest, outline) =
         (rest(&then, &checkpoint, plan, job.recipe)?, Outline::new(job, plan, &run.source, names, widths)?);
     Ok(Planned { checkpoint, then: rest, outline })
@@ -163,9 +156,13 @@ fn units_of(run: &Run<'_>) -> Result<(Vec<NarrowUnit>, Vec<String>)> {
     units::of(&run.plan, &config, architecture, approach.widths)
 }
 
-/// The channels or groups of each unit that stay, ascending.
-fn kept(chosen: &Chosen, found: &Found<'_>) -> Vec<Vec<usize>> {
-    chosen.widths.iter().zip(&found.curves).map(|(&width, curve)| curve.narrowing.first(width)).collect()
+/// The channels or groups of each unit that stay, ascending or by importance.
+fn kept(approach: &NarrowApproach, chosen: &Chosen, found: &Found<'_>) -> Vec<Vec<usize>> {
+    let of = |(&width, curve): (&usize, &Curve)| match approach.is_elastic {
+        true => curve.narrowing.leading(width),
+        false => curve.narrowing.first(width),
+    };
+    chosen.widths.iter().zip(&found.curves).map(of).collect()
 }
 
 /// The recipe of the narrower model under what its own parameters leave of the budget.
@@ -178,23 +175,4 @@ fn rest(then: &Recipe, narrowed: &Checkpoint, plan: &Plan, recipe: &Recipe) -> R
     let sum = |linears: &[LinearInfo]| linears.iter().map(LinearInfo::n_parameters).sum::<u64>();
     let most = (keep * sum(&plan.linears) as f64 + 1e-6).floor();
     Ok(then.clone().with_keep(most / sum(&Plan::of_shapes(narrowed, then)?.linears) as f64))
-}
-
-impl Narrowed {
-    /// When the run began.
-    pub fn started(&self) -> Instant {
-        self.started
-    }
-
-    /// Completes the report of the narrower model as the report of the source.
-    pub fn complete(&self, report: &mut CompressReport) {
-        self.outline.complete(Parts::of_run(report));
-        report.source_files.clone_from(&self.source_files);
-        report.calibration.clone_from(&self.calibration);
-        report.linear = super::record::summary(&report.linears);
-        report.timings.calibrate_forward += self.timings.calibrate_forward;
-        report.timings.calibrate_backward += self.timings.calibrate_backward;
-        report.timings.decompose += self.timings.decompose;
-        report.timings.allocate += self.timings.allocate;
-    }
 }

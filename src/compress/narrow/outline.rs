@@ -8,12 +8,12 @@ use serde_json::Value;
 use super::super::job::Job;
 use super::super::plan::Plan;
 use super::super::record;
-use super::context::Chosen;
-use super::curves::Curve;
+use super::context::{Curve, Widths};
 use super::shown::Names;
 use crate::formats::Source;
 use crate::model::inventory::LinearInfo;
 use crate::model::narrow::NarrowUnit;
+use crate::operator::Shape;
 use crate::report::{AdapterRecord, CompressReport, DryRunReport, LinearRecord, NarrowRecord, NarrowedUnit, Sizes};
 
 /// What a report says of the source in place of the narrower model.
@@ -22,22 +22,29 @@ pub(in crate::compress) struct Outline {
     adapter: Option<AdapterRecord>,
     /// Tensors with fewer entries than in the source, besides weights.
     biases: BTreeSet<String>,
-    /// The names of tensors in the source, of blocks with other numbers there.
-    names: BTreeMap<String, String>,
-    linears: Vec<LinearInfo>,
+    /// Every targeted linear in the source, by its name in the narrower model.
+    linears: BTreeMap<String, InSource>,
     before: Sizes,
     record: NarrowRecord,
     recipe: Value,
 }
 
-/// The widths that were chosen.
-pub(super) struct Widths<'a> {
-    pub units: &'a [NarrowUnit],
-    pub chosen: &'a Chosen,
-    /// The errors at every width, if they were measured.
-    pub curves: Option<&'a [Curve]>,
-    /// What stays as it is, and why.
-    pub notes: Vec<String>,
+/// A linear in the source.
+struct InSource {
+    module: String,
+    shape: Shape,
+}
+
+impl InSource {
+    /// From its record; `sources` are the numbers that blocks have in the source.
+    fn of(linear: &LinearRecord, sources: &[usize], units: &[NarrowUnit]) -> Self {
+        let ([m, n], all) = (linear.shape, linear.parameters_before as usize);
+        let is_reader = units.iter().any(|unit| unit.reader.module == linear.module);
+        let shape = if is_reader { (m, all / m.max(1)) } else { (all / n.max(1), n) };
+        let numbers = linear.block.map(|block| (format!(".{block}."), format!(".{}.", sources[block])));
+        let module = numbers.map_or(linear.module.clone(), |(own, old)| linear.module.replacen(&own, &old, 1));
+        Self { module, shape }
+    }
 }
 
 /// The parts of a report that say something of the source.
@@ -90,20 +97,53 @@ impl Outline {
         names: Names,
         widths: Widths<'_>,
     ) -> Result<Self> {
-        let Widths { units, chosen, curves, notes } = widths;
-        let stays = |at: &usize| !chosen.dropped.contains(&units[*at].block);
+        let Widths { units, chosen, kept, curves, notes } = widths;
         let unit = |at: usize| unit_record(&units[at], curves.map(|curves| &curves[at]), chosen.widths[at]);
-        let blocks = (0..units.len()).filter(stays).map(unit).collect();
+        let stay = (0..units.len()).filter(|&at| !chosen.dropped.contains(&units[at].block));
+        let blocks = stay.map(unit).collect();
+        let linears = plan.linears.iter().filter_map(|linear| {
+            let weight = linear.weight_name();
+            let own = names.get(&weight).cloned().unwrap_or(Some(weight))?;
+            let own = own.strip_suffix(".weight").unwrap_or(&own).to_string();
+            Some((own, InSource { module: linear.module.clone(), shape: linear.shape() }))
+        });
+        let changed = units.iter().zip(kept).filter(|(unit, kept)| unit.is_changed(kept));
+        let in_narrower = |name: String| names.get(&name).cloned().unwrap_or(Some(name));
         Ok(Self {
             source_quantization: job.checkpoint.source_quantization(),
             adapter: AdapterRecord::of(job.checkpoint)?,
-            biases: biases(units, &chosen.widths),
-            names: names.into_iter().filter_map(|(old, new)| Some((new?, old))).collect(),
-            linears: plan.linears.clone(),
+            biases: changed.flat_map(|(unit, _)| biases(unit)).filter_map(in_narrower).collect(),
+            linears: linears.collect(),
             before: record::sizes(source, job.recipe, plan, &vec![None; plan.linears.len()]),
             record: NarrowRecord { blocks, dropped: chosen.dropped.clone(), notes },
             recipe: record::recipe(job.recipe),
         })
+    }
+
+    /// The outline of an output that is narrowed further, from its report; errors of units are those of the report of the
+    /// source.
+    pub(super) fn of_earlier(earlier: &CompressReport, widths: &Widths<'_>) -> Self {
+        let mut record = earlier.narrow.clone().expect("invariant: the output is one of narrower modules");
+        let sources: Vec<usize> =
+            (0..).filter(|block| !record.dropped.contains(block)).take(earlier.linears.len()).collect();
+        let curves = widths.curves.expect("invariant: an elastic output has errors");
+        for ((unit, curve), &width) in widths.units.iter().zip(curves).zip(&widths.chosen.widths) {
+            let is_own = |own: &&mut NarrowedUnit| own.block == sources[unit.block] && own.kind == unit.kind.name();
+            let Some(own) = record.blocks.iter_mut().find(is_own) else { continue };
+            let new = unit_record(unit, Some(curve), width);
+            (own.after, own.squared_error, own.relative_error) = (width, new.squared_error, new.relative_error);
+        }
+        let linears =
+            earlier.linears.iter().map(|linear| (linear.module.clone(), InSource::of(linear, &sources, widths.units)));
+        Self {
+            source_quantization: earlier.source_quantization.clone(),
+            adapter: earlier.adapter.clone(),
+            biases: widths.units.iter().flat_map(biases).collect(),
+            linears: linears.collect(),
+            before: earlier.sizes,
+            record,
+            recipe: earlier.recipe.clone(),
+        }
     }
 
     /// Completes a report of the narrower model.
@@ -111,7 +151,7 @@ impl Outline {
         report.recipe.clone_from(&self.recipe);
         report.source_quantization.clone_from(&self.source_quantization);
         report.adapter.clone_from(&self.adapter);
-        report.passed_through.retain(|name| !self.biases.contains(self.names.get(name).unwrap_or(name)));
+        report.passed_through.retain(|name| !self.biases.contains(name));
         let (before, after) = (self.before, report.sizes);
         let share = after.linear_parameters_before as f64 / before.linear_parameters_before as f64;
         after.linear_parameters_before = before.linear_parameters_before;
@@ -131,27 +171,22 @@ impl Outline {
 
     /// Completes the record of a linear.
     fn complete_linear(&self, linear: &mut LinearRecord) {
-        let stored = self.names.get(&format!("{}.weight", linear.module));
-        let of_source = stored.and_then(|name| name.strip_suffix(".weight"));
-        let named = of_source.unwrap_or(&linear.module).to_string();
-        let Some(source) = self.linears.iter().find(|source| source.module == named) else { return };
-        linear.parameters_before = source.n_parameters();
-        let (m, n) = source.shape();
-        let narrower = (linear.shape != [m, n]).then(|| format!("narrower: {m} x {n} in the source"));
-        let moved = (named != linear.module).then(|| format!("`{named}` in the source"));
+        let Some(InSource { module: named, shape: (m, n) }) = self.linears.get(&linear.module) else { return };
+        linear.parameters_before = (m * n) as u64;
+        let narrower = (linear.shape != [*m, *n]).then(|| format!("narrower: {m} x {n} in the source"));
+        let moved = (*named != linear.module).then(|| format!("`{named}` in the source"));
         let notes: Vec<String> = linear.note.take().into_iter().chain(narrower.clone()).chain(moved).collect();
         linear.note = (!notes.is_empty()).then(|| notes.join("; "));
         if narrower.is_some() && linear.quant.is_none() {
-            let unit = self.record.blocks.iter().find(|unit| unit.reader == named);
+            let unit = self.record.blocks.iter().find(|unit| unit.reader == *named);
             linear.relative_error = unit.and_then(|unit| unit.relative_error);
         }
     }
 }
 
-/// The names that biases of narrower linears may have.
-fn biases(units: &[NarrowUnit], widths: &[usize]) -> BTreeSet<String> {
-    let narrower = units.iter().zip(widths).filter(|(unit, width)| **width < unit.width());
-    narrower.flat_map(|(unit, _)| unit.makers.iter().flat_map(LinearInfo::bias_names)).collect()
+/// The names that biases of linears that lose rows may have.
+fn biases(unit: &NarrowUnit) -> impl Iterator<Item = String> {
+    unit.makers.iter().flat_map(LinearInfo::bias_names)
 }
 
 fn unit_record(unit: &NarrowUnit, curve: Option<&Curve>, kept: usize) -> NarrowedUnit {

@@ -8,8 +8,7 @@ use super::super::budget::{forms_by_shape, known_choices};
 use super::super::limit::unreachable_budget;
 use super::super::plan::Plan;
 use super::super::recipe::{Budget, Limit, Recipe, WidthRule};
-use super::context::{Chosen, Context};
-use super::curves::Curve;
+use super::context::{Chosen, Context, Curve};
 use super::ranks::RankCurves;
 use super::shown;
 use crate::approx::narrow::Narrowing;
@@ -51,6 +50,26 @@ impl Found<'_> {
 /// # Errors
 /// The budget cannot be met.
 pub(super) fn choose(context: &Context<'_>, plan: &Plan, recipe: &Recipe, found: &Found<'_>) -> Result<Chosen> {
+    let n_weights = plan.linears.iter().map(LinearInfo::n_parameters).sum::<u64>();
+    best(context, plan, recipe, found)?.map_err(|Least(least)| match recipe.budget() {
+        Budget::Keep(keep) => unreachable_budget(recipe, Budget::Keep(keep), least as f64 / n_weights as f64),
+        budget => unreachable_budget(recipe, budget, least as f64),
+    })
+}
+
+/// The least size that can be reached, in the unit of the budget.
+pub(super) struct Least(pub u64);
+
+/// The same, or the least size if the budget is below it.
+///
+/// # Errors
+/// The shapes of the model are invalid.
+pub(super) fn best(
+    context: &Context<'_>,
+    plan: &Plan,
+    recipe: &Recipe,
+    found: &Found<'_>,
+) -> Result<Result<Chosen, Least>> {
     let problem = Problem::new(context, plan, recipe, found);
     let (curves, losses) = (&found.curves, &found.losses);
     let found = match context.approach.widths {
@@ -59,14 +78,10 @@ pub(super) fn choose(context: &Context<'_>, plan: &Plan, recipe: &Recipe, found:
         WidthRule::ByBlock => problem.by_block()?,
     };
     if let Some(chosen) = found {
-        return Ok(chosen);
+        return Ok(Ok(chosen));
     }
     let smallest = (0..curves.len()).map(|unit| problem.options(unit)[0]).collect();
-    let least = problem.size(&problem.without(losses.len().saturating_sub(1), smallest))?;
-    Err(match context.approach.limit.limit() {
-        Limit::Keep(keep) => unreachable_budget(recipe, Budget::Keep(keep), least as f64 / problem.n_weights as f64),
-        _ => unreachable_budget(recipe, Budget::Bytes(problem.most), least as f64),
-    })
+    Ok(Err(Least(problem.size(&problem.without(losses.len().saturating_sub(1), smallest))?)))
 }
 
 /// Parameters of the targeted linears of each block.

@@ -339,6 +339,7 @@ impl Recipe {
             damping_input: damping(preset.input, self.damping_input()),
             damping_output: damping(preset.output, self.damping_output()),
             clip_gradients: self.clips_gradients().then_some(true),
+            elastic: narrow.is_elastic.then_some(true),
             calibration: calibration.map(|windows| windows.text.clone()),
             statistics: self.statistics().map(PathBuf::from),
             field: calibration.map(|windows| windows.field.clone()).filter(|field| field != DEFAULT_FIELD),

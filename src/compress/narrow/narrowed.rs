@@ -1,0 +1,47 @@
+//! A narrower model, as the source of the rest of the run.
+
+use std::time::Instant;
+
+use super::super::recipe::Recipe;
+use super::super::record;
+use super::outline::{Outline, Parts};
+use crate::calibrate::Statistics;
+use crate::checkpoint::{Checkpoint, Fingerprint};
+use crate::report::{CalibrationRecord, CompressReport, Timings, TruncationRecord};
+
+/// A model with narrower modules, and how it came about.
+pub(in crate::compress) struct Narrowed {
+    /// The narrower model.
+    pub checkpoint: Checkpoint,
+    /// Its statistics, if linears become matrices of low rank.
+    pub statistics: Option<Statistics>,
+    /// The recipe for its linears.
+    pub then: Recipe,
+    /// What a report says of the source.
+    pub outline: Outline,
+    pub(super) source_files: Fingerprint,
+    pub(super) calibration: Option<CalibrationRecord>,
+    pub(super) truncated: Option<TruncationRecord>,
+    pub(super) timings: Timings,
+    pub(super) started: Instant,
+}
+
+impl Narrowed {
+    /// When the run began.
+    pub fn started(&self) -> Instant {
+        self.started
+    }
+
+    /// Completes the report of the narrower model as the report of the source.
+    pub fn complete(&self, report: &mut CompressReport) {
+        self.outline.complete(Parts::of_run(report));
+        report.source_files.clone_from(&self.source_files);
+        report.calibration.clone_from(&self.calibration);
+        report.truncated.clone_from(&self.truncated);
+        report.linear = record::summary(&report.linears);
+        report.timings.calibrate_forward += self.timings.calibrate_forward;
+        report.timings.calibrate_backward += self.timings.calibrate_backward;
+        report.timings.decompose += self.timings.decompose;
+        report.timings.allocate += self.timings.allocate;
+    }
+}
