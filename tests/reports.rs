@@ -248,6 +248,7 @@ fn gates_on_what_a_run_does_not_measure_are_refused_before_any_work() {
         (&["--keep", "0.8"], "linears.sensitivity", "`--ranks knapsack`"),
         (&factors, "equal_bytes_baseline.kl", "`--calibration FILE` measures it"),
         (&calibrated, "calibration.gradient_windows", "`--gradient-samples N`"),
+        (&["--keep", "0.8"], "timings.forward_after", "`--structure narrow` fills it"),
         (&dry, "linear.max_error", "remove `--dry-run`"),
         (&dry, "linears.seconds", "remove `--dry-run`"),
         (&dry, "linears.relative_error", "`--dry-run=full`"),

@@ -111,7 +111,9 @@ fn absent(recipe: &Recipe) -> Vec<(Vec<Field>, &'static str)> {
     let mut absent = vec![(fields_at::<CompressReport>("truncated"), "`lrc truncate` writes it")];
     let mut add = |name: &str, hint: &'static str| absent.push((fields_at::<CompressReport>(name), hint));
     if recipe.narrow().is_none() {
-        add("narrow", "`--structure narrow` fills it");
+        for name in ["narrow", "timings.forward_before", "timings.forward_after"] {
+            add(name, "`--structure narrow` fills it");
+        }
     }
     match recipe.calibration() {
         None if recipe.statistics().is_none() => {
@@ -200,7 +202,11 @@ pub(super) fn show(report: &CompressReport, output: &Path) -> String {
     let lines = notes::lines(report.linears.iter().map(|l| (l.module.as_str(), l.note.as_deref())));
     let baseline = report.equal_bytes_baseline.as_ref().map(equal_bytes_baseline);
     let widths = report.narrow.iter().flat_map(|narrow| narrow.lines());
-    let notes: String = widths.chain(lines).map(|line| line + "\n").chain(baseline).collect();
+    let forward = report.timings.forward_before.zip(report.timings.forward_after).map(|(before, after)| {
+        let share = 100.0 * after / before;
+        format!("blocks run in {:.2} ms before, {:.2} ms after ({share:.0} %)", 1e3 * before, 1e3 * after)
+    });
+    let notes: String = widths.chain(forward).chain(lines).map(|line| line + "\n").chain(baseline).collect();
     format!(
         "{}{}{}{notes}wrote `{}` in {:.1} s{memory}\n",
         tables(&report.linears, &report.sizes),

@@ -52,9 +52,9 @@ pub(super) struct InspectArgs {
     #[command(flatten)]
     device: DeviceArgs,
 
-    /// Show errors of leaving out blocks, groups of heads and channels
+    /// Show what leaving out blocks, heads or channels costs
     ///
-    /// They are squared, in the metric of `--calibration` or `--statistics`, after what stays is refitted: those by which
+    /// Squared errors in the metric of `--calibration` or `--statistics`, after what stays is refitted: those by which
     /// `lrc compress --structure narrow` and `--structure depth` choose.
     #[arg(long, conflicts_with = "csv", help_heading = "Output")]
     importance: bool,

@@ -16,6 +16,7 @@ mod dry_run;
 mod equal_bytes;
 mod estimate;
 mod fits;
+mod forward;
 mod inputs;
 mod job;
 mod limit;
@@ -92,6 +93,7 @@ pub fn compress(job: &Job<'_>, progress: &dyn Progress) -> Result<CompressReport
     let done = match job.recipe.then() {
         None => into_folder(run, &folder, None, progress),
         Some(_) => narrow::narrowed(run, &folder, progress).and_then(|mut narrowed| {
+            narrowed.time_forward(job);
             let statistics = narrowed.statistics.take();
             let job = Job { checkpoint: &narrowed.checkpoint, recipe: &narrowed.then, ..job.clone() };
             into_folder(Run::of_narrowed(&job, statistics)?, &folder, Some(&narrowed), progress)

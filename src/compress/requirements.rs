@@ -50,7 +50,7 @@ impl Plan {
             (Some(approach), Some(then)) => {
                 let needs = Needs::of(checkpoint, approach, &self.linears);
                 // The narrower model is no larger than the source.
-                needs.refitted + self.kept_bytes(checkpoint, &then, tokens)
+                needs.kept + self.kept_bytes(checkpoint, &then, tokens)
             }
             _ => 0,
         };

@@ -114,7 +114,7 @@ impl NarrowUnit {
         if slices.is_empty() {
             return runs(kept, self.rows_each(role));
         }
-        let mut narrower = self.widths.clone();
+        let mut narrower = self.widths;
         self.narrow(&mut narrower, kept.len());
         let indices = |slice: Role, widths: &Widths| -> Vec<usize> {
             architecture.rows_of(slice, widths).into_iter().flat_map(|rows| rows.indices()).collect()

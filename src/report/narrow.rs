@@ -33,6 +33,19 @@ impl NarrowRecord {
     }
 }
 
+impl NarrowRecord {
+    /// The width of every block, where they differ: a line for each kind.
+    pub fn by_block(&self) -> Vec<String> {
+        let line = |kind: &str| {
+            let own: Vec<&NarrowedUnit> = self.blocks.iter().filter(|unit| unit.kind == kind).collect();
+            let is_uniform = own.windows(2).all(|pair| pair[0].after == pair[1].after);
+            let widths: Vec<String> = own.iter().map(|unit| format!("{}: {}", unit.block, unit.after)).collect();
+            (!is_uniform).then(|| format!("{kind} by block of the source: {}", widths.join(", ")))
+        };
+        ["channels", "groups"].into_iter().filter_map(line).collect()
+    }
+}
+
 /// The widths of all units of a kind.
 fn line(kind: &str, units: &[&NarrowedUnit]) -> String {
     let (n, first) = (units.len(), units[0]);

@@ -67,6 +67,7 @@ fn a_full_dry_run_has_the_widths_and_sizes_of_the_run_that_resumes_from_it() {
     let (out, other) = (folder.path().join("out"), folder.path().join("other"));
     for flags in [
         &["--structure", "narrow", "--keep", "0.75", "--width-multiple", "16"][..],
+        &["--structure", "narrow", "--keep", "0.75", "--width-multiple", "16", "--elastic"],
         &["--structure", "narrow,depth", "--keep", "0.5", "--width-multiple", "16"],
         &["--structure", "auto", "--keep", "0.5", "--width-multiple", "16"],
         &["--structure", "narrow", "--keep", "0.75", "--quant", "gptq-int4-g32", "--format", "compressed-tensors"],
@@ -82,7 +83,11 @@ fn a_full_dry_run_has_the_widths_and_sizes_of_the_run_that_resumes_from_it() {
             assert_eq!(widths(&full, kind), widths(&done, kind), "{flags:?}");
         }
         assert_eq!(full["narrow"].get("dropped"), done["narrow"].get("dropped"));
-        assert_eq!(done["output_files"]["model.safetensors"], whole["output_files"]["model.safetensors"], "{flags:?}");
+        for file in ["model.safetensors", "lrc-curves.arrays"] {
+            assert_eq!(done["output_files"].get(file), whole["output_files"].get(file), "{flags:?}: {file}");
+        }
+        let keeps_curves = flags.contains(&"--elastic") || flags.contains(&"auto");
+        assert_eq!(done["output_files"].get("lrc-curves.arrays").is_some(), keeps_curves, "{flags:?}");
         let measuring = |report: &Value| -> f64 {
             ["calibrate_forward", "calibrate_backward", "decompose"]
                 .map(|at| number(&report["timings"], at))

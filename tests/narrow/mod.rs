@@ -9,6 +9,7 @@ mod families;
 mod importance;
 mod joint;
 mod runs;
+mod shown;
 
 use std::path::{Path, PathBuf};
 

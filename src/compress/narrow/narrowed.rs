@@ -2,6 +2,8 @@
 
 use std::time::Instant;
 
+use super::super::forward;
+use super::super::job::Job;
 use super::super::recipe::Recipe;
 use super::super::record;
 use super::outline::{Outline, Parts};
@@ -32,6 +34,18 @@ impl Narrowed {
         self.started
     }
 
+    /// Measures the forward pass of the source and of the narrower model.
+    pub fn time_forward(&mut self, job: &Job<'_>) {
+        let seconds = |checkpoint| match forward::seconds(checkpoint, &job.device, job.memory_bytes) {
+            Ok(seconds) => Some(seconds),
+            Err(error) => {
+                tracing::info!("the forward pass was not timed: {error:#}");
+                None
+            }
+        };
+        (self.timings.forward_before, self.timings.forward_after) = (seconds(job.model()), seconds(&self.checkpoint));
+    }
+
     /// Completes the report of the narrower model as the report of the source.
     pub fn complete(&self, report: &mut CompressReport) {
         self.outline.complete(Parts::of_run(report));
@@ -43,5 +57,7 @@ impl Narrowed {
         report.timings.calibrate_backward += self.timings.calibrate_backward;
         report.timings.decompose += self.timings.decompose;
         report.timings.allocate += self.timings.allocate;
+        report.timings.forward_before = self.timings.forward_before;
+        report.timings.forward_after = self.timings.forward_after;
     }
 }

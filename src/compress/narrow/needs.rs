@@ -11,8 +11,8 @@ use crate::model::narrow::NarrowUnit;
 pub(in crate::compress) struct Needs {
     /// Bytes of each piece of work that runs beside others.
     pub at_once: Vec<u64>,
-    /// Bytes of the refitted readers.
-    pub refitted: u64,
+    /// Bytes of the refitted readers, and of what an elastic output keeps beside its weights.
+    pub kept: u64,
     /// Multiplications with additions, in f64.
     pub operations: f64,
 }
@@ -28,10 +28,19 @@ impl Needs {
         let of_ranks = linears.iter().filter(|_| approach.then_low_rank()).map(ranks::bytes);
         Self {
             at_once: of_units.chain(of_blocks).chain(of_ranks).collect(),
-            refitted: units.iter().map(|unit| unit.reader.n_bytes()).sum(),
+            kept: units
+                .iter()
+                .map(|unit| unit.reader.n_bytes() + if approach.is_elastic { form(unit) } else { 0 })
+                .sum(),
             operations: units.iter().map(operations).sum(),
         }
     }
+}
+
+/// Bytes of the input form of a reader that is kept: a triangle in f32.
+fn form(unit: &NarrowUnit) -> u64 {
+    let n = unit.reader.in_features as u64;
+    2 * n * (n + 1)
 }
 
 /// The inverse of the input form, the image of the output form, the elimination, and the refit at most.
