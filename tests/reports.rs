@@ -250,6 +250,7 @@ fn gates_on_what_a_run_does_not_measure_are_refused_before_any_work() {
         (&factors, "equal_bytes_baseline.kl", "`--calibration FILE` measures it"),
         (&without, "equal_bytes_baseline.bits_per_weight", "`--equal-bytes-baseline=false` leaves it out"),
         (&calibrated, "calibration.gradient_windows", "`--gradient-samples N`"),
+        (&["--keep", "0.8"], "timings.forward_after", "`--structure narrow` fills it"),
         (&dry, "linear.max_error", "remove `--dry-run`"),
         (&dry, "linears.seconds", "remove `--dry-run`"),
         (&dry, "linears.relative_error", "`--dry-run=full`"),

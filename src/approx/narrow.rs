@@ -59,6 +59,11 @@ impl Narrowing {
         Self::kept(&reversed)
     }
 
+    /// The first `count` of the order, in that order.
+    pub fn leading(&self, count: usize) -> Vec<usize> {
+        self.order[..count].to_vec()
+    }
+
     /// The first `count` of the order, ascending.
     pub fn first(&self, count: usize) -> Vec<usize> {
         let mut kept = self.order[..count].to_vec();
@@ -103,10 +108,15 @@ impl Columns {
 
 /// The form of a metric (n, n), positive definite.
 pub fn input_form(metric: &Metric, n: usize) -> Mat<f64> {
-    let mut form = metric.to_dense().unwrap_or_else(|| {
+    positive_definite(metric.to_dense().unwrap_or_else(|| {
         let diagonal = metric.to_diagonal(n);
         Mat::from_fn(n, n, |i, j| if i == j { diagonal[i] } else { 0.0 })
-    });
+    }))
+}
+
+/// A symmetric form (n, n), with more on its diagonal if it is not positive definite.
+pub fn positive_definite(mut form: Mat<f64>) -> Mat<f64> {
+    let n = form.nrows();
     if linalg::cholesky(form.as_ref()).is_none() {
         let mean = (0..n).map(|i| form[(i, i)]).sum::<f64>() / n.max(1) as f64;
         (0..n).for_each(|i| form[(i, i)] += FLOOR * mean);
@@ -123,6 +133,11 @@ pub fn forward(columns: &Columns) -> Narrowing {
 /// The order in which columns, taken away from the end, raise the error least.
 pub fn backward(columns: &Columns) -> Narrowing {
     Narrowing::dropped(&columns.eliminate(columns.inverse(), columns.image.clone(), Next::Smallest))
+}
+
+/// The squared error of leaving out each run alone, after all others are refitted: `tr((C⁻¹)_gg⁻¹ H_gg)`.
+pub fn alone(columns: &Columns) -> Vec<f64> {
+    linalg::values_of_runs(&columns.inverse(), &columns.image, columns.run)
 }
 
 /// The order of `scores` (n), largest first; a run has the sum of its columns.
@@ -149,7 +164,7 @@ pub fn wanda_sp(columns: &Columns, weight: MatRef<'_, f64>) -> Vec<f64> {
 
 /// `W C_{:S} C_SS⁻¹` (m, |S|): the kept columns, refitted to take up what the others did.
 ///
-/// `input` is [`input_form`], and `kept` ascending.
+/// `input` is [`input_form`]; the columns of the result are in the order of `kept`.
 pub fn refit(weight: MatRef<'_, f64>, input: MatRef<'_, f64>, kept: &[usize]) -> Mat<f64> {
     let n = input.nrows();
     let beside = Mat::from_fn(n, kept.len(), |i, j| input[(i, kept[j])]);

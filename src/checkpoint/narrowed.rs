@@ -19,7 +19,7 @@ use crate::codecs::cast;
 pub struct Selected {
     /// The dimension: 0 for the rows of a matrix, 1 for its columns.
     pub dimension: usize,
-    /// The entries, ascending.
+    /// The entries, in the order that they get.
     pub indices: Arc<[usize]>,
 }
 

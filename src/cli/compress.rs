@@ -113,7 +113,9 @@ fn absent(recipe: &Recipe) -> Vec<(Vec<Field>, &'static str)> {
     let mut absent = vec![(fields_at::<CompressReport>("truncated"), "`lrc truncate` writes it")];
     let mut add = |name: &str, hint: &'static str| absent.push((fields_at::<CompressReport>(name), hint));
     if recipe.narrow().is_none() {
-        add("narrow", "`--structure narrow` fills it");
+        for name in ["narrow", "timings.forward_before", "timings.forward_after"] {
+            add(name, "`--structure narrow` fills it");
+        }
     }
     match recipe.calibration() {
         None if recipe.statistics().is_none() => {
@@ -156,10 +158,14 @@ fn absent_in_dry_run(recipe: &Recipe, depth: DryRun) -> Vec<(Vec<Field>, &'stati
     for name in ["expert_tokens", "storage_error", "sensitivity", "seconds"] {
         of_run.extend(fields_at::<DryRunReport>(&format!("linears.{name}")));
     }
+    of_run.extend(fields_at::<DryRunReport>("narrow.blocks.seconds"));
+    let of_widths = |name: &str| fields_at::<DryRunReport>(&format!("narrow.blocks.{name}"));
     let mut absent = absent(recipe);
     if depth == DryRun::Plan {
         let errors = fields_at::<DryRunReport>("linears.relative_error");
-        absent.push((errors, "`--dry-run=full`, or the run itself, measures it"));
+        for errors in [errors, of_widths("relative_error"), of_widths("squared_error")] {
+            absent.push((errors, "`--dry-run=full`, or the run itself, measures it"));
+        }
     }
     absent.push((of_run, "the run itself measures it: remove `--dry-run`"));
     absent
@@ -168,15 +174,22 @@ fn absent_in_dry_run(recipe: &Recipe, depth: DryRun) -> Vec<(Vec<Field>, &'stati
 fn show_dry_run(report: &DryRunReport) -> String {
     let [memory, disk] = [report.expected_memory_bytes, report.expected_disk_bytes].map(ByteSize);
     let time = HumanDuration(Duration::from_secs_f64(report.expected_seconds));
+    let what = match &report.narrow {
+        Some(narrow) if !narrow.blocks.is_empty() => "widths",
+        Some(narrow) if !narrow.dropped.is_empty() => "blocks",
+        _ => "ranks",
+    };
     let ranks = match report.ranks {
-        RankSource::Exact => "",
+        RankSource::Exact => String::new(),
         RankSource::Even => {
-            "ranks: the budget spread evenly; `--dry-run=full` measures, and shows the ranks of the run\n"
+            format!("{what}: the budget spread evenly; `--dry-run=full` measures, and shows the {what} of the run\n")
         }
         RankSource::Unknown => {
             "ranks: unknown, linears are shown as they are; `--dry-run=full` measures, and shows the ranks of the run\n"
+                .into()
         }
     };
+    let widths: String = report.narrow.iter().flat_map(|narrow| narrow.lines()).map(|line| line + "\n").collect();
     let end = match &report.kept_in {
         Some(folder) => {
             format!("measurements are kept in `{folder}`; the same command without `--dry-run` resumes from it")
@@ -184,7 +197,7 @@ fn show_dry_run(report: &DryRunReport) -> String {
         None => "nothing was written".into(),
     };
     format!(
-        "{}{}{}{ranks}expected memory: {memory}\nexpected disk: {disk}\nexpected time: about {time}\ndry run: {end}\n",
+        "{}{}{}{widths}{ranks}expected memory: {memory}\nexpected disk: {disk}\nexpected time: about {time}\ndry run: {end}\n",
         tables(&report.linears, &report.sizes),
         passed_through(&report.passed_through),
         left_out(&report.left_out)
@@ -197,7 +210,12 @@ pub(super) fn show(report: &CompressReport, output: &Path) -> String {
     let baseline = report.equal_bytes_baseline.as_ref().map(equal_bytes_baseline);
     let widths = report.narrow.iter().flat_map(|narrow| narrow.lines());
     let healed = report.healed.as_ref().map(heal::healing);
-    let notes: String = widths.chain(lines).map(|line| line + "\n").chain(baseline).chain(healed).collect();
+    let forward = report.timings.forward_before.zip(report.timings.forward_after).map(|(before, after)| {
+        let share = 100.0 * after / before;
+        format!("blocks run in {:.2} ms before, {:.2} ms after ({share:.0} %)", 1e3 * before, 1e3 * after)
+    });
+    let lines = widths.chain(forward).chain(lines).map(|line| line + "\n");
+    let notes: String = lines.chain(baseline).chain(healed).collect();
     format!(
         "{}{}{}{notes}wrote `{}` in {:.1} s{memory}\n",
         tables(&report.linears, &report.sizes),

@@ -1,7 +1,6 @@
 //! `lrc inspect`.
 
 use std::cmp::Ordering;
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
@@ -15,26 +14,28 @@ use crate::checkpoint::{Checkpoint, check_file, expect_apart, write_text};
 use crate::compress::allocate::{FULL, Ranks};
 use crate::compress::presets::Method;
 use crate::compress::recipe::{Recipe, RecipeOptions};
-use crate::compress::spectra::{Weighted, weighted_curves};
+use crate::compress::spectra::Observed;
 use crate::device::Device;
 use crate::error::Failure;
-use crate::inspect;
+use crate::inspect::{self, InMetric};
 use crate::model::coverage::missing;
 use crate::report::columns::{self, COLUMNS, Cell, Chosen};
 use crate::report::schema::fields_at;
-use crate::report::{InspectReport, SpectrumRecord, gate, notes, page};
+use crate::report::{ImportanceRecord, InspectReport, SpectrumRecord, gate, notes, page};
 
 /// Show the spectrum of every linear
 ///
 /// Works on any safetensors checkpoint, of a known architecture or not:
 /// matrices are found by name and shape, and fused matrices and stacked experts
 /// are marked. With a text or statistics, columns `weighted.*` show spectra in
-/// the calibration metric.
+/// the calibration metric, and --importance shows what it costs to leave out
+/// blocks, groups of heads, and channels of feed-forward layers.
 ///
 /// Examples:
 ///   lrc inspect MODEL
 ///   lrc inspect MODEL --sort alpha --map stable_rank
 ///   lrc inspect MODEL --calibration text.txt --html spectra.html
+///   lrc inspect MODEL --calibration text.txt --importance
 ///   lrc inspect MODEL --csv > spectra.csv
 #[derive(Debug, Args)]
 #[command(verbatim_doc_comment, after_long_help = definitions())]
@@ -50,6 +51,13 @@ pub(super) struct InspectArgs {
 
     #[command(flatten)]
     device: DeviceArgs,
+
+    /// Show what leaving out blocks, heads or channels costs
+    ///
+    /// Squared errors in the metric of `--calibration` or `--statistics`, after what stays is refitted: those by which
+    /// `lrc compress --structure narrow` and `--structure depth` choose.
+    #[arg(long, conflicts_with = "csv", help_heading = "Output")]
+    importance: bool,
 
     /// Sort by this column, largest first (`alpha`)
     #[arg(long, value_name = "COLUMN", value_parser = column, help_heading = "Output")]
@@ -170,7 +178,13 @@ const ADD_METRIC: &str = "add `--calibration` or `--statistics`";
 fn check(args: &InspectArgs) -> Result<()> {
     let has_metric = args.has_metric();
     let of_metric = if has_metric { Vec::new() } else { fields_at::<InspectReport>("linears.weighted") };
-    gate::expect_fields::<InspectReport>(&args.gates.fail_if, &[(of_metric, ADD_METRIC)])?;
+    let of_importance = if args.importance { Vec::new() } else { fields_at::<InspectReport>("importance") };
+    let absent = [(of_metric, ADD_METRIC), (of_importance, "add `--importance`")];
+    gate::expect_fields::<InspectReport>(&args.gates.fail_if, &absent)?;
+    if args.importance && !has_metric {
+        let message = "`--importance` needs a calibration metric: errors are measured on a text";
+        return Err(Failure::usage(message).hint(ADD_METRIC).into());
+    }
     if let Some(chosen) = args.sort.iter().chain([&args.map]).find(|chosen| chosen.is_weighted && !has_metric) {
         let message = format!("column `{}` needs a calibration metric", chosen.name());
         return Err(Failure::usage(message).hint(ADD_METRIC).into());
@@ -200,20 +214,16 @@ fn check(args: &InspectArgs) -> Result<()> {
     Ok(())
 }
 
-/// The name of the metric, and the curves in it.
-fn weighted(
-    args: &InspectArgs,
-    checkpoint: &Checkpoint,
-    device: &Device,
-    progress: &Bars,
-) -> Result<(String, BTreeMap<String, Weighted>)> {
+/// What is shown in the metric.
+fn weighted(args: &InspectArgs, checkpoint: &Checkpoint, device: &Device, progress: &Bars) -> Result<InMetric> {
     let method = args.options.values.method.unwrap_or(Method::Kfac);
     // Whole spectra: nothing is truncated.
     let ranks = Some(Ranks::Fixed(FULL));
     let options = RecipeOptions { ranks, method: Some(method), ..args.options.values.clone() };
     let (recipe, memory_bytes) = (Recipe::new(&options)?, args.memory.bytes());
-    let curves = weighted_curves(checkpoint, &recipe, device, memory_bytes, progress)?;
-    Ok((method.name().into(), curves))
+    let observed = Observed::measure(checkpoint, &recipe, device, memory_bytes, progress)?;
+    let importance = args.importance.then(|| observed.importance()).transpose()?;
+    Ok(InMetric { name: method.name().into(), curves: observed.curves()?, importance })
 }
 
 /// Sorts records by a column.
@@ -275,8 +285,9 @@ fn show(report: &InspectReport, map: &str) -> String {
     let metric = report.metric.as_ref().map_or(String::new(), |metric| format!("metric: {metric}\n"));
     let lines = notes::lines(report.linears.iter().map(|r| (r.module.as_str(), r.note.as_deref())));
     let metric = metric + &lines.into_iter().map(|line| line + "\n").collect::<String>();
+    let importance = report.importance.as_ref().map_or(String::new(), show_importance);
     format!(
-        "{}\n{map}{metric}{} matrices, {} other tensors, {} parameters, {} bytes\n",
+        "{}\n{map}{importance}{metric}{} matrices, {} other tensors, {} parameters, {} bytes\n",
         table(&header, report.linears.iter().map(row).collect()),
         report.linears.len(),
         report.other_tensors.len(),
@@ -291,8 +302,20 @@ fn heat_map(report: &InspectReport, chosen: Chosen) -> String {
         report.linears.iter().filter_map(|r| Some((r.block?, page::within_block(&r.module, r.block?), chosen.of(r)))),
     );
     if grid.columns.is_empty() {
-        return String::new();
+        String::new()
+    } else {
+        shaded(&format!("{} by block and module", chosen.name()), &grid)
     }
+}
+
+/// The errors of leaving out parts of the model, and what cannot be left out.
+fn show_importance(record: &ImportanceRecord) -> String {
+    let maps = page::importance(record).into_iter().map(|(title, grid)| shaded(title, &grid));
+    maps.chain(record.notes.iter().map(|note| format!("{note}\n"))).collect()
+}
+
+/// A table with shaded cells, a row per block.
+fn shaded(title: &str, grid: &page::Grid) -> String {
     let header: Vec<&str> = std::iter::once("block").chain(grid.columns.iter().map(String::as_str)).collect();
     let rows = grid.rows.iter().map(|(block, cells)| {
         let shaded = cells.iter().map(|cell| match cell {
@@ -301,7 +324,7 @@ fn heat_map(report: &InspectReport, chosen: Chosen) -> String {
         });
         std::iter::once(block.to_string()).chain(shaded).collect()
     });
-    format!("{} by block and module\n{}\n", chosen.name(), table(&header, rows.collect()))
+    format!("{title}\n{}\n", table(&header, rows.collect()))
 }
 
 fn csv(report: &InspectReport) -> String {

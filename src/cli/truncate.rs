@@ -15,13 +15,14 @@ use crate::error::Failure;
 use crate::report::{AdapterReport, TruncatedModule};
 use crate::truncate::{AdapterJob, AdapterSize, TruncateJob, is_adapter, truncate, truncate_adapter};
 
-/// Reduce the ranks of a compressed checkpoint or of an adapter
+/// Make a compressed model or an adapter smaller, without its source
 ///
-/// It needs no source, and drops trailing ranks where the stored error curves
-/// lose least. It is exact for the factors layout and for pivots compressed with
-/// `--elastic`; other pivots are refactored in a diagonal approximation of their
-/// metric. The factors of a LoRA adapter (a folder of PEFT, or a file of kohya
-/// or diffusers) are decomposed again.
+/// Trailing ranks go where the stored error curves lose least. It is exact for
+/// the factors layout and for pivots compressed with `--elastic`; other pivots
+/// are refactored in a diagonal approximation of their metric. Outputs of
+/// `--structure narrow --elastic` become narrower, and are what their source
+/// gives at that size, but for rounding. The factors of a LoRA adapter (a folder
+/// of PEFT, or a file of kohya or diffusers) are decomposed again.
 ///
 /// Examples:
 ///   lrc truncate COMPRESSED -o OUT --keep 0.7

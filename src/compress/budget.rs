@@ -103,7 +103,7 @@ pub(super) fn choice(pick: Pick) -> Choice {
 pub(super) fn max_ranks(recipe: &Recipe, plan: &Plan) -> Vec<usize> {
     let is_factored = |linear: &LinearInfo| match linear.vocabulary {
         Some(_) => recipe.embeddings().factors() && recipe.format().stores_all_structures(),
-        None => recipe.quant().is_empty(),
+        None => recipe.quant().is_empty() && recipe.narrow().is_none(),
     };
     let known = known_choices(recipe, plan);
     let largest = |i: usize| match &known {

@@ -7,14 +7,14 @@ use super::budget::{forms_by_shape, known_choices};
 use super::healing::Before;
 use super::job::Job;
 use super::limit::expect_share;
-use super::plan::Choice;
+use super::narrow::{self, Parts};
+use super::plan::{Choice, Plan};
 use super::recipe::Budget;
 use super::run::Run;
 use super::study::Study;
 use super::{estimate, output, record, sensitivity};
 use crate::checkpoint::OutputFolder;
-use crate::error::Failure;
-use crate::formats;
+use crate::formats::{self, Source};
 use crate::operator::Forms;
 use crate::progress::Progress;
 use crate::report::{AdapterRecord, DryRunReport, LinearRecord, RankSource, stopped};
@@ -37,11 +37,6 @@ pub enum DryRun {
 /// # Errors
 /// As [`super::compress`].
 pub fn dry_run(job: &Job<'_>, depth: DryRun, progress: &dyn Progress) -> Result<DryRunReport> {
-    if job.recipe.narrow().is_some() {
-        return Err(Failure::usage("`--dry-run` cannot be combined with `--structure narrow`")
-            .hint("widths follow from measurements alone; the budget of `--keep` or `--target-size` is met from below")
-            .into());
-    }
     let run = Run::new(job)?;
     let (checkpoint, recipe) = (job.checkpoint, job.recipe);
     let memory = run.plan.expected_memory(checkpoint, recipe, job.memory_bytes, rayon::current_num_threads());
@@ -50,7 +45,10 @@ pub fn dry_run(job: &Job<'_>, depth: DryRun, progress: &dyn Progress) -> Result<
     let mut report = match depth {
         DryRun::Plan => {
             run.check_space()?;
-            planned(&run)?
+            match recipe.then() {
+                None => planned(job, &run.plan, &run.source)?,
+                Some(_) => planned_narrower(&run)?,
+            }
         }
         DryRun::Full => measured(run, progress)?,
     };
@@ -63,39 +61,62 @@ pub fn dry_run(job: &Job<'_>, depth: DryRun, progress: &dyn Progress) -> Result<
 }
 
 /// The outcome as far as it is known without measurements.
-fn planned(run: &Run<'_>) -> Result<DryRunReport> {
-    let (recipe, plan) = (run.job.recipe, &run.plan);
+fn planned(job: &Job<'_>, plan: &Plan, source: &Source<'_>) -> Result<DryRunReport> {
+    let recipe = job.recipe;
     let (choices, ranks) = match (known_choices(recipe, plan), recipe.budget()) {
         (Some(choices), _) => (choices, RankSource::Exact),
         // Spectra alone decide; no output is larger than the source.
         (None, Budget::None) => (vec![Choice::Dense; plan.linears.len()], RankSource::Unknown),
-        (None, _) => (choose_by_shape(recipe, plan, &run.source)?, RankSource::Even),
+        (None, _) => (choose_by_shape(recipe, plan, source)?, RankSource::Even),
     };
     let forms = plan.linears.iter().zip(choices).map(|(linear, choice)| forms_by_shape(recipe, linear, choice));
     let forms: Vec<Option<Forms>> = forms.collect();
     let records = forms.iter().enumerate().map(|(i, &forms)| record::linear(plan, i, forms));
-    let sizes = record::sizes(&run.source, recipe, plan, &forms);
+    let sizes = record::sizes(source, recipe, plan, &forms);
     if let (Budget::Keep(keep), []) = (recipe.budget(), recipe.quant()) {
         expect_share(recipe, keep, sizes.linear_parameters_after, sizes.linear_parameters_before)?;
     }
-    Ok(record::dry_run(run.job, records.collect(), sizes, ranks))
+    Ok(record::dry_run(job, records.collect(), sizes, ranks))
+}
+
+/// The same of a model that becomes narrower.
+fn planned_narrower(run: &Run<'_>) -> Result<DryRunReport> {
+    let narrower = narrow::planned(run)?;
+    let (checkpoint, recipe) = (&narrower.checkpoint, &narrower.then);
+    let (plan, source) = (Plan::of_shapes(checkpoint, recipe)?, Source::new(checkpoint));
+    plan.check_format(&source, recipe)?;
+    let mut report = planned(&Job { checkpoint, recipe, ..run.job.clone() }, &plan, &source)?;
+    narrower.outline.complete(Parts::of_dry_run(&mut report));
+    Ok(DryRunReport { ranks: RankSource::Even, ..report })
 }
 
 /// The outcome after all measurements and decompositions, which are kept.
 fn measured(run: Run<'_>, progress: &dyn Progress) -> Result<DryRunReport> {
     let mut folder = run.folder()?;
     let job = run.job;
-    let outcome = match Before::of(job.recipe, &folder) {
-        Some(before) => Run::new(&before.job(job)).and_then(|run| measured(run, progress)),
-        None => outcome(run, &folder, progress),
+    let done = match (Before::of(job.recipe, &folder), job.recipe.then()) {
+        (Some(before), _) => Run::new(&before.job(job)).and_then(|run| measured(run, progress)),
+        (None, None) => outcome(run, &folder, progress),
+        (None, Some(_)) => outcome_of_narrower(run, &folder, progress),
     };
-    match outcome {
+    match done {
         Ok(mut report) => {
             report.kept_in = folder.keep().map(|path| path.display().to_string());
             Ok(report)
         }
         Err(error) => Err(stopped(&mut folder, error)),
     }
+}
+
+/// The outcome of a model that becomes narrower, after the refit of what is kept.
+fn outcome_of_narrower(run: Run<'_>, folder: &OutputFolder, progress: &dyn Progress) -> Result<DryRunReport> {
+    let job = run.job;
+    let mut narrowed = narrow::narrowed(run, folder, progress)?;
+    let statistics = narrowed.statistics.take();
+    let of_narrower = Job { checkpoint: &narrowed.checkpoint, recipe: &narrowed.then, ..job.clone() };
+    let mut report = outcome(Run::of_narrowed(&of_narrower, statistics)?, folder, progress)?;
+    narrowed.outline.complete(Parts::of_dry_run(&mut report));
+    Ok(report)
 }
 
 fn outcome(run: Run<'_>, folder: &OutputFolder, progress: &dyn Progress) -> Result<DryRunReport> {

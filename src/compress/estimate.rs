@@ -11,10 +11,13 @@ use faer::Mat;
 
 use super::budget::max_ranks;
 use super::job::Job;
+use super::narrow::Needs;
 use super::plan::Plan;
+use super::recipe::Recipe;
 use crate::approx::low_rank;
 use crate::approx::metric::MetricPair;
 use crate::calibrate::Windows;
+use crate::checkpoint::Checkpoint;
 use crate::device::HOST;
 use crate::linalg;
 use crate::model::inventory::LinearInfo;
@@ -99,7 +102,35 @@ fn pass(job: &Job<'_>, windows: &Windows) -> Result<f64> {
 pub(super) fn seconds(job: &Job<'_>, plan: &Plan, windows: Option<&Windows>) -> Result<f64> {
     let (checkpoint, recipe) = (job.checkpoint, job.recipe);
     let speed = Speed::measure()?;
-    let threads = rayon::current_num_threads().min(plan.linears.len()) as f64;
+    let then = recipe.then();
+    let mut seconds = 0.0;
+    // What is narrower is taken as wide as the source.
+    for recipe in [Some(recipe), then.as_ref()].into_iter().flatten() {
+        let decomposing = decomposing(checkpoint, recipe, plan, &speed);
+        let anchoring = if recipe.anchor().is_some() { decomposing } else { 0.0 };
+        seconds += decomposing + anchoring + walking(job, recipe, plan, windows, &speed)?;
+    }
+    // Reading, hashing and writing.
+    const BYTES_A_SECOND: f64 = 3e8;
+    let moving = 3.0 * checkpoint.n_bytes() as f64 / BYTES_A_SECOND;
+    Ok(seconds + moving)
+}
+
+/// Number of threads that work on `n` matrices.
+fn threads(n: usize) -> f64 {
+    rayon::current_num_threads().min(n).max(1) as f64
+}
+
+/// Seconds in which linears are decomposed, or narrowed.
+fn decomposing(checkpoint: &Checkpoint, recipe: &Recipe, plan: &Plan, speed: &Speed) -> f64 {
+    let narrow = recipe.narrow();
+    let narrowing = narrow.map_or(0.0, |approach| {
+        let needs = Needs::of(checkpoint, approach, &plan.linears);
+        needs.operations * speed.product / threads(needs.at_once.len())
+    });
+    if !recipe.needs_fits() || narrow.is_some_and(|approach| !approach.then_low_rank()) {
+        return narrowing;
+    }
     let needs = recipe.needs();
     let cube = |n: usize| (n as f64).powi(3);
     // One decomposition: roots of the metric, products with them, the eigenproblem, and the factors.
@@ -107,7 +138,7 @@ pub(super) fn seconds(job: &Job<'_>, plan: &Plan, windows: Option<&Windows>) -> 
         let (m, n) = linear.shape();
         let (small, weights) = (m.min(n), (m * n) as f64);
         let mut products = weights * (small + 2 * rank) as f64;
-        let mut eigen = if rank > 0 { cube(small) } else { 0.0 };
+        let mut eigen = if rank > 0 || narrow.is_some() { cube(small) } else { 0.0 };
         if needs.input_gram {
             products += weights * 2.0 * n as f64;
             // Linears with the same input share its root.
@@ -121,7 +152,13 @@ pub(super) fn seconds(job: &Job<'_>, plan: &Plan, windows: Option<&Windows>) -> 
     };
     let quantizers = recipe.quant().len().max(1) as f64;
     let ranks = max_ranks(recipe, plan);
-    let decomposing: f64 = plan.linears.iter().zip(ranks).map(decompose).sum::<f64>() * quantizers / threads;
+    let all: f64 = plan.linears.iter().zip(ranks).map(decompose).sum();
+    narrowing + all * quantizers / threads(plan.linears.len())
+}
+
+/// Seconds in which the windows go through the model.
+fn walking(job: &Job<'_>, recipe: &Recipe, plan: &Plan, windows: Option<&Windows>, speed: &Speed) -> Result<f64> {
+    let needs = recipe.needs();
     let mut passes = 0.0;
     let mut grams = 0.0;
     let share = windows.map_or(1.0, |w| w.part.with_gradients().tokens as f64 / w.part.tokens.max(1) as f64);
@@ -142,17 +179,12 @@ pub(super) fn seconds(job: &Job<'_>, plan: &Plan, windows: Option<&Windows>) -> 
     // Teacher and student once, and for every epoch forward, backward to inputs and weights, and the held-out windows.
     let epochs = Settings::default().epochs as f64;
     passes += recipe.heal_stages().len() as f64 * (2.0 + 3.2 * epochs);
-    let walking = match windows {
+    match windows {
         Some(windows) if passes > 0.0 => {
-            let head = ModelConfig::of(checkpoint).map_or(0.0, |(c, _)| (c.hidden_size * c.vocab_size) as f64);
+            let head = ModelConfig::of(job.checkpoint).map_or(0.0, |(c, _)| (c.hidden_size * c.vocab_size) as f64);
             let products = grams + 2.0 * back * head;
-            passes * pass(job, windows)? + windows.part.tokens as f64 * products * speed.gram
+            Ok(passes * pass(job, windows)? + windows.part.tokens as f64 * products * speed.gram)
         }
-        _ => 0.0,
-    };
-    let anchoring = if recipe.anchor().is_some() { decomposing } else { 0.0 };
-    // Reading, hashing and writing.
-    const BYTES_A_SECOND: f64 = 3e8;
-    let moving = 3.0 * checkpoint.n_bytes() as f64 / BYTES_A_SECOND;
-    Ok(decomposing + walking + anchoring + moving)
+        _ => Ok(0.0),
+    }
 }

@@ -16,6 +16,7 @@ mod dry_run;
 mod equal_bytes;
 mod estimate;
 mod fits;
+mod forward;
 mod healing;
 mod inputs;
 mod job;
@@ -51,7 +52,7 @@ use crate::formats::{self, Output};
 use crate::model::inventory;
 use crate::operator::Forms;
 use crate::progress::Progress;
-use crate::report::{AdapterRecord, CompressReport, stopped};
+use crate::report::{AdapterRecord, CompressReport, REPORT_FILE, stopped};
 pub(crate) use curves::{KeptCurve, write as write_curves};
 pub use dry_run::{DryRun, dry_run};
 pub use job::{DEFAULT_MEMORY_BYTES, Job};
@@ -96,6 +97,7 @@ pub fn compress(job: &Job<'_>, progress: &dyn Progress) -> Result<CompressReport
     let done = match job.recipe.then() {
         None => into_folder(run, &folder, None, progress),
         Some(_) => narrow::narrowed(run, &folder, progress).and_then(|mut narrowed| {
+            narrowed.time_forward(job);
             let statistics = narrowed.statistics.take();
             let of_source = Job { keep_statistics: None, ..job.clone() };
             let job = Job { checkpoint: &narrowed.checkpoint, recipe: &narrowed.then, ..of_source };
@@ -109,6 +111,25 @@ pub fn compress(job: &Job<'_>, progress: &dyn Progress) -> Result<CompressReport
         }
         Err(error) => Err(stopped(&mut folder, error)),
     }
+}
+
+/// Makes the output of `earlier`, an elastic one of narrower modules, narrower still: to the share `keep` of the targeted
+/// parameters of its source. The recipe has the same budget as a share of what the output has.
+///
+/// # Errors
+/// As [`compress`]; or the output lacks what it needs to become narrower.
+pub(crate) fn narrow_further(
+    job: &Job<'_>,
+    earlier: &CompressReport,
+    keep: f64,
+    progress: &dyn Progress,
+) -> Result<CompressReport> {
+    let folder = OutputFolder::create(job.output, job.existing, REPORT_FILE)?;
+    let narrowed = narrow::further(job, earlier, keep, &folder, progress)?;
+    let job = Job { checkpoint: &narrowed.checkpoint, recipe: &narrowed.then, ..job.clone() };
+    let report = into_folder(Run::of_narrowed(&job, None)?, &folder, Some(&narrowed), progress)?;
+    folder.finish()?;
+    Ok(report)
 }
 
 /// All steps but the last, which publishes the folder.

@@ -256,7 +256,9 @@ recipe_options! {
 
     /// Store the order of ranks, so that `lrc truncate` is exact
     ///
-    /// The order takes r² values beside each matrix in the pivot layout.
+    /// The order takes r² values beside each matrix in the pivot layout. With `--structure narrow` channels and groups
+    /// are stored in order of importance, and the moments of their values beside them, so that `lrc truncate` makes the
+    /// model narrower: half the square of a width for each block.
     elastic: Option<bool>, "Method" [
         num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL", hide_short_help = true
     ],

@@ -323,6 +323,7 @@ pub(super) fn dry_run(job: &Job<'_>, linears: Vec<LinearRecord>, sizes: Sizes, r
         expected_memory_bytes: 0,
         expected_disk_bytes: 0,
         expected_seconds: 0.0,
+        narrow: None,
         kept_in: None,
     }
 }

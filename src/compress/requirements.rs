@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use super::budget::{max_ranks, reads_fit};
 use super::compensate::{Compensate, CompensateRank};
 use super::fits::{fitting_bytes, shared, units_to_share};
+use super::narrow::Needs;
 use super::plan::{Plan, largest_compensation, layout, menu};
 use super::recipe::Recipe;
 use crate::checkpoint::Checkpoint;
@@ -45,8 +46,16 @@ impl Plan {
             Some(_) => anchoring.max(walking),
             None => u64::from(recipe.runs_trials()) * walking,
         };
+        let narrower = match (recipe.narrow(), recipe.then()) {
+            (Some(approach), Some(then)) => {
+                let needs = Needs::of(checkpoint, approach, &self.linears);
+                // The narrower model is no larger than the source.
+                needs.kept + self.kept_bytes(checkpoint, &then, tokens)
+            }
+            _ => 0,
+        };
         // States go as Grams of output gradients come.
-        inputs + states.max(outputs + fits + shared + bases + streams)
+        inputs + states.max(outputs + fits + shared + bases + streams + narrower)
     }
 
     /// Peak memory of a run: the largest decompositions, one per thread, each with weight, image, Gram, eigenvectors
@@ -60,10 +69,7 @@ impl Plan {
         n_threads: usize,
     ) -> u64 {
         let needs = recipe.needs();
-        let alone = self.linears.iter().map(|linear| fitting_bytes(linear.shape(), &[linear.gram_height()]));
-        let shared = self.shared(recipe);
-        let mut sizes: Vec<u64> =
-            alone.chain(shared.iter().map(|(heights, n)| fitting_bytes((heights.iter().sum(), *n), heights))).collect();
+        let mut sizes = self.fitting_bytes(checkpoint, recipe);
         sizes.sort_unstable_by(|x, y| y.cmp(x));
         let at_once = (memory_bytes / sizes.first().copied().unwrap_or(0).max(1)).clamp(1, n_threads as u64);
         let decompositions: u64 = sizes.iter().take(at_once as usize).sum();
@@ -82,6 +88,17 @@ impl Plan {
         let observing = 4 * block + sums + sums / 2;
         let decomposing = decompositions + 2 * inputs;
         observing.max(decomposing) + memory_bytes
+    }
+
+    /// Bytes of each piece of work on matrices.
+    fn fitting_bytes(&self, checkpoint: &Checkpoint, recipe: &Recipe) -> Vec<u64> {
+        let narrowing = recipe.narrow().map(|approach| Needs::of(checkpoint, approach, &self.linears).at_once);
+        let is_decomposed = recipe.then().is_none_or(|then| then.needs_fits());
+        let alone = self.linears.iter().filter(|_| is_decomposed);
+        let alone = alone.map(|linear| fitting_bytes(linear.shape(), &[linear.gram_height()]));
+        let shared = self.shared(recipe);
+        let shared = shared.iter().map(|(heights, n)| fitting_bytes((heights.iter().sum(), *n), heights));
+        alone.chain(shared).chain(narrowing.into_iter().flatten()).collect()
     }
 
     /// Output widths and input width of the units that the recipe allows to share a right factor.

@@ -1,14 +1,17 @@
-//! Spectra in the metric of a method, for inspection before compressing.
+//! Errors in the metric of a method, for inspection before compressing: spectra of linears, and what leaving out parts of
+//! the model costs.
 
 use std::collections::BTreeMap;
 
 use anyhow::{Context, Result};
 use rayon::prelude::*;
+use tempfile::TempDir;
 
 use super::inputs::Inputs;
-use super::metrics::SharedInputs;
+use super::metrics::{Metrics, SharedInputs};
+use super::narrow::{Measure, importance};
 use super::plan::Plan;
-use super::recipe::Recipe;
+use super::recipe::{ChannelSelection, Recipe, default_damping};
 use crate::approx::low_rank::{self, ErrorCurve};
 use crate::approx::metric::MetricPair;
 use crate::checkpoint::Checkpoint;
@@ -17,6 +20,7 @@ use crate::error::Failure;
 use crate::linalg;
 use crate::model::inventory;
 use crate::progress::Progress;
+use crate::report::ImportanceRecord;
 use crate::session::Session;
 use crate::store::Journal;
 
@@ -28,45 +32,80 @@ pub struct Weighted {
     pub note: Option<String>,
 }
 
-/// The error curves of all linears that `recipe` targets, in the metric of its method, by module.
-///
-/// # Errors
-/// As [`super::compress`], up to its decompositions.
-pub fn weighted_curves(
-    checkpoint: &Checkpoint,
-    recipe: &Recipe,
-    device: &Device,
-    memory_bytes: u64,
-    progress: &dyn Progress,
-) -> Result<BTreeMap<String, Weighted>> {
-    expect_weights(checkpoint, recipe)?;
-    let plan = Plan::new(checkpoint, recipe)?;
-    let mut inputs = Inputs::load(checkpoint, recipe, &plan)?;
-    let work = tempfile::tempdir()?;
-    let session = Session::new(checkpoint, device, memory_bytes, work.path().into(), Journal::default(), progress);
-    inputs.measure(&session, recipe)?;
-    let metrics = inputs.metrics(recipe);
-    let stage = progress.stage("metric", plan.linears.len() as u64, "matrices");
-    let mut curves = BTreeMap::new();
-    for block in plan.linears.chunk_by(|a, b| a.block == b.block) {
-        let infos: Vec<_> = block.iter().collect();
-        let shared = SharedInputs::new(&infos);
-        let one = |linear: &&inventory::LinearInfo| -> Result<(String, Weighted)> {
-            stage.note(&linear.module);
-            let (m, n) = linear.shape();
-            let weight = linalg::transposed_from_row_major(&inventory::weight(checkpoint, linear)?, m, n);
-            let output = metrics.output(linear)?;
-            let curve = metrics.with_input(linear, &shared, |input| {
-                let metric = MetricPair { output: &output, input };
-                let note = metric.plain_sides().note();
-                Ok(Weighted { curve: low_rank::error_curve(weight.transpose(), metric)?, note })
-            });
-            stage.advance(1);
-            Ok((linear.module.clone(), curve.with_context(|| format!("applying the metric to `{}`", linear.module))?))
-        };
-        curves.extend(infos.par_iter().map(one).collect::<Result<Vec<_>>>()?);
+/// A model with the statistics that the metric of a method needs.
+pub struct Observed<'a> {
+    session: Session<'a>,
+    recipe: &'a Recipe,
+    plan: Plan,
+    inputs: Inputs,
+    /// Removed with it.
+    _work: TempDir,
+}
+
+impl<'a> Observed<'a> {
+    /// Measures the statistics, or reads them from the file of `recipe`.
+    ///
+    /// # Errors
+    /// As [`super::compress`], up to its decompositions.
+    pub fn measure(
+        checkpoint: &'a Checkpoint,
+        recipe: &'a Recipe,
+        device: &Device,
+        memory_bytes: u64,
+        progress: &'a dyn Progress,
+    ) -> Result<Self> {
+        expect_weights(checkpoint, recipe)?;
+        let plan = Plan::new(checkpoint, recipe)?;
+        let mut inputs = Inputs::load(checkpoint, recipe, &plan)?;
+        let work = tempfile::tempdir()?;
+        let session = Session::new(checkpoint, device, memory_bytes, work.path().into(), Journal::default(), progress);
+        inputs.measure(&session, recipe)?;
+        Ok(Self { session, recipe, plan, inputs, _work: work })
     }
-    Ok(curves)
+
+    /// The error curves of all linears that the recipe targets, in the metric of its method, by module.
+    ///
+    /// # Errors
+    /// A weight or a statistic is damaged.
+    pub fn curves(&self) -> Result<BTreeMap<String, Weighted>> {
+        let (metrics, linears) = (self.inputs.metrics(self.recipe), &self.plan.linears);
+        let stage = self.session.progress.stage("metric", linears.len() as u64, "matrices");
+        let mut curves = BTreeMap::new();
+        for block in linears.chunk_by(|a, b| a.block == b.block) {
+            let infos: Vec<_> = block.iter().collect();
+            let shared = SharedInputs::new(&infos);
+            let one = |linear: &&inventory::LinearInfo| -> Result<(String, Weighted)> {
+                stage.note(&linear.module);
+                let (m, n) = linear.shape();
+                let values = inventory::weight(self.session.checkpoint, linear)?; // (out, in)
+                let weight = linalg::transposed_from_row_major(&values, m, n);
+                let output = metrics.output(linear)?;
+                let curve = metrics.with_input(linear, &shared, |input| {
+                    let metric = MetricPair { output: &output, input };
+                    let note = metric.plain_sides().note();
+                    Ok(Weighted { curve: low_rank::error_curve(weight.transpose(), metric)?, note })
+                });
+                stage.advance(1);
+                let curve = curve.with_context(|| format!("applying the metric to `{}`", linear.module))?;
+                Ok((linear.module.clone(), curve))
+            };
+            curves.extend(infos.par_iter().map(one).collect::<Result<Vec<_>>>()?);
+        }
+        Ok(curves)
+    }
+
+    /// The errors of leaving out blocks, groups of heads and channels, as `--structure narrow` and `--structure depth`
+    /// measure them.
+    ///
+    /// # Errors
+    /// A weight or a statistic is damaged.
+    pub fn importance(&self) -> Result<ImportanceRecord> {
+        let damping = default_damping(self.recipe.method());
+        let own = self.inputs.metrics(self.recipe);
+        let metrics = Metrics { damping_output: damping, damping_input: damping, ..own };
+        let measure = Measure { session: &self.session, metrics, selection: ChannelSelection::default() };
+        importance(&measure, &self.plan.linears)
+    }
 }
 
 /// Checks that the linears that `recipe` targets are stored as weights.

@@ -19,12 +19,23 @@ use crate::error::Failure;
 use crate::linalg;
 use crate::model::inventory;
 use crate::progress::Progress;
-use crate::report::{AdapterRecord, InspectReport, LRC_VERSION, SCHEMA_VERSION, Spectrum, SpectrumRecord};
+use crate::report::{
+    AdapterRecord, ImportanceRecord, InspectReport, LRC_VERSION, SCHEMA_VERSION, Spectrum, SpectrumRecord,
+};
 use matrices::Matrix;
 pub use spectrum::{ENERGY_SHARES, WELORE_THRESHOLDS};
 
-/// Computes the spectrum of every matrix, in parallel over matrices, for any safetensors checkpoint. `weighted` is the
-/// name of a metric with the error curves of linears in it, by module.
+/// What a report shows in a calibration metric.
+pub struct InMetric {
+    /// The name of the method that defines the metric.
+    pub name: String,
+    /// The error curves of linears, by module.
+    pub curves: BTreeMap<String, Weighted>,
+    /// The errors of leaving out parts of the model, if they were measured.
+    pub importance: Option<ImportanceRecord>,
+}
+
+/// Computes the spectrum of every matrix, in parallel over matrices, for any safetensors checkpoint.
 ///
 /// ```
 /// use lrc::checkpoint::Checkpoint;
@@ -46,7 +57,7 @@ pub use spectrum::{ENERGY_SHARES, WELORE_THRESHOLDS};
 pub fn inspect(
     checkpoint: &Checkpoint,
     model: &str,
-    weighted: Option<(String, BTreeMap<String, Weighted>)>,
+    weighted: Option<InMetric>,
     progress: &dyn Progress,
 ) -> Result<(InspectReport, Vec<Spectrum>)> {
     let (matrices, unread) = (matrices::of(checkpoint), inventory::unread(checkpoint));
@@ -63,13 +74,14 @@ pub fn inspect(
     let stage = progress.stage("inspect", matrices.len() as u64, "matrices");
     let found = matrices.par_iter().map(|matrix| {
         stage.note(&matrix.module);
-        let weighted = weighted.as_ref().and_then(|(_, curves)| curves.get(&matrix.module));
+        let weighted = weighted.as_ref().and_then(|weighted| weighted.curves.get(&matrix.module));
         let found = inspect_matrix(checkpoint, matrix, weighted);
         stage.advance(1);
         found
     });
     let (linears, spectra): (Vec<_>, Vec<_>) = found.collect::<Result<Vec<_>>>()?.into_iter().unzip();
     let owned: BTreeSet<String> = matrices.iter().flat_map(Matrix::tensor_names).collect();
+    let (metric, importance) = weighted.map(|weighted| (weighted.name, weighted.importance)).unzip();
     let report = InspectReport {
         schema_version: SCHEMA_VERSION,
         lrc_version: LRC_VERSION.into(),
@@ -78,9 +90,10 @@ pub fn inspect(
         adapter: AdapterRecord::of(checkpoint)?,
         parameters: checkpoint.n_elements(),
         size_bytes: checkpoint.n_bytes(),
-        metric: weighted.map(|(name, _)| name),
+        metric,
         linears,
         other_tensors: checkpoint.tensors().filter(|t| !owned.contains(&t.name)).map(|t| t.name.clone()).collect(),
+        importance: importance.flatten(),
     };
     Ok((report, spectra))
 }

@@ -192,6 +192,15 @@ pub fn eliminate_runs(mut a: Mat<f64>, mut b: Mat<f64>, run: usize, next: Next<'
     steps
 }
 
+/// The values of all runs before any of them is eliminated.
+///
+/// # Panics
+/// If the matrices differ in size, or are not made of whole runs.
+pub fn values_of_runs(a: &Mat<f64>, b: &Mat<f64>, run: usize) -> Vec<f64> {
+    assert!(a.nrows() == b.nrows() && a.nrows().is_multiple_of(run), "invariant: matrices of whole runs");
+    (0..a.nrows() / run).map(|at| value_of_run(a, b, run, at)).collect()
+}
+
 /// `tr(A_gg⁻¹ B_gg)`, at least 0.
 fn value_of_run(a: &Mat<f64>, b: &Mat<f64>, run: usize, at: usize) -> f64 {
     let own = |m: &Mat<f64>| m.submatrix(at * run, at * run, run, run).to_owned();

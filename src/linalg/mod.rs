@@ -21,7 +21,7 @@ mod threads;
 pub use cholesky::{cholesky, inverse_cholesky, solve_transposed_lower};
 pub use convert::{to_row_major, transpose_row_major, transposed_from_row_major};
 pub use eigh::{Eigh, eigenvalues, eigh};
-pub use eliminate::{Next, Step, eliminate, eliminate_runs};
+pub use eliminate::{Next, Step, eliminate, eliminate_runs, values_of_runs};
 pub use error::LinalgError;
 pub use gram::{
     add_all, add_f32, add_gram_f32, column_sums, cross_f32, gram_f32, product, product_row_major, product_symmetric,

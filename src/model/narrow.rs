@@ -93,12 +93,18 @@ impl NarrowUnit {
         self.width() as u64 * self.parameters_each()
     }
 
-    /// The columns of the reader that stay with these channels or groups.
+    /// Whether a block with these channels or groups, in this order, differs from the source.
+    pub fn is_changed(&self, kept: &[usize]) -> bool {
+        !kept.iter().copied().eq(0..self.width())
+    }
+
+    /// The columns of the reader that stay with these channels or groups, in their order.
     pub fn columns(&self, kept: &[usize]) -> Vec<usize> {
         runs(kept, self.run())
     }
 
-    /// The rows of a maker that stay with these channels or groups, ascending.
+    /// The rows of a maker that stay with these channels or groups, in their order; in the layout of the family if it has
+    /// several linears in one.
     ///
     /// # Panics
     /// If the linear does not belong to a block.
@@ -108,14 +114,18 @@ impl NarrowUnit {
         if slices.is_empty() {
             return runs(kept, self.rows_each(role));
         }
-        let of_slice = |&(slice, _): &(Role, &str)| {
-            let all: Vec<usize> =
-                architecture.rows_of(slice, &self.widths).into_iter().flat_map(|r| r.indices()).collect();
-            runs(kept, self.rows_each(slice)).into_iter().map(move |row| all[row])
+        let mut narrower = self.widths;
+        self.narrow(&mut narrower, kept.len());
+        let indices = |slice: Role, widths: &Widths| -> Vec<usize> {
+            architecture.rows_of(slice, widths).into_iter().flat_map(|rows| rows.indices()).collect()
         };
-        let mut rows: Vec<usize> = slices.iter().flat_map(of_slice).collect();
-        rows.sort_unstable();
-        rows
+        let mut rows: BTreeMap<usize, usize> = BTreeMap::new(); // by their places in the narrower matrix
+        for &(slice, _) in slices {
+            let all = indices(slice, &self.widths);
+            let stay = runs(kept, self.rows_each(slice)).into_iter().map(|row| all[row]);
+            rows.extend(indices(slice, &narrower).into_iter().zip(stay));
+        }
+        rows.into_values().collect()
     }
 
     /// Rows of a linear of this role in one channel or group.

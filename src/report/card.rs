@@ -57,6 +57,9 @@ pub fn render(report: &CompressReport, source: &Checkpoint, loading: &Loading) -
     }
     if let Some(narrow) = &report.narrow {
         let _ = writeln!(card, "\n{}.", narrow.lines().join("; "));
+        for line in narrow.by_block() {
+            let _ = writeln!(card, "\n{line}.");
+        }
     }
     card.push_str("\n## Errors\n\n");
     card.push_str(&errors(report));

@@ -4,6 +4,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::adapter::AdapterRecord;
+use super::importance::ImportanceRecord;
 
 /// `lrc inspect`: the spectra of a checkpoint.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
@@ -31,6 +32,9 @@ pub struct InspectReport {
     pub linears: Vec<SpectrumRecord>,
     /// Tensors that are not matrices.
     pub other_tensors: Vec<String>,
+    /// Errors of leaving out blocks, groups of heads and channels, with `--importance`.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub importance: Option<ImportanceRecord>,
 }
 
 /// Figures of one matrix.

@@ -9,6 +9,7 @@ pub mod earlier;
 mod eval;
 pub mod gate;
 mod heal;
+mod importance;
 mod inspect;
 mod narrow;
 pub(crate) mod notes;
@@ -32,6 +33,7 @@ pub use eval::{
     PseudoPerplexity,
 };
 pub use heal::{HealRecord, HealedHalf, HealedModel, HealedPart, HealedText, HeldOutPerplexity};
+pub use importance::{BlockImportance, ChannelImportance, GroupImportance, ImportanceRecord};
 pub use inspect::{BelowThreshold, EnergyRank, Figures, InspectReport, PowerLaw, Spectrum, SpectrumRecord};
 pub use narrow::{NarrowRecord, NarrowedUnit};
 pub(crate) use publish::stopped;
@@ -303,7 +305,7 @@ pub struct DryRunReport {
     pub keep: f64,
     /// Sizes before and after.
     pub sizes: Sizes,
-    /// The source of the ranks in `linears`, and with them of `sizes`.
+    /// The source of the ranks in `linears` and the widths in `narrow`, and with them of `sizes`.
     pub ranks: RankSource,
     /// One entry per targeted linear, in the order of the model.
     pub linears: Vec<LinearRecord>,
@@ -317,6 +319,9 @@ pub struct DryRunReport {
     pub expected_disk_bytes: u64,
     /// Estimate for this machine, from its measured speed and the number of operations.
     pub expected_seconds: f64,
+    /// Set by `--structure narrow` and `--structure depth`: the widths and blocks, from measurements if `ranks` is exact.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub narrow: Option<NarrowRecord>,
     /// The folder with what `--dry-run=full` measured, from which the run itself resumes.
     pub kept_in: Option<String>,
 }
@@ -325,9 +330,9 @@ pub struct DryRunReport {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum RankSource {
-    /// The run will have the same ranks.
+    /// The run will have the same ranks and widths.
     Exact,
-    /// The budget is spread evenly; measurements decide the ranks, and `--dry-run=full` shows them.
+    /// The budget is spread evenly; measurements decide ranks, widths and blocks, and `--dry-run=full` shows them.
     Even,
     /// Measurements alone decide the ranks, and `--dry-run=full` shows them. Every linear is counted as it is.
     Unknown,

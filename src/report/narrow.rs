@@ -1,4 +1,4 @@
-//! What became narrower, in the report of `lrc compress --structure narrow`.
+//! What became narrower, in the reports of `lrc compress --structure narrow`.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -33,6 +33,19 @@ impl NarrowRecord {
     }
 }
 
+impl NarrowRecord {
+    /// The width of every block, where they differ: a line for each kind.
+    pub fn by_block(&self) -> Vec<String> {
+        let line = |kind: &str| {
+            let own: Vec<&NarrowedUnit> = self.blocks.iter().filter(|unit| unit.kind == kind).collect();
+            let is_uniform = own.windows(2).all(|pair| pair[0].after == pair[1].after);
+            let widths: Vec<String> = own.iter().map(|unit| format!("{}: {}", unit.block, unit.after)).collect();
+            (!is_uniform).then(|| format!("{kind} by block of the source: {}", widths.join(", ")))
+        };
+        ["channels", "groups"].into_iter().filter_map(line).collect()
+    }
+}
+
 /// The widths of all units of a kind.
 fn line(kind: &str, units: &[&NarrowedUnit]) -> String {
     let (n, first) = (units.len(), units[0]);
@@ -59,11 +72,12 @@ pub struct NarrowedUnit {
     pub before: usize,
     /// Their number in the output.
     pub after: usize,
-    /// Error of the reader over the norm of its weight, both in the metric of the method.
-    pub relative_error: f64,
+    /// Error of the reader over the norm of its weight, both in the metric of the method; none in a dry run that
+    /// measures nothing.
+    pub relative_error: Option<f64>,
     /// The square of that error, as the method measures it; sums over units compare.
     #[serde(default)]
-    pub squared_error: f64,
+    pub squared_error: Option<f64>,
     /// Seconds in which their order was found.
     pub seconds: f64,
 }

@@ -56,6 +56,13 @@ pub struct Timings {
     /// The equal-bytes baseline without factors.
     #[serde(alias = "control", default)]
     pub equal_bytes_baseline: f64,
+    /// With `--structure narrow` and `--structure depth`: one window of 64 tokens, or of the context, through the blocks of
+    /// the source in lrc, in f32, without loading them.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub forward_before: Option<f64>,
+    /// The same through the blocks of the smaller model, before its linears are quantized or become of low rank.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub forward_after: Option<f64>,
 }
 
 /// Peak resident memory of this process so far; none except on Linux.

@@ -4,10 +4,14 @@
 //! Pivot rows have lost that order. If `--elastic` stored the matrix that restores it (r² values per matrix), the
 //! pair is recovered; otherwise the product is decomposed again in the diagonals of its metric, which is exact for
 //! svd, asvd and fwsvd and an approximation for metrics of full Grams.
+//!
+//! A narrower model of `--elastic` has its channels and groups in order of importance, and becomes narrower still.
 
 mod adapter;
 mod bias;
 mod factors;
+mod job;
+mod narrow;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -21,8 +25,8 @@ use serde_json::{Map, Value, json};
 use crate::approx::low_rank::{ErrorCurve, LowRank};
 use crate::approx::metric::{Metric, MetricPair};
 use crate::checkpoint::{
-    CONFIG_FILE, Checkpoint, CheckpointError, Dtype, Existing, OutputFolder, SafetensorsWriter, TensorSpec, cast,
-    expect_apart, json, writer_bytes,
+    CONFIG_FILE, Checkpoint, CheckpointError, Dtype, OutputFolder, SafetensorsWriter, TensorSpec, cast, expect_apart,
+    json, writer_bytes,
 };
 use crate::compress::allocate::{self, Candidate, Candidates, Item, Ladder, Pick, Ranks, Rules};
 use crate::compress::{KeptCurve, linear_summary, write_curves};
@@ -40,20 +44,7 @@ use crate::report::page::{self, PAGE_FILE};
 use crate::report::{CompressReport, REPORT_FILE, TruncationRecord, publish};
 
 pub use adapter::{AdapterJob, AdapterSize, is_adapter, truncate_adapter};
-
-/// The source and the output of a truncation.
-pub struct TruncateJob<'a> {
-    /// An output in the format `factored`.
-    pub checkpoint: &'a Checkpoint,
-    /// Share of the parameters of the targeted linears in the source.
-    pub keep: f64,
-    /// The output folder, which appears whole or not at all.
-    pub output: &'a Path,
-    /// How an output of an earlier run is treated.
-    pub existing: Existing,
-    /// Largest size of a file of weights, except for a tensor that is larger by itself.
-    pub max_shard_bytes: u64,
-}
+pub use job::TruncateJob;
 
 /// The rank that the config of an output has for a module.
 fn rank_of<'c>(config: &'c mut Map<String, Value>, module: &str) -> Option<&'c mut Value> {
@@ -80,7 +71,11 @@ pub fn truncate(job: &TruncateJob<'_>, progress: &dyn Progress) -> Result<Compre
     OutputFolder::check(job.output, job.existing, REPORT_FILE)?;
     expect_apart(job.output, [root])?;
     coverage::expect_whole(checkpoint)?;
-    let mut report = read_report(root, "`lrc truncate` takes a folder written by `lrc compress --format factored`")?;
+    const TAKES: &str = "`lrc truncate` takes a folder written by `lrc compress --format factored`, or by `--structure narrow --elastic`";
+    let mut report = read_report(root, TAKES)?;
+    if report.narrow.is_some() && report.linears.iter().all(|linear| linear.rank.is_none()) {
+        return narrow::truncate(job, &report, progress);
+    }
     let mut config = checkpoint.config().cloned().unwrap_or_default();
     expect_own_factors(&config, root)?;
     let mut truncations = truncations(checkpoint)?;

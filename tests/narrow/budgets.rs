@@ -90,7 +90,10 @@ fn what_has_no_meaning_is_refused() {
     );
     check(&narrow(&["--keep", "0.8", "--quant", "nf4,rtn-int8"]), 2, "takes one quantizer");
     check(&narrow(&["--keep", "0.8", "--format", "gptq"]), 2, "`--format gptq` needs a quantizer");
-    check(&narrow(&["--keep", "0.8", "--dry-run"]), 2, "`--dry-run` cannot be combined");
+    check(&narrow(&["--keep", "0.01", "--dry-run"]), 2, "`--keep 0.01` cannot be reached: the minimum is 0.2728");
+    check(&narrow(&["--keep", "0.8", "--targets", "*.up_proj", "--dry-run"]), 4, "nothing can become narrower");
+    let gate = ["--keep", "0.8", "--dry-run", "--fail-if", "narrow.blocks.squared_error > 1"];
+    check(&narrow(&gate), 2, "this run does not measure `narrow.blocks.squared_error`");
     check(&narrow(&["--keep", "0.8", "--width-multiple", "0"]), 2, "`--width-multiple` must be at least 1");
     check(&narrow(&["--keep", "0.8", "--targets", "*.up_proj"]), 4, "nothing can become narrower");
     check(

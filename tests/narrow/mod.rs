@@ -3,9 +3,13 @@
 mod budgets;
 mod by_block;
 mod depth;
+mod dry_run;
+mod elastic;
 mod families;
+mod importance;
 mod joint;
 mod runs;
+mod shown;
 
 use std::path::{Path, PathBuf};
 

@@ -147,3 +147,21 @@ fn columns_that_others_make_cost_nothing() {
         assert!(narrowing.order[n - 2..].contains(&7), "{narrowing:?}");
     }
 }
+
+#[test]
+fn a_run_left_out_alone_errs_as_the_refit_of_the_others() {
+    for (m, n, run) in [(9, 24, 1), (24, 9, 1), (7, 24, 4), (5, 6, 6)] {
+        let case = Case::new(m, n, 0.01);
+        let norm = case.metric().squared_norm(case.weight.as_ref());
+        let errors = alone(&case.columns(run));
+        assert_eq!(errors.len(), n / run);
+        for (at, found) in errors.iter().enumerate() {
+            let kept: Vec<usize> = (0..n).filter(|j| j / run != at).collect();
+            let expected = case.error(&kept);
+            assert!((found - expected).abs() < 1e-9 * norm, "run {at} of {run}: {found}, measured {expected}");
+        }
+        let least = errors.iter().copied().fold(f64::INFINITY, f64::min);
+        let first = backward(&case.columns(run)).errors[n / run - 1];
+        assert!((least - first).abs() < 1e-9 * norm, "{least} {first}");
+    }
+}

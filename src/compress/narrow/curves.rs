@@ -4,24 +4,19 @@
 use std::time::Instant;
 
 use anyhow::{Context as _, Result};
-use faer::Mat;
+use faer::{Mat, MatRef};
 use serde_json::json;
 
 use super::super::metrics::SharedInputs;
 use super::super::recipe::ChannelSelection;
-use super::context::Context;
+use super::context::{Curve, Measure};
 use crate::approx::metric::MetricPair;
 use crate::approx::narrow::{self, Columns, Narrowing};
+use crate::checkpoint::Checkpoint;
 use crate::linalg;
 use crate::model::inventory;
 use crate::model::narrow::NarrowUnit;
 use crate::store::Values;
-
-/// The order of a unit.
-pub(super) struct Curve {
-    pub narrowing: Narrowing,
-    pub seconds: f64,
-}
 
 /// Square matrices of f64, as wide as the input of a reader, that a unit takes at once.
 const SQUARES: u64 = 7;
@@ -36,8 +31,8 @@ pub(super) fn bytes(unit: &NarrowUnit) -> u64 {
 ///
 /// # Errors
 /// A weight or a statistic is damaged, or the work folder cannot be written.
-pub(super) fn all(context: &Context<'_>) -> Result<Vec<Curve>> {
-    let (session, units) = (context.session, context.units);
+pub(super) fn all(measure: &Measure<'_>, units: &[NarrowUnit]) -> Result<Vec<Curve>> {
+    let session = measure.session;
     let stage = session.progress.stage("narrow", units.len() as u64, "units");
     let costs: Vec<u64> = units.iter().map(bytes).collect();
     let workers = session.workers(&costs)?;
@@ -47,7 +42,7 @@ pub(super) fn all(context: &Context<'_>) -> Result<Vec<Curve>> {
         let key = format!("narrow-{}-{}", unit.block, unit.kind.name());
         let piece = session.journal.piece(&key, || {
             let started = Instant::now();
-            let Narrowing { order, errors } = order(context, unit)?;
+            let Narrowing { order, errors } = order(measure, unit)?;
             let order: Vec<i32> = order.into_iter().map(|index| index as i32).collect();
             Ok((json!(started.elapsed().as_secs_f64()), vec![Values::from(order), Values::from(errors)]))
         });
@@ -60,23 +55,46 @@ pub(super) fn all(context: &Context<'_>) -> Result<Vec<Curve>> {
 }
 
 /// The weight of the reader, transposed (in, out).
-pub(super) fn transposed(context: &Context<'_>, unit: &NarrowUnit) -> Result<Mat<f64>> {
+///
+/// # Errors
+/// It is damaged.
+pub(super) fn transposed(checkpoint: &Checkpoint, unit: &NarrowUnit) -> Result<Mat<f64>> {
     let (m, n) = unit.reader.shape();
-    let values = inventory::weight(context.session.checkpoint, &unit.reader)?; // (out, in)
+    let values = inventory::weight(checkpoint, &unit.reader)?; // (out, in)
     Ok(linalg::transposed_from_row_major(&values, m, n))
 }
 
-fn order(context: &Context<'_>, unit: &NarrowUnit) -> Result<Narrowing> {
-    let transposed = transposed(context, unit)?;
+/// The input form of the reader (in, in), positive definite.
+///
+/// # Errors
+/// A statistic is damaged.
+pub(super) fn form(measure: &Measure<'_>, unit: &NarrowUnit) -> Result<Mat<f64>> {
+    let (reader, shared) = (&unit.reader, SharedInputs::new(&[&unit.reader]));
+    measure.metrics.with_input(reader, &shared, |input| Ok(narrow::input_form(input, reader.in_features)))
+}
+
+fn order(measure: &Measure<'_>, unit: &NarrowUnit) -> Result<Narrowing> {
+    with_columns(measure, unit, |columns, weight| match measure.selection {
+        ChannelSelection::Backward => narrow::backward(columns),
+        ChannelSelection::Forward => narrow::forward(columns),
+        ChannelSelection::Leverage => narrow::by_scores(columns, &narrow::leverage(columns)),
+        ChannelSelection::WandaSp => narrow::by_scores(columns, &narrow::wanda_sp(columns, weight)),
+    })
+}
+
+/// Calls `f` with the columns of the reader of a unit in the metric, and its weight (out, in).
+///
+/// # Errors
+/// The weight or a statistic is damaged.
+pub(super) fn with_columns<T>(
+    measure: &Measure<'_>,
+    unit: &NarrowUnit,
+    f: impl FnOnce(&Columns, MatRef<'_, f64>) -> T,
+) -> Result<T> {
+    let transposed = transposed(measure.session.checkpoint, unit)?;
     let weight = transposed.transpose();
-    let output = context.metrics.output(&unit.reader)?;
-    context.metrics.with_input(&unit.reader, &SharedInputs::new(&[&unit.reader]), |input| {
-        let columns = Columns::new(weight, MetricPair { output: &output, input }, unit.run());
-        Ok(match context.approach.selection {
-            ChannelSelection::Backward => narrow::backward(&columns),
-            ChannelSelection::Forward => narrow::forward(&columns),
-            ChannelSelection::Leverage => narrow::by_scores(&columns, &narrow::leverage(&columns)),
-            ChannelSelection::WandaSp => narrow::by_scores(&columns, &narrow::wanda_sp(&columns, weight)),
-        })
+    let output = measure.metrics.output(&unit.reader)?;
+    measure.metrics.with_input(&unit.reader, &SharedInputs::new(&[&unit.reader]), |input| {
+        Ok(f(&Columns::new(weight, MetricPair { output: &output, input }, unit.run()), weight))
     })
 }

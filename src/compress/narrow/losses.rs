@@ -3,8 +3,7 @@
 use anyhow::{Context as _, Result};
 
 use super::super::metrics::SharedInputs;
-use super::super::plan::Plan;
-use super::context::Context;
+use super::context::Measure;
 use crate::approx::metric::MetricPair;
 use crate::linalg;
 use crate::model::inventory::{self, LinearInfo};
@@ -13,18 +12,19 @@ use crate::model::{LinearId, Role};
 /// Square matrices of f64, as wide as the input, that the error of a linear takes at once.
 const SQUARES: u64 = 2;
 
-/// The squared errors of all blocks, in the unit of the curves of narrower modules.
+/// The squared errors of all blocks, of those of their linears that are among `linears`, in the unit of the curves of
+/// narrower modules.
 ///
 /// # Errors
 /// A weight or a statistic is damaged.
-pub(super) fn all(context: &Context<'_>, plan: &Plan) -> Result<Vec<f64>> {
-    let readers: Vec<(usize, &LinearInfo)> = plan.linears.iter().filter_map(adding).collect();
+pub(super) fn all(measure: &Measure<'_>, linears: &[LinearInfo], n_blocks: usize) -> Result<Vec<f64>> {
+    let readers: Vec<(usize, &LinearInfo)> = linears.iter().filter_map(adding).collect();
     let costs: Vec<u64> = readers.iter().map(|(_, linear)| bytes(linear)).collect();
-    let errors = context.session.workers(&costs)?.collect(&costs, |i| {
+    let errors = measure.session.workers(&costs)?.collect(&costs, |i| {
         let linear = readers[i].1;
-        error(context, linear).with_context(|| format!("measuring `{}`", linear.module))
+        error(measure, linear).with_context(|| format!("measuring `{}`", linear.module))
     })?;
-    let mut losses = vec![0.0; context.config.num_hidden_layers];
+    let mut losses = vec![0.0; n_blocks];
     readers.iter().zip(errors).for_each(|((block, _), error)| losses[*block] += error);
     Ok(losses)
 }
@@ -35,18 +35,19 @@ fn adding(linear: &LinearInfo) -> Option<(usize, &LinearInfo)> {
     matches!(slot.role, Role::OProj | Role::DownProj).then_some((block, linear))
 }
 
-fn bytes(linear: &LinearInfo) -> u64 {
+/// Bytes that the error of a linear takes.
+pub(super) fn bytes(linear: &LinearInfo) -> u64 {
     let (m, n) = linear.shape();
     8 * (SQUARES * (n * n) as u64 + 3 * (m * n) as u64 + 2 * (m * m) as u64)
 }
 
 /// The squared error of a linear of zeros.
-fn error(context: &Context<'_>, linear: &LinearInfo) -> Result<f64> {
+fn error(measure: &Measure<'_>, linear: &LinearInfo) -> Result<f64> {
     let (m, n) = linear.shape();
-    let values = inventory::weight(context.session.checkpoint, linear)?; // (out, in)
+    let values = inventory::weight(measure.session.checkpoint, linear)?; // (out, in)
     let weight = linalg::transposed_from_row_major(&values, m, n);
-    let output = context.metrics.output(linear)?;
-    context.metrics.with_input(linear, &SharedInputs::new(&[linear]), |input| {
+    let output = measure.metrics.output(linear)?;
+    measure.metrics.with_input(linear, &SharedInputs::new(&[linear]), |input| {
         Ok(MetricPair { output: &output, input }.squared_norm(weight.transpose()))
     })
 }

@@ -6,7 +6,13 @@
 
 mod context;
 mod curves;
+mod elastic;
+mod further;
+mod importance;
 mod losses;
+mod narrowed;
+mod needs;
+mod outline;
 mod part;
 mod ranks;
 mod refit;
@@ -14,52 +20,39 @@ mod shown;
 mod units;
 mod widths;
 
-use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 
 use anyhow::Result;
-use serde_json::Value;
 
-use self::context::Context;
-use self::curves::Curve;
+use self::context::{Chosen, Context, Curve, Widths};
+use self::outline::Outline;
 use self::ranks::RankCurves;
 use self::widths::Found;
 use super::plan::Plan;
-use super::recipe::{Budget, Recipe};
-use super::record;
+use super::recipe::{Budget, NarrowApproach, Recipe};
 use super::run::Run;
-use crate::calibrate::Statistics;
-use crate::checkpoint::{Checkpoint, Fingerprint, OutputFolder};
+use crate::checkpoint::{Checkpoint, OutputFolder};
 use crate::model::ModelConfig;
 use crate::model::inventory::LinearInfo;
 use crate::model::narrow::NarrowUnit;
 use crate::progress::Progress;
-use crate::report::{
-    AdapterRecord, CalibrationRecord, CompressReport, LinearRecord, NarrowRecord, NarrowedUnit, Sizes, Timings,
-};
+use crate::report::Timings;
 
-/// A model with narrower modules, and how it came about.
-pub(super) struct Narrowed {
-    /// The narrower model.
+pub(super) use self::context::Measure;
+pub(super) use self::further::further;
+pub(super) use self::importance::importance;
+pub(super) use self::narrowed::Narrowed;
+pub(super) use self::needs::Needs;
+pub(super) use self::outline::Parts;
+
+/// A model with the shapes of a narrower one, of which nothing is measured.
+pub(super) struct Planned {
+    /// The model; its values are any rows and columns of the source.
     pub checkpoint: Checkpoint,
-    /// Its statistics, if linears become matrices of low rank.
-    pub statistics: Option<Statistics>,
     /// The recipe for its linears.
     pub then: Recipe,
-    source_files: Fingerprint,
-    source_quantization: Option<String>,
-    adapter: Option<AdapterRecord>,
-    calibration: Option<CalibrationRecord>,
-    /// Tensors with fewer entries than in the source, besides weights.
-    biases: BTreeSet<String>,
-    /// The names of tensors in the source, of blocks with other numbers there.
-    names: BTreeMap<String, String>,
-    linears: Vec<LinearInfo>,
-    before: Sizes,
-    record: NarrowRecord,
-    recipe: Value,
-    timings: Timings,
-    started: Instant,
+    /// What a report says of the source.
+    pub outline: Outline,
 }
 
 /// Measures, chooses the widths, and refits what is kept.
@@ -68,149 +61,118 @@ pub(super) struct Narrowed {
 /// The model has nothing that can become narrower, the budget cannot be met, or the work folder cannot be written.
 pub(super) fn narrowed(run: Run<'_>, folder: &OutputFolder, progress: &dyn Progress) -> Result<Narrowed> {
     let session = run.session(folder, progress);
+    let (units, notes) = units_of(&run)?;
     let Run { job, plan, source, mut inputs, source_files, started: begun, .. } = run;
     let (recipe, checkpoint) = (job.recipe, job.checkpoint);
-    let approach = recipe.narrow().expect("invariant: the recipe is one of narrower modules");
-    let then = recipe.then().expect("invariant: the recipe is one of narrower modules");
     let (config, architecture) = ModelConfig::of(checkpoint)?;
-    units::check_depth(checkpoint, approach)?;
-    let (units, notes) = units::of(&plan, &config, architecture, approach.widths)?;
+    let then = recipe.then().expect(OF_NARROW);
+    let approach = recipe.narrow().expect(OF_NARROW);
     let calibration = inputs.record(recipe);
     let mut timings = Timings::default();
     let seconds = inputs.measure(&session, recipe)?;
     (timings.calibrate_forward, timings.calibrate_backward) = (seconds.forward, seconds.backward);
     let metrics = inputs.metrics(recipe);
-    let (config, units) = (&config, units.as_slice());
-    let context = Context { session: &session, metrics, approach, then: &then, config, architecture, units, folder };
+    let context = Context { checkpoint, approach, then: &then, config: &config, architecture, units: &units };
+    let measure = Measure { session: &session, metrics, selection: approach.selection };
 
     let started = Instant::now();
-    let curves = curves::all(&context)?;
-    let losses = if approach.drops_blocks { losses::all(&context, &plan)? } else { Vec::new() };
-    let ranks = approach.then_low_rank().then(|| RankCurves::measure(&context, &plan)).transpose()?;
+    let curves = curves::all(&measure, &units)?;
+    let losses = match approach.drops_blocks {
+        true => losses::all(&measure, &plan.linears, config.num_hidden_layers)?,
+        false => Vec::new(),
+    };
+    let ranks = approach.then_low_rank().then(|| RankCurves::measure(&measure, &plan, &then)).transpose()?;
     timings.decompose = started.elapsed().as_secs_f64();
     let started = Instant::now();
     let found = Found { curves, losses, ranks };
     let chosen = widths::choose(&context, &plan, recipe, &found)?;
-    let curves = found.curves;
-    let widths = &chosen.widths;
     timings.allocate = started.elapsed().as_secs_f64();
     let started = Instant::now();
-    let kept: Vec<Vec<usize>> =
-        widths.iter().zip(&curves).map(|(&width, curve)| curve.narrowing.first(width)).collect();
-    let files = refit::all(&context, &kept)?;
+    let kept = kept(approach, &chosen, &found);
+    let form = |unit: &NarrowUnit| curves::form(&measure, unit);
+    let files = refit::all(&session, &units, &kept, &form, folder)?;
     timings.decompose += started.elapsed().as_secs_f64();
 
     let mut narrowed = shown::selected(&context, &kept)?;
     files.iter().try_for_each(|file| narrowed.replace_by(file))?;
     let (narrowed, names) = shown::shallower(&context, narrowed, &chosen);
-    let own = units.iter().zip(&curves).zip(widths).filter(|((unit, _), _)| !chosen.dropped.contains(&unit.block));
-    let blocks = own.map(|((unit, curve), &kept)| unit_record(unit, curve, kept)).collect();
-    let biases = biases(units, widths);
     let of_part = approach.then_low_rank().then(|| part::selected(&context, &plan.linears, &chosen, &kept));
-    let then = match recipe.budget() {
-        Budget::Keep(keep) if approach.then_low_rank() => then.with_keep(share_of(&narrowed, &then, &plan, keep)?),
-        _ => then,
-    };
-    let record = NarrowRecord { blocks, dropped: chosen.dropped, notes };
-    let before = record::sizes(&source, recipe, &plan, &vec![None; plan.linears.len()]);
+    let curves = Some(found.curves.as_slice());
+    let widths = Widths { units: &units, chosen: &chosen, kept: &kept, curves, notes };
+    if approach.is_elastic {
+        elastic::write(&widths, &names, &form, folder)?;
+    }
+    let (rest, outline) = (rest(&then, &narrowed, &plan, recipe)?, Outline::new(job, &plan, &source, names, widths)?);
     Ok(Narrowed {
         checkpoint: narrowed,
         statistics: of_part.and_then(|selected| Some(inputs.statistics.take()?.of_part(selected))),
-        then,
+        then: rest,
+        outline,
         source_files,
-        source_quantization: checkpoint.source_quantization(),
-        adapter: AdapterRecord::of(checkpoint)?,
-        biases,
-        names: names.into_iter().filter_map(|(old, new)| Some((new?, old))).collect(),
         calibration,
-        linears: plan.linears,
-        before,
-        record,
-        recipe: record::recipe(recipe),
+        truncated: None,
         timings,
         started: begun,
     })
 }
 
-/// The share of the parameters of the narrower model that a share of the source's is.
-fn share_of(narrowed: &Checkpoint, then: &Recipe, plan: &Plan, keep: f64) -> Result<f64> {
+/// The narrower model as far as shapes alone give it: the budget spread evenly over widths and blocks, or left to what
+/// follows if that is of low rank, which is chosen together with them.
+///
+/// # Errors
+/// As [`narrowed`], before it measures.
+pub(super) fn planned(run: &Run<'_>) -> Result<Planned> {
+    let (job, plan) = (run.job, &run.plan);
+    let (units, mut notes) = units_of(run)?;
+    let (config, architecture) = ModelConfig::of(job.checkpoint)?;
+    let (approach, then) = (job.recipe.narrow().expect(OF_NARROW), job.recipe.then().expect(OF_NARROW));
+    let units = if approach.then_low_rank() { Vec::new() } else { units };
+    let checkpoint = job.checkpoint;
+    let context = Context { checkpoint, approach, then: &then, config: &config, architecture, units: &units };
+    let (chosen, kept) = if approach.then_low_rank() {
+        notes.push("widths, blocks and ranks are chosen together, from measurements".into());
+        (Chosen { widths: Vec::new(), dropped: Vec::new() }, Vec::new())
+    } else {
+        let found = Found::even(&context, plan);
+        let chosen = widths::choose(&context, plan, job.recipe, &found)?;
+        let kept = kept(approach, &chosen, &found);
+        (chosen, kept)
+    };
+    let (checkpoint, names) = shown::shallower(&context, shown::selected(&context, &kept)?, &chosen);
+    let widths = Widths { units: &units, chosen: &chosen, kept: &kept, curves: None, notes };
+    let (rest, outline) =
+        (rest(&then, &checkpoint, plan, job.recipe)?, Outline::new(job, plan, &run.source, names, widths)?);
+    Ok(Planned { checkpoint, then: rest, outline })
+}
+
+const OF_NARROW: &str = "invariant: the recipe is one of narrower modules";
+
+/// The units of a run, and why others stay as they are.
+fn units_of(run: &Run<'_>) -> Result<(Vec<NarrowUnit>, Vec<String>)> {
+    let checkpoint = run.job.checkpoint;
+    let approach = run.job.recipe.narrow().expect(OF_NARROW);
+    let (config, architecture) = ModelConfig::of(checkpoint)?;
+    units::check_depth(checkpoint, approach)?;
+    units::of(&run.plan, &config, architecture, approach.widths)
+}
+
+/// The channels or groups of each unit that stay, ascending or by importance.
+fn kept(approach: &NarrowApproach, chosen: &Chosen, found: &Found<'_>) -> Vec<Vec<usize>> {
+    let of = |(&width, curve): (&usize, &Curve)| match approach.is_elastic {
+        true => curve.narrowing.leading(width),
+        false => curve.narrowing.first(width),
+    };
+    chosen.widths.iter().zip(&found.curves).map(of).collect()
+}
+
+/// The recipe of the narrower model under what its own parameters leave of the budget.
+fn rest(then: &Recipe, narrowed: &Checkpoint, plan: &Plan, recipe: &Recipe) -> Result<Recipe> {
+    let is_low_rank = recipe.narrow().is_some_and(|approach| approach.then_low_rank());
+    let Budget::Keep(keep) = recipe.budget() else { return Ok(then.clone()) };
+    if !is_low_rank {
+        return Ok(then.clone());
+    }
     let sum = |linears: &[LinearInfo]| linears.iter().map(LinearInfo::n_parameters).sum::<u64>();
     let most = (keep * sum(&plan.linears) as f64 + 1e-6).floor();
-    Ok(most / sum(&Plan::of_shapes(narrowed, then)?.linears) as f64)
-}
-
-/// The names that biases of narrower linears may have.
-fn biases(units: &[NarrowUnit], widths: &[usize]) -> BTreeSet<String> {
-    let narrower = units.iter().zip(widths).filter(|(unit, width)| **width < unit.width());
-    narrower.flat_map(|(unit, _)| unit.makers.iter().flat_map(LinearInfo::bias_names)).collect()
-}
-
-fn unit_record(unit: &NarrowUnit, curve: &Curve, kept: usize) -> NarrowedUnit {
-    let errors = &curve.narrowing.errors;
-    let relative = if errors[0] > 0.0 { (errors[kept] / errors[0]).sqrt() } else { 0.0 };
-    NarrowedUnit {
-        block: unit.block,
-        kind: unit.kind.name().into(),
-        reader: unit.reader.module.clone(),
-        before: unit.width(),
-        after: kept,
-        relative_error: relative,
-        squared_error: errors[kept],
-        seconds: curve.seconds,
-    }
-}
-
-impl Narrowed {
-    /// When the run began.
-    pub fn started(&self) -> Instant {
-        self.started
-    }
-
-    /// Completes the report of the narrower model as the report of the source.
-    pub fn complete(&self, report: &mut CompressReport) {
-        report.recipe.clone_from(&self.recipe);
-        report.source_files.clone_from(&self.source_files);
-        report.source_quantization.clone_from(&self.source_quantization);
-        report.adapter.clone_from(&self.adapter);
-        report.calibration.clone_from(&self.calibration);
-        report.passed_through.retain(|name| !self.biases.contains(self.names.get(name).unwrap_or(name)));
-        let (before, after) = (self.before, &mut report.sizes);
-        let share = after.linear_parameters_before as f64 / before.linear_parameters_before as f64;
-        after.linear_parameters_before = before.linear_parameters_before;
-        after.parameters_before = before.parameters_before;
-        after.bytes_before = before.bytes_before;
-        after.keep = after.linear_parameters_after as f64 / before.linear_parameters_before as f64;
-        after.bits_per_weight_before = before.bits_per_weight_before;
-        for bits in
-            [&mut after.bits_per_weight_after, &mut after.bits_per_weight_base, &mut after.bits_per_weight_factors]
-        {
-            *bits *= share;
-        }
-        report.keep = report.sizes.keep;
-        report.linears.iter_mut().for_each(|linear| self.complete_linear(linear));
-        report.linear = record::summary(&report.linears);
-        report.timings.calibrate_forward += self.timings.calibrate_forward;
-        report.timings.calibrate_backward += self.timings.calibrate_backward;
-        report.timings.decompose += self.timings.decompose;
-        report.timings.allocate += self.timings.allocate;
-        report.narrow = Some(self.record.clone());
-    }
-
-    /// Completes the record of a linear.
-    fn complete_linear(&self, linear: &mut LinearRecord) {
-        let stored = self.names.get(&format!("{}.weight", linear.module));
-        let of_source = stored.and_then(|name| name.strip_suffix(".weight"));
-        let named = of_source.unwrap_or(&linear.module).to_string();
-        let Some(source) = self.linears.iter().find(|source| source.module == named) else { return };
-        linear.parameters_before = source.n_parameters();
-        let (m, n) = source.shape();
-        let narrower = (linear.shape != [m, n]).then(|| format!("narrower: {m} x {n} in the source"));
-        let moved = (named != linear.module).then(|| format!("`{named}` in the source"));
-        let notes: Vec<String> = linear.note.take().into_iter().chain(narrower.clone()).chain(moved).collect();
-        linear.note = (!notes.is_empty()).then(|| notes.join("; "));
-        if narrower.is_some() && linear.quant.is_none() {
-            let unit = self.record.blocks.iter().find(|unit| unit.reader == named);
-            linear.relative_error = unit.map(|unit| unit.relative_error);
-        }
-    }
+    Ok(then.clone().with_keep(most / sum(&Plan::of_shapes(narrowed, then)?.linears) as f64))
 }

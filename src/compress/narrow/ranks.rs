@@ -7,7 +7,8 @@ use serde_json::json;
 use super::super::allocate::{self, Point};
 use super::super::metrics::SharedInputs;
 use super::super::plan::Plan;
-use super::context::Context;
+use super::super::recipe::Recipe;
+use super::context::Measure;
 use crate::approx::low_rank::{ErrorCurve, error_curve};
 use crate::approx::metric::MetricPair;
 use crate::linalg;
@@ -31,16 +32,15 @@ impl<'p> RankCurves<'p> {
     ///
     /// # Errors
     /// A weight or a statistic is damaged, or the work folder cannot be written.
-    pub fn measure(context: &Context<'_>, plan: &'p Plan) -> Result<Self> {
-        let (session, linears) = (context.session, &plan.linears);
-        let then = context.then;
+    pub fn measure(measure: &Measure<'_>, plan: &'p Plan, then: &Recipe) -> Result<Self> {
+        let (session, linears) = (measure.session, &plan.linears);
         let stage = session.progress.stage("ranks", linears.len() as u64, "matrices");
         let costs: Vec<u64> = linears.iter().map(bytes).collect();
         let errors = session.workers(&costs)?.collect(&costs, |i| {
             let linear = &linears[i];
             stage.note(&linear.module);
             let piece = session.journal.piece(&format!("ranks-{i}"), || {
-                Ok((json!(null), vec![Values::from(curve(context, linear)?.energies().to_vec())]))
+                Ok((json!(null), vec![Values::from(curve(measure, linear)?.energies().to_vec())]))
             });
             let mut piece = piece.with_context(|| format!("decomposing `{}`", linear.module))?;
             stage.advance(1);
@@ -83,17 +83,17 @@ impl<'p> RankCurves<'p> {
 }
 
 /// Bytes that the spectrum of a linear takes.
-fn bytes(linear: &LinearInfo) -> u64 {
+pub(super) fn bytes(linear: &LinearInfo) -> u64 {
     let (m, n) = linear.shape();
     8 * (3 * (n * n) as u64 + 3 * (m * n) as u64 + 3 * (m * m) as u64)
 }
 
-fn curve(context: &Context<'_>, linear: &LinearInfo) -> Result<ErrorCurve> {
+fn curve(measure: &Measure<'_>, linear: &LinearInfo) -> Result<ErrorCurve> {
     let (m, n) = linear.shape();
-    let values = inventory::weight(context.session.checkpoint, linear)?; // (out, in)
+    let values = inventory::weight(measure.session.checkpoint, linear)?; // (out, in)
     let transposed = linalg::transposed_from_row_major(&values, m, n);
-    let output = context.metrics.output(linear)?;
-    context.metrics.with_input(linear, &SharedInputs::new(&[linear]), |input| {
+    let output = measure.metrics.output(linear)?;
+    measure.metrics.with_input(linear, &SharedInputs::new(&[linear]), |input| {
         Ok(error_curve(transposed.transpose(), MetricPair { output: &output, input })?)
     })
 }

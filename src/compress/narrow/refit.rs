@@ -4,31 +4,41 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
+use faer::Mat;
 
-use super::super::metrics::SharedInputs;
-use super::context::Context;
 use super::curves::{bytes, transposed};
-use crate::approx::narrow::{input_form, refit};
-use crate::checkpoint::{CheckpointError, TensorSpec, cast, write_file};
+use crate::approx::narrow::refit;
+use crate::checkpoint::{Checkpoint, CheckpointError, OutputFolder, TensorSpec, cast, write_file};
 use crate::linalg;
 use crate::model::Order;
 use crate::model::narrow::NarrowUnit;
+use crate::session::Session;
 
-/// Refits every unit that loses columns; `kept` are its channels or groups. Returns the files.
+/// Gives the input form of the reader of a unit (in, in), positive definite.
+pub(super) type Form<'f> = dyn Fn(&NarrowUnit) -> Result<Mat<f64>> + Sync + 'f;
+
+/// Refits every unit that loses columns; `kept` are its channels or groups, in the order that they get. Returns the files.
 ///
 /// # Errors
 /// A weight or a statistic is damaged, a value does not fit the dtype, or the disk is full.
-pub(super) fn all(context: &Context<'_>, kept: &[Vec<usize>]) -> Result<Vec<PathBuf>> {
+pub(super) fn all(
+    session: &Session<'_>,
+    units: &[NarrowUnit],
+    kept: &[Vec<usize>],
+    form: &Form<'_>,
+    folder: &OutputFolder,
+) -> Result<Vec<PathBuf>> {
     let narrower: Vec<(&NarrowUnit, &Vec<usize>)> =
-        context.units.iter().zip(kept).filter(|(unit, kept)| kept.len() < unit.width()).collect();
-    let stage = context.session.progress.stage("refit", narrower.len() as u64, "units");
+        units.iter().zip(kept).filter(|(unit, kept)| kept.len() < unit.width()).collect();
+    let stage = session.progress.stage("refit", narrower.len() as u64, "units");
     let costs: Vec<u64> = narrower.iter().map(|(unit, _)| bytes(unit)).collect();
-    context.session.workers(&costs)?.collect(&costs, |i| {
+    session.workers(&costs)?.collect(&costs, |i| {
         let (unit, kept) = narrower[i];
         stage.note(&unit.reader.module);
-        let path = context.folder.pieces().join(format!("refit-{}-{}.safetensors", unit.block, unit.kind.name()));
+        let path = folder.pieces().join(format!("refit-{}-{}.safetensors", unit.block, unit.kind.name()));
         if !path.is_file() {
-            one(context, unit, kept, &path).with_context(|| format!("refitting `{}`", unit.reader.module))?;
+            one(session.checkpoint, unit, kept, form, &path)
+                .with_context(|| format!("refitting `{}`", unit.reader.module))?;
         }
         stage.advance(1);
         Ok(path)
@@ -36,14 +46,11 @@ pub(super) fn all(context: &Context<'_>, kept: &[Vec<usize>]) -> Result<Vec<Path
 }
 
 /// Writes the refitted reader of a unit, in the order of its family.
-fn one(context: &Context<'_>, unit: &NarrowUnit, kept: &[usize], path: &Path) -> Result<()> {
+fn one(checkpoint: &Checkpoint, unit: &NarrowUnit, kept: &[usize], form: &Form<'_>, path: &Path) -> Result<()> {
     let reader = &unit.reader;
-    let transposed = transposed(context, unit)?;
+    let transposed = transposed(checkpoint, unit)?;
     let columns = unit.columns(kept);
-    let refitted = context.metrics.with_input(reader, &SharedInputs::new(&[reader]), |input| {
-        let form = input_form(input, reader.in_features);
-        Ok(refit(transposed.transpose(), form.as_ref(), &columns))
-    })?;
+    let refitted = refit(transposed.transpose(), form(unit)?.as_ref(), &columns);
     let (shape, values) = match reader.order {
         Order::OutIn => (vec![reader.out_features, columns.len()], linalg::to_row_major(refitted.as_ref())),
         Order::InOut => (vec![columns.len(), reader.out_features], linalg::to_row_major(refitted.transpose())),

@@ -22,14 +22,14 @@ pub(super) fn shallower(context: &Context<'_>, narrowed: Checkpoint, chosen: &Ch
     depth::with_blocks(&narrowed, context.architecture, &kept)
 }
 
-/// The source with the channels and groups `kept` of each unit. Readers are not refitted.
+/// The source with the channels and groups `kept` of each unit, in that order. Readers are not refitted.
 ///
 /// # Errors
 /// A tensor is absent.
 pub(super) fn selected(context: &Context<'_>, kept: &[Vec<usize>]) -> Result<Checkpoint> {
-    let checkpoint = context.session.checkpoint;
+    let checkpoint = context.checkpoint;
     let mut selected: BTreeMap<String, Selected> = BTreeMap::new();
-    let narrower = context.units.iter().zip(kept).filter(|(unit, kept)| kept.len() < unit.width());
+    let narrower = context.units.iter().zip(kept).filter(|(unit, kept)| unit.is_changed(kept));
     for (unit, kept) in narrower {
         for maker in &unit.makers {
             let rows = unit.rows(maker, kept, context.architecture);

@@ -7,6 +7,7 @@ use super::super::recipe::{NarrowApproach, WidthRule};
 use crate::checkpoint::Checkpoint;
 use crate::error::Failure;
 use crate::model::architectures::Architecture;
+use crate::model::inventory::LinearInfo;
 use crate::model::narrow::{self, NarrowUnit, UnitKind};
 use crate::model::{ModelConfig, Role, depth};
 
@@ -37,30 +38,48 @@ pub(super) fn of(
     if rule == WidthRule::Whole {
         return Ok((Vec::new(), Vec::new()));
     }
-    let all = narrow::units(&plan.linears, config, architecture);
-    let (mut notes, mut units) = (Vec::new(), Vec::new());
-    for kind in [UnitKind::Groups, UnitKind::Channels] {
-        let own: Vec<NarrowUnit> = all.iter().filter(|unit| unit.kind == kind).cloned().collect();
-        let fixed = fixed(kind, &own, config, architecture);
-        let fixed = fixed.or_else(|| match rule {
-            WidthRule::Uniform => unlike(&own, config),
-            WidthRule::ByBlock | WidthRule::Whole => split_by_config(kind, architecture),
-        });
-        match fixed {
-            Some(reason) => notes.push(format!("{} stay as they are: {reason}", kind.name())),
-            None => units.extend(own),
-        }
-    }
+    let (units, notes) = unless(&plan.linears, config, architecture, |kind, own| match rule {
+        WidthRule::Uniform => unlike(own, config),
+        WidthRule::ByBlock | WidthRule::Whole => split_by_config(kind, architecture),
+    });
     if units.is_empty() {
         return Err(Failure::unsupported(format!("nothing can become narrower: {}", notes.join("; ")))
             .hint("`--structure low-rank` compresses linears of any model")
             .into());
     }
-    units.sort_by_key(|unit| (unit.block, unit.kind));
     for note in &notes {
         tracing::info!("{note}");
     }
     Ok((units, notes))
+}
+
+/// The units whose channels or groups can be left out in some format, by block, and why there are none of other kinds.
+pub(super) fn possible(
+    linears: &[LinearInfo],
+    config: &ModelConfig,
+    architecture: &Architecture,
+) -> (Vec<NarrowUnit>, Vec<String>) {
+    unless(linears, config, architecture, |_, _| None)
+}
+
+/// The units of the kinds for which nothing is a reason to stay as they are, `reason` included, and the reasons.
+fn unless(
+    linears: &[LinearInfo],
+    config: &ModelConfig,
+    architecture: &Architecture,
+    reason: impl Fn(UnitKind, &[NarrowUnit]) -> Option<String>,
+) -> (Vec<NarrowUnit>, Vec<String>) {
+    let all = narrow::units(linears, config, architecture);
+    let (mut notes, mut units) = (Vec::new(), Vec::new());
+    for kind in [UnitKind::Groups, UnitKind::Channels] {
+        let own: Vec<NarrowUnit> = all.iter().filter(|unit| unit.kind == kind).cloned().collect();
+        match fixed(kind, &own, config, architecture).or_else(|| reason(kind, &own)) {
+            Some(reason) => notes.push(format!("{} stay as they are: {reason}", kind.name())),
+            None => units.extend(own),
+        }
+    }
+    units.sort_by_key(|unit| (unit.block, unit.kind));
+    (units, notes)
 }
 
 /// Why units of a kind stay as they are in any block.

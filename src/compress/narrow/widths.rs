@@ -8,10 +8,10 @@ use super::super::budget::{forms_by_shape, known_choices};
 use super::super::limit::unreachable_budget;
 use super::super::plan::Plan;
 use super::super::recipe::{Budget, Limit, Recipe, WidthRule};
-use super::context::{Chosen, Context};
-use super::curves::Curve;
+use super::context::{Chosen, Context, Curve};
 use super::ranks::RankCurves;
 use super::shown;
+use crate::approx::narrow::Narrowing;
 use crate::formats::Source;
 use crate::model::inventory::LinearInfo;
 use crate::model::narrow::{NarrowUnit, UnitKind};
@@ -25,12 +25,51 @@ pub(super) struct Found<'p> {
     pub ranks: Option<RankCurves<'p>>,
 }
 
+impl Found<'_> {
+    /// Errors of which shapes alone are known: parts of the same size are of the same worth, and each that goes costs
+    /// more than the one before it, so that a budget is spread evenly.
+    pub fn even(context: &Context<'_>, plan: &Plan) -> Self {
+        let curve = |unit: &NarrowUnit| {
+            let (width, parameters) = (unit.width(), unit.parameters() as f64);
+            let error = |kept: usize| parameters * (1.0 - kept as f64 / width as f64).powi(2);
+            let narrowing = Narrowing { order: (0..width).collect(), errors: (0..=width).map(error).collect() };
+            Curve { narrowing, seconds: 0.0 }
+        };
+        let losses = if context.approach.drops_blocks { parameters_of_blocks(context, plan) } else { Vec::new() };
+        Self {
+            curves: context.units.iter().map(curve).collect(),
+            losses: losses.into_iter().map(|parameters| parameters as f64).collect(),
+            ranks: None,
+        }
+    }
+}
+
 /// The choice under the budget of the recipe. With ranks it is of the widths and blocks alone, and what follows meets the
 /// budget.
 ///
 /// # Errors
 /// The budget cannot be met.
 pub(super) fn choose(context: &Context<'_>, plan: &Plan, recipe: &Recipe, found: &Found<'_>) -> Result<Chosen> {
+    let n_weights = plan.linears.iter().map(LinearInfo::n_parameters).sum::<u64>();
+    best(context, plan, recipe, found)?.map_err(|Least(least)| match recipe.budget() {
+        Budget::Keep(keep) => unreachable_budget(recipe, Budget::Keep(keep), least as f64 / n_weights as f64),
+        budget => unreachable_budget(recipe, budget, least as f64),
+    })
+}
+
+/// The least size that can be reached, in the unit of the budget.
+pub(super) struct Least(pub u64);
+
+/// The same, or the least size if the budget is below it.
+///
+/// # Errors
+/// The shapes of the model are invalid.
+pub(super) fn best(
+    context: &Context<'_>,
+    plan: &Plan,
+    recipe: &Recipe,
+    found: &Found<'_>,
+) -> Result<Result<Chosen, Least>> {
     let problem = Problem::new(context, plan, recipe, found);
     let (curves, losses) = (&found.curves, &found.losses);
     let found = match context.approach.widths {
@@ -39,14 +78,19 @@ pub(super) fn choose(context: &Context<'_>, plan: &Plan, recipe: &Recipe, found:
         WidthRule::ByBlock => problem.by_block()?,
     };
     if let Some(chosen) = found {
-        return Ok(chosen);
+        return Ok(Ok(chosen));
     }
     let smallest = (0..curves.len()).map(|unit| problem.options(unit)[0]).collect();
-    let least = problem.size(&problem.without(losses.len().saturating_sub(1), smallest))?;
-    Err(match context.approach.limit.limit() {
-        Limit::Keep(keep) => unreachable_budget(recipe, Budget::Keep(keep), least as f64 / problem.n_weights as f64),
-        _ => unreachable_budget(recipe, Budget::Bytes(problem.most), least as f64),
-    })
+    Ok(Err(Least(problem.size(&problem.without(losses.len().saturating_sub(1), smallest))?)))
+}
+
+/// Parameters of the targeted linears of each block.
+fn parameters_of_blocks(context: &Context<'_>, plan: &Plan) -> Vec<u64> {
+    let mut parameters = vec![0; context.config.num_hidden_layers];
+    for (id, linear) in plan.linears.iter().filter_map(|linear| Some((linear.id?, linear))) {
+        parameters[id.block] += linear.n_parameters();
+    }
+    parameters
 }
 
 /// Widths and blocks to choose, with their errors, under a budget.
@@ -74,10 +118,7 @@ impl<'p> Problem<'p> {
             Budget::Keep(keep) => (keep * n_weights as f64 + 1e-6) as u64,
             Budget::Bits(_) | Budget::None => unreachable!("invariant: narrower modules have another budget"),
         };
-        let mut parameters = vec![0; context.config.num_hidden_layers];
-        for (id, linear) in plan.linears.iter().filter_map(|linear| Some((linear.id?, linear))) {
-            parameters[id.block] += linear.n_parameters();
-        }
+        let parameters = parameters_of_blocks(context, plan);
         let mut by_loss: Vec<usize> = (0..losses.len()).collect();
         by_loss.sort_by(|&i, &j| losses[i].total_cmp(&losses[j]));
         Self { context, curves, losses, ranks, by_loss, parameters, n_weights, most }
@@ -176,7 +217,7 @@ impl<'p> Problem<'p> {
     fn parameters_in_budget(&self) -> u64 {
         match self.context.approach.limit.limit() {
             Limit::Bytes(bytes) => {
-                let checkpoint = self.context.session.checkpoint;
+                let checkpoint = self.context.checkpoint;
                 let linears = self.ranks.map_or(&[][..], |ranks| ranks.linears);
                 let in_linears: u64 = linears.iter().map(LinearInfo::n_bytes).sum();
                 let left = (bytes + in_linears).saturating_sub(checkpoint.n_bytes());

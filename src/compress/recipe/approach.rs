@@ -68,6 +68,8 @@ pub struct NarrowApproach {
     pub widths: WidthRule,
     /// Whether blocks may be left out.
     pub drops_blocks: bool,
+    /// Whether channels and groups are stored in order of importance, so that a prefix is the next narrower model.
+    pub is_elastic: bool,
     /// What becomes of the linears of the narrower model: they stay as they are, or are quantized.
     pub then: Box<Approach>,
 }
@@ -300,8 +302,9 @@ impl Approach {
         matches!(self.low_rank(), Some(LowRankApproach::Shared { .. }))
     }
 
-    /// Whether the order of ranks is stored beside factors.
+    /// Whether the order of ranks is stored beside factors, or channels and groups in order of importance.
     pub fn is_elastic(&self) -> bool {
-        self.low_rank().is_some_and(|low_rank| low_rank.storage().is_elastic())
+        self.narrow().is_some_and(|narrow| narrow.is_elastic)
+            || self.low_rank().is_some_and(|low_rank| low_rank.storage().is_elastic())
     }
 }

@@ -23,6 +23,7 @@ pub use approach::{Approach, Linears, LowRankApproach, MetricSettings, NarrowApp
 pub use bases::{BaseSensitivity, Bases, Compensator, Factors, Quantizers};
 pub use basics::{DEFAULT_SAMPLES, max_shard_bytes, windows};
 pub use limit::{Budget, Limit, Reduction};
+pub(super) use narrow::default_damping;
 pub use patterns::Patterns;
 pub use settings::{DEFAULT_SHARD_BYTES, Recipe};
 pub use storage::{FactorStorage, FloatStorage, Unordered};

@@ -21,6 +21,11 @@ const DEFAULT_MULTIPLE: usize = 64;
 /// low rank, all other channels of a block with one would look alike (docs/results.md, section 25).
 const DEFAULT_DAMPING: f64 = 1e-4;
 
+/// The default damping of both Grams where errors of narrower modules are measured.
+pub(in crate::compress) fn default_damping(method: Method) -> f64 {
+    method.preset().damping.min(DEFAULT_DAMPING)
+}
+
 /// The recipe of `--structure narrow` and `--structure depth`.
 ///
 /// # Errors
@@ -33,10 +38,17 @@ pub(super) fn recipe(options: &RecipeOptions, structures: Structures) -> Result<
     let then = if structures.low_rank { low_rank(options, method)? } else { then(options, method, widths)? };
     let limit = limit(options)?;
     let heal = options.heal.clone();
-    let Some(limit) = Reduction::new(limit) else { return Ok(Recipe { heal, ..then }) };
+    let Some(limit) = Reduction::new(limit) else {
+        return match options.elastic {
+            Some(true) => {
+                Err(usage("`--elastic` has no effect with `--keep 1`: every width stays", "give a share below 1"))
+            }
+            _ => Ok(Recipe { heal, ..then }),
+        };
+    };
     let multiple = NonZeroUsize::new(options.width_multiple.unwrap_or(DEFAULT_MULTIPLE))
         .ok_or_else(|| usage("`--width-multiple` must be at least 1", "remove it for multiples of 64"))?;
-    let default = method.preset().damping.min(DEFAULT_DAMPING);
+    let default = default_damping(method);
     let metric = MetricSettings {
         method,
         damping_input: share("--damping-input", options.damping_input, default)?,
@@ -59,6 +71,7 @@ pub(super) fn recipe(options: &RecipeOptions, structures: Structures) -> Result<
                 multiple,
                 widths,
                 drops_blocks: structures.depth,
+                is_elastic: options.elastic == Some(true),
                 then: Box::new(then.approach),
             }),
             embeddings: Embeddings::Keep,
@@ -102,7 +115,7 @@ fn expect_meaningful(options: &RecipeOptions, structures: Structures) -> Result<
         ("--rank-multiple", options.rank_multiple.is_some() && !structures.low_rank),
         ("--quant", !options.quant.is_empty() && structures.low_rank),
         ("--uniform-width", options.uniform_width == Some(true) && structures.low_rank),
-        ("--elastic", options.elastic == Some(true)),
+        ("--elastic", options.elastic == Some(true) && (structures.low_rank || !structures.narrow)),
         ("--share", options.share == Some(true)),
         ("--center", options.center == Some(true)),
         ("--sequential", options.sequential == Some(true) || options.anchor.is_some()),
@@ -115,6 +128,13 @@ fn expect_meaningful(options: &RecipeOptions, structures: Structures) -> Result<
         return Err(usage(
             format!("`{flag}` cannot be combined with `--structure {structures}`"),
             "narrow the model first, and compress the output in a second run",
+        ));
+    }
+    let is_coded = !options.quant.is_empty() || options.format == Some(Format::Gguf);
+    if options.elastic == Some(true) && is_coded {
+        return Err(usage(
+            "`--elastic` has no effect with `--quant` and `--format gguf`: codes cannot be refitted",
+            "narrow the model first, and quantize the output of `lrc truncate` in a second run",
         ));
     }
     if options.quant.len() > 1 {

@@ -89,6 +89,11 @@ impl Recipe {
         Self { heal: Vec::new(), ..self.clone() }
     }
 
+    /// Whether linears are decomposed or quantized.
+    pub fn needs_fits(&self) -> bool {
+        !matches!(self.approach, Approach::Dense(_))
+    }
+
     /// The same recipe with another share of the parameters, if it is one of low rank; the whole share leaves every
     /// linear as it is.
     pub fn with_keep(&self, keep: f64) -> Self {
@@ -367,6 +372,7 @@ impl Recipe {
             damping_input: damping(preset.input, self.damping_input()),
             damping_output: damping(preset.output, self.damping_output()),
             clip_gradients: self.clips_gradients().then_some(true),
+            elastic: narrow.is_elastic.then_some(true),
             calibration: calibration.map(|windows| windows.text.clone()),
             statistics: self.statistics().map(PathBuf::from),
             field: calibration.map(|windows| windows.field.clone()).filter(|field| field != DEFAULT_FIELD),

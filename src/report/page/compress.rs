@@ -12,7 +12,7 @@ use super::heal;
 use super::svg::{self, Axes};
 use super::template::{Table, Tile, render, table, tile};
 use crate::report::columns::{Cell, fixed};
-use crate::report::{CompressReport, LinearRecord, notes};
+use crate::report::{CompressReport, LinearRecord, NarrowRecord, NarrowedUnit, notes};
 
 /// The page of `lrc compress`.
 ///
@@ -30,6 +30,7 @@ pub fn compress(report: &CompressReport, errors: &[ErrorLine]) -> Result<String>
         "maps": maps(report),
         "healed": report.healed.as_ref().map_or(Vec::new(), heal::charts),
         "curves": families(errors.iter().map(line), &axes, ""),
+        "units": report.narrow.as_ref().filter(|narrow| !narrow.blocks.is_empty()).map(units),
         "linears": table(&titles, report.linears.iter().map(row).collect()),
         "recipe": serde_json::to_string_pretty(&report.recipe)?,
     });
@@ -89,13 +90,39 @@ fn maps(report: &CompressReport) -> Vec<Map> {
         ("bits per weight", |l| Cell::Real(l.bits_base + l.bits_factors)),
         ("relative error", |l| l.relative_error.into()),
     ];
+    let widths = report.narrow.iter().flat_map(widths);
     let has_ranks = report.linears.iter().any(|l| l.rank.is_some());
     let map = |(title, figure): (&str, Figure)| {
         let cells = report.linears.iter();
         let grid = Grid::of(cells.filter_map(|l| Some((l.block?, within_block(&l.module, l.block?), figure(l)))));
         (!grid.columns.is_empty()).then(|| grid.map(title))
     };
-    ranks.into_iter().filter(|_| has_ranks).chain(others).filter_map(map).collect()
+    widths.chain(ranks.into_iter().filter(|_| has_ranks).chain(others).filter_map(map)).collect()
+}
+
+/// Maps of the shares of channels and groups that stay, and of their errors, by the blocks of the source.
+fn widths(narrow: &NarrowRecord) -> Vec<Map> {
+    type Figure = fn(&NarrowedUnit) -> Cell;
+    let figures: [(&str, Figure); 2] = [
+        ("share of channels and groups kept", |unit| Cell::Real(unit.after as f64 / unit.before.max(1) as f64)),
+        ("relative error of narrowing", |unit| unit.relative_error.into()),
+    ];
+    let map = |(title, figure): (&str, Figure)| {
+        Grid::of(narrow.blocks.iter().map(|unit| (unit.block, unit.kind.clone(), figure(unit)))).map(title)
+    };
+    figures.into_iter().filter(|_| !narrow.blocks.is_empty()).map(map).collect()
+}
+
+/// The widths of all blocks that stay.
+fn units(narrow: &NarrowRecord) -> Table {
+    let row = |unit: &NarrowedUnit| {
+        let counts = [unit.block, unit.before, unit.after].map(Cell::from);
+        let errors = [unit.relative_error, unit.squared_error].map(Cell::from);
+        let [block, before, after] = counts;
+        [vec![block, Cell::Text(unit.kind.clone()), before, after], errors.to_vec()].concat()
+    };
+    let titles = ["block of the source", "kind", "before", "after", "relative error", "squared error"];
+    table(&titles, narrow.blocks.iter().map(row).collect())
 }
 
 fn line(error: &ErrorLine) -> Line {
@@ -128,7 +155,8 @@ fn row(l: &LinearRecord) -> Vec<Cell> {
 
 /// Deviations of single linears from the recipe.
 fn notes(report: &CompressReport) -> Vec<String> {
-    notes::lines(report.linears.iter().map(|l| (l.module.as_str(), l.note.as_deref())))
+    let widths = report.narrow.iter().flat_map(NarrowRecord::lines);
+    widths.chain(notes::lines(report.linears.iter().map(|l| (l.module.as_str(), l.note.as_deref())))).collect()
 }
 
 fn warnings(report: &CompressReport) -> Vec<String> {

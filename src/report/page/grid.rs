@@ -13,7 +13,25 @@ pub struct Grid {
     pub columns: Vec<String>,
     /// Block, and one cell per column.
     pub rows: Vec<(usize, Vec<Option<Cell>>)>,
+    scale: Scale,
     range: Option<(f64, f64)>,
+}
+
+/// How values become shades.
+#[derive(Debug, Clone, Copy)]
+enum Scale {
+    Linear,
+    /// By the logarithms of positive values; others are as the smallest.
+    Log,
+}
+
+impl Scale {
+    fn of(self, value: f64) -> f64 {
+        match self {
+            Self::Linear => value,
+            Self::Log => value.ln(),
+        }
+    }
 }
 
 /// The form that templates read.
@@ -61,17 +79,29 @@ impl Grid {
         }
         let row = |cells: &BTreeMap<usize, Vec<Cell>>| (0..columns.len()).map(|i| Some(mean(cells.get(&i)?))).collect();
         let rows: Vec<(usize, Vec<Option<Cell>>)> = places.iter().map(|(block, cells)| (*block, row(cells))).collect();
-        let numbers = rows.iter().flat_map(|(_, cells)| cells.iter().flatten().filter_map(Cell::number));
-        let (low, high) = numbers.fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), value| {
+        Self { columns, rows, scale: Scale::Linear, range: None }.ranged()
+    }
+
+    /// The same grid with shades of logarithms.
+    #[must_use]
+    pub fn on_log_scale(self) -> Self {
+        Self { scale: Scale::Log, ..self }.ranged()
+    }
+
+    fn ranged(self) -> Self {
+        let numbers = self.rows.iter().flat_map(|(_, cells)| cells.iter().flatten().filter_map(Cell::number));
+        let scaled = numbers.map(|value| self.scale.of(value)).filter(|value| value.is_finite());
+        let (low, high) = scaled.fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), value| {
             (f64::min(low, value), f64::max(high, value))
         });
-        Self { columns, rows, range: (low < high).then_some((low, high)) }
+        Self { range: (low < high).then_some((low, high)), ..self }
     }
 
     /// The position of a cell between the smallest and the largest value, in [0, 1].
     pub fn share(&self, cell: &Cell) -> f64 {
         match (cell.number(), self.range) {
-            (Some(value), Some((low, high))) => (value - low) / (high - low),
+            // The logarithm of 0 is below all others.
+            (Some(value), Some((low, high))) => (self.scale.of(value).max(low) - low) / (high - low),
             _ => 0.0,
         }
     }
@@ -121,5 +151,14 @@ mod tests {
             [(0, vec![Some(Cell::Real(1.0)), Some(Cell::Real(3.0))]), (2, vec![Some(Cell::Real(5.0)), None])];
         assert_eq!(grid.rows, expected);
         assert_eq!([1.0, 3.0, 5.0].map(|x| grid.share(&Cell::Real(x))), [0.0, 0.5, 1.0]);
+    }
+
+    #[test]
+    fn shades_of_logarithms_span_the_positive_values() {
+        let cells = [(0, 0.0), (1, 1e-4), (2, 1e-2), (3, 1.0)];
+        let grid = Grid::of(cells.into_iter().map(|(block, x)| (block, "a".into(), Cell::Real(x)))).on_log_scale();
+        let shares = cells.map(|(_, x)| grid.share(&Cell::Real(x)));
+        let expected = [0.0, 0.0, 0.5, 1.0];
+        assert!(shares.iter().zip(expected).all(|(found, expected)| (found - expected).abs() < 1e-12), "{shares:?}");
     }
 }

@@ -6,10 +6,11 @@ use serde_json::json;
 
 use super::charts::{Chart, Line, cumulative, decay, families, rank_axes};
 use super::grid::{Grid, Map, within_block};
+use super::importance::importance;
 use super::svg::Axes;
 use super::template::{Head, Shown, Table, render, tile};
 use crate::report::columns::{self, Chosen, grouped};
-use crate::report::{InspectReport, Spectrum, SpectrumRecord, notes};
+use crate::report::{ImportanceRecord, InspectReport, Spectrum, SpectrumRecord, notes};
 
 /// Columns with a heat map each.
 const MAPPED: [&str; 4] = ["break_even_error", "stable_rank", "alpha", "weighted.break_even_error"];
@@ -34,8 +35,15 @@ pub fn inspect(report: &InspectReport, spectra: &[Spectrum]) -> Result<String> {
         "energy": charts(report, spectra, Scale::Energy),
         "figures": figures(report),
         "others": report.other_tensors,
+        "importance": report.importance.iter().flat_map(left_out).collect::<Vec<_>>(),
+        "importance_notes": report.importance.iter().flat_map(|record| &record.notes).collect::<Vec<_>>(),
     });
     render("inspect.html", &report.model, report, page)
+}
+
+/// The maps of what is left out.
+fn left_out(record: &ImportanceRecord) -> Vec<Map> {
+    importance(record).into_iter().map(|(title, grid)| grid.map(title)).collect()
 }
 
 fn figures(report: &InspectReport) -> Table {

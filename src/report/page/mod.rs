@@ -8,6 +8,7 @@ mod charts;
 mod compress;
 mod grid;
 mod heal;
+mod importance;
 mod inspect;
 mod svg;
 mod sweep;
@@ -16,6 +17,7 @@ mod template;
 pub use charts::ErrorLine;
 pub use compress::compress;
 pub use grid::{Grid, within_block};
+pub use importance::importance;
 pub use inspect::inspect;
 pub use sweep::sweep;
 
