@@ -83,15 +83,7 @@ pub fn render(report: &CompressReport, source: &Checkpoint, loading: &Loading) -
     command.extend(flags(&report.recipe, is_own));
     let words: Vec<String> = command.iter().map(|word| quoted(word)).collect();
     let _ = writeln!(card, "{}", words.join(" "));
-    if let Some(truncated) = &report.truncated {
-        let _ = writeln!(card, "lrc truncate OUT -o TRUNCATED --keep {}", truncated.keep);
-    }
-    // The recipe may have said so.
-    let apart = report.healed.as_ref().filter(|_| report.recipe.get("heal").is_none());
-    if let Some(healed) = apart {
-        let teacher = quoted(title(&healed.teacher));
-        let _ = writeln!(card, "lrc heal OUT --teacher {teacher} --text TEXT -o HEALED");
-    }
+    later_commands(&mut card, report);
     card.push_str("```\n\n`--recipe lrc-recipe.toml` can replace the flags.\n");
     if let Some(healed) = &report.healed {
         card.push_str(&healing(healed));
@@ -106,6 +98,19 @@ pub fn render(report: &CompressReport, source: &Checkpoint, loading: &Loading) -
         );
     }
     card
+}
+
+/// The commands that followed the compression.
+fn later_commands(card: &mut String, report: &CompressReport) {
+    if let Some(truncated) = &report.truncated {
+        let _ = writeln!(card, "lrc truncate OUT -o TRUNCATED --keep {}", truncated.keep);
+    }
+    // The recipe may have said so.
+    let apart = report.healed.as_ref().filter(|_| report.recipe.get("heal").is_none());
+    if let Some(healed) = apart {
+        let teacher = quoted(title(&healed.teacher));
+        let _ = writeln!(card, "lrc heal OUT --teacher {teacher} --text TEXT -o HEALED");
+    }
 }
 
 /// What training did after the compression.
