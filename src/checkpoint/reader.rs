@@ -3,10 +3,13 @@
 
 use std::fs::{File, FileType};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use memmap2::{Mmap, UncheckedAdvice};
+use sha2::{Digest, Sha256};
 
 use super::error::{CheckpointError, Result, io};
+use super::hash::hex;
 use super::magic::LFS_POINTER;
 use super::tensor::TensorInfo;
 use crate::codecs::torch;
@@ -57,7 +60,12 @@ fn refuse_pointer(path: &Path, bytes: &[u8]) -> Result<()> {
 pub struct Shard {
     path: PathBuf,
     map: Mmap,
+    /// Made when it is asked for: the file is read whole.
+    sha256: OnceLock<String>,
 }
+
+/// Bytes that are hashed before their pages are given back.
+const HASH_CHUNK: usize = 16 << 20;
 
 impl Shard {
     /// Maps `path`; no page of it is read yet.
@@ -73,7 +81,19 @@ impl Shard {
         #[allow(unsafe_code)]
         let map = unsafe { Mmap::map(&file) }.map_err(io("map", path))?;
         refuse_pointer(path, &map)?;
-        Ok(Self { path: path.to_path_buf(), map })
+        Ok(Self { path: path.to_path_buf(), map, sha256: OnceLock::new() })
+    }
+
+    /// SHA-256 of the file, in hexadecimal digits.
+    pub fn sha256(&self) -> &str {
+        self.sha256.get_or_init(|| {
+            let mut hasher = Sha256::new();
+            for (i, chunk) in self.map.chunks(HASH_CHUNK).enumerate() {
+                hasher.update(chunk);
+                self.release(i * HASH_CHUNK, i * HASH_CHUNK + chunk.len());
+            }
+            hex(&hasher.finalize())
+        })
     }
 
     pub fn path(&self) -> &Path {

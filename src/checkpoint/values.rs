@@ -1,10 +1,9 @@
 //! The bytes and values of the tensors of a checkpoint, one tensor at a time.
 
 use rayon::prelude::*;
-use sha2::{Digest, Sha256};
 
 use super::error::{CheckpointError, Result};
-use super::hash::{Fingerprint, hex, sha256_file};
+use super::hash::{Fingerprint, sha256_file};
 use super::open::Checkpoint;
 use super::paths::CONFIG_FILE;
 use super::tensor::TensorInfo;
@@ -12,9 +11,6 @@ use crate::codecs::cast::{self, Dtype};
 use crate::codecs::float8;
 use crate::codecs::layout::Decoded;
 use crate::quantize::{Quantized, Storage};
-
-/// Bytes of a weight file that are hashed at a time.
-const HASH_CHUNK: usize = 16 << 20;
 
 /// The result of comparing two tensors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -208,14 +204,7 @@ impl Checkpoint {
             .shards
             .par_iter()
             .enumerate()
-            .map(|(shard_idx, shard)| {
-                let mut hasher = Sha256::new();
-                for (i, chunk) in shard.bytes().chunks(HASH_CHUNK).enumerate() {
-                    hasher.update(chunk);
-                    shard.release(i * HASH_CHUNK, i * HASH_CHUNK + chunk.len());
-                }
-                (self.shard_name(shard_idx), hex(&hasher.finalize()))
-            })
+            .map(|(shard_idx, shard)| (self.shard_name(shard_idx), shard.sha256().to_string()))
             .collect();
         let config = self.root.join(CONFIG_FILE);
         // A config that was made of a weight file is part of that file.

@@ -95,7 +95,9 @@ fn measured(run: Run<'_>, progress: &dyn Progress) -> Result<DryRunReport> {
     let mut folder = run.folder()?;
     let job = run.job;
     let done = match (Before::of(job.recipe, &folder), job.recipe.then()) {
-        (Some(before), _) => Run::new(&before.job(job)).and_then(|run| measured(run, progress)),
+        (Some(before), _) => Run::new(&before.job(job))
+            .and_then(|run| measured(run, progress))
+            .map(|report| DryRunReport { recipe: record::recipe(job.recipe), ..report }),
         (None, None) => outcome(run, &folder, progress),
         (None, Some(_)) => outcome_of_narrower(run, &folder, progress),
     };

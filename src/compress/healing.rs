@@ -11,7 +11,7 @@ use super::run::Run;
 use crate::checkpoint::{Checkpoint, Earlier, Existing, OutputFolder};
 use crate::heal::{HealJob, Train, WeightedText, heal_into};
 use crate::progress::Progress;
-use crate::report::{CompressReport, REPORT_FILE, stopped};
+use crate::report::{CompressReport, REPORT_FILE, concluded};
 use crate::train::Settings;
 
 /// A compression without healing.
@@ -51,14 +51,9 @@ impl Before {
 /// # Errors
 /// As `compress` and [`crate::heal::heal`].
 pub(super) fn run(job: &Job<'_>, compress: Compress<'_>, progress: &dyn Progress) -> Result<CompressReport> {
-    let mut folder = Run::new(job)?.folder()?;
-    match into_folder(job, compress, &folder, progress) {
-        Ok(report) => {
-            folder.finish()?;
-            Ok(report)
-        }
-        Err(error) => Err(stopped(&mut folder, error)),
-    }
+    let folder = Run::new(job)?.folder()?;
+    let done = into_folder(job, compress, &folder, progress);
+    concluded(folder, done)
 }
 
 fn into_folder(

@@ -52,7 +52,7 @@ use crate::formats::{self, Output};
 use crate::model::inventory;
 use crate::operator::Forms;
 use crate::progress::Progress;
-use crate::report::{AdapterRecord, CompressReport, REPORT_FILE, stopped};
+use crate::report::{AdapterRecord, CompressReport, REPORT_FILE, concluded};
 pub(crate) use curves::{KeptCurve, write as write_curves};
 pub use dry_run::{DryRun, dry_run};
 pub use job::{DEFAULT_MEMORY_BYTES, Job};
@@ -93,24 +93,17 @@ pub fn compress(job: &Job<'_>, progress: &dyn Progress) -> Result<CompressReport
         return healing::run(job, &|first| compress(first, progress), progress);
     }
     let run = Run::new(job)?;
-    let mut folder = run.folder()?;
+    let folder = run.folder()?;
     let done = match job.recipe.then() {
         None => into_folder(run, &folder, None, progress),
         Some(_) => narrow::narrowed(run, &folder, progress).and_then(|mut narrowed| {
             narrowed.time_forward(job);
             let statistics = narrowed.statistics.take();
-            let of_source = Job { keep_statistics: None, ..job.clone() };
-            let job = Job { checkpoint: &narrowed.checkpoint, recipe: &narrowed.then, ..of_source };
+            let job = Job { checkpoint: &narrowed.checkpoint, recipe: &narrowed.then, ..job.clone() };
             into_folder(Run::of_narrowed(&job, statistics)?, &folder, Some(&narrowed), progress)
         }),
     };
-    match done {
-        Ok(report) => {
-            folder.finish()?;
-            Ok(report)
-        }
-        Err(error) => Err(stopped(&mut folder, error)),
-    }
+    concluded(folder, done)
 }
 
 /// Makes the output of `earlier`, an elastic one of narrower modules, narrower still: to the share `keep` of the targeted

@@ -141,8 +141,8 @@ recipe_options! {
 
     /// Whether factors are compared with wider codes [default: true]
     ///
-    /// The report then has the error of a model of as many bytes without factors. It takes about as long as fitting the
-    /// codes and factors themselves, and changes nothing in the output.
+    /// The report then has the error of a model of as many bytes without factors. More quantizers are fitted for it; it
+    /// changes nothing in the weights.
     equal_bytes_baseline: Option<bool>, "Quantization" [
         num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL", hide_short_help = true
     ],

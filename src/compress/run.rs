@@ -40,6 +40,8 @@ impl<'a> Run<'a> {
     /// The run on a model that another run made narrower, with its pieces in the same folder, and statistics of it.
     pub fn of_narrowed(job: &'a Job<'a>, statistics: Option<Statistics>) -> Result<Self> {
         let mut run = Self::checked(job, "narrowed-", Fingerprint::new())?;
+        // Those that are kept are of the source.
+        run.inputs.kept_in = None;
         run.inputs.statistics = run.inputs.statistics.or(statistics);
         Ok(run)
     }

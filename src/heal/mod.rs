@@ -33,7 +33,7 @@ use crate::formats::Format;
 use crate::model::{Decoder, Walk, WalkLimits, coverage, fingerprint};
 use crate::progress::Progress;
 use crate::report::earlier::read_report;
-use crate::report::{CompressReport, HealRecord, HealedPart, REPORT_FILE, stopped};
+use crate::report::{CompressReport, HealRecord, HealedPart, REPORT_FILE, concluded};
 use crate::store::Journal;
 use crate::train::{Pieces, Settings};
 
@@ -46,14 +46,9 @@ pub fn heal(job: &HealJob<'_>, progress: &dyn Progress) -> Result<CompressReport
     expect_apart(job.output, job.inputs())?;
     let (run, report) = checked(job)?;
     let description = job.description(&run.drawn)?;
-    let mut folder = OutputFolder::resume(job.output, job.existing, REPORT_FILE, &description, job.earlier)?;
-    match run.fill(report, &folder, progress) {
-        Ok(report) => {
-            folder.finish()?;
-            Ok(report)
-        }
-        Err(error) => Err(stopped(&mut folder, error)),
-    }
+    let folder = OutputFolder::resume(job.output, job.existing, REPORT_FILE, &description, job.earlier)?;
+    let done = run.fill(report, &folder, progress);
+    concluded(folder, done)
 }
 
 /// The same as the last stage of the run of a recipe, in its folder.

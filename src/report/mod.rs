@@ -36,8 +36,8 @@ pub use heal::{HealRecord, HealedHalf, HealedModel, HealedPart, HealedText, Held
 pub use importance::{BlockImportance, ChannelImportance, GroupImportance, ImportanceRecord};
 pub use inspect::{BelowThreshold, EnergyRank, Figures, InspectReport, PowerLaw, Spectrum, SpectrumRecord};
 pub use narrow::{NarrowRecord, NarrowedUnit};
-pub(crate) use publish::stopped;
 pub use publish::{Published, publish};
+pub(crate) use publish::{concluded, stopped};
 pub use sizes::{Sizes, Timings, peak_memory_bytes};
 pub use sweep::{SweepPoint, SweepReport};
 

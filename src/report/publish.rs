@@ -33,6 +33,20 @@ pub fn publish(
     Ok(())
 }
 
+/// Ends a run: its folder becomes the output, or [`stopped`] decides what stays of it.
+///
+/// # Errors
+/// The run failed, or the output cannot be moved to its place.
+pub(crate) fn concluded<T>(mut folder: OutputFolder, done: Result<T>) -> Result<T> {
+    match done {
+        Ok(report) => {
+            folder.finish()?;
+            Ok(report)
+        }
+        Err(error) => Err(stopped(&mut folder, error)),
+    }
+}
+
 /// The error of a run that stopped; if a resource is at fault, finished work is kept.
 pub(crate) fn stopped(folder: &mut OutputFolder, error: anyhow::Error) -> anyhow::Error {
     if exit_class(&error) == ExitClass::Resources

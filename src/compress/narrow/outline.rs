@@ -59,31 +59,29 @@ pub(in crate::compress) struct Parts<'r> {
     narrow: &'r mut Option<NarrowRecord>,
 }
 
+/// The parts of a report of either kind.
+macro_rules! parts {
+    ($report:ident) => {
+        Self {
+            recipe: &mut $report.recipe,
+            source_quantization: &mut $report.source_quantization,
+            adapter: &mut $report.adapter,
+            passed_through: &mut $report.passed_through,
+            keep: &mut $report.keep,
+            sizes: &mut $report.sizes,
+            linears: &mut $report.linears,
+            narrow: &mut $report.narrow,
+        }
+    };
+}
+
 impl<'r> Parts<'r> {
     pub fn of_run(report: &'r mut CompressReport) -> Self {
-        Self {
-            recipe: &mut report.recipe,
-            source_quantization: &mut report.source_quantization,
-            adapter: &mut report.adapter,
-            passed_through: &mut report.passed_through,
-            keep: &mut report.keep,
-            sizes: &mut report.sizes,
-            linears: &mut report.linears,
-            narrow: &mut report.narrow,
-        }
+        parts!(report)
     }
 
     pub fn of_dry_run(report: &'r mut DryRunReport) -> Self {
-        Self {
-            recipe: &mut report.recipe,
-            source_quantization: &mut report.source_quantization,
-            adapter: &mut report.adapter,
-            passed_through: &mut report.passed_through,
-            keep: &mut report.keep,
-            sizes: &mut report.sizes,
-            linears: &mut report.linears,
-            narrow: &mut report.narrow,
-        }
+        parts!(report)
     }
 }
 
