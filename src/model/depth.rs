@@ -1,4 +1,4 @@
-//! A model without some of its blocks: the names of the others, and the config.
+//! A model without some of its blocks or experts: the names of the others, and the config.
 
 use std::collections::BTreeMap;
 
@@ -29,6 +29,37 @@ pub fn with_blocks(
     let names: BTreeMap<String, Option<String>> = tensors.collect();
     let config = checkpoint.config().map(|config| shallower(config, architecture, kept)).unwrap_or_default();
     (checkpoint.renamed(&names, config), names)
+}
+
+/// The model with these experts alone, ascending, in each block that is listed, and the names of the tensors of other
+/// experts or numbers, as above. Routers and the config are left as they are.
+pub fn with_experts(
+    checkpoint: &Checkpoint,
+    architecture: &Architecture,
+    kept: &BTreeMap<usize, Vec<usize>>,
+) -> (Checkpoint, BTreeMap<String, Option<String>>) {
+    let prefix = Names::of(checkpoint, architecture).prefix;
+    let start = |block: usize| {
+        architecture.experts.as_ref().map(|names| format!("{}.{}.", architecture.block(&prefix, block), names.list))
+    };
+    let starts: Vec<(String, &Vec<usize>)> =
+        kept.iter().filter_map(|(&block, kept)| Some((start(block)?, kept))).collect();
+    let renamed = |name: &str| -> Option<Option<String>> {
+        let (start, kept) = starts.iter().find(|(start, _)| name.starts_with(start.as_str()))?;
+        let (expert, rest) = name[start.len()..].split_once('.')?;
+        let at = kept.binary_search(&expert.parse().ok()?).ok();
+        Some(at.map(|at| format!("{start}{at}.{rest}")))
+    };
+    let tensors = checkpoint.tensors().filter_map(|info| Some((info.name.clone(), renamed(&info.name)?)));
+    let names: BTreeMap<String, Option<String>> = tensors.collect();
+    (checkpoint.renamed(&names, checkpoint.config().cloned().unwrap_or_default()), names)
+}
+
+/// The tensor of the router of a block, (num_experts, hidden_size), in a family with experts.
+pub fn router(checkpoint: &Checkpoint, architecture: &Architecture, block: usize) -> Option<String> {
+    let names = architecture.experts.as_ref()?;
+    let prefix = Names::of(checkpoint, architecture).prefix;
+    Some(format!("{}.{}.weight", architecture.block(&prefix, block), names.router))
 }
 
 /// A config whose blocks are these of the source. Lists with an entry per block lose those of others.

@@ -1,5 +1,6 @@
 //! The parts of a block that may become narrower, and what becomes of the tensors and the config then: channels of a
-//! feed-forward layer, and groups of heads, a head of keys and values with the heads of queries that it serves.
+//! feed-forward layer or of an expert, and groups of heads, a head of keys and values with the heads of queries that it
+//! serves. An expert without channels is left out.
 
 use std::collections::BTreeMap;
 
@@ -8,7 +9,7 @@ use serde_json::{Map, Value};
 use super::architectures::table::Architecture;
 use super::config::ModelConfig;
 use super::inventory::{LinearInfo, Stored};
-use super::slot::{Role, Slot};
+use super::slot::{LinearId, Role, Slot};
 use super::text_config;
 use super::widths::Widths;
 
@@ -19,6 +20,8 @@ pub enum UnitKind {
     Channels,
     /// Groups of heads.
     Groups,
+    /// Channels of an expert, which is left out with the last of them.
+    Experts,
 }
 
 /// A part of a block that may become narrower.
@@ -28,6 +31,8 @@ pub struct NarrowUnit {
     pub block: usize,
     /// What it is made of.
     pub kind: UnitKind,
+    /// The expert that it is.
+    pub expert: Option<usize>,
     /// The linears that make its values, which lose rows.
     pub makers: Vec<LinearInfo>,
     /// The linear that reads them, which loses columns.
@@ -36,29 +41,39 @@ pub struct NarrowUnit {
 }
 
 impl UnitKind {
-    /// Its name in reports: a channel of the feed-forward layer, or a group of heads.
+    /// Its name in reports.
     pub fn name(self) -> &'static str {
         match self {
             Self::Channels => "channels",
             Self::Groups => "groups",
+            Self::Experts => "experts",
         }
     }
 
     /// The roles of the linears that make its values, and of the linear that reads them.
     fn roles(self) -> (&'static [Role], Role) {
         match self {
-            Self::Channels => (&[Role::GateProj, Role::UpProj, Role::GateUpProj], Role::DownProj),
+            Self::Channels | Self::Experts => (&[Role::GateProj, Role::UpProj, Role::GateUpProj], Role::DownProj),
             Self::Groups => (&[Role::QProj, Role::KProj, Role::VProj, Role::QkvProj], Role::OProj),
         }
     }
 }
 
 impl NarrowUnit {
+    /// Its name within its block: `channels`, `groups` or `experts.7`.
+    pub fn name(&self) -> String {
+        match self.expert {
+            None => self.kind.name().into(),
+            Some(expert) => format!("{}.{expert}", self.kind.name()),
+        }
+    }
+
     /// Number of channels or groups.
     pub fn width(&self) -> usize {
         match self.kind {
             UnitKind::Channels => self.widths.intermediate_size,
             UnitKind::Groups => self.widths.num_key_value_heads,
+            UnitKind::Experts => self.widths.moe_intermediate_size,
         }
     }
 
@@ -75,6 +90,8 @@ impl NarrowUnit {
                 widths.num_attention_heads = kept * self.widths.num_attention_heads / self.widths.num_key_value_heads;
                 widths.num_key_value_heads = kept;
             }
+            UnitKind::Experts if kept == 0 => widths.num_experts -= 1,
+            UnitKind::Experts => widths.moe_intermediate_size = kept,
         }
     }
 
@@ -130,7 +147,7 @@ impl NarrowUnit {
 
     /// Rows of a linear of this role in one channel or group.
     fn rows_each(&self, role: Role) -> usize {
-        self.widths.shape(Slot::shared(role)).0[0] / self.width()
+        self.widths.shape(Slot { role, expert: self.expert }).0[0] / self.width()
     }
 }
 
@@ -139,32 +156,46 @@ fn runs(kept: &[usize], run: usize) -> Vec<usize> {
     kept.iter().flat_map(|&at| at * run..(at + 1) * run).collect()
 }
 
-/// The units of a model whose linears are all among `linears`, by block. Experts have none, and neither have heads
-/// whose number other tensors or loaders fix.
+/// The units of a model whose linears are all among `linears`, by block. Heads whose number other tensors or loaders fix
+/// are none; the experts of a block are all units, or none of them is.
 pub fn units(linears: &[LinearInfo], config: &ModelConfig, architecture: &Architecture) -> Vec<NarrowUnit> {
-    let mut by_place: BTreeMap<(usize, Role), &LinearInfo> = BTreeMap::new();
-    for linear in linears.iter().filter(|linear| !linear.is_low_rank()) {
-        if let Some(id) = linear.id.filter(|id| id.slot.expert.is_none()) {
-            by_place.insert((id.block, id.slot.role), linear);
-        }
-    }
-    let unit = |block: usize, kind: UnitKind| {
+    let dense = linears.iter().filter(|linear| !linear.is_low_rank());
+    let by_place: BTreeMap<LinearId, &LinearInfo> = dense.filter_map(|linear| Some((linear.id?, linear))).collect();
+    let of_experts = architecture.experts.as_ref().map_or(&[][..], |names| names.linears);
+    let unit = |block: usize, kind: UnitKind, expert: Option<usize>| {
         let (makers, reader) = kind.roles();
         let widths = config.widths(block);
-        let is_possible = match kind {
-            UnitKind::Channels => widths.num_experts == 0,
-            UnitKind::Groups => architecture.has_free_heads,
+        let (is_possible, family) = match kind {
+            UnitKind::Channels => (widths.num_experts == 0, architecture.linears),
+            UnitKind::Groups => (architecture.has_free_heads, architecture.linears),
+            UnitKind::Experts => (true, of_experts),
         };
-        let makers = makers.iter().filter(|role| architecture.linears.iter().any(|(own, _)| own == *role));
-        let makers = makers.map(|&role| by_place.get(&(block, role)).map(|&linear| linear.clone()));
-        let makers = makers.collect::<Option<Vec<_>>>().filter(|makers| is_possible && !makers.is_empty())?;
-        let reader = (*by_place.get(&(block, reader))?).clone();
-        Some(NarrowUnit { block, kind, makers, reader, widths })
+        let find = |role: Role| by_place.get(&LinearId { block, slot: Slot { role, expert } }).copied().cloned();
+        let makers = makers.iter().filter(|role| family.iter().any(|(own, _)| own == *role));
+        let makers = makers.map(|&role| find(role)).collect::<Option<Vec<_>>>();
+        let makers = makers.filter(|makers| is_possible && !makers.is_empty())?;
+        Some(NarrowUnit { block, kind, expert, makers, reader: find(reader)?, widths })
     };
-    let kinds = [UnitKind::Groups, UnitKind::Channels];
-    (0..config.num_hidden_layers)
-        .flat_map(|block| kinds.into_iter().filter_map(move |kind| unit(block, kind)))
-        .collect()
+    let mut units = Vec::new();
+    for block in 0..config.num_hidden_layers {
+        units.extend([UnitKind::Groups, UnitKind::Channels].into_iter().filter_map(|kind| unit(block, kind, None)));
+        let experts = 0..config.widths(block).num_experts;
+        let experts = experts.map(|expert| unit(block, UnitKind::Experts, Some(expert))).collect::<Option<Vec<_>>>();
+        units.extend(experts.into_iter().flatten());
+    }
+    units
+}
+
+/// The experts of each block that stay if its units keep these channels, for blocks that lose one.
+pub fn experts_that_stay(units: &[NarrowUnit], kept: &[Vec<usize>]) -> BTreeMap<usize, Vec<usize>> {
+    let mut by_block: BTreeMap<usize, (usize, Vec<usize>)> = BTreeMap::new();
+    for (unit, kept) in units.iter().zip(kept) {
+        let Some(expert) = unit.expert else { continue };
+        let (all, stay) = by_block.entry(unit.block).or_default();
+        *all += 1;
+        stay.extend((!kept.is_empty()).then_some(expert));
+    }
+    by_block.into_iter().filter(|(_, (all, stay))| stay.len() < *all).map(|(block, (_, stay))| (block, stay)).collect()
 }
 
 /// The dimension of a stored weight that counts the rows of the linear.
@@ -188,14 +219,19 @@ pub fn narrowed_config(
     let mut config = config.clone();
     let fields = text_config::fields_mut(&mut config);
     let mut by_block = fields.get("per_layer_config").and_then(Value::as_object).cloned().unwrap_or_default();
+    let is_given = fields.contains_key("moe_intermediate_size");
     let names = |ours: &'static str| {
+        // Where all blocks have experts, these may have the field of other blocks.
+        let ours = if ours == "moe_intermediate_size" && !is_given { "intermediate_size" } else { ours };
         let theirs = architecture.aliases.iter().find(|(_, name)| *name == ours).map_or(ours, |(theirs, _)| theirs);
         [theirs, ours]
     };
-    for (name, number) in NUMBERS {
+    for (name, number, has) in NUMBERS {
         let [theirs, ours] = names(name);
-        let of_block: Vec<usize> = widths.iter().map(number).collect();
-        let common = if of_block.iter().all(|own| *own == of_block[0]) { of_block[0] } else { number(source) };
+        let of_block: Vec<(usize, usize)> =
+            widths.iter().enumerate().filter(|(_, own)| has(own)).map(|(block, own)| (block, number(own))).collect();
+        let Some(&(_, first)) = of_block.first() else { continue };
+        let common = if of_block.iter().all(|(_, own)| *own == first) { first } else { number(source) };
         if common != number(source) {
             fields.insert(theirs.into(), common.into());
             // Some configs have both names.
@@ -203,7 +239,7 @@ pub fn narrowed_config(
                 fields.insert(ours.into(), common.into());
             }
         }
-        for (block, own) in of_block.iter().enumerate() {
+        for (block, own) in &of_block {
             let entry = by_block.entry(block.to_string()).or_insert_with(|| Map::new().into());
             let Some(entry) = entry.as_object_mut() else { continue };
             [theirs, ours].iter().for_each(|name| drop(entry.shift_remove(*name)));
@@ -223,12 +259,15 @@ pub fn narrowed_config(
     config
 }
 
-/// A number of a block.
+/// A number of a block, and whether a block has it.
 type Number = fn(&Widths) -> usize;
+type Has = fn(&Widths) -> bool;
 
-/// The fields of a config that may become smaller, and the number that each has.
-const NUMBERS: [(&str, Number); 3] = [
-    ("intermediate_size", |widths| widths.intermediate_size),
-    ("num_attention_heads", |widths| widths.num_attention_heads),
-    ("num_key_value_heads", |widths| widths.num_key_value_heads),
+/// The fields of a config that may become smaller, the number that each has, and the blocks that read it.
+const NUMBERS: [(&str, Number, Has); 5] = [
+    ("intermediate_size", |widths| widths.intermediate_size, |widths| widths.num_experts == 0),
+    ("num_attention_heads", |widths| widths.num_attention_heads, |_| true),
+    ("num_key_value_heads", |widths| widths.num_key_value_heads, |_| true),
+    ("moe_intermediate_size", |widths| widths.moe_intermediate_size, |widths| widths.num_experts > 0),
+    ("num_experts", |widths| widths.num_experts, |widths| widths.num_experts > 0),
 ];

@@ -11,6 +11,9 @@ pub struct ImportanceRecord {
     pub blocks: Vec<BlockImportance>,
     /// Every group of heads, left out alone: a head of keys and values with its heads of queries.
     pub groups: Vec<GroupImportance>,
+    /// Every expert, left out alone.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub experts: Vec<ExpertImportance>,
     /// Shares of the channels of every feed-forward layer, the least important first.
     pub channels: Vec<ChannelImportance>,
     /// What cannot be left out, and why.
@@ -39,6 +42,19 @@ pub struct GroupImportance {
     /// Parameters of the linears of the group.
     pub parameters: u64,
     /// Squared error of the output of attention without the group, after the others are refitted.
+    pub squared_error: f64,
+}
+
+/// An expert.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+pub struct ExpertImportance {
+    /// Index of the block.
+    pub block: usize,
+    /// Index of the expert.
+    pub expert: usize,
+    /// Parameters of its linears.
+    pub parameters: u64,
+    /// Squared error of its output, weighed by the router, if it adds nothing and the other weights stay.
     pub squared_error: f64,
 }
 

@@ -33,7 +33,7 @@ pub use eval::{
     PseudoPerplexity,
 };
 pub use heal::{HealRecord, HealedHalf, HealedModel, HealedPart, HealedText, HeldOutPerplexity};
-pub use importance::{BlockImportance, ChannelImportance, GroupImportance, ImportanceRecord};
+pub use importance::{BlockImportance, ChannelImportance, ExpertImportance, GroupImportance, ImportanceRecord};
 pub use inspect::{BelowThreshold, EnergyRank, Figures, InspectReport, PowerLaw, Spectrum, SpectrumRecord};
 pub use narrow::{NarrowRecord, NarrowedUnit};
 pub use publish::{Published, publish};

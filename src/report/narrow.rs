@@ -1,12 +1,14 @@
 //! What became narrower, in the reports of `lrc compress --structure narrow`.
 
+use std::collections::BTreeSet;
+
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// The widths before and after.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 pub struct NarrowRecord {
-    /// One entry per block and kind of unit, in the order of the model.
+    /// One entry per block and kind of unit, or expert, in the order of the model.
     pub blocks: Vec<NarrowedUnit>,
     /// Blocks of the source that were left out.
     #[serde(skip_serializing_if = "Vec::is_empty", default)]
@@ -46,9 +48,31 @@ impl NarrowRecord {
     }
 }
 
+impl NarrowedUnit {
+    /// Its name within its block.
+    pub fn name(&self) -> String {
+        match self.expert {
+            None => self.kind.clone(),
+            Some(expert) => format!("expert {expert}"),
+        }
+    }
+}
+
+/// The experts that stay, and their channels.
+fn line_of_experts(units: &[&NarrowedUnit]) -> String {
+    let blocks: BTreeSet<usize> = units.iter().map(|unit| unit.block).collect();
+    let stay: Vec<&&NarrowedUnit> = units.iter().filter(|unit| unit.after > 0).collect();
+    let (before, after) = stay.first().map_or((0, 0), |unit| (unit.before, unit.after));
+    let (n, all, n_blocks) = (stay.len(), units.len(), blocks.len());
+    format!("experts in {n_blocks} blocks: {n} of {all}, channels of each that stays: {after} of {before}")
+}
+
 /// The widths of all units of a kind.
 fn line(kind: &str, units: &[&NarrowedUnit]) -> String {
     let (n, first) = (units.len(), units[0]);
+    if first.expert.is_some() {
+        return line_of_experts(units);
+    }
     if units.iter().all(|unit| (unit.before, unit.after) == (first.before, first.after)) {
         return format!("{kind} in each of {n} blocks: {} of {}", first.after, first.before);
     }
@@ -64,13 +88,17 @@ fn line(kind: &str, units: &[&NarrowedUnit]) -> String {
 pub struct NarrowedUnit {
     /// Index of the block.
     pub block: usize,
-    /// `channels` of the feed-forward layer, or `groups` of heads: a head of keys and values with its heads of queries.
+    /// `channels` of the feed-forward layer; `groups` of heads, a head of keys and values with its heads of queries; or
+    /// `experts`, of whose channels some stay.
     pub kind: String,
+    /// Index of the expert, in the source.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub expert: Option<usize>,
     /// The linear that reads them, whose columns that stay are refitted.
     pub reader: String,
     /// Their number in the source.
     pub before: usize,
-    /// Their number in the output.
+    /// Their number in the output; 0 for an expert that was left out.
     pub after: usize,
     /// Error of the reader over the norm of its weight, both in the metric of the method; none in a dry run that
     /// measures nothing.

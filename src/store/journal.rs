@@ -175,7 +175,10 @@ impl Journal {
 
 /// Writes a piece under another name, and renames it.
 fn write(path: &Path, header: &str, arrays: &[Values]) -> std::io::Result<()> {
-    let partial = path.with_extension("partial");
+    // Names have dots, and what follows the last one tells them apart.
+    let mut partial = path.as_os_str().to_owned();
+    partial.push(".partial");
+    let partial = PathBuf::from(partial);
     let mut file = BufWriter::with_capacity(1 << 20, create_file(&partial)?);
     let mut checksum = crc32fast::Hasher::new();
     file.write_all(&[0; PREFIX])?;
@@ -222,6 +225,27 @@ fn parse(bytes: &[u8], path: &Path) -> Option<Piece> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn pieces_whose_names_differ_after_a_dot_are_written_at_the_same_time() {
+        let folder = tempfile::tempdir().unwrap();
+        let journal = Journal::new(folder.path().into());
+        std::thread::scope(|scope| {
+            for thread in 0..8 {
+                let journal = &journal;
+                scope.spawn(move || {
+                    for i in 0..32 {
+                        let values = vec![vec![thread as f32; 4096].into()];
+                        journal.put(&format!("experts.{thread}-{i}"), json!(null), values).unwrap();
+                    }
+                });
+            }
+        });
+        for (thread, i) in (0..8).flat_map(|thread| (0..32).map(move |i| (thread, i))) {
+            let piece = journal.get(&format!("experts.{thread}-{i}")).unwrap().unwrap();
+            assert_eq!(piece.rest()[0].values, vec![thread as f32; 4096].into());
+        }
+    }
 
     #[test]
     fn pieces_come_back_and_torn_ones_are_made_again() {

@@ -35,6 +35,7 @@ COLUMNS = [
     ("split", "factored", ["--keep", "0.8", "--fused", "split"]),
     ("tables", "factored", ["--quant", "rtn-int8-g16", "--embeddings", "quantize"]),
     ("dense", "dense", ["--keep", "0.8"]),
+    ("narrow", "dense", ["--structure", "narrow", "--keep", "0.7", "--width-multiple", "4"]),
     ("compressed-tensors", "compressed-tensors", ["--quant", "rtn-int8-channel"]),
     ("peft", "peft", COMPENSATED),
 ]

@@ -39,7 +39,7 @@ pub(super) fn all(measure: &Measure<'_>, units: &[NarrowUnit]) -> Result<Vec<Cur
     workers.collect(&costs, |i| {
         let unit = &units[i];
         stage.note(&unit.reader.module);
-        let key = format!("narrow-{}-{}", unit.block, unit.kind.name());
+        let key = format!("narrow-{}-{}", unit.block, unit.name());
         let piece = session.journal.piece(&key, || {
             let started = Instant::now();
             let Narrowing { order, errors } = order(measure, unit)?;

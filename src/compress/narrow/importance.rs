@@ -1,5 +1,5 @@
-//! The errors of leaving out parts of a model: each block, each group of heads, and shares of the channels of each
-//! feed-forward layer. They are those by which `--structure narrow` and `--structure depth` choose.
+//! The errors of leaving out parts of a model: each block, each expert, each group of heads, and shares of the channels of
+//! each feed-forward layer. They are those by which `--structure narrow` and `--structure depth` choose.
 
 use anyhow::{Context as _, Result};
 
@@ -9,7 +9,7 @@ use crate::approx::narrow;
 use crate::model::inventory::LinearInfo;
 use crate::model::narrow::{NarrowUnit, UnitKind};
 use crate::model::{ModelConfig, depth};
-use crate::report::{BlockImportance, ChannelImportance, GroupImportance, ImportanceRecord};
+use crate::report::{BlockImportance, ChannelImportance, ExpertImportance, GroupImportance, ImportanceRecord};
 
 /// The shares of the channels that are left out.
 const SHARES: [f64; 3] = [0.1, 0.25, 0.5];
@@ -21,8 +21,8 @@ const SHARES: [f64; 3] = [0.1, 0.25, 0.5];
 pub(in crate::compress) fn importance(measure: &Measure<'_>, linears: &[LinearInfo]) -> Result<ImportanceRecord> {
     let (config, architecture) = ModelConfig::of(measure.session.checkpoint)?;
     let (units, mut notes) = units::possible(linears, &config, architecture);
-    let (groups, channels): (Vec<NarrowUnit>, Vec<NarrowUnit>) =
-        units.into_iter().partition(|unit| unit.kind == UnitKind::Groups);
+    let of_kind = |kind| units.iter().filter(move |unit| unit.kind == kind).cloned().collect::<Vec<NarrowUnit>>();
+    let [groups, channels, experts] = [UnitKind::Groups, UnitKind::Channels, UnitKind::Experts].map(of_kind);
     let blocks = match depth::refusal(measure.session.checkpoint)? {
         None => blocks(linears, losses::all(measure, linears, config.num_hidden_layers)?),
         Some(reason) => {
@@ -32,7 +32,8 @@ pub(in crate::compress) fn importance(measure: &Measure<'_>, linears: &[LinearIn
     };
     let curves = curves::all(measure, &channels)?;
     let shares = channels.iter().zip(&curves).flat_map(|(unit, curve)| shares(unit, &curve.narrowing.errors));
-    Ok(ImportanceRecord { blocks, groups: each_group(measure, &groups)?, channels: shares.collect(), notes })
+    let (groups, experts) = (each_group(measure, &groups)?, each_expert(measure, &experts)?);
+    Ok(ImportanceRecord { blocks, groups, experts, channels: shares.collect(), notes })
 }
 
 /// The blocks with their losses.
@@ -45,6 +46,17 @@ fn blocks(linears: &[LinearInfo], losses: Vec<f64>) -> Vec<BlockImportance> {
     losses
         .map(|(block, squared_error)| BlockImportance { block, parameters: parameters(block), squared_error })
         .collect()
+}
+
+/// Every expert, left out alone.
+fn each_expert(measure: &Measure<'_>, units: &[NarrowUnit]) -> Result<Vec<ExpertImportance>> {
+    let readers: Vec<&LinearInfo> = units.iter().map(|unit| &unit.reader).collect();
+    let errors = losses::each(measure, &readers)?;
+    let of_unit = |(unit, squared_error): (&NarrowUnit, f64)| {
+        let (block, parameters) = (unit.block, unit.parameters());
+        unit.expert.map(|expert| ExpertImportance { block, expert, parameters, squared_error })
+    };
+    Ok(units.iter().zip(errors).filter_map(of_unit).collect())
 }
 
 /// Every group of every unit, left out alone.

@@ -1,4 +1,4 @@
-//! The error of leaving out a block: its linears that add to the states between blocks add nothing.
+//! The error of leaving out a block or an expert: its linears that add to the states between blocks add nothing.
 
 use anyhow::{Context as _, Result};
 
@@ -18,15 +18,22 @@ const SQUARES: u64 = 2;
 /// # Errors
 /// A weight or a statistic is damaged.
 pub(super) fn all(measure: &Measure<'_>, linears: &[LinearInfo], n_blocks: usize) -> Result<Vec<f64>> {
-    let readers: Vec<(usize, &LinearInfo)> = linears.iter().filter_map(adding).collect();
-    let costs: Vec<u64> = readers.iter().map(|(_, linear)| bytes(linear)).collect();
-    let errors = measure.session.workers(&costs)?.collect(&costs, |i| {
-        let linear = readers[i].1;
-        error(measure, linear).with_context(|| format!("measuring `{}`", linear.module))
-    })?;
+    let (blocks, readers): (Vec<usize>, Vec<&LinearInfo>) = linears.iter().filter_map(adding).unzip();
     let mut losses = vec![0.0; n_blocks];
-    readers.iter().zip(errors).for_each(|((block, _), error)| losses[*block] += error);
+    blocks.iter().zip(each(measure, &readers)?).for_each(|(block, error)| losses[*block] += error);
     Ok(losses)
+}
+
+/// The squared error of each linear, if it were of zeros.
+///
+/// # Errors
+/// A weight or a statistic is damaged.
+pub(super) fn each(measure: &Measure<'_>, linears: &[&LinearInfo]) -> Result<Vec<f64>> {
+    let costs: Vec<u64> = linears.iter().map(|linear| bytes(linear)).collect();
+    measure
+        .session
+        .workers(&costs)?
+        .collect(&costs, |i| error(measure, linears[i]).with_context(|| format!("measuring `{}`", linears[i].module)))
 }
 
 /// A linear that adds to the states, with its block.

@@ -1,5 +1,6 @@
-//! Narrower modules: fewer channels of feed-forward layers and fewer groups of heads, chosen in the metric of the method
-//! (`approx/narrow.rs`), in every block the same number, or as many as its errors deserve; and fewer blocks.
+//! Narrower modules: fewer channels of feed-forward layers and of experts, fewer groups of heads, and fewer experts, chosen
+//! in the metric of the method (`approx/narrow.rs`), in every block the same number, or as many as its errors deserve; and
+//! fewer blocks.
 //!
 //! The result is a checkpoint: rows and columns of the source, refitted columns from files of the work folder, and a
 //! config with the new widths. Everything after that, formats and quantizers included, sees a model like any other.
@@ -95,7 +96,7 @@ pub(super) fn narrowed(run: Run<'_>, folder: &OutputFolder, progress: &dyn Progr
 
     let mut narrowed = shown::selected(&context, &kept)?;
     files.iter().try_for_each(|file| narrowed.replace_by(file))?;
-    let (narrowed, names) = shown::shallower(&context, narrowed, &chosen);
+    let (narrowed, names) = shown::fewer(&context, narrowed, &chosen, &kept);
     let of_part = approach.then_low_rank().then(|| part::selected(&context, &plan.linears, &chosen, &kept));
     let curves = Some(found.curves.as_slice());
     let widths = Widths { units: &units, chosen: &chosen, kept: &kept, curves, notes };
@@ -138,7 +139,7 @@ pub(super) fn planned(run: &Run<'_>) -> Result<Planned> {
         let kept = kept(approach, &chosen, &found);
         (chosen, kept)
     };
-    let (checkpoint, names) = shown::shallower(&context, shown::selected(&context, &kept)?, &chosen);
+    let (checkpoint, names) = shown::fewer(&context, shown::selected(&context, &kept)?, &chosen, &kept);
     let widths = Widths { units: &units, chosen: &chosen, kept: &kept, curves: None, notes };
     let (rest, outline) =
         (rest(&then, &checkpoint, plan, job.recipe)?, Outline::new(job, plan, &run.source, names, widths)?);
@@ -153,7 +154,7 @@ fn units_of(run: &Run<'_>) -> Result<(Vec<NarrowUnit>, Vec<String>)> {
     let approach = run.job.recipe.narrow().expect(OF_NARROW);
     let (config, architecture) = ModelConfig::of(checkpoint)?;
     units::check_depth(checkpoint, approach)?;
-    units::of(&run.plan, &config, architecture, approach.widths)
+    units::of(&run.plan, &config, architecture, approach)
 }
 
 /// The channels or groups of each unit that stay, ascending or by importance.

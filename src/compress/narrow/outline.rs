@@ -12,7 +12,8 @@ use super::context::{Curve, Widths};
 use super::shown::Names;
 use crate::formats::Source;
 use crate::model::inventory::LinearInfo;
-use crate::model::narrow::NarrowUnit;
+use crate::model::narrow::{self, NarrowUnit};
+use crate::model::{ModelConfig, depth};
 use crate::operator::Shape;
 use crate::report::{AdapterRecord, CompressReport, DryRunReport, LinearRecord, NarrowRecord, NarrowedUnit, Sizes};
 
@@ -106,11 +107,14 @@ impl Outline {
             Some((own, InSource { module: linear.module.clone(), shape: linear.shape() }))
         });
         let changed = units.iter().zip(kept).filter(|(unit, kept)| unit.is_changed(kept));
+        let (_, architecture) = ModelConfig::of(job.checkpoint)?;
+        let fewer = narrow::experts_that_stay(units, kept).into_keys();
+        let routers = fewer.filter_map(|block| depth::router(job.checkpoint, architecture, block));
         let in_narrower = |name: String| names.get(&name).cloned().unwrap_or(Some(name));
         Ok(Self {
             source_quantization: job.checkpoint.source_quantization(),
             adapter: AdapterRecord::of(job.checkpoint)?,
-            biases: changed.flat_map(|(unit, _)| biases(unit)).filter_map(in_narrower).collect(),
+            biases: changed.flat_map(|(unit, _)| biases(unit)).filter_map(in_narrower).chain(routers).collect(),
             linears: linears.collect(),
             before: record::sizes(source, job.recipe, plan, &vec![None; plan.linears.len()]),
             record: NarrowRecord { blocks, dropped: chosen.dropped.clone(), notes },
@@ -193,6 +197,7 @@ fn unit_record(unit: &NarrowUnit, curve: Option<&Curve>, kept: usize) -> Narrowe
     NarrowedUnit {
         block: unit.block,
         kind: unit.kind.name().into(),
+        expert: unit.expert,
         reader: unit.reader.module.clone(),
         before: unit.width(),
         after: kept,

@@ -29,13 +29,13 @@ pub(super) fn all(
     folder: &OutputFolder,
 ) -> Result<Vec<PathBuf>> {
     let narrower: Vec<(&NarrowUnit, &Vec<usize>)> =
-        units.iter().zip(kept).filter(|(unit, kept)| kept.len() < unit.width()).collect();
+        units.iter().zip(kept).filter(|(unit, kept)| !kept.is_empty() && kept.len() < unit.width()).collect();
     let stage = session.progress.stage("refit", narrower.len() as u64, "units");
     let costs: Vec<u64> = narrower.iter().map(|(unit, _)| bytes(unit)).collect();
     session.workers(&costs)?.collect(&costs, |i| {
         let (unit, kept) = narrower[i];
         stage.note(&unit.reader.module);
-        let path = folder.pieces().join(format!("refit-{}-{}.safetensors", unit.block, unit.kind.name()));
+        let path = folder.pieces().join(format!("refit-{}-{}.safetensors", unit.block, unit.name()));
         if !path.is_file() {
             one(session.checkpoint, unit, kept, form, &path)
                 .with_context(|| format!("refitting `{}`", unit.reader.module))?;

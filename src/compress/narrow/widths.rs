@@ -1,6 +1,9 @@
 //! The widths and the blocks under a budget whose errors sum to the least: one number of channels and one number of groups
 //! for all blocks, or any numbers, with or without all blocks.
 
+use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
+
 use anyhow::Result;
 
 use super::super::allocate::{self, Candidate, Candidates, Item, Pick, Point, Ranks, Rules};
@@ -71,7 +74,7 @@ pub(super) fn best(
     found: &Found<'_>,
 ) -> Result<Result<Chosen, Least>> {
     let problem = Problem::new(context, plan, recipe, found);
-    let (curves, losses) = (&found.curves, &found.losses);
+    let losses = &found.losses;
     let found = match context.approach.widths {
         _ if found.ranks.is_some() => Some(problem.within(problem.parameters_in_budget())),
         WidthRule::Uniform | WidthRule::Whole => problem.uniform()?,
@@ -80,7 +83,7 @@ pub(super) fn best(
     if let Some(chosen) = found {
         return Ok(Ok(chosen));
     }
-    let smallest = (0..curves.len()).map(|unit| problem.options(unit)[0]).collect();
+    let smallest = problem.smallest();
     Ok(Err(Least(problem.size(&problem.without(losses.len().saturating_sub(1), smallest))?)))
 }
 
@@ -127,7 +130,7 @@ impl<'p> Problem<'p> {
     /// The widths that a unit may have, ascending.
     fn options(&self, unit: usize) -> Vec<usize> {
         let unit = &self.context.units[unit];
-        let step = if unit.kind == UnitKind::Channels { self.context.approach.multiple.get() } else { 1 };
+        let step = if unit.kind == UnitKind::Groups { 1 } else { self.context.approach.multiple.get() };
         let whole = unit.width();
         (1..).map(|i| i * step).take_while(|&width| width < whole).chain([whole]).collect()
     }
@@ -178,21 +181,81 @@ impl<'p> Problem<'p> {
         units.sum::<f64>() + chosen.dropped.iter().map(|&block| self.losses[block]).sum::<f64>()
     }
 
-    /// The best number of blocks, with the best single number of channels and of groups.
+    /// The best number of blocks, with the best single number of channels, of groups, of experts and of their channels.
     fn uniform(&self) -> Result<Option<Chosen>> {
-        let (channels, groups) = (self.options_of_kind(UnitKind::Channels), self.options_of_kind(UnitKind::Groups));
+        let [channels, of_experts] = [UnitKind::Channels, UnitKind::Experts].map(|kind| self.options_of_kind(kind));
+        // The longer list is searched; all other numbers are tried.
+        let is_of_experts = of_experts.len() > channels.len();
+        let (tried, searched) = if is_of_experts { (channels, of_experts) } else { (of_experts, channels) };
         let mut best: Option<(f64, Chosen)> = None;
-        for n_dropped in 0..self.losses.len().max(1) {
-            for &groups in &groups {
-                let all = |at: usize| self.without(n_dropped, widths_of(self.context, channels[at], groups));
-                let Some(at) = last_that_fits(channels.len(), |at| self.fits(&all(at)))? else { continue };
-                let error = self.error(&all(at));
-                if best.as_ref().is_none_or(|(least, _)| error < *least) {
-                    best = Some((error, all(at)));
-                }
+        for (n_dropped, groups, n_experts, tried) in self.grid(&tried) {
+            let all = |at: usize| {
+                let (channels, of_experts) = if is_of_experts { (tried, searched[at]) } else { (searched[at], tried) };
+                self.without(n_dropped, self.widths_of(&Numbers { channels, groups, n_experts, of_experts }))
+            };
+            let Some(at) = last_that_fits(searched.len(), |at| self.fits(&all(at)))? else { continue };
+            let error = self.error(&all(at));
+            if best.as_ref().is_none_or(|(least, _)| error < *least) {
+                best = Some((error, all(at)));
             }
         }
         Ok(best.map(|(_, chosen)| chosen))
+    }
+
+    /// All numbers of blocks that are left out, of groups and of experts, with each of `others`.
+    fn grid(&self, others: &[usize]) -> Vec<(usize, usize, usize, usize)> {
+        let blocks = 0..self.losses.len().max(1);
+        let groups = self.options_of_kind(UnitKind::Groups);
+        let experts = self.numbers_of_experts();
+        let with_groups = blocks.flat_map(|n| groups.iter().map(move |&groups| (n, groups)));
+        let with_experts = with_groups.flat_map(|(n, groups)| experts.clone().map(move |experts| (n, groups, experts)));
+        with_experts
+            .flat_map(|(n, groups, experts)| others.iter().map(move |&other| (n, groups, experts, other)))
+            .collect()
+    }
+
+    /// The numbers of experts that a block may have: as many as a token goes through, or more; only 0 if none can be left
+    /// out.
+    fn numbers_of_experts(&self) -> RangeInclusive<usize> {
+        let units = &self.context.units;
+        let first = units.iter().find(|unit| unit.kind == UnitKind::Experts);
+        let all = first
+            .map_or(0, |first| units.iter().filter(|unit| unit.expert.is_some() && unit.block == first.block).count());
+        self.context.config.num_experts_per_tok.min(all)..=all
+    }
+
+    /// The least width of every unit.
+    fn smallest(&self) -> Vec<usize> {
+        let [channels, groups, of_experts] =
+            [UnitKind::Channels, UnitKind::Groups, UnitKind::Experts].map(|kind| self.options_of_kind(kind)[0]);
+        let n_experts = *self.numbers_of_experts().start();
+        let experts = self.widths_of(&Numbers { channels, groups, n_experts, of_experts });
+        let units = self.context.units.iter().enumerate();
+        units.map(|(i, unit)| if unit.expert.is_some() { experts[i] } else { self.options(i)[0] }).collect()
+    }
+
+    /// The same numbers in all blocks. The experts that stay are those whose channels, so many of them, save the most error.
+    fn widths_of(&self, numbers: &Numbers) -> Vec<usize> {
+        let &Numbers { channels, groups, n_experts, of_experts } = numbers;
+        let units = self.context.units;
+        let mut widths: Vec<usize> = units
+            .iter()
+            .map(|unit| match unit.kind {
+                UnitKind::Channels => channels,
+                UnitKind::Groups => groups,
+                UnitKind::Experts => 0,
+            })
+            .collect();
+        let mut savings: BTreeMap<usize, Vec<(f64, usize)>> = BTreeMap::new();
+        for (at, unit) in units.iter().enumerate().filter(|(_, unit)| unit.kind == UnitKind::Experts) {
+            let errors = &self.curves[at].narrowing.errors;
+            savings.entry(unit.block).or_default().push((errors[0] - errors[of_experts], at));
+        }
+        for mut of_block in savings.into_values() {
+            of_block.sort_by(|x, y| y.0.total_cmp(&x.0).then(x.1.cmp(&y.1)));
+            of_block.iter().take(n_experts).for_each(|&(_, at)| widths[at] = of_experts);
+        }
+        widths
     }
 
     /// The best numbers of each block.
@@ -326,10 +389,13 @@ impl Menu {
     }
 }
 
-/// The same numbers for all units.
-fn widths_of(context: &Context<'_>, channels: usize, groups: usize) -> Vec<usize> {
-    let own = |kind| if kind == UnitKind::Channels { channels } else { groups };
-    context.units.iter().map(|unit| own(unit.kind)).collect()
+/// The same numbers in all blocks.
+struct Numbers {
+    channels: usize,
+    groups: usize,
+    n_experts: usize,
+    /// Channels of each expert that stays.
+    of_experts: usize,
 }
 
 /// The last of `n` places that fit, which is followed by none that do.
@@ -345,7 +411,7 @@ fn last_that_fits(n: usize, fits: impl Fn(usize) -> Result<bool>) -> Result<Opti
 /// Bytes of the weight files, from shapes alone.
 fn file_bytes(context: &Context<'_>, chosen: &Chosen) -> Result<u64> {
     let kept: Vec<Vec<usize>> = chosen.widths.iter().map(|&width| (0..width).collect()).collect();
-    let (narrower, _) = shown::shallower(context, shown::selected(context, &kept)?, chosen);
+    let (narrower, _) = shown::fewer(context, shown::selected(context, &kept)?, chosen, &kept);
     let then = context.then;
     let plan = Plan::of_shapes(&narrower, then)?;
     let source = Source::new(&narrower);

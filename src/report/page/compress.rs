@@ -108,7 +108,7 @@ fn widths(narrow: &NarrowRecord) -> Vec<Map> {
         ("relative error of narrowing", |unit| unit.relative_error.into()),
     ];
     let map = |(title, figure): (&str, Figure)| {
-        Grid::of(narrow.blocks.iter().map(|unit| (unit.block, unit.kind.clone(), figure(unit)))).map(title)
+        Grid::of(narrow.blocks.iter().map(|unit| (unit.block, unit.name(), figure(unit)))).map(title)
     };
     figures.into_iter().filter(|_| !narrow.blocks.is_empty()).map(map).collect()
 }
@@ -119,7 +119,7 @@ fn units(narrow: &NarrowRecord) -> Table {
         let counts = [unit.block, unit.before, unit.after].map(Cell::from);
         let errors = [unit.relative_error, unit.squared_error].map(Cell::from);
         let [block, before, after] = counts;
-        [vec![block, Cell::Text(unit.kind.clone()), before, after], errors.to_vec()].concat()
+        [vec![block, Cell::Text(unit.name()), before, after], errors.to_vec()].concat()
     };
     let titles = ["block of the source", "kind", "before", "after", "relative error", "squared error"];
     table(&titles, narrow.blocks.iter().map(row).collect())
