@@ -115,6 +115,7 @@ pub mod error;
 pub mod eval;
 pub mod export;
 pub mod formats;
+pub mod generate;
 pub mod heal;
 pub mod inspect;
 pub mod linalg;

@@ -17,6 +17,7 @@ mod errors;
 mod eval;
 mod families;
 mod flags;
+mod generate;
 mod gguf;
 mod golden;
 mod heal;

@@ -7,6 +7,7 @@ mod delta;
 mod documents;
 mod eval;
 mod export;
+mod generate;
 mod heal;
 mod inspect;
 mod interrupt;
@@ -60,6 +61,7 @@ enum Command {
     Truncate(truncate::TruncateArgs),
     Export(export::ExportArgs),
     Heal(heal::HealArgs),
+    Generate(generate::GenerateArgs),
     Inspect(inspect::InspectArgs),
     Completions(documents::CompletionsArgs),
     Man(documents::ManArgs),
@@ -129,6 +131,7 @@ pub fn run(cli: &Cli) -> Result<()> {
         Command::Truncate(args) => truncate::run(args, cli.quiet, &progress),
         Command::Export(args) => export::run(args, cli.quiet, &progress),
         Command::Heal(args) => heal::run(args, cli.quiet, &progress),
+        Command::Generate(args) => generate::run(args, cli.quiet, &progress),
         Command::Inspect(args) => inspect::run(args, &progress),
         Command::Completions(args) => documents::completions(args, Cli::command()),
         Command::Man(args) => documents::man(args, Cli::command()),

@@ -1,5 +1,7 @@
 //! Grouped-query attention with a rotary embedding: from the projections of a block's input to the input of `o_proj`.
 
+use std::sync::{Arc, Mutex};
+
 use anyhow::Result;
 use candle_core::Tensor;
 
@@ -24,6 +26,24 @@ pub struct Attention {
     pub(super) scale: f64,
     pub(super) scoring: Scoring,
     pub(super) rope: Option<RopeKind>,
+    /// Set where each pass continues the one before it.
+    pub(super) past: Option<Past>,
+}
+
+/// Keys and values of earlier passes, (batch, kv_heads, n_tokens, head_dim) each.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Past(Arc<Mutex<Option<(Tensor, Tensor)>>>);
+
+impl Past {
+    /// The keys and values of all passes so far, with these of the next tokens.
+    fn extended(&self, k: Tensor, v: Tensor) -> Result<(Tensor, Tensor)> {
+        let mut past = self.0.lock().expect("invariant: no holder of the past panics");
+        let all = match past.take() {
+            Some((keys, values)) => (Tensor::cat(&[&keys, &k], 2)?, Tensor::cat(&[&values, &v], 2)?),
+            None => (k, v),
+        };
+        Ok(past.insert(all).clone())
+    }
 }
 
 /// The linears of queries, keys and values.
@@ -99,6 +119,10 @@ impl Attention {
             (q, k) = (rope.rotate(kind, &q)?, rope.rotate(kind, &k)?);
         }
         let q = (q * self.scale)?;
+        let (k, v) = match &self.past {
+            Some(past) => past.extended(k, v)?,
+            None => (k, v),
+        };
         let mixed = attend(&q, &k, &v, self.scoring)?; // (batch, heads, n_tokens, head_dim)
         Ok(mixed.transpose(1, 2)?.reshape((batch, n_tokens, self.n_heads * self.head_dim))?)
     }

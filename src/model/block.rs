@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use candle_core::Tensor;
 
 use super::architectures::Architecture;
-use super::attention::{Attention, Qkv};
+use super::attention::{Attention, Past, Qkv};
 use super::config::ModelConfig;
 use super::experts::Experts;
 use super::linear::{Bias, GradientTap, Linear, Outputs};
@@ -165,6 +165,7 @@ impl<'a> Loader<'a> {
                 is_bidirectional: architecture.encoder.is_some(),
             },
             rope: config.rope_kind(architecture, block_idx),
+            past: None,
         })
     }
 
@@ -214,6 +215,14 @@ impl Block {
                 _ => Arrangement::PreNorm,
             },
         })
+    }
+
+    /// From now on each pass continues the one before it: its attention sees the tokens of all. The positions of its
+    /// rotations are those of the [`Rope`] that it is given.
+    #[must_use]
+    pub fn continued(mut self) -> Self {
+        self.attention.past = Some(Past::default());
+        self
     }
 
     /// Its index in the model.

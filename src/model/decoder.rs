@@ -325,11 +325,20 @@ impl Embeddings {
         self.of(&Tensor::from_vec(ids, (windows.len(), n_tokens), self.table.device())?)
     }
 
+    /// Embeds the tokens of one window from the position `first` on: (1, n_tokens, hidden_size).
+    ///
+    /// # Errors
+    /// A position is beyond the table of positions.
+    pub fn from(&self, first: usize, ids: &[u32]) -> Result<Tensor> {
+        let rows = self.table.embedding(&Tensor::new(ids, self.table.device())?)?;
+        self.states(&rows.unsqueeze(0)?, first)
+    }
+
     /// Embeds `ids` (batch, n_tokens), from whatever device.
     fn of(&self, ids: &Tensor) -> Result<Tensor> {
         let (batch, n_tokens) = ids.dims2()?;
         let ids = ids.flatten_all()?.to_device(self.table.device())?;
-        self.states(&self.table.embedding(&ids)?.reshape((batch, n_tokens, ()))?)
+        self.states(&self.table.embedding(&ids)?.reshape((batch, n_tokens, ()))?, 0)
     }
 
     /// Tokens that it knows.
@@ -350,13 +359,14 @@ impl Embeddings {
     pub fn gradient(&self, ids: &[u32], of_states: &Tensor) -> Result<Tensor> {
         let ids = Tensor::new(ids, self.table.device())?;
         let rows = Var::from_tensor(&self.table.embedding(&ids)?.unsqueeze(0)?)?;
-        let states = self.states(&rows)?;
+        let states = self.states(&rows, 0)?;
         let gradients = (states * of_states.unsqueeze(0)?)?.backward()?;
         Ok(gradients.get(&rows).context("no gradient reached the embeddings")?.squeeze(0)?)
     }
 
-    /// States (batch, n_tokens, hidden_size) of rows of the table (batch, n_tokens, width).
-    fn states(&self, rows: &Tensor) -> Result<Tensor> {
+    /// States (batch, n_tokens, hidden_size) of rows of the table (batch, n_tokens, width), of tokens from the position
+    /// `first` on.
+    fn states(&self, rows: &Tensor, first: usize) -> Result<Tensor> {
         let n_tokens = rows.dim(1)?;
         let mut x = rows.clone();
         if let Some(scale) = self.scale {
@@ -367,13 +377,14 @@ impl Embeddings {
         }
         if let Some(positions) = &self.positions {
             let n_positions = positions.dim(0)?;
-            if n_tokens > n_positions {
+            if first + n_tokens > n_positions {
                 let message = format!(
-                    "windows of {n_tokens} tokens are longer than the model's table of {n_positions} positions"
+                    "windows of {} tokens are longer than the model's table of {n_positions} positions",
+                    first + n_tokens
                 );
                 return Err(Failure::unsupported(message).hint("ask for shorter ones with `--seq-len`").into());
             }
-            x = x.broadcast_add(&positions.narrow(0, 0, n_tokens)?)?;
+            x = x.broadcast_add(&positions.narrow(0, first, n_tokens)?)?;
         }
         if let Some(first_type) = &self.first_type {
             x = x.broadcast_add(first_type)?;

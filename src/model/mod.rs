@@ -37,7 +37,7 @@ pub use batches::WalkLimits;
 pub use block::{Block, Half, Next, Observer, Paused};
 pub use bounds::{open, with_adapter};
 pub use config::ModelConfig;
-pub use decoder::{Decoder, Objective};
+pub use decoder::{Decoder, Embeddings, Objective};
 pub use experts::Experts;
 pub use head::{Head, Pooler};
 pub use linear::{GradientTap, Linear};

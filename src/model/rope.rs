@@ -275,6 +275,15 @@ impl Rope {
         Ok(Self { global: Turns::new(global, n_positions, device)?, local })
     }
 
+    /// The same from a position on: what follows rotates the token there as its first.
+    ///
+    /// # Errors
+    /// There is no such position.
+    pub fn from(&self, first: usize) -> Result<Self> {
+        let local = self.local.as_ref().map(|turns| turns.from(first)).transpose()?;
+        Ok(Self { global: self.global.from(first)?, local })
+    }
+
     /// Rotates `x` (batch, heads, n_tokens, head_dim).
     pub(super) fn rotate(&self, kind: RopeKind, x: &Tensor) -> Result<Tensor> {
         let turns = match (kind, &self.local) {
@@ -294,6 +303,11 @@ impl Rope {
 }
 
 impl Turns {
+    fn from(&self, first: usize) -> Result<Self> {
+        let rest = |table: &Tensor| table.narrow(0, first, table.dim(0)? - first);
+        Ok(Self { cos: rest(&self.cos)?, sin: rest(&self.sin)? })
+    }
+
     fn new(settings: &RopeSettings, n_positions: usize, device: &Device) -> Result<Self> {
         let (frequencies, scale) = settings.frequencies(n_positions).with_context(|| format!("`{CONFIG_FILE}`"))?;
         // Angles in f64: position × frequency loses digits in f32 at long contexts. transformers

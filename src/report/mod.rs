@@ -8,6 +8,7 @@ pub mod columns;
 pub mod earlier;
 mod eval;
 pub mod gate;
+mod generate;
 mod heal;
 mod importance;
 mod inspect;
@@ -32,6 +33,7 @@ pub use eval::{
     Agreement, AllConventionsReport, Distribution, DivergenceRecord, EncoderReport, FidelityRecord, PerplexityReport,
     PseudoPerplexity,
 };
+pub use generate::{GenerateReport, GeneratedRecord, Stop};
 pub use heal::{HealRecord, HealedHalf, HealedModel, HealedPart, HealedText, HeldOutPerplexity};
 pub use importance::{BlockImportance, ChannelImportance, ExpertImportance, GroupImportance, ImportanceRecord};
 pub use inspect::{BelowThreshold, EnergyRank, Figures, InspectReport, PowerLaw, Spectrum, SpectrumRecord};

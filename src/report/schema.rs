@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use super::{
     AdapterReport, AllConventionsReport, CalibrateReport, CompressReport, DryRunReport, EncoderReport, ExportReport,
-    InspectReport, PerplexityReport, SCHEMA_VERSION, SweepReport,
+    GenerateReport, InspectReport, PerplexityReport, SCHEMA_VERSION, SweepReport,
 };
 
 /// A field of a report that has a single value.
@@ -135,6 +135,7 @@ pub fn markdown() -> String {
         ("lrc export: `lrc-report.json`", fields::<ExportReport>()),
         ("lrc truncate of an adapter: `lrc-report.json`", fields::<AdapterReport>()),
         ("lrc calibrate --json", fields::<CalibrateReport>()),
+        ("lrc generate --json", fields::<GenerateReport>()),
     ];
     for (name, fields) in tables {
         let _ = writeln!(text, "\n## {name}\n");

@@ -6,6 +6,7 @@ mod document;
 mod kind;
 #[cfg(feature = "parquet")]
 mod parquet;
+mod prompt;
 mod reader;
 mod shape;
 mod source;
@@ -24,6 +25,7 @@ use crate::error::Failure;
 use chat::ChatTemplate;
 pub use document::DEFAULT_FIELD;
 use document::Document;
+pub use prompt::Prompt;
 pub use source::read_recipe;
 
 const TOKENIZER_FILE: &str = "tokenizer.json";
@@ -168,6 +170,35 @@ impl Tokenizer {
                 .hint("name it as `mask_token` in `tokenizer_config.json`")
         };
         Ok(self.mask.ok_or_else(absent)?)
+    }
+
+    /// The tokens that end a text: those of `generation_config.json`, else of `config.json`, else EOS.
+    pub fn ends(&self, model: &(impl Beside + ?Sized)) -> Vec<u32> {
+        let of = |file: &str| {
+            let config = fields(model, file)?;
+            let own = config.get("eos_token_id").or_else(|| config.get("text_config")?.get("eos_token_id"))?;
+            let list = own.as_array().cloned().unwrap_or_else(|| vec![own.clone()]);
+            let ids: Vec<u32> = list.iter().filter_map(|id| u32::try_from(id.as_u64()?).ok()).collect();
+            (!ids.is_empty()).then_some(ids)
+        };
+        let in_tokenizer = || {
+            let fields = fields(model, "tokenizer_config.json")?;
+            Some(vec![self.inner.token_to_id(text_of(fields.get("eos_token")?)?)?])
+        };
+        of("generation_config.json").or_else(|| of("config.json")).or_else(in_tokenizer).unwrap_or_default()
+    }
+
+    /// Decodes tokens one after another: the text that a token completes, without special tokens; `None` if it is not
+    /// whole before the next.
+    ///
+    /// # Errors
+    /// The decoder fails.
+    pub fn decoding(&self) -> impl FnMut(u32) -> Result<Option<String>> + '_ {
+        let mut stream = self.inner.decode_stream(true);
+        move |token| {
+            let piece = stream.step(token);
+            piece.map_err(|e| Failure::unsupported(format!("cannot decode token {token}: {e}")).into())
+        }
     }
 
     /// Number of tokens that the tokenizer adds to a sequence.

@@ -1,7 +1,7 @@
 //! Attention: over all past tokens, a window of them, or in both directions.
 
 use anyhow::Result;
-use candle_core::{CpuStorage, CustomOp3, D, DType, Layout, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp3, D, DType, Layout, Shape, Tensor, bail};
 use candle_nn::ops::softmax;
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
@@ -13,7 +13,8 @@ use crate::device::{Device, to_host};
 use crate::model::softmax::softmax_in_place;
 
 /// Mixes values by `softmax(q kᵀ)`. Shapes: `q` (batch, heads, n_tokens, head_dim), `k` and `v` (batch, kv_heads,
-/// n_tokens, head_dim); the result has the shape of `q`.
+/// n_keys, head_dim); the result has the shape of `q`. Queries are those of the last keys. Gradients need as many queries
+/// as keys.
 pub(in crate::model) fn attend(q: &Tensor, k: &Tensor, v: &Tensor, scoring: Scoring) -> Result<Tensor> {
     if !has_kernel(q) {
         return portable_attend(q, k, v, scoring);
@@ -23,23 +24,23 @@ pub(in crate::model) fn attend(q: &Tensor, k: &Tensor, v: &Tensor, scoring: Scor
 
 /// The same in candle's operations, which hold all scores at once.
 pub(super) fn portable_attend(q: &Tensor, k: &Tensor, v: &Tensor, scoring: Scoring) -> Result<Tensor> {
-    let ((batch, n_heads, n_tokens, head_dim), n_kv_heads) = (q.dims4()?, k.dim(1)?);
+    let ((batch, n_heads, n_tokens, head_dim), (_, n_kv_heads, n_keys, _)) = (q.dims4()?, k.dims4()?);
     let (n_groups, heads_per_group) = (batch * n_kv_heads, n_heads / n_kv_heads);
     let queries = q.reshape((n_groups, heads_per_group * n_tokens, head_dim))?;
-    let keys = k.reshape((n_groups, n_tokens, head_dim))?;
+    let keys = k.reshape((n_groups, n_keys, head_dim))?;
     let scores = queries.matmul(&keys.transpose(1, 2)?)?;
-    let scores = scores.reshape((n_groups * heads_per_group, n_tokens, n_tokens))?;
+    let scores = scores.reshape((n_groups * heads_per_group, n_tokens, n_keys))?;
     let scores = match scoring.cap.map(f64::from) {
         Some(cap) => ((scores / cap)?.tanh()? * cap)?,
         None => scores,
     };
-    let scores = match scoring.mask(n_tokens, q.device())? {
+    let scores = match scoring.mask(n_tokens, n_keys, q.device())? {
         Some(mask) => scores.broadcast_add(&mask)?,
         None => scores,
     };
     let weights = softmax(&scores, D::Minus1)?;
-    let weights = weights.reshape((n_groups, heads_per_group * n_tokens, n_tokens))?;
-    let mixed = weights.matmul(&v.reshape((n_groups, n_tokens, head_dim))?)?;
+    let weights = weights.reshape((n_groups, heads_per_group * n_tokens, n_keys))?;
+    let mixed = weights.matmul(&v.reshape((n_groups, n_keys, head_dim))?)?;
     Ok(mixed.reshape((batch, n_heads, n_tokens, head_dim))?)
 }
 
@@ -69,20 +70,21 @@ impl Scoring {
         self.window.map_or(0, |window| end.saturating_sub(window))..end
     }
 
-    /// What is added to the scores of queries (rows) and keys (columns), (n_tokens, n_tokens): 0 where a key is seen,
+    /// What is added to the scores of queries (rows) and keys (columns), (n_tokens, n_keys): 0 where a key is seen,
     /// else −∞. `None` if every query sees all keys. It is made on the device, of two short vectors.
-    fn mask(self, n_tokens: usize, device: &Device) -> Result<Option<Tensor>> {
+    fn mask(self, n_tokens: usize, n_keys: usize, device: &Device) -> Result<Option<Tensor>> {
         if self.is_bidirectional {
             return Ok(None);
         }
-        let positions = Tensor::arange(0f32, n_tokens as f32, device)?;
-        let (queries, keys) = (positions.unsqueeze(1)?, positions.unsqueeze(0)?);
+        let positions = Tensor::arange(0f32, n_keys as f32, device)?;
+        let queries = positions.narrow(0, n_keys - n_tokens, n_tokens)?.unsqueeze(1)?;
+        let keys = positions.unsqueeze(0)?;
         let mut is_hidden = keys.broadcast_gt(&queries)?;
         if let Some(window) = self.window {
             let is_past = (keys + window as f64)?.broadcast_le(&queries)?;
             is_hidden = is_hidden.maximum(&is_past)?;
         }
-        let seen = Tensor::zeros((n_tokens, n_tokens), DType::F32, device)?;
+        let seen = Tensor::zeros((n_tokens, n_keys), DType::F32, device)?;
         Ok(Some(is_hidden.where_cond(&Tensor::full(f32::NEG_INFINITY, seen.shape(), device)?, &seen)?))
     }
 
@@ -107,18 +109,18 @@ const QUERY_BLOCK: usize = 64;
 
 /// Attention of all heads, one block of queries at a time: scores of unseen keys are never computed, and the others
 /// stay in the cache. Threads share the heads, each of which is computed in a fixed order. Shapes: `q` (batch, heads,
-/// n_tokens, head_dim), `k` and `v` (batch, kv_heads, n_tokens, head_dim); the result has the shape of `q`. Heads are
+/// n_tokens, head_dim), `k` and `v` (batch, kv_heads, n_keys, head_dim); the result has the shape of `q`. Heads are
 /// indexed across batches, because heads and groups are nested in the same way.
-fn attend_all(q: &[f32], k: &[f32], v: &[f32], n_tokens: usize, head_dim: usize, scoring: Scoring) -> Vec<f32> {
-    let head_len = n_tokens * head_dim;
-    let heads_per_group = q.len() / k.len().max(1);
+fn attend_all([q, k, v]: [&[f32]; 3], [n_tokens, n_keys]: [usize; 2], head_dim: usize, scoring: Scoring) -> Vec<f32> {
+    let (of_queries, of_keys) = (n_tokens * head_dim, n_keys * head_dim);
+    let heads_per_group = (q.len() / of_queries.max(1)) / (k.len() / of_keys.max(1)).max(1);
     let arch = Arch::new();
     let mut mixed = vec![0f32; q.len()];
-    let buffer = || vec![0f32; QUERY_BLOCK.min(n_tokens) * n_tokens];
-    mixed.par_chunks_exact_mut(head_len).enumerate().for_each_init(buffer, |scores, (head_idx, mixed)| {
+    let buffer = || vec![0f32; QUERY_BLOCK.min(n_tokens) * n_keys];
+    mixed.par_chunks_exact_mut(of_queries).enumerate().for_each_init(buffer, |scores, (head_idx, mixed)| {
         let group = head_idx / heads_per_group;
-        let (k, v) = (&k[group * head_len..][..head_len], &v[group * head_len..][..head_len]);
-        attend_one_head(arch, [&q[head_idx * head_len..][..head_len], k, v], head_dim, scoring, scores, mixed);
+        let (k, v) = (&k[group * of_keys..][..of_keys], &v[group * of_keys..][..of_keys]);
+        attend_one_head(arch, [&q[head_idx * of_queries..][..of_queries], k, v], head_dim, scoring, scores, mixed);
     });
     mixed
 }
@@ -141,9 +143,9 @@ impl CustomOp3 for RecomputingAttention {
         v: &CpuStorage,
         v_layout: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let (_, _, n_tokens, head_dim) = q_layout.shape().dims4()?;
-        let (q, k, v) = (slice(q, q_layout)?, slice(k, k_layout)?, slice(v, v_layout)?);
-        Ok((CpuStorage::F32(attend_all(q, k, v, n_tokens, head_dim, self.0)), q_layout.shape().clone()))
+        let ((_, _, n_tokens, head_dim), (_, _, n_keys, _)) = (q_layout.shape().dims4()?, k_layout.shape().dims4()?);
+        let inputs = [slice(q, q_layout)?, slice(k, k_layout)?, slice(v, v_layout)?];
+        Ok((CpuStorage::F32(attend_all(inputs, [n_tokens, n_keys], head_dim, self.0)), q_layout.shape().clone()))
     }
 
     fn bwd(
@@ -155,6 +157,9 @@ impl CustomOp3 for RecomputingAttention {
         gradient: &Tensor,
     ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let (_, n_heads, n_tokens, head_dim) = q.dims4()?;
+        if k.dim(2)? != n_tokens {
+            bail!("{n_tokens} queries of {} keys have no gradient", k.dim(2)?);
+        }
         let head_len = n_tokens * head_dim;
         let heads_per_group = n_heads / k.dim(1)?;
         let (q_values, k_values, v_values) = (to_host(q)?, to_host(k)?, to_host(v)?);
@@ -246,8 +251,8 @@ impl Head<'_> {
     }
 }
 
-/// `mixed = softmax(q kᵀ) v` over the keys that are seen, all (n_tokens, head_dim) row-major; `scores` is scratch
-/// space.
+/// `mixed = softmax(q kᵀ) v` over the keys that are seen, `q` and `mixed` (n_tokens, head_dim), `k` and `v` (n_keys,
+/// head_dim), row-major; `scores` is scratch space.
 fn attend_one_head(
     arch: Arch,
     [q, k, v]: [&[f32]; 3],
@@ -258,10 +263,11 @@ fn attend_one_head(
 ) {
     let rows = |values: &[f32]| values.len() / head_dim;
     let n_tokens = rows(k);
+    let before = n_tokens - rows(q);
     for (block_idx, (q, mixed)) in
         q.chunks(QUERY_BLOCK * head_dim).zip(mixed.chunks_mut(QUERY_BLOCK * head_dim)).enumerate()
     {
-        let (first, n_rows) = (block_idx * QUERY_BLOCK, rows(q));
+        let (first, n_rows) = (before + block_idx * QUERY_BLOCK, rows(q));
         let n_keys = scoring.n_keys(first + n_rows, n_tokens);
         let scores = &mut scores[..n_rows * n_keys]; // (n_rows, n_keys)
         let (k, v) = (&k[..n_keys * head_dim], &v[..n_keys * head_dim]);

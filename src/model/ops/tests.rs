@@ -102,6 +102,27 @@ fn attention_and_its_gradients_are_those_of_the_portable_form() {
 }
 
 #[test]
+fn queries_of_the_last_keys_are_the_last_of_all() {
+    let (n_keys, head_dim) = (150, 8);
+    for scoring in [
+        Scoring::default(),
+        Scoring { window: Some(70), ..Scoring::default() },
+        Scoring { window: Some(5), cap: Some(1.5), ..Scoring::default() },
+    ] {
+        let tensor = |n: usize, seed: usize| variable(&[2, n, n_keys, head_dim], seed, 2.0);
+        let (q, k, v) = (tensor(6, 1), tensor(3, 2), tensor(3, 3));
+        let all = attend(&q, &k, &v, scoring).unwrap();
+        for n in [1, 2, 80, 150] {
+            let last = |x: &Tensor| x.narrow(2, n_keys - n, n).unwrap().contiguous().unwrap();
+            let found = attend(&last(&q), &k, &v, scoring).unwrap();
+            assert!(distance(&found, &last(&all)) < 1e-6, "{n} {scoring:?}");
+            let portable = portable_attend(&last(&q), &k, &v, scoring).unwrap();
+            assert!(distance(&found, &portable) < 1e-6, "{n} {scoring:?}");
+        }
+    }
+}
+
+#[test]
 fn gates_have_their_closed_forms_far_out() {
     for kind in [Sigmoidal::Silu, Sigmoidal::GeluNew] {
         assert_eq!(kind.value(0.0), (0.0, 0.5));

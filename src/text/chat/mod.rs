@@ -59,9 +59,15 @@ pub(super) struct ChatTemplate {
     /// The template for records with `tools`, if it is a different one.
     tool_use: Option<String>,
     tokens: Map<String, Json>,
+    is_to_be_answered: bool,
 }
 
 impl ChatTemplate {
+    /// The same for conversations that end where the model is to answer.
+    pub fn to_be_answered(self) -> Self {
+        Self { is_to_be_answered: true, ..self }
+    }
+
     /// Reads `chat_template.jinja`, or `chat_template` of `tokenizer_config.json`.
     ///
     /// # Errors
@@ -73,7 +79,13 @@ impl ChatTemplate {
         let tokens = TOKENS.iter().filter_map(token).collect();
         if let Some(default) = template(model, "chat_template.jinja") {
             let tool_use = template(model, "additional_chat_templates/tool_use.jinja");
-            return Ok(Self { path: model.path("chat_template.jinja"), default, tool_use, tokens });
+            return Ok(Self {
+                path: model.path("chat_template.jinja"),
+                default,
+                tool_use,
+                tokens,
+                is_to_be_answered: false,
+            });
         }
         let single = config.get("chat_template").and_then(Json::as_str).map(String::from);
         let default = single.or_else(|| named(&config, "default")).ok_or_else(|| {
@@ -83,7 +95,8 @@ impl ChatTemplate {
                 "copy `chat_template.jinja` of the instruct model next to `tokenizer.json`, or give texts with `--field`",
             )
         })?;
-        Ok(Self { path: model.path(SETTINGS_FILE), default, tool_use: named(&config, "tool_use"), tokens })
+        let tool_use = named(&config, "tool_use");
+        Ok(Self { path: model.path(SETTINGS_FILE), default, tool_use, tokens, is_to_be_answered: false })
     }
 
     /// The texts of documents, some of which are records with `messages`.
@@ -153,7 +166,7 @@ impl ChatTemplate {
         let given = |name: &str| record.get(name).filter(|value| !value.is_null());
         let template = self.tool_use.as_ref().filter(|_| given("tools").is_some()).unwrap_or(&self.default);
         let mut variables = self.tokens.clone();
-        variables.insert("add_generation_prompt".into(), Json::Bool(false));
+        variables.insert("add_generation_prompt".into(), Json::Bool(self.is_to_be_answered));
         for name in ["tools", "documents"] {
             variables.insert(name.into(), given(name).cloned().unwrap_or_default());
         }
@@ -240,8 +253,7 @@ mod tests {
             serde_json::from_str(include_str!("../../../tests/oracles/chat_templates.json")).unwrap();
         assert!(cases.len() > 10);
         for case in cases {
-            let template =
-                ChatTemplate { path: "x".into(), default: case.template, tool_use: None, tokens: case.tokens };
+            let template = of(&case.template, case.tokens);
             let rendered = template.render("line 1", &case.record, FUEL);
             match case.expected {
                 Some(expected) => assert_eq!(rendered.unwrap(), expected, "{}", case.name),
@@ -250,9 +262,13 @@ mod tests {
         }
     }
 
+    fn of(template: &str, tokens: Map<String, Json>) -> ChatTemplate {
+        let default = template.into();
+        ChatTemplate { path: "x.jinja".into(), default, tool_use: None, tokens, is_to_be_answered: false }
+    }
+
     fn render(template: &str) -> Result<String> {
-        let template =
-            ChatTemplate { path: "x.jinja".into(), default: template.into(), tool_use: None, tokens: Map::new() };
+        let template = of(template, Map::new());
         Ok(template.render_all(vec![Document::Chat("line 1".into(), Map::new())])?.concat())
     }
 
