@@ -103,7 +103,11 @@ fn menu(study: &Study<'_>, linear: &LinearInfo, forms: &Forms) -> Vec<Quant> {
     let mut menu = study.recipe.quant().to_vec();
     for quant in families {
         let Storage::Grouped(scheme) = quant.storage() else {
-            menu.extend(BLOCK_TYPES.map(if quant.descends() { Quant::CdBlock } else { Quant::Block }));
+            menu.extend(BLOCK_TYPES.map(match quant {
+                Quant::CdBlock(_) => Quant::CdBlock,
+                Quant::Imatrix(_) => Quant::Imatrix,
+                _ => Quant::Block,
+            }));
             continue;
         };
         let least = if forms.base.is_some() { scheme.levels.bits() } else { 0 };

@@ -3,11 +3,10 @@
 //! `W[i, j] = scale[i, j / group] · level(code[i, j])`, where a level is `code − zero` of an integer grid or an entry
 //! of a table. Scales are kept as f16 values, which every format can hold.
 
-use half::f16;
 use pulp::Arch;
 
 use super::bits;
-use super::lattice::Lattice;
+use super::lattice::{Lattice, Number, storable};
 use super::levels::{E4M3_SCALE, Levels, NF4, e4m3, to_e4m3};
 
 /// The layout of codes and scales.
@@ -87,12 +86,6 @@ const ROUNDER: f32 = 12_582_912.0;
 
 fn round(x: f32) -> f32 {
     (x + ROUNDER) - ROUNDER
-}
-
-/// The value of the nearest f16; 0 only if `scale` is 0.
-fn storable(scale: f32) -> f32 {
-    let rounded = f16::from_f32(scale.clamp(-65504.0, 65504.0)).to_f32();
-    if rounded == 0.0 && scale != 0.0 { f16::MIN_POSITIVE_SUBNORMAL.to_f32().copysign(scale) } else { rounded }
 }
 
 impl Grid {
@@ -183,10 +176,16 @@ impl Grid {
     /// The value of a code.
     #[inline(always)]
     pub fn value(&self, code: u8) -> f32 {
+        self.level(code) * self.scale
+    }
+
+    /// The value of a code before its scale.
+    #[inline(always)]
+    fn level(&self, code: u8) -> f32 {
         match self.levels {
-            Levels::Int { .. } => (f32::from(code) - self.zero) * self.scale,
-            Levels::Nf4 => NF4[usize::from(code & 15)] * self.scale,
-            Levels::E4m3 => e4m3(code) * self.scale,
+            Levels::Int { .. } => f32::from(code) - self.zero,
+            Levels::Nf4 => NF4[usize::from(code & 15)],
+            Levels::E4m3 => e4m3(code),
         }
     }
 
@@ -234,7 +233,9 @@ fn grids(values: &[f32], cols: usize, scheme: Scheme, scale: Scale, shares: Opti
 }
 
 /// The grids of the groups of a matrix.
+#[derive(Clone)]
 pub(super) struct GroupLattice {
+    levels: Levels,
     /// (rows, n_groups)
     pub grids: Vec<Grid>,
     group: usize,
@@ -258,6 +259,31 @@ impl Lattice for GroupLattice {
     fn value(&self, row: usize, col: usize, code: u8) -> f32 {
         self.grid(row, col).value(code)
     }
+
+    fn numbers(&self) -> Vec<(Number, usize)> {
+        let all = [(self.levels.has_scales(), Number::Scale), (self.levels.has_zeros(), Number::Offset)];
+        all.into_iter().filter(|(is_stored, _)| *is_stored).map(|(_, number)| (number, self.group)).collect()
+    }
+
+    fn number(&self, number: Number, row: usize, col: usize) -> f32 {
+        let grid = self.grid(row, col);
+        if number == Number::Scale { grid.scale } else { grid.zero }
+    }
+
+    fn slope(&self, number: Number, row: usize, col: usize, code: u8) -> f32 {
+        let grid = self.grid(row, col);
+        if number == Number::Scale { grid.level(code) } else { -grid.scale }
+    }
+
+    fn put_number(&mut self, number: Number, row: usize, col: usize, wish: f32) -> f32 {
+        let grid = &mut self.grids[row * self.n_groups + col / self.group];
+        if number == Number::Scale {
+            grid.scale = storable(wish);
+            return grid.scale;
+        }
+        grid.zero = round(wish.clamp(-1024.0, 1024.0)).clamp(0.0, ((1u32 << self.levels.bits()) - 1) as f32);
+        grid.zero
+    }
 }
 
 impl Scheme {
@@ -265,7 +291,7 @@ impl Scheme {
     /// error.
     pub(super) fn lattice(self, values: &[f32], cols: usize, scale: Scale, shares: Option<&[f32]>) -> GroupLattice {
         let (group, n_groups) = (self.group_of(cols), self.n_groups(cols));
-        GroupLattice { grids: grids(values, cols, self, scale, shares), group, n_groups }
+        GroupLattice { levels: self.levels, grids: grids(values, cols, self, scale, shares), group, n_groups }
     }
 }
 

@@ -13,6 +13,7 @@ mod iq4;
 mod lattice;
 mod levels;
 mod name;
+mod refit;
 
 use anyhow::{Context, Result};
 
@@ -44,6 +45,9 @@ pub enum Quant {
     Gptq(Scheme, Scale),
     /// One of llama.cpp's block types, rounded to nearest.
     Block(BlockType),
+    /// A block type with the scales that have the least squared error where columns have the mean squares of their inputs
+    /// as weights, and codes rounded to nearest: llama.cpp with an importance matrix.
+    Imatrix(BlockType),
     /// Coordinate descent, in the metric of inputs and outputs.
     Cd(Scheme, Scale),
     /// A block type by coordinate descent.
@@ -118,7 +122,9 @@ impl Quant {
     pub fn storage(self) -> Storage {
         match self {
             Self::Rtn(scheme, _) | Self::Gptq(scheme, _) | Self::Cd(scheme, _) => Storage::Grouped(scheme),
-            Self::Block(block_type) | Self::CdBlock(block_type) => Storage::Block(block_type),
+            Self::Block(block_type) | Self::Imatrix(block_type) | Self::CdBlock(block_type) => {
+                Storage::Block(block_type)
+            }
         }
     }
 
@@ -137,6 +143,7 @@ impl Quant {
     pub fn for_rows(self, cols: usize) -> Option<Self> {
         match self {
             Self::Block(block_type) => block_type.for_rows(cols).map(Self::Block),
+            Self::Imatrix(block_type) => block_type.for_rows(cols).map(Self::Imatrix),
             Self::CdBlock(block_type) => block_type.for_rows(cols).map(Self::CdBlock),
             Self::Rtn(..) | Self::Gptq(..) | Self::Cd(..) => Some(self),
         }
@@ -150,13 +157,13 @@ impl Quant {
             Self::Rtn(scheme, scale) => Self::Rtn(scheme.dividing(cols).unwrap_or(scheme), scale),
             Self::Gptq(scheme, scale) => Self::Gptq(scheme.dividing(cols).unwrap_or(scheme), scale),
             Self::Cd(scheme, scale) => Self::Cd(scheme.dividing(cols).unwrap_or(scheme), scale),
-            Self::Block(_) | Self::CdBlock(_) => self,
+            Self::Block(_) | Self::Imatrix(_) | Self::CdBlock(_) => self,
         }
     }
 
     /// Whether it minimizes the error in the metric of the inputs.
     pub fn needs_gram(self) -> bool {
-        matches!(self, Self::Gptq(..)) || self.descends()
+        matches!(self, Self::Gptq(..) | Self::Imatrix(_)) || self.descends()
     }
 
     /// Whether it also uses the metric of the outputs, where there is one.
@@ -191,6 +198,10 @@ impl Quant {
                 (Quantized::Block(blocks), fallback)
             }
             Self::Block(block_type) => (Quantized::Block(Blocks::quantize(values, rows, cols, block_type)?), None),
+            Self::Imatrix(block_type) => {
+                let weights = metric()?.diagonal();
+                (Quantized::Block(Blocks::weighted(values, rows, cols, block_type, weights.as_deref())?), None)
+            }
         })
     }
 
@@ -205,7 +216,7 @@ impl Quant {
             Self::Rtn(old, scale) => Self::Rtn(scheme(old)?, scale),
             Self::Gptq(old, scale) => Self::Gptq(scheme(old)?, scale),
             Self::Cd(old, scale) => Self::Cd(scheme(old)?, scale),
-            Self::Block(_) | Self::CdBlock(_) => return None,
+            Self::Block(_) | Self::Imatrix(_) | Self::CdBlock(_) => return None,
         })
     }
 }

@@ -1,4 +1,5 @@
-//! Names of quantizers: words joined by dashes, `rtn-int4-g128`, `gptq-int3-channel-asym`, `cd-nf4-g64`, `cd-q4_k`.
+//! Names of quantizers: words joined by dashes, `rtn-int4-g128`, `gptq-int3-channel-asym`, `cd-nf4-g64`, `cd-q4_k`,
+//! `imatrix-q4_k`.
 
 use std::fmt;
 use std::str::FromStr;
@@ -31,6 +32,7 @@ impl fmt::Display for Quant {
         let (method, scheme, scale) = match self {
             Self::Cd(scheme, scale) => ("cd-", scheme, scale),
             Self::CdBlock(block_type) => return write!(f, "cd-{}", block_type.name),
+            Self::Imatrix(block_type) => return write!(f, "imatrix-{}", block_type.name),
             Self::Rtn(scheme, scale) if scheme.levels == Levels::Nf4 => ("", scheme, scale),
             Self::Rtn(scheme, scale) => ("rtn-", scheme, scale),
             Self::Gptq(scheme, scale) => ("gptq-", scheme, scale),
@@ -48,14 +50,18 @@ impl FromStr for Quant {
         if let Some(block_type) = BlockType::named(text) {
             return Ok(Self::Block(block_type));
         }
-        if let Some(block_type) = text.strip_prefix("cd-").and_then(BlockType::named) {
+        let block_after = |prefix: &str| text.strip_prefix(prefix).and_then(BlockType::named);
+        if let Some(block_type) = block_after("cd-") {
             return Ok(Self::CdBlock(block_type));
+        }
+        if let Some(block_type) = block_after("imatrix-") {
+            return Ok(Self::Imatrix(block_type));
         }
         let error = || {
             let blocks: Vec<&str> = BLOCK_TYPES.iter().map(|t| t.name).collect();
             format!(
                 "`{text}` is not a quantizer: expected [rtn|gptq|cd]-int8|int4|int3|int2 or nf4, then any of -g32, -g64, -g128, \
-                 -channel, -sym, -asym, -absmax, -mse; or [cd-] and one of {}",
+                 -channel, -sym, -asym, -absmax, -mse; or [cd-|imatrix-] and one of {}",
                 blocks.join(", ")
             )
         };
@@ -127,6 +133,7 @@ mod tests {
             ("cd-int3-g64-asym", "cd-int3-g64-asym"),
             ("cd-nf4", "cd-nf4-g64"),
             ("cd-iq4_nl", "cd-iq4_nl"),
+            ("imatrix-q2_k", "imatrix-q2_k"),
             ("rtn-int2-sym-mse-g64", "rtn-int2-g64"),
         ] {
             let quant: Quant = text.parse().unwrap();
@@ -145,6 +152,7 @@ mod tests {
             "int4-gptq",
             "cd-rtn-int4",
             "gptq-q4_k",
+            "imatrix-int4",
         ] {
             assert!(wrong.parse::<Quant>().is_err(), "{wrong}");
         }

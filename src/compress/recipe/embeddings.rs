@@ -78,9 +78,9 @@ impl Recipe {
         }
         let has_metric = self.method().preset().needs().output_gram;
         let own = self.quant().iter().map(|&quant| match quant {
-            Quant::Cd(..) | Quant::CdBlock(_) if has_metric => quant,
+            Quant::Cd(..) | Quant::CdBlock(_) | Quant::Imatrix(_) if has_metric => quant,
             Quant::Gptq(scheme, scale) | Quant::Cd(scheme, scale) => Quant::Rtn(scheme, scale),
-            Quant::CdBlock(block_type) => Quant::Block(block_type),
+            Quant::CdBlock(block_type) | Quant::Imatrix(block_type) => Quant::Block(block_type),
             Quant::Rtn(..) | Quant::Block(_) => quant,
         });
         let usual: &[&str] = match (self.approach.chooses(), self.format()) {
