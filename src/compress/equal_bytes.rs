@@ -110,8 +110,9 @@ fn menu(study: &Study<'_>, linear: &LinearInfo, forms: &Forms) -> Vec<Quant> {
             }));
             continue;
         };
-        let least = if forms.base.is_some() { scheme.levels.bits() } else { 0 };
         let (base, factors) = linear.bytes_as(forms);
+        // A sparse base has fewer bits than its codes.
+        let least = scheme.levels.bits().min((8 * base / linear.n_parameters()) as u32);
         let spent = (8 * (base + factors)).div_ceil(linear.n_parameters()) as u32;
         let last = BITS.into_iter().find(|&bits| bits >= spent).unwrap_or(8);
         let bits = BITS.into_iter().filter(|bits| (least..=last).contains(bits));

@@ -3,18 +3,20 @@
 //! The error `f(Q) = tr(G (W − Q) C (W − Q)ᵀ)` is a parabola in every value of `Q`, with its least at
 //! `q_ij + (G E C)_ij / (G_ii C_jj)`, where `E = W − Q`: the nearest level there is the best code while all others
 //! stay. With `G = I` this is QuantEase (Behdin et al. 2023), and rows do not depend on each other; with `G` a row also
-//! compensates the errors of the others. Sweeps begin with the codes of GPTQ; between them scales and minima are refitted
-//! for the codes that there are, in the same metric. No step increases `f`.
+//! compensates the errors of the others. Sweeps begin with the codes of GPTQ; between them scales and minima are
+//! refitted for the codes that there are, in the same metric. No step increases `f`.
 
 use anyhow::Result;
 use faer::{Mat, MatRef};
 
 use super::block::{BlockType, Blocks};
+use super::damped::{damped, single};
 use super::feedback::one_by_one;
-use super::gptq::{Fallback, damped, feed, single};
+use super::gptq::{Fallback, feed};
 use super::grouped::{Grouped, Scale, Scheme};
 use super::lattice::Lattice;
 use super::refit::{Refit, product};
+use super::sparse::{Sparse, pruned};
 
 /// Sweeps at most.
 const SWEEPS: usize = 8;
@@ -52,9 +54,18 @@ pub(super) fn grouped(
     scale: Scale,
     sides: Sides<'_>,
 ) -> (Grouped, Option<Fallback>) {
-    let lattice = scheme.lattice(values, cols, scale, sides.diagonal().as_deref());
-    let rounded = lattice.round(values, cols);
-    let (codes, lattice, fallback) = fit(values, (rows, cols), sides, lattice, rounded);
+    let kept = scheme.kept(values, (rows, cols), Some(sides.inputs));
+    let start = pruned(values, kept.as_deref());
+    let lattice = scheme.lattice(&start, cols, scale, sides.diagonal().as_deref());
+    let rounded = lattice.round(&start, cols);
+    let (codes, lattice, fallback) = match kept {
+        Some(kept) => {
+            let sparse = Sparse::new(lattice, scheme, cols, kept);
+            let (codes, sparse, fallback) = fit(values, (rows, cols), sides, sparse, rounded);
+            (codes, sparse.lattice, fallback)
+        }
+        None => fit(values, (rows, cols), sides, lattice, rounded),
+    };
     (Grouped::of_codes(codes, rows, cols, scheme, &lattice.grids), fallback)
 }
 
@@ -161,7 +172,7 @@ impl Problem<'_> {
 
     fn sweep(&self, lattice: &impl Lattice, codes: &mut [u8], mut pull: Mat<f32>) {
         let (rows, cols) = self.shape;
-        one_by_one(pull.as_mut(), self.inputs.as_ref(), |j, pull, moved| {
+        one_by_one(pull.as_mut(), self.inputs.as_ref(), |j, pull, _, moved| {
             let size = self.inputs[(j, j)];
             moved.fill(0.0);
             for i in 0..rows {

@@ -239,8 +239,8 @@ fn low(bits: usize, place: Place) -> Integers {
     Integers { low: (bits, place), high: None, is_signed: false }
 }
 
-/// Integers of 6 bits for 8 scales and 8 minima, in 12 bytes: the first four of each in a byte, whose upper 2 bits belong
-/// to the last four, which have their low 4 bits in the last four bytes.
+/// Integers of 6 bits for 8 scales and 8 minima, in 12 bytes: the first four of each in a byte, whose upper 2 bits
+/// belong to the last four, which have their low 4 bits in the last four bytes.
 fn sixes() -> [Option<(Integers, u8)>; 2] {
     let scales =
         low(4, |r| if r < 4 { (4 + r, 0) } else { (8 + r, 0) }).with(2, |r| if r < 4 { (4 + r, 4) } else { (r, 6) });

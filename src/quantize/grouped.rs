@@ -69,7 +69,31 @@ impl Scheme {
         let (bits, groups) = (self.levels.bits(), self.n_groups(cols));
         let scales = if self.levels.has_scales() { 2 * groups } else { 0 };
         let zeros = if self.levels.has_zeros() { bits::row_bytes(groups, bits, 1) } else { 0 };
-        (rows * (bits::row_bytes(cols, bits, 1) + scales + zeros)) as u64
+        (rows * (self.code_bytes(cols) + scales + zeros)) as u64
+    }
+
+    /// Bytes of a row of packed codes.
+    pub fn code_bytes(&self, cols: usize) -> usize {
+        match self.levels {
+            Levels::Sparse { bits } => bits::sparse_row_bytes(cols, bits),
+            levels => bits::row_bytes(cols, levels.bits(), 1),
+        }
+    }
+
+    /// Packs rows of `cols` codes, low bits first; of sparse ones those that are kept, then a bit for each column.
+    pub fn pack(&self, codes: &[u8], cols: usize) -> Vec<u8> {
+        match self.levels {
+            Levels::Sparse { bits } => bits::pack_sparse(codes, cols, bits),
+            levels => bits::pack(codes, cols, levels.bits(), 1),
+        }
+    }
+
+    /// The inverse of [`Self::pack`]; `None` if the bytes are not `rows` rows of codes.
+    pub fn unpack(&self, bytes: &[u8], rows: usize, cols: usize) -> Option<Vec<u8>> {
+        match self.levels {
+            Levels::Sparse { bits } => bits::unpack_sparse(bytes, rows, cols, bits),
+            levels => bits::unpack(bytes, rows, cols, levels.bits(), 1),
+        }
     }
 }
 
@@ -100,7 +124,7 @@ impl Grid {
         }
         let whole = match levels {
             // The extreme gets the lowest code, because there is one more code on that side.
-            Levels::Int { symmetric: true, .. } => {
+            Levels::Int { symmetric: true, .. } | Levels::Sparse { .. } => {
                 Self { levels, scale: -extreme / levels.middle(), zero: levels.middle() }
             }
             Levels::Int { bits, symmetric: false } => {
@@ -135,7 +159,10 @@ impl Grid {
     }
 
     fn signs(&self) -> &'static [f32] {
-        if matches!(self.levels, Levels::Int { symmetric: true, .. }) { &[1.0, -1.0] } else { &[1.0] }
+        match self.levels {
+            Levels::Int { symmetric: true, .. } | Levels::Sparse { .. } => &[1.0, -1.0],
+            _ => &[1.0],
+        }
     }
 
     /// The grid over a share of the range, with a scale that can be stored.
@@ -155,13 +182,13 @@ impl Grid {
     pub fn code(&self, value: f32) -> u8 {
         if self.scale == 0.0 {
             return match self.levels {
-                Levels::Int { .. } => self.zero as u8,
+                Levels::Int { .. } | Levels::Sparse { .. } => self.zero as u8,
                 Levels::Nf4 => 7,
                 Levels::E4m3 => 0,
             };
         }
         match self.levels {
-            Levels::Int { bits, .. } => {
+            Levels::Int { bits, .. } | Levels::Sparse { bits } => {
                 let top = ((1u32 << bits) - 1) as f32;
                 round((value / self.scale).clamp(-1024.0, 1024.0) + self.zero).clamp(0.0, top) as u8
             }
@@ -183,7 +210,7 @@ impl Grid {
     #[inline(always)]
     fn level(&self, code: u8) -> f32 {
         match self.levels {
-            Levels::Int { .. } => f32::from(code) - self.zero,
+            Levels::Int { .. } | Levels::Sparse { .. } => f32::from(code) - self.zero,
             Levels::Nf4 => NF4[usize::from(code & 15)],
             Levels::E4m3 => e4m3(code),
         }
@@ -195,7 +222,7 @@ impl Grid {
     }
 
     fn squared_error(&self, values: &[f32]) -> f32 {
-        let Levels::Int { bits, .. } = self.levels else {
+        let (Levels::Int { bits, .. } | Levels::Sparse { bits }) = self.levels else {
             return values.iter().map(|&v| (self.value(self.code(v)) - v).powi(2)).sum();
         };
         let (scale, inverse, zero, top) = (self.scale, 1.0 / self.scale, self.zero, ((1u32 << bits) - 1) as f32);
@@ -371,7 +398,7 @@ mod tests {
                 let step = match scheme.levels {
                     // The last level on the short side of a symmetric grid is one step away; f16 scales are accurate
                     // to 2^-11.
-                    Levels::Int { bits, symmetric: true } => 1.1 / f64::from(1 << (bits - 1)),
+                    Levels::Int { bits, symmetric: true } | Levels::Sparse { bits } => 1.1 / f64::from(1 << (bits - 1)),
                     Levels::Int { bits, .. } => 2.1 / f64::from((1 << bits) - 1),
                     Levels::Nf4 => 0.16,
                     Levels::E4m3 => 1.0 / 16.0,

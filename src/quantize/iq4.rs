@@ -28,8 +28,8 @@ pub(super) fn quantize_xs(values: &[f32], cols: usize, weights: Option<&[f32]>) 
     })
 }
 
-/// Blocks of runs, each with the scale that suits it best; `nested` divides the scales of a block into a common one and a
-/// factor of each run.
+/// Blocks of runs, each with the scale that suits it best; `nested` divides the scales of a block into a common one and
+/// a factor of each run.
 fn quantize(
     codec: Codec,
     values: &[f32],

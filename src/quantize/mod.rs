@@ -4,6 +4,7 @@
 
 pub mod bits;
 mod block;
+mod damped;
 mod descent;
 mod feedback;
 mod fields;
@@ -14,6 +15,7 @@ mod lattice;
 mod levels;
 mod name;
 mod refit;
+mod sparse;
 
 use anyhow::{Context, Result};
 
@@ -45,8 +47,8 @@ pub enum Quant {
     Gptq(Scheme, Scale),
     /// One of llama.cpp's block types, rounded to nearest.
     Block(BlockType),
-    /// A block type with the scales that have the least squared error where columns have the mean squares of their inputs
-    /// as weights, and codes rounded to nearest: llama.cpp with an importance matrix.
+    /// A block type with the scales that have the least squared error where columns have the mean squares of their
+    /// inputs as weights, and codes rounded to nearest: llama.cpp with an importance matrix.
     Imatrix(BlockType),
     /// Coordinate descent, in the metric of inputs and outputs.
     Cd(Scheme, Scale),
@@ -132,7 +134,9 @@ impl Quant {
     pub fn largest(self) -> f32 {
         let levels = match self.storage() {
             Storage::Grouped(Scheme { levels: Levels::Nf4 | Levels::E4m3, .. }) => 1.0,
-            Storage::Grouped(Scheme { levels: Levels::Int { bits, .. }, .. }) => (1u32 << (bits - 1)) as f32,
+            Storage::Grouped(Scheme { levels: Levels::Int { bits, .. } | Levels::Sparse { bits }, .. }) => {
+                (1u32 << (bits - 1)) as f32
+            }
             Storage::Block(block_type) => block_type.n_levels(),
         };
         half::f16::MAX.to_f32() * levels
@@ -184,7 +188,11 @@ impl Quant {
     ) -> Result<(Quantized, Option<Fallback>)> {
         let metric = || metric.context("invariant: a quantizer that needs a metric gets it");
         Ok(match self {
-            Self::Rtn(scheme, scale) => (Quantized::Grouped(Grouped::round(values, rows, cols, scheme, scale)), None),
+            Self::Rtn(scheme, scale) => {
+                let kept = scheme.kept(values, (rows, cols), None);
+                let values = sparse::pruned(values, kept.as_deref());
+                (Quantized::Grouped(Grouped::round(&values, rows, cols, scheme, scale)), None)
+            }
             Self::Gptq(scheme, scale) => {
                 let (matrix, fallback) = gptq::gptq(values, rows, cols, metric()?.inputs, scheme, scale);
                 (Quantized::Grouped(matrix), fallback)
@@ -205,10 +213,12 @@ impl Quant {
         })
     }
 
-    /// The same quantizer at other bits and groups; `None` if its type has a fixed number of bits.
+    /// The same quantizer at other bits and groups, dense if it is sparse; `None` if its type has a fixed number of
+    /// bits.
     pub fn with(self, bits: u32, group: Option<usize>) -> Option<Self> {
         let scheme = |scheme: Scheme| match scheme.levels {
             Levels::Int { symmetric, .. } => Some(Scheme { levels: Levels::Int { bits, symmetric }, group }),
+            Levels::Sparse { .. } => Some(Scheme { levels: Levels::Int { bits, symmetric: true }, group }),
             Levels::Nf4 => (bits == 4).then_some(Scheme { levels: Levels::Nf4, group }),
             Levels::E4m3 => None,
         };

@@ -66,6 +66,39 @@ fn compensations_are_ordered_by_what_they_know() {
     }
 }
 
+/// In the metric of the inputs: factors over a sparse base never increase its error, and it is the same model in floats.
+#[test]
+fn sparse_bases_are_ordered_and_take_factors() {
+    let folder = tempfile::tempdir().unwrap();
+    let statistics = statistics(folder.path());
+    let out = folder.path().join("out");
+    let run = |quant: &str, extra: &[&str]| -> Value {
+        let flags = ["--statistics", &statistics, "--method", "svd-llm", "--quant", quant, "--force"];
+        compress(&out, &[&flags[..], extra].concat())
+    };
+    let mut last = f64::INFINITY;
+    for method in ["rtn", "gptq", "cd"] {
+        let quant = format!("{method}-int4-g32-2of4");
+        let alone = run(&quant, &[]);
+        // Two codes and four bits for four weights, and an f16 for 32.
+        assert!((bits(&alone) - 3.5).abs() < 1e-9, "{}", bits(&alone));
+        let found = error(&alone);
+        assert!(found < last, "{quant}: {found} {last}");
+        last = found;
+        let factors = ["--compensate", "eora", "--compensate-rank", "8", "--equal-bytes-baseline=false"];
+        let with = error(&run(&quant, &factors));
+        assert!(with < found, "{quant}: {with} {found}");
+        let dense = folder.path().join(format!("{method}-dense"));
+        ok(&["export", path(&out), "--format", "dense", "-o", path(&dense), "-q"]);
+        assert!((ppl(&dense) / ppl(&out) - 1.0).abs() < 1e-5);
+    }
+    // The same bytes without factors may be dense codes of fewer bits.
+    let report = run("cd-int4-g32-2of4", &["--compensate", "eora", "--compensate-rank", "8"]);
+    let chosen: BTreeMap<String, String> =
+        serde_json::from_value(report["equal_bytes_baseline"]["quant"].clone()).unwrap();
+    assert!(chosen.values().any(|quant| quant.starts_with("cd-int") && !quant.ends_with("2of4")), "{chosen:?}");
+}
+
 #[test]
 fn sizes_are_met_with_quantized_bases_and_factors() {
     let folder = tempfile::tempdir().unwrap();
@@ -143,6 +176,7 @@ fn the_same_input_gives_the_same_bytes_at_any_thread_count() {
     let statistics = statistics(folder.path());
     for (name, flags) in [
         ("gptq", &["--quant", "gptq-int3-g32,rtn-int4-g32", "--compensate", "eora", "--bits", "4"][..]),
+        ("cd", &["--quant", "cd-int3-g32,cd-int4-g32-2of4", "--bits", "3.6", "--method", "kfac"]),
         (
             "turns",
             &["--quant", "nf4-g32", "--compensate", "lq-lora", "--compensate-rank", "4", "--quant-factors", "int8"],

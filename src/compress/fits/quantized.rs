@@ -20,7 +20,7 @@ use crate::error::Failure;
 use crate::linalg;
 use crate::model::inventory::{self, LinearInfo};
 use crate::operator::Shape;
-use crate::quantize::{Blocks, Fallback, Grouped, Quant, Quantized, Sides, Storage, bits};
+use crate::quantize::{Blocks, Fallback, Grouped, Quant, Quantized, Sides, Storage};
 use crate::store::{Piece, Spool, Spooled, Values};
 
 /// One quantized base of a linear, with factors up to some rank.
@@ -72,7 +72,7 @@ impl MadeBase {
     fn into_arrays(self) -> [Values; 6] {
         let errors: Vec<f64> = self.errors.iter().map(|(_, error)| *error).collect();
         let (codes, scales, zeros) = match self.base {
-            Quantized::Grouped(m) => (bits::pack(&m.codes, m.cols, m.scheme.levels.bits(), 1), m.scales, m.zeros),
+            Quantized::Grouped(m) => (m.scheme.pack(&m.codes, m.cols), m.scales, m.zeros),
             Quantized::Block(blocks) => (blocks.bytes, Vec::new(), Vec::new()),
         };
         let (b, a) = self.pair.map_or_else(Default::default, |pair| (pair.b, pair.a));
@@ -104,7 +104,7 @@ impl QuantizedBase {
         let bytes = spool.get(&self.codes)?.bytes()?;
         Ok(match self.quant.storage() {
             Storage::Grouped(scheme) => {
-                let codes = bits::unpack(&bytes, rows, cols, scheme.levels.bits(), 1);
+                let codes = scheme.unpack(&bytes, rows, cols);
                 let codes = codes.expect("invariant: what was packed is unpacked");
                 let scales = spool.get(&self.scales)?.f32s()?;
                 Quantized::Grouped(Grouped { rows, cols, scheme, codes, scales, zeros: self.zeros.clone() })
