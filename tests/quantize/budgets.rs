@@ -6,7 +6,7 @@ use std::path::Path;
 use crate::common::{FIXTURE, TRAIN, command, finish, lrc, ok, path};
 use serde_json::Value;
 
-use super::{LORC, compress, ppl};
+use super::{LORC, MODULE, compress, ppl};
 
 /// Statistics of the fixture, with everything that any metric needs.
 fn statistics(folder: &Path) -> String {
@@ -135,6 +135,71 @@ fn sizes_are_met_with_quantized_bases_and_factors() {
     // Low rank alone accepts a budget in bits too: 32 bits per weight give the source.
     let report = compress(&folder.path().join("low-rank"), &["--bits", "16", "--quant-factors", "int8"]);
     assert!(bits(&report) <= 16.0 && bits(&report) > 15.5, "{}", bits(&report));
+}
+
+/// A part of [`MODULE`] as it is stored.
+fn stored(folder: &Path, part: &str) -> Vec<u8> {
+    let bytes = std::fs::read(folder.join("model.safetensors")).unwrap();
+    let name = format!("{MODULE}.{part}");
+    safetensors::SafeTensors::deserialize(&bytes).unwrap().tensor(&name).unwrap().data().to_vec()
+}
+
+/// A number in the record of [`MODULE`].
+fn of_module(report: &Value, field: &str) -> f64 {
+    let linears = report["linears"].as_array().unwrap();
+    linears.iter().find(|linear| linear["module"] == MODULE).unwrap()[field].as_f64().unwrap()
+}
+
+fn size(report: &Value, field: &str) -> f64 {
+    report["sizes"][field].as_f64().unwrap()
+}
+
+#[test]
+fn factors_over_codes_are_truncated_and_the_codes_stay() {
+    let folder = tempfile::tempdir().unwrap();
+    let statistics = statistics(folder.path());
+    let base = ["--quant", "rtn-int2-g32", "--compensate", "eora", "--method", "svd-llm", "--statistics", &statistics];
+    let run = |rank: &str, extra: &[&str]| -> (std::path::PathBuf, Value) {
+        let out = folder.path().join(format!("{rank}-{}", extra.concat()));
+        let flags = ["--compensate-rank", rank, "--equal-bytes-baseline=false"];
+        let report = compress(&out, &[&base[..], &flags, extra].concat());
+        (out, report)
+    };
+    for extra in [&[][..], &["--quant-factors", "int8"]] {
+        let (long, before) = run("24", extra);
+        // The fixture has 32 bits per weight.
+        let target = size(&before, "bits_per_weight_base") + 0.5 * size(&before, "bits_per_weight_factors");
+        let short = folder.path().join(format!("short-{}", extra.concat()));
+        let keep = (target / 32.0).to_string();
+        let after = ok(&["truncate", path(&long), "-o", path(&short), "--keep", &keep, "--json"]).json();
+        assert!(bits(&after) <= target + 1e-9 && bits(&after) > 0.98 * target, "{} {target}", bits(&after));
+        let parts = size(&after, "bits_per_weight_base") + size(&after, "bits_per_weight_factors");
+        assert!((parts - bits(&after)).abs() < 1e-9, "{parts}");
+        assert_eq!(after["sizes"]["file_bytes_after"], short.join("model.safetensors").metadata().unwrap().len());
+        assert!(error(&after) > error(&before) && ppl(&short) < 1.5 * ppl(&long));
+        assert_eq!(stored(&short, "base.codes"), stored(&long, "base.codes"));
+        // Rank by rank it is what the source gives, whatever the factors are stored in.
+        let rank = of_module(&after, "rank") as usize;
+        assert!((1..24).contains(&rank), "{rank}");
+        let (_, direct) = run(&rank.to_string(), extra);
+        let [found, expected] = [&after, &direct].map(|report| of_module(report, "relative_error"));
+        assert!((found / expected - 1.0).abs() < 0.01, "{extra:?} {rank}: {found} {expected}");
+        let part = if extra.is_empty() { "lr_a.weight" } else { "lr_a.codes" };
+        assert!(stored(&long, part).starts_with(&stored(&short, part)));
+        // Once more, from the curves that it has.
+        let shorter = folder.path().join(format!("shorter-{}", extra.concat()));
+        let keep = (keep.parse::<f64>().unwrap() * 0.97).to_string();
+        let last = ok(&["truncate", path(&short), "-o", path(&shorter), "--keep", &keep, "--json"]).json();
+        assert!(bits(&last) < bits(&after) && error(&last) > error(&after));
+        for (keep, expected) in [("0.9", "of the bytes that is already kept"), ("0.01", "the minimum is")] {
+            let run = lrc(&["truncate", path(&long), "-o", path(&folder.path().join("no")), "--keep", keep]);
+            assert!(run.code == 2 && run.stderr.contains(expected), "{}", run.stderr);
+        }
+    }
+    let codes = folder.path().join("codes");
+    compress(&codes, &["--quant", "rtn-int4"]);
+    let run = lrc(&["truncate", path(&codes), "-o", path(&folder.path().join("no")), "--keep", "0.1"]);
+    assert!(run.code == 4 && run.stderr.contains("that has factors"), "{}", run.stderr);
 }
 
 #[test]
