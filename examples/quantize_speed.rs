@@ -40,7 +40,7 @@ fn main() -> Result<()> {
         Ok(left - linalg::transposed_from_row_major(&product, m, n))
     };
     let mut found = serde_json::Map::new();
-    for name in ["rtn-int4-g128-absmax", "rtn-int4-g128", "gptq-int4-g128-absmax", "gptq-int4-g128"] {
+    for name in ["rtn-int4-g128-absmax", "rtn-int4-g128", "gptq-int4-g128-absmax", "gptq-int4-g128", "cd-int4-g128"] {
         let started = Instant::now();
         let (one, other) = rayon::join(|| quantize(name), || quantize(name));
         let seconds = started.elapsed().as_secs_f64() / 2.0;

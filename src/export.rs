@@ -9,10 +9,9 @@ use rayon::prelude::*;
 use crate::checkpoint::{Checkpoint, Existing, OutputFolder, expect_apart, read_file};
 use crate::formats::{self, CURVES_FILES, Files, Format, Output, Source};
 use crate::model::coverage;
-use crate::model::inventory::{self, LinearInfo, Stored};
-use crate::operator::{Element, Form, Forms, Right, part_name};
+use crate::model::inventory::{self, LinearInfo};
+use crate::operator::Forms;
 use crate::progress::Progress;
-use crate::quantize::Storage;
 use crate::report::card::{self, Loading};
 use crate::report::page::PAGE_FILE;
 use crate::report::{AdapterRecord, ExportReport, LRC_VERSION, REPORT_FILE, SCHEMA_VERSION, publish};
@@ -49,7 +48,7 @@ pub fn export(job: &ExportJob<'_>, progress: &dyn Progress) -> Result<ExportRepo
     coverage::expect_whole(checkpoint)?;
     let source = Source::new(checkpoint);
     let linears = inventory::linears(checkpoint);
-    let all = linears.iter().map(|linear| forms(checkpoint, linear)).collect::<Result<Vec<_>>>()?;
+    let all = linears.iter().map(|linear| formats::stored_forms(checkpoint, linear)).collect::<Result<Vec<_>>>()?;
     let modules: Vec<(LinearInfo, Forms)> =
         linears.into_iter().zip(all).filter_map(|(linear, forms)| Some((linear, forms?))).collect();
     Files::check(&source, job.format, &modules)?;
@@ -98,27 +97,4 @@ pub fn export(job: &ExportJob<'_>, progress: &dyn Progress) -> Result<ExportRepo
     publish(&folder, &mut report, &[("README.md", card)], started)?;
     folder.finish()?;
     Ok(report)
-}
-
-/// The stored form of a linear; none if it is dense.
-fn forms(checkpoint: &Checkpoint, linear: &LinearInfo) -> Result<Option<Forms>> {
-    let storage = |name: &str| -> Result<Option<Storage>> {
-        let storage = checkpoint.storage(name)?;
-        // Blocks that other formats also have are read as groups, as in `formats::load`.
-        Ok(storage.map(|storage| match storage {
-            Storage::Block(block_type) => block_type.as_scheme().map_or(storage, Storage::Grouped),
-            Storage::Grouped(_) => storage,
-        }))
-    };
-    let Stored::Structured { kind, size, has_base } = linear.stored else {
-        let base = storage(&linear.weight_name())?;
-        return Ok(base.map(|base| Forms { base: Some(Forms::base(Some(base))), over: None }));
-    };
-    let base = match has_base {
-        true => Some(Forms::base(storage(&linear.base_name())?)),
-        false => None,
-    };
-    let (suffix, _) = kind.structure().suffixes()[0];
-    let codes = storage(&format!("{}.{}", linear.module, part_name(suffix, Element::Float)))?;
-    Ok(Some(Forms { base, over: Some(Form { kind, size, storage: codes, right: Right::Own }) }))
 }

@@ -19,7 +19,8 @@ use crate::truncate::{AdapterJob, AdapterSize, TruncateJob, is_adapter, truncate
 ///
 /// Trailing ranks go where the stored error curves lose least. It is exact for
 /// the factors layout and for pivots compressed with `--elastic`; other pivots
-/// are refactored in a diagonal approximation of their metric. Outputs of
+/// are refactored in a diagonal approximation of their metric. Over codes the
+/// factors get smaller ranks, and the codes stay. Outputs of
 /// `--structure narrow --elastic` become narrower, and are what their source
 /// gives at that size, but for rounding. The factors of a LoRA adapter (a folder
 /// of PEFT, or a file of kohya or diffusers) are decomposed again.
@@ -81,7 +82,7 @@ impl Selection for Sizes {
         match flag.get_id().as_str() {
             "keep" => flag.help("Share of the parameters to keep, in (0, 1)").long_help(
                 "Share of the parameters to keep, in (0, 1)\n\nFor a compressed checkpoint, a share of the targeted \
-                 parameters of its source; for an adapter, a share of the parameters of its factors.",
+                 parameters of its source, of their bytes if it has codes; for an adapter, a share of the parameters of its factors.",
             ),
             "target_size" => flag.help("Size of an adapter's file, never exceeded (`20MiB`)"),
             _ => flag,

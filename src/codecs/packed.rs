@@ -1,5 +1,7 @@
 //! The project's own packing of a matrix `P.weight` (out, in): `P.codes` u8, rows of packed codes with low bits first,
-//! `P.scales` f16 (out, n_groups), and `P.zeros` u8, packed like codes, if groups have their own zeros.
+//! `P.scales` f16 (out, n_groups), and `P.zeros` u8, packed like codes, if groups have their own zeros. With `2of4`,
+//! two of every four columns have a code, and a row of `P.codes` ends in a bit for each column, which are those that
+//! have.
 
 use serde::{Deserialize, Serialize};
 
@@ -57,8 +59,7 @@ pub const FIRST: &str = CODES;
 pub fn tensors(scheme: Scheme, [rows, cols]: [usize; 2]) -> Vec<Tensor> {
     let (bits, groups) = (scheme.levels.bits(), scheme.n_groups(cols));
     let tensor = |suffix, dtype, width| Tensor { suffix, dtype, shape: vec![rows, width] };
-    let mut tensors =
-        vec![tensor(CODES, Dtype::U8, bits::row_bytes(cols, bits, 1)), tensor(SCALES, Dtype::F16, groups)];
+    let mut tensors = vec![tensor(CODES, Dtype::U8, scheme.code_bytes(cols)), tensor(SCALES, Dtype::F16, groups)];
     if scheme.levels.has_zeros() {
         tensors.push(tensor(ZEROS, Dtype::U8, bits::row_bytes(groups, bits, 1)));
     }
@@ -69,7 +70,7 @@ pub fn tensors(scheme: Scheme, [rows, cols]: [usize; 2]) -> Vec<Tensor> {
 pub fn write(matrix: &Grouped) -> Vec<Written> {
     let (bits, groups) = (matrix.scheme.levels.bits(), matrix.scheme.n_groups(matrix.cols));
     let mut written = vec![
-        Written::bytes(CODES, Dtype::U8, bits::pack(&matrix.codes, matrix.cols, bits, 1)),
+        Written::bytes(CODES, Dtype::U8, matrix.scheme.pack(&matrix.codes, matrix.cols)),
         Written::floats(SCALES, Dtype::F16, matrix.scales.clone()),
     ];
     if matrix.scheme.levels.has_zeros() {
@@ -81,7 +82,7 @@ pub fn write(matrix: &Grouped) -> Vec<Written> {
 /// The matrix (rows, cols) from the `stored` tensors, in the order of [`tensors`]; `None` if their sizes do not match.
 pub fn read([rows, cols]: [usize; 2], scheme: Scheme, stored: &[(Dtype, Vec<u8>)]) -> Option<Grouped> {
     let (bits, groups) = (scheme.levels.bits(), scheme.n_groups(cols));
-    let codes = bits::unpack(&stored.first()?.1, rows, cols, bits, 1)?;
+    let codes = scheme.unpack(&stored.first()?.1, rows, cols)?;
     let (dtype, scales) = stored.get(1)?;
     let zeros = match scheme.levels.has_zeros() {
         true => bits::unpack(&stored.get(2)?.1, rows, groups, bits, 1)?,

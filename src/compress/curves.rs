@@ -1,8 +1,9 @@
 //! Error curves next to the weights of a factored output, with which it can be truncated further without its source.
 //!
-//! For each low-rank linear, `lrc-curves.arrays` has its relative energies `σ_i² / Σ σ²` up to its rank, the cost to
-//! the model of its total energy, the diagonals of its metric, with `--elastic` the matrix that restores the order
-//! of its ranks, and with `--center` the mean of its inputs.
+//! For each linear with ranks, `lrc-curves.arrays` has its relative energies `σ_i² / Σ σ²` up to its rank, the cost to
+//! the model of its total energy, the diagonals of its metric, with `--elastic` the matrix that restores the order of
+//! its ranks, and with `--center` the mean of its inputs. Over a base the energies are those of what the base leaves,
+//! in the metric of the compensation, and there are no diagonals.
 
 use std::collections::BTreeMap;
 
@@ -20,7 +21,7 @@ pub(crate) struct KeptCurve {
     pub energies: Vec<f32>,
     /// The cost of `Σ σ²` to the model. It is an f64 because the squares of f32 weights may overflow f32.
     pub scale: f64,
-    /// Diagonals of the metric: output (m) and input (n).
+    /// Diagonals of the metric: output (m) and input (n); empty over a base.
     pub output: Vec<f32>,
     pub input: Vec<f32>,
     /// The matrix (r, r) that recovers the fit from stored matrices without an order of ranks; empty if it was not kept
@@ -95,9 +96,15 @@ pub(super) fn write_of(
     let fits = &solution.study.fits;
     let mut all = BTreeMap::new();
     for i in solution.compressed() {
-        let rank = solution.forms(i).and_then(|forms| forms.rank());
+        let Some(rank) = solution.forms(i).and_then(|forms| forms.rank()) else { continue };
+        let chosen = fits.chosen(i, solution.choices[i]);
         let diagonals = fits.low_rank(i).and_then(|fitted| fitted.diagonals());
-        let (Some(rank), Some(curve), Some((output, input))) = (rank, solution.curve(i), diagonals) else { continue };
+        let (curve, cost, output, input) =
+            match (chosen.and_then(|fit| fit.fitted.residual()), solution.curve(i), diagonals) {
+                (Some((cost, curve)), ..) => (curve, cost, &Vec::new(), &Vec::new()),
+                (None, Some(curve), Some((output, input))) => (curve, curve.squared_error(0), output, input),
+                _ => continue,
+            };
         let total = curve.squared_error(0);
         let relative = |energy: &f64| if total > 0.0 { (energy / total) as f32 } else { 0.0 };
         let rank_factor = written.get(&i).and_then(|written| written.rank_factor.as_ref());
@@ -105,7 +112,7 @@ pub(super) fn write_of(
             .map(|kept| fits.spool.lock().expect("invariant: no holder of the spool panics").get(kept)?.f32s());
         let kept = KeptCurve {
             energies: curve.energies()[..rank].iter().map(relative).collect(),
-            scale: total * sensitivities[i],
+            scale: cost * sensitivities[i],
             output: relative_to_mean(output),
             input: relative_to_mean(input),
             rank_factor: rank_factor.transpose()?.unwrap_or_default(),

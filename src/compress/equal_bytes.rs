@@ -103,11 +103,16 @@ fn menu(study: &Study<'_>, linear: &LinearInfo, forms: &Forms) -> Vec<Quant> {
     let mut menu = study.recipe.quant().to_vec();
     for quant in families {
         let Storage::Grouped(scheme) = quant.storage() else {
-            menu.extend(BLOCK_TYPES.map(if quant.descends() { Quant::CdBlock } else { Quant::Block }));
+            menu.extend(BLOCK_TYPES.map(match quant {
+                Quant::CdBlock(_) => Quant::CdBlock,
+                Quant::Imatrix(_) => Quant::Imatrix,
+                _ => Quant::Block,
+            }));
             continue;
         };
-        let least = if forms.base.is_some() { scheme.levels.bits() } else { 0 };
         let (base, factors) = linear.bytes_as(forms);
+        // A sparse base has fewer bits than its codes.
+        let least = scheme.levels.bits().min((8 * base / linear.n_parameters()) as u32);
         let spent = (8 * (base + factors)).div_ceil(linear.n_parameters()) as u32;
         let last = BITS.into_iter().find(|&bits| bits >= spent).unwrap_or(8);
         let bits = BITS.into_iter().filter(|bits| (least..=last).contains(bits));

@@ -37,6 +37,7 @@ pub(super) fn exchange_scheme(linear: &LinearInfo, forms: &Forms) -> Result<Sche
             return Err("asymmetric codes are misread by loaders of this format".into());
         }
         Levels::Int { bits, .. } => return Err(format!("{bits} bits are misread by loaders of this format")),
+        Levels::Sparse { .. } => return Err("loaders of this format read dense codes".into()),
         Levels::Nf4 | Levels::E4m3 => return Err(format!("the format stores integers, not {scheme}")),
     }
     let n = linear.in_features;

@@ -286,6 +286,32 @@ fn described(forms: &Forms) -> Map<String, Value> {
     described
 }
 
+/// The stored forms of a linear in a compressed checkpoint, from headers alone; `None` if it is plain.
+///
+/// # Errors
+/// A tensor is absent or broken.
+pub fn stored_forms(checkpoint: &Checkpoint, linear: &LinearInfo) -> Result<Option<Forms>> {
+    let storage = |name: &str| -> Result<Option<Storage>> {
+        let storage = checkpoint.storage(name)?;
+        // Blocks that other formats also have are read as groups, as in [`load`].
+        Ok(storage.map(|storage| match storage {
+            Storage::Block(block_type) => block_type.as_scheme().map_or(storage, Storage::Grouped),
+            Storage::Grouped(_) => storage,
+        }))
+    };
+    let Stored::Structured { kind, size, has_base } = linear.stored else {
+        let base = storage(&linear.weight_name())?;
+        return Ok(base.map(|base| Forms { base: Some(Forms::base(Some(base))), over: None }));
+    };
+    let base = match has_base {
+        true => Some(Forms::base(storage(&linear.base_name())?)),
+        false => None,
+    };
+    let (suffix, _) = kind.structure().suffixes()[0];
+    let codes = storage(&format!("{}.{}", linear.module, operator::part_name(suffix, Element::Float)))?;
+    Ok(Some(Forms { base, over: Some(Form { kind, size, storage: codes, right: Right::Own }) }))
+}
+
 /// The operator of a linear in a compressed checkpoint, with its codes; `None` if the linear is plain.
 ///
 /// # Errors

@@ -14,7 +14,7 @@ mod registry;
 mod residual;
 
 pub use exporter::{Adapter, Container, Exporter, NamedBytes, OutTensor, Refusal, Source, Target};
-pub use factored::load;
+pub use factored::{load, stored_forms};
 pub use format::Format;
 pub use output::{Files, Finished, Output, copy_side, side, warn_of_growth, warn_of_non_finite};
 pub use registry::loading;

@@ -90,18 +90,22 @@ def _is_filled(codes):
 
 
 class QuantizedLinear(CheckedModule):
-    """A linear whose weight is `scales * (codes - zeros)`; `scheme` reads `int4-g128-asym` or `nf4-g64`."""
+    """A linear whose weight is `scales * (codes - zeros)`; `scheme` reads `int4-g128-asym`, `nf4-g64` or `int4-g64-2of4`."""
     def __init__(self, name, shape, scheme, bias, like):
         super().__init__(name)
-        (out_features, in_features), (levels, group, *asym) = shape, scheme.split("-")
+        (out_features, in_features), (levels, group, *rest) = shape, scheme.split("-")
         self.in_features, self.out_features, self.levels = in_features, out_features, levels
         self.bits = 4 if levels == "nf4" else int(levels[3:])
         self.group = in_features if group == "channel" else min(int(group[1:]), in_features)
         groups = -(-in_features // self.group)
         buffer = lambda width, dtype: _unfilled((out_features, width), dtype)
-        self.register_buffer("codes", buffer((in_features * self.bits + 7) // 8, torch.uint8))
+        # With 2of4, a row has the codes of two in every four columns, then a bit for each column.
+        self.sparse = "2of4" in rest
+        self.kept = in_features // 4 * 2 + min(in_features % 4, 2) if self.sparse else in_features
+        self.width = (self.kept * self.bits + 7) // 8
+        self.register_buffer("codes", buffer(self.width + ((in_features + 7) // 8 if self.sparse else 0), torch.uint8))
         self.register_buffer("scales", buffer(groups, torch.float16))
-        self.register_buffer("zeros", buffer((groups * self.bits + 7) // 8, torch.uint8) if asym else None)
+        self.register_buffer("zeros", buffer((groups * self.bits + 7) // 8, torch.uint8) if "asym" in rest else None)
         self.bias = nn.Parameter(torch.zeros(out_features, **like)) if bias else None
 
     def checks(self, cheap):
@@ -109,7 +113,12 @@ class QuantizedLinear(CheckedModule):
         return checks if self.zeros is None else checks | {"zeros": _is_filled(self.zeros)}
 
     def weight(self, rows=slice(None)):
-        codes, scales = _unpack(self.codes[rows], self.bits, self.in_features), self.scales[rows].float()
+        packed, scales = self.codes[rows], self.scales[rows].float()
+        codes = _unpack(packed[:, : self.width], self.bits, self.kept)
+        if self.sparse:
+            mask = _unpack(packed[:, self.width :], 1, self.in_features).bool()
+            zeros = torch.full(mask.shape, 2 ** (self.bits - 1), dtype=codes.dtype, device=codes.device)
+            codes = zeros.masked_scatter(mask, codes)
         spread = lambda per_group: per_group.repeat_interleave(self.group, dim=1)[:, : self.in_features]
         if self.levels == "nf4":
             return torch.tensor(_NF4, device=codes.device)[codes.long()] * spread(scales)

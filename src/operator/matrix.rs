@@ -45,6 +45,32 @@ impl Matrix {
         }
     }
 
+    /// The first rows and columns of a matrix; codes keep their scales.
+    ///
+    /// # Panics
+    /// If they are more than it has, or it has blocks of llama.cpp.
+    pub fn leading(&self, [_, cols]: [usize; 2], [new_rows, new_cols]: [usize; 2]) -> Self {
+        fn of<T: Copy>(values: &[T], cols: usize, rows: usize, new_cols: usize) -> Vec<T> {
+            values.chunks_exact(cols.max(1)).take(rows).flat_map(|row| &row[..new_cols]).copied().collect()
+        }
+        match self {
+            Self::Float(values) => Self::Float(of(values, cols, new_rows, new_cols)),
+            Self::Indices(indices) => Self::Indices(of(indices, cols, new_rows, new_cols)),
+            Self::Quantized(Quantized::Grouped(matrix)) => {
+                let (groups, new_groups) = (matrix.scheme.n_groups(cols), matrix.scheme.n_groups(new_cols));
+                Self::Quantized(Quantized::Grouped(Grouped {
+                    rows: new_rows,
+                    cols: new_cols,
+                    codes: of(&matrix.codes, cols, new_rows, new_cols),
+                    scales: of(&matrix.scales, groups, new_rows, new_groups),
+                    zeros: of(&matrix.zeros, groups, new_rows, new_groups),
+                    scheme: matrix.scheme,
+                }))
+            }
+            Self::Quantized(Quantized::Block(_)) => unreachable!("invariant: factors are no blocks"),
+        }
+    }
+
     /// The matrix with its floats rounded to `dtype`; codes and indices do not change.
     ///
     /// # Errors

@@ -55,6 +55,61 @@ pub fn unpack(bytes: &[u8], rows: usize, n: usize, bits: u32, align: usize) -> O
     Some(codes)
 }
 
+/// Columns of sparse codes of which [`KEPT`] are kept.
+pub(super) const RUN: usize = 4;
+/// See [`RUN`].
+pub(super) const KEPT: usize = 2;
+
+/// Codes that a row of `cols` has.
+fn n_kept(cols: usize) -> usize {
+    cols / RUN * KEPT + KEPT.min(cols % RUN)
+}
+
+/// Bytes of a packed row of sparse codes.
+pub(super) fn sparse_row_bytes(cols: usize, bits: u32) -> usize {
+    row_bytes(n_kept(cols), bits, 1) + row_bytes(cols, 1, 1)
+}
+
+/// Packs rows of `cols` codes: the two of every four that are not zero, then a bit for each column, set for these.
+pub(super) fn pack_sparse(codes: &[u8], cols: usize, bits: u32) -> Vec<u8> {
+    let zero = 1u8 << (bits - 1);
+    let mut bytes = Vec::with_capacity(codes.len() / cols.max(1) * sparse_row_bytes(cols, bits));
+    for row in codes.chunks_exact(cols.max(1)) {
+        let mut mask = vec![0u8; cols];
+        for (codes, mask) in row.chunks(RUN).zip(mask.chunks_mut(RUN)) {
+            // Codes of zero fill up the two.
+            let places = || 0..codes.len();
+            let in_order = places().filter(|&k| codes[k] != zero).chain(places().filter(|&k| codes[k] == zero));
+            in_order.take(KEPT).for_each(|k| mask[k] = 1);
+        }
+        let kept: Vec<u8> = row.iter().zip(&mask).filter(|(_, mask)| **mask == 1).map(|(code, _)| *code).collect();
+        bytes.extend(pack(&kept, kept.len(), bits, 1));
+        bytes.extend(pack(&mask, cols, 1, 1));
+    }
+    bytes
+}
+
+/// The inverse of [`pack_sparse`]; `None` if the bytes are not `rows` rows in which two of every four columns are set.
+pub(super) fn unpack_sparse(bytes: &[u8], rows: usize, cols: usize, bits: u32) -> Option<Vec<u8>> {
+    let width = sparse_row_bytes(cols, bits);
+    if bytes.len() != rows * width {
+        return None;
+    }
+    let mut codes = Vec::with_capacity(rows * cols);
+    for row in bytes.chunks_exact(width.max(1)) {
+        let (kept, mask) = row.split_at(row_bytes(n_kept(cols), bits, 1));
+        let mut kept = unpack(kept, 1, n_kept(cols), bits, 1)?.into_iter();
+        let mask = unpack(mask, 1, cols, 1, 1)?;
+        if mask.chunks(RUN).any(|run| run.iter().filter(|&&bit| bit == 1).count() != KEPT.min(run.len())) {
+            return None;
+        }
+        for bit in mask {
+            codes.push(if bit == 1 { kept.next()? } else { 1 << (bits - 1) });
+        }
+    }
+    Some(codes)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -76,5 +131,26 @@ mod tests {
     fn low_bits_come_first() {
         assert_eq!(pack(&[0x1, 0x2, 0x3], 3, 4, 4), [0x21, 0x03, 0, 0]);
         assert_eq!(pack(&[0b001, 0b010, 0b111], 3, 3, 1), [0b1101_0001, 0b1]);
+    }
+
+    #[test]
+    fn packed_rows_come_back_and_damaged_ones_are_refused() {
+        for (bits, cols) in [(4u32, 64usize), (3, 30), (8, 9), (2, 7), (4, 3), (4, 1)] {
+            // The first two or the last two of every four, run by run.
+            let code = |at: usize| {
+                let (place, run) = (at % cols % RUN, at % cols / RUN);
+                if place / KEPT == run % 2 { (at * 37 % (1 << bits)) as u8 } else { 1 << (bits - 1) }
+            };
+            let codes: Vec<u8> = (0..3 * cols).map(code).collect();
+            let packed = pack_sparse(&codes, cols, bits);
+            assert_eq!(packed.len(), 3 * sparse_row_bytes(cols, bits));
+            assert_eq!(unpack_sparse(&packed, 3, cols, bits), Some(codes), "{bits} {cols}");
+            assert_eq!(unpack_sparse(&packed[1..], 3, cols, bits), None);
+        }
+        // A row of 64 in 4 bits: 16 bytes of codes and 8 of bits, 3 bits a weight.
+        assert_eq!(sparse_row_bytes(64, 4), 24);
+        let mut packed = pack_sparse(&[8; 8], 8, 4);
+        *packed.last_mut().unwrap() = 0b0111_0011;
+        assert_eq!(unpack_sparse(&packed, 1, 8, 4), None);
     }
 }

@@ -168,6 +168,11 @@ impl Blocks {
         self.block_type.codec.fields().put(codes, &mut self.bytes);
     }
 
+    /// Replaces the scales and minima; codes stay.
+    pub(super) fn put_scales(&mut self, lattice: &BlockLattice) {
+        self.block_type.codec.fields().put_scales(lattice, &mut self.bytes);
+    }
+
     /// Symmetric codes as blocks, exactly: up to 4 bits as Q4_0, up to 8 as Q8_0; `None` if their groups are
     /// not made of whole blocks.
     pub fn of_grouped(matrix: &Grouped) -> Option<Self> {
@@ -313,6 +318,7 @@ mod tests {
             }
             let (before, (codes, lattice)) = (blocks.clone(), blocks.codes());
             blocks.put(&codes);
+            blocks.put_scales(&lattice);
             assert_eq!(blocks, before);
             // Others in their place, with the same scales.
             let others: Vec<u8> = codes.iter().rev().copied().collect();
@@ -325,6 +331,26 @@ mod tests {
                 errors.map(|error| error * error).sum()
             };
             assert!(error(&blocks) <= error(&before) * 1.000_001, "{}", block_type.name);
+        }
+    }
+
+    #[test]
+    fn an_importance_matrix_lowers_the_error_where_columns_matter() {
+        let (rows, cols) = (4, 512);
+        let values: Vec<f32> = (0..rows * cols).map(|i| ((i * 7919) % 1009) as f32 / 504.5 - 1.0).collect();
+        let weights: Vec<f32> = (0..cols).map(|j| if j % 7 == 0 { 20.0 } else { 0.2 + (j % 3) as f32 / 3.0 }).collect();
+        let inputs = faer::Mat::from_fn(cols, cols, |i, j| if i == j { f64::from(weights[i]) } else { 0.0 });
+        let sides = crate::quantize::Sides { inputs: inputs.as_ref(), outputs: None };
+        for name in ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs"] {
+            let error = |quant: &str| -> f64 {
+                let quant: crate::quantize::Quant = quant.parse().unwrap();
+                let (found, fallback) = quant.quantize(&values, (rows, cols), Some(sides)).unwrap();
+                assert_eq!((found.storage(), fallback), (quant.storage(), None));
+                let squares = found.dequantize().into_iter().zip(&values).map(|(q, v)| f64::from(q - v).powi(2));
+                squares.enumerate().map(|(at, square)| f64::from(weights[at % cols]) * square).sum()
+            };
+            let [plain, weighted, descended] = ["", "imatrix-", "cd-"].map(|prefix| error(&format!("{prefix}{name}")));
+            assert!(descended < weighted && weighted < 0.99 * plain, "{name}: {descended} {weighted} {plain}");
         }
     }
 

@@ -3,17 +3,20 @@
 //! The error `f(Q) = tr(G (W − Q) C (W − Q)ᵀ)` is a parabola in every value of `Q`, with its least at
 //! `q_ij + (G E C)_ij / (G_ii C_jj)`, where `E = W − Q`: the nearest level there is the best code while all others
 //! stay. With `G = I` this is QuantEase (Behdin et al. 2023), and rows do not depend on each other; with `G` a row also
-//! compensates the errors of the others. Scales stay, and no step increases `f`. Sweeps begin with the codes of GPTQ.
+//! compensates the errors of the others. Sweeps begin with the codes of GPTQ; between them scales and minima are
+//! refitted for the codes that there are, in the same metric. No step increases `f`.
 
 use anyhow::Result;
-use faer::linalg::matmul::matmul;
-use faer::{Accum, Mat, MatRef, Par};
+use faer::{Mat, MatRef};
 
 use super::block::{BlockType, Blocks};
+use super::damped::{damped, single};
 use super::feedback::one_by_one;
-use super::gptq::{Fallback, damped, feed, single};
+use super::gptq::{Fallback, feed};
 use super::grouped::{Grouped, Scale, Scheme};
 use super::lattice::Lattice;
+use super::refit::{Refit, product};
+use super::sparse::{Sparse, pruned};
 
 /// Sweeps at most.
 const SWEEPS: usize = 8;
@@ -39,8 +42,8 @@ impl Sides<'_> {
     }
 }
 
-/// `values` (rows, cols), row-major, as codes in groups, whose scales are chosen with the diagonal of the metric; those of
-/// rounding and the reason if they have the smaller error.
+/// `values` (rows, cols), row-major, as codes in groups, whose scales are first chosen with the diagonal of the metric;
+/// those of rounding and the reason if they have the smaller error.
 ///
 /// # Panics
 /// If the shapes do not match.
@@ -51,9 +54,18 @@ pub(super) fn grouped(
     scale: Scale,
     sides: Sides<'_>,
 ) -> (Grouped, Option<Fallback>) {
-    let lattice = scheme.lattice(values, cols, scale, sides.diagonal().as_deref());
-    let rounded = lattice.round(values, cols);
-    let (codes, fallback) = fit(values, (rows, cols), sides, &lattice, rounded);
+    let kept = scheme.kept(values, (rows, cols), Some(sides.inputs));
+    let start = pruned(values, kept.as_deref());
+    let lattice = scheme.lattice(&start, cols, scale, sides.diagonal().as_deref());
+    let rounded = lattice.round(&start, cols);
+    let (codes, lattice, fallback) = match kept {
+        Some(kept) => {
+            let sparse = Sparse::new(lattice, scheme, cols, kept);
+            let (codes, sparse, fallback) = fit(values, (rows, cols), sides, sparse, rounded);
+            (codes, sparse.lattice, fallback)
+        }
+        None => fit(values, (rows, cols), sides, lattice, rounded),
+    };
     (Grouped::of_codes(codes, rows, cols, scheme, &lattice.grids), fallback)
 }
 
@@ -72,20 +84,24 @@ pub(super) fn blocks(
 ) -> Result<(Blocks, Option<Fallback>)> {
     let mut blocks = Blocks::weighted(values, rows, cols, block_type, sides.diagonal().as_deref())?;
     let (rounded, lattice) = blocks.codes();
-    let (codes, fallback) = fit(values, (rows, cols), sides, &lattice, rounded);
+    let (codes, lattice, fallback) = fit(values, (rows, cols), sides, lattice, rounded);
     blocks.put(&codes);
+    blocks.put_scales(&lattice);
     Ok((blocks, fallback))
 }
 
-/// The codes of a lattice, or those of `rounded` and the reason. Both sides are damped as by GPTQ.
-fn fit(
+/// The codes of a lattice and the lattice with refitted scales, or `rounded` with those that it had and the reason. Both
+/// sides are damped as by GPTQ.
+fn fit<L: Lattice + Clone>(
     values: &[f32],
     (rows, cols): (usize, usize),
     sides: Sides<'_>,
-    lattice: &impl Lattice,
+    lattice: L,
     rounded: Vec<u8>,
-) -> (Vec<u8>, Option<Fallback>) {
-    let fed = feed(values, (rows, cols), sides.inputs, lattice);
+) -> (Vec<u8>, L, Option<Fallback>) {
+    let Some(fed) = feed(values, (rows, cols), sides.inputs, &lattice) else {
+        return (rounded, lattice, Some(Fallback::NotDefinite));
+    };
     let in_order: Vec<usize> = (0..cols.max(rows)).collect();
     let one = Problem {
         values,
@@ -93,12 +109,12 @@ fn fit(
         inputs: single(&damped(sides.inputs, &in_order[..cols])),
         outputs: sides.outputs.map(|outputs| single(&damped(outputs, &in_order[..rows]))),
     };
-    let mut codes = fed.map_or_else(|| rounded.clone(), |fed| fed.codes);
-    let error = one.descend(lattice, &mut codes);
-    if one.error(lattice, &rounded) <= error {
-        return (rounded, Some(Fallback::NoGain));
+    let (mut codes, mut refitted) = (fed.codes, lattice.clone());
+    let error = one.descend(&mut refitted, &mut codes);
+    if one.error(&lattice, &rounded) <= error {
+        return (rounded, lattice, Some(Fallback::NoGain));
     }
-    (codes, None)
+    (codes, refitted, None)
 }
 
 struct Problem<'a> {
@@ -117,11 +133,6 @@ impl Problem<'_> {
 
     /// `G E C`.
     fn pull(&self, errors: &Mat<f32>) -> Mat<f32> {
-        let product = |a: MatRef<'_, f32>, b: MatRef<'_, f32>| {
-            let mut product = Mat::<f32>::zeros(a.nrows(), b.ncols());
-            matmul(&mut product, Accum::Replace, a, b, 1.0, Par::Seq);
-            product
-        };
         let pull = product(errors.as_ref(), self.inputs.as_ref());
         match &self.outputs {
             Some(outputs) => product(outputs.as_ref(), pull.as_ref()),
@@ -135,8 +146,8 @@ impl Problem<'_> {
         dot(&errors, &self.pull(&errors))
     }
 
-    /// Sweeps over the codes until they gain little; returns the error.
-    fn descend(&self, lattice: &impl Lattice, codes: &mut [u8]) -> f64 {
+    /// Sweeps over the codes and refits of their scales by turns, until they gain little; returns the error.
+    fn descend(&self, lattice: &mut impl Lattice, codes: &mut [u8]) -> f64 {
         let mut last = f64::INFINITY;
         for _ in 0..=SWEEPS {
             // Computed again for each sweep, so that rounding does not add up.
@@ -148,13 +159,20 @@ impl Problem<'_> {
             }
             last = error;
             self.sweep(lattice, codes, pull);
+            self.refit(lattice, codes);
         }
         self.error(lattice, codes)
     }
 
+    fn refit(&self, lattice: &mut impl Lattice, codes: &[u8]) {
+        let pull = self.pull(&self.errors(lattice, codes));
+        let refit = Refit { inputs: self.inputs.as_ref(), outputs: self.outputs.as_ref().map(Mat::as_ref) };
+        refit.all(lattice, codes, pull);
+    }
+
     fn sweep(&self, lattice: &impl Lattice, codes: &mut [u8], mut pull: Mat<f32>) {
         let (rows, cols) = self.shape;
-        one_by_one(pull.as_mut(), self.inputs.as_ref(), |j, pull, moved| {
+        one_by_one(pull.as_mut(), self.inputs.as_ref(), |j, pull, _, moved| {
             let size = self.inputs[(j, j)];
             moved.fill(0.0);
             for i in 0..rows {
@@ -257,6 +275,31 @@ mod tests {
     }
 
     #[test]
+    fn sweeps_and_refits_by_turns_never_raise_the_error() {
+        let (rows, cols) = (6, 256);
+        let (values, inputs, outputs) = (matrix(rows, cols, 3), gram(cols, 7), gram(rows, 8));
+        for outputs in [None, Some(single(&outputs))] {
+            let one = Problem { values: &values, shape: (rows, cols), inputs: single(&inputs), outputs };
+            for block_type in BLOCK_TYPES {
+                let (mut codes, mut lattice) = Blocks::quantize(&values, rows, cols, block_type).unwrap().codes();
+                let first = one.error(&lattice, &codes);
+                let mut last = first;
+                for _ in 0..6 {
+                    let pull = one.pull(&one.errors(&lattice, &codes));
+                    one.sweep(&lattice, &mut codes, pull);
+                    let swept = one.error(&lattice, &codes);
+                    one.refit(&mut lattice, &codes);
+                    let error = one.error(&lattice, &codes);
+                    let found = [last, swept, error];
+                    assert!(found.is_sorted_by(|a, b| *b <= a * 1.000_01), "{}: {found:?}", block_type.name);
+                    last = error;
+                }
+                assert!(last < 0.8 * first, "{}: {last} {first}", block_type.name);
+            }
+        }
+    }
+
+    #[test]
     fn no_sweep_raises_the_error_and_in_the_end_no_code_can_lower_it() {
         let (rows, cols) = (6, 70);
         let (values, inputs, outputs) = (matrix(rows, cols, 3), gram(cols, 7), gram(rows, 8));
@@ -293,7 +336,7 @@ mod tests {
     }
 
     #[test]
-    fn without_correlation_or_measurement_it_is_rounding() {
+    fn without_correlation_or_measurement_it_is_rounding_with_better_scales() {
         let (rows, cols) = (7, 64);
         let values = matrix(rows, cols, 9);
         let scheme = Scheme { levels: Levels::Int { bits: 3, symmetric: true }, group: Some(32) };
@@ -302,16 +345,20 @@ mod tests {
         for inputs in [Mat::identity(cols, cols), Mat::zeros(cols, cols)] {
             let sides = Sides { inputs: inputs.as_ref(), outputs: None };
             let (found, fallback) = grouped(&values, (rows, cols), scheme, Scale::Mse, sides);
-            assert_eq!((found, fallback), (rounded.clone(), Some(Fallback::NoGain)));
+            assert_eq!(fallback, None);
+            let plain = Mat::identity(cols, cols);
+            let plain = Sides { inputs: plain.as_ref(), outputs: None };
+            let [found, rounded] = [&found, &rounded].map(|matrix| error(&values, &matrix.dequantize(), plain));
+            assert!(found < rounded && found > 0.9 * rounded, "{found} {rounded}");
             for block_type in BLOCK_TYPES.into_iter().filter(|block_type| block_type.divides(cols)) {
                 let (found, _) = blocks(&values, (rows, cols), block_type, sides).unwrap();
                 let expected = Blocks::quantize(&values, rows, cols, block_type).unwrap();
-                let [found, expected] = [found, expected].map(|blocks| error(&values, &blocks.dequantize(), sides));
+                let [found, expected] = [found, expected].map(|blocks| error(&values, &blocks.dequantize(), plain));
                 assert!(found <= expected, "{}", block_type.name);
             }
         }
         let sides = Sides { inputs: broken.as_ref(), outputs: None };
-        let (found, _) = grouped(&values, (rows, cols), scheme, Scale::Mse, sides);
-        assert!(found.dequantize().iter().all(|value| value.is_finite()));
+        let found = grouped(&values, (rows, cols), scheme, Scale::Mse, sides);
+        assert_eq!(found, (rounded, Some(Fallback::NotDefinite)));
     }
 }

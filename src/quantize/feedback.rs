@@ -27,7 +27,7 @@ pub fn feed_back(
     mut round: impl FnMut(usize, &mut [f32]),
     mut spend: impl FnMut(&[f32]),
 ) {
-    one_by_one(weights, upper, |j, weight, error| {
+    one_by_one(weights, upper, |j, weight, _, error| {
         let diagonal = upper[(j, j)];
         error.copy_from_slice(weight);
         round(j, weight);
@@ -68,7 +68,7 @@ impl Descent {
         let errors = weights - rounded.as_ref();
         let mut wishes = rounded.to_owned();
         matmul(wishes.as_mut(), Accum::Add, errors.as_ref(), self.relative.as_ref(), 1.0f32, Par::Seq);
-        one_by_one(wishes.as_mut(), self.relative.as_ref(), |j, wish, moved| {
+        one_by_one(wishes.as_mut(), self.relative.as_ref(), |j, wish, _, moved| {
             let size = f64::from(self.sizes[j]);
             let value = contiguous(rounded.as_mut(), j);
             moved.copy_from_slice(wish);
@@ -82,15 +82,15 @@ impl Descent {
     }
 }
 
-/// Calls `step` with each column in turn, and with a buffer for its error: later columns are moved by the error times
-/// the column's row of `couplings`.
+/// Calls `step` with each column in turn, the later ones of its panel of 16, and a buffer for its error: later columns
+/// are moved by the error times the column's row of `couplings`.
 ///
 /// A column moves the rest of its panel, a panel the rest of its block, and a block all other columns: the first is
 /// bound by memory, the others are matrix products.
 pub(super) fn one_by_one(
     mut weights: MatMut<'_, f32>,
     couplings: MatRef<'_, f32>,
-    mut step: impl FnMut(usize, &mut [f32], &mut [f32]),
+    mut step: impl FnMut(usize, &mut [f32], MatRef<'_, f32>, &mut [f32]),
 ) {
     let (rows, cols) = (weights.nrows(), weights.ncols());
     let mut errors = Mat::<f32>::zeros(rows, BLOCK);
@@ -101,7 +101,7 @@ pub(super) fn one_by_one(
             for j in panel..panel_end {
                 let (mut left, later) = weights.as_mut().subcols_mut(j, panel_end - j).split_at_col_mut(1);
                 let error = contiguous(errors.as_mut(), j - first);
-                step(j, contiguous(left.as_mut(), 0), error);
+                step(j, contiguous(left.as_mut(), 0), later.as_ref(), error);
                 spread(error, later, couplings.row(j).subcols(j + 1, panel_end - j - 1));
             }
             let moved = errors.as_ref().subcols(panel - first, panel_end - panel);

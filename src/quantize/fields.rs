@@ -23,8 +23,19 @@ pub(super) enum Codec {
 /// The levels of `iq4_nl` and `iq4_xs`.
 pub(super) const LEVELS: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
 
-/// A field of bits of the code of the weight with an index: the byte that has it, and its lowest bit there.
+/// Where one of many small integers has a field of its bits, by its index: the byte, and the lowest bit there.
 type Place = fn(usize) -> (usize, usize);
+
+/// Small integers of a block: codes, or the scales of runs.
+#[derive(Clone, Copy)]
+struct Integers {
+    /// Bits and place of the low field.
+    low: (usize, Place),
+    /// Bits and place of the high field.
+    high: Option<(usize, Place)>,
+    /// Whether they are stored as two's complement; they are read with 128 added.
+    is_signed: bool,
+}
 
 /// The layout of a block type.
 pub(super) struct Fields {
@@ -35,14 +46,12 @@ pub(super) struct Fields {
     /// Weights that share a scale.
     run: usize,
     spacing: Spacing,
-    /// Bits and place of the low field.
-    low: (usize, Place),
-    /// Bits and place of the high field.
-    high: Option<(usize, Place)>,
-    /// Whether codes are stored as two's complement.
-    is_signed: bool,
-    /// Scale and minimum of a run.
-    scale: fn(&[u8], usize) -> (f32, f32),
+    codes: Integers,
+    /// The bytes of the f16 scale and the f16 minimum of a block.
+    common: [Option<usize>; 2],
+    /// The scale of every run, with what is subtracted from it, and the minimum of every run, both in units of those of
+    /// the block.
+    runs: [Option<(Integers, u8)>; 2],
 }
 
 impl Codec {
@@ -61,39 +70,96 @@ impl Codec {
     /// For `q8_k`, which has no codes to choose, and what is no block type.
     pub fn fields(self) -> Fields {
         let (block, bytes) = self.block();
-        let fields = |run, spacing, low, high, scale| {
-            let is_signed = self == Self::Candle(GgmlDType::Q8_0);
-            Fields { block, bytes, run, spacing, low, high, is_signed, scale }
+        // One f16 scale, and a minimum if it has a place; its sign is that of the value added.
+        let one = |spacing, codes, minimum| Fields {
+            block,
+            bytes,
+            run: block,
+            spacing,
+            codes,
+            common: [Some(0), minimum],
+            runs: [None, None],
+        };
+        let nested = |run, spacing, codes, common: [Option<usize>; 2], runs| Fields {
+            block,
+            bytes,
+            run,
+            spacing,
+            codes,
+            common,
+            runs,
         };
         let dtype = match self {
             Self::Candle(dtype) => dtype,
-            Self::Iq4Nl => return fields(32, Spacing::Table(&LEVELS), (4, |k| halves(2, k)), None, one),
+            Self::Iq4Nl => return one(Spacing::Table(&LEVELS), low(4, |k| halves(2, k)), None),
             Self::Iq4Xs => {
-                let low: Place = |k| halves(8 + 16 * (k / 32), k % 32);
-                return fields(32, Spacing::Table(&LEVELS), (4, low), None, iq4_xs_scale);
+                let codes = low(4, |k| halves(8 + 16 * (k / 32), k % 32));
+                // The upper 2 bits of 8 in a word, then the low 4 bits.
+                let scales = low(4, |r| (4 + r / 2, 4 * (r % 2))).with(2, |r| (2 + r / 4, 2 * (r % 4)));
+                return nested(32, Spacing::Table(&LEVELS), codes, [Some(0), None], [Some((scales, 32)), None]);
             }
         };
         match dtype {
-            GgmlDType::Q4_0 => fields(32, steps(4, 8), (4, |k| halves(2, k)), None, one),
-            GgmlDType::Q4_1 => fields(32, steps(4, 0), (4, |k| halves(4, k)), None, one_with_minimum),
-            GgmlDType::Q5_0 => fields(32, steps(5, 16), (4, |k| halves(6, k)), Some((1, |k| (2 + k / 8, k % 8))), one),
-            GgmlDType::Q5_1 => {
-                fields(32, steps(5, 0), (4, |k| halves(8, k)), Some((1, |k| (4 + k / 8, k % 8))), one_with_minimum)
+            GgmlDType::Q4_0 => one(steps(4, 8), low(4, |k| halves(2, k)), None),
+            GgmlDType::Q4_1 => one(steps(4, 0), low(4, |k| halves(4, k)), Some(2)),
+            GgmlDType::Q5_0 => one(steps(5, 16), low(4, |k| halves(6, k)).with(1, |k| (2 + k / 8, k % 8)), None),
+            GgmlDType::Q5_1 => one(steps(5, 0), low(4, |k| halves(8, k)).with(1, |k| (4 + k / 8, k % 8)), Some(2)),
+            GgmlDType::Q8_0 => one(steps(8, 128), low(8, |k| (2 + k, 0)).signed(), None),
+            GgmlDType::Q2K => {
+                // Four bits of the scale and four of the minimum in a byte; the scales of both at the end.
+                let runs = [Some((low(4, |r| (r, 0)), 0)), Some((low(4, |r| (r, 4)), 0))];
+                nested(16, steps(2, 0), low(2, |k| quarters(16, k)), [Some(80), Some(82)], runs)
             }
-            GgmlDType::Q8_0 => fields(32, steps(8, 128), (8, |k| (2 + k, 0)), None, one),
-            GgmlDType::Q2K => fields(16, steps(2, 0), (2, |k| quarters(16, k)), None, q2_k_scale),
             GgmlDType::Q3K => {
-                fields(16, steps(3, 4), (2, |k| quarters(32, k)), Some((1, |k| (k % 32, k / 32))), q3_k_scale)
+                let codes = low(2, |k| quarters(32, k)).with(1, |k| (k % 32, k / 32));
+                // The low 4 bits of 16 in 8 bytes, then the upper 2 in 4.
+                let scales = low(4, |r| (96 + r % 8, 4 * (r / 8))).with(2, |r| (104 + r % 4, 2 * (r / 4)));
+                nested(16, steps(3, 4), codes, [Some(108), None], [Some((scales, 32)), None])
             }
-            GgmlDType::Q4K => fields(32, steps(4, 0), (4, |k| pairs(16, k)), None, q4_k_scale),
+            GgmlDType::Q4K => nested(32, steps(4, 0), low(4, |k| pairs(16, k)), [Some(0), Some(2)], sixes()),
             GgmlDType::Q5K => {
-                fields(32, steps(5, 0), (4, |k| pairs(48, k)), Some((1, |k| (16 + k % 32, k / 32))), q4_k_scale)
+                let codes = low(4, |k| pairs(48, k)).with(1, |k| (16 + k % 32, k / 32));
+                nested(32, steps(5, 0), codes, [Some(0), Some(2)], sixes())
             }
             GgmlDType::Q6K => {
-                let low: Place = |k| (64 * (k / 128) + k % 64, 4 * (k % 128 / 64));
-                fields(16, steps(6, 32), (4, low), Some((2, |k| quarters(128, k))), q6_k_scale)
+                let codes = low(4, |k| (64 * (k / 128) + k % 64, 4 * (k % 128 / 64))).with(2, |k| quarters(128, k));
+                let scales = low(8, |r| (192 + r, 0)).signed();
+                nested(16, steps(6, 32), codes, [Some(208), None], [Some((scales, 128)), None])
             }
             other => unreachable!("invariant: {other:?} has no codes to choose"),
+        }
+    }
+}
+
+impl Integers {
+    fn with(self, bits: usize, high: Place) -> Self {
+        Self { high: Some((bits, high)), ..self }
+    }
+
+    fn signed(self) -> Self {
+        Self { is_signed: true, ..self }
+    }
+
+    /// The largest.
+    fn top(&self) -> u8 {
+        mask(self.low.0 + self.high.map_or(0, |(bits, _)| bits))
+    }
+
+    fn get(&self, block: &[u8], at: usize) -> u8 {
+        let field = |(bits, place): (usize, Place)| {
+            let (byte, shift) = place(at);
+            (block[byte] >> shift) & mask(bits)
+        };
+        let value = field(self.low) | self.high.map_or(0, |high| field(high) << self.low.0);
+        if self.is_signed { value ^ 128 } else { value }
+    }
+
+    fn put(&self, block: &mut [u8], at: usize, value: u8) {
+        let value = if self.is_signed { value ^ 128 } else { value };
+        let fields = [Some((self.low, value)), self.high.map(|high| (high, value >> self.low.0))];
+        for ((bits, place), value) in fields.into_iter().flatten() {
+            let (byte, shift) = place(at);
+            block[byte] = block[byte] & !(mask(bits) << shift) | (value & mask(bits)) << shift;
         }
     }
 }
@@ -101,42 +167,86 @@ impl Codec {
 impl Fields {
     /// The values that the codes of whole blocks may take, with rows of `cols`.
     pub fn lattice(&self, bytes: &[u8], cols: usize) -> BlockLattice {
-        let mut scales = Vec::with_capacity(bytes.len() / self.bytes * (self.block / self.run));
+        let per_block = self.block / self.run;
+        let mut lattice = BlockLattice {
+            run: self.run,
+            block: self.block,
+            n_runs: cols / self.run,
+            n_blocks: cols / self.block,
+            spacing: self.spacing,
+            scales: Vec::with_capacity(bytes.len() / self.bytes * per_block),
+            runs: Vec::with_capacity(bytes.len() / self.bytes * per_block),
+            common: Vec::with_capacity(bytes.len() / self.bytes),
+            ends: self
+                .runs
+                .map(|runs| runs.map(|(integers, zero)| (-f32::from(zero), f32::from(integers.top() - zero)))),
+            has_minimum: self.common[1].is_some(),
+        };
         for block in bytes.chunks_exact(self.bytes) {
-            scales.extend((0..self.block / self.run).map(|run| (self.scale)(block, run)));
+            let common = self.common.map(|at| at.map_or(0.0, |at| float(block, at)));
+            for run in 0..per_block {
+                let whole = |i: usize, constant: f32| {
+                    self.runs[i]
+                        .map_or(constant, |(integers, zero)| f32::from(integers.get(block, run)) - f32::from(zero))
+                };
+                // A minimum of a block alone is added.
+                let runs = [whole(0, 1.0), whole(1, -1.0)];
+                lattice.scales.push((common[0] * runs[0], common[1] * runs[1]));
+                lattice.runs.push(runs);
+            }
+            lattice.common.push(common);
         }
-        BlockLattice { run: self.run, n_runs: cols / self.run, spacing: self.spacing, scales }
+        lattice
+    }
+
+    /// Puts the scales and minima of a lattice in the place of those of whole blocks, which keep their codes.
+    pub fn put_scales(&self, lattice: &BlockLattice, bytes: &mut [u8]) {
+        let per_block = self.block / self.run;
+        let scales = lattice.common.iter().zip(lattice.runs.chunks_exact(per_block));
+        for (block, (common, runs)) in bytes.chunks_exact_mut(self.bytes).zip(scales) {
+            for (at, value) in self.common.iter().zip(common) {
+                if let Some(at) = *at {
+                    block[at..at + 2].copy_from_slice(&f16::from_f32(*value).to_le_bytes());
+                }
+            }
+            for (run, values) in runs.iter().enumerate() {
+                for (integers, value) in self.runs.iter().zip(values) {
+                    if let Some((integers, zero)) = integers {
+                        integers.put(block, run, (value + f32::from(*zero)) as u8);
+                    }
+                }
+            }
+        }
     }
 
     /// The codes of whole blocks, in the order of the weights.
     pub fn codes(&self, bytes: &[u8]) -> Vec<u8> {
-        let mut codes = Vec::with_capacity(bytes.len() / self.bytes * self.block);
-        for block in bytes.chunks_exact(self.bytes) {
-            codes.extend((0..self.block).map(|k| {
-                let field = |(bits, place): (usize, Place)| {
-                    let (byte, shift) = place(k);
-                    (block[byte] >> shift) & mask(bits)
-                };
-                let code = field(self.low) | self.high.map_or(0, |high| field(high) << self.low.0);
-                if self.is_signed { code ^ 128 } else { code }
-            }));
-        }
-        codes
+        let blocks = bytes.chunks_exact(self.bytes);
+        blocks.flat_map(|block| (0..self.block).map(|k| self.codes.get(block, k))).collect()
     }
 
     /// Puts codes, in the order of the weights, in the place of those of whole blocks, which keep their scales.
     pub fn put(&self, codes: &[u8], bytes: &mut [u8]) {
         for (block, codes) in bytes.chunks_exact_mut(self.bytes).zip(codes.chunks_exact(self.block)) {
             for (k, &code) in codes.iter().enumerate() {
-                let code = if self.is_signed { code ^ 128 } else { code };
-                let fields = [Some((self.low, code)), self.high.map(|high| (high, code >> self.low.0))];
-                for ((bits, place), value) in fields.into_iter().flatten() {
-                    let (byte, shift) = place(k);
-                    block[byte] = block[byte] & !(mask(bits) << shift) | (value & mask(bits)) << shift;
-                }
+                self.codes.put(block, k, code);
             }
         }
     }
+}
+
+fn low(bits: usize, place: Place) -> Integers {
+    Integers { low: (bits, place), high: None, is_signed: false }
+}
+
+/// Integers of 6 bits for 8 scales and 8 minima, in 12 bytes: the first four of each in a byte, whose upper 2 bits
+/// belong to the last four, which have their low 4 bits in the last four bytes.
+fn sixes() -> [Option<(Integers, u8)>; 2] {
+    let scales =
+        low(4, |r| if r < 4 { (4 + r, 0) } else { (8 + r, 0) }).with(2, |r| if r < 4 { (4 + r, 4) } else { (r, 6) });
+    let minima = low(4, |r| if r < 4 { (8 + r, 0) } else { (8 + r, 4) })
+        .with(2, |r| if r < 4 { (8 + r, 4) } else { (4 + r, 6) });
+    [Some((scales, 0)), Some((minima, 0))]
 }
 
 fn mask(bits: usize) -> u8 {
@@ -164,48 +274,4 @@ fn quarters(begin: usize, k: usize) -> (usize, usize) {
 
 fn float(block: &[u8], at: usize) -> f32 {
     f16::from_le_bytes([block[at], block[at + 1]]).to_f32()
-}
-
-fn one(block: &[u8], _: usize) -> (f32, f32) {
-    (float(block, 0), 0.0)
-}
-
-fn one_with_minimum(block: &[u8], _: usize) -> (f32, f32) {
-    (float(block, 0), -float(block, 2))
-}
-
-/// Four bits of the scale and four of the minimum in a byte; the scales of both at the end.
-fn q2_k_scale(block: &[u8], run: usize) -> (f32, f32) {
-    let both = block[run];
-    (float(block, 80) * f32::from(both & 15), float(block, 82) * f32::from(both >> 4))
-}
-
-/// Integers of 6 bits from which 32 is taken: the low 4 bits of 16 in 8 bytes, then the upper 2 in 4.
-fn q3_k_scale(block: &[u8], run: usize) -> (f32, f32) {
-    let scales = &block[96..108];
-    let low = (scales[run % 8] >> (4 * (run / 8))) & 15;
-    let high = (scales[8 + run % 4] >> (2 * (run / 4))) & 3;
-    (float(block, 108) * (f32::from(low | high << 4) - 32.0), 0.0)
-}
-
-/// Integers of 6 bits for 8 scales and 8 minima: the first four of each in a byte, whose upper 2 bits belong to the
-/// last four, which have their low 4 bits in the last four bytes.
-fn q4_k_scale(block: &[u8], run: usize) -> (f32, f32) {
-    let scales = &block[4..16];
-    let (scale, minimum) = match run.checked_sub(4) {
-        None => (scales[run] & 63, scales[run + 4] & 63),
-        Some(at) => (scales[8 + at] & 15 | scales[at] >> 6 << 4, scales[8 + at] >> 4 | scales[4 + at] >> 6 << 4),
-    };
-    (float(block, 0) * f32::from(scale), float(block, 2) * f32::from(minimum))
-}
-
-fn q6_k_scale(block: &[u8], run: usize) -> (f32, f32) {
-    (float(block, 208) * f32::from(block[192 + run] as i8), 0.0)
-}
-
-/// Integers of 6 bits from which 32 is taken: the upper 2 bits of 8 in a word, then the low 4 bits.
-fn iq4_xs_scale(block: &[u8], run: usize) -> (f32, f32) {
-    let high = (u16::from_le_bytes([block[2], block[3]]) >> (2 * run)) & 3;
-    let low = (block[4 + run / 2] >> (4 * (run % 2))) & 15;
-    (float(block, 0) * (f32::from(u16::from(low) | high << 4) - 32.0), 0.0)
 }

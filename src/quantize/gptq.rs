@@ -7,13 +7,12 @@ use faer::linalg::matmul::matmul;
 use faer::{Accum, Mat, MatRef, Par};
 use serde::{Deserialize, Serialize};
 
+use super::damped::{damped, single};
 use super::feedback::feed_back;
 use super::grouped::{Grouped, Scale, Scheme};
 use super::lattice::Lattice;
+use super::sparse::{Sparse, pruned};
 use crate::linalg;
-
-/// Share of the mean diagonal of `H` that is added to it (the paper's 1 %).
-pub const DAMPING: f64 = 0.01;
 
 /// The reason why a quantizer returned the result of rounding.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -48,9 +47,15 @@ pub fn gptq(
     scheme: Scheme,
     scale: Scale,
 ) -> (Grouped, Option<Fallback>) {
-    let rounded = || Grouped::round(values, rows, cols, scheme, scale);
-    let lattice = scheme.lattice(values, cols, scale, None);
-    let Some(fed) = feed(values, (rows, cols), gram, &lattice) else {
+    let kept = scheme.kept(values, (rows, cols), Some(gram));
+    let start = pruned(values, kept.as_deref());
+    let rounded = || Grouped::round(&start, rows, cols, scheme, scale);
+    let lattice = scheme.lattice(&start, cols, scale, None);
+    let fed = match kept {
+        Some(kept) => feed(values, (rows, cols), gram, &Sparse::new(lattice.clone(), scheme, cols, kept)),
+        None => feed(values, (rows, cols), gram, &lattice),
+    };
+    let Some(fed) = fed else {
         return (rounded(), Some(Fallback::NotDefinite));
     };
     let rounded = rounded();
@@ -107,34 +112,6 @@ fn falling_diagonal(gram: MatRef<'_, f64>) -> Vec<usize> {
     let mut permutation: Vec<usize> = (0..gram.nrows()).collect();
     permutation.sort_by(|&i, &j| gram[(j, j)].total_cmp(&gram[(i, i)]).then(i.cmp(&j)));
     permutation
-}
-
-/// `H` in this order and with a mean diagonal of about 1, damped.
-pub(super) fn damped(gram: MatRef<'_, f64>, permutation: &[usize]) -> Mat<f64> {
-    let cols = gram.nrows();
-    let unit = to_unit_mean((0..cols).map(|i| gram[(i, i)]).sum::<f64>() / cols.max(1) as f64);
-    let mean = (0..cols).map(|i| gram[(i, i)] * unit).sum::<f64>() / cols.max(1) as f64;
-    Mat::from_fn(cols, cols, |i, j| {
-        let value = gram[(permutation[i], permutation[j])] * unit;
-        // A dead input costs nothing; any positive diagonal keeps it from affecting the others.
-        if i != j {
-            value
-        } else if value == 0.0 {
-            1.0
-        } else {
-            value + DAMPING * mean
-        }
-    })
-}
-
-pub(super) fn single(matrix: &Mat<f64>) -> Mat<f32> {
-    Mat::from_fn(matrix.nrows(), matrix.ncols(), |i, j| matrix[(i, j)] as f32)
-}
-
-/// A power of 4 that brings the mean diagonal of a Gram to about 1, so that its factors fit an f32. Roots of such
-/// powers are exact, so no code changes.
-fn to_unit_mean(mean: f64) -> f64 {
-    if mean > 0.0 { 4f64.powi((-0.5 * mean.log2()).round().clamp(-500.0, 500.0) as i32) } else { 1.0 }
 }
 
 /// `tr(E H Eᵀ) = ‖E F‖²` for the error of a quantized matrix, with `H = F Fᵀ` in the order of the columns.

@@ -3,11 +3,10 @@
 //! `W[i, j] = scale[i, j / group] · level(code[i, j])`, where a level is `code − zero` of an integer grid or an entry
 //! of a table. Scales are kept as f16 values, which every format can hold.
 
-use half::f16;
 use pulp::Arch;
 
 use super::bits;
-use super::lattice::Lattice;
+use super::lattice::{Lattice, Number, storable};
 use super::levels::{E4M3_SCALE, Levels, NF4, e4m3, to_e4m3};
 
 /// The layout of codes and scales.
@@ -70,7 +69,31 @@ impl Scheme {
         let (bits, groups) = (self.levels.bits(), self.n_groups(cols));
         let scales = if self.levels.has_scales() { 2 * groups } else { 0 };
         let zeros = if self.levels.has_zeros() { bits::row_bytes(groups, bits, 1) } else { 0 };
-        (rows * (bits::row_bytes(cols, bits, 1) + scales + zeros)) as u64
+        (rows * (self.code_bytes(cols) + scales + zeros)) as u64
+    }
+
+    /// Bytes of a row of packed codes.
+    pub fn code_bytes(&self, cols: usize) -> usize {
+        match self.levels {
+            Levels::Sparse { bits } => bits::sparse_row_bytes(cols, bits),
+            levels => bits::row_bytes(cols, levels.bits(), 1),
+        }
+    }
+
+    /// Packs rows of `cols` codes, low bits first; of sparse ones those that are kept, then a bit for each column.
+    pub fn pack(&self, codes: &[u8], cols: usize) -> Vec<u8> {
+        match self.levels {
+            Levels::Sparse { bits } => bits::pack_sparse(codes, cols, bits),
+            levels => bits::pack(codes, cols, levels.bits(), 1),
+        }
+    }
+
+    /// The inverse of [`Self::pack`]; `None` if the bytes are not `rows` rows of codes.
+    pub fn unpack(&self, bytes: &[u8], rows: usize, cols: usize) -> Option<Vec<u8>> {
+        match self.levels {
+            Levels::Sparse { bits } => bits::unpack_sparse(bytes, rows, cols, bits),
+            levels => bits::unpack(bytes, rows, cols, levels.bits(), 1),
+        }
     }
 }
 
@@ -89,12 +112,6 @@ fn round(x: f32) -> f32 {
     (x + ROUNDER) - ROUNDER
 }
 
-/// The value of the nearest f16; 0 only if `scale` is 0.
-fn storable(scale: f32) -> f32 {
-    let rounded = f16::from_f32(scale.clamp(-65504.0, 65504.0)).to_f32();
-    if rounded == 0.0 && scale != 0.0 { f16::MIN_POSITIVE_SUBNORMAL.to_f32().copysign(scale) } else { rounded }
-}
-
 impl Grid {
     /// The grid of a run of weights; with shares of each in the error, [`Scale::Mse`] minimizes their sum.
     pub fn of(values: &[f32], levels: Levels, scale: Scale, shares: Option<&[f32]>) -> Self {
@@ -107,7 +124,7 @@ impl Grid {
         }
         let whole = match levels {
             // The extreme gets the lowest code, because there is one more code on that side.
-            Levels::Int { symmetric: true, .. } => {
+            Levels::Int { symmetric: true, .. } | Levels::Sparse { .. } => {
                 Self { levels, scale: -extreme / levels.middle(), zero: levels.middle() }
             }
             Levels::Int { bits, symmetric: false } => {
@@ -142,7 +159,10 @@ impl Grid {
     }
 
     fn signs(&self) -> &'static [f32] {
-        if matches!(self.levels, Levels::Int { symmetric: true, .. }) { &[1.0, -1.0] } else { &[1.0] }
+        match self.levels {
+            Levels::Int { symmetric: true, .. } | Levels::Sparse { .. } => &[1.0, -1.0],
+            _ => &[1.0],
+        }
     }
 
     /// The grid over a share of the range, with a scale that can be stored.
@@ -162,13 +182,13 @@ impl Grid {
     pub fn code(&self, value: f32) -> u8 {
         if self.scale == 0.0 {
             return match self.levels {
-                Levels::Int { .. } => self.zero as u8,
+                Levels::Int { .. } | Levels::Sparse { .. } => self.zero as u8,
                 Levels::Nf4 => 7,
                 Levels::E4m3 => 0,
             };
         }
         match self.levels {
-            Levels::Int { bits, .. } => {
+            Levels::Int { bits, .. } | Levels::Sparse { bits } => {
                 let top = ((1u32 << bits) - 1) as f32;
                 round((value / self.scale).clamp(-1024.0, 1024.0) + self.zero).clamp(0.0, top) as u8
             }
@@ -183,10 +203,16 @@ impl Grid {
     /// The value of a code.
     #[inline(always)]
     pub fn value(&self, code: u8) -> f32 {
+        self.level(code) * self.scale
+    }
+
+    /// The value of a code before its scale.
+    #[inline(always)]
+    fn level(&self, code: u8) -> f32 {
         match self.levels {
-            Levels::Int { .. } => (f32::from(code) - self.zero) * self.scale,
-            Levels::Nf4 => NF4[usize::from(code & 15)] * self.scale,
-            Levels::E4m3 => e4m3(code) * self.scale,
+            Levels::Int { .. } | Levels::Sparse { .. } => f32::from(code) - self.zero,
+            Levels::Nf4 => NF4[usize::from(code & 15)],
+            Levels::E4m3 => e4m3(code),
         }
     }
 
@@ -196,7 +222,7 @@ impl Grid {
     }
 
     fn squared_error(&self, values: &[f32]) -> f32 {
-        let Levels::Int { bits, .. } = self.levels else {
+        let (Levels::Int { bits, .. } | Levels::Sparse { bits }) = self.levels else {
             return values.iter().map(|&v| (self.value(self.code(v)) - v).powi(2)).sum();
         };
         let (scale, inverse, zero, top) = (self.scale, 1.0 / self.scale, self.zero, ((1u32 << bits) - 1) as f32);
@@ -234,7 +260,9 @@ fn grids(values: &[f32], cols: usize, scheme: Scheme, scale: Scale, shares: Opti
 }
 
 /// The grids of the groups of a matrix.
+#[derive(Clone)]
 pub(super) struct GroupLattice {
+    levels: Levels,
     /// (rows, n_groups)
     pub grids: Vec<Grid>,
     group: usize,
@@ -258,6 +286,31 @@ impl Lattice for GroupLattice {
     fn value(&self, row: usize, col: usize, code: u8) -> f32 {
         self.grid(row, col).value(code)
     }
+
+    fn numbers(&self) -> Vec<(Number, usize)> {
+        let all = [(self.levels.has_scales(), Number::Scale), (self.levels.has_zeros(), Number::Offset)];
+        all.into_iter().filter(|(is_stored, _)| *is_stored).map(|(_, number)| (number, self.group)).collect()
+    }
+
+    fn number(&self, number: Number, row: usize, col: usize) -> f32 {
+        let grid = self.grid(row, col);
+        if number == Number::Scale { grid.scale } else { grid.zero }
+    }
+
+    fn slope(&self, number: Number, row: usize, col: usize, code: u8) -> f32 {
+        let grid = self.grid(row, col);
+        if number == Number::Scale { grid.level(code) } else { -grid.scale }
+    }
+
+    fn put_number(&mut self, number: Number, row: usize, col: usize, wish: f32) -> f32 {
+        let grid = &mut self.grids[row * self.n_groups + col / self.group];
+        if number == Number::Scale {
+            grid.scale = storable(wish);
+            return grid.scale;
+        }
+        grid.zero = round(wish.clamp(-1024.0, 1024.0)).clamp(0.0, ((1u32 << self.levels.bits()) - 1) as f32);
+        grid.zero
+    }
 }
 
 impl Scheme {
@@ -265,7 +318,7 @@ impl Scheme {
     /// error.
     pub(super) fn lattice(self, values: &[f32], cols: usize, scale: Scale, shares: Option<&[f32]>) -> GroupLattice {
         let (group, n_groups) = (self.group_of(cols), self.n_groups(cols));
-        GroupLattice { grids: grids(values, cols, self, scale, shares), group, n_groups }
+        GroupLattice { levels: self.levels, grids: grids(values, cols, self, scale, shares), group, n_groups }
     }
 }
 
@@ -345,7 +398,7 @@ mod tests {
                 let step = match scheme.levels {
                     // The last level on the short side of a symmetric grid is one step away; f16 scales are accurate
                     // to 2^-11.
-                    Levels::Int { bits, symmetric: true } => 1.1 / f64::from(1 << (bits - 1)),
+                    Levels::Int { bits, symmetric: true } | Levels::Sparse { bits } => 1.1 / f64::from(1 << (bits - 1)),
                     Levels::Int { bits, .. } => 2.1 / f64::from((1 << bits) - 1),
                     Levels::Nf4 => 0.16,
                     Levels::E4m3 => 1.0 / 16.0,

@@ -13,46 +13,47 @@ const TRIALS: usize = 16;
 
 /// Blocks of 32 weights with one scale.
 pub(super) fn quantize_nl(values: &[f32], cols: usize, weights: Option<&[f32]>) -> Vec<u8> {
-    let scale =
-        |block: &mut [u8], scales: &[f32; 1]| block[..2].copy_from_slice(&f16::from_f32(scales[0]).to_le_bytes());
-    quantize(Codec::Iq4Nl, values, cols, weights, scale)
+    quantize(Codec::Iq4Nl, values, cols, weights, |scales| (scales[0], vec![1.0]))
 }
 
 /// Blocks of 256 weights. The run with the largest scale has the integer −32 or 31.
 pub(super) fn quantize_xs(values: &[f32], cols: usize, weights: Option<&[f32]>) -> Vec<u8> {
-    quantize(Codec::Iq4Xs, values, cols, weights, |block: &mut [u8], scales: &[f32; 8]| {
+    quantize(Codec::Iq4Xs, values, cols, weights, |scales| {
         let largest = scales.iter().fold(0.0f32, |most, &scale| if scale.abs() > most.abs() { scale } else { most });
-        let common = f16::from_f32(largest / -32.0);
-        block[..2].copy_from_slice(&common.to_le_bytes());
-        let (common, mut high) = (common.to_f32(), 0u16);
-        for (run, scale) in scales.iter().enumerate() {
-            let whole = if common == 0.0 { 0.0 } else { (scale / common).round_ties_even().clamp(-32.0, 31.0) };
-            let bits = (whole + 32.0) as u8;
-            block[4 + run / 2] |= (bits & 15) << (4 * (run % 2));
-            high |= u16::from(bits >> 4) << (2 * run);
-        }
-        block[2..4].copy_from_slice(&high.to_le_bytes());
+        let common = f16::from_f32(largest / -32.0).to_f32();
+        let whole = |scale: &f32| {
+            if common == 0.0 { 0.0 } else { (scale / common).round_ties_even().clamp(-32.0, 31.0) }
+        };
+        (common, scales.iter().map(whole).collect())
     })
 }
 
-/// Blocks of `N` runs, each with the scale that suits it best; `put` stores the scales of a block.
-fn quantize<const N: usize>(
+/// Blocks of runs, each with the scale that suits it best; `nested` divides the scales of a block into a common one and
+/// a factor of each run.
+fn quantize(
     codec: Codec,
     values: &[f32],
     cols: usize,
     weights: Option<&[f32]>,
-    put: impl Fn(&mut [u8], &[f32; N]),
+    nested: impl Fn(&[f32]) -> (f32, Vec<f32>),
 ) -> Vec<u8> {
-    let mut bytes = vec![0u8; values.len() / (N * RUN) * codec.block().1];
-    for (at, (block, values)) in bytes.chunks_exact_mut(codec.block().1).zip(values.chunks_exact(N * RUN)).enumerate() {
-        let weights = weights.map(|weights| &weights[at * N * RUN % cols..][..N * RUN]);
-        let scales = std::array::from_fn(|run| {
-            let run = run * RUN..(run + 1) * RUN;
-            best_scale(&values[run.clone()], weights.map(|weights| &weights[run]))
-        });
-        put(block, &scales);
-    }
+    let (size, n_bytes) = codec.block();
+    let mut bytes = vec![0u8; values.len() / size * n_bytes];
     let fields = codec.fields();
+    let mut lattice = fields.lattice(&bytes, cols);
+    for (at, block) in values.chunks_exact(size).enumerate() {
+        let run = |(run, values): (usize, &[f32])| {
+            let first = (at * size + run * RUN) % cols;
+            best_scale(values, weights.map(|weights| &weights[first..first + RUN]))
+        };
+        let scales: Vec<f32> = block.chunks_exact(RUN).enumerate().map(run).collect();
+        let (common, factors) = nested(&scales);
+        lattice.common[at][0] = common;
+        for (run, factor) in factors.into_iter().enumerate() {
+            lattice.runs[at * (size / RUN) + run][0] = factor;
+        }
+    }
+    fields.put_scales(&lattice, &mut bytes);
     let lattice = fields.lattice(&bytes, cols);
     fields.put(&lattice.round(values, cols), &mut bytes);
     bytes

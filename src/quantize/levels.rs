@@ -12,6 +12,11 @@ pub enum Levels {
         /// Whether all groups have the same zero.
         symmetric: bool,
     },
+    /// The same, symmetric; of every four columns at most two have another code than `zero`.
+    Sparse {
+        /// 2 to 8.
+        bits: u32,
+    },
     /// The 16 quantiles of a normal distribution of QLoRA (Dettmers et al. 2023), appendix E.
     Nf4,
     /// Floats of 8 bits, E4M3, times [`E4M3_SCALE`]: their exponents take the place of scales, and none is stored.
@@ -46,7 +51,7 @@ impl Levels {
     /// Bits per code, at most 8.
     pub fn bits(self) -> u32 {
         match self {
-            Self::Int { bits, .. } => bits,
+            Self::Int { bits, .. } | Self::Sparse { bits } => bits,
             Self::Nf4 => 4,
             Self::E4m3 => 8,
         }
@@ -65,7 +70,7 @@ impl Levels {
     /// The code of zero, if groups have no zeros of their own.
     pub(super) fn middle(self) -> f32 {
         match self {
-            Self::Int { bits, .. } => (1u32 << (bits - 1)) as f32,
+            Self::Int { bits, .. } | Self::Sparse { bits } => (1u32 << (bits - 1)) as f32,
             Self::Nf4 | Self::E4m3 => 0.0,
         }
     }

@@ -4,6 +4,7 @@
 
 pub mod bits;
 mod block;
+mod damped;
 mod descent;
 mod feedback;
 mod fields;
@@ -13,6 +14,8 @@ mod iq4;
 mod lattice;
 mod levels;
 mod name;
+mod refit;
+mod sparse;
 
 use anyhow::{Context, Result};
 
@@ -44,6 +47,9 @@ pub enum Quant {
     Gptq(Scheme, Scale),
     /// One of llama.cpp's block types, rounded to nearest.
     Block(BlockType),
+    /// A block type with the scales that have the least squared error where columns have the mean squares of their
+    /// inputs as weights, and codes rounded to nearest: llama.cpp with an importance matrix.
+    Imatrix(BlockType),
     /// Coordinate descent, in the metric of inputs and outputs.
     Cd(Scheme, Scale),
     /// A block type by coordinate descent.
@@ -118,7 +124,9 @@ impl Quant {
     pub fn storage(self) -> Storage {
         match self {
             Self::Rtn(scheme, _) | Self::Gptq(scheme, _) | Self::Cd(scheme, _) => Storage::Grouped(scheme),
-            Self::Block(block_type) | Self::CdBlock(block_type) => Storage::Block(block_type),
+            Self::Block(block_type) | Self::Imatrix(block_type) | Self::CdBlock(block_type) => {
+                Storage::Block(block_type)
+            }
         }
     }
 
@@ -126,7 +134,9 @@ impl Quant {
     pub fn largest(self) -> f32 {
         let levels = match self.storage() {
             Storage::Grouped(Scheme { levels: Levels::Nf4 | Levels::E4m3, .. }) => 1.0,
-            Storage::Grouped(Scheme { levels: Levels::Int { bits, .. }, .. }) => (1u32 << (bits - 1)) as f32,
+            Storage::Grouped(Scheme { levels: Levels::Int { bits, .. } | Levels::Sparse { bits }, .. }) => {
+                (1u32 << (bits - 1)) as f32
+            }
             Storage::Block(block_type) => block_type.n_levels(),
         };
         half::f16::MAX.to_f32() * levels
@@ -137,6 +147,7 @@ impl Quant {
     pub fn for_rows(self, cols: usize) -> Option<Self> {
         match self {
             Self::Block(block_type) => block_type.for_rows(cols).map(Self::Block),
+            Self::Imatrix(block_type) => block_type.for_rows(cols).map(Self::Imatrix),
             Self::CdBlock(block_type) => block_type.for_rows(cols).map(Self::CdBlock),
             Self::Rtn(..) | Self::Gptq(..) | Self::Cd(..) => Some(self),
         }
@@ -150,13 +161,13 @@ impl Quant {
             Self::Rtn(scheme, scale) => Self::Rtn(scheme.dividing(cols).unwrap_or(scheme), scale),
             Self::Gptq(scheme, scale) => Self::Gptq(scheme.dividing(cols).unwrap_or(scheme), scale),
             Self::Cd(scheme, scale) => Self::Cd(scheme.dividing(cols).unwrap_or(scheme), scale),
-            Self::Block(_) | Self::CdBlock(_) => self,
+            Self::Block(_) | Self::Imatrix(_) | Self::CdBlock(_) => self,
         }
     }
 
     /// Whether it minimizes the error in the metric of the inputs.
     pub fn needs_gram(self) -> bool {
-        matches!(self, Self::Gptq(..)) || self.descends()
+        matches!(self, Self::Gptq(..) | Self::Imatrix(_)) || self.descends()
     }
 
     /// Whether it also uses the metric of the outputs, where there is one.
@@ -177,7 +188,11 @@ impl Quant {
     ) -> Result<(Quantized, Option<Fallback>)> {
         let metric = || metric.context("invariant: a quantizer that needs a metric gets it");
         Ok(match self {
-            Self::Rtn(scheme, scale) => (Quantized::Grouped(Grouped::round(values, rows, cols, scheme, scale)), None),
+            Self::Rtn(scheme, scale) => {
+                let kept = scheme.kept(values, (rows, cols), None);
+                let values = sparse::pruned(values, kept.as_deref());
+                (Quantized::Grouped(Grouped::round(&values, rows, cols, scheme, scale)), None)
+            }
             Self::Gptq(scheme, scale) => {
                 let (matrix, fallback) = gptq::gptq(values, rows, cols, metric()?.inputs, scheme, scale);
                 (Quantized::Grouped(matrix), fallback)
@@ -191,13 +206,19 @@ impl Quant {
                 (Quantized::Block(blocks), fallback)
             }
             Self::Block(block_type) => (Quantized::Block(Blocks::quantize(values, rows, cols, block_type)?), None),
+            Self::Imatrix(block_type) => {
+                let weights = metric()?.diagonal();
+                (Quantized::Block(Blocks::weighted(values, rows, cols, block_type, weights.as_deref())?), None)
+            }
         })
     }
 
-    /// The same quantizer at other bits and groups; `None` if its type has a fixed number of bits.
+    /// The same quantizer at other bits and groups, dense if it is sparse; `None` if its type has a fixed number of
+    /// bits.
     pub fn with(self, bits: u32, group: Option<usize>) -> Option<Self> {
         let scheme = |scheme: Scheme| match scheme.levels {
             Levels::Int { symmetric, .. } => Some(Scheme { levels: Levels::Int { bits, symmetric }, group }),
+            Levels::Sparse { .. } => Some(Scheme { levels: Levels::Int { bits, symmetric: true }, group }),
             Levels::Nf4 => (bits == 4).then_some(Scheme { levels: Levels::Nf4, group }),
             Levels::E4m3 => None,
         };
@@ -205,7 +226,7 @@ impl Quant {
             Self::Rtn(old, scale) => Self::Rtn(scheme(old)?, scale),
             Self::Gptq(old, scale) => Self::Gptq(scheme(old)?, scale),
             Self::Cd(old, scale) => Self::Cd(scheme(old)?, scale),
-            Self::Block(_) | Self::CdBlock(_) => return None,
+            Self::Block(_) | Self::Imatrix(_) | Self::CdBlock(_) => return None,
         })
     }
 }

@@ -1,4 +1,5 @@
-//! Names of quantizers: words joined by dashes, `rtn-int4-g128`, `gptq-int3-channel-asym`, `cd-nf4-g64`, `cd-q4_k`.
+//! Names of quantizers: words joined by dashes, `rtn-int4-g128`, `gptq-int3-channel-asym`, `cd-nf4-g64`, `cd-q4_k`,
+//! `imatrix-q4_k`.
 
 use std::fmt;
 use std::str::FromStr;
@@ -14,7 +15,7 @@ const DEFAULT_NF4_GROUP: usize = 64;
 impl fmt::Display for Scheme {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.levels {
-            Levels::Int { bits, .. } => write!(f, "int{bits}")?,
+            Levels::Int { bits, .. } | Levels::Sparse { bits } => write!(f, "int{bits}")?,
             Levels::Nf4 => f.write_str("nf4")?,
             Levels::E4m3 => return f.write_str("float8"),
         }
@@ -22,7 +23,11 @@ impl fmt::Display for Scheme {
             Some(group) => write!(f, "-g{group}")?,
             None => f.write_str("-channel")?,
         }
-        if self.levels.has_zeros() { f.write_str("-asym") } else { Ok(()) }
+        match self.levels {
+            Levels::Int { symmetric: false, .. } => f.write_str("-asym"),
+            Levels::Sparse { .. } => f.write_str("-2of4"),
+            _ => Ok(()),
+        }
     }
 }
 
@@ -31,6 +36,7 @@ impl fmt::Display for Quant {
         let (method, scheme, scale) = match self {
             Self::Cd(scheme, scale) => ("cd-", scheme, scale),
             Self::CdBlock(block_type) => return write!(f, "cd-{}", block_type.name),
+            Self::Imatrix(block_type) => return write!(f, "imatrix-{}", block_type.name),
             Self::Rtn(scheme, scale) if scheme.levels == Levels::Nf4 => ("", scheme, scale),
             Self::Rtn(scheme, scale) => ("rtn-", scheme, scale),
             Self::Gptq(scheme, scale) => ("gptq-", scheme, scale),
@@ -48,19 +54,23 @@ impl FromStr for Quant {
         if let Some(block_type) = BlockType::named(text) {
             return Ok(Self::Block(block_type));
         }
-        if let Some(block_type) = text.strip_prefix("cd-").and_then(BlockType::named) {
+        let block_after = |prefix: &str| text.strip_prefix(prefix).and_then(BlockType::named);
+        if let Some(block_type) = block_after("cd-") {
             return Ok(Self::CdBlock(block_type));
+        }
+        if let Some(block_type) = block_after("imatrix-") {
+            return Ok(Self::Imatrix(block_type));
         }
         let error = || {
             let blocks: Vec<&str> = BLOCK_TYPES.iter().map(|t| t.name).collect();
             format!(
                 "`{text}` is not a quantizer: expected [rtn|gptq|cd]-int8|int4|int3|int2 or nf4, then any of -g32, -g64, -g128, \
-                 -channel, -sym, -asym, -absmax, -mse; or [cd-] and one of {}",
+                 -channel, -sym, -asym, -absmax, -mse, -2of4; or [cd-|imatrix-] and one of {}",
                 blocks.join(", ")
             )
         };
-        let (mut method, mut bits, mut is_nf4, mut group, mut symmetric, mut scale) =
-            (None, None, false, None, true, None);
+        let (mut method, mut bits, mut is_nf4, mut group, mut symmetric, mut is_sparse, mut scale) =
+            (None, None, false, None, true, false, None);
         for (at, word) in text.split('-').enumerate() {
             match word {
                 "rtn" | "gptq" | "cd" if at == 0 => method = Some(word),
@@ -69,6 +79,7 @@ impl FromStr for Quant {
                 "channel" => group = Some(None),
                 "sym" => symmetric = true,
                 "asym" => symmetric = false,
+                "2of4" => is_sparse = true,
                 "absmax" => scale = Some(Scale::Absmax),
                 "mse" => scale = Some(Scale::Mse),
                 _ => {
@@ -78,8 +89,10 @@ impl FromStr for Quant {
             }
         }
         let levels = match (is_nf4, bits) {
-            (true, None) if method != Some("gptq") && symmetric => Levels::Nf4,
+            (true, None) if method != Some("gptq") && symmetric && !is_sparse => Levels::Nf4,
             (true, _) => return Err(error()),
+            (false, _) if is_sparse && !symmetric => return Err(error()),
+            (false, bits) if is_sparse => Levels::Sparse { bits: bits.unwrap_or(4) },
             (false, bits) => Levels::Int { bits: bits.unwrap_or(4), symmetric },
         };
         if bits.is_none() && !is_nf4 && method.is_none() {
@@ -127,6 +140,9 @@ mod tests {
             ("cd-int3-g64-asym", "cd-int3-g64-asym"),
             ("cd-nf4", "cd-nf4-g64"),
             ("cd-iq4_nl", "cd-iq4_nl"),
+            ("gptq-int4-2of4-g64", "gptq-int4-g64-2of4"),
+            ("2of4-int8-channel", "rtn-int8-channel-2of4"),
+            ("imatrix-q2_k", "imatrix-q2_k"),
             ("rtn-int2-sym-mse-g64", "rtn-int2-g64"),
         ] {
             let quant: Quant = text.parse().unwrap();
@@ -145,6 +161,10 @@ mod tests {
             "int4-gptq",
             "cd-rtn-int4",
             "gptq-q4_k",
+            "nf4-2of4",
+            "rtn-int4-asym-2of4",
+            "2of4",
+            "imatrix-int4",
         ] {
             assert!(wrong.parse::<Quant>().is_err(), "{wrong}");
         }

@@ -5,10 +5,13 @@
 //! pair is recovered; otherwise the product is decomposed again in the diagonals of its metric, which is exact for
 //! svd, asvd and fwsvd and an approximation for metrics of full Grams.
 //!
+//! Factors over codes get smaller ranks too; codes stay as they are.
+//!
 //! A narrower model of `--elastic` has its channels and groups in order of importance, and becomes narrower still.
 
 mod adapter;
 mod bias;
+mod codes;
 mod factors;
 mod job;
 mod narrow;
@@ -78,6 +81,9 @@ pub fn truncate(job: &TruncateJob<'_>, progress: &dyn Progress) -> Result<Compre
     }
     let mut config = checkpoint.config().cloned().unwrap_or_default();
     expect_own_factors(&config, root)?;
+    if codes::has_codes(&report) {
+        return codes::truncate(job, report, progress);
+    }
     let mut truncations = truncations(checkpoint)?;
     check_report(&report, &truncations, root)?;
     check_config(&mut config, &truncations, root)?;
@@ -255,15 +261,8 @@ fn check_report(report: &CompressReport, truncations: &[Truncation], root: &Path
 }
 
 fn truncations(checkpoint: &Checkpoint) -> Result<Vec<Truncation>> {
-    let paths = CURVES_FILES.map(|name| checkpoint.root().join(name));
-    let Some(path) = paths.iter().find(|path| path.is_file()) else {
-        return Err(Failure::unsupported(format!("`{}` is missing", paths[0].display()))
-            .hint(
-                "`lrc truncate` takes a folder written by `lrc compress --format factored` whose weights are not quantized",
-            )
-            .into());
-    };
-    let curves = Checkpoint::open_arrays(path)?;
+    let path = codes::curves_file(checkpoint.root())?;
+    let curves = Checkpoint::open_arrays(&path)?;
     let mut truncations = Vec::new();
     for linear in inventory::linears(checkpoint) {
         let Stored::Structured { kind, size, has_base: false } = linear.stored else { continue };

@@ -6,7 +6,7 @@ use std::path::Path;
 use crate::common::{FIXTURE, TRAIN, command, finish, lrc, ok, path};
 use serde_json::Value;
 
-use super::{LORC, compress, ppl};
+use super::{LORC, MODULE, compress, ppl};
 
 /// Statistics of the fixture, with everything that any metric needs.
 fn statistics(folder: &Path) -> String {
@@ -66,6 +66,39 @@ fn compensations_are_ordered_by_what_they_know() {
     }
 }
 
+/// In the metric of the inputs: factors over a sparse base never increase its error, and it is the same model in floats.
+#[test]
+fn sparse_bases_are_ordered_and_take_factors() {
+    let folder = tempfile::tempdir().unwrap();
+    let statistics = statistics(folder.path());
+    let out = folder.path().join("out");
+    let run = |quant: &str, extra: &[&str]| -> Value {
+        let flags = ["--statistics", &statistics, "--method", "svd-llm", "--quant", quant, "--force"];
+        compress(&out, &[&flags[..], extra].concat())
+    };
+    let mut last = f64::INFINITY;
+    for method in ["rtn", "gptq", "cd"] {
+        let quant = format!("{method}-int4-g32-2of4");
+        let alone = run(&quant, &[]);
+        // Two codes and four bits for four weights, and an f16 for 32.
+        assert!((bits(&alone) - 3.5).abs() < 1e-9, "{}", bits(&alone));
+        let found = error(&alone);
+        assert!(found < last, "{quant}: {found} {last}");
+        last = found;
+        let factors = ["--compensate", "eora", "--compensate-rank", "8", "--equal-bytes-baseline=false"];
+        let with = error(&run(&quant, &factors));
+        assert!(with < found, "{quant}: {with} {found}");
+        let dense = folder.path().join(format!("{method}-dense"));
+        ok(&["export", path(&out), "--format", "dense", "-o", path(&dense), "-q"]);
+        assert!((ppl(&dense) / ppl(&out) - 1.0).abs() < 1e-5);
+    }
+    // The same bytes without factors may be dense codes of fewer bits.
+    let report = run("cd-int4-g32-2of4", &["--compensate", "eora", "--compensate-rank", "8"]);
+    let chosen: BTreeMap<String, String> =
+        serde_json::from_value(report["equal_bytes_baseline"]["quant"].clone()).unwrap();
+    assert!(chosen.values().any(|quant| quant.starts_with("cd-int") && !quant.ends_with("2of4")), "{chosen:?}");
+}
+
 #[test]
 fn sizes_are_met_with_quantized_bases_and_factors() {
     let folder = tempfile::tempdir().unwrap();
@@ -102,6 +135,71 @@ fn sizes_are_met_with_quantized_bases_and_factors() {
     // Low rank alone accepts a budget in bits too: 32 bits per weight give the source.
     let report = compress(&folder.path().join("low-rank"), &["--bits", "16", "--quant-factors", "int8"]);
     assert!(bits(&report) <= 16.0 && bits(&report) > 15.5, "{}", bits(&report));
+}
+
+/// A part of [`MODULE`] as it is stored.
+fn stored(folder: &Path, part: &str) -> Vec<u8> {
+    let bytes = std::fs::read(folder.join("model.safetensors")).unwrap();
+    let name = format!("{MODULE}.{part}");
+    safetensors::SafeTensors::deserialize(&bytes).unwrap().tensor(&name).unwrap().data().to_vec()
+}
+
+/// A number in the record of [`MODULE`].
+fn of_module(report: &Value, field: &str) -> f64 {
+    let linears = report["linears"].as_array().unwrap();
+    linears.iter().find(|linear| linear["module"] == MODULE).unwrap()[field].as_f64().unwrap()
+}
+
+fn size(report: &Value, field: &str) -> f64 {
+    report["sizes"][field].as_f64().unwrap()
+}
+
+#[test]
+fn factors_over_codes_are_truncated_and_the_codes_stay() {
+    let folder = tempfile::tempdir().unwrap();
+    let statistics = statistics(folder.path());
+    let base = ["--quant", "rtn-int2-g32", "--compensate", "eora", "--method", "svd-llm", "--statistics", &statistics];
+    let run = |rank: &str, extra: &[&str]| -> (std::path::PathBuf, Value) {
+        let out = folder.path().join(format!("{rank}-{}", extra.concat()));
+        let flags = ["--compensate-rank", rank, "--equal-bytes-baseline=false"];
+        let report = compress(&out, &[&base[..], &flags, extra].concat());
+        (out, report)
+    };
+    for extra in [&[][..], &["--quant-factors", "int8"]] {
+        let (long, before) = run("24", extra);
+        // The fixture has 32 bits per weight.
+        let target = size(&before, "bits_per_weight_base") + 0.5 * size(&before, "bits_per_weight_factors");
+        let short = folder.path().join(format!("short-{}", extra.concat()));
+        let keep = (target / 32.0).to_string();
+        let after = ok(&["truncate", path(&long), "-o", path(&short), "--keep", &keep, "--json"]).json();
+        assert!(bits(&after) <= target + 1e-9 && bits(&after) > 0.98 * target, "{} {target}", bits(&after));
+        let parts = size(&after, "bits_per_weight_base") + size(&after, "bits_per_weight_factors");
+        assert!((parts - bits(&after)).abs() < 1e-9, "{parts}");
+        assert_eq!(after["sizes"]["file_bytes_after"], short.join("model.safetensors").metadata().unwrap().len());
+        assert!(error(&after) > error(&before) && ppl(&short) < 1.5 * ppl(&long));
+        assert_eq!(stored(&short, "base.codes"), stored(&long, "base.codes"));
+        // Rank by rank it is what the source gives, whatever the factors are stored in.
+        let rank = of_module(&after, "rank") as usize;
+        assert!((1..24).contains(&rank), "{rank}");
+        let (_, direct) = run(&rank.to_string(), extra);
+        let [found, expected] = [&after, &direct].map(|report| of_module(report, "relative_error"));
+        assert!((found / expected - 1.0).abs() < 0.01, "{extra:?} {rank}: {found} {expected}");
+        let part = if extra.is_empty() { "lr_a.weight" } else { "lr_a.codes" };
+        assert!(stored(&long, part).starts_with(&stored(&short, part)));
+        // Once more, from the curves that it has.
+        let shorter = folder.path().join(format!("shorter-{}", extra.concat()));
+        let keep = (keep.parse::<f64>().unwrap() * 0.97).to_string();
+        let last = ok(&["truncate", path(&short), "-o", path(&shorter), "--keep", &keep, "--json"]).json();
+        assert!(bits(&last) < bits(&after) && error(&last) > error(&after));
+        for (keep, expected) in [("0.9", "of the bytes that is already kept"), ("0.01", "the minimum is")] {
+            let run = lrc(&["truncate", path(&long), "-o", path(&folder.path().join("no")), "--keep", keep]);
+            assert!(run.code == 2 && run.stderr.contains(expected), "{}", run.stderr);
+        }
+    }
+    let codes = folder.path().join("codes");
+    compress(&codes, &["--quant", "rtn-int4"]);
+    let run = lrc(&["truncate", path(&codes), "-o", path(&folder.path().join("no")), "--keep", "0.1"]);
+    assert!(run.code == 4 && run.stderr.contains("that has factors"), "{}", run.stderr);
 }
 
 #[test]
@@ -143,6 +241,7 @@ fn the_same_input_gives_the_same_bytes_at_any_thread_count() {
     let statistics = statistics(folder.path());
     for (name, flags) in [
         ("gptq", &["--quant", "gptq-int3-g32,rtn-int4-g32", "--compensate", "eora", "--bits", "4"][..]),
+        ("cd", &["--quant", "cd-int3-g32,cd-int4-g32-2of4", "--bits", "3.6", "--method", "kfac"]),
         (
             "turns",
             &["--quant", "nf4-g32", "--compensate", "lq-lora", "--compensate-rank", "4", "--quant-factors", "int8"],

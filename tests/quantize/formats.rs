@@ -274,6 +274,8 @@ fn what_a_loader_would_misread_is_refused_before_any_work() {
         (&["--quant", "rtn-int4-asym-g32", "--format", "compressed-tensors"], 4, "asymmetric"),
         (&["--quant", "rtn-int3-g32", "--format", "compressed-tensors"], 4, "3 bits"),
         (&["--quant", "rtn-int2-g32", "--format", "gptq"], 4, "2 bits"),
+        (&["--quant", "rtn-int4-g32-2of4", "--format", "compressed-tensors"], 4, "read dense codes"),
+        (&["--quant", "rtn-int4-g32-2of4", "--format", "gguf"], 4, "no block type"),
         (&["--quant", "nf4", "--format", "gptq"], 4, "not nf4"),
         (&["--quant", "rtn-int4-g64", "--format", "compressed-tensors"], 4, "do not divide 96 inputs"),
         (&["--quant", "q4_0", "--format", "compressed-tensors"], 4, "not quantized in groups"),

@@ -20,7 +20,7 @@ use crate::error::Failure;
 use crate::linalg;
 use crate::model::inventory::{self, LinearInfo};
 use crate::operator::Shape;
-use crate::quantize::{Blocks, Fallback, Grouped, Quant, Quantized, Sides, Storage, bits};
+use crate::quantize::{Blocks, Fallback, Grouped, Quant, Quantized, Sides, Storage};
 use crate::store::{Piece, Spool, Spooled, Values};
 
 /// One quantized base of a linear, with factors up to some rank.
@@ -35,6 +35,8 @@ struct QuantizedBase {
     zeros: Vec<u8>,
     /// Rank, `B` and `A`.
     pair: Option<(usize, Spooled, Spooled)>,
+    /// The error of the base alone, and the curve of what it leaves; see [`Fitted::residual`].
+    residual: Option<(f64, ErrorCurve)>,
 }
 
 /// A new base.
@@ -45,9 +47,10 @@ struct MadeBase {
     seconds: f64,
     base: Quantized,
     pair: Option<LowRank>,
+    residual: Option<(f64, ErrorCurve)>,
 }
 
-/// The record of a base without its arrays: codes, scales, zeros, `B` and `A`.
+/// The record of a base without its arrays: codes, scales, zeros, `B`, `A`, and the residual's error and energies.
 #[derive(Serialize, Deserialize)]
 struct Record {
     quant: Quant,
@@ -69,14 +72,15 @@ impl MadeBase {
         }
     }
 
-    fn into_arrays(self) -> [Values; 6] {
+    fn into_arrays(self) -> [Values; 7] {
         let errors: Vec<f64> = self.errors.iter().map(|(_, error)| *error).collect();
         let (codes, scales, zeros) = match self.base {
-            Quantized::Grouped(m) => (bits::pack(&m.codes, m.cols, m.scheme.levels.bits(), 1), m.scales, m.zeros),
+            Quantized::Grouped(m) => (m.scheme.pack(&m.codes, m.cols), m.scales, m.zeros),
             Quantized::Block(blocks) => (blocks.bytes, Vec::new(), Vec::new()),
         };
         let (b, a) = self.pair.map_or_else(Default::default, |pair| (pair.b, pair.a));
-        [errors.into(), codes.into(), scales.into(), zeros.into(), b.into(), a.into()]
+        let residual = self.residual.map(|(alone, curve)| [&[alone], curve.energies()].concat()).unwrap_or_default();
+        [errors.into(), codes.into(), scales.into(), zeros.into(), b.into(), a.into(), residual.into()]
     }
 }
 
@@ -92,11 +96,13 @@ impl QuantizedBase {
         let (codes, scales) = (spool.push(piece.take()?)?, spool.push(piece.take()?)?);
         let zeros = piece.take()?.values.bytes()?;
         let (b, a) = (piece.take()?, piece.take()?);
+        let residual = piece.take()?.values.f64s()?;
+        let residual = residual.split_first().map(|(&alone, energies)| (alone, ErrorCurve::new(energies.to_vec())));
         let pair = record.rank.map(|rank| Ok((rank, spool.push(b)?, spool.push(a)?))).transpose();
         let details = Details { seconds: record.seconds, fallback: record.fallback, plain_sides };
         let errors = record.ranks.into_iter().zip(errors).collect();
         let pair: Result<_> = pair;
-        Ok(Self { quant: record.quant, details, errors, shape, codes, scales, zeros, pair: pair? })
+        Ok(Self { quant: record.quant, details, errors, shape, codes, scales, zeros, pair: pair?, residual })
     }
 
     fn base(&self, spool: &mut Spool) -> Result<Quantized> {
@@ -104,7 +110,7 @@ impl QuantizedBase {
         let bytes = spool.get(&self.codes)?.bytes()?;
         Ok(match self.quant.storage() {
             Storage::Grouped(scheme) => {
-                let codes = bits::unpack(&bytes, rows, cols, scheme.levels.bits(), 1);
+                let codes = scheme.unpack(&bytes, rows, cols);
                 let codes = codes.expect("invariant: what was packed is unpacked");
                 let scales = spool.get(&self.scales)?.f32s()?;
                 Quantized::Grouped(Grouped { rows, cols, scheme, codes, scales, zeros: self.zeros.clone() })
@@ -129,6 +135,10 @@ impl Fitted for QuantizedBase {
             _ => None,
         };
         Ok(Approximation { base: Some(base), pair })
+    }
+
+    fn residual(&self) -> Option<(f64, &ErrorCurve)> {
+        self.residual.as_ref().map(|(alone, curve)| (*alone, curve))
     }
 
     fn quant(&self) -> Option<Quant> {
@@ -342,8 +352,9 @@ impl Attempt<'_> {
             (largest > 0).then(|| low_rank::decompose(residual.transpose(), self.pair, largest)).transpose()?;
         let curve = decomposed.as_ref().map(|d| &d.curve);
         let errors = ranks.iter().map(|&rank| (rank, self.error(alone, curve, rank))).collect();
-        let pair = decomposed.map(|d| d.truncate(residual.transpose(), largest));
-        Ok(MadeBase { quant, fallback, errors, seconds: started.elapsed().as_secs_f64(), base, pair })
+        let pair = decomposed.as_ref().map(|d| d.truncate(residual.transpose(), largest));
+        let residual = decomposed.map(|d| (alone, d.curve));
+        Ok(MadeBase { quant, fallback, errors, seconds: started.elapsed().as_secs_f64(), base, pair, residual })
     }
 
     /// Squared error in the metric of the method. Factors fitted in another metric are assumed to save the same share

@@ -38,6 +38,12 @@ pub(in super::super) trait Fitted: Send + Sync {
         None
     }
 
+    /// The squared error of a base alone in the metric of the method, and the error of the factors over it at every
+    /// rank in the metric of the compensation.
+    fn residual(&self) -> Option<(f64, &ErrorCurve)> {
+        None
+    }
+
     /// The error of a member at every rank up to the largest, if several linears share a part.
     fn shared_curve(&self, _member: usize) -> Option<&ErrorCurve> {
         None

@@ -78,15 +78,18 @@ impl Recipe {
         }
         let has_metric = self.method().preset().needs().output_gram;
         let own = self.quant().iter().map(|&quant| match quant {
-            Quant::Cd(..) | Quant::CdBlock(_) if has_metric => quant,
+            Quant::Cd(..) | Quant::CdBlock(_) | Quant::Imatrix(_) if has_metric => quant,
             Quant::Gptq(scheme, scale) | Quant::Cd(scheme, scale) => Quant::Rtn(scheme, scale),
-            Quant::CdBlock(block_type) => Quant::Block(block_type),
+            Quant::CdBlock(block_type) | Quant::Imatrix(block_type) => Quant::Block(block_type),
             Quant::Rtn(..) | Quant::Block(_) => quant,
         });
-        let usual: &[&str] = match (self.approach.chooses(), self.format()) {
-            (false, _) => &[],
-            (true, Format::Gguf) => &["q8_0", "q6_k", "q4_k"],
-            (true, _) => &["rtn-int8-g64", "rtn-int4-g64", "rtn-int4-g32"],
+        // At 8 bits nothing is left to gain.
+        let usual: &[&str] = match (self.approach.chooses(), self.format(), has_metric) {
+            (false, ..) => &[],
+            (true, Format::Gguf, false) => &["q8_0", "q6_k", "q4_k"],
+            (true, Format::Gguf, true) => &["q8_0", "q6_k", "cd-q4_k"],
+            (true, _, false) => &["rtn-int8-g64", "rtn-int4-g64", "rtn-int4-g32"],
+            (true, _, true) => &["rtn-int8-g64", "cd-int4-g64", "cd-int4-g32"],
         };
         let usual = usual.iter().map(|name| name.parse().expect("invariant: these are quantizers"));
         let mut menu = Vec::new();

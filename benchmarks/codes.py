@@ -1,0 +1,55 @@
+"""Codes at the same bytes, quantizer by quantizer: docs/results.md, section 26. Needs nothing but Python and the binary.
+
+    python benchmarks/codes.py MODEL STATISTICS EVALUATION_TEXT SEQ_LEN WINDOWS WORK LRC ROW...
+
+A ROW is a quantizer, or a menu with commas and a budget, then perhaps a method: `gptq-int3-g64`, `cd-int3-g64@svd-llm`,
+`cd-int2-g64,cd-int3-g64:2.75`, `cd-int3-g64+eora8`. Without a method, `cd` has `kfac`, which uses the gradients too, and all others
+have `svd-llm`. `+eora8` adds factors of this rank in int8.
+
+KL and perplexity are those of `lrc eval --reference MODEL` on the first WINDOWS windows of SEQ_LEN tokens; bits per weight are those of
+the linears of all blocks. Seconds are those of `lrc compress`. Rows that are in WORK already are not made again.
+"""
+
+import json
+import pathlib
+import re
+import subprocess
+import sys
+import time
+
+model, statistics, text, seq_len, windows, work, lrc, *rows = sys.argv[1:]
+work = pathlib.Path(work)
+work.mkdir(parents=True, exist_ok=True)
+
+
+def run(*args):
+    return json.loads(subprocess.run([lrc, *args, "-q", "--json"], check=True, capture_output=True, text=True).stdout)
+
+
+def measure(row):
+    menu, budget, pair, method = re.fullmatch(r"([^:+@]+)(?::([\d.]+))?(?:\+(\w+))?(?:@(\S+))?", row).groups()
+    method = method or ("kfac" if menu.startswith("cd-") else "svd-llm")
+    flags = ["--quant", menu, "--method", method, "--statistics", statistics, "--embeddings", "keep", "--force"]
+    if budget:
+        flags += ["--bits", budget]
+    if pair:
+        name, rank = re.fullmatch(r"([a-z-]+)(\d+)", pair).groups()
+        flags += ["--compensate", name, "--compensate-rank", rank, "--quant-factors", "int8", "--equal-bytes-baseline=false"]
+    if any(re.fullmatch(r"(cd-|imatrix-)?i?q\d.*", quant) for quant in menu.split(",")):
+        flags += ["--format", "gguf"]
+    out, started = work / "out", time.time()
+    report = run("compress", model, "-o", out, *flags)
+    seconds = time.time() - started
+    found = run("eval", out, "--text", text, "--seq-len", seq_len, "--max-windows", windows, "--reference", model)
+    return {"bits": report["sizes"]["bits_per_weight_after"], "method": method, "ppl": found["ppl"],
+            "kl": found["kl"]["mean"], "seconds": seconds}  # fmt: skip
+
+
+print("| quantizer | method | bits per weight | perplexity | KL | s |\n|---|---|---:|---:|---:|---:|")
+for row in rows:
+    file = work / f"{row.replace('/', '_')}.json"
+    if not file.exists():
+        file.write_text(json.dumps(measure(row)))
+    r = json.loads(file.read_text())
+    name = f"`{row.split('@')[0]}`"
+    print(f"| {name} | {r['method']} | {r['bits']:.3f} | {r['ppl']:.3f} | {r['kl']:.4f} | {r['seconds']:.0f} |", flush=True)
