@@ -32,7 +32,9 @@ pub use eval::{
     Agreement, AllConventionsReport, Distribution, DivergenceRecord, EncoderReport, FidelityRecord, PerplexityReport,
     PseudoPerplexity,
 };
-pub use heal::{HealRecord, HealedHalf, HealedModel, HealedPart, HealedText, HeldOutPerplexity};
+pub use heal::{
+    HealRecord, HealedClosed, HealedHalf, HealedModel, HealedPart, HealedStep, HealedText, HeldOutPerplexity,
+};
 pub use importance::{BlockImportance, ChannelImportance, GroupImportance, ImportanceRecord};
 pub use inspect::{BelowThreshold, EnergyRank, Figures, InspectReport, PowerLaw, Spectrum, SpectrumRecord};
 pub use narrow::{NarrowRecord, NarrowedUnit};
