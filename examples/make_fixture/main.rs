@@ -10,15 +10,16 @@
 
 mod grammar;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::path::Path;
 
 use anyhow::{Result, anyhow};
-use candle_core::{Device, Tensor, Var};
-use candle_nn::{AdamW, Optimizer, ParamsAdamW, loss};
+use candle_core::{Device, Tensor};
+use candle_nn::loss;
 use lrc::checkpoint::{Checkpoint, Dtype, SafetensorsWriter, TensorSpec, cast};
 use lrc::model::{Decoder, ModelConfig, Role};
 use lrc::text::{Bos, Tokenizer};
+use lrc::train::{AdamW, Descent, Start, Variables};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 use serde_json::json;
@@ -119,7 +120,7 @@ fn shapes(config: &ModelConfig, architecture: &lrc::model::Architecture) -> Vec<
     shapes
 }
 
-fn initial(name: &str, shape: &[usize], generator: &mut ChaCha8Rng) -> Result<Var> {
+fn initial(name: &str, shape: &[usize], generator: &mut ChaCha8Rng) -> Result<Tensor> {
     let n: usize = shape.iter().product();
     // Uniform of the variance that fits the width; what feeds the residual stream starts smaller.
     let depth =
@@ -133,27 +134,35 @@ fn initial(name: &str, shape: &[usize], generator: &mut ChaCha8Rng) -> Result<Va
             (offset + scale * (2.0 * unit - 1.0)) as f32
         })
         .collect();
-    Ok(Var::from_vec(values, shape, &Device::Cpu)?)
+    Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
 }
 
-fn train_model(folder: &Path, ids: &[u32]) -> Result<Vec<(String, Var)>> {
+fn train_model(folder: &Path, ids: &[u32]) -> Result<Variables> {
     let fields = serde_json::from_slice(&std::fs::read(folder.join("config.json"))?)?;
     let config: ModelConfig = serde_json::from_value(fields)?;
     let architecture = lrc::model::architectures::find("llama").ok_or_else(|| anyhow!("llama is a family"))?;
     let mut generator = ChaCha8Rng::seed_from_u64(3);
-    let mut variables = Vec::new();
+    let mut starts = Vec::new();
     for (name, shape) in shapes(&config, architecture) {
-        variables.push((name.clone(), initial(&name, &shape, &mut generator)?));
+        let values = initial(&name, &shape, &mut generator)?;
+        starts.push(Start::plain(name, values));
     }
-    let weights: HashMap<String, Tensor> = variables.iter().map(|(n, v)| (n.clone(), v.as_tensor().clone())).collect();
+    let variables = Variables::new(starts)?;
+    let weights = variables.tensors();
     let decoder = Decoder::of_variables(config, architecture, &weights);
-    let parameters = ParamsAdamW { beta2: 0.98, weight_decay: 0.05, ..Default::default() };
-    let mut optimizer = AdamW::new(variables.iter().map(|(_, v)| v.clone()).collect(), parameters)?;
+    let settings = AdamW {
+        beta2: 0.98,
+        weight_decay: 0.05,
+        decays_vectors: true,
+        largest_norm: f64::INFINITY,
+        ..AdamW::default()
+    };
+    let mut descent = Descent::new(&variables, settings);
     for step in 0..N_STEPS {
         let progress = step as f64 / N_STEPS as f64;
         let decay = 0.5 * (1.0 + (std::f64::consts::PI * progress).cos());
         let warm_up = ((step + 1) as f64 / WARM_UP as f64).min(1.0);
-        optimizer.set_learning_rate(PEAK_LEARNING_RATE * warm_up * decay.max(0.02));
+        let rate = PEAK_LEARNING_RATE * warm_up * decay.max(0.02);
         let (mut inputs, mut targets) = (Vec::new(), Vec::new());
         for _ in 0..BATCH {
             let first = (generator.next_u64() % (ids.len() - WINDOW) as u64) as usize;
@@ -167,7 +176,7 @@ fn train_model(folder: &Path, ids: &[u32]) -> Result<Vec<(String, Var)>> {
         if let Some((name, _)) = variables.iter().find(|(_, v)| gradients.get(v.as_tensor()).is_none()) {
             return Err(anyhow!("`{name}` has no gradient"));
         }
-        optimizer.step(&gradients)?;
+        descent.step(&gradients, rate)?;
         if step % 50 == 0 || step + 1 == N_STEPS {
             println!("step {step}: loss {:.4}", loss.to_scalar::<f32>()?);
         }
@@ -175,12 +184,15 @@ fn train_model(folder: &Path, ids: &[u32]) -> Result<Vec<(String, Var)>> {
     Ok(variables)
 }
 
-fn write_weights(folder: &Path, variables: &[(String, Var)]) -> Result<()> {
-    let spec =
-        |(name, v): &(String, Var)| TensorSpec { name: name.clone(), dtype: Dtype::F32, shape: v.dims().to_vec() };
+fn write_weights(folder: &Path, variables: &Variables) -> Result<()> {
+    let spec = |(name, v): (&str, &candle_core::Var)| TensorSpec {
+        name: name.into(),
+        dtype: Dtype::F32,
+        shape: v.dims().to_vec(),
+    };
     let specs: Vec<TensorSpec> = variables.iter().map(spec).collect();
     let mut writer = SafetensorsWriter::create(folder, &specs, u64::MAX)?;
-    for (name, variable) in variables {
+    for (name, variable) in variables.iter() {
         let values = variable.flatten_all()?.to_vec1::<f32>()?;
         let bytes = cast::encode(Dtype::F32, &values).map_err(|i| anyhow!("`{name}` is not finite at {i}"))?;
         writer.write(name, &bytes)?;

@@ -5,3 +5,4 @@ pub mod gram;
 pub mod low_rank;
 pub mod metric;
 pub mod narrow;
+pub mod natural;

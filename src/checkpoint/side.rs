@@ -13,7 +13,7 @@ use super::paths::{CONFIG_FILE, INDEX_FILE, REPORT_FILE, SETTINGS_FILES, file_na
 use super::place;
 use super::reader::read_file;
 use super::work::is_unfinished;
-use crate::codecs::{peft, torch};
+use crate::codecs::{gguf, peft, torch};
 
 /// Modules of sentence-transformers: a list whose `path` are folders.
 const MODULES_FILE: &str = "modules.json";
@@ -90,6 +90,18 @@ impl Checkpoint {
         walk.homes.extend(real(&self.root));
         walk.folder(Path::new(""))?;
         Ok(walk.side)
+    }
+
+    /// The files of the adapter in its folder that is part of the model, from its root; none if there is none.
+    pub fn own_adapter(&self) -> Vec<PathBuf> {
+        let folder = Path::new(peft::FOLDER);
+        let (weights, config) = (folder.join(peft::WEIGHTS_FILE), folder.join(peft::CONFIG_FILE));
+        let is_read = |file: &Path| self.shards.iter().any(|shard| shard.path() == self.root.join(file));
+        match (is_read(&weights), is_read(Path::new(gguf::LORA_FILE))) {
+            (true, _) => vec![weights, config],
+            (_, true) => vec![gguf::LORA_FILE.into()],
+            (false, false) => Vec::new(),
+        }
     }
 
     /// The files that are read with the model; outputs must not overwrite them.

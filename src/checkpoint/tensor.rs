@@ -127,6 +127,11 @@ impl TensorInfo {
         Some(Self { name, shape, begin, end, encoded, strides, ..self.clone() })
     }
 
+    /// Whether the file has its elements in row-major order.
+    pub(super) fn is_in_order(&self) -> bool {
+        self.strides.is_none()
+    }
+
     /// The product of the shape.
     pub fn n_elements(&self) -> u64 {
         self.shape.iter().map(|&d| d as u64).product()
@@ -154,6 +159,24 @@ enum Shows {
     Codes,
     /// Only the values that they encode.
     Values,
+}
+
+/// A stored tensor of floats behind another.
+pub(super) struct Behind<'a> {
+    pub info: &'a TensorInfo,
+    /// Where its floats are in its bytes.
+    pub place: Place,
+}
+
+/// Where floats are in the bytes of a stored tensor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Place {
+    /// One after the other, in this dtype.
+    Rows(Dtype, Arrangement),
+    /// The same of a matrix in the other order.
+    Transposed(Dtype),
+    /// In blocks of codes.
+    Blocks(Arrangement),
 }
 
 #[derive(Debug, Clone, PartialEq)]
@@ -299,6 +322,39 @@ impl Encoded {
             Codec::Foreign(Arithmetic(decoder), _) => self.shows == Shows::Values || decoder.is_known_from_header(),
             _ => true,
         }
+    }
+
+    /// The stored tensor with the floats that it is made of while its codes stay: scales of codes, or all values.
+    /// `None` for layouts that `lrc` does not write, and for values that are computed from several tensors.
+    pub fn behind(&self, shape: &[usize]) -> Option<Behind<'_>> {
+        let n_floats: usize = match (self.storage(), shape) {
+            (Some(storage), &[rows, cols]) => storage.scales_shape(rows, cols)?.iter().product(),
+            (Some(_), _) => return None,
+            (None, _) => shape.iter().product(),
+        };
+        let as_they_are = |dtype| Place::Rows(dtype, Arrangement::Same);
+        let (info, place) = match &self.codec {
+            _ if self.shows == Shows::Values => return None,
+            Codec::Packed(_) => {
+                let scales = self.stored.get(packed::SCALES_AT)?;
+                (scales, as_they_are(scales.dtype))
+            }
+            Codec::Foreign(Arithmetic(decoder), suffixes) => {
+                let scales = decoder.scales()?;
+                let info = self.stored.get(suffixes.iter().position(|&suffix| suffix == scales.suffix)?)?;
+                (info, if scales.is_transposed { Place::Transposed(info.dtype) } else { as_they_are(info.dtype) })
+            }
+            Codec::Rows(Element::Plain(dtype), arrangement) => {
+                (self.stored.first()?, Place::Rows(*dtype, *arrangement))
+            }
+            Codec::Rows(Element::Block(_), arrangement) => {
+                return Some(Behind { info: self.stored.first()?, place: Place::Blocks(*arrangement) });
+            }
+            Codec::Transposed(dtype) => (self.stored.first()?, Place::Transposed(*dtype)),
+            Codec::Picked(_) | Codec::Computed(_) => return None,
+        };
+        let is_whole = cast::is_float(info.dtype) && info.is_in_order() && info.n_elements() == n_floats as u64;
+        is_whole.then_some(Behind { info, place })
     }
 
     /// One matrix of a stack; `None` if it is only encoded as a whole.

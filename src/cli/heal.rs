@@ -13,7 +13,7 @@ use super::streams::{print, print_json};
 use super::terminal::{Bars, table};
 use crate::compress::recipe;
 use crate::error::Failure;
-use crate::heal::{HealJob, HealStage, Train, WeightedText, heal};
+use crate::heal::{HealJob, HealStage, SAVE_STEPS, Train, WeightedText, heal};
 use crate::report::{CompressReport, HealRecord, HealedPart, HeldOutPerplexity};
 use crate::train::Settings;
 
@@ -82,6 +82,13 @@ pub(super) struct HealArgs {
     /// Windows of a step
     #[arg(long, value_name = "N", value_parser = at_least_1, default_value_t = Settings::default().batch, help_heading = "Training")]
     batch: usize,
+
+    /// Steps of the stage `model` after which its state is kept
+    ///
+    /// A run that was killed goes on from there. A state takes 16 bytes a trained parameter, and its predecessor is
+    /// removed once it is whole.
+    #[arg(long, value_name = "N", value_parser = at_least_1, default_value_t = SAVE_STEPS, help_heading = "Training")]
+    save_steps: usize,
 
     #[command(flatten)]
     memory: MemoryArgs,
@@ -182,6 +189,7 @@ pub(super) fn run(args: &HealArgs, quiet: bool, progress: &Bars) -> Result<()> {
         },
         windows,
         statistics: options.statistics.as_deref(),
+        save_steps: args.save_steps,
         output: args.folder.path(),
         existing: args.folder.existing(),
         earlier: args.restart.earlier(),

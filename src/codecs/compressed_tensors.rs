@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 
 use super::cast::{self, Dtype};
 use super::coded::{Tensor, Written, checked, gathered, run_of, transposed, transposed_words};
-use super::layout::{CodeLayout, Decoded, Decoder, Described, Fields, Method, Stored};
+use super::layout::{CodeLayout, Decoded, Decoder, Described, Fields, Method, Scales, Stored};
 use super::scaled::{self, Scaled};
 use crate::quantize::{Grouped, Levels, Quantized, Scheme, bits};
 
@@ -227,6 +227,10 @@ impl Decoder for Packed {
         let Some(order) = &self.order else { return Some(Decoded::Quantized(Quantized::Grouped(matrix))) };
         let zeros = if matrix.zeros.is_empty() { vec![1 << (bits - 1); rows * self.groups] } else { matrix.zeros };
         Some(Decoded::Values(gathered(&matrix.codes, &matrix.scales, &zeros, order, self.groups)))
+    }
+
+    fn scales(&self) -> Option<Scales> {
+        self.order.is_none().then_some(Scales { suffix: ".weight_scale", is_transposed: false })
     }
 
     fn scheme(&self) -> Option<Scheme> {

@@ -13,7 +13,7 @@ use serde_json::{Map, Value, json};
 
 use super::cast::{self, Dtype};
 use super::coded::{Tensor, Written, checked, gathered, run_of, transposed, transposed_words};
-use super::layout::{CodeLayout, Decoded, Decoder, Described, Fields, Method, Stored};
+use super::layout::{CodeLayout, Decoded, Decoder, Described, Fields, Method, Scales, Stored};
 use crate::linalg;
 use crate::quantize::{Grouped, Levels, Quantized, Scheme, bits};
 
@@ -212,6 +212,10 @@ impl Decoder for Gptq {
 
     fn scheme(&self) -> Option<Scheme> {
         self.order.is_none().then_some(self.scheme)
+    }
+
+    fn scales(&self) -> Option<Scales> {
+        self.order.is_none().then_some(Scales { suffix: ".scales", is_transposed: true })
     }
 
     fn is_known_from_header(&self) -> bool {

@@ -141,6 +141,15 @@ pub enum Decoded {
     Values(Vec<f32>),
 }
 
+/// The tensor with the scales of a weight, one a group.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Scales {
+    /// Its suffix.
+    pub suffix: &'static str,
+    /// Whether it is (n_groups, out), and not (out, n_groups).
+    pub is_transposed: bool,
+}
+
 /// The arithmetic of one weight.
 pub trait Decoder: fmt::Debug + Send + Sync {
     /// The weight from its stored tensors; `None` if their sizes do not match.
@@ -148,6 +157,12 @@ pub trait Decoder: fmt::Debug + Send + Sync {
 
     /// The scheme of its codes if other formats may keep them, as far as headers show it.
     fn scheme(&self) -> Option<Scheme> {
+        None
+    }
+
+    /// Where the scales of its codes are, if they are those of [`Self::scheme`]; `None` for layouts that `lrc` does not
+    /// write.
+    fn scales(&self) -> Option<Scales> {
         None
     }
 

@@ -55,6 +55,9 @@ impl PackedEntry {
 /// The suffix of the tensor that every packed matrix has.
 pub const FIRST: &str = CODES;
 
+/// The index of the scales among [`tensors`].
+pub const SCALES_AT: usize = 1;
+
 /// The tensors of a matrix (rows, cols).
 pub fn tensors(scheme: Scheme, [rows, cols]: [usize; 2]) -> Vec<Tensor> {
     let (bits, groups) = (scheme.levels.bits(), scheme.n_groups(cols));
@@ -83,7 +86,7 @@ pub fn write(matrix: &Grouped) -> Vec<Written> {
 pub fn read([rows, cols]: [usize; 2], scheme: Scheme, stored: &[(Dtype, Vec<u8>)]) -> Option<Grouped> {
     let (bits, groups) = (scheme.levels.bits(), scheme.n_groups(cols));
     let codes = scheme.unpack(&stored.first()?.1, rows, cols)?;
-    let (dtype, scales) = stored.get(1)?;
+    let (dtype, scales) = stored.get(SCALES_AT)?;
     let zeros = match scheme.levels.has_zeros() {
         true => bits::unpack(&stored.get(2)?.1, rows, groups, bits, 1)?,
         false => Vec::new(),

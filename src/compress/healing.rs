@@ -8,8 +8,9 @@ use super::job::Job;
 use super::recipe::Recipe;
 use super::record;
 use super::run::Run;
-use crate::checkpoint::{Checkpoint, Earlier, Existing, OutputFolder};
-use crate::heal::{HealJob, Train, WeightedText, heal_into};
+use crate::checkpoint::{Earlier, Existing, OutputFolder};
+use crate::heal::{HealJob, SAVE_STEPS, Train, WeightedText, heal_into};
+use crate::model;
 use crate::progress::Progress;
 use crate::report::{CompressReport, REPORT_FILE, concluded};
 use crate::train::Settings;
@@ -68,7 +69,7 @@ fn into_folder(
         compress(&first)?;
     }
     let windows = job.recipe.calibration().expect("invariant: a recipe that heals has a text").clone();
-    let student = Checkpoint::open(first.output)?;
+    let student = model::open(first.output)?;
     let statistics = first.keep_statistics.or(job.recipe.statistics());
     let healing = HealJob {
         checkpoint: &student,
@@ -81,6 +82,7 @@ fn into_folder(
         settings: Settings { seed: windows.seed, ..Settings::default() },
         windows,
         statistics: statistics.filter(|_| job.recipe.needs().output_gram),
+        save_steps: SAVE_STEPS,
         output: job.output,
         existing: job.existing,
         earlier: job.earlier,

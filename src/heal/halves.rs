@@ -108,7 +108,7 @@ impl Halves<'_> {
         }
         let lesson = &Lesson { scale: 1.0 / before, ..*lesson };
         let start = variables.values()?;
-        let course = fit(variables, lesson, pieces, settings, workers, stage)?;
+        let course = fit(variables, lesson, pieces, settings, workers, None, stage)?;
         variables.set(&rounded(self.checkpoint, variables)?)?;
         let after = held_out(variables, lesson, pieces, workers)? * before;
         // Rounding to the dtype of the file may cost more than training gained.

@@ -1,11 +1,8 @@
 //! Perplexities of the held-out windows, before and after.
 
-use std::collections::HashMap;
-
 use anyhow::Result;
-use candle_core::Tensor;
 
-use super::tensors::Healed;
+use super::tensors::{Healed, tensors};
 use crate::checkpoint::Checkpoint;
 use crate::model::{Decoder, Objective, Scored, Trained, Walk, WalkLimits};
 use crate::progress::{Progress, Stage};
@@ -30,11 +27,7 @@ pub(super) fn perplexities(
     let n_tokens: usize = windows.iter().map(Vec::len).sum();
     let stage = progress.stage("perplexity", (3 * n_tokens * (teacher.n_blocks() + 1)) as u64, "tokens");
     let of = |decoder: &Decoder<'_>| perplexity(decoder, windows, limits, stage.as_ref());
-    let tensor = |(name, values): (&String, &Vec<f32>)| -> Result<(String, Tensor)> {
-        let shape = checkpoint.require(name)?.shape.clone();
-        Ok((name.clone(), Tensor::from_vec(values.clone(), shape, student.device())?))
-    };
-    let variables: HashMap<String, Tensor> = healed.iter().map(tensor).collect::<Result<_>>()?;
+    let variables = tensors(healed, checkpoint, student.device())?;
     let trained = Trained { below: checkpoint, variables: &variables };
     Ok(Some(HeldOutPerplexity {
         teacher: of(teacher)?,

@@ -37,6 +37,8 @@ pub struct HealJob<'a> {
     pub statistics: Option<&'a Path>,
     /// How long and how fast.
     pub settings: Settings,
+    /// Steps of the stage `model` after which its state is kept, so that a run that was killed goes on from there.
+    pub save_steps: usize,
     /// The output folder, which appears whole or not at all.
     pub output: &'a Path,
     /// How an output of an earlier run is treated.
@@ -49,6 +51,9 @@ pub struct HealJob<'a> {
     pub device: Device,
 }
 
+/// [`HealJob::save_steps`] unless it is given: a state is written in the time of a few steps.
+pub const SAVE_STEPS: usize = 100;
+
 /// A way to train.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
@@ -58,6 +63,8 @@ pub enum HealStage {
     Blocks,
     /// The whole model, on the source's distributions of the next token
     Model,
+    /// Natural-gradient steps on the same, in closed form; needs statistics of the source
+    Closed,
 }
 
 impl HealStage {
@@ -66,6 +73,7 @@ impl HealStage {
         match self {
             Self::Blocks => "blocks",
             Self::Model => "model",
+            Self::Closed => "closed",
         }
     }
 }

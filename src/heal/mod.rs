@@ -3,37 +3,40 @@
 //! Stage `blocks` takes the model apart: the halves of a block (attention, feed-forward) learn, one after another, to
 //! give the states that the source has there, from the states that the healed part before them gives (AA-SVD; by windows
 //! with a non-linearity, arXiv 2510.14444). One half with its gradients is in memory at a time. Floats are trained: parts
-//! of structures, dense weights, norms and biases; codes and the vocabulary stay.
+//! of structures, dense weights, norms and biases, and the scales of codes; codes and the vocabulary stay.
 
+mod closed;
 mod halves;
 mod held_out;
 mod job;
 mod metric;
 mod model;
+mod moves;
 mod output;
 mod tensors;
 mod texts;
 
 use std::time::Instant;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use serde_json::Value;
 
+use self::closed::Closed;
 use self::halves::Halves;
-pub use self::job::{Distance, HealJob, HealStage, Train};
+pub use self::job::{Distance, HealJob, HealStage, SAVE_STEPS, Train};
 use self::metric::Metrics;
-use self::model::WholeModel;
-pub(crate) use self::output::takes;
+use self::model::{KeptState, STATE_BYTES, WholeModel};
 use self::tensors::{Healed, Selected};
 use self::texts::Drawn;
 pub use self::texts::WeightedText;
 use crate::calibrate::{Needs, Statistics};
 use crate::checkpoint::{OutputFolder, expect_apart};
+use crate::error::Failure;
 use crate::formats::Format;
-use crate::model::{Decoder, Walk, WalkLimits, coverage, fingerprint};
+use crate::model::{Decoder, LinearId, Walk, WalkLimits, coverage, fingerprint};
 use crate::progress::Progress;
 use crate::report::earlier::read_report;
-use crate::report::{CompressReport, HealRecord, HealedPart, REPORT_FILE, concluded};
+use crate::report::{CompressReport, HealRecord, HealedClosed, HealedModel, HealedPart, REPORT_FILE, concluded};
 use crate::store::Journal;
 use crate::train::{Pieces, Settings};
 
@@ -74,13 +77,19 @@ fn checked<'a>(job: &'a HealJob<'a>) -> Result<(Run<'a>, CompressReport)> {
     let teacher = Decoder::open(job.teacher)?.on(&job.device);
     let student = Decoder::open(job.checkpoint)?.on(&job.device);
     job::expect_same_shape(job, &teacher, &student)?;
+    if job.stages.contains(&HealStage::Closed) && job.statistics.is_none() {
+        let failure = Failure::usage("the stage `closed` needs Grams of the inputs and gradients of the source");
+        let hint = "measure them with `lrc calibrate MODEL --method kfac`, and give the file to `--statistics`";
+        return Err(failure.hint(hint).into());
+    }
     let trained = Selected::of(job, &report)?;
     let drawn = Drawn::of(job.checkpoint, job.texts, job.held_out, &job.windows)?;
     let statistics = job.statistics.map(Statistics::open).transpose()?;
     if let (Some(statistics), Some(path)) = (&statistics, job.statistics) {
         let named = path.display().to_string();
         statistics.expect_model(&fingerprint(job.teacher)?, &named)?;
-        statistics.expect_needs(Needs { output_gram: true, ..Needs::default() }, &named)?;
+        let input_gram = job.stages.contains(&HealStage::Closed);
+        statistics.expect_needs(Needs { input_gram, output_gram: true, ..Needs::default() }, &named)?;
     }
     Ok((Run { job, teacher, student, trained, drawn, statistics, format, started }, report))
 }
@@ -88,6 +97,14 @@ fn checked<'a>(job: &'a HealJob<'a>) -> Result<(Run<'a>, CompressReport)> {
 /// The stage `model` moves all blocks at once, and takes smaller steps.
 fn of_model(settings: &Settings) -> Settings {
     Settings { learning_rate: settings.learning_rate / 4.0, ..*settings }
+}
+
+/// What the stages did.
+#[derive(Default)]
+struct Trainings {
+    parts: Vec<HealedPart>,
+    model: Option<HealedModel>,
+    closed: Option<HealedClosed>,
 }
 
 /// A healing whose inputs have been checked.
@@ -110,20 +127,19 @@ impl Run<'_> {
         progress: &dyn Progress,
     ) -> Result<CompressReport> {
         let Self { job, teacher, student, drawn, .. } = self;
-        folder.require_space(job.checkpoint.file_bytes())?;
+        let n_kept = match job.stages.contains(&HealStage::Model) {
+            // The last state, and the one that is written before it takes its place.
+            true => 2 * STATE_BYTES * self.trained.n_floats(student, job.checkpoint),
+            false => 0,
+        };
+        folder.require_space(job.checkpoint.file_bytes() + n_kept)?;
         let limits = WalkLimits::new(job.memory_bytes, folder.work());
         let walk = Walk::new(teacher, &drawn.windows, &limits)?.of_text(&drawn.names());
         let pieces = drawn.pieces();
         let journal = Journal::new(folder.pieces());
-        let (mut healed, mut parts, mut whole) = (Healed::new(), Vec::new(), None);
+        let (mut healed, mut trained) = (Healed::new(), Trainings::default());
         for stage in job.stages {
-            match stage {
-                HealStage::Blocks => parts = self.blocks(&walk, &pieces, &mut healed, &journal, progress)?,
-                HealStage::Model => {
-                    let model = WholeModel::new(teacher, (student, &self.trained), job.checkpoint, &walk, progress)?;
-                    whole = Some(model.run(&mut healed, &pieces, &of_model(&job.settings), &journal, progress)?);
-                }
-            }
+            self.stage(*stage, (&walk, &pieces), (&mut healed, &mut trained), &journal, progress)?;
         }
         let windows: Vec<Vec<u32>> = pieces.held_out.iter().map(|&i| drawn.windows[i].clone()).collect();
         let perplexity =
@@ -143,13 +159,44 @@ impl Run<'_> {
             learning_rate: job.settings.learning_rate,
             seed: job.settings.seed,
             parameters: healed.values().map(|values| values.len() as u64).sum(),
-            parts,
-            model: whole,
+            parts: trained.parts,
+            model: trained.model,
+            closed: trained.closed,
             perplexity,
         };
         report.healed = Some(record);
         output::write(job, &healed, self.format, &mut report, folder, self.started)?;
         Ok(report)
+    }
+
+    /// One stage, beginning with what was `healed` so far.
+    fn stage(
+        &self,
+        stage: HealStage,
+        (walk, pieces): (&Walk<'_>, &Pieces),
+        (healed, done): (&mut Healed, &mut Trainings),
+        journal: &Journal,
+        progress: &dyn Progress,
+    ) -> Result<()> {
+        let Self { job, teacher, student, trained, .. } = self;
+        if stage == HealStage::Blocks {
+            done.parts = self.blocks(walk, pieces, healed, journal, progress)?;
+            return Ok(());
+        }
+        let whole = WholeModel::new(teacher, (student, trained), job.checkpoint, walk, progress)?;
+        if stage == HealStage::Model {
+            let kept = KeptState { journal, every: job.save_steps };
+            done.model = Some(whole.run(healed, pieces, &of_model(&job.settings), &kept, progress)?);
+            return Ok(());
+        }
+        let statistics = self.statistics.as_ref().context("invariant: the stage `closed` has statistics")?;
+        let of_block = |block| {
+            teacher.linears(block).into_iter().map(move |(slot, shape)| (LinearId { block, slot }, shape.into()))
+        };
+        let shapes = (0..teacher.n_blocks()).flat_map(of_block).collect();
+        let closed = Closed { whole: &whole, trained, statistics, shapes, journal };
+        done.closed = Some(closed.run(healed, pieces, job.settings.epochs, progress)?);
+        Ok(())
     }
 
     fn blocks(

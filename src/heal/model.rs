@@ -8,20 +8,51 @@ use candle_core::backprop::GradStore;
 use candle_core::{Tensor, Var};
 use serde_json::json;
 
-use super::tensors::{Healed, Selected, rounded};
+use super::tensors::{Healed, Selected, rounded, tensors};
 use crate::checkpoint::Checkpoint;
 use crate::device::to_host;
+use crate::error::Failure;
 use crate::model::{Block, Decoder, Head, Hidden, Trained, Walk};
 use crate::progress::Progress;
 use crate::report::HealedModel;
 use crate::store::{Journal, Values};
-use crate::train::{Course, Objective, Pieces, Settings, Variables, fit, held_out};
+use crate::train::{Course, Keep, Objective, Pieces, Settings, State, Variables, fit, held_out};
 
 /// Tokens of a row whose probabilities are learned one by one; the others are learned as one.
 const TOP: usize = 64;
 
 /// The journal key of the stage.
 const PIECE: &str = "healed-model";
+
+/// The journal key of the last state of the stage.
+const STATE: &str = "healing-model";
+
+/// Bytes of a state that is kept, for each trained parameter: its value, the best one, and two moments.
+pub(super) const STATE_BYTES: u64 = 16;
+
+/// The state of the training of the whole model between two steps, of which the last is kept.
+pub(super) struct KeptState<'a> {
+    pub journal: &'a Journal,
+    /// Steps from one to the next.
+    pub every: usize,
+}
+
+impl Keep for KeptState<'_> {
+    fn every(&self) -> usize {
+        self.every
+    }
+
+    fn last(&self) -> Result<Option<(State, Vec<Vec<f32>>)>> {
+        let Some(mut piece) = self.journal.get(STATE)? else { return Ok(None) };
+        let state = serde_json::from_value(piece.fields.take())?;
+        let arrays = piece.rest().into_iter().map(|array| array.values.f32s()).collect::<Result<_>>()?;
+        Ok(Some((state, arrays)))
+    }
+
+    fn keep(&self, state: &State, arrays: Vec<Vec<f32>>) -> Result<()> {
+        self.journal.put(STATE, json!(state), arrays.into_iter().map(Values::from).collect()).map(|_| ())
+    }
+}
 
 /// The most likely tokens of the teacher in every row of a window.
 struct Likely {
@@ -79,13 +110,14 @@ fn diverge(row: &mut [f32], ids: &[u32], p: &[f32]) -> f64 {
 
 /// The student as a whole, and what it learns.
 pub(super) struct WholeModel<'a> {
-    student: &'a Decoder<'a>,
+    pub student: &'a Decoder<'a>,
     trained: &'a Selected,
-    checkpoint: &'a Checkpoint,
-    walk: &'a Walk<'a>,
+    /// The student's files.
+    pub checkpoint: &'a Checkpoint,
+    pub walk: &'a Walk<'a>,
     head: Head,
     /// The student's states before the first block.
-    embedded: Hidden,
+    pub embedded: Hidden,
     /// By window.
     likely: Vec<Likely>,
 }
@@ -136,9 +168,10 @@ impl<'a> WholeModel<'a> {
         healed: &mut Healed,
         pieces: &Pieces,
         settings: &Settings,
-        journal: &Journal,
+        kept: &KeptState<'_>,
         progress: &dyn Progress,
     ) -> Result<HealedModel> {
+        let journal = kept.journal;
         if let Some(mut piece) = journal.get(PIECE)? {
             let (names, record): (Vec<String>, HealedModel) = serde_json::from_value(piece.fields.take())?;
             for name in names {
@@ -153,7 +186,7 @@ impl<'a> WholeModel<'a> {
         }
         let (variables, workers) = (Variables::new(tensors)?, self.walk.workers());
         let start = variables.values()?;
-        let course = fit(&variables, self, pieces, settings, workers, stage.as_ref())?;
+        let course = fit(&variables, self, pieces, settings, workers, Some(kept), stage.as_ref())?;
         variables.set(&rounded(self.checkpoint, &variables)?)?;
         let before = course.held_out[0];
         let after = held_out(&variables, self, pieces, workers)?;
@@ -175,13 +208,48 @@ impl<'a> WholeModel<'a> {
         };
         let arrays = changed.values().cloned().map(Values::from).collect();
         journal.put(PIECE, json!([changed.keys().collect::<Vec<_>>(), record]), arrays)?;
+        journal.remove(STATE);
         healed.extend(changed);
         Ok(record)
     }
 
+    /// The mean divergence of the rows of some windows, with what was `healed`; one block is in memory at a time.
+    ///
+    /// # Errors
+    /// The student cannot be read or run, or the divergence is not finite.
+    pub fn divergence(&self, healed: &Healed, windows: &[usize]) -> Result<f64> {
+        let (walk, variables) = (self.walk, tensors(healed, self.checkpoint, self.student.device())?);
+        let trained = Trained { below: self.checkpoint, variables: &variables };
+        let student = self.student.with_weights(&trained);
+        let mut states = Vec::new();
+        for &window_idx in windows {
+            states.push(walk.window(&self.embedded, window_idx)?.unsqueeze(0)?);
+        }
+        for block_idx in 0..student.n_blocks() {
+            let (block, mut next) = (student.block(block_idx)?, Vec::new());
+            let forward = |i: usize| block.forward(&states[i], walk.rope(), &mut |_, _| Ok(()));
+            let keep = |_: usize, x: Tensor| -> Result<()> {
+                next.push(x.detach());
+                Ok(())
+            };
+            walk.workers().in_order(states.len(), forward, keep)?;
+            states = next;
+        }
+        let mut sum = 0.0;
+        for (&window_idx, x) in windows.iter().zip(&states) {
+            let x = x.squeeze(0)?;
+            let divergence = self.at_head(&x, window_idx, None)?.0 / x.dim(0)? as f64;
+            if !divergence.is_finite() {
+                return Err(Failure::numeric(format!("{}: the loss is not finite", self.place(window_idx))).into());
+            }
+            sum += divergence;
+        }
+        Ok(sum / windows.len().max(1) as f64)
+    }
+
     /// The summed divergence of the rows of last states `x` (n_rows, hidden_size), and the gradient of `scale` times
     /// it if it is asked for.
-    fn at_head(&self, x: &Tensor, window_idx: usize, scale: Option<f64>) -> Result<(f64, Option<Tensor>)> {
+    pub fn at_head(&self, x: &Tensor, window_idx: usize, scale: Option<f64>) -> Result<(f64, Option<Tensor>)> {
         let (mut sum, mut gradients) = (0.0, Vec::new());
         let Likely { ids, p } = &self.likely[window_idx];
         let top = TOP.min(self.head.vocab_size());

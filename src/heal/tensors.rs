@@ -1,24 +1,37 @@
-//! The floats of a student that are trained.
+//! The floats of a student that are trained: values of floats, and scales of codes.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use candle_core::Tensor;
 
 use super::job::{HealJob, Train};
-use crate::checkpoint::{Checkpoint, TensorInfo, cast};
+use crate::checkpoint::{Checkpoint, CheckpointError, Floats, TensorInfo};
+use crate::device::Device;
 use crate::error::Failure;
 use crate::model::Decoder;
 use crate::report::CompressReport;
-use crate::train::Variables;
+use crate::train::{Start, Variables};
 
-/// Healed tensors by name, in the order of their values in the file.
+/// Floats of tensors by name, as [`Checkpoint::floats`] has them.
 pub(super) type Healed = BTreeMap<String, Vec<f32>>;
+
+/// As tensors on a device.
+///
+/// # Errors
+/// There is no tensor of a name.
+pub(super) fn tensors(healed: &Healed, checkpoint: &Checkpoint, device: &Device) -> Result<HashMap<String, Tensor>> {
+    let tensor = |(name, values): (&String, &Vec<f32>)| -> Result<(String, Tensor)> {
+        let shape = checkpoint.floats_shape(checkpoint.require(name)?);
+        Ok((name.clone(), Tensor::from_vec(values.clone(), shape, device)?))
+    };
+    healed.iter().map(tensor).collect()
+}
 
 /// The tensors that are trained.
 pub(super) struct Selected {
     /// The modules that they belong to; `None`: all.
-    modules: Option<Vec<String>>,
+    pub modules: Option<Vec<String>>,
 }
 
 impl Selected {
@@ -39,12 +52,13 @@ impl Selected {
         Ok(Self { modules: Some(modules) })
     }
 
-    fn holds(&self, tensor: &str) -> bool {
+    /// Whether a tensor is trained.
+    pub fn holds(&self, tensor: &str) -> bool {
         let is_of = |module: &String| tensor.strip_prefix(module).is_some_and(|rest| rest.starts_with('.'));
         self.modules.as_ref().is_none_or(|modules| modules.iter().any(is_of))
     }
 
-    /// The floats of a block by name, as far as they are healed.
+    /// The floats of a block, as far as they are healed.
     ///
     /// # Errors
     /// A tensor cannot be read.
@@ -54,17 +68,35 @@ impl Selected {
         checkpoint: &Checkpoint,
         block_idx: usize,
         healed: &Healed,
-    ) -> Result<Vec<(String, Tensor)>> {
+    ) -> Result<Vec<Start>> {
+        let tensor = |info: &TensorInfo| -> Result<Start> {
+            let (Floats { shape, values, reach }, device) = (checkpoint.floats(&info.name)?, student.device());
+            let values = healed.get(&info.name).cloned().unwrap_or(values);
+            let reach = reach.map(|reach| Tensor::from_vec(reach, (shape[0], 1, 1), device)).transpose()?;
+            Ok(Start { name: info.name.clone(), values: Tensor::from_vec(values, shape, device)?, reach })
+        };
+        self.of_block(student, checkpoint, block_idx).map(tensor).collect()
+    }
+
+    /// The tensors of a block whose floats are trained.
+    fn of_block<'a>(
+        &'a self,
+        student: &Decoder<'_>,
+        checkpoint: &'a Checkpoint,
+        block_idx: usize,
+    ) -> impl Iterator<Item = &'a TensorInfo> {
         let prefix = format!("{}.", student.block_name(block_idx));
-        let is_trained = |info: &&TensorInfo| {
-            info.name.starts_with(&prefix) && cast::is_float(info.dtype) && !info.is_encoded() && self.holds(&info.name)
+        let is_trained = move |info: &&TensorInfo| {
+            info.name.starts_with(&prefix) && checkpoint.has_own_floats(info) && self.holds(&info.name)
         };
-        let tensor = |info: &TensorInfo| -> Result<(String, Tensor)> {
-            let values =
-                healed.get(&info.name).map_or_else(|| checkpoint.values(&info.name), |values| Ok(values.clone()))?;
-            Ok((info.name.clone(), Tensor::from_vec(values, info.shape.clone(), student.device())?))
-        };
-        checkpoint.tensors().filter(is_trained).map(tensor).collect()
+        checkpoint.tensors().filter(is_trained)
+    }
+
+    /// The number of floats in all blocks.
+    pub fn n_floats(&self, student: &Decoder<'_>, checkpoint: &Checkpoint) -> u64 {
+        let of_block = |block_idx| self.of_block(student, checkpoint, block_idx);
+        let infos = (0..student.n_blocks()).flat_map(of_block);
+        infos.map(|info| checkpoint.floats_shape(info).iter().product::<usize>() as u64).sum()
     }
 }
 
@@ -75,12 +107,14 @@ impl Selected {
 pub(super) fn rounded(checkpoint: &Checkpoint, variables: &Variables) -> Result<Vec<Vec<f32>>> {
     let values = variables.values()?;
     let round = |((name, _), values): ((&str, _), &Vec<f32>)| {
-        let dtype = checkpoint.require(name)?.dtype;
-        let bytes = cast::encode(dtype, values).map_err(|place| {
-            Failure::numeric(format!("value {place} of `{name}` does not fit its dtype after training"))
-                .hint("a smaller `--learning-rate` may help")
-        })?;
-        cast::decode(dtype, &bytes).context("invariant: floats are trained")
+        checkpoint.rounded(name, values).map_err(|error| match error {
+            CheckpointError::Overflow { first, .. } => {
+                Failure::numeric(format!("value {first} of `{name}` does not fit its dtype after training"))
+                    .hint("a smaller `--learning-rate` may help")
+                    .into()
+            }
+            other => other.into(),
+        })
     };
     variables.iter().zip(&values).map(round).collect()
 }

@@ -3,12 +3,13 @@
 use std::collections::HashMap;
 
 use anyhow::{Context, Result};
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
 use crate::checkpoint::{Checkpoint, Dtype, TensorInfo};
 use crate::device::{Device, HOST};
 use crate::error::Failure;
 use crate::operator::{self, BASE};
+use crate::quantize::Scaled;
 
 /// How a family stores dense weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,11 +61,12 @@ pub struct Overlay<'a> {
     pub above: HashMap<String, Tensor>,
 }
 
-/// A checkpoint some of whose tensors are variables, each in the order in which it is stored.
+/// A checkpoint some of whose tensors are variables, each in the order in which it is stored: values of floats, or
+/// scales of codes.
 pub struct Trained<'a> {
     /// Every tensor that is not trained.
     pub below: &'a Checkpoint,
-    /// The variables, by the name of the tensor.
+    /// The variables, by the name of the tensor; of the shapes of [`Checkpoint::floats`].
     pub variables: &'a HashMap<String, Tensor>,
 }
 
@@ -149,16 +151,39 @@ impl Weights for Trained<'_> {
     }
 
     fn tensor(&self, name: &str) -> Result<Tensor> {
-        self.variables.get(name).map_or_else(|| self.below.tensor(name), |tensor| Ok(tensor.clone()))
+        let Some(variable) = self.variables.get(name) else { return self.below.tensor(name) };
+        match self.below.quantized(name)?.and_then(|codes| codes.scaled()) {
+            Some(scaled) => scaled_matrix(variable, scaled),
+            None => Ok(variable.clone()),
+        }
     }
 
     fn indices(&self, name: &str) -> Result<Tensor> {
-        self.below.indices(name)
+        match self.variables.get(name) {
+            Some(indices) => Ok(indices.to_dtype(DType::U32)?),
+            None => self.below.indices(name),
+        }
     }
 
     fn matrix(&self, name: &str, order: Order) -> Result<Tensor> {
         turned(self.below, name, order, self.tensor(name)?)
     }
+}
+
+/// The matrix (rows, cols) of the levels of codes times `scales` (kinds, rows, n_runs), differentiable in these.
+fn scaled_matrix(scales: &Tensor, Scaled { shape: [_, rows, n_runs], levels, run, .. }: Scaled) -> Result<Tensor> {
+    let mut terms = levels.into_iter().enumerate().map(|(kind, levels)| -> Result<Tensor> {
+        let (own, cols) = (scales.get(kind)?, levels.len() / rows.max(1));
+        let levels = Tensor::from_vec(levels, (rows, cols), scales.device())?;
+        if run * n_runs == cols {
+            let runs = levels.reshape((rows, n_runs, run))?;
+            return Ok(runs.broadcast_mul(&own.unsqueeze(2)?)?.reshape((rows, cols))?);
+        }
+        let runs: Vec<u32> = (0..cols).map(|col| (col / run) as u32).collect();
+        Ok((own.index_select(&Tensor::new(runs, scales.device())?, 1)? * levels)?)
+    });
+    let first = terms.next().context("invariant: codes have scales")?;
+    terms.try_fold(first?, |sum, term| Ok((sum + term?)?))
 }
 
 impl Weights for HashMap<String, Tensor> {

@@ -103,6 +103,21 @@ impl BlockType {
         cols > 0 && cols.is_multiple_of(self.codec.block().0)
     }
 
+    /// Weights of a block.
+    pub(super) fn n_weights(self) -> usize {
+        self.codec.block().0
+    }
+
+    /// Bytes of a block.
+    pub(super) fn n_block_bytes(self) -> usize {
+        self.codec.block().1
+    }
+
+    /// The first bytes of the f16 numbers of a block.
+    pub(super) fn floats(self) -> &'static [usize] {
+        self.codec.floats()
+    }
+
     /// Bytes of a matrix (rows, cols).
     pub fn n_bytes(self, rows: usize, cols: usize) -> u64 {
         let (size, bytes) = self.codec.block();

@@ -64,6 +64,19 @@ impl Codec {
         }
     }
 
+    /// The first bytes of the f16 numbers of a block: its scale, and its minimum if it has one. Its values are linear
+    /// in them.
+    pub fn floats(self) -> &'static [usize] {
+        match self {
+            Self::Candle(GgmlDType::Q4_1 | GgmlDType::Q5_1 | GgmlDType::Q4K | GgmlDType::Q5K) => &[0, 2],
+            Self::Candle(GgmlDType::Q2K) => &[80, 82],
+            Self::Candle(GgmlDType::Q3K) => &[108],
+            Self::Candle(GgmlDType::Q6K) => &[208],
+            Self::Candle(GgmlDType::Q4_0 | GgmlDType::Q5_0 | GgmlDType::Q8_0) | Self::Iq4Nl | Self::Iq4Xs => &[0],
+            Self::Candle(_) => &[],
+        }
+    }
+
     /// The layout.
     ///
     /// # Panics

@@ -42,6 +42,9 @@ pub struct HealRecord {
     pub parts: Vec<HealedPart>,
     /// The model as a whole; none without the stage `model`.
     pub model: Option<HealedModel>,
+    /// The steps in closed form; none without the stage `closed`.
+    #[serde(default)]
+    pub closed: Option<HealedClosed>,
     /// Perplexities of the held-out windows; none for encoders.
     pub perplexity: Option<HeldOutPerplexity>,
 }
@@ -71,6 +74,30 @@ pub struct HealedModel {
     pub trained: Vec<f64>,
     /// The same of the held-out windows, before the first epoch and after each.
     pub held_out: Vec<f64>,
+}
+
+/// What steps of the natural gradient did.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+pub struct HealedClosed {
+    /// Mean KL divergence from the teacher's next tokens on held-out windows, in nats per token, before this stage.
+    pub divergence_before: f64,
+    /// The same after it, with values rounded to their dtype.
+    pub divergence_after: f64,
+    /// The steps, each over all trained windows.
+    pub steps: Vec<HealedStep>,
+}
+
+/// A step of the natural gradient.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+pub struct HealedStep {
+    /// The size that was kept, in lengths; 0: none lowered the divergence.
+    pub size: f64,
+    /// Polyak's length: the share of the natural gradient at which the divergence would be zero if it fell linearly.
+    pub length: f64,
+    /// Mean rank of the steps of the linears: what is not noise in their gradients.
+    pub mean_rank: f64,
+    /// Divergences of the held-out windows after two lengths, one, half, and a quarter of one.
+    pub divergences: Vec<f64>,
 }
 
 /// The windows of a text.

@@ -34,7 +34,9 @@ pub use eval::{
     PseudoPerplexity,
 };
 pub use generate::{GenerateReport, GeneratedRecord, Stop};
-pub use heal::{HealRecord, HealedHalf, HealedModel, HealedPart, HealedText, HeldOutPerplexity};
+pub use heal::{
+    HealRecord, HealedClosed, HealedHalf, HealedModel, HealedPart, HealedStep, HealedText, HeldOutPerplexity,
+};
 pub use importance::{BlockImportance, ChannelImportance, ExpertImportance, GroupImportance, ImportanceRecord};
 pub use inspect::{BelowThreshold, EnergyRank, Figures, InspectReport, PowerLaw, Spectrum, SpectrumRecord};
 pub use narrow::{NarrowRecord, NarrowedUnit};

@@ -3,12 +3,13 @@
 use std::collections::HashMap;
 
 use anyhow::Result;
+use candle_core::Tensor;
 use candle_core::backprop::GradStore;
-use candle_core::{Tensor, Var};
-use candle_nn::{AdamW, Optimizer, ParamsAdamW};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
+use serde::{Deserialize, Serialize};
 
+use super::descent::{AdamW, Descent};
 use super::schedule::learning_rate;
 use super::variables::Variables;
 use crate::device::to_host;
@@ -16,10 +17,6 @@ use crate::error::Failure;
 use crate::progress::Stage;
 use crate::workers::Workers;
 
-/// Gradients of a larger norm are shortened to this.
-const LARGEST_NORM: f64 = 1.0;
-/// Decay of matrices; vectors (norms, biases) have none.
-const WEIGHT_DECAY: f64 = 0.01;
 /// Training ends when the loss of held-out pieces has not fallen in so many epochs.
 const PATIENCE: usize = 2;
 
@@ -83,7 +80,7 @@ impl Default for Settings {
 }
 
 /// The mean losses of a fit.
-#[derive(Debug, Clone, Default, PartialEq)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Course {
     /// Of the trained pieces during each epoch.
     pub trained: Vec<f64>,
@@ -93,8 +90,41 @@ pub struct Course {
     pub best: usize,
 }
 
-/// Trains `variables`, which end with the values that have the least loss on the held-out pieces. The result does not
-/// depend on the number of threads.
+/// How far a fit is.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct State {
+    /// Whole epochs before this one.
+    epochs: usize,
+    /// Steps of this one.
+    steps: usize,
+    /// The sum of the losses in them.
+    sum: f64,
+    /// Steps of all epochs.
+    all_steps: usize,
+    course: Course,
+}
+
+/// Where the state of a fit outlives a kill.
+pub trait Keep {
+    /// Steps from one state that is kept to the next.
+    fn every(&self) -> usize;
+
+    /// The last state that was kept, with its arrays.
+    ///
+    /// # Errors
+    /// It cannot be read.
+    fn last(&self) -> Result<Option<(State, Vec<Vec<f32>>)>>;
+
+    /// Keeps a state in place of the last: the values of all variables, the best of them so far, and the moments of
+    /// AdamW.
+    ///
+    /// # Errors
+    /// It cannot be written.
+    fn keep(&self, state: &State, arrays: Vec<Vec<f32>>) -> Result<()>;
+}
+
+/// Trains `variables`, which end with the values that have the least loss on the held-out pieces. Goes on from the last
+/// state that was kept. The result does not depend on it, nor on the number of threads.
 ///
 /// # Errors
 /// A loss is not finite, or cannot be computed.
@@ -104,38 +134,86 @@ pub fn fit<O: Objective>(
     pieces: &Pieces,
     settings: &Settings,
     workers: &Workers,
+    kept: Option<&dyn Keep>,
     progress: &dyn Stage,
 ) -> Result<Course> {
-    let mut descent = Descent::new(variables, settings.learning_rate)?;
-    let mut course = Course { held_out: vec![held_out(variables, objective, pieces, workers)?], ..Course::default() };
-    let mut best = variables.values()?;
+    let mut run = Fit::new(variables, kept, &|| held_out(variables, objective, pieces, workers))?;
     let mut generator = ChaCha8Rng::seed_from_u64(settings.seed);
     let mut order = pieces.trained.clone();
     let n_steps = settings.epochs * order.len().div_ceil(settings.batch);
-    let mut step = 0;
+    progress.advance((run.state.all_steps * settings.batch) as u64);
     for epoch in 1..=settings.epochs {
         shuffle(&mut order, &mut generator);
-        let mut sum = 0.0;
-        for batch in order.chunks(settings.batch) {
+        if epoch <= run.state.epochs {
+            continue;
+        }
+        for batch in order.chunks(settings.batch).skip(run.state.steps) {
             let (loss, gradients) = gradients(variables, objective, batch, workers)?;
-            sum += loss;
-            descent.step(gradients, learning_rate(settings.learning_rate, step, n_steps))?;
-            step += 1;
+            let rate = learning_rate(settings.learning_rate, run.state.all_steps, n_steps);
+            run.step(loss, &gradients, rate)?;
             progress.advance(batch.len() as u64);
         }
-        course.trained.push(sum / order.len().max(1) as f64);
         let loss = held_out(variables, objective, pieces, workers)?;
-        let is_best = course.held_out.iter().all(|&before| loss < before);
-        course.held_out.push(loss);
-        if is_best {
-            (course.best, best) = (epoch, variables.values()?);
-        } else if epoch >= course.best + PATIENCE {
+        if !run.ends(epoch, loss, order.len())? {
             progress.advance(((settings.epochs - epoch) * order.len()) as u64);
             break;
         }
     }
-    variables.set(&best)?;
-    Ok(course)
+    variables.set(&run.best)?;
+    Ok(run.state.course)
+}
+
+/// A fit between two steps.
+struct Fit<'a> {
+    variables: &'a Variables,
+    kept: Option<&'a dyn Keep>,
+    descent: Descent,
+    state: State,
+    best: Vec<Vec<f32>>,
+}
+
+impl<'a> Fit<'a> {
+    /// From the last state that was kept, or from the values that the variables have and their loss.
+    fn new(variables: &'a Variables, kept: Option<&'a dyn Keep>, loss: &dyn Fn() -> Result<f64>) -> Result<Self> {
+        let mut descent = Descent::new(variables, AdamW::default());
+        if let Some((state, mut arrays)) = kept.map(Keep::last).transpose()?.flatten() {
+            let n = variables.iter().count();
+            anyhow::ensure!(arrays.len() == 4 * n, "invariant: a state has the arrays of its variables");
+            descent.restore(state.all_steps, arrays.split_off(2 * n))?;
+            let best = arrays.split_off(n);
+            variables.set(&arrays)?;
+            return Ok(Self { variables, kept, descent, state, best });
+        }
+        let course = Course { held_out: vec![loss()?], ..Course::default() };
+        let state = State { course, ..State::default() };
+        Ok(Self { variables, kept, descent, state, best: variables.values()? })
+    }
+
+    /// A step along the gradients of a batch with this summed loss.
+    fn step(&mut self, loss: f64, gradients: &GradStore, rate: f64) -> Result<()> {
+        self.descent.step(gradients, rate)?;
+        let state = &mut self.state;
+        (state.sum, state.steps, state.all_steps) = (state.sum + loss, state.steps + 1, state.all_steps + 1);
+        if let Some(kept) = self.kept.filter(|kept| state.all_steps.is_multiple_of(kept.every())) {
+            let arrays = [self.variables.values()?, self.best.clone(), self.descent.moments()?].concat();
+            kept.keep(&self.state, arrays)?;
+        }
+        Ok(())
+    }
+
+    /// Ends an epoch of `n` pieces with the loss of those that are held out; returns whether another one may help.
+    fn ends(&mut self, epoch: usize, loss: f64, n: usize) -> Result<bool> {
+        let State { course, sum, .. } = &mut self.state;
+        course.trained.push(*sum / n.max(1) as f64);
+        let is_best = course.held_out.iter().all(|&before| loss < before);
+        course.held_out.push(loss);
+        if is_best {
+            (course.best, self.best) = (epoch, self.variables.values()?);
+        }
+        let goes_on = epoch < course.best + PATIENCE;
+        (self.state.epochs, self.state.steps, self.state.sum) = (epoch, 0, 0.0);
+        Ok(goes_on)
+    }
 }
 
 /// The mean loss of the held-out pieces.
@@ -192,49 +270,13 @@ fn shuffle(order: &mut [usize], generator: &mut ChaCha8Rng) {
     }
 }
 
-/// AdamW (Loshchilov & Hutter 2019) over matrices and vectors, which have no decay.
-struct Descent {
-    variables: Vec<Var>,
-    optimizers: [AdamW; 2],
-}
-
-impl Descent {
-    fn new(variables: &Variables, rate: f64) -> Result<Self> {
-        let variables: Vec<Var> = variables.iter().map(|(_, variable)| variable.clone()).collect();
-        let (matrices, vectors) = variables.iter().cloned().partition(|variable| variable.rank() > 1);
-        let optimizer = |variables: Vec<Var>, weight_decay: f64| {
-            AdamW::new(variables, ParamsAdamW { lr: rate, weight_decay, ..ParamsAdamW::default() })
-        };
-        let optimizers = [optimizer(matrices, WEIGHT_DECAY)?, optimizer(vectors, 0.0)?];
-        Ok(Self { variables, optimizers })
-    }
-
-    fn step(&mut self, mut gradients: GradStore, rate: f64) -> Result<()> {
-        let mut squares = 0.0;
-        for variable in &self.variables {
-            let Some(gradient) = gradients.get(variable) else { continue };
-            squares += to_host(gradient)?.into_iter().map(|g| f64::from(g) * f64::from(g)).sum::<f64>();
-        }
-        let norm = squares.sqrt();
-        if norm > LARGEST_NORM {
-            for variable in &self.variables {
-                let Some(gradient) = gradients.get(variable) else { continue };
-                let shorter = (gradient * (LARGEST_NORM / norm))?;
-                gradients.insert(variable, shorter);
-            }
-        }
-        for optimizer in &mut self.optimizers {
-            optimizer.set_learning_rate(rate);
-            optimizer.step(&gradients)?;
-        }
-        Ok(())
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::sync::Mutex;
+
     use candle_core::Device;
 
+    use super::super::variables::Start;
     use super::*;
     use crate::progress::Silent;
 
@@ -281,7 +323,7 @@ mod tests {
 
     fn variables() -> Variables {
         let zeros = |shape: &[usize]| Tensor::zeros(shape, candle_core::DType::F32, &Device::Cpu).unwrap();
-        Variables::new(vec![("weight".into(), zeros(&[3, 4])), ("unused".into(), zeros(&[2]))]).unwrap()
+        Variables::new(vec![Start::plain("weight", zeros(&[3, 4])), Start::plain("unused", zeros(&[2]))]).unwrap()
     }
 
     const SETTINGS: Settings = Settings { epochs: 60, batch: 3, learning_rate: 0.05, seed: 7 };
@@ -291,8 +333,9 @@ mod tests {
         let pieces = Pieces { trained: (0..14).collect(), held_out: vec![14, 15] };
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build()?;
         let stage = crate::progress::Progress::stage(&Silent, "test", 1, "pieces");
-        let course =
-            pool.install(|| fit(&variables, &regression, &pieces, settings, &Workers::new(threads)?, stage.as_ref()))?;
+        let course = pool.install(|| {
+            fit(&variables, &regression, &pieces, settings, &Workers::new(threads)?, None, stage.as_ref())
+        })?;
         Ok((course, variables.values()?))
     }
 
@@ -303,6 +346,54 @@ mod tests {
         assert_eq!(values[1], [0.0; 2], "no gradient reaches it");
         for threads in [2, 3] {
             assert_eq!(run(0.0, threads, &SETTINGS).unwrap(), (course.clone(), values.clone()));
+        }
+    }
+
+    /// The last state, and how many are kept before the run is killed.
+    struct Killed {
+        last: Mutex<Option<(State, Vec<Vec<f32>>)>>,
+        left: Mutex<usize>,
+        every: usize,
+    }
+
+    impl Keep for Killed {
+        fn every(&self) -> usize {
+            self.every
+        }
+
+        fn last(&self) -> Result<Option<(State, Vec<Vec<f32>>)>> {
+            Ok(self.last.lock().unwrap().clone())
+        }
+
+        fn keep(&self, state: &State, arrays: Vec<Vec<f32>>) -> Result<()> {
+            *self.last.lock().unwrap() = Some((state.clone(), arrays));
+            let mut left = self.left.lock().unwrap();
+            *left = left.checked_sub(1).ok_or_else(|| anyhow::anyhow!("killed"))?;
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_fit_goes_on_from_the_last_state_as_if_it_had_never_stopped() {
+        // The last epochs do not help, so that the best one and the number of epochs outlive a kill too.
+        let (regression, settings) = (Regression::new(16, 2.0), Settings { batch: 4, ..SETTINGS });
+        let pieces = Pieces { trained: (0..14).collect(), held_out: vec![14, 15] };
+        let (expected, values) = run(2.0, 1, &settings).unwrap();
+        let stage = crate::progress::Progress::stage(&Silent, "test", 1, "pieces");
+        for (every, kept) in [(1, 0), (1, 5), (3, 0), (3, 2), (1000, 0)] {
+            let killed = Killed { last: Mutex::default(), left: Mutex::new(kept), every };
+            let mut n_kills = 0;
+            let (course, found) = loop {
+                let (variables, workers) = (variables(), Workers::new(1).unwrap());
+                match fit(&variables, &regression, &pieces, &settings, &workers, Some(&killed), stage.as_ref()) {
+                    Ok(course) => break (course, variables.values().unwrap()),
+                    Err(error) => assert_eq!(error.to_string(), "killed"),
+                }
+                n_kills += 1;
+                *killed.left.lock().unwrap() = kept;
+            };
+            assert_eq!((course, found), (expected.clone(), values.clone()), "every {every} steps");
+            assert_eq!(n_kills == 0, every == 1000, "{n_kills} kills");
         }
     }
 
@@ -326,7 +417,7 @@ mod tests {
         let pieces = Pieces { trained: vec![0, 1, 2], held_out: vec![3] };
         let stage = crate::progress::Progress::stage(&Silent, "test", 1, "pieces");
         let workers = Workers::new(1).unwrap();
-        let error = fit(&variables(), &regression, &pieces, &SETTINGS, &workers, stage.as_ref()).unwrap_err();
+        let error = fit(&variables(), &regression, &pieces, &SETTINGS, &workers, None, stage.as_ref()).unwrap_err();
         assert_eq!(error.to_string(), "piece 2: the loss is not finite");
         assert_eq!(crate::error::exit_class(&error), crate::error::ExitClass::Numeric);
     }

@@ -9,31 +9,66 @@ use crate::device::to_host;
 
 /// Named tensors that are trained, in a fixed order.
 #[derive(Debug, Default)]
-pub struct Variables(Vec<(String, Var)>);
+pub struct Variables(Vec<Variable>);
+
+#[derive(Debug)]
+struct Variable {
+    name: String,
+    values: Var,
+    /// What its learning rate is divided by.
+    reach: Option<Tensor>,
+}
+
+/// A tensor before its training.
+#[derive(Debug, Clone)]
+pub struct Start {
+    /// Its name.
+    pub name: String,
+    /// Its values, on the device of the model.
+    pub values: Tensor,
+    /// What a change of one changes in the model, where that is not the same: scales of codes move all weights of a
+    /// group by their levels. Its learning rate is divided by this, and it has no decay. Of a shape that spreads to
+    /// that of the values.
+    pub reach: Option<Tensor>,
+}
+
+impl Start {
+    /// Of floats that are weights of the model.
+    pub fn plain(name: impl Into<String>, values: Tensor) -> Self {
+        Self { name: name.into(), values, reach: None }
+    }
+}
 
 impl Variables {
-    /// Variables with these names, shapes and values (row-major), on the device of the model.
+    /// Variables that begin with these values.
     ///
     /// # Errors
-    /// A shape does not match its values.
-    pub fn new(tensors: Vec<(String, Tensor)>) -> Result<Self> {
-        let variable = |(name, tensor): (String, Tensor)| Ok((name, Var::from_tensor(&tensor)?));
+    /// The device fails.
+    pub fn new(tensors: Vec<Start>) -> Result<Self> {
+        let variable = |Start { name, values, reach }: Start| -> Result<Variable> {
+            Ok(Variable { name, values: Var::from_tensor(&values)?, reach })
+        };
         Ok(Self(tensors.into_iter().map(variable).collect::<Result<_>>()?))
     }
 
     /// Name and variable of each.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &Var)> {
-        self.0.iter().map(|(name, variable)| (name.as_str(), variable))
+        self.0.iter().map(|variable| (variable.name.as_str(), &variable.values))
+    }
+
+    /// Each variable, and what its learning rate is divided by.
+    pub(super) fn with_reaches(&self) -> impl Iterator<Item = (&Var, Option<&Tensor>)> {
+        self.0.iter().map(|variable| (&variable.values, variable.reach.as_ref()))
     }
 
     /// The tensors by name; gradients of what is computed from them can be taken.
     pub fn tensors(&self) -> HashMap<String, Tensor> {
-        self.0.iter().map(|(name, variable)| (name.clone(), variable.as_tensor().clone())).collect()
+        self.iter().map(|(name, variable)| (name.to_string(), variable.as_tensor().clone())).collect()
     }
 
     /// The tensors by name, for work without gradients.
     pub fn detached(&self) -> HashMap<String, Tensor> {
-        self.0.iter().map(|(name, variable)| (name.clone(), variable.as_detached_tensor())).collect()
+        self.iter().map(|(name, variable)| (name.to_string(), variable.as_detached_tensor())).collect()
     }
 
     /// The values of all, row-major.
@@ -41,7 +76,7 @@ impl Variables {
     /// # Errors
     /// The device fails.
     pub fn values(&self) -> Result<Vec<Vec<f32>>> {
-        self.0.iter().map(|(_, variable)| Ok(to_host(variable.as_tensor())?)).collect()
+        self.iter().map(|(_, variable)| Ok(to_host(variable.as_tensor())?)).collect()
     }
 
     /// Sets the values of all.
@@ -49,7 +84,7 @@ impl Variables {
     /// # Errors
     /// There are too few, or a shape does not match.
     pub fn set(&self, values: &[Vec<f32>]) -> Result<()> {
-        for (i, (name, variable)) in self.0.iter().enumerate() {
+        for (i, (name, variable)) in self.iter().enumerate() {
             let values = values.get(i).with_context(|| format!("invariant: `{name}` has values"))?;
             let shape: &Shape = variable.shape();
             variable.set(&Tensor::from_slice(values, shape, variable.device())?)?;

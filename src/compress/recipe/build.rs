@@ -15,7 +15,7 @@ use super::settings::Recipe;
 use crate::calibrate::Needs;
 use crate::compress::options::{Fused, RecipeOptions};
 use crate::compress::scale::{DepthWeight, Sensitivity};
-use crate::heal;
+use crate::heal::HealStage;
 
 impl Recipe {
     /// Checks the options against each other and fills in the defaults.
@@ -113,10 +113,10 @@ impl Recipe {
                 "a text is run through the model, which `--statistics` cannot replace",
             ));
         }
-        if self.heals() && !heal::takes(self.format()) {
+        if self.heal_stages().contains(&HealStage::Closed) && !self.needs().output_gram {
             return Err(usage(
-                format!("`--heal` cannot be combined with `--format {}`", self.format().name()),
-                "heal the model in `--format factored` or `dense`, then `lrc export` it",
+                "`--heal closed` needs a method that measures gradients",
+                "did you mean `--method kfac`?",
             ));
         }
         Ok(())

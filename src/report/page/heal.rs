@@ -30,6 +30,16 @@ pub(super) fn charts(record: &HealRecord) -> Vec<Chart> {
         let lines = [by_epoch(&model.trained, 1, 0.0), by_epoch(&model.held_out, 0, 1.0)];
         charts.push(epochs("the model: divergence, nats per token".into(), &lines));
     }
+    if let Some(closed) = &record.closed {
+        let least = |before: &mut f64, divergences: &[f64]| {
+            *before = divergences.iter().copied().fold(*before, f64::min);
+            Some(*before)
+        };
+        let steps = closed.steps.iter().map(|step| step.divergences.as_slice());
+        let after: Vec<f64> = steps.scan(closed.divergence_before, least).collect();
+        let line = by_epoch(&[&[closed.divergence_before], &after[..]].concat(), 0, 1.0);
+        charts.push(epochs("closed form: divergence after each step, nats per token".into(), &[line]));
+    }
     charts
 }
 

@@ -1,5 +1,7 @@
 //! Healing: a compressed model learns from its source, in the same shapes and bytes.
 
+mod formats;
+
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
@@ -176,31 +178,6 @@ fn a_compression_heals_what_it_made() {
         assert!(run.code == 2 && run.stderr.contains(message) && !out.exists(), "{}", run.stderr);
     };
     check(&["--keep", "0.5", "--method", "svd"], "`--heal` needs `--calibration FILE`");
-    check(&["--quant", "q8_0", "--format", "gguf", "--calibration", TRAIN], "cannot be combined with `--format gguf`");
-}
-
-#[test]
-fn codes_stay_and_what_is_float_beside_them_learns() {
-    let cases: [&[&str]; 4] = [
-        &["--quant", "rtn-int3-g32", "--compensate", "lorc", "--compensate-rank", "4"],
-        &["--quant", "rtn-int3-g32"],
-        &["--keep", "0.6", "--layout", "monarch"],
-        &["--keep", "0.6", "--format", "dense"],
-    ];
-    for flags in cases {
-        let model = Model::new(flags);
-        let (out, report) = model.heal("healed", &["--stage", "blocks", "--epochs", "3"]);
-        let changed = changed(&model.compressed, &out);
-        let codes = Checkpoint::open(&model.compressed).unwrap();
-        assert!(
-            !changed.is_empty() && changed.iter().all(|name| !codes.info(name).unwrap().is_encoded()),
-            "{changed:?}"
-        );
-        assert!(report["healed"]["parameters"].as_u64().unwrap() > 0);
-        let card = std::fs::read_to_string(out.join("README.md")).unwrap();
-        assert_eq!(card.contains("trust_remote_code"), !flags.contains(&"dense"), "{card}");
-        assert!(divergence(&out) < divergence(&model.compressed), "{flags:?}");
-    }
 }
 
 #[test]
@@ -245,6 +222,36 @@ fn weights(out: &Path) -> Vec<u8> {
 fn the_bytes_are_those_of_any_number_of_threads_and_of_any_kills() {
     let model = Model::new(&["--keep", "0.5"]);
     killed(1, &|out| owned(&model.arguments(out, &["--text", TRAIN, "--epochs", "2"])));
+}
+
+#[test]
+fn the_whole_model_goes_on_from_its_last_state() {
+    let model = Model::new(&["--keep", "0.5"]);
+    let flags = ["--text", TRAIN, "--stage", "model", "--epochs", "3", "--save-steps"];
+    let whole = model.out("whole");
+    ok(&model.arguments(&whole, &[&flags[..], &["100"]].concat()));
+    let out = model.out("killed");
+    let arguments = model.arguments(&out, &[&flags[..], &["1"]].concat());
+    let state = PathBuf::from(format!("{}.partial/pieces/healing-model", path(&out)));
+    let kept = || std::fs::metadata(&state).and_then(|found| found.modified()).ok();
+    let mut n_kills = 0;
+    loop {
+        let mut child = command(&arguments).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        let before = kept();
+        while kept().is_none_or(|now| Some(now) == before) && child.try_wait().unwrap().is_none() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        if child.try_wait().unwrap().is_some() {
+            let output = child.wait_with_output().unwrap();
+            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+            break;
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+        n_kills += 1;
+    }
+    assert!(n_kills >= 4, "{n_kills} kills");
+    assert!(weights(&out) == weights(&whole) && !state.exists());
 }
 
 #[test]
@@ -341,10 +348,6 @@ fn what_cannot_be_healed_is_refused() {
     );
     let of_source = ["heal", FIXTURE, "--teacher", FIXTURE, "--text", TRAIN, "-o", path(&out)];
     check(&of_source, 4, &["lrc-report.json` cannot be read", "a folder written by `lrc compress`"]);
-    let quantized = ["--quant", "rtn-int4-g32-sym", "--format", "compressed-tensors"];
-    let coded = Model::new(&quantized);
-    let named = ["has format \"compressed-tensors\"", "then `lrc export` it"];
-    check(&coded.arguments(&out, &["--text", TRAIN]), 4, &named);
     check(&model.arguments(&out, &["--text", "a.txt:0"]), 2, &["`--text a.txt:0`: expected FILE or FILE:WEIGHT"]);
     let flags = [&["--text", TRAIN][..], &["--learning-rate", "2"]].concat();
     let own = ["heal", compressed, "--teacher", FIXTURE, "-o", path(&out)];

@@ -1,0 +1,120 @@
+//! What learns in which format, and steps in closed form.
+
+use std::path::Path;
+
+use lrc::checkpoint::Checkpoint;
+
+use super::{Model, changed, divergence, shapes};
+use crate::common::{FIXTURE, TRAIN, lrc, ok, path};
+
+/// Whether the codes of a tensor are the same in two models; tensors of floats have none.
+fn has_same_codes([before, after]: [&Checkpoint; 2], name: &str) -> bool {
+    match (before.quantized(name).unwrap(), after.quantized(name).unwrap()) {
+        (Some(before), Some(after)) => after.with_scales(&before.scaled().unwrap().scales).as_ref() == Ok(&before),
+        (None, None) => true,
+        _ => false,
+    }
+}
+
+/// The sizes of all files of weights.
+fn sizes(model: &Path) -> Vec<u64> {
+    let files = ["model.safetensors", "model.gguf", "adapter/adapter_model.safetensors", "model-lora.gguf"];
+    files.iter().filter_map(|file| Some(std::fs::metadata(model.join(file)).ok()?.len())).collect()
+}
+
+/// Scales, minima, factors and norms learn in every format; codes stay. What the report says of the healed model is
+/// what its files give, which only have values of 16 bits.
+#[test]
+fn codes_stay_and_the_floats_beside_them_learn_in_every_format() {
+    let lorc = ["--compensate", "lorc", "--compensate-rank", "4", "--layout", "factors"];
+    let cases: [(&[&str], bool); 12] = [
+        (&["--quant", "rtn-int3-g32"], true),
+        (&["--quant", "rtn-int3-g64-asym"], true),
+        (&["--quant", "nf4-g32"], true),
+        (&["--quant", "rtn-int3-g32", "--quant-factors", "int8"], true),
+        (&["--quant", "rtn-int4-g32-sym", "--format", "compressed-tensors"], true),
+        (&["--quant", "rtn-int4-g32-sym", "--format", "gptq"], true),
+        (&["--quant", "rtn-int3-g32", "--format", "peft"], false),
+        (&["--quant", "q2_k", "--format", "gguf"], true),
+        (&["--quant", "q4_k", "--format", "gguf"], true),
+        (&["--quant", "iq4_xs", "--format", "gguf"], true),
+        (&["--keep", "0.6", "--layout", "monarch"], false),
+        (&["--keep", "0.6", "--format", "dense"], false),
+    ];
+    for (at, (flags, has_codes)) in cases.into_iter().enumerate() {
+        let with_factors = at < 8 && at != 1;
+        let model = Model::new(&[flags, if with_factors { &lorc[..] } else { &[] }].concat());
+        let stage = if at % 2 == 0 { "blocks" } else { "model" };
+        let (out, report) = model.heal("healed", &["--stage", stage, "--epochs", "3"]);
+        let [before, after] = [&model.compressed, &out].map(|folder| lrc::model::open(folder).unwrap());
+        let names = || before.tensors().map(|info| info.name.as_str());
+        let is_changed = |name: &&str| before.values(name).unwrap() != after.values(name).unwrap();
+        let floats: Vec<&str> = names().filter(|name| !name.ends_with("lr_order")).filter(is_changed).collect();
+        let is_coded = |name: &&&str| before.info(name).unwrap().storage().is_some();
+        assert_eq!(floats.iter().any(|name| is_coded(&name)), has_codes, "{flags:?}: {floats:?}");
+        assert!(floats.iter().any(|name| name.contains("norm")), "{flags:?}: {floats:?}");
+        assert_eq!(with_factors, floats.iter().any(|name| name.contains(".lr_a")), "{flags:?}: {floats:?}");
+        assert!(names().all(|name| has_same_codes([&before, &after], name)), "{flags:?}");
+        assert_eq!(sizes(&out), sizes(&model.compressed), "{flags:?}");
+        assert!(divergence(&out) < divergence(&model.compressed), "{flags:?}");
+        let again = Model { folder: tempfile::tempdir().unwrap(), compressed: out.clone() };
+        let (_, second) = again.heal("again", &["--stage", "blocks", "--epochs", "1"]);
+        assert_eq!(second["healed"]["perplexity"]["before"], report["healed"]["perplexity"]["after"], "{flags:?}");
+        let card = std::fs::read_to_string(out.join("README.md")).unwrap();
+        let adapter = ["compressed-tensors", "gptq", "peft"].iter().any(|format| flags.contains(format));
+        assert_eq!(card.contains("FOLDER/adapter") || card.contains("/adapter\""), adapter, "{card}");
+    }
+}
+
+/// A part that several linears share is not theirs to change: what one gains, another may lose.
+#[test]
+fn shared_parts_stay() {
+    let recipe = ["--keep", "0.5", "--layout", "factors", "--share", "--ranks", "knapsack", "--samples", "8"];
+    let model = Model::new(&[&recipe[..], &["--calibration", TRAIN]].concat());
+    let (out, report) = model.heal("healed", &["--epochs", "2"]);
+    let shared = Checkpoint::open(&out).unwrap().config().unwrap()["lrc"]["shared"].clone();
+    let owners: Vec<&str> = shared.as_object().unwrap().values().map(|owner| owner.as_str().unwrap()).collect();
+    let changed = changed(&model.compressed, &out);
+    assert!(!owners.is_empty() && !owners.iter().any(|owner| changed.iter().any(|name| name == owner)), "{changed:?}");
+    let again = Model { folder: tempfile::tempdir().unwrap(), compressed: out };
+    let (_, second) = again.heal("again", &["--stage", "blocks", "--epochs", "1"]);
+    assert_eq!(second["healed"]["perplexity"]["before"], report["healed"]["perplexity"]["after"]);
+}
+
+/// Steps in closed form keep every shape, structures and bases included; indices of pivots change with their parts.
+#[test]
+fn steps_in_closed_form_bring_the_model_nearer_at_the_rank_that_it_has() {
+    let folder = tempfile::tempdir().unwrap();
+    let statistics = folder.path().join("statistics.safetensors");
+    let calibrate = ["calibrate", FIXTURE, "--text", TRAIN, "--method", "kfac", "--samples", "16", "-q"];
+    ok(&[&calibrate[..], &["-o", path(&statistics)]].concat());
+    let cases: [&[&str]; 5] = [
+        &["--keep", "0.5"],
+        &["--keep", "0.5", "--layout", "factors"],
+        &["--keep", "0.6", "--layout", "monarch"],
+        &["--keep", "0.5", "--format", "dense"],
+        &["--quant", "rtn-int2-g32", "--compensate", "lorc", "--compensate-rank", "8"],
+    ];
+    for flags in cases {
+        let model = Model::new(flags);
+        let stage = ["--stage", "closed", "--epochs", "2", "--samples", "48", "--statistics", path(&statistics)];
+        let (out, report) = model.heal("healed", &stage);
+        let closed = &report["healed"]["closed"];
+        let divergence_of = |when: &str| closed[when].as_f64().unwrap();
+        assert!(divergence_of("divergence_after") < divergence_of("divergence_before"), "{flags:?}: {closed}");
+        let step = &closed["steps"][0];
+        let tried = step["divergences"].as_array().unwrap().iter().map(|d| d.as_f64().unwrap());
+        assert!(
+            step["size"].as_f64().unwrap() > 0.0
+                && tried.fold(f64::INFINITY, f64::min) >= divergence_of("divergence_after")
+        );
+        assert_eq!((shapes(&out), sizes(&out)), (shapes(&model.compressed), sizes(&model.compressed)));
+        assert!(divergence(&out) < divergence(&model.compressed), "{flags:?}");
+        let again = Model { folder: tempfile::tempdir().unwrap(), compressed: out };
+        let (_, second) = again.heal("again", &["--stage", "blocks", "--epochs", "1", "--samples", "48"]);
+        assert_eq!(second["healed"]["perplexity"]["before"], report["healed"]["perplexity"]["after"], "{flags:?}");
+    }
+    let model = Model::new(&["--keep", "0.5"]);
+    let run = lrc(&model.arguments(&model.out("x"), &["--text", TRAIN, "--stage", "closed"]));
+    assert!(run.code == 2 && run.stderr.contains("lrc calibrate MODEL --method kfac"), "{}", run.stderr);
+}
