@@ -46,6 +46,22 @@ impl SourceArgs {
     }
 }
 
+/// A model to compare with.
+#[derive(Debug, Args)]
+pub(super) struct ReferenceArgs {
+    /// Reference, usually the source model
+    #[arg(long, value_name = "MODEL", help_heading = "Model")]
+    pub reference: Option<String>,
+}
+
+impl ReferenceArgs {
+    /// The reference, if there is one, with its name on the command line.
+    pub fn open(&self, progress: &dyn Progress) -> Result<Option<(&str, Checkpoint)>> {
+        let opened = |name| Ok((name, open(name, None, progress)?));
+        self.reference.as_deref().map(opened).transpose()
+    }
+}
+
 /// How a model is opened.
 #[derive(Debug, Args)]
 pub(super) struct OpenArgs {

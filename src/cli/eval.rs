@@ -4,7 +4,9 @@ use anyhow::Result;
 use clap::builder::PossibleValue;
 use clap::{Arg, Args, ValueEnum};
 
-use super::arguments::{DeviceArgs, GateArgs, MemoryArgs, ScoredText, SourceArgs, at_least_1, at_least_2, open};
+use super::arguments::{
+    DeviceArgs, GateArgs, MemoryArgs, ReferenceArgs, ScoredText, SourceArgs, at_least_1, at_least_2,
+};
 use super::options::{Options, Selection};
 use super::terminal::{Bars, fixed, grouped, table};
 use crate::checkpoint::Checkpoint;
@@ -38,9 +40,8 @@ pub(super) struct EvalArgs {
     #[command(flatten)]
     model: SourceArgs,
 
-    /// Reference, usually the source model
-    #[arg(long, value_name = "MODEL", help_heading = "Model")]
-    reference: Option<String>,
+    #[command(flatten)]
+    reference: ReferenceArgs,
 
     #[command(flatten)]
     scored: ScoredText<Asked>,
@@ -124,9 +125,8 @@ pub(super) fn run(args: &EvalArgs, progress: &Bars) -> Result<()> {
     let device = args.device.open()?;
     let checkpoint = args.model.open(progress)?;
     let is_encoder = ModelConfig::of(&checkpoint)?.1.encoder.is_some();
-    let opened = args.reference.as_deref().map(|name| open(name, None, progress)).transpose()?;
-    let name = args.reference.as_deref().unwrap_or_default();
-    let reference = opened.as_ref().map(|checkpoint| Reference { checkpoint, name });
+    let opened = args.reference.open(progress)?;
+    let reference = opened.as_ref().map(|(name, checkpoint)| Reference { checkpoint, name });
     let run = Run { args, checkpoint: &checkpoint, reference: reference.as_ref(), device, progress };
     match args.scored.convention {
         None | Some(Asked::Masked) if is_encoder => run.encoder(),
@@ -161,7 +161,7 @@ fn check_gates(args: &EvalArgs) -> Result<()> {
 
 /// Fields of a report of perplexity that this run does not fill, with what would fill them.
 fn absent(args: &EvalArgs) -> Vec<(Vec<Field>, &'static str)> {
-    match args.reference {
+    match args.reference.reference {
         Some(_) => vec![],
         None => vec![(fields::<DivergenceRecord>(), "`--reference MODEL` measures it")],
     }
@@ -170,7 +170,7 @@ fn absent(args: &EvalArgs) -> Vec<(Vec<Field>, &'static str)> {
 /// Fields of an encoder's report that this run does not fill.
 fn absent_for_encoders(args: &EvalArgs) -> Vec<(Vec<Field>, &'static str)> {
     let mut absent = Vec::new();
-    if args.reference.is_none() {
+    if args.reference.reference.is_none() {
         absent.push((fields::<FidelityRecord>(), "`--reference MODEL` measures it"));
     } else if args.scored.convention.is_none() {
         absent.push((fields::<PseudoPerplexity>(), "`--convention masked` measures it"));

@@ -3,7 +3,7 @@
 use anyhow::Result;
 use clap::{Arg, Args};
 
-use super::arguments::{DeviceArgs, GateArgs, SourceArgs, at_least_1, open};
+use super::arguments::{DeviceArgs, GateArgs, ReferenceArgs, SourceArgs, at_least_1};
 use super::options::{Options, Selection};
 use super::streams::{print, write_error};
 use super::terminal::{Bars, fixed};
@@ -41,9 +41,8 @@ pub(super) struct GenerateArgs {
     #[arg(long, help_heading = "Text")]
     chat: bool,
 
-    /// The source model, which continues the prompt too
-    #[arg(long, value_name = "MODEL", help_heading = "Model")]
-    reference: Option<String>,
+    #[command(flatten)]
+    reference: ReferenceArgs,
 
     /// The most tokens to generate
     #[arg(long, value_name = "N", default_value_t = 128, value_parser = at_least_1, help_heading = "Text")]
@@ -100,7 +99,10 @@ fn probability(text: &str) -> Result<f64, String> {
 
 pub(super) fn run(args: &GenerateArgs, quiet: bool, progress: &Bars) -> Result<()> {
     let absent = [(of_reference(), "`--reference MODEL` measures it")];
-    gate::expect_fields::<GenerateReport>(&args.gates.fail_if, if args.reference.is_none() { &absent } else { &[] })?;
+    gate::expect_fields::<GenerateReport>(
+        &args.gates.fail_if,
+        if args.reference.reference.is_none() { &absent } else { &[] },
+    )?;
     let seed = args.options.values.seed;
     let is_drawn = args.top_k.is_some() || args.top_p < 1.0 || seed.is_some();
     if args.temperature == 0.0 && is_drawn {
@@ -112,8 +114,7 @@ pub(super) fn run(args: &GenerateArgs, quiet: bool, progress: &Bars) -> Result<(
         Sampling { temperature: args.temperature, top_k: args.top_k, top_p: args.top_p, seed: seed.unwrap_or(0) };
     let device = args.device.open()?;
     let checkpoint = args.model.open(progress)?;
-    let reference =
-        args.reference.as_deref().map(|name| anyhow::Ok((name, open(name, None, progress)?))).transpose()?;
+    let reference = args.reference.open(progress)?;
     let run = Run { args, sampling, device, quiet, progress };
     let generated = run.text(args.model.model(), &checkpoint)?;
     let reference = reference.map(|(name, checkpoint)| run.text(name, &checkpoint)).transpose()?;
@@ -154,7 +155,7 @@ impl Run<'_> {
     fn text(&self, name: &str, checkpoint: &Checkpoint) -> Result<GeneratedRecord> {
         let args = self.args;
         let is_shown = !args.gates.json.json;
-        if is_shown && args.reference.is_some() && !self.quiet {
+        if is_shown && args.reference.reference.is_some() && !self.quiet {
             print(&format!("[{name}]\n"))?;
         }
         let prompt = args.prompt.clone();
@@ -168,7 +169,7 @@ impl Run<'_> {
         let mut say = |piece: &str| if is_shown { print(piece) } else { Ok(()) };
         let generated = generate(checkpoint, &settings, self.progress, &mut say)?;
         if is_shown {
-            print(if args.reference.is_some() { "\n\n" } else { "\n" })?;
+            print(if args.reference.reference.is_some() { "\n\n" } else { "\n" })?;
         }
         Ok(generated)
     }

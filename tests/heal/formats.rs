@@ -37,8 +37,8 @@ fn codes_stay_and_the_floats_beside_them_learn_in_every_format() {
         (&["--quant", "rtn-int3-g32", "--format", "peft"], false),
         (&["--quant", "q2_k", "--format", "gguf"], true),
         (&["--quant", "q4_k", "--format", "gguf"], true),
-        (&["--quant", "iq4_xs", "--format", "gguf"], true),
         (&["--keep", "0.6", "--layout", "monarch"], false),
+        (&["--quant", "iq4_xs", "--format", "gguf"], true),
         (&["--keep", "0.6", "--format", "dense"], false),
     ];
     for (at, (flags, has_codes)) in cases.into_iter().enumerate() {

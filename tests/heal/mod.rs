@@ -31,8 +31,9 @@ impl Model {
 
     fn arguments<'a>(&'a self, out: &'a Path, flags: &[&'a str]) -> Vec<&'a str> {
         let own = ["heal", path(&self.compressed), "--teacher", FIXTURE, "-o", path(out), "--json"];
-        let windows = ["--samples", "16", "--seq-len", "64", "--learning-rate", "1e-3"];
-        [&own[..], &windows, flags].concat()
+        let windows = [["--samples", "16"], ["--seq-len", "64"], ["--learning-rate", "1e-3"]];
+        let others = windows.iter().filter(|[flag, _]| !flags.contains(flag)).flatten().copied();
+        own.into_iter().chain(others).chain(flags.iter().copied()).collect()
     }
 
     fn heal(&self, name: &str, flags: &[&str]) -> (PathBuf, Value) {
