@@ -87,7 +87,7 @@ pub(super) struct HealArgs {
     ///
     /// A run that was killed goes on from there. A state takes 16 bytes a trained parameter, and its predecessor is
     /// removed once it is whole.
-    #[arg(long, value_name = "N", value_parser = at_least_1, default_value_t = SAVE_STEPS, help_heading = "Training")]
+    #[arg(long, value_name = "N", value_parser = at_least_1, default_value_t = SAVE_STEPS, help_heading = "Training", hide_short_help = true)]
     save_steps: usize,
 
     #[command(flatten)]
