@@ -35,6 +35,6 @@ impl Prompt {
         };
         let messages = json!([{"role": "user", "content": message}]);
         let record = Document::Chat("the prompt".into(), [("messages".to_string(), messages)].into_iter().collect());
-        Ok(ChatTemplate::open(model)?.to_be_answered().render_all(vec![record])?.concat())
+        Ok(ChatTemplate::open(model)?.awaiting_answer().render_all(vec![record])?.concat())
     }
 }

@@ -64,7 +64,7 @@ fn kept(source: &Checkpoint, narrow: &Checkpoint, reader: &LinearInfo) -> Vec<us
 fn widened(source: &Checkpoint, narrow: &Checkpoint, from: &Path, to: &Path) {
     common::copy(path(from), to);
     std::fs::remove_file(to.join("model.safetensors")).unwrap();
-    let (mut of_source, of_output) = (config(from), config(&narrow.root().to_path_buf()));
+    let (mut of_source, of_output) = (config(from), config(narrow.root()));
     if let Some(number) = of_output.get("num_local_experts") {
         of_source["num_local_experts"] = number.clone();
         std::fs::write(to.join("config.json"), of_source.to_string()).unwrap();

@@ -59,13 +59,13 @@ pub(super) struct ChatTemplate {
     /// The template for records with `tools`, if it is a different one.
     tool_use: Option<String>,
     tokens: Map<String, Json>,
-    is_to_be_answered: bool,
+    awaits_answer: bool,
 }
 
 impl ChatTemplate {
     /// The same for conversations that end where the model is to answer.
-    pub fn to_be_answered(self) -> Self {
-        Self { is_to_be_answered: true, ..self }
+    pub fn awaiting_answer(self) -> Self {
+        Self { awaits_answer: true, ..self }
     }
 
     /// Reads `chat_template.jinja`, or `chat_template` of `tokenizer_config.json`.
@@ -84,7 +84,7 @@ impl ChatTemplate {
                 default,
                 tool_use,
                 tokens,
-                is_to_be_answered: false,
+                awaits_answer: false,
             });
         }
         let single = config.get("chat_template").and_then(Json::as_str).map(String::from);
@@ -96,7 +96,7 @@ impl ChatTemplate {
             )
         })?;
         let tool_use = named(&config, "tool_use");
-        Ok(Self { path: model.path(SETTINGS_FILE), default, tool_use, tokens, is_to_be_answered: false })
+        Ok(Self { path: model.path(SETTINGS_FILE), default, tool_use, tokens, awaits_answer: false })
     }
 
     /// The texts of documents, some of which are records with `messages`.
@@ -166,7 +166,7 @@ impl ChatTemplate {
         let given = |name: &str| record.get(name).filter(|value| !value.is_null());
         let template = self.tool_use.as_ref().filter(|_| given("tools").is_some()).unwrap_or(&self.default);
         let mut variables = self.tokens.clone();
-        variables.insert("add_generation_prompt".into(), Json::Bool(self.is_to_be_answered));
+        variables.insert("add_generation_prompt".into(), Json::Bool(self.awaits_answer));
         for name in ["tools", "documents"] {
             variables.insert(name.into(), given(name).cloned().unwrap_or_default());
         }
@@ -264,7 +264,7 @@ mod tests {
 
     fn of(template: &str, tokens: Map<String, Json>) -> ChatTemplate {
         let default = template.into();
-        ChatTemplate { path: "x.jinja".into(), default, tool_use: None, tokens, is_to_be_answered: false }
+        ChatTemplate { path: "x.jinja".into(), default, tool_use: None, tokens, awaits_answer: false }
     }
 
     fn render(template: &str) -> Result<String> {
