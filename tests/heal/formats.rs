@@ -57,9 +57,12 @@ fn codes_stay_and_the_floats_beside_them_learn_in_every_format() {
         assert!(names().all(|name| has_same_codes([&before, &after], name)), "{flags:?}");
         assert_eq!(sizes(&out), sizes(&model.compressed), "{flags:?}");
         assert!(divergence(&out) < divergence(&model.compressed), "{flags:?}");
-        let again = Model { folder: tempfile::tempdir().unwrap(), compressed: out.clone() };
-        let (_, second) = again.heal("again", &["--stage", "blocks", "--epochs", "1"]);
-        assert_eq!(second["healed"]["perplexity"]["before"], report["healed"]["perplexity"]["after"], "{flags:?}");
+        // Each format once.
+        if [0, 4, 5, 6, 7, 11].contains(&at) {
+            let again = Model { folder: tempfile::tempdir().unwrap(), compressed: out.clone() };
+            let (_, second) = again.heal("again", &["--stage", "blocks", "--epochs", "1"]);
+            assert_eq!(second["healed"]["perplexity"]["before"], report["healed"]["perplexity"]["after"], "{flags:?}");
+        }
         let card = std::fs::read_to_string(out.join("README.md")).unwrap();
         let adapter = ["compressed-tensors", "gptq", "peft"].iter().any(|format| flags.contains(format));
         assert_eq!(card.contains("FOLDER/adapter") || card.contains("/adapter\""), adapter, "{card}");
@@ -88,11 +91,9 @@ fn steps_in_closed_form_bring_the_model_nearer_at_the_rank_that_it_has() {
     let statistics = folder.path().join("statistics.safetensors");
     let calibrate = ["calibrate", FIXTURE, "--text", TRAIN, "--method", "kfac", "--samples", "16", "-q"];
     ok(&[&calibrate[..], &["-o", path(&statistics)]].concat());
-    let cases: [&[&str]; 5] = [
+    let cases: [&[&str]; 3] = [
         &["--keep", "0.5"],
-        &["--keep", "0.5", "--layout", "factors"],
         &["--keep", "0.6", "--layout", "monarch"],
-        &["--keep", "0.5", "--format", "dense"],
         &["--quant", "rtn-int2-g32", "--compensate", "lorc", "--compensate-rank", "8"],
     ];
     for flags in cases {
