@@ -37,11 +37,12 @@ impl Sampler {
 
     /// A token by its logits (vocab_size); ties go to the first.
     pub fn draw(&mut self, logits: &[f32]) -> u32 {
-        let mut by_logit: Vec<usize> = (0..logits.len()).collect();
-        by_logit.sort_by(|&i, &j| logits[j].total_cmp(&logits[i]));
+        let falling = |i: &usize, j: &usize| logits[*j].total_cmp(&logits[*i]);
         if self.settings.temperature == 0.0 {
-            return by_logit.first().map_or(0, |&token| token as u32);
+            return (0..logits.len()).min_by(falling).unwrap_or(0) as u32;
         }
+        let mut by_logit: Vec<usize> = (0..logits.len()).collect();
+        by_logit.sort_by(falling);
         by_logit.truncate(self.settings.top_k.unwrap_or(usize::MAX).max(1));
         let largest = f64::from(by_logit.first().map_or(0.0, |&token| logits[token]));
         let weight = |token: usize| ((f64::from(logits[token]) - largest) / self.settings.temperature).exp();

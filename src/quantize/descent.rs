@@ -146,7 +146,7 @@ impl Problem<'_> {
         dot(&errors, &self.pull(&errors))
     }
 
-    /// Sweeps over the codes and refits of their scales by turns, until they gain little; returns the error.
+    /// Alternates sweeps over the codes with refits of their scales until they gain little; returns the error.
     fn descend(&self, lattice: &mut impl Lattice, codes: &mut [u8]) -> f64 {
         let mut last = f64::INFINITY;
         for _ in 0..=SWEEPS {
