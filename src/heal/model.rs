@@ -17,6 +17,7 @@ use crate::progress::Progress;
 use crate::report::HealedModel;
 use crate::store::{Journal, Values};
 use crate::train::{Course, Keep, Objective, Pieces, Settings, State, Variables, fit, held_out};
+use crate::workers::Workers;
 
 /// Tokens of a row whose probabilities are learned one by one; the others are learned as one.
 const TOP: usize = 64;
@@ -221,19 +222,9 @@ impl<'a> WholeModel<'a> {
         let (walk, variables) = (self.walk, tensors(healed, self.checkpoint, self.student.device())?);
         let trained = Trained { below: self.checkpoint, variables: &variables };
         let student = self.student.with_weights(&trained);
-        let mut states = Vec::new();
-        for &window_idx in windows {
-            states.push(walk.window(&self.embedded, window_idx)?.unsqueeze(0)?);
-        }
+        let mut states = self.entering(windows)?;
         for block_idx in 0..student.n_blocks() {
-            let (block, mut next) = (student.block(block_idx)?, Vec::new());
-            let forward = |i: usize| block.forward(&states[i], walk.rope(), &mut |_, _| Ok(()));
-            let keep = |_: usize, x: Tensor| -> Result<()> {
-                next.push(x.detach());
-                Ok(())
-            };
-            walk.workers().in_order(states.len(), forward, keep)?;
-            states = next;
+            states = self.through(&student.block(block_idx)?, &states, walk.workers())?;
         }
         let mut sum = 0.0;
         for (&window_idx, x) in windows.iter().zip(&states) {
@@ -245,6 +236,41 @@ impl<'a> WholeModel<'a> {
             sum += divergence;
         }
         Ok(sum / windows.len().max(1) as f64)
+    }
+
+    /// The states (1, n_tokens, hidden_size) of windows before the first block.
+    fn entering(&self, windows: &[usize]) -> Result<Vec<Tensor>> {
+        windows.iter().map(|&window_idx| Ok(self.walk.window(&self.embedded, window_idx)?.unsqueeze(0)?)).collect()
+    }
+
+    /// The states of windows after a block, from those before it.
+    fn through(&self, block: &Block, states: &[Tensor], workers: &Workers) -> Result<Vec<Tensor>> {
+        let mut after = Vec::new();
+        let forward = |i: usize| Ok(block.forward(&states[i], self.walk.rope(), &mut |_, _| Ok(()))?.detach());
+        workers.in_order(states.len(), forward, |_, state| {
+            after.push(state);
+            Ok(())
+        })?;
+        Ok(after)
+    }
+
+    /// The mean divergences of the rows of windows from their last states, and the gradients of the mean of these with
+    /// respect to the states.
+    fn at_heads(&self, states: &[Tensor], windows: &[usize], workers: &Workers) -> Result<(Vec<Tensor>, Vec<Tensor>)> {
+        let (mut losses, mut gradients) = (Vec::new(), Vec::new());
+        let at_head = |i: usize| {
+            let x = states[i].squeeze(0)?;
+            let n_rows = x.dim(0)? as f64;
+            let (sum, gradient) = self.at_head(&x, windows[i], Some(1.0 / (windows.len() as f64 * n_rows)))?;
+            let gradient = gradient.expect("invariant: a gradient was asked for").unsqueeze(0)?;
+            Ok((Tensor::new((sum / n_rows) as f32, x.device())?, gradient))
+        };
+        workers.in_order(windows.len(), at_head, |_, (loss, gradient)| {
+            losses.push(loss);
+            gradients.push(gradient);
+            Ok(())
+        })?;
+        Ok((losses, gradients))
     }
 
     /// The summed divergence of the rows of last states `x` (n_rows, hidden_size), and the gradient of `scale` times
@@ -264,7 +290,7 @@ impl<'a> WholeModel<'a> {
             if let Some(scale) = scale {
                 let slope = Tensor::from_vec(values, logits.shape(), logits.device())?.affine(scale, 0.0)?;
                 let store = (logits * slope)?.sum_all()?.backward()?;
-                gradients.push(store.get(&rows).context("the head passes no gradient")?.clone());
+                gradients.push(store.get(&rows).context("the head passes no gradient")?.detach());
             }
         }
         Ok((sum, if scale.is_some() { Some(Tensor::cat(&gradients, 0)?) } else { None }))
@@ -297,26 +323,38 @@ impl Objective for WholeModel<'_> {
         Ok(Tensor::new((sum / x.dim(0)? as f64) as f32, x.device())?)
     }
 
-    fn gradients(&self, blocks: &Vec<Block>, window_idx: usize, scale: f64) -> Result<(Tensor, GradStore)> {
-        let (mut x, mut entered) = (self.walk.window(&self.embedded, window_idx)?.unsqueeze(0)?, Vec::new());
+    /// Block after block, back through all windows: the gradients of one block and one window are beside the sums.
+    fn gradients(
+        &self,
+        blocks: &Vec<Block>,
+        variables: &Variables,
+        windows: &[usize],
+        workers: &Workers,
+    ) -> Result<(Vec<Tensor>, GradStore)> {
+        let mut states = self.entering(windows)?;
+        let mut entered = Vec::new();
         for block in blocks {
-            entered.push(x.clone());
-            x = block.forward(&x, self.walk.rope(), &mut |_, _| Ok(()))?.detach();
+            let next = self.through(block, &states, workers)?;
+            entered.push(std::mem::replace(&mut states, next));
         }
-        let x = x.squeeze(0)?;
-        let n_rows = x.dim(0)? as f64;
-        let (sum, gradient) = self.at_head(&x, window_idx, Some(scale / n_rows))?;
-        let mut gradient = gradient.expect("invariant: a gradient was asked for").unsqueeze(0)?;
-        let loss = Tensor::new((sum / n_rows) as f32, x.device())?;
+        let (losses, mut gradients) = self.at_heads(&states, windows, workers)?;
         let mut total = GradStore::default();
-        for (block, x) in blocks.iter().zip(entered).rev() {
-            let x = Var::from_tensor(&x)?;
-            let y = block.forward(&x, self.walk.rope(), &mut |_, _| Ok(()))?;
-            let mut store = (y * &gradient)?.sum_all()?.backward()?;
-            gradient = store.remove(&x).context("no gradient reached the input of a block")?;
-            total.extend(store)?;
+        for (block, entered) in blocks.iter().zip(entered).rev() {
+            let mut before = Vec::new();
+            let back = |i: usize| {
+                let x = Var::from_tensor(&entered[i])?;
+                let y = block.forward(&x, self.walk.rope(), &mut |_, _| Ok(()))?;
+                let mut store = (y * &gradients[i])?.sum_all()?.backward()?;
+                let gradient = store.remove(&x).context("no gradient reached the input of a block")?;
+                Ok((gradient.detach(), store))
+            };
+            workers.in_order(windows.len(), back, |_, (gradient, store)| {
+                before.push(gradient);
+                variables.add_gradients(&mut total, &store)
+            })?;
+            gradients = before;
         }
-        Ok((loss, total))
+        Ok((losses, total))
     }
 
     fn place(&self, window_idx: usize) -> String {

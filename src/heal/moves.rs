@@ -14,6 +14,7 @@ use crate::model::inventory::LinearInfo;
 use crate::model::{Block, Hidden, Order, Trained, Weights};
 use crate::operator::{BASE, bias_parts};
 use crate::progress::{Progress, Silent};
+use crate::train::{Start, Variables};
 
 /// The half, 0 or 1, of each window that is trained.
 pub(super) type Halves = BTreeMap<usize, usize>;
@@ -97,18 +98,15 @@ impl WholeModel<'_> {
         for (block_idx, x) in entered.into_iter().enumerate().rev() {
             stage.note(&student.block_name(block_idx));
             let linears = linears(block_idx);
-            let zero = |linear: &LinearInfo| -> Result<(String, Var)> {
-                Ok((place(linear), Var::zeros(linear.shape(), DType::F32, student.device())?))
+            let zero = |linear: &LinearInfo| -> Result<Start> {
+                Ok(Start::plain(place(linear), Tensor::zeros(linear.shape(), DType::F32, student.device())?))
             };
-            let moves: HashMap<String, Var> = linears.iter().map(zero).collect::<Result<_>>()?;
-            let zeros = moves.iter().map(|(name, moved)| (name.clone(), moved.as_tensor().clone())).collect();
-            let block = student.with_weights(&Moved { below: &below, moves: &zeros }).block(block_idx)?;
-            let sums = self.through(&block, &gradient, &x, trained)?;
-            let of = |linear: &LinearInfo| -> Result<_> {
-                let moved = &moves[&place(linear)];
-                Ok([summed(&sums[0], moved)?, summed(&sums[1], moved)?])
-            };
-            of_block(&linears, linears.iter().map(of).collect::<Result<_>>()?)?;
+            let moves = Variables::new(linears.iter().map(zero).collect::<Result<_>>()?)?;
+            let block = student.with_weights(&Moved { below: &below, moves: &moves.tensors() }).block(block_idx)?;
+            let sums = self.back(&block, &moves, (&gradient, &x), trained)?;
+            let of =
+                |(_, moved): (&str, &Var)| -> Result<_> { Ok([summed(&sums[0], moved)?, summed(&sums[1], moved)?]) };
+            of_block(&linears, moves.iter().map(of).collect::<Result<_>>()?)?;
             walk.release(x);
             stage.advance(1);
         }
@@ -132,7 +130,13 @@ impl WholeModel<'_> {
 
     /// Takes the gradient at the output of a block to its input `x`; returns the gradients of its variables, of both
     /// halves.
-    fn through(&self, block: &Block, gradient: &Hidden, x: &Hidden, trained: &Halves) -> Result<[GradStore; 2]> {
+    fn back(
+        &self,
+        block: &Block,
+        variables: &Variables,
+        (gradient, x): (&Hidden, &Hidden),
+        trained: &Halves,
+    ) -> Result<[GradStore; 2]> {
         let (walk, mut sums) = (self.walk, [GradStore::default(), GradStore::default()]);
         let of_window = |window_idx: usize, gradient: &Tensor, x: &Tensor| {
             let Some(&half) = trained.get(&window_idx) else { return Ok((gradient.clone(), None)) };
@@ -143,7 +147,7 @@ impl WholeModel<'_> {
             Ok((at_input.squeeze(0)?, Some((half, store))))
         };
         let add = |found: Option<(usize, GradStore)>| match found {
-            Some((half, store)) => Ok(sums[half].extend(store)?),
+            Some((half, store)) => variables.add_gradients(&mut sums[half], &store),
             None => Ok(()),
         };
         walk.replace_windows(gradient, x, of_window, add)?;

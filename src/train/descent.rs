@@ -3,6 +3,7 @@
 use anyhow::Result;
 use candle_core::backprop::GradStore;
 use candle_core::{Tensor, Var};
+use rayon::prelude::*;
 
 use super::variables::Variables;
 use crate::device::to_host;
@@ -28,18 +29,44 @@ impl Default for AdamW {
     }
 }
 
+impl AdamW {
+    /// Moves a variable along its gradient, in the step that is the `n_steps`-th, counted from 1.
+    fn step(&self, (variable, reach, moments): &mut Slot, gradient: &Tensor, rate: f64, n_steps: usize) -> Result<()> {
+        let Self { beta1, beta2, weight_decay, decays_vectors, .. } = *self;
+        let [scale_m, scale_v] = [beta1, beta2].map(|beta| 1.0 / (1.0 - beta.powi(n_steps as i32)));
+        let [m, v] = match moments.take() {
+            Some(moments) => moments,
+            None => [variable.zeros_like()?, variable.zeros_like()?],
+        };
+        let m = ((m * beta1)? + (gradient * (1.0 - beta1))?)?;
+        let v = ((v * beta2)? + (gradient.sqr()? * (1.0 - beta2))?)?;
+        let direction = ((&m * scale_m)? / ((&v * scale_v)?.sqrt()? + EPSILON)?)?;
+        let step = match reach {
+            Some(reach) => (direction * rate)?.broadcast_div(reach)?,
+            None => (direction * rate)?,
+        };
+        let decays = reach.is_none() && (decays_vectors || variable.rank() > 1);
+        let decay = if decays { rate * weight_decay } else { 0.0 };
+        variable.set(&((variable.as_tensor() * (1.0 - decay))? - step)?)?;
+        *moments = Some([m, v]);
+        Ok(())
+    }
+}
+
 /// Keeps quotients of zeros finite.
 const EPSILON: f64 = 1e-8;
 
 /// Means of the gradients of a variable, and of their squares, by exponential decay.
 type Moments = [Tensor; 2];
 
+/// A variable, what its rate is divided by, and its moments after its first gradient.
+type Slot = (Var, Option<Tensor>, Option<Moments>);
+
 /// AdamW (Loshchilov & Hutter 2019) over variables.
 #[derive(Debug)]
 pub struct Descent {
     settings: AdamW,
-    /// Each with what its rate is divided by, and its moments after its first gradient.
-    slots: Vec<(Var, Option<Tensor>, Option<Moments>)>,
+    slots: Vec<Slot>,
     /// Steps that were taken.
     n_steps: usize,
 }
@@ -56,41 +83,26 @@ impl Descent {
     /// # Errors
     /// The device fails.
     pub fn step(&mut self, gradients: &GradStore, rate: f64) -> Result<()> {
-        let AdamW { beta1, beta2, weight_decay, decays_vectors, largest_norm } = self.settings;
         let norm = self.norm(gradients)?;
         self.n_steps += 1;
-        let [scale_m, scale_v] = [beta1, beta2].map(|beta| 1.0 / (1.0 - beta.powi(self.n_steps as i32)));
-        for (variable, reach, moments) in &mut self.slots {
-            let Some(gradient) = gradients.get(variable) else { continue };
-            let shorter = (norm > largest_norm).then(|| gradient * (largest_norm / norm)).transpose()?;
-            let gradient = shorter.as_ref().unwrap_or(gradient);
-            let [m, v] = match moments.take() {
-                Some(moments) => moments,
-                None => [variable.zeros_like()?, variable.zeros_like()?],
-            };
-            let m = ((m * beta1)? + (gradient * (1.0 - beta1))?)?;
-            let v = ((v * beta2)? + (gradient.sqr()? * (1.0 - beta2))?)?;
-            let direction = ((&m * scale_m)? / ((&v * scale_v)?.sqrt()? + EPSILON)?)?;
-            let step = match reach {
-                Some(reach) => (direction * rate)?.broadcast_div(reach)?,
-                None => (direction * rate)?,
-            };
-            let decays = reach.is_none() && (decays_vectors || variable.rank() > 1);
-            let decay = if decays { rate * weight_decay } else { 0.0 };
-            variable.set(&((variable.as_tensor() * (1.0 - decay))? - step)?)?;
-            *moments = Some([m, v]);
-        }
-        Ok(())
+        let (settings, n_steps) = (self.settings, self.n_steps);
+        self.slots.par_iter_mut().try_for_each(|slot| match gradients.get(&slot.0) {
+            Some(gradient) if norm > settings.largest_norm => {
+                settings.step(slot, &(gradient * (settings.largest_norm / norm))?, rate, n_steps)
+            }
+            Some(gradient) => settings.step(slot, gradient, rate, n_steps),
+            None => Ok(()),
+        })
     }
 
     /// The norm of all gradients together.
     fn norm(&self, gradients: &GradStore) -> Result<f64> {
-        let mut squares = 0.0;
-        for (variable, ..) in &self.slots {
-            let Some(gradient) = gradients.get(variable) else { continue };
-            squares += to_host(gradient)?.into_iter().map(|g| f64::from(g) * f64::from(g)).sum::<f64>();
-        }
-        Ok(squares.sqrt())
+        let square = |(variable, ..): &Slot| match gradients.get(variable) {
+            Some(gradient) => Ok(to_host(gradient)?.into_iter().map(|g| f64::from(g) * f64::from(g)).sum()),
+            None => Ok(0.0),
+        };
+        let squares: Vec<f64> = self.slots.par_iter().map(square).collect::<Result<_>>()?;
+        Ok(squares.into_iter().sum::<f64>().sqrt())
     }
 
     /// Both moments of every variable, in order; empty for those without a gradient so far.

@@ -37,14 +37,32 @@ pub trait Objective: Sync {
     /// The piece cannot be read.
     fn loss(&self, model: &Self::Model, piece: usize) -> Result<Tensor>;
 
-    /// The loss of a piece, and the gradients of `scale` times it with respect to the variables of the model.
+    /// The losses of a few pieces, and the gradients of their mean with respect to the variables, which the model was
+    /// made with; summed in the order of the pieces.
     ///
     /// # Errors
     /// As [`Self::loss`].
-    fn gradients(&self, model: &Self::Model, piece: usize, scale: f64) -> Result<(Tensor, GradStore)> {
-        let loss = self.loss(model, piece)?;
-        let store = (&loss * scale)?.backward()?;
-        Ok((loss, store))
+    fn gradients(
+        &self,
+        model: &Self::Model,
+        variables: &Variables,
+        pieces: &[usize],
+        workers: &Workers,
+    ) -> Result<(Vec<Tensor>, GradStore)> {
+        let (mut losses, mut total) = (Vec::new(), GradStore::default());
+        workers.in_order(
+            pieces.len(),
+            |i| {
+                let loss = self.loss(model, pieces[i])?;
+                let store = (&loss / pieces.len() as f64)?.backward()?;
+                Ok((loss, store))
+            },
+            |_, (loss, store)| {
+                losses.push(loss.detach());
+                variables.add_gradients(&mut total, &store)
+            },
+        )?;
+        Ok((losses, total))
     }
 
     /// The place of a piece, for errors.
@@ -237,20 +255,13 @@ fn gradients<O: Objective>(
     batch: &[usize],
     workers: &Workers,
 ) -> Result<(f64, GradStore)> {
-    let model = objective.model(&variables.tensors())?;
-    let (mut sum, mut total) = (0.0, GradStore::default());
-    workers.in_order(
-        batch.len(),
-        |i| {
-            let (loss, store) = objective.gradients(&model, batch[i], 1.0 / batch.len() as f64)?;
-            Ok((value(objective, batch[i], &loss)?, store))
-        },
-        |_, (loss, store)| {
-            sum += loss;
-            Ok(total.extend(store)?)
-        },
-    )?;
-    Ok((sum, total))
+    let (losses, gradients) =
+        objective.gradients(&objective.model(&variables.tensors())?, variables, batch, workers)?;
+    let mut sum = 0.0;
+    for (&piece, loss) in batch.iter().zip(&losses) {
+        sum += value(objective, piece, loss)?;
+    }
+    Ok((sum, gradients))
 }
 
 fn value<O: Objective>(objective: &O, piece: usize, loss: &Tensor) -> Result<f64> {

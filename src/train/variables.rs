@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 
 use anyhow::{Context, Result};
+use candle_core::backprop::GradStore;
 use candle_core::{Shape, Tensor, Var};
 
 use crate::device::to_host;
@@ -69,6 +70,23 @@ impl Variables {
     /// The tensors by name, for work without gradients.
     pub fn detached(&self) -> HashMap<String, Tensor> {
         self.iter().map(|(name, variable)| (name.to_string(), variable.as_detached_tensor())).collect()
+    }
+
+    /// Adds to `sums` the gradients of these variables in a store. What a backward pass leaves in its store holds on to
+    /// the graph of that pass, and to the gradients of constants; sums do not.
+    ///
+    /// # Errors
+    /// The device fails.
+    pub fn add_gradients(&self, sums: &mut GradStore, store: &GradStore) -> Result<()> {
+        for (_, variable) in self.iter() {
+            let Some(gradient) = store.get(variable) else { continue };
+            let sum = match sums.get(variable) {
+                Some(sum) => (sum + gradient)?,
+                None => gradient.clone(),
+            };
+            sums.insert(variable, sum.detach());
+        }
+        Ok(())
     }
 
     /// The values of all, row-major.

@@ -1,0 +1,3 @@
+from lrc import main
+
+main()
