@@ -1,10 +1,11 @@
 """Healing of compressed models: perplexity and divergence before and after, by stage. Needs nothing but Python, the program and the texts.
 
     python benchmarks/heal.py MODEL WORK LRC --calibration FILE... --evaluation FILE...
-        [--kinds low-rank@0.8,narrow@0.6,…] [--stages blocks,model,closed] [--samples N] [--epochs N] [--rates R,…]
+        [--kinds low-rank@0.8,narrow@0.6,…] [--stages blocks,model,closed] [--samples N] [--epochs N] [--rates R,…] [--model RATE,BATCH,EPOCHS]
 
 Each kind is compressed in the metric of statistics of the calibration texts (64 windows of 512 tokens, measured once into WORK; of several texts as
-many of each), and then healed by every list of stages (`blocks+model` is two, one after the other), at every rate.
+many of each), and then healed by every list of stages at every rate. `blocks+model` is the stage `model` on the output of the stage `blocks`, whose
+minutes are counted too; the stage `model` has a rate, a batch and epochs of its own.
 Texts are mixed by `--text a:weight`. In a cell are perplexity and KL from the source in nats per token on the first windows of each
 evaluation text; after it the elapsed and the processor minutes and the peak memory. What is in WORK already is not made again.
 """
@@ -31,6 +32,7 @@ parser.add_argument("--evaluation", nargs="+", required=True)
 parser.add_argument("--kinds", default="low-rank@0.9,low-rank@0.8,low-rank@0.6,narrow@0.8,joint@0.8,joint@0.6,int3")
 parser.add_argument("--stages", default="blocks,blocks+model,closed")
 parser.add_argument("--rates", default="2e-4")
+parser.add_argument("--model", dest="whole", default="2e-4,2,4", help="rate, batch, epochs of the stage `model`")
 parser.add_argument("--statistics")
 for name, default in [("samples", "64"), ("epochs", "4"), ("batch", "2"), ("seq-len", "512"), ("windows", "4"), ("eval-seq-len", "1024")]:
     parser.add_argument(f"--{name}", default=default)
@@ -72,8 +74,12 @@ def cost(name, folder, command):
     found = args.work / f"{name}.cost"
     if not found.exists():
         found.write_text(json.dumps(run(*command, "-o", folder, "-q", "--force")[1]))
-    elapsed, processor, memory = json.loads(found.read_text())
-    return f"{elapsed:.1f} | {processor:.1f} | {memory:.2f}"
+    return json.loads(found.read_text())
+
+
+def shown(spent):
+    elapsed, processor, memory = zip(*spent)
+    return f"{sum(elapsed):.1f} | {sum(processor):.1f} | {max(memory):.2f}"
 
 
 def row(*cells):
@@ -89,13 +95,16 @@ for kind in args.kinds.split(","):
     before = args.work / kind
     budget = ["--keep", keep] if keep else []
     spent = cost(kind, before, ["compress", args.model, *KINDS[structure], *budget, "--statistics", statistics])
-    row(kind, "before", "", scored(before), spent)
+    row(kind, "before", "", scored(before), shown([spent]))
     for stages in args.stages.split(","):
         for rate in args.rates.split(","):
-            name = f"{kind}-{stages}-{rate}-{args.samples}x{args.epochs}"
-            healed = args.work / name
-            texts = [argument for text in args.calibration for argument in ("--text", text)]
-            how = ["--stage", stages.replace("+", ","), "--samples", args.samples, "--seq-len", args.seq_len, "--epochs", args.epochs]
-            how += ["--batch", args.batch, "--learning-rate", rate, "--seed", 1, "--statistics", statistics]
-            spent = cost(name, healed, ["heal", before, "--teacher", args.model, *texts, *how])
-            row(kind, stages, rate, scored(healed), spent)
+            last, name, spent = before, kind, []
+            for stage in stages.split("+"):
+                of_stage = args.whole.split(",") if stage == "model" else [rate, args.batch, args.epochs]
+                name = "-".join([name, stage, *of_stage, args.samples])
+                how = ["--stage", stage, "--samples", args.samples, "--seq-len", args.seq_len, "--seed", 1, "--statistics", statistics]
+                how += ["--learning-rate", of_stage[0], "--batch", of_stage[1], "--epochs", of_stage[2]]
+                texts = [argument for text in args.calibration for argument in ("--text", text)]
+                spent.append(cost(name, args.work / name, ["heal", last, "--teacher", args.model, *texts, *how]))
+                last = args.work / name
+            row(kind, stages, rate, scored(last), shown(spent))
