@@ -1,6 +1,7 @@
 //! The device that a model runs on. It enters a run once: weights are put on it as they are loaded, what follows from
 //! them stays on it, and values leave through [`to_host`].
 
+use std::fmt;
 use std::str::FromStr;
 
 pub use candle_core::Device;
@@ -34,6 +35,16 @@ impl DeviceChoice {
                 crate::process::keep_freed_memory(device.as_cuda_device()?)?;
                 Ok(device)
             }
+        }
+    }
+}
+
+impl fmt::Display for DeviceChoice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Cpu => f.write_str("cpu"),
+            #[cfg(feature = "cuda")]
+            Self::Cuda(index) => write!(f, "cuda:{index}"),
         }
     }
 }

@@ -145,7 +145,7 @@ fn a_sweep_is_compress_and_eval_at_every_budget() {
 }
 
 /// The fixture with its weights in bf16.
-fn fixture_in_bf16(folder: &Path) {
+pub fn fixture_in_bf16(folder: &Path) {
     common::copy(FIXTURE, folder);
     std::fs::remove_file(folder.join("model.safetensors")).unwrap();
     let source = Checkpoint::open(Path::new(FIXTURE)).unwrap();

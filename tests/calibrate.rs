@@ -28,7 +28,7 @@ fn sums_with_gradients(checkpoint: &Checkpoint, windows: &[Vec<u32>], n_gradient
     let targets: Vec<Targets> = windows.iter().map(|ids| Targets::next(ids)).collect();
     let windows = TargetedWindows { windows, targets: &targets, n_gradients };
     observe(&decoder, windows, observation, &limits, &Journal::default(), &Silent, &mut |sums| {
-        all.extend(sums.into_iter().map(|(name, array)| (name, array.values.f32s().unwrap())));
+        all.extend(sums.into_iter().map(|(name, array)| (name, array.read().unwrap().f32s().unwrap())));
         Ok(())
     })
     .unwrap();

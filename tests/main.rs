@@ -36,5 +36,6 @@ mod sentence;
 mod sources;
 mod stacks;
 mod structures;
+mod tasks;
 mod terminal;
 mod widths;

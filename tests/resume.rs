@@ -10,7 +10,7 @@ use crate::common::{self, FIXTURE, TRAIN, command, copy, lrc, ok, path};
 use serde_json::Value;
 
 /// Every file of an output, without times and memory.
-fn content(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+pub fn content(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     let mut files = BTreeMap::new();
     let mut folders = vec![folder.to_path_buf()];
     while let Some(at) = folders.pop() {
@@ -27,6 +27,8 @@ fn content(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
                     report[field].take();
                 }
                 report["linears"].as_array_mut().unwrap().iter_mut().for_each(|l| drop(l["seconds"].take()));
+                let narrowed = report.pointer_mut("/narrow/blocks").and_then(Value::as_array_mut);
+                narrowed.into_iter().flatten().for_each(|unit| drop(unit["seconds"].take()));
                 bytes = serde_json::to_vec(&report).unwrap();
             }
             files.insert(path.strip_prefix(folder).unwrap().to_path_buf(), bytes);
@@ -36,7 +38,7 @@ fn content(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
 }
 
 /// The differences of two JSON documents, for the message of a failure; nothing for other files.
-fn difference(found: &[u8], expected: &[u8]) -> String {
+pub fn difference(found: &[u8], expected: &[u8]) -> String {
     fn walk(path: &str, found: &Value, expected: &Value, said: &mut String) {
         match (found, expected) {
             (Value::Object(a), Value::Object(b)) if a.keys().eq(b.keys()) => {

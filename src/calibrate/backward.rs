@@ -35,7 +35,7 @@ impl Backward<'_, '_> {
         progress: &dyn Progress,
         keep: &mut Keep<'_>,
     ) -> Result<()> {
-        let Self { decoder, walk, observation, .. } = *self;
+        let Self { decoder, walk, .. } = *self;
         let stage = progress.stage("gradients", (walk.n_tokens() * (decoder.n_blocks() + 1)) as u64, "tokens");
         // The gradient at the input of a block is stored before the block's sums: if the sums
         // exist, so does the gradient.
@@ -70,31 +70,37 @@ impl Backward<'_, '_> {
         // States of the blocks that the gradient has passed are not read again.
         remove_states(journal, n_left.saturating_sub(1)..entered.len());
         for (block_idx, x) in entered.into_iter().enumerate().take(n_left).rev() {
-            stage.note(&format!("block {block_idx}"));
-            let block = decoder.block(block_idx)?;
-            let mut sums = Sums::for_gradients(&decoder.linears(block_idx), observation.needs);
-            let place = walk.place();
-            let through = |window_idx, gradient: &Tensor, x: &Tensor| {
-                stage.advance(x.dim(0)? as u64);
-                self.through_block(&block, x, gradient).with_context(|| place(window_idx))
-            };
-            walk.replace_windows(&gradient, &x, through, |addend| sums.add(addend))?;
+            let sums = self.at_block(block_idx, &gradient, &x, stage.as_ref())?;
             walk.release(x);
-            drop(block);
             gradient = walk.settle(gradient, journal, &gradient_key(block_idx))?;
             keep(settle(journal, Pass::Backward, block_idx, sums)?)?;
             journal.remove(&gradient_key(block_idx + 1));
             remove_states(journal, block_idx.checked_sub(1));
         }
-        if observation.needs.vocabulary {
+        if self.observation.needs.vocabulary {
             keep(self.at_embeddings(&gradient, journal)?)?;
         }
         journal.remove(&gradient_key(0));
         Ok(())
     }
 
+    /// Replaces the gradient at the output of a block by the gradient at its input `x`, and returns the sums.
+    pub fn at_block(&self, block_idx: usize, gradient: &Hidden, x: &Hidden, stage: &dyn Stage) -> Result<Sums> {
+        let Self { decoder, walk, observation, .. } = *self;
+        stage.note(&format!("block {block_idx}"));
+        let block = decoder.block(block_idx)?;
+        let mut sums = Sums::for_gradients(&decoder.linears(block_idx), observation.needs);
+        let place = walk.place();
+        let through = |window_idx, gradient: &Tensor, x: &Tensor| {
+            stage.advance(x.dim(0)? as u64);
+            self.through_block(&block, x, gradient).with_context(|| place(window_idx))
+        };
+        walk.replace_windows(gradient, x, through, |addend| sums.add(addend))?;
+        Ok(sums)
+    }
+
     /// The gradients of the loss with respect to the last states, and the sums of the head.
-    fn at_head(&self, last: &Hidden, stage: &dyn Stage, sums: &mut Sums) -> Result<Hidden> {
+    pub fn at_head(&self, last: &Hidden, stage: &dyn Stage, sums: &mut Sums) -> Result<Hidden> {
         let Self { decoder, walk, targets, .. } = *self;
         let (gradient, loss) = (walk.copy(last)?, Loss::of(decoder)?);
         if let (true, Loss::Tokens(head)) = (self.observation.needs.vocabulary, &loss) {
@@ -127,7 +133,7 @@ impl Backward<'_, '_> {
     }
 
     /// The sums of the embedding table, from the gradients at the input of the first block, and the sums of the head.
-    fn at_embeddings(&self, gradient: &Hidden, journal: &Journal) -> Result<Vec<(String, Array)>> {
+    pub fn at_embeddings(&self, gradient: &Hidden, journal: &Journal) -> Result<Vec<(String, Array)>> {
         let Self { decoder, walk, multiply, .. } = *self;
         let embeddings = decoder.embeddings()?;
         let (vocab_size, width) = (embeddings.vocab_size(), embeddings.width());

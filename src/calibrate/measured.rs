@@ -26,7 +26,8 @@ impl Measured {
     pub fn forget(&mut self, journal: &Journal, block: usize, sites: &BTreeSet<InputSite>) -> Result<()> {
         let names = sites.iter().map(|&site| Key::InputGram(site).name(block));
         let names: BTreeSet<String> = names.filter(|name| self.arrays.contains_key(name)).collect();
-        if names.is_empty() {
+        // There is nothing to gain in a piece that stays.
+        if names.is_empty() || journal.is_of_others(&Pass::Forward.key(block)) {
             return Ok(());
         }
         let mut left: Vec<(String, Values)> = Vec::new();

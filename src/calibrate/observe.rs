@@ -12,7 +12,7 @@ use super::pieces::{Keep, Observation, Pass, entered_key, named, remove_states, 
 use super::statistics::Sums;
 use super::windows::TargetedWindows;
 use crate::model::{Decoder, Hidden, Walk, WalkLimits};
-use crate::progress::Progress;
+use crate::progress::{Progress, Stage};
 use crate::store::Journal;
 
 /// Seconds of a calibration.
@@ -51,7 +51,6 @@ pub fn observe(
     let mut walk = Walk::in_two(decoder, windows, n_gradients, limits)?;
     walk.reserve(gram_bytes(decoder, needs))?;
     let back = walk.first(n_gradients)?;
-    let multiply = if walk.workers().count() > 1 { Multiply::Now } else { Multiply::WhenAdded };
     let mut hidden = walk.embed(decoder)?;
     // The inputs of each block, for the backward pass.
     let mut entered: Vec<Hidden> = Vec::new();
@@ -69,11 +68,7 @@ pub fn observe(
                     hidden.n_batches() == walk.n_batches(),
                     "the stored states before block {block_idx} are damaged; start over with `--restart`"
                 );
-                let block = decoder.block(block_idx)?;
-                let mut sums = Sums::for_inputs(&decoder.linears(block_idx), needs);
-                let see = |addend: &mut Addend, site, x: &Tensor| addend.add_inputs(site, x, needs, multiply);
-                let after = walk.observe(&hidden, decoder, &block, stage.as_ref(), see, |addend| sums.add(addend))?;
-                drop(block);
+                let (after, sums) = through(&walk, decoder, &hidden, block_idx, needs, stage.as_ref())?;
                 let after = walk.settle(after, journal, &states_key(block_idx))?;
                 keep(settle(journal, Pass::Forward, block_idx, sums)?)?;
                 after
@@ -90,12 +85,34 @@ pub fn observe(
     let forward = started.elapsed().as_secs_f64();
     let started = Instant::now();
     if needs.gradients() {
-        let backward = Backward { decoder, walk: &back, targets, observation, multiply };
+        let backward = Backward { decoder, walk: &back, targets, observation, multiply: multiply(&walk) };
         backward.run(back.narrow(hidden), entered, journal, progress, keep)?;
     }
     remove_states(journal, 0..n_blocks);
     let backward = if needs.gradients() { started.elapsed().as_secs_f64() } else { 0.0 };
     Ok(Seconds { forward, backward })
+}
+
+/// When the Grams of a walk are multiplied: its batches side by side, or each with all threads.
+pub(super) fn multiply(walk: &Walk<'_>) -> Multiply {
+    if walk.workers().count() > 1 { Multiply::Now } else { Multiply::WhenAdded }
+}
+
+/// Sends all windows through a block: the states after it, and the sums of its inputs.
+pub(super) fn through(
+    walk: &Walk<'_>,
+    decoder: &Decoder<'_>,
+    hidden: &Hidden,
+    block_idx: usize,
+    needs: Needs,
+    stage: &dyn Stage,
+) -> Result<(Hidden, Sums)> {
+    let block = decoder.block(block_idx)?;
+    let mut sums = Sums::for_inputs(&decoder.linears(block_idx), needs);
+    let multiply = multiply(walk);
+    let see = |addend: &mut Addend, site, x: &Tensor| addend.add_inputs(site, x, needs, multiply);
+    let after = walk.observe(hidden, decoder, &block, stage, see, |addend| sums.add(addend))?;
+    Ok((after, sums))
 }
 
 /// The key of the last piece of a calibration.
@@ -108,7 +125,7 @@ fn last_key(n_blocks: usize, needs: Needs) -> String {
 }
 
 /// Bytes of the Grams that one batch adds to the sums of a block, in the larger of the two passes.
-fn gram_bytes(decoder: &Decoder<'_>, needs: Needs) -> usize {
+pub(super) fn gram_bytes(decoder: &Decoder<'_>, needs: Needs) -> usize {
     let of_block = |block_idx| {
         let linears = decoder.linears(block_idx);
         let mut inputs: Vec<_> = linears.iter().map(|&(slot, [_, n])| (slot.site(), n)).collect();
@@ -159,7 +176,7 @@ fn replay(journal: &Journal, n_blocks: usize, needs: Needs, keep: &mut Keep<'_>)
     for key in of_blocks.chain(of_vocabulary) {
         let damaged =
             || format!("the stored piece `{key}` of the interrupted run is damaged; start over with `--restart`");
-        keep(named(journal.get(&key)?.with_context(damaged)?)?)?;
+        keep(named(journal.unread(&key)?.with_context(damaged)?)?)?;
     }
     remove_states(journal, 0..n_blocks);
     Ok(Seconds::default())

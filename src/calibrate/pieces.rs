@@ -48,6 +48,16 @@ pub(super) fn states_key(block_idx: usize) -> String {
     format!("states-{block_idx}")
 }
 
+/// The journal key of the states before a block, of a part of the windows; before block `n_blocks`: after the last one.
+pub(super) fn states_of_part(block_idx: usize, part: usize) -> String {
+    format!("states-before-{block_idx}-part-{part}")
+}
+
+/// The journal key of the gradients at these states.
+pub(super) fn gradient_of_part(block_idx: usize, part: usize) -> String {
+    format!("gradient-before-{block_idx}-part-{part}")
+}
+
 /// The journal key of the states that enter a block, of the windows whose gradients are taken, if they are not all.
 pub(super) fn entered_key(block_idx: usize) -> String {
     format!("entered-{block_idx}")

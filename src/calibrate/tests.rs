@@ -31,7 +31,7 @@ fn sums(decoder: &Decoder<'_>, windows: &[Vec<u32>], clip_gradients: bool) -> BT
     let observation = Observation { needs, clip_gradients };
     let mut all = BTreeMap::new();
     observe(decoder, windows, observation, &limits(), &Journal::default(), &Silent, &mut |sums| {
-        all.extend(sums.into_iter().map(|(name, array)| (name, array.values.f32s().unwrap())));
+        all.extend(sums.into_iter().map(|(name, array)| (name, array.read().unwrap().f32s().unwrap())));
         Ok(())
     })
     .unwrap();

@@ -7,13 +7,28 @@ use super::error::{CheckpointError, OutputError, io};
 use super::folder::OutputFolder;
 use super::moving::{self, rename};
 use super::paths::folder_of;
-use super::place::Existing;
+use super::place::{self, Existing};
 use super::strangers;
 use super::work::{self, JOB};
 
 type Result<T, E = CheckpointError> = std::result::Result<T, E>;
 
 impl OutputFolder {
+    /// Makes the finished pieces files of the output.
+    ///
+    /// # Errors
+    /// One cannot be moved.
+    pub fn publish_pieces(&self) -> Result<()> {
+        let (from, to) = (self.pieces(), self.path());
+        for name in place::names_in(&from)? {
+            // What a killed run was writing was written again under its own name.
+            if !name.to_string_lossy().ends_with(work::TORN) {
+                rename(&from.join(&name), &to.join(&name))?;
+            }
+        }
+        Ok(())
+    }
+
     /// Makes the complete output appear at its target.
     ///
     /// # Errors

@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use super::error::{CheckpointError, OutputError, io};
-use super::job::compare;
+use super::job::differences;
 use super::moving::{self, rename, write_whole};
 use super::paths::{file_name, folder_of};
 use super::place::{self, Existing, WITHIN, open_to_write};
@@ -115,17 +115,14 @@ impl OutputFolder {
         let found = fs::read(&path).ok().filter(|_| earlier == Earlier::Resumed);
         // A job file truncated by a power cut matches no job.
         let found: Option<Value> = found.and_then(|bytes| serde_json::from_slice(&bytes).ok());
-        let mut differences = Vec::new();
-        if let Some(found) = &found {
-            compare(found, job, "", &mut differences);
-        }
+        let differences = found.as_ref().and_then(|found| differences(found, job));
         let is_ended = was_stopped_at_the_end(target);
-        let is_same = found.is_some() && differences.is_empty();
+        let is_same = found.is_some() && differences.is_none();
         if is_ended && !is_same && existing == Existing::Refuse {
             return Err(OutputError::Exists { path: target.into() }.into());
         }
-        if !differences.is_empty() {
-            return Err(OutputError::OtherJob { path: partial, differences: differences.join(", ") }.into());
+        if let Some(differences) = differences {
+            return Err(OutputError::OtherJob { path: partial, differences }.into());
         }
         let earlier = if found.is_some() { Earlier::Resumed } else { Earlier::Discarded };
         let folder = Self::begin(target, existing, mark, partial, earlier)?;

@@ -2,6 +2,13 @@
 
 use serde_json::Value;
 
+/// The differences between two descriptions of a job, as a phrase for a message; `None` if there are none.
+pub(crate) fn differences(was: &Value, is: &Value) -> Option<String> {
+    let mut found = Vec::new();
+    compare(was, is, "", &mut found);
+    (!found.is_empty()).then(|| found.join(", "))
+}
+
 /// Adds the differences between two descriptions of a job, as phrases for a message.
 pub(super) fn compare(was: &Value, is: &Value, at: &str, differences: &mut Vec<String>) {
     match (was, is) {

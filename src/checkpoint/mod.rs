@@ -52,6 +52,7 @@ pub use folder::{Earlier, OutputFolder};
 pub use gguf::{MadeFiles, OfGguf, ShownTensor};
 pub(crate) use hash::hex;
 pub use hash::{Fingerprint, sha256_file};
+pub(crate) use job::differences;
 pub use joined::Changes;
 pub use narrowed::Selected;
 pub use open::Checkpoint;

@@ -1,5 +1,7 @@
 //! The bytes and values of the tensors of a checkpoint, one tensor at a time.
 
+use std::collections::BTreeSet;
+
 use rayon::prelude::*;
 
 use super::error::{CheckpointError, Result};
@@ -200,10 +202,23 @@ impl Checkpoint {
     /// # Errors
     /// The config cannot be read.
     pub fn fingerprint(&self) -> Result<Fingerprint> {
+        self.fingerprint_of(&|_| true)
+    }
+
+    /// The same without weight files in which `is_read` says no of every tensor.
+    ///
+    /// # Errors
+    /// As [`Self::fingerprint`].
+    pub fn fingerprint_of(&self, is_read: &dyn Fn(&str) -> bool) -> Result<Fingerprint> {
+        // What a tensor is decoded from may be in several files.
+        let is_spread = self.tensors().any(TensorInfo::is_encoded);
+        let read = self.tensors().filter(|info| is_spread || is_read(&info.name)).map(|info| info.shard_idx);
+        let read: BTreeSet<usize> = if is_spread { (0..self.shards.len()).collect() } else { read.collect() };
         let mut fingerprint: Fingerprint = self
             .shards
             .par_iter()
             .enumerate()
+            .filter(|(shard_idx, _)| read.contains(shard_idx))
             .map(|(shard_idx, shard)| (self.shard_name(shard_idx), shard.sha256().to_string()))
             .collect();
         let config = self.root.join(CONFIG_FILE);

@@ -41,6 +41,11 @@ impl SourceArgs {
         &self.source.model
     }
 
+    /// How it is opened.
+    pub fn opening(&self) -> &OpenArgs {
+        &self.opening
+    }
+
     pub fn open(&self, progress: &dyn Progress) -> Result<Checkpoint> {
         self.opening.open(self.model(), progress)
     }

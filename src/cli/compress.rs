@@ -98,6 +98,7 @@ pub(super) fn run(args: &CompressArgs, quiet: bool, progress: &Bars) -> Result<(
         memory_bytes: args.memory.bytes(),
         device,
         keep_statistics: None,
+        tasks: &[],
     };
     if let Some(depth) = args.dry_run {
         let report = compress::dry_run(&job, depth, progress)?;
@@ -109,7 +110,7 @@ pub(super) fn run(args: &CompressArgs, quiet: bool, progress: &Bars) -> Result<(
 }
 
 /// Fields of a report that this run does not fill, with what would fill them.
-fn absent(recipe: &Recipe) -> Vec<(Vec<Field>, &'static str)> {
+pub(super) fn absent(recipe: &Recipe) -> Vec<(Vec<Field>, &'static str)> {
     let mut absent = vec![(fields_at::<CompressReport>("truncated"), "`lrc truncate` writes it")];
     let mut add = |name: &str, hint: &'static str| absent.push((fields_at::<CompressReport>(name), hint));
     if recipe.narrow().is_none() {

@@ -141,6 +141,7 @@ pub(super) fn run(args: &DeltaArgs, quiet: bool, progress: &Bars) -> Result<()> 
         memory_bytes: args.memory.bytes(),
         device,
         keep_statistics: None,
+        tasks: &[],
     };
     let report = compress(&job, progress)?;
     let show = |report: &CompressReport| match (quiet, &report.delta) {

@@ -7,13 +7,16 @@ mod delta;
 mod documents;
 mod eval;
 mod export;
+mod finish;
 mod generate;
 mod heal;
 mod inspect;
 mod interrupt;
 mod options;
+mod plan;
 mod streams;
 mod sweep;
+mod task;
 mod terminal;
 mod truncate;
 mod usage;
@@ -63,6 +66,9 @@ enum Command {
     Heal(heal::HealArgs),
     Generate(generate::GenerateArgs),
     Inspect(inspect::InspectArgs),
+    Plan(plan::PlanArgs),
+    Task(task::TaskArgs),
+    Finish(finish::FinishArgs),
     Completions(documents::CompletionsArgs),
     Man(documents::ManArgs),
 }
@@ -133,6 +139,9 @@ pub fn run(cli: &Cli) -> Result<()> {
         Command::Heal(args) => heal::run(args, cli.quiet, &progress),
         Command::Generate(args) => generate::run(args, cli.quiet, &progress),
         Command::Inspect(args) => inspect::run(args, &progress),
+        Command::Plan(args) => plan::run(args, cli.quiet, &progress),
+        Command::Task(args) => task::run(args, cli.quiet, &progress),
+        Command::Finish(args) => finish::run(args, cli.quiet, &progress),
         Command::Completions(args) => documents::completions(args, Cli::command()),
         Command::Man(args) => documents::man(args, Cli::command()),
     }

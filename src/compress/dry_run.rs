@@ -122,7 +122,7 @@ fn outcome_of_narrower(run: Run<'_>, folder: &OutputFolder, progress: &dyn Progr
 }
 
 fn outcome(run: Run<'_>, folder: &OutputFolder, progress: &dyn Progress) -> Result<DryRunReport> {
-    let session = run.session(folder, progress);
+    let session = run.session(folder, progress)?;
     let Run { job, plan, source, inputs, .. } = run;
     let study = Study::run(&session, job.recipe, &plan, inputs)?;
     let choices = sensitivity::allocate(&study, &sensitivity::of(&study)?, job.recipe.budget())?.choices;

@@ -38,7 +38,7 @@ pub(super) fn menus(study: &Study<'_>, all: &[Option<Forms>]) -> Option<Vec<Vec<
 /// A matrix cannot be quantized, or the work folder cannot be written.
 pub(super) fn quantize(study: &mut Study<'_>, menus: &[Vec<Quant>]) -> Result<Vec<usize>> {
     let first: Vec<usize> = (0..study.plan.linears.len()).map(|i| study.fits.of(i).len()).collect();
-    study.quantize(Compensate::None, &|i| menus[i].clone())?;
+    study.quantize(Compensate::None, 0..study.plan.linears.len(), &|i| menus[i].clone())?;
     Ok(first)
 }
 

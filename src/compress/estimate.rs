@@ -95,6 +95,36 @@ fn pass(job: &Job<'_>, windows: &Windows) -> Result<f64> {
     Ok(started.elapsed().as_secs_f64() * share * decoder.n_blocks() as f64)
 }
 
+/// Expected seconds of the parts of a run that tasks make.
+pub(super) struct PartSeconds {
+    /// All windows once through all blocks, and back if gradients are needed.
+    pub passes: f64,
+    /// The Grams of all windows.
+    pub grams: f64,
+    /// The fit of each linear, on one thread.
+    pub fits: Vec<f64>,
+    /// The rounding of each linear at its largest rank, on one thread.
+    pub rounds: Vec<f64>,
+    /// The whole run.
+    pub whole: f64,
+}
+
+/// Expected seconds of a compression, and of its parts.
+///
+/// # Errors
+/// The trials fail.
+pub(super) fn parts(job: &Job<'_>, plan: &Plan, windows: Option<&Windows>) -> Result<PartSeconds> {
+    let (recipe, speed) = (job.recipe, Speed::measure()?);
+    let [mut passes, mut grams] =
+        if recipe.measures_statistics() { measuring(recipe, plan, windows) } else { [0.0; 2] };
+    if let Some(windows) = windows {
+        passes *= pass(job, windows)?;
+        grams *= windows.part.tokens as f64 * speed.gram;
+    }
+    let (fits, rounds) = (fitting(recipe, plan, &speed), rounding(recipe, plan, &speed));
+    Ok(PartSeconds { passes, grams, fits, rounds, whole: seconds(job, plan, windows)? })
+}
+
 /// Expected seconds of a compression.
 ///
 /// # Errors
@@ -131,7 +161,13 @@ fn decomposing(checkpoint: &Checkpoint, recipe: &Recipe, plan: &Plan, speed: &Sp
     if !recipe.needs_fits() || narrow.is_some_and(|approach| !approach.then_low_rank()) {
         return narrowing;
     }
-    let needs = recipe.needs();
+    narrowing + fitting(recipe, plan, speed).iter().sum::<f64>() / threads(plan.linears.len())
+}
+
+/// Seconds of the fit of each linear, on one thread.
+fn fitting(recipe: &Recipe, plan: &Plan, speed: &Speed) -> Vec<f64> {
+    let (needs, narrow) = (recipe.needs(), recipe.narrow());
+    let quantizers = recipe.quant().len().max(1) as f64;
     let cube = |n: usize| (n as f64).powi(3);
     // One decomposition: roots of the metric, products with them, the eigenproblem, and the factors.
     let decompose = |(linear, rank): (&LinearInfo, usize)| {
@@ -148,29 +184,48 @@ fn decomposing(checkpoint: &Checkpoint, recipe: &Recipe, plan: &Plan, speed: &Sp
             products += weights * 2.0 * m as f64;
             eigen += cube(m);
         }
-        products * speed.product + eigen * speed.eigen
+        quantizers * (products * speed.product + eigen * speed.eigen)
     };
-    let quantizers = recipe.quant().len().max(1) as f64;
-    let ranks = max_ranks(recipe, plan);
-    let all: f64 = plan.linears.iter().zip(ranks).map(decompose).sum();
-    narrowing + all * quantizers / threads(plan.linears.len())
+    plan.linears.iter().zip(max_ranks(recipe, plan)).map(decompose).collect()
+}
+
+/// Seconds of the rounding of each linear at its largest rank, on one thread: the table of `docs/performance.md`, with two
+/// sweeps.
+fn rounding(recipe: &Recipe, plan: &Plan, speed: &Speed) -> Vec<f64> {
+    let of = |(linear, rank): (&LinearInfo, usize)| {
+        let ((m, n), r) = (linear.shape(), rank as f64);
+        let [m, n, others] = [m, n, m.saturating_sub(rank)].map(|n| n as f64);
+        // In multiplications with an addition, of which f32 has twice as many a second.
+        let double = 2.0 * m * n * r + r * r * (7.0 * m + 3.0 * n + others + 15.3 * r);
+        let single = 7.0 * (others + n) * r * r;
+        (double + single / 2.0) / 2.0 * speed.product
+    };
+    plan.linears.iter().zip(max_ranks(recipe, plan)).map(of).collect()
+}
+
+/// Passes through the model that statistics take, and the products of their Grams per token.
+fn measuring(recipe: &Recipe, plan: &Plan, windows: Option<&Windows>) -> [f64; 2] {
+    let needs = recipe.needs();
+    let back = if needs.gradients() { back(windows) } else { 0.0 };
+    let inputs: f64 = plan.linears.iter().map(|l| (l.in_features as f64).powi(2) / 4.0).sum();
+    let outputs: f64 = plan.linears.iter().map(|l| (l.out_features as f64).powi(2) / 2.0).sum();
+    let grams =
+        f64::from(u8::from(needs.input_gram)) * inputs + f64::from(u8::from(needs.output_gram)) * back * outputs;
+    // A forward pass; for gradients another one, and a backward pass to the inputs.
+    [1.0 + 3.0 * back, grams]
+}
+
+/// The share of the tokens whose gradients are taken.
+fn back(windows: Option<&Windows>) -> f64 {
+    windows.map_or(1.0, |w| w.part.with_gradients().tokens as f64 / w.part.tokens.max(1) as f64)
 }
 
 /// Seconds in which the windows go through the model.
 fn walking(job: &Job<'_>, recipe: &Recipe, plan: &Plan, windows: Option<&Windows>, speed: &Speed) -> Result<f64> {
     let needs = recipe.needs();
-    let mut passes = 0.0;
-    let mut grams = 0.0;
-    let share = windows.map_or(1.0, |w| w.part.with_gradients().tokens as f64 / w.part.tokens.max(1) as f64);
-    let back = if needs.gradients() { share } else { 0.0 };
-    if recipe.measures_statistics() {
-        // A forward pass; for gradients another one, and a backward pass to the inputs.
-        passes += 1.0 + 3.0 * back;
-        let inputs: f64 = plan.linears.iter().map(|l| (l.in_features as f64).powi(2) / 4.0).sum();
-        let outputs: f64 = plan.linears.iter().map(|l| (l.out_features as f64).powi(2) / 2.0).sum();
-        grams +=
-            f64::from(u8::from(needs.input_gram)) * inputs + f64::from(u8::from(needs.output_gram)) * back * outputs;
-    }
+    let back = if needs.gradients() { back(windows) } else { 0.0 };
+    let [mut passes, mut grams] =
+        if recipe.measures_statistics() { measuring(recipe, plan, windows) } else { [0.0; 2] };
     if recipe.anchor().is_some() {
         // Two streams, of which the second goes through gate and up twice; two Grams per site, and a decomposition.
         passes += 2.5;

@@ -75,12 +75,11 @@ impl Inputs {
         if !recipe.measures_statistics() || self.statistics.is_some() {
             return Ok(calibrate::Seconds::default());
         }
-        let windows = self.windows.as_ref().expect("invariant: a recipe that needs a text has one");
+        let (windows, observation) = (self.drawn(), observation(recipe));
         let decoder = session.decoder()?;
-        let observation = Observation { needs: recipe.needs(), clip_gradients: recipe.clips_gradients() };
+        let limits = &session.limits;
         let of_model = if self.kept_in.is_some() { fingerprint(session.model)? } else { Fingerprint::new() };
         let header = Header::new(of_model, observation, vec![windows.part.clone()]);
-        let limits = &session.limits;
         let mut statistics = Statistics::new(header, limits.activation_bytes, &limits.work_folder);
         let seconds = calibrate::observe(
             &decoder,
@@ -97,6 +96,11 @@ impl Inputs {
         }
         self.statistics = Some(statistics);
         Ok(seconds)
+    }
+
+    /// The windows of a recipe that needs a text.
+    pub fn drawn(&self) -> &Windows {
+        self.windows.as_ref().expect("invariant: a recipe that needs a text has one")
     }
 
     /// The metric of every linear, from its statistics.
@@ -122,4 +126,9 @@ impl Inputs {
             gradient_windows: Header::gradient_windows_of(&texts),
         })
     }
+}
+
+/// The statistics that a recipe measures.
+pub(super) fn observation(recipe: &Recipe) -> Observation {
+    Observation { needs: recipe.needs(), clip_gradients: recipe.clips_gradients() }
 }

@@ -1,6 +1,6 @@
 //! A compression to run: its source, recipe and output folder.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 
@@ -35,6 +35,8 @@ pub struct Job<'a> {
     pub device: Device,
     /// The file where statistics that are measured are kept.
     pub keep_statistics: Option<&'a Path>,
+    /// Folders with pieces of the same job that tasks have finished.
+    pub tasks: &'a [PathBuf],
 }
 
 impl<'a> Job<'a> {
@@ -52,6 +54,7 @@ impl<'a> Job<'a> {
             memory_bytes: DEFAULT_MEMORY_BYTES,
             device: HOST,
             keep_statistics: None,
+            tasks: &[],
         }
     }
 

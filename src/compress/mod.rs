@@ -40,6 +40,7 @@ pub mod spectra;
 mod structure;
 mod study;
 mod sweep;
+pub mod tasks;
 mod trials;
 mod vocabulary;
 
@@ -132,7 +133,7 @@ fn into_folder(
     narrowed: Option<&Narrowed>,
     progress: &dyn Progress,
 ) -> Result<CompressReport> {
-    let session = run.session(folder, progress);
+    let session = run.session(folder, progress)?;
     let Run { job, plan, source, inputs, source_files, started, .. } = run;
     let (checkpoint, recipe) = (job.checkpoint, job.recipe);
     let calibration = inputs.record(recipe);

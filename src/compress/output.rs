@@ -41,7 +41,7 @@ impl Written {
         let (error, has_factor, has_bias): (Option<u64>, bool, bool) = serde_json::from_value(piece.fields.take())?;
         let mut spool = solution.study.fits.spool.lock().expect("invariant: no holder of the spool panics");
         let rank_factor = has_factor.then(|| spool.push(piece.take()?)).transpose()?;
-        let bias = has_bias.then(|| piece.take()?.values.f32s()).transpose()?;
+        let bias = has_bias.then(|| piece.take()?.read()?.f32s()).transpose()?;
         Ok(Self { relative_error: error.map(f64::from_bits), rank_factor, bias })
     }
 }

@@ -29,11 +29,7 @@ impl Plan {
         let walking = 8 * all * width;
         let (mut inputs, mut outputs, mut states) = (0, 0, 0);
         if recipe.measures_statistics() {
-            // Linears with the same input share its Gram.
-            let sites = self.linears.iter().filter_map(|l| l.id.map(|id| ((id.block, id.slot.site()), l.in_features)));
-            let sites: BTreeMap<_, usize> = sites.collect();
-            inputs = u64::from(needs.input_gram) * sites.into_values().map(triangle_bytes).sum::<u64>();
-            outputs = u64::from(needs.output_gram) * sum(&|linear| triangle_bytes(linear.gram_height()));
+            [inputs, outputs] = gram_bytes(recipe, &self.linears);
             states = walking + u64::from(needs.gradients()) * 4 * back * width * n_blocks;
         }
         let fits = self.linears.iter().zip(max_ranks(recipe, self)).filter(|(linear, _)| reads_fit(recipe, linear));
@@ -106,6 +102,27 @@ impl Plan {
         let units = if recipe.share() { units_to_share(self) } else { Vec::new() };
         units.iter().map(|unit| shared::heights(self, unit)).collect()
     }
+}
+
+/// Bytes of the Grams of the inputs and of the output gradients of these linears.
+pub(super) fn gram_bytes(recipe: &Recipe, linears: &[LinearInfo]) -> [u64; 2] {
+    let needs = recipe.needs();
+    // Linears with the same input share its Gram.
+    let sites = linears.iter().filter_map(|l| l.id.map(|id| ((id.block, id.slot.site()), l.in_features)));
+    let sites: BTreeMap<_, usize> = sites.collect();
+    let inputs: u64 = sites.into_values().map(triangle_bytes).sum();
+    let outputs: u64 = linears.iter().map(|linear| triangle_bytes(linear.gram_height())).sum();
+    [u64::from(needs.input_gram) * inputs, u64::from(needs.output_gram) * outputs]
+}
+
+/// Bytes of what is fitted of each linear: values of low rank up to its largest rank, and bases.
+pub(super) fn fit_bytes(recipe: &Recipe, plan: &Plan) -> Vec<u64> {
+    let of = |(linear, rank): (&LinearInfo, usize)| {
+        let is_read = u64::from(reads_fit(recipe, linear));
+        let values = layout(recipe, linear).fitting().n_values(rank, linear.shape());
+        4 * is_read * values + base_bytes(recipe, linear)
+    };
+    plan.linears.iter().zip(max_ranks(recipe, plan)).map(of).collect()
 }
 
 /// Values of a token that the sequential mode keeps on the way through a block: in both streams the residual and the

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use anyhow::Result;
+use serde_json::Value;
 
 use super::inputs::Inputs;
 use super::job::Job;
@@ -64,12 +65,21 @@ impl<'a> Run<'a> {
         Ok(Self { job, plan, source, inputs, source_files, started, pieces })
     }
 
+    /// The run of a task, or of the plan of its tasks: its folder is no output.
+    pub fn of_task(job: &'a Job<'a>, source_files: Fingerprint) -> Result<Self> {
+        Self::checked(job, "", source_files)
+    }
+
+    /// What identifies the job.
+    pub fn description(&self) -> Result<Value> {
+        record::job(self.job, &self.source_files, &self.inputs)
+    }
+
     /// The folder of its output, with what an earlier run of the same job has finished. A full disk is reported before
     /// any work.
     pub fn folder(&self) -> Result<OutputFolder> {
         let job = self.job;
-        let description = record::job(job, &self.source_files, &self.inputs)?;
-        let folder = OutputFolder::resume(job.output, job.existing, REPORT_FILE, &description, job.earlier)?;
+        let folder = OutputFolder::resume(job.output, job.existing, REPORT_FILE, &self.description()?, job.earlier)?;
         folder.require_space(self.disk_bytes())?;
         Ok(folder)
     }
@@ -88,13 +98,17 @@ impl<'a> Run<'a> {
         least + self.plan.kept_bytes(checkpoint, recipe, tokens)
     }
 
-    pub fn session<'s>(&self, folder: &OutputFolder, progress: &'s dyn Progress) -> Session<'s>
+    /// The session of a run in `folder`, with the pieces of finished tasks.
+    ///
+    /// # Errors
+    /// The folder of a task cannot be read.
+    pub fn session<'s>(&self, folder: &OutputFolder, progress: &'s dyn Progress) -> Result<Session<'s>>
     where
         'a: 's,
     {
-        let journal = Journal::new(folder.pieces()).within(self.pieces);
         let job = self.job;
+        let journal = Journal::new(folder.pieces()).within(self.pieces).with_pieces_of(job.tasks)?;
         let session = Session::new(job.checkpoint, &job.device, job.memory_bytes, folder.work(), journal, progress);
-        session.running(job.model())
+        Ok(session.running(job.model()))
     }
 }

@@ -2,6 +2,7 @@
 //! compare.
 
 use std::collections::BTreeSet;
+use std::ops::Range;
 use std::time::Instant;
 
 use anyhow::Result;
@@ -41,13 +42,35 @@ impl<'a> Study<'a> {
     /// # Errors
     /// A weight is damaged, a value is not finite, or the work folder cannot be written.
     pub fn run(session: &'a Session<'a>, recipe: &'a Recipe, plan: &'a Plan, mut inputs: Inputs) -> Result<Self> {
-        let mut timings = Timings::default();
         let seconds = inputs.measure(session, recipe)?;
-        (timings.calibrate_forward, timings.calibrate_backward) = (seconds.forward, seconds.backward);
+        let mut study = Self::fit(session, recipe, plan, inputs, None)?;
+        (study.timings.calibrate_forward, study.timings.calibrate_backward) = (seconds.forward, seconds.backward);
+        Ok(study)
+    }
+
+    /// Fits every linear, or those of a task, with statistics that are there. Linears of a block belong to one task.
+    ///
+    /// # Errors
+    /// As [`Self::run`].
+    pub fn fit(
+        session: &'a Session<'a>,
+        recipe: &'a Recipe,
+        plan: &'a Plan,
+        inputs: Inputs,
+        task: Option<Range<usize>>,
+    ) -> Result<Self> {
+        let mut timings = Timings::default();
         let started = Instant::now();
         let mut fits = Fits::new(plan.linears.len(), session.spool());
-        let max_ranks = max_ranks(recipe, plan);
-        let forget = |block: Option<usize>| forget_inputs(session, recipe, plan, &inputs, block);
+        let mut max_ranks = max_ranks(recipe, plan);
+        let linears = task.clone().unwrap_or(0..plan.linears.len());
+        let outside = (0..max_ranks.len()).filter(|i| !linears.contains(i));
+        outside.for_each(|i| max_ranks[i] = 0);
+        // The Grams are those of another task.
+        let forget = |block: Option<usize>| match task {
+            None => forget_inputs(session, recipe, plan, &inputs, block),
+            Some(_) => Ok(()),
+        };
         let decompose = Decompose {
             checkpoint: session.checkpoint,
             plan,
@@ -61,14 +84,16 @@ impl<'a> Study<'a> {
         fits.decompose(session, plan, &decompose)?;
         if recipe.share() {
             let share = Share { checkpoint: session.checkpoint, plan, metrics: inputs.metrics(recipe) };
-            fits.share(session, plan, &share, &units_to_share(plan))?;
+            let mut units = units_to_share(plan);
+            units.retain(|unit| linears.contains(&unit.members[0]));
+            fits.share(session, plan, &share, &units)?;
         }
         timings.decompose = started.elapsed().as_secs_f64();
         let source = Source::new(session.checkpoint);
         let mut study = Self { session, recipe, plan, inputs, fits, source, timings, rounds: 0 };
         if !recipe.quant().is_empty() || recipe.embeddings().quantizes() {
             let started = Instant::now();
-            study.quantize(recipe.compensate(), &|i| menu(recipe, &plan.linears[i]))?;
+            study.quantize(recipe.compensate(), linears, &|i| menu(recipe, &plan.linears[i]))?;
             study.timings.quantize = started.elapsed().as_secs_f64();
         }
         Ok(study)
@@ -87,11 +112,16 @@ impl<'a> Study<'a> {
         self.inputs.metrics(self.recipe)
     }
 
-    /// Adds quantized bases to the existing ones, with factors fitted by `compensate`.
+    /// Adds quantized bases of some linears to the existing ones, with factors fitted by `compensate`.
     ///
     /// # Errors
     /// A weight is damaged, a value is not finite, or the work folder cannot be written.
-    pub fn quantize(&mut self, compensate: Compensate, quants: &(dyn Fn(usize) -> Vec<Quant> + Sync)) -> Result<()> {
+    pub fn quantize(
+        &mut self,
+        compensate: Compensate,
+        linears: Range<usize>,
+        quants: &(dyn Fn(usize) -> Vec<Quant> + Sync),
+    ) -> Result<()> {
         let method = Quantize {
             checkpoint: self.session.checkpoint,
             plan: self.plan,
@@ -104,7 +134,7 @@ impl<'a> Study<'a> {
         // In a recipe of low rank only matrices of the vocabulary have a menu. Later rounds compare
         // with all of their norms.
         let is_wanted = |i: &usize| self.rounds > 0 || !self.recipe.quant().is_empty() || !quants(*i).is_empty();
-        let units = (0..self.plan.linears.len()).filter(is_wanted).map(|i| Unit { members: vec![i] }).collect();
+        let units = linears.filter(is_wanted).map(|i| Unit { members: vec![i] }).collect();
         self.rounds += 1;
         self.fits.quantize(self.session, self.plan, &method, units)
     }

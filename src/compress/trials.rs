@@ -97,7 +97,7 @@ pub(super) fn mean_kl(
         let kl: Vec<f64> = found.iter().map(Divergence::mean_kl).collect();
         Ok((serde_json::Value::Null, vec![Values::from(kl)]))
     })?;
-    piece.take()?.values.f64s()
+    piece.take()?.read()?.f64s()
 }
 
 impl Solution<'_> {

@@ -86,7 +86,7 @@ impl Closed<'_> {
             let (names, step): (Vec<String>, HealedStep) = serde_json::from_value(piece.fields.take())?;
             let mut healed = Healed::new();
             for name in names {
-                healed.insert(name, piece.take()?.values.f32s()?);
+                healed.insert(name, piece.take()?.read()?.f32s()?);
             }
             return Ok((healed, step));
         }

@@ -69,7 +69,7 @@ impl Halves<'_> {
             let (names, part): (Vec<String>, HealedPart) = serde_json::from_value(piece.fields.take())?;
             let mut healed = Healed::new();
             for name in names {
-                healed.insert(name, piece.take()?.values.f32s()?);
+                healed.insert(name, piece.take()?.read()?.f32s()?);
             }
             let values: Vec<Vec<f32>> = variables
                 .iter()

@@ -46,7 +46,7 @@ impl Keep for KeptState<'_> {
     fn last(&self) -> Result<Option<(State, Vec<Vec<f32>>)>> {
         let Some(mut piece) = self.journal.get(STATE)? else { return Ok(None) };
         let state = serde_json::from_value(piece.fields.take())?;
-        let arrays = piece.rest().into_iter().map(|array| array.values.f32s()).collect::<Result<_>>()?;
+        let arrays = piece.rest().into_iter().map(|array| array.read()?.f32s()).collect::<Result<_>>()?;
         Ok(Some((state, arrays)))
     }
 
@@ -176,7 +176,7 @@ impl<'a> WholeModel<'a> {
         if let Some(mut piece) = journal.get(PIECE)? {
             let (names, record): (Vec<String>, HealedModel) = serde_json::from_value(piece.fields.take())?;
             for name in names {
-                healed.insert(name, piece.take()?.values.f32s()?);
+                healed.insert(name, piece.take()?.read()?.f32s()?);
             }
             return Ok(record);
         }

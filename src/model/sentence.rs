@@ -112,7 +112,15 @@ struct ModuleEntry {
 /// # Errors
 /// A file cannot be read.
 pub fn fingerprint(checkpoint: &Checkpoint) -> Result<Fingerprint> {
-    let mut fingerprint = checkpoint.fingerprint()?;
+    fingerprint_of(checkpoint, &|_| true)
+}
+
+/// The same without weight files in which `is_read` says no of every tensor.
+///
+/// # Errors
+/// As [`fingerprint`].
+pub fn fingerprint_of(checkpoint: &Checkpoint, is_read: &dyn Fn(&str) -> bool) -> Result<Fingerprint> {
+    let mut fingerprint = checkpoint.fingerprint_of(is_read)?;
     let encoder = ModelConfig::of(checkpoint).ok().filter(|(_, architecture)| architecture.encoder.is_some());
     let modules = encoder.and_then(|(config, _)| SentenceModules::read(checkpoint.root(), config.hidden_size).ok()?);
     if let Some(modules) = modules {

@@ -16,7 +16,7 @@ use super::slot::InputSite;
 use crate::device::{Device, to_host};
 use crate::error::{Failure, NON_FINITE_HINT};
 use crate::progress::Stage;
-use crate::store::{Array, Journal, Spool, Spooled, Values};
+use crate::store::{Spool, Spooled};
 use crate::workers::Workers;
 
 /// Windows of tokens on their way through a model, and the store of their hidden states. Batches are independent:
@@ -114,10 +114,19 @@ impl<'a> Walk<'a> {
     /// # Panics
     /// When a batch has windows on both sides.
     pub fn first(&self, n_first: usize) -> Result<Self> {
-        let batches: Vec<Range<usize>> = self.batches.iter().filter(|batch| batch.start < n_first).cloned().collect();
-        assert!(batches.last().is_none_or(|last| last.end == n_first), "invariant: no batch is in both walks");
+        let first = self.batches.partition_point(|batch| batch.start < n_first);
+        assert!(first == 0 || self.batches[first - 1].end == n_first, "invariant: no batch is in both walks");
+        self.of_batches(0..first)
+    }
+
+    /// The walk of some of the batches, with states in the same store. Windows keep their indices.
+    ///
+    /// # Errors
+    /// The system refuses threads.
+    pub fn of_batches(&self, batches: Range<usize>) -> Result<Self> {
+        let batches = self.batches[batches].to_vec();
         Ok(Self {
-            windows: &self.windows[..n_first],
+            windows: self.windows,
             workers: Workers::new(self.workers.count().min(batches.len()))?,
             batches,
             limits: self.limits.clone(),
@@ -168,7 +177,12 @@ impl<'a> Walk<'a> {
 
     /// Tokens of all windows.
     pub fn n_tokens(&self) -> usize {
-        self.windows.iter().map(Vec::len).sum()
+        self.batch_tokens().sum()
+    }
+
+    /// Tokens of each batch.
+    pub fn batch_tokens(&self) -> impl Iterator<Item = usize> {
+        self.batches.iter().map(|batch| self.windows[batch.clone()].iter().map(Vec::len).sum())
     }
 
     pub(super) fn spool(&self) -> MutexGuard<'_, Spool> {
@@ -371,39 +385,6 @@ impl<'a> Walk<'a> {
             copies.push(self.spool().push(values)?);
         }
         Ok(Hidden::new(copies))
-    }
-
-    /// The states of an earlier walk over the same windows.
-    ///
-    /// # Errors
-    /// The work folder cannot be read or written.
-    pub(crate) fn restore(&self, batches: Vec<Array>) -> Result<Hidden> {
-        anyhow::ensure!(batches.len() == self.batches.len(), "invariant: a walk is resumed in the same batches");
-        let mut spool = self.spool();
-        let batches = batches.into_iter().map(|batch| spool.push(batch)).collect::<Result<Vec<_>>>()?;
-        Ok(Hidden::new(batches))
-    }
-
-    /// The values of states, batch after batch.
-    ///
-    /// # Errors
-    /// The work folder cannot be read.
-    pub(crate) fn arrays(&self, hidden: &Hidden) -> Result<Vec<Values>> {
-        (0..self.batches.len()).map(|batch_idx| self.spool().get(&hidden.lock(batch_idx))).collect()
-    }
-
-    /// Keeps states in a journal, under `key`.
-    ///
-    /// # Errors
-    /// The journal or the work folder cannot be read or written.
-    pub(crate) fn settle(&self, hidden: Hidden, journal: &Journal, key: &str) -> Result<Hidden> {
-        if !journal.keeps() {
-            return Ok(hidden);
-        }
-        let batches = self.arrays(&hidden)?;
-        self.release(hidden);
-        let piece = journal.put(key, serde_json::Value::Null, batches)?;
-        self.restore(piece.rest())
     }
 
     /// Keeps the states of this walk among the states of a longer walk over the same store, and releases the others.

@@ -19,6 +19,7 @@ mod publish;
 pub mod schema;
 mod sizes;
 mod sweep;
+mod tasks;
 
 use std::collections::BTreeMap;
 
@@ -44,6 +45,7 @@ pub use publish::{Published, publish};
 pub(crate) use publish::{concluded, stopped};
 pub use sizes::{Sizes, Timings, peak_memory_bytes};
 pub use sweep::{SweepPoint, SweepReport};
+pub use tasks::{StageName, StageRecord, TaskPlan, TaskRecord};
 
 /// Also marks a folder as an output of lrc, which `--force` may replace.
 pub use crate::checkpoint::REPORT_FILE;

@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use super::{
     AdapterReport, AllConventionsReport, CalibrateReport, CompressReport, DryRunReport, EncoderReport, ExportReport,
-    GenerateReport, InspectReport, PerplexityReport, SCHEMA_VERSION, SweepReport,
+    GenerateReport, InspectReport, PerplexityReport, SCHEMA_VERSION, SweepReport, TaskPlan,
 };
 
 /// A field of a report that has a single value.
@@ -136,6 +136,7 @@ pub fn markdown() -> String {
         ("lrc truncate of an adapter: `lrc-report.json`", fields::<AdapterReport>()),
         ("lrc calibrate --json", fields::<CalibrateReport>()),
         ("lrc generate --json", fields::<GenerateReport>()),
+        ("lrc plan --json, and `plan.json`", fields::<TaskPlan>()),
     ];
     for (name, fields) in tables {
         let _ = writeln!(text, "\n## {name}\n");

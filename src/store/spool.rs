@@ -40,12 +40,16 @@ impl Spool {
         Self { folder, memory_left: memory_bytes, file: None, file_bytes: 0, holes: BTreeMap::new() }
     }
 
-    /// Keeps an array of a journal in memory or in its place, and any other array in memory or in the file.
+    /// Keeps an array of a journal in memory or in its place, one that was not read in its place, and any other array in memory or in the file.
     ///
     /// # Errors
     /// The file cannot be written.
     pub fn push(&mut self, array: impl Into<Array>) -> Result<Spooled> {
-        let Array { values, place } = array.into();
+        let (values, place) = match array.into() {
+            Array::New(values) => (values, None),
+            Array::Kept(values, place) => (values, Some(place)),
+            Array::Unread(place) => return Ok(Spooled::Journal(place)),
+        };
         let n_bytes = values.n_bytes();
         if n_bytes <= self.memory_left {
             self.memory_left -= n_bytes;

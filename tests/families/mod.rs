@@ -100,7 +100,7 @@ fn check_gradients(family: &str, decoder: &Decoder<'_>, ids: Vec<u32>, targets: 
     let mut sums = HashMap::new();
     let windows = TargetedWindows { windows: &[ids], targets: &[targets], n_gradients: 1 };
     observe(decoder, windows, observation, &limits, &Journal::default(), &Silent, &mut |found| {
-        sums.extend(found.into_iter().map(|(name, array)| (name, array.values.f32s().unwrap())));
+        sums.extend(found.into_iter().map(|(name, array)| (name, array.read().unwrap().f32s().unwrap())));
         Ok(())
     })
     .unwrap();

@@ -146,7 +146,7 @@ impl Fitter for Decompose<'_> {
         let linear = &self.plan.linears[unit.members[0]];
         let (seconds, max_rank, plain_sides, space): (f64, usize, PlainSides, Option<Space>) =
             serde_json::from_value(piece.fields.take())?;
-        let mut next = || piece.take()?.values.f64s();
+        let mut next = || piece.take()?.read()?.f64s();
         let (curve, plain) = (ErrorCurve::new(next()?), ErrorCurve::new(next()?));
         let diagonals = (next()?, next()?);
         let values = match values {

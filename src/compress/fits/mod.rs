@@ -197,7 +197,7 @@ fn fit_all<F: Fitter>(
 fn pieces<F: Fitter>(journal: &Journal, fitter: &F, unit: &Unit, shared: &F::Shared) -> Result<(Piece, Option<Piece>)> {
     let key = fitter.key(unit);
     if let Some(piece) = journal.get(&key)? {
-        let values = journal.get(&values_key(&key))?;
+        let values = journal.unread(&values_key(&key))?;
         if values.is_some() || fitter.is_spent(unit, journal) {
             return Ok((piece, values));
         }

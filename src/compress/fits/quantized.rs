@@ -92,11 +92,11 @@ impl QuantizedBase {
         piece: &mut Piece,
         spool: &mut Spool,
     ) -> Result<Self> {
-        let errors = piece.take()?.values.f64s()?;
+        let errors = piece.take()?.read()?.f64s()?;
         let (codes, scales) = (spool.push(piece.take()?)?, spool.push(piece.take()?)?);
-        let zeros = piece.take()?.values.bytes()?;
+        let zeros = piece.take()?.read()?.bytes()?;
         let (b, a) = (piece.take()?, piece.take()?);
-        let residual = piece.take()?.values.f64s()?;
+        let residual = piece.take()?.read()?.f64s()?;
         let residual = residual.split_first().map(|(&alone, energies)| (alone, ErrorCurve::new(energies.to_vec())));
         let pair = record.rank.map(|rank| Ok((rank, spool.push(b)?, spool.push(a)?))).transpose();
         let details = Details { seconds: record.seconds, fallback: record.fallback, plain_sides };
@@ -200,7 +200,7 @@ impl Fitter for Quantize<'_> {
     fn keep(&self, unit: &Unit, mut piece: Piece, values: Option<Piece>, spool: &mut Spool) -> Result<Self::Output> {
         let mut values = values.context("invariant: quantized bases are kept to the end")?;
         let (plain, records): (PlainSides, Vec<Record>) = serde_json::from_value(piece.fields.take())?;
-        let norm = piece.take()?.values.f64s()?.first().copied().unwrap_or(0.0);
+        let norm = piece.take()?.read()?.f64s()?.first().copied().unwrap_or(0.0);
         let shape = self.plan.linears[unit.members[0]].shape();
         let mut fits: Vec<Arc<dyn Fitted>> = Vec::new();
         for record in records {

@@ -144,7 +144,7 @@ impl Fitter for Share<'_> {
     fn keep(&self, unit: &Unit, mut piece: Piece, values: Option<Piece>, spool: &mut Spool) -> Result<Arc<dyn Fitted>> {
         let mut values = values.context("invariant: shared parts are kept to the end")?;
         let (seconds, max_rank, plain_sides) = serde_json::from_value(piece.fields.take())?;
-        let errors = unit.members.iter().map(|_| Ok(ErrorCurve::new(piece.take()?.values.f64s()?)));
+        let errors = unit.members.iter().map(|_| Ok(ErrorCurve::new(piece.take()?.read()?.f64s()?)));
         let errors = errors.collect::<Result<_>>()?;
         let left = unit.members.iter().map(|_| spool.push(values.take()?)).collect::<Result<_>>()?;
         let details = Details { seconds, plain_sides, ..Details::default() };

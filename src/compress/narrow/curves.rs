@@ -48,8 +48,8 @@ pub(super) fn all(measure: &Measure<'_>, units: &[NarrowUnit]) -> Result<Vec<Cur
         });
         let mut piece = piece.with_context(|| format!("narrowing `{}`", unit.reader.module))?;
         stage.advance(1);
-        let order = piece.take()?.values.i32s()?.into_iter().map(|index| index as usize).collect();
-        let errors = piece.take()?.values.f64s()?;
+        let order = piece.take()?.read()?.i32s()?.into_iter().map(|index| index as usize).collect();
+        let errors = piece.take()?.read()?.f64s()?;
         Ok(Curve { narrowing: Narrowing { order, errors }, seconds: serde_json::from_value(piece.fields)? })
     })
 }

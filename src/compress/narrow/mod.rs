@@ -61,7 +61,7 @@ pub(super) struct Planned {
 /// # Errors
 /// The model has nothing that can become narrower, the budget cannot be met, or the work folder cannot be written.
 pub(super) fn narrowed(run: Run<'_>, folder: &OutputFolder, progress: &dyn Progress) -> Result<Narrowed> {
-    let session = run.session(folder, progress);
+    let session = run.session(folder, progress)?;
     let (units, notes) = units_of(&run)?;
     let Run { job, plan, source, mut inputs, source_files, started: begun, .. } = run;
     let (recipe, checkpoint) = (job.recipe, job.checkpoint);

@@ -44,7 +44,7 @@ impl<'p> RankCurves<'p> {
             });
             let mut piece = piece.with_context(|| format!("decomposing `{}`", linear.module))?;
             stage.advance(1);
-            let energies = ErrorCurve::new(piece.take()?.values.f64s()?);
+            let energies = ErrorCurve::new(piece.take()?.read()?.f64s()?);
             let ranks = 0..=energies.energies().len();
             Ok(ranks.map(|rank| energies.squared_error(rank)).collect())
         })?;

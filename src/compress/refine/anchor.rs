@@ -284,9 +284,9 @@ fn resume(solution: &mut Solution<'_>, walk: &Walk<'_>, source: &mut Hidden, shi
 fn take(solution: &mut Solution<'_>, mut piece: Piece) -> Result<()> {
     let fields: Vec<Field> = serde_json::from_value(piece.fields.take())?;
     for (i, rank, plain, has_pair, has_means) in fields {
-        let curve = ErrorCurve::new(piece.take()?.values.f64s()?);
+        let curve = ErrorCurve::new(piece.take()?.read()?.f64s()?);
         let pair = if has_pair { Some([piece.take()?, piece.take()?]) } else { None };
-        let mut means = || Ok(Means { output: piece.take()?.values.f64s()?, input: piece.take()?.values.f64s()? });
+        let mut means = || Ok(Means { output: piece.take()?.read()?.f64s()?, input: piece.take()?.read()?.f64s()? });
         let means: Option<Result<Means>> = has_means.then(&mut means);
         solution.refit(i, curve, plain, rank, pair, means.transpose()?)?;
     }

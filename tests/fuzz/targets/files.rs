@@ -11,7 +11,7 @@ use lrc::formats::Format;
 use lrc::inspect::inspect;
 use lrc::model::inventory;
 use lrc::progress::Silent;
-use lrc::store::Journal;
+use lrc::store::{Array, Journal};
 use lrc::truncate::{TruncateJob, truncate};
 
 use super::{Bed, evaluate, fixture, split_name};
@@ -48,11 +48,15 @@ pub(super) fn of_pieces(bed: &Bed) -> Vec<Vec<u8>> {
 
 pub(super) fn read_piece(bed: &Bed, input: &[u8]) -> bool {
     let folder = bed.folder("journal", &[("piece", input)]);
+    // As the piece of another run, whose arrays are read when they are needed.
+    if let Ok(Some(piece)) = Journal::default().with_pieces_of(std::slice::from_ref(&folder)).unwrap().unread("piece") {
+        piece.rest().into_iter().for_each(|array| drop(array.read()));
+    }
     let Ok(Some(piece)) = Journal::new(folder).get("piece") else { return false };
     for array in piece.rest() {
-        let read = array.place.as_ref().unwrap().read().unwrap();
-        assert_eq!(read.n_bytes(), array.values.n_bytes());
-        let _ = array.values.f64s();
+        let Array::Kept(values, place) = array else { panic!("it is in the journal") };
+        assert_eq!(place.read().unwrap().n_bytes(), values.n_bytes());
+        let _ = values.f64s();
     }
     true
 }
