@@ -3,8 +3,8 @@
     python benchmarks/codes.py MODEL STATISTICS EVALUATION_TEXT SEQ_LEN WINDOWS WORK LRC ROW...
 
 A ROW is a quantizer, or a menu with commas and a budget, then perhaps a method: `gptq-int3-g64`, `cd-int3-g64@svd-llm`,
-`cd-int2-g64,cd-int3-g64:2.75`, `cd-int3-g64+eora8`. Without a method, `cd` has `kfac`, which uses the gradients too, and all others
-have `svd-llm`. `+eora8` adds factors of this rank in int8.
+`cd-int2-g64,cd-int3-g64:2.75`, `cd-int3-g64+eora8`; and the linears that it is for: `cd-iq2_xs%*.down_proj`. Without a
+method, `cd` has `kfac`, which uses the gradients too, and all others have `svd-llm`. `+eora8` adds factors of this rank in int8.
 
 KL and perplexity are those of `lrc eval --reference MODEL` on the first WINDOWS windows of SEQ_LEN tokens; bits per weight are those of
 the linears of all blocks. Seconds are those of `lrc compress`. Rows that are in WORK already are not made again.
@@ -27,9 +27,12 @@ def run(*args):
 
 
 def measure(row):
-    menu, budget, pair, method = re.fullmatch(r"([^:+@]+)(?::([\d.]+))?(?:\+(\w+))?(?:@(\S+))?", row).groups()
+    pattern = r"([^:+@%]+)(?::([\d.]+))?(?:\+(\w+))?(?:@([^%\s]+))?(?:%(\S+))?"
+    menu, budget, pair, method, targets = re.fullmatch(pattern, row).groups()
     method = method or ("kfac" if menu.startswith("cd-") else "svd-llm")
     flags = ["--quant", menu, "--method", method, "--statistics", statistics, "--embeddings", "keep", "--force"]
+    if targets:
+        flags += ["--targets", targets]
     if budget:
         flags += ["--bits", budget]
     if pair:

@@ -35,7 +35,7 @@ impl PackedEntry {
     /// # Errors
     /// The scheme is unknown, or rows of this width cannot hold the columns.
     pub fn read(&self, width: usize) -> Result<(Scheme, Dtype), String> {
-        let Ok(Quant::Rtn(scheme, _)) = self.scheme.parse() else {
+        let Ok(Quant::Bare(scheme, _) | Quant::Rtn(scheme, _)) = self.scheme.parse() else {
             return Err(format!("`{}` is not a known scheme", self.scheme));
         };
         let dtype = match self.dtype.as_str() {

@@ -103,11 +103,14 @@ fn menu(study: &Study<'_>, linear: &LinearInfo, forms: &Forms) -> Vec<Quant> {
     let mut menu = study.recipe.quant().to_vec();
     for quant in families {
         let Storage::Grouped(scheme) = quant.storage() else {
-            menu.extend(BLOCK_TYPES.map(match quant {
+            let of = match quant {
                 Quant::CdBlock(_) => Quant::CdBlock,
                 Quant::Imatrix(_) => Quant::Imatrix,
                 _ => Quant::Block,
-            }));
+            };
+            let (rows, cols) = linear.shape();
+            let (least, _) = linear.bytes_as(forms);
+            menu.extend(BLOCK_TYPES.into_iter().filter(|t| t.n_bytes(rows, cols) >= least).map(of));
             continue;
         };
         let (base, factors) = linear.bytes_as(forms);

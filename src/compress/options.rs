@@ -116,12 +116,13 @@ recipe_options! {
     /// They count everything that is stored for the linears: codes, scales, factors and dense weights.
     bits: Option<f64>, "Budget" [value_name = "BITS", conflicts_with_all = ["keep", "target_size"]],
 
-    /// Quantizers to choose from (`rtn-int4,rtn-int8`)
+    /// Quantizers to choose from (`int4-g64,int8`)
     ///
-    /// A quantizer is rtn, gptq or cd with a type, as in gptq-int4: int8, int4, int3, int2; or nf4; each with any of
-    /// the suffixes -g32, -g64, -g128, -channel, -sym, -asym, -2of4, -absmax, -mse. It can also be a block format of GGUF: q8_0,
-    /// q5_1, q5_0, q4_1, q4_0, q2_k, q3_k, q4_k, q5_k, q6_k, iq4_nl, iq4_xs; with a text also cd-q4_k and imatrix-q4_k
-    /// and so on. With several, the budget chooses one per linear.
+    /// A quantizer is rtn, gptq or cd with a type, as in gptq-int4: int8, int4, int3, int2; or nf4. An integer type
+    /// without a method has cd if there is a text, but for int8, and rtn if there is none. Each has any of the suffixes
+    /// -g32, -g64, -g128, -channel, -sym, -asym, -2of4, -absmax, -mse. It can also be a block format of GGUF: q8_0,
+    /// q5_1, q5_0, q4_1, q4_0, q2_k, q3_k, q4_k, q5_k, q6_k, iq2_xxs, iq2_xs, iq2_s, iq3_xxs, iq3_s, iq4_nl, iq4_xs;
+    /// with a text also cd-q4_k and imatrix-q4_k and so on. With several, the budget chooses one per linear.
     quant: Vec<Quant>, "Quantization" [value_name = "QUANT", value_delimiter = ',', num_args = 1],
 
     /// Low-rank factors for the error [default: none]

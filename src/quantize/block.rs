@@ -6,9 +6,9 @@ use candle_core::quantized::{GgmlDType, QStorage, QTensor};
 
 use super::fields::Codec;
 use super::grouped::{Grouped, Scheme};
-use super::iq4;
 use super::lattice::{BlockLattice, Lattice};
 use super::levels::Levels;
+use super::search;
 use crate::device::{HOST, to_host};
 
 /// A block type: its name, its implementation and the number by which GGUF files know it.
@@ -32,7 +32,7 @@ const fn candle(name: &'static str, dtype: GgmlDType, id: u32, fallback: Option<
 }
 
 /// The block types that quantize weights.
-pub const BLOCK_TYPES: [BlockType; 12] = [
+pub const BLOCK_TYPES: [BlockType; 17] = [
     candle("q4_0", GgmlDType::Q4_0, 2, None),
     candle("q4_1", GgmlDType::Q4_1, 3, None),
     candle("q5_0", GgmlDType::Q5_0, 6, None),
@@ -43,6 +43,11 @@ pub const BLOCK_TYPES: [BlockType; 12] = [
     candle("q4_k", GgmlDType::Q4K, 12, Some("q5_0")),
     candle("q5_k", GgmlDType::Q5K, 13, Some("q5_1")),
     candle("q6_k", GgmlDType::Q6K, 14, Some("q8_0")),
+    row("iq2_xxs", Codec::Iq2Xxs, 16, Some("iq4_nl")),
+    row("iq2_xs", Codec::Iq2Xs, 17, Some("iq4_nl")),
+    row("iq2_s", Codec::Iq2S, 22, Some("iq4_nl")),
+    row("iq3_xxs", Codec::Iq3Xxs, 18, Some("iq4_nl")),
+    row("iq3_s", Codec::Iq3S, 21, Some("iq4_nl")),
     row("iq4_nl", Codec::Iq4Nl, 20, None),
     row("iq4_xs", Codec::Iq4Xs, 23, Some("iq4_nl")),
 ];
@@ -78,6 +83,10 @@ impl BlockType {
             Codec::Candle(dtype) => dtype,
             Codec::Iq4Nl => return 113.0,
             Codec::Iq4Xs => return 113.0 * 31.0,
+            // Of the points with eight equal magnitudes, the largest.
+            Codec::Iq2Xxs | Codec::Iq3S => return 2.0 * 15.5,
+            Codec::Iq2Xs | Codec::Iq2S => return 10.75 * 15.5,
+            Codec::Iq3Xxs => return 14.0 * 15.5,
         };
         match dtype {
             GgmlDType::Q4_0 => 8.0,
@@ -166,8 +175,7 @@ impl Blocks {
                 };
                 quantized.data()?.into_owned()
             }
-            Codec::Iq4Nl => iq4::quantize_nl(values, cols, weights),
-            Codec::Iq4Xs => iq4::quantize_xs(values, cols, weights),
+            codec => search::quantize(codec, values, cols, weights),
         };
         Ok(Self { rows, cols, block_type, bytes })
     }
@@ -251,7 +259,7 @@ impl Blocks {
         );
         let dtype = match self.block_type.codec {
             Codec::Candle(dtype) => dtype,
-            Codec::Iq4Nl | Codec::Iq4Xs => return self.values(),
+            _ => return self.values(),
         };
         if self.bytes.is_empty() {
             // candle requires an alignment that an empty buffer does not have.
@@ -302,9 +310,9 @@ mod tests {
     fn blocks_come_back_close_and_in_their_bytes() {
         let (rows, cols) = (3, 512);
         let values: Vec<f32> = (0..rows * cols).map(|i| ((i * 7919) % 1009) as f32 / 504.5 - 1.0).collect();
-        for (block_type, limit) in
-            BLOCK_TYPES.into_iter().zip([0.09, 0.09, 0.05, 0.05, 0.006, 0.35, 0.18, 0.08, 0.04, 0.02, 0.09, 0.09])
-        {
+        let limits =
+            [0.09, 0.09, 0.05, 0.05, 0.006, 0.35, 0.18, 0.08, 0.04, 0.02, 0.41, 0.38, 0.35, 0.21, 0.19, 0.09, 0.09];
+        for (block_type, limit) in BLOCK_TYPES.into_iter().zip(limits) {
             let blocks = Blocks::quantize(&values, rows, cols, block_type).unwrap();
             assert_eq!(blocks.bytes.len() as u64, block_type.n_bytes(rows, cols));
             let back = blocks.dequantize();
@@ -335,8 +343,8 @@ mod tests {
             blocks.put(&codes);
             blocks.put_scales(&lattice);
             assert_eq!(blocks, before);
-            // Others in their place, with the same scales.
-            let others: Vec<u8> = codes.iter().rev().copied().collect();
+            // Others in their place, with the same scales; eight together may be the point of a grid.
+            let others: Vec<u8> = codes.chunks_exact(8).rev().flatten().copied().collect();
             blocks.put(&others);
             assert_eq!((&blocks.codes().0, &blocks.codes().1.scales), (&others, &lattice.scales));
             let nearest = lattice.round(&values, cols);
@@ -356,7 +364,10 @@ mod tests {
         let weights: Vec<f32> = (0..cols).map(|j| if j % 7 == 0 { 20.0 } else { 0.2 + (j % 3) as f32 / 3.0 }).collect();
         let inputs = faer::Mat::from_fn(cols, cols, |i, j| if i == j { f64::from(weights[i]) } else { 0.0 });
         let sides = crate::quantize::Sides { inputs: inputs.as_ref(), outputs: None };
-        for name in ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs"] {
+        for name in [
+            "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs",
+            "iq3_s",
+        ] {
             let error = |quant: &str| -> f64 {
                 let quant: crate::quantize::Quant = quant.parse().unwrap();
                 let (found, fallback) = quant.quantize(&values, (rows, cols), Some(sides)).unwrap();
@@ -380,6 +391,7 @@ mod tests {
             ("q6_k", "q8_0"),
             ("q8_0", "q8_0"),
             ("iq4_xs", "iq4_nl"),
+            ("iq2_xs", "iq4_nl"),
         ] {
             assert_eq!((fallback(name, 576), fallback(name, 1536)), (Some(expected), Some(name)));
             assert_eq!(fallback(name, 40), None);
@@ -400,7 +412,9 @@ mod tests {
             let largest = 0.9 * 65504.0 * block_type.n_levels();
             let values: Vec<f32> = (0..256).map(|i| largest * (i as f32 / 127.5 - 1.0)).collect();
             let back = Blocks::quantize(&values, 1, 256, block_type).unwrap().dequantize();
-            assert!(back.iter().zip(&values).all(|(q, v)| (q - v).abs() < 0.7 * largest), "{}", block_type.name);
+            // Points of `iq2_xxs` with several large magnitudes have small ones too.
+            let most = if block_type.name == "iq2_xxs" { 0.75 } else { 0.7 } * largest;
+            assert!(back.iter().zip(&values).all(|(q, v)| (q - v).abs() < most), "{}", block_type.name);
         }
     }
 }

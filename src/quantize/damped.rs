@@ -33,3 +33,13 @@ pub(super) fn single(matrix: &Mat<f64>) -> Mat<f32> {
 fn to_unit_mean(mean: f64) -> f64 {
     if mean > 0.0 { 4f64.powi((-0.5 * mean.log2()).round().clamp(-500.0, 500.0) as i32) } else { 1.0 }
 }
+
+/// Columns in runs of `width`, in the order of their falling sums of `H_jj`; a shorter run comes last.
+pub(super) fn falling_runs(gram: MatRef<'_, f64>, width: usize) -> Vec<usize> {
+    let cols = gram.nrows();
+    let (whole, rest) = (cols / width, cols / width * width..cols);
+    let sum = |run: usize| (run * width..(run + 1) * width).map(|j| gram[(j, j)]).sum::<f64>();
+    let mut runs: Vec<(usize, f64)> = (0..whole).map(|run| (run, sum(run))).collect();
+    runs.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+    runs.into_iter().flat_map(|(run, _)| run * width..(run + 1) * width).chain(rest).collect()
+}

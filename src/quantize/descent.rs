@@ -14,6 +14,7 @@ use super::damped::{damped, single};
 use super::feedback::one_by_one;
 use super::gptq::{Fallback, feed};
 use super::grouped::{Grouped, Scale, Scheme};
+use super::joint;
 use super::lattice::Lattice;
 use super::refit::{Refit, product};
 use super::sparse::{Sparse, pruned};
@@ -99,7 +100,11 @@ fn fit<L: Lattice + Clone>(
     lattice: L,
     rounded: Vec<u8>,
 ) -> (Vec<u8>, L, Option<Fallback>) {
-    let Some(fed) = feed(values, (rows, cols), sides.inputs, &lattice) else {
+    let fed = match lattice.points() {
+        Some(points) => joint::feed(values, (rows, cols), sides.inputs, &lattice, points),
+        None => feed(values, (rows, cols), sides.inputs, &lattice).map(|fed| fed.codes),
+    };
+    let Some(mut codes) = fed else {
         return (rounded, lattice, Some(Fallback::NotDefinite));
     };
     let in_order: Vec<usize> = (0..cols.max(rows)).collect();
@@ -109,7 +114,7 @@ fn fit<L: Lattice + Clone>(
         inputs: single(&damped(sides.inputs, &in_order[..cols])),
         outputs: sides.outputs.map(|outputs| single(&damped(outputs, &in_order[..rows]))),
     };
-    let (mut codes, mut refitted) = (fed.codes, lattice.clone());
+    let mut refitted = lattice.clone();
     let error = one.descend(&mut refitted, &mut codes);
     if one.error(&lattice, &rounded) <= error {
         return (rounded, lattice, Some(Fallback::NoGain));
@@ -172,6 +177,10 @@ impl Problem<'_> {
 
     fn sweep(&self, lattice: &impl Lattice, codes: &mut [u8], mut pull: Mat<f32>) {
         let (rows, cols) = self.shape;
+        if let Some(points) = lattice.points() {
+            let sides = (self.inputs.as_ref(), self.outputs.as_ref().map(Mat::as_ref));
+            return joint::sweep(lattice, points, codes, pull, sides);
+        }
         one_by_one(pull.as_mut(), self.inputs.as_ref(), |j, pull, _, moved| {
             let size = self.inputs[(j, j)];
             moved.fill(0.0);

@@ -88,24 +88,38 @@ impl Descent {
 /// A column moves the rest of its panel, a panel the rest of its block, and a block all other columns: the first is
 /// bound by memory, the others are matrix products.
 pub(super) fn one_by_one(
-    mut weights: MatMut<'_, f32>,
+    weights: MatMut<'_, f32>,
     couplings: MatRef<'_, f32>,
     mut step: impl FnMut(usize, &mut [f32], MatRef<'_, f32>, &mut [f32]),
+) {
+    run_by_run(weights, couplings, PANEL, |first, mut panel, mut errors| {
+        let n = panel.ncols();
+        for k in 0..n {
+            let (mut left, later) = panel.as_mut().subcols_mut(k, n - k).split_at_col_mut(1);
+            let error = contiguous(errors.as_mut(), k);
+            step(first + k, contiguous(left.as_mut(), 0), later.as_ref(), error);
+            spread(error, later, couplings.row(first + k).subcols(first + k + 1, n - k - 1));
+        }
+    });
+}
+
+/// Calls `step` with each run of `width` columns in turn, a divisor of 128, and a buffer for their errors: columns after
+/// the run are moved by the errors times the run's rows of `couplings`.
+pub(super) fn run_by_run(
+    mut weights: MatMut<'_, f32>,
+    couplings: MatRef<'_, f32>,
+    width: usize,
+    mut step: impl FnMut(usize, MatMut<'_, f32>, MatMut<'_, f32>),
 ) {
     let (rows, cols) = (weights.nrows(), weights.ncols());
     let mut errors = Mat::<f32>::zeros(rows, BLOCK);
     for first in (0..cols).step_by(BLOCK) {
         let end = cols.min(first + BLOCK);
-        for panel in (first..end).step_by(PANEL) {
-            let panel_end = end.min(panel + PANEL);
-            for j in panel..panel_end {
-                let (mut left, later) = weights.as_mut().subcols_mut(j, panel_end - j).split_at_col_mut(1);
-                let error = contiguous(errors.as_mut(), j - first);
-                step(j, contiguous(left.as_mut(), 0), later.as_ref(), error);
-                spread(error, later, couplings.row(j).subcols(j + 1, panel_end - j - 1));
-            }
-            let moved = errors.as_ref().subcols(panel - first, panel_end - panel);
-            move_later(weights.as_mut(), couplings, moved, panel, panel_end..end);
+        for run in (first..end).step_by(width) {
+            let n = width.min(end - run);
+            let mut moved = errors.as_mut().subcols_mut(run - first, n);
+            step(run, weights.as_mut().subcols_mut(run, n), moved.as_mut());
+            move_later(weights.as_mut(), couplings, moved.as_ref(), run, run + n..end);
         }
         move_later(weights.as_mut(), couplings, errors.as_ref().subcols(0, end - first), first, end..cols);
     }
@@ -124,7 +138,7 @@ fn move_later(
     matmul(weights, Accum::Add, errors, couplings, -1.0f32, Par::Seq);
 }
 
-fn contiguous(matrix: MatMut<'_, f32>, column: usize) -> &mut [f32] {
+pub(super) fn contiguous(matrix: MatMut<'_, f32>, column: usize) -> &mut [f32] {
     let column = matrix.col_mut(column).try_as_col_major_mut();
     column.expect("invariant: rows of an owned matrix are contiguous in a column").as_slice_mut()
 }

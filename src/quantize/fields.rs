@@ -1,13 +1,17 @@
 //! Where llama.cpp's block types have the code of each weight, and the scale of each run of weights: the layouts of
 //! its `ggml-common.h`.
 //!
-//! A weight is `scale · (code − zero) − minimum`, or `scale · LEVELS[code]` in the two types whose levels are not
-//! evenly spaced. Its code is one field of bits, or a low one and a high one.
+//! A weight is `scale · (code − zero) − minimum`, or `scale · LEVELS[code]` in the types whose levels are not
+//! evenly spaced. Its code is one field of bits, or a low one and a high one; or several weights have one.
+
+use std::sync::Arc;
 
 use candle_core::quantized::GgmlDType;
 use half::f16;
 
+use super::grid::{self, Grid};
 use super::lattice::{BlockLattice, Spacing};
+use super::points::Points;
 
 /// The implementation of a block type.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -18,10 +22,21 @@ pub(super) enum Codec {
     Iq4Nl,
     /// 256 codes for [`LEVELS`], an integer scale of 6 bits for each 32, and an f16 scale of these.
     Iq4Xs,
+    /// 256 weights in points of eight, 8 bits each, with 7 bits of signs, and a scale of 4 bits for each 32.
+    Iq2Xxs,
+    /// Points of 9 bits, and a scale for each 16.
+    Iq2Xs,
+    /// Points of 10 bits with 8 bits of signs, and a scale for each 16.
+    Iq2S,
+    /// Points of four weights, 8 bits each, with 7 bits of signs for two, and a scale for each 32.
+    Iq3Xxs,
+    /// Points of four weights, 9 bits each, with 8 bits of signs for two, and a scale for each 32.
+    Iq3S,
 }
 
 /// The levels of `iq4_nl` and `iq4_xs`.
-pub(super) const LEVELS: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
+pub(super) const LEVELS: [f32; 16] =
+    [-127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0];
 
 /// Where one of many small integers has a field of its bits, by its index: the byte, and the lowest bit there.
 type Place = fn(usize) -> (usize, usize);
@@ -46,12 +61,21 @@ pub(super) struct Fields {
     /// Weights that share a scale.
     run: usize,
     spacing: Spacing,
-    codes: Integers,
+    codes: Codes,
     /// The bytes of the f16 scale and the f16 minimum of a block.
     common: [Option<usize>; 2],
     /// The scale of every run, with what is subtracted from it, and the minimum of every run, both in units of those of
     /// the block.
-    runs: [Option<(Integers, u8)>; 2],
+    runs: [Option<(Integers, f32)>; 2],
+}
+
+/// The codes of a block.
+#[derive(Clone, Copy)]
+enum Codes {
+    /// A field of bits for each.
+    Each(Integers),
+    /// Fields for several.
+    Together(&'static Grid),
 }
 
 impl Codec {
@@ -61,6 +85,11 @@ impl Codec {
             Self::Candle(dtype) => (dtype.block_size(), dtype.type_size()),
             Self::Iq4Nl => (32, 18),
             Self::Iq4Xs => (256, 136),
+            Self::Iq2Xxs => (256, 66),
+            Self::Iq2Xs => (256, 74),
+            Self::Iq2S => (256, 82),
+            Self::Iq3Xxs => (256, 98),
+            Self::Iq3S => (256, 110),
         }
     }
 
@@ -72,8 +101,9 @@ impl Codec {
             Self::Candle(GgmlDType::Q2K) => &[80, 82],
             Self::Candle(GgmlDType::Q3K) => &[108],
             Self::Candle(GgmlDType::Q6K) => &[208],
-            Self::Candle(GgmlDType::Q4_0 | GgmlDType::Q5_0 | GgmlDType::Q8_0) | Self::Iq4Nl | Self::Iq4Xs => &[0],
+            Self::Candle(GgmlDType::Q4_0 | GgmlDType::Q5_0 | GgmlDType::Q8_0) => &[0],
             Self::Candle(_) => &[],
+            _ => &[0],
         }
     }
 
@@ -89,7 +119,7 @@ impl Codec {
             bytes,
             run: block,
             spacing,
-            codes,
+            codes: Codes::Each(codes),
             common: [Some(0), minimum],
             runs: [None, None],
         };
@@ -98,18 +128,23 @@ impl Codec {
             bytes,
             run,
             spacing,
-            codes,
+            codes: Codes::Each(codes),
             common,
             runs,
         };
         let dtype = match self {
             Self::Candle(dtype) => dtype,
+            Self::Iq2Xxs => return self.points(&grid::IQ2_XXS, 32, |r| (9 + 8 * r, 4)),
+            Self::Iq2Xs => return self.points(&grid::IQ2_XS, 16, |r| (66 + r / 2, 4 * (r % 2))),
+            Self::Iq2S => return self.points(&grid::IQ2_S, 16, |r| (74 + r / 2, 4 * (r % 2))),
+            Self::Iq3Xxs => return self.points(&grid::IQ3_XXS, 32, |r| (69 + 4 * r, 4)),
+            Self::Iq3S => return self.points(&grid::IQ3_S, 32, |r| (106 + r / 2, 4 * (r % 2))),
             Self::Iq4Nl => return one(Spacing::Table(&LEVELS), low(4, |k| halves(2, k)), None),
             Self::Iq4Xs => {
                 let codes = low(4, |k| halves(8 + 16 * (k / 32), k % 32));
                 // The upper 2 bits of 8 in a word, then the low 4 bits.
                 let scales = low(4, |r| (4 + r / 2, 4 * (r % 2))).with(2, |r| (2 + r / 4, 2 * (r % 4)));
-                return nested(32, Spacing::Table(&LEVELS), codes, [Some(0), None], [Some((scales, 32)), None]);
+                return nested(32, Spacing::Table(&LEVELS), codes, [Some(0), None], [Some((scales, 32.0)), None]);
             }
         };
         match dtype {
@@ -120,14 +155,14 @@ impl Codec {
             GgmlDType::Q8_0 => one(steps(8, 128), low(8, |k| (2 + k, 0)).signed(), None),
             GgmlDType::Q2K => {
                 // Four bits of the scale and four of the minimum in a byte; the scales of both at the end.
-                let runs = [Some((low(4, |r| (r, 0)), 0)), Some((low(4, |r| (r, 4)), 0))];
+                let runs = [Some((low(4, |r| (r, 0)), 0.0)), Some((low(4, |r| (r, 4)), 0.0))];
                 nested(16, steps(2, 0), low(2, |k| quarters(16, k)), [Some(80), Some(82)], runs)
             }
             GgmlDType::Q3K => {
                 let codes = low(2, |k| quarters(32, k)).with(1, |k| (k % 32, k / 32));
                 // The low 4 bits of 16 in 8 bytes, then the upper 2 in 4.
                 let scales = low(4, |r| (96 + r % 8, 4 * (r / 8))).with(2, |r| (104 + r % 4, 2 * (r / 4)));
-                nested(16, steps(3, 4), codes, [Some(108), None], [Some((scales, 32)), None])
+                nested(16, steps(3, 4), codes, [Some(108), None], [Some((scales, 32.0)), None])
             }
             GgmlDType::Q4K => nested(32, steps(4, 0), low(4, |k| pairs(16, k)), [Some(0), Some(2)], sixes()),
             GgmlDType::Q5K => {
@@ -137,9 +172,25 @@ impl Codec {
             GgmlDType::Q6K => {
                 let codes = low(4, |k| (64 * (k / 128) + k % 64, 4 * (k % 128 / 64))).with(2, |k| quarters(128, k));
                 let scales = low(8, |r| (192 + r, 0)).signed();
-                nested(16, steps(6, 32), codes, [Some(208), None], [Some((scales, 128)), None])
+                nested(16, steps(6, 32), codes, [Some(208), None], [Some((scales, 128.0)), None])
             }
             other => unreachable!("invariant: {other:?} has no codes to choose"),
+        }
+    }
+}
+
+impl Codec {
+    /// Points of a grid, with scales of `run` weights that are odd numbers of halves.
+    fn points(self, grid: &'static Grid, run: usize, scales: Place) -> Fields {
+        let (block, bytes) = self.block();
+        Fields {
+            block,
+            bytes,
+            run,
+            spacing: Spacing::Table(grid.levels),
+            codes: Codes::Together(grid),
+            common: [Some(0), None],
+            runs: [Some((low(4, scales), -0.5)), None],
         }
     }
 }
@@ -190,17 +241,18 @@ impl Fields {
             scales: Vec::with_capacity(bytes.len() / self.bytes * per_block),
             runs: Vec::with_capacity(bytes.len() / self.bytes * per_block),
             common: Vec::with_capacity(bytes.len() / self.bytes),
-            ends: self
-                .runs
-                .map(|runs| runs.map(|(integers, zero)| (-f32::from(zero), f32::from(integers.top() - zero)))),
+            ends: self.runs.map(|runs| runs.map(|(integers, zero)| (-zero, f32::from(integers.top()) - zero))),
             has_minimum: self.common[1].is_some(),
+            points: match self.codes {
+                Codes::Each(_) => None,
+                Codes::Together(grid) => Some(Arc::new(Points::new(grid))),
+            },
         };
         for block in bytes.chunks_exact(self.bytes) {
             let common = self.common.map(|at| at.map_or(0.0, |at| float(block, at)));
             for run in 0..per_block {
                 let whole = |i: usize, constant: f32| {
-                    self.runs[i]
-                        .map_or(constant, |(integers, zero)| f32::from(integers.get(block, run)) - f32::from(zero))
+                    self.runs[i].map_or(constant, |(integers, zero)| f32::from(integers.get(block, run)) - zero)
                 };
                 // A minimum of a block alone is added.
                 let runs = [whole(0, 1.0), whole(1, -1.0)];
@@ -210,6 +262,19 @@ impl Fields {
             lattice.common.push(common);
         }
         lattice
+    }
+
+    /// One run, with a scale of 1.
+    pub fn unit(&self) -> BlockLattice {
+        BlockLattice {
+            block: self.run,
+            n_runs: 1,
+            n_blocks: 1,
+            scales: vec![(1.0, 0.0)],
+            runs: vec![[1.0, 0.0]],
+            common: vec![[1.0, 0.0]],
+            ..self.lattice(&[], self.block)
+        }
     }
 
     /// Puts the scales and minima of a lattice in the place of those of whole blocks, which keep their codes.
@@ -225,7 +290,7 @@ impl Fields {
             for (run, values) in runs.iter().enumerate() {
                 for (integers, value) in self.runs.iter().zip(values) {
                     if let Some((integers, zero)) = integers {
-                        integers.put(block, run, (value + f32::from(*zero)) as u8);
+                        integers.put(block, run, (value + zero) as u8);
                     }
                 }
             }
@@ -235,15 +300,26 @@ impl Fields {
     /// The codes of whole blocks, in the order of the weights.
     pub fn codes(&self, bytes: &[u8]) -> Vec<u8> {
         let blocks = bytes.chunks_exact(self.bytes);
-        blocks.flat_map(|block| (0..self.block).map(|k| self.codes.get(block, k))).collect()
+        blocks.flat_map(|block| self.codes.of(block, self.block)).collect()
     }
 
     /// Puts codes, in the order of the weights, in the place of those of whole blocks, which keep their scales.
     pub fn put(&self, codes: &[u8], bytes: &mut [u8]) {
         for (block, codes) in bytes.chunks_exact_mut(self.bytes).zip(codes.chunks_exact(self.block)) {
-            for (k, &code) in codes.iter().enumerate() {
-                self.codes.put(block, k, code);
+            match self.codes {
+                Codes::Each(integers) => codes.iter().enumerate().for_each(|(k, &code)| integers.put(block, k, code)),
+                Codes::Together(grid) => grid.put(codes, block),
             }
+        }
+    }
+}
+
+impl Codes {
+    /// The codes of a block of `n` weights.
+    fn of(self, block: &[u8], n: usize) -> Vec<u8> {
+        match self {
+            Self::Each(integers) => (0..n).map(|k| integers.get(block, k)).collect(),
+            Self::Together(grid) => grid.codes(block, n),
         }
     }
 }
@@ -254,12 +330,12 @@ fn low(bits: usize, place: Place) -> Integers {
 
 /// Integers of 6 bits for 8 scales and 8 minima, in 12 bytes: the first four of each in a byte, whose upper 2 bits
 /// belong to the last four, which have their low 4 bits in the last four bytes.
-fn sixes() -> [Option<(Integers, u8)>; 2] {
+fn sixes() -> [Option<(Integers, f32)>; 2] {
     let scales =
         low(4, |r| if r < 4 { (4 + r, 0) } else { (8 + r, 0) }).with(2, |r| if r < 4 { (4 + r, 4) } else { (r, 6) });
     let minima = low(4, |r| if r < 4 { (8 + r, 0) } else { (8 + r, 4) })
         .with(2, |r| if r < 4 { (8 + r, 4) } else { (4 + r, 6) });
-    [Some((scales, 0)), Some((minima, 0))]
+    [Some((scales, 0.0)), Some((minima, 0.0))]
 }
 
 fn mask(bits: usize) -> u8 {

@@ -7,7 +7,7 @@ use faer::linalg::matmul::matmul;
 use faer::{Accum, Mat, MatRef, Par};
 use serde::{Deserialize, Serialize};
 
-use super::damped::{damped, single};
+use super::damped::{damped, falling_runs, single};
 use super::feedback::feed_back;
 use super::grouped::{Grouped, Scale, Scheme};
 use super::lattice::Lattice;
@@ -87,7 +87,7 @@ pub(super) fn feed(
     lattice: &impl Lattice,
 ) -> Option<Fed> {
     assert_eq!((values.len(), gram.nrows()), (rows * cols, cols), "invariant: the Gram belongs to the inputs");
-    let permutation = falling_diagonal(gram);
+    let permutation = falling_runs(gram, 1);
     let (upper, factor) = linalg::inverse_cholesky(damped(gram, &permutation).as_ref())?;
     let mut weights = Mat::from_fn(rows, cols, |i, j| values[i * cols + permutation[j]]);
     let upper = single(&upper);
@@ -105,13 +105,6 @@ pub(super) fn feed(
         loss += error.iter().map(|&e| f64::from(e) * f64::from(e)).sum::<f64>();
     });
     Some(Fed { codes, loss, factor: single(&factor), permutation })
-}
-
-/// Columns in the order of falling `H_jj`.
-fn falling_diagonal(gram: MatRef<'_, f64>) -> Vec<usize> {
-    let mut permutation: Vec<usize> = (0..gram.nrows()).collect();
-    permutation.sort_by(|&i, &j| gram[(j, j)].total_cmp(&gram[(i, i)]).then(i.cmp(&j)));
-    permutation
 }
 
 /// `tr(E H Eᵀ) = ‖E F‖²` for the error of a quantized matrix, with `H = F Fᵀ` in the order of the columns.

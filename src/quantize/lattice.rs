@@ -1,7 +1,12 @@
 //! The values that the codes of a matrix may take: what rounding with feedback and coordinate descent choose from; and
 //! the numbers that these values are linear in, which a refit chooses for fixed codes.
 
+use std::sync::Arc;
+
 use half::f16;
+
+use super::grid::RUN;
+use super::points::Points;
 
 /// A number that the values of a run of columns are linear in, each other number fixed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,6 +45,11 @@ pub(super) trait Lattice {
 
     /// Replaces a number by the storable one that is nearest to `wish`, and returns it.
     fn put_number(&mut self, number: Number, row: usize, col: usize, wish: f32) -> f32;
+
+    /// The points from which the codes of eight columns are chosen together, if they are.
+    fn points(&self) -> Option<&Points> {
+        None
+    }
 }
 
 /// The value of the nearest f16; 0 only if `scale` is 0.
@@ -54,7 +64,7 @@ pub(super) enum Spacing {
     /// `code − zero`, with codes up to `top`.
     Even { zero: f32, top: f32 },
     /// In rising order.
-    Table(&'static [i8; 16]),
+    Table(&'static [f32; 16]),
 }
 
 /// Codes in blocks of llama.cpp: `d s level(code) − e t` with `d` and `e` of a block, `s` and `t` of a run.
@@ -73,10 +83,29 @@ pub(super) struct BlockLattice {
     pub runs: Vec<[f32; 2]>,
     /// `d` and `e`, (rows, n_blocks), each the value of an f16.
     pub common: Vec<[f32; 2]>,
-    /// The smallest and the largest `s` and `t`, if these are stored integers.
+    /// The smallest and the largest `s` and `t`, if these are stored: there are those whose difference to it is whole.
     pub ends: [Option<(f32, f32)>; 2],
     /// Whether `e` is stored.
     pub has_minimum: bool,
+    /// Of types whose weights are coded together.
+    pub points: Option<Arc<Points>>,
+}
+
+impl BlockLattice {
+    /// The codes of `values`, row-major with rows of `cols`, rounded to nearest where columns have these weights.
+    pub fn nearest(&self, values: &[f32], cols: usize, weights: Option<&[f32]>) -> Vec<u8> {
+        let Some(points) = &self.points else {
+            return values.iter().enumerate().map(|(at, &value)| self.code(at / cols, at % cols, value)).collect();
+        };
+        let mut codes = vec![0u8; values.len()];
+        let runs = codes.as_chunks_mut::<RUN>().0.iter_mut().zip(values.as_chunks::<RUN>().0);
+        for (at, (codes, values)) in runs.enumerate() {
+            let (row, col) = (at * RUN / cols, at * RUN % cols);
+            let weights = std::array::from_fn(|k| weights.map_or(1.0, |weights| weights[col + k]));
+            points.nearest(self.scales[row * self.n_runs + col / self.run].0, &weights, values, codes);
+        }
+        codes
+    }
 }
 
 impl Spacing {
@@ -86,8 +115,18 @@ impl Spacing {
         match self {
             Self::Even { zero, top } => (level + zero).round_ties_even().clamp(0.0, top) as u8,
             Self::Table(levels) => {
-                let middles = levels.array_windows().map(|[a, b]| 0.5 * (f32::from(*a) + f32::from(*b)));
+                let middles = levels.array_windows().map(|[a, b]| 0.5 * (a + b));
                 middles.filter(|&middle| level > middle).count() as u8
+            }
+        }
+    }
+
+    /// The lowest and the highest level.
+    pub fn ends(self) -> (f32, f32) {
+        match self {
+            Self::Even { zero, top } => (-zero, top - zero),
+            Self::Table(levels) => {
+                (levels[0], levels.iter().copied().filter(|level| level.is_finite()).fold(0.0, f32::max))
             }
         }
     }
@@ -97,7 +136,7 @@ impl Spacing {
     pub fn level(self, code: u8) -> f32 {
         match self {
             Self::Even { zero, .. } => f32::from(code) - zero,
-            Self::Table(levels) => f32::from(levels[usize::from(code & 15)]),
+            Self::Table(levels) => levels[usize::from(code & 15)],
         }
     }
 }
@@ -114,6 +153,14 @@ impl Lattice for BlockLattice {
     fn value(&self, row: usize, col: usize, code: u8) -> f32 {
         let (scale, minimum) = self.scales[row * self.n_runs + col / self.run];
         scale * self.spacing.level(code) - minimum
+    }
+
+    fn round(&self, values: &[f32], cols: usize) -> Vec<u8> {
+        self.nearest(values, cols, None)
+    }
+
+    fn points(&self) -> Option<&Points> {
+        self.points.as_deref()
     }
 
     fn numbers(&self) -> Vec<(Number, usize)> {
@@ -152,7 +199,7 @@ impl Lattice for BlockLattice {
     fn put_number(&mut self, number: Number, row: usize, col: usize, wish: f32) -> f32 {
         let whole = |ends: Option<(f32, f32)>| {
             let (low, high) = ends.expect("invariant: only stored numbers are replaced");
-            wish.round_ties_even().clamp(low, high)
+            (low + (wish - low).round_ties_even()).clamp(low, high)
         };
         let block = row * self.n_blocks + col / self.block;
         let first = row * self.n_runs + col / self.run;

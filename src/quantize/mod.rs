@@ -9,14 +9,18 @@ mod descent;
 mod feedback;
 mod fields;
 mod gptq;
+mod grid;
+mod grids;
 mod grouped;
-mod iq4;
+mod joint;
 mod lattice;
 mod levels;
 mod name;
+mod points;
 mod quantized;
 mod refit;
 mod scaled;
+mod search;
 mod sparse;
 
 use anyhow::{Context, Result};
@@ -45,6 +49,8 @@ pub use scaled::Scaled;
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Quant {
+    /// No method is named: what [`Self::resolved`] makes of it. Where nothing has, it is rounding.
+    Bare(Scheme, Scale),
     /// Round to nearest.
     Rtn(Scheme, Scale),
     /// GPTQ, in the metric of the inputs.
@@ -64,7 +70,9 @@ impl Quant {
     /// The storage of its results.
     pub fn storage(self) -> Storage {
         match self {
-            Self::Rtn(scheme, _) | Self::Gptq(scheme, _) | Self::Cd(scheme, _) => Storage::Grouped(scheme),
+            Self::Bare(scheme, _) | Self::Rtn(scheme, _) | Self::Gptq(scheme, _) | Self::Cd(scheme, _) => {
+                Storage::Grouped(scheme)
+            }
             Self::Block(block_type) | Self::Imatrix(block_type) | Self::CdBlock(block_type) => {
                 Storage::Block(block_type)
             }
@@ -90,7 +98,7 @@ impl Quant {
             Self::Block(block_type) => block_type.for_rows(cols).map(Self::Block),
             Self::Imatrix(block_type) => block_type.for_rows(cols).map(Self::Imatrix),
             Self::CdBlock(block_type) => block_type.for_rows(cols).map(Self::CdBlock),
-            Self::Rtn(..) | Self::Gptq(..) | Self::Cd(..) => Some(self),
+            Self::Bare(..) | Self::Rtn(..) | Self::Gptq(..) | Self::Cd(..) => Some(self),
         }
     }
 
@@ -99,10 +107,22 @@ impl Quant {
     #[must_use]
     pub fn with_dividing_group(self, cols: usize) -> Self {
         match self {
+            Self::Bare(scheme, scale) => Self::Bare(scheme.dividing(cols).unwrap_or(scheme), scale),
             Self::Rtn(scheme, scale) => Self::Rtn(scheme.dividing(cols).unwrap_or(scheme), scale),
             Self::Gptq(scheme, scale) => Self::Gptq(scheme.dividing(cols).unwrap_or(scheme), scale),
             Self::Cd(scheme, scale) => Self::Cd(scheme.dividing(cols).unwrap_or(scheme), scale),
             Self::Block(_) | Self::Imatrix(_) | Self::CdBlock(_) => self,
+        }
+    }
+
+    /// The quantizer with a method, if none was named: coordinate descent where there is a metric, but for 8 bits, where
+    /// it gains nothing (docs/results.md, section 26); rounding to nearest elsewhere.
+    #[must_use]
+    pub fn resolved(self, has_metric: bool) -> Self {
+        match self {
+            Self::Bare(scheme, scale) if has_metric && scheme.levels.bits() < 8 => Self::Cd(scheme, scale),
+            Self::Bare(scheme, scale) => Self::Rtn(scheme, scale),
+            named => named,
         }
     }
 
@@ -129,7 +149,7 @@ impl Quant {
     ) -> Result<(Quantized, Option<Fallback>)> {
         let metric = || metric.context("invariant: a quantizer that needs a metric gets it");
         Ok(match self {
-            Self::Rtn(scheme, scale) => {
+            Self::Bare(scheme, scale) | Self::Rtn(scheme, scale) => {
                 let kept = scheme.kept(values, (rows, cols), None);
                 let values = sparse::pruned(values, kept.as_deref());
                 (Quantized::Grouped(Grouped::round(&values, rows, cols, scheme, scale)), None)
@@ -164,6 +184,7 @@ impl Quant {
             Levels::E4m3 => None,
         };
         Some(match self {
+            Self::Bare(old, scale) => Self::Bare(scheme(old)?, scale),
             Self::Rtn(old, scale) => Self::Rtn(scheme(old)?, scale),
             Self::Gptq(old, scale) => Self::Gptq(scheme(old)?, scale),
             Self::Cd(old, scale) => Self::Cd(scheme(old)?, scale),

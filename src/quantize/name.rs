@@ -1,5 +1,5 @@
-//! Names of quantizers: words joined by dashes, `rtn-int4-g128`, `gptq-int3-channel-asym`, `cd-nf4-g64`, `cd-q4_k`,
-//! `imatrix-q4_k`.
+//! Names of quantizers: words joined by dashes, `int4-g64`, `rtn-int4-g128`, `gptq-int3-channel-asym`, `cd-nf4-g64`,
+//! `cd-q4_k`, `imatrix-q4_k`.
 
 use std::fmt;
 use std::str::FromStr;
@@ -37,6 +37,7 @@ impl fmt::Display for Quant {
             Self::Cd(scheme, scale) => ("cd-", scheme, scale),
             Self::CdBlock(block_type) => return write!(f, "cd-{}", block_type.name),
             Self::Imatrix(block_type) => return write!(f, "imatrix-{}", block_type.name),
+            Self::Bare(scheme, scale) => ("", scheme, scale),
             Self::Rtn(scheme, scale) if scheme.levels == Levels::Nf4 => ("", scheme, scale),
             Self::Rtn(scheme, scale) => ("rtn-", scheme, scale),
             Self::Gptq(scheme, scale) => ("gptq-", scheme, scale),
@@ -105,6 +106,8 @@ impl FromStr for Quant {
         Ok(match method {
             Some("gptq") => Self::Gptq(scheme, scale),
             Some("cd") => Self::Cd(scheme, scale),
+            // A bare `nf4` is rounded, as everywhere.
+            None if !is_nf4 => Self::Bare(scheme, scale),
             _ => Self::Rtn(scheme, scale),
         })
     }
@@ -130,7 +133,8 @@ mod tests {
     fn names_are_read_as_they_are_written() {
         for (text, name) in [
             ("rtn", "rtn-int4-g128"),
-            ("int8-channel", "rtn-int8-channel"),
+            ("int8-channel", "int8-channel"),
+            ("rtn-int8-channel", "rtn-int8-channel"),
             ("gptq-int3-g32-asym-absmax", "gptq-int3-g32-asym-absmax"),
             ("gptq", "gptq-int4-g128"),
             ("nf4", "nf4-g64"),
@@ -141,7 +145,7 @@ mod tests {
             ("cd-nf4", "cd-nf4-g64"),
             ("cd-iq4_nl", "cd-iq4_nl"),
             ("gptq-int4-2of4-g64", "gptq-int4-g64-2of4"),
-            ("2of4-int8-channel", "rtn-int8-channel-2of4"),
+            ("2of4-int8-channel", "int8-channel-2of4"),
             ("imatrix-q2_k", "imatrix-q2_k"),
             ("rtn-int2-sym-mse-g64", "rtn-int2-g64"),
         ] {

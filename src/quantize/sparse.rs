@@ -9,7 +9,7 @@ use std::borrow::Cow;
 use faer::{Mat, MatRef};
 
 use super::bits::{KEPT, RUN};
-use super::damped::{damped, single};
+use super::damped::{damped, falling_runs, single};
 use super::feedback::one_by_one;
 use super::grouped::Scheme;
 use super::lattice::{Lattice, Number};
@@ -44,7 +44,7 @@ pub(super) fn pruned<'v>(values: &'v [f32], kept: Option<&[bool]>) -> Cow<'v, [f
 fn kept(values: &[f32], (rows, cols): (usize, usize), gram: Option<MatRef<'_, f64>>) -> Vec<bool> {
     let factored = gram.and_then(|gram| {
         assert_eq!((values.len(), gram.nrows()), (rows * cols, cols), "invariant: the Gram belongs to the inputs");
-        let permutation = falling_fours(gram);
+        let permutation = falling_runs(gram, RUN);
         let (upper, _) = linalg::inverse_cholesky(damped(gram, &permutation).as_ref())?;
         Some((permutation, single(&upper)))
     });
@@ -77,16 +77,6 @@ fn largest(costs: [f32; RUN]) -> [usize; KEPT] {
     let mut places = [0, 1, 2, 3];
     places.sort_by(|&a, &b| costs[b].total_cmp(&costs[a]).then(a.cmp(&b)));
     [places[0], places[1]]
-}
-
-/// Columns in runs of four, in the order of their falling sums of `H_jj`; a shorter run comes last.
-fn falling_fours(gram: MatRef<'_, f64>) -> Vec<usize> {
-    let cols = gram.nrows();
-    let (whole, rest) = (cols / RUN, cols / RUN * RUN..cols);
-    let sum = |run: usize| (run * RUN..(run + 1) * RUN).map(|j| gram[(j, j)]).sum::<f64>();
-    let mut runs: Vec<(usize, f64)> = (0..whole).map(|run| (run, sum(run))).collect();
-    runs.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
-    runs.into_iter().flat_map(|(run, _)| run * RUN..(run + 1) * RUN).chain(rest).collect()
 }
 
 /// A lattice of which some places are zero.

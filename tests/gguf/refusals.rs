@@ -71,7 +71,7 @@ fn unknown_models_and_blocks_are_named() {
             0,
             &["`head_dim` is 16 elsewhere"],
         ),
-        (&[], 21, &["tensor `token_embd.weight` is of type `iq3_s`"]),
+        (&[], 19, &["tensor `token_embd.weight` is of type `iq1_s`"]),
         (&[], 77, &["tensor `token_embd.weight` is of type 77, which is unknown"]),
     ];
     for (extra, type_id, expected) in cases {

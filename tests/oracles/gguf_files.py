@@ -41,7 +41,7 @@ def raw(random, kind, n):
     scales = {
         Type.Q4_0: [0], Type.Q4_1: [0, 2], Type.Q5_0: [0], Type.Q5_1: [0, 2], Type.Q8_0: [0],
         Type.Q2_K: [80, 82], Type.Q3_K: [108], Type.Q4_K: [0, 2], Type.Q5_K: [0, 2], Type.Q6_K: [208],
-        Type.IQ4_NL: [0], Type.IQ4_XS: [0],
+        Type.IQ4_NL: [0], Type.IQ4_XS: [0], Type.IQ2_XXS: [0], Type.IQ2_XS: [0], Type.IQ2_S: [0], Type.IQ3_XXS: [0], Type.IQ3_S: [0],
     }  # fmt: skip
     for at in scales.get(kind, []):
         blocks[:, at : at + 2] = f16(random, n)
@@ -61,7 +61,7 @@ def blocks():
     writer = GGUFWriter(HERE / "blocks.gguf", "blocks")
     kinds = [Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0]
     kinds += [Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K, Type.Q8_K]
-    kinds += [Type.IQ4_NL, Type.IQ4_XS]
+    kinds += [Type.IQ4_NL, Type.IQ4_XS, Type.IQ2_XXS, Type.IQ2_XS, Type.IQ2_S, Type.IQ3_XXS, Type.IQ3_S]
     for kind in kinds:
         n = 2 if quants.GGML_QUANT_SIZES[kind][0] == 32 else 1
         stored = raw(random, kind, n)

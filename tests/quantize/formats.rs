@@ -308,12 +308,22 @@ fn what_a_loader_would_misread_is_refused_before_any_work() {
         assert!(run.code == *code && run.stderr.contains(expected), "{flags:?}: {} {}", run.code, run.stderr);
         assert!(!out.exists() && !folder.path().join("out.partial").exists(), "{flags:?}");
     }
-    // K-quants have blocks of 256; only the down projections of the fixture are that wide, and the rest takes a smaller block.
-    let report = compress(&out, &["--quant", "q4_k", "--format", "gguf"]);
-    for linear in report["linears"].as_array().unwrap() {
-        let is_wide = linear["module"].as_str().unwrap().ends_with("down_proj");
-        assert_eq!(linear["quant"], if is_wide { "q4_k" } else { "q5_0" });
-        let note = if is_wide { Value::Null } else { "in q5_0, because q4_k does not divide 96 inputs".into() };
-        assert_eq!(linear["note"], note);
+    // K-quants and grids have blocks of 256; only the down projections of the fixture are that wide, and the rest takes a
+    // smaller block.
+    for (name, smaller, most) in [("q4_k", "q5_0", 0.1), ("iq3_s", "iq4_nl", 0.25), ("iq2_xxs", "iq4_nl", 0.5)] {
+        let report = compress(&out, &["--quant", name, "--format", "gguf", "--force"]);
+        let [source, read] = [Path::new(FIXTURE), &out].map(|folder| lrc::model::open(folder).unwrap());
+        for linear in report["linears"].as_array().unwrap() {
+            let module = linear["module"].as_str().unwrap();
+            let is_wide = module.ends_with("down_proj");
+            assert_eq!(linear["quant"], if is_wide { name } else { smaller });
+            let reason = format!("in {smaller}, because {name} does not divide 96 inputs");
+            assert_eq!(linear["note"], if is_wide { Value::Null } else { reason.into() });
+            let [values, found] = [&source, &read].map(|model| model.values(&format!("{module}.weight")).unwrap());
+            let square = |values: &mut dyn Iterator<Item = f32>| values.map(|v| f64::from(v).powi(2)).sum::<f64>();
+            let error =
+                square(&mut values.iter().zip(&found).map(|(v, f)| v - f)) / square(&mut values.iter().copied());
+            assert!(error.sqrt() < most, "{name} {module}: {}", error.sqrt());
+        }
     }
 }

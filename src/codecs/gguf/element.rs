@@ -50,14 +50,9 @@ impl Element {
 }
 
 /// Names of types that are not read, by their numbers.
-const UNREAD: [(u32, &str); 22] = [
+const UNREAD: [(u32, &str); 17] = [
     (9, "q8_1"),
-    (16, "iq2_xxs"),
-    (17, "iq2_xs"),
-    (18, "iq3_xxs"),
     (19, "iq1_s"),
-    (21, "iq3_s"),
-    (22, "iq2_s"),
     (24, "i8"),
     (25, "i16"),
     (26, "i32"),
@@ -75,7 +70,7 @@ const UNREAD: [(u32, &str); 22] = [
     (41, "q1_0"),
 ];
 
-/// The name of a type that is not read, for messages: "`iq3_s`", or its number.
+/// The name of a type that is not read, for messages: "`iq1_s`", or its number.
 pub fn type_name(id: u32) -> String {
     let known = UNREAD.iter().find(|(other, _)| *other == id);
     known.map_or_else(|| format!("{id}, which is unknown"), |(_, name)| format!("`{name}`"))

@@ -17,13 +17,22 @@ use crate::compress::options::{Fused, RecipeOptions};
 use crate::compress::scale::{DepthWeight, Sensitivity};
 use crate::heal::HealStage;
 
+/// The options with a method for every quantizer: the best one that their data allow. A narrower model has statistics of
+/// its own, which only a text gives.
+fn with_methods(options: &RecipeOptions) -> RecipeOptions {
+    let is_narrow = options.structure.is_some_and(|structures| structures.narrow || structures.depth);
+    let has_metric = options.calibration.is_some() || options.statistics.is_some() && !is_narrow;
+    let quant = options.quant.iter().map(|quant| quant.resolved(has_metric)).collect();
+    RecipeOptions { quant, ..options.clone() }
+}
+
 impl Recipe {
     /// Checks the options against each other and fills in the defaults.
     ///
     /// # Errors
     /// A value is out of range, or two options contradict each other.
     pub fn new(options: &RecipeOptions) -> Result<Self> {
-        let recipe = Self::compressing(options)?;
+        let recipe = Self::compressing(&with_methods(options))?;
         if recipe.is_dense() {
             // There is nothing to heal.
             return Ok(recipe.unhealed());

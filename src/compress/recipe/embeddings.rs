@@ -81,7 +81,7 @@ impl Recipe {
             Quant::Cd(..) | Quant::CdBlock(_) | Quant::Imatrix(_) if has_metric => quant,
             Quant::Gptq(scheme, scale) | Quant::Cd(scheme, scale) => Quant::Rtn(scheme, scale),
             Quant::CdBlock(block_type) | Quant::Imatrix(block_type) => Quant::Block(block_type),
-            Quant::Rtn(..) | Quant::Block(_) => quant,
+            Quant::Bare(..) | Quant::Rtn(..) | Quant::Block(_) => quant,
         });
         // At 8 bits nothing is left to gain.
         let usual: &[&str] = match (self.approach.chooses(), self.format(), has_metric) {

@@ -10,6 +10,7 @@ use crate::compress::presets::Method;
 use crate::compress::scale::{DepthWeight, Sensitivity};
 use crate::formats::Format;
 use crate::operator::Kind;
+use crate::quantize::Quant;
 
 fn check(options: RecipeOptions, expected: &str) {
     let error = Recipe::new(&options).unwrap_err().to_string();
@@ -73,6 +74,24 @@ fn contradictions_are_usage_errors() {
     check(RecipeOptions { bits: Some(4.0), sensitivity: Some(Sensitivity::Measured), ..quant() }, "cannot be combined");
     assert_eq!(Quantizers::new(Vec::new()), None);
     check(RecipeOptions { targets: vec!["[".into()], ..keep(0.5) }, "not a glob");
+}
+
+/// The quantizer of an integer type without a method is the best one that the data allow; a named one stays.
+#[test]
+fn quantizers_without_a_method_get_the_one_that_the_data_allow() {
+    let resolved = |options: RecipeOptions| -> Vec<String> {
+        let recipe = Recipe::new(&RecipeOptions { bits: Some(4.5), ..options }).unwrap();
+        recipe.quant().iter().map(ToString::to_string).collect()
+    };
+    let quant: Vec<Quant> =
+        ["int4-g64", "rtn-int3", "int8", "int3-2of4", "nf4"].map(|name| name.parse().unwrap()).to_vec();
+    let with =
+        |calibration, statistics| RecipeOptions { quant: quant.clone(), calibration, statistics, ..Default::default() };
+    let rounded = ["rtn-int4-g64", "rtn-int3-g128", "rtn-int8-g128", "rtn-int3-g128-2of4", "nf4-g64"];
+    let descended = ["cd-int4-g64", "rtn-int3-g128", "rtn-int8-g128", "cd-int3-g128-2of4", "nf4-g64"];
+    assert_eq!(resolved(with(None, None)), rounded);
+    assert_eq!(resolved(with(Some("t".into()), None)), descended);
+    assert_eq!(resolved(with(None, Some("s".into()))), descended);
 }
 
 /// Errors name the flags that were given and no others, and hints lead to a recipe that is accepted.
