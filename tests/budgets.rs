@@ -144,6 +144,30 @@ fn a_sweep_is_compress_and_eval_at_every_budget() {
     assert_eq!(lrc(&["sweep", FIXTURE, "--text", HELD_OUT, "--keep", "0.9,1.8"]).code, 2);
 }
 
+/// A sweep of bits is a menu at every budget; its table, CSV and page agree on the knee.
+#[test]
+fn a_sweep_of_bits_marks_the_knee() {
+    let folder = tempfile::tempdir().unwrap();
+    let menu = ["--quant", "rtn-int2-g32,rtn-int3-g32,rtn-int4-g32,rtn-int8-g32"];
+    let out = folder.path().join("sweep");
+    let args = ["sweep", FIXTURE, "--text", HELD_OUT, "--eval-seq-len", "128", "--max-windows", "16"];
+    let args = [&args[..], &menu, &["--bits", "8,4.6,3.6,3"]].concat();
+    let report = ok(&[&args[..], &["-o", path(&out), "--json"]].concat()).json();
+    let points = report["points"].as_array().unwrap();
+    let field = |name: &str| points.iter().map(|point| point[name].as_f64().unwrap()).collect::<Vec<f64>>();
+    assert_eq!(field("bits"), [8.0, 4.6, 3.6, 3.0]);
+    assert!(field("ppl").is_sorted(), "{points:?}");
+    let written = compress(&folder.path().join("out"), &[&menu[..], &["--bits", "3.6"]].concat());
+    assert_eq!(points[2]["sizes"], written["sizes"]);
+    let knee = report["knee"].as_u64().unwrap() as usize;
+    assert!(knee == 1 || knee == 2, "no end is a knee: {knee}");
+    let csv = ok(&[&args[..], &["--csv"]].concat()).stdout;
+    let marks: Vec<bool> = csv.lines().skip(1).map(|line| line.ends_with(",true")).collect();
+    assert_eq!(marks, (0..4).map(|at| at == knee).collect::<Vec<_>>());
+    let page = std::fs::read_to_string(out.join("lrc-report.html")).unwrap();
+    assert!(page.contains("class=\"mark\"") && page.contains("knee"), "the page marks it");
+}
+
 /// The fixture with its weights in bf16.
 pub fn fixture_in_bf16(folder: &Path) {
     common::copy(FIXTURE, folder);

@@ -48,6 +48,7 @@ pub(super) struct Options<S> {
 #[derive(Debug)]
 pub(super) struct Repeated {
     pub keeps: Vec<f64>,
+    pub bits: Vec<f64>,
     pub methods: Vec<Method>,
 }
 
@@ -56,7 +57,7 @@ impl Repeated {
         fn values<T: Clone + Send + Sync + 'static>(matches: &ArgMatches, id: &str) -> Vec<T> {
             matches.try_get_many(id).ok().flatten().into_iter().flatten().cloned().collect()
         }
-        Self { keeps: values(matches, "keep"), methods: values(matches, "method") }
+        Self { keeps: values(matches, "keep"), bits: values(matches, "bits"), methods: values(matches, "method") }
     }
 }
 

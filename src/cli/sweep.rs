@@ -10,10 +10,10 @@ use super::arguments::{
     CsvArgs, DequantizeArgs, DeviceArgs, ForceArgs, GateArgs, MemoryArgs, OutputArgs, ScoredText, SourceArgs,
     at_least_2,
 };
-use super::options::{Options, RecipeFile, Selection, repeated};
+use super::options::{Options, RecipeFile, Repeated, Selection, repeated};
 use super::terminal::{Bars, fixed, grouped, table};
 use crate::checkpoint::{OutputFolder, expect_apart};
-use crate::compress::recipe::RecipeOptions;
+use crate::compress::recipe::{Budget, RecipeOptions};
 use crate::compress::{self, SweepSettings, sweep};
 use crate::error::Failure;
 use crate::eval::EvalSettings;
@@ -31,6 +31,7 @@ use crate::text::{Bos, DEFAULT_FIELD};
 ///   lrc sweep MODEL --text held-out.txt --keep 0.9,0.8,0.6
 ///   lrc sweep MODEL --text held-out.txt --keep 0.9,0.8 --ranks welore --csv
 ///   lrc sweep MODEL --text held-out.txt --keep 0.9,0.8,0.6 -o REPORT
+///   lrc sweep MODEL --text held-out.txt --quant int2,int3,int4 --bits 4,3,2.5
 #[derive(Debug, Args)]
 #[command(
     verbatim_doc_comment,
@@ -78,8 +79,8 @@ pub(super) struct SweepArgs {
     csv: CsvArgs,
 }
 
-/// All options. Options of budgets, outputs and the sequential mode are hidden: a sweep writes no weights, `--keep` is
-/// its budget, and it decomposes once.
+/// All options. Options of budgets, outputs and the sequential mode are hidden: a sweep writes no weights, `--keep` or
+/// `--bits` are its budgets, and it decomposes once.
 #[derive(Debug)]
 struct Swept;
 
@@ -89,12 +90,15 @@ impl Selection for Swept {
     }
 
     fn adapt(flag: Arg) -> Arg {
+        const BITS: &str = "Mean bits per weight of the targeted linears (`4,3,2.5`)";
         const KEEPS: &str = "Shares of the targeted parameters to keep (`0.9,0.8`)";
         match flag.get_id().as_str() {
             "keep" => {
-                repeated(flag).value_delimiter(',').value_name("SHARES").required(true).help(KEEPS).long_help(KEEPS)
+                let flag = repeated(flag).value_delimiter(',').value_name("SHARES");
+                flag.required_unless_present("bits").help(KEEPS).long_help(KEEPS)
             }
-            "target_size" | "bits" | "format" => flag.hide(true),
+            "bits" => repeated(flag).value_delimiter(',').help(BITS).long_help(BITS),
+            "target_size" | "format" => flag.hide(true),
             "sequential" | "anchor" | "elastic" | "max_shard_size" | "equal_bytes_baseline" | "heal" => flag.hide(true),
             "structure" | "selection" | "width_multiple" | "uniform_width" => flag.hide(true),
             _ => flag,
@@ -105,19 +109,17 @@ impl Selection for Swept {
 pub(super) fn run(args: &SweepArgs, progress: &Bars) -> Result<()> {
     let started = Instant::now();
     gate::expect_fields::<SweepReport>(&args.gates.fail_if, &[])?;
-    if args.options.repeated.keeps.is_empty() {
-        return Err(Failure::usage("a sweep needs budgets").hint("for example `--keep 0.9,0.8,0.6`").into());
-    }
-    if let Some(keep) = args.options.repeated.keeps.iter().find(|&&keep| !(keep > 0.0 && keep <= 1.0)) {
-        return Err(Failure::usage(format!("`--keep {keep}` is outside (0, 1]"))
-            .hint("give shares, for example `--keep 0.9,0.8,0.6`")
-            .into());
-    }
+    let budgets = budgets(&args.options.repeated)?;
     refuse_without_effect(&args.options.values)?;
     let mut options = args.recipe.complete(&args.options.values)?;
     options.target_size = None;
     // Under a budget of everything nothing would be decomposed.
-    options.keep = args.options.repeated.keeps.iter().copied().find(|&keep| keep < 1.0).or(options.keep);
+    let least = budgets.iter().find(|&&budget| budget != Budget::Keep(1.0));
+    match least {
+        Some(&Budget::Bits(bits)) => (options.keep, options.bits) = (None, Some(bits)),
+        Some(&Budget::Keep(keep)) => (options.keep, options.bits) = (Some(keep), None),
+        _ => {}
+    }
     // The sequential mode must redo the decomposition for each budget; a sweep decomposes once.
     options.sequential = options.sequential.or(Some(false));
     let recipe = args.recipe.check(&args.options.values, &options)?;
@@ -145,8 +147,7 @@ pub(super) fn run(args: &SweepArgs, progress: &Bars) -> Result<()> {
         memory_bytes: args.memory.bytes(),
         device,
     };
-    let settings =
-        SweepSettings { checkpoint: &checkpoint, recipe: &recipe, keeps: &args.options.repeated.keeps, eval };
+    let settings = SweepSettings { checkpoint: &checkpoint, recipe: &recipe, budgets: &budgets, eval };
     let mut report = sweep(&settings, progress)?;
     if let Some(folder) = folder {
         let page = page::sweep(&report)?;
@@ -154,6 +155,26 @@ pub(super) fn run(args: &SweepArgs, progress: &Bars) -> Result<()> {
         folder.finish()?;
     }
     args.gates.conclude(&report, if args.csv.csv { csv } else { show })
+}
+
+/// The budgets, in the order in which they were given.
+fn budgets(given: &Repeated) -> Result<Vec<Budget>> {
+    if let Some(keep) = given.keeps.iter().find(|&&keep| !(keep > 0.0 && keep <= 1.0)) {
+        return Err(Failure::usage(format!("`--keep {keep}` is outside (0, 1]"))
+            .hint("give shares, for example `--keep 0.9,0.8,0.6`")
+            .into());
+    }
+    if let Some(bits) = given.bits.iter().find(|&&bits| !(bits > 0.0 && bits.is_finite())) {
+        return Err(Failure::usage(format!("`--bits {bits}` is not a number of bits"))
+            .hint("give bits per weight, for example `--bits 4,3,2.5`")
+            .into());
+    }
+    let keeps = given.keeps.iter().copied().map(Budget::Keep);
+    let budgets: Vec<Budget> = keeps.chain(given.bits.iter().copied().map(Budget::Bits)).collect();
+    if budgets.is_empty() {
+        return Err(Failure::usage("a sweep needs budgets").hint("for example `--keep 0.9,0.8,0.6`").into());
+    }
+    Ok(budgets)
 }
 
 /// Refuses flags that determine what a compression writes, or how it does so for one budget.
@@ -179,14 +200,15 @@ fn refuse_without_effect(flags: &RecipeOptions) -> Result<()> {
 
 fn csv(report: &SweepReport) -> String {
     let mut text = String::from(
-        "keep,ppl,ppl_ratio,ppl_ratio_standard_error,kl_mean,same_top_1,linear_keep,parameters,bytes,bits_per_weight\n",
+        "keep,ppl,ppl_ratio,ppl_ratio_standard_error,kl_mean,same_top_1,linear_keep,parameters,bytes,bits_per_weight,bits,is_knee\n",
     );
-    for p in &report.points {
+    let optional = |value: Option<f64>| value.map_or_else(String::new, |value| value.to_string());
+    for (at, p) in report.points.iter().enumerate() {
         let (d, s) = (&p.divergence, &p.sizes);
         let _ = writeln!(
             text,
-            "{},{},{},{},{},{},{},{},{},{}",
-            p.keep,
+            "{},{},{},{},{},{},{},{},{},{},{},{}",
+            optional(p.keep),
             p.ppl,
             d.ppl_ratio,
             d.ppl_ratio_standard_error,
@@ -195,7 +217,9 @@ fn csv(report: &SweepReport) -> String {
             s.keep,
             s.parameters_after,
             s.bytes_after,
-            s.bits_per_weight_after
+            s.bits_per_weight_after,
+            optional(p.bits),
+            report.knee == Some(at)
         );
     }
     text
@@ -205,7 +229,7 @@ fn show(report: &SweepReport) -> String {
     let rows = report.points.iter().map(|p| {
         let (d, s) = (&p.divergence, &p.sizes);
         vec![
-            p.keep.to_string(),
+            p.budget().1.to_string(),
             format!("{:.4}", p.ppl),
             format!("{:.4} ± {:.4}", d.ppl_ratio, d.ppl_ratio_standard_error),
             fixed(d.kl.mean, 5),
@@ -215,10 +239,15 @@ fn show(report: &SweepReport) -> String {
             grouped(s.bytes_after),
         ]
     });
-    let header = ["keep", "perplexity", "ratio", "KL", "same top 1", "kept", "parameters", "bytes"];
+    let budget = report.points.first().map_or("keep", |p| p.budget().0);
+    let knee = report.knee.and_then(|at| report.points.get(at)).map_or_else(String::new, |p| {
+        let (name, value) = p.budget();
+        format!("the knee is at {name} {value}: further bytes buy less\n")
+    });
+    let header = [budget, "perplexity", "ratio", "KL", "same top 1", "kept", "parameters", "bytes"];
     let t = &report.timings;
     format!(
-        "{}perplexity of the source: {:.5} (convention {}, windows of {} tokens)\n\
+        "{}{knee}perplexity of the source: {:.5} (convention {}, windows of {} tokens)\n\
          seconds: calibrate {:.1} forward and {:.1} backward, decompose {:.1}, allocate {:.1}, evaluate {:.1}\n",
         table(&header, rows.collect()),
         report.dense_ppl.unwrap_or(f64::NAN),

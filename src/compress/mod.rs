@@ -20,6 +20,7 @@ mod forward;
 mod healing;
 mod inputs;
 mod job;
+mod knee;
 mod limit;
 mod metrics;
 mod narrow;

@@ -5,6 +5,7 @@ use std::time::Instant;
 use anyhow::Result;
 
 use super::inputs::Inputs;
+use super::knee::knee;
 use super::plan::Plan;
 use super::recipe::{Budget, Recipe};
 use super::record;
@@ -27,10 +28,10 @@ use crate::store::Journal;
 pub struct SweepSettings<'a> {
     /// The source.
     pub checkpoint: &'a Checkpoint,
-    /// The recipe; `keeps` replace its budget.
+    /// The recipe; `budgets` replace its own.
     pub recipe: &'a Recipe,
-    /// Shares of the parameters of the targeted linears, each in (0, 1].
-    pub keeps: &'a [f64],
+    /// Shares of the targeted linears, each in (0, 1], or bits of their weights.
+    pub budgets: &'a [Budget],
     /// The evaluation of every trial and of the source.
     pub eval: EvalSettings,
 }
@@ -44,13 +45,13 @@ pub(crate) fn not_in_a_sweep(flag: &str) -> Failure {
 }
 
 /// Refuses recipes without ranks that budgets could determine.
-fn expect_ranks(recipe: &Recipe, keeps: &[f64]) -> Result<()> {
+fn expect_ranks(recipe: &Recipe, budgets: &[Budget]) -> Result<()> {
     if recipe.narrow().is_some() {
         return Err(Failure::usage("`--structure narrow` cannot be used in a sweep, which compares ranks")
             .hint("run `lrc compress` and `lrc eval` for each budget")
             .into());
     }
-    if recipe.is_dense() && keeps.iter().any(|&keep| keep < 1.0) {
+    if recipe.is_dense() && budgets.iter().any(|&budget| budget != Budget::Keep(1.0)) {
         return Err(Failure::usage("a recipe that keeps everything decomposes nothing")
             .hint("give the recipe a budget below 1")
             .into());
@@ -64,11 +65,11 @@ fn expect_ranks(recipe: &Recipe, keeps: &[f64]) -> Result<()> {
 /// As [`super::compress`] and [`crate::eval::perplexity`].
 pub fn sweep(settings: &SweepSettings<'_>, progress: &dyn Progress) -> Result<SweepReport> {
     let started = Instant::now();
-    let &SweepSettings { checkpoint, recipe, keeps, .. } = settings;
+    let &SweepSettings { checkpoint, recipe, budgets, .. } = settings;
     if recipe.anchor().is_some() {
         return Err(not_in_a_sweep("--sequential").into());
     }
-    expect_ranks(recipe, keeps)?;
+    expect_ranks(recipe, budgets)?;
     let plan = Plan::new(checkpoint, recipe)?;
     let inputs = Inputs::load(checkpoint, recipe, &plan)?;
     let prepared = Prepared::new(checkpoint, &settings.eval)?;
@@ -80,25 +81,26 @@ pub fn sweep(settings: &SweepSettings<'_>, progress: &dyn Progress) -> Result<Sw
     let allocating = Instant::now();
     let sensitivities = sensitivity::of(&study)?;
     let refinements = refine::of(recipe);
-    let solve = |&keep: &f64| {
-        let allocation = sensitivity::allocate(&study, &sensitivities, Budget::Keep(keep))?;
+    let solve = |&budget: &Budget| {
+        let allocation = sensitivity::allocate(&study, &sensitivities, budget)?;
         Ok(Solution::new(&study, allocation.choices, &refinements))
     };
-    let solutions = keeps.iter().map(solve).collect::<Result<Vec<_>>>()?;
+    let solutions = budgets.iter().map(solve).collect::<Result<Vec<_>>>()?;
     timings.allocate += allocating.elapsed().as_secs_f64();
     let evaluating = Instant::now();
     let text = Text { windows: &prepared.windows, scored: &prepared.scored, limits: session.limits.clone() };
     let divergences = diverge(&study, &text, &solutions.iter().collect::<Vec<_>>(), "evaluate")?;
     let evaluate_seconds = evaluating.elapsed().as_secs_f64();
     let mut points = Vec::new();
-    for ((&keep, solution), divergence) in keeps.iter().zip(&solutions).zip(&divergences) {
+    for ((&budget, solution), divergence) in budgets.iter().zip(&solutions).zip(&divergences) {
         // The forms are settled now that the operators are made.
         let forms = solution.all_forms();
         let rank = |(linear, forms): (&LinearInfo, &Option<Forms>)| {
             (linear.module.clone(), forms.and_then(|forms| forms.rank()))
         };
         points.push(SweepPoint {
-            keep,
+            keep: if let Budget::Keep(keep) = budget { Some(keep) } else { None },
+            bits: if let Budget::Bits(bits) = budget { Some(bits) } else { None },
             ppl: divergence.perplexity(),
             divergence: divergence.record(&settings.eval.model),
             sizes: record::sizes(&study.source, recipe, &plan, &forms),
@@ -115,6 +117,7 @@ pub fn sweep(settings: &SweepSettings<'_>, progress: &dyn Progress) -> Result<Sw
         convention: prepared.convention().into(),
         seq_len: prepared.seq_len,
         text_sha256: prepared.text.sha256.clone(),
+        knee: knee(&points.iter().map(|p| (p.sizes.bytes_after as f64, p.ppl)).collect::<Vec<_>>()),
         dense_ppl: points.first().map(|p| p.divergence.reference_ppl),
         points,
         timings,

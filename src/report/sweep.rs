@@ -40,6 +40,10 @@ pub struct SweepReport {
     pub dense_ppl: Option<f64>,
     /// One entry per budget.
     pub points: Vec<SweepPoint>,
+    /// Index of the point at the knee of perplexity over bytes: further bytes buy less than those up to it. Null where the
+    /// curve has none.
+    #[serde(default)]
+    pub knee: Option<usize>,
     /// Seconds per stage, for all budgets together.
     pub timings: Timings,
     /// Seconds of the evaluation of all trials and the source.
@@ -63,8 +67,11 @@ impl Published for SweepReport {
 /// One budget of a sweep.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 pub struct SweepPoint {
-    /// The requested share; `sizes.keep` is the one reached.
-    pub keep: f64,
+    /// The requested share; `sizes.keep` is the one reached. Null if budgets are bits.
+    pub keep: Option<f64>,
+    /// The requested bits per weight; `sizes.bits_per_weight_after` are those reached. Null if budgets are shares.
+    #[serde(default)]
+    pub bits: Option<f64>,
     /// Perplexity of the trial.
     pub ppl: f64,
     /// Divergence from the source.
@@ -74,4 +81,14 @@ pub struct SweepPoint {
     pub sizes: Sizes,
     /// Rank per module; null if it stays dense.
     pub ranks: BTreeMap<String, Option<usize>>,
+}
+
+impl SweepPoint {
+    /// The budget: its name and its value.
+    pub fn budget(&self) -> (&'static str, f64) {
+        match (self.keep, self.bits) {
+            (None, Some(bits)) => ("bits", bits),
+            (keep, _) => ("keep", keep.unwrap_or(1.0)),
+        }
+    }
 }

@@ -15,12 +15,14 @@ use crate::report::{SweepPoint, SweepReport};
 /// # Errors
 /// A template is broken.
 pub fn sweep(report: &SweepReport) -> Result<String> {
-    let titles = ["keep", "perplexity", "ratio", "KL", "same top 1", "kept", "parameters", "bytes"];
+    let budget = report.points.first().map_or("keep", |p| p.budget().0);
+    let titles = [budget, "perplexity", "ratio", "KL", "same top 1", "kept", "parameters", "bytes"];
     let tiles = [
         tile("perplexity of the source", report.dense_ppl.map_or("-".into(), |ppl| format!("{ppl:.5}"))),
         tile("convention", report.convention.clone()),
         tile("tokens per window", report.seq_len.to_string()),
         tile("budgets", report.points.len().to_string()),
+        tile("knee", knee(report).map_or("-".into(), |p| format!("{} {}", p.budget().0, p.budget().1))),
     ];
     let page = json!({
         "tiles": tiles,
@@ -35,17 +37,24 @@ pub fn sweep(report: &SweepReport) -> Result<String> {
 fn charts(report: &SweepReport) -> Vec<Chart> {
     let mut ordered: Vec<&SweepPoint> = report.points.iter().collect();
     ordered.sort_by_key(|a| a.sizes.bytes_after);
-    let kept = Axes { x_label: "kept share of the linears' parameters", ..Axes::default() };
-    let perplexity = Axes { y_label: "perplexity", ..kept.clone() };
-    let kl = Axes { x_label: "MiB of tensors", y_label: "KL", has_log_y: true, ..Axes::default() };
-    let same = Axes { y_label: "share", ..kept };
+    // The line through the knee.
+    let sizes = Axes { x_label: "MiB of tensors", mark: knee(report).map(mebibytes), ..Axes::default() };
+    let perplexity = Axes { y_label: "perplexity", has_log_y: true, ..sizes.clone() };
+    let kl = Axes { y_label: "KL", has_log_y: true, ..sizes.clone() };
+    let same = Axes { y_label: "share", ..sizes };
     vec![
-        chart("perplexity", &perplexity, &ordered, |p| (p.sizes.keep, p.ppl)),
-        chart("KL from the source (nats)", &kl, &ordered, |p| {
-            (p.sizes.bytes_after as f64 / f64::from(1 << 20), p.divergence.kl.mean)
-        }),
-        chart("same top 1", &same, &ordered, |p| (p.sizes.keep, p.divergence.same_top_1)),
+        chart("perplexity", &perplexity, &ordered, |p| (mebibytes(p), p.ppl)),
+        chart("KL from the source (nats)", &kl, &ordered, |p| (mebibytes(p), p.divergence.kl.mean)),
+        chart("same top 1", &same, &ordered, |p| (mebibytes(p), p.divergence.same_top_1)),
     ]
+}
+
+fn knee(report: &SweepReport) -> Option<&SweepPoint> {
+    report.points.get(report.knee?)
+}
+
+fn mebibytes(p: &SweepPoint) -> f64 {
+    p.sizes.bytes_after as f64 / f64::from(1 << 20)
 }
 
 fn chart(title: &str, axes: &Axes, points: &[&SweepPoint], at: fn(&SweepPoint) -> (f64, f64)) -> Chart {
@@ -56,7 +65,7 @@ fn chart(title: &str, axes: &Axes, points: &[&SweepPoint], at: fn(&SweepPoint) -
 
 fn row(p: &SweepPoint) -> Vec<Cell> {
     vec![
-        Cell::Real(p.keep),
+        Cell::Real(p.budget().1),
         Cell::Real(p.ppl),
         Cell::Real(p.divergence.ppl_ratio),
         Cell::Real(p.divergence.kl.mean),
@@ -73,5 +82,5 @@ fn ranks(p: &SweepPoint) -> Option<Map> {
         Some((block, within_block(module, block), rank.map_or(Cell::Text("dense".into()), Cell::from)))
     });
     let grid = Grid::of(cells);
-    (!grid.columns.is_empty()).then(|| grid.map(&format!("ranks at keep {}", p.keep)))
+    (!grid.columns.is_empty()).then(|| grid.map(&format!("ranks at {} {}", p.budget().0, p.budget().1)))
 }
