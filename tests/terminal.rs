@@ -84,6 +84,9 @@ fn short_helps_fit_two_screens() {
     let help = |command: &str, flag: &str| finish(common::command(&[command, flag]).env("COLUMNS", "80")).stdout;
     for command in [
         "compress",
+        "plan",
+        "task",
+        "finish",
         "delta",
         "calibrate",
         "sweep",
@@ -91,6 +94,7 @@ fn short_helps_fit_two_screens() {
         "truncate",
         "export",
         "heal",
+        "generate",
         "inspect",
         "completions",
         "man",

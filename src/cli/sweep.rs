@@ -98,6 +98,7 @@ impl Selection for Swept {
                 flag.required_unless_present("bits").help(KEEPS).long_help(KEEPS)
             }
             "bits" => repeated(flag).value_delimiter(',').help(BITS).long_help(BITS),
+            "compensate_rank" => flag.hide_short_help(true),
             "target_size" | "format" => flag.hide(true),
             "sequential" | "anchor" | "elastic" | "max_shard_size" | "equal_bytes_baseline" | "heal" => flag.hide(true),
             "structure" | "selection" | "width_multiple" | "uniform_width" => flag.hide(true),

@@ -147,7 +147,8 @@ fn codes_are_compressed_only_on_request() {
     let (out, statistics) = (folder.path().join("out"), folder.path().join("statistics.safetensors"));
     for format in ["gptq", "compressed-tensors"] {
         let source = foreign(folder.path(), format);
-        let evaluated = ok(&["eval", path(&source), "--text", HELD_OUT, "--seq-len", "128", "--json"]).json();
+        let first = ["--seq-len", "128", "--max-windows", "96", "--json"];
+        let evaluated = ok(&[&["eval", path(&source), "--text", HELD_OUT], &first[..]].concat()).json();
         assert_eq!(evaluated["source_quantization"], format!("{format}: int4-g32"));
         let compress = ["compress", path(&source), "-o", path(&out), "--keep", "0.8"];
         let calibrate =
