@@ -50,3 +50,7 @@ ci:
 # The binary that is published: one codegen unit, link-time optimization over all crates
 release:
     cargo build --profile dist --locked
+
+# Crate, wheel, archive and checksums in FOLDER, checked; needs maturin and ziglang from PyPI
+package FOLDER:
+    packaging/release.sh {{FOLDER}}
