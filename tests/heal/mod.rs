@@ -258,7 +258,7 @@ fn the_whole_model_goes_on_from_its_last_state() {
 #[test]
 fn a_compression_that_heals_can_be_killed_in_either_half() {
     let flags = ["--keep", "0.5", "--calibration", TRAIN, "--samples", "8", "--seq-len", "64", "--heal", "blocks"];
-    killed(14, &|out| owned(&[&["compress", FIXTURE, "-q", "-o", path(out)][..], &flags].concat()));
+    killed(9, &|out| owned(&[&["compress", FIXTURE, "-q", "-o", path(out)][..], &flags].concat()));
 }
 
 /// The number of files in a folder and those below.
