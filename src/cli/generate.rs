@@ -48,7 +48,7 @@ pub(super) struct GenerateArgs {
     #[arg(long, value_name = "N", default_value_t = 128, value_parser = at_least_1, help_heading = "Text")]
     max_new_tokens: usize,
 
-    /// Divide logits by this; 0: greedily
+    /// Divide logits by this; 0 is greedy
     #[arg(long, value_name = "T", default_value_t = 0.0, value_parser = not_negative, help_heading = "Text")]
     temperature: f64,
 
@@ -56,7 +56,7 @@ pub(super) struct GenerateArgs {
     #[arg(long, value_name = "N", value_parser = at_least_1, help_heading = "Text")]
     top_k: Option<usize>,
 
-    /// Draw from the likeliest of this share
+    /// Probability mass to draw from (nucleus)
     #[arg(long, value_name = "P", default_value_t = 1.0, value_parser = probability, help_heading = "Text")]
     top_p: f64,
 

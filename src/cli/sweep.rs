@@ -115,8 +115,7 @@ pub(super) fn run(args: &SweepArgs, progress: &Bars) -> Result<()> {
     let mut options = args.recipe.complete(&args.options.values)?;
     options.target_size = None;
     // Under a budget of everything nothing would be decomposed.
-    let least = budgets.iter().find(|&&budget| budget != Budget::Keep(1.0));
-    match least {
+    match budgets.iter().find(|&&budget| budget != Budget::Keep(1.0)) {
         Some(&Budget::Bits(bits)) => (options.keep, options.bits) = (None, Some(bits)),
         Some(&Budget::Keep(keep)) => (options.keep, options.bits) = (Some(keep), None),
         _ => {}

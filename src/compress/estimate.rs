@@ -25,7 +25,7 @@ use crate::model::{Decoder, ModelConfig, Walk, WalkLimits};
 use crate::progress::Silent;
 use crate::train::Settings;
 
-/// Seconds per operation.
+/// Seconds per operation, and of a walk.
 struct Speed {
     /// A multiply–add in f32, on all threads.
     gram: f64,
@@ -33,6 +33,8 @@ struct Speed {
     product: f64,
     /// The same for an eigenproblem of size n, per n³, on one thread.
     eigen: f64,
+    /// All windows once through all blocks.
+    pass: f64,
 }
 
 /// Matrix sizes of the trials: larger than the caches of a core, small enough to take no noticeable time.
@@ -41,7 +43,7 @@ const PRODUCT: usize = 384;
 const EIGEN: usize = 320;
 
 impl Speed {
-    fn measure() -> Result<Self> {
+    fn measure(job: &Job<'_>, windows: Option<&Windows>) -> Result<Self> {
         let cube = |n: usize| (n * n * n) as f64;
         // Grams are computed from values that have left the device.
         let x = Tensor::ones((GRAM, GRAM), DType::F32, &HOST)?;
@@ -63,7 +65,8 @@ impl Speed {
         })?;
         // A decomposition is a Gram and an eigenproblem.
         let eigen = (whole - cube(EIGEN) * product).max(0.1 * whole) / cube(EIGEN);
-        Ok(Self { gram, product, eigen })
+        let pass = windows.map_or(Ok(0.0), |windows| pass(job, windows))?;
+        Ok(Self { gram, product, eigen, pass })
     }
 }
 
@@ -114,15 +117,15 @@ pub(super) struct PartSeconds {
 /// # Errors
 /// The trials fail.
 pub(super) fn parts(job: &Job<'_>, plan: &Plan, windows: Option<&Windows>) -> Result<PartSeconds> {
-    let (recipe, speed) = (job.recipe, Speed::measure()?);
-    let [mut passes, mut grams] =
-        if recipe.measures_statistics() { measuring(recipe, plan, windows) } else { [0.0; 2] };
-    if let Some(windows) = windows {
-        passes *= pass(job, windows)?;
-        grams *= windows.part.tokens as f64 * speed.gram;
-    }
-    let (fits, rounds) = (fitting(recipe, plan, &speed), rounding(recipe, plan, &speed));
-    Ok(PartSeconds { passes, grams, fits, rounds, whole: seconds(job, plan, windows)? })
+    let (recipe, speed) = (job.recipe, Speed::measure(job, windows)?);
+    let [passes, grams] = if recipe.measures_statistics() { measuring(recipe, plan, windows) } else { [0.0; 2] };
+    Ok(PartSeconds {
+        passes: passes * speed.pass,
+        grams: grams * windows.map_or(0, |windows| windows.part.tokens) as f64 * speed.gram,
+        fits: fitting(recipe, plan, &speed),
+        rounds: rounding(recipe, plan, &speed),
+        whole: whole(job, plan, windows, &speed),
+    })
 }
 
 /// Expected seconds of a compression.
@@ -130,20 +133,23 @@ pub(super) fn parts(job: &Job<'_>, plan: &Plan, windows: Option<&Windows>) -> Re
 /// # Errors
 /// The trials fail.
 pub(super) fn seconds(job: &Job<'_>, plan: &Plan, windows: Option<&Windows>) -> Result<f64> {
+    Ok(whole(job, plan, windows, &Speed::measure(job, windows)?))
+}
+
+fn whole(job: &Job<'_>, plan: &Plan, windows: Option<&Windows>, speed: &Speed) -> f64 {
     let (checkpoint, recipe) = (job.checkpoint, job.recipe);
-    let speed = Speed::measure()?;
     let then = recipe.then();
     let mut seconds = 0.0;
     // What is narrower is taken as wide as the source.
     for recipe in [Some(recipe), then.as_ref()].into_iter().flatten() {
-        let decomposing = decomposing(checkpoint, recipe, plan, &speed);
+        let decomposing = decomposing(checkpoint, recipe, plan, speed);
         let anchoring = if recipe.anchor().is_some() { decomposing } else { 0.0 };
-        seconds += decomposing + anchoring + walking(job, recipe, plan, windows, &speed)?;
+        seconds += decomposing + anchoring + walking(job, recipe, plan, windows, speed);
     }
     // Reading, hashing and writing.
     const BYTES_A_SECOND: f64 = 3e8;
     let moving = 3.0 * checkpoint.n_bytes() as f64 / BYTES_A_SECOND;
-    Ok(seconds + moving)
+    seconds + moving
 }
 
 /// Number of threads that work on `n` matrices.
@@ -189,8 +195,8 @@ fn fitting(recipe: &Recipe, plan: &Plan, speed: &Speed) -> Vec<f64> {
     plan.linears.iter().zip(max_ranks(recipe, plan)).map(decompose).collect()
 }
 
-/// Seconds of the rounding of each linear at its largest rank, on one thread: the table of `docs/performance.md`, with two
-/// sweeps.
+/// Seconds of the rounding of each linear at its largest rank, on one thread: the table of `docs/performance.md`, with
+/// two sweeps.
 fn rounding(recipe: &Recipe, plan: &Plan, speed: &Speed) -> Vec<f64> {
     let of = |(linear, rank): (&LinearInfo, usize)| {
         let ((m, n), r) = (linear.shape(), rank as f64);
@@ -221,7 +227,7 @@ fn back(windows: Option<&Windows>) -> f64 {
 }
 
 /// Seconds in which the windows go through the model.
-fn walking(job: &Job<'_>, recipe: &Recipe, plan: &Plan, windows: Option<&Windows>, speed: &Speed) -> Result<f64> {
+fn walking(job: &Job<'_>, recipe: &Recipe, plan: &Plan, windows: Option<&Windows>, speed: &Speed) -> f64 {
     let needs = recipe.needs();
     let back = if needs.gradients() { back(windows) } else { 0.0 };
     let [mut passes, mut grams] =
@@ -238,8 +244,8 @@ fn walking(job: &Job<'_>, recipe: &Recipe, plan: &Plan, windows: Option<&Windows
         Some(windows) if passes > 0.0 => {
             let head = ModelConfig::of(job.checkpoint).map_or(0.0, |(c, _)| (c.hidden_size * c.vocab_size) as f64);
             let products = grams + 2.0 * back * head;
-            Ok(passes * pass(job, windows)? + windows.part.tokens as f64 * products * speed.gram)
+            passes * speed.pass + windows.part.tokens as f64 * products * speed.gram
         }
-        _ => Ok(0.0),
+        _ => 0.0,
     }
 }

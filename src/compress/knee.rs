@@ -1,10 +1,10 @@
 //! Where a curve of size and quality bends: past this point further bytes buy less than those before.
 
-/// The index of the knee of points (bytes, perplexity); `None` with fewer than three points that no other beats in both,
-/// or if none is below the chord of the ends.
+/// The index of the knee of points (bytes, perplexity); `None` with fewer than three points that no other beats in
+/// both, or if none is below the chord of the ends.
 ///
-/// It is the point farthest below the straight line between the ends of the Pareto front, with bytes and the logarithm of
-/// perplexity scaled to (0, 1): Kneedle's without smoothing (Satopää et al. 2011).
+/// It is the point farthest below the straight line between the ends of the Pareto front, with bytes and the logarithm
+/// of perplexity scaled to (0, 1): Kneedle's without smoothing (Satopää et al. 2011).
 pub(super) fn knee(points: &[(f64, f64)]) -> Option<usize> {
     let mut order: Vec<usize> = (0..points.len()).collect();
     order.sort_by(|&a, &b| points[a].0.total_cmp(&points[b].0).then(points[a].1.total_cmp(&points[b].1)));

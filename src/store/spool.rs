@@ -40,7 +40,8 @@ impl Spool {
         Self { folder, memory_left: memory_bytes, file: None, file_bytes: 0, holes: BTreeMap::new() }
     }
 
-    /// Keeps an array of a journal in memory or in its place, one that was not read in its place, and any other array in memory or in the file.
+    /// Keeps an array of a journal in memory or in its place, one that was not read in its place, and any other array in
+    /// memory or in the file.
     ///
     /// # Errors
     /// The file cannot be written.

@@ -6,7 +6,7 @@ use candle_core::{Tensor, Var};
 use rayon::prelude::*;
 
 use super::variables::Variables;
-use crate::device::to_host;
+use crate::device::{is_host, to_host};
 
 /// The settings of [`Descent`]; the default is that of most trainers.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -85,14 +85,23 @@ impl Descent {
     pub fn step(&mut self, gradients: &GradStore, rate: f64) -> Result<()> {
         let norm = self.norm(gradients)?;
         self.n_steps += 1;
-        let (settings, n_steps) = (self.settings, self.n_steps);
-        self.slots.par_iter_mut().try_for_each(|slot| match gradients.get(&slot.0) {
+        let (settings, n_steps, is_on_host) = (self.settings, self.n_steps, self.is_on_host());
+        let step = |slot: &mut Slot| match gradients.get(&slot.0) {
             Some(gradient) if norm > settings.largest_norm => {
                 settings.step(slot, &(gradient * (settings.largest_norm / norm))?, rate, n_steps)
             }
             Some(gradient) => settings.step(slot, gradient, rate, n_steps),
             None => Ok(()),
-        })
+        };
+        match is_on_host {
+            true => self.slots.par_iter_mut().try_for_each(step),
+            false => self.slots.iter_mut().try_for_each(step),
+        }
+    }
+
+    /// Whether variables may be worked on side by side: another device gets its work from one thread.
+    fn is_on_host(&self) -> bool {
+        self.slots.iter().all(|(variable, ..)| is_host(variable.device()))
     }
 
     /// The norm of all gradients together.
@@ -101,7 +110,10 @@ impl Descent {
             Some(gradient) => Ok(to_host(gradient)?.into_iter().map(|g| f64::from(g) * f64::from(g)).sum()),
             None => Ok(0.0),
         };
-        let squares: Vec<f64> = self.slots.par_iter().map(square).collect::<Result<_>>()?;
+        let squares: Vec<f64> = match self.is_on_host() {
+            true => self.slots.par_iter().map(square).collect::<Result<_>>()?,
+            false => self.slots.iter().map(square).collect::<Result<_>>()?,
+        };
         Ok(squares.into_iter().sum::<f64>().sqrt())
     }
 

@@ -48,9 +48,9 @@ pub fn plan(job: &Job<'_>, origin: &Origin, n_tasks: usize) -> Result<TaskPlan> 
         cut.measuring(&seconds)?;
     }
     if recipe.needs_fits() && recipe.narrow().is_none() {
-        cut.fits(&seconds);
+        cut.by_block(StageName::Fits, &seconds.fits);
         if rounds_by_itself(&recipe, &run.plan) {
-            cut.rounding(&seconds);
+            cut.by_block(StageName::Round, &seconds.rounds);
         }
     }
     if cut.tasks.is_empty() {
@@ -138,40 +138,23 @@ impl Cut<'_> {
         Ok(())
     }
 
-    /// Decompositions and quantized bases, by block.
-    fn fits(&mut self, seconds: &PartSeconds) {
+    /// Work on each linear, by block: decompositions and quantized bases; or the factors of the ranks that were chosen,
+    /// rounded, for which every task makes the choice, which takes little.
+    fn by_block(&mut self, name: StageName, seconds: &[f64]) {
         let (plan, recipe) = (&self.run.plan, self.recipe);
         let groups = groups(plan);
-        let costs: Vec<f64> = groups.iter().map(|group| seconds.fits[group.clone()].iter().sum()).collect();
+        let costs: Vec<f64> = groups.iter().map(|group| seconds[group.clone()].iter().sum()).collect();
         let bytes = fit_bytes(recipe, plan);
-        self.stage(StageName::Fits, &costs, |range| {
+        self.stage(name, &costs, |range| {
             let linears = groups[range.start].start..groups[range.end - 1].end;
             let own = &plan.linears[linears.clone()];
+            let fits: u64 = bytes[linears.clone()].iter().sum();
+            // What is rounded was fitted, and no operator is larger than what it replaces.
+            let (fits_read, written) = if name == StageName::Round { (fits, weight_bytes(own)) } else { (0, fits) };
             Task {
                 seconds: threaded(costs[range].iter().sum(), own.len()),
-                read: gram_bytes(recipe, own).iter().sum::<u64>() + weight_bytes(own),
-                written: bytes[linears.clone()].iter().sum(),
-                range: linears,
-            }
-        });
-    }
-
-    /// The factors of the ranks that were chosen, rounded: every task makes the choice, which takes little.
-    fn rounding(&mut self, seconds: &PartSeconds) {
-        let (plan, recipe) = (&self.run.plan, self.recipe);
-        let groups = groups(plan);
-        let costs: Vec<f64> = groups.iter().map(|group| seconds.rounds[group.clone()].iter().sum()).collect();
-        let bytes = fit_bytes(recipe, plan);
-        self.stage(StageName::Round, &costs, |range| {
-            let linears = groups[range.start].start..groups[range.end - 1].end;
-            let own = &plan.linears[linears.clone()];
-            Task {
-                seconds: threaded(costs[range].iter().sum(), own.len()),
-                read: gram_bytes(recipe, own).iter().sum::<u64>()
-                    + weight_bytes(own)
-                    + bytes[linears.clone()].iter().sum::<u64>(),
-                // No operator is larger than what it replaces.
-                written: weight_bytes(own),
+                read: gram_bytes(recipe, own).iter().sum::<u64>() + weight_bytes(own) + fits_read,
+                written,
                 range: linears,
             }
         });
