@@ -89,13 +89,14 @@ fn kill_after(mut child: Child, out: &Path, delay: Duration) -> bool {
     true
 }
 
-/// Fifty SIGKILLs in total: anchored low rank, and quantized bases with factors, an equal-bytes baseline and an adapter.
+/// Fifty SIGKILLs in total: anchored low rank, anchored codes, and quantized bases with factors, an equal-bytes baseline and an adapter.
 #[test]
 fn runs_killed_at_any_moment_resume_to_the_same_bytes() {
     const KILLS: usize = 50;
     let calibrated = ["--calibration", TRAIN, "--samples", "8", "-q"];
-    let recipes: [&[&str]; 3] = [
+    let recipes: [&[&str]; 4] = [
         &["--keep", "0.8", "--sequential", "--elastic", "--max-shard-size", "500kB", "--gradient-samples", "3"],
+        &["--quant", "cd-int3-g32", "--sequential"],
         &[
             "--quant",
             "gptq-int4-g32",

@@ -292,8 +292,9 @@ recipe_options! {
     /// Compress block by block, on compressed inputs
     ///
     /// Each block is fitted to the inputs that the compressed blocks before it produce. In the error these inputs take
-    /// the place of the input side of `--method`, which still chooses ranks and weighs outputs. Default: true for kfac
-    /// with `--calibration` and `--keep` below 0.7, or with `--anchor`, unless `--share` or `--embeddings` is given.
+    /// the place of the input side of `--method`, which still chooses ranks and weighs outputs. Codes of `--quant`
+    /// without factors are chosen for these inputs too. Default: true for kfac with `--calibration` and `--keep` below
+    /// 0.7, or with `--anchor`, unless `--quant`, `--share` or `--embeddings` is given.
     sequential: Option<bool>, "Method" [num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL"],
 
     /// Weight of the source's outputs in `--sequential`, 0 to 1 [default: 0.5]

@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
 use super::center::{Biases, Means};
-use super::fits::{fitting_bytes, values_key};
+use super::fits::{Fitted, fitting_bytes, values_key};
 use super::metrics::SharedInputs;
 use super::pieces;
 use super::plan::Choice;
@@ -38,14 +38,20 @@ pub(super) struct Laid {
 /// The stored matrices, once settled.
 type Kept = Vec<(Element, Spooled)>;
 
+/// What a refinement puts in the place of a fit.
+#[derive(Clone)]
+pub(super) enum Refit<A> {
+    /// A pair of the same rank: `B` and `A`, unless it is already laid out.
+    Pair { curve: ErrorCurve, rank: usize, pair: Option<[A; 2]> },
+    /// Codes of the same quantizer.
+    Base(Arc<dyn Fitted>),
+}
+
 /// A fit that replaces the chosen one after a refinement.
 struct Refitted {
-    curve: ErrorCurve,
+    refit: Refit<Spooled>,
     /// Further sides of its metric that were plain.
     plain_sides: PlainSides,
-    rank: usize,
-    /// `B` and `A`, unless it is already laid out.
-    pair: Option<[Spooled; 2]>,
     /// The means that its bias follows from, if its linear is centered.
     means: Option<Means>,
 }
@@ -102,31 +108,42 @@ impl<'s> Solution<'s> {
         laid.get(&i).is_some_and(|(_, kept)| kept.is_some())
     }
 
-    /// Replaces the fit of a linear by another of the same rank; without a pair if it is already laid out.
+    /// Replaces the fit of a linear.
     ///
     /// # Errors
     /// The work folder cannot be written.
     pub fn refit(
         &mut self,
         i: usize,
-        curve: ErrorCurve,
+        refit: Refit<Array>,
         plain_sides: PlainSides,
-        rank: usize,
-        pair: Option<[Array; 2]>,
         means: Option<Means>,
     ) -> Result<()> {
         let mut spool = self.study.fits.spool.lock().expect("invariant: no holder of the spool panics");
-        let is_new = pair.is_some();
-        let pair = pair.map(|[b, a]| Ok([spool.push(b)?, spool.push(a)?])).transpose();
-        let pair: Result<_> = pair;
+        let (refit, is_new) = match refit {
+            Refit::Base(fitted) => (Refit::Base(fitted), false),
+            Refit::Pair { curve, rank, pair: None } => (Refit::Pair { curve, rank, pair: None }, false),
+            Refit::Pair { curve, rank, pair: Some([b, a]) } => {
+                (Refit::Pair { curve, rank, pair: Some([spool.push(b)?, spool.push(a)?]) }, true)
+            }
+        };
         self.biases.forget(i);
-        if let Some(before) = self.refitted.insert(i, Refitted { curve, plain_sides, rank, pair: pair?, means }) {
-            before.pair.into_iter().flatten().for_each(|factor| spool.release(factor));
+        let before = self.refitted.insert(i, Refitted { refit, plain_sides, means });
+        if let Some(Refitted { refit: Refit::Pair { pair: Some(pair), .. }, .. }) = before {
+            pair.into_iter().for_each(|factor| spool.release(factor));
         }
         if is_new {
             self.laid.get_mut().expect("invariant: no holder of the layouts panics").remove(&i);
         }
         Ok(())
+    }
+
+    /// The codes of a linear that a refinement made.
+    fn refitted_base(&self, i: usize) -> Option<&dyn Fitted> {
+        match &self.refitted.get(&i)?.refit {
+            Refit::Base(fitted) => Some(&**fitted),
+            Refit::Pair { .. } => None,
+        }
     }
 
     /// The means of a linear that a refinement fitted, if it is centered.
@@ -136,8 +153,9 @@ impl<'s> Solution<'s> {
 
     /// The error of a linear at every rank, in its latest fit; `None` under a base.
     pub fn curve(&self, i: usize) -> Option<&ErrorCurve> {
-        match self.refitted.get(&i) {
-            Some(refitted) => Some(&refitted.curve),
+        match self.refitted.get(&i).map(|refitted| &refitted.refit) {
+            Some(Refit::Pair { curve, .. }) => Some(curve),
+            Some(Refit::Base(_)) => None,
             None => match self.study.fits.chosen(i, self.choices[i]) {
                 // The curve of a unit is not the curve of one of its members.
                 Some(chosen) => chosen.fitted.curve(),
@@ -191,7 +209,7 @@ impl<'s> Solution<'s> {
     /// # Errors
     /// The work folder cannot be read.
     pub fn pair(&self, i: usize) -> Result<LowRank> {
-        if let Some(Refitted { rank, pair, .. }) = self.refitted.get(&i) {
+        if let Some(Refitted { refit: Refit::Pair { rank, pair, .. }, .. }) = self.refitted.get(&i) {
             let [b, a] = pair.as_ref().context("invariant: what was laid out is not laid out again")?;
             let mut spool = self.study.fits.spool.lock().expect("invariant: no holder of the spool panics");
             return Ok(LowRank { rank: *rank, b: spool.get(b)?.f32s()?, a: spool.get(a)?.f32s()? });
@@ -362,7 +380,10 @@ impl<'s> Solution<'s> {
             (Choice::Zeros | Choice::Dense, _) => return Ok(Some(Operator::of(Term::zeros()))),
             (_, None) => Operator::of(self.lay_out(i)?),
             (_, Some(_)) => {
-                let found = self.study.values(i, choice)?;
+                let found = match self.refitted_base(i) {
+                    Some(base) => base.values(0, 0, &self.study.origin())?,
+                    None => self.study.values(i, choice)?,
+                };
                 let base = found.base.expect("invariant: a quantized base has codes");
                 let storage = Some(base.storage());
                 let over =
@@ -383,7 +404,7 @@ impl<'s> Solution<'s> {
     /// The weight or the statistics cannot be read.
     pub fn relative_squared_error(&self, i: usize, operator: &Operator) -> Result<f64> {
         let study = self.study;
-        if operator.over.is_none() {
+        if operator.over.is_none() && self.refitted_base(i).is_none() {
             // The error of a base alone was measured when it was made.
             let norm = study.fits.norm(i);
             return Ok(if norm > 0.0 { study.fits.error(i, self.choices[i]) / norm } else { 0.0 });

@@ -10,7 +10,7 @@ use anyhow::Result;
 use super::allocate::Spectra;
 use super::budget::{max_ranks, reads_fit};
 use super::compensate::Compensate;
-use super::fits::{Approximation, Decompose, Fits, Quantize, Share, Unit, units_to_share};
+use super::fits::{Approximation, Decompose, Fits, Origin, Quantize, Share, Unit, units_to_share};
 use super::inputs::Inputs;
 use super::metrics::Metrics;
 use super::plan::{Choice, FitKind, Plan, layout, menu};
@@ -144,7 +144,12 @@ impl<'a> Study<'a> {
     /// # Errors
     /// The source or the work folder cannot be read.
     pub fn values(&self, i: usize, choice: Choice) -> Result<Approximation> {
-        self.fits.values(self.session.checkpoint, self.plan, i, choice)
+        self.fits.values(i, choice, &self.origin())
+    }
+
+    /// The places that the values of fits are read from.
+    pub fn origin(&self) -> Origin<'_> {
+        Origin { checkpoint: self.session.checkpoint, plan: self.plan, spool: &self.fits.spool }
     }
 
     /// The planned forms of the `i`-th linear under a choice.

@@ -186,6 +186,8 @@ fn every_way_through_the_text_takes_zeros_and_dead_channels() {
         check_numbers(&report);
         check_zeros(&report);
     }
+    let codes = ["--quant", "cd-int3-g32", "--method", "kfac", "--sequential", "--anchor", "1"];
+    check_numbers(&compress(&model, &folder.path().join("codes"), &[&CALIBRATED[..], &codes].concat()));
     // The norm before the attention of block 2 is dead, so the inputs of its queries, keys and values are zero.
     let report: Value = serde_json::from_slice(&std::fs::read(out.join("lrc-report.json")).unwrap()).unwrap();
     let note = linear(&report, &module(2, "self_attn.q_proj"))["note"].as_str().unwrap();

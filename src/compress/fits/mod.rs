@@ -14,16 +14,15 @@ use anyhow::{Context, Result};
 use serde_json::Value;
 
 use super::plan::{Choice, Plan};
-use crate::checkpoint::Checkpoint;
 use crate::operator::Shape;
 use crate::session::Session;
 use crate::store::{Journal, Piece, Spool};
 
 pub(super) use low_rank::Decompose;
-pub(super) use quantized::Quantize;
+pub(super) use quantized::{Quantize, requantized, requantized_fit};
 pub(super) use shared::{Share, units_to_share};
-pub(super) use unit::{Approximation, Unit};
-use unit::{Fitted, Fitter, Made, Origin};
+pub(super) use unit::{Approximation, Fitted, Origin, Unit};
+use unit::{Fitter, Made};
 
 /// A fit, and the index of a linear among its members.
 #[derive(Clone)]
@@ -83,11 +82,9 @@ impl Fits {
     ///
     /// # Errors
     /// The source or the work folder cannot be read.
-    pub fn values(&self, checkpoint: &Checkpoint, plan: &Plan, i: usize, choice: Choice) -> Result<Approximation> {
+    pub fn values(&self, i: usize, choice: Choice, origin: &Origin<'_>) -> Result<Approximation> {
         match (self.chosen(i, choice), choice) {
-            (Some(fit), Choice::Fitted { rank, .. }) => {
-                fit.fitted.values(fit.member, rank, &Origin { checkpoint, plan, spool: &self.spool })
-            }
+            (Some(fit), Choice::Fitted { rank, .. }) => fit.fitted.values(fit.member, rank, origin),
             _ => Ok(Approximation { base: None, pair: None }),
         }
     }

@@ -6,7 +6,7 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use faer::Mat;
 use serde::{Deserialize, Serialize};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::super::budget::compensation_ranks;
 use super::super::compensate::{Compensate, CompensateRank};
@@ -274,6 +274,49 @@ impl Quantize<'_> {
         }
         Ok(made)
     }
+}
+
+/// Codes of `target` (out, in), row-major, by one quantizer on other `sides` than those of the statistics, as the record
+/// and the arrays of a piece; their error is the one from the target, in `metric`.
+///
+/// # Errors
+/// A value exceeds the range of scales, or is not finite.
+pub(in super::super) fn requantized(
+    target: &[f32],
+    shape: Shape,
+    quant: Quant,
+    sides: Sides<'_>,
+    metric: MetricPair<'_>,
+) -> Result<(Value, Vec<Values>)> {
+    let started = Instant::now();
+    check_range(std::iter::once(&quant), target)?;
+    let weight = linalg::transposed_from_row_major(target, shape.0, shape.1);
+    let one = Attempt {
+        values: target,
+        weight: &weight,
+        shape,
+        sides: Some(sides),
+        reported: metric,
+        pair: metric,
+        is_reported_in_pair: true,
+    };
+    let made = one.base(quant, one.quantize(target, quant)?, &[0], started)?;
+    Ok((json!(made.record()), made.into_arrays().into()))
+}
+
+/// The fit of the next arrays of a piece, which [`requantized`] made.
+///
+/// # Errors
+/// The work folder cannot be read or written.
+pub(in super::super) fn requantized_fit(
+    record: Value,
+    plain_sides: PlainSides,
+    shape: Shape,
+    piece: &mut Piece,
+    spool: &mut Spool,
+) -> Result<Arc<dyn Fitted>> {
+    let record = serde_json::from_value(record)?;
+    Ok(Arc::new(QuantizedBase::keep(record, plain_sides, shape, piece, spool)?))
 }
 
 /// Refuses weights that exceed the range of scales: they would be clipped to almost nothing.

@@ -49,8 +49,15 @@ pub struct Replacement {
 pub enum Linears {
     /// `W ≈ B·A`.
     LowRank(LowRankApproach),
-    /// `W ≈ Q`, or `W ≈ Q + B·A`, in an output of this format.
-    Quantized(Bases, Format),
+    /// `W ≈ Q`, or `W ≈ Q + B·A`.
+    Quantized {
+        /// The codes, and the factors over them.
+        bases: Bases,
+        /// The format of the output.
+        format: Format,
+        /// μ in [0, 1] of the sequential mode, for codes without factors; `None` rounds on the inputs of the source.
+        anchor: Option<f64>,
+    },
     /// Narrower matrices.
     Narrow(NarrowApproach),
 }
@@ -181,14 +188,14 @@ impl Approach {
     fn low_rank(&self) -> Option<&LowRankApproach> {
         match &self.replacement()?.linears {
             Linears::LowRank(low_rank) => Some(low_rank),
-            Linears::Quantized(..) | Linears::Narrow(_) => None,
+            Linears::Quantized { .. } | Linears::Narrow(_) => None,
         }
     }
 
     fn bases(&self) -> Option<&Bases> {
         match &self.replacement()?.linears {
             Linears::LowRank(_) | Linears::Narrow(_) => None,
-            Linears::Quantized(bases, _) => Some(bases),
+            Linears::Quantized { bases, .. } => Some(bases),
         }
     }
 
@@ -196,7 +203,7 @@ impl Approach {
     pub fn narrow(&self) -> Option<&NarrowApproach> {
         match &self.replacement()?.linears {
             Linears::Narrow(narrow) => Some(narrow),
-            Linears::LowRank(_) | Linears::Quantized(..) => None,
+            Linears::LowRank(_) | Linears::Quantized { .. } => None,
         }
     }
 
@@ -206,7 +213,7 @@ impl Approach {
             Self::Dense(format) => *format,
             Self::Replace(replacement) => match &replacement.linears {
                 Linears::LowRank(low_rank) => low_rank.storage().format(),
-                Linears::Quantized(_, format) => *format,
+                Linears::Quantized { format, .. } => *format,
                 Linears::Narrow(narrow) => narrow.then.format(),
             },
         }
@@ -291,9 +298,9 @@ impl Approach {
 
     /// μ of the sequential mode.
     pub fn anchor(&self) -> Option<f64> {
-        match self.low_rank() {
-            Some(LowRankApproach::Separate { anchor, .. }) => *anchor,
-            _ => None,
+        match &self.replacement()?.linears {
+            Linears::LowRank(LowRankApproach::Separate { anchor, .. }) | Linears::Quantized { anchor, .. } => *anchor,
+            Linears::LowRank(LowRankApproach::Shared { .. }) | Linears::Narrow(_) => None,
         }
     }
 

@@ -65,7 +65,10 @@ impl Recipe {
         };
         let linears = match Quantizers::new(options.quant.clone()) {
             None => Linears::LowRank(low_rank(options, &basics)?),
-            Some(menu) => Linears::Quantized(quantized(options, &basics, menu)?, basics.format),
+            Some(menu) => {
+                let bases = quantized(options, &basics, menu)?;
+                Linears::Quantized { bases, format: basics.format, anchor: basics.anchor }
+            }
         };
         let replacement = Replacement {
             linears,

@@ -53,12 +53,6 @@ fn obstacle(options: &RecipeOptions, basics: &Basics, embeddings: Embeddings) ->
             "cannot be combined with measured sensitivities, whose trials are of linears in blocks",
             "add `--sensitivity second-order` or `energy`",
         ),
-        Basics { anchor: Some(_), .. } if options.sequential.is_none() => {
-            ("cannot be combined with `--anchor`, which compresses block by block", "remove one of the two")
-        }
-        Basics { anchor: Some(_), .. } => {
-            ("cannot be combined with `--sequential`, which goes block by block", "remove one of the two")
-        }
         _ => return None,
     };
     Some((reason.into(), hint))

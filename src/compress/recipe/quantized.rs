@@ -14,6 +14,12 @@ use crate::compress::scale::{DepthWeight, Sensitivity};
 pub(super) fn quantized(options: &RecipeOptions, basics: &Basics, menu: Quantizers) -> Result<Bases> {
     check_low_rank_flags(options, basics)?;
     let method = options.compensate.and_then(Compensator::new);
+    if method.is_some() && basics.anchor.is_some() {
+        return Err(usage(
+            "`--sequential` cannot be combined with `--compensate`: only codes alone are rounded block by block",
+            "remove one of the two",
+        ));
+    }
     if method.is_none() && (options.compensate_rank.is_some() || options.quant_factors.is_some()) {
         let flag = if options.compensate_rank.is_some() { "--compensate-rank" } else { "--quant-factors" };
         return Err(usage(
@@ -85,7 +91,6 @@ fn check_low_rank_flags(options: &RecipeOptions, basics: &Basics) -> Result<()> 
         ("--rank-multiple", basics.steps.multiple.get() > 1),
         (&format!("--layout {}", layout.unwrap_or_default().name()), layout.is_some()),
         ("--elastic", options.elastic == Some(true)),
-        ("--sequential", basics.anchor.is_some()),
         ("--share", options.share == Some(true)),
         ("--sensitivity measured", basics.sensitivity == Some(Sensitivity::Measured)),
         ("--depth-weight auto", basics.depth_weight == DepthWeight::Auto),

@@ -10,6 +10,8 @@
 //! and approximated in the metric of `C_x̂x̂`. μ = 1 is AA-SVD's closed form, the best linear map from `x̂` to `W x`;
 //! μ = 0 uses the shifted inputs alone. Within a block the order is qkv, o, gate and up, down.
 //!
+//! Of a quantized linear the codes are chosen anew, for `W̃` and `C_x̂x̂`, by the same quantizer.
+//!
 //! For linears whose bias takes up the mean (`center`) both moments are of inputs without their means, `m` and `m̂`,
 //! and the bias keeps the mean output of the source: `b + W m − W' m̂`.
 
@@ -25,38 +27,48 @@ use crate::approx::gram::{mean_diagonal, shifted};
 use crate::approx::low_rank::{ErrorCurve, LowRank};
 use crate::approx::metric::{Metric, MetricPair, PlainSides};
 use crate::compress::center::{Means, image};
+use crate::compress::fits::{requantized, requantized_fit};
 use crate::compress::plan::Choice;
-use crate::compress::solution::{Refine, Solution};
+use crate::compress::solution::{Refine, Refit, Solution};
 use crate::linalg;
-use crate::model::inventory::{self, LinearInfo};
+use crate::model::inventory;
 use crate::model::{Block, Decoder, Hidden, InputSite, Overlay, Passes, Walk};
 use crate::progress::{Silent, Stage};
+use crate::quantize::Sides;
 use crate::session::Session;
-use crate::store::{Piece, Values};
+use crate::store::{Array, Piece, Values};
 
 /// Damping of `C_x̂x̂` before it is inverted, as a share of its mean eigenvalue.
 const DAMPING: f64 = 1e-2;
 
-/// Refits every low-rank linear, at the same rank, to the outputs of the compressed linears before it.
+/// Refits every low-rank or quantized linear, in the same form, to the outputs of the compressed linears before it.
 pub(super) struct Anchor {
     /// μ.
     pub mu: f64,
+}
+
+/// A refit of a linear.
+struct Refitted<V> {
+    values: V,
+    /// Sides whose metric was plain because their inputs were zero.
+    plain: PlainSides,
+    /// The means that its bias follows from, if its linear is centered.
+    means: Option<Means>,
+}
+
+/// The values of a refit.
+enum Found {
+    Pair(ErrorCurve, LowRank),
+    /// The record and the arrays of codes.
+    Codes(Value, Vec<Values>),
 }
 
 /// An anchored linear.
 struct Anchored {
     /// Its index in the plan.
     i: usize,
-    refit: Refit,
-}
-
-struct Refit {
-    curve: ErrorCurve,
-    pair: LowRank,
-    /// Sides whose metric was plain because their inputs were zero.
-    plain: PlainSides,
-    /// The means that its bias follows from, if its linear is centered.
-    means: Option<Means>,
+    /// Its pair; codes are in the journal already.
+    refit: Refitted<Option<(ErrorCurve, LowRank)>>,
 }
 
 impl Refine for Anchor {
@@ -67,7 +79,7 @@ impl Refine for Anchor {
         let mut walk = Walk::new(&decoder, &text.windows, &session.limits)?.of_text(&text.text);
         walk.reserve(moment_bytes(solution))?;
         let mut source = walk.embed(&decoder)?;
-        let mut shifted = walk.copy(&source)?;
+        let mut shifted = embedded(solution, &walk, &source)?;
         let stage = session.progress.stage("anchor", (walk.n_tokens() * decoder.n_blocks()) as u64, "tokens");
         let n_done = resume(solution, &walk, &mut source, &mut shifted)?;
         stage.advance((walk.n_tokens() * n_done) as u64);
@@ -83,6 +95,18 @@ impl Refine for Anchor {
         }
         Ok(())
     }
+}
+
+/// The states of the second stream before the first block: those of the source, or those of a compressed table.
+fn embedded(solution: &Solution<'_>, walk: &Walk<'_>, source: &Hidden) -> Result<Hidden> {
+    let linears = &solution.study.plan.linears;
+    let tables: Vec<usize> = solution.compressed().into_iter().filter(|&i| linears[i].vocabulary.is_some()).collect();
+    if tables.is_empty() {
+        return walk.copy(source);
+    }
+    solution.settle(&tables, &Silent)?;
+    let overlay = solution.overlay(&tables)?;
+    walk.embed(&solution.study.session.decoder()?.with_weights(&overlay))
 }
 
 /// Bytes of the products of one window at the places of one group.
@@ -163,10 +187,7 @@ impl Anchor {
                 let refits =
                     if is_enough { moments.approximate(solution, &place.anchored, self.mu)? } else { Vec::new() };
                 for (&i, refit) in place.anchored.iter().zip(refits) {
-                    let Refit { curve, pair, plain, means } = &refit;
-                    let kept = [pair.b.clone().into(), pair.a.clone().into()];
-                    solution.refit(i, curve.clone(), *plain, pair.rank, Some(kept), means.clone())?;
-                    made.push(Anchored { i, refit });
+                    made.push(Anchored { i, refit: put(solution, i, refit)? });
                 }
                 solution.settle(&place.readers, &Silent)?;
                 done.extend(&place.readers);
@@ -176,6 +197,34 @@ impl Anchor {
         let block = streams.compressed(&solution.overlay(&solution.compressed_in(block_idx))?)?;
         Ok((streams.end(&block, progress)?, made))
     }
+}
+
+/// Puts a refit in the place of the fit of the `i`-th linear.
+fn put(
+    solution: &mut Solution<'_>,
+    i: usize,
+    Refitted { values, plain, means }: Refitted<Found>,
+) -> Result<Refitted<Option<(ErrorCurve, LowRank)>>> {
+    let (refit, values) = match values {
+        Found::Pair(curve, pair) => {
+            let kept = [pair.b.clone().into(), pair.a.clone().into()];
+            (Refit::Pair { curve: curve.clone(), rank: pair.rank, pair: Some(kept) }, Some((curve, pair)))
+        }
+        Found::Codes(record, arrays) => {
+            let piece = solution.study.session.journal.put(&codes_key(i), json!((plain, record)), arrays)?;
+            (codes(solution, i, piece)?, None)
+        }
+    };
+    solution.refit(i, refit, plain, means.clone())?;
+    Ok(Refitted { values, plain, means })
+}
+
+/// The codes of the `i`-th linear that were kept.
+fn codes(solution: &Solution<'_>, i: usize, mut piece: Piece) -> Result<Refit<Array>> {
+    let (plain, record) = serde_json::from_value(piece.fields.take())?;
+    let mut spool = solution.study.fits.spool.lock().expect("invariant: no holder of the spool panics");
+    let shape = solution.study.plan.linears[i].shape();
+    Ok(Refit::Base(requantized_fit(record, plain, shape, &mut piece, &mut spool)?))
 }
 
 /// Keeps the fits of a block, and the states of both streams after it.
@@ -196,13 +245,17 @@ fn keep(
     // A settled linear is read from its layout, unless the order of its ranks is kept.
     let is_spent = |i: usize| solution.is_settled(i) && !solution.study.recipe.elastic();
     let field = |Anchored { i, refit }: &Anchored| -> Field {
-        (*i, refit.pair.rank, refit.plain, !is_spent(*i), refit.means.is_some())
+        let rank = refit.values.as_ref().map(|(_, pair)| pair.rank);
+        (*i, rank, refit.plain, !is_spent(*i), refit.means.is_some())
     };
     let fields: Vec<Field> = made.iter().map(field).collect();
-    let arrays = made.into_iter().flat_map(|Anchored { i, refit: Refit { curve, pair, means, .. } }| {
-        let pair = if is_spent(i) { Vec::new() } else { vec![Values::from(pair.b), pair.a.into()] };
+    let arrays = made.into_iter().flat_map(|Anchored { i, refit: Refitted { values, means, .. } }| {
+        let pair = values.into_iter().flat_map(|(curve, pair)| {
+            let pair = if is_spent(i) { Vec::new() } else { vec![Values::from(pair.b), pair.a.into()] };
+            std::iter::once(Values::from(curve.energies().to_vec())).chain(pair)
+        });
         let means = means.into_iter().flat_map(|means| [means.output.into(), means.input.into()]);
-        std::iter::once(Values::from(curve.energies().to_vec())).chain(pair).chain(means).collect::<Vec<_>>()
+        pair.chain(means).collect::<Vec<_>>()
     });
     let arrays: Vec<Values> = arrays.collect();
     let piece = session.journal.put(&fits_key(block_idx), json!(fields), arrays)?;
@@ -211,8 +264,9 @@ fn keep(
     Ok(())
 }
 
-/// The record of a fit in the journal: its linear, its rank, plain sides, and whether there are a pair and means.
-type Field = (usize, usize, PlainSides, bool, bool);
+/// The record of a fit in the journal: its linear, its rank unless it has codes, plain sides, and whether there are a pair
+/// and means.
+type Field = (usize, Option<usize>, PlainSides, bool, bool);
 
 /// The input sites of a block, in the order of the forward pass.
 fn places(solution: &Solution<'_>, compressed: &[usize]) -> Result<Vec<Place>> {
@@ -247,6 +301,11 @@ fn groups(places: &[Place], bytes: usize) -> impl Iterator<Item = &[Place]> {
     };
     let at_once = move |run: &[Place]| (bytes / run.first().map_or(1, |place| 16 * place.n * place.n)).max(1);
     places.chunk_by(is_alike).flat_map(move |run| run.chunks(at_once(run)))
+}
+
+/// The journal key of the codes of a linear.
+fn codes_key(i: usize) -> String {
+    format!("anchored-codes-{i}")
 }
 
 /// The journal key of the fits of a block, and of the states of both streams after it.
@@ -284,18 +343,27 @@ fn resume(solution: &mut Solution<'_>, walk: &Walk<'_>, source: &mut Hidden, shi
 fn take(solution: &mut Solution<'_>, mut piece: Piece) -> Result<()> {
     let fields: Vec<Field> = serde_json::from_value(piece.fields.take())?;
     for (i, rank, plain, has_pair, has_means) in fields {
-        let curve = ErrorCurve::new(piece.take()?.read()?.f64s()?);
-        let pair = if has_pair { Some([piece.take()?, piece.take()?]) } else { None };
+        let refit = match rank {
+            Some(rank) => {
+                let curve = ErrorCurve::new(piece.take()?.read()?.f64s()?);
+                let pair = if has_pair { Some([piece.take()?, piece.take()?]) } else { None };
+                Refit::Pair { curve, rank, pair }
+            }
+            None => {
+                let kept = solution.study.session.journal.get(&codes_key(i))?;
+                codes(solution, i, kept.context("invariant: codes are kept before the fits of their block")?)?
+            }
+        };
         let mut means = || Ok(Means { output: piece.take()?.read()?.f64s()?, input: piece.take()?.read()?.f64s()? });
         let means: Option<Result<Means>> = has_means.then(&mut means);
-        solution.refit(i, curve, plain, rank, pair, means.transpose()?)?;
+        solution.refit(i, refit, plain, means.transpose()?)?;
     }
     Ok(())
 }
 
 impl Moments {
     /// The fits of the linears `here`.
-    fn approximate(&self, solution: &Solution<'_>, here: &[usize], mu: f64) -> Result<Vec<Refit>> {
+    fn approximate(&self, solution: &Solution<'_>, here: &[usize], mu: f64) -> Result<Vec<Refitted<Found>>> {
         let (metrics, linears) = (solution.study.metrics(), &solution.study.plan.linears);
         let is_centered = |&i: &usize| metrics.is_centered(&linears[i]);
         let has_plain = here.iter().any(|i| !is_centered(i));
@@ -305,10 +373,7 @@ impl Moments {
         let one = |i: &usize| {
             let regression = if is_centered(i) { &centered } else { &plain };
             let regression = regression.as_ref().expect("invariant: there is a regression for every linear");
-            let Choice::Fitted { rank, .. } = solution.choices[*i] else {
-                unreachable!("invariant: what is anchored is of low rank")
-            };
-            let refit = regression.fit(solution, &linears[*i], rank, mu);
+            let refit = regression.fit(solution, *i, mu);
             refit.with_context(|| format!("refitting `{}`", linears[*i].module))
         };
         here.par_iter().map(one).collect()
@@ -317,8 +382,8 @@ impl Moments {
 
 /// The regression of the outputs of the source on the shifted inputs at a place.
 struct Regression<'m> {
-    /// `C_xx̂` (n, n).
-    cross: &'m Mat<f64>,
+    /// `C_xx̂` and `C_x̂x̂`.
+    moments: &'m Moments,
     /// `C_x̂x̂ + δ I` (n, n).
     invertible: Mat<f64>,
     /// The metric of `C_x̂x̂`.
@@ -329,25 +394,26 @@ struct Regression<'m> {
 
 impl<'m> Regression<'m> {
     fn new(moments: &'m Moments, solution: &Solution<'_>, means: Option<[Vec<f64>; 2]>) -> Self {
-        let Moments { cross, shifted: moment, .. } = moments;
+        let moment = &moments.shifted;
         Self {
-            cross,
+            moments,
             invertible: shifted(moment.clone(), DAMPING * mean_diagonal(moment)),
             input: Metric::damped(moment.clone(), solution.study.recipe.damping_input()),
             means,
         }
     }
 
-    fn fit(&self, solution: &Solution<'_>, linear: &LinearInfo, rank: usize, mu: f64) -> Result<Refit> {
+    fn fit(&self, solution: &Solution<'_>, i: usize, mu: f64) -> Result<Refitted<Found>> {
         let Self { invertible, input, .. } = self;
-        let study = solution.study;
-        let values = inventory::weight(study.session.checkpoint, linear)?; // (out, in)
-        let transposed = linalg::transposed_from_row_major(&values, linear.out_features, linear.in_features);
+        let (study, choice) = (solution.study, solution.choices[i]);
+        let linear = &study.plan.linears[i];
+        let weights = inventory::weight(study.session.checkpoint, linear)?; // (out, in)
+        let transposed = linalg::transposed_from_row_major(&weights, linear.out_features, linear.in_features);
         let weight = transposed.transpose();
         let output = study.metrics().output(linear)?;
         // If all inputs are zero, the target is not moved.
         let target = if mu > 0.0 && !matches!(input, Metric::Plain { .. }) {
-            let mapped = linalg::product(weight, self.cross.as_ref()); // W C_xx̂ (m, n)
+            let mapped = linalg::product(weight, self.moments.cross.as_ref()); // W C_xx̂ (m, n)
             let mapped = linalg::solve(invertible.as_ref(), mapped.transpose());
             let mapped = mapped.context("the second moment of the shifted inputs is singular")?;
             weight * faer::Scale(1.0 - mu) + mapped.transpose() * faer::Scale(mu)
@@ -355,11 +421,24 @@ impl<'m> Regression<'m> {
             weight.to_owned()
         };
         let metric = MetricPair { output: &output, input };
-        let layout = study.recipe.layout();
-        let fit = layout.fitting().fit(target.as_ref(), metric, rank)?;
-        let pair = fit.pair(layout, target.as_ref(), rank);
+        let values = match (study.fits.chosen(i, choice).and_then(|fit| fit.fitted.quant()), choice) {
+            (Some(quant), _) => {
+                let outputs = if quant.descends() { output.to_dense() } else { None };
+                let sides = Sides { inputs: self.moments.shifted.as_ref(), outputs: outputs.as_ref().map(Mat::as_ref) };
+                let target = linalg::to_row_major(target.as_ref());
+                let (record, arrays) = requantized(&target, linear.shape(), quant, sides, metric)?;
+                Found::Codes(record, arrays)
+            }
+            (None, Choice::Fitted { rank, .. }) => {
+                let layout = study.recipe.layout();
+                let fit = layout.fitting().fit(target.as_ref(), metric, rank)?;
+                let pair = fit.pair(layout, target.as_ref(), rank);
+                Found::Pair(fit.curve, pair)
+            }
+            (None, _) => unreachable!("invariant: what is anchored is fitted"),
+        };
         let means = self.means.as_ref();
-        let means = means.map(|[source, here]| Means { output: image(&values, source), input: here.clone() });
-        Ok(Refit { curve: fit.curve, pair, plain: metric.plain_sides(), means })
+        let means = means.map(|[source, here]| Means { output: image(&weights, source), input: here.clone() });
+        Ok(Refitted { values, plain: metric.plain_sides(), means })
     }
 }
