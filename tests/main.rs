@@ -28,6 +28,7 @@ mod layout;
 mod memory;
 mod model;
 mod narrow;
+mod onnx;
 mod outputs;
 mod quantize;
 mod reports;

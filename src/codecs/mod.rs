@@ -14,6 +14,7 @@ pub mod gguf;
 pub mod gptq;
 pub mod layout;
 mod mxfp4;
+pub mod onnx;
 pub mod packed;
 pub mod peft;
 pub mod registry;

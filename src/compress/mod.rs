@@ -163,7 +163,7 @@ fn into_folder(
     let forms = solution.all_forms();
     let mut output = Output::create(folder, plan.files(&source, recipe, &forms))?;
     let written = output::put_all(&mut output, &solution)?;
-    if recipe.format().stores_operators() {
+    if recipe.format().is_truncatable() {
         curves::write_of(folder, &solution, &allocation.sensitivities, &written)?;
     }
     timings.write = writing.elapsed().as_secs_f64();

@@ -175,6 +175,9 @@ impl Plan {
             }
             Files::check(source, recipe.format(), &modules)?;
         }
+        if recipe.format().is_graph() && recipe.quant().is_empty() {
+            Files::check(source, recipe.format(), &self.of_rank_one(recipe))?;
+        }
         if recipe.is_residual() {
             let form = |(i, linear): (usize, &LinearInfo)| {
                 let rank = if recipe.budget() == Budget::None { 1 } else { 1 + i % 2 };
@@ -191,6 +194,13 @@ impl Plan {
             .into());
         }
         Ok(())
+    }
+
+    /// The linears in the layout of the recipe, in which a graph must have nodes for them; none for narrower modules.
+    fn of_rank_one(&self, recipe: &Recipe) -> Vec<(LinearInfo, Forms)> {
+        let choice = Choice::Fitted { fit: 0, rank: 1 };
+        let linears = self.linears.iter().filter(|linear| linear.vocabulary.is_none() && recipe.narrow().is_none());
+        linears.filter_map(|l| Some((l.clone(), Self::forms(recipe, l, choice, FitKind::Layout)?))).collect()
     }
 
     /// Minimum size of any output in bytes: everything that is not targeted.

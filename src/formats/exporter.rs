@@ -6,6 +6,7 @@ use serde_json::{Map, Value};
 
 use crate::checkpoint::{Checkpoint, CheckpointError, Dtype, Stack, TensorInfo, TensorSpec, cast};
 use crate::codecs::gguf::{Element, GgufTensor, Value as GgufValue};
+use crate::codecs::onnx;
 use crate::linalg;
 use crate::model::config::{self, native_config};
 use crate::model::inventory::LinearInfo;
@@ -114,6 +115,8 @@ pub enum Container {
         /// The metadata of its LoRA adapter, which is not written if there are no factors.
         adapter: Vec<(String, GgufValue)>,
     },
+    /// A graph without its tensors.
+    Onnx(Box<onnx::Model>),
 }
 
 /// The content of a format in place of a compressed linear.
@@ -121,6 +124,8 @@ pub enum Container {
 pub enum Holds {
     /// Its operator as it is: every structure, every base, parts of fused matrices and single experts.
     Operators,
+    /// Its operator as nodes of a graph, in matrices and codes that a runtime multiplies.
+    Nodes,
     /// A weight of the shape and dtype of the source.
     Weights,
     /// The codes of a quantized base; factors over it are an adapter.
@@ -173,6 +178,11 @@ pub trait Exporter: Sync {
         format!("{}.bias", linear.module)
     }
 
+    /// The tensors that are read of those that are not compressed, by their names in the output; `None`: all.
+    fn reads(&self, _: &Source<'_>, _: &[(LinearInfo, Forms)]) -> Option<BTreeSet<String>> {
+        None
+    }
+
     /// How an uncompressed tensor is stored: under its own name with its own bytes, unless the format has its own name
     /// for it, or none.
     fn other(&self, source: &Source<'_>, info: &TensorInfo) -> Option<OutTensor> {
@@ -221,7 +231,7 @@ pub trait Exporter: Sync {
     }
 
     /// The kind of files, with the metadata that they need.
-    fn container(&self, _: &Source<'_>) -> Container {
+    fn container(&self, _: &Source<'_>, _: &[(LinearInfo, Forms)]) -> Container {
         Container::Safetensors
     }
 

@@ -97,7 +97,7 @@ fn shapes(source: &Source<'_>) -> Map<String, Value> {
 }
 
 /// The stored matrices of a module by name, base first, with the form that each belongs to.
-fn parts(linear: &LinearInfo, forms: &Forms) -> Vec<(String, Part, Form)> {
+pub(super) fn parts(linear: &LinearInfo, forms: &Forms) -> Vec<(String, Part, Form)> {
     let of = |form: Form| {
         let name = move |part: Part| match (form.kind == Kind::DENSE, forms.over) {
             (true, None) => linear.module.clone(),

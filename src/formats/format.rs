@@ -20,6 +20,8 @@ pub enum Format {
     Peft,
     /// For llama.cpp and its derivatives; factors in a separate GGUF LoRA
     Gguf,
+    /// A graph for ONNX Runtime and sentence-transformers; factors and codes as they are
+    Onnx,
     /// A PEFT adapter over another model, which is not stored; of `lrc delta` alone
     #[cfg_attr(feature = "cli", value(skip))]
     Adapter,
@@ -35,6 +37,7 @@ impl Format {
             Self::Gptq => "gptq",
             Self::Peft => "peft",
             Self::Gguf => "gguf",
+            Self::Onnx => "onnx",
             Self::Adapter => "adapter",
         }
     }

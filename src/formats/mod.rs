@@ -8,6 +8,7 @@ mod factored;
 mod format;
 mod gguf;
 mod gptq;
+mod onnx;
 mod output;
 mod refusal;
 mod registry;

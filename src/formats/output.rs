@@ -9,6 +9,7 @@ use serde_json::{Map, Value};
 use super::exporter::{Adapter, Container, Exporter, Holds, NamedBytes, OutTensor, Source, Target, stacks_apart};
 use super::format::Format;
 use super::gguf::file::GgufFile;
+use super::onnx::file::{self as onnx, OnnxFile};
 use super::refusal;
 use crate::checkpoint::{
     CONFIG_FILE, Checkpoint, CheckpointError, LeftOut, OutputFolder, SafetensorsWriter, Side, Stack, TensorSpec, cast,
@@ -65,6 +66,7 @@ impl<'a> Files<'a> {
             owners.extend(linear.tensor_names().into_iter().map(|name| (name, i)));
             biases.extend(linear.bias_names().into_iter().map(|name| (name, i)));
         }
+        let read = exporter.reads(source, &modules);
         let mut tensors = Vec::new();
         let mut placed = vec![false; modules.len()];
         for info in source.checkpoint.tensors() {
@@ -81,11 +83,14 @@ impl<'a> Files<'a> {
                 let (linear, forms) = &modules[i];
                 tensor.name = exporter.bias_name(linear, forms);
             }
+            if read.as_ref().is_some_and(|read| !read.contains(&tensor.name)) {
+                continue;
+            }
             tensors.push(Planned { tensor, origin: Origin::Source(info.name.clone()) });
         }
         let extra = |(tensor, bytes)| Planned { tensor, origin: Origin::Extra(bytes) };
         tensors.extend(exporter.extras(source).into_iter().map(extra));
-        let container = exporter.container(source);
+        let container = exporter.container(source, &modules);
         Self { source, exporter, modules, tensors, container, max_shard_bytes }
     }
 
@@ -205,6 +210,7 @@ impl<'a> Files<'a> {
                 let lora = if lora.is_empty() { 0 } else { gguf::file_bytes(adapter, &lora) };
                 gguf::file_bytes(model, &self.gguf_tensors(Target::Model)) + lora
             }
+            Container::Onnx(model) => onnx::file_bytes(model, &self.specs(Target::Model)),
         }
     }
 }
@@ -227,6 +233,7 @@ pub struct Output<'a> {
 enum Writer {
     Safetensors(SafetensorsWriter),
     Gguf(GgufFile),
+    Onnx(OnnxFile),
 }
 
 impl Writer {
@@ -234,6 +241,7 @@ impl Writer {
         match self {
             Self::Safetensors(writer) => writer.write(name, bytes),
             Self::Gguf(writer) => writer.write(name, bytes),
+            Self::Onnx(writer) => writer.write(name, bytes),
         }
     }
 
@@ -241,6 +249,7 @@ impl Writer {
         match self {
             Self::Safetensors(writer) => writer.skip(name),
             Self::Gguf(writer) => writer.skip(name),
+            Self::Onnx(writer) => writer.skip(name),
         }
     }
 
@@ -248,6 +257,7 @@ impl Writer {
         match self {
             Self::Safetensors(writer) => writer.finish().map(|_| ()),
             Self::Gguf(writer) => writer.finish(),
+            Self::Onnx(writer) => writer.finish(),
         }
     }
 }
@@ -286,6 +296,9 @@ impl<'a> Output<'a> {
                 let lora =
                     files.has_adapter().then(|| create(gguf::LORA_FILE, adapter, Target::Adapter)).transpose()?;
                 (create(gguf::MODEL_FILE, model, Target::Model)?, lora)
+            }
+            Container::Onnx(model) => {
+                (Writer::Onnx(OnnxFile::create(&folder.path(), model, &files.specs(Target::Model))?), None)
             }
         };
         Ok(Self { files, model, adapter, replaced: BTreeMap::new() })

@@ -15,6 +15,9 @@ const SHOWN: usize = 3;
 impl Refusal {
     /// How to avoid it.
     pub(super) fn hint(&self, format: Format, modules: &[(LinearInfo, Forms)]) -> String {
+        if self.of.is_empty() && format.stores_all_structures() {
+            return "`--format factored` and `--format dense` hold every model".into();
+        }
         let refused: Vec<&str> = self.of.iter().map(String::as_str).collect();
         let stored = modules.iter().map(|(linear, _)| linear.module.as_str());
         hint(format, &refused, &stored.filter(|name| !refused.contains(name)).collect::<Vec<_>>())

@@ -4,7 +4,7 @@ use serde_json::{Map, Value};
 
 use super::exporter::{Adapter, Exporter, Holds, OutTensor};
 use super::format::Format;
-use super::{adapter, compressed_tensors, dense, factored, gguf, gptq, residual};
+use super::{adapter, compressed_tensors, dense, factored, gguf, gptq, onnx, residual};
 use crate::checkpoint::header_entry_bytes;
 use crate::codecs::gguf::Element;
 use crate::model::inventory::LinearInfo;
@@ -20,17 +20,28 @@ impl Format {
             Self::Gptq => &gptq::Gptq,
             Self::Peft => &adapter::Peft,
             Self::Gguf => &gguf::Gguf,
+            Self::Onnx => &onnx::Onnx,
             Self::Adapter => &residual::Residual,
         }
     }
 
     /// Whether it stores operators of every structure, as they are or multiplied out.
     pub fn stores_all_structures(self) -> bool {
-        matches!(self.exporter().holds(), Holds::Operators | Holds::Weights)
+        matches!(self.exporter().holds(), Holds::Operators | Holds::Nodes | Holds::Weights)
     }
 
     /// Whether operators are stored as they are.
     pub fn stores_operators(self) -> bool {
+        matches!(self.exporter().holds(), Holds::Operators | Holds::Nodes)
+    }
+
+    /// Whether it stores the computation too, and so only models of known families.
+    pub fn is_graph(self) -> bool {
+        self.exporter().holds() == Holds::Nodes
+    }
+
+    /// Whether `lrc` reads the operators again, to truncate them.
+    pub fn is_truncatable(self) -> bool {
         self.exporter().holds() == Holds::Operators
     }
 
@@ -51,7 +62,7 @@ impl Format {
                 let (base, over) = linear.bytes_as(forms);
                 base + over
             }
-            Holds::Codes | Holds::Residuals => {
+            Holds::Codes | Holds::Nodes | Holds::Residuals => {
                 self.exporter().tensors(linear, forms).iter().map(OutTensor::n_bytes).sum()
             }
         }

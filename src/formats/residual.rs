@@ -60,7 +60,7 @@ impl Exporter for Residual {
         is_changed.then(|| OutTensor::plain(peft::whole(&info.name), info.dtype, info.shape.clone()))
     }
 
-    fn container(&self, _: &Source<'_>) -> Container {
+    fn container(&self, _: &Source<'_>, _: &[(LinearInfo, Forms)]) -> Container {
         Container::Adapter
     }
 

@@ -12,7 +12,7 @@ use super::config::ModelConfig;
 use super::head::{Head, Kind, Pooler, Transform};
 use super::linear::{Bias, Linear};
 use super::names::Names;
-use super::norm::Norm;
+use super::norm::{self, Norm};
 use super::rope::Rope;
 use super::sentence::SentenceModules;
 use super::slot::{LinearId, Slot};
@@ -116,14 +116,29 @@ impl<'w> Decoder<'w> {
         Self { config, architecture, names, vocabulary, sentence: None, weights: Placed::on_host(weights) }
     }
 
+    /// The module of the embedding table.
+    pub fn table_module(&self) -> &str {
+        &self.vocabulary.table
+    }
+
+    /// The module that computes logits; `None` if it is the table.
+    pub fn head_module(&self) -> Option<&str> {
+        self.vocabulary.head.as_deref()
+    }
+
+    /// The tensors of the weight and the bias of a norm.
+    pub fn norm_tensors(&self, module: &str) -> [String; 2] {
+        norm::names(module, |name| self.weights.contains(name))
+    }
+
     /// The norm after the last block.
-    pub(super) fn last_norm(&self) -> Option<String> {
+    pub fn last_norm(&self) -> Option<String> {
         let name = self.architecture.norm.filter(|_| !self.config.is_post_norm());
         name.map(|name| format!("{}{name}", self.names.prefix))
     }
 
     /// The linears before and after the blocks, if embeddings have another width.
-    pub(super) fn projections(&self) -> Option<[String; 2]> {
+    pub fn projections(&self) -> Option<[String; 2]> {
         let names = self.architecture.embed_projections;
         let names = names.filter(|_| self.config.embedding_size() != self.config.hidden_size);
         names.map(|(into, out)| [into, out].map(|name| format!("{}{name}", self.names.prefix)))

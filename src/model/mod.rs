@@ -33,6 +33,7 @@ mod walk;
 mod weights;
 pub mod widths;
 
+pub use activation::Activation;
 pub use architectures::Architecture;
 pub use batches::WalkLimits;
 pub use block::{Block, Half, Next, Observer, Paused};
@@ -44,7 +45,7 @@ pub use head::{Head, Pooler};
 pub use linear::{GradientTap, Linear};
 pub use ops::is_finite;
 pub use passes::Passes;
-pub use rope::Rope;
+pub use rope::{Rope, RopeKind, RopeSettings};
 pub use sentence::{PoolingMode, SentenceModules, fingerprint, fingerprint_of};
 pub use slot::{InputSite, LinearId, Role, Slot};
 pub use softmax::{RowDivergence, row_divergence};

@@ -4,7 +4,7 @@ use anyhow::Result;
 use candle_core::Tensor;
 
 use super::matrix::Matrix;
-use super::structure::{Element, Shape, Size, Structure};
+use super::structure::{Element, Shape, Size, Step, Structure};
 
 pub(super) struct Dense;
 
@@ -32,5 +32,9 @@ impl Structure for Dense {
 
     fn product(&self, parts: &[Matrix], _: Size, _: Shape) -> Vec<f32> {
         parts[0].values().into_owned()
+    }
+
+    fn steps(&self, _: Size) -> Vec<Step> {
+        vec![Step::Multiply(0)]
     }
 }

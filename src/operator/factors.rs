@@ -10,7 +10,7 @@ use faer::{Mat, MatRef};
 
 use super::matrix::Matrix;
 use super::rounding::{Grams, Rounded, Sides, diagonal, refit_right, round_to_nearest, weighted_error};
-use super::structure::{Element, Fit, FitValues, Fitting, Shape, Size, Structure};
+use super::structure::{Element, Fit, FitValues, Fitting, Shape, Size, Step, Structure};
 use crate::approx::low_rank::{self, Decomposition, ErrorCurve, LowRank};
 use crate::approx::metric::{Metric, MetricPair};
 use crate::codecs::cast::Dtype;
@@ -53,6 +53,10 @@ impl Structure for Factors {
 
     fn product(&self, parts: &[Matrix], size: Size, (m, n): Shape) -> Vec<f32> {
         linalg::product_row_major(&parts[1].values(), &parts[0].values(), m, size.rank().unwrap_or(0), n)
+    }
+
+    fn steps(&self, _: Size) -> Vec<Step> {
+        vec![Step::Multiply(0), Step::Multiply(1)]
     }
 
     fn bias_part(&self) -> Option<&'static str> {

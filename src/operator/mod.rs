@@ -20,7 +20,7 @@ pub use forms::{Form, Forms, Operator, Right, Term};
 pub use matrix::Matrix;
 pub use names::{BASE, all_parts, bias_parts, factors_of, first_parts, is_compressed_part, is_second_part, part_name};
 pub use rounding::{Rounded, Side, Sides};
-pub use structure::{Element, Fit, FitValues, Fitting, Kind, Part, Shape, Size, Structure};
+pub use structure::{Element, Fit, FitValues, Fitting, Kind, Part, Shape, Size, Step, Structure};
 
 #[cfg(test)]
 mod tests;

@@ -17,7 +17,7 @@ use faer::MatRef;
 use super::factors::right_part;
 use super::matrix::Matrix;
 use super::rounding::{Rounded, Sides, round_to_nearest};
-use super::structure::{Element, Fit, FitValues, Fitting, Shape, Size, Structure};
+use super::structure::{Element, Fit, FitValues, Fitting, Shape, Size, Step, Structure};
 use crate::approx::low_rank::{self, ErrorCurve, LowRank};
 use crate::approx::metric::{Metric, MetricPair};
 use crate::codecs::cast::Dtype;
@@ -95,6 +95,10 @@ impl Structure for Monarch {
             }
         }
         product
+    }
+
+    fn steps(&self, size: Size) -> Vec<Step> {
+        vec![Step::Slice(blocks(size).0), Step::Multiply(0), Step::Exchange, Step::Multiply(1), Step::Join]
     }
 
     fn fitting(&self) -> Option<&dyn Fitting> {

@@ -24,7 +24,7 @@ use super::matrix::Matrix;
 use super::rounding::{
     Grams, Rounded, Sides, columns_with_feedback, diagonal, refit_right, round_to_nearest, weighted_error,
 };
-use super::structure::{Element, Fit, Fitting, Kind, Shape, Size, Structure};
+use super::structure::{Element, Fit, Fitting, Kind, Shape, Size, Step, Structure};
 use crate::approx::low_rank::{self, ErrorCurve, LowRank};
 use crate::approx::metric::{Metric, MetricPair};
 use crate::codecs::cast::Dtype;
@@ -76,6 +76,10 @@ impl Structure for Pivot {
             }
         };
         parts[2].indices().iter().flat_map(row).copied().collect()
+    }
+
+    fn steps(&self, _: Size) -> Vec<Step> {
+        vec![Step::Multiply(0), Step::Append(1), Step::Order(2)]
     }
 
     fn fitting(&self) -> Option<&dyn Fitting> {

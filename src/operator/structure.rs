@@ -51,6 +51,24 @@ pub struct Part {
     pub shape: [usize; 2],
 }
 
+/// A step in which a structure maps its input to its output, for graphs of other runtimes. The state between two steps is
+/// (rows, width), or (slices, rows, width) from [`Step::Slice`] to [`Step::Join`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Step {
+    /// `x Wᵀ`, with W the part of this index; every slice is multiplied by its share of the rows of W.
+    Multiply(usize),
+    /// `[x, x Wᵀ]`.
+    Append(usize),
+    /// Output i is column `order[i]`, with the order that this part has.
+    Order(usize),
+    /// Cuts each row into this many slices.
+    Slice(usize),
+    /// Slice i of every row in slice j becomes slice j of the row in slice i: there are as many of both.
+    Exchange,
+    /// Puts the slices of each row next to each other again.
+    Join,
+}
+
 /// A kind of structured matrix: which parts are stored, and how they are applied.
 ///
 /// ```
@@ -84,6 +102,9 @@ pub trait Structure: Sync {
 
     /// The matrix (out, in), row-major.
     fn product(&self, parts: &[Matrix], size: Size, shape: Shape) -> Vec<f32>;
+
+    /// The same as [`Self::apply`], step by step.
+    fn steps(&self, size: Size) -> Vec<Step>;
 
     /// The part that has the bias, if it is not the module itself.
     fn bias_part(&self) -> Option<&'static str> {

@@ -98,6 +98,8 @@ proptest! {
             let product = Tensor::from_vec(term.product((m, n)), (m, n), &Device::Cpu).unwrap();
             let expected = x.as_tensor().matmul(&product.t().unwrap()).unwrap();
             let largest = |t: Tensor| t.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+            let by_steps = stepped(kind, term.form.size, &tensors, &x);
+            prop_assert!(largest((&by_steps - &y).unwrap()) < 1e-4 * (1.0 + largest(y.clone())), "{:?}", kind);
             prop_assert!(largest((&y - &expected).unwrap()) < 1e-3 * (1.0 + largest(expected)), "{:?}", kind);
             // The output is linear in every part: its change along a part is the output, or a share of it.
             let gradients = y.sqr().unwrap().sum_all().unwrap().backward().unwrap();
@@ -120,6 +122,37 @@ proptest! {
             }
         }
     }
+}
+
+/// `x` (rows, in) taken through the steps of a structure.
+fn stepped(kind: Kind, size: Size, parts: &[Tensor], x: &Tensor) -> Tensor {
+    let times = |x: &Tensor, weight: &Tensor| match *x.dims() {
+        [slices, _, _] => {
+            let weight = weight.reshape((slices, weight.dim(0).unwrap() / slices, ())).unwrap();
+            x.matmul(&weight.transpose(1, 2).unwrap().contiguous().unwrap()).unwrap()
+        }
+        _ => x.matmul(&weight.t().unwrap()).unwrap(),
+    };
+    let step = |x: Tensor, step: &Step| match *step {
+        Step::Multiply(part) => times(&x, &parts[part]),
+        Step::Append(part) if parts[part].dim(0).unwrap() == 0 => x,
+        Step::Append(part) => Tensor::cat(&[&x, &times(&x, &parts[part])], 1).unwrap(),
+        Step::Order(part) => x.index_select(&parts[part], 1).unwrap(),
+        Step::Slice(count) => {
+            let (rows, width) = x.dims2().unwrap();
+            x.reshape((rows, count, width / count)).unwrap().transpose(0, 1).unwrap().contiguous().unwrap()
+        }
+        Step::Exchange => {
+            let (count, rows, width) = x.dims3().unwrap();
+            let x = x.reshape((count, rows, count, width / count)).unwrap().permute((2, 1, 0, 3)).unwrap();
+            x.contiguous().unwrap().reshape((count, rows, width)).unwrap()
+        }
+        Step::Join => {
+            let (count, rows, width) = x.dims3().unwrap();
+            x.transpose(0, 1).unwrap().contiguous().unwrap().reshape((rows, count * width)).unwrap()
+        }
+    };
+    kind.structure().steps(size).iter().fold(x.clone(), step)
 }
 
 /// The parts of a term as tensors; float parts are variables.

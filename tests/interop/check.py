@@ -114,6 +114,16 @@ def llama_cpp(folder, ids):
     return np.array(model.scores[: len(ids)])
 
 
+def onnx_runtime(folder, ids):
+    import onnx
+    import onnxruntime
+
+    path = str(folder / "onnx/model.onnx")
+    onnx.checker.check_model(path, full_check=True)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return session.run(None, {"input_ids": np.array([ids]), "attention_mask": np.ones((1, len(ids)), np.int64)})[0][0]
+
+
 NARROW = ["--structure", "narrow", "--keep", "0.7"]
 # Widths that differ by block, and ranks beside them, in the metric of a text of the fixture.
 BY_BLOCK = [*NARROW, "--uniform-width=false", "--width-multiple", "16"]
@@ -155,6 +165,10 @@ CASES = [
     ("gguf", ["--quant", "rtn-int4-g32"], llama_cpp, "llama_cpp", KL_8BIT),
     ("gguf", ["--quant", "rtn-int8-g32", *LORC], llama_cpp, "llama_cpp", KL_8BIT),
     ("gguf", ["--quant", "rtn-int2-g32", *LORC], llama_cpp, "llama_cpp", KL_8BIT),
+    ("onnx", ["--keep", "0.8"], onnx_runtime, "onnxruntime", EXACT),
+    ("onnx", ["--quant", "rtn-int4-g32"], onnx_runtime, "onnxruntime", EXACT),
+    ("onnx", ["--quant", "rtn-int8-channel"], onnx_runtime, "onnxruntime", EXACT),
+    ("onnx", BY_BLOCK, onnx_runtime, "onnxruntime", EXACT),
 ]
 # Encoders in folders of sentence-transformers: format and flags. Embeddings have length 1.
 EMBEDDING = 1e-5
@@ -200,7 +214,12 @@ def check(model, case, folder, index):
     ids = [int(i) for i in np.random.default_rng(1).integers(3, json.load(open(Path(model) / "config.json"))["vocab_size"], args.tokens)]
     (folder / "ids.json").write_text(json.dumps(ids))
     run(ROOT / "target/release/lrc", "compress", model, "-o", out, "--format", form, *flags, "-q")
-    run(ROOT / "target/release/examples/logits", out, folder / "ids.json", folder / "logits.safetensors")
+    reference = out
+    if form == "onnx":
+        # lrc does not read graphs.
+        reference = folder / f"{index}-factored"
+        run(ROOT / "target/release/lrc", "compress", model, "-o", reference, *flags, "-q")
+    run(ROOT / "target/release/examples/logits", reference, folder / "ids.json", folder / "logits.safetensors")
     own = load_file(folder / "logits.safetensors")["logits"]
     found = runtime(out, ids)
     error = float(np.abs(own - found).max())
@@ -258,7 +277,7 @@ def sentences(model, folder):
 
 def main():
     packages = ["torch", "transformers", "peft", "compressed-tensors", "gptqmodel", "optimum", "gguf", "llama-cpp-python",
-                "sentence-transformers"]
+                "sentence-transformers", "onnx", "onnxruntime"]
     show("# Written formats in their runtimes\n")
     show("[families.md](families.md) has the table of every family.\n")
     show("Made by `tests/interop/run.sh`. The script compares logits of lrc (f32) and of the runtime on the same random tokens.")
@@ -284,7 +303,7 @@ def main():
             cases = list(CASES)
             for index, case in enumerate(cases):
                 form, flags, runtime, package, limit = case
-                name = {"llama_cpp": "llama.cpp", "half": "transformers, gptqmodel"}.get(runtime.__name__, "transformers")
+                name = {"llama_cpp": "llama.cpp", "half": "transformers, gptqmodel", "onnx_runtime": "onnxruntime"}.get(runtime.__name__, "transformers")
                 name += ", peft" if "adapter" in runtime.__name__ else ""
                 row = f"| {form} | `{shown(flags)}` | {name} |"
                 if package != "transformers" and importlib.util.find_spec(package.replace("-", "_")) is None:

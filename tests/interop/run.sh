@@ -14,7 +14,7 @@ root=$(cd "$(dirname "$0")/../.." && pwd)
 here=$root/tests/interop
 if [ ! -x "$environment/bin/python" ]; then
     python3 -m venv "$environment"
-    "$environment/bin/pip" install -q torch transformers accelerate peft compressed-tensors gguf numpy safetensors sentence-transformers 1>&2
+    "$environment/bin/pip" install -q torch transformers accelerate peft compressed-tensors gguf numpy safetensors sentence-transformers onnx onnxruntime 1>&2
     "$environment/bin/pip" install -q llama-cpp-python 1>&2 || echo "llama-cpp-python could not be installed" 1>&2
     "$environment/bin/pip" install -q optimum gptqmodel --no-build-isolation 1>&2 || echo "gptqmodel could not be installed" 1>&2
 fi

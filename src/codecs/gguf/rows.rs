@@ -10,6 +10,11 @@ pub enum Arrangement {
         /// Heads of this tensor: of queries or of keys.
         heads: usize,
     },
+    /// Rows of all queries, then of all keys, then of all values; models have the three of each head together.
+    Apart {
+        /// Heads of each of them.
+        heads: usize,
+    },
     /// 1 is added to each value, in f32, because GGUF stores vectors in f32.
     PlusOne,
 }
@@ -26,6 +31,12 @@ impl Arrangement {
             Self::Interleaved { heads } => {
                 let width = rows / heads;
                 let row = |i: usize| i / width * width + (i % 2) * (width / 2) + i % width / 2;
+                (0..rows).map(row).collect()
+            }
+            Self::Apart { heads } if heads == 0 || !rows.is_multiple_of(heads.saturating_mul(3)) => (0..rows).collect(),
+            Self::Apart { heads } => {
+                let width = rows / heads / 3;
+                let row = |i: usize| (i / width % heads * 3 + i / (width * heads)) * width + i % width;
                 (0..rows).map(row).collect()
             }
         }
@@ -79,12 +90,22 @@ mod tests {
         assert_eq!(order.to_model(&stored, 8), bytes);
     }
 
+    #[test]
+    fn queries_keys_and_values_of_heads_are_taken_apart_and_back() {
+        let order = Arrangement::Apart { heads: 2 };
+        let bytes: Vec<u8> = (0..12).collect();
+        // Two heads with two rows of each: q q k k v v, q q k k v v.
+        let stored = order.to_file(bytes.clone(), 12);
+        assert_eq!(stored, [0, 1, 6, 7, 2, 3, 8, 9, 4, 5, 10, 11]);
+        assert_eq!(order.to_model(&stored, 12), bytes);
+    }
+
     proptest::proptest! {
         #[test]
         fn rows_survive_a_round_trip(heads in 0usize..4, half in 1usize..4, n_heads in 1usize..4, width in 1usize..5, seed: u8) {
             let rows = 2 * half * n_heads;
             let bytes: Vec<u8> = (0..rows * width).map(|i| (i as u8).wrapping_mul(31).wrapping_add(seed)).collect();
-            for arrangement in [Arrangement::Same, Arrangement::Interleaved { heads }] {
+            for arrangement in [Arrangement::Same, Arrangement::Interleaved { heads }, Arrangement::Apart { heads }] {
                 proptest::prop_assert_eq!(arrangement.to_model(&arrangement.to_file(bytes.clone(), rows), rows), bytes.clone());
             }
         }

@@ -106,7 +106,10 @@ impl Recipe {
         }
         if self.fused == Fused::Split && !self.format().stores_operators() {
             let message = format!("`--fused split` cannot be combined with `--format {format}`");
-            return Err(usage(message, "only `--format factored` stores the parts of a fused matrix separately"));
+            return Err(usage(
+                message,
+                "`--format factored` and `--format onnx` store the parts of a fused matrix separately",
+            ));
         }
         if self.fused == Fused::Split && self.statistics().is_some() {
             return Err(usage(

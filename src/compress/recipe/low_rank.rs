@@ -128,7 +128,7 @@ fn storage(options: &RecipeOptions, format: Format) -> Result<FactorStorage> {
         }
         Some(unordered) => unordered,
     };
-    if !format.stores_operators() {
+    if !format.is_truncatable() {
         let message = format!("`--elastic` has no effect with `--format {}`", format.name());
         return Err(usage(message, "only `--format factored` stores ranks that can be truncated"));
     }

@@ -130,10 +130,10 @@ fn expect_meaningful(options: &RecipeOptions, structures: Structures) -> Result<
             "narrow the model first, and compress the output in a second run",
         ));
     }
-    let is_coded = !options.quant.is_empty() || options.format == Some(Format::Gguf);
+    let is_coded = !options.quant.is_empty() || matches!(options.format, Some(Format::Gguf | Format::Onnx));
     if options.elastic == Some(true) && is_coded {
         return Err(usage(
-            "`--elastic` has no effect with `--quant` and `--format gguf`: codes cannot be refitted",
+            "`--elastic` has no effect with `--quant`, `--format gguf` and `onnx`: such outputs cannot be refitted",
             "narrow the model first, and quantize the output of `lrc truncate` in a second run",
         ));
     }
@@ -168,10 +168,10 @@ fn widths(options: &RecipeOptions, structures: Structures) -> Result<WidthRule> 
     let is_uniform = options.uniform_width.unwrap_or(!stores_factors);
     match options.format {
         _ if is_uniform => Ok(WidthRule::Uniform),
-        None | Some(Format::Factored | Format::Gguf) => Ok(WidthRule::ByBlock),
+        None | Some(Format::Factored | Format::Gguf | Format::Onnx) => Ok(WidthRule::ByBlock),
         Some(format) => Err(usage(
             format!("`--uniform-width=false` cannot be combined with `--format {}`", format.name()),
-            "`--format factored` has code for blocks of different widths, and `--format gguf` has fields",
+            "`--format factored` and `onnx` have code for blocks of different widths, and `--format gguf` has fields",
         )),
     }
 }
@@ -232,7 +232,7 @@ fn then(options: &RecipeOptions, method: Method, widths: WidthRule) -> Result<Re
         let format = options.format.unwrap_or(default);
         // Other options of quantized bases are refused as without narrower modules.
         Recipe::new(&RecipeOptions { keep: Some(1.0), format: None, ..quantized })?;
-        if ![Format::Dense, Format::Factored, Format::Gguf].contains(&format) {
+        if ![Format::Dense, Format::Factored, Format::Gguf, Format::Onnx].contains(&format) {
             let message = format!("`--format {}` needs a quantizer", format.name());
             return Err(usage(message, "add `--quant`, or remove the format for a folder of transformers"));
         }

@@ -229,7 +229,7 @@ impl Exporter for Gguf {
         vec![(OutTensor::plain(gguf::ROPE_FACTORS.into(), Dtype::F32, vec![factors.len()]), bytes)]
     }
 
-    fn container(&self, source: &Source<'_>) -> Container {
+    fn container(&self, source: &Source<'_>, _: &[(LinearInfo, Forms)]) -> Container {
         let text = |key: &str, value: &str| (key.to_string(), Value::Text(value.into()));
         let family = family(source).unwrap_or(&Family::COMMON);
         let adapter = vec![

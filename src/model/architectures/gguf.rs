@@ -19,6 +19,8 @@ pub struct Family {
     pub optional_prefix: Option<&'static str>,
     /// Rows of queries and keys are stored in the order of pairs that rotate together.
     pub is_interleaved: bool,
+    /// The fused matrix whose rows checkpoints have head by head, and files as all queries, all keys, all values.
+    pub fused_by_head: Option<&'static str>,
     /// Norm weights are stored with the 1 added that the checkpoint leaves out.
     pub has_whole_norms: bool,
     /// Last parts of the names of modules whose weights the checkpoint stores as (in, out).
@@ -79,6 +81,7 @@ impl Family {
         names: &[],
         optional_prefix: None,
         is_interleaved: true,
+        fused_by_head: None,
         has_whole_norms: false,
         transposed: &[],
         buffers: &[],
@@ -130,6 +133,10 @@ impl Family {
 
     /// How the values of a tensor of a checkpoint are stored, for a model with this config.
     pub fn arrangement(&self, tensor: &str, config: &Map<String, Value>) -> Arrangement {
+        if self.fused_by_head.is_some_and(|fused| tensor.contains(&format!(".{fused}."))) {
+            let heads = config.get("num_attention_heads").and_then(Value::as_u64).unwrap_or_default();
+            return Arrangement::Apart { heads: heads as usize };
+        }
         if !self.is_interleaved {
             let is_shifted = self.has_whole_norms && tensor.ends_with("norm.weight");
             return if is_shifted { Arrangement::PlusOne } else { Arrangement::Same };

@@ -23,7 +23,7 @@ pub(super) mod table;
 
 use serde_json::{Map, Value};
 
-pub use self::table::Architecture;
+pub use self::table::{Architecture, FusedQkv, NormKind};
 use crate::checkpoint::ShownTensor;
 
 /// Every family that `lrc` can run.
@@ -129,7 +129,22 @@ mod tests {
     #[test]
     fn gguf_tables_are_not_inherited_by_accident() {
         let known: Vec<&str> = known_types().into_iter().filter(|t| gguf_family(t).is_some()).collect();
-        assert_eq!(known, ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "smollm3", "gpt2"]);
+        assert_eq!(
+            known,
+            [
+                "llama",
+                "mistral",
+                "qwen2",
+                "qwen3",
+                "gemma2",
+                "gemma3_text",
+                "phi3",
+                "olmo2",
+                "smollm3",
+                "gpt2",
+                "gpt_neox"
+            ]
+        );
     }
 
     #[test]

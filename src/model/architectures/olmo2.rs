@@ -1,6 +1,9 @@
 //! OLMo 2: norms after attention and feed-forward instead of before, and over queries and keys as a whole. OLMo team
 //! 2025, arXiv:2501.00656.
 
+use serde_json::{Map, Value};
+
+use super::gguf;
 use super::llama::LLAMA;
 use super::table::{Architecture, Norms, QueryKeyNorm};
 
@@ -16,6 +19,24 @@ pub(super) const OLMO2: Architecture = Architecture {
     },
     has_free_heads: false,
     defaults: r#"{"rms_norm_eps": 1e-5}"#,
-    gguf: None,
+    gguf: Some(gguf::Family {
+        architecture: "olmo2",
+        class: "Olmo2ForCausalLM",
+        names: &[
+            ("model.layers.{}.self_attn.q_norm", "blk.{}.attn_q_norm"),
+            ("model.layers.{}.self_attn.k_norm", "blk.{}.attn_k_norm"),
+            ("model.layers.{}.post_attention_layernorm", "blk.{}.post_attention_norm"),
+            ("model.layers.{}.post_feedforward_layernorm", "blk.{}.post_ffw_norm"),
+        ],
+        is_interleaved: false,
+        misread: tied,
+        ..gguf::Family::COMMON
+    }),
     ..LLAMA
 };
+
+/// llama.cpp has no tied heads in this family.
+pub(super) fn tied(config: &Map<String, Value>) -> Option<String> {
+    let is_tied = config.get("tie_word_embeddings") == Some(&Value::Bool(true));
+    is_tied.then(|| "`tie_word_embeddings` is true, and llama.cpp expects a head of its own in this family".into())
+}

@@ -20,6 +20,7 @@ struct Field {
 enum Kind {
     Whole,
     Real,
+    Flag,
 }
 
 const fn whole(key: &'static str, name: &'static str) -> Field {
@@ -30,11 +31,15 @@ const fn real(key: &'static str, name: &'static str) -> Field {
     Field { key, name, kind: Kind::Real }
 }
 
+const fn flag(key: &'static str, name: &'static str) -> Field {
+    Field { key, name, kind: Kind::Flag }
+}
+
 /// The name of the number of values of a head that are rotated, which configs have as a share of the head.
 const ROTARY_WIDTH: &str = "rotary_width";
 
 /// Every field, in the order in which it is written.
-const FIELDS: [Field; 17] = [
+const FIELDS: [Field; 18] = [
     whole("vocab_size", "vocab_size"),
     whole("context_length", "max_position_embeddings"),
     whole("embedding_length", "hidden_size"),
@@ -52,10 +57,11 @@ const FIELDS: [Field; 17] = [
     real("attn_logit_softcapping", "attn_logit_softcapping"),
     real("final_logit_softcapping", "final_logit_softcapping"),
     real("rope.freq_base", "rope_theta"),
+    flag("use_parallel_residual", "use_parallel_residual"),
 ];
 
 /// Keys that only some families have; their tables list them.
-const OPTIONAL: [&str; 2] = ["attention.sliding_window", "attention.layer_norm_epsilon"];
+const OPTIONAL: [&str; 3] = ["attention.sliding_window", "attention.layer_norm_epsilon", "use_parallel_residual"];
 
 /// Fields without which llama.cpp reads no model: configs have defaults for some, which need not be the file's.
 const REQUIRED: [&str; 4] = ["hidden_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps"];
@@ -93,6 +99,7 @@ pub fn to_metadata(config: &Map<String, Json>, family: &Family) -> Vec<(String, 
         let value = fields.get(field.name).and_then(|value| match field.kind {
             Kind::Whole => value.as_u64().map(|n| Value::U32(n as u32)),
             Kind::Real => value.as_f64().map(|x| Value::F32(x as f32)),
+            Kind::Flag => value.as_bool().map(Value::Bool),
         });
         metadata.extend(value.map(|value| (format!("{architecture}.{}", field.key), value)));
     }
@@ -141,6 +148,7 @@ pub fn of_metadata(description: &Description<'_>, family: &Family) -> Result<Map
         let value = match field.kind {
             Kind::Whole => description.count(&key).map(Json::from),
             Kind::Real => description.number(&key).filter(|x| x.is_finite()).map(|x| shortest(x as f32)),
+            Kind::Flag => description.flag(&key).map(Json::from),
         };
         let Some(value) = value else {
             if family.has_own_widths && take_by_block(description, &key, field, &mut fields) {
