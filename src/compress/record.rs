@@ -74,8 +74,7 @@ pub(super) fn linears(
         let linear_info = &study.plan.linears[i];
         let mut record = linear(study.plan, i, solution.forms(i));
         let mut notes: Vec<String> = Vec::new();
-        let fitted = study.fits.chosen(i, solution.choices[i]).map(|fit| &*fit.fitted);
-        if let Some(fitted) = fitted.or_else(|| study.fits.low_rank(i)) {
+        if let Some(fitted) = solution.fitted(i) {
             let details = fitted.details();
             record.seconds = details.seconds;
             record.quant = fitted.quant().map(|quant| quant.to_string());

@@ -35,7 +35,8 @@ impl Plan {
         let fits = self.linears.iter().zip(max_ranks(recipe, self)).filter(|(linear, _)| reads_fit(recipe, linear));
         let fits: u64 =
             fits.map(|(linear, rank)| 4 * layout(recipe, linear).fitting().n_values(rank, linear.shape())).sum();
-        let bases = sum(&|linear| base_bytes(recipe, linear));
+        // The sequential mode keeps its own codes beside those that were chosen among.
+        let bases = (1 + u64::from(recipe.anchor().is_some())) * sum(&|linear| base_bytes(recipe, linear));
         let shared: u64 = self.shared(recipe).iter().map(|(heights, n)| shared_bytes(heights, *n)).sum();
         let anchoring = 4 * all * config.as_ref().map_or(0, anchoring_width);
         let streams = match recipe.anchor() {

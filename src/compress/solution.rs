@@ -39,7 +39,6 @@ pub(super) struct Laid {
 type Kept = Vec<(Element, Spooled)>;
 
 /// What a refinement puts in the place of a fit.
-#[derive(Clone)]
 pub(super) enum Refit<A> {
     /// A pair of the same rank: `B` and `A`, unless it is already laid out.
     Pair { curve: ErrorCurve, rank: usize, pair: Option<[A; 2]> },
@@ -138,6 +137,12 @@ impl<'s> Solution<'s> {
         Ok(())
     }
 
+    /// The fit of a linear, whose details are reported: codes of a refinement, or what was chosen.
+    pub fn fitted(&self, i: usize) -> Option<&dyn Fitted> {
+        let chosen = || self.study.fits.chosen(i, self.choices[i]).map(|fit| &*fit.fitted);
+        self.refitted_base(i).or_else(chosen).or_else(|| self.study.fits.low_rank(i))
+    }
+
     /// The codes of a linear that a refinement made.
     fn refitted_base(&self, i: usize) -> Option<&dyn Fitted> {
         match &self.refitted.get(&i)?.refit {
@@ -166,9 +171,7 @@ impl<'s> Solution<'s> {
 
     /// Sides of its metric that are plain because their form was all zeros.
     pub fn plain_sides(&self, i: usize) -> PlainSides {
-        let fit = self.study.fits.chosen(i, self.choices[i]);
-        let fitted = fit.map(|fit| &*fit.fitted).or_else(|| self.study.fits.low_rank(i));
-        let own = fitted.map_or(PlainSides::default(), |fitted| fitted.details().plain_sides);
+        let own = self.fitted(i).map_or(PlainSides::default(), |fitted| fitted.details().plain_sides);
         self.refitted.get(&i).map_or(own, |refitted| own.union(refitted.plain_sides))
     }
 

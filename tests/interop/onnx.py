@@ -8,7 +8,6 @@ binary and the example `logits` are in target/release. Prints a section of docs/
 
 import argparse
 import importlib.metadata
-import importlib.util
 import json
 import subprocess
 import tempfile
@@ -51,6 +50,14 @@ parser.add_argument("--calibration", help="a text, with which the second case is
 parser.add_argument("--threads", type=int, default=2)
 parser.add_argument("--tokens", type=int, default=64)
 args = parser.parse_args()
+
+
+def version(package):
+    """None if it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def run(*command):
@@ -120,7 +127,7 @@ def check(model, flags, folder, index):
     is_sentence = (Path(model) / "modules.json").is_file()
     found = pooled(graph, ids[0]) if is_sentence else graph.run(None, feeds(graph, ids[:1]))[0][0]
     error, loaded = float(np.abs(own - found).max()), None
-    if is_sentence and importlib.util.find_spec("optimum") is not None:
+    if is_sentence and version("optimum-onnx") is not None:
         texts, embeddings = sentence_transformers(out)
         of_texts = [np.abs(values(reference, ids, folder) - e).max() for ids, e in zip(texts, embeddings)]
         loaded = float(max(of_texts))
@@ -129,13 +136,7 @@ def check(model, flags, folder, index):
 
 def main():
     packages = ["onnx", "onnxruntime", "sentence-transformers", "optimum-onnx", "transformers"]
-    versions = []
-    for name in packages:
-        try:
-            versions.append(f"{name} {importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            versions.append(f"{name} absent")
-    print("Versions: " + ", ".join(versions) + f"; {args.threads} threads.\n")
+    print("Versions: " + ", ".join(f"{name} {version(name) or 'absent'}" for name in packages) + f"; {args.threads} threads.\n")
     failures = 0
     for model in args.models:
         print(f"### {Path(model).name}\n")

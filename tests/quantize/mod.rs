@@ -20,7 +20,7 @@ fn ppl(model: &Path) -> f64 {
 }
 
 /// Codes that are rounded block by block, on the inputs of the rounded blocks before and towards the outputs of the source,
-/// are as many bytes as those of one shot, and nearer to the source; the errors in the report are those of what is written.
+/// are as many bytes as those of one shot, and nearer to the source; their errors in the report are not those of one shot.
 #[test]
 fn codes_of_the_sequential_mode_are_nearer_to_the_source() {
     let folder = tempfile::tempdir().unwrap();
