@@ -35,7 +35,7 @@ if [ -n "${CALIBRATION:-}" ]; then set -- "$@" --calibration "$CALIBRATION"; fi
 "$environment/bin/python" "$here/check.py" "$@" || status=1
 
 printf '## ONNX Runtime\n\n'
-"$environment/bin/python" "$here/onnx.py" "$@" || status=1
+"$environment/bin/python" "$here/graphs.py" "$@" || status=1
 
 # Other operations of transformers on a model besides running it.
 printf '## Loading\n\n'

@@ -1,6 +1,6 @@
 """Graphs of `--format onnx` in ONNX Runtime: checked by onnx, against lrc's own values, and their speed beside the dense graph.
 
-    tests/interop/onnx.py MODEL... [--calibration TEXT] [--threads 2]
+    tests/interop/graphs.py MODEL... [--calibration TEXT] [--threads 2]
 
 A MODEL in a folder of sentence-transformers is also loaded with `backend="onnx"`, where optimum-onnx is installed. The
 binary and the example `logits` are in target/release. Prints a section of docs/interop.md for each model.
