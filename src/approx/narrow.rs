@@ -100,9 +100,7 @@ impl Columns {
 
     /// `C⁻¹` (n, n).
     fn inverse(&self) -> Mat<f64> {
-        let (upper, _) =
-            linalg::inverse_cholesky(self.input.as_ref()).expect("invariant: the form is positive definite");
-        linalg::product_symmetric(upper.transpose(), upper.as_ref())
+        linalg::inverse_positive(self.input.as_ref()).expect("invariant: the form is positive definite")
     }
 }
 

@@ -2,11 +2,12 @@
 
 use faer::dyn_stack::{MemBuffer, MemStack};
 use faer::linalg::cholesky::llt::factor::{cholesky_in_place, cholesky_in_place_scratch};
+use faer::linalg::cholesky::llt::inverse;
 use faer::linalg::triangular_inverse::invert_lower_triangular;
 use faer::linalg::triangular_solve::solve_upper_triangular_in_place;
 use faer::{Mat, MatRef};
 
-use super::gram::threads_for;
+use super::gram::{mirror_lower, threads_for};
 
 /// The lower triangular `L` (n, n) of `M = L Lᵀ`, from the lower triangle of `M`; `None` if `M` is not positive
 /// definite.
@@ -28,6 +29,19 @@ fn factor(lower: &mut Mat<f64>) -> Option<()> {
     let memory = &mut MemBuffer::new(scratch);
     cholesky_in_place(lower.as_mut(), Default::default(), threads, MemStack::new(memory), Default::default()).ok()?;
     Some(())
+}
+
+/// The inverse (n, n) of a positive definite matrix, from its lower triangle; `None` if it is not positive definite.
+pub fn inverse_positive(matrix: MatRef<'_, f64>) -> Option<Mat<f64>> {
+    let n = matrix.nrows();
+    let mut lower = matrix.to_owned();
+    factor(&mut lower)?;
+    let mut found = Mat::zeros(n, n);
+    let threads = threads_for(n.pow(3) / 6);
+    let memory = &mut MemBuffer::new(inverse::inverse_scratch::<f64>(n, threads));
+    inverse::inverse(found.as_mut(), lower.as_ref(), threads, MemStack::new(memory));
+    mirror_lower(&mut found);
+    Some(found)
 }
 
 /// `L⁻ᵀ X` for a lower triangular `L` (n, n) and `x` (n, k).
@@ -91,6 +105,8 @@ mod tests {
         let identity = &gram * (upper.transpose() * &upper);
         assert!((&identity - Mat::<f64>::identity(n, n)).norm_max() < 1e-9);
         assert!((&upper * &inverse - Mat::<f64>::identity(n, n)).norm_max() < 1e-9);
+        assert!((inverse_positive(gram.as_ref()).unwrap() - upper.transpose() * &upper).norm_max() < 1e-9);
         assert!(inverse_cholesky(Mat::<f64>::zeros(2, 2).as_ref()).is_none());
+        assert!(inverse_positive(Mat::<f64>::zeros(2, 2).as_ref()).is_none());
     }
 }

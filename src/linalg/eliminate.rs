@@ -3,12 +3,12 @@
 //!
 //! With `u = A e_j / A_jj`, a step replaces `A` by the Schur complement `A − A_jj u uᵀ`, and `B` by
 //! `(I − u e_jᵀ) B (I − e_j uᵀ) = B − u vᵀ − v uᵀ` with `v = B e_j − ½ B_jj u`. Its value is `B_jj / A_jj`. Steps are
-//! gathered in panels, so that nearly all of the 2 n³ operations of all n steps are matrix products.
+//! gathered in panels, so that nearly all of the n³ operations of all n steps are matrix products.
 
 use faer::linalg::matmul::matmul;
 use faer::{Accum, Mat, MatRef, Par};
 
-use super::gram::{product, threads_for};
+use super::gram::{product, subtract_product_symmetric, threads_for};
 use super::solve::solve;
 
 /// Steps between two updates of the matrices.
@@ -29,18 +29,31 @@ pub enum Next<'a> {
 }
 
 impl Next<'_> {
-    /// The next of `left`, as its place there. `value` is a function of that place; the first of equal values is taken.
-    fn place(self, n_done: usize, left: &[usize], value: impl Fn(usize) -> f64) -> usize {
+    /// The place in `left` of the next index. `value` is a function of what is there; of equal values the smallest index
+    /// is taken.
+    fn place(
+        self,
+        n_done: usize,
+        left: &[usize],
+        index: impl Fn(usize) -> usize,
+        value: impl Fn(usize) -> f64,
+    ) -> usize {
         let best = |is_better: fn(f64, f64) -> bool| {
-            let better = |best: usize, at: usize| if is_better(value(at), value(best)) { at } else { best };
-            (1..left.len()).fold(0, better)
+            let rank = |place: usize| (value(left[place]), index(left[place]));
+            let better = |best: ((f64, usize), usize), place: usize| {
+                let (found, least) = (rank(place), best.0);
+                let is_first = is_better(found.0, least.0) || (found.0 == least.0 && found.1 < least.1);
+                if is_first { (found, place) } else { best }
+            };
+            (1..left.len()).fold((rank(0), 0), better).1
         };
         match self {
             Self::Largest => best(|a, b| a > b),
             Self::Smallest => best(|a, b| a < b),
-            Self::Given(order) => {
-                left.iter().position(|&index| index == order[n_done]).expect("invariant: an order has every index once")
-            }
+            Self::Given(order) => left
+                .iter()
+                .position(|&at| index(at) == order[n_done])
+                .expect("invariant: an order has every index once"),
         }
     }
 }
@@ -48,27 +61,8 @@ impl Next<'_> {
 /// One step: the index, and its value, at least 0.
 pub type Step = (usize, f64);
 
-/// The diagonals of both matrices, which every step updates.
-struct Diagonals {
-    a: Vec<f64>,
-    b: Vec<f64>,
-    first: Vec<f64>,
-}
-
-impl Diagonals {
-    /// `B_jj / A_jj`; 0 where `A` has nothing left.
-    fn value(&self, at: usize) -> f64 {
-        if self.a[at] > VANISHED * self.first[at] { (self.b[at] / self.a[at]).max(0.0) } else { 0.0 }
-    }
-
-    fn keep(&mut self, left: &[usize]) {
-        for values in [&mut self.a, &mut self.b, &mut self.first] {
-            *values = left.iter().map(|&at| values[at]).collect();
-        }
-    }
-}
-
-/// Eliminates every index of two symmetric matrices (n, n), `A` positive semidefinite; returns the steps in order.
+/// Eliminates every index of two symmetric matrices (n, n), `A` positive semidefinite; returns the steps in order. Only
+/// lower triangles are read.
 ///
 /// The bytes are the same at any number of threads.
 ///
@@ -77,88 +71,150 @@ impl Diagonals {
 pub fn eliminate(mut a: Mat<f64>, mut b: Mat<f64>, next: Next<'_>) -> Vec<Step> {
     let n = a.nrows();
     assert!(b.nrows() == n && a.ncols() == n && b.ncols() == n, "invariant: both matrices are (n, n)");
-    let diagonal = |matrix: &Mat<f64>| -> Vec<f64> { (0..n).map(|i| matrix[(i, i)]).collect() };
-    let mut diagonals = Diagonals { a: diagonal(&a), b: diagonal(&b), first: diagonal(&a) };
-    let mut ids: Vec<usize> = (0..n).collect();
+    let mut rest = Rest::new(&a, &b);
     let mut steps = Vec::with_capacity(n);
-    while !ids.is_empty() {
-        let size = ids.len();
+    while !rest.ids.is_empty() {
+        let size = rest.ids.len();
         let mut panel = Panel::new(size, PANEL.min(size));
-        let mut left: Vec<usize> = (0..size).collect(); // places in this panel's matrices
-        while panel.len < panel.u.ncols() {
-            let names: Vec<usize> =
-                if let Next::Given(_) = next { left.iter().map(|&at| ids[at]).collect() } else { left.clone() };
-            let place = next.place(steps.len(), &names, |i| diagonals.value(left[i]));
-            let at = left.remove(place);
-            steps.push((ids[at], diagonals.value(at)));
-            panel.step(a.as_ref(), b.as_ref(), at, &mut diagonals);
+        let mut left: Vec<usize> = (0..size).collect();
+        while panel.len < panel.most {
+            let place = next.place(steps.len(), &left, |at| rest.ids[at], |at| rest.value(at));
+            let at = left.swap_remove(place);
+            steps.push((rest.ids[at], rest.value(at)));
+            panel.step(a.as_ref(), b.as_ref(), at, &mut rest);
         }
-        if left.is_empty() {
-            break;
+        for (from, to) in moves(left, size) {
+            move_index(&mut a, from, to, size);
+            move_index(&mut b, from, to, size);
+            rest.move_index(from, to);
+            panel.move_index(from, to);
         }
-        panel.apply(&mut a, &mut b);
-        (a, b) = (restricted(&a, &left), restricted(&b, &left));
-        diagonals.keep(&left);
-        ids = left.iter().map(|&at| ids[at]).collect();
+        rest.ids.truncate(size - panel.len);
+        panel.apply(&mut a, &mut b, rest.ids.len());
     }
     steps
 }
 
-/// The rows and columns at `places`.
-fn restricted(matrix: &Mat<f64>, places: &[usize]) -> Mat<f64> {
-    Mat::from_fn(places.len(), places.len(), |i, j| matrix[(places[i], places[j])])
+/// From where to where indices move, so that those `left` of `size` come first.
+fn moves(left: Vec<usize>, size: usize) -> Vec<(usize, usize)> {
+    let mut is_left = vec![false; size];
+    left.iter().for_each(|&at| is_left[at] = true);
+    let behind = (left.len()..size).filter(|&at| is_left[at]);
+    behind.zip((0..left.len()).filter(|&at| !is_left[at])).collect()
+}
+
+/// An entry of a symmetric matrix, in its lower triangle.
+fn lower(i: usize, j: usize) -> (usize, usize) {
+    (i.max(j), i.min(j))
+}
+
+/// Moves a row and column of the leading `size` of a symmetric matrix to the place of another, which is lost.
+fn move_index(matrix: &mut Mat<f64>, from: usize, to: usize, size: usize) {
+    matrix[(to, to)] = matrix[(from, from)];
+    for i in (0..size).filter(|&i| i != from && i != to) {
+        matrix[lower(to, i)] = matrix[lower(from, i)];
+    }
+}
+
+/// What is left of the matrices: the leading rows and columns of both, with diagonals that every step updates.
+struct Rest {
+    /// The index of each row.
+    ids: Vec<usize>,
+    a: Vec<f64>,
+    b: Vec<f64>,
+    /// The diagonal of `A` before all steps.
+    first: Vec<f64>,
+}
+
+impl Rest {
+    fn new(a: &Mat<f64>, b: &Mat<f64>) -> Self {
+        let diagonal = |matrix: &Mat<f64>| -> Vec<f64> { (0..matrix.nrows()).map(|i| matrix[(i, i)]).collect() };
+        Self { ids: (0..a.nrows()).collect(), a: diagonal(a), b: diagonal(b), first: diagonal(a) }
+    }
+
+    fn is_vanished(&self, at: usize) -> bool {
+        self.a[at] <= VANISHED * self.first[at]
+    }
+
+    /// `B_jj / A_jj`; 0 where `A` has nothing left.
+    fn value(&self, at: usize) -> f64 {
+        if self.is_vanished(at) { 0.0 } else { (self.b[at] / self.a[at]).max(0.0) }
+    }
+
+    fn move_index(&mut self, from: usize, to: usize) {
+        self.ids[to] = self.ids[from];
+        for values in [&mut self.a, &mut self.b, &mut self.first] {
+            values[to] = values[from];
+        }
+    }
 }
 
 /// Steps whose updates are not yet applied: `A − U diag(ρ) Uᵀ` and `B − U Vᵀ − V Uᵀ`.
 struct Panel {
-    u: Mat<f64>,
-    v: Mat<f64>,
+    /// `[U V]` (n, 2 `most`).
+    uv: Mat<f64>,
     rho: Vec<f64>,
+    most: usize,
     len: usize,
 }
 
 impl Panel {
     fn new(n: usize, most: usize) -> Self {
-        Self { u: Mat::zeros(n, most), v: Mat::zeros(n, most), rho: Vec::with_capacity(most), len: 0 }
+        Self { uv: Mat::zeros(n, 2 * most), rho: Vec::with_capacity(most), most, len: 0 }
+    }
+
+    fn u(&self) -> MatRef<'_, f64> {
+        self.uv.as_ref().subcols(0, self.len)
+    }
+
+    fn v(&self) -> MatRef<'_, f64> {
+        self.uv.as_ref().subcols(self.most, self.len)
+    }
+
+    fn move_index(&mut self, from: usize, to: usize) {
+        (0..self.uv.ncols()).for_each(|j| self.uv[(to, j)] = self.uv[(from, j)]);
     }
 
     /// Eliminates the index at this place.
-    fn step(&mut self, a: MatRef<'_, f64>, b: MatRef<'_, f64>, at: usize, diagonals: &mut Diagonals) {
-        let (n, t) = (a.nrows(), self.len);
-        let mut column_a = a.subcols(at, 1).to_owned(); // (n, 1)
-        let mut column_b = b.subcols(at, 1).to_owned();
+    fn step(&mut self, a: MatRef<'_, f64>, b: MatRef<'_, f64>, at: usize, rest: &mut Rest) {
+        let (n, t) = (self.uv.nrows(), self.len);
+        let mut columns = Mat::from_fn(n, 2, |i, j| [a, b][j][lower(i, at)]); // of A and of B
         if t > 0 {
-            let (u, v) = (self.u.as_ref().subcols(0, t), self.v.as_ref().subcols(0, t));
-            let scaled = Mat::from_fn(t, 1, |i, _| self.rho[i] * u[(at, i)]);
-            let of = |m: MatRef<'_, f64>| Mat::from_fn(t, 1, |i, _| m[(at, i)]);
-            matmul(&mut column_a, Accum::Add, u, &scaled, -1.0, Par::Seq);
-            matmul(&mut column_b, Accum::Add, u, of(v), -1.0, Par::Seq);
-            matmul(&mut column_b, Accum::Add, v, of(u), -1.0, Par::Seq);
+            let (u, v) = (self.u(), self.v());
+            let of_u = Mat::from_fn(t, 2, |i, j| if j == 0 { self.rho[i] * u[(at, i)] } else { v[(at, i)] });
+            let of_v = u.row(at).transpose().as_mat();
+            matmul(&mut columns, Accum::Add, u, of_u, -1.0, Par::Seq);
+            matmul(columns.as_mut().subcols_mut(1, 1), Accum::Add, v, of_v, -1.0, Par::Seq);
         }
-        let rho = column_a[(at, 0)];
-        let is_vanished = diagonals.a[at] <= VANISHED * diagonals.first[at] || rho <= 0.0;
-        let rho = if is_vanished { 0.0 } else { rho };
-        for i in 0..n {
-            let u = if is_vanished { 0.0 } else { column_a[(i, 0)] / rho };
-            let v = if is_vanished { 0.0 } else { column_b[(i, 0)] - 0.5 * column_b[(at, 0)] * u };
-            (self.u[(i, t)], self.v[(i, t)]) = (u, v);
-            diagonals.a[i] -= rho * u * u;
-            diagonals.b[i] -= 2.0 * u * v;
+        let [rho, own_b] = [columns[(at, 0)], columns[(at, 1)]];
+        let rho = if rest.is_vanished(at) { 0.0 } else { rho.max(0.0) };
+        if rho > 0.0 {
+            for i in 0..n {
+                let u = columns[(i, 0)] / rho;
+                let v = columns[(i, 1)] - 0.5 * own_b * u;
+                (self.uv[(i, t)], self.uv[(i, self.most + t)]) = (u, v);
+                rest.a[i] -= rho * u * u;
+                rest.b[i] -= 2.0 * u * v;
+            }
         }
         self.rho.push(rho);
         self.len += 1;
     }
 
-    /// Applies the updates of all steps.
-    fn apply(&self, a: &mut Mat<f64>, b: &mut Mat<f64>) {
-        let (n, t) = (self.u.nrows(), self.len);
-        let (u, v) = (self.u.as_ref().subcols(0, t), self.v.as_ref().subcols(0, t));
+    /// Applies the updates of all steps to the leading n rows and columns.
+    fn apply(&self, a: &mut Mat<f64>, b: &mut Mat<f64>, n: usize) {
+        let t = self.len;
+        let (u, v) = (self.u().subrows(0, n), self.v().subrows(0, n));
         let scaled = Mat::from_fn(n, t, |i, j| self.rho[j] * u[(i, j)]);
-        let threads = threads_for(n * n * t);
-        matmul(a, Accum::Add, &scaled, u.transpose(), -1.0, threads);
-        matmul(&mut *b, Accum::Add, u, v.transpose(), -1.0, threads);
-        matmul(b, Accum::Add, v, u.transpose(), -1.0, threads);
+        let vu = Mat::from_fn(n, 2 * t, |i, j| if j < t { v[(i, j)] } else { u[(i, j - t)] });
+        subtract_product_symmetric(a.submatrix_mut(0, 0, n, n), scaled.as_ref(), u.transpose());
+        subtract_product_symmetric(b.submatrix_mut(0, 0, n, n), self.uv.as_ref().subrows(0, n), vu.transpose());
     }
+}
+
+/// The rows and columns at `places`.
+fn restricted(matrix: &Mat<f64>, places: &[usize]) -> Mat<f64> {
+    Mat::from_fn(places.len(), places.len(), |i, j| matrix[(places[i], places[j])])
 }
 
 /// The same for runs of `run` indices at once: the value of a run g is `tr(A_gg⁻¹ B_gg)`, and indices are those of runs.
@@ -171,7 +227,8 @@ pub fn eliminate_runs(mut a: Mat<f64>, mut b: Mat<f64>, run: usize, next: Next<'
     let mut steps = Vec::with_capacity(ids.len());
     while !ids.is_empty() {
         let values: Vec<f64> = (0..ids.len()).map(|at| value_of_run(&a, &b, run, at)).collect();
-        let at = next.place(steps.len(), &ids, |at| values[at]);
+        let places: Vec<usize> = (0..ids.len()).collect();
+        let at = next.place(steps.len(), &places, |at| ids[at], |at| values[at]);
         steps.push((ids[at], values[at]));
         let first = at * run;
         let own = |m: &Mat<f64>| m.submatrix(first, first, run, run).to_owned();

@@ -2,7 +2,7 @@
 
 use faer::linalg::matmul::matmul;
 use faer::linalg::matmul::triangular::{self, BlockStructure};
-use faer::{Accum, Mat, MatRef, Par};
+use faer::{Accum, Mat, MatMut, MatRef, Par};
 
 use super::convert::{to_row_major, transpose_row_major, transposed_from_row_major};
 
@@ -42,21 +42,30 @@ pub fn product_with_lower(a: MatRef<'_, f64>, l: MatRef<'_, f64>) -> Mat<f64> {
 
 /// `a · b`, (n, k) · (k, n), for a symmetric result: half the work.
 pub fn product_symmetric(a: MatRef<'_, f64>, b: MatRef<'_, f64>) -> Mat<f64> {
-    let n = a.nrows();
-    let mut result = Mat::zeros(n, n);
+    let mut result = Mat::zeros(a.nrows(), a.nrows());
+    lower_product(result.as_mut(), Accum::Replace, a, b, 1.0);
+    mirror_lower(&mut result);
+    result
+}
+
+/// Subtracts `a · b`, (n, k) · (k, n), which is symmetric, from the lower triangle of a matrix (n, n).
+pub(super) fn subtract_product_symmetric(matrix: MatMut<'_, f64>, a: MatRef<'_, f64>, b: MatRef<'_, f64>) {
+    lower_product(matrix, Accum::Add, a, b, -1.0);
+}
+
+/// The lower triangle of `scale · a · b`, (n, k) · (k, n), in place of that of a matrix or added to it.
+fn lower_product(matrix: MatMut<'_, f64>, accum: Accum, a: MatRef<'_, f64>, b: MatRef<'_, f64>, scale: f64) {
     triangular::matmul(
-        &mut result,
+        matrix,
         BlockStructure::TriangularLower,
-        Accum::Replace,
+        accum,
         a,
         BlockStructure::Rectangular,
         b,
         BlockStructure::Rectangular,
-        1.0,
-        threads_for(n * n * a.ncols() / 2),
+        scale,
+        threads_for(a.nrows() * a.nrows() * a.ncols() / 2),
     );
-    mirror_lower(&mut result);
-    result
 }
 
 /// Copies the upper triangle of a square matrix over its lower one.
@@ -69,7 +78,7 @@ fn mirror_upper(matrix: &mut Mat<f64>) {
 }
 
 /// Copies the lower triangle of a square matrix over its upper one.
-fn mirror_lower(matrix: &mut Mat<f64>) {
+pub(super) fn mirror_lower(matrix: &mut Mat<f64>) {
     for j in 0..matrix.ncols() {
         for i in j + 1..matrix.nrows() {
             matrix[(j, i)] = matrix[(i, j)];

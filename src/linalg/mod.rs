@@ -18,7 +18,7 @@ mod solve;
 #[cfg(test)]
 mod threads;
 
-pub use cholesky::{cholesky, inverse_cholesky, solve_transposed_lower};
+pub use cholesky::{cholesky, inverse_cholesky, inverse_positive, solve_transposed_lower};
 pub use convert::{to_row_major, transpose_row_major, transposed_from_row_major};
 pub use eigh::{Eigh, eigenvalues, eigh};
 pub use eliminate::{Next, Step, eliminate, eliminate_runs, values_of_runs};

@@ -31,7 +31,18 @@ fn factors_of_large_matrices_are_the_same_bytes_at_any_thread_count() {
     check(|| cholesky(gram.as_ref()).unwrap());
     check(|| solve_transposed_lower(lower.as_ref(), x.as_ref()));
     check(|| inverse_cholesky(gram.as_ref()).unwrap());
+    check(|| inverse_positive(gram.as_ref()).unwrap());
     check(|| solve(x.as_ref(), gram.as_ref()).unwrap());
+}
+
+#[test]
+fn panels_of_a_large_elimination_are_the_same_bytes_at_any_thread_count() {
+    let (left, right) = (values(4200, 128), values(4200, 128));
+    check(|| {
+        let mut matrix = Mat::zeros(4200, 4200);
+        gram::subtract_product_symmetric(matrix.as_mut(), left.as_ref(), right.transpose());
+        matrix
+    });
 }
 
 #[test]

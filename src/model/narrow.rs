@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 
 use serde_json::{Map, Value};
 
-use super::architectures::table::Architecture;
+use super::architectures::table::{Architecture, HeadCounts};
 use super::config::ModelConfig;
 use super::inventory::{LinearInfo, Stored};
 use super::slot::{LinearId, Role, Slot};
@@ -87,12 +87,17 @@ impl NarrowUnit {
         match self.kind {
             UnitKind::Channels => widths.intermediate_size = kept,
             UnitKind::Groups => {
-                widths.num_attention_heads = kept * self.widths.num_attention_heads / self.widths.num_key_value_heads;
+                widths.num_attention_heads = self.heads(kept);
                 widths.num_key_value_heads = kept;
             }
             UnitKind::Experts if kept == 0 => widths.num_experts -= 1,
             UnitKind::Experts => widths.moe_intermediate_size = kept,
         }
+    }
+
+    /// Heads of queries in so many groups.
+    pub fn heads(&self, groups: usize) -> usize {
+        groups * self.widths.num_attention_heads / self.widths.num_key_value_heads
     }
 
     /// All of its linears.
@@ -167,7 +172,7 @@ pub fn units(linears: &[LinearInfo], config: &ModelConfig, architecture: &Archit
         let widths = config.widths(block);
         let (is_possible, family) = match kind {
             UnitKind::Channels => (widths.num_experts == 0, architecture.linears),
-            UnitKind::Groups => (architecture.has_free_heads, architecture.linears),
+            UnitKind::Groups => (architecture.head_counts != HeadCounts::Fixed, architecture.linears),
             UnitKind::Experts => (true, of_experts),
         };
         let find = |role: Role| by_place.get(&LinearId { block, slot: Slot { role, expert } }).copied().cloned();
@@ -208,15 +213,17 @@ pub fn column_dimension(linear: &LinearInfo) -> usize {
     1 - row_dimension(linear)
 }
 
-/// A config whose blocks have these `widths`. A number that all blocks share is a field of the model, others are in
-/// `per_layer_config`.
+/// A config whose blocks have these `widths`. A number that all blocks share is a field of the model if loaders take it
+/// there, others are in `per_layer_config`.
 pub fn narrowed_config(
     config: &Map<String, Value>,
     architecture: &Architecture,
-    source: &Widths,
+    model: &ModelConfig,
     widths: &[Widths],
 ) -> Map<String, Value> {
-    let mut config = config.clone();
+    let (mut config, source) = (config.clone(), model.block_widths().common());
+    let takes = |heads: usize| architecture.head_counts.allow(heads, model.hidden_size);
+    let takes_heads = widths.first().is_none_or(|first| takes(first.num_attention_heads));
     let fields = text_config::fields_mut(&mut config);
     let mut by_block = fields.get("per_layer_config").and_then(Value::as_object).cloned().unwrap_or_default();
     let is_given = fields.contains_key("moe_intermediate_size");
@@ -231,7 +238,8 @@ pub fn narrowed_config(
         let of_block: Vec<(usize, usize)> =
             widths.iter().enumerate().filter(|(_, own)| has(own)).map(|(block, own)| (block, number(own))).collect();
         let Some(&(_, first)) = of_block.first() else { continue };
-        let common = if of_block.iter().all(|(_, own)| *own == first) { first } else { number(source) };
+        let is_shared = of_block.iter().all(|(_, own)| *own == first) && (takes_heads || !ours.ends_with("_heads"));
+        let common = if is_shared { first } else { number(source) };
         if common != number(source) {
             fields.insert(theirs.into(), common.into());
             // Some configs have both names.
@@ -271,3 +279,36 @@ const NUMBERS: [(&str, Number, Has); 5] = [
     ("moe_intermediate_size", |widths| widths.moe_intermediate_size, |widths| widths.num_experts > 0),
     ("num_experts", |widths| widths.num_experts, |widths| widths.num_experts > 0),
 ];
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::super::architectures;
+    use super::*;
+
+    /// 24 is a multiple of 2 heads and not of 5.
+    #[test]
+    fn numbers_of_heads_that_a_loader_refuses_are_those_of_blocks() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/pico-llama/config.json");
+        let fields: Map<String, Value> = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+        let model = ModelConfig::parse(&fields, architectures::find("llama").unwrap(), &path).unwrap();
+        let narrowed = |family: &str, heads: usize| {
+            let own = Widths { num_attention_heads: heads, num_key_value_heads: heads, ..*model.block_widths().common() };
+            let widths = vec![own; model.num_hidden_layers];
+            narrowed_config(&fields, architectures::find(family).unwrap(), &model, &widths)
+        };
+        for (family, heads, is_shared) in [("llama", 2, true), ("llama", 5, false), ("mistral", 5, true)] {
+            let config = narrowed(family, heads);
+            let of_model = [&config["num_attention_heads"], &config["num_key_value_heads"]];
+            let expected = if is_shared { [heads, heads] } else { [4, 2] };
+            assert_eq!(of_model, expected.map(Value::from).each_ref(), "{family} {heads}");
+            assert_eq!(config.contains_key("per_layer_config"), !is_shared, "{family} {heads}");
+            assert_eq!(config["head_dim"], 8);
+            if !is_shared {
+                let by_block = config["per_layer_config"].as_object().unwrap();
+                assert!(by_block.len() == model.num_hidden_layers && by_block["1"]["num_attention_heads"] == heads);
+            }
+        }
+    }
+}

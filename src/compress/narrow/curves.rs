@@ -19,7 +19,7 @@ use crate::model::narrow::NarrowUnit;
 use crate::store::Values;
 
 /// Square matrices of f64, as wide as the input of a reader, that a unit takes at once.
-const SQUARES: u64 = 7;
+const SQUARES: u64 = 6;
 
 /// Bytes that the order or the refit of a unit takes.
 pub(super) fn bytes(unit: &NarrowUnit) -> u64 {

@@ -60,6 +60,6 @@ pub(super) fn selected(context: &Context<'_>, kept: &[Vec<usize>]) -> Result<Che
     let mut widths: Vec<Widths> = (0..context.config.num_hidden_layers).map(|b| context.config.widths(b)).collect();
     context.units.iter().zip(kept).for_each(|(unit, kept)| unit.narrow(&mut widths[unit.block], kept.len()));
     let config = checkpoint.config().expect("invariant: a model that is narrowed has a config");
-    let config = narrowed_config(config, context.architecture, context.config.block_widths().common(), &widths);
+    let config = narrowed_config(config, context.architecture, context.config, &widths);
     Ok(checkpoint.selected(&selected, config)?)
 }

@@ -8,7 +8,7 @@ use super::super::plan::Plan;
 use super::super::recipe::{NarrowApproach, WidthRule};
 use crate::checkpoint::Checkpoint;
 use crate::error::Failure;
-use crate::model::architectures::Architecture;
+use crate::model::architectures::{Architecture, HeadCounts};
 use crate::model::inventory::LinearInfo;
 use crate::model::narrow::{self, NarrowUnit, UnitKind};
 use crate::model::{ModelConfig, Role, depth};
@@ -104,7 +104,7 @@ fn has(config: &ModelConfig, block: usize, kind: UnitKind) -> bool {
 /// Why units of a kind stay as they are in any block.
 fn fixed(kind: UnitKind, units: &[NarrowUnit], config: &ModelConfig, architecture: &Architecture) -> Option<String> {
     match kind {
-        UnitKind::Groups if !architecture.has_free_heads => {
+        UnitKind::Groups if architecture.head_counts == HeadCounts::Fixed => {
             Some(format!("the family `{}` fixes the number of heads", config.model_type))
         }
         _ if units.is_empty() => Some("their linears are not all targeted".into()),

@@ -132,7 +132,15 @@ impl<'p> Problem<'p> {
         let unit = &self.context.units[unit];
         let step = if unit.kind == UnitKind::Groups { 1 } else { self.context.approach.multiple.get() };
         let whole = unit.width();
-        (1..).map(|i| i * step).take_while(|&width| width < whole).chain([whole]).collect()
+        let fewer = (1..).map(|i| i * step).take_while(|&width| width < whole);
+        fewer.filter(|&width| self.is_loaded(unit, width)).chain([whole]).collect()
+    }
+
+    /// Whether loaders take this width of a unit if all others of its kind have it; of one block alone they take any.
+    fn is_loaded(&self, unit: &NarrowUnit, width: usize) -> bool {
+        let Context { architecture, config, approach, .. } = self.context;
+        let is_free = unit.kind != UnitKind::Groups || approach.widths == WidthRule::ByBlock;
+        is_free || architecture.head_counts.allow(unit.heads(width), config.hidden_size)
     }
 
     /// The same for all units of a kind; only 0 if there are none.

@@ -2,7 +2,7 @@
 //! al. 2019, arXiv:1810.04805.
 
 use super::llama::LLAMA;
-use super::table::{Architecture, EncoderNames, MaskedHead, NormKind, Norms};
+use super::table::{Architecture, EncoderNames, HeadCounts, MaskedHead, NormKind, Norms};
 use crate::model::slot::Role;
 
 pub(super) const ENCODER: EncoderNames = EncoderNames {
@@ -44,7 +44,7 @@ pub(super) const BERT: Architecture = Architecture {
     ],
     norm_kind: NormKind::Layer,
     is_rotary: false,
-    has_free_heads: false,
+    head_counts: HeadCounts::Fixed,
     aliases: &[("layer_norm_eps", "rms_norm_eps")],
     defaults: r#"{"hidden_act": "gelu", "rms_norm_eps": 1e-12, "attention_bias": true, "mlp_bias": true}"#,
     gguf: None,

@@ -3,7 +3,7 @@
 
 use super::gguf;
 use super::llama::LLAMA;
-use super::table::{Architecture, NormKind, Norms};
+use super::table::{Architecture, HeadCounts, NormKind, Norms};
 use crate::model::slot::Role;
 
 pub(super) const GPT2: Architecture = Architecture {
@@ -23,7 +23,7 @@ pub(super) const GPT2: Architecture = Architecture {
     is_conv1d: true,
     norm_kind: NormKind::Layer,
     is_rotary: false,
-    has_free_heads: false,
+    head_counts: HeadCounts::Fixed,
     aliases: &[
         ("n_embd", "hidden_size"),
         ("n_inner", "intermediate_size"),

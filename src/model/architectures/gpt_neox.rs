@@ -6,7 +6,7 @@ use serde_json::{Map, Value};
 use super::gguf;
 use super::llama::LLAMA;
 use super::olmo2;
-use super::table::{Architecture, FusedQkv, NormKind};
+use super::table::{Architecture, FusedQkv, HeadCounts, NormKind};
 use crate::model::slot::Role;
 
 pub(super) const GPT_NEOX: Architecture = Architecture {
@@ -23,7 +23,7 @@ pub(super) const GPT_NEOX: Architecture = Architecture {
     ],
     norm_kind: NormKind::Layer,
     fused_qkv: FusedQkv::Interleaved,
-    has_free_heads: false,
+    head_counts: HeadCounts::Fixed,
     aliases: &[
         ("layer_norm_eps", "rms_norm_eps"),
         ("rotary_pct", "partial_rotary_factor"),

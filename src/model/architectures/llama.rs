@@ -2,7 +2,7 @@
 //! Touvron et al. 2023, arXiv:2302.13971.
 
 use super::gguf;
-use super::table::{Architecture, FusedQkv, NormKind, Norms, Sliding};
+use super::table::{Architecture, FusedQkv, HeadCounts, NormKind, Norms, Sliding};
 use crate::model::slot::Role;
 
 pub(super) const LLAMA: Architecture = Architecture {
@@ -38,7 +38,7 @@ pub(super) const LLAMA: Architecture = Architecture {
     norm_kind: NormKind::Rms,
     fused_qkv: FusedQkv::Concatenated,
     is_rotary: true,
-    has_free_heads: true,
+    head_counts: HeadCounts::Divisors,
     sliding: Sliding::OnRequest,
     scales_embeddings: false,
     aliases: &[],

@@ -3,11 +3,12 @@
 
 use super::gguf;
 use super::llama::{self, LLAMA};
-use super::table::{Architecture, Sliding};
+use super::table::{Architecture, HeadCounts, Sliding};
 
 pub(super) const MISTRAL: Architecture = Architecture {
     model_type: "mistral",
     sliding: Sliding::All,
     gguf: Some(gguf::Family { class: "MistralForCausalLM", ..llama::GGUF }),
+    head_counts: HeadCounts::Any,
     ..LLAMA
 };

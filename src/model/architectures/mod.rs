@@ -23,7 +23,7 @@ pub(super) mod table;
 
 use serde_json::{Map, Value};
 
-pub use self::table::{Architecture, FusedQkv, NormKind};
+pub use self::table::{Architecture, FusedQkv, HeadCounts, NormKind};
 use crate::checkpoint::ShownTensor;
 
 /// Every family that `lrc` can run.

@@ -5,7 +5,7 @@ use serde_json::{Map, Value};
 
 use super::gguf;
 use super::llama::LLAMA;
-use super::table::{Architecture, Norms, QueryKeyNorm};
+use super::table::{Architecture, HeadCounts, Norms, QueryKeyNorm};
 
 pub(super) const OLMO2: Architecture = Architecture {
     model_type: "olmo2",
@@ -17,7 +17,7 @@ pub(super) const OLMO2: Architecture = Architecture {
         are_of_sums: false,
         query_key: Some(QueryKeyNorm { query: "self_attn.q_norm", key: "self_attn.k_norm", is_per_head: false }),
     },
-    has_free_heads: false,
+    head_counts: HeadCounts::Fixed,
     defaults: r#"{"rms_norm_eps": 1e-5}"#,
     gguf: Some(gguf::Family {
         architecture: "olmo2",

@@ -2,7 +2,7 @@
 //! arXiv:2205.01068.
 
 use super::llama::LLAMA;
-use super::table::{Architecture, NormKind, Norms};
+use super::table::{Architecture, HeadCounts, NormKind, Norms};
 use crate::model::slot::Role;
 
 pub(super) const OPT: Architecture = Architecture {
@@ -26,7 +26,7 @@ pub(super) const OPT: Architecture = Architecture {
     ],
     norm_kind: NormKind::Layer,
     is_rotary: false,
-    has_free_heads: false,
+    head_counts: HeadCounts::Fixed,
     aliases: &[
         ("ffn_dim", "intermediate_size"),
         ("activation_function", "hidden_act"),

@@ -3,7 +3,7 @@
 
 use super::gguf;
 use super::llama::LLAMA;
-use super::table::{Architecture, Sliding};
+use super::table::{Architecture, HeadCounts, Sliding};
 use crate::model::slot::Role;
 
 pub(super) const PHI3: Architecture = Architecture {
@@ -27,5 +27,6 @@ pub(super) const PHI3: Architecture = Architecture {
         metadata: &["attention.sliding_window"],
         ..gguf::Family::COMMON
     }),
+    head_counts: HeadCounts::Any,
     ..LLAMA
 };

@@ -2,7 +2,7 @@
 
 use super::gguf;
 use super::llama::LLAMA;
-use super::table::Architecture;
+use super::table::{Architecture, HeadCounts};
 use crate::model::slot::Role;
 
 pub(super) const GGUF: gguf::Family = gguf::Family {
@@ -18,5 +18,6 @@ pub(super) const QWEN2: Architecture = Architecture {
     biased: &[Role::QProj, Role::KProj, Role::VProj],
     defaults: r#"{"use_sliding_window": false}"#,
     gguf: Some(GGUF),
+    head_counts: HeadCounts::Any,
     ..LLAMA
 };

@@ -3,7 +3,7 @@
 use super::gguf;
 use super::llama::LLAMA;
 use super::qwen2;
-use super::table::{Architecture, Norms, QueryKeyNorm};
+use super::table::{Architecture, HeadCounts, Norms, QueryKeyNorm};
 
 pub(super) const HEAD_NORMS: QueryKeyNorm =
     QueryKeyNorm { query: "self_attn.q_norm", key: "self_attn.k_norm", is_per_head: true };
@@ -21,5 +21,6 @@ pub(super) const QWEN3: Architecture = Architecture {
         ],
         ..qwen2::GGUF
     }),
+    head_counts: HeadCounts::Any,
     ..LLAMA
 };

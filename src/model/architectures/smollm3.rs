@@ -4,7 +4,7 @@ use serde_json::{Map, Value};
 
 use super::gguf;
 use super::llama::LLAMA;
-use super::table::Architecture;
+use super::table::{Architecture, HeadCounts};
 
 pub(super) const SMOLLM3: Architecture = Architecture {
     model_type: "smollm3",
@@ -15,6 +15,7 @@ pub(super) const SMOLLM3: Architecture = Architecture {
         misread: other_blocks,
         ..gguf::Family::COMMON
     }),
+    head_counts: HeadCounts::Any,
     ..LLAMA
 };
 

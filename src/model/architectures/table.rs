@@ -47,9 +47,8 @@ pub struct Architecture {
     pub fused_qkv: FusedQkv,
     /// Queries and keys are rotated by position; if not, positions are learned.
     pub is_rotary: bool,
-    /// Heads may be fewer than `hidden_size / head_dim`: loaders read `head_dim` from the config, and nothing is
-    /// normalized over all heads.
-    pub has_free_heads: bool,
+    /// The numbers of heads that loaders take.
+    pub head_counts: HeadCounts,
     /// The blocks with a sliding window, if the config has one and does not list them.
     pub sliding: Sliding,
     /// Embeddings are multiplied by √hidden_size.
@@ -73,6 +72,24 @@ pub struct EncoderNames {
     pub masked_head: MaskedHead,
     /// The linear that the state of the first token goes through, before tanh.
     pub pooler: Option<&'static str>,
+}
+
+/// The numbers of heads that loaders take in a config.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HeadCounts {
+    /// `hidden_size / head_dim` alone: `head_dim` is not read, or something is normalized over all heads.
+    Fixed,
+    /// Any: `head_dim` is read.
+    Any,
+    /// Those that divide `hidden_size`: transformers 5 checks that, although it reads `head_dim`.
+    Divisors,
+}
+
+impl HeadCounts {
+    /// Whether all blocks of a model may have this number of heads.
+    pub fn allow(self, heads: usize, hidden_size: usize) -> bool {
+        self == Self::Any || (heads > 0 && hidden_size.is_multiple_of(heads))
+    }
 }
 
 /// A masked-language-model head: a linear, an activation and a norm, before the matrix of the vocabulary with its bias.
