@@ -55,7 +55,7 @@ pub(super) struct HealArgs {
 
     /// Stages of training
     ///
-    /// They follow one another. The model takes a quarter of the learning rate.
+    /// They follow one another. The model takes a tenth of the learning rate.
     #[arg(
         long,
         value_enum,

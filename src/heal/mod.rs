@@ -95,8 +95,10 @@ fn checked<'a>(job: &'a HealJob<'a>) -> Result<(Run<'a>, CompressReport)> {
 }
 
 /// The stage `model` moves all blocks at once, and takes smaller steps.
+const MODEL_RATE: f64 = 0.1;
+
 fn of_model(settings: &Settings) -> Settings {
-    Settings { learning_rate: settings.learning_rate / 4.0, ..*settings }
+    Settings { learning_rate: settings.learning_rate * MODEL_RATE, ..*settings }
 }
 
 /// What the stages did.
