@@ -82,9 +82,16 @@ impl Reader {
         // 128.
         let line = line.replace("350MiB", "900kB").replace("seq-len 1024", "seq-len 128");
         let line = line.replace("gptq-int4 ", "gptq-int4-g32 ").replace("q4_k ", "q4_0 ");
-        // A few windows are enough to run the command.
+        // A few windows, and one pass over them, are enough to run the command.
         let line = line.replace("--samples 128", "--samples 16");
-        let line = if is_long { format!("{line} --samples 8") } else { line };
+        let few = [
+            (is_long, "--samples 8"),
+            (line.starts_with("lrc heal "), "--epochs 1"),
+            (line.starts_with("lrc eval ") || line.starts_with("lrc sweep "), "--max-windows 8"),
+        ];
+        let is_given = |flag: &str| line.contains(flag.split(' ').next().unwrap());
+        let more = few.into_iter().filter(|&(applies, flag)| applies && !is_given(flag) && !line.contains('|'));
+        let line = more.fold(line.clone(), |line, (_, flag)| format!("{line} {flag}"));
         let run = self.run(&line);
         if run.code == 0 { Ok(()) } else { Err(format!("{line}\n{}", run.stderr)) }
     }
