@@ -7,14 +7,14 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use candle_core::{Device, Tensor};
-use lrc::checkpoint::{Checkpoint, Dtype, TensorSpec, cast, write_file};
+use lrc::checkpoint::{Dtype, TensorSpec, cast, write_file};
 use lrc::model::Decoder;
 
 fn main() -> Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let [model, ids, out] = args.as_slice() else { anyhow::bail!("usage: logits MODEL IDS.json OUT.safetensors") };
     let ids: Vec<u32> = serde_json::from_slice(&std::fs::read(ids)?).context("the ids are a JSON list of numbers")?;
-    let checkpoint = Checkpoint::open(Path::new(model))?;
+    let checkpoint = lrc::model::open(Path::new(model))?;
     let decoder = Decoder::open(&checkpoint)?;
     let ids = Tensor::new(&ids[..], &Device::Cpu)?.unsqueeze(0)?;
     let (name, found) = match decoder.sentence() {
