@@ -294,7 +294,8 @@ mod tests {
         let fields: Map<String, Value> = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
         let model = ModelConfig::parse(&fields, architectures::find("llama").unwrap(), &path).unwrap();
         let narrowed = |family: &str, heads: usize| {
-            let own = Widths { num_attention_heads: heads, num_key_value_heads: heads, ..*model.block_widths().common() };
+            let own =
+                Widths { num_attention_heads: heads, num_key_value_heads: heads, ..*model.block_widths().common() };
             let widths = vec![own; model.num_hidden_layers];
             narrowed_config(&fields, architectures::find(family).unwrap(), &model, &widths)
         };
