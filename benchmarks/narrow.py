@@ -21,6 +21,7 @@ KINDS = {
     "low rank": ["--sequential=false"],
     "narrow, one width": ["--structure", "narrow"],
     "narrow by block": ["--structure", "narrow", "--uniform-width=false"],
+    "MoDeGPT's rule": ["--structure", "narrow", "--uniform-width=false", "--selection", "leverage", "--method", "svd-llm"],
     "narrow and low rank": ["--structure", "narrow,low-rank"],
     "auto": ["--structure", "auto"],
 }

@@ -5,6 +5,8 @@
 //! `(I − u e_jᵀ) B (I − e_j uᵀ) = B − u vᵀ − v uᵀ` with `v = B e_j − ½ B_jj u`. Its value is `B_jj / A_jj`. Steps are
 //! gathered in panels, so that nearly all of the n³ operations of all n steps are matrix products.
 
+use std::cmp::Reverse;
+
 use faer::linalg::matmul::matmul;
 use faer::{Accum, Mat, MatRef, Par};
 
@@ -38,23 +40,23 @@ impl Next<'_> {
         index: impl Fn(usize) -> usize,
         value: impl Fn(usize) -> f64,
     ) -> usize {
-        let best = |is_better: fn(f64, f64) -> bool| {
-            let rank = |place: usize| (value(left[place]), index(left[place]));
-            let better = |best: ((f64, usize), usize), place: usize| {
-                let (found, least) = (rank(place), best.0);
-                let is_first = is_better(found.0, least.0) || (found.0 == least.0 && found.1 < least.1);
-                if is_first { (found, place) } else { best }
-            };
-            (1..left.len()).fold((rank(0), 0), better).1
+        let sign = match self {
+            Self::Largest => 1.0,
+            Self::Smallest => -1.0,
+            Self::Given(order) => {
+                let place = left.iter().position(|&at| index(at) == order[n_done]);
+                return place.expect("invariant: an order has every index once");
+            }
         };
-        match self {
-            Self::Largest => best(|a, b| a > b),
-            Self::Smallest => best(|a, b| a < b),
-            Self::Given(order) => left
-                .iter()
-                .position(|&at| index(at) == order[n_done])
-                .expect("invariant: an order has every index once"),
+        let rank = |place: usize| (sign * value(left[place]), Reverse(index(left[place])));
+        let mut best = (rank(0), 0);
+        for place in 1..left.len() {
+            let found = rank(place);
+            if found > best.0 {
+                best = (found, place);
+            }
         }
+        best.1
     }
 }
 
