@@ -77,7 +77,6 @@ impl Reader {
             let _ = if out.is_dir() { std::fs::remove_dir_all(&out) } else { std::fs::remove_file(&out) };
         }
         let reads = line.contains("--calibration") || line.starts_with("lrc heal ");
-        let is_long = reads && !line.contains("--samples");
         // Sizes are adapted to the fixture: it has 1.7 MB, a context of 128 tokens, and rows shorter than a group of
         // 128.
         let line = line.replace("350MiB", "900kB").replace("seq-len 1024", "seq-len 128");
@@ -85,7 +84,7 @@ impl Reader {
         // A few windows, and one pass over them, are enough to run the command.
         let line = line.replace("--samples 128", "--samples 16");
         let few = [
-            (is_long, "--samples 8"),
+            (reads, "--samples 8"),
             (line.starts_with("lrc heal "), "--epochs 1"),
             (line.starts_with("lrc eval ") || line.starts_with("lrc sweep "), "--max-windows 8"),
         ];

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import transformers
 from safetensors.numpy import load_file
+from sentences import TEXTS
 
 # Loaders log to stdout: what they say goes where errors go.
 OUT = os.fdopen(os.dup(1), "w")
@@ -178,14 +179,6 @@ SENTENCES = [
     ("factored", ["--keep", "0.8", "--quant-factors", "int8"]),
     ("factored", ["--quant", "rtn-int8-channel"]),
     ("dense", ["--keep", "0.8"]),
-]
-TEXTS = [
-    "The train from Lyon to Paris was two hours late.",
-    "How do I reset my password?",
-    "Photosynthesis turns light into chemical energy.",
-    "Her second novel won a prize, though few critics had liked the first.",
-    "The committee met on Tuesday to vote on the new budget for schools, roads and the harbour.",
-    "No.",
 ]
 
 

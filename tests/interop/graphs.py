@@ -18,6 +18,7 @@ import numpy as np
 import onnx
 import onnxruntime
 from safetensors.numpy import load_file
+from sentences import TEXTS
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 1e-4
@@ -34,14 +35,6 @@ CASES = [
     ["--quant", "rtn-int4-g32-asym"],
     ["--quant", "rtn-int3-g32", *LORC],
     ["--structure", "narrow", "--keep", "0.7"],
-]
-TEXTS = [
-    "The train from Lyon to Paris was two hours late.",
-    "How do I reset my password?",
-    "Photosynthesis turns light into chemical energy.",
-    "Her second novel won a prize, though few critics had liked the first.",
-    "The committee met on Tuesday to vote on the new budget for schools, roads and the harbour.",
-    "No.",
 ]
 
 parser = argparse.ArgumentParser()
