@@ -73,7 +73,7 @@ fn killed_runs_resume_to_the_same_bytes() {
         std::fs::read_dir(&pieces).map_or(BTreeSet::new(), |found| found.flatten().map(|e| e.path()).collect())
     };
     // Pieces from one kill to the next.
-    const STEP: usize = 3;
+    const STEP: usize = 6;
     let (mut n_kills, mut seen) = (0, BTreeSet::new());
     loop {
         let (before, mut child) = (names(), compress(&killed).spawn().unwrap());
