@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use rayon::prelude::*;
 
 use crate::checkpoint::{Checkpoint, Existing, OutputFolder, expect_apart, read_file};
-use crate::formats::{self, CURVES_FILES, Files, Format, Output, Source};
+use crate::formats::{self, CURVES_FILES, Files, Format, MODELING_FILES, Output, Source};
 use crate::model::coverage;
 use crate::model::inventory::{self, LinearInfo};
 use crate::operator::Forms;
@@ -33,8 +33,16 @@ pub struct ExportJob<'a> {
 }
 
 /// Files of a compressed folder that belong to its format, or are rewritten.
-const REPLACED: [&str; 7] =
-    ["README.md", REPORT_FILE, PAGE_FILE, "modeling_lrc.py", "lrc-recipe.toml", CURVES_FILES[0], CURVES_FILES[1]];
+const REPLACED: [&str; 8] = [
+    "README.md",
+    REPORT_FILE,
+    PAGE_FILE,
+    MODELING_FILES[0],
+    MODELING_FILES[1],
+    "lrc-recipe.toml",
+    CURVES_FILES[0],
+    CURVES_FILES[1],
+];
 
 /// Writes a checkpoint, compressed or not, in another format.
 ///

@@ -13,6 +13,7 @@ use anyhow::Result;
 use serde_json::{Map, Value, json};
 
 use super::exporter::{Adapter, Exporter, Holds, NamedBytes, OutTensor, Source, encode, stacks_apart};
+use super::mlx;
 use crate::checkpoint::{Checkpoint, CheckpointError, Dtype, FORMAT_VERSION};
 use crate::codecs::packed::{self, PackedEntry};
 use crate::codecs::{Values, Written};
@@ -24,7 +25,7 @@ use crate::quantize::{Quantized, Storage};
 
 pub(super) struct Factored;
 
-const MODELING_FILE: &str = "modeling_lrc.py";
+pub(super) const MODELING_FILE: &str = "modeling_lrc.py";
 /// The layers, and how they take their places in a model: one file in the output.
 const MODELING_TEMPLATE: &str = concat!(include_str!("modeling_lrc.py"), "\n\n", include_str!("modeling_lrc_model.py"));
 
@@ -206,6 +207,9 @@ impl Exporter for Factored {
                 config.insert("architectures".into(), json!(["LrcModel"]));
             }
             config.insert("auto_map".into(), Value::Object(auto_map));
+            if mlx::modeling(&source.config).is_some() {
+                config.insert("model_file".into(), json!(mlx::FILE));
+            }
         }
         let (mut entries, mut quantized) = (Map::new(), Map::new());
         for (linear, forms) in modules {
@@ -237,7 +241,8 @@ impl Exporter for Factored {
         let Some(classes) = Classes::of(&source.config) else { return Vec::new() };
         let own = if classes.own == "Lrc" { "LrcHeadless" } else { &classes.own };
         let code = MODELING_TEMPLATE.replace("@BASE@", &classes.base).replace("LrcForCausalLM", own);
-        vec![(MODELING_FILE.into(), code)]
+        let of_mlx = mlx::modeling(&source.config).map(|code| (mlx::FILE.into(), code));
+        [(MODELING_FILE.into(), code)].into_iter().chain(of_mlx).collect()
     }
 
     fn loading(&self, _: Adapter) -> String {
@@ -389,6 +394,9 @@ mod tests {
         let shape = json!([second.out_features, second.in_features]);
         assert_eq!(codes, &json!({"scheme": "int4-g32-asym", "shape": shape, "dtype": "F32"}));
         assert_eq!(written["keep"], json!({"b": 1, "a": 2}));
+        assert_eq!(written["model_file"], "modeling_lrc_mlx.py");
+        let files = Factored.side_files(&source, &modules);
+        assert!(files.len() == 2 && files[1].1.contains("_TYPE = \"llama\""));
         // If nothing is compressed, the source's config loads unchanged. Whatever was added is removed again.
         assert_eq!(Factored.config(&source, &[]), source.config);
         assert_eq!(crate::model::config::native_config(&written), source.config);
@@ -413,7 +421,8 @@ mod tests {
         let first = inventory::linears(&checkpoint).into_iter().find(|linear| linear.is_default_target).unwrap();
         let modules = [(first.clone(), Forms::of_rank(Kind::FACTORS, 3, first.shape()))];
         assert!(Factored.side_files(&source, &[]).is_empty());
-        let file = &Factored.side_files(&source, &modules)[0].1;
+        // mlx-lm has causal models only.
+        let [(_, file)] = &Factored.side_files(&source, &modules)[..] else { panic!("one file") };
         assert!(file.contains("class LrcForMaskedLM(") && file.contains("\"BertForMaskedLM\""));
         assert!(Classes::of(&config("x\"); import os")).is_none());
     }

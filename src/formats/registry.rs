@@ -4,7 +4,7 @@ use serde_json::{Map, Value};
 
 use super::exporter::{Adapter, Exporter, Holds, OutTensor};
 use super::format::Format;
-use super::{adapter, compressed_tensors, dense, factored, gguf, gptq, onnx, residual};
+use super::{adapter, compressed_tensors, dense, factored, gguf, gptq, mlx, onnx, residual};
 use crate::checkpoint::header_entry_bytes;
 use crate::codecs::gguf::Element;
 use crate::model::inventory::LinearInfo;
@@ -88,5 +88,6 @@ impl Format {
 
 /// How each runtime loads an output for a model with `config`, with the auto class of that model.
 pub fn loading(exporter: &dyn Exporter, config: &Map<String, Value>, adapter: Adapter) -> String {
-    exporter.loading(adapter).replace("AutoModelForCausalLM", &factored::auto_class(config))
+    let in_mlx = mlx::loading(config).filter(|_| matches!(exporter.holds(), Holds::Operators)).unwrap_or_default();
+    exporter.loading(adapter).replace("AutoModelForCausalLM", &factored::auto_class(config)) + in_mlx
 }

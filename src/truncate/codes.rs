@@ -17,7 +17,7 @@ use crate::checkpoint::{Checkpoint, OutputFolder};
 use crate::compress::allocate::{self, Candidate, Candidates, Item, Pick, Ranks, Rules};
 use crate::compress::{KeptCurve, linear_summary, write_curves};
 use crate::error::Failure;
-use crate::formats::{self, CURVES_FILES, Exporter, Files, Format, Output, Source};
+use crate::formats::{self, CURVES_FILES, Exporter, Files, Format, MODELING_FILES, Output, Source};
 use crate::model::inventory::{self, LinearInfo};
 use crate::operator::{Form, Forms, Kind, Operator};
 use crate::progress::Progress;
@@ -67,7 +67,8 @@ pub(super) fn truncate(
         text: formats::loading(exporter, &source.config, output.files().adapter()),
         library: exporter.library(),
     };
-    let replaced = [REPORT_FILE, PAGE_FILE, CARD_FILE, "modeling_lrc.py", CURVES_FILES[0], CURVES_FILES[1]];
+    let written = [REPORT_FILE, PAGE_FILE, CARD_FILE];
+    let replaced = [&written[..], &MODELING_FILES, &CURVES_FILES].concat();
     report.left_out = output.finish(&folder, &replaced)?.left_out.into_iter().map(Into::into).collect();
     write_curves(&folder, &curves(&all))?;
     let card = card::render(&report, job.checkpoint, &loading);

@@ -45,7 +45,7 @@ fn codes_stay_and_the_floats_beside_them_learn_in_every_format() {
         let with_factors = at < 8 && at != 1;
         let model = Model::new(&[flags, if with_factors { &lorc[..] } else { &[] }].concat());
         let stage = if at % 2 == 0 { "blocks" } else { "model" };
-        let (out, report) = model.heal("healed", &["--stage", stage, "--epochs", "3"]);
+        let (out, report) = model.heal("healed", &["--stage", stage, "--epochs", "2"]);
         let [before, after] = [&model.compressed, &out].map(|folder| lrc::model::open(folder).unwrap());
         let names = || before.tensors().map(|info| info.name.as_str());
         let is_changed = |name: &&str| before.values(name).unwrap() != after.values(name).unwrap();

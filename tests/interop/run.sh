@@ -6,7 +6,7 @@
 # ENVIRONMENT is a folder for the virtual environment, made when it is absent. gptqmodel and llama-cpp-python are built from
 # source; where that fails, or where a package is absent, their rows say so. A MODEL may be a folder of sentence-transformers, which
 # is compressed with the text CALIBRATION too, if that is set. vLLM has an environment of its own, ENVIRONMENT-vllm, with the versions
-# that it wants; a model with random weights is run in it, and those that VLLM_MODELS names (heads 64 or 128 wide), in f32 and bf16.
+# that it wants; MLX_MODELS are models that generate in mlx-lm too; a model with random weights is run in it, and those that VLLM_MODELS names (heads 64 or 128 wide), in f32 and bf16.
 set -eu
 environment=$1
 shift
@@ -70,6 +70,15 @@ if "$environment/bin/python" "$root/benchmarks/fine_tune.py" "$root/fixtures/tin
     "$environment/bin/python" "$here/adapter.py" "$root/fixtures/tiny-llama" "$work/tuned" || status=1
 else
     status=1
+fi
+
+# mlx-lm has an environment of its own too, ENVIRONMENT-mlx: it has no torch, and outputs have to load without it.
+if [ -x "$environment-mlx/bin/python" ] || { python3 -m venv "$environment-mlx" && "$environment-mlx/bin/pip" install -q -r "$here/mlx.txt" 1>&2; }; then
+    # shellcheck disable=SC2086
+    "$environment-mlx/bin/python" "$here/in_mlx.py" ${MLX_MODELS:-} || status=1
+else
+    rm -rf "$environment-mlx"
+    printf '\n## MLX\n\nNot run: mlx-lm could not be installed.\n'
 fi
 
 if [ -x "$environment-vllm/bin/python" ] || install_vllm; then

@@ -162,6 +162,9 @@ pub fn native_config(config: &Map<String, Value>) -> Map<String, Value> {
     native.shift_remove("quantization_config");
     let Some(lrc) = native.shift_remove("lrc") else { return native };
     native.shift_remove("auto_map");
+    if native.get("model_file").and_then(Value::as_str).is_some_and(|file| file.starts_with("modeling_lrc")) {
+        native.shift_remove("model_file");
+    }
     if let Some(model_type) = config.get("model_type").and_then(Value::as_str) {
         let model_type = model_type.strip_prefix(MODEL_TYPE_PREFIX).unwrap_or(model_type);
         native.insert("model_type".into(), model_type.into());
