@@ -146,11 +146,14 @@ pub(super) fn read_header(
     let header = header(path, file)?;
     let source = Source { path, len: file.len(), shard_idx, header: &header, config, of };
     let stored: Vec<&Entry> = header.tensors.iter().filter(|entry| !gguf::is_rope_factors(&entry.name)).collect();
-    let mut tensors = stored.iter().map(|entry| source.tensor(entry)).collect::<Result<Vec<_>>>()?;
-    let places = tensors.iter().zip(&stored).map(|(info, entry)| ((info.begin, info.end), entry.name.as_str()));
+    let mut tensors = Vec::new();
+    for entry in stored {
+        tensors.extend(source.tensors(entry)?.into_iter().map(|info| (info, entry.name.as_str())));
+    }
+    let places = tensors.iter().map(|(info, name)| ((info.begin, info.end), *name));
     gguf::expect_apart(places.collect()).map_err(|reason| CheckpointError::GgufHeader { path: path.into(), reason })?;
-    tensors.sort_by_key(|info| info.begin);
-    Ok(tensors)
+    tensors.sort_by_key(|(info, _)| info.begin);
+    Ok(tensors.into_iter().map(|(info, _)| info).collect())
 }
 
 /// A file whose tensors are read.
@@ -177,16 +180,39 @@ impl Source<'_> {
         }
     }
 
+    /// Names and places one tensor, or every matrix of a stack of experts.
+    fn tensors(&self, stored: &Entry) -> Result<Vec<TensorInfo>> {
+        let name = |index| gguf::matrix_name(&stored.name, index);
+        let ([n, matrix @ ..], Some(_)) = (stored.shape.as_slice(), name(0).filter(|_| stored.shape.len() == 3)) else {
+            return Ok(vec![self.tensor(stored)?]);
+        };
+        let element = self.element(stored)?;
+        // That the whole is in the file also bounds the number of matrices.
+        self.header.place(stored, element, self.len).map_err(|damage| self.damaged(damage))?;
+        let entry = |index: usize| {
+            let offset = stored.offset + index as u64 * element.n_bytes(matrix);
+            Some(Entry { name: name(index)?, shape: matrix.into(), offset, ..stored.clone() })
+        };
+        (0..*n).filter_map(entry).map(|matrix| self.tensor(&matrix)).collect()
+    }
+
+    fn element(&self, stored: &Entry) -> Result<Element> {
+        let (name, of) = (&stored.name, stored.type_id);
+        Element::of_type_id(of)
+            .ok_or_else(|| self.foreign(format!("tensor `{name}` is of type {}", gguf::type_name(of))))
+    }
+
     /// Names and places one tensor.
     fn tensor(&self, stored: &Entry) -> Result<TensorInfo> {
         let (name, shape) = (&stored.name, stored.shape.clone());
         // Factors of an adapter have their own suffixes, and the row order of the weight that they add to.
         let (weight, factor) =
             gguf::split_factor(name).map_or((name.as_str(), None), |(weight, factor)| (weight, Some(factor)));
-        let shown = (self.of.tensor)(weight, self.config)
-            .ok_or_else(|| self.foreign(format!("tensor `{name}` has no name in a checkpoint of this `model_type`")))?;
-        let element = Element::of_type_id(stored.type_id)
-            .ok_or_else(|| self.foreign(format!("tensor `{name}` is of type {}", gguf::type_name(stored.type_id))))?;
+        let shown = (self.of.tensor)(weight, self.config).ok_or_else(|| {
+            let whole = gguf::split_matrix(name).map_or(name.clone(), |(stack, _)| stack);
+            self.foreign(format!("tensor `{whole}` has no name in a checkpoint of this `model_type`"))
+        })?;
+        let element = self.element(stored)?;
         let (begin, end) = self.header.place(stored, element, self.len).map_err(|damage| self.damaged(damage))?;
         let arrangement = if factor == Some(Factor::A) { Arrangement::Same } else { shown.arrangement };
         let dtype = match element {

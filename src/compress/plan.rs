@@ -168,12 +168,17 @@ impl Plan {
                 let choice = Choice::Fitted { fit: 0, rank: rank(i) };
                 Some((linear.clone(), Self::forms(recipe, linear, choice, FitKind::Base(quant))?))
             });
-            let modules: Vec<(LinearInfo, Forms)> = modules.collect();
+            let mut modules: Vec<(LinearInfo, Forms)> = modules.collect();
             if modules.is_empty() {
                 let message = format!("no targeted linear has inputs that are a multiple of the blocks of `{quant}`");
                 return Err(Failure::unsupported(message).hint("blocks have at least 32 inputs").into());
             }
             Files::check(source, recipe.format(), &modules)?;
+            if recipe.narrow().is_none() && recipe.budget() != Budget::None {
+                // A budget may leave one expert dense beside another in codes.
+                modules.retain(|(linear, _)| linear.id.and_then(|id| id.slot.expert).is_none_or(|at| at % 2 == 0));
+                Files::check(source, recipe.format(), &modules)?;
+            }
         }
         if recipe.format().is_graph() && recipe.quant().is_empty() {
             Files::check(source, recipe.format(), &self.of_rank_one(recipe))?;

@@ -179,7 +179,7 @@ impl<'a> Files<'a> {
     }
 
     fn gguf_tensors(&self, target: Target) -> Vec<GgufTensor> {
-        self.of(target).map(OutTensor::gguf).collect()
+        gguf::stacked(self.of(target).map(OutTensor::gguf))
     }
 
     /// Whether the output has an adapter.

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor};
 use lrc::calibrate::{Needs, Observation, TargetedWindows, Targets, observe};
-use lrc::checkpoint::Checkpoint;
+use lrc::checkpoint::{Checkpoint, SafetensorsWriter, TensorSpec};
 use lrc::model::{Decoder, WalkLimits, architectures};
 use lrc::progress::Silent;
 use lrc::store::Journal;
@@ -62,19 +62,49 @@ fn misread(family: &str) -> Option<&'static str> {
     match family {
         "gemma2" | "gemma3_text" => Some("`query_pre_attn_scalar` is 12"),
         "smollm3" => Some("each fourth block without a rotary embedding"),
+        "qwen3_moe" => Some("block 0 has no experts"),
         _ => None,
     }
 }
 
-/// Changes the config of a copy of such a fixture.
+/// Changes a copy of such a fixture: its config, or blocks.
 pub fn as_llama_cpp_expects(family: &str, model: &Path) {
     let mut config = json(&model.join("config.json"));
     match family {
         "gemma2" | "gemma3_text" => config["query_pre_attn_scalar"] = config["head_dim"].clone(),
         "smollm3" => config["no_rope_layers"] = serde_json::json!([1, 1, 1, 0]),
+        "qwen3_moe" => {
+            config["mlp_only_layers"] = serde_json::json!([]);
+            give_experts_to_the_first_block(model);
+        }
         _ => {}
     }
     std::fs::write(model.join("config.json"), config.to_string()).unwrap();
+}
+
+/// Replaces the feed-forward layer of the first block by that of the second.
+fn give_experts_to_the_first_block(model: &Path) {
+    const PARTS: [&str; 2] = ["model.layers.0.mlp.", "model.layers.1.mlp."];
+    let source = Checkpoint::open(model).unwrap();
+    let kept = source.tensors().filter(|info| !info.name.starts_with(PARTS[0]));
+    let mut specs: Vec<(String, TensorSpec)> = Vec::new();
+    for info in kept {
+        let spec = |name| TensorSpec { name, dtype: info.dtype, shape: info.shape.clone() };
+        specs.push((info.name.clone(), spec(info.name.clone())));
+        if let Some(rest) = info.name.strip_prefix(PARTS[1]) {
+            specs.push((info.name.clone(), spec(format!("{}{rest}", PARTS[0]))));
+        }
+    }
+    let folder = model.join("changed");
+    std::fs::create_dir(&folder).unwrap();
+    let all: Vec<TensorSpec> = specs.iter().map(|(_, spec)| spec.clone()).collect();
+    let mut writer = SafetensorsWriter::create(&folder, &all, u64::MAX).unwrap();
+    for (from, spec) in &specs {
+        writer.write(&spec.name, &source.with_bytes(from, <[u8]>::to_vec).unwrap()).unwrap();
+    }
+    writer.finish().unwrap();
+    std::fs::rename(folder.join("model.safetensors"), model.join("model.safetensors")).unwrap();
+    std::fs::remove_dir(folder).unwrap();
 }
 
 pub fn json(path: &Path) -> Value {

@@ -1,5 +1,6 @@
 //! GGUF files without a config beside them: model, tokenizer and blocks are what their metadata say.
 
+mod experts;
 mod refusals;
 mod split;
 mod tokenizers;

@@ -51,11 +51,17 @@ fn file(folder: &Path, extra: Extra<'_>, type_id: u32) -> PathBuf {
 fn unknown_models_and_blocks_are_named() {
     let folder = tempfile::tempdir().unwrap();
     let text = |text: &str| Value::Text(text.into());
-    let cases: [(Extra<'_>, u32, &[&str]); 17] = [
+    let cases: [(Extra<'_>, u32, &[&str]); 19] = [
         (&[("general.architecture", text("mamba"))], 0, &["its architecture is `mamba`", "llama, qwen2"]),
         (&[("general.architecture", Value::U32(1))], 0, &["name no architecture"]),
         (&[("general.type", text("adapter"))], 0, &["an adapter"]),
-        (&[("llama.expert_count", Value::U32(8))], 0, &["it has experts"]),
+        (&[("llama.expert_count", Value::U32(8))], 0, &["have no `llama.expert_used_count`"]),
+        (&[("general.architecture", text("qwen3moe"))], 0, &["no experts", "`qwen3moe.expert_count`"]),
+        (
+            &[("general.architecture", text("qwen2")), ("qwen2.expert_count", Value::U32(8))],
+            0,
+            &["experts, which lrc does not read (`qwen2.expert_count`)"],
+        ),
         (&[("llama.block_count", text("one"))], 0, &["`llama.block_count` is not one number"]),
         (&[("llama.block_count", ABSENT)], 0, &["have no `llama.block_count`"]),
         (&[("llama.attention.head_count", ABSENT)], 0, &["have no `llama.attention.head_count`"]),

@@ -6,6 +6,7 @@ use std::io::{self, Seek, SeekFrom, Write};
 
 use super::element::Element;
 use super::header::{Entry, GgufTensor, Header, write};
+use super::stacks::matrix_name;
 use super::value::Value;
 
 /// Why a file cannot be read.
@@ -61,7 +62,7 @@ pub fn expect_apart(mut places: Vec<((usize, usize), &str)>) -> Result<(), Strin
     }
 }
 
-/// Writes a file tensor by tensor, in any order.
+/// Writes a file tensor by tensor, in any order; stacks of experts matrix by matrix, see [`matrix_name`].
 #[derive(Debug)]
 pub struct Writer<F> {
     file: F,
@@ -77,8 +78,10 @@ impl<F: Write + Seek> Writer<F> {
     pub fn begin(mut file: F, metadata: &[(String, Value)], tensors: &[GgufTensor]) -> io::Result<Self> {
         let (header, offsets) = write(metadata, tensors);
         file.write_all(&header)?;
-        let slots = tensors.iter().zip(offsets).map(|(t, offset)| (t.name.clone(), (offset, t.n_bytes()))).collect();
-        Ok(Self { file, slots })
+        Ok(Self {
+            file,
+            slots: tensors.iter().zip(offsets).flat_map(|(tensor, offset)| slots(tensor, offset)).collect(),
+        })
     }
 
     /// Marks a tensor as written by an earlier run.
@@ -108,6 +111,19 @@ impl<F: Write + Seek> Writer<F> {
     pub fn finish(self) -> F {
         assert!(self.slots.is_empty(), "invariant: tensor `{:?}` was written", self.slots.keys().next());
         self.file
+    }
+}
+
+/// The names under which a tensor at `offset` is written, each with its offset and size.
+fn slots(tensor: &GgufTensor, offset: u64) -> Vec<(String, (u64, u64))> {
+    let n = if tensor.shape.len() == 3 { tensor.shape[0] } else { 0 };
+    let matrices: Option<Vec<String>> = (0..n).map(|index| matrix_name(&tensor.name, index)).collect();
+    match matrices {
+        Some(names) if n > 0 => {
+            let size = tensor.n_bytes() / n as u64;
+            names.into_iter().zip(0..).map(|(name, index)| (name, (offset + index * size, size))).collect()
+        }
+        _ => vec![(tensor.name.clone(), (offset, tensor.n_bytes()))],
     }
 }
 
@@ -146,6 +162,22 @@ mod tests {
         assert_eq!(expect_apart(places.clone()), Ok(()));
         places[0].0.1 = places[1].0.0 + 1;
         assert_eq!(expect_apart(places), Err("tensors `a` and `b` overlap".into()));
+    }
+
+    #[test]
+    fn stacks_are_written_matrix_by_matrix() {
+        let element = Element::Plain(Dtype::F32);
+        let tensors = [GgufTensor { name: "blk.0.ffn_up_exps.weight".into(), element, shape: vec![3, 2, 5] }];
+        let len = file_bytes(&[], &tensors) as usize;
+        let mut writer = Writer::begin(Cursor::new(vec![0; len]), &[], &tensors).unwrap();
+        writer.skip("blk.0.ffn_up_exps.1.weight");
+        for index in [2u8, 0] {
+            writer.write(&format!("blk.0.ffn_up_exps.{index}.weight"), &[index + 1; 40]).unwrap();
+        }
+        let file = writer.finish().into_inner();
+        let header = read(&file).unwrap();
+        let (begin, end) = header.place(&header.tensors[0], element, file.len()).unwrap();
+        assert_eq!(file[begin..end], [[1; 40], [0; 40], [3; 40]].concat());
     }
 
     #[test]

@@ -11,6 +11,7 @@ mod element;
 mod factors;
 mod header;
 mod rows;
+mod stacks;
 mod value;
 
 pub use data::{Damage, Writer, expect_apart};
@@ -19,6 +20,7 @@ pub use element::{Element, type_name};
 pub use factors::{factor_name, split_factor};
 pub use header::{Entry, GgufTensor, Header, file_bytes, is_begun, read, unread, write};
 pub use rows::Arrangement;
+pub use stacks::{matrix_name, split_matrix, stacked};
 pub use value::Value;
 
 /// The weights, in the output folder.

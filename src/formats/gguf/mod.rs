@@ -3,10 +3,14 @@
 //! Symmetric codes in groups of whole blocks are stored exactly, as Q4_0 up to 4 bits and as Q8_0 up to 8. Matrices
 //! whose rows do not consist of whole blocks keep the dtype of the source.
 
+mod experts;
 pub(super) mod file;
+
+use std::collections::BTreeSet;
 
 use serde_json::{Map, Value as Json};
 
+use self::experts::Piece;
 use super::adapter;
 use super::exporter::{Adapter, Container, Exporter, Holds, NamedBytes, OutTensor, Refusal, Source, Target, encode};
 use crate::checkpoint::{CheckpointError, TensorInfo};
@@ -51,9 +55,10 @@ fn element(linear: &LinearInfo, storage: Storage) -> Result<Option<Element>, Str
     })
 }
 
-/// The float dtype of a tensor in a file whose weights have `dtype`: vectors are f32.
-fn float(dtype: Dtype, shape: &[usize]) -> Dtype {
-    if shape.len() < 2 { Dtype::F32 } else { dtype }
+/// The float dtype of a tensor that is not compressed: vectors and routers are f32.
+fn float(source: &Source<'_>, info: &TensorInfo) -> Dtype {
+    let is_router = || family(source).is_some_and(|family| family.is_router(&info.name));
+    if info.shape.len() < 2 || is_router() { Dtype::F32 } else { info.dtype }
 }
 
 /// The GGUF name of a tensor of a linear.
@@ -81,6 +86,9 @@ fn unwritten(source: &Source<'_>) -> Option<String> {
     // The numbers of the config determine the sizes of what is written.
     match ModelConfig::of(source.checkpoint) {
         Err(error) => return Some(format!("{error:#}")),
+        Ok((config, architecture)) if let Some(reason) = experts::unloaded(&config, architecture) => {
+            return Some(reason);
+        }
         Ok((config, architecture))
             if config.block_widths().others().next().is_some()
                 && gguf_family_by_block(architecture.model_type).is_none() =>
@@ -113,6 +121,23 @@ fn unwritten(source: &Source<'_>) -> Option<String> {
     (!has_table).then(|| "its embeddings are stored only as its head, but llama.cpp requires them".into())
 }
 
+impl Gguf {
+    /// Every tensor of the output, with what it is made of.
+    fn pieces(&self, source: &Source<'_>, modules: &[(LinearInfo, Forms)]) -> Vec<Piece> {
+        let own: BTreeSet<String> = modules.iter().flat_map(|(linear, _)| linear.tensor_names()).collect();
+        let of_module = |(linear, forms): &(LinearInfo, Forms)| {
+            let own = self.tensors(linear, forms).into_iter();
+            own.map(|tensor| Piece { tensor, of: linear.module.clone(), is_compressed: true }).collect::<Vec<_>>()
+        };
+        let of_source = |info: &TensorInfo| {
+            let tensor = self.other(source, info)?;
+            Some(Piece { tensor, of: info.name.clone(), is_compressed: false })
+        };
+        let others = source.checkpoint.tensors().filter(|info| !own.contains(&info.name));
+        modules.iter().flat_map(of_module).chain(others.filter_map(of_source)).collect()
+    }
+}
+
 impl Exporter for Gguf {
     fn holds(&self) -> Holds {
         Holds::Codes
@@ -135,8 +160,12 @@ impl Exporter for Gguf {
         element(linear, forms.base?.storage?).err()
     }
 
-    fn refusal_of_all(&self, source: &Source<'_>, _: &[(LinearInfo, Forms)]) -> Option<Refusal> {
-        unwritten(source).map(Refusal::whole)
+    fn refusal_of_all(&self, source: &Source<'_>, modules: &[(LinearInfo, Forms)]) -> Option<Refusal> {
+        if let Some(reason) = unwritten(source) {
+            return Some(Refusal::whole(reason));
+        }
+        let (config, _) = ModelConfig::of(source.checkpoint).ok()?;
+        experts::refusal(self.pieces(source, modules).into_iter(), config.widths(0).num_experts)
     }
 
     fn tensors(&self, linear: &LinearInfo, forms: &Forms) -> Vec<OutTensor> {
@@ -202,7 +231,7 @@ impl Exporter for Gguf {
             shape.reverse();
         }
         let name = family.and_then(|family| family.to_gguf(&info.name)).unwrap_or_else(|| info.name.clone());
-        Some(OutTensor::plain(name, float(info.dtype, &shape), shape))
+        Some(OutTensor::plain(name, float(source, info), shape))
     }
 
     fn other_bytes(&self, source: &Source<'_>, info: &TensorInfo) -> Result<Vec<u8>, CheckpointError> {
@@ -218,7 +247,7 @@ impl Exporter for Gguf {
         if let (true, &[rows, columns]) = (is_transposed(source, info), info.shape.as_slice()) {
             values = linalg::transpose_row_major(&values, rows, columns);
         }
-        let bytes = encode(info.name.clone(), float(info.dtype, &info.shape), &values)?.bytes;
+        let bytes = encode(info.name.clone(), float(source, info), &values)?.bytes;
         let rows = info.shape.first().copied().unwrap_or(1);
         Ok(arrangement(&info.name, source).to_file(bytes, rows))
     }

@@ -12,8 +12,8 @@ pub struct Family {
     pub architecture: &'static str,
     /// The class of transformers for its models.
     pub class: &'static str,
-    /// (module of the checkpoint, module of the file), with `{}` for the number of the block; searched before the names
-    /// that all families share.
+    /// (module of the checkpoint, module of the file), with `{}` for the number of the block, and a second one for that of
+    /// an expert; searched before the names that all families share.
     pub names: &'static [(&'static str, &'static str)],
     /// A prefix of module names that early files of the family leave out.
     pub optional_prefix: Option<&'static str>,
@@ -159,6 +159,11 @@ impl Family {
         heads.map_or(Arrangement::Same, |heads| Arrangement::Interleaved { heads })
     }
 
+    /// Whether a tensor of a checkpoint scores experts.
+    pub fn is_router(&self, tensor: &str) -> bool {
+        self.to_gguf(tensor).is_some_and(|name| name.ends_with(".ffn_gate_inp.weight"))
+    }
+
     /// Whether a tensor of a checkpoint is a buffer that is left out.
     pub fn is_left_out(&self, tensor: &str) -> bool {
         ends_with_part(tensor, self.buffers)
@@ -171,10 +176,12 @@ fn ends_with_part(name: &str, parts: &[&str]) -> bool {
 
 /// `module` renamed by a table of (from, to).
 fn renamed(module: &str, mut names: impl Iterator<Item = (&'static str, &'static str)>) -> Option<String> {
-    let block = module.split('.').find(|part| part.parse::<usize>().is_ok());
-    let pattern = block.map_or(module.to_string(), |block| module.replacen(&format!(".{block}."), ".{}.", 1));
+    let is_number = |part: &str| part.parse::<usize>().is_ok();
+    let pattern = |part| if is_number(part) { "{}" } else { part };
+    let pattern = module.split('.').map(pattern).collect::<Vec<_>>().join(".");
     let (_, to) = names.find(|(from, _)| *from == pattern)?;
-    Some(to.replace("{}", block.unwrap_or_default()))
+    let numbers = module.split('.').filter(|part| is_number(part));
+    Some(numbers.fold(to.to_string(), |name, number| name.replacen("{}", number, 1)))
 }
 
 #[cfg(test)]
@@ -207,5 +214,9 @@ mod tests {
         let family = Family { transposed: &["c_fc"], buffers: &["attn.bias"], ..Family::COMMON };
         assert!(family.is_transposed("h.0.c_fc.weight") && !family.is_transposed("h.0.c_fc.bias"));
         assert!(family.is_left_out("h.0.attn.bias") && !family.is_left_out("h.0.c_attn.bias"));
+        let names = &[("l.{}.experts.{}.w1", "blk.{}.ffn_gate_exps.{}")];
+        let family = Family { names, ..Family::COMMON };
+        assert_eq!(family.to_gguf("l.1.experts.12.w1.weight").as_deref(), Some("blk.1.ffn_gate_exps.12.weight"));
+        assert_eq!(family.from_gguf("blk.1.ffn_gate_exps.12.weight").as_deref(), Some("l.1.experts.12.w1.weight"));
     }
 }

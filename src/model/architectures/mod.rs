@@ -87,9 +87,13 @@ pub fn of_gguf_architecture(name: &str) -> Vec<(&'static Architecture, &'static 
 /// Every `general.architecture` that [`of_gguf_architecture`] knows.
 pub fn gguf_architectures() -> Vec<&'static str> {
     let names = ALL.iter().filter_map(|a| Some(a.gguf.as_ref()?.architecture));
-    let mut names: Vec<&str> = names.chain([llama::GGUF_BY_BLOCK.architecture]).collect();
-    names.dedup();
-    names
+    let mut distinct = Vec::new();
+    for name in names.chain([llama::GGUF_BY_BLOCK.architecture]) {
+        if !distinct.contains(&name) {
+            distinct.push(name);
+        }
+    }
+    distinct
 }
 
 /// The GGUF name of a tensor of a linear, in any family: linears have the same name in every family that has them.
@@ -142,7 +146,9 @@ mod tests {
                 "olmo2",
                 "smollm3",
                 "gpt2",
-                "gpt_neox"
+                "gpt_neox",
+                "mixtral",
+                "qwen3_moe"
             ]
         );
     }
@@ -156,6 +162,14 @@ mod tests {
         {
             assert_eq!(gguf_name(ours).as_deref(), Some("blk.1.ffn_up.weight"));
             assert_eq!(from(model_type, "blk.1.ffn_up.weight").as_deref(), Some(ours));
+        }
+        for (model_type, ours, theirs) in [
+            ("mixtral", "model.layers.1.block_sparse_moe.experts.7.w3.weight", "blk.1.ffn_up_exps.7.weight"),
+            ("qwen3_moe", "model.layers.1.mlp.experts.7.up_proj.weight", "blk.1.ffn_up_exps.7.weight"),
+            ("qwen3_moe", "model.layers.1.mlp.gate.weight", "blk.1.ffn_gate_inp.weight"),
+        ] {
+            assert_eq!(to(model_type, ours).as_deref(), Some(theirs));
+            assert_eq!(from(model_type, theirs).as_deref(), Some(ours));
         }
         // A name that means different things in two families, and one without its prefix.
         let norm = "model.layers.3.post_attention_layernorm.weight";

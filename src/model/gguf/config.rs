@@ -26,9 +26,6 @@ fn config(description: &Description<'_>) -> Result<Map<String, Json>, String> {
     }
     let (architecture, family) = family_of(description)?;
     let key = |name: &str| format!("{}.{name}", family.architecture);
-    if description.number(&key("expert_count")).is_some_and(|n| n > 0.0) {
-        return Err("it has experts (`expert_count`), which are read from Hugging Face checkpoints only".into());
-    }
     let mut fields = of_metadata(description, family)?;
     expect_all_blocks(description, &key("block_count"))?;
     if let Some(table) = description.tensor(EMBEDDINGS) {
@@ -58,6 +55,10 @@ fn config(description: &Description<'_>) -> Result<Map<String, Json>, String> {
         // Without it, classes of these families have a window of their own.
         fields.entry("sliding_window").or_insert(Json::Null);
     }
+    if architecture.experts.is_some() {
+        // llama.cpp always does it.
+        fields.insert("norm_topk_prob".into(), true.into());
+    }
     fields.entry("hidden_act").or_insert("silu".into());
     let mut config = Map::new();
     config.insert("architectures".into(), json!([family.class]));
@@ -82,15 +83,23 @@ fn files(description: &Description<'_>, config: &Map<String, Json>) -> Result<Ma
     Ok(files)
 }
 
-/// The family that a file names. If several have one architecture, the name of the model contains the name of its
-/// family; otherwise it is the first.
+/// The family that a file names: with experts if the file has some. If several have one architecture, the name of the
+/// model contains the name of its family; otherwise it is the first.
 fn family_of(description: &Description<'_>) -> Result<(&'static Architecture, &'static Family), String> {
     let named = description
         .text("general.architecture")
         .ok_or_else(|| "its metadata name no architecture (`general.architecture`)".to_string())?;
     let names = ["general.name", "general.basename"].map(|key| description.text(key).unwrap_or_default());
     let names = names.concat().to_lowercase();
-    let families = architectures::of_gguf_architecture(&named);
+    let mut families = architectures::of_gguf_architecture(&named);
+    let experts = format!("{named}.expert_count");
+    let has_experts = description.number(&experts).is_some_and(|n| n > 0.0);
+    let is_known = !families.is_empty();
+    families.retain(|(architecture, _)| architecture.experts.is_some() == has_experts);
+    if is_known && families.is_empty() {
+        let what = if has_experts { "experts, which lrc does not read" } else { "no experts, which llama.cpp expects" };
+        return Err(format!("its architecture is `{named}`, and it has {what} (`{experts}`)"));
+    }
     let by_name = families.iter().find(|(architecture, _)| names.contains(architecture.model_type));
     by_name.or(families.first()).copied().ok_or_else(|| {
         let known = architectures::gguf_architectures().join(", ");
@@ -253,6 +262,30 @@ mod tests {
             }),
         );
         check("smollm3", &[], &[], &json!({"model_type": "smollm3", "no_rope_layer_interval": 4}));
+    }
+
+    #[test]
+    fn files_with_experts_are_mixtures() {
+        let experts = [("expert_count", Value::U32(4)), ("expert_used_count", Value::U32(2))];
+        check(
+            "llama",
+            &experts,
+            &[],
+            &json!({
+                "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 4,
+                "num_experts_per_tok": 2, "moe_intermediate_size": null, "sliding_window": null
+            }),
+        );
+        let [count, used] = experts;
+        check(
+            "qwen3moe",
+            &[count, used, ("expert_feed_forward_length", Value::U32(48))],
+            &[],
+            &json!({
+                "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "num_local_experts": 4,
+                "num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": true
+            }),
+        );
     }
 
     #[test]

@@ -39,12 +39,15 @@ const fn flag(key: &'static str, name: &'static str) -> Field {
 const ROTARY_WIDTH: &str = "rotary_width";
 
 /// Every field, in the order in which it is written.
-const FIELDS: [Field; 18] = [
+const FIELDS: [Field; 21] = [
     whole("vocab_size", "vocab_size"),
     whole("context_length", "max_position_embeddings"),
     whole("embedding_length", "hidden_size"),
     whole("block_count", "num_hidden_layers"),
     whole("feed_forward_length", "intermediate_size"),
+    whole("expert_count", "num_experts"),
+    whole("expert_used_count", "num_experts_per_tok"),
+    whole("expert_feed_forward_length", "moe_intermediate_size"),
     whole("attention.head_count", "num_attention_heads"),
     whole("attention.head_count_kv", "num_key_value_heads"),
     whole("attention.key_length", "head_dim"),
@@ -61,10 +64,25 @@ const FIELDS: [Field; 18] = [
 ];
 
 /// Keys that only some families have; their tables list them.
-const OPTIONAL: [&str; 3] = ["attention.sliding_window", "attention.layer_norm_epsilon", "use_parallel_residual"];
+const OPTIONAL: [&str; 6] = [
+    "expert_count",
+    "expert_used_count",
+    "expert_feed_forward_length",
+    "attention.sliding_window",
+    "attention.layer_norm_epsilon",
+    "use_parallel_residual",
+];
 
 /// Fields without which llama.cpp reads no model: configs have defaults for some, which need not be the file's.
-const REQUIRED: [&str; 4] = ["hidden_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps"];
+const REQUIRED: [&str; 7] = [
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "rms_norm_eps",
+    "num_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+];
 
 /// Fields that files may have for every block.
 const BY_BLOCK: [&str; 3] = ["intermediate_size", "num_attention_heads", "num_key_value_heads"];
