@@ -58,9 +58,9 @@ pub fn path(path: &Path) -> &str {
     path.to_str().unwrap()
 }
 
-/// Perplexity of a model on the first 48 windows of `seq_len` tokens of a text.
+/// Perplexity of a model on the first 96 windows of `seq_len` tokens of a text.
 pub fn perplexity(model: &str, text: &str, seq_len: &str) -> f64 {
-    let first = ["--seq-len", seq_len, "--max-windows", "48", "--json"];
+    let first = ["--seq-len", seq_len, "--max-windows", "96", "--json"];
     ok(&[&["eval", model, "--text", text], &first[..]].concat()).json()["ppl"].as_f64().unwrap()
 }
 
