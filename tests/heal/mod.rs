@@ -164,13 +164,15 @@ fn a_compression_heals_what_it_made() {
         ok(&[&heal[..], &text, metric].concat());
         assert_eq!(changed(&by_hand, &healed), Vec::<String>::new(), "{flags:?}");
     }
-    let out = at("planned");
-    let flags = [&["compress", FIXTURE, "-o", path(&out)][..], &windows, cases[2], &["--heal", "blocks"]].concat();
-    let dry = ok(&[&flags[..], &["--dry-run=full", "--json"]].concat()).json();
-    assert_eq!(dry["recipe"]["heal"], serde_json::json!(["blocks"]));
-    assert!(!out.exists() && dry["kept_in"] == format!("{}.partial", path(&out)), "{dry}");
-    ok(&flags);
-    assert!(weights(&out) == weights(&at("healed-2")), "{flags:?}");
+    for (i, flags) in [cases[0], cases[2]].iter().enumerate() {
+        let out = at(&format!("planned-{i}"));
+        let flags = [&["compress", FIXTURE, "-o", path(&out)][..], &windows, flags, &["--heal", "blocks"]].concat();
+        let dry = ok(&[&flags[..], &["--dry-run=full", "--json"]].concat()).json();
+        assert_eq!(dry["recipe"]["heal"], serde_json::json!(["blocks"]));
+        assert!(!out.exists() && dry["kept_in"] == format!("{}.partial", path(&out)), "{dry}");
+        ok(&flags);
+        assert!(weights(&out) == weights(&at(&format!("healed-{}", 2 * i))), "{flags:?}");
+    }
     let out = at("refused");
     let check = |flags: &[&str], message: &str| {
         let run = lrc(&[&["compress", FIXTURE, "-o", path(&out), "--heal", "blocks"][..], flags].concat());
