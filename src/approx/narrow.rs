@@ -10,7 +10,8 @@
 //! - [`forward`]: pivoted Cholesky of `C`. The next column is the one that lowers ε most, `(R H R)_jj / R_jj`.
 //! - [`backward`]: optimal brain surgery (Hassibi & Stork 1993; as in ZipLM, Kurtic et al. 2023, and OSSCAR, Meng et al.
 //!   2024). The column that goes is the one that raises ε least, `(Mᵀ G M)_jj / (C_SS⁻¹)_jj`.
-//! - [`by_scores`]: the order of scores that other methods define, [`leverage`] and [`wanda_sp`].
+//! - [`by_scores`]: the order of scores that other methods define, [`leverage`], [`wanda_sp`] and
+//!   [`lorap`].
 //!
 //! A run of columns that stay or go together is as easy: quotients become `tr(D_gg⁻¹ N_gg)`.
 
@@ -158,6 +159,21 @@ pub fn leverage(columns: &Columns) -> Vec<f64> {
 pub fn wanda_sp(columns: &Columns, weight: MatRef<'_, f64>) -> Vec<f64> {
     let column = |j: usize| weight.col(j).iter().map(|v| v.abs()).sum::<f64>();
     (0..weight.ncols()).map(|j| column(j) * columns.input[(j, j)].sqrt()).collect()
+}
+
+/// The norms of the rows of `|W_ij| ‖x_j‖` (m) for `weight` (n, m), transposed: what LoRAP scores of the matrices that make
+/// a channel.
+pub fn norms_of_rows(transposed: MatRef<'_, f64>, input: &Metric) -> Vec<f64> {
+    let diagonal = input.to_diagonal(transposed.nrows());
+    let squares = |i: usize| transposed.col(i).iter().zip(&diagonal).map(|(v, d)| v * v * d).sum::<f64>();
+    (0..transposed.ncols()).map(|i| squares(i).sqrt()).collect()
+}
+
+/// `‖x_j‖ ‖W_:j‖` (n) and the mean of what the other matrices of its run have, `of_makers`, one a run: products of weight and
+/// input norms over all matrices of a channel, each by its 2-norm (LoRAP: Li et al. 2024, its score of channels).
+pub fn lorap(columns: &Columns, weight: MatRef<'_, f64>, of_makers: &[f64]) -> Vec<f64> {
+    let own = |j: usize| weight.col(j).squared_norm_l2().sqrt() * columns.input[(j, j)].sqrt();
+    (0..weight.ncols()).map(|j| own(j) + of_makers[j / columns.run] / columns.run as f64).collect()
 }
 
 /// `W C_{:S} C_SS⁻¹` (m, |S|): the kept columns, refitted to take up what the others did.

@@ -11,7 +11,7 @@ use serde::Serialize;
 use super::streams::{print, print_json};
 use crate::checkpoint::{Checkpoint, Earlier, Existing, OutputFolder, hub};
 use crate::compress::DEFAULT_MEMORY_BYTES;
-use crate::compress::options::size;
+use crate::compress::size;
 use crate::device::{Device, DeviceChoice};
 use crate::error::{ExitClass, Failure};
 use crate::progress::Progress;

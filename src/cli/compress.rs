@@ -78,7 +78,8 @@ pub(super) fn run(args: &CompressArgs, quiet: bool, progress: &Bars) -> Result<(
             .hint("remove it; `--dry-run=full --restart` measures again")
             .into());
     }
-    let recipe = args.recipe.check(&args.options.values, &args.recipe.complete(&args.options.values)?)?;
+    let options = args.recipe.complete(&args.options.values)?;
+    let recipe = args.recipe.check(&args.options.values, &compress::with_any_share(&options)?)?;
     let gates = &args.gates.fail_if;
     match args.dry_run {
         None => gate::expect_fields::<CompressReport>(gates, &absent(&recipe))?,
@@ -87,6 +88,7 @@ pub(super) fn run(args: &CompressArgs, quiet: bool, progress: &Bars) -> Result<(
     let device = args.device.open()?;
     args.folder.check()?;
     let checkpoint = compress::view(args.dequantize.apply(args.model.open(progress)?)?, &recipe)?;
+    let recipe = compress::recipe_for(&options, recipe, &checkpoint)?;
     let job = Job {
         checkpoint: &checkpoint,
         model: None,

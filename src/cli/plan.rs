@@ -75,10 +75,12 @@ pub(super) fn run(args: &PlanArgs, quiet: bool, progress: &Bars) -> Result<()> {
             .hint("choose another folder, or remove it with the work of its tasks")
             .into());
     }
-    let recipe = args.recipe.check(&args.options.values, &args.recipe.complete(&args.options.values)?)?;
+    let options = args.recipe.complete(&args.options.values)?;
+    let recipe = args.recipe.check(&args.options.values, &compress::with_any_share(&options)?)?;
     let device = args.device.open()?;
     OutputFolder::check(folder, Existing::Refuse, PLAN_FILE)?;
     let checkpoint = compress::view(args.dequantize.apply(args.model.open(progress)?)?, &recipe)?;
+    let recipe = compress::recipe_for(&options, recipe, &checkpoint)?;
     expect_apart(folder, recipe.inputs().chain(checkpoint.roots()))?;
     let job =
         Job { memory_bytes: args.memory.bytes(), device, ..Job::new(&checkpoint, args.model.model(), &recipe, folder) };

@@ -4,12 +4,14 @@
 use std::path::PathBuf;
 
 use bytesize::ByteSize;
-use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde::{Deserialize, Serialize};
 
 use super::allocate::Ranks;
 use super::compensate::{Compensate, CompensateRank};
 use super::presets::Method;
 use super::scale::{DepthWeight, Sensitivity};
+use super::sizes;
+pub use super::sizes::Parameters;
 pub use super::structure::{ChannelSelection, Structures};
 use crate::formats::Format;
 use crate::heal::HealStage;
@@ -108,13 +110,18 @@ recipe_options! {
     keep: Option<f64>, "Budget" [value_name = "SHARE"],
 
     /// Size of the weight files, never exceeded (`350MiB`)
-    #[serde(serialize_with = "bytes_exactly", deserialize_with = "size_in_recipe")]
-    target_size: Option<ByteSize>, "Budget" [value_name = "SIZE", value_parser = size, conflicts_with = "keep"],
+    #[serde(serialize_with = "sizes::bytes_exactly", deserialize_with = "sizes::size_in_recipe")]
+    target_size: Option<ByteSize>, "Budget" [value_name = "SIZE", value_parser = sizes::size, conflicts_with = "keep"],
 
     /// Mean bits per weight of the targeted linears
     ///
     /// They count everything that is stored for the linears: codes, scales, factors and dense weights.
     bits: Option<f64>, "Budget" [value_name = "BITS", conflicts_with_all = ["keep", "target_size"]],
+
+    /// Parameters of the output, never exceeded (`1.1B`, `90M`)
+    ///
+    /// All of its weights count. It is the same as the `--keep` that leaves so many; codes leave all parameters.
+    params: Option<Parameters>, "Budget" [value_name = "COUNT", conflicts_with_all = ["keep", "target_size", "bits"]],
 
     /// Quantizers to choose from (`int4-g64,int8`)
     ///
@@ -319,38 +326,8 @@ recipe_options! {
     seed: Option<u64>, "Calibration" [value_name = "N", hide_short_help = true],
 
     /// Largest size of an output file (`500MB`, `2GiB`) [default: 4GB]
-    #[serde(serialize_with = "bytes_exactly", deserialize_with = "size_in_recipe")]
-    max_shard_size: Option<ByteSize>, "Output" [value_name = "SIZE", value_parser = size, hide_short_help = true],
-}
-
-/// The forms of a size.
-const SIZES: &str = "expected a size, such as 350MiB, 1.5GB, or a number of bytes";
-
-/// Parses a size.
-///
-/// # Errors
-/// It is not a number with or without a unit of bytes.
-pub(crate) fn size(text: &str) -> Result<ByteSize, String> {
-    text.parse().map_err(|_| SIZES.into())
-}
-
-/// Deserializes a size, which may be a string or a number of bytes.
-fn size_in_recipe<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<ByteSize>, D::Error> {
-    #[derive(Deserialize)]
-    #[serde(untagged, expecting = "expected a size, such as 350MiB, 1.5GB, or a number of bytes")]
-    enum Written {
-        Bytes(u64),
-        Text(String),
-    }
-    match Written::deserialize(deserializer)? {
-        Written::Bytes(bytes) => Ok(Some(ByteSize(bytes))),
-        Written::Text(text) => size(&text).map(Some).map_err(serde::de::Error::custom),
-    }
-}
-
-/// Serializes a size so that it is read back as the same number of bytes.
-fn bytes_exactly<S: Serializer>(size: &Option<ByteSize>, serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.collect_str(&format_args!("{} B", size.unwrap_or_default().as_u64()))
+    #[serde(serialize_with = "sizes::bytes_exactly", deserialize_with = "sizes::size_in_recipe")]
+    max_shard_size: Option<ByteSize>, "Output" [value_name = "SIZE", value_parser = sizes::size, hide_short_help = true],
 }
 
 /// How fused matrices are compressed.
@@ -440,8 +417,11 @@ impl RecipeOptions {
     /// ```
     #[must_use]
     pub fn or(self, other: Self) -> Self {
-        let has_budget = self.keep.is_some() || self.target_size.is_some() || self.bits.is_some();
-        let other = if has_budget { Self { keep: None, target_size: None, bits: None, ..other } } else { other };
+        let has_size = self.target_size.is_some() || self.params.is_some();
+        let other = match has_size || self.keep.is_some() || self.bits.is_some() {
+            true => Self { keep: None, target_size: None, bits: None, params: None, ..other },
+            false => other,
+        };
         self.or_each(other)
     }
 }

@@ -75,4 +75,6 @@ pub enum ChannelSelection {
     Leverage,
     /// Largest products of weight and input norms (Wanda-sp, An et al. 2024)
     WandaSp,
+    /// The same over all matrices of a channel (LoRAP, Li et al. 2024)
+    Lorap,
 }

@@ -15,6 +15,7 @@ use crate::checkpoint::{
     CONFIG_FILE, Checkpoint, CheckpointError, LeftOut, OutputFolder, SafetensorsWriter, Side, Stack, TensorSpec, cast,
     io, json, writer_bytes,
 };
+use crate::codecs::cast::Dtype;
 use crate::codecs::gguf::{self, Element, GgufTensor};
 use crate::codecs::peft;
 use crate::error::Failure;
@@ -193,8 +194,12 @@ impl<'a> Files<'a> {
 
     /// Elements and bytes of all tensors.
     pub fn n_elements_and_bytes(&self) -> (u64, u64) {
-        let size = |t: &OutTensor| (t.shape.iter().map(|&d| d as u64).product::<u64>(), t.n_bytes());
-        self.tensors.iter().map(|p| size(&p.tensor)).fold((0, 0), |sum, size| (sum.0 + size.0, sum.1 + size.1))
+        let n_elements = |Planned { tensor, origin }: &Planned| match (origin, tensor.element) {
+            (Origin::Module, Element::Plain(Dtype::I32)) => 0,
+            _ => tensor.shape.iter().map(|&d| d as u64).product(),
+        };
+        let size = |planned: &Planned| (n_elements(planned), planned.tensor.n_bytes());
+        self.tensors.iter().map(size).fold((0, 0), |sum, size| (sum.0 + size.0, sum.1 + size.1))
     }
 
     /// Bytes of the weight files, headers included.

@@ -150,6 +150,20 @@ impl NarrowUnit {
         rows.into_values().collect()
     }
 
+    /// The channel or group that each row of a maker belongs to.
+    ///
+    /// # Panics
+    /// If the linear does not belong to a block.
+    pub fn owners(&self, maker: &LinearInfo, architecture: &Architecture) -> Vec<usize> {
+        let role = maker.id.expect("invariant: linears of a unit have a role").slot.role;
+        let mut owners: Vec<usize> = (0..maker.out_features).map(|row| row / self.rows_each(role)).collect();
+        for &(slice, _) in role.slices() {
+            let rows = architecture.rows_of(slice, &self.widths).into_iter().flat_map(|rows| rows.indices());
+            rows.enumerate().for_each(|(i, row)| owners[row] = i / self.rows_each(slice));
+        }
+        owners
+    }
+
     /// Rows of a linear of this role in one channel or group.
     fn rows_each(&self, role: Role) -> usize {
         self.widths.shape(Slot { role, expert: self.expert }).0[0] / self.width()
@@ -286,6 +300,29 @@ mod tests {
 
     use super::super::architectures;
     use super::*;
+
+    /// Rows of one channel or group alone are those that it owns, in fused matrices too.
+    #[test]
+    fn owners_are_the_channels_whose_rows_stay() {
+        for fixture in ["tiny-llama", "pico/phi3", "pico/gpt_neox", "pico/mixtral"] {
+            let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(fixture);
+            let checkpoint = crate::checkpoint::Checkpoint::open(&root).unwrap();
+            let (config, architecture) = ModelConfig::of(&checkpoint).unwrap();
+            let units = units(&super::super::inventory::linears(&checkpoint), &config, architecture);
+            assert!(!units.is_empty());
+            for unit in &units {
+                for maker in &unit.makers {
+                    let owners = unit.owners(maker, architecture);
+                    assert!(owners.len() == maker.out_features && owners.iter().max() == Some(&(unit.width() - 1)));
+                    for k in [0, unit.width() - 1] {
+                        let rows = unit.rows(maker, &[k], architecture);
+                        assert!(!rows.is_empty() && rows.iter().all(|&row| owners[row] == k));
+                        assert_eq!(rows.len(), owners.iter().filter(|&&owner| owner == k).count());
+                    }
+                }
+            }
+        }
+    }
 
     /// 24 is a multiple of 2 heads and not of 5.
     #[test]

@@ -13,7 +13,8 @@ pub struct Sizes {
     pub linear_parameters_after: u64,
     /// `linear_parameters_after / linear_parameters_before`, the target of `--keep`.
     pub keep: f64,
-    /// Elements of all tensors as stored; a code counts as the parameter that it encodes.
+    /// Elements of all tensors as stored, the target of `--params`. A code counts as the parameter that it encodes; the
+    /// order of outputs in the pivot layout, of whole numbers, is none.
     pub parameters_before: u64,
     /// The same of the output.
     pub parameters_after: u64,

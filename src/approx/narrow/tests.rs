@@ -51,13 +51,15 @@ impl Case {
         self.metric().squared_norm(error.as_ref())
     }
 
-    fn all(&self, run: usize) -> [(&'static str, Narrowing); 4] {
+    fn all(&self, run: usize) -> [(&'static str, Narrowing); 5] {
         let columns = self.columns(run);
+        let of_makers: Vec<f64> = (0..self.weight.ncols() / run).map(|g| (g % 3) as f64).collect();
         [
             ("forward", forward(&columns)),
             ("backward", backward(&columns)),
             ("leverage", by_scores(&columns, &leverage(&columns))),
             ("wanda-sp", by_scores(&columns, &wanda_sp(&columns, self.weight.as_ref()))),
+            ("lorap", by_scores(&columns, &lorap(&columns, self.weight.as_ref(), &of_makers))),
         ]
     }
 }
@@ -103,7 +105,7 @@ fn greedy_orders_are_near_the_best_of_all_subsets_and_better_than_scores() {
         let columns = |set: u32| (0..n).filter(|j| set >> j & 1 == 1).collect::<Vec<_>>();
         subsets.map(|set| case.error(&columns(set))).fold(f64::INFINITY, f64::min)
     };
-    let [forward, backward, leverage, wanda_sp] = case.all(1).map(|(_, narrowing)| narrowing);
+    let [forward, backward, leverage, wanda_sp, lorap] = case.all(1).map(|(_, narrowing)| narrowing);
     // The first step of each is the best there is.
     assert!((forward.errors[1] / best(1) - 1.0).abs() < 1e-9);
     assert!((backward.errors[n - 1] / best(n as u32 - 1) - 1.0).abs() < 1e-9);
@@ -115,6 +117,19 @@ fn greedy_orders_are_near_the_best_of_all_subsets_and_better_than_scores() {
     }
     let total = |narrowing: &Narrowing| narrowing.errors.iter().sum::<f64>();
     assert!(total(&backward) < total(&leverage) && total(&backward) < total(&wanda_sp));
+    assert!(total(&backward) < total(&lorap));
+}
+
+#[test]
+fn lorap_adds_the_norms_of_all_matrices_of_a_channel() {
+    // Rows of `W` times `diag(d)^½`: (3, 4) · diag(4, 1)^½ and (0, 5).
+    let transposed = Mat::from_fn(2, 2, |j, i| [[3.0, 4.0], [0.0, 5.0]][i][j]);
+    let norms = norms_of_rows(transposed.as_ref(), &Metric::diagonal(vec![4.0, 1.0]));
+    assert!((norms[0] - 52f64.sqrt()).abs() < 1e-12 && (norms[1] - 5.0).abs() < 1e-12);
+    let weight = Mat::from_fn(2, 4, |i, j| if i == 0 { 1.0 + j as f64 } else { 0.0 });
+    let input = Metric::diagonal(vec![1.0, 4.0, 1.0, 1.0]);
+    let columns = Columns::new(weight.as_ref(), MetricPair { output: &Metric::Identity, input: &input }, 2);
+    assert_eq!(lorap(&columns, weight.as_ref(), &norms[1..].repeat(2)), [3.5, 6.5, 5.5, 6.5]);
 }
 
 #[test]

@@ -14,7 +14,8 @@ use crate::approx::metric::MetricPair;
 use crate::approx::narrow::{self, Columns, Narrowing};
 use crate::checkpoint::Checkpoint;
 use crate::linalg;
-use crate::model::inventory;
+use crate::model::ModelConfig;
+use crate::model::inventory::{self, LinearInfo};
 use crate::model::narrow::NarrowUnit;
 use crate::store::Values;
 
@@ -54,13 +55,13 @@ pub(super) fn all(measure: &Measure<'_>, units: &[NarrowUnit]) -> Result<Vec<Cur
     })
 }
 
-/// The weight of the reader, transposed (in, out).
+/// The weight of a linear, transposed (in, out).
 ///
 /// # Errors
 /// It is damaged.
-pub(super) fn transposed(checkpoint: &Checkpoint, unit: &NarrowUnit) -> Result<Mat<f64>> {
-    let (m, n) = unit.reader.shape();
-    let values = inventory::weight(checkpoint, &unit.reader)?; // (out, in)
+pub(super) fn transposed(checkpoint: &Checkpoint, linear: &LinearInfo) -> Result<Mat<f64>> {
+    let (m, n) = linear.shape();
+    let values = inventory::weight(checkpoint, linear)?; // (out, in)
     Ok(linalg::transposed_from_row_major(&values, m, n))
 }
 
@@ -74,12 +75,36 @@ pub(super) fn form(measure: &Measure<'_>, unit: &NarrowUnit) -> Result<Mat<f64>>
 }
 
 fn order(measure: &Measure<'_>, unit: &NarrowUnit) -> Result<Narrowing> {
+    let of_makers = match measure.selection {
+        ChannelSelection::Lorap => scores_of_makers(measure, unit)?,
+        _ => Vec::new(),
+    };
     with_columns(measure, unit, |columns, weight| match measure.selection {
         ChannelSelection::Backward => narrow::backward(columns),
         ChannelSelection::Forward => narrow::forward(columns),
         ChannelSelection::Leverage => narrow::by_scores(columns, &narrow::leverage(columns)),
         ChannelSelection::WandaSp => narrow::by_scores(columns, &narrow::wanda_sp(columns, weight)),
+        ChannelSelection::Lorap => narrow::by_scores(columns, &narrow::lorap(columns, weight, &of_makers)),
     })
+}
+
+/// What the matrices that make the values of each channel or group add to its score in LoRAP.
+///
+/// # Errors
+/// A weight or a statistic is damaged.
+fn scores_of_makers(measure: &Measure<'_>, unit: &NarrowUnit) -> Result<Vec<f64>> {
+    let (_, architecture) = ModelConfig::of(measure.session.checkpoint)?;
+    let mut scores = vec![0.0; unit.width()];
+    for maker in &unit.makers {
+        let weight = transposed(measure.session.checkpoint, maker)?;
+        let norms = measure.metrics.with_input(maker, &SharedInputs::new(&[maker]), |input| {
+            Ok(narrow::norms_of_rows(weight.as_ref(), input))
+        })?;
+        for (owner, norm) in unit.owners(maker, architecture).into_iter().zip(norms) {
+            scores[owner] += norm;
+        }
+    }
+    Ok(scores)
 }
 
 /// Calls `f` with the columns of the reader of a unit in the metric, and its weight (out, in).
@@ -91,7 +116,7 @@ pub(super) fn with_columns<T>(
     unit: &NarrowUnit,
     f: impl FnOnce(&Columns, MatRef<'_, f64>) -> T,
 ) -> Result<T> {
-    let transposed = transposed(measure.session.checkpoint, unit)?;
+    let transposed = transposed(measure.session.checkpoint, &unit.reader)?;
     let weight = transposed.transpose();
     let output = measure.metrics.output(&unit.reader)?;
     measure.metrics.with_input(&unit.reader, &SharedInputs::new(&[&unit.reader]), |input| {

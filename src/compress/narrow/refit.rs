@@ -48,7 +48,7 @@ pub(super) fn all(
 /// Writes the refitted reader of a unit, in the order of its family.
 fn one(checkpoint: &Checkpoint, unit: &NarrowUnit, kept: &[usize], form: &Form<'_>, path: &Path) -> Result<()> {
     let reader = &unit.reader;
-    let transposed = transposed(checkpoint, unit)?;
+    let transposed = transposed(checkpoint, &unit.reader)?;
     let columns = unit.columns(kept);
     let refitted = refit(transposed.transpose(), form(unit)?.as_ref(), &columns);
     let (shape, values) = match reader.order {

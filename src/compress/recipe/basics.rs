@@ -21,7 +21,7 @@ use crate::text::DEFAULT_FIELD;
 pub const DEFAULT_SAMPLES: usize = 64;
 
 pub(super) const BUDGET_HINT: &str = "`--keep 0.8` keeps 80 % of the parameters of the targeted linears; `--target-size 350MiB` sets the size \
-                           of the weight files; `--bits 4` sets the mean bits per weight";
+                           of the weight files; `--params 90M` sets the parameters of the output; `--bits 4` sets the mean bits per weight";
 /// The same for the difference of a fine-tune.
 pub(super) const RESIDUAL_HINT: &str = "`--target-size 50MiB` sets the size of the adapter; `--keep 0.1` keeps 10 % of the parameters of the \
                            targeted linears; `--ranks fixed:16` gives each of them a rank";

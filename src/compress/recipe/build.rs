@@ -32,6 +32,11 @@ impl Recipe {
     /// # Errors
     /// A value is out of range, or two options contradict each other.
     pub fn new(options: &RecipeOptions) -> Result<Self> {
+        if options.params.is_some() {
+            // Only the model says which share that is (`compress::recipe_for`).
+            let hint = "`--keep` is a share of the targeted parameters, whatever the model";
+            return Err(usage("`--params` is a budget of `lrc compress` and `lrc plan` alone", hint));
+        }
         let recipe = Self::compressing(&with_methods(options))?;
         if recipe.is_dense() {
             // There is nothing to heal.

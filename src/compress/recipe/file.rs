@@ -89,6 +89,8 @@ mod tests {
                 "line 1: `target-size = \"10XB\"`: expected a size, such as 350MiB",
                 "`--target-size`",
             ),
+            ("params = \"90X\"", "line 1: `params = \"90X\"`: expected a number of parameters", "`--params`"),
+            ("params = \"-1M\"", "line 1: `params = \"-1M\"`: expected a number of parameters", "`--params`"),
             ("target-size = true", "line 1: `target-size = true`: expected a size, such as 350MiB", "`--target-size`"),
             ("keep = 0.5\nkep = 1", "line 2: there is no option `kep`", "long flags"),
             ("[keep]\nx = 1", "line 1: `keep = { x = 1 }`: expected a number", "`--keep`"),

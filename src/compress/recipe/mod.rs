@@ -17,7 +17,7 @@ mod storage;
 #[cfg(test)]
 mod tests;
 
-pub use super::options::{ChannelSelection, Embeddings, FactorBits, Fused, RecipeOptions, Structures};
+pub use super::options::{ChannelSelection, Embeddings, FactorBits, Fused, Parameters, RecipeOptions, Structures};
 pub use allocation::{KnapsackSettings, RankAllocation, RankSteps, Rule};
 pub use approach::{Approach, Linears, LowRankApproach, MetricSettings, NarrowApproach, Replacement, WidthRule};
 pub use bases::{BaseSensitivity, Bases, Compensator, Factors, Quantizers};

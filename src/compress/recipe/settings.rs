@@ -312,6 +312,7 @@ impl Recipe {
             keep: if let Budget::Keep(keep) = budget { Some(keep) } else { None },
             target_size: if let Budget::Bytes(bytes) = budget { Some(ByteSize(bytes)) } else { None },
             bits: if let Budget::Bits(bits) = budget { Some(bits) } else { None },
+            params: None,
             quant: self.quant().to_vec(),
             compensate: is_quantized.then_some(self.compensate()),
             compensate_rank: factors.map(|factors| factors.rank),

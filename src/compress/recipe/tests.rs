@@ -144,6 +144,13 @@ fn flags_win_over_the_file() {
     let found = (recipe.budget(), recipe.ranks(), recipe.max_shard_bytes);
     assert_eq!(found, (Budget::Keep(0.9), Ranks::Welore, 1 << 20));
     assert!(toml::from_str::<RecipeOptions>("kep = 0.5").is_err());
+    for written in ["\"1.5K\"", "\"1.5k\"", "1500", "\"1500\""] {
+        let file: RecipeOptions = toml::from_str(&format!("params = {written}")).unwrap();
+        assert_eq!(file.params, Some(Parameters(1500)), "{written}");
+        assert_eq!(toml::from_str::<RecipeOptions>(&toml::to_string(&file).unwrap()).unwrap(), file);
+        assert!(Recipe::new(&file).unwrap_err().to_string().contains("`--params`"));
+        assert_eq!(RecipeOptions { bits: Some(3.0), ..Default::default() }.or(file).params, None);
+    }
 }
 
 #[test]
