@@ -64,60 +64,6 @@ fn target_sizes_are_met_from_below() {
     assert_eq!(report["sizes"]["keep"], 1.0);
 }
 
-/// Every structure meets a number of parameters, which is that of the tensors in its files.
-#[test]
-fn numbers_of_parameters_are_met_from_below() {
-    let folder = tempfile::tempdir().unwrap();
-    let at = |name: &str| folder.path().join(name);
-    let parameters = |folder: &Path| {
-        let checkpoint = Checkpoint::open(folder).unwrap();
-        let weights = checkpoint.own_tensors().filter(|tensor| tensor.dtype != Dtype::I32);
-        weights.map(TensorInfo::n_elements).sum::<u64>()
-    };
-    let all = parameters(FIXTURE.as_ref());
-    for (name, target, least, flags) in [
-        ("low-rank", 300_000, 0.99, &[][..]),
-        ("factors", 250_000, 0.99, &["--layout", "factors", "--ranks", "uniform"]),
-        ("embeddings", 200_000, 0.99, &["--embeddings", "factor", "--ranks", "knapsack"]),
-        ("narrow", 300_000, 0.9, &["--structure", "narrow", "--width-multiple", "8"]),
-        ("narrow-in-codes", 300_000, 0.9, &["--structure", "narrow", "--width-multiple", "8", "--quant", "int8"]),
-    ] {
-        let target_given = format!("{}K", target / 1000);
-        let report = compress(&at(name), &[&["--params", &target_given][..], flags].concat());
-        let found = report["sizes"]["parameters_after"].as_u64().unwrap();
-        assert!(found <= target && found as f64 >= least * target as f64, "{name}: {found} of {target}");
-        assert_eq!(report["sizes"]["parameters_before"], all);
-        if name != "narrow-in-codes" {
-            assert_eq!(parameters(&at(name)), found, "{name}");
-        }
-    }
-    // The same bytes as with the share that it is; a recipe file may have it.
-    std::fs::write(at("recipe.toml"), "params = \"0.3M\"\n").unwrap();
-    let report = compress(&at("file"), &["--recipe", path(&at("recipe.toml"))]);
-    let keep = report["recipe"]["keep"].as_f64().unwrap();
-    compress(&at("share"), &["--keep", &keep.to_string()]);
-    let bytes = |name: &str| std::fs::read(at(name).join("model.safetensors")).unwrap();
-    assert!(bytes("file") == bytes("low-rank") && bytes("file") == bytes("share"));
-    assert_eq!(compress(&at("whole"), &["--params", "1B"])["sizes"]["keep"], 1.0);
-
-    let refused = |flags: &[&str], expected: &str| {
-        let run = lrc(&[&["compress", FIXTURE, "-o", path(&at("out"))], flags].concat());
-        assert!(run.code == 2 && run.stderr.contains(expected), "{flags:?}: {} {}", run.code, run.stderr);
-        assert!(run.stderr.contains("hint: ") && !at("out").exists(), "{flags:?}: {}", run.stderr);
-    };
-    refused(&["--params", "1K"], "`--params 1000` cannot be reached: ");
-    refused(&["--params", "0"], "`--params` is 0");
-    refused(&["--params", "1Q"], "`--params 1Q`: expected a number of parameters");
-    refused(&["--params", "300K", "--keep", "0.5"], "`--params` cannot be combined with `--keep`");
-    refused(&["--params", "300K", "--quant", "int8"], "`--params` cannot be combined with `--quant`");
-    refused(&["--params", "300K", "--format", "dense"], "`--params` cannot be combined with `--format dense`");
-    refused(&["--params", "300K", "--ranks", "fixed:4"], "`--params` cannot be combined with `--ranks`");
-    std::fs::write(at("recipe.toml"), "params = 300000\nbits = 3\n").unwrap();
-    refused(&["--recipe", path(&at("recipe.toml"))], "`--params` cannot be combined with `--bits`");
-    let sweep = lrc(&["sweep", FIXTURE, "--text", HELD_OUT, "--recipe", path(&at("recipe.toml")), "--keep", "0.5"]);
-    assert!(sweep.code == 2 || sweep.stdout.contains("0.5"), "{}", sweep.stderr);
-}
-
 #[test]
 fn floors_and_multiples_are_kept() {
     const FLOOR: f64 = 0.9;

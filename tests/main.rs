@@ -30,6 +30,7 @@ mod model;
 mod narrow;
 mod onnx;
 mod outputs;
+mod parameters;
 mod quantize;
 mod reports;
 mod resume;

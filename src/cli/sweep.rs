@@ -99,7 +99,7 @@ impl Selection for Swept {
             }
             "bits" => repeated(flag).value_delimiter(',').help(BITS).long_help(BITS),
             "compensate_rank" => flag.hide_short_help(true),
-            "target_size" | "format" => flag.hide(true),
+            "target_size" | "params" | "format" => flag.hide(true),
             "sequential" | "anchor" | "elastic" | "max_shard_size" | "equal_bytes_baseline" | "heal" => flag.hide(true),
             "structure" | "selection" | "width_multiple" | "uniform_width" => flag.hide(true),
             _ => flag,
@@ -113,7 +113,7 @@ pub(super) fn run(args: &SweepArgs, progress: &Bars) -> Result<()> {
     let budgets = budgets(&args.options.repeated)?;
     refuse_without_effect(&args.options.values)?;
     let mut options = args.recipe.complete(&args.options.values)?;
-    options.target_size = None;
+    (options.target_size, options.params) = (None, None);
     // Under a budget of everything nothing would be decomposed.
     match budgets.iter().find(|&&budget| budget != Budget::Keep(1.0)) {
         Some(&Budget::Bits(bits)) => (options.keep, options.bits) = (None, Some(bits)),

@@ -118,7 +118,7 @@ recipe_options! {
     /// They count everything that is stored for the linears: codes, scales, factors and dense weights.
     bits: Option<f64>, "Budget" [value_name = "BITS", conflicts_with_all = ["keep", "target_size"]],
 
-    /// Parameters of the output, never exceeded (`1.1B`, `90M`)
+    /// Parameters of the output, never exceeded (`1.1B`)
     ///
     /// All of its weights count. It is the same as the `--keep` that leaves so many; codes leave all parameters.
     params: Option<Parameters>, "Budget" [value_name = "COUNT", conflicts_with_all = ["keep", "target_size", "bits"]],
@@ -320,7 +320,7 @@ recipe_options! {
     /// Tokens per window [default: 512]
     ///
     /// It is at most the model's context.
-    seq_len: Option<usize>, "Calibration" [value_name = "N"],
+    seq_len: Option<usize>, "Calibration" [value_name = "N", hide_short_help = true],
 
     /// Seed for the choice of windows [default: 0]
     seed: Option<u64>, "Calibration" [value_name = "N", hide_short_help = true],

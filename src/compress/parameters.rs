@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 
-use super::plan::Plan;
+use super::plan::all_targets;
 use super::recipe::{Parameters, Recipe, RecipeOptions};
 use crate::checkpoint::Checkpoint;
 use crate::error::Failure;
@@ -57,7 +57,7 @@ fn refused(flag: &str, hint: &str) -> anyhow::Error {
 /// The parameters that nothing targets are more than the budget, or a pattern matches nothing.
 pub fn recipe_for(options: &RecipeOptions, checked: Recipe, checkpoint: &Checkpoint) -> Result<Recipe> {
     let Some(Parameters(params)) = options.params else { return Ok(checked) };
-    let targeted: u64 = Plan::of_shapes(checkpoint, &checked)?.linears.iter().map(LinearInfo::n_parameters).sum();
+    let targeted: u64 = all_targets(checkpoint, &checked)?.iter().map(LinearInfo::n_parameters).sum();
     let all = checkpoint.n_elements();
     let others = all - targeted.min(all);
     if params <= others {

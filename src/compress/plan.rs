@@ -93,6 +93,22 @@ pub(super) fn targets(checkpoint: &Checkpoint, recipe: &Recipe) -> Result<Vec<Li
     Ok(linears)
 }
 
+/// The same, with the embedding table and the head if the recipe compresses them.
+pub(super) fn all_targets(checkpoint: &Checkpoint, recipe: &Recipe) -> Result<Vec<LinearInfo>> {
+    let mut linears = targets(checkpoint, recipe)?;
+    add_vocabulary(&mut linears, checkpoint, recipe)?;
+    Ok(linears)
+}
+
+fn add_vocabulary(linears: &mut Vec<LinearInfo>, checkpoint: &Checkpoint, recipe: &Recipe) -> Result<()> {
+    if recipe.embeddings() != Embeddings::Keep {
+        let matrices = vocabulary::matrices(checkpoint)?;
+        linears.retain(|linear| matrices.iter().all(|matrix| matrix.module != linear.module));
+        linears.extend(matrices.into_iter().filter(|matrix| !recipe.exclude.matches(&matrix.module)));
+    }
+    Ok(())
+}
+
 impl Plan {
     /// # Errors
     /// No linear matches, a pattern matches nothing, or a target cannot be compressed.
@@ -100,11 +116,7 @@ impl Plan {
         coverage::expect_whole(checkpoint)?;
         let mut linears = targets(checkpoint, recipe)?;
         check_targets(checkpoint, &linears)?;
-        if recipe.embeddings() != Embeddings::Keep {
-            let matrices = vocabulary::matrices(checkpoint)?;
-            linears.retain(|linear| matrices.iter().all(|matrix| matrix.module != linear.module));
-            linears.extend(matrices.into_iter().filter(|matrix| !recipe.exclude.matches(&matrix.module)));
-        }
+        add_vocabulary(&mut linears, checkpoint, recipe)?;
         warn_of_blocks_behind(checkpoint);
         // Blocks in order, regardless of the order of the files; stable within a block.
         linears.sort_by_key(|l| l.block);

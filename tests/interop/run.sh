@@ -5,7 +5,7 @@
 #
 # ENVIRONMENT is a folder for the virtual environment, made when it is absent. gptqmodel and llama-cpp-python are built from
 # source; where that fails, or where a package is absent, their rows say so. A MODEL may be a folder of sentence-transformers, which
-# is compressed with the text CALIBRATION too, if that is set. vLLM has an environment of its own, ENVIRONMENT-vllm, with the versions
+# is compressed with the text CALIBRATION too, if that is set. HARNESS_MODELS are pairs of a model and a text for lm-evaluation-harness. vLLM has an environment of its own, ENVIRONMENT-vllm, with the versions
 # that it wants; MLX_MODELS are models that generate in mlx-lm too; a model with random weights is run in it, and those that VLLM_MODELS names (heads 64 or 128 wide), in f32 and bf16.
 set -eu
 environment=$1
@@ -16,6 +16,7 @@ if [ ! -x "$environment/bin/python" ]; then
     python3 -m venv "$environment"
     "$environment/bin/pip" install -q torch transformers accelerate peft compressed-tensors gguf numpy safetensors sentence-transformers onnx onnxruntime 1>&2
     "$environment/bin/pip" install -q llama-cpp-python 1>&2 || echo "llama-cpp-python could not be installed" 1>&2
+    "$environment/bin/pip" install -q lm_eval 1>&2 || echo "lm_eval could not be installed" 1>&2
     "$environment/bin/pip" install -q optimum gptqmodel --no-build-isolation 1>&2 || echo "gptqmodel could not be installed" 1>&2
 fi
 # Without its dependencies: those on media need a torch that PyPI has not.
@@ -71,6 +72,9 @@ if "$environment/bin/python" "$root/benchmarks/fine_tune.py" "$root/fixtures/tin
 else
     status=1
 fi
+
+# shellcheck disable=SC2086
+"$environment/bin/python" "$here/harness.py" "$root/fixtures/tiny-llama" "$root/fixtures/text/held-out.txt" ${HARNESS_MODELS:-} || status=1
 
 # mlx-lm has an environment of its own too, ENVIRONMENT-mlx: it has no torch, and outputs have to load without it.
 if [ -x "$environment-mlx/bin/python" ] || { python3 -m venv "$environment-mlx" && "$environment-mlx/bin/pip" install -q -r "$here/mlx.txt" 1>&2; }; then
