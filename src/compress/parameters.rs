@@ -8,7 +8,7 @@ use crate::checkpoint::Checkpoint;
 use crate::error::Failure;
 use crate::model::inventory::LinearInfo;
 
-/// A share in place of the one that only the model decides: no default depends on it.
+/// A share in place of the one that only the model decides. Nothing but checks sees it.
 const ANY: f64 = 0.8;
 
 /// The options with a share in place of a number of parameters, to check the others before a model is opened.
