@@ -1,13 +1,13 @@
 """Sparse and partly binary bases beside plain codes at the same bytes, linear by linear: docs/results.md, section 26.
 
     python benchmarks/sparse_bases.py MODEL STATISTICS BLOCKS LINEARS RESULTS
-    python benchmarks/sparse_bases.py MODEL STATISTICS write FORMAT OUT
+    python benchmarks/sparse_bases.py MODEL STATISTICS write FORMAT OUT [LINEARS]
 
 MODEL is a model of the llama family in Hugging Face form, STATISTICS a file of `lrc calibrate MODEL --method kfac`; BLOCKS (`3,20`) and LINEARS
-(`q,v,gate,down`) are lists with commas; matrices that are in RESULTS (JSON) already are not measured again. `write` makes a model OUT whose linears
-have the values of one format, for `lrc eval`. Errors are `tr(G E C E^T) / tr(G W C W^T)`, with 1 % of its mean diagonal added to each form, as lrc
-does for codes. Every base goes through the same loop, and only its projection differs: scales by a search over clipped ranges, GPTQ in the order of
-falling `C_jj`, then sweeps of coordinate descent in both forms (`cd` of lrc) with refits of all scales between them.
+(`v,q,o,down`) are lists with commas; matrices that are in RESULTS (JSON) already are not measured again. `write` makes a model OUT in which these
+linears of all blocks have the values of one format, for `lrc eval`. Errors are `tr(G E C E^T) / tr(G W C W^T)`, with 1 % of its mean diagonal added
+to each form, as lrc does for codes. Every base goes through the same loop, and only its projection differs: scales by a search over clipped ranges,
+GPTQ in the order of falling `C_jj`, then sweeps of coordinate descent in both forms (`cd` of lrc) with refits of all scales between them.
 
 Bits per weight of a matrix of m rows and n columns; scales and values have 16 bits, `row` is a scale for all columns of a row:
 - `int2` to `int8`: codes, and a scale a group. `binary`: signs, and a scale a group. `ternary`: 1.6 (five in a byte), and a scale a group.
@@ -20,7 +20,10 @@ Bits per weight of a matrix of m rows and n columns; scales and values have 16 b
 - `int2-g64, 10 % int4`: the same with other codes: 10 % of channels in 4 bits with a scale a row, the others in 2 bits in groups of 64.
 - `pivots`: no codes; 16 bits for each of `r (m + n - r)` numbers, with r as many as 9 bits a weight allow.
 - `, rank r`: with r columns and rows in int8 in groups of 32 (8.5 bits), the best for `W - Q` in both forms (EoRA's form).
-Errors of plain codes at bits between two of them are log-linear in the bits.
+Errors of plain codes at bits between two of them are log-linear in the bits. The table has medians (least to largest) over matrices: relative errors,
+those of plain codes at the same bits, and their quotients, matrix by matrix: a format `wins` or `loses` if it does in all of them. The last two
+columns are the quotients if the places of entries took no more than their entropy, and those over plain codes between the codes of the format and
+the same with one bit more, all in groups of the same size.
 
 Needs numpy, torch, safetensors and a C compiler (`cc`), because coordinate descent takes a step a weight.
 """
@@ -120,12 +123,17 @@ class Linear:
         group = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate_up", "up": "gate_up"}.get(name, name)
         g, c = form(f"{block}.{name}_proj.output_gram", self.m), form(f"{block}.{group}.input_gram", self.n)
         self.g, self.c, self.roots = g.float(), c.float(), (torch.linalg.cholesky(c), torch.linalg.cholesky(g))
-        self.inverse = torch.linalg.inv(c).diag().float()  # (C^-1)_jj
+        self.inverse = torch.cholesky_inverse(self.roots[0]).diag().float()  # (C^-1)_jj
         self.order = torch.argsort(c.diag(), descending=True, stable=True)
         self.fours = torch.argsort(c.diag().view(-1, 4).sum(1), descending=True, stable=True).repeat_interleave(4) * 4
         self.fours += torch.arange(4).repeat(self.n // 4)
-        self.upper = {id(o): torch.linalg.cholesky(torch.linalg.inv(c[o][:, o]), upper=True).float() for o in (self.order, self.fours)}
+        self.upper = self.inverse_root(self.order)
         self.whole = self.squared(self.w)
+
+    def inverse_root(self, order):
+        """`U` of `C^-1 = U^T U` in this order of channels."""
+        ordered = self.roots[0][order]
+        return torch.linalg.cholesky(torch.linalg.inv(ordered @ ordered.T), upper=True).float()
 
     def squared(self, e):
         return (self.roots[0].T @ e.double() @ self.roots[1]).square().sum().item()
@@ -133,7 +141,7 @@ class Linear:
     @functools.cached_property
     def pruned(self):
         """Where SparseGPT keeps no weight: two in every four columns."""
-        order, u = self.fours, self.upper[id(self.fours)]
+        order, u = self.fours, self.inverse_root(self.fours)
         w, gone = self.w[order].contiguous(), torch.zeros_like(self.w, dtype=torch.bool)
         for j in range(0, self.n, 4):
             costs = (w[j : j + 4] / u.diag()[j : j + 4, None]).square()
@@ -240,7 +248,7 @@ class Base:
 
     def fed(self):
         at, order = self.at, self.at.order
-        w, s, kinds, u = at.w[order].contiguous(), self.s[order].contiguous(), self.kinds[order].contiguous(), at.upper[id(order)]
+        w, s, kinds, u = at.w[order].contiguous(), self.s[order].contiguous(), self.kinds[order].contiguous(), at.upper
         for j in range(0, at.n, PANEL):
             k = min(PANEL, at.n - j)
             e = torch.empty(k, at.m)
@@ -381,6 +389,15 @@ def plain(rows, bits):
     return math.exp(np.interp(bits, [b for b, _ in best], [math.log(e) for _, e in best]))
 
 
+def one_bit_more(rows, name, bits):
+    """The error of plain codes between those under a format and those with one bit more in the same groups, if it is between them."""
+    codes = name.split()[0].strip(",")
+    more = f"int{int(codes[3]) + 1}{codes[4:]}" if codes.startswith("int") else ""
+    if more not in rows or not rows[codes][0] < bits < rows[more][0]:
+        return math.nan
+    return math.exp(np.interp(bits, [rows[codes][0], rows[more][0]], [math.log(rows[codes][2]), math.log(rows[more][2])]))
+
+
 def is_plain(name):
     return name.startswith(("int", "binary", "ternary")) and " " not in name
 
@@ -396,29 +413,34 @@ def compare(blocks, linears, results):
             results.write_text(json.dumps(found))
     measured = [found[f"{block}.{name}"] for block, name in keys]
     total = sum(one["weights"] for one in measured)
-    print("| format | bits per weight | error, median (least to largest) | plain codes | over plain codes | if places took their entropy |")
-    print("|---|---:|---:|---:|---:|---:|")
+    print("| format | bits per weight | error, 10^-3 | plain codes | over plain codes | at equal bytes | places at entropy | same groups |")
+    print("|---|---:|---:|---:|---:|---|---:|---:|")
     for name in measured[0]["rows"]:
         own = [(one["rows"], *one["rows"][name]) for one in measured]
-        errors = [error for *_, error in own]
         cells = [f"{sum(one['weights'] * bits for one, (_, bits, *_) in zip(measured, own)) / total:.3f}"]
-        cells += [f"{1e3 * np.median(errors):.2f} ({1e3 * min(errors):.2f} to {1e3 * max(errors):.2f})"]
-        if is_plain(name):
-            cells += ["", "", ""]
-        else:
-            cells += [f"{1e3 * np.median([plain(rows, bits) for rows, bits, *_ in own]):.2f}"]
-            for ratios in ([e / plain(rows, b) for rows, b, _, e in own], [e / plain(rows, b) for rows, _, b, e in own]):
-                cells += [f"{np.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"]
-        print(f"| {name} | " + " | ".join(cells) + " |")
+        cells += [median([1e3 * error for *_, error in own])]
+        if not is_plain(name):
+            ratios = [error / plain(rows, bits) for rows, bits, _, error in own]
+            verdict = "wins" if max(ratios) < 1 else "loses" if min(ratios) > 1 else "both"
+            cells += [f"{1e3 * np.median([plain(rows, bits) for rows, bits, *_ in own]):.3g}", median(ratios), verdict]
+            cells += [median([error / plain(rows, least) for rows, _, least, error in own])]
+            cells += [median([error / one_bit_more(rows, name, bits) for rows, bits, _, error in own])]
+        print(f"| {name} | " + " | ".join(cells + [""] * (7 - len(cells))) + " |")
 
 
-def write(name, out):
+def median(values):
+    if any(map(math.isnan, values)):
+        return ""
+    return f"{np.median(values):.3g} ({min(values):.3g} to {max(values):.3g})"
+
+
+def write(name, out, linears="q,k,v,o,gate,up,down"):
     out, config = pathlib.Path(out), json.loads((folder / "config.json").read_text())
     shutil.copytree(folder, out, ignore=shutil.ignore_patterns("*.safetensors*"))
     tensors = {key: value for file in folder.glob("*.safetensors") for key, value in load_file(file).items()}
     bits = weights = 0
     for block in range(config["num_hidden_layers"]):
-        for slot in ("q", "k", "v", "o", "gate", "up", "down"):
+        for slot in linears.split(","):
             linear = Linear(block, slot)
             own, _, make = formats(linear)[name]
             base = make()
