@@ -40,7 +40,7 @@ impl Reader {
             (TRAIN, "text.txt"),
             ("fixtures/text/documents.jsonl", "documents.jsonl"),
             ("tests/oracles/sentencepiece.gguf", "MODEL.gguf"),
-            ("fixtures/pico/tokenizer-encoder.json", "ENCODER/tokenizer.json"),
+            ("fixtures/pico/tokenizer-wordpiece.json", "ENCODER/tokenizer.json"),
         ];
         for (from, to) in copies {
             std::fs::copy(project.join(from), at(to)).unwrap();

@@ -443,6 +443,9 @@ pub fn copy_side(
         folder.copy(&checkpoint.root().join(name), name)?;
     }
     for (name, content) in checkpoint.made_files()? {
+        if let Some(parent) = Path::new(&name).parent() {
+            folder.create_folder(parent)?;
+        }
         folder.write(&name, &content)?;
     }
     Ok(side.left_out)

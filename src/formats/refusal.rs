@@ -56,6 +56,10 @@ pub(super) fn of_linears(
         |(_, forms): &(LinearInfo, Forms)| matches!(forms.base.and_then(|base| base.storage), Some(Storage::Block(_)));
     Some(Failure::unsupported(message).hint(
         match (modules.iter().all(is_of_blocks), dividing_group(modules, &refused)) {
+            (true, _) if format == Format::Gguf => format!(
+                "`--format dense` stores the values of these blocks, and `--format factored` codes as of `--quant rtn-int4-{}`",
+                group_of_all(modules)
+            ),
             (true, _) => format!(
                 "`--format gguf` stores these blocks; codes for this format are made from weights, as by \
                      `lrc compress --quant rtn-int4-{}`",

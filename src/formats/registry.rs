@@ -89,5 +89,6 @@ impl Format {
 /// How each runtime loads an output for a model with `config`, with the auto class of that model.
 pub fn loading(exporter: &dyn Exporter, config: &Map<String, Value>, adapter: Adapter) -> String {
     let in_mlx = mlx::loading(config).filter(|_| matches!(exporter.holds(), Holds::Operators)).unwrap_or_default();
-    exporter.loading(adapter).replace("AutoModelForCausalLM", &factored::auto_class(config)) + in_mlx
+    let text = exporter.loading(adapter).replace("AutoModelForCausalLM", &factored::auto_class(config));
+    if exporter.library() == "llama.cpp" { gguf::loading(&text, config) } else { text + in_mlx }
 }

@@ -71,7 +71,7 @@ impl<'w> Decoder<'w> {
         let names = Names::of(checkpoint, architecture);
         let vocabulary = Vocabulary::of(checkpoint, config.tie_word_embeddings, architecture, &names)?;
         let sentence = match &architecture.encoder {
-            Some(_) => SentenceModules::read(checkpoint.root(), config.hidden_size)?.map(Arc::new),
+            Some(_) => SentenceModules::read(checkpoint, config.hidden_size)?.map(Arc::new),
             None => None,
         };
         Ok(Self { config, architecture, names, vocabulary, sentence, weights: Placed::on_host(checkpoint) })

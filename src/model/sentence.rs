@@ -15,11 +15,12 @@ use super::activation::Activation;
 use super::config::ModelConfig;
 use super::linear::Linear;
 use super::weights::{Placed, Weights};
-use crate::checkpoint::{Checkpoint, Fingerprint, SINGLE_FILE, read_file, sha256_file};
+use crate::checkpoint::{Beside, Checkpoint, Fingerprint, SINGLE_FILE, sha256_file};
 use crate::device::Device;
 use crate::error::Failure;
 
 const MODULES: &str = "modules.json";
+const ABSENT: &str = "there is no such file";
 const CONFIG: &str = "config.json";
 /// The file that says how embeddings are compared.
 const SETTINGS: &str = "config_sentence_transformers.json";
@@ -122,7 +123,7 @@ pub fn fingerprint(checkpoint: &Checkpoint) -> Result<Fingerprint> {
 pub fn fingerprint_of(checkpoint: &Checkpoint, is_read: &dyn Fn(&str) -> bool) -> Result<Fingerprint> {
     let mut fingerprint = checkpoint.fingerprint_of(is_read)?;
     let encoder = ModelConfig::of(checkpoint).ok().filter(|(_, architecture)| architecture.encoder.is_some());
-    let modules = encoder.and_then(|(config, _)| SentenceModules::read(checkpoint.root(), config.hidden_size).ok()?);
+    let modules = encoder.and_then(|(config, _)| SentenceModules::read(checkpoint, config.hidden_size).ok()?);
     if let Some(modules) = modules {
         fingerprint.extend(modules.fingerprint(checkpoint.root())?);
     }
@@ -135,25 +136,23 @@ impl SentenceModules {
     ///
     /// # Errors
     /// A file is invalid, names an unknown pooling, or does not fit the model.
-    pub fn read(root: &Path, hidden_size: usize) -> Result<Option<Self>> {
-        let path = root.join(MODULES);
-        if !path.is_file() {
-            return Ok(None);
-        }
-        let entries: Vec<ModuleEntry> = read_json(&path)?;
+    pub fn read(checkpoint: &Checkpoint, hidden_size: usize) -> Result<Option<Self>> {
+        let root = checkpoint.root();
+        let Some(entries) = read_json::<Vec<ModuleEntry>>(checkpoint, MODULES)? else { return Ok(None) };
         let class = |entry: &ModuleEntry| entry.class.rsplit('.').next().unwrap_or_default().to_string();
         let classes: Vec<String> = entries.iter().map(class).collect();
         if classes.len() < 2 || classes[0] != "Transformer" || classes[1] != "Pooling" {
             // A decoder is opened several times per run.
             static WARNED: Once = Once::new();
             WARNED.call_once(|| {
+                let path = checkpoint.path(MODULES);
                 tracing::warn!("`{}` does not list a transformer and a pooling first, and is ignored", path.display());
             });
             return Ok(None);
         }
-        let (max_seq_length, lowercases) = transformer_settings(root)?;
+        let (max_seq_length, lowercases) = transformer_settings(checkpoint)?;
         let pooling = Path::new(&entries[1].path).join(CONFIG);
-        let modes = pooling_modes(&root.join(&pooling), hidden_size)?;
+        let modes = pooling_modes(checkpoint, &pooling.to_string_lossy(), hidden_size)?;
         let settings = TRANSFORMER_CONFIGS.iter().chain([&SETTINGS]).map(PathBuf::from);
         let mut files = vec![PathBuf::from(MODULES), pooling];
         files.extend(settings.filter(|file| root.join(file).is_file()));
@@ -161,11 +160,10 @@ impl SentenceModules {
         let mut steps = Vec::new();
         let mut ignored = None;
         for (entry, class) in entries.iter().zip(&classes).skip(2) {
-            let folder = root.join(&entry.path);
             match class.as_str() {
                 "Normalize" => steps.push(Step::Normalize),
                 "Dropout" => {}
-                "Dense" => match dense(&folder, width)? {
+                "Dense" => match dense(checkpoint, &entry.path, width)? {
                     Ok((step, out)) => {
                         files.extend([CONFIG, SINGLE_FILE].map(|file| Path::new(&entry.path).join(file)));
                         steps.push(step);
@@ -179,7 +177,10 @@ impl SentenceModules {
                 break;
             }
         }
-        let is_by_cosine = is_by_cosine(root)?;
+        let is_by_cosine = is_by_cosine(checkpoint)?;
+        // Those made from a GGUF file are as it is.
+        let made = checkpoint.made_files().unwrap_or_default();
+        files.retain(|file| !made.keys().any(|name| Path::new(name) == file));
         Ok(Some(Self { modes, steps, max_seq_length, lowercases, is_by_cosine, files, ignored }))
     }
 
@@ -196,6 +197,15 @@ impl SentenceModules {
     pub fn warn_of_ignored(&self) {
         if let Some(module) = &self.ignored {
             tracing::warn!("a module of `{MODULES}` is not run, {module}: embeddings are compared as they enter it");
+        }
+    }
+
+    /// The only pooling, if nothing follows it that changes the direction of its vector.
+    pub fn sole_pooling(&self) -> Option<PoolingMode> {
+        let is_plain = self.ignored.is_none() && self.steps.iter().all(|step| *step == Step::Normalize);
+        match self.modes.as_slice() {
+            [mode] if is_plain => Some(*mode),
+            _ => None,
         }
     }
 
@@ -245,7 +255,8 @@ impl PoolingMode {
         (Self::LastToken, "lasttoken", "pooling_mode_lasttoken"),
     ];
 
-    fn name(self) -> &'static str {
+    /// The name in `1_Pooling/config.json`.
+    pub fn name(self) -> &'static str {
         Self::ALL.iter().find(|(mode, ..)| *mode == self).map_or("", |(_, name, _)| name)
     }
 
@@ -291,7 +302,7 @@ impl SentencePooler {
 }
 
 /// `max_seq_length` (or the tokenizer's, if the module has none) and `do_lower_case`.
-fn transformer_settings(root: &Path) -> Result<(Option<usize>, bool)> {
+fn transformer_settings(checkpoint: &Checkpoint) -> Result<(Option<usize>, bool)> {
     #[derive(Default, Deserialize)]
     struct Settings {
         max_seq_length: Option<usize>,
@@ -303,31 +314,32 @@ fn transformer_settings(root: &Path) -> Result<(Option<usize>, bool)> {
         // A huge float means no limit.
         model_max_length: Option<f64>,
     }
-    let path = TRANSFORMER_CONFIGS.iter().map(|name| root.join(name)).find(|path| path.is_file());
-    let settings: Settings = path.map(|path| read_json(&path)).transpose()?.unwrap_or_default();
+    let read = TRANSFORMER_CONFIGS.iter().map(|name| read_json::<Settings>(checkpoint, name));
+    let settings = read.filter_map(Result::transpose).next().transpose()?.unwrap_or_default();
     let mut length = settings.max_seq_length;
-    let tokenizer = root.join("tokenizer_config.json");
-    if length.is_none() && tokenizer.is_file() {
-        let limit = read_json::<TokenizerSettings>(&tokenizer)?.model_max_length;
+    if length.is_none()
+        && let Some(tokenizer) = read_json::<TokenizerSettings>(checkpoint, "tokenizer_config.json")?
+    {
+        let limit = tokenizer.model_max_length;
         length = limit.filter(|limit| (1.0..1e9).contains(limit)).map(|limit| limit as usize);
     }
     Ok((length, settings.do_lower_case))
 }
 
 /// Whether the folder's similarity is the cosine, which is the default.
-fn is_by_cosine(root: &Path) -> Result<bool> {
+fn is_by_cosine(checkpoint: &Checkpoint) -> Result<bool> {
     #[derive(Deserialize)]
     struct Settings {
         similarity_fn_name: Option<String>,
     }
-    let path = root.join(SETTINGS);
-    let name = if path.is_file() { read_json::<Settings>(&path)?.similarity_fn_name } else { None };
+    let name = read_json::<Settings>(checkpoint, SETTINGS)?.and_then(|settings| settings.similarity_fn_name);
     Ok(name.is_none_or(|name| name == "cosine"))
 }
 
 /// The modes in a pooling's config: `pooling_mode`, one name or a list, or else the flags of older files.
-fn pooling_modes(path: &Path, hidden_size: usize) -> Result<Vec<PoolingMode>> {
-    let fields: Map<String, Value> = read_json(path)?;
+fn pooling_modes(checkpoint: &Checkpoint, name: &str, hidden_size: usize) -> Result<Vec<PoolingMode>> {
+    let path = &checkpoint.path(name);
+    let fields: Map<String, Value> = read_json(checkpoint, name)?.ok_or_else(|| unusable(path, &ABSENT))?;
     let width = ["embedding_dimension", "word_embedding_dimension"].iter().find_map(|name| fields.get(*name));
     if let Some(width) = width.and_then(Value::as_u64).filter(|&width| width != hidden_size as u64) {
         let message = format!("`{}` pools states of width {width}, the model's are {hidden_size} wide", path.display());
@@ -360,7 +372,7 @@ fn unknown_mode(mode: &dyn std::fmt::Display, path: &Path) -> Failure {
 }
 
 /// A `Dense` module and its width, or why it is not supported.
-fn dense(folder: &Path, width: usize) -> Result<Result<(Step, usize), &'static str>> {
+fn dense(checkpoint: &Checkpoint, at: &str, width: usize) -> Result<Result<(Step, usize), &'static str>> {
     #[derive(Deserialize)]
     struct Config {
         in_features: usize,
@@ -376,8 +388,10 @@ fn dense(folder: &Path, width: usize) -> Result<Result<(Step, usize), &'static s
     const fn yes() -> bool {
         true
     }
+    let folder = checkpoint.root().join(at);
     let path = folder.join(CONFIG);
-    let config: Config = read_json(&path)?;
+    let name = Path::new(at).join(CONFIG);
+    let config: Config = read_json(checkpoint, &name.to_string_lossy())?.ok_or_else(|| unusable(&path, &ABSENT))?;
     if config.in_features != width {
         let message = format!("`{}` reads {} features, its input has {width}", path.display(), config.in_features);
         return Err(Failure::unsupported(message).hint("the module belongs to another model").into());
@@ -398,15 +412,19 @@ fn dense(folder: &Path, width: usize) -> Result<Result<(Step, usize), &'static s
     if !folder.join(SINGLE_FILE).is_file() {
         return Ok(Err("its weights are not in safetensors"));
     }
-    let (folder, shape) = (folder.to_path_buf(), [config.out_features, width]);
+    let shape = [config.out_features, width];
     Ok(Ok((Step::Dense { folder, shape, has_bias: config.bias, activation }, config.out_features)))
 }
 
-fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
-    let unusable = |e: &dyn std::fmt::Display| {
-        Failure::unsupported(format!("`{}` cannot be used: {e}", path.display()))
-            .hint(format!("repair the file, or remove `{MODULES}` to pool without it"))
-    };
-    let bytes = read_file(path).map_err(|e| unusable(&e))?;
-    Ok(serde_json::from_slice(&bytes).map_err(|e| unusable(&e))?)
+/// The fields of a file beside a checkpoint; `None` if there is no such file.
+fn read_json<T: DeserializeOwned>(checkpoint: &Checkpoint, name: &str) -> Result<Option<T>> {
+    let path = checkpoint.path(name);
+    let bytes = checkpoint.read(name).map_err(|e| unusable(&path, &e))?;
+    let parse = |bytes: Vec<u8>| serde_json::from_slice(&bytes).map_err(|e| unusable(&path, &e).into());
+    bytes.map(parse).transpose()
+}
+
+fn unusable(path: &Path, reason: &dyn std::fmt::Display) -> Failure {
+    Failure::unsupported(format!("`{}` cannot be used: {reason}", path.display()))
+        .hint(format!("repair the file, or remove `{MODULES}` to pool without it"))
 }

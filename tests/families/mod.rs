@@ -49,7 +49,7 @@ fn is_multimodal(family: &str) -> bool {
     MULTIMODAL.iter().any(|(name, ..)| *name == family)
 }
 
-fn is_encoder(family: &str) -> bool {
+pub fn is_encoder(family: &str) -> bool {
     architectures::find(family).is_some_and(|architecture| architecture.encoder.is_some())
 }
 

@@ -123,7 +123,8 @@ fn unknown_tokenizers_are_named_when_they_are_needed() {
     let folder = tempfile::tempdir().unwrap();
     let text = |text: &str| Value::Text(text.into());
     for (extra, expected) in [
-        (vec![("tokenizer.ggml.model", text("bert"))], "its tokenizer is of kind `bert`"),
+        (vec![("tokenizer.ggml.model", text("t5"))], "its tokenizer is of kind `t5`"),
+        (vec![("tokenizer.ggml.model", text("bert"))], "it has no token `tokenizer.ggml.bos_token_id`"),
         (vec![("tokenizer.ggml.pre", text("swirl"))], "splits texts as `swirl` does"),
         (vec![("tokenizer.ggml.merges", Value::Texts(vec!["ab".into()]))], "is not a pair"),
         (vec![("tokenizer.ggml.merges", ABSENT)], "its tokenizer has no merges"),

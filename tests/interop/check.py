@@ -32,6 +32,7 @@ parser = argparse.ArgumentParser()
 parser.add_argument("models", nargs="*", default=[str(ROOT / "fixtures/tiny-llama")])
 parser.add_argument("--tokens", type=int, default=64)
 parser.add_argument("--calibration", help="a text, with which sentence encoders are compressed too")
+parser.add_argument("--llama-cpp", action="store_true", help="of sentence encoders, the table of llama.cpp alone")
 args = parser.parse_args()
 
 
@@ -180,9 +181,18 @@ SENTENCES = [
     ("factored", ["--quant", "rtn-int8-channel"]),
     ("dense", ["--keep", "0.8"]),
 ]
+# The same in llama.cpp, where activations meet codes in 8 bits: flags (none: exported as it is) and the largest 1 - cosine.
+IN_LLAMA_CPP = [
+    (None, 1e-4),
+    (["--structure", "narrow", "--keep", "0.7"], 1e-4),
+    (["--quant", "q8_0"], 1e-3),
+    (["--quant", "q8_0", "--embeddings", "quantize"], 1e-3),
+    (["--quant", "iq4_nl"], 1e-3),
+    (["--quant", "rtn-int4-g32", *LORC], 1e-3),
+]
 
 
-def tokens(model, folder):
+def tokens(model, folder, text=ROOT / "fixtures/text/held-out.txt"):
     """How many lines of a text llama.cpp tokenises otherwise than the model's own tokenizer, from the vocabulary in the file."""
     import llama_cpp
     import tokenizers
@@ -191,7 +201,9 @@ def tokens(model, folder):
     run(ROOT / "target/release/lrc", "compress", model, "-o", out, "--format", "gguf", "--quant", "q8_0", "-q")
     theirs = llama_cpp.Llama(str(out / "model.gguf"), vocab_only=True, verbose=False)
     ours = tokenizers.Tokenizer.from_file(str(out / "tokenizer.json"))
-    lines = [line for line in (ROOT / "fixtures/text/held-out.txt").read_text().splitlines() if line]
+    ours.no_padding()
+    ours.no_truncation()
+    lines = [line for line in Path(text).read_text().splitlines() if line]
     different = sum(theirs.tokenize(line.encode()) != ours.encode(line).ids for line in lines)
     return len(lines), different
 
@@ -268,6 +280,43 @@ def sentences(model, folder):
     return failures
 
 
+def embeddings_in_llama_cpp(model, folder):
+    """Prints the table of an encoder in llama.cpp: how many rows of it failed."""
+    import llama_cpp
+
+    show("\n| format | flags | runtime | 1 - cosine with lrc, mean | largest | limit | cosine with the source, mean | |")
+    show("|---|---|---|---:|---:|---:|---:|---|")
+    _, source = sentence_transformers(model)
+    failures = 0
+    for index, (flags, limit) in enumerate(IN_LLAMA_CPP):
+        out = folder / f"gguf-{index}"
+        command = ["export", model] if flags is None else ["compress", model, *flags]
+        row = f"| gguf | {'`lrc export`' if flags is None else f'`{shown(flags)}`'} | llama.cpp |"
+        try:
+            run(ROOT / "target/release/lrc", *command, "-o", out, "--format", "gguf", "-q")
+            lora = out / "model-lora.gguf"
+            theirs = llama_cpp.Llama(
+                str(out / "model.gguf"), lora_path=str(lora) if lora.exists() else None, embedding=True, n_ctx=512, verbose=False
+            )
+            errors, cosines = [], []
+            for text, of_source in zip(TEXTS, source):
+                (folder / "ids.json").write_text(json.dumps(theirs.tokenize(text.encode())))
+                run(ROOT / "target/release/examples/logits", out, folder / "ids.json", folder / "embedding.safetensors")
+                own, found = load_file(folder / "embedding.safetensors")["embedding"], np.array(theirs.embed(text))
+                found /= np.linalg.norm(found)
+                errors.append(1 - float(own.astype(np.float64) @ found / np.linalg.norm(own)))
+                cosines.append(float(of_source @ found))
+            passed = max(errors) <= limit
+            row += f" {np.mean(errors):.1e} | {max(errors):.1e} | {limit:.0e} | {np.mean(cosines):.4f} | {'ok' if passed else '**FAILED**'} |"
+        except Exception as e:
+            passed, row = False, f"{row} | | | | **FAILED**: {str(e).splitlines()[0]} |"
+        failures += not passed
+        show(row)
+    lines, different = tokens(model, folder, args.calibration or ROOT / "fixtures/text/held-out.txt")
+    show(f"\nllama.cpp's tokens of {lines} lines of text, from the vocabulary in `model.gguf`: {different} lines differ.")
+    return failures
+
+
 def main():
     packages = ["torch", "transformers", "peft", "compressed-tensors", "gptqmodel", "optimum", "gguf", "llama-cpp-python",
                 "sentence-transformers", "onnx", "onnxruntime"]
@@ -288,7 +337,9 @@ def main():
         show(f"## {Path(model).parent.name}/{Path(model).name}\n")
         if (Path(model) / "modules.json").is_file():
             with tempfile.TemporaryDirectory() as folder:
-                failures += sentences(model, Path(folder))
+                failures += 0 if args.llama_cpp else sentences(model, Path(folder))
+                if importlib.util.find_spec("llama_cpp"):
+                    failures += embeddings_in_llama_cpp(model, Path(folder))
             show()
             continue
         show("| format | flags | runtime | largest logit error | KL | limit | |\n|---|---|---|---:|---:|---:|---|")

@@ -1,11 +1,13 @@
 """Prints the table of docs/families.md: every family of `fixtures/pico`, by lrc and by transformers.
 
-    cargo build --release --bin lrc --example logits && python tests/interop/families.py [FAMILY ...]
+    cargo build --release --bin lrc --example logits && python tests/interop/families.py [--gguf] [FAMILY ...]
+
+With `--gguf` the last column alone is made.
 
 needs what `tests/interop/run.sh` installs, and llama.cpp's `llama-perplexity`, whose path LLAMA_PERPLEXITY has: without it GGUF is
 written, and not run. Numbers are largest
-differences of a logit, over the largest logit; for GGUF, the difference of perplexities over the perplexity. The limit is 1e-4
-(GGUF: 2e-4, for llama.cpp keeps keys and values in f16).
+differences of a logit, over the largest logit; for GGUF, the difference of perplexities over the perplexity, and of encoders 1 less
+the cosine of an embedding in llama-cpp-python. The limit is 1e-4 (GGUF: 2e-4, for llama.cpp keeps keys and values in f16).
 """
 
 import json
@@ -26,6 +28,8 @@ OUT = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 1e-4
+# The text has some more: the logger of llama-perplexity is a thread that the program does not wait for, and loses its last lines.
+CHUNKS = 80
 TEXT = "once upon a time there was a little dog. it liked to run! " * 40
 COMPENSATED = ["--quant", "rtn-int8-channel", "--compensate", "lorc", "--compensate-rank", "2"]
 CALIBRATED = ["--samples", "4", "--seq-len", "24"]
@@ -99,15 +103,34 @@ def in_llama_cpp(model, work):
     runtime = os.environ.get("LLAMA_PERPLEXITY")
     if not runtime:
         raise NotRun("LLAMA_PERPLEXITY names no program")
-    report = json.loads(run(lrc, "eval", out, "--text", text, "--convention", "llamacpp", "--seq-len", "32", "--json", "-q"))
-    for _ in range(5):  # its logger writes beside the program, and at times loses the last lines of a short run
-        said = subprocess.run([runtime, "-m", out / "model.gguf", "-f", text, "-c", "32", "-b", "32"], capture_output=True, text=True)
-        found = re.search(r"Final estimate: PPL = ([0-9.]+)", said.stderr + said.stdout)
-        if found or said.returncode:
-            break
+    windows = ["--convention", "llamacpp", "--seq-len", "32", "--max-windows", CHUNKS]
+    report = json.loads(run(lrc, "eval", out, "--text", text, *windows, "--json", "-q"))
+    said = subprocess.run([runtime, "-m", out / "model.gguf", "-f", text, "-c", "32", "-b", "32"], capture_output=True, text=True)
+    found = re.search(rf"\[{CHUNKS}\]([0-9.]+)", said.stdout)
     if not found:
         raise RuntimeError(f"llama-perplexity ended with {said.returncode}: " + " | ".join(said.stderr.splitlines()[-4:]))
     return abs(float(found[1]) / report["ppl"] - 1.0)
+
+
+def encoder_in_llama_cpp(model, work):
+    """With a WordPiece vocabulary, and with modules of sentence-transformers, which take the mean."""
+    (model / "tokenizer.json").write_bytes((ROOT / "fixtures/pico/tokenizer-wordpiece.json").read_bytes())
+    names = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
+    (model / "modules.json").write_text(json.dumps([{"path": path, "type": f"models.{name}"} for path, name in names]))
+    (model / "1_Pooling").mkdir()
+    (model / "1_Pooling/config.json").write_text(json.dumps({"pooling_mode_mean_tokens": True}))
+    out, text = work / "gguf", "the dog teased a dog, and once more the dog listens!"
+    lrc = ROOT / "target/release/lrc"
+    run(lrc, "compress", model, "-o", out, "-q", "--format", "gguf", "--quant", "rtn-int8-channel", "--exclude", "*att*")
+    try:
+        import llama_cpp
+    except ImportError:
+        raise NotRun("llama-cpp-python is absent")
+    theirs = llama_cpp.Llama(str(out / "model.gguf"), embedding=True, n_ctx=64, verbose=False)
+    (work / "ids.json").write_text(json.dumps(theirs.tokenize(text.encode())))
+    run(ROOT / "target/release/examples/logits", out, work / "ids.json", work / "embedding.safetensors")
+    own, found = load_file(work / "embedding.safetensors")["embedding"], np.array(theirs.embed(text))
+    return 1.0 - float(own @ found / np.linalg.norm(own) / np.linalg.norm(found))
 
 
 def cell(make, limit=LIMIT):
@@ -126,10 +149,12 @@ def cell(make, limit=LIMIT):
 
 
 def main():
+    arguments = sys.argv[1:]
+    only_gguf = "--gguf" in arguments
     names = ["family", "parity", "compressed with `--keep 0.8`, evaluated"] + [name for name, _, _ in COLUMNS] + ["gguf"]
     print("| " + " | ".join(names) + " |\n|---" + "|---:" * (len(names) - 1) + "|", file=OUT)
     passed = True
-    families = sys.argv[1:] or sorted(p.parent.name for p in (ROOT / "fixtures/pico").glob("*/expected.json"))
+    families = [name for name in arguments if name != "--gguf"] or sorted(p.parent.name for p in (ROOT / "fixtures/pico").glob("*/expected.json"))
     for family in families:
         source = ROOT / "fixtures/pico" / family
         expected = json.loads((source / "expected.json").read_text())
@@ -163,16 +188,18 @@ def main():
                 run(ROOT / "target/release/lrc", "compress", model, "-o", out, "--format", form, "-q", *flags, *left, *calibration)
                 return apart(ours(out, ids, work), theirs(out, form, ids))
 
-            cells = [cell(parity)]
+            cells = [("", True)] * 2 if only_gguf else [cell(parity)]
             try:
-                cells.append((evaluated(), True))
+                cells += [] if only_gguf else [(evaluated(), True)]
             except Exception as e:
                 print(e, file=sys.stderr)
                 cells.append(("**failed**", False))
             nothing_fused = family not in ("gpt2", "gpt_neox", "phi3")
             for name, form, flags in COLUMNS:
-                cells.append(("", True) if name == "split" and nothing_fused else cell(lambda: written(name, form, flags)))
-            cells.append(cell(lambda: in_llama_cpp(model, work), 2e-4))
+                is_empty = only_gguf or name == "split" and nothing_fused
+                cells.append(("", True) if is_empty else cell(lambda: written(name, form, flags)))
+            in_runtime = encoder_in_llama_cpp if is_encoder else in_llama_cpp
+            cells.append(cell(lambda: in_runtime(model, work), 2e-4))
         print(f"| {family} | " + " | ".join(text for text, _ in cells) + " |", file=OUT, flush=True)
         passed = passed and all(ok for _, ok in cells)
     raise SystemExit(0 if passed else 1)

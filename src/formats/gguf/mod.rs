@@ -3,6 +3,7 @@
 //! Symmetric codes in groups of whole blocks are stored exactly, as Q4_0 up to 4 bits and as Q8_0 up to 8. Matrices
 //! whose rows do not consist of whole blocks keep the dtype of the source.
 
+mod encoder;
 mod experts;
 pub(super) mod file;
 
@@ -55,10 +56,10 @@ fn element(linear: &LinearInfo, storage: Storage) -> Result<Option<Element>, Str
     })
 }
 
-/// The float dtype of a tensor that is not compressed: vectors and routers are f32.
+/// The float dtype of a tensor that is not compressed: vectors, and what the table of the family lists, are f32.
 fn float(source: &Source<'_>, info: &TensorInfo) -> Dtype {
-    let is_router = || family(source).is_some_and(|family| family.is_router(&info.name));
-    if info.shape.len() < 2 || is_router() { Dtype::F32 } else { info.dtype }
+    let is_in_f32 = || family(source).is_some_and(|family| family.is_in_f32(&info.name));
+    if info.shape.len() < 2 || is_in_f32() { Dtype::F32 } else { info.dtype }
 }
 
 /// The GGUF name of a tensor of a linear.
@@ -87,6 +88,9 @@ fn unwritten(source: &Source<'_>) -> Option<String> {
     match ModelConfig::of(source.checkpoint) {
         Err(error) => return Some(format!("{error:#}")),
         Ok((config, architecture)) if let Some(reason) = experts::unloaded(&config, architecture) => {
+            return Some(reason);
+        }
+        Ok((config, architecture)) if let Some(reason) = encoder::misread(source, &config, architecture) => {
             return Some(reason);
         }
         Ok((config, architecture))
@@ -147,15 +151,18 @@ impl Exporter for Gguf {
         true
     }
 
-    fn refusal(&self, _: &Source<'_>, linear: &LinearInfo, forms: &Forms) -> Option<String> {
+    fn refusal(&self, source: &Source<'_>, linear: &LinearInfo, forms: &Forms) -> Option<String> {
         if let Some(reason) = adapter::refusal(forms) {
             return Some(reason);
         }
         if linear.vocabulary.is_some() && forms.over.is_some() {
             return Some("adapters of llama.cpp have no factors for it".into());
         }
-        if architectures::gguf_name(&linear.weight_name()).is_none() {
+        if family(source).is_none() {
             return Some("lrc has no table of GGUF names for its family".into());
+        }
+        if architectures::gguf_name(&linear.weight_name()).is_none() {
+            return Some("it has no name in GGUF".into());
         }
         element(linear, forms.base?.storage?).err()
     }
@@ -268,9 +275,10 @@ impl Exporter for Gguf {
             // 0 means a scale of exactly 1 at every rank; an alpha would be right for one rank only.
             ("adapter.lora.alpha".into(), Value::F32(0.0)),
         ];
-        let common = source.config.get("model_type").and_then(Json::as_str).and_then(architectures::find);
-        let common = common.map_or_else(|| source.config.clone(), |a| a.in_common_words(&source.config));
+        let architecture = source.config.get("model_type").and_then(Json::as_str).and_then(architectures::find);
+        let common = architecture.map_or_else(|| source.config.clone(), |a| a.in_common_words(&source.config));
         let mut model = to_metadata(&common, family);
+        model.extend(architecture.map(|a| encoder::metadata(source, a, family)).unwrap_or_default());
         model.extend(vocabulary::to_metadata(source.checkpoint, &source.config, family));
         Container::Gguf { model, adapter }
     }
@@ -293,6 +301,16 @@ impl Exporter for Gguf {
     fn library(&self) -> &'static str {
         "llama.cpp"
     }
+}
+
+/// How to run a model with this config, from what is written for language models: encoders have a program of their own,
+/// and are evaluated against their source.
+pub(super) fn loading(text: &str, config: &Map<String, Json>) -> String {
+    let architecture = config.get("model_type").and_then(Json::as_str).and_then(architectures::find);
+    if architecture.is_none_or(|architecture| architecture.encoder.is_none()) {
+        return text.into();
+    }
+    text.replace("llama-cli", "llama-embedding").replace("--text FILE`", "--text FILE --reference SOURCE`")
 }
 
 /// Whether a tensor of the source is stored as (in, out); codes never are.

@@ -36,5 +36,6 @@ pub(super) const DISTILBERT: Architecture = Architecture {
         ("n_heads", "num_attention_heads"),
         ("activation", "hidden_act"),
     ],
+    gguf: None,
     ..BERT
 };

@@ -27,8 +27,14 @@ pub struct Family {
     pub transposed: &'static [&'static str],
     /// Last parts of the names of buffers that checkpoints may have and GGUF files do not.
     pub buffers: &'static [&'static str],
+    /// Modules that checkpoints may have and llama.cpp has no use for; files do not have them.
+    pub unused: &'static [&'static str],
+    /// Modules of files, besides routers, whose values have 32 bits whatever the dtype of the model.
+    pub in_f32: &'static [&'static str],
     /// Keys of metadata, below the architecture, that not every family has.
     pub metadata: &'static [&'static str],
+    /// Keys of metadata, below the architecture, that every other family has.
+    pub without: &'static [&'static str],
     /// `tokenizer.ggml.pre` of its byte-level tokenizer, unless the tokenizer file decides it.
     pub pre_tokenizer: Option<&'static str>,
     /// The order in which the tokens of a SentencePiece vocabulary are merged.
@@ -85,7 +91,10 @@ impl Family {
         has_whole_norms: false,
         transposed: &[],
         buffers: &[],
+        unused: &[],
+        in_f32: &[],
         metadata: &[],
+        without: &[],
         pre_tokenizer: None,
         merge_order: MergeOrder::Scores,
         scores: None,
@@ -112,6 +121,12 @@ impl Family {
     /// The GGUF name of a tensor of a checkpoint.
     pub fn to_gguf(&self, tensor: &str) -> Option<String> {
         let (module, suffix) = tensor.rsplit_once('.')?;
+        // Norms in files converted from TensorFlow.
+        let suffix = match suffix {
+            "gamma" => "weight",
+            "beta" => "bias",
+            other => other,
+        };
         let names = || self.names.iter().chain(COMMON_NAMES).copied();
         let with_prefix = || renamed(&format!("{}{module}", self.optional_prefix?), names());
         let whole = renamed(module, names()).or_else(with_prefix)?;
@@ -159,19 +174,24 @@ impl Family {
         heads.map_or(Arrangement::Same, |heads| Arrangement::Interleaved { heads })
     }
 
-    /// Whether a tensor of a checkpoint scores experts.
-    pub fn is_router(&self, tensor: &str) -> bool {
-        self.to_gguf(tensor).is_some_and(|name| name.ends_with(".ffn_gate_inp.weight"))
+    /// Whether files have the values of a tensor of a checkpoint in 32 bits: routers, and what the table lists.
+    pub fn is_in_f32(&self, tensor: &str) -> bool {
+        let Some(name) = self.to_gguf(tensor) else { return false };
+        let module = name.strip_suffix(".weight");
+        module.is_some_and(|module| module.ends_with(".ffn_gate_inp") || self.in_f32.contains(&module))
     }
 
-    /// Whether a tensor of a checkpoint is a buffer that is left out.
+    /// Whether a tensor of a checkpoint is left out: a buffer, or part of an unused module.
     pub fn is_left_out(&self, tensor: &str) -> bool {
-        ends_with_part(tensor, self.buffers)
+        let own = self.optional_prefix.and_then(|prefix| tensor.strip_prefix(prefix)).unwrap_or(tensor);
+        let is_of = |module: &&str| own.strip_prefix(module).is_some_and(|rest| rest.starts_with('.'));
+        ends_with_part(tensor, self.buffers) || self.unused.iter().any(is_of)
     }
 }
 
 fn ends_with_part(name: &str, parts: &[&str]) -> bool {
-    parts.iter().any(|part| name.strip_suffix(part).is_some_and(|before| before.ends_with('.')))
+    let is_whole = |before: &str| before.is_empty() || before.ends_with('.');
+    parts.iter().any(|part| name.strip_suffix(part).is_some_and(is_whole))
 }
 
 /// `module` renamed by a table of (from, to).
@@ -211,9 +231,17 @@ mod tests {
         for name in ["t.h.2.c.bias", "h.2.c.bias"] {
             assert_eq!(family.to_gguf(name).as_deref(), Some("blk.2.ffn_up.bias"));
         }
-        let family = Family { transposed: &["c_fc"], buffers: &["attn.bias"], ..Family::COMMON };
+        let family =
+            Family { transposed: &["c_fc"], buffers: &["attn.bias"], optional_prefix: Some("t."), ..Family::COMMON };
         assert!(family.is_transposed("h.0.c_fc.weight") && !family.is_transposed("h.0.c_fc.bias"));
         assert!(family.is_left_out("h.0.attn.bias") && !family.is_left_out("h.0.c_attn.bias"));
+        let family = Family { unused: &["cls.head"], buffers: &["ids"], ..family };
+        assert!(["t.cls.head.bias", "cls.head.a.weight", "ids", "t.ids"].iter().all(|name| family.is_left_out(name)));
+        assert!(["cls.header.bias", "u.cls.head.bias", "kids"].iter().all(|name| !family.is_left_out(name)));
+        let names = &[("n", "norm"), ("p", "position_embd")];
+        let family = Family { names, in_f32: &["position_embd"], ..Family::COMMON };
+        assert_eq!(["n.gamma", "n.beta"].map(|name| family.to_gguf(name).unwrap()), ["norm.weight", "norm.bias"]);
+        assert!(family.is_in_f32("p.weight") && !family.is_in_f32("n.weight"));
         let names = &[("l.{}.experts.{}.w1", "blk.{}.ffn_gate_exps.{}")];
         let family = Family { names, ..Family::COMMON };
         assert_eq!(family.to_gguf("l.1.experts.12.w1.weight").as_deref(), Some("blk.1.ffn_gate_exps.12.weight"));

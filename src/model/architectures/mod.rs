@@ -148,7 +148,8 @@ mod tests {
                 "gpt2",
                 "gpt_neox",
                 "mixtral",
-                "qwen3_moe"
+                "qwen3_moe",
+                "bert"
             ]
         );
     }

@@ -18,5 +18,6 @@ pub(super) const ROBERTA: Architecture = Architecture {
         },
         ..ENCODER
     }),
+    gguf: None,
     ..BERT
 };

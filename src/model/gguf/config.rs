@@ -6,7 +6,7 @@ use super::super::architectures::gguf::Family;
 use super::super::architectures::table::{Architecture, Sliding};
 use super::super::architectures::{self, of_gguf};
 use super::fields::{in_own_words, of_metadata, shortest, take_rotated};
-use super::{rope, special, tokenizer};
+use super::{pooling, rope, special, tokenizer};
 use crate::checkpoint::{MadeFiles, OfGguf};
 use crate::codecs::cast::Dtype;
 use crate::codecs::gguf::{Description, Element};
@@ -18,6 +18,8 @@ pub const OF_GGUF: OfGguf = OfGguf { tensor: of_gguf, config, files };
 const EMBEDDINGS: &str = "token_embd.weight";
 /// The head; files without it use the embeddings.
 const HEAD: &str = "output.weight";
+/// The table of token types of an encoder.
+const TOKEN_TYPES: &str = "token_types.weight";
 
 /// The config in the words of transformers.
 fn config(description: &Description<'_>) -> Result<Map<String, Json>, String> {
@@ -30,6 +32,9 @@ fn config(description: &Description<'_>) -> Result<Map<String, Json>, String> {
     expect_all_blocks(description, &key("block_count"))?;
     if let Some(table) = description.tensor(EMBEDDINGS) {
         fields.insert("vocab_size".into(), table.shape.first().copied().unwrap_or_default().into());
+    }
+    if architecture.encoder.is_some() {
+        encoder(description, &key("attention.causal"), &mut fields)?;
     }
     widths(&mut fields);
     let rotated = take_rotated(&mut fields);
@@ -72,8 +77,11 @@ fn config(description: &Description<'_>) -> Result<Map<String, Json>, String> {
 
 /// The files beside weights and config.
 fn files(description: &Description<'_>, config: &Map<String, Json>) -> Result<MadeFiles, String> {
-    let (_, family) = family_of(description)?;
+    let (architecture, family) = family_of(description)?;
     let mut files = MadeFiles::new();
+    if architecture.encoder.is_some() {
+        files.extend(pooling::files(description, family)?);
+    }
     let text = |json: &Json| serde_json::to_vec_pretty(json).map_err(|e| e.to_string());
     if let Some(tokenizer) = tokenizer::of_metadata(description, family)? {
         files.insert("tokenizer.json".into(), serde_json::to_vec(&tokenizer).map_err(|e| e.to_string())?);
@@ -117,6 +125,17 @@ fn expect_all_blocks(description: &Description<'_>, key: &str) -> Result<(), Str
         }
         _ => Ok(()),
     }
+}
+
+/// Adds the number of token types, and refuses a file whose tokens do not see each other.
+fn encoder(description: &Description<'_>, causal: &str, fields: &mut Map<String, Json>) -> Result<(), String> {
+    if description.flag(causal) != Some(false) {
+        return Err(format!("`{causal}` is not false, and lrc runs models of this architecture as encoders"));
+    }
+    if let Some(types) = description.tensor(TOKEN_TYPES) {
+        fields.insert("type_vocab_size".into(), types.shape.first().copied().unwrap_or_default().into());
+    }
+    Ok(())
 }
 
 /// Adds the width of a head and the number of heads of keys, which files leave out where they follow from others.

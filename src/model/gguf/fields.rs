@@ -89,7 +89,8 @@ const BY_BLOCK: [&str; 3] = ["intermediate_size", "num_attention_heads", "num_ke
 
 /// Whether files of a family have a field.
 fn has(family: &Family, field: &Field) -> bool {
-    !OPTIONAL.contains(&field.key) || family.metadata.contains(&field.key)
+    let is_asked = !OPTIONAL.contains(&field.key) || family.metadata.contains(&field.key);
+    is_asked && !family.without.contains(&field.key)
 }
 
 /// Hyperparameters under their GGUF names, from a config with common names.

@@ -2,20 +2,40 @@
 
 use serde_json::{Map, Value as Json, json};
 
-use super::vocabulary::{TOKENS, is_sentencepiece};
+use super::tokens::{SENTENCEPIECE, TOKENS, WORDPIECE};
 use crate::codecs::gguf::Description;
 
-/// Special tokens: the key of their id in a file, their names in configs and settings, and the id that
-/// SentencePiece models have without it.
-const SPECIAL: [(&str, &str, Option<u64>); 4] =
-    [("bos", "bos", Some(1)), ("eos", "eos", Some(2)), ("unknown", "unk", Some(0)), ("padding", "pad", None)];
+/// A special token.
+struct Special {
+    /// The key of its id in a file.
+    key: &'static str,
+    /// Its name in configs and settings.
+    name: &'static str,
+    /// The id that SentencePiece models and WordPiece models have without it.
+    defaults: [Option<u64>; 2],
+}
+
+const SPECIAL: [Special; 6] = [
+    Special { key: "bos", name: "bos", defaults: [Some(1), Some(101)] },
+    Special { key: "eos", name: "eos", defaults: [Some(2), Some(102)] },
+    Special { key: "unknown", name: "unk", defaults: [Some(0), Some(100)] },
+    Special { key: "padding", name: "pad", defaults: [None, Some(0)] },
+    Special { key: "seperator", name: "sep", defaults: [None, Some(102)] },
+    Special { key: "mask", name: "mask", defaults: [None, Some(103)] },
+];
+
+/// The special tokens whose ids are in `config.json`.
+const IN_CONFIG: [&str; 3] = ["bos", "eos", "pad"];
 
 /// The id of a special token; `None` if the file has none, or it is beyond the vocabulary.
 pub(super) fn id(description: &Description<'_>, name: &str) -> Option<u64> {
-    let (_, _, default) = SPECIAL.iter().find(|(theirs, ..)| *theirs == name)?;
+    let special = SPECIAL.iter().find(|special| special.key == name)?;
     let n_tokens = description.length(TOKENS)?;
-    let given = description.count(&format!("tokenizer.ggml.{name}_token_id")).filter(|&id| id < n_tokens);
-    given.or(default.filter(|_| is_sentencepiece(description)))
+    let given = description.count(&format!("tokenizer.ggml.{name}_token_id"));
+    let kind = description.text("tokenizer.ggml.model");
+    let kinds = [SENTENCEPIECE, WORDPIECE].into_iter().zip(special.defaults);
+    let default = kinds.into_iter().find(|(own, _)| kind.as_deref() == Some(*own)).and_then(|(_, default)| default);
+    given.filter(|&id| id < n_tokens).or(default)
 }
 
 /// The ids of special tokens in `config.json`; null where a class would have its own.
@@ -33,18 +53,18 @@ pub(super) fn ids(description: &Description<'_>) -> Result<Map<String, Json>, St
             None => return Err(format!("`{key}` is not the id of a token")),
         }
     }
-    let named = |(theirs, ours, _): &(&str, &str, _)| (format!("{ours}_token_id"), json!(id(description, theirs)));
-    Ok(SPECIAL.iter().filter(|(_, ours, _)| *ours != "unk").map(named).collect())
+    let named = |special: &Special| (format!("{}_token_id", special.name), json!(id(description, special.key)));
+    Ok(SPECIAL.iter().filter(|special| IN_CONFIG.contains(&special.name)).map(named).collect())
 }
 
 /// `tokenizer_config.json`.
 pub(super) fn tokenizer_config(description: &Description<'_>, config: &Map<String, Json>) -> Json {
     let tokens = description.texts(TOKENS).unwrap_or_default();
     let mut settings = json!({"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": false});
-    for (theirs, ours, _) in SPECIAL {
-        let text = id(description, theirs).and_then(|id| tokens.get(usize::try_from(id).ok()?));
+    for Special { key, name, .. } in SPECIAL {
+        let text = id(description, key).and_then(|id| tokens.get(usize::try_from(id).ok()?));
         if let Some(text) = text {
-            settings[format!("{ours}_token")] = text.as_str().into();
+            settings[format!("{name}_token")] = text.as_str().into();
         }
     }
     if let Some(context) = config.get("max_position_embeddings").or(config.get("n_positions")) {

@@ -5,11 +5,11 @@ use std::collections::HashMap;
 use serde_json::{Map, Value as Json, json};
 
 use super::super::architectures::gguf::{Family, MergeOrder};
-use super::special;
 use super::splits::{self, SplitSteps, UNNAMED};
-use super::vocabulary::{
-    BYTE, BYTE_LEVEL, CONTROL, NORMAL, SENTENCEPIECE, TOKENS, UNKNOWN, UNUSED, USER_DEFINED, WITHOUT,
+use super::tokens::{
+    BYTE, BYTE_LEVEL, CONTROL, NORMAL, SENTENCEPIECE, TOKENS, UNKNOWN, UNUSED, USER_DEFINED, WITHOUT, WORDPIECE,
 };
+use super::{special, wordpiece};
 use crate::codecs::gguf::Description;
 
 /// The space of SentencePiece.
@@ -29,8 +29,10 @@ pub(super) fn of_metadata(description: &Description<'_>, family: &Family) -> Res
     match kind.as_str() {
         BYTE_LEVEL => byte_level(description, &tokens, family).map(Some),
         SENTENCEPIECE => sentencepiece(description, &tokens, family).map(Some),
+        WORDPIECE => of_pieces(description, &tokens).map(Some),
         other => Err(format!(
-            "its tokenizer is of kind `{other}` (`tokenizer.ggml.model`), and lrc reads `{BYTE_LEVEL}` and `{SENTENCEPIECE}`"
+            "its tokenizer is of kind `{other}` (`tokenizer.ggml.model`), and lrc reads `{BYTE_LEVEL}`, `{SENTENCEPIECE}` and \
+             `{WORDPIECE}`"
         )),
     }
 }
@@ -175,6 +177,33 @@ fn sentencepiece(description: &Description<'_>, tokens: &Tokens, family: &Family
             "ignore_merges": false, "vocab": tokens.vocabulary()?, "merges": merges(&tokens, &scores)
         }
     }))
+}
+
+/// WordPiece.
+fn of_pieces(description: &Description<'_>, tokens: &Tokens) -> Result<Json, String> {
+    let respelled = |(_, text, kind): (usize, &str, i32)| (wordpiece::of_file(text, kind), kind);
+    let (texts, types): (Vec<String>, Vec<i32>) = tokens.iter().map(respelled).unzip();
+    let tokens = Tokens { texts, types };
+    let special = |name: &str| {
+        let id = special::id(description, name);
+        let text = id.and_then(|id| tokens.texts.get(usize::try_from(id).ok()?));
+        text.zip(id).ok_or_else(|| format!("it has no token `tokenizer.ggml.{name}_token_id`"))
+    };
+    let (first, last) = (special("bos")?, special("seperator")?);
+    let normalizer = ["lowercase", "strip_accents"].map(|name| format!("tokenizer.ggml.normalizer.{name}"));
+    let mut tokenizer = wordpiece::parts(
+        normalizer.map(|key| description.flag(&key)),
+        [first, last].map(|(text, id)| (text.as_str(), id)),
+    );
+    for (name, value) in [("version", json!("1.0")), ("truncation", Json::Null), ("padding", Json::Null)] {
+        tokenizer[name] = value;
+    }
+    tokenizer["added_tokens"] = tokens.added();
+    tokenizer["model"] = json!({
+        "type": wordpiece::TYPE, "unk_token": special("unknown")?.0, "continuing_subword_prefix": "##",
+        "max_input_chars_per_word": 100, "vocab": tokens.vocabulary()?
+    });
+    Ok(tokenizer)
 }
 
 /// The pairs that tokens are merged from, best first: by score, or by id if there are no scores.
