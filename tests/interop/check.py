@@ -185,10 +185,10 @@ SENTENCES = [
 IN_LLAMA_CPP = [
     (None, 1e-4),
     (["--structure", "narrow", "--keep", "0.7"], 1e-4),
-    (["--quant", "q8_0"], 1e-3),
-    (["--quant", "q8_0", "--embeddings", "quantize"], 1e-3),
-    (["--quant", "iq4_nl"], 1e-3),
-    (["--quant", "rtn-int4-g32", *LORC], 1e-3),
+    (["--quant", "q8_0"], 3e-3),
+    (["--quant", "q8_0", "--embeddings", "quantize"], 3e-3),
+    (["--quant", "iq4_nl"], 3e-3),
+    (["--quant", "rtn-int4-g32", *LORC], 3e-3),
 ]
 
 
