@@ -1,12 +1,14 @@
-"""Structures of published methods at equal parameters, by their errors in the metric of the loss and by the model that they make.
+r"""Structures of published methods at equal parameters, by their errors in the metric of the loss and by the model that they make.
 
-    python benchmarks/seeds.py MODEL STATISTICS TEXT WORK LRC [--keep 0.8] [--seq-len 512] [--windows 32] [--step 1] [STRUCTURE...]
+    python benchmarks/seeds.py MODEL STATISTICS TEXT WORK LRC [--keep 0.8] [--seq-len 512] [--windows 32] [--step 1] \
+        [--roles q,k,v,o,gate,up,down] [STRUCTURE...]
 
 MODEL is a model of the llama family in Hugging Face form, STATISTICS a file of `lrc calibrate MODEL --method kfac`. Every matrix keeps the same
 share of its parameters, so that structures are compared and no allocation. Each structure (all of them, or those named by their key in STRUCTURES)
 is fitted with `tr(G E C E^T)`, both forms damped by 1 % of their mean diagonal; then a checkpoint with its values in place of all matrices of the
-blocks is scored by `lrc eval` on the first windows of TEXT. With --step N only every N-th block is fitted, and nothing is scored. Figures are kept in
-WORK, a file for each structure, and the table has all that lie there. Parts are counted as their papers store them; indices count 16 bits.
+blocks is scored by `lrc eval` on the first windows of TEXT. With --step N only every N-th block is fitted, with --roles some of its matrices, and
+nothing is scored. Figures are kept in WORK, a file for each structure, and the table has all that lie there. Parts are counted as their papers store
+them; indices count 16 bits.
 
 Needs numpy, torch, scipy and safetensors.
 """
@@ -28,6 +30,7 @@ for name in ("model", "statistics", "text", "work", "lrc"):
     parser.add_argument(name, type=pathlib.Path)
 for name, default in (("--keep", 0.8), ("--seq-len", 512), ("--windows", 32), ("--step", 1)):
     parser.add_argument(name, type=type(default), default=default)
+parser.add_argument("--roles", default="q,k,v,o,gate,up,down")
 parser.add_argument("structures", nargs="*")
 options = parser.parse_args()
 statistics = safe_open(options.statistics, "pt")
@@ -372,7 +375,7 @@ STRUCTURES = {
 def fitted(key):
     """Values of all matrices by their names in the checkpoint, and errors by block and role."""
     fit, tensors, errors = STRUCTURES[key][1], {}, {}
-    for role in SITES:
+    for role in options.roles.split(","):
         xs = [matrix(block, role) for block in blocks] if key in OF_ROLE else (matrix(block, role) for block in blocks)
         approximations = fit(xs) if key in OF_ROLE else None
         for at, (block, x) in enumerate(zip(blocks, xs)):
@@ -415,7 +418,8 @@ def row(key, figures, of_pivots):
 options.work.mkdir(parents=True, exist_ok=True)
 for key in options.structures or STRUCTURES:
     tensors, errors = fitted(key)
-    scores = scored(tensors, options.work / "checkpoint") if options.step == 1 else {}
+    is_whole = len(tensors) >= len(SITES) * config["num_hidden_layers"]
+    scores = scored(tensors, options.work / "checkpoint") if is_whole else {}
     (options.work / f"{key}.json").write_text(json.dumps({"errors": errors} | scores))
 found = {key: json.loads((options.work / f"{key}.json").read_text()) for key in STRUCTURES if (options.work / f"{key}.json").exists()}
 print("| structure | estimate of the loss | errors over pivots' (least, median, largest) | better | perplexity | KL |")
