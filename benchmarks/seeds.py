@@ -32,7 +32,7 @@ for name, default in (("--keep", 0.8), ("--seq-len", 512), ("--windows", 32), ("
     parser.add_argument(name, type=type(default), default=default)
 parser.add_argument("--roles", default="q,k,v,o,gate,up,down")
 parser.add_argument("structures", nargs="*")
-options = parser.parse_args()
+options = parser.parse_intermixed_args()
 statistics = safe_open(options.statistics, "pt")
 config = json.loads((options.model / "config.json").read_text())
 files = {name: safe_open(file, "pt") for file in options.model.glob("*.safetensors") for name in safe_open(file, "pt").keys()}
@@ -318,7 +318,7 @@ def atoms(xs):
     return torch.einsum("ab,bmn->amn", mixed, torch.stack([x.w for x in xs]))
 
 
-def tied(xs, size, rounds=2):
+def tied(xs, size, rounds=20):
     """A matrix for `size` neighbouring blocks, and what is missing from each as pivots: least squares of one and the other."""
     fits = []
     n_groups = max(len(xs) // size, 1)
