@@ -1,14 +1,14 @@
 r"""Structures of published methods at equal parameters, by their errors in the metric of the loss and by the model that they make.
 
-    python benchmarks/seeds.py MODEL STATISTICS TEXT WORK LRC [--keep 0.8] [--seq-len 512] [--windows 32] [--step 1] \
-        [--roles q,k,v,o,gate,up,down] [STRUCTURE...]
+    python benchmarks/seeds.py MODEL STATISTICS TEXT WORK LRC [--keep 0.8] [--seq-len 512] [--windows 32] \
+        [--blocks 0,1,...] [--roles q,k,v,o,gate,up,down] [--sweeps 200] [--steps 200] [STRUCTURE...]
 
 MODEL is a model of the llama family in Hugging Face form, STATISTICS a file of `lrc calibrate MODEL --method kfac`. Every matrix keeps the same
 share of its parameters, so that structures are compared and no allocation. Each structure (all of them, or those named by their key in STRUCTURES)
 is fitted with `tr(G E C E^T)`, both forms damped by 1 % of their mean diagonal; then a checkpoint with its values in place of all matrices of the
-blocks is scored by `lrc eval` on the first windows of TEXT. With --step N only every N-th block is fitted, with --roles some of its matrices, and
-nothing is scored. Figures are kept in WORK, a file for each structure, and the table has all that lie there. Parts are counted as their papers store
-them; indices count 16 bits.
+blocks is scored by `lrc eval` on the first windows of TEXT. With --blocks or --roles only these matrices are fitted, and nothing is scored. BLAST
+takes --sweeps of its least squares, MPO --steps of L-BFGS. Figures are kept in WORK, a file for each structure, and the table has all that lie
+there. Parts are counted as their papers store them; indices count 16 bits.
 
 Needs numpy, torch, scipy and safetensors.
 """
@@ -28,8 +28,9 @@ from safetensors.torch import save_file
 parser = argparse.ArgumentParser()
 for name in ("model", "statistics", "text", "work", "lrc"):
     parser.add_argument(name, type=pathlib.Path)
-for name, default in (("--keep", 0.8), ("--seq-len", 512), ("--windows", 32), ("--step", 1)):
+for name, default in (("--keep", 0.8), ("--seq-len", 512), ("--windows", 32), ("--sweeps", 200), ("--steps", 200)):
     parser.add_argument(name, type=type(default), default=default)
+parser.add_argument("--blocks")
 parser.add_argument("--roles", default="q,k,v,o,gate,up,down")
 parser.add_argument("structures", nargs="*")
 options = parser.parse_intermixed_args()
@@ -37,7 +38,7 @@ statistics = safe_open(options.statistics, "pt")
 config = json.loads((options.model / "config.json").read_text())
 files = {name: safe_open(file, "pt") for file in options.model.glob("*.safetensors") for name in safe_open(file, "pt").keys()}
 itemsize = next(opened.get_tensor(name) for name, opened in files.items()).element_size()
-blocks = range(0, config["num_hidden_layers"], options.step)
+blocks = [int(block) for block in options.blocks.split(",")] if options.blocks else range(config["num_hidden_layers"])
 n_tokens = sum(part["tokens"] for part in json.loads(bytes(statistics.get_tensor("header").numpy()))["parts"])
 SITES = {"q": "qkv", "k": "qkv", "v": "qkv", "o": "o", "gate": "gate_up", "up": "gate_up", "down": "down"}
 DAMPING = 0.01
@@ -156,7 +157,7 @@ def monarch(x, sweeps=0, count=4):
     return w
 
 
-def blast(x, count, sweeps=200):
+def blast(x, count):
     """Blocks `U_i diag(s_ij) V_j^T` by least squares in U_i, V_j and s_i one after another, with Nesterov's extrapolation (Mitchell et al. 2020)."""
     (m, n), random = x.w.shape, torch.Generator().manual_seed(0)
     while m % count or n % count:
@@ -167,7 +168,7 @@ def blast(x, count, sweeps=200):
     u, v, s = b.reshape(count, -1, rank), a.T.reshape(count, -1, rank), torch.randn(count, count, rank, generator=random)
     before = now = blast_sweep(x, u, v, s)
     since = 1
-    for _ in range(sweeps):
+    for _ in range(options.sweeps):
         share = since / (since + 3)
         after = blast_sweep(x, *(new + share * (new - old) for new, old in zip(now[:3], before[:3])))
         since += 1
@@ -238,7 +239,7 @@ def kronecker_root(g, m1):
     return torch.kron(*(cholesky(half.reshape(int(len(half) ** 0.5), -1)) for half in (first, second)))
 
 
-def mpo(x, as_pivots=False, steps=25):
+def mpo(x, as_pivots=False):
     """A sum of Kronecker products: the best one in the nearest Kronecker product of the metric, then L-BFGS in the metric."""
     m, n = x.w.shape
     m1, n1 = sites(m, n)
@@ -251,7 +252,7 @@ def mpo(x, as_pivots=False, steps=25):
     g = triangular(left, triangular(left, x.g, upper=False).T, upper=False).float()
     c = triangular(right, triangular(right, x.c, upper=False).T, upper=False).float()
     k, scale = k.float(), 1 / x.error(pivots(x))
-    descent = torch.optim.LBFGS(parts, max_iter=steps, line_search_fn="strong_wolfe", history_size=10)
+    descent = torch.optim.LBFGS(parts, max_iter=options.steps, line_search_fn="strong_wolfe", history_size=10)
 
     def closure():
         with torch.no_grad():
