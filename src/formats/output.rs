@@ -192,14 +192,13 @@ impl<'a> Files<'a> {
         self.of(Target::Adapter).next().is_some()
     }
 
-    /// Elements and bytes of all tensors.
+    /// Elements and bytes of all tensors; the order of rows that a structure stores is no parameter.
     pub fn n_elements_and_bytes(&self) -> (u64, u64) {
-        let n_elements = |Planned { tensor, origin }: &Planned| match (origin, tensor.element) {
-            (Origin::Module, Element::Plain(Dtype::I32)) => 0,
-            _ => tensor.shape.iter().map(|&d| d as u64).product(),
-        };
-        let size = |planned: &Planned| (n_elements(planned), planned.tensor.n_bytes());
-        self.tensors.iter().map(size).fold((0, 0), |sum, size| (sum.0 + size.0, sum.1 + size.1))
+        let is_order =
+            |p: &Planned| matches!((&p.origin, p.tensor.element), (Origin::Module, Element::Plain(Dtype::I32)));
+        let parameters = self.tensors.iter().filter(|planned| !is_order(planned));
+        let n_elements = parameters.map(|p| p.tensor.shape.iter().map(|&d| d as u64).product::<u64>()).sum();
+        (n_elements, self.tensors.iter().map(|planned| planned.tensor.n_bytes()).sum())
     }
 
     /// Bytes of the weight files, headers included.
