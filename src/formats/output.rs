@@ -194,9 +194,8 @@ impl<'a> Files<'a> {
 
     /// Elements and bytes of all tensors; the order of rows that a structure stores is no parameter.
     pub fn n_elements_and_bytes(&self) -> (u64, u64) {
-        let is_order =
-            |p: &Planned| matches!((&p.origin, p.tensor.element), (Origin::Module, Element::Plain(Dtype::I32)));
-        let parameters = self.tensors.iter().filter(|planned| !is_order(planned));
+        let order = |p: &Planned| matches!((&p.origin, p.tensor.element), (Origin::Module, Element::Plain(Dtype::I32)));
+        let parameters = self.tensors.iter().filter(|planned| !order(planned));
         let n_elements = parameters.map(|p| p.tensor.shape.iter().map(|&d| d as u64).product::<u64>()).sum();
         (n_elements, self.tensors.iter().map(|planned| planned.tensor.n_bytes()).sum())
     }
