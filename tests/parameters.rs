@@ -68,6 +68,9 @@ fn what_they_cannot_be_combined_with_is_refused() {
         (&["--params", "300K", "--keep", "0.5"], "`--params` cannot be combined with `--keep`"),
         (&["--params", "300K", "--quant", "int8"], "`--params` cannot be combined with `--quant`"),
         (&["--params", "300K", "--format", "dense"], "`--params` cannot be combined with `--format dense`"),
+        (&["--params", "300K", "--embeddings", "auto"], "`--params` cannot be combined with `--embeddings auto`"),
+        (&["--params", "60K", "--structure", "narrow"], "or raise `--params 60000`, which is this `--keep`"),
+        (&["--params", "60K", "--structure", "depth"], "hint: raise `--params 60000`"),
         (&["--params", "300K", "--ranks", "fixed:4"], "`--params` cannot be combined with `--ranks`"),
         (&["--recipe", path(&recipe)], "`--params` cannot be combined with `--bits`"),
     ] {

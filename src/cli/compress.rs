@@ -102,11 +102,12 @@ pub(super) fn run(args: &CompressArgs, quiet: bool, progress: &Bars) -> Result<(
         keep_statistics: None,
         tasks: &[],
     };
+    let explain = |error| compress::explained(&options, error);
     if let Some(depth) = args.dry_run {
-        let report = compress::dry_run(&job, depth, progress)?;
+        let report = compress::dry_run(&job, depth, progress).map_err(explain)?;
         return args.gates.conclude(&report, show_dry_run);
     }
-    let report = compress::compress(&job, progress)?;
+    let report = compress::compress(&job, progress).map_err(explain)?;
     let show = |report: &CompressReport| if quiet { String::new() } else { show(report, args.folder.path()) };
     args.gates.conclude(&report, show)
 }

@@ -91,7 +91,7 @@ pub(super) fn run(args: &PlanArgs, quiet: bool, progress: &Bars) -> Result<()> {
         dequantize: args.dequantize.dequantize,
         device: args.device.device.to_string(),
     };
-    let plan = tasks::plan(&job, &origin, args.tasks)?;
+    let plan = tasks::plan(&job, &origin, args.tasks).map_err(|error| compress::explained(&options, error))?;
     let output = OutputFolder::create(folder, Existing::Refuse, PLAN_FILE)?;
     output.write(PLAN_FILE, (serde_json::to_string_pretty(&plan)? + "\n").as_bytes())?;
     output.finish()?;

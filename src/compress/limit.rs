@@ -4,7 +4,7 @@ use anyhow::Result;
 
 use super::compensate::CompensateRank;
 use super::plan::{Choice, Plan};
-use super::recipe::{Budget, Recipe};
+use super::recipe::{Budget, Recipe, WidthRule};
 use crate::error::Failure;
 use crate::formats::Source;
 use crate::model::inventory::LinearInfo;
@@ -76,7 +76,7 @@ pub(super) fn unreachable_budget(recipe: &Recipe, budget: Budget, least: f64) ->
     if recipe.rank_multiple() > 1 {
         ways.push("lower `--rank-multiple`".into());
     }
-    if recipe.narrow().is_some() {
+    if recipe.narrow().is_some_and(|narrow| narrow.multiple.get() > 1 && narrow.widths != WidthRule::Whole) {
         ways.push("lower `--width-multiple`".into());
     }
     ways.push(format!("raise `{flag}`"));

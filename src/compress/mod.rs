@@ -61,7 +61,7 @@ pub(crate) use curves::{KeptCurve, write as write_curves};
 pub use dry_run::{DryRun, dry_run};
 pub use job::{DEFAULT_MEMORY_BYTES, Job};
 use narrow::Narrowed;
-pub use parameters::{recipe_for, with_any_share};
+pub use parameters::{explained, recipe_for, with_any_share};
 use recipe::{Fused, Recipe};
 pub(crate) use record::summary as linear_summary;
 use run::Run;

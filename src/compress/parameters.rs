@@ -37,6 +37,13 @@ pub fn with_any_share(options: &RecipeOptions) -> Result<RecipeOptions> {
                 "that format stores full-size weights; `--format factored` stores their factors",
             ));
         }
+        if let Some(embeddings) = options.embeddings.filter(|embeddings| embeddings.quantizes()) {
+            let flag = format!("--embeddings {}", embeddings.name());
+            return Err(refused(
+                &flag,
+                "codes leave all parameters; `--embeddings factor` gives the table two factors",
+            ));
+        }
         if options.ranks.is_some_and(|ranks| !ranks.takes_budget()) {
             return Err(refused("--ranks", "fixed ranks already determine the size; remove one of the two"));
         }
@@ -44,6 +51,20 @@ pub fn with_any_share(options: &RecipeOptions) -> Result<RecipeOptions> {
     match params.0 {
         0 => Err(Failure::usage("`--params` is 0").hint("give a number of parameters, such as 1.1B or 90M").into()),
         _ => Ok(RecipeOptions { params: None, keep: Some(ANY), ..options.clone() }),
+    }
+}
+
+/// The error of a run of these options, whose hint may name the share that no one gave.
+pub fn explained(options: &RecipeOptions, error: anyhow::Error) -> anyhow::Error {
+    const RAISE: &str = "raise `--keep`";
+    let names_share = |failure: &Failure| failure.hint.as_ref().is_some_and(|hint| hint.contains(RAISE));
+    let Some(params) = options.params.filter(|_| error.downcast_ref().is_some_and(names_share)) else { return error };
+    match error.downcast::<Failure>() {
+        Ok(Failure { class, message, hint }) => {
+            let instead = format!("raise `--params {params}`, which is this `--keep`");
+            Failure { class, message, hint: hint.map(|hint| hint.replace(RAISE, &instead)) }.into()
+        }
+        Err(error) => error,
     }
 }
 

@@ -7,13 +7,13 @@ use anyhow::Result;
 
 use super::center;
 use super::compensate::{Compensate, CompensateRank};
-use super::recipe::{Budget, Embeddings, Recipe};
+use super::recipe::{Budget, Embeddings, Recipe, WidthRule};
 use crate::checkpoint::Checkpoint;
 use crate::error::Failure;
-use crate::formats::{Files, Source};
+use crate::formats::{Files, Format, Source};
 use crate::model::inventory::{self, LinearInfo};
 use crate::model::tie::is_tied_head;
-use crate::model::{LinearId, config, coverage, vocabulary};
+use crate::model::{LinearId, ModelConfig, architectures, config, coverage, vocabulary};
 use crate::operator::{Form, Forms, Kind, Right, Shape};
 use crate::quantize::{Quant, Storage};
 
@@ -109,6 +109,19 @@ fn add_vocabulary(linears: &mut Vec<LinearInfo>, checkpoint: &Checkpoint, recipe
     Ok(())
 }
 
+/// Checks that llama.cpp has an architecture in which the blocks of this family have widths of their own.
+fn check_widths_by_block(source: &Source<'_>) -> Result<()> {
+    let (_, architecture) = ModelConfig::of(source.checkpoint)?;
+    if architectures::gguf_family_by_block(architecture.model_type).is_some() {
+        return Ok(());
+    }
+    let message = format!(
+        "`{}` cannot be written as gguf with widths by block: llama.cpp reads one for all blocks in its family",
+        source.checkpoint.root().display()
+    );
+    Err(Failure::unsupported(message).hint("remove `--uniform-width=false`, or choose `--format factored`").into())
+}
+
 impl Plan {
     /// # Errors
     /// No linear matches, a pattern matches nothing, or a target cannot be compressed.
@@ -194,6 +207,13 @@ impl Plan {
         }
         if recipe.format().is_graph() && recipe.quant().is_empty() {
             Files::check(source, recipe.format(), &self.of_rank_one(recipe))?;
+        }
+        if recipe.format() == Format::Gguf && recipe.quant().is_empty() {
+            Files::check(source, recipe.format(), &[])?;
+        }
+        if recipe.format() == Format::Gguf && recipe.narrow().is_some_and(|narrow| narrow.widths == WidthRule::ByBlock)
+        {
+            check_widths_by_block(source)?;
         }
         if recipe.is_residual() {
             let form = |(i, linear): (usize, &LinearInfo)| {

@@ -75,6 +75,26 @@ fn greedy_orders_err_less_than_scores() {
     assert!((backward / forward - 1.0).abs() < 0.2, "{backward} {forward}");
 }
 
+/// What a GGUF file cannot hold is refused before any work, though nothing of it is in codes.
+#[test]
+fn gguf_files_of_other_families_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out");
+    let flags = ["--structure", "narrow", "--keep", "0.8", "--width-multiple", "4", "--format", "gguf"];
+    let by_block = ["--uniform-width=false"];
+    for (family, more, expected) in [
+        ("opt", &[][..], "lrc has no table of GGUF names"),
+        ("distilbert", &[], "lrc has no table of GGUF names"),
+        ("phi3", &by_block, "llama.cpp reads one for all blocks in its family"),
+        ("mistral", &by_block, "llama.cpp reads one for all blocks in its family"),
+    ] {
+        let source = format!("fixtures/pico/{family}");
+        let run = lrc(&[&["compress", &source, "-o", path(&out)], &flags[..], more].concat());
+        assert!(run.code == 4 && run.stderr.contains(expected), "{family}: {} {}", run.code, run.stderr);
+        assert!(run.stderr.contains("hint: ") && !out.exists(), "{family}: {}", run.stderr);
+    }
+}
+
 #[test]
 fn what_has_no_meaning_is_refused() {
     let folder = tempfile::tempdir().unwrap();

@@ -39,6 +39,7 @@ fn ranks_spend_what_widths_and_blocks_leave_of_the_budget() {
         assert!(found <= keep && found > keep - 0.005, "{name}: {found}");
         let linears = report["linears"].as_array().unwrap();
         assert!(linears.iter().any(|linear| linear["rank"].is_number()), "{name}");
+        assert!(report["linear"]["max_error"].as_f64().is_some_and(|error| error > 0.0 && error < 1.0), "{name}");
         let lrc = &config(&out)["lrc"];
         assert!(lrc["modules"].as_object().is_some_and(|modules| !modules.is_empty()), "{name}");
         assert!(perplexity(path(&out), HELD_OUT, "128").is_finite());

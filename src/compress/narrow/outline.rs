@@ -179,7 +179,8 @@ impl Outline {
         let moved = (*named != linear.module).then(|| format!("`{named}` in the source"));
         let notes: Vec<String> = linear.note.take().into_iter().chain(narrower.clone()).chain(moved).collect();
         linear.note = (!notes.is_empty()).then(|| notes.join("; "));
-        if narrower.is_some() && linear.quant.is_none() {
+        // Codes and low rank have an error of their own, that of the narrower matrix.
+        if narrower.is_some() && linear.quant.is_none() && linear.rank.is_none() {
             let unit = self.record.blocks.iter().find(|unit| unit.reader == *named);
             linear.relative_error = unit.and_then(|unit| unit.relative_error);
         }

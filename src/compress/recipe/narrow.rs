@@ -170,7 +170,10 @@ fn widths(options: &RecipeOptions, structures: Structures) -> Result<WidthRule> 
         _ if is_uniform => Ok(WidthRule::Uniform),
         None | Some(Format::Factored | Format::Gguf | Format::Onnx) => Ok(WidthRule::ByBlock),
         Some(format) => Err(usage(
-            format!("`--uniform-width=false` cannot be combined with `--format {}`", format.name()),
+            match options.uniform_width {
+                Some(_) => format!("`--uniform-width=false` cannot be combined with `--format {}`", format.name()),
+                None => format!("`--structure {structures}` cannot be combined with `--format {}`", format.name()),
+            },
             "`--format factored` and `onnx` have code for blocks of different widths, and `--format gguf` has fields",
         )),
     }
