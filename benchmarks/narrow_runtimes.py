@@ -1,12 +1,12 @@
 """Narrower models in other programs: perplexity in llama.cpp beside lrc's, and the speed of the forward pass in transformers and llama.cpp
 beside dense and low-rank models.
 
-    python benchmarks/narrow_runtimes.py MODEL STATISTICS TEXT WORK LRC LLAMA_CPP
+    python benchmarks/narrow_runtimes.py MODEL STATISTICS TEXT WORK LRC LLAMA_CPP [KIND]...
 
 MODEL is a model of the llama family in Hugging Face form, STATISTICS a file of `lrc calibrate MODEL --method kfac`, LLAMA_CPP the folder with
-`llama-bench`, `llama-perplexity` and `llama-quantize`. Needs torch and transformers. Models are made in WORK, once. In transformers they run
-in f32 on two threads: prefill of 512 tokens, and 32 tokens decoded one by one after 128, with a cache; the best of several rounds,
-in which the models take turns. `FLOPs` is the share of the multiplications of a token, those of the head included.
+`llama-bench`, `llama-perplexity` and `llama-quantize`. KINDs are some of the table below, all by default. Needs torch and transformers. Models
+are made in WORK, once. In transformers they run in f32 on two threads: prefill of 512 tokens, and 32 tokens decoded one by one after 128, with a cache;
+the best of several rounds, in which the models take turns. `FLOPs` is the share of the multiplications of a token, those of the head included.
 """
 
 import json
@@ -45,7 +45,7 @@ def compressed(kind, keep):
 
 
 folders = {"dense": pathlib.Path(model)}
-folders |= {f"{kind}, {keep}": compressed(kind, keep) for keep in ("0.8", "0.6") for kind in KINDS}
+folders |= {f"{kind}, {keep}": compressed(kind, keep) for keep in ("0.8", "0.6") for kind in sys.argv[7:] or KINDS}
 
 
 def gguf(name):
@@ -112,6 +112,6 @@ def in_transformers():
 transformers.utils.logging.set_verbosity_error()
 in_transformers()
 print("\n| llama.cpp | type | bytes | its perplexity | lrc's | prefill, tokens/s | decode, tokens/s |\n|---|---|" + "---:|" * 5)
-for name in ["dense", "narrow, 0.8", "narrow, 0.6", "narrow by block, 0.8", "narrow by block, 0.6"]:
+for name in [name for name in folders if name == "dense" or name.split(",")[0] in ("narrow", "narrow by block") and name.count(",") == 1]:
     for name, kind, size, theirs, ours, prefill, decode in by_llama_cpp(name):
         print(f"| {name} | {kind} | {size:,} | {theirs:.4f} | {ours:.4f} | {prefill:.0f} | {decode:.0f} |", flush=True)
