@@ -5,13 +5,13 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor};
-use lrc::checkpoint::{Checkpoint, Dtype, SafetensorsWriter, TensorSpec, cast};
+use lrc::checkpoint::{Checkpoint, Dtype};
 use lrc::codecs::gguf::{Description, Element, read};
 use lrc::model::Decoder;
 use lrc::text::{Bos, Tokenizer};
 use serde_json::{Value, json};
 
-use super::{alone, common, fixture, json, lrc, ok, oracle, path};
+use super::{alone, common, fixture, json, lrc, ok, oracle, path, write_weights};
 
 const WORDPIECE: &str = "fixtures/pico/tokenizer-wordpiece.json";
 
@@ -167,14 +167,7 @@ fn wide(folder: &Path, dtype: Dtype) -> PathBuf {
         shapes.push((format!("{layer}.{part}.weight"), shape.to_vec()));
         shapes.push((format!("{layer}.{part}.bias"), vec![shape[0]]));
     }
-    let specs: Vec<TensorSpec> = shapes.into_iter().map(|(name, shape)| TensorSpec { name, dtype, shape }).collect();
-    let mut writer = SafetensorsWriter::create(&model, &specs, 1 << 30).unwrap();
-    for (i, spec) in specs.iter().enumerate() {
-        let value = |j: usize| ((i * 7919 + j) as f64 * 0.618_033_988_749_894_9).fract() as f32 - 0.5;
-        let values: Vec<f32> = (0..spec.shape.iter().product()).map(value).collect();
-        writer.write(&spec.name, &cast::encode(dtype, &values).unwrap()).unwrap();
-    }
-    writer.finish().unwrap();
+    write_weights(&model, shapes, dtype);
     model
 }
 

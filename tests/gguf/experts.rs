@@ -3,11 +3,11 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use lrc::checkpoint::{Dtype, SafetensorsWriter, TensorSpec, cast};
+use lrc::checkpoint::Dtype;
 use lrc::codecs::gguf::{Description, read};
 use serde_json::{Value, json};
 
-use super::{alone, common, distance, fixture, json, logits, lrc, ok, path, tensors};
+use super::{alone, common, distance, fixture, json, logits, lrc, ok, path, tensors, write_weights};
 use crate::families::{as_llama_cpp_expects, tokenizer};
 
 const FAMILIES: [&str; 2] = ["mixtral", "qwen3_moe"];
@@ -30,15 +30,7 @@ fn mixture(folder: &Path, family: &str, dtype: Dtype) -> PathBuf {
     config["dtype"] = if dtype == Dtype::F32 { "float32" } else { "bfloat16" }.into();
     std::fs::write(model.join("config.json"), config.to_string()).unwrap();
     std::fs::copy(tokenizer(family), model.join("tokenizer.json")).unwrap();
-    let specs: Vec<TensorSpec> =
-        shapes(family).into_iter().map(|(name, shape)| TensorSpec { name, dtype, shape }).collect();
-    let mut writer = SafetensorsWriter::create(&model, &specs, 1 << 30).unwrap();
-    for (i, spec) in specs.iter().enumerate() {
-        let value = |j: usize| ((i * 7919 + j) as f64 * 0.618_033_988_749_894_9).fract() as f32 - 0.5;
-        let values: Vec<f32> = (0..spec.shape.iter().product()).map(value).collect();
-        writer.write(&spec.name, &cast::encode(dtype, &values).unwrap()).unwrap();
-    }
-    writer.finish().unwrap();
+    write_weights(&model, shapes(family), dtype);
     model
 }
 
