@@ -5,7 +5,7 @@ use std::fmt;
 use std::str::FromStr;
 
 pub use candle_core::Device;
-use candle_core::{DType, Tensor};
+use candle_core::{CpuStorage, DType, Layout, Tensor, bail};
 
 /// The memory of the process: files are read into it, and matrices are decomposed and quantized in it.
 pub const HOST: Device = Device::Cpu;
@@ -84,7 +84,35 @@ pub fn to_host(x: &Tensor) -> candle_core::Result<Vec<f32>> {
     x.flatten_all()?.to_vec1()
 }
 
-/// The same of a tensor of f64.
+/// A gradient with respect to `x`: a tensor of its shape, on its device.
+///
+/// # Errors
+/// The device fails.
+pub(crate) fn like(x: &Tensor, values: Vec<f32>) -> candle_core::Result<Option<Tensor>> {
+    Tensor::from_vec(values, x.shape(), x.device()).map(Some)
+}
+
+/// The values of a contiguous tensor of f32 in the memory of the process.
+///
+/// # Errors
+/// It is neither.
+pub(crate) fn host_slice<'a>(storage: &'a CpuStorage, layout: &Layout) -> candle_core::Result<&'a [f32]> {
+    let Some((begin, end)) = layout.contiguous_offsets() else { bail!("this operation needs contiguous tensors") };
+    Ok(&storage.as_slice::<f32>()?[begin..end])
+}
+
+/// The same of a tensor whose values are changed in place.
+///
+/// # Errors
+/// As [`host_slice`].
+pub(crate) fn host_slice_mut<'a>(storage: &'a mut CpuStorage, layout: &Layout) -> candle_core::Result<&'a mut [f32]> {
+    match (storage, layout.contiguous_offsets()) {
+        (CpuStorage::F32(values), Some((begin, end))) => Ok(&mut values[begin..end]),
+        _ => bail!("this operation needs contiguous tensors of f32"),
+    }
+}
+
+/// The same as [`to_host`] of a tensor of f64.
 ///
 /// # Errors
 /// The tensor is not of f64, or the device fails.

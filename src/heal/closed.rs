@@ -9,15 +9,14 @@ use rayon::prelude::*;
 use serde_json::json;
 
 use super::model::WholeModel;
-use super::tensors::{Healed, Selected};
+use super::tensors::{Healed, Selected, float_parts, has_plain_floats, term};
 use crate::approx::metric::{Metric, MetricPair};
 use crate::approx::natural::{NaturalStep, natural_step};
 use crate::calibrate::Statistics;
-use crate::checkpoint::Checkpoint;
 use crate::linalg;
 use crate::model::LinearId;
 use crate::model::inventory::{self, LinearInfo, Stored};
-use crate::operator::{Element, Fit, Matrix, Shape, Side, Sides, Term, part_name};
+use crate::operator::{Fit, Matrix, Shape, Side, Sides, part_name};
 use crate::progress::Progress;
 use crate::report::{HealedClosed, HealedStep};
 use crate::store::{Journal, Values};
@@ -182,7 +181,7 @@ impl Closed<'_> {
             changed.insert(name.clone(), checkpoint.rounded(&name, &moved)?);
             return Ok(changed);
         };
-        let term = self.term(linear, healed)?;
+        let term = term(checkpoint, linear, healed)?;
         let target = moving.target(term.product(linear.shape()), size);
         let metric = MetricPair { output, input };
         let rank = form_size.rank().unwrap_or(0);
@@ -199,21 +198,6 @@ impl Closed<'_> {
             changed.insert(name, values);
         }
         Ok(changed)
-    }
-
-    /// The structure of a linear with its values so far.
-    fn term(&self, linear: &LinearInfo, healed: &Healed) -> Result<Term> {
-        let mut term = inventory::term(self.whole.checkpoint, linear)?;
-        for (&(suffix, element), part) in term.form.kind.structure().suffixes().iter().zip(&mut term.parts) {
-            let Some(values) = healed.get(&format!("{}.{}", linear.module, part_name(suffix, element))) else {
-                continue;
-            };
-            *part = match element {
-                Element::Float => Matrix::Float(values.clone()),
-                Element::Index => Matrix::Indices(values.iter().map(|&index| index as i32).collect()),
-            };
-        }
-        Ok(term)
     }
 
     /// The linears that take steps, by block: those of floats that are their own. Experts see too few tokens each.
@@ -241,15 +225,4 @@ impl Moving {
         let step = linalg::product(self.step.left.as_ref(), self.step.right.as_ref());
         Mat::from_fn(m, n, |i, j| f64::from(values[i * n + j]) - size * step[(i, j)])
     }
-}
-
-/// The names of the tensors of floats of a linear, without its base.
-fn float_parts(linear: &LinearInfo) -> Vec<String> {
-    let Stored::Structured { kind, .. } = linear.stored else { return vec![linear.weight_name()] };
-    let floats = kind.structure().suffixes().iter().filter(|(_, element)| *element == Element::Float);
-    floats.map(|&(suffix, element)| format!("{}.{}", linear.module, part_name(suffix, element))).collect()
-}
-
-fn has_plain_floats(checkpoint: &Checkpoint, name: &str) -> bool {
-    checkpoint.info(name).is_some_and(|info| info.storage().is_none() && checkpoint.has_own_floats(info))
 }

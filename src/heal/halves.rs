@@ -8,7 +8,8 @@ use candle_core::Tensor;
 use serde_json::json;
 
 use super::metric::Metrics;
-use super::tensors::{Healed, Selected, rounded};
+use super::rounding::{self, Inputs, Rounding};
+use super::tensors::{Healed, Selected};
 use crate::checkpoint::Checkpoint;
 use crate::model::{Block, Decoder, Half, Hidden, Trained, Walk};
 use crate::progress::{Progress, Stage};
@@ -109,7 +110,9 @@ impl Halves<'_> {
         let lesson = &Lesson { scale: 1.0 / before, ..*lesson };
         let start = variables.values()?;
         let course = fit(variables, lesson, pieces, settings, workers, None, stage)?;
-        variables.set(&rounded(self.checkpoint, variables)?)?;
+        let mut rounding = Rounding::new(self.checkpoint, variables)?;
+        rounding.feed_back(lesson.block_idx, lesson.inputs(variables)?)?;
+        variables.set(&rounding.values(variables))?;
         let after = held_out(variables, lesson, pieces, workers)? * before;
         // Rounding to the dtype of the file may cost more than training gained.
         if after < before {
@@ -136,6 +139,21 @@ impl Lesson<'_> {
     fn name(&self) -> String {
         format!("healing {} of `{}`", named(self.half).name(), self.on.student.block_name(self.block_idx))
     }
+
+    /// The inputs of the linears of the half in the trained windows.
+    fn inputs(&self, variables: &Variables) -> Result<Inputs> {
+        let (walk, block) = (self.on.walk, self.model(&variables.detached())?);
+        let windows = rounding::read(self.on.pieces, walk);
+        let observed = |i: usize| {
+            let mut inputs = Inputs::default();
+            let x = walk.window(self.states, windows[i])?.unsqueeze(0)?;
+            block.through(self.half, &x, walk.rope(), &mut |site, x| inputs.add(site, x))?;
+            Ok(inputs)
+        };
+        let mut all = Inputs::default();
+        walk.workers().in_order(windows.len(), observed, |_, inputs| all.join(inputs))?;
+        Ok(all)
+    }
 }
 
 impl Objective for Lesson<'_> {
@@ -150,7 +168,7 @@ impl Objective for Lesson<'_> {
     fn loss(&self, block: &Block, window_idx: usize) -> Result<Tensor> {
         let walk = self.on.walk;
         let before = walk.window(self.states, window_idx)?.unsqueeze(0)?;
-        let after = block.through(self.half, &before, walk.rope())?.squeeze(0)?;
+        let after = block.through(self.half, &before, walk.rope(), &mut |_, _| Ok(()))?.squeeze(0)?;
         let difference = (after - walk.window(self.targets, window_idx)?)?; // (n_tokens, hidden_size)
         let weighted = match self.on.metrics.get(self.block_idx, self.half) {
             Some(metric) => difference.matmul(metric)?,

@@ -13,6 +13,7 @@ mod metric;
 mod model;
 mod moves;
 mod output;
+mod rounding;
 mod tensors;
 mod texts;
 

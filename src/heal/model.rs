@@ -2,17 +2,21 @@
 //! block, so that the activations of one are in memory at a time.
 
 use std::collections::HashMap;
+use std::ops::Range;
 
 use anyhow::{Context, Result};
 use candle_core::backprop::GradStore;
 use candle_core::{Tensor, Var};
+use pulp::Arch;
+use rayon::prelude::*;
 use serde_json::json;
 
-use super::tensors::{Healed, Selected, rounded, tensors};
+use super::rounding::{self, Inputs, Rounding};
+use super::tensors::{Healed, Selected, tensors};
 use crate::checkpoint::Checkpoint;
 use crate::device::to_host;
 use crate::error::Failure;
-use crate::model::{Block, Decoder, Head, Hidden, Trained, Walk};
+use crate::model::{Block, Decoder, Head, Hidden, Trained, Walk, log_sum_exp, softmax_in_place};
 use crate::progress::Progress;
 use crate::report::HealedModel;
 use crate::store::{Journal, Values};
@@ -66,31 +70,33 @@ struct Likely {
 impl Likely {
     /// Of the logits (n_rows, vocab_size).
     fn add(&mut self, logits: &[f32], vocab_size: usize) {
+        let n = TOP.min(vocab_size);
         for row in logits.chunks_exact(vocab_size) {
             let mut order: Vec<u32> = (0..vocab_size as u32).collect();
             let falling = |a: &u32, b: &u32| row[*b as usize].total_cmp(&row[*a as usize]).then(a.cmp(b));
-            let n = TOP.min(vocab_size);
             if n < vocab_size {
                 order.select_nth_unstable_by(n, falling);
             }
-            let (largest, sum) = partition(row);
-            self.p.extend(order[..n].iter().map(|&id| (row[id as usize] - largest).exp() / sum));
+            let log_sum = log_sum_exp(Arch::new(), row) as f32;
+            self.p.extend(order[..n].iter().map(|&id| (row[id as usize] - log_sum).exp()));
             self.ids.extend(&order[..n]);
         }
     }
-}
 
-/// The largest logit of a row, and the sum of `exp(logit − largest)`.
-fn partition(row: &[f32]) -> (f32, f32) {
-    let largest = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    (largest, row.iter().map(|&logit| f64::from((logit - largest).exp())).sum::<f64>() as f32)
+    /// The summed divergence of the student's logits of some `rows`, (n_rows, vocab_size), which become its gradients.
+    fn diverge(&self, rows: Range<usize>, logits: &mut [f32], vocab_size: usize) -> f64 {
+        let n = TOP.min(vocab_size);
+        let of_rows = rows.start * n..rows.end * n;
+        let likely = self.ids[of_rows.clone()].par_chunks_exact(n).zip(self.p[of_rows].par_chunks_exact(n));
+        let each = logits.par_chunks_exact_mut(vocab_size).zip(likely).map(|(row, (ids, p))| diverge(row, ids, p));
+        each.collect::<Vec<f64>>().into_iter().sum()
+    }
 }
 
 /// The KL divergence of a student's row of logits from the likely tokens of the teacher, all others being one; the row
 /// becomes its gradient, `q − p̃`, where `p̃` shares the rest of the teacher as the student does.
 fn diverge(row: &mut [f32], ids: &[u32], p: &[f32]) -> f64 {
-    let (largest, sum) = partition(row);
-    row.iter_mut().for_each(|logit| *logit = (*logit - largest).exp() / sum);
+    softmax_in_place(Arch::new(), row);
     let log = |p: f64, q: f64| if p > 0.0 { p * (p / q.max(f64::MIN_POSITIVE)).ln() } else { 0.0 };
     let (mut rest_p, mut rest_q, mut divergence) = (1.0f64, 1.0f64, 0.0f64);
     for (&id, &p) in ids.iter().zip(p) {
@@ -146,9 +152,10 @@ impl<'a> WholeModel<'a> {
             &[&states],
             |_, states| {
                 let mut found = Likely { ids: Vec::new(), p: Vec::new() };
-                for (first, n_rows) in chunks(&states[0], &head)? {
-                    found.add(&to_host(&head.logits(&states[0].narrow(0, first, n_rows)?)?)?, head.vocab_size());
-                }
+                head.for_each_logits(&states[0], |_, logits| {
+                    found.add(&to_host(logits)?, head.vocab_size());
+                    Ok(())
+                })?;
                 Ok(found)
             },
             |_, found| {
@@ -188,7 +195,7 @@ impl<'a> WholeModel<'a> {
         let (variables, workers) = (Variables::new(tensors)?, self.walk.workers());
         let start = variables.values()?;
         let course = fit(&variables, self, pieces, settings, workers, Some(kept), stage.as_ref())?;
-        variables.set(&rounded(self.checkpoint, &variables)?)?;
+        variables.set(&self.rounded(&variables, pieces)?)?;
         let before = course.held_out[0];
         let after = held_out(&variables, self, pieces, workers)?;
         let (kept, course) = match after < before {
@@ -212,6 +219,27 @@ impl<'a> WholeModel<'a> {
         journal.remove(STATE);
         healed.extend(changed);
         Ok(record)
+    }
+
+    /// The values of the variables as the files store them, with feedback in the inputs of the linears.
+    fn rounded(&self, variables: &Variables, pieces: &Pieces) -> Result<Vec<Vec<f32>>> {
+        let (walk, mut rounding) = (self.walk, Rounding::new(self.checkpoint, variables)?);
+        let mut states = self.entering(rounding::read(pieces, walk))?;
+        for (block_idx, block) in self.model(&variables.detached())?.iter().enumerate() {
+            let observed = |i: usize| {
+                let mut inputs = Inputs::default();
+                let after = block.forward(&states[i], walk.rope(), &mut |site, x| inputs.add(site, x))?;
+                Ok((after, inputs))
+            };
+            let (mut after, mut all) = (Vec::new(), Inputs::default());
+            walk.workers().in_order(states.len(), observed, |_, (state, inputs)| {
+                after.push(state);
+                all.join(inputs)
+            })?;
+            rounding.feed_back(block_idx, all)?;
+            states = after;
+        }
+        Ok(rounding.values(variables))
     }
 
     /// The mean divergence of the rows of some windows, with what was `healed`; one block is in memory at a time.
@@ -276,31 +304,22 @@ impl<'a> WholeModel<'a> {
     /// The summed divergence of the rows of last states `x` (n_rows, hidden_size), and the gradient of `scale` times
     /// it if it is asked for.
     pub fn at_head(&self, x: &Tensor, window_idx: usize, scale: Option<f64>) -> Result<(f64, Option<Tensor>)> {
-        let (mut sum, mut gradients) = (0.0, Vec::new());
-        let Likely { ids, p } = &self.likely[window_idx];
-        let top = TOP.min(self.head.vocab_size());
-        for (first, n_rows) in chunks(x, &self.head)? {
-            let rows = Var::from_tensor(&x.narrow(0, first, n_rows)?)?;
-            let logits = self.head.logits(&rows)?;
-            let mut values = to_host(&logits)?;
-            for (i, row) in values.chunks_exact_mut(self.head.vocab_size()).enumerate() {
-                let at = (first + i) * top..(first + i + 1) * top;
-                sum += diverge(row, &ids[at.clone()], &p[at]);
-            }
-            if let Some(scale) = scale {
-                let slope = Tensor::from_vec(values, logits.shape(), logits.device())?.affine(scale, 0.0)?;
-                let store = (logits * slope)?.sum_all()?.backward()?;
-                gradients.push(store.get(&rows).context("the head passes no gradient")?.detach());
-            }
-        }
-        Ok((sum, if scale.is_some() { Some(Tensor::cat(&gradients, 0)?) } else { None }))
+        let (head, mut sum) = (&self.head, 0.0);
+        let mut diverged = |rows: Range<usize>, logits: &Tensor| {
+            let mut values = to_host(logits)?;
+            sum += self.likely[window_idx].diverge(rows, &mut values, head.vocab_size());
+            Ok(values)
+        };
+        let Some(scale) = scale else {
+            head.for_each_logits(x, |rows, logits| diverged(rows, logits).map(|_| ()))?;
+            return Ok((sum, None));
+        };
+        let gradient = head.gradient(x, |rows, logits| {
+            let slope = Tensor::from_vec(diverged(rows, logits)?, logits.shape(), logits.device())?;
+            head.before_cap(slope.affine(scale, 0.0)?, logits)
+        })?;
+        Ok((sum, Some(gradient)))
     }
-}
-
-/// First row and number of rows whose logits are in memory at a time.
-fn chunks(x: &Tensor, head: &Head) -> Result<impl Iterator<Item = (usize, usize)> + use<>> {
-    let (n, at_once) = (x.dim(0)?, head.rows_at_once());
-    Ok((0..n).step_by(at_once).map(move |first| (first, at_once.min(n - first))))
 }
 
 impl Objective for WholeModel<'_> {
@@ -371,8 +390,8 @@ mod tests {
     }
 
     fn softmax(row: &[f32]) -> Vec<f64> {
-        let (largest, sum) = partition(row);
-        row.iter().map(|&logit| f64::from((logit - largest).exp() / sum)).collect()
+        let sum: f64 = row.iter().map(|&logit| f64::from(logit).exp()).sum();
+        row.iter().map(|&logit| f64::from(logit).exp() / sum).collect()
     }
 
     #[test]

@@ -6,12 +6,14 @@ use anyhow::Result;
 use candle_core::Tensor;
 
 use super::job::{HealJob, Train};
-use crate::checkpoint::{Checkpoint, CheckpointError, Floats, TensorInfo};
+use crate::checkpoint::{Checkpoint, Floats, TensorInfo};
 use crate::device::Device;
 use crate::error::Failure;
 use crate::model::Decoder;
+use crate::model::inventory::{self, LinearInfo, Stored};
+use crate::operator::{Element, Matrix, Term, part_name};
 use crate::report::CompressReport;
-use crate::train::{Start, Variables};
+use crate::train::Start;
 
 /// Floats of tensors by name, as [`Checkpoint::floats`] has them.
 pub(super) type Healed = BTreeMap<String, Vec<f32>>;
@@ -100,21 +102,32 @@ impl Selected {
     }
 }
 
-/// The values of variables as the files of the student store them.
+/// The names of the tensors of floats of a linear, without its base.
+pub(super) fn float_parts(linear: &LinearInfo) -> Vec<String> {
+    let Stored::Structured { kind, .. } = linear.stored else { return vec![linear.weight_name()] };
+    let floats = kind.structure().suffixes().iter().filter(|(_, element)| *element == Element::Float);
+    floats.map(|&(suffix, element)| format!("{}.{}", linear.module, part_name(suffix, element))).collect()
+}
+
+/// Whether a tensor is stored as the floats that it has.
+pub(super) fn has_plain_floats(checkpoint: &Checkpoint, name: &str) -> bool {
+    checkpoint.info(name).is_some_and(|info| info.storage().is_none() && checkpoint.has_own_floats(info))
+}
+
+/// The structure of a linear with its values so far.
 ///
 /// # Errors
-/// A value does not fit its dtype.
-pub(super) fn rounded(checkpoint: &Checkpoint, variables: &Variables) -> Result<Vec<Vec<f32>>> {
-    let values = variables.values()?;
-    let round = |((name, _), values): ((&str, _), &Vec<f32>)| {
-        checkpoint.rounded(name, values).map_err(|error| match error {
-            CheckpointError::Overflow { first, .. } => {
-                Failure::numeric(format!("value {first} of `{name}` does not fit its dtype after training"))
-                    .hint("a smaller `--learning-rate` may help")
-                    .into()
-            }
-            other => other.into(),
-        })
-    };
-    variables.iter().zip(&values).map(round).collect()
+/// A tensor is absent or damaged.
+pub(super) fn term(checkpoint: &Checkpoint, linear: &LinearInfo, healed: &Healed) -> Result<Term> {
+    let mut term = inventory::term(checkpoint, linear)?;
+    for (&(suffix, element), part) in term.form.kind.structure().suffixes().iter().zip(&mut term.parts) {
+        let Some(values) = healed.get(&format!("{}.{}", linear.module, part_name(suffix, element))) else {
+            continue;
+        };
+        *part = match element {
+            Element::Float => Matrix::Float(values.clone()),
+            Element::Index => Matrix::Indices(values.iter().map(|&index| index as i32).collect()),
+        };
+    }
+    Ok(term)
 }

@@ -328,8 +328,8 @@ impl Block {
     /// Maps `x` (batch, n_tokens, hidden_size) before a half to the state after it.
     ///
     /// # Errors
-    /// The shapes do not match.
-    pub fn through(&self, half: Half, x: &Tensor, rope: &Rope) -> Result<Tensor> {
+    /// The shapes do not match, or the observer fails.
+    pub fn through(&self, half: Half, x: &Tensor, rope: &Rope, observe: &mut Observer<'_>) -> Result<Tensor> {
         let mut at = match half {
             Half::Attention | Half::Whole => self.begin(x)?,
             Half::FeedForward => {
@@ -337,7 +337,8 @@ impl Block {
             }
         };
         loop {
-            match self.resume(&at, rope, &mut |_, _| Ok(()))? {
+            observe(at.site, &at.input)?;
+            match self.resume(&at, rope, observe)? {
                 Next::Site(next) if half == Half::Attention && next.site == InputSite::GateUp => {
                     return Ok(next.residual);
                 }

@@ -68,7 +68,12 @@ impl Head {
     /// # Errors
     /// The shapes do not match.
     pub fn logits(&self, x: &Tensor) -> Result<Tensor> {
-        let logits = self.lm_head.forward(&self.before_vocabulary(x)?)?;
+        self.logits_of(&self.before_vocabulary(x)?)
+    }
+
+    /// The logits of the inputs of the vocabulary matrix.
+    fn logits_of(&self, before: &Tensor) -> Result<Tensor> {
+        let logits = self.lm_head.forward(before)?;
         Ok(match self.cap {
             Some(cap) => ((logits / cap)?.tanh()? * cap)?,
             None => logits,
@@ -77,14 +82,55 @@ impl Head {
 
     /// Calls `f` with the logits (rows, vocab_size) of `x` (n, hidden_size) and the range of their rows, a chunk of rows
     /// at a time: memory is never n × vocabulary.
-    fn for_each_logits(&self, x: &Tensor, mut f: impl FnMut(Range<usize>, &Tensor) -> Result<()>) -> Result<()> {
-        let n = x.dim(0)?;
-        let rows_at_once = self.rows_at_once();
+    ///
+    /// # Errors
+    /// The shapes do not match, or `f` fails.
+    pub fn for_each_logits(&self, x: &Tensor, f: impl FnMut(Range<usize>, &Tensor) -> Result<()>) -> Result<()> {
+        self.for_each_logits_of(&self.before_vocabulary(x)?, f)
+    }
+
+    /// The same of the inputs of the vocabulary matrix.
+    fn for_each_logits_of(
+        &self,
+        before: &Tensor,
+        mut f: impl FnMut(Range<usize>, &Tensor) -> Result<()>,
+    ) -> Result<()> {
+        let (n, rows_at_once) = (before.dim(0)?, self.rows_at_once());
         for first in (0..n).step_by(rows_at_once) {
             let n_rows = rows_at_once.min(n - first);
-            f(first..first + n_rows, &self.logits(&x.narrow(0, first, n_rows)?)?)?;
+            f(first..first + n_rows, &self.logits_of(&before.narrow(0, first, n_rows)?)?)?;
         }
         Ok(())
+    }
+
+    /// The gradient (n, hidden_size) of a loss with respect to `x` (n, hidden_size). `slope` gives it with respect to
+    /// some rows of logits (n_rows, vocab_size) before they were capped, from the logits and the range of their rows.
+    ///
+    /// # Errors
+    /// The shapes do not match, or `slope` fails.
+    pub fn gradient(
+        &self,
+        x: &Tensor,
+        mut slope: impl FnMut(Range<usize>, &Tensor) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        let variable = Var::from_tensor(x)?;
+        let (before, mut gradients) = (self.before_vocabulary(&variable)?, Vec::new());
+        self.for_each_logits_of(&before.detach(), |rows, logits| {
+            gradients.push(self.lm_head.backward(&slope(rows, logits)?)?); // (n_rows, width)
+            Ok(())
+        })?;
+        slope_of((before * Tensor::cat(&gradients, 0)?)?, &variable)
+    }
+
+    /// The gradient with respect to logits before they were capped, from that with respect to `logits`.
+    ///
+    /// # Errors
+    /// The shapes do not match.
+    pub fn before_cap(&self, gradient: Tensor, logits: &Tensor) -> Result<Tensor> {
+        match self.cap {
+            Some(cap) => Ok((gradient * (logits / cap)?.sqr()?.affine(-1.0, 1.0)?)?),
+            None => Ok(gradient),
+        }
     }
 
     /// Number of rows whose logits are held at a time.
@@ -119,17 +165,11 @@ impl Head {
             return Ok(x.zeros_like()?);
         }
         let rows = Tensor::new(rows, x.device())?;
-        let variable = Var::from_tensor(x)?;
-        let before = self.before_vocabulary(&variable.index_select(&rows, 0)?)?;
-        let mut gradients = Vec::new();
-        self.for_each_logits(&x.index_select(&rows, 0)?, |rows, logits| {
+        let gradient = self.gradient(&x.index_select(&rows, 0)?, |rows, logits| {
             let targets = (rows.start, &targets[rows]);
-            let gradient = ops::likelihood_gradient(logits, targets, self.cap, squares.as_deref_mut())?;
-            gradients.push(self.lm_head.backward(&gradient)?); // (n_rows, hidden_size)
-            Ok(())
+            ops::likelihood_gradient(logits, targets, self.cap, squares.as_deref_mut())
         })?;
-        let gradient = Tensor::cat(&gradients, 0)?; // with respect to what the matrix of the vocabulary reads
-        gradient_of((before * gradient)?, &variable)
+        expect_finite(x.zeros_like()?.index_add(&rows, &gradient, 0)?)
     }
 
     /// The inputs of the matrix of the vocabulary, (n_rows, width), for `rows` of `x` (n, hidden_size).
@@ -219,8 +259,16 @@ impl Pooler {
 }
 
 /// The gradient of the sum of `loss`.
+fn slope_of(loss: Tensor, variable: &Var) -> Result<Tensor> {
+    Ok(loss.backward()?.get(variable).context("the head passes no gradient")?.detach())
+}
+
+/// The same, which must be finite.
 fn gradient_of(loss: Tensor, variable: &Var) -> Result<Tensor> {
-    let gradient = loss.backward()?.get(variable).context("the head passes no gradient")?.clone();
+    expect_finite(slope_of(loss, variable)?)
+}
+
+fn expect_finite(gradient: Tensor) -> Result<Tensor> {
     if !is_finite(&gradient)? {
         let message = "the gradient of the loss at the last states is not finite";
         return Err(Failure::numeric(message).hint(NON_FINITE_HINT).into());

@@ -2,15 +2,15 @@
 
 use std::sync::{Arc, Mutex};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use candle_core::backend::{BackendDevice, BackendStorage};
-use candle_core::{CpuStorage, CudaStorage, CustomOp1, DType, Layout, Shape, Storage, Tensor, bail};
+use candle_core::{CpuStorage, CudaStorage, CustomOp1, DType, Layout, Shape, Storage, Tensor, Var, bail};
 
 use super::inventory::stored_size;
 use super::weights::{Order, Weights, follows_family};
 use crate::checkpoint::Checkpoint;
 use crate::error::Failure;
-use crate::operator::{BASE, Element, Form, Forms, Kind, Right, part_name};
+use crate::operator::{BASE, Element, Form, Forms, Kind, Right, part_name, product_of};
 
 /// Whether a linear has a bias.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -152,15 +152,18 @@ impl Linear {
         }
     }
 
-    /// The gradient (rows, in) at the input from the gradient (rows, out) at the output of a dense linear.
+    /// The gradient (rows, in) at the input from the gradient (rows, out) at the output.
     ///
     /// # Errors
-    /// The linear is compressed.
+    /// The shapes do not match.
     pub(super) fn backward(&self, gradient: &Tensor) -> Result<Tensor> {
-        match self.weight() {
-            Some(weight) => Ok(gradient.matmul(weight)?),
-            None => Err(Failure::unsupported("gradients need dense weights; the head is compressed already").into()),
+        if let Some(weight) = self.weight() {
+            return Ok(gradient.matmul(weight)?);
         }
+        // It is the same at every input.
+        let x = Var::zeros((gradient.dim(0)?, self.in_features()), DType::F32, gradient.device())?;
+        let store = (self.forward(&x)? * gradient)?.sum_all()?.backward()?;
+        Ok(store.get(&x).context("the linear passes no gradient")?.detach())
     }
 
     /// Maps `x` (..., in) to (..., out).
@@ -191,8 +194,7 @@ impl Linear {
     }
 }
 
-/// `x Wᵀ`, which passes the gradient of its result to a tap. candle's own product would also compute the gradient of
-/// `W`, at the cost of another forward pass, and discard it.
+/// `x Wᵀ`, which passes the gradient of its result to a tap.
 struct TappedProduct {
     /// (out, in)
     weight: Tensor,
@@ -211,15 +213,13 @@ impl TappedProduct {
     where
         S::Device: BackendDevice<Storage = S>,
     {
-        let ((rows, n), m) = (layout.shape().dims2()?, self.weight.dim(0)?);
-        let shape = Shape::from((rows, m));
         if self.outputs == Outputs::Unused {
+            let shape = Shape::from((layout.shape().dims2()?.0, self.weight.dim(0)?));
             return Ok((x.device().zeros_impl(&shape, DType::F32)?, shape));
         }
-        let transposed = self.weight.t()?;
-        let (storage, weight_layout) = transposed.storage_and_layout();
+        let (storage, weight_layout) = self.weight.storage_and_layout();
         let Some(weight) = weight(&storage) else { bail!("a weight is not on the device of its input") };
-        Ok((x.matmul(weight, (1, rows, m, n), layout, weight_layout)?, shape))
+        product_of((x, layout), (weight, weight_layout))
     }
 }
 

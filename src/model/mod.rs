@@ -49,5 +49,6 @@ pub use rope::{Rope, RopeKind, RopeSettings};
 pub use sentence::{PoolingMode, SentenceModules, fingerprint, fingerprint_of};
 pub use slot::{InputSite, LinearId, Role, Slot};
 pub use softmax::{RowDivergence, row_divergence};
+pub(crate) use softmax::{log_sum_exp, softmax_in_place};
 pub use walk::{Hidden, Scored, Walk};
 pub use weights::{Order, Overlay, Trained, Weights};

@@ -155,7 +155,7 @@ impl Walk<'_> {
         self.workers().in_order(
             self.n_batches(),
             |batch_idx| {
-                let y = block.through(half, &self.batch(before, batch_idx)?, self.rope())?;
+                let y = block.through(half, &self.batch(before, batch_idx)?, self.rope(), &mut |_, _| Ok(()))?;
                 let values = to_host(&y)?;
                 match non_finite_window(&values, &y)? {
                     Some(window) => Err(self.not_finite(decoder, block, None, (batch_idx, window))),

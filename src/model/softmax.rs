@@ -10,7 +10,7 @@ use pulp::Arch;
 const LANES: usize = 16;
 
 /// Replaces `row` by exp(row) / Σ exp(row).
-pub(super) fn softmax_in_place(arch: Arch, row: &mut [f32]) {
+pub(crate) fn softmax_in_place(arch: Arch, row: &mut [f32]) {
     arch.dispatch(
         #[inline(always)]
         || {
@@ -35,7 +35,7 @@ pub(super) fn softmax_in_place(arch: Arch, row: &mut [f32]) {
 }
 
 /// ln Σ exp(row), summed in f64. Not finite if an element is NaN or +∞.
-pub(super) fn log_sum_exp(arch: Arch, row: &[f32]) -> f64 {
+pub(crate) fn log_sum_exp(arch: Arch, row: &[f32]) -> f64 {
     arch.dispatch(
         #[inline(always)]
         || {

@@ -4,6 +4,7 @@ use anyhow::Result;
 use candle_core::Tensor;
 
 use super::matrix::Matrix;
+use super::products::product;
 use super::structure::{Element, Shape, Size, Step, Structure};
 
 pub(super) struct Dense;
@@ -27,7 +28,7 @@ impl Structure for Dense {
     }
 
     fn apply(&self, parts: &[Tensor], x: &Tensor) -> Result<Tensor> {
-        Ok(x.matmul(&parts[0].t()?)?)
+        product(x, &parts[0])
     }
 
     fn product(&self, parts: &[Matrix], _: Size, _: Shape) -> Vec<f32> {

@@ -9,7 +9,11 @@ use candle_core::Tensor;
 use faer::{Mat, MatRef};
 
 use super::matrix::Matrix;
-use super::rounding::{Grams, Rounded, Sides, diagonal, refit_right, round_to_nearest, weighted_error};
+use super::products::product;
+use super::rounding::{
+    Grams, Rounded, Sides, columns_with_feedback, diagonal, refit_right, right_with_feedback, round_to_nearest,
+    weighted_error,
+};
 use super::structure::{Element, Fit, FitValues, Fitting, Shape, Size, Step, Structure};
 use crate::approx::low_rank::{self, Decomposition, ErrorCurve, LowRank};
 use crate::approx::metric::{Metric, MetricPair};
@@ -48,7 +52,7 @@ impl Structure for Factors {
         if a.dim(0)? == 0 {
             return Ok(Tensor::zeros((x.dim(0)?, b.dim(0)?), x.dtype(), x.device())?);
         }
-        Ok(x.matmul(&a.t()?)?.matmul(&b.t()?)?)
+        product(&product(x, a)?, b)
     }
 
     fn product(&self, parts: &[Matrix], size: Size, (m, n): Shape) -> Vec<f32> {
@@ -151,6 +155,12 @@ impl Fitting for Factors {
         Rounded { parts: vec![a.into(), b.into()], squared_error }
     }
 
+    /// With feedback in both parts: they are in no gauge whose Grams are diagonal.
+    fn round_parts(&self, parts: &[Matrix], size: Size, shape: Shape, sides: &Sides<'_>, dtype: Dtype) -> Rounded {
+        let pair = self.pair(parts, size, shape);
+        fed_back(&pair, shape, sides, dtype).unwrap_or_else(|| self.round(&pair, shape, sides, dtype))
+    }
+
     fn quantize(
         &self,
         parts: &[Matrix],
@@ -180,4 +190,20 @@ impl Fitting for Factors {
         let values = |part: &Matrix| part.values().into_owned();
         LowRank { rank: size.rank().unwrap_or(0), b: values(&parts[1]), a: values(&parts[0]) }
     }
+}
+
+/// Both parts of a pair rounded with feedback in the input metric; `None` if that has no Cholesky factor.
+fn fed_back(pair: &LowRank, (m, n): Shape, sides: &Sides<'_>, dtype: Dtype) -> Option<Rounded> {
+    let rank = pair.rank;
+    let b_t = linalg::transposed_from_row_major(&pair.b, m, rank); // (r, m)
+    let a_t = linalg::transposed_from_row_major(&pair.a, rank, n); // (n, r)
+    let (input, right) = (sides.input.metric(), sides.input.metric().quadratic(a_t.transpose()));
+    let (b, _) = columns_with_feedback(&b_t.transpose().to_owned(), &right, dtype)?;
+    let moved_t = Mat::from_fn(rank, m, |k, i| f64::from(b[(i, k)]) - b_t[(k, i)]);
+    let fitted =
+        refit_right(sides.output, b_t.as_ref(), moved_t.as_ref(), &sides.output.quadratic(b_t.as_ref()), &right)?;
+    let target = linalg::to_row_major(fitted.of(a_t.transpose()).as_ref());
+    let (a, of_a) = right_with_feedback(&target, (rank, n), &fitted.left, input, dtype)?;
+    let b: Vec<f32> = b.row_iter().flat_map(|row| row.iter().copied()).collect();
+    Some(Rounded { parts: vec![a.into(), b.into()], squared_error: fitted.squared_error + of_a })
 }

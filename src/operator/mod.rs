@@ -12,6 +12,7 @@ mod matrix;
 mod monarch;
 mod names;
 mod pivot;
+mod products;
 mod registry;
 mod rounding;
 mod structure;
@@ -19,6 +20,8 @@ mod structure;
 pub use forms::{Form, Forms, Operator, Right, Term};
 pub use matrix::Matrix;
 pub use names::{BASE, all_parts, bias_parts, factors_of, first_parts, is_compressed_part, is_second_part, part_name};
+pub(crate) use products::product_of;
+pub(crate) use rounding::dense_with_feedback;
 pub use rounding::{Rounded, Side, Sides};
 pub use structure::{Element, Fit, FitValues, Fitting, Kind, Part, Shape, Size, Step, Structure};
 

@@ -21,8 +21,10 @@ use faer::{Mat, MatRef};
 
 use super::factors::{self, right_part};
 use super::matrix::Matrix;
+use super::products::{columns_of_both, product};
 use super::rounding::{
-    Grams, Rounded, Sides, columns_with_feedback, diagonal, refit_right, round_to_nearest, weighted_error,
+    Grams, Rounded, Sides, columns_with_feedback, diagonal, refit_right, right_with_feedback, round_to_nearest,
+    weighted_error,
 };
 use super::structure::{Element, Fit, Fitting, Kind, Shape, Size, Step, Structure};
 use crate::approx::low_rank::{self, ErrorCurve, LowRank};
@@ -57,12 +59,12 @@ impl Structure for Pivot {
 
     fn apply(&self, parts: &[Tensor], x: &Tensor) -> Result<Tensor> {
         let [pivots, coefficients, permutation] = parts else { unreachable!("invariant: pivots have three parts") };
-        let p = x.matmul(&pivots.t()?)?; // (rows, r)
+        let p = product(x, pivots)?; // (rows, r)
         if coefficients.dim(0)? == 0 {
             return Ok(p.index_select(permutation, 1)?);
         }
-        let others = p.matmul(&coefficients.t()?)?; // (rows, out - r)
-        Ok(Tensor::cat(&[&p, &others], 1)?.index_select(permutation, 1)?)
+        let others = product(&p, coefficients)?; // (rows, out - r)
+        columns_of_both(&p, &others, permutation)
     }
 
     fn product(&self, parts: &[Matrix], size: Size, (m, n): Shape) -> Vec<f32> {
@@ -123,7 +125,12 @@ impl Fitting for Pivot {
 
     fn round(&self, pair: &LowRank, shape: Shape, sides: &Sides<'_>, dtype: Dtype) -> Rounded {
         let skeleton = Skeleton::new(pair, shape, sides);
-        skeleton.fed_back(dtype).unwrap_or_else(|| skeleton.plain(dtype))
+        skeleton.fed_back(dtype, &[Feedback::Outputs]).unwrap_or_else(|| skeleton.plain(dtype))
+    }
+
+    fn round_parts(&self, parts: &[Matrix], size: Size, shape: Shape, sides: &Sides<'_>, dtype: Dtype) -> Rounded {
+        let skeleton = Skeleton::stored(parts, size.rank().unwrap_or(0), shape, sides);
+        skeleton.fed_back(dtype, &[Feedback::Outputs, Feedback::Inputs]).unwrap_or_else(|| skeleton.plain(dtype))
     }
 
     fn alternative(&self) -> Option<Kind> {
@@ -204,6 +211,13 @@ fn expanded(permutation: &[i32], coefficients: &[f32], rank: usize) -> Vec<f32> 
     b
 }
 
+/// The side on which errors of pivots make up for each other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Feedback {
+    Outputs,
+    Inputs,
+}
+
 /// Factors as rows and coefficients, before rounding.
 struct Skeleton<'a> {
     rank: usize,
@@ -231,6 +245,31 @@ impl<'a> Skeleton<'a> {
         let right = linalg::product(basis.as_ref(), right.as_ref());
         let right = linalg::product_symmetric(right.as_ref(), basis.transpose());
         Self { rank, shape: (m, n), sides, rows, basis, a_t, of_basis: left, right }
+    }
+
+    /// Of parts whose values are not those of a fit any more, with the pivots that they have.
+    fn stored(parts: &[Matrix], rank: usize, (m, n): (usize, usize), sides: &'a Sides<'a>) -> Self {
+        let (coefficients, mut order) = (parts[1].values(), vec![0; m]);
+        for (row, &place) in parts[2].indices().iter().enumerate() {
+            order[place as usize] = row;
+        }
+        let others = order.split_off(rank);
+        let coefficients = Mat::from_fn(others.len(), rank, |i, j| f64::from(coefficients[i * rank + j]));
+        let rows = RowSkeleton { pivots: order, others, coefficients };
+        let a_t = linalg::transposed_from_row_major(&parts[0].values(), rank, n); // (n, r)
+        let right = sides.input.metric().quadratic(a_t.transpose());
+        let mut skeleton = Self {
+            rank,
+            shape: (m, n),
+            sides,
+            rows,
+            basis: Mat::identity(rank, rank),
+            a_t,
+            of_basis: Mat::zeros(0, 0),
+            right,
+        };
+        skeleton.of_basis = sides.output.quadratic(skeleton.left_t(&skeleton.rows.coefficients).as_ref());
+        skeleton
     }
 
     /// `Sᵀ` (r, m) from coefficients.
@@ -274,9 +313,8 @@ impl<'a> Skeleton<'a> {
         Rounded { parts: parts(p, t, &self.rows), squared_error }
     }
 
-    /// Both parts rounded with feedback; `None` if a metric has no Cholesky factor.
-    fn fed_back(&self, dtype: Dtype) -> Option<Rounded> {
-        let (_, inputs) = self.weights();
+    /// Both parts rounded with feedback, the pivots in the better of some ways; `None` if a metric has no Cholesky factor.
+    fn fed_back(&self, dtype: Dtype, ways: &[Feedback]) -> Option<Rounded> {
         let (t, _) = columns_with_feedback(&self.rows.coefficients, &self.right, dtype)?;
         let mut moved_t = self.left_t(&t);
         let left_t = self.left_t(&self.rows.coefficients);
@@ -284,11 +322,22 @@ impl<'a> Skeleton<'a> {
         let fit = refit_right(self.sides.output, left_t.as_ref(), moved_t.as_ref(), &self.left(), &self.right)?;
         drop((left_t, moved_t));
         let targets = linalg::product(self.a_t.as_ref(), fit.of(self.basis.as_ref()).transpose()); // (n, r)
-        let (p, costs) = columns_with_feedback(&targets, &fit.left, dtype)?;
-        let pivots = p.col_iter().flat_map(|column| column.iter().copied()).collect();
-        let of_pivots: f64 = costs.iter().zip(&inputs).map(|(cost, weight)| cost * weight).sum();
+        let rounded = ways.iter().filter_map(|way| self.pivots(*way, &targets, &fit.left, dtype));
+        let (pivots, of_pivots) = rounded.min_by(|(_, a), (_, b)| a.total_cmp(b))?;
         let coefficients = t.row_iter().flat_map(|row| row.iter().copied()).collect();
         let squared_error = fit.squared_error + of_pivots;
         Some(Rounded { parts: parts(pivots, coefficients, &self.rows), squared_error })
+    }
+
+    /// The pivots next to `targets` (n, r), and their squared error, where `left` (r, r) is the Gram of the left part.
+    fn pivots(&self, way: Feedback, targets: &Mat<f64>, left: &Mat<f64>, dtype: Dtype) -> Option<(Vec<f32>, f64)> {
+        if way == Feedback::Inputs {
+            let (shape, input) = ((self.rank, self.shape.1), self.sides.input.metric());
+            return right_with_feedback(&linalg::to_row_major(targets.transpose()), shape, left, input, dtype);
+        }
+        let (_, inputs) = self.weights();
+        let (p, costs) = columns_with_feedback(targets, left, dtype)?;
+        let pivots = p.col_iter().flat_map(|column| column.iter().copied()).collect();
+        Some((pivots, costs.iter().zip(&inputs).map(|(cost, weight)| cost * weight).sum()))
     }
 }

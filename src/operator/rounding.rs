@@ -9,6 +9,7 @@ use faer::{Mat, MatMut, MatRef};
 use rayon::prelude::*;
 
 use super::matrix::Matrix;
+use super::structure::Shape;
 use crate::approx::gram::{mean_diagonal, shifted};
 use crate::approx::metric::Metric;
 use crate::codecs::cast::{self, Dtype};
@@ -169,6 +170,28 @@ impl Refit {
     pub fn of(&self, a: MatRef<'_, f64>) -> Mat<f64> {
         a - linalg::product(self.x.as_ref(), a)
     }
+}
+
+/// A weight (m, n), row-major, rounded with feedback in the metric of its inputs (n, n). `None` if that is not a Gram with
+/// a Cholesky factor.
+pub(crate) fn dense_with_feedback(weight: &[f32], shape: Shape, input: &Metric, dtype: Dtype) -> Option<Vec<f32>> {
+    let weight = linalg::transposed_from_row_major(weight, shape.0, shape.1).transpose().to_owned();
+    let (rounded, _) = columns_with_feedback(&weight, &input.to_dense()?, dtype)?;
+    Some(rounded.row_iter().flat_map(|row| row.iter().copied()).collect())
+}
+
+/// The same, with the squared error in that metric and in `output` (m, m).
+pub(super) fn right_with_feedback(
+    part: &[f32],
+    (m, n): Shape,
+    output: &Mat<f64>,
+    input: &Metric,
+    dtype: Dtype,
+) -> Option<(Vec<f32>, f64)> {
+    let rounded = dense_with_feedback(part, (m, n), input, dtype)?;
+    let error = Mat::from_fn(m, n, |i, j| f64::from(rounded[i * n + j]) - f64::from(part[i * n + j]));
+    let squared_error = trace_of_product(output, &input.quadratic(error.as_ref()));
+    Some((rounded, squared_error))
 }
 
 /// Rounds `weights` (rows, cols) in a `metric` (cols, cols) of the columns: with feedback, then by coordinate descent.

@@ -205,6 +205,11 @@ pub trait Fitting: Sync {
     /// The matrices rounded to values of `dtype`, and the cost of rounding in the metric.
     fn round(&self, pair: &LowRank, shape: Shape, sides: &Sides<'_>, dtype: Dtype) -> Rounded;
 
+    /// The same of stored matrices whose values are not those of a fit any more; what says which rows are which stays.
+    fn round_parts(&self, parts: &[Matrix], size: Size, shape: Shape, sides: &Sides<'_>, dtype: Dtype) -> Rounded {
+        self.round(&self.pair(parts, size, shape), shape, sides, dtype)
+    }
+
     /// Another structure that may lose less to rounding than this one does, with as many parameters.
     fn alternative(&self) -> Option<Kind> {
         None

@@ -393,6 +393,44 @@ fn a_pair_of_rank_one_is_rounded_as_by_hand() {
     assert_eq!(pivots.values().to_vec(), fitted.map(|v| cast::nearest(DTYPE, v as f32)));
 }
 
+/// Training moves every value by less than half a unit in its last place: to nearest, nothing is left of it.
+#[test]
+fn rounding_keeps_what_training_moved_and_the_rows_of_pivots() {
+    let (shape, rank) = ((64, 48), 24);
+    let gained = |kept: f64, lost: f64| (lost / kept).sqrt();
+    let nudged = |values: &[f32]| -> Vec<f32> { values.iter().map(|value| value * (1.0 + 1.0 / 1024.0)).collect() };
+    for seed in 0..4 {
+        let case = Case::new(shape, rank, "identity", "full", 100 * seed);
+        let metric = MetricPair { output: &case.output, input: &case.input };
+        let matrix = |values: &[f32]| linalg::transposed_from_row_major(values, shape.0, shape.1);
+        let error = |a: &[f32], b: &[f32]| metric.squared_norm((matrix(a) - matrix(b)).transpose());
+        for (kind, least) in [(pivot(), 1.5), (Kind::FACTORS, 1.5)] {
+            let (before, _) = case.rounded(kind);
+            let parts = before.parts.iter().map(|part| match part {
+                Matrix::Float(values) => Matrix::Float(nudged(values)),
+                other => other.clone(),
+            });
+            let moved = Term { form: before.form, parts: parts.collect() };
+            assert_eq!(moved.rounded(DTYPE).unwrap(), before, "to nearest, all of it is lost");
+            let rounded = kind.fitting().round_parts(&moved.parts, moved.form.size, shape, &case.sides(), DTYPE);
+            let found = Term { form: before.form, parts: rounded.parts };
+            assert_eq!(found.rounded(DTYPE).unwrap(), found, "every value is one of the dtype");
+            assert!(kind != pivot() || found.parts[2] == before.parts[2]);
+            let of = |term: &Term| error(&term.product(shape), &moved.product(shape));
+            let gain = gained(of(&found), of(&before));
+            assert!(gain > least, "{kind}: {gain}");
+            let ratio = (rounded.squared_error / of(&found)).sqrt();
+            assert!((0.5..2.0).contains(&ratio), "{kind}: {ratio}");
+        }
+        let before =
+            linalg::to_row_major(case.weight.as_ref()).iter().map(|&v| cast::nearest(DTYPE, v)).collect::<Vec<f32>>();
+        let moved = nudged(&before);
+        let found = dense_with_feedback(&moved, shape, &case.input, DTYPE).unwrap();
+        let gain = gained(error(&found, &moved), error(&before, &moved));
+        assert!(gain > 1.5, "dense: {gain}");
+    }
+}
+
 #[test]
 fn what_cannot_be_fed_back_is_rounded() {
     // Zeros have no metric, dependent columns have a singular one, and full rank leaves no coefficients.

@@ -8,8 +8,8 @@ use faer::{Accum, MatMut, MatRef, Par};
 use pulp::Arch;
 use rayon::prelude::*;
 
-use super::kernel::{has_kernel, like, slice};
-use crate::device::{Device, to_host};
+use super::kernel::has_kernel;
+use crate::device::{Device, host_slice, like, to_host};
 use crate::model::softmax::softmax_in_place;
 
 /// Mixes values by `softmax(q kᵀ)`. Shapes: `q` (batch, heads, n_tokens, head_dim), `k` and `v` (batch, kv_heads,
@@ -144,7 +144,7 @@ impl CustomOp3 for RecomputingAttention {
         v_layout: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
         let ((_, _, n_tokens, head_dim), (_, _, n_keys, _)) = (q_layout.shape().dims4()?, k_layout.shape().dims4()?);
-        let inputs = [slice(q, q_layout)?, slice(k, k_layout)?, slice(v, v_layout)?];
+        let inputs = [host_slice(q, q_layout)?, host_slice(k, k_layout)?, host_slice(v, v_layout)?];
         Ok((CpuStorage::F32(attend_all(inputs, [n_tokens, n_keys], head_dim, self.0)), q_layout.shape().clone()))
     }
 

@@ -4,8 +4,8 @@ use anyhow::Result;
 use candle_core::{CpuStorage, CustomOp2, Layout, Shape, Tensor};
 use pulp::Arch;
 
-use super::kernel::{has_kernel, like, slice};
-use crate::device::to_host;
+use super::kernel::has_kernel;
+use crate::device::{host_slice, like, to_host};
 use crate::model::activation::Activation;
 use crate::model::softmax::exp;
 
@@ -69,7 +69,7 @@ impl CustomOp2 for Gated {
         up: &CpuStorage,
         up_layout: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let (gate, up) = (slice(gate, gate_layout)?, slice(up, up_layout)?);
+        let (gate, up) = (host_slice(gate, gate_layout)?, host_slice(up, up_layout)?);
         let mut y = vec![0f32; gate.len()];
         Arch::new().dispatch(
             #[inline(always)]

@@ -1,6 +1,6 @@
 //! Helpers of the kernels of all operations.
 
-use candle_core::{CpuStorage, Layout, Tensor, bail};
+use candle_core::Tensor;
 
 use crate::device::is_host;
 
@@ -24,15 +24,4 @@ pub(super) fn sum(a: &[f32], b: &[f32], f: impl Fn(f32, f32) -> f32) -> f32 {
         }
     }
     lanes.iter().sum::<f32>() + rest
-}
-
-/// The values of a contiguous tensor.
-pub(super) fn slice<'a>(storage: &'a CpuStorage, layout: &Layout) -> candle_core::Result<&'a [f32]> {
-    let Some((begin, end)) = layout.contiguous_offsets() else { bail!("this operation needs contiguous tensors") };
-    Ok(&storage.as_slice::<f32>()?[begin..end])
-}
-
-/// A gradient with respect to `x`: a tensor of its shape, on its device.
-pub(super) fn like(x: &Tensor, values: Vec<f32>) -> candle_core::Result<Option<Tensor>> {
-    Tensor::from_vec(values, x.shape(), x.device()).map(Some)
 }

@@ -5,8 +5,8 @@ use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Shape, Tensor};
 use candle_nn::ops::{layer_norm_slow, rms_norm_slow};
 use pulp::Arch;
 
-use super::kernel::{has_kernel, like, slice, sum};
-use crate::device::to_host;
+use super::kernel::{has_kernel, sum};
+use crate::device::{host_slice, like, to_host};
 
 /// RMSNorm (Zhang & Sennrich 2019) over the last dimension of `x` (..., n), times `weight` (n).
 pub(in crate::model) fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
@@ -58,7 +58,7 @@ impl CustomOp2 for RmsNorm {
         weight: &CpuStorage,
         weight_layout: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let (x, weight) = (slice(x, x_layout)?, slice(weight, weight_layout)?);
+        let (x, weight) = (host_slice(x, x_layout)?, host_slice(weight, weight_layout)?);
         let mut y = vec![0f32; x.len()];
         Arch::new().dispatch(
             #[inline(always)]
@@ -129,7 +129,8 @@ impl CustomOp3 for LayerNorm {
         bias: &CpuStorage,
         bias_layout: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let (x, weight, bias) = (slice(x, x_layout)?, slice(weight, weight_layout)?, slice(bias, bias_layout)?);
+        let (x, weight, bias) =
+            (host_slice(x, x_layout)?, host_slice(weight, weight_layout)?, host_slice(bias, bias_layout)?);
         let mut y = vec![0f32; x.len()];
         Arch::new().dispatch(
             #[inline(always)]

@@ -5,8 +5,8 @@ use candle_core::{CpuStorage, CustomOp3, Layout, Shape, Tensor};
 use candle_nn::rotary_emb::rope_slow;
 use pulp::Arch;
 
-use super::kernel::{has_kernel, like, slice};
-use crate::device::to_host;
+use super::kernel::has_kernel;
+use crate::device::{host_slice, like, to_host};
 
 /// Rotates the halves of `x` (batch, heads, n_tokens, head_dim) by `cos` and `sin` (n_tokens, head_dim / 2).
 pub(in crate::model) fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
@@ -65,7 +65,7 @@ impl CustomOp3 for Rotation {
         sin_layout: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
         let (_, _, _, head_dim) = x_layout.shape().dims4()?;
-        let (x, cos, sin) = (slice(x, x_layout)?, slice(cos, cos_layout)?, slice(sin, sin_layout)?);
+        let (x, cos, sin) = (host_slice(x, x_layout)?, host_slice(cos, cos_layout)?, host_slice(sin, sin_layout)?);
         Ok((CpuStorage::F32(Self::apply(x, cos, sin, head_dim, 1.0)), x_layout.shape().clone()))
     }
 
