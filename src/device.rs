@@ -84,6 +84,14 @@ pub fn to_host(x: &Tensor) -> candle_core::Result<Vec<f32>> {
     x.flatten_all()?.to_vec1()
 }
 
+/// A copy of the indices of a tensor of u32.
+///
+/// # Errors
+/// The tensor is not of u32, or the device fails.
+pub(crate) fn to_host_indices(x: &Tensor) -> candle_core::Result<Vec<u32>> {
+    x.flatten_all()?.to_vec1()
+}
+
 /// A gradient with respect to `x`: a tensor of its shape, on its device.
 ///
 /// # Errors

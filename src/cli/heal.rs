@@ -13,7 +13,7 @@ use super::streams::{print, print_json};
 use super::terminal::{Bars, table};
 use crate::compress::recipe;
 use crate::error::Failure;
-use crate::heal::{HealJob, HealStage, SAVE_STEPS, Train, WeightedText, heal};
+use crate::heal::{Distance, HealJob, HealStage, SAVE_STEPS, Train, WeightedText, heal};
 use crate::report::{CompressReport, HealRecord, HealedPart, HeldOutPerplexity};
 use crate::train::Settings;
 
@@ -70,6 +70,10 @@ pub(super) struct HealArgs {
     /// Tensors that are trained
     #[arg(long, value_enum, default_value_t, value_name = "WHAT", help_heading = "Training")]
     train: Train,
+
+    /// Distance of states in the stage `blocks` [default: fisher with statistics, output without]
+    #[arg(long, value_enum, value_name = "DISTANCE", help_heading = "Training")]
+    loss: Option<Distance>,
 
     /// Most passes over the windows
     #[arg(long, value_name = "N", value_parser = at_least_1, default_value_t = Settings::default().epochs, help_heading = "Training")]
@@ -189,6 +193,7 @@ pub(super) fn run(args: &HealArgs, quiet: bool, progress: &Bars) -> Result<()> {
         },
         windows,
         statistics: options.statistics.as_deref(),
+        loss: args.loss,
         save_steps: args.save_steps,
         output: args.folder.path(),
         existing: args.folder.existing(),

@@ -19,6 +19,7 @@ use crate::approx::metric::MetricPair;
 use crate::calibrate::Windows;
 use crate::checkpoint::Checkpoint;
 use crate::device::HOST;
+use crate::heal::HealStage;
 use crate::linalg;
 use crate::model::inventory::LinearInfo;
 use crate::model::{Decoder, ModelConfig, Walk, WalkLimits};
@@ -226,6 +227,18 @@ fn back(windows: Option<&Windows>) -> f64 {
     windows.map_or(1.0, |w| w.part.with_gradients().tokens as f64 / w.part.tokens.max(1) as f64)
 }
 
+/// Passes of a stage of healing: of teacher and student once, and in every epoch forward, backward to inputs and weights,
+/// and with the held-out windows. The stage `model` goes through each block twice, `closed` also takes the gradients of
+/// whole weights, and tries steps.
+fn of_healing(stage: HealStage) -> f64 {
+    let epochs = Settings::default().epochs as f64;
+    match stage {
+        HealStage::Blocks => 2.0 + 3.2 * epochs,
+        HealStage::Model => 2.0 + 4.2 * epochs,
+        HealStage::Closed => 2.0 + 7.5 * epochs,
+    }
+}
+
 /// Seconds in which the windows go through the model.
 fn walking(job: &Job<'_>, recipe: &Recipe, plan: &Plan, windows: Option<&Windows>, speed: &Speed) -> f64 {
     let needs = recipe.needs();
@@ -237,9 +250,7 @@ fn walking(job: &Job<'_>, recipe: &Recipe, plan: &Plan, windows: Option<&Windows
         passes += 2.5;
         grams += plan.linears.iter().map(|l| (l.in_features as f64).powi(2)).sum::<f64>();
     }
-    // Teacher and student once, and for every epoch forward, backward to inputs and weights, and the held-out windows.
-    let epochs = Settings::default().epochs as f64;
-    passes += recipe.heal_stages().len() as f64 * (2.0 + 3.2 * epochs);
+    passes += recipe.heal_stages().iter().map(|stage| of_healing(*stage)).sum::<f64>();
     match windows {
         Some(windows) if passes > 0.0 => {
             let head = ModelConfig::of(job.checkpoint).map_or(0.0, |(c, _)| (c.hidden_size * c.vocab_size) as f64);

@@ -81,6 +81,7 @@ fn into_folder(
         train: Train::All,
         settings: Settings { seed: windows.seed, ..Settings::default() },
         windows,
+        loss: None,
         statistics: statistics.filter(|_| job.recipe.needs().output_gram),
         save_steps: SAVE_STEPS,
         output: job.output,

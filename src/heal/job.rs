@@ -33,8 +33,10 @@ pub struct HealJob<'a> {
     pub train: Train,
     /// Windows of all texts together; its `text` is not used.
     pub windows: WindowSettings,
-    /// Statistics of the teacher with Grams of output gradients, if errors are measured in their metric.
+    /// Statistics of the teacher with Grams of output gradients, for errors in their metric and for steps in closed form.
     pub statistics: Option<&'a Path>,
+    /// The distance of states that is trained; `None`: in the metric of the statistics, if there are any.
+    pub loss: Option<Distance>,
     /// How long and how fast.
     pub settings: Settings,
     /// Steps of the stage `model` after which its state is kept, so that a run that was killed goes on from there.
@@ -101,10 +103,11 @@ impl Train {
 
 /// The distance between the states of student and teacher.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 pub enum Distance {
-    /// Squared error.
+    /// Squared error
     Output,
-    /// Squared error in the metric of the gradients of the loss.
+    /// Squared error in the metric of the gradients of the loss; needs statistics of the source
     Fisher,
 }
 
@@ -121,7 +124,8 @@ impl Distance {
 impl HealJob<'_> {
     /// The distance that is trained.
     pub fn distance(&self) -> Distance {
-        if self.statistics.is_some() { Distance::Fisher } else { Distance::Output }
+        let by_statistics = if self.statistics.is_some() { Distance::Fisher } else { Distance::Output };
+        self.loss.unwrap_or(by_statistics)
     }
 
     /// Everything that is read, which the output may not contain.
@@ -143,6 +147,7 @@ impl HealJob<'_> {
             "texts": texts,
             "held_out": drawn.held_out_record().as_ref().map(text),
             "train": self.train.name(),
+            "loss": self.distance().name(),
             "window_seed": self.windows.seed,
             "statistics": self.statistics.map(sha256_file).transpose()?,
             "stages": self.stages.iter().map(|stage| stage.name()).collect::<Vec<_>>(),

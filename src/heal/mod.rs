@@ -78,8 +78,13 @@ fn checked<'a>(job: &'a HealJob<'a>) -> Result<(Run<'a>, CompressReport)> {
     let teacher = Decoder::open(job.teacher)?.on(&job.device);
     let student = Decoder::open(job.checkpoint)?.on(&job.device);
     job::expect_same_shape(job, &teacher, &student)?;
-    if job.stages.contains(&HealStage::Closed) && job.statistics.is_none() {
-        let failure = Failure::usage("the stage `closed` needs Grams of the inputs and gradients of the source");
+    let needing = match (job.stages.contains(&HealStage::Closed), job.distance()) {
+        (true, _) => Some("the stage `closed` needs Grams of the inputs and gradients of the source"),
+        (false, Distance::Fisher) => Some("`--loss fisher` needs Grams of the gradients of the source"),
+        (false, Distance::Output) => None,
+    };
+    if let (Some(message), None) = (needing, job.statistics) {
+        let failure = Failure::usage(message);
         let hint = "measure them with `lrc calibrate MODEL --method kfac`, and give the file to `--statistics`";
         return Err(failure.hint(hint).into());
     }
@@ -212,8 +217,8 @@ impl Run<'_> {
     ) -> Result<Vec<HealedPart>> {
         let Self { job, teacher, student, .. } = self;
         let metrics = match &self.statistics {
-            Some(statistics) => Metrics::of(statistics, teacher, &job.device)?,
-            None => Metrics::default(),
+            Some(statistics) if job.distance() == Distance::Fisher => Metrics::of(statistics, teacher, &job.device)?,
+            _ => Metrics::default(),
         };
         let halves = Halves {
             teacher,

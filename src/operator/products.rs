@@ -5,7 +5,7 @@ use anyhow::Result;
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CudaStorage, CustomOp2, Layout, Shape, Tensor, bail};
 
-use crate::device::{host_slice, is_host, like, to_host};
+use crate::device::{host_slice, is_host, like, to_host, to_host_indices};
 
 /// `x Wᵀ` (rows, out) of `x` (rows, in) and `weight` (out, in).
 ///
@@ -82,7 +82,7 @@ pub(super) fn columns_of_both(left: &Tensor, right: &Tensor, places: &Tensor) ->
     if !is_host(left.device()) {
         return portable_columns(left, right, places);
     }
-    Ok(left.contiguous()?.apply_op2(&right.contiguous()?, Columns { places: places.to_vec1()? })?)
+    Ok(left.contiguous()?.apply_op2(&right.contiguous()?, Columns { places: to_host_indices(places)? })?)
 }
 
 /// The same in candle's operations.

@@ -9,7 +9,6 @@ use faer::{Mat, MatMut, MatRef};
 use rayon::prelude::*;
 
 use super::matrix::Matrix;
-use super::structure::Shape;
 use crate::approx::gram::{mean_diagonal, shifted};
 use crate::approx::metric::Metric;
 use crate::codecs::cast::{self, Dtype};
@@ -174,7 +173,12 @@ impl Refit {
 
 /// A weight (m, n), row-major, rounded with feedback in the metric of its inputs (n, n). `None` if that is not a Gram with
 /// a Cholesky factor.
-pub(crate) fn dense_with_feedback(weight: &[f32], shape: Shape, input: &Metric, dtype: Dtype) -> Option<Vec<f32>> {
+pub(crate) fn dense_with_feedback(
+    weight: &[f32],
+    shape: (usize, usize),
+    input: &Metric,
+    dtype: Dtype,
+) -> Option<Vec<f32>> {
     let weight = linalg::transposed_from_row_major(weight, shape.0, shape.1).transpose().to_owned();
     let (rounded, _) = columns_with_feedback(&weight, &input.to_dense()?, dtype)?;
     Some(rounded.row_iter().flat_map(|row| row.iter().copied()).collect())
@@ -183,7 +187,7 @@ pub(crate) fn dense_with_feedback(weight: &[f32], shape: Shape, input: &Metric, 
 /// The same, with the squared error in that metric and in `output` (m, m).
 pub(super) fn right_with_feedback(
     part: &[f32],
-    (m, n): Shape,
+    (m, n): (usize, usize),
     output: &Mat<f64>,
     input: &Metric,
     dtype: Dtype,

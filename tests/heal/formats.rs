@@ -5,6 +5,7 @@ use std::path::Path;
 use lrc::checkpoint::Checkpoint;
 
 use super::{Model, changed, divergence, shapes};
+use crate::budgets::fixture_in_bf16;
 use crate::common::{FIXTURE, TRAIN, lrc, ok, path};
 
 /// Whether the codes of a tensor are the same in two models; tensors of floats have none.
@@ -66,6 +67,32 @@ fn codes_stay_and_the_floats_beside_them_learn_in_every_format() {
         let card = std::fs::read_to_string(out.join("README.md")).unwrap();
         let adapter = ["compressed-tensors", "gptq", "peft"].iter().any(|format| flags.contains(format));
         assert_eq!(card.contains("FOLDER/adapter") || card.contains("/adapter\""), adapter, "{card}");
+    }
+}
+
+/// Steps of a small rate are less than half a unit in the last place of 16 bits: rounded to nearest, an output would have
+/// hardly learned.
+#[test]
+fn what_is_learned_outlives_rounding_to_16_bits() {
+    let folder = tempfile::tempdir().unwrap();
+    let teacher = folder.path().join("bf16");
+    fixture_in_bf16(&teacher);
+    let cases: [&[&str]; 3] = [&[], &["--layout", "factors"], &["--structure", "narrow"]];
+    for (at, flags) in cases.into_iter().enumerate() {
+        let compressed = folder.path().join(format!("compressed-{at}"));
+        let recipe = ["--keep", "0.5", "--calibration", TRAIN, "--samples", "8", "-q"];
+        ok(&[&["compress", path(&teacher), "-o", path(&compressed)][..], &recipe, flags].concat());
+        let healed = folder.path().join(format!("healed-{at}"));
+        let own = ["heal", path(&compressed), "--teacher", path(&teacher), "--text", TRAIN, "-o", path(&healed)];
+        let how = ["--samples", "32", "--seq-len", "64", "--epochs", "2", "--learning-rate", "2e-4", "--json"];
+        let report = ok(&[&own[..], &how, &["--stage", "model"]].concat()).json();
+        let model = &report["healed"]["model"];
+        let of = |when: &str| model[when].as_f64().unwrap();
+        let losses: Vec<f64> =
+            model["held_out"].as_array().unwrap().iter().map(|loss| loss.as_f64().unwrap()).collect();
+        let best = losses[model["best_epoch"].as_u64().unwrap() as usize];
+        let [learned, kept] = [best, of("divergence_after")].map(|after| of("divergence_before") - after);
+        assert!(learned > 0.0 && kept > 0.7 * learned, "{flags:?}: {kept} of {learned}");
     }
 }
 

@@ -69,9 +69,10 @@ fn every_stage_brings_the_model_nearer_to_its_source_on_other_text() {
     let statistics = model.out("statistics.safetensors");
     let calibrate = ["calibrate", FIXTURE, "--text", TRAIN, "--method", "kfac", "--samples", "8", "-q"];
     ok(&[&calibrate[..], &["-o", path(&statistics)]].concat());
-    let runs: [(&str, &[&str]); 4] = [
+    let runs: [(&str, &[&str]); 5] = [
         ("blocks", &["--stage", "blocks"]),
         ("fisher", &["--stage", "blocks", "--statistics", path(&statistics)]),
+        ("output", &["--stage", "blocks", "--statistics", path(&statistics), "--loss", "output"]),
         ("model", &["--stage", "model"]),
         ("both", &[]),
     ];
@@ -346,6 +347,11 @@ fn what_cannot_be_healed_is_refused() {
         &with_teacher("fixtures/pico-llama"),
         4,
         &["`fixtures/pico-llama` has ", "the teacher is the model that was compressed"],
+    );
+    check(
+        &model.arguments(&out, &["--text", TRAIN, "--loss", "fisher"]),
+        2,
+        &["`--loss fisher` needs Grams of the gradients", "lrc calibrate MODEL --method kfac"],
     );
     let of_source = ["heal", FIXTURE, "--teacher", FIXTURE, "--text", TRAIN, "-o", path(&out)];
     check(&of_source, 4, &["lrc-report.json` cannot be read", "a folder written by `lrc compress`"]);
