@@ -71,7 +71,9 @@ pub(super) struct HealArgs {
     #[arg(long, value_enum, default_value_t, value_name = "WHAT", help_heading = "Training")]
     train: Train,
 
-    /// Distance of states in the stage `blocks` [default: fisher with statistics, output without]
+    /// Distance of states in the stage `blocks`
+    ///
+    /// Unless it is given, `fisher` with `--statistics` and `output` without.
     #[arg(long, value_enum, value_name = "DISTANCE", help_heading = "Training")]
     loss: Option<Distance>,
 
