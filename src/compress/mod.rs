@@ -66,6 +66,7 @@ use recipe::{Fused, Recipe};
 pub(crate) use record::summary as linear_summary;
 use run::Run;
 pub use scale::{DepthWeight, Sensitivity};
+#[cfg(feature = "cli")]
 pub(crate) use sizes::size;
 use solution::Solution;
 use study::Study;
