@@ -26,5 +26,9 @@ pub fn read_report(root: &Path, hint: &str) -> Result<CompressReport> {
         let (found, known) = (version.to_string(), SCHEMA_VERSION.to_string());
         return Err(CheckpointError::Newer { path, entry: "schema_version".into(), found, known }.into());
     }
+    // Other commands, such as `lrc export`, leave reports of their own, that have no recipe.
+    if report.get("recipe").is_none() {
+        return Err(unusable("it is not the report of `lrc compress`".into()).into());
+    }
     Ok(serde_json::from_value(report).map_err(|e| unusable(e.to_string()))?)
 }

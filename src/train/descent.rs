@@ -170,12 +170,11 @@ fn squared_norm(x: &Tensor) -> Result<f64> {
         }
         lanes.iter().sum()
     };
-    match x.storage_and_layout() {
-        (storage, layout) if layout.is_contiguous() => match &*storage {
-            Storage::Cpu(storage) => Ok(sum(host_slice(storage, layout)?)),
-            _ => Ok(sum(&to_host(x)?)),
-        },
-        _ => Ok(sum(&to_host(x)?)),
+    let x = x.contiguous()?;
+    let (storage, layout) = x.storage_and_layout();
+    match &*storage {
+        Storage::Cpu(storage) => Ok(sum(host_slice(storage, layout)?)),
+        _ => Ok(sum(&to_host(&x)?)),
     }
 }
 

@@ -129,3 +129,22 @@ fn settings_of_a_quantizer_are_found_where_other_tools_have_them() {
     check("hf_quant_config.json", &|_| {}, &["quantized by modelopt", "hint:"]);
     check("elsewhere.json", &|_| {}, &[".qweight`", "packed by a quantizer", "hint: get `quantize_config.json`"]);
 }
+
+#[test]
+fn reports_of_other_commands_are_not_taken_for_that_of_a_compression() {
+    let folder = tempfile::tempdir().unwrap();
+    let [out, exported, next] = ["out", "exported", "next"].map(|name| folder.path().join(name));
+    ok(&["compress", FIXTURE, "-o", path(&out), "-q", "--keep", "0.8"]);
+    ok(&["export", path(&out), "-o", path(&exported), "--format", "dense", "-q"]);
+    for args in [
+        &["heal", path(&exported), "--teacher", FIXTURE, "--text", TRAIN, "-o", path(&next)][..],
+        &["truncate", path(&exported), "-o", path(&next), "--keep", "0.5"],
+    ] {
+        let run = lrc(args);
+        assert_eq!(run.code, 4, "{args:?}: {}", run.stderr);
+        for part in ["lrc-report.json", "it is not the report of `lrc compress`", "hint:"] {
+            assert!(run.stderr.contains(part), "{args:?}: `{part}` is not in {}", run.stderr);
+        }
+        assert!(!next.exists());
+    }
+}
