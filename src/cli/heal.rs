@@ -14,7 +14,7 @@ use super::terminal::{Bars, table};
 use crate::compress::recipe;
 use crate::error::Failure;
 use crate::heal::{Distance, HealJob, HealStage, SAVE_STEPS, Train, WeightedText, heal};
-use crate::report::{CompressReport, HealRecord, HealedPart, HeldOutPerplexity};
+use crate::report::{CompressReport, HealRecord, HealedPart};
 use crate::train::Settings;
 
 /// Train a compressed model to do what its source does
@@ -229,9 +229,9 @@ pub(super) fn healing(healed: &HealRecord) -> String {
         ]
     };
     let columns = ["block", "half", "held-out error", "healed", "ratio", "epoch"];
-    let perplexity = healed.perplexity.map_or(String::new(), |found| {
-        let HeldOutPerplexity { teacher, before, after } = found;
-        format!("perplexity of held-out windows: {before:.3} before, {after:.3} after, {teacher:.3} of the source\n")
-    });
-    table(&columns, healed.parts.iter().map(row).collect()) + &perplexity
+    let halves = match healed.parts.is_empty() {
+        true => String::new(),
+        false => table(&columns, healed.parts.iter().map(row).collect()),
+    };
+    halves + &healed.lines().join("\n") + "\n"
 }

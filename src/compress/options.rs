@@ -228,8 +228,8 @@ recipe_options! {
 
     /// Train the result to do what the source does [default: no training]
     ///
-    /// On the calibration text, as `lrc heal` does with its defaults, in one or both of its stages: `--heal blocks`,
-    /// `--heal blocks,model`. For `--format factored` and `dense`.
+    /// On the calibration text, as `lrc heal` does with its defaults, in some of its stages: `--heal blocks`,
+    /// `--heal blocks,model`. For formats that lrc runs: not `onnx`.
     heal: Vec<HealStage>, "Method" [
         value_enum, value_delimiter = ',', num_args = 1, value_name = "STAGES", hide_short_help = true
     ],

@@ -11,9 +11,10 @@ use super::recipe::{Budget, Embeddings, Recipe, WidthRule};
 use crate::checkpoint::Checkpoint;
 use crate::error::Failure;
 use crate::formats::{Files, Format, Source};
+use crate::heal::expect_head;
 use crate::model::inventory::{self, LinearInfo};
 use crate::model::tie::is_tied_head;
-use crate::model::{LinearId, ModelConfig, architectures, config, coverage, vocabulary};
+use crate::model::{Decoder, LinearId, ModelConfig, architectures, config, coverage, vocabulary};
 use crate::operator::{Form, Forms, Kind, Right, Shape};
 use crate::quantize::{Quant, Storage};
 
@@ -127,6 +128,9 @@ impl Plan {
     /// No linear matches, a pattern matches nothing, or a target cannot be compressed.
     pub fn new(checkpoint: &Checkpoint, recipe: &Recipe) -> Result<Self> {
         coverage::expect_whole(checkpoint)?;
+        if recipe.heals() {
+            expect_head(recipe.heal_stages(), &Decoder::open(checkpoint)?)?;
+        }
         let mut linears = targets(checkpoint, recipe)?;
         check_targets(checkpoint, &linears)?;
         add_vocabulary(&mut linears, checkpoint, recipe)?;

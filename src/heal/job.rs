@@ -6,13 +6,14 @@ use anyhow::Result;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::texts::{Drawn, WeightedText};
+use super::texts::{Drawn, WeightedText, file_name};
 use crate::calibrate::WindowSettings;
 use crate::checkpoint::{Checkpoint, Earlier, Existing, sha256_file};
 use crate::device::Device;
 use crate::error::Failure;
 use crate::model::{Decoder, fingerprint};
-use crate::report::{HealedText, LRC_VERSION};
+use crate::report::{CompressReport, HealedText, LRC_VERSION};
+use crate::text::DEFAULT_FIELD;
 use crate::train::Settings;
 
 /// The student, its teacher, and how it is healed.
@@ -122,6 +123,35 @@ impl Distance {
 }
 
 impl HealJob<'_> {
+    /// The flags that give the same bytes, with files by their names alone.
+    pub(super) fn flags(&self) -> Vec<String> {
+        let WindowSettings { field, samples, seq_len, seed, .. } = &self.windows;
+        let mut flags = Vec::new();
+        let is_mixture = self.texts.len() > 1;
+        for text in self.texts {
+            let weight = if is_mixture { format!(":{}", text.weight) } else { String::new() };
+            flags.extend(["--text".into(), file_name(&text.path) + &weight]);
+        }
+        let stages: Vec<&str> = self.stages.iter().map(|stage| stage.name()).collect();
+        let Settings { epochs, batch, learning_rate, .. } = self.settings;
+        let given = [
+            ("--held-out", self.held_out.map(file_name)),
+            ("--field", (field != DEFAULT_FIELD).then(|| field.clone())),
+            ("--samples", Some(samples.to_string())),
+            ("--seq-len", seq_len.map(|seq_len| seq_len.to_string())),
+            ("--seed", Some(seed.to_string())),
+            ("--statistics", self.statistics.map(file_name)),
+            ("--stage", Some(stages.join(","))),
+            ("--train", (self.train != Train::All).then(|| self.train.name().into())),
+            ("--loss", self.loss.map(|loss| loss.name().into())),
+            ("--epochs", Some(epochs.to_string())),
+            ("--learning-rate", Some(learning_rate.to_string())),
+            ("--batch", Some(batch.to_string())),
+        ];
+        flags.extend(given.into_iter().filter_map(|(flag, value)| Some([flag.into(), value?])).flatten());
+        flags
+    }
+
     /// The distance that is trained.
     pub fn distance(&self) -> Distance {
         let by_statistics = if self.statistics.is_some() { Distance::Fisher } else { Distance::Output };
@@ -172,13 +202,49 @@ pub(super) fn expect_same_shape(job: &HealJob<'_>, teacher: &Decoder<'_>, studen
     };
     for ((field, expected), (_, found)) in of(teacher).into_iter().zip(of(student)) {
         if found != expected {
+            let hint = match field {
+                "num_hidden_layers" => {
+                    "the teacher is the model that was compressed; an output without some of its blocks (`--structure depth`) cannot be healed"
+                }
+                _ => "the teacher is the model that was compressed",
+            };
             let message = format!(
                 "`{}` has {field} {expected}, and `{}` has {found}",
                 job.teacher_name,
                 job.checkpoint.root().display()
             );
-            return Err(Failure::unsupported(message).hint("the teacher is the model that was compressed").into());
+            return Err(Failure::unsupported(message).hint(hint).into());
         }
+    }
+    Ok(())
+}
+
+/// Checks that a model predicts tokens, if a stage needs that.
+///
+/// # Errors
+/// It has no head.
+pub(crate) fn expect_head(stages: &[HealStage], decoder: &Decoder<'_>) -> Result<()> {
+    match stages.iter().find(|stage| **stage != HealStage::Blocks) {
+        Some(stage) if !decoder.has_head() => {
+            let message = format!("the stage `{}` compares predicted tokens, and this model has no head", stage.name());
+            Err(Failure::unsupported(message).hint("the stage `blocks` compares states, and needs none").into())
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Warns if the teacher is not the model that was compressed. It may be the same in other files.
+///
+/// # Errors
+/// The teacher cannot be read.
+pub(super) fn warn_of_another_source(job: &HealJob<'_>, report: &CompressReport) -> Result<()> {
+    let found = fingerprint(job.teacher)?;
+    if report.source_files.iter().any(|(file, sha256)| found.get(file) != Some(sha256)) {
+        tracing::warn!(
+            "`{}` is not the folder that `{}` was compressed from: its files are others",
+            job.teacher_name,
+            job.checkpoint.root().display()
+        );
     }
     Ok(())
 }

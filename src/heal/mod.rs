@@ -24,6 +24,7 @@ use serde_json::Value;
 
 use self::closed::Closed;
 use self::halves::Halves;
+pub(crate) use self::job::expect_head;
 pub use self::job::{Distance, HealJob, HealStage, SAVE_STEPS, Train};
 use self::metric::Metrics;
 use self::model::{KeptState, STATE_BYTES, WholeModel};
@@ -78,6 +79,10 @@ fn checked<'a>(job: &'a HealJob<'a>) -> Result<(Run<'a>, CompressReport)> {
     let teacher = Decoder::open(job.teacher)?.on(&job.device);
     let student = Decoder::open(job.checkpoint)?.on(&job.device);
     job::expect_same_shape(job, &teacher, &student)?;
+    for decoder in [&teacher, &student] {
+        expect_head(job.stages, decoder)?;
+    }
+    job::warn_of_another_source(job, &report)?;
     let needing = match (job.stages.contains(&HealStage::Closed), job.distance()) {
         (true, _) => Some("the stage `closed` needs Grams of the inputs and gradients of the source"),
         (false, Distance::Fisher) => Some("`--loss fisher` needs Grams of the gradients of the source"),
@@ -90,6 +95,7 @@ fn checked<'a>(job: &'a HealJob<'a>) -> Result<(Run<'a>, CompressReport)> {
     }
     let trained = Selected::of(job, &report)?;
     let drawn = Drawn::of(job.checkpoint, job.texts, job.held_out, &job.windows)?;
+    drawn.expect_same_tokens(job)?;
     let statistics = job.statistics.map(Statistics::open).transpose()?;
     if let (Some(statistics), Some(path)) = (&statistics, job.statistics) {
         let named = path.display().to_string();
@@ -152,8 +158,16 @@ impl Run<'_> {
         let windows: Vec<Vec<u32>> = pieces.held_out.iter().map(|&i| drawn.windows[i].clone()).collect();
         let perplexity =
             held_out::perplexities([teacher, student], job.checkpoint, &healed, &windows, &limits, progress)?;
+        let per_epoch = pieces.trained.len().div_ceil(job.settings.batch);
+        let of_parts = trained.parts.iter().map(|part| part.trained.len());
+        let epochs: usize = of_parts.chain(trained.model.iter().map(|model| model.trained.len())).sum();
+        let in_closed_form = trained.closed.as_ref().map_or(0, |closed| closed.steps.len());
         let record = HealRecord {
             teacher: job.teacher_name.into(),
+            flags: job.flags(),
+            stages: job.stages.iter().map(|stage| stage.name().into()).collect(),
+            steps: (epochs * per_epoch + in_closed_form) as u64,
+            seconds: self.started.elapsed().as_secs_f64(),
             teacher_files: fingerprint(job.teacher)?,
             source_files: fingerprint(job.checkpoint)?,
             texts: drawn.records(),
@@ -172,6 +186,11 @@ impl Run<'_> {
             closed: trained.closed,
             perplexity,
         };
+        if record.parameters == 0 {
+            tracing::warn!(
+                "healing changed nothing: no stage lowered its loss on the held-out windows, or there is nothing that it trains (`closed` takes no steps over codes); a smaller `--learning-rate` or more `--samples` may help"
+            );
+        }
         report.healed = Some(record);
         output::write(job, &healed, self.format, &mut report, folder, self.started)?;
         Ok(report)

@@ -5,10 +5,12 @@ use std::str::FromStr;
 
 use anyhow::Result;
 
+use super::job::HealJob;
 use crate::calibrate::{Needs, WindowSettings, Windows};
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Beside, Checkpoint};
 use crate::error::Failure;
 use crate::report::HealedText;
+use crate::text::TOKENIZER_FILE;
 use crate::train::Pieces;
 
 /// Every so many windows one is held out.
@@ -41,6 +43,8 @@ impl FromStr for WeightedText {
 pub(super) struct Drawn {
     pub windows: Vec<Vec<u32>>,
     parts: Vec<Windows>,
+    /// Of the parts.
+    weights: Vec<f64>,
     held_out: Option<Windows>,
 }
 
@@ -84,7 +88,29 @@ impl Drawn {
         turns.sort_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
         let windows = turns.into_iter().map(|(_, part_idx, i)| parts[part_idx].windows[i].clone());
         let windows = windows.chain(held_out.iter().flat_map(|part| part.windows.clone())).collect();
-        Ok(Self { windows, parts, held_out })
+        let weights = texts.iter().map(|text| text.weight).collect();
+        Ok(Self { windows, parts, weights, held_out })
+    }
+
+    /// Checks that the teacher's tokenizer, if it has one, draws the same windows from the texts.
+    ///
+    /// # Errors
+    /// It does not, or cannot be read.
+    pub fn expect_same_tokens(&self, job: &HealJob<'_>) -> Result<()> {
+        if job.teacher.read(TOKENIZER_FILE)?.is_none() {
+            return Ok(());
+        }
+        let theirs = Self::of(job.teacher, job.texts, job.held_out, &job.windows)?;
+        if theirs.windows == self.windows {
+            return Ok(());
+        }
+        let message = format!(
+            "`{}` and `{}` divide {} into other tokens",
+            job.teacher_name,
+            job.checkpoint.root().display(),
+            self.names()
+        );
+        Err(Failure::unsupported(message).hint("the teacher is the model that was compressed").into())
     }
 
     /// The windows that are trained, and those that choose.
@@ -102,12 +128,12 @@ impl Drawn {
     }
 
     pub fn records(&self) -> Vec<HealedText> {
-        self.parts.iter().map(record).collect()
+        self.parts.iter().zip(&self.weights).map(|(part, &weight)| record(part, weight)).collect()
     }
 
     /// The record of the text that is held out.
     pub fn held_out_record(&self) -> Option<HealedText> {
-        self.held_out.as_ref().map(record)
+        self.held_out.as_ref().map(|part| record(part, 1.0))
     }
 }
 
@@ -116,11 +142,18 @@ fn load(checkpoint: &Checkpoint, text: &Path, samples: usize, of_all: &WindowSet
     Windows::load(checkpoint, &settings, Needs::default(), (1, 1))
 }
 
-fn record(part: &Windows) -> HealedText {
+fn record(part: &Windows, weight: f64) -> HealedText {
     HealedText {
+        name: file_name(Path::new(&part.text)),
+        weight,
         text_sha256: part.part.text_sha256.clone(),
         windows: part.part.windows,
         tokens: part.part.tokens,
         seq_len: part.part.seq_len,
     }
+}
+
+/// The name of a file without its folder, which says nothing on another machine.
+pub(super) fn file_name(path: &Path) -> String {
+    path.file_name().map_or_else(|| path.display().to_string(), |name| name.to_string_lossy().into_owned())
 }

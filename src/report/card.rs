@@ -7,7 +7,7 @@ use anyhow::Result;
 use serde_json::Value;
 
 use super::columns::fixed;
-use super::{CompressReport, DeltaRecord, ExportReport, HealRecord, HeldOutPerplexity, LEFT_OUT_BY_FLAG};
+use super::{CompressReport, DeltaRecord, ExportReport, HealRecord, LEFT_OUT_BY_FLAG};
 use crate::checkpoint::Checkpoint;
 
 /// The file of the card.
@@ -108,30 +108,22 @@ fn later_commands(card: &mut String, report: &CompressReport) {
     // The recipe may have said so.
     let apart = report.healed.as_ref().filter(|_| report.recipe.get("heal").is_none());
     if let Some(healed) = apart {
+        let flags: Vec<String> = healed.flags.iter().map(|flag| quoted(flag)).collect();
         let teacher = quoted(title(&healed.teacher));
-        let _ = writeln!(card, "lrc heal OUT --teacher {teacher} --text TEXT -o HEALED");
+        let _ = writeln!(card, "lrc heal OUT --teacher {teacher} {} -o HEALED", flags.join(" "));
     }
 }
 
 /// What training did after the compression.
 fn healing(healed: &HealRecord) -> String {
-    let texts = healed.texts.iter().map(|text| format!("{} tokens of `{}`", text.tokens, text.text_sha256));
-    let mut card = format!(
-        "\nIt was healed: {} parameters were trained on {} (SHA-256), at most {} epochs of {} windows with {} held out. The errors above \
-         are those before.\n",
-        healed.parameters,
-        texts.collect::<Vec<_>>().join(" and "),
-        healed.epochs,
-        healed.trained_windows,
-        healed.held_out_windows
-    );
-    if let Some(HeldOutPerplexity { teacher, before, after }) = healed.perplexity {
-        let [teacher, before, after] = [teacher, before, after].map(|value| fixed(value, 3));
-        let _ = writeln!(
-            card,
-            "Perplexity of the held-out windows: {before} before, {after} after, {teacher} of the source."
-        );
+    let mut card = String::from("\n## Healing\n\n");
+    for line in healed.lines() {
+        let _ = writeln!(card, "{line}.");
     }
+    for text in healed.texts.iter().chain(&healed.held_out_text) {
+        let _ = writeln!(card, "`{}` has the SHA-256 `{}`.", text.name, text.text_sha256);
+    }
+    card.push_str("The errors above are those before.\n\n");
     card
 }
 

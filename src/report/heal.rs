@@ -14,6 +14,12 @@ pub struct HealRecord {
     pub teacher_files: Fingerprint,
     /// SHA-256 of the files of the model before healing.
     pub source_files: Fingerprint,
+    /// The flags of `lrc heal` that give the same bytes, with files by their names alone.
+    #[serde(default)]
+    pub flags: Vec<String>,
+    /// The stages, in their order.
+    #[serde(default)]
+    pub stages: Vec<String>,
     /// The texts.
     pub texts: Vec<HealedText>,
     /// Windows whose gradients were taken, in an epoch.
@@ -36,6 +42,12 @@ pub struct HealRecord {
     pub learning_rate: f64,
     /// Seed of the order of the windows.
     pub seed: u64,
+    /// Steps of all stages: of AdamW, each over a batch of windows, and in closed form.
+    #[serde(default)]
+    pub steps: u64,
+    /// Wall-clock seconds of the healing.
+    #[serde(default)]
+    pub seconds: f64,
     /// Parameters that have other values now.
     pub parameters: u64,
     /// The halves of the blocks, in their order; none without the stage `blocks`.
@@ -47,6 +59,50 @@ pub struct HealRecord {
     pub closed: Option<HealedClosed>,
     /// Perplexities of the held-out windows; none for encoders.
     pub perplexity: Option<HeldOutPerplexity>,
+}
+
+impl HealRecord {
+    /// What was done and what it gave, in sentences without a full stop.
+    pub fn lines(&self) -> Vec<String> {
+        let named = |text: &HealedText| format!("{} tokens of `{}`", text.tokens, text.name);
+        let texts: Vec<String> = self.texts.iter().map(named).collect();
+        let mut lines = vec![format!(
+            "Healed by the stages {} in {} steps on {}: {} parameters have other values",
+            self.stages.join(", "),
+            self.steps,
+            texts.join(" and "),
+            self.parameters
+        )];
+        lines.push(format!("{} windows were trained, and {} held out", self.trained_windows, self.held_out_windows));
+        if !self.parts.is_empty() {
+            let ratio = |part: &HealedPart| part.error_after / part.error_before.max(f64::MIN_POSITIVE);
+            let ratios: Vec<f64> = self.parts.iter().filter(|part| part.error_before > 0.0).map(ratio).collect();
+            let mean = ratios.iter().sum::<f64>() / ratios.len().max(1) as f64;
+            lines.push(format!(
+                "Halves of blocks: {mean:.3} of the held-out error before, on average over {}",
+                ratios.len()
+            ));
+        }
+        if let Some(HealedModel { divergence_before, divergence_after, best_epoch, trained, .. }) = &self.model {
+            lines.push(format!(
+                "The whole model: held-out divergence {divergence_before:.4} before, {divergence_after:.4} after, epoch {best_epoch} of {}",
+                trained.len()
+            ));
+        }
+        if let Some(HealedClosed { divergence_before, divergence_after, steps }) = &self.closed {
+            let n_taken = steps.iter().filter(|step| step.size > 0.0).count();
+            lines.push(format!(
+                "In closed form: held-out divergence {divergence_before:.4} before, {divergence_after:.4} after, {n_taken} of {} steps taken",
+                steps.len()
+            ));
+        }
+        if let Some(HeldOutPerplexity { teacher, before, after }) = self.perplexity {
+            lines.push(format!(
+                "Perplexity of the held-out windows: {before:.3} before, {after:.3} after, {teacher:.3} of the source"
+            ));
+        }
+        lines
+    }
 }
 
 /// Perplexities of the held-out windows.
@@ -103,6 +159,12 @@ pub struct HealedStep {
 /// The windows of a text.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 pub struct HealedText {
+    /// Name of its file.
+    #[serde(default)]
+    pub name: String,
+    /// Its share of the windows, relative to those of the other texts.
+    #[serde(default)]
+    pub weight: f64,
     /// SHA-256 of the text.
     pub text_sha256: String,
     /// Number of windows.

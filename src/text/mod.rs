@@ -28,7 +28,8 @@ use document::Document;
 pub use prompt::Prompt;
 pub use source::read_recipe;
 
-const TOKENIZER_FILE: &str = "tokenizer.json";
+/// The file of a tokenizer.
+pub const TOKENIZER_FILE: &str = "tokenizer.json";
 
 /// Separator of documents in one stream, as in GPTQ's scripts for WikiText.
 const BETWEEN_DOCUMENTS: &str = "\n\n";

@@ -19,6 +19,8 @@ use crate::workers::Workers;
 
 /// Training ends when the loss of held-out pieces has not fallen in so many epochs.
 const PATIENCE: usize = 2;
+/// What the rate is multiplied by after each epoch that did not help: its steps were too long.
+const SHORTER: f64 = 0.25;
 
 /// A loss that is a mean over independent pieces.
 pub trait Objective: Sync {
@@ -108,6 +110,14 @@ pub struct Course {
     pub best: usize,
 }
 
+impl Course {
+    /// The epochs that did not lower the loss of the held-out pieces.
+    fn n_failed(&self) -> usize {
+        let is_failed = |at: &usize| self.held_out[..*at].iter().any(|&before| self.held_out[*at] >= before);
+        (1..self.held_out.len()).filter(is_failed).count()
+    }
+}
+
 /// How far a fit is.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct State {
@@ -141,8 +151,9 @@ pub trait Keep {
     fn keep(&self, state: &State, arrays: Vec<Vec<f32>>) -> Result<()>;
 }
 
-/// Trains `variables`, which end with the values that have the least loss on the held-out pieces. Goes on from the last
-/// state that was kept. The result does not depend on it, nor on the number of threads.
+/// Trains `variables`, which end with the values that have the least loss on the held-out pieces. An epoch that does not
+/// lower it is taken back, and the next one has a quarter of the rate. Goes on from the last state that was kept. The
+/// result does not depend on it, nor on the number of threads.
 ///
 /// # Errors
 /// A loss is not finite, or cannot be computed.
@@ -167,8 +178,8 @@ pub fn fit<O: Objective>(
         }
         for batch in order.chunks(settings.batch).skip(run.state.steps) {
             let (loss, gradients) = gradients(variables, objective, batch, workers)?;
-            let rate = learning_rate(settings.learning_rate, run.state.all_steps, n_steps);
-            run.step(loss, &gradients, rate)?;
+            let largest = settings.learning_rate * SHORTER.powi(run.state.course.n_failed() as i32);
+            run.step(loss, &gradients, learning_rate(largest, run.state.all_steps, n_steps))?;
             progress.advance(batch.len() as u64);
         }
         let loss = held_out(variables, objective, pieces, workers)?;
@@ -225,8 +236,9 @@ impl<'a> Fit<'a> {
         course.trained.push(*sum / n.max(1) as f64);
         let is_best = course.held_out.iter().all(|&before| loss < before);
         course.held_out.push(loss);
-        if is_best {
-            (course.best, self.best) = (epoch, self.variables.values()?);
+        match is_best {
+            true => (course.best, self.best) = (epoch, self.variables.values()?),
+            false => self.variables.set(&self.best)?,
         }
         let goes_on = epoch < course.best + PATIENCE;
         (self.state.epochs, self.state.steps, self.state.sum) = (epoch, 0, 0.0);

@@ -133,6 +133,18 @@ impl Recipe {
                 "a text is run through the model, which `--statistics` cannot replace",
             ));
         }
+        if self.heals() && self.narrow().is_some_and(|narrow| narrow.drops_blocks) {
+            return Err(usage(
+                "`--heal` cannot follow `--structure depth`: blocks are compared one by one with those of the source",
+                "remove one of the two",
+            ));
+        }
+        if self.heals() && (self.format().is_graph() || self.format().stores_residuals()) {
+            return Err(usage(
+                format!("`--heal` cannot follow `--format {}`, which lrc does not run", self.format().name()),
+                "heal `--format factored`, and export that with `lrc export`",
+            ));
+        }
         if self.heal_stages().contains(&HealStage::Closed) && !self.needs().output_gram {
             return Err(usage(
                 "`--heal closed` needs a method that measures gradients",

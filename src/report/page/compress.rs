@@ -12,7 +12,7 @@ use super::heal;
 use super::svg::{self, Axes};
 use super::template::{Table, Tile, render, table, tile};
 use crate::report::columns::{Cell, fixed};
-use crate::report::{CompressReport, LinearRecord, NarrowRecord, NarrowedUnit, notes};
+use crate::report::{CompressReport, HealRecord, LinearRecord, NarrowRecord, NarrowedUnit, notes};
 
 /// The page of `lrc compress`.
 ///
@@ -156,7 +156,11 @@ fn row(l: &LinearRecord) -> Vec<Cell> {
 /// Deviations of single linears from the recipe.
 fn notes(report: &CompressReport) -> Vec<String> {
     let widths = report.narrow.iter().flat_map(NarrowRecord::lines);
-    widths.chain(notes::lines(report.linears.iter().map(|l| (l.module.as_str(), l.note.as_deref())))).collect()
+    let healed = report.healed.iter().flat_map(HealRecord::lines);
+    widths
+        .chain(healed)
+        .chain(notes::lines(report.linears.iter().map(|l| (l.module.as_str(), l.note.as_deref()))))
+        .collect()
 }
 
 fn warnings(report: &CompressReport) -> Vec<String> {
