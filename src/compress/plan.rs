@@ -11,7 +11,7 @@ use super::recipe::{Budget, Embeddings, Recipe, WidthRule};
 use crate::checkpoint::Checkpoint;
 use crate::error::Failure;
 use crate::formats::{Files, Format, Source};
-use crate::heal::expect_head;
+use crate::heal::expect_stages;
 use crate::model::inventory::{self, LinearInfo};
 use crate::model::tie::is_tied_head;
 use crate::model::{Decoder, LinearId, ModelConfig, architectures, config, coverage, vocabulary};
@@ -129,7 +129,7 @@ impl Plan {
     pub fn new(checkpoint: &Checkpoint, recipe: &Recipe) -> Result<Self> {
         coverage::expect_whole(checkpoint)?;
         if recipe.heals() {
-            expect_head(recipe.heal_stages(), &Decoder::open(checkpoint)?)?;
+            expect_stages(recipe.heal_stages(), &Decoder::open(checkpoint)?)?;
         }
         let mut linears = targets(checkpoint, recipe)?;
         check_targets(checkpoint, &linears)?;

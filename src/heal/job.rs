@@ -8,12 +8,12 @@ use serde_json::{Value, json};
 
 use super::texts::{Drawn, WeightedText, file_name};
 use crate::calibrate::WindowSettings;
-use crate::checkpoint::{Checkpoint, Earlier, Existing, sha256_file};
+use crate::checkpoint::{Beside, Checkpoint, Earlier, Existing, sha256_file};
 use crate::device::Device;
 use crate::error::Failure;
 use crate::model::{Decoder, fingerprint};
 use crate::report::{CompressReport, HealedText, LRC_VERSION};
-use crate::text::DEFAULT_FIELD;
+use crate::text::{DEFAULT_FIELD, TOKENIZER_FILE};
 use crate::train::Settings;
 
 /// The student, its teacher, and how it is healed.
@@ -219,11 +219,32 @@ pub(super) fn expect_same_shape(job: &HealJob<'_>, teacher: &Decoder<'_>, studen
     Ok(())
 }
 
-/// Checks that a model predicts tokens, if a stage needs that.
+/// Checks that the teacher's tokenizer, if it has one, draws the same windows from the texts.
 ///
 /// # Errors
-/// It has no head.
-pub(crate) fn expect_head(stages: &[HealStage], decoder: &Decoder<'_>) -> Result<()> {
+/// It does not, or cannot be read.
+pub(super) fn expect_same_tokens(job: &HealJob<'_>, drawn: &Drawn) -> Result<()> {
+    if job.teacher.read(TOKENIZER_FILE)?.is_none() {
+        return Ok(());
+    }
+    let theirs = Drawn::of(job.teacher, job.texts, job.held_out, &job.windows)?;
+    if theirs.windows == drawn.windows {
+        return Ok(());
+    }
+    let student = job.checkpoint.root().display();
+    let message = format!("`{}` and `{student}` divide {} into other tokens", job.teacher_name, drawn.names());
+    Err(Failure::unsupported(message).hint("the teacher is the model that was compressed").into())
+}
+
+/// Checks that stages are given once each, and that a model predicts tokens if one of them needs that.
+///
+/// # Errors
+/// They are not, or it has no head.
+pub(crate) fn expect_stages(stages: &[HealStage], decoder: &Decoder<'_>) -> Result<()> {
+    if let Some(at) = (1..stages.len()).find(|&at| stages[..at].contains(&stages[at])) {
+        let message = format!("the stage `{}` is given twice", stages[at].name());
+        return Err(Failure::usage(message).hint("more `--epochs` train for longer").into());
+    }
     match stages.iter().find(|stage| **stage != HealStage::Blocks) {
         Some(stage) if !decoder.has_head() => {
             let message = format!("the stage `{}` compares predicted tokens, and this model has no head", stage.name());

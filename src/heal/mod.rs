@@ -24,7 +24,7 @@ use serde_json::Value;
 
 use self::closed::Closed;
 use self::halves::Halves;
-pub(crate) use self::job::expect_head;
+pub(crate) use self::job::expect_stages;
 pub use self::job::{Distance, HealJob, HealStage, SAVE_STEPS, Train};
 use self::metric::Metrics;
 use self::model::{KeptState, STATE_BYTES, WholeModel};
@@ -80,7 +80,7 @@ fn checked<'a>(job: &'a HealJob<'a>) -> Result<(Run<'a>, CompressReport)> {
     let student = Decoder::open(job.checkpoint)?.on(&job.device);
     job::expect_same_shape(job, &teacher, &student)?;
     for decoder in [&teacher, &student] {
-        expect_head(job.stages, decoder)?;
+        expect_stages(job.stages, decoder)?;
     }
     job::warn_of_another_source(job, &report)?;
     let needing = match (job.stages.contains(&HealStage::Closed), job.distance()) {
@@ -95,7 +95,7 @@ fn checked<'a>(job: &'a HealJob<'a>) -> Result<(Run<'a>, CompressReport)> {
     }
     let trained = Selected::of(job, &report)?;
     let drawn = Drawn::of(job.checkpoint, job.texts, job.held_out, &job.windows)?;
-    drawn.expect_same_tokens(job)?;
+    job::expect_same_tokens(job, &drawn)?;
     let statistics = job.statistics.map(Statistics::open).transpose()?;
     if let (Some(statistics), Some(path)) = (&statistics, job.statistics) {
         let named = path.display().to_string();

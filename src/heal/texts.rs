@@ -5,12 +5,10 @@ use std::str::FromStr;
 
 use anyhow::Result;
 
-use super::job::HealJob;
 use crate::calibrate::{Needs, WindowSettings, Windows};
-use crate::checkpoint::{Beside, Checkpoint};
+use crate::checkpoint::Checkpoint;
 use crate::error::Failure;
 use crate::report::HealedText;
-use crate::text::TOKENIZER_FILE;
 use crate::train::Pieces;
 
 /// Every so many windows one is held out.
@@ -90,27 +88,6 @@ impl Drawn {
         let windows = windows.chain(held_out.iter().flat_map(|part| part.windows.clone())).collect();
         let weights = texts.iter().map(|text| text.weight).collect();
         Ok(Self { windows, parts, weights, held_out })
-    }
-
-    /// Checks that the teacher's tokenizer, if it has one, draws the same windows from the texts.
-    ///
-    /// # Errors
-    /// It does not, or cannot be read.
-    pub fn expect_same_tokens(&self, job: &HealJob<'_>) -> Result<()> {
-        if job.teacher.read(TOKENIZER_FILE)?.is_none() {
-            return Ok(());
-        }
-        let theirs = Self::of(job.teacher, job.texts, job.held_out, &job.windows)?;
-        if theirs.windows == self.windows {
-            return Ok(());
-        }
-        let message = format!(
-            "`{}` and `{}` divide {} into other tokens",
-            job.teacher_name,
-            job.checkpoint.root().display(),
-            self.names()
-        );
-        Err(Failure::unsupported(message).hint("the teacher is the model that was compressed").into())
     }
 
     /// The windows that are trained, and those that choose.

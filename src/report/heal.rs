@@ -67,7 +67,7 @@ impl HealRecord {
         let named = |text: &HealedText| format!("{} tokens of `{}`", text.tokens, text.name);
         let texts: Vec<String> = self.texts.iter().map(named).collect();
         let mut lines = vec![format!(
-            "Healed by the stages {} in {} steps on {}: {} parameters have other values",
+            "Healed ({}) in {} steps on {}: {} parameters have other values",
             self.stages.join(", "),
             self.steps,
             texts.join(" and "),

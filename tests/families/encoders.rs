@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::common::{self, ok, path};
+use crate::common::{self, lrc, ok, path};
 use candle_core::{Device, Tensor};
 use lrc::calibrate::Targets;
 use lrc::checkpoint::{Checkpoint, SafetensorsWriter, TensorSpec};
@@ -36,6 +36,26 @@ fn headless(family: &str, folder: &Path) -> PathBuf {
     std::fs::copy(fixture(family).join("config.json"), model.join("config.json")).unwrap();
     std::fs::copy(tokenizer(family), model.join("tokenizer.json")).unwrap();
     model
+}
+
+/// The states of its halves can be healed; there are no tokens to compare.
+#[test]
+fn encoders_without_a_head_are_not_healed_by_their_tokens() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let (model, [text, small, out]) = (headless("bert", folder.path()), ["text.txt", "small", "out"].map(at));
+    std::fs::write(&text, "once upon a time there was a little dog. it liked to run! ".repeat(60)).unwrap();
+    ok(&["compress", path(&model), "-o", path(&small), "--keep", "0.5", "-q"]);
+    let heal = ["heal", path(&small), "--teacher", path(&model), "--text", path(&text), "-o", path(&out)];
+    let windows = ["--samples", "16", "--seq-len", "24", "--epochs", "1"];
+    let compress = ["compress", path(&model), "-o", path(&out), "--keep", "0.5", "--calibration", path(&text)];
+    for args in [[&heal[..], &windows].concat(), [&compress[..], &["--heal", "blocks,model", "--dry-run"]].concat()] {
+        let run = lrc(&args);
+        assert_eq!(run.code, 4, "{}", run.stderr);
+        assert!(run.stderr.contains("the stage `model` compares predicted tokens"), "{}", run.stderr);
+        assert!(!out.exists() && !at("out.partial").exists());
+    }
+    ok(&[&heal[..], &windows, &["--stage", "blocks"]].concat());
 }
 
 #[test]

@@ -97,7 +97,9 @@ fn every_stage_brings_the_model_nearer_to_its_source_on_other_text() {
         let bytes = |folder: &Path| std::fs::metadata(folder.join("model.safetensors")).unwrap().len();
         assert_eq!(bytes(&out), bytes(&model.compressed));
         let card = std::fs::read_to_string(out.join("README.md")).unwrap();
-        assert!(card.contains("lrc heal OUT --teacher") && card.contains("healed"), "{card}");
+        assert!(card.contains("lrc heal OUT --teacher") && card.contains("## Healing"), "{card}");
+        assert!(healed["steps"].as_u64().unwrap() > 0 && healed["seconds"].as_f64().unwrap() > 0.0, "{healed}");
+        assert!(card.contains(&format!("in {} steps on 1024 tokens of `train.txt`", healed["steps"])), "{card}");
     }
 }
 
@@ -180,6 +182,9 @@ fn a_compression_heals_what_it_made() {
         assert!(run.code == 2 && run.stderr.contains(message) && !out.exists(), "{}", run.stderr);
     };
     check(&["--keep", "0.5", "--method", "svd"], "`--heal` needs `--calibration FILE`");
+    let text = ["--calibration", TRAIN, "--keep", "0.8"];
+    check(&[&text[..], &["--structure", "depth"]].concat(), "`--heal` cannot follow `--structure depth`");
+    check(&[&text[..], &["--format", "onnx"]].concat(), "`--heal` cannot follow `--format onnx`");
 }
 
 #[test]
@@ -319,6 +324,20 @@ fn texts_share_the_windows_by_weight() {
     let report = ok(&model.arguments(&out, &flags)).json();
     let windows = report["healed"]["texts"].as_array().unwrap().iter().map(|text| text["windows"].as_u64().unwrap());
     assert_eq!(windows.collect::<Vec<_>>(), [12, 4]);
+    // The command of the card gives the same bytes.
+    let card = std::fs::read_to_string(out.join("README.md")).unwrap();
+    let line = card.lines().find(|line| line.starts_with("lrc heal ")).unwrap();
+    let again = model.out("again");
+    let word = |word: &str| match word {
+        "OUT" => path(&model.compressed).to_string(),
+        "HEALED" => path(&again).to_string(),
+        "tiny-llama" => FIXTURE.to_string(),
+        word => word.replace("train.txt", TRAIN).replace("held-out.txt", HELD_OUT),
+    };
+    let words: Vec<String> = line.split(' ').skip(1).map(word).collect();
+    ok(&words.iter().map(String::as_str).collect::<Vec<_>>());
+    assert!(weights(&again) == weights(&out), "{line}");
+    assert!(card.contains("tokens of `train.txt` and "), "{card}");
 }
 
 #[test]
@@ -348,6 +367,19 @@ fn what_cannot_be_healed_is_refused() {
         4,
         &["`fixtures/pico-llama` has ", "the teacher is the model that was compressed"],
     );
+    let other = model.out("other");
+    common::copy(FIXTURE, &other);
+    let tokenizer = std::fs::read_to_string(other.join("tokenizer.json")).unwrap();
+    let mut tokenizer: Value = serde_json::from_str(&tokenizer).unwrap();
+    let vocabulary = tokenizer["model"]["vocab"].as_object_mut().unwrap();
+    let (a, b) = (vocabulary["a"].clone(), vocabulary["e"].clone());
+    (vocabulary["a"], vocabulary["e"]) = (b, a);
+    std::fs::write(other.join("tokenizer.json"), tokenizer.to_string()).unwrap();
+    check(
+        &["heal", compressed, "--teacher", path(&other), "--text", TRAIN, "-o", path(&out)],
+        4,
+        &["into other tokens", "the teacher is the model that was compressed"],
+    );
     check(
         &model.arguments(&out, &["--text", TRAIN, "--loss", "fisher"]),
         2,
@@ -356,6 +388,7 @@ fn what_cannot_be_healed_is_refused() {
     let of_source = ["heal", FIXTURE, "--teacher", FIXTURE, "--text", TRAIN, "-o", path(&out)];
     check(&of_source, 4, &["lrc-report.json` cannot be read", "a folder written by `lrc compress`"]);
     check(&model.arguments(&out, &["--text", "a.txt:0"]), 2, &["`--text a.txt:0`: expected FILE or FILE:WEIGHT"]);
+    check(&model.arguments(&out, &["--text", TRAIN, "--stage", "blocks,blocks"]), 2, &["`blocks` is given twice"]);
     let flags = [&["--text", TRAIN][..], &["--learning-rate", "2"]].concat();
     let own = ["heal", compressed, "--teacher", FIXTURE, "-o", path(&out)];
     check(&[&own[..], &flags].concat(), 2, &["`--learning-rate 2` is outside (0, 1)"]);
