@@ -3,7 +3,7 @@
     python benchmarks/heal.py MODEL WORK LRC --calibration FILE... --evaluation FILE...
         [--kinds low-rank@0.8,narrow@0.6,…] [--stages blocks,model,closed] [--samples N] [--epochs N] [--rates R,…] [--model RATE,BATCH,EPOCHS]
 
-Each kind is compressed in the metric of statistics of the calibration texts (64 windows of 512 tokens, measured once into WORK; of several texts as
+Each kind is compressed in the metric of statistics of the calibration texts (64 windows, measured once into WORK; of several texts as
 many of each), and then healed by every list of stages at every rate. `blocks+model` is the stage `model` on the output of the stage `blocks`, whose
 minutes are counted too; the stage `model` has a rate, a batch and epochs of its own.
 Texts are mixed by `--text a:weight`. In a cell are perplexity and KL from the source in nats per token on the first windows of each
@@ -52,7 +52,7 @@ def run(*command):
 statistics = pathlib.Path(args.statistics or args.work / "statistics.safetensors")
 if not statistics.exists():
     texts = [argument for text in args.calibration for argument in ("--text", text.split(":")[0])]
-    run("calibrate", args.model, *texts, "--method", "kfac", "--samples", 64, "--seq-len", 512, "-o", statistics, "-q")
+    run("calibrate", args.model, *texts, "--method", "kfac", "--samples", 64, "--seq-len", args.seq_len, "-o", statistics, "-q")
 
 
 def scored(folder):
