@@ -426,6 +426,9 @@ mod tests {
         let least = course.held_out.iter().copied().fold(f64::INFINITY, f64::min);
         assert_eq!(course.held_out[course.best], least);
         assert!(course.trained.len() == course.best + PATIENCE && course.trained.len() < SETTINGS.epochs, "{course:?}");
+        // Steps that are much too long raise the loss, and are taken back; a quarter of them does not.
+        let (course, _) = run(0.0, 1, &Settings { epochs: 4, learning_rate: 8.0, ..SETTINGS }).unwrap();
+        assert!(course.held_out[1] > course.held_out[0] && course.best > 1, "{course:?}");
         let kept = variables();
         kept.set(&values).unwrap();
         let pieces = Pieces { trained: Vec::new(), held_out: vec![14, 15] };
