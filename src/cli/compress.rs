@@ -114,7 +114,8 @@ pub(super) fn run(args: &CompressArgs, quiet: bool, progress: &Bars) -> Result<(
 
 /// Fields of a report that this run does not fill, with what would fill them.
 pub(super) fn absent(recipe: &Recipe) -> Vec<(Vec<Field>, &'static str)> {
-    let mut absent = vec![(fields_at::<CompressReport>("truncated"), "`lrc truncate` writes it")];
+    let later = [("truncated", "`lrc truncate` writes it"), ("healed_before", "`lrc heal` writes it")];
+    let mut absent: Vec<_> = later.map(|(name, hint)| (fields_at::<CompressReport>(name), hint)).into();
     let mut add = |name: &str, hint: &'static str| absent.push((fields_at::<CompressReport>(name), hint));
     if recipe.narrow().is_none() {
         for name in ["narrow", "timings.forward_before", "timings.forward_after"] {

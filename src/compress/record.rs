@@ -240,6 +240,7 @@ pub(super) fn report(
         narrow: None,
         truncated: None,
         healed: None,
+        healed_before: Vec::new(),
         output_files: Fingerprint::new(),
         timings,
         elapsed_seconds: 0.0,

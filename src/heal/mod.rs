@@ -191,7 +191,8 @@ impl Run<'_> {
                 "healing changed nothing: no stage lowered its loss on the held-out windows, or there is nothing that it trains (`closed` takes no steps over codes); a smaller `--learning-rate` or more `--samples` may help"
             );
         }
-        report.healed = Some(record);
+        let before = report.healed.replace(record);
+        report.healed_before.extend(before);
         output::write(job, &healed, self.format, &mut report, folder, self.started)?;
         Ok(report)
     }

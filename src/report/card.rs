@@ -1,5 +1,6 @@
 //! The model card: `README.md` of an output folder.
 
+use std::collections::BTreeSet;
 use std::fmt::Write;
 use std::path::Path;
 
@@ -85,8 +86,8 @@ pub fn render(report: &CompressReport, source: &Checkpoint, loading: &Loading) -
     let _ = writeln!(card, "{}", words.join(" "));
     later_commands(&mut card, report);
     card.push_str("```\n\n`--recipe lrc-recipe.toml` can replace the flags.\n");
-    if let Some(healed) = &report.healed {
-        card.push_str(&healing(healed));
+    if report.healed.is_some() {
+        card.push_str(&healing(report));
     }
     if let Some(calibration) = &report.calibration {
         let _ = writeln!(
@@ -105,23 +106,29 @@ fn later_commands(card: &mut String, report: &CompressReport) {
     if let Some(truncated) = &report.truncated {
         let _ = writeln!(card, "lrc truncate OUT -o TRUNCATED --keep {}", truncated.keep);
     }
-    // The recipe may have said so.
-    let apart = report.healed.as_ref().filter(|_| report.recipe.get("heal").is_none());
-    if let Some(healed) = apart {
+    // The recipe may have said the first.
+    let n_before = usize::from(report.recipe.get("heal").is_some());
+    let apart = report.healings().skip(n_before);
+    let mut student = "OUT".to_string();
+    for (i, healed) in apart.enumerate() {
         let flags: Vec<String> = healed.flags.iter().map(|flag| quoted(flag)).collect();
+        let out = if i == 0 { "HEALED".into() } else { format!("HEALED-{}", i + 1) };
         let teacher = quoted(title(&healed.teacher));
-        let _ = writeln!(card, "lrc heal OUT --teacher {teacher} {} -o HEALED", flags.join(" "));
+        let _ = writeln!(card, "lrc heal {student} --teacher {teacher} {} -o {out}", flags.join(" "));
+        student = out;
     }
 }
 
 /// What training did after the compression.
-fn healing(healed: &HealRecord) -> String {
+fn healing(report: &CompressReport) -> String {
     let mut card = String::from("\n## Healing\n\n");
-    for line in healed.lines() {
+    for line in report.healings().flat_map(HealRecord::lines) {
         let _ = writeln!(card, "{line}.");
     }
-    for text in healed.texts.iter().chain(&healed.held_out_text) {
-        let _ = writeln!(card, "`{}` has the SHA-256 `{}`.", text.name, text.text_sha256);
+    let texts = report.healings().flat_map(|healed| healed.texts.iter().chain(&healed.held_out_text));
+    let named: BTreeSet<_> = texts.map(|text| (&text.name, &text.text_sha256)).collect();
+    for (name, sha256) in named {
+        let _ = writeln!(card, "`{name}` has the SHA-256 `{sha256}`.");
     }
     card.push_str("The errors above are those before.\n\n");
     card

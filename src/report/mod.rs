@@ -112,9 +112,12 @@ pub struct CompressReport {
     /// Set by `lrc truncate`.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub truncated: Option<TruncationRecord>,
-    /// Set by `lrc heal`.
+    /// Set by `lrc heal`: the last healing.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub healed: Option<HealRecord>,
+    /// The healings before the last one, the first one first.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub healed_before: Vec<HealRecord>,
     /// SHA-256 of every other file of the output.
     pub output_files: Fingerprint,
     /// Seconds per stage.
@@ -123,6 +126,13 @@ pub struct CompressReport {
     pub elapsed_seconds: f64,
     /// Peak resident memory of the process in bytes; Linux only.
     pub peak_memory_bytes: Option<u64>,
+}
+
+impl CompressReport {
+    /// All healings, the first one first.
+    pub fn healings(&self) -> impl Iterator<Item = &HealRecord> {
+        self.healed_before.iter().chain(&self.healed)
+    }
 }
 
 impl Published for CompressReport {

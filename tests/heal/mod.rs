@@ -212,8 +212,32 @@ fn every_family_is_healed() {
     }
 }
 
+/// The output of a healing is healed again, and its report and card say both.
+#[test]
+fn a_model_that_is_healed_again_keeps_the_record_of_the_first() {
+    let model = Model::new(&["--keep", "0.5", "--calibration", TRAIN, "--samples", "8"]);
+    let (once, first) = model.heal("once", &["--stage", "blocks"]);
+    let twice = model.out("twice");
+    let again = ["heal", path(&once), "--teacher", FIXTURE, "--text", HELD_OUT, "--seq-len", "64", "--samples", "8"];
+    let run = ok(&[&again[..], &["--stage", "model", "-o", path(&twice), "-q", "--json"]].concat()).json();
+    let (healed, earlier) = (&run["healed"], &run["healed_before"]);
+    assert_eq!((&healed["stages"], earlier), (&serde_json::json!(["model"]), &serde_json::json!([first["healed"]])));
+    let card = std::fs::read_to_string(twice.join("README.md")).unwrap();
+    let line = |start: &str| card.lines().find(|line| line.starts_with(start)).unwrap_or_else(|| panic!("{card}"));
+    assert!(line("lrc heal OUT ").ends_with("-o HEALED") && line("lrc heal HEALED ").ends_with("-o HEALED-2"));
+    for text in ["train.txt", "held-out.txt"] {
+        assert_eq!(card.matches(&format!("`{text}` has the SHA-256")).count(), 1, "{card}");
+    }
+    let page = std::fs::read_to_string(twice.join("lrc-report.html")).unwrap();
+    assert!(page.contains("Healed (blocks)") && page.contains("Healed (model)"));
+}
+
 #[test]
 fn a_model_that_is_its_source_already_stays() {
+    let whole = tempfile::tempdir().unwrap().path().join("whole");
+    let flags = ["--keep", "1", "--calibration", TRAIN, "--heal", "blocks"];
+    let run = ok(&[&["compress", FIXTURE, "-o", path(&whole)][..], &flags].concat());
+    assert!(run.stderr.contains("`--heal` has no effect"), "{}", run.stderr);
     let model = Model::new(&["--keep", "1"]);
     let (out, report) = model.heal("healed", &[]);
     assert_eq!(changed(&model.compressed, &out), Vec::<String>::new());

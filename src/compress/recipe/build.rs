@@ -39,7 +39,9 @@ impl Recipe {
         }
         let recipe = Self::compressing(&with_methods(options))?;
         if recipe.is_dense() {
-            // There is nothing to heal.
+            if recipe.heals() {
+                tracing::warn!("`--heal` has no effect: nothing is compressed, so that there is nothing to heal");
+            }
             return Ok(recipe.unhealed());
         }
         recipe.check_healing()?;
@@ -139,7 +141,7 @@ impl Recipe {
                 "remove one of the two",
             ));
         }
-        if self.heals() && (self.format().is_graph() || self.format().stores_residuals()) {
+        if self.heals() && self.format().is_graph() {
             return Err(usage(
                 format!("`--heal` cannot follow `--format {}`, which lrc does not run", self.format().name()),
                 "heal `--format factored`, and export that with `lrc export`",

@@ -156,7 +156,7 @@ fn row(l: &LinearRecord) -> Vec<Cell> {
 /// Deviations of single linears from the recipe.
 fn notes(report: &CompressReport) -> Vec<String> {
     let widths = report.narrow.iter().flat_map(NarrowRecord::lines);
-    let healed = report.healed.iter().flat_map(HealRecord::lines);
+    let healed = report.healings().flat_map(HealRecord::lines);
     widths
         .chain(healed)
         .chain(notes::lines(report.linears.iter().map(|l| (l.module.as_str(), l.note.as_deref()))))
