@@ -132,7 +132,8 @@ def rows_refitted(x, w, parts):
 
 def solve(normal, right):
     """Of a form that may be singular within rounding."""
-    return torch.cholesky_solve(right, cholesky(normal + 1e-12 * normal.diag().mean() * torch.eye(len(normal))))
+    ridge = (1e-12 if normal.dtype == torch.float64 else 1e-6) * normal.diag().mean()
+    return torch.cholesky_solve(right, cholesky(normal + ridge * torch.eye(len(normal), dtype=normal.dtype)))
 
 
 def monarch(x, sweeps=0, count=4):
@@ -158,47 +159,75 @@ def monarch(x, sweeps=0, count=4):
 
 
 def blast(x, count):
-    """Blocks `U_i diag(s_ij) V_j^T` by least squares in U_i, V_j and s_i one after another, with Nesterov's extrapolation (Mitchell et al. 2020)."""
+    """Blocks `U_i diag(s_ij) V_j^T` by least squares in s_i, U_i and V_j one after another, in f32, with Nesterov's extrapolation (Mitchell et al. 2020)."""
     (m, n), random = x.w.shape, torch.Generator().manual_seed(0)
     while m % count or n % count:
         count //= 2
     rank = x.budget // (m + n + count * count)
     b, a = low_rank(x, rank)
+    sweep = Sweep(x, count)
     # Factors are s = 1, a saddle that sweeps hardly leave: s is drawn.
-    u, v, s = b.reshape(count, -1, rank), a.T.reshape(count, -1, rank), torch.randn(count, count, rank, generator=random)
-    before = now = blast_sweep(x, u, v, s)
+    s = torch.randn(count, count, rank, generator=random).float()
+    before = now = sweep(b.float().reshape(count, -1, rank), a.T.float().reshape(count, -1, rank), s)
     since = 1
     for _ in range(options.sweeps):
         share = since / (since + 3)
-        after = blast_sweep(x, *(new + share * (new - old) for new, old in zip(now[:3], before[:3])))
+        after = sweep(*(new + share * (new - old) for new, old in zip(now[:3], before[:3])))
         since += 1
         if after[3] > now[3]:
-            after, since = blast_sweep(x, *now[:3]), 1
+            after, since = sweep(*now[:3]), 1
         before, now = now, after
-    return blast_product(*now[:3])
+    return blast_product(*now[:3]).double()
 
 
 def blast_product(u, v, s):
-    return torch.einsum("iar,ijr,jbr->iajb", u, s, v).reshape(u.shape[0] * u.shape[1], -1)
+    return torch.cat([torch.cat([u[i] * s[i, j] @ v[j].T for j in range(len(v))], 1) for i in range(len(u))])
 
 
-def blast_sweep(x, u, v, s):
-    """The next parts, with columns of U and V of one size, and their error."""
-    w, s, (count, _, rank) = blast_product(u, v, s), s.clone(), u.shape
-    rows, columns = slices(w.shape[0], count), slices(w.shape[1], count)
-    u = torch.stack(list(rows_refitted(x, w, [torch.cat([s[i, j][:, None] * v[j].T for j in range(count)], 1) for i in range(count)])))
-    given = [torch.cat([s[i, j][:, None] * u[i].T for i in range(count)], 1) for j in range(count)]
-    v = torch.stack(list(rows_refitted(x.transposed, w.T, given)))
-    inputs = torch.cat([x.c[:, own] @ part for own, part in zip(columns, v)], 1)  # (n, b r)
-    between = torch.cat([part.T @ inputs[own] for own, part in zip(columns, v)])  # (b r, b r)
-    for i, own in enumerate(rows):
-        inner = u[i].T @ x.g[own, own] @ u[i]
-        slope = u[i].T @ (x.g[own] @ (x.w - w)) @ inputs
-        right = slope.reshape(rank, count, rank).diagonal(dim1=0, dim2=2).flatten()
-        s[i] += solve(between * inner.repeat(count, count), right[:, None]).reshape(count, rank)
-        w[own] = torch.cat([u[i] * s[i, j] @ v[j].T for j in range(count)], 1)
-    sizes = [part.norm(dim=(0, 1)) for part in (u, v)]
-    return u / sizes[0], v / sizes[1], s * sizes[0] * sizes[1], x.error(w)
+class Sweep:
+    """The next parts, with columns of U and V of one size, and their error: the gradient `G E C` is kept up to date in slices."""
+
+    def __init__(self, x, count):
+        self.w, self.g, self.c, self.count = x.w.float(), x.g.float(), x.c.float(), count
+        self.rows, self.columns = slices(len(x.w), count), slices(x.w.shape[1], count)
+        self.lefts = [cholesky(self.g[own, own]) for own in self.rows]
+        self.rights = [cholesky(self.c[own, own]) for own in self.columns]
+
+    def __call__(self, u, v, s):
+        (count, _, rank), u, v, s = u.shape, u.clone(), v.clone(), s.clone()
+        d = self.g @ ((self.w - blast_product(u, v, s)) @ self.c)
+        inputs = torch.stack([self.c[:, own] @ part for own, part in zip(self.columns, v)])  # C V_j
+        between = torch.stack([torch.stack([part.T @ one[own] for one in inputs]) for own, part in zip(self.columns, v)])
+        for i, own in enumerate(self.rows):
+            moved = self.scaled(u[i], s[i], d[own], v, inputs, between, own)
+            target = sum((d[own, other] - self.g[own, own] @ moved[:, other]) @ v[j] * s[i, j] for j, other in enumerate(self.columns))
+            normal = torch.einsum("ja,jlab,lb->ab", s[i], between, s[i])
+            change = solve(normal, torch.cholesky_solve(target, self.lefts[i]).T).T
+            u[i] += change
+            moved += change @ sum(s[i, j][:, None] * inputs[j].T for j in range(count))
+            d -= self.g[:, own] @ moved
+        outputs = torch.stack([self.g[:, own] @ part for own, part in zip(self.rows, u)])  # G U_i
+        across = torch.stack([torch.stack([part.T @ one[own] for one in outputs]) for own, part in zip(self.rows, u)])
+        for j, own in enumerate(self.columns):
+            target = sum(s[i, j][:, None] * (u[i].T @ d[other, own]) for i, other in enumerate(self.rows))
+            normal = torch.einsum("ia,ilab,lb->ab", s[:, j], across, s[:, j])
+            change = solve(normal, torch.cholesky_solve(target.T, self.rights[j]).T).T
+            v[j] += change
+            d -= sum(outputs[i] * s[i, j] for i in range(count)) @ change.T @ self.c[own]
+        sizes = [part.norm(dim=(0, 1)) for part in (u, v)]
+        error = (d * (self.w - blast_product(u, v, s))).sum().item()
+        return u / sizes[0], v / sizes[1], s * sizes[0] * sizes[1], error
+
+    def scaled(self, u, s, d, v, inputs, between, own):
+        """Adds to a row of s, `s_j` after `s_j` and twice around; returns what that adds to `B C`."""
+        inner, change = u.T @ self.g[own, own] @ u, torch.zeros_like(s)
+        slope = torch.stack([(u * (d[:, other] @ v[j])).sum(0) for j, other in enumerate(self.columns)])
+        for j in list(range(self.count)) * 2:
+            step = solve(between[j, j] * inner, slope[j][:, None])[:, 0]
+            change[j] += step
+            slope -= torch.stack([between[other, j] * inner @ step for other in range(self.count)])
+        s += change
+        return u @ sum(change[j][:, None] * inputs[j].T for j in range(self.count))
 
 
 def cur(x):
@@ -364,6 +393,7 @@ STRUCTURES = {
     "blast-2": ("BLAST, 2 × 2 blocks", functools.partial(blast, count=2)),
     "blast-4": ("BLAST, 4 × 4 blocks", functools.partial(blast, count=4)),
     "blast-8": ("BLAST, 8 × 8 blocks", functools.partial(blast, count=8)),
+    "blast-pivots": ("BLAST, 4 × 4 blocks, or pivots: whichever errs less", lambda x: min(blast(x, 4), pivots(x), key=x.error)),
     "mpo": ("two-site MPO (CompactifAI)", mpo),
     "mpo-pivots": ("two-site MPO, stored as pivots", functools.partial(mpo, as_pivots=True)),
     "sparse": ("dense × sparse (DSFormer)", dense_and_sparse),

