@@ -103,14 +103,15 @@ pub fn render(report: &CompressReport, source: &Checkpoint, loading: &Loading) -
 
 /// The commands that followed the compression.
 fn later_commands(card: &mut String, report: &CompressReport) {
+    let mut student = "OUT".to_string();
+    // What is healed is not truncated any more.
     if let Some(truncated) = &report.truncated {
         let _ = writeln!(card, "lrc truncate OUT -o TRUNCATED --keep {}", truncated.keep);
+        student = "TRUNCATED".into();
     }
     // The recipe may have said the first.
     let n_before = usize::from(report.recipe.get("heal").is_some());
-    let apart = report.healings().skip(n_before);
-    let mut student = "OUT".to_string();
-    for (i, healed) in apart.enumerate() {
+    for (i, healed) in report.healings().skip(n_before).enumerate() {
         let flags: Vec<String> = healed.flags.iter().map(|flag| quoted(flag)).collect();
         let out = if i == 0 { "HEALED".into() } else { format!("HEALED-{}", i + 1) };
         let teacher = quoted(title(&healed.teacher));

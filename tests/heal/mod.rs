@@ -233,6 +233,21 @@ fn a_model_that_is_healed_again_keeps_the_record_of_the_first() {
 }
 
 #[test]
+fn a_truncation_comes_before_its_healing() {
+    let model = Model::new(&["--keep", "0.6", "--layout", "factors"]);
+    let [truncated, healed] = ["truncated", "healed"].map(|name| model.out(name));
+    ok(&["truncate", path(&model.compressed), "-o", path(&truncated), "--keep", "0.5", "-q"]);
+    let text = ["--text", TRAIN, "--seq-len", "64", "--samples", "8", "--epochs", "1", "--stage", "blocks", "-q"];
+    ok(&[&["heal", path(&truncated), "--teacher", FIXTURE, "-o", path(&healed)][..], &text].concat());
+    let card = std::fs::read_to_string(healed.join("README.md")).unwrap();
+    let commands: Vec<&str> = card.lines().filter(|line| line.starts_with("lrc ")).collect();
+    assert!(commands[1].starts_with("lrc truncate OUT -o TRUNCATED"), "{card}");
+    assert!(commands[2].starts_with("lrc heal TRUNCATED "), "{card}");
+    let run = lrc(&["truncate", path(&healed), "-o", path(&model.out("x")), "--keep", "0.4"]);
+    assert!(run.code != 0 && run.stderr.contains("error"), "{}", run.stderr);
+}
+
+#[test]
 fn a_model_that_is_its_source_already_stays() {
     let whole = tempfile::tempdir().unwrap().path().join("whole");
     let flags = ["--keep", "1", "--calibration", TRAIN, "--heal", "blocks"];
