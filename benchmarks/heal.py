@@ -32,7 +32,7 @@ parser.add_argument("--evaluation", nargs="+", required=True)
 parser.add_argument("--kinds", default="low-rank@0.9,low-rank@0.8,low-rank@0.6,narrow@0.8,joint@0.8,joint@0.6,int3")
 parser.add_argument("--stages", default="blocks,blocks+model,closed")
 parser.add_argument("--rates", default="2e-4")
-parser.add_argument("--model", dest="whole", default="2e-4,2,4", help="rate, batch, epochs of the stage `model`")
+parser.add_argument("--model", dest="whole", default="2e-4,2,4", help="rate or `auto`, batch, epochs of the stage `model`")
 parser.add_argument("--statistics")
 for name, default in [("samples", "64"), ("epochs", "4"), ("batch", "2"), ("seq-len", "512"), ("windows", "4"), ("eval-seq-len", "1024")]:
     parser.add_argument(f"--{name}", default=default)
@@ -103,7 +103,7 @@ for kind in args.kinds.split(","):
                 of_stage = args.whole.split(",") if stage == "model" else [rate, args.batch, args.epochs]
                 name = "-".join([name, stage, *of_stage, args.samples])
                 how = ["--stage", stage, "--samples", args.samples, "--seq-len", args.seq_len, "--seed", 1, "--statistics", statistics]
-                how += ["--learning-rate", of_stage[0], "--batch", of_stage[1], "--epochs", of_stage[2]]
+                how += ["--batch", of_stage[1], "--epochs", of_stage[2]] + (["--learning-rate", of_stage[0]] if of_stage[0] != "auto" else [])
                 texts = [argument for text in args.calibration for argument in ("--text", text)]
                 spent.append(cost(name, args.work / name, ["heal", last, "--teacher", args.model, *texts, *how]))
                 last = args.work / name

@@ -68,6 +68,7 @@ fn into_folder(
     if !first.output.join(REPORT_FILE).is_file() {
         compress(&first)?;
     }
+    let Settings { epochs, batch, .. } = Settings::default();
     let windows = job.recipe.calibration().expect("invariant: a recipe that heals has a text").clone();
     let student = model::open(first.output)?;
     let statistics = first.keep_statistics.or(job.recipe.statistics());
@@ -79,7 +80,9 @@ fn into_folder(
         texts: &[WeightedText { path: windows.text.clone(), weight: 1.0 }],
         held_out: None,
         train: Train::All,
-        settings: Settings { seed: windows.seed, ..Settings::default() },
+        epochs,
+        batch,
+        learning_rate: None,
         windows,
         loss: None,
         statistics: statistics.filter(|_| job.recipe.needs().output_gram),

@@ -14,6 +14,7 @@ use crate::calibrate::Statistics;
 use crate::checkpoint::{Fingerprint, OutputFolder};
 use crate::error::Failure;
 use crate::formats::Source;
+use crate::heal::expect_enough;
 use crate::model::fingerprint;
 use crate::progress::Progress;
 use crate::report::REPORT_FILE;
@@ -61,6 +62,9 @@ impl<'a> Run<'a> {
         let source = Source::new(checkpoint);
         plan.check_format(&source, recipe)?;
         let mut inputs = Inputs::load(job.model(), recipe, &plan)?;
+        if let Some(windows) = inputs.windows.as_ref().filter(|_| recipe.heals()) {
+            expect_enough(&format!("`{}`", windows.text), windows.windows.len(), "")?;
+        }
         inputs.kept_in = job.keep_statistics.map(Path::to_path_buf);
         Ok(Self { job, plan, source, inputs, source_files, started, pieces })
     }

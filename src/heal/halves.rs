@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use candle_core::Tensor;
 use serde_json::json;
 
@@ -81,7 +81,7 @@ impl Halves<'_> {
             stage.advance((self.settings.epochs * self.pieces.trained.len()) as u64);
             return Ok((healed, part));
         }
-        let part = self.train(lesson, variables, stage).with_context(|| lesson.name())?;
+        let part = self.train(lesson, variables, stage)?;
         let values = variables.values()?;
         let changed = variables.iter().zip(before).zip(values).filter(|((_, before), after)| before != after);
         let healed: Healed = changed.map(|(((name, _), _), after)| (name.to_string(), after)).collect();

@@ -14,7 +14,7 @@ use crate::error::Failure;
 use crate::model::{Decoder, fingerprint};
 use crate::report::{CompressReport, HealedText, LRC_VERSION};
 use crate::text::{DEFAULT_FIELD, TOKENIZER_FILE};
-use crate::train::Settings;
+use crate::train::{Rate, Settings};
 
 /// The student, its teacher, and how it is healed.
 pub struct HealJob<'a> {
@@ -38,8 +38,13 @@ pub struct HealJob<'a> {
     pub statistics: Option<&'a Path>,
     /// The distance of states that is trained; `None`: in the metric of the statistics, if there are any.
     pub loss: Option<Distance>,
-    /// How long and how fast.
-    pub settings: Settings,
+    /// Most passes over the windows in a stage.
+    pub epochs: usize,
+    /// Windows of a step.
+    pub batch: usize,
+    /// The largest learning rate of the stage `blocks`, of which `model` takes a tenth; `None`: 2e-4, and by the
+    /// divergence.
+    pub learning_rate: Option<f64>,
     /// Steps of the stage `model` after which its state is kept, so that a run that was killed goes on from there.
     pub save_steps: usize,
     /// The output folder, which appears whole or not at all.
@@ -56,6 +61,12 @@ pub struct HealJob<'a> {
 
 /// [`HealJob::save_steps`] unless it is given: a state is written in the time of a few steps.
 pub const SAVE_STEPS: usize = 100;
+
+/// The stage `model` moves all blocks at once, and takes smaller steps.
+const MODEL_RATE: f64 = 0.1;
+/// On SmolLM2-135M the rates that gain are near this at divergences from 0.02 to 1; four times as much loses
+/// (docs/results.md, Healing).
+const BY_DIVERGENCE: Rate = Rate::ByLoss { factor: 1.5e-4, most: 1e-4 };
 
 /// A way to train.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -133,7 +144,6 @@ impl HealJob<'_> {
             flags.extend(["--text".into(), file_name(&text.path) + &weight]);
         }
         let stages: Vec<&str> = self.stages.iter().map(|stage| stage.name()).collect();
-        let Settings { epochs, batch, learning_rate, .. } = self.settings;
         let given = [
             ("--held-out", self.held_out.map(file_name)),
             ("--field", (field != DEFAULT_FIELD).then(|| field.clone())),
@@ -144,12 +154,23 @@ impl HealJob<'_> {
             ("--stage", Some(stages.join(","))),
             ("--train", (self.train != Train::All).then(|| self.train.name().into())),
             ("--loss", self.loss.map(|loss| loss.name().into())),
-            ("--epochs", Some(epochs.to_string())),
-            ("--learning-rate", Some(learning_rate.to_string())),
-            ("--batch", Some(batch.to_string())),
+            ("--epochs", Some(self.epochs.to_string())),
+            ("--learning-rate", self.learning_rate.map(|rate| rate.to_string())),
+            ("--batch", Some(self.batch.to_string())),
         ];
         flags.extend(given.into_iter().filter_map(|(flag, value)| Some([flag.into(), value?])).flatten());
         flags
+    }
+
+    /// How long and how fast a stage trains.
+    pub(super) fn settings(&self, stage: HealStage) -> Settings {
+        let learning_rate = match (stage, self.learning_rate) {
+            (HealStage::Model, Some(rate)) => Rate::Fixed(rate * MODEL_RATE),
+            (HealStage::Model, None) => BY_DIVERGENCE,
+            (_, Some(rate)) => Rate::Fixed(rate),
+            (_, None) => Settings::default().learning_rate,
+        };
+        Settings { epochs: self.epochs, batch: self.batch, learning_rate, seed: self.windows.seed }
     }
 
     /// The distance that is trained.
@@ -166,7 +187,6 @@ impl HealJob<'_> {
 
     /// All that decides the bytes of the output: an interrupted run of the same is resumed.
     pub(super) fn description(&self, drawn: &Drawn) -> Result<Value> {
-        let Settings { epochs, batch, learning_rate, seed } = self.settings;
         let text = |text: &HealedText| json!([text.text_sha256, text.windows, text.seq_len]);
         let texts: Vec<Value> = drawn.records().iter().map(text).collect();
         Ok(json!({
@@ -178,13 +198,12 @@ impl HealJob<'_> {
             "held_out": drawn.held_out_record().as_ref().map(text),
             "train": self.train.name(),
             "loss": self.distance().name(),
-            "window_seed": self.windows.seed,
+            "seed": self.windows.seed,
             "statistics": self.statistics.map(sha256_file).transpose()?,
             "stages": self.stages.iter().map(|stage| stage.name()).collect::<Vec<_>>(),
-            "epochs": epochs,
-            "batch": batch,
-            "learning_rate": learning_rate,
-            "seed": seed,
+            "epochs": self.epochs,
+            "batch": self.batch,
+            "learning_rate": self.learning_rate,
         }))
     }
 }

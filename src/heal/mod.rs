@@ -31,6 +31,7 @@ use self::model::{KeptState, STATE_BYTES, WholeModel};
 use self::tensors::{Healed, Selected};
 use self::texts::Drawn;
 pub use self::texts::WeightedText;
+pub(crate) use self::texts::expect_enough;
 use crate::calibrate::{Needs, Statistics};
 use crate::checkpoint::{OutputFolder, expect_apart};
 use crate::error::Failure;
@@ -40,7 +41,7 @@ use crate::progress::Progress;
 use crate::report::earlier::read_report;
 use crate::report::{CompressReport, HealRecord, HealedClosed, HealedModel, HealedPart, REPORT_FILE, concluded};
 use crate::store::Journal;
-use crate::train::{Pieces, Settings};
+use crate::train::Pieces;
 
 /// Heals a compressed model. Resumes an interrupted run after the last half that it finished.
 ///
@@ -76,6 +77,7 @@ fn checked<'a>(job: &'a HealJob<'a>) -> Result<(Run<'a>, CompressReport)> {
     coverage::expect_whole(job.checkpoint)?;
     let report = read_report(job.checkpoint.root(), "`lrc heal` takes a folder written by `lrc compress`")?;
     let format = output::format_of(job.checkpoint, &report)?;
+    output::expect_code(job.checkpoint, &report)?;
     let teacher = Decoder::open(job.teacher)?.on(&job.device);
     let student = Decoder::open(job.checkpoint)?.on(&job.device);
     job::expect_same_shape(job, &teacher, &student)?;
@@ -104,13 +106,6 @@ fn checked<'a>(job: &'a HealJob<'a>) -> Result<(Run<'a>, CompressReport)> {
         statistics.expect_needs(Needs { input_gram, output_gram: true, ..Needs::default() }, &named)?;
     }
     Ok((Run { job, teacher, student, trained, drawn, statistics, format, started }, report))
-}
-
-/// The stage `model` moves all blocks at once, and takes smaller steps.
-const MODEL_RATE: f64 = 0.1;
-
-fn of_model(settings: &Settings) -> Settings {
-    Settings { learning_rate: settings.learning_rate * MODEL_RATE, ..*settings }
 }
 
 /// What the stages did.
@@ -158,7 +153,7 @@ impl Run<'_> {
         let windows: Vec<Vec<u32>> = pieces.held_out.iter().map(|&i| drawn.windows[i].clone()).collect();
         let perplexity =
             held_out::perplexities([teacher, student], job.checkpoint, &healed, &windows, &limits, progress)?;
-        let per_epoch = pieces.trained.len().div_ceil(job.settings.batch);
+        let per_epoch = pieces.trained.len().div_ceil(job.batch);
         let of_parts = trained.parts.iter().map(|part| part.trained.len());
         let epochs: usize = of_parts.chain(trained.model.iter().map(|model| model.trained.len())).sum();
         let in_closed_form = trained.closed.as_ref().map_or(0, |closed| closed.steps.len());
@@ -176,10 +171,10 @@ impl Run<'_> {
             held_out_text: drawn.held_out_record(),
             trained: job.train.name().into(),
             distance: job.distance().name().into(),
-            epochs: job.settings.epochs,
-            batch: job.settings.batch,
-            learning_rate: job.settings.learning_rate,
-            seed: job.settings.seed,
+            epochs: job.epochs,
+            batch: job.batch,
+            learning_rate: job.learning_rate,
+            seed: job.windows.seed,
             parameters: healed.values().map(|values| values.len() as u64).sum(),
             parts: trained.parts,
             model: trained.model,
@@ -214,7 +209,7 @@ impl Run<'_> {
         let whole = WholeModel::new(teacher, (student, trained), job.checkpoint, walk, progress)?;
         if stage == HealStage::Model {
             let kept = KeptState { journal, every: job.save_steps };
-            done.model = Some(whole.run(healed, pieces, &of_model(&job.settings), &kept, progress)?);
+            done.model = Some(whole.run(healed, pieces, &job.settings(stage), &kept, progress)?);
             return Ok(());
         }
         let statistics = self.statistics.as_ref().context("invariant: the stage `closed` has statistics")?;
@@ -223,7 +218,7 @@ impl Run<'_> {
         };
         let shapes = (0..teacher.n_blocks()).flat_map(of_block).collect();
         let closed = Closed { whole: &whole, trained, statistics, shapes, journal };
-        done.closed = Some(closed.run(healed, pieces, job.settings.epochs, progress)?);
+        done.closed = Some(closed.run(healed, pieces, job.epochs, progress)?);
         Ok(())
     }
 
@@ -247,7 +242,7 @@ impl Run<'_> {
             checkpoint: job.checkpoint,
             walk,
             pieces,
-            settings: &job.settings,
+            settings: &job.settings(HealStage::Blocks),
             metrics: &metrics,
             journal,
         };

@@ -210,6 +210,7 @@ impl<'a> WholeModel<'a> {
         let record = HealedModel {
             divergence_before: before,
             divergence_after: kept,
+            learning_rate: settings.learning_rate.largest(before),
             best_epoch: course.best,
             trained: course.trained,
             held_out: course.held_out,

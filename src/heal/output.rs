@@ -12,7 +12,7 @@ use super::job::HealJob;
 use super::tensors::Healed;
 use crate::checkpoint::{CONFIG_FILE, Checkpoint, INDEX_FILE, OutputFolder, json};
 use crate::error::Failure;
-use crate::formats::{self, Adapter, CURVES_FILES, Format};
+use crate::formats::{self, Adapter, CURVES_FILES, Format, MODELING_FILES};
 use crate::model::config::native_config;
 use crate::report::card::{self, CARD_FILE, Loading, RECIPE_FILE, recipe_page};
 use crate::report::page::{self, PAGE_FILE};
@@ -33,6 +33,21 @@ pub(super) fn format_of(checkpoint: &Checkpoint, report: &CompressReport) -> Res
         ))
         .hint("an adapter alone has no blocks to run: compress the fine-tuned model, and heal that")
         .into()),
+    }
+}
+
+/// Checks that the code which loads the student elsewhere is beside it, since it goes on with the healed model.
+///
+/// # Errors
+/// A file is missing that the report names.
+pub(super) fn expect_code(checkpoint: &Checkpoint, report: &CompressReport) -> Result<()> {
+    let path = |name: &&str| checkpoint.root().join(name);
+    let mut written = MODELING_FILES.iter().filter(|name| report.output_files.contains_key(**name));
+    match written.find(|name| !path(name).is_file()) {
+        Some(name) => Err(Failure::unsupported(format!("`{}` is missing", path(name).display()))
+            .hint("`lrc heal` takes a folder of `lrc compress` with all its files")
+            .into()),
+        None => Ok(()),
     }
 }
 

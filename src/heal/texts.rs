@@ -58,24 +58,23 @@ impl Drawn {
         of_all: &WindowSettings,
     ) -> Result<Self> {
         let whole: f64 = texts.iter().map(|text| text.weight).sum();
-        let mut parts = Vec::new();
+        let (mut parts, mut weight, mut n_before) = (Vec::new(), 0.0, 0);
         for text in texts {
-            let samples = ((text.weight / whole * of_all.samples as f64).round() as usize).max(1);
-            parts.push(load(checkpoint, &text.path, samples, of_all)?);
+            weight += text.weight;
+            let n = (weight / whole * of_all.samples as f64).round() as usize;
+            if n == n_before {
+                let message = format!("`{}` has no share in {} windows", text.path.display(), of_all.samples);
+                return Err(Failure::usage(message).hint("raise its weight or `--samples`").into());
+            }
+            parts.push(load(checkpoint, &text.path, n - n_before, of_all)?);
+            n_before = n;
         }
         let held_out = held_out.map(|path| load(checkpoint, path, of_all.samples.div_ceil(HELD_OUT), of_all));
         let held_out = held_out.transpose()?;
         let n_windows: usize = parts.iter().map(|part| part.windows.len()).sum();
-        if held_out.is_none() && n_windows < HELD_OUT {
+        if held_out.is_none() {
             let named: Vec<String> = parts.iter().map(|part| format!("`{}`", part.text)).collect();
-            let message = format!(
-                "{} gives {n_windows} windows, and healing needs {} to hold one out",
-                named.join(" and "),
-                HELD_OUT
-            );
-            return Err(Failure::usage(message)
-                .hint("raise `--samples`, shorten `--seq-len`, give a longer text, or another one to `--held-out`")
-                .into());
+            expect_enough(&named.join(" and "), n_windows, ", or another one to `--held-out`")?;
         }
         // In turn, so that windows of every text are held out.
         let mut turns: Vec<(f64, usize, usize)> = Vec::new();
@@ -112,6 +111,19 @@ impl Drawn {
     pub fn held_out_record(&self) -> Option<HealedText> {
         self.held_out.as_ref().map(|part| record(part, 1.0))
     }
+}
+
+/// Checks that one of the windows of a text can be held out.
+///
+/// # Errors
+/// They are too few.
+pub(crate) fn expect_enough(text: &str, n_windows: usize, otherwise: &str) -> Result<()> {
+    if n_windows >= HELD_OUT {
+        return Ok(());
+    }
+    let message = format!("healing needs {HELD_OUT} windows, to hold one out; found in {text}: {n_windows}");
+    let hint = format!("raise `--samples`, shorten `--seq-len`, give a longer text{otherwise}");
+    Err(Failure::usage(message).hint(hint).into())
 }
 
 fn load(checkpoint: &Checkpoint, text: &Path, samples: usize, of_all: &WindowSettings) -> Result<Windows> {

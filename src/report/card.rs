@@ -66,7 +66,10 @@ pub fn render(report: &CompressReport, source: &Checkpoint, loading: &Loading) -
     card.push_str(&errors(report));
     card.push_str("\n## Loading\n\n");
     card.push_str(&loading.text);
-    card.push_str("\n## Reproducing\n\nThis command gives the same bytes:\n\n```sh\n");
+    let later = later_commands(report);
+    let [these, of_which] =
+        if later.is_empty() { ["This command gives", ""] } else { ["These commands give", " of the first"] };
+    let _ = write!(card, "\n## Reproducing\n\n{these} the same bytes:\n\n```sh\n");
     let mut command = vec!["lrc".to_string()];
     command.extend(match &report.delta {
         Some(delta) => ["delta", title(&delta.base), title(&report.source)].map(String::from).to_vec(),
@@ -84,11 +87,7 @@ pub fn render(report: &CompressReport, source: &Checkpoint, loading: &Loading) -
     command.extend(flags(&report.recipe, is_own));
     let words: Vec<String> = command.iter().map(|word| quoted(word)).collect();
     let _ = writeln!(card, "{}", words.join(" "));
-    later_commands(&mut card, report);
-    card.push_str("```\n\n`--recipe lrc-recipe.toml` can replace the flags.\n");
-    if report.healed.is_some() {
-        card.push_str(&healing(report));
-    }
+    let _ = writeln!(card, "{later}```\n\n`--recipe lrc-recipe.toml` can replace the flags{of_which}.");
     if let Some(calibration) = &report.calibration {
         let _ = writeln!(
             card,
@@ -98,15 +97,18 @@ pub fn render(report: &CompressReport, source: &Checkpoint, loading: &Loading) -
             calibration.text_sha256.join("`, `")
         );
     }
+    if report.healed.is_some() {
+        card.push_str(&healing(report));
+    }
     card
 }
 
 /// The commands that followed the compression.
-fn later_commands(card: &mut String, report: &CompressReport) {
-    let mut student = "OUT".to_string();
+fn later_commands(report: &CompressReport) -> String {
+    let (mut commands, mut student) = (String::new(), "OUT".to_string());
     // What is healed is not truncated any more.
     if let Some(truncated) = &report.truncated {
-        let _ = writeln!(card, "lrc truncate OUT -o TRUNCATED --keep {}", truncated.keep);
+        let _ = writeln!(commands, "lrc truncate OUT -o TRUNCATED --keep {}", truncated.keep);
         student = "TRUNCATED".into();
     }
     // The recipe may have said the first.
@@ -115,9 +117,10 @@ fn later_commands(card: &mut String, report: &CompressReport) {
         let flags: Vec<String> = healed.flags.iter().map(|flag| quoted(flag)).collect();
         let out = if i == 0 { "HEALED".into() } else { format!("HEALED-{}", i + 1) };
         let teacher = quoted(title(&healed.teacher));
-        let _ = writeln!(card, "lrc heal {student} --teacher {teacher} {} -o {out}", flags.join(" "));
+        let _ = writeln!(commands, "lrc heal {student} --teacher {teacher} {} -o {out}", flags.join(" "));
         student = out;
     }
+    commands
 }
 
 /// What training did after the compression.
@@ -145,7 +148,12 @@ pub fn render_export(report: &ExportReport, source: &Checkpoint, loading: &Loadi
          {} bytes of tensors; the source has {}.\n\n## Loading\n",
         report.lrc_version, report.bytes_after, report.bytes_before
     );
-    card + &loading.text
+    card.push_str(&loading.text);
+    let compressed = report.compressed.clone().and_then(|report| serde_json::from_value(report).ok());
+    if let Some(compressed) = compressed.filter(|report: &CompressReport| report.healed.is_some()) {
+        card.push_str(&healing(&compressed));
+    }
+    card
 }
 
 fn front_matter<'a>(

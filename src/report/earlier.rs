@@ -28,7 +28,10 @@ pub fn read_report(root: &Path, hint: &str) -> Result<CompressReport> {
     }
     // Other commands, such as `lrc export`, leave reports of their own, that have no recipe.
     if report.get("recipe").is_none() {
-        return Err(unusable("it is not the report of `lrc compress`".into()).into());
+        let exported = "it is the report of `lrc export`: take the folder that was exported, and export the result";
+        let is_export = report.get("compressed").is_some();
+        let reason = if is_export { exported } else { "it is not the report of `lrc compress`" };
+        return Err(unusable(reason.into()).into());
     }
     Ok(serde_json::from_value(report).map_err(|e| unusable(e.to_string()))?)
 }

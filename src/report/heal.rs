@@ -38,8 +38,10 @@ pub struct HealRecord {
     pub epochs: usize,
     /// Windows of a step.
     pub batch: usize,
-    /// Largest learning rate.
-    pub learning_rate: f64,
+    /// Largest learning rate that was given, of which the stage `model` took a tenth; none: 2e-4 in the stage `blocks`,
+    /// and by the divergence in `model`.
+    #[serde(default)]
+    pub learning_rate: Option<f64>,
     /// Seed of the order of the windows.
     pub seed: u64,
     /// Steps of all stages: of AdamW, each over a batch of windows, and in closed form.
@@ -124,6 +126,9 @@ pub struct HealedModel {
     pub divergence_before: f64,
     /// The same after it, with values rounded to their dtype.
     pub divergence_after: f64,
+    /// Largest learning rate of the first epoch.
+    #[serde(default)]
+    pub learning_rate: f64,
     /// The epoch whose values were kept; 0: those before the first.
     pub best_epoch: usize,
     /// Mean divergence of the trained windows in each epoch.

@@ -10,7 +10,7 @@ use rand_chacha::rand_core::{RngCore, SeedableRng};
 use serde::{Deserialize, Serialize};
 
 use super::descent::{AdamW, Descent};
-use super::schedule::learning_rate;
+use super::schedule::{Settings, learning_rate};
 use super::variables::Variables;
 use crate::device::to_host;
 use crate::error::Failure;
@@ -78,25 +78,6 @@ pub struct Pieces {
     pub trained: Vec<usize>,
     /// Those that choose the best epoch.
     pub held_out: Vec<usize>,
-}
-
-/// How long and how fast.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Settings {
-    /// Most passes over the pieces.
-    pub epochs: usize,
-    /// Pieces of a step.
-    pub batch: usize,
-    /// The largest learning rate.
-    pub learning_rate: f64,
-    /// Seed of the order of the pieces.
-    pub seed: u64,
-}
-
-impl Default for Settings {
-    fn default() -> Self {
-        Self { epochs: 8, batch: 2, learning_rate: 2e-4, seed: 0 }
-    }
 }
 
 /// The mean losses of a fit.
@@ -178,8 +159,7 @@ pub fn fit<O: Objective>(
         }
         for batch in order.chunks(settings.batch).skip(run.state.steps) {
             let (loss, gradients) = gradients(variables, objective, batch, workers)?;
-            let largest = settings.learning_rate * SHORTER.powi(run.state.course.n_failed() as i32);
-            run.step(loss, &gradients, learning_rate(largest, run.state.all_steps, n_steps))?;
+            run.step(loss, &gradients, learning_rate(run.largest(settings), run.state.all_steps, n_steps))?;
             progress.advance(batch.len() as u64);
         }
         let loss = held_out(variables, objective, pieces, workers)?;
@@ -216,6 +196,12 @@ impl<'a> Fit<'a> {
         let course = Course { held_out: vec![loss()?], ..Course::default() };
         let state = State { course, ..State::default() };
         Ok(Self { variables, kept, descent, state, best: variables.values()? })
+    }
+
+    /// The largest rate of this epoch.
+    fn largest(&self, settings: &Settings) -> f64 {
+        let course = &self.state.course;
+        settings.learning_rate.largest(course.held_out[0]) * SHORTER.powi(course.n_failed() as i32)
     }
 
     /// A step along the gradients of a batch with this summed loss.
@@ -282,7 +268,7 @@ fn value<O: Objective>(objective: &O, piece: usize, loss: &Tensor) -> Result<f64
         return Ok(loss);
     }
     Err(Failure::numeric(format!("{}: the loss is not finite", objective.place(piece)))
-        .hint("a smaller `--learning-rate` may help; `lrc eval` of the two models says whether they are sound")
+        .hint("`lrc eval` says whether the two models are sound; if they are, a smaller `--learning-rate` may help")
         .into())
 }
 
@@ -299,6 +285,7 @@ mod tests {
 
     use candle_core::Device;
 
+    use super::super::schedule::Rate;
     use super::super::variables::Start;
     use super::*;
     use crate::progress::Silent;
@@ -349,7 +336,7 @@ mod tests {
         Variables::new(vec![Start::plain("weight", zeros(&[3, 4])), Start::plain("unused", zeros(&[2]))]).unwrap()
     }
 
-    const SETTINGS: Settings = Settings { epochs: 60, batch: 3, learning_rate: 0.05, seed: 7 };
+    const SETTINGS: Settings = Settings { epochs: 60, batch: 3, learning_rate: Rate::Fixed(0.05), seed: 7 };
 
     fn run(noise: f32, threads: usize, settings: &Settings) -> Result<(Course, Vec<Vec<f32>>)> {
         let (regression, variables) = (Regression::new(16, noise), variables());
@@ -427,7 +414,7 @@ mod tests {
         assert_eq!(course.held_out[course.best], least);
         assert!(course.trained.len() == course.best + PATIENCE && course.trained.len() < SETTINGS.epochs, "{course:?}");
         // Steps that are much too long raise the loss, and are taken back; a quarter of them does not.
-        let (course, _) = run(0.0, 1, &Settings { epochs: 4, learning_rate: 8.0, ..SETTINGS }).unwrap();
+        let (course, _) = run(0.0, 1, &Settings { epochs: 4, learning_rate: Rate::Fixed(8.0), ..SETTINGS }).unwrap();
         assert!(course.held_out[1] > course.held_out[0] && course.best > 1, "{course:?}");
         let kept = variables();
         kept.set(&values).unwrap();

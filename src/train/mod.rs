@@ -7,6 +7,6 @@ mod schedule;
 mod variables;
 
 pub use descent::{AdamW, Descent};
-pub use fit::{Course, Keep, Objective, Pieces, Settings, State, fit, held_out};
-pub use schedule::learning_rate;
+pub use fit::{Course, Keep, Objective, Pieces, State, fit, held_out};
+pub use schedule::{Rate, Settings, learning_rate};
 pub use variables::{Start, Variables};

@@ -76,6 +76,10 @@ pub fn truncate(job: &TruncateJob<'_>, progress: &dyn Progress) -> Result<Compre
     coverage::expect_whole(checkpoint)?;
     const TAKES: &str = "`lrc truncate` takes a folder written by `lrc compress --format factored`, or by `--structure narrow --elastic`";
     let mut report = read_report(root, TAKES)?;
+    if report.healed.is_some() {
+        let message = format!("`{}` was healed: what was trained has no order of significance", root.display());
+        return Err(Failure::unsupported(message).hint("truncate the output that was healed, and heal it anew").into());
+    }
     if report.narrow.is_some() && report.linears.iter().all(|linear| linear.rank.is_none()) {
         return narrow::truncate(job, &report, progress);
     }

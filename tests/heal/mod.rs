@@ -1,6 +1,7 @@
 //! Healing: a compressed model learns from its source, in the same shapes and bytes.
 
 mod formats;
+mod records;
 
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -212,41 +213,6 @@ fn every_family_is_healed() {
     }
 }
 
-/// The output of a healing is healed again, and its report and card say both.
-#[test]
-fn a_model_that_is_healed_again_keeps_the_record_of_the_first() {
-    let model = Model::new(&["--keep", "0.5", "--calibration", TRAIN, "--samples", "8"]);
-    let (once, first) = model.heal("once", &["--stage", "blocks"]);
-    let twice = model.out("twice");
-    let again = ["heal", path(&once), "--teacher", FIXTURE, "--text", HELD_OUT, "--seq-len", "64", "--samples", "8"];
-    let run = ok(&[&again[..], &["--stage", "model", "-o", path(&twice), "-q", "--json"]].concat()).json();
-    let (healed, earlier) = (&run["healed"], &run["healed_before"]);
-    assert_eq!((&healed["stages"], earlier), (&serde_json::json!(["model"]), &serde_json::json!([first["healed"]])));
-    let card = std::fs::read_to_string(twice.join("README.md")).unwrap();
-    let line = |start: &str| card.lines().find(|line| line.starts_with(start)).unwrap_or_else(|| panic!("{card}"));
-    assert!(line("lrc heal OUT ").ends_with("-o HEALED") && line("lrc heal HEALED ").ends_with("-o HEALED-2"));
-    for text in ["train.txt", "held-out.txt"] {
-        assert_eq!(card.matches(&format!("`{text}` has the SHA-256")).count(), 1, "{card}");
-    }
-    let page = std::fs::read_to_string(twice.join("lrc-report.html")).unwrap();
-    assert!(page.contains("Healed (blocks)") && page.contains("Healed (model)"));
-}
-
-#[test]
-fn a_truncation_comes_before_its_healing() {
-    let model = Model::new(&["--keep", "0.6", "--layout", "factors"]);
-    let [truncated, healed] = ["truncated", "healed"].map(|name| model.out(name));
-    ok(&["truncate", path(&model.compressed), "-o", path(&truncated), "--keep", "0.5", "-q"]);
-    let text = ["--text", TRAIN, "--seq-len", "64", "--samples", "8", "--epochs", "1", "--stage", "blocks", "-q"];
-    ok(&[&["heal", path(&truncated), "--teacher", FIXTURE, "-o", path(&healed)][..], &text].concat());
-    let card = std::fs::read_to_string(healed.join("README.md")).unwrap();
-    let commands: Vec<&str> = card.lines().filter(|line| line.starts_with("lrc ")).collect();
-    assert!(commands[1].starts_with("lrc truncate OUT -o TRUNCATED"), "{card}");
-    assert!(commands[2].starts_with("lrc heal TRUNCATED "), "{card}");
-    let run = lrc(&["truncate", path(&healed), "-o", path(&model.out("x")), "--keep", "0.4"]);
-    assert!(run.code != 0 && run.stderr.contains("error"), "{}", run.stderr);
-}
-
 #[test]
 fn a_model_that_is_its_source_already_stays() {
     let whole = tempfile::tempdir().unwrap().path().join("whole");
@@ -379,25 +345,57 @@ fn texts_share_the_windows_by_weight() {
     assert!(card.contains("tokens of `train.txt` and "), "{card}");
 }
 
+/// These arguments end with the code and an error with these parts, and `out` is not there.
+fn expect_refused(out: &Path, arguments: &[&str], code: i32, parts: &[&str]) {
+    let run = lrc(arguments);
+    assert_eq!(run.code, code, "{}", run.stderr);
+    for part in parts {
+        assert!(run.stderr.contains(part), "{}", run.stderr);
+    }
+    assert!(!out.exists(), "{arguments:?}");
+}
+
+#[test]
+fn what_lacks_windows_files_or_an_order_is_refused_before_any_work() {
+    let model = Model::new(&["--keep", "0.5"]);
+    let out = model.out("out");
+    let check = |arguments: &[&str], code, parts: &[&str]| expect_refused(&out, arguments, code, parts);
+    let few = ["compress", FIXTURE, "-o", path(&out), "--keep", "0.5", "--calibration", TRAIN, "--heal", "blocks"];
+    for depth in [&[][..], &["--dry-run"]] {
+        check(&[&few[..], &["--samples", "4"], depth].concat(), 2, &["healing needs 8 windows", "raise `--samples`"]);
+    }
+    check(&[&few[..], &["--elastic"]].concat(), 2, &["`--heal` cannot be combined with `--elastic`"]);
+    let exported = model.out("exported");
+    ok(&["export", path(&model.compressed), "--format", "dense", "-o", path(&exported), "-q"]);
+    check(
+        &["heal", path(&exported), "--teacher", FIXTURE, "--text", TRAIN, "-o", path(&out)],
+        4,
+        &["it is the report of `lrc export`: take the folder that was exported"],
+    );
+    let bare = model.out("bare");
+    common::copy(path(&model.compressed), &bare);
+    std::fs::remove_file(bare.join("modeling_lrc.py")).unwrap();
+    check(
+        &["heal", path(&bare), "--teacher", FIXTURE, "--text", TRAIN, "-o", path(&out)],
+        4,
+        &["modeling_lrc.py` is missing", "with all its files"],
+    );
+}
+
 #[test]
 fn what_cannot_be_healed_is_refused() {
     let model = Model::new(&["--keep", "0.5"]);
     let out = model.out("out");
-    let check = |arguments: &[&str], code: i32, parts: &[&str]| {
-        let run = lrc(arguments);
-        assert_eq!(run.code, code, "{}", run.stderr);
-        for part in parts {
-            assert!(run.stderr.contains(part), "{}", run.stderr);
-        }
-        assert!(!out.exists(), "{arguments:?}");
-    };
+    let check = |arguments: &[&str], code, parts: &[&str]| expect_refused(&out, arguments, code, parts);
     let short = model.out("short.txt");
     std::fs::write(&short, "once upon a time ".repeat(20)).unwrap();
     check(
         &model.arguments(&out, &["--text", path(&short)]),
         2,
-        &["healing needs 8 to hold one out", "raise `--samples`"],
+        &["healing needs 8 windows, to hold one out; found in `", "raise `--samples`"],
     );
+    let shares = ["--text", "fixtures/text/train.txt:1e-9", "--text", "fixtures/text/held-out.txt:1"];
+    check(&model.arguments(&out, &shares), 2, &["`fixtures/text/train.txt` has no share in 16 windows"]);
     let compressed = path(&model.compressed);
     let with_teacher =
         |teacher: &'static str| ["heal", compressed, "--teacher", teacher, "--text", TRAIN, "-o", path(&out)];
@@ -426,6 +424,11 @@ fn what_cannot_be_healed_is_refused() {
     );
     let of_source = ["heal", FIXTURE, "--teacher", FIXTURE, "--text", TRAIN, "-o", path(&out)];
     check(&of_source, 4, &["lrc-report.json` cannot be read", "a folder written by `lrc compress`"]);
+    check(
+        &model.arguments(&out, &["--text", TRAIN, "--loss", "output", "--stage", "model"]),
+        2,
+        &["`--loss output` has no effect without the stage `blocks`"],
+    );
     check(&model.arguments(&out, &["--text", "a.txt:0"]), 2, &["`--text a.txt:0`: expected FILE or FILE:WEIGHT"]);
     check(&model.arguments(&out, &["--text", TRAIN, "--stage", "blocks,blocks"]), 2, &["`blocks` is given twice"]);
     let flags = [&["--text", TRAIN][..], &["--learning-rate", "2"]].concat();

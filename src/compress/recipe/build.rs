@@ -141,6 +141,12 @@ impl Recipe {
                 "remove one of the two",
             ));
         }
+        if self.heals() && self.approach.is_elastic() {
+            return Err(usage(
+                "`--heal` cannot be combined with `--elastic`: what was trained cannot be truncated",
+                "truncate, and heal that with `lrc heal`",
+            ));
+        }
         if self.heals() && self.format().is_graph() {
             return Err(usage(
                 format!("`--heal` cannot follow `--format {}`, which lrc does not run", self.format().name()),

@@ -28,7 +28,7 @@ pub fn compress(report: &CompressReport, errors: &[ErrorLine]) -> Result<String>
         "sizes": sizes(report),
         "bars": bars(report),
         "maps": maps(report),
-        "healed": report.healed.as_ref().map_or(Vec::new(), heal::charts),
+        "healed": report.healings().flat_map(heal::charts).collect::<Vec<_>>(),
         "curves": families(errors.iter().map(line), &axes, ""),
         "units": report.narrow.as_ref().filter(|narrow| !narrow.blocks.is_empty()).map(units),
         "linears": table(&titles, report.linears.iter().map(row).collect()),
