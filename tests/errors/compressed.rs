@@ -142,7 +142,8 @@ fn reports_of_other_commands_are_not_taken_for_that_of_a_compression() {
     ] {
         let run = lrc(args);
         assert_eq!(run.code, 4, "{args:?}: {}", run.stderr);
-        for part in ["lrc-report.json", "it is not the report of `lrc compress`", "hint:"] {
+        for part in ["lrc-report.json", "it is the report of `lrc export`: take the folder that was exported", "hint:"]
+        {
             assert!(run.stderr.contains(part), "{args:?}: `{part}` is not in {}", run.stderr);
         }
         assert!(!next.exists());

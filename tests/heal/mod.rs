@@ -365,13 +365,6 @@ fn what_lacks_windows_files_or_an_order_is_refused_before_any_work() {
         check(&[&few[..], &["--samples", "4"], depth].concat(), 2, &["healing needs 8 windows", "raise `--samples`"]);
     }
     check(&[&few[..], &["--elastic"]].concat(), 2, &["`--heal` cannot be combined with `--elastic`"]);
-    let exported = model.out("exported");
-    ok(&["export", path(&model.compressed), "--format", "dense", "-o", path(&exported), "-q"]);
-    check(
-        &["heal", path(&exported), "--teacher", FIXTURE, "--text", TRAIN, "-o", path(&out)],
-        4,
-        &["it is the report of `lrc export`: take the folder that was exported"],
-    );
     let bare = model.out("bare");
     common::copy(path(&model.compressed), &bare);
     std::fs::remove_file(bare.join("modeling_lrc.py")).unwrap();
