@@ -63,7 +63,7 @@ impl<'a> Run<'a> {
         plan.check_format(&source, recipe)?;
         let mut inputs = Inputs::load(job.model(), recipe, &plan)?;
         if let Some(windows) = inputs.windows.as_ref().filter(|_| recipe.heals()) {
-            expect_enough(&format!("`{}`", windows.text), windows.windows.len(), "")?;
+            expect_enough(&format!("`{}`", windows.text), windows.windows.len())?;
         }
         inputs.kept_in = job.keep_statistics.map(Path::to_path_buf);
         Ok(Self { job, plan, source, inputs, source_files, started, pieces })

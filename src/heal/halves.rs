@@ -136,10 +136,6 @@ struct Lesson<'a> {
 }
 
 impl Lesson<'_> {
-    fn name(&self) -> String {
-        format!("healing {} of `{}`", named(self.half).name(), self.on.student.block_name(self.block_idx))
-    }
-
     /// The inputs of the linears of the half in the trained windows.
     fn inputs(&self, variables: &Variables) -> Result<Inputs> {
         let (walk, block) = (self.on.walk, self.model(&variables.detached())?);
@@ -179,7 +175,8 @@ impl Objective for Lesson<'_> {
     }
 
     fn place(&self, window_idx: usize) -> String {
-        format!("{} in {}", self.on.walk.place()(window_idx), self.name())
+        let (half, block) = (named(self.half).name(), self.on.student.block_name(self.block_idx));
+        format!("{} in healing {half} of `{block}`", self.on.walk.place()(window_idx))
     }
 }
 

@@ -36,7 +36,7 @@ pub(super) fn format_of(checkpoint: &Checkpoint, report: &CompressReport) -> Res
     }
 }
 
-/// Checks that the code which loads the student elsewhere is beside it, since it goes on with the healed model.
+/// Checks that the code which loads the student elsewhere is beside it, because it is copied to the healed model.
 ///
 /// # Errors
 /// A file is missing that the report names.

@@ -74,7 +74,7 @@ impl Drawn {
         let n_windows: usize = parts.iter().map(|part| part.windows.len()).sum();
         if held_out.is_none() {
             let named: Vec<String> = parts.iter().map(|part| format!("`{}`", part.text)).collect();
-            expect_enough(&named.join(" and "), n_windows, ", or another one to `--held-out`")?;
+            expect_enough(&named.join(" and "), n_windows)?;
         }
         // In turn, so that windows of every text are held out.
         let mut turns: Vec<(f64, usize, usize)> = Vec::new();
@@ -117,12 +117,12 @@ impl Drawn {
 ///
 /// # Errors
 /// They are too few.
-pub(crate) fn expect_enough(text: &str, n_windows: usize, otherwise: &str) -> Result<()> {
+pub(crate) fn expect_enough(text: &str, n_windows: usize) -> Result<()> {
     if n_windows >= HELD_OUT {
         return Ok(());
     }
     let message = format!("healing needs {HELD_OUT} windows, to hold one out; found in {text}: {n_windows}");
-    let hint = format!("raise `--samples`, shorten `--seq-len`, give a longer text{otherwise}");
+    let hint = "raise `--samples`, shorten `--seq-len`, or give a longer text; `lrc heal` also takes another text for it, `--held-out`";
     Err(Failure::usage(message).hint(hint).into())
 }
 
