@@ -3,8 +3,9 @@
 use std::path::Path;
 
 use lrc::checkpoint::Checkpoint;
+use serde_json::Value;
 
-use crate::common::{FIXTURE, HELD_OUT, copy, edit, lrc, ok, path, perplexity};
+use crate::common::{FIXTURE, HELD_OUT, TRAIN, copy, edit, lrc, ok, path, perplexity};
 
 /// Perplexities of an output and of its export to the dense format agree.
 fn check_dense_twin(output: &Path, folder: &Path) {
@@ -12,6 +13,11 @@ fn check_dense_twin(output: &Path, folder: &Path) {
     ok(&["export", path(output), "--format", "dense", "-o", path(&dense)]);
     let [own, twin] = [output, &dense].map(|model| perplexity(path(model), HELD_OUT, "64"));
     assert!((own / twin - 1.0).abs() < 1e-4, "{own} {twin}");
+}
+
+fn divergence(model: &Path) -> f64 {
+    let run = ok(&["eval", path(model), "--reference", FIXTURE, "--text", HELD_OUT, "--seq-len", "64", "--json"]);
+    run.json()["kl"]["mean"].as_f64().unwrap()
 }
 
 /// Sharing is noted on the page of the report, and is not a warning.
@@ -47,6 +53,59 @@ fn block_diagonal_pairs_are_written_run_exported_and_truncated() {
     assert!(
         lrc(&["compress", FIXTURE, "-o", path(&coded), "--layout", "monarch", "--elastic", "--keep", "0.5"]).code == 2
     );
+}
+
+#[test]
+fn blocks_that_share_their_factors_take_the_place_of_pivots_where_they_err_less() {
+    let folder = tempfile::tempdir().unwrap();
+    let [pivots, output] = ["pivots", "out"].map(|name| folder.path().join(name));
+    let compress = |out: &Path, layout: &str, more: &[&str]| {
+        let own = ["compress", FIXTURE, "-o", path(out), "--layout", layout, "--keep", "0.5", "--sequential=false"];
+        let text = ["--calibration", TRAIN, "--samples", "32", "--seq-len", "128", "--json"];
+        ok(&[&own[..], &text, more].concat()).json()
+    };
+    let [of_pivots, report] = [compress(&pivots, "pivot", &[]), compress(&output, "blast", &[])];
+    assert!(report["keep"].as_f64().unwrap() <= 0.5 && report["recipe"]["layout"] == "blast");
+    let mut n_blasts = 0;
+    for (pivot, own) in of_pivots["linears"].as_array().unwrap().iter().zip(report["linears"].as_array().unwrap()) {
+        let number = |of: &Value, field: &str| of[field].as_f64().unwrap();
+        match own["layout"].as_str() {
+            Some("blast") => {
+                n_blasts += 1;
+                let error = |of: &Value| number(of, "relative_error").hypot(number(of, "storage_error"));
+                assert!(number(own, "relative_error") <= error(pivot), "{own} {pivot}");
+                assert!(number(own, "parameters_after") <= number(pivot, "parameters_after"), "{own} {pivot}");
+            }
+            _ => assert_eq!((&own["rank"], &own["relative_error"]), (&pivot["rank"], &pivot["relative_error"])),
+        }
+    }
+    assert!(n_blasts > 10, "{n_blasts}");
+    let checkpoint = Checkpoint::open(&output).unwrap();
+    let modules = checkpoint.config().unwrap()["lrc"]["modules"].as_object().unwrap();
+    let (module, entry) = modules.iter().find(|(_, entry)| entry["layout"] == "blast").unwrap();
+    let (blocks, rank) = (entry["blocks"].as_u64().unwrap() as usize, entry["rank"].as_u64().unwrap() as usize);
+    let shape = |part: &str| checkpoint.require(&format!("{module}.{part}.weight")).unwrap().shape.clone();
+    assert_eq!([shape("lr_v")[0], shape("lr_u")[1]], [blocks * rank, rank]);
+    assert_eq!(shape("lr_s"), [blocks * blocks, rank]);
+    check_dense_twin(&output, folder.path());
+    let [before, after] = [&pivots, &output].map(|model| divergence(model.as_path()));
+    assert!(after < before, "{before} {after}");
+    // Nothing says in which order its ranks count.
+    let run = lrc(&["truncate", path(&output), "-o", path(&folder.path().join("shorter")), "--keep", "0.4"]);
+    assert!(run.code == 4 && run.stderr.contains("is stored as `blast`, whose ranks have no order"), "{}", run.stderr);
+    let coded = folder.path().join("coded");
+    compress(&coded, "blast", &["--quant-factors", "int8"]);
+    assert!(divergence(&coded) < 1.2 * after, "{} {after}", divergence(&coded));
+    for (more, expected) in [
+        (&["--sequential"][..], "`--layout blast` cannot be combined with `--sequential`"),
+        (&["--share", "--ranks", "knapsack"], "`--share` cannot be combined with `--layout blast`"),
+        (&["--elastic"], "`--elastic` cannot be combined with `--layout blast`"),
+    ] {
+        let own =
+            ["compress", FIXTURE, "-o", path(&coded), "--layout", "blast", "--keep", "0.7", "--calibration", TRAIN];
+        let run = lrc(&[&own[..], more].concat());
+        assert!(run.code == 2 && run.stderr.contains(expected), "{}", run.stderr);
+    }
 }
 
 #[test]

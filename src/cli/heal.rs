@@ -6,15 +6,15 @@ use anyhow::Result;
 use clap::{Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches};
 
 use super::arguments::{
-    DeviceArgs, FolderArgs, JsonArgs, MemoryArgs, ModelArgs, RestartArgs, RevisionArgs, TextArgs, at_least_1, open,
+    DeviceArgs, FolderArgs, GateArgs, MemoryArgs, ModelArgs, RestartArgs, RevisionArgs, TextArgs, at_least_1, open,
 };
 use super::options::{Options, Selection};
-use super::streams::{print, print_json};
 use super::terminal::{Bars, table};
 use crate::compress::recipe;
 use crate::error::Failure;
 use crate::heal::{Distance, HealJob, HealStage, SAVE_STEPS, Train, WeightedText, heal};
-use crate::report::{CompressReport, HealRecord, HealedPart};
+use crate::report::schema::{Field, fields_at};
+use crate::report::{CompressReport, HealRecord, HealedPart, gate};
 use crate::train::Settings;
 
 /// Train a compressed model to do what its source does
@@ -27,6 +27,7 @@ use crate::train::Settings;
 ///   lrc heal COMPRESSED --teacher MODEL --text text.txt -o OUT
 ///   lrc heal COMPRESSED --teacher MODEL --text a.txt:0.7 --text b.jsonl:0.3 -o OUT
 ///   lrc heal COMPRESSED --teacher MODEL --text text.txt --statistics stats.safetensors -o OUT
+///   lrc heal COMPRESSED --teacher MODEL --text text.txt -o OUT --fail-if 'healed.perplexity.after > 12'
 #[derive(Debug, Args)]
 #[command(verbatim_doc_comment, mut_arg("model", |model| model.help("Compressed folder or hub id")))]
 pub(super) struct HealArgs {
@@ -113,7 +114,7 @@ pub(super) struct HealArgs {
     restart: RestartArgs,
 
     #[command(flatten)]
-    json: JsonArgs,
+    gates: GateArgs,
 }
 
 /// The windows, and the metric of the errors.
@@ -167,6 +168,7 @@ impl FromArgMatches for Texts {
 }
 
 pub(super) fn run(args: &HealArgs, quiet: bool, progress: &Bars) -> Result<()> {
+    gate::expect_fields::<CompressReport>(&args.gates.fail_if, &absent(args))?;
     if let Some(rate) = args.learning_rate.filter(|&rate| !(rate > 0.0 && rate < 1.0)) {
         return Err(Failure::usage(format!("`--learning-rate {rate}` is outside (0, 1)"))
             .hint("give a rate, for example 2e-4")
@@ -210,11 +212,21 @@ pub(super) fn run(args: &HealArgs, quiet: bool, progress: &Bars) -> Result<()> {
         device,
     };
     let report = heal(&job, progress)?;
-    match (args.json.json, quiet) {
-        (true, _) => print_json(&report),
-        (false, true) => Ok(()),
-        (false, false) => print(&show(&report, args)),
-    }
+    let show = |report: &CompressReport| if quiet { String::new() } else { show(report, args) };
+    args.gates.conclude(&report, show)
+}
+
+/// Fields that this healing does not fill, and what would.
+fn absent(args: &HealArgs) -> Vec<(Vec<Field>, &'static str)> {
+    let fields = [
+        ("healed.parts", "`--stage blocks` fills it", args.stage.contains(&HealStage::Blocks)),
+        ("healed.model", "`--stage model` fills it", args.stage.contains(&HealStage::Model)),
+        ("healed.closed", "`--stage closed` fills it", args.stage.contains(&HealStage::Closed)),
+        ("healed.held_out_text", "`--held-out FILE` fills it", args.held_out.is_some()),
+        ("healed.learning_rate", "`--learning-rate` fills it", args.learning_rate.is_some()),
+    ];
+    let absent = fields.into_iter().filter(|(.., is_filled)| !is_filled);
+    absent.map(|(name, hint, _)| (fields_at::<CompressReport>(name), hint)).collect()
 }
 
 fn show(report: &CompressReport, args: &HealArgs) -> String {

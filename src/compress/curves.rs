@@ -97,6 +97,9 @@ pub(super) fn write_of(
     let mut all = BTreeMap::new();
     for i in solution.compressed() {
         let Some(rank) = solution.forms(i).and_then(|forms| forms.rank()) else { continue };
+        if solution.laid(i).is_some_and(|laid| laid.error.is_some()) {
+            continue; // Its ranks have no order.
+        }
         let chosen = fits.chosen(i, solution.choices[i]);
         let diagonals = fits.low_rank(i).and_then(|fitted| fitted.diagonals());
         let (curve, cost, output, input) =

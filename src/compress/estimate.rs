@@ -199,12 +199,21 @@ fn fitting(recipe: &Recipe, plan: &Plan, speed: &Speed) -> Vec<f64> {
 /// Seconds of the rounding of each linear at its largest rank, on one thread: the table of `docs/performance.md`, with
 /// two sweeps.
 fn rounding(recipe: &Recipe, plan: &Plan, speed: &Speed) -> Vec<f64> {
+    // The fit in a layout of its own.
+    let second = |linear: &LinearInfo, rank: usize| {
+        let kind = recipe.second_layout().filter(|_| linear.vocabulary.is_none());
+        kind.map_or(0.0, |kind| {
+            let shape = linear.shape();
+            let rank = recipe.layout().n_parameters(rank, shape) / kind.n_parameters(1, shape);
+            2.0 * kind.fitting().work_at(rank as usize, shape)
+        })
+    };
     let of = |(linear, rank): (&LinearInfo, usize)| {
         let ((m, n), r) = (linear.shape(), rank as f64);
         let [m, n, others] = [m, n, m.saturating_sub(rank)].map(|n| n as f64);
         // In multiplications with an addition, of which f32 has twice as many a second.
         let double = 2.0 * m * n * r + r * r * (7.0 * m + 3.0 * n + others + 15.3 * r);
-        let single = 7.0 * (others + n) * r * r;
+        let single = 7.0 * (others + n) * r * r + second(linear, rank);
         (double + single / 2.0) / 2.0 * speed.product
     };
     plan.linears.iter().zip(max_ranks(recipe, plan)).map(of).collect()

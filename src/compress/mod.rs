@@ -40,6 +40,7 @@ mod sensitivity;
 mod sizes;
 mod solution;
 pub mod spectra;
+mod storing;
 mod structure;
 mod study;
 mod sweep;

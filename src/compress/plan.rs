@@ -210,7 +210,9 @@ impl Plan {
             }
         }
         if recipe.format().is_graph() && recipe.quant().is_empty() {
-            Files::check(source, recipe.format(), &self.of_rank_one(recipe))?;
+            for layout in std::iter::once(recipe.layout()).chain(recipe.second_layout()) {
+                Files::check(source, recipe.format(), &self.of_rank_one(recipe, layout))?;
+            }
         }
         if recipe.format() == Format::Gguf && recipe.quant().is_empty() {
             Files::check(source, recipe.format(), &[])?;
@@ -237,11 +239,16 @@ impl Plan {
         Ok(())
     }
 
-    /// The linears in the layout of the recipe, in which a graph must have nodes for them; none for narrower modules.
-    fn of_rank_one(&self, recipe: &Recipe) -> Vec<(LinearInfo, Forms)> {
+    /// The linears in a layout, in which a graph must have nodes for them; none for narrower modules.
+    fn of_rank_one(&self, recipe: &Recipe, layout: Kind) -> Vec<(LinearInfo, Forms)> {
         let choice = Choice::Fitted { fit: 0, rank: 1 };
         let linears = self.linears.iter().filter(|linear| linear.vocabulary.is_none() && recipe.narrow().is_none());
-        linears.filter_map(|l| Some((l.clone(), Self::forms(recipe, l, choice, FitKind::Layout)?))).collect()
+        let of = |linear: &LinearInfo| {
+            let planned = Self::forms(recipe, linear, choice, FitKind::Layout)?.over?;
+            let form = Form { storage: planned.storage, ..Form::of_rank(layout, 1, linear.shape()) };
+            Some((linear.clone(), Forms::of(form)))
+        };
+        linears.filter_map(of).collect()
     }
 
     /// Minimum size of any output in bytes: everything that is not targeted.

@@ -89,6 +89,7 @@ pub(super) fn linears(
         if is_laid && study.recipe.format().stores_operators() {
             let laid = solution.laid(i);
             record.storage_error = Some(laid.as_ref().map_or(0.0, |laid| laid.storage_error));
+            record.relative_error = laid.as_ref().and_then(|laid| laid.error).or(record.relative_error);
             notes.extend(laid.and_then(|laid| laid.note));
         }
         match solution.forms(i).and_then(|forms| Some(forms.over?.right)) {
@@ -185,12 +186,17 @@ pub(super) fn error_lines(solution: &Solution<'_>) -> Vec<ErrorLine> {
         };
         let at = |rank: usize| (rank, curve.relative_error(rank));
         let rank = solution.forms(i).and_then(|forms| forms.rank());
+        let chosen = match (solution.laid(i).and_then(|laid| laid.error), solution.choices[i]) {
+            // In the place of the rank that was planned.
+            (Some(error), Choice::Fitted { rank, .. }) => Some((rank, error)),
+            _ => rank.map(at),
+        };
         Some(ErrorLine {
             module: linear.module.clone(),
             block: linear.block,
             points: ErrorLine::ranks(largest).into_iter().map(at).collect(),
             full_rank,
-            chosen: rank.map(at),
+            chosen,
             break_even_rank: linear.break_even_rank(),
         })
     };

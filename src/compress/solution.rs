@@ -14,26 +14,16 @@ use super::fits::{Fitted, fitting_bytes, values_key};
 use super::metrics::SharedInputs;
 use super::pieces;
 use super::plan::Choice;
-use super::presets::MetricForm;
+use super::storing::{self, Laid};
 use super::study::Study;
 use crate::approx::low_rank::{ErrorCurve, LowRank};
-use crate::approx::metric::{Metric, MetricPair, PlainSides};
+use crate::approx::metric::{MetricPair, PlainSides};
 use crate::checkpoint::{Dtype, cast};
 use crate::linalg;
 use crate::model::inventory::{self, LinearInfo};
-use crate::operator::{Element, Form, Forms, Kind, Matrix, Operator, Rounded, Side, Sides, Term};
+use crate::operator::{Element, Form, Forms, Kind, Matrix, Operator, Term};
 use crate::progress::{Progress, Stage};
 use crate::store::{Array, Piece, Spooled, Values};
-
-/// A fit in its stored form.
-#[derive(Debug, Clone, PartialEq)]
-pub(super) struct Laid {
-    pub form: Form,
-    /// Error of rounding to the dtype, over the norm of the weight, in the metric.
-    pub storage_error: f64,
-    /// The reason, if it differs from the request.
-    pub note: Option<String>,
-}
 
 /// The stored matrices, once settled.
 type Kept = Vec<(Element, Spooled)>;
@@ -226,15 +216,17 @@ impl<'s> Solution<'s> {
     /// # Errors
     /// The statistics cannot be read, or the work folder cannot be written.
     pub fn settle(&self, linears: &[usize], progress: &dyn Progress) -> Result<()> {
-        let is_rounded =
-            |i: usize| self.asked(i).is_some() && self.study.recipe.rounds(self.study.plan.linears[i].dtype);
-        let wanted: Vec<usize> = linears.iter().copied().filter(|&i| is_rounded(i) && !self.is_settled(i)).collect();
+        let is_wanted =
+            |i: &usize| self.asked(*i).is_some() && storing::is_work(self.study, *i) && !self.is_settled(*i);
+        let wanted: Vec<usize> = linears.iter().copied().filter(is_wanted).collect();
         if wanted.is_empty() {
             return Ok(());
         }
         let stage = progress.stage("round", wanted.len() as u64, "matrices");
         let cost = |linear: &LinearInfo| fitting_bytes(linear.shape(), &[linear.gram_height()]);
-        let costs: Vec<u64> = wanted.iter().map(|&i| cost(&self.study.plan.linears[i])).collect();
+        // A fit in another layout takes as much again.
+        let copies = if self.study.recipe.second_layout().is_some() { 2 } else { 1 };
+        let costs: Vec<u64> = wanted.iter().map(|&i| copies * cost(&self.study.plan.linears[i])).collect();
         let workers = self.study.session.workers(&costs)?;
         workers.collect(&costs, |at| self.settle_one(wanted[at], stage.as_ref())).map(drop)
     }
@@ -262,7 +254,7 @@ impl<'s> Solution<'s> {
             }
         }
         let (laid, term) = self.make(i)?;
-        let fields = json!([laid.form.kind, laid.form.size.rank(), laid.note, laid.storage_error]);
+        let fields = json!([laid.form.kind, laid.form.size.rank(), laid.note, laid.storage_error, laid.error]);
         let dtype = self.study.plan.linears[i].dtype;
         let parts = term.parts.into_iter().map(|part| narrowed(part, dtype));
         let values = journal.put(&pieces::rounded(i), Value::Null, parts.collect())?;
@@ -274,10 +266,11 @@ impl<'s> Solution<'s> {
     }
 
     fn take_laid(&self, i: usize, mut piece: Piece, values: Option<Piece>) -> Result<(Laid, Option<Kept>)> {
-        let (kind, rank, note, storage_error): (Kind, usize, _, f64) = serde_json::from_value(piece.fields.take())?;
+        let (kind, rank, note, storage_error, error): (Kind, usize, _, f64, _) =
+            serde_json::from_value(piece.fields.take())?;
         let planned = self.asked(i).context("invariant: a linear of low rank is planned")?;
         let form = Form { right: planned.right, ..Form::of_rank(kind, rank, self.study.plan.linears[i].shape()) };
-        let laid = Laid { form, storage_error, note };
+        let laid = Laid { form, storage_error, error, note };
         let Some(mut values) = values else { return Ok((laid, None)) };
         let mut spool = self.study.fits.spool.lock().expect("invariant: no holder of the spool panics");
         let mut kept = Kept::new();
@@ -316,60 +309,8 @@ impl<'s> Solution<'s> {
     }
 
     fn make(&self, i: usize) -> Result<(Laid, Term)> {
-        let linear = &self.study.plan.linears[i];
-        let (shape, pair) = (linear.shape(), self.pair(i)?);
         let form = self.asked(i).context("invariant: a linear of low rank is planned")?;
-        let kind = form.kind;
-        let asked = Laid { form, storage_error: 0.0, note: None };
-        if !self.study.recipe.rounds(linear.dtype) || form.right != Default::default() {
-            return Ok((asked, Term { form, parts: kind.fitting().lay_out(pair, shape) }));
-        }
-        let curve = self.curve(i).expect("invariant: a linear of low rank was decomposed");
-        let truncated = |rank: usize| curve.squared_error(rank);
-        let relative = |squared: f64| if truncated(0) > 0.0 { (squared / truncated(0)).sqrt() } else { 0.0 };
-        self.with_sides(i, |sides| {
-            let Rounded { parts, squared_error } = kind.fitting().round(&pair, shape, sides, linear.dtype);
-            let rounded = Laid { storage_error: relative(squared_error), ..asked };
-            // Another structure with as many parameters may be better if its truncation error is below the cost of
-            // rounding.
-            let Some(other) = kind.fitting().alternative() else { return Ok((rounded, Term { form, parts })) };
-            let fewer = kind.n_parameters(pair.rank, shape) / other.n_parameters(1, shape);
-            let fewer = fewer as usize / self.study.recipe.rank_multiple() * self.study.recipe.rank_multiple();
-            if fewer == 0 || squared_error <= truncated(fewer) - truncated(pair.rank) {
-                return Ok((rounded, Term { form, parts }));
-            }
-            let smaller = kind.fitting().prefix(&pair, fewer, shape);
-            let of_other = other.fitting().round(&smaller, shape, sides, linear.dtype);
-            let error = relative(truncated(pair.rank) + squared_error);
-            let other_error = relative(truncated(fewer) + of_other.squared_error);
-            if other_error >= error {
-                return Ok((rounded, Term { form, parts }));
-            }
-            let note = format!(
-                "stored as `{other}` of rank {fewer}, not as `{kind}` of rank {}: in {:?} their errors are {other_error:.2e} and {error:.2e}",
-                pair.rank, linear.dtype,
-            );
-            let form = Form::of_rank(other, fewer, shape);
-            let laid = Laid { form, storage_error: relative(of_other.squared_error), note: Some(note) };
-            Ok((laid, Term { form, parts: of_other.parts }))
-        })
-    }
-
-    /// Calls `f` with the metric of the `i`-th linear. The Gram of a larger input side is not read, because its
-    /// diagonal is kept with the fit.
-    fn with_sides<T>(&self, i: usize, f: impl FnOnce(&Sides<'_>) -> Result<T>) -> Result<T> {
-        let linear = &self.study.plan.linears[i];
-        let energies = self.curve(i).expect("invariant: a linear of low rank was decomposed").energies();
-        let metrics = self.study.metrics();
-        let output = &metrics.output(linear)?;
-        if linear.out_features <= linear.in_features && metrics.preset.input == MetricForm::Gram {
-            let diagonals = self.study.fits.low_rank(i).and_then(|fitted| fitted.diagonals());
-            let (_, inputs) = diagonals.expect("invariant: a decomposition has the diagonals of its metric");
-            return f(&Sides { output, input: Side::Diagonal(Metric::diagonal(inputs.clone())), energies });
-        }
-        metrics.with_input(linear, &SharedInputs::new(&[linear]), |input| {
-            f(&Sides { output, input: Side::Whole(input), energies })
-        })
+        storing::lay_out(self.study, (i, self.curve(i)), form, self.pair(i)?)
     }
 
     /// The operator that replaces the `i`-th linear; `None` if the linear stays as it is.

@@ -182,9 +182,12 @@ fn forget_inputs(
     }
     let here: Vec<&LinearInfo> = plan.linears.iter().filter(|linear| linear.block == Some(block)).collect();
     let mut done: BTreeSet<InputSite> = here.iter().filter_map(|linear| site(linear)).collect();
-    // Rounding reads the full Gram of the smaller side; errors of quantized factors are measured in both.
+    // Rounding reads the full Gram of the smaller side; errors of quantized factors, and fits in a second layout, are
+    // measured in both.
     let is_kept = |linear: &&&LinearInfo| {
-        recipe.quant_factors().is_some() || recipe.rounds(linear.dtype) && linear.out_features > linear.in_features
+        recipe.quant_factors().is_some()
+            || recipe.second_layout().is_some()
+            || recipe.rounds(linear.dtype) && linear.out_features > linear.in_features
     };
     here.iter().filter(is_kept).filter_map(|linear| site(linear)).for_each(|kept| {
         done.remove(&kept);

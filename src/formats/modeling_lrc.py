@@ -274,9 +274,31 @@ class MonarchLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
+class BlastLinear(nn.Module):
+    """A matrix of `blocks` by `blocks` blocks `U_i diag(s_ij) V_j^T`: a row of blocks shares `U_i`, a column `V_j`.
+
+    lr_v is (blocks * rank, in / blocks), rows in the order (input slice, rank); lr_s is (blocks * blocks, rank), rows in the order
+    (output slice, input slice); lr_u is (out, rank).
+    """
+    def __init__(self, name, make, shape, bias, entry):
+        super().__init__()
+        (self.out_features, self.in_features), self.blocks, rank = shape, entry["blocks"], entry["rank"]
+        self.lr_v = make(".lr_v", (self.blocks * rank, self.in_features // self.blocks), False)
+        self.lr_s = make(".lr_s", (self.blocks**2, rank), False)
+        self.lr_u = make(".lr_u", (self.out_features, rank), False)
+        self.bias = bias
+
+    def forward(self, x):
+        parts = (part.weight() if isinstance(part, QuantizedLinear) else part.weight for part in (self.lr_v, self.lr_s, self.lr_u))
+        right, scales, left = (weight.to(x.dtype).unflatten(0, (self.blocks, -1)) for weight in parts)
+        p = torch.einsum("...jn,jrn->...jr", x.unflatten(-1, (self.blocks, -1)), right)
+        y = torch.einsum("...ir,imr->...im", torch.einsum("...jr,ijr->...ir", p, scales), left).flatten(-2)
+        return y if self.bias is None else y + self.bias
+
+
 # Each class may say in SPLIT which of its parts are split across devices, if the linear that it replaced is split in that way: the first
 # part along the inputs, the last along the outputs. All devices have the others.
-_LAYOUTS = {"factors": LowRankLinear, "pivot": PivotLinear, "monarch": MonarchLinear}
+_LAYOUTS = {"factors": LowRankLinear, "pivot": PivotLinear, "monarch": MonarchLinear, "blast": BlastLinear}
 
 
 class SplitLinear(nn.ModuleDict):

@@ -166,6 +166,26 @@ class MonarchLinear(nn.Module):
         return y + self.bias if "bias" in self else y
 
 
+class BlastLinear(nn.Module):
+    """A matrix of `blocks` by `blocks` blocks `U_i diag(s_ij) V_j^T`: a row of blocks shares `U_i`, a column `V_j`."""
+    def __init__(self, make, shape, bias, entry):
+        super().__init__()
+        self.blocks, rank = entry["blocks"], entry["rank"]
+        self.lr_v = make(".lr_v", (self.blocks * rank, shape[1] // self.blocks), False)
+        self.lr_s = make(".lr_s", (self.blocks**2, rank), False)
+        self.lr_u = make(".lr_u", (shape[0], rank), False)
+        if bias:
+            self.bias = mx.zeros((shape[0],))
+
+    def __call__(self, x):
+        right, scales, left = (mx.unflatten(_matrix(part), 0, (self.blocks, -1)) for part in (self.lr_v, self.lr_s, self.lr_u))
+        slices = mx.unflatten(x, -1, (self.blocks, 1, -1))  # (..., input slice, 1, in / blocks)
+        p = (slices @ right.swapaxes(-1, -2)).swapaxes(-3, -2)  # (..., 1, input slice, rank)
+        p = (p * scales).sum(-2)  # (..., output slice, rank)
+        y = (p[..., None, :] @ left.swapaxes(-1, -2)).squeeze(-2).flatten(-2)
+        return y + self.bias if "bias" in self else y
+
+
 class SplitLinear(nn.Module):
     """A linear that is stored as parts, whose rows are concatenated or alternate in runs of `run` rows."""
     def __init__(self, linear, entry):
@@ -185,7 +205,7 @@ class SplitLinear(nn.Module):
         return y + self.bias if "bias" in self else y
 
 
-_LAYOUTS = {"factors": LowRankLinear, "pivot": PivotLinear, "monarch": MonarchLinear}
+_LAYOUTS = {"factors": LowRankLinear, "pivot": PivotLinear, "monarch": MonarchLinear, "blast": BlastLinear}
 
 
 def _find(model, name):

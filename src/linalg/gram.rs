@@ -23,6 +23,19 @@ pub fn product(a: MatRef<'_, f64>, b: MatRef<'_, f64>) -> Mat<f64> {
     result
 }
 
+/// `a · b`, (m, k) · (k, n), in f32.
+pub fn product_f32(a: MatRef<'_, f32>, b: MatRef<'_, f32>) -> Mat<f32> {
+    let mut result = Mat::zeros(a.nrows(), b.ncols());
+    add_product_f32(result.as_mut(), 1.0, a, b);
+    result
+}
+
+/// Adds `scale · a · b`, (m, k) · (k, n), to `sum` (m, n) in f32.
+pub fn add_product_f32(sum: MatMut<'_, f32>, scale: f32, a: MatRef<'_, f32>, b: MatRef<'_, f32>) {
+    let threads = threads_for(a.nrows() * a.ncols() * b.ncols());
+    matmul(sum, Accum::Add, a, b, scale, threads);
+}
+
 /// `a · l`, (m, n) · (n, n), for a lower triangular `l`: half the work.
 pub fn product_with_lower(a: MatRef<'_, f64>, l: MatRef<'_, f64>) -> Mat<f64> {
     let mut result = Mat::zeros(a.nrows(), l.ncols());

@@ -24,8 +24,8 @@ pub use eigh::{Eigh, eigenvalues, eigh};
 pub use eliminate::{Next, Step, eliminate, eliminate_runs, values_of_runs};
 pub use error::LinalgError;
 pub use gram::{
-    add_all, add_f32, add_gram_f32, column_sums, cross_f32, gram_f32, product, product_row_major, product_symmetric,
-    product_with_lower, unpack_lower,
+    add_all, add_f32, add_gram_f32, add_product_f32, column_sums, cross_f32, gram_f32, product, product_f32,
+    product_row_major, product_symmetric, product_with_lower, unpack_lower,
 };
 pub use packed::Packed;
 pub use qr::orthonormal_columns;

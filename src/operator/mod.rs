@@ -5,6 +5,7 @@
 //! before its values are known: it determines names, shapes and bytes. A [`Term`] has the values, and an [`Operator`]
 //! is the sum of one or two of them.
 
+mod blast;
 mod dense;
 mod factors;
 mod forms;

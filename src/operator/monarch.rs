@@ -30,7 +30,7 @@ pub(super) struct Monarch;
 const MOST_SLICES: usize = 4;
 
 /// The largest power of two up to [`MOST_SLICES`] that divides both sides.
-fn n_slices((m, n): Shape) -> usize {
+pub(super) fn n_slices((m, n): Shape) -> usize {
     let mut count = 1;
     while count < MOST_SLICES && m.is_multiple_of(2 * count) && n.is_multiple_of(2 * count) {
         count *= 2;
@@ -39,7 +39,7 @@ fn n_slices((m, n): Shape) -> usize {
 }
 
 /// The number of slices, and the rank of a block.
-fn blocks(size: Size) -> (usize, usize) {
+pub(super) fn blocks(size: Size) -> (usize, usize) {
     match size {
         Size::Blocks { count, rank } => (count, rank),
         Size::Rank(rank) => (1, rank),

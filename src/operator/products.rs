@@ -142,6 +142,81 @@ impl CustomOp2 for Columns {
     }
 }
 
+/// Slice i of the result (b, rows, r) is the sum of all slices j of `x` (b, rows, r), each times row (i, j) of `scales`
+/// (b², r).
+///
+/// # Errors
+/// The shapes do not match.
+pub(super) fn mixed_slices(x: &Tensor, scales: &Tensor) -> Result<Tensor> {
+    if !is_host(x.device()) {
+        return portable_mixed_slices(x, scales);
+    }
+    Ok(x.contiguous()?.apply_op2(&scales.contiguous()?, Mix)?)
+}
+
+/// The same in candle's operations.
+pub(super) fn portable_mixed_slices(x: &Tensor, scales: &Tensor) -> Result<Tensor> {
+    let (count, _, rank) = x.dims3()?;
+    let scales = scales.reshape((count, count, 1, rank))?;
+    Ok(x.unsqueeze(0)?.broadcast_mul(&scales)?.sum(1)?)
+}
+
+struct Mix;
+
+impl CustomOp2 for Mix {
+    fn name(&self) -> &'static str {
+        "mixed-slices"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_layout: &Layout,
+        scales: &CpuStorage,
+        scales_layout: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        let ((count, rows, rank), pairs) = (x_layout.shape().dims3()?, scales_layout.shape().dims2()?);
+        if pairs != (count * count, rank) {
+            bail!("{count} slices of width {rank} do not take scales of shape {pairs:?}");
+        }
+        let (x, scales) = (host_slice(x, x_layout)?, host_slice(scales, scales_layout)?);
+        let mut y = vec![0f32; x.len()];
+        for ((i, j), scales) in
+            (0..count * count).map(|at| (at / count, at % count)).zip(scales.chunks_exact(rank.max(1)))
+        {
+            let (to, from) = (&mut y[i * rows * rank..][..rows * rank], &x[j * rows * rank..][..rows * rank]);
+            for (to, from) in to.chunks_exact_mut(rank).zip(from.chunks_exact(rank)) {
+                to.iter_mut().zip(from).zip(scales).for_each(|((to, from), scale)| *to += from * scale);
+            }
+        }
+        Ok((CpuStorage::F32(y), Shape::from((count, rows, rank))))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        scales: &Tensor,
+        _: &Tensor,
+        gradient: &Tensor,
+    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
+        let (count, rows, rank) = x.dims3()?;
+        let (values, s, g) = (to_host(x)?, to_host(scales)?, to_host(gradient)?);
+        let (mut of_x, mut of_scales) = (vec![0f32; values.len()], vec![0f32; s.len()]);
+        for (at, (s, of_s)) in s.chunks_exact(rank.max(1)).zip(of_scales.chunks_exact_mut(rank.max(1))).enumerate() {
+            let (of_output, of_input) = ((at / count) * rows * rank, (at % count) * rows * rank);
+            let g = g[of_output..][..rows * rank].chunks_exact(rank);
+            let x = values[of_input..][..rows * rank].chunks_exact(rank);
+            for ((g, x), of_x) in g.zip(x).zip(of_x[of_input..][..rows * rank].chunks_exact_mut(rank)) {
+                for k in 0..rank {
+                    of_x[k] += g[k] * s[k];
+                    of_s[k] += g[k] * x[k];
+                }
+            }
+        }
+        Ok((like(x, of_x)?, like(scales, of_scales)?))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use candle_core::{Device, Var};
@@ -195,6 +270,22 @@ mod tests {
         }
     }
 
+    proptest! {
+        #[test]
+        fn slices_are_mixed_as_in_the_portable_form_in_values_and_gradients(
+            (count, rows, rank) in (1usize..5, 1usize..6, 1usize..6),
+        ) {
+            let (x, scales) = (variable(count * rows, rank, 1), variable(count * count, rank, 2));
+            let slices = x.reshape((count, rows, rank)).unwrap();
+            let found = mixed_slices(&slices, &scales).unwrap();
+            let expected = elsewhere(|| mixed_slices(&slices, &scales).unwrap());
+            expect_close(&to_host(&found).unwrap(), &to_host(&expected).unwrap());
+            for (found, expected) in gradients(&found, [&x, &scales]).iter().zip(gradients(&expected, [&x, &scales])) {
+                expect_close(found, &expected);
+            }
+        }
+    }
+
     #[test]
     fn gradients_of_constants_are_not_computed_and_shapes_are_checked() {
         let (x, weight) = (variable(3, 4, 1), variable(5, 4, 2));
@@ -204,5 +295,7 @@ mod tests {
         assert!(product(&x, &variable(5, 3, 2)).is_err());
         let places = Tensor::new(&[7u32], &Device::Cpu).unwrap();
         assert!(columns_of_both(&variable(2, 3, 1), &variable(2, 4, 2), &places).is_err());
+        let slices = variable(4, 3, 1).reshape((2, 2, 3)).unwrap();
+        assert!(mixed_slices(&slices, &variable(3, 3, 2)).is_err());
     }
 }

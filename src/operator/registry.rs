@@ -6,10 +6,11 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use super::structure::{Fitting, Kind, Structure};
-use super::{dense, factors, monarch, pivot};
+use super::{blast, dense, factors, monarch, pivot};
 
 /// Every structure: the dense weight, then low-rank structures in the order in which messages list them.
-static REGISTRY: &[&dyn Structure] = &[&dense::Dense, &factors::Factors, &pivot::Pivot, &monarch::Monarch];
+static REGISTRY: &[&dyn Structure] =
+    &[&dense::Dense, &factors::Factors, &pivot::Pivot, &monarch::Monarch, &blast::Blast];
 
 /// Indices of structures that are known beforehand.
 impl Kind {

@@ -65,6 +65,8 @@ pub enum Step {
     Slice(usize),
     /// Slice i of every row in slice j becomes slice j of the row in slice i: there are as many of both.
     Exchange,
+    /// Slice i becomes the sum of all slices j, each of whose rows is multiplied by row (i, j) of this part.
+    Mix(usize),
     /// Puts the slices of each row next to each other again.
     Join,
 }
@@ -196,6 +198,29 @@ pub trait Fitting: Sync {
     /// See [`LinalgError`].
     fn curve(&self, target: MatRef<'_, f64>, metric: MetricPair<'_>) -> Result<ErrorCurve, LinalgError>;
 
+    /// The structure whose ranks are chosen and fitted in place of this one's, if a fit of one rank is no part of a larger
+    /// one. A linear is then stored in either, whichever errs less with as many parameters.
+    fn planned(&self) -> Option<Kind> {
+        None
+    }
+
+    /// The stored matrices of the best fit of this rank alone that is found.
+    ///
+    /// # Errors
+    /// See [`LinalgError`].
+    fn fit_at(&self, target: MatRef<'_, f64>, metric: MetricPair<'_>, rank: usize) -> Result<Vec<Matrix>, LinalgError> {
+        let pair = match self.fit(target, metric, rank)?.values {
+            FitValues::Dual(dual) => dual.truncate(target, rank),
+            FitValues::Pair(pair) => self.prefix(&pair, rank, target.shape()),
+        };
+        Ok(self.lay_out(pair, target.shape()))
+    }
+
+    /// Multiplications of [`Self::fit_at`], in f32, for a structure with [`Self::planned`].
+    fn work_at(&self, _rank: usize, _shape: Shape) -> f64 {
+        0.0
+    }
+
     /// The parts at a smaller rank.
     fn prefix(&self, pair: &LowRank, rank: usize, shape: Shape) -> LowRank;
 
@@ -254,7 +279,7 @@ pub trait Fitting: Sync {
 /// ```
 /// use lrc::operator::Kind;
 ///
-/// assert_eq!(Kind::layouts().map(Kind::name).collect::<Vec<_>>(), ["factors", "pivot", "monarch"]);
+/// assert_eq!(Kind::layouts().map(Kind::name).collect::<Vec<_>>(), ["factors", "pivot", "monarch", "blast"]);
 /// let pivot: Kind = "pivot".parse()?;
 /// assert_eq!(Kind::FACTORS.n_parameters(2, (6, 4)), 2 * (6 + 4));
 /// assert_eq!(pivot.n_parameters(2, (6, 4)), 2 * (6 + 4 - 2));

@@ -2,6 +2,7 @@ use candle_core::{Device, Tensor, Var};
 use faer::Mat;
 use proptest::prelude::*;
 
+use super::products::portable_mixed_slices;
 use super::*;
 use crate::approx::low_rank::{self, Decomposition, LowRank};
 use crate::approx::metric::{Metric, MetricPair};
@@ -73,8 +74,7 @@ proptest! {
             // The stored parts give back the fit, in the order of its ranks.
             let pair = kind.fitting().pair(&term.parts, term.form.size, (m, n));
             let kept = fit.pair(kind, weight.as_ref(), rank);
-            let factor = kind.fitting().rank_factor(&term.parts, &kept.b);
-            let pair = match factor {
+            let pair = match kind.fitting().rank_factor(&term.parts, &kept.b) {
                 Some(factor) => kind.fitting().restored(pair, &factor, (m, n)),
                 None => Some(pair),
             };
@@ -104,8 +104,7 @@ proptest! {
             // The output is linear in every part: its change along a part is the output, or a share of it.
             let gradients = y.sqr().unwrap().sum_all().unwrap().backward().unwrap();
             let energy = y.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap();
-            let of_x = gradients.get(&x).unwrap();
-            let along_x = (of_x * x.as_tensor()).unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap();
+            let along_x = (gradients.get(&x).unwrap() * x.as_tensor()).unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap();
             prop_assert!((along_x - 2.0 * energy).abs() < 1e-3 * (1.0 + energy), "{:?}", kind);
             for (_, variable) in parts.iter().filter_map(|(tensor, variable)| Some((tensor, variable.as_ref()?))) {
                 // An empty part has no gradient.
@@ -147,6 +146,7 @@ fn stepped(kind: Kind, size: Size, parts: &[Tensor], x: &Tensor) -> Tensor {
             let x = x.reshape((count, rows, count, width / count)).unwrap().permute((2, 1, 0, 3)).unwrap();
             x.contiguous().unwrap().reshape((count, rows, width)).unwrap()
         }
+        Step::Mix(part) => portable_mixed_slices(&x, &parts[part]).unwrap(),
         Step::Join => {
             let (count, rows, width) = x.dims3().unwrap();
             x.transpose(0, 1).unwrap().contiguous().unwrap().reshape((rows, count * width)).unwrap()

@@ -275,6 +275,11 @@ fn truncations(checkpoint: &Checkpoint) -> Result<Vec<Truncation>> {
         if rank == 0 {
             continue;
         }
+        if kind.fitting().planned().is_some() {
+            let message = format!("`{}` is stored as `{kind}`, whose ranks have no order", linear.module);
+            let hint = "compress the source again at the smaller size, or with another `--layout`";
+            return Err(Failure::unsupported(message).hint(hint).into());
+        }
         let curve = KeptCurve::read(&curves, &linear.module)?;
         let (m, n) = linear.shape();
         let is_of = |length: usize, expected: usize| length == 0 || length == expected;

@@ -168,7 +168,7 @@ fn every_format_holds_the_same_centered_model() {
     };
     let low_rank = ["--keep", "0.6", "--ranks", "uniform"];
     for (family, _) in FAMILIES {
-        for layout in ["pivot", "factors", "monarch"] {
+        for layout in ["pivot", "factors", "monarch", "blast"] {
             let flags = [&low_rank[..], &["--layout", layout]].concat();
             check(family, &flags, &["dense", "factored"]);
         }

@@ -28,7 +28,7 @@ fn sizes(model: &Path) -> Vec<u64> {
 #[test]
 fn codes_stay_and_the_floats_beside_them_learn_in_every_format() {
     let lorc = ["--compensate", "lorc", "--compensate-rank", "4", "--layout", "factors"];
-    let cases: [(&[&str], bool); 12] = [
+    let cases: [(&[&str], bool); 13] = [
         (&["--quant", "rtn-int3-g32"], true),
         (&["--quant", "rtn-int3-g64-asym"], true),
         (&["--quant", "nf4-g32"], true),
@@ -41,6 +41,7 @@ fn codes_stay_and_the_floats_beside_them_learn_in_every_format() {
         (&["--keep", "0.6", "--layout", "monarch"], false),
         (&["--quant", "iq4_xs", "--format", "gguf"], true),
         (&["--keep", "0.6", "--format", "dense"], false),
+        (&["--keep", "0.6", "--layout", "blast"], false),
     ];
     for (at, (flags, has_codes)) in cases.into_iter().enumerate() {
         let with_factors = at < 8 && at != 1;

@@ -44,3 +44,32 @@ fn a_truncation_comes_before_its_healing() {
     let card = std::fs::read_to_string(exported.join("README.md")).unwrap();
     assert!(card.contains("## Healing") && card.contains("Healed (blocks) in "), "{card}");
 }
+
+#[test]
+fn a_healing_can_be_gated() {
+    let model = Model::new(&["--keep", "0.6"]);
+    let out = model.out("out");
+    let flags = ["--text", TRAIN, "--seq-len", "64", "--samples", "8", "--epochs", "1", "--stage", "blocks", "-q"];
+    let gated = |gate: &str| {
+        let own = ["heal", path(&model.compressed), "--teacher", FIXTURE, "-o", path(&out), "--fail-if", gate];
+        lrc(&[&own[..], &flags].concat())
+    };
+    for (field, hint) in [
+        ("healed.model.divergence_after", "`--stage model` fills it"),
+        ("healed.closed.divergence_after", "`--stage closed` fills it"),
+        ("healed.held_out_text.windows", "`--held-out FILE` fills it"),
+        ("healed.learning_rate", "`--learning-rate` fills it"),
+    ] {
+        let run = gated(&format!("{field} > 1"));
+        let expected = format!("this run does not measure `{field}`\nhint: {hint}");
+        assert!(run.code == 2 && run.stderr.contains(&expected), "{}", run.stderr);
+        assert!(!out.exists() && run.stdout.is_empty());
+    }
+    let run = gated("healed.perplexity.after > 1");
+    assert!(run.code == 3 && run.stderr.contains("`healed.perplexity.after` is "), "{}", run.stderr);
+    assert!(out.join("model.safetensors").exists(), "what failed its gate can be looked at");
+    let report: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(out.join("lrc-report.json")).unwrap()).unwrap();
+    let parts = report["healed"]["parts"].as_array().unwrap().len();
+    assert!(parts > 0 && report["healed"]["perplexity"]["after"].as_f64().unwrap() > 1.0);
+}

@@ -28,6 +28,7 @@ CASES = [
     ["--keep", "0.8"],
     ["--keep", "0.8", "--layout", "factors", "--ranks", "uniform"],
     ["--keep", "0.8", "--layout", "monarch"],
+    ["--keep", "0.8", "--layout", "blast"],
     ["--keep", "0.6"],
     ["--keep", "0.8", "--quant-factors", "int8"],
     ["--quant", "rtn-int8-channel"],

@@ -27,6 +27,7 @@ CASES = {
     "pivot": ["--keep", "0.6"],
     "factors": ["--keep", "0.6", "--layout", "factors"],
     "monarch": ["--keep", "0.6", "--layout", "monarch"],
+    "blast": ["--keep", "0.6", "--layout", "blast"],
     "factors of one input shared": ["--keep", "0.5", "--layout", "factors", "--share", "--ranks", "knapsack", *CALIBRATED],
     "int4 in groups of 32, factors over it": ["--quant", "rtn-int4-g32", "--compensate", "lorc", "--compensate-rank", "4"],
     "int3 in groups of 32 with zeros": ["--quant", "rtn-int3-g32-asym"],

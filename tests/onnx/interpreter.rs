@@ -192,6 +192,7 @@ fn shaped(node: &Node, x: &[Tensor]) -> Tensor {
             let shape = x[0].shape();
             x[0].where_cond(&x[1].broadcast_as(shape).unwrap(), &x[2].broadcast_as(shape).unwrap()).unwrap()
         }
+        "ReduceSum" => x[0].sum(ints(&x[1])[0] as usize).unwrap(),
         "ReduceMean" => x[0].mean_keepdim(D::Minus1).unwrap(),
         "LayerNormalization" => {
             let eps = node.attribute.iter().find_map(|attribute| attribute.f).unwrap();

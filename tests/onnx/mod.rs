@@ -154,6 +154,7 @@ fn every_form_of_a_linear_has_nodes() {
         (&["--keep", "0.7"][..], "EyeLike", 20),
         (&["--keep", "0.7", "--layout", "factors", "--ranks", "uniform"], "MatMul", 56),
         (&["--keep", "0.7", "--layout", "monarch"], "MatMul", 40),
+        (&["--keep", "0.7", "--layout", "blast"], "ReduceSum", 4),
         (&["--keep", "0.7", "--quant-factors", "int8"], "MatMulNBits", 30),
         (&["--quant", "rtn-int4-g32"], "MatMulNBits", 28),
         (&["--quant", "rtn-int3-channel-asym", "--compensate", "lorc", "--compensate-rank", "4"], "MatMulNBits", 28),
@@ -210,6 +211,7 @@ fn what_no_node_computes_is_refused() {
         (&["--quant", "q8_0"], 4, "ONNX Runtime multiplies integers, not `q8_0`"),
         (&["--quant", "rtn-int4-g8"], 4, "a power of two of columns from 16, not 8"),
         (&["--keep", "0.7", "--layout", "monarch", "--quant-factors", "int8"], 4, "not of the layout `monarch`"),
+        (&["--keep", "0.7", "--layout", "blast", "--quant-factors", "int8"], 4, "not of the layout `blast`"),
         (&["--keep", "0.7", "--elastic"], 2, "`--elastic` has no effect with `--format onnx`"),
         (&["--target-size", "300kB", "--embeddings", "quantize"], 2, "whose loaders read embeddings in floats"),
     ] {

@@ -32,6 +32,11 @@ pub(super) fn low_rank(options: &RecipeOptions, basics: &Basics) -> Result<LowRa
         return Err(usage("`--depth-weight` has no effect without `--ranks knapsack`", ADD_KNAPSACK));
     }
     let storage = storage(options, basics.format)?;
+    if basics.anchor.is_some()
+        && let Some(layout) = options.layout.filter(|layout| layout.fitting().planned().is_some())
+    {
+        return Err(usage(format!("`--layout {layout}` cannot be combined with `--sequential`"), REMOVE_ONE));
+    }
     if options.share.unwrap_or(false) {
         return shared(basics, allocation, storage);
     }
@@ -41,6 +46,9 @@ pub(super) fn low_rank(options: &RecipeOptions, basics: &Basics) -> Result<LowRa
 /// The approach with `--share`.
 fn shared(basics: &Basics, allocation: RankAllocation, storage: FactorStorage) -> Result<LowRankApproach> {
     let refused = |reason: &str| Err(usage(format!("`--share` cannot be combined with {reason}"), REMOVE_ONE));
+    if let Some(planned) = storage.layout().fitting().planned() {
+        return refused(&format!("`--layout {}`: give `--layout {planned}`", storage.layout()));
+    }
     let RankAllocation::PerLinear { rule: Rule::Knapsack(knapsack), steps } = allocation else {
         return Err(usage("`--share` has no effect without `--ranks knapsack`", ADD_KNAPSACK));
     };
@@ -110,6 +118,12 @@ fn storage(options: &RecipeOptions, format: Format) -> Result<FactorStorage> {
     }
     expect_bits(options.quant_factors, format.stores_residuals())?;
     let unordered = match Unordered::new(layout) {
+        _ if options.elastic == Some(true) && layout.fitting().planned().is_some() => {
+            return Err(usage(
+                format!("`--elastic` cannot be combined with `--layout {layout}`: its ranks have no order"),
+                REMOVE_ONE,
+            ));
+        }
         _ if !options.elastic.unwrap_or(false) => {
             return Ok(match options.quant_factors {
                 Some(bits) => FactorStorage::Quantized(layout, bits, format),

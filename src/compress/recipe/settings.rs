@@ -154,9 +154,16 @@ impl Recipe {
         self.approach.budget()
     }
 
-    /// The layout of factors.
+    /// The layout of factors, whose ranks are chosen.
     pub fn layout(&self) -> Kind {
-        self.approach.layout()
+        let asked = self.approach.layout();
+        asked.fitting().planned().unwrap_or(asked)
+    }
+
+    /// The layout that linears may have in place of [`Self::layout`], each fitted at one rank.
+    pub fn second_layout(&self) -> Option<Kind> {
+        let asked = self.approach.layout();
+        (asked != self.layout()).then_some(asked)
     }
 
     /// The source of the knapsack's scale between linears; `None` where it has nothing to choose.
@@ -320,7 +327,7 @@ impl Recipe {
             equal_bytes_baseline: (self.codes_have_factors() && !self.compares_at_equal_bytes()).then_some(false),
             method: (!is_dense).then_some(self.method()),
             ranks: (!is_dense).then(|| self.ranks()),
-            layout: (!is_dense && (!is_quantized || factors.is_some())).then(|| self.layout()),
+            layout: (!is_dense && (!is_quantized || factors.is_some())).then(|| self.approach.layout()),
             sensitivity: self.sensitivity(),
             depth_weight: self.sensitivity().map(|_| self.depth_weight()),
             rank_floor: steps.map(|steps| steps.floor),

@@ -169,6 +169,10 @@ impl<'a> Linears<'a> {
                     let order = graph.raw(&names[part], Dtype::I32)?;
                     State { value: graph.gather(&state.value, &order, -1), ..state }
                 }
+                (Step::Mix(part), _) => {
+                    let scales = graph.stored(&format!("{}.weight", names[part]), linear.dtype)?;
+                    mixed(graph, &state, &scales)
+                }
                 (Step::Slice(_) | Step::Exchange | Step::Join, _) => sliced(graph, &state, step),
             };
             steps = rest;
@@ -265,6 +269,17 @@ fn coded(graph: &mut Graph, x: &str, name: &str, [rows, cols]: [usize; 2], schem
     let settings = [("K", cols), ("N", rows), ("bits", blocks.bits as usize), ("block_size", blocks.block)];
     let settings = settings.iter().map(|&(name, value)| Attribute::int(name, value as i64)).collect();
     Ok(graph.runtime_op("MatMulNBits", &inputs, settings))
+}
+
+/// Every slice as the sum of all slices, multiplied by a row of scales each.
+fn mixed(graph: &mut Graph, state: &State, scales: &str) -> State {
+    let (count, width) = (state.slices.unwrap_or(1) as i64, state.width as i64);
+    let scales = graph.reshape(scales, &[count, count, 1, 1, width]);
+    let slices = graph.unsqueeze(&state.value, &[0]);
+    let products = graph.op("Mul", &[&slices, &scales]);
+    let axis = graph.ints(&[1]);
+    let value = graph.op_with("ReduceSum", &[&products, &axis], vec![Attribute::int("keepdims", 0)]);
+    State { value, ..state.clone() }
 }
 
 /// The steps of block-diagonal structures.
