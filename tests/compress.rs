@@ -374,7 +374,10 @@ fn the_modeling_file_plans_every_part_of_a_linear_for_tensor_parallelism() {
     let code = std::fs::read_to_string(out.join("modeling_lrc.py")).unwrap();
     let parts: std::collections::BTreeSet<&str> =
         code.split("make(\".").skip(1).map(|rest| rest.split('"').next().unwrap()).collect();
-    assert_eq!(parts.into_iter().collect::<Vec<_>>(), ["base", "lr_a", "lr_b", "lr_l", "lr_p", "lr_r", "lr_t"]);
+    assert_eq!(
+        parts.into_iter().collect::<Vec<_>>(),
+        ["base", "lr_a", "lr_b", "lr_l", "lr_p", "lr_r", "lr_s", "lr_t", "lr_u", "lr_v"]
+    );
     // Classes name the parts that are split, and all devices have the others.
     let split = code.lines().filter(|line| line.trim().starts_with("SPLIT"));
     let split: std::collections::BTreeSet<&str> =
