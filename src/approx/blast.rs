@@ -133,6 +133,21 @@ impl BlockFactors {
         self
     }
 
+    /// The same matrix, with columns of `s` of mean square 1 and what is left shared by `U` and `V`: steps of training are
+    /// of one size for all values.
+    fn balanced(mut self) -> Self {
+        let (rank, n_blocks) = (self.rank(), (self.count * self.count) as f32);
+        let square = |k: usize| self.s.iter().skip(k).step_by(rank).map(|s| s * s).sum::<f32>() / n_blocks;
+        let root = |k: usize| Some(square(k).sqrt().sqrt()).filter(|root| *root > 0.0).unwrap_or(1.0);
+        let roots: Vec<f32> = (0..rank).map(root).collect();
+        self.u = times_diagonal(self.u.as_ref(), &roots);
+        self.v = times_diagonal(self.v.as_ref(), &roots);
+        for scales in self.s.chunks_exact_mut(rank.max(1)) {
+            scales.iter_mut().zip(&roots).for_each(|(s, root)| *s /= root * root);
+        }
+        self
+    }
+
     /// `self + share (self − before)`, part by part.
     fn extrapolated(&self, before: &Self, share: f32) -> Self {
         let moved = |now: &Mat<f32>, before: &Mat<f32>| now + (now - before) * faer::Scale(share);
@@ -175,7 +190,7 @@ pub fn fit(
             break;
         }
     }
-    Ok(now)
+    Ok((now.0.balanced(), now.1))
 }
 
 /// Multiplications of a fit with all of its sweeps.
