@@ -9,164 +9,40 @@
 //! A sweep takes 8 m n r + 2 (m n² + m² n) + b r² (m + n) multiplications and a few more, in f32: the gradient `G E C` is
 //! kept up to date in slices, and errors of solves in f32 only shorten a step, because what follows sees its result.
 
+mod factors;
+
 use std::ops::Range;
 
 use faer::{Mat, MatRef};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 
+pub use self::factors::BlockFactors;
+use self::factors::{add_times_diagonal, block, column_products, rows, slice, times_diagonal};
 use super::low_rank::{self, LowRank};
 use super::metric::{Metric, MetricPair};
 use crate::linalg::{self, LinalgError};
 
-/// Most sweeps of a fit. From the 60th on a sweep gained less than half a percent on matrices of SmolLM2-135M.
+/// Most sweeps of a fit. Near the 60th a sweep gained less than half a percent on matrices of SmolLM2-135M
+/// (docs/results.md, section 22).
 const MOST_SWEEPS: usize = 60;
-/// A fit ends when this many sweeps together gain less than [`SMALL_GAIN`] of the error.
+/// A fit ends when this many sweeps gain less than [`SMALL_GAIN`] of the error, or too little for the limit if all went on so.
 const LAST_SWEEPS: usize = 5;
 const SMALL_GAIN: f64 = 0.005;
 /// Added to the diagonal of the forms that are inverted, as a share of its mean: they may be singular in f32.
 const RIDGE: f64 = 1e-6;
 
-/// The values of a matrix of blocks.
-#[derive(Debug, Clone)]
-pub struct BlockFactors {
-    /// Slices of rows and of columns.
-    pub count: usize,
-    /// `U` (m, r).
-    pub u: Mat<f32>,
-    /// `V` (n, r).
-    pub v: Mat<f32>,
-    /// `s` (b², r), row-major, with rows in the order (i, j).
-    pub s: Vec<f32>,
-}
-
-/// Slice `at` of `count` slices of a length that they divide.
-fn slice(len: usize, count: usize, at: usize) -> Range<usize> {
-    at * len / count..(at + 1) * len / count
-}
-
-/// The rows `range` of a matrix.
-fn rows(x: &Mat<f32>, range: Range<usize>) -> MatRef<'_, f32> {
-    x.as_ref().subrows(range.start, range.len())
-}
-
-/// A block of a matrix.
-fn block(x: &Mat<f32>, rows: Range<usize>, columns: Range<usize>) -> MatRef<'_, f32> {
-    x.as_ref().submatrix(rows.start, columns.start, rows.len(), columns.len())
-}
-
-/// `x diag(scales)`.
-fn times_diagonal(x: MatRef<'_, f32>, scales: &[f32]) -> Mat<f32> {
-    let mut scaled = x.to_owned();
-    for (column, &scale) in scaled.col_iter_mut().zip(scales) {
-        column.iter_mut().for_each(|value| *value *= scale);
-    }
-    scaled
-}
-
-/// Adds `x diag(scales)` to a sum of the same shape.
-fn add_times_diagonal(sum: &mut Mat<f32>, x: MatRef<'_, f32>, scales: &[f32]) {
-    for ((sum, column), &scale) in sum.col_iter_mut().zip(x.col_iter()).zip(scales) {
-        sum.iter_mut().zip(column.iter()).for_each(|(sum, value)| *sum += value * scale);
-    }
-}
-
-/// `Σ_i x_ik y_ik` for every column k.
-fn column_products(x: MatRef<'_, f32>, y: MatRef<'_, f32>) -> Vec<f64> {
-    let one = |(x, y): (&f32, &f32)| f64::from(*x) * f64::from(*y);
-    x.col_iter().zip(y.col_iter()).map(|(x, y)| x.iter().zip(y.iter()).map(one).sum()).collect()
-}
-
-impl BlockFactors {
-    /// r.
-    pub fn rank(&self) -> usize {
-        self.u.ncols()
-    }
-
-    /// `s_ij` (r).
-    fn scales(&self, i: usize, j: usize) -> &[f32] {
-        &self.s[(i * self.count + j) * self.rank()..][..self.rank()]
-    }
-
-    fn row_slice(&self, i: usize) -> Range<usize> {
-        slice(self.u.nrows(), self.count, i)
-    }
-
-    fn column_slice(&self, j: usize) -> Range<usize> {
-        slice(self.v.nrows(), self.count, j)
-    }
-
-    /// The slices of `U` times `diag(s_ij)`, one below another (m, r): the left part of the columns of slice j.
-    pub fn left(&self, j: usize) -> Mat<f32> {
-        let mut left = self.u.clone();
-        for i in 0..self.count {
-            let own = self.row_slice(i);
-            for (column, &scale) in left.col_iter_mut().zip(self.scales(i, j)) {
-                column.subrows_mut(own.start, own.len()).iter_mut().for_each(|value| *value *= scale);
-            }
-        }
-        left
-    }
-
-    /// The matrix (m, n).
-    pub fn product(&self) -> Mat<f32> {
-        let mut product = Mat::zeros(self.u.nrows(), self.v.nrows());
-        for j in 0..self.count {
-            let own = self.column_slice(j);
-            let columns = product.as_mut().subcols_mut(own.start, own.len());
-            linalg::add_product_f32(columns, 1.0, self.left(j).as_ref(), rows(&self.v, own).transpose());
-        }
-        product
-    }
-
-    /// The same matrix, with columns of `U` and `V` of norm 1.
-    fn normalized(mut self) -> Self {
-        let sizes = [&self.u, &self.v].map(|part| column_products(part.as_ref(), part.as_ref()));
-        let root = |square: &f64| if *square > 0.0 { square.sqrt() as f32 } else { 1.0 };
-        let [of_u, of_v] = sizes.map(|squares| squares.iter().map(root).collect::<Vec<f32>>());
-        let inverse = |sizes: &[f32]| sizes.iter().map(|size| 1.0 / size).collect::<Vec<f32>>();
-        self.u = times_diagonal(self.u.as_ref(), &inverse(&of_u));
-        self.v = times_diagonal(self.v.as_ref(), &inverse(&of_v));
-        for scales in self.s.chunks_exact_mut(of_u.len().max(1)) {
-            scales.iter_mut().zip(of_u.iter().zip(&of_v)).for_each(|(s, (u, v))| *s *= u * v);
-        }
-        self
-    }
-
-    /// The same matrix, with columns of `s` of mean square 1 and what is left shared by `U` and `V`: steps of training are
-    /// of one size for all values.
-    fn balanced(mut self) -> Self {
-        let (rank, n_blocks) = (self.rank(), (self.count * self.count) as f32);
-        let square = |k: usize| self.s.iter().skip(k).step_by(rank).map(|s| s * s).sum::<f32>() / n_blocks;
-        let root = |k: usize| Some(square(k).sqrt().sqrt()).filter(|root| *root > 0.0).unwrap_or(1.0);
-        let roots: Vec<f32> = (0..rank).map(root).collect();
-        self.u = times_diagonal(self.u.as_ref(), &roots);
-        self.v = times_diagonal(self.v.as_ref(), &roots);
-        for scales in self.s.chunks_exact_mut(rank.max(1)) {
-            scales.iter_mut().zip(&roots).for_each(|(s, root)| *s /= root * root);
-        }
-        self
-    }
-
-    /// `self + share (self − before)`, part by part.
-    fn extrapolated(&self, before: &Self, share: f32) -> Self {
-        let moved = |now: &Mat<f32>, before: &Mat<f32>| now + (now - before) * faer::Scale(share);
-        let s = self.s.iter().zip(&before.s).map(|(now, before)| now + share * (now - before)).collect();
-        Self { count: self.count, u: moved(&self.u, &before.u), v: moved(&self.v, &before.v), s }
-    }
-}
-
 /// Fits blocks, `count` by `count` of this rank, to a `target` (m, n) whose sides `count` divides, and returns them with
-/// their squared error in the metric.
+/// their squared error in the metric; `None` if that will not fall below `limit`.
 ///
 /// # Errors
 /// See [`LinalgError`].
 pub fn fit(
     target: MatRef<'_, f64>,
     metric: MetricPair<'_>,
-    count: usize,
-    rank: usize,
-) -> Result<(BlockFactors, f64), LinalgError> {
+    (count, rank): (usize, usize),
+    limit: f64,
+) -> Result<Option<(BlockFactors, f64)>, LinalgError> {
     let pair = low_rank::decompose(target, metric, rank)?.truncate(target, rank);
     let problem = Problem::new(target, metric, count)?;
     let mut now = problem.sweep(started(pair, target.shape(), count))?;
@@ -185,12 +61,13 @@ pub fn fit(
         }
         before = std::mem::replace(&mut now, after).0;
         errors.push(now.1);
-        let earlier = errors.len().checked_sub(1 + LAST_SWEEPS).map(|at| errors[at]);
-        if earlier.is_some_and(|earlier| now.1 > (1.0 - SMALL_GAIN) * earlier) {
+        let Some(at) = errors.len().checked_sub(1 + LAST_SWEEPS) else { continue };
+        let (gain, n_left) = (errors[at] - now.1, (MOST_SWEEPS - errors.len()) as f64);
+        if gain < SMALL_GAIN * errors[at] || now.1 - gain * n_left / LAST_SWEEPS as f64 >= limit {
             break;
         }
     }
-    Ok((now.0.balanced(), now.1))
+    Ok((now.1 < limit).then(|| (now.0.balanced(), now.1)))
 }
 
 /// Multiplications of a fit with all of its sweeps.
@@ -322,10 +199,10 @@ impl Problem {
         i: usize,
     ) -> Result<(), LinalgError> {
         let own = blast.row_slice(i);
-        let form = block(&self.output, own.clone(), own.clone()).to_owned();
+        let form = block(&self.output, own.clone(), own.clone());
         let mut moved = self.rescale(blast, gradient, inputs, i)?; // what it adds to `P C` in these rows
         let mut rest = rows(gradient, own.clone()).to_owned();
-        linalg::add_product_f32(rest.as_mut(), -1.0, form.as_ref(), moved.as_ref());
+        linalg::add_product_f32(rest.as_mut(), -1.0, form, moved.as_ref());
         let scales: Vec<&[f32]> = (0..self.count).map(|j| blast.scales(i, j)).collect();
         let mut slope = Mat::zeros(own.len(), blast.rank());
         for (j, scales) in scales.iter().enumerate() {
@@ -354,13 +231,13 @@ impl Problem {
         i: usize,
     ) -> Result<Mat<f32>, LinalgError> {
         let (own, count, rank) = (blast.row_slice(i), self.count, blast.rank());
-        let u = rows(&blast.u, own.clone()).to_owned();
-        let image = linalg::product_f32(block(&self.output, own.clone(), own.clone()), u.as_ref());
+        let u = rows(&blast.u, own.clone());
+        let image = linalg::product_f32(block(&self.output, own.clone(), own.clone()), u);
         let inner = linalg::product_f32(u.transpose(), image.as_ref()); // U_iᵀ G_ii U_i
         let slope = |j: usize| {
             let columns = blast.column_slice(j);
             let product = linalg::product_f32(block(gradient, own.clone(), columns.clone()), rows(&blast.v, columns));
-            column_products(u.as_ref(), product.as_ref())
+            column_products(u, product.as_ref())
         };
         let mut slopes: Vec<Vec<f64>> = (0..count).map(slope).collect();
         let own_inverse = |j: usize| {
@@ -386,7 +263,7 @@ impl Problem {
             *s += change;
         }
         let change: Vec<&[f32]> = change.iter().map(Vec::as_slice).collect();
-        Ok(linalg::product_f32(u.as_ref(), inputs.mixed(&change).transpose()))
+        Ok(linalg::product_f32(u, inputs.mixed(&change).transpose()))
     }
 
     /// The best `V_j`.

@@ -12,7 +12,7 @@ use faer::Mat;
 use super::budget::max_ranks;
 use super::job::Job;
 use super::narrow::Needs;
-use super::plan::Plan;
+use super::plan::{Plan, second_layout};
 use super::recipe::Recipe;
 use crate::approx::low_rank;
 use crate::approx::metric::MetricPair;
@@ -201,11 +201,10 @@ fn fitting(recipe: &Recipe, plan: &Plan, speed: &Speed) -> Vec<f64> {
 fn rounding(recipe: &Recipe, plan: &Plan, speed: &Speed) -> Vec<f64> {
     // The fit in a layout of its own.
     let second = |linear: &LinearInfo, rank: usize| {
-        let kind = recipe.second_layout().filter(|_| linear.vocabulary.is_none());
-        kind.map_or(0.0, |kind| {
+        second_layout(recipe, linear).map_or(0.0, |kind| {
             let shape = linear.shape();
-            let rank = recipe.layout().n_parameters(rank, shape) / kind.n_parameters(1, shape);
-            2.0 * kind.fitting().work_at(rank as usize, shape)
+            let rank = kind.rank_within(recipe.layout().n_parameters(rank, shape), shape, 1);
+            2.0 * kind.fitting().alone().map_or(0.0, |alone| alone.n_multiplications(rank, shape))
         })
     };
     let of = |(linear, rank): (&LinearInfo, usize)| {

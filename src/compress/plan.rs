@@ -46,6 +46,11 @@ pub(super) fn layout(recipe: &Recipe, linear: &LinearInfo) -> Kind {
     if linear.vocabulary.is_some() { Kind::FACTORS } else { recipe.layout() }
 }
 
+/// The layout that a linear may have in place of the planned one.
+pub(super) fn second_layout(recipe: &Recipe, linear: &LinearInfo) -> Option<Kind> {
+    recipe.second_layout().filter(|_| linear.vocabulary.is_none())
+}
+
 /// The quantizers of the menu for a linear.
 pub(super) fn menu(recipe: &Recipe, linear: &LinearInfo) -> Vec<Quant> {
     match linear.vocabulary {

@@ -4,6 +4,7 @@
 use anyhow::{Context, Result};
 
 use super::metrics::SharedInputs;
+use super::plan::second_layout;
 use super::presets::MetricForm;
 use super::study::Study;
 use crate::approx::low_rank::{ErrorCurve, LowRank};
@@ -31,14 +32,9 @@ struct Fit<'a> {
     curve: &'a ErrorCurve,
 }
 
-/// The layout that a linear may have in place of the planned one.
-pub(super) fn second_layout(study: &Study<'_>, i: usize) -> Option<Kind> {
-    study.recipe.second_layout().filter(|_| study.plan.linears[i].vocabulary.is_none())
-}
-
 /// Whether values are rounded or fitted anew as they are laid out.
 pub(super) fn is_work(study: &Study<'_>, i: usize) -> bool {
-    study.recipe.rounds(study.plan.linears[i].dtype) || second_layout(study, i).is_some()
+    study.recipe.rounds(study.plan.linears[i].dtype) || second_layout(study.recipe, &study.plan.linears[i]).is_some()
 }
 
 /// A fit of the `i`-th linear in the `form` that was asked for, or in another layout that errs less with as many parameters.
@@ -59,7 +55,7 @@ pub(super) fn lay_out(
     let curve = curve.context("invariant: a linear of low rank was decomposed")?;
     let fit = Fit { study, i, curve };
     let planned = fit.planned(form, pair)?;
-    match second_layout(study, i) {
+    match second_layout(study.recipe, &study.plan.linears[i]) {
         Some(kind) => Ok(fit.second(kind, &planned.0)?.unwrap_or(planned)),
         None => Ok(planned),
     }
@@ -82,8 +78,8 @@ impl Fit<'_> {
             // Another structure with as many parameters may be better if its truncation error is below the cost of
             // rounding.
             let Some(other) = kind.fitting().alternative() else { return Ok((rounded, Term { form, parts })) };
-            let fewer = kind.n_parameters(pair.rank, shape) / other.n_parameters(1, shape);
-            let fewer = fewer as usize / self.study.recipe.rank_multiple() * self.study.recipe.rank_multiple();
+            let n_parameters = kind.n_parameters(pair.rank, shape);
+            let fewer = other.rank_within(n_parameters, shape, self.study.recipe.rank_multiple());
             if fewer == 0 || squared_error <= truncated(fewer) - truncated(pair.rank) {
                 return Ok((rounded, Term { form, parts }));
             }
@@ -109,9 +105,8 @@ impl Fit<'_> {
     fn second(&self, kind: Kind, planned: &Laid) -> Result<Option<(Laid, Term)>> {
         let linear = &self.study.plan.linears[self.i];
         let (shape, fitting) = (linear.shape(), kind.fitting());
-        let most = planned.form.n_parameters(shape) / kind.n_parameters(1, shape);
-        let multiple = self.study.recipe.rank_multiple();
-        let rank = (most as usize / multiple * multiple).min(fitting.largest_rank(shape));
+        let alone = fitting.alone().context("invariant: a second layout is fitted alone")?;
+        let rank = kind.rank_within(planned.form.n_parameters(shape), shape, self.study.recipe.rank_multiple());
         let curve = self.curve;
         if rank == 0 || curve.squared_error(0) == 0.0 {
             return Ok(None);
@@ -125,7 +120,10 @@ impl Fit<'_> {
         metrics.with_input(linear, &SharedInputs::new(&[linear]), |input| {
             let metric = MetricPair { output, input };
             let relative = |squared: f64| (squared.max(0.0) / curve.squared_error(0)).sqrt();
-            let (form, mut parts) = (Form::of_rank(kind, rank, shape), fitting.fit_at(target, metric, rank)?);
+            let of_planned = planned.form.size.rank().map_or(0.0, |rank| curve.relative_error(rank));
+            let limit = of_planned.hypot(planned.storage_error);
+            let fit = alone.fit(target, metric, rank, limit.powi(2) * curve.squared_error(0))?;
+            let (form, Some(mut parts)) = (Form::of_rank(kind, rank, shape), fit) else { return Ok(None) };
             let mut storage_error = 0.0;
             if self.study.recipe.rounds(linear.dtype) {
                 let sides = Sides { output, input: Side::Whole(input), energies: curve.energies() };
@@ -135,8 +133,7 @@ impl Fit<'_> {
             let term = Term { form, parts };
             let product = linalg::transposed_from_row_major(&term.product(shape), shape.0, shape.1);
             let error = relative(metric.squared_norm((target - product.transpose()).as_ref()));
-            let of_planned = planned.form.size.rank().map_or(0.0, |rank| curve.relative_error(rank));
-            if error >= of_planned.hypot(planned.storage_error) {
+            if error >= limit {
                 return Ok(None);
             }
             Ok(Some((Laid { form, storage_error, error: Some(error), note: None }, term)))

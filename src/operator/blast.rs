@@ -15,7 +15,7 @@ use super::matrix::Matrix;
 use super::monarch::{blocks, n_slices};
 use super::products::mixed_slices;
 use super::rounding::{Rounded, Sides, round_to_nearest};
-use super::structure::{Element, Fit, FitValues, Fitting, Kind, Shape, Size, Step, Structure};
+use super::structure::{Element, Fit, FitValues, Fitting, FittingAlone, Kind, Shape, Size, Step, Structure};
 use crate::approx::blast;
 use crate::approx::low_rank::{self, ErrorCurve, LowRank};
 use crate::approx::metric::{Metric, MetricPair};
@@ -42,7 +42,7 @@ impl Structure for Blast {
     fn measure(&self, stored: &[[usize; 2]]) -> Option<(Size, Shape)> {
         let &[[rows, width], [pairs, rank], [m, columns]] = stored else { return None };
         let count = pairs.isqrt();
-        let is_whole = count > 0 && count * count == pairs && rank == columns && m % count == 0;
+        let is_whole = count > 0 && rank > 0 && count * count == pairs && rank == columns && m % count == 0;
         let n = count.checked_mul(width)?;
         (is_whole && count.checked_mul(rank) == Some(rows)).then_some((Size::Blocks { count, rank }, (m, n)))
     }
@@ -149,20 +149,8 @@ impl Fitting for Blast {
         low_rank::error_curve(target, metric)
     }
 
-    fn planned(&self) -> Option<Kind> {
-        Some(Kind::default())
-    }
-
-    fn fit_at(&self, target: MatRef<'_, f64>, metric: MetricPair<'_>, rank: usize) -> Result<Vec<Matrix>, LinalgError> {
-        let (shape, count) = (target.shape(), n_slices(target.shape()));
-        let (blast, _) = blast::fit(target, metric, count, rank)?;
-        let u = (0..shape.0).flat_map(|i| blast.u.row(i).iter().copied().collect::<Vec<_>>()).collect();
-        let pair = packed(rank, u, |k, j| blast.v[(j, k)], |at, k| blast.s[at * rank + k], (shape.1, count * count));
-        Ok(self.lay_out(pair, shape))
-    }
-
-    fn work_at(&self, rank: usize, shape: Shape) -> f64 {
-        blast::n_multiplications(shape, n_slices(shape), rank)
+    fn alone(&self) -> Option<&dyn FittingAlone> {
+        Some(self)
     }
 
     fn prefix(&self, pair: &LowRank, rank: usize, _: Shape) -> LowRank {
@@ -218,6 +206,30 @@ impl Fitting for Blast {
         let width = n / count;
         let v_t = |k: usize, j: usize| right[(j / width * rank + k) * width + j % width];
         packed(rank, parts[2].values().into_owned(), v_t, |at, k| scales[at * rank + k], (n, count * count))
+    }
+}
+
+impl FittingAlone for Blast {
+    fn planned(&self) -> Kind {
+        Kind::default()
+    }
+
+    fn fit(
+        &self,
+        target: MatRef<'_, f64>,
+        metric: MetricPair<'_>,
+        rank: usize,
+        limit: f64,
+    ) -> Result<Option<Vec<Matrix>>, LinalgError> {
+        let (shape, count) = (target.shape(), n_slices(target.shape()));
+        let Some((blast, _)) = blast::fit(target, metric, (count, rank), limit)? else { return Ok(None) };
+        let u = (0..shape.0).flat_map(|i| blast.u.row(i).iter().copied().collect::<Vec<_>>()).collect();
+        let pair = packed(rank, u, |k, j| blast.v[(j, k)], |at, k| blast.s[at * rank + k], (shape.1, count * count));
+        Ok(Some(self.lay_out(pair, shape)))
+    }
+
+    fn n_multiplications(&self, rank: usize, shape: Shape) -> f64 {
+        blast::n_multiplications(shape, n_slices(shape), rank)
     }
 }
 

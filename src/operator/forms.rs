@@ -113,6 +113,17 @@ impl Form {
 }
 
 impl Kind {
+    /// The structure whose ranks are chosen in place of this one's, if a fit of one rank is no part of a larger one.
+    pub fn planned(self) -> Option<Self> {
+        self.fitting().alone().map(|alone| alone.planned())
+    }
+
+    /// The largest rank with at most so many parameters, a multiple of `multiple`.
+    pub fn rank_within(self, n_parameters: u64, shape: Shape, multiple: usize) -> usize {
+        let rank = (n_parameters / self.n_parameters(1, shape)) as usize / multiple * multiple;
+        rank.min(self.fitting().largest_rank(shape))
+    }
+
     /// Parameters of a matrix with this rank.
     pub fn n_parameters(self, rank: usize, shape: Shape) -> u64 {
         Form { kind: self, size: self.fitting().size(rank, shape), storage: None, right: Right::Own }

@@ -24,7 +24,7 @@ pub use names::{BASE, all_parts, bias_parts, factors_of, first_parts, is_compres
 pub(crate) use products::product_of;
 pub(crate) use rounding::dense_with_feedback;
 pub use rounding::{Rounded, Side, Sides};
-pub use structure::{Element, Fit, FitValues, Fitting, Kind, Part, Shape, Size, Step, Structure};
+pub use structure::{Element, Fit, FitValues, Fitting, FittingAlone, Kind, Part, Shape, Size, Step, Structure};
 
 #[cfg(test)]
 mod tests;

@@ -181,9 +181,7 @@ impl CustomOp2 for Mix {
         }
         let (x, scales) = (host_slice(x, x_layout)?, host_slice(scales, scales_layout)?);
         let mut y = vec![0f32; x.len()];
-        for ((i, j), scales) in
-            (0..count * count).map(|at| (at / count, at % count)).zip(scales.chunks_exact(rank.max(1)))
-        {
+        for ((i, j), scales) in (0..count * count).map(|at| (at / count, at % count)).zip(scales.chunks_exact(rank)) {
             let (to, from) = (&mut y[i * rows * rank..][..rows * rank], &x[j * rows * rank..][..rows * rank]);
             for (to, from) in to.chunks_exact_mut(rank).zip(from.chunks_exact(rank)) {
                 to.iter_mut().zip(from).zip(scales).for_each(|((to, from), scale)| *to += from * scale);
@@ -202,7 +200,7 @@ impl CustomOp2 for Mix {
         let (count, rows, rank) = x.dims3()?;
         let (values, s, g) = (to_host(x)?, to_host(scales)?, to_host(gradient)?);
         let (mut of_x, mut of_scales) = (vec![0f32; values.len()], vec![0f32; s.len()]);
-        for (at, (s, of_s)) in s.chunks_exact(rank.max(1)).zip(of_scales.chunks_exact_mut(rank.max(1))).enumerate() {
+        for (at, (s, of_s)) in s.chunks_exact(rank).zip(of_scales.chunks_exact_mut(rank)).enumerate() {
             let (of_output, of_input) = ((at / count) * rows * rank, (at % count) * rows * rank);
             let g = g[of_output..][..rows * rank].chunks_exact(rank);
             let x = values[of_input..][..rows * rank].chunks_exact(rank);

@@ -198,27 +198,9 @@ pub trait Fitting: Sync {
     /// See [`LinalgError`].
     fn curve(&self, target: MatRef<'_, f64>, metric: MetricPair<'_>) -> Result<ErrorCurve, LinalgError>;
 
-    /// The structure whose ranks are chosen and fitted in place of this one's, if a fit of one rank is no part of a larger
-    /// one. A linear is then stored in either, whichever errs less with as many parameters.
-    fn planned(&self) -> Option<Kind> {
+    /// How one rank is fitted by itself, if a fit of one rank is no part of a larger one.
+    fn alone(&self) -> Option<&dyn FittingAlone> {
         None
-    }
-
-    /// The stored matrices of the best fit of this rank alone that is found.
-    ///
-    /// # Errors
-    /// See [`LinalgError`].
-    fn fit_at(&self, target: MatRef<'_, f64>, metric: MetricPair<'_>, rank: usize) -> Result<Vec<Matrix>, LinalgError> {
-        let pair = match self.fit(target, metric, rank)?.values {
-            FitValues::Dual(dual) => dual.truncate(target, rank),
-            FitValues::Pair(pair) => self.prefix(&pair, rank, target.shape()),
-        };
-        Ok(self.lay_out(pair, target.shape()))
-    }
-
-    /// Multiplications of [`Self::fit_at`], in f32, for a structure with [`Self::planned`].
-    fn work_at(&self, _rank: usize, _shape: Shape) -> f64 {
-        0.0
     }
 
     /// The parts at a smaller rank.
@@ -272,6 +254,29 @@ pub trait Fitting: Sync {
     fn restored(&self, _pair: LowRank, _rank_factor: &[f32], _shape: Shape) -> Option<LowRank> {
         None
     }
+}
+
+/// How a structure is fitted whose fit of one rank is no part of a larger one. A linear is stored in the planned structure
+/// or in this one, whichever errs less with as many parameters.
+pub trait FittingAlone: Sync {
+    /// The structure whose ranks are chosen, and fitted, in place of this one's.
+    fn planned(&self) -> Kind;
+
+    /// The stored matrices of the best fit of this rank that is found; `None` if its squared error will not fall below
+    /// `limit`.
+    ///
+    /// # Errors
+    /// See [`LinalgError`].
+    fn fit(
+        &self,
+        target: MatRef<'_, f64>,
+        metric: MetricPair<'_>,
+        rank: usize,
+        limit: f64,
+    ) -> Result<Option<Vec<Matrix>>, LinalgError>;
+
+    /// Multiplications of a fit, in f32.
+    fn n_multiplications(&self, rank: usize, shape: Shape) -> f64;
 }
 
 /// A structure, by its index in the registry.

@@ -275,7 +275,7 @@ fn truncations(checkpoint: &Checkpoint) -> Result<Vec<Truncation>> {
         if rank == 0 {
             continue;
         }
-        if kind.fitting().planned().is_some() {
+        if kind.planned().is_some() {
             let message = format!("`{}` is stored as `{kind}`, whose ranks have no order", linear.module);
             let hint = "compress the source again at the smaller size, or with another `--layout`";
             return Err(Failure::unsupported(message).hint(hint).into());

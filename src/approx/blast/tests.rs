@@ -43,7 +43,7 @@ fn blocks_that_share_their_factors_are_found() {
     let target = wide(&blocks(count, rank, (m, n), 5).product());
     for (output, input) in [(Metric::Identity, Metric::Identity), (form(m, 3), form(n, 4))] {
         let metric = MetricPair { output: &output, input: &input };
-        let (_, error) = fit(target.as_ref(), metric, count, 2 * rank).unwrap();
+        let (_, error) = fit(target.as_ref(), metric, (count, 2 * rank), f64::INFINITY).unwrap().unwrap();
         // Its rank is that of all blocks together, so that factors of as many numbers are far from it.
         let curve = low_rank::error_curve(target.as_ref(), metric).unwrap();
         let of_factors = curve.squared_error(2 * rank * (m + n + count * count) / (m + n));
@@ -70,15 +70,17 @@ fn sweeps_never_raise_the_error_which_is_that_of_the_product() {
     }
     assert!(errors[7] < 0.8 * errors[0]);
     // With extrapolation and more sweeps it is lower, and the same at every run.
-    let (found, error) = fit(target.as_ref(), metric, count, rank).unwrap();
+    let fit = |limit: f64| fit(target.as_ref(), metric, (count, rank), limit).unwrap();
+    let (found, error) = fit(f64::INFINITY).unwrap();
+    assert!(error < errors[7] && (measured(&found) - error).abs() < 1e-4 * error);
+    assert_eq!(fit(1.001 * error).unwrap().0.s, found.s);
+    assert!(fit(0.999 * error).is_none() && fit(0.1 * error).is_none());
     // No part is of another size than the others.
     for k in 0..rank {
         let squares: f32 = found.s.iter().skip(k).step_by(rank).map(|s| s * s).sum();
         let [of_u, of_v] = [&found.u, &found.v].map(|part| part.col(k).norm_l2());
         assert!((squares / (count * count) as f32 - 1.0).abs() < 1e-3 && (of_u / of_v - 1.0).abs() < 1e-3);
     }
-    assert!(error < errors[7] && (measured(&found) - error).abs() < 1e-4 * error);
-    assert_eq!(fit(target.as_ref(), metric, count, rank).unwrap().0.s, found.s);
 }
 
 /// The last slice that a sweep moves is where its error has no slope, by finite differences.
@@ -109,5 +111,5 @@ fn a_sweep_ends_at_the_least_squares_of_its_last_slice() {
 fn values_that_are_not_finite_are_an_error() {
     let mut target = noise(8, 8, 1);
     target[(0, 0)] = f64::NAN;
-    assert!(fit(target.as_ref(), MetricPair::IDENTITY, 2, 2).is_err());
+    assert!(fit(target.as_ref(), MetricPair::IDENTITY, (2, 2), f64::INFINITY).is_err());
 }

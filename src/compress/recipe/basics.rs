@@ -85,7 +85,7 @@ impl Basics {
         let pays = options.anchor.is_some() || options.keep.is_some_and(|keep| keep < SEQUENTIAL_BELOW);
         // What was asked for excludes it. An anchor asks for it, and is refused with that.
         let is_excluded = options.share == Some(true)
-            || options.anchor.is_none() && options.layout.is_some_and(|layout| layout.fitting().planned().is_some())
+            || options.anchor.is_none() && options.layout.is_some_and(|layout| layout.planned().is_some())
             || options.anchor.is_none() && options.embeddings.is_some_and(|how| how != Embeddings::Keep);
         let is_sequential = options.sequential.unwrap_or(is_possible && pays && !is_excluded);
         if options.anchor.is_some() && !is_sequential {

@@ -33,7 +33,7 @@ pub(super) fn low_rank(options: &RecipeOptions, basics: &Basics) -> Result<LowRa
     }
     let storage = storage(options, basics.format)?;
     if basics.anchor.is_some()
-        && let Some(layout) = options.layout.filter(|layout| layout.fitting().planned().is_some())
+        && let Some(layout) = options.layout.filter(|layout| layout.planned().is_some())
     {
         return Err(usage(format!("`--layout {layout}` cannot be combined with `--sequential`"), REMOVE_ONE));
     }
@@ -46,7 +46,7 @@ pub(super) fn low_rank(options: &RecipeOptions, basics: &Basics) -> Result<LowRa
 /// The approach with `--share`.
 fn shared(basics: &Basics, allocation: RankAllocation, storage: FactorStorage) -> Result<LowRankApproach> {
     let refused = |reason: &str| Err(usage(format!("`--share` cannot be combined with {reason}"), REMOVE_ONE));
-    if let Some(planned) = storage.layout().fitting().planned() {
+    if let Some(planned) = storage.layout().planned() {
         return refused(&format!("`--layout {}`: give `--layout {planned}`", storage.layout()));
     }
     let RankAllocation::PerLinear { rule: Rule::Knapsack(knapsack), steps } = allocation else {
@@ -118,7 +118,7 @@ fn storage(options: &RecipeOptions, format: Format) -> Result<FactorStorage> {
     }
     expect_bits(options.quant_factors, format.stores_residuals())?;
     let unordered = match Unordered::new(layout) {
-        _ if options.elastic == Some(true) && layout.fitting().planned().is_some() => {
+        _ if options.elastic == Some(true) && layout.planned().is_some() => {
             return Err(usage(
                 format!("`--elastic` cannot be combined with `--layout {layout}`: its ranks have no order"),
                 REMOVE_ONE,

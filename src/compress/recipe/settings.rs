@@ -157,7 +157,7 @@ impl Recipe {
     /// The layout of factors, whose ranks are chosen.
     pub fn layout(&self) -> Kind {
         let asked = self.approach.layout();
-        asked.fitting().planned().unwrap_or(asked)
+        asked.planned().unwrap_or(asked)
     }
 
     /// The layout that linears may have in place of [`Self::layout`], each fitted at one rank.
