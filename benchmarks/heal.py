@@ -17,6 +17,7 @@ import subprocess
 
 KINDS = {
     "low-rank": ["--sequential=false"],
+    "blast": ["--layout", "blast"],
     "narrow": ["--structure", "narrow"],
     "joint": ["--structure", "narrow,low-rank"],
     "int3": ["--quant", "cd-int3-g64"],

@@ -79,6 +79,13 @@ pub(super) struct HealArgs {
     #[arg(long, value_enum, value_name = "DISTANCE", help_heading = "Training")]
     loss: Option<Distance>,
 
+    /// Share of the text's own tokens in the loss of the stage `model`
+    ///
+    /// The rest is the divergence from the source. With it a model also learns to predict this kind of text: its
+    /// perplexity there can become lower than the source's, and its divergence from the source grows.
+    #[arg(long, value_name = "SHARE", default_value_t = 0.0, help_heading = "Training")]
+    labels: f64,
+
     /// Most passes over the windows
     #[arg(long, value_name = "N", value_parser = at_least_1, default_value_t = Settings::default().epochs, help_heading = "Training")]
     epochs: usize,
@@ -179,6 +186,16 @@ pub(super) fn run(args: &HealArgs, quiet: bool, progress: &Bars) -> Result<()> {
             .hint("the other stages compare distributions of the next token")
             .into());
     }
+    if !(0.0..=1.0).contains(&args.labels) {
+        return Err(Failure::usage(format!("`--labels {}` is outside [0, 1]", args.labels))
+            .hint("give a share of the loss, for example 0.5")
+            .into());
+    }
+    if args.labels > 0.0 && !args.stage.contains(&HealStage::Model) {
+        return Err(Failure::usage(format!("`--labels {}` has no effect without the stage `model`", args.labels))
+            .hint("the other stages learn from the source alone")
+            .into());
+    }
     let parse = |path: &PathBuf| {
         let text = path.to_string_lossy();
         text.parse().map_err(|reason: String| Failure::usage(format!("`--text {text}`: {reason}")).into())
@@ -200,6 +217,7 @@ pub(super) fn run(args: &HealArgs, quiet: bool, progress: &Bars) -> Result<()> {
         train: args.train,
         epochs: args.epochs,
         batch: args.batch,
+        labels: args.labels,
         learning_rate: args.learning_rate,
         windows,
         statistics: options.statistics.as_deref(),

@@ -80,6 +80,7 @@ fn into_folder(
         texts: &[WeightedText { path: windows.text.clone(), weight: 1.0 }],
         held_out: None,
         train: Train::All,
+        labels: 0.0,
         epochs,
         batch,
         learning_rate: None,

@@ -45,6 +45,9 @@ pub struct HealJob<'a> {
     /// The largest learning rate of the stage `blocks`, of which `model` takes a tenth; `None`: 2e-4, and by the
     /// divergence.
     pub learning_rate: Option<f64>,
+    /// The share of the text's own next tokens in the loss of the stage `model`, in [0, 1]; the rest is divergence from
+    /// the teacher.
+    pub labels: f64,
     /// Steps of the stage `model` after which its state is kept, so that a run that was killed goes on from there.
     pub save_steps: usize,
     /// The output folder, which appears whole or not at all.
@@ -153,6 +156,7 @@ impl HealJob<'_> {
             ("--stage", Some(stages.join(","))),
             ("--train", (self.train != Train::All).then(|| self.train.name().into())),
             ("--loss", self.loss.map(|loss| loss.name().into())),
+            ("--labels", (self.labels > 0.0).then(|| self.labels.to_string())),
             ("--epochs", Some(self.epochs.to_string())),
             ("--learning-rate", self.learning_rate.map(|rate| rate.to_string())),
             ("--batch", Some(self.batch.to_string())),
@@ -200,6 +204,7 @@ impl HealJob<'_> {
             "seed": self.windows.seed,
             "statistics": self.statistics.map(sha256_file).transpose()?,
             "stages": self.stages.iter().map(|stage| stage.name()).collect::<Vec<_>>(),
+            "labels": self.labels,
             "epochs": self.epochs,
             "batch": self.batch,
             "learning_rate": self.learning_rate,

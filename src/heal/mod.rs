@@ -9,6 +9,7 @@ mod closed;
 mod halves;
 mod held_out;
 mod job;
+mod likely;
 mod metric;
 mod model;
 mod moves;
@@ -173,6 +174,7 @@ impl Run<'_> {
             distance: job.distance().name().into(),
             epochs: job.epochs,
             batch: job.batch,
+            labels: job.labels,
             learning_rate: job.learning_rate,
             seed: job.windows.seed,
             parameters: healed.values().map(|values| values.len() as u64).sum(),
@@ -209,6 +211,7 @@ impl Run<'_> {
         let whole = WholeModel::new(teacher, (student, trained), job.checkpoint, walk, progress)?;
         if stage == HealStage::Model {
             let kept = KeptState { journal, every: job.save_steps };
+            let whole = whole.with_labels(job.labels);
             done.model = Some(whole.run(healed, pieces, &job.settings(stage), &kept, progress)?);
             return Ok(());
         }

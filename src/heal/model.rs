@@ -7,24 +7,20 @@ use std::ops::Range;
 use anyhow::{Context, Result};
 use candle_core::backprop::GradStore;
 use candle_core::{Tensor, Var};
-use pulp::Arch;
-use rayon::prelude::*;
 use serde_json::json;
 
+use super::likely::{Labels, Likely};
 use super::rounding::{self, Inputs, Rounding};
 use super::tensors::{Healed, Selected, tensors};
 use crate::checkpoint::Checkpoint;
 use crate::device::to_host;
 use crate::error::Failure;
-use crate::model::{Block, Decoder, Head, Hidden, Trained, Walk, log_sum_exp, softmax_in_place};
+use crate::model::{Block, Decoder, Head, Hidden, Trained, Walk};
 use crate::progress::Progress;
 use crate::report::HealedModel;
 use crate::store::{Journal, Values};
 use crate::train::{Course, Keep, Objective, Pieces, Settings, State, Variables, fit, held_out};
 use crate::workers::Workers;
-
-/// Tokens of a row whose probabilities are learned one by one; the others are learned as one.
-const TOP: usize = 64;
 
 /// The journal key of the stage.
 const PIECE: &str = "healed-model";
@@ -59,62 +55,6 @@ impl Keep for KeptState<'_> {
     }
 }
 
-/// The most likely tokens of the teacher in every row of a window.
-struct Likely {
-    /// (n_rows, [`TOP`]), row-major.
-    ids: Vec<u32>,
-    /// Their probabilities.
-    p: Vec<f32>,
-}
-
-impl Likely {
-    /// Of the logits (n_rows, vocab_size).
-    fn add(&mut self, logits: &[f32], vocab_size: usize) {
-        let n = TOP.min(vocab_size);
-        for row in logits.chunks_exact(vocab_size) {
-            let mut order: Vec<u32> = (0..vocab_size as u32).collect();
-            let falling = |a: &u32, b: &u32| row[*b as usize].total_cmp(&row[*a as usize]).then(a.cmp(b));
-            if n < vocab_size {
-                order.select_nth_unstable_by(n, falling);
-            }
-            let log_sum = log_sum_exp(Arch::new(), row) as f32;
-            self.p.extend(order[..n].iter().map(|&id| (row[id as usize] - log_sum).exp()));
-            self.ids.extend(&order[..n]);
-        }
-    }
-
-    /// The summed divergence of the student's logits of some `rows`, (n_rows, vocab_size), which become its gradients.
-    fn diverge(&self, rows: Range<usize>, logits: &mut [f32], vocab_size: usize) -> f64 {
-        let n = TOP.min(vocab_size);
-        let of_rows = rows.start * n..rows.end * n;
-        let likely = self.ids[of_rows.clone()].par_chunks_exact(n).zip(self.p[of_rows].par_chunks_exact(n));
-        let each = logits.par_chunks_exact_mut(vocab_size).zip(likely).map(|(row, (ids, p))| diverge(row, ids, p));
-        each.collect::<Vec<f64>>().into_iter().sum()
-    }
-}
-
-/// The KL divergence of a student's row of logits from the likely tokens of the teacher, all others being one; the row
-/// becomes its gradient, `q − p̃`, where `p̃` shares the rest of the teacher as the student does.
-fn diverge(row: &mut [f32], ids: &[u32], p: &[f32]) -> f64 {
-    softmax_in_place(Arch::new(), row);
-    let log = |p: f64, q: f64| if p > 0.0 { p * (p / q.max(f64::MIN_POSITIVE)).ln() } else { 0.0 };
-    let (mut rest_p, mut rest_q, mut divergence) = (1.0f64, 1.0f64, 0.0f64);
-    for (&id, &p) in ids.iter().zip(p) {
-        let q = f64::from(row[id as usize]);
-        divergence += log(f64::from(p), q);
-        (rest_p, rest_q) = (rest_p - f64::from(p), rest_q - q);
-    }
-    let (rest_p, rest_q) = (rest_p.max(0.0), rest_q.max(1e-12));
-    divergence += log(rest_p, rest_q);
-    let kept: Vec<f32> = ids.iter().map(|&id| row[id as usize]).collect();
-    let share = (1.0 - rest_p / rest_q) as f32;
-    row.iter_mut().for_each(|q| *q *= share);
-    for ((&id, q), p) in ids.iter().zip(kept).zip(p) {
-        row[id as usize] = q - p;
-    }
-    divergence
-}
-
 /// The student as a whole, and what it learns.
 pub(super) struct WholeModel<'a> {
     pub student: &'a Decoder<'a>,
@@ -127,6 +67,8 @@ pub(super) struct WholeModel<'a> {
     pub embedded: Hidden,
     /// By window.
     likely: Vec<Likely>,
+    /// The share of the text's own next tokens in the loss of [`Self::run`].
+    labels: f64,
 }
 
 impl<'a> WholeModel<'a> {
@@ -151,7 +93,7 @@ impl<'a> WholeModel<'a> {
         walk.for_each_window(
             &[&states],
             |_, states| {
-                let mut found = Likely { ids: Vec::new(), p: Vec::new() };
+                let mut found = Likely::default();
                 head.for_each_logits(&states[0], |_, logits| {
                     found.add(&to_host(logits)?, head.vocab_size());
                     Ok(())
@@ -164,7 +106,21 @@ impl<'a> WholeModel<'a> {
             },
         )?;
         walk.release(states);
-        Ok(Self { student, trained, checkpoint, walk, head: student.head()?, embedded: walk.embed(student)?, likely })
+        Ok(Self {
+            student,
+            trained,
+            checkpoint,
+            walk,
+            head: student.head()?,
+            embedded: walk.embed(student)?,
+            likely,
+            labels: 0.0,
+        })
+    }
+
+    /// With this share of the text's own next tokens in the loss of [`Self::run`].
+    pub fn with_labels(self, labels: f64) -> Self {
+        Self { labels, ..self }
     }
 
     /// Trains the student, which begins with what was `healed` so far.
@@ -194,9 +150,15 @@ impl<'a> WholeModel<'a> {
         }
         let (variables, workers) = (Variables::new(tensors)?, self.walk.workers());
         let start = variables.values()?;
+        // Without labels the loss is the divergence.
+        let divergence = |loss: f64, healed: &Healed| match self.labels > 0.0 {
+            true => self.divergence(healed, &pieces.held_out),
+            false => Ok(loss),
+        };
         let course = fit(&variables, self, pieces, settings, workers, Some(kept), stage.as_ref())?;
         variables.set(&self.rounded(&variables, pieces)?)?;
         let before = course.held_out[0];
+        let divergence_before = divergence(before, healed)?;
         let after = held_out(&variables, self, pieces, workers)?;
         let (kept, course) = match after < before {
             true => (after, course),
@@ -207,18 +169,19 @@ impl<'a> WholeModel<'a> {
         };
         let changed = variables.iter().zip(&start).zip(variables.values()?).filter(|((_, start), now)| *start != now);
         let changed: Healed = changed.map(|(((name, _), _), now)| (name.to_string(), now)).collect();
+        let arrays = changed.values().cloned().map(Values::from).collect();
+        let names: Vec<String> = changed.keys().cloned().collect();
+        healed.extend(changed);
         let record = HealedModel {
-            divergence_before: before,
-            divergence_after: kept,
+            divergence_before,
+            divergence_after: divergence(kept, healed)?,
             learning_rate: settings.learning_rate.largest(before),
             best_epoch: course.best,
             trained: course.trained,
             held_out: course.held_out,
         };
-        let arrays = changed.values().cloned().map(Values::from).collect();
-        journal.put(PIECE, json!([changed.keys().collect::<Vec<_>>(), record]), arrays)?;
+        journal.put(PIECE, json!([names, record]), arrays)?;
         journal.remove(STATE);
-        healed.extend(changed);
         Ok(record)
     }
 
@@ -258,7 +221,7 @@ impl<'a> WholeModel<'a> {
         let mut sum = 0.0;
         for (&window_idx, x) in windows.iter().zip(&states) {
             let x = x.squeeze(0)?;
-            let divergence = self.at_head(&x, window_idx, None)?.0 / x.dim(0)? as f64;
+            let divergence = self.at_head(&x, window_idx, 0.0, None)?.0 / x.dim(0)? as f64;
             if !divergence.is_finite() {
                 return Err(Failure::numeric(format!("{}: the loss is not finite", self.place(window_idx))).into());
             }
@@ -283,14 +246,15 @@ impl<'a> WholeModel<'a> {
         Ok(after)
     }
 
-    /// The mean divergences of the rows of windows from their last states, and the gradients of the mean of these with
+    /// The mean losses of the rows of windows from their last states, and the gradients of the mean of these with
     /// respect to the states.
     fn at_heads(&self, states: &[Tensor], windows: &[usize], workers: &Workers) -> Result<(Vec<Tensor>, Vec<Tensor>)> {
         let (mut losses, mut gradients) = (Vec::new(), Vec::new());
         let at_head = |i: usize| {
             let x = states[i].squeeze(0)?;
             let n_rows = x.dim(0)? as f64;
-            let (sum, gradient) = self.at_head(&x, windows[i], Some(1.0 / (windows.len() as f64 * n_rows)))?;
+            let (sum, gradient) =
+                self.at_head(&x, windows[i], self.labels, Some(1.0 / (windows.len() as f64 * n_rows)))?;
             let gradient = gradient.expect("invariant: a gradient was asked for").unsqueeze(0)?;
             Ok((Tensor::new((sum / n_rows) as f32, x.device())?, gradient))
         };
@@ -302,21 +266,28 @@ impl<'a> WholeModel<'a> {
         Ok((losses, gradients))
     }
 
-    /// The summed divergence of the rows of last states `x` (n_rows, hidden_size), and the gradient of `scale` times
-    /// it if it is asked for.
-    pub fn at_head(&self, x: &Tensor, window_idx: usize, scale: Option<f64>) -> Result<(f64, Option<Tensor>)> {
+    /// The summed loss of the rows of last states `x` (n_rows, hidden_size), with this share of `labels` and the rest
+    /// divergence, and the gradient of `scale` times it if it is asked for.
+    pub fn at_head(
+        &self,
+        x: &Tensor,
+        window_idx: usize,
+        labels: f64,
+        scale: Option<f64>,
+    ) -> Result<(f64, Option<Tensor>)> {
         let (head, mut sum) = (&self.head, 0.0);
-        let mut diverged = |rows: Range<usize>, logits: &Tensor| {
+        let labels = Labels { tokens: self.walk.ids(window_idx), share: labels };
+        let mut losses = |rows: Range<usize>, logits: &Tensor| {
             let mut values = to_host(logits)?;
-            sum += self.likely[window_idx].diverge(rows, &mut values, head.vocab_size());
+            sum += self.likely[window_idx].loss(rows, &mut values, head.vocab_size(), labels);
             Ok(values)
         };
         let Some(scale) = scale else {
-            head.for_each_logits(x, |rows, logits| diverged(rows, logits).map(|_| ()))?;
+            head.for_each_logits(x, |rows, logits| losses(rows, logits).map(|_| ()))?;
             return Ok((sum, None));
         };
         let gradient = head.gradient(x, |rows, logits| {
-            let slope = Tensor::from_vec(diverged(rows, logits)?, logits.shape(), logits.device())?;
+            let slope = Tensor::from_vec(losses(rows, logits)?, logits.shape(), logits.device())?;
             head.before_cap(slope.affine(scale, 0.0)?, logits)
         })?;
         Ok((sum, Some(gradient)))
@@ -332,14 +303,14 @@ impl Objective for WholeModel<'_> {
         (0..student.n_blocks()).map(|block_idx| student.block(block_idx)).collect()
     }
 
-    /// The mean divergence of a row.
+    /// The mean loss of a row.
     fn loss(&self, blocks: &Vec<Block>, window_idx: usize) -> Result<Tensor> {
         let mut x = self.walk.window(&self.embedded, window_idx)?.unsqueeze(0)?;
         for block in blocks {
             x = block.forward(&x, self.walk.rope(), &mut |_, _| Ok(()))?.detach();
         }
         let x = x.squeeze(0)?;
-        let (sum, _) = self.at_head(&x, window_idx, None)?;
+        let (sum, _) = self.at_head(&x, window_idx, self.labels, None)?;
         Ok(Tensor::new((sum / x.dim(0)? as f64) as f32, x.device())?)
     }
 
@@ -379,69 +350,5 @@ impl Objective for WholeModel<'_> {
 
     fn place(&self, window_idx: usize) -> String {
         format!("{} in healing the model", self.walk.place()(window_idx))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn logits(n: usize, seed: usize) -> Vec<f32> {
-        (0..n).map(|i| ((i * 37 + seed * 11) % 29) as f32 / 4.0 - 3.0).collect()
-    }
-
-    fn softmax(row: &[f32]) -> Vec<f64> {
-        let sum: f64 = row.iter().map(|&logit| f64::from(logit).exp()).sum();
-        row.iter().map(|&logit| f64::from(logit).exp() / sum).collect()
-    }
-
-    #[test]
-    fn likely_tokens_are_the_largest_with_their_probabilities() {
-        let vocab_size = 3 * TOP;
-        let row = logits(vocab_size, 5);
-        let mut likely = Likely { ids: Vec::new(), p: Vec::new() };
-        likely.add(&row, vocab_size);
-        let p = softmax(&row);
-        let least = likely.ids.iter().map(|&id| row[id as usize]).fold(f32::INFINITY, f32::min);
-        let n_larger = row.iter().filter(|&&logit| logit > least).count();
-        assert!(
-            likely.ids.len() == TOP && n_larger < TOP && row.iter().filter(|&&logit| logit >= least).count() >= TOP
-        );
-        for (&id, &found) in likely.ids.iter().zip(&likely.p) {
-            assert!((f64::from(found) - p[id as usize]).abs() < 1e-6);
-        }
-    }
-
-    #[test]
-    fn the_divergence_is_that_of_the_joined_distributions_and_its_gradient_the_difference() {
-        let (n, ids) = (12, [7u32, 1, 4]);
-        let teacher = softmax(&logits(n, 1));
-        let p: Vec<f32> = ids.iter().map(|&id| teacher[id as usize] as f32).collect();
-        let value = |row: &[f32]| {
-            let q = softmax(row);
-            let rest = |of: &[f64]| 1.0 - ids.iter().map(|&id| of[id as usize]).sum::<f64>();
-            let joined =
-                ids.iter().map(|&id| (teacher[id as usize], q[id as usize])).chain([(rest(&teacher), rest(&q))]);
-            joined.map(|(p, q)| p * (p / q).ln()).sum::<f64>()
-        };
-        let row = logits(n, 2);
-        let mut gradient = row.clone();
-        let found = diverge(&mut gradient, &ids, &p);
-        assert!((found - value(&row)).abs() < 1e-5 && found > 0.01, "{found}");
-        for i in 0..n {
-            let moved = |by: f32| {
-                let mut row = row.clone();
-                row[i] += by;
-                value(&row)
-            };
-            let slope = (moved(1e-2) - moved(-1e-2)) / 2e-2;
-            assert!((f64::from(gradient[i]) - slope).abs() < 1e-4, "{i}: {} {slope}", gradient[i]);
-        }
-        // All tokens: the usual divergence.
-        let all: Vec<u32> = (0..n as u32).collect();
-        let p: Vec<f32> = teacher.iter().map(|&p| p as f32).collect();
-        let (mut row, q) = (logits(n, 2), softmax(&logits(n, 2)));
-        let expected: f64 = teacher.iter().zip(&q).map(|(p, q)| p * (p / q).ln()).sum();
-        assert!((diverge(&mut row, &all, &p) - expected).abs() < 1e-5);
     }
 }

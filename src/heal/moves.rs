@@ -121,7 +121,7 @@ impl WholeModel<'_> {
         let gradient = walk.copy(states)?;
         let of_window = |window_idx: usize, _: &Tensor, x: &Tensor| {
             let scale = if trained.contains_key(&window_idx) { 1.0 / n_rows as f64 } else { 0.0 };
-            let (_, gradient) = self.at_head(x, window_idx, Some(scale))?;
+            let (_, gradient) = self.at_head(x, window_idx, 0.0, Some(scale))?;
             Ok((gradient.context("invariant: a gradient was asked for")?, ()))
         };
         walk.replace_windows(&gradient, states, of_window, |()| Ok(()))?;

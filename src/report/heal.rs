@@ -34,6 +34,9 @@ pub struct HealRecord {
     pub trained: String,
     /// `output`: squared error; `fisher`: in the metric of the gradients of the loss.
     pub distance: String,
+    /// Share of the text's own next tokens in the loss of the stage `model`; the rest is divergence from the teacher.
+    #[serde(default)]
+    pub labels: f64,
     /// Most epochs of a half.
     pub epochs: usize,
     /// Windows of a step.
@@ -86,8 +89,12 @@ impl HealRecord {
             ));
         }
         if let Some(HealedModel { divergence_before, divergence_after, best_epoch, trained, .. }) = &self.model {
+            let labels = match self.labels > 0.0 {
+                true => format!(" ({} of the loss on the tokens of the texts)", self.labels),
+                false => String::new(),
+            };
             lines.push(format!(
-                "The whole model: held-out divergence {divergence_before:.4} before, {divergence_after:.4} after, epoch {best_epoch} of {}",
+                "The whole model{labels}: held-out divergence {divergence_before:.4} before, {divergence_after:.4} after, epoch {best_epoch} of {}",
                 trained.len()
             ));
         }
@@ -131,7 +138,8 @@ pub struct HealedModel {
     pub learning_rate: f64,
     /// The epoch whose values were kept; 0: those before the first.
     pub best_epoch: usize,
-    /// Mean divergence of the trained windows in each epoch.
+    /// Mean loss of the trained windows in each epoch: the divergence, and with `labels` for that share the negative
+    /// log-likelihood of the text's tokens.
     pub trained: Vec<f64>,
     /// The same of the held-out windows, before the first epoch and after each.
     pub held_out: Vec<f64>,

@@ -1,6 +1,7 @@
 //! Healing: a compressed model learns from its source, in the same shapes and bytes.
 
 mod formats;
+mod labels;
 mod records;
 
 use std::path::{Path, PathBuf};
