@@ -1,7 +1,7 @@
 """Healing of compressed models: perplexity and divergence before and after, by stage. Needs nothing but Python, the program and the texts.
 
     python benchmarks/heal.py MODEL WORK LRC --calibration FILE... --evaluation FILE...
-        [--kinds low-rank@0.8,narrow@0.6,…] [--stages blocks,model,closed] [--samples N] [--epochs N] [--rates R,…] [--model RATE,BATCH,EPOCHS]
+        [--kinds low-rank@0.8,narrow@0.6,…] [--stages blocks,model,closed] [--samples N] [--epochs N] [--rates R,…] [--model RATE,BATCH,EPOCHS[,LABELS]]
 
 Each kind is compressed in the metric of statistics of the calibration texts (64 windows, measured once into WORK; of several texts as
 many of each), and then healed by every list of stages at every rate. `blocks+model` is the stage `model` on the output of the stage `blocks`, whose
@@ -33,7 +33,7 @@ parser.add_argument("--evaluation", nargs="+", required=True)
 parser.add_argument("--kinds", default="low-rank@0.9,low-rank@0.8,low-rank@0.6,narrow@0.8,joint@0.8,joint@0.6,int3")
 parser.add_argument("--stages", default="blocks,blocks+model,closed")
 parser.add_argument("--rates", default="2e-4")
-parser.add_argument("--model", dest="whole", default="2e-4,2,4", help="rate or `auto`, batch, epochs of the stage `model`")
+parser.add_argument("--model", dest="whole", default="2e-4,2,4", help="rate or `auto`, batch, epochs, share of labels of the stage `model`")
 parser.add_argument("--statistics")
 for name, default in [("samples", "64"), ("epochs", "4"), ("batch", "2"), ("seq-len", "512"), ("windows", "4"), ("eval-seq-len", "1024")]:
     parser.add_argument(f"--{name}", default=default)
@@ -105,6 +105,7 @@ for kind in args.kinds.split(","):
                 name = "-".join([name, stage, *of_stage, args.samples])
                 how = ["--stage", stage, "--samples", args.samples, "--seq-len", args.seq_len, "--seed", 1, "--statistics", statistics]
                 how += ["--batch", of_stage[1], "--epochs", of_stage[2]] + (["--learning-rate", of_stage[0]] if of_stage[0] != "auto" else [])
+                how += ["--labels", of_stage[3]] if len(of_stage) > 3 else []
                 texts = [argument for text in args.calibration for argument in ("--text", text)]
                 spent.append(cost(name, args.work / name, ["heal", last, "--teacher", args.model, *texts, *how]))
                 last = args.work / name

@@ -81,7 +81,7 @@ fi
 "$environment/bin/python" "$here/harness.py" "$root/fixtures/tiny-llama" "$root/fixtures/text/held-out.txt" ${HARNESS_MODELS:-} || status=1
 
 # mlx-lm has an environment of its own too, ENVIRONMENT-mlx: it has no torch, and outputs have to load without it.
-if [ -x "$environment-mlx/bin/python" ] || { python3 -m venv "$environment-mlx" && "$environment-mlx/bin/pip" install -q -c "$here/locks/mlx.txt" mlx-cpu mlx-lm 1>&2; }; then
+if [ -x "$environment-mlx/bin/python" ] || { python3 -m venv "$environment-mlx" && "$environment-mlx/bin/pip" install -q -c "$here/locks/mlx.txt" mlx mlx-cpu mlx-lm 1>&2; }; then
     # shellcheck disable=SC2086
     "$environment-mlx/bin/python" "$here/in_mlx.py" ${MLX_MODELS:-} || status=1
 else
