@@ -79,10 +79,10 @@ pub(super) struct HealArgs {
     #[arg(long, value_enum, value_name = "DISTANCE", help_heading = "Training")]
     loss: Option<Distance>,
 
-    /// Share of the text's own tokens in the loss of the stage `model`
+    /// Share of the texts' own tokens in the loss of the stage `model`
     ///
-    /// The rest is the divergence from the source. With it a model also learns to predict this kind of text: its
-    /// perplexity there can become lower than the source's, and its divergence from the source grows.
+    /// The rest is the divergence from the source. With labels a model also learns to predict this kind of text, as in a
+    /// fine-tuning: its perplexity there can fall below the source's while it goes away from the source.
     #[arg(long, value_name = "SHARE", default_value_t = 0.0, help_heading = "Training")]
     labels: f64,
 
@@ -93,7 +93,7 @@ pub(super) struct HealArgs {
     /// Largest learning rate, by stage unless given
     ///
     /// The stage `model` takes a tenth of it. Unless it is given, it is 2e-4 in the stage `blocks`; in `model` it is
-    /// 1.5e-4 times the divergence of the held-out windows before it, 1e-4 at most.
+    /// 1.5e-4 times the divergence of the held-out windows before it, 1e-4 at most and with `--labels` 2e-5 at least.
     #[arg(long, value_name = "RATE", help_heading = "Training")]
     learning_rate: Option<f64>,
 

@@ -14,7 +14,7 @@ use crate::error::Failure;
 use crate::model::{Decoder, fingerprint};
 use crate::report::{CompressReport, HealedText, LRC_VERSION};
 use crate::text::{DEFAULT_FIELD, TOKENIZER_FILE};
-use crate::train::{Rate, Settings};
+use crate::train::Settings;
 
 /// The student, its teacher, and how it is healed.
 pub struct HealJob<'a> {
@@ -67,8 +67,14 @@ pub const SAVE_STEPS: usize = 100;
 
 /// The stage `model` moves all blocks at once, and takes smaller steps.
 const MODEL_RATE: f64 = 0.1;
-/// Near the rates that gained on SmolLM2-135M at divergences of 0.024, 0.13 and 0.6 (docs/results.md, Healing).
-const BY_DIVERGENCE: Rate = Rate::ByLoss { factor: 1.5e-4, most: 1e-4 };
+/// Times the divergence from the teacher, the largest rate of the stage `model` unless one is given: steps are as noisy near
+/// the teacher as far from it, and must be shorter there. Near the rates that gained on SmolLM2-135M at divergences of
+/// 0.024, 0.13 and 0.6 (docs/results.md, Healing).
+const BY_DIVERGENCE: f64 = 1.5e-4;
+/// The largest of these rates.
+const MOST: f64 = 1e-4;
+/// The smallest with labels, where there is as much to gain near the teacher (the same section).
+const LEAST_WITH_LABELS: f64 = 2e-5;
 
 /// A way to train.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -165,15 +171,18 @@ impl HealJob<'_> {
         flags
     }
 
-    /// How long and how fast a stage trains.
-    pub(super) fn settings(&self, stage: HealStage) -> Settings {
-        let learning_rate = match (stage, self.learning_rate) {
-            (HealStage::Model, Some(rate)) => Rate::Fixed(rate * MODEL_RATE),
-            (HealStage::Model, None) => BY_DIVERGENCE,
-            (_, Some(rate)) => Rate::Fixed(rate),
-            (_, None) => Settings::default().learning_rate,
-        };
+    /// How long and how fast half a block trains.
+    pub(super) fn settings(&self) -> Settings {
+        let learning_rate = self.learning_rate.unwrap_or(Settings::default().learning_rate);
         Settings { epochs: self.epochs, batch: self.batch, learning_rate, seed: self.windows.seed }
+    }
+
+    /// The same of the whole model, with this divergence from the teacher.
+    pub(super) fn settings_of_model(&self, divergence: f64) -> Settings {
+        let least = if self.labels > 0.0 { LEAST_WITH_LABELS } else { 0.0 };
+        let by_divergence = (BY_DIVERGENCE * divergence).clamp(least, MOST);
+        let learning_rate = self.learning_rate.map_or(by_divergence, |rate| MODEL_RATE * rate);
+        Settings { learning_rate, ..self.settings() }
     }
 
     /// The distance that is trained.

@@ -212,7 +212,7 @@ impl Run<'_> {
         if stage == HealStage::Model {
             let kept = KeptState { journal, every: job.save_steps };
             let whole = whole.with_labels(job.labels);
-            done.model = Some(whole.run(healed, pieces, &job.settings(stage), &kept, progress)?);
+            done.model = Some(whole.run(healed, pieces, job, &kept, progress)?);
             return Ok(());
         }
         let statistics = self.statistics.as_ref().context("invariant: the stage `closed` has statistics")?;
@@ -245,7 +245,7 @@ impl Run<'_> {
             checkpoint: job.checkpoint,
             walk,
             pieces,
-            settings: &job.settings(HealStage::Blocks),
+            settings: &job.settings(),
             metrics: &metrics,
             journal,
         };

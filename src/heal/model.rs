@@ -9,6 +9,7 @@ use candle_core::backprop::GradStore;
 use candle_core::{Tensor, Var};
 use serde_json::json;
 
+use super::job::HealJob;
 use super::likely::{Labels, Likely};
 use super::rounding::{self, Inputs, Rounding};
 use super::tensors::{Healed, Selected, tensors};
@@ -19,7 +20,7 @@ use crate::model::{Block, Decoder, Head, Hidden, Trained, Walk};
 use crate::progress::Progress;
 use crate::report::HealedModel;
 use crate::store::{Journal, Values};
-use crate::train::{Course, Keep, Objective, Pieces, Settings, State, Variables, fit, held_out};
+use crate::train::{Course, Keep, Objective, Pieces, State, Variables, fit, held_out};
 use crate::workers::Workers;
 
 /// The journal key of the stage.
@@ -131,7 +132,7 @@ impl<'a> WholeModel<'a> {
         &self,
         healed: &mut Healed,
         pieces: &Pieces,
-        settings: &Settings,
+        job: &HealJob<'_>,
         kept: &KeptState<'_>,
         progress: &dyn Progress,
     ) -> Result<HealedModel> {
@@ -143,39 +144,31 @@ impl<'a> WholeModel<'a> {
             }
             return Ok(record);
         }
-        let stage = progress.stage("heal the model", (settings.epochs * pieces.trained.len()) as u64, "windows");
+        let stage = progress.stage("heal the model", (job.epochs * pieces.trained.len()) as u64, "windows");
         let mut tensors = Vec::new();
         for block_idx in 0..self.student.n_blocks() {
             tensors.extend(self.trained.floats(self.student, self.checkpoint, block_idx, healed)?);
         }
         let (variables, workers) = (Variables::new(tensors)?, self.walk.workers());
         let start = variables.values()?;
-        // Without labels the loss is the divergence.
-        let divergence = |loss: f64, healed: &Healed| match self.labels > 0.0 {
-            true => self.divergence(healed, &pieces.held_out),
-            false => Ok(loss),
-        };
-        let course = fit(&variables, self, pieces, settings, workers, Some(kept), stage.as_ref())?;
+        let before = self.divergence(healed, &pieces.held_out)?;
+        let settings = job.settings_of_model(before);
+        let course = fit(&variables, self, pieces, &settings, workers, Some(kept), stage.as_ref())?;
         variables.set(&self.rounded(&variables, pieces)?)?;
-        let before = course.held_out[0];
-        let divergence_before = divergence(before, healed)?;
-        let after = held_out(&variables, self, pieces, workers)?;
-        let (kept, course) = match after < before {
-            true => (after, course),
-            false => {
-                variables.set(&start)?;
-                (before, Course { best: 0, ..course })
-            }
-        };
+        let is_better = held_out(&variables, self, pieces, workers)? < course.held_out[0];
+        let course = if is_better { course } else { Course { best: 0, ..course } };
+        if !is_better {
+            variables.set(&start)?;
+        }
         let changed = variables.iter().zip(&start).zip(variables.values()?).filter(|((_, start), now)| *start != now);
         let changed: Healed = changed.map(|(((name, _), _), now)| (name.to_string(), now)).collect();
         let arrays = changed.values().cloned().map(Values::from).collect();
         let names: Vec<String> = changed.keys().cloned().collect();
         healed.extend(changed);
         let record = HealedModel {
-            divergence_before,
-            divergence_after: divergence(kept, healed)?,
-            learning_rate: settings.learning_rate.largest(before),
+            divergence_before: before,
+            divergence_after: self.divergence(healed, &pieces.held_out)?,
+            learning_rate: settings.learning_rate,
             best_epoch: course.best,
             trained: course.trained,
             held_out: course.held_out,

@@ -246,3 +246,20 @@ fn refitted(left: &Matrix, scales: &Matrix, size: Size, target: MatRef<'_, f64>,
     }
     Ok(right)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_that_no_fit_has_are_not_measured() {
+        let size = Size::Blocks { count: 4, rank: 3 };
+        let shapes = Blast.shapes(size, (24, 32));
+        assert_eq!(Blast.measure(&shapes), Some((size, (24, 32))));
+        // Without ranks, of a count that is no square, of slices that the outputs do not have, and of two ranks.
+        assert_eq!(Blast.measure(&[[0, 8], [16, 0], [24, 0]]), None);
+        assert_eq!(Blast.measure(&[[12, 8], [15, 3], [24, 3]]), None);
+        assert_eq!(Blast.measure(&[[12, 8], [16, 3], [26, 3]]), None);
+        assert_eq!(Blast.measure(&[[12, 8], [16, 3], [24, 2]]), None);
+    }
+}

@@ -200,8 +200,7 @@ impl<'a> Fit<'a> {
 
     /// The largest rate of this epoch.
     fn largest(&self, settings: &Settings) -> f64 {
-        let course = &self.state.course;
-        settings.learning_rate.largest(course.held_out[0]) * SHORTER.powi(course.n_failed() as i32)
+        settings.learning_rate * SHORTER.powi(self.state.course.n_failed() as i32)
     }
 
     /// A step along the gradients of a batch with this summed loss.
@@ -285,7 +284,6 @@ mod tests {
 
     use candle_core::Device;
 
-    use super::super::schedule::Rate;
     use super::super::variables::Start;
     use super::*;
     use crate::progress::Silent;
@@ -336,7 +334,7 @@ mod tests {
         Variables::new(vec![Start::plain("weight", zeros(&[3, 4])), Start::plain("unused", zeros(&[2]))]).unwrap()
     }
 
-    const SETTINGS: Settings = Settings { epochs: 60, batch: 3, learning_rate: Rate::Fixed(0.05), seed: 7 };
+    const SETTINGS: Settings = Settings { epochs: 60, batch: 3, learning_rate: 0.05, seed: 7 };
 
     fn run(noise: f32, threads: usize, settings: &Settings) -> Result<(Course, Vec<Vec<f32>>)> {
         let (regression, variables) = (Regression::new(16, noise), variables());
@@ -414,7 +412,7 @@ mod tests {
         assert_eq!(course.held_out[course.best], least);
         assert!(course.trained.len() == course.best + PATIENCE && course.trained.len() < SETTINGS.epochs, "{course:?}");
         // Steps that are much too long raise the loss, and are taken back; a quarter of them does not.
-        let (course, _) = run(0.0, 1, &Settings { epochs: 4, learning_rate: Rate::Fixed(8.0), ..SETTINGS }).unwrap();
+        let (course, _) = run(0.0, 1, &Settings { epochs: 4, learning_rate: 8.0, ..SETTINGS }).unwrap();
         assert!(course.held_out[1] > course.held_out[0] && course.best > 1, "{course:?}");
         let kept = variables();
         kept.set(&values).unwrap();

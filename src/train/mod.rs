@@ -8,5 +8,5 @@ mod variables;
 
 pub use descent::{AdamW, Descent};
 pub use fit::{Course, Keep, Objective, Pieces, State, fit, held_out};
-pub use schedule::{Rate, Settings, learning_rate};
+pub use schedule::{Settings, learning_rate};
 pub use variables::{Start, Variables};

@@ -7,31 +7,6 @@ const WARM_UP: f64 = 0.1;
 /// The last rate, as a share of the largest.
 const LEAST: f64 = 0.1;
 
-/// The largest rate of a fit.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Rate {
-    /// This one.
-    Fixed(f64),
-    /// By what there is to gain: steps are as noisy near the end of a fit as far from it, so that they must be shorter
-    /// there.
-    ByLoss {
-        /// What the loss of the held-out pieces before the first step is multiplied by.
-        factor: f64,
-        /// The largest rate of all.
-        most: f64,
-    },
-}
-
-impl Rate {
-    /// The rate of a fit that begins with a `loss`.
-    pub fn largest(self, loss: f64) -> f64 {
-        match self {
-            Self::Fixed(rate) => rate,
-            Self::ByLoss { factor, most } => (factor * loss).min(most),
-        }
-    }
-}
-
 /// How long and how fast.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Settings {
@@ -40,14 +15,14 @@ pub struct Settings {
     /// Pieces of a step.
     pub batch: usize,
     /// The largest learning rate.
-    pub learning_rate: Rate,
+    pub learning_rate: f64,
     /// Seed of the order of the pieces.
     pub seed: u64,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { epochs: 8, batch: 2, learning_rate: Rate::Fixed(2e-4), seed: 0 }
+        Self { epochs: 8, batch: 2, learning_rate: 2e-4, seed: 0 }
     }
 }
 
@@ -66,13 +41,6 @@ pub fn learning_rate(largest: f64, step: usize, n_steps: usize) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_rate_by_the_loss_is_less_where_there_is_less_to_gain() {
-        let rate = Rate::ByLoss { factor: 1e-4, most: 5e-5 };
-        assert_eq!([0.0, 0.1, 0.5, 3.0].map(|loss| rate.largest(loss)), [0.0, 1e-5, 5e-5, 5e-5]);
-        assert_eq!(Rate::Fixed(2e-4).largest(0.1), 2e-4);
-    }
 
     #[test]
     fn rates_rise_to_the_largest_and_fall_to_a_tenth_of_it() {
