@@ -65,7 +65,7 @@ fn matrices_too_small_for_any_rank_stay_as_they_are() {
     })
     .unwrap();
     for kind in Kind::layouts() {
-        let (layout, planned) = (kind.name(), kind.fitting().planned().unwrap_or(kind));
+        let (layout, planned) = (kind.name(), kind.planned().unwrap_or(kind));
         for ranks in ["uniform", "welore", "energy:0.5", "effective-rank", "knapsack"] {
             let args = ["--keep", "0.6", "--layout", layout, "--ranks", ranks];
             let report = compress(&model, &out, &args);

@@ -28,7 +28,8 @@ pub(super) fn charts(record: &HealRecord) -> Vec<Chart> {
     if let Some(model) = &record.model {
         // What is trained is measured during an epoch, so that its line begins with the first.
         let lines = [by_epoch(&model.trained, 1, 0.0), by_epoch(&model.held_out, 0, 1.0)];
-        charts.push(epochs("the model: loss, nats per token".into(), &lines));
+        let what = if record.labels > 0.0 { "loss" } else { "divergence" };
+        charts.push(epochs(format!("the model: {what}, nats per token"), &lines));
     }
     if let Some(closed) = &record.closed {
         let least = |before: &mut f64, divergences: &[f64]| {
