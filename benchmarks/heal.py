@@ -5,7 +5,7 @@
 
 Each kind is compressed in the metric of statistics of the calibration texts (64 windows, measured once into WORK; of several texts as
 many of each), and then healed by every list of stages at every rate. `blocks+model` is the stage `model` on the output of the stage `blocks`, whose
-minutes are counted too; the stage `model` has a rate, a batch and epochs of its own.
+minutes are counted too; the stage `model` has a rate, a batch, epochs and a share of labels of its own. A row has the rate of its last stage.
 Texts are mixed by `--text a:weight`. In a cell are perplexity and KL from the source in nats per token on the first windows of each
 evaluation text; after it the elapsed and the processor minutes and the peak memory. What is in WORK already is not made again.
 """
@@ -109,4 +109,4 @@ for kind in args.kinds.split(","):
                 texts = [argument for text in args.calibration for argument in ("--text", text)]
                 spent.append(cost(name, args.work / name, ["heal", last, "--teacher", args.model, *texts, *how]))
                 last = args.work / name
-            row(kind, stages, rate, scored(last), shown(spent))
+            row(kind, stages, ", labels ".join([of_stage[0], *of_stage[3:]]), scored(last), shown(spent))

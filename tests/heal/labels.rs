@@ -3,15 +3,19 @@
 use serde_json::Value;
 
 use super::{Model, expect_refused};
-use crate::common::TRAIN;
+use crate::common::{TRAIN, ok, path};
 
-/// The loss is what it says, and what learns from the text predicts it better than what learns from the source alone.
+/// The loss is what it says, and what learns from a text that is new to the source predicts it better than what learns from
+/// the source alone, and better than the source.
 #[test]
 fn the_tokens_of_the_text_take_their_share_of_the_loss() {
     let model = Model::new(&["--keep", "0.5", "--calibration", TRAIN, "--samples", "8"]);
+    // The source was not trained on this.
+    let text = model.out("text.txt");
+    std::fs::write(&text, "the cat told the dog that the sun is a big red ball. ".repeat(80)).unwrap();
     let heal = |name: &str, labels: &[&str]| {
-        let (_, report) = model.heal(name, &[&["--stage", "model", "--epochs", "4"][..], labels].concat());
-        report["healed"].clone()
+        let own = ["--text", path(&text), "--stage", "model", "--epochs", "4"];
+        ok(&model.arguments(&model.out(name), &[&own[..], labels].concat())).json()["healed"].clone()
     };
     let (without, half) = (heal("without", &[]), heal("half", &["--labels", "0.5"]));
     let of = |healed: &Value, at: &str| healed.pointer(at).unwrap().as_f64().unwrap();
@@ -23,7 +27,8 @@ fn the_tokens_of_the_text_take_their_share_of_the_loss() {
     assert!((loss - 0.5 * (before + likelihood)).abs() < 0.02 * loss, "{loss} {before} {likelihood}");
     let best = half["model"]["best_epoch"].as_u64().unwrap();
     assert!(best > 0 && of(&half, &format!("/model/held_out/{best}")) < loss);
-    assert!(of(&half, "/perplexity/after") < of(&without, "/perplexity/after"), "{half} {without}");
+    let after = of(&half, "/perplexity/after");
+    assert!(after < of(&without, "/perplexity/after") && after < of(&half, "/perplexity/teacher"), "{half} {without}");
     assert!(of(&half, "/model/divergence_after") > of(&without, "/model/divergence_after"), "{half} {without}");
     let flags: Vec<&str> = half["flags"].as_array().unwrap().iter().map(|flag| flag.as_str().unwrap()).collect();
     assert!(flags.windows(2).any(|pair| pair == ["--labels", "0.5"]), "{flags:?}");
