@@ -79,7 +79,7 @@ pub(super) struct HealArgs {
     #[arg(long, value_enum, value_name = "DISTANCE", help_heading = "Training")]
     loss: Option<Distance>,
 
-    /// Share of the texts' own tokens in the loss of the stage `model`
+    /// Share of the texts' own tokens in the loss of `model`
     ///
     /// The rest is the divergence from the source. With labels a model also learns to predict this kind of text, as in a
     /// fine-tuning: its perplexity there can fall below the source's while it goes away from the source.
