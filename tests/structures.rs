@@ -108,6 +108,17 @@ fn blocks_that_share_their_factors_take_the_place_of_pivots_where_they_err_less(
     }
 }
 
+/// Sixty sweeps take many times as long as a decomposition, and a dry run says so.
+#[test]
+fn fits_of_one_rank_are_in_the_price_of_a_dry_run() {
+    let expected = |layout: &str| {
+        let dry = ["compress", FIXTURE, "-o", "out", "--keep", "0.5", "--layout", layout, "--dry-run", "--json"];
+        ok(&dry).json()["expected_seconds"].as_f64().unwrap()
+    };
+    let [pivots, blocks] = ["pivot", "blast"].map(expected);
+    assert!(blocks > 2.0 * pivots, "{pivots} {blocks}");
+}
+
 #[test]
 fn a_right_factor_is_shared_where_that_is_better() {
     let folder = tempfile::tempdir().unwrap();

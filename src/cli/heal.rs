@@ -93,7 +93,7 @@ pub(super) struct HealArgs {
     /// Largest learning rate, by stage unless given
     ///
     /// The stage `model` takes a tenth of it. Unless it is given, it is 2e-4 in the stage `blocks`; in `model` it is
-    /// 1.5e-4 times the divergence of the held-out windows before it, 1e-4 at most and with `--labels` 2e-5 at least.
+    /// 1.5e-4 times the divergence of the held-out windows before it, 1e-4 at most and 4e-5 times `--labels` at least.
     #[arg(long, value_name = "RATE", help_heading = "Training")]
     learning_rate: Option<f64>,
 

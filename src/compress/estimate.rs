@@ -145,7 +145,8 @@ fn whole(job: &Job<'_>, plan: &Plan, windows: Option<&Windows>, speed: &Speed) -
     for recipe in [Some(recipe), then.as_ref()].into_iter().flatten() {
         let decomposing = decomposing(checkpoint, recipe, plan, speed);
         let anchoring = if recipe.anchor().is_some() { decomposing } else { 0.0 };
-        seconds += decomposing + anchoring + walking(job, recipe, plan, windows, speed);
+        let alone = alone(recipe, plan, speed).into_iter().sum::<f64>() / threads(plan.linears.len());
+        seconds += decomposing + anchoring + alone + walking(job, recipe, plan, windows, speed);
     }
     // Reading, hashing and writing.
     const BYTES_A_SECOND: f64 = 3e8;
@@ -197,23 +198,30 @@ fn fitting(recipe: &Recipe, plan: &Plan, speed: &Speed) -> Vec<f64> {
 }
 
 /// Seconds of the rounding of each linear at its largest rank, on one thread: the table of `docs/performance.md`, with
-/// two sweeps.
+/// two sweeps. Fits in a layout of its own are added.
 fn rounding(recipe: &Recipe, plan: &Plan, speed: &Speed) -> Vec<f64> {
-    // The fit in a layout of its own.
-    let second = |linear: &LinearInfo, rank: usize| {
-        second_layout(recipe, linear).map_or(0.0, |kind| {
-            let shape = linear.shape();
-            let rank = kind.rank_within(recipe.layout().n_parameters(rank, shape), shape, 1);
-            2.0 * kind.fitting().alone().map_or(0.0, |alone| alone.n_multiplications(rank, shape))
-        })
-    };
-    let of = |(linear, rank): (&LinearInfo, usize)| {
+    let of = |((linear, rank), alone): ((&LinearInfo, usize), f64)| {
         let ((m, n), r) = (linear.shape(), rank as f64);
         let [m, n, others] = [m, n, m.saturating_sub(rank)].map(|n| n as f64);
         // In multiplications with an addition, of which f32 has twice as many a second.
         let double = 2.0 * m * n * r + r * r * (7.0 * m + 3.0 * n + others + 15.3 * r);
-        let single = 7.0 * (others + n) * r * r + second(linear, rank);
-        (double + single / 2.0) / 2.0 * speed.product
+        let single = 7.0 * (others + n) * r * r;
+        alone + (double + single / 2.0) / 2.0 * speed.product
+    };
+    plan.linears.iter().zip(max_ranks(recipe, plan)).zip(alone(recipe, plan, speed)).map(of).collect()
+}
+
+/// Seconds of the fit of each linear in a layout that is fitted at one rank, on one thread.
+fn alone(recipe: &Recipe, plan: &Plan, speed: &Speed) -> Vec<f64> {
+    let of = |(linear, rank): (&LinearInfo, usize)| {
+        let kind = second_layout(recipe, linear).filter(|_| rank > 0);
+        kind.map_or(0.0, |kind| {
+            let shape = linear.shape();
+            let rank = kind.rank_within(recipe.layout().n_parameters(rank, shape), shape, 1);
+            // In f32, of which there are twice as many a second.
+            let n_multiplications = kind.fitting().alone().map_or(0.0, |alone| alone.n_multiplications(rank, shape));
+            n_multiplications / 2.0 * speed.product
+        })
     };
     plan.linears.iter().zip(max_ranks(recipe, plan)).map(of).collect()
 }

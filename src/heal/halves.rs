@@ -45,7 +45,7 @@ impl Halves<'_> {
         let stage = progress.stage("heal", n_steps as u64, "windows");
         for block_idx in 0..teacher.n_blocks() {
             let of_teacher = teacher.block(block_idx)?;
-            let variables = Variables::new(self.trained.floats(student, self.checkpoint, block_idx, healed)?)?;
+            let variables = self.trained.variables(student, self.checkpoint, block_idx..block_idx + 1, healed)?;
             for &half in of_teacher.halves() {
                 stage.note(&format!("{} of {}", named(half).name(), student.block_name(block_idx)));
                 let after = walk.through(&target, teacher, &of_teacher, half)?;

@@ -11,7 +11,7 @@ use crate::calibrate::WindowSettings;
 use crate::checkpoint::{Beside, Checkpoint, Earlier, Existing, sha256_file};
 use crate::device::Device;
 use crate::error::Failure;
-use crate::model::{Decoder, fingerprint};
+use crate::model::{Decoder, Objective, fingerprint};
 use crate::report::{CompressReport, HealedText, LRC_VERSION};
 use crate::text::{DEFAULT_FIELD, TOKENIZER_FILE};
 use crate::train::Settings;
@@ -73,8 +73,8 @@ const MODEL_RATE: f64 = 0.1;
 const BY_DIVERGENCE: f64 = 1.5e-4;
 /// The largest of these rates.
 const MOST: f64 = 1e-4;
-/// The smallest with labels, where there is as much to gain near the teacher (the same section).
-const LEAST_WITH_LABELS: f64 = 2e-5;
+/// Times the share of labels, of which there is as much to learn near the teacher, the smallest (the same section).
+const BY_LABELS: f64 = 4e-5;
 
 /// A way to train.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -179,9 +179,8 @@ impl HealJob<'_> {
 
     /// The same of the whole model, with this divergence from the teacher.
     pub(super) fn settings_of_model(&self, divergence: f64) -> Settings {
-        let least = if self.labels > 0.0 { LEAST_WITH_LABELS } else { 0.0 };
-        let by_divergence = (BY_DIVERGENCE * divergence).clamp(least, MOST);
-        let learning_rate = self.learning_rate.map_or(by_divergence, |rate| MODEL_RATE * rate);
+        let by_losses = (BY_DIVERGENCE * divergence).clamp(BY_LABELS * self.labels, MOST);
+        let learning_rate = self.learning_rate.map_or(by_losses, |rate| MODEL_RATE * rate);
         Settings { learning_rate, ..self.settings() }
     }
 
@@ -284,6 +283,18 @@ pub(crate) fn expect_stages(stages: &[HealStage], decoder: &Decoder<'_>) -> Resu
         }
         _ => Ok(()),
     }
+}
+
+/// Checks that labels, if they are in the loss, are tokens that the student does not see.
+///
+/// # Errors
+/// It reads them.
+pub(super) fn expect_labels(job: &HealJob<'_>, student: &Decoder<'_>) -> Result<()> {
+    if job.labels == 0.0 || student.objective() == Objective::NextToken {
+        return Ok(());
+    }
+    let message = format!("`--labels {}`: an encoder reads the tokens that it would learn to predict", job.labels);
+    Err(Failure::unsupported(message).hint("remove `--labels`: it learns from the source alone").into())
 }
 
 /// Warns if the teacher is not the model that was compressed. It may be the same in other files.

@@ -85,6 +85,7 @@ fn checked<'a>(job: &'a HealJob<'a>) -> Result<(Run<'a>, CompressReport)> {
     for decoder in [&teacher, &student] {
         expect_stages(job.stages, decoder)?;
     }
+    job::expect_labels(job, &student)?;
     job::warn_of_another_source(job, &report)?;
     let needing = match (job.stages.contains(&HealStage::Closed), job.distance()) {
         (true, _) => Some("the stage `closed` needs Grams of the inputs and gradients of the source"),

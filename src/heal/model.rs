@@ -145,11 +145,8 @@ impl<'a> WholeModel<'a> {
             return Ok(record);
         }
         let stage = progress.stage("heal the model", (job.epochs * pieces.trained.len()) as u64, "windows");
-        let mut tensors = Vec::new();
-        for block_idx in 0..self.student.n_blocks() {
-            tensors.extend(self.trained.floats(self.student, self.checkpoint, block_idx, healed)?);
-        }
-        let (variables, workers) = (Variables::new(tensors)?, self.walk.workers());
+        let (student, workers) = (self.student, self.walk.workers());
+        let variables = self.trained.variables(student, self.checkpoint, 0..student.n_blocks(), healed)?;
         let start = variables.values()?;
         let before = self.divergence(healed, &pieces.held_out)?;
         let settings = job.settings_of_model(before);

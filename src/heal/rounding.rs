@@ -93,12 +93,15 @@ impl<'a> Rounding<'a> {
     /// A value does not fit its dtype.
     pub fn new(checkpoint: &'a Checkpoint, variables: &Variables) -> Result<Self> {
         let names = variables.iter().map(|(name, _)| name.to_string());
-        let exact: Healed = names.zip(variables.values()?).collect();
+        let mut exact: Healed = names.zip(variables.values()?).collect();
         let nearest = |(name, values): (&String, &Vec<f32>)| Ok((name.clone(), nearest(checkpoint, name, values)?));
         let rounded = exact.iter().map(nearest).collect::<Result<_>>()?;
         let linears = inventory::linears(checkpoint).into_iter().filter_map(|linear| Some((linear.id?, linear)));
         let is_variable = |name: &String| exact.contains_key(name) && has_plain_floats(checkpoint, name);
         let linears = linears.filter(|(_, linear)| float_parts(linear).iter().all(is_variable)).collect();
+        for (name, values) in variables.constants() {
+            exact.insert(name.clone(), to_host(values)?);
+        }
         Ok(Self { checkpoint, linears, exact, rounded })
     }
 

@@ -1,6 +1,7 @@
 //! The floats of a student that are trained: values of floats, and scales of codes.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::ops::Range;
 
 use anyhow::Result;
 use candle_core::Tensor;
@@ -13,7 +14,7 @@ use crate::model::Decoder;
 use crate::model::inventory::{self, LinearInfo, Stored};
 use crate::operator::{Element, Matrix, Term, part_name};
 use crate::report::CompressReport;
-use crate::train::Start;
+use crate::train::{Start, Variables};
 
 /// Floats of tensors by name, as [`Checkpoint::floats`] has them.
 pub(super) type Healed = BTreeMap<String, Vec<f32>>;
@@ -60,11 +61,33 @@ impl Selected {
         self.modules.as_ref().is_none_or(|modules| modules.iter().any(is_of))
     }
 
-    /// The floats of a block, as far as they are healed.
+    /// The variables of some blocks, as far as they are healed. What was healed and is not trained, such as the order of
+    /// the rows of pivots, is constant beside them.
     ///
     /// # Errors
     /// A tensor cannot be read.
-    pub fn floats(
+    pub fn variables(
+        &self,
+        student: &Decoder<'_>,
+        checkpoint: &Checkpoint,
+        blocks: Range<usize>,
+        healed: &Healed,
+    ) -> Result<Variables> {
+        let (mut trained, mut constants) = (Vec::new(), Healed::new());
+        for block_idx in blocks {
+            let own = self.floats(student, checkpoint, block_idx, healed)?;
+            let names: BTreeSet<&str> = own.iter().map(|start| start.name.as_str()).collect();
+            let prefix = format!("{}.", student.block_name(block_idx));
+            let of_block = healed.iter().filter(|(name, _)| name.starts_with(&prefix));
+            let others = of_block.filter(|(name, _)| !names.contains(name.as_str()));
+            constants.extend(others.map(|(name, values)| (name.clone(), values.clone())));
+            trained.extend(own);
+        }
+        Ok(Variables::new(trained)?.with_constants(tensors(&constants, checkpoint, student.device())?))
+    }
+
+    /// The floats of a block, as far as they are healed.
+    fn floats(
         &self,
         student: &Decoder<'_>,
         checkpoint: &Checkpoint,

@@ -10,7 +10,10 @@ use crate::device::to_host;
 
 /// Named tensors that are trained, in a fixed order.
 #[derive(Debug, Default)]
-pub struct Variables(Vec<Variable>);
+pub struct Variables {
+    trained: Vec<Variable>,
+    constants: HashMap<String, Tensor>,
+}
 
 #[derive(Debug)]
 struct Variable {
@@ -49,27 +52,40 @@ impl Variables {
         let variable = |Start { name, values, reach }: Start| -> Result<Variable> {
             Ok(Variable { name, values: Var::from_tensor(&values)?, reach })
         };
-        Ok(Self(tensors.into_iter().map(variable).collect::<Result<_>>()?))
+        Ok(Self { trained: tensors.into_iter().map(variable).collect::<Result<_>>()?, constants: HashMap::new() })
+    }
+
+    /// With tensors that stay and that the model is made with all the same.
+    #[must_use]
+    pub fn with_constants(self, constants: HashMap<String, Tensor>) -> Self {
+        Self { constants, ..self }
+    }
+
+    /// The tensors that stay.
+    pub fn constants(&self) -> &HashMap<String, Tensor> {
+        &self.constants
     }
 
     /// Name and variable of each.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &Var)> {
-        self.0.iter().map(|variable| (variable.name.as_str(), &variable.values))
+        self.trained.iter().map(|variable| (variable.name.as_str(), &variable.values))
     }
 
     /// Each variable, and what its learning rate is divided by.
     pub(super) fn with_reaches(&self) -> impl Iterator<Item = (&Var, Option<&Tensor>)> {
-        self.0.iter().map(|variable| (&variable.values, variable.reach.as_ref()))
+        self.trained.iter().map(|variable| (&variable.values, variable.reach.as_ref()))
     }
 
-    /// The tensors by name; gradients of what is computed from them can be taken.
+    /// The tensors by name, with the constants; gradients of what is computed from them can be taken.
     pub fn tensors(&self) -> HashMap<String, Tensor> {
-        self.iter().map(|(name, variable)| (name.to_string(), variable.as_tensor().clone())).collect()
+        let trained = self.iter().map(|(name, variable)| (name.to_string(), variable.as_tensor().clone()));
+        self.constants.clone().into_iter().chain(trained).collect()
     }
 
-    /// The tensors by name, for work without gradients.
+    /// The tensors by name, with the constants, for work without gradients.
     pub fn detached(&self) -> HashMap<String, Tensor> {
-        self.iter().map(|(name, variable)| (name.to_string(), variable.as_detached_tensor())).collect()
+        let trained = self.iter().map(|(name, variable)| (name.to_string(), variable.as_detached_tensor()));
+        self.constants.clone().into_iter().chain(trained).collect()
     }
 
     /// Adds to `sums` the gradients of these variables in a store. What a backward pass leaves in its store holds on to

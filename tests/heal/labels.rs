@@ -3,7 +3,7 @@
 use serde_json::Value;
 
 use super::{Model, expect_refused};
-use crate::common::{TRAIN, ok, path};
+use crate::common::{TRAIN, copy, ok, path};
 
 /// The loss is what it says, and what learns from a text that is new to the source predicts it better than what learns from
 /// the source alone, and better than the source.
@@ -43,5 +43,19 @@ fn shares_of_labels_that_have_no_meaning_are_refused() {
         expect_refused(&out, &model.arguments(&out, &[&["--text", TRAIN], flags].concat()), 2, parts);
     };
     check(&["--labels", "1.5"], &["`--labels 1.5` is outside [0, 1]"]);
+    check(&["--labels", "nan"], &["`--labels NaN` is outside [0, 1]"]);
     check(&["--labels", "0.5", "--stage", "blocks"], &["`--labels 0.5` has no effect without the stage `model`"]);
+}
+
+/// What it would learn to predict is in its input.
+#[test]
+fn encoders_take_no_labels() {
+    let folder = tempfile::tempdir().unwrap();
+    let [model, compressed, out] = ["model", "compressed", "out"].map(|name| folder.path().join(name));
+    copy("fixtures/pico/bert", &model);
+    std::fs::copy("fixtures/pico/tokenizer-encoder.json", model.join("tokenizer.json")).unwrap();
+    ok(&["compress", path(&model), "-o", path(&compressed), "--keep", "0.5", "-q"]);
+    let own = ["heal", path(&compressed), "--teacher", path(&model), "--text", TRAIN, "-o", path(&out)];
+    let how = ["--samples", "16", "--seq-len", "24", "--stage", "model", "--labels", "0.5"];
+    expect_refused(&out, &[&own[..], &how].concat(), 4, &["an encoder reads the tokens", "remove `--labels`"]);
 }

@@ -28,7 +28,10 @@ pub(super) fn charts(record: &HealRecord) -> Vec<Chart> {
     if let Some(model) = &record.model {
         // What is trained is measured during an epoch, so that its line begins with the first.
         let lines = [by_epoch(&model.trained, 1, 0.0), by_epoch(&model.held_out, 0, 1.0)];
-        let what = if record.labels > 0.0 { "loss" } else { "divergence" };
+        let what = match record.labels > 0.0 {
+            true => format!("loss ({} of it on the tokens of the texts)", record.labels),
+            false => "divergence".into(),
+        };
         charts.push(epochs(format!("the model: {what}, nats per token"), &lines));
     }
     if let Some(closed) = &record.closed {
