@@ -79,10 +79,11 @@ pub(super) struct HealArgs {
     #[arg(long, value_enum, value_name = "DISTANCE", help_heading = "Training")]
     loss: Option<Distance>,
 
-    /// Share of the texts' own tokens in the loss of `model`
+    /// Share of the texts in the loss
     ///
-    /// The rest is the divergence from the source. With labels a model also learns to predict this kind of text, as in a
-    /// fine-tuning: its perplexity there can fall below the source's while it goes away from the source.
+    /// In the stage `model`, this share of the loss is the negative log-likelihood of the texts' own tokens, and the rest
+    /// the divergence from the source. So a model also learns to predict this kind of text, as in a fine-tuning: its
+    /// perplexity there can fall below the source's while it goes away from the source.
     #[arg(long, value_name = "SHARE", default_value_t = 0.0, help_heading = "Training")]
     labels: f64,
 
