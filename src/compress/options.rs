@@ -193,7 +193,7 @@ recipe_options! {
     /// factors: `B` (m, r) and `A` (r, n), with r (m + n) parameters. pivot: r rows of the product and the coefficients
     /// of all other rows in them (PIFA), with r (m + n - r) parameters. monarch: two block-diagonal matrices with a
     /// permutation between them. blast: 4 x 4 blocks `U_i diag(s_ij) V_j^T` that share their factors, where they err less
-    /// than as many parameters as pivot. Their fits take thirty times as long as all the rest.
+    /// than as many parameters as pivot. Their fits take some forty times as long as pivot.
     layout: Option<Kind>, "Method" [value_name = "LAYOUT"],
 
     /// How the knapsack weighs errors of different matrices

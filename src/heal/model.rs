@@ -152,7 +152,8 @@ impl<'a> WholeModel<'a> {
         let settings = job.settings_of_model(before);
         let course = fit(&variables, self, pieces, &settings, workers, Some(kept), stage.as_ref())?;
         variables.set(&self.rounded(&variables, pieces)?)?;
-        let is_better = held_out(&variables, self, pieces, workers)? < course.held_out[0];
+        let after = held_out(&variables, self, pieces, workers)?;
+        let is_better = after < course.held_out[0];
         let course = if is_better { course } else { Course { best: 0, ..course } };
         if !is_better {
             variables.set(&start)?;
@@ -164,7 +165,12 @@ impl<'a> WholeModel<'a> {
         healed.extend(changed);
         let record = HealedModel {
             divergence_before: before,
-            divergence_after: self.divergence(healed, &pieces.held_out)?,
+            divergence_after: match (is_better, self.labels > 0.0) {
+                (false, _) => before,
+                (true, true) => self.divergence(healed, &pieces.held_out)?,
+                // Without labels the loss is the divergence.
+                (true, false) => after,
+            },
             learning_rate: settings.learning_rate,
             best_epoch: course.best,
             trained: course.trained,
