@@ -1,11 +1,11 @@
-"""Seconds a matrix (4096 x 4096): rtn, gptq and eora of lrc beside GPTQ in torch, in one run, on the same matrix.
+"""Seconds a matrix: rtn, gptq, cd and eora of lrc beside GPTQ in torch, in one run, on the same matrix: docs/results.md, section 13.
 
     cargo build --release --example quantize_speed
-    python benchmarks/gptq.py [SIZE]
+    python benchmarks/gptq.py OUTPUTS INPUTS [NAME...]
 
 Needs torch and safetensors. Both sides have two threads: lrc works on two matrices at a time with one thread each, torch on
 one matrix with two. torch's GPTQ is the paper's algorithm in blocks of 128 columns, act-order with static groups, f32, with
-the scales of `absmax`.
+the scales of `absmax`. The names of quantizers are those of `examples/quantize_speed.rs`.
 """
 
 import json
@@ -17,24 +17,33 @@ import time
 import torch
 from safetensors.torch import save_file
 
-size = int(sys.argv[1]) if len(sys.argv) > 1 else 4096
+rows, size = int(sys.argv[1]), int(sys.argv[2])
+names = sys.argv[3:] or [
+    "rtn-int4-g128-absmax", "rtn-int4-g128", "gptq-int4-g128-absmax", "gptq-int4-g128", "cd-int4-g128", "cd-int4-g128@kfac",
+]  # fmt: skip
 GROUP, BITS, BLOCK = 128, 4, 128
 torch.set_num_threads(2)
 torch.manual_seed(0)
 
 
-def problem():
-    weight = 0.02 * torch.randn(size, size)
-    # Inputs with a decaying spectrum and a few large features, as activations have.
-    inputs = torch.randn(2 * size, size) * torch.logspace(0, -2, size)
-    inputs = inputs @ torch.linalg.qr(torch.randn(size, size)).Q
-    inputs[:, ::500] *= 20
-    return weight, inputs.T @ inputs / len(inputs)
+def gram_of(n):
+    """A decaying spectrum in a dense basis, the Kronecker product of two orthogonal matrices, and a few large features."""
+    large = max(k for k in range(1, n) if n % k == 0 and k * k <= n)
+    one, other = (torch.linalg.qr(torch.randn(k, k)).Q for k in (large, n // large))
+
+    def turn(x):
+        x = torch.einsum("ai,ijm->ajm", one, x.reshape(large, n // large, -1))
+        return torch.einsum("bj,ajm->abm", other, x).reshape(n, -1)
+
+    gram = turn(turn(torch.diag(torch.logspace(0, -4, n))).T.contiguous())
+    gram[:, ::500] *= 20
+    gram[::500] *= 20
+    return (gram + gram.T) / 2
 
 
 def gptq(weight, gram):
     middle = 2 ** (BITS - 1)
-    groups = weight.view(size, -1, GROUP)
+    groups = weight.view(rows, -1, GROUP)
     extreme = groups.gather(2, groups.abs().argmax(2, keepdim=True)).squeeze(2)
     scales = (-extreme / middle).half().float()
     order = torch.argsort(gram.diagonal(), descending=True, stable=True)
@@ -59,17 +68,19 @@ def gptq(weight, gram):
     return done
 
 
-weight, gram = problem()
+weight, gram = 0.02 * torch.randn(rows, size), gram_of(size)
+print(f"{rows} x {size}\n\n| | s a matrix | error | error in both metrics |\n|---|---:|---:|---:|")
 with tempfile.TemporaryDirectory() as folder:
     path = f"{folder}/model.safetensors"
-    save_file({"weight": weight, "gram": gram}, path)
-    done = subprocess.run(["target/release/examples/quantize_speed", path], check=True, capture_output=True, text=True)
-print(f"{size} x {size}\n\n| | s a matrix | relative squared error |\n|---|---:|---:|")
-for name, found in json.loads(done.stdout).items():
-    print(f"| lrc {name} | {found['seconds_a_matrix']:.2f} | {found['relative_squared_error']:.3e} |")
+    save_file({"weight": weight, "gram": gram, "output_gram": gram_of(rows)}, path)
+    run = subprocess.Popen(["target/release/examples/quantize_speed", path, *names], stdout=subprocess.PIPE, text=True)
+    for found in map(json.loads, run.stdout):
+        print(f"| lrc {found['name']} | {found['seconds']:.2f} | {found['inputs']:.3e} | {found['both']:.3e} |", flush=True)
+    if run.wait():
+        sys.exit(run.returncode)
 start = time.perf_counter()
 found = gptq(weight, gram)
 seconds = time.perf_counter() - start
 wide = gram.double()
 squared = lambda matrix: float(((matrix.double() @ wide) * matrix.double()).sum())
-print(f"| torch gptq-int4-g128-absmax | {seconds:.2f} | {squared(weight - found) / squared(weight):.3e} |")
+print(f"| torch gptq-int4-g128-absmax | {seconds:.2f} | {squared(weight - found) / squared(weight):.3e} | |")

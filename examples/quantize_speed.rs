@@ -1,7 +1,9 @@
-//! Seconds to quantize and compensate one matrix: `quantize_speed FILE.safetensors`, which holds `weight` (m, n) and `gram` (n, n).
+//! Seconds to quantize one matrix: `quantize_speed FILE.safetensors NAME...`, with the names of quantizers. The file holds `weight`
+//! (m, n), the Gram of its inputs, `gram` (n, n), and that of the gradients at its outputs, `output_gram` (m, m).
 //!
-//! `benchmarks/gptq.py` compares torch with these times. Two matrices are processed at a time, one thread each, as in
-//! `lrc compress`.
+//! `NAME@kfac` has both Grams, others that of the inputs; `eora64` is compensation of rank 64 over `gptq-int4-g128`. Errors are
+//! given in both metrics. `benchmarks/gptq.py` compares torch with these times. Two matrices are processed at a time, one
+//! thread each, as in `lrc compress`.
 
 #![allow(clippy::print_stdout)]
 
@@ -18,46 +20,43 @@ use lrc::quantize::{Quant, Quantized, Sides};
 use serde_json::json;
 
 fn main() -> Result<()> {
-    let path = std::env::args().nth(1).context("usage: quantize_speed FILE.safetensors")?;
-    let file = Checkpoint::open(Path::new(&path))?;
+    let usage = "usage: quantize_speed FILE.safetensors NAME...";
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let (path, names) = arguments.split_first().context(usage)?;
+    let file = Checkpoint::open(Path::new(path))?;
     let &[m, n] = file.require("weight")?.shape.as_slice() else { anyhow::bail!("`weight` is a matrix") };
     let weight = file.values("weight")?;
-    let gram = linalg::transposed_from_row_major(&file.values("gram")?, n, n);
     let transposed = linalg::transposed_from_row_major(&weight, m, n);
+    let gram = linalg::transposed_from_row_major(&file.values("gram")?, n, n);
+    let output_gram = linalg::transposed_from_row_major(&file.values("output_gram")?, m, m);
+    let (input, output) = (Metric::full(gram.clone()), Metric::full(output_gram.clone()));
+    let inputs = MetricPair { output: &Metric::Identity, input: &input };
+    let both = MetricPair { output: &output, input: &input };
     let residual = |base: &Quantized| &transposed - linalg::transposed_from_row_major(&base.dequantize(), m, n);
-    let error = |residual: &Mat<f64>, norm: &MetricPair<'_>| norm.squared_norm(residual.transpose());
-    let input = Metric::full(gram.clone());
-    let metric = MetricPair { output: &Metric::Identity, input: &input };
-    let total = metric.squared_norm(transposed.transpose());
     let quantize = |name: &str| -> Result<Quantized> {
+        let (name, outputs) = name.strip_suffix("@kfac").map_or((name, None), |name| (name, Some(output_gram.as_ref())));
         let quant: Quant = name.parse().map_err(anyhow::Error::msg)?;
-        Ok(quant.quantize(&weight, (m, n), Some(Sides { inputs: gram.as_ref(), outputs: None }))?.0)
+        Ok(quant.quantize(&weight, (m, n), Some(Sides { inputs: gram.as_ref(), outputs }))?.0)
     };
-    let eora = |base: &Quantized| -> Result<Mat<f64>> {
+    let base = names.iter().any(|name| name == "eora64").then(|| quantize("gptq-int4-g128")).transpose()?;
+    let left = |name: &str| -> Result<Mat<f64>> {
+        let Some(base) = base.as_ref().filter(|_| name == "eora64") else { return Ok(residual(&quantize(name)?)) };
         let left = residual(base);
-        let pair = low_rank::decompose(left.transpose(), metric, 64)?.truncate(left.transpose(), 64);
+        let pair = low_rank::decompose(left.transpose(), inputs, 64)?.truncate(left.transpose(), 64);
         let product = linalg::product_row_major(&pair.b, &pair.a, m, 64, n);
         Ok(left - linalg::transposed_from_row_major(&product, m, n))
     };
-    let mut found = serde_json::Map::new();
-    for name in ["rtn-int4-g128-absmax", "rtn-int4-g128", "gptq-int4-g128-absmax", "gptq-int4-g128", "cd-int4-g128"] {
+    for name in names {
         let started = Instant::now();
-        let (one, other) = rayon::join(|| quantize(name), || quantize(name));
+        let (one, other) = rayon::join(|| left(name), || left(name));
         let seconds = started.elapsed().as_secs_f64() / 2.0;
         other?;
-        let relative = error(&residual(&one?), &metric) / total;
-        found.insert(name.into(), json!({"seconds_a_matrix": seconds, "relative_squared_error": relative}));
+        let one = one?;
+        let relative = |norm: &MetricPair<'_>| {
+            norm.squared_norm(one.transpose()) / norm.squared_norm(transposed.transpose())
+        };
+        let found = json!({"name": name, "seconds": seconds, "inputs": relative(&inputs), "both": relative(&both)});
+        println!("{found}");
     }
-    let base = quantize("gptq-int4-g128")?;
-    let started = Instant::now();
-    let (one, other) = rayon::join(|| eora(&base), || eora(&base));
-    let seconds = started.elapsed().as_secs_f64() / 2.0;
-    other?;
-    let relative = error(&one?, &metric) / total;
-    found.insert(
-        "eora, rank 64, over gptq".into(),
-        json!({"seconds_a_matrix": seconds, "relative_squared_error": relative}),
-    );
-    println!("{}", serde_json::to_string(&found)?);
     Ok(())
 }

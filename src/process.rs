@@ -11,7 +11,8 @@ const LARGEST_MMAP_THRESHOLD: i32 = 32 << 20;
 
 /// Prepares the process for windows that go through a model side by side: memory is reused, and candle's element-wise
 /// operations run in the thread that calls them instead of a pool of spinning threads that one
-/// caller at a time may use.
+/// caller at a time may use. The number of threads, if it is not set, becomes a setting too: candle asks for it before
+/// every product, and would read a description of all cores from the system each time.
 ///
 /// Results do not depend on it, but speed does. To be called first in `main`.
 #[allow(unsafe_code)]
@@ -19,6 +20,13 @@ pub fn prepare() {
     // SAFETY: no other thread exists that could read or write the environment.
     if std::env::var_os("CANDLE_NUM_THREADS").is_none() {
         unsafe { std::env::set_var("CANDLE_NUM_THREADS", "1") };
+    }
+    // What rayon takes by itself.
+    if std::env::var_os("RAYON_NUM_THREADS").is_none()
+        && let Ok(n_threads) = std::thread::available_parallelism()
+    {
+        // SAFETY: as above.
+        unsafe { std::env::set_var("RAYON_NUM_THREADS", n_threads.to_string()) };
     }
     // SAFETY: `mallopt` changes settings of the allocator; it takes no pointers.
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
