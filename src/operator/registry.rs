@@ -56,7 +56,8 @@ impl Kind {
         Self::layouts().find(|kind| has(&kind.weight_of_first_part()))
     }
 
-    pub(super) fn weight_of_first_part(self) -> String {
+    /// The tensor by which a stored module is known, without the name of the module.
+    pub(crate) fn weight_of_first_part(self) -> String {
         format!("{}.weight", self.structure().suffixes()[0].0)
     }
 }

@@ -154,3 +154,28 @@ fn statistics_of_no_text_are_refused() {
     let args = ["calibrate", "--merge", path(&a), path(&short), "-o", path(&merged)];
     refused(&lrc(&args), 4, &["b.safetensors", "with hash `abc`", "hint: "]);
 }
+
+#[test]
+fn a_part_that_the_files_lack_is_named_in_every_layout() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("compressed");
+    for (layout, parts) in [
+        ("factors", &["lr_a.weight", "lr_b.weight"][..]),
+        ("pivot", &["lr_p.weight", "lr_t.weight", "lr_order"]),
+        ("monarch", &["lr_r.weight", "lr_l.weight"]),
+        ("blast", &["lr_v.weight", "lr_s.weight", "lr_u.weight"]),
+    ] {
+        ok(&["compress", FIXTURE, "-o", path(&out), "--keep", "0.8", "--layout", layout, "--force", "-q"]);
+        let file = out.join("model.safetensors");
+        let whole = std::fs::read(&file).unwrap();
+        for part in parts {
+            let name = format!("q_proj.{part}");
+            let at = whole.windows(name.len()).position(|bytes| bytes == name.as_bytes()).expect(&name);
+            let mut other = whole.clone();
+            other[at + "q_proj.".len()] = b'x';
+            std::fs::write(&file, &other).unwrap();
+            refused(&lrc(&["eval", path(&out), "--text", HELD_OUT]), 4, &["compressed", &name, "hint: "]);
+        }
+        std::fs::write(&file, &whole).unwrap();
+    }
+}
