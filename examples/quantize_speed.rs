@@ -34,7 +34,8 @@ fn main() -> Result<()> {
     let both = MetricPair { output: &output, input: &input };
     let residual = |base: &Quantized| &transposed - linalg::transposed_from_row_major(&base.dequantize(), m, n);
     let quantize = |name: &str| -> Result<Quantized> {
-        let (name, outputs) = name.strip_suffix("@kfac").map_or((name, None), |name| (name, Some(output_gram.as_ref())));
+        let (name, outputs) =
+            name.strip_suffix("@kfac").map_or((name, None), |name| (name, Some(output_gram.as_ref())));
         let quant: Quant = name.parse().map_err(anyhow::Error::msg)?;
         Ok(quant.quantize(&weight, (m, n), Some(Sides { inputs: gram.as_ref(), outputs }))?.0)
     };
@@ -52,9 +53,8 @@ fn main() -> Result<()> {
         let seconds = started.elapsed().as_secs_f64() / 2.0;
         other?;
         let one = one?;
-        let relative = |norm: &MetricPair<'_>| {
-            norm.squared_norm(one.transpose()) / norm.squared_norm(transposed.transpose())
-        };
+        let relative =
+            |norm: &MetricPair<'_>| norm.squared_norm(one.transpose()) / norm.squared_norm(transposed.transpose());
         let found = json!({"name": name, "seconds": seconds, "inputs": relative(&inputs), "both": relative(&both)});
         println!("{found}");
     }

@@ -142,6 +142,9 @@ fn a_sweep_is_compress_and_eval_at_every_budget() {
         }
     }
     assert_eq!(lrc(&["sweep", FIXTURE, "--text", HELD_OUT, "--keep", "0.9,1.8"]).code, 2);
+    // What `compress` would not write.
+    let run = lrc(&["sweep", FIXTURE, "--text", HELD_OUT, "--quant", "q4_k,q8_0", "--bits", "7,6"]);
+    assert!(run.code == 4 && run.stderr.contains("cannot be stored as factored"), "{}", run.stderr);
 }
 
 /// A sweep of bits is a menu at every budget; its table, CSV and page agree on the knee.

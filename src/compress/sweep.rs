@@ -17,6 +17,7 @@ use super::trials::{Text, diverge};
 use crate::checkpoint::Checkpoint;
 use crate::error::Failure;
 use crate::eval::{EvalSettings, Prepared};
+use crate::formats::Source;
 use crate::model::inventory::LinearInfo;
 use crate::operator::Forms;
 use crate::progress::Progress;
@@ -71,6 +72,7 @@ pub fn sweep(settings: &SweepSettings<'_>, progress: &dyn Progress) -> Result<Sw
     }
     expect_ranks(recipe, budgets)?;
     let plan = Plan::new(checkpoint, recipe)?;
+    plan.check_format(&Source::new(checkpoint), recipe)?;
     let inputs = Inputs::load(checkpoint, recipe, &plan)?;
     let prepared = Prepared::new(checkpoint, &settings.eval)?;
     let work = tempfile::tempdir()?;

@@ -115,12 +115,16 @@ impl Quant {
         }
     }
 
-    /// The quantizer with a method, if none was named: coordinate descent where there is a metric, but for 8 bits, where
-    /// it gains nothing (docs/results.md, section 26); rounding to nearest elsewhere.
+    /// The quantizer with a method, if none was named: coordinate descent where there is a metric, but for 8 bits of every
+    /// value, where it gains nothing (docs/results.md, section 26); rounding to nearest elsewhere.
     #[must_use]
     pub fn resolved(self, has_metric: bool) -> Self {
         match self {
-            Self::Bare(scheme, scale) if has_metric && scheme.levels.bits() < 8 => Self::Cd(scheme, scale),
+            Self::Bare(scheme, scale)
+                if has_metric && (scheme.levels.bits() < 8 || matches!(scheme.levels, Levels::Sparse { .. })) =>
+            {
+                Self::Cd(scheme, scale)
+            }
             Self::Bare(scheme, scale) => Self::Rtn(scheme, scale),
             named => named,
         }

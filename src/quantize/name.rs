@@ -65,30 +65,35 @@ impl FromStr for Quant {
         let error = || {
             let blocks: Vec<&str> = BLOCK_TYPES.iter().map(|t| t.name).collect();
             format!(
-                "`{text}` is not a quantizer: expected [rtn|gptq|cd]-int8|int4|int3|int2 or nf4, then any of -g32, -g64, -g128, \
-                 -channel, -sym, -asym, -absmax, -mse, -2of4; or [cd-|imatrix-] and one of {}",
+                "`{text}` is not a quantizer: expected [rtn|gptq|cd]-int8|int4|int3|int2 or nf4, then one each of -g32|-g64|-g128|-channel, \
+                 -sym|-asym, -absmax|-mse, -2of4; or [cd-|imatrix-] and one of {}",
                 blocks.join(", ")
             )
         };
-        let (mut method, mut bits, mut is_nf4, mut group, mut symmetric, mut is_sparse, mut scale) =
-            (None, None, false, None, true, false, None);
+        let (mut method, mut bits, mut group, mut symmetric, mut sparse, mut scale) =
+            (None, None, None, None, None, None);
         for (at, word) in text.split('-').enumerate() {
-            match word {
-                "rtn" | "gptq" | "cd" if at == 0 => method = Some(word),
-                "nf4" => is_nf4 = true,
-                "int8" | "int4" | "int3" | "int2" => bits = word[3..].parse().ok(),
-                "channel" => group = Some(None),
-                "sym" => symmetric = true,
-                "asym" => symmetric = false,
-                "2of4" => is_sparse = true,
-                "absmax" => scale = Some(Scale::Absmax),
-                "mse" => scale = Some(Scale::Mse),
+            let is_first_of_its_kind = match word {
+                "rtn" | "gptq" | "cd" if at == 0 => set(&mut method, word),
+                "nf4" => set(&mut bits, None),
+                "int8" | "int4" | "int3" | "int2" => set(&mut bits, word[3..].parse().ok()),
+                "channel" => set(&mut group, None),
+                "sym" | "asym" => set(&mut symmetric, word == "sym"),
+                "2of4" => set(&mut sparse, ()),
+                "absmax" => set(&mut scale, Scale::Absmax),
+                "mse" => set(&mut scale, Scale::Mse),
                 _ => {
                     let size = word.strip_prefix('g').and_then(|n| n.parse::<usize>().ok());
-                    group = Some(Some(size.filter(|&n| n >= 8 && n.is_power_of_two()).ok_or_else(error)?));
+                    let size = size.filter(|&n| n >= 8 && n.is_power_of_two());
+                    size.is_some() && set(&mut group, size)
                 }
+            };
+            if !is_first_of_its_kind {
+                return Err(error());
             }
         }
+        let (is_nf4, bits) = (bits == Some(None), bits.flatten());
+        let (symmetric, is_sparse) = (symmetric.unwrap_or(true), sparse.is_some());
         let levels = match (is_nf4, bits) {
             (true, None) if method != Some("gptq") && symmetric && !is_sparse => Levels::Nf4,
             (true, _) => return Err(error()),
@@ -111,6 +116,11 @@ impl FromStr for Quant {
             _ => Self::Rtn(scheme, scale),
         })
     }
+}
+
+/// Sets what no word before has set; false if one has.
+fn set<T>(slot: &mut Option<T>, value: T) -> bool {
+    slot.replace(value).is_none()
 }
 
 impl Serialize for Quant {
@@ -169,6 +179,13 @@ mod tests {
             "rtn-int4-asym-2of4",
             "2of4",
             "imatrix-int4",
+            "int4-g64-g32",
+            "int4-g64-channel",
+            "cd-int4-sym-asym",
+            "int4-int3",
+            "int4-nf4",
+            "int4-2of4-2of4",
+            "int4-mse-absmax",
         ] {
             assert!(wrong.parse::<Quant>().is_err(), "{wrong}");
         }

@@ -84,11 +84,13 @@ fn quantizers_without_a_method_get_the_one_that_the_data_allow() {
         recipe.quant().iter().map(ToString::to_string).collect()
     };
     let quant: Vec<Quant> =
-        ["int4-g64", "rtn-int3", "int8", "int3-2of4", "nf4"].map(|name| name.parse().unwrap()).to_vec();
+        ["int4-g64", "rtn-int3", "int8", "int3-2of4", "int8-2of4", "nf4"].map(|name| name.parse().unwrap()).to_vec();
     let with =
         |calibration, statistics| RecipeOptions { quant: quant.clone(), calibration, statistics, ..Default::default() };
-    let rounded = ["rtn-int4-g64", "rtn-int3-g128", "rtn-int8-g128", "rtn-int3-g128-2of4", "nf4-g64"];
-    let descended = ["cd-int4-g64", "rtn-int3-g128", "rtn-int8-g128", "cd-int3-g128-2of4", "nf4-g64"];
+    let rounded =
+        ["rtn-int4-g64", "rtn-int3-g128", "rtn-int8-g128", "rtn-int3-g128-2of4", "rtn-int8-g128-2of4", "nf4-g64"];
+    let descended =
+        ["cd-int4-g64", "rtn-int3-g128", "rtn-int8-g128", "cd-int3-g128-2of4", "cd-int8-g128-2of4", "nf4-g64"];
     assert_eq!(resolved(with(None, None)), rounded);
     assert_eq!(resolved(with(Some("t".into()), None)), descended);
     assert_eq!(resolved(with(None, Some("s".into()))), descended);
