@@ -52,14 +52,20 @@ impl Source {
         let mut bytes = Vec::new();
         file?.read_to_end(&mut bytes).map_err(|e| unreadable(what, path, &e))?;
         let sha256 = hex(&Sha256::digest(&bytes));
-        // `/dev/stdin` may be a file, but its name reveals as little.
-        let is_nameless = is_pipe || path.starts_with("/dev") || path.starts_with("/proc");
+        let is_nameless = is_pipe || is_descriptor(path);
         let source = Self { bytes, sha256, is_pipe: is_nameless };
         if is_pipe {
             pipes().insert(path.into(), source.clone());
         }
         Ok(source)
     }
+}
+
+/// Whether a path is an open file by its number, which reveals as little as a pipe: `/dev/stdin`, `/dev/fd/3`. There are
+/// files under `/dev` with names of their own, as in `/dev/shm`.
+fn is_descriptor(path: &Path) -> bool {
+    let is_of_system = path.starts_with("/dev") || path.starts_with("/proc");
+    path == "/dev/stdin" || is_of_system && path.parent().is_some_and(|folder| folder.ends_with("fd"))
 }
 
 /// Reads a recipe from a file or a pipe.
@@ -123,4 +129,23 @@ fn is_pipe(_: &Metadata) -> bool {
 
 fn other_kind(metadata: &Metadata) -> &'static str {
     if metadata.is_dir() { "a folder" } else { "a device" }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn open_files_have_no_names_and_files_in_memory_do() {
+        for (path, expected) in [
+            ("/dev/stdin", true),
+            ("/dev/fd/3", true),
+            ("/proc/self/fd/0", true),
+            ("/dev/shm/a.jsonl", false),
+            ("/dev/shm/fd.txt", false),
+            ("fd/a.txt", false),
+        ] {
+            assert_eq!(is_descriptor(path.as_ref()), expected, "{path}");
+        }
+    }
 }
