@@ -17,6 +17,8 @@ import subprocess
 import sys
 import time
 
+from scoring import columns, once, score
+
 model, statistics, text, seq_len, windows, work, lrc, *rows = sys.argv[1:]
 work = pathlib.Path(work)
 work.mkdir(parents=True, exist_ok=True)
@@ -43,16 +45,11 @@ def measure(row):
     out, started = work / "out", time.time()
     report = run("compress", model, "-o", out, *flags)
     seconds = time.time() - started
-    found = run("eval", out, "--text", text, "--seq-len", seq_len, "--max-windows", windows, "--reference", model)
-    return {"bits": report["sizes"]["bits_per_weight_after"], "method": method, "ppl": found["ppl"],
-            "kl": found["kl"]["mean"], "seconds": seconds}  # fmt: skip
+    found = score(lrc, out, model, text, seq_len, windows)
+    return {"bits": report["sizes"]["bits_per_weight_after"], "method": method, "seconds": seconds} | found
 
 
 print("| quantizer | method | bits per weight | perplexity | KL | s |\n|---|---|---:|---:|---:|---:|")
 for row in rows:
-    file = work / f"{row.replace('/', '_')}.json"
-    if not file.exists():
-        file.write_text(json.dumps(measure(row)))
-    r = json.loads(file.read_text())
-    name = f"`{row.split('@')[0]}`"
-    print(f"| {name} | {r['method']} | {r['bits']:.3f} | {r['ppl']:.3f} | {r['kl']:.4f} | {r['seconds']:.0f} |", flush=True)
+    r = once(work / f"{row.replace('/', '_')}.json", lambda: measure(row))
+    print(f"| `{row.split('@')[0]}` | {r['method']} | {columns(r)}", flush=True)

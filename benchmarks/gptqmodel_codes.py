@@ -9,17 +9,16 @@ the zeros.
 """
 
 import contextlib
-import json
 import os
 import pathlib
 import shutil
-import subprocess
 import sys
 import time
 
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # its default on two cores, 1, is refused
 
 import torch
+from scoring import columns, once, score
 from transformers import AutoTokenizer
 
 with contextlib.redirect_stdout(sys.stderr):
@@ -37,25 +36,22 @@ def calibration_windows(count=64, length=512):
     return [{"input_ids": tokens[at : at + length], "attention_mask": [1] * length} for at in starts]
 
 
+def measure(bits, group):
+    out, samples = work / "gptqmodel", calibration_windows()
+    shutil.rmtree(out, ignore_errors=True)
+    with contextlib.redirect_stdout(sys.stderr), contextlib.chdir(work):  # where it writes its logs
+        config = QuantizeConfig(bits=bits, group_size=group)
+        source = GPTQModel.load(str(model), config, device="cpu", dtype=torch.float32)
+        started = time.time()
+        source.quantize(samples)
+        source.save(str(out))
+    seconds = time.time() - started
+    found = score(lrc, out, model, text, seq_len, windows)
+    shutil.rmtree(out)
+    return {"bits": bits + (16 + bits) / group, "seconds": seconds} | found
+
+
 print("| GPTQModel | bits per weight | perplexity | KL | s |\n|---|---:|---:|---:|---:|")
 for row in rows:
-    bits, group = (int(number) for number in row.split("-g"))
-    file, out = work / f"gptqmodel-{row}.json", work / "gptqmodel"
-    if not file.exists():
-        shutil.rmtree(out, ignore_errors=True)
-        samples = calibration_windows()
-        with contextlib.redirect_stdout(sys.stderr), contextlib.chdir(work):  # where it writes its logs
-            config = QuantizeConfig(bits=bits, group_size=group)
-            source = GPTQModel.load(str(model), config, device="cpu", dtype=torch.float32)
-            started = time.time()
-            source.quantize(samples)
-            source.save(str(out))
-        seconds = time.time() - started
-        scope = ["--text", text, "--seq-len", seq_len, "--max-windows", windows, "--reference", model, "--json", "-q"]
-        scored = subprocess.run([lrc, "eval", out, *scope], check=True, capture_output=True, text=True)
-        found = json.loads(scored.stdout)
-        shutil.rmtree(out)
-        file.write_text(json.dumps({"ppl": found["ppl"], "kl": found["kl"]["mean"], "seconds": seconds}))
-    r = json.loads(file.read_text())
-    stored = bits + (16 + bits) / group
-    print(f"| `{row}` | {stored:.3f} | {r['ppl']:.3f} | {r['kl']:.4f} | {r['seconds']:.0f} |", flush=True)
+    numbers = [int(number) for number in row.split("-g")]
+    print(f"| `{row}` | {columns(once(work / f'gptqmodel-{row}.json', lambda: measure(*numbers)))}", flush=True)

@@ -7,10 +7,8 @@ optimization of the zeros) on the CPU, scales and zeros rounded to the 16 bits i
 which `lrc eval` scores. Bits count codes, scales and zeros.
 """
 
-import json
 import pathlib
 import shutil
-import subprocess
 import sys
 import time
 
@@ -18,9 +16,11 @@ import torch
 from hqq.core.quantize import Quantizer
 from safetensors import safe_open
 from safetensors.torch import save_file
+from scoring import columns, once, score
 
 model, text, seq_len, windows, work, lrc, *rows = sys.argv[1:]
 model, work = pathlib.Path(model), pathlib.Path(work)
+work.mkdir(parents=True, exist_ok=True)
 
 
 def quantized(weight, bits, group):
@@ -29,24 +29,24 @@ def quantized(weight, bits, group):
     return ((codes.float() - zero) * scale).reshape(weight.shape)
 
 
+def measure(bits, group):
+    out = work / "hqq"
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.copytree(model, out, ignore=shutil.ignore_patterns("*.safetensors"), copy_function=shutil.copyfile)
+    started, tensors = time.time(), {}
+    with safe_open(model / "model.safetensors", "pt") as source:
+        for name in source.keys():
+            value = source.get_tensor(name)
+            is_linear = ".layers." in name and name.endswith("_proj.weight")
+            tensors[name] = quantized(value.float(), bits, group) if is_linear else value.float()
+    seconds = time.time() - started
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    found = score(lrc, out, model, text, seq_len, windows)
+    shutil.rmtree(out)
+    return {"bits": bits + 32 / group, "seconds": seconds} | found
+
+
 print("| HQQ | bits per weight | perplexity | KL | s |\n|---|---:|---:|---:|---:|")
 for row in rows:
-    bits, group = (int(number) for number in row.split("-g"))
-    file, out = work / f"hqq-{row}.json", work / "hqq"
-    if not file.exists():
-        shutil.rmtree(out, ignore_errors=True)
-        shutil.copytree(model, out, ignore=shutil.ignore_patterns("*.safetensors"), copy_function=shutil.copyfile)
-        started, tensors = time.time(), {}
-        with safe_open(model / "model.safetensors", "pt") as source:
-            for name in source.keys():
-                value = source.get_tensor(name)
-                is_linear = ".layers." in name and name.endswith("_proj.weight")
-                tensors[name] = quantized(value.float(), bits, group) if is_linear else value.float()
-        seconds = time.time() - started
-        save_file(tensors, out / "model.safetensors", {"format": "pt"})
-        scope = ["--text", text, "--seq-len", seq_len, "--max-windows", windows, "--reference", model, "--json", "-q"]
-        found = json.loads(subprocess.run([lrc, "eval", out, *scope], check=True, capture_output=True, text=True).stdout)
-        shutil.rmtree(out)
-        file.write_text(json.dumps({"ppl": found["ppl"], "kl": found["kl"]["mean"], "seconds": seconds}))
-    r = json.loads(file.read_text())
-    print(f"| `{row}` | {bits + 32 / group:.3f} | {r['ppl']:.3f} | {r['kl']:.4f} | {r['seconds']:.0f} |", flush=True)
+    numbers = [int(number) for number in row.split("-g")]
+    print(f"| `{row}` | {columns(once(work / f'hqq-{row}.json', lambda: measure(*numbers)))}", flush=True)

@@ -3,13 +3,12 @@ llama-cpp-python, gguf and numpy.
 
     python benchmarks/llama_codes.py MODEL STATISTICS EVALUATION_TEXT SEQ_LEN WINDOWS WORK LRC TYPE...
 
-A TYPE is one of llama.cpp's: `Q3_K_M`, `IQ2_XS`. The importance matrix is what `llama-imatrix` measures, mean squares of the inputs: the
-diagonals of the Grams in STATISTICS, of the same windows as the rows of `lrc`. Embeddings stay in bf16, and bits are those of the linears
+A TYPE is one of llama.cpp's: `Q3_K_M`, `IQ2_XS`. The importance matrix is what `llama-imatrix` measures, mean squares of the inputs, but for
+their number, which is the same for all: the diagonals of the Grams in STATISTICS, of the same windows as the rows of `lrc`. Embeddings stay in bf16, and bits are those of the linears
 of all blocks, in the types that llama.cpp falls back to where its blocks do not fit. Seconds are those of `llama_model_quantize`.
 """
 
 import ctypes
-import json
 import pathlib
 import re
 import subprocess
@@ -20,6 +19,7 @@ import gguf
 import llama_cpp
 import numpy
 from safetensors.numpy import load_file
+from scoring import columns, once, score
 
 model, statistics, text, seq_len, windows, work, lrc, *types = sys.argv[1:]
 work = pathlib.Path(work)
@@ -61,12 +61,11 @@ def measure(kind):
         sys.exit(f"llama.cpp did not write {kind}")
     seconds = time.time() - started
     linears = [t for t in gguf.GGUFReader(path).tensors if re.fullmatch(r"blk\.\d+\.(attn|ffn)_(?!norm).*\.weight", t.name)]
-    scope = ["--text", text, "--seq-len", seq_len, "--max-windows", windows, "--reference", model, "--json", "-q"]
-    found = json.loads(subprocess.run([lrc, "eval", path, *scope], check=True, capture_output=True, text=True).stdout)
     mix = sorted({t.tensor_type.name.lower() for t in linears})
     bits = 8 * sum(int(t.n_bytes) for t in linears) / sum(int(t.n_elements) for t in linears)
+    found = score(lrc, path, model, text, seq_len, windows)
     path.unlink()
-    return {"bits": bits, "ppl": found["ppl"], "kl": found["kl"]["mean"], "seconds": seconds, "types": ", ".join(mix)}
+    return {"bits": bits, "seconds": seconds, "types": ", ".join(mix)} | found
 
 
 dense = work / "dense"
@@ -75,8 +74,5 @@ if not dense.exists():
 table, kept = importance()
 print("| llama.cpp | types | bits per weight | perplexity | KL | s |\n|---|---|---:|---:|---:|---:|")
 for kind in types:
-    file = work / f"llama-{kind}.json"
-    if not file.exists():
-        file.write_text(json.dumps(measure(kind)))
-    r = json.loads(file.read_text())
-    print(f"| `{kind}` | {r['types']} | {r['bits']:.3f} | {r['ppl']:.3f} | {r['kl']:.4f} | {r['seconds']:.0f} |", flush=True)
+    r = once(work / f"llama-{kind}.json", lambda: measure(kind))
+    print(f"| `{kind}` | {r['types']} | {columns(r)}", flush=True)
