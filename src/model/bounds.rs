@@ -84,12 +84,13 @@ fn check_description(checkpoint: &Checkpoint) -> Result<()> {
     let linears = inventory::linears(checkpoint);
     let find = |module: &str| linears.iter().find(|linear| linear.module == module);
     for (module, entry) in modules {
-        if find(module).is_none()
+        let linear = find(module);
+        if linear.is_none()
             && let Some(kind) = entry.get("layout").and_then(|layout| Kind::deserialize(layout).ok())
         {
             checkpoint.require(&format!("{module}.{}", kind.weight_of_first_part()))?;
         }
-        check_module(checkpoint, format!("lrc.modules.{module}"), entry, find(module))?;
+        check_module(checkpoint, format!("lrc.modules.{module}"), entry, linear)?;
     }
     let undescribed = |linear: &&LinearInfo| linear.is_low_rank() && !modules.contains_key(&linear.module);
     if let Some(linear) = linears.iter().find(undescribed) {
